@@ -1,0 +1,1 @@
+"""Stubs generated from protos/ by tools/gen_protos.py; do not edit."""

@@ -1,0 +1,64 @@
+"""What the trainer service asks of a training backend, and nothing else."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Protocol
+
+from miles.types import SampleGroup
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a training step has got; `phase` is a name of `TrainPhase` in trainer.proto, lower-case, no prefix."""
+
+    phase: str
+    micro_batches_done: int
+    micro_batches: int
+
+
+@dataclasses.dataclass(slots=True)
+class TrainerState:
+    """The part of a checkpoint that is not tensors."""
+
+    step: int = 0
+    """Training steps taken: rollouts consumed, which is also the policy version."""
+    consumed_below: int = 0
+    """Every group with a smaller id was trained on or dropped."""
+    consumed_group_ids: set[int] = dataclasses.field(default_factory=set)
+    """Groups at or above `consumed_below` that were trained on or dropped too."""
+
+
+class TrainerBackend(Protocol):
+    """Holds the parameters on this rank. Every rank makes the same calls in the same order."""
+
+    def load(self) -> TrainerState:
+        """Build the model and optimizer; load the newest checkpoint, or the initial weights (an empty state)."""
+
+    def train(
+        self, step: int, groups: Sequence[SampleGroup], report: Callable[[Progress], None]
+    ) -> Mapping[str, float]:
+        """Train on one rollout's groups and return metrics (`train/loss`, ...), the same on every rank."""
+
+    def export(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """The policy's parameters by HF name in a fixed order, in the rollout's dtype; collective over ranks.
+
+        Tensors on rank 0 are complete (on any device); what other ranks yield is ignored.
+        """
+
+    def export_layout(self) -> Sequence[tuple[str, torch.dtype, tuple[int, ...]]]:
+        """Name, dtype and shape of what `export` will yield, in its order, without gathering anything."""
+
+    def save(self, directory: pathlib.Path, state: TrainerState) -> None:
+        """Write a checkpoint that `load` restores bit for bit: parameters, optimizer, scheduler, RNG, state."""
+
+    def save_hf(self, directory: pathlib.Path) -> None:
+        """Write the policy as a HF checkpoint with tokenizer and config."""
+
+    def close(self) -> None:
+        """Free the model."""
