@@ -1,0 +1,17 @@
+"""gRPC as the services use it: servers, channels, attachments, exit codes; generated stubs in `miles.rpc.gen`."""
+
+from miles.rpc.attachment import WorkerAttachment
+from miles.rpc.channel import connect, connect_blocking, wait_ready
+from miles.rpc.exit_codes import ExitCode, ServiceExit
+from miles.rpc.server import main, start_server
+
+__all__ = [
+    "ExitCode",
+    "ServiceExit",
+    "WorkerAttachment",
+    "connect",
+    "connect_blocking",
+    "main",
+    "start_server",
+    "wait_ready",
+]

@@ -1,0 +1,75 @@
+"""A worker's attachment to the controller: registration, heartbeats, and the lease they keep alive."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import platform
+import uuid
+from collections.abc import AsyncIterator, Callable
+
+import grpc.aio
+
+from miles.rpc.channel import connect
+from miles.rpc.gen import controller_pb2, controller_pb2_grpc
+
+logger = logging.getLogger(__name__)
+
+_RETRY_S = 0.5
+
+
+class WorkerAttachment:
+    """Keeps one worker known to the controller for as long as `run` runs; survives a restart of the controller.
+
+    `heartbeat` is called before each beat and says what the worker is doing; its `sequence` is filled in here.
+    """
+
+    def __init__(
+        self,
+        controller_address: str,
+        *,
+        worker_id: str,
+        kind: controller_pb2.WorkerKind.ValueType,
+        address: str,
+        heartbeat: Callable[[], controller_pb2.WorkerHeartbeat],
+        num_gpus: int = 0,
+        info: dict[str, str | int | float] | None = None,
+    ) -> None:
+        self._controller_address = controller_address
+        self._heartbeat = heartbeat
+        self._lease_ttl_s = 3.0
+        self.lease_number: int | None = None
+        self.registration = controller_pb2.WorkerRegistration(
+            worker_id=worker_id,
+            kind=kind,
+            address=address,
+            incarnation=uuid.uuid4().hex,
+            num_gpus=num_gpus,
+            info_json=json.dumps({"pid": os.getpid(), "host": platform.node(), **(info or {})}),
+        )
+
+    async def run(self) -> None:
+        """Attach, and attach again whenever the stream breaks, until cancelled."""
+        async with connect(self._controller_address) as channel:
+            stub = controller_pb2_grpc.ControllerServiceStub(channel)
+            while True:
+                try:
+                    async for response in stub.Attach(self._requests()):
+                        self.lease_number = response.lease_number
+                        self._lease_ttl_s = response.lease_ttl_ms / 1000
+                except grpc.aio.AioRpcError as error:
+                    logger.info("attachment to %s broke (%s); retrying", self._controller_address, error.details())
+                self.lease_number = None
+                await asyncio.sleep(_RETRY_S)
+
+    async def _requests(self) -> AsyncIterator[controller_pb2.AttachRequest]:
+        yield controller_pb2.AttachRequest(registration=self.registration)
+        sequence = 0
+        while True:
+            heartbeat = self._heartbeat()
+            sequence += 1
+            heartbeat.sequence = sequence
+            yield controller_pb2.AttachRequest(heartbeat=heartbeat)
+            await asyncio.sleep(self._lease_ttl_s / 3)

@@ -1,0 +1,34 @@
+"""Client channels with the options that the servers expect."""
+
+from __future__ import annotations
+
+import asyncio
+
+import grpc
+import grpc.aio
+
+from miles.rpc.server import KEEPALIVE_OPTIONS
+
+RECONNECT_OPTIONS: list[tuple[str, int]] = [
+    ("grpc.initial_reconnect_backoff_ms", 200),
+    ("grpc.min_reconnect_backoff_ms", 200),
+    ("grpc.max_reconnect_backoff_ms", 5_000),
+]
+
+
+def connect(address: str) -> grpc.aio.Channel:
+    """An asyncio channel to host:port; it connects on first use and reconnects by itself."""
+    return grpc.aio.insecure_channel(address, options=[*KEEPALIVE_OPTIONS, *RECONNECT_OPTIONS])
+
+
+def connect_blocking(address: str) -> grpc.Channel:
+    """A blocking channel to host:port, for code outside an event loop."""
+    return grpc.insecure_channel(address, options=[*KEEPALIVE_OPTIONS, *RECONNECT_OPTIONS])
+
+
+async def wait_ready(channel: grpc.aio.Channel, what: str, deadline_s: float) -> None:
+    """Return once the channel is connected; raise `TimeoutError` naming `what` after the deadline."""
+    try:
+        await asyncio.wait_for(channel.channel_ready(), deadline_s)
+    except TimeoutError:
+        raise TimeoutError(f"waited {deadline_s:g} s for {what} to accept connections") from None

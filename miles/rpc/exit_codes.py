@@ -1,0 +1,50 @@
+"""Exit codes: one per cause, with what to do about it."""
+
+from __future__ import annotations
+
+import enum
+
+
+class ExitCode(enum.IntEnum):
+    """Process exit codes of every program of the project."""
+
+    OK = 0
+    INTERNAL = 1
+    BAD_CONFIG = 2
+    PORT_IN_USE = 10
+    REDIS_UNREACHABLE = 11
+    REDIS_UNSUITABLE = 12
+    CONTROLLER_UNREACHABLE = 13
+    MODEL_UNUSABLE = 20
+    DATA_UNUSABLE = 21
+    WORKER_FAILED = 30
+    JOB_FAILED = 31
+    JOB_CANCELLED = 32
+    RUN_DIR_BUSY = 33
+    INTERRUPTED = 130
+
+
+HELP: dict[ExitCode, str] = {
+    ExitCode.OK: "Done.",
+    ExitCode.INTERNAL: "An error nobody foresaw; the traceback is in the log.",
+    ExitCode.BAD_CONFIG: "The configuration has faults; each is listed with its remedy.",
+    ExitCode.PORT_IN_USE: "A port is taken; choose another one, or 0 for any free one.",
+    ExitCode.REDIS_UNREACHABLE: "Redis does not answer; check --redis-url and that the server runs.",
+    ExitCode.REDIS_UNSUITABLE: "Redis is older than 6.2 or may evict keys; use a newer server with noeviction.",
+    ExitCode.CONTROLLER_UNREACHABLE: "The controller does not answer; check its address and log.",
+    ExitCode.MODEL_UNUSABLE: "The model folder is missing or incomplete; see the message for what is missing.",
+    ExitCode.DATA_UNUSABLE: "The prompt data cannot be used; see the message for the file and line.",
+    ExitCode.WORKER_FAILED: "A service kept failing and was given up; its log says why.",
+    ExitCode.JOB_FAILED: "The job ended with an error; the message and the logs say why.",
+    ExitCode.JOB_CANCELLED: "The job was cancelled.",
+    ExitCode.RUN_DIR_BUSY: "Another process is running in the same run folder; stop it or choose another --name.",
+    ExitCode.INTERRUPTED: "Stopped by Ctrl-C or SIGTERM with the state saved; the same command resumes the run.",
+}
+
+
+class ServiceExit(Exception):
+    """Ends a program with `code`; the message is for the person who reads the log."""
+
+    def __init__(self, code: ExitCode, message: str) -> None:
+        super().__init__(message)
+        self.code = code

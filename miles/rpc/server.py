@@ -1,0 +1,95 @@
+"""A gRPC server as every service runs it: health, reflection, keepalive, and an orderly end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ctypes
+import logging
+import os
+import signal
+from collections.abc import Awaitable, Callable, Sequence
+
+import grpc
+import grpc.aio
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1._async import HealthServicer
+from grpc_reflection.v1alpha import reflection
+
+from miles.rpc.exit_codes import ExitCode, ServiceExit
+
+logger = logging.getLogger(__name__)
+
+MAX_MESSAGE_BYTES = 64 << 20
+KEEPALIVE_OPTIONS: list[tuple[str, int]] = [
+    ("grpc.keepalive_time_ms", 30_000),  # below the idle limit of common cloud load balancers
+    ("grpc.keepalive_timeout_ms", 20_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+    ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+]
+PARENT_ENVIRONMENT = "MILES_EXIT_WITH_PARENT"
+_PR_SET_PDEATHSIG = 1
+
+
+async def start_server(
+    register: Callable[[grpc.aio.Server], None], address: str, service_names: Sequence[str]
+) -> tuple[grpc.aio.Server, str]:
+    """Start a server for the servicers that `register` adds; return it and the host:port it listens on.
+
+    `address` is host:port; port 0 picks a free one. Raises `ServiceExit` when the port cannot be had.
+    """
+    server = grpc.aio.server(options=[*KEEPALIVE_OPTIONS, ("grpc.so_reuseport", 0)])
+    register(server)
+    health = HealthServicer()
+    health_pb2_grpc.add_HealthServicer_to_server(health, server)
+    reflection.enable_server_reflection(
+        (*service_names, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME), server
+    )
+    try:
+        port = server.add_insecure_port(address)
+    except RuntimeError as error:
+        raise ServiceExit(
+            ExitCode.PORT_IN_USE, f"cannot listen on {address}: the port is taken; choose another or use port 0"
+        ) from error
+    await server.start()
+    for name in ("", *service_names):
+        await health.set(name, health_pb2.HealthCheckResponse.SERVING)
+    return server, f"{address.rpartition(':')[0]}:{port}"
+
+
+async def run_until_signal(serve: Callable[[], Awaitable[None]]) -> None:
+    """Run `serve` until it returns or SIGINT/SIGTERM cancels it, then let it clean up.
+
+    With MILES_EXIT_WITH_PARENT set, the kernel sends SIGTERM when the process that started this one dies, however it
+    dies, so that a killed launcher leaves nothing running.
+    """
+    if os.environ.get(PARENT_ENVIRONMENT):
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    task = asyncio.ensure_future(serve())
+    loop = asyncio.get_running_loop()
+    stopped_by_signal = False
+
+    def stop() -> None:
+        nonlocal stopped_by_signal
+        stopped_by_signal = True
+        task.cancel()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stop)
+    with contextlib.suppress(asyncio.CancelledError):
+        await task
+    if not stopped_by_signal and task.cancelled():
+        raise ServiceExit(ExitCode.INTERNAL, "the service was cancelled from within")
+
+
+def main(serve: Callable[[], Awaitable[None]]) -> None:
+    """Run a service as a program: logging, signals, exit codes."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    try:
+        asyncio.run(run_until_signal(serve))
+    except ServiceExit as error:
+        logger.error("%s", error)
+        raise SystemExit(int(error.code)) from error
