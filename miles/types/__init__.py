@@ -1,0 +1,36 @@
+"""What travels between services, as plain Python: dataclasses over numpy arrays.
+
+Importing this package needs numpy and nothing more; `miles.types.convert` adds protobuf.
+"""
+
+from miles.types.errors import MalformedMessage
+from miles.types.experts import expert_dtype, narrow_experts
+from miles.types.sample import (
+    Message,
+    PrefixCacheStats,
+    Prompt,
+    Reward,
+    Sample,
+    SampleGroup,
+    SampleStatus,
+    SpeculativeStats,
+    VersionSpan,
+)
+from miles.types.validate import check_group, check_sample
+
+__all__ = [
+    "MalformedMessage",
+    "Message",
+    "PrefixCacheStats",
+    "Prompt",
+    "Reward",
+    "Sample",
+    "SampleGroup",
+    "SampleStatus",
+    "SpeculativeStats",
+    "VersionSpan",
+    "check_group",
+    "check_sample",
+    "expert_dtype",
+    "narrow_experts",
+]

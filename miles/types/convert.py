@@ -1,0 +1,277 @@
+"""Samples to and from their protos, without loss.
+
+Arrays that come in are read-only views of the received bytes; arrays that go out are copied once into bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Collection
+from typing import Any, cast
+
+import numpy as np
+import numpy.typing as npt
+
+from miles.rpc.gen import sample_pb2 as pb
+from miles.types.errors import MalformedMessage
+from miles.types.sample import (
+    PrefixCacheStats,
+    Prompt,
+    Reward,
+    Sample,
+    SampleGroup,
+    SampleStatus,
+    SpeculativeStats,
+    VersionSpan,
+)
+from miles.types.validate import check_group, check_sample
+
+_STATUS_TO_PROTO = {status: pb.SampleStatus.Value(f"SAMPLE_STATUS_{status.name}") for status in SampleStatus}
+_STATUS_FROM_PROTO = {number: status for status, number in _STATUS_TO_PROTO.items()}
+
+_DTYPES: dict[int, np.dtype[Any]] = {
+    pb.DTYPE_UINT8: np.dtype("<u1"),
+    pb.DTYPE_UINT16: np.dtype("<u2"),
+    pb.DTYPE_INT32: np.dtype("<i4"),
+    pb.DTYPE_INT64: np.dtype("<i8"),
+    pb.DTYPE_FLOAT32: np.dtype("<f4"),
+    pb.DTYPE_FLOAT16: np.dtype("<f2"),
+    pb.DTYPE_FLOAT64: np.dtype("<f8"),
+    pb.DTYPE_INT8: np.dtype("<i1"),
+    pb.DTYPE_BOOL: np.dtype("?"),
+}
+"""The types numpy can hold; bfloat16 and float8 travel as weights, never in an Array."""
+_DTYPE_NUMBERS = {dtype: number for number, dtype in _DTYPES.items()}
+
+
+def array_to_proto(array: npt.NDArray[Any], path: str = "array") -> pb.Array:
+    """Encode an array of any shape; MalformedMessage for an element type that DType lacks."""
+    little_endian = array.dtype.newbyteorder("<")
+    number = _DTYPE_NUMBERS.get(little_endian)
+    if number is None:
+        raise MalformedMessage(path, f"dtype {array.dtype} cannot travel; allowed: {_names(_DTYPES.values())}")
+    data = array.astype(little_endian, copy=False).tobytes()
+    return pb.Array(data=data, dtype=cast("pb.DType.ValueType", number), shape=array.shape)
+
+
+def array_from_proto(
+    message: pb.Array, path: str = "array", *, dtypes: Collection[npt.DTypeLike] | None = None, ndim: int | None = None
+) -> npt.NDArray[Any]:
+    """Decode an array as a read-only view of its bytes.
+
+    `dtypes` and `ndim`, when given, are what is allowed. Raises MalformedMessage when the message has another type or
+    number of dimensions, or when its bytes are not those of its shape.
+    """
+    dtype = _DTYPES.get(message.dtype)
+    allowed = [np.dtype(d) for d in dtypes] if dtypes is not None else list(_DTYPES.values())
+    if dtype is None or dtype not in allowed:
+        name = pb.DType.Name(message.dtype) if message.dtype in pb.DType.values() else f"number {message.dtype}"
+        raise MalformedMessage(f"{path}.dtype", f"{name}; expected {_names(allowed)}")
+    expected_ndim = len(message.shape) if ndim is None else ndim
+    if len(message.shape) != expected_ndim or expected_ndim > 32:
+        raise MalformedMessage(f"{path}.shape", f"{len(message.shape)} dimensions; expected {min(expected_ndim, 32)}")
+    shape = tuple(message.shape)
+    data = message.data
+    if math.prod(shape) * dtype.itemsize != len(data):
+        raise MalformedMessage(path, f"{len(data)} bytes, but shape {shape} of {dtype.name} takes "
+                               f"{math.prod(shape) * dtype.itemsize}")  # fmt: skip
+    try:
+        return np.frombuffer(data, dtype).reshape(shape)
+    except (ValueError, OverflowError) as error:  # an empty array with dimensions beyond what an array can have
+        raise MalformedMessage(f"{path}.shape", f"{shape} is too large") from error
+
+
+def sample_to_proto(sample: Sample, path: str = "") -> pb.Sample:
+    """Encode a sample; MalformedMessage, its field prefixed by `path`, when `check_sample` refuses it."""
+    check_sample(sample, path)
+    return _encode_sample(sample, path)
+
+
+def sample_from_proto(message: pb.Sample, path: str = "") -> Sample:
+    """Decode and check a sample. Raises MalformedMessage; `path` prefixes field names (end it with a dot)."""
+    sample = _decode_sample(message, path)
+    check_sample(sample, path)
+    return sample
+
+
+def group_to_proto(group: SampleGroup, path: str = "") -> pb.SampleGroup:
+    """Encode a group; MalformedMessage when `check_group` refuses it."""
+    check_group(group, path)
+    message = pb.SampleGroup(job_id=group.job_id, group_id=group.group_id)
+    message.samples.extend(_encode_sample(sample, f"{path}samples[{i}].") for i, sample in enumerate(group.samples))
+    return message
+
+
+def group_from_proto(message: pb.SampleGroup, path: str = "") -> SampleGroup:
+    """Decode and check a group. Raises MalformedMessage; `path` prefixes field names (end it with a dot)."""
+    samples = [_decode_sample(sample, f"{path}samples[{i}].") for i, sample in enumerate(message.samples)]
+    group = SampleGroup(message.job_id, message.group_id, samples)
+    check_group(group, path)
+    return group
+
+
+def reward_to_proto(reward: Reward) -> pb.Reward:
+    """Encode a reward as one value or as named ones; the numbers are not checked."""
+    if isinstance(reward, dict):
+        return pb.Reward(named=pb.NamedRewards(values={name: float(value) for name, value in reward.items()}))
+    return pb.Reward(value=float(reward))
+
+
+def reward_from_proto(message: pb.Reward, path: str = "reward") -> Reward:
+    """Decode a reward; MalformedMessage when it is empty. Whether it is finite is for `check_sample` to say."""
+    kind = message.WhichOneof("kind")
+    if kind is None:
+        raise MalformedMessage(path, "set neither value nor named; leave the reward absent until scored")
+    return message.value if kind == "value" else dict(message.named.values)
+
+
+def json_to_text(value: Any, path: str) -> str:
+    """Encode a JSON value; MalformedMessage for what JSON cannot hold without loss."""
+    try:
+        _check_json(value, path)
+        # Escapes keep lone surrogates, which protobuf's strings refuse.
+        return json.dumps(value, allow_nan=False, separators=(",", ":"))
+    except RecursionError as error:
+        raise MalformedMessage(path, "nested too deeply for JSON") from error
+    except (TypeError, ValueError) as error:
+        if isinstance(error, MalformedMessage):
+            raise
+        raise MalformedMessage(path, f"not JSON: {error}") from error
+
+
+def json_from_text(text: str, path: str) -> Any:
+    """Decode strict JSON (no NaN or infinity); MalformedMessage when it is not."""
+    try:
+        return json.loads(text, parse_constant=_refuse_constant, parse_float=_finite_float)
+    except RecursionError as error:
+        raise MalformedMessage(path, "nested too deeply for JSON") from error
+    except ValueError as error:
+        raise MalformedMessage(path, f"not JSON: {error}") from error
+
+
+def _encode_sample(sample: Sample, path: str) -> pb.Sample:
+    message = pb.Sample(
+        group_id=sample.group_id,
+        index=sample.index,
+        tokens=array_to_proto(sample.tokens),
+        response_length=sample.response_length,
+        response=sample.response,
+        label=sample.label,
+        status=_STATUS_TO_PROTO[sample.status],
+        metadata_json=json_to_text(sample.metadata, path + "metadata"),
+        weight_versions=[pb.VersionSpan(version=s.version, start=s.start, end=s.end) for s in sample.weight_versions],
+        remove_sample=sample.remove_sample,
+    )
+    if isinstance(sample.prompt, str):
+        message.prompt_text = sample.prompt
+    else:
+        message.prompt_messages_json = json_to_text(sample.prompt, path + "prompt")
+    if sample.reward is not None:
+        message.reward.CopyFrom(reward_to_proto(sample.reward))
+    for name in ("loss_mask", "rollout_log_probs", "rollout_routed_experts", "teacher_log_probs"):
+        array = getattr(sample, name)
+        if array is not None:
+            getattr(message, name).CopyFrom(array_to_proto(array))
+    if (speculative := sample.speculative) is not None:
+        message.speculative.CopyFrom(
+            pb.SpeculativeStats(
+                accepted_draft_tokens=speculative.accepted_draft_tokens,
+                proposed_draft_tokens=speculative.proposed_draft_tokens,
+                verify_count=speculative.verify_count,
+            )
+        )
+    if (cache := sample.prefix_cache) is not None:
+        message.prefix_cache.CopyFrom(
+            pb.PrefixCacheStats(cached_tokens=cache.cached_tokens, prompt_tokens=cache.prompt_tokens)
+        )
+    return message
+
+
+def _decode_sample(message: pb.Sample, path: str) -> Sample:
+    status = _STATUS_FROM_PROTO.get(message.status)
+    if status is None:
+        raise MalformedMessage(path + "status", f"unknown value {message.status}")
+    sample = Sample(
+        group_id=message.group_id,
+        index=message.index,
+        prompt=_decode_prompt(message, path),
+        response_length=message.response_length,
+        response=message.response,
+        label=message.label if message.HasField("label") else None,
+        reward=reward_from_proto(message.reward, path + "reward") if message.HasField("reward") else None,
+        status=status,
+        metadata=_decode_metadata(message.metadata_json, path + "metadata_json"),
+        weight_versions=tuple(VersionSpan(s.version, s.start, s.end) for s in message.weight_versions),
+        remove_sample=message.remove_sample,
+    )
+    for name, dtypes, ndim in _ARRAYS:
+        if message.HasField(name):
+            setattr(sample, name, array_from_proto(getattr(message, name), path + name, dtypes=dtypes, ndim=ndim))
+    if message.HasField("speculative"):
+        stats = message.speculative
+        sample.speculative = SpeculativeStats(
+            stats.accepted_draft_tokens, stats.proposed_draft_tokens, stats.verify_count
+        )
+    if message.HasField("prefix_cache"):
+        sample.prefix_cache = PrefixCacheStats(message.prefix_cache.cached_tokens, message.prefix_cache.prompt_tokens)
+    return sample
+
+
+_ARRAYS: tuple[tuple[Any, tuple[npt.DTypeLike, ...], int], ...] = (
+    ("tokens", ("<i4",), 1),
+    ("loss_mask", ("<u1",), 1),
+    ("rollout_log_probs", ("<f4",), 1),
+    ("rollout_routed_experts", ("<u1", "<u2"), 3),
+    ("teacher_log_probs", ("<f4",), 1),
+)
+
+
+def _decode_prompt(message: pb.Sample, path: str) -> Prompt:
+    match message.WhichOneof("prompt"):
+        case "prompt_text":
+            return message.prompt_text
+        case "prompt_messages_json":
+            where = path + "prompt_messages_json"
+            messages = json_from_text(message.prompt_messages_json, where)
+            if not isinstance(messages, list) or not all(isinstance(entry, dict) for entry in messages):
+                raise MalformedMessage(where, "not a JSON list of objects")
+            return messages
+        case _:
+            raise MalformedMessage(path + "prompt", "missing; set prompt_text or prompt_messages_json")
+
+
+def _decode_metadata(text: str, path: str) -> dict[str, Any]:
+    metadata = json_from_text(text, path) if text else {}
+    if not isinstance(metadata, dict):
+        raise MalformedMessage(path, f"a JSON {type(metadata).__name__}; expected an object")
+    return metadata
+
+
+def _check_json(value: Any, path: str) -> None:
+    """Refuse what json.dumps would change silently: keys that are not text, and tuples."""
+    if isinstance(value, dict):
+        for key, entry in value.items():
+            if not isinstance(key, str):
+                raise MalformedMessage(path, f"key {key!r} is not text; JSON would make it so")
+            _check_json(entry, path)
+    elif isinstance(value, list):
+        for entry in value:
+            _check_json(entry, path)
+    elif isinstance(value, tuple):
+        raise MalformedMessage(path, "holds a tuple, which JSON would make a list")
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not a JSON number")
+
+
+def _finite_float(text: str) -> float:
+    value = float(text)
+    if math.isinf(value):
+        raise ValueError(f"{text} is beyond the range of a double")
+    return value
+
+
+def _names(dtypes: Collection[np.dtype[Any]]) -> str:
+    return " or ".join(dtype.name for dtype in dtypes)

@@ -1,0 +1,18 @@
+"""The error of a message that breaks its contract."""
+
+from __future__ import annotations
+
+
+class MalformedMessage(ValueError):
+    """A message, or the object it is made from, breaks its contract.
+
+    `field` is the path of the offending field from the outermost message, e.g. `samples[2].rollout_log_probs`.
+    """
+
+    def __init__(self, field: str, problem: str) -> None:
+        super().__init__(field, problem)
+        self.field = field
+        self.problem = problem
+
+    def __str__(self) -> str:
+        return f"{self.field}: {self.problem}"
