@@ -255,12 +255,15 @@ class ActivateRequest(_message.Message):
     OPERATION_ID_FIELD_NUMBER: _builtins.int
     DEADLINE_MS_FIELD_NUMBER: _builtins.int
     MIN_ENGINES_FIELD_NUMBER: _builtins.int
+    CHECK_EQUAL_FIELD_NUMBER: _builtins.int
     operation_id: _builtins.str
     """Repeating an operation reports its outcome and does nothing more."""
     deadline_ms: _builtins.int
     """How long an engine may take before it is quarantined, in milliseconds."""
     min_engines: _builtins.int
     """Engines that must hold the version before it is ACTIVE, a count."""
+    check_equal: _builtins.bool
+    """Whether each engine compares the bytes it serves with the manifest after its swap; one that differs is quarantined."""
     @_builtins.property
     def version(self) -> _policy_pb2.WeightVersion: ...
     def __init__(
@@ -270,10 +273,11 @@ class ActivateRequest(_message.Message):
         operation_id: _builtins.str = ...,
         deadline_ms: _builtins.int = ...,
         min_engines: _builtins.int = ...,
+        check_equal: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["version", b"version"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["deadline_ms", b"deadline_ms", "min_engines", b"min_engines", "operation_id", b"operation_id", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["check_equal", b"check_equal", "deadline_ms", b"deadline_ms", "min_engines", b"min_engines", "operation_id", b"operation_id", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -422,12 +426,15 @@ class EngineHello(_message.Message):
     ENGINE_ID_FIELD_NUMBER: _builtins.int
     STREAM_FIELD_NUMBER: _builtins.int
     VERSION_FIELD_NUMBER: _builtins.int
+    MANIFEST_CHECKSUM_FIELD_NUMBER: _builtins.int
     job_id: _builtins.str
     engine_id: _builtins.str
     """Name of the engine, the same over its restarts."""
     stream: _policy_pb2.WeightStream.ValueType
     version: _builtins.int
-    """Version the engine already serves; absent when none."""
+    """Version the engine already serves; absent when none, or when it must not serve what it holds."""
+    manifest_checksum: _builtins.bytes
+    """Checksum of that version's manifest, 16 bytes; empty when none. A number alone does not tell two timelines apart."""
     def __init__(
         self,
         *,
@@ -435,10 +442,11 @@ class EngineHello(_message.Message):
         engine_id: _builtins.str = ...,
         stream: _policy_pb2.WeightStream.ValueType = ...,
         version: _builtins.int | None = ...,
+        manifest_checksum: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_version", b"_version", "version", b"version"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_version", b"_version", "engine_id", b"engine_id", "job_id", b"job_id", "stream", b"stream", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_version", b"_version", "engine_id", b"engine_id", "job_id", b"job_id", "manifest_checksum", b"manifest_checksum", "stream", b"stream", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__version: _TypeAlias = _typing.Literal["version"]  # noqa: Y015
     _WhichOneofArgType__version: _TypeAlias = _typing.Literal["_version", b"_version"]  # noqa: Y015
@@ -490,6 +498,7 @@ class SubscribeResponse(_message.Message):
     SWAP_FIELD_NUMBER: _builtins.int
     DROP_FIELD_NUMBER: _builtins.int
     CHECK_FIELD_NUMBER: _builtins.int
+    QUARANTINE_FIELD_NUMBER: _builtins.int
     order_id: _builtins.int
     """Ascends within a subscription."""
     @_builtins.property
@@ -502,11 +511,15 @@ class SubscribeResponse(_message.Message):
 
     @_builtins.property
     def drop(self) -> Global___DropOrder:
-        """Forget a prefetched version and let go of its bytes."""
+        """Let go of the bytes of a version: prefetched and not wanted any more, or swapped away."""
 
     @_builtins.property
     def check(self) -> Global___CheckOrder:
         """Compare the bytes the engine serves with this manifest."""
+
+    @_builtins.property
+    def quarantine(self) -> Global___QuarantineOrder:
+        """Stop serving until a swap ordered after this one succeeds. Takes effect at once and is not answered."""
 
     def __init__(
         self,
@@ -516,12 +529,13 @@ class SubscribeResponse(_message.Message):
         swap: Global___SwapOrder | None = ...,
         drop: Global___DropOrder | None = ...,
         check: Global___CheckOrder | None = ...,
+        quarantine: Global___QuarantineOrder | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["check", b"check", "drop", b"drop", "kind", b"kind", "prefetch", b"prefetch", "swap", b"swap"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["check", b"check", "drop", b"drop", "kind", b"kind", "prefetch", b"prefetch", "quarantine", b"quarantine", "swap", b"swap"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["check", b"check", "drop", b"drop", "kind", b"kind", "order_id", b"order_id", "prefetch", b"prefetch", "swap", b"swap"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["check", b"check", "drop", b"drop", "kind", b"kind", "order_id", b"order_id", "prefetch", b"prefetch", "quarantine", b"quarantine", "swap", b"swap"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["prefetch", "swap", "drop", "check"]  # noqa: Y015
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["prefetch", "swap", "drop", "check", "quarantine"]  # noqa: Y015
     _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
 
@@ -533,6 +547,9 @@ class PrefetchOrder(_message.Message):
 
     MANIFEST_FIELD_NUMBER: _builtins.int
     HANDLE_FIELD_NUMBER: _builtins.int
+    PUBLICATION_ID_FIELD_NUMBER: _builtins.int
+    publication_id: _builtins.int
+    """Names these bytes: a version number may be published again after a resume from an older checkpoint."""
     @_builtins.property
     def manifest(self) -> _policy_pb2.Manifest: ...
     @_builtins.property
@@ -542,10 +559,11 @@ class PrefetchOrder(_message.Message):
         *,
         manifest: _policy_pb2.Manifest | None = ...,
         handle: Global___TransportHandle | None = ...,
+        publication_id: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["handle", b"handle", "manifest", b"manifest"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["handle", b"handle", "manifest", b"manifest"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["handle", b"handle", "manifest", b"manifest", "publication_id", b"publication_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -556,16 +574,19 @@ class SwapOrder(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     VERSION_FIELD_NUMBER: _builtins.int
+    PUBLICATION_ID_FIELD_NUMBER: _builtins.int
+    publication_id: _builtins.int
     @_builtins.property
     def version(self) -> _policy_pb2.WeightVersion: ...
     def __init__(
         self,
         *,
         version: _policy_pb2.WeightVersion | None = ...,
+        publication_id: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["version", b"version"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["publication_id", b"publication_id", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -576,20 +597,42 @@ class DropOrder(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     VERSION_FIELD_NUMBER: _builtins.int
+    PUBLICATION_ID_FIELD_NUMBER: _builtins.int
+    publication_id: _builtins.int
     @_builtins.property
     def version(self) -> _policy_pb2.WeightVersion: ...
     def __init__(
         self,
         *,
         version: _policy_pb2.WeightVersion | None = ...,
+        publication_id: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["version", b"version"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["publication_id", b"publication_id", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___DropOrder: _TypeAlias = DropOrder  # noqa: Y015
+
+@_typing.final
+class QuarantineOrder(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REASON_FIELD_NUMBER: _builtins.int
+    reason: _builtins.str
+    def __init__(
+        self,
+        *,
+        reason: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["reason", b"reason"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___QuarantineOrder: _TypeAlias = QuarantineOrder  # noqa: Y015
 
 @_typing.final
 class CheckOrder(_message.Message):
@@ -685,3 +728,42 @@ class ListVersionsResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ListVersionsResponse: _TypeAlias = ListVersionsResponse  # noqa: Y015
+
+@_typing.final
+class ReleaseJobRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    JOB_ID_FIELD_NUMBER: _builtins.int
+    job_id: _builtins.str
+    def __init__(
+        self,
+        *,
+        job_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["job_id", b"job_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReleaseJobRequest: _TypeAlias = ReleaseJobRequest  # noqa: Y015
+
+@_typing.final
+class ReleaseJobResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FREED_BYTES_FIELD_NUMBER: _builtins.int
+    freed_bytes: _builtins.int
+    """Bytes that were freed."""
+    def __init__(
+        self,
+        *,
+        freed_bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["freed_bytes", b"freed_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReleaseJobResponse: _TypeAlias = ReleaseJobResponse  # noqa: Y015

@@ -59,6 +59,11 @@ class WeightSyncServiceStub:
                 request_serializer=miles_dot_v1_dot_weightsync__pb2.ListVersionsRequest.SerializeToString,
                 response_deserializer=miles_dot_v1_dot_weightsync__pb2.ListVersionsResponse.FromString,
                 _registered_method=True)
+        self.ReleaseJob = channel.unary_unary(
+                '/miles.v1.WeightSyncService/ReleaseJob',
+                request_serializer=miles_dot_v1_dot_weightsync__pb2.ReleaseJobRequest.SerializeToString,
+                response_deserializer=miles_dot_v1_dot_weightsync__pb2.ReleaseJobResponse.FromString,
+                _registered_method=True)
 
 
 class WeightSyncServiceServicer:
@@ -98,6 +103,13 @@ class WeightSyncServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ReleaseJob(self, request, context):
+        """Ends every stream of a job that is over and frees its bytes. Idempotent.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_WeightSyncServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -125,6 +137,11 @@ def add_WeightSyncServiceServicer_to_server(servicer, server):
                     servicer.ListVersions,
                     request_deserializer=miles_dot_v1_dot_weightsync__pb2.ListVersionsRequest.FromString,
                     response_serializer=miles_dot_v1_dot_weightsync__pb2.ListVersionsResponse.SerializeToString,
+            ),
+            'ReleaseJob': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReleaseJob,
+                    request_deserializer=miles_dot_v1_dot_weightsync__pb2.ReleaseJobRequest.FromString,
+                    response_serializer=miles_dot_v1_dot_weightsync__pb2.ReleaseJobResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -262,6 +279,33 @@ class WeightSyncService:
             '/miles.v1.WeightSyncService/ListVersions',
             miles_dot_v1_dot_weightsync__pb2.ListVersionsRequest.SerializeToString,
             miles_dot_v1_dot_weightsync__pb2.ListVersionsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReleaseJob(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/miles.v1.WeightSyncService/ReleaseJob',
+            miles_dot_v1_dot_weightsync__pb2.ReleaseJobRequest.SerializeToString,
+            miles_dot_v1_dot_weightsync__pb2.ReleaseJobResponse.FromString,
             options,
             channel_credentials,
             insecure,

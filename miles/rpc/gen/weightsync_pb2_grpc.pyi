@@ -40,6 +40,8 @@ class WeightSyncServiceStub:
     Subscribe: _grpc.StreamStreamMultiCallable[_weightsync_pb2.SubscribeRequest, _weightsync_pb2.SubscribeResponse]
     """An engine's attachment: it reports what it holds and is told what to load."""
     ListVersions: _grpc.UnaryUnaryMultiCallable[_weightsync_pb2.ListVersionsRequest, _weightsync_pb2.ListVersionsResponse]
+    ReleaseJob: _grpc.UnaryUnaryMultiCallable[_weightsync_pb2.ReleaseJobRequest, _weightsync_pb2.ReleaseJobResponse]
+    """Ends every stream of a job that is over and frees its bytes. Idempotent."""
 
 @_typing.type_check_only
 class WeightSyncServiceAsyncStub(WeightSyncServiceStub):
@@ -53,6 +55,8 @@ class WeightSyncServiceAsyncStub(WeightSyncServiceStub):
     Subscribe: _aio.StreamStreamMultiCallable[_weightsync_pb2.SubscribeRequest, _weightsync_pb2.SubscribeResponse]  # type: ignore[assignment]
     """An engine's attachment: it reports what it holds and is told what to load."""
     ListVersions: _aio.UnaryUnaryMultiCallable[_weightsync_pb2.ListVersionsRequest, _weightsync_pb2.ListVersionsResponse]  # type: ignore[assignment]
+    ReleaseJob: _aio.UnaryUnaryMultiCallable[_weightsync_pb2.ReleaseJobRequest, _weightsync_pb2.ReleaseJobResponse]  # type: ignore[assignment]
+    """Ends every stream of a job that is over and frees its bytes. Idempotent."""
 
 class WeightSyncServiceServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -93,5 +97,13 @@ class WeightSyncServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _weightsync_pb2.ListVersionsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_weightsync_pb2.ListVersionsResponse, _abc.Awaitable[_weightsync_pb2.ListVersionsResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def ReleaseJob(
+        self,
+        request: _weightsync_pb2.ReleaseJobRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_weightsync_pb2.ReleaseJobResponse, _abc.Awaitable[_weightsync_pb2.ReleaseJobResponse]]:
+        """Ends every stream of a job that is over and frees its bytes. Idempotent."""
 
 def add_WeightSyncServiceServicer_to_server(servicer: WeightSyncServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
