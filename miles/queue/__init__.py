@@ -1,0 +1,30 @@
+"""The sample queue on Redis: finished groups to the trainer, half-finished ones to whoever resumes them."""
+
+from miles.queue.client import connect, connect_async
+from miles.queue.errors import (
+    MissingGroups,
+    QueueFull,
+    RedisStartError,
+    RedisUnsuitable,
+    UnreadableGroups,
+)
+from miles.queue.groups import GroupQueue
+from miles.queue.keys import JobKeys
+from miles.queue.partial import PartialStore
+from miles.queue.payload import Outstanding
+from miles.queue.server import RedisServer
+
+__all__ = [
+    "GroupQueue",
+    "JobKeys",
+    "MissingGroups",
+    "Outstanding",
+    "PartialStore",
+    "QueueFull",
+    "RedisServer",
+    "RedisStartError",
+    "RedisUnsuitable",
+    "UnreadableGroups",
+    "connect",
+    "connect_async",
+]

@@ -1,0 +1,204 @@
+"""The reading side of the group stream: which entries this consumer has seen, and their payloads until taken."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import logging
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from redis.exceptions import ResponseError
+
+from miles.queue.errors import UnreadableGroups
+from miles.queue.keys import CONSUMER_GROUP, JobKeys
+from miles.queue.payload import content_hash, decode_group
+from miles.queue.scripts import BURY
+
+if TYPE_CHECKING:
+    import redis.asyncio
+
+    from miles.types import SampleGroup
+
+log = logging.getLogger(__name__)
+
+_READ_COUNT = 16
+"""Entries per read: at 1 MiB each, what one answer may weigh."""
+
+_PENDING_PAGE = 1000
+_RECOVER_EVERY_S = 5.0
+_MAX_DEAD = 1000
+"""Dead letters kept."""
+
+Fields = dict[bytes, bytes]
+
+
+@dataclasses.dataclass(slots=True)
+class _Entry:
+    entry_id: str
+    fields: Fields | None
+    """None once taken: the payload is read from Redis again if it is asked for again."""
+
+
+class GroupConsumer:
+    """Reads entries as one consumer of the group `trainer` and indexes them by group id."""
+
+    def __init__(
+        self, redis: redis.asyncio.Redis, keys: JobKeys, name: str, *, dead_after_s: float, blob_ttl_s: int
+    ) -> None:
+        self._redis = redis
+        self._keys = keys
+        self._name = name
+        self._dead_after_ms = int(dead_after_s * 1000)
+        self._blob_ttl_s = blob_ttl_s
+        self._bury_script = redis.register_script(BURY)
+        self._entries: dict[int, _Entry] = {}
+        self._recovered_at: float | None = None
+
+    def holds(self, group_id: int) -> bool:
+        """True when the group's entry has been read."""
+        return group_id in self._entries
+
+    def forget(self, group_ids: Iterable[int]) -> None:
+        """Drop acknowledged groups from the index."""
+        for group_id in group_ids:
+            self._entries.pop(group_id, None)
+
+    def forget_all(self) -> None:
+        """Drop the index."""
+        self._entries.clear()
+        self._recovered_at = None
+
+    async def read(self, block_s: float) -> None:
+        """Index new entries, waiting up to `block_s` seconds for one.
+
+        First, and from time to time when nothing new comes, also looks for pending entries it does not know: its own
+        of an earlier life or of an answer that was lost, and those of consumers that died.
+        """
+        now = asyncio.get_running_loop().time()
+        try:
+            if self._recovered_at is None:
+                await self._create_group()
+                await self._recover()
+                self._recovered_at = now
+            elif not await self._read_new(block_s) and now - self._recovered_at >= _RECOVER_EVERY_S:
+                await self._recover()
+                self._recovered_at = now
+        except ResponseError as error:
+            if not str(error).startswith("NOGROUP"):
+                raise
+            log.warning("the consumer group of %s is gone (Redis lost its data?); creating it again", self._keys.groups)
+            self.forget_all()
+
+    async def take(self, group_id: int) -> tuple[str, SampleGroup] | None:
+        """Entry id and group of an entry that `holds`; None when the entry is gone from Redis.
+
+        Raises UnreadableGroups after moving an entry that cannot be decoded to the dead-letter stream.
+        """
+        entry = self._entries[group_id]
+        fields = entry.fields
+        if fields is None:
+            found: Any = await self._redis.xrange(self._keys.groups, entry.entry_id, entry.entry_id)
+            if not found:
+                del self._entries[group_id]
+                return None
+            fields = found[0][1]
+        try:
+            group = decode_group(await self._payload(fields))
+            if group.group_id != group_id:
+                raise ValueError(f"entry of group {group_id} holds group {group.group_id}")
+        except ValueError as error:
+            await self._bury(entry.entry_id, str(group_id), str(error))
+            del self._entries[group_id]
+            raise UnreadableGroups(
+                f"the entry of group {group_id} cannot be decoded ({error}); it was moved to {self._keys.dead} "
+                "and the group must be generated again",
+                [group_id],
+            ) from error
+        entry.fields = None
+        return entry.entry_id, group
+
+    async def _payload(self, fields: Fields) -> bytes:
+        if b"group" in fields:
+            return fields[b"group"]
+        if b"blob" not in fields:
+            raise ValueError("the entry has neither a field `group` nor a field `blob`")
+        blob_hash = fields[b"blob"].decode()
+        payload: Any = await self._redis.getex(self._keys.blob(blob_hash), ex=self._blob_ttl_s)
+        if payload is None:
+            raise ValueError(f"its blob {blob_hash} is gone (expired or deleted)")
+        if content_hash(payload) != blob_hash:
+            raise ValueError(f"its blob {blob_hash} has changed: content hash {content_hash(payload)}")
+        return bytes(payload)
+
+    async def _create_group(self) -> None:
+        try:
+            await self._redis.xgroup_create(self._keys.groups, CONSUMER_GROUP, id="0", mkstream=True)
+        except ResponseError as error:
+            if not str(error).startswith("BUSYGROUP"):
+                raise
+
+    async def _read_new(self, block_s: float) -> bool:
+        answer: Any = await self._redis.xreadgroup(
+            CONSUMER_GROUP,
+            self._name,
+            {self._keys.groups: ">"},
+            count=_READ_COUNT,
+            block=max(1, int(block_s * 1000)),
+        )
+        entries = answer[0][1] if answer else []
+        await self._index(entries)
+        return bool(entries)
+
+    async def _recover(self) -> None:
+        # Ids first: this consumer may hold thousands of entries between two checkpoints, nearly all of them known.
+        known = {entry.entry_id for entry in self._entries.values()}
+        start = "-"
+        while True:
+            pending: list[dict[str, Any]] = await self._redis.xpending_range(
+                self._keys.groups, CONSUMER_GROUP, min=start, max="+", count=_PENDING_PAGE
+            )
+            mine = [item["message_id"] for item in pending if item["consumer"].decode() == self._name]
+            orphans = [
+                item["message_id"]
+                for item in pending
+                if item["consumer"].decode() != self._name and item["time_since_delivered"] >= self._dead_after_ms
+            ]
+            if orphans:
+                # The idle time again: a consumer that touched an entry meanwhile keeps it.
+                mine += await self._redis.xclaim(
+                    *(self._keys.groups, CONSUMER_GROUP, self._name, self._dead_after_ms, orphans), justid=True
+                )
+            for entry_id in mine:
+                if entry_id.decode() not in known:
+                    await self._index_one(entry_id.decode())
+            if len(pending) < _PENDING_PAGE:
+                return
+            start = f"({pending[-1]['message_id'].decode()}"
+
+    async def _index_one(self, entry_id: str) -> None:
+        found: Any = await self._redis.xrange(self._keys.groups, entry_id, entry_id)
+        if found:
+            await self._index(found)
+        else:
+            # Deleted while pending, by a trainer that died between two commands of another client.
+            await self._redis.xack(self._keys.groups, CONSUMER_GROUP, entry_id)
+
+    async def _index(self, entries: list[tuple[bytes, Fields]]) -> None:
+        for raw_id, fields in entries:
+            entry_id = raw_id.decode()
+            try:
+                group_id = int(fields[b"group_id"])
+            except (KeyError, ValueError) as error:
+                log.error(
+                    "entry %s of %s has no group_id; moving it to %s", entry_id, self._keys.groups, self._keys.dead
+                )
+                await self._bury(entry_id, "", f"field group_id: {error!r}")
+                continue
+            self._entries.setdefault(group_id, _Entry(entry_id, fields))
+
+    async def _bury(self, entry_id: str, group_id: str, reason: str) -> None:
+        await self._bury_script(
+            keys=[self._keys.groups, self._keys.index, self._keys.blob_refs, self._keys.dead],
+            args=[CONSUMER_GROUP, self._keys.blob_prefix, entry_id, group_id, reason, _MAX_DEAD],
+        )

@@ -1,0 +1,31 @@
+"""What can go wrong between a producer, Redis and the trainer."""
+
+from __future__ import annotations
+
+
+class RedisUnsuitable(RuntimeError):
+    """The server answers but cannot hold the queue without losing groups."""
+
+
+class RedisStartError(RuntimeError):
+    """The bundled server did not start or did not stop."""
+
+
+class QueueFull(TimeoutError):
+    """Redis had no memory for a group until the deadline; the group is not queued."""
+
+
+class MissingGroups(TimeoutError):
+    """Groups that did not appear in the queue until the deadline."""
+
+    def __init__(self, message: str, group_ids: list[int]) -> None:
+        super().__init__(message)
+        self.group_ids = group_ids
+
+
+class UnreadableGroups(ValueError):
+    """Groups whose entries could not be decoded; they are in the dead-letter stream and must be generated again."""
+
+    def __init__(self, message: str, group_ids: list[int]) -> None:
+        super().__init__(message)
+        self.group_ids = group_ids

@@ -1,0 +1,180 @@
+"""The stream of finished groups between rollouts and the trainer: at least once, idempotent per group id."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from miles.queue.backpressure import when_there_is_room
+from miles.queue.consumer import GroupConsumer
+from miles.queue.errors import MissingGroups
+from miles.queue.keys import CONSUMER_GROUP, JobKeys
+from miles.queue.payload import INLINE_LIMIT, Outstanding, content_hash, encode_group
+from miles.queue.scripts import ACKNOWLEDGE, PUT
+
+if TYPE_CHECKING:
+    import redis.asyncio
+
+    from miles.types import SampleGroup
+
+log = logging.getLogger(__name__)
+
+BLOB_TTL_S = 30 * 24 * 3600
+"""How long a blob outlives the last time its entry was put or read, in seconds: bounds what forgotten jobs hold."""
+
+_UPLOAD_TTL_S = 3600
+"""How long a blob lives before an entry refers to it: bounds what a producer leaves that dies in between."""
+
+_ACKNOWLEDGE_BATCH = 256
+"""Groups acknowledged by one script call: bounds how long Redis stands still."""
+
+
+class GroupQueue:
+    """One job's finished groups.
+
+    Rollouts `put`, the trainer `collect`s and, once a checkpoint covers them, `acknowledge`s; the controller reads
+    `outstanding`. A group is in the queue at most once, however often it is put.
+    """
+
+    def __init__(
+        self,
+        redis: redis.asyncio.Redis,
+        job_id: str,
+        *,
+        consumer: str = "trainer",
+        dead_after_s: float = 60.0,
+        inline_limit: int = INLINE_LIMIT,
+        blob_ttl_s: int = BLOB_TTL_S,
+    ) -> None:
+        """`consumer` names the reader: a restarted one with the same name goes on with its own entries at once, and
+        takes over those of other names after they have lain untouched for `dead_after_s` seconds. Payloads above
+        `inline_limit` bytes become blobs that live `blob_ttl_s` seconds after their last use."""
+        self._redis = redis
+        self._keys = JobKeys(job_id)
+        self._inline_limit = inline_limit
+        self._blob_ttl_s = blob_ttl_s
+        self._put = redis.register_script(PUT)
+        self._acknowledge = redis.register_script(ACKNOWLEDGE)
+        self._consumer = GroupConsumer(redis, self._keys, consumer, dead_after_s=dead_after_s, blob_ttl_s=blob_ttl_s)
+
+    async def put(
+        self, group: SampleGroup, *, attempt: int, oldest_version: int | None = None, deadline_s: float = 600.0
+    ) -> str:
+        """Queue a group and return its entry's id; a group that is already queued keeps its first entry.
+
+        `oldest_version` is read from the samples when not given. Waits while Redis is out of memory; raises QueueFull
+        after `deadline_s` seconds of that.
+        """
+        payload = encode_group(group)
+        oldest = (group.oldest_version or 0) if oldest_version is None else oldest_version
+        blob_hash = content_hash(payload) if len(payload) > self._inline_limit else ""
+        blob_key = self._keys.blob(blob_hash)
+
+        async def write() -> str:
+            while True:
+                if blob_hash:
+                    # NX: a blob that is there has an entry, whose longer time to live must stay.
+                    await self._redis.set(blob_key, payload, ex=_UPLOAD_TTL_S, nx=True)
+                state, entry_id = await self._put(
+                    keys=[self._keys.groups, self._keys.index, self._keys.blob_refs, blob_key],
+                    args=[
+                        *(group.group_id, attempt, oldest, len(payload), blob_hash),
+                        *(b"" if blob_hash else payload, self._blob_ttl_s),
+                    ],
+                )
+                if state != b"no-blob":
+                    return str(entry_id.decode())
+
+        return await when_there_is_room(write, f"group {group.group_id}", len(payload), deadline_s)
+
+    async def collect(self, group_ids: Iterable[int], deadline_s: float) -> dict[int, tuple[str, SampleGroup]]:
+        """Wait until all these groups are queued; return (entry id, group) by group id, in the order asked for.
+
+        The entries stay pending until `acknowledge`; collecting a group again returns it again. Groups that were read
+        but not asked for are kept for later calls. Raises MissingGroups after `deadline_s` seconds, and
+        UnreadableGroups at once when an entry cannot be decoded.
+        """
+        wanted = list(dict.fromkeys(group_ids))
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + deadline_s
+        collected: dict[int, tuple[str, SampleGroup]] = {}
+        while True:
+            for group_id in wanted:
+                if group_id not in collected and self._consumer.holds(group_id):
+                    taken = await self._consumer.take(group_id)
+                    if taken is not None:
+                        collected[group_id] = taken
+            missing = [group_id for group_id in wanted if group_id not in collected]
+            if not missing:
+                return {group_id: collected[group_id] for group_id in wanted}
+            left_s = deadline - loop.time()
+            if left_s <= 0:
+                raise MissingGroups(
+                    f"groups {_abbreviate(missing)} of job {self._keys.job_id} did not appear in the queue within "
+                    f"{deadline_s:.0f} s ({len(collected)} of {len(wanted)} did)",
+                    missing,
+                )
+            await self._consumer.read(min(left_s, 1.0))
+
+    async def acknowledge(self, ids: Iterable[int | str]) -> int:
+        """Forget groups for good: entry, payload and index record. Returns how many were still there.
+
+        `ids` are group ids (int) or entry ids (str, as returned by `put` and `collect`).
+        """
+        pairs = await self._resolve(list(ids))
+        removed = 0
+        for batch in _batches(pairs, _ACKNOWLEDGE_BATCH):
+            removed += int(
+                await self._acknowledge(
+                    keys=[self._keys.groups, self._keys.index, self._keys.blob_refs],
+                    args=[CONSUMER_GROUP, self._keys.blob_prefix, *(item for pair in batch for item in pair)],
+                )
+            )
+            self._consumer.forget(group_id for group_id, _ in batch)
+        return removed
+
+    async def outstanding(self) -> list[Outstanding]:
+        """Every entry that was not acknowledged, by ascending group id, without payloads."""
+        records: Any = await self._redis.hgetall(self._keys.index)
+        return sorted(
+            (Outstanding.parse(group_id, record) for group_id, record in records.items()), key=lambda o: o.group_id
+        )
+
+    async def dead_letters(self, limit: int = 100) -> list[dict[str, bytes]]:
+        """The newest entries that could not be decoded, newest first, with `dead_reason`, `dead_group_id`, ..."""
+        entries: Any = await self._redis.xrevrange(self._keys.dead, count=limit)
+        return [{name.decode(errors="replace"): value for name, value in fields.items()} for _, fields in entries]
+
+    async def drop_job(self) -> None:
+        """Delete every key of the job's queue, its partial trajectories and dead letters included."""
+        keys = self._keys
+        await self._redis.unlink(keys.groups, keys.index, keys.blob_refs, keys.dead)
+        for prefix in (keys.blob_prefix, keys.partial_prefix):
+            batch: list[Any] = []
+            async for key in self._redis.scan_iter(match=f"{prefix}*", count=1000):
+                batch.append(key)
+                if len(batch) == 1000:
+                    await self._redis.unlink(*batch)
+                    batch.clear()
+            if batch:
+                await self._redis.unlink(*batch)
+        self._consumer.forget_all()
+
+    async def _resolve(self, ids: list[int | str]) -> list[tuple[int, str]]:
+        """Pairs (group id, entry id or '') for the acknowledge script; entry ids that are gone already drop out."""
+        entries = [entry_id for entry_id in ids if isinstance(entry_id, str)]
+        known = {entry.entry_id: entry.group_id for entry in await self.outstanding()} if entries else {}
+        pairs = [(group_id, "") for group_id in ids if isinstance(group_id, int)]
+        return pairs + [(known[entry_id], entry_id) for entry_id in entries if entry_id in known]
+
+
+def _batches(pairs: list[tuple[int, str]], size: int) -> Iterator[list[tuple[int, str]]]:
+    for start in range(0, len(pairs), size):
+        yield pairs[start : start + size]
+
+
+def _abbreviate(group_ids: list[int], limit: int = 20) -> str:
+    shown = ", ".join(str(group_id) for group_id in group_ids[:limit])
+    return shown if len(group_ids) <= limit else f"{shown} and {len(group_ids) - limit} more"

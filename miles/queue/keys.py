@@ -1,0 +1,71 @@
+"""Names of every Redis key the queue uses. All of them start with the job's prefix."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+
+CONSUMER_GROUP = "trainer"
+"""The one consumer group of a job's stream."""
+
+_JOB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class JobKeys:
+    """The keys of one job.
+
+    Raises ValueError for a job id that could collide with another job's keys or act as a pattern.
+    """
+
+    job_id: str
+
+    def __post_init__(self) -> None:
+        if not _JOB_ID.fullmatch(self.job_id):
+            raise ValueError(
+                f"job_id = {self.job_id!r} cannot name Redis keys; use 1 to 128 letters, digits, '_', '.' or '-', "
+                "beginning with a letter or digit"
+            )
+
+    @property
+    def prefix(self) -> str:
+        """What every key of the job starts with."""
+        return f"miles:{self.job_id}:"
+
+    @property
+    def groups(self) -> str:
+        """Stream of finished groups, one entry a group."""
+        return f"{self.prefix}groups"
+
+    @property
+    def index(self) -> str:
+        """Hash from group id to what `IndexRecord` holds: which entries exist, without their payloads."""
+        return f"{self.prefix}group_index"
+
+    @property
+    def blob_refs(self) -> str:
+        """Hash from blob hash to the number of entries that refer to it."""
+        return f"{self.prefix}blob_refs"
+
+    @property
+    def blob_prefix(self) -> str:
+        """What the key of a blob starts with; its content hash follows."""
+        return f"{self.prefix}blob:"
+
+    def blob(self, content_hash: str) -> str:
+        """Payload that is too big for a stream entry."""
+        return f"{self.blob_prefix}{content_hash}"
+
+    @property
+    def dead(self) -> str:
+        """Stream of entries that could not be decoded, with the reason."""
+        return f"{self.prefix}dead"
+
+    @property
+    def partial_prefix(self) -> str:
+        """What the key of a half-finished group starts with; its group id follows."""
+        return f"{self.prefix}partial:"
+
+    def partial(self, group_id: int) -> str:
+        """Hash that holds a half-finished group and the attempt that stored it."""
+        return f"{self.partial_prefix}{group_id}"

@@ -1,0 +1,50 @@
+"""Half-finished groups, kept for whoever leases them next."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from miles.queue.backpressure import when_there_is_room
+from miles.queue.keys import JobKeys
+from miles.queue.payload import decode_group, encode_group
+from miles.queue.scripts import SAVE_PARTIAL
+
+if TYPE_CHECKING:
+    import redis.asyncio
+
+    from miles.types import SampleGroup
+
+PARTIAL_TTL_S = 7 * 24 * 3600
+"""How long a half-finished group is kept, in seconds; without it the group starts over, which is correct but slower."""
+
+
+class PartialStore:
+    """Groups of which some samples are unfinished (tokens, log-probs, experts and versions so far)."""
+
+    def __init__(self, redis: redis.asyncio.Redis, job_id: str, *, ttl_s: int = PARTIAL_TTL_S) -> None:
+        self._redis = redis
+        self._keys = JobKeys(job_id)
+        self._ttl_s = ttl_s
+        self._save = redis.register_script(SAVE_PARTIAL)
+
+    async def save(self, group_id: int, group: SampleGroup, *, attempt: int = 0, deadline_s: float = 60.0) -> bool:
+        """Store a group, in place of an earlier one of the same or an earlier attempt.
+
+        Returns False when a later attempt has stored one, which stays. Raises QueueFull when Redis has no memory for
+        it until the deadline.
+        """
+        payload = encode_group(group)
+
+        async def write() -> int:
+            return int(await self._save(keys=[self._keys.partial(group_id)], args=[attempt, payload, self._ttl_s]))
+
+        return bool(await when_there_is_room(write, f"partial group {group_id}", len(payload), deadline_s))
+
+    async def load(self, group_id: int) -> SampleGroup | None:
+        """The stored group, or None. Raises ValueError when it cannot be decoded."""
+        payload: Any = await self._redis.hget(self._keys.partial(group_id), "group")
+        return None if payload is None else decode_group(payload)
+
+    async def delete(self, group_id: int) -> None:
+        """Forget a group; does nothing when there is none."""
+        await self._redis.unlink(self._keys.partial(group_id))

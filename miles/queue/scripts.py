@@ -1,0 +1,84 @@
+"""The Lua scripts of the queue: each is one atomic change of the stream, its index and its blobs.
+
+Redis refuses the first write of a script with OOM when it is full, and lets a script that has begun to write finish. So
+`PUT` begins with XADD, which may be refused, and the scripts that free memory begin with XACK, which may not.
+"""
+
+from __future__ import annotations
+
+PUT = """
+-- KEYS stream, index, blob_refs, blob ; ARGV group_id, attempt, oldest_version, bytes, blob_hash, payload, blob_ttl_s
+local known = redis.call('HGET', KEYS[2], ARGV[1])
+if known then return {'known', string.match(known, '^(%S+)')} end
+local has_blob = ARGV[5] ~= ''
+if has_blob and redis.call('EXISTS', KEYS[4]) == 0 then return {'no-blob', ''} end
+local entry = redis.call('XADD', KEYS[1], '*', 'group_id', ARGV[1], 'attempt', ARGV[2], 'oldest_version', ARGV[3],
+  'bytes', ARGV[4], has_blob and 'blob' or 'group', has_blob and ARGV[5] or ARGV[6])
+redis.call('HSET', KEYS[2], ARGV[1],
+  entry .. ' ' .. ARGV[2] .. ' ' .. ARGV[3] .. ' ' .. ARGV[4] .. ' ' .. (has_blob and ARGV[5] or '-'))
+if has_blob then
+  redis.call('HINCRBY', KEYS[3], ARGV[5], 1)
+  redis.call('EXPIRE', KEYS[4], ARGV[7])
+end
+return {'new', entry}
+"""
+"""Add a group once. Returns (state, entry id) with state new, known, or no-blob when the blob expired meanwhile."""
+
+_RELEASE_BLOB = """
+local function release(refs, blob_prefix, hash)
+  if redis.call('HINCRBY', refs, hash, -1) <= 0 then
+    redis.call('HDEL', refs, hash)
+    redis.call('UNLINK', blob_prefix .. hash)
+  end
+end
+"""
+
+ACKNOWLEDGE = (
+    _RELEASE_BLOB
+    + """
+-- KEYS stream, index, blob_refs ; ARGV consumer_group, blob_prefix, then pairs of group_id, entry_id
+local removed = 0
+for i = 3, #ARGV, 2 do
+  local entry, hash = string.match(redis.call('HGET', KEYS[2], ARGV[i]) or '', '^(%S+) %S+ %S+ %S+ (%S+)$')
+  if entry and (ARGV[i + 1] == '' or ARGV[i + 1] == entry) then
+    redis.call('XACK', KEYS[1], ARGV[1], entry)
+    redis.call('XDEL', KEYS[1], entry)
+    redis.call('HDEL', KEYS[2], ARGV[i])
+    if hash ~= '-' then release(KEYS[3], ARGV[2], hash) end
+    removed = removed + 1
+  end
+end
+return removed
+"""
+)
+"""Forget groups for good. An entry id of '' means whichever entry the group has. Returns how many were there."""
+
+BURY = (
+    _RELEASE_BLOB
+    + """
+-- KEYS stream, index, blob_refs, dead ; ARGV consumer_group, blob_prefix, entry_id, group_id, reason, max_dead
+redis.call('XACK', KEYS[1], ARGV[1], ARGV[3])
+local found = redis.call('XRANGE', KEYS[1], ARGV[3], ARGV[3])
+local fields = found[1] and found[1][2] or {}
+redis.call('XADD', KEYS[4], 'MAXLEN', ARGV[6], '*', 'dead_entry_id', ARGV[3], 'dead_group_id', ARGV[4],
+  'dead_reason', ARGV[5], unpack(fields))
+redis.call('XDEL', KEYS[1], ARGV[3])
+local entry, hash = string.match(redis.call('HGET', KEYS[2], ARGV[4]) or '', '^(%S+) %S+ %S+ %S+ (%S+)$')
+if entry == ARGV[3] then
+  redis.call('HDEL', KEYS[2], ARGV[4])
+  if hash ~= '-' then release(KEYS[3], ARGV[2], hash) end
+end
+return 1
+"""
+)
+"""Move an entry to the dead-letter stream, so that its group can be put again."""
+
+SAVE_PARTIAL = """
+-- KEYS partial ; ARGV attempt, payload, ttl_s
+local stored = redis.call('HGET', KEYS[1], 'attempt')
+if stored and tonumber(stored) > tonumber(ARGV[1]) then return 0 end
+redis.call('HSET', KEYS[1], 'attempt', ARGV[1], 'group', ARGV[2])
+redis.call('EXPIRE', KEYS[1], ARGV[3])
+return 1
+"""
+"""Store a half-finished group unless a later attempt has stored one. Returns 1 when stored."""
