@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import filecmp
+import os
 import pathlib
 import re
 import shutil
@@ -43,9 +44,13 @@ def generate(out: pathlib.Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="compare with what is checked in, change nothing")
+    # protoc finds its plug-ins on PATH; they lie beside the interpreter, which need not be on it.
+    os.environ["PATH"] = os.pathsep.join([str(pathlib.Path(sys.executable).parent), os.environ.get("PATH", "")])
     if not parser.parse_args().check:
-        shutil.rmtree(GENERATED, ignore_errors=True)
-        generate(GENERATED)
+        with tempfile.TemporaryDirectory() as fresh:
+            generate(pathlib.Path(fresh))
+            shutil.rmtree(GENERATED, ignore_errors=True)
+            shutil.copytree(fresh, GENERATED)
         return
     with tempfile.TemporaryDirectory() as fresh:
         generate(pathlib.Path(fresh))

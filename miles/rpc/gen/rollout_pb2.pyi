@@ -635,12 +635,15 @@ class GroupFailed(_message.Message):
     ATTEMPT_FIELD_NUMBER: _builtins.int
     ERROR_FIELD_NUMBER: _builtins.int
     RETRYABLE_FIELD_NUMBER: _builtins.int
+    PURPOSE_FIELD_NUMBER: _builtins.int
     group_id: _builtins.int
     attempt: _builtins.int
     error: _builtins.str
     """What failed and what to do about it."""
     retryable: _builtins.bool
     """False when trying again cannot help."""
+    purpose: Global___GroupPurpose.ValueType
+    """Purpose of the lease that failed."""
     def __init__(
         self,
         *,
@@ -648,10 +651,11 @@ class GroupFailed(_message.Message):
         attempt: _builtins.int = ...,
         error: _builtins.str = ...,
         retryable: _builtins.bool = ...,
+        purpose: Global___GroupPurpose.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "error", b"error", "group_id", b"group_id", "retryable", b"retryable"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "error", b"error", "group_id", b"group_id", "purpose", b"purpose", "retryable", b"retryable"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -664,20 +668,24 @@ class GroupReturned(_message.Message):
     GROUP_ID_FIELD_NUMBER: _builtins.int
     ATTEMPT_FIELD_NUMBER: _builtins.int
     KEPT_TOKENS_FIELD_NUMBER: _builtins.int
+    PURPOSE_FIELD_NUMBER: _builtins.int
     group_id: _builtins.int
     attempt: _builtins.int
     kept_tokens: _builtins.int
     """Response tokens kept for whoever resumes the group, in tokens."""
+    purpose: Global___GroupPurpose.ValueType
+    """Purpose of the lease that was given up."""
     def __init__(
         self,
         *,
         group_id: _builtins.int = ...,
         attempt: _builtins.int = ...,
         kept_tokens: _builtins.int = ...,
+        purpose: Global___GroupPurpose.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "group_id", b"group_id", "kept_tokens", b"kept_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "group_id", b"group_id", "kept_tokens", b"kept_tokens", "purpose", b"purpose"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,0 +1,65 @@
+"""What share of a run's wall time each activity was going on."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+ACTIVITIES = ("generate", "reward", "train", "sync")
+
+
+class ActivityClock:
+    """Adds up the time during which each activity was going on; `idle` is the time during which none was.
+
+    Activities may overlap (an asynchronous run generates while it trains), so shares may add up to more than 1.
+    """
+
+    def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
+        self._now = now
+        self._since = self._began = now()
+        self._depth = dict.fromkeys(ACTIVITIES, 0)
+        self._total_s = {**dict.fromkeys(ACTIVITIES, 0.0), "idle": 0.0}
+
+    def begin(self, activity: str) -> None:
+        """One more of this activity is going on."""
+        self._settle()
+        self._depth[activity] += 1
+
+    def end(self, activity: str) -> None:
+        """One less is."""
+        self._settle()
+        self._depth[activity] -= 1
+
+    @contextmanager
+    def during(self, activity: str) -> Iterator[None]:
+        """The activity goes on inside the block."""
+        self.begin(activity)
+        try:
+            yield
+        finally:
+            self.end(activity)
+
+    def move(self, source: str, target: str, seconds: float) -> None:
+        """Count `seconds` of one activity as another: what was measured afterwards, e.g. waiting for rewards."""
+        seconds = min(seconds, self._total_s[source])
+        self._total_s[source] -= seconds
+        self._total_s[target] += seconds
+
+    def totals(self) -> dict[str, float]:
+        """Seconds per activity, `idle` and `wall` so far."""
+        self._settle()
+        return {**self._total_s, "wall": self._since - self._began}
+
+    def shares(self) -> dict[str, float]:
+        """Seconds per activity and idle over the wall time."""
+        totals = self.totals()
+        wall = totals.pop("wall") or 1.0
+        return {name: seconds / wall for name, seconds in totals.items()}
+
+    def _settle(self) -> None:
+        now = self._now()
+        elapsed, self._since = now - self._since, now
+        going_on = [name for name in ACTIVITIES if self._depth[name] > 0]
+        for name in going_on or ["idle"]:
+            self._total_s[name] += elapsed

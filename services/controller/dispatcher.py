@@ -1,0 +1,216 @@
+"""Keeps the rollouts of a job busy: links to every live worker, leases out, results into admission."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+
+from miles.rpc.gen import controller_pb2, rollout_pb2
+from miles.services.controller.activity import ActivityClock
+from miles.services.controller.admission import Admission
+from miles.services.controller.calls import WorkerFailedError, WorkerLostError
+from miles.services.controller.evaluation import Evaluation
+from miles.services.controller.job_context import JobContext
+from miles.services.controller.registry import AttachedWorker, WorkerRegistry
+from miles.services.controller.rollout_link import RolloutLink
+
+logger = logging.getLogger(__name__)
+
+_MAX_ATTEMPTS = 5
+"""Leases of one group before it is dropped."""
+_MAX_FAILED_IN_A_ROW = 32
+"""Groups dropped for failures, with none accepted between, before the job fails: something is wrong for all of them."""
+
+LeaseMaker = Callable[[int, int, int], rollout_pb2.GroupLease]
+"""(group id, attempt, version) -> the lease of a training group."""
+
+
+class Dispatcher:
+    """Carries out what admission decides.
+
+    `admission` is None while nothing may be admitted (before the first version, while the trainer is away).
+    """
+
+    def __init__(
+        self,
+        context: JobContext,
+        registry: WorkerRegistry,
+        clock: ActivityClock,
+        make_lease: LeaseMaker,
+        weightsync_address: str,
+        reward_addresses: dict[str, str],
+    ) -> None:
+        self._context = context
+        self._registry = registry
+        self._clock = clock
+        self._make_lease = make_lease
+        self._weightsync_address = weightsync_address
+        self._reward_addresses = reward_addresses
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._changed = asyncio.Event()
+        self._generating = False
+        self._failed_in_a_row = 0
+        self.links: dict[str, RolloutLink] = {}
+        self.admission: Admission | None = None
+        self.admitting = True
+        """False while the user has paused the job: what runs goes on, nothing new begins."""
+        self.evaluation: Evaluation | None = None
+        self.stats: dict[int, rollout_pb2.GroupStats] = {}
+        """Of accepted groups that are not trained on yet."""
+        self.failure: Exception | None = None
+        """What makes it pointless to go on."""
+        self.warnings: list[str] = []
+        """Things a person should be told; the run loop takes them."""
+
+    async def run(self) -> None:
+        """Keep links to all live rollouts until cancelled."""
+        try:
+            while True:
+                for worker in self._registry.alive(controller_pb2.WORKER_KIND_ROLLOUT):
+                    known = self.links.get(worker.worker_id)
+                    if known is None or (
+                        known.worker.lease_number != worker.lease_number and worker.worker_id not in self._tasks
+                    ):
+                        self._link(worker)
+                await self._registry.wait_for_change(1.0)
+        finally:
+            for task in self._tasks.values():
+                task.cancel()
+            await asyncio.gather(*self._tasks.values(), return_exceptions=True)
+
+    def ready_links(self) -> list[RolloutLink]:
+        """Links that can take work, least loaded first."""
+        ready = [link for link in self.links.values() if link.capacity > 0]
+        return sorted(ready, key=lambda link: (link.held, link.worker_id))
+
+    async def wait_for_change(self, timeout_s: float = 1.0) -> None:
+        """Return when something about the groups or links changed, or after the timeout."""
+        try:
+            await asyncio.wait_for(self._changed.wait(), timeout_s)
+        except TimeoutError:
+            return
+
+    def notify(self) -> None:
+        """Wake whoever waits for a change."""
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    async def pump(self) -> None:
+        """Hand out groups while some may run and some worker has room."""
+        while room := [link for link in self.ready_links() if link.held < link.capacity]:
+            lease = self._next_lease(room[0].worker_id)
+            if lease is None:
+                break
+            try:
+                await room[0].lease(lease)
+            except WorkerLostError as error:  # its serve() ends too, and gives the groups back
+                logger.info("%s", error)
+                break
+        self._watch_activity()
+
+    def _next_lease(self, worker_id: str) -> rollout_pb2.GroupLease | None:
+        if self.evaluation is not None and (lease := self.evaluation.lease(worker_id)) is not None:
+            return lease
+        if self.admission is None or not self.admitting:
+            return None
+        given = self.admission.lease(worker_id)
+        return None if given is None else self._make_lease(*given, self.admission.version)
+
+    def _link(self, worker: AttachedWorker) -> None:
+        link = RolloutLink(worker, self._context, self._weightsync_address, self._reward_addresses)
+        self.links[worker.worker_id] = link
+        self._tasks[worker.worker_id] = asyncio.create_task(self._serve(link))
+
+    async def _serve(self, link: RolloutLink) -> None:
+        lost = asyncio.create_task(link.worker.lost.wait())
+        serving = asyncio.create_task(link.serve(self._on_response))
+        try:
+            await asyncio.wait({lost, serving}, return_when=asyncio.FIRST_COMPLETED)
+            if serving.done():
+                serving.result()
+        except WorkerLostError as error:
+            logger.info("lost rollout %s: %s", link.worker_id, error)
+            self.warnings.append(f"rollout {link.worker_id} lost: {error}")
+        except WorkerFailedError as error:
+            self.failure = error
+        finally:
+            lost.cancel()
+            serving.cancel()
+            await asyncio.gather(lost, serving, return_exceptions=True)
+            self._unlink(link)
+
+    def _unlink(self, link: RolloutLink) -> None:
+        if self.links.get(link.worker_id) is link:
+            del self.links[link.worker_id]
+            self._tasks.pop(link.worker_id, None)
+        if self.admission is not None:
+            lost = self.admission.lose_worker(link.worker_id)
+            if lost:
+                logger.info("groups %s of rollout %s will be leased again", lost, link.worker_id)
+        if self.evaluation is not None:
+            self.evaluation.lose_worker(link.worker_id)
+        self._watch_activity()
+        self.notify()
+
+    async def _on_response(self, link: RolloutLink, response: rollout_pb2.RunResponse) -> None:
+        kind = response.WhichOneof("kind")
+        if kind == "progress":
+            return
+        if kind in ("finished", "failed", "returned"):
+            link.held -= 1
+        if kind == "finished":
+            self._on_finished(response.finished)
+        elif kind == "failed":
+            self._on_failed(response.failed)
+        elif kind == "returned":
+            self._on_returned(response.returned)
+        await self.pump()
+        self.notify()
+
+    def _on_finished(self, message: rollout_pb2.GroupFinished) -> None:
+        if message.purpose == rollout_pb2.GROUP_PURPOSE_EVAL:
+            if self.evaluation is not None:
+                self.evaluation.finish(message)
+            return
+        if self.admission is None:
+            return
+        if message.verdict == rollout_pb2.FILTER_VERDICT_DROP:
+            if self.admission.drop(message.group_id, message.attempt):
+                logger.info("group %d dropped: %s", message.group_id, message.reason)
+        elif self.admission.accept(message.group_id, message.attempt, message.oldest_version):
+            self._failed_in_a_row = 0
+            self.stats[message.group_id] = message.stats
+            if not self.admission.leases:
+                self._clock.move("generate", "reward", message.stats.reward_s)
+
+    def _on_failed(self, message: rollout_pb2.GroupFailed) -> None:
+        if self.evaluation is not None and message.purpose == rollout_pb2.GROUP_PURPOSE_EVAL:
+            self.evaluation.fail(message.group_id, message.attempt, message.error)
+            return
+        if self.admission is None:
+            return
+        if message.retryable and message.attempt < _MAX_ATTEMPTS:
+            if self.admission.give_back(message.group_id, message.attempt):
+                self.warnings.append(f"group {message.group_id} failed and is tried again: {message.error}")
+            return
+        if self.admission.drop(message.group_id, message.attempt):
+            self.warnings.append(f"group {message.group_id} dropped after a failure: {message.error}")
+            self._failed_in_a_row += 1
+            if self._failed_in_a_row >= _MAX_FAILED_IN_A_ROW:
+                self.failure = WorkerFailedError(
+                    f"{self._failed_in_a_row} groups in a row failed and were dropped; the last: {message.error}"
+                )
+
+    def _on_returned(self, message: rollout_pb2.GroupReturned) -> None:
+        if message.purpose == rollout_pb2.GROUP_PURPOSE_EVAL:
+            if self.evaluation is not None:
+                self.evaluation.give_back(message.group_id, message.attempt)
+        elif self.admission is not None:
+            self.admission.give_back(message.group_id, message.attempt)
+
+    def _watch_activity(self) -> None:
+        leased = bool(self.admission and self.admission.leases) or bool(self.evaluation and self.evaluation.leased)
+        if leased != self._generating:
+            self._generating = leased
+            (self._clock.begin if leased else self._clock.end)("generate")

@@ -1,0 +1,140 @@
+"""One evaluation: fixed prompts, an exact policy version, and the metrics that come of it."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from miles.rpc.gen import rollout_pb2
+from miles.services.controller.admission import Lease
+from miles.services.controller.group_leases import evaluation_lease
+from miles.types import SampleGroup, SampleStatus
+from miles.types.convert import group_from_proto
+
+if TYPE_CHECKING:
+    from miles.config import JobConfig
+    from miles.data import PromptRow
+
+_MAX_ATTEMPTS = 5
+
+
+class Evaluation:
+    """Hands out the groups of an evaluation and gathers their results.
+
+    Group ids count through all data sets; they are apart from those of training groups.
+    """
+
+    def __init__(
+        self, job_id: str, config: JobConfig, datasets: Mapping[str, Sequence[PromptRow]], version: int
+    ) -> None:
+        self._job_id = job_id
+        self._config = config
+        self.version = version
+        self._rows = [(name, row) for name, rows in datasets.items() for row in rows]
+        self._pending = set(range(len(self._rows)))
+        self._leases: dict[int, Lease] = {}
+        self._attempts = [0] * len(self._rows)
+        self._results: dict[int, SampleGroup] = {}
+        self._done: asyncio.Future[dict[str, float]] = asyncio.get_running_loop().create_future()
+
+    @property
+    def leased(self) -> int:
+        """Groups being generated now."""
+        return len(self._leases)
+
+    async def wait(self) -> dict[str, float]:
+        """The metrics, once every group is in."""
+        return await asyncio.shield(self._done)
+
+    def lease(self, worker_id: str) -> rollout_pb2.GroupLease | None:
+        """The next group for a worker; None when none is waiting."""
+        if not self._pending:
+            return None
+        group_id = min(self._pending)
+        self._pending.remove(group_id)
+        self._attempts[group_id] += 1
+        attempt = self._attempts[group_id]
+        self._leases[group_id] = Lease(worker_id, attempt)
+        name, row = self._rows[group_id]
+        return evaluation_lease(self._job_id, self._config, name, row, group_id, attempt, self.version)
+
+    def finish(self, message: rollout_pb2.GroupFinished) -> None:
+        """A group came back; results of older attempts are ignored."""
+        if self._end_lease(message.group_id, message.attempt):
+            self._results[message.group_id] = group_from_proto(message.group)
+            if len(self._results) == len(self._rows) and not self._done.done():
+                self._done.set_result(self._metrics())
+
+    def fail(self, group_id: int, attempt: int, error: str) -> None:
+        """A group could not be finished; it is tried again a few times, then the evaluation fails."""
+        if self._end_lease(group_id, attempt):
+            self._pending.add(group_id)
+            if attempt >= _MAX_ATTEMPTS and not self._done.done():
+                name, _ = self._rows[group_id]
+                self._done.set_exception(
+                    RuntimeError(f"evaluation on {name}: prompt {group_id} failed {attempt} times; last: {error}")
+                )
+
+    def give_back(self, group_id: int, attempt: int) -> None:
+        """A worker gave the group up; another one gets it."""
+        if self._end_lease(group_id, attempt):
+            self._pending.add(group_id)
+
+    def lose_worker(self, worker_id: str) -> None:
+        """A worker is gone: its groups wait for another one."""
+        for group_id in [group_id for group_id, lease in self._leases.items() if lease.worker_id == worker_id]:
+            del self._leases[group_id]
+            self._pending.add(group_id)
+
+    def _end_lease(self, group_id: int, attempt: int) -> bool:
+        lease = self._leases.get(group_id)
+        if lease is None or lease.attempt != attempt:
+            return False
+        del self._leases[group_id]
+        return True
+
+    def _metrics(self) -> dict[str, float]:
+        key = self._config.reward.eval_reward_key
+        metrics: dict[str, float] = {}
+        names = list(dict.fromkeys(name for name, _ in self._rows))
+        for name in names:
+            groups = [self._results[i] for i, (owner, _) in enumerate(self._rows) if owner == name]
+            rewards = [[reward_number(sample.reward, key) for sample in group.samples] for group in groups]
+            samples = [sample for group in groups for sample in group.samples]
+            metrics[f"eval/{name}"] = float(np.mean([reward for group in rewards for reward in group]))
+            metrics[f"eval/{name}/response_len/mean"] = float(np.mean([s.response_length for s in samples]))
+            metrics[f"eval/{name}/truncated_ratio"] = float(
+                np.mean([s.status is SampleStatus.TRUNCATED for s in samples])
+            )
+            for k in pass_at_ks(self._config.eval.n_samples_per_eval_prompt):
+                metrics[f"passrate/{name}/pass@{k}"] = float(
+                    np.mean([pass_at_k(len(group), sum(r == 1 for r in group), k) for group in rewards])
+                )
+        return metrics
+
+
+def reward_number(reward: float | Mapping[str, float] | None, key: str | None) -> float:
+    """The number that counts; a sample without reward (it failed) counts as 0."""
+    if reward is None:
+        return 0.0
+    if not isinstance(reward, Mapping):
+        return float(reward)
+    if key is None or key not in reward:
+        raise KeyError(f"the reward has the parts {sorted(reward)}; set reward_key to one of them (it is {key!r})")
+    return float(reward[key])
+
+
+def pass_at_ks(samples: int) -> list[int]:
+    """The powers of two up to the number of samples; none for a single sample."""
+    return [1 << i for i in range(int(math.log2(samples)) + 1)] if samples > 1 else []
+
+
+def pass_at_k(samples: int, correct: int, k: int) -> float:
+    """Unbiased estimate of the chance that one of k samples is right (Chen et al. 2021, arXiv:2107.03374, eq. 1)."""
+    if samples - correct < k:
+        return 1.0
+    return 1.0 - math.comb(samples - correct, k) / math.comb(samples, k)

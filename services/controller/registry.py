@@ -1,0 +1,112 @@
+"""Workers that are attached to the controller."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import time
+
+from miles.rpc.gen import controller_pb2
+from miles.services.controller.leases import LeaseTable
+
+
+@dataclasses.dataclass(slots=True)
+class AttachedWorker:
+    """A worker that holds a live lease."""
+
+    registration: controller_pb2.WorkerRegistration
+    lease_number: int
+    heartbeat: controller_pb2.WorkerHeartbeat
+    last_seen_unix_ns: int
+    lost: asyncio.Event
+    """Set when the lease ends, for whatever reason."""
+
+    @property
+    def worker_id(self) -> str:
+        return self.registration.worker_id
+
+
+class WorkerRegistry:
+    """Applies the lease rules to live attachments and tells those who wait about changes."""
+
+    def __init__(self, ttl_s: float = 6.0) -> None:
+        # Numbers start at the clock, so that those given before a restart of the controller stay smaller.
+        self._leases = LeaseTable(ttl_s, first_number=time.time_ns() // 1_000_000)
+        self._workers: dict[str, AttachedWorker] = {}
+        self._changed = asyncio.Event()
+        self.ttl_s = ttl_s
+
+    def attach(self, registration: controller_pb2.WorkerRegistration) -> AttachedWorker:
+        """A worker registered. An older incarnation under the same name is fenced."""
+        lease = self._leases.register(registration.worker_id, registration.incarnation, time.monotonic())
+        known = self._workers.get(registration.worker_id)
+        if known is not None and known.lease_number == lease.number:
+            return known
+        if known is not None:
+            known.lost.set()
+        worker = AttachedWorker(
+            registration, lease.number, controller_pb2.WorkerHeartbeat(), time.time_ns(), asyncio.Event()
+        )
+        self._workers[registration.worker_id] = worker
+        self._notify()
+        return worker
+
+    def beat(self, worker: AttachedWorker, heartbeat: controller_pb2.WorkerHeartbeat) -> bool:
+        """A heartbeat came; False when the lease is over and the worker must attach again."""
+        if not self._leases.renew(worker.worker_id, worker.lease_number, time.monotonic()):
+            return False
+        worker.heartbeat = heartbeat
+        worker.last_seen_unix_ns = time.time_ns()
+        return True
+
+    def expire(self) -> list[AttachedWorker]:
+        """End the leases whose time is over; called about once a second."""
+        gone = [worker for lease in self._leases.expire(time.monotonic()) if (worker := self._remove(lease.worker_id))]
+        if gone:
+            self._notify()
+        return gone
+
+    def detach(self, worker: AttachedWorker) -> None:
+        """The worker's attachment broke: it is gone until it attaches again."""
+        if self._leases.release(worker.worker_id, worker.lease_number):
+            self._remove(worker.worker_id)
+            self._notify()
+
+    def alive(self, kind: controller_pb2.WorkerKind.ValueType) -> list[AttachedWorker]:
+        """Workers of a kind that hold a lease, by name."""
+        workers = [worker for worker in self._workers.values() if worker.registration.kind == kind]
+        return sorted(workers, key=lambda worker: worker.worker_id)
+
+    def everyone(self) -> list[AttachedWorker]:
+        """All workers that hold a lease, by name."""
+        return sorted(self._workers.values(), key=lambda worker: worker.worker_id)
+
+    async def wait_for_change(self, timeout_s: float) -> None:
+        """Return when a worker came or went, or after the timeout."""
+        try:
+            await asyncio.wait_for(self._changed.wait(), timeout_s)
+        except TimeoutError:
+            return
+
+    async def require(
+        self, kind: controller_pb2.WorkerKind.ValueType, count: int, deadline_s: float
+    ) -> list[AttachedWorker]:
+        """Wait until `count` workers of a kind are attached; `TimeoutError` says how many were."""
+        end = time.monotonic() + deadline_s
+        while len(found := self.alive(kind)) < count:
+            left = end - time.monotonic()
+            if left <= 0:
+                name = controller_pb2.WorkerKind.Name(kind).removeprefix("WORKER_KIND_").lower()
+                raise TimeoutError(f"waited {deadline_s:g} s for {count} {name} worker(s); {len(found)} attached")
+            await self.wait_for_change(min(left, 1.0))
+        return found
+
+    def _remove(self, worker_id: str) -> AttachedWorker | None:
+        worker = self._workers.pop(worker_id, None)
+        if worker is not None:
+            worker.lost.set()
+        return worker
+
+    def _notify(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()

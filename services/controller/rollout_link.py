@@ -1,0 +1,101 @@
+"""The controller's side of one rollout worker."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Awaitable, Callable
+
+import grpc.aio
+
+from miles.rpc import connect
+from miles.rpc.gen import rollout_pb2, rollout_pb2_grpc
+from miles.services.controller import deadlines
+from miles.services.controller.calls import call, stream, translate
+from miles.services.controller.job_context import JobContext
+from miles.services.controller.registry import AttachedWorker
+
+logger = logging.getLogger(__name__)
+
+_PROGRESS_SILENCE_S = 60.0
+"""A worker reports about once a second; this much silence on a live stream means that it hangs."""
+
+
+class RolloutLink:
+    """One rollout worker at work on a job: leases out, results in."""
+
+    def __init__(
+        self,
+        worker: AttachedWorker,
+        context: JobContext,
+        weightsync_address: str,
+        reward_addresses: dict[str, str],
+    ) -> None:
+        self.worker = worker
+        self.capacity = 0
+        """Groups the worker can usefully hold; 0 until it is ready."""
+        self.held = 0
+        """Groups it holds now."""
+        self.progress = rollout_pb2.RunProgress()
+        self._context = context
+        self._weightsync_address = weightsync_address
+        self._reward_addresses = reward_addresses
+        self._call: grpc.aio.StreamStreamCall | None = None
+
+    @property
+    def worker_id(self) -> str:
+        return self.worker.worker_id
+
+    async def serve(self, on_response: Callable[[RolloutLink, rollout_pb2.RunResponse], Awaitable[None]]) -> None:
+        """Start the job on the worker and pass on what it says, until the stream ends or breaks."""
+        async with connect(self.worker.registration.address) as channel:
+            stub = rollout_pb2_grpc.RolloutServiceStub(channel)
+            what = f"rollout {self.worker_id}"
+            await self._start_job(stub, what)
+            self._call = stub.Run()
+            opening = rollout_pb2.RunOpen(job_id=self._context.job_id, lease_number=self.worker.lease_number)
+            await self._write(rollout_pb2.RunRequest(open=opening))
+            try:
+                async for response in stream(self._call, what, _PROGRESS_SILENCE_S):
+                    if response.lease_number != self.worker.lease_number:
+                        continue
+                    if response.HasField("ready"):
+                        self.capacity = response.ready.capacity_groups
+                    elif response.HasField("progress"):
+                        self.progress = response.progress
+                    await on_response(self, response)
+            finally:
+                self.capacity = 0
+                self._call.cancel()
+
+    async def _start_job(self, stub: rollout_pb2_grpc.RolloutServiceStub, what: str) -> None:
+        request = rollout_pb2.RolloutStartJobRequest(
+            job_id=self._context.job_id,
+            config_json=json.dumps(self._context.config.to_flat()),
+            redis_url=self._context.redis_url,
+            weightsync_address=self._weightsync_address,
+            reward_addresses=self._reward_addresses,
+        )
+        async for message in stream(stub.StartJob(request), f"{what} start", deadlines.START_JOB_SILENCE_S):
+            logger.info("%s: %s", what, message.stage)
+
+    async def lease(self, lease: rollout_pb2.GroupLease) -> None:
+        """Hand a group to the worker."""
+        self.held += 1
+        await self._write(rollout_pb2.RunRequest(lease=lease))
+
+    async def _write(self, request: rollout_pb2.RunRequest) -> None:
+        assert self._call is not None
+        try:
+            await self._call.write(request)
+        except grpc.aio.AioRpcError as error:
+            raise translate(error, f"rollout {self.worker_id}") from error
+        except grpc.aio.UsageError as error:  # the stream has ended; its reader reports why
+            logger.info("rollout %s: %s", self.worker_id, error)
+
+    async def stop_job(self) -> None:
+        """Have everything of the job dropped on the worker."""
+        async with connect(self.worker.registration.address) as channel:
+            stub = rollout_pb2_grpc.RolloutServiceStub(channel)
+            request = rollout_pb2.RolloutStopJobRequest(job_id=self._context.job_id)
+            await call(stub.StopJob(request), f"rollout {self.worker_id} stop", deadlines.STOP_JOB_S)

@@ -1,0 +1,104 @@
+"""The controller's side of the trainer and of weight sync."""
+
+from __future__ import annotations
+
+import json
+import logging
+import uuid
+
+from miles.rpc import connect
+from miles.rpc.gen import policy_pb2, trainer_pb2, trainer_pb2_grpc, weightsync_pb2, weightsync_pb2_grpc
+from miles.services.controller import deadlines
+from miles.services.controller.calls import WorkerFailedError, WorkerLostError, call, stream
+from miles.services.controller.job_context import JobContext
+from miles.services.controller.registry import AttachedWorker
+
+logger = logging.getLogger(__name__)
+
+
+class TrainerLink:
+    """One job's trainer."""
+
+    def __init__(self, worker: AttachedWorker, context: JobContext, weightsync_address: str) -> None:
+        self._worker = worker
+        self._context = context
+        self._weightsync_address = weightsync_address
+        self._channel = connect(worker.registration.address)
+        self._stub = trainer_pb2_grpc.TrainerServiceStub(self._channel)
+
+    @property
+    def lost(self) -> bool:
+        """Whether the trainer's lease is over."""
+        return self._worker.lost.is_set()
+
+    async def close(self) -> None:
+        await self._channel.close()
+
+    async def start_job(self) -> trainer_pb2.TrainerReady:
+        """Have the model built and the newest checkpoint loaded."""
+        request = trainer_pb2.TrainerStartJobRequest(
+            job_id=self._context.job_id,
+            config_json=json.dumps(self._context.config.to_flat()),
+            redis_url=self._context.redis_url,
+            weightsync_address=self._weightsync_address,
+            run_dir=str(self._context.run_dir),
+        )
+        async for message in stream(self._stub.StartJob(request), "trainer start", deadlines.START_JOB_SILENCE_S):
+            if message.HasField("ready"):
+                return message.ready
+            logger.info("trainer: %s", message.stage)
+        raise WorkerLostError("trainer start: the stream ended before the trainer was ready")
+
+    async def train(self, step: int, group_ids: list[int], dropped: set[int]) -> trainer_pb2.TrainDone:
+        """Take one training step."""
+        request = trainer_pb2.TrainRequest(
+            job_id=self._context.job_id,
+            step=step,
+            group_ids=group_ids,
+            dropped_group_ids=sorted(dropped),
+            deadline_ms=int(deadlines.GROUPS_IN_QUEUE_S * 1000),
+        )
+        async for message in stream(self._stub.Train(request), f"training step {step}", deadlines.TRAIN_SILENCE_S):
+            if message.HasField("done"):
+                return message.done
+        raise WorkerLostError(f"training step {step}: the stream ended before the step was done")
+
+    async def export(self, version: int) -> trainer_pb2.ExportResponse:
+        """Have the weights prepared as a version."""
+        request = trainer_pb2.ExportRequest(
+            job_id=self._context.job_id, stream=policy_pb2.WEIGHT_STREAM_POLICY, version=version
+        )
+        return await call(self._stub.Export(request), f"export of version {version}", deadlines.EXPORT_S)
+
+    async def save(self, export_hf: bool) -> trainer_pb2.SaveCheckpointResponse:
+        """Write a checkpoint."""
+        request = trainer_pb2.SaveCheckpointRequest(job_id=self._context.job_id, export_hf=export_hf)
+        return await call(self._stub.SaveCheckpoint(request), "checkpoint", deadlines.CHECKPOINT_S)
+
+    async def stop_job(self) -> None:
+        """Have everything of the job dropped."""
+        request = trainer_pb2.TrainerStopJobRequest(job_id=self._context.job_id)
+        await call(self._stub.StopJob(request), "trainer stop", deadlines.STOP_JOB_S)
+
+
+async def activate(context: JobContext, weightsync_address: str, version: int, min_engines: int) -> None:
+    """Bring every engine to a prepared version; raises `WorkerLostError` when too few got there."""
+    request = weightsync_pb2.ActivateRequest(
+        version=policy_pb2.WeightVersion(
+            job_id=context.job_id, stream=policy_pb2.WEIGHT_STREAM_POLICY, version=version
+        ),
+        operation_id=uuid.uuid4().hex,
+        deadline_ms=int(deadlines.ACTIVATE_S * 1000),
+        min_engines=min_engines,
+    )
+    what = f"activation of version {version}"
+    async with connect(weightsync_address) as channel:
+        stub = weightsync_pb2_grpc.WeightSyncServiceStub(channel)
+        try:
+            async for message in stream(stub.Activate(request), what, deadlines.ACTIVATE_S + 10):
+                if message.HasField("done"):
+                    return
+                logger.debug("%s: %s", what, message.engine)
+        except WorkerFailedError as error:
+            raise WorkerLostError(str(error)) from error
+    raise WorkerLostError(f"{what}: the stream ended before the version was active")
