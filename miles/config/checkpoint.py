@@ -1,0 +1,29 @@
+"""What is loaded at the start and saved along the way."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from miles.config.section import Derived, Metavar, Positive, Section
+
+
+class CheckpointConfig(Section):
+    """Checkpoints."""
+
+    load: Annotated[str | None, Derived("the save folder"), Metavar("DIR")] = None
+    """Folder of checkpoints to resume from; the newest is taken. Without one the run starts from hf_checkpoint."""
+
+    save: Annotated[str | None, Derived("RUN_DIR/checkpoints"), Metavar("DIR")] = None
+    """Folder to save checkpoints in."""
+
+    save_interval: Positive | None = None
+    """Rollouts between checkpoints; not given means only at the end."""
+
+    no_save_optim: bool = False
+    """Leave the optimizer's state out of checkpoints."""
+
+    save_hf: Annotated[str | None, Metavar("DIR")] = None
+    """Folder in which each checkpoint is also written in Hugging Face form; `{rollout_id}` stands for the step."""
+
+    ref_load: Annotated[str | None, Derived("hf_checkpoint, when a KL term needs it"), Metavar("DIR")] = None
+    """Hugging Face folder of the reference model."""

@@ -1,0 +1,119 @@
+"""Fills in the settings that follow from others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from miles.config.faults import Fault
+from miles.config.settings import Settings, UnusableSetting
+
+_FALLBACKS = {
+    "eval_temperature": "rollout_temperature",
+    "eval_top_p": "rollout_top_p",
+    "eval_top_k": "rollout_top_k",
+    "eval_max_response_len": "rollout_max_response_len",
+    "eval_max_prompt_len": "rollout_max_prompt_len",
+    "eval_input_key": "input_key",
+    "eval_label_key": "label_key",
+    "eval_reward_key": "reward_key",
+    "eps_clip_high": "eps_clip",
+    "log_probs_max_tokens_per_gpu": "max_tokens_per_gpu",
+}
+"""Settings that, when not given, are the same as another."""
+
+
+def derive(settings: Settings) -> list[Fault]:
+    """Fill in every derived setting; return the faults that make that impossible."""
+    faults: list[Fault] = []
+    for step in _STEPS:
+        try:
+            faults += step(settings)
+        except UnusableSetting:
+            continue
+    return faults
+
+
+def _batch_sizes(s: Settings) -> list[Fault]:
+    """rollout_batch_size × n_samples_per_prompt = global_batch_size × num_steps_per_rollout."""
+    names = ("rollout_batch_size", "n_samples_per_prompt", "global_batch_size", "num_steps_per_rollout")
+    prompts, samples, batch, steps = (s.given(name) and getattr(s, name) for name in names)
+    if not prompts and not (batch and steps):
+        s.refuse("rollout_batch_size", "global_batch_size", "num_steps_per_rollout")
+        return [Fault("rollout_batch_size", None, "a rollout needs a size", "set it to the prompts per rollout")]
+    fault = None
+    if prompts and samples and batch and steps:
+        fault = _mismatch(prompts * samples, batch * steps)
+    elif batch and steps and prompts:
+        samples, fault = _share(batch * steps, prompts, "global_batch_size × num_steps_per_rollout", names[0])
+    elif batch and steps:
+        samples = samples or s.n_samples_per_prompt
+        prompts, fault = _share(batch * steps, samples, "global_batch_size × num_steps_per_rollout", names[1])
+    else:
+        samples = samples or s.n_samples_per_prompt
+        total, product = prompts * samples, "rollout_batch_size × n_samples_per_prompt"
+        if batch:
+            steps, fault = _share(total, batch, product, names[2])
+        else:
+            steps = steps or 1
+            batch, fault = _share(total, steps, product, names[3])
+    if fault:
+        s.refuse(*names)
+        return [fault]
+    for name, value in zip(names, (prompts, samples, batch, steps), strict=True):
+        s.fill(name, value)
+    return []
+
+
+def _mismatch(generated: int, trained: int) -> Fault | None:
+    if generated == trained:
+        return None
+    problem = f"global_batch_size × num_steps_per_rollout = {trained}"
+    return Fault("rollout_batch_size × n_samples_per_prompt", generated, problem, "set one of them to match")
+
+
+def _share(total: int, divisor: int, product: str, name: str) -> tuple[int, Fault | None]:
+    """total / divisor, or the fault that it is not whole."""
+    if total % divisor == 0:
+        return total // divisor, None
+    fitting = [d for d in range(1, total + 1) if total % d == 0]
+    below, above = (
+        max(d for d in fitting if d < divisor or d == 1),
+        min(d for d in fitting if d > divisor or d == total),
+    )
+    remedy = f"set {name} to {below} or {above}" if below != above else f"set {name} to {below}"
+    return 0, Fault(product, total, f"{name} = {divisor} does not divide it", remedy)
+
+
+def _fallbacks(s: Settings) -> list[Fault]:
+    for key, source in _FALLBACKS.items():
+        try:
+            if not s.given(key):
+                s.fill(key, getattr(s, source))
+        except UnusableSetting:
+            s.refuse(key)
+    return []
+
+
+def _run_dir(s: Settings) -> list[Fault]:
+    if not s.given("run_dir"):
+        s.fill("run_dir", f"runs/{s.name}")
+    return []
+
+
+def _bounds(s: Settings) -> list[Fault]:
+    if not s.given("tis_lower_bound"):
+        s.fill("tis_lower_bound", 1 / s.tis_upper_bound)
+    if not s.given("rs_lower_bound"):
+        s.fill("rs_lower_bound", s.tis_lower_bound)
+    if not s.given("rs_upper_bound"):
+        s.fill("rs_upper_bound", s.tis_upper_bound)
+    return []
+
+
+def _reference(s: Settings) -> list[Fault]:
+    if not s.given("ref_load") and (s.use_kl_loss or s.kl_coef):
+        s.fill("ref_load", s.hf_checkpoint)
+    return []
+
+
+_STEPS: tuple[Callable[[Settings], list[Fault]], ...] = (_batch_sizes, _fallbacks, _run_dir, _bounds, _reference)

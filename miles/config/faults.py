@@ -1,0 +1,101 @@
+"""What is wrong with a configuration, said all at once."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Fault:
+    """One thing that is wrong: which field, its value, why that cannot be, and the way out."""
+
+    field: str
+    value: Any
+    problem: str
+    remedy: str
+
+    def __str__(self) -> str:
+        stated = f"{self.field} is not set" if self.value is None else f"{self.field} = {show(self.value)}"
+        return f"{stated}, but {self.problem}; {self.remedy}"
+
+    def to_json(self) -> dict[str, Any]:
+        """The fault as a JSON object, for the REST API."""
+        return dataclasses.asdict(self)
+
+
+class ConfigError(ValueError):
+    """A configuration was refused. `faults` lists everything that is wrong with it."""
+
+    def __init__(self, faults: Sequence[Fault]) -> None:
+        self.faults = tuple(faults)
+        count = "1 fault" if len(self.faults) == 1 else f"{len(self.faults)} faults"
+        super().__init__("\n".join([f"{count} in the configuration:", *(f"  {fault}" for fault in self.faults)]))
+
+
+def show(value: Any) -> str:
+    """A value as a person would write it in YAML."""
+    return value if isinstance(value, str) and value else json.dumps(value, ensure_ascii=False, default=str)
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """The known name that this one was most likely meant to be, or None when nothing is close."""
+    matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return matches[0] if matches else None
+
+
+def unknown_name(name: str, value: Any, known: Iterable[str], what: str) -> Fault:
+    """The fault of a key or flag that does not exist, with the nearest one that does."""
+    suggestion = nearest(name, known)
+    remedy = f"did you mean {suggestion}?" if suggestion else "`miles config docs` lists them all"
+    return Fault(name, "" if value is None else value, f"there is no such {what}", remedy)
+
+
+_PROBLEMS = {
+    "int": ("it must be a whole number", "give one"),
+    "float": ("it must be a number", "give one"),
+    "finite": ("it must be a finite number", "give one"),
+    "bool": ("it must be true or false", "give one of them"),
+    "string": ("it must be text", "put it in quotes"),
+    "tuple": ("it must be a list", "give a list"),
+    "dict": ("it must be an object", 'give one, e.g. {"key": "value"}'),
+}
+
+
+def faults_of(error: ValidationError) -> list[Fault]:
+    """What pydantic found, field by field, in the wording of every other fault."""
+    return [_fault_of(details) for details in error.errors(include_url=False)]
+
+
+def _fault_of(details: ErrorDetails) -> Fault:
+    field = str(details["loc"][0])
+    value, limits = details["input"], details.get("ctx", {})
+    match details["type"]:
+        case "greater_than":
+            return Fault(field, value, f"it must be above {limits['gt']:g}", "raise it")
+        case "greater_than_equal":
+            return Fault(field, value, f"it must be at least {limits['ge']:g}", "raise it")
+        case "less_than":
+            return Fault(field, value, f"it must be below {limits['lt']:g}", "lower it")
+        case "less_than_equal":
+            return Fault(field, value, f"it must be at most {limits['le']:g}", "lower it")
+        case "literal_error":
+            allowed = [choice.strip("'") for choice in limits["expected"].replace(" or ", ", ").split(", ")]
+            if len(allowed) == 1:
+                return Fault(
+                    field, value, f"the only choice is {allowed[0]}", f"set it to {allowed[0]} or leave it out"
+                )
+            suggestion = nearest(str(value), allowed)
+            remedy = f"did you mean {suggestion}?" if suggestion else "choose one of them"
+            return Fault(field, value, f"it must be one of {', '.join(allowed)}", remedy)
+        case "value_error":
+            return Fault(field, value, str(limits["error"]), "correct it")
+        case kind:
+            problem, remedy = _PROBLEMS.get(kind.split("_")[0], (details["msg"], "correct it"))
+            return Fault(field, value, problem, remedy)

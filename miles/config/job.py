@@ -1,0 +1,149 @@
+"""The configuration of a job: every section, built from and spelled as one flat object."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from miles.config.algorithm import AlgorithmConfig
+from miles.config.catalog import SECTIONS, catalog, passthroughs
+from miles.config.checkpoint import CheckpointConfig
+from miles.config.cluster import ClusterConfig
+from miles.config.data import DataConfig
+from miles.config.derive import derive
+from miles.config.device import detect_device
+from miles.config.eval import EvalConfig
+from miles.config.faults import ConfigError, Fault, faults_of, unknown_name
+from miles.config.optimizer import OptimizerConfig
+from miles.config.reward import RewardConfig
+from miles.config.rollout import RolloutConfig
+from miles.config.rules import check
+from miles.config.section import Section
+from miles.config.services import ServicesConfig
+from miles.config.settings import Settings
+from miles.config.telemetry import TelemetryConfig
+from miles.config.train import TrainConfig
+from miles.config.weights import WeightsConfig
+
+
+class JobConfig(BaseModel):
+    """All settings of a job, checked against each other. Immutable.
+
+    Outside the process the configuration is one flat object whose keys are the field names below the sections; the
+    command line, YAML files and the REST body are three spellings of it, and None means that a key is not given.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    services: ServicesConfig
+    cluster: ClusterConfig
+    data: DataConfig
+    rollout: RolloutConfig
+    reward: RewardConfig
+    eval: EvalConfig
+    algorithm: AlgorithmConfig
+    train: TrainConfig
+    optimizer: OptimizerConfig
+    weights: WeightsConfig
+    checkpoint: CheckpointConfig
+    telemetry: TelemetryConfig
+
+    @classmethod
+    def from_flat(cls, flat: Mapping[str, Any]) -> Self:
+        """Check a flat object, fill in what follows from the rest, and build the configuration.
+
+        Touches nothing outside the object: `check_environment` looks at files and ports. Raises ConfigError with every
+        fault at once.
+        """
+        by_section, faults = _distribute(flat)
+        sections: dict[str, Section] = {}
+        invalid: set[str] = set()
+        for name, model in SECTIONS.items():
+            sections[name], section_faults = _validate(model, by_section[name])
+            faults += section_faults
+            invalid |= {fault.field for fault in section_faults}
+        given = {key for keys in by_section.values() for key in keys}
+        settings = Settings(_values(sections), given=given, invalid=invalid)
+        faults += derive(settings)
+        faults += check(settings)
+        if faults:
+            raise ConfigError(faults)
+        complete: dict[str, Any] = {
+            name: section.model_copy(update=settings.of(section)) for name, section in sections.items()
+        }
+        return cls(**complete)
+
+    def to_flat(self) -> dict[str, Any]:
+        """Every key with its value, made of JSON's types alone; `from_flat` gives back an equal configuration."""
+        flat = {key: _plain(getattr(getattr(self, entry.section), key)) for key, entry in catalog().items()}
+        for prefix, (section, field) in passthroughs().items():
+            flat |= {prefix + name: value for name, value in getattr(getattr(self, section), field).items()}
+        return flat
+
+    def replace(self, **changes: Any) -> Self:
+        """The configuration with some keys changed, checked anew. Raises ConfigError."""
+        return type(self).from_flat(self.to_flat() | changes)
+
+    def resolve(self, device: Literal["cpu", "cuda"] | None = None) -> Self:
+        """Fill in what depends on the device: `device` itself, ranks per node and the process group's backend.
+
+        Args:
+            device: What `auto` means; None looks at this machine.
+
+        Raises ConfigError when the result does not hold together, e.g. when a batch does not divide over the ranks.
+        """
+        actual = self.services.device if self.services.device != "auto" else device or detect_device()
+        on_cpu = actual == "cpu"
+        return self.replace(
+            device=actual,
+            actor_num_gpus_per_node=self.cluster.actor_num_gpus_per_node or (1 if on_cpu else 8),
+            distributed_backend=self.cluster.distributed_backend or ("gloo" if on_cpu else "nccl"),
+        )
+
+    def rollouts(self, dataset_size: int) -> int:
+        """Rollouts of the run: num_rollout, or as many full batches as num_epoch passes over the data set hold."""
+        if self.data.num_rollout is not None:
+            return self.data.num_rollout
+        assert self.data.num_epoch is not None, "a rule requires one of the two"
+        return self.data.num_epoch * dataset_size // self.data.rollout_batch_size
+
+
+def _distribute(flat: Mapping[str, Any]) -> tuple[dict[str, dict[str, Any]], list[Fault]]:
+    """Sort the keys of a flat object by section. Keys without a value count as not given."""
+    known, prefixes = catalog(), passthroughs()
+    by_section: dict[str, dict[str, Any]] = {name: {} for name in SECTIONS}
+    faults = []
+    for key, value in flat.items():
+        if key in known:
+            if value is not None:
+                by_section[known[key].section][key] = value
+            continue
+        prefix = next((prefix for prefix in prefixes if key.startswith(prefix) and key != prefix), None)
+        if prefix is None:
+            faults.append(unknown_name(key, value, known, "setting"))
+        elif value is not None:
+            section, field = prefixes[prefix]
+            by_section[section].setdefault(field, {})[key.removeprefix(prefix)] = value
+    return by_section, faults
+
+
+def _validate(model: type[Section], given: Mapping[str, Any]) -> tuple[Section, list[Fault]]:
+    """Build a section; fields that are wrong are reported and left at their defaults."""
+    try:
+        return model(**given), []
+    except ValidationError as error:
+        faults = faults_of(error)
+        wrong = {fault.field for fault in faults}
+        return model(**{key: value for key, value in given.items() if key not in wrong}), faults
+
+
+def _values(sections: Mapping[str, Section]) -> dict[str, Any]:
+    return {key: getattr(section, key) for section in sections.values() for key in type(section).model_fields}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return list(value)
+    return dict(value) if isinstance(value, dict) else value

@@ -1,0 +1,79 @@
+"""The model that is trained, the engine that samples from it, and how it samples."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from miles.config.section import (
+    DottedPath,
+    Metavar,
+    NonNegative,
+    Passthrough,
+    Positive,
+    PositiveFloat,
+    Probability,
+    Section,
+)
+
+
+class RolloutConfig(Section):
+    """Engine and sampling. Lengths are in tokens."""
+
+    hf_checkpoint: Annotated[str | None, Metavar("DIR")] = None
+    """Hugging Face folder with the tokenizer, the model's config and the initial weights. Required."""
+
+    rollout_backend: Literal["torch"] = "torch"
+    """The inference engine."""
+
+    rollout_dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Type of the weights that engines hold, and in which the trainer publishes them."""
+
+    max_running_requests: Positive = 64
+    """Responses that one engine decodes at once."""
+
+    rollout_temperature: PositiveFloat = 1.0
+    """Divides the logits, when sampling and in the trainer's log-probabilities alike."""
+
+    rollout_top_p: Probability = 1.0
+    """Probability mass of the most likely tokens that are sampled from."""
+
+    rollout_top_k: Annotated[int, Field(ge=-1)] = -1
+    """Number of most likely tokens that are sampled from; -1 is all."""
+
+    rollout_max_context_len: Positive | None = None
+    """Limit of prompt and response together."""
+
+    rollout_max_prompt_len: Positive | None = None
+    """Prompts longer than this are left out when the data set is read."""
+
+    rollout_max_response_len: Positive | None = None
+    """Limit of a response. Required unless rollout_max_context_len is given."""
+
+    rollout_stop: tuple[str, ...] | None = None
+    """Texts that end a response."""
+
+    rollout_stop_token_ids: tuple[NonNegative, ...] | None = None
+    """Tokens that end a response, beside the model's own end token."""
+
+    rollout_skip_special_tokens: bool = False
+    """Leave special tokens out of a response's text."""
+
+    rollout_shuffle: bool = False
+    """Shuffle the prompts, anew for each epoch."""
+
+    rollout_seed: int = 42
+    """Seed of shuffling and of sampling."""
+
+    dynamic_sampling_filter_path: Annotated[str | None, DottedPath(), Metavar("MODULE.NAME")] = None
+    """Function that keeps or drops a scored group before it is queued."""
+
+    max_weight_staleness: NonNegative = 0
+    """Versions that a sample's oldest token may be behind the weights it trains; 0 is synchronous, 1 one step off."""
+
+    use_rollout_routing_replay: bool = False
+    """Train mixture-of-experts models with the experts that the engine chose."""
+
+    sglang_args: Annotated[dict[str, Any], Passthrough("sglang_")] = Field(default_factory=dict)
+    """Flags of the SGLang engine, under SGLang's own names."""

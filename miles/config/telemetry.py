@@ -1,0 +1,20 @@
+"""Where metrics go, beside the run's own metrics.jsonl, which is always written."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from miles.config.section import Derived, Metavar, Section
+
+
+class TelemetryConfig(Section):
+    """Metric sinks."""
+
+    use_tensorboard: bool = False
+    """Write metrics for TensorBoard."""
+
+    tb_project_name: Annotated[str | None, Derived("$TENSORBOARD_DIR, else RUN_DIR/tensorboard"), Metavar("DIR")] = None
+    """Folder of TensorBoard's files."""
+
+    tb_experiment_name: Annotated[str | None, Derived("name")] = None
+    """Name of the run in TensorBoard."""

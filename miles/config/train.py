@@ -1,0 +1,68 @@
+"""The training backend: model, precision, batches and micro-batches."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from miles.config.section import Derived, Positive, Section, derived
+
+
+class TrainConfig(Section):
+    """How the trainer holds the model and cuts its work into optimizer steps and micro-batches."""
+
+    train_backend: Literal["fsdp"] = "fsdp"
+    """What holds and trains the policy."""
+
+    seed: int = 1234
+    """Seed of the trainer."""
+
+    attn_implementation: str = "auto"
+    """Attention of the Hugging Face model; `auto` is flash_attention_2 on CUDA when it is installed, else sdpa."""
+
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass instead of keeping them."""
+
+    fp16: bool = False
+    """Compute in float16 instead of bfloat16."""
+
+    keep_fp32_master: bool = True
+    """Hold parameters in float32 and cast them for computing."""
+
+    fsdp_cpu_offload: bool = False
+    """Keep parameters, gradients and optimizer state in host memory between uses."""
+
+    qkv_format: Literal["thd"] = "thd"
+    """Layout of a micro-batch: thd packs samples one after another without padding."""
+
+    log_probs_chunk_size: int = -1
+    """Rows of logits turned into log-probabilities at a time; -1 takes them all at once."""
+
+    train_env_vars: dict[str, str] = Field(default_factory=dict)
+    """Environment variables of the trainer's processes, a JSON object."""
+
+    global_batch_size: Annotated[
+        Positive, Derived("rollout_batch_size × n_samples_per_prompt / num_steps_per_rollout")
+    ] = derived()
+    """Samples per optimizer step."""
+
+    num_steps_per_rollout: Annotated[
+        Positive, Derived("rollout_batch_size × n_samples_per_prompt / global_batch_size; 1 when neither is given")
+    ] = derived()
+    """Optimizer steps per rollout."""
+
+    micro_batch_size: Positive = 1
+    """Samples per micro-batch, when micro-batches are not cut by tokens."""
+
+    use_dynamic_batch_size: bool = False
+    """Cut micro-batches by tokens: as many samples as fit into max_tokens_per_gpu."""
+
+    max_tokens_per_gpu: Positive | None = None
+    """Tokens per micro-batch and trainer process, with use_dynamic_batch_size."""
+
+    log_probs_max_tokens_per_gpu: Annotated[Positive | None, Derived("max_tokens_per_gpu")] = None
+    """The same for passes that only compute log-probabilities."""
+
+    balance_data: bool = False
+    """Spread samples over trainer processes so that each gets about as many tokens."""
