@@ -1,0 +1,100 @@
+"""A prompt set: every row of a file, rendered, tokenised and filtered by length."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Sequence
+from typing import Any, overload
+
+import numpy as np
+import numpy.typing as npt
+
+from miles.data.errors import DataError, Faults
+from miles.data.records import read_records
+from miles.data.rows import PromptFields, Row, parse_row
+from miles.data.template import PromptTemplate
+from miles.types import Prompt
+
+__all__ = ["PromptFields", "PromptRecord", "PromptSet", "load_prompts"]
+
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class PromptRecord:
+    """One prompt, ready to be sampled from."""
+
+    prompt: Prompt
+    """As the file has it."""
+    tokens: npt.NDArray[np.int32]
+    """What the model reads; int32, shape (tokens,), read-only."""
+    label: str | None
+    metadata: dict[str, Any]
+    """The row's metadata, with the prompt's tools, if any, under "tools"."""
+
+
+class PromptSet(Sequence[PromptRecord]):
+    """The prompts of one file, in file order."""
+
+    def __init__(self, source: str, records: Sequence[PromptRecord], num_rows: int) -> None:
+        self.source = source
+        """The file, with its slice, as given."""
+        self.num_rows = num_rows
+        """Rows read, of which some may have been left out for their length."""
+        self._records = list(records)
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    @overload
+    def __getitem__(self, index: int) -> PromptRecord: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[PromptRecord]: ...
+    def __getitem__(self, index: int | slice) -> PromptRecord | Sequence[PromptRecord]:
+        return self._records[index]
+
+
+def load_prompts(
+    source: str, template: PromptTemplate, fields: PromptFields | None = None, *, max_prompt_len: int | None = None
+) -> PromptSet:
+    """Read `source` (`file` or `file@[start:end]`) into a prompt set.
+
+    Prompts of more than `max_prompt_len` tokens are left out. Raises DataError listing the faults of the file, or when
+    no prompt is short enough.
+    """
+    fields = fields or PromptFields()
+    records = read_records(source)
+    rows: list[Row] = []
+    texts: list[str] = []
+    faults = Faults()
+    for record in records:
+        try:
+            row = parse_row(record.values, fields)
+            text = template.render(row.prompt, row.tools)
+        except DataError as error:
+            faults.add(f"{record.where}: {error}")
+        else:
+            rows.append(row)
+            texts.append(text)
+    faults.check()
+    tokens = template.tokenize(texts)
+    for record, ids in zip(records, tokens, strict=True):
+        if not len(ids):
+            faults.add(f"{record.where}: the prompt has no tokens")
+    faults.check()
+    prompts = [
+        PromptRecord(row.prompt, ids, row.label, row.metadata)
+        for row, ids in zip(rows, tokens, strict=True)
+        if max_prompt_len is None or len(ids) <= max_prompt_len
+    ]
+    if not prompts:
+        shortest = min(len(ids) for ids in tokens)
+        raise DataError(
+            f"{source}: all {len(rows)} prompts are longer than {max_prompt_len} tokens, the shortest has {shortest}; "
+            "raise rollout_max_prompt_len"
+        )
+    if len(prompts) < len(rows):
+        log.warning("%s: left out %d of %d prompts, longer than %s tokens",
+                    source, len(rows) - len(prompts), len(rows), max_prompt_len)  # fmt: skip
+    return PromptSet(source, prompts, len(rows))

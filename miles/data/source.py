@@ -1,0 +1,135 @@
+"""The data source of a run: a prompt set, its order, and how far the run has got in it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from miles.data.errors import DataError
+from miles.data.order import PromptOrder
+from miles.data.prompts import PromptFields, PromptRecord, PromptSet, load_prompts
+from miles.data.template import PromptTemplate, load_tokenizer
+from miles.types import Sample, SampleGroup
+
+if TYPE_CHECKING:
+    from miles.config import JobConfig
+
+
+class PromptSource:
+    """Hands out prompt groups in order. `prompt` and `group` are pure; the cursor is the one thing that moves."""
+
+    def __init__(self, prompts: PromptSet, *, seed: int = 0, shuffle: bool = False) -> None:
+        self.prompts = prompts
+        self.order = PromptOrder(len(prompts), seed=seed, shuffle=shuffle)
+        self.cursor = 0
+        """Next group id to hand out."""
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def prompt(self, group_id: int) -> PromptRecord:
+        """The prompt of a group."""
+        return self.prompts[self.order.index(group_id)]
+
+    def group(self, job_id: str, group_id: int, n_samples: int) -> SampleGroup:
+        """The group's samples before generation: PENDING, with prompt, prompt tokens, label and metadata."""
+        record = self.prompt(group_id)
+        samples = [
+            Sample(
+                group_id=group_id,
+                index=index,
+                prompt=copy.deepcopy(record.prompt),
+                tokens=record.tokens,
+                label=record.label,
+                metadata=copy.deepcopy(record.metadata),
+            )
+            for index in range(n_samples)
+        ]
+        return SampleGroup(job_id, group_id, samples)
+
+    def num_groups(self, num_epoch: int) -> int:
+        """Groups in `num_epoch` passes over the prompts."""
+        return self.order.num_groups(num_epoch)
+
+    def take(self, count: int) -> range:
+        """The next `count` group ids; moves the cursor past them."""
+        if count < 0:
+            raise ValueError(f"count = {count}; cannot take fewer than 0 groups")
+        taken = range(self.cursor, self.cursor + count)
+        self.cursor += count
+        return taken
+
+    def save(self) -> dict[str, Any]:
+        """The cursor and what gives it meaning, as JSON."""
+        return {
+            "next_group_id": self.cursor,
+            "num_prompts": self.order.num_prompts,
+            "rollout_seed": self.order.seed,
+            "rollout_shuffle": self.order.shuffle,
+        }
+
+    def restore(self, saved: Mapping[str, Any]) -> None:
+        """Go on where `save` was called; DataError when the order is not the one the cursor was saved in."""
+        changed = [f"{key} was {saved.get(key)}, is {now}" for key, now in self.save().items()
+                   if key != "next_group_id" and saved.get(key) != now]  # fmt: skip
+        if changed:
+            raise DataError(f"{self.prompts.source}: the saved position belongs to another order: {'; '.join(changed)}")
+        cursor = saved.get("next_group_id")
+        if not isinstance(cursor, int) or isinstance(cursor, bool) or cursor < 0:
+            raise DataError(f"{self.prompts.source}: saved next_group_id is {cursor!r}; expected an integer from 0")
+        self.cursor = cursor
+
+
+def train_source(config: JobConfig, tokenizer: Any | None = None) -> PromptSource:
+    """The data source that a job's configuration describes; DataError when its prompts cannot be used.
+
+    `tokenizer` saves loading hf_checkpoint's again.
+    """
+    if config.data.prompt_data is None:
+        raise DataError("prompt_data is not set; give a .jsonl or .parquet file")
+    rollout = config.rollout
+    prompts = load_prompts(
+        config.data.prompt_data,
+        prompt_template(config, tokenizer),
+        _fields(config, config.data.input_key, config.data.label_key),
+        max_prompt_len=_prompt_limit(rollout.rollout_max_prompt_len, rollout.rollout_max_context_len),
+    )
+    return PromptSource(prompts, seed=rollout.rollout_seed, shuffle=rollout.rollout_shuffle)
+
+
+def eval_sources(config: JobConfig, tokenizer: Any | None = None) -> dict[str, PromptSource]:
+    """The evaluation sets by name, each in file order; empty when none is configured."""
+    pairs = config.eval.eval_prompt_data or ()
+    if len(pairs) % 2:
+        raise DataError(f"eval_prompt_data is {' '.join(pairs)}; expected pairs of a name and a file")
+    if not pairs:
+        return {}
+    if repeated := sorted({name for name in pairs[::2] if pairs[::2].count(name) > 1}):
+        raise DataError(f"eval_prompt_data names {', '.join(repeated)} more than once; each set needs its own name")
+    template = prompt_template(config, tokenizer)
+    fields = _fields(config, config.eval.eval_input_key, config.eval.eval_label_key)
+    limit = _prompt_limit(config.eval.eval_max_prompt_len, config.rollout.rollout_max_context_len)
+    return {
+        name: PromptSource(load_prompts(path, template, fields, max_prompt_len=limit))
+        for name, path in zip(pairs[::2], pairs[1::2], strict=True)
+    }
+
+
+def prompt_template(config: JobConfig, tokenizer: Any | None = None) -> PromptTemplate:
+    """How the job's prompts become tokens."""
+    if tokenizer is None:
+        if config.rollout.hf_checkpoint is None:
+            raise DataError("hf_checkpoint is not set; its tokenizer is needed to read prompts")
+        tokenizer = load_tokenizer(config.rollout.hf_checkpoint, config.data.chat_template_path)
+    return PromptTemplate(tokenizer, config.data.apply_chat_template, config.data.apply_chat_template_kwargs)
+
+
+def _fields(config: JobConfig, input_key: str, label_key: str | None) -> PromptFields:
+    return PromptFields(input_key, label_key, config.data.metadata_key, config.data.tool_key)
+
+
+def _prompt_limit(max_prompt_len: int | None, max_context_len: int | None) -> int | None:
+    """The longest prompt to keep: it must leave room in the context for at least one token."""
+    limits = [max_prompt_len, None if max_context_len is None else max_context_len - 1]
+    return min((limit for limit in limits if limit is not None), default=None)
