@@ -11,7 +11,7 @@ from typing import Any
 import redis
 import redis.asyncio
 from redis.asyncio.retry import Retry as AsyncRetry
-from redis.backoff import ExponentialWithJitterBackoff
+from redis.backoff import ExponentialWithJitterBackoff, NoBackoff
 from redis.exceptions import BusyLoadingError, ConnectionError, TimeoutError
 from redis.retry import Retry
 
@@ -35,40 +35,32 @@ def connect(url: str, *, deadline_s: float = CONNECT_DEADLINE_S) -> redis.Redis:
     Waits up to `deadline_s` for it to answer. Raises redis.exceptions.ConnectionError when it does not, and
     RedisUnsuitable for a server that is too old or may evict keys.
     """
-    retry = Retry(ExponentialWithJitterBackoff(cap=2.0, base=0.05), RETRIES)
-    client = redis.Redis.from_url(url, **_options(), retry=retry)
     deadline = time.monotonic() + deadline_s
     while True:
         try:
-            check_server(client.info(), url)
-            return client
+            with redis.Redis.from_url(url, **_options(), retry=Retry(NoBackoff(), 0)) as probe:
+                check_server(probe.info(), url)
+            retry = Retry(ExponentialWithJitterBackoff(cap=2.0, base=0.05), RETRIES)
+            return redis.Redis.from_url(url, **_options(), retry=retry)
         except _TRANSIENT as error:
             if time.monotonic() >= deadline:
-                client.close()
                 raise _unreachable(url, deadline_s, error) from error
             time.sleep(0.1)
-        except BaseException:
-            client.close()
-            raise
 
 
 async def connect_async(url: str, *, deadline_s: float = CONNECT_DEADLINE_S) -> redis.asyncio.Redis:
     """`connect` for asyncio."""
-    retry = AsyncRetry(ExponentialWithJitterBackoff(cap=2.0, base=0.05), RETRIES)
-    client = redis.asyncio.Redis.from_url(url, **_options(), retry=retry)
     deadline = time.monotonic() + deadline_s
     while True:
         try:
-            check_server(await client.info(), url)
-            return client
+            async with redis.asyncio.Redis.from_url(url, **_options(), retry=AsyncRetry(NoBackoff(), 0)) as probe:
+                check_server(await probe.info(), url)
+            retry = AsyncRetry(ExponentialWithJitterBackoff(cap=2.0, base=0.05), RETRIES)
+            return redis.asyncio.Redis.from_url(url, **_options(), retry=retry)
         except _TRANSIENT as error:
             if time.monotonic() >= deadline:
-                await client.aclose()
                 raise _unreachable(url, deadline_s, error) from error
             await asyncio.sleep(0.1)
-        except BaseException:
-            await client.aclose()
-            raise
 
 
 def check_server(info: Mapping[str, Any], url: str) -> None:

@@ -1,0 +1,83 @@
+from __future__ import annotations
+
+import pathlib
+import subprocess
+
+import pytest
+from redis.exceptions import ConnectionError
+
+from miles.queue import RedisServer, RedisStartError, RedisUnsuitable, connect, connect_async
+
+
+def test_what_was_written_is_there_after_a_crash(tmp_path: pathlib.Path) -> None:
+    server = RedisServer(tmp_path).start()
+    client = connect(server.url)
+    client.set("key", "value")
+    client.close()
+    server.kill()
+    assert server.pid is None
+    with server:
+        client = connect(server.url)
+        assert client.get("key") == b"value"
+        client.close()
+
+
+def test_it_stops_cleanly_and_starts_again_on_a_port(tmp_path: pathlib.Path) -> None:
+    with RedisServer(tmp_path, port=0, maxmemory_bytes=64 << 20, appendfsync="always") as server:
+        assert server.url.startswith("redis://127.0.0.1:")
+        client = connect(server.url)
+        info = client.info()
+        assert (info["maxmemory"], info["maxmemory_policy"], info["aof_enabled"]) == (64 << 20, "noeviction", 1)
+        assert client.config_get("appendfsync") == {"appendfsync": "always"}
+        client.rpush("list", "a")
+        client.close()
+    assert "User requested shutdown" in (tmp_path / "redis.log").read_text()
+    with RedisServer(tmp_path, port=0) as server:
+        client = connect(server.url)
+        assert client.lrange("list", 0, -1) == [b"a"]
+        client.close()
+
+
+def test_a_path_too_long_for_a_unix_socket_still_works(tmp_path: pathlib.Path) -> None:
+    with RedisServer(tmp_path / ("d" * 120)) as server:
+        connect(server.url).close()
+
+
+def test_two_servers_never_share_a_folder_but_one_left_over_can_be_replaced(tmp_path: pathlib.Path) -> None:
+    first = RedisServer(tmp_path).start()
+    client = connect(first.url)
+    client.set("key", "value")
+    client.close()
+    with pytest.raises(RedisStartError, match=f"process {first.pid}"):
+        RedisServer(tmp_path).start()
+    with RedisServer(tmp_path).start(take_over=True) as second:
+        assert first.pid is None
+        client = connect(second.url)
+        assert client.get("key") == b"value"
+        client.close()
+
+
+def test_a_server_that_cannot_start_says_why(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "appendonly.aof").write_bytes(b"*3\r\nthis is not an append-only file\r\n" * 3)
+    with pytest.raises(RedisStartError, match="append only file"):
+        RedisServer(tmp_path).start()
+
+
+def test_an_evicting_server_is_refused(tmp_path: pathlib.Path) -> None:
+    with RedisServer(tmp_path, maxmemory_bytes=64 << 20) as server:
+        client = connect(server.url)
+        client.config_set("maxmemory-policy", "allkeys-lru")
+        client.close()
+        with pytest.raises(RedisUnsuitable, match="allkeys-lru"):
+            connect(server.url)
+
+
+async def test_an_absent_server_is_named_after_the_deadline() -> None:
+    with pytest.raises(ConnectionError, match=r"unix:///nowhere.sock did not answer for"):
+        await connect_async("unix:///nowhere.sock", deadline_s=0.2)
+
+
+def test_the_server_runs_in_a_process_of_its_own(tmp_path: pathlib.Path) -> None:
+    with RedisServer(tmp_path) as server:
+        name = subprocess.run(["ps", "-o", "comm=", "-p", str(server.pid)], capture_output=True, text=True, check=True)
+        assert "redis-server" in name.stdout
