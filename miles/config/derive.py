@@ -110,10 +110,23 @@ def _bounds(s: Settings) -> list[Fault]:
     return []
 
 
+def _train_dtype(s: Settings) -> list[Fault]:
+    if not s.given("train_dtype"):
+        s.fill("train_dtype", "float16" if s.fp16 else "bfloat16")
+    return []
+
+
 def _reference(s: Settings) -> list[Fault]:
     if not s.given("ref_load") and (s.use_kl_loss or s.kl_coef):
         s.fill("ref_load", s.hf_checkpoint)
     return []
 
 
-_STEPS: tuple[Callable[[Settings], list[Fault]], ...] = (_batch_sizes, _fallbacks, _run_dir, _bounds, _reference)
+_STEPS: tuple[Callable[[Settings], list[Fault]], ...] = (
+    _batch_sizes,
+    _fallbacks,
+    _run_dir,
+    _bounds,
+    _train_dtype,
+    _reference,
+)

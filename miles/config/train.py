@@ -18,14 +18,20 @@ class TrainConfig(Section):
     seed: int = 1234
     """Seed of the trainer."""
 
-    attn_implementation: str = "auto"
-    """Attention of the Hugging Face model; `auto` is flash_attention_2 on CUDA when it is installed, else sdpa."""
+    attn_implementation: Literal["auto", "varlen", "sdpa"] = "auto"
+    """Attention over packed samples: varlen is variable-length flash attention (CUDA, 16-bit), sdpa runs everywhere;
+    `auto` is varlen where it runs."""
 
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass instead of keeping them."""
 
     fp16: bool = False
     """Compute in float16 instead of bfloat16."""
+
+    train_dtype: Annotated[Literal["bfloat16", "float16", "float32"], Derived("float16 with fp16, else bfloat16")] = (
+        derived()
+    )
+    """Type in which the trainer computes; gradients are summed up in float32."""
 
     keep_fp32_master: bool = True
     """Hold parameters in float32 and cast them for computing."""
@@ -63,6 +69,9 @@ class TrainConfig(Section):
 
     log_probs_max_tokens_per_gpu: Annotated[Positive | None, Derived("max_tokens_per_gpu")] = None
     """The same for passes that only compute log-probabilities."""
+
+    share_prompts: bool = True
+    """Hold the prompt of a group's samples once per micro-batch; its rows are computed once for all of them."""
 
     balance_data: bool = False
     """Spread samples over trainer processes so that each gets about as many tokens."""
