@@ -2,8 +2,8 @@
 
 No I/O and no clock. The controller feeds it what happened and carries out what it returns.
 
-A group's life: admitted -> leased -> accepted (queued) -> consumed (trained on), or -> dropped by a filter; a lease that
-comes back unfinished is leased again before anything new is admitted.
+A group's life: admitted -> leased -> accepted (queued) -> consumed (trained on), or -> dropped by a filter; a lease
+that comes back unfinished is leased again before anything new is admitted.
 
 Two rules keep every trained sample at most `max_staleness` versions old:
 
@@ -11,8 +11,8 @@ Two rules keep every trained sample at most `max_staleness` versions old:
   (accepted counts every group ever accepted, running those admitted and not finished);
 - training step v takes the `rollout_batch_size` smallest ids that are still to be trained on, and waits for them.
 
-The first bounds the number of groups ahead of a newly admitted one, the second makes it overtake nobody, so it is trained
-on at most `max_staleness` steps after its admission.
+The first bounds the number of groups ahead of a newly admitted one, the second lets none overtake it, so it is trained on
+at most `max_staleness` steps after its admission.
 """
 
 from __future__ import annotations

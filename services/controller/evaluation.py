@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,7 +17,7 @@ from miles.types.convert import group_from_proto
 
 if TYPE_CHECKING:
     from miles.config import JobConfig
-    from miles.data import PromptRow
+    from miles.data import PromptSource
 
 _MAX_ATTEMPTS = 5
 
@@ -28,16 +28,15 @@ class Evaluation:
     Group ids count through all data sets; they are apart from those of training groups.
     """
 
-    def __init__(
-        self, job_id: str, config: JobConfig, datasets: Mapping[str, Sequence[PromptRow]], version: int
-    ) -> None:
+    def __init__(self, job_id: str, config: JobConfig, datasets: Mapping[str, PromptSource], version: int) -> None:
         self._job_id = job_id
         self._config = config
         self.version = version
-        self._rows = [(name, row) for name, rows in datasets.items() for row in rows]
-        self._pending = set(range(len(self._rows)))
+        self._datasets = datasets
+        self._prompts = [(name, index) for name, source in datasets.items() for index in range(len(source))]
+        self._pending = set(range(len(self._prompts)))
         self._leases: dict[int, Lease] = {}
-        self._attempts = [0] * len(self._rows)
+        self._attempts = [0] * len(self._prompts)
         self._results: dict[int, SampleGroup] = {}
         self._done: asyncio.Future[dict[str, float]] = asyncio.get_running_loop().create_future()
 
@@ -59,14 +58,18 @@ class Evaluation:
         self._attempts[group_id] += 1
         attempt = self._attempts[group_id]
         self._leases[group_id] = Lease(worker_id, attempt)
-        name, row = self._rows[group_id]
-        return evaluation_lease(self._job_id, self._config, name, row, group_id, attempt, self.version)
+        name, index = self._prompts[group_id]
+        group = self._datasets[name].group(self._job_id, index, self._config.eval.n_samples_per_eval_prompt)
+        group.group_id = group_id
+        for sample in group.samples:
+            sample.group_id = group_id
+        return evaluation_lease(self._config, name, group, attempt, self.version)
 
     def finish(self, message: rollout_pb2.GroupFinished) -> None:
         """A group came back; results of older attempts are ignored."""
         if self._end_lease(message.group_id, message.attempt):
             self._results[message.group_id] = group_from_proto(message.group)
-            if len(self._results) == len(self._rows) and not self._done.done():
+            if len(self._results) == len(self._prompts) and not self._done.done():
                 self._done.set_result(self._metrics())
 
     def fail(self, group_id: int, attempt: int, error: str) -> None:
@@ -74,7 +77,7 @@ class Evaluation:
         if self._end_lease(group_id, attempt):
             self._pending.add(group_id)
             if attempt >= _MAX_ATTEMPTS and not self._done.done():
-                name, _ = self._rows[group_id]
+                name, _ = self._prompts[group_id]
                 self._done.set_exception(
                     RuntimeError(f"evaluation on {name}: prompt {group_id} failed {attempt} times; last: {error}")
                 )
@@ -100,9 +103,9 @@ class Evaluation:
     def _metrics(self) -> dict[str, float]:
         key = self._config.reward.eval_reward_key
         metrics: dict[str, float] = {}
-        names = list(dict.fromkeys(name for name, _ in self._rows))
+        names = list(dict.fromkeys(name for name, _ in self._prompts))
         for name in names:
-            groups = [self._results[i] for i, (owner, _) in enumerate(self._rows) if owner == name]
+            groups = [self._results[i] for i, (owner, _) in enumerate(self._prompts) if owner == name]
             rewards = [[reward_number(sample.reward, key) for sample in group.samples] for group in groups]
             samples = [sample for group in groups for sample in group.samples]
             metrics[f"eval/{name}"] = float(np.mean([reward for group in rewards for reward in group]))

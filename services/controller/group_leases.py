@@ -1,4 +1,4 @@
-"""The lease messages that rollouts get: a prompt, its samples and how to sample each."""
+"""The lease messages that rollouts get: a prompt group and how to sample each of its responses."""
 
 from __future__ import annotations
 
@@ -6,17 +6,14 @@ from typing import TYPE_CHECKING
 
 from miles.rpc.gen import rollout_pb2
 from miles.services.controller.seeds import sample_seed
-from miles.types import Sample, SampleGroup
+from miles.types import SampleGroup
 from miles.types.convert import group_to_proto
 
 if TYPE_CHECKING:
     from miles.config import JobConfig
-    from miles.data import PromptRow
 
 
-def training_lease(
-    job_id: str, config: JobConfig, row: PromptRow, group_id: int, attempt: int, version: int
-) -> rollout_pb2.GroupLease:
+def training_lease(config: JobConfig, group: SampleGroup, attempt: int, version: int) -> rollout_pb2.GroupLease:
     """A lease of a training group, generated with `version` or a later one."""
     rollout = config.rollout
     sampling = [
@@ -25,27 +22,27 @@ def training_lease(
             top_p=rollout.rollout_top_p,
             top_k=rollout.rollout_top_k,
             max_new_tokens=_response_limit(
-                rollout.rollout_max_response_len, rollout.rollout_max_context_len, len(row.tokens)
+                rollout.rollout_max_response_len, rollout.rollout_max_context_len, sample.prompt_length
             ),
             stop=rollout.rollout_stop or (),
             stop_token_ids=rollout.rollout_stop_token_ids or (),
-            seed=sample_seed(rollout.rollout_seed, "train", group_id, index),
+            seed=sample_seed(rollout.rollout_seed, "train", group.group_id, sample.index),
             skip_special_tokens=rollout.rollout_skip_special_tokens,
         )
-        for index in range(config.data.n_samples_per_prompt)
+        for sample in group.samples
     ]
     return rollout_pb2.GroupLease(
-        group_id=group_id,
+        group_id=group.group_id,
         attempt=attempt,
         purpose=rollout_pb2.GROUP_PURPOSE_TRAIN,
-        group=group_to_proto(_group(job_id, row, group_id, len(sampling))),
+        group=group_to_proto(group),
         sampling=sampling,
         min_version=version,
     )
 
 
 def evaluation_lease(
-    job_id: str, config: JobConfig, dataset: str, row: PromptRow, group_id: int, attempt: int, version: int
+    config: JobConfig, dataset: str, group: SampleGroup, attempt: int, version: int
 ) -> rollout_pb2.GroupLease:
     """A lease of an evaluation group, generated with exactly `version`."""
     evaluation, rollout = config.eval, config.rollout
@@ -55,41 +52,23 @@ def evaluation_lease(
             top_p=evaluation.eval_top_p,
             top_k=evaluation.eval_top_k,
             max_new_tokens=_response_limit(
-                evaluation.eval_max_response_len, rollout.rollout_max_context_len, len(row.tokens)
+                evaluation.eval_max_response_len, rollout.rollout_max_context_len, sample.prompt_length
             ),
             stop=rollout.rollout_stop or (),
             stop_token_ids=rollout.rollout_stop_token_ids or (),
-            seed=sample_seed(rollout.rollout_seed, f"eval/{dataset}", group_id, index),
+            seed=sample_seed(rollout.rollout_seed, f"eval/{dataset}", group.group_id, sample.index),
             min_new_tokens=evaluation.eval_min_new_tokens or 0,
             skip_special_tokens=rollout.rollout_skip_special_tokens,
         )
-        for index in range(evaluation.n_samples_per_eval_prompt)
+        for sample in group.samples
     ]
     return rollout_pb2.GroupLease(
-        group_id=group_id,
+        group_id=group.group_id,
         attempt=attempt,
         purpose=rollout_pb2.GROUP_PURPOSE_EVAL,
-        group=group_to_proto(_group(job_id, row, group_id, len(sampling))),
+        group=group_to_proto(group),
         sampling=sampling,
         exact_version=version,
-    )
-
-
-def _group(job_id: str, row: PromptRow, group_id: int, samples: int) -> SampleGroup:
-    return SampleGroup(
-        job_id=job_id,
-        group_id=group_id,
-        samples=[
-            Sample(
-                group_id=group_id,
-                index=index,
-                prompt=row.prompt,
-                tokens=row.tokens,
-                label=row.label,
-                metadata=dict(row.metadata),
-            )
-            for index in range(samples)
-        ],
     )
 
 

@@ -6,6 +6,7 @@ import json
 import time
 import uuid
 from collections.abc import AsyncIterator
+from typing import Any
 
 import redis.asyncio
 from redis.exceptions import WatchError
@@ -40,7 +41,7 @@ class JobStore:
     """Every job ever submitted, and what happened to it. Survives the controller: all state is in Redis."""
 
     def __init__(self, redis_client: redis.asyncio.Redis) -> None:
-        self._redis = redis_client
+        self._redis: Any = redis_client  # redis-py's annotations leave open what a reply is
 
     async def submit(self, job: job_pb2.Job, request_id: str) -> tuple[job_pb2.Job, bool]:
         """Store a new job and return (job, True), or the one that `request_id` stored before and False."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import uuid
+from collections.abc import AsyncIterable
 
 from miles.rpc import connect
 from miles.rpc.gen import policy_pb2, trainer_pb2, trainer_pb2_grpc, weightsync_pb2, weightsync_pb2_grpc
@@ -43,7 +44,8 @@ class TrainerLink:
             weightsync_address=self._weightsync_address,
             run_dir=str(self._context.run_dir),
         )
-        async for message in stream(self._stub.StartJob(request), "trainer start", deadlines.START_JOB_SILENCE_S):
+        messages: AsyncIterable[trainer_pb2.TrainerStartJobResponse] = self._stub.StartJob(request)
+        async for message in stream(messages, "trainer start", deadlines.START_JOB_SILENCE_S):
             if message.HasField("ready"):
                 return message.ready
             logger.info("trainer: %s", message.stage)
@@ -58,7 +60,8 @@ class TrainerLink:
             dropped_group_ids=sorted(dropped),
             deadline_ms=int(deadlines.GROUPS_IN_QUEUE_S * 1000),
         )
-        async for message in stream(self._stub.Train(request), f"training step {step}", deadlines.TRAIN_SILENCE_S):
+        messages: AsyncIterable[trainer_pb2.TrainResponse] = self._stub.Train(request)
+        async for message in stream(messages, f"training step {step}", deadlines.TRAIN_SILENCE_S):
             if message.HasField("done"):
                 return message.done
         raise WorkerLostError(f"training step {step}: the stream ended before the step was done")

@@ -114,9 +114,7 @@ class Interleavings(RuleBasedStateMachine):
 
     @initialize(batch_size=st.integers(1, 3), max_staleness=st.integers(0, 3), steps=st.integers(1, 6))
     def begin(self, batch_size: int, max_staleness: int, steps: int) -> None:
-        self.admission = Admission(
-            batch_size=batch_size, max_staleness=max_staleness, total_groups=batch_size * steps
-        )
+        self.admission = Admission(batch_size=batch_size, max_staleness=max_staleness, total_groups=batch_size * steps)
 
     @rule(worker=st.sampled_from("abc"))
     def lease(self, worker: str) -> None:

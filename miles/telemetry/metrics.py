@@ -1,0 +1,69 @@
+"""Metrics of a run as JSON lines and, on request, for TensorBoard."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import pathlib
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+
+class MetricsWriter:
+    """Appends one line per step to `metrics.jsonl`: {"step": int, "unix_s": float, name: value, ...}.
+
+    A run that resumes at `first_step` first drops the lines of that step and later ones: they will be written again.
+    """
+
+    def __init__(self, path: pathlib.Path, first_step: int = 0, tensorboard_dir: pathlib.Path | None = None) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _drop_from(path, first_step)
+        self._file = path.open("a", encoding="utf-8")
+        self._tensorboard: Any = None
+        if tensorboard_dir is not None:
+            from tensorboard.summary import Writer
+
+            self._tensorboard = Writer(str(tensorboard_dir))
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Write the metrics of a step; a step may be written in several parts. Not-a-number becomes null."""
+        clean = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        self._file.write(json.dumps({"step": step, "unix_s": round(time.time(), 3), **clean}) + "\n")
+        self._file.flush()
+        if self._tensorboard is not None:
+            for name, value in values.items():
+                self._tensorboard.add_scalar(name, value, step)
+            self._tensorboard.flush()
+
+    def close(self) -> None:
+        """Flush and close the files."""
+        self._file.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+
+
+def read_metrics(path: pathlib.Path) -> Iterator[dict[str, Any]]:
+    """The lines of a metrics file; a last line that was cut short by a crash is left out."""
+    if not path.exists():
+        return
+    with path.open(encoding="utf-8") as file:
+        for line in file:
+            if line.endswith("\n"):
+                yield json.loads(line)
+
+
+def _drop_from(path: pathlib.Path, first_step: int) -> None:
+    lines = list(read_metrics(path))
+    if not lines:
+        path.unlink(missing_ok=True)
+        return
+    kept = path.with_suffix(".tmp")
+    with kept.open("w", encoding="utf-8") as file:
+        for line in lines:
+            if line["step"] < first_step:
+                file.write(json.dumps(line) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    kept.replace(path)

@@ -1,0 +1,82 @@
+"""The controller as a program."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import logging
+import pathlib
+
+import redis.exceptions
+
+from miles.queue import RedisUnsuitable, connect_async
+from miles.rpc import ExitCode, ServiceExit, main, start_server
+from miles.rpc.gen.controller_pb2_grpc import add_ControllerServiceServicer_to_server
+from miles.services.controller.job_runner import JobRunner
+from miles.services.controller.job_scheduler import JobScheduler
+from miles.services.controller.records import JobStore
+from miles.services.controller.registry import WorkerRegistry
+from miles.services.controller.service import ControllerServicer
+
+logger = logging.getLogger(__name__)
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m miles.services.controller", description=__doc__)
+    parser.add_argument("--listen", default="127.0.0.1:50050", help="host:port to serve on; port 0 picks one")
+    parser.add_argument("--redis-url", required=True, help="redis:// or unix:// address of the job records and queues")
+    parser.add_argument("--address-file", type=pathlib.Path, help="write the host:port served on to this file")
+    return parser.parse_args()
+
+
+async def serve(arguments: argparse.Namespace) -> None:
+    """Serve until cancelled."""
+    try:
+        client = await connect_async(arguments.redis_url)
+    except RedisUnsuitable as error:
+        raise ServiceExit(ExitCode.REDIS_UNSUITABLE, str(error)) from error
+    except redis.exceptions.ConnectionError as error:
+        raise ServiceExit(ExitCode.REDIS_UNREACHABLE, str(error)) from error
+    registry = WorkerRegistry()
+    store = JobStore(client)
+    scheduler = JobScheduler(store, JobRunner(store, registry, client, arguments.redis_url))
+    servicer = ControllerServicer(store, scheduler, registry)
+    server, address = await start_server(
+        lambda server: add_ControllerServiceServicer_to_server(servicer, server),
+        arguments.listen,
+        ["miles.v1.ControllerService"],
+    )
+    if arguments.address_file is not None:
+        write_address(arguments.address_file, address)
+    logger.info("controller listens on %s", address)
+    tasks = [asyncio.create_task(scheduler.run()), asyncio.create_task(_expire_leases(registry))]
+    try:
+        await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await server.stop(grace=1.0)
+        with contextlib.suppress(redis.exceptions.ConnectionError):
+            await client.aclose()
+
+
+def write_address(path: pathlib.Path, address: str) -> None:
+    """Write an address file in one piece."""
+    partial = path.with_suffix(".tmp")
+    partial.write_text(address)
+    partial.replace(path)
+
+
+async def _expire_leases(registry: WorkerRegistry) -> None:
+    while True:
+        await asyncio.sleep(1.0)
+        for worker in registry.expire():
+            logger.warning("the lease of %s is over: no heartbeat for %g s", worker.worker_id, registry.ttl_s)
+
+
+if __name__ == "__main__":
+    arguments = parse_arguments()
+    main(lambda: serve(arguments))

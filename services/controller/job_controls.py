@@ -1,0 +1,63 @@
+"""What the user has asked of a running job."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+
+from miles.rpc.gen import controller_pb2
+
+
+class JobStoppedError(Exception):
+    """The user asked for the job to end with its state saved."""
+
+
+class JobCancelledError(Exception):
+    """The user asked for the job to end at once."""
+
+
+@dataclasses.dataclass(slots=True)
+class JobControls:
+    """Requests of the user, as the run loop sees them at its next turn."""
+
+    paused: bool = False
+    stop: bool = False
+    cancel: bool = False
+    checkpoint: bool = False
+    changed: asyncio.Event = dataclasses.field(default_factory=asyncio.Event)
+    operations: set[str] = dataclasses.field(default_factory=set)
+
+    def apply(self, action: controller_pb2.JobAction.ValueType, operation_id: str) -> None:
+        """Take note of an action; one whose operation was seen before does nothing."""
+        if operation_id and operation_id in self.operations:
+            return
+        self.operations.add(operation_id)
+        if action == controller_pb2.JOB_ACTION_PAUSE:
+            self.paused = True
+        elif action == controller_pb2.JOB_ACTION_RESUME:
+            self.paused = False
+        elif action == controller_pb2.JOB_ACTION_CANCEL:
+            self.cancel = True
+        elif action == controller_pb2.JOB_ACTION_STOP:
+            self.stop = True
+        elif action == controller_pb2.JOB_ACTION_CHECKPOINT:
+            self.checkpoint = True
+        self.changed.set()
+        self.changed = asyncio.Event()
+
+    async def wait_while_paused(self) -> None:
+        """Return once the job may go on; raises as `check` does."""
+        while True:
+            self.check()
+            if not self.paused:
+                return
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self.changed.wait(), 1.0)
+
+    def check(self) -> None:
+        """Raise what ends the job, if the user asked for it."""
+        if self.cancel:
+            raise JobCancelledError
+        if self.stop:
+            raise JobStoppedError

@@ -1,0 +1,81 @@
+"""Runs one job from its record to its end, whatever the end is."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import pathlib
+
+import redis.asyncio
+
+from miles.config import ConfigError, JobConfig
+from miles.data import DataError, PromptSource, eval_sources, train_source
+from miles.data.template import load_tokenizer
+from miles.queue import GroupQueue
+from miles.rpc.gen import job_pb2
+from miles.services.controller.calls import WorkerFailedError, WorkerLostError
+from miles.services.controller.job_context import JobContext
+from miles.services.controller.job_controls import JobCancelledError, JobControls, JobStoppedError
+from miles.services.controller.job_history import JobHistory
+from miles.services.controller.records import JobStore
+from miles.services.controller.registry import WorkerRegistry
+from miles.services.controller.run_loop import RunLoop
+
+logger = logging.getLogger(__name__)
+
+
+class JobRunner:
+    """Prepares what a job needs, runs its loop, and records how it ended."""
+
+    def __init__(
+        self, store: JobStore, registry: WorkerRegistry, redis_client: redis.asyncio.Redis, redis_url: str
+    ) -> None:
+        self._store = store
+        self._registry = registry
+        self._redis = redis_client
+        self._redis_url = redis_url
+
+    async def run(self, job: job_pb2.Job, controls: JobControls) -> None:
+        """Run the job; returns when it has ended. Cancellation leaves the record as it is, to be taken up again."""
+        config = JobConfig.from_flat(json.loads(job.config_json))
+        context = JobContext(job.job_id, config, self._redis_url, pathlib.Path(config.services.run_dir))
+        history = JobHistory(self._store, job, context)
+        state, reason = job_pb2.JOB_STATE_SUCCEEDED, "every step is done"
+        try:
+            await history.state(job_pb2.JOB_STATE_STARTING, "reading the data, loading models")
+            await self._run(context, history, controls)
+        except JobStoppedError:
+            state, reason = job_pb2.JOB_STATE_STOPPED, "stopped by the user; the state is saved"
+        except JobCancelledError:
+            state, reason = job_pb2.JOB_STATE_CANCELLED, "cancelled by the user"
+        except (WorkerFailedError, WorkerLostError, DataError, ConfigError, TimeoutError) as error:
+            logger.exception("job %s failed", job.job_id)
+            state, reason = job_pb2.JOB_STATE_FAILED, str(error)
+        except Exception as error:
+            logger.exception("job %s failed for a reason nobody foresaw", job.job_id)
+            state, reason = job_pb2.JOB_STATE_FAILED, f"{type(error).__name__}: {error}"
+        finally:
+            history.close()
+        if state == job_pb2.JOB_STATE_FAILED:
+            await history.log(job_pb2.LOG_LEVEL_ERROR, "controller", reason)
+        await history.state(state, reason)
+
+    async def _run(self, context: JobContext, history: JobHistory, controls: JobControls) -> None:
+        prompts, eval_sets = await asyncio.to_thread(_read_data, context.config)
+        history.job.num_rollout = context.config.rollouts(len(prompts))
+        if history.job.num_rollout == 0:
+            raise DataError(
+                f"num_epoch {context.config.data.num_epoch} over {len(prompts)} prompts does not fill one batch of "
+                f"{context.config.data.rollout_batch_size}; lower rollout_batch_size or raise num_epoch"
+            )
+        await history.save()
+        queue = GroupQueue(self._redis, context.job_id, consumer="controller")
+        await RunLoop(context, history, controls, self._registry, queue, prompts, eval_sets).run()
+        await queue.drop_job()
+
+
+def _read_data(config: JobConfig) -> tuple[PromptSource, dict[str, PromptSource]]:
+    assert config.rollout.hf_checkpoint is not None, "a rule requires it"
+    tokenizer = load_tokenizer(config.rollout.hf_checkpoint, config.data.chat_template_path)
+    return train_source(config, tokenizer), eval_sources(config, tokenizer)

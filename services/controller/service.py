@@ -1,0 +1,124 @@
+"""gRPC in, plain calls out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator
+
+import grpc
+import grpc.aio
+
+from miles.config import ConfigError, JobConfig
+from miles.rpc.gen import controller_pb2, controller_pb2_grpc, job_pb2
+from miles.services.controller.job_scheduler import JobScheduler
+from miles.services.controller.records import ENDED, JobStore, UnknownJobError, new_job
+from miles.services.controller.registry import AttachedWorker, WorkerRegistry
+
+
+class ControllerServicer(controller_pb2_grpc.ControllerServiceServicer):
+    """Serves users, the gateway and workers."""
+
+    def __init__(self, store: JobStore, scheduler: JobScheduler, registry: WorkerRegistry) -> None:
+        self._store = store
+        self._scheduler = scheduler
+        self._registry = registry
+
+    async def SubmitJob(
+        self, request: controller_pb2.SubmitJobRequest, context: grpc.aio.ServicerContext
+    ) -> controller_pb2.SubmitJobResponse:
+        try:
+            config = JobConfig.from_flat(json.loads(request.config_json)).resolve()
+        except (ConfigError, ValueError) as error:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+        job, created = await self._store.submit(
+            new_job(config.to_flat(), config.data.num_rollout or 0), request.request_id
+        )
+        if job.state in (job_pb2.JOB_STATE_STOPPED, job_pb2.JOB_STATE_FAILED) and not created:
+            # Submitting an interrupted job again takes it up where its newest checkpoint left it.
+            job.state, job.error, job.ended_unix_ns = job_pb2.JOB_STATE_QUEUED, "", 0
+            job.config_json = json.dumps(config.to_flat())
+            await self._store.put(job)
+        self._scheduler.wake()
+        return controller_pb2.SubmitJobResponse(job=job, created=created)
+
+    async def GetJob(
+        self, request: controller_pb2.GetJobRequest, context: grpc.aio.ServicerContext
+    ) -> controller_pb2.GetJobResponse:
+        return controller_pb2.GetJobResponse(job=await self._get(request.job_id, context))
+
+    async def ListJobs(
+        self, request: controller_pb2.ListJobsRequest, context: grpc.aio.ServicerContext
+    ) -> controller_pb2.ListJobsResponse:
+        if request.page_token and not request.page_token.isdigit():
+            await context.abort(
+                grpc.StatusCode.INVALID_ARGUMENT, f"page_token {request.page_token!r} is not one this service gave"
+            )
+        jobs, token = await self._store.list(
+            frozenset(request.states), min(request.page_size or 100, 1000), request.page_token
+        )
+        return controller_pb2.ListJobsResponse(jobs=jobs, next_page_token=token)
+
+    async def ControlJob(
+        self, request: controller_pb2.ControlJobRequest, context: grpc.aio.ServicerContext
+    ) -> controller_pb2.ControlJobResponse:
+        if request.action == controller_pb2.JOB_ACTION_UNSPECIFIED:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "action is not set; name one of JobAction")
+        await self._get(request.job_id, context)
+        try:
+            job = await self._scheduler.control(request.job_id, request.action, request.operation_id)
+        except ValueError as error:
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
+        return controller_pb2.ControlJobResponse(job=job)
+
+    async def WatchJob(
+        self, request: controller_pb2.WatchJobRequest, context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[controller_pb2.WatchJobResponse]:
+        await self._get(request.job_id, context)
+        async for event in self._store.watch(request.job_id, request.after_event_id):
+            yield controller_pb2.WatchJobResponse(event=event)
+            if event.HasField("state_changed") and event.state_changed.state in ENDED:
+                return
+
+    async def Attach(
+        self, request_iterator: AsyncIterator[controller_pb2.AttachRequest], context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[controller_pb2.AttachResponse]:
+        worker: AttachedWorker | None = None
+        try:
+            async for request in request_iterator:
+                if request.HasField("registration"):
+                    worker = self._registry.attach(request.registration)
+                    yield controller_pb2.AttachResponse(
+                        lease_number=worker.lease_number, lease_ttl_ms=int(self._registry.ttl_s * 1000)
+                    )
+                elif worker is None:
+                    await context.abort(grpc.StatusCode.FAILED_PRECONDITION, "heartbeat before registration")
+                elif not self._registry.beat(worker, request.heartbeat):
+                    await context.abort(
+                        grpc.StatusCode.ABORTED, f"lease {worker.lease_number} is over; attach again for a new one"
+                    )
+        finally:
+            if worker is not None:
+                self._registry.detach(worker)
+
+    async def ListWorkers(
+        self, request: controller_pb2.ListWorkersRequest, context: grpc.aio.ServicerContext
+    ) -> controller_pb2.ListWorkersResponse:
+        return controller_pb2.ListWorkersResponse(
+            workers=[
+                controller_pb2.Worker(
+                    registration=worker.registration,
+                    heartbeat=worker.heartbeat,
+                    lease_number=worker.lease_number,
+                    alive=not worker.lost.is_set(),
+                    last_seen_unix_ns=worker.last_seen_unix_ns,
+                )
+                for worker in self._registry.everyone()
+            ]
+        )
+
+    async def _get(self, job_id: str, context: grpc.aio.ServicerContext) -> job_pb2.Job:
+        try:
+            return await self._store.get(job_id)
+        except UnknownJobError:
+            await context.abort(grpc.StatusCode.NOT_FOUND, f"no job {job_id!r}; list the jobs to see their ids")
+            raise
