@@ -1,0 +1,233 @@
+"""Asks reward services for scores: one stream a service, many requests on it at once, retries and deadlines."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import itertools
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
+
+import grpc.aio
+
+from miles.rpc import connect
+from miles.rpc.gen import reward_pb2, reward_pb2_grpc
+from miles.types import MalformedMessage, Reward, Sample
+from miles.types.convert import json_from_text, reward_from_proto, sample_to_proto
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_SERVICE = "default"
+"""Name of the service that scores samples which name none."""
+_BACK_OFF_S = 0.1
+_MAX_BACK_OFF_S = 2.0
+
+_Call: TypeAlias = "grpc.aio.StreamStreamCall[reward_pb2.ScoreRequest, reward_pb2.ScoreResponse]"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ScoreOutcome:
+    """What came of scoring one sample: a reward, or an error."""
+
+    reward: Reward | None = None
+    error: str | None = None
+    """Why there is no reward; the sample is to be marked FAILED."""
+    metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """To be merged into the sample's metadata."""
+
+
+class _Unanswered(Exception):
+    """An attempt ended without an answer; another one may get it."""
+
+
+class _Stream:
+    """One Score stream from its start until it breaks; then every request on it fails with `_Unanswered`."""
+
+    def __init__(self, stub: reward_pb2_grpc.RewardServiceStub, label: str) -> None:
+        self.broken = False
+        self._label = label
+        self._call: _Call = stub.Score(wait_for_ready=True)
+        self._outgoing: asyncio.Queue[reward_pb2.ScoreRequest] = asyncio.Queue()
+        self._answers: dict[int, asyncio.Future[reward_pb2.ScoreResponse]] = {}
+        # Requests are written from one task: cancelling a write, as a caller's deadline would, cancels the whole call.
+        self._writing = asyncio.create_task(self._write())
+        self._reading = asyncio.create_task(self._read())
+
+    async def ask(self, request: reward_pb2.ScoreRequest) -> reward_pb2.ScoreResponse:
+        """Send a request and wait for its answer."""
+        future: asyncio.Future[reward_pb2.ScoreResponse] = asyncio.get_running_loop().create_future()
+        self._answers[request.request_id] = future
+        try:
+            self._outgoing.put_nowait(request)
+            return await future
+        finally:
+            del self._answers[request.request_id]
+
+    async def _write(self) -> None:
+        with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):  # `_read` sees how the call ended
+            while True:
+                request = await self._outgoing.get()
+                if request.request_id in self._answers:
+                    await self._call.write(request)
+
+    async def _read(self) -> None:
+        problem = "the stream was closed"
+        try:
+            async for response in self._call:
+                future = self._answers.get(response.request_id)
+                if future is not None and not future.done():
+                    future.set_result(response)
+        except grpc.aio.AioRpcError as error:
+            problem = f"{error.code().name}: {error.details()}"
+        finally:
+            self.broken = True
+            self._writing.cancel()
+            for future in self._answers.values():
+                if not future.done():
+                    future.set_exception(_Unanswered(problem))
+        logger.info("stream to %s ended: %s", self._label, problem)
+
+    async def close(self) -> None:
+        """End the call."""
+        self._call.cancel()
+        self._reading.cancel()
+        await asyncio.gather(self._reading, self._writing, return_exceptions=True)
+
+
+class _Service:
+    """The connection to one reward service; its stream is opened when needed, and again after it breaks."""
+
+    def __init__(self, name: str, address: str) -> None:
+        self.label = f"reward service {name!r} at {address}"
+        self._channel = connect(address)
+        self._stub = reward_pb2_grpc.RewardServiceStub(self._channel)
+        self._stream: _Stream | None = None
+        self._ids = itertools.count(1)
+
+    async def ask(self, request: reward_pb2.ScoreRequest, timeout_s: float) -> reward_pb2.ScoreResponse:
+        """One attempt, connecting included; `_Unanswered` when it brings no answer within `timeout_s`."""
+        request.request_id = next(self._ids)
+        # The service hears of a little less than we wait, so that it can still tell us what took too long.
+        request.deadline_ms = max(1, int(1000 * (timeout_s - min(1.0, timeout_s / 10))))
+        if self._stream is None or self._stream.broken:
+            self._stream = _Stream(self._stub, self.label)
+        try:
+            async with asyncio.timeout(timeout_s):
+                return await self._stream.ask(request)
+        except TimeoutError:
+            raise _Unanswered(f"no answer in {timeout_s:g} s; connection {self._channel.get_state().name}") from None
+
+    async def close(self) -> None:
+        """End the stream and the connection; requests under way fail."""
+        if self._stream is not None:
+            await self._stream.close()
+        await self._channel.close()
+
+
+class RewardClient:
+    """Scores samples with the reward services of a job. Use within one event loop; `close` it."""
+
+    def __init__(self, addresses: Mapping[str, str], *, timeout_s: float = 60.0, retries: int = 3) -> None:
+        """Prepare the connections; they are made when first needed.
+
+        Args:
+            addresses: host:port of each service by name; "default" scores samples that name none.
+            timeout_s: how long one attempt may take, connecting included, in seconds.
+            retries: further attempts after one that brought no answer, a count. An answer that says the reward function
+                failed is final.
+        """
+        if timeout_s <= 0 or retries < 0:
+            raise ValueError(f"timeout_s is {timeout_s} and retries {retries}; they must be above 0 and at least 0")
+        self._timeout_s = timeout_s
+        self._retries = retries
+        self._addresses = dict(addresses)
+        self._services: dict[str, _Service] = {}
+
+    async def __aenter__(self) -> RewardClient:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def score(self, samples: Sequence[Sample], *, reward: str = "", group: bool = False) -> list[ScoreOutcome]:
+        """Score samples, each on its own or, with `group`, together; one outcome a sample, in order. Never raises for
+        what a service does or fails to do.
+
+        A sample's `metadata["reward_service"]` names the service (default: "default"); `reward` names the reward there
+        (empty: the service's default).
+        """
+        if not samples:
+            return []
+        if group:
+            return await self._score(samples, reward, group=True)
+        outcomes = await asyncio.gather(*(self._score([sample], reward, group=False) for sample in samples))
+        return [outcome for [outcome] in outcomes]
+
+    async def _score(self, samples: Sequence[Sample], reward: str, *, group: bool) -> list[ScoreOutcome]:
+        try:
+            service = self._service(samples)
+            request = reward_pb2.ScoreRequest(reward=reward, group=group, samples=map(_to_proto, samples))
+        except (LookupError, MalformedMessage) as error:
+            return [ScoreOutcome(error=str(error.args[0] if error.args else error))] * len(samples)
+        try:
+            response = await self._ask(service, request)
+        except _Unanswered as error:
+            return [ScoreOutcome(error=str(error))] * len(samples)
+        if len(response.scores) != len(samples):
+            problem = f"{service.label} gave {len(response.scores)} scores for {len(samples)} samples"
+            return [ScoreOutcome(error=problem)] * len(samples)
+        return [_outcome(score, service.label) for score in response.scores]
+
+    async def _ask(self, service: _Service, request: reward_pb2.ScoreRequest) -> reward_pb2.ScoreResponse:
+        attempts = self._retries + 1
+        for attempt in itertools.count(1):
+            try:
+                return await service.ask(request, self._timeout_s)
+            except _Unanswered as error:
+                if attempt == attempts:
+                    within = f"{attempts} attempt{'s' * (attempts > 1)} of up to {self._timeout_s:g} s"
+                    raise _Unanswered(f"{service.label} did not score within {within}: {error}") from error
+            await asyncio.sleep(min(_MAX_BACK_OFF_S, _BACK_OFF_S * 2 ** (attempt - 1)))
+        raise AssertionError("unreachable")
+
+    def _service(self, samples: Sequence[Sample]) -> _Service:
+        names = {str(sample.metadata.get("reward_service", DEFAULT_SERVICE)) for sample in samples}
+        if len(names) > 1:
+            raise LookupError(f"the samples of one group name several reward services: {', '.join(sorted(names))}")
+        [name] = names
+        if name not in self._addresses:
+            known = ", ".join(self._addresses) or "none"
+            raise LookupError(
+                f"no reward service is named {name!r} (known: {known}); add --reward-service {name}=HOST:PORT"
+            )
+        if name not in self._services:
+            self._services[name] = _Service(name, self._addresses[name])
+        return self._services[name]
+
+    async def close(self) -> None:
+        """Close the connections; requests under way fail."""
+        await asyncio.gather(*(service.close() for service in self._services.values()))
+        self._services.clear()
+
+
+def _to_proto(sample: Sample) -> Any:
+    return sample_to_proto(dataclasses.replace(sample, rollout_routed_experts=None))  # megabytes of no use to a reward
+
+
+def _outcome(score: reward_pb2.Score, label: str) -> ScoreOutcome:
+    if score.WhichOneof("kind") == "error":
+        return ScoreOutcome(error=score.error)
+    try:
+        reward = reward_from_proto(score.reward)
+        metadata = json_from_text(score.metadata_json, "metadata_json") if score.metadata_json else {}
+    except MalformedMessage as error:
+        return ScoreOutcome(error=f"{label} answered with a malformed score: {error}")
+    numbers = list(reward.values()) if isinstance(reward, dict) else [reward]
+    if not numbers or not all(map(math.isfinite, numbers)):
+        return ScoreOutcome(error=f"{label} answered with the reward {reward}; rewards are finite numbers")
+    if not isinstance(metadata, dict):
+        return ScoreOutcome(error=f"{label} answered with metadata that is no JSON object: {metadata!r:.200}")
+    return ScoreOutcome(reward=reward, metadata=metadata)

@@ -1,0 +1,97 @@
+"""The scoring of a reward service without its gRPC: which functions there are, and a request to its scores."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import Sequence
+
+from miles.reward_sdk import outcome
+from miles.reward_sdk.functions import RewardLoadError, Source
+from miles.reward_sdk.pool import ASYNC_CALLS_PER_WORKER, Described, WorkerDied, WorkerPool, WorkerProcess
+from miles.rpc.gen import reward_pb2, sample_pb2
+
+DEFAULT_DEADLINE_S = 60.0
+"""For requests that name no deadline."""
+_LATE_S = 0.2
+"""How long past the deadline a pool may take to say what went wrong."""
+
+
+class Scorer:
+    """Scores requests in worker processes; no function, whatever it does, ends or blocks the service."""
+
+    def __init__(self, sources: Sequence[Source], first: WorkerProcess, workers: int) -> None:
+        self.functions: dict[str, Described] = {function.name: function for function in first.functions}
+        self.default = next(iter(self.functions))
+        self.running = 0
+        """Samples being scored now."""
+        self.scored = 0
+        """Samples answered since the start, with a score or an error."""
+        self.failed = 0
+        """Of those, the errors."""
+        self._blocking = WorkerPool(sources, size=workers, capacity=1)
+        self._asynchronous = WorkerPool(sources, size=workers, capacity=ASYNC_CALLS_PER_WORKER)
+        only_async = all(function.is_async for function in first.functions)
+        (self._asynchronous if only_async else self._blocking).adopt(first)
+
+    @classmethod
+    async def start(cls, sources: Sequence[Source], *, workers: int = 0, default: str = "") -> Scorer:
+        """Start the first worker process and learn the functions from it.
+
+        Args:
+            sources: where the functions are.
+            workers: worker processes at most, for each of blocking and asynchronous functions; 0 means one a core.
+            default: the function for requests that name none; empty means the first.
+
+        Raises:
+            RewardLoadError: when a source cannot be loaded or there is no function named `default`.
+        """
+        scorer = cls(sources, await WorkerProcess.start(sources), workers or os.cpu_count() or 1)
+        if default and default not in scorer.functions:
+            await scorer.close()
+            raise RewardLoadError(f"the default reward {default!r} is none of {', '.join(scorer.functions)}")
+        scorer.default = default or scorer.default
+        return scorer
+
+    async def score(self, request: reward_pb2.ScoreRequest) -> list[reward_pb2.Score]:
+        """One score or error score a sample, in order, by the request's deadline."""
+        deadline = time.monotonic() + (request.deadline_ms / 1000 or DEFAULT_DEADLINE_S)
+        name = request.reward or self.default
+        self.running += len(request.samples)
+        try:
+            scores = await self._score(name, request, deadline)
+        finally:
+            self.running -= len(request.samples)
+        self.scored += len(scores)
+        self.failed += sum(score.WhichOneof("kind") == "error" for score in scores)
+        return scores
+
+    async def _score(self, name: str, request: reward_pb2.ScoreRequest, deadline: float) -> list[reward_pb2.Score]:
+        function = self.functions.get(name)
+        if function is None:
+            problem = f"this service has no reward {name!r}; it has {', '.join(self.functions)}"
+        elif function.group and not request.group:
+            problem = f"reward {name!r} scores whole groups; ask for it with group set (--group-rm)"
+        elif function.group:
+            return await self._call(function, request.samples, deadline)
+        else:
+            calls = (self._call(function, [sample], deadline) for sample in request.samples)
+            return [score for scores in await asyncio.gather(*calls) for score in scores]
+        return [outcome.error_score(problem) for _ in request.samples]
+
+    async def _call(
+        self, function: Described, samples: Sequence[sample_pb2.Sample], deadline: float
+    ) -> list[reward_pb2.Score]:
+        pool = self._asynchronous if function.is_async else self._blocking
+        request = reward_pb2.ScoreRequest(reward=function.name, samples=samples)
+        try:
+            async with asyncio.timeout(deadline + _LATE_S - time.monotonic()):
+                return await pool.score(request, deadline)
+        except (TimeoutError, WorkerDied, RewardLoadError) as error:
+            reason = str(error) or "did not end by its deadline"
+        return [outcome.error_score(f"reward {function.name!r} {reason}: {outcome.sample_id(s)}") for s in samples]
+
+    async def close(self) -> None:
+        """End the worker processes."""
+        await asyncio.gather(self._blocking.close(), self._asynchronous.close())

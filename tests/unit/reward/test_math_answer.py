@@ -1,0 +1,60 @@
+from __future__ import annotations
+
+import concurrent.futures
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from miles.services.reward.math_answer import math_answer
+from miles.types import Sample
+
+
+def answer(response: str, label: str | None) -> Sample:
+    return Sample(group_id=0, index=0, prompt="?", response=response, label=label)
+
+
+@pytest.mark.parametrize(
+    ("response", "label"),
+    [
+        ("The answer is $\\frac{1}{2}$.", "0.5"),
+        ("so \\boxed{42}", "42"),
+        ("so \\boxed{42}", "$42$"),
+        ("x is \\boxed{x^2+2x+1}", "(x+1)^2"),
+        ("It is 1,234.", "1234"),
+        ("$\\sqrt{8}$", "2\\sqrt{2}"),
+        ("$\\{1,2\\}$", "\\boxed{\\{2,1\\}}"),
+    ],
+)
+def test_equal_mathematics_scores_one(response: str, label: str) -> None:
+    assert math_answer(answer(response, label)) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("response", "label"), [("\\boxed{41}", "42"), ("", "42"), ("I do not know", "42"), ("$\\frac{1}{0}$", "1")]
+)
+def test_anything_else_scores_zero(response: str, label: str) -> None:
+    assert math_answer(answer(response, label)) == 0.0
+
+
+def test_it_works_on_other_threads_than_the_main_one() -> None:
+    with concurrent.futures.ThreadPoolExecutor(1) as executor:
+        assert executor.submit(math_answer, answer("\\boxed{3}", "3")).result(timeout=60) == 1.0
+
+
+@pytest.mark.parametrize("label", [None, ""])
+def test_it_refuses_a_label_without_an_expression(label: str | None) -> None:
+    with pytest.raises(ValueError, match="label"):
+        math_answer(answer("3", label))
+
+
+MATHS = st.lists(
+    st.sampled_from([*"0123456789+-*/^_{}()[]$\\=<>,. xyπ%&", "\\frac", "\\boxed{", "\\sqrt", "\\text{", "}", "sin"]),
+    max_size=20,
+).map("".join)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.one_of(st.text(max_size=60), MATHS))
+def test_any_response_is_scored_without_an_error(response: str) -> None:
+    assert math_answer(answer(response, "7")) in (0.0, 1.0)
