@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import ctypes
 import logging
 import os
 import signal
@@ -30,8 +28,7 @@ KEEPALIVE_OPTIONS: list[tuple[str, int]] = [
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
 ]
-PARENT_ENVIRONMENT = "MILES_EXIT_WITH_PARENT"
-_PR_SET_PDEATHSIG = 1
+WATCHED_PID_ENVIRONMENT = "MILES_EXIT_WITH"
 
 
 async def start_server(
@@ -63,26 +60,49 @@ async def start_server(
 async def run_until_signal(serve: Callable[[], Awaitable[None]]) -> None:
     """Run `serve` until it returns or SIGINT/SIGTERM cancels it, then let it clean up.
 
-    With MILES_EXIT_WITH_PARENT set, the kernel sends SIGTERM when the process that started this one dies, however it
-    dies, so that a killed launcher leaves nothing running.
+    With a process id in MILES_EXIT_WITH, the end of that process counts as such a signal, so that a launcher that is
+    killed leaves nothing running.
     """
-    if os.environ.get(PARENT_ENVIRONMENT):
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
     task = asyncio.ensure_future(serve())
     loop = asyncio.get_running_loop()
-    stopped_by_signal = False
+    asked_to_stop = False
 
     def stop() -> None:
-        nonlocal stopped_by_signal
-        stopped_by_signal = True
+        nonlocal asked_to_stop
+        asked_to_stop = True
         task.cancel()
 
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stop)
-    with contextlib.suppress(asyncio.CancelledError):
+    watched = _watch_process(loop, stop)
+    try:
         await task
-    if not stopped_by_signal and task.cancelled():
-        raise ServiceExit(ExitCode.INTERNAL, "the service was cancelled from within")
+    except asyncio.CancelledError:
+        if not asked_to_stop:
+            raise ServiceExit(ExitCode.INTERNAL, "the service was cancelled from within") from None
+    finally:
+        if watched is not None:
+            loop.remove_reader(watched)
+            os.close(watched)
+
+
+def _watch_process(loop: asyncio.AbstractEventLoop, on_end: Callable[[], None]) -> int | None:
+    """Call `on_end` when the process named in MILES_EXIT_WITH ends; return the descriptor that tells."""
+    pid = os.environ.get(WATCHED_PID_ENVIRONMENT)
+    if pid is None:
+        return None
+    try:
+        descriptor = os.pidfd_open(int(pid))
+    except ProcessLookupError:
+        loop.call_soon(on_end)
+        return None
+
+    def ended() -> None:
+        loop.remove_reader(descriptor)
+        on_end()
+
+    loop.add_reader(descriptor, ended)
+    return descriptor
 
 
 def main(serve: Callable[[], Awaitable[None]]) -> None:

@@ -11,7 +11,7 @@ Two rules keep every trained sample at most `max_staleness` versions old:
   (accepted counts every group ever accepted, running those admitted and not finished);
 - training step v takes the `rollout_batch_size` smallest ids that are still to be trained on, and waits for them.
 
-The first bounds the number of groups ahead of a newly admitted one, the second lets none overtake it, so it is trained on
+The first bounds how many groups are ahead of a newly admitted one, the second lets none overtake it, so it is trained on
 at most `max_staleness` steps after its admission.
 """
 

@@ -28,7 +28,9 @@ class _JobActionEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_JobAction.V
     DESCRIPTOR: _descriptor.EnumDescriptor
     JOB_ACTION_UNSPECIFIED: _JobAction.ValueType  # 0
     JOB_ACTION_PAUSE: _JobAction.ValueType  # 1
+    """Holds the job once what runs has ended; workers stay loaded."""
     JOB_ACTION_RESUME: _JobAction.ValueType  # 2
+    """Lets a paused job go on."""
     JOB_ACTION_CANCEL: _JobAction.ValueType  # 3
     """Ends the job without saving."""
     JOB_ACTION_CHECKPOINT: _JobAction.ValueType  # 4
@@ -36,11 +38,14 @@ class _JobActionEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_JobAction.V
     JOB_ACTION_STOP: _JobAction.ValueType  # 5
     """Saves a checkpoint and ends the job so that it can be resumed."""
 
-class JobAction(_JobAction, metaclass=_JobActionEnumTypeWrapper): ...
+class JobAction(_JobAction, metaclass=_JobActionEnumTypeWrapper):
+    """What can be done with a job."""
 
 JOB_ACTION_UNSPECIFIED: JobAction.ValueType  # 0
 JOB_ACTION_PAUSE: JobAction.ValueType  # 1
+"""Holds the job once what runs has ended; workers stay loaded."""
 JOB_ACTION_RESUME: JobAction.ValueType  # 2
+"""Lets a paused job go on."""
 JOB_ACTION_CANCEL: JobAction.ValueType  # 3
 """Ends the job without saving."""
 JOB_ACTION_CHECKPOINT: JobAction.ValueType  # 4
@@ -57,21 +62,32 @@ class _WorkerKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_WorkerKind
     DESCRIPTOR: _descriptor.EnumDescriptor
     WORKER_KIND_UNSPECIFIED: _WorkerKind.ValueType  # 0
     WORKER_KIND_ROLLOUT: _WorkerKind.ValueType  # 1
+    """RolloutService."""
     WORKER_KIND_TRAINER: _WorkerKind.ValueType  # 2
+    """TrainerService."""
     WORKER_KIND_REWARD: _WorkerKind.ValueType  # 3
+    """RewardService."""
     WORKER_KIND_WEIGHTSYNC: _WorkerKind.ValueType  # 4
+    """WeightSyncService."""
 
-class WorkerKind(_WorkerKind, metaclass=_WorkerKindEnumTypeWrapper): ...
+class WorkerKind(_WorkerKind, metaclass=_WorkerKindEnumTypeWrapper):
+    """Which service a worker offers."""
 
 WORKER_KIND_UNSPECIFIED: WorkerKind.ValueType  # 0
 WORKER_KIND_ROLLOUT: WorkerKind.ValueType  # 1
+"""RolloutService."""
 WORKER_KIND_TRAINER: WorkerKind.ValueType  # 2
+"""TrainerService."""
 WORKER_KIND_REWARD: WorkerKind.ValueType  # 3
+"""RewardService."""
 WORKER_KIND_WEIGHTSYNC: WorkerKind.ValueType  # 4
+"""WeightSyncService."""
 Global___WorkerKind: _TypeAlias = WorkerKind  # noqa: Y015
 
 @_typing.final
 class SubmitJobRequest(_message.Message):
+    """A configuration to run."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     REQUEST_ID_FIELD_NUMBER: _builtins.int
@@ -96,6 +112,8 @@ Global___SubmitJobRequest: _TypeAlias = SubmitJobRequest  # noqa: Y015
 
 @_typing.final
 class SubmitJobResponse(_message.Message):
+    """The job that runs it."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     JOB_FIELD_NUMBER: _builtins.int
@@ -103,7 +121,9 @@ class SubmitJobResponse(_message.Message):
     created: _builtins.bool
     """True when this request stored the job, false when it had been stored before."""
     @_builtins.property
-    def job(self) -> _job_pb2.Job: ...
+    def job(self) -> _job_pb2.Job:
+        """The job as stored."""
+
     def __init__(
         self,
         *,
@@ -120,10 +140,13 @@ Global___SubmitJobResponse: _TypeAlias = SubmitJobResponse  # noqa: Y015
 
 @_typing.final
 class GetJobRequest(_message.Message):
+    """Names a job."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     JOB_ID_FIELD_NUMBER: _builtins.int
     job_id: _builtins.str
+    """The job to return; NOT_FOUND when there is none."""
     def __init__(
         self,
         *,
@@ -139,11 +162,15 @@ Global___GetJobRequest: _TypeAlias = GetJobRequest  # noqa: Y015
 
 @_typing.final
 class GetJobResponse(_message.Message):
+    """The job that was asked for."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     JOB_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def job(self) -> _job_pb2.Job: ...
+    def job(self) -> _job_pb2.Job:
+        """The job as it stands."""
+
     def __init__(
         self,
         *,
@@ -159,6 +186,8 @@ Global___GetJobResponse: _TypeAlias = GetJobResponse  # noqa: Y015
 
 @_typing.final
 class ListJobsRequest(_message.Message):
+    """Which jobs to list, and how many at once."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     STATES_FIELD_NUMBER: _builtins.int
@@ -189,6 +218,8 @@ Global___ListJobsRequest: _TypeAlias = ListJobsRequest  # noqa: Y015
 
 @_typing.final
 class ListJobsResponse(_message.Message):
+    """One page of jobs."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     JOBS_FIELD_NUMBER: _builtins.int
@@ -215,13 +246,17 @@ Global___ListJobsResponse: _TypeAlias = ListJobsResponse  # noqa: Y015
 
 @_typing.final
 class ControlJobRequest(_message.Message):
+    """What to do with a job."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     JOB_ID_FIELD_NUMBER: _builtins.int
     ACTION_FIELD_NUMBER: _builtins.int
     OPERATION_ID_FIELD_NUMBER: _builtins.int
     job_id: _builtins.str
+    """The job to act on; NOT_FOUND when there is none."""
     action: Global___JobAction.ValueType
+    """What to do; FAILED_PRECONDITION when the job's state does not allow it."""
     operation_id: _builtins.str
     """Idempotency key of the operation: repeating it does nothing more."""
     def __init__(
@@ -241,11 +276,15 @@ Global___ControlJobRequest: _TypeAlias = ControlJobRequest  # noqa: Y015
 
 @_typing.final
 class ControlJobResponse(_message.Message):
+    """The outcome of an action."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     JOB_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def job(self) -> _job_pb2.Job: ...
+    def job(self) -> _job_pb2.Job:
+        """The job after the action was taken up."""
+
     def __init__(
         self,
         *,
@@ -261,11 +300,14 @@ Global___ControlJobResponse: _TypeAlias = ControlJobResponse  # noqa: Y015
 
 @_typing.final
 class WatchJobRequest(_message.Message):
+    """Whose events to follow, and from where."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     JOB_ID_FIELD_NUMBER: _builtins.int
     AFTER_EVENT_ID_FIELD_NUMBER: _builtins.int
     job_id: _builtins.str
+    """The job to follow; NOT_FOUND when there is none."""
     after_event_id: _builtins.str
     """Only events after this one; empty means from the beginning."""
     def __init__(
@@ -284,11 +326,15 @@ Global___WatchJobRequest: _TypeAlias = WatchJobRequest  # noqa: Y015
 
 @_typing.final
 class WatchJobResponse(_message.Message):
+    """One event."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     EVENT_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def event(self) -> _job_pb2.JobEvent: ...
+    def event(self) -> _job_pb2.JobEvent:
+        """The next event in order."""
+
     def __init__(
         self,
         *,
@@ -311,9 +357,13 @@ class AttachRequest(_message.Message):
     REGISTRATION_FIELD_NUMBER: _builtins.int
     HEARTBEAT_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def registration(self) -> Global___WorkerRegistration: ...
+    def registration(self) -> Global___WorkerRegistration:
+        """First message: who the worker is."""
+
     @_builtins.property
-    def heartbeat(self) -> Global___WorkerHeartbeat: ...
+    def heartbeat(self) -> Global___WorkerHeartbeat:
+        """Every later message: that it lives, and what it does."""
+
     def __init__(
         self,
         *,
@@ -332,6 +382,8 @@ Global___AttachRequest: _TypeAlias = AttachRequest  # noqa: Y015
 
 @_typing.final
 class WorkerRegistration(_message.Message):
+    """Who a worker is and where to reach it."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     WORKER_ID_FIELD_NUMBER: _builtins.int
@@ -343,6 +395,7 @@ class WorkerRegistration(_message.Message):
     worker_id: _builtins.str
     """Name of the worker, the same over its restarts."""
     kind: Global___WorkerKind.ValueType
+    """Which service it offers."""
     address: _builtins.str
     """host:port where the worker's own gRPC server listens."""
     incarnation: _builtins.str
@@ -371,6 +424,8 @@ Global___WorkerRegistration: _TypeAlias = WorkerRegistration  # noqa: Y015
 
 @_typing.final
 class WorkerHeartbeat(_message.Message):
+    """A sign of life."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     @_typing.final
@@ -425,6 +480,8 @@ Global___WorkerHeartbeat: _TypeAlias = WorkerHeartbeat  # noqa: Y015
 
 @_typing.final
 class AttachResponse(_message.Message):
+    """Confirms that the worker's lease holds."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     LEASE_NUMBER_FIELD_NUMBER: _builtins.int
@@ -449,6 +506,8 @@ Global___AttachResponse: _TypeAlias = AttachResponse  # noqa: Y015
 
 @_typing.final
 class ListWorkersRequest(_message.Message):
+    """Asks for every worker."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     def __init__(
@@ -464,11 +523,15 @@ Global___ListWorkersRequest: _TypeAlias = ListWorkersRequest  # noqa: Y015
 
 @_typing.final
 class ListWorkersResponse(_message.Message):
+    """The attached workers."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     WORKERS_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def workers(self) -> _containers.RepeatedCompositeFieldContainer[Global___Worker]: ...
+    def workers(self) -> _containers.RepeatedCompositeFieldContainer[Global___Worker]:
+        """Ordered by worker_id."""
+
     def __init__(
         self,
         *,
@@ -484,6 +547,8 @@ Global___ListWorkersResponse: _TypeAlias = ListWorkersResponse  # noqa: Y015
 
 @_typing.final
 class Worker(_message.Message):
+    """A worker as the controller sees it."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     REGISTRATION_FIELD_NUMBER: _builtins.int
@@ -493,12 +558,15 @@ class Worker(_message.Message):
     LAST_SEEN_UNIX_NS_FIELD_NUMBER: _builtins.int
     JOB_IDS_FIELD_NUMBER: _builtins.int
     lease_number: _builtins.int
+    """Number of its lease; a new process of the same worker gets a higher one."""
     alive: _builtins.bool
     """False once the lease has expired."""
     last_seen_unix_ns: _builtins.int
     """When the last heartbeat came, in nanoseconds since the Unix epoch."""
     @_builtins.property
-    def registration(self) -> Global___WorkerRegistration: ...
+    def registration(self) -> Global___WorkerRegistration:
+        """What it said when it attached last."""
+
     @_builtins.property
     def heartbeat(self) -> Global___WorkerHeartbeat:
         """Its last heartbeat."""

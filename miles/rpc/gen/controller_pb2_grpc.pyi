@@ -34,7 +34,9 @@ class ControllerServiceStub:
     SubmitJob: _grpc.UnaryUnaryMultiCallable[_controller_pb2.SubmitJobRequest, _controller_pb2.SubmitJobResponse]
     """Stores a job; the same request_id always returns the same job."""
     GetJob: _grpc.UnaryUnaryMultiCallable[_controller_pb2.GetJobRequest, _controller_pb2.GetJobResponse]
+    """One job as it stands."""
     ListJobs: _grpc.UnaryUnaryMultiCallable[_controller_pb2.ListJobsRequest, _controller_pb2.ListJobsResponse]
+    """Jobs, newest first, page by page."""
     ControlJob: _grpc.UnaryUnaryMultiCallable[_controller_pb2.ControlJobRequest, _controller_pb2.ControlJobResponse]
     """Pauses, resumes, cancels, stops or checkpoints a job."""
     WatchJob: _grpc.UnaryStreamMultiCallable[_controller_pb2.WatchJobRequest, _controller_pb2.WatchJobResponse]
@@ -44,6 +46,7 @@ class ControllerServiceStub:
     when heartbeats stop for longer than the lease.
     """
     ListWorkers: _grpc.UnaryUnaryMultiCallable[_controller_pb2.ListWorkersRequest, _controller_pb2.ListWorkersResponse]
+    """The workers that are attached."""
 
 @_typing.type_check_only
 class ControllerServiceAsyncStub(ControllerServiceStub):
@@ -51,7 +54,9 @@ class ControllerServiceAsyncStub(ControllerServiceStub):
     SubmitJob: _aio.UnaryUnaryMultiCallable[_controller_pb2.SubmitJobRequest, _controller_pb2.SubmitJobResponse]  # type: ignore[assignment]
     """Stores a job; the same request_id always returns the same job."""
     GetJob: _aio.UnaryUnaryMultiCallable[_controller_pb2.GetJobRequest, _controller_pb2.GetJobResponse]  # type: ignore[assignment]
+    """One job as it stands."""
     ListJobs: _aio.UnaryUnaryMultiCallable[_controller_pb2.ListJobsRequest, _controller_pb2.ListJobsResponse]  # type: ignore[assignment]
+    """Jobs, newest first, page by page."""
     ControlJob: _aio.UnaryUnaryMultiCallable[_controller_pb2.ControlJobRequest, _controller_pb2.ControlJobResponse]  # type: ignore[assignment]
     """Pauses, resumes, cancels, stops or checkpoints a job."""
     WatchJob: _aio.UnaryStreamMultiCallable[_controller_pb2.WatchJobRequest, _controller_pb2.WatchJobResponse]  # type: ignore[assignment]
@@ -61,6 +66,7 @@ class ControllerServiceAsyncStub(ControllerServiceStub):
     when heartbeats stop for longer than the lease.
     """
     ListWorkers: _aio.UnaryUnaryMultiCallable[_controller_pb2.ListWorkersRequest, _controller_pb2.ListWorkersResponse]  # type: ignore[assignment]
+    """The workers that are attached."""
 
 class ControllerServiceServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -76,14 +82,16 @@ class ControllerServiceServicer(metaclass=_abc_1.ABCMeta):
         self,
         request: _controller_pb2.GetJobRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_controller_pb2.GetJobResponse, _abc.Awaitable[_controller_pb2.GetJobResponse]]: ...
+    ) -> _typing.Union[_controller_pb2.GetJobResponse, _abc.Awaitable[_controller_pb2.GetJobResponse]]:
+        """One job as it stands."""
 
     @_abc_1.abstractmethod
     def ListJobs(
         self,
         request: _controller_pb2.ListJobsRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_controller_pb2.ListJobsResponse, _abc.Awaitable[_controller_pb2.ListJobsResponse]]: ...
+    ) -> _typing.Union[_controller_pb2.ListJobsResponse, _abc.Awaitable[_controller_pb2.ListJobsResponse]]:
+        """Jobs, newest first, page by page."""
 
     @_abc_1.abstractmethod
     def ControlJob(
@@ -116,6 +124,7 @@ class ControllerServiceServicer(metaclass=_abc_1.ABCMeta):
         self,
         request: _controller_pb2.ListWorkersRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_controller_pb2.ListWorkersResponse, _abc.Awaitable[_controller_pb2.ListWorkersResponse]]: ...
+    ) -> _typing.Union[_controller_pb2.ListWorkersResponse, _abc.Awaitable[_controller_pb2.ListWorkersResponse]]:
+        """The workers that are attached."""
 
 def add_ControllerServiceServicer_to_server(servicer: ControllerServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -45,7 +45,8 @@ class _JobStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_JobState.Val
     JOB_STATE_STOPPED: _JobState.ValueType  # 9
     """Stopped with its state saved; submitting it again resumes it."""
 
-class JobState(_JobState, metaclass=_JobStateEnumTypeWrapper): ...
+class JobState(_JobState, metaclass=_JobStateEnumTypeWrapper):
+    """Where a job is in its life."""
 
 JOB_STATE_UNSPECIFIED: JobState.ValueType  # 0
 JOB_STATE_QUEUED: JobState.ValueType  # 1
@@ -76,15 +77,22 @@ class _LogLevelEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_LogLevel.Val
     DESCRIPTOR: _descriptor.EnumDescriptor
     LOG_LEVEL_UNSPECIFIED: _LogLevel.ValueType  # 0
     LOG_LEVEL_INFO: _LogLevel.ValueType  # 1
+    """Worth knowing."""
     LOG_LEVEL_WARNING: _LogLevel.ValueType  # 2
+    """Something is off; the job goes on."""
     LOG_LEVEL_ERROR: _LogLevel.ValueType  # 3
+    """Something failed."""
 
-class LogLevel(_LogLevel, metaclass=_LogLevelEnumTypeWrapper): ...
+class LogLevel(_LogLevel, metaclass=_LogLevelEnumTypeWrapper):
+    """How much a log line matters."""
 
 LOG_LEVEL_UNSPECIFIED: LogLevel.ValueType  # 0
 LOG_LEVEL_INFO: LogLevel.ValueType  # 1
+"""Worth knowing."""
 LOG_LEVEL_WARNING: LogLevel.ValueType  # 2
+"""Something is off; the job goes on."""
 LOG_LEVEL_ERROR: LogLevel.ValueType  # 3
+"""Something failed."""
 Global___LogLevel: _TypeAlias = LogLevel  # noqa: Y015
 
 @_typing.final
@@ -201,6 +209,8 @@ Global___JobEvent: _TypeAlias = JobEvent  # noqa: Y015
 
 @_typing.final
 class JobStateChanged(_message.Message):
+    """A job's move from one state to another."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     STATE_FIELD_NUMBER: _builtins.int
@@ -225,6 +235,8 @@ Global___JobStateChanged: _TypeAlias = JobStateChanged  # noqa: Y015
 
 @_typing.final
 class Metrics(_message.Message):
+    """Numbers of one training step."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     @_typing.final
@@ -271,6 +283,8 @@ Global___Metrics: _TypeAlias = Metrics  # noqa: Y015
 
 @_typing.final
 class LogLine(_message.Message):
+    """One line that a part of the job wrote."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     LEVEL_FIELD_NUMBER: _builtins.int

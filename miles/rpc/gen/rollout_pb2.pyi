@@ -32,7 +32,8 @@ class _GroupPurposeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_GroupPur
     GROUP_PURPOSE_EVAL: _GroupPurpose.ValueType  # 2
     """Comes back on the stream and is never queued."""
 
-class GroupPurpose(_GroupPurpose, metaclass=_GroupPurposeEnumTypeWrapper): ...
+class GroupPurpose(_GroupPurpose, metaclass=_GroupPurposeEnumTypeWrapper):
+    """What a group is generated for."""
 
 GROUP_PURPOSE_UNSPECIFIED: GroupPurpose.ValueType  # 0
 GROUP_PURPOSE_TRAIN: GroupPurpose.ValueType  # 1
@@ -49,13 +50,16 @@ class _FilterVerdictEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_FilterV
     DESCRIPTOR: _descriptor.EnumDescriptor
     FILTER_VERDICT_UNSPECIFIED: _FilterVerdict.ValueType  # 0
     FILTER_VERDICT_KEEP: _FilterVerdict.ValueType  # 1
+    """Queued for training."""
     FILTER_VERDICT_DROP: _FilterVerdict.ValueType  # 2
     """Dropped by dynamic sampling; never queued."""
 
-class FilterVerdict(_FilterVerdict, metaclass=_FilterVerdictEnumTypeWrapper): ...
+class FilterVerdict(_FilterVerdict, metaclass=_FilterVerdictEnumTypeWrapper):
+    """What dynamic sampling says of a group."""
 
 FILTER_VERDICT_UNSPECIFIED: FilterVerdict.ValueType  # 0
 FILTER_VERDICT_KEEP: FilterVerdict.ValueType  # 1
+"""Queued for training."""
 FILTER_VERDICT_DROP: FilterVerdict.ValueType  # 2
 """Dropped by dynamic sampling; never queued."""
 Global___FilterVerdict: _TypeAlias = FilterVerdict  # noqa: Y015
@@ -68,15 +72,22 @@ class _FinishReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_FinishRe
     DESCRIPTOR: _descriptor.EnumDescriptor
     FINISH_REASON_UNSPECIFIED: _FinishReason.ValueType  # 0
     FINISH_REASON_STOP: _FinishReason.ValueType  # 1
+    """A stop token or a stop string."""
     FINISH_REASON_LENGTH: _FinishReason.ValueType  # 2
+    """The length limit."""
     FINISH_REASON_ABORT: _FinishReason.ValueType  # 3
+    """An abort; the response so far is valid."""
 
-class FinishReason(_FinishReason, metaclass=_FinishReasonEnumTypeWrapper): ...
+class FinishReason(_FinishReason, metaclass=_FinishReasonEnumTypeWrapper):
+    """Why a response ended."""
 
 FINISH_REASON_UNSPECIFIED: FinishReason.ValueType  # 0
 FINISH_REASON_STOP: FinishReason.ValueType  # 1
+"""A stop token or a stop string."""
 FINISH_REASON_LENGTH: FinishReason.ValueType  # 2
+"""The length limit."""
 FINISH_REASON_ABORT: FinishReason.ValueType  # 3
+"""An abort; the response so far is valid."""
 Global___FinishReason: _TypeAlias = FinishReason  # noqa: Y015
 
 class _PauseMode:
@@ -93,7 +104,8 @@ class _PauseModeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_PauseMode.V
     PAUSE_MODE_ABORT: _PauseMode.ValueType  # 3
     """Requests end with what they have; groups come back as partial trajectories."""
 
-class PauseMode(_PauseMode, metaclass=_PauseModeEnumTypeWrapper): ...
+class PauseMode(_PauseMode, metaclass=_PauseModeEnumTypeWrapper):
+    """What a pause does to running requests."""
 
 PAUSE_MODE_UNSPECIFIED: PauseMode.ValueType  # 0
 PAUSE_MODE_IN_PLACE: PauseMode.ValueType  # 1
@@ -106,6 +118,8 @@ Global___PauseMode: _TypeAlias = PauseMode  # noqa: Y015
 
 @_typing.final
 class RolloutStartJobRequest(_message.Message):
+    """A job to load, and where its other parts are."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     @_typing.final
@@ -134,6 +148,7 @@ class RolloutStartJobRequest(_message.Message):
     WEIGHTSYNC_ADDRESS_FIELD_NUMBER: _builtins.int
     REWARD_ADDRESSES_FIELD_NUMBER: _builtins.int
     job_id: _builtins.str
+    """The job to load."""
     config_json: _builtins.str
     """The resolved configuration, a JSON object with the flag names as keys."""
     redis_url: _builtins.str
@@ -163,6 +178,8 @@ Global___RolloutStartJobRequest: _TypeAlias = RolloutStartJobRequest  # noqa: Y0
 
 @_typing.final
 class RolloutStartJobResponse(_message.Message):
+    """How loading goes."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     STAGE_FIELD_NUMBER: _builtins.int
@@ -187,10 +204,13 @@ Global___RolloutStartJobResponse: _TypeAlias = RolloutStartJobResponse  # noqa: 
 
 @_typing.final
 class RolloutStopJobRequest(_message.Message):
+    """A job to drop."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     JOB_ID_FIELD_NUMBER: _builtins.int
     job_id: _builtins.str
+    """The job to drop; one that is not loaded is dropped already."""
     def __init__(
         self,
         *,
@@ -206,6 +226,8 @@ Global___RolloutStopJobRequest: _TypeAlias = RolloutStopJobRequest  # noqa: Y015
 
 @_typing.final
 class RolloutStopJobResponse(_message.Message):
+    """Everything held for the job is gone."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     def __init__(
@@ -221,6 +243,8 @@ Global___RolloutStopJobResponse: _TypeAlias = RolloutStopJobResponse  # noqa: Y0
 
 @_typing.final
 class RunRequest(_message.Message):
+    """Orders of the controller."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     OPEN_FIELD_NUMBER: _builtins.int
@@ -257,11 +281,14 @@ Global___RunRequest: _TypeAlias = RunRequest  # noqa: Y015
 
 @_typing.final
 class RunOpen(_message.Message):
+    """Opens a job's work stream."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     JOB_ID_FIELD_NUMBER: _builtins.int
     LEASE_NUMBER_FIELD_NUMBER: _builtins.int
     job_id: _builtins.str
+    """The job; FAILED_PRECONDITION unless StartJob has loaded it."""
     lease_number: _builtins.int
     """The worker's lease number, echoed in every result."""
     def __init__(
@@ -338,6 +365,8 @@ Global___SamplingParams: _TypeAlias = SamplingParams  # noqa: Y015
 
 @_typing.final
 class GroupLease(_message.Message):
+    """A group of samples to generate, score and queue."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     GROUP_ID_FIELD_NUMBER: _builtins.int
@@ -348,9 +377,11 @@ class GroupLease(_message.Message):
     MIN_VERSION_FIELD_NUMBER: _builtins.int
     EXACT_VERSION_FIELD_NUMBER: _builtins.int
     group_id: _builtins.int
+    """The group; equals group.group_id."""
     attempt: _builtins.int
     """Counts the times the group was leased; a result of an older attempt is refused."""
     purpose: Global___GroupPurpose.ValueType
+    """Where the finished group goes."""
     min_version: _builtins.int
     """Generate only with this policy version or a later one; absent means any."""
     exact_version: _builtins.int
@@ -393,12 +424,16 @@ Global___GroupLease: _TypeAlias = GroupLease  # noqa: Y015
 
 @_typing.final
 class GroupCancel(_message.Message):
+    """Takes a lease back."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     GROUP_ID_FIELD_NUMBER: _builtins.int
     ATTEMPT_FIELD_NUMBER: _builtins.int
     group_id: _builtins.int
+    """The group of the lease."""
     attempt: _builtins.int
+    """The attempt of the lease, a count; another attempt of the group is left alone."""
     def __init__(
         self,
         *,
@@ -415,6 +450,8 @@ Global___GroupCancel: _TypeAlias = GroupCancel  # noqa: Y015
 
 @_typing.final
 class RunResponse(_message.Message):
+    """What became of the orders."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     LEASE_NUMBER_FIELD_NUMBER: _builtins.int
@@ -467,6 +504,8 @@ Global___RunResponse: _TypeAlias = RunResponse  # noqa: Y015
 
 @_typing.final
 class RunReady(_message.Message):
+    """Answers RunOpen."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     CAPACITY_GROUPS_FIELD_NUMBER: _builtins.int
@@ -487,6 +526,8 @@ Global___RunReady: _TypeAlias = RunReady  # noqa: Y015
 
 @_typing.final
 class RunProgress(_message.Message):
+    """What the engine is doing."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     RUNNING_REQUESTS_FIELD_NUMBER: _builtins.int
@@ -525,6 +566,8 @@ Global___RunProgress: _TypeAlias = RunProgress  # noqa: Y015
 
 @_typing.final
 class GroupFinished(_message.Message):
+    """A lease that ended well."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     GROUP_ID_FIELD_NUMBER: _builtins.int
@@ -537,9 +580,13 @@ class GroupFinished(_message.Message):
     STATS_FIELD_NUMBER: _builtins.int
     GROUP_FIELD_NUMBER: _builtins.int
     group_id: _builtins.int
+    """The group of the lease."""
     attempt: _builtins.int
+    """The attempt of the lease, a count."""
     purpose: Global___GroupPurpose.ValueType
+    """The purpose of the lease."""
     verdict: Global___FilterVerdict.ValueType
+    """What dynamic sampling said of the group."""
     reason: _builtins.str
     """Why the group was dropped; empty when kept."""
     entry_id: _builtins.str
@@ -547,7 +594,9 @@ class GroupFinished(_message.Message):
     oldest_version: _builtins.int
     """Oldest policy version that produced any of its tokens."""
     @_builtins.property
-    def stats(self) -> Global___GroupStats: ...
+    def stats(self) -> Global___GroupStats:
+        """Sums over the group's samples."""
+
     @_builtins.property
     def group(self) -> _sample_pb2.SampleGroup:
         """The scored samples, for evaluation only."""
@@ -629,6 +678,8 @@ Global___GroupStats: _TypeAlias = GroupStats  # noqa: Y015
 
 @_typing.final
 class GroupFailed(_message.Message):
+    """A lease that ended badly."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     GROUP_ID_FIELD_NUMBER: _builtins.int
@@ -637,7 +688,9 @@ class GroupFailed(_message.Message):
     RETRYABLE_FIELD_NUMBER: _builtins.int
     PURPOSE_FIELD_NUMBER: _builtins.int
     group_id: _builtins.int
+    """The group of the lease."""
     attempt: _builtins.int
+    """The attempt of the lease, a count."""
     error: _builtins.str
     """What failed and what to do about it."""
     retryable: _builtins.bool
@@ -663,6 +716,8 @@ Global___GroupFailed: _TypeAlias = GroupFailed  # noqa: Y015
 
 @_typing.final
 class GroupReturned(_message.Message):
+    """A lease that was given up."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     GROUP_ID_FIELD_NUMBER: _builtins.int
@@ -670,7 +725,9 @@ class GroupReturned(_message.Message):
     KEPT_TOKENS_FIELD_NUMBER: _builtins.int
     PURPOSE_FIELD_NUMBER: _builtins.int
     group_id: _builtins.int
+    """The group of the lease."""
     attempt: _builtins.int
+    """The attempt of the lease, a count."""
     kept_tokens: _builtins.int
     """Response tokens kept for whoever resumes the group, in tokens."""
     purpose: Global___GroupPurpose.ValueType
@@ -693,6 +750,8 @@ Global___GroupReturned: _TypeAlias = GroupReturned  # noqa: Y015
 
 @_typing.final
 class GenerateRequest(_message.Message):
+    """One response to generate, outside any group."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     JOB_ID_FIELD_NUMBER: _builtins.int
@@ -700,6 +759,7 @@ class GenerateRequest(_message.Message):
     SAMPLING_FIELD_NUMBER: _builtins.int
     RETURN_ROUTED_EXPERTS_FIELD_NUMBER: _builtins.int
     job_id: _builtins.str
+    """The job whose model answers."""
     return_routed_experts: _builtins.bool
     """Also return the routed experts."""
     @_builtins.property
@@ -707,7 +767,9 @@ class GenerateRequest(_message.Message):
         """Prompt; int32, shape (tokens,)."""
 
     @_builtins.property
-    def sampling(self) -> Global___SamplingParams: ...
+    def sampling(self) -> Global___SamplingParams:
+        """How to sample."""
+
     def __init__(
         self,
         *,
@@ -726,6 +788,8 @@ Global___GenerateRequest: _TypeAlias = GenerateRequest  # noqa: Y015
 
 @_typing.final
 class GenerateResponse(_message.Message):
+    """The next tokens of a response."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     TOKENS_FIELD_NUMBER: _builtins.int
@@ -760,14 +824,19 @@ Global___GenerateResponse: _TypeAlias = GenerateResponse  # noqa: Y015
 
 @_typing.final
 class GenerateFinished(_message.Message):
+    """The end of a response."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     REASON_FIELD_NUMBER: _builtins.int
     WEIGHT_VERSIONS_FIELD_NUMBER: _builtins.int
     ROUTED_EXPERTS_FIELD_NUMBER: _builtins.int
     reason: Global___FinishReason.ValueType
+    """Why it ended."""
     @_builtins.property
-    def weight_versions(self) -> _containers.RepeatedCompositeFieldContainer[_sample_pb2.VersionSpan]: ...
+    def weight_versions(self) -> _containers.RepeatedCompositeFieldContainer[_sample_pb2.VersionSpan]:
+        """Which version produced which response tokens: contiguous, ascending, covering the response."""
+
     @_builtins.property
     def routed_experts(self) -> _sample_pb2.Array:
         """uint8 or uint16, shape (tokens - 1, moe_layers, top_k); absent unless asked for."""
@@ -789,6 +858,8 @@ Global___GenerateFinished: _TypeAlias = GenerateFinished  # noqa: Y015
 
 @_typing.final
 class PauseRequest(_message.Message):
+    """Stops decoding for a while."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     JOB_ID_FIELD_NUMBER: _builtins.int
@@ -796,7 +867,9 @@ class PauseRequest(_message.Message):
     OPERATION_ID_FIELD_NUMBER: _builtins.int
     LEASE_MS_FIELD_NUMBER: _builtins.int
     job_id: _builtins.str
+    """The job whose requests stand still."""
     mode: Global___PauseMode.ValueType
+    """What happens to running requests."""
     operation_id: _builtins.str
     """Repeating an operation does nothing more."""
     lease_ms: _builtins.int
@@ -819,6 +892,8 @@ Global___PauseRequest: _TypeAlias = PauseRequest  # noqa: Y015
 
 @_typing.final
 class PauseResponse(_message.Message):
+    """No step is running and none will start before Resume."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     PAUSE_S_FIELD_NUMBER: _builtins.int
@@ -839,11 +914,14 @@ Global___PauseResponse: _TypeAlias = PauseResponse  # noqa: Y015
 
 @_typing.final
 class ResumeRequest(_message.Message):
+    """Ends a pause."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     JOB_ID_FIELD_NUMBER: _builtins.int
     OPERATION_ID_FIELD_NUMBER: _builtins.int
     job_id: _builtins.str
+    """The job that was paused."""
     operation_id: _builtins.str
     """The operation_id of the pause."""
     def __init__(
@@ -862,6 +940,8 @@ Global___ResumeRequest: _TypeAlias = ResumeRequest  # noqa: Y015
 
 @_typing.final
 class ResumeResponse(_message.Message):
+    """Decoding goes on."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     def __init__(
@@ -877,6 +957,8 @@ Global___ResumeResponse: _TypeAlias = ResumeResponse  # noqa: Y015
 
 @_typing.final
 class RolloutGetStatusRequest(_message.Message):
+    """Asks how the worker is."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     def __init__(
@@ -892,6 +974,8 @@ Global___RolloutGetStatusRequest: _TypeAlias = RolloutGetStatusRequest  # noqa: 
 
 @_typing.final
 class RolloutGetStatusResponse(_message.Message):
+    """How the worker is."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     JOB_IDS_FIELD_NUMBER: _builtins.int
@@ -907,7 +991,9 @@ class RolloutGetStatusResponse(_message.Message):
         """Jobs the worker has loaded."""
 
     @_builtins.property
-    def progress(self) -> Global___RunProgress: ...
+    def progress(self) -> Global___RunProgress:
+        """What the engine is doing."""
+
     def __init__(
         self,
         *,

@@ -44,7 +44,9 @@ class RolloutServiceStub:
     Pause: _grpc.UnaryUnaryMultiCallable[_rollout_pb2.PauseRequest, _rollout_pb2.PauseResponse]
     """Stops decoding. Idempotent per operation; held by a lease that expires to quarantine, not to serving."""
     Resume: _grpc.UnaryUnaryMultiCallable[_rollout_pb2.ResumeRequest, _rollout_pb2.ResumeResponse]
+    """Goes on decoding after a pause."""
     GetStatus: _grpc.UnaryUnaryMultiCallable[_rollout_pb2.RolloutGetStatusRequest, _rollout_pb2.RolloutGetStatusResponse]
+    """How the worker is; answered while the engine is busy too."""
 
 @_typing.type_check_only
 class RolloutServiceAsyncStub(RolloutServiceStub):
@@ -62,7 +64,9 @@ class RolloutServiceAsyncStub(RolloutServiceStub):
     Pause: _aio.UnaryUnaryMultiCallable[_rollout_pb2.PauseRequest, _rollout_pb2.PauseResponse]  # type: ignore[assignment]
     """Stops decoding. Idempotent per operation; held by a lease that expires to quarantine, not to serving."""
     Resume: _aio.UnaryUnaryMultiCallable[_rollout_pb2.ResumeRequest, _rollout_pb2.ResumeResponse]  # type: ignore[assignment]
+    """Goes on decoding after a pause."""
     GetStatus: _aio.UnaryUnaryMultiCallable[_rollout_pb2.RolloutGetStatusRequest, _rollout_pb2.RolloutGetStatusResponse]  # type: ignore[assignment]
+    """How the worker is; answered while the engine is busy too."""
 
 class RolloutServiceServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -112,13 +116,15 @@ class RolloutServiceServicer(metaclass=_abc_1.ABCMeta):
         self,
         request: _rollout_pb2.ResumeRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_rollout_pb2.ResumeResponse, _abc.Awaitable[_rollout_pb2.ResumeResponse]]: ...
+    ) -> _typing.Union[_rollout_pb2.ResumeResponse, _abc.Awaitable[_rollout_pb2.ResumeResponse]]:
+        """Goes on decoding after a pause."""
 
     @_abc_1.abstractmethod
     def GetStatus(
         self,
         request: _rollout_pb2.RolloutGetStatusRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_rollout_pb2.RolloutGetStatusResponse, _abc.Awaitable[_rollout_pb2.RolloutGetStatusResponse]]: ...
+    ) -> _typing.Union[_rollout_pb2.RolloutGetStatusResponse, _abc.Awaitable[_rollout_pb2.RolloutGetStatusResponse]]:
+        """How the worker is; answered while the engine is busy too."""
 
 def add_RolloutServiceServicer_to_server(servicer: RolloutServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

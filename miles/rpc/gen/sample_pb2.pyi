@@ -27,32 +27,54 @@ class _DTypeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_DType.ValueType
     DESCRIPTOR: _descriptor.EnumDescriptor
     DTYPE_UNSPECIFIED: _DType.ValueType  # 0
     DTYPE_UINT8: _DType.ValueType  # 1
+    """Unsigned integer of 1 byte."""
     DTYPE_UINT16: _DType.ValueType  # 2
+    """Unsigned integer of 2 bytes."""
     DTYPE_INT32: _DType.ValueType  # 3
+    """Signed integer of 4 bytes."""
     DTYPE_INT64: _DType.ValueType  # 4
+    """Signed integer of 8 bytes."""
     DTYPE_FLOAT32: _DType.ValueType  # 5
+    """IEEE 754 binary32, 4 bytes."""
     DTYPE_FLOAT16: _DType.ValueType  # 6
+    """IEEE 754 binary16, 2 bytes."""
     DTYPE_BFLOAT16: _DType.ValueType  # 7
+    """The upper half of a binary32, 2 bytes. For weights; never in an Array."""
     DTYPE_FLOAT8_E4M3: _DType.ValueType  # 8
+    """4 exponent and 3 mantissa bits, no infinities, 1 byte. For weights; never in an Array."""
     DTYPE_FLOAT64: _DType.ValueType  # 9
+    """IEEE 754 binary64, 8 bytes."""
     DTYPE_INT8: _DType.ValueType  # 10
+    """Signed integer of 1 byte."""
     DTYPE_BOOL: _DType.ValueType  # 11
+    """1 byte, 0 or 1."""
 
 class DType(_DType, metaclass=_DTypeEnumTypeWrapper):
     """Element type of an Array or of a weight tensor. All types are little-endian."""
 
 DTYPE_UNSPECIFIED: DType.ValueType  # 0
 DTYPE_UINT8: DType.ValueType  # 1
+"""Unsigned integer of 1 byte."""
 DTYPE_UINT16: DType.ValueType  # 2
+"""Unsigned integer of 2 bytes."""
 DTYPE_INT32: DType.ValueType  # 3
+"""Signed integer of 4 bytes."""
 DTYPE_INT64: DType.ValueType  # 4
+"""Signed integer of 8 bytes."""
 DTYPE_FLOAT32: DType.ValueType  # 5
+"""IEEE 754 binary32, 4 bytes."""
 DTYPE_FLOAT16: DType.ValueType  # 6
+"""IEEE 754 binary16, 2 bytes."""
 DTYPE_BFLOAT16: DType.ValueType  # 7
+"""The upper half of a binary32, 2 bytes. For weights; never in an Array."""
 DTYPE_FLOAT8_E4M3: DType.ValueType  # 8
+"""4 exponent and 3 mantissa bits, no infinities, 1 byte. For weights; never in an Array."""
 DTYPE_FLOAT64: DType.ValueType  # 9
+"""IEEE 754 binary64, 8 bytes."""
 DTYPE_INT8: DType.ValueType  # 10
+"""Signed integer of 1 byte."""
 DTYPE_BOOL: DType.ValueType  # 11
+"""1 byte, 0 or 1."""
 Global___DType: _TypeAlias = DType  # noqa: Y015
 
 class _SampleStatus:
@@ -73,7 +95,8 @@ class _SampleStatusEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_SampleSt
     SAMPLE_STATUS_FAILED: _SampleStatus.ValueType  # 5
     """Generation or scoring failed; metadata says why. Never trained on."""
 
-class SampleStatus(_SampleStatus, metaclass=_SampleStatusEnumTypeWrapper): ...
+class SampleStatus(_SampleStatus, metaclass=_SampleStatusEnumTypeWrapper):
+    """How far a sample has got."""
 
 SAMPLE_STATUS_UNSPECIFIED: SampleStatus.ValueType  # 0
 SAMPLE_STATUS_PENDING: SampleStatus.ValueType  # 1
@@ -182,6 +205,8 @@ Global___Reward: _TypeAlias = Reward  # noqa: Y015
 
 @_typing.final
 class NamedRewards(_message.Message):
+    """Rewards that have a name each."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     @_typing.final

@@ -28,23 +28,36 @@ class _TrainPhaseEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_TrainPhase
     DESCRIPTOR: _descriptor.EnumDescriptor
     TRAIN_PHASE_UNSPECIFIED: _TrainPhase.ValueType  # 0
     TRAIN_PHASE_WAITING: _TrainPhase.ValueType  # 1
+    """Waiting for the step's groups to appear in the queue."""
     TRAIN_PHASE_LOG_PROBS: _TrainPhase.ValueType  # 2
+    """Forward passes that advantages and losses need."""
     TRAIN_PHASE_FORWARD_BACKWARD: _TrainPhase.ValueType  # 3
+    """Forward and backward passes of the policy."""
     TRAIN_PHASE_OPTIMIZER: _TrainPhase.ValueType  # 4
+    """Updating the parameters."""
     TRAIN_PHASE_DONE: _TrainPhase.ValueType  # 5
+    """The step is taken."""
 
-class TrainPhase(_TrainPhase, metaclass=_TrainPhaseEnumTypeWrapper): ...
+class TrainPhase(_TrainPhase, metaclass=_TrainPhaseEnumTypeWrapper):
+    """Parts of a training step, in order."""
 
 TRAIN_PHASE_UNSPECIFIED: TrainPhase.ValueType  # 0
 TRAIN_PHASE_WAITING: TrainPhase.ValueType  # 1
+"""Waiting for the step's groups to appear in the queue."""
 TRAIN_PHASE_LOG_PROBS: TrainPhase.ValueType  # 2
+"""Forward passes that advantages and losses need."""
 TRAIN_PHASE_FORWARD_BACKWARD: TrainPhase.ValueType  # 3
+"""Forward and backward passes of the policy."""
 TRAIN_PHASE_OPTIMIZER: TrainPhase.ValueType  # 4
+"""Updating the parameters."""
 TRAIN_PHASE_DONE: TrainPhase.ValueType  # 5
+"""The step is taken."""
 Global___TrainPhase: _TypeAlias = TrainPhase  # noqa: Y015
 
 @_typing.final
 class TrainerStartJobRequest(_message.Message):
+    """A job to load, and where its other parts are."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     JOB_ID_FIELD_NUMBER: _builtins.int
@@ -53,6 +66,7 @@ class TrainerStartJobRequest(_message.Message):
     WEIGHTSYNC_ADDRESS_FIELD_NUMBER: _builtins.int
     RUN_DIR_FIELD_NUMBER: _builtins.int
     job_id: _builtins.str
+    """The job to load."""
     config_json: _builtins.str
     """The resolved configuration, a JSON object with the flag names as keys."""
     redis_url: _builtins.str
@@ -80,6 +94,8 @@ Global___TrainerStartJobRequest: _TypeAlias = TrainerStartJobRequest  # noqa: Y0
 
 @_typing.final
 class TrainerStartJobResponse(_message.Message):
+    """How loading goes."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     STAGE_FIELD_NUMBER: _builtins.int
@@ -106,6 +122,8 @@ Global___TrainerStartJobResponse: _TypeAlias = TrainerStartJobResponse  # noqa: 
 
 @_typing.final
 class TrainerReady(_message.Message):
+    """Where the loaded checkpoint stands."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     STEP_FIELD_NUMBER: _builtins.int
@@ -140,10 +158,13 @@ Global___TrainerReady: _TypeAlias = TrainerReady  # noqa: Y015
 
 @_typing.final
 class TrainerStopJobRequest(_message.Message):
+    """A job to drop."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     JOB_ID_FIELD_NUMBER: _builtins.int
     job_id: _builtins.str
+    """The job to drop; one that is not loaded is dropped already."""
     def __init__(
         self,
         *,
@@ -159,6 +180,8 @@ Global___TrainerStopJobRequest: _TypeAlias = TrainerStopJobRequest  # noqa: Y015
 
 @_typing.final
 class TrainerStopJobResponse(_message.Message):
+    """Everything held for the job is gone."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     def __init__(
@@ -174,6 +197,8 @@ Global___TrainerStopJobResponse: _TypeAlias = TrainerStopJobResponse  # noqa: Y0
 
 @_typing.final
 class TrainRequest(_message.Message):
+    """One training step to take."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     JOB_ID_FIELD_NUMBER: _builtins.int
@@ -182,6 +207,7 @@ class TrainRequest(_message.Message):
     DEADLINE_MS_FIELD_NUMBER: _builtins.int
     DROPPED_GROUP_IDS_FIELD_NUMBER: _builtins.int
     job_id: _builtins.str
+    """The job; FAILED_PRECONDITION unless StartJob has loaded it."""
     step: _builtins.int
     """Step to take, from 0. A step already taken is answered with its metrics; a gap is refused."""
     deadline_ms: _builtins.int
@@ -213,6 +239,8 @@ Global___TrainRequest: _TypeAlias = TrainRequest  # noqa: Y015
 
 @_typing.final
 class TrainResponse(_message.Message):
+    """How the step goes."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     PHASE_FIELD_NUMBER: _builtins.int
@@ -220,6 +248,7 @@ class TrainResponse(_message.Message):
     MICRO_BATCHES_FIELD_NUMBER: _builtins.int
     DONE_FIELD_NUMBER: _builtins.int
     phase: Global___TrainPhase.ValueType
+    """What the trainer is doing."""
     micro_batches_done: _builtins.int
     """Micro-batches done in this phase, a count."""
     micro_batches: _builtins.int
@@ -246,6 +275,8 @@ Global___TrainResponse: _TypeAlias = TrainResponse  # noqa: Y015
 
 @_typing.final
 class TrainDone(_message.Message):
+    """A step that was taken."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     @_typing.final
@@ -298,13 +329,17 @@ Global___TrainDone: _TypeAlias = TrainDone  # noqa: Y015
 
 @_typing.final
 class ExportRequest(_message.Message):
+    """A version to make of the current weights."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     JOB_ID_FIELD_NUMBER: _builtins.int
     STREAM_FIELD_NUMBER: _builtins.int
     VERSION_FIELD_NUMBER: _builtins.int
     job_id: _builtins.str
+    """The job whose weights to export."""
     stream: _policy_pb2.WeightStream.ValueType
+    """Policy or draft."""
     version: _builtins.int
     """Number the version gets; equals the training steps taken."""
     def __init__(
@@ -324,6 +359,8 @@ Global___ExportRequest: _TypeAlias = ExportRequest  # noqa: Y015
 
 @_typing.final
 class ExportResponse(_message.Message):
+    """A version that is PREPARED."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     VERSION_FIELD_NUMBER: _builtins.int
@@ -354,11 +391,14 @@ Global___ExportResponse: _TypeAlias = ExportResponse  # noqa: Y015
 
 @_typing.final
 class SaveCheckpointRequest(_message.Message):
+    """Asks for a checkpoint."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     JOB_ID_FIELD_NUMBER: _builtins.int
     EXPORT_HF_FIELD_NUMBER: _builtins.int
     job_id: _builtins.str
+    """The job to save."""
     export_hf: _builtins.bool
     """Also write the weights as a HF checkpoint."""
     def __init__(
@@ -377,6 +417,8 @@ Global___SaveCheckpointRequest: _TypeAlias = SaveCheckpointRequest  # noqa: Y015
 
 @_typing.final
 class SaveCheckpointResponse(_message.Message):
+    """A checkpoint that is complete on disk."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     CHECKPOINT_DIR_FIELD_NUMBER: _builtins.int
@@ -409,6 +451,8 @@ Global___SaveCheckpointResponse: _TypeAlias = SaveCheckpointResponse  # noqa: Y0
 
 @_typing.final
 class TrainerGetStatusRequest(_message.Message):
+    """Asks how the trainer is."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     def __init__(
@@ -424,6 +468,8 @@ Global___TrainerGetStatusRequest: _TypeAlias = TrainerGetStatusRequest  # noqa: 
 
 @_typing.final
 class TrainerGetStatusResponse(_message.Message):
+    """How the trainer is."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     JOB_ID_FIELD_NUMBER: _builtins.int
@@ -435,6 +481,7 @@ class TrainerGetStatusResponse(_message.Message):
     step: _builtins.int
     """Training steps taken, a count."""
     phase: Global___TrainPhase.ValueType
+    """What the trainer is doing; unspecified between steps."""
     world_size: _builtins.int
     """Processes that train together, a count."""
     def __init__(

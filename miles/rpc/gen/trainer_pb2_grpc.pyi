@@ -42,6 +42,7 @@ class TrainerServiceStub:
     SaveCheckpoint: _grpc.UnaryUnaryMultiCallable[_trainer_pb2.SaveCheckpointRequest, _trainer_pb2.SaveCheckpointResponse]
     """Writes a checkpoint, then acknowledges the queue entries that it covers."""
     GetStatus: _grpc.UnaryUnaryMultiCallable[_trainer_pb2.TrainerGetStatusRequest, _trainer_pb2.TrainerGetStatusResponse]
+    """How the trainer is; answered while it trains too."""
 
 @_typing.type_check_only
 class TrainerServiceAsyncStub(TrainerServiceStub):
@@ -57,6 +58,7 @@ class TrainerServiceAsyncStub(TrainerServiceStub):
     SaveCheckpoint: _aio.UnaryUnaryMultiCallable[_trainer_pb2.SaveCheckpointRequest, _trainer_pb2.SaveCheckpointResponse]  # type: ignore[assignment]
     """Writes a checkpoint, then acknowledges the queue entries that it covers."""
     GetStatus: _aio.UnaryUnaryMultiCallable[_trainer_pb2.TrainerGetStatusRequest, _trainer_pb2.TrainerGetStatusResponse]  # type: ignore[assignment]
+    """How the trainer is; answered while it trains too."""
 
 class TrainerServiceServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -104,6 +106,7 @@ class TrainerServiceServicer(metaclass=_abc_1.ABCMeta):
         self,
         request: _trainer_pb2.TrainerGetStatusRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_trainer_pb2.TrainerGetStatusResponse, _abc.Awaitable[_trainer_pb2.TrainerGetStatusResponse]]: ...
+    ) -> _typing.Union[_trainer_pb2.TrainerGetStatusResponse, _abc.Awaitable[_trainer_pb2.TrainerGetStatusResponse]]:
+        """How the trainer is; answered while it trains too."""
 
 def add_TrainerServiceServicer_to_server(servicer: TrainerServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -30,7 +30,8 @@ class _TransportKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Transpo
     TRANSPORT_KIND_SHARED_MEMORY: _TransportKind.ValueType  # 1
     """A file in shared memory that engines on the same host map."""
 
-class TransportKind(_TransportKind, metaclass=_TransportKindEnumTypeWrapper): ...
+class TransportKind(_TransportKind, metaclass=_TransportKindEnumTypeWrapper):
+    """How a version's bytes reach the engines."""
 
 TRANSPORT_KIND_UNSPECIFIED: TransportKind.ValueType  # 0
 TRANSPORT_KIND_SHARED_MEMORY: TransportKind.ValueType  # 1
@@ -53,7 +54,8 @@ class _EngineStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_EngineSta
     ENGINE_STATE_QUARANTINED: _EngineState.ValueType  # 4
     """Out of routing until a verified full load."""
 
-class EngineState(_EngineState, metaclass=_EngineStateEnumTypeWrapper): ...
+class EngineState(_EngineState, metaclass=_EngineStateEnumTypeWrapper):
+    """What an engine serves, if anything."""
 
 ENGINE_STATE_UNSPECIFIED: EngineState.ValueType  # 0
 ENGINE_STATE_EMPTY: EngineState.ValueType  # 1
@@ -74,13 +76,18 @@ class _OrderOutcomeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_OrderOut
     DESCRIPTOR: _descriptor.EnumDescriptor
     ORDER_OUTCOME_UNSPECIFIED: _OrderOutcome.ValueType  # 0
     ORDER_OUTCOME_DONE: _OrderOutcome.ValueType  # 1
+    """Carried out."""
     ORDER_OUTCOME_FAILED: _OrderOutcome.ValueType  # 2
+    """Not carried out; the engine is as it was, or quarantined."""
 
-class OrderOutcome(_OrderOutcome, metaclass=_OrderOutcomeEnumTypeWrapper): ...
+class OrderOutcome(_OrderOutcome, metaclass=_OrderOutcomeEnumTypeWrapper):
+    """How an order ended."""
 
 ORDER_OUTCOME_UNSPECIFIED: OrderOutcome.ValueType  # 0
 ORDER_OUTCOME_DONE: OrderOutcome.ValueType  # 1
+"""Carried out."""
 ORDER_OUTCOME_FAILED: OrderOutcome.ValueType  # 2
+"""Not carried out; the engine is as it was, or quarantined."""
 Global___OrderOutcome: _TypeAlias = OrderOutcome  # noqa: Y015
 
 class _VersionState:
@@ -91,23 +98,34 @@ class _VersionStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_VersionS
     DESCRIPTOR: _descriptor.EnumDescriptor
     VERSION_STATE_UNSPECIFIED: _VersionState.ValueType  # 0
     VERSION_STATE_ALLOCATED: _VersionState.ValueType  # 1
+    """There is room for its bytes."""
     VERSION_STATE_PREPARED: _VersionState.ValueType  # 2
+    """Its bytes are complete."""
     VERSION_STATE_ACTIVATING: _VersionState.ValueType  # 3
+    """Engines are loading it."""
     VERSION_STATE_ACTIVE: _VersionState.ValueType  # 4
+    """Engines serve it."""
     VERSION_STATE_RETIRED: _VersionState.ValueType  # 5
     """Was active; bytes kept while an engine may need them."""
     VERSION_STATE_FAILED: _VersionState.ValueType  # 6
+    """Could not be published; the active version stays active."""
 
-class VersionState(_VersionState, metaclass=_VersionStateEnumTypeWrapper): ...
+class VersionState(_VersionState, metaclass=_VersionStateEnumTypeWrapper):
+    """Where a version is in its life."""
 
 VERSION_STATE_UNSPECIFIED: VersionState.ValueType  # 0
 VERSION_STATE_ALLOCATED: VersionState.ValueType  # 1
+"""There is room for its bytes."""
 VERSION_STATE_PREPARED: VersionState.ValueType  # 2
+"""Its bytes are complete."""
 VERSION_STATE_ACTIVATING: VersionState.ValueType  # 3
+"""Engines are loading it."""
 VERSION_STATE_ACTIVE: VersionState.ValueType  # 4
+"""Engines serve it."""
 VERSION_STATE_RETIRED: VersionState.ValueType  # 5
 """Was active; bytes kept while an engine may need them."""
 VERSION_STATE_FAILED: VersionState.ValueType  # 6
+"""Could not be published; the active version stays active."""
 Global___VersionState: _TypeAlias = VersionState  # noqa: Y015
 
 @_typing.final
@@ -119,6 +137,7 @@ class TransportHandle(_message.Message):
     KIND_FIELD_NUMBER: _builtins.int
     SHARED_MEMORY_FIELD_NUMBER: _builtins.int
     kind: Global___TransportKind.ValueType
+    """Which of the fields below is set."""
     @_builtins.property
     def shared_memory(self) -> Global___SharedMemoryHandle:
         """Set for SHARED_MEMORY."""
@@ -139,6 +158,8 @@ Global___TransportHandle: _TypeAlias = TransportHandle  # noqa: Y015
 
 @_typing.final
 class SharedMemoryHandle(_message.Message):
+    """A file in shared memory."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     PATH_FIELD_NUMBER: _builtins.int
@@ -163,16 +184,21 @@ Global___SharedMemoryHandle: _TypeAlias = SharedMemoryHandle  # noqa: Y015
 
 @_typing.final
 class AllocateRequest(_message.Message):
+    """A version that needs room."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     VERSION_FIELD_NUMBER: _builtins.int
     TRANSPORT_FIELD_NUMBER: _builtins.int
     NBYTES_FIELD_NUMBER: _builtins.int
     transport: Global___TransportKind.ValueType
+    """How its bytes are to reach the engines."""
     nbytes: _builtins.int
     """Size of the version's buffer, in bytes."""
     @_builtins.property
-    def version(self) -> _policy_pb2.WeightVersion: ...
+    def version(self) -> _policy_pb2.WeightVersion:
+        """The version to come."""
+
     def __init__(
         self,
         *,
@@ -190,11 +216,15 @@ Global___AllocateRequest: _TypeAlias = AllocateRequest  # noqa: Y015
 
 @_typing.final
 class AllocateResponse(_message.Message):
+    """Room for a version's bytes."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     HANDLE_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def handle(self) -> Global___TransportHandle: ...
+    def handle(self) -> Global___TransportHandle:
+        """Where to put them."""
+
     def __init__(
         self,
         *,
@@ -210,14 +240,20 @@ Global___AllocateResponse: _TypeAlias = AllocateResponse  # noqa: Y015
 
 @_typing.final
 class PrepareRequest(_message.Message):
+    """A version that is complete."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     MANIFEST_FIELD_NUMBER: _builtins.int
     HANDLE_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def manifest(self) -> _policy_pb2.Manifest: ...
+    def manifest(self) -> _policy_pb2.Manifest:
+        """What it consists of."""
+
     @_builtins.property
-    def handle(self) -> Global___TransportHandle: ...
+    def handle(self) -> Global___TransportHandle:
+        """Where its bytes are: the handle that Allocate returned."""
+
     def __init__(
         self,
         *,
@@ -234,6 +270,8 @@ Global___PrepareRequest: _TypeAlias = PrepareRequest  # noqa: Y015
 
 @_typing.final
 class PrepareResponse(_message.Message):
+    """The version is PREPARED."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     def __init__(
@@ -249,6 +287,8 @@ Global___PrepareResponse: _TypeAlias = PrepareResponse  # noqa: Y015
 
 @_typing.final
 class ActivateRequest(_message.Message):
+    """A version to bring to every engine."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     VERSION_FIELD_NUMBER: _builtins.int
@@ -265,7 +305,9 @@ class ActivateRequest(_message.Message):
     check_equal: _builtins.bool
     """Whether each engine compares the bytes it serves with the manifest after its swap; one that differs is quarantined."""
     @_builtins.property
-    def version(self) -> _policy_pb2.WeightVersion: ...
+    def version(self) -> _policy_pb2.WeightVersion:
+        """The version; FAILED_PRECONDITION unless it is PREPARED."""
+
     def __init__(
         self,
         *,
@@ -285,14 +327,20 @@ Global___ActivateRequest: _TypeAlias = ActivateRequest  # noqa: Y015
 
 @_typing.final
 class ActivateResponse(_message.Message):
+    """How the activation goes."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     ENGINE_FIELD_NUMBER: _builtins.int
     DONE_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def engine(self) -> Global___EngineStatus: ...
+    def engine(self) -> Global___EngineStatus:
+        """An engine that has reached another stage."""
+
     @_builtins.property
-    def done(self) -> Global___ActivateDone: ...
+    def done(self) -> Global___ActivateDone:
+        """Last message: the version is ACTIVE."""
+
     def __init__(
         self,
         *,
@@ -311,6 +359,8 @@ Global___ActivateResponse: _TypeAlias = ActivateResponse  # noqa: Y015
 
 @_typing.final
 class ActivateDone(_message.Message):
+    """An activation that ended well."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     ENGINES_FIELD_NUMBER: _builtins.int
@@ -343,6 +393,8 @@ Global___ActivateDone: _TypeAlias = ActivateDone  # noqa: Y015
 
 @_typing.final
 class EngineStatus(_message.Message):
+    """An engine as the service sees it."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     ENGINE_ID_FIELD_NUMBER: _builtins.int
@@ -354,8 +406,11 @@ class EngineStatus(_message.Message):
     PAUSE_S_FIELD_NUMBER: _builtins.int
     LAST_ERROR_FIELD_NUMBER: _builtins.int
     engine_id: _builtins.str
+    """Name of the engine, the same over its restarts."""
     stream: _policy_pb2.WeightStream.ValueType
+    """Policy or draft."""
     state: Global___EngineState.ValueType
+    """What it serves, if anything."""
     version: _builtins.int
     """Version the engine serves; absent before the first."""
     since_unix_ns: _builtins.int
@@ -390,6 +445,8 @@ Global___EngineStatus: _TypeAlias = EngineStatus  # noqa: Y015
 
 @_typing.final
 class SubscribeRequest(_message.Message):
+    """What an engine says on its attachment."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     HELLO_FIELD_NUMBER: _builtins.int
@@ -420,6 +477,8 @@ Global___SubscribeRequest: _TypeAlias = SubscribeRequest  # noqa: Y015
 
 @_typing.final
 class EngineHello(_message.Message):
+    """Who an engine is and what it holds."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     JOB_ID_FIELD_NUMBER: _builtins.int
@@ -428,9 +487,11 @@ class EngineHello(_message.Message):
     VERSION_FIELD_NUMBER: _builtins.int
     MANIFEST_CHECKSUM_FIELD_NUMBER: _builtins.int
     job_id: _builtins.str
+    """Job whose weights it serves."""
     engine_id: _builtins.str
     """Name of the engine, the same over its restarts."""
     stream: _policy_pb2.WeightStream.ValueType
+    """Policy or draft."""
     version: _builtins.int
     """Version the engine already serves; absent when none, or when it must not serve what it holds."""
     manifest_checksum: _builtins.bytes
@@ -456,6 +517,8 @@ Global___EngineHello: _TypeAlias = EngineHello  # noqa: Y015
 
 @_typing.final
 class EngineReport(_message.Message):
+    """The outcome of an order."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     ORDER_ID_FIELD_NUMBER: _builtins.int
@@ -466,6 +529,7 @@ class EngineReport(_message.Message):
     order_id: _builtins.int
     """Id of the order this answers."""
     outcome: Global___OrderOutcome.ValueType
+    """Whether the order was carried out."""
     error: _builtins.str
     """Why it failed; empty when done."""
     elapsed_s: _builtins.float
@@ -491,6 +555,8 @@ Global___EngineReport: _TypeAlias = EngineReport  # noqa: Y015
 
 @_typing.final
 class SubscribeResponse(_message.Message):
+    """An order to an engine."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     ORDER_ID_FIELD_NUMBER: _builtins.int
@@ -543,6 +609,8 @@ Global___SubscribeResponse: _TypeAlias = SubscribeResponse  # noqa: Y015
 
 @_typing.final
 class PrefetchOrder(_message.Message):
+    """Bytes to get at hand."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     MANIFEST_FIELD_NUMBER: _builtins.int
@@ -551,9 +619,13 @@ class PrefetchOrder(_message.Message):
     publication_id: _builtins.int
     """Names these bytes: a version number may be published again after a resume from an older checkpoint."""
     @_builtins.property
-    def manifest(self) -> _policy_pb2.Manifest: ...
+    def manifest(self) -> _policy_pb2.Manifest:
+        """The version, and what to verify its bytes against."""
+
     @_builtins.property
-    def handle(self) -> Global___TransportHandle: ...
+    def handle(self) -> Global___TransportHandle:
+        """Where the bytes are."""
+
     def __init__(
         self,
         *,
@@ -571,13 +643,18 @@ Global___PrefetchOrder: _TypeAlias = PrefetchOrder  # noqa: Y015
 
 @_typing.final
 class SwapOrder(_message.Message):
+    """A version to serve."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     VERSION_FIELD_NUMBER: _builtins.int
     PUBLICATION_ID_FIELD_NUMBER: _builtins.int
     publication_id: _builtins.int
+    """The publication_id of its PrefetchOrder."""
     @_builtins.property
-    def version(self) -> _policy_pb2.WeightVersion: ...
+    def version(self) -> _policy_pb2.WeightVersion:
+        """The version, which the engine has prefetched."""
+
     def __init__(
         self,
         *,
@@ -594,13 +671,18 @@ Global___SwapOrder: _TypeAlias = SwapOrder  # noqa: Y015
 
 @_typing.final
 class DropOrder(_message.Message):
+    """A version to forget."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     VERSION_FIELD_NUMBER: _builtins.int
     PUBLICATION_ID_FIELD_NUMBER: _builtins.int
     publication_id: _builtins.int
+    """The publication_id of its PrefetchOrder."""
     @_builtins.property
-    def version(self) -> _policy_pb2.WeightVersion: ...
+    def version(self) -> _policy_pb2.WeightVersion:
+        """The version; not the one served."""
+
     def __init__(
         self,
         *,
@@ -617,10 +699,13 @@ Global___DropOrder: _TypeAlias = DropOrder  # noqa: Y015
 
 @_typing.final
 class QuarantineOrder(_message.Message):
+    """Takes an engine out of routing until a verified full load."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     REASON_FIELD_NUMBER: _builtins.int
     reason: _builtins.str
+    """Why, in a sentence."""
     def __init__(
         self,
         *,
@@ -636,11 +721,15 @@ Global___QuarantineOrder: _TypeAlias = QuarantineOrder  # noqa: Y015
 
 @_typing.final
 class CheckOrder(_message.Message):
+    """A comparison to make."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     MANIFEST_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def manifest(self) -> _policy_pb2.Manifest: ...
+    def manifest(self) -> _policy_pb2.Manifest:
+        """What the served bytes should be."""
+
     def __init__(
         self,
         *,
@@ -656,6 +745,8 @@ Global___CheckOrder: _TypeAlias = CheckOrder  # noqa: Y015
 
 @_typing.final
 class ListVersionsRequest(_message.Message):
+    """Which versions to list."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     JOB_ID_FIELD_NUMBER: _builtins.int
@@ -676,6 +767,8 @@ Global___ListVersionsRequest: _TypeAlias = ListVersionsRequest  # noqa: Y015
 
 @_typing.final
 class VersionStatus(_message.Message):
+    """A version as it stands."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     VERSION_FIELD_NUMBER: _builtins.int
@@ -683,12 +776,15 @@ class VersionStatus(_message.Message):
     TOTAL_BYTES_FIELD_NUMBER: _builtins.int
     ACTIVE_UNIX_NS_FIELD_NUMBER: _builtins.int
     state: Global___VersionState.ValueType
+    """Where it is in its life."""
     total_bytes: _builtins.int
     """Size of the version, in bytes."""
     active_unix_ns: _builtins.int
     """When it became ACTIVE, in nanoseconds since the Unix epoch; 0 before."""
     @_builtins.property
-    def version(self) -> _policy_pb2.WeightVersion: ...
+    def version(self) -> _policy_pb2.WeightVersion:
+        """The version."""
+
     def __init__(
         self,
         *,
@@ -707,14 +803,20 @@ Global___VersionStatus: _TypeAlias = VersionStatus  # noqa: Y015
 
 @_typing.final
 class ListVersionsResponse(_message.Message):
+    """Versions and the engines that serve them."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     VERSIONS_FIELD_NUMBER: _builtins.int
     ENGINES_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def versions(self) -> _containers.RepeatedCompositeFieldContainer[Global___VersionStatus]: ...
+    def versions(self) -> _containers.RepeatedCompositeFieldContainer[Global___VersionStatus]:
+        """The versions whose bytes are still held, and those on their way."""
+
     @_builtins.property
-    def engines(self) -> _containers.RepeatedCompositeFieldContainer[Global___EngineStatus]: ...
+    def engines(self) -> _containers.RepeatedCompositeFieldContainer[Global___EngineStatus]:
+        """Every engine that is or was attached."""
+
     def __init__(
         self,
         *,
@@ -731,10 +833,13 @@ Global___ListVersionsResponse: _TypeAlias = ListVersionsResponse  # noqa: Y015
 
 @_typing.final
 class ReleaseJobRequest(_message.Message):
+    """A job whose versions to free."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     JOB_ID_FIELD_NUMBER: _builtins.int
     job_id: _builtins.str
+    """The job; one that holds nothing is released already."""
     def __init__(
         self,
         *,
@@ -750,6 +855,8 @@ Global___ReleaseJobRequest: _TypeAlias = ReleaseJobRequest  # noqa: Y015
 
 @_typing.final
 class ReleaseJobResponse(_message.Message):
+    """Every version of the job is freed."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     FREED_BYTES_FIELD_NUMBER: _builtins.int

@@ -40,6 +40,7 @@ class WeightSyncServiceStub:
     Subscribe: _grpc.StreamStreamMultiCallable[_weightsync_pb2.SubscribeRequest, _weightsync_pb2.SubscribeResponse]
     """An engine's attachment: it reports what it holds and is told what to load."""
     ListVersions: _grpc.UnaryUnaryMultiCallable[_weightsync_pb2.ListVersionsRequest, _weightsync_pb2.ListVersionsResponse]
+    """Versions and engines as they stand."""
     ReleaseJob: _grpc.UnaryUnaryMultiCallable[_weightsync_pb2.ReleaseJobRequest, _weightsync_pb2.ReleaseJobResponse]
     """Ends every stream of a job that is over and frees its bytes. Idempotent."""
 
@@ -55,6 +56,7 @@ class WeightSyncServiceAsyncStub(WeightSyncServiceStub):
     Subscribe: _aio.StreamStreamMultiCallable[_weightsync_pb2.SubscribeRequest, _weightsync_pb2.SubscribeResponse]  # type: ignore[assignment]
     """An engine's attachment: it reports what it holds and is told what to load."""
     ListVersions: _aio.UnaryUnaryMultiCallable[_weightsync_pb2.ListVersionsRequest, _weightsync_pb2.ListVersionsResponse]  # type: ignore[assignment]
+    """Versions and engines as they stand."""
     ReleaseJob: _aio.UnaryUnaryMultiCallable[_weightsync_pb2.ReleaseJobRequest, _weightsync_pb2.ReleaseJobResponse]  # type: ignore[assignment]
     """Ends every stream of a job that is over and frees its bytes. Idempotent."""
 
@@ -96,7 +98,8 @@ class WeightSyncServiceServicer(metaclass=_abc_1.ABCMeta):
         self,
         request: _weightsync_pb2.ListVersionsRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_weightsync_pb2.ListVersionsResponse, _abc.Awaitable[_weightsync_pb2.ListVersionsResponse]]: ...
+    ) -> _typing.Union[_weightsync_pb2.ListVersionsResponse, _abc.Awaitable[_weightsync_pb2.ListVersionsResponse]]:
+        """Versions and engines as they stand."""
 
     @_abc_1.abstractmethod
     def ReleaseJob(
