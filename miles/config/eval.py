@@ -56,3 +56,9 @@ class EvalConfig(Section):
 
     eval_label_key: Annotated[str | None, Derived("label_key")] = None
     """Column of the reference answer."""
+
+    @property
+    def datasets(self) -> dict[str, str]:
+        """File of each evaluation data set, by name."""
+        data = self.eval_prompt_data or ()
+        return dict(zip(data[::2], data[1::2], strict=True))

@@ -22,8 +22,9 @@ class Fault:
     remedy: str
 
     def __str__(self) -> str:
-        stated = f"{self.field} is not set" if self.value is None else f"{self.field} = {show(self.value)}"
-        return f"{stated}, but {self.problem}; {self.remedy}"
+        if self.value is None:
+            return f"{self.field} is not set, and {self.problem}; {self.remedy}"
+        return f"{self.field} = {show(self.value)}, but {self.problem}; {self.remedy}"
 
     def to_json(self) -> dict[str, Any]:
         """The fault as a JSON object, for the REST API."""

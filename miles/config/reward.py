@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal
 
 from miles.config.section import Derived, DottedPath, Metavar, NonNegative, PositiveFloat, Section
@@ -36,3 +37,21 @@ class RewardConfig(Section):
 
     reward_failure_policy: Literal["retry", "drop"] = "retry"
     """A group with a sample that could not be scored is generated again, or dropped."""
+
+    @property
+    def service_addresses(self) -> dict[str, str]:
+        """host:port of each reward service that runs elsewhere, by name."""
+        return dict(parse_reward_service(spec) for spec in self.reward_service)
+
+
+def parse_reward_service(spec: str) -> tuple[str, str]:
+    """Split NAME=HOST:PORT into name and address. Raises ValueError saying which part is wrong."""
+    name, equals, address = spec.partition("=")
+    host, colon, port = address.rpartition(":")
+    if not equals or not re.fullmatch(r"[\w.-]+", name):
+        raise ValueError("it has no name before =")
+    if not colon or not host:
+        raise ValueError(f"{address or 'the address'} is not HOST:PORT")
+    if not port.isascii() or not port.isdigit() or not 0 < int(port) <= 65535:
+        raise ValueError(f"{port or 'the port'} is not a port from 1 to 65535")
+    return name, address

@@ -1,0 +1,135 @@
+"""Rules about advantages, losses and importance sampling: what excludes what, and what would do nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from miles.config.catalog import catalog
+from miles.config.faults import Fault
+from miles.config.rules.registry import needs, rule
+from miles.config.settings import Settings
+
+_COMPARES_SAMPLES = ("grpo", "gspo", "cispo", "dr_grpo", "rloo", "reinforce_plus_plus_baseline")
+_PLAIN = ("tis_clip", "tis_clip_low")
+_WEIGHTS = ("tis_level", "tis_mode", "tis_lower_bound", "tis_upper_bound", "tis_batch_normalize")
+_REJECTION = ("rs_level", "rs_lower_bound", "rs_upper_bound", "rs_veto_threshold")
+_TAKES_KL_IN_THE_REWARD = ("reinforce_plus_plus", "reinforce_plus_plus_baseline")
+
+
+@rule
+def comparing_estimators_get_several_samples(s: Settings) -> Iterator[Fault]:
+    compares = s.advantage_estimator in _COMPARES_SAMPLES and s.rewards_normalization
+    if compares and s.n_samples_per_prompt == 1 and s.num_rollout != 0:
+        problem = f"{s.advantage_estimator} compares the samples of a prompt, so every advantage would be 0"
+        yield Fault("n_samples_per_prompt", 1, problem, "set it to 2 or more")
+
+
+@rule
+def kl_is_applied_once(s: Settings) -> Iterator[Fault]:
+    if s.kl_coef and s.kl_loss_coef:
+        problem = f"kl_loss_coef = {s.kl_loss_coef:g} applies the KL a second time"
+        yield Fault("kl_coef", s.kl_coef, problem, "set one of them to 0")
+    if s.kl_coef and s.advantage_estimator not in _TAKES_KL_IN_THE_REWARD:
+        problem = f"{s.advantage_estimator} takes no KL in the reward"
+        yield Fault("kl_coef", s.kl_coef, problem, "use use_kl_loss and kl_loss_coef instead")
+
+
+@rule
+def kl_loss_settings_need_the_kl_loss(s: Settings) -> Iterator[Fault]:
+    yield from needs(s, "kl_loss_coef", "use_kl_loss")
+    yield from needs(s, "use_unbiased_kl", "use_kl_loss")
+    if s.ref_update_interval is not None and not (s.use_kl_loss or s.kl_coef):
+        problem = "there is no reference without use_kl_loss or kl_coef"
+        yield Fault("ref_update_interval", s.ref_update_interval, problem, "turn one of them on, or leave it out")
+
+
+@rule
+def discount_is_used(s: Settings) -> Iterator[Fault]:
+    if s.gamma != 1 and s.advantage_estimator != "reinforce_plus_plus":
+        problem = f"{s.advantage_estimator} does not discount"
+        yield Fault("gamma", s.gamma, problem, "leave it out, or set advantage_estimator to reinforce_plus_plus")
+
+
+@rule
+def custom_loss_has_a_function(s: Settings) -> Iterator[Fault]:
+    if s.loss_type == "custom_loss" and not s.custom_loss_function_path:
+        yield Fault("custom_loss_function_path", None, "loss_type = custom_loss needs it", "set it to MODULE.NAME")
+    if s.loss_type != "custom_loss" and s.custom_loss_function_path:
+        problem = f"it does nothing while loss_type = {s.loss_type}"
+        yield Fault("custom_loss_function_path", s.custom_loss_function_path, problem, "set loss_type to custom_loss")
+
+
+@rule
+def old_log_probs_have_one_source(s: Settings) -> Iterator[Fault]:
+    if s.skip_actor_forward_only and s.use_rollout_logprobs:
+        problem = "use_rollout_logprobs takes the old log-probabilities from the engine"
+        yield Fault("skip_actor_forward_only", True, problem, "leave one of them out")
+    if s.skip_actor_forward_only and s.num_steps_per_rollout > 1:
+        problem = (
+            f"after the first of num_steps_per_rollout = {s.num_steps_per_rollout} steps the policy is another one"
+        )
+        yield Fault("skip_actor_forward_only", True, problem, "leave it out, or set num_steps_per_rollout to 1")
+    if s.use_routing_replay and s.skip_actor_forward_only:
+        problem = "skip_actor_forward_only leaves out the pass that records the routing"
+        yield Fault("use_routing_replay", True, problem, "leave one of them out")
+
+
+@rule
+def corrections_do_not_pile_up(s: Settings) -> Iterator[Fault]:
+    corrections = [key for key in ("use_tis", "use_mis", "use_icepop") if getattr(s, key)]
+    if s.use_rollout_logprobs:
+        for key in corrections:
+            problem = "use_rollout_logprobs already takes the engine's log-probabilities as the old ones"
+            yield Fault(key, True, problem, "leave one of them out")
+    for key in ("use_tis", "use_mis"):
+        if s.use_icepop and getattr(s, key):
+            yield Fault("use_icepop", True, f"{key} corrects the same gap", "leave one of them out")
+    if s.use_mis and not (s.use_tis or s.use_rs):
+        yield Fault("use_mis", True, "neither use_tis nor use_rs is on, so it does nothing", "turn one of them on")
+    yield from needs(s, "use_rs", "use_mis")
+
+
+@rule
+def importance_bounds_are_ordered(s: Settings) -> Iterator[Fault]:
+    pairs = (("tis_clip_low", "tis_clip"), ("tis_lower_bound", "tis_upper_bound"), ("rs_lower_bound", "rs_upper_bound"))
+    for low, high in pairs:
+        if getattr(s, low) > getattr(s, high):
+            yield Fault(
+                low, getattr(s, low), f"{high} = {getattr(s, high):g} is below it", "lower it, or raise the other"
+            )
+
+
+@rule
+def bounds_belong_to_a_correction(s: Settings) -> Iterator[Fault]:
+    plain = (s.use_tis and not s.use_mis) or s.use_icepop
+    levels = s.use_mis and s.use_tis
+    rejection = s.use_mis and s.use_rs
+    defaults = {key: catalog()[key].default for key in (*_PLAIN, *_WEIGHTS, *_REJECTION)}
+    defaults |= {
+        "tis_lower_bound": 1 / s.tis_upper_bound,
+        "rs_lower_bound": s.tis_lower_bound,
+        "rs_upper_bound": s.tis_upper_bound,
+    }
+    for keys, used, switch in (
+        (_PLAIN, plain, "use_tis or use_icepop, without use_mis"),
+        (_WEIGHTS, levels, "use_mis with use_tis"),
+        (_REJECTION, rejection, "use_mis with use_rs"),
+    ):
+        for key in keys if not used else ():
+            if getattr(s, key) != defaults[key]:
+                yield Fault(key, getattr(s, key), f"it only goes with {switch}", "turn that on, or leave it out")
+
+
+@rule
+def custom_correction_stands_alone(s: Settings) -> Iterator[Fault]:
+    if s.custom_tis_function_path is None:
+        return
+    yield from needs(s, "custom_tis_function_path", "use_tis")
+    for key in ("use_mis", "use_icepop"):
+        if getattr(s, key):
+            yield Fault(key, True, "custom_tis_function_path corrects in its place", "leave one of them out")
+
+
+@rule
+def opsm_settings_need_opsm(s: Settings) -> Iterator[Fault]:
+    yield from needs(s, "opsm_delta", "use_opsm")

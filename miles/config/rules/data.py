@@ -1,0 +1,128 @@
+"""Rules about what a run consumes: model, prompts, lengths, sampling, rewards, evaluation."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from miles.config.faults import Fault
+from miles.config.reward import parse_reward_service
+from miles.config.rules.registry import needs, rule
+from miles.config.settings import Settings
+
+
+@rule
+def model_is_given(s: Settings) -> Iterator[Fault]:
+    if not s.hf_checkpoint:
+        yield Fault("hf_checkpoint", s.hf_checkpoint, "a run needs a model", "set it to a Hugging Face folder")
+
+
+@rule
+def prompts_are_given(s: Settings) -> Iterator[Fault]:
+    if not s.prompt_data and s.num_rollout != 0:
+        yield Fault("prompt_data", s.prompt_data, "training needs prompts", "set it to a JSONL or Parquet file")
+
+
+@rule
+def run_has_an_end(s: Settings) -> Iterator[Fault]:
+    if s.num_rollout is None and s.num_epoch is None:
+        yield Fault("num_rollout", None, "neither is num_epoch", "set one of them, so that the run has an end")
+
+
+@rule
+def responses_have_a_limit(s: Settings) -> Iterator[Fault]:
+    if s.rollout_max_response_len is None and s.rollout_max_context_len is None:
+        problem = "neither is rollout_max_context_len"
+        yield Fault("rollout_max_response_len", None, problem, "set one of them, so that responses end")
+
+
+@rule
+def lengths_fit_the_context(s: Settings) -> Iterator[Fault]:
+    context = s.rollout_max_context_len
+    if context is None:
+        return
+    for key in ("rollout_max_prompt_len", "rollout_max_response_len", "eval_max_prompt_len", "eval_max_response_len"):
+        length = getattr(s, key)
+        if length is not None and length >= context and (s.given(key) or not key.startswith("eval_")):
+            problem = f"prompt and response share rollout_max_context_len = {context}"
+            yield Fault(key, length, problem, "lower it, or raise rollout_max_context_len")
+
+
+@rule
+def minimum_is_below_the_maximum(s: Settings) -> Iterator[Fault]:
+    least, most = s.eval_min_new_tokens, s.eval_max_response_len
+    if least is not None and most is not None and least > most:
+        yield Fault("eval_min_new_tokens", least, f"eval_max_response_len = {most}", "lower it")
+
+
+@rule
+def top_k_is_a_count_or_minus_one(s: Settings) -> Iterator[Fault]:
+    for key in ("rollout_top_k", "eval_top_k"):
+        if getattr(s, key) == 0 and s.given(key):
+            yield Fault(key, 0, "no token would be left to sample", "set it to -1 for all tokens, or to a count")
+
+
+@rule
+def template_settings_need_the_template(s: Settings) -> Iterator[Fault]:
+    yield from needs(s, "chat_template_path", "apply_chat_template")
+    yield from needs(s, "apply_chat_template_kwargs", "apply_chat_template")
+
+
+@rule
+def one_reward_is_given(s: Settings) -> Iterator[Fault]:
+    if s.rm_type and s.custom_rm_path:
+        problem = f"custom_rm_path = {s.custom_rm_path} scores in its place"
+        yield Fault("rm_type", s.rm_type, problem, "leave one of them out")
+    if not (s.rm_type or s.custom_rm_path or s.reward_service):
+        yield Fault(
+            "rm_type",
+            None,
+            "neither are custom_rm_path and reward_service",
+            "set one of them to score responses",
+        )
+
+
+@rule
+def reward_services_are_well_formed(s: Settings) -> Iterator[Fault]:
+    names: set[str] = set()
+    for spec in s.reward_service:
+        try:
+            name, _ = parse_reward_service(spec)
+        except ValueError as error:
+            yield Fault("reward_service", spec, str(error), "write it as NAME=HOST:PORT")
+            continue
+        if name in names:
+            yield Fault("reward_service", spec, f"{name} is named twice", "give each service a name of its own")
+        if name == "default" and (s.rm_type or s.custom_rm_path):
+            own = "rm_type" if s.rm_type else "custom_rm_path"
+            yield Fault("reward_service", spec, f"{own} is the default already", f"rename it, or leave {own} out")
+        names.add(name)
+
+
+@rule
+def evaluation_has_data(s: Settings) -> Iterator[Fault]:
+    if s.eval_interval is not None and not s.eval_prompt_data:
+        problem = "eval_prompt_data is not set"
+        yield Fault("eval_interval", s.eval_interval, problem, "set eval_prompt_data to NAME FILE, or leave it out")
+    if s.num_rollout == 0 and not s.eval_prompt_data:
+        problem = "without eval_prompt_data there is nothing to do"
+        yield Fault("num_rollout", 0, problem, "set eval_prompt_data to NAME FILE, or raise num_rollout")
+    if s.eval_prompt_data and s.eval_interval is None and s.num_rollout != 0:
+        problem = "without eval_interval it is never evaluated on"
+        yield Fault("eval_prompt_data", list(s.eval_prompt_data), problem, "set eval_interval, or leave it out")
+
+
+@rule
+def evaluation_data_come_in_pairs(s: Settings) -> Iterator[Fault]:
+    data = s.eval_prompt_data or ()
+    if len(data) % 2:
+        problem = f"names and files alternate and these are {len(data)}"
+        yield Fault("eval_prompt_data", list(data), problem, "write NAME FILE NAME FILE …")
+        return
+    names = data[::2]
+    for name in sorted(set(names)):
+        if names.count(name) > 1:
+            yield Fault("eval_prompt_data", name, "it names two data sets", "give each a name of its own")
+        if not re.fullmatch(r"[\w.-]+", name):
+            problem = "its metric is eval/NAME"
+            yield Fault("eval_prompt_data", name, problem, "use letters, digits, dots, dashes and underscores")

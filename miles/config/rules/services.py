@@ -1,0 +1,78 @@
+"""Rules about the run itself: names, addresses, ports, devices, paths of functions."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from miles.config.catalog import catalog
+from miles.config.faults import Fault
+from miles.config.rules.registry import needs, rule
+from miles.config.settings import Settings
+
+_PORTS = ("controller_port", "weightsync_port", "trainer_port", "reward_port")
+
+
+@rule
+def name_can_be_a_folder(s: Settings) -> Iterator[Fault]:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", s.name):
+        yield Fault(
+            "name", s.name, "the run's folder is named after it", "use letters, digits, dots, dashes, underscores"
+        )
+
+
+@rule
+def redis_url_is_an_address(s: Settings) -> Iterator[Fault]:
+    if s.redis_url is not None and not re.match(r"(redis|rediss|unix)://.", s.redis_url):
+        problem = "it must begin with redis://, rediss:// or unix://"
+        yield Fault("redis_url", s.redis_url, problem, "write it like redis://host:6379/0")
+
+
+@rule
+def ports_are_apart(s: Settings) -> Iterator[Fault]:
+    taken: dict[int, str] = {}
+    for key in _PORTS:
+        port = getattr(s, key)
+        if port in taken:
+            yield Fault(key, port, f"{taken[port]} is the same", "give each service a port of its own, or 0")
+        if port:
+            taken[port] = key
+    last = s.rollout_port + s.rollout_num_workers - 1
+    if s.rollout_port and last > 65535:
+        problem = f"rollout_num_workers = {s.rollout_num_workers} services would need ports up to {last}"
+        yield Fault("rollout_port", s.rollout_port, problem, "lower it, or set it to 0")
+    for port, key in taken.items():
+        if s.rollout_port and s.rollout_port <= port <= last:
+            problem = f"rollout services listen on {s.rollout_port} to {last}"
+            yield Fault(key, port, problem, "give each service a port of its own, or 0")
+
+
+@rule
+def process_group_fits_the_device(s: Settings) -> Iterator[Fault]:
+    if s.distributed_backend == "nccl" and s.device == "cpu":
+        yield Fault(
+            "distributed_backend", "nccl", "device = cpu and NCCL needs GPUs", "set it to gloo, or leave it out"
+        )
+
+
+@rule
+def dotted_paths_are_well_formed(s: Settings) -> Iterator[Fault]:
+    for key, entry in catalog().items():
+        if not entry.dotted_path:
+            continue
+        path = getattr(s, key)
+        if path is not None and not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+", path):
+            yield Fault(key, path, "it must name a module and something in it", "write it like package.module.name")
+
+
+@rule
+def engine_takes_its_flags(s: Settings) -> Iterator[Fault]:
+    for name, value in s.sglang_args.items():
+        problem = f"rollout_backend = {s.rollout_backend} has no SGLang flags"
+        yield Fault(f"sglang_{name}", value, problem, "leave it out")
+
+
+@rule
+def tensorboard_settings_need_tensorboard(s: Settings) -> Iterator[Fault]:
+    yield from needs(s, "tb_project_name", "use_tensorboard")
+    yield from needs(s, "tb_experiment_name", "use_tensorboard")

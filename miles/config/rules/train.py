@@ -1,0 +1,80 @@
+"""Rules about the trainer: micro-batches, ranks, schedule, checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from miles.config.faults import Fault
+from miles.config.rules.registry import needs, rule
+from miles.config.settings import Settings
+
+_SET_BY_THE_LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+@rule
+def micro_batches_are_cut_one_way(s: Settings) -> Iterator[Fault]:
+    if s.use_dynamic_batch_size and s.max_tokens_per_gpu is None:
+        problem = "max_tokens_per_gpu is not set"
+        yield Fault("use_dynamic_batch_size", True, problem, "set max_tokens_per_gpu to the tokens of a micro-batch")
+    if s.use_dynamic_batch_size and s.micro_batch_size != 1:
+        problem = "use_dynamic_batch_size cuts micro-batches by tokens"
+        yield Fault("micro_batch_size", s.micro_batch_size, problem, "leave one of them out")
+    yield from needs(s, "max_tokens_per_gpu", "use_dynamic_batch_size")
+    yield from needs(s, "log_probs_max_tokens_per_gpu", "use_dynamic_batch_size")
+
+
+@rule
+def batch_divides_over_ranks(s: Settings) -> Iterator[Fault]:
+    if s.actor_num_gpus_per_node is None:
+        return  # known once the device is
+    ranks = s.actor_num_nodes * s.actor_num_gpus_per_node
+    if s.global_batch_size % ranks:
+        problem = f"actor_num_nodes × actor_num_gpus_per_node = {ranks} does not divide it"
+        yield Fault("global_batch_size", s.global_batch_size, problem, f"make it a multiple of {ranks}")
+    elif not s.use_dynamic_batch_size and s.global_batch_size // ranks % s.micro_batch_size:
+        problem = f"each of {ranks} ranks gets {s.global_batch_size // ranks} samples a step, which it does not divide"
+        yield Fault("micro_batch_size", s.micro_batch_size, problem, "choose one that does")
+
+
+@rule
+def log_prob_chunks_are_a_count_or_minus_one(s: Settings) -> Iterator[Fault]:
+    if s.log_probs_chunk_size == 0 or s.log_probs_chunk_size < -1:
+        problem = "it must be a number of rows, or -1 for no chunks"
+        yield Fault("log_probs_chunk_size", s.log_probs_chunk_size, problem, "set it to 1024 or to -1")
+
+
+@rule
+def environment_leaves_ranks_alone(s: Settings) -> Iterator[Fault]:
+    for name in sorted(set(s.train_env_vars) & set(_SET_BY_THE_LAUNCHER)):
+        problem = f"{name} is set for each rank by its launcher"
+        yield Fault("train_env_vars", s.train_env_vars, problem, f"leave {name} out")
+
+
+@rule
+def compute_type_is_one(s: Settings) -> Iterator[Fault]:
+    if s.fp16 and s.train_dtype != "float16":
+        yield Fault("fp16", True, f"train_dtype = {s.train_dtype} says otherwise", "leave one of them out")
+
+
+@rule
+def schedule_rises_and_falls(s: Settings) -> Iterator[Fault]:
+    for key in ("min_lr", "lr_warmup_init"):
+        if s.given(key) and getattr(s, key) > s.lr:
+            yield Fault(key, getattr(s, key), f"lr = {s.lr:g} is below it", "lower it, or raise lr")
+    if s.lr_warmup_iters and s.lr_warmup_fraction is not None:
+        problem = f"lr_warmup_fraction = {s.lr_warmup_fraction:g} says the same another way"
+        yield Fault("lr_warmup_iters", s.lr_warmup_iters, problem, "leave one of them out")
+    if s.lr_decay_iters is not None and s.lr_warmup_iters >= s.lr_decay_iters:
+        problem = f"lr_decay_iters = {s.lr_decay_iters} includes the warm-up"
+        yield Fault("lr_warmup_iters", s.lr_warmup_iters, problem, "lower it, or raise lr_decay_iters")
+
+
+@rule
+def save_hf_has_no_other_placeholder(s: Settings) -> Iterator[Fault]:
+    if s.save_hf is None:
+        return
+    try:
+        s.save_hf.format(rollout_id=0)
+    except (KeyError, IndexError, ValueError, AttributeError):
+        problem = "{rollout_id} is its only placeholder"
+        yield Fault("save_hf", s.save_hf, problem, "double other braces, as {{ and }}")
