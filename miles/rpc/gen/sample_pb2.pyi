@@ -232,7 +232,7 @@ class NamedRewards(_message.Message):
     VALUES_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def values(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
-        """Reward by name. Every value is finite."""
+        """Reward by name, at least one. Every value is finite."""
 
     def __init__(
         self,
@@ -305,7 +305,9 @@ Global___PrefixCacheStats: _TypeAlias = PrefixCacheStats  # noqa: Y015
 
 @_typing.final
 class Sample(_message.Message):
-    """One trajectory: a prompt and one response to it."""
+    """One trajectory: a prompt and one response to it. A PENDING sample has no response yet (response_length 0, no spans),
+    or a part of one, to which all fields of shape (response_length,) refer.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -345,12 +347,12 @@ class Sample(_message.Message):
     status: Global___SampleStatus.ValueType
     """How far the sample has got."""
     metadata_json: _builtins.str
-    """Free-form JSON object from the data set and from reward functions."""
+    """Free-form JSON object from the data set and from reward functions; empty means {}."""
     remove_sample: _builtins.bool
     """True when a filter removed the sample: its loss mask counts as all zero."""
     @_builtins.property
     def tokens(self) -> Global___Array:
-        """Prompt tokens then response tokens; int32, shape (tokens,)."""
+        """Prompt tokens then response tokens; int32, shape (tokens,). Absent means none."""
 
     @_builtins.property
     def reward(self) -> Global___Reward:
@@ -374,7 +376,7 @@ class Sample(_message.Message):
 
     @_builtins.property
     def weight_versions(self) -> _containers.RepeatedCompositeFieldContainer[Global___VersionSpan]:
-        """Which version produced which response tokens: contiguous, ascending, covering the response."""
+        """Which version produced which response tokens: contiguous, ascending, covering the response. Empty without one."""
 
     @_builtins.property
     def speculative(self) -> Global___SpeculativeStats:
@@ -441,7 +443,7 @@ class SampleGroup(_message.Message):
     """Position of the prompt in the job's prompt order, from 0."""
     @_builtins.property
     def samples(self) -> _containers.RepeatedCompositeFieldContainer[Global___Sample]:
-        """In order of Sample.index."""
+        """In ascending order of Sample.index; each carries this group_id."""
 
     def __init__(
         self,
