@@ -26,6 +26,9 @@ CONNECT_DEADLINE_S = 30.0
 RETRIES = 8
 """Attempts after the first, with up to 2 s between two: a server that restarts within about 10 s goes unnoticed."""
 
+_CONNECTIONS = 32
+_POOL_WAIT_S = 120.0
+
 _TRANSIENT = (ConnectionError, TimeoutError, BusyLoadingError)
 
 
@@ -56,7 +59,11 @@ async def connect_async(url: str, *, deadline_s: float = CONNECT_DEADLINE_S) -> 
             async with redis.asyncio.Redis.from_url(url, **_options(), retry=AsyncRetry(NoBackoff(), 0)) as probe:
                 check_server(await probe.info(), url)
             retry = AsyncRetry(ExponentialWithJitterBackoff(cap=2.0, base=0.05), RETRIES)
-            return redis.asyncio.Redis.from_url(url, **_options(), retry=retry)
+            # Blocking: hundreds of groups may want a connection at once, and the default pool refuses the 101st.
+            pool = redis.asyncio.BlockingConnectionPool.from_url(
+                url, **_options(), retry=retry, max_connections=_CONNECTIONS, timeout=_POOL_WAIT_S
+            )
+            return redis.asyncio.Redis.from_pool(pool)
         except _TRANSIENT as error:
             if time.monotonic() >= deadline:
                 raise _unreachable(url, deadline_s, error) from error

@@ -118,6 +118,17 @@ class GroupConsumer:
         entry.fields = None
         return entry.entry_id, group
 
+    async def peek(self, entry_id: str) -> tuple[str, SampleGroup] | None:
+        """Entry id and group of any entry; None when it is gone or cannot be decoded."""
+        found: Any = await self._redis.xrange(self._keys.groups, entry_id, entry_id)
+        if not found:
+            return None
+        try:
+            return entry_id, decode_group(await self._payload(found[0][1]))
+        except ValueError as error:
+            log.warning("entry %s of %s cannot be read: %s", entry_id, self._keys.groups, error)
+            return None
+
     async def _payload(self, fields: Fields) -> bytes:
         if b"group" in fields:
             return fields[b"group"]

@@ -142,6 +142,11 @@ class GroupQueue:
             (Outstanding.parse(group_id, record) for group_id, record in records.items()), key=lambda o: o.group_id
         )
 
+    async def find(self, group_id: int) -> tuple[str, SampleGroup] | None:
+        """Entry id and group of one queued group, without consuming it; None when it is not queued or unreadable."""
+        record: Any = await self._redis.hget(self._keys.index, str(group_id))
+        return None if record is None else await self._consumer.peek(record.split(b" ", 1)[0].decode())
+
     async def dead_letters(self, limit: int = 100) -> list[dict[str, bytes]]:
         """The newest entries that could not be decoded, newest first, with `dead_reason`, `dead_group_id`, ..."""
         entries: Any = await self._redis.xrevrange(self._keys.dead, count=limit)

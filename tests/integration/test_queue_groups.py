@@ -116,6 +116,19 @@ async def test_outstanding_describes_entries_without_reading_them(queue: GroupQu
     assert second.nbytes > 2000 * 2 * 8 > first.nbytes
 
 
+async def test_one_group_can_be_looked_up_without_consuming_it(queue: GroupQueue, make_group: MakeGroup) -> None:
+    group = make_group(1, response_tokens=2000)
+    assert await queue.find(1) is None
+    entry_id = await queue.put(group, attempt=1)
+    assert await queue.find(1) == (entry_id, group)
+    assert await queue.collect([1], 5) == {1: (entry_id, group)}
+
+
+async def test_hundreds_of_groups_can_be_put_at_once(queue: GroupQueue, make_group: MakeGroup) -> None:
+    await asyncio.gather(*(queue.put(make_group(i), attempt=1) for i in range(300)))
+    assert len(await queue.collect(range(300), 20)) == 300
+
+
 async def test_a_restarted_trainer_gets_its_own_and_a_dead_ones_entries(
     client: redis.asyncio.Redis, job_id: str, make_group: MakeGroup
 ) -> None:
