@@ -1,0 +1,80 @@
+"""Reinforcement-learning algorithms as pure functions on tensors; docs/algorithms.md is the tour."""
+
+from miles.algorithms.advantages import Advantages, compute_advantages, reverse_kl_to_teacher, shape_rewards
+from miles.algorithms.aggregation import aggregate, token_weights
+from miles.algorithms.corrections import (
+    Correction,
+    CorrectionMethod,
+    IcePop,
+    TruncatedImportanceSampling,
+    compute_correction,
+)
+from miles.algorithms.estimators import ESTIMATORS, AdvantageBatch, AdvantageConfig, register_estimator
+from miles.algorithms.flags import advantage_config, loss_config
+from miles.algorithms.kl import approximate_kl
+from miles.algorithms.linear_log_probs import linear_token_log_probs
+from miles.algorithms.log_probs import TokenLogProbs, VocabShard, token_log_probs
+from miles.algorithms.losses import LossBatch, LossConfig, LossOutput, critic_loss, rl_loss, sft_loss, value_loss
+from miles.algorithms.metrics import MetricSum, reduce_metrics
+from miles.algorithms.mis import MaskedImportanceSampling, mismatch_metrics
+from miles.algorithms.packing import Packing
+from miles.algorithms.policy_losses import (
+    POLICY_LOSSES,
+    ClipConfig,
+    PolicyInputs,
+    PolicyTerms,
+    opsm_drop,
+    policy_loss,
+    register_policy_loss,
+)
+from miles.algorithms.rewards import shape_groups, standardize, subtract_leave_one_out_mean, subtract_mean
+from miles.algorithms.whitening import masked_whiten
+
+__all__ = [
+    "ESTIMATORS",
+    "POLICY_LOSSES",
+    "AdvantageBatch",
+    "AdvantageConfig",
+    "Advantages",
+    "ClipConfig",
+    "Correction",
+    "CorrectionMethod",
+    "IcePop",
+    "LossBatch",
+    "LossConfig",
+    "LossOutput",
+    "MaskedImportanceSampling",
+    "MetricSum",
+    "Packing",
+    "PolicyInputs",
+    "PolicyTerms",
+    "TokenLogProbs",
+    "TruncatedImportanceSampling",
+    "VocabShard",
+    "advantage_config",
+    "aggregate",
+    "approximate_kl",
+    "compute_advantages",
+    "compute_correction",
+    "critic_loss",
+    "linear_token_log_probs",
+    "loss_config",
+    "masked_whiten",
+    "mismatch_metrics",
+    "opsm_drop",
+    "policy_loss",
+    "reduce_metrics",
+    "register_estimator",
+    "register_policy_loss",
+    "reverse_kl_to_teacher",
+    "rl_loss",
+    "sft_loss",
+    "shape_groups",
+    "shape_rewards",
+    "standardize",
+    "subtract_leave_one_out_mean",
+    "subtract_mean",
+    "token_log_probs",
+    "token_weights",
+    "value_loss",
+]

@@ -1,0 +1,113 @@
+"""From rewards to the advantages and returns of every token, for the whole batch before its optimizer steps."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Hashable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from miles.algorithms.estimators import ESTIMATORS, AdvantageBatch, AdvantageConfig
+from miles.algorithms.kl import approximate_kl
+from miles.algorithms.packing import as_float
+from miles.algorithms.rewards import keep_rewards, shape_groups, standardize, subtract_mean
+from miles.algorithms.whitening import masked_whiten
+
+if TYPE_CHECKING:
+    import torch.distributed as dist
+
+
+@dataclasses.dataclass(frozen=True)
+class Advantages:
+    """What the losses need; float32 [T] each."""
+
+    advantages_T: torch.Tensor
+    returns_T: torch.Tensor
+    """Targets of the value loss; the estimator's returns, never whitened."""
+    kl_T: torch.Tensor
+    """KL to the reference that went into the reward; 0 unless kl_coef is set."""
+    opd_reverse_kl_T: torch.Tensor | None
+    """log p_student - log p_teacher; None without on-policy distillation."""
+
+
+def shape_rewards(
+    config: AdvantageConfig, rewards_B: torch.Tensor | Sequence[float], group_ids_B: torch.Tensor | Sequence[Hashable]
+) -> torch.Tensor:
+    """Normalise rewards within each prompt group as the estimator asks for; see `shape_groups`.
+
+    Needs every sample of each group, so it runs where all rewards are known, before samples go to their ranks.
+    """
+    shaping = ESTIMATORS[config.advantage_estimator].shaping
+    if not config.rewards_normalization:
+        shaping = keep_rewards
+    elif shaping is standardize and not config.grpo_std_normalization:
+        shaping = subtract_mean
+    return shape_groups(rewards_B, group_ids_B, shaping)
+
+
+def compute_advantages(
+    config: AdvantageConfig, batch: AdvantageBatch, group: dist.ProcessGroup | None = None
+) -> Advantages:
+    """Estimate, subtract the teacher's KL, whiten: in this order, without gradient.
+
+    Args:
+        config: which estimator and how.
+        batch: this rank's samples.
+        group: data-parallel group to whiten over; every rank calls, also one without samples.
+
+    Raises:
+        KeyError: unknown estimator.
+        ValueError: something the config needs is missing from the batch, or a shape does not fit the packing.
+    """
+    estimator = ESTIMATORS[config.advantage_estimator]
+    _check(config, batch)
+    with torch.no_grad():
+        kl_T = _reward_kl(config, batch)
+        advantages_T, returns_T = estimator.function(config, batch, kl_T)
+        opd_reverse_kl_T = None
+        if config.use_opd:
+            opd_reverse_kl_T = reverse_kl_to_teacher(
+                _required(batch.old_log_probs_T, "old_log_probs_T", "use_opd"),
+                _required(batch.teacher_log_probs_T, "teacher_log_probs_T", "use_opd"),
+            )
+            advantages_T = advantages_T - config.opd_kl_coef * opd_reverse_kl_T
+        if estimator.whiten or config.normalize_advantages:
+            advantages_T = masked_whiten(advantages_T, batch.mask_T, group)
+    return Advantages(advantages_T, returns_T, kl_T, opd_reverse_kl_T)
+
+
+def reverse_kl_to_teacher(student_log_probs_T: torch.Tensor, teacher_log_probs_T: torch.Tensor) -> torch.Tensor:
+    """Single-sample estimate of KL(student || teacher) on the student's own tokens: log p_student - log p_teacher."""
+    return as_float(student_log_probs_T) - as_float(teacher_log_probs_T)
+
+
+def _reward_kl(config: AdvantageConfig, batch: AdvantageBatch) -> torch.Tensor:
+    if config.kl_coef == 0:
+        return torch.zeros(batch.packing.num_tokens, device=batch.mask_T.device)
+    return approximate_kl(
+        _required(batch.old_log_probs_T, "old_log_probs_T", "kl_coef"),
+        _required(batch.ref_log_probs_T, "ref_log_probs_T", "kl_coef"),
+        config.kl_loss_type,
+    )
+
+
+def _required(x_T: torch.Tensor | None, name: str, flag: str) -> torch.Tensor:
+    if x_T is None:
+        raise ValueError(f"{flag} needs AdvantageBatch.{name}")
+    return x_T
+
+
+def _check(config: AdvantageConfig, batch: AdvantageBatch) -> None:
+    batch.packing.check(
+        mask_T=batch.mask_T,
+        old_log_probs_T=batch.old_log_probs_T,
+        ref_log_probs_T=batch.ref_log_probs_T,
+        teacher_log_probs_T=batch.teacher_log_probs_T,
+        values_T=batch.values_T,
+    )
+    if tuple(batch.rewards_B.shape) != (batch.packing.num_samples,):
+        raise ValueError(
+            f"rewards_B has shape {tuple(batch.rewards_B.shape)}, but the packing holds "
+            f"{batch.packing.num_samples} samples"
+        )

@@ -1,0 +1,82 @@
+"""From per-token losses to one number, so that micro-batches and ranks add up to the mean of one process.
+
+The loss of a micro-batch is a sum divided by a denominator of the whole optimizer step. Adding the losses (and so the
+gradients) of all micro-batches of all data-parallel ranks gives what one process would compute over all samples.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from miles.algorithms.packing import Packing, keep_where
+
+
+def token_weights(
+    mask_T: torch.Tensor,
+    packing: Packing,
+    *,
+    per_token: bool = False,
+    constant_length: float | None = None,
+    mask_sums_B: torch.Tensor | None = None,
+    keep_T: torch.Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:
+    """Weight of each token in the numerator of the loss, [T]; 0 where masked or rejected.
+
+    Args:
+        mask_T: tokens that count.
+        packing: of the tokens.
+        per_token: every token weighs 1 (calculate_per_token_loss). False: a token weighs 1 / its sample's mask sum.
+        constant_length: a token weighs 1 / this instead (Dr. GRPO).
+        mask_sums_B: denominators in place of the samples' own mask sums, for rollouts that became several samples: the
+            mask sum of the whole rollout.
+        keep_T: False for rejected tokens: they weigh 0, the denominators stay.
+        dtype: of the result.
+    """
+    kept_T = mask_T.bool() if keep_T is None else mask_T.bool() & keep_T.bool()
+    weights_T = kept_T.to(dtype)
+    if per_token:
+        return weights_T
+    if constant_length is not None:
+        return weights_T / constant_length
+    sums_B = packing.sum(mask_T.bool().to(dtype)) if mask_sums_B is None else mask_sums_B.to(weights_T)
+    return weights_T / packing.expand(sums_B.clamp_min(1))
+
+
+def aggregate(
+    values_T: torch.Tensor,
+    mask_T: torch.Tensor,
+    packing: Packing,
+    *,
+    denominator: float | None = None,
+    per_token: bool = False,
+    constant_length: float | None = None,
+    mask_sums_B: torch.Tensor | None = None,
+    keep_T: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Sum of weighted token values over `denominator`, 0-d; see `token_weights`.
+
+    Args:
+        values_T: per token; what stands at masked tokens is ignored.
+        mask_T: tokens that count.
+        packing: of the tokens.
+        denominator: rollouts of the whole optimizer step over all ranks; with `per_token` its unmasked tokens. None:
+            those of this call. A step without unmasked tokens gives 0.
+        per_token: see `token_weights`.
+        constant_length: see `token_weights`.
+        mask_sums_B: see `token_weights`.
+        keep_T: see `token_weights`.
+    """
+    kept_T = keep_where(mask_T if keep_T is None else mask_T.bool() & keep_T.bool(), values_T)
+    weights_T = token_weights(
+        mask_T,
+        packing,
+        per_token=per_token,
+        constant_length=constant_length,
+        mask_sums_B=mask_sums_B,
+        keep_T=keep_T,
+        dtype=kept_T.dtype,
+    )
+    if denominator is None:
+        denominator = float(mask_T.bool().sum()) if per_token else packing.num_samples
+    return (kept_T * weights_T).sum() / max(denominator, 1)

@@ -1,0 +1,169 @@
+"""Log-probs and entropies straight from hidden states: the head's matmul and the softmax a chunk of rows at a time.
+
+The logits of the whole micro-batch never exist, neither forward nor backward; the backward pass computes each chunk's
+logits again. The matmul runs in the dtype of the hidden states, as the head itself would, and its result is upcast.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+from miles.algorithms.log_probs import (
+    LocalStats,
+    TokenLogProbs,
+    VocabShard,
+    check_temperature,
+    combine_shards,
+    concatenate,
+    default_chunk_rows,
+    local_stats,
+    scaled,
+    scaled_logits_gradient,
+)
+from miles.algorithms.packing import as_float
+
+MIN_ROWS = 16
+"""A matmul of fewer rows may take another kernel, which rounds differently; short chunks are padded to this many."""
+
+
+def linear_token_log_probs(
+    hidden_TD: torch.Tensor,
+    weight_VD: torch.Tensor,
+    tokens_T: torch.Tensor,
+    *,
+    temperature: float = 1.0,
+    with_entropy: bool = False,
+    entropy_requires_grad: bool = True,
+    shard: VocabShard | None = None,
+    chunk_rows: int | None = None,
+) -> TokenLogProbs:
+    """`token_log_probs(hidden @ weight.T, tokens)` without ever holding all logits.
+
+    Under autocast the hidden states and the weight are cast to its dtype first, as a linear layer would.
+
+    Args:
+        hidden_TD: last hidden states at the positions that predict `tokens_T`, [T, D].
+        weight_VD: the head's weight, [V, D] (the embedding where tied), or this rank's [V / ranks, D] with `shard`.
+        tokens_T: token ids, any integer dtype, [T].
+        temperature: divides the logits, after the upcast to float32.
+        with_entropy: also compute the entropy.
+        entropy_requires_grad: False: the entropy is only observed.
+        shard: how the vocabulary is split; the gradient of the hidden states is then summed over its group.
+        chunk_rows: rows whose logits exist at a time; None: as many as make 64 MiB in float32.
+
+    Raises:
+        ValueError: a shape does not fit or the temperature is not positive.
+    """
+    if hidden_TD.dim() != 2 or weight_VD.dim() != 2 or hidden_TD.shape[1] != weight_VD.shape[1]:
+        raise ValueError(
+            f"need hidden [T, D] and weight [V, D], got {tuple(hidden_TD.shape)} and {tuple(weight_VD.shape)}"
+        )
+    if tokens_T.shape != hidden_TD.shape[:1]:
+        raise ValueError(f"need one token a row, got {tuple(tokens_T.shape)} for hidden {tuple(hidden_TD.shape)}")
+    check_temperature(temperature)
+    device_type = hidden_TD.device.type
+    if torch.is_autocast_enabled(device_type):
+        dtype = torch.get_autocast_dtype(device_type)
+        hidden_TD, weight_VD = hidden_TD.to(dtype), weight_VD.to(dtype)
+    rows = max(MIN_ROWS, default_chunk_rows(weight_VD.shape[0]) if chunk_rows is None else chunk_rows)
+    with torch.autocast(device_type, enabled=False):
+        settings = _Settings(temperature, with_entropy, shard, rows)
+        log_probs_T, entropy_T = _LinearTokenLogProbs.apply(  # type: ignore[no-untyped-call]
+            hidden_TD, weight_VD, tokens_T.long(), settings
+        )
+    if not with_entropy:
+        return TokenLogProbs(log_probs_T, None)
+    return TokenLogProbs(log_probs_T, entropy_T if entropy_requires_grad else entropy_T.detach())
+
+
+@dataclasses.dataclass(frozen=True)
+class _Settings:
+    temperature: float
+    with_entropy: bool
+    shard: VocabShard | None
+    chunk_rows: int
+
+
+def _chunk_logits(hidden_CD: torch.Tensor, weight_VD: torch.Tensor) -> torch.Tensor:
+    """Logits [C, V] in the hidden states' dtype, by a matmul of at least MIN_ROWS rows."""
+    rows = len(hidden_CD)
+    if rows >= MIN_ROWS:
+        return F.linear(hidden_CD, weight_VD)
+    return F.linear(F.pad(hidden_CD, (0, 0, 0, MIN_ROWS - rows)), weight_VD)[:rows]
+
+
+class _LinearTokenLogProbs(torch.autograd.Function):
+    """Chunked forward; the backward recomputes each chunk's logits."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden_TD: torch.Tensor, weight_VD: torch.Tensor, tokens_T: torch.Tensor, settings: _Settings
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        shard = settings.shard
+        columns_T = tokens_T if shard is None else tokens_T - shard.first_token(weight_VD.shape[0])
+        chunks: list[LocalStats] = []
+        for hidden_CD, columns_C in zip(
+            torch.split(hidden_TD, settings.chunk_rows), torch.split(columns_T, settings.chunk_rows), strict=True
+        ):
+            x_CV = scaled(_chunk_logits(hidden_CD, weight_VD), settings.temperature)
+            chunks.append(local_stats(x_CV, columns_C, settings.with_entropy, shard is None))
+        stats = concatenate(chunks)
+        log_probs_T, entropy_T, log_weight_T = stats.log_probs_C, stats.entropy_C, None
+        if shard is not None:
+            log_probs_T, entropy_T, log_weight_T = combine_shards(stats, shard.group)
+        ctx.settings = settings
+        ctx.save_for_backward(hidden_TD, weight_VD, columns_T, entropy_T, log_weight_T)
+        ctx.set_materialize_grads(False)
+        return log_probs_T, log_probs_T.new_empty(0) if entropy_T is None else entropy_T
+
+    @staticmethod
+    def backward(
+        ctx: Any, grad_log_probs_T: torch.Tensor | None, grad_entropy_T: torch.Tensor | None
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None]:
+        hidden_TD, weight_VD, columns_T, entropy_T, log_weight_T = ctx.saved_tensors
+        settings: _Settings = ctx.settings
+        if entropy_T is None:
+            grad_entropy_T = None
+        if grad_log_probs_T is None and grad_entropy_T is None:
+            return None, None, None, None
+        if grad_log_probs_T is None:
+            grad_log_probs_T = torch.zeros_like(columns_T, dtype=as_float(hidden_TD[:0]).dtype)
+        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
+        grad_hidden_TD = torch.zeros_like(hidden_TD) if needs_hidden else None
+        grad_weight_VD = torch.zeros_like(weight_VD, dtype=as_float(weight_VD[:0]).dtype) if needs_weight else None
+        for start in range(0, len(hidden_TD), settings.chunk_rows):
+            rows = slice(start, start + settings.chunk_rows)
+            grad_CV = scaled_logits_gradient(
+                scaled(_chunk_logits(hidden_TD[rows], weight_VD), settings.temperature),
+                columns_T[rows],
+                None if log_weight_T is None else log_weight_T[rows],
+                None if entropy_T is None else entropy_T[rows],
+                grad_log_probs_T[rows],
+                None if grad_entropy_T is None else grad_entropy_T[rows],
+            )
+            grad_CV = grad_CV.div_(settings.temperature).to(hidden_TD.dtype)
+            if grad_hidden_TD is not None:
+                torch.mm(grad_CV, weight_VD, out=grad_hidden_TD[rows])
+            if grad_weight_VD is not None:
+                _add_product(grad_weight_VD, grad_CV.t(), hidden_TD[rows])
+        if grad_hidden_TD is not None and settings.shard is not None:
+            dist.all_reduce(grad_hidden_TD, op=dist.ReduceOp.SUM, group=settings.shard.group)
+        return (
+            grad_hidden_TD,
+            None if grad_weight_VD is None else grad_weight_VD.to(weight_VD.dtype),
+            None,
+            None,
+        )
+
+
+def _add_product(total_VD: torch.Tensor, a_VC: torch.Tensor, b_CD: torch.Tensor) -> None:
+    """total += a @ b; the running total stays in float32 where a and b are half precision."""
+    if total_VD.dtype == a_VC.dtype:
+        total_VD.addmm_(a_VC, b_CD)
+    else:
+        total_VD.add_(a_VC @ b_CD)

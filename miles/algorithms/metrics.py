@@ -1,0 +1,46 @@
+"""Metrics as sums and counts, which add up over micro-batches and ranks to the mean of one process."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
+
+import torch
+
+from miles.algorithms.collectives import all_reduce_sum
+
+if TYPE_CHECKING:
+    import torch.distributed as dist
+
+
+@dataclasses.dataclass(frozen=True)
+class MetricSum:
+    """A mean that is not divided yet."""
+
+    total: torch.Tensor
+    """0-d, no gradient."""
+    count: float
+
+
+def reduce_metrics(
+    parts: Iterable[Mapping[str, MetricSum]], group: dist.ProcessGroup | None = None
+) -> dict[str, float]:
+    """Means over this rank's micro-batches and over the ranks of `group`.
+
+    Every rank calls with metrics of the same names; a metric that counts nothing anywhere is 0.
+    """
+    totals: dict[str, tuple[list[torch.Tensor], float]] = {}
+    for part in parts:
+        for name, metric in part.items():
+            values, count = totals.setdefault(name, ([], 0.0))
+            values.append(metric.total)
+            totals[name] = (values, count + metric.count)
+    if not totals:
+        return {}
+    names = sorted(totals)
+    sums = torch.stack([torch.stack([v.double() for v in totals[name][0]]).sum() for name in names])
+    counts = torch.tensor([totals[name][1] for name in names], dtype=torch.float64, device=sums.device)
+    sums, counts = all_reduce_sum(torch.stack([sums, counts]), group)
+    means = torch.where(counts > 0, sums / counts.clamp_min(torch.finfo(torch.float64).tiny), 0.0)
+    return dict(zip(names, means.tolist(), strict=True))

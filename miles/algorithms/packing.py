@@ -1,0 +1,116 @@
+"""How the response tokens of several samples lie in one flat tensor.
+
+Every formula of this package is written once, for packed tensors: the tokens of all samples one after the other in a
+tensor of shape [T], with a `Packing` that says where each sample begins. Suffixes: `_T` packed tokens, `_B` one entry
+a sample, `_BT` padded (one row a sample, filled from the left).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Sequence
+
+import torch
+
+
+def as_float(x: torch.Tensor) -> torch.Tensor:
+    """Upcast to the dtype that formulas are evaluated in: float64 stays, everything else becomes float32."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def keep_where(mask: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """`x` where `mask` is set and 0 elsewhere, in float32 (float64 stays).
+
+    What stands at masked positions never matters, NaN and infinities included, neither forward nor backward.
+    """
+    return torch.where(mask.bool(), as_float(x), 0.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Packing:
+    """Lengths of the samples that lie one after the other in a packed tensor."""
+
+    lengths: tuple[int, ...]
+    """Tokens of each sample; 0 is allowed."""
+
+    @classmethod
+    def from_cu_seqlens(cls, cu_seqlens: torch.Tensor | Sequence[int]) -> Packing:
+        """From cumulative lengths [0, l0, l0 + l1, ...], B + 1 integers.
+
+        Raises:
+            ValueError: they do not start at 0 or they descend.
+        """
+        ends = cu_seqlens.tolist() if isinstance(cu_seqlens, torch.Tensor) else list(cu_seqlens)
+        if not ends or ends[0] != 0 or any(b < a for a, b in itertools.pairwise(ends)):
+            raise ValueError(f"cu_seqlens must start at 0 and never descend, got {ends}")
+        return cls(tuple(b - a for a, b in itertools.pairwise(ends)))
+
+    @property
+    def num_samples(self) -> int:
+        """B."""
+        return len(self.lengths)
+
+    @functools.cached_property
+    def num_tokens(self) -> int:
+        """T."""
+        return sum(self.lengths)
+
+    def cu_seqlens(self, device: torch.device | str = "cpu") -> torch.Tensor:
+        """Cumulative lengths, int32 [B + 1]."""
+        return torch.tensor([0, *itertools.accumulate(self.lengths)], dtype=torch.int32, device=device)
+
+    def check(self, **tensors_T: torch.Tensor | None) -> None:
+        """Raise ValueError naming the first given tensor whose shape is not [T]."""
+        for name, x_T in tensors_T.items():
+            if x_T is not None and tuple(x_T.shape) != (self.num_tokens,):
+                raise ValueError(f"{name} has shape {tuple(x_T.shape)}, but the packing holds {self.num_tokens} tokens")
+
+    def split(self, x_T: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """One view a sample."""
+        return torch.split(x_T, list(self.lengths)) if self.lengths else ()
+
+    def sum(self, x_T: torch.Tensor) -> torch.Tensor:
+        """Sum of each sample's tokens, [B].
+
+        Each sample is summed on its own, so its sum does not depend on its neighbours in the pack and is bitwise
+        reproducible on every device (a scatter-add would not be).
+        """
+        return torch.stack([part.sum() for part in self.split(x_T)]) if self.lengths else x_T.new_zeros(0)
+
+    def mean(self, x_T: torch.Tensor, mask_T: torch.Tensor) -> torch.Tensor:
+        """Mean over each sample's unmasked tokens, [B]; 0 for a sample that has none."""
+        kept_T = keep_where(mask_T, x_T)
+        return self.sum(kept_T) / self.sum(mask_T.to(kept_T.dtype)).clamp_min(1)
+
+    def expand(self, x_B: torch.Tensor) -> torch.Tensor:
+        """Repeat each sample's value over its tokens, [T]."""
+        if not self.lengths:
+            return x_B.new_zeros(0)
+        return torch.cat([x.expand(length) for x, length in zip(x_B.unbind(), self.lengths, strict=True)])
+
+    def pack(self, x_BT: torch.Tensor) -> torch.Tensor:
+        """Padded rows [B, max length or more, ...] to packed [T, ...]; padding is dropped."""
+        if x_BT.shape[0] != self.num_samples or x_BT.shape[1] < max(self.lengths, default=0):
+            raise ValueError(
+                f"padded tensor of shape {tuple(x_BT.shape)} cannot hold samples of lengths {self.lengths}"
+            )
+        if not self.lengths:
+            return x_BT.new_zeros(0, *x_BT.shape[2:])
+        return torch.cat([row[:length] for row, length in zip(x_BT.unbind(), self.lengths, strict=True)])
+
+    def unpack(self, x_T: torch.Tensor, padding_value: float = 0.0) -> torch.Tensor:
+        """Packed [T, ...] to padded rows [B, max length, ...]."""
+        if not self.lengths:
+            return x_T.new_zeros(0, 0, *x_T.shape[1:])
+        return torch.nn.utils.rnn.pad_sequence(list(self.split(x_T)), batch_first=True, padding_value=padding_value)
+
+    def take(self, x_T: torch.Tensor, samples: Sequence[int]) -> torch.Tensor:
+        """The tokens of some samples, packed in the order given."""
+        parts = self.split(x_T)
+        return torch.cat([parts[i] for i in samples]) if len(samples) else x_T[:0]
+
+    def subset(self, samples: Sequence[int]) -> Packing:
+        """The packing of what `take` returns."""
+        return Packing(tuple(self.lengths[i] for i in samples))

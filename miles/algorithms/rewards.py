@@ -1,0 +1,71 @@
+"""Reward post-processing within each prompt group, before training. Works on one number a sample."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+
+import torch
+
+RewardShaping = Callable[[torch.Tensor], torch.Tensor]
+"""Maps the float64 rewards of one group, [n], to what the estimator is given for them, [n]."""
+
+STD_EPSILON = 1e-6
+
+
+def keep_rewards(rewards: torch.Tensor) -> torch.Tensor:
+    """No shaping."""
+    return rewards
+
+
+def subtract_mean(rewards: torch.Tensor) -> torch.Tensor:
+    """r - mean. A group of one gives 0."""
+    return rewards - rewards.mean()
+
+
+def standardize(rewards: torch.Tensor) -> torch.Tensor:
+    """(r - mean) / (unbiased std + 1e-6) (GRPO, 2402.03300); not divided in a group of one sample or without spread."""
+    centred = subtract_mean(rewards)
+    if len(rewards) < 2 or bool((rewards == rewards[0]).all()):
+        return centred
+    return centred / (rewards.std(correction=1) + STD_EPSILON)
+
+
+def subtract_leave_one_out_mean(rewards: torch.Tensor) -> torch.Tensor:
+    """r_i - mean of the others' rewards = (r_i - mean) * n / (n - 1) (RLOO, 2402.14740).
+
+    A group of one has no others to compare with and gives 0.
+    """
+    n = len(rewards)
+    return subtract_mean(rewards) * (n / max(n - 1, 1))
+
+
+def shape_groups(
+    rewards_B: torch.Tensor | Sequence[float], group_ids_B: torch.Tensor | Sequence[Hashable], shaping: RewardShaping
+) -> torch.Tensor:
+    """Apply `shaping` to each group's rewards.
+
+    Args:
+        rewards_B: one finite number a sample; all samples of a group must be present.
+        group_ids_B: which prompt each sample belongs to; samples of a group need not be adjacent.
+        shaping: see `RewardShaping`.
+
+    Returns:
+        float32 [B] on the CPU, in the order given.
+
+    Raises:
+        ValueError: lengths differ, or a reward is not finite.
+    """
+    rewards = torch.as_tensor(rewards_B, dtype=torch.float64, device="cpu").reshape(-1)
+    ids = group_ids_B.tolist() if isinstance(group_ids_B, torch.Tensor) else list(group_ids_B)
+    if len(ids) != len(rewards):
+        raise ValueError(f"{len(rewards)} rewards but {len(ids)} group ids")
+    bad = (~rewards.isfinite()).nonzero().flatten().tolist()
+    if bad:
+        raise ValueError(f"reward of sample {bad[0]} is {rewards[bad[0]].item()}; drop failed samples before training")
+    members: dict[Hashable, list[int]] = {}
+    for i, group_id in enumerate(ids):
+        members.setdefault(group_id, []).append(i)
+    shaped = torch.empty_like(rewards)
+    for indices in members.values():
+        shaped[indices] = shaping(rewards[indices])
+    return shaped.float()
