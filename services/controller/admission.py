@@ -11,8 +11,8 @@ Two rules keep every trained sample at most `max_staleness` versions old:
   (accepted counts every group ever accepted, running those admitted and not finished);
 - training step v takes the `rollout_batch_size` smallest ids that are still to be trained on, and waits for them.
 
-The first bounds how many groups are ahead of a newly admitted one, the second lets none overtake it, so it is trained on
-at most `max_staleness` steps after its admission.
+The first bounds how many groups are ahead of a newly admitted one, the second lets none overtake it, so it is trained
+on at most `max_staleness` steps after its admission.
 """
 
 from __future__ import annotations

@@ -102,6 +102,11 @@ class JobStore:
             _events_key(event.job_id), {"event": event.SerializeToString()}, maxlen=_MAX_EVENTS, approximate=True
         )
 
+    async def newest_event_id(self, job_id: str) -> str:
+        """Id of the job's last event; empty when nothing has happened yet."""
+        newest = await self._redis.xrevrange(_events_key(job_id), count=1)
+        return newest[0][0].decode() if newest else ""
+
     async def watch(self, job_id: str, after_event_id: str) -> AsyncIterator[job_pb2.JobEvent]:
         """Events after the given one, then new ones, until the job has ended and everything was read."""
         cursor = after_event_id or "0-0"

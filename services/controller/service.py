@@ -74,7 +74,8 @@ class ControllerServicer(controller_pb2_grpc.ControllerServiceServicer):
         self, request: controller_pb2.WatchJobRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[controller_pb2.WatchJobResponse]:
         await self._get(request.job_id, context)
-        async for event in self._store.watch(request.job_id, request.after_event_id):
+        after = await self._store.newest_event_id(request.job_id) if request.only_new else request.after_event_id
+        async for event in self._store.watch(request.job_id, after):
             yield controller_pb2.WatchJobResponse(event=event)
             if event.HasField("state_changed") and event.state_changed.state in ENDED:
                 return

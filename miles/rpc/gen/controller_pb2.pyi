@@ -306,19 +306,23 @@ class WatchJobRequest(_message.Message):
 
     JOB_ID_FIELD_NUMBER: _builtins.int
     AFTER_EVENT_ID_FIELD_NUMBER: _builtins.int
+    ONLY_NEW_FIELD_NUMBER: _builtins.int
     job_id: _builtins.str
     """The job to follow; NOT_FOUND when there is none."""
     after_event_id: _builtins.str
     """Only events after this one; empty means from the beginning."""
+    only_new: _builtins.bool
+    """Leave out what happened before the call; after_event_id is then ignored."""
     def __init__(
         self,
         *,
         job_id: _builtins.str = ...,
         after_event_id: _builtins.str = ...,
+        only_new: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["after_event_id", b"after_event_id", "job_id", b"job_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["after_event_id", b"after_event_id", "job_id", b"job_id", "only_new", b"only_new"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

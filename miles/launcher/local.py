@@ -1,0 +1,155 @@
+"""All services of a run as processes of this machine."""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import logging
+import os
+import pathlib
+import time
+from typing import TYPE_CHECKING
+
+from miles.config.plan import ProcessPlan, process_plans
+from miles.launcher.process import ProcessGivenUpError, SupervisedProcess
+from miles.queue import RedisServer, RedisStartError
+from miles.rpc.exit_codes import ExitCode, ServiceExit
+from miles.rpc.server import WATCHED_PID_ENVIRONMENT
+
+if TYPE_CHECKING:
+    from miles.config import JobConfig
+
+logger = logging.getLogger(__name__)
+
+_CONTROLLER_START_S = 120.0
+_STOP_GRACE_S = 15.0
+_REDIS_CHECK_S = 0.5
+
+
+class LocalCluster:
+    """Redis and every service of a run, started, watched and stopped together.
+
+    Use as an async context manager; `failed` is done when a process was given up.
+    """
+
+    def __init__(self, config: JobConfig) -> None:
+        self._config = config
+        self.run_dir = pathlib.Path(config.services.run_dir)
+        self.processes: dict[str, SupervisedProcess] = {}
+        self.redis: RedisServer | None = None
+        self.redis_url = config.services.redis_url or ""
+        self.controller_address = ""
+        self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._tasks: list[asyncio.Task[None]] = []
+        self._lock: int | None = None
+
+    async def __aenter__(self) -> LocalCluster:
+        self._lock = _lock_run_dir(self.run_dir)
+        try:
+            await self._start()
+        except BaseException:
+            await self.stop()
+            raise
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.stop()
+
+    async def _start(self) -> None:
+        if not self.redis_url:
+            self.redis = RedisServer(self.run_dir / "redis")
+            try:
+                await asyncio.to_thread(self.redis.start, take_over=True)
+            except RedisStartError as error:
+                raise ServiceExit(ExitCode.REDIS_UNREACHABLE, str(error)) from error
+            self.redis_url = self.redis.url
+            self._tasks.append(asyncio.create_task(self._watch_redis(self.redis)))
+        address_file = self.run_dir / "controller.address"
+        address_file.unlink(missing_ok=True)
+        plans = process_plans(self._config)
+        for plan in plans:
+            if plan.name == "controller":
+                self._launch(plan, address_file)
+        self.controller_address = await self._controller_address(address_file)
+        # A restarted controller must come back where the workers look for it.
+        self.processes["controller"].command = self._command(plans, "controller", address_file)
+        for plan in plans:
+            if plan.name not in ("redis", "controller"):
+                self._launch(plan, address_file)
+
+    async def stop(self) -> None:
+        """Stop every process, workers before the controller and Redis last."""
+        workers = [process for name, process in self.processes.items() if name != "controller"]
+        await asyncio.gather(*(process.stop(_STOP_GRACE_S) for process in workers))
+        if "controller" in self.processes:
+            await self.processes["controller"].stop(_STOP_GRACE_S)
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self.redis is not None:
+            await asyncio.to_thread(self.redis.stop)
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def _launch(self, plan: ProcessPlan, address_file: pathlib.Path) -> None:
+        process = SupervisedProcess(
+            plan.name,
+            self._command([plan], plan.name, address_file),
+            {**os.environ, **plan.environment, WATCHED_PID_ENVIRONMENT: str(os.getpid())},
+            self.run_dir / "logs" / f"{plan.name}.log",
+        )
+        self.processes[plan.name] = process
+        self._tasks.append(asyncio.create_task(self._supervise(process)))
+
+    def _command(self, plans: list[ProcessPlan], name: str, address_file: pathlib.Path) -> list[str]:
+        plan = next(plan for plan in plans if plan.name == name)
+        return plan.command(
+            redis_url=self.redis_url, controller=self.controller_address, address_file=str(address_file)
+        )
+
+    async def _supervise(self, process: SupervisedProcess) -> None:
+        try:
+            await process.run()
+        except ProcessGivenUpError as error:
+            if not self.failed.done():
+                self.failed.set_exception(error)
+
+    async def _controller_address(self, address_file: pathlib.Path) -> str:
+        end = time.monotonic() + _CONTROLLER_START_S
+        while time.monotonic() < end:
+            if self.failed.done():
+                self.failed.result()
+            if address_file.exists():
+                return address_file.read_text()
+            await asyncio.sleep(0.05)
+        raise ServiceExit(
+            ExitCode.CONTROLLER_UNREACHABLE,
+            f"waited {_CONTROLLER_START_S:g} s for the controller; see {self.run_dir / 'logs' / 'controller.log'}",
+        )
+
+    async def _watch_redis(self, server: RedisServer) -> None:
+        """Start Redis again when it ends by itself; its append-only file brings everything back."""
+        while True:
+            await asyncio.sleep(_REDIS_CHECK_S)
+            if server.pid is None:
+                logger.warning("redis ended; starting it again")
+                try:
+                    await asyncio.to_thread(server.start, take_over=True)
+                except RedisStartError as error:
+                    if not self.failed.done():
+                        self.failed.set_exception(ProcessGivenUpError(str(error), int(ExitCode.REDIS_UNREACHABLE)))
+                    return
+
+
+def _lock_run_dir(run_dir: pathlib.Path) -> int:
+    run_dir.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(run_dir / "run.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise ServiceExit(
+            ExitCode.RUN_DIR_BUSY, f"another run is going on in {run_dir}; stop it, or choose another --name"
+        ) from None
+    return descriptor

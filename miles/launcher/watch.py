@@ -1,0 +1,78 @@
+"""The live view of a run in a terminal, from the job's events."""
+
+from __future__ import annotations
+
+import time
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from miles.rpc.gen import job_pb2
+
+_SHOWN = (
+    ("rollout/raw_reward", "reward", "{:.3f}"),
+    ("rollout/fully_async/avg_staleness", "staleness", "{:.1f}"),
+    ("rollout/response_len/mean", "length", "{:.1f}"),
+    ("train/grad_norm", "grad", "{:.2f}"),
+    ("train/train_rollout_logprob_abs_diff", "|Δlogp|", "{:.1e}"),
+    ("perf/tokens_per_gpu_per_sec", "tok/s", "{:.0f}"),
+    ("perf/step_time", "step", "{:.1f}s"),
+)
+
+
+class RunView:
+    """Prints one line per step and keeps a bar with the time left below them."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("elapsed"),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[left]}"),
+            console=console,
+            refresh_per_second=2,
+        )
+        self._task = self._progress.add_task("starting", total=None, left="")
+        self._first: tuple[int, float] | None = None
+
+    def __enter__(self) -> RunView:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def show(self, event: job_pb2.JobEvent, num_rollout: int) -> None:
+        """Show one event."""
+        kind = event.WhichOneof("kind")
+        if kind == "metrics":
+            self._show_metrics(event.metrics, num_rollout)
+        elif kind == "state_changed":
+            state = job_pb2.JobState.Name(event.state_changed.state).removeprefix("JOB_STATE_").lower()
+            self._progress.update(self._task, description=state)
+            self._console.print(f"[bold]{state}[/bold]: {event.state_changed.reason}", highlight=False)
+        elif kind == "log":
+            style = {job_pb2.LOG_LEVEL_WARNING: "yellow", job_pb2.LOG_LEVEL_ERROR: "red"}.get(event.log.level, "dim")
+            self._console.print(event.log.text, style=style, highlight=False, markup=False)
+
+    def _show_metrics(self, metrics: job_pb2.Metrics, num_rollout: int) -> None:
+        values = metrics.values
+        if evaluated := {name: value for name, value in values.items() if name.startswith("eval/")}:
+            means = ", ".join(f"{name} {value:.3f}" for name, value in sorted(evaluated.items()) if name.count("/") == 1)
+            self._console.print(f"[cyan]evaluation: {means}[/cyan]", highlight=False)
+        if "perf/step_time" not in values:
+            return
+        done = metrics.step + 1
+        cells = [f"{label} {form.format(values[name])}" for name, label, form in _SHOWN if name in values]
+        self._console.print(f"step {done:>4}/{num_rollout}  " + "  ".join(cells), highlight=False)
+        now = time.monotonic()
+        if self._first is None:
+            self._first = (done, now)
+        left = ""
+        if done > self._first[0]:
+            seconds = (now - self._first[1]) / (done - self._first[0]) * (num_rollout - done)
+            left = f"left {int(seconds) // 60}:{int(seconds) % 60:02d}"
+        self._progress.update(self._task, completed=done, total=num_rollout, left=left)
