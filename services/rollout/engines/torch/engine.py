@@ -1,0 +1,257 @@
+"""The asyncio face of the engine: it validates, passes messages to the worker thread, and hands deltas to streams."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import pathlib
+from collections.abc import AsyncIterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+
+from miles.services.rollout.engine import (
+    EngineStats,
+    GenerationDelta,
+    GenerationRequest,
+    PauseMode,
+    SamplingParams,
+)
+from miles.services.rollout.engines.torch import model as models
+from miles.services.rollout.engines.torch import sequence as sequences
+from miles.services.rollout.engines.torch.experts import EXPERTS_NAME
+from miles.services.rollout.engines.torch.stop import StopRule, StopStrings
+from miles.services.rollout.engines.torch.worker import Delivery, EngineFailed, Worker, WorkerOptions
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["EngineFailed", "TorchEngine"]
+
+T = TypeVar("T")
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class TorchEngine:
+    """Continuous batching of any Hugging Face causal LM on CPU or one GPU; implements `RolloutEngine`.
+
+    A response depends on the weights, its prompt and its seed alone, not on the requests beside it.
+
+    Args:
+        hf_checkpoint: folder with config.json and the tokenizer; weights come with the first `load_weights`.
+        device: "auto" (a GPU if there is one), "cpu", "cuda" or "cuda:1".
+        dtype: "bfloat16", "float16" or "float32": what the model computes in, and the dtype of the weights to load.
+        max_running_requests: requests that decode at once; more wait their turn.
+        max_total_tokens: prompt and response together; None: what the model's positions allow.
+        max_prefill_tokens: prompt tokens computed in one step; longer prompts take several.
+        experts_implementation: of transformers' experts interface; the default keeps tokens independent.
+        threads: CPU threads of a step; None leaves torch's setting.
+        command_timeout_s: how long an order to the worker thread may wait for the step before it.
+    """
+
+    def __init__(
+        self,
+        hf_checkpoint: str | pathlib.Path,
+        *,
+        device: str = "auto",
+        dtype: str = "bfloat16",
+        max_running_requests: int = 64,
+        max_total_tokens: int | None = None,
+        max_prefill_tokens: int = 2048,
+        experts_implementation: str = EXPERTS_NAME,
+        threads: int | None = None,
+        command_timeout_s: float = 300.0,
+    ) -> None:
+        if dtype not in _DTYPES:
+            raise ValueError(f"dtype {dtype!r}: choose one of {', '.join(_DTYPES)}")
+        for name, value in (("max_running_requests", max_running_requests), ("max_prefill_tokens", max_prefill_tokens)):
+            if value < 1:
+                raise ValueError(f"{name} is {value}; it must be at least 1")
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        self._hf_checkpoint = pathlib.Path(hf_checkpoint)
+        self._dtype = _DTYPES[dtype]
+        self._device = torch.device(device)
+        self._max_running_requests = max_running_requests
+        self._max_total_tokens = max_total_tokens
+        self._max_prefill_tokens = max_prefill_tokens
+        self._experts_implementation = experts_implementation
+        self._threads = threads
+        self._command_timeout_s = command_timeout_s
+        self._worker: Worker | None = None
+        self._streams: dict[str, asyncio.Queue[GenerationDelta | BaseException]] = {}
+        self._end_tokens: tuple[int, ...] = ()
+        self._vocabulary = 0
+        self._tokenizer: PreTrainedTokenizerBase | None = None
+
+    @property
+    def version(self) -> int | None:
+        """Policy version served now; None before the first `load_weights`."""
+        return None if self._worker is None else self._worker.version
+
+    @property
+    def max_running_requests(self) -> int:
+        """Requests that can decode at once."""
+        return self._max_running_requests
+
+    async def start(self) -> None:
+        """Build the model without weights. Raises UnsupportedModel when the engine cannot run the architecture."""
+        if self._worker is not None:
+            raise RuntimeError("the engine was started already")
+        config, tokenizer, end_tokens = await asyncio.to_thread(self._read_checkpoint)
+        shape = models.model_shape(config)
+        limit = min(self._max_total_tokens or shape.max_positions, shape.max_positions)
+        self._max_total_tokens = limit
+        self._tokenizer, self._end_tokens, self._vocabulary = tokenizer, end_tokens, shape.vocabulary
+        loop = asyncio.get_running_loop()
+
+        def deliver(batch: list[Delivery]) -> None:
+            loop.call_soon_threadsafe(self._hand_out, batch)
+
+        options = WorkerOptions(
+            dtype=self._dtype,
+            device=self._device,
+            max_running_requests=self._max_running_requests,
+            max_total_tokens=limit,
+            max_prefill_tokens=self._max_prefill_tokens,
+            experts_implementation=self._experts_implementation,
+            threads=self._threads,
+        )
+        self._worker = Worker(config, options, deliver)
+        await self._finish(self._worker.start(), "building the model")
+
+    def _read_checkpoint(self) -> tuple[Any, PreTrainedTokenizerBase, tuple[int, ...]]:
+        from transformers import AutoTokenizer
+
+        config = models.read_config(self._hf_checkpoint)
+        tokenizer = AutoTokenizer.from_pretrained(self._hf_checkpoint)
+        return config, tokenizer, models.end_token_ids(self._hf_checkpoint, config)
+
+    async def close(self) -> None:
+        """Abort everything and free the model."""
+        if self._worker is None:
+            return
+        worker, self._worker = self._worker, None
+        await self._finish(worker.submit(worker.close), "closing")
+        if not await asyncio.to_thread(worker.join, self._command_timeout_s):
+            raise TimeoutError(f"the engine's thread did not end within {self._command_timeout_s:.0f} s")
+
+    async def generate(self, request: GenerationRequest) -> AsyncIterator[GenerationDelta]:
+        """Stream a response, one delta a step. Leaving the iterator early aborts the request.
+
+        Raises ValueError, listing all faults, for a request the engine cannot serve, and EngineFailed when a step failed.
+        """
+        worker = self._started()
+        self._validate(request)
+        stream: asyncio.Queue[GenerationDelta | BaseException] = asyncio.Queue()
+        self._streams[request.request_id] = stream
+        sequence = sequences.Sequence(request, self._stop_rule(request.sampling))
+        ended = False
+        try:
+            await self._call(lambda: worker.add(sequence), f"request {request.request_id}")
+            while not ended:
+                delta = await stream.get()
+                if isinstance(delta, BaseException):
+                    ended = True
+                    raise EngineFailed("a step of the engine failed") from delta
+                ended = delta.result is not None
+                yield delta
+        finally:
+            del self._streams[request.request_id]
+            if not ended:
+                worker.submit(lambda: worker.abort([request.request_id]))
+
+    async def abort(self, request_ids: Sequence[str] | None = None) -> None:
+        """End these requests (None: all) with what they have, reason ABORT."""
+        worker = self._started()
+        ids = None if request_ids is None else list(request_ids)
+        await self._call(lambda: worker.abort(ids), "aborting")
+
+    async def pause(self, mode: PauseMode) -> None:
+        """Return once no step is running and none will start before `resume`."""
+        worker = self._started()
+        await self._call(lambda: worker.pause(mode), f"pausing ({mode.value})")
+
+    async def resume(self) -> None:
+        """Go on decoding."""
+        await self._call(self._started().resume, "resuming")
+
+    async def load_weights(self, version: int, tensors: Mapping[str, torch.Tensor]) -> float:
+        """Swap in a full set of weights between two steps; return how long decoding stood still, in seconds.
+
+        On CPU the tensors themselves are served, with no copy. Running requests keep their keys and values unless they
+        were retracted before. Raises WeightMismatch before anything changed if a name, shape or dtype does not match.
+        """
+        worker = self._started()
+        checked = worker.parameters.check(tensors)
+        return await self._call(lambda: worker.load(version, checked), f"loading version {version}")
+
+    async def weight_bytes(self) -> Mapping[str, torch.Tensor]:
+        """The parameters as served, by HF name, tied ones once; empty before the first `load_weights`."""
+        worker = self._started()
+        return await self._call(lambda: worker.parameters.served, "reading the weights")
+
+    def stats(self) -> EngineStats:
+        """Counters as of now."""
+        worker = self._started()
+        return EngineStats(
+            running_requests=worker.running_requests,
+            waiting_requests=worker.waiting_requests,
+            generated_tokens=worker.generated_tokens,
+            busy_s=worker.busy_s,
+        )
+
+    def _started(self) -> Worker:
+        if self._worker is None:
+            raise RuntimeError("the engine is not running: call start() first, and nothing after close()")
+        return self._worker
+
+    async def _call(self, call: Any, what: str) -> Any:
+        return await self._finish(self._started().submit(call), what)
+
+    async def _finish(self, future: concurrent.futures.Future[T], what: str) -> T:
+        try:
+            return await asyncio.wait_for(asyncio.wrap_future(future), self._command_timeout_s)
+        except TimeoutError:
+            raise TimeoutError(f"{what}: the engine's thread gave no answer in {self._command_timeout_s:.0f} s") from None
+
+    def _hand_out(self, batch: list[Delivery]) -> None:
+        for request_id, delta in batch:
+            stream = self._streams.get(request_id)
+            if stream is not None:
+                stream.put_nowait(delta)
+
+    def _stop_rule(self, sampling: SamplingParams) -> StopRule:
+        assert self._tokenizer is not None
+        strings = StopStrings(self._tokenizer, sampling.stop) if sampling.stop else None
+        return StopRule((*self._end_tokens, *sampling.stop_token_ids), strings, sampling.min_new_tokens)
+
+    def _validate(self, request: GenerationRequest) -> None:
+        sampling = request.sampling
+        prompt = len(request.input_ids) - request.resumed_tokens
+        assert self._max_total_tokens is not None
+        wrong = [id_ for id_ in request.input_ids if not 0 <= id_ < self._vocabulary]
+        checks = (
+            (request.request_id not in self._streams, "a request with this id is running"),
+            (prompt >= 1, f"{len(request.input_ids)} input tokens, {request.resumed_tokens} of them resumed: no prompt"),
+            (request.resumed_tokens >= 0, f"resumed_tokens is {request.resumed_tokens}; it cannot be negative"),
+            (not wrong, f"token {wrong[:1]} is not in the vocabulary of {self._vocabulary}"),
+            (sampling.max_new_tokens >= 1, f"max_new_tokens is {sampling.max_new_tokens}; it must be at least 1"),
+            (
+                prompt + sampling.max_new_tokens <= self._max_total_tokens,
+                f"prompt of {prompt} tokens and max_new_tokens {sampling.max_new_tokens} exceed the engine's limit of "
+                f"{self._max_total_tokens} tokens; shorten the prompt or lower max_new_tokens",
+            ),
+            (sampling.temperature >= 0, f"temperature is {sampling.temperature}; it must be 0 (greedy) or more"),
+            (0 < sampling.top_p <= 1, f"top_p is {sampling.top_p}; it must be in (0, 1]"),
+            (sampling.top_k == -1 or sampling.top_k >= 1, f"top_k is {sampling.top_k}; it must be -1 (all) or more than 0"),
+            (
+                0 <= sampling.min_new_tokens <= sampling.max_new_tokens,
+                f"min_new_tokens is {sampling.min_new_tokens}; it must be in [0, max_new_tokens]",
+            ),
+            (0 <= sampling.seed < 2**64, f"seed is {sampling.seed}; it must fit 64 bits"),
+            (all(sampling.stop), "stop holds an empty string"),
+        )
+        faults = [message for good, message in checks if not good]
+        if faults:
+            raise ValueError(f"request {request.request_id}: " + "; ".join(faults))

@@ -1,0 +1,88 @@
+"""Keys and values of the running requests, by slot and absolute position."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+LENGTH_MULTIPLE = 64
+"""Attention always spans a multiple of this many positions, so that its sums are grouped the same way at any length."""
+
+
+def round_up(value: int, multiple: int) -> int:
+    """The smallest multiple of `multiple` that is at least `value`."""
+    return -(-value // multiple) * multiple
+
+
+class KVCache:
+    """Keys (layers, slots, kv heads, head dim, positions) and values (layers, slots, kv heads, positions, head dim).
+
+    The key of position p always lies at index p. Room for slots and positions grows as it is asked for, doubling, up to
+    `max_slots` and `max_length`. Unwritten places hold zeros, never NaN, because a masked weight of 0 multiplies them.
+    """
+
+    def __init__(
+        self,
+        *,
+        layers: int,
+        kv_heads: int,
+        head_dim: int,
+        max_slots: int,
+        max_length: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self._max_slots = max_slots
+        self._max_length = round_up(max_length, LENGTH_MULTIPLE)
+        self.keys_LSHDT = torch.zeros(layers, 0, kv_heads, head_dim, 0, dtype=dtype, device=device)
+        self.values_LSHTD = torch.zeros(layers, 0, kv_heads, 0, head_dim, dtype=dtype, device=device)
+
+    @property
+    def slots(self) -> int:
+        """Slots there is room for now."""
+        return self.keys_LSHDT.shape[1]
+
+    @property
+    def length(self) -> int:
+        """Positions there is room for now in each slot."""
+        return self.keys_LSHDT.shape[4]
+
+    def reserve(self, slots: int, length: int) -> None:
+        """Make room for at least this many slots of at least this many positions.
+
+        Raises ValueError beyond `max_slots` or `max_length`.
+        """
+        if slots > self._max_slots or length > self._max_length:
+            raise ValueError(
+                f"asked for {slots} slots of {length} positions; the cache has at most {self._max_slots} of "
+                f"{self._max_length}"
+            )
+        if slots <= self.slots and length <= self.length:
+            return
+        new_slots = self.slots if slots <= self.slots else min(self._max_slots, max(slots, 2 * self.slots))
+        wanted = max(round_up(length, LENGTH_MULTIPLE), 2 * self.length)
+        new_length = self.length if length <= self.length else min(self._max_length, wanted)
+        self._grow(new_slots, new_length)
+
+    def _grow(self, slots: int, length: int) -> None:
+        layers, old_slots, heads, dim, old_length = self.keys_LSHDT.shape
+        keys = self.keys_LSHDT.new_zeros(layers, slots, heads, dim, length)
+        keys[:, :old_slots, ..., :old_length] = self.keys_LSHDT
+        self.keys_LSHDT = keys
+        values = self.values_LSHTD.new_zeros(layers, slots, heads, length, dim)
+        values[:, :old_slots, :, :old_length] = self.values_LSHTD
+        self.values_LSHTD = values
+
+    def write(
+        self, layer: int, slots_N: torch.Tensor, positions_N: torch.Tensor, keys_NHD: torch.Tensor, values_NHD: torch.Tensor
+    ) -> None:
+        """Store one layer's keys and values of N tokens at their slots and positions."""
+        self.keys_LSHDT[layer][slots_N, :, :, positions_N] = keys_NHD
+        self.values_LSHTD[layer][slots_N, :, positions_N] = values_NHD
+
+    def copy(self, source: int, targets: Sequence[int], length: int) -> None:
+        """Give each target slot the first `length` positions of `source`."""
+        for target in targets:
+            self.keys_LSHDT[:, target, ..., :length] = self.keys_LSHDT[:, source, ..., :length]
+            self.values_LSHTD[:, target, :, :length] = self.values_LSHTD[:, source, :, :length]

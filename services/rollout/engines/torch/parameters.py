@@ -1,0 +1,75 @@
+"""The parameters of a model by name, and a way to exchange them all at once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+
+class WeightMismatch(ValueError):
+    """The offered weights do not fit the model; lists every fault."""
+
+
+class Parameters:
+    """A model's parameters by Hugging Face name; tied ones count once, under the first of their names."""
+
+    def __init__(self, model: torch.nn.Module, device: torch.device) -> None:
+        self._device = device
+        self._places: dict[str, list[tuple[torch.nn.Module, str]]] = {}
+        self._expected: dict[str, torch.nn.Parameter] = {}
+        self._alias: dict[str, str] = {}
+        first_name: dict[int, str] = {}
+        for module_name, module in model.named_modules():
+            for attribute, parameter in module.named_parameters(recurse=False):
+                name = f"{module_name}.{attribute}" if module_name else attribute
+                first = first_name.setdefault(id(parameter), name)
+                self._alias[name] = first
+                self._places.setdefault(first, []).append((module, attribute))
+                self._expected[first] = parameter
+        self._served: dict[str, torch.Tensor] = {}
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the parameters, tied ones once."""
+        return list(self._expected)
+
+    @property
+    def served(self) -> Mapping[str, torch.Tensor]:
+        """The tensors in use, by name; empty before the first `swap`."""
+        return dict(self._served)
+
+    def check(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The tensors by the names used here, checked for name, shape and dtype.
+
+        A tied parameter may come under either name or both. Raises WeightMismatch naming all faults.
+        """
+        faults: list[str] = []
+        found: dict[str, torch.Tensor] = {}
+        for name, tensor in tensors.items():
+            first = self._alias.get(name)
+            if first is None:
+                faults.append(f"{name}: the model has no such parameter")
+                continue
+            expected = self._expected[first]
+            if tensor.shape != expected.shape:
+                faults.append(f"{name}: shape {tuple(tensor.shape)}, the model's is {tuple(expected.shape)}")
+            if tensor.dtype != expected.dtype:
+                faults.append(f"{name}: dtype {tensor.dtype}, the engine serves {expected.dtype}")
+            if first not in found or name == first:
+                found[first] = tensor
+        faults += [f"{name}: missing" for name in self._expected if name not in found]
+        if faults:
+            shown = "; ".join(faults[:20]) + ("; ..." if len(faults) > 20 else "")
+            raise WeightMismatch(f"weights do not fit, {len(faults)} faults: {shown}")
+        return found
+
+    def swap(self, checked: Mapping[str, torch.Tensor]) -> None:
+        """Use these tensors, which `check` returned, from now on; on the model's own device they are not copied."""
+        for name, tensor in checked.items():
+            served = tensor.detach().to(self._device)
+            parameter = torch.nn.Parameter(served, requires_grad=False)
+            for module, attribute in self._places[name]:
+                setattr(module, attribute, parameter)
+            self._expected[name] = parameter
+            self._served[name] = served
