@@ -1,0 +1,146 @@
+"""What a version of the weights consists of: layout, checksums, and the checks a receiver makes before it trusts them.
+
+Buffers are seen as flat little-endian bytes; nothing here needs torch.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+import time
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+import xxhash
+
+from miles.rpc.gen import policy_pb2, sample_pb2
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+    from miles.rpc.gen.sample_pb2 import DType
+
+ALIGNMENT = 64
+"""Every tensor starts at a multiple of this many bytes: a cache line, and enough for any vector load."""
+
+CHECKSUM_BYTES = 16
+
+DTYPE_BYTES: dict[int, int] = {
+    sample_pb2.DTYPE_UINT8: 1,
+    sample_pb2.DTYPE_UINT16: 2,
+    sample_pb2.DTYPE_INT32: 4,
+    sample_pb2.DTYPE_INT64: 8,
+    sample_pb2.DTYPE_FLOAT32: 4,
+    sample_pb2.DTYPE_FLOAT16: 2,
+    sample_pb2.DTYPE_BFLOAT16: 2,
+    sample_pb2.DTYPE_FLOAT8_E4M3: 1,
+    sample_pb2.DTYPE_FLOAT64: 8,
+    sample_pb2.DTYPE_INT8: 1,
+    sample_pb2.DTYPE_BOOL: 1,
+}
+"""Size of one element, in bytes."""
+
+
+class ManifestError(ValueError):
+    """A manifest contradicts itself, or the bytes it describes."""
+
+
+class ChecksumMismatch(ManifestError):
+    """Bytes are not the ones the manifest promises."""
+
+
+def checksum(data: Buffer) -> bytes:
+    """xxh3-128 of a buffer, 16 bytes big-endian."""
+    return bytes(xxhash.xxh3_128_digest(data))
+
+
+def plan(layout: Iterable[tuple[str, DType.ValueType, Sequence[int]]]) -> tuple[list[policy_pb2.TensorDescriptor], int]:
+    """Place tensors one after the other at aligned offsets; return their descriptors (no checksums yet) and the size.
+
+    The size, in bytes, is at least 1, so that a version always has a buffer. Raises ManifestError for a repeated name.
+    """
+    descriptors: list[policy_pb2.TensorDescriptor] = []
+    names: set[str] = set()
+    end = 0
+    for name, dtype, shape in layout:
+        if name in names:
+            raise ManifestError(f"tensor {name!r} occurs twice in the layout; names must be unique")
+        names.add(name)
+        offset = -(-end // ALIGNMENT) * ALIGNMENT
+        nbytes = math.prod(shape) * _dtype_bytes(name, dtype)
+        descriptors.append(
+            policy_pb2.TensorDescriptor(name=name, dtype=dtype, shape=shape, offset=offset, nbytes=nbytes)
+        )
+        end = offset + nbytes
+    return descriptors, max(end, 1)
+
+
+def build(
+    version: policy_pb2.WeightVersion,
+    descriptors: Iterable[policy_pb2.TensorDescriptor],
+    total_bytes: int,
+    train_step: int,
+) -> policy_pb2.Manifest:
+    """Complete a manifest whose descriptors carry their checksums."""
+    manifest = policy_pb2.Manifest(
+        version=version, total_bytes=total_bytes, train_step=train_step, created_unix_ns=time.time_ns()
+    )
+    manifest.tensors.extend(descriptors)
+    manifest.checksum = manifest_checksum(manifest)
+    return manifest
+
+
+def manifest_checksum(manifest: policy_pb2.Manifest) -> bytes:
+    """xxh3-128 over every tensor in order, each as (little-endian, lengths first)
+
+    u32 len(name), name in UTF-8, u32 dtype, u32 len(shape), u64 per dimension, u64 offset, the 16 checksum bytes.
+    """
+    digest = xxhash.xxh3_128()
+    for tensor in manifest.tensors:
+        name = tensor.name.encode()
+        rank = len(tensor.shape)
+        digest.update(struct.pack("<I", len(name)) + name)
+        digest.update(struct.pack(f"<II{rank}QQ", tensor.dtype, rank, *tensor.shape, tensor.offset) + tensor.checksum)
+    return bytes(digest.digest())
+
+
+def validate(manifest: policy_pb2.Manifest) -> None:
+    """Raise ManifestError unless the manifest is complete, consistent, and matches its own checksum."""
+    end = 0
+    names: set[str] = set()
+    for tensor in manifest.tensors:
+        where = f"tensor {tensor.name!r}"
+        if not tensor.name or tensor.name in names:
+            raise ManifestError(f"{where} has an empty or repeated name")
+        names.add(tensor.name)
+        expected = math.prod(tensor.shape) * _dtype_bytes(tensor.name, tensor.dtype)
+        if tensor.nbytes != expected:
+            raise ManifestError(f"{where} declares {tensor.nbytes} bytes; its dtype and shape need {expected}")
+        if tensor.offset < end or tensor.offset % ALIGNMENT:
+            raise ManifestError(
+                f"{where} starts at byte {tensor.offset}; it must start at a multiple of {ALIGNMENT} at or after {end}"
+            )
+        if len(tensor.checksum) != CHECKSUM_BYTES:
+            raise ManifestError(f"{where} has a checksum of {len(tensor.checksum)} bytes instead of {CHECKSUM_BYTES}")
+        end = tensor.offset + tensor.nbytes
+    if end > manifest.total_bytes:
+        raise ManifestError(f"tensors end at byte {end}, past the buffer's {manifest.total_bytes} bytes")
+    if manifest_checksum(manifest) != manifest.checksum:
+        raise ChecksumMismatch(f"manifest of {describe(manifest.version)} does not match its own checksum")
+
+
+def describe(version: policy_pb2.WeightVersion) -> str:
+    """A version as people read it, e.g. `policy version 3 of job grpo-1`."""
+    return f"{stream_name(version.stream)} version {version.version} of job {version.job_id}"
+
+
+def stream_name(stream: policy_pb2.WeightStream.ValueType) -> str:
+    """`policy` or `draft`; any other number as it is."""
+    names = {policy_pb2.WEIGHT_STREAM_POLICY: "policy", policy_pb2.WEIGHT_STREAM_DRAFT: "draft"}
+    return names.get(stream, f"stream {stream}")
+
+
+def _dtype_bytes(name: str, dtype: int) -> int:
+    if dtype not in DTYPE_BYTES:
+        raise ManifestError(f"tensor {name!r} has dtype number {dtype}; known are {sorted(DTYPE_BYTES)}")
+    return DTYPE_BYTES[dtype]

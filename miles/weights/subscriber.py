@@ -1,0 +1,287 @@
+"""The engine's side: stay attached to the weightsync service and carry out its orders, one at a time."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import enum
+import logging
+import random
+import time
+from collections.abc import AsyncIterator, Callable, Mapping
+from typing import Protocol, cast
+
+import grpc.aio
+import torch
+
+from miles.rpc.channel import connect
+from miles.rpc.gen import policy_pb2, weightsync_pb2, weightsync_pb2_grpc
+from miles.weights import manifest as manifests
+from miles.weights.check import check_weight_update_equal
+from miles.weights.manifest import ManifestError
+from miles.weights.transport import ReceivedWeights, WeightTransport, create_transport
+
+logger = logging.getLogger(__name__)
+
+_FIRST_RETRY_S = 0.1
+_LAST_RETRY_S = 5.0
+
+
+class WeightTarget(Protocol):
+    """The part of RolloutEngine that updates need."""
+
+    @property
+    def version(self) -> int | None:
+        """Version served now; None before the first `load_weights`."""
+
+    async def load_weights(self, version: int, tensors: Mapping[str, torch.Tensor]) -> float:
+        """Swap in a full set of weights; return how long generation stood still, in seconds."""
+
+    async def weight_bytes(self) -> Mapping[str, torch.Tensor]:
+        """The parameters as served, by HF name."""
+
+
+class SubscriberState(enum.Enum):
+    """Whether the engine may serve, and what it is about to serve."""
+
+    EMPTY = "empty"
+    """Holds no version yet; must not serve."""
+    SERVING = "serving"
+    PREFETCHED = "prefetched"
+    """Serves one version and has the next at hand."""
+    QUARANTINED = "quarantined"
+    """Must not serve until a verified full load."""
+
+
+class WeightSubscriber:
+    """Keeps one engine at the version that the service wants.
+
+    Everything runs on the event loop that called `start`, except mapping and verifying, which block a worker thread.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        job_id: str,
+        engine_id: str,
+        stream: policy_pb2.WeightStream.ValueType,
+        target: WeightTarget,
+        on_change: Callable[[SubscriberState], None] | None = None,
+    ) -> None:
+        """`address` is host:port of the service; `on_change` is called on the event loop after each change of state."""
+        self._address = address
+        self._target = target
+        self._on_change = on_change
+        self._hello = weightsync_pb2.EngineHello(job_id=job_id, engine_id=engine_id, stream=stream)
+        self._transports: dict[int, WeightTransport] = {}
+        self._prefetched: _Bytes | None = None
+        self._served: _Bytes | None = None
+        self._outgoing: list[_Bytes] = []
+        self._quarantined_by = 0
+        self._runner: asyncio.Task[None] | None = None
+        self._changed = asyncio.Event()
+        self.state = SubscriberState.EMPTY
+        self.connected = False
+        self.last_error = ""
+        self.pause_s = 0.0
+
+    @property
+    def version(self) -> int | None:
+        """Version that the engine may serve; None while it must not serve."""
+        if self._served is None or self.state is SubscriberState.QUARANTINED:
+            return None
+        return self._served.version
+
+    async def start(self) -> None:
+        """Begin to follow the service; returns at once."""
+        self._runner = asyncio.create_task(self._run(), name=f"weights of {self._hello.engine_id}")
+
+    async def close(self, deadline_s: float = 10.0) -> None:
+        """Detach; an order being carried out has `deadline_s` seconds to finish. The engine keeps what it serves."""
+        if self._runner is None:
+            return
+        self._runner.cancel()
+        done, _ = await asyncio.wait([self._runner], timeout=deadline_s)
+        if not done:
+            raise TimeoutError(f"waited {deadline_s:g} s for engine {self._hello.engine_id} to finish a weight order")
+        self._runner = None
+
+    async def wait_for_version(self, version: int | None, deadline_s: float) -> None:
+        """Return once the engine may serve `version` (None: any); TimeoutError naming what it has instead."""
+        try:
+            async with asyncio.timeout(deadline_s):
+                while self.version is None or (version is not None and self.version != version):
+                    self._changed.clear()
+                    await self._changed.wait()
+        except TimeoutError:
+            wanted = "a version" if version is None else f"version {version}"
+            raise TimeoutError(
+                f"waited {deadline_s:g} s for engine {self._hello.engine_id} to serve {wanted}; it is "
+                f"{self.state.value} at version {self.version}, connected: {self.connected}, {self.last_error!r}"
+            ) from None
+
+    async def _run(self) -> None:
+        """Attach again and again, with growing pauses while the service cannot be reached."""
+        retry_s = _FIRST_RETRY_S
+        while True:
+            # A new channel each time: one that has failed for long waits by its own, longer, back-off.
+            async with connect(self._address) as channel:
+                stub = cast(
+                    "weightsync_pb2_grpc.WeightSyncServiceAsyncStub", weightsync_pb2_grpc.WeightSyncServiceStub(channel)
+                )
+                try:
+                    async for _ in self._attend(stub):
+                        retry_s = _FIRST_RETRY_S
+                except grpc.aio.AioRpcError as error:
+                    self.last_error = f"{error.code().name}: {error.details()}"
+                    logger.info("weightsync at %s: %s; retrying in %.1f s", self._address, self.last_error, retry_s)
+            await asyncio.sleep(retry_s * random.uniform(0.5, 1.0))
+            retry_s = min(2 * retry_s, _LAST_RETRY_S)
+
+    async def _attend(self, stub: weightsync_pb2_grpc.WeightSyncServiceAsyncStub) -> AsyncIterator[None]:
+        """One subscription, until it breaks; yields at every order received.
+
+        Orders wait in a queue, but a quarantine takes effect when it arrives. When the subscription breaks, the order
+        being carried out is finished first, so that the next hello tells the truth.
+        """
+        orders: asyncio.Queue[weightsync_pb2.SubscribeResponse | None] = asyncio.Queue()
+        self._quarantined_by = 0
+        call = stub.Subscribe()
+        await call.write(weightsync_pb2.SubscribeRequest(hello=self._hello_now()))
+        worker = asyncio.create_task(self._work(orders, call))
+        self.connected = True
+        try:
+            async for order in call:
+                if order.WhichOneof("kind") == "quarantine":
+                    self._quarantined_by = order.order_id
+                    self._quarantine(order.quarantine.reason)
+                else:
+                    orders.put_nowait(order)
+                yield
+        finally:
+            self.connected = False
+            orders.put_nowait(None)
+            await _finish(worker)
+            call.cancel()
+
+    async def _work(
+        self,
+        orders: asyncio.Queue[weightsync_pb2.SubscribeResponse | None],
+        call: grpc.aio.StreamStreamCall[weightsync_pb2.SubscribeRequest, weightsync_pb2.SubscribeResponse],
+    ) -> None:
+        """Carry out orders in turn and report each; stops at None or when the subscription has broken."""
+        while (order := await orders.get()) is not None and self.connected:
+            report = await self._carry_out(order)
+            with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):
+                # A broken subscription shows in the reader, and the next hello tells what this report would have.
+                await call.write(weightsync_pb2.SubscribeRequest(report=report))
+
+    async def _carry_out(self, order: weightsync_pb2.SubscribeResponse) -> weightsync_pb2.EngineReport:
+        """Do what an order says; a failure becomes a report, and all but a failed drop quarantines the engine."""
+        report = weightsync_pb2.EngineReport(order_id=order.order_id, outcome=weightsync_pb2.ORDER_OUTCOME_DONE)
+        began = time.monotonic()
+        kind = order.WhichOneof("kind")
+        try:
+            if kind == "prefetch":
+                await self._prefetch(order.prefetch)
+            elif kind == "swap":
+                report.pause_s = await self._swap(order.swap, order.order_id)
+            elif kind == "drop":
+                self._drop(order.drop)
+            elif kind == "check":
+                check = order.check.manifest
+                await asyncio.to_thread(check_weight_update_equal, check, await self._target.weight_bytes())
+            else:
+                raise ManifestError(f"order {order.order_id} is of a kind this engine does not know; update it")
+        except Exception as error:  # whatever an engine raises decides one thing: this order failed
+            report.outcome = weightsync_pb2.ORDER_OUTCOME_FAILED
+            report.error = f"{type(error).__name__}: {error}"
+            logger.warning("engine %s failed to %s: %s", self._hello.engine_id, kind, report.error)
+            if kind != "drop":
+                self._quarantine(report.error)
+        report.elapsed_s = time.monotonic() - began
+        return report
+
+    async def _prefetch(self, order: weightsync_pb2.PrefetchOrder) -> None:
+        if self._prefetched is not None:
+            self._outgoing.append(self._prefetched)
+            self._prefetched = None
+        kind = order.handle.kind
+        if kind not in self._transports:
+            self._transports[kind] = create_transport(kind)
+        received = await asyncio.to_thread(self._transports[kind].receive, order.handle, order.manifest)
+        self._prefetched = _Bytes(order.publication_id, order.manifest, received)
+        if self.state is SubscriberState.SERVING:
+            self._enter(SubscriberState.PREFETCHED)
+
+    async def _swap(self, order: weightsync_pb2.SwapOrder, order_id: int) -> float:
+        """Load what was prefetched; generation stands still for the seconds returned."""
+        ready = self._prefetched
+        if ready is None or ready.publication_id != order.publication_id:
+            raise ManifestError(f"told to serve {manifests.describe(order.version)}, which was not prefetched")
+        if self._served is not None:
+            self._outgoing.append(self._served)
+        self._served = None  # what the engine holds is unknown until load_weights returns
+        self._prefetched = None
+        try:
+            self.pause_s = await self._target.load_weights(ready.version, ready.received.tensors)
+        except BaseException:
+            self._outgoing.append(ready)
+            raise
+        self._served = ready
+        if order_id > self._quarantined_by:
+            self.last_error = ""
+            self._enter(SubscriberState.SERVING)
+        return self.pause_s
+
+    def _drop(self, order: weightsync_pb2.DropOrder) -> None:
+        """Let go of bytes not served; raises while the engine still holds on to some of them."""
+        if self._prefetched is not None and self._prefetched.publication_id == order.publication_id:
+            self._outgoing.append(self._prefetched)
+            self._prefetched = None
+            if self.state is SubscriberState.PREFETCHED:
+                self._enter(SubscriberState.SERVING)
+        held = [old for old in self._outgoing if not old.received.release()]
+        self._outgoing = held
+        if any(old.publication_id == order.publication_id for old in held):
+            raise ManifestError(f"the engine still holds tensors of {manifests.describe(order.version)}")
+
+    def _quarantine(self, reason: str) -> None:
+        self.last_error = reason
+        self._enter(SubscriberState.QUARANTINED)
+
+    def _enter(self, state: SubscriberState) -> None:
+        self.state = state
+        self._changed.set()
+        if self._on_change is not None:
+            self._on_change(state)
+
+    def _hello_now(self) -> weightsync_pb2.EngineHello:
+        hello = weightsync_pb2.EngineHello()
+        hello.CopyFrom(self._hello)
+        if self._served is not None and self.version is not None and self._target.version == self.version:
+            hello.version = self._served.version
+            hello.manifest_checksum = self._served.checksum
+        return hello
+
+
+class _Bytes:
+    """A version at hand: prefetched, served, or on its way out."""
+
+    def __init__(self, publication_id: int, manifest: policy_pb2.Manifest, received: ReceivedWeights) -> None:
+        self.publication_id = publication_id
+        self.version = manifest.version.version
+        self.checksum = manifest.checksum
+        self.received = received
+
+
+async def _finish(worker: asyncio.Task[None]) -> None:
+    """Wait for a worker through cancellations of the waiter: an order is never left half done."""
+    cancelled = False
+    while not worker.done():
+        try:
+            await asyncio.shield(worker)
+        except asyncio.CancelledError:
+            cancelled = True
+    if cancelled:
+        raise asyncio.CancelledError

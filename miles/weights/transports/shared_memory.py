@@ -1,0 +1,220 @@
+"""Weights through a file in shared memory: the trainer copies straight into it, engines map it and copy nothing.
+
+The weightsync service creates and removes the files; this module only maps them. Engines map privately (copy on write),
+so an engine that writes into a tensor harms nobody else.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import mmap
+import os
+import time
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+
+import torch
+
+from miles.rpc.gen import policy_pb2, weightsync_pb2
+from miles.weights import manifest as manifests
+from miles.weights.dtypes import TORCH_DTYPE
+from miles.weights.manifest import ChecksumMismatch, ManifestError
+from miles.weights.transport import SendTimes
+
+_HASH_BATCH_BYTES = 8 << 20
+"""Small tensors are hashed together up to this size: big enough to amortise a task, small enough to be in cache."""
+
+_MADV_POPULATE_READ = 22
+"""Linux ≥ 5.14: fault in every page for reading at once. Not named by the mmap module."""
+
+
+class SharedMemoryTransport:
+    """Implements WeightTransport over files that both sides can map."""
+
+    def __init__(self, checksum_threads: int | None = None) -> None:
+        """`checksum_threads`: how many hash at once; default: as many as there are CPUs, at most 8."""
+        threads = checksum_threads or max(1, min(8, len(os.sched_getaffinity(0))))
+        self._threads = concurrent.futures.ThreadPoolExecutor(threads, thread_name_prefix="weight-checksum")
+        self._written: dict[tuple[int, int, int], _WriteMapping] = {}
+
+    def send(
+        self,
+        handle: weightsync_pb2.TransportHandle,
+        descriptors: Sequence[policy_pb2.TensorDescriptor],
+        tensors: Iterable[tuple[str, torch.Tensor]],
+    ) -> SendTimes:
+        """Copy tensors into the file; checksums are computed on other threads while the bytes are still in cache."""
+        began = time.monotonic()
+        self.trim()
+        mapping = self._map_for_writing(handle.shared_memory)
+        hashing: list[concurrent.futures.Future[None]] = []
+        batch: list[policy_pb2.TensorDescriptor] = []
+        batch_bytes = 0
+        for descriptor, tensor in _match(descriptors, tensors):
+            if descriptor.nbytes:
+                _view(mapping.memory, descriptor).copy_(tensor)
+            batch.append(descriptor)
+            batch_bytes += descriptor.nbytes
+            if batch_bytes >= _HASH_BATCH_BYTES:
+                hashing.append(self._threads.submit(_set_checksums, mapping.memory, batch))
+                batch, batch_bytes = [], 0
+        hashing.append(self._threads.submit(_set_checksums, mapping.memory, batch))
+        copied = time.monotonic()
+        for future in hashing:
+            future.result()
+        return SendTimes(copy_s=copied - began, checksum_s=time.monotonic() - copied)
+
+    def receive(self, handle: weightsync_pb2.TransportHandle, manifest: policy_pb2.Manifest) -> MappedWeights:
+        """Map the file and verify every tensor."""
+        manifests.validate(manifest)
+        memory = _map_for_reading(handle.shared_memory, manifest)
+        batches = _batches(manifest.tensors)
+        differing = [name for names in self._threads.map(lambda b: _differing(memory, b), batches) for name in names]
+        if differing:
+            raise ChecksumMismatch(
+                f"{len(differing)} of {len(manifest.tensors)} tensors of {manifests.describe(manifest.version)} in "
+                f"{handle.shared_memory.path} do not match their checksums: {', '.join(differing[:3])}"
+            )
+        return MappedWeights(memory, manifest.tensors)
+
+    def trim(self) -> None:
+        """Unmap files that have been removed since they were written."""
+        for key, mapping in list(self._written.items()):
+            if os.fstat(mapping.fd).st_nlink == 0:
+                del self._written[key]
+                mapping.close()
+
+    def _map_for_writing(self, handle: weightsync_pb2.SharedMemoryHandle) -> _WriteMapping:
+        """Map a file, or find the mapping made when the same file, under its former name, held an older version.
+
+        A kept mapping saves a page fault per page, which would cost about as much as the copy.
+        """
+        fd = os.open(handle.path, os.O_RDWR | os.O_CLOEXEC)
+        stat = os.fstat(fd)
+        if stat.st_size < handle.nbytes:
+            os.close(fd)
+            raise OSError(f"{handle.path} has {stat.st_size} bytes; {handle.nbytes} were allocated")
+        key = (stat.st_dev, stat.st_ino, stat.st_size)
+        if key in self._written:
+            os.close(fd)
+        else:
+            self._written[key] = _WriteMapping(fd, mmap.mmap(fd, stat.st_size))
+        return self._written[key]
+
+
+class MappedWeights:
+    """Tensors that view a private mapping of a version's file."""
+
+    def __init__(self, memory: mmap.mmap, descriptors: Iterable[policy_pb2.TensorDescriptor]) -> None:
+        self._tensors = {d.name: _view(memory, d) for d in descriptors}
+        self._memory = weakref.ref(memory)
+
+    @property
+    def tensors(self) -> Mapping[str, torch.Tensor]:
+        """By HF name; each keeps the mapping alive."""
+        return self._tensors
+
+    def release(self) -> bool:
+        """Forget the tensors; the mapping goes with the last of them. False while someone else holds one."""
+        self._tensors = {}
+        return self._memory() is None
+
+
+class _WriteMapping:
+    """A file mapped for writing; its descriptor stays open to see whether the file still has a name."""
+
+    def __init__(self, fd: int, memory: mmap.mmap) -> None:
+        self.fd = fd
+        self.memory = memory
+
+    def close(self) -> None:
+        os.close(self.fd)
+        self.memory.close()
+
+
+def _map_for_reading(handle: weightsync_pb2.SharedMemoryHandle, manifest: policy_pb2.Manifest) -> mmap.mmap:
+    fd = os.open(handle.path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        size = os.fstat(fd).st_size
+        if size < manifest.total_bytes:
+            raise ManifestError(f"{handle.path} has {size} bytes; the manifest needs {manifest.total_bytes}")
+        # Writable, because torch wants no read-only buffers; private, so writes would stay here.
+        protection = mmap.PROT_READ | mmap.PROT_WRITE
+        memory = mmap.mmap(fd, manifest.total_bytes, flags=mmap.MAP_PRIVATE, prot=protection)
+    finally:
+        os.close(fd)
+    with contextlib.suppress(OSError):  # an older kernel faults page by page instead
+        memory.madvise(_MADV_POPULATE_READ)
+    return memory
+
+
+def _match(
+    descriptors: Sequence[policy_pb2.TensorDescriptor], tensors: Iterable[tuple[str, torch.Tensor]]
+) -> Iterator[tuple[policy_pb2.TensorDescriptor, torch.Tensor]]:
+    """Pair each descriptor with its tensor; raise ManifestError where the export departs from its layout."""
+    source = iter(tensors)
+    for descriptor in descriptors:
+        name, tensor = next(source, ("", None))
+        if tensor is None:
+            raise ManifestError(f"the export ended before tensor {descriptor.name!r} of its layout")
+        if name != descriptor.name or tuple(tensor.shape) != tuple(descriptor.shape):
+            raise ManifestError(
+                f"the export yields {name!r} {tuple(tensor.shape)} where its layout has {descriptor.name!r} "
+                f"{tuple(descriptor.shape)}"
+            )
+        yield descriptor, tensor.detach()
+    extra, _ = next(source, ("", None))
+    if extra:
+        raise ManifestError(f"the export yields {extra!r} after the last tensor of its layout")
+
+
+def _view(memory: mmap.mmap, descriptor: policy_pb2.TensorDescriptor) -> torch.Tensor:
+    """A tensor over the descriptor's bytes of a mapping."""
+    dtype, shape = TORCH_DTYPE[descriptor.dtype], tuple(descriptor.shape)
+    if descriptor.nbytes == 0:
+        return torch.empty(shape, dtype=dtype)
+    count = descriptor.nbytes // dtype.itemsize
+    return torch.frombuffer(memory, dtype=dtype, count=count, offset=descriptor.offset).view(shape)
+
+
+def _batches(descriptors: Iterable[policy_pb2.TensorDescriptor]) -> list[list[policy_pb2.TensorDescriptor]]:
+    """Consecutive tensors in lists of about _HASH_BATCH_BYTES each."""
+    batches: list[list[policy_pb2.TensorDescriptor]] = [[]]
+    size = 0
+    for descriptor in descriptors:
+        batches[-1].append(descriptor)
+        size += descriptor.nbytes
+        if size >= _HASH_BATCH_BYTES:
+            batches.append([])
+            size = 0
+    return batches
+
+
+def _set_checksums(memory: mmap.mmap, batch: Iterable[policy_pb2.TensorDescriptor]) -> None:
+    def store(descriptor: policy_pb2.TensorDescriptor, value: bytes) -> None:
+        descriptor.checksum = value
+
+    _each_checksum(memory, batch, store)
+
+
+def _differing(memory: mmap.mmap, batch: Iterable[policy_pb2.TensorDescriptor]) -> list[str]:
+    names: list[str] = []
+
+    def compare(descriptor: policy_pb2.TensorDescriptor, value: bytes) -> None:
+        if value != descriptor.checksum:
+            names.append(descriptor.name)
+
+    _each_checksum(memory, batch, compare)
+    return names
+
+
+def _each_checksum(
+    memory: mmap.mmap,
+    batch: Iterable[policy_pb2.TensorDescriptor],
+    visit: Callable[[policy_pb2.TensorDescriptor, bytes], None],
+) -> None:
+    with memoryview(memory) as view:
+        for descriptor in batch:
+            with view[descriptor.offset : descriptor.offset + descriptor.nbytes] as data:
+                visit(descriptor, manifests.checksum(data))

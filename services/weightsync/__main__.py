@@ -1,0 +1,77 @@
+"""Run the weightsync service: `python -m miles.services.weightsync --help`."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import pathlib
+import sys
+
+import grpc.aio
+
+from miles.rpc import WorkerAttachment, main, start_server
+from miles.rpc.gen import controller_pb2, weightsync_pb2_grpc
+from miles.services.weightsync.segments import default_directory
+from miles.services.weightsync.service import SERVICE_NAME, WeightSyncServicer
+
+_STOP_GRACE_S = 2.0
+
+
+def parse_arguments(arguments: list[str]) -> argparse.Namespace:
+    """The command line; `--help` lists it."""
+    parser = argparse.ArgumentParser(
+        prog="python -m miles.services.weightsync",
+        description="Keeps the versions of the weights and brings every engine to the one that is active.",
+    )
+    parser.add_argument(
+        "--listen", default="127.0.0.1:0", metavar="HOST:PORT", help="where to serve; port 0 picks a free one"
+    )
+    parser.add_argument(
+        "--state-dir",
+        type=pathlib.Path,
+        metavar="DIR",
+        help="folder for the state that survives a restart; without it, versions end with the process",
+    )
+    parser.add_argument(
+        "--directory",
+        type=pathlib.Path,
+        metavar="DIR",
+        help="folder for the weights' bytes, shared with trainers and engines on this host (default: /dev/shm)",
+    )
+    parser.add_argument("--controller", metavar="HOST:PORT", help="controller to register with")
+    parser.add_argument("--worker-id", default="weightsync", help="name to register under")
+    return parser.parse_args(arguments)
+
+
+async def serve(arguments: argparse.Namespace) -> None:
+    """Serve until cancelled; the first line on stdout is `listening on HOST:PORT`."""
+    servicer = WeightSyncServicer(arguments.state_dir, arguments.directory or default_directory())
+    servicer.start()
+
+    def register(server: grpc.aio.Server) -> None:
+        weightsync_pb2_grpc.add_WeightSyncServiceServicer_to_server(servicer, server)
+
+    server, address = await start_server(register, arguments.listen, [SERVICE_NAME])
+    print(f"listening on {address}", flush=True)
+    try:
+        async with contextlib.AsyncExitStack() as stack:
+            if arguments.controller:
+                attachment = WorkerAttachment(
+                    arguments.controller,
+                    worker_id=arguments.worker_id,
+                    kind=controller_pb2.WORKER_KIND_WEIGHTSYNC,
+                    address=address,
+                    heartbeat=servicer.heartbeat,
+                )
+                task = asyncio.create_task(attachment.run(), name="controller attachment")
+                stack.callback(task.cancel)
+            await server.wait_for_termination()
+    finally:
+        servicer.close()
+        await server.stop(_STOP_GRACE_S)
+
+
+if __name__ == "__main__":
+    options = parse_arguments(sys.argv[1:])
+    main(lambda: serve(options))

@@ -1,0 +1,213 @@
+"""What the publication state machine remembers, and what it tells its caller to do."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+
+
+class VersionState(enum.Enum):
+    """Life of a version; the values are the names in weightsync.proto."""
+
+    ALLOCATED = "ALLOCATED"
+    PREPARED = "PREPARED"
+    ACTIVATING = "ACTIVATING"
+    ACTIVE = "ACTIVE"
+    RETIRED = "RETIRED"
+    FAILED = "FAILED"
+
+
+class EngineState(enum.Enum):
+    """What an engine is good for; the values are the names in weightsync.proto."""
+
+    EMPTY = "EMPTY"
+    SERVING = "SERVING"
+    PREFETCHED = "PREFETCHED"
+    QUARANTINED = "QUARANTINED"
+
+
+class OrderKind(enum.Enum):
+    """What an engine can be told to do; each but QUARANTINE is answered."""
+
+    PREFETCH = "prefetch"
+    SWAP = "swap"
+    CHECK = "check"
+    DROP = "drop"
+    QUARANTINE = "quarantine"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Now:
+    """The caller's clocks at an event."""
+
+    monotonic_s: float
+    """For deadlines."""
+    unix_ns: int
+    """For people."""
+
+
+@dataclasses.dataclass(slots=True)
+class Version:
+    """One publication. A number can be published again (after a resume from an older checkpoint); an id never is."""
+
+    publication_id: int
+    number: int
+    nbytes: int
+    state: VersionState = VersionState.ALLOCATED
+    checksum: bytes = b""
+    """Of its manifest; empty before PREPARED."""
+    active_unix_ns: int = 0
+    reusable: bool = True
+    """Whether its memory may be rewritten once freed: false as soon as someone may map it without our knowing."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Order:
+    """An order to an engine; `publication_id` 0 for a quarantine, which concerns none."""
+
+    order_id: int
+    kind: OrderKind
+    publication_id: int
+    reason: str = ""
+
+
+@dataclasses.dataclass(slots=True)
+class InFlight:
+    """An order that an engine has not answered yet."""
+
+    order: Order
+    deadline_s: float
+    allowed_s: float
+    expired: bool = False
+    """Past its deadline: an answer earns nothing, but the engine gets no other order before it."""
+
+
+@dataclasses.dataclass(slots=True)
+class Engine:
+    """One engine of one stream."""
+
+    engine_id: str
+    session: int | None = None
+    """Its subscription; None while it has none."""
+    held: int | None = None
+    """Publication it serves, by its own word."""
+    verified: int | None = None
+    """Publication it has prefetched and verified."""
+    checked_by: str = ""
+    """Activation for which it has compared its bytes."""
+    quarantined: bool = False
+    last_error: str = ""
+    failures: int = 0
+    """Quarantines since the last successful swap, a count."""
+    retry_at_s: float = 0.0
+    """When a quarantined engine gets its next full load."""
+    in_flight: InFlight | None = None
+    next_order_id: int = 1
+    maps: set[int] = dataclasses.field(default_factory=set)
+    """Publications whose bytes it may hold on to."""
+    since_unix_ns: int = 0
+    prefetch_s: float = 0.0
+    pause_s: float = 0.0
+
+    @property
+    def state(self) -> EngineState:
+        """As the wire names it."""
+        if self.quarantined:
+            return EngineState.QUARANTINED
+        if self.verified is not None:
+            return EngineState.PREFETCHED
+        return EngineState.EMPTY if self.held is None else EngineState.SERVING
+
+    def serves(self, publication_id: int) -> bool:
+        """Whether it is in routing with that publication."""
+        return self.session is not None and not self.quarantined and self.held == publication_id
+
+    def has(self, publication_id: int) -> bool:
+        """Whether it serves the publication or could at once."""
+        return self.session is not None and publication_id in (self.held, self.verified)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Outcome:
+    """How an activation ended."""
+
+    ok: bool
+    engines: int
+    quarantined: int
+    total_s: float
+    pause_s: float
+    error: str = ""
+
+
+@dataclasses.dataclass(slots=True)
+class Activation:
+    """The activation under way."""
+
+    publication_id: int
+    operation_ids: list[str]
+    began_s: float
+    deadline_s: float
+    min_engines: int
+    check_equal: bool
+    waited_for: set[str]
+    """Engines that must swap or be quarantined before it can end."""
+    swapping: bool = False
+    """False while engines prefetch; nobody swaps before enough of them have verified the bytes."""
+    quarantined: set[str] = dataclasses.field(default_factory=set)
+    swapped: set[str] = dataclasses.field(default_factory=set)
+
+    @property
+    def operation_id(self) -> str:
+        """The operation that started it."""
+        return self.operation_ids[0]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Send:
+    """Send an order on a subscription."""
+
+    engine_id: str
+    session: int
+    order: Order
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Free:
+    """Free a publication's bytes; keep the memory for the next one only if `reusable`."""
+
+    publication_id: int
+    reusable: bool
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class EngineChanged:
+    """Tell whoever watches that an engine has reached another state."""
+
+    engine_id: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Ended:
+    """Tell whoever waits for one of these operations how it ended."""
+
+    operation_ids: tuple[str, ...]
+    outcome: Outcome
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Disconnect:
+    """End a subscription that another one of the same engine has replaced."""
+
+    engine_id: str
+    session: int
+
+
+Action = Send | Free | EngineChanged | Ended | Disconnect
+
+
+class Refused(Exception):
+    """The event is not possible in this state; nothing changed."""
+
+
+class UnknownVersion(Refused):
+    """No such version."""

@@ -1,0 +1,81 @@
+"""What the service must remember over a restart, in one SQLite file; every write is atomic."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import sqlite3
+import uuid
+from typing import Any
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS instance (name TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS stream (key TEXT PRIMARY KEY, state TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS segment (
+    key TEXT, publication_id INTEGER, path TEXT NOT NULL, nbytes INTEGER NOT NULL, manifest BLOB,
+    PRIMARY KEY (key, publication_id)
+);
+"""
+
+
+class StateStore:
+    """Streams' states as JSON, and per publication its file and manifest (serialized policy_pb2.Manifest)."""
+
+    def __init__(self, state_dir: pathlib.Path | None) -> None:
+        """`state_dir` None keeps everything in memory only."""
+        if state_dir is not None:
+            state_dir.mkdir(parents=True, exist_ok=True)
+        path = ":memory:" if state_dir is None else str(state_dir / "weightsync.sqlite")
+        self._db = sqlite3.connect(path, isolation_level=None)
+        # A write-ahead log survives a killed process. Loss of power also loses shared memory, so more is not needed.
+        self._db.execute("PRAGMA journal_mode=WAL")
+        self._db.execute("PRAGMA synchronous=NORMAL")
+        self._db.executescript(_SCHEMA)
+        row = self._db.execute("SELECT name FROM instance").fetchone()
+        self.instance: str = row[0] if row else uuid.uuid4().hex[:12]
+        if row is None:
+            self._db.execute("INSERT INTO instance VALUES (?)", (self.instance,))
+        self._written: dict[str, str] = {}
+
+    def save_stream(self, key: str, state: dict[str, Any]) -> None:
+        """Write a stream's state if it differs from what was written last."""
+        text = json.dumps(state)
+        if self._written.get(key) != text:
+            self._db.execute("INSERT OR REPLACE INTO stream VALUES (?, ?)", (key, text))
+            self._written[key] = text
+
+    def save_segment(self, key: str, publication_id: int, path: pathlib.Path, nbytes: int) -> None:
+        """Remember where a publication's bytes are."""
+        row = (key, publication_id, str(path), nbytes)
+        self._db.execute("INSERT OR REPLACE INTO segment VALUES (?, ?, ?, ?, NULL)", row)
+
+    def save_manifest(self, key: str, publication_id: int, manifest: bytes) -> None:
+        """Remember what a publication consists of."""
+        self._db.execute(
+            "UPDATE segment SET manifest = ? WHERE key = ? AND publication_id = ?", (manifest, key, publication_id)
+        )
+
+    def delete_segment(self, key: str, publication_id: int) -> None:
+        """Forget a freed publication."""
+        self._db.execute("DELETE FROM segment WHERE key = ? AND publication_id = ?", (key, publication_id))
+
+    def delete_stream(self, key: str) -> None:
+        """Forget a stream of a job that is over."""
+        self._db.execute("DELETE FROM segment WHERE key = ?", (key,))
+        self._db.execute("DELETE FROM stream WHERE key = ?", (key,))
+        self._written.pop(key, None)
+
+    def streams(self) -> dict[str, dict[str, Any]]:
+        """Every stream's last state, by key."""
+        return {key: json.loads(state) for key, state in self._db.execute("SELECT key, state FROM stream")}
+
+    def segments(self, key: str) -> list[tuple[int, pathlib.Path, int, bytes | None]]:
+        """Publication id, path, size in bytes, and manifest (None before PREPARED) of a stream's publications."""
+        rows = self._db.execute("SELECT publication_id, path, nbytes, manifest FROM segment WHERE key = ?", (key,))
+        return [
+            (publication_id, pathlib.Path(path), nbytes, manifest) for publication_id, path, nbytes, manifest in rows
+        ]
+
+    def close(self) -> None:
+        """Close the file."""
+        self._db.close()
