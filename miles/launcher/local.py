@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import fcntl
 import logging
 import os
 import pathlib
+import socket
 import time
 from typing import TYPE_CHECKING
 
-from miles.config.plan import ProcessPlan, process_plans
+from miles.config.plan import ProcessPlan, plan_controller, plan_workers
 from miles.launcher.process import ProcessGivenUpError, SupervisedProcess
 from miles.queue import RedisServer, RedisStartError
 from miles.rpc.exit_codes import ExitCode, ServiceExit
@@ -24,6 +26,8 @@ logger = logging.getLogger(__name__)
 _CONTROLLER_START_S = 120.0
 _STOP_GRACE_S = 15.0
 _REDIS_CHECK_S = 0.5
+_CALM_THREADS = {"OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+"""Threads of one process must not spin while those of another work on the same cores; nothing is fetched from a hub."""
 
 
 class LocalCluster:
@@ -64,18 +68,20 @@ class LocalCluster:
                 raise ServiceExit(ExitCode.REDIS_UNREACHABLE, str(error)) from error
             self.redis_url = self.redis.url
             self._tasks.append(asyncio.create_task(self._watch_redis(self.redis)))
+        await self._start_controller()
+        for plan in plan_workers(self._config, self.controller_address, master_port=free_port()):
+            self._launch(plan)
+
+    async def _start_controller(self) -> None:
         address_file = self.run_dir / "controller.address"
         address_file.unlink(missing_ok=True)
-        plans = process_plans(self._config)
-        for plan in plans:
-            if plan.name == "controller":
-                self._launch(plan, address_file)
+        tell_address = ("--address-file", str(address_file))
+        plan = plan_controller(self._config, self.redis_url)
+        process = self._launch(dataclasses.replace(plan, command=(*plan.command, *tell_address)))
         self.controller_address = await self._controller_address(address_file)
-        # A restarted controller must come back where the workers look for it.
-        self.processes["controller"].command = self._command(plans, "controller", address_file)
-        for plan in plans:
-            if plan.name not in ("redis", "controller"):
-                self._launch(plan, address_file)
+        # Should it have to start again, it must come back where the workers look for it.
+        pinned = self._config.replace(controller_port=int(self.controller_address.rpartition(":")[2]))
+        process.command = plan_controller(pinned, self.redis_url).command
 
     async def stop(self) -> None:
         """Stop every process, workers before the controller and Redis last."""
@@ -92,21 +98,16 @@ class LocalCluster:
             os.close(self._lock)
             self._lock = None
 
-    def _launch(self, plan: ProcessPlan, address_file: pathlib.Path) -> None:
+    def _launch(self, plan: ProcessPlan) -> SupervisedProcess:
         process = SupervisedProcess(
             plan.name,
-            self._command([plan], plan.name, address_file),
-            {**os.environ, **plan.environment, WATCHED_PID_ENVIRONMENT: str(os.getpid())},
+            plan.command,
+            {**os.environ, **_CALM_THREADS, **plan.environment, WATCHED_PID_ENVIRONMENT: str(os.getpid())},
             self.run_dir / "logs" / f"{plan.name}.log",
         )
         self.processes[plan.name] = process
         self._tasks.append(asyncio.create_task(self._supervise(process)))
-
-    def _command(self, plans: list[ProcessPlan], name: str, address_file: pathlib.Path) -> list[str]:
-        plan = next(plan for plan in plans if plan.name == name)
-        return plan.command(
-            redis_url=self.redis_url, controller=self.controller_address, address_file=str(address_file)
-        )
+        return process
 
     async def _supervise(self, process: SupervisedProcess) -> None:
         try:
@@ -153,3 +154,10 @@ def _lock_run_dir(run_dir: pathlib.Path) -> int:
             ExitCode.RUN_DIR_BUSY, f"another run is going on in {run_dir}; stop it, or choose another --name"
         ) from None
     return descriptor
+
+
+def free_port() -> int:
+    """A loopback port that was free a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

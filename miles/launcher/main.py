@@ -17,8 +17,8 @@ from rich.console import Console
 from rich.logging import RichHandler
 
 from miles.config import ConfigError, JobConfig
-from miles.config.dry_run import render_plan
-from miles.config.environment import check_environment
+from miles.config.docs import help_text
+from miles.config.dry_run import checked_config, describe_run
 from miles.config.flags import parse_command_line
 from miles.launcher.local import LocalCluster
 from miles.launcher.process import ProcessGivenUpError
@@ -42,13 +42,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a training job on this machine from command-line flags; return the exit code."""
     console = Console(highlight=False)
     line = parse_command_line(sys.argv[1:] if arguments is None else arguments)
+    if line.help:
+        console.print(f"usage: train.py [--config FILE] [--dry-run] [FLAGS]\n\n{help_text()}", markup=False)
+        return ExitCode.OK
     try:
-        config = line.config().resolve()
+        config = checked_config(line)
         if line.dry_run:
-            console.print(render_plan(config), markup=False, soft_wrap=True)
+            console.print(describe_run(config), markup=False, soft_wrap=True)
             return ExitCode.OK
-        if faults := check_environment(config):
-            raise ConfigError(faults)
     except ConfigError as error:
         console.print(str(error), style="red", markup=False, soft_wrap=True)
         return ExitCode.BAD_CONFIG

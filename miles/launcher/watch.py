@@ -61,7 +61,9 @@ class RunView:
     def _show_metrics(self, metrics: job_pb2.Metrics, num_rollout: int) -> None:
         values = metrics.values
         if evaluated := {name: value for name, value in values.items() if name.startswith("eval/")}:
-            means = ", ".join(f"{name} {value:.3f}" for name, value in sorted(evaluated.items()) if name.count("/") == 1)
+            means = ", ".join(
+                f"{name} {value:.3f}" for name, value in sorted(evaluated.items()) if name.count("/") == 1
+            )
             self._console.print(f"[cyan]evaluation: {means}[/cyan]", highlight=False)
         if "perf/step_time" not in values:
             return
