@@ -11,6 +11,7 @@ import signal
 import sys
 import uuid
 from collections.abc import Sequence
+from typing import Any
 
 import grpc.aio
 from rich.console import Console
@@ -70,7 +71,8 @@ async def _run(config: JobConfig, console: Console) -> int:
     async with LocalCluster(config) as cluster:
         console.print(f"run folder {run_dir}, controller {cluster.controller_address}", soft_wrap=True)
         running = asyncio.create_task(_run_job(config, cluster, console, interrupted))
-        await asyncio.wait({running, cluster.failed}, return_when=asyncio.FIRST_COMPLETED)
+        watched: set[asyncio.Future[Any]] = {running, cluster.failed}
+        await asyncio.wait(watched, return_when=asyncio.FIRST_COMPLETED)
         if not running.done():
             running.cancel()
             await asyncio.gather(running, return_exceptions=True)
@@ -129,7 +131,9 @@ async def _watch(
 
 
 async def _get(stub: controller_pb2_grpc.ControllerServiceStub, job_id: str) -> job_pb2.Job:
-    response = await stub.GetJob(controller_pb2.GetJobRequest(job_id=job_id), wait_for_ready=True)
+    response: controller_pb2.GetJobResponse = await stub.GetJob(
+        controller_pb2.GetJobRequest(job_id=job_id), wait_for_ready=True
+    )
     return response.job
 
 

@@ -43,7 +43,7 @@ class SupervisedProcess:
     policy: RestartPolicy = dataclasses.field(default_factory=RestartPolicy)
     restarts: int = 0
     _process: asyncio.subprocess.Process | None = None
-    _stopping: bool = False
+    _stopping: asyncio.Event = dataclasses.field(default_factory=asyncio.Event)
 
     @property
     def pid(self) -> int | None:
@@ -52,20 +52,21 @@ class SupervisedProcess:
 
     async def run(self) -> None:
         """Keep the process running until `stop`; raises `ProcessGivenUpError`."""
-        while not self._stopping:
+        while not self._stopping.is_set():
             code = await self._run_once()
-            if self._stopping:
+            if self._stopping.is_set():
                 return
             delay_s = self.policy.delay_after(code, time.monotonic())
             if delay_s is None:
                 raise ProcessGivenUpError(self._obituary(code), code)
             logger.warning("%s ended with %s; starting it again in %.1f s", self.name, describe(code), delay_s)
             self.restarts += 1
-            await asyncio.sleep(delay_s)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._stopping.wait(), delay_s)
 
     async def stop(self, grace_s: float) -> None:
         """Ask the process to end; kill it and its children when it does not within the grace."""
-        self._stopping = True
+        self._stopping.set()
         process = self._process
         if process is None or process.returncode is not None:
             return

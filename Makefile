@@ -1,0 +1,48 @@
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+RECIPE := examples/smollm2_chain_sum
+ARGS ?=
+
+export OMP_WAIT_POLICY := PASSIVE
+
+.PHONY: run test test-engines lint protos clean
+
+# Train a real model on this machine; ARGS adds flags, e.g. make run ARGS="--num-rollout 5".
+run: $(VENV)/.run
+	$(BIN)/python -m examples.smollm2_chain_sum.prepare
+	$(BIN)/python train.py --config $(RECIPE)/config.yaml $(ARGS)
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest -m "not engine and not gpu"
+
+# Tests against real inference and training engines in environments of their own.
+test-engines: $(VENV)/.dev
+	$(BIN)/python -m pytest -m engine
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python tools/gen_protos.py --check
+	$(BIN)/miles config docs --check --out docs/configuration.md
+
+protos: $(VENV)/.dev
+	$(BIN)/python tools/gen_protos.py
+
+$(VENV)/bin/python:
+	$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed; set PYTHON=")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+
+# PIP_FLAGS passes options to pip, e.g. an index that has CPU builds of PyTorch.
+$(VENV)/.run: $(VENV)/bin/python pyproject.toml constraints.txt
+	$(BIN)/pip install --quiet $(PIP_FLAGS) --constraint constraints.txt --editable '.[all,examples]'
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.run
+	$(BIN)/pip install --quiet $(PIP_FLAGS) --constraint constraints.txt --editable '.[all,examples,dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis build *.egg-info
