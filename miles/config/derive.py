@@ -110,6 +110,12 @@ def _bounds(s: Settings) -> list[Fault]:
     return []
 
 
+def _evaluation_alone(s: Settings) -> list[Fault]:
+    if s.num_rollout == 0 and s.eval_prompt_data and not s.given("eval_interval"):
+        s.fill("eval_interval", 1)
+    return []
+
+
 def _train_dtype(s: Settings) -> list[Fault]:
     if not s.given("train_dtype"):
         s.fill("train_dtype", "float16" if s.fp16 else "bfloat16")
@@ -127,6 +133,7 @@ _STEPS: tuple[Callable[[Settings], list[Fault]], ...] = (
     _fallbacks,
     _run_dir,
     _bounds,
+    _evaluation_alone,
     _train_dtype,
     _reference,
 )

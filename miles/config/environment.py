@@ -5,34 +5,41 @@ from __future__ import annotations
 import json
 import os
 import pathlib
-import re
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 from miles.config.catalog import catalog
 from miles.config.device import visible_gpus
 from miles.config.dotted_path import why_not_importable
 from miles.config.faults import Fault
 from miles.config.job import JobConfig
+from miles.config.rules.registry import Rule, run_rules
+from miles.config.settings import Settings
 
-_SLICE = re.compile(r"@\[-?\d*:-?\d*\]$")
+_DATA_SUFFIXES = (".jsonl", ".ndjson", ".parquet")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 _WEIGHT_PATTERNS = ("*.safetensors", "*.bin")
 
 
 def check_environment(config: JobConfig) -> list[Fault]:
     """Every fault of the configuration on this machine. Opens files and tries ports; starts and writes nothing."""
-    return [fault for each in _CHECKS for fault in each(config)]
+    flat = config.to_flat()
+    return environment_faults(Settings(flat, given=flat, invalid=()))
 
 
-def _models(config: JobConfig) -> Iterator[Fault]:
-    model = config.rollout.hf_checkpoint
-    assert model is not None, "a rule requires it"
-    yield from _model_folder("hf_checkpoint", model)
-    if config.checkpoint.ref_load not in (None, model):
-        yield from _model_folder("ref_load", config.checkpoint.ref_load or "")
-    if config.data.apply_chat_template and config.data.chat_template_path is None and os.path.isdir(model):
-        yield from _chat_template(pathlib.Path(model))
+def environment_faults(settings: Settings) -> list[Fault]:
+    """The same for settings that need not be free of other faults."""
+    return run_rules(_CHECKS, settings)
+
+
+def _models(s: Settings) -> Iterator[Fault]:
+    if not s.hf_checkpoint:
+        return  # a rule reports it
+    yield from _model_folder("hf_checkpoint", s.hf_checkpoint)
+    if s.ref_load not in (None, s.hf_checkpoint):
+        yield from _model_folder("ref_load", s.ref_load)
+    if s.apply_chat_template and s.chat_template_path is None and os.path.isdir(s.hf_checkpoint):
+        yield from _chat_template(pathlib.Path(s.hf_checkpoint))
 
 
 def _model_folder(key: str, path: str) -> Iterator[Fault]:
@@ -65,31 +72,40 @@ def _read_json(path: pathlib.Path) -> dict[str, object]:
     return content if isinstance(content, dict) else {}
 
 
-def _data_files(config: JobConfig) -> Iterator[Fault]:
-    data, evaluation = config.data, config.eval
-    if data.prompt_data:
-        yield from _data_file("prompt_data", data.prompt_data, data.input_key, data.label_key)
-    for path in evaluation.datasets.values():
-        yield from _data_file("eval_prompt_data", path, evaluation.eval_input_key, evaluation.eval_label_key)
-    if data.chat_template_path and not os.path.isfile(data.chat_template_path):
-        yield Fault("chat_template_path", data.chat_template_path, "there is no such file", "give a Jinja file")
+def _data_files(s: Settings) -> Iterator[Fault]:
+    if s.prompt_data:
+        yield from _data_file("prompt_data", s.prompt_data, s.input_key, s.label_key)
+    for path in (s.eval_prompt_data or ())[1::2]:
+        yield from _data_file("eval_prompt_data", path, s.eval_input_key, s.eval_label_key)
+    if s.chat_template_path and not os.path.isfile(s.chat_template_path):
+        yield Fault("chat_template_path", s.chat_template_path, "there is no such file", "give a Jinja file")
 
 
 def _data_file(key: str, spec: str, input_key: str, label_key: str | None) -> Iterator[Fault]:
-    path = pathlib.Path(_SLICE.sub("", spec))
-    if not path.is_file():
+    from miles.data import DataError, parse_source
+
+    try:
+        path = parse_source(spec).path
+    except DataError:
+        yield Fault(key, spec, "its slice is malformed", "write FILE@[start:end]")
+        return
+    if path.suffix.lower() not in _DATA_SUFFIXES:
+        yield Fault(key, spec, "its type is not known", f"give a file that ends in {' or '.join(_DATA_SUFFIXES)}")
+    elif not path.is_file():
         yield Fault(key, spec, "there is no such file", "give a JSONL or Parquet file")
-        return
-    if path.suffix != ".jsonl":
-        return
+    elif path.suffix.lower() != ".parquet":
+        yield from _columns(key, path, input_key, label_key)
+
+
+def _columns(key: str, path: pathlib.Path, input_key: str, label_key: str | None) -> Iterator[Fault]:
     with path.open("rb") as file:
-        first = file.readline().strip()
+        first = next((line for line in file if line.strip()), b"")
     try:
         row = json.loads(first)
     except ValueError:
         row = None
     if not isinstance(row, dict):
-        yield Fault(key, spec, "its first line is not a JSON object", "write one JSON object a line")
+        yield Fault(key, str(path), "its first line is not a JSON object", "write one JSON object a line")
         return
     prefix, columns = "eval_" if key == "eval_prompt_data" else "", ", ".join(sorted(row))
     for name, column in (("input_key", input_key), ("label_key", label_key)):
@@ -97,45 +113,39 @@ def _data_file(key: str, spec: str, input_key: str, label_key: str | None) -> It
             yield Fault(prefix + name, column, f"{path} has no such column", f"set it to one of {columns}")
 
 
-def _folders(config: JobConfig) -> Iterator[Fault]:
-    load = config.checkpoint.load
-    if load is not None and not os.path.isdir(load):
-        yield Fault("load", load, "there is no such folder", "give a folder of checkpoints, or leave it out")
-    paths = {"run_dir": config.services.run_dir, "save": config.checkpoint.save, "save_hf": config.checkpoint.save_hf}
-    for key, path in paths.items():
-        if path is not None:
-            existing = next(
-                p for p in (pathlib.Path(path).absolute(), *pathlib.Path(path).absolute().parents) if p.exists()
-            )
-            if not existing.is_dir():
-                yield Fault(key, path, f"{existing} is not a folder", "choose another place")
-            elif not os.access(existing, os.W_OK | os.X_OK):
-                yield Fault(key, path, f"{existing} is not writable", "choose another place")
+def _folders(s: Settings) -> Iterator[Fault]:
+    if s.load is not None and not os.path.isdir(s.load):
+        yield Fault("load", s.load, "there is no such folder", "give a folder of checkpoints, or leave it out")
+    for key in ("run_dir", "save", "save_hf"):
+        path = getattr(s, key)
+        if path is None:
+            continue
+        absolute = pathlib.Path(path).absolute()
+        existing = next(folder for folder in (absolute, *absolute.parents) if folder.exists())
+        if not existing.is_dir():
+            yield Fault(key, path, f"{existing} is not a folder", "choose another place")
+        elif not os.access(existing, os.W_OK | os.X_OK):
+            yield Fault(key, path, f"{existing} is not writable", "choose another place")
 
 
-def _functions(config: JobConfig) -> Iterator[Fault]:
-    flat = config.to_flat()
+def _functions(s: Settings) -> Iterator[Fault]:
     for key, entry in catalog().items():
-        if entry.dotted_path and flat[key] is not None:
-            problem = why_not_importable(flat[key])
+        if entry.dotted_path and getattr(s, key) is not None:
+            problem = why_not_importable(getattr(s, key))
             if problem is not None:
-                yield Fault(key, flat[key], problem, "check the name, and that its folder is on PYTHONPATH")
+                yield Fault(key, getattr(s, key), problem, "check the name, and that its folder is on PYTHONPATH")
 
 
-def _ports(config: JobConfig) -> Iterator[Fault]:
-    services = config.services
+def _ports(s: Settings) -> Iterator[Fault]:
     try:
-        socket.getaddrinfo(services.host, None)
+        socket.getaddrinfo(s.host, None)
     except OSError:
-        yield Fault("host", services.host, "it cannot be resolved", "give a name or address of this machine")
+        yield Fault("host", s.host, "it cannot be resolved", "give a name or address of this machine")
         return
-    workers = range(config.cluster.rollout_num_workers) if services.rollout_port else ()
-    wanted = [("rollout_port", services.rollout_port + i) for i in workers]
-    wanted += [
-        (key, getattr(services, key)) for key in ("controller_port", "weightsync_port", "trainer_port", "reward_port")
-    ]
+    wanted = [(key, getattr(s, key)) for key in ("controller_port", "weightsync_port", "trainer_port", "reward_port")]
+    wanted += [("rollout_port", s.rollout_port and s.rollout_port + i) for i in range(s.rollout_num_workers)]
     for key, port in wanted:
-        if port and (problem := _why_not_bindable(services.host, port)):
+        if 0 < port <= 65535 and (problem := _why_not_bindable(s.host, port)):
             yield Fault(key, port, problem, "choose another one, or 0 for any free one")
 
 
@@ -150,20 +160,20 @@ def _why_not_bindable(host: str, port: int) -> str | None:
     return None
 
 
-def _devices(config: JobConfig) -> Iterator[Fault]:
-    cluster, gpus = config.cluster, visible_gpus()
-    if cluster.actor_num_nodes > 1:
+def _devices(s: Settings) -> Iterator[Fault]:
+    if s.actor_num_nodes > 1:
         problem = "one machine starts the trainer's processes of one node"
-        yield Fault("actor_num_nodes", cluster.actor_num_nodes, problem, "set it to 1")
-    if config.services.device != "cuda":
+        yield Fault("actor_num_nodes", s.actor_num_nodes, problem, "set it to 1")
+    if s.device != "cuda":
         return
+    gpus, wanted = visible_gpus(), s.actor_num_gpus_per_node or 8
     if not gpus:
         yield Fault("device", "cuda", "this machine has no GPU to use", "set it to cpu, or check CUDA_VISIBLE_DEVICES")
-    elif (wanted := cluster.actor_num_gpus_per_node or 8) > gpus:
+    elif wanted > gpus:
         yield Fault("actor_num_gpus_per_node", wanted, f"this machine has {gpus}", f"set it to at most {gpus}")
 
 
-_CHECKS: tuple[Callable[[JobConfig], Iterator[Fault]], ...] = (
+_CHECKS: tuple[Rule, ...] = (
     _models,
     _data_files,
     _folders,

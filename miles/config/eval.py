@@ -21,8 +21,8 @@ from miles.config.section import (
 class EvalConfig(Section):
     """Evaluation; sampling settings that are not given are those of the rollout."""
 
-    eval_interval: Positive | None = None
-    """Rollouts between evaluations; not given means no evaluation."""
+    eval_interval: Annotated[Positive | None, Derived("1 when num_rollout is 0")] = None
+    """Rollouts between evaluations; without it nothing is evaluated."""
 
     eval_prompt_data: Annotated[tuple[str, ...] | None, Metavar("NAME FILE")] = None
     """Data sets to evaluate on: a name and a file, and so on in pairs."""

@@ -47,7 +47,9 @@ def show(value: Any) -> str:
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
     """The known name that this one was most likely meant to be, or None when nothing is close."""
-    matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    names = list(known)
+    beginnings = [candidate for candidate in names if candidate.startswith(name)]
+    matches = beginnings if len(beginnings) == 1 else difflib.get_close_matches(name, names, n=1, cutoff=0.6)
     return matches[0] if matches else None
 
 
@@ -55,7 +57,7 @@ def unknown_name(name: str, value: Any, known: Iterable[str], what: str) -> Faul
     """The fault of a key or flag that does not exist, with the nearest one that does."""
     suggestion = nearest(name, known)
     remedy = f"did you mean {suggestion}?" if suggestion else "`miles config docs` lists them all"
-    return Fault(name, "" if value is None else value, f"there is no such {what}", remedy)
+    return Fault(name, True if value is None else value, f"there is no such {what}", remedy)
 
 
 _PROBLEMS = {

@@ -11,7 +11,7 @@ from typing import Any
 from miles.config.catalog import Entry, catalog, passthroughs
 from miles.config.faults import ConfigError, Fault, unknown_name
 from miles.config.files import read_file
-from miles.config.job import JobConfig
+from miles.config.job import JobConfig, examine
 
 OWN_FLAGS: Mapping[str, str] = {
     "--config": "FILE",
@@ -33,14 +33,15 @@ class CommandLine:
 
     def config(self) -> JobConfig:
         """Check everything and build the configuration. Raises ConfigError with the faults of flags, files, values."""
-        try:
-            config = JobConfig.from_flat(self.flat)
-        except ConfigError as error:
-            known = {fault.field for fault in self.faults}
-            raise ConfigError([*self.faults, *(f for f in error.faults if f.field not in known)]) from None
-        if self.faults:
-            raise ConfigError(self.faults)
-        return config
+        faults = self.merge(examine(self.flat).faults)
+        if faults:
+            raise ConfigError(faults)
+        return JobConfig.from_flat(self.flat)
+
+    def merge(self, faults: Sequence[Fault]) -> list[Fault]:
+        """The faults of flags and files, then these, less those that only follow from a flag read wrongly."""
+        misread = {fault.field for fault in self.faults}
+        return [*self.faults, *(fault for fault in faults if fault.field not in misread)]
 
 
 def parse_command_line(argv: Sequence[str]) -> CommandLine:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -57,21 +58,12 @@ class JobConfig(BaseModel):
         Touches nothing outside the object: `check_environment` looks at files and ports. Raises ConfigError with every
         fault at once.
         """
-        by_section, faults = _distribute(flat)
-        sections: dict[str, Section] = {}
-        invalid: set[str] = set()
-        for name, model in SECTIONS.items():
-            sections[name], section_faults = _validate(model, by_section[name])
-            faults += section_faults
-            invalid |= {fault.field for fault in section_faults}
-        given = {key for keys in by_section.values() for key in keys}
-        settings = Settings(_values(sections), given=given, invalid=invalid)
-        faults += derive(settings)
-        faults += check(settings)
-        if faults:
-            raise ConfigError(faults)
+        examination = examine(flat)
+        if examination.faults:
+            raise ConfigError(examination.faults)
+        settings = examination.settings
         complete: dict[str, Any] = {
-            name: section.model_copy(update=settings.of(section)) for name, section in sections.items()
+            name: section.model_copy(update=settings.of(section)) for name, section in examination.sections.items()
         }
         return cls(**complete)
 
@@ -94,13 +86,7 @@ class JobConfig(BaseModel):
 
         Raises ConfigError when the result does not hold together, e.g. when a batch does not divide over the ranks.
         """
-        actual = self.services.device if self.services.device != "auto" else device or detect_device()
-        on_cpu = actual == "cpu"
-        return self.replace(
-            device=actual,
-            actor_num_gpus_per_node=self.cluster.actor_num_gpus_per_node or (1 if on_cpu else 8),
-            distributed_backend=self.cluster.distributed_backend or ("gloo" if on_cpu else "nccl"),
-        )
+        return type(self).from_flat(resolved(self.to_flat(), device))
 
     def rollouts(self, dataset_size: int) -> int:
         """Rollouts of the run: num_rollout, or as many full batches as num_epoch passes over the data set hold."""
@@ -108,6 +94,40 @@ class JobConfig(BaseModel):
             return self.data.num_rollout
         assert self.data.num_epoch is not None, "a rule requires one of the two"
         return self.data.num_epoch * dataset_size // self.data.rollout_batch_size
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Examination:
+    """A flat object sorted by section, with what follows from it and what is wrong with it."""
+
+    sections: Mapping[str, Section]
+    settings: Settings
+    faults: Sequence[Fault]
+
+
+def examine(flat: Mapping[str, Any]) -> Examination:
+    """Check a flat object as far as its faults allow: what one field has wrong does not hide what others have."""
+    by_section, faults = _distribute(flat)
+    sections: dict[str, Section] = {}
+    invalid: set[str] = set()
+    for name, model in SECTIONS.items():
+        sections[name], section_faults = _validate(model, by_section[name])
+        faults += section_faults
+        invalid |= {fault.field for fault in section_faults}
+    given = {key for keys in by_section.values() for key in keys}
+    settings = Settings(_values(sections), given=given, invalid=invalid)
+    faults += derive(settings)
+    faults += check(settings)
+    return Examination(sections, settings, faults)
+
+
+def resolved(flat: Mapping[str, Any], device: Literal["cpu", "cuda"] | None = None) -> dict[str, Any]:
+    """A flat object with what depends on the device filled in where it is not given; see `JobConfig.resolve`."""
+    asked = flat.get("device") or "auto"
+    actual = asked if asked != "auto" else device or detect_device()
+    on_cpu = actual == "cpu"
+    depends = {"actor_num_gpus_per_node": 1 if on_cpu else 8, "distributed_backend": "gloo" if on_cpu else "nccl"}
+    return {**flat, "device": actual, **{key: flat.get(key) or value for key, value in depends.items()}}
 
 
 def _distribute(flat: Mapping[str, Any]) -> tuple[dict[str, dict[str, Any]], list[Fault]]:

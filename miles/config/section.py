@@ -77,6 +77,8 @@ class Section(BaseModel):
                 raise ValueError(f"it is not JSON ({error})") from error
         if kind in (int, float) and isinstance(value, bool):
             raise ValueError("it must be a number, not a switch")
+        if kind is tuple and isinstance(value, str | int) and not isinstance(value, bool):
+            return (value,)
         return value
 
 
@@ -107,7 +109,10 @@ def element_type(field: FieldInfo) -> type[Any]:
     annotation: Any = field.annotation
     while typing.get_origin(annotation) is not tuple:
         annotation = next(arg for arg in typing.get_args(annotation) if arg is not type(None))
-    return typing.cast(type[Any], typing.get_args(annotation)[0])
+    element = typing.get_args(annotation)[0]
+    if typing.get_origin(element) is Annotated:
+        element = typing.get_args(element)[0]
+    return typing.cast(type[Any], element)
 
 
 def choices(field: FieldInfo) -> tuple[str, ...]:

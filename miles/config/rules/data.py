@@ -107,7 +107,10 @@ def evaluation_has_data(s: Settings) -> Iterator[Fault]:
     if s.num_rollout == 0 and not s.eval_prompt_data:
         problem = "without eval_prompt_data there is nothing to do"
         yield Fault("num_rollout", 0, problem, "set eval_prompt_data to NAME FILE, or raise num_rollout")
-    if s.eval_prompt_data and s.eval_interval is None and s.num_rollout != 0:
+    if s.num_rollout == 0 and s.skip_eval_before_train:
+        problem = "that evaluation is all there is to do when num_rollout = 0"
+        yield Fault("skip_eval_before_train", True, problem, "leave it out, or raise num_rollout")
+    if s.eval_prompt_data and s.eval_interval is None:
         problem = "without eval_interval it is never evaluated on"
         yield Fault("eval_prompt_data", list(s.eval_prompt_data), problem, "set eval_interval, or leave it out")
 

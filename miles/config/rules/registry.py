@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from miles.config.catalog import catalog
 from miles.config.faults import Fault
@@ -19,9 +19,14 @@ def rule(function: Rule) -> Rule:
 
 
 def check(settings: Settings) -> list[Fault]:
-    """Every fault that every rule finds. A rule ends at a setting that is itself at fault, which is reported anyway."""
+    """Every fault that every registered rule finds."""
+    return run_rules(RULES, settings)
+
+
+def run_rules(rules: Iterable[Rule], settings: Settings) -> list[Fault]:
+    """Every fault that these rules find. A rule ends at a setting that is itself at fault, which is reported anyway."""
     faults: list[Fault] = []
-    for each in RULES:
+    for each in rules:
         try:
             for fault in each(settings):
                 faults.append(fault)  # one by one: what a rule found before it ended counts

@@ -1,0 +1,126 @@
+"""Every process of a run on one machine: what it is called, how it is started, and which settings it reads."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from miles.config.catalog import catalog
+from miles.config.job import JobConfig
+
+UNKNOWN_ADDRESS = "(known once it listens)"
+"""Stands for an address in a plan that was made before the process has picked its port."""
+
+_SECTIONS_READ: Mapping[str, tuple[str, ...]] = {
+    "redis": (),
+    "controller": ("data", "rollout", "eval", "reward", "checkpoint", "telemetry"),
+    "weightsync": ("weights",),
+    "reward": ("reward",),
+    "rollout": ("rollout", "reward", "weights"),
+    "trainer": ("cluster", "data", "rollout", "algorithm", "train", "optimizer", "weights", "checkpoint"),
+}
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ProcessPlan:
+    """One process to start."""
+
+    name: str
+    """Unique within the run, the same over restarts; also the worker id."""
+    kind: str
+    """redis, controller, weightsync, reward, rollout or trainer."""
+    command: tuple[str, ...]
+    environment: Mapping[str, str]
+    """Variables to set beside those that are inherited."""
+    config: Mapping[str, Any]
+    """The settings that the process reads, by key. A service gets the whole configuration when a job starts on it."""
+
+
+def plan_redis(config: JobConfig) -> ProcessPlan | None:
+    """The run's own Redis server; None when redis_url names another."""
+    if config.services.redis_url is not None:
+        return None
+    command = ("redis-server", "--dir", f"{config.services.run_dir}/redis", "--appendonly", "yes")
+    return _plan(config, "redis", "redis", (*command, "--maxmemory-policy", "noeviction"))
+
+
+def plan_controller(config: JobConfig, redis_url: str) -> ProcessPlan:
+    """The controller."""
+    arguments = ("--listen", _listen(config, "controller_port"), "--redis-url", redis_url)
+    return _plan(config, "controller", "controller", (*_module("controller"), *arguments))
+
+
+def plan_workers(config: JobConfig, controller: str, *, master_port: int = 0) -> list[ProcessPlan]:
+    """Every process that attaches to the controller.
+
+    Args:
+        config: resolved for a device.
+        controller: host:port of the controller.
+        master_port: free port on which the trainer's ranks meet; 0 when it is not known yet.
+    """
+    plans = [_worker(config, "weightsync", "weightsync", "weightsync_port", controller)]
+    reward = config.reward
+    if reward.rm_type or reward.custom_rm_path:
+        plans.append(_worker(config, "reward-0", "reward", "reward_port", controller, extra=_reward_flags(config)))
+    for i in range(config.cluster.rollout_num_workers):
+        plans.append(_worker(config, f"rollout-{i}", "rollout", "rollout_port", controller, offset=i))
+    return plans + [_trainer(config, rank, controller, master_port) for rank in range(_local_ranks(config))]
+
+
+def plan_run(config: JobConfig) -> list[ProcessPlan]:
+    """All processes in the order in which they start, with addresses left open that are only known later."""
+    redis = plan_redis(config)
+    controller = plan_controller(config, config.services.redis_url or UNKNOWN_ADDRESS)
+    port = config.services.controller_port
+    address = f"{config.services.host}:{port}" if port else UNKNOWN_ADDRESS
+    return [*([redis] if redis else []), controller, *plan_workers(config, address)]
+
+
+def _worker(
+    config: JobConfig, name: str, kind: str, port: str, controller: str, *, offset: int = 0, extra: Sequence[str] = ()
+) -> ProcessPlan:
+    listen = ("--listen", _listen(config, port, offset), "--controller", controller, "--worker-id", name)
+    return _plan(config, name, kind, (*_module(kind), *listen, *extra))
+
+
+def _trainer(config: JobConfig, rank: int, controller: str, master_port: int) -> ProcessPlan:
+    ranks = str(_local_ranks(config))
+    environment = dict(config.train.train_env_vars) | {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": ranks,
+        "LOCAL_WORLD_SIZE": ranks,
+        "MASTER_ADDR": config.services.host,
+        "MASTER_PORT": str(master_port) if master_port else UNKNOWN_ADDRESS,
+    }
+    plan = _worker(config, f"trainer-{rank}", "trainer", "trainer_port" if rank == 0 else "", controller)
+    return dataclasses.replace(plan, environment=environment)
+
+
+def _local_ranks(config: JobConfig) -> int:
+    return config.cluster.trainer_world_size // config.cluster.actor_num_nodes
+
+
+def _reward_flags(config: JobConfig) -> list[str]:
+    reward = config.reward
+    if reward.rm_type:
+        return ["--rewards", reward.rm_type]
+    assert reward.custom_rm_path is not None
+    return ["--custom-rm-path", reward.custom_rm_path, *(["--group-rm"] if reward.group_rm else [])]
+
+
+def _listen(config: JobConfig, port_key: str, offset: int = 0) -> str:
+    port = getattr(config.services, port_key) if port_key else 0
+    return f"{config.services.host}:{port + offset if port else 0}"
+
+
+def _module(kind: str) -> tuple[str, ...]:
+    return (sys.executable, "-m", f"miles.services.{kind}")
+
+
+def _plan(config: JobConfig, name: str, kind: str, command: tuple[str, ...]) -> ProcessPlan:
+    flat = config.to_flat()
+    read = {key: flat[key] for key, entry in catalog().items() if entry.section in _SECTIONS_READ[kind]}
+    return ProcessPlan(name, kind, command, {}, read)
