@@ -32,6 +32,8 @@ class TrainerState:
     """Every group with a smaller id was trained on or dropped."""
     consumed_group_ids: set[int] = dataclasses.field(default_factory=set)
     """Groups at or above `consumed_below` that were trained on or dropped too."""
+    metrics: dict[int, dict[str, float]] = dataclasses.field(default_factory=dict)
+    """Metrics of the last steps, by step."""
 
 
 class TrainerBackend(Protocol):

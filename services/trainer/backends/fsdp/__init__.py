@@ -1,0 +1,1 @@
+"""FSDP2 over Hugging Face models."""

@@ -1,0 +1,158 @@
+"""A rollout's samples as the trainer sees them: who is trained on, in which optimizer step, in which micro-batch."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from miles.algorithms.packing import Packing
+from miles.services.trainer.backends.fsdp.balance import MicroBatchLimits, recut, schedule
+from miles.services.trainer.backends.fsdp.packing import MicroBatch, pack
+from miles.types import Sample, SampleGroup, SampleStatus
+
+if TYPE_CHECKING:
+    from miles.config import JobConfig
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class OptimizerStepPlan:
+    """One optimizer step on this rank."""
+
+    num_samples: int
+    """Samples of the step on all ranks, untrained ones included: the denominator of the loss."""
+    num_tokens: int
+    """Trained tokens of the step on all ranks."""
+    micro_batches: tuple[MicroBatch, ...]
+    """This rank's share; the same number on every rank."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RolloutBatch:
+    """One rollout's work on this rank. B: this rank's samples; T: their response tokens, sample after sample."""
+
+    samples: tuple[Sample, ...]
+    """All samples of the rollout, by group id and index."""
+    steps: tuple[OptimizerStepPlan, ...]
+    log_prob_micro_batches: tuple[MicroBatch, ...]
+    """The same samples of this rank, cut for passes without gradients."""
+    mine: tuple[int, ...]
+    """Indices into `samples` of this rank's share, in packed order; B of them."""
+    packing: Packing
+
+    def position(self, sample: int) -> int:
+        """Where among this rank's B samples a sample of the rollout is."""
+        return self._positions[sample]
+
+    def place(self, micro_batch: MicroBatch) -> torch.Tensor:
+        """Where the micro-batch's response tokens lie in T; int64 [R]."""
+        starts = self.packing.cu_seqlens().tolist()
+        firsts = [starts[self.position(i)] for i in micro_batch.samples]
+        pieces = [
+            torch.arange(first, first + self.samples[i].response_length)
+            for first, i in zip(firsts, micro_batch.samples, strict=True)
+        ]
+        return torch.cat(pieces) if pieces else torch.zeros(0, dtype=torch.int64)
+
+    @functools.cached_property
+    def _positions(self) -> dict[int, int]:
+        return {sample: position for position, sample in enumerate(self.mine)}
+
+    def masks(self) -> torch.Tensor:
+        """Loss masks; float32 [T] on CPU."""
+        masks = [response_mask(self.samples[i]) for i in self.mine]
+        return torch.from_numpy(np.concatenate(masks).astype(np.float32)) if masks else torch.zeros(0)
+
+    def token_values(self, field: str) -> torch.Tensor | None:
+        """`rollout_log_probs` or `teacher_log_probs` of this rank's samples; float32 [T] on CPU.
+
+        None when a trained sample of the rollout, on any rank, lacks them.
+        """
+        if any(getattr(sample, field) is None for sample in self.samples if is_trained(sample)):
+            return None
+        values = [getattr(self.samples[i], field) for i in self.mine]
+        return torch.from_numpy(np.concatenate(values).astype(np.float32)) if values else torch.zeros(0)
+
+
+def build_batch(groups: Sequence[SampleGroup], config: JobConfig, rank: int, ranks: int) -> RolloutBatch:
+    """Order the samples, split them into optimizer steps by group, and cut this rank's share into micro-batches.
+
+    Every rank computes the same schedule from the same groups. Raises ValueError when the samples do not make up
+    num_steps_per_rollout times global_batch_size.
+    """
+    ordered = sorted(groups, key=lambda group: group.group_id)
+    samples = tuple(s for group in ordered for s in sorted(group.samples, key=lambda s: s.index))
+    train = config.train
+    size, steps = train.global_batch_size, train.num_steps_per_rollout
+    if len(samples) != size * steps:
+        raise ValueError(
+            f"{len(groups)} groups hold {len(samples)} samples, but num_steps_per_rollout × global_batch_size = "
+            f"{steps} × {size} = {size * steps}"
+        )
+    limits = MicroBatchLimits(train.micro_batch_size, train.max_tokens_per_gpu if train.use_dynamic_batch_size else None)
+    plans: list[OptimizerStepPlan] = []
+    all_shares: list[list[int]] = [[] for _ in range(ranks)]
+    for step in range(steps):
+        trained = [i for i in range(step * size, (step + 1) * size) if is_trained(samples[i])]
+        shares = schedule(samples, trained, ranks, limits, share_prompts=train.share_prompts)
+        for share, micro_batches in zip(all_shares, shares, strict=True):
+            share.extend(i for indices in micro_batches for i in indices)
+        packed = tuple(pack(samples, indices, share_prompts=train.share_prompts) for indices in shares[rank])
+        plans.append(OptimizerStepPlan(size, sum(int(response_mask(samples[i]).sum()) for i in trained), packed))
+    mine = tuple(all_shares[rank])
+    return RolloutBatch(
+        samples=samples,
+        steps=tuple(plans),
+        log_prob_micro_batches=_log_prob_micro_batches(samples, plans, all_shares, config, rank),
+        mine=mine,
+        packing=Packing(tuple(samples[i].response_length for i in mine)),
+    )
+
+
+def is_trained(sample: Sample) -> bool:
+    """Whether any token of the sample enters the loss."""
+    return (
+        sample.status is not SampleStatus.FAILED
+        and not sample.remove_sample
+        and sample.response_length > 0
+        and bool(response_mask(sample).any())
+    )
+
+
+def response_mask(sample: Sample) -> npt.NDArray[np.uint8]:
+    """The loss mask of the response tokens; uint8 [response_length]."""
+    return np.ones(sample.response_length, np.uint8) if sample.loss_mask is None else sample.loss_mask
+
+
+def scalar_reward(sample: Sample, reward_key: str | None) -> float:
+    """The number to train on. Raises ValueError when the sample has none under `reward_key`."""
+    reward = sample.reward
+    name = f"sample {sample.index} of group {sample.group_id}"
+    if isinstance(reward, dict):
+        if reward_key is None or reward_key not in reward:
+            raise ValueError(f"{name} has rewards {sorted(reward)}; set reward_key to one of them, not {reward_key!r}")
+        return reward[reward_key]
+    if reward is None:
+        raise ValueError(f"{name} has no reward; it must be scored, or its status FAILED")
+    return reward
+
+
+def _log_prob_micro_batches(
+    samples: Sequence[Sample],
+    plans: Sequence[OptimizerStepPlan],
+    shares: Sequence[Sequence[int]],
+    config: JobConfig,
+    rank: int,
+) -> tuple[MicroBatch, ...]:
+    """Micro-batches for passes without gradients; the training ones unless a limit of their own is set."""
+    train = config.train
+    limit = train.log_probs_max_tokens_per_gpu
+    if not train.use_dynamic_batch_size or limit in (None, train.max_tokens_per_gpu):
+        return tuple(micro_batch for plan in plans for micro_batch in plan.micro_batches)
+    cut = recut(samples, shares, MicroBatchLimits(1, limit), share_prompts=train.share_prompts)
+    return tuple(pack(samples, indices, share_prompts=train.share_prompts) for indices in cut[rank])

@@ -1,0 +1,194 @@
+"""Checkpoints: PyTorch distributed checkpoints beside a JSON record, written whole or not at all.
+
+    DIR/step_00000012/          appears by rename, once everything in it is on disk
+        .metadata, *.distcp     parameters, optimizer state and random states, readable with another number of ranks
+        trainer.json            `Record`
+    DIR/latest                  name of the newest checkpoint, for people and scripts; `newest` looks at the folders
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+import re
+import shutil
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+
+from miles.services.trainer.backend import TrainerState
+
+if TYPE_CHECKING:
+    from miles.config import JobConfig
+
+RECORD_FILE = "trainer.json"
+LATEST_FILE = "latest"
+_NAME = re.compile(r"step_(\d{8,})")
+_WHERE_AND_HOW = ("run_dir", "host", "redis_url", "load", "save", "name")
+"""Settings that may differ between a run and its continuation without changing what is computed (ports too)."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Record:
+    """The part of a checkpoint that is not tensors."""
+
+    state: TrainerState
+    iteration: int
+    """Optimizer steps taken."""
+    world_size: int
+    """Ranks that wrote it."""
+    config_digest: str
+
+
+def folder_name(step: int) -> str:
+    """Name of the checkpoint's folder after `step` training steps."""
+    return f"step_{step:08d}"
+
+
+def newest(directory: pathlib.Path) -> pathlib.Path | None:
+    """The complete checkpoint of the most steps below `directory`, or None."""
+    if not directory.is_dir():
+        return None
+    found = [
+        (int(match[1]), path)
+        for path in directory.iterdir()
+        if (match := _NAME.fullmatch(path.name)) and (path / RECORD_FILE).is_file()
+    ]
+    return max(found)[1] if found else None
+
+
+def digest(config: JobConfig) -> str:
+    """SHA-256 of the settings that training depends on."""
+    flat = {
+        key: value
+        for key, value in config.to_flat().items()
+        if key not in _WHERE_AND_HOW and not key.endswith("_port")
+    }
+    return hashlib.sha256(json.dumps(flat, sort_keys=True).encode()).hexdigest()
+
+
+def save(
+    directory: pathlib.Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer | None, record: Record
+) -> None:
+    """Write a checkpoint to `directory`, replacing one of the same name; collective over ranks.
+
+    A crash at any moment leaves either no folder of that name, or the old one, or the new one whole.
+    """
+    partial = directory.with_name(directory.name + ".tmp")
+    if dist.get_rank() == 0:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    dist.barrier()
+    dcp.save(_tensors(model, optimizer), checkpoint_id=partial)
+    if dist.get_rank() == 0:
+        (partial / RECORD_FILE).write_text(json.dumps(_to_json(record), indent=1))
+        _sync_tree(partial)
+        if directory.exists():
+            doomed = directory.with_name(directory.name + ".old")
+            shutil.rmtree(doomed, ignore_errors=True)
+            directory.rename(doomed)
+            partial.rename(directory)
+            shutil.rmtree(doomed)
+        else:
+            partial.rename(directory)
+        _write_atomically(directory.parent / LATEST_FILE, directory.name)
+        _sync(directory.parent)
+    dist.barrier()
+
+
+def load(directory: pathlib.Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer | None) -> Record:
+    """Read a checkpoint into the model and the optimizer, and restore the random state; collective over ranks.
+
+    Raises FileNotFoundError when it is incomplete and ValueError when the record cannot be read.
+    """
+    path = directory / RECORD_FILE
+    try:
+        record = _from_json(json.loads(path.read_text()))
+    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} cannot be read as a checkpoint's record: {error!r}") from error
+    tensors = _tensors(model, optimizer)
+    available = dcp.FileSystemReader(directory).read_metadata().state_dict_metadata
+    random_key = _random_key()
+    if not any(key.startswith(f"{random_key}.") for key in available):
+        del tensors[random_key]  # written by fewer ranks
+    dcp.load(tensors, checkpoint_id=directory)
+    model.load_state_dict(tensors["model"])
+    if optimizer is not None:
+        set_optimizer_state_dict(model, optimizer, tensors["optimizer"])
+    if random_key in tensors:
+        _set_random_state(tensors[random_key])
+    return record
+
+
+def _tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, Any]:
+    tensors: dict[str, Any] = {"model": model.state_dict(), _random_key(): _random_state()}
+    if optimizer is not None:
+        tensors["optimizer"] = get_optimizer_state_dict(model, optimizer)
+    return tensors
+
+
+def _random_key() -> str:
+    return f"random_{dist.get_rank()}"
+
+
+def _random_state() -> dict[str, torch.Tensor]:
+    state = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def _set_random_state(state: dict[str, torch.Tensor]) -> None:
+    torch.set_rng_state(state["cpu"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+def _to_json(record: Record) -> dict[str, Any]:
+    state = record.state
+    return {
+        "step": state.step,
+        "consumed_below": state.consumed_below,
+        "consumed_group_ids": sorted(state.consumed_group_ids),
+        "metrics": {str(step): dict(metrics) for step, metrics in state.metrics.items()},
+        "iteration": record.iteration,
+        "world_size": record.world_size,
+        "config_digest": record.config_digest,
+    }
+
+
+def _from_json(data: dict[str, Any]) -> Record:
+    state = TrainerState(
+        step=data["step"],
+        consumed_below=data["consumed_below"],
+        consumed_group_ids=set(data["consumed_group_ids"]),
+        metrics={int(step): metrics for step, metrics in data["metrics"].items()},
+    )
+    return Record(state, data["iteration"], data["world_size"], data["config_digest"])
+
+
+def _write_atomically(path: pathlib.Path, text: str) -> None:
+    partial = path.with_name(path.name + ".tmp")
+    partial.write_text(text + "\n")
+    _sync(partial)
+    partial.replace(path)
+
+
+def _sync_tree(directory: pathlib.Path) -> None:
+    for path in directory.rglob("*"):
+        _sync(path)
+    _sync(directory)
+
+
+def _sync(path: pathlib.Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,54 @@
+"""One micro-batch through a model. Dims: T rows, R response tokens, V vocabulary."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+from miles.algorithms.log_probs import TokenLogProbs, token_log_probs
+from miles.services.trainer.backends.fsdp.attention import AttentionPlan
+from miles.services.trainer.backends.fsdp.packing import MicroBatch
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ForwardOptions:
+    """How to run a model."""
+
+    device: torch.device
+    compute: torch.dtype
+    temperature: float
+    """Divides the logits, as it did when the tokens were sampled."""
+    chunk_rows: int | None = None
+    """Rows of logits worked on in float32 at a time; None for as many as make 64 MiB."""
+    varlen: bool | None = None
+    """Whether to use variable-length kernels; None where they run."""
+
+
+def forward(
+    model: torch.nn.Module,
+    micro_batch: MicroBatch,
+    options: ForwardOptions,
+    *,
+    with_entropy: bool = False,
+    entropy_requires_grad: bool = False,
+) -> TokenLogProbs:
+    """Log-probabilities [R] of the micro-batch's response tokens; the head runs only on rows that predict them."""
+    device = options.device
+    plan = AttentionPlan(micro_batch, device, options.compute, varlen=options.varlen)
+    logits_RV = model(
+        input_ids=torch.from_numpy(micro_batch.input_ids_T)[None].to(device),
+        position_ids=torch.from_numpy(micro_batch.position_ids_T)[None].to(device),
+        logits_to_keep=torch.from_numpy(micro_batch.logit_rows_R).to(device),
+        attention_plan=plan,
+        use_cache=False,
+    ).logits[0]
+    return token_log_probs(
+        logits_RV,
+        torch.from_numpy(micro_batch.targets_R).to(device),
+        temperature=options.temperature,
+        with_entropy=with_entropy,
+        entropy_requires_grad=entropy_requires_grad,
+        chunk_rows=options.chunk_rows,
+        overwrite_logits=True,
+    )

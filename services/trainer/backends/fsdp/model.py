@@ -1,0 +1,86 @@
+"""The policy and the reference: a Hugging Face model under FSDP2, and the names its weights have outside."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from collections.abc import Iterator
+
+import torch
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from miles.services.trainer.backends.fsdp import attention
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Precision:
+    """Types of the parameters as held and as computed with; gradients are reduced in float32."""
+
+    master: torch.dtype
+    compute: torch.dtype
+
+
+def load_hf_model(folder: str | pathlib.Path, dtype: torch.dtype, *, gradient_checkpointing: bool) -> torch.nn.Module:
+    """Read a causal language model from a Hugging Face folder onto the CPU, in `dtype`, with packed attention.
+
+    Raises FileNotFoundError when the folder is not there or is not a checkpoint.
+    """
+    from transformers import AutoModelForCausalLM
+
+    folder = pathlib.Path(folder)
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(
+            f"no model in {folder}: there is no config.json; set hf_checkpoint (or ref_load) to a Hugging Face folder"
+        )
+    attention.register()
+    model: torch.nn.Module = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, attn_implementation=attention.PACKED_ATTENTION
+    )
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0  # old and new log-probabilities must come from the same function
+    if gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+    return model.train()
+
+
+def shard(model: torch.nn.Module, precision: Precision, device: torch.device, *, cpu_offload: bool) -> FSDPModule:
+    """Shard the model's parameters over the default process group, a unit per decoder layer plus one for the rest.
+
+    Embeddings and head stay together in the root unit, so that tied weights are sharded once.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+
+    mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
+    policy = MixedPrecisionPolicy(param_dtype=precision.compute, reduce_dtype=torch.float32)
+    offload = CPUOffloadPolicy() if cpu_offload else OffloadPolicy()
+    reshard = mesh.size() > 1
+    for layer in decoder_layers(model):
+        fully_shard(layer, mesh=mesh, mp_policy=policy, offload_policy=offload, reshard_after_forward=reshard)
+    return fully_shard(model, mesh=mesh, mp_policy=policy, offload_policy=offload, reshard_after_forward=False)
+
+
+def decoder_layers(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """The model's repeated blocks, found by the class names that transformers gives for them."""
+    names = set(getattr(model, "_no_split_modules", None) or ())
+    return [module for module in model.modules() if type(module).__name__ in names]
+
+
+def named_weights(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """What makes up the model's weights, by name: parameters and persistent buffers, a tied tensor once.
+
+    The names are those of `state_dict()`. For mixture-of-experts models of transformers 5 they name the fused
+    three-dimensional expert parameters, not the per-expert tensors of the files on disk.
+    """
+    seen: set[int] = set()
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            yield name, tensor
+
+
+def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """The whole tensor on every rank; collective for a sharded one."""
+    detached = tensor.detach()
+    return detached.full_tensor() if isinstance(detached, DTensor) else detached

@@ -1,0 +1,73 @@
+"""The job's flags as the options that the algorithms take."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from miles.algorithms.corrections import CorrectionMethod, IcePop, TruncatedImportanceSampling
+from miles.algorithms.estimators import ESTIMATORS, AdvantageConfig
+from miles.algorithms.losses import LossConfig
+from miles.algorithms.mis import MaskedImportanceSampling
+from miles.services.trainer.backends.fsdp.model import Precision
+
+if TYPE_CHECKING:
+    from miles.config import JobConfig
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def advantage_config(config: JobConfig) -> AdvantageConfig:
+    """Options of the advantage estimator."""
+    return AdvantageConfig(**_shared_fields(AdvantageConfig, config))
+
+
+def loss_config(config: JobConfig) -> LossConfig:
+    """Options of the loss."""
+    return LossConfig(
+        policy_loss=ESTIMATORS[config.algorithm.advantage_estimator].policy_loss,
+        loss_length=config.rollout.rollout_max_response_len or config.rollout.rollout_max_context_len,
+        correction=correction_method(config),
+        **_shared_fields(LossConfig, config),
+    )
+
+
+def correction_method(config: JobConfig) -> CorrectionMethod | None:
+    """The correction of the gap between engine and trainer; None when none is asked for."""
+    algorithm = config.algorithm
+    if algorithm.use_mis:
+        return MaskedImportanceSampling(**_shared_fields(MaskedImportanceSampling, config))
+    if algorithm.use_icepop:
+        return IcePop(tis_clip=algorithm.tis_clip, tis_clip_low=algorithm.tis_clip_low)
+    if algorithm.use_tis:
+        return TruncatedImportanceSampling(tis_clip=algorithm.tis_clip, tis_clip_low=algorithm.tis_clip_low)
+    return None
+
+
+def precision(config: JobConfig) -> Precision:
+    """Types of the policy's parameters, held and computed with."""
+    compute = DTYPES[config.train.train_dtype]
+    return Precision(master=torch.float32 if config.train.keep_fp32_master else compute, compute=compute)
+
+
+def needs_reference(config: JobConfig) -> bool:
+    """Whether a KL term needs the reference model."""
+    return config.algorithm.use_kl_loss or config.algorithm.kl_coef > 0
+
+
+def needs_log_prob_pass(config: JobConfig) -> bool:
+    """Whether the old policy's log-probabilities must be known before the first backward pass.
+
+    With one optimizer step per rollout they are those of the training pass itself, so that no pass of its own is
+    needed unless advantages or corrections of the whole batch are made from them.
+    """
+    algorithm = config.algorithm
+    return config.train.num_steps_per_rollout > 1 or algorithm.kl_coef > 0 or algorithm.use_mis
+
+
+def _shared_fields(options: type, config: JobConfig) -> dict[str, Any]:
+    """Values of the flags that have the names of the options' fields."""
+    names = {field.name for field in dataclasses.fields(options)}
+    return {name: value for name, value in config.algorithm.model_dump().items() if name in names}

@@ -1,0 +1,233 @@
+"""One rollout's training: log-probabilities that are needed beforehand, advantages, then the optimizer steps.
+
+Dims: T response tokens of this rank's samples.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+
+from miles.algorithms.advantages import compute_advantages, shape_rewards
+from miles.algorithms.corrections import Correction, compute_correction
+from miles.algorithms.estimators import AdvantageBatch
+from miles.algorithms.losses import LossBatch, rl_loss
+from miles.algorithms.metrics import MetricSum, reduce_metrics
+from miles.services.trainer.backend import Progress
+from miles.services.trainer.backends.fsdp import settings
+from miles.services.trainer.backends.fsdp.batch import OptimizerStepPlan, RolloutBatch, build_batch, scalar_reward
+from miles.services.trainer.backends.fsdp.forward import ForwardOptions, forward
+from miles.services.trainer.backends.fsdp.optimizer import clip_gradients, learning_rate, set_learning_rate
+from miles.services.trainer.backends.fsdp.packing import MicroBatch
+from miles.services.trainer.backends.fsdp.routing_replay import RoutingReplay, rollout_routing
+from miles.types import SampleGroup, SampleStatus
+
+if TYPE_CHECKING:
+    from miles.config import JobConfig
+
+Report = Callable[[Progress], None]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _TokenTensors:
+    """What is known of this rank's response tokens before the first optimizer step; float32 [T] on the device."""
+
+    mask: torch.Tensor
+    advantages: torch.Tensor
+    train: torch.Tensor | None
+    """Log-probabilities of the policy as it is; None when the training pass itself gives them."""
+    ref: torch.Tensor | None
+    rollout: torch.Tensor | None
+    correction: Correction | None
+    """Only what needs the whole batch."""
+
+
+class RolloutTrainer:
+    """Trains a policy on one rollout after the other; every rank makes the same calls."""
+
+    def __init__(
+        self,
+        config: JobConfig,
+        policy: torch.nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        reference: torch.nn.Module | None,
+        replay: RoutingReplay | None,
+        options: ForwardOptions,
+        total_iterations: int,
+    ) -> None:
+        self._config = config
+        self._policy = policy
+        self._optimizer = optimizer
+        self._reference = reference
+        self._replay = replay
+        self._options = options
+        self._total_iterations = total_iterations
+        self._group = dist.group.WORLD if dist.get_world_size() > 1 else None
+        self._loss_config = settings.loss_config(config)
+        self._recorded: dict[int, torch.Tensor] = {}
+        """Routing by identity of the micro-batch, within one rollout."""
+        self.iteration = 0
+        """Optimizer steps taken."""
+
+    def train(self, groups: Sequence[SampleGroup], report: Report) -> dict[str, float]:
+        """Take the optimizer steps of one rollout; returns metrics by name, the same on every rank."""
+        began = time.monotonic()
+        batch = build_batch(groups, self._config, dist.get_rank(), dist.get_world_size())
+        self._recorded.clear()
+        tokens = self._prepare(batch, report)
+        prepared = time.monotonic()
+        parts: list[dict[str, MetricSum]] = []
+        norms: list[float] = []
+        count = sum(len(step.micro_batches) for step in batch.steps)
+        for step in batch.steps:
+            for micro_batch in step.micro_batches:
+                report(Progress("forward_backward", len(parts), count))
+                parts.append(self._forward_backward(batch, step, micro_batch, tokens))
+            report(Progress("optimizer", len(parts), count))
+            norms.append(self._optimizer_step())
+        return reduce_metrics(parts, self._group) | {
+            "train/grad_norm": sum(norms) / len(norms),
+            "train/lr": self._optimizer.param_groups[0]["lr"],
+            "perf/log_probs_time": prepared - began,
+            "perf/actor_train_time": time.monotonic() - began,
+        }
+
+    def update_reference(self) -> None:
+        """Make the reference equal to the policy as it is."""
+        if self._reference is not None:
+            policy = dict(self._policy.named_parameters())
+            with torch.no_grad():
+                for name, parameter in self._reference.named_parameters():
+                    parameter.copy_(policy[name])
+
+    def _prepare(self, batch: RolloutBatch, report: Report) -> _TokenTensors:
+        """Everything that is computed on the whole batch before the first optimizer step."""
+        config, device = self._config, self._options.device
+        mask = batch.masks().to(device)
+        rollout, teacher = (
+            None if x is None else x.to(device)
+            for x in (batch.token_values("rollout_log_probs"), batch.token_values("teacher_log_probs"))
+        )
+        train = self._log_probs(self._policy, batch, report) if settings.needs_log_prob_pass(config) else None
+        ref = self._log_probs(self._reference, batch, report) if self._reference is not None else None
+        rewards = self._shaped_rewards(batch)
+        advantages = compute_advantages(
+            settings.advantage_config(config),
+            AdvantageBatch(
+                packing=batch.packing,
+                mask_T=mask,
+                rewards_B=rewards[list(batch.mine)].to(device),
+                old_log_probs_T=train,
+                ref_log_probs_T=ref,
+                teacher_log_probs_T=teacher,
+            ),
+            self._group,
+        )
+        method = settings.correction_method(config)
+        correction = None
+        if method is not None and train is not None and rollout is not None:
+            correction = compute_correction(
+                method,
+                train_log_probs_T=train,
+                rollout_log_probs_T=rollout,
+                mask_T=mask,
+                packing=batch.packing,
+                group=self._group,
+            )
+        return _TokenTensors(mask, advantages.advantages_T, train, ref, rollout, correction)
+
+    def _shaped_rewards(self, batch: RolloutBatch) -> torch.Tensor:
+        """Group-normalised rewards of all samples; float32 [all samples]. FAILED samples stand outside their group."""
+        shaped = torch.zeros(len(batch.samples))
+        scored = [i for i, sample in enumerate(batch.samples) if sample.status is not SampleStatus.FAILED]
+        shaped[scored] = shape_rewards(
+            settings.advantage_config(self._config),
+            [scalar_reward(batch.samples[i], self._config.reward.reward_key) for i in scored],
+            [batch.samples[i].group_id for i in scored],
+        )
+        return shaped
+
+    def _log_probs(self, model: torch.nn.Module, batch: RolloutBatch, report: Report) -> torch.Tensor:
+        """The model's log-probabilities of this rank's response tokens; float32 [T]."""
+        same_cut = self._config.algorithm.use_routing_replay  # recorded routing is kept by micro-batch
+        micro_batches = (
+            [m for step in batch.steps for m in step.micro_batches] if same_cut else batch.log_prob_micro_batches
+        )
+        result = torch.zeros(batch.packing.num_tokens, device=self._options.device)
+        for done, micro_batch in enumerate(micro_batches):
+            report(Progress("log_probs", done, len(micro_batches)))
+            if model is self._policy:
+                self._route(batch, micro_batch)
+            with torch.no_grad():
+                outputs = forward(model, micro_batch, self._options)
+            result[batch.place(micro_batch).to(result.device)] = outputs.log_probs_T
+            if model is self._policy:
+                self._keep_routing(micro_batch)
+        return result
+
+    def _forward_backward(
+        self, batch: RolloutBatch, step: OptimizerStepPlan, micro_batch: MicroBatch, tokens: _TokenTensors
+    ) -> dict[str, MetricSum]:
+        """Add the micro-batch's gradient; returns its part of the step's metrics."""
+        algorithm = self._config.algorithm
+        self._route(batch, micro_batch)
+        outputs = forward(
+            self._policy,
+            micro_batch,
+            self._options,
+            with_entropy=algorithm.entropy_coef != 0 or algorithm.observe_training_entropy,
+            entropy_requires_grad=algorithm.entropy_coef != 0,
+        )
+        where = batch.place(micro_batch).to(self._options.device)
+        members = [batch.position(i) for i in micro_batch.samples]
+        loss = rl_loss(
+            self._loss_config,
+            LossBatch(
+                packing=batch.packing.subset(members),
+                mask_T=tokens.mask[where],
+                advantages_T=tokens.advantages[where],
+                train_log_probs_T=None if tokens.train is None else tokens.train[where],
+                rollout_log_probs_T=None if tokens.rollout is None else tokens.rollout[where],
+                ref_log_probs_T=None if tokens.ref is None else tokens.ref[where],
+                correction=None if tokens.correction is None else tokens.correction.take(batch.packing, members),
+                denominator=step.num_tokens if algorithm.calculate_per_token_loss else step.num_samples,
+            ),
+            outputs.log_probs_T,
+            outputs.entropy_T,
+        )
+        (loss.loss * dist.get_world_size()).backward()  # FSDP averages over ranks what are already shares of the step
+        return loss.metrics
+
+    def _optimizer_step(self) -> float:
+        """Clip, step and clear the gradients; returns their norm before clipping."""
+        config = self._config.optimizer
+        norm = clip_gradients(self._policy, config.clip_grad)
+        set_learning_rate(self._optimizer, learning_rate(self.iteration, config, self._total_iterations))
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        self.iteration += 1
+        return norm
+
+    def _route(self, batch: RolloutBatch, micro_batch: MicroBatch) -> None:
+        """Choose the routing of the next forward: the engine's, what was recorded for these rows, or the model's own."""
+        if self._replay is None:
+            return
+        if micro_batch.is_empty:
+            self._replay.choose_freely()
+        elif self._config.rollout.use_rollout_routing_replay:
+            self._replay.replay(rollout_routing(batch.samples, micro_batch).to(self._options.device))
+        elif id(micro_batch) in self._recorded:
+            self._replay.replay(self._recorded[id(micro_batch)])
+        else:
+            self._replay.record()
+
+    def _keep_routing(self, micro_batch: MicroBatch) -> None:
+        """Remember the routing that a log-probability pass has just recorded, for the training pass."""
+        if self._config.algorithm.use_routing_replay and self._replay is not None and not micro_batch.is_empty:
+            self._recorded[id(micro_batch)] = self._replay.recorded()
