@@ -83,7 +83,7 @@ def find_breaks(locked: dict[tuple[str, int], Entry], contracts: Contracts) -> l
             breaks.append(f"{owner}: {old.name} = {number} is gone; add `reserved {number};`")
         elif new is not None and old.kind == RESERVED:
             breaks.append(f"{owner}: {new.name} reuses number {number}, which {old.name} had; give it a new number")
-        elif new is not None and (new.name, new.kind) != (old.name, old.kind):
+        elif new is not None and (new.name, _wire_kind(new)) != (old.name, _wire_kind(old)):
             breaks.append(
                 f"{owner}: number {number} was `{old.kind} {old.name}`, is `{new.kind} {new.name}`; "
                 f"give the new one a new number and add `reserved {number};`"
@@ -100,6 +100,11 @@ def update_lock(locked: dict[tuple[str, int], Entry], contracts: Contracts) -> d
         if key[0] in contracts.reserved and key not in contracts.entries:
             updated[key] = dataclasses.replace(old, kind=RESERVED)
     return updated | contracts.entries
+
+
+def _wire_kind(entry: Entry) -> str:
+    """What bytes depend on: `optional` changes what absence means, not how a value is written."""
+    return entry.kind.removeprefix("optional ")
 
 
 def _read_message(contracts: Contracts, path: str, message: descriptor_pb2.DescriptorProto) -> None:

@@ -116,9 +116,11 @@ def _from_json_text(text: str, key: str, expected: str) -> Any:
 
 def _json(value: Any, key: str) -> str:
     try:
-        return json.dumps(value, allow_nan=False, ensure_ascii=False)
+        text = json.dumps(value, allow_nan=False, ensure_ascii=False)
+        text.encode()
     except (TypeError, ValueError, RecursionError) as error:
         raise DataError(f"{key!r} cannot be written as JSON: {error}") from error
+    return text
 
 
 def _encodable(text: str, key: str) -> None:

@@ -24,6 +24,8 @@ def load_tokenizer(hf_checkpoint: str, chat_template_path: str | None = None) ->
     """
     from transformers import AutoTokenizer
 
+    if hf_checkpoint.startswith(("/", "./", "../")) and not pathlib.Path(hf_checkpoint).is_dir():
+        raise DataError(f"hf_checkpoint {hf_checkpoint} is not a folder")
     template = None
     if chat_template_path is not None:
         path = pathlib.Path(chat_template_path).expanduser()

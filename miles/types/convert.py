@@ -130,24 +130,28 @@ def json_to_text(value: Any, path: str) -> str:
     """Encode a JSON value; MalformedMessage for what JSON cannot hold without loss."""
     try:
         _check_json(value, path)
-        # Escapes keep lone surrogates, which protobuf's strings refuse.
-        return json.dumps(value, allow_nan=False, separators=(",", ":"))
+        text = json.dumps(value, allow_nan=False, ensure_ascii=False, separators=(",", ":"))
+        text.encode()
     except RecursionError as error:
         raise MalformedMessage(path, "nested too deeply for JSON") from error
     except (TypeError, ValueError) as error:
         if isinstance(error, MalformedMessage):
             raise
         raise MalformedMessage(path, f"not JSON: {error}") from error
+    return text
 
 
 def json_from_text(text: str, path: str) -> Any:
-    """Decode strict JSON (no NaN or infinity); MalformedMessage when it is not."""
+    """Decode strict JSON (no NaN, no infinity, no lone surrogates); MalformedMessage when it is not."""
     try:
-        return json.loads(text, parse_constant=_refuse_constant, parse_float=_finite_float)
+        value = json.loads(text, parse_constant=_refuse_constant, parse_float=_finite_float)
+        if "\\u" in text:  # an escape may stand for half a character
+            json.dumps(value, ensure_ascii=False).encode()
     except RecursionError as error:
         raise MalformedMessage(path, "nested too deeply for JSON") from error
     except ValueError as error:
         raise MalformedMessage(path, f"not JSON: {error}") from error
+    return value
 
 
 def _encode_sample(sample: Sample, path: str) -> pb.Sample:
