@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import pathlib
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -136,10 +136,10 @@ class TorchEngine:
         if not await asyncio.to_thread(worker.join, self._command_timeout_s):
             raise TimeoutError(f"the engine's thread did not end within {self._command_timeout_s:.0f} s")
 
-    async def generate(self, request: GenerationRequest) -> AsyncIterator[GenerationDelta]:
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationDelta, None]:
         """Stream a response, one delta a step. Leaving the iterator early aborts the request.
 
-        Raises ValueError, listing all faults, for a request the engine cannot serve, and EngineFailed when a step failed.
+        Raises ValueError, listing all faults, for a request the engine cannot serve, EngineFailed when a step failed.
         """
         worker = self._started()
         self._validate(request)
@@ -206,14 +206,16 @@ class TorchEngine:
             raise RuntimeError("the engine is not running: call start() first, and nothing after close()")
         return self._worker
 
-    async def _call(self, call: Any, what: str) -> Any:
+    async def _call(self, call: Callable[[], T], what: str) -> T:
         return await self._finish(self._started().submit(call), what)
 
     async def _finish(self, future: concurrent.futures.Future[T], what: str) -> T:
         try:
             return await asyncio.wait_for(asyncio.wrap_future(future), self._command_timeout_s)
         except TimeoutError:
-            raise TimeoutError(f"{what}: the engine's thread gave no answer in {self._command_timeout_s:.0f} s") from None
+            raise TimeoutError(
+                f"{what}: the engine's thread gave no answer in {self._command_timeout_s:.0f} s"
+            ) from None
 
     def _hand_out(self, batch: list[Delivery]) -> None:
         for request_id, delta in batch:
@@ -222,8 +224,8 @@ class TorchEngine:
                 stream.put_nowait(delta)
 
     def _stop_rule(self, sampling: SamplingParams) -> StopRule:
-        assert self._tokenizer is not None
-        strings = StopStrings(self._tokenizer, sampling.stop) if sampling.stop else None
+        decoder: Any = self._tokenizer
+        strings = StopStrings(decoder, sampling.stop) if sampling.stop else None
         return StopRule((*self._end_tokens, *sampling.stop_token_ids), strings, sampling.min_new_tokens)
 
     def _validate(self, request: GenerationRequest) -> None:
@@ -233,7 +235,10 @@ class TorchEngine:
         wrong = [id_ for id_ in request.input_ids if not 0 <= id_ < self._vocabulary]
         checks = (
             (request.request_id not in self._streams, "a request with this id is running"),
-            (prompt >= 1, f"{len(request.input_ids)} input tokens, {request.resumed_tokens} of them resumed: no prompt"),
+            (
+                prompt >= 1,
+                f"{len(request.input_ids)} input tokens, {request.resumed_tokens} of them resumed: no prompt",
+            ),
             (request.resumed_tokens >= 0, f"resumed_tokens is {request.resumed_tokens}; it cannot be negative"),
             (not wrong, f"token {wrong[:1]} is not in the vocabulary of {self._vocabulary}"),
             (sampling.max_new_tokens >= 1, f"max_new_tokens is {sampling.max_new_tokens}; it must be at least 1"),
@@ -244,7 +249,10 @@ class TorchEngine:
             ),
             (sampling.temperature >= 0, f"temperature is {sampling.temperature}; it must be 0 (greedy) or more"),
             (0 < sampling.top_p <= 1, f"top_p is {sampling.top_p}; it must be in (0, 1]"),
-            (sampling.top_k == -1 or sampling.top_k >= 1, f"top_k is {sampling.top_k}; it must be -1 (all) or more than 0"),
+            (
+                sampling.top_k == -1 or sampling.top_k >= 1,
+                f"top_k is {sampling.top_k}; it must be -1 (all) or more than 0",
+            ),
             (
                 0 <= sampling.min_new_tokens <= sampling.max_new_tokens,
                 f"min_new_tokens is {sampling.min_new_tokens}; it must be in [0, max_new_tokens]",

@@ -75,7 +75,12 @@ class KVCache:
         self.values_LSHTD = values
 
     def write(
-        self, layer: int, slots_N: torch.Tensor, positions_N: torch.Tensor, keys_NHD: torch.Tensor, values_NHD: torch.Tensor
+        self,
+        layer: int,
+        slots_N: torch.Tensor,
+        positions_N: torch.Tensor,
+        keys_NHD: torch.Tensor,
+        values_NHD: torch.Tensor,
     ) -> None:
         """Store one layer's keys and values of N tokens at their slots and positions."""
         self.keys_LSHDT[layer][slots_N, :, :, positions_N] = keys_NHD

@@ -85,9 +85,11 @@ def build_empty_model(
             return None
         return torch.nn.Parameter(parameter.to("meta"), requires_grad=False)
 
-    hook = torch.nn.modules.module.register_module_parameter_registration_hook(to_meta)
+    register: Any = torch.nn.modules.module.register_module_parameter_registration_hook
+    hook = register(to_meta)
     try:
-        model: torch.nn.Module = AutoModelForCausalLM.from_config(
+        build: Any = AutoModelForCausalLM.from_config
+        model: torch.nn.Module = build(
             config, dtype=dtype, attn_implementation=ATTENTION_NAME, experts_implementation=experts_implementation
         )
     finally:

@@ -12,9 +12,7 @@ _32 = np.uint64(32)
 _ROUNDS = 10
 
 
-def philox_4x32(
-    counters: npt.NDArray[np.uint32], keys: npt.NDArray[np.uint32]
-) -> npt.NDArray[np.uint32]:
+def philox_4x32(counters: npt.NDArray[np.uint32], keys: npt.NDArray[np.uint32]) -> npt.NDArray[np.uint32]:
     """Philox4x32-10 of counters (n, 4) under keys (n, 2), giving (n, 4) words.
 
     Salmon et al., Parallel Random Numbers: As Easy as 1, 2, 3 (SC 2011).

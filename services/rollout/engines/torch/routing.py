@@ -13,7 +13,9 @@ class RoutingRecorder:
     """Sees the expert choices of every mixture-of-experts layer during a forward pass, by hooks on the experts."""
 
     def __init__(self, model: torch.nn.Module) -> None:
-        self._experts = [m for m in model.modules() if hasattr(m, "num_experts") and hasattr(m, "gate_up_proj")]
+        self._experts: list[Any] = [
+            module for module in model.modules() if hasattr(module, "num_experts") and hasattr(module, "gate_up_proj")
+        ]
         self._chosen: dict[int, torch.Tensor] = {}
         self.enabled = False
         """Whether the next forward pass is recorded."""
@@ -38,7 +40,7 @@ class RoutingRecorder:
         return record
 
     def take(self, tokens: int) -> npt.NDArray[Any]:
-        """The choices of the last forward pass for its first `tokens` tokens: (tokens, layers, k), best expert first."""
+        """Choices of the last forward pass for its first `tokens` tokens: (tokens, layers, k), best expert first."""
         chosen_NLK = torch.stack([self._chosen[layer][:tokens] for layer in range(self.layers)], dim=1)
         self._chosen.clear()
         return chosen_NLK.cpu().numpy().astype(self.dtype)

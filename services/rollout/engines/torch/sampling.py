@@ -136,7 +136,7 @@ def _keep_top(
 def _invert(weights_RV: torch.Tensor, numbers_R: torch.Tensor) -> torch.Tensor:
     """Invert each row's cumulative distribution at its number, first over blocks of the vocabulary, then within one.
 
-    `weights_RV` (float32, not negative, one positive at least) need not add up to 1. A token of weight 0 is never drawn.
+    `weights_RV` (float32, not negative, one positive at least) need not add up to 1. Weight 0 is never drawn.
     """
     missing = -weights_RV.shape[1] % _BLOCK
     if missing:

@@ -68,7 +68,7 @@ class Sequence:
         """The end of the response."""
         known = len(self.tokens) - 1
         routed = None
-        if self.routing is not None and self.routing.length:
+        if self.routing is not None and self.routing.length >= known:
             routed = self.routing.prefix(known)
         return GenerationResult(
             reason=reason,

@@ -16,8 +16,8 @@ class Decoder(Protocol):
 class StopStrings:
     """Finds a stop string that the newest token completes, decoding only the response's tail.
 
-    A stop string of n bytes is covered by the last n tokens that have text, one more token gives the decoder the context
-    of the first, and three more allow for tokens that hold part of a character.
+    A stop string of n bytes is covered by the last n tokens that have text; one more token gives the decoder the
+    context of the first, and three more allow for tokens that hold part of a character.
     """
 
     def __init__(self, decoder: Decoder, stop: Sequence[str]) -> None:

@@ -55,7 +55,9 @@ class Worker:
         self._config = config
         self._options = options
         self._deliver = deliver
-        self._commands: queue.SimpleQueue[tuple[Callable[[], Any], concurrent.futures.Future[Any]]] = queue.SimpleQueue()
+        self._commands: queue.SimpleQueue[tuple[Callable[[], Any], concurrent.futures.Future[Any]]] = (
+            queue.SimpleQueue()
+        )
         self._scheduler = Scheduler(options.max_running_requests, options.max_prefill_tokens)
         self._sequences: dict[str, Sequence] = {}
         self._outbox: list[Delivery] = []
@@ -131,13 +133,15 @@ class Worker:
         if self._recorder.layers == 0:
             sequence.routing = None
         if sequence.response_length >= sequence.request.sampling.max_new_tokens:
-            self._outbox.append((sequence.request.request_id, GenerationDelta((), (), sequence.result(FinishReason.LENGTH))))
+            self._outbox.append(
+                (sequence.request.request_id, GenerationDelta((), (), sequence.result(FinishReason.LENGTH)))
+            )
             return
         self._sequences[sequence.request.request_id] = sequence
         self._scheduler.add(sequence)
 
     def abort(self, request_ids: Seq[str] | None) -> None:
-        """Between steps: end these requests (None: all) with what they have. Unknown ids are requests that have ended."""
+        """Between steps: end these requests (None: all) with what they have; unknown ids have ended already."""
         for request_id in list(self._sequences) if request_ids is None else request_ids:
             sequence = self._sequences.get(request_id)
             if sequence is not None:
@@ -221,8 +225,7 @@ class Worker:
         self._share_routing(plan, before=True)
         packed = pack(plan)
         self._recorder.enabled = any(
-            sequence.routing is not None
-            for sequence in (*plan.decode, *(chunk.sequence for chunk in plan.prefill))
+            sequence.routing is not None for sequence in (*plan.decode, *(chunk.sequence for chunk in plan.prefill))
         )
         logits_RV = self._forward.run(plan, packed)
         if self._recorder.enabled:
