@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from miles.types import VersionSpan
@@ -113,7 +113,7 @@ class RolloutEngine(Protocol):
     async def close(self) -> None:
         """Abort everything and free the model."""
 
-    def generate(self, request: GenerationRequest) -> AsyncIterator[GenerationDelta]:
+    def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationDelta, None]:
         """Stream a response. Leaving the iterator early aborts the request."""
 
     async def abort(self, request_ids: Sequence[str] | None = None) -> None:

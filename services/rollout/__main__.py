@@ -1,0 +1,60 @@
+"""`python -m miles.services.rollout`: one inference engine as a service."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+from collections.abc import Sequence
+
+from miles.rpc import WorkerAttachment, main, start_server
+from miles.rpc.gen import controller_pb2, rollout_pb2, rollout_pb2_grpc
+from miles.services.rollout.service import RolloutServicer
+
+STOP_GRACE_S = 5.0
+
+
+def parse_flags(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The service's command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m miles.services.rollout",
+        description="Generates and scores responses; finished groups go into the sample queue of their job.",
+    )
+    add = parser.add_argument
+    add("--listen", default="127.0.0.1:0", metavar="HOST:PORT", help="where to listen; port 0 picks a free one")
+    add("--controller", metavar="HOST:PORT", help="controller to attach to; without it the service stands alone")
+    add("--worker-id", default="rollout-0", help="name of this worker, the same over its restarts")
+    add("--device", help="what engines compute on: auto, cpu, cuda, cuda:1, ...; default: what the job says")
+    add("--num-gpus", type=int, default=0, help="GPUs this worker holds, for the controller's books")
+    return parser.parse_args(arguments)
+
+
+async def serve(flags: argparse.Namespace) -> None:
+    """Serve until cancelled, then store what is half-finished."""
+    servicer = RolloutServicer(worker_id=flags.worker_id, device=flags.device)
+    name = rollout_pb2.DESCRIPTOR.services_by_name["RolloutService"].full_name
+    server, address = await start_server(
+        lambda server: rollout_pb2_grpc.add_RolloutServiceServicer_to_server(servicer, server), flags.listen, [name]
+    )
+    print(f"listening on {address}", flush=True)
+    try:
+        if flags.controller is None:
+            await asyncio.Event().wait()
+            return
+        attachment = WorkerAttachment(
+            flags.controller,
+            worker_id=flags.worker_id,
+            kind=controller_pb2.WORKER_KIND_ROLLOUT,
+            address=address,
+            heartbeat=servicer.heartbeat,
+            num_gpus=flags.num_gpus,
+            info={"device": flags.device or "as the job says"},
+        )
+        await attachment.run()
+    finally:
+        await servicer.close()
+        await server.stop(STOP_GRACE_S)
+
+
+if __name__ == "__main__":
+    parsed = parse_flags()
+    main(lambda: serve(parsed))

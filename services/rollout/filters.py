@@ -1,0 +1,84 @@
+"""Dynamic sampling: which scored groups are worth training on (DAPO, arXiv:2503.14476, section 3.2)."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import inspect
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from miles.services.rollout.stats import reward_number
+from miles.types import Sample
+
+if TYPE_CHECKING:
+    from miles.config import JobConfig
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class FilterResult:
+    """Whether to queue a group, and if not, why."""
+
+    keep: bool
+    reason: str = ""
+
+
+GroupFilter = Callable[["JobConfig", Sequence[Sample]], Any]
+"""Takes the configuration and a group's scored samples; returns, or is a coroutine that returns, a bool, a
+`FilterResult`, or any object with `keep` and optionally `reason`."""
+
+
+class FilterError(ValueError):
+    """A filter that cannot be loaded, raised an error, or returned something that is no verdict."""
+
+
+def check_reward_nonzero_std(config: JobConfig, samples: Sequence[Sample]) -> FilterResult:
+    """Keep a group whose rewards differ: equal rewards give no advantage and so no gradient.
+
+    Samples that failed count for nothing; fewer than two rewards have no spread.
+    """
+    key = config.reward.reward_key
+    rewards = [reward_number(sample.reward, key) for sample in samples if sample.reward is not None]
+    if len(set(rewards)) > 1:
+        return FilterResult(True)
+    return FilterResult(False, f"zero_std_{rewards[0]:g}" if rewards else "no_reward")
+
+
+BUILTIN: dict[str, GroupFilter] = {
+    # The name by which existing recipes call it.
+    "miles.rollout.filter_hub.dynamic_sampling_filters.check_reward_nonzero_std": check_reward_nonzero_std,
+}
+
+
+def load_filter(path: str) -> GroupFilter:
+    """The function that `package.module.name` names. Raises FilterError."""
+    if path in BUILTIN:
+        return BUILTIN[path]
+    module_name, _, name = path.rpartition(".")
+    try:
+        function = getattr(importlib.import_module(module_name), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise FilterError(f"dynamic_sampling_filter_path = {path} cannot be loaded: {error}") from error
+    if not callable(function):
+        raise FilterError(f"dynamic_sampling_filter_path = {path} is a {type(function).__name__}, not a function")
+    loaded: GroupFilter = function
+    return loaded
+
+
+async def apply_filter(function: GroupFilter | None, config: JobConfig, samples: Sequence[Sample]) -> FilterResult:
+    """The filter's verdict; everything is kept without one. Raises FilterError when the user's code fails."""
+    if function is None:
+        return FilterResult(True)
+    name = getattr(function, "__qualname__", repr(function))
+    try:
+        verdict = function(config, samples)
+        if inspect.isawaitable(verdict):
+            verdict = await verdict
+    except Exception as error:  # the user's code: what it raises decides that the group has no verdict
+        raise FilterError(f"filter {name} raised {type(error).__name__}: {error}") from error
+    if isinstance(verdict, bool):
+        return FilterResult(verdict, "" if verdict else name)
+    keep = getattr(verdict, "keep", None)
+    if not isinstance(keep, bool):
+        raise FilterError(f"filter {name} returned {verdict!r}; return True, False, or an object with keep and reason")
+    return FilterResult(keep, "" if keep else str(getattr(verdict, "reason", None) or name))

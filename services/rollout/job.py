@@ -1,0 +1,260 @@
+"""One job on this worker: its engine, its connections, and the groups it is generating."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import math
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from miles.queue import GroupQueue, PartialStore, connect_async
+from miles.rpc.gen import policy_pb2, rollout_pb2
+from miles.services.rollout.engine import RolloutEngine
+from miles.services.rollout.filters import load_filter
+from miles.services.rollout.group_runner import GroupRun, GroupTools
+from miles.services.rollout.leases import Lease, Outcome, Purpose
+from miles.services.rollout.scoring import Scorer
+from miles.services.rollout.serving import Serving
+
+if TYPE_CHECKING:
+    from miles.config import JobConfig
+    from miles.reward_sdk.client import RewardClient
+    from miles.weights.subscriber import SubscriberState
+
+log = logging.getLogger(__name__)
+
+CLOSE_DEADLINE_S = 60.0
+"""How long running groups may take to store what they have when the job ends here."""
+
+Deliver = Callable[[Lease, Outcome], None]
+
+
+class RolloutJob:
+    """What this worker holds for one job. `start` once, then hand it leases; `close` it."""
+
+    def __init__(
+        self,
+        job_id: str,
+        config: JobConfig,
+        *,
+        redis_url: str,
+        weightsync_address: str,
+        reward_addresses: Mapping[str, str],
+        worker_id: str,
+        device: str | None = None,
+    ) -> None:
+        """Without a `weightsync_address` the engine serves the checkpoint's own weights as version 0."""
+        self.job_id = job_id
+        self.config = config
+        self.origin = (config, redis_url, weightsync_address, dict(reward_addresses))
+        """What the job was built from; a job built from the same is the same."""
+        self._redis_url = redis_url
+        self._weightsync_address = weightsync_address
+        self._reward_addresses = dict(reward_addresses)
+        self._worker_id = worker_id
+        self._device = device or config.services.device
+        self._runs: dict[tuple[Purpose, int], tuple[GroupRun, asyncio.Task[None]]] = {}
+        self._closing = contextlib.AsyncExitStack()
+        self._listeners: list[Callable[[], None]] = []
+        self.engine: RolloutEngine
+        self.serving: Serving
+        self._tools: GroupTools
+
+    @property
+    def capacity_groups(self) -> int:
+        """Groups the engine can usefully hold at once; 0 while it is out of routing.
+
+        Twice what fills its slots: while some groups run out or wait for rewards, others keep the slots busy.
+        """
+        if self.serving.quarantine_reason:
+            return 0
+        return 2 * math.ceil(self.engine.max_running_requests / self.config.data.n_samples_per_prompt)
+
+    async def start(self) -> AsyncGenerator[str, None]:
+        """Build and connect everything, yielding each stage before it begins. On an error nothing stays behind."""
+        try:
+            async with contextlib.aclosing(self._start()) as stages:
+                async for stage in stages:
+                    log.info("job %s: %s", self.job_id, stage)
+                    yield stage
+        except BaseException:
+            await self._closing.aclose()
+            raise
+
+    async def _start(self) -> AsyncGenerator[str, None]:
+        rollout = self.config.rollout
+        yield "connecting to the sample queue"
+        redis = await connect_async(self._redis_url)
+        self._closing.push_async_callback(redis.aclose)
+        yield "loading the tokenizer"
+        decode = await asyncio.to_thread(_decoder, str(rollout.hf_checkpoint))
+        group_filter = None
+        if rollout.dynamic_sampling_filter_path is not None:
+            group_filter = load_filter(rollout.dynamic_sampling_filter_path)
+        yield f"building the {rollout.rollout_backend} engine"
+        self.engine = await asyncio.to_thread(self._create_engine)
+        await self.engine.start()
+        self._closing.push_async_callback(self.engine.close)
+        self.serving = Serving(self.engine, self._on_serving_change)
+        yield "connecting to rewards and weights"
+        self._tools = GroupTools(
+            job_id=self.job_id,
+            config=self.config,
+            engine=self.engine,
+            gate=self.serving.gate,
+            decode=decode,
+            scorer=Scorer(self._connect_rewards(), self.config.reward),
+            queue=GroupQueue(redis, self.job_id),
+            partials=PartialStore(redis, self.job_id),
+            group_filter=group_filter,
+        )
+        ticker = asyncio.create_task(self._tick(), name=f"ticks of job {self.job_id}")
+        self._closing.callback(ticker.cancel)
+        if self._weightsync_address:
+            await self._subscribe()
+        else:
+            yield "loading the checkpoint's weights"
+            await self._load_checkpoint()
+
+    def _create_engine(self) -> RolloutEngine:
+        # In a thread: importing an engine imports torch, which takes seconds.
+        from miles.services.rollout.engines import create_engine
+
+        rollout = self.config.rollout
+        return create_engine(
+            rollout.rollout_backend,
+            hf_checkpoint=rollout.hf_checkpoint,
+            device=self._device,
+            dtype=rollout.rollout_dtype,
+            max_running_requests=rollout.max_running_requests,
+            max_total_tokens=rollout.rollout_max_context_len,
+        )
+
+    def _connect_rewards(self) -> RewardClient:
+        from miles.reward_sdk.client import RewardClient
+
+        reward = self.config.reward
+        client = RewardClient(self._reward_addresses, timeout_s=reward.reward_timeout_s, retries=reward.reward_retries)
+        self._closing.push_async_callback(client.close)
+        return client
+
+    async def _subscribe(self) -> None:
+        from miles.weights.subscriber import SubscriberState, WeightSubscriber
+
+        def on_change(state: SubscriberState) -> None:
+            if state is SubscriberState.QUARANTINED:
+                self.serving.quarantine(f"weights: {subscriber.last_error}")
+            elif subscriber.version is not None:
+                self.serving.admit(subscriber.version)
+
+        stream = policy_pb2.WEIGHT_STREAM_POLICY
+        subscriber = WeightSubscriber(
+            *(self._weightsync_address, self.job_id, self._worker_id, stream, self.serving), on_change=on_change
+        )
+        await subscriber.start()
+        self._closing.push_async_callback(subscriber.close)
+
+    async def _load_checkpoint(self) -> None:
+        from miles.services.rollout.checkpoint_weights import read_weights
+
+        rollout = self.config.rollout
+        weights = await asyncio.to_thread(read_weights, str(rollout.hf_checkpoint), rollout.rollout_dtype)
+        await self.serving.load_weights(0, weights)
+        self.serving.admit(0)
+
+    def lease(self, lease: Lease, deliver: Deliver) -> None:
+        """Begin a group; `deliver` gets what comes of it, unless it raised a bug, which is logged.
+
+        A group that is leased again while it still runs is given up first.
+        """
+        key = (lease.purpose, lease.group_id)
+        before = self._runs.get(key)
+        run = GroupRun(lease, self._tools)
+
+        async def carry_out() -> None:
+            if before is not None:
+                before[0].give_up()
+                await asyncio.wait([before[1]])
+            try:
+                deliver(lease, await run.run())
+            finally:
+                if self._runs.get(key, (None,))[0] is run:
+                    del self._runs[key]
+
+        task = asyncio.create_task(carry_out(), name=f"group {lease.group_id} of job {self.job_id}")
+        task.add_done_callback(_log_bug)
+        self._runs[key] = (run, task)
+
+    def give_up(self, group_id: int, attempt: int) -> None:
+        """Give up one group, if that attempt of it runs."""
+        for run, _ in self._runs.values():
+            if (run.lease.group_id, run.lease.attempt) == (group_id, attempt):
+                run.give_up()
+
+    def give_up_all(self) -> None:
+        """Give up every group."""
+        for run, _ in self._runs.values():
+            run.give_up()
+
+    async def settle(self, deadline_s: float = CLOSE_DEADLINE_S) -> None:
+        """Give up every group and wait until each has stored what it has."""
+        self.give_up_all()
+        tasks = [task for _, task in self._runs.values()]
+        if tasks:
+            _, late = await asyncio.wait(tasks, timeout=deadline_s)
+            for task in late:
+                log.warning("%s did not end within %.0f s; what it has is lost", task.get_name(), deadline_s)
+                task.cancel()
+
+    def listen(self, listener: Callable[[], None]) -> None:
+        """Have `listener` called whenever `capacity_groups` may have changed."""
+        self._listeners.append(listener)
+
+    def unlisten(self, listener: Callable[[], None]) -> None:
+        """Undo `listen`."""
+        self._listeners.remove(listener)
+
+    def progress(self) -> rollout_pb2.RunProgress:
+        """Counters as of now."""
+        stats = self.engine.stats()
+        return rollout_pb2.RunProgress(
+            running_requests=stats.running_requests,
+            waiting_requests=stats.waiting_requests,
+            generated_tokens=stats.generated_tokens,
+            busy_s=stats.busy_s,
+            version=self.serving.gate.version,
+        )
+
+    async def close(self) -> None:
+        """Give up all groups, storing what they have, and let go of everything."""
+        await self.settle()
+        await self._closing.aclose()
+
+    def _on_serving_change(self) -> None:
+        if self.serving.quarantine_reason:
+            self.give_up_all()
+        for listener in list(self._listeners):
+            listener()
+
+    async def _tick(self) -> None:
+        while True:
+            await asyncio.sleep(0.5)
+            self.serving.tick()
+
+
+def _decoder(hf_checkpoint: str) -> Callable[[Sequence[int], bool], str]:
+    from miles.data.template import load_tokenizer
+
+    tokenizer = load_tokenizer(hf_checkpoint)
+
+    def decode(token_ids: Sequence[int], skip_special_tokens: bool) -> str:
+        return str(tokenizer.decode(list(token_ids), skip_special_tokens=skip_special_tokens))
+
+    return decode
+
+
+def _log_bug(task: asyncio.Task[None]) -> None:
+    if not task.cancelled() and (error := task.exception()) is not None:
+        log.error("%s ended with an error that is a bug", task.get_name(), exc_info=error)

@@ -1,0 +1,98 @@
+"""One Run stream: leases in; progress and outcomes out, in the order they happen."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, AsyncIterator
+
+from miles.rpc.gen import rollout_pb2
+from miles.services.rollout.job import RolloutJob
+from miles.services.rollout.leases import Failed, Lease, Outcome, Purpose, lease_from_proto, outcome_to_proto
+from miles.types import MalformedMessage
+
+log = logging.getLogger(__name__)
+
+PROGRESS_INTERVAL_S = 1.0
+
+
+class RunStream:
+    """Connects a job to whoever leases groups to it, until either side ends the stream or a newer one replaces it."""
+
+    def __init__(self, job: RolloutJob, lease_number: int) -> None:
+        self.lease_number = lease_number
+        self._job = job
+        self._outgoing: asyncio.Queue[rollout_pb2.RunResponse | None] = asyncio.Queue()
+        self._ended = False
+
+    async def responses(
+        self, requests: AsyncIterator[rollout_pb2.RunRequest]
+    ) -> AsyncGenerator[rollout_pb2.RunResponse, None]:
+        """Everything to send, while `requests` (after the opening one) are carried out.
+
+        Ends when `end` is called, or when the requests end and the groups they leased were given up.
+        """
+        self._send_capacity()
+        self._job.listen(self._send_capacity)
+        tasks = [asyncio.create_task(self._read(requests)), asyncio.create_task(self._report())]
+        try:
+            while (response := await self._outgoing.get()) is not None:
+                yield response
+            if (reader := tasks[0]).done():
+                reader.result()
+        finally:
+            self._ended = True
+            self._job.unlisten(self._send_capacity)
+            for task in tasks:
+                task.cancel()
+
+    def end(self) -> None:
+        """Send nothing more than what is under way already."""
+        self._ended = True
+        self._outgoing.put_nowait(None)
+
+    async def _read(self, requests: AsyncIterator[rollout_pb2.RunRequest]) -> None:
+        try:
+            async for request in requests:
+                if self._ended:
+                    return
+                match request.WhichOneof("kind"):
+                    case "lease":
+                        self._lease(request.lease)
+                    case "cancel":
+                        self._job.give_up(request.cancel.group_id, request.cancel.attempt)
+                    case kind:
+                        log.warning("ignoring a message of kind %s on the stream of job %s", kind, self._job.job_id)
+            await self._job.settle()
+        finally:
+            self.end()
+
+    def _lease(self, message: rollout_pb2.GroupLease) -> None:
+        try:
+            lease = lease_from_proto(message)
+        except MalformedMessage as error:
+            purpose = next((p for p in Purpose if p.proto == message.purpose), Purpose.TRAIN)
+            failed = Failed(f"the lease is malformed: {error}", retryable=False)
+            self._send(outcome_to_proto(message.group_id, message.attempt, purpose, failed, self.lease_number))
+            return
+        self._job.lease(lease, self._deliver)
+
+    def _deliver(self, lease: Lease, outcome: Outcome) -> None:
+        response = outcome_to_proto(lease.group_id, lease.attempt, lease.purpose, outcome, self.lease_number)
+        self._send(response)
+
+    async def _report(self) -> None:
+        while True:
+            response = rollout_pb2.RunResponse(lease_number=self.lease_number, progress=self._job.progress())
+            self._send(response)
+            await asyncio.sleep(PROGRESS_INTERVAL_S)
+
+    def _send_capacity(self) -> None:
+        ready = rollout_pb2.RunReady(capacity_groups=self._job.capacity_groups)
+        self._send(rollout_pb2.RunResponse(lease_number=self.lease_number, ready=ready))
+
+    def _send(self, response: rollout_pb2.RunResponse) -> None:
+        if self._ended:
+            log.info("job %s: nobody is left to hear of %s", self._job.job_id, response.WhichOneof("kind"))
+        else:
+            self._outgoing.put_nowait(response)

@@ -1,0 +1,42 @@
+"""Sums over one group's samples."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from miles.rpc.gen import rollout_pb2
+from miles.types import Reward, Sample, SampleStatus
+
+
+class RewardKeyError(ValueError):
+    """A reward has parts and the configuration does not say which to train on."""
+
+
+def reward_number(reward: Reward, key: str | None) -> float:
+    """The number of a reward that is trained on: itself, or its part `key`. Raises RewardKeyError."""
+    if not isinstance(reward, dict):
+        return float(reward)
+    if key is None or key not in reward:
+        raise RewardKeyError(
+            f"the reward has the parts {', '.join(sorted(reward))}, but the configured key is {key!r}; "
+            "set --reward-key (for evaluation --eval-reward-key) to one of them"
+        )
+    return float(reward[key])
+
+
+def group_stats(
+    samples: Sequence[Sample], reward_key: str | None, *, generate_s: float, reward_s: float
+) -> rollout_pb2.GroupStats:
+    """Sums over the samples; a sample without reward adds nothing to the reward's. Raises RewardKeyError."""
+    rewards = [reward_number(sample.reward, reward_key) for sample in samples if sample.reward is not None]
+    return rollout_pb2.GroupStats(
+        samples=len(samples),
+        response_tokens=sum(sample.response_length for sample in samples),
+        max_response_tokens=max((sample.response_length for sample in samples), default=0),
+        truncated=sum(sample.status is SampleStatus.TRUNCATED for sample in samples),
+        failed=sum(sample.status is SampleStatus.FAILED for sample in samples),
+        reward_sum=sum(rewards),
+        reward_square_sum=sum(reward * reward for reward in rewards),
+        generate_s=generate_s,
+        reward_s=reward_s,
+    )
