@@ -52,6 +52,8 @@ def extend(sample: Sample, piece: Piece) -> Sample:
     result = piece.result
     if result is None:
         raise ValueError(f"the engine ended the response of sample {sample.index} without a result")
+    if not piece.token_ids and result.reason is FinishReason.ABORT:
+        return dataclasses.replace(sample, status=SampleStatus.PENDING)
     new_tokens = np.asarray(piece.token_ids, np.int32)
     new_log_probs = np.asarray(piece.log_probs, np.float32)
     before = sample.rollout_log_probs if sample.rollout_log_probs is not None else np.empty(0, np.float32)

@@ -1,0 +1,105 @@
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from miles.services.rollout.filters import (
+    FilterError,
+    FilterResult,
+    apply_filter,
+    check_reward_nonzero_std,
+    load_filter,
+)
+from miles.services.rollout.stats import RewardKeyError, group_stats, reward_number
+from miles.types import Reward, Sample, SampleGroup, SampleStatus
+
+CONFIG: Any = SimpleNamespace(reward=SimpleNamespace(reward_key="a"))
+
+
+@pytest.fixture
+def scored(make_group: Callable[..., SampleGroup]) -> Callable[[Sequence[Reward | None]], list[Sample]]:
+    def make(rewards: Sequence[Reward | None]) -> list[Sample]:
+        samples = make_group(0, samples=len(rewards)).samples
+        return [dataclasses.replace(s, reward=r) for s, r in zip(samples, rewards, strict=True)]
+
+    return make
+
+
+Scored = Callable[[Sequence[Reward | None]], list[Sample]]
+
+
+@pytest.mark.parametrize(
+    ("rewards", "expected"),
+    [
+        ([0.0, 1.0], FilterResult(True)),
+        ([0.0, 0.0], FilterResult(False, "zero_std_0")),
+        ([{"a": 0.5, "b": 1.0}, {"a": 0.5, "b": 2.0}], FilterResult(False, "zero_std_0.5")),
+        ([{"a": 0.5}, {"a": 0.25}], FilterResult(True)),
+        ([1.0, None], FilterResult(False, "zero_std_1")),
+        ([1.0, None, 0.0], FilterResult(True)),
+        ([None], FilterResult(False, "no_reward")),
+    ],
+)
+def test_groups_with_a_reward_spread_are_kept(
+    rewards: list[Reward | None], expected: FilterResult, scored: Scored
+) -> None:
+    assert check_reward_nonzero_std(CONFIG, scored(rewards)) == expected
+
+
+def test_filters_are_loaded_by_path() -> None:
+    for path in (
+        "miles.services.rollout.filters.check_reward_nonzero_std",
+        "miles.rollout.filter_hub.dynamic_sampling_filters.check_reward_nonzero_std",
+    ):
+        assert load_filter(path) is check_reward_nonzero_std
+    for path in ("nowhere.at.all", "json.nothing", "json", "math.pi"):
+        with pytest.raises(FilterError, match=path):
+            load_filter(path)
+
+
+async def test_verdicts_of_every_form_are_understood(scored: Scored) -> None:
+    samples = scored([1.0])
+
+    def drop(config: Any, samples: Any) -> bool:
+        return False
+
+    async def slow(config: Any, samples: Any) -> Any:
+        return SimpleNamespace(keep=False, reason=None)
+
+    assert await apply_filter(None, CONFIG, samples) == FilterResult(True)
+    assert await apply_filter(lambda c, s: True, CONFIG, samples) == FilterResult(True)
+    assert (await apply_filter(drop, CONFIG, samples)).reason.endswith("drop")
+    assert (await apply_filter(slow, CONFIG, samples)).reason.endswith("slow")
+    assert await apply_filter(lambda c, s: FilterResult(False, "x"), CONFIG, samples) == FilterResult(False, "x")
+
+
+async def test_a_filter_that_fails_is_named(scored: Scored) -> None:
+    def broken(config: Any, samples: Any) -> bool:
+        raise KeyError("x")
+
+    with pytest.raises(FilterError, match="broken raised KeyError"):
+        await apply_filter(broken, CONFIG, scored([1.0]))
+    with pytest.raises(FilterError, match="returned None"):
+        await apply_filter(lambda c, s: None, CONFIG, scored([1.0]))
+
+
+def test_stats_are_sums_over_the_samples(scored: Scored) -> None:
+    samples = scored([2.0, -1.0, None])
+    samples[0] = dataclasses.replace(samples[0], status=SampleStatus.TRUNCATED)
+    samples[2] = dataclasses.replace(samples[2], status=SampleStatus.FAILED)
+    stats = group_stats(samples, None, generate_s=1.5, reward_s=0.5)
+    assert (stats.samples, stats.response_tokens, stats.max_response_tokens) == (3, 15, 5)
+    assert (stats.truncated, stats.failed, stats.reward_sum, stats.reward_square_sum) == (1, 1, 1.0, 5.0)
+    assert (stats.generate_s, stats.reward_s) == (1.5, 0.5)
+    assert group_stats([], None, generate_s=0, reward_s=0).samples == 0
+
+
+def test_a_reward_with_parts_needs_a_key() -> None:
+    assert reward_number({"a": 1.0, "b": 2.0}, "b") == 2.0
+    for key in (None, "c"):
+        with pytest.raises(RewardKeyError, match="a, b"):
+            reward_number({"a": 1.0, "b": 2.0}, key)

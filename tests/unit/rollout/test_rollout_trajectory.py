@@ -1,0 +1,174 @@
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from miles.services.rollout.engine import FinishReason, GenerationDelta, GenerationResult
+from miles.services.rollout.trajectory import (
+    Piece,
+    cut_to_limit,
+    extend,
+    is_resumable,
+    join_experts,
+    join_spans,
+    merge_begun,
+    without_response,
+)
+from miles.types import Sample, SampleStatus, VersionSpan, check_sample
+
+PROMPT = np.array([5, 6, 7], np.int32)
+LAYERS, TOP_K = 2, 2
+
+
+def fresh() -> Sample:
+    return Sample(group_id=1, index=0, prompt="p", label="4", tokens=PROMPT.copy(), metadata={"a": 1})
+
+
+def experts_of(tokens: np.ndarray) -> np.ndarray:
+    """What a model with fixed weights would choose: a function of the prefix, here of the token."""
+    rows = tokens[:-1].astype(np.uint8)
+    return np.stack([rows + k for k in range(LAYERS * TOP_K)], axis=1).reshape(-1, LAYERS, TOP_K)
+
+
+def piece_of(
+    sample: Sample, token_ids: list[int], versions: list[int], reason: FinishReason, experts: bool = True
+) -> Piece:
+    """As an engine answers: spans from 0, experts of the whole sequence, one delta a token."""
+    spans: list[VersionSpan] = []
+    for i, version in enumerate(versions):
+        if spans and spans[-1].version == version:
+            spans[-1] = VersionSpan(version, spans[-1].start, i + 1)
+        else:
+            spans.append(VersionSpan(version, i, i + 1))
+    whole = np.concatenate([sample.tokens, np.array(token_ids, np.int32)])
+    result = GenerationResult(reason, tuple(spans), 2, experts_of(whole) if experts else None)
+    piece = Piece()
+    for token in token_ids:
+        piece.add(GenerationDelta([token], [-0.5 * token]))
+    piece.add(GenerationDelta([], [], result))
+    return piece
+
+
+@given(
+    tokens=st.lists(st.integers(0, 99), min_size=1, max_size=20),
+    data=st.data(),
+)
+def test_a_response_in_pieces_equals_the_response_in_one(tokens: list[int], data: st.DataObject) -> None:
+    versions = sorted(data.draw(st.lists(st.integers(0, 3), min_size=len(tokens), max_size=len(tokens))))
+    cuts = sorted(data.draw(st.sets(st.integers(0, len(tokens)), max_size=3)) - {len(tokens)})
+    whole = extend(fresh(), piece_of(fresh(), tokens, versions, FinishReason.STOP))
+    sample = fresh()
+    for start, end in zip([0, *cuts], [*cuts, len(tokens)], strict=True):
+        reason = FinishReason.STOP if end == len(tokens) else FinishReason.ABORT
+        sample = extend(sample, piece_of(sample, tokens[start:end], versions[start:end], reason))
+        check_sample(sample)
+        assert sample.status is (SampleStatus.COMPLETED if reason is FinishReason.STOP else SampleStatus.PENDING)
+    assert sample == whole
+    assert whole.response_tokens.tolist() == tokens
+    assert whole.rollout_routed_experts is not None
+    assert whole.rollout_routed_experts.shape == (len(PROMPT) + len(tokens) - 1, LAYERS, TOP_K)
+
+
+@pytest.mark.parametrize(
+    ("reason", "status"),
+    [
+        (FinishReason.STOP, SampleStatus.COMPLETED),
+        (FinishReason.LENGTH, SampleStatus.TRUNCATED),
+        (FinishReason.ABORT, SampleStatus.PENDING),
+    ],
+)
+def test_the_reason_decides_the_status(reason: FinishReason, status: SampleStatus) -> None:
+    assert extend(fresh(), piece_of(fresh(), [1], [0], reason)).status is status
+
+
+def test_an_abort_before_the_first_token_leaves_the_sample_as_it_was() -> None:
+    result = GenerationResult(FinishReason.ABORT, (), 0, np.zeros((0, LAYERS, TOP_K), np.uint8))
+    piece = Piece()
+    piece.add(GenerationDelta([], [], result))
+    assert extend(fresh(), piece) == fresh()
+    begun = extend(fresh(), piece_of(fresh(), [1, 2], [0, 0], FinishReason.ABORT))
+    assert extend(begun, piece) == begun
+
+
+def test_a_loss_mask_grows_with_ones() -> None:
+    begun = extend(fresh(), piece_of(fresh(), [1, 2], [0, 0], FinishReason.ABORT))
+    begun = dataclasses.replace(begun, loss_mask=np.array([0, 1], np.uint8))
+    done = extend(begun, piece_of(begun, [3], [0], FinishReason.STOP))
+    assert done.loss_mask is not None
+    assert done.loss_mask.tolist() == [0, 1, 1]
+
+
+def test_a_piece_needs_its_result_and_matching_log_probs() -> None:
+    with pytest.raises(ValueError, match="without a result"):
+        extend(fresh(), Piece())
+    with pytest.raises(ValueError, match="2 tokens but 1"):
+        Piece().add(GenerationDelta([1, 2], [0.0]))
+
+
+def test_spans_shift_and_equal_neighbours_join() -> None:
+    before = (VersionSpan(1, 0, 2), VersionSpan(2, 2, 5))
+    assert join_spans(before, (VersionSpan(2, 0, 3), VersionSpan(4, 3, 4)), 5) == (
+        VersionSpan(1, 0, 2),
+        VersionSpan(2, 2, 8),
+        VersionSpan(4, 8, 9),
+    )
+    assert join_spans((), (VersionSpan(0, 0, 0), VersionSpan(1, 0, 1)), 0) == (VersionSpan(1, 0, 1),)
+
+
+def test_experts_that_were_sampled_from_are_not_replaced() -> None:
+    before, whole = np.zeros((3, 1, 1), np.uint8), np.ones((5, 1, 1), np.uint8)
+    joined = join_experts(before, whole)
+    assert joined is not None
+    assert joined.ravel().tolist() == [0, 0, 0, 1, 1]
+
+
+@pytest.mark.parametrize("shape", [(3, 2, 1), (6, 1, 1)])
+def test_experts_of_another_model_are_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="routed experts"):
+        join_experts(np.zeros(shape, np.uint8), np.ones((5, 1, 1), np.uint8))
+
+
+def test_what_can_be_resumed() -> None:
+    begun = extend(fresh(), piece_of(fresh(), [1, 2], [0, 0], FinishReason.ABORT))
+    assert is_resumable(begun, with_experts=True)
+    assert is_resumable(fresh(), with_experts=True)
+    assert not is_resumable(dataclasses.replace(begun, rollout_routed_experts=None), with_experts=True)
+    assert is_resumable(dataclasses.replace(begun, rollout_routed_experts=None), with_experts=False)
+    assert not is_resumable(dataclasses.replace(begun, rollout_log_probs=None), with_experts=False)
+    assert not is_resumable(dataclasses.replace(begun, weight_versions=()), with_experts=False)
+    assert not is_resumable(dataclasses.replace(begun, status=SampleStatus.FAILED), with_experts=True)
+
+
+def test_the_stored_response_comes_first_then_the_leased_one_then_none() -> None:
+    stored = extend(fresh(), piece_of(fresh(), [1, 2], [0, 0], FinishReason.ABORT))
+    leased = dataclasses.replace(
+        extend(fresh(), piece_of(fresh(), [1], [0], FinishReason.ABORT)), label="5", metadata={"b": 2}
+    )
+    merged = merge_begun(leased, stored, with_experts=True)
+    assert (merged.response_length, merged.label, merged.metadata) == (2, "5", {"a": 1, "b": 2})
+    assert merge_begun(leased, None, with_experts=True).response_length == 1
+    other = dataclasses.replace(stored, tokens=stored.tokens + 1)
+    assert merge_begun(leased, other, with_experts=True).response_length == 1
+    useless = dataclasses.replace(leased, rollout_log_probs=None)
+    assert merge_begun(useless, other, with_experts=True) == without_response(useless)
+
+
+def test_a_finished_stored_response_is_kept_with_its_reward() -> None:
+    done = dataclasses.replace(extend(fresh(), piece_of(fresh(), [1], [0], FinishReason.STOP)), reward=1.0)
+    merged = merge_begun(fresh(), done, with_experts=True)
+    assert (merged.status, merged.reward, merged.response_length) == (SampleStatus.COMPLETED, 1.0, 1)
+
+
+def test_a_begun_response_at_its_limit_is_truncated() -> None:
+    begun = extend(fresh(), piece_of(fresh(), [1, 2], [0, 0], FinishReason.ABORT))
+    assert cut_to_limit(begun, 2).status is SampleStatus.TRUNCATED
+    assert cut_to_limit(begun, 3).status is SampleStatus.PENDING
+
+
+def test_without_a_response_nothing_of_it_is_left() -> None:
+    done = dataclasses.replace(extend(fresh(), piece_of(fresh(), [1], [0], FinishReason.STOP)), reward=1.0)
+    assert without_response(done) == fresh()
