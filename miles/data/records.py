@@ -86,7 +86,7 @@ def _read_jsonl(source: Source) -> list[Record]:
     for number, line in lines[start:end]:
         where = f"{source.path}, line {number}"
         try:
-            values = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+            values = json.loads(line.rstrip().decode("utf-8-sig" if number == 1 else "utf-8"))
         except RecursionError:
             faults.add(f"{where}: nested too deeply")
         except json.JSONDecodeError as error:

@@ -23,7 +23,7 @@ from miles.types.convert import (
 )
 
 
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=100)
 @given(groups())
 def test_a_group_survives_the_wire(group: SampleGroup) -> None:
     wire = group_to_proto(group).SerializeToString()

@@ -1,0 +1,111 @@
+"""Tiny models and random rollouts for the trainer's tests."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from miles.config import JobConfig
+from miles.types import Sample, SampleGroup, SampleStatus, VersionSpan
+
+VOCAB = 97
+
+
+def write_dense_model(folder: pathlib.Path, *, tied: bool = True) -> pathlib.Path:
+    """A Llama of about 60k parameters."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, tie_word_embeddings=tied, initializer_range=0.2, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    write_tokenizer(folder)
+    return folder
+
+
+def write_moe_model(folder: pathlib.Path) -> pathlib.Path:
+    """A Qwen3-MoE of 2 layers with 8 experts, of which 2 are active."""
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    torch.manual_seed(0)
+    config = Qwen3MoeConfig(
+        vocab_size=VOCAB, hidden_size=32, intermediate_size=48, moe_intermediate_size=24, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=8, num_experts=8, num_experts_per_tok=2,
+        norm_topk_prob=True, initializer_range=0.2, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    Qwen3MoeForCausalLM(config).save_pretrained(folder)
+    write_tokenizer(folder)
+    return folder
+
+
+def write_tokenizer(folder: pathlib.Path) -> None:
+    """A tokenizer of one word a token."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {f"w{i}": i for i in range(VOCAB)}
+    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="w0"))
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="w0", eos_token="w2").save_pretrained(folder)
+
+
+def job_config(model: pathlib.Path, **changes: Any) -> JobConfig:
+    """4 prompts × 4 samples in float32, one optimizer step, micro-batches of at most 64 rows."""
+    return JobConfig.from_flat(
+        {
+            "hf_checkpoint": str(model), "prompt_data": "prompts.jsonl", "rm_type": "exact_match", "num_rollout": 8,
+            "rollout_batch_size": 4, "n_samples_per_prompt": 4, "rollout_max_response_len": 12, "lr": 1e-2,
+            "use_dynamic_batch_size": True, "max_tokens_per_gpu": 64, "train_dtype": "float32",
+            "rollout_dtype": "float32", "device": "cpu", "actor_num_gpus_per_node": 1, "distributed_backend": "gloo",
+            **changes,
+        }
+    )  # fmt: skip
+
+
+def random_groups(
+    seed: int, group_ids: Sequence[int] = (0, 1, 2, 3), samples: int = 4, routing: tuple[int, int, int] | None = None
+) -> list[SampleGroup]:
+    """Groups with prompts of 2–9 and responses of 1–12 tokens; `routing` is (experts, layers, top-k)."""
+    groups = []
+    for group_id in group_ids:
+        rng = np.random.default_rng((seed, group_id))
+        prompt = rng.integers(3, VOCAB, rng.integers(2, 10)).astype(np.int32)
+        members = [_random_sample(rng, group_id, index, prompt, routing) for index in range(samples)]
+        groups.append(SampleGroup("job", group_id, members))
+    return groups
+
+
+def _random_sample(
+    rng: np.random.Generator,
+    group_id: int,
+    index: int,
+    prompt: np.ndarray,
+    routing: tuple[int, int, int] | None,
+) -> Sample:
+    length = int(rng.integers(1, 13))
+    tokens = np.concatenate([prompt, rng.integers(3, VOCAB, length).astype(np.int32)])
+    experts = None
+    if routing is not None:
+        choices, layers, top_k = routing
+        experts = np.stack(
+            [[rng.permutation(choices)[:top_k] for _ in range(layers)] for _ in range(len(tokens) - 1)]
+        ).astype(np.uint8)
+    return Sample(
+        group_id=group_id,
+        index=index,
+        prompt="p",
+        tokens=tokens,
+        response_length=length,
+        response="r",
+        reward=float(rng.integers(0, 2)),
+        status=SampleStatus.COMPLETED,
+        rollout_log_probs=rng.normal(-4, 0.5, length).astype(np.float32),
+        rollout_routed_experts=experts,
+        weight_versions=(VersionSpan(0, 0, length),),
+    )
