@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
 
 from miles.types import SampleGroup
 
 if TYPE_CHECKING:
     import torch
+
+
+METRICS_KEPT = 64
+"""Steps whose metrics a trainer can still answer with."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -33,11 +37,51 @@ class TrainerState:
     consumed_group_ids: set[int] = dataclasses.field(default_factory=set)
     """Groups at or above `consumed_below` that were trained on or dropped too."""
     metrics: dict[int, dict[str, float]] = dataclasses.field(default_factory=dict)
-    """Metrics of the last steps, by step."""
+    """Metrics of the last `METRICS_KEPT` steps, by step."""
+
+    def is_consumed(self, group_id: int) -> bool:
+        """Whether the group was trained on or dropped."""
+        return group_id < self.consumed_below or group_id in self.consumed_group_ids
+
+    def consume(self, group_ids: Iterable[int]) -> None:
+        """Note groups that were trained on or dropped."""
+        self.consumed_group_ids.update(i for i in group_ids if i >= self.consumed_below)
+        while self.consumed_below in self.consumed_group_ids:
+            self.consumed_group_ids.remove(self.consumed_below)
+            self.consumed_below += 1
+
+    def finish_step(self, metrics: Mapping[str, float]) -> None:
+        """Count a step and keep its metrics."""
+        self.metrics[self.step] = dict(metrics)
+        self.step += 1
+        for step in sorted(self.metrics)[:-METRICS_KEPT]:
+            del self.metrics[step]
+
+    def to_json(self) -> dict[str, Any]:
+        """The state as a JSON object."""
+        return {
+            "step": self.step,
+            "consumed_below": self.consumed_below,
+            "consumed_group_ids": sorted(self.consumed_group_ids),
+            "metrics": {str(step): metrics for step, metrics in self.metrics.items()},
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> TrainerState:
+        """Inverse of `to_json`; raises KeyError, TypeError or ValueError for anything else."""
+        return cls(
+            step=int(data["step"]),
+            consumed_below=int(data["consumed_below"]),
+            consumed_group_ids=set(data["consumed_group_ids"]),
+            metrics={int(step): dict(metrics) for step, metrics in data["metrics"].items()},
+        )
 
 
 class TrainerBackend(Protocol):
     """Holds the parameters on this rank. Every rank makes the same calls in the same order."""
+
+    loaded_from: pathlib.Path | None
+    """Checkpoint that `load` read; None for the initial weights."""
 
     def load(self) -> TrainerState:
         """Build the model and optimizer; load the newest checkpoint, or the initial weights (an empty state)."""

@@ -151,7 +151,7 @@ def packed_attention(
         raise ValueError("packed attention needs the micro-batch's plan: pass attention_plan= to the model's forward")
     unknown = [name for name in ("softcap", "s_aux") if kwargs.get(name) is not None]
     if unknown:
-        raise ValueError(f"packed attention does not compute {' or '.join(unknown)}, which {type(module).__name__} asks for")
+        raise ValueError(f"packed attention does not do {' or '.join(unknown)}, which {type(module).__name__} asks for")
     q_THD, k_TKD, v_TKD = (x[0].transpose(0, 1) for x in (query, key, value))
     if attention_plan.use_varlen:
         out_THD = _attend_varlen(attention_plan, q_THD, k_TKD, v_TKD, scaling, sliding_window)
@@ -174,11 +174,11 @@ def _attend_tiles(
     heads, repeats = q_THD.shape[1], q_THD.shape[1] // k_TKD.shape[1]
     tiles = plan.tiles(window)
     sizes = [tile.rows_BL.numel() for tile in tiles]
-    q, k, v = (_ToSlots.apply(x, row_of_slot, slot_of_row).split(sizes) for x in (q_THD, k_TKD, v_TKD))
+    q, k, v = (torch.split(_to_slots(x, row_of_slot, slot_of_row), sizes) for x in (q_THD, k_TKD, v_TKD))
     outs = []
     for tile, q_SHD, k_SKD, v_SKD in zip(tiles, q, k, v, strict=True):
         q_BHLD, k_BKLD, v_BKLD = (
-            x.unflatten(0, tile.rows_BL.shape).transpose(1, 2) for x in (q_SHD, k_SKD, v_SKD)
+            x.view(*tile.rows_BL.shape, *x.shape[1:]).transpose(1, 2) for x in (q_SHD, k_SKD, v_SKD)
         )
         out_BHLD = scaled_dot_product_attention(
             q_BHLD,
@@ -188,7 +188,8 @@ def _attend_tiles(
             scale=scaling,
         )
         outs.append(out_BHLD.transpose(1, 2).reshape(-1, heads, q_SHD.shape[-1]))
-    return _FromSlots.apply(torch.cat(outs), row_of_slot, slot_of_row, padded)
+    out_THD: torch.Tensor = _FromSlots.apply(torch.cat(outs), row_of_slot, slot_of_row, padded)  # type: ignore[no-untyped-call]
+    return out_THD
 
 
 def _attend_segments(
@@ -203,7 +204,7 @@ def _attend_segments(
     number_by_start = {segment.start: number for number, segment in enumerate(plan.segments)}
     repeats = q_THD.shape[1] // k_TKD.shape[1]
     k_THD, v_THD = (x.repeat_interleave(repeats, dim=1) for x in (k_TKD, v_TKD))
-    q, k, v = (x.split(lengths) for x in (q_THD, k_THD, v_THD))
+    q, k, v = (torch.split(x, lengths) for x in (q_THD, k_THD, v_THD))
     outs = []
     for number, segment in enumerate(plan.segments):
         keys, values = k[number], v[number]
@@ -214,11 +215,9 @@ def _attend_segments(
         mask = None
         if prefix or (window is not None and window < len(keys)):
             mask = _lower_right_mask(len(q[number]), len(keys), window, q_THD.device)
+        q_1HLD, k_1HLD, v_1HLD = (x.transpose(0, 1)[None] for x in (q[number], keys, values))
         out_1HLD = scaled_dot_product_attention(
-            *(x.transpose(0, 1)[None] for x in (q[number], keys, values)),
-            attn_mask=mask,
-            is_causal=mask is None,
-            scale=scaling,
+            q_1HLD, k_1HLD, v_1HLD, attn_mask=mask, is_causal=mask is None, scale=scaling
         )
         outs.append(out_1HLD[0].transpose(0, 1))
     return torch.cat(outs)
@@ -262,9 +261,14 @@ class _ToSlots(torch.autograd.Function):
         return x_T.index_select(0, row_of_slot)
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         (slot_of_row,) = ctx.saved_tensors
         return grad.index_select(0, slot_of_row), None, None
+
+
+def _to_slots(x_T: torch.Tensor, row_of_slot: torch.Tensor, slot_of_row: torch.Tensor) -> torch.Tensor:
+    out_S: torch.Tensor = _ToSlots.apply(x_T, row_of_slot, slot_of_row)  # type: ignore[no-untyped-call]
+    return out_S
 
 
 class _FromSlots(torch.autograd.Function):
@@ -278,7 +282,7 @@ class _FromSlots(torch.autograd.Function):
         return x_S.index_select(0, slot_of_row)
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
         row_of_slot, padded = ctx.saved_tensors
         return grad.index_select(0, row_of_slot).index_fill_(0, padded, 0), None, None, None
 
@@ -311,5 +315,5 @@ def _buckets(families: Sequence[Sequence[Segment]]) -> list[list[Sequence[Segmen
 
 
 def _valid_slots(tile: _Tile) -> torch.Tensor:
-    """bool [B, L]: slots that hold a row. A padded slot never attends to itself unless it is slot 0, which is filled."""
+    """bool [B, L]: slots that hold a row. Only padded slots do not attend to themselves."""
     return tile.mask_B1LL[:, 0].diagonal(dim1=1, dim2=2)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import datetime
+import dataclasses
 import gc
 import logging
 import pathlib
@@ -22,9 +22,20 @@ from miles.services.trainer.backends.fsdp.step import RolloutTrainer
 from miles.types import SampleGroup
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from miles.config import JobConfig
 
 logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Loaded:
+    """What `load` builds."""
+
+    policy: PreTrainedModel
+    optimizer: torch.optim.Optimizer
+    trainer: RolloutTrainer
 
 
 class FsdpBackend:
@@ -40,9 +51,7 @@ class FsdpBackend:
         self._config = config
         self._device = device
         self._checkpoint_dir = pathlib.Path(config.checkpoint.load or checkpoint_dir)
-        self._trainer: RolloutTrainer | None = None
-        self._policy: torch.nn.Module | None = None
-        self._optimizer: torch.optim.Optimizer | None = None
+        self._parts: _Loaded | None = None
         self.loaded_from: pathlib.Path | None = None
         """Checkpoint that `load` read; None for the initial weights."""
 
@@ -60,13 +69,12 @@ class FsdpBackend:
         wants_replay = config.algorithm.use_routing_replay or config.rollout.use_rollout_routing_replay
         replay = RoutingReplay(policy) if wants_replay else None
         offload = config.train.fsdp_cpu_offload
-        shard(policy.to("cpu" if offload else self._device), precision, self._device, cpu_offload=offload)
-        self._policy = policy
-        self._optimizer = build_optimizer(policy, config.optimizer)
-        self._trainer = RolloutTrainer(
+        shard(policy, precision, self._device, cpu_offload=offload)
+        optimizer = build_optimizer(policy, config.optimizer)
+        trainer = RolloutTrainer(
             config,
             policy,
-            self._optimizer,
+            optimizer,
             reference=self._load_reference(precision.compute) if settings.needs_reference(config) else None,
             replay=replay,
             options=ForwardOptions(
@@ -78,14 +86,15 @@ class FsdpBackend:
             ),
             total_iterations=(config.data.num_rollout or 0) * config.train.num_steps_per_rollout,
         )
-        return self._restore()
+        self._parts = _Loaded(policy, optimizer, trainer)
+        return self._restore(self._parts)
 
     def train(
         self, step: int, groups: Sequence[SampleGroup], report: Callable[[Progress], None]
     ) -> Mapping[str, float]:
         """See `TrainerBackend.train`."""
         interval = self._config.algorithm.ref_update_interval
-        trainer = self._loaded(self._trainer)
+        trainer = self._loaded.trainer
         metrics = trainer.train(groups, report)
         if interval is not None and (step + 1) % interval == 0:
             trainer.update_reference()
@@ -94,7 +103,7 @@ class FsdpBackend:
     def export(self) -> Iterator[tuple[str, torch.Tensor]]:
         """See the class and `TrainerBackend.export`."""
         dtype = settings.DTYPES[self._config.rollout.rollout_dtype]
-        for name, tensor in named_weights(self._loaded(self._policy)):
+        for name, tensor in named_weights(self._loaded.policy):
             whole = full_tensor(tensor)
             yield name, whole.to(dtype) if whole.is_floating_point() else whole
 
@@ -103,30 +112,30 @@ class FsdpBackend:
         dtype = settings.DTYPES[self._config.rollout.rollout_dtype]
         return [
             (name, dtype if tensor.is_floating_point() else tensor.dtype, tuple(tensor.shape))
-            for name, tensor in named_weights(self._loaded(self._policy))
+            for name, tensor in named_weights(self._loaded.policy)
         ]
 
     def save(self, directory: pathlib.Path, state: TrainerState) -> None:
         """Write a checkpoint that is there whole or not at all; see `checkpoint`."""
-        trainer = self._loaded(self._trainer)
-        optimizer = None if self._config.checkpoint.no_save_optim else self._loaded(self._optimizer)
-        record = checkpoint.Record(state, trainer.iteration, dist.get_world_size(), checkpoint.digest(self._config))
-        checkpoint.save(directory, self._loaded(self._policy), optimizer, record)
+        parts = self._loaded
+        record = checkpoint.Record(
+            state, parts.trainer.iteration, dist.get_world_size(), checkpoint.digest(self._config)
+        )
+        checkpoint.save(directory, parts.policy, self._saved_optimizer(parts), record)
 
     def save_hf(self, directory: pathlib.Path) -> None:
         """See `TrainerBackend.save_hf`; the files' tensors have the rollout's dtype."""
-        policy = self._loaded(self._policy)
         weights = {name: tensor.cpu() for name, tensor in self.export()}
         if dist.get_rank() == 0:
             from transformers import AutoTokenizer
 
-            policy.save_pretrained(directory, state_dict=weights)  # type: ignore[operator]
+            self._loaded.policy.save_pretrained(directory, state_dict=weights)
             AutoTokenizer.from_pretrained(self._config.rollout.hf_checkpoint).save_pretrained(directory)
         dist.barrier()
 
     def close(self) -> None:
         """Free the model. The backend can `load` again."""
-        self._trainer = self._policy = self._optimizer = None
+        self._parts = None
         gc.collect()
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
@@ -136,38 +145,24 @@ class FsdpBackend:
         assert folder is not None
         reference = load_hf_model(folder, dtype, gradient_checkpointing=False).requires_grad_(False)
         offload = self._config.train.fsdp_cpu_offload
-        reference.to("cpu" if offload else self._device)
         shard(reference, Precision(dtype, dtype), self._device, cpu_offload=offload)
         return reference
 
-    def _restore(self) -> TrainerState:
+    def _restore(self, parts: _Loaded) -> TrainerState:
         self.loaded_from = checkpoint.newest(self._checkpoint_dir)
         if self.loaded_from is None:
             return TrainerState()
-        optimizer = None if self._config.checkpoint.no_save_optim else self._loaded(self._optimizer)
-        record = checkpoint.load(self.loaded_from, self._loaded(self._policy), optimizer)
-        self._loaded(self._trainer).iteration = record.iteration
+        record = checkpoint.load(self.loaded_from, parts.policy, self._saved_optimizer(parts))
+        parts.trainer.iteration = record.iteration
         if record.config_digest != checkpoint.digest(self._config):
             logger.warning("%s was saved under another configuration; going on with the new one", self.loaded_from)
         return record.state
 
-    def _loaded(self, part: object) -> object:
-        if part is None:
+    def _saved_optimizer(self, parts: _Loaded) -> torch.optim.Optimizer | None:
+        return None if self._config.checkpoint.no_save_optim else parts.optimizer
+
+    @property
+    def _loaded(self) -> _Loaded:
+        if self._parts is None:
             raise RuntimeError("the trainer holds no model: call load() first")
-        return part
-
-
-def init_process_group(backend: str, timeout_minutes: float) -> None:
-    """Join torchrun's process group, or make one of this process alone when torchrun did not start it.
-
-    Does nothing when there is one already.
-    """
-    import os
-
-    if dist.is_initialized():
-        return
-    timeout = datetime.timedelta(minutes=timeout_minutes)
-    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        dist.init_process_group(backend, timeout=timeout)
-    else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        return self._parts

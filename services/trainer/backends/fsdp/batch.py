@@ -94,7 +94,9 @@ def build_batch(groups: Sequence[SampleGroup], config: JobConfig, rank: int, ran
             f"{len(groups)} groups hold {len(samples)} samples, but num_steps_per_rollout × global_batch_size = "
             f"{steps} × {size} = {size * steps}"
         )
-    limits = MicroBatchLimits(train.micro_batch_size, train.max_tokens_per_gpu if train.use_dynamic_batch_size else None)
+    limits = MicroBatchLimits(
+        train.micro_batch_size, train.max_tokens_per_gpu if train.use_dynamic_batch_size else None
+    )
     plans: list[OptimizerStepPlan] = []
     all_shares: list[list[int]] = [[] for _ in range(ranks)]
     for step in range(steps):

@@ -1,9 +1,9 @@
 """Checkpoints: PyTorch distributed checkpoints beside a JSON record, written whole or not at all.
 
-    DIR/step_00000012/          appears by rename, once everything in it is on disk
-        .metadata, *.distcp     parameters, optimizer state and random states, readable with another number of ranks
-        trainer.json            `Record`
-    DIR/latest                  name of the newest checkpoint, for people and scripts; `newest` looks at the folders
+DIR/step_00000012/          appears by rename, once everything in it is on disk
+    .metadata, *.distcp     parameters, optimizer state and random states, readable with another number of ranks
+    trainer.json            `Record`
+DIR/latest                  name of the newest checkpoint, for people and scripts; `newest` looks at the folders
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
 from miles.services.trainer.backend import TrainerState
@@ -66,9 +67,7 @@ def newest(directory: pathlib.Path) -> pathlib.Path | None:
 def digest(config: JobConfig) -> str:
     """SHA-256 of the settings that training depends on."""
     flat = {
-        key: value
-        for key, value in config.to_flat().items()
-        if key not in _WHERE_AND_HOW and not key.endswith("_port")
+        key: value for key, value in config.to_flat().items() if key not in _WHERE_AND_HOW and not key.endswith("_port")
     }
     return hashlib.sha256(json.dumps(flat, sort_keys=True).encode()).hexdigest()
 
@@ -85,7 +84,7 @@ def save(
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     dist.barrier()
-    dcp.save(_tensors(model, optimizer), checkpoint_id=partial)
+    state_dict_saver.save(_tensors(model, optimizer), checkpoint_id=partial)
     if dist.get_rank() == 0:
         (partial / RECORD_FILE).write_text(json.dumps(_to_json(record), indent=1))
         _sync_tree(partial)
@@ -110,14 +109,14 @@ def load(directory: pathlib.Path, model: torch.nn.Module, optimizer: torch.optim
     path = directory / RECORD_FILE
     try:
         record = _from_json(json.loads(path.read_text()))
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} cannot be read as a checkpoint's record: {error!r}") from error
     tensors = _tensors(model, optimizer)
-    available = dcp.FileSystemReader(directory).read_metadata().state_dict_metadata
+    available = FileSystemReader(directory).read_metadata().state_dict_metadata
     random_key = _random_key()
     if not any(key.startswith(f"{random_key}.") for key in available):
         del tensors[random_key]  # written by fewer ranks
-    dcp.load(tensors, checkpoint_id=directory)
+    state_dict_loader.load(tensors, checkpoint_id=directory)
     model.load_state_dict(tensors["model"])
     if optimizer is not None:
         set_optimizer_state_dict(model, optimizer, tensors["optimizer"])
@@ -151,12 +150,8 @@ def _set_random_state(state: dict[str, torch.Tensor]) -> None:
 
 
 def _to_json(record: Record) -> dict[str, Any]:
-    state = record.state
     return {
-        "step": state.step,
-        "consumed_below": state.consumed_below,
-        "consumed_group_ids": sorted(state.consumed_group_ids),
-        "metrics": {str(step): dict(metrics) for step, metrics in state.metrics.items()},
+        "state": record.state.to_json(),
         "iteration": record.iteration,
         "world_size": record.world_size,
         "config_digest": record.config_digest,
@@ -164,13 +159,7 @@ def _to_json(record: Record) -> dict[str, Any]:
 
 
 def _from_json(data: dict[str, Any]) -> Record:
-    state = TrainerState(
-        step=data["step"],
-        consumed_below=data["consumed_below"],
-        consumed_group_ids=set(data["consumed_group_ids"]),
-        metrics={int(step): metrics for step, metrics in data["metrics"].items()},
-    )
-    return Record(state, data["iteration"], data["world_size"], data["config_digest"])
+    return Record(TrainerState.from_json(data["state"]), data["iteration"], data["world_size"], data["config_digest"])
 
 
 def _write_atomically(path: pathlib.Path, text: str) -> None:

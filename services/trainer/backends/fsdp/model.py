@@ -5,12 +5,16 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import torch
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from miles.services.trainer.backends.fsdp import attention
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -21,7 +25,7 @@ class Precision:
     compute: torch.dtype
 
 
-def load_hf_model(folder: str | pathlib.Path, dtype: torch.dtype, *, gradient_checkpointing: bool) -> torch.nn.Module:
+def load_hf_model(folder: str | pathlib.Path, dtype: torch.dtype, *, gradient_checkpointing: bool) -> PreTrainedModel:
     """Read a causal language model from a Hugging Face folder onto the CPU, in `dtype`, with packed attention.
 
     Raises FileNotFoundError when the folder is not there or is not a checkpoint.
@@ -34,15 +38,16 @@ def load_hf_model(folder: str | pathlib.Path, dtype: torch.dtype, *, gradient_ch
             f"no model in {folder}: there is no config.json; set hf_checkpoint (or ref_load) to a Hugging Face folder"
         )
     attention.register()
-    model: torch.nn.Module = AutoModelForCausalLM.from_pretrained(
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
         folder, dtype=dtype, attn_implementation=attention.PACKED_ATTENTION
     )
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0  # old and new log-probabilities must come from the same function
     if gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
-    return model.train()
+        model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[no-untyped-call]
+    model.train()
+    return model
 
 
 def shard(model: torch.nn.Module, precision: Precision, device: torch.device, *, cpu_offload: bool) -> FSDPModule:
@@ -52,6 +57,7 @@ def shard(model: torch.nn.Module, precision: Precision, device: torch.device, *,
     """
     from torch.distributed.device_mesh import init_device_mesh
 
+    torch.nn.Module.to(model, "cpu" if cpu_offload else device)
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
     policy = MixedPrecisionPolicy(param_dtype=precision.compute, reduce_dtype=torch.float32)
     offload = CPUOffloadPolicy() if cpu_offload else OffloadPolicy()

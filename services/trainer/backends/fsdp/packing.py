@@ -141,7 +141,9 @@ class _Rows:
         self.count = segment.end
         return segment
 
-    def append_response(self, sample: Sample, index: int, first_row: int, end_row: int, rest: int | None = None) -> None:
+    def append_response(
+        self, sample: Sample, index: int, first_row: int, end_row: int, rest: int | None = None
+    ) -> None:
         """Note the rows that predict the response: `first_row`, then [rest, end_row), by default those that follow."""
         rest = first_row + 1 if rest is None else rest
         self._samples.append(index)

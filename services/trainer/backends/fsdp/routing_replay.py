@@ -93,7 +93,7 @@ class RoutingReplay:
 def _weigh(
     router: _Router, output: tuple[torch.Tensor, torch.Tensor, torch.Tensor], experts_TK: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The router's output as if it had chosen `experts_TK`: softmax over all experts, then renormalised if it does so."""
+    """The router's output as if it had chosen `experts_TK`."""
     logits_TE, weights_TK, _ = output
     chosen_TK = torch.softmax(logits_TE, dim=-1, dtype=torch.float32).gather(1, experts_TK)
     if router.norm_topk_prob:

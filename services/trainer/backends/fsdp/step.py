@@ -201,7 +201,8 @@ class RolloutTrainer:
             outputs.log_probs_T,
             outputs.entropy_T,
         )
-        (loss.loss * dist.get_world_size()).backward()  # FSDP averages over ranks what are already shares of the step
+        # FSDP averages gradients over ranks; the loss is this rank's share of the step's.
+        torch.autograd.backward(loss.loss * dist.get_world_size())
         return loss.metrics
 
     def _optimizer_step(self) -> float:
@@ -215,7 +216,7 @@ class RolloutTrainer:
         return norm
 
     def _route(self, batch: RolloutBatch, micro_batch: MicroBatch) -> None:
-        """Choose the routing of the next forward: the engine's, what was recorded for these rows, or the model's own."""
+        """Set the routing of the next forward: the engine's, what was recorded, or the model's own."""
         if self._replay is None:
             return
         if micro_batch.is_empty:

@@ -1,0 +1,131 @@
+"""Run the trainer: `python -m miles.services.trainer --help`, under torchrun for more than one process."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import os
+import pathlib
+import sys
+from typing import TYPE_CHECKING
+
+from miles.rpc import WorkerAttachment, main, start_server
+
+if TYPE_CHECKING:
+    import torch
+
+    from miles.services.trainer.ranks import Ranks
+    from miles.services.trainer.worker import RankWorker
+
+_STOP_GRACE_S = 2.0
+
+
+def parse_arguments(arguments: list[str]) -> argparse.Namespace:
+    """The command line; `--help` lists it."""
+    parser = argparse.ArgumentParser(
+        prog="python -m miles.services.trainer",
+        description="Trains one job at a time. Started by torchrun, rank 0 serves and the other ranks follow it.",
+    )
+    parser.add_argument(
+        "--listen", default="127.0.0.1:0", metavar="HOST:PORT", help="where rank 0 serves; port 0 picks a free one"
+    )
+    parser.add_argument("--controller", metavar="HOST:PORT", help="controller to register with")
+    parser.add_argument("--worker-id", default="trainer", help="name to register under")
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="what to compute on")
+    parser.add_argument(
+        "--distributed-backend", choices=("nccl", "gloo"), help="collectives between ranks (default: by device)"
+    )
+    parser.add_argument(
+        "--distributed-timeout-minutes", type=float, default=10, help="how long a collective may take, in minutes"
+    )
+    parser.add_argument("--address-file", type=pathlib.Path, help="write the host:port served on to this file")
+    return parser.parse_args(arguments)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Join the other ranks, then serve (rank 0) or follow."""
+    import torch.distributed as dist
+
+    from miles.services.trainer.ranks import Ranks, follow
+    from miles.services.trainer.worker import RankWorker
+
+    device = join(arguments.device, arguments.distributed_backend, arguments.distributed_timeout_minutes)
+    ranks = Ranks()
+    worker = RankWorker(device)
+    try:
+        if ranks.rank == 0:
+            main(lambda: serve(arguments, ranks, worker))
+        else:
+            follow(ranks, worker.run)
+    finally:
+        dist.destroy_process_group()
+
+
+def join(device_name: str, backend: str | None, timeout_minutes: float) -> torch.device:
+    """Choose this rank's device and make the process group, of this process alone without torchrun."""
+    import datetime
+
+    import torch
+    import torch.distributed as dist
+    from torch.distributed import HashStore  # type: ignore[attr-defined]
+
+    from miles.config.device import detect_device
+
+    name = detect_device() if device_name == "auto" else device_name
+    device = torch.device(name)
+    if name == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+    backend = backend or ("nccl" if name == "cuda" else "gloo")
+    kinds = "cpu:gloo,cuda:nccl" if backend == "nccl" else "gloo"
+    timeout = datetime.timedelta(minutes=timeout_minutes)
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        dist.init_process_group(kinds, timeout=timeout)
+    else:
+        dist.init_process_group(kinds, store=HashStore(), rank=0, world_size=1, timeout=timeout)
+    return device
+
+
+async def serve(arguments: argparse.Namespace, ranks: Ranks, worker: RankWorker) -> None:
+    """Serve until cancelled; the first line on stdout is `listening on HOST:PORT`."""
+    from miles.rpc.gen import controller_pb2, trainer_pb2_grpc
+    from miles.services.trainer.leader import Leader
+    from miles.services.trainer.service import SERVICE_NAME, TrainerServicer
+
+    leader = Leader(ranks, worker)
+    servicer = TrainerServicer(leader)
+    server, address = await start_server(
+        lambda server: trainer_pb2_grpc.add_TrainerServiceServicer_to_server(servicer, server),
+        arguments.listen,
+        [SERVICE_NAME],
+    )
+    print(f"listening on {address}", flush=True)
+    if arguments.address_file is not None:
+        partial = arguments.address_file.with_suffix(".tmp")
+        partial.write_text(address)
+        partial.replace(arguments.address_file)
+    try:
+        async with contextlib.AsyncExitStack() as stack:
+            tasks = [asyncio.create_task(leader.keep_in_touch(), name="word to the other ranks")]
+            if arguments.controller:
+                attachment = WorkerAttachment(
+                    arguments.controller,
+                    worker_id=arguments.worker_id,
+                    kind=controller_pb2.WORKER_KIND_TRAINER,
+                    address=address,
+                    heartbeat=servicer.heartbeat,
+                    num_gpus=ranks.count if worker.device.type == "cuda" else 0,
+                )
+                tasks.append(asyncio.create_task(attachment.run(), name="controller attachment"))
+            for task in tasks:
+                stack.callback(task.cancel)
+            await server.wait_for_termination()
+    finally:
+        await server.stop(_STOP_GRACE_S)
+        await servicer.close()
+        await asyncio.to_thread(leader.close)
+
+
+if __name__ == "__main__":
+    run(parse_arguments(sys.argv[1:]))

@@ -1,0 +1,65 @@
+"""Rank 0's worker thread: it runs commands on all ranks, one after the other, so that the event loop never waits."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import threading
+from typing import Any
+
+from miles.services.trainer.ranks import EXIT, NOTHING, Command, Ranks
+from miles.services.trainer.worker import RankWorker
+
+_IDLE_WORD_S = 60.0
+
+
+class Leader:
+    """Runs commands on every rank from a thread of its own."""
+
+    def __init__(self, ranks: Ranks, worker: RankWorker) -> None:
+        self._ranks = ranks
+        self._worker = worker
+        self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="trainer")
+        self._closed = threading.Event()
+
+    @property
+    def world_size(self) -> int:
+        """Ranks that train together."""
+        return self._ranks.count
+
+    @property
+    def worker(self) -> RankWorker:
+        """Rank 0's own part."""
+        return self._worker
+
+    async def run(self, command: Command, **local: Any) -> Any:
+        """Run a command on all ranks and return rank 0's result; `local` goes to rank 0's `RankWorker.run` only.
+
+        Goes on to its end when the caller is cancelled.
+        """
+        loop = asyncio.get_running_loop()
+        return await asyncio.shield(loop.run_in_executor(self._thread, lambda: self._run(command, local)))
+
+    async def keep_in_touch(self) -> None:
+        """Let the other ranks know, for as long as this runs, that rank 0 is there."""
+        while True:
+            await asyncio.sleep(_IDLE_WORD_S)
+            await asyncio.get_running_loop().run_in_executor(self._thread, lambda: self._ranks.send(Command(NOTHING)))
+
+    def close(self) -> None:
+        """Let the other ranks go, once the running command is done."""
+        if not self._closed.is_set():
+            self._closed.set()
+            self._thread.submit(lambda: self._ranks.send(Command(EXIT)))
+            self._thread.shutdown(wait=True)
+
+    def _run(self, command: Command, local: dict[str, Any]) -> Any:
+        self._ranks.send(command)
+        result: Any = None
+        error: Exception | None = None
+        try:
+            result = self._worker.run(command, **local)
+        except Exception as caught:
+            error = caught
+        self._ranks.agree(error)
+        return result

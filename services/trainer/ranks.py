@@ -1,0 +1,120 @@
+"""How rank 0 tells the other ranks what to do: JSON commands with bytes beside them, broadcast over gloo.
+
+Rank 0 answers gRPC; every other rank sits in `follow`. All ranks then run the same command and meet again in
+`Ranks.agree`, so that a failure on one of them is known to all.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import json
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+logger = logging.getLogger(__name__)
+
+SILENCE = datetime.timedelta(minutes=30)
+"""How long a rank waits for a word of the others; rank 0 sends `NOTHING` more often than that."""
+
+NOTHING = "nothing"
+EXIT = "exit"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Command:
+    """What every rank is to do."""
+
+    name: str
+    arguments: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """JSON."""
+    payloads: tuple[bytes, ...] = ()
+
+
+class RankFailedError(RuntimeError):
+    """A command failed on a rank other than this one; the message says which and why."""
+
+
+class Ranks:
+    """This process's place among those that train together, and its link to them."""
+
+    def __init__(self) -> None:
+        """The default process group must be there; collective over its ranks."""
+        self.rank = dist.get_rank()
+        self.count = dist.get_world_size()
+        self._group = dist.new_group(backend="gloo", timeout=SILENCE) if self.count > 1 else None
+
+    def send(self, command: Command) -> None:
+        """Rank 0: have the other ranks run the command."""
+        if self._group is None:
+            return
+        header = {"name": command.name, "arguments": command.arguments, "sizes": [len(p) for p in command.payloads]}
+        self._broadcast(json.dumps(header).encode())
+        if command.payloads:
+            self._broadcast(b"".join(command.payloads))
+
+    def receive(self) -> Command:
+        """Other ranks: wait for a command. Raises RuntimeError when rank 0 is gone or silent for too long."""
+        header = json.loads(self._broadcast(b""))
+        payloads = []
+        if header["sizes"]:
+            data, start = self._broadcast(b""), 0
+            for size in header["sizes"]:
+                payloads.append(data[start : start + size])
+                start += size
+        return Command(header["name"], header["arguments"], tuple(payloads))
+
+    def agree(self, error: BaseException | None) -> None:
+        """Share this rank's outcome of a command; raises its own error, or RankFailedError for that of another."""
+        if self._group is not None:
+            mine = b"" if error is None else f"{type(error).__name__}: {error}".encode()
+            outcomes = self._gather(mine)
+            failed = {rank: text.decode() for rank, text in enumerate(outcomes) if text and rank != self.rank}
+            if failed and error is None:
+                raise RankFailedError("; ".join(f"rank {rank} failed: {text}" for rank, text in failed.items()))
+        if error is not None:
+            raise error
+
+    def _broadcast(self, data: bytes) -> bytes:
+        size = torch.tensor([len(data)])
+        dist.broadcast(size, src=0, group=self._group)
+        buffer = torch.empty(int(size), dtype=torch.uint8)
+        if self.rank == 0:
+            buffer.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
+        dist.broadcast(buffer, src=0, group=self._group)
+        return data if self.rank == 0 else buffer.numpy().tobytes()
+
+    def _gather(self, data: bytes) -> list[bytes]:
+        sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.count)]
+        dist.all_gather(sizes, torch.tensor([len(data)]), group=self._group)
+        longest = max(1, *(int(size) for size in sizes))
+        mine = torch.zeros(longest, dtype=torch.uint8)
+        if data:
+            mine[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        buffers = [torch.empty_like(mine) for _ in range(self.count)]
+        dist.all_gather(buffers, mine, group=self._group)
+        return [b.numpy().tobytes()[: int(size)] for b, size in zip(buffers, sizes, strict=True)]
+
+
+def follow(ranks: Ranks, run: Callable[[Command], object]) -> None:
+    """Ranks other than 0: run commands until `EXIT`. A command that fails is logged; rank 0 decides what follows."""
+    while True:
+        command = ranks.receive()
+        if command.name == EXIT:
+            return
+        if command.name == NOTHING:
+            continue
+        error: Exception | None = None
+        try:
+            run(command)
+        except Exception as caught:
+            logger.exception("rank %d: %s failed", ranks.rank, command.name)
+            error = caught
+        try:
+            ranks.agree(error)
+        except Exception as failure:
+            logger.error("rank %d: %s: %s", ranks.rank, command.name, failure)

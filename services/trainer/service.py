@@ -1,0 +1,367 @@
+"""The trainer's gRPC service: one job at a time, its steps in order, each exactly once."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import json
+import logging
+import pathlib
+import time
+from collections.abc import AsyncIterator, Callable
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import grpc
+import grpc.aio
+
+from miles.config import ConfigError, JobConfig
+from miles.queue import GroupQueue, MissingGroups, UnreadableGroups, connect_async
+from miles.queue.payload import encode_group
+from miles.rpc import connect_blocking
+from miles.rpc.gen import controller_pb2, policy_pb2, trainer_pb2, trainer_pb2_grpc, weightsync_pb2_grpc
+from miles.services.trainer.backend import Progress, TrainerState
+from miles.services.trainer.leader import Leader
+from miles.services.trainer.ranks import Command
+from miles.types import SampleGroup
+
+if TYPE_CHECKING:
+    import redis.asyncio
+
+    from miles.weights import PublishResult
+
+logger = logging.getLogger(__name__)
+
+SERVICE_NAME = trainer_pb2.DESCRIPTOR.services_by_name["TrainerService"].full_name
+_WORD_EVERY_S = 5.0
+"""How often a stream says something while nothing changes."""
+
+
+@dataclasses.dataclass(slots=True)
+class _Job:
+    """The job that the trainer holds."""
+
+    job_id: str
+    config: JobConfig
+    run_dir: pathlib.Path
+    redis: redis.asyncio.Redis
+    queue: GroupQueue
+    weightsync: grpc.Channel
+    state: TrainerState
+    saved_step: int | None
+    """Step of the newest checkpoint; None when there is none."""
+    unacknowledged: set[int] = dataclasses.field(default_factory=set)
+    """Groups consumed since that checkpoint."""
+
+
+class TrainerServicer(trainer_pb2_grpc.TrainerServiceServicer):
+    """Answers on the event loop; everything that takes time runs in the leader's thread or waits for Redis."""
+
+    def __init__(self, leader: Leader) -> None:
+        self._leader = leader
+        self._job: _Job | None = None
+        self._turn = asyncio.Lock()
+        self._phase = trainer_pb2.TRAIN_PHASE_UNSPECIFIED
+        self._activity = "idle"
+        self._progress = 0
+
+    def heartbeat(self) -> controller_pb2.WorkerHeartbeat:
+        """What the trainer is doing; progress counts micro-batches."""
+        return controller_pb2.WorkerHeartbeat(progress=self._progress, activity=self._activity)
+
+    async def close(self) -> None:
+        """Let go of the job; its memory ends with the process."""
+        if self._job is not None:
+            await self._release(self._job)
+
+    async def StartJob(
+        self,
+        request: trainer_pb2.TrainerStartJobRequest,
+        context: grpc.aio.ServicerContext[Any, Any],
+    ) -> AsyncIterator[trainer_pb2.TrainerStartJobResponse]:
+        """See trainer.proto."""
+        async with self._exclusive(context, "starting"):
+            if self._job is not None and self._job.job_id != request.job_id:
+                await _refuse(context, f"the trainer holds job {self._job.job_id}; stop that one first")
+            if self._job is None:
+                config = await self._parse_config(request, context)
+                start = asyncio.ensure_future(self._start(request, config))
+                began = time.monotonic()
+                while not (await asyncio.wait([start], timeout=_WORD_EVERY_S))[0]:
+                    stage = f"loading {config.rollout.hf_checkpoint} ({time.monotonic() - began:.0f} s)"
+                    yield trainer_pb2.TrainerStartJobResponse(stage=stage)
+                async with _as_status(context):
+                    self._job = await start
+            yield trainer_pb2.TrainerStartJobResponse(stage="ready", ready=self._ready(self._job))
+
+    async def StopJob(
+        self, request: trainer_pb2.TrainerStopJobRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> trainer_pb2.TrainerStopJobResponse:
+        """See trainer.proto."""
+        async with self._exclusive(context, "stopping"):
+            job = self._job
+            if job is not None and job.job_id == request.job_id:
+                self._job = None
+                await self._release(job)
+                await self._leader.run(Command("stop"))
+        return trainer_pb2.TrainerStopJobResponse()
+
+    async def Train(
+        self, request: trainer_pb2.TrainRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> AsyncIterator[trainer_pb2.TrainResponse]:
+        """See trainer.proto."""
+        async with self._exclusive(context, f"training step {request.step}"):
+            job = await self._held(request.job_id, context)
+            if request.step >= job.state.step:
+                await self._check_train_request(job, request, context)
+                reports: asyncio.Queue[trainer_pb2.TrainResponse] = asyncio.Queue()
+                step = asyncio.ensure_future(self._train(job, request, self._reporter(reports)))
+                async for message in _until_done(step, reports):
+                    yield message
+                async with _as_status(context):
+                    await step
+            metrics = job.state.metrics.get(request.step)
+            if metrics is None:
+                await context.abort(
+                    grpc.StatusCode.OUT_OF_RANGE, f"step {request.step} was taken, but its metrics are no longer kept"
+                )
+            done = trainer_pb2.TrainDone(step=request.step, metrics=metrics, group_ids=request.group_ids)
+            yield trainer_pb2.TrainResponse(phase=trainer_pb2.TRAIN_PHASE_DONE, done=done)
+
+    async def Export(
+        self, request: trainer_pb2.ExportRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> trainer_pb2.ExportResponse:
+        """See trainer.proto."""
+        async with self._exclusive(context, f"exporting version {request.version}"):
+            job = await self._held(request.job_id, context)
+            if request.stream != policy_pb2.WEIGHT_STREAM_POLICY:
+                await context.abort(grpc.StatusCode.UNIMPLEMENTED, "this trainer has a policy and no draft model")
+            if request.version != job.state.step:
+                await _refuse(
+                    context, f"version {request.version} was asked for, but the trainer is at step {job.state.step}"
+                )
+            began = time.monotonic()
+            async with _as_status(context):
+                result = await self._publish(job, request.version)
+        return trainer_pb2.ExportResponse(
+            version=result.manifest.version, total_bytes=result.total_bytes, export_s=time.monotonic() - began
+        )
+
+    async def SaveCheckpoint(
+        self, request: trainer_pb2.SaveCheckpointRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> trainer_pb2.SaveCheckpointResponse:
+        """See trainer.proto."""
+        async with self._exclusive(context, "saving"):
+            job = await self._held(request.job_id, context)
+            began = time.monotonic()
+            async with _as_status(context):
+                directory, hf_dir = await asyncio.shield(self._save(job, request.export_hf))
+        return trainer_pb2.SaveCheckpointResponse(
+            checkpoint_dir=str(directory),
+            hf_dir="" if hf_dir is None else str(hf_dir),
+            step=job.state.step,
+            save_s=time.monotonic() - began,
+        )
+
+    async def GetStatus(
+        self, request: trainer_pb2.TrainerGetStatusRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> trainer_pb2.TrainerGetStatusResponse:
+        """See trainer.proto."""
+        job = self._job
+        return trainer_pb2.TrainerGetStatusResponse(
+            job_id="" if job is None else job.job_id,
+            step=0 if job is None else job.state.step,
+            phase=self._phase,
+            world_size=self._leader.world_size,
+        )
+
+    async def _start(self, request: trainer_pb2.TrainerStartJobRequest, config: JobConfig) -> _Job:
+        run_dir = pathlib.Path(request.run_dir)
+        arguments = {"config": config.to_flat(), "checkpoint_dir": str(checkpoint_dir(config, run_dir))}
+        state: TrainerState = await self._leader.run(Command("start", arguments))
+        client = await connect_async(request.redis_url)
+        loaded_from = self._leader.worker.loaded_from
+        job = _Job(
+            job_id=request.job_id,
+            config=config,
+            run_dir=run_dir,
+            redis=client,
+            queue=GroupQueue(client, request.job_id),
+            weightsync=connect_blocking(request.weightsync_address),
+            state=state,
+            saved_step=None if loaded_from is None else state.step,
+        )
+        if loaded_from is not None:  # a crash between a checkpoint and its acknowledgement leaves entries behind
+            left = [entry.group_id for entry in await job.queue.outstanding() if state.is_consumed(entry.group_id)]
+            await job.queue.acknowledge(left)
+        return job
+
+    async def _train(self, job: _Job, request: trainer_pb2.TrainRequest, report: Callable[[Progress], None]) -> None:
+        group_ids = list(request.group_ids)
+        report(Progress("waiting", 0, len(group_ids)))
+        collected = await job.queue.collect(group_ids, request.deadline_ms / 1000)
+        groups: list[SampleGroup] = [group for _, group in collected.values()]
+        payloads = tuple(encode_group(group) for group in groups) if self._leader.world_size > 1 else ()
+        command = Command("train", {"step": request.step}, payloads)
+        try:
+            metrics = await self._leader.run(command, groups=groups, report=report)
+        except Exception:
+            # Some parameters may have moved and others not: the job has to be loaded again.
+            self._job = None
+            await self._release(job)
+            await self._leader.run(Command("stop"))
+            raise
+        job.state.consume([*group_ids, *request.dropped_group_ids])
+        job.unacknowledged.update([*group_ids, *request.dropped_group_ids])
+        job.state.finish_step(metrics)
+
+    async def _publish(self, job: _Job, version: int) -> PublishResult:
+        from miles.weights import WeightPublisher
+
+        publisher = WeightPublisher(weightsync_pb2_grpc.WeightSyncServiceStub(job.weightsync), job.job_id)
+        result: PublishResult = await self._leader.run(
+            Command("export"), consume=lambda layout, tensors: publisher.publish(version, version, layout, tensors)
+        )
+        return result
+
+    async def _save(self, job: _Job, export_hf: bool) -> tuple[pathlib.Path, pathlib.Path | None]:
+        step = job.state.step
+        directory = checkpoint_dir(job.config, job.run_dir) / f"step_{step:08d}"
+        if job.saved_step != step:
+            await self._leader.run(Command("save", {"directory": str(directory), "state": job.state.to_json()}))
+            job.saved_step = step
+        covered = sorted(job.unacknowledged)
+        await job.queue.acknowledge(covered)
+        job.unacknowledged.difference_update(covered)
+        template = job.config.checkpoint.save_hf
+        if template is None and not export_hf:
+            return directory, None
+        hf_dir = (
+            pathlib.Path(template.replace("{rollout_id}", str(step))) if template else job.run_dir / "hf" / str(step)
+        )
+        await self._leader.run(Command("save_hf", {"directory": str(hf_dir)}))
+        return directory, hf_dir
+
+    async def _release(self, job: _Job) -> None:
+        job.weightsync.close()
+        await job.redis.aclose()
+
+    async def _parse_config(
+        self, request: trainer_pb2.TrainerStartJobRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> JobConfig:
+        try:
+            return JobConfig.from_flat(json.loads(request.config_json))
+        except (ConfigError, json.JSONDecodeError) as error:
+            await _refuse(context, f"config_json: {error}", grpc.StatusCode.INVALID_ARGUMENT)
+
+    async def _check_train_request(
+        self, job: _Job, request: trainer_pb2.TrainRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> None:
+        if request.step > job.state.step:
+            await _refuse(context, f"step {request.step} was asked for, but the next one is step {job.state.step}")
+        ids = list(request.group_ids)
+        if not ids or ids != sorted(set(ids)):
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"group_ids must ascend and not be empty: {ids}")
+        again = [i for i in ids if job.state.is_consumed(i)]
+        if again:
+            await _refuse(context, f"groups {again} were trained on or dropped before and are not trained on twice")
+
+    async def _held(self, job_id: str, context: grpc.aio.ServicerContext[Any, Any]) -> _Job:
+        if self._job is None or self._job.job_id != job_id:
+            held = "no job" if self._job is None else f"job {self._job.job_id}"
+            await _refuse(context, f"the trainer holds {held}, not {job_id}; call StartJob")
+        assert self._job is not None
+        return self._job
+
+    def _ready(self, job: _Job) -> trainer_pb2.TrainerReady:
+        loaded_from = self._leader.worker.loaded_from
+        return trainer_pb2.TrainerReady(
+            step=job.state.step,
+            consumed_below=job.state.consumed_below,
+            consumed_group_ids=sorted(job.state.consumed_group_ids),
+            checkpoint_dir="" if loaded_from is None else str(loaded_from),
+        )
+
+    @contextlib.asynccontextmanager
+    async def _exclusive(self, context: grpc.aio.ServicerContext[Any, Any], activity: str) -> AsyncIterator[None]:
+        """One request at a time; one whose caller has left keeps its turn until its work is done."""
+        async with self._turn:
+            self._activity = activity
+            try:
+                yield
+            finally:
+                self._activity = "idle"
+                self._phase = trainer_pb2.TRAIN_PHASE_UNSPECIFIED
+
+    def _reporter(self, reports: asyncio.Queue[trainer_pb2.TrainResponse]) -> Callable[[Progress], None]:
+        """A callback for the worker thread that turns progress into messages."""
+        loop = asyncio.get_running_loop()
+
+        def publish(progress: Progress) -> None:
+            phase = trainer_pb2.TrainPhase.Value(f"TRAIN_PHASE_{progress.phase.upper()}")
+            self._phase = phase
+            self._progress += 1
+            reports.put_nowait(
+                trainer_pb2.TrainResponse(
+                    phase=phase,
+                    micro_batches_done=progress.micro_batches_done,
+                    micro_batches=progress.micro_batches,
+                )
+            )
+
+        def report(progress: Progress) -> None:
+            loop.call_soon_threadsafe(publish, progress)
+
+        return report
+
+
+def checkpoint_dir(config: JobConfig, run_dir: pathlib.Path) -> pathlib.Path:
+    """Folder in which a job's checkpoints lie."""
+    return pathlib.Path(config.checkpoint.save) if config.checkpoint.save else run_dir / "checkpoints"
+
+
+async def _until_done(
+    task: asyncio.Future[None], reports: asyncio.Queue[trainer_pb2.TrainResponse]
+) -> AsyncIterator[trainer_pb2.TrainResponse]:
+    """Messages as they come, and the last one again when nothing new does, until the task is done."""
+    last = trainer_pb2.TrainResponse(phase=trainer_pb2.TRAIN_PHASE_WAITING)
+    while not task.done():
+        following = asyncio.ensure_future(reports.get())
+        waited: list[asyncio.Future[Any]] = [task, following]
+        await asyncio.wait(waited, timeout=_WORD_EVERY_S, return_when=asyncio.FIRST_COMPLETED)
+        if following.done():
+            last = following.result()
+        else:
+            following.cancel()
+        if not task.done():
+            yield last
+
+
+async def _refuse(
+    context: grpc.aio.ServicerContext[Any, Any],
+    reason: str,
+    code: grpc.StatusCode = grpc.StatusCode.FAILED_PRECONDITION,
+) -> NoReturn:
+    await context.abort(code, reason)
+    raise AssertionError("abort raises")
+
+
+@contextlib.asynccontextmanager
+async def _as_status(context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[None]:
+    """Turn errors of the work inside into gRPC status codes."""
+    try:
+        yield
+    except MissingGroups as error:
+        await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, str(error))
+    except UnreadableGroups as error:
+        await context.abort(grpc.StatusCode.DATA_LOSS, str(error))
+    except FileNotFoundError as error:
+        await context.abort(grpc.StatusCode.NOT_FOUND, str(error))
+    except ValueError as error:
+        logger.exception("refused")
+        await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+    except grpc.RpcError as error:
+        await context.abort(grpc.StatusCode.UNAVAILABLE, f"the weight-sync service: {error}")
+    except (RuntimeError, ArithmeticError, OSError) as error:
+        logger.exception("failed")
+        await context.abort(grpc.StatusCode.INTERNAL, f"{type(error).__name__}: {error}")

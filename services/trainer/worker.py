@@ -1,0 +1,104 @@
+"""What one rank holds and does: the job's backend, and the commands that act on it, the same on every rank."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from miles.config import JobConfig
+from miles.queue.payload import decode_group
+from miles.services.trainer.backend import Progress, TrainerBackend, TrainerState
+from miles.services.trainer.ranks import Command
+from miles.types import SampleGroup
+
+if TYPE_CHECKING:
+    from miles.weights.publisher import Layout
+
+Consume = Callable[["Layout", Iterable[tuple[str, torch.Tensor]]], Any]
+"""What rank 0 does with an export."""
+
+
+class RankWorker:
+    """One rank's part of the service; `run` is called by one thread at a time."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._backend: TrainerBackend | None = None
+        self.loaded_from: pathlib.Path | None = None
+        """Checkpoint that the job was loaded from; None for the initial weights."""
+
+    def run(
+        self,
+        command: Command,
+        *,
+        groups: Sequence[SampleGroup] | None = None,
+        report: Callable[[Progress], None] = lambda progress: None,
+        consume: Consume | None = None,
+    ) -> Any:
+        """Carry out a command; rank 0 also gives what cannot be broadcast.
+
+        Returns the state (start), the metrics (train), or what `consume` returned (export).
+        """
+        arguments = command.arguments
+        match command.name:
+            case "start":
+                return self._start(arguments["config"], pathlib.Path(arguments["checkpoint_dir"]))
+            case "train":
+                if groups is None:
+                    groups = [decode_group(payload) for payload in command.payloads]
+                return self._loaded().train(arguments["step"], groups, report)
+            case "export":
+                return self._export(consume)
+            case "save":
+                return self._loaded().save(
+                    pathlib.Path(arguments["directory"]), TrainerState.from_json(arguments["state"])
+                )
+            case "save_hf":
+                return self._loaded().save_hf(pathlib.Path(arguments["directory"]))
+            case "stop":
+                return self._stop()
+        raise ValueError(f"no command is called {command.name!r}")
+
+    def _start(self, config_json: dict[str, Any], checkpoint_dir: pathlib.Path) -> TrainerState:
+        self._stop()
+        config = JobConfig.from_flat(config_json)
+        backend = create_backend(config, checkpoint_dir, self.device)
+        try:
+            state = backend.load()
+        except BaseException:
+            backend.close()
+            raise
+        self._backend, self.loaded_from = backend, backend.loaded_from
+        return state
+
+    def _export(self, consume: Consume | None) -> Any:
+        backend = self._loaded()
+        tensors = backend.export()
+        try:
+            return None if consume is None else consume(backend.export_layout(), tensors)
+        finally:
+            for _ in tensors:  # gathering is collective: whatever became of the export, every rank goes through with it
+                pass
+
+    def _stop(self) -> None:
+        if self._backend is not None:
+            self._backend.close()
+        self._backend = self.loaded_from = None
+
+    def _loaded(self) -> TrainerBackend:
+        if self._backend is None:
+            raise RuntimeError("no job is loaded; StartJob comes first")
+        return self._backend
+
+
+def create_backend(config: JobConfig, checkpoint_dir: pathlib.Path, device: torch.device) -> TrainerBackend:
+    """The backend that the configuration names."""
+    match config.train.train_backend:
+        case "fsdp":
+            from miles.services.trainer.backends.fsdp.backend import FsdpBackend
+
+            return FsdpBackend(config, checkpoint_dir, device)
+    raise ValueError(f"train_backend {config.train.train_backend!r} is not one of: fsdp")

@@ -1,0 +1,137 @@
+"""The trainer as a service: real processes, a real queue, a real weight-sync service."""
+
+from __future__ import annotations
+
+import asyncio
+import pathlib
+from collections.abc import Iterator
+
+import grpc
+import pytest
+from safetensors.torch import load_file
+from trainer_cases import job_config, random_groups, write_dense_model
+from trainer_process import TrainerProcess
+from weightsync_processes import Service
+
+from miles.queue import GroupQueue, connect_async
+
+
+@pytest.fixture
+def weightsync(tmp_path: pathlib.Path) -> Iterator[Service]:
+    (tmp_path / "shared").mkdir()
+    service = Service(None, tmp_path / "shared")
+    yield service
+    service.kill()
+
+
+@pytest.fixture
+def trainers() -> Iterator[list[TrainerProcess]]:
+    """Trainers that the test started; killed at its end."""
+    started: list[TrainerProcess] = []
+    yield started
+    for trainer in started:
+        trainer.kill()
+
+
+def put_groups(redis_url: str, job_id: str, seed: int, group_ids: range) -> None:
+    async def put() -> None:
+        async with await connect_async(redis_url) as client:
+            for group in random_groups(seed, group_ids):
+                group.job_id = job_id
+                await GroupQueue(client, job_id, consumer="test").put(group, attempt=0)
+
+    asyncio.run(put())
+
+
+def queued(redis_url: str, job_id: str) -> list[int]:
+    async def read() -> list[int]:
+        async with await connect_async(redis_url) as client:
+            return [entry.group_id for entry in await GroupQueue(client, job_id, consumer="test").outstanding()]
+
+    return asyncio.run(read())
+
+
+def test_a_killed_trainer_resumes_bit_for_bit_and_trains_no_group_twice(
+    tmp_path: pathlib.Path, redis_url: str, job_id: str, weightsync: Service, trainers: list[TrainerProcess]
+) -> None:
+    config = job_config(write_dense_model(tmp_path / "model"))
+    run_dir = tmp_path / "run"
+    put_groups(redis_url, job_id, 1, range(12))
+    trainers.append(TrainerProcess())
+    ready = trainers[0].start_job(job_id, config, redis_url, weightsync.address, run_dir)
+    assert (ready.step, ready.checkpoint_dir) == (0, "")
+    trainers[0].train(job_id, 0, [0, 1, 2, 3])
+    saved = trainers[0].save(job_id)
+    assert queued(redis_url, job_id) == list(range(4, 12))
+    lost = trainers[0].train(job_id, 1, [4, 5, 6, 7])
+    trainers[0].train(job_id, 2, [8, 9, 10, 11])
+    whole = load_file(pathlib.Path(trainers[0].save(job_id, export_hf=True).hf_dir) / "model.safetensors")
+    assert queued(redis_url, job_id) == []
+    trainers[0].kill()
+
+    import shutil
+
+    shutil.rmtree(run_dir / "checkpoints" / "step_00000003")
+    put_groups(redis_url, job_id, 1, range(4, 12))
+    trainers.append(TrainerProcess())
+    ready = trainers[1].start_job(job_id, config, redis_url, weightsync.address, run_dir)
+    assert (ready.step, ready.consumed_below, ready.checkpoint_dir) == (1, 4, saved.checkpoint_dir)
+    with pytest.raises(grpc.RpcError) as refused:
+        trainers[1].train(job_id, 1, [3, 4, 5, 6])
+    assert refused.value.code() is grpc.StatusCode.FAILED_PRECONDITION
+    again = trainers[1].train(job_id, 1, [4, 5, 6, 7])
+    timeless = {name for name in lost.metrics if not name.startswith("perf/")}
+    assert {name: again.metrics[name] for name in timeless} == {name: lost.metrics[name] for name in timeless}
+    trainers[1].train(job_id, 2, [8, 9, 10, 11])
+    resumed = load_file(pathlib.Path(trainers[1].save(job_id, export_hf=True).hf_dir) / "model.safetensors")
+    assert whole.keys() == resumed.keys()
+    assert all(whole[name].equal(resumed[name]) for name in whole)
+
+
+def test_a_step_taken_before_is_answered_and_a_gap_is_refused(
+    tmp_path: pathlib.Path, redis_url: str, job_id: str, weightsync: Service, trainers: list[TrainerProcess]
+) -> None:
+    config = job_config(write_dense_model(tmp_path / "model"))
+    put_groups(redis_url, job_id, 2, range(4))
+    trainers.append(TrainerProcess())
+    (trainer,) = trainers
+    with pytest.raises(grpc.RpcError) as early:
+        trainer.train(job_id, 0, [0, 1, 2, 3])
+    assert "StartJob" in early.value.details()
+    trainer.start_job(job_id, config, redis_url, weightsync.address, tmp_path / "run")
+    first = trainer.train(job_id, 0, [0, 1, 2, 3], dropped_group_ids=[4])
+    assert trainer.train(job_id, 0, [0, 1, 2, 3]).metrics == first.metrics
+    with pytest.raises(grpc.RpcError) as gap:
+        trainer.train(job_id, 2, [8, 9, 10, 11])
+    assert "next one is step 1" in gap.value.details()
+    with pytest.raises(grpc.RpcError) as missing:
+        trainer.train(job_id, 1, [5, 6, 7, 8], deadline_ms=200)
+    assert missing.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+    ready = trainer.start_job(job_id, config, redis_url, weightsync.address, tmp_path / "run")
+    assert (ready.step, ready.consumed_below) == (1, 5)
+
+
+def test_an_export_is_prepared_under_the_models_names(
+    tmp_path: pathlib.Path, redis_url: str, job_id: str, weightsync: Service, trainers: list[TrainerProcess]
+) -> None:
+    config = job_config(write_dense_model(tmp_path / "model"), rollout_dtype="bfloat16")
+    trainers.append(TrainerProcess())
+    (trainer,) = trainers
+    trainer.start_job(job_id, config, redis_url, weightsync.address, tmp_path / "run")
+    exported = trainer.export(job_id, 0)
+    assert weightsync.states() == {0: "PREPARED"}
+    stored = load_file(tmp_path / "model" / "model.safetensors")
+    assert exported.total_bytes >= 2 * sum(tensor.numel() for tensor in stored.values())
+    with pytest.raises(grpc.RpcError) as wrong:
+        trainer.export(job_id, 3)
+    assert wrong.value.code() is grpc.StatusCode.FAILED_PRECONDITION
+
+
+def test_a_missing_model_folder_is_named(
+    tmp_path: pathlib.Path, redis_url: str, job_id: str, weightsync: Service, trainers: list[TrainerProcess]
+) -> None:
+    trainers.append(TrainerProcess())
+    with pytest.raises(grpc.RpcError) as error:
+        trainers[0].start_job(job_id, job_config(tmp_path / "nowhere"), redis_url, weightsync.address, tmp_path)
+    assert error.value.code() is grpc.StatusCode.NOT_FOUND
+    assert "nowhere" in error.value.details()
