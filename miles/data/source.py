@@ -101,12 +101,8 @@ def train_source(config: JobConfig, tokenizer: Any | None = None) -> PromptSourc
 def eval_sources(config: JobConfig, tokenizer: Any | None = None) -> dict[str, PromptSource]:
     """The evaluation sets by name, each in file order; empty when none is configured."""
     pairs = config.eval.eval_prompt_data or ()
-    if len(pairs) % 2:
-        raise DataError(f"eval_prompt_data is {' '.join(pairs)}; expected pairs of a name and a file")
     if not pairs:
         return {}
-    if repeated := sorted({name for name in pairs[::2] if pairs[::2].count(name) > 1}):
-        raise DataError(f"eval_prompt_data names {', '.join(repeated)} more than once; each set needs its own name")
     template = prompt_template(config, tokenizer)
     fields = _fields(config, config.eval.eval_input_key, config.eval.eval_label_key)
     limit = _prompt_limit(config.eval.eval_max_prompt_len, config.rollout.rollout_max_context_len)

@@ -7,11 +7,10 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-import pytest
 from toy_tokenizer import text_of
 
 from miles.config import JobConfig
-from miles.data import DataError, eval_sources, train_source
+from miles.data import eval_sources, train_source
 
 Write = Callable[..., str]
 
@@ -88,13 +87,6 @@ def test_evaluation_sets_keep_file_order_and_their_own_keys(checkpoint: str, wri
 
 def test_no_evaluation_sets_without_evaluation_data(checkpoint: str, write_jsonl: Write) -> None:
     assert eval_sources(config_of(checkpoint, prompt_data=write_jsonl({"input": "q"}))) == {}
-
-
-def test_evaluation_sets_with_one_name_are_refused(checkpoint: str, write_jsonl: Write) -> None:
-    path = write_jsonl({"input": "q"})
-    config = config_of(checkpoint, prompt_data=path, eval_interval=1, eval_prompt_data=["a", path, "a", path])
-    with pytest.raises(DataError, match="names a more than once"):
-        eval_sources(config)
 
 
 WITHOUT_TORCH = """
