@@ -155,7 +155,7 @@ class MaskedImportanceSampling:
 
 
 def at_level(log_ratio_T: torch.Tensor, mask_T: torch.Tensor, packing: Packing, level: MisLevel) -> torch.Tensor:
-    """Each token's own log ratio (token), or its sequence's masked sum (sequence) or mean (geometric) on every token."""
+    """Each token's own log ratio, or on all its tokens the sequence's masked sum (sequence) or mean (geometric)."""
     if level == "token":
         return log_ratio_T
     if level == "sequence":

@@ -34,5 +34,5 @@ def masked_whiten(values_T: torch.Tensor, mask_T: torch.Tensor, group: dist.Proc
     mean = total / count
     squares = all_reduce_sum(((kept_T - mean).square() * mask_T).sum(), group)
     variance = squares / (count - 1).clamp_min(1)
-    whitened_T = (values_T.double() - mean) * torch.rsqrt(variance + EPSILON)
+    whitened_T: torch.Tensor = (values_T.double() - mean) * torch.rsqrt(variance + EPSILON)
     return whitened_T.to(values_T.dtype)
