@@ -21,6 +21,9 @@ _FALLBACKS = {
 }
 """Settings that, when not given, are the same as another."""
 
+_SEARCHED = 10_000
+"""How far around a number that does not divide another one is looked for one that does."""
+
 
 def derive(settings: Settings) -> list[Fault]:
     """Fill in every derived setting; return the faults that make that impossible."""
@@ -75,13 +78,14 @@ def _share(total: int, divisor: int, product: str, name: str) -> tuple[int, Faul
     """total / divisor, or the fault that it is not whole."""
     if total % divisor == 0:
         return total // divisor, None
-    fitting = [d for d in range(1, total + 1) if total % d == 0]
-    below, above = (
-        max(d for d in fitting if d < divisor or d == 1),
-        min(d for d in fitting if d > divisor or d == total),
-    )
-    remedy = f"set {name} to {below} or {above}" if below != above else f"set {name} to {below}"
+    nearby = [d for d in range(max(1, divisor - _SEARCHED), divisor + _SEARCHED) if total % d == 0]
+    fitting = [str(d) for d in (max([d for d in nearby if d < divisor], default=0), min(_above(nearby, divisor))) if d]
+    remedy = f"set {name} to {' or '.join(fitting)}" if fitting else "choose one that does"
     return 0, Fault(product, total, f"{name} = {divisor} does not divide it", remedy)
+
+
+def _above(numbers: list[int], bound: int) -> list[int]:
+    return [number for number in numbers if number > bound] or [0]
 
 
 def _fallbacks(s: Settings) -> list[Fault]:

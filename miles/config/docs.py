@@ -6,6 +6,7 @@ import textwrap
 from collections.abc import Iterator
 
 from miles.config.catalog import SECTIONS, Entry, catalog, passthroughs
+from miles.config.compatibility import DIFFERENT_CHOICES, DIFFERENT_DEFAULTS
 from miles.config.faults import show
 from miles.config.flags import opposite
 
@@ -40,6 +41,19 @@ _PASSTHROUGH = """\
 Flags that begin with `{flag}` go to a program with flags of its own. An engine that has none refuses them.
 """
 
+_COMPATIBILITY = """\
+## Recipes from elsewhere
+
+Names, types and defaults are those that slime and miles recipes use. A flag whose feature is not there yet is unknown
+here, not ignored. These defaults differ:
+
+{differences}
+
+These can be set to other values than there:
+
+{choices}
+"""
+
 
 def reference_page() -> str:
     """docs/configuration.md."""
@@ -50,6 +64,9 @@ def reference_page() -> str:
         for prefix, (owner, _) in passthroughs().items():
             if owner == section:
                 parts.append(_PASSTHROUGH.format(flag="--" + prefix.replace("_", "-")))
+    differences = "\n".join(f"- `{key}`: {why}" for key, why in DIFFERENT_DEFAULTS.items())
+    choices = "\n".join(f"- `{key}`: {what}" for key, what in DIFFERENT_CHOICES.items())
+    parts.append(_COMPATIBILITY.format(differences=differences, choices=choices))
     return "\n".join(parts)
 
 

@@ -10,8 +10,8 @@ from typing import Any
 from miles.config.catalog import catalog
 from miles.config.job import JobConfig
 
-UNKNOWN_ADDRESS = "(known once it listens)"
-"""Stands for an address in a plan that was made before the process has picked its port."""
+UNKNOWN_ADDRESS = "(known once started)"
+"""Stands for what a plan that was made beforehand cannot know."""
 
 _SECTIONS_READ: Mapping[str, tuple[str, ...]] = {
     "redis": (),

@@ -77,6 +77,8 @@ class Section(BaseModel):
                 raise ValueError(f"it is not JSON ({error})") from error
         if kind in (int, float) and isinstance(value, bool):
             raise ValueError("it must be a number, not a switch")
+        if kind is tuple and value in ([], ()):
+            return cls.model_fields[info.field_name].default  # an empty list and no list are the same
         if kind is tuple and isinstance(value, str | int) and not isinstance(value, bool):
             return (value,)
         return value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from hypothesis import strategies as st
@@ -58,13 +59,10 @@ def flat_configs(draw: st.DrawFn) -> dict[str, Any]:
             JobConfig.from_flat(flat)
             return flat
         except ConfigError as error:
-            wrong = {
-                key for fault in error.faults for key in (*catalog(), *BATCH_SIZES) if key in fault.field.split(" × ")
+            named = {word for fault in error.faults for word in re.findall(r"\w+", str(fault))}
+            if named & set(BATCH_SIZES):
+                named |= set(BATCH_SIZES)
+            flat = {key: value for key, value in flat.items() if key not in named} | {
+                key: value for key, value in MINIMAL.items() if key in named
             }
-            if any("batch" in key or "steps" in key for key in wrong):
-                wrong |= set(BATCH_SIZES) | {"micro_batch_size", "actor_num_nodes", "actor_num_gpus_per_node"}
-            flat = {key: value for key, value in flat.items() if key not in wrong}
-            flat |= {key: MINIMAL[key] for key in wrong & set(MINIMAL)}
-            if "reward" in str(wrong) or "rm" in str(wrong):
-                flat = {key: value for key, value in flat.items() if key not in ("custom_rm_path", "group_rm")}
     raise AssertionError("could not repair the configuration")

@@ -93,10 +93,9 @@ def corrections_do_not_pile_up(s: Settings) -> Iterator[Fault]:
 def importance_bounds_are_ordered(s: Settings) -> Iterator[Fault]:
     pairs = (("tis_clip_low", "tis_clip"), ("tis_lower_bound", "tis_upper_bound"), ("rs_lower_bound", "rs_upper_bound"))
     for low, high in pairs:
-        if getattr(s, low) > getattr(s, high):
-            yield Fault(
-                low, getattr(s, low), f"{high} = {getattr(s, high):g} is below it", "lower it, or raise the other"
-            )
+        if getattr(s, low) >= getattr(s, high):
+            problem = f"it is not below {high} = {getattr(s, high):g}"
+            yield Fault(low, getattr(s, low), problem, f"lower it, or raise {high}")
 
 
 @rule

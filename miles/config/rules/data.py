@@ -83,6 +83,13 @@ def one_reward_is_given(s: Settings) -> Iterator[Fault]:
 
 
 @rule
+def groups_are_scored_by_a_function(s: Settings) -> Iterator[Fault]:
+    if s.group_rm and s.rm_type:
+        problem = f"rm_type = {s.rm_type} scores samples one by one"
+        yield Fault("group_rm", True, problem, "leave it out, or use custom_rm_path")
+
+
+@rule
 def reward_services_are_well_formed(s: Settings) -> Iterator[Fault]:
     names: set[str] = set()
     for spec in s.reward_service:

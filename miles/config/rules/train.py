@@ -20,7 +20,8 @@ def micro_batches_are_cut_one_way(s: Settings) -> Iterator[Fault]:
         problem = "use_dynamic_batch_size cuts micro-batches by tokens"
         yield Fault("micro_batch_size", s.micro_batch_size, problem, "leave one of them out")
     yield from needs(s, "max_tokens_per_gpu", "use_dynamic_batch_size")
-    yield from needs(s, "log_probs_max_tokens_per_gpu", "use_dynamic_batch_size")
+    if s.log_probs_max_tokens_per_gpu != s.max_tokens_per_gpu:
+        yield from needs(s, "log_probs_max_tokens_per_gpu", "use_dynamic_batch_size")
 
 
 @rule

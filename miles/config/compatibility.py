@@ -1,0 +1,35 @@
+"""Where a flag that other systems have too differs from what their recipes may rely on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+DIFFERENT_DEFAULTS: Mapping[str, str] = {
+    "train_backend": "fsdp instead of megatron",
+    "attn_implementation": "auto instead of flash_attention_2, which not every machine has",
+    "lr": "1e-6 for every backend, also where fsdp alone had 2e-5",
+    "actor_num_gpus_per_node": "8 on CUDA as elsewhere, but 1 on CPU",
+    "distributed_backend": "nccl on CUDA as elsewhere, but gloo on CPU",
+    "max_weight_staleness": "0, synchronous, instead of no limit",
+    "update_weight_transfer_mode": "shared_memory instead of broadcast",
+    "tis_lower_bound": "1 / tis_upper_bound, which is 0.5 as elsewhere until tis_upper_bound changes",
+    "use_rs": "off until asked for, and a flag instead of a key in a file of its own",
+}
+"""Why the default is another, by key."""
+
+DIFFERENT_CHOICES: Mapping[str, str] = {
+    "train_backend": "fsdp",
+    "qkv_format": "thd",
+    "attn_implementation": "auto, varlen and sdpa",
+    "distributed_backend": "nccl and gloo",
+    "advantage_estimator": "rloo, dr_grpo and cispo besides; not ppo, which needs a critic",
+    "loss_type": "policy_loss and custom_loss",
+    "lr_decay_style": "constant, linear and cosine",
+    "optimizer": "adam",
+    "rm_type": "exact_match, last_number and math",
+    "update_weight_transfer_mode": "the transports by their names",
+    "tis_level": "token, sequence and geometric",
+    "rs_level": "token, sequence and geometric",
+    "tis_mode": "truncate, clip and mask",
+}
+"""What can be chosen, by key, where that is not the list of choices known elsewhere."""

@@ -1,0 +1,158 @@
+from __future__ import annotations
+
+import pathlib
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import yaml
+from config_cases import MINIMAL
+
+from miles import cli
+from miles.config import JobConfig
+from miles.config.flags import to_command_line
+from miles.config.plan import plan_controller, plan_redis, plan_run, plan_workers
+
+ROOT = pathlib.Path(__file__).parents[3]
+
+
+def test_the_reference_page_is_up_to_date(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["config", "docs", "--check", "--out", str(ROOT / "docs" / "configuration.md")]) == 0
+
+
+def test_a_stale_reference_page_is_noticed(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page = tmp_path / "configuration.md"
+    assert cli.main(["config", "docs", "--check", "--out", str(page)]) == 1
+    assert cli.main(["config", "docs", "--out", str(page)]) == 0
+    assert cli.main(["config", "docs", "--check", "--out", str(page)]) == 0
+    page.write_text(page.read_text().replace("--lr`", "--learning-rate`"))
+    assert cli.main(["config", "docs", "--check", "--out", str(page)]) == 1
+    assert "is not up to date" in capsys.readouterr().err
+
+
+def test_show_prints_settings_that_read_back(files: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["config", "show", *to_command_line(MINIMAL), "--device", "cpu", "--lr", "3e-5"]) == 0
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert JobConfig.from_flat(printed) == JobConfig.from_flat(MINIMAL | {"lr": 3e-5}).resolve("cpu").replace(
+        device="cpu"
+    )
+
+
+def test_show_lists_every_fault_with_those_of_the_machine(
+    files: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = to_command_line(MINIMAL | {"hf_checkpoint": "no", "prompt_data": "no.jsonl", "device": "cpu"})
+    assert (
+        cli.main(["config", "show", *flags, "--lrr", "1", "--rollout-top-p", "7", "--actor-num-gpus-per-node", "5"])
+        == 2
+    )
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split()[0] for line in lines[1:]] == [
+        "--lrr",
+        "rollout_top_p",
+        "global_batch_size",
+        "hf_checkpoint",
+        "prompt_data",
+    ]
+
+
+def test_dry_run_lists_every_process_and_leaves_nothing_behind(
+    files: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = sorted(files.rglob("*"))
+    flags = to_command_line(
+        MINIMAL
+        | {"rollout_num_workers": 2, "actor_num_gpus_per_node": 2, "device": "cpu", "reward_service": ["code=h:9"]}
+    )
+    assert cli.main(["config", "show", "--dry-run", *flags]) == 0
+    described: dict[str, Any] = yaml.safe_load(capsys.readouterr().out)
+    names = [process["name"] for process in described["processes"]]
+    assert names[:4] == ["redis", "controller", "weightsync", "reward-0"]
+    assert names[4:] == ["rollout-0", "rollout-1", "trainer-0", "trainer-1"]
+    processes = {process["name"]: process for process in described["processes"]}
+    assert processes["rollout-1"]["config"] == "as rollout-0"
+    assert processes["rollout-0"]["config"]["rollout_temperature"] == 1.0
+    assert processes["trainer-1"]["environment"]["RANK"] == "1"
+    assert processes["trainer-0"]["config"]["global_batch_size"] == 32
+    assert processes["trainer-0"]["config"]["distributed_backend"] == "gloo"
+    assert described["runs elsewhere"] == {"reward service code": "h:9"}
+    assert sorted(files.rglob("*")) == before
+
+
+def test_dry_run_starts_no_process_and_opens_no_connection(files: pathlib.Path) -> None:
+    program = """
+import sys
+def refuse(event, arguments):
+    if event in ("subprocess.Popen", "os.fork", "os.posix_spawn", "os.exec", "socket.connect", "socket.listen"):
+        raise SystemExit(f"the dry run did {event}{arguments}")
+sys.addaudithook(refuse)
+from miles.cli import main
+code = main(sys.argv[1:])
+assert "torch" not in sys.modules and "transformers" not in sys.modules
+sys.exit(code)
+"""
+    flags = to_command_line(MINIMAL | {"controller_port": 0})
+    ran = subprocess.run(
+        [sys.executable, "-c", program, "config", "show", "--dry-run", "--device", "cpu", *flags],
+        cwd=files,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert "trainer-0" in ran.stdout
+
+
+def test_plans_carry_addresses_once_they_are_known() -> None:
+    config = JobConfig.from_flat(
+        MINIMAL
+        | {"controller_port": 7000, "rollout_port": 7100, "rollout_num_workers": 3, "rm_type": None}
+        | {"custom_rm_path": "a.b", "group_rm": True, "train_env_vars": {"A": "1"}}
+    ).resolve("cpu")
+    assert plan_controller(config, "redis://r").command[-4:] == (
+        "--listen",
+        "127.0.0.1:7000",
+        "--redis-url",
+        "redis://r",
+    )
+    plans = {plan.name: plan for plan in plan_workers(config, "c:1", master_port=77)}
+    assert [plans[f"rollout-{i}"].command[4] for i in range(3)] == [f"127.0.0.1:{7100 + i}" for i in range(3)]
+    assert all(plan.command[5:7] == ("--controller", "c:1") for plan in plans.values())
+    assert plans["reward-0"].command[-3:] == ("--custom-rm-path", "a.b", "--group-rm")
+    assert plans["trainer-0"].environment["A"] == "1"
+    assert plans["trainer-0"].environment["MASTER_PORT"] == "77"
+
+
+def test_services_that_run_elsewhere_are_not_planned() -> None:
+    config = JobConfig.from_flat(
+        MINIMAL | {"redis_url": "redis://r:1", "rm_type": None, "reward_service": ["default=h:1"]}
+    ).resolve("cpu")
+    assert plan_redis(config) is None
+    assert {plan.kind for plan in plan_run(config)} == {"controller", "weightsync", "rollout", "trainer"}
+
+
+def test_help_lists_every_flag(capsys: pytest.CaptureFixture[str]) -> None:
+    from miles.config.catalog import catalog
+
+    assert cli.main(["config", "show", "--help"]) == 0
+    printed = capsys.readouterr().out
+    assert [entry.flag for entry in catalog().values() if f"  {entry.flag}" not in printed] == []
+
+
+def test_an_unknown_command_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["confg"]) == 2
+    assert "there is no command confg" in capsys.readouterr().err
+    assert cli.main([]) == 0
+    assert "config" in capsys.readouterr().out
+
+
+def test_importing_miles_does_not_bring_the_configuration_along() -> None:
+    program = "import sys, miles; assert 'pydantic' not in sys.modules and 'miles.config' not in sys.modules"
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
+
+
+def test_importing_the_configuration_stays_light() -> None:
+    program = "import sys, miles.config; print(*{'torch', 'transformers', 'redis', 'grpc', 'numpy'} & set(sys.modules))"
+    ran = subprocess.run([sys.executable, "-c", program], check=True, timeout=60, capture_output=True, text=True)
+    assert ran.stdout.strip() == ""

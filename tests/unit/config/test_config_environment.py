@@ -1,0 +1,131 @@
+from __future__ import annotations
+
+import json
+import pathlib
+import socket
+from typing import Any
+
+import pytest
+from config_cases import MINIMAL
+
+from miles.config import JobConfig
+from miles.config.dotted_path import why_not_importable
+from miles.config.environment import check_environment
+
+
+def faults(**changes: Any) -> list[str]:
+    return [str(fault) for fault in check_environment(JobConfig.from_flat(MINIMAL | changes))]
+
+
+def test_a_complete_environment_has_no_faults(files: pathlib.Path) -> None:
+    assert faults(label_key="answer", prompt_data="prompts.jsonl@[0:1]", save="out/{rollout_id}") == []
+
+
+@pytest.mark.parametrize(
+    ("missing", "expected"),
+    [
+        ("config.json", "hf_checkpoint = model, but config.json is missing in it"),
+        ("tokenizer.json", "hf_checkpoint = model, but there is no tokenizer in it"),
+        ("model.safetensors", "hf_checkpoint = model, but there are no weights in it"),
+    ],
+)
+def test_an_incomplete_model_is_noticed(files: pathlib.Path, missing: str, expected: str) -> None:
+    (files / "model" / missing).unlink()
+    assert [fault[: len(expected)] for fault in faults()] == [expected]
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"hf_checkpoint": "nowhere"}, "hf_checkpoint = nowhere, but there is no such folder"),
+        ({"ref_load": "nowhere"}, "ref_load = nowhere, but there is no such folder"),
+        ({"load": "nowhere"}, "load = nowhere, but there is no such folder"),
+        ({"apply_chat_template": True}, "apply_chat_template = true, but the tokenizer in model has no chat template"),
+        (
+            {"apply_chat_template": True, "chat_template_path": "x.jinja"},
+            "chat_template_path = x.jinja, but there is no such file",
+        ),
+        ({"prompt_data": "x.jsonl"}, "prompt_data = x.jsonl, but there is no such file"),
+        ({"prompt_data": "x.csv"}, "prompt_data = x.csv, but its type is not known"),
+        ({"prompt_data": "prompts.jsonl@[x]"}, "prompt_data = prompts.jsonl@[x], but its slice is malformed"),
+        ({"prompt_data": "rewards.py@[:1]"}, "prompt_data = rewards.py@[:1], but its type is not known"),
+        (
+            {"input_key": "question"},
+            "input_key = question, but prompts.jsonl has no such column; set it to one of answer, input",
+        ),
+        ({"label_key": "label"}, "label_key = label, but prompts.jsonl has no such column"),
+        (
+            {"eval_prompt_data": ["a", "x.jsonl"], "eval_interval": 1},
+            "eval_prompt_data = x.jsonl, but there is no such file",
+        ),
+        (
+            {"eval_prompt_data": ["a", "prompts.jsonl"], "eval_interval": 1, "eval_label_key": "no"},
+            "eval_label_key = no, but prompts.jsonl has no such column",
+        ),
+        ({"run_dir": "prompts.jsonl/run"}, "prompts.jsonl is not a folder"),
+        (
+            {"custom_rm_path": "rewards.scor", "rm_type": None},
+            "custom_rm_path = rewards.scor, but rewards defines no scor",
+        ),
+        (
+            {"custom_rm_path": "reward.score", "rm_type": None},
+            "custom_rm_path = reward.score, but there is no module reward",
+        ),
+        ({"host": "no-such-host.invalid"}, "host = no-such-host.invalid, but it cannot be resolved"),
+        ({"actor_num_nodes": 2}, "actor_num_nodes = 2, but one machine"),
+    ],
+)
+def test_what_is_missing_is_named(files: pathlib.Path, changes: dict[str, Any], expected: str) -> None:
+    found = faults(**changes)
+    assert len(found) == 1
+    assert expected in found[0]
+
+
+def test_a_chat_template_is_found_where_tokenizers_keep_it(files: pathlib.Path) -> None:
+    settings = files / "model" / "tokenizer_config.json"
+    settings.write_text(json.dumps({"chat_template": "{{ messages }}"}))
+    assert faults(apply_chat_template=True) == []
+    settings.unlink()
+    (files / "model" / "chat_template.jinja").write_text("{{ messages }}")
+    assert faults(apply_chat_template=True) == []
+
+
+def test_a_first_line_that_is_no_object_is_noticed(files: pathlib.Path) -> None:
+    (files / "prompts.jsonl").write_text("[1]\n")
+    assert faults() == [
+        "prompt_data = prompts.jsonl, but its first line is not a JSON object; write one JSON object a line"
+    ]
+
+
+def test_ports_in_use_are_noticed(files: pathlib.Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        (fault,) = faults(controller_port=port)
+        assert fault.startswith(f"controller_port = {port}, but 127.0.0.1:{port} cannot be listened on")
+        (fault,) = faults(rollout_port=port - 1, rollout_num_workers=2)
+        assert fault.startswith(f"rollout_port = {port}, but")
+    assert faults(controller_port=port) == []
+
+
+def test_gpus_that_are_not_there_are_noticed(files: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    (fault,) = faults(device="cuda")
+    assert fault.startswith("device = cuda, but this machine has no GPU to use")
+
+
+def test_several_faults_are_all_found(files: pathlib.Path) -> None:
+    assert len(faults(hf_checkpoint="no", prompt_data="no.jsonl", load="no", run_dir="prompts.jsonl/x")) == 4
+
+
+def test_functions_are_found_without_running_their_module(files: pathlib.Path) -> None:
+    assert why_not_importable("rewards.score") is None
+    assert why_not_importable("rewards.LIMIT") is None
+    assert why_not_importable("json.loads") is None
+    assert why_not_importable("math.sqrt") is None
+    assert why_not_importable("nothing.here.x") is not None
+    (files / "broken.py").write_text("def f(:\n")
+    assert "does not parse (line 1" in (why_not_importable("broken.f") or "")
+    (files / "package").mkdir()
+    (files / "package" / "__init__.py").write_text("1 / 0\n")
+    (files / "package" / "inner.py").write_text("")
+    assert "ZeroDivisionError" in (why_not_importable("package.inner.f") or "")

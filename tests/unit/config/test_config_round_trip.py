@@ -1,0 +1,40 @@
+from __future__ import annotations
+
+import json
+import pathlib
+from typing import Any
+
+import yaml
+from config_cases import flat_configs
+from hypothesis import given, settings
+
+from miles.config import JobConfig
+from miles.config.files import read_file
+from miles.config.flags import parse_command_line, to_command_line
+
+
+@settings(deadline=None, max_examples=50)
+@given(flat_configs())
+def test_a_configuration_is_the_same_in_every_spelling(tmp_path_factory: Any, flat: dict[str, Any]) -> None:
+    config = JobConfig.from_flat(flat)
+    assert config.to_flat() == config.to_flat() | {key: value for key, value in flat.items() if value not in ([], {})}
+    assert JobConfig.from_flat(config.to_flat()) == config
+    assert JobConfig.from_flat(json.loads(json.dumps(config.to_flat(), allow_nan=False))) == config
+
+    path: pathlib.Path = tmp_path_factory.mktemp("yaml") / "job.yaml"
+    path.write_text(yaml.safe_dump(config.to_flat(), allow_unicode=True), encoding="utf-8")
+    assert read_file(str(path)) == (config.to_flat(), [])
+    assert parse_command_line(["--config", str(path)]).config() == config
+
+    assert parse_command_line(to_command_line(config.to_flat())).config() == config
+
+
+@settings(deadline=None, max_examples=50)
+@given(flat_configs())
+def test_resolving_twice_changes_nothing(flat: dict[str, Any]) -> None:
+    config = JobConfig.from_flat(flat | {"actor_num_gpus_per_node": 1, "actor_num_nodes": 1, "micro_batch_size": 1})
+    if config.cluster.distributed_backend == "nccl":
+        return
+    resolved = config.resolve("cpu")
+    assert resolved.resolve("cpu") == resolved
+    assert resolved.services.device != "auto"
