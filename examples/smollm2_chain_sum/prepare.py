@@ -74,7 +74,8 @@ def convert(gguf: pathlib.Path, folder: pathlib.Path) -> None:
     loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     # A model loaded from GGUF remembers its quantisation, which its saved config must not claim: copy it into a model
     # that was never quantised.
-    settings = {key: value for key, value in loaded.config.to_dict().items() if key != "quantization_config"}
+    foreign = ("quantization_config", "_name_or_path", "_model_name_or_path")
+    settings = {key: value for key, value in loaded.config.to_dict().items() if key not in foreign}
     config = type(loaded.config).from_dict(settings)
     config.architectures = [type(loaded).__name__]
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
@@ -83,6 +84,7 @@ def convert(gguf: pathlib.Path, folder: pathlib.Path) -> None:
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
     )
     model.save_pretrained(folder)
+    tokenizer.clean_up_tokenization_spaces = False  # decode to exactly what was encoded
     tokenizer.save_pretrained(folder)
 
 
