@@ -96,17 +96,13 @@ class Dispatcher:
         self._changed.set()
         self._changed = asyncio.Event()
 
-    async def pump(self) -> None:
+    def pump(self) -> None:
         """Hand out groups while some may run and some worker has room."""
         while room := [link for link in self.ready_links() if link.held < link.capacity]:
             lease = self._next_lease(room[0].worker_id)
             if lease is None:
                 break
-            try:
-                await room[0].lease(lease)
-            except WorkerLostError as error:  # its serve() ends too, and gives the groups back
-                logger.info("%s", error)
-                break
+            room[0].lease(lease)
         self._watch_activity()
 
     def _next_lease(self, worker_id: str) -> rollout_pb2.GroupLease | None:
@@ -153,7 +149,7 @@ class Dispatcher:
         self._watch_activity()
         self.notify()
 
-    async def _on_response(self, link: RolloutLink, response: rollout_pb2.RunResponse) -> None:
+    def _on_response(self, link: RolloutLink, response: rollout_pb2.RunResponse) -> None:
         kind = response.WhichOneof("kind")
         if kind == "progress":
             return
@@ -165,7 +161,7 @@ class Dispatcher:
             self._on_failed(response.failed)
         elif kind == "returned":
             self._on_returned(response.returned)
-        await self.pump()
+        self.pump()
         self.notify()
 
     def _on_finished(self, message: rollout_pb2.GroupFinished) -> None:

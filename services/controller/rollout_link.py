@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
-from collections.abc import Awaitable, Callable
-
-import grpc.aio
+from collections.abc import AsyncIterator, Callable
 
 from miles.rpc import connect
 from miles.rpc.gen import rollout_pb2, rollout_pb2_grpc
 from miles.services.controller import deadlines
-from miles.services.controller.calls import call, stream, translate
+from miles.services.controller.calls import call, stream
 from miles.services.controller.job_context import JobContext
 from miles.services.controller.registry import AttachedWorker
 
@@ -40,33 +39,35 @@ class RolloutLink:
         self._context = context
         self._weightsync_address = weightsync_address
         self._reward_addresses = reward_addresses
-        self._call: grpc.aio.StreamStreamCall | None = None
+        self._leases: asyncio.Queue[rollout_pb2.GroupLease] = asyncio.Queue()
 
     @property
     def worker_id(self) -> str:
         return self.worker.worker_id
 
-    async def serve(self, on_response: Callable[[RolloutLink, rollout_pb2.RunResponse], Awaitable[None]]) -> None:
+    async def serve(self, on_response: Callable[[RolloutLink, rollout_pb2.RunResponse], None]) -> None:
         """Start the job on the worker and pass on what it says, until the stream ends or breaks."""
         async with connect(self.worker.registration.address) as channel:
             stub = rollout_pb2_grpc.RolloutServiceStub(channel)
             what = f"rollout {self.worker_id}"
             await self._start_job(stub, what)
-            self._call = stub.Run()
-            opening = rollout_pb2.RunOpen(job_id=self._context.job_id, lease_number=self.worker.lease_number)
-            await self._write(rollout_pb2.RunRequest(open=opening))
             try:
-                async for response in stream(self._call, what, _PROGRESS_SILENCE_S):
+                async for response in stream(stub.Run(self._requests()), what, _PROGRESS_SILENCE_S):
                     if response.lease_number != self.worker.lease_number:
                         continue
                     if response.HasField("ready"):
                         self.capacity = response.ready.capacity_groups
                     elif response.HasField("progress"):
                         self.progress = response.progress
-                    await on_response(self, response)
+                    on_response(self, response)
             finally:
                 self.capacity = 0
-                self._call.cancel()
+
+    async def _requests(self) -> AsyncIterator[rollout_pb2.RunRequest]:
+        opening = rollout_pb2.RunOpen(job_id=self._context.job_id, lease_number=self.worker.lease_number)
+        yield rollout_pb2.RunRequest(open=opening)
+        while True:
+            yield rollout_pb2.RunRequest(lease=await self._leases.get())
 
     async def _start_job(self, stub: rollout_pb2_grpc.RolloutServiceStub, what: str) -> None:
         request = rollout_pb2.RolloutStartJobRequest(
@@ -79,19 +80,10 @@ class RolloutLink:
         async for message in stream(stub.StartJob(request), f"{what} start", deadlines.START_JOB_SILENCE_S):
             logger.info("%s: %s", what, message.stage)
 
-    async def lease(self, lease: rollout_pb2.GroupLease) -> None:
+    def lease(self, lease: rollout_pb2.GroupLease) -> None:
         """Hand a group to the worker."""
         self.held += 1
-        await self._write(rollout_pb2.RunRequest(lease=lease))
-
-    async def _write(self, request: rollout_pb2.RunRequest) -> None:
-        assert self._call is not None
-        try:
-            await self._call.write(request)
-        except grpc.aio.AioRpcError as error:
-            raise translate(error, f"rollout {self.worker_id}") from error
-        except grpc.aio.UsageError as error:  # the stream has ended; its reader reports why
-            logger.info("rollout %s: %s", self.worker_id, error)
+        self._leases.put_nowait(lease)
 
     async def stop_job(self) -> None:
         """Have everything of the job dropped on the worker."""

@@ -147,7 +147,7 @@ class RunLoop:
         self._step_began = time.monotonic()
         await self._publish(trainer)
         self._dispatcher.admission = admission
-        await self._dispatcher.pump()
+        self._dispatcher.pump()
         where = ready.checkpoint_dir or "the initial weights"
         await self._say(f"loaded {where} at step {ready.step}; {len(admission.ready)} groups in the queue")
 
@@ -168,7 +168,7 @@ class RunLoop:
         await self._finish_evaluation()
         update_s = await self._publish(trainer)
         admission.activate(self._step)
-        await self._dispatcher.pump()
+        self._dispatcher.pump()
         now = time.monotonic()
         step_s, self._step_began = now - self._step_began, now
         metrics = {**batch_metrics(stats, staleness), **done.metrics}
@@ -201,7 +201,7 @@ class RunLoop:
         while True:
             self._check(trainer)
             await self._hold_while_paused()
-            await self._dispatcher.pump()
+            self._dispatcher.pump()
             await self._pass_on_warnings()
             if (batch := admission.next_batch()) is not None:
                 return batch
@@ -252,7 +252,7 @@ class RunLoop:
         self._evaluation = asyncio.create_task(self._evaluate(evaluation, label))
 
     async def _evaluate(self, evaluation: Evaluation, label: str) -> None:
-        await self._dispatcher.pump()
+        self._dispatcher.pump()
         metrics = await evaluation.wait()
         self._dispatcher.evaluation = None
         # Metrics of version v belong to step v - 1, whose training made it; those of the initial weights to step 0.
@@ -273,7 +273,7 @@ class RunLoop:
                 self._controls.check()
             if self._dispatcher.failure is not None:
                 raise self._dispatcher.failure
-            await self._dispatcher.pump()
+            self._dispatcher.pump()
             await asyncio.wait({self._evaluation}, timeout=1.0)
         task, self._evaluation = self._evaluation, None
         task.result()

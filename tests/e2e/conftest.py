@@ -1,0 +1,156 @@
+"""Tiny models, and whole runs of train.py as a user starts them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import psutil
+import pytest
+from safetensors.numpy import load_file
+
+from examples.tiny.make import make
+
+REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
+RUN_LIMIT_S = 240.0
+
+
+@pytest.fixture(scope="session")
+def tiny_dense(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """Folder with model/, train.jsonl and eval.jsonl of the tiny dense model."""
+    folder = tmp_path_factory.mktemp("dense")
+    make(folder, moe=False)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_moe(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """The same for the tiny mixture of experts."""
+    folder = tmp_path_factory.mktemp("moe")
+    make(folder, moe=True)
+    return folder
+
+
+def recipe(folder: pathlib.Path, run_dir: pathlib.Path, **changes: Any) -> list[str]:
+    """Command line of a GRPO run on the sorting task; `changes` are further flags by key (True: a switch)."""
+    settings: dict[str, Any] = {
+        "hf_checkpoint": folder / "model",
+        "prompt_data": folder / "train.jsonl",
+        "input_key": "prompt",
+        "label_key": "label",
+        "rm_type": "exact_match",
+        "rollout_batch_size": 16,
+        "n_samples_per_prompt": 16,
+        "num_steps_per_rollout": 1,
+        "rollout_max_response_len": 6,
+        "rollout_skip_special_tokens": True,
+        "rollout_dtype": "float32",
+        "max_running_requests": 256,
+        "lr": 1e-3,
+        "device": "cpu",
+        "run_dir": run_dir,
+        "name": run_dir.name,
+        **changes,
+    }
+    command = [sys.executable, "train.py"]
+    for key, value in settings.items():
+        flag = "--" + key.replace("_", "-")
+        if value is True:
+            command.append(flag)
+        elif isinstance(value, list | tuple):
+            command += [flag, *map(str, value)]
+        elif value is not None:
+            command.append(f"{flag}={value}")
+    return command
+
+
+@dataclasses.dataclass
+class Run:
+    """A run in progress or at its end."""
+
+    process: subprocess.Popen[str]
+    run_dir: pathlib.Path
+    log: pathlib.Path
+
+    def wait(self, limit_s: float = RUN_LIMIT_S) -> int:
+        """The exit code; fails with the run's output when it does not end in time."""
+        try:
+            return self.process.wait(limit_s)
+        except subprocess.TimeoutExpired:
+            pytest.fail(f"the run did not end within {limit_s} s:\n{self.output()}")
+
+    def output(self) -> str:
+        """What the run printed, and the ends of its logs."""
+        logs = [f"--- {log.name}\n{log.read_text()[-3000:]}" for log in sorted((self.run_dir / "logs").glob("*.log"))]
+        return "\n".join([self.log.read_text(), *logs])
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """Lines of metrics.jsonl that were written by training steps."""
+        path = self.run_dir / "metrics.jsonl"
+        lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        return [line for line in lines if "perf/step_time" in line]
+
+    def summary(self) -> dict[str, Any]:
+        """summary.json."""
+        summary: dict[str, Any] = json.loads((self.run_dir / "summary.json").read_text())
+        return summary
+
+    def weights(self) -> dict[str, Any]:
+        """Every tensor of the final HF checkpoint by name."""
+        files = sorted(pathlib.Path(self.summary()["hf_checkpoint"]).glob("*.safetensors"))
+        return {name: tensor for file in files for name, tensor in load_file(file).items()}
+
+    def wait_for_step(self, steps: int, limit_s: float = 120.0) -> None:
+        """Return when so many steps are done."""
+        end = time.monotonic() + limit_s
+        while len(self.metrics()) < steps:
+            if self.process.poll() is not None or time.monotonic() > end:
+                pytest.fail(f"step {steps} was not reached within {limit_s} s:\n{self.output()}")
+            time.sleep(0.02)
+
+    def processes(self) -> dict[str, psutil.Process]:
+        """The run's service processes by worker name."""
+        found = {}
+        for child in psutil.Process(self.process.pid).children(recursive=True):
+            words = child.cmdline()
+            if "--worker-id" in words:
+                found[words[words.index("--worker-id") + 1]] = child
+            elif "miles.services.controller" in words:
+                found["controller"] = child
+            elif words and "redis-server" in words[0]:
+                found["redis"] = child
+        return found
+
+
+@pytest.fixture
+def start_run(tmp_path: pathlib.Path) -> Iterator[Callable[[list[str], pathlib.Path], Run]]:
+    """Starts train.py; whatever is still running at the end of the test is killed."""
+    runs: list[Run] = []
+
+    def start(command: list[str], run_dir: pathlib.Path) -> Run:
+        log = tmp_path / f"output-{len(runs)}.log"
+        environment = {**os.environ, "COLUMNS": "200"}
+        environment.pop("OMP_NUM_THREADS", None)
+        with log.open("w") as file:
+            process = subprocess.Popen(
+                command, cwd=REPOSITORY, env=environment, stdout=file, stderr=subprocess.STDOUT, text=True
+            )
+        runs.append(Run(process, run_dir, log))
+        return runs[-1]
+
+    yield start
+    for run in runs:
+        left = psutil.Process(run.process.pid).children(recursive=True) if run.process.poll() is None else []
+        run.process.kill()
+        run.process.wait()
+        for process in left:
+            if process.is_running():
+                process.send_signal(signal.SIGKILL)

@@ -1,0 +1,124 @@
+"""Whole runs of tiny models: they learn, the same way every time, through crashes and interruptions."""
+
+from __future__ import annotations
+
+import pathlib
+import signal
+import time
+from collections.abc import Callable
+
+import numpy as np
+import psutil
+import pytest
+
+from miles.rpc import ExitCode
+
+from .conftest import Run, recipe
+
+Start = Callable[[list[str], pathlib.Path], Run]
+
+
+def learn(start_run: Start, folder: pathlib.Path, run_dir: pathlib.Path, **changes: object) -> Run:
+    evaluation = {"eval_prompt_data": ["sort", folder / "eval.jsonl"], "eval_interval": 10, "eval_temperature": 0}
+    run = start_run(recipe(folder, run_dir, num_rollout=40, **evaluation, **changes), run_dir)
+    assert run.wait() == ExitCode.OK, run.output()
+    return run
+
+
+def assert_learned(run: Run) -> None:
+    summary = run.summary()
+    assert summary["steps"] == 40
+    assert summary["eval"]["before"]["sort"] < 0.4
+    assert summary["eval"]["after"]["sort"] > 0.8, run.output()
+    assert set(summary["time_share"]) == {"generate", "reward", "train", "sync", "idle"}
+    assert (run.run_dir / "reward.png").stat().st_size > 0
+    first = run.metrics()[0]
+    assert abs(first["train/ppo_kl"]) < 1e-9
+    assert first["train/pg_clipfrac"] == 0
+    assert first["train/train_rollout_logprob_abs_diff"] < 1e-4
+
+
+def test_a_dense_model_learns(start_run: Start, tiny_dense: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    assert_learned(learn(start_run, tiny_dense, tmp_path / "run"))
+
+
+def test_a_mixture_of_experts_learns_with_routing_replay(
+    start_run: Start, tiny_moe: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    assert_learned(learn(start_run, tiny_moe, tmp_path / "run", use_rollout_routing_replay=True))
+
+
+def test_one_step_off_learns_within_its_staleness_bound(
+    start_run: Start, tiny_dense: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    run = learn(start_run, tiny_dense, tmp_path / "run", max_weight_staleness=1)
+    assert run.summary()["eval"]["after"]["sort"] > 0.8, run.output()
+    staleness = [line["rollout/fully_async/max_staleness"] for line in run.metrics()]
+    assert max(staleness) == 1
+
+
+@pytest.fixture(scope="module")
+def short() -> dict[str, object]:
+    """A run of few steps that saves on the way."""
+    return {"num_rollout": 9, "save_interval": 3, "rollout_batch_size": 4, "n_samples_per_prompt": 8}
+
+
+def equal(left: Run, right: Run) -> bool:
+    one, other = left.weights(), right.weights()
+    assert one.keys() == other.keys()
+    return all(np.array_equal(one[name], other[name]) for name in one)
+
+
+def test_same_seed_same_tokens_even_when_the_trainer_is_killed(
+    start_run: Start, tiny_dense: pathlib.Path, tmp_path: pathlib.Path, short: dict[str, object]
+) -> None:
+    """Equal final weights, bit for bit, mean equal tokens, rewards and gradients all along."""
+    whole = start_run(recipe(tiny_dense, tmp_path / "whole", **short), tmp_path / "whole")
+    assert whole.wait() == ExitCode.OK, whole.output()
+    broken = start_run(recipe(tiny_dense, tmp_path / "broken", **short), tmp_path / "broken")
+    broken.wait_for_step(5)
+    broken.processes()["trainer-0"].send_signal(signal.SIGKILL)
+    assert broken.wait() == ExitCode.OK, broken.output()
+    assert "recovering" in broken.log.read_text()
+    assert [line["rollout/raw_reward"] for line in whole.metrics()] == [
+        line["rollout/raw_reward"] for line in broken.metrics()
+    ]
+    assert equal(whole, broken)
+
+
+def test_an_interrupted_run_leaves_nothing_running_and_resumes_to_the_same_weights(
+    start_run: Start, tiny_dense: pathlib.Path, tmp_path: pathlib.Path, short: dict[str, object]
+) -> None:
+    whole = start_run(recipe(tiny_dense, tmp_path / "whole", **short), tmp_path / "whole")
+    assert whole.wait() == ExitCode.OK, whole.output()
+    command, run_dir = recipe(tiny_dense, tmp_path / "cut", **short), tmp_path / "cut"
+    cut = start_run(command, run_dir)
+    cut.wait_for_step(4)
+    family = psutil.Process(cut.process.pid).children(recursive=True)
+    cut.process.send_signal(signal.SIGINT)
+    assert cut.wait(60) == ExitCode.INTERRUPTED, cut.output()
+    time.sleep(0.2)
+    assert [process for process in family if process.is_running()] == []
+    resumed = start_run(command, run_dir)
+    assert resumed.wait() == ExitCode.OK, resumed.output()
+    assert equal(whole, resumed)
+    again = start_run(command, run_dir)
+    assert again.wait() == ExitCode.OK, again.output()
+    assert "9 steps" in again.log.read_text()
+
+
+def test_killing_the_launcher_leaves_no_service_running(
+    start_run: Start, tiny_dense: pathlib.Path, tmp_path: pathlib.Path, short: dict[str, object]
+) -> None:
+    run_dir = tmp_path / "run"
+    command = recipe(tiny_dense, run_dir, **short)
+    run = start_run(command, run_dir)
+    run.wait_for_step(2)
+    services = run.processes()
+    redis = services.pop("redis")
+    run.process.kill()
+    _, left = psutil.wait_procs(services.values(), timeout=20)
+    assert left == []
+    resumed = start_run(command, run_dir)
+    assert resumed.wait() == ExitCode.OK, resumed.output()
+    assert not redis.is_running()
