@@ -44,15 +44,31 @@ _DTYPES: dict[int, np.dtype[Any]] = {
 """The types numpy can hold; bfloat16 and float8 travel as weights, never in an Array."""
 _DTYPE_NUMBERS = {dtype: number for number, dtype in _DTYPES.items()}
 
+_ARRAYS: tuple[tuple[Any, tuple[npt.DTypeLike, ...], int], ...] = (
+    ("tokens", ("<i4",), 1),
+    ("loss_mask", ("<u1",), 1),
+    ("rollout_log_probs", ("<f4",), 1),
+    ("rollout_routed_experts", ("<u1", "<u2"), 3),
+    ("teacher_log_probs", ("<f4",), 1),
+)
+"""Array fields of a sample: name, allowed types, dimensions."""
+
 
 def array_to_proto(array: npt.NDArray[Any], path: str = "array") -> pb.Array:
     """Encode an array of any shape; MalformedMessage for an element type that DType lacks."""
+    message = pb.Array()
+    _fill_array(message, array, path)
+    return message
+
+
+def _fill_array(message: pb.Array, array: npt.NDArray[Any], path: str) -> None:
     little_endian = array.dtype.newbyteorder("<")
     number = _DTYPE_NUMBERS.get(little_endian)
     if number is None:
         raise MalformedMessage(path, f"dtype {array.dtype} cannot travel; allowed: {_names(_DTYPES.values())}")
-    data = array.astype(little_endian, copy=False).tobytes()
-    return pb.Array(data=data, dtype=cast("pb.DType.ValueType", number), shape=array.shape)
+    message.data = array.astype(little_endian, copy=False).tobytes()
+    message.dtype = cast("pb.DType.ValueType", number)
+    message.shape.extend(array.shape)
 
 
 def array_from_proto(
@@ -85,7 +101,9 @@ def array_from_proto(
 def sample_to_proto(sample: Sample, path: str = "") -> pb.Sample:
     """Encode a sample; MalformedMessage, its field prefixed by `path`, when `check_sample` refuses it."""
     check_sample(sample, path)
-    return _encode_sample(sample, path)
+    message = pb.Sample()
+    _encode_sample(sample, message, path)
+    return message
 
 
 def sample_from_proto(message: pb.Sample, path: str = "") -> Sample:
@@ -99,7 +117,8 @@ def group_to_proto(group: SampleGroup, path: str = "") -> pb.SampleGroup:
     """Encode a group; MalformedMessage when `check_group` refuses it."""
     check_group(group, path)
     message = pb.SampleGroup(job_id=group.job_id, group_id=group.group_id)
-    message.samples.extend(_encode_sample(sample, f"{path}samples[{i}].") for i, sample in enumerate(group.samples))
+    for i, sample in enumerate(group.samples):
+        _encode_sample(sample, message.samples.add(), f"{path}samples[{i}].")
     return message
 
 
@@ -154,29 +173,29 @@ def json_from_text(text: str, path: str) -> Any:
     return value
 
 
-def _encode_sample(sample: Sample, path: str) -> pb.Sample:
-    message = pb.Sample(
-        group_id=sample.group_id,
-        index=sample.index,
-        tokens=array_to_proto(sample.tokens),
-        response_length=sample.response_length,
-        response=sample.response,
-        label=sample.label,
-        status=_STATUS_TO_PROTO[sample.status],
-        metadata_json=json_to_text(sample.metadata, path + "metadata"),
-        weight_versions=[pb.VersionSpan(version=s.version, start=s.start, end=s.end) for s in sample.weight_versions],
-        remove_sample=sample.remove_sample,
-    )
+def _encode_sample(sample: Sample, message: pb.Sample, path: str) -> None:
+    """Write a checked sample into an empty message, in place: copying one with its arrays costs as much again."""
+    message.group_id = sample.group_id
+    message.index = sample.index
+    message.response_length = sample.response_length
+    message.response = sample.response
+    message.status = _STATUS_TO_PROTO[sample.status]
+    message.metadata_json = json_to_text(sample.metadata, path + "metadata")
+    message.remove_sample = sample.remove_sample
+    for span in sample.weight_versions:
+        message.weight_versions.add(version=span.version, start=span.start, end=span.end)
+    if sample.label is not None:
+        message.label = sample.label
     if isinstance(sample.prompt, str):
         message.prompt_text = sample.prompt
     else:
         message.prompt_messages_json = json_to_text(sample.prompt, path + "prompt")
     if sample.reward is not None:
         message.reward.CopyFrom(reward_to_proto(sample.reward))
-    for name in ("loss_mask", "rollout_log_probs", "rollout_routed_experts", "teacher_log_probs"):
+    for name, _, _ in _ARRAYS:
         array = getattr(sample, name)
         if array is not None:
-            getattr(message, name).CopyFrom(array_to_proto(array))
+            _fill_array(getattr(message, name), array, path + name)
     if (speculative := sample.speculative) is not None:
         message.speculative.CopyFrom(
             pb.SpeculativeStats(
@@ -189,7 +208,6 @@ def _encode_sample(sample: Sample, path: str) -> pb.Sample:
         message.prefix_cache.CopyFrom(
             pb.PrefixCacheStats(cached_tokens=cache.cached_tokens, prompt_tokens=cache.prompt_tokens)
         )
-    return message
 
 
 def _decode_sample(message: pb.Sample, path: str) -> Sample:
@@ -220,15 +238,6 @@ def _decode_sample(message: pb.Sample, path: str) -> Sample:
     if message.HasField("prefix_cache"):
         sample.prefix_cache = PrefixCacheStats(message.prefix_cache.cached_tokens, message.prefix_cache.prompt_tokens)
     return sample
-
-
-_ARRAYS: tuple[tuple[Any, tuple[npt.DTypeLike, ...], int], ...] = (
-    ("tokens", ("<i4",), 1),
-    ("loss_mask", ("<u1",), 1),
-    ("rollout_log_probs", ("<f4",), 1),
-    ("rollout_routed_experts", ("<u1", "<u2"), 3),
-    ("teacher_log_probs", ("<f4",), 1),
-)
 
 
 def _decode_prompt(message: pb.Sample, path: str) -> Prompt:
