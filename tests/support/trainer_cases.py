@@ -48,10 +48,12 @@ def write_tokenizer(folder: pathlib.Path) -> None:
     """A tokenizer of one word a token."""
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import Whitespace
     from transformers import PreTrainedTokenizerFast
 
     vocabulary = {f"w{i}": i for i in range(VOCAB)}
     tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="w0"))
+    tokenizer.pre_tokenizer = Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="w0", eos_token="w2").save_pretrained(folder)
 
 

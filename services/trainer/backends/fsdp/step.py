@@ -22,6 +22,7 @@ from miles.services.trainer.backend import Progress
 from miles.services.trainer.backends.fsdp import settings
 from miles.services.trainer.backends.fsdp.batch import OptimizerStepPlan, RolloutBatch, build_batch, scalar_reward
 from miles.services.trainer.backends.fsdp.forward import ForwardOptions, forward
+from miles.services.trainer.backends.fsdp.model import named_weights
 from miles.services.trainer.backends.fsdp.optimizer import clip_gradients, learning_rate, set_learning_rate
 from miles.services.trainer.backends.fsdp.packing import MicroBatch
 from miles.services.trainer.backends.fsdp.routing_replay import RoutingReplay, rollout_routing
@@ -101,10 +102,10 @@ class RolloutTrainer:
     def update_reference(self) -> None:
         """Make the reference equal to the policy as it is."""
         if self._reference is not None:
-            policy = dict(self._policy.named_parameters())
+            policy = dict(named_weights(self._policy))
             with torch.no_grad():
-                for name, parameter in self._reference.named_parameters():
-                    parameter.copy_(policy[name])
+                for name, weight in named_weights(self._reference):
+                    weight.copy_(policy[name])
 
     def _prepare(self, batch: RolloutBatch, report: Report) -> _TokenTensors:
         """Everything that is computed on the whole batch before the first optimizer step."""

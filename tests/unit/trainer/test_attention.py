@@ -1,0 +1,72 @@
+"""Attention of packed micro-batches against attention sample by sample."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from trainer_cases import random_groups
+
+from miles.services.trainer.backends.fsdp import attention
+from miles.services.trainer.backends.fsdp.attention import AttentionPlan, packed_attention
+from miles.services.trainer.backends.fsdp.packing import MicroBatch, pack
+from miles.types import Sample
+
+HEADS, KV_HEADS, SIZE = 4, 2, 8
+SAMPLES: list[Sample] = [sample for group in random_groups(5, range(5)) for sample in group.samples]
+
+
+def reference(
+    micro_batch: MicroBatch, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, window: int | None
+) -> torch.Tensor:
+    """softmax(q k / sqrt(d)) v row by row over the rows it may see; [1, T, H, D]."""
+    rows = []
+    key, value = (x[0].repeat_interleave(HEADS // KV_HEADS, 0) for x in (key, value))
+    for segment in micro_batch.segments:
+        for row in range(segment.start, segment.end):
+            seen = [*range(segment.prefix_start, segment.prefix_end), *range(segment.start, row + 1)]
+            seen = seen[-window:] if window is not None else seen
+            scores = torch.einsum("hd,htd->ht", query[0, :, row], key[:, seen]) * SIZE**-0.5
+            rows.append(torch.einsum("ht,htd->hd", scores.softmax(-1), value[:, seen]))
+    return torch.stack(rows)[None]
+
+
+@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize("share", [False, True])
+@pytest.mark.parametrize("tiles", [True, False])
+def test_rows_attend_to_their_own_sample_alone(
+    tiles: bool, share: bool, window: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "MAX_TILE_ROWS", 512 if tiles else 0)
+    torch.manual_seed(0)
+    micro_batch = pack(SAMPLES, range(len(SAMPLES)), share_prompts=share)
+    plan = AttentionPlan(micro_batch, torch.device("cpu"), torch.float32)
+    assert plan.use_tiles is tiles
+    query, key, value = (
+        torch.randn(1, heads, micro_batch.num_rows, SIZE, dtype=torch.float64, requires_grad=True)
+        for heads in (HEADS, KV_HEADS, KV_HEADS)
+    )
+    out, _ = packed_attention(
+        torch.nn.Identity(), query, key, value, None, SIZE**-0.5, sliding_window=window, attention_plan=plan
+    )
+    expected = reference(micro_batch, query, key, value, window)
+    torch.testing.assert_close(out, expected)
+    weights = torch.randn_like(out)
+    gradients = torch.autograd.grad((out * weights).sum(), (query, key, value))
+    expected_gradients = torch.autograd.grad((expected * weights).sum(), (query, key, value))
+    for gradient, expected_gradient in zip(gradients, expected_gradients, strict=True):
+        torch.testing.assert_close(gradient, expected_gradient)
+
+
+def test_a_model_that_is_called_without_a_plan_is_told_so() -> None:
+    x = torch.zeros(1, 1, 1, 1)
+    with pytest.raises(ValueError, match="attention_plan="):
+        packed_attention(torch.nn.Identity(), x, x, x, None)
+
+
+def test_attention_that_is_not_computed_here_is_refused() -> None:
+    x = torch.zeros(1, 1, 1, 1)
+    plan = AttentionPlan(pack(SAMPLES, (0,), share_prompts=False), torch.device("cpu"), torch.float32)
+    with pytest.raises(ValueError, match="softcap"):
+        packed_attention(torch.nn.Identity(), x, x, x, None, attention_plan=plan, softcap=30.0)
+    with pytest.raises(ValueError, match="varlen needs CUDA"):
+        AttentionPlan(pack(SAMPLES, (0,), share_prompts=False), torch.device("cpu"), torch.bfloat16, varlen=True)

@@ -1,0 +1,56 @@
+"""The learning-rate schedule and gradient clipping."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from miles.config.optimizer import OptimizerConfig
+from miles.services.trainer.backends.fsdp.optimizer import build_optimizer, clip_gradients, learning_rate
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, {0: 1.0, 99: 1.0}),
+        ({"lr_warmup_iters": 4}, {0: 0.25, 3: 1.0, 4: 1.0}),
+        ({"lr_warmup_iters": 4, "lr_warmup_init": 0.2}, {0: 0.4, 3: 1.0}),
+        ({"lr_decay_style": "linear", "min_lr": 0.2}, {0: 1.0, 50: 0.6, 100: 0.2, 500: 0.2}),
+        ({"lr_decay_style": "cosine", "lr_decay_iters": 10}, {0: 1.0, 5: 0.5, 10: 0.0}),
+        ({"lr_decay_style": "linear", "lr_warmup_fraction": 0.1}, {9: 1.0, 10: 1.0, 55: 0.5, 100: 0.0}),
+    ],
+)
+def test_the_learning_rate_follows_its_schedule(settings: dict[str, Any], expected: dict[int, float]) -> None:
+    config = OptimizerConfig(lr=1.0, **settings)
+    for iteration, rate in expected.items():
+        assert learning_rate(iteration, config, total_iterations=100) == pytest.approx(rate)
+
+
+def test_gradients_are_scaled_down_to_the_limit_and_no_further() -> None:
+    layer = torch.nn.Linear(2, 1, bias=False)
+    layer.weight.grad = torch.tensor([[3.0, 4.0]])
+    assert clip_gradients(layer, 10.0) == pytest.approx(5.0)
+    assert layer.weight.grad.tolist() == [[3.0, 4.0]]
+    assert clip_gradients(layer, 0.0) == pytest.approx(5.0)
+    clip_gradients(layer, 1.0)
+    assert layer.weight.grad.norm().item() == pytest.approx(1.0, abs=1e-5)
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing() -> None:
+    layer = torch.nn.Linear(2, 1, bias=False)
+    layer.weight.grad = torch.tensor([[float("nan"), 4.0]])
+    with pytest.raises(FloatingPointError, match="norm is nan"):
+        clip_gradients(layer, 1.0)
+    assert layer.weight.grad[0, 1] == 4.0
+
+
+def test_vectors_are_not_decayed() -> None:
+    layer = torch.nn.Linear(2, 2)
+    decays = {
+        id(p): group["weight_decay"]
+        for group in build_optimizer(layer, OptimizerConfig(weight_decay=0.1)).param_groups
+        for p in group["params"]
+    }
+    assert (decays[id(layer.weight)], decays[id(layer.bias)]) == (0.1, 0.0)
