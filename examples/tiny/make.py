@@ -64,7 +64,12 @@ def make_model(*, moe: bool) -> Qwen3ForCausalLM | Qwen3MoeForCausalLM:
     }
     if not moe:
         return Qwen3ForCausalLM(Qwen3Config(**shape))
-    experts = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": HIDDEN, "norm_topk_prob": True}
+    experts: dict[str, Any] = {
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": HIDDEN,
+        "norm_topk_prob": True,
+    }
     return Qwen3MoeForCausalLM(Qwen3MoeConfig(**shape, **experts))
 
 
