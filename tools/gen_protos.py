@@ -80,7 +80,7 @@ def main() -> None:
     stale = present - set(wanted)
     if check and (different or stale):
         names = ", ".join(str(path.relative_to(ROOT)) for path in sorted(different | stale))
-        sys.exit(f"not what protos/ gives: {names}; run `make protos`")
+        sys.exit(f"not what protos/ gives: {names}; run `python tools/gen_protos.py`")
     if not check:
         GENERATED.mkdir(parents=True, exist_ok=True)
         for path in different:

@@ -92,7 +92,7 @@ def load_prompts(
         shortest = min(len(ids) for ids in tokens)
         raise DataError(
             f"{source}: all {len(rows)} prompts are longer than {max_prompt_len} tokens, the shortest has {shortest}; "
-            "raise rollout_max_prompt_len"
+            "raise that limit (rollout_max_prompt_len or eval_max_prompt_len, and rollout_max_context_len)"
         )
     if len(prompts) < len(rows):
         log.warning("%s: left out %d of %d prompts, longer than %s tokens",

@@ -86,7 +86,7 @@ def test_no_field_number_has_changed_its_meaning() -> None:
     contracts = field_lock.read_contracts(FILES)
     assert field_lock.find_breaks(locked, contracts) == []
     unlocked = [f"{owner}: {number}" for owner, number in contracts.entries if (owner, number) not in locked]
-    assert unlocked == [], "run `make protos`"
+    assert unlocked == [], "run `python tools/gen_protos.py`"
 
 
 def test_stubs_and_lock_are_what_the_protos_give() -> None:
