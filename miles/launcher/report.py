@@ -30,6 +30,7 @@ def print_summary(console: Console, summary: dict[str, Any], run_dir: pathlib.Pa
         f"{summary.get('steps', 0)} steps in {summary.get('wall_s', 0):.0f} s, "
         f"{summary.get('tokens_per_s', 0):.0f} tokens/s while generating; time: {shares}",
         highlight=False,
+        soft_wrap=True,
     )
     if "hf_checkpoint" in summary:
         console.print(f"HF checkpoint: {summary['hf_checkpoint']}", highlight=False, soft_wrap=True)

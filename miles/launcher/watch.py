@@ -69,7 +69,7 @@ class RunView:
             return
         done = metrics.step + 1
         cells = [f"{label} {form.format(values[name])}" for name, label, form in _SHOWN if name in values]
-        self._console.print(f"step {done:>4}/{num_rollout}  " + "  ".join(cells), highlight=False)
+        self._console.print(f"step {done:>4}/{num_rollout}  " + "  ".join(cells), highlight=False, soft_wrap=True)
         now = time.monotonic()
         if self._first is None:
             self._first = (done, now)
