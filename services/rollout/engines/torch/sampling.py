@@ -35,8 +35,9 @@ class Draw:
 def sample(logits_RV: torch.Tensor, draws: Sequence[Draw]) -> tuple[list[int], list[float]]:
     """Draw a token for each of the first len(draws) rows of `logits_RV` (any float dtype, R >= len(draws)).
 
-    Returns the tokens and their log-probabilities in nats: float32 log-softmax of logits / temperature over the whole
-    vocabulary, before top-k, top-p and banned tokens. Greedy rows (temperature 0) report it at temperature 1.
+    Returns the tokens and their log-probabilities in nats, by the arithmetic of `miles.algorithms.log_probs`: float32
+    log-softmax of logits / temperature over the whole vocabulary, before top-k, top-p and banned tokens. Greedy rows
+    (temperature 0) report it at temperature 1.
     """
     rows = len(draws)
     scaled_RV = _at_temperature(logits_RV, draws)
@@ -97,14 +98,10 @@ def _restrict(weights_RV: torch.Tensor, draws: Sequence[Draw]) -> None:
         return
     rows = [row for row, _, _ in limits]
     part_RV = weights_RV[rows]
-    candidates = min(vocabulary, _LIKELY)
-    left: list[int] = []
-    for size in (candidates, vocabulary):
-        todo = list(range(len(limits))) if size == candidates else left
-        if not todo:
-            break
-        part_RV[todo], decided = _keep_top(part_RV[todo], [limits[i] for i in todo], size)
-        left = [i for i, done in zip(todo, decided, strict=True) if not done]
+    part_RV, decided = _keep_top(part_RV, limits, min(vocabulary, _LIKELY))
+    left = [i for i, done in enumerate(decided) if not done]
+    if left:
+        part_RV[left], _ = _keep_top(part_RV[left], [limits[i] for i in left], vocabulary)
     weights_RV[rows] = part_RV
 
 

@@ -19,7 +19,8 @@ class Sequence:
         self.tokens = list(request.input_ids)
         """Prompt, resumed tokens and new tokens."""
         self.prompt_length = len(request.input_ids) - request.resumed_tokens
-        self.prompt_key = array("q", self.tokens[: self.prompt_length]).tobytes()
+        self.prompt_key = (array("q", self.tokens[: self.prompt_length]).tobytes(), request.return_routed_experts)
+        """Equal for requests that can share a prompt."""
         self.computed = 0
         """Leading positions whose keys and values are in the cache."""
         self.current_weights = True
