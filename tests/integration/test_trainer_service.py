@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import pathlib
+import shutil
 from collections.abc import Iterator
 
 import grpc
 import pytest
+import torch
 from safetensors.torch import load_file
-from trainer_cases import job_config, random_groups, write_dense_model
+from trainer_cases import job_config, random_groups, write_dense_model, write_moe_model
 from trainer_process import TrainerProcess
 from weightsync_processes import Service
 
@@ -68,8 +70,6 @@ def test_a_killed_trainer_resumes_bit_for_bit_and_trains_no_group_twice(
     whole = load_file(pathlib.Path(trainers[0].save(job_id, export_hf=True).hf_dir) / "model.safetensors")
     assert queued(redis_url, job_id) == []
     trainers[0].kill()
-
-    import shutil
 
     shutil.rmtree(run_dir / "checkpoints" / "step_00000003")
     put_groups(redis_url, job_id, 1, range(4, 12))
@@ -135,3 +135,54 @@ def test_a_missing_model_folder_is_named(
         trainers[0].start_job(job_id, job_config(tmp_path / "nowhere"), redis_url, weightsync.address, tmp_path)
     assert error.value.code() is grpc.StatusCode.NOT_FOUND
     assert "nowhere" in error.value.details()
+
+
+@pytest.mark.parametrize("family", ["dense", "moe"])
+def test_two_ranks_train_as_one_and_continue_each_others_checkpoints(
+    family: str,
+    tmp_path: pathlib.Path,
+    redis_url: str,
+    job_id: str,
+    weightsync: Service,
+    trainers: list[TrainerProcess],
+) -> None:
+    write = write_dense_model if family == "dense" else write_moe_model
+    # Whitened advantages need sums over ranks; a step of Adam with a large epsilon follows the gradient.
+    changes = {"normalize_advantages": True, "adam_eps": 1.0, "lr": 0.5, "num_steps_per_rollout": 2}
+    config = job_config(write(tmp_path / "model"), actor_num_gpus_per_node=2, **changes)
+    metrics, weights = [], []
+    for number, ranks in enumerate((1, 2)):
+        job, run_dir = f"{job_id}-{ranks}", tmp_path / f"run-{ranks}"
+        put_groups(redis_url, job, 3, range(4))
+        trainers.append(TrainerProcess(ranks))
+        ready = trainers[number].start_job(job, config, redis_url, weightsync.address, run_dir)
+        assert ready.step == 0
+        metrics.append(trainers[number].train(job, 0, [0, 1, 2, 3]).metrics)
+        assert trainers[number].export(job, 0 + 1).total_bytes > 0
+        weights.append(load_file(pathlib.Path(trainers[number].save(job, export_hf=True).hf_dir) / "model.safetensors"))
+    for name in ("train/loss", "train/grad_norm", "train/ppo_kl", "train/train_rollout_logprob_abs_diff"):
+        assert metrics[0][name] == pytest.approx(metrics[1][name], rel=1e-5, abs=1e-7), name
+    for name in weights[0]:
+        torch.testing.assert_close(weights[0][name], weights[1][name], rtol=1e-5, atol=1e-6, msg=name)
+
+    after = []
+    for number in (0, 1):
+        job = f"{job_id}-{2 - number}"
+        put_groups(redis_url, job, 3, range(4, 8))
+        trainers[number].stop_job(f"{job_id}-{number + 1}")
+        ready = trainers[number].start_job(job, config, redis_url, weightsync.address, tmp_path / f"run-{2 - number}")
+        assert (ready.step, ready.consumed_below) == (1, 4)
+        after.append(trainers[number].train(job, 1, [4, 5, 6, 7]).metrics)
+    assert after[0]["train/grad_norm"] == pytest.approx(after[1]["train/grad_norm"], rel=1e-4)
+
+
+def test_a_failure_on_every_rank_is_answered_and_leaves_the_trainer_usable(
+    tmp_path: pathlib.Path, redis_url: str, job_id: str, weightsync: Service, trainers: list[TrainerProcess]
+) -> None:
+    trainers.append(TrainerProcess(2))
+    missing = job_config(tmp_path / "nowhere", actor_num_gpus_per_node=2)
+    with pytest.raises(grpc.RpcError) as error:
+        trainers[0].start_job(job_id, missing, redis_url, weightsync.address, tmp_path)
+    assert error.value.code() is grpc.StatusCode.NOT_FOUND
+    config = job_config(write_dense_model(tmp_path / "model"), actor_num_gpus_per_node=2)
+    assert trainers[0].start_job(job_id, config, redis_url, weightsync.address, tmp_path / "run").step == 0

@@ -52,3 +52,6 @@ class TrainerProcess(Lines):
     def save(self, job_id: str, export_hf: bool = False) -> trainer_pb2.SaveCheckpointResponse:
         request = trainer_pb2.SaveCheckpointRequest(job_id=job_id, export_hf=export_hf)
         return self.stub.SaveCheckpoint(request, timeout=DEADLINE_S)
+
+    def stop_job(self, job_id: str) -> None:
+        self.stub.StopJob(trainer_pb2.TrainerStopJobRequest(job_id=job_id), timeout=DEADLINE_S)

@@ -94,7 +94,7 @@ def test_shared_prompts_give_the_gradient_of_separate_ones(family: str, request:
 @pytest.mark.parametrize(
     "changes",
     [
-        {"use_dynamic_batch_size": False, "max_tokens_per_gpu": None, "micro_batch_size": 3},
+        {"use_dynamic_batch_size": False, "max_tokens_per_gpu": None, "micro_batch_size": 2},
         {"max_tokens_per_gpu": 4096},
         {"gradient_checkpointing": True},
         {"log_probs_chunk_size": 3},
