@@ -8,8 +8,6 @@ from pydantic import Field
 
 from miles.config.section import (
     Derived,
-    DottedPath,
-    Metavar,
     Negated,
     NonNegativeFloat,
     Positive,
@@ -41,14 +39,8 @@ class AlgorithmConfig(Section):
     gamma: Annotated[float, Field(ge=0, le=1)] = 1.0
     """Discount from one token to the next."""
 
-    loss_type: Literal["policy_loss", "custom_loss"] = "policy_loss"
+    loss_type: Literal["policy_loss"] = "policy_loss"
     """Loss to minimise."""
-
-    custom_loss_function_path: Annotated[str | None, DottedPath(), Metavar("MODULE.NAME")] = None
-    """The loss function of custom_loss."""
-
-    custom_pg_loss_reducer_function_path: Annotated[str | None, DottedPath(), Metavar("MODULE.NAME")] = None
-    """Function that reduces the policy loss of tokens to a number, in place of the mean."""
 
     calculate_per_token_loss: bool = False
     """Divide the loss by the tokens of the step instead of averaging over samples."""
@@ -106,9 +98,6 @@ class AlgorithmConfig(Section):
 
     use_icepop: bool = False
     """Like use_tis, but weights outside the bounds become 0."""
-
-    custom_tis_function_path: Annotated[str | None, DottedPath(), Metavar("MODULE.NAME")] = None
-    """Function that weights and masks the loss in place of the built-in ones."""
 
     use_mis: bool = False
     """Importance sampling by level, with rejection; use_tis turns its weights on and use_rs its rejection."""

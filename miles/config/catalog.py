@@ -70,7 +70,8 @@ class Entry:
     help: str
     negated: bool
     """The flag switches the field off."""
-    dotted_path: bool
+    dotted_path: DottedPath | None
+    """Set when the value names a Python object."""
 
 
 @functools.cache
@@ -114,7 +115,7 @@ def _entry(section: str, key: str, field: FieldInfo) -> Entry:
         derived=source.source if source else None,
         help=" ".join((field.description or "").split()),
         negated=negated is not None,
-        dotted_path=note(field, DottedPath) is not None,
+        dotted_path=note(field, DottedPath),
     )
 
 

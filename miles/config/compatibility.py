@@ -23,7 +23,7 @@ DIFFERENT_CHOICES: Mapping[str, str] = {
     "attn_implementation": "auto, varlen and sdpa",
     "distributed_backend": "nccl and gloo",
     "advantage_estimator": "rloo, dr_grpo and cispo besides; not ppo, which needs a critic",
-    "loss_type": "policy_loss and custom_loss",
+    "loss_type": "policy_loss",
     "lr_decay_style": "constant, linear and cosine",
     "optimizer": "adam",
     "rm_type": "exact_match, last_number and math",

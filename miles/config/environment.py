@@ -130,10 +130,11 @@ def _folders(s: Settings) -> Iterator[Fault]:
 
 def _functions(s: Settings) -> Iterator[Fault]:
     for key, entry in catalog().items():
-        if entry.dotted_path and getattr(s, key) is not None:
-            problem = why_not_importable(getattr(s, key))
+        path = getattr(s, key)
+        if entry.dotted_path is not None and path is not None and path not in entry.dotted_path.aliases:
+            problem = why_not_importable(path)
             if problem is not None:
-                yield Fault(key, getattr(s, key), problem, "check the name, and that its folder is on PYTHONPATH")
+                yield Fault(key, path, problem, "check the name, and that its folder is on PYTHONPATH")
 
 
 def _ports(s: Settings) -> Iterator[Fault]:
@@ -143,9 +144,11 @@ def _ports(s: Settings) -> Iterator[Fault]:
         yield Fault("host", s.host, "it cannot be resolved", "give a name or address of this machine")
         return
     wanted = [(key, getattr(s, key)) for key in ("controller_port", "weightsync_port", "trainer_port", "reward_port")]
-    wanted += [("rollout_port", s.rollout_port and s.rollout_port + i) for i in range(s.rollout_num_workers)]
+    if s.rollout_port:
+        beyond = min(s.rollout_port + s.rollout_num_workers, 65536)
+        wanted += [("rollout_port", port) for port in range(s.rollout_port, beyond)]
     for key, port in wanted:
-        if 0 < port <= 65535 and (problem := _why_not_bindable(s.host, port)):
+        if port and (problem := _why_not_bindable(s.host, port)):
             yield Fault(key, port, problem, "choose another one, or 0 for any free one")
 
 

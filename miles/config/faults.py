@@ -57,7 +57,7 @@ def unknown_name(name: str, value: Any, known: Iterable[str], what: str) -> Faul
     """The fault of a key or flag that does not exist, with the nearest one that does."""
     suggestion = nearest(name, known)
     remedy = f"did you mean {suggestion}?" if suggestion else "`miles config docs` lists them all"
-    return Fault(name, True if value is None else value, f"there is no such {what}", remedy)
+    return Fault(name or show(name), value, f"there is no such {what}", remedy)
 
 
 _PROBLEMS = {

@@ -63,7 +63,7 @@ def parse_command_line(argv: Sequence[str]) -> CommandLine:
         elif (key := flag[2:].replace("-", "_")).startswith(tuple(passthroughs())):
             settings[key] = values[0] if len(values) == 1 else list(values) or True
         else:
-            line.faults.append(unknown_name(flag, " ".join(values) or None, [*_known_flags(), *OWN_FLAGS], "flag"))
+            line.faults.append(unknown_name(flag, " ".join(values) or True, [*_known_flags(), *OWN_FLAGS], "flag"))
     line.flat |= settings
     return line
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Self
 
@@ -67,6 +69,19 @@ class JobConfig(BaseModel):
         }
         return cls(**complete)
 
+    @classmethod
+    def from_json(cls, text: str | bytes) -> Self:
+        """The same from JSON text, such as a request's body. Raises ConfigError also when that is no JSON object."""
+        try:
+            flat = json.loads(text)
+        except ValueError as error:
+            raise ConfigError([Fault("config", "", f"it is not JSON ({error})", "send a JSON object")]) from error
+        if not isinstance(flat, dict):
+            raise ConfigError(
+                [Fault("config", flat, "it is not a JSON object", "send setting names with their values")]
+            )
+        return cls.from_flat(flat)
+
     def to_flat(self) -> dict[str, Any]:
         """Every key with its value, made of JSON's types alone; `from_flat` gives back an equal configuration."""
         flat = {key: _plain(getattr(getattr(self, entry.section), key)) for key, entry in catalog().items()}
@@ -79,7 +94,7 @@ class JobConfig(BaseModel):
         return type(self).from_flat(self.to_flat() | changes)
 
     def resolve(self, device: Literal["cpu", "cuda"] | None = None) -> Self:
-        """Fill in what depends on the device: `device` itself, ranks per node and the process group's backend.
+        """Fill in what depends on the machine: `device`, ranks per node, the process group's backend, $TENSORBOARD_DIR.
 
         Args:
             device: What `auto` means; None looks at this machine.
@@ -122,11 +137,16 @@ def examine(flat: Mapping[str, Any]) -> Examination:
 
 
 def resolved(flat: Mapping[str, Any], device: Literal["cpu", "cuda"] | None = None) -> dict[str, Any]:
-    """A flat object with what depends on the device filled in where it is not given; see `JobConfig.resolve`."""
+    """A flat object with what depends on the machine filled in where it is not given; see `JobConfig.resolve`."""
     asked = flat.get("device") or "auto"
     actual = asked if asked != "auto" else device or detect_device()
     on_cpu = actual == "cpu"
-    depends = {"actor_num_gpus_per_node": 1 if on_cpu else 8, "distributed_backend": "gloo" if on_cpu else "nccl"}
+    depends: dict[str, int | str | None] = {
+        "actor_num_gpus_per_node": 1 if on_cpu else 8,
+        "distributed_backend": "gloo" if on_cpu else "nccl",
+    }
+    if flat.get("use_tensorboard"):
+        depends["tb_project_name"] = os.environ.get("TENSORBOARD_DIR") or None
     return {**flat, "device": actual, **{key: flat.get(key) or value for key, value in depends.items()}}
 
 

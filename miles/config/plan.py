@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from miles.config.catalog import catalog
+from miles.config.device import visible_gpus
 from miles.config.job import JobConfig
 
 UNKNOWN_ADDRESS = "(known once started)"
@@ -60,12 +61,14 @@ def plan_workers(config: JobConfig, controller: str, *, master_port: int = 0) ->
         controller: host:port of the controller.
         master_port: free port on which the trainer's ranks meet; 0 when it is not known yet.
     """
-    plans = [_worker(config, "weightsync", "weightsync", "weightsync_port", controller)]
+    state = ("--state-dir", f"{config.services.run_dir}/weightsync")
+    plans = [_worker(config, "weightsync", "weightsync", "weightsync_port", controller, extra=state)]
     reward = config.reward
     if reward.rm_type or reward.custom_rm_path:
         plans.append(_worker(config, "reward-0", "reward", "reward_port", controller, extra=_reward_flags(config)))
     for i in range(config.cluster.rollout_num_workers):
-        plans.append(_worker(config, f"rollout-{i}", "rollout", "rollout_port", controller, offset=i))
+        device = _rollout_device(config, i)
+        plans.append(_worker(config, f"rollout-{i}", "rollout", "rollout_port", controller, offset=i, extra=device))
     return plans + [_trainer(config, rank, controller, master_port) for rank in range(_local_ranks(config))]
 
 
@@ -95,12 +98,27 @@ def _trainer(config: JobConfig, rank: int, controller: str, master_port: int) ->
         "MASTER_ADDR": config.services.host,
         "MASTER_PORT": str(master_port) if master_port else UNKNOWN_ADDRESS,
     }
-    plan = _worker(config, f"trainer-{rank}", "trainer", "trainer_port" if rank == 0 else "", controller)
+    cluster = config.cluster
+    extra = [
+        *("--device", config.services.device),
+        *("--distributed-backend", str(cluster.distributed_backend)),
+        *("--distributed-timeout-minutes", str(cluster.distributed_timeout_minutes)),
+    ]
+    port = "trainer_port" if rank == 0 else ""
+    plan = _worker(config, f"trainer-{rank}", "trainer", port, controller, extra=extra)
     return dataclasses.replace(plan, environment=environment)
 
 
 def _local_ranks(config: JobConfig) -> int:
     return config.cluster.trainer_world_size // config.cluster.actor_num_nodes
+
+
+def _rollout_device(config: JobConfig, index: int) -> list[str]:
+    """The GPUs after the trainer's, one a service; begins again at the first when there are not enough."""
+    if config.services.device != "cuda":
+        return ["--device", config.services.device]
+    gpu = (_local_ranks(config) + index) % max(1, visible_gpus())
+    return ["--device", f"cuda:{gpu}", "--num-gpus", "1"]
 
 
 def _reward_flags(config: JobConfig) -> list[str]:

@@ -17,6 +17,9 @@ from miles.config.section import (
     Section,
 )
 
+NONZERO_STD_FILTER = "miles.rollout.filter_hub.dynamic_sampling_filters.check_reward_nonzero_std"
+"""Name of the built-in filter in recipes; the rollout service knows which function it means."""
+
 
 class RolloutConfig(Section):
     """Engine and sampling. Lengths are in tokens."""
@@ -66,8 +69,12 @@ class RolloutConfig(Section):
     rollout_seed: int = 42
     """Seed of shuffling and of sampling."""
 
-    dynamic_sampling_filter_path: Annotated[str | None, DottedPath(), Metavar("MODULE.NAME")] = None
-    """Function that keeps or drops a scored group before it is queued."""
+    dynamic_sampling_filter_path: Annotated[
+        str | None, DottedPath(aliases=(NONZERO_STD_FILTER,)), Metavar("MODULE.NAME")
+    ] = None
+    """Function that keeps or drops a scored group before it is queued. Under its usual name,
+    miles.rollout.filter_hub.dynamic_sampling_filters.check_reward_nonzero_std, the built-in one drops groups whose
+    rewards are all equal."""
 
     max_weight_staleness: NonNegative = 0
     """Versions that a sample's oldest token may be behind the weights it trains; 0 is synchronous, 1 one step off."""

@@ -41,7 +41,9 @@ class Passthrough:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class DottedPath:
-    """The field names a Python object as `package.module.name`."""
+    """The field names a Python object as `package.module.name`, or by one of these names, which lead elsewhere."""
+
+    aliases: tuple[str, ...] = ()
 
 
 def derived() -> Any:

@@ -72,6 +72,3 @@ class TrainConfig(Section):
 
     share_prompts: bool = True
     """Hold the prompt of a group's samples once per micro-batch; its rows are computed once for all of them."""
-
-    balance_data: bool = False
-    """Spread samples over trainer processes so that each gets about as many tokens."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from miles.config.section import Positive, Section
+from miles.config.section import Section
 
 
 class WeightsConfig(Section):
@@ -12,9 +12,6 @@ class WeightsConfig(Section):
 
     update_weight_transfer_mode: Literal["shared_memory"] = "shared_memory"
     """Transport: shared_memory maps a file of this host, without a copy."""
-
-    update_weight_buffer_size: Positive = 536870912
-    """Bytes moved at a time."""
 
     check_weight_update_equal: bool = False
     """After each update, compare what every engine holds with what the trainer sent."""

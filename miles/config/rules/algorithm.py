@@ -51,15 +51,6 @@ def discount_is_used(s: Settings) -> Iterator[Fault]:
 
 
 @rule
-def custom_loss_has_a_function(s: Settings) -> Iterator[Fault]:
-    if s.loss_type == "custom_loss" and not s.custom_loss_function_path:
-        yield Fault("custom_loss_function_path", None, "loss_type = custom_loss needs it", "set it to MODULE.NAME")
-    if s.loss_type != "custom_loss" and s.custom_loss_function_path:
-        problem = f"it does nothing while loss_type = {s.loss_type}"
-        yield Fault("custom_loss_function_path", s.custom_loss_function_path, problem, "set loss_type to custom_loss")
-
-
-@rule
 def old_log_probs_have_one_source(s: Settings) -> Iterator[Fault]:
     if s.skip_actor_forward_only and s.use_rollout_logprobs:
         problem = "use_rollout_logprobs takes the old log-probabilities from the engine"
@@ -117,16 +108,6 @@ def bounds_belong_to_a_correction(s: Settings) -> Iterator[Fault]:
         for key in keys if not used else ():
             if getattr(s, key) != defaults[key]:
                 yield Fault(key, getattr(s, key), f"it only goes with {switch}", "turn that on, or leave it out")
-
-
-@rule
-def custom_correction_stands_alone(s: Settings) -> Iterator[Fault]:
-    if s.custom_tis_function_path is None:
-        return
-    yield from needs(s, "custom_tis_function_path", "use_tis")
-    for key in ("use_mis", "use_icepop"):
-        if getattr(s, key):
-            yield Fault(key, True, "custom_tis_function_path corrects in its place", "leave one of them out")
 
 
 @rule

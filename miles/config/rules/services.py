@@ -58,7 +58,7 @@ def process_group_fits_the_device(s: Settings) -> Iterator[Fault]:
 @rule
 def dotted_paths_are_well_formed(s: Settings) -> Iterator[Fault]:
     for key, entry in catalog().items():
-        if not entry.dotted_path:
+        if entry.dotted_path is None:
             continue
         path = getattr(s, key)
         if path is not None and not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+", path):

@@ -11,6 +11,7 @@ from config_cases import MINIMAL
 
 from miles import cli
 from miles.config import JobConfig
+from miles.config.files import read_file
 from miles.config.flags import to_command_line
 from miles.config.plan import plan_controller, plan_redis, plan_run, plan_workers
 
@@ -122,6 +123,22 @@ def test_plans_carry_addresses_once_they_are_known() -> None:
     assert plans["reward-0"].command[-3:] == ("--custom-rm-path", "a.b", "--group-rm")
     assert plans["trainer-0"].environment["A"] == "1"
     assert plans["trainer-0"].environment["MASTER_PORT"] == "77"
+
+
+def test_rollouts_take_the_gpus_after_the_trainers(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = JobConfig.from_flat(MINIMAL | {"actor_num_gpus_per_node": 2, "rollout_num_workers": 3}).resolve("cuda")
+    monkeypatch.setattr("miles.config.plan.visible_gpus", lambda: 4)
+    devices = [plan.command[-3] for plan in plan_workers(config, "c:1") if plan.kind == "rollout"]
+    assert devices == ["cuda:2", "cuda:3", "cuda:0"]
+
+
+def test_example_configurations_are_valid() -> None:
+    examples = sorted((ROOT / "examples").rglob("*.yaml"))
+    assert examples
+    for example in examples:
+        flat, faults = read_file(str(example))
+        assert faults == []
+        JobConfig.from_flat(flat)
 
 
 def test_services_that_run_elsewhere_are_not_planned() -> None:

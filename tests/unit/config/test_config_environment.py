@@ -129,3 +129,9 @@ def test_functions_are_found_without_running_their_module(files: pathlib.Path) -
     (files / "package" / "__init__.py").write_text("1 / 0\n")
     (files / "package" / "inner.py").write_text("")
     assert "ZeroDivisionError" in (why_not_importable("package.inner.f") or "")
+
+
+def test_a_built_in_filter_goes_by_its_usual_name(files: pathlib.Path) -> None:
+    hub = "miles.rollout.filter_hub.dynamic_sampling_filters"
+    assert faults(dynamic_sampling_filter_path=f"{hub}.check_reward_nonzero_std") == []
+    assert len(faults(dynamic_sampling_filter_path=f"{hub}.another")) == 1

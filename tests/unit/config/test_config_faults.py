@@ -72,8 +72,6 @@ RULE_CASES: list[tuple[dict[str, Any], str]] = [
     ({"kl_loss_coef": 0.1}, "kl_loss_coef = 0.1, but it does nothing without use_kl_loss"),
     ({"ref_update_interval": 3}, "ref_update_interval = 3, but there is no reference"),
     ({"gamma": 0.9}, "gamma = 0.9, but grpo does not discount"),
-    ({"loss_type": "custom_loss"}, "custom_loss_function_path is not set, and loss_type = custom_loss needs it"),
-    ({"custom_loss_function_path": "a.b"}, "custom_loss_function_path = a.b, but it does nothing while loss_type"),
     (
         {"skip_actor_forward_only": True, "use_rollout_logprobs": True},
         "skip_actor_forward_only = true, but use_rollout_logprobs takes",
@@ -95,11 +93,6 @@ RULE_CASES: list[tuple[dict[str, Any], str]] = [
     ({"use_tis": True, "tis_mode": "clip"}, "tis_mode = clip, but it only goes with use_mis with use_tis"),
     ({"rs_upper_bound": 5}, "rs_upper_bound = 5.0, but it only goes with use_mis with use_rs"),
     ({"tis_lower_bound": 0.1}, "tis_lower_bound = 0.1, but it only goes with use_mis with use_tis"),
-    ({"custom_tis_function_path": "a.b"}, "custom_tis_function_path = a.b, but it does nothing without use_tis"),
-    (
-        {"custom_tis_function_path": "a.b", "use_tis": True, "use_mis": True},
-        "use_mis = true, but custom_tis_function_path corrects in its place",
-    ),
     ({"opsm_delta": 0.1}, "opsm_delta = 0.1, but it does nothing without use_opsm"),
     ({"name": "a/b"}, "name = a/b, but the run's folder is named after it"),
     ({"redis_url": "localhost:6379"}, "redis_url = localhost:6379, but it must begin with redis://"),
@@ -200,7 +193,7 @@ def test_ten_faults_are_all_listed_at_once() -> None:
         "use_dynamic_batch_size": True,
         "reward_service": ["nowhere"],
         "controller_port": -1,
-        "custom_tis_function_path": "f",
+        "dynamic_sampling_filter_path": "f",
         "num_rollout": "many",
     }
     with pytest.raises(ConfigError) as error:
@@ -271,3 +264,12 @@ def test_the_device_decides_ranks_and_backend_unless_they_are_given() -> None:
     assert (given.cluster.trainer_world_size, given.cluster.distributed_backend) == (2, "gloo")
     with pytest.raises(ConfigError, match="actor_num_nodes × actor_num_gpus_per_node = 8 does not divide it"):
         config.replace(rollout_batch_size=9, global_batch_size=36, num_steps_per_rollout=1).resolve("cuda")
+
+
+def test_tensorboard_follows_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TENSORBOARD_DIR", "/boards")
+    config = JobConfig.from_flat(MINIMAL | {"use_tensorboard": True})
+    assert config.telemetry.tb_project_name is None
+    assert config.resolve("cpu").telemetry.tb_project_name == "/boards"
+    assert config.replace(tb_project_name="mine").resolve("cpu").telemetry.tb_project_name == "mine"
+    assert config.replace(use_tensorboard=False).resolve("cpu").telemetry.tb_project_name is None
