@@ -2,33 +2,20 @@
 
 from __future__ import annotations
 
-import json
-import pathlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
 
 
-def read_weights(hf_checkpoint: str | pathlib.Path, dtype: str) -> dict[str, torch.Tensor]:
-    """Every parameter by name, floating-point ones converted to `dtype` ("float32" or "bfloat16").
+def read_weights(hf_checkpoint: str, dtype: str) -> dict[str, torch.Tensor]:
+    """Every parameter by name, tied ones once, in `dtype` ("float32" or "bfloat16"), on the CPU.
 
-    Raises FileNotFoundError when the folder has no safetensors files.
+    Goes through transformers, because a checkpoint's files may name and split parameters otherwise than the model does.
+    Raises OSError or ValueError when the folder holds no weights that fit.
     """
     import torch
-    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM
 
-    folder = pathlib.Path(hf_checkpoint)
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        files = sorted({folder / name for name in json.loads(index.read_text())["weight_map"].values()})
-    else:
-        files = [folder / "model.safetensors"]
-    missing = [str(path) for path in files if not path.exists()]
-    if missing:
-        raise FileNotFoundError(f"hf_checkpoint {folder} lacks its weights: {', '.join(missing)}")
-    target: torch.dtype = getattr(torch, dtype)
-    weights: dict[str, torch.Tensor] = {}
-    for path in files:
-        weights.update(load_file(path))
-    return {name: tensor.to(target) if tensor.is_floating_point() else tensor for name, tensor in weights.items()}
+    model = AutoModelForCausalLM.from_pretrained(hf_checkpoint, dtype=getattr(torch, dtype))
+    return {name: parameter.detach() for name, parameter in model.named_parameters(remove_duplicate=True)}
