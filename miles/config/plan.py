@@ -69,7 +69,7 @@ def plan_workers(config: JobConfig, controller: str, *, master_port: int = 0) ->
     for i in range(config.cluster.rollout_num_workers):
         device = _rollout_device(config, i)
         plans.append(_worker(config, f"rollout-{i}", "rollout", "rollout_port", controller, offset=i, extra=device))
-    return plans + [_trainer(config, rank, controller, master_port) for rank in range(_local_ranks(config))]
+    return [*plans, _trainer(config, controller, master_port)]
 
 
 def plan_run(config: JobConfig) -> list[ProcessPlan]:
@@ -88,25 +88,21 @@ def _worker(
     return _plan(config, name, kind, (*_module(kind), *listen, *extra))
 
 
-def _trainer(config: JobConfig, rank: int, controller: str, master_port: int) -> ProcessPlan:
-    ranks = str(_local_ranks(config))
-    environment = dict(config.train.train_env_vars) | {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": ranks,
-        "LOCAL_WORLD_SIZE": ranks,
-        "MASTER_ADDR": config.services.host,
-        "MASTER_PORT": str(master_port) if master_port else UNKNOWN_ADDRESS,
-    }
-    cluster = config.cluster
+def _trainer(config: JobConfig, controller: str, master_port: int) -> ProcessPlan:
+    """The trainer: one process, or torchrun with one for each rank, which ends them all when one of them ends."""
+    cluster, ranks = config.cluster, _local_ranks(config)
     extra = [
         *("--device", config.services.device),
         *("--distributed-backend", str(cluster.distributed_backend)),
         *("--distributed-timeout-minutes", str(cluster.distributed_timeout_minutes)),
     ]
-    port = "trainer_port" if rank == 0 else ""
-    plan = _worker(config, f"trainer-{rank}", "trainer", port, controller, extra=extra)
-    return dataclasses.replace(plan, environment=environment)
+    plan = _worker(config, "trainer-0", "trainer", "trainer_port", controller, extra=extra)
+    if ranks > 1:
+        module, arguments = plan.command[1:3], plan.command[3:]
+        meeting = ("--master-addr", config.services.host, "--master-port", str(master_port or UNKNOWN_ADDRESS))
+        torchrun = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), *meeting)
+        plan = dataclasses.replace(plan, command=(*torchrun, *module, *arguments))
+    return dataclasses.replace(plan, environment=dict(config.train.train_env_vars))
 
 
 def _local_ranks(config: JobConfig) -> int:

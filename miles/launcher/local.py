@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 _CONTROLLER_START_S = 120.0
 _STOP_GRACE_S = 15.0
 _REDIS_CHECK_S = 0.5
+_ADDRESSED = ("weightsync_port", "reward_port")
 _CALM_THREADS = {"OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
 """Threads of one process must not spin while those of another work on the same cores; nothing is fetched from a hub."""
 
@@ -69,7 +70,10 @@ class LocalCluster:
             self.redis_url = self.redis.url
             self._tasks.append(asyncio.create_task(self._watch_redis(self.redis)))
         await self._start_controller()
-        for plan in plan_workers(self._config, self.controller_address, master_port=free_port()):
+        # These are known to others by address, so they must come back where they were when they start again.
+        addressed = {key: getattr(self._config.services, key) or free_port() for key in _ADDRESSED}
+        config = self._config.replace(**addressed)
+        for plan in plan_workers(config, self.controller_address, master_port=free_port()):
             self._launch(plan)
 
     async def _start_controller(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 import logging
 import pathlib
@@ -63,12 +64,15 @@ class JobRunner:
 
     async def _run(self, context: JobContext, history: JobHistory, controls: JobControls) -> None:
         prompts, eval_sets = await asyncio.to_thread(_read_data, context.config)
-        history.job.num_rollout = context.config.rollouts(len(prompts))
-        if history.job.num_rollout == 0:
+        num_rollout = context.config.rollouts(len(prompts))
+        if num_rollout == 0 and context.config.data.num_rollout is None:
             raise DataError(
                 f"num_epoch {context.config.data.num_epoch} over {len(prompts)} prompts does not fill one batch of "
                 f"{context.config.data.rollout_batch_size}; lower rollout_batch_size or raise num_epoch"
             )
+        # The number of steps fixes the learning-rate schedule, so every worker must know it.
+        context = dataclasses.replace(context, config=context.config.replace(num_rollout=num_rollout))
+        history.job.num_rollout = num_rollout
         await history.save()
         queue = GroupQueue(self._redis, context.job_id, consumer="controller")
         await RunLoop(context, history, controls, self._registry, queue, prompts, eval_sets).run()

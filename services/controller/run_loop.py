@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from miles.rpc.gen import controller_pb2, job_pb2, rollout_pb2, trainer_pb2
@@ -26,6 +26,7 @@ from miles.services.controller.job_context import JobContext
 from miles.services.controller.job_controls import JobControls, JobStoppedError
 from miles.services.controller.job_history import JobHistory
 from miles.services.controller.registry import AttachedWorker, WorkerRegistry
+from miles.services.controller.rollout_link import RolloutLink
 from miles.services.controller.rollout_metrics import batch_metrics
 from miles.services.controller.trainer_link import TrainerLink, activate
 
@@ -69,14 +70,13 @@ class RunLoop:
 
     async def run(self) -> None:
         """Run until every step is done; raises what the user asked for or what went wrong for good."""
-        weightsync = (await self._require(controller_pb2.WORKER_KIND_WEIGHTSYNC))[0].registration.address
-        self._weightsync = weightsync
+        self._weightsync = (await self._require(controller_pb2.WORKER_KIND_WEIGHTSYNC))[0].registration.address
         dispatcher = Dispatcher(
             self._context,
             self._registry,
             self._clock,
             self._make_lease,
-            weightsync,
+            self._weightsync,
             await self._reward_addresses(),
         )
         self._dispatcher = dispatcher
@@ -100,12 +100,11 @@ class RunLoop:
             links = list(dispatcher.links.values())
             keep_links.cancel()
             await asyncio.gather(keep_links, return_exceptions=True)
-            for link in links:
-                with contextlib.suppress(WorkerLostError):
-                    await link.stop_job()
+            await self._release_workers(links)
 
     async def _attempt(self) -> None:
         """From loading to the end, as long as no worker the loop depends on is lost."""
+        await self._require(controller_pb2.WORKER_KIND_WEIGHTSYNC)
         worker = (await self._require(controller_pb2.WORKER_KIND_TRAINER))[0]
         trainer = TrainerLink(worker, self._context, self._weightsync)
         try:
@@ -121,9 +120,20 @@ class RunLoop:
                 await self._finish_evaluation()
                 await self._save(trainer, export_hf=False)
                 raise
-            await self._save(trainer, export_hf=True)
-            await trainer.stop_job()
+            if self._step > 0:
+                await self._save(trainer, export_hf=True)
         finally:
+            await trainer.close()
+
+    async def _release_workers(self, links: Sequence[RolloutLink]) -> None:
+        """Have every worker drop the job, however it ended, so that the next one finds them free."""
+        for link in links:
+            with contextlib.suppress(WorkerLostError):
+                await link.stop_job()
+        for worker in self._registry.alive(controller_pb2.WORKER_KIND_TRAINER):
+            trainer = TrainerLink(worker, self._context, self._weightsync)
+            with contextlib.suppress(WorkerLostError):
+                await trainer.stop_job()
             await trainer.close()
 
     async def _load(self, trainer: TrainerLink) -> None:

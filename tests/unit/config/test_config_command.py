@@ -70,11 +70,11 @@ def test_dry_run_lists_every_process_and_leaves_nothing_behind(
     described: dict[str, Any] = yaml.safe_load(capsys.readouterr().out)
     names = [process["name"] for process in described["processes"]]
     assert names[:4] == ["redis", "controller", "weightsync", "reward-0"]
-    assert names[4:] == ["rollout-0", "rollout-1", "trainer-0", "trainer-1"]
+    assert names[4:] == ["rollout-0", "rollout-1", "trainer-0"]
     processes = {process["name"]: process for process in described["processes"]}
     assert processes["rollout-1"]["config"] == "as rollout-0"
     assert processes["rollout-0"]["config"]["rollout_temperature"] == 1.0
-    assert processes["trainer-1"]["environment"]["RANK"] == "1"
+    assert "torch.distributed.run --nproc-per-node 2" in processes["trainer-0"]["command"]
     assert processes["trainer-0"]["config"]["global_batch_size"] == 32
     assert processes["trainer-0"]["config"]["distributed_backend"] == "gloo"
     assert described["runs elsewhere"] == {"reward service code": "h:9"}
@@ -122,7 +122,12 @@ def test_plans_carry_addresses_once_they_are_known() -> None:
     assert all(plan.command[5:7] == ("--controller", "c:1") for plan in plans.values())
     assert plans["reward-0"].command[-3:] == ("--custom-rm-path", "a.b", "--group-rm")
     assert plans["trainer-0"].environment["A"] == "1"
-    assert plans["trainer-0"].environment["MASTER_PORT"] == "77"
+    assert plans["trainer-0"].command[1:3] == ("-m", "miles.services.trainer")
+    ranks = config.replace(actor_num_gpus_per_node=4, global_batch_size=None, rollout_batch_size=8)
+    trainer = plan_workers(ranks, "c:1", master_port=77)[-1]
+    assert trainer.command[1:5] == ("-m", "torch.distributed.run", "--nproc-per-node", "4")
+    assert trainer.command[trainer.command.index("--master-port") + 1] == "77"
+    assert trainer.command[9:11] == ("-m", "miles.services.trainer")
 
 
 def test_rollouts_take_the_gpus_after_the_trainers(monkeypatch: pytest.MonkeyPatch) -> None:
