@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import enum
+import gc
 import logging
 import random
 import time
@@ -25,6 +26,8 @@ logger = logging.getLogger(__name__)
 
 _FIRST_RETRY_S = 0.1
 _LAST_RETRY_S = 5.0
+_RELEASE_GRACE_S = 0.5
+_RELEASE_POLL_S = 0.05
 
 
 class WeightTarget(Protocol):
@@ -187,7 +190,7 @@ class WeightSubscriber:
             elif kind == "swap":
                 report.pause_s = await self._swap(order.swap, order.order_id)
             elif kind == "drop":
-                self._drop(order.drop)
+                await self._drop(order.drop)
             elif kind == "check":
                 check = order.check.manifest
                 await asyncio.to_thread(check_weight_update_equal, check, await self._target.weight_bytes())
@@ -229,22 +232,30 @@ class WeightSubscriber:
             self._outgoing.append(ready)
             raise
         self._served = ready
+        self._release()  # the engine has no use for older tensors once load_weights has returned
         if order_id > self._quarantined_by:
             self.last_error = ""
             self._enter(SubscriberState.SERVING)
         return self.pause_s
 
-    def _drop(self, order: weightsync_pb2.DropOrder) -> None:
-        """Let go of bytes not served; raises while the engine still holds on to some of them."""
+    async def _drop(self, order: weightsync_pb2.DropOrder) -> None:
+        """Let go of bytes not served; raises when the engine still holds on to them after a grace."""
         if self._prefetched is not None and self._prefetched.publication_id == order.publication_id:
             self._outgoing.append(self._prefetched)
             self._prefetched = None
             if self.state is SubscriberState.PREFETCHED:
                 self._enter(SubscriberState.SERVING)
-        held = [old for old in self._outgoing if not old.received.release()]
-        self._outgoing = held
-        if any(old.publication_id == order.publication_id for old in held):
-            raise ManifestError(f"the engine still holds tensors of {manifests.describe(order.version)}")
+        end = time.monotonic() + _RELEASE_GRACE_S
+        while order.publication_id in self._release():
+            if time.monotonic() > end:
+                raise ManifestError(f"the engine still holds tensors of {manifests.describe(order.version)}")
+            await asyncio.to_thread(gc.collect)
+            await asyncio.sleep(_RELEASE_POLL_S)
+
+    def _release(self) -> set[int]:
+        """Let go of what is on its way out; returns the publications that the engine still holds tensors of."""
+        self._outgoing = [old for old in self._outgoing if not old.received.release()]
+        return {old.publication_id for old in self._outgoing}
 
     def _quarantine(self, reason: str) -> None:
         self.last_error = reason

@@ -1,8 +1,8 @@
 """Publication of one stream of weights: who holds which version, and what has to happen next.
 
-A pure state machine: events in, actions out, no I/O and no clock of its own. Every event method may return actions for
-the caller to carry out in order. The rule that drives it: each engine is led to the *target* (the version being
-activated, else the active one) by prefetch, then swap, one order at a time.
+A pure state machine: events in, actions out, no I/O and no clock of its own. Every event returns actions that the
+caller carries out in order. The rule that drives it: each engine is led to the *target* (the version being activated,
+else the active one) by prefetch, then swap, one order at a time.
 
     ALLOCATED -> PREPARED -> ACTIVATING -> ACTIVE -> RETIRED
                                  `-> FAILED (the active version stays active, and engines are led back to it)
@@ -13,13 +13,12 @@ During an activation nobody swaps before every engine has verified the bytes or 
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable
-from typing import Any
 
+from miles.services.weightsync import garbage
+from miles.services.weightsync.activation import Activation
 from miles.services.weightsync.records import (
     Action,
-    Activation,
     Disconnect,
     Ended,
     Engine,
@@ -32,6 +31,7 @@ from miles.services.weightsync.records import (
     Outcome,
     Refused,
     Send,
+    Settings,
     UnknownVersion,
     Version,
     VersionState,
@@ -40,47 +40,38 @@ from miles.services.weightsync.records import (
 _OUTCOMES_KEPT = 256
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Settings:
-    """Times in seconds."""
-
-    load_deadline_s: float = 120.0
-    """How long an engine may take over one order outside an activation (catching up, letting go of bytes)."""
-    first_retry_s: float = 5.0
-    """How long a quarantined engine waits for its next full load; doubles with each failure."""
-    last_retry_s: float = 120.0
-    forget_s: float = 3600.0
-    """How long a quarantined engine that has gone away is remembered."""
-
-
 class Publication:
     """The state of one stream of one job."""
 
     def __init__(self, settings: Settings | None = None) -> None:
         self.settings = settings or Settings()
         self.versions: dict[int, Version] = {}
+        """By publication id, oldest first."""
         self.engines: dict[str, Engine] = {}
         self.active: int | None = None
         self.activation: Activation | None = None
         self.outcomes: dict[str, Outcome] = {}
-        self._next_publication_id = 1
+        """Of past activations, by operation id."""
+        self.next_publication_id = 1
         self._now_s = 0.0
 
-    # -- events -------------------------------------------------------------------------------------------------------
+    # -- the trainer's and the controller's events --------------------------------------------------------------------
 
     def allocate(self, number: int, nbytes: int, now: Now) -> tuple[Version, list[Action]]:
         """The trainer wants room for a version. What it allocated before and never prepared is given up."""
         for old in self.versions.values():
             if old.state is VersionState.ALLOCATED:
                 old.state, old.reusable = VersionState.FAILED, False
-        version = Version(self._next_publication_id, number, nbytes)
-        self._next_publication_id += 1
+        version = Version(self.next_publication_id, number, nbytes)
+        self.next_publication_id += 1
         self.versions[version.publication_id] = version
         return version, self._settle(now)
 
     def give_up(self, publication_id: int, now: Now) -> list[Action]:
-        """There was no room for an allocation."""
+        """The bytes of a publication cannot be had: no room for them, or lost with the machine's memory."""
         self.versions.pop(publication_id, None)
+        if self.active == publication_id:
+            self.active = None
         return self._settle(now)
 
     def prepare(self, publication_id: int, checksum: bytes, now: Now) -> list[Action]:
@@ -98,19 +89,24 @@ class Publication:
     def activate(
         self, number: int, operation_id: str, deadline_s: float, min_engines: int, check_equal: bool, now: Now
     ) -> list[Action]:
-        """Bring every engine to a version. Idempotent per operation; a second operation for the same version joins."""
-        if operation_id in self.outcomes or (self.activation and operation_id in self.activation.operation_ids):
-            return []
+        """Bring every engine to a version within `deadline_s` seconds.
+
+        Repeating an operation does nothing; another operation for the same publication joins the one under way; one for
+        another publication ends it: the latest wish counts.
+        """
         version = self.find(number)
-        if self.activation is not None:
-            current = self.versions[self.activation.publication_id]
-            if current is not version:
-                raise Refused(f"version {current.number} is being activated; wait for that to end")
-            self.activation.operation_ids.append(operation_id)
+        past = self.outcomes.get(operation_id)
+        if past is not None and past.publication_id == version.publication_id:
             return []
+        actions: list[Action] = []
+        if self.activation is not None:
+            if self.activation.publication_id == version.publication_id:
+                if operation_id not in self.activation.operation_ids:
+                    self.activation.operation_ids.append(operation_id)
+                return []
+            self._end(now, actions, f"version {number} is to be activated instead")
         for engine in self.engines.values():
             engine.retry_at_s = now.monotonic_s
-        waited_for = {e.engine_id for e in self.engines.values() if e.session is not None and not e.quarantined}
         self.activation = Activation(
             publication_id=version.publication_id,
             operation_ids=[operation_id],
@@ -118,11 +114,24 @@ class Publication:
             deadline_s=now.monotonic_s + deadline_s,
             min_engines=min_engines,
             check_equal=check_equal,
-            waited_for=waited_for,
+            waited_for={e.engine_id for e in self.engines.values() if e.session is not None and not e.quarantined},
         )
         if version.publication_id != self.active:
             version.state = VersionState.ACTIVATING
-        return self._settle(now)
+        return actions + self._settle(now)
+
+    def release(self, now: Now) -> list[Action]:
+        """The job is over: end what is under way and free everything."""
+        actions: list[Action] = []
+        self._end(now, actions, "the job was released")
+        self.active = None
+        for publication_id in list(self.versions):
+            self._free(publication_id, actions, reusable=False)
+        for engine in self.engines.values():
+            engine.held = engine.verified = None
+        return actions
+
+    # -- the engines' events ------------------------------------------------------------------------------------------
 
     def connect(self, engine_id: str, session: int, number: int | None, checksum: bytes, now: Now) -> list[Action]:
         """An engine subscribed and says what it serves. What is not a version known here counts as nothing."""
@@ -132,18 +141,19 @@ class Publication:
             actions.append(Disconnect(engine_id, engine.session))
             self._lose(engine, now, actions)
         engine.session, engine.next_order_id = session, 1
-        held = self._identify(number, checksum)
-        engine.held = None if engine.quarantined else held
-        engine.maps = set() if held is None else {held}
         engine.retry_at_s = min(engine.retry_at_s, now.monotonic_s)
         engine.since_unix_ns = now.unix_ns
+        held = self._identify(number, checksum)
+        if held is not None:
+            engine.maps[held.publication_id] = held.number
+            engine.held = None if engine.quarantined else held.publication_id
         if engine.quarantined:
-            self._order(engine, OrderKind.QUARANTINE, 0, now, actions, engine.last_error)
+            self._send(engine, OrderKind.QUARANTINE, None, actions, engine.last_error)
         actions.append(EngineChanged(engine_id))
         return actions + self._settle(now)
 
     def disconnect(self, engine_id: str, session: int, now: Now) -> list[Action]:
-        """A subscription ended. The engine may live on and serve; it must not be reached by a rewrite of its bytes."""
+        """A subscription ended. The engine may live on and serve; its bytes must not be rewritten under it."""
         engine = self.engines.get(engine_id)
         if engine is None or engine.session != session:
             return []
@@ -160,21 +170,20 @@ class Publication:
         engine = self.engines.get(engine_id)
         if engine is None or engine.session != session or engine.in_flight is None:
             return []
-        if engine.in_flight.order.order_id != order_id:
+        flight = engine.in_flight
+        if flight.order.order_id != order_id:
             return []
-        order, expired = engine.in_flight.order, engine.in_flight.expired
         engine.in_flight = None
         actions: list[Action] = []
-        if order.kind is OrderKind.DROP:
-            self._let_go(engine, order.publication_id, clean=error is None)
-        elif expired:
-            pass
+        if flight.order.kind is OrderKind.DROP:
+            self._let_go(engine, flight.order.publication_id, clean=error is None)
+        elif flight.expired:
+            pass  # it is quarantined already, and starts over
         elif error is not None:
-            self._quarantine(
-                engine, f"{order.kind.value} of {self._label(order.publication_id)}: {error}", now, actions
-            )
-        else:
-            self._done(engine, order, elapsed_s, pause_s, now)
+            what = f"{flight.order.kind.value} of version {flight.order.number}"
+            self._quarantine(engine, f"{what}: {error}", now, actions)
+        elif flight.order.publication_id in self.versions:
+            self._done(engine, flight.order, elapsed_s, pause_s, now)
             actions.append(EngineChanged(engine_id))
         return actions + self._settle(now)
 
@@ -182,21 +191,17 @@ class Publication:
         """Time has passed; call at the latest at `wake_at_s`."""
         return self._settle(now)
 
-    def release(self, now: Now) -> list[Action]:
-        """The job is over: end what is under way and free everything."""
-        actions: list[Action] = []
-        self._end(now, actions, "the job was released")
-        actions += [Free(v.publication_id, reusable=False) for v in self.versions.values()]
-        self.versions.clear()
-        self.active = None
-        return actions
-
     # -- questions ----------------------------------------------------------------------------------------------------
+
+    @property
+    def target(self) -> int | None:
+        """The publication that every engine is being led to."""
+        return self.active if self.activation is None else self.activation.publication_id
 
     def find(self, number: int) -> Version:
         """The newest complete publication of a version number; UnknownVersion or Refused when there is none."""
-        found = [v for v in self.versions.values() if v.number == number]
-        complete = [v for v in found if v.checksum]
+        found = [version for version in self.versions.values() if version.number == number]
+        complete = [version for version in found if version.checksum]
         if complete:
             return complete[-1]
         if found:
@@ -208,13 +213,8 @@ class Publication:
         times = [e.in_flight.deadline_s for e in self.engines.values() if e.in_flight and not e.in_flight.expired]
         times += [e.retry_at_s for e in self.engines.values() if e.quarantined and e.session and not e.in_flight]
         if self.activation is not None:
-            times += [self._prefetch_deadline_s(self.activation), self.activation.deadline_s]
+            times += [self.activation.prefetch_deadline_s, self.activation.deadline_s]
         return min((time for time in times if time > self._now_s), default=None)
-
-    @property
-    def target(self) -> int | None:
-        """The publication that every engine is being led to."""
-        return self.active if self.activation is None else self.activation.publication_id
 
     # -- how state follows events -------------------------------------------------------------------------------------
 
@@ -227,17 +227,18 @@ class Publication:
         self._advance(now, actions)
         for engine in self.engines.values():
             self._lead(engine, now, actions)
-        self._collect(actions)
+        keep = garbage.needed(self.engines.values(), (self.active, self.target))
+        for version in garbage.unneeded(self.versions, keep):
+            self._free(version.publication_id, actions, version.reusable)
         return actions
 
     def _expire(self, engine: Engine, now: Now, actions: list[Action]) -> None:
         flight = engine.in_flight
         if flight is not None and not flight.expired and now.monotonic_s >= flight.deadline_s:
             flight.expired = True
-            what = f"{flight.order.kind.value} of {self._label(flight.order.publication_id)}"
-            self._quarantine(engine, f"no answer to {what} after {flight.allowed_s:g} s", now, actions)
-        gone_for_s = (now.unix_ns - engine.since_unix_ns) / 1e9
-        if engine.session is None and gone_for_s > self.settings.forget_s:
+            what = f"{flight.order.kind.value} of version {flight.order.number}"
+            self._quarantine(engine, f"no answer to {what} within {flight.allowed_s:g} s", now, actions)
+        if engine.session is None and now.unix_ns - engine.since_unix_ns > self.settings.forget_s * 1e9:
             del self.engines[engine.engine_id]
 
     def _advance(self, now: Now, actions: list[Action]) -> None:
@@ -245,26 +246,25 @@ class Publication:
         activation = self.activation
         if activation is None:
             return
-        target = activation.publication_id
+        if not activation.swapping and activation.ready(self.engines) >= activation.min_engines:
+            if now.monotonic_s >= activation.prefetch_deadline_s:
+                self._quarantine_late(activation.without_bytes(self.engines), now, actions)
+            activation.swapping = not activation.without_bytes(self.engines)
         late = now.monotonic_s >= activation.deadline_s
-        if not activation.swapping:
-            unready = [e for e in self._waited(activation) if not e.has(target)]
-            enough = sum(e.has(target) for e in self.engines.values()) >= activation.min_engines
-            if enough and (late or now.monotonic_s >= self._prefetch_deadline_s(activation)):
-                self._quarantine_late(unready, activation, now, actions)
-                unready = []
-            activation.swapping = enough and not unready
-        serving = sum(self._complete(e, activation) for e in self.engines.values())
-        pending = [e for e in self._waited(activation) if not self._complete(e, activation)]
-        if serving >= activation.min_engines and activation.swapping and not pending:
+        if late:
+            # Whoever is idle waited for others, and is not to blame.
+            pending = [engine for engine in activation.pending(self.engines) if engine.in_flight is not None]
+            self._quarantine_late(pending, now, actions)
+        serving = activation.serving(self.engines)
+        enough = activation.swapping and serving >= activation.min_engines
+        if enough and (late or not activation.pending(self.engines)):
             self._end(now, actions)
         elif late:
-            self._quarantine_late([e for e in pending if e.in_flight is not None], activation, now, actions)
-            wanted = f"{activation.min_engines} engines"
-            enough = serving >= activation.min_engines and activation.swapping
-            self._end(now, actions, "" if enough else f"{serving} of {wanted} serve it after {self._age(now):g} s")
+            allowed_s = activation.deadline_s - activation.began_s
+            self._end(now, actions, f"{serving} of {activation.min_engines} engines serve it after {allowed_s:g} s")
 
     def _end(self, now: Now, actions: list[Action], error: str = "") -> None:
+        """Close the activation under way, if any; an error is why it failed."""
         activation, self.activation = self.activation, None
         if activation is None:
             return
@@ -273,18 +273,9 @@ class Publication:
             self._make_active(version, now)
         elif version.publication_id != self.active:
             version.state = VersionState.FAILED
-        serving = [e for e in self.engines.values() if e.serves(version.publication_id)]
-        pauses = [e.pause_s for e in serving if e.engine_id in activation.swapped]
-        faults = [f"{e.engine_id}: {e.last_error}" for e in self.engines.values() if e.quarantined]
-        outcome = Outcome(
-            ok=not error,
-            engines=len(serving),
-            quarantined=len(activation.quarantined),
-            total_s=now.monotonic_s - activation.began_s,
-            pause_s=max(pauses, default=0.0),
-            error="; ".join([error, *faults]) if error else "",
-        )
+        outcome = activation.outcome(self.engines, now.monotonic_s, error)
         for operation_id in activation.operation_ids:
+            self.outcomes.pop(operation_id, None)
             self.outcomes[operation_id] = outcome
         while len(self.outcomes) > _OUTCOMES_KEPT:
             del self.outcomes[next(iter(self.outcomes))]
@@ -295,9 +286,8 @@ class Publication:
             version.active_unix_ns = now.unix_ns
         self.active = version.publication_id
         for other in self.versions.values():
-            if other.publication_id < self.active and other.state is VersionState.PREPARED:
-                other.state = VersionState.RETIRED
-            if other.state is VersionState.ACTIVE:
+            passed_over = other.state is VersionState.PREPARED and other.publication_id < self.active
+            if passed_over or other.state is VersionState.ACTIVE:
                 other.state = VersionState.RETIRED
         version.state = VersionState.ACTIVE
 
@@ -313,32 +303,37 @@ class Publication:
                 self._order(engine, OrderKind.PREFETCH, target, now, actions)
             elif activation is None or activation.swapping:
                 self._order(engine, OrderKind.SWAP, target, now, actions)
-        elif activation and activation.check_equal and engine.checked_by != activation.operation_id:
-            if engine.held is not None and activation.swapping:
-                self._order(engine, OrderKind.CHECK, engine.held, now, actions)
-        elif not engine.quarantined and (unwanted := engine.maps - {engine.held}):
+        elif engine.quarantined:
+            return
+        elif activation is not None:
+            if activation.swapping and not activation.complete(engine):
+                self._order(engine, OrderKind.CHECK, activation.publication_id, now, actions)
+        elif unwanted := [publication_id for publication_id in engine.maps if publication_id != engine.held]:
             self._order(engine, OrderKind.DROP, min(unwanted), now, actions)
 
-    def _order(
-        self, engine: Engine, kind: OrderKind, publication_id: int, now: Now, actions: list[Action], reason: str = ""
-    ) -> None:
-        if engine.session is None:
-            return
-        order = Order(engine.next_order_id, kind, publication_id, reason)
-        engine.next_order_id += 1
-        actions.append(Send(engine.engine_id, engine.session, order))
-        if kind is OrderKind.QUARANTINE:
-            return
-        deadline_s = now.monotonic_s + self.settings.load_deadline_s
-        activation = self.activation
-        if activation is not None and engine.engine_id in activation.waited_for and kind is not OrderKind.DROP:
-            deadline_s = activation.deadline_s
-        engine.in_flight = InFlight(order, deadline_s, deadline_s - now.monotonic_s)
+    def _order(self, engine: Engine, kind: OrderKind, publication_id: int, now: Now, actions: list[Action]) -> None:
+        """Send an order that is to be answered."""
         if kind is OrderKind.PREFETCH:
             engine.verified = None
-            engine.maps.add(publication_id)
+            engine.maps[publication_id] = self.versions[publication_id].number
+        deadline_s = now.monotonic_s + self.settings.load_deadline_s
+        if self.activation is not None and engine.engine_id in self.activation.waited_for:
+            deadline_s = self.activation.deadline_s
+        order = self._send(engine, kind, publication_id, actions)
+        engine.in_flight = InFlight(order, deadline_s, deadline_s - now.monotonic_s)
+
+    def _send(
+        self, engine: Engine, kind: OrderKind, publication_id: int | None, actions: list[Action], reason: str = ""
+    ) -> Order:
+        number = 0 if publication_id is None else engine.maps[publication_id]
+        order = Order(engine.next_order_id, kind, publication_id or 0, number, reason)
+        if engine.session is not None:
+            engine.next_order_id += 1
+            actions.append(Send(engine.engine_id, engine.session, order))
+        return order
 
     def _done(self, engine: Engine, order: Order, elapsed_s: float, pause_s: float, now: Now) -> None:
+        """Credit an order that was carried out in time."""
         if order.kind is OrderKind.PREFETCH:
             engine.verified, engine.prefetch_s = order.publication_id, elapsed_s
         elif order.kind is OrderKind.SWAP:
@@ -351,137 +346,58 @@ class Publication:
             engine.checked_by = self.activation.operation_id
 
     def _quarantine(self, engine: Engine, reason: str, now: Now, actions: list[Action]) -> None:
-        """Out of routing: nothing it holds counts any more, and its bytes are not to be relied upon nor rewritten."""
+        """Out of routing: nothing it holds counts any more."""
         settings = self.settings
         engine.quarantined, engine.last_error = True, reason
         engine.held = engine.verified = None
         engine.retry_at_s = now.monotonic_s + min(settings.first_retry_s * 2**engine.failures, settings.last_retry_s)
-        engine.failures += 1
+        engine.failures = min(engine.failures + 1, 30)
         engine.since_unix_ns = now.unix_ns
         if self.activation is not None:
             self.activation.waited_for.discard(engine.engine_id)
             self.activation.quarantined.add(engine.engine_id)
-        self._order(engine, OrderKind.QUARANTINE, 0, now, actions, reason)
+        self._send(engine, OrderKind.QUARANTINE, None, actions, reason)
         actions.append(EngineChanged(engine.engine_id))
 
-    def _quarantine_late(
-        self, engines: Iterable[Engine], activation: Activation, now: Now, actions: list[Action]
-    ) -> None:
+    def _quarantine_late(self, engines: Iterable[Engine], now: Now, actions: list[Action]) -> None:
         for engine in engines:
-            if engine.in_flight is not None:
-                engine.in_flight.expired = True
-            label = self._label(activation.publication_id)
-            self._quarantine(engine, f"did not bring {label} in within {self._age(now):g} s", now, actions)
+            flight = engine.in_flight
+            doing = "nothing" if flight is None else f"{flight.order.kind.value} of version {flight.order.number}"
+            if flight is not None:
+                flight.expired = True
+            self._quarantine(engine, f"did not get there in time; it was at {doing}", now, actions)
 
     def _lose(self, engine: Engine, now: Now, actions: list[Action]) -> None:
         """Its subscription is gone. With an order open, or while an activation counts on it, that is a failure."""
         busy = engine.in_flight is not None and engine.in_flight.order.kind is not OrderKind.DROP
         counted_on = self.activation is not None and engine.engine_id in self.activation.waited_for
-        for publication_id in set(engine.maps):
+        for publication_id in list(engine.maps):
             self._let_go(engine, publication_id, clean=False)
-        engine.session = engine.in_flight = engine.verified = None
+        engine.session = engine.in_flight = engine.held = engine.verified = None
+        engine.since_unix_ns = now.unix_ns
         if (busy or counted_on) and not engine.quarantined:
             self._quarantine(engine, "its subscription ended during an update", now, actions)
-        engine.since_unix_ns = now.unix_ns
-        engine.held = None
 
     def _let_go(self, engine: Engine, publication_id: int, clean: bool) -> None:
-        engine.maps.discard(publication_id)
+        """An engine does not need a publication's bytes any more; unless that is `clean`, it may still map them."""
+        engine.maps.pop(publication_id, None)
         if engine.verified == publication_id:
             engine.verified = None
         version = self.versions.get(publication_id)
         if version is not None and not clean:
             version.reusable = False
 
-    def _collect(self, actions: list[Action]) -> None:
-        """Free what nobody needs.
-
-        A retired version goes once it is below the lowest that any engine holds or is about to load; one that failed or
-        was given up, as soon as no engine has it and a newer one exists.
-        """
-        needed = {p for p in (self.active, self.target) if p is not None}
+    def _free(self, publication_id: int, actions: list[Action], reusable: bool) -> None:
+        del self.versions[publication_id]
         for engine in self.engines.values():
-            if engine.session is not None:
-                needed |= {p for p in (engine.held, engine.verified) if p is not None}
-                needed |= engine.maps if not engine.quarantined else set()
-                if engine.in_flight is not None and not engine.in_flight.expired:
-                    needed.add(engine.in_flight.order.publication_id)
-        lowest, newest = min(needed, default=self._next_publication_id), max(self.versions, default=0)
-        for publication_id, version in list(self.versions.items()):
-            retired = version.state is VersionState.RETIRED and publication_id < lowest
-            failed = version.state is VersionState.FAILED and publication_id < newest
-            if publication_id not in needed and (retired or failed):
-                mapped = any(publication_id in e.maps for e in self.engines.values())
-                actions.append(Free(publication_id, version.reusable and not mapped))
-                del self.versions[publication_id]
+            if publication_id in engine.maps:
+                del engine.maps[publication_id]
+                reusable = False
+        actions.append(Free(publication_id, reusable))
 
-    # -- small parts --------------------------------------------------------------------------------------------------
-
-    def _identify(self, number: int | None, checksum: bytes) -> int | None:
+    def _identify(self, number: int | None, checksum: bytes) -> Version | None:
         """The newest publication with that number and manifest."""
         if number is None or not checksum:
             return None
-        found = [v.publication_id for v in self.versions.values() if v.number == number and v.checksum == checksum]
-        return max(found, default=None)
-
-    def _waited(self, activation: Activation) -> list[Engine]:
-        return [self.engines[engine_id] for engine_id in activation.waited_for]
-
-    def _complete(self, engine: Engine, activation: Activation) -> bool:
-        checked = not activation.check_equal or engine.checked_by == activation.operation_id
-        return engine.serves(activation.publication_id) and checked
-
-    def _prefetch_deadline_s(self, activation: Activation) -> float:
-        """Half of the time, so that those that have the bytes still get to swap when one engine is stuck."""
-        return (activation.began_s + activation.deadline_s) / 2
-
-    def _age(self, now: Now) -> float:
-        return now.monotonic_s - self.activation.began_s if self.activation is not None else 0.0
-
-    def _label(self, publication_id: int) -> str:
-        version = self.versions.get(publication_id)
-        return "a freed version" if version is None else f"version {version.number}"
-
-    # -- what survives a restart --------------------------------------------------------------------------------------
-
-    def snapshot(self) -> dict[str, Any]:
-        """Everything that must survive, JSON-able. An activation does not: its caller repeats it."""
-        return {
-            "next_publication_id": self._next_publication_id,
-            "active": self.active,
-            "versions": [
-                {
-                    "publication_id": v.publication_id,
-                    "number": v.number,
-                    "nbytes": v.nbytes,
-                    "state": ("PREPARED" if v.state is VersionState.ACTIVATING else v.state.value),
-                    "checksum": v.checksum.hex(),
-                    "active_unix_ns": v.active_unix_ns,
-                }
-                for v in self.versions.values()
-            ],
-            "quarantined": {e.engine_id: e.last_error for e in self.engines.values() if e.quarantined},
-            "outcomes": {name: dataclasses.asdict(outcome) for name, outcome in self.outcomes.items()},
-        }
-
-    @classmethod
-    def restore(cls, snapshot: dict[str, Any], now: Now, settings: Settings | None = None) -> Publication:
-        """The state machine that made the snapshot; engines are to subscribe anew."""
-        self = cls(settings)
-        self._next_publication_id, self.active = snapshot["next_publication_id"], snapshot["active"]
-        for kept in snapshot["versions"]:
-            state, checksum = VersionState(kept["state"]), bytes.fromhex(kept["checksum"])
-            version = Version(**{**kept, "state": state, "checksum": checksum}, reusable=False)
-            self.versions[version.publication_id] = version
-        for engine_id, error in snapshot["quarantined"].items():
-            engine = Engine(engine_id, quarantined=True, last_error=error, since_unix_ns=now.unix_ns)
-            self.engines[engine_id] = engine
-        self.outcomes = {name: Outcome(**outcome) for name, outcome in snapshot["outcomes"].items()}
-        return self
-
-    def forget(self, publication_id: int, now: Now) -> list[Action]:
-        """A publication's bytes were lost (with the machine's memory, or by another's hand)."""
-        self.versions.pop(publication_id, None)
-        if self.active == publication_id:
-            self.active = None
-        return self._settle(now)
+        found = [v for v in self.versions.values() if v.number == number and v.checksum == checksum]
+        return found[-1] if found else None

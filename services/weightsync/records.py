@@ -46,6 +46,19 @@ class Now:
     """For people."""
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Settings:
+    """Times in seconds."""
+
+    load_deadline_s: float = 120.0
+    """How long an engine may take over one order outside an activation (catching up, letting go of bytes)."""
+    first_retry_s: float = 5.0
+    """How long a quarantined engine waits for its next full load; doubles with each failure."""
+    last_retry_s: float = 120.0
+    forget_s: float = 3600.0
+    """How long a quarantined engine that has gone away is remembered."""
+
+
 @dataclasses.dataclass(slots=True)
 class Version:
     """One publication. A number can be published again (after a resume from an older checkpoint); an id never is."""
@@ -67,7 +80,9 @@ class Order:
 
     order_id: int
     kind: OrderKind
-    publication_id: int
+    publication_id: int = 0
+    number: int = 0
+    """Version number of the publication."""
     reason: str = ""
 
 
@@ -103,8 +118,8 @@ class Engine:
     """When a quarantined engine gets its next full load."""
     in_flight: InFlight | None = None
     next_order_id: int = 1
-    maps: set[int] = dataclasses.field(default_factory=set)
-    """Publications whose bytes it may hold on to."""
+    maps: dict[int, int] = dataclasses.field(default_factory=dict)
+    """Publications whose bytes it may hold on to, with their version numbers."""
     since_unix_ns: int = 0
     prefetch_s: float = 0.0
     pause_s: float = 0.0
@@ -129,37 +144,15 @@ class Engine:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Outcome:
-    """How an activation ended."""
+    """How an activation ended; times in seconds."""
 
+    publication_id: int
     ok: bool
     engines: int
     quarantined: int
     total_s: float
     pause_s: float
     error: str = ""
-
-
-@dataclasses.dataclass(slots=True)
-class Activation:
-    """The activation under way."""
-
-    publication_id: int
-    operation_ids: list[str]
-    began_s: float
-    deadline_s: float
-    min_engines: int
-    check_equal: bool
-    waited_for: set[str]
-    """Engines that must swap or be quarantined before it can end."""
-    swapping: bool = False
-    """False while engines prefetch; nobody swaps before enough of them have verified the bytes."""
-    quarantined: set[str] = dataclasses.field(default_factory=set)
-    swapped: set[str] = dataclasses.field(default_factory=set)
-
-    @property
-    def operation_id(self) -> str:
-        """The operation that started it."""
-        return self.operation_ids[0]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

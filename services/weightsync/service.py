@@ -12,8 +12,7 @@ import grpc
 import grpc.aio
 
 from miles.rpc.gen import controller_pb2, policy_pb2, weightsync_pb2, weightsync_pb2_grpc
-from miles.services.weightsync.publication import Settings
-from miles.services.weightsync.records import Outcome, Refused, UnknownVersion
+from miles.services.weightsync.records import Outcome, Refused, Settings, UnknownVersion
 from miles.services.weightsync.segments import OutOfMemory, SegmentStore
 from miles.services.weightsync.store import StateStore
 from miles.services.weightsync.stream import StreamRuntime, stream_key

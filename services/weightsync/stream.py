@@ -7,9 +7,11 @@ import itertools
 import logging
 import pathlib
 import time
+from typing import Any
 
 from miles.rpc.gen import policy_pb2, weightsync_pb2
-from miles.services.weightsync.publication import Publication, Settings
+from miles.services.weightsync import snapshot
+from miles.services.weightsync.publication import Publication
 from miles.services.weightsync.records import (
     Action,
     Disconnect,
@@ -22,6 +24,7 @@ from miles.services.weightsync.records import (
     OrderKind,
     Outcome,
     Send,
+    Settings,
     UnknownVersion,
 )
 from miles.services.weightsync.segments import Segment, SegmentStore
@@ -66,12 +69,12 @@ class StreamRuntime:
         self._allocating = asyncio.Lock()
         self.activations_ended = 0
 
-    def restore(self, snapshot: dict[str, object]) -> set[pathlib.Path]:
+    def restore(self, saved: dict[str, Any]) -> set[pathlib.Path]:
         """Take up the state of an earlier process; returns the files it knows.
 
         Versions whose bytes are gone are lost.
         """
-        self.machine = Publication.restore(snapshot, _now(), self.machine.settings)
+        self.machine = snapshot.load(saved, _now(), self.machine.settings)
         for publication_id, path, nbytes, manifest in self._store.segments(self.key):
             if path.exists() and path.stat().st_size >= nbytes:
                 self._segments[publication_id] = Segment(path, nbytes)
@@ -81,7 +84,7 @@ class StreamRuntime:
             if publication_id not in self._segments or (version.checksum and publication_id not in self._manifests):
                 logger.warning("%s: the bytes of version %d are gone", self.key, version.number)
                 self._store.delete_segment(self.key, publication_id)
-                self._apply(self.machine.forget(publication_id, _now()))
+                self._apply(self.machine.give_up(publication_id, _now()))
         for publication_id in set(self._segments) - set(self.machine.versions):
             del self._segments[publication_id]
             self._store.delete_segment(self.key, publication_id)
@@ -218,7 +221,7 @@ class StreamRuntime:
 
     def _apply(self, actions: list[Action]) -> None:
         """Make the new state durable, then act on it."""
-        self._store.save_stream(self.key, self.machine.snapshot())
+        self._store.save_stream(self.key, snapshot.save(self.machine))
         for action in actions:
             match action:
                 case Send(session=session, order=order):
@@ -284,9 +287,8 @@ class StreamRuntime:
         elif order.kind is OrderKind.CHECK:
             response.check.manifest.CopyFrom(self._manifests[publication_id])
         else:
-            version = self._name(self.machine.versions[publication_id].number)
             body = response.swap if order.kind is OrderKind.SWAP else response.drop
-            body.version.CopyFrom(version)
+            body.version.CopyFrom(self._name(order.number))
             body.publication_id = publication_id
         return response
 

@@ -76,9 +76,7 @@ class Service(Lines):
 
     def __init__(self, state_dir: pathlib.Path | None, directory: pathlib.Path, listen: str = "127.0.0.1:0") -> None:
         state = [] if state_dir is None else ["--state-dir", str(state_dir)]
-        super().__init__(
-            ["-m", "miles.services.weightsync", "--listen", listen, "--directory", str(directory), *state]
-        )
+        super().__init__(["-m", "miles.services.weightsync", "--listen", listen, "--directory", str(directory), *state])
         self.address = self.wait_for(lambda line: line.startswith("listening on "), "address").split()[-1]
         self.stub = weightsync_pb2_grpc.WeightSyncServiceStub(connect_blocking(self.address))
 
@@ -135,9 +133,7 @@ class Engine(Lines):
 
     def __init__(self, service: Service, engine_id: str, *options: str, job: str = JOB) -> None:
         script = pathlib.Path(__file__).with_name("weight_engine.py")
-        super().__init__(
-            [str(script), "--address", service.address, "--job", job, "--engine-id", engine_id, *options]
-        )
+        super().__init__([str(script), "--address", service.address, "--job", job, "--engine-id", engine_id, *options])
         self.engine_id = engine_id
 
     def wait_for_state(self, state: str, version: int | None) -> dict[str, Any]:
