@@ -8,6 +8,7 @@ import dataclasses
 import json
 import logging
 import os
+import signal
 import socket
 import sys
 import time
@@ -22,6 +23,8 @@ logger = logging.getLogger(__name__)
 
 _START_TIMEOUT_S = 120.0
 """For importing the user's code, which may load a model."""
+_EXIT_TIMEOUT_S = 5.0
+"""For a process that has closed its socket to be gone."""
 _ASYNC_GRACE_S = 1.0
 """How long an asynchronous function may take to end after it was cancelled at its deadline."""
 ASYNC_CALLS_PER_WORKER = 256
@@ -82,31 +85,27 @@ class WorkerProcess:
         hello: dict[str, Any] = json.loads(frame) if frame else dead
         if "error" in hello:
             writer.close()
-            with contextlib.suppress(ProcessLookupError):
-                process.kill()
+            _kill(process)
             await process.wait()
             raise RewardLoadError(hello["error"])
         return cls(process, reader, writer, [Described(**fields) for fields in hello["functions"]])
 
     async def call(self, request: reward_pb2.ScoreRequest) -> list[reward_pb2.Score]:
-        """Run one call; `WorkerDied` when the process ends first."""
+        """Run one call, its id chosen here; `WorkerDied` when the process ends first."""
         self._next_id += 1
-        message = reward_pb2.ScoreRequest()
-        message.CopyFrom(request)
-        message.request_id = self._next_id
+        request_id = request.request_id = self._next_id
         future: asyncio.Future[list[reward_pb2.Score]] = asyncio.get_running_loop().create_future()
-        self._answers[message.request_id] = future
+        self._answers[request_id] = future
         try:
-            write_frame(self._writer, message.SerializeToString())
+            write_frame(self._writer, request.SerializeToString())
             return await future
         finally:
-            self._answers.pop(message.request_id, None)
+            del self._answers[request_id]
 
     async def kill(self) -> None:
         """End the process now; its calls raise `WorkerDied`."""
         self.alive = False
-        with contextlib.suppress(ProcessLookupError):
-            self._process.kill()
+        _kill(self._process)
         await self._reading
 
     async def _read(self, reader: asyncio.StreamReader) -> None:
@@ -117,12 +116,21 @@ class WorkerProcess:
                 future.set_result(list(response.scores))
         self.alive = False
         self._writer.close()
-        with contextlib.suppress(ProcessLookupError):
-            self._process.kill()
-        code = await self._process.wait()
+        try:
+            code = await asyncio.wait_for(self._process.wait(), _EXIT_TIMEOUT_S)
+        except TimeoutError:
+            _kill(self._process)
+            code = await self._process.wait()
         for future in self._answers.values():
             if not future.done():
                 future.set_exception(WorkerDied(f"the worker process ended with code {code}"))
+
+
+def _kill(process: asyncio.subprocess.Process) -> None:
+    # Not Process.kill: it polls, which can take the exit code from whoever waits for it.
+    if process.returncode is None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process.pid, signal.SIGKILL)
 
 
 class WorkerPool:
@@ -152,7 +160,8 @@ class WorkerPool:
         no process can be started. Cancelling drops a call that waits; one that runs keeps its process to the end.
         """
         try:
-            await asyncio.wait_for(self._slots.acquire(), deadline - time.monotonic())
+            async with asyncio.timeout(deadline - time.monotonic()):
+                await self._slots.acquire()
         except TimeoutError:
             busy = f"{len(self._running)} calls ahead in {self._size} worker processes"
             raise TimeoutError(f"waited to its deadline for a free worker ({busy})") from None

@@ -69,7 +69,8 @@ class Scorer:
         if isinstance(chosen, str):
             return chosen
         # An outside service has its own names and its own default; rm_type names one of the built-in rewards.
-        outside = "default" in self._config.service_addresses or self._config.custom_rm_path is not None
+        service = str(sample.metadata.get("reward_service", "default"))
+        outside = service in self._config.service_addresses or self._config.custom_rm_path is not None
         return "" if outside or self._config.rm_type is None else self._config.rm_type
 
 

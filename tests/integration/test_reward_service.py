@@ -19,10 +19,12 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
+from miles.config.reward import RewardConfig
 from miles.reward_sdk import RewardClient, ScoreOutcome
 from miles.reward_sdk.servicer import SERVICE_NAME
 from miles.rpc import connect
 from miles.rpc.gen import reward_pb2, reward_pb2_grpc
+from miles.services.rollout.scoring import Scorer
 from miles.types import Sample, SampleStatus, VersionSpan
 from miles.types.convert import sample_to_proto
 
@@ -288,20 +290,35 @@ async def test_a_group_reward_sees_the_whole_group(start: Start) -> None:
         assert "--group-rm" in str(alone.error)
 
 
-async def test_a_users_own_service_is_chosen_by_name(start: Start, tmp_path: pathlib.Path) -> None:
-    script = tmp_path / "mine.py"
-    script.write_text(
+@pytest.fixture
+def script(tmp_path: pathlib.Path) -> str:
+    """A user's own reward service in a few lines."""
+    path = tmp_path / "mine.py"
+    path.write_text(
         "from miles.reward_sdk import reward, serve\n\n"
         "@reward\ndef length(sample):\n    return len(sample.response)\n\n"
         "serve(port=0)\n"
     )
-    own, builtin = start(script=str(script)), start("--rewards", "exact_match")
+    return str(path)
+
+
+async def test_a_users_own_service_is_chosen_by_name(start: Start, script: str) -> None:
+    own, builtin = start(script=script), start("--rewards", "exact_match")
     async with RewardClient({"default": builtin.address, "mine": own.address}) as client:
         samples = [answer("12345", reward_service="mine"), answer("4"), answer("4", reward_service="yours")]
         mine, default, unknown = await client.score(samples)
         assert mine.reward == 5.0
         assert default.reward == 1.0
         assert "--reward-service yours=HOST:PORT" in str(unknown.error)
+
+
+async def test_a_rollout_asks_each_service_for_a_reward_it_has(start: Start, script: str) -> None:
+    own, builtin = start(script=script), start("--rewards", "exact_match", "last_number")
+    config = RewardConfig(rm_type="last_number", reward_service=(f"mine={own.address}",))
+    async with RewardClient({"default": builtin.address, "mine": own.address}) as client:
+        samples = [answer("= 4", reward_service="mine"), answer("= 4"), answer("= 4", rm_type="exact_match")]
+        outcomes = await Scorer(client, config).score_group(samples)
+        assert [outcome.reward for outcome in outcomes] == [3.0, 1.0, 0.0]
 
 
 async def test_scoring_survives_a_kill_and_restart_of_the_service(start: Start) -> None:
