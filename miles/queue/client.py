@@ -99,6 +99,7 @@ def _options() -> dict[str, Any]:
         "socket_connect_timeout": 5.0,
         "retry_on_error": list(_TRANSIENT),
         "health_check_interval": 15,
+        "socket_read_size": 1 << 20,
     }
 
 
