@@ -23,9 +23,11 @@ _sym_db = _symbol_database.Default()
 
 
 from miles.rpc.gen import job_pb2 as miles_dot_v1_dot_job__pb2
+from miles.rpc.gen import policy_pb2 as miles_dot_v1_dot_policy__pb2
+from miles.rpc.gen import weightsync_pb2 as miles_dot_v1_dot_weightsync__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19miles/v1/controller.proto\x12\x08miles.v1\x1a\x12miles/v1/job.proto\";\n\x10SubmitJobRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x13\n\x0b\x63onfig_json\x18\x02 \x01(\t\"@\n\x11SubmitJobResponse\x12\x1a\n\x03job\x18\x01 \x01(\x0b\x32\r.miles.v1.Job\x12\x0f\n\x07\x63reated\x18\x02 \x01(\x08\"\x1f\n\rGetJobRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\",\n\x0eGetJobResponse\x12\x1a\n\x03job\x18\x01 \x01(\x0b\x32\r.miles.v1.Job\"\\\n\x0fListJobsRequest\x12\"\n\x06states\x18\x01 \x03(\x0e\x32\x12.miles.v1.JobState\x12\x11\n\tpage_size\x18\x02 \x01(\r\x12\x12\n\npage_token\x18\x03 \x01(\t\"H\n\x10ListJobsResponse\x12\x1b\n\x04jobs\x18\x01 \x03(\x0b\x32\r.miles.v1.Job\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"^\n\x11\x43ontrolJobRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12#\n\x06\x61\x63tion\x18\x02 \x01(\x0e\x32\x13.miles.v1.JobAction\x12\x14\n\x0coperation_id\x18\x03 \x01(\t\"0\n\x12\x43ontrolJobResponse\x12\x1a\n\x03job\x18\x01 \x01(\x0b\x32\r.miles.v1.Job\"K\n\x0fWatchJobRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x16\n\x0e\x61\x66ter_event_id\x18\x02 \x01(\t\x12\x10\n\x08only_new\x18\x03 \x01(\x08\"5\n\x10WatchJobResponse\x12!\n\x05\x65vent\x18\x01 \x01(\x0b\x32\x12.miles.v1.JobEvent\"}\n\rAttachRequest\x12\x34\n\x0cregistration\x18\x01 \x01(\x0b\x32\x1c.miles.v1.WorkerRegistrationH\x00\x12.\n\theartbeat\x18\x02 \x01(\x0b\x32\x19.miles.v1.WorkerHeartbeatH\x00\x42\x06\n\x04kind\"\x96\x01\n\x12WorkerRegistration\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\"\n\x04kind\x18\x02 \x01(\x0e\x32\x14.miles.v1.WorkerKind\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12\x13\n\x0bincarnation\x18\x04 \x01(\t\x12\x10\n\x08num_gpus\x18\x05 \x01(\r\x12\x11\n\tinfo_json\x18\x06 \x01(\t\"\xa7\x01\n\x0fWorkerHeartbeat\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\x10\n\x08progress\x18\x02 \x01(\x04\x12\x10\n\x08\x61\x63tivity\x18\x03 \x01(\t\x12\x31\n\x04load\x18\x04 \x03(\x0b\x32#.miles.v1.WorkerHeartbeat.LoadEntry\x1a+\n\tLoadEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"<\n\x0e\x41ttachResponse\x12\x14\n\x0clease_number\x18\x01 \x01(\x04\x12\x14\n\x0clease_ttl_ms\x18\x02 \x01(\r\"\x14\n\x12ListWorkersRequest\"8\n\x13ListWorkersResponse\x12!\n\x07workers\x18\x01 \x03(\x0b\x32\x10.miles.v1.Worker\"\xbb\x01\n\x06Worker\x12\x32\n\x0cregistration\x18\x01 \x01(\x0b\x32\x1c.miles.v1.WorkerRegistration\x12,\n\theartbeat\x18\x02 \x01(\x0b\x32\x19.miles.v1.WorkerHeartbeat\x12\x14\n\x0clease_number\x18\x03 \x01(\x04\x12\r\n\x05\x61live\x18\x04 \x01(\x08\x12\x19\n\x11last_seen_unix_ns\x18\x05 \x01(\x04\x12\x0f\n\x07job_ids\x18\x06 \x03(\t*\x9b\x01\n\tJobAction\x12\x1a\n\x16JOB_ACTION_UNSPECIFIED\x10\x00\x12\x14\n\x10JOB_ACTION_PAUSE\x10\x01\x12\x15\n\x11JOB_ACTION_RESUME\x10\x02\x12\x15\n\x11JOB_ACTION_CANCEL\x10\x03\x12\x19\n\x15JOB_ACTION_CHECKPOINT\x10\x04\x12\x13\n\x0fJOB_ACTION_STOP\x10\x05*\x8f\x01\n\nWorkerKind\x12\x1b\n\x17WORKER_KIND_UNSPECIFIED\x10\x00\x12\x17\n\x13WORKER_KIND_ROLLOUT\x10\x01\x12\x17\n\x13WORKER_KIND_TRAINER\x10\x02\x12\x16\n\x12WORKER_KIND_REWARD\x10\x03\x12\x1a\n\x16WORKER_KIND_WEIGHTSYNC\x10\x04\x32\xf4\x03\n\x11\x43ontrollerService\x12\x44\n\tSubmitJob\x12\x1a.miles.v1.SubmitJobRequest\x1a\x1b.miles.v1.SubmitJobResponse\x12;\n\x06GetJob\x12\x17.miles.v1.GetJobRequest\x1a\x18.miles.v1.GetJobResponse\x12\x41\n\x08ListJobs\x12\x19.miles.v1.ListJobsRequest\x1a\x1a.miles.v1.ListJobsResponse\x12G\n\nControlJob\x12\x1b.miles.v1.ControlJobRequest\x1a\x1c.miles.v1.ControlJobResponse\x12\x43\n\x08WatchJob\x12\x19.miles.v1.WatchJobRequest\x1a\x1a.miles.v1.WatchJobResponse0\x01\x12?\n\x06\x41ttach\x12\x17.miles.v1.AttachRequest\x1a\x18.miles.v1.AttachResponse(\x01\x30\x01\x12J\n\x0bListWorkers\x12\x1c.miles.v1.ListWorkersRequest\x1a\x1d.miles.v1.ListWorkersResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19miles/v1/controller.proto\x12\x08miles.v1\x1a\x12miles/v1/job.proto\x1a\x15miles/v1/policy.proto\x1a\x19miles/v1/weightsync.proto\"?\n\x12\x43heckConfigRequest\x12\x13\n\x0b\x63onfig_json\x18\x01 \x01(\t\x12\x14\n\x0crefused_keys\x18\x02 \x03(\t\"<\n\x13\x43heckConfigResponse\x12%\n\x06\x66\x61ults\x18\x01 \x03(\x0b\x32\x15.miles.v1.ConfigFault\"Q\n\x0b\x43onfigFault\x12\r\n\x05\x66ield\x18\x01 \x01(\t\x12\x12\n\nvalue_json\x18\x02 \x01(\t\x12\x0f\n\x07problem\x18\x03 \x01(\t\x12\x0e\n\x06remedy\x18\x04 \x01(\t\"M\n\x10SubmitJobRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x13\n\x0b\x63onfig_json\x18\x02 \x01(\t\x12\x10\n\x08only_new\x18\x03 \x01(\x08\"Q\n\x11SubmitJobResponse\x12\x1a\n\x03job\x18\x01 \x01(\x0b\x32\r.miles.v1.Job\x12\x0f\n\x07\x63reated\x18\x02 \x01(\x08\x12\x0f\n\x07\x64iffers\x18\x03 \x01(\x08\"\x1f\n\rGetJobRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\",\n\x0eGetJobResponse\x12\x1a\n\x03job\x18\x01 \x01(\x0b\x32\r.miles.v1.Job\"\\\n\x0fListJobsRequest\x12\"\n\x06states\x18\x01 \x03(\x0e\x32\x12.miles.v1.JobState\x12\x11\n\tpage_size\x18\x02 \x01(\r\x12\x12\n\npage_token\x18\x03 \x01(\t\"H\n\x10ListJobsResponse\x12\x1b\n\x04jobs\x18\x01 \x03(\x0b\x32\r.miles.v1.Job\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"^\n\x11\x43ontrolJobRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12#\n\x06\x61\x63tion\x18\x02 \x01(\x0e\x32\x13.miles.v1.JobAction\x12\x14\n\x0coperation_id\x18\x03 \x01(\t\"0\n\x12\x43ontrolJobResponse\x12\x1a\n\x03job\x18\x01 \x01(\x0b\x32\r.miles.v1.Job\"K\n\x0fWatchJobRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x16\n\x0e\x61\x66ter_event_id\x18\x02 \x01(\t\x12\x10\n\x08only_new\x18\x03 \x01(\x08\"5\n\x10WatchJobResponse\x12!\n\x05\x65vent\x18\x01 \x01(\x0b\x32\x12.miles.v1.JobEvent\"}\n\rAttachRequest\x12\x34\n\x0cregistration\x18\x01 \x01(\x0b\x32\x1c.miles.v1.WorkerRegistrationH\x00\x12.\n\theartbeat\x18\x02 \x01(\x0b\x32\x19.miles.v1.WorkerHeartbeatH\x00\x42\x06\n\x04kind\"\x96\x01\n\x12WorkerRegistration\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\"\n\x04kind\x18\x02 \x01(\x0e\x32\x14.miles.v1.WorkerKind\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12\x13\n\x0bincarnation\x18\x04 \x01(\t\x12\x10\n\x08num_gpus\x18\x05 \x01(\r\x12\x11\n\tinfo_json\x18\x06 \x01(\t\"\xa7\x01\n\x0fWorkerHeartbeat\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\x10\n\x08progress\x18\x02 \x01(\x04\x12\x10\n\x08\x61\x63tivity\x18\x03 \x01(\t\x12\x31\n\x04load\x18\x04 \x03(\x0b\x32#.miles.v1.WorkerHeartbeat.LoadEntry\x1a+\n\tLoadEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"<\n\x0e\x41ttachResponse\x12\x14\n\x0clease_number\x18\x01 \x01(\x04\x12\x14\n\x0clease_ttl_ms\x18\x02 \x01(\r\"\x14\n\x12ListWorkersRequest\"8\n\x13ListWorkersResponse\x12!\n\x07workers\x18\x01 \x03(\x0b\x32\x10.miles.v1.Worker\"\xa6\x02\n\x06Worker\x12\x32\n\x0cregistration\x18\x01 \x01(\x0b\x32\x1c.miles.v1.WorkerRegistration\x12,\n\theartbeat\x18\x02 \x01(\x0b\x32\x19.miles.v1.WorkerHeartbeat\x12\x14\n\x0clease_number\x18\x03 \x01(\x04\x12\r\n\x05\x61live\x18\x04 \x01(\x08\x12\x19\n\x11last_seen_unix_ns\x18\x05 \x01(\x04\x12\x0f\n\x07job_ids\x18\x06 \x03(\t\x12&\n\x06health\x18\x07 \x01(\x0e\x32\x16.miles.v1.WorkerHealth\x12\x18\n\x10progress_unix_ns\x18\x08 \x01(\x04\x12\'\n\x08versions\x18\t \x03(\x0b\x32\x15.miles.v1.HeldVersion\"\x91\x01\n\x0bHeldVersion\x12&\n\x06stream\x18\x01 \x01(\x0e\x32\x16.miles.v1.WeightStream\x12$\n\x05state\x18\x02 \x01(\x0e\x32\x15.miles.v1.EngineState\x12\x14\n\x07version\x18\x03 \x01(\x04H\x00\x88\x01\x01\x12\x12\n\nlast_error\x18\x04 \x01(\tB\n\n\x08_version*\x9b\x01\n\tJobAction\x12\x1a\n\x16JOB_ACTION_UNSPECIFIED\x10\x00\x12\x14\n\x10JOB_ACTION_PAUSE\x10\x01\x12\x15\n\x11JOB_ACTION_RESUME\x10\x02\x12\x15\n\x11JOB_ACTION_CANCEL\x10\x03\x12\x19\n\x15JOB_ACTION_CHECKPOINT\x10\x04\x12\x13\n\x0fJOB_ACTION_STOP\x10\x05*\x8f\x01\n\nWorkerKind\x12\x1b\n\x17WORKER_KIND_UNSPECIFIED\x10\x00\x12\x17\n\x13WORKER_KIND_ROLLOUT\x10\x01\x12\x17\n\x13WORKER_KIND_TRAINER\x10\x02\x12\x16\n\x12WORKER_KIND_REWARD\x10\x03\x12\x1a\n\x16WORKER_KIND_WEIGHTSYNC\x10\x04*\x95\x01\n\x0cWorkerHealth\x12\x1d\n\x19WORKER_HEALTH_UNSPECIFIED\x10\x00\x12\x16\n\x12WORKER_HEALTH_GOOD\x10\x01\x12\x17\n\x13WORKER_HEALTH_STUCK\x10\x02\x12\x1d\n\x19WORKER_HEALTH_QUARANTINED\x10\x03\x12\x16\n\x12WORKER_HEALTH_LOST\x10\x04\x32\xc0\x04\n\x11\x43ontrollerService\x12J\n\x0b\x43heckConfig\x12\x1c.miles.v1.CheckConfigRequest\x1a\x1d.miles.v1.CheckConfigResponse\x12\x44\n\tSubmitJob\x12\x1a.miles.v1.SubmitJobRequest\x1a\x1b.miles.v1.SubmitJobResponse\x12;\n\x06GetJob\x12\x17.miles.v1.GetJobRequest\x1a\x18.miles.v1.GetJobResponse\x12\x41\n\x08ListJobs\x12\x19.miles.v1.ListJobsRequest\x1a\x1a.miles.v1.ListJobsResponse\x12G\n\nControlJob\x12\x1b.miles.v1.ControlJobRequest\x1a\x1c.miles.v1.ControlJobResponse\x12\x43\n\x08WatchJob\x12\x19.miles.v1.WatchJobRequest\x1a\x1a.miles.v1.WatchJobResponse0\x01\x12?\n\x06\x41ttach\x12\x17.miles.v1.AttachRequest\x1a\x18.miles.v1.AttachResponse(\x01\x30\x01\x12J\n\x0bListWorkers\x12\x1c.miles.v1.ListWorkersRequest\x1a\x1d.miles.v1.ListWorkersResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,46 +36,56 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_WORKERHEARTBEAT_LOADENTRY']._loaded_options = None
   _globals['_WORKERHEARTBEAT_LOADENTRY']._serialized_options = b'8\001'
-  _globals['_JOBACTION']._serialized_start=1494
-  _globals['_JOBACTION']._serialized_end=1649
-  _globals['_WORKERKIND']._serialized_start=1652
-  _globals['_WORKERKIND']._serialized_end=1795
-  _globals['_SUBMITJOBREQUEST']._serialized_start=59
-  _globals['_SUBMITJOBREQUEST']._serialized_end=118
-  _globals['_SUBMITJOBRESPONSE']._serialized_start=120
-  _globals['_SUBMITJOBRESPONSE']._serialized_end=184
-  _globals['_GETJOBREQUEST']._serialized_start=186
-  _globals['_GETJOBREQUEST']._serialized_end=217
-  _globals['_GETJOBRESPONSE']._serialized_start=219
-  _globals['_GETJOBRESPONSE']._serialized_end=263
-  _globals['_LISTJOBSREQUEST']._serialized_start=265
-  _globals['_LISTJOBSREQUEST']._serialized_end=357
-  _globals['_LISTJOBSRESPONSE']._serialized_start=359
-  _globals['_LISTJOBSRESPONSE']._serialized_end=431
-  _globals['_CONTROLJOBREQUEST']._serialized_start=433
-  _globals['_CONTROLJOBREQUEST']._serialized_end=527
-  _globals['_CONTROLJOBRESPONSE']._serialized_start=529
-  _globals['_CONTROLJOBRESPONSE']._serialized_end=577
-  _globals['_WATCHJOBREQUEST']._serialized_start=579
-  _globals['_WATCHJOBREQUEST']._serialized_end=654
-  _globals['_WATCHJOBRESPONSE']._serialized_start=656
-  _globals['_WATCHJOBRESPONSE']._serialized_end=709
-  _globals['_ATTACHREQUEST']._serialized_start=711
-  _globals['_ATTACHREQUEST']._serialized_end=836
-  _globals['_WORKERREGISTRATION']._serialized_start=839
-  _globals['_WORKERREGISTRATION']._serialized_end=989
-  _globals['_WORKERHEARTBEAT']._serialized_start=992
-  _globals['_WORKERHEARTBEAT']._serialized_end=1159
-  _globals['_WORKERHEARTBEAT_LOADENTRY']._serialized_start=1116
-  _globals['_WORKERHEARTBEAT_LOADENTRY']._serialized_end=1159
-  _globals['_ATTACHRESPONSE']._serialized_start=1161
-  _globals['_ATTACHRESPONSE']._serialized_end=1221
-  _globals['_LISTWORKERSREQUEST']._serialized_start=1223
-  _globals['_LISTWORKERSREQUEST']._serialized_end=1243
-  _globals['_LISTWORKERSRESPONSE']._serialized_start=1245
-  _globals['_LISTWORKERSRESPONSE']._serialized_end=1301
-  _globals['_WORKER']._serialized_start=1304
-  _globals['_WORKER']._serialized_end=1491
-  _globals['_CONTROLLERSERVICE']._serialized_start=1798
-  _globals['_CONTROLLERSERVICE']._serialized_end=2298
+  _globals['_JOBACTION']._serialized_start=2044
+  _globals['_JOBACTION']._serialized_end=2199
+  _globals['_WORKERKIND']._serialized_start=2202
+  _globals['_WORKERKIND']._serialized_end=2345
+  _globals['_WORKERHEALTH']._serialized_start=2348
+  _globals['_WORKERHEALTH']._serialized_end=2497
+  _globals['_CHECKCONFIGREQUEST']._serialized_start=109
+  _globals['_CHECKCONFIGREQUEST']._serialized_end=172
+  _globals['_CHECKCONFIGRESPONSE']._serialized_start=174
+  _globals['_CHECKCONFIGRESPONSE']._serialized_end=234
+  _globals['_CONFIGFAULT']._serialized_start=236
+  _globals['_CONFIGFAULT']._serialized_end=317
+  _globals['_SUBMITJOBREQUEST']._serialized_start=319
+  _globals['_SUBMITJOBREQUEST']._serialized_end=396
+  _globals['_SUBMITJOBRESPONSE']._serialized_start=398
+  _globals['_SUBMITJOBRESPONSE']._serialized_end=479
+  _globals['_GETJOBREQUEST']._serialized_start=481
+  _globals['_GETJOBREQUEST']._serialized_end=512
+  _globals['_GETJOBRESPONSE']._serialized_start=514
+  _globals['_GETJOBRESPONSE']._serialized_end=558
+  _globals['_LISTJOBSREQUEST']._serialized_start=560
+  _globals['_LISTJOBSREQUEST']._serialized_end=652
+  _globals['_LISTJOBSRESPONSE']._serialized_start=654
+  _globals['_LISTJOBSRESPONSE']._serialized_end=726
+  _globals['_CONTROLJOBREQUEST']._serialized_start=728
+  _globals['_CONTROLJOBREQUEST']._serialized_end=822
+  _globals['_CONTROLJOBRESPONSE']._serialized_start=824
+  _globals['_CONTROLJOBRESPONSE']._serialized_end=872
+  _globals['_WATCHJOBREQUEST']._serialized_start=874
+  _globals['_WATCHJOBREQUEST']._serialized_end=949
+  _globals['_WATCHJOBRESPONSE']._serialized_start=951
+  _globals['_WATCHJOBRESPONSE']._serialized_end=1004
+  _globals['_ATTACHREQUEST']._serialized_start=1006
+  _globals['_ATTACHREQUEST']._serialized_end=1131
+  _globals['_WORKERREGISTRATION']._serialized_start=1134
+  _globals['_WORKERREGISTRATION']._serialized_end=1284
+  _globals['_WORKERHEARTBEAT']._serialized_start=1287
+  _globals['_WORKERHEARTBEAT']._serialized_end=1454
+  _globals['_WORKERHEARTBEAT_LOADENTRY']._serialized_start=1411
+  _globals['_WORKERHEARTBEAT_LOADENTRY']._serialized_end=1454
+  _globals['_ATTACHRESPONSE']._serialized_start=1456
+  _globals['_ATTACHRESPONSE']._serialized_end=1516
+  _globals['_LISTWORKERSREQUEST']._serialized_start=1518
+  _globals['_LISTWORKERSREQUEST']._serialized_end=1538
+  _globals['_LISTWORKERSRESPONSE']._serialized_start=1540
+  _globals['_LISTWORKERSRESPONSE']._serialized_end=1596
+  _globals['_WORKER']._serialized_start=1599
+  _globals['_WORKER']._serialized_end=1893
+  _globals['_HELDVERSION']._serialized_start=1896
+  _globals['_HELDVERSION']._serialized_end=2041
+  _globals['_CONTROLLERSERVICE']._serialized_start=2500
+  _globals['_CONTROLLERSERVICE']._serialized_end=3076
 # @@protoc_insertion_point(module_scope)

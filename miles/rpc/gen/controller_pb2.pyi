@@ -9,6 +9,8 @@ from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from miles.rpc.gen import job_pb2 as _job_pb2
+from miles.rpc.gen import policy_pb2 as _policy_pb2
+from miles.rpc.gen import weightsync_pb2 as _weightsync_pb2
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -30,7 +32,7 @@ class _JobActionEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_JobAction.V
     JOB_ACTION_PAUSE: _JobAction.ValueType  # 1
     """Holds the job once what runs has ended; workers stay loaded."""
     JOB_ACTION_RESUME: _JobAction.ValueType  # 2
-    """Lets a paused job go on."""
+    """Lets a paused job go on, and takes up one that failed or was stopped from its newest checkpoint."""
     JOB_ACTION_CANCEL: _JobAction.ValueType  # 3
     """Ends the job without saving."""
     JOB_ACTION_CHECKPOINT: _JobAction.ValueType  # 4
@@ -45,7 +47,7 @@ JOB_ACTION_UNSPECIFIED: JobAction.ValueType  # 0
 JOB_ACTION_PAUSE: JobAction.ValueType  # 1
 """Holds the job once what runs has ended; workers stay loaded."""
 JOB_ACTION_RESUME: JobAction.ValueType  # 2
-"""Lets a paused job go on."""
+"""Lets a paused job go on, and takes up one that failed or was stopped from its newest checkpoint."""
 JOB_ACTION_CANCEL: JobAction.ValueType  # 3
 """Ends the job without saving."""
 JOB_ACTION_CHECKPOINT: JobAction.ValueType  # 4
@@ -84,6 +86,122 @@ WORKER_KIND_WEIGHTSYNC: WorkerKind.ValueType  # 4
 """WeightSyncService."""
 Global___WorkerKind: _TypeAlias = WorkerKind  # noqa: Y015
 
+class _WorkerHealth:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _WorkerHealthEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_WorkerHealth.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    WORKER_HEALTH_UNSPECIFIED: _WorkerHealth.ValueType  # 0
+    WORKER_HEALTH_GOOD: _WorkerHealth.ValueType  # 1
+    """Sends heartbeats, and is idle or makes progress."""
+    WORKER_HEALTH_STUCK: _WorkerHealth.ValueType  # 2
+    """Sends heartbeats, but has made no progress with its work for a while."""
+    WORKER_HEALTH_QUARANTINED: _WorkerHealth.ValueType  # 3
+    """Out of routing after a failed weight update until a verified full load."""
+    WORKER_HEALTH_LOST: _WorkerHealth.ValueType  # 4
+    """Sends no heartbeats any more."""
+
+class WorkerHealth(_WorkerHealth, metaclass=_WorkerHealthEnumTypeWrapper):
+    """Whether a worker does its work."""
+
+WORKER_HEALTH_UNSPECIFIED: WorkerHealth.ValueType  # 0
+WORKER_HEALTH_GOOD: WorkerHealth.ValueType  # 1
+"""Sends heartbeats, and is idle or makes progress."""
+WORKER_HEALTH_STUCK: WorkerHealth.ValueType  # 2
+"""Sends heartbeats, but has made no progress with its work for a while."""
+WORKER_HEALTH_QUARANTINED: WorkerHealth.ValueType  # 3
+"""Out of routing after a failed weight update until a verified full load."""
+WORKER_HEALTH_LOST: WorkerHealth.ValueType  # 4
+"""Sends no heartbeats any more."""
+Global___WorkerHealth: _TypeAlias = WorkerHealth  # noqa: Y015
+
+@_typing.final
+class CheckConfigRequest(_message.Message):
+    """A configuration to check."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CONFIG_JSON_FIELD_NUMBER: _builtins.int
+    REFUSED_KEYS_FIELD_NUMBER: _builtins.int
+    config_json: _builtins.str
+    """The configuration, a JSON object with the flag names as keys."""
+    @_builtins.property
+    def refused_keys(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Keys that the caller has refused already: their values are not looked at, and no file they name is opened."""
+
+    def __init__(
+        self,
+        *,
+        config_json: _builtins.str = ...,
+        refused_keys: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["config_json", b"config_json", "refused_keys", b"refused_keys"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CheckConfigRequest: _TypeAlias = CheckConfigRequest  # noqa: Y015
+
+@_typing.final
+class CheckConfigResponse(_message.Message):
+    """What is wrong with it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FAULTS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def faults(self) -> _containers.RepeatedCompositeFieldContainer[Global___ConfigFault]:
+        """Empty when it can be submitted."""
+
+    def __init__(
+        self,
+        *,
+        faults: _abc.Iterable[Global___ConfigFault] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["faults", b"faults"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CheckConfigResponse: _TypeAlias = CheckConfigResponse  # noqa: Y015
+
+@_typing.final
+class ConfigFault(_message.Message):
+    """One thing that is wrong with a configuration."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FIELD_FIELD_NUMBER: _builtins.int
+    VALUE_JSON_FIELD_NUMBER: _builtins.int
+    PROBLEM_FIELD_NUMBER: _builtins.int
+    REMEDY_FIELD_NUMBER: _builtins.int
+    field: _builtins.str
+    """Key of the setting."""
+    value_json: _builtins.str
+    """Its value as JSON; null when it is not set."""
+    problem: _builtins.str
+    """Why that cannot be."""
+    remedy: _builtins.str
+    """What to do about it."""
+    def __init__(
+        self,
+        *,
+        field: _builtins.str = ...,
+        value_json: _builtins.str = ...,
+        problem: _builtins.str = ...,
+        remedy: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["field", b"field", "problem", b"problem", "remedy", b"remedy", "value_json", b"value_json"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ConfigFault: _TypeAlias = ConfigFault  # noqa: Y015
+
 @_typing.final
 class SubmitJobRequest(_message.Message):
     """A configuration to run."""
@@ -92,19 +210,25 @@ class SubmitJobRequest(_message.Message):
 
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     CONFIG_JSON_FIELD_NUMBER: _builtins.int
+    ONLY_NEW_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Idempotency key chosen by the caller; empty means the job is always new."""
     config_json: _builtins.str
     """The configuration, a JSON object with the flag names as keys."""
+    only_new: _builtins.bool
+    """Return a job that the same request_id stored before as it is, also when it has ended. Without this, a job that
+    failed or was stopped is taken up again with this configuration.
+    """
     def __init__(
         self,
         *,
         request_id: _builtins.str = ...,
         config_json: _builtins.str = ...,
+        only_new: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["config_json", b"config_json", "request_id", b"request_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["config_json", b"config_json", "only_new", b"only_new", "request_id", b"request_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -118,8 +242,11 @@ class SubmitJobResponse(_message.Message):
 
     JOB_FIELD_NUMBER: _builtins.int
     CREATED_FIELD_NUMBER: _builtins.int
+    DIFFERS_FIELD_NUMBER: _builtins.int
     created: _builtins.bool
     """True when this request stored the job, false when it had been stored before."""
+    differs: _builtins.bool
+    """True when the job had been stored before with another configuration than this request has."""
     @_builtins.property
     def job(self) -> _job_pb2.Job:
         """The job as stored."""
@@ -129,10 +256,11 @@ class SubmitJobResponse(_message.Message):
         *,
         job: _job_pb2.Job | None = ...,
         created: _builtins.bool = ...,
+        differs: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["job", b"job"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["created", b"created", "job", b"job"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["created", b"created", "differs", b"differs", "job", b"job"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -561,12 +689,19 @@ class Worker(_message.Message):
     ALIVE_FIELD_NUMBER: _builtins.int
     LAST_SEEN_UNIX_NS_FIELD_NUMBER: _builtins.int
     JOB_IDS_FIELD_NUMBER: _builtins.int
+    HEALTH_FIELD_NUMBER: _builtins.int
+    PROGRESS_UNIX_NS_FIELD_NUMBER: _builtins.int
+    VERSIONS_FIELD_NUMBER: _builtins.int
     lease_number: _builtins.int
     """Number of its lease; a new process of the same worker gets a higher one."""
     alive: _builtins.bool
     """False once the lease has expired."""
     last_seen_unix_ns: _builtins.int
     """When the last heartbeat came, in nanoseconds since the Unix epoch."""
+    health: Global___WorkerHealth.ValueType
+    """Whether it does its work."""
+    progress_unix_ns: _builtins.int
+    """When its progress or activity last changed, in nanoseconds since the Unix epoch."""
     @_builtins.property
     def registration(self) -> Global___WorkerRegistration:
         """What it said when it attached last."""
@@ -579,6 +714,10 @@ class Worker(_message.Message):
     def job_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Jobs the worker serves."""
 
+    @_builtins.property
+    def versions(self) -> _containers.RepeatedCompositeFieldContainer[Global___HeldVersion]:
+        """Versions it holds as an engine."""
+
     def __init__(
         self,
         *,
@@ -588,11 +727,50 @@ class Worker(_message.Message):
         alive: _builtins.bool = ...,
         last_seen_unix_ns: _builtins.int = ...,
         job_ids: _abc.Iterable[_builtins.str] | None = ...,
+        health: Global___WorkerHealth.ValueType = ...,
+        progress_unix_ns: _builtins.int = ...,
+        versions: _abc.Iterable[Global___HeldVersion] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["heartbeat", b"heartbeat", "registration", b"registration"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["alive", b"alive", "heartbeat", b"heartbeat", "job_ids", b"job_ids", "last_seen_unix_ns", b"last_seen_unix_ns", "lease_number", b"lease_number", "registration", b"registration"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["alive", b"alive", "health", b"health", "heartbeat", b"heartbeat", "job_ids", b"job_ids", "last_seen_unix_ns", b"last_seen_unix_ns", "lease_number", b"lease_number", "progress_unix_ns", b"progress_unix_ns", "registration", b"registration", "versions", b"versions"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Worker: _TypeAlias = Worker  # noqa: Y015
+
+@_typing.final
+class HeldVersion(_message.Message):
+    """What an engine serves of a stream of weights."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STREAM_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    LAST_ERROR_FIELD_NUMBER: _builtins.int
+    stream: _policy_pb2.WeightStream.ValueType
+    """Policy or draft."""
+    state: _weightsync_pb2.EngineState.ValueType
+    """What it serves, if anything."""
+    version: _builtins.int
+    """Version it serves; absent before the first."""
+    last_error: _builtins.str
+    """Last failure; empty when there was none."""
+    def __init__(
+        self,
+        *,
+        stream: _policy_pb2.WeightStream.ValueType = ...,
+        state: _weightsync_pb2.EngineState.ValueType = ...,
+        version: _builtins.int | None = ...,
+        last_error: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_version", b"_version", "version", b"version"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_version", b"_version", "last_error", b"last_error", "state", b"state", "stream", b"stream", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__version: _TypeAlias = _typing.Literal["version"]  # noqa: Y015
+    _WhichOneofArgType__version: _TypeAlias = _typing.Literal["_version", b"_version"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__version) -> _WhichOneofReturnType__version | None: ...
+
+Global___HeldVersion: _TypeAlias = HeldVersion  # noqa: Y015

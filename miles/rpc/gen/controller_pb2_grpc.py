@@ -34,6 +34,11 @@ class ControllerServiceStub:
         Args:
             channel: A grpc.Channel.
         """
+        self.CheckConfig = channel.unary_unary(
+                '/miles.v1.ControllerService/CheckConfig',
+                request_serializer=miles_dot_v1_dot_controller__pb2.CheckConfigRequest.SerializeToString,
+                response_deserializer=miles_dot_v1_dot_controller__pb2.CheckConfigResponse.FromString,
+                _registered_method=True)
         self.SubmitJob = channel.unary_unary(
                 '/miles.v1.ControllerService/SubmitJob',
                 request_serializer=miles_dot_v1_dot_controller__pb2.SubmitJobRequest.SerializeToString,
@@ -73,6 +78,13 @@ class ControllerServiceStub:
 
 class ControllerServiceServicer:
     """Missing associated documentation comment in .proto file."""
+
+    def CheckConfig(self, request, context):
+        """Everything that is wrong with a configuration, as far as this service can see; stores nothing.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
 
     def SubmitJob(self, request, context):
         """Stores a job; the same request_id always returns the same job.
@@ -127,6 +139,11 @@ class ControllerServiceServicer:
 
 def add_ControllerServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
+            'CheckConfig': grpc.unary_unary_rpc_method_handler(
+                    servicer.CheckConfig,
+                    request_deserializer=miles_dot_v1_dot_controller__pb2.CheckConfigRequest.FromString,
+                    response_serializer=miles_dot_v1_dot_controller__pb2.CheckConfigResponse.SerializeToString,
+            ),
             'SubmitJob': grpc.unary_unary_rpc_method_handler(
                     servicer.SubmitJob,
                     request_deserializer=miles_dot_v1_dot_controller__pb2.SubmitJobRequest.FromString,
@@ -172,6 +189,33 @@ def add_ControllerServiceServicer_to_server(servicer, server):
  # This class is part of an EXPERIMENTAL API.
 class ControllerService:
     """Missing associated documentation comment in .proto file."""
+
+    @staticmethod
+    def CheckConfig(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/miles.v1.ControllerService/CheckConfig',
+            miles_dot_v1_dot_controller__pb2.CheckConfigRequest.SerializeToString,
+            miles_dot_v1_dot_controller__pb2.CheckConfigResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
 
     @staticmethod
     def SubmitJob(request,

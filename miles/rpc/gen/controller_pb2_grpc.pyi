@@ -31,6 +31,8 @@ class ControllerServiceStub:
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> ControllerServiceAsyncStub: ...
+    CheckConfig: _grpc.UnaryUnaryMultiCallable[_controller_pb2.CheckConfigRequest, _controller_pb2.CheckConfigResponse]
+    """Everything that is wrong with a configuration, as far as this service can see; stores nothing."""
     SubmitJob: _grpc.UnaryUnaryMultiCallable[_controller_pb2.SubmitJobRequest, _controller_pb2.SubmitJobResponse]
     """Stores a job; the same request_id always returns the same job."""
     GetJob: _grpc.UnaryUnaryMultiCallable[_controller_pb2.GetJobRequest, _controller_pb2.GetJobResponse]
@@ -51,6 +53,8 @@ class ControllerServiceStub:
 @_typing.type_check_only
 class ControllerServiceAsyncStub(ControllerServiceStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
+    CheckConfig: _aio.UnaryUnaryMultiCallable[_controller_pb2.CheckConfigRequest, _controller_pb2.CheckConfigResponse]  # type: ignore[assignment]
+    """Everything that is wrong with a configuration, as far as this service can see; stores nothing."""
     SubmitJob: _aio.UnaryUnaryMultiCallable[_controller_pb2.SubmitJobRequest, _controller_pb2.SubmitJobResponse]  # type: ignore[assignment]
     """Stores a job; the same request_id always returns the same job."""
     GetJob: _aio.UnaryUnaryMultiCallable[_controller_pb2.GetJobRequest, _controller_pb2.GetJobResponse]  # type: ignore[assignment]
@@ -69,6 +73,14 @@ class ControllerServiceAsyncStub(ControllerServiceStub):
     """The workers that are attached."""
 
 class ControllerServiceServicer(metaclass=_abc_1.ABCMeta):
+    @_abc_1.abstractmethod
+    def CheckConfig(
+        self,
+        request: _controller_pb2.CheckConfigRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_controller_pb2.CheckConfigResponse, _abc.Awaitable[_controller_pb2.CheckConfigResponse]]:
+        """Everything that is wrong with a configuration, as far as this service can see; stores nothing."""
+
     @_abc_1.abstractmethod
     def SubmitJob(
         self,
