@@ -1,7 +1,9 @@
 """Log-probs and entropies straight from hidden states: the head's matmul and the softmax a chunk of rows at a time.
 
-The logits of the whole micro-batch never exist, neither forward nor backward; the backward pass computes each chunk's
-logits again. The matmul runs in the dtype of the hidden states, as the head itself would, and its result is upcast.
+The logits of the whole micro-batch never exist. The matmul runs in the dtype of the hidden states, as the head itself
+would, and its result is upcast. The backward pass computes logits again, a block of the vocabulary at a time for all
+rows: each block's part of the head's gradient is then written once and complete, and what is accumulated over blocks
+is the hidden states' gradient, which is far smaller.
 """
 
 from __future__ import annotations
@@ -14,21 +16,26 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from miles.algorithms.log_probs import (
-    LocalStats,
     TokenLogProbs,
     VocabShard,
     check_temperature,
     combine_shards,
     concatenate,
-    default_chunk_rows,
+    gradient_of_scores,
     local_stats,
+    rows_of,
     scaled,
-    scaled_logits_gradient,
+    upstream_gradients,
 )
-from miles.algorithms.packing import as_float
 
 MIN_ROWS = 16
 """A matmul of fewer rows may take another kernel, which rounds differently; short chunks are padded to this many."""
+
+CHUNK_ELEMENTS = {"cpu": 2**24, "cuda": 2**26}
+"""Default size of a chunk by device: 64 MiB in float32, enough rows for the matmul, or 256 MiB."""
+
+MIN_BLOCK = 128
+"""Fewest columns of the vocabulary in a block of the backward pass."""
 
 
 def linear_token_log_probs(
@@ -54,7 +61,7 @@ def linear_token_log_probs(
         with_entropy: also compute the entropy.
         entropy_requires_grad: False: the entropy is only observed.
         shard: how the vocabulary is split; the gradient of the hidden states is then summed over its group.
-        chunk_rows: rows whose logits exist at a time; None: as many as make 64 MiB in float32.
+        chunk_rows: rows whose logits exist at a time; None: as many as make up `CHUNK_ELEMENTS`.
 
     Raises:
         ValueError: a shape does not fit or the temperature is not positive.
@@ -70,7 +77,9 @@ def linear_token_log_probs(
     if torch.is_autocast_enabled(device_type):
         dtype = torch.get_autocast_dtype(device_type)
         hidden_TD, weight_VD = hidden_TD.to(dtype), weight_VD.to(dtype)
-    rows = max(MIN_ROWS, default_chunk_rows(weight_VD.shape[0]) if chunk_rows is None else chunk_rows)
+    if chunk_rows is None:
+        chunk_rows = rows_of(CHUNK_ELEMENTS, weight_VD.shape[0], weight_VD.device)
+    rows = max(MIN_ROWS, chunk_rows)
     with torch.autocast(device_type, enabled=False):
         settings = _Settings(temperature, with_entropy, shard, rows)
         log_probs_T, entropy_T = _LinearTokenLogProbs.apply(  # type: ignore[no-untyped-call]
@@ -98,7 +107,7 @@ def _chunk_logits(hidden_CD: torch.Tensor, weight_VD: torch.Tensor) -> torch.Ten
 
 
 class _LinearTokenLogProbs(torch.autograd.Function):
-    """Chunked forward; the backward recomputes each chunk's logits."""
+    """Forward in chunks of rows, backward in blocks of the vocabulary."""
 
     @staticmethod
     def forward(
@@ -106,18 +115,29 @@ class _LinearTokenLogProbs(torch.autograd.Function):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         shard = settings.shard
         columns_T = tokens_T if shard is None else tokens_T - shard.first_token(weight_VD.shape[0])
-        chunks: list[LocalStats] = []
-        for hidden_CD, columns_C in zip(
-            torch.split(hidden_TD, settings.chunk_rows), torch.split(columns_T, settings.chunk_rows), strict=True
-        ):
-            x_CV = scaled(_chunk_logits(hidden_CD, weight_VD), settings.temperature)
-            chunks.append(local_stats(x_CV, columns_C, settings.with_entropy, shard is None))
-        stats = concatenate(chunks)
-        log_probs_T, entropy_T, log_weight_T = stats.log_probs_C, stats.entropy_C, None
+        stats = concatenate(
+            [
+                local_stats(
+                    scaled(_chunk_logits(hidden_CD, weight_VD), settings.temperature),
+                    columns_C,
+                    with_entropy=settings.with_entropy,
+                    with_norm=True,
+                    whole=shard is None,
+                )
+                for hidden_CD, columns_C in zip(
+                    torch.split(hidden_TD, settings.chunk_rows),
+                    torch.split(columns_T, settings.chunk_rows),
+                    strict=True,
+                )
+            ]
+        )
+        log_probs_T, entropy_T, log_norm_T = stats.log_probs_C, stats.entropy_C, stats.log_sum_C
+        assert log_norm_T is not None
         if shard is not None:
             log_probs_T, entropy_T, log_weight_T = combine_shards(stats, shard.group)
+            log_norm_T = log_norm_T - log_weight_T
         ctx.settings = settings
-        ctx.save_for_backward(hidden_TD, weight_VD, columns_T, entropy_T, log_weight_T)
+        ctx.save_for_backward(hidden_TD, weight_VD, columns_T, log_probs_T, entropy_T, stats.max_C, log_norm_T)
         ctx.set_materialize_grads(False)
         return log_probs_T, log_probs_T.new_empty(0) if entropy_T is None else entropy_T
 
@@ -125,45 +145,37 @@ class _LinearTokenLogProbs(torch.autograd.Function):
     def backward(
         ctx: Any, grad_log_probs_T: torch.Tensor | None, grad_entropy_T: torch.Tensor | None
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None]:
-        hidden_TD, weight_VD, columns_T, entropy_T, log_weight_T = ctx.saved_tensors
+        hidden_TD, weight_VD, columns_T, log_probs_T, entropy_T, max_T, log_norm_T = ctx.saved_tensors
         settings: _Settings = ctx.settings
-        if entropy_T is None:
-            grad_entropy_T = None
         if grad_log_probs_T is None and grad_entropy_T is None:
             return None, None, None, None
-        if grad_log_probs_T is None:
-            grad_log_probs_T = torch.zeros_like(columns_T, dtype=as_float(hidden_TD[:0]).dtype)
+        grad_log_probs_T, grad_entropy_T = upstream_gradients(
+            grad_log_probs_T, grad_entropy_T, log_probs_T, settings.temperature
+        )
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
-        grad_hidden_TD = torch.zeros_like(hidden_TD) if needs_hidden else None
-        grad_weight_VD = torch.zeros_like(weight_VD, dtype=as_float(weight_VD[:0]).dtype) if needs_weight else None
-        for start in range(0, len(hidden_TD), settings.chunk_rows):
-            rows = slice(start, start + settings.chunk_rows)
-            grad_CV = scaled_logits_gradient(
-                scaled(_chunk_logits(hidden_TD[rows], weight_VD), settings.temperature),
-                columns_T[rows],
-                None if log_weight_T is None else log_weight_T[rows],
-                None if entropy_T is None else entropy_T[rows],
-                grad_log_probs_T[rows],
-                None if grad_entropy_T is None else grad_entropy_T[rows],
+        grad_hidden_TD = torch.zeros_like(hidden_TD, dtype=log_probs_T.dtype) if needs_hidden else None
+        grad_weight_VD = torch.empty_like(weight_VD) if needs_weight else None
+        vocab = weight_VD.shape[0]
+        block = max(MIN_BLOCK, settings.chunk_rows * vocab // max(len(hidden_TD), 1))
+        for start in range(0, vocab, block):
+            columns = slice(start, min(start + block, vocab))
+            log_p_TC = scaled(F.linear(hidden_TD, weight_VD[columns]), settings.temperature)
+            log_p_TC = log_p_TC.sub_(max_T[:, None]).sub_(log_norm_T[:, None])
+            grad_TC = gradient_of_scores(log_p_TC, columns_T - start, entropy_T, grad_log_probs_T, grad_entropy_T).to(
+                hidden_TD.dtype
             )
-            grad_CV = grad_CV.div_(settings.temperature).to(hidden_TD.dtype)
-            if grad_hidden_TD is not None:
-                torch.mm(grad_CV, weight_VD, out=grad_hidden_TD[rows])
             if grad_weight_VD is not None:
-                _add_product(grad_weight_VD, grad_CV.t(), hidden_TD[rows])
+                torch.mm(grad_TC.t(), hidden_TD, out=grad_weight_VD[columns])
+            if grad_hidden_TD is not None:
+                _add_product(grad_hidden_TD, grad_TC, weight_VD[columns])
         if grad_hidden_TD is not None and settings.shard is not None:
             dist.all_reduce(grad_hidden_TD, op=dist.ReduceOp.SUM, group=settings.shard.group)
-        return (
-            grad_hidden_TD,
-            None if grad_weight_VD is None else grad_weight_VD.to(weight_VD.dtype),
-            None,
-            None,
-        )
+        return (None if grad_hidden_TD is None else grad_hidden_TD.to(hidden_TD.dtype)), grad_weight_VD, None, None
 
 
-def _add_product(total_VD: torch.Tensor, a_VC: torch.Tensor, b_CD: torch.Tensor) -> None:
+def _add_product(total_TD: torch.Tensor, a_TC: torch.Tensor, b_CD: torch.Tensor) -> None:
     """total += a @ b; the running total stays in float32 where a and b are half precision."""
-    if total_VD.dtype == a_VC.dtype:
-        total_VD.addmm_(a_VC, b_CD)
+    if total_TD.dtype == a_TC.dtype:
+        total_TD.addmm_(a_TC, b_CD)
     else:
-        total_VD.add_(a_VC @ b_CD)
+        total_TD.add_(a_TC @ b_CD)

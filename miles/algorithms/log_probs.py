@@ -15,8 +15,8 @@ import torch.distributed as dist
 
 from miles.algorithms.packing import as_float
 
-CHUNK_ELEMENTS = 2**24
-"""Default size of a chunk: 64 MiB in float32."""
+CHUNK_ELEMENTS = {"cpu": 2**22, "cuda": 2**26}
+"""Default size of a chunk by device: 16 MiB in float32, which stays in the cache, or 256 MiB, which fills a GPU."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +65,7 @@ def token_log_probs(
         with_entropy: also compute the entropy.
         entropy_requires_grad: False: the entropy is only observed.
         shard: how the vocabulary is split; None: it is not.
-        chunk_rows: rows upcast at a time; None: as many as make 64 MiB.
+        chunk_rows: rows upcast at a time; None: as many as make up `CHUNK_ELEMENTS`.
         overwrite_logits: the backward pass leaves the gradient in the memory of the logits, so that no second tensor of
             their size exists at any time. The logits are destroyed and backward works once.
 
@@ -75,7 +75,7 @@ def token_log_probs(
     if logits_TV.dim() != 2 or tokens_T.shape != logits_TV.shape[:1]:
         raise ValueError(f"need logits [T, V] and tokens [T], got {tuple(logits_TV.shape)} and {tuple(tokens_T.shape)}")
     check_temperature(temperature)
-    rows = default_chunk_rows(logits_TV.shape[1]) if chunk_rows is None else chunk_rows
+    rows = rows_of(CHUNK_ELEMENTS, logits_TV.shape[1], logits_TV.device) if chunk_rows is None else chunk_rows
     settings = _Settings(temperature, with_entropy, shard, rows, overwrite_logits)
     log_probs_T, entropy_T = _TokenLogProbs.apply(logits_TV, tokens_T.long(), settings)  # type: ignore[no-untyped-call]
     if not with_entropy:
@@ -89,9 +89,9 @@ def check_temperature(temperature: float) -> None:
         raise ValueError(f"temperature is {temperature}; log-probs need a positive one (score greedy samples at 1.0)")
 
 
-def default_chunk_rows(vocab: int) -> int:
-    """Rows that make up a chunk of the default size."""
-    return max(1, CHUNK_ELEMENTS // max(vocab, 1))
+def rows_of(elements: dict[str, int], vocab: int, device: torch.device) -> int:
+    """Rows that make up a chunk of the size given for this device (any other device: as for cuda)."""
+    return max(1, elements.get(device.type, elements["cuda"]) // max(vocab, 1))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,10 +109,10 @@ class LocalStats:
 
     log_probs_C: torch.Tensor
     """At the token; -inf where the token is in another rank's columns."""
-    log_sum_C: torch.Tensor
-    """log sum exp(x - max), at least 0."""
-    max_C: torch.Tensor
     entropy_C: torch.Tensor | None
+    max_C: torch.Tensor | None
+    log_sum_C: torch.Tensor | None
+    """log sum exp(x - max), at least 0."""
 
 
 def scaled(logits_CV: torch.Tensor, temperature: float) -> torch.Tensor:
@@ -121,25 +121,46 @@ def scaled(logits_CV: torch.Tensor, temperature: float) -> torch.Tensor:
     return x_CV if temperature == 1 else x_CV / temperature
 
 
-def local_stats(x_CV: torch.Tensor, columns_C: torch.Tensor, with_entropy: bool, whole: bool) -> LocalStats:
+def local_stats(
+    x_CV: torch.Tensor, columns_C: torch.Tensor, *, with_entropy: bool, with_norm: bool, whole: bool
+) -> LocalStats:
     """Statistics of a chunk of scaled logits.
 
     Args:
         x_CV: float32 or float64.
         columns_C: column of each row's token, outside [0, V) where another rank has it.
         with_entropy: also compute the entropy.
-        whole: the columns are the whole vocabulary, so only the log-prob (and entropy) is needed.
+        with_norm: also compute the maximum and the log sum.
+        whole: the columns are the whole vocabulary, so every token must be among them.
     """
     log_softmax_CV = torch.log_softmax(x_CV, dim=-1)
-    entropy_C = row_entropy(log_softmax_CV) if with_entropy else None
+    max_C = log_sum_C = None
+    if with_norm:
+        max_C, argmax_C = x_CV.max(dim=-1)
+        log_sum_C = -log_softmax_CV.gather(-1, argmax_C[:, None]).squeeze(-1)
     if whole:
         log_probs_C = log_softmax_CV.gather(-1, columns_C[:, None]).squeeze(-1)
-        return LocalStats(log_probs_C, log_probs_C, log_probs_C, entropy_C)
-    max_C, argmax_C = x_CV.max(dim=-1)
-    log_sum_C = -log_softmax_CV.gather(-1, argmax_C[:, None]).squeeze(-1)
-    ours_C = (columns_C >= 0) & (columns_C < x_CV.shape[1])
-    found_C = log_softmax_CV.gather(-1, torch.where(ours_C, columns_C, 0)[:, None]).squeeze(-1)
-    return LocalStats(torch.where(ours_C, found_C, -torch.inf), log_sum_C, max_C, entropy_C)
+    else:
+        ours_C = (columns_C >= 0) & (columns_C < x_CV.shape[1])
+        found_C = log_softmax_CV.gather(-1, torch.where(ours_C, columns_C, 0)[:, None]).squeeze(-1)
+        log_probs_C = torch.where(ours_C, found_C, -torch.inf)
+    entropy_C = row_entropy(log_softmax_CV) if with_entropy else None
+    return LocalStats(log_probs_C, entropy_C, max_C, log_sum_C)
+
+
+def concatenate(chunks: list[LocalStats]) -> LocalStats:
+    """The statistics of all rows."""
+
+    def join(parts: list[torch.Tensor | None]) -> torch.Tensor | None:
+        present = [part for part in parts if part is not None]
+        return torch.cat(present) if present else None
+
+    return LocalStats(
+        torch.cat([chunk.log_probs_C for chunk in chunks]),
+        join([chunk.entropy_C for chunk in chunks]),
+        join([chunk.max_C for chunk in chunks]),
+        join([chunk.log_sum_C for chunk in chunks]),
+    )
 
 
 def row_entropy(log_softmax_CV: torch.Tensor) -> torch.Tensor:
@@ -156,6 +177,8 @@ def combine_shards(
     With Z_r the sum of exp over rank r's columns and w_r = Z_r / sum Z, a token's log-prob is its local one plus
     log w_r, and the entropy is sum_r w_r (H_r - log w_r). A token that no rank has gets -inf.
     """
+    assert stats.max_C is not None
+    assert stats.log_sum_C is not None
     top_C = stats.max_C.clone()
     dist.all_reduce(top_C, op=dist.ReduceOp.MAX, group=group)
     log_mass_C = (stats.max_C - top_C) + stats.log_sum_C
@@ -171,32 +194,40 @@ def combine_shards(
     return log_probs_C, entropy_C, log_weight_C
 
 
-def scaled_logits_gradient(
-    x_CV: torch.Tensor,
+def gradient_of_scores(
+    log_p_CV: torch.Tensor,
     columns_C: torch.Tensor,
-    log_weight_C: torch.Tensor | None,
     entropy_C: torch.Tensor | None,
     grad_log_probs_C: torch.Tensor,
     grad_entropy_C: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Gradient of a chunk's scaled logits, a new tensor.
+    """Gradient of scaled logits whose log-softmax is `log_p_CV`, which is overwritten; a new tensor.
 
     d log p_k / d x_j = [j = k] - p_j and dH / d x_j = -p_j (log p_j + H), so with upstream gradients g and h:
-    [j = k] g - p_j (g + h (log p_j + H)).
+    [j = k] g - p_j (g + h H + h log p_j).
     """
-    log_p_CV = torch.log_softmax(x_CV, dim=-1)
-    if log_weight_C is not None:
-        log_p_CV.add_(log_weight_C[:, None])
     grad_CV = log_p_CV.exp()
     if grad_entropy_C is None or entropy_C is None:
         grad_CV.mul_(-grad_log_probs_C[:, None])
     else:
-        log_p_CV.clamp_min_(torch.finfo(log_p_CV.dtype).min).add_(entropy_C[:, None])
-        log_p_CV.mul_(grad_entropy_C[:, None]).add_(grad_log_probs_C[:, None])
-        grad_CV.mul_(log_p_CV).neg_()
-    ours_C = (columns_C >= 0) & (columns_C < x_CV.shape[1])
+        log_p_CV.clamp_min_(torch.finfo(log_p_CV.dtype).min)  # p log p is 0 for p = 0
+        constant_C = -grad_log_probs_C - grad_entropy_C * entropy_C
+        torch.addcmul(constant_C[:, None], log_p_CV, -grad_entropy_C[:, None], out=log_p_CV)
+        grad_CV.mul_(log_p_CV)
+    ours_C = (columns_C >= 0) & (columns_C < log_p_CV.shape[1])
     at_token_C = torch.where(ours_C, grad_log_probs_C, 0.0)
     return grad_CV.scatter_add_(-1, torch.where(ours_C, columns_C, 0)[:, None], at_token_C[:, None])
+
+
+def upstream_gradients(
+    grad_log_probs_T: torch.Tensor | None,
+    grad_entropy_T: torch.Tensor | None,
+    like_T: torch.Tensor,
+    temperature: float,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Upstream gradients divided by the temperature, which makes the gradient of scaled logits that of the logits."""
+    grad_log_probs_T = torch.zeros_like(like_T) if grad_log_probs_T is None else grad_log_probs_T / temperature
+    return grad_log_probs_T, None if grad_entropy_T is None else grad_entropy_T / temperature
 
 
 class _TokenLogProbs(torch.autograd.Function):
@@ -209,7 +240,13 @@ class _TokenLogProbs(torch.autograd.Function):
         shard = settings.shard
         columns_T = tokens_T if shard is None else tokens_T - shard.first_token(logits_TV.shape[1])
         chunks = [
-            local_stats(scaled(logits_CV, settings.temperature), columns_C, settings.with_entropy, shard is None)
+            local_stats(
+                scaled(logits_CV, settings.temperature),
+                columns_C,
+                with_entropy=settings.with_entropy,
+                with_norm=shard is not None,
+                whole=shard is None,
+            )
             for logits_CV, columns_C in zip(
                 torch.split(logits_TV, settings.chunk_rows), torch.split(columns_T, settings.chunk_rows), strict=True
             )
@@ -219,7 +256,7 @@ class _TokenLogProbs(torch.autograd.Function):
         if shard is not None:
             log_probs_T, entropy_T, log_weight_T = combine_shards(stats, shard.group)
         ctx.settings = settings
-        ctx.save_for_backward(logits_TV, columns_T, entropy_T, log_weight_T)
+        ctx.save_for_backward(logits_TV, columns_T, log_probs_T, entropy_T, log_weight_T)
         ctx.set_materialize_grads(False)
         return log_probs_T, log_probs_T.new_empty(0) if entropy_T is None else entropy_T
 
@@ -227,35 +264,24 @@ class _TokenLogProbs(torch.autograd.Function):
     def backward(
         ctx: Any, grad_log_probs_T: torch.Tensor | None, grad_entropy_T: torch.Tensor | None
     ) -> tuple[torch.Tensor | None, None, None]:
-        logits_TV, columns_T, entropy_T, log_weight_T = ctx.saved_tensors
+        logits_TV, columns_T, log_probs_T, entropy_T, log_weight_T = ctx.saved_tensors
         settings: _Settings = ctx.settings
-        if entropy_T is None:
-            grad_entropy_T = None
         if grad_log_probs_T is None and grad_entropy_T is None:
             return None, None, None
-        if grad_log_probs_T is None:
-            grad_log_probs_T = torch.zeros_like(columns_T, dtype=as_float(logits_TV[:0]).dtype)
+        grad_log_probs_T, grad_entropy_T = upstream_gradients(
+            grad_log_probs_T, grad_entropy_T, log_probs_T, settings.temperature
+        )
         grad_TV = logits_TV.detach() if settings.overwrite_logits else torch.empty_like(logits_TV)
         for start in range(0, len(logits_TV), settings.chunk_rows):
             rows = slice(start, start + settings.chunk_rows)
-            grad_CV = scaled_logits_gradient(
-                scaled(logits_TV[rows], settings.temperature),
+            log_p_CV = torch.log_softmax(scaled(logits_TV[rows], settings.temperature), dim=-1)
+            if log_weight_T is not None:
+                log_p_CV.add_(log_weight_T[rows, None])
+            grad_TV[rows] = gradient_of_scores(
+                log_p_CV,
                 columns_T[rows],
-                None if log_weight_T is None else log_weight_T[rows],
                 None if entropy_T is None else entropy_T[rows],
                 grad_log_probs_T[rows],
                 None if grad_entropy_T is None else grad_entropy_T[rows],
             )
-            grad_TV[rows] = grad_CV if settings.temperature == 1 else grad_CV.div_(settings.temperature)
         return grad_TV, None, None
-
-
-def concatenate(chunks: list[LocalStats]) -> LocalStats:
-    """The statistics of all rows."""
-    entropies = [chunk.entropy_C for chunk in chunks if chunk.entropy_C is not None]
-    return LocalStats(
-        torch.cat([chunk.log_probs_C for chunk in chunks]),
-        torch.cat([chunk.log_sum_C for chunk in chunks]),
-        torch.cat([chunk.max_C for chunk in chunks]),
-        torch.cat(entropies) if entropies else None,
-    )
