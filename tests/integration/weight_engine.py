@@ -22,11 +22,13 @@ from miles.weights.manifest import checksum
 class HoldingEngine:
     """Keeps the tensors it is given, as an engine without a device of its own would."""
 
-    def __init__(self, fail_at: int, hang_at: int, corrupt_at: int, copy: bool) -> None:
+    def __init__(self, fail_at: int, hang_at: int, corrupt_at: int, copy: bool, keep: bool) -> None:
         self._fail_at = fail_at
         self._hang_at = hang_at
         self._corrupt_at = corrupt_at
         self._copy = copy
+        self._keep = keep
+        self.first: dict[str, torch.Tensor] = {}
         self._version: int | None = None
         self._tensors: dict[str, torch.Tensor] = {}
 
@@ -42,6 +44,8 @@ class HoldingEngine:
             self._hang_at = -1
             await asyncio.sleep(3600)
         self._tensors = {name: tensor.clone() if self._copy else tensor for name, tensor in tensors.items()}
+        if self._keep and not self.first:
+            self.first = self._tensors
         if version == self._corrupt_at:
             self._corrupt_at = -1
             first = next(iter(self._tensors.values()))
@@ -52,17 +56,19 @@ class HoldingEngine:
     async def weight_bytes(self) -> Mapping[str, torch.Tensor]:
         return self._tensors
 
-    def digest(self) -> dict[str, str]:
-        """xxh3-128 of each tensor's bytes, in hex, by name."""
+    def digest(self, first: bool = False) -> dict[str, str]:
+        """xxh3-128 of each tensor's bytes, in hex, by name: of those served, or of those loaded first."""
         return {
             name: checksum(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data).hex()
-            for name, tensor in self._tensors.items()
+            for name, tensor in (self.first if first else self._tensors).items()
         }
 
 
 async def run(arguments: argparse.Namespace) -> None:
     """Follow the service until stdin ends."""
-    engine = HoldingEngine(arguments.fail_at, arguments.hang_at, arguments.corrupt_at, arguments.copy)
+    engine = HoldingEngine(
+        arguments.fail_at, arguments.hang_at, arguments.corrupt_at, arguments.copy, arguments.keep_first
+    )
 
     def say(state: SubscriberState) -> None:
         report = {"state": state.value, "version": subscriber.version, "error": subscriber.last_error}
@@ -75,8 +81,8 @@ async def run(arguments: argparse.Namespace) -> None:
     reader = asyncio.StreamReader()
     await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
     while line := await reader.readline():
-        if line.strip() == b"digest":
-            print(json.dumps({"digest": engine.digest()}), flush=True)
+        what = line.strip().decode()
+        print(json.dumps({what: engine.digest(first=what == "first")}), flush=True)
     await subscriber.close()
 
 
@@ -90,4 +96,5 @@ if __name__ == "__main__":
     parser.add_argument("--hang-at", type=int, default=-1)
     parser.add_argument("--corrupt-at", type=int, default=-1)
     parser.add_argument("--copy", action="store_true")
+    parser.add_argument("--keep-first", action="store_true")
     asyncio.run(run(parser.parse_args()))
