@@ -1,4 +1,4 @@
-"""Waiting for room in a full Redis instead of losing what it has no memory for."""
+"""Waiting for a Redis that is full or away instead of losing what was to be written."""
 
 from __future__ import annotations
 
@@ -7,12 +7,17 @@ import logging
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
-from redis.exceptions import OutOfMemoryError, ResponseError
+from redis.exceptions import BusyLoadingError, ConnectionError, OutOfMemoryError, ResponseError, TimeoutError
 
 from miles.queue.errors import QueueFull
 
 log = logging.getLogger(__name__)
 
+TRANSIENT = (ConnectionError, TimeoutError, BusyLoadingError)
+"""What a Redis that restarts raises; the client has tried several times by then."""
+
+_FIRST_PAUSE_S = 0.05
+_LAST_PAUSE_S = 2.0
 _T = TypeVar("_T")
 
 
@@ -21,27 +26,30 @@ def is_out_of_memory(error: ResponseError) -> bool:
     return isinstance(error, OutOfMemoryError) or "OOM command not allowed" in str(error)
 
 
-async def when_there_is_room(write: Callable[[], Awaitable[_T]], what: str, nbytes: int, deadline_s: float) -> _T:
-    """Do `write`, again and again for as long as Redis refuses it for lack of memory.
+async def until_written(write: Callable[[], Awaitable[_T]], what: str, nbytes: int, deadline_s: float) -> _T:
+    """Do `write`, which must be idempotent, again and again while Redis has no memory for it or is away.
 
-    Raises QueueFull after `deadline_s` seconds; every other error at once.
+    After `deadline_s` seconds raises QueueFull, or the connection's error; every other error at once.
     """
     loop = asyncio.get_running_loop()
     started = loop.time()
-    pause_s = 0.05
+    pause_s = _FIRST_PAUSE_S
     while True:
         try:
             return await write()
-        except ResponseError as error:
-            if not is_out_of_memory(error):
+        except (ResponseError, *TRANSIENT) as error:
+            away = isinstance(error, TRANSIENT)
+            if not away and not (isinstance(error, ResponseError) and is_out_of_memory(error)):
                 raise
-            waited = loop.time() - started
-            if waited >= deadline_s:
+            waited_s = loop.time() - started
+            if waited_s >= deadline_s:
+                if away:
+                    raise
                 raise QueueFull(
-                    f"Redis had no memory for {what} ({nbytes} bytes) for {waited:.0f} s; raise its maxmemory, "
+                    f"Redis had no memory for {what} ({nbytes} bytes) for {waited_s:.0f} s; raise its maxmemory, "
                     "or let the trainer save checkpoints more often so that it acknowledges groups"
                 ) from error
-            if pause_s == 0.05:
-                log.warning("Redis is full: waiting up to %.0f s for room for %s (%d bytes)", deadline_s, what, nbytes)
+            if pause_s == _FIRST_PAUSE_S:
+                log.warning("%s (%d bytes) waits up to %.0f s for Redis: %s", what, nbytes, deadline_s, error)
         await asyncio.sleep(min(pause_s, max(0.0, deadline_s - (loop.time() - started))))
-        pause_s = min(pause_s * 2, 2.0)
+        pause_s = min(pause_s * 2, _LAST_PAUSE_S)

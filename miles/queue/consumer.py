@@ -81,7 +81,8 @@ class GroupConsumer:
                 await self._create_group()
                 await self._recover()
                 self._recovered_at = now
-            elif not await self._read_new(block_s) and now - self._recovered_at >= _RECOVER_EVERY_S:
+                block_s = 0.0
+            if not await self._read_new(block_s) and now - self._recovered_at >= _RECOVER_EVERY_S:
                 await self._recover()
                 self._recovered_at = now
         except ResponseError as error:

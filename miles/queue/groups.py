@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from miles.queue.backpressure import when_there_is_room
+from miles.queue.backpressure import TRANSIENT, until_written
 from miles.queue.consumer import GroupConsumer
 from miles.queue.errors import MissingGroups
 from miles.queue.keys import CONSUMER_GROUP, JobKeys
@@ -64,8 +65,8 @@ class GroupQueue:
     ) -> str:
         """Queue a group and return its entry's id; a group that is already queued keeps its first entry.
 
-        `oldest_version` is read from the samples when not given. Waits while Redis is out of memory; raises QueueFull
-        after `deadline_s` seconds of that.
+        `oldest_version` is read from the samples when not given. Waits while Redis is out of memory or
+        away; after `deadline_s` seconds of that raises QueueFull or the connection's error.
         """
         payload = encode_group(group)
         oldest = (group.oldest_version or 0) if oldest_version is None else oldest_version
@@ -87,7 +88,7 @@ class GroupQueue:
                 if state != b"no-blob":
                     return str(entry_id.decode())
 
-        return await when_there_is_room(write, f"group {group.group_id}", len(payload), deadline_s)
+        return await until_written(write, f"group {group.group_id}", len(payload), deadline_s)
 
     async def collect(self, group_ids: Iterable[int], deadline_s: float) -> dict[int, tuple[str, SampleGroup]]:
         """Wait until all these groups are queued; return (entry id, group) by group id, in the order asked for.
@@ -100,40 +101,60 @@ class GroupQueue:
         loop = asyncio.get_running_loop()
         deadline = loop.time() + deadline_s
         collected: dict[int, tuple[str, SampleGroup]] = {}
+        away = ""
         while True:
-            for group_id in wanted:
-                if group_id not in collected and self._consumer.holds(group_id):
-                    taken = await self._consumer.take(group_id)
-                    if taken is not None:
-                        collected[group_id] = taken
-            missing = [group_id for group_id in wanted if group_id not in collected]
-            if not missing:
-                return {group_id: collected[group_id] for group_id in wanted}
             left_s = deadline - loop.time()
-            if left_s <= 0:
-                raise MissingGroups(
-                    f"groups {_abbreviate(missing)} of job {self._keys.job_id} did not appear in the queue within "
-                    f"{deadline_s:.0f} s ({len(collected)} of {len(wanted)} did)",
-                    missing,
-                )
-            await self._consumer.read(min(left_s, 1.0))
+            try:
+                if await self._take_held(wanted, collected):
+                    return {group_id: collected[group_id] for group_id in wanted}
+                await self._consumer.read(max(0.0, min(left_s, 1.0)))
+                if left_s > 0 or await self._take_held(wanted, collected):
+                    continue
+            except TRANSIENT as error:
+                # Redis restarts: what was read and not acknowledged is there again afterwards.
+                away = f"; Redis was away: {error}"
+                log.warning("collecting groups of job %s: %s", self._keys.job_id, error)
+                await asyncio.sleep(max(0.0, min(left_s, 1.0)))
+                if left_s > 0:
+                    continue
+            missing = [group_id for group_id in wanted if group_id not in collected]
+            raise MissingGroups(
+                f"groups {_abbreviate(missing)} of job {self._keys.job_id} did not appear in the queue within "
+                f"{deadline_s:.0f} s ({len(collected)} of {len(wanted)} did){away}",
+                missing,
+            )
 
-    async def acknowledge(self, ids: Iterable[int | str]) -> int:
+    async def _take_held(self, wanted: list[int], collected: dict[int, tuple[str, SampleGroup]]) -> bool:
+        """Move groups whose entries were read into `collected`; True when none is missing any more."""
+        for group_id in wanted:
+            if group_id not in collected and self._consumer.holds(group_id):
+                taken = await self._consumer.take(group_id)
+                if taken is not None:
+                    collected[group_id] = taken
+        return len(collected) == len(wanted)
+
+    async def acknowledge(self, ids: Iterable[int | str], *, deadline_s: float = 60.0) -> int:
         """Forget groups for good: entry, payload and index record. Returns how many were still there.
 
-        `ids` are group ids (int) or entry ids (str, as returned by `put` and `collect`).
+        `ids` are group ids (int) or entry ids (str, as returned by `put` and `collect`). While Redis is away, waits up
+        to `deadline_s` seconds before it raises the connection's error.
         """
         pairs = await self._resolve(list(ids))
         removed = 0
         for batch in _batches(pairs, _ACKNOWLEDGE_BATCH):
-            removed += int(
-                await self._acknowledge(
-                    keys=[self._keys.groups, self._keys.index, self._keys.blob_refs],
-                    args=[CONSUMER_GROUP, self._keys.blob_prefix, *(item for pair in batch for item in pair)],
-                )
+            removed += await until_written(
+                functools.partial(self._acknowledge_batch, batch), f"the end of {len(batch)} groups", 0, deadline_s
             )
             self._consumer.forget(group_id for group_id, _ in batch)
         return removed
+
+    async def _acknowledge_batch(self, pairs: list[tuple[int, str]]) -> int:
+        return int(
+            await self._acknowledge(
+                keys=[self._keys.groups, self._keys.index, self._keys.blob_refs],
+                args=[CONSUMER_GROUP, self._keys.blob_prefix, *(item for pair in pairs for item in pair)],
+            )
+        )
 
     async def outstanding(self) -> list[Outstanding]:
         """Every entry that was not acknowledged, by ascending group id, without payloads."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from miles.queue.backpressure import when_there_is_room
+from miles.queue.backpressure import until_written
 from miles.queue.keys import JobKeys
 from miles.queue.payload import decode_group, encode_group
 from miles.queue.scripts import SAVE_PARTIAL
@@ -30,15 +30,15 @@ class PartialStore:
     async def save(self, group_id: int, group: SampleGroup, *, attempt: int = 0, deadline_s: float = 60.0) -> bool:
         """Store a group, in place of an earlier one of the same or an earlier attempt.
 
-        Returns False when a later attempt has stored one, which stays. Raises QueueFull when Redis has no memory for
-        it until the deadline.
+        Returns False when a later attempt has stored one, which stays. Waits while Redis is out of
+        memory or away; after `deadline_s` seconds of that raises QueueFull or the connection's error.
         """
         payload = encode_group(group)
 
         async def write() -> int:
             return int(await self._save(keys=[self._keys.partial(group_id)], args=[attempt, payload, self._ttl_s]))
 
-        return bool(await when_there_is_room(write, f"partial group {group_id}", len(payload), deadline_s))
+        return bool(await until_written(write, f"partial group {group_id}", len(payload), deadline_s))
 
     async def load(self, group_id: int) -> SampleGroup | None:
         """The stored group, or None. Raises ValueError when it cannot be decoded."""

@@ -93,7 +93,8 @@ class GroupRun:
             # The responses are kept: whoever tries again only has to score them.
             await self._keep()
             return Failed(str(error))
-        except VersionPassed as error:
+        except (VersionPassed, TimeoutError) as error:
+            await self._keep()
             return Failed(str(error))
         except (FilterError, MalformedMessage, RewardKeyError, ValueError) as error:
             return Failed(f"{type(error).__name__}: {error}", retryable=False)

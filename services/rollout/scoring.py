@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
@@ -46,11 +45,8 @@ class Scorer:
         return outcome
 
     async def score_group(self, samples: Sequence[Sample]) -> list[ScoreOutcome]:
-        """Score the samples: together, or each on its own and all at once; those that have a reward are not asked about
-        again unless the group is scored as a whole."""
-        if self.whole_groups:
-            return await self._rewards.score(samples, reward=self._reward_name(samples[0]), group=True)
-        return list(await asyncio.gather(*(self.score_one(sample) for sample in samples)))
+        """Score the samples of a prompt together; one outcome a sample, in order."""
+        return await self._rewards.score(samples, reward=self._reward_name(samples[0]), group=True)
 
     def mark_failed(self, sample: Sample, error: str) -> Sample:
         """The sample as one that could not be scored and is never trained on; its metadata says why.

@@ -55,6 +55,7 @@ def lease(
     attempt: int = 1,
     samples: int = 2,
     label: str = "index",
+    metadata: dict[str, Any] | None = None,
     purpose: rollout_pb2.GroupPurpose.ValueType = rollout_pb2.GROUP_PURPOSE_TRAIN,
     min_version: int | None = None,
     exact_version: int | None = None,
@@ -65,7 +66,10 @@ def lease(
     group = SampleGroup(
         job_id,
         group_id,
-        [Sample(group_id=group_id, index=i, prompt="p", tokens=prompt, label=label) for i in range(samples)],
+        [
+            Sample(group_id=group_id, index=i, prompt="p", tokens=prompt, label=label, metadata=metadata or {})
+            for i in range(samples)
+        ],
     )
     params = {"temperature": 1.0, "top_p": 1.0, "top_k": -1, "max_new_tokens": 12, **sampling}
     return rollout_pb2.RunRequest(

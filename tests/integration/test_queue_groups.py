@@ -258,6 +258,41 @@ async def test_killing_redis_loses_no_group_and_stops_neither_side(
     server.stop()
 
 
+async def test_redis_may_be_away_for_longer_than_the_client_tries(
+    tmp_path: pathlib.Path, job_id: str, make_group: MakeGroup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("miles.queue.client.RETRIES", 0)
+    server = RedisServer(tmp_path, port=0).start()
+    client, other = await connect_async(server.url), await connect_async(server.url)
+    queue, trainer = GroupQueue(client, job_id), GroupQueue(other, job_id)
+    await queue.put(make_group(0), attempt=1)
+    await trainer.collect([0], 5)
+    server.kill()
+    putting = asyncio.ensure_future(queue.put(make_group(1), attempt=1))
+    waiting = asyncio.ensure_future(trainer.collect([0, 1], 60))
+    acknowledging = asyncio.ensure_future(queue.acknowledge([0]))
+    await asyncio.sleep(0.5)
+    assert not putting.done()
+    assert not waiting.done()
+    await asyncio.to_thread(server.start)
+    await asyncio.gather(putting, acknowledging, return_exceptions=True)
+    assert [entry.group_id for entry in await queue.outstanding()] == [1]
+    await queue.put(make_group(0), attempt=2)
+    assert list(await waiting) == [0, 1]
+    await client.aclose()
+    await other.aclose()
+    server.stop()
+
+
+async def test_collect_with_no_time_left_still_returns_what_is_there(queue: GroupQueue, make_group: MakeGroup) -> None:
+    await queue.put(make_group(1), attempt=1)
+    assert list(await queue.collect([1], 0)) == [1]
+    await queue.put(make_group(2), attempt=1)
+    assert list(await queue.collect([1, 2], 0)) == [1, 2]
+    with pytest.raises(MissingGroups):
+        await queue.collect([3], 0)
+
+
 async def test_a_flushed_redis_is_set_up_again(tmp_path: pathlib.Path, job_id: str, make_group: MakeGroup) -> None:
     with RedisServer(tmp_path) as server:
         client = await connect_async(server.url)

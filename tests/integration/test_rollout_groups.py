@@ -352,6 +352,18 @@ async def test_rewards_are_awaited_while_other_groups_generate(
     assert all(message.stats.reward_s >= 0.4 for message in others)
 
 
+async def test_a_group_can_be_scored_as_a_whole_by_the_reward_its_samples_name(
+    rollout: Rollout, rewards: str, job_id: str, folder: pathlib.Path, stores: Stores
+) -> None:
+    await rollout.start_job(job_id, job_config(folder, group_rm=True), rewards)
+    run = await rollout.run(job_id)
+    await run.send(lease(job_id, 5, samples=4, metadata={"rm_type": "ranked"}))
+    assert (await run.outcome()).finished.stats.reward_sum == 6
+    samples = (await stores.group(5)).samples
+    by_reward = sorted(samples, key=lambda sample: rewards_of([sample]))
+    assert [len(s.response) for s in by_reward] == sorted(len(s.response) for s in samples)
+
+
 async def test_a_malformed_lease_fails_alone(rollout: Rollout, rewards: str, job_id: str, folder: pathlib.Path) -> None:
     await rollout.start_job(job_id, job_config(folder), rewards)
     run = await rollout.run(job_id)

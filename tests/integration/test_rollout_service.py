@@ -23,6 +23,7 @@ from torch_engine_models import prompt_of, save_checkpoint, weights_of
 from miles.queue import GroupQueue, PartialStore, connect_async
 from miles.rpc import connect, connect_blocking, start_server
 from miles.rpc.gen import rollout_pb2, rollout_pb2_grpc, weightsync_pb2, weightsync_pb2_grpc
+from miles.services.rollout.engine import PauseMode
 from miles.services.weightsync.service import WeightSyncServicer
 from miles.types import VersionSpan
 from miles.types.convert import array_from_proto, array_to_proto
@@ -287,6 +288,21 @@ async def test_a_pause_that_outlives_its_lease_ends_in_quarantine_until_a_full_l
     await run.until(lambda: run.capacity == 8)
     await run.send(lease(job_id, 1, attempt=2, **LONG))
     assert (await run.outcome()).finished.stats.response_tokens == 800
+
+
+async def test_an_engine_that_hangs_leaves_routing(
+    rollout: Rollout, rewards: str, job_id: str, folder: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("miles.services.rollout.serving.ENGINE_SILENCE_S", 0.6)
+    await rollout.start_job(job_id, job_config(folder), rewards)
+    run = await rollout.run(job_id)
+    await run.send(lease(job_id, 1, **LONG))
+    await rollout.until_generated(10)
+    # Paused behind the service's back: requests run and nothing comes of them.
+    await rollout.servicer._jobs[job_id].engine.pause(PauseMode.IN_PLACE)
+    await run.until(lambda: run.capacity == 0)
+    status = await rollout.stub.GetStatus(rollout_pb2.RolloutGetStatusRequest())
+    assert "generated nothing" in status.quarantine_reason
 
 
 class Process:
