@@ -6,7 +6,7 @@ import pytest
 import torch
 from trainer_cases import random_groups
 
-from miles.services.trainer.backends.fsdp import attention
+from miles.services.trainer.backends.fsdp import tiles
 from miles.services.trainer.backends.fsdp.attention import AttentionPlan, packed_attention
 from miles.services.trainer.backends.fsdp.packing import MicroBatch, pack
 from miles.types import Sample
@@ -32,15 +32,15 @@ def reference(
 
 @pytest.mark.parametrize("window", [None, 4])
 @pytest.mark.parametrize("share", [False, True])
-@pytest.mark.parametrize("tiles", [True, False])
+@pytest.mark.parametrize("use_tiles", [True, False])
 def test_rows_attend_to_their_own_sample_alone(
-    tiles: bool, share: bool, window: int | None, monkeypatch: pytest.MonkeyPatch
+    use_tiles: bool, share: bool, window: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(attention, "MAX_TILE_ROWS", 512 if tiles else 0)
+    monkeypatch.setattr(tiles, "MAX_SCORES", 2**21 if use_tiles else 0)
     torch.manual_seed(0)
     micro_batch = pack(SAMPLES, range(len(SAMPLES)), share_prompts=share)
     plan = AttentionPlan(micro_batch, torch.device("cpu"), torch.float32)
-    assert plan.use_tiles is tiles
+    assert plan.use_tiles is use_tiles
     query, key, value = (
         torch.randn(1, heads, micro_batch.num_rows, SIZE, dtype=torch.float64, requires_grad=True)
         for heads in (HEADS, KV_HEADS, KV_HEADS)
