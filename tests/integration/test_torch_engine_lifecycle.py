@@ -19,7 +19,7 @@ from torch_engine_models import (
 
 from miles.services.rollout.engine import FinishReason, GenerationRequest, PauseMode, SamplingParams
 from miles.services.rollout.engines import create_engine
-from miles.services.rollout.engines.torch import TorchEngine
+from miles.services.rollout.engines.torch import EngineFailed, TorchEngine
 from miles.services.rollout.engines.torch.model import UnsupportedModel
 from miles.services.rollout.engines.torch.parameters import WeightMismatch
 from miles.types import VersionSpan
@@ -292,3 +292,14 @@ def test_engines_are_chosen_by_name(tmp_path: pathlib.Path) -> None:
     assert isinstance(create_engine("torch", hf_checkpoint=tmp_path, device="cpu"), TorchEngine)
     with pytest.raises(ValueError, match="unknown rollout backend 'sglang2'"):
         create_engine("sglang2")
+
+
+async def test_weights_that_give_no_numbers_fail_requests_but_not_the_engine(tmp_path: pathlib.Path) -> None:
+    tensors = weights_of(save_checkpoint(tmp_path, "llama"))
+    broken = {**tensors, "model.norm.weight": torch.full_like(tensors["model.norm.weight"], torch.nan)}
+    async with running_engine(tmp_path, broken, version=5) as engine:
+        with pytest.raises(EngineFailed, match="request r: weights of version 5 give logits that are not numbers"):
+            await respond(engine, prompt_of(5))
+        assert engine.stats().running_requests == 0
+        await engine.load_weights(6, tensors)
+        assert (await respond(engine, prompt_of(5), max_new_tokens=4)).tokens

@@ -3,7 +3,9 @@
 | module | idea |
 |---|---|
 | engine | the asyncio face: requests in, deltas out |
-| worker | the thread that steps the model |
+| worker | the thread that steps the generator |
+| generator | requests, model and cache, one step at a time |
+| outbox | what the event loop is told, and when |
 | scheduler | which requests hold a slot and what each computes next (pure) |
 | sequence | one request's tokens, log-probs and versions on the way |
 | forward | a scheduler plan turned into one packed forward pass |

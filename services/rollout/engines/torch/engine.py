@@ -20,8 +20,10 @@ from miles.services.rollout.engine import (
 from miles.services.rollout.engines.torch import model as models
 from miles.services.rollout.engines.torch import sequence as sequences
 from miles.services.rollout.engines.torch.experts import EXPERTS_NAME
+from miles.services.rollout.engines.torch.generator import GeneratorOptions
+from miles.services.rollout.engines.torch.outbox import Delivery
 from miles.services.rollout.engines.torch.stop import StopRule, StopStrings
-from miles.services.rollout.engines.torch.worker import Delivery, EngineFailed, Worker, WorkerOptions
+from miles.services.rollout.engines.torch.worker import EngineFailed, Worker
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -87,7 +89,7 @@ class TorchEngine:
     @property
     def version(self) -> int | None:
         """Policy version served now; None before the first `load_weights`."""
-        return None if self._worker is None else self._worker.version
+        return None if self._worker is None else self._worker.generator.version
 
     @property
     def max_running_requests(self) -> int:
@@ -108,17 +110,17 @@ class TorchEngine:
         def deliver(batch: list[Delivery]) -> None:
             loop.call_soon_threadsafe(self._hand_out, batch)
 
-        options = WorkerOptions(
+        options = GeneratorOptions(
             dtype=self._dtype,
             device=self._device,
             max_running_requests=self._max_running_requests,
             max_total_tokens=limit,
             max_prefill_tokens=self._max_prefill_tokens,
             experts_implementation=self._experts_implementation,
-            threads=self._threads,
         )
-        self._worker = Worker(config, options, deliver)
-        await self._finish(self._worker.start(), "building the model")
+        worker = Worker(config, options, self._threads, deliver)
+        await self._finish(worker.start(), "building the model")
+        self._worker = worker
 
     def _read_checkpoint(self) -> tuple[Any, PreTrainedTokenizerBase, tuple[int, ...]]:
         from transformers import AutoTokenizer
@@ -137,9 +139,10 @@ class TorchEngine:
             raise TimeoutError(f"the engine's thread did not end within {self._command_timeout_s:.0f} s")
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationDelta, None]:
-        """Stream a response, one delta a step. Leaving the iterator early aborts the request.
+        """Stream a response, a few tokens at a time. Leaving the iterator early aborts the request.
 
-        Raises ValueError, listing all faults, for a request the engine cannot serve, EngineFailed when a step failed.
+        Raises ValueError, listing all faults, for a request the engine cannot serve. Raises EngineFailed when a step
+        failed or the weights give no numbers.
         """
         worker = self._started()
         self._validate(request)
@@ -148,24 +151,24 @@ class TorchEngine:
         sequence = sequences.Sequence(request, self._stop_rule(request.sampling))
         ended = False
         try:
-            await self._call(lambda: worker.add(sequence), f"request {request.request_id}")
+            await self._call(lambda: worker.generator.add(sequence), f"request {request.request_id}")
             while not ended:
                 delta = await stream.get()
                 if isinstance(delta, BaseException):
                     ended = True
-                    raise EngineFailed("a step of the engine failed") from delta
+                    raise EngineFailed(f"request {request.request_id}: {delta}") from delta
                 ended = delta.result is not None
                 yield delta
         finally:
             del self._streams[request.request_id]
             if not ended:
-                worker.submit(lambda: worker.abort([request.request_id]))
+                worker.submit(lambda: worker.generator.abort([request.request_id]))
 
     async def abort(self, request_ids: Sequence[str] | None = None) -> None:
         """End these requests (None: all) with what they have, reason ABORT."""
         worker = self._started()
         ids = None if request_ids is None else list(request_ids)
-        await self._call(lambda: worker.abort(ids), "aborting")
+        await self._call(lambda: worker.generator.abort(ids), "aborting")
 
     async def pause(self, mode: PauseMode) -> None:
         """Return once no step is running and none will start before `resume`."""
@@ -182,22 +185,22 @@ class TorchEngine:
         On CPU the tensors themselves are served, with no copy. Running requests keep their keys and values unless they
         were retracted before. Raises WeightMismatch before anything changed if a name, shape or dtype does not match.
         """
-        worker = self._started()
-        checked = worker.parameters.check(tensors)
-        return await self._call(lambda: worker.load(version, checked), f"loading version {version}")
+        generator = self._started().generator
+        checked = generator.parameters.check(tensors)
+        return await self._call(lambda: generator.load(version, checked), f"loading version {version}")
 
     async def weight_bytes(self) -> Mapping[str, torch.Tensor]:
         """The parameters as served, by HF name, tied ones once; empty before the first `load_weights`."""
-        worker = self._started()
-        return await self._call(lambda: worker.parameters.served, "reading the weights")
+        generator = self._started().generator
+        return await self._call(lambda: generator.parameters.served, "reading the weights")
 
     def stats(self) -> EngineStats:
         """Counters as of now."""
         worker = self._started()
         return EngineStats(
-            running_requests=worker.running_requests,
-            waiting_requests=worker.waiting_requests,
-            generated_tokens=worker.generated_tokens,
+            running_requests=len(worker.generator.scheduler.running),
+            waiting_requests=len(worker.generator.scheduler.waiting),
+            generated_tokens=worker.generator.generated_tokens,
             busy_s=worker.busy_s,
         )
 

@@ -7,6 +7,8 @@ libraries choose kernels by shape, so that holds only from some number of rows o
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from miles.services.rollout.engines.torch.forward import MIN_ROWS
@@ -48,7 +50,12 @@ def min_query_rows(shape: ModelShape, dtype: torch.dtype, device: torch.device) 
     return None
 
 
-def dependent_shapes(shape: ModelShape, dtype: torch.dtype, device: torch.device) -> list[str]:
+def dependent_shapes(
+    shape: ModelShape,
+    dtype: torch.dtype,
+    device: torch.device,
+    linear: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = torch.nn.functional.linear,
+) -> list[str]:
     """Linear layers, as "inputs x outputs", whose rows depend on how many there are; empty when all is well."""
     generator = torch.Generator().manual_seed(0)
     faults = []
@@ -63,10 +70,10 @@ def dependent_shapes(shape: ModelShape, dtype: torch.dtype, device: torch.device
     for inputs, outputs in sorted(sizes):
         rows_MI = torch.randn(max(_ROWS), inputs, generator=generator).to(device, dtype)
         weight_OI = torch.randn(outputs, inputs, generator=generator).to(device, dtype)
-        reference = torch.nn.functional.linear(rows_MI, weight_OI)
+        reference = linear(rows_MI, weight_OI)
         for rows in _ROWS:
             assert rows >= MIN_ROWS
-            if not torch.equal(torch.nn.functional.linear(rows_MI[:rows], weight_OI), reference[:rows]):
+            if not torch.equal(linear(rows_MI[:rows], weight_OI), reference[:rows]):
                 faults.append(f"{inputs} x {outputs}")
                 break
     return faults
