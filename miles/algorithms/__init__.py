@@ -13,7 +13,7 @@ from miles.algorithms.estimators import ESTIMATORS, AdvantageBatch, AdvantageCon
 from miles.algorithms.flags import advantage_config, loss_config
 from miles.algorithms.kl import approximate_kl
 from miles.algorithms.linear_log_probs import linear_token_log_probs
-from miles.algorithms.log_probs import TokenLogProbs, VocabShard, token_log_probs
+from miles.algorithms.log_probs import token_log_probs
 from miles.algorithms.losses import LossBatch, LossConfig, LossOutput, critic_loss, rl_loss, sft_loss, value_loss
 from miles.algorithms.metrics import MetricSum, reduce_metrics
 from miles.algorithms.mis import MaskedImportanceSampling, mismatch_metrics
@@ -28,6 +28,7 @@ from miles.algorithms.policy_losses import (
     register_policy_loss,
 )
 from miles.algorithms.rewards import shape_groups, standardize, subtract_leave_one_out_mean, subtract_mean
+from miles.algorithms.vocab_rows import TokenLogProbs, VocabShard
 from miles.algorithms.whitening import masked_whiten
 
 __all__ = [

@@ -15,14 +15,14 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from miles.algorithms.log_probs import (
+from miles.algorithms.vocab_rows import (
+    RowStats,
     TokenLogProbs,
     VocabShard,
     check_temperature,
+    chunks,
     combine_shards,
-    concatenate,
     gradient_of_scores,
-    local_stats,
     rows_of,
     scaled,
     upstream_gradients,
@@ -115,29 +115,17 @@ class _LinearTokenLogProbs(torch.autograd.Function):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         shard = settings.shard
         columns_T = tokens_T if shard is None else tokens_T - shard.first_token(weight_VD.shape[0])
-        stats = concatenate(
-            [
-                local_stats(
-                    scaled(_chunk_logits(hidden_CD, weight_VD), settings.temperature),
-                    columns_C,
-                    with_entropy=settings.with_entropy,
-                    with_norm=True,
-                    whole=shard is None,
-                )
-                for hidden_CD, columns_C in zip(
-                    torch.split(hidden_TD, settings.chunk_rows),
-                    torch.split(columns_T, settings.chunk_rows),
-                    strict=True,
-                )
-            ]
-        )
-        log_probs_T, entropy_T, log_norm_T = stats.log_probs_C, stats.entropy_C, stats.log_sum_C
+        stats = RowStats.empty(hidden_TD, len(hidden_TD), with_entropy=settings.with_entropy, with_norm=True)
+        for rows in chunks(len(hidden_TD), settings.chunk_rows):
+            x_CV = scaled(_chunk_logits(hidden_TD[rows], weight_VD), settings.temperature)
+            stats.fill(rows, x_CV, columns_T[rows], whole=shard is None)
+        log_probs_T, entropy_T, log_norm_T = stats.log_probs_T, stats.entropy_T, stats.log_sum_T
         assert log_norm_T is not None
         if shard is not None:
             log_probs_T, entropy_T, log_weight_T = combine_shards(stats, shard.group)
             log_norm_T = log_norm_T - log_weight_T
         ctx.settings = settings
-        ctx.save_for_backward(hidden_TD, weight_VD, columns_T, log_probs_T, entropy_T, stats.max_C, log_norm_T)
+        ctx.save_for_backward(hidden_TD, weight_VD, columns_T, log_probs_T, entropy_T, stats.max_T, log_norm_T)
         ctx.set_materialize_grads(False)
         return log_probs_T, log_probs_T.new_empty(0) if entropy_T is None else entropy_T
 
@@ -157,13 +145,12 @@ class _LinearTokenLogProbs(torch.autograd.Function):
         grad_weight_VD = torch.empty_like(weight_VD) if needs_weight else None
         vocab = weight_VD.shape[0]
         block = max(MIN_BLOCK, settings.chunk_rows * vocab // max(len(hidden_TD), 1))
-        for start in range(0, vocab, block):
-            columns = slice(start, min(start + block, vocab))
+        for columns in chunks(vocab, block):
             log_p_TC = scaled(F.linear(hidden_TD, weight_VD[columns]), settings.temperature)
             log_p_TC = log_p_TC.sub_(max_T[:, None]).sub_(log_norm_T[:, None])
-            grad_TC = gradient_of_scores(log_p_TC, columns_T - start, entropy_T, grad_log_probs_T, grad_entropy_T).to(
-                hidden_TD.dtype
-            )
+            here_T = columns_T - columns.start
+            grad_TC = gradient_of_scores(log_p_TC, here_T, entropy_T, grad_log_probs_T, grad_entropy_T)
+            grad_TC = grad_TC.to(hidden_TD.dtype)
             if grad_weight_VD is not None:
                 torch.mm(grad_TC.t(), hidden_TD, out=grad_weight_VD[columns])
             if grad_hidden_TD is not None:
