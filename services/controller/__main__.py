@@ -8,14 +8,18 @@ import contextlib
 import logging
 import pathlib
 
+import grpc.aio
 import redis.exceptions
 
 from miles.queue import RedisUnsuitable, connect_async
 from miles.rpc import ExitCode, ServiceExit, main, start_server
 from miles.rpc.gen.controller_pb2_grpc import add_ControllerServiceServicer_to_server
+from miles.rpc.gen.records_pb2_grpc import add_RecordsServiceServicer_to_server
 from miles.services.controller.job_runner import JobRunner
 from miles.services.controller.job_scheduler import JobScheduler
 from miles.services.controller.records import JobStore
+from miles.services.controller.records_service import SERVICE_NAME as RECORDS_SERVICE_NAME
+from miles.services.controller.records_service import RecordsServicer
 from miles.services.controller.registry import WorkerRegistry
 from miles.services.controller.service import ControllerServicer
 
@@ -27,6 +31,9 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m miles.services.controller", description=__doc__)
     parser.add_argument("--listen", default="127.0.0.1:50050", help="host:port to serve on; port 0 picks one")
     parser.add_argument("--redis-url", required=True, help="redis:// or unix:// address of the job records and queues")
+    parser.add_argument(
+        "--log-dir", type=pathlib.Path, help="folder of the services' logs; default: logs in each job's run folder"
+    )
     parser.add_argument("--address-file", type=pathlib.Path, help="write the host:port served on to this file")
     return parser.parse_args()
 
@@ -41,13 +48,16 @@ async def serve(arguments: argparse.Namespace) -> None:
         raise ServiceExit(ExitCode.REDIS_UNREACHABLE, str(error)) from error
     registry = WorkerRegistry()
     store = JobStore(client)
-    scheduler = JobScheduler(store, JobRunner(store, registry, client, arguments.redis_url))
+    scheduler = JobScheduler(store, JobRunner(store, registry, client, arguments.redis_url), registry)
     servicer = ControllerServicer(store, scheduler, registry)
-    server, address = await start_server(
-        lambda server: add_ControllerServiceServicer_to_server(servicer, server),
-        arguments.listen,
-        ["miles.v1.ControllerService"],
-    )
+    records = RecordsServicer(store, arguments.log_dir)
+
+    def register(server: grpc.aio.Server) -> None:
+        add_ControllerServiceServicer_to_server(servicer, server)
+        add_RecordsServiceServicer_to_server(records, server)
+
+    names = ["miles.v1.ControllerService", RECORDS_SERVICE_NAME]
+    server, address = await start_server(register, arguments.listen, names)
     if arguments.address_file is not None:
         write_address(arguments.address_file, address)
     logger.info("controller listens on %s", address)

@@ -15,21 +15,35 @@ class ActivityClock:
     Activities may overlap (an asynchronous run generates while it trains), so shares may add up to more than 1.
     """
 
-    def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, now: Callable[[], float] = time.monotonic, on_span: Callable[[str, float, float], None] | None = None
+    ) -> None:
+        """`on_span` is told of each activity that has ended, with its beginning and end on the clock of `now`."""
         self._now = now
+        self._on_span = on_span
+        self._started: dict[str, float] = {}
         self._since = self._began = now()
         self._depth = dict.fromkeys(ACTIVITIES, 0)
         self._total_s = {**dict.fromkeys(ACTIVITIES, 0.0), "idle": 0.0}
 
+    def restart(self) -> None:
+        """Forget what was, as if the clock had been made now; activities that go on go on."""
+        self._since = self._began = self._now()
+        self._total_s = dict.fromkeys(self._total_s, 0.0)
+
     def begin(self, activity: str) -> None:
         """One more of this activity is going on."""
         self._settle()
+        if self._depth[activity] == 0:
+            self._started[activity] = self._since
         self._depth[activity] += 1
 
     def end(self, activity: str) -> None:
         """One less is."""
         self._settle()
         self._depth[activity] -= 1
+        if self._depth[activity] == 0 and self._on_span is not None:
+            self._on_span(activity, self._started[activity], self._since)
 
     @contextmanager
     def during(self, activity: str) -> Iterator[None]:

@@ -10,9 +10,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from miles.rpc.gen import job_pb2
+from miles.services.controller import timeline
 from miles.services.controller.job_context import JobContext
 from miles.services.controller.records import ENDED, JobStore
+from miles.services.controller.timeline import TimelineWriter
 from miles.telemetry import MetricsWriter
+from miles.telemetry.redaction import redact
 
 SUMMARY_NAME = "summary.json"
 METRICS_NAME = "metrics.jsonl"
@@ -27,6 +30,7 @@ class JobHistory:
         self._context = context
         self._writer: MetricsWriter | None = None
         self.summary: dict[str, Any] = json.loads(job.summary_json) if job.summary_json else {}
+        self.timeline = TimelineWriter(context.run_dir / timeline.NAME)
 
     def open_metrics(self, first_step: int) -> None:
         """Begin to write metrics at a step; drops what an interrupted run wrote of it and later ones."""
@@ -49,7 +53,7 @@ class JobHistory:
 
     async def log(self, level: job_pb2.LogLevel.ValueType, source: str, text: str) -> None:
         """Record something a person may want to know."""
-        line = job_pb2.LogLine(level=level, source=source, text=text)
+        line = job_pb2.LogLine(level=level, source=source, text=redact(text))
         await self._store.add_event(job_pb2.JobEvent(job_id=self.job.job_id, log=line))
 
     async def state(self, state: job_pb2.JobState.ValueType, reason: str) -> None:
@@ -61,15 +65,14 @@ class JobHistory:
         if state == job_pb2.JOB_STATE_RUNNING and not self.job.started_unix_ns:
             self.job.started_unix_ns = now
         self.job.ended_unix_ns = now if state in ENDED else 0
-        self.job.error = reason if state == job_pb2.JOB_STATE_FAILED else ""
-        await self.save()
-        changed = job_pb2.JobStateChanged(state=state, reason=reason)
-        await self._store.add_event(job_pb2.JobEvent(job_id=self.job.job_id, state_changed=changed))
+        self.job.error = redact(reason) if state == job_pb2.JOB_STATE_FAILED else ""
+        changed = job_pb2.JobStateChanged(state=state, reason=redact(reason))
+        await self.save(job_pb2.JobEvent(job_id=self.job.job_id, state_changed=changed))
 
-    async def save(self) -> None:
-        """Write the record to Redis and the summary to the run folder."""
+    async def save(self, event: job_pb2.JobEvent | None = None) -> None:
+        """Write the record to Redis, with an event that belongs to it, and the summary to the run folder."""
         self.job.summary_json = json.dumps(self.summary)
-        await self._store.put(self.job)
+        await self._store.put(self.job, event)
         path = self._context.run_dir / SUMMARY_NAME
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".tmp")
@@ -77,7 +80,8 @@ class JobHistory:
         partial.replace(path)
 
     def close(self) -> None:
-        """Close the metric files."""
+        """Close the files of metrics and activity."""
+        self.timeline.close()
         with contextlib.suppress(ValueError):
             if self._writer is not None:
                 self._writer.close()

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import pathlib
+import re
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 import redis.asyncio
@@ -17,6 +19,8 @@ _JOBS = "miles:jobs"
 """Sorted set of job ids by time of submission."""
 _REQUESTS = "miles:requests"
 """Hash of request id -> job id: the idempotency keys."""
+_RUN_DIRS = "miles:run_dirs"
+"""Hash of run folder -> job id: two jobs in one folder would take each other's checkpoints for their own."""
 _MAX_EVENTS = 200_000
 _WATCH_BLOCK_MS = 1_000
 
@@ -37,6 +41,17 @@ class UnknownJobError(KeyError):
     """No job has this id."""
 
 
+class RunDirTakenError(ValueError):
+    """Another job has this run folder."""
+
+    def __init__(self, run_dir: str, job_id: str) -> None:
+        super().__init__(f"run_dir = {run_dir}, but job {job_id} has that folder; choose another name or run_dir")
+
+
+class BadPageToken(ValueError):
+    """A page token that no page ended with."""
+
+
 class JobStore:
     """Every job ever submitted, and what happened to it. Survives the controller: all state is in Redis."""
 
@@ -44,16 +59,25 @@ class JobStore:
         self._redis: Any = redis_client  # redis-py's annotations leave open what a reply is
 
     async def submit(self, job: job_pb2.Job, request_id: str) -> tuple[job_pb2.Job, bool]:
-        """Store a new job and return (job, True), or the one that `request_id` stored before and False."""
+        """Store a new job and return (job, True), or the one that `request_id` stored before and False.
+
+        Raises RunDirTakenError when another job has the run folder.
+        """
+        run_dir = _run_dir(job)
         async with self._redis.pipeline(transaction=True) as pipe:
             while True:
                 try:
-                    await pipe.watch(_REQUESTS)
+                    await pipe.watch(_REQUESTS, _RUN_DIRS)
                     known = await pipe.hget(_REQUESTS, request_id) if request_id else None
                     if known is not None:
                         await pipe.unwatch()
                         return await self.get(known.decode()), False
+                    owner = await pipe.hget(_RUN_DIRS, run_dir) if run_dir else None
+                    if owner is not None:
+                        raise RunDirTakenError(run_dir, owner.decode())
                     pipe.multi()
+                    if run_dir:
+                        pipe.hset(_RUN_DIRS, run_dir, job.job_id)
                     pipe.set(_job_key(job.job_id), job.SerializeToString())
                     pipe.zadd(_JOBS, {job.job_id: job.submitted_unix_ns})
                     if request_id:
@@ -70,37 +94,51 @@ class JobStore:
             raise UnknownJobError(job_id)
         return job_pb2.Job.FromString(data)
 
-    async def put(self, job: job_pb2.Job) -> None:
-        """Replace the job's record."""
-        await self._redis.set(_job_key(job.job_id), job.SerializeToString())
+    async def put(self, job: job_pb2.Job, event: job_pb2.JobEvent | None = None) -> None:
+        """Replace the job's record and append an event in one piece: who sees the one finds the other."""
+        async with self._redis.pipeline(transaction=True) as pipe:
+            pipe.set(_job_key(job.job_id), job.SerializeToString())
+            if event is not None:
+                _append(pipe, event)
+            await pipe.execute()
 
     async def list(
         self, states: frozenset[int] = frozenset(), page_size: int = 100, page_token: str = ""
     ) -> tuple[list[job_pb2.Job], str]:
-        """A page of jobs, newest first, and the token of the next page (empty: none)."""
-        start = int(page_token) if page_token else 0
+        """A page of jobs, newest first, and the token of the next page (empty: none). Raises BadPageToken.
+
+        The token names the last job of the page, so that jobs submitted in between shift nothing.
+        """
+        position = 0
+        if page_token:
+            rank = await self._redis.zrevrank(_JOBS, page_token)
+            if rank is None:
+                raise BadPageToken(f"page_token {page_token!r} is not one this service gave")
+            position = rank + 1
         jobs: list[job_pb2.Job] = []
-        position = start
-        while len(jobs) < page_size:
-            ids = await self._redis.zrevrange(_JOBS, position, position + page_size - 1)
+        while True:
+            ids = [i.decode() for i in await self._redis.zrevrange(_JOBS, position, position + page_size - 1)]
             if not ids:
                 return jobs, ""
-            for job_id in ids:
+            for data in await self._redis.mget([_job_key(job_id) for job_id in ids]):
+                job = job_pb2.Job.FromString(data)
                 position += 1
-                job = await self.get(job_id.decode())
-                if not states or job.state in states:
-                    jobs.append(job)
+                if states and job.state not in states:
+                    continue
+                jobs.append(job)
                 if len(jobs) == page_size:
-                    break
-        more = position < await self._redis.zcard(_JOBS)
-        return jobs, str(position) if more else ""
+                    more = position < await self._redis.zcard(_JOBS)
+                    return jobs, job.job_id if more else ""
 
     async def add_event(self, event: job_pb2.JobEvent) -> None:
         """Append to the job's history; sets the event's time."""
-        event.unix_ns = time.time_ns()
-        await self._redis.xadd(
-            _events_key(event.job_id), {"event": event.SerializeToString()}, maxlen=_MAX_EVENTS, approximate=True
-        )
+        await _append(self._redis, event)
+
+    async def events(self, job_id: str, after_event_id: str, count: int) -> Sequence[job_pb2.JobEvent]:
+        """At most `count` events after the given one (empty: from the beginning), oldest first."""
+        minimum = f"({after_event_id}" if after_event_id else "-"
+        entries = await self._redis.xrange(_events_key(job_id), minimum, "+", count)
+        return [_event(entry_id, fields) for entry_id, fields in entries]
 
     async def newest_event_id(self, job_id: str) -> str:
         """Id of the job's last event; empty when nothing has happened yet."""
@@ -118,10 +156,32 @@ class JobStore:
                 return
             for _, entries in reply:
                 for entry_id, fields in entries:
-                    cursor = entry_id.decode()
-                    event = job_pb2.JobEvent.FromString(fields[b"event"])
-                    event.event_id = cursor
+                    event = _event(entry_id, fields)
+                    cursor = event.event_id
                     yield event
+
+
+def _run_dir(job: job_pb2.Job) -> str:
+    """Absolute path of the job's run folder; empty when the record names none."""
+    run_dir = json.loads(job.config_json).get("run_dir")
+    return str(pathlib.Path(run_dir).absolute()) if run_dir else ""
+
+
+def is_event_id(text: str) -> bool:
+    """Whether a text can be the id of an event."""
+    return re.fullmatch(r"\d{1,19}-\d{1,19}", text) is not None
+
+
+def _append(redis_or_pipe: Any, event: job_pb2.JobEvent) -> Any:
+    event.unix_ns = time.time_ns()
+    fields = {"event": event.SerializeToString()}
+    return redis_or_pipe.xadd(_events_key(event.job_id), fields, maxlen=_MAX_EVENTS, approximate=True)
+
+
+def _event(entry_id: bytes, fields: dict[bytes, bytes]) -> job_pb2.JobEvent:
+    event = job_pb2.JobEvent.FromString(fields[b"event"])
+    event.event_id = entry_id.decode()
+    return event
 
 
 def new_job(config: dict[str, object], num_rollout: int) -> job_pb2.Job:

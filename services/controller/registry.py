@@ -9,6 +9,9 @@ import time
 from miles.rpc.gen import controller_pb2
 from miles.services.controller.leases import LeaseTable
 
+_REMEMBERED_S = 600.0
+"""How long a worker that was lost is still shown."""
+
 
 @dataclasses.dataclass(slots=True)
 class AttachedWorker:
@@ -20,6 +23,8 @@ class AttachedWorker:
     last_seen_unix_ns: int
     lost: asyncio.Event
     """Set when the lease ends, for whatever reason."""
+    progress_unix_ns: int = 0
+    """When its progress or activity last changed."""
 
     @property
     def worker_id(self) -> str:
@@ -33,6 +38,7 @@ class WorkerRegistry:
         # Numbers start at the clock, so that those given before a restart of the controller stay smaller.
         self._leases = LeaseTable(ttl_s, first_number=time.time_ns() // 1_000_000)
         self._workers: dict[str, AttachedWorker] = {}
+        self._gone: dict[str, AttachedWorker] = {}
         self._changed = asyncio.Event()
         self.ttl_s = ttl_s
 
@@ -48,6 +54,7 @@ class WorkerRegistry:
             registration, lease.number, controller_pb2.WorkerHeartbeat(), time.time_ns(), asyncio.Event()
         )
         self._workers[registration.worker_id] = worker
+        self._gone.pop(registration.worker_id, None)
         self._notify()
         return worker
 
@@ -55,8 +62,11 @@ class WorkerRegistry:
         """A heartbeat came; False when the lease is over and the worker must attach again."""
         if not self._leases.renew(worker.worker_id, worker.lease_number, time.monotonic()):
             return False
-        worker.heartbeat = heartbeat
         worker.last_seen_unix_ns = time.time_ns()
+        known = worker.heartbeat
+        if (heartbeat.progress, heartbeat.activity) != (known.progress, known.activity) or not worker.progress_unix_ns:
+            worker.progress_unix_ns = worker.last_seen_unix_ns
+        worker.heartbeat = heartbeat
         return True
 
     def expire(self) -> list[AttachedWorker]:
@@ -80,6 +90,12 @@ class WorkerRegistry:
     def everyone(self) -> list[AttachedWorker]:
         """All workers that hold a lease, by name."""
         return sorted(self._workers.values(), key=lambda worker: worker.worker_id)
+
+    def lost_lately(self) -> list[AttachedWorker]:
+        """Workers whose lease ended within the last `_REMEMBERED_S` and that have not come back, by name."""
+        oldest = time.time_ns() - int(_REMEMBERED_S * 1e9)
+        self._gone = {name: worker for name, worker in self._gone.items() if worker.last_seen_unix_ns > oldest}
+        return [self._gone[name] for name in sorted(self._gone)]
 
     async def wait_for_change(self, timeout_s: float) -> None:
         """Return when a worker came or went, or after the timeout."""
@@ -105,6 +121,7 @@ class WorkerRegistry:
         worker = self._workers.pop(worker_id, None)
         if worker is not None:
             worker.lost.set()
+            self._gone[worker_id] = worker
         return worker
 
     def _notify(self) -> None:

@@ -61,8 +61,9 @@ class RunLoop:
         self._queue = queue
         self._prompts = prompts
         self._eval_sets = eval_sets
-        self._clock = ActivityClock()
-        self._earlier_s = float(history.summary.get("wall_s", 0.0))
+        self._clock = ActivityClock(on_span=history.timeline.add)
+        self._began = time.monotonic() - float(history.summary.get("wall_s", 0.0))
+        self._loaded_before = False
         self._evaluation: asyncio.Task[None] | None = None
         self._step = 0
         self._saved_step = -1
@@ -139,7 +140,7 @@ class RunLoop:
     async def _load(self, trainer: TrainerLink) -> None:
         """Bring the workers to the newest checkpoint's version and admission to where it stood."""
         ready = await trainer.start_job()
-        self._step = self._saved_step = ready.step
+        self._step = self._saved_step = self._history.timeline.step = ready.step
         while not self._dispatcher.ready_links():
             self._check(trainer)
             await self._dispatcher.wait_for_change()
@@ -158,6 +159,9 @@ class RunLoop:
         await self._publish(trainer)
         self._dispatcher.admission = admission
         self._dispatcher.pump()
+        if not self._loaded_before:  # time shares are those of the loop; loading models comes once
+            self._clock.restart()
+            self._loaded_before = True
         where = ready.checkpoint_dir or "the initial weights"
         await self._say(f"loaded {where} at step {ready.step}; {len(admission.ready)} groups in the queue")
 
@@ -175,6 +179,7 @@ class RunLoop:
         admission.train(batch)
         stats = [self._dispatcher.stats.pop(group_id) for group_id in batch if group_id in self._dispatcher.stats]
         step, self._step = self._step, self._step + 1
+        self._history.timeline.step = self._step
         await self._finish_evaluation()
         update_s = await self._publish(trainer)
         admission.activate(self._step)
@@ -311,7 +316,7 @@ class RunLoop:
         totals = self._clock.totals()
         summary = self._history.summary
         summary["steps"] = self._step
-        summary["wall_s"] = round(self._earlier_s + totals["wall"], 3)
+        summary["wall_s"] = round(time.monotonic() - self._began, 3)
         summary["time_share"] = {name: round(share, 4) for name, share in self._clock.shares().items()}
         generated = sum(link.progress.generated_tokens for link in self._dispatcher.links.values())
         if totals["generate"] > 0:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import AsyncIterator
 
@@ -10,9 +11,18 @@ import grpc.aio
 
 from miles.config import ConfigError, JobConfig
 from miles.rpc.gen import controller_pb2, controller_pb2_grpc, job_pb2
-from miles.services.controller.job_scheduler import JobScheduler
-from miles.services.controller.records import ENDED, JobStore, UnknownJobError, new_job
+from miles.services.controller.config_check import check_config
+from miles.services.controller.job_scheduler import RESUMABLE, JobScheduler
+from miles.services.controller.records import (
+    BadPageToken,
+    JobStore,
+    RunDirTakenError,
+    UnknownJobError,
+    is_event_id,
+    new_job,
+)
 from miles.services.controller.registry import AttachedWorker, WorkerRegistry
+from miles.services.controller.workers import Workers
 
 
 class ControllerServicer(controller_pb2_grpc.ControllerServiceServicer):
@@ -22,24 +32,44 @@ class ControllerServicer(controller_pb2_grpc.ControllerServiceServicer):
         self._store = store
         self._scheduler = scheduler
         self._registry = registry
+        self._workers = Workers(registry)
+
+    async def CheckConfig(
+        self, request: controller_pb2.CheckConfigRequest, context: grpc.aio.ServicerContext
+    ) -> controller_pb2.CheckConfigResponse:
+        faults = await asyncio.to_thread(check_config, request.config_json, frozenset(request.refused_keys))
+        return controller_pb2.CheckConfigResponse(
+            faults=[
+                controller_pb2.ConfigFault(
+                    field=fault.field,
+                    value_json=json.dumps(fault.value, default=str),
+                    problem=fault.problem,
+                    remedy=fault.remedy,
+                )
+                for fault in faults
+            ]
+        )
 
     async def SubmitJob(
         self, request: controller_pb2.SubmitJobRequest, context: grpc.aio.ServicerContext
     ) -> controller_pb2.SubmitJobResponse:
         try:
-            config = JobConfig.from_flat(json.loads(request.config_json)).resolve()
-        except (ConfigError, ValueError) as error:
+            config = JobConfig.from_json(request.config_json).resolve()
+        except ConfigError as error:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
-        job, created = await self._store.submit(
-            new_job(config.to_flat(), config.data.num_rollout or 0), request.request_id
-        )
-        if job.state in (job_pb2.JOB_STATE_STOPPED, job_pb2.JOB_STATE_FAILED) and not created:
+        flat = config.to_flat()
+        try:
+            job, created = await self._store.submit(new_job(flat, config.data.num_rollout or 0), request.request_id)
+        except RunDirTakenError as error:
+            await context.abort(grpc.StatusCode.ALREADY_EXISTS, str(error))
+        differs = json.loads(job.config_json) != json.loads(json.dumps(flat))
+        if job.state in RESUMABLE and not created and not request.only_new:
             # Submitting an interrupted job again takes it up where its newest checkpoint left it.
             job.state, job.error, job.ended_unix_ns = job_pb2.JOB_STATE_QUEUED, "", 0
-            job.config_json = json.dumps(config.to_flat())
+            job.config_json = json.dumps(flat)
             await self._store.put(job)
         self._scheduler.wake()
-        return controller_pb2.SubmitJobResponse(job=job, created=created)
+        return controller_pb2.SubmitJobResponse(job=job, created=created, differs=differs)
 
     async def GetJob(
         self, request: controller_pb2.GetJobRequest, context: grpc.aio.ServicerContext
@@ -49,13 +79,11 @@ class ControllerServicer(controller_pb2_grpc.ControllerServiceServicer):
     async def ListJobs(
         self, request: controller_pb2.ListJobsRequest, context: grpc.aio.ServicerContext
     ) -> controller_pb2.ListJobsResponse:
-        if request.page_token and not request.page_token.isdigit():
-            await context.abort(
-                grpc.StatusCode.INVALID_ARGUMENT, f"page_token {request.page_token!r} is not one this service gave"
-            )
-        jobs, token = await self._store.list(
-            frozenset(request.states), min(request.page_size or 100, 1000), request.page_token
-        )
+        size = min(request.page_size or 100, 1000)
+        try:
+            jobs, token = await self._store.list(frozenset(request.states), size, request.page_token)
+        except BadPageToken as error:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
         return controller_pb2.ListJobsResponse(jobs=jobs, next_page_token=token)
 
     async def ControlJob(
@@ -75,10 +103,11 @@ class ControllerServicer(controller_pb2_grpc.ControllerServiceServicer):
     ) -> AsyncIterator[controller_pb2.WatchJobResponse]:
         await self._get(request.job_id, context)
         after = await self._store.newest_event_id(request.job_id) if request.only_new else request.after_event_id
+        if after and not is_event_id(after):
+            problem = f"after_event_id {after!r} is not one this service gave"
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, problem)
         async for event in self._store.watch(request.job_id, after):
             yield controller_pb2.WatchJobResponse(event=event)
-            if event.HasField("state_changed") and event.state_changed.state in ENDED:
-                return
 
     async def Attach(
         self, request_iterator: AsyncIterator[controller_pb2.AttachRequest], context: grpc.aio.ServicerContext
@@ -104,18 +133,8 @@ class ControllerServicer(controller_pb2_grpc.ControllerServiceServicer):
     async def ListWorkers(
         self, request: controller_pb2.ListWorkersRequest, context: grpc.aio.ServicerContext
     ) -> controller_pb2.ListWorkersResponse:
-        return controller_pb2.ListWorkersResponse(
-            workers=[
-                controller_pb2.Worker(
-                    registration=worker.registration,
-                    heartbeat=worker.heartbeat,
-                    lease_number=worker.lease_number,
-                    alive=not worker.lost.is_set(),
-                    last_seen_unix_ns=worker.last_seen_unix_ns,
-                )
-                for worker in self._registry.everyone()
-            ]
-        )
+        workers = await self._workers.describe(self._scheduler.running)
+        return controller_pb2.ListWorkersResponse(workers=workers)
 
     async def _get(self, job_id: str, context: grpc.aio.ServicerContext) -> job_pb2.Job:
         try:

@@ -15,19 +15,20 @@ from miles.rpc import ExitCode
 
 from .conftest import Run, recipe
 
+STEPS = 24
 Start = Callable[[list[str], pathlib.Path], Run]
 
 
 def learn(start_run: Start, folder: pathlib.Path, run_dir: pathlib.Path, **changes: object) -> Run:
     evaluation = {"eval_prompt_data": ["sort", folder / "eval.jsonl"], "eval_interval": 10, "eval_temperature": 0}
-    run = start_run(recipe(folder, run_dir, num_rollout=40, **evaluation, **changes), run_dir)
+    run = start_run(recipe(folder, run_dir, num_rollout=STEPS, **evaluation, **changes), run_dir)
     assert run.wait() == ExitCode.OK, run.output()
     return run
 
 
 def assert_learned(run: Run) -> None:
     summary = run.summary()
-    assert summary["steps"] == 40
+    assert summary["steps"] == STEPS
     assert summary["eval"]["before"]["sort"] < 0.4
     assert summary["eval"]["after"]["sort"] > 0.8, run.output()
     assert set(summary["time_share"]) == {"generate", "reward", "train", "sync", "idle"}

@@ -52,3 +52,13 @@ def test_time_measured_afterwards_moves_and_never_goes_below_zero() -> None:
     clock.move("generate", "reward", 100.0)
     totals = clock.totals()
     assert (totals["generate"], totals["reward"]) == (0.0, 2.0)
+
+
+def test_a_restart_forgets_the_past_but_not_what_goes_on() -> None:
+    time = Time()
+    clock = ActivityClock(time)
+    clock.begin("generate")
+    time.now = 5.0
+    clock.restart()
+    time.now = 6.0
+    assert clock.totals() == {"generate": 1.0, "reward": 0.0, "train": 0.0, "sync": 0.0, "idle": 0.0, "wall": 1.0}
