@@ -31,13 +31,18 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
         "--state-dir",
         type=pathlib.Path,
         metavar="DIR",
-        help="folder for the state that survives a restart; without it, versions end with the process",
+        help="folder for the state that a killed service takes up again; without it, versions end with the process",
     )
     parser.add_argument(
         "--directory",
         type=pathlib.Path,
         metavar="DIR",
         help="folder for the weights' bytes, shared with trainers and engines on this host (default: /dev/shm)",
+    )
+    parser.add_argument(
+        "--keep-bytes",
+        action="store_true",
+        help="leave the bytes in place on an orderly stop too, for a restart in the middle of a run; needs --state-dir",
     )
     parser.add_argument("--controller", metavar="HOST:PORT", help="controller to register with")
     parser.add_argument("--worker-id", default="weightsync", help="name to register under")
@@ -46,7 +51,8 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
 
 async def serve(arguments: argparse.Namespace) -> None:
     """Serve until cancelled; the first line on stdout is `listening on HOST:PORT`."""
-    servicer = WeightSyncServicer(arguments.state_dir, arguments.directory or default_directory())
+    directory = arguments.directory or default_directory()
+    servicer = WeightSyncServicer(arguments.state_dir, directory, arguments.keep_bytes)
     servicer.start()
 
     def register(server: grpc.aio.Server) -> None:

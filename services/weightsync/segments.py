@@ -1,8 +1,9 @@
 """Files in shared memory that hold the versions' bytes: made here, written by trainers, mapped by engines.
 
 Every file's name begins with the instance that made it. The instance holds a lock on `<prefix><instance>.lock` as long
-as it lives, and the lock file names its state folder; so an instance that starts can tell the leftovers of a killed one
-that will not come back (nobody holds the lock, and its state folder is gone or never was) from files that still matter.
+as it lives, and the lock file names its state folder; so an instance that starts can tell files that still matter from
+the leftovers of a killed one that will not come back: nobody holds the lock, and its state folder is gone or never was,
+or nothing has been written for a day.
 """
 
 from __future__ import annotations
@@ -16,12 +17,15 @@ import os
 import pathlib
 import re
 import tempfile
+import time
 import zlib
 
 logger = logging.getLogger(__name__)
 
 PREFIX = "miles-weights-"
 _PAGE = 4096
+_ABANDONED_S = 86_400.0
+"""A killed run that nobody has taken up after this long does not keep its memory, in seconds."""
 
 
 class OutOfMemory(OSError):
@@ -152,9 +156,11 @@ def _remove_orphans(directory: pathlib.Path, own_lock: pathlib.Path) -> None:
             fd = os.open(lock_path, os.O_RDWR | os.O_CLOEXEC)
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if _can_come_back(os.pread(fd, 65536, 0)):
+                files = list(directory.glob(f"{lock_path.name.removesuffix('.lock')}-*"))
+                idle_s = time.time() - max(path.stat().st_mtime for path in (lock_path, *files))
+                if idle_s < _ABANDONED_S and _can_come_back(os.pread(fd, 65536, 0)):
                     continue
-                for path in directory.glob(f"{lock_path.name.removesuffix('.lock')}-*"):
+                for path in files:
                     logger.info("removing %s, left behind by a dead instance", path)
                     path.unlink(missing_ok=True)
                 lock_path.unlink(missing_ok=True)

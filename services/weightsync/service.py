@@ -29,11 +29,18 @@ class WeightSyncServicer(weightsync_pb2_grpc.WeightSyncServiceServicer):
     """All streams of all jobs."""
 
     def __init__(
-        self, state_dir: pathlib.Path | None, directory: pathlib.Path, settings: Settings | None = None
+        self,
+        state_dir: pathlib.Path | None,
+        directory: pathlib.Path,
+        keep_bytes: bool = False,
+        settings: Settings | None = None,
     ) -> None:
-        """Take up the state in `state_dir` (None: nothing is kept over a restart); bytes go into `directory`."""
+        """Take up the state in `state_dir` (None: nothing is kept over a restart); bytes go into `directory`.
+
+        `keep_bytes`: whether `close` leaves the bytes for the next start, as a killed service does in any case.
+        """
         self._settings = settings or Settings()
-        self._keeps_state = state_dir is not None
+        self._keep_bytes = keep_bytes and state_dir is not None
         self._store = StateStore(state_dir)
         self._segments = SegmentStore(directory, self._store.instance, state_dir)
         self._streams: dict[str, StreamRuntime] = {}
@@ -48,10 +55,10 @@ class WeightSyncServicer(weightsync_pb2_grpc.WeightSyncServiceServicer):
         self._segments.remove_unknown(known)
 
     def close(self) -> None:
-        """End subscriptions; without a state dir, nobody will come back for the bytes: free them."""
+        """End subscriptions and free the bytes, unless they are to be kept."""
         for stream in self._streams.values():
             stream.close()
-        self._segments.close(remove_all=not self._keeps_state)
+        self._segments.close(remove_all=not self._keep_bytes)
         self._store.close()
 
     def heartbeat(self) -> controller_pb2.WorkerHeartbeat:

@@ -8,7 +8,7 @@ import os
 import pathlib
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import grpc
 import pytest
@@ -34,8 +34,8 @@ def start(directory: pathlib.Path, tmp_path: pathlib.Path) -> Iterator[Callable[
     """Starts services that share one state; they are killed at the end."""
     started: list[Service] = []
 
-    def make(listen: str = "127.0.0.1:0", keep: bool = True) -> Service:
-        started.append(Service(tmp_path / "state" if keep else None, directory, listen))
+    def make(listen: str = "127.0.0.1:0", keep: bool = True, options: Sequence[str] = ()) -> Service:
+        started.append(Service(tmp_path / "state" if keep else None, directory, listen, options))
         return started[-1]
 
     yield make
@@ -300,6 +300,19 @@ def test_leftovers_of_a_killed_service_without_state_are_removed_by_the_next(
     assert not path.exists()
     assert kept.exists()
     assert len(list(directory.glob("*.lock"))) == 2
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_an_orderly_stop_frees_the_bytes_unless_told_to_keep_them(
+    start: Callable[..., Service], directory: pathlib.Path, keep: bool
+) -> None:
+    service = start(options=["--keep-bytes"] if keep else [])
+    path = pathlib.Path(service.publish(0, weights(0)).handle.shared_memory.path)
+    service.process.terminate()
+    assert service.process.wait(30) == 0
+    assert path.exists() is keep
+    restarted = start()
+    assert restarted.states() == ({0: "PREPARED"} if keep else {})
 
 
 def test_a_version_that_does_not_fit_is_refused_with_the_way_out(service: Service) -> None:

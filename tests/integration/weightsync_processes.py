@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -74,9 +74,17 @@ class Lines:
 class Service(Lines):
     """The weightsync service."""
 
-    def __init__(self, state_dir: pathlib.Path | None, directory: pathlib.Path, listen: str = "127.0.0.1:0") -> None:
+    def __init__(
+        self,
+        state_dir: pathlib.Path | None,
+        directory: pathlib.Path,
+        listen: str = "127.0.0.1:0",
+        options: Sequence[str] = (),
+    ) -> None:
         state = [] if state_dir is None else ["--state-dir", str(state_dir)]
-        super().__init__(["-m", "miles.services.weightsync", "--listen", listen, "--directory", str(directory), *state])
+        super().__init__(
+            ["-m", "miles.services.weightsync", "--listen", listen, "--directory", str(directory), *state, *options]
+        )
         self.address = self.wait_for(lambda line: line.startswith("listening on "), "address").split()[-1]
         self.stub = weightsync_pb2_grpc.WeightSyncServiceStub(connect_blocking(self.address))
 

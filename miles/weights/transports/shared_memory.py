@@ -25,8 +25,8 @@ from miles.weights.transport import SendTimes
 _HASH_BATCH_BYTES = 8 << 20
 """Small tensors are hashed together up to this size: big enough to amortise a task, small enough to be in cache."""
 
-_MADV_POPULATE_READ = 22
-"""Linux ≥ 5.14: fault in every page for reading at once. Not named by the mmap module."""
+_MADV_POPULATE_READ, _MADV_POPULATE_WRITE = 22, 23
+"""Linux ≥ 5.14; not named by the mmap module."""
 
 
 class SharedMemoryTransport:
@@ -99,7 +99,9 @@ class SharedMemoryTransport:
         if key in self._written:
             os.close(fd)
         else:
-            self._written[key] = _WriteMapping(fd, mmap.mmap(fd, stat.st_size))
+            memory = mmap.mmap(fd, stat.st_size)
+            _populate(memory, _MADV_POPULATE_WRITE)
+            self._written[key] = _WriteMapping(fd, memory)
         return self._written[key]
 
 
@@ -144,9 +146,14 @@ def _map_for_reading(handle: weightsync_pb2.SharedMemoryHandle, manifest: policy
         memory = mmap.mmap(fd, manifest.total_bytes, flags=mmap.MAP_PRIVATE, prot=protection)
     finally:
         os.close(fd)
-    with contextlib.suppress(OSError):  # an older kernel faults page by page instead
-        memory.madvise(_MADV_POPULATE_READ)
+    _populate(memory, _MADV_POPULATE_READ)
     return memory
+
+
+def _populate(memory: mmap.mmap, advice: int) -> None:
+    """Fault in every page at once, which costs a fraction of one fault per page."""
+    with contextlib.suppress(OSError):  # an older kernel faults page by page instead
+        memory.madvise(advice)
 
 
 def _match(

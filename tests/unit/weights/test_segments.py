@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import pathlib
+import time
 
 import pytest
 
@@ -95,6 +97,16 @@ def test_leftovers_go_when_nobody_can_come_back_for_them(
     SegmentStore(tmp_path, "one", tmp_path)
     assert segment.path.exists() is not removed
     assert (tmp_path / "miles-weights-other.lock").exists() is not removed
+
+
+def test_a_killed_run_that_nobody_takes_up_loses_its_memory_after_a_day(tmp_path: pathlib.Path) -> None:
+    other = SegmentStore(tmp_path, "other", tmp_path)
+    segment = other.allocate("job", 0, 1, 100)
+    other.close(remove_all=False)
+    for path in tmp_path.iterdir():
+        os.utime(path, (0, time.time() - 90_000))
+    SegmentStore(tmp_path, "one", tmp_path)
+    assert not segment.path.exists()
 
 
 def test_a_restart_removes_what_its_state_does_not_know(tmp_path: pathlib.Path) -> None:
