@@ -32,6 +32,11 @@ def environment_faults(settings: Settings) -> list[Fault]:
     return run_rules(_CHECKS, settings)
 
 
+def file_faults(settings: Settings) -> list[Fault]:
+    """The part of it that concerns files and functions: all there is to check for services that run already."""
+    return run_rules(_FILE_CHECKS, settings)
+
+
 def _models(s: Settings) -> Iterator[Fault]:
     if not s.hf_checkpoint:
         return  # a rule reports it
@@ -176,11 +181,10 @@ def _devices(s: Settings) -> Iterator[Fault]:
         yield Fault("actor_num_gpus_per_node", wanted, f"this machine has {gpus}", f"set it to at most {gpus}")
 
 
-_CHECKS: tuple[Rule, ...] = (
+_FILE_CHECKS: tuple[Rule, ...] = (
     _models,
     _data_files,
     _folders,
     _functions,
-    _ports,
-    _devices,
 )
+_CHECKS: tuple[Rule, ...] = (*_FILE_CHECKS, _ports, _devices)

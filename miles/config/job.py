@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -120,11 +120,14 @@ class Examination:
     faults: Sequence[Fault]
 
 
-def examine(flat: Mapping[str, Any]) -> Examination:
-    """Check a flat object as far as its faults allow: what one field has wrong does not hide what others have."""
+def examine(flat: Mapping[str, Any], refused: Collection[str] = ()) -> Examination:
+    """Check a flat object as far as its faults allow: what one field has wrong does not hide what others have.
+
+    Keys that are `refused` for reasons of the caller's own count as at fault, so that no rule builds on them.
+    """
     by_section, faults = _distribute(flat)
     sections: dict[str, Section] = {}
-    invalid: set[str] = set()
+    invalid: set[str] = set(refused)
     for name, model in SECTIONS.items():
         sections[name], section_faults = _validate(model, by_section[name])
         faults += section_faults

@@ -116,6 +116,7 @@ async def serve(arguments: argparse.Namespace, ranks: Ranks, worker: RankWorker)
                     address=address,
                     heartbeat=servicer.heartbeat,
                     num_gpus=ranks.count if worker.device.type == "cuda" else 0,
+                    info={"ranks": ranks.count, "device": worker.device.type},
                 )
                 tasks.append(asyncio.create_task(attachment.run(), name="controller attachment"))
             for task in tasks:

@@ -459,7 +459,7 @@ class ActivitySpan(_message.Message):
     START_UNIX_S_FIELD_NUMBER: _builtins.int
     END_UNIX_S_FIELD_NUMBER: _builtins.int
     activity: _builtins.str
-    """"generate", "reward", "train", "sync", "evaluate" or "save"."""
+    """"generate", "train" or "sync"."""
     step: _builtins.int
     """Training step that was current when it ended."""
     start_unix_s: _builtins.float

@@ -1,0 +1,89 @@
+"""Checkpoints of a job as they lie on disk."""
+
+from __future__ import annotations
+
+import glob
+import pathlib
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from miles.rpc.gen import records_pb2
+
+CHUNK_BYTES = 1 << 20
+_STATE_FOLDER = re.compile(r"step_(\d{8,})")
+_STATE_RECORD = "trainer.json"
+"""Written last: a folder that has it is complete."""
+_EXPORT_RECORD = "config.json"
+_STEP = "{rollout_id}"
+"""Stands for the step in the setting save_hf."""
+
+
+class UnknownFileError(KeyError):
+    """The checkpoint has no such file."""
+
+
+class CheckpointFiles:
+    """Finds the checkpoints that a job's trainer has written."""
+
+    def __init__(self, settings: Mapping[str, Any]) -> None:
+        """`settings` is the job's flat configuration."""
+        run_dir = pathlib.Path(settings["run_dir"])
+        self._states = pathlib.Path(settings.get("save") or run_dir / "checkpoints")
+        self._export_template = settings.get("save_hf") or str(run_dir / "hf" / _STEP)
+
+    def find(self) -> list[records_pb2.Checkpoint]:
+        """Every checkpoint, newest first."""
+        found: dict[int, records_pb2.Checkpoint] = {}
+        for step, folder in self._state_folders():
+            checkpoint = found.setdefault(step, records_pb2.Checkpoint(step=step))
+            checkpoint.state_bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+            checkpoint.saved_unix_ns = (folder / _STATE_RECORD).stat().st_mtime_ns
+        for step, folder in self._export_folders():
+            checkpoint = found.setdefault(step, records_pb2.Checkpoint(step=step))
+            checkpoint.hf_files.extend(_files(folder))
+            written = (folder / _EXPORT_RECORD).stat().st_mtime_ns
+            checkpoint.saved_unix_ns = max(checkpoint.saved_unix_ns, written)
+        return [found[step] for step in sorted(found, reverse=True)]
+
+    def open_export(self, step: int, name: str, offset: int) -> Iterator[bytes]:
+        """Pieces of one exported file from an offset on. Raises UnknownFileError before the first piece."""
+        folder = dict(self._export_folders()).get(step)
+        if folder is None or name not in {file.name for file in _files(folder)}:
+            raise UnknownFileError(name)
+        return _pieces(folder / name, offset)
+
+    def _state_folders(self) -> Iterator[tuple[int, pathlib.Path]]:
+        if not self._states.is_dir():
+            return
+        for path in self._states.iterdir():
+            match = _STATE_FOLDER.fullmatch(path.name)
+            if match and (path / _STATE_RECORD).is_file():
+                yield int(match[1]), path
+
+    def _export_folders(self) -> Iterator[tuple[int, pathlib.Path]]:
+        parts = self._export_template.split(_STEP)
+        if len(parts) == 1:
+            return  # every export replaces the one before; which step it is of is not written anywhere
+        pattern = "*".join(glob.escape(part) for part in parts)
+        first, *others = (re.escape(part) for part in parts)
+        named = re.compile(rf"{first}(?P<step>\d+){'(?P=step)'.join(others)}")
+        for path in glob.iglob(pattern):
+            match = named.fullmatch(path)
+            if match and pathlib.Path(path, _EXPORT_RECORD).is_file():
+                yield int(match["step"]), pathlib.Path(path)
+
+
+def _files(folder: pathlib.Path) -> list[records_pb2.ExportFile]:
+    return [
+        records_pb2.ExportFile(name=path.name, size_bytes=path.stat().st_size)
+        for path in sorted(folder.iterdir())
+        if path.is_file() and not path.is_symlink()
+    ]
+
+
+def _pieces(path: pathlib.Path, offset: int) -> Iterator[bytes]:
+    with path.open("rb") as file:
+        file.seek(offset)
+        while piece := file.read(CHUNK_BYTES):
+            yield piece

@@ -1,0 +1,45 @@
+"""What a job needs to run, and whether it is there: a pure rule."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Mapping
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Supply:
+    """The workers that are attached."""
+
+    rollouts: int = 0
+    weightsyncs: int = 0
+    trainer_ranks: Collection[int] = ()
+    """Ranks of each trainer; 0 for one that does not say."""
+    rewards: Collection[Collection[str]] = ()
+    """Names that each reward worker serves; empty for one that does not say."""
+
+
+def lacking(config: Mapping[str, Any], supply: Supply) -> str:
+    """What a job with this flat configuration waits for, in words; empty when it can run."""
+    missing: list[str] = []
+    wanted = config["rollout_num_workers"]
+    if supply.rollouts < wanted:
+        missing.append(f"{wanted} rollout workers ({supply.rollouts} attached)")
+    ranks = config["actor_num_nodes"] * (config["actor_num_gpus_per_node"] or 1)
+    if not any(have in (0, ranks) for have in supply.trainer_ranks):
+        attached = ", ".join(map(str, supply.trainer_ranks)) or "no trainer"
+        missing.append(f"a trainer of {ranks} ranks ({attached} attached)")
+    if not supply.weightsyncs:
+        missing.append("a weight-sync service")
+    if reward := _lacking_reward(config, supply):
+        missing.append(reward)
+    return "; ".join(missing)
+
+
+def _lacking_reward(config: Mapping[str, Any], supply: Supply) -> str:
+    name = config["rm_type"] or config["custom_rm_path"]
+    if not name or any(service.startswith("default=") for service in config["reward_service"] or ()):
+        return ""
+    if any(not served or name in served for served in supply.rewards):
+        return ""
+    return f"a reward worker that serves {name}"

@@ -1,0 +1,71 @@
+"""Which activity of a run went on when, as JSON lines."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import time
+from typing import IO
+
+from miles.rpc.gen import records_pb2
+
+NAME = "timeline.jsonl"
+DEFAULT_LIMIT = 1000
+MAX_LIMIT = 10_000
+_LINE_BYTES = 160
+"""More than any line has."""
+
+
+class TimelineWriter:
+    """Appends spans; a run that resumes goes on with the file of the one before."""
+
+    def __init__(self, path: pathlib.Path) -> None:
+        self._path = path
+        self._file: IO[str] | None = None
+        self._unix_minus_monotonic = time.time() - time.monotonic()
+        self.step = 0
+        """The training step that is current."""
+
+    def add(self, activity: str, start_s: float, end_s: float) -> None:
+        """Write one span; times are those of the monotonic clock, in seconds."""
+        if self._file is None:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self._path.open("a", encoding="utf-8")
+        shift = self._unix_minus_monotonic
+        line = {
+            "activity": activity,
+            "step": self.step,
+            "start": round(start_s + shift, 3),
+            "end": round(end_s + shift, 3),
+        }
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file; a later span opens it again."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
+def read_timeline(path: pathlib.Path, after_unix_s: float, limit: int) -> list[records_pb2.ActivitySpan]:
+    """The newest spans that end after a time, oldest first. Reads no more of the file than they can take up."""
+    limit = min(limit or DEFAULT_LIMIT, MAX_LIMIT)
+    try:
+        file = path.open("rb")
+    except FileNotFoundError:
+        return []
+    with file:
+        size = file.seek(0, 2)
+        start = max(0, size - limit * _LINE_BYTES)
+        file.seek(start)
+        lines = file.read().split(b"\n")
+    complete = lines[1 if start else 0 : -1]
+    spans = [json.loads(line) for line in complete[-limit:]]
+    return [
+        records_pb2.ActivitySpan(
+            activity=span["activity"], step=span["step"], start_unix_s=span["start"], end_unix_s=span["end"]
+        )
+        for span in spans
+        if span["end"] > after_unix_s
+    ]
