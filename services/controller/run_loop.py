@@ -18,7 +18,7 @@ from miles.rpc.gen import controller_pb2, job_pb2, rollout_pb2, trainer_pb2
 from miles.services.controller import deadlines
 from miles.services.controller.activity import ActivityClock
 from miles.services.controller.admission import Admission
-from miles.services.controller.calls import WorkerLostError
+from miles.services.controller.calls import WorkerFailedError, WorkerLostError
 from miles.services.controller.dispatcher import Dispatcher
 from miles.services.controller.evaluation import Evaluation
 from miles.services.controller.group_leases import training_lease
@@ -28,7 +28,7 @@ from miles.services.controller.job_history import JobHistory
 from miles.services.controller.registry import AttachedWorker, WorkerRegistry
 from miles.services.controller.rollout_link import RolloutLink
 from miles.services.controller.rollout_metrics import batch_metrics
-from miles.services.controller.trainer_link import TrainerLink, activate
+from miles.services.controller.trainer_link import TrainerLink, activate, release_weights
 
 if TYPE_CHECKING:
     from miles.data import PromptSource
@@ -136,6 +136,8 @@ class RunLoop:
             with contextlib.suppress(WorkerLostError):
                 await trainer.stop_job()
             await trainer.close()
+        with contextlib.suppress(WorkerLostError, WorkerFailedError):
+            await release_weights(self._context, self._weightsync)
 
     async def _load(self, trainer: TrainerLink) -> None:
         """Bring the workers to the newest checkpoint's version and admission to where it stood."""

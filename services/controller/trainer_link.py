@@ -84,6 +84,14 @@ class TrainerLink:
         await call(self._stub.StopJob(request), "trainer stop", deadlines.STOP_JOB_S)
 
 
+async def release_weights(context: JobContext, weightsync_address: str) -> None:
+    """Have every version of the job freed."""
+    async with connect(weightsync_address) as channel:
+        stub = weightsync_pb2_grpc.WeightSyncServiceStub(channel)
+        request = weightsync_pb2.ReleaseJobRequest(job_id=context.job_id)
+        await call(stub.ReleaseJob(request), "release of the job's weights", deadlines.STOP_JOB_S)
+
+
 async def activate(context: JobContext, weightsync_address: str, version: int, min_engines: int) -> None:
     """Bring every engine to a prepared version; raises `WorkerLostError` when too few got there."""
     request = weightsync_pb2.ActivateRequest(

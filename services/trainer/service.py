@@ -28,7 +28,7 @@ from miles.types import SampleGroup
 if TYPE_CHECKING:
     import redis.asyncio
 
-    from miles.weights import PublishResult
+    from miles.weights import PublishResult, WeightPublisher
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +52,8 @@ class _Job:
     """Step of the newest checkpoint; None when there is none."""
     unacknowledged: set[int] = dataclasses.field(default_factory=set)
     """Groups consumed since that checkpoint."""
+    publisher: WeightPublisher | None = None
+    """Kept from one version to the next: it holds mappings that are costly to make."""
 
 
 class TrainerServicer(trainer_pb2_grpc.TrainerServiceServicer):
@@ -218,7 +220,9 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServiceServicer):
     async def _publish(self, job: _Job, version: int) -> PublishResult:
         from miles.weights import WeightPublisher
 
-        publisher = WeightPublisher(weightsync_pb2_grpc.WeightSyncServiceStub(job.weightsync), job.job_id)
+        publisher = job.publisher = job.publisher or WeightPublisher(
+            weightsync_pb2_grpc.WeightSyncServiceStub(job.weightsync), job.job_id
+        )
         result: PublishResult = await self._leader.run(
             Command("export"), consume=lambda layout, tensors: publisher.publish(version, version, layout, tensors)
         )

@@ -129,9 +129,10 @@ class _WriteMapping:
     def __init__(self, fd: int, memory: mmap.mmap) -> None:
         self.fd = fd
         self.memory = memory
+        self._close_fd = weakref.finalize(self, os.close, fd)
 
     def close(self) -> None:
-        os.close(self.fd)
+        self._close_fd()
         self.memory.close()
 
 
