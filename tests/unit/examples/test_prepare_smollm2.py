@@ -97,12 +97,10 @@ def test_a_failed_download_ends_the_program_with_the_cause(tmp_path: pathlib.Pat
     assert "Traceback" not in ended.stderr
 
 
-def test_prompts_are_messages_with_a_numeric_label_and_the_same_every_time(tmp_path: pathlib.Path) -> None:
-    prepare.write_prompts(tmp_path / "a.jsonl", 5, seed=7)
-    prepare.write_prompts(tmp_path / "b.jsonl", 5, seed=7)
-    assert (tmp_path / "a.jsonl").read_bytes() == (tmp_path / "b.jsonl").read_bytes()
-    rows = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
-    assert len(rows) == 5
+@pytest.mark.parametrize(("name", "count"), [("train.jsonl", 512), ("eval.jsonl", 64)])
+def test_prompts_are_messages_with_the_right_answer_as_label(name: str, count: int) -> None:
+    rows = [json.loads(line) for line in (SCRIPT.parent / "data" / name).read_text().splitlines()]
+    assert len(rows) == count
     for row in rows:
         [message] = row["prompt"]
         assert message["role"] == "user"
