@@ -10,7 +10,6 @@ from miles.algorithms.corrections import (
     compute_correction,
 )
 from miles.algorithms.estimators import ESTIMATORS, AdvantageBatch, AdvantageConfig, register_estimator
-from miles.algorithms.flags import advantage_config, loss_config
 from miles.algorithms.kl import approximate_kl
 from miles.algorithms.linear_log_probs import linear_token_log_probs
 from miles.algorithms.log_probs import token_log_probs
@@ -52,14 +51,12 @@ __all__ = [
     "TokenLogProbs",
     "TruncatedImportanceSampling",
     "VocabShard",
-    "advantage_config",
     "aggregate",
     "approximate_kl",
     "compute_advantages",
     "compute_correction",
     "critic_loss",
     "linear_token_log_probs",
-    "loss_config",
     "masked_whiten",
     "mismatch_metrics",
     "opsm_drop",

@@ -26,7 +26,7 @@ class Advantages:
     returns_T: torch.Tensor
     """Targets of the value loss; the estimator's returns, never whitened."""
     kl_T: torch.Tensor
-    """KL to the reference that went into the reward; 0 unless kl_coef is set."""
+    """KL to the reference that went into the reward; 0 unless kl_coef is set, and where a masked token has none."""
     opd_reverse_kl_T: torch.Tensor | None
     """log p_student - log p_teacher; None without on-policy distillation."""
 
@@ -85,11 +85,12 @@ def reverse_kl_to_teacher(student_log_probs_T: torch.Tensor, teacher_log_probs_T
 def _reward_kl(config: AdvantageConfig, batch: AdvantageBatch) -> torch.Tensor:
     if config.kl_coef == 0:
         return torch.zeros(batch.packing.num_tokens, device=batch.mask_T.device)
-    return approximate_kl(
+    kl_T = approximate_kl(
         _required(batch.old_log_probs_T, "old_log_probs_T", "kl_coef"),
         _required(batch.ref_log_probs_T, "ref_log_probs_T", "kl_coef"),
         config.kl_loss_type,
     )
+    return torch.where(batch.mask_T.bool() | kl_T.isfinite(), kl_T, 0.0)
 
 
 def _required(x_T: torch.Tensor | None, name: str, flag: str) -> torch.Tensor:

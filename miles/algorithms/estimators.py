@@ -134,7 +134,7 @@ def reinforce_plus_plus(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """G_t = r_t + gamma * G_(t+1), r_t = -kl_coef * KL_t, plus the reward at the last unmasked token (2501.03262).
 
-    The KL of masked tokens counts like any other. A sample without an unmasked token drops its reward.
+    The KL of masked tokens counts where it is finite. A sample without an unmasked token drops its reward.
     """
     rewards_T = -config.kl_coef * kl_T + place_at_last_token(batch.rewards_B, batch.mask_T, batch.packing)
     returns_T = discounted_suffix_sums(rewards_T, batch.packing, config.gamma).to(kl_T.dtype)

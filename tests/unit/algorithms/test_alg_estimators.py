@@ -161,6 +161,33 @@ def test_a_batch_of_nothing_but_masked_tokens_has_finite_advantages(estimator: s
     assert result.advantages_T.isfinite().all()
 
 
+@pytest.mark.parametrize("estimator", list(ESTIMATORS))
+def test_padded_rows_give_the_same_advantages(estimator: str) -> None:
+    config = AdvantageConfig(
+        advantage_estimator=estimator, kl_coef=0.1, gamma=0.9, lambd=0.8, normalize_advantages=True
+    )
+    data = batch()
+    rows = Packing((4, 4, 4))
+    names = ("mask_T", "old_log_probs_T", "ref_log_probs_T", "values_T")
+    padded = {name: rows.pack(PACKING.unpack(getattr(data, name))) for name in names}
+    result = compute_advantages(config, AdvantageBatch(packing=rows, rewards_B=data.rewards_B, **padded))
+    expected = compute_advantages(config, data)
+    for name in ("advantages_T", "returns_T"):
+        actual_T = PACKING.pack(rows.unpack(getattr(result, name)))
+        torch.testing.assert_close(actual_T, getattr(expected, name), atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("estimator", list(ESTIMATORS))
+def test_garbage_at_masked_tokens_reaches_no_unmasked_one(estimator: str) -> None:
+    config = AdvantageConfig(advantage_estimator=estimator, kl_coef=0.1, use_opd=True, normalize_advantages=True)
+    names = ("old_log_probs_T", "ref_log_probs_T", "values_T", "teacher_log_probs_T")
+    data, kept_T = batch(), MASK_T.bool()
+    clean = {name: getattr(data, name).masked_fill(~kept_T, 0.0) for name in names}
+    dirty = {name: getattr(data, name).masked_fill(~kept_T, torch.nan) for name in names}
+    expected, actual = (compute_advantages(config, batch(**fields)).advantages_T for fields in (clean, dirty))
+    assert torch.equal(actual[kept_T], expected[kept_T])
+
+
 def test_distillation_subtracts_the_reverse_kl_before_whitening() -> None:
     data = batch()
     plain = compute_advantages(AdvantageConfig(use_opd=True, opd_kl_coef=0.3), data)

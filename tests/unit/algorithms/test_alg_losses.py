@@ -381,9 +381,10 @@ def test_sft_loss_is_cross_entropy(per_token: bool) -> None:
     assert reduce_metrics([output.metrics])["train/loss"] == pytest.approx(output.loss.item(), abs=1e-6)
 
 
-def test_padded_rows_give_the_same_loss_and_gradient() -> None:
+@pytest.mark.parametrize("name", list(CONFIGS))
+def test_padded_rows_give_the_same_loss_and_gradient(name: str) -> None:
     data = case()
-    config = CONFIGS["mis"]
+    config = CONFIGS[name]
     packed, packed_TV = run(config, data)
     rows = Packing((5, 5, 5, 5))
     columns = ("mask_T", "advantages_T", "train_log_probs_T", "rollout_log_probs_T", "ref_log_probs_T")
