@@ -66,11 +66,15 @@ class RolloutJob:
     def capacity_groups(self) -> int:
         """Groups the engine can usefully hold at once; 0 while it is out of routing.
 
-        Twice what fills its slots: while some groups run out or wait for rewards, others keep the slots busy.
+        Twice what fills its slots: while some groups run out or wait for rewards, others keep the slots busy. Groups to
+        come are taken to be as big as those that run, so that small ones (evaluation) fill the slots too.
         """
         if self.serving.quarantine_reason:
             return 0
-        return 2 * math.ceil(self.engine.max_running_requests / self.config.data.n_samples_per_prompt)
+        held = [len(run.lease.group.samples) for run, _ in self._runs.values()]
+        usual = sum(held) / len(held) if held else self.config.data.n_samples_per_prompt
+        free = max(0, 2 * self.engine.max_running_requests - sum(held))
+        return len(held) + math.ceil(free / usual)
 
     async def start(self) -> AsyncGenerator[str, None]:
         """Build and connect everything, yielding each stage before it begins. On an error nothing stays behind."""
@@ -182,10 +186,12 @@ class RolloutJob:
             finally:
                 if self._runs.get(key, (None,))[0] is run:
                     del self._runs[key]
+                    self._notify()
 
         task = asyncio.create_task(carry_out(), name=f"group {lease.group_id} of job {self.job_id}")
         task.add_done_callback(_log_bug)
         self._runs[key] = (run, task)
+        self._notify()
 
     def give_up(self, group_id: int, attempt: int) -> None:
         """Give up one group, if that attempt of it runs."""
@@ -235,6 +241,9 @@ class RolloutJob:
     def _on_serving_change(self) -> None:
         if self.serving.quarantine_reason:
             self.give_up_all()
+        self._notify()
+
+    def _notify(self) -> None:
         for listener in list(self._listeners):
             listener()
 

@@ -24,6 +24,7 @@ class RunStream:
         self._job = job
         self._outgoing: asyncio.Queue[rollout_pb2.RunResponse | None] = asyncio.Queue()
         self._ended = False
+        self._told_capacity: int | None = None
 
     async def responses(
         self, requests: AsyncIterator[rollout_pb2.RunRequest]
@@ -88,8 +89,11 @@ class RunStream:
             await asyncio.sleep(PROGRESS_INTERVAL_S)
 
     def _send_capacity(self) -> None:
-        ready = rollout_pb2.RunReady(capacity_groups=self._job.capacity_groups)
-        self._send(rollout_pb2.RunResponse(lease_number=self.lease_number, ready=ready))
+        capacity = self._job.capacity_groups
+        if capacity != self._told_capacity:
+            self._told_capacity = capacity
+            ready = rollout_pb2.RunReady(capacity_groups=capacity)
+            self._send(rollout_pb2.RunResponse(lease_number=self.lease_number, ready=ready))
 
     def _send(self, response: rollout_pb2.RunResponse) -> None:
         if self._ended:

@@ -464,7 +464,7 @@ class RunResponse(_message.Message):
     """Lease number of the RunOpen this answers."""
     @_builtins.property
     def ready(self) -> Global___RunReady:
-        """The stream is ready for leases."""
+        """The stream is ready for leases; sent again when its capacity changes."""
 
     @_builtins.property
     def progress(self) -> Global___RunProgress:
