@@ -7,12 +7,10 @@ import dataclasses
 import torch
 
 from miles.services.rollout.engines.torch.attention import STEP_ARGUMENT, AttentionStep, DecodeRows, PrefillRows
+from miles.services.rollout.engines.torch.invariance import Padding
 from miles.services.rollout.engines.torch.kv_cache import LENGTH_MULTIPLE, KVCache, round_up
 from miles.services.rollout.engines.torch.scheduler import Chunk, Plan
 from miles.services.rollout.engines.torch.sequence import Sequence
-
-MIN_ROWS = 16
-"""Rows every linear layer sees at least."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -56,13 +54,13 @@ class Forward:
     """Runs plans on a model and its cache."""
 
     def __init__(
-        self, model: torch.nn.Module, cache: KVCache, *, dtype: torch.dtype, device: torch.device, min_queries: int
+        self, model: torch.nn.Module, cache: KVCache, *, dtype: torch.dtype, device: torch.device, padding: Padding
     ) -> None:
         self._model = model
         self._cache = cache
         self._dtype = dtype
         self._device = device
-        self._min_queries = min_queries
+        self._padding = padding
 
     def prepare(self, plan: Plan) -> None:
         """Make room in the cache and carry out the plan's moves and copies."""
@@ -80,17 +78,17 @@ class Forward:
     def run(self, plan: Plan, packed: Packed) -> torch.Tensor:
         """One forward pass. Returns logits (R, vocabulary): row i for `packed.drawing[i]`, then padding rows."""
         count = len(packed.tokens)
-        padding = [0] * max(0, MIN_ROWS - count)
+        padding = [0] * self._padding.tokens.missing(count)
         tokens = self._tensor(packed.tokens + padding)[None]
         positions = self._tensor(packed.positions + padding)[None]
-        rows = packed.rows + [0] * max(0, MIN_ROWS - len(packed.rows))
+        rows = packed.rows + [0] * self._padding.logits.missing(len(packed.rows))
         step = AttentionStep(
             cache=self._cache,
             slots_N=self._tensor(packed.slots),
             positions_N=positions[0, :count],
             decode=self._decode_rows(plan.decode) if plan.decode else None,
             prefill=self._prefill_rows(plan.prefill, len(plan.decode)) if plan.prefill else None,
-            min_queries=self._min_queries,
+            min_queries=self._padding.queries,
         )
         output = self._model(
             input_ids=tokens,
@@ -124,7 +122,7 @@ class Forward:
         )
 
     def _prefill_rows(self, prefill: list[Chunk], first: int) -> PrefillRows:
-        queries = max(max(chunk.end - chunk.start for chunk in prefill), self._min_queries)
+        queries = max(max(chunk.end - chunk.start for chunk in prefill), self._padding.queries)
         length = round_up(max(chunk.end for chunk in prefill), LENGTH_MULTIPLE)
         lengths_C = self._tensor([chunk.end - chunk.start for chunk in prefill])
         starts_C = self._tensor([chunk.start for chunk in prefill])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 import math
 import time
 from collections.abc import Mapping
@@ -13,18 +12,16 @@ from typing import Any
 import torch
 
 from miles.services.rollout.engine import FinishReason
-from miles.services.rollout.engines.torch import invariance
-from miles.services.rollout.engines.torch.forward import MIN_ROWS, Forward, pack
+from miles.services.rollout.engines.torch.forward import Forward, pack
+from miles.services.rollout.engines.torch.invariance import choose_padding
 from miles.services.rollout.engines.torch.kv_cache import KVCache
-from miles.services.rollout.engines.torch.model import ModelShape, build_empty_model, model_shape
+from miles.services.rollout.engines.torch.model import build_empty_model, model_shape
 from miles.services.rollout.engines.torch.outbox import Outbox
 from miles.services.rollout.engines.torch.parameters import Parameters
 from miles.services.rollout.engines.torch.routing import RoutingRecorder
 from miles.services.rollout.engines.torch.sampling import Draw, sample
 from miles.services.rollout.engines.torch.scheduler import Plan, Scheduler
 from miles.services.rollout.engines.torch.sequence import Sequence
-
-logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -47,9 +44,16 @@ class Generator:
 
     def __init__(self, config: Any, options: GeneratorOptions) -> None:
         shape = model_shape(config)
+        padding = choose_padding(
+            shape,
+            options.dtype,
+            options.device,
+            max_running_requests=options.max_running_requests,
+            max_prefill_tokens=options.max_prefill_tokens,
+        )
+        self.scheduler = Scheduler(options.max_running_requests, padding.max_prefill_tokens)
         model = build_empty_model(config, options.dtype, options.device, options.experts_implementation)
         self.parameters = Parameters(model, options.device)
-        self.scheduler = Scheduler(options.max_running_requests, options.max_prefill_tokens)
         self.outbox = Outbox()
         self.version: int | None = None
         self.generated_tokens = 0
@@ -70,7 +74,7 @@ class Generator:
             cache,
             dtype=options.dtype,
             device=options.device,
-            min_queries=_check_arithmetic(shape, options.dtype, options.device),
+            padding=padding,
         )
 
     @property
@@ -176,20 +180,3 @@ class Generator:
         for copy in plan.copies if before else plan.shares:
             if copy.target.routing is not None and copy.source.routing is not None:
                 copy.target.routing.extend(0, copy.source.routing.prefix(copy.length))
-
-
-def _check_arithmetic(shape: ModelShape, dtype: torch.dtype, device: torch.device) -> int:
-    """Query rows to pad attention to; warns where no padding makes a row independent of the rows beside it."""
-    queries = invariance.min_query_rows(shape, dtype, device)
-    faults = invariance.dependent_shapes(shape, dtype, device)
-    if queries is None:
-        faults.append("attention")
-    if faults:
-        logger.warning(
-            "%s matmul on %s computes a row differently beside different numbers of rows (%s): responses may depend on "
-            "the requests beside them, and a seed may not reproduce",
-            dtype,
-            device,
-            ", ".join(faults),
-        )
-    return queries or MIN_ROWS

@@ -13,6 +13,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from miles.services.rollout.engines.torch.attention import ATTENTION_NAME
 from miles.services.rollout.engines.torch.experts import EXPERTS_NAME
 
+_EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
+
 
 class UnsupportedModel(ValueError):
     """The checkpoint's architecture needs something that this engine lacks."""
@@ -27,8 +29,11 @@ class ModelShape:
     kv_heads: int
     head_dim: int
     hidden_size: int
+    intermediate_size: int
     vocabulary: int
     max_positions: int
+    experts: int = 0
+    """Routed experts of a mixture-of-experts layer; 0 in a dense model."""
 
 
 def read_config(hf_checkpoint: str | pathlib.Path) -> Any:
@@ -57,8 +62,10 @@ def model_shape(config: Any) -> ModelShape:
         kv_heads=int(getattr(config, "num_key_value_heads", None) or heads),
         head_dim=int(getattr(config, "head_dim", None) or config.hidden_size // heads),
         hidden_size=int(config.hidden_size),
+        intermediate_size=int(getattr(config, "intermediate_size", None) or 4 * config.hidden_size),
         vocabulary=int(config.vocab_size),
         max_positions=int(config.max_position_embeddings),
+        experts=next((int(count) for name in _EXPERT_COUNTS if (count := getattr(config, name, None))), 0),
     )
 
 
