@@ -168,10 +168,8 @@ class Publication:
     ) -> list[Action]:
         """An engine answered an order; `error` None means done. Answers to other than its open order mean nothing."""
         engine = self.engines.get(engine_id)
-        if engine is None or engine.session != session or engine.in_flight is None:
-            return []
-        flight = engine.in_flight
-        if flight.order.order_id != order_id:
+        flight = None if engine is None or engine.session != session else engine.in_flight
+        if engine is None or flight is None or flight.order.order_id != order_id:
             return []
         engine.in_flight = None
         actions: list[Action] = []
@@ -361,10 +359,9 @@ class Publication:
 
     def _quarantine_late(self, engines: Iterable[Engine], now: Now, actions: list[Action]) -> None:
         for engine in engines:
-            flight = engine.in_flight
-            doing = "nothing" if flight is None else f"{flight.order.kind.value} of version {flight.order.number}"
-            if flight is not None:
-                flight.expired = True
+            doing = "nothing"
+            if (flight := engine.in_flight) is not None:
+                doing, flight.expired = f"{flight.order.kind.value} of version {flight.order.number}", True
             self._quarantine(engine, f"did not get there in time; it was at {doing}", now, actions)
 
     def _lose(self, engine: Engine, now: Now, actions: list[Action]) -> None:

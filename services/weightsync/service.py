@@ -95,7 +95,7 @@ class WeightSyncServicer(weightsync_pb2_grpc.WeightSyncServiceServicer):
         version = request.manifest.version
         await _check_version(version, context)
         try:
-            manifests.validate(request.manifest)
+            await asyncio.to_thread(manifests.validate, request.manifest)  # takes a while for 10^5 tensors
             self._stream(version.job_id, version.stream).prepare(request.manifest, request.handle.shared_memory.path)
         except manifests.ManifestError as error:
             await _invalid(context, f"manifest: {error}")
