@@ -76,7 +76,9 @@ def slot_attention(
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attend from query (1, heads, tokens, head dim) through the cache; returns (1, tokens, heads, head dim)."""
-    step: AttentionStep = kwargs[STEP_ARGUMENT]
+    step: AttentionStep | None = kwargs.get(STEP_ARGUMENT)
+    if step is None:
+        raise NotImplementedError(f"{type(module).__name__} got no {STEP_ARGUMENT}: its model drops unknown arguments")
     for name in _UNSUPPORTED:
         if kwargs.get(name) is not None:
             raise NotImplementedError(f"{type(module).__name__} needs {name}={kwargs[name]!r}, which this engine lacks")
