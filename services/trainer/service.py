@@ -240,9 +240,7 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServiceServicer):
         template = job.config.checkpoint.save_hf
         if template is None and not export_hf:
             return directory, None
-        hf_dir = (
-            pathlib.Path(template.replace("{rollout_id}", str(step))) if template else job.run_dir / "hf" / str(step)
-        )
+        hf_dir = pathlib.Path(template.format(rollout_id=step)) if template else job.run_dir / "hf" / str(step)
         await self._leader.run(Command("save_hf", {"directory": str(hf_dir)}))
         return directory, hf_dir
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from trainer_cases import job_config, random_groups, write_dense_model, write_moe_model
 
+from miles.services.trainer.backends.fsdp import checkpoint
 from miles.services.trainer.backends.fsdp.backend import FsdpBackend
 from miles.types import SampleGroup, SampleStatus
 
@@ -128,6 +129,25 @@ def test_two_steps_per_rollout_take_their_groups_in_order(dense: pathlib.Path) -
     assert_same(weights(both), weights(one_by_one), 1e-3)
 
 
+def test_samples_without_advantage_are_reported_on_and_leave_the_gradient_as_it_is(dense: pathlib.Path) -> None:
+    groups = random_groups(13)
+    for sample in (*groups[1].samples, *groups[3].samples):
+        sample.reward = 1.0
+    # An entropy bonus of nearly nothing has every sample trained on.
+    everything = after_one_step(dense, groups, entropy_coef=1e-30)
+    assert_same(after_one_step(dense, groups), everything, 1e-6)
+    skipped, whole = (train(loaded(dense, entropy_coef=coef), groups) for coef in (0.0, 1e-30))
+    for name in ("train/train_rollout_logprob_abs_diff", "train/grad_norm", "train/loss"):
+        assert skipped[name] == pytest.approx(whole[name], rel=1e-5, abs=1e-7)
+    assert skipped["train/grad_norm"] > 0
+
+
+def test_float16_trains_with_a_scaled_loss(dense: pathlib.Path) -> None:
+    groups = random_groups(14)
+    half = after_one_step(dense, groups, train_dtype="float16")
+    assert_same(half, after_one_step(dense, groups), 1e-2)
+
+
 def test_failed_and_removed_samples_are_not_trained_on(dense: pathlib.Path) -> None:
     groups = random_groups(6)
     kept = after_one_step(dense, groups)
@@ -158,7 +178,7 @@ def test_a_failed_sample_needs_no_reward_and_does_not_shift_its_groups_mean(dens
 
 
 def test_a_rollout_of_the_wrong_size_is_refused(dense: pathlib.Path) -> None:
-    with pytest.raises(ValueError, match="3 groups hold 12 samples"):
+    with pytest.raises(ValueError, match="hold 12 samples"):
         train(loaded(dense), random_groups(1, range(3)))
 
 
@@ -245,6 +265,24 @@ def test_the_reference_gives_a_kl_of_zero_at_first_and_moves_on_request(dense: p
     assert kls[0] == 0
     assert kls[1] > 0
     assert kls[2] == 0
+
+
+def test_a_checkpoint_brings_back_a_reference_that_moved(dense: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    changes = {"use_kl_loss": True, "kl_loss_coef": 0.1, "kl_loss_type": "k3", "ref_update_interval": 2}
+    config = job_config(dense, **changes)
+    first = FsdpBackend(config, tmp_path, torch.device("cpu"))
+    state = first.load()
+    for step in range(3):
+        state.finish_step(train(first, random_groups(step), step))
+    first.save(tmp_path / checkpoint.folder_name(3), state)
+    lost = train(first, random_groups(3), 3)
+    second = FsdpBackend(config, tmp_path, torch.device("cpu"))
+    assert second.load() == state
+    again = train(second, random_groups(3), 3)
+    assert {k: v for k, v in again.items() if k.startswith("train/")} == {
+        k: v for k, v in lost.items() if k.startswith("train/")
+    }
+    assert_same(weights(first), weights(second), 0)
 
 
 def test_training_is_the_same_bit_for_bit_when_repeated_with_two_threads(dense: pathlib.Path) -> None:

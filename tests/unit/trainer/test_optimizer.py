@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from miles.config.optimizer import OptimizerConfig
-from miles.services.trainer.backends.fsdp.optimizer import build_optimizer, clip_gradients, learning_rate
+from miles.services.trainer.backends.fsdp.optimizer import LossScale, build_optimizer, clip_gradients, learning_rate
 
 
 @pytest.mark.parametrize(
@@ -28,22 +28,45 @@ def test_the_learning_rate_follows_its_schedule(settings: dict[str, Any], expect
         assert learning_rate(iteration, config, total_iterations=100) == pytest.approx(rate)
 
 
+def optimizer_with_gradient(gradient: list[float]) -> torch.optim.Optimizer:
+    weight = torch.nn.Parameter(torch.zeros(2))
+    weight.grad = torch.tensor(gradient)
+    return torch.optim.SGD([weight], lr=1.0)
+
+
+def gradient_of(optimizer: torch.optim.Optimizer) -> torch.Tensor:
+    gradient: torch.Tensor = optimizer.param_groups[0]["params"][0].grad
+    return gradient
+
+
 def test_gradients_are_scaled_down_to_the_limit_and_no_further() -> None:
-    layer = torch.nn.Linear(2, 1, bias=False)
-    layer.weight.grad = torch.tensor([[3.0, 4.0]])
-    assert clip_gradients(layer, 10.0) == pytest.approx(5.0)
-    assert layer.weight.grad.tolist() == [[3.0, 4.0]]
-    assert clip_gradients(layer, 0.0) == pytest.approx(5.0)
-    clip_gradients(layer, 1.0)
-    assert layer.weight.grad.norm().item() == pytest.approx(1.0, abs=1e-5)
+    optimizer = optimizer_with_gradient([3.0, 4.0])
+    assert LossScale(dynamic=False).unscale(optimizer) == pytest.approx(5.0)
+    clip_gradients(optimizer, 5.0, 10.0)
+    clip_gradients(optimizer, 5.0, 0.0)
+    assert gradient_of(optimizer).tolist() == [3.0, 4.0]
+    clip_gradients(optimizer, 5.0, 1.0)
+    assert gradient_of(optimizer).norm().item() == pytest.approx(1.0, abs=1e-5)
 
 
-def test_a_gradient_that_is_not_finite_changes_nothing() -> None:
-    layer = torch.nn.Linear(2, 1, bias=False)
-    layer.weight.grad = torch.tensor([[float("nan"), 4.0]])
+def test_a_gradient_that_is_not_finite_is_an_error() -> None:
     with pytest.raises(FloatingPointError, match="norm is nan"):
-        clip_gradients(layer, 1.0)
-    assert layer.weight.grad[0, 1] == 4.0
+        LossScale(dynamic=False).unscale(optimizer_with_gradient([float("nan"), 4.0]))
+
+
+def test_a_dynamic_scale_skips_an_overflow_and_grows_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(LossScale, "GROWTH_INTERVAL", 2)
+    scale = LossScale(dynamic=True)
+    first = scale.value
+    assert scale.unscale(optimizer_with_gradient([float("inf"), 0.0])) is None
+    assert scale.value == first / 2
+    for _ in range(2):
+        assert scale.unscale(optimizer_with_gradient([3 * scale.value, 4 * scale.value])) == pytest.approx(5.0)
+    assert scale.value == first
+    while scale.value > 1:
+        assert scale.unscale(optimizer_with_gradient([float("nan"), 0.0])) is None
+    with pytest.raises(FloatingPointError):
+        scale.unscale(optimizer_with_gradient([float("nan"), 0.0]))
 
 
 def test_vectors_are_not_decayed() -> None:

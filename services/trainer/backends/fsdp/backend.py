@@ -36,6 +36,7 @@ class _Loaded:
     policy: PreTrainedModel
     optimizer: torch.optim.Optimizer
     trainer: RolloutTrainer
+    reference: PreTrainedModel | None
 
 
 class FsdpBackend:
@@ -47,10 +48,10 @@ class FsdpBackend:
     """
 
     def __init__(self, config: JobConfig, checkpoint_dir: pathlib.Path, device: torch.device) -> None:
-        """`checkpoint_dir` is where `save` writes below and, unless the configuration names another, `load` reads."""
+        """`load` resumes from the newest checkpoint in `checkpoint_dir`, or else in the folder that `load` names."""
         self._config = config
         self._device = device
-        self._checkpoint_dir = pathlib.Path(config.checkpoint.load or checkpoint_dir)
+        self._checkpoint_dir = checkpoint_dir
         self._parts: _Loaded | None = None
         self.loaded_from: pathlib.Path | None = None
         """Checkpoint that `load` read; None for the initial weights."""
@@ -73,11 +74,12 @@ class FsdpBackend:
         offload = config.train.fsdp_cpu_offload
         shard(policy, precision, self._device, cpu_offload=offload)
         optimizer = build_optimizer(policy, config.optimizer)
+        reference = self._load_reference(precision.compute) if settings.needs_reference(config) else None
         trainer = RolloutTrainer(
             config,
             policy,
             optimizer,
-            reference=self._load_reference(precision.compute) if settings.needs_reference(config) else None,
+            reference=reference,
             replay=replay,
             options=ForwardOptions(
                 device=self._device,
@@ -88,7 +90,7 @@ class FsdpBackend:
             ),
             total_iterations=(config.data.num_rollout or 0) * config.train.num_steps_per_rollout,
         )
-        self._parts = _Loaded(policy, optimizer, trainer)
+        self._parts = _Loaded(policy, optimizer, trainer, reference)
         return self._restore(self._parts)
 
     def train(
@@ -121,9 +123,14 @@ class FsdpBackend:
         """Write a checkpoint that is there whole or not at all; see `checkpoint`."""
         parts = self._loaded
         record = checkpoint.Record(
-            state, parts.trainer.iteration, dist.get_world_size(), checkpoint.digest(self._config)
+            state=state,
+            iteration=parts.trainer.iteration,
+            world_size=dist.get_world_size(),
+            config_digest=checkpoint.digest(self._config),
+            loss_scale=parts.trainer.loss_scale.value,
+            good_steps=parts.trainer.loss_scale.good_steps,
         )
-        checkpoint.save(directory, parts.policy, self._saved_optimizer(parts), record)
+        checkpoint.save(directory, self._contents(parts), record)
 
     def save_hf(self, directory: pathlib.Path) -> None:
         """See `TrainerBackend.save_hf`; the files' tensors have the rollout's dtype."""
@@ -142,26 +149,36 @@ class FsdpBackend:
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def _load_reference(self, dtype: torch.dtype) -> torch.nn.Module:
+    def _load_reference(self, dtype: torch.dtype) -> PreTrainedModel:
         folder = self._config.checkpoint.ref_load or self._config.rollout.hf_checkpoint
         assert folder is not None
-        reference = load_hf_model(folder, dtype, gradient_checkpointing=False).requires_grad_(False)
+        reference = load_hf_model(folder, dtype, gradient_checkpointing=False)
+        reference.requires_grad_(False)
         offload = self._config.train.fsdp_cpu_offload
         shard(reference, Precision(dtype, dtype), self._device, cpu_offload=offload)
         return reference
 
     def _restore(self, parts: _Loaded) -> TrainerState:
         self.loaded_from = checkpoint.newest(self._checkpoint_dir)
+        if self.loaded_from is None and self._config.checkpoint.load is not None:
+            self.loaded_from = checkpoint.newest(pathlib.Path(self._config.checkpoint.load))
         if self.loaded_from is None:
             return TrainerState()
-        record = checkpoint.load(self.loaded_from, parts.policy, self._saved_optimizer(parts))
-        parts.trainer.iteration = record.iteration
+        record = checkpoint.load(self.loaded_from, self._contents(parts))
+        trainer = parts.trainer
+        trainer.iteration = record.iteration
+        trainer.loss_scale.value, trainer.loss_scale.good_steps = record.loss_scale, record.good_steps
         if record.config_digest != checkpoint.digest(self._config):
             logger.warning("%s was saved under another configuration; going on with the new one", self.loaded_from)
         return record.state
 
-    def _saved_optimizer(self, parts: _Loaded) -> torch.optim.Optimizer | None:
-        return None if self._config.checkpoint.no_save_optim else parts.optimizer
+    def _contents(self, parts: _Loaded) -> checkpoint.Contents:
+        config = self._config
+        return checkpoint.Contents(
+            policy=parts.policy,
+            optimizer=None if config.checkpoint.no_save_optim else parts.optimizer,
+            reference=None if config.algorithm.ref_update_interval is None else parts.reference,
+        )
 
     @property
     def _loaded(self) -> _Loaded:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,7 +13,7 @@ import torch
 
 from miles.algorithms.packing import Packing
 from miles.services.trainer.backends.fsdp.balance import MicroBatchLimits, recut, schedule
-from miles.services.trainer.backends.fsdp.packing import MicroBatch, pack
+from miles.services.trainer.backends.fsdp.packing import EMPTY, MicroBatch, pack
 from miles.types import Sample, SampleGroup, SampleStatus
 
 if TYPE_CHECKING:
@@ -30,6 +30,14 @@ class OptimizerStepPlan:
     """Trained tokens of the step on all ranks."""
     micro_batches: tuple[MicroBatch, ...]
     """This rank's share; the same number on every rank."""
+    observed: tuple[MicroBatch, ...]
+    """Samples of this rank that have no gradient and are only reported on; the same number on every rank."""
+
+    @property
+    def all_micro_batches(self) -> tuple[MicroBatch, ...]:
+        """Both kinds, those with gradients last: after a pass without, FSDP keeps the parameters it has gathered, and
+        would go on computing with them when the optimizer has changed their shards."""
+        return self.observed + self.micro_batches
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,19 +87,26 @@ class RolloutBatch:
         return torch.from_numpy(np.concatenate(values).astype(np.float32)) if values else torch.zeros(0)
 
 
-def build_batch(groups: Sequence[SampleGroup], config: JobConfig, rank: int, ranks: int) -> RolloutBatch:
-    """Order the samples, split them into optimizer steps by group, and cut this rank's share into micro-batches.
+def in_order(groups: Sequence[SampleGroup]) -> tuple[Sample, ...]:
+    """All samples, by group id and index."""
+    ordered = sorted(groups, key=lambda group: group.group_id)
+    return tuple(s for group in ordered for s in sorted(group.samples, key=lambda s: s.index))
 
-    Every rank computes the same schedule from the same groups. Raises ValueError when the samples do not make up
+
+def build_batch(
+    samples: tuple[Sample, ...], config: JobConfig, rank: int, ranks: int, without_gradient: Collection[int] = ()
+) -> RolloutBatch:
+    """Split the samples into optimizer steps, and cut this rank's share into micro-batches.
+
+    `samples` are as `in_order` gives them, `without_gradient` indices of those whose gradient is known to be zero.
+    Every rank computes the same schedule from the same samples. Raises ValueError when they do not make up
     num_steps_per_rollout times global_batch_size.
     """
-    ordered = sorted(groups, key=lambda group: group.group_id)
-    samples = tuple(s for group in ordered for s in sorted(group.samples, key=lambda s: s.index))
     train = config.train
     size, steps = train.global_batch_size, train.num_steps_per_rollout
     if len(samples) != size * steps:
         raise ValueError(
-            f"{len(groups)} groups hold {len(samples)} samples, but num_steps_per_rollout × global_batch_size = "
+            f"the rollout's groups hold {len(samples)} samples, but num_steps_per_rollout × global_batch_size = "
             f"{steps} × {size} = {size * steps}"
         )
     limits = MicroBatchLimits(
@@ -99,13 +114,23 @@ def build_batch(groups: Sequence[SampleGroup], config: JobConfig, rank: int, ran
     )
     plans: list[OptimizerStepPlan] = []
     all_shares: list[list[int]] = [[] for _ in range(ranks)]
-    for step in range(steps):
-        trained = [i for i in range(step * size, (step + 1) * size) if is_trained(samples[i])]
-        shares = schedule(samples, trained, ranks, limits, share_prompts=train.share_prompts)
+
+    def cut(members: Sequence[int]) -> tuple[MicroBatch, ...]:
+        shares = schedule(samples, members, ranks, limits, share_prompts=train.share_prompts)
         for share, micro_batches in zip(all_shares, shares, strict=True):
             share.extend(i for indices in micro_batches for i in indices)
-        packed = tuple(pack(samples, indices, share_prompts=train.share_prompts) for indices in shares[rank])
-        plans.append(OptimizerStepPlan(size, sum(int(response_mask(samples[i]).sum()) for i in trained), packed))
+        return tuple(pack(samples, indices, share_prompts=train.share_prompts) for indices in shares[rank])
+
+    for step in range(steps):
+        trained = [i for i in range(step * size, (step + 1) * size) if is_trained(samples[i])]
+        plans.append(
+            OptimizerStepPlan(
+                num_samples=size,
+                num_tokens=sum(int(response_mask(samples[i]).sum()) for i in trained),
+                micro_batches=cut([i for i in trained if i not in without_gradient]) or (EMPTY,),
+                observed=cut([i for i in trained if i in without_gradient]),
+            )
+        )
     mine = tuple(all_shares[rank])
     return RolloutBatch(
         samples=samples,
@@ -155,6 +180,6 @@ def _log_prob_micro_batches(
     train = config.train
     limit = train.log_probs_max_tokens_per_gpu
     if not train.use_dynamic_batch_size or limit in (None, train.max_tokens_per_gpu):
-        return tuple(micro_batch for plan in plans for micro_batch in plan.micro_batches)
+        return tuple(micro_batch for plan in plans for micro_batch in plan.all_micro_batches)
     cut = recut(samples, shares, MicroBatchLimits(1, limit), share_prompts=train.share_prompts)
     return tuple(pack(samples, indices, share_prompts=train.share_prompts) for indices in cut[rank])

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 RECORD_FILE = "trainer.json"
 LATEST_FILE = "latest"
-_NAME = re.compile(r"step_(\d{8,})")
+_NAME = re.compile(r"step_(\d{8,})(\.old)?")
 _WHERE_AND_HOW = ("run_dir", "host", "redis_url", "load", "save", "name")
 """Settings that may differ between a run and its continuation without changing what is computed (ports too)."""
 
@@ -45,6 +45,9 @@ class Record:
     world_size: int
     """Ranks that wrote it."""
     config_digest: str
+    loss_scale: float = 1.0
+    good_steps: int = 0
+    """Of `LossScale`."""
 
 
 def folder_name(step: int) -> str:
@@ -53,15 +56,18 @@ def folder_name(step: int) -> str:
 
 
 def newest(directory: pathlib.Path) -> pathlib.Path | None:
-    """The complete checkpoint of the most steps below `directory`, or None."""
+    """The complete checkpoint of the most steps below `directory`, or None.
+
+    One that was being replaced when the trainer died is found under its old name.
+    """
     if not directory.is_dir():
         return None
     found = [
-        (int(match[1]), path)
+        (int(match[1]), match[2] is None, path)
         for path in directory.iterdir()
         if (match := _NAME.fullmatch(path.name)) and (path / RECORD_FILE).is_file()
     ]
-    return max(found)[1] if found else None
+    return max(found)[2] if found else None
 
 
 def digest(config: JobConfig) -> str:
@@ -72,9 +78,18 @@ def digest(config: JobConfig) -> str:
     return hashlib.sha256(json.dumps(flat, sort_keys=True).encode()).hexdigest()
 
 
-def save(
-    directory: pathlib.Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer | None, record: Record
-) -> None:
+@dataclasses.dataclass(frozen=True, slots=True)
+class Contents:
+    """What has tensors to save."""
+
+    policy: torch.nn.Module
+    optimizer: torch.optim.Optimizer | None
+    """None to leave its state out."""
+    reference: torch.nn.Module | None
+    """None unless it changes during the run."""
+
+
+def save(directory: pathlib.Path, contents: Contents, record: Record) -> None:
     """Write a checkpoint to `directory`, replacing one of the same name; collective over ranks.
 
     A crash at any moment leaves either no folder of that name, or the old one, or the new one whole.
@@ -84,7 +99,7 @@ def save(
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     dist.barrier()
-    state_dict_saver.save(_tensors(model, optimizer), checkpoint_id=partial)
+    state_dict_saver.save(_tensors(contents), checkpoint_id=partial)
     if dist.get_rank() == 0:
         (partial / RECORD_FILE).write_text(json.dumps(_to_json(record), indent=1))
         _sync_tree(partial)
@@ -101,8 +116,8 @@ def save(
     dist.barrier()
 
 
-def load(directory: pathlib.Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer | None) -> Record:
-    """Read a checkpoint into the model and the optimizer, and restore the random state; collective over ranks.
+def load(directory: pathlib.Path, contents: Contents) -> Record:
+    """Read a checkpoint into the models and the optimizer, and restore the random state; collective over ranks.
 
     Raises FileNotFoundError when it is incomplete and ValueError when the record cannot be read.
     """
@@ -111,24 +126,28 @@ def load(directory: pathlib.Path, model: torch.nn.Module, optimizer: torch.optim
         record = _from_json(json.loads(path.read_text()))
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} cannot be read as a checkpoint's record: {error!r}") from error
-    tensors = _tensors(model, optimizer)
+    tensors = _tensors(contents)
     available = FileSystemReader(directory).read_metadata().state_dict_metadata
     random_key = _random_key()
     if not any(key.startswith(f"{random_key}.") for key in available):
         del tensors[random_key]  # written by fewer ranks
     state_dict_loader.load(tensors, checkpoint_id=directory)
-    model.load_state_dict(tensors["model"])
-    if optimizer is not None:
-        set_optimizer_state_dict(model, optimizer, tensors["optimizer"])
+    contents.policy.load_state_dict(tensors["model"])
+    if contents.optimizer is not None:
+        set_optimizer_state_dict(contents.policy, contents.optimizer, tensors["optimizer"])
+    if contents.reference is not None:
+        contents.reference.load_state_dict(tensors["reference"])
     if random_key in tensors:
         _set_random_state(tensors[random_key])
     return record
 
 
-def _tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, Any]:
-    tensors: dict[str, Any] = {"model": model.state_dict(), _random_key(): _random_state()}
-    if optimizer is not None:
-        tensors["optimizer"] = get_optimizer_state_dict(model, optimizer)
+def _tensors(contents: Contents) -> dict[str, Any]:
+    tensors: dict[str, Any] = {"model": contents.policy.state_dict(), _random_key(): _random_state()}
+    if contents.optimizer is not None:
+        tensors["optimizer"] = get_optimizer_state_dict(contents.policy, contents.optimizer)
+    if contents.reference is not None:
+        tensors["reference"] = contents.reference.state_dict()
     return tensors
 
 
@@ -155,11 +174,14 @@ def _to_json(record: Record) -> dict[str, Any]:
         "iteration": record.iteration,
         "world_size": record.world_size,
         "config_digest": record.config_digest,
+        "loss_scale": record.loss_scale,
+        "good_steps": record.good_steps,
     }
 
 
 def _from_json(data: dict[str, Any]) -> Record:
-    return Record(TrainerState.from_json(data["state"]), data["iteration"], data["world_size"], data["config_digest"])
+    fields = {field.name: data[field.name] for field in dataclasses.fields(Record) if field.name != "state"}
+    return Record(state=TrainerState.from_json(data["state"]), **fields)
 
 
 def _write_atomically(path: pathlib.Path, text: str) -> None:

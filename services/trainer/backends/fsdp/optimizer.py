@@ -54,19 +54,51 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
         group["lr"] = rate
 
 
-def clip_gradients(model: torch.nn.Module, max_norm: float) -> float:
-    """Scale the gradients down to a global L2 norm of `max_norm` (0: only measure); return the norm before.
+class LossScale:
+    """Keeps gradients inside the range of float16: the loss is multiplied by `value`, gradients are divided by it.
 
-    Collective over ranks. Raises FloatingPointError, before anything changed, when the norm is not finite.
+    Not dynamic: the value is 1 and a gradient that is not finite is an error. Dynamic (Micikevicius et al. 2018): such
+    a gradient skips the step and halves the value; it doubles after `GROWTH_INTERVAL` steps without one.
     """
-    parameters = [p for p in model.parameters() if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-    total = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
-    if not math.isfinite(total):
-        raise FloatingPointError(
-            f"the gradient's norm is {total}; the weights were left as they were. A lower lr, a smaller clip range or "
-            "float32 may help; rewards and log-probabilities of this step are worth a look"
-        )
-    if max_norm > 0 and total > max_norm:
-        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
-    return total
+
+    GROWTH_INTERVAL = 1000
+
+    def __init__(self, *, dynamic: bool) -> None:
+        self.dynamic = dynamic
+        self.value = 2.0**14 if dynamic else 1.0
+        self.good_steps = 0
+
+    def unscale(self, optimizer: torch.optim.Optimizer) -> float | None:
+        """Divide the gradients and return their global L2 norm, or None when this step must be skipped.
+
+        Collective over ranks. Raises FloatingPointError, before anything changed, when the norm is not finite and
+        skipping would not help.
+        """
+        gradients = [p.grad for p in _parameters(optimizer) if p.grad is not None]
+        for gradient in gradients if self.dynamic else ():
+            gradient.mul_(1 / self.value)
+        norm = torch.nn.utils.get_total_norm(gradients)
+        total = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+        if math.isfinite(total):
+            self.good_steps += 1
+            if self.dynamic and self.good_steps % self.GROWTH_INTERVAL == 0:
+                self.value *= 2
+            return total
+        if not self.dynamic or self.value <= 1:
+            raise FloatingPointError(
+                f"the gradient's norm is {total}; the weights were left as they were. A lower lr, a smaller clip range "
+                "or train_dtype float32 may help; rewards and log-probabilities of this step are worth a look"
+            )
+        self.value, self.good_steps = self.value / 2, 0
+        return None
+
+
+def clip_gradients(optimizer: torch.optim.Optimizer, norm: float, max_norm: float) -> None:
+    """Scale the gradients, whose global L2 norm is `norm`, down to `max_norm`; 0 leaves them as they are."""
+    if max_norm > 0 and norm > max_norm:
+        torch.nn.utils.clip_grads_with_norm_(_parameters(optimizer), max_norm, torch.tensor(norm))
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> list[torch.nn.Parameter]:
+    """What the optimizer updates: under FSDP, always the shards."""
+    return [p for group in optimizer.param_groups for p in group["params"]]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from miles.algorithms.corrections import CorrectionMethod, IcePop, TruncatedImportanceSampling
-from miles.algorithms.estimators import ESTIMATORS, AdvantageConfig
+from miles.algorithms.estimators import ESTIMATORS, AdvantageConfig, reward_on_every_token
 from miles.algorithms.losses import LossConfig
 from miles.algorithms.mis import MaskedImportanceSampling
 from miles.services.trainer.backends.fsdp.model import Precision
@@ -65,6 +65,22 @@ def needs_log_prob_pass(config: JobConfig) -> bool:
     """
     algorithm = config.algorithm
     return config.train.num_steps_per_rollout > 1 or algorithm.kl_coef > 0 or algorithm.use_mis
+
+
+def zero_reward_is_zero_gradient(config: JobConfig) -> bool:
+    """Whether a sample whose shaped reward is 0 adds nothing to the gradient.
+
+    So it is where advantages are the shaped rewards and no other term has a gradient.
+    """
+    algorithm = config.algorithm
+    estimator = ESTIMATORS[algorithm.advantage_estimator]
+    return (
+        estimator.function is reward_on_every_token
+        and not estimator.whiten
+        and not algorithm.normalize_advantages
+        and algorithm.kl_coef == algorithm.entropy_coef == 0
+        and not (algorithm.use_kl_loss and algorithm.kl_loss_coef)
+    )
 
 
 def _shared_fields(options: type, config: JobConfig) -> dict[str, Any]:

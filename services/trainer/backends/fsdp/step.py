@@ -20,13 +20,19 @@ from miles.algorithms.losses import LossBatch, rl_loss
 from miles.algorithms.metrics import MetricSum, reduce_metrics
 from miles.services.trainer.backend import Progress
 from miles.services.trainer.backends.fsdp import settings
-from miles.services.trainer.backends.fsdp.batch import OptimizerStepPlan, RolloutBatch, build_batch, scalar_reward
+from miles.services.trainer.backends.fsdp.batch import (
+    OptimizerStepPlan,
+    RolloutBatch,
+    build_batch,
+    in_order,
+    scalar_reward,
+)
 from miles.services.trainer.backends.fsdp.forward import ForwardOptions, forward
 from miles.services.trainer.backends.fsdp.model import named_weights
-from miles.services.trainer.backends.fsdp.optimizer import clip_gradients, learning_rate, set_learning_rate
+from miles.services.trainer.backends.fsdp.optimizer import LossScale, clip_gradients, learning_rate, set_learning_rate
 from miles.services.trainer.backends.fsdp.packing import MicroBatch
 from miles.services.trainer.backends.fsdp.routing_replay import RoutingReplay, rollout_routing
-from miles.types import SampleGroup, SampleStatus
+from miles.types import Sample, SampleGroup, SampleStatus
 
 if TYPE_CHECKING:
     from miles.config import JobConfig
@@ -75,28 +81,34 @@ class RolloutTrainer:
         """Routing by identity of the micro-batch, within one rollout."""
         self.iteration = 0
         """Optimizer steps taken."""
+        self.loss_scale = LossScale(dynamic=options.compute is torch.float16)
 
     def train(self, groups: Sequence[SampleGroup], report: Report) -> dict[str, float]:
         """Take the optimizer steps of one rollout; returns metrics by name, the same on every rank."""
         began = time.monotonic()
-        batch = build_batch(groups, self._config, dist.get_rank(), dist.get_world_size())
+        samples = in_order(groups)
+        rewards_N = self._shaped_rewards(samples)
+        idle = (
+            rewards_N.eq(0).nonzero().flatten().tolist() if settings.zero_reward_is_zero_gradient(self._config) else ()
+        )
+        batch = build_batch(samples, self._config, dist.get_rank(), dist.get_world_size(), frozenset(idle))
         self._recorded.clear()
-        tokens = self._prepare(batch, report)
+        tokens = self._prepare(batch, rewards_N, report)
         prepared = time.monotonic()
         parts: list[dict[str, MetricSum]] = []
         norms: list[float] = []
-        count = sum(len(step.micro_batches) for step in batch.steps)
+        count = sum(len(step.all_micro_batches) for step in batch.steps)
         for step in batch.steps:
-            for micro_batch in step.micro_batches:
+            for number, micro_batch in enumerate(step.all_micro_batches):
                 report(Progress("forward_backward", len(parts), count))
-                parts.append(self._forward_backward(batch, step, micro_batch, tokens))
+                with_gradient = number >= len(step.observed)
+                parts.append(self._forward_backward(batch, step, micro_batch, tokens, with_gradient=with_gradient))
             report(Progress("optimizer", len(parts), count))
             norms.append(self._optimizer_step())
         return reduce_metrics(parts, self._group) | {
             "train/grad_norm": sum(norms) / len(norms),
             "train/lr": self._optimizer.param_groups[0]["lr"],
             "perf/log_probs_time": prepared - began,
-            "perf/actor_train_time": time.monotonic() - began,
         }
 
     def update_reference(self) -> None:
@@ -107,7 +119,7 @@ class RolloutTrainer:
                 for name, weight in named_weights(self._reference):
                     weight.copy_(policy[name])
 
-    def _prepare(self, batch: RolloutBatch, report: Report) -> _TokenTensors:
+    def _prepare(self, batch: RolloutBatch, rewards_N: torch.Tensor, report: Report) -> _TokenTensors:
         """Everything that is computed on the whole batch before the first optimizer step."""
         config, device = self._config, self._options.device
         mask = batch.masks().to(device)
@@ -117,13 +129,12 @@ class RolloutTrainer:
         )
         train = self._log_probs(self._policy, batch, report) if settings.needs_log_prob_pass(config) else None
         ref = self._log_probs(self._reference, batch, report) if self._reference is not None else None
-        rewards = self._shaped_rewards(batch)
         advantages = compute_advantages(
             settings.advantage_config(config),
             AdvantageBatch(
                 packing=batch.packing,
                 mask_T=mask,
-                rewards_B=rewards[list(batch.mine)].to(device),
+                rewards_B=rewards_N[list(batch.mine)].to(device),
                 old_log_probs_T=train,
                 ref_log_probs_T=ref,
                 teacher_log_probs_T=teacher,
@@ -143,14 +154,14 @@ class RolloutTrainer:
             )
         return _TokenTensors(mask, advantages.advantages_T, train, ref, rollout, correction)
 
-    def _shaped_rewards(self, batch: RolloutBatch) -> torch.Tensor:
-        """Group-normalised rewards of all samples; float32 [all samples]. FAILED samples stand outside their group."""
-        shaped = torch.zeros(len(batch.samples))
-        scored = [i for i, sample in enumerate(batch.samples) if sample.status is not SampleStatus.FAILED]
+    def _shaped_rewards(self, samples: Sequence[Sample]) -> torch.Tensor:
+        """Group-normalised rewards of all N samples; float32 [N]. FAILED samples stand outside their group."""
+        shaped = torch.zeros(len(samples))
+        scored = [i for i, sample in enumerate(samples) if sample.status is not SampleStatus.FAILED]
         shaped[scored] = shape_rewards(
             settings.advantage_config(self._config),
-            [scalar_reward(batch.samples[i], self._config.reward.reward_key) for i in scored],
-            [batch.samples[i].group_id for i in scored],
+            [scalar_reward(samples[i], self._config.reward.reward_key) for i in scored],
+            [samples[i].group_id for i in scored],
         )
         return shaped
 
@@ -158,7 +169,7 @@ class RolloutTrainer:
         """The model's log-probabilities of this rank's response tokens; float32 [T]."""
         same_cut = self._config.algorithm.use_routing_replay  # recorded routing is kept by micro-batch
         micro_batches = (
-            [m for step in batch.steps for m in step.micro_batches] if same_cut else batch.log_prob_micro_batches
+            [m for step in batch.steps for m in step.all_micro_batches] if same_cut else batch.log_prob_micro_batches
         )
         result = torch.zeros(batch.packing.num_tokens, device=self._options.device)
         for done, micro_batch in enumerate(micro_batches):
@@ -173,18 +184,25 @@ class RolloutTrainer:
         return result
 
     def _forward_backward(
-        self, batch: RolloutBatch, step: OptimizerStepPlan, micro_batch: MicroBatch, tokens: _TokenTensors
+        self,
+        batch: RolloutBatch,
+        step: OptimizerStepPlan,
+        micro_batch: MicroBatch,
+        tokens: _TokenTensors,
+        *,
+        with_gradient: bool,
     ) -> dict[str, MetricSum]:
         """Add the micro-batch's gradient; returns its part of the step's metrics."""
         algorithm = self._config.algorithm
         self._route(batch, micro_batch)
-        outputs = forward(
-            self._policy,
-            micro_batch,
-            self._options,
-            with_entropy=algorithm.entropy_coef != 0 or algorithm.observe_training_entropy,
-            entropy_requires_grad=algorithm.entropy_coef != 0,
-        )
+        with torch.set_grad_enabled(with_gradient):
+            outputs = forward(
+                self._policy,
+                micro_batch,
+                self._options,
+                with_entropy=algorithm.entropy_coef != 0 or algorithm.observe_training_entropy,
+                entropy_requires_grad=algorithm.entropy_coef != 0,
+            )
         where = batch.place(micro_batch).to(self._options.device)
         members = [batch.position(i) for i in micro_batch.samples]
         loss = rl_loss(
@@ -202,19 +220,22 @@ class RolloutTrainer:
             outputs.log_probs_T,
             outputs.entropy_T,
         )
-        # FSDP averages gradients over ranks; the loss is this rank's share of the step's.
-        torch.autograd.backward(loss.loss * dist.get_world_size())
+        if with_gradient:
+            # FSDP averages gradients over ranks; the loss is this rank's share of the step's.
+            torch.autograd.backward(loss.loss * (dist.get_world_size() * self.loss_scale.value))
         return loss.metrics
 
     def _optimizer_step(self) -> float:
         """Clip, step and clear the gradients; returns their norm before clipping."""
         config = self._config.optimizer
-        norm = clip_gradients(self._policy, config.clip_grad)
         set_learning_rate(self._optimizer, learning_rate(self.iteration, config, self._total_iterations))
-        self._optimizer.step()
+        norm = self.loss_scale.unscale(self._optimizer)
+        if norm is not None:
+            clip_gradients(self._optimizer, norm, config.clip_grad)
+            self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         self.iteration += 1
-        return norm
+        return 0.0 if norm is None else norm
 
     def _route(self, batch: RolloutBatch, micro_batch: MicroBatch) -> None:
         """Set the routing of the next forward: the engine's, what was recorded, or the model's own."""
