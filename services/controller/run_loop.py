@@ -28,7 +28,7 @@ from miles.services.controller.job_history import JobHistory
 from miles.services.controller.registry import AttachedWorker, WorkerRegistry
 from miles.services.controller.rollout_link import RolloutLink
 from miles.services.controller.rollout_metrics import batch_metrics
-from miles.services.controller.trainer_link import TrainerLink, activate, release_weights, release_weights
+from miles.services.controller.trainer_link import TrainerLink, activate, release_weights
 
 if TYPE_CHECKING:
     from miles.data import PromptSource
@@ -137,8 +137,6 @@ class RunLoop:
                 await trainer.stop_job()
             await trainer.close()
         with contextlib.suppress(WorkerLostError):
-            await release_weights(self._context, self._weightsync)
-        with contextlib.suppress(WorkerLostError, WorkerFailedError):
             await release_weights(self._context, self._weightsync)
 
     async def _load(self, trainer: TrainerLink) -> None:

@@ -114,11 +114,3 @@ async def activate(context: JobContext, weightsync_address: str, version: int, m
         except WorkerFailedError as error:
             raise WorkerLostError(str(error)) from error
     raise WorkerLostError(f"{what}: the stream ended before the version was active")
-
-
-async def release_weights(context: JobContext, weightsync_address: str) -> None:
-    """Have the weights of an ended job freed."""
-    async with connect(weightsync_address) as channel:
-        stub = weightsync_pb2_grpc.WeightSyncServiceStub(channel)
-        request = weightsync_pb2.ReleaseJobRequest(job_id=context.job_id)
-        await call(stub.ReleaseJob(request), "release of the weights", deadlines.STOP_JOB_S)
