@@ -129,14 +129,14 @@ class RunLoop:
     async def _release_workers(self, links: Sequence[RolloutLink]) -> None:
         """Have every worker drop the job, however it ended, so that the next one finds them free."""
         for link in links:
-            with contextlib.suppress(WorkerLostError):
+            with contextlib.suppress(WorkerLostError, WorkerFailedError):
                 await link.stop_job()
         for worker in self._registry.alive(controller_pb2.WORKER_KIND_TRAINER):
             trainer = TrainerLink(worker, self._context, self._weightsync)
-            with contextlib.suppress(WorkerLostError):
+            with contextlib.suppress(WorkerLostError, WorkerFailedError):
                 await trainer.stop_job()
             await trainer.close()
-        with contextlib.suppress(WorkerLostError):
+        with contextlib.suppress(WorkerLostError, WorkerFailedError):
             await release_weights(self._context, self._weightsync)
 
     async def _load(self, trainer: TrainerLink) -> None:
