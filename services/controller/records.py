@@ -140,10 +140,10 @@ class JobStore:
         entries = await self._redis.xrange(_events_key(job_id), minimum, "+", count)
         return [_event(entry_id, fields) for entry_id, fields in entries]
 
-    async def newest_event_id(self, job_id: str) -> str:
-        """Id of the job's last event; empty when nothing has happened yet."""
-        newest = await self._redis.xrevrange(_events_key(job_id), count=1)
-        return newest[0][0].decode() if newest else ""
+    async def newest_event_id(self, job_id: str, skip: int = 0) -> str:
+        """Id of the job's last event, or of the one `skip` events before it; empty when there is none."""
+        newest = await self._redis.xrevrange(_events_key(job_id), count=skip + 1)
+        return newest[skip][0].decode() if len(newest) > skip else ""
 
     async def watch(self, job_id: str, after_event_id: str) -> AsyncIterator[job_pb2.JobEvent]:
         """Events after the given one, then new ones, until the job has ended and everything was read."""
@@ -184,13 +184,16 @@ def _event(entry_id: bytes, fields: dict[bytes, bytes]) -> job_pb2.JobEvent:
     return event
 
 
-def new_job(config: dict[str, object], num_rollout: int) -> job_pb2.Job:
+def new_job(config: dict[str, object], num_rollout: int, submitted_by: str = "") -> job_pb2.Job:
     """A job record for a validated configuration."""
+    # The id goes into keys, file names and addresses, which a name need not fit.
+    readable = re.sub(r"[^A-Za-z0-9._-]+", "-", str(config.get("name") or "")).strip(".-")[:64] or "job"
     return job_pb2.Job(
-        job_id=f"{config.get('name') or 'job'}-{uuid.uuid4().hex[:8]}",
+        job_id=f"{readable}-{uuid.uuid4().hex[:8]}",
         name=str(config.get("name") or ""),
         state=job_pb2.JOB_STATE_QUEUED,
         config_json=json.dumps(config),
         num_rollout=num_rollout,
         submitted_unix_ns=time.time_ns(),
+        submitted_by=submitted_by,
     )

@@ -59,7 +59,8 @@ class ControllerServicer(controller_pb2_grpc.ControllerServiceServicer):
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
         flat = config.to_flat()
         try:
-            job, created = await self._store.submit(new_job(flat, config.data.num_rollout or 0), request.request_id)
+            record = new_job(flat, config.data.num_rollout or 0, request.submitted_by)
+            job, created = await self._store.submit(record, request.request_id)
         except RunDirTakenError as error:
             await context.abort(grpc.StatusCode.ALREADY_EXISTS, str(error))
         differs = json.loads(job.config_json) != json.loads(json.dumps(flat))
@@ -102,7 +103,10 @@ class ControllerServicer(controller_pb2_grpc.ControllerServiceServicer):
         self, request: controller_pb2.WatchJobRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[controller_pb2.WatchJobResponse]:
         await self._get(request.job_id, context)
-        after = await self._store.newest_event_id(request.job_id) if request.only_new else request.after_event_id
+        after = request.after_event_id
+        if request.only_new or request.newest:
+            skip = 0 if request.only_new else min(request.newest, 100_000)
+            after = await self._store.newest_event_id(request.job_id, skip)
         if after and not is_event_id(after):
             problem = f"after_event_id {after!r} is not one this service gave"
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, problem)

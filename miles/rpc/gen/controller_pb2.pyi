@@ -211,6 +211,7 @@ class SubmitJobRequest(_message.Message):
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     CONFIG_JSON_FIELD_NUMBER: _builtins.int
     ONLY_NEW_FIELD_NUMBER: _builtins.int
+    SUBMITTED_BY_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Idempotency key chosen by the caller; empty means the job is always new."""
     config_json: _builtins.str
@@ -219,16 +220,19 @@ class SubmitJobRequest(_message.Message):
     """Return a job that the same request_id stored before as it is, also when it has ended. Without this, a job that
     failed or was stopped is taken up again with this configuration.
     """
+    submitted_by: _builtins.str
+    """Who submits it: the name of an API key; empty for the command line of the machine itself."""
     def __init__(
         self,
         *,
         request_id: _builtins.str = ...,
         config_json: _builtins.str = ...,
         only_new: _builtins.bool = ...,
+        submitted_by: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["config_json", b"config_json", "only_new", b"only_new", "request_id", b"request_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["config_json", b"config_json", "only_new", b"only_new", "request_id", b"request_id", "submitted_by", b"submitted_by"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -435,22 +439,26 @@ class WatchJobRequest(_message.Message):
     JOB_ID_FIELD_NUMBER: _builtins.int
     AFTER_EVENT_ID_FIELD_NUMBER: _builtins.int
     ONLY_NEW_FIELD_NUMBER: _builtins.int
+    NEWEST_FIELD_NUMBER: _builtins.int
     job_id: _builtins.str
     """The job to follow; NOT_FOUND when there is none."""
     after_event_id: _builtins.str
     """Only events after this one; empty means from the beginning."""
     only_new: _builtins.bool
     """Leave out what happened before the call; after_event_id is then ignored."""
+    newest: _builtins.int
+    """Begin with at most so many of the newest events, a count; after_event_id is then ignored. 0 means not to."""
     def __init__(
         self,
         *,
         job_id: _builtins.str = ...,
         after_event_id: _builtins.str = ...,
         only_new: _builtins.bool = ...,
+        newest: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["after_event_id", b"after_event_id", "job_id", b"job_id", "only_new", b"only_new"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["after_event_id", b"after_event_id", "job_id", b"job_id", "newest", b"newest", "only_new", b"only_new"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

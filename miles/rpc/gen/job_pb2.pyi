@@ -112,6 +112,7 @@ class Job(_message.Message):
     ENDED_UNIX_NS_FIELD_NUMBER: _builtins.int
     ERROR_FIELD_NUMBER: _builtins.int
     SUMMARY_JSON_FIELD_NUMBER: _builtins.int
+    SUBMITTED_BY_FIELD_NUMBER: _builtins.int
     job_id: _builtins.str
     """Unique id, also the prefix of every key the job owns."""
     name: _builtins.str
@@ -134,6 +135,8 @@ class Job(_message.Message):
     """Why the job failed, with what to do about it; empty otherwise."""
     summary_json: _builtins.str
     """Results at the end (eval.before, eval.after, ...), a JSON object; empty before."""
+    submitted_by: _builtins.str
+    """Who submitted it: the name of an API key; empty for the command line of the machine itself."""
     def __init__(
         self,
         *,
@@ -148,10 +151,11 @@ class Job(_message.Message):
         ended_unix_ns: _builtins.int = ...,
         error: _builtins.str = ...,
         summary_json: _builtins.str = ...,
+        submitted_by: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["config_json", b"config_json", "ended_unix_ns", b"ended_unix_ns", "error", b"error", "job_id", b"job_id", "name", b"name", "num_rollout", b"num_rollout", "policy_version", b"policy_version", "started_unix_ns", b"started_unix_ns", "state", b"state", "submitted_unix_ns", b"submitted_unix_ns", "summary_json", b"summary_json"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["config_json", b"config_json", "ended_unix_ns", b"ended_unix_ns", "error", b"error", "job_id", b"job_id", "name", b"name", "num_rollout", b"num_rollout", "policy_version", b"policy_version", "started_unix_ns", b"started_unix_ns", "state", b"state", "submitted_by", b"submitted_by", "submitted_unix_ns", b"submitted_unix_ns", "summary_json", b"summary_json"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

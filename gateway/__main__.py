@@ -1,0 +1,129 @@
+"""`python -m miles.gateway`: the REST API and web page of a controller."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import os
+import pathlib
+import socket
+from collections.abc import Iterator, Sequence
+
+import uvicorn
+
+from miles.gateway.app import create_app
+from miles.gateway.config_policy import resolved_roots
+from miles.gateway.keys import KeyFile, KeyFileError
+from miles.gateway.settings import GatewaySettings, is_loopback
+from miles.rpc import ExitCode, ServiceExit, main
+
+KEYS_ENVIRONMENT = "MILES_KEYS_FILE"
+_STOP_GRACE_S = 3
+
+
+def parse_flags(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The gateway's command line."""
+    parser = argparse.ArgumentParser(prog="python -m miles.gateway", description=__doc__)
+    add = parser.add_argument
+    add("--listen", default="127.0.0.1:8000", metavar="HOST:PORT", help="where to listen; port 0 picks a free one")
+    add("--controller", required=True, metavar="HOST:PORT", help="controller to serve")
+    keys = "file of API keys, made by `miles keys create`; without one only this machine is served, and needs no key"
+    add("--keys-file", type=pathlib.Path, default=os.environ.get(KEYS_ENVIRONMENT), metavar="FILE", help=keys)
+    roots = "folder below which files named by jobs must lie; repeatable; without one, jobs can name no files"
+    add("--allowed-root", action="append", default=[], metavar="DIR", help=roots)
+    add("--runs-dir", metavar="DIR", help="where run folders are made; default: runs below the first allowed root")
+    modules = "module or package from which jobs may load functions; repeatable; without one, none"
+    add("--allowed-module", action="append", default=[], metavar="MODULE", help=modules)
+    flags = "setting passed through to an engine, e.g. sglang_mem_fraction_static, that jobs may give; repeatable"
+    add("--allowed-flag", action="append", default=[], metavar="NAME", help=flags)
+    add("--max-body-bytes", type=int, default=1 << 20, metavar="N", help="largest request body, in bytes")
+    add("--rate-limit", type=float, default=200.0, metavar="N", help="requests a second for each key")
+    add("--https-cert", metavar="FILE", help="certificate chain for HTTPS, PEM")
+    add("--https-key", metavar="FILE", help="its private key, PEM")
+    add("--address-file", type=pathlib.Path, help="write the address served on, as http://HOST:PORT, to this file")
+    return parser.parse_args(arguments)
+
+
+def settings_of(flags: argparse.Namespace) -> GatewaySettings:
+    """Settings from the command line. Raises ServiceExit for a gateway that would be open to everybody."""
+    host = flags.listen.rpartition(":")[0]
+    if flags.keys_file is None and not is_loopback(host):
+        raise ServiceExit(
+            ExitCode.BAD_CONFIG,
+            f"--listen {flags.listen} is open to other machines, and there are no API keys; make one with "
+            "`miles keys create NAME --keys-file FILE` and give --keys-file FILE, or listen on 127.0.0.1",
+        )
+    if flags.keys_file is not None:
+        try:
+            KeyFile(pathlib.Path(flags.keys_file)).list()
+        except (KeyFileError, OSError) as error:
+            raise ServiceExit(ExitCode.BAD_CONFIG, str(error)) from error
+    roots = resolved_roots(flags.allowed_root)
+    runs_dir = resolved_roots([flags.runs_dir])[0] if flags.runs_dir else roots[0] / "runs" if roots else None
+    return GatewaySettings(
+        controller=flags.controller,
+        host=host,
+        keys_file=None if flags.keys_file is None else pathlib.Path(flags.keys_file),
+        allowed_roots=roots,
+        runs_dir=runs_dir,
+        allowed_modules=tuple(flags.allowed_module),
+        allowed_passthrough=tuple(flags.allowed_flag),
+        max_body_bytes=flags.max_body_bytes,
+        requests_per_s=flags.rate_limit,
+        burst=max(1, round(2 * flags.rate_limit)),
+    )
+
+
+class _Server(uvicorn.Server):
+    """A server whose process handles signals as every service does."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+async def serve(flags: argparse.Namespace) -> None:
+    """Serve until cancelled."""
+    settings = settings_of(flags)
+    listener = _listen(flags.listen)
+    config = uvicorn.Config(
+        create_app(settings),
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        ssl_certfile=flags.https_cert,
+        ssl_keyfile=flags.https_key,
+        timeout_graceful_shutdown=_STOP_GRACE_S,
+        timeout_keep_alive=30,
+    )
+    server = _Server(config)
+    url = f"{'https' if flags.https_cert else 'http'}://{settings.host}:{listener.getsockname()[1]}"
+    print(f"listening on {url}", flush=True)
+    if flags.address_file is not None:
+        partial = flags.address_file.with_suffix(".tmp")
+        partial.write_text(url)
+        partial.replace(flags.address_file)
+    serving = asyncio.ensure_future(server.serve([listener]))
+    try:
+        await asyncio.shield(serving)
+    except asyncio.CancelledError:
+        server.should_exit = True
+        await serving
+        raise
+
+
+def _listen(address: str) -> socket.socket:
+    host, _, port = address.rpartition(":")
+    name = host.strip("[]")
+    try:
+        family, _, _, _, where = socket.getaddrinfo(name, int(port), type=socket.SOCK_STREAM)[0]
+        return socket.create_server(where[:2], family=family, backlog=2048)
+    except OSError as error:
+        problem = f"cannot listen on {address} ({error.strerror}); choose another port, or port 0 for any free one"
+        raise ServiceExit(ExitCode.PORT_IN_USE, problem) from error
+
+
+if __name__ == "__main__":
+    parsed = parse_flags()
+    main(lambda: serve(parsed))

@@ -1,0 +1,59 @@
+"""The web application: routes, middleware, error documents, the page."""
+
+from __future__ import annotations
+
+import contextlib
+import pathlib
+from collections.abc import AsyncIterator
+
+from fastapi import FastAPI
+from starlette.middleware import Middleware
+from starlette.staticfiles import StaticFiles
+
+from miles import __version__
+from miles.gateway import openapi, problems
+from miles.gateway.auth import Gatekeeper
+from miles.gateway.backend import Backend
+from miles.gateway.body import BodyLimit
+from miles.gateway.routes import checkpoints, events, health, jobs, logs, metrics, samples, workers
+from miles.gateway.security_headers import SecurityHeaders
+from miles.gateway.settings import GatewaySettings
+from miles.gateway.telemetry import RequestLog, Telemetry
+
+PAGE = pathlib.Path(__file__).parent / "web"
+"""The web page: files served as they are."""
+
+
+def create_app(settings: GatewaySettings) -> FastAPI:
+    """The application for these settings; it connects to the controller when it starts."""
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        async with Backend(settings) as backend:
+            app.state.backend = backend
+            yield
+
+    telemetry = Telemetry()
+    app = FastAPI(
+        title="miles",
+        version=__version__,
+        description=openapi.DESCRIPTION,
+        lifespan=lifespan,
+        docs_url=None,  # the usual page loads its scripts from elsewhere
+        redoc_url=None,
+        middleware=[
+            Middleware(RequestLog, telemetry=telemetry),
+            Middleware(SecurityHeaders),
+            Middleware(BodyLimit, max_bytes=settings.max_body_bytes),
+        ],
+    )
+    app.state.gatekeeper = Gatekeeper(settings)
+    app.state.telemetry = telemetry
+    routers = [part.router for part in (jobs, events, metrics, samples, checkpoints, workers, logs, health)]
+    problems.install(app, routers)
+    for router in routers:
+        app.include_router(router)
+    openapi.install(app)
+    if PAGE.is_dir():
+        app.mount("/", StaticFiles(directory=PAGE, html=True), name="page")
+    return app

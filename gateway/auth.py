@@ -1,0 +1,142 @@
+"""Who asks, and whether they may."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable
+from typing import Annotated
+
+from fastapi import Request, Security
+from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+
+from miles.gateway.keys import KeyFile, Scope
+from miles.gateway.problems import Problem
+from miles.gateway.rate_limit import RateLimit
+from miles.gateway.settings import GatewaySettings, is_loopback
+
+_FAILURES_PER_S = 0.2
+_FAILURE_BURST = 20
+"""Wrong keys that one address may present at once; after that, one every five seconds."""
+
+bearer = HTTPBearer(
+    auto_error=False,
+    scheme_name="ApiKey",
+    description="An API key made by `miles keys create`. A gateway that was started without keys serves only its own "
+    "machine and asks for none.",
+)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Caller:
+    """Who asks."""
+
+    name: str
+    scope: Scope
+
+    def may_change(self, submitted_by: str) -> bool:
+        """Whether the caller may act on a job of this submitter."""
+        return self.scope is Scope.ADMIN or (self.scope.includes(Scope.SUBMIT) and submitted_by == self.name)
+
+
+LOCAL = Caller("local", Scope.ADMIN)
+"""Whoever asks from this machine, where the gateway has no keys."""
+
+
+class Gatekeeper:
+    """Checks keys, scopes, the origin of requests without keys, and rate limits."""
+
+    def __init__(self, settings: GatewaySettings, now: Callable[[], float] = time.monotonic) -> None:
+        self._keys = None if settings.keys_file is None else KeyFile(settings.keys_file)
+        self._now = now
+        self._limit = RateLimit(settings.requests_per_s, settings.burst)
+        self._failures = RateLimit(_FAILURES_PER_S, _FAILURE_BURST)
+
+    def admit(self, request: Request, presented: str | None, needed: Scope) -> Caller:
+        """The caller of a request. Raises Problem."""
+        caller = self._local(request) if self._keys is None else self._keyed(self._keys, request, presented)
+        wait_s = self._limit.take(caller.name, self._now())
+        if wait_s > 0:
+            raise Problem(
+                "too-many-requests",
+                f"{caller.name} asks faster than this gateway allows; wait {wait_s:.2f} s, or follow /events",
+                headers={"Retry-After": str(max(1, round(wait_s)))},
+            )
+        if not caller.scope.includes(needed):
+            raise Problem(
+                "missing-scope",
+                f"key {caller.name!r} has scope {caller.scope}, and this needs {needed}; "
+                f"make one with `miles keys create --scope {needed}`",
+                headers={"WWW-Authenticate": f'Bearer error="insufficient_scope", scope="{needed}"'},
+            )
+        return caller
+
+    def _keyed(self, keys: KeyFile, request: Request, presented: str | None) -> Caller:
+        if presented is None:
+            raise Problem(
+                "missing-key",
+                "send the header `Authorization: Bearer KEY`; `miles keys create` makes a key",
+                headers={"WWW-Authenticate": "Bearer"},
+            )
+        key = keys.verify(presented)
+        if key is None:
+            address = request.client.host if request.client else ""
+            wait_s = self._failures.take(address, self._now())
+            if wait_s > 0:
+                raise Problem(
+                    "too-many-requests",
+                    f"too many wrong keys from {address}; wait {wait_s:.0f} s",
+                    headers={"Retry-After": str(max(1, round(wait_s)))},
+                )
+            raise Problem(
+                "unknown-key",
+                "the key is wrong, was revoked, or has expired; `miles keys list` shows which keys there are",
+                headers={"WWW-Authenticate": 'Bearer error="invalid_token"'},
+            )
+        return Caller(key.name, key.scope)
+
+    def _local(self, request: Request) -> Caller:
+        """Serve this machine alone, and no web page of another site that runs in a browser on it."""
+        address = request.client.host if request.client else ""
+        host = request.headers.get("host", "")
+        origin = request.headers.get("origin")
+        foreign = origin is not None and origin.partition("://")[2] != host
+        cross_site = request.headers.get("sec-fetch-site", "none") not in ("none", "same-origin")
+        if not is_loopback(address) or not is_loopback(_host_name(host)) or foreign or cross_site:
+            raise Problem(
+                "not-local",
+                "this gateway has no API keys and serves only its own machine, under the name localhost; start it with "
+                "--keys-file to serve others",
+            )
+        return LOCAL
+
+
+def _host_name(host: str) -> str:
+    """The name in a Host header, without its port."""
+    if host.startswith("["):
+        return host.partition("]")[0] + "]"
+    return host.rpartition(":")[0] if ":" in host else host
+
+
+Credentials = Annotated[HTTPAuthorizationCredentials | None, Security(bearer)]
+
+
+def _admit(request: Request, credentials: HTTPAuthorizationCredentials | None, needed: Scope) -> Caller:
+    gatekeeper: Gatekeeper = request.app.state.gatekeeper
+    caller = gatekeeper.admit(request, credentials.credentials if credentials else None, needed)
+    request.state.caller = caller.name
+    return caller
+
+
+async def _reader(request: Request, credentials: Credentials) -> Caller:
+    return _admit(request, credentials, Scope.READ)
+
+
+async def _submitter(request: Request, credentials: Credentials) -> Caller:
+    return _admit(request, credentials, Scope.SUBMIT)
+
+
+Reader = Annotated[Caller, Security(_reader)]
+"""A caller who may see everything."""
+Submitter = Annotated[Caller, Security(_submitter)]
+"""A caller who may submit jobs."""

@@ -1,0 +1,133 @@
+"""What a job's configuration may name on this deployment: files below the roots, functions of allowed modules."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+import pathlib
+import re
+import uuid
+from collections.abc import Mapping
+from typing import Any
+
+from miles.config.catalog import Entry, passthroughs
+from miles.config.faults import Fault
+from miles.gateway.config_schema import NAME_PATTERN, is_path, settings, type_faults
+from miles.gateway.settings import GatewaySettings
+
+_SLICE = re.compile(r"@\[[^\]]*\]$")
+"""The rows of a data file: FILE@[a:b]."""
+_OWN_NAME = "job"
+"""Name of a job that has none."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Reviewed:
+    """A body as it is to be checked and submitted further."""
+
+    flat: dict[str, Any]
+    """With absolute paths, and a run folder."""
+    faults: list[Fault]
+    refused: frozenset[str]
+    """Keys with faults: nobody is to look at their values."""
+
+
+def review(body: Mapping[str, Any], policy: GatewaySettings, idempotency_key: str) -> Reviewed:
+    """Check a body against what this deployment allows, and fill in the run folder.
+
+    The folder follows from the job's name and the idempotency key, so that the same submission always has the same one.
+    """
+    flat = {key: value for key, value in body.items() if value is not None}
+    faults = type_faults(flat)
+    mistyped = {fault.field for fault in faults}
+    for key, value in list(flat.items()):
+        if key in mistyped:
+            continue
+        entry = settings().get(key)
+        if entry is not None and is_path(entry):
+            flat[key], found = _confined(entry, value, policy)
+            faults += found
+        elif entry is not None and entry.dotted_path is not None:
+            faults += _allowed_module(entry, value, policy)
+        elif entry is None:
+            faults += _allowed_passthrough(key, value, policy)
+    faults += _name_and_run_dir(flat, mistyped, policy, idempotency_key)
+    return Reviewed(flat, faults, frozenset(fault.field for fault in faults))
+
+
+def _name_and_run_dir(
+    flat: dict[str, Any], mistyped: set[str], policy: GatewaySettings, idempotency_key: str
+) -> list[Fault]:
+    name = flat.setdefault("name", _OWN_NAME)
+    if "name" in mistyped:
+        return []
+    if not re.fullmatch(NAME_PATTERN, name):
+        remedy = "use letters, digits and ._- only, at most 64, the first a letter or digit"
+        return [Fault("name", name, "folders are named after it", remedy)]
+    if "run_dir" in flat:
+        return []
+    if policy.runs_dir is None:
+        return [
+            Fault("run_dir", None, "this gateway has no folder for runs", "set it to a folder below an allowed root")
+        ]
+    unique = hashlib.sha256(idempotency_key.encode()).hexdigest() if idempotency_key else uuid.uuid4().hex
+    flat["run_dir"] = str(policy.runs_dir / f"{name}-{unique[:8]}")
+    return []
+
+
+def _confined(entry: Entry, value: Any, policy: GatewaySettings) -> tuple[Any, list[Fault]]:
+    """The value with its paths made absolute, and the faults of those outside the roots."""
+    if entry.kind is tuple:  # pairs of a name and a file
+        pairs = list(value)
+        faults: list[Fault] = []
+        for i in range(1, len(pairs), 2):
+            pairs[i], found = _confined_path(entry.key, pairs[i], policy)
+            faults += found
+        return pairs, faults
+    return _confined_path(entry.key, value, policy)
+
+
+def _confined_path(key: str, text: str, policy: GatewaySettings) -> tuple[str, list[Fault]]:
+    rows = _SLICE.search(text)
+    path, suffix = (text[: rows.start()], rows[0]) if rows else (text, "")
+    if not policy.allowed_roots:
+        remedy = "start the gateway with --allowed-root FOLDER"
+        return text, [Fault(key, text, "this gateway lets jobs name no files", remedy)]
+    roots = ", ".join(map(str, policy.allowed_roots))
+    try:
+        # Links are followed here, and what is passed on has none left.
+        absolute = pathlib.Path(os.path.realpath(policy.allowed_roots[0] / path))
+    except (OSError, ValueError) as error:
+        return text, [Fault(key, text, f"it cannot be a path ({error})", f"give a path below {roots}")]
+    if not any(absolute.is_relative_to(root) for root in policy.allowed_roots):
+        return text, [Fault(key, text, "it lies outside the folders that jobs may use", f"give a path below {roots}")]
+    return str(absolute) + suffix, []
+
+
+def _allowed_module(entry: Entry, value: str, policy: GatewaySettings) -> list[Fault]:
+    assert entry.dotted_path is not None
+    if value in entry.dotted_path.aliases:
+        return []
+    module = value.rpartition(".")[0]
+    if any(module == allowed or module.startswith(allowed + ".") for allowed in policy.allowed_modules):
+        return []
+    allowed_names = ", ".join(policy.allowed_modules)
+    remedy = (
+        f"name a function of {allowed_names}"
+        if allowed_names
+        else "leave it out, or have the gateway started with --allowed-module"
+    )
+    return [Fault(entry.key, value, "jobs may not load code from that module", remedy)]
+
+
+def _allowed_passthrough(key: str, value: Any, policy: GatewaySettings) -> list[Fault]:
+    if not key.startswith(tuple(passthroughs())) or key in policy.allowed_passthrough:
+        return []  # a key that does not exist is found where all names are known
+    problem = "jobs may not give the engine this flag"
+    return [Fault(key, value, problem, f"leave it out, or have the gateway started with --allowed-flag {key}")]
+
+
+def resolved_roots(folders: list[str]) -> tuple[pathlib.Path, ...]:
+    """Allowed roots, absolute and without links."""
+    return tuple(pathlib.Path(os.path.realpath(folder)) for folder in folders)

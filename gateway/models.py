@@ -1,0 +1,230 @@
+"""Jobs, events and workers as the REST API shows them."""
+
+from __future__ import annotations
+
+import datetime
+import enum
+import json
+from typing import Any, Literal
+
+from pydantic import BaseModel, Field
+
+from miles.rpc.gen import controller_pb2, job_pb2, policy_pb2, weightsync_pb2
+from miles.telemetry.redaction import redact, redact_config
+
+
+class JobState(enum.StrEnum):
+    """Where a job is in its life."""
+
+    QUEUED = "queued"
+    STARTING = "starting"
+    RUNNING = "running"
+    PAUSED = "paused"
+    RECOVERING = "recovering"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+    STOPPED = "stopped"
+
+    @classmethod
+    def of(cls, state: job_pb2.JobState.ValueType) -> JobState:
+        return cls(job_pb2.JobState.Name(state).removeprefix("JOB_STATE_").lower())
+
+    def to_proto(self) -> job_pb2.JobState.ValueType:
+        return job_pb2.JobState.Value(f"JOB_STATE_{self.name}")
+
+
+ENDED = frozenset({JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELLED, JobState.STOPPED})
+"""States in which nothing happens to a job any more, unless it is resumed."""
+
+
+class JobEntry(BaseModel):
+    """A job in a list."""
+
+    id: str = Field(examples=["sums-1f0c2a9b"])
+    name: str = Field(description="The setting `name`", examples=["sums"])
+    state: JobState
+    policy_version: int = Field(description="Training steps done", examples=[12])
+    num_rollout: int = Field(description="Steps the job takes in all; 0 until that is known", examples=[100])
+    submitted_at: datetime.datetime
+    started_at: datetime.datetime | None = Field(default=None, description="When it first ran")
+    ended_at: datetime.datetime | None = None
+    submitted_by: str = Field(description="Name of the API key that submitted it", examples=["alice"])
+    error: str | None = Field(default=None, description="Why it failed and what to do about it")
+
+    @classmethod
+    def of(cls, job: job_pb2.Job) -> JobEntry:
+        return cls(**_entry(job))
+
+
+class Job(JobEntry):
+    """A job with its configuration and results."""
+
+    config: dict[str, Any] = Field(
+        description="Every setting with its value; secrets are blotted out", examples=[{"rollout_batch_size": 16}]
+    )
+    summary: dict[str, Any] = Field(
+        description="Results so far: steps, wall_s, tokens_per_s, time_share, eval.before, eval.after, checkpoint, "
+        "hf_checkpoint",
+        examples=[{"steps": 12, "wall_s": 80.5, "eval": {"before": {"sums": 0.1}, "after": {"sums": 0.9}}}],
+    )
+
+    @classmethod
+    def of(cls, job: job_pb2.Job) -> Job:
+        config = redact_config(json.loads(job.config_json or "{}"))
+        return cls(**_entry(job), config=config, summary=json.loads(job.summary_json or "{}"))
+
+
+class JobPage(BaseModel):
+    """A page of jobs, newest first."""
+
+    jobs: list[JobEntry]
+    next_cursor: str | None = Field(default=None, description="Cursor of the next page; null on the last")
+
+
+class StateEvent(BaseModel):
+    """The job moved to another state."""
+
+    type: Literal["state"] = "state"
+    id: str = Field(examples=["1795362208645-0"])
+    time: datetime.datetime
+    state: JobState
+    reason: str = Field(examples=["every step is done"])
+
+
+class MetricsEvent(BaseModel):
+    """Numbers of one training step."""
+
+    type: Literal["metrics"] = "metrics"
+    id: str
+    time: datetime.datetime
+    step: int = Field(description="Training step, from 0")
+    values: dict[str, float | None] = Field(
+        description="Value by metric name; null when it is no finite number", examples=[{"train/loss": 0.12}]
+    )
+
+
+class LogEvent(BaseModel):
+    """Something a person may want to know."""
+
+    type: Literal["log"] = "log"
+    id: str
+    time: datetime.datetime
+    level: Literal["info", "warning", "error"]
+    source: str = Field(examples=["controller"])
+    text: str
+
+
+Event = StateEvent | MetricsEvent | LogEvent
+
+
+class Version(BaseModel):
+    """What an engine serves of a stream of weights."""
+
+    stream: Literal["policy", "draft"]
+    state: Literal["empty", "serving", "prefetched", "quarantined"]
+    version: int | None = Field(default=None, description="Version it serves; null before the first")
+    last_error: str | None = None
+
+
+class Worker(BaseModel):
+    """A process that serves jobs."""
+
+    id: str = Field(examples=["rollout-0"])
+    kind: Literal["rollout", "trainer", "reward", "weightsync"]
+    health: Literal["good", "stuck", "quarantined", "lost"] = Field(
+        description="stuck: sends heartbeats without progress; quarantined: out of routing until it holds verified "
+        "weights; lost: sends no heartbeats"
+    )
+    activity: str = Field(description="What it is doing", examples=["generating"])
+    load: dict[str, float] = Field(description="Load numbers by name", examples=[{"running_requests": 12}])
+    progress: int = Field(description="Work done so far in its own unit: tokens, samples, micro-batches")
+    version: int | None = Field(default=None, description="Version of the policy it holds; null when it holds none")
+    versions: list[Version] = Field(description="What it serves as an engine, per stream of weights")
+    address: str = Field(description="Where its gRPC server listens", examples=["127.0.0.1:50061"])
+    gpus: int
+    info: dict[str, Any] = Field(examples=[{"pid": 4711, "host": "node-1"}])
+    last_seen_at: datetime.datetime
+    progress_at: datetime.datetime | None = Field(default=None, description="When its progress last changed")
+
+
+class WorkerList(BaseModel):
+    """Workers, by id."""
+
+    workers: list[Worker]
+
+
+def event_model(event: job_pb2.JobEvent) -> Event:
+    """An event as the API shows it."""
+    head: dict[str, Any] = {"id": event.event_id, "time": moment(event.unix_ns)}
+    match event.WhichOneof("kind"):
+        case "state_changed":
+            state = JobState.of(event.state_changed.state)
+            return StateEvent(**head, state=state, reason=redact(event.state_changed.reason))
+        case "metrics":
+            values = {name: finite(value) for name, value in sorted(event.metrics.values.items())}
+            return MetricsEvent(**head, step=event.metrics.step, values=values)
+        case _:
+            level = job_pb2.LogLevel.Name(event.log.level).removeprefix("LOG_LEVEL_").lower()
+            known = level if level in ("info", "warning", "error") else "info"
+            return LogEvent(**head, level=known, source=event.log.source, text=redact(event.log.text))  # type: ignore[arg-type]
+
+
+def worker_model(worker: controller_pb2.Worker, policy_version: int | None) -> Worker:
+    """A worker as the API shows it; `policy_version` is that of the job it trains, if it is a trainer."""
+    versions = [
+        Version(
+            stream=_lower(policy_pb2.WeightStream.Name(held.stream), "WEIGHT_STREAM_"),  # type: ignore[arg-type]
+            state=_lower(weightsync_pb2.EngineState.Name(held.state), "ENGINE_STATE_"),  # type: ignore[arg-type]
+            version=held.version if held.HasField("version") else None,
+            last_error=redact(held.last_error) or None,
+        )
+        for held in worker.versions
+    ]
+    kind = _lower(controller_pb2.WorkerKind.Name(worker.registration.kind), "WORKER_KIND_")
+    held = next((version.version for version in versions if version.stream == "policy"), None)
+    return Worker(
+        id=worker.registration.worker_id,
+        kind=kind,  # type: ignore[arg-type]
+        health=_lower(controller_pb2.WorkerHealth.Name(worker.health), "WORKER_HEALTH_"),  # type: ignore[arg-type]
+        activity=worker.heartbeat.activity,
+        load=dict(worker.heartbeat.load),
+        progress=worker.heartbeat.progress,
+        version=policy_version if kind == "trainer" and worker.alive else held,
+        versions=versions,
+        address=worker.registration.address,
+        gpus=worker.registration.num_gpus,
+        info=redact_config(json.loads(worker.registration.info_json or "{}")),
+        last_seen_at=moment(worker.last_seen_unix_ns),
+        progress_at=moment(worker.progress_unix_ns) if worker.progress_unix_ns else None,
+    )
+
+
+def moment(unix_ns: int) -> datetime.datetime:
+    """A time, to the microsecond."""
+    seconds, rest = divmod(unix_ns, 1_000_000_000)
+    return datetime.datetime.fromtimestamp(seconds, datetime.UTC).replace(microsecond=rest // 1000)
+
+
+def finite(value: float) -> float | None:
+    """The value, or None for what JSON cannot say."""
+    return value if value - value == 0.0 else None
+
+
+def _entry(job: job_pb2.Job) -> dict[str, Any]:
+    return {
+        "id": job.job_id,
+        "name": job.name,
+        "state": JobState.of(job.state),
+        "policy_version": job.policy_version,
+        "num_rollout": job.num_rollout,
+        "submitted_at": moment(job.submitted_unix_ns),
+        "started_at": moment(job.started_unix_ns) if job.started_unix_ns else None,
+        "ended_at": moment(job.ended_unix_ns) if job.ended_unix_ns else None,
+        "submitted_by": job.submitted_by,
+        "error": redact(job.error) or None,
+    }
+
+
+def _lower(name: str, prefix: str) -> str:
+    return name.removeprefix(prefix).lower()

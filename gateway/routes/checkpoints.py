@@ -1,0 +1,113 @@
+"""Checkpoints of a job, and their export as a download."""
+
+from __future__ import annotations
+
+import datetime
+import tarfile
+from collections.abc import AsyncIterator
+from typing import Annotated
+
+from fastapi import APIRouter, Path
+from pydantic import BaseModel, Field
+from starlette.responses import StreamingResponse
+
+from miles.gateway.auth import Reader
+from miles.gateway.controller import Controller
+from miles.gateway.models import moment
+from miles.gateway.problems import Problem
+from miles.gateway.routes.common import Gateway, JobId, problems
+from miles.rpc.gen import records_pb2
+
+router = APIRouter(prefix="/v1/jobs", tags=["checkpoints"])
+
+_BLOCK = tarfile.BLOCKSIZE
+
+
+class ExportFile(BaseModel):
+    """A file of a checkpoint in Hugging Face form."""
+
+    name: str = Field(examples=["model.safetensors"])
+    size_bytes: int
+
+
+class Checkpoint(BaseModel):
+    """What was saved after a step."""
+
+    step: int = Field(description="Training steps done when it was saved")
+    saved_at: datetime.datetime
+    state_bytes: int = Field(description="Size of the training state; 0 when only the export is there")
+    hf_files: list[ExportFile] = Field(description="The weights in Hugging Face form; empty when not exported")
+
+
+class CheckpointList(BaseModel):
+    """Checkpoints, newest first."""
+
+    checkpoints: list[Checkpoint]
+
+
+@router.get(
+    "/{job_id}/checkpoints",
+    response_model=CheckpointList,
+    operation_id="listCheckpoints",
+    responses=problems("unknown-job"),
+)
+async def list_checkpoints(gateway: Gateway, caller: Reader, job_id: JobId) -> CheckpointList:
+    """Checkpoints on disk."""
+    return CheckpointList(
+        checkpoints=[
+            Checkpoint(
+                step=checkpoint.step,
+                saved_at=moment(checkpoint.saved_unix_ns),
+                state_bytes=checkpoint.state_bytes,
+                hf_files=[ExportFile(name=file.name, size_bytes=file.size_bytes) for file in checkpoint.hf_files],
+            )
+            for checkpoint in await gateway.controller.checkpoints(job_id)
+        ]
+    )
+
+
+@router.get(
+    "/{job_id}/checkpoints/{step}/download",
+    operation_id="downloadCheckpoint",
+    response_class=StreamingResponse,
+    responses={
+        200: {
+            "description": "A tar archive of the Hugging Face folder",
+            "content": {"application/x-tar": {"schema": {"type": "string", "format": "binary"}}},
+        },
+        **problems("unknown-job", "not-found"),
+    },
+)
+async def download_checkpoint(
+    gateway: Gateway, caller: Reader, job_id: JobId, step: Annotated[int, Path(ge=0, le=2**53)]
+) -> StreamingResponse:
+    """The checkpoint of a step in Hugging Face form, as a tar archive that is made while it is sent."""
+    checkpoints = await gateway.controller.checkpoints(job_id)
+    found = next((checkpoint for checkpoint in checkpoints if checkpoint.step == step), None)
+    if found is None or not found.hf_files:
+        exported = ", ".join(str(other.step) for other in checkpoints if other.hf_files) or "none yet"
+        raise Problem("not-found", f"job {job_id} has no export of step {step}; steps that have one: {exported}")
+    folder = f"{job_id}-step{step}"
+    size = sum(_BLOCK + -(-file.size_bytes // _BLOCK) * _BLOCK for file in found.hf_files) + 2 * _BLOCK
+    headers = {"Content-Length": str(size), "Content-Disposition": f'attachment; filename="{folder}.tar"'}
+    archive = _archive(gateway.controller, job_id, found, folder)
+    return StreamingResponse(archive, media_type="application/x-tar", headers=headers)
+
+
+async def _archive(
+    controller: Controller, job_id: str, checkpoint: records_pb2.Checkpoint, folder: str
+) -> AsyncIterator[bytes]:
+    """A tar archive of the export's files, piece by piece: nothing is held as a whole."""
+    for file in checkpoint.hf_files:
+        entry = tarfile.TarInfo(f"{folder}/{file.name}")
+        entry.size = file.size_bytes
+        entry.mtime = checkpoint.saved_unix_ns // 1_000_000_000
+        yield entry.tobuf(tarfile.GNU_FORMAT)
+        sent = 0
+        async for piece in controller.read_export(job_id, checkpoint.step, file.name):
+            sent += len(piece)
+            yield piece
+        if sent != file.size_bytes:
+            raise RuntimeError(f"{file.name} of step {checkpoint.step} changed while it was sent")
+        yield bytes(-sent % _BLOCK)
+    yield bytes(2 * _BLOCK)

@@ -1,0 +1,49 @@
+"""What the routes of all resources share."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from fastapi import Depends, Path, Query, Request
+
+from miles.gateway.backend import Backend
+from miles.gateway.problems import KINDS, MEDIA_TYPE, ProblemModel
+
+JobId = Annotated[
+    str, Path(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$", description="Id of the job", examples=["sums-1f0c2a9b"])
+]
+Cursor = Annotated[
+    str, Query(max_length=200, pattern=r"^[A-Za-z0-9._-]*$", description="`next_cursor` of the page before")
+]
+
+
+def _backend(request: Request) -> Backend:
+    backend: Backend = request.app.state.backend
+    return backend
+
+
+Gateway = Annotated[Backend, Depends(_backend)]
+
+
+def problems(*kinds: str) -> dict[int | str, dict[str, Any]]:
+    """The problem documents that an operation can answer with, for its description."""
+    described: dict[int | str, dict[str, Any]] = {}
+    for kind in (*kinds, *_ANYWHERE):
+        status, title = KINDS[kind]
+        entry = described.setdefault(status, {"model": ProblemModel, "description": title, "content": {}})
+        example = {"type": f"/problems/{kind}", "title": title, "status": status, "detail": "what to do about it"}
+        examples = entry["content"].setdefault(MEDIA_TYPE, {"examples": {}})["examples"]
+        examples[kind] = {"value": example}
+    return described
+
+
+_ANYWHERE = (
+    "missing-key",
+    "unknown-key",
+    "not-local",
+    "missing-scope",
+    "invalid-request",
+    "too-many-requests",
+    "controller-failed",
+    "controller-away",
+)

@@ -1,0 +1,68 @@
+"""A job's events as they happen."""
+
+from __future__ import annotations
+
+import time
+from typing import Annotated
+
+from fastapi import APIRouter, Header, Query
+from starlette.responses import StreamingResponse
+
+from miles.gateway.auth import Reader
+from miles.gateway.problems import Problem
+from miles.gateway.routes.common import Gateway, JobId, problems
+
+router = APIRouter(prefix="/v1/jobs", tags=["events"])
+
+_EVENT_ID = r"^\d{1,15}-\d{1,15}$"
+_EXAMPLE = (
+    'id: 1795362208645-0\nevent: state\ndata: {"type":"state","id":"1795362208645-0",'
+    '"time":"2026-01-01T00:00:00Z","state":"running","reason":"at step 0"}\n\n'
+)
+
+
+@router.get(
+    "/{job_id}/events",
+    operation_id="watchJob",
+    response_class=StreamingResponse,
+    responses={
+        200: {
+            "description": "Server-sent events named state, metrics and log, whose data is an Event; a last one named "
+            "end when the job has ended. Comments come in between while nothing happens.",
+            "content": {"text/event-stream": {"schema": {"type": "string"}, "example": _EXAMPLE}},
+        },
+        **problems("unknown-job", "too-many-watchers"),
+    },
+)
+async def watch_job(
+    gateway: Gateway,
+    caller: Reader,
+    job_id: JobId,
+    last_event_id: Annotated[
+        str | None, Header(pattern=_EVENT_ID, description="Only events after this one; browsers send it by themselves")
+    ] = None,
+    after: Annotated[
+        str | None, Query(pattern=_EVENT_ID, description="The same, for a first request; the header goes before")
+    ] = None,
+    follow: Annotated[bool, Query(description="Go on with events as they happen")] = True,
+) -> StreamingResponse:
+    """The job's history, then what happens, as server-sent events, until the job has ended."""
+    await gateway.job(job_id)
+    settings = gateway.settings
+    if gateway.feeds.watchers >= settings.max_watchers:
+        raise Problem(
+            "too-many-watchers",
+            f"{settings.max_watchers} event streams are open; close some, or try again later",
+            headers={"Retry-After": "10"},
+        )
+    events = gateway.feeds.events(
+        job_id,
+        last_event_id or after or "",
+        heartbeat_s=settings.heartbeat_s,
+        end_s=time.monotonic() + settings.stream_s,
+        follow=follow,
+    )
+    # Proxies must neither keep events back nor keep them for others.
+    return StreamingResponse(
+        events, media_type="text/event-stream", headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+    )

@@ -1,0 +1,171 @@
+"""Jobs: submit, list, show, act."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Header, Query, Request
+from starlette.responses import Response
+
+from miles.config.faults import Fault
+from miles.gateway.auth import Caller, Reader, Submitter
+from miles.gateway.body import read_json
+from miles.gateway.config_policy import review
+from miles.gateway.config_schema import body_schema, example_body, fault_documents
+from miles.gateway.models import Job, JobEntry, JobPage, JobState
+from miles.gateway.problems import Problem, faults_detail
+from miles.gateway.routes.common import Cursor, Gateway, JobId, problems
+from miles.rpc.gen import controller_pb2
+
+router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
+
+Key = Annotated[
+    str | None,
+    Header(
+        alias="Idempotency-Key",
+        min_length=1,
+        max_length=200,
+        pattern=r"^[!-~]+$",
+        description="Any text of your own. Repeating a request with the same key has no further effect and gives the "
+        "same answer, so that a request whose answer was lost can be sent again.",
+        examples=["6f1c2f0e-9f43-4f0e-8f0a-0d6c7d2b9a11"],
+    ),
+]
+_BODY = {
+    "requestBody": {
+        "required": True,
+        "content": {"application/json": {"schema": body_schema(), "example": example_body()}},
+    }
+}
+
+
+@router.post(
+    "",
+    status_code=201,
+    response_model=Job,
+    operation_id="submitJob",
+    openapi_extra=_BODY,
+    responses={
+        200: {"model": Job, "description": "The job that an earlier request with the same key made"},
+        **problems("malformed-body", "conflict", "body-too-large", "unsupported-media-type", "invalid-config"),
+    },
+)
+async def submit_job(
+    request: Request,
+    response: Response,
+    gateway: Gateway,
+    caller: Submitter,
+    key: Key = None,
+    dry_run: Annotated[bool, Query(description="Check the configuration and store nothing: answers 204")] = False,
+) -> Any:
+    """Submit a job: the settings of the command line as one flat object. Everything that is wrong with it is listed."""
+    body = await read_json(request)
+    request_id = f"rest:{caller.name}:{key}" if key else ""
+    flat = await _checked(gateway, body, request_id)
+    if dry_run:
+        return Response(status_code=204)
+    answer = await gateway.controller.submit(
+        controller_pb2.SubmitJobRequest(
+            request_id=request_id, config_json=json.dumps(flat), only_new=True, submitted_by=caller.name
+        )
+    )
+    if answer.differs:
+        raise Problem(
+            "key-reused",
+            f"job {answer.job.job_id} was submitted with this Idempotency-Key and another configuration; "
+            "send a new key with a new configuration",
+        )
+    response.status_code = 201 if answer.created else 200
+    response.headers["Location"] = f"/v1/jobs/{answer.job.job_id}"
+    return Job.of(answer.job)
+
+
+async def _checked(gateway: Gateway, body: dict[str, Any], request_id: str) -> dict[str, Any]:
+    """The configuration to submit. Raises a Problem that lists all of its faults."""
+    reviewed = review(body, gateway.settings, request_id)
+    others = await gateway.controller.check_config(json.dumps(reviewed.flat), sorted(reviewed.refused))
+    faults = [
+        *reviewed.faults,
+        *(Fault(fault.field, json.loads(fault.value_json), fault.problem, fault.remedy) for fault in others),
+    ]
+    if faults:
+        documents = fault_documents(faults)
+        raise Problem("invalid-config", faults_detail(documents), faults=documents)
+    return reviewed.flat
+
+
+@router.get("", response_model=JobPage, operation_id="listJobs", responses=problems("invalid-cursor"))
+async def list_jobs(
+    gateway: Gateway,
+    caller: Reader,
+    state: Annotated[list[JobState] | None, Query(description="Only jobs in one of these states")] = None,
+    limit: Annotated[int, Query(ge=1, le=500)] = 50,
+    cursor: Cursor = "",
+) -> JobPage:
+    """Jobs, newest first."""
+    try:
+        page = await gateway.controller.jobs([item.to_proto() for item in state or ()], limit, cursor)
+    except Problem as problem:
+        raise (Problem("invalid-cursor", problem.detail) if problem.kind == "invalid-request" else problem) from None
+    return JobPage(jobs=[JobEntry.of(job) for job in page.jobs], next_cursor=page.next_page_token or None)
+
+
+@router.get("/{job_id}", response_model=Job, operation_id="getJob", responses=problems("unknown-job"))
+async def get_job(gateway: Gateway, caller: Reader, job_id: JobId) -> Response:
+    """One job, with its configuration and results."""
+    return Response(await gateway.encoded_job(job_id), media_type="application/json")
+
+
+_ACTION: dict[str, Any] = {
+    "status_code": 202,
+    "response_model": Job,
+    "responses": problems("unknown-job", "not-possible-now"),
+}
+
+
+@router.post("/{job_id}/pause", operation_id="pauseJob", **_ACTION)
+async def pause_job(gateway: Gateway, caller: Submitter, job_id: JobId, key: Key = None) -> Job:
+    """Hold the job once what runs has ended; its workers stay loaded."""
+    return await _act(gateway, caller, job_id, controller_pb2.JOB_ACTION_PAUSE, key)
+
+
+@router.post("/{job_id}/resume", operation_id="resumeJob", **_ACTION)
+async def resume_job(gateway: Gateway, caller: Submitter, job_id: JobId, key: Key = None) -> Job:
+    """Let a paused job go on; take up one that failed or was stopped from its newest checkpoint."""
+    return await _act(gateway, caller, job_id, controller_pb2.JOB_ACTION_RESUME, key)
+
+
+@router.post("/{job_id}/stop", operation_id="stopJob", **_ACTION)
+async def stop_job(gateway: Gateway, caller: Submitter, job_id: JobId, key: Key = None) -> Job:
+    """Save a checkpoint and end the job, so that it can be resumed."""
+    return await _act(gateway, caller, job_id, controller_pb2.JOB_ACTION_STOP, key)
+
+
+@router.post("/{job_id}/cancel", operation_id="cancelJob", **_ACTION)
+async def cancel_job(gateway: Gateway, caller: Submitter, job_id: JobId, key: Key = None) -> Job:
+    """End the job for good, without saving."""
+    return await _act(gateway, caller, job_id, controller_pb2.JOB_ACTION_CANCEL, key)
+
+
+@router.post("/{job_id}/checkpoint", operation_id="checkpointJob", **_ACTION)
+async def checkpoint_job(gateway: Gateway, caller: Submitter, job_id: JobId, key: Key = None) -> Job:
+    """Save a checkpoint after the current step and go on."""
+    return await _act(gateway, caller, job_id, controller_pb2.JOB_ACTION_CHECKPOINT, key)
+
+
+async def _act(
+    gateway: Gateway, caller: Caller, job_id: str, action: controller_pb2.JobAction.ValueType, key: str | None
+) -> Job:
+    """Have an action taken up; the answer is the job as it is then, which need not be where the action leads."""
+    job = await gateway.job(job_id)
+    if not caller.may_change(job.submitted_by):
+        raise Problem(
+            "missing-scope",
+            f"job {job_id} was submitted by {job.submitted_by or 'the command line'}, and key {caller.name!r} may only "
+            "act on jobs it submitted; use a key with scope admin",
+        )
+    operation = f"rest:{caller.name}:{key}" if key else ""
+    changed = await gateway.controller.control(job_id, action, operation)
+    gateway.forget(job_id)
+    return Job.of(changed)

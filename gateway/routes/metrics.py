@@ -1,0 +1,116 @@
+"""Numbers of a job over its steps, and which activity went on when."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from fastapi import APIRouter, Query
+from pydantic import BaseModel, Field
+
+from miles.gateway.auth import Reader
+from miles.gateway.models import finite
+from miles.gateway.problems import Problem
+from miles.gateway.routes.common import Gateway, JobId, problems
+from miles.rpc.gen import records_pb2
+
+router = APIRouter(prefix="/v1/jobs", tags=["metrics"])
+
+_MAX_STEP = 2**53
+Name = Annotated[str, Query(min_length=1, max_length=200, pattern=r"^[^\x00-\x1f\x7f]+$")]
+
+
+class Series(BaseModel):
+    """One metric over steps. The three lists are equally long."""
+
+    name: str = Field(examples=["rollout/raw_reward"])
+    steps: list[int] = Field(description="Training steps, ascending", examples=[[0, 1, 2]])
+    values: list[float | None] = Field(
+        description="Null where no finite number was recorded", examples=[[0.1, None, 0.3]]
+    )
+    unix_s: list[float] = Field(
+        description="When each was recorded, in seconds since 1970",
+        examples=[[1795362208.1, 1795362209.2, 1795362210.3]],
+    )
+
+
+class MetricSet(BaseModel):
+    """Series that were asked for."""
+
+    series: list[Series]
+    names: list[str] = Field(description="Every metric the job has", examples=[["rollout/raw_reward", "train/loss"]])
+    newest_step: int | None = Field(default=None, description="Newest step with any number; null before the first")
+
+
+class Span(BaseModel):
+    """A stretch of time in which one activity went on."""
+
+    activity: str = Field(description="generate, train or sync", examples=["train"])
+    step: int = Field(description="Training step that was current when it ended")
+    start_unix_s: float
+    end_unix_s: float
+
+
+class Timeline(BaseModel):
+    """Activities by the time they ended. Activities may overlap."""
+
+    spans: list[Span]
+
+
+@router.get("/{job_id}/metrics", response_model=MetricSet, operation_id="getMetrics", responses=problems("unknown-job"))
+async def get_metrics(
+    gateway: Gateway,
+    caller: Reader,
+    job_id: JobId,
+    name: Annotated[
+        list[Name] | None,
+        Query(max_length=100, description="Metrics to return, by name or as `beginning*`; all when none is named"),
+    ] = None,
+    start: Annotated[int, Query(ge=0, le=_MAX_STEP, description="First training step")] = 0,
+    end: Annotated[
+        int | None, Query(ge=0, le=_MAX_STEP, description="Last training step, included; the newest when not given")
+    ] = None,
+    step: Annotated[int, Query(ge=1, le=1_000_000, description="One value for so many training steps: their mean")] = 1,
+) -> MetricSet:
+    """Metrics over a range of training steps."""
+    if end is not None and end < start:
+        fault = {"field": "query.end", "value": end, "problem": f"it is below start = {start}", "remedy": "raise it"}
+        raise Problem("invalid-request", "end is below start", faults=[fault])
+    request = records_pb2.ListMetricsRequest(
+        job_id=job_id, names=sorted(set(name or ())), first_step=start, stride=step
+    )
+    if end is not None:
+        request.last_step = end
+    answer = await gateway.metrics(request)
+    return MetricSet(
+        series=[
+            Series(
+                name=series.name,
+                steps=list(series.steps),
+                values=[finite(value) for value in series.values],
+                unix_s=list(series.unix_s),
+            )
+            for series in answer.series
+        ],
+        names=list(answer.names),
+        newest_step=answer.newest_step if answer.HasField("newest_step") else None,
+    )
+
+
+@router.get(
+    "/{job_id}/timeline", response_model=Timeline, operation_id="getTimeline", responses=problems("unknown-job")
+)
+async def get_timeline(
+    gateway: Gateway,
+    caller: Reader,
+    job_id: JobId,
+    after_unix_s: Annotated[float, Query(ge=0, le=1e12, description="Only spans that end after this time")] = 0.0,
+    limit: Annotated[int, Query(ge=1, le=10_000, description="At most so many, the newest")] = 1000,
+) -> Timeline:
+    """Which activity of the run went on when."""
+    request = records_pb2.ListActivityRequest(job_id=job_id, after_unix_s=after_unix_s, limit=limit)
+    return Timeline(
+        spans=[
+            Span(activity=span.activity, step=span.step, start_unix_s=span.start_unix_s, end_unix_s=span.end_unix_s)
+            for span in await gateway.controller.activity(request)
+        ]
+    )

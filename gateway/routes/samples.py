@@ -1,0 +1,110 @@
+"""Samples that a job trained on."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Query
+from pydantic import BaseModel, Field
+
+from miles.gateway.auth import Reader
+from miles.gateway.problems import Problem
+from miles.gateway.routes.common import Cursor, Gateway, JobId, problems
+from miles.rpc.gen import records_pb2, sample_pb2
+
+router = APIRouter(prefix="/v1/jobs", tags=["samples"])
+
+
+class VersionSpan(BaseModel):
+    """Which version of the weights sampled the response tokens from `start` up to `end`."""
+
+    version: int
+    start: int
+    end: int
+
+
+class LogProbDiff(BaseModel):
+    """|trainer's - engine's log-probability| over trained tokens: how far engine and trainer disagree."""
+
+    mean: float
+    max: float
+
+
+class Sample(BaseModel):
+    """A sample as a training step saw it."""
+
+    step: int = Field(description="Training step, from 0")
+    group_id: int = Field(description="Samples of the same prompt have the same")
+    index: int = Field(description="Place within the group")
+    prompt: str | list[dict[str, Any]] = Field(description="Text, or chat messages", examples=["1 + 2 ="])
+    response: str = Field(examples=[" 3"])
+    label: str | None = Field(default=None, description="What the reward compared with", examples=["3"])
+    reward: float | None = Field(default=None, description="The number trained on; null when it was not scored")
+    reward_parts: dict[str, float] = Field(description="The reward's parts, when it has several")
+    status: Literal["unspecified", "pending", "completed", "truncated", "aborted", "failed"]
+    response_length: int = Field(description="Tokens of the response")
+    versions: list[VersionSpan] = Field(description="Which weights sampled which tokens")
+    log_prob_diff: LogProbDiff | None = Field(default=None, description="Null when one side is not known")
+    advantage: float | None = Field(default=None, description="Mean over trained tokens; null when not trained on")
+    cut: bool = Field(description="Prompt or response was too long to be kept whole")
+
+
+class SamplePage(BaseModel):
+    """A page of samples, newest step first. It may be short, even empty, with more pages to come."""
+
+    samples: list[Sample]
+    next_cursor: str | None = Field(default=None, description="Cursor of the next page; null on the last")
+
+
+Reward = Annotated[float | None, Query(ge=-1e12, le=1e12)]
+
+
+@router.get(
+    "/{job_id}/samples",
+    response_model=SamplePage,
+    operation_id="listSamples",
+    responses=problems("unknown-job", "invalid-cursor"),
+)
+async def list_samples(
+    gateway: Gateway,
+    caller: Reader,
+    job_id: JobId,
+    step: Annotated[int | None, Query(ge=0, le=2**53, description="Only samples of this training step")] = None,
+    min_reward: Reward = None,
+    max_reward: Reward = None,
+    limit: Annotated[int, Query(ge=1, le=500)] = 50,
+    cursor: Cursor = "",
+) -> SamplePage:
+    """Samples with prompt, response, reward, versions and log-probability difference; a few groups of each step."""
+    request = records_pb2.ListSamplesRequest(
+        job_id=job_id, step=step, min_reward=min_reward, max_reward=max_reward, page_size=limit, page_token=cursor
+    )
+    try:
+        page = await gateway.controller.samples(request)
+    except Problem as problem:
+        raise (Problem("invalid-cursor", problem.detail) if problem.kind == "invalid-request" else problem) from None
+    return SamplePage(samples=[_sample(record) for record in page.samples], next_cursor=page.next_page_token or None)
+
+
+def _sample(record: records_pb2.SampleRecord) -> Sample:
+    difference = None
+    if record.HasField("log_prob_diff_mean"):
+        difference = LogProbDiff(mean=record.log_prob_diff_mean, max=record.log_prob_diff_max)
+    status = sample_pb2.SampleStatus.Name(record.status).removeprefix("SAMPLE_STATUS_").lower()
+    return Sample(
+        step=record.step,
+        group_id=record.group_id,
+        index=record.index,
+        prompt=json.loads(record.prompt_json),
+        response=record.response,
+        label=record.label if record.HasField("label") else None,
+        reward=record.reward if record.HasField("reward") else None,
+        reward_parts=dict(record.reward_parts),
+        status=status,  # type: ignore[arg-type]
+        response_length=record.response_length,
+        versions=[VersionSpan(version=s.version, start=s.start, end=s.end) for s in record.weight_versions],
+        log_prob_diff=difference,
+        advantage=record.advantage if record.HasField("advantage") else None,
+        cut=record.cut,
+    )
