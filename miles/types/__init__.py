@@ -5,6 +5,7 @@ Importing this package needs numpy and nothing more; `miles.types.convert` adds 
 
 from miles.types.errors import MalformedMessage
 from miles.types.experts import expert_dtype, narrow_experts
+from miles.types.rewards import RewardKeyError, reward_number
 from miles.types.sample import (
     Message,
     PrefixCacheStats,
@@ -24,6 +25,7 @@ __all__ = [
     "PrefixCacheStats",
     "Prompt",
     "Reward",
+    "RewardKeyError",
     "Sample",
     "SampleGroup",
     "SampleStatus",
@@ -33,4 +35,5 @@ __all__ = [
     "check_sample",
     "expert_dtype",
     "narrow_experts",
+    "reward_number",
 ]

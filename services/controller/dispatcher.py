@@ -56,8 +56,6 @@ class Dispatcher:
         self.admitting = True
         """False while the user has paused the job: what runs goes on, nothing new begins."""
         self.evaluation: Evaluation | None = None
-        self.stats: dict[int, rollout_pb2.GroupStats] = {}
-        """Of accepted groups that are not trained on yet."""
         self.failure: Exception | None = None
         """What makes it pointless to go on."""
         self.warnings: list[str] = []
@@ -176,7 +174,6 @@ class Dispatcher:
                 logger.info("group %d dropped: %s", message.group_id, message.reason)
         elif self.admission.accept(message.group_id, message.attempt, message.oldest_version):
             self._failed_in_a_row = 0
-            self.stats[message.group_id] = message.stats
             if not self.admission.leases:
                 self._clock.move("generate", "reward", message.stats.reward_s)
 

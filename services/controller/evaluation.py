@@ -12,7 +12,7 @@ import numpy as np
 from miles.rpc.gen import rollout_pb2
 from miles.services.controller.admission import Lease
 from miles.services.controller.group_leases import evaluation_lease
-from miles.types import SampleGroup, SampleStatus
+from miles.types import Sample, SampleGroup, SampleStatus, reward_number
 from miles.types.convert import group_from_proto
 
 if TYPE_CHECKING:
@@ -106,7 +106,7 @@ class Evaluation:
         names = list(dict.fromkeys(name for name, _ in self._prompts))
         for name in names:
             groups = [self._results[i] for i, (owner, _) in enumerate(self._prompts) if owner == name]
-            rewards = [[reward_number(sample.reward, key) for sample in group.samples] for group in groups]
+            rewards = [[_number(sample, key) for sample in group.samples] for group in groups]
             samples = [sample for group in groups for sample in group.samples]
             metrics[f"eval/{name}"] = float(np.mean([reward for group in rewards for reward in group]))
             metrics[f"eval/{name}/response_len/mean"] = float(np.mean([s.response_length for s in samples]))
@@ -120,15 +120,9 @@ class Evaluation:
         return metrics
 
 
-def reward_number(reward: float | Mapping[str, float] | None, key: str | None) -> float:
-    """The number that counts; a sample without reward (it failed) counts as 0."""
-    if reward is None:
-        return 0.0
-    if not isinstance(reward, Mapping):
-        return float(reward)
-    if key is None or key not in reward:
-        raise KeyError(f"the reward has the parts {sorted(reward)}; set reward_key to one of them (it is {key!r})")
-    return float(reward[key])
+def _number(sample: Sample, key: str | None) -> float:
+    """A sample's reward; 0 for one that has none, because it failed."""
+    return 0.0 if sample.reward is None else reward_number(sample.reward, key)
 
 
 def pass_at_ks(samples: int) -> list[int]:

@@ -27,7 +27,6 @@ from miles.services.controller.job_controls import JobControls, JobStoppedError
 from miles.services.controller.job_history import JobHistory
 from miles.services.controller.registry import AttachedWorker, WorkerRegistry
 from miles.services.controller.rollout_link import RolloutLink
-from miles.services.controller.rollout_metrics import batch_metrics
 from miles.services.controller.trainer_link import TrainerLink, activate, release_weights
 
 if TYPE_CHECKING:
@@ -179,7 +178,6 @@ class RunLoop:
             done = await trainer.train(self._step, batch, admission.dropped)
             train_s = time.monotonic() - began
         admission.train(batch)
-        stats = [self._dispatcher.stats.pop(group_id) for group_id in batch if group_id in self._dispatcher.stats]
         step, self._step = self._step, self._step + 1
         self._history.timeline.step = self._step
         await self._finish_evaluation()
@@ -188,17 +186,19 @@ class RunLoop:
         self._dispatcher.pump()
         now = time.monotonic()
         step_s, self._step_began = now - self._step_began, now
-        metrics = {**batch_metrics(stats, staleness), **done.metrics}
-        metrics["rollout/fully_async/queue_size"] = len(admission.ready)
-        metrics |= {
+        metrics = {
+            **done.metrics,
+            "rollout/fully_async/queue_size": len(admission.ready),
+            "rollout/fully_async/avg_staleness": sum(staleness) / len(staleness),
+            "rollout/fully_async/max_staleness": max(staleness),
             "perf/rollout_time": waited_s,
             "perf/train_wait_time": waited_s,
             "perf/actor_train_time": train_s,
             "perf/update_weights_time": update_s,
             "perf/step_time": step_s,
         }
-        if (tokens := metrics.get("rollout/response_tokens")) is not None:
-            metrics["perf/tokens_per_gpu_per_sec"] = tokens / step_s / self._config.cluster.trainer_world_size
+        tokens_per_s = metrics["rollout/response_tokens"] / step_s
+        metrics["perf/tokens_per_gpu_per_sec"] = tokens_per_s / self._config.cluster.trainer_world_size
         await self._history.metrics(step, metrics)
         await self._after_step(trainer)
 

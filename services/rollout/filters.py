@@ -8,8 +8,7 @@ import inspect
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from miles.services.rollout.stats import reward_number
-from miles.types import Sample
+from miles.types import Sample, reward_number
 
 if TYPE_CHECKING:
     from miles.config import JobConfig

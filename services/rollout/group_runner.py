@@ -18,10 +18,10 @@ from miles.services.rollout.engine import GenerationRequest, RolloutEngine
 from miles.services.rollout.filters import FilterError, GroupFilter, apply_filter
 from miles.services.rollout.leases import Failed, Finished, Lease, Outcome, Purpose, Returned
 from miles.services.rollout.scoring import RewardFailed, Scorer, apply_outcome
-from miles.services.rollout.stats import RewardKeyError, group_stats
+from miles.services.rollout.stats import group_stats
 from miles.services.rollout.trajectory import FINISHED, Piece, cut_to_limit, extend, merge_begun
 from miles.services.rollout.version_gate import VersionGate, VersionPassed
-from miles.types import MalformedMessage, Sample, SampleGroup, SampleStatus
+from miles.types import Sample, SampleGroup, SampleStatus
 from miles.types.validate import check_group
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ class GroupRun:
         except (VersionPassed, TimeoutError) as error:
             await self._keep()
             return Failed(str(error))
-        except (FilterError, MalformedMessage, RewardKeyError, ValueError) as error:
+        except (FilterError, ValueError) as error:
             return Failed(f"{type(error).__name__}: {error}", retryable=False)
         except Exception as error:  # whatever an engine, Redis or the network raises: this attempt failed
             log.warning("group %d: %s: %s", self.lease.group_id, type(error).__name__, error, exc_info=error)

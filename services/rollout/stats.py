@@ -5,23 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from miles.rpc.gen import rollout_pb2
-from miles.types import Reward, Sample, SampleStatus
-
-
-class RewardKeyError(ValueError):
-    """A reward has parts and the configuration does not say which to train on."""
-
-
-def reward_number(reward: Reward, key: str | None) -> float:
-    """The number of a reward that is trained on: itself, or its part `key`. Raises RewardKeyError."""
-    if not isinstance(reward, dict):
-        return float(reward)
-    if key is None or key not in reward:
-        raise RewardKeyError(
-            f"the reward has the parts {', '.join(sorted(reward))}, but the configured key is {key!r}; "
-            "set --reward-key (for evaluation --eval-reward-key) to one of them"
-        )
-    return float(reward[key])
+from miles.types import Sample, SampleStatus, reward_number
 
 
 def group_stats(

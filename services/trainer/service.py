@@ -23,6 +23,7 @@ from miles.rpc.gen import controller_pb2, policy_pb2, trainer_pb2, trainer_pb2_g
 from miles.services.trainer.backend import Progress, TrainerState
 from miles.services.trainer.leader import Leader
 from miles.services.trainer.ranks import Command
+from miles.services.trainer.rollout_metrics import rollout_metrics
 from miles.types import SampleGroup
 
 if TYPE_CHECKING:
@@ -215,7 +216,7 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServiceServicer):
             raise
         job.state.consume([*group_ids, *request.dropped_group_ids])
         job.unacknowledged.update([*group_ids, *request.dropped_group_ids])
-        job.state.finish_step(metrics)
+        job.state.finish_step({**metrics, **rollout_metrics(groups, job.config.reward.reward_key)})
 
     async def _publish(self, job: _Job, version: int) -> PublishResult:
         from miles.weights import WeightPublisher

@@ -14,8 +14,8 @@ from miles.services.rollout.filters import (
     check_reward_nonzero_std,
     load_filter,
 )
-from miles.services.rollout.stats import RewardKeyError, group_stats, reward_number
-from miles.types import Reward, Sample, SampleGroup, SampleStatus
+from miles.services.rollout.stats import group_stats
+from miles.types import Reward, RewardKeyError, Sample, SampleGroup, SampleStatus, reward_number
 
 CONFIG: Any = SimpleNamespace(reward=SimpleNamespace(reward_key="a"))
 

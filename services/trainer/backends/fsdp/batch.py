@@ -14,7 +14,7 @@ import torch
 from miles.algorithms.packing import Packing
 from miles.services.trainer.backends.fsdp.balance import MicroBatchLimits, recut, schedule
 from miles.services.trainer.backends.fsdp.packing import EMPTY, MicroBatch, pack
-from miles.types import Sample, SampleGroup, SampleStatus
+from miles.types import Sample, SampleGroup, SampleStatus, reward_number
 
 if TYPE_CHECKING:
     from miles.config import JobConfig
@@ -156,17 +156,12 @@ def response_mask(sample: Sample) -> npt.NDArray[np.uint8]:
     return np.ones(sample.response_length, np.uint8) if sample.loss_mask is None else sample.loss_mask
 
 
-def scalar_reward(sample: Sample, reward_key: str | None) -> float:
-    """The number to train on. Raises ValueError when the sample has none under `reward_key`."""
-    reward = sample.reward
-    name = f"sample {sample.index} of group {sample.group_id}"
-    if isinstance(reward, dict):
-        if reward_key is None or reward_key not in reward:
-            raise ValueError(f"{name} has rewards {sorted(reward)}; set reward_key to one of them, not {reward_key!r}")
-        return reward[reward_key]
-    if reward is None:
+def trained_reward(sample: Sample, reward_key: str | None) -> float:
+    """The number to train on. Raises ValueError when the sample has none, RewardKeyError when it has several."""
+    if sample.reward is None:
+        name = f"sample {sample.index} of group {sample.group_id}"
         raise ValueError(f"{name} has no reward; it must be scored, or its status FAILED")
-    return reward
+    return reward_number(sample.reward, reward_key)
 
 
 def _log_prob_micro_batches(

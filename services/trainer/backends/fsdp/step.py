@@ -25,7 +25,7 @@ from miles.services.trainer.backends.fsdp.batch import (
     RolloutBatch,
     build_batch,
     in_order,
-    scalar_reward,
+    trained_reward,
 )
 from miles.services.trainer.backends.fsdp.forward import ForwardOptions, forward
 from miles.services.trainer.backends.fsdp.model import named_weights
@@ -160,7 +160,7 @@ class RolloutTrainer:
         scored = [i for i, sample in enumerate(samples) if sample.status is not SampleStatus.FAILED]
         shaped[scored] = shape_rewards(
             settings.advantage_config(self._config),
-            [scalar_reward(samples[i], self._config.reward.reward_key) for i in scored],
+            [trained_reward(samples[i], self._config.reward.reward_key) for i in scored],
             [samples[i].group_id for i in scored],
         )
         return shaped

@@ -1,0 +1,40 @@
+"""Metrics of the groups that a step trains on."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+from miles.types import Sample, SampleGroup, SampleStatus, reward_number
+
+
+def rollout_metrics(groups: Sequence[SampleGroup], reward_key: str | None) -> dict[str, float]:
+    """`rollout/*` over the samples of one step.
+
+    `rollout/zero_std/count` counts groups whose rewards are all equal (no learning signal), and
+    `rollout/zero_std/count_R` those of them with reward R. Samples without a reward count as failed only.
+    """
+    samples = [sample for group in groups for sample in group.samples]
+    lengths = [sample.response_length for sample in samples]
+    by_group = [
+        [reward_number(s.reward, reward_key) for s in group.samples if s.reward is not None] for group in groups
+    ]
+    rewards = [reward for group in by_group for reward in group]
+    flat = Counter(group[0] for group in by_group if group and min(group) == max(group))
+    metrics = {
+        "rollout/samples": float(len(samples)),
+        "rollout/response_tokens": float(sum(lengths)),
+        "rollout/response_len/mean": sum(lengths) / len(samples),
+        "rollout/response_len/max": float(max(lengths)),
+        "rollout/truncated_ratio": _share(samples, SampleStatus.TRUNCATED),
+        "rollout/failed_ratio": _share(samples, SampleStatus.FAILED),
+        "rollout/zero_std/count": float(flat.total()),
+    }
+    metrics |= {f"rollout/zero_std/count_{reward:g}": float(count) for reward, count in sorted(flat.items())}
+    if rewards:
+        metrics["rollout/raw_reward"] = sum(rewards) / len(rewards)
+    return metrics
+
+
+def _share(samples: Sequence[Sample], status: SampleStatus) -> float:
+    return sum(sample.status is status for sample in samples) / len(samples)

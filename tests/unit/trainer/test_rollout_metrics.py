@@ -1,0 +1,44 @@
+"""Metrics of the groups of a step."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from miles.services.trainer.rollout_metrics import rollout_metrics
+from miles.types import Sample, SampleGroup, SampleStatus
+
+
+def group(group_id: int, *samples: tuple[int, float | dict[str, float] | None, SampleStatus]) -> SampleGroup:
+    made = [
+        Sample(group_id=group_id, index=i, prompt="p", tokens=np.zeros(2 + n, np.int32), response_length=n,
+               reward=reward, status=status)
+        for i, (n, reward, status) in enumerate(samples)
+    ]  # fmt: skip
+    return SampleGroup("job", group_id, made)
+
+
+def test_metrics_are_means_over_samples_and_flat_groups_are_counted_by_reward() -> None:
+    done, cut, failed = SampleStatus.COMPLETED, SampleStatus.TRUNCATED, SampleStatus.FAILED
+    groups = [
+        group(0, (3, 1.0, done), (7, 0.0, cut)),
+        group(1, (2, 1.0, done), (2, 1.0, done)),
+        group(2, (5, None, failed), (5, 0.0, done)),
+    ]
+    metrics = rollout_metrics(groups, None)
+    assert metrics["rollout/raw_reward"] == 3 / 5
+    assert metrics["rollout/response_len/mean"] == 4
+    assert metrics["rollout/response_len/max"] == 7
+    assert metrics["rollout/truncated_ratio"] == 1 / 6
+    assert metrics["rollout/failed_ratio"] == 1 / 6
+    assert metrics["rollout/zero_std/count"] == 2
+    assert metrics["rollout/zero_std/count_1"] == 1
+    assert metrics["rollout/zero_std/count_0"] == 1
+
+
+def test_the_part_of_a_reward_that_is_trained_on_is_reported() -> None:
+    groups = [group(0, (1, {"a": 1.0, "b": 4.0}, SampleStatus.COMPLETED))]
+    assert rollout_metrics(groups, "b")["rollout/raw_reward"] == 4.0
+
+
+def test_without_any_reward_there_is_no_mean() -> None:
+    assert "rollout/raw_reward" not in rollout_metrics([group(0, (1, None, SampleStatus.FAILED))], None)
