@@ -20,7 +20,7 @@ _SECTIONS_READ: Mapping[str, tuple[str, ...]] = {
     "weightsync": ("weights",),
     "reward": ("reward",),
     "rollout": ("rollout", "reward", "weights"),
-    "trainer": ("cluster", "data", "rollout", "algorithm", "train", "optimizer", "weights", "checkpoint"),
+    "trainer": ("cluster", "data", "rollout", "algorithm", "train", "optimizer", "weights", "checkpoint", "telemetry"),
 }
 
 

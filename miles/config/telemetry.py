@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from miles.config.section import Derived, Metavar, Section
+from miles.config.section import Derived, Metavar, NonNegative, Section
 
 
 class TelemetryConfig(Section):
@@ -18,3 +18,6 @@ class TelemetryConfig(Section):
 
     tb_experiment_name: Annotated[str | None, Derived("name")] = None
     """Name of the run in TensorBoard."""
+
+    log_samples_per_step: NonNegative = 4
+    """Prompts of each step whose samples are recorded for people to look at; 0 records none."""

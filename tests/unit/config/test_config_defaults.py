@@ -16,7 +16,8 @@ REFERENCE = list(csv.DictReader(pathlib.Path(__file__).with_name("reference_flag
 
 OWN = """--name --run-dir --device --host --redis-url --controller-port --weightsync-port --trainer-port --reward-port
     --rollout-port --rollout-num-workers --rollout-backend --rollout-dtype --max-running-requests --reward-service
-    --reward-timeout-s --reward-retries --reward-failure-policy --use-icepop --use-mis --train-dtype --share-prompts"""
+    --reward-timeout-s --reward-retries --reward-failure-policy --use-icepop --use-mis --train-dtype --share-prompts
+    --log-samples-per-step"""
 
 
 def entry_of(name: str) -> Entry:

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import gc
 import logging
 import pathlib
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 
 from miles.services.trainer.backend import Progress, TrainerState
 from miles.services.trainer.backends.fsdp import checkpoint, settings
+from miles.services.trainer.backends.fsdp.batch import RolloutBatch
 from miles.services.trainer.backends.fsdp.forward import ForwardOptions
 from miles.services.trainer.backends.fsdp.model import Precision, full_tensor, load_hf_model, named_weights, shard
 from miles.services.trainer.backends.fsdp.optimizer import build_optimizer
+from miles.services.trainer.backends.fsdp.recorded import recorded
 from miles.services.trainer.backends.fsdp.routing_replay import RoutingReplay
 from miles.services.trainer.backends.fsdp.step import RolloutTrainer
+from miles.services.trainer.sample_log import SampleLog
 from miles.types import SampleGroup
 
 if TYPE_CHECKING:
@@ -53,6 +58,12 @@ class FsdpBackend:
         self._device = device
         self._checkpoint_dir = checkpoint_dir
         self._parts: _Loaded | None = None
+        self._log = SampleLog(
+            pathlib.Path(config.services.run_dir),
+            config.telemetry.log_samples_per_step,
+            dist.get_rank(),
+            config.reward.reward_key,
+        )
         self.loaded_from: pathlib.Path | None = None
         """Checkpoint that `load` read; None for the initial weights."""
 
@@ -91,7 +102,10 @@ class FsdpBackend:
             total_iterations=(config.data.num_rollout or 0) * config.train.num_steps_per_rollout,
         )
         self._parts = _Loaded(policy, optimizer, trainer, reference)
-        return self._restore(self._parts)
+        state = self._restore(self._parts)
+        if dist.get_rank() == 0:
+            self._log.drop_from(state.step)
+        return state
 
     def train(
         self, step: int, groups: Sequence[SampleGroup], report: Callable[[Progress], None]
@@ -99,7 +113,7 @@ class FsdpBackend:
         """See `TrainerBackend.train`."""
         interval = self._config.algorithm.ref_update_interval
         trainer = self._loaded.trainer
-        metrics = trainer.train(groups, report)
+        metrics = trainer.train(groups, report, functools.partial(self._record, step) if self._log.groups else None)
         if interval is not None and (step + 1) % interval == 0:
             trainer.update_reference()
         return metrics
@@ -138,8 +152,13 @@ class FsdpBackend:
         if dist.get_rank() == 0:
             from transformers import AutoTokenizer
 
-            self._loaded.policy.save_pretrained(directory, state_dict=weights)
-            AutoTokenizer.from_pretrained(self._config.rollout.hf_checkpoint).save_pretrained(directory)
+            partial = directory.with_name(directory.name + ".tmp")
+            shutil.rmtree(partial, ignore_errors=True)
+            self._loaded.policy.save_pretrained(partial, state_dict=weights)
+            AutoTokenizer.from_pretrained(self._config.rollout.hf_checkpoint).save_pretrained(partial)
+            # Whoever sees the folder sees all of it.
+            shutil.rmtree(directory, ignore_errors=True)
+            partial.rename(directory)
         dist.barrier()
 
     def close(self) -> None:
@@ -148,6 +167,10 @@ class FsdpBackend:
         gc.collect()
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
+
+    def _record(self, step: int, batch: RolloutBatch, **tokens: Any) -> None:
+        rank = dist.get_rank()
+        self._log.write(step, recorded(batch, self._log.groups, rank, **tokens))
 
     def _load_reference(self, dtype: torch.dtype) -> PreTrainedModel:
         folder = self._config.checkpoint.ref_load or self._config.rollout.hf_checkpoint

@@ -38,6 +38,8 @@ if TYPE_CHECKING:
     from miles.config import JobConfig
 
 Report = Callable[[Progress], None]
+Record = Callable[..., None]
+"""Takes the batch and, by keyword, what `recorded` takes of its tokens."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -52,6 +54,8 @@ class _TokenTensors:
     rollout: torch.Tensor | None
     correction: Correction | None
     """Only what needs the whole batch."""
+    seen: torch.Tensor
+    """Log-probabilities before the first optimizer step: `train`, or filled in by the training pass."""
 
 
 class RolloutTrainer:
@@ -83,8 +87,11 @@ class RolloutTrainer:
         """Optimizer steps taken."""
         self.loss_scale = LossScale(dynamic=options.compute is torch.float16)
 
-    def train(self, groups: Sequence[SampleGroup], report: Report) -> dict[str, float]:
-        """Take the optimizer steps of one rollout; returns metrics by name, the same on every rank."""
+    def train(self, groups: Sequence[SampleGroup], report: Report, record: Record | None = None) -> dict[str, float]:
+        """Take the optimizer steps of one rollout; returns metrics by name, the same on every rank.
+
+        `record` is given what there is to record of this rank's samples, when all is done.
+        """
         began = time.monotonic()
         samples = in_order(groups)
         rewards_N = self._shaped_rewards(samples)
@@ -105,6 +112,14 @@ class RolloutTrainer:
                 parts.append(self._forward_backward(batch, step, micro_batch, tokens, with_gradient=with_gradient))
             report(Progress("optimizer", len(parts), count))
             norms.append(self._optimizer_step())
+        if record is not None:
+            record(
+                batch,
+                mask_T=tokens.mask,
+                advantages_T=tokens.advantages,
+                train_log_probs_T=tokens.seen,
+                rollout_log_probs_T=tokens.rollout,
+            )
         return reduce_metrics(parts, self._group) | {
             "train/grad_norm": sum(norms) / len(norms),
             "train/lr": self._optimizer.param_groups[0]["lr"],
@@ -152,7 +167,8 @@ class RolloutTrainer:
                 packing=batch.packing,
                 group=self._group,
             )
-        return _TokenTensors(mask, advantages.advantages_T, train, ref, rollout, correction)
+        seen = torch.zeros_like(mask) if train is None else train
+        return _TokenTensors(mask, advantages.advantages_T, train, ref, rollout, correction, seen)
 
     def _shaped_rewards(self, samples: Sequence[Sample]) -> torch.Tensor:
         """Group-normalised rewards of all N samples; float32 [N]. FAILED samples stand outside their group."""
@@ -204,6 +220,8 @@ class RolloutTrainer:
                 entropy_requires_grad=algorithm.entropy_coef != 0,
             )
         where = batch.place(micro_batch).to(self._options.device)
+        if tokens.train is None:
+            tokens.seen[where] = outputs.log_probs_T.detach()
         members = [batch.position(i) for i in micro_batch.samples]
         loss = rl_loss(
             self._loss_config,

@@ -1,0 +1,127 @@
+"""Samples of each training step for people to look at.
+
+Each rank writes its part of a step's first groups to RUN_DIR/samples/step_00000012.rank0.jsonl, a group a line:
+{"step", "group_id", "prompt", "label", "cut", "samples": [{"index", "response", "reward", "reward_parts", "status",
+"response_length", "weight_versions": [[version, start, end]], "log_prob_diff_mean", "log_prob_diff_max", "advantage",
+"cut"}]}. The controller merges the ranks' parts when it is asked for them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+import re
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from miles.types import Prompt, Sample
+
+FOLDER = "samples"
+MAX_TEXT_CHARS = 32_768
+"""Longer prompts and responses are cut in the middle."""
+_NAME = re.compile(r"step_(\d{8,})\.rank\d+\.jsonl")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class TokenNumbers:
+    """What a training step knew of a sample's response tokens; each [response_length]."""
+
+    mask: npt.NDArray[np.float32]
+    advantages: npt.NDArray[np.float32]
+    train_log_probs: npt.NDArray[np.float32]
+    rollout_log_probs: npt.NDArray[np.float32] | None
+
+
+class SampleLog:
+    """One rank's files of a run. `groups` groups of each step are recorded; none with 0."""
+
+    def __init__(self, run_dir: pathlib.Path, groups: int, rank: int, reward_key: str | None) -> None:
+        self.groups = groups
+        self._folder = run_dir / FOLDER
+        self._rank = rank
+        self._reward_key = reward_key
+
+    def drop_from(self, step: int) -> None:
+        """Remove what an interrupted run recorded of this step and later ones: they will be taken anew."""
+        if self._folder.is_dir():
+            for path in self._folder.iterdir():
+                match = _NAME.fullmatch(path.name)
+                if match and int(match[1]) >= step:
+                    path.unlink(missing_ok=True)
+
+    def write(self, step: int, samples: Iterable[tuple[Sample, TokenNumbers | None]]) -> None:
+        """Record samples of a step; there are no numbers for one that was not trained on."""
+        groups: dict[int, dict[str, Any]] = {}
+        for sample, numbers in samples:
+            if sample.group_id not in groups:
+                groups[sample.group_id] = _group(step, sample)
+            groups[sample.group_id]["samples"].append(self._sample(sample, numbers))
+        if not groups:
+            return
+        self._folder.mkdir(parents=True, exist_ok=True)
+        path = self._folder / f"step_{step:08d}.rank{self._rank}.jsonl"
+        partial = path.with_suffix(".tmp")
+        lines = [json.dumps(groups[group_id], ensure_ascii=False) for group_id in sorted(groups)]
+        partial.write_text("\n".join(lines) + "\n", encoding="utf-8", errors="replace")
+        partial.replace(path)
+
+    def _sample(self, sample: Sample, numbers: TokenNumbers | None) -> dict[str, Any]:
+        response, cut = cut_text(sample.response)
+        parts = sample.reward if isinstance(sample.reward, dict) else {}
+        reward = parts.get(self._reward_key or "") if isinstance(sample.reward, dict) else sample.reward
+        return {
+            "index": sample.index,
+            "response": response,
+            "reward": reward,
+            "reward_parts": parts,
+            "status": sample.status.name,
+            "response_length": sample.response_length,
+            "weight_versions": [[span.version, span.start, span.end] for span in sample.weight_versions],
+            **summarise(numbers),
+            "cut": cut,
+        }
+
+
+def summarise(numbers: TokenNumbers | None) -> dict[str, float | None]:
+    """Mean and largest |trainer's - engine's log-probability| and mean advantage, over trained tokens."""
+    summary: dict[str, float | None] = {"log_prob_diff_mean": None, "log_prob_diff_max": None, "advantage": None}
+    if numbers is None or not (trained := numbers.mask > 0).any():
+        return summary
+    summary["advantage"] = round(float(numbers.advantages[trained].mean()), 6)
+    if numbers.rollout_log_probs is not None:
+        difference = np.abs(numbers.train_log_probs - numbers.rollout_log_probs)[trained]
+        summary["log_prob_diff_mean"] = round(float(difference.mean()), 6)
+        summary["log_prob_diff_max"] = round(float(difference.max()), 6)
+    return {name: value if value is not None and np.isfinite(value) else None for name, value in summary.items()}
+
+
+def cut_text(text: str) -> tuple[str, bool]:
+    """The text, and False; or its beginning and end when it is too long, and True."""
+    if len(text) <= MAX_TEXT_CHARS:
+        return text, False
+    half = MAX_TEXT_CHARS // 2
+    return f"{text[:half]}\n[… {len(text) - 2 * half} characters …]\n{text[-half:]}", True
+
+
+def _group(step: int, sample: Sample) -> dict[str, Any]:
+    prompt, cut = _cut_prompt(sample.prompt)
+    return {
+        "step": step,
+        "group_id": sample.group_id,
+        "prompt": prompt,
+        "label": sample.label,
+        "cut": cut,
+        "samples": [],
+    }
+
+
+def _cut_prompt(prompt: Prompt) -> tuple[Prompt, bool]:
+    if isinstance(prompt, str):
+        return cut_text(prompt)
+    if len(json.dumps(prompt, ensure_ascii=False)) <= MAX_TEXT_CHARS:
+        return prompt, False
+    return cut_text(json.dumps(prompt, ensure_ascii=False))
