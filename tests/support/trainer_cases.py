@@ -65,7 +65,7 @@ def job_config(model: pathlib.Path, **changes: Any) -> JobConfig:
             "rollout_batch_size": 4, "n_samples_per_prompt": 4, "rollout_max_response_len": 12, "lr": 1e-2,
             "use_dynamic_batch_size": True, "max_tokens_per_gpu": 64, "train_dtype": "float32",
             "rollout_dtype": "float32", "device": "cpu", "actor_num_gpus_per_node": 1, "distributed_backend": "gloo",
-            **changes,
+            "run_dir": str(model.parent / "run"), **changes,
         }
     )  # fmt: skip
 
