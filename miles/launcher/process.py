@@ -62,7 +62,8 @@ class SupervisedProcess:
             logger.warning("%s ended with %s; starting it again in %.1f s", self.name, describe(code), delay_s)
             self.restarts += 1
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._stopping.wait(), delay_s)
+                async with asyncio.timeout(delay_s):
+                    await self._stopping.wait()
 
     async def stop(self, grace_s: float) -> None:
         """Ask the process to end; kill it and its children when it does not within the grace."""
@@ -73,7 +74,8 @@ class SupervisedProcess:
         with contextlib.suppress(ProcessLookupError):
             process.terminate()
         try:
-            await asyncio.wait_for(process.wait(), grace_s)
+            async with asyncio.timeout(grace_s):
+                await process.wait()
         except TimeoutError:
             logger.warning("%s did not end within %g s of SIGTERM; killing it", self.name, grace_s)
         with contextlib.suppress(ProcessLookupError):

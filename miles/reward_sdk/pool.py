@@ -117,7 +117,8 @@ class WorkerProcess:
         self.alive = False
         self._writer.close()
         try:
-            code = await asyncio.wait_for(self._process.wait(), _EXIT_TIMEOUT_S)
+            async with asyncio.timeout(_EXIT_TIMEOUT_S):
+                code = await self._process.wait()
         except TimeoutError:
             _kill(self._process)
             code = await self._process.wait()

@@ -108,7 +108,8 @@ class Worker:
     async def _call(self, function: RewardFunction, argument: Sample | list[Sample], deadline_s: float) -> object:
         call: Callable[[], object] = lambda: function.call(argument)  # type: ignore[arg-type]  # noqa: E731
         if function.is_async:
-            return await asyncio.wait_for(_awaited(call()), deadline_s)
+            async with asyncio.timeout(deadline_s):
+                return await _awaited(call())
         return await _awaited(await asyncio.wrap_future(self._main_thread.submit(call)))
 
 

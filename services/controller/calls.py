@@ -32,7 +32,8 @@ def translate(error: grpc.aio.AioRpcError, what: str) -> Exception:
 async def call(awaitable: Awaitable[T], what: str, deadline_s: float) -> T:
     """Await a unary call; a deadline, a lost connection and a failure each become the error that says so."""
     try:
-        return await asyncio.wait_for(awaitable, deadline_s)
+        async with asyncio.timeout(deadline_s):
+            return await awaitable
     except TimeoutError:
         raise WorkerLostError(f"{what}: no answer within {deadline_s:g} s") from None
     except grpc.aio.AioRpcError as error:
@@ -44,7 +45,8 @@ async def stream(messages: AsyncIterable[T], what: str, silence_s: float) -> Asy
     iterator = messages.__aiter__()
     while True:
         try:
-            message = await asyncio.wait_for(iterator.__anext__(), silence_s)
+            async with asyncio.timeout(silence_s):
+                message = await iterator.__anext__()
         except StopAsyncIteration:
             return
         except TimeoutError:

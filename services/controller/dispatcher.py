@@ -85,7 +85,8 @@ class Dispatcher:
     async def wait_for_change(self, timeout_s: float = 1.0) -> None:
         """Return when something about the groups or links changed, or after the timeout."""
         try:
-            await asyncio.wait_for(self._changed.wait(), timeout_s)
+            async with asyncio.timeout(timeout_s):
+                await self._changed.wait()
         except TimeoutError:
             return
 

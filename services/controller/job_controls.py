@@ -53,7 +53,8 @@ class JobControls:
             if not self.paused:
                 return
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self.changed.wait(), 1.0)
+                async with asyncio.timeout(1.0):
+                    await self.changed.wait()
 
     def check(self) -> None:
         """Raise what ends the job, if the user asked for it."""

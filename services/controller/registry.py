@@ -100,7 +100,8 @@ class WorkerRegistry:
     async def wait_for_change(self, timeout_s: float) -> None:
         """Return when a worker came or went, or after the timeout."""
         try:
-            await asyncio.wait_for(self._changed.wait(), timeout_s)
+            async with asyncio.timeout(timeout_s):
+                await self._changed.wait()
         except TimeoutError:
             return
 

@@ -100,7 +100,8 @@ class RolloutServicer(rollout_pb2_grpc.RolloutServiceServicer):
 
     async def Run(self, requests: AsyncIterator[rollout_pb2.RunRequest], context: Context) -> None:  # type: ignore[override]
         try:
-            first = await asyncio.wait_for(anext(aiter(requests)), OPEN_DEADLINE_S)
+            async with asyncio.timeout(OPEN_DEADLINE_S):
+                first = await anext(aiter(requests))
         except StopAsyncIteration:
             return
         except TimeoutError:

@@ -214,7 +214,8 @@ class TorchEngine:
 
     async def _finish(self, future: concurrent.futures.Future[T], what: str) -> T:
         try:
-            return await asyncio.wait_for(asyncio.wrap_future(future), self._command_timeout_s)
+            async with asyncio.timeout(self._command_timeout_s):
+                return await asyncio.wrap_future(future)
         except TimeoutError:
             raise TimeoutError(
                 f"{what}: the engine's thread gave no answer in {self._command_timeout_s:.0f} s"
