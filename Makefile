@@ -16,7 +16,7 @@ run: $(VENV)/.run
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -m "not engine and not gpu"
 
-# Tests against real inference and training engines in environments of their own.
+# Slow tests of the engines themselves: inference against plain forward passes, training over several ranks.
 test-engines: $(VENV)/.dev
 	$(BIN)/python -m pytest -m engine
 

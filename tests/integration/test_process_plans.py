@@ -12,7 +12,7 @@ def test_services_get_the_flags_that_they_have() -> None:
     """Every service's own parser accepts the command line that is planned for it."""
     config = JobConfig.from_flat(MINIMAL | {"actor_num_gpus_per_node": 2, "rollout_num_workers": 2}).resolve("cpu")
     plans = {plan.kind: plan for plan in plan_run(config) if plan.kind != "redis"}
-    assert set(plans) == {"controller", "weightsync", "reward", "rollout", "trainer"}
+    assert set(plans) == {"controller", "weightsync", "reward", "rollout", "trainer", "gateway"}
     for plan in plans.values():
         ran = subprocess.run([*plan.command, "--help"], capture_output=True, text=True, timeout=120)
         assert ran.returncode == 0, ran.stderr

@@ -11,6 +11,8 @@ from torch_engine_models import Response, prompt_of, respond, running_engine, sa
 
 from miles.services.rollout.engine import GenerationRequest, PauseMode, SamplingParams
 
+pytestmark = pytest.mark.engine
+
 CASES = [("llama", "float32"), ("llama", "bfloat16"), ("qwen3_moe", "float32"), ("qwen3_moe", "bfloat16")]
 
 

@@ -24,6 +24,8 @@ from miles.services.rollout.engines.torch.model import UnsupportedModel
 from miles.services.rollout.engines.torch.parameters import WeightMismatch
 from miles.types import VersionSpan
 
+pytestmark = pytest.mark.engine
+
 LONG = {"max_new_tokens": 400, "min_new_tokens": 400}
 
 

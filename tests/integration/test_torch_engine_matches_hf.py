@@ -18,6 +18,8 @@ from torch_engine_models import (
     weights_of,
 )
 
+pytestmark = pytest.mark.engine
+
 
 @pytest.mark.parametrize("family", FAMILIES)
 async def test_log_probs_equal_a_plain_forward_pass(tmp_path: pathlib.Path, family: str) -> None:

@@ -16,6 +16,7 @@ from trainer_process import TrainerProcess
 from weightsync_processes import Service
 
 from miles.queue import GroupQueue, connect_async
+from miles.rpc.gen import trainer_pb2
 
 
 @pytest.fixture
@@ -186,3 +187,27 @@ def test_a_failure_on_every_rank_is_answered_and_leaves_the_trainer_usable(
     assert error.value.code() is grpc.StatusCode.NOT_FOUND
     config = job_config(write_dense_model(tmp_path / "model"), actor_num_gpus_per_node=2)
     assert trainers[0].start_job(job_id, config, redis_url, weightsync.address, tmp_path / "run").step == 0
+
+
+def test_a_step_whose_caller_left_is_taken_once_and_answered_to_the_next(
+    tmp_path: pathlib.Path, redis_url: str, job_id: str, weightsync: Service, trainers: list[TrainerProcess]
+) -> None:
+    config = job_config(write_dense_model(tmp_path / "model"))
+    trainers.append(TrainerProcess())
+    (trainer,) = trainers
+    trainer.start_job(job_id, config, redis_url, weightsync.address, tmp_path / "run")
+    request = trainer_pb2.TrainRequest(job_id=job_id, step=0, group_ids=[0, 1, 2, 3], deadline_ms=60_000)
+    abandoned = trainer.stub.Train(request)
+    next(abandoned)  # it waits for groups that are not there yet
+    abandoned.cancel()
+    put_groups(redis_url, job_id, 2, range(4))
+    again = trainer.train(job_id, 0, [0, 1, 2, 3])
+    status = trainer.stub.GetStatus(trainer_pb2.TrainerGetStatusRequest(), timeout=10)
+    assert (status.job_id, status.step) == (job_id, 1)
+    assert trainer.train(job_id, 0, [0, 1, 2, 3]).metrics == again.metrics
+
+
+def test_a_trainer_that_is_told_to_stop_ends_at_once(trainers: list[TrainerProcess]) -> None:
+    trainers.append(TrainerProcess())
+    trainers[0].process.terminate()
+    assert trainers[0].process.wait(30) == 0
