@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import logging
 import os
 import pathlib
 import sys
 from typing import TYPE_CHECKING
 
-from miles.rpc import WorkerAttachment, main, start_server
+from miles.rpc import ExitCode, WorkerAttachment, main, start_server
 
 if TYPE_CHECKING:
     import torch
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
     from miles.services.trainer.worker import RankWorker
 
 _STOP_GRACE_S = 2.0
+_LAST_COMMAND_S = 5.0
+"""How long a command that runs when the trainer is stopped may take to end."""
+logger = logging.getLogger(__name__)
 
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
@@ -125,7 +129,10 @@ async def serve(arguments: argparse.Namespace, ranks: Ranks, worker: RankWorker)
     finally:
         await server.stop(_STOP_GRACE_S)
         await servicer.close()
-        await asyncio.to_thread(leader.close)
+        if not await asyncio.to_thread(leader.close, _LAST_COMMAND_S):
+            # Torch cannot be interrupted; what the step has done so far would be lost in any case.
+            logger.warning("leaving in the middle of a command")
+            os._exit(ExitCode.OK)
 
 
 if __name__ == "__main__":

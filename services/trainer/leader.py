@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
-import threading
 from typing import Any
 
 from miles.services.trainer.ranks import EXIT, NOTHING, Command, Ranks
@@ -20,7 +19,7 @@ class Leader:
         self._ranks = ranks
         self._worker = worker
         self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="trainer")
-        self._closed = threading.Event()
+        self._exit: concurrent.futures.Future[None] | None = None
 
     @property
     def world_size(self) -> int:
@@ -46,12 +45,11 @@ class Leader:
             await asyncio.sleep(_IDLE_WORD_S)
             await asyncio.get_running_loop().run_in_executor(self._thread, lambda: self._ranks.send(Command(NOTHING)))
 
-    def close(self) -> None:
-        """Let the other ranks go, once the running command is done."""
-        if not self._closed.is_set():
-            self._closed.set()
-            self._thread.submit(lambda: self._ranks.send(Command(EXIT)))
-            self._thread.shutdown(wait=True)
+    def close(self, deadline_s: float) -> bool:
+        """Let the other ranks go; False when the running command did not end within so many seconds."""
+        if self._exit is None:
+            self._exit = self._thread.submit(lambda: self._ranks.send(Command(EXIT)))
+        return not concurrent.futures.wait([self._exit], timeout=deadline_s).not_done
 
     def _run(self, command: Command, local: dict[str, Any]) -> Any:
         self._ranks.send(command)

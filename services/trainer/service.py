@@ -9,8 +9,8 @@ import json
 import logging
 import pathlib
 import time
-from collections.abc import AsyncIterator, Callable
-from typing import TYPE_CHECKING, Any, NoReturn
+from collections.abc import AsyncIterator, Callable, Coroutine
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import grpc
 import grpc.aio
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from miles.weights import PublishResult, WeightPublisher
 
 logger = logging.getLogger(__name__)
+_T = TypeVar("_T")
 
 SERVICE_NAME = trainer_pb2.DESCRIPTOR.services_by_name["TrainerService"].full_name
 _WORD_EVERY_S = 5.0
@@ -64,6 +65,8 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServiceServicer):
         self._leader = leader
         self._job: _Job | None = None
         self._turn = asyncio.Lock()
+        self._work: asyncio.Task[Any] | None = None
+        """What the request whose turn it is, or was, has set going; it runs to its end even when the caller leaves."""
         self._phase = trainer_pb2.TRAIN_PHASE_UNSPECIFIED
         self._activity = "idle"
         self._progress = 0
@@ -88,13 +91,14 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServiceServicer):
                 await _refuse(context, f"the trainer holds job {self._job.job_id}; stop that one first")
             if self._job is None:
                 config = await self._parse_config(request, context)
-                start = asyncio.ensure_future(self._start(request, config))
+                start = self._begin(self._start(request, config))
                 began = time.monotonic()
                 while not (await asyncio.wait([start], timeout=_WORD_EVERY_S))[0]:
                     stage = f"loading {config.rollout.hf_checkpoint} ({time.monotonic() - began:.0f} s)"
                     yield trainer_pb2.TrainerStartJobResponse(stage=stage)
                 async with _as_status(context):
-                    self._job = await start
+                    await start
+            assert self._job is not None
             yield trainer_pb2.TrainerStartJobResponse(stage="ready", ready=self._ready(self._job))
 
     async def StopJob(
@@ -118,7 +122,7 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServiceServicer):
             if request.step >= job.state.step:
                 await self._check_train_request(job, request, context)
                 reports: asyncio.Queue[trainer_pb2.TrainResponse] = asyncio.Queue()
-                step = asyncio.ensure_future(self._train(job, request, self._reporter(reports)))
+                step = self._begin(self._train(job, request, self._reporter(reports)))
                 async for message in _until_done(step, reports):
                     yield message
                 async with _as_status(context):
@@ -145,7 +149,7 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServiceServicer):
                 )
             began = time.monotonic()
             async with _as_status(context):
-                result = await self._publish(job, request.version)
+                result = await asyncio.shield(self._begin(self._publish(job, request.version)))
         return trainer_pb2.ExportResponse(
             version=result.manifest.version, total_bytes=result.total_bytes, export_s=time.monotonic() - began
         )
@@ -158,7 +162,7 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServiceServicer):
             job = await self._held(request.job_id, context)
             began = time.monotonic()
             async with _as_status(context):
-                directory, hf_dir = await asyncio.shield(self._save(job, request.export_hf))
+                directory, hf_dir = await asyncio.shield(self._begin(self._save(job, request.export_hf)))
         return trainer_pb2.SaveCheckpointResponse(
             checkpoint_dir=str(directory),
             hf_dir="" if hf_dir is None else str(hf_dir),
@@ -178,9 +182,10 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServiceServicer):
             world_size=self._leader.world_size,
         )
 
-    async def _start(self, request: trainer_pb2.TrainerStartJobRequest, config: JobConfig) -> _Job:
+    async def _start(self, request: trainer_pb2.TrainerStartJobRequest, config: JobConfig) -> None:
         run_dir = pathlib.Path(request.run_dir)
-        arguments = {"config": config.to_flat(), "checkpoint_dir": str(checkpoint_dir(config, run_dir))}
+        folder = checkpoint_dir(config, run_dir)
+        arguments = {"config": config.to_flat(), "checkpoint_dir": str(folder)}
         state: TrainerState = await self._leader.run(Command("start", arguments))
         client = await connect_async(request.redis_url)
         loaded_from = self._leader.worker.loaded_from
@@ -192,12 +197,12 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServiceServicer):
             queue=GroupQueue(client, request.job_id),
             weightsync=connect_blocking(request.weightsync_address),
             state=state,
-            saved_step=None if loaded_from is None else state.step,
+            saved_step=state.step if loaded_from is not None and loaded_from == folder / loaded_from.name else None,
         )
         if loaded_from is not None:  # a crash between a checkpoint and its acknowledgement leaves entries behind
             left = [entry.group_id for entry in await job.queue.outstanding() if state.is_consumed(entry.group_id)]
             await job.queue.acknowledge(left)
-        return job
+        self._job = job
 
     async def _train(self, job: _Job, request: trainer_pb2.TrainRequest, report: Callable[[Progress], None]) -> None:
         group_ids = list(request.group_ids)
@@ -287,14 +292,21 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServiceServicer):
 
     @contextlib.asynccontextmanager
     async def _exclusive(self, context: grpc.aio.ServicerContext[Any, Any], activity: str) -> AsyncIterator[None]:
-        """One request at a time; one whose caller has left keeps its turn until its work is done."""
+        """One request at a time, and none before the work of one whose caller has left is done."""
         async with self._turn:
+            if self._work is not None:
+                await asyncio.wait([self._work])
             self._activity = activity
             try:
                 yield
             finally:
                 self._activity = "idle"
                 self._phase = trainer_pb2.TRAIN_PHASE_UNSPECIFIED
+
+    def _begin(self, work: Coroutine[Any, Any, _T]) -> asyncio.Task[_T]:
+        """Run work that the next request must wait for."""
+        task = self._work = asyncio.ensure_future(work)
+        return task
 
     def _reporter(self, reports: asyncio.Queue[trainer_pb2.TrainResponse]) -> Callable[[Progress], None]:
         """A callback for the worker thread that turns progress into messages."""

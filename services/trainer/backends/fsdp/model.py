@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
@@ -26,11 +28,12 @@ class Precision:
 
 
 def load_hf_model(folder: str | pathlib.Path, dtype: torch.dtype, *, gradient_checkpointing: bool) -> PreTrainedModel:
-    """Read a causal language model from a Hugging Face folder onto the CPU, in `dtype`, with packed attention.
+    """A causal language model of a Hugging Face folder, in `dtype`, with packed attention.
 
+    Rank 0 reads its weights onto the CPU; the other ranks get a model without weights, which `shard` fills.
     Raises FileNotFoundError when the folder is not there or is not a checkpoint.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     folder = pathlib.Path(folder)
     if not (folder / "config.json").is_file():
@@ -38,9 +41,16 @@ def load_hf_model(folder: str | pathlib.Path, dtype: torch.dtype, *, gradient_ch
             f"no model in {folder}: there is no config.json; set hf_checkpoint (or ref_load) to a Hugging Face folder"
         )
     attention.register()
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, attn_implementation=attention.PACKED_ATTENTION
-    )
+    model: PreTrainedModel
+    if dist.get_rank() == 0:
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, attn_implementation=attention.PACKED_ATTENTION
+        )
+    else:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+                AutoConfig.from_pretrained(folder), dtype=dtype, attn_implementation=attention.PACKED_ATTENTION
+            )
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0  # old and new log-probabilities must come from the same function
@@ -50,21 +60,41 @@ def load_hf_model(folder: str | pathlib.Path, dtype: torch.dtype, *, gradient_ch
     return model
 
 
-def shard(model: torch.nn.Module, precision: Precision, device: torch.device, *, cpu_offload: bool) -> FSDPModule:
+def shard(model: PreTrainedModel, precision: Precision, device: torch.device, *, cpu_offload: bool) -> FSDPModule:
     """Shard the model's parameters over the default process group, a unit per decoder layer plus one for the rest.
 
     Embeddings and head stay together in the root unit, so that tied weights are sharded once.
     """
     from torch.distributed.device_mesh import init_device_mesh
 
-    torch.nn.Module.to(model, "cpu" if cpu_offload else device)
-    mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
+    home = torch.device("cpu") if cpu_offload else device
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    alone = mesh.size() == 1
+    weights: dict[str, Any] = {} if alone or dist.get_rank() else model.state_dict()
+    buffers = dict(model.named_buffers())
+    torch.nn.Module.to(model, home if alone else "meta")
+    if not alone:
+        model.tie_weights()  # moving to meta has made tied parameters two
     policy = MixedPrecisionPolicy(param_dtype=precision.compute, reduce_dtype=torch.float32)
     offload = CPUOffloadPolicy() if cpu_offload else OffloadPolicy()
-    reshard = mesh.size() > 1
     for layer in decoder_layers(model):
-        fully_shard(layer, mesh=mesh, mp_policy=policy, offload_policy=offload, reshard_after_forward=reshard)
-    return fully_shard(model, mesh=mesh, mp_policy=policy, offload_policy=offload, reshard_after_forward=False)
+        fully_shard(layer, mesh=mesh, mp_policy=policy, offload_policy=offload, reshard_after_forward=not alone)
+    sharded = fully_shard(model, mesh=mesh, mp_policy=policy, offload_policy=offload, reshard_after_forward=False)
+    if not alone:
+        _fill(sharded, weights, buffers, home)
+    return sharded
+
+
+def _fill(model: FSDPModule, weights: dict[str, Any], buffers: dict[str, torch.Tensor], home: torch.device) -> None:
+    """Give every rank its shards of rank 0's weights, tensor by tensor, and a copy of its buffers; collective."""
+    assert isinstance(model, torch.nn.Module)
+    model.to_empty(device=home)
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=False)
+    set_model_state_dict(model, weights, options=options)
+    for name, buffer in model.named_buffers():
+        if dist.get_rank() == 0:
+            buffer.copy_(buffers[name])
+        dist.broadcast(buffer, src=0)
 
 
 def decoder_layers(model: torch.nn.Module) -> list[torch.nn.Module]:
