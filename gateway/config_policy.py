@@ -78,13 +78,14 @@ def _name_and_run_dir(
 
 def _confined(entry: Entry, value: Any, policy: GatewaySettings) -> tuple[Any, list[Fault]]:
     """The value with its paths made absolute, and the faults of those outside the roots."""
-    if entry.kind is tuple:  # pairs of a name and a file
-        pairs = list(value)
+    if entry.kind is tuple:
+        items = list(value)
         faults: list[Fault] = []
-        for i in range(1, len(pairs), 2):
-            pairs[i], found = _confined_path(entry.key, pairs[i], policy)
+        first, apart = (1, 2) if entry.metavar.startswith("NAME ") else (0, 1)  # pairs of a name and a file
+        for i in range(first, len(items), apart):
+            items[i], found = _confined_path(entry.key, items[i], policy)
             faults += found
-        return pairs, faults
+        return items, faults
     return _confined_path(entry.key, value, policy)
 
 

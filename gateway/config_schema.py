@@ -14,18 +14,9 @@ from miles.config.faults import Fault
 
 DEPLOYMENT = frozenset(
     {
-        "controller_port",
-        "device",
-        "distributed_backend",
-        "distributed_timeout_minutes",
-        "gateway_port",
-        "host",
-        "redis_url",
-        "reward_port",
-        "rollout_port",
-        "train_env_vars",
-        "trainer_port",
-        "weightsync_port",
+        *(key for key in catalog() if key.endswith("_port")),
+        *(key for key, entry in catalog().items() if entry.section in ("gateway", "tls")),
+        *("device", "distributed_backend", "distributed_timeout_minutes", "host", "redis_url", "train_env_vars"),
     }
 )
 """Settings of the processes that run already: a job cannot choose them."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import ipaddress
 import pathlib
 
 
@@ -36,13 +35,3 @@ class GatewaySettings:
     """An event stream ends after so long; its reader goes on with Last-Event-ID."""
     heartbeat_s: float = 15.0
     """A silent event stream says so often that it lives."""
-
-
-def is_loopback(host: str) -> bool:
-    """Whether an address or host name is this machine's own."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return False

@@ -15,6 +15,7 @@ from miles.config.checkpoint import CheckpointConfig
 from miles.config.cluster import ClusterConfig
 from miles.config.data import DataConfig
 from miles.config.eval import EvalConfig
+from miles.config.gateway import GatewayConfig
 from miles.config.optimizer import OptimizerConfig
 from miles.config.reward import RewardConfig
 from miles.config.rollout import RolloutConfig
@@ -32,6 +33,7 @@ from miles.config.section import (
 )
 from miles.config.services import ServicesConfig
 from miles.config.telemetry import TelemetryConfig
+from miles.config.tls import TlsConfig
 from miles.config.train import TrainConfig
 from miles.config.weights import WeightsConfig
 
@@ -48,6 +50,8 @@ SECTIONS: Mapping[str, type[Section]] = {
     "weights": WeightsConfig,
     "checkpoint": CheckpointConfig,
     "telemetry": TelemetryConfig,
+    "gateway": GatewayConfig,
+    "tls": TlsConfig,
 }
 """Section by its name on `JobConfig`, in the order of the reference page."""
 

@@ -155,6 +155,18 @@ def _ports(s: Settings) -> Iterator[Fault]:
     for key, port in wanted:
         if port and (problem := _why_not_bindable(s.host, port)):
             yield Fault(key, port, problem, "choose another one, or 0 for any free one")
+    if s.gateway and s.gateway_port and (problem := _why_not_bindable(s.gateway_host, s.gateway_port)):
+        yield Fault("gateway_port", s.gateway_port, problem, "choose another one, or 0 for any free one")
+
+
+def _access_files(s: Settings) -> Iterator[Fault]:
+    for key in ("gateway_keys_file", "tls_cert", "tls_key", "tls_ca"):
+        path = getattr(s, key)
+        if path is not None and not os.access(path, os.R_OK):
+            yield Fault(key, path, "it cannot be read", "check the path and its permissions")
+    for path in s.gateway_allowed_root:
+        if not os.path.isdir(path):
+            yield Fault("gateway_allowed_root", path, "there is no such folder", "give a folder")
 
 
 def _why_not_bindable(host: str, port: int) -> str | None:
@@ -187,4 +199,4 @@ _FILE_CHECKS: tuple[Rule, ...] = (
     _folders,
     _functions,
 )
-_CHECKS: tuple[Rule, ...] = (*_FILE_CHECKS, _ports, _devices)
+_CHECKS: tuple[Rule, ...] = (*_FILE_CHECKS, _access_files, _ports, _devices)

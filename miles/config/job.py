@@ -19,6 +19,7 @@ from miles.config.derive import derive
 from miles.config.device import detect_device
 from miles.config.eval import EvalConfig
 from miles.config.faults import ConfigError, Fault, faults_of, unknown_name
+from miles.config.gateway import GatewayConfig
 from miles.config.optimizer import OptimizerConfig
 from miles.config.reward import RewardConfig
 from miles.config.rollout import RolloutConfig
@@ -27,6 +28,7 @@ from miles.config.section import Section
 from miles.config.services import ServicesConfig
 from miles.config.settings import Settings
 from miles.config.telemetry import TelemetryConfig
+from miles.config.tls import TlsConfig
 from miles.config.train import TrainConfig
 from miles.config.weights import WeightsConfig
 
@@ -52,6 +54,8 @@ class JobConfig(BaseModel):
     weights: WeightsConfig
     checkpoint: CheckpointConfig
     telemetry: TelemetryConfig
+    gateway: GatewayConfig
+    tls: TlsConfig
 
     @classmethod
     def from_flat(cls, flat: Mapping[str, Any]) -> Self:

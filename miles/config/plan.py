@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import pathlib
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -20,6 +21,7 @@ _SECTIONS_READ: Mapping[str, tuple[str, ...]] = {
     "weightsync": ("weights",),
     "reward": ("reward",),
     "rollout": ("rollout", "reward", "weights"),
+    "gateway": ("gateway",),
     "trainer": ("cluster", "data", "rollout", "algorithm", "train", "optimizer", "weights", "checkpoint", "telemetry"),
 }
 
@@ -31,7 +33,7 @@ class ProcessPlan:
     name: str
     """Unique within the run, the same over restarts; also the worker id."""
     kind: str
-    """redis, controller, weightsync, reward, rollout or trainer."""
+    """redis, controller, weightsync, reward, rollout, trainer or gateway."""
     command: tuple[str, ...]
     environment: Mapping[str, str]
     """Variables to set beside those that are inherited."""
@@ -50,7 +52,24 @@ def plan_redis(config: JobConfig) -> ProcessPlan | None:
 def plan_controller(config: JobConfig, redis_url: str) -> ProcessPlan:
     """The controller."""
     arguments = ("--listen", _listen(config, "controller_port"), "--redis-url", redis_url)
-    return _plan(config, "controller", "controller", (*_module("controller"), *arguments))
+    logs = ("--log-dir", f"{config.services.run_dir}/logs")
+    return _plan(config, "controller", "controller", (*_module("controller"), *logs, *arguments))
+
+
+def plan_gateway(config: JobConfig, controller: str) -> ProcessPlan | None:
+    """The REST API and web page; None when the configuration wants none."""
+    gateway = config.gateway
+    if not gateway.gateway:
+        return None
+    command = [sys.executable, "-m", "miles.gateway", "--listen", f"{gateway.gateway_host}:{gateway.gateway_port}"]
+    command += ["--controller", controller, "--runs-dir", str(pathlib.Path(config.services.run_dir).parent)]
+    if gateway.gateway_keys_file is not None:
+        command += ["--keys-file", gateway.gateway_keys_file]
+    for root in gateway.gateway_allowed_root or (".",):
+        command += ["--allowed-root", root]
+    for module in gateway.gateway_allowed_module:
+        command += ["--allowed-module", module]
+    return _plan(config, "gateway", "gateway", tuple(command))
 
 
 def plan_workers(config: JobConfig, controller: str, *, master_port: int = 0) -> list[ProcessPlan]:
@@ -78,7 +97,13 @@ def plan_run(config: JobConfig) -> list[ProcessPlan]:
     controller = plan_controller(config, config.services.redis_url or UNKNOWN_ADDRESS)
     port = config.services.controller_port
     address = f"{config.services.host}:{port}" if port else UNKNOWN_ADDRESS
-    return [*([redis] if redis else []), controller, *plan_workers(config, address)]
+    gateway = plan_gateway(config, address)
+    return [
+        *([redis] if redis else []),
+        controller,
+        *plan_workers(config, address),
+        *([gateway] if gateway else []),
+    ]
 
 
 def _worker(
@@ -102,7 +127,7 @@ def _trainer(config: JobConfig, controller: str, master_port: int) -> ProcessPla
         meeting = ("--master-addr", config.services.host, "--master-port", str(master_port or UNKNOWN_ADDRESS))
         torchrun = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), *meeting)
         plan = dataclasses.replace(plan, command=(*torchrun, *module, *arguments))
-    return dataclasses.replace(plan, environment=dict(config.train.train_env_vars))
+    return dataclasses.replace(plan, environment={**config.train.train_env_vars, **plan.environment})
 
 
 def _local_ranks(config: JobConfig) -> int:
@@ -137,4 +162,11 @@ def _module(kind: str) -> tuple[str, ...]:
 def _plan(config: JobConfig, name: str, kind: str, command: tuple[str, ...]) -> ProcessPlan:
     flat = config.to_flat()
     read = {key: flat[key] for key, entry in catalog().items() if entry.section in _SECTIONS_READ[kind]}
-    return ProcessPlan(name, kind, command, {}, read)
+    return ProcessPlan(name, kind, command, tls_environment(config) if kind != "redis" else {}, read)
+
+
+def tls_environment(config: JobConfig) -> dict[str, str]:
+    """Variables that have a process encrypt its gRPC connections as the configuration says."""
+    tls = config.tls
+    named = {"CERT": tls.tls_cert, "KEY": tls.tls_key, "CA": tls.tls_ca, "MUTUAL": "1" if tls.tls_mutual else None}
+    return {f"MILES_TLS_{name}": value for name, value in named.items() if value is not None}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import fcntl
+import importlib.util
 import logging
 import os
 import pathlib
@@ -12,7 +13,7 @@ import socket
 import time
 from typing import TYPE_CHECKING
 
-from miles.config.plan import ProcessPlan, plan_controller, plan_workers
+from miles.config.plan import ProcessPlan, plan_controller, plan_gateway, plan_workers
 from miles.launcher.process import ProcessGivenUpError, SupervisedProcess
 from miles.queue import RedisServer, RedisStartError
 from miles.rpc.exit_codes import ExitCode, ServiceExit
@@ -27,6 +28,8 @@ _CONTROLLER_START_S = 120.0
 _STOP_GRACE_S = 15.0
 _REDIS_CHECK_S = 0.5
 _ADDRESSED = ("weightsync_port", "reward_port")
+_GATEWAY_NEEDS = ("fastapi", "httptools", "prometheus_client", "uvicorn")
+"""Packages of the extra `gateway`: a run without them has no REST API."""
 _CALM_THREADS = {"OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
 """Threads of one process must not spin while those of another work on the same cores; nothing is fetched from a hub."""
 
@@ -44,6 +47,8 @@ class LocalCluster:
         self.redis: RedisServer | None = None
         self.redis_url = config.services.redis_url or ""
         self.controller_address = ""
+        self.page_url = ""
+        """Where the gateway serves; empty without one."""
         self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._tasks: list[asyncio.Task[None]] = []
         self._lock: int | None = None
@@ -75,6 +80,19 @@ class LocalCluster:
         config = self._config.replace(**addressed)
         for plan in plan_workers(config, self.controller_address, master_port=free_port()):
             self._launch(plan)
+        self._start_gateway()
+
+    def _start_gateway(self) -> None:
+        if not self._config.gateway.gateway:
+            return
+        if lacking := [name for name in _GATEWAY_NEEDS if importlib.util.find_spec(name) is None]:
+            logger.warning("no REST API and no page: pip install 'miles[gateway]' (%s missing)", ", ".join(lacking))
+            return
+        config = self._config.replace(gateway_port=self._config.gateway.gateway_port or free_port())
+        plan = plan_gateway(config, self.controller_address)
+        assert plan is not None
+        self._launch(plan)
+        self.page_url = f"http://{config.gateway.gateway_host}:{config.gateway.gateway_port}"
 
     async def _start_controller(self) -> None:
         address_file = self.run_dir / "controller.address"
@@ -117,7 +135,9 @@ class LocalCluster:
         try:
             await process.run()
         except ProcessGivenUpError as error:
-            if not self.failed.done():
+            if process.name == "gateway":
+                logger.warning("%s\nthe run goes on without REST API and page", error)
+            elif not self.failed.done():
                 self.failed.set_exception(error)
 
     async def _controller_address(self, address_file: pathlib.Path) -> str:

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import logging
+import os
 import pathlib
 import signal
 import sys
@@ -21,6 +22,7 @@ from miles.config import ConfigError, JobConfig
 from miles.config.docs import help_text
 from miles.config.dry_run import checked_config, describe_run
 from miles.config.flags import parse_command_line
+from miles.config.plan import tls_environment
 from miles.launcher.local import LocalCluster
 from miles.launcher.process import ProcessGivenUpError
 from miles.launcher.report import CURVE_NAME, plot_reward, print_summary
@@ -67,9 +69,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 async def _run(config: JobConfig, console: Console) -> int:
     run_dir = pathlib.Path(config.services.run_dir)
+    os.environ.update(tls_environment(config))
     interrupted = _catch_signals(console)
     async with LocalCluster(config) as cluster:
-        console.print(f"run folder {run_dir}, controller {cluster.controller_address}", soft_wrap=True)
+        page = f", page and REST API {cluster.page_url}" if cluster.page_url else ""
+        console.print(f"run folder {run_dir}, controller {cluster.controller_address}{page}", soft_wrap=True)
         running = asyncio.create_task(_run_job(config, cluster, console, interrupted))
         watched: set[asyncio.Future[Any]] = {running, cluster.failed}
         await asyncio.wait(watched, return_when=asyncio.FIRST_COMPLETED)

@@ -8,6 +8,7 @@ import grpc
 import grpc.aio
 
 from miles.rpc.server import KEEPALIVE_OPTIONS
+from miles.rpc.tls import TlsFiles
 
 RECONNECT_OPTIONS: list[tuple[str, int]] = [
     ("grpc.initial_reconnect_backoff_ms", 200),
@@ -17,18 +18,25 @@ RECONNECT_OPTIONS: list[tuple[str, int]] = [
 
 
 def connect(address: str) -> grpc.aio.Channel:
-    """An asyncio channel to host:port; it connects on first use and reconnects by itself."""
-    return grpc.aio.insecure_channel(address, options=[*KEEPALIVE_OPTIONS, *RECONNECT_OPTIONS])
+    """An asyncio channel to host:port, encrypted as `tls` says; it connects on first use and reconnects by itself."""
+    options = [*KEEPALIVE_OPTIONS, *RECONNECT_OPTIONS]
+    if (tls := TlsFiles.from_environment()) is None:
+        return grpc.aio.insecure_channel(address, options=options)
+    return grpc.aio.secure_channel(address, tls.channel_credentials(), options=[*options, *tls.channel_options()])
 
 
 def connect_blocking(address: str) -> grpc.Channel:
     """A blocking channel to host:port, for code outside an event loop."""
-    return grpc.insecure_channel(address, options=[*KEEPALIVE_OPTIONS, *RECONNECT_OPTIONS])
+    options = [*KEEPALIVE_OPTIONS, *RECONNECT_OPTIONS]
+    if (tls := TlsFiles.from_environment()) is None:
+        return grpc.insecure_channel(address, options=options)
+    return grpc.secure_channel(address, tls.channel_credentials(), options=[*options, *tls.channel_options()])
 
 
 async def wait_ready(channel: grpc.aio.Channel, what: str, deadline_s: float) -> None:
     """Return once the channel is connected; raise `TimeoutError` naming `what` after the deadline."""
     try:
-        await asyncio.wait_for(channel.channel_ready(), deadline_s)
+        async with asyncio.timeout(deadline_s):
+            await channel.channel_ready()
     except TimeoutError:
         raise TimeoutError(f"waited {deadline_s:g} s for {what} to accept connections") from None

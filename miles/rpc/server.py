@@ -15,6 +15,8 @@ from grpc_health.v1._async import HealthServicer
 from grpc_reflection.v1alpha import reflection
 
 from miles.rpc.exit_codes import ExitCode, ServiceExit
+from miles.rpc.tls import TlsFiles
+from miles.telemetry.redaction import RedactingFormatter
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +30,8 @@ KEEPALIVE_OPTIONS: list[tuple[str, int]] = [
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
 ]
+STOP_LIMIT_S = 60.0
+"""How long an orderly end may take before the process ends all the same."""
 WATCHED_PID_ENVIRONMENT = "MILES_EXIT_WITH"
 
 
@@ -36,7 +40,8 @@ async def start_server(
 ) -> tuple[grpc.aio.Server, str]:
     """Start a server for the servicers that `register` adds; return it and the host:port it listens on.
 
-    `address` is host:port; port 0 picks a free one. Raises `ServiceExit` when the port cannot be had.
+    `address` is host:port; port 0 picks a free one. Connections are encrypted when `tls` finds certificates. Raises
+    `ServiceExit` when the port or the certificates cannot be had.
     """
     server = grpc.aio.server(options=[*KEEPALIVE_OPTIONS, ("grpc.so_reuseport", 0)])
     register(server)
@@ -45,8 +50,12 @@ async def start_server(
     reflection.enable_server_reflection(
         (*service_names, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME), server
     )
+    tls = TlsFiles.from_environment()
+    credentials = None if tls is None else tls.server_credentials()
     try:
-        port = server.add_insecure_port(address)
+        port = (
+            server.add_insecure_port(address) if credentials is None else server.add_secure_port(address, credentials)
+        )
     except RuntimeError as error:
         raise ServiceExit(
             ExitCode.PORT_IN_USE, f"cannot listen on {address}: the port is taken; choose another or use port 0"
@@ -69,8 +78,14 @@ async def run_until_signal(serve: Callable[[], Awaitable[None]]) -> None:
 
     def stop() -> None:
         nonlocal asked_to_stop
+        if not asked_to_stop:
+            loop.call_later(STOP_LIMIT_S, give_up)
         asked_to_stop = True
         task.cancel()
+
+    def give_up() -> None:
+        logger.error("the service did not end within %g s of being asked to; ending it", STOP_LIMIT_S)
+        os._exit(int(ExitCode.INTERNAL))
 
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stop)
@@ -107,7 +122,9 @@ def _watch_process(loop: asyncio.AbstractEventLoop, on_end: Callable[[], None]) 
 
 def main(serve: Callable[[], Awaitable[None]]) -> None:
     """Run a service as a program: logging, signals, exit codes."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    handler = logging.StreamHandler()
+    handler.setFormatter(RedactingFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
     try:
         asyncio.run(run_until_signal(serve))
     except ServiceExit as error:

@@ -10,7 +10,7 @@ from miles.config.faults import Fault
 from miles.config.rules.registry import needs, rule
 from miles.config.settings import Settings
 
-_PORTS = ("controller_port", "weightsync_port", "trainer_port", "reward_port")
+_PORTS = ("controller_port", "weightsync_port", "trainer_port", "reward_port", "gateway_port")
 
 
 @rule

@@ -70,7 +70,7 @@ def test_dry_run_lists_every_process_and_leaves_nothing_behind(
     described: dict[str, Any] = yaml.safe_load(capsys.readouterr().out)
     names = [process["name"] for process in described["processes"]]
     assert names[:4] == ["redis", "controller", "weightsync", "reward-0"]
-    assert names[4:] == ["rollout-0", "rollout-1", "trainer-0"]
+    assert names[4:] == ["rollout-0", "rollout-1", "trainer-0", "gateway"]
     processes = {process["name"]: process for process in described["processes"]}
     assert processes["rollout-1"]["config"] == "as rollout-0"
     assert processes["rollout-0"]["config"]["rollout_temperature"] == 1.0
@@ -151,7 +151,7 @@ def test_services_that_run_elsewhere_are_not_planned() -> None:
         MINIMAL | {"redis_url": "redis://r:1", "rm_type": None, "reward_service": ["default=h:1"]}
     ).resolve("cpu")
     assert plan_redis(config) is None
-    assert {plan.kind for plan in plan_run(config)} == {"controller", "weightsync", "rollout", "trainer"}
+    assert {plan.kind for plan in plan_run(config)} == {"controller", "weightsync", "rollout", "trainer", "gateway"}
 
 
 def test_help_lists_every_flag(capsys: pytest.CaptureFixture[str]) -> None:
