@@ -1,8 +1,8 @@
 """How data/ was made: sums and differences of two one-digit numbers, from reasoning-gym's `chain_sum`.
 
-    pip install reasoning-gym==0.1.25                               # some of its dependencies need a C compiler
-    python -m examples.smollm2_chain_sum.make_prompts               # write them again
-    python -m examples.smollm2_chain_sum.make_prompts --check       # compare with what is there
+pip install reasoning-gym==0.1.25                               # some of its dependencies need a C compiler
+python -m examples.smollm2_chain_sum.make_prompts               # write them again
+python -m examples.smollm2_chain_sum.make_prompts --check       # compare with what is there
 """
 
 from __future__ import annotations
