@@ -31,19 +31,26 @@ TRL_MICRO_BATCHES = (64, 32, 16)
 REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
 
 
-def measure_ours(model: str, prompts: str, template: str, steps: int, threads: int) -> list[float]:
-    """Seconds of each step but the first, from the run's own metrics; every service is a process of its own."""
+def measure_ours(
+    model: str, prompts: str, template: str, steps: int, threads: int
+) -> tuple[list[float], dict[str, float]]:
+    """Seconds of each step but the first, and time shares, from the run's own metrics.
+
+    Every service is a process of its own; the run is synchronous.
+    """
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "train.py", "--hf-checkpoint", model, "--prompt-data", prompts]
         command += ["--input-key", "prompt", "--label-key", "label", "--apply-chat-template"]
         command += ["--chat-template-path", template, "--rm-type", "last_number", "--num-rollout", str(steps + 1)]
         command += ["--rollout-batch-size", str(PROMPTS_PER_STEP), "--n-samples-per-prompt", str(GROUP)]
         command += ["--num-steps-per-rollout", "1", "--rollout-max-response-len", str(MAX_NEW_TOKENS)]
+        command += ["--use-dynamic-batch-size", "--max-tokens-per-gpu", "2048"]
         command += ["--lr", str(LEARNING_RATE), "--device", "cpu", "--run-dir", folder, "--name", "benchmark"]
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
         subprocess.run(command, cwd=REPOSITORY, env=environment, check=True, stdout=subprocess.DEVNULL)
         lines = [json.loads(line) for line in (pathlib.Path(folder) / "metrics.jsonl").read_text().splitlines()]
-    return [line["perf/step_time"] for line in lines if "perf/step_time" in line][1:]
+        shares = json.loads((pathlib.Path(folder) / "summary.json").read_text())["time_share"]
+    return [line["perf/step_time"] for line in lines if "perf/step_time" in line][1:], shares
 
 
 def measure_trl(model: str, prompts: str, template: str, steps: int, threads: int, micro_batch: int) -> list[float]:
@@ -126,13 +133,15 @@ def main() -> None:
         print(json.dumps(measure_trl(*common, arguments.trl_micro_batch)))
         return
     samples = PROMPTS_PER_STEP * GROUP
-    rows = [("miles", statistics.median(measure_ours(*common)))]
+    ours, shares = measure_ours(*common)
+    rows = [("miles", statistics.median(ours))]
     for micro_batch in TRL_MICRO_BATCHES:
         rows.append((f"TRL, micro-batch {micro_batch}", statistics.median(measure_trl_apart(arguments, micro_batch))))
     best = min(seconds for _, seconds in rows[1:])
     print(f"{'':24}{'s/step':>10}{'samples/s':>12}{'vs best TRL':>13}")
     for name, seconds in rows:
         print(f"{name:24}{seconds:>10.2f}{samples / seconds:>12.2f}{best / seconds:>12.2f}x")
+    print("time of miles: " + ", ".join(f"{name} {share:.1%}" for name, share in shares.items()))
 
 
 if __name__ == "__main__":
