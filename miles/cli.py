@@ -6,10 +6,28 @@ import importlib
 import sys
 from collections.abc import Mapping, Sequence
 
+_JOB = "miles.client.commands.act"
 COMMANDS: Mapping[str, tuple[str, str]] = {
+    "serve": ("miles.launcher.serve", "start every service on this machine and wait for jobs"),
+    "submit": ("miles.client.commands.submit", "submit a job to a gateway"),
+    "list": ("miles.client.commands.list", "jobs, newest first"),
+    "show": ("miles.client.commands.show", "one job: where it stands, its results, its settings"),
+    "watch": ("miles.client.commands.watch", "follow a job until it ends"),
+    "pause": (f"{_JOB}:pause", "hold a job; its workers stay loaded"),
+    "resume": (f"{_JOB}:resume", "let a job go on that was paused, stopped or failed"),
+    "stop": (f"{_JOB}:stop", "save a job and end it, so that it can be resumed"),
+    "cancel": (f"{_JOB}:cancel", "end a job for good, without saving"),
+    "checkpoint": (f"{_JOB}:checkpoint", "save a job and let it go on"),
+    "checkpoints": ("miles.client.commands.checkpoints", "what a job saved; --download STEP fetches it"),
+    "metrics": ("miles.client.commands.metrics", "numbers of a job over its steps"),
+    "samples": ("miles.client.commands.samples", "what a job sampled and trained on"),
+    "workers": ("miles.client.commands.workers", "processes that serve jobs, with health, load and version held"),
+    "logs": ("miles.client.commands.logs", "logs of the services"),
+    "keys": ("miles.gateway.keys_command", "make, list and revoke API keys of a gateway"),
     "config": ("miles.config.command", "the reference page of all settings, and what a command line comes to"),
 }
-"""Module and help text by command. A module has `main(arguments) -> exit code`."""
+"""Module, or module:function, and help text by command. The function (`main` by default) takes the remaining words and
+returns the exit code."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -26,13 +44,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if words[0] not in COMMANDS:
         print(f"miles: there is no command {words[0]}\n\n{_usage()}", file=sys.stderr)
         return 2
-    module, _ = COMMANDS[words[0]]
-    return int(importlib.import_module(module).main(words[1:]))
+    module, _, function = COMMANDS[words[0]][0].partition(":")
+    return int(getattr(importlib.import_module(module), function or "main")(words[1:]))
 
 
 def _usage() -> str:
     lines = ["usage: miles COMMAND ...", ""]
-    lines += [f"  {name:<10}{text}" for name, (_, text) in COMMANDS.items()]
+    lines += [f"  {name:<13}{text}" for name, (_, text) in COMMANDS.items()]
     return "\n".join([*lines, "", "`miles COMMAND --help` says more."])
 
 

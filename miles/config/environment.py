@@ -37,6 +37,11 @@ def file_faults(settings: Settings) -> list[Fault]:
     return run_rules(_FILE_CHECKS, settings)
 
 
+def deployment_faults(settings: Settings) -> list[Fault]:
+    """The part of it that concerns services: all there is to check before there is a job."""
+    return run_rules(_DEPLOYMENT_CHECKS, settings)
+
+
 def _models(s: Settings) -> Iterator[Fault]:
     if not s.hf_checkpoint:
         return  # a rule reports it
@@ -193,10 +198,11 @@ def _devices(s: Settings) -> Iterator[Fault]:
         yield Fault("actor_num_gpus_per_node", wanted, f"this machine has {gpus}", f"set it to at most {gpus}")
 
 
+_DEPLOYMENT_CHECKS: tuple[Rule, ...] = (_access_files, _ports, _devices)
 _FILE_CHECKS: tuple[Rule, ...] = (
     _models,
     _data_files,
     _folders,
     _functions,
 )
-_CHECKS: tuple[Rule, ...] = (*_FILE_CHECKS, _access_files, _ports, _devices)
+_CHECKS: tuple[Rule, ...] = (*_FILE_CHECKS, *_DEPLOYMENT_CHECKS)

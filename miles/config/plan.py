@@ -72,19 +72,23 @@ def plan_gateway(config: JobConfig, controller: str) -> ProcessPlan | None:
     return _plan(config, "gateway", "gateway", tuple(command))
 
 
-def plan_workers(config: JobConfig, controller: str, *, master_port: int = 0) -> list[ProcessPlan]:
+def plan_workers(
+    config: JobConfig, controller: str, *, master_port: int = 0, every_reward: bool = False
+) -> list[ProcessPlan]:
     """Every process that attaches to the controller.
 
     Args:
         config: resolved for a device.
         controller: host:port of the controller.
         master_port: free port on which the trainer's ranks meet; 0 when it is not known yet.
+        every_reward: have the reward service offer all built-in rewards, for jobs to come.
     """
     state = ("--state-dir", f"{config.services.run_dir}/weightsync")
     plans = [_worker(config, "weightsync", "weightsync", "weightsync_port", controller, extra=state)]
     reward = config.reward
     if reward.rm_type or reward.custom_rm_path:
-        plans.append(_worker(config, "reward-0", "reward", "reward_port", controller, extra=_reward_flags(config)))
+        flags = [] if every_reward else _reward_flags(config)
+        plans.append(_worker(config, "reward-0", "reward", "reward_port", controller, extra=flags))
     for i in range(config.cluster.rollout_num_workers):
         device = _rollout_device(config, i)
         plans.append(_worker(config, f"rollout-{i}", "rollout", "rollout_port", controller, offset=i, extra=device))

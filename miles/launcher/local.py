@@ -40,8 +40,10 @@ class LocalCluster:
     Use as an async context manager; `failed` is done when a process was given up.
     """
 
-    def __init__(self, config: JobConfig) -> None:
+    def __init__(self, config: JobConfig, *, every_reward: bool = False) -> None:
+        """`every_reward` offers all built-in rewards instead of the configuration's, for jobs to come."""
         self._config = config
+        self._every_reward = every_reward
         self.run_dir = pathlib.Path(config.services.run_dir)
         self.processes: dict[str, SupervisedProcess] = {}
         self.redis: RedisServer | None = None
@@ -78,7 +80,9 @@ class LocalCluster:
         # These are known to others by address, so they must come back where they were when they start again.
         addressed = {key: getattr(self._config.services, key) or free_port() for key in _ADDRESSED}
         config = self._config.replace(**addressed)
-        for plan in plan_workers(config, self.controller_address, master_port=free_port()):
+        for plan in plan_workers(
+            config, self.controller_address, master_port=free_port(), every_reward=self._every_reward
+        ):
             self._launch(plan)
         self._start_gateway()
 

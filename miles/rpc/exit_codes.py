@@ -15,6 +15,8 @@ class ExitCode(enum.IntEnum):
     REDIS_UNREACHABLE = 11
     REDIS_UNSUITABLE = 12
     CONTROLLER_UNREACHABLE = 13
+    GATEWAY_UNREACHABLE = 14
+    REFUSED = 15
     MODEL_UNUSABLE = 20
     DATA_UNUSABLE = 21
     WORKER_FAILED = 30
@@ -32,6 +34,8 @@ HELP: dict[ExitCode, str] = {
     ExitCode.REDIS_UNREACHABLE: "Redis does not answer; check --redis-url and that the server runs.",
     ExitCode.REDIS_UNSUITABLE: "Redis is older than 6.2 or may evict keys; use a newer server with noeviction.",
     ExitCode.CONTROLLER_UNREACHABLE: "The controller does not answer; check its address and log.",
+    ExitCode.GATEWAY_UNREACHABLE: "The gateway does not answer; check --url and that it runs.",
+    ExitCode.REFUSED: "The gateway refused the request; the message says what to do.",
     ExitCode.MODEL_UNUSABLE: "The model folder is missing or incomplete; see the message for what is missing.",
     ExitCode.DATA_UNUSABLE: "The prompt data cannot be used; see the message for the file and line.",
     ExitCode.WORKER_FAILED: "A service kept failing and was given up; its log says why.",

@@ -1,0 +1,105 @@
+"""`miles keys create|list|revoke`: the API keys of a gateway."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import pathlib
+import sys
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+from miles.gateway.keys import ApiKey, KeyFile, KeyFileError, Scope
+from miles.rpc.exit_codes import ExitCode
+
+KEYS_ENVIRONMENT = "MILES_KEYS_FILE"
+_DAY_S = 86_400
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Change or list the keys in a file; return the exit code."""
+    flags = _parse(arguments)
+    keys = KeyFile(flags.keys_file)
+    try:
+        if flags.command == "create":
+            return _create(keys, flags)
+        if flags.command == "revoke":
+            revoked = keys.revoke(flags.name)
+            print(json.dumps(_shown(revoked)) if flags.json else f"{revoked.name} ({revoked.key_id}) is revoked")
+            return ExitCode.OK
+        return _list(keys, flags)
+    except KeyError:
+        print(f"no key is named {flags.name!r}; `miles keys list` shows them", file=sys.stderr)
+    except (KeyFileError, ValueError, OSError) as error:
+        print(error, file=sys.stderr)
+    return ExitCode.BAD_CONFIG
+
+
+def _parse(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="miles keys", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    create = commands.add_parser("create", help="make a key and print it; it is shown this once")
+    create.add_argument("name", help="whose it is")
+    scopes = "read: see everything; submit: also submit jobs and act on one's own; admin: act on all jobs"
+    create.add_argument("--scope", choices=[scope.value for scope in Scope], default=Scope.READ.value, help=scopes)
+    create.add_argument("--days", type=float, help="how long it is valid; default: until it is revoked")
+    commands.add_parser("list", help="which keys there are")
+    revoke = commands.add_parser("revoke", help="make a key invalid")
+    revoke.add_argument("name", help="its name or id")
+    default = os.environ.get(KEYS_ENVIRONMENT)
+    for command in commands.choices.values():
+        command.add_argument(
+            "--keys-file",
+            type=pathlib.Path,
+            default=default,
+            required=default is None,
+            metavar="FILE",
+            help=f"the file that the gateway reads; default: ${KEYS_ENVIRONMENT}",
+        )
+        command.add_argument("--json", action="store_true", help="print JSON")
+    flags = parser.parse_args(arguments)
+    flags.keys_file = pathlib.Path(flags.keys_file)
+    return flags
+
+
+def _create(keys: KeyFile, flags: argparse.Namespace) -> int:
+    lifetime_s = None if flags.days is None else flags.days * _DAY_S
+    key, text = keys.create(flags.name, Scope(flags.scope), lifetime_s)
+    if flags.json:
+        print(json.dumps({**_shown(key), "key": text}))
+        return ExitCode.OK
+    print(text)
+    print(
+        "Keep it: only its hash is stored. Use it as $MILES_API_KEY, or as Authorization: Bearer KEY.", file=sys.stderr
+    )
+    return ExitCode.OK
+
+
+def _list(keys: KeyFile, flags: argparse.Namespace) -> int:
+    found = [_shown(key) for key in keys.list()]
+    if flags.json:
+        print(json.dumps(found))
+        return ExitCode.OK
+    table = Table("id", "name", "scope", "made", "expires")
+    for key in found:
+        table.add_row(key["id"], key["name"], key["scope"], key["created_at"], key["expires_at"] or "never")
+    Console(highlight=False).print(table)
+    return ExitCode.OK
+
+
+def _shown(key: ApiKey) -> dict[str, str | None]:
+    return {
+        "id": key.key_id,
+        "name": key.name,
+        "scope": str(key.scope),
+        "created_at": _moment(key.created_unix_s),
+        "expires_at": None if key.expires_unix_s is None else _moment(key.expires_unix_s),
+    }
+
+
+def _moment(unix_s: int) -> str:
+    return datetime.datetime.fromtimestamp(unix_s, datetime.UTC).isoformat()

@@ -1,0 +1,53 @@
+"""`miles pause|resume|stop|cancel|checkpoint JOB`."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from rich.markup import escape
+
+from miles.client.commands.common import Output, one_job, state_text
+from miles.rpc.exit_codes import ExitCode
+
+if TYPE_CHECKING:
+    from miles.client import MilesClient
+
+
+def pause(arguments: Sequence[str]) -> int:
+    """Hold a job."""
+    return _act("pause", "Hold a job once what runs has ended; its workers stay loaded.", arguments)
+
+
+def resume(arguments: Sequence[str]) -> int:
+    """Let a job go on."""
+    return _act("resume", "Let a paused job go on; take up a stopped or failed one from its checkpoint.", arguments)
+
+
+def stop(arguments: Sequence[str]) -> int:
+    """Save a job and end it."""
+    return _act("stop", "Save a checkpoint and end the job, so that it can be resumed.", arguments)
+
+
+def cancel(arguments: Sequence[str]) -> int:
+    """End a job."""
+    return _act("cancel", "End a job for good, without saving.", arguments)
+
+
+def checkpoint(arguments: Sequence[str]) -> int:
+    """Save a job."""
+    return _act("checkpoint", "Save a checkpoint after the current step and go on.", arguments)
+
+
+def _act(action: str, description: str, arguments: Sequence[str]) -> int:
+    def carry_out(client: MilesClient, flags: argparse.Namespace, output: Output) -> int:
+        job = client.act(flags.job, action)
+        if output.as_json:
+            output.json(job)
+        else:
+            name = escape(job["id"])
+            output.console.print(f"{action} of {name} is taken up; it is {state_text(job['state'])} now")
+        return ExitCode.OK
+
+    return one_job(action, description, arguments, carry_out)

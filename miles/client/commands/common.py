@@ -1,0 +1,136 @@
+"""What all commands share: flags, the console, and errors as exit codes."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import pathlib
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from miles.rpc.exit_codes import ExitCode
+
+if TYPE_CHECKING:
+    from miles.client import MilesClient
+
+END_CODES: Mapping[str, ExitCode] = {
+    "succeeded": ExitCode.OK,
+    "failed": ExitCode.JOB_FAILED,
+    "cancelled": ExitCode.JOB_CANCELLED,
+    "stopped": ExitCode.INTERRUPTED,
+}
+"""Exit code of a command that follows a job, by the state in which the job ended."""
+
+STYLES: Mapping[str, str] = {
+    "running": "green",
+    "starting": "cyan",
+    "queued": "dim",
+    "paused": "yellow",
+    "recovering": "yellow",
+    "succeeded": "bold green",
+    "failed": "bold red",
+    "cancelled": "magenta",
+    "stopped": "magenta",
+    "good": "green",
+    "stuck": "yellow",
+    "quarantined": "yellow",
+    "lost": "red",
+}
+
+
+def parser(command: str, description: str) -> argparse.ArgumentParser:
+    """A parser with the flags that every command has."""
+    made = argparse.ArgumentParser(prog=f"miles {command}", description=description)
+    made.add_argument("--url", help="address of the gateway; default: $MILES_URL, else http://127.0.0.1:8000")
+    key = "file that holds the API key; default: the key in $MILES_API_KEY"
+    made.add_argument("--key-file", type=pathlib.Path, metavar="FILE", help=key)
+    made.add_argument("--ca", metavar="FILE", help="authorities to trust for https, PEM; default: those of the system")
+    made.add_argument("--json", action="store_true", help="print JSON")
+    return made
+
+
+class Output:
+    """Prints for people, or JSON for programs."""
+
+    def __init__(self, as_json: bool) -> None:
+        self.as_json = as_json
+        self.console = Console(highlight=False)
+
+    def json(self, value: Any) -> None:
+        """One JSON value on a line."""
+        print(json.dumps(value, ensure_ascii=False), flush=True)
+
+    def error(self, text: str) -> None:
+        """Something went wrong, on standard error."""
+        Console(stderr=True, highlight=False).print(text, style="red", markup=False, soft_wrap=True)
+
+
+Action = Callable[["MilesClient", argparse.Namespace, Output], int]
+
+
+def run(flags: argparse.Namespace, action: Action) -> int:
+    """Connect and act; errors become messages and exit codes."""
+    output = Output(flags.json)
+    try:
+        from miles.client import GatewayUnreachableError, MilesClient, MilesError, UnexpectedAnswerError
+    except ModuleNotFoundError as error:
+        output.error(f"{error.name} is not installed; pip install 'miles[client]'")
+        return ExitCode.INTERNAL
+    key = None
+    if flags.key_file is not None:
+        try:
+            key = flags.key_file.read_text().strip()
+        except OSError as error:
+            output.error(f"--key-file {flags.key_file} cannot be read: {error.strerror}")
+            return ExitCode.BAD_CONFIG
+    try:
+        with MilesClient(flags.url, key, verify=flags.ca or True) as client:
+            return action(client, flags, output)
+    except MilesError as error:
+        if flags.json:
+            print(json.dumps(error.problem), file=sys.stderr)
+        else:
+            output.error(error.describe())
+        return ExitCode.BAD_CONFIG if error.status == 422 else ExitCode.REFUSED
+    except (GatewayUnreachableError, UnexpectedAnswerError) as error:
+        output.error(str(error))
+        return ExitCode.GATEWAY_UNREACHABLE
+    except KeyboardInterrupt:
+        return ExitCode.INTERRUPTED
+
+
+def state_text(state: str) -> str:
+    """A state or health in its colour, for rich."""
+    return f"[{STYLES.get(state, 'white')}]{state}[/]"
+
+
+def moment(text: str | None) -> str:
+    """A time of the API in local time, to the second."""
+    if not text:
+        return ""
+    return datetime.datetime.fromisoformat(text).astimezone().strftime("%Y-%m-%d %H:%M:%S")
+
+
+def size_text(size: float) -> str:
+    """A number of bytes for people."""
+    for unit in ("B", "KiB", "MiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} GiB"
+
+
+def steps_text(job: Mapping[str, Any]) -> str:
+    """Steps done of all."""
+    return f"{job['policy_version']}/{job['num_rollout'] or '?'}"
+
+
+def one_job(command: str, description: str, arguments: Sequence[str], action: Action) -> int:
+    """Run a command whose only argument is a job."""
+    made = parser(command, description)
+    made.add_argument("job", help="id of the job")
+    return run(made.parse_args(arguments), action)

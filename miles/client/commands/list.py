@@ -1,0 +1,45 @@
+"""`miles list`: jobs, newest first."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from rich.markup import escape
+from rich.table import Table
+
+from miles.client.commands.common import Output, moment, parser, run, state_text, steps_text
+from miles.rpc.exit_codes import ExitCode
+
+if TYPE_CHECKING:
+    from miles.client import MilesClient
+
+
+def main(arguments: Sequence[str]) -> int:
+    """List jobs; return the exit code."""
+    made = parser("list", "Jobs, newest first.")
+    made.add_argument("--state", action="append", default=[], help="only jobs in this state; repeatable")
+    made.add_argument("--limit", type=int, default=20, metavar="N", help="at most so many")
+    return run(made.parse_args(arguments), _list)
+
+
+def _list(client: MilesClient, flags: argparse.Namespace, output: Output) -> int:
+    jobs = list(itertools.islice(client.jobs(flags.state, page_size=min(max(flags.limit, 1), 500)), flags.limit))
+    if output.as_json:
+        output.json(jobs)
+        return ExitCode.OK
+    table = Table("job", "state", "steps", "submitted", "by", "error")
+    for job in jobs:
+        error = (job["error"] or "").splitlines()
+        table.add_row(
+            escape(job["id"]),
+            state_text(job["state"]),
+            steps_text(job),
+            moment(job["submitted_at"]),
+            escape(job["submitted_by"]),
+            escape(error[0][:80] if error else ""),
+        )
+    output.console.print(table)
+    return ExitCode.OK

@@ -1,0 +1,63 @@
+"""`miles show JOB`: where a job stands, its results, its settings."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich.markup import escape
+from rich.table import Table
+
+from miles.client.commands.common import Output, moment, parser, run, state_text, steps_text
+from miles.config.catalog import catalog
+from miles.rpc.exit_codes import ExitCode
+
+if TYPE_CHECKING:
+    from miles.client import MilesClient
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Show a job; return the exit code."""
+    made = parser("show", "Where a job stands, its results, and the settings that differ from their defaults.")
+    made.add_argument("job", help="id of the job")
+    return run(made.parse_args(arguments), _show)
+
+
+def _show(client: MilesClient, flags: argparse.Namespace, output: Output) -> int:
+    job = client.job(flags.job)
+    if output.as_json:
+        output.json(job)
+        return ExitCode.OK
+    table = Table(show_header=False, box=None)
+    table.add_row("job", escape(job["id"]))
+    table.add_row("state", state_text(job["state"]))
+    table.add_row("steps", steps_text(job))
+    for key in ("submitted_at", "started_at", "ended_at"):
+        table.add_row(key.removesuffix("_at"), moment(job[key]))
+    table.add_row("submitted by", escape(job["submitted_by"] or "the command line"))
+    if job["error"]:
+        table.add_row("error", f"[red]{escape(job['error'])}[/]")
+    for name, value in _flattened(job["summary"]):
+        table.add_row(name, escape(value))
+    output.console.print(table)
+    output.console.print("\nsettings that differ from their defaults:", style="bold")
+    settings = Table(show_header=False, box=None)
+    known = catalog()
+    for key, value in sorted(job["config"].items()):
+        default = known[key].default if key in known else None
+        if value not in (None, default) and value != (list(default) if isinstance(default, tuple) else default):
+            settings.add_row(key, escape(json.dumps(value, ensure_ascii=False)))
+    output.console.print(settings)
+    return ExitCode.OK
+
+
+def _flattened(summary: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    rows: list[tuple[str, str]] = []
+    for name, value in summary.items():
+        if isinstance(value, Mapping):
+            rows += _flattened(value, f"{prefix}{name}.")
+        else:
+            rows.append((prefix + name, f"{value:.4g}" if isinstance(value, float) else str(value)))
+    return rows

@@ -1,0 +1,46 @@
+"""What can go wrong between a client and a gateway."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+
+class MilesError(RuntimeError):
+    """The gateway refused a request, and says why."""
+
+    def __init__(self, problem: Mapping[str, Any]) -> None:
+        self.problem = dict(problem)
+        """The problem document (RFC 9457)."""
+        super().__init__(self.describe())
+
+    @property
+    def kind(self) -> str:
+        """What went wrong, e.g. `invalid-config`; docs/gateway.md lists the kinds."""
+        return str(self.problem.get("type", "")).rpartition("/")[2]
+
+    @property
+    def status(self) -> int:
+        """HTTP status."""
+        return int(self.problem.get("status", 0))
+
+    @property
+    def faults(self) -> list[dict[str, Any]]:
+        """Everything that is wrong, when it is several things: field, value, problem, remedy."""
+        return list(self.problem.get("faults") or [])
+
+    def describe(self) -> str:
+        """Title and detail, or every fault on a line of its own."""
+        title = str(self.problem.get("title", "the gateway refused"))
+        if not self.faults:
+            return f"{title}: {self.problem.get('detail', '')}"
+        lines = [f"  {fault['field']}: {fault['problem']}; {fault['remedy']}" for fault in self.faults]
+        return "\n".join([f"{title}:", *lines])
+
+
+class GatewayUnreachableError(ConnectionError):
+    """Nothing answers at the gateway's address."""
+
+
+class UnexpectedAnswerError(RuntimeError):
+    """What answered is not a gateway."""

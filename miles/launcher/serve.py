@@ -1,0 +1,111 @@
+"""`miles serve`: every service on this machine, without a job; jobs come over the REST API."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.logging import RichHandler
+
+from miles.config import ConfigError, JobConfig
+from miles.config.catalog import catalog
+from miles.config.environment import deployment_faults
+from miles.config.faults import Fault
+from miles.config.flags import parse_command_line
+from miles.config.job import examine, resolved
+from miles.config.plan import tls_environment
+from miles.launcher.local import LocalCluster
+from miles.launcher.process import ProcessGivenUpError
+from miles.rpc.exit_codes import ExitCode, ServiceExit
+
+SECTIONS = ("services", "cluster", "gateway", "tls")
+"""Sections whose settings concern services rather than a job."""
+_OF_SERVICES = frozenset({"custom_rm_path", "group_rm", "train_env_vars"})
+"""Settings of other sections that do."""
+_USAGE = """usage: miles serve [--config FILE] [FLAGS]
+
+Starts Redis, the controller, rollouts, trainer, reward and weight-sync services and the gateway on this machine, and
+keeps them running until Ctrl-C. Submit jobs with `miles submit`, over the REST API, or on the web page."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Serve until Ctrl-C or SIGTERM; return the exit code."""
+    console = Console(highlight=False)
+    line = parse_command_line(sys.argv[1:] if arguments is None else arguments)
+    if line.help:
+        console.print(f"{_USAGE}\n\n{_flags_text()}", markup=False)
+        return ExitCode.OK
+    try:
+        config = service_config(line.flat, line.faults)
+    except ConfigError as error:
+        console.print(str(error), style="red", markup=False, soft_wrap=True)
+        return ExitCode.BAD_CONFIG
+    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[RichHandler(console=console)])
+    try:
+        asyncio.run(_serve(config, console))
+    except ServiceExit as error:
+        console.print(str(error), style="red", markup=False, soft_wrap=True)
+        return error.code
+    except ProcessGivenUpError as error:
+        console.print(str(error), style="red", markup=False, soft_wrap=True)
+        return ExitCode.WORKER_FAILED
+    return ExitCode.OK
+
+
+def service_config(flat: dict[str, Any], faults: Sequence[Fault] = ()) -> JobConfig:
+    """A configuration of services alone; what only a job decides has stand-ins. Raises ConfigError with every fault."""
+    known = catalog()
+    found = list(faults)
+    for key, value in flat.items():
+        if key in known and known[key].section not in SECTIONS and key not in _OF_SERVICES:
+            found.append(Fault(key, value, "a job decides that", "give it to `miles submit`, or run train.py"))
+    given = {"name": "serve", **{key: value for key, value in flat.items() if key not in {f.field for f in found}}}
+    settings = resolved(given)
+    ranks = int(settings.get("actor_num_nodes") or 1) * int(settings["actor_num_gpus_per_node"])
+    stand_ins: dict[str, Any] = {
+        "hf_checkpoint": "(each job's)",
+        "prompt_data": "(each job's)",
+        "num_rollout": 1,
+        "rollout_batch_size": ranks,
+        "n_samples_per_prompt": 2,
+        "rollout_max_response_len": 1,
+        **({} if given.get("custom_rm_path") else {"rm_type": "exact_match"}),
+    }
+    complete = stand_ins | settings
+    examination = examine(complete)
+    found += examination.faults
+    found += deployment_faults(examination.settings)
+    if found:
+        raise ConfigError(found)
+    return JobConfig.from_flat(complete)
+
+
+async def _serve(config: JobConfig, console: Console) -> None:
+    os.environ.update(tls_environment(config))
+    stopping = asyncio.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, stopping.set)
+    async with LocalCluster(config, every_reward=config.reward.custom_rm_path is None) as cluster:
+        where = f"page and REST API {cluster.page_url}, " if cluster.page_url else ""
+        console.print(f"{where}controller {cluster.controller_address}, folder {cluster.run_dir}", soft_wrap=True)
+        stopped = asyncio.create_task(stopping.wait())
+        watched: set[asyncio.Future[Any]] = {stopped, cluster.failed}
+        await asyncio.wait(watched, return_when=asyncio.FIRST_COMPLETED)
+        if cluster.failed.done():
+            cluster.failed.result()
+        console.print("stopping all processes; jobs that run are taken up again by the next start in the same folder")
+
+
+def _flags_text() -> str:
+    lines = []
+    for entry in catalog().values():
+        if entry.section in SECTIONS or entry.key in _OF_SERVICES:
+            lines.append(f"  {entry.flag} {entry.metavar}".rstrip())
+            lines.append(f"      {entry.help}")
+    return "\n".join(lines)
