@@ -40,6 +40,7 @@ def _lacking_reward(config: Mapping[str, Any], supply: Supply) -> str:
     name = config["rm_type"] or config["custom_rm_path"]
     if not name or any(service.startswith("default=") for service in config["reward_service"] or ()):
         return ""
-    if any(not served or name in served for served in supply.rewards):
+    names = {name, name.rpartition(".")[2]}  # a function is served under its own name
+    if any(not served or names.intersection(served) for served in supply.rewards):
         return ""
     return f"a reward worker that serves {name}"

@@ -1,0 +1,253 @@
+"""What runs leave on disk, read back: metrics, samples, activity, checkpoints, logs."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import pathlib
+
+import numpy as np
+import pytest
+
+from miles.rpc.gen import records_pb2
+from miles.services.controller import log_files, sample_files, timeline
+from miles.services.controller.checkpoint_files import CheckpointFiles, UnknownFileError
+from miles.services.controller.metric_log import MetricLog
+from miles.services.trainer.sample_log import MAX_TEXT_CHARS, SampleLog, TokenNumbers
+from miles.telemetry import MetricsWriter
+from miles.types import Sample, SampleStatus, VersionSpan
+
+
+def select(log: MetricLog, *names: str, first: int = 0, last: int | None = None, stride: int = 1) -> dict[str, list]:  # type: ignore[type-arg]
+    request = records_pb2.ListMetricsRequest(names=names, first_step=first, stride=stride)
+    if last is not None:
+        request.last_step = last
+    log.refresh()
+    return {series.name: list(zip(series.steps, series.values, strict=True)) for series in log.select(request).series}
+
+
+def test_metrics_are_read_as_they_are_written(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    log = MetricLog(path)
+    assert select(log) == {}
+    writer = MetricsWriter(path)
+    writer.write(0, {"train/loss": 1.0, "eval/a": 0.5})
+    assert select(log) == {"eval/a": [(0, 0.5)], "train/loss": [(0, 1.0)]}
+    writer.write(1, {"train/loss": 2.0})
+    writer.write(1, {"eval/a": 0.75})
+    with path.open("a") as file:
+        file.write('{"step": 2, "train/lo')  # a line in the making
+    assert select(log, "train/*") == {"train/loss": [(0, 1.0), (1, 2.0)]}
+    assert select(log, "eval/a", first=1) == {"eval/a": [(1, 0.75)]}
+    assert select(log, last=0) == {"eval/a": [(0, 0.5)], "train/loss": [(0, 1.0)]}
+
+
+def test_a_resumed_run_takes_its_later_steps_back(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    log = MetricLog(path)
+    writer = MetricsWriter(path)
+    for step in range(4):
+        writer.write(step, {"a": step})
+    assert len(select(log)["a"]) == 4
+    writer.close()
+    again = MetricsWriter(path, first_step=2)
+    again.write(2, {"a": 20})
+    assert select(log) == {"a": [(0, 0), (1, 1), (2, 20)]}
+
+
+def test_a_stride_gives_the_mean_of_each_stretch(tmp_path: pathlib.Path) -> None:
+    writer = MetricsWriter(tmp_path / "m.jsonl")
+    for step, value in enumerate([1.0, 3.0, math.nan, 7.0, math.inf, math.nan]):
+        writer.write(step, {"a": value})
+    values = select(MetricLog(tmp_path / "m.jsonl"), first=0, stride=2)["a"]
+    assert values[:2] == [(0, 2.0), (2, 7.0)]
+    assert values[2][0] == 4
+    assert math.isnan(values[2][1])
+
+
+def sample(group_id: int, index: int, reward: float | None, **changes: object) -> Sample:
+    fields = {
+        "group_id": group_id,
+        "index": index,
+        "prompt": f"prompt {group_id}",
+        "tokens": np.arange(5, dtype=np.int32),
+        "response_length": 3,
+        "response": f"response {index}",
+        "label": "x",
+        "reward": reward,
+        "status": SampleStatus.COMPLETED if reward is not None else SampleStatus.FAILED,
+        "weight_versions": (VersionSpan(4, 0, 3),),
+    }
+    return Sample(**{**fields, **changes})  # type: ignore[arg-type]
+
+
+def numbers(shift: float) -> TokenNumbers:
+    log_probs = np.array([-1.0, -2.0, -3.0], np.float32)
+    return TokenNumbers(
+        mask=np.array([1, 1, 0], np.float32),
+        advantages=np.array([0.5, 0.5, 9.0], np.float32),
+        train_log_probs=log_probs,
+        rollout_log_probs=log_probs + np.array([shift, -3 * shift, 50.0], np.float32),
+    )
+
+
+def write_steps(run_dir: pathlib.Path, steps: int, groups: int = 2) -> None:
+    """Two ranks record `steps` steps; each has one sample of every group."""
+    for rank in range(2):
+        log = SampleLog(run_dir, groups, rank, None)
+        for step in range(steps):
+            samples = [(sample(10 * step + g, rank, float(rank)), numbers(0.25)) for g in range(groups)]
+            log.write(step, samples)
+
+
+def test_samples_of_all_ranks_are_merged_and_paged(tmp_path: pathlib.Path) -> None:
+    write_steps(tmp_path, steps=3)
+    found, token = [], ""
+    while True:
+        page, token = sample_files.list_samples(tmp_path, sample_files.SampleFilter(), 5, token)
+        found += [(s.step, s.group_id, s.index) for s in page]
+        if not token:
+            break
+    assert found == [(step, 10 * step + g, i) for step in (2, 1, 0) for g in (0, 1) for i in (0, 1)]
+
+
+def test_samples_say_what_the_trainer_knew(tmp_path: pathlib.Path) -> None:
+    log = SampleLog(tmp_path, 1, 0, "math")
+    unscored = sample(1, 1, None)
+    parts = dataclasses.replace(sample(1, 0, 1.0), reward={"math": 1.0, "style": 0.5}, status=SampleStatus.TRUNCATED)
+    log.write(7, [(unscored, None), (parts, numbers(0.25))])
+    (first, second), _ = sample_files.list_samples(tmp_path, sample_files.SampleFilter(step=7), 5, "")
+    assert (first.reward, dict(first.reward_parts)) == (1.0, {"math": 1.0, "style": 0.5})
+    assert (first.log_prob_diff_mean, first.log_prob_diff_max, first.advantage) == (0.5, 0.75, 0.5)
+    assert json.loads(first.prompt_json) == "prompt 1"
+    assert [(s.version, s.start, s.end) for s in first.weight_versions] == [(4, 0, 3)]
+    assert not second.HasField("reward")
+    assert not second.HasField("log_prob_diff_mean")
+
+
+@pytest.mark.parametrize(
+    ("wanted", "indices"),
+    [
+        (sample_files.SampleFilter(min_reward=1), {1}),
+        (sample_files.SampleFilter(max_reward=0), {0}),
+        (sample_files.SampleFilter(step=1), {0, 1}),
+        (sample_files.SampleFilter(step=9), set()),
+    ],
+)
+def test_samples_are_filtered(tmp_path: pathlib.Path, wanted: sample_files.SampleFilter, indices: set[int]) -> None:
+    write_steps(tmp_path, steps=3)
+    page, _ = sample_files.list_samples(tmp_path, wanted, 100, "")
+    assert {s.index for s in page} == indices
+    assert wanted.step is None or {s.step for s in page} <= {wanted.step}
+
+
+def test_a_filter_that_nothing_passes_reads_a_bounded_number_of_steps_a_page(tmp_path: pathlib.Path) -> None:
+    write_steps(tmp_path, steps=sample_files.MAX_STEPS_A_PAGE + 5, groups=1)
+    wanted = sample_files.SampleFilter(min_reward=99)
+    page, token = sample_files.list_samples(tmp_path, wanted, 10, "")
+    assert (page, token) == ([], "4..-1")
+    assert sample_files.list_samples(tmp_path, wanted, 10, token) == ([], "")
+    everything = sample_files.SampleFilter()
+    assert {s.step for s in sample_files.list_samples(tmp_path, everything, 99, token)[0]} == set(range(5))
+
+
+@pytest.mark.parametrize("token", ["x", "1", "1.2", "-1.0.0", "1.2.3.4", "9" * 30 + ".0.0"])
+def test_a_page_token_that_no_page_ended_with_is_refused(tmp_path: pathlib.Path, token: str) -> None:
+    with pytest.raises(sample_files.BadPageToken):
+        sample_files.list_samples(tmp_path, sample_files.SampleFilter(), 10, token)
+
+
+def test_a_resumed_run_drops_samples_of_steps_to_be_taken_again(tmp_path: pathlib.Path) -> None:
+    write_steps(tmp_path, steps=3)
+    SampleLog(tmp_path, 2, 0, None).drop_from(1)
+    page, _ = sample_files.list_samples(tmp_path, sample_files.SampleFilter(), 99, "")
+    assert {s.step for s in page} == {0}
+
+
+def test_long_texts_are_cut(tmp_path: pathlib.Path) -> None:
+    text = "a" * MAX_TEXT_CHARS + "b"
+    SampleLog(tmp_path, 1, 0, None).write(0, [(sample(0, 0, 1.0, response=text), None)])
+    (found,), _ = sample_files.list_samples(tmp_path, sample_files.SampleFilter(), 9, "")
+    assert found.cut
+    assert len(found.response) < MAX_TEXT_CHARS + 100
+    assert found.response.endswith("b")
+
+
+def test_activity_is_read_back_newest_first_to_go(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / timeline.NAME
+    writer = timeline.TimelineWriter(path)
+    for i in range(5):
+        writer.step = i
+        writer.add("train", i, i + 0.5)
+    writer.close()
+    spans = timeline.read_timeline(path, 0, 3)
+    assert [span.step for span in spans] == [2, 3, 4]
+    assert spans[0].end_unix_s - spans[0].start_unix_s == pytest.approx(0.5, abs=2e-3)
+    assert [span.step for span in timeline.read_timeline(path, spans[1].end_unix_s, 9)] == [4]
+    assert timeline.read_timeline(tmp_path / "none", 0, 9) == []
+
+
+def test_checkpoints_are_found_when_they_are_complete(tmp_path: pathlib.Path) -> None:
+    for step, complete in ((2, True), (4, True), (6, False)):
+        folder = tmp_path / "checkpoints" / f"step_{step:08d}"
+        folder.mkdir(parents=True)
+        (folder / "data").write_bytes(b"x" * 10)
+        if complete:
+            (folder / "trainer.json").write_text("{}")
+    export = tmp_path / "hf" / "4"
+    export.mkdir(parents=True)
+    (export / "config.json").write_text("{}")
+    (export / "model.safetensors").write_bytes(b"y" * (1 << 20) + b"z")
+    (tmp_path / "hf" / "5.tmp").mkdir()
+    files = CheckpointFiles({"run_dir": str(tmp_path)})
+    found = files.find()
+    assert [(c.step, c.state_bytes, [f.name for f in c.hf_files]) for c in found] == [
+        (4, 12, ["config.json", "model.safetensors"]),
+        (2, 12, []),
+    ]
+    assert b"".join(files.open_export(4, "model.safetensors", 1 << 20)) == b"z"
+    for step, name in ((4, "../../secret"), (4, "nothing"), (2, "config.json"), (9, "config.json")):
+        with pytest.raises(UnknownFileError):
+            files.open_export(step, name, 0)
+
+
+def test_exports_are_found_where_save_hf_says(tmp_path: pathlib.Path) -> None:
+    for step in (1, 12):
+        folder = tmp_path / "out[a]" / f"v{step}-model"
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text("{}")
+    settings = {"run_dir": str(tmp_path), "save_hf": str(tmp_path / "out[a]" / "v{rollout_id}-model")}
+    assert [c.step for c in CheckpointFiles(settings).find()] == [12, 1]
+    assert CheckpointFiles({"run_dir": str(tmp_path), "save_hf": str(tmp_path / "fixed")}).find() == []
+
+
+def test_a_log_is_read_from_its_end_and_followed(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "rollout-0.log"
+    path.write_text("first\nsecond\npassword=geheim123\n")
+    whole = log_files.read_log(tmp_path, "rollout-0", None, 0)
+    assert whole.text == "first\nsecond\npassword=[redacted]\n"
+    tail = log_files.read_log(tmp_path, "rollout-0", None, 25)
+    assert tail.text == "password=[redacted]\n"
+    with path.open("a") as file:
+        file.write("third\nhalf a li")
+    more = log_files.read_log(tmp_path, "rollout-0", whole.next_offset_bytes, 0)
+    assert more.text == "third\n"
+    assert more.size_bytes == path.stat().st_size
+    with path.open("a") as file:
+        file.write("ne\n")
+    assert log_files.read_log(tmp_path, "rollout-0", more.next_offset_bytes, 0).text == "half a line\n"
+
+
+def test_a_line_longer_than_the_limit_comes_in_pieces(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "a.log").write_text("x" * 100 + "\n")
+    piece = log_files.read_log(tmp_path, "a", 0, 40)
+    assert (piece.text, piece.next_offset_bytes) == ("x" * 40, 40)
+
+
+@pytest.mark.parametrize("name", ["../a", "a.log", "nothing", ""])
+def test_only_logs_of_the_folder_can_be_read(tmp_path: pathlib.Path, name: str) -> None:
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "a.log").write_text("secret\n")
+    with pytest.raises(log_files.UnknownLogError):
+        log_files.read_log(tmp_path / "logs", name, None, 0)

@@ -1,0 +1,49 @@
+"""What a job waits for."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+from config_cases import MINIMAL
+
+from miles.config import JobConfig
+from miles.services.controller.resources import Supply, lacking
+
+ENOUGH = Supply(rollouts=1, weightsyncs=1, trainer_ranks=(1,), rewards=(("math", "exact_match"),))
+
+
+def flat(**changes: Any) -> dict[str, Any]:
+    return JobConfig.from_flat(MINIMAL | changes).resolve("cpu").to_flat()
+
+
+def test_a_job_runs_when_all_it_asks_for_is_there() -> None:
+    assert lacking(flat(), ENOUGH) == ""
+    assert lacking(flat(), dataclasses.replace(ENOUGH, trainer_ranks=(4, 0), rewards=((),))) == ""
+
+
+@pytest.mark.parametrize(
+    ("changes", "supply", "reason"),
+    [
+        ({}, {"rollouts": 0}, "1 rollout workers (0 attached)"),
+        ({"rollout_num_workers": 3}, {}, "3 rollout workers (1 attached)"),
+        ({}, {"trainer_ranks": ()}, "a trainer of 1 ranks (no trainer attached)"),
+        ({"actor_num_gpus_per_node": 2}, {}, "a trainer of 2 ranks (1 attached)"),
+        ({}, {"weightsyncs": 0}, "a weight-sync service"),
+        ({}, {"rewards": (("exact_match",),)}, "a reward worker that serves math"),
+        ({}, {"rewards": ()}, "a reward worker that serves math"),
+        (
+            {"rollout_num_workers": 2},
+            {"weightsyncs": 0},
+            "2 rollout workers (1 attached); a weight-sync service",
+        ),
+    ],
+)
+def test_a_job_says_what_it_waits_for(changes: dict[str, Any], supply: dict[str, Any], reason: str) -> None:
+    assert lacking(flat(**changes), dataclasses.replace(ENOUGH, **supply)) == reason
+
+
+def test_a_job_with_reward_services_of_its_own_needs_no_worker_for_them() -> None:
+    own = flat(rm_type=None, reward_service=["default=h:1"])
+    assert lacking(own, dataclasses.replace(ENOUGH, rewards=())) == ""
