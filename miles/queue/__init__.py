@@ -2,6 +2,7 @@
 
 from miles.queue.client import connect, connect_async
 from miles.queue.errors import (
+    Fenced,
     MissingGroups,
     QueueFull,
     RedisStartError,
@@ -11,11 +12,13 @@ from miles.queue.errors import (
 from miles.queue.groups import GroupQueue
 from miles.queue.keys import JobKeys
 from miles.queue.partial import PartialStore
-from miles.queue.payload import Outstanding
+from miles.queue.payload import Holder, Outstanding
 from miles.queue.server import RedisServer
 
 __all__ = [
+    "Fenced",
     "GroupQueue",
+    "Holder",
     "JobKeys",
     "MissingGroups",
     "Outstanding",

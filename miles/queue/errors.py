@@ -15,6 +15,10 @@ class QueueFull(TimeoutError):
     """Redis had no memory for a group until the deadline; the group is not queued."""
 
 
+class Fenced(RuntimeError):
+    """The lease under which a result came is over: the work was, or will be, given to another worker."""
+
+
 class MissingGroups(TimeoutError):
     """Groups that did not appear in the queue until the deadline."""
 

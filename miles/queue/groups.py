@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from miles.queue.backpressure import TRANSIENT, until_written
 from miles.queue.consumer import GroupConsumer
-from miles.queue.errors import MissingGroups
+from miles.queue.errors import Fenced, MissingGroups
 from miles.queue.keys import CONSUMER_GROUP, JobKeys
-from miles.queue.payload import INLINE_LIMIT, Outstanding, content_hash, encode_group
-from miles.queue.scripts import ACKNOWLEDGE, PUT
+from miles.queue.payload import INLINE_LIMIT, Holder, Outstanding, content_hash, encode_group
+from miles.queue.scripts import ACKNOWLEDGE, DROP, FENCE, PUT
 
 if TYPE_CHECKING:
     import redis.asyncio
@@ -57,16 +57,25 @@ class GroupQueue:
         self._inline_limit = inline_limit
         self._blob_ttl_s = blob_ttl_s
         self._put = redis.register_script(PUT)
+        self._drop = redis.register_script(DROP)
+        self._fence = redis.register_script(FENCE)
         self._acknowledge = redis.register_script(ACKNOWLEDGE)
         self._consumer = GroupConsumer(redis, self._keys, consumer, dead_after_s=dead_after_s, blob_ttl_s=blob_ttl_s)
 
     async def put(
-        self, group: SampleGroup, *, attempt: int, oldest_version: int | None = None, deadline_s: float = 600.0
+        self,
+        group: SampleGroup,
+        *,
+        attempt: int,
+        oldest_version: int | None = None,
+        holder: Holder | None = None,
+        deadline_s: float = 600.0,
     ) -> str:
         """Queue a group and return its entry's id; a group that is already queued keeps its first entry.
 
         `oldest_version` is read from the samples when not given. Waits while Redis is out of memory or
-        away; after `deadline_s` seconds of that raises QueueFull or the connection's error.
+        away; after `deadline_s` seconds of that raises QueueFull or the connection's error. Raises Fenced, and queues
+        nothing, when `holder`'s lease is over.
         """
         payload = encode_group(group)
         oldest = (group.oldest_version or 0) if oldest_version is None else oldest_version
@@ -79,16 +88,56 @@ class GroupQueue:
                     # NX: a blob that is there has an entry, whose longer time to live must stay.
                     await self._redis.set(blob_key, payload, ex=_UPLOAD_TTL_S, nx=True)
                 state, entry_id = await self._put(
-                    keys=[self._keys.groups, self._keys.index, self._keys.blob_refs, blob_key],
+                    keys=[self._keys.groups, self._keys.index, self._keys.blob_refs, blob_key, self._keys.fences],
                     args=[
                         *(group.group_id, attempt, oldest, len(payload), blob_hash),
-                        *(b"" if blob_hash else payload, self._blob_ttl_s),
+                        *(b"" if blob_hash else payload, self._blob_ttl_s, *_stamp(holder)),
                     ],
                 )
+                if state == b"fenced":
+                    raise _fenced(group.group_id, holder)
                 if state != b"no-blob":
                     return str(entry_id.decode())
 
         return await until_written(write, f"group {group.group_id}", len(payload), deadline_s)
+
+    async def drop(
+        self, group_id: int, reason: str, *, holder: Holder | None = None, deadline_s: float = 600.0
+    ) -> bool:
+        """Note that a group was dropped for good, until `acknowledge`; False when it is in the queue already.
+
+        Waits and raises as `put` does.
+        """
+
+        async def write() -> bytes:
+            answer: bytes = await self._drop(
+                keys=[self._keys.index, self._keys.dropped, self._keys.fences],
+                args=[group_id, reason, *_stamp(holder)],
+            )
+            return answer
+
+        state = await until_written(write, f"the end of group {group_id}", 0, deadline_s)
+        if state == b"fenced":
+            raise _fenced(group_id, holder)
+        return state == b"dropped"
+
+    async def dropped(self) -> dict[int, str]:
+        """Groups that were dropped and not acknowledged, with the reasons."""
+        records: Any = await self._redis.hgetall(self._keys.dropped)
+        return {int(group_id): reason.decode(errors="replace") for group_id, reason in records.items()}
+
+    async def why_dropped(self, group_id: int) -> str | None:
+        """The reason why a group was dropped; None when it was not."""
+        reason: Any = await self._redis.hget(self._keys.dropped, str(group_id))
+        return None if reason is None else reason.decode(errors="replace")
+
+    async def fence(self, worker_id: str, lease_number: int) -> None:
+        """Take no results from leases of a worker (`*`: of any worker) with smaller numbers than this one."""
+        await self._fence(keys=[self._keys.fences], args=[worker_id, lease_number])
+
+    async def begin_life(self) -> int:
+        """Count one more time that a controller takes the job up; returns how many there were, from 1."""
+        return int(await self._redis.incr(self._keys.lives))
 
     async def collect(self, group_ids: Iterable[int], deadline_s: float) -> dict[int, tuple[str, SampleGroup]]:
         """Wait until all these groups are queued; return (entry id, group) by group id, in the order asked for.
@@ -134,7 +183,9 @@ class GroupQueue:
         return len(collected) == len(wanted)
 
     async def acknowledge(self, ids: Iterable[int | str], *, deadline_s: float = 60.0) -> int:
-        """Forget groups for good: entry, payload and index record. Returns how many were still there.
+        """Forget groups for good: entry, payload and index record, or the note that they were dropped.
+
+        Returns how many were still queued.
 
         `ids` are group ids (int) or entry ids (str, as returned by `put` and `collect`). While Redis is away, waits up
         to `deadline_s` seconds before it raises the connection's error.
@@ -151,7 +202,7 @@ class GroupQueue:
     async def _acknowledge_batch(self, pairs: list[tuple[int, str]]) -> int:
         return int(
             await self._acknowledge(
-                keys=[self._keys.groups, self._keys.index, self._keys.blob_refs],
+                keys=[self._keys.groups, self._keys.index, self._keys.blob_refs, self._keys.dropped],
                 args=[CONSUMER_GROUP, self._keys.blob_prefix, *(item for pair in pairs for item in pair)],
             )
         )
@@ -176,7 +227,9 @@ class GroupQueue:
     async def drop_job(self) -> None:
         """Delete every key of the job's queue, its partial trajectories and dead letters included."""
         keys = self._keys
-        await self._redis.unlink(keys.groups, keys.index, keys.blob_refs, keys.dead)
+        await self._redis.unlink(
+            *(keys.groups, keys.index, keys.blob_refs, keys.dead, keys.dropped, keys.fences, keys.lives)
+        )
         for prefix in (keys.blob_prefix, keys.partial_prefix):
             batch: list[Any] = []
             async for key in self._redis.scan_iter(match=f"{prefix}*", count=1000):
@@ -194,6 +247,17 @@ class GroupQueue:
         known = {entry.entry_id: entry.group_id for entry in await self.outstanding()} if entries else {}
         pairs = [(group_id, "") for group_id in ids if isinstance(group_id, int)]
         return pairs + [(known[entry_id], entry_id) for entry_id in entries if entry_id in known]
+
+
+def _stamp(holder: Holder | None) -> tuple[str, int | str]:
+    return ("", "") if holder is None else (holder.worker_id, holder.lease_number)
+
+
+def _fenced(group_id: int, holder: Holder | None) -> Fenced:
+    assert holder is not None
+    return Fenced(
+        f"group {group_id}: lease {holder.lease_number} of {holder.worker_id} is over; its results are refused"
+    )
 
 
 def _batches(pairs: list[tuple[int, str]], size: int) -> Iterator[list[tuple[int, str]]]:

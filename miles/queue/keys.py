@@ -57,6 +57,21 @@ class JobKeys:
         return f"{self.blob_prefix}{content_hash}"
 
     @property
+    def dropped(self) -> str:
+        """Hash from the id of a group that was dropped for good to the reason."""
+        return f"{self.prefix}group_dropped"
+
+    @property
+    def fences(self) -> str:
+        """Hash from worker id, or `*` for all workers, to the smallest lease number whose results are taken."""
+        return f"{self.prefix}fences"
+
+    @property
+    def lives(self) -> str:
+        """Counter of the times that a controller took the job up."""
+        return f"{self.prefix}lives"
+
+    @property
     def dead(self) -> str:
         """Stream of entries that could not be decoded, with the reason."""
         return f"{self.prefix}dead"

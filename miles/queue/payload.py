@@ -57,6 +57,14 @@ def content_hash(payload: bytes) -> str:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class Holder:
+    """Who has leased a group: a worker, under the number of its own lease at the controller."""
+
+    worker_id: str
+    lease_number: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class Outstanding:
     """An entry of the stream without its payload, as the index hash keeps it."""
 

@@ -6,8 +6,28 @@ Redis refuses the first write of a script with OOM when it is full, and lets a s
 
 from __future__ import annotations
 
-PUT = """
--- KEYS stream, index, blob_refs, blob ; ARGV group_id, attempt, oldest_version, bytes, blob_hash, payload, blob_ttl_s
+_FENCED = """
+local function fenced(fences, worker, number)
+  if number == '' then return false end
+  local own, all = redis.call('HGET', fences, worker) or 0, redis.call('HGET', fences, '*') or 0
+  return tonumber(number) < math.max(tonumber(own), tonumber(all))
+end
+"""
+
+FENCE = """
+-- KEYS fences ; ARGV worker_id, lease_number
+local before = tonumber(redis.call('HGET', KEYS[1], ARGV[1]) or 0)
+if tonumber(ARGV[2]) > before then redis.call('HSET', KEYS[1], ARGV[1], ARGV[2]) end
+return 1
+"""
+"""Take nothing more from leases of a worker with smaller numbers."""
+
+PUT = (
+    _FENCED
+    + """
+-- KEYS stream, index, blob_refs, blob, fences
+-- ARGV group_id, attempt, oldest_version, bytes, blob_hash, payload, blob_ttl_s, worker_id, lease_number
+if fenced(KEYS[5], ARGV[8], ARGV[9]) then return {'fenced', ''} end
 local known = redis.call('HGET', KEYS[2], ARGV[1])
 if known then return {'known', string.match(known, '^(%S+)')} end
 local has_blob = ARGV[5] ~= ''
@@ -22,7 +42,20 @@ if has_blob then
 end
 return {'new', entry}
 """
-"""Add a group once. Returns (state, entry id) with state new, known, or no-blob when the blob expired meanwhile."""
+)
+"""Add a group once. Returns (state, entry id); the state is new, known, fenced, or no-blob when that expired meanwhile."""
+
+DROP = (
+    _FENCED
+    + """
+-- KEYS index, dropped, fences ; ARGV group_id, reason, worker_id, lease_number
+if fenced(KEYS[3], ARGV[3], ARGV[4]) then return 'fenced' end
+if redis.call('HEXISTS', KEYS[1], ARGV[1]) == 1 then return 'queued' end
+redis.call('HSETNX', KEYS[2], ARGV[1], ARGV[2])
+return 'dropped'
+"""
+)
+"""Note that a group is never going to be queued. Returns dropped, fenced, or queued when it is in the queue already."""
 
 _RELEASE_BLOB = """
 local function release(refs, blob_prefix, hash)
@@ -36,9 +69,10 @@ end
 ACKNOWLEDGE = (
     _RELEASE_BLOB
     + """
--- KEYS stream, index, blob_refs ; ARGV consumer_group, blob_prefix, then pairs of group_id, entry_id
+-- KEYS stream, index, blob_refs, dropped ; ARGV consumer_group, blob_prefix, then pairs of group_id, entry_id
 local removed = 0
 for i = 3, #ARGV, 2 do
+  if ARGV[i + 1] == '' then redis.call('HDEL', KEYS[4], ARGV[i]) end
   local entry, hash = string.match(redis.call('HGET', KEYS[2], ARGV[i]) or '', '^(%S+) %S+ %S+ %S+ (%S+)$')
   if entry and (ARGV[i + 1] == '' or ARGV[i + 1] == entry) then
     redis.call('XACK', KEYS[1], ARGV[1], entry)

@@ -8,7 +8,9 @@ import pytest
 import redis.asyncio
 
 from miles.queue import (
+    Fenced,
     GroupQueue,
+    Holder,
     JobKeys,
     MissingGroups,
     QueueFull,
@@ -316,3 +318,34 @@ async def test_dropping_a_job_leaves_other_jobs_alone(
     assert len(await other.outstanding()) == 1
     assert list(await other.collect([1], 5)) == [1]
     await other.drop_job()
+
+
+async def test_a_result_of_a_lease_that_is_over_is_refused(queue: GroupQueue, make_group: MakeGroup) -> None:
+    old, new = Holder("rollout-0", 7), Holder("rollout-0", 9)
+    await queue.put(make_group(1), attempt=1, holder=old)
+    await queue.fence("rollout-0", 9)
+    await queue.fence("rollout-0", 8)
+    with pytest.raises(Fenced, match="group 2: lease 7 of rollout-0 is over"):
+        await queue.put(make_group(2), attempt=1, holder=old)
+    with pytest.raises(Fenced):
+        await queue.drop(3, "zero_std", holder=old)
+    await queue.put(make_group(2), attempt=2, holder=new)
+    await queue.put(make_group(4), attempt=1, holder=Holder("rollout-1", 2))
+    assert await queue.drop(3, "zero_std", holder=new)
+    assert [entry.group_id for entry in await queue.outstanding()] == [1, 2, 4]
+    await queue.fence("*", 100)
+    with pytest.raises(Fenced):
+        await queue.put(make_group(5), attempt=1, holder=Holder("rollout-1", 99))
+    await queue.put(make_group(5), attempt=1, holder=Holder("rollout-1", 100))
+
+
+async def test_a_dropped_group_is_remembered_until_it_is_acknowledged(queue: GroupQueue, make_group: MakeGroup) -> None:
+    assert await queue.drop(1, "zero_std_0")
+    assert await queue.drop(1, "another reason")
+    await queue.put(make_group(2), attempt=1)
+    assert not await queue.drop(2, "too late")
+    assert await queue.dropped() == {1: "zero_std_0"}
+    assert await queue.why_dropped(1) == "zero_std_0"
+    assert await queue.why_dropped(2) is None
+    assert await queue.acknowledge([1, 2]) == 1
+    assert await queue.dropped() == {}
