@@ -10,7 +10,6 @@ DIFFERENT_DEFAULTS: Mapping[str, str] = {
     "lr": "1e-6 for every backend, also where fsdp alone had 2e-5",
     "actor_num_gpus_per_node": "8 on CUDA as elsewhere, but 1 on CPU",
     "distributed_backend": "nccl on CUDA as elsewhere, but gloo on CPU",
-    "max_weight_staleness": "0, synchronous, instead of no limit",
     "update_weight_transfer_mode": "shared_memory instead of broadcast",
     "tis_lower_bound": "1 / tis_upper_bound, which is 0.5 as elsewhere until tis_upper_bound changes",
     "use_rs": "off until asked for, and a flag instead of a key in a file of its own",

@@ -132,8 +132,20 @@ def _reference(s: Settings) -> list[Fault]:
     return []
 
 
+def _staleness(s: Settings) -> list[Fault]:
+    """The smallest bound that what is asked for needs."""
+    try:
+        if not s.given("max_weight_staleness"):
+            batches = -(-(s.over_sampling_batch_size or 1) // s.rollout_batch_size)
+            s.fill("max_weight_staleness", max(batches, s.update_weights_interval, 2 if s.partial_rollout else 1) - 1)
+    except UnusableSetting:
+        s.refuse("max_weight_staleness")
+    return []
+
+
 _STEPS: tuple[Callable[[Settings], list[Fault]], ...] = (
     _batch_sizes,
+    _staleness,
     _fallbacks,
     _run_dir,
     _bounds,

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from miles.config.section import (
+    Derived,
     DottedPath,
     Metavar,
     NonNegative,
@@ -15,6 +16,7 @@ from miles.config.section import (
     PositiveFloat,
     Probability,
     Section,
+    derived,
 )
 
 NONZERO_STD_FILTER = "miles.rollout.filter_hub.dynamic_sampling_filters.check_reward_nonzero_std"
@@ -76,8 +78,22 @@ class RolloutConfig(Section):
     miles.rollout.filter_hub.dynamic_sampling_filters.check_reward_nonzero_std, the built-in one drops groups whose
     rewards are all equal."""
 
-    max_weight_staleness: NonNegative = 0
-    """Versions that a sample's oldest token may be behind the weights it trains; 0 is synchronous, 1 one step off."""
+    max_weight_staleness: Annotated[
+        NonNegative, Derived("what over_sampling_batch_size, partial_rollout and update_weights_interval need, else 0")
+    ] = derived()
+    """Versions (training steps) that a sample's oldest token may be behind the weights it trains: 0 is synchronous, 1
+    one step off, more is fully asynchronous."""
+
+    over_sampling_batch_size: Positive | None = None
+    """Prompts that are begun and not trained on yet, at most; not given, as many as max_weight_staleness allows. More
+    than rollout_batch_size leaves room for stragglers and for what a filter drops; what is finished beyond a batch is
+    kept for the next one."""
+
+    partial_rollout: bool = False
+    """When a batch is complete, interrupt the responses that are not, and go on with them after the weight update."""
+
+    mask_offpolicy_in_partial_rollout: bool = False
+    """Leave tokens out of the loss that an older version generated than the response's newest one."""
 
     use_rollout_routing_replay: bool = False
     """Train mixture-of-experts models with the experts that the engine chose."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from miles.config.section import Section
+from miles.config.section import Positive, Section
 
 
 class WeightsConfig(Section):
@@ -12,6 +12,13 @@ class WeightsConfig(Section):
 
     update_weight_transfer_mode: Literal["shared_memory"] = "shared_memory"
     """Transport: shared_memory maps a file of this host, without a copy."""
+
+    update_weights_interval: Positive = 1
+    """Training steps from one publication of the weights to the next; evaluation gets its version in any case."""
+
+    pause_generation_mode: Literal["retract", "in_place", "abort"] = "retract"
+    """What an update does to responses under way: retract computes their keys and values anew, in_place keeps those of
+    the old weights, abort hands them back, to be resumed by any rollout."""
 
     check_weight_update_equal: bool = False
     """After each update, compare what every engine holds with what the trainer sent."""

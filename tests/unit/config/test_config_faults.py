@@ -52,6 +52,23 @@ RULE_CASES: list[tuple[dict[str, Any], str]] = [
         "eval_prompt_data = a, but it names two data sets",
     ),
     ({"eval_interval": 1, "eval_prompt_data": ["a/b", "b"]}, "eval_prompt_data = a/b, but its metric is eval/NAME"),
+    (
+        {"over_sampling_batch_size": 3},
+        "over_sampling_batch_size = 3, but a batch of rollout_batch_size = 8 would never",
+    ),
+    (
+        {"over_sampling_batch_size": 24, "max_weight_staleness": 1},
+        "rollout_batch_size × (max_weight_staleness + 1) = 16; lower it, or set max_weight_staleness to 2",
+    ),
+    (
+        {"update_weights_interval": 3, "max_weight_staleness": 1},
+        "update_weights_interval = 3, but the engines' weights get 2 steps old",
+    ),
+    (
+        {"partial_rollout": True, "max_weight_staleness": 0},
+        "partial_rollout = true, but with max_weight_staleness = 0 every response is of one version",
+    ),
+    ({"chaos_interval": 5.0}, "chaos_interval = 5.0, but it does nothing without chaos"),
     ({"use_dynamic_batch_size": True}, "use_dynamic_batch_size = true, but max_tokens_per_gpu is not set"),
     (
         {"use_dynamic_batch_size": True, "max_tokens_per_gpu": 99, "micro_batch_size": 2},
