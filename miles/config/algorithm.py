@@ -81,9 +81,6 @@ class AlgorithmConfig(Section):
     use_rollout_logprobs: bool = False
     """Take the engine's log-probabilities as those of the old policy."""
 
-    skip_actor_forward_only: bool = False
-    """Take the log-probabilities of the training pass as those of the old policy; needs one step per rollout."""
-
     get_mismatch_metrics: bool = False
     """Report how far the engine's log-probabilities are from the trainer's, without changing the loss."""
 

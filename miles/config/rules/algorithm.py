@@ -51,21 +51,6 @@ def discount_is_used(s: Settings) -> Iterator[Fault]:
 
 
 @rule
-def old_log_probs_have_one_source(s: Settings) -> Iterator[Fault]:
-    if s.skip_actor_forward_only and s.use_rollout_logprobs:
-        problem = "use_rollout_logprobs takes the old log-probabilities from the engine"
-        yield Fault("skip_actor_forward_only", True, problem, "leave one of them out")
-    if s.skip_actor_forward_only and s.num_steps_per_rollout > 1:
-        problem = (
-            f"after the first of num_steps_per_rollout = {s.num_steps_per_rollout} steps the policy is another one"
-        )
-        yield Fault("skip_actor_forward_only", True, problem, "leave it out, or set num_steps_per_rollout to 1")
-    if s.use_routing_replay and s.skip_actor_forward_only:
-        problem = "skip_actor_forward_only leaves out the pass that records the routing"
-        yield Fault("use_routing_replay", True, problem, "leave one of them out")
-
-
-@rule
 def corrections_do_not_pile_up(s: Settings) -> Iterator[Fault]:
     corrections = [key for key in ("use_tis", "use_mis", "use_icepop") if getattr(s, key)]
     if s.use_rollout_logprobs:

@@ -93,18 +93,6 @@ RULE_CASES: list[tuple[dict[str, Any], str]] = [
     ({"kl_loss_coef": 0.1}, "kl_loss_coef = 0.1, but it does nothing without use_kl_loss"),
     ({"ref_update_interval": 3}, "ref_update_interval = 3, but there is no reference"),
     ({"gamma": 0.9}, "gamma = 0.9, but grpo does not discount"),
-    (
-        {"skip_actor_forward_only": True, "use_rollout_logprobs": True},
-        "skip_actor_forward_only = true, but use_rollout_logprobs takes",
-    ),
-    (
-        {"skip_actor_forward_only": True, "num_steps_per_rollout": 2},
-        "skip_actor_forward_only = true, but after the first of num_steps_per_rollout = 2 steps",
-    ),
-    (
-        {"skip_actor_forward_only": True, "use_routing_replay": True},
-        "use_routing_replay = true, but skip_actor_forward",
-    ),
     ({"use_rollout_logprobs": True, "use_tis": True}, "use_tis = true, but use_rollout_logprobs already takes"),
     ({"use_icepop": True, "use_tis": True}, "use_icepop = true, but use_tis corrects the same gap"),
     ({"use_mis": True}, "use_mis = true, but neither use_tis nor use_rs is on"),
