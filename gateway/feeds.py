@@ -162,7 +162,7 @@ class Feeds:
             while True:
                 ended, news = feed.ended, feed.news  # before looking: what comes in between is not missed
                 batch = feed.after(cursor)
-                if batch is None:
+                if batch is None or not (batch or follow):  # without following, what is at hand may not be all yet
                     batch = await self._page(job_id, event_id)
                 if batch:
                     yield b"".join(message.data for message in batch)

@@ -64,9 +64,9 @@ def _correct_response(operation: dict[str, Any], status: str, response: dict[str
         if "application/json" in content and len(content) > 1:  # a stream or a file, not what a model describes
             del content["application/json"]
         return
-    made = content.pop("application/json", {})
-    if MEDIA_TYPE not in content:
+    problem = content.get(MEDIA_TYPE)
+    if problem is None:
         del operation["responses"][status]  # the framework's own 422 of an operation that cannot have one
         return
-    schema = made.get("schema") or {"$ref": "#/components/schemas/Problem"}
-    content[MEDIA_TYPE]["schema"] = schema
+    problem["schema"] = {"$ref": "#/components/schemas/ProblemDocument"}
+    response["content"] = {MEDIA_TYPE: problem}

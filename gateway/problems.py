@@ -10,7 +10,7 @@ from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from starlette.routing import Match
@@ -45,7 +45,7 @@ KINDS: Mapping[str, tuple[int, str]] = {
 """Status and title by kind; the `type` of a problem document is /problems/KIND."""
 
 
-class FaultModel(BaseModel):
+class FaultDocument(BaseModel):
     """One thing that is wrong with a request."""
 
     field: str = Field(description="Key of the setting, or place in the request", examples=["rollout_batch_size"])
@@ -54,10 +54,8 @@ class FaultModel(BaseModel):
     remedy: str = Field(description="What to do about it", examples=["raise it"])
 
 
-class ProblemModel(BaseModel):
+class ProblemDocument(BaseModel):
     """A problem document (RFC 9457)."""
-
-    model_config = ConfigDict(title="Problem")
 
     type: str = Field(
         description="Address that says more about this kind of problem", examples=["/problems/unknown-job"]
@@ -68,7 +66,7 @@ class ProblemModel(BaseModel):
         description="What happened and what to do", examples=["no job 'a'; list the jobs to see their ids"]
     )
     instance: str | None = Field(default=None, description="Path of the request", examples=["/v1/jobs/a"])
-    faults: list[FaultModel] | None = Field(
+    faults: list[FaultDocument] | None = Field(
         default=None, description="Everything that is wrong, when it is several things"
     )
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from fastapi import Depends, Path, Query, Request
 
 from miles.gateway.backend import Backend
-from miles.gateway.problems import KINDS, MEDIA_TYPE, ProblemModel
+from miles.gateway.problems import KINDS, MEDIA_TYPE, ProblemDocument
 
 JobId = Annotated[
     str, Path(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$", description="Id of the job", examples=["sums-1f0c2a9b"])
@@ -30,7 +30,7 @@ def problems(*kinds: str) -> dict[int | str, dict[str, Any]]:
     described: dict[int | str, dict[str, Any]] = {}
     for kind in (*kinds, *_ANYWHERE):
         status, title = KINDS[kind]
-        entry = described.setdefault(status, {"model": ProblemModel, "description": title, "content": {}})
+        entry = described.setdefault(status, {"model": ProblemDocument, "description": title, "content": {}})
         example = {"type": f"/problems/{kind}", "title": title, "status": status, "detail": "what to do about it"}
         examples = entry["content"].setdefault(MEDIA_TYPE, {"examples": {}})["examples"]
         examples[kind] = {"value": example}

@@ -9,7 +9,7 @@ from pydantic import BaseModel, Field
 from starlette.responses import PlainTextResponse, Response
 
 from miles.gateway.auth import Reader
-from miles.gateway.problems import KINDS, MEDIA_TYPE, Problem, ProblemModel
+from miles.gateway.problems import KINDS, MEDIA_TYPE, Problem, ProblemDocument
 from miles.gateway.routes.common import Gateway, problems
 from miles.gateway.telemetry import CONTENT_TYPE, Telemetry
 
@@ -37,12 +37,12 @@ async def healthz() -> Health:
 
 _AWAY = {
     503: {
-        "model": ProblemModel,
+        "model": ProblemDocument,
         "description": KINDS["controller-away"][1],
         "content": {MEDIA_TYPE: {}},
     },
     502: {
-        "model": ProblemModel,
+        "model": ProblemDocument,
         "description": KINDS["controller-failed"][1],
         "content": {MEDIA_TYPE: {}},
     },

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import typing
 from collections.abc import Callable
 
+from miles.config.catalog import SECTIONS
 from miles.config.faults import Fault
 from miles.config.settings import Settings, UnusableSetting
 
@@ -33,7 +36,20 @@ def derive(settings: Settings) -> list[Fault]:
             faults += step(settings)
         except UnusableSetting:
             continue
+    # What could not be filled in, because what it follows from is at fault, is as unusable as that.
+    settings.refuse(*(key for key in _always_filled() if settings.is_empty(key)))
     return faults
+
+
+@functools.cache
+def _always_filled() -> frozenset[str]:
+    """Settings that have no default of their own, so that some step must fill them in."""
+    return frozenset(
+        key
+        for section in SECTIONS.values()
+        for key, field in section.model_fields.items()
+        if field.default is None and type(None) not in typing.get_args(field.annotation)
+    )
 
 
 def _batch_sizes(s: Settings) -> list[Fault]:

@@ -32,6 +32,10 @@ class Settings:
         getattr(self, key)
         return key in self._given
 
+    def is_empty(self, key: str) -> bool:
+        """Whether it has no value, neither given nor filled in."""
+        return self._values[key] is None
+
     def fill(self, key: str, value: Any) -> None:
         """Give a setting its derived value."""
         self._values[key] = value

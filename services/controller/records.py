@@ -11,7 +11,6 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 import redis.asyncio
-from redis.exceptions import WatchError
 
 from miles.rpc.gen import job_pb2
 
@@ -21,6 +20,24 @@ _REQUESTS = "miles:requests"
 """Hash of request id -> job id: the idempotency keys."""
 _RUN_DIRS = "miles:run_dirs"
 """Hash of run folder -> job id: two jobs in one folder would take each other's checkpoints for their own."""
+_SUBMIT = """
+local requests, run_dirs, jobs, key = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
+local request, run_dir, job, score, record = ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5]
+if request ~= '' then
+  local known = redis.call('HGET', requests, request)
+  if known then return {'known', known} end
+end
+if run_dir ~= '' then
+  local owner = redis.call('HGET', run_dirs, run_dir)
+  if owner then return {'taken', owner} end
+  redis.call('HSET', run_dirs, run_dir, job)
+end
+redis.call('SET', key, record)
+redis.call('ZADD', jobs, score, job)
+if request ~= '' then redis.call('HSET', requests, request, job) end
+return {'stored', job}
+"""
+"""Stores a job unless its request or its run folder is known; in one piece, so that no two can."""
 _MAX_EVENTS = 200_000
 _WATCH_BLOCK_MS = 1_000
 
@@ -63,29 +80,17 @@ class JobStore:
 
         Raises RunDirTakenError when another job has the run folder.
         """
-        run_dir = _run_dir(job)
-        async with self._redis.pipeline(transaction=True) as pipe:
-            while True:
-                try:
-                    await pipe.watch(_REQUESTS, _RUN_DIRS)
-                    known = await pipe.hget(_REQUESTS, request_id) if request_id else None
-                    if known is not None:
-                        await pipe.unwatch()
-                        return await self.get(known.decode()), False
-                    owner = await pipe.hget(_RUN_DIRS, run_dir) if run_dir else None
-                    if owner is not None:
-                        raise RunDirTakenError(run_dir, owner.decode())
-                    pipe.multi()
-                    if run_dir:
-                        pipe.hset(_RUN_DIRS, run_dir, job.job_id)
-                    pipe.set(_job_key(job.job_id), job.SerializeToString())
-                    pipe.zadd(_JOBS, {job.job_id: job.submitted_unix_ns})
-                    if request_id:
-                        pipe.hset(_REQUESTS, request_id, job.job_id)
-                    await pipe.execute()
-                    return job, True
-                except WatchError:
-                    continue
+        outcome, job_id = await self._redis.eval(
+            _SUBMIT,
+            4,
+            *(_REQUESTS, _RUN_DIRS, _JOBS, _job_key(job.job_id)),
+            *(request_id, _run_dir(job), job.job_id, job.submitted_unix_ns, job.SerializeToString()),
+        )
+        if outcome == b"known":
+            return await self.get(job_id.decode()), False
+        if outcome == b"taken":
+            raise RunDirTakenError(_run_dir(job), job_id.decode())
+        return job, True
 
     async def get(self, job_id: str) -> job_pb2.Job:
         """The job's record. Raises `UnknownJobError`."""

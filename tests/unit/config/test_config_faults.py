@@ -282,3 +282,11 @@ def test_tensorboard_follows_the_environment(monkeypatch: pytest.MonkeyPatch) ->
     assert config.resolve("cpu").telemetry.tb_project_name == "/boards"
     assert config.replace(tb_project_name="mine").resolve("cpu").telemetry.tb_project_name == "mine"
     assert config.replace(use_tensorboard=False).resolve("cpu").telemetry.tb_project_name is None
+
+
+@pytest.mark.parametrize("key", sorted(catalog()))
+def test_any_one_faulty_setting_is_all_that_is_reported(key: str) -> None:
+    """Also where the machine is known, so that rules on ranks and batches run."""
+    resolved = MINIMAL | {"device": "cpu", "actor_num_gpus_per_node": 2}
+    faults = examine(resolved | {key: object()}).faults
+    assert key in [fault.field for fault in faults]
