@@ -49,7 +49,7 @@ def plot_reward(metrics_path: pathlib.Path, image_path: pathlib.Path) -> None:
     figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
     rewards = [(line["step"] + 1, line["rollout/raw_reward"]) for line in lines if "rollout/raw_reward" in line]
     if rewards:
-        axes.plot(*zip(*rewards, strict=True), label="training reward", color="tab:blue")
+        axes.plot(*zip(*rewards, strict=True), label="training reward")
     names = sorted({key for line in lines for key in line if key.startswith("eval/") and key.count("/") == 1})
     for name in names:
         points = [(line["step"] + 1, line[name]) for line in lines if line.get(name) is not None]
