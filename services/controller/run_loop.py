@@ -251,7 +251,8 @@ class RunLoop:
         return time.monotonic() - began
 
     async def _save(self, trainer: TrainerLink, export_hf: bool) -> trainer_pb2.SaveCheckpointResponse:
-        saved = await trainer.save(export_hf)
+        with self._clock.during("train"):
+            saved = await trainer.save(export_hf)
         self._saved_step = saved.step
         self._history.summary["checkpoint"] = saved.checkpoint_dir
         if saved.hf_dir:
