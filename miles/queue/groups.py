@@ -28,6 +28,9 @@ BLOB_TTL_S = 30 * 24 * 3600
 _UPLOAD_TTL_S = 3600
 """How long a blob lives before an entry refers to it: bounds what a producer leaves that dies in between."""
 
+_NO_LEASE = 1 << 53
+"""Above every lease number."""
+
 _ACKNOWLEDGE_BATCH = 256
 """Groups acknowledged by one script call: bounds how long Redis stands still."""
 
@@ -131,9 +134,20 @@ class GroupQueue:
         reason: Any = await self._redis.hget(self._keys.dropped, str(group_id))
         return None if reason is None else reason.decode(errors="replace")
 
-    async def fence(self, worker_id: str, lease_number: int) -> None:
-        """Take no results from leases of a worker (`*`: of any worker) with smaller numbers than this one."""
-        await self._fence(keys=[self._keys.fences], args=[worker_id, lease_number])
+    async def fence(self, worker_id: str, lease_number: int, *, deadline_s: float = 60.0) -> None:
+        """Take no results from leases of a worker (`*`: of any worker) with smaller numbers than this one.
+
+        While Redis is away, waits up to `deadline_s` seconds before it raises the connection's error.
+        """
+
+        async def write() -> None:
+            await self._fence(keys=[self._keys.fences], args=[worker_id, lease_number])
+
+        await until_written(write, f"the fence of {worker_id}", 0, deadline_s)
+
+    async def wait_until_answering(self, deadline_s: float) -> None:
+        """Return once Redis answers; after `deadline_s` seconds raises the connection's error."""
+        await until_written(self._redis.ping, "a sign of life", 0, deadline_s)
 
     async def begin_life(self) -> int:
         """Count one more time that a controller takes the job up; returns how many there were, from 1."""
@@ -225,11 +239,12 @@ class GroupQueue:
         return [{name.decode(errors="replace"): value for name, value in fields.items()} for _, fields in entries]
 
     async def drop_job(self) -> None:
-        """Delete every key of the job's queue, its partial trajectories and dead letters included."""
+        """Delete everything of the job, partial trajectories and dead letters included; refuse new entries."""
         keys = self._keys
-        await self._redis.unlink(
-            *(keys.groups, keys.index, keys.blob_refs, keys.dead, keys.dropped, keys.fences, keys.lives)
-        )
+        # First the fence, which outlives the job: a worker that wakes up later must not queue anything.
+        await self.fence("*", _NO_LEASE)
+        await self._redis.expire(keys.fences, BLOB_TTL_S)
+        await self._redis.unlink(keys.groups, keys.index, keys.blob_refs, keys.dead, keys.dropped, keys.lives)
         for prefix in (keys.blob_prefix, keys.partial_prefix):
             batch: list[Any] = []
             async for key in self._redis.scan_iter(match=f"{prefix}*", count=1000):

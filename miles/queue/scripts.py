@@ -43,7 +43,7 @@ end
 return {'new', entry}
 """
 )
-"""Add a group once. Returns (state, entry id); the state is new, known, fenced, or no-blob when that expired meanwhile."""
+"""Add a group once. Returns (state, entry id); the state is new, known, fenced, or no-blob when that has expired."""
 
 DROP = (
     _FENCED

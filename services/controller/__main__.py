@@ -12,6 +12,7 @@ import grpc.aio
 import redis.exceptions
 
 from miles.queue import RedisUnsuitable, connect_async
+from miles.queue.backpressure import TRANSIENT
 from miles.rpc import ExitCode, ServiceExit, main, start_server
 from miles.rpc.gen.controller_pb2_grpc import add_ControllerServiceServicer_to_server
 from miles.rpc.gen.records_pb2_grpc import add_RecordsServiceServicer_to_server
@@ -64,6 +65,8 @@ async def serve(arguments: argparse.Namespace) -> None:
     tasks = [asyncio.create_task(scheduler.run()), asyncio.create_task(_expire_leases(registry))]
     try:
         await asyncio.gather(*tasks)
+    except TRANSIENT as error:
+        raise ServiceExit(ExitCode.REDIS_UNREACHABLE, f"Redis was lost: {error}") from error
     finally:
         for task in tasks:
             task.cancel()

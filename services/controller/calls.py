@@ -11,7 +11,14 @@ import grpc.aio
 
 T = TypeVar("T")
 
-_LOST = frozenset({grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED, grpc.StatusCode.DEADLINE_EXCEEDED})
+_LOST = frozenset(
+    {
+        grpc.StatusCode.UNAVAILABLE,
+        grpc.StatusCode.CANCELLED,
+        grpc.StatusCode.DEADLINE_EXCEEDED,
+        grpc.StatusCode.DATA_LOSS,  # groups that cannot be read are generated again
+    }
+)
 
 
 class WorkerLostError(ConnectionError):

@@ -11,5 +11,9 @@ CHECKPOINT_S = 1800.0
 STOP_JOB_S = 30.0
 DRAIN_S = 300.0
 """How long running groups may take to finish when the trainer was lost, before they are given up."""
+GIVE_UP_S = 60.0
+"""How long workers may take to keep what there is of groups that are given up."""
+REDIS_S = 600.0
+"""How long Redis may be away before the job fails."""
 GROUPS_IN_QUEUE_S = 120.0
 """How long the trainer waits for groups that the controller knows to be queued."""

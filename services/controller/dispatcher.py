@@ -4,23 +4,31 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import Counter
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
+from miles.queue.backpressure import TRANSIENT
 from miles.rpc.gen import controller_pb2, rollout_pb2
 from miles.services.controller.activity import ActivityClock
 from miles.services.controller.admission import Admission
 from miles.services.controller.calls import WorkerFailedError, WorkerLostError
 from miles.services.controller.evaluation import Evaluation
 from miles.services.controller.job_context import JobContext
+from miles.services.controller.load_balance import LoadBalance
 from miles.services.controller.registry import AttachedWorker, WorkerRegistry
 from miles.services.controller.rollout_link import RolloutLink
 
+if TYPE_CHECKING:
+    from miles.queue import GroupQueue
+
 logger = logging.getLogger(__name__)
 
-_MAX_ATTEMPTS = 5
-"""Leases of one group before it is dropped."""
+_MAX_FAILURES = 5
+"""Failed attempts of one group before it is dropped."""
 _MAX_FAILED_IN_A_ROW = 32
 """Groups dropped for failures, with none accepted between, before the job fails: something is wrong for all of them."""
+_FENCE_DEADLINE_S = 600.0
 
 LeaseMaker = Callable[[int, int, int], rollout_pb2.GroupLease]
 """(group id, attempt, version) -> the lease of a training group."""
@@ -29,13 +37,14 @@ LeaseMaker = Callable[[int, int, int], rollout_pb2.GroupLease]
 class Dispatcher:
     """Carries out what admission decides.
 
-    `admission` is None while nothing may be admitted (before the first version, while the trainer is away).
+    `admission` is None while nothing may be admitted (before the first version).
     """
 
     def __init__(
         self,
         context: JobContext,
         registry: WorkerRegistry,
+        queue: GroupQueue,
         clock: ActivityClock,
         make_lease: LeaseMaker,
         weightsync_address: str,
@@ -43,44 +52,51 @@ class Dispatcher:
     ) -> None:
         self._context = context
         self._registry = registry
+        self._queue = queue
         self._clock = clock
         self._make_lease = make_lease
         self._weightsync_address = weightsync_address
         self._reward_addresses = reward_addresses
         self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._balance = LoadBalance()
         self._changed = asyncio.Event()
         self._generating = False
+        self._failures: Counter[int] = Counter()
         self._failed_in_a_row = 0
+        self._generated_before = 0
         self.links: dict[str, RolloutLink] = {}
         self.admission: Admission | None = None
-        self.admitting = True
-        """False while the user has paused the job: what runs goes on, nothing new begins."""
+        self.holds: set[str] = set()
+        """Why no training group is handed out now; what runs goes on."""
         self.evaluation: Evaluation | None = None
+        self.given_up: dict[int, str] = {}
+        """Groups dropped here for failing, with the reason, that the queue has not been told of."""
         self.failure: Exception | None = None
         """What makes it pointless to go on."""
         self.warnings: list[str] = []
         """Things a person should be told; the run loop takes them."""
+
+    @property
+    def generated_tokens(self) -> int:
+        """Response tokens that all workers have generated, those that are gone included."""
+        return self._generated_before + sum(link.progress.generated_tokens for link in self.links.values())
 
     async def run(self) -> None:
         """Keep links to all live rollouts until cancelled."""
         try:
             while True:
                 for worker in self._registry.alive(controller_pb2.WORKER_KIND_ROLLOUT):
-                    known = self.links.get(worker.worker_id)
-                    if known is None or (
-                        known.worker.lease_number != worker.lease_number and worker.worker_id not in self._tasks
-                    ):
-                        self._link(worker)
+                    if worker.worker_id not in self._tasks:
+                        self._tasks[worker.worker_id] = asyncio.create_task(self._serve(worker))
                 await self._registry.wait_for_change(1.0)
         finally:
             for task in self._tasks.values():
                 task.cancel()
             await asyncio.gather(*self._tasks.values(), return_exceptions=True)
 
-    def ready_links(self) -> list[RolloutLink]:
-        """Links that can take work, least loaded first."""
-        ready = [link for link in self.links.values() if link.capacity > 0]
-        return sorted(ready, key=lambda link: (link.held, link.worker_id))
+    def connected(self) -> list[RolloutLink]:
+        """Links to workers that have loaded the job, by name."""
+        return sorted((link for link in self.links.values() if link.connected), key=lambda link: link.worker_id)
 
     async def wait_for_change(self, timeout_s: float = 1.0) -> None:
         """Return when something about the groups or links changed, or after the timeout."""
@@ -97,27 +113,61 @@ class Dispatcher:
 
     def pump(self) -> None:
         """Hand out groups while some may run and some worker has room."""
-        while room := [link for link in self.ready_links() if link.held < link.capacity]:
-            lease = self._next_lease(room[0].worker_id)
+        while (worker_id := self._balance.next()) is not None:
+            lease = self._next_lease(worker_id)
             if lease is None:
                 break
-            room[0].lease(lease)
+            self.links[worker_id].lease(lease)
+            self._balance.take(worker_id)
+        self._watch_activity()
+
+    def interrupt(self) -> None:
+        """Have every training group that runs given up; what there is of it is kept."""
+        if self.admission is None:
+            return
+        for group_id, lease in self.admission.leases.items():
+            if (link := self.links.get(lease.worker_id)) is not None:
+                link.cancel(group_id, lease.attempt, rollout_pb2.GROUP_PURPOSE_TRAIN)
+
+    def end_evaluation(self) -> None:
+        """Have the groups of an evaluation that is not wanted any more given up."""
+        if self.evaluation is None:
+            return
+        for group_id, lease in self.evaluation.leases.items():
+            if (link := self.links.get(lease.worker_id)) is not None:
+                link.cancel(group_id, lease.attempt, rollout_pb2.GROUP_PURPOSE_EVAL)
+        self.evaluation = None
         self._watch_activity()
 
     def _next_lease(self, worker_id: str) -> rollout_pb2.GroupLease | None:
         if self.evaluation is not None and (lease := self.evaluation.lease(worker_id)) is not None:
             return lease
-        if self.admission is None or not self.admitting:
+        if self.admission is None or self.holds:
             return None
         given = self.admission.lease(worker_id)
         return None if given is None else self._make_lease(*given, self.admission.version)
 
-    def _link(self, worker: AttachedWorker) -> None:
+    async def _serve(self, worker: AttachedWorker) -> None:
+        """Work with one worker for as long as its lease and its stream last."""
         link = RolloutLink(worker, self._context, self._weightsync_address, self._reward_addresses)
-        self.links[worker.worker_id] = link
-        self._tasks[worker.worker_id] = asyncio.create_task(self._serve(link))
+        self.links[link.worker_id] = link
+        try:
+            await self._queue.fence(link.worker_id, worker.lease_number, deadline_s=_FENCE_DEADLINE_S)
+            try:
+                await self._work_until_lost(link)
+            finally:
+                self._balance.remove(link.worker_id)
+            if worker.lost.is_set():
+                # A worker that hangs may wake up and finish what others have got by then.
+                await self._queue.fence(link.worker_id, worker.lease_number + 1, deadline_s=_FENCE_DEADLINE_S)
+        except WorkerFailedError as error:
+            self.failure = error
+        except TRANSIENT as error:
+            self.failure = WorkerFailedError(f"Redis was away for {_FENCE_DEADLINE_S:g} s: {error}")
+        finally:
+            self._unlink(link)
 
-    async def _serve(self, link: RolloutLink) -> None:
+    async def _work_until_lost(self, link: RolloutLink) -> None:
         lost = asyncio.create_task(link.worker.lost.wait())
         serving = asyncio.create_task(link.serve(self._on_response))
         try:
@@ -127,33 +177,31 @@ class Dispatcher:
         except WorkerLostError as error:
             logger.info("lost rollout %s: %s", link.worker_id, error)
             self.warnings.append(f"rollout {link.worker_id} lost: {error}")
-        except WorkerFailedError as error:
-            self.failure = error
         finally:
             lost.cancel()
             serving.cancel()
             await asyncio.gather(lost, serving, return_exceptions=True)
-            self._unlink(link)
 
     def _unlink(self, link: RolloutLink) -> None:
-        if self.links.get(link.worker_id) is link:
-            del self.links[link.worker_id]
-            self._tasks.pop(link.worker_id, None)
+        self._generated_before += link.progress.generated_tokens
+        del self.links[link.worker_id], self._tasks[link.worker_id]
         if self.admission is not None:
             lost = self.admission.lose_worker(link.worker_id)
             if lost:
                 logger.info("groups %s of rollout %s will be leased again", lost, link.worker_id)
         if self.evaluation is not None:
             self.evaluation.lose_worker(link.worker_id)
-        self._watch_activity()
+        self.pump()
         self.notify()
 
     def _on_response(self, link: RolloutLink, response: rollout_pb2.RunResponse) -> None:
         kind = response.WhichOneof("kind")
         if kind == "progress":
             return
-        if kind in ("finished", "failed", "returned"):
-            link.held -= 1
+        if kind == "ready":
+            self._balance.set_capacity(link.worker_id, link.capacity)
+        else:
+            self._balance.give(link.worker_id)
         if kind == "finished":
             self._on_finished(response.finished)
         elif kind == "failed":
@@ -170,6 +218,7 @@ class Dispatcher:
             return
         if self.admission is None:
             return
+        self._failures.pop(message.group_id, None)
         if message.verdict == rollout_pb2.FILTER_VERDICT_DROP:
             if self.admission.drop(message.group_id, message.attempt):
                 logger.info("group %d dropped: %s", message.group_id, message.reason)
@@ -179,16 +228,20 @@ class Dispatcher:
                 self._clock.move("generate", "reward", message.stats.reward_s)
 
     def _on_failed(self, message: rollout_pb2.GroupFailed) -> None:
-        if self.evaluation is not None and message.purpose == rollout_pb2.GROUP_PURPOSE_EVAL:
-            self.evaluation.fail(message.group_id, message.attempt, message.error)
+        if message.purpose == rollout_pb2.GROUP_PURPOSE_EVAL:
+            if self.evaluation is not None:
+                self.evaluation.fail(message.group_id, message.attempt, message.error)
             return
         if self.admission is None:
             return
-        if message.retryable and message.attempt < _MAX_ATTEMPTS:
+        self._failures[message.group_id] += 1
+        if message.retryable and self._failures[message.group_id] < _MAX_FAILURES:
             if self.admission.give_back(message.group_id, message.attempt):
                 self.warnings.append(f"group {message.group_id} failed and is tried again: {message.error}")
             return
         if self.admission.drop(message.group_id, message.attempt):
+            del self._failures[message.group_id]
+            self.given_up[message.group_id] = message.error
             self.warnings.append(f"group {message.group_id} dropped after a failure: {message.error}")
             self._failed_in_a_row += 1
             if self._failed_in_a_row >= _MAX_FAILED_IN_A_ROW:
@@ -204,7 +257,7 @@ class Dispatcher:
             self.admission.give_back(message.group_id, message.attempt)
 
     def _watch_activity(self) -> None:
-        leased = bool(self.admission and self.admission.leases) or bool(self.evaluation and self.evaluation.leased)
+        leased = bool(self.admission and self.admission.leases) or bool(self.evaluation and self.evaluation.leases)
         if leased != self._generating:
             self._generating = leased
             (self._clock.begin if leased else self._clock.end)("generate")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+from collections import Counter
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from miles.config import JobConfig
     from miles.data import PromptSource
 
-_MAX_ATTEMPTS = 5
+_MAX_FAILURES = 5
 
 
 class Evaluation:
@@ -28,22 +29,32 @@ class Evaluation:
     Group ids count through all data sets; they are apart from those of training groups.
     """
 
-    def __init__(self, job_id: str, config: JobConfig, datasets: Mapping[str, PromptSource], version: int) -> None:
+    def __init__(
+        self,
+        job_id: str,
+        config: JobConfig,
+        datasets: Mapping[str, PromptSource],
+        version: int,
+        attempts_before: int = 0,
+    ) -> None:
+        """`attempts_before`: more than the attempts of any earlier evaluation, so that its late results are known."""
         self._job_id = job_id
         self._config = config
         self.version = version
         self._datasets = datasets
         self._prompts = [(name, index) for name, source in datasets.items() for index in range(len(source))]
         self._pending = set(range(len(self._prompts)))
-        self._leases: dict[int, Lease] = {}
-        self._attempts = [0] * len(self._prompts)
+        self.leases: dict[int, Lease] = {}
+        """Groups being generated now."""
+        self._failures: Counter[int] = Counter()
+        self._attempts = [attempts_before] * len(self._prompts)
         self._results: dict[int, SampleGroup] = {}
         self._done: asyncio.Future[dict[str, float]] = asyncio.get_running_loop().create_future()
 
     @property
-    def leased(self) -> int:
-        """Groups being generated now."""
-        return len(self._leases)
+    def attempts(self) -> int:
+        """The highest number of an attempt so far."""
+        return max(self._attempts, default=0)
 
     async def wait(self) -> dict[str, float]:
         """The metrics, once every group is in."""
@@ -57,7 +68,7 @@ class Evaluation:
         self._pending.remove(group_id)
         self._attempts[group_id] += 1
         attempt = self._attempts[group_id]
-        self._leases[group_id] = Lease(worker_id, attempt)
+        self.leases[group_id] = Lease(worker_id, attempt)
         name, index = self._prompts[group_id]
         group = self._datasets[name].group(self._job_id, index, self._config.eval.n_samples_per_eval_prompt)
         group.group_id = group_id
@@ -76,10 +87,12 @@ class Evaluation:
         """A group could not be finished; it is tried again a few times, then the evaluation fails."""
         if self._end_lease(group_id, attempt):
             self._pending.add(group_id)
-            if attempt >= _MAX_ATTEMPTS and not self._done.done():
+            self._failures[group_id] += 1
+            if self._failures[group_id] >= _MAX_FAILURES and not self._done.done():
                 name, _ = self._prompts[group_id]
+                times = self._failures[group_id]
                 self._done.set_exception(
-                    RuntimeError(f"evaluation on {name}: prompt {group_id} failed {attempt} times; last: {error}")
+                    RuntimeError(f"evaluation on {name}: prompt {group_id} failed {times} times; last: {error}")
                 )
 
     def give_back(self, group_id: int, attempt: int) -> None:
@@ -89,15 +102,15 @@ class Evaluation:
 
     def lose_worker(self, worker_id: str) -> None:
         """A worker is gone: its groups wait for another one."""
-        for group_id in [group_id for group_id, lease in self._leases.items() if lease.worker_id == worker_id]:
-            del self._leases[group_id]
+        for group_id in [group_id for group_id, lease in self.leases.items() if lease.worker_id == worker_id]:
+            del self.leases[group_id]
             self._pending.add(group_id)
 
     def _end_lease(self, group_id: int, attempt: int) -> bool:
-        lease = self._leases.get(group_id)
+        lease = self.leases.get(group_id)
         if lease is None or lease.attempt != attempt:
             return False
-        del self._leases[group_id]
+        del self.leases[group_id]
         return True
 
     def _metrics(self) -> dict[str, float]:

@@ -13,8 +13,10 @@ if TYPE_CHECKING:
     from miles.config import JobConfig
 
 
-def training_lease(config: JobConfig, group: SampleGroup, attempt: int, version: int) -> rollout_pb2.GroupLease:
-    """A lease of a training group, generated with `version` or a later one."""
+def training_lease(
+    config: JobConfig, group: SampleGroup, attempt: int, version: int, newest_version: int
+) -> rollout_pb2.GroupLease:
+    """A lease of a training group, generated with `version` or a later one, of which `newest_version` is the last."""
     rollout = config.rollout
     sampling = [
         rollout_pb2.SamplingParams(
@@ -38,6 +40,7 @@ def training_lease(config: JobConfig, group: SampleGroup, attempt: int, version:
         group=group_to_proto(group),
         sampling=sampling,
         min_version=version,
+        newest_version=newest_version,
     )
 
 

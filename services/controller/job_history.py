@@ -14,7 +14,7 @@ from miles.services.controller import timeline
 from miles.services.controller.job_context import JobContext
 from miles.services.controller.records import ENDED, JobStore
 from miles.services.controller.timeline import TimelineWriter
-from miles.telemetry import MetricsWriter
+from miles.telemetry import MetricsWriter, read_metrics
 from miles.telemetry.redaction import redact
 
 SUMMARY_NAME = "summary.json"
@@ -43,6 +43,11 @@ class JobHistory:
             first_step,
             tensorboard / (telemetry.tb_experiment_name or self.job.name) if telemetry.use_tensorboard else None,
         )
+
+    def recorded_steps(self, name: str) -> set[int]:
+        """Steps for which the metrics file has a number of that name."""
+        lines = read_metrics(self._context.run_dir / METRICS_NAME)
+        return {line["step"] for line in lines if line.get(name) is not None}
 
     async def metrics(self, step: int, values: Mapping[str, float]) -> None:
         """Record numbers of a step."""

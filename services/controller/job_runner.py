@@ -14,6 +14,7 @@ from miles.config import ConfigError, JobConfig
 from miles.data import DataError, PromptSource, eval_sources, train_source
 from miles.data.template import load_tokenizer
 from miles.queue import GroupQueue
+from miles.queue.backpressure import TRANSIENT
 from miles.rpc.gen import job_pb2
 from miles.services.controller.calls import WorkerFailedError, WorkerLostError
 from miles.services.controller.job_context import JobContext
@@ -53,6 +54,8 @@ class JobRunner:
         except (WorkerFailedError, WorkerLostError, DataError, ConfigError, TimeoutError) as error:
             logger.exception("job %s failed", job.job_id)
             state, reason = job_pb2.JOB_STATE_FAILED, str(error)
+        except TRANSIENT:
+            raise  # without Redis nothing can be recorded; the job is taken up again once it is back
         except Exception as error:
             logger.exception("job %s failed for a reason nobody foresaw", job.job_id)
             state, reason = job_pb2.JOB_STATE_FAILED, f"{type(error).__name__}: {error}"
@@ -75,7 +78,11 @@ class JobRunner:
         history.job.num_rollout = num_rollout
         await history.save()
         queue = GroupQueue(self._redis, context.job_id, consumer="controller")
-        await RunLoop(context, history, controls, self._registry, queue, prompts, eval_sets).run()
+        try:
+            await RunLoop(context, history, controls, self._registry, queue, prompts, eval_sets).run()
+        except JobCancelledError:
+            await queue.drop_job()
+            raise
         await queue.drop_job()
 
 

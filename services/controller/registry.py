@@ -36,7 +36,8 @@ class WorkerRegistry:
 
     def __init__(self, ttl_s: float = 6.0) -> None:
         # Numbers start at the clock, so that those given before a restart of the controller stay smaller.
-        self._leases = LeaseTable(ttl_s, first_number=time.time_ns() // 1_000_000)
+        self.first_lease_number = time.time_ns() // 1_000_000
+        self._leases = LeaseTable(ttl_s, self.first_lease_number)
         self._workers: dict[str, AttachedWorker] = {}
         self._gone: dict[str, AttachedWorker] = {}
         self._changed = asyncio.Event()

@@ -32,14 +32,14 @@ class RolloutLink:
     ) -> None:
         self.worker = worker
         self.capacity = 0
-        """Groups the worker can usefully hold; 0 until it is ready."""
-        self.held = 0
-        """Groups it holds now."""
+        """Groups the worker can usefully hold; 0 while it has no weights or is out of routing."""
+        self.connected = False
+        """Whether the job is loaded on it and its work stream is up."""
         self.progress = rollout_pb2.RunProgress()
         self._context = context
         self._weightsync_address = weightsync_address
         self._reward_addresses = reward_addresses
-        self._leases: asyncio.Queue[rollout_pb2.GroupLease] = asyncio.Queue()
+        self._orders: asyncio.Queue[rollout_pb2.RunRequest] = asyncio.Queue()
 
     @property
     def worker_id(self) -> str:
@@ -56,18 +56,19 @@ class RolloutLink:
                     if response.lease_number != self.worker.lease_number:
                         continue
                     if response.HasField("ready"):
+                        self.connected = True
                         self.capacity = response.ready.capacity_groups
                     elif response.HasField("progress"):
                         self.progress = response.progress
                     on_response(self, response)
             finally:
-                self.capacity = 0
+                self.connected, self.capacity = False, 0
 
     async def _requests(self) -> AsyncIterator[rollout_pb2.RunRequest]:
         opening = rollout_pb2.RunOpen(job_id=self._context.job_id, lease_number=self.worker.lease_number)
         yield rollout_pb2.RunRequest(open=opening)
         while True:
-            yield rollout_pb2.RunRequest(lease=await self._leases.get())
+            yield await self._orders.get()
 
     async def _start_job(self, stub: rollout_pb2_grpc.RolloutServiceStub, what: str) -> None:
         request = rollout_pb2.RolloutStartJobRequest(
@@ -82,8 +83,12 @@ class RolloutLink:
 
     def lease(self, lease: rollout_pb2.GroupLease) -> None:
         """Hand a group to the worker."""
-        self.held += 1
-        self._leases.put_nowait(lease)
+        self._orders.put_nowait(rollout_pb2.RunRequest(lease=lease))
+
+    def cancel(self, group_id: int, attempt: int, purpose: rollout_pb2.GroupPurpose.ValueType) -> None:
+        """Have the worker give a group up; it says so, and what it kept."""
+        cancel = rollout_pb2.GroupCancel(group_id=group_id, attempt=attempt, purpose=purpose)
+        self._orders.put_nowait(rollout_pb2.RunRequest(cancel=cancel))
 
     async def stop_job(self) -> None:
         """Have everything of the job dropped on the worker."""

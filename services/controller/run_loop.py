@@ -1,8 +1,12 @@
 """The run loop of one job: load, publish, then generate, train and publish, step after step.
 
 The loop of the first step and of a resumed run is the same: `_load` asks the trainer where it stands, publishes that
-version, and rebuilds admission from the trainer's checkpoint and the sample queue. A lost trainer or weight-sync
-service sends the loop back to `_load`.
+version, and rebuilds admission from the trainer's checkpoint and the sample queue. A lost trainer, weight-sync service
+or Redis sends the loop back to `_load`; rollouts work on meanwhile.
+
+With max_weight_staleness 0 each version is active before the next step begins. With more, the trainer goes on while
+engines load what it published, and while a version is evaluated, which must stay active for as long: only the staleness
+bound, through admission, makes it wait.
 """
 
 from __future__ import annotations
@@ -14,20 +18,23 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from miles.queue.backpressure import TRANSIENT
 from miles.rpc.gen import controller_pb2, job_pb2, rollout_pb2, trainer_pb2
 from miles.services.controller import deadlines
 from miles.services.controller.activity import ActivityClock
-from miles.services.controller.admission import Admission
+from miles.services.controller.admission import Admission, Batch
 from miles.services.controller.calls import WorkerFailedError, WorkerLostError
 from miles.services.controller.dispatcher import Dispatcher
-from miles.services.controller.evaluation import Evaluation
+from miles.services.controller.evaluations import Evaluations
 from miles.services.controller.group_leases import training_lease
 from miles.services.controller.job_context import JobContext
 from miles.services.controller.job_controls import JobControls, JobStoppedError
 from miles.services.controller.job_history import JobHistory
+from miles.services.controller.publishing import Publishing
 from miles.services.controller.registry import AttachedWorker, WorkerRegistry
 from miles.services.controller.rollout_link import RolloutLink
-from miles.services.controller.trainer_link import TrainerLink, activate, release_weights
+from miles.services.controller.step_metrics import RESPONSE_TOKENS, StepTimes, step_metrics
+from miles.services.controller.trainer_link import TrainerLink, release_weights
 
 if TYPE_CHECKING:
     from miles.data import PromptSource
@@ -35,8 +42,12 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_RECOVERY_PAUSE_S = 1.0
-_MAX_RECOVERIES_WITHOUT_A_STEP = 5
+_RECOVERY_PAUSE_S = 0.5
+_MAX_RECOVERIES_WITHOUT_A_STEP = 8
+_ATTEMPTS_A_LIFE = 1 << 16
+"""Leases of one group that one life of the controller can number."""
+_PAUSED, _LOADING, _INTERRUPTED = "paused by the user", "loading", "a batch is complete"
+"""Why no training group is handed out."""
 
 
 class RunLoop:
@@ -63,23 +74,14 @@ class RunLoop:
         self._clock = ActivityClock(on_span=history.timeline.add)
         self._began = time.monotonic() - float(history.summary.get("wall_s", 0.0))
         self._loaded_before = False
-        self._evaluation: asyncio.Task[None] | None = None
+        self._publication_due = False
         self._step = 0
-        self._saved_step = -1
         self._step_began = 0.0
 
     async def run(self) -> None:
         """Run until every step is done; raises what the user asked for or what went wrong for good."""
-        self._weightsync = (await self._require(controller_pb2.WORKER_KIND_WEIGHTSYNC))[0].registration.address
-        dispatcher = Dispatcher(
-            self._context,
-            self._registry,
-            self._clock,
-            self._make_lease,
-            self._weightsync,
-            await self._reward_addresses(),
-        )
-        self._dispatcher = dispatcher
+        await self._connect()
+        dispatcher = self._dispatcher
         keep_links = asyncio.create_task(dispatcher.run())
         recoveries, recovered_at = 0, -1
         try:
@@ -87,20 +89,40 @@ class RunLoop:
                 try:
                     await self._attempt()
                     return
-                except WorkerLostError as error:
+                except (WorkerLostError, *TRANSIENT) as error:
                     recoveries = recoveries + 1 if recovered_at == self._step else 1
                     recovered_at = self._step
                     if recoveries > _MAX_RECOVERIES_WITHOUT_A_STEP:
                         raise
+                    await self._queue.wait_until_answering(deadlines.REDIS_S)
                     await self._history.state(job_pb2.JOB_STATE_RECOVERING, str(error))
-                    await self._drain()
+                    await self._publishing.cancel()
+                    await self._evaluations.cancel()
                     await asyncio.sleep(_RECOVERY_PAUSE_S)
         finally:
-            await self._end_evaluation()
+            await self._publishing.cancel()
+            await self._evaluations.cancel()
+            dispatcher.admission = None
             links = list(dispatcher.links.values())
             keep_links.cancel()
             await asyncio.gather(keep_links, return_exceptions=True)
             await self._release_workers(links)
+
+    async def _connect(self) -> None:
+        self._weightsync = (await self._require(controller_pb2.WORKER_KIND_WEIGHTSYNC))[0].registration.address
+        self._dispatcher = Dispatcher(
+            self._context,
+            self._registry,
+            self._queue,
+            self._clock,
+            self._make_lease,
+            self._weightsync,
+            await self._reward_addresses(),
+        )
+        self._publishing = Publishing(
+            self._context, self._weightsync, self._dispatcher, self._clock, on_active=self._on_active
+        )
+        self._evaluations = Evaluations(self._context, self._history, self._dispatcher, self._eval_sets)
 
     async def _attempt(self) -> None:
         """From loading to the end, as long as no worker the loop depends on is lost."""
@@ -110,14 +132,14 @@ class RunLoop:
         try:
             await self._load(trainer)
             await self._history.state(job_pb2.JOB_STATE_RUNNING, f"at step {self._step}")
-            if self._step == 0 and not self._config.eval.skip_eval_before_train:
-                self._begin_evaluation("before")
+            await self._after_step(trainer)
             try:
-                while self._step < self._history.job.num_rollout:
+                while self._step < self._last:
                     await self._take_step(trainer)
-                await self._finish_evaluation()
+                await self._evaluations.finish(lambda: self._check(trainer))
+                await self._publishing.settle()
             except JobStoppedError:
-                await self._finish_evaluation()
+                await self._evaluations.finish(lambda: self._check(trainer, stopping=True))
                 await self._save(trainer, export_hf=False)
                 raise
             if self._step > 0:
@@ -138,182 +160,203 @@ class RunLoop:
         with contextlib.suppress(WorkerLostError, WorkerFailedError):
             await release_weights(self._context, self._weightsync)
 
+    # -- loading ------------------------------------------------------------------------------------------------------
+
     async def _load(self, trainer: TrainerLink) -> None:
         """Bring the workers to the newest checkpoint's version and admission to where it stood."""
         ready = await trainer.start_job()
-        self._step = self._saved_step = self._history.timeline.step = ready.step
-        while not self._dispatcher.ready_links():
+        while not self._dispatcher.connected():
             self._check(trainer)
             await self._dispatcher.wait_for_change()
-        queued = {entry.group_id: entry.oldest_version for entry in await self._queue.outstanding()}
-        admission = Admission.resume(
-            batch_size=self._config.data.rollout_batch_size,
-            max_staleness=self._config.rollout.max_weight_staleness,
-            total_groups=self._config.data.rollout_batch_size * self._history.job.num_rollout,
-            version=ready.step,
-            consumed_below=ready.consumed_below,
-            consumed_ids=ready.consumed_group_ids,
-            ready=queued,
-        )
+        if self._publishing.active is not None and ready.step < self._publishing.newest:
+            await self._drain(trainer)
+        self._step = self._history.timeline.step = ready.step
         self._history.open_metrics(self._step)
+        await self._restore_metrics(trainer)
+        self._evaluations.forget_after(self._step)
+        if self._publishing.active != self._step:
+            self._dispatcher.holds.add(_LOADING)
+        self._dispatcher.holds.discard(_INTERRUPTED)
+        self._dispatcher.admission = admission = await self._admit_again(ready)
         self._step_began = time.monotonic()
-        await self._publish(trainer)
-        self._dispatcher.admission = admission
-        self._dispatcher.pump()
+        self._publication_due = False
+        await self._publishing.export(trainer, self._step)
+        await self._publishing.settle()
         if not self._loaded_before:  # time shares are those of the loop; loading models comes once
             self._clock.restart()
             self._loaded_before = True
         where = ready.checkpoint_dir or "the initial weights"
         await self._say(f"loaded {where} at step {ready.step}; {len(admission.ready)} groups in the queue")
 
+    async def _admit_again(self, ready: trainer_pb2.TrainerReady) -> Admission:
+        """Admission from what the trainer has consumed, what is queued, and what live workers still hold."""
+        await self._tell_of_given_up_groups()
+        life = await self._queue.begin_life()
+        await self._queue.fence("*", self._registry.first_lease_number)
+        queued = {entry.group_id: entry.oldest_version for entry in await self._queue.outstanding()}
+        dropped = await self._queue.dropped()
+        before = self._dispatcher.admission
+        return Admission.resume(
+            batch_size=self._config.data.rollout_batch_size,
+            max_staleness=self._config.rollout.max_weight_staleness,
+            total_groups=self._config.data.rollout_batch_size * self._last,
+            version=ready.step,
+            consumed_below=ready.consumed_below,
+            consumed_ids=ready.consumed_group_ids,
+            ready=queued,
+            dropped=dropped,
+            leases=before.leases if before is not None else {},
+            window=self._config.rollout.over_sampling_batch_size or 0,
+            first_attempt=life * _ATTEMPTS_A_LIFE + 1,
+        )
+
+    async def _drain(self, trainer: TrainerLink) -> None:
+        """The trainer is back at older weights: let what runs finish with those it began with, or give it up."""
+        admission = self._dispatcher.admission
+        self._dispatcher.holds.add(_LOADING)
+        for deadline_s, give_up in ((deadlines.DRAIN_S, False), (deadlines.GIVE_UP_S, True)):
+            if give_up:
+                self._dispatcher.interrupt()
+            end = time.monotonic() + deadline_s
+            while admission is not None and admission.leases and time.monotonic() < end:
+                self._check(trainer)
+                await self._dispatcher.wait_for_change()
+        self._dispatcher.admission = None
+
+    async def _restore_metrics(self, trainer: TrainerLink) -> None:
+        """Record what the trainer still knows of steps whose metrics were lost with the controller."""
+        recorded = self._history.recorded_steps(RESPONSE_TOKENS)
+        for step in range(max([-1, *recorded]) + 1, self._step):
+            # A trainer that came from a checkpoint answers for the last steps only; older ones stay unknown.
+            with contextlib.suppress(WorkerFailedError):
+                await self._history.metrics(step, (await trainer.train(step)).metrics)
+
+    # -- steps --------------------------------------------------------------------------------------------------------
+
     async def _take_step(self, trainer: TrainerLink) -> None:
         """Wait for a batch, train on it, publish the result; then what is due after the step."""
         admission = self._dispatcher.admission
         assert admission is not None
         batch = await self._next_batch(trainer, admission)
-        waited_s = time.monotonic() - self._step_began
-        staleness = admission.staleness(batch)
+        began = time.monotonic()
         with self._clock.during("train"):
-            began = time.monotonic()
-            done = await trainer.train(self._step, batch, admission.dropped)
-            train_s = time.monotonic() - began
-        admission.train(batch)
+            done = await trainer.train(self._step, batch.group_ids, batch.dropped)
+        trained = time.monotonic()
+        admission.finish_step(batch)
         step, self._step = self._step, self._step + 1
         self._history.timeline.step = self._step
-        await self._finish_evaluation()
-        update_s = await self._publish(trainer)
-        admission.activate(self._step)
-        self._dispatcher.pump()
-        now = time.monotonic()
-        step_s, self._step_began = now - self._step_began, now
-        metrics = {
-            **done.metrics,
-            "rollout/fully_async/queue_size": len(admission.ready),
-            "rollout/fully_async/avg_staleness": sum(staleness) / len(staleness),
-            "rollout/fully_async/max_staleness": max(staleness),
-            "perf/rollout_time": waited_s,
-            "perf/train_wait_time": waited_s,
-            "perf/actor_train_time": train_s,
-            "perf/update_weights_time": update_s,
-            "perf/step_time": step_s,
-        }
-        tokens_per_s = metrics["rollout/response_tokens"] / step_s
-        metrics["perf/tokens_per_gpu_per_sec"] = tokens_per_s / self._config.cluster.trainer_world_size
-        await self._history.metrics(step, metrics)
+        try:
+            await self._publish(trainer)
+        finally:  # a step that was taken is on record also when its publication fails
+            now = time.monotonic()
+            times = StepTimes(began - self._step_began, trained - began, now - trained, now - self._step_began)
+            self._step_began = now
+            ranks = self._config.cluster.trainer_world_size
+            await self._history.metrics(step, step_metrics(done.metrics, batch, len(admission.ready), times, ranks))
         await self._after_step(trainer)
 
+    async def _next_batch(self, trainer: TrainerLink, admission: Admission) -> Batch:
+        while True:
+            self._check(trainer)
+            await self._hold_while_paused()
+            await self._publishing.collect()
+            self._evaluations.collect()
+            if self._publication_due and not self._evaluations.running:
+                await self._publish(trainer)
+            self._dispatcher.pump()
+            await self._pass_on_warnings()
+            await self._tell_of_given_up_groups()
+            if (batch := admission.begin_step()) is not None:
+                break
+            await self._dispatcher.wait_for_change()
+        if self._config.rollout.partial_rollout and self._publication_follows(self._step + 1):
+            self._dispatcher.holds.add(_INTERRUPTED)
+            self._dispatcher.interrupt()
+        return batch
+
+    def _publication_follows(self, step: int) -> bool:
+        return step % self._config.weights.update_weights_interval == 0 or self._evaluations.due(step, self._last)
+
+    async def _publish(self, trainer: TrainerLink) -> None:
+        """Bring the trainer's weights to the engines, if they are due and no evaluation needs the ones before."""
+        self._publication_due = self._publication_due or self._publication_follows(self._step)
+        if not self._publication_due:
+            return
+        if self._synchronous or self._evaluations.due(self._step, self._last):
+            await self._evaluations.finish(lambda: self._check(trainer))
+        elif self._evaluations.running:
+            return
+        await self._publishing.export(trainer, self._step)
+        self._publication_due = False
+        if self._synchronous:
+            await self._publishing.settle()
+
+    def _on_active(self, version: int) -> None:
+        admission = self._dispatcher.admission
+        if admission is not None:
+            admission.activate(version)
+        self._dispatcher.holds -= {_LOADING, _INTERRUPTED}
+        self._dispatcher.pump()
+        self._dispatcher.notify()
+
     async def _after_step(self, trainer: TrainerLink) -> None:
-        evaluate, save = self._config.eval.eval_interval, self._config.checkpoint.save_interval
-        last = self._step == self._history.job.num_rollout
-        if evaluate is not None and (self._step % evaluate == 0 or last):
-            self._begin_evaluation("after" if last else "")
-        if self._controls.checkpoint or (save is not None and self._step % save == 0 and not last):
+        """What is due at a step, which may have been missed when the step was reached before."""
+        save = self._config.checkpoint.save_interval
+        if self._evaluations.due(self._step, self._last):
+            self._evaluations.begin(self._step)
+        due = save is not None and self._step > 0 and self._step % save == 0 and self._step < self._last
+        if self._controls.checkpoint or due:
             self._controls.checkpoint = False
             await self._save(trainer, export_hf=self._config.checkpoint.save_hf is not None)
         self._history.job.policy_version = self._step
         self._summarise()
         await self._history.save()
 
-    async def _next_batch(self, trainer: TrainerLink, admission: Admission) -> list[int]:
-        while True:
-            self._check(trainer)
-            await self._hold_while_paused()
-            self._dispatcher.pump()
-            await self._pass_on_warnings()
-            if (batch := admission.next_batch()) is not None:
-                return batch
-            await self._dispatcher.wait_for_change()
-
-    async def _hold_while_paused(self) -> None:
-        if not self._controls.paused:
-            return
-        self._dispatcher.admitting = False
-        await self._history.state(job_pb2.JOB_STATE_PAUSED, "paused by the user")
-        await self._controls.wait_while_paused()
-        self._dispatcher.admitting = True
-        await self._history.state(job_pb2.JOB_STATE_RUNNING, "resumed by the user")
-
-    def _check(self, trainer: TrainerLink) -> None:
-        """Raise whatever keeps the loop from going on."""
-        self._controls.check()
-        if self._dispatcher.failure is not None:
-            raise self._dispatcher.failure
-        if trainer.lost:
-            raise WorkerLostError("the trainer's lease is over")
-
-    async def _publish(self, trainer: TrainerLink) -> float:
-        """Make the trainer's weights the active version; return how long it took, in seconds."""
-        began = time.monotonic()
-        with self._clock.during("sync"):
-            exported = await trainer.export(self._step)
-            await activate(self._context, self._weightsync, self._step, len(self._dispatcher.ready_links()))
-        logger.info("version %d is active (%d bytes)", self._step, exported.total_bytes)
-        return time.monotonic() - began
-
-    async def _save(self, trainer: TrainerLink, export_hf: bool) -> trainer_pb2.SaveCheckpointResponse:
+    async def _save(self, trainer: TrainerLink, export_hf: bool) -> None:
         with self._clock.during("train"):
             saved = await trainer.save(export_hf)
-        self._saved_step = saved.step
         self._history.summary["checkpoint"] = saved.checkpoint_dir
         if saved.hf_dir:
             self._history.summary["hf_checkpoint"] = saved.hf_dir
         self._summarise()
         await self._history.save()
         await self._say(f"saved {saved.checkpoint_dir} in {saved.save_s:.1f} s")
-        return saved
 
-    def _begin_evaluation(self, label: str) -> None:
-        if self._config.eval.eval_interval is None or not self._eval_sets:
+    async def _hold_while_paused(self) -> None:
+        if not self._controls.paused:
             return
-        evaluation = Evaluation(self._context.job_id, self._config, self._eval_sets, self._step)
-        self._dispatcher.evaluation = evaluation
-        self._evaluation = asyncio.create_task(self._evaluate(evaluation, label))
+        self._dispatcher.holds.add(_PAUSED)
+        await self._history.state(job_pb2.JOB_STATE_PAUSED, "paused by the user")
+        await self._controls.wait_while_paused()
+        self._dispatcher.holds.discard(_PAUSED)
+        await self._history.state(job_pb2.JOB_STATE_RUNNING, "resumed by the user")
 
-    async def _evaluate(self, evaluation: Evaluation, label: str) -> None:
-        self._dispatcher.pump()
-        metrics = await evaluation.wait()
-        self._dispatcher.evaluation = None
-        # Metrics of version v belong to step v - 1, whose training made it; those of the initial weights to step 0.
-        await self._history.metrics(max(0, evaluation.version - 1), metrics)
-        results = self._history.summary.setdefault("eval", {})
-        numbers = {name.removeprefix("eval/"): value for name, value in metrics.items() if name.count("/") == 1}
-        results["after"] = numbers
-        if label == "before":
-            results["before"] = numbers
-        await self._history.save()
+    # -- the rest -----------------------------------------------------------------------------------------------------
 
-    async def _finish_evaluation(self) -> None:
-        """Wait for a running evaluation: its version must stay active until its last response."""
-        if self._evaluation is None:
-            return
-        while not self._evaluation.done():
-            if self._controls.cancel:
-                self._controls.check()
-            if self._dispatcher.failure is not None:
-                raise self._dispatcher.failure
-            self._dispatcher.pump()
-            await asyncio.wait({self._evaluation}, timeout=1.0)
-        task, self._evaluation = self._evaluation, None
-        task.result()
+    @property
+    def _last(self) -> int:
+        """Steps of the job in all, which is also its last version."""
+        return int(self._history.job.num_rollout)
 
-    async def _end_evaluation(self) -> None:
-        if self._evaluation is not None:
-            self._evaluation.cancel()
-            await asyncio.gather(self._evaluation, return_exceptions=True)
-            self._evaluation = None
-        self._dispatcher.evaluation = None
+    @property
+    def _synchronous(self) -> bool:
+        return self._config.rollout.max_weight_staleness == 0
 
-    async def _drain(self) -> None:
-        """Let running groups finish with the weights they began with, then forget them."""
-        await self._end_evaluation()
-        admission = self._dispatcher.admission
-        self._dispatcher.admitting = False
-        end = time.monotonic() + deadlines.DRAIN_S
-        while admission is not None and admission.leases and time.monotonic() < end:
+    def _check(self, trainer: TrainerLink, *, stopping: bool = False) -> None:
+        """Raise whatever keeps the loop from going on; `stopping`: that the user asked to stop is known."""
+        if self._controls.cancel or not stopping:
             self._controls.check()
-            await self._dispatcher.wait_for_change()
-        self._dispatcher.admission = None
-        self._dispatcher.admitting = True
+        if self._dispatcher.failure is not None:
+            raise self._dispatcher.failure
+        if trainer.lost:
+            raise WorkerLostError("the trainer's lease is over")
+
+    async def _tell_of_given_up_groups(self) -> None:
+        """Have the queue remember groups dropped for failing, as rollouts do for those that a filter drops."""
+        while self._dispatcher.given_up:
+            group_id, reason = next(iter(self._dispatcher.given_up.items()))
+            await self._queue.drop(group_id, reason)
+            del self._dispatcher.given_up[group_id]
 
     def _summarise(self) -> None:
         totals = self._clock.totals()
@@ -321,9 +364,8 @@ class RunLoop:
         summary["steps"] = self._step
         summary["wall_s"] = round(time.monotonic() - self._began, 3)
         summary["time_share"] = {name: round(share, 4) for name, share in self._clock.shares().items()}
-        generated = sum(link.progress.generated_tokens for link in self._dispatcher.links.values())
         if totals["generate"] > 0:
-            summary["tokens_per_s"] = round(generated / totals["generate"], 1)
+            summary["tokens_per_s"] = round(self._dispatcher.generated_tokens / totals["generate"], 1)
 
     async def _pass_on_warnings(self) -> None:
         warnings, self._dispatcher.warnings = self._dispatcher.warnings, []
@@ -357,4 +399,4 @@ class RunLoop:
 
     def _make_lease(self, group_id: int, attempt: int, version: int) -> rollout_pb2.GroupLease:
         group = self._prompts.group(self._context.job_id, group_id, self._config.data.n_samples_per_prompt)
-        return training_lease(self._config, group, attempt, version)
+        return training_lease(self._config, group, attempt, version, max(version, self._publishing.newest))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import uuid
-from collections.abc import AsyncIterable
+from collections.abc import AsyncIterable, Coroutine, Sequence
+from typing import Any, TypeVar
 
 from miles.rpc import connect
 from miles.rpc.gen import policy_pb2, trainer_pb2, trainer_pb2_grpc, weightsync_pb2, weightsync_pb2_grpc
@@ -15,6 +17,7 @@ from miles.services.controller.job_context import JobContext
 from miles.services.controller.registry import AttachedWorker
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 class TrainerLink:
@@ -35,8 +38,30 @@ class TrainerLink:
     async def close(self) -> None:
         await self._channel.close()
 
+    async def _while_alive(self, work: Coroutine[Any, Any, T], what: str) -> T:
+        """The result of `work`, given up when the trainer's lease ends: a process that hangs keeps its connections."""
+        task = asyncio.create_task(work)
+        lost = asyncio.create_task(self._worker.lost.wait())
+        try:
+            await asyncio.wait({task, lost}, return_when=asyncio.FIRST_COMPLETED)
+            if not task.done():
+                raise WorkerLostError(f"{what}: the trainer's lease is over")
+            try:
+                return task.result()
+            except WorkerFailedError as error:
+                if self.lost:  # another process may listen at its address by now, which knows nothing of the job
+                    raise WorkerLostError(f"{what}: the trainer's lease is over ({error})") from error
+                raise
+        finally:
+            for each in (task, lost):
+                each.cancel()
+            await asyncio.gather(task, lost, return_exceptions=True)
+
     async def start_job(self) -> trainer_pb2.TrainerReady:
         """Have the model built and the newest checkpoint loaded."""
+        return await self._while_alive(self._start_job(), "trainer start")
+
+    async def _start_job(self) -> trainer_pb2.TrainerReady:
         request = trainer_pb2.TrainerStartJobRequest(
             job_id=self._context.job_id,
             config_json=json.dumps(self._context.config.to_flat()),
@@ -51,13 +76,18 @@ class TrainerLink:
             logger.info("trainer: %s", message.stage)
         raise WorkerLostError("trainer start: the stream ended before the trainer was ready")
 
-    async def train(self, step: int, group_ids: list[int], dropped: set[int]) -> trainer_pb2.TrainDone:
-        """Take one training step."""
+    async def train(
+        self, step: int, group_ids: Sequence[int] = (), dropped: Sequence[int] = ()
+    ) -> trainer_pb2.TrainDone:
+        """Take one training step; for one that was taken before, only answers with its metrics."""
+        return await self._while_alive(self._train(step, group_ids, dropped), f"training step {step}")
+
+    async def _train(self, step: int, group_ids: Sequence[int], dropped: Sequence[int]) -> trainer_pb2.TrainDone:
         request = trainer_pb2.TrainRequest(
             job_id=self._context.job_id,
             step=step,
             group_ids=group_ids,
-            dropped_group_ids=sorted(dropped),
+            dropped_group_ids=dropped,
             deadline_ms=int(deadlines.GROUPS_IN_QUEUE_S * 1000),
         )
         messages: AsyncIterable[trainer_pb2.TrainResponse] = self._stub.Train(request)
@@ -71,12 +101,14 @@ class TrainerLink:
         request = trainer_pb2.ExportRequest(
             job_id=self._context.job_id, stream=policy_pb2.WEIGHT_STREAM_POLICY, version=version
         )
-        return await call(self._stub.Export(request), f"export of version {version}", deadlines.EXPORT_S)
+        what = f"export of version {version}"
+        return await self._while_alive(call(self._stub.Export(request), what, deadlines.EXPORT_S), what)
 
     async def save(self, export_hf: bool) -> trainer_pb2.SaveCheckpointResponse:
         """Write a checkpoint."""
         request = trainer_pb2.SaveCheckpointRequest(job_id=self._context.job_id, export_hf=export_hf)
-        return await call(self._stub.SaveCheckpoint(request), "checkpoint", deadlines.CHECKPOINT_S)
+        saving = call(self._stub.SaveCheckpoint(request), "checkpoint", deadlines.CHECKPOINT_S)
+        return await self._while_alive(saving, "checkpoint")
 
     async def stop_job(self) -> None:
         """Have everything of the job dropped."""
@@ -92,8 +124,10 @@ async def release_weights(context: JobContext, weightsync_address: str) -> None:
         await call(stub.ReleaseJob(request), "release of the job's weights", deadlines.STOP_JOB_S)
 
 
-async def activate(context: JobContext, weightsync_address: str, version: int, min_engines: int) -> None:
-    """Bring every engine to a prepared version; raises `WorkerLostError` when too few got there."""
+async def activate(
+    context: JobContext, weightsync_address: str, version: int, min_engines: int, wait_for: Sequence[str]
+) -> None:
+    """Bring every engine to a prepared version, waiting for those named; `WorkerLostError` when too few got there."""
     request = weightsync_pb2.ActivateRequest(
         version=policy_pb2.WeightVersion(
             job_id=context.job_id, stream=policy_pb2.WEIGHT_STREAM_POLICY, version=version
@@ -101,6 +135,7 @@ async def activate(context: JobContext, weightsync_address: str, version: int, m
         operation_id=uuid.uuid4().hex,
         deadline_ms=int(deadlines.ACTIVATE_S * 1000),
         min_engines=min_engines,
+        wait_for=wait_for,
         check_equal=context.config.weights.check_weight_update_equal,
     )
     what = f"activation of version {version}"

@@ -13,13 +13,23 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from redis.exceptions import RedisError
 
-from miles.queue import GroupQueue, PartialStore, QueueFull
+from miles.queue import Fenced, GroupQueue, Holder, PartialStore, QueueFull
+from miles.rpc.gen import rollout_pb2
 from miles.services.rollout.engine import GenerationRequest, RolloutEngine
 from miles.services.rollout.filters import FilterError, GroupFilter, apply_filter
 from miles.services.rollout.leases import Failed, Finished, Lease, Outcome, Purpose, Returned
 from miles.services.rollout.scoring import RewardFailed, Scorer, apply_outcome
 from miles.services.rollout.stats import group_stats
-from miles.services.rollout.trajectory import FINISHED, Piece, cut_to_limit, extend, merge_begun
+from miles.services.rollout.trajectory import (
+    FINISHED,
+    Piece,
+    cut_to_limit,
+    extend,
+    is_rolled_back,
+    mask_older_versions,
+    merge_begun,
+    without_response,
+)
 from miles.services.rollout.version_gate import VersionGate, VersionPassed
 from miles.types import Sample, SampleGroup, SampleStatus
 from miles.types.validate import check_group
@@ -66,8 +76,10 @@ class GroupTools:
 class GroupRun:
     """Carries out one lease. Call `run` once; `give_up` at any time makes it end soon."""
 
-    def __init__(self, lease: Lease, tools: GroupTools) -> None:
+    def __init__(self, lease: Lease, tools: GroupTools, holder: Holder | None = None) -> None:
+        """`holder`: the worker's own lease, without which nothing it does is fenced."""
         self.lease = lease
+        self._holder = holder
         self._tools = tools
         self._samples = list(lease.group.samples)
         """As far as they have got: replaced one by one as responses end and rewards come."""
@@ -89,6 +101,9 @@ class GroupRun:
             return await self._work()
         except _GivenUp:
             return Returned(await self._keep())
+        except Fenced as error:
+            log.warning("%s", error)
+            return Returned(await self._keep())
         except RewardFailed as error:
             # The responses are kept: whoever tries again only has to score them.
             await self._keep()
@@ -109,16 +124,19 @@ class GroupRun:
 
     async def _work(self) -> Outcome:
         lease, tools = self.lease, self._tools
-        if (queued := await self._unless_given_up(self._already_queued())) is not None:
-            return queued
-        await self._unless_given_up(tools.gate.wait(lease.min_version, lease.exact_version, VERSION_DEADLINE_S))
-        await self._unless_given_up(self._resume())
+        if (known := await self._unless_given_up(self._already_known())) is not None:
+            return known
+        begun_with = await self._unless_given_up(self._resume())
+        minimum = max(lease.min_version or 0, begun_with)  # versions of a response ascend
+        await self._unless_given_up(tools.gate.wait(minimum, lease.exact_version, VERSION_DEADLINE_S))
         await self._generate_all()
         generated = time.monotonic()
         self._check_version()
         await self._unless_given_up(self._score_all())
         scored = time.monotonic()
         samples = [self._with_failure(i, sample) for i, sample in enumerate(self._samples)]
+        if self._training and tools.config.rollout.mask_offpolicy_in_partial_rollout:
+            samples = [mask_older_versions(sample) for sample in samples]
         group = SampleGroup(tools.job_id, lease.group_id, samples)
         check_group(group)
         key = tools.config.reward.reward_key if self._training else tools.config.reward.eval_reward_key
@@ -128,15 +146,20 @@ class GroupRun:
             return dataclasses.replace(done, group=group)
         return await self._unless_given_up(self._filter_and_put(group, done))
 
-    async def _already_queued(self) -> Finished | None:
-        """An earlier attempt may have queued the group when the word of it was lost."""
-        if not self._training or (found := await self._tools.queue.find(self.lease.group_id)) is None:
+    async def _already_known(self) -> Finished | None:
+        """An earlier attempt may have queued or dropped the group when the word of it was lost."""
+        if not self._training:
+            return None
+        if (reason := await self._tools.queue.why_dropped(self.lease.group_id)) is not None:
+            return Finished(rollout_pb2.GroupStats(), keep=False, reason=reason)
+        if (found := await self._tools.queue.find(self.lease.group_id)) is None:
             return None
         entry_id, group = found
         stats = group_stats(group.samples, self._tools.config.reward.reward_key, generate_s=0.0, reward_s=0.0)
         return Finished(stats, oldest_version=group.oldest_version or 0, entry_id=entry_id)
 
-    async def _resume(self) -> None:
+    async def _resume(self) -> int:
+        """Take up what there is of the group; returns the newest version among its tokens, 0 without any."""
         stored: dict[int, Sample] = {}
         if self._training:
             try:
@@ -146,12 +169,15 @@ class GroupRun:
                 partial = None
             stored = {sample.index: sample for sample in partial.samples} if partial else {}
         with_experts = self._training and self._tools.with_experts
+        begun = [merge_begun(s, stored.get(s.index), with_experts=with_experts) for s in self._samples]
+        if self._training:
+            newest = self.lease.newest_version
+            begun = [without_response(sample) if is_rolled_back(sample, newest) else sample for sample in begun]
         self._samples = [
-            cut_to_limit(
-                merge_begun(sample, stored.get(sample.index), with_experts=with_experts), sampling.max_new_tokens
-            )
-            for sample, sampling in zip(self._samples, self.lease.sampling, strict=True)
+            cut_to_limit(sample, sampling.max_new_tokens)
+            for sample, sampling in zip(begun, self.lease.sampling, strict=True)
         ]
+        return max((span.version for sample in begun for span in sample.weight_versions), default=0)
 
     async def _generate_all(self) -> None:
         """Generate every unfinished sample at once; `_GivenUp` when not all of them ended by themselves."""
@@ -234,15 +260,21 @@ class GroupRun:
         tools = self._tools
         if all(sample.status is SampleStatus.FAILED for sample in group.samples):
             errors = "; ".join(sorted(set(self._errors.values())))
-            return dataclasses.replace(done, keep=False, reason=f"no sample could be scored: {errors}")
+            return await self._drop(done, f"no sample could be scored: {errors}")
         verdict = await apply_filter(tools.group_filter, tools.config, group.samples)
         if verdict.keep:
-            entry_id = await tools.queue.put(group, attempt=self.lease.attempt, oldest_version=done.oldest_version)
+            entry_id = await tools.queue.put(
+                group, attempt=self.lease.attempt, oldest_version=done.oldest_version, holder=self._holder
+            )
             done = dataclasses.replace(done, entry_id=entry_id)
         else:
-            done = dataclasses.replace(done, keep=False, reason=verdict.reason)
+            done = await self._drop(done, verdict.reason)
         await tools.partials.delete(group.group_id)
         return done
+
+    async def _drop(self, done: Finished, reason: str) -> Finished:
+        await self._tools.queue.drop(self.lease.group_id, reason, holder=self._holder)
+        return dataclasses.replace(done, keep=False, reason=reason)
 
     async def _keep(self) -> int:
         """Store what there is of a training group; returns how many response tokens that is."""

@@ -9,9 +9,9 @@ import math
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from miles.queue import GroupQueue, PartialStore, connect_async
+from miles.queue import GroupQueue, Holder, PartialStore, connect_async
 from miles.rpc.gen import policy_pb2, rollout_pb2
-from miles.services.rollout.engine import RolloutEngine
+from miles.services.rollout.engine import PauseMode, RolloutEngine
 from miles.services.rollout.filters import load_filter
 from miles.services.rollout.group_runner import GroupRun, GroupTools
 from miles.services.rollout.leases import Lease, Outcome, Purpose
@@ -64,12 +64,12 @@ class RolloutJob:
 
     @property
     def capacity_groups(self) -> int:
-        """Groups the engine can usefully hold at once; 0 while it is out of routing.
+        """Groups the engine can usefully hold at once; 0 while it is out of routing or has no weights yet.
 
         Twice what fills its slots: while some groups run out or wait for rewards, others keep the slots busy. Groups to
         come are taken to be as big as those that run, so that small ones (evaluation) fill the slots too.
         """
-        if self.serving.quarantine_reason:
+        if self.serving.quarantine_reason or self.serving.gate.version is None:
             return 0
         held = [len(run.lease.group.samples) for run, _ in self._runs.values()]
         usual = sum(held) / len(held) if held else self.config.data.n_samples_per_prompt
@@ -101,7 +101,8 @@ class RolloutJob:
         self.engine = await asyncio.to_thread(self._create_engine)
         await self.engine.start()
         self._closing.push_async_callback(self.engine.close)
-        self.serving = Serving(self.engine, self._on_serving_change)
+        mode = PauseMode(self.config.weights.pause_generation_mode)
+        self.serving = Serving(self.engine, self._on_serving_change, update_mode=mode)
         yield "connecting to rewards and weights"
         self._tools = GroupTools(
             job_id=self.job_id,
@@ -168,14 +169,15 @@ class RolloutJob:
         await self.serving.load_weights(0, weights)
         self.serving.admit(0)
 
-    def lease(self, lease: Lease, deliver: Deliver) -> None:
+    def lease(self, lease: Lease, deliver: Deliver, lease_number: int) -> None:
         """Begin a group; `deliver` gets what comes of it, unless it raised a bug, which is logged.
 
-        A group that is leased again while it still runs is given up first.
+        `lease_number` is the worker's own lease, under which the group was handed out. A group that is leased again
+        while it still runs is given up first.
         """
         key = (lease.purpose, lease.group_id)
         before = self._runs.get(key)
-        run = GroupRun(lease, self._tools)
+        run = GroupRun(lease, self._tools, Holder(self._worker_id, lease_number))
 
         async def carry_out() -> None:
             if before is not None:
@@ -193,10 +195,11 @@ class RolloutJob:
         self._runs[key] = (run, task)
         self._notify()
 
-    def give_up(self, group_id: int, attempt: int) -> None:
-        """Give up one group, if that attempt of it runs."""
+    def give_up(self, group_id: int, attempt: int, purpose: Purpose | None = None) -> None:
+        """Give up one group, if that attempt of it runs; without a purpose, whatever it runs for."""
         for run, _ in self._runs.values():
-            if (run.lease.group_id, run.lease.attempt) == (group_id, attempt):
+            lease = run.lease
+            if (lease.group_id, lease.attempt) == (group_id, attempt) and purpose in (None, lease.purpose):
                 run.give_up()
 
     def give_up_all(self) -> None:

@@ -41,6 +41,8 @@ class Lease:
     """One entry a sample: leave special tokens out of the decoded text."""
     min_version: int | None = None
     exact_version: int | None = None
+    newest_version: int | None = None
+    """Newest version there is; tokens of a later one are of weights that were rolled back."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -122,6 +124,7 @@ def lease_from_proto(message: rollout_pb2.GroupLease) -> Lease:
         skip_special_tokens=tuple(entry.skip_special_tokens for entry in message.sampling),
         min_version=message.min_version if message.HasField("min_version") else None,
         exact_version=message.exact_version if message.HasField("exact_version") else None,
+        newest_version=message.newest_version if message.HasField("newest_version") else None,
     )
 
 

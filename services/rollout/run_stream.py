@@ -61,7 +61,9 @@ class RunStream:
                     case "lease":
                         self._lease(request.lease)
                     case "cancel":
-                        self._job.give_up(request.cancel.group_id, request.cancel.attempt)
+                        cancel = request.cancel
+                        purpose = next((p for p in Purpose if p.proto == cancel.purpose), None)
+                        self._job.give_up(cancel.group_id, cancel.attempt, purpose)
                     case kind:
                         log.warning("ignoring a message of kind %s on the stream of job %s", kind, self._job.job_id)
             await self._job.settle()
@@ -76,7 +78,7 @@ class RunStream:
             failed = Failed(f"the lease is malformed: {error}", retryable=False)
             self._send(outcome_to_proto(message.group_id, message.attempt, purpose, failed, self.lease_number))
             return
-        self._job.lease(lease, self._deliver)
+        self._job.lease(lease, self._deliver, self.lease_number)
 
     def _deliver(self, lease: Lease, outcome: Outcome) -> None:
         response = outcome_to_proto(lease.group_id, lease.attempt, lease.purpose, outcome, self.lease_number)

@@ -24,10 +24,14 @@ ENGINE_SILENCE_S = 600.0
 class Serving:
     """Guards one engine: opens and closes the version gate, carries out pauses, and quarantines.
 
-    `on_change` is called after the engine has left or rejoined routing.
+    `on_change` is called after the engine has left or rejoined routing. `update_mode` says what new weights do to
+    running requests.
     """
 
-    def __init__(self, engine: RolloutEngine, on_change: Callable[[], None]) -> None:
+    def __init__(
+        self, engine: RolloutEngine, on_change: Callable[[], None], update_mode: PauseMode = PauseMode.IN_PLACE
+    ) -> None:
+        self._update_mode = update_mode
         self.gate = VersionGate()
         self.quarantine_reason = ""
         """Why the engine left routing; empty while it may serve."""
@@ -51,15 +55,26 @@ class Serving:
         return self._paused
 
     async def load_weights(self, version: int, tensors: Mapping[str, torch.Tensor]) -> float:
-        """Load a full set of weights; returns the seconds decoding stood still. `admit` then opens the gate."""
-        stood_still_s = await self._engine.load_weights(version, tensors)
-        self._loaded_since_quarantine = True
+        """Load a full set of weights; returns the seconds decoding stood still. `admit` then opens the gate.
+
+        When the load fails the engine stays paused until one succeeds: it must not go on with weights in doubt.
+        """
         async with self._order:
+            started = time.monotonic()
+            if not self._paused and self._update_mode is not PauseMode.IN_PLACE:
+                await self._engine.pause(self._update_mode)
+                self._paused = True
+            try:
+                loading_s = await self._engine.load_weights(version, tensors)
+            except BaseException:
+                await self._engine.pause(PauseMode.IN_PLACE)
+                self._paused = True
+                raise
+            self._loaded_since_quarantine = True
             if self._paused and self._pauses.operation_id is None:
-                # Only a pause that expired leaves the engine so, and a full load is what it waits for.
                 await self._engine.resume()
                 self._paused = False
-        return stood_still_s
+        return loading_s if self._update_mode is PauseMode.IN_PLACE else time.monotonic() - started
 
     def admit(self, version: int) -> None:
         """Let groups be generated with `version`; does nothing in a quarantine that no load has ended yet."""

@@ -147,6 +147,23 @@ def merge_begun(leased: Sample, stored: Sample | None, *, with_experts: bool) ->
     return without_response(leased)
 
 
+def is_rolled_back(sample: Sample, newest_version: int | None) -> bool:
+    """True when some tokens are of a version that does not exist any more."""
+    return newest_version is not None and any(span.version > newest_version for span in sample.weight_versions)
+
+
+def mask_older_versions(sample: Sample) -> Sample:
+    """The sample with the tokens left out of the loss that an older version than its newest one generated."""
+    if len(sample.weight_versions) < 2:
+        return sample
+    newest = max(span.version for span in sample.weight_versions)
+    mask = np.ones(sample.response_length, np.uint8) if sample.loss_mask is None else sample.loss_mask.copy()
+    for span in sample.weight_versions:
+        if span.version < newest:
+            mask[span.start : span.end] = 0
+    return dataclasses.replace(sample, loss_mask=mask)
+
+
 def cut_to_limit(sample: Sample, max_new_tokens: int) -> Sample:
     """A begun response that has reached its limit is TRUNCATED; any other comes back as it is."""
     if sample.status in FINISHED or sample.response_length < max_new_tokens:

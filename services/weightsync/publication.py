@@ -13,7 +13,7 @@ During an activation nobody swaps before every engine has verified the bytes or 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from miles.services.weightsync import garbage
 from miles.services.weightsync.activation import Activation
@@ -87,12 +87,20 @@ class Publication:
         return self._settle(now)
 
     def activate(
-        self, number: int, operation_id: str, deadline_s: float, min_engines: int, check_equal: bool, now: Now
+        self,
+        number: int,
+        operation_id: str,
+        deadline_s: float,
+        min_engines: int,
+        check_equal: bool,
+        now: Now,
+        wait_for: Collection[str] = (),
     ) -> list[Action]:
         """Bring every engine to a version within `deadline_s` seconds.
 
-        Repeating an operation does nothing; another operation for the same publication joins the one under way; one for
-        another publication ends it: the latest wish counts.
+        `wait_for` names the engines to wait for, as far as they are attached; empty means all. Repeating an operation
+        does nothing; another operation for the same publication joins the one under way, and may only wait for fewer
+        engines; one for another publication ends it: the latest wish counts.
         """
         version = self.find(number)
         past = self.outcomes.get(operation_id)
@@ -103,7 +111,9 @@ class Publication:
             if self.activation.publication_id == version.publication_id:
                 if operation_id not in self.activation.operation_ids:
                     self.activation.operation_ids.append(operation_id)
-                return []
+                if wait_for:
+                    self.activation.waited_for.intersection_update(wait_for)
+                return self._settle(now)
             self._end(now, actions, f"version {number} is to be activated instead")
         for engine in self.engines.values():
             engine.retry_at_s = now.monotonic_s
@@ -114,7 +124,13 @@ class Publication:
             deadline_s=now.monotonic_s + deadline_s,
             min_engines=min_engines,
             check_equal=check_equal,
-            waited_for={e.engine_id for e in self.engines.values() if e.session is not None and not e.quarantined},
+            waited_for={
+                engine.engine_id
+                for engine in self.engines.values()
+                if engine.session is not None
+                and not engine.quarantined
+                and (not wait_for or engine.engine_id in wait_for)
+            },
         )
         if version.publication_id != self.active:
             version.state = VersionState.ACTIVATING

@@ -119,6 +119,7 @@ class WeightSyncServicer(weightsync_pb2_grpc.WeightSyncServiceServicer):
                 request.deadline_ms / 1000,
                 request.min_engines,
                 request.check_equal,
+                request.wait_for,
             )
         except Refused as error:
             await _refuse(context, "activate", version, error)

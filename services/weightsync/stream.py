@@ -7,6 +7,7 @@ import itertools
 import logging
 import pathlib
 import time
+from collections.abc import Collection
 from typing import Any
 
 from miles.rpc.gen import policy_pb2, weightsync_pb2
@@ -128,10 +129,16 @@ class StreamRuntime:
     # -- the controller's calls ---------------------------------------------------------------------------------------
 
     def activate(
-        self, number: int, operation_id: str, deadline_s: float, min_engines: int, check_equal: bool
+        self,
+        number: int,
+        operation_id: str,
+        deadline_s: float,
+        min_engines: int,
+        check_equal: bool,
+        wait_for: Collection[str] = (),
     ) -> asyncio.Queue[Event]:
         """Begin, join or look up an activation; the queue gets engines' stages and ends with an Outcome."""
-        actions = self.machine.activate(number, operation_id, deadline_s, min_engines, check_equal, _now())
+        actions = self.machine.activate(number, operation_id, deadline_s, min_engines, check_equal, _now(), wait_for)
         events: asyncio.Queue[Event] = asyncio.Queue()
         self._watchers[events] = operation_id
         for engine in self.machine.engines.values():

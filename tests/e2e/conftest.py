@@ -100,7 +100,7 @@ class Run:
         """Lines of metrics.jsonl that were written by training steps."""
         path = self.run_dir / "metrics.jsonl"
         lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-        return [line for line in lines if "perf/step_time" in line]
+        return [line for line in lines if "rollout/response_tokens" in line]
 
     def summary(self) -> dict[str, Any]:
         """summary.json."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import pathlib
 import signal
@@ -13,9 +14,14 @@ import time
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
 
 from miles.queue import RedisServer
+from miles.services.controller.timeline import NAME, TimelineWriter
+from miles.services.trainer.sample_log import SampleLog, TokenNumbers
+from miles.telemetry import MetricsWriter
+from miles.types import Sample, SampleStatus, VersionSpan
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 START_S = 60.0
@@ -129,3 +135,41 @@ def problem(answer: httpx.Response, kind: str) -> dict[str, Any]:
     assert body["title"]
     assert body["detail"]
     return body
+
+
+def fill_run_folder(run_dir: pathlib.Path) -> None:
+    """Leave in a run folder what a run would have left there: metrics, samples, activity, an export, logs."""
+    writer = MetricsWriter(run_dir / "metrics.jsonl")
+    for step in range(6):
+        writer.write(step, {"train/loss": float(step), "rollout/raw_reward": math.nan if step == 1 else 0.5})
+    writer.close()
+    samples = SampleLog(run_dir, 2, 0, None)
+    values = np.array([0.25, 0.75], np.float32)
+    for step in range(3):
+        made = [
+            Sample(
+                group_id=step,
+                index=i,
+                prompt=[{"role": "user", "content": "häh?"}],
+                tokens=np.arange(4, dtype=np.int32),
+                response_length=2,
+                response="ja\n",
+                label="ja",
+                reward=float(i),
+                status=SampleStatus.COMPLETED,
+                weight_versions=(VersionSpan(step, 0, 2),),
+            )
+            for i in range(2)
+        ]
+        numbers = TokenNumbers(np.ones(2, np.float32), values, values, values + 1)
+        samples.write(step, [(sample, numbers) for sample in made])
+    spans = TimelineWriter(run_dir / NAME)
+    spans.add("train", 1.0, 2.5)
+    spans.close()
+    export = run_dir / "hf" / "6"
+    export.mkdir(parents=True)
+    (export / "config.json").write_text("{}")
+    (export / "model.safetensors").write_bytes(bytes(range(256)) * 8000)
+    logs = run_dir / "logs"
+    logs.mkdir()
+    (logs / "rollout-0.log").write_text("started\nredis://:geheim123@host\nlast\n")

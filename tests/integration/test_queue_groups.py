@@ -314,7 +314,11 @@ async def test_dropping_a_job_leaves_other_jobs_alone(
     for owner in (queue, other):
         await owner.put(make_group(1, response_tokens=2000), attempt=1)
     await queue.drop_job()
-    assert [key async for key in client.scan_iter(f"{JobKeys(job_id).prefix}*")] == []
+    fences = JobKeys(job_id).fences
+    assert [key async for key in client.scan_iter(f"{JobKeys(job_id).prefix}*")] == [fences.encode()]
+    assert await client.ttl(fences) > 0
+    with pytest.raises(Fenced):
+        await queue.put(make_group(2), attempt=1, holder=Holder("rollout-0", 1 << 52))
     assert len(await other.outstanding()) == 1
     assert list(await other.collect([1], 5)) == [1]
     await other.drop_job()

@@ -376,6 +376,7 @@ class GroupLease(_message.Message):
     SAMPLING_FIELD_NUMBER: _builtins.int
     MIN_VERSION_FIELD_NUMBER: _builtins.int
     EXACT_VERSION_FIELD_NUMBER: _builtins.int
+    NEWEST_VERSION_FIELD_NUMBER: _builtins.int
     group_id: _builtins.int
     """The group; equals group.group_id."""
     attempt: _builtins.int
@@ -386,6 +387,10 @@ class GroupLease(_message.Message):
     """Generate only with this policy version or a later one; absent means any."""
     exact_version: _builtins.int
     """Generate only with exactly this policy version; absent means any."""
+    newest_version: _builtins.int
+    """Newest policy version there is; what was begun with a later one is of weights that were rolled back, and starts
+    over. Absent means that nothing was rolled back.
+    """
     @_builtins.property
     def group(self) -> _sample_pb2.SampleGroup:
         """The samples to generate: prompt, tokens (the prompt's), label, metadata and index are set. A sample that was begun
@@ -406,19 +411,24 @@ class GroupLease(_message.Message):
         sampling: _abc.Iterable[Global___SamplingParams] | None = ...,
         min_version: _builtins.int | None = ...,
         exact_version: _builtins.int | None = ...,
+        newest_version: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_exact_version", b"_exact_version", "_min_version", b"_min_version", "exact_version", b"exact_version", "group", b"group", "min_version", b"min_version"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_exact_version", b"_exact_version", "_min_version", b"_min_version", "_newest_version", b"_newest_version", "exact_version", b"exact_version", "group", b"group", "min_version", b"min_version", "newest_version", b"newest_version"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_exact_version", b"_exact_version", "_min_version", b"_min_version", "attempt", b"attempt", "exact_version", b"exact_version", "group", b"group", "group_id", b"group_id", "min_version", b"min_version", "purpose", b"purpose", "sampling", b"sampling"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_exact_version", b"_exact_version", "_min_version", b"_min_version", "_newest_version", b"_newest_version", "attempt", b"attempt", "exact_version", b"exact_version", "group", b"group", "group_id", b"group_id", "min_version", b"min_version", "newest_version", b"newest_version", "purpose", b"purpose", "sampling", b"sampling"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__exact_version: _TypeAlias = _typing.Literal["exact_version"]  # noqa: Y015
     _WhichOneofArgType__exact_version: _TypeAlias = _typing.Literal["_exact_version", b"_exact_version"]  # noqa: Y015
     _WhichOneofReturnType__min_version: _TypeAlias = _typing.Literal["min_version"]  # noqa: Y015
     _WhichOneofArgType__min_version: _TypeAlias = _typing.Literal["_min_version", b"_min_version"]  # noqa: Y015
+    _WhichOneofReturnType__newest_version: _TypeAlias = _typing.Literal["newest_version"]  # noqa: Y015
+    _WhichOneofArgType__newest_version: _TypeAlias = _typing.Literal["_newest_version", b"_newest_version"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__exact_version) -> _WhichOneofReturnType__exact_version | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__min_version) -> _WhichOneofReturnType__min_version | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__newest_version) -> _WhichOneofReturnType__newest_version | None: ...
 
 Global___GroupLease: _TypeAlias = GroupLease  # noqa: Y015
 
@@ -430,19 +440,23 @@ class GroupCancel(_message.Message):
 
     GROUP_ID_FIELD_NUMBER: _builtins.int
     ATTEMPT_FIELD_NUMBER: _builtins.int
+    PURPOSE_FIELD_NUMBER: _builtins.int
     group_id: _builtins.int
     """The group of the lease."""
     attempt: _builtins.int
     """The attempt of the lease, a count; another attempt of the group is left alone."""
+    purpose: Global___GroupPurpose.ValueType
+    """The purpose of the lease; unspecified means either."""
     def __init__(
         self,
         *,
         group_id: _builtins.int = ...,
         attempt: _builtins.int = ...,
+        purpose: Global___GroupPurpose.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "group_id", b"group_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "group_id", b"group_id", "purpose", b"purpose"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -25,21 +25,21 @@ _sym_db = _symbol_database.Default()
 from miles.rpc.gen import policy_pb2 as miles_dot_v1_dot_policy__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19miles/v1/weightsync.proto\x12\x08miles.v1\x1a\x15miles/v1/policy.proto\"m\n\x0fTransportHandle\x12%\n\x04kind\x18\x01 \x01(\x0e\x32\x17.miles.v1.TransportKind\x12\x33\n\rshared_memory\x18\x02 \x01(\x0b\x32\x1c.miles.v1.SharedMemoryHandle\"2\n\x12SharedMemoryHandle\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\x0e\n\x06nbytes\x18\x02 \x01(\x04\"w\n\x0f\x41llocateRequest\x12(\n\x07version\x18\x01 \x01(\x0b\x32\x17.miles.v1.WeightVersion\x12*\n\ttransport\x18\x02 \x01(\x0e\x32\x17.miles.v1.TransportKind\x12\x0e\n\x06nbytes\x18\x03 \x01(\x04\"=\n\x10\x41llocateResponse\x12)\n\x06handle\x18\x01 \x01(\x0b\x32\x19.miles.v1.TransportHandle\"a\n\x0ePrepareRequest\x12$\n\x08manifest\x18\x01 \x01(\x0b\x32\x12.miles.v1.Manifest\x12)\n\x06handle\x18\x02 \x01(\x0b\x32\x19.miles.v1.TransportHandle\"\x11\n\x0fPrepareResponse\"\x90\x01\n\x0f\x41\x63tivateRequest\x12(\n\x07version\x18\x01 \x01(\x0b\x32\x17.miles.v1.WeightVersion\x12\x14\n\x0coperation_id\x18\x02 \x01(\t\x12\x13\n\x0b\x64\x65\x61\x64line_ms\x18\x03 \x01(\r\x12\x13\n\x0bmin_engines\x18\x04 \x01(\r\x12\x13\n\x0b\x63heck_equal\x18\x05 \x01(\x08\"l\n\x10\x41\x63tivateResponse\x12(\n\x06\x65ngine\x18\x01 \x01(\x0b\x32\x16.miles.v1.EngineStatusH\x00\x12&\n\x04\x64one\x18\x02 \x01(\x0b\x32\x16.miles.v1.ActivateDoneH\x00\x42\x06\n\x04kind\"V\n\x0c\x41\x63tivateDone\x12\x0f\n\x07\x65ngines\x18\x01 \x01(\r\x12\x13\n\x0bquarantined\x18\x02 \x01(\r\x12\x0f\n\x07total_s\x18\x03 \x01(\x01\x12\x0f\n\x07pause_s\x18\x04 \x01(\x01\"\xe1\x01\n\x0c\x45ngineStatus\x12\x11\n\tengine_id\x18\x01 \x01(\t\x12&\n\x06stream\x18\x02 \x01(\x0e\x32\x16.miles.v1.WeightStream\x12$\n\x05state\x18\x03 \x01(\x0e\x32\x15.miles.v1.EngineState\x12\x14\n\x07version\x18\x04 \x01(\x04H\x00\x88\x01\x01\x12\x15\n\rsince_unix_ns\x18\x05 \x01(\x04\x12\x12\n\nprefetch_s\x18\x06 \x01(\x01\x12\x0f\n\x07pause_s\x18\x07 \x01(\x01\x12\x12\n\nlast_error\x18\x08 \x01(\tB\n\n\x08_version\"l\n\x10SubscribeRequest\x12&\n\x05hello\x18\x01 \x01(\x0b\x32\x15.miles.v1.EngineHelloH\x00\x12(\n\x06report\x18\x02 \x01(\x0b\x32\x16.miles.v1.EngineReportH\x00\x42\x06\n\x04kind\"\x95\x01\n\x0b\x45ngineHello\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x11\n\tengine_id\x18\x02 \x01(\t\x12&\n\x06stream\x18\x03 \x01(\x0e\x32\x16.miles.v1.WeightStream\x12\x14\n\x07version\x18\x04 \x01(\x04H\x00\x88\x01\x01\x12\x19\n\x11manifest_checksum\x18\x05 \x01(\x0c\x42\n\n\x08_version\"|\n\x0c\x45ngineReport\x12\x10\n\x08order_id\x18\x01 \x01(\x04\x12\'\n\x07outcome\x18\x02 \x01(\x0e\x32\x16.miles.v1.OrderOutcome\x12\r\n\x05\x65rror\x18\x03 \x01(\t\x12\x11\n\telapsed_s\x18\x04 \x01(\x01\x12\x0f\n\x07pause_s\x18\x05 \x01(\x01\"\xfc\x01\n\x11SubscribeResponse\x12\x10\n\x08order_id\x18\x01 \x01(\x04\x12+\n\x08prefetch\x18\x02 \x01(\x0b\x32\x17.miles.v1.PrefetchOrderH\x00\x12#\n\x04swap\x18\x03 \x01(\x0b\x32\x13.miles.v1.SwapOrderH\x00\x12#\n\x04\x64rop\x18\x04 \x01(\x0b\x32\x13.miles.v1.DropOrderH\x00\x12%\n\x05\x63heck\x18\x05 \x01(\x0b\x32\x14.miles.v1.CheckOrderH\x00\x12/\n\nquarantine\x18\x06 \x01(\x0b\x32\x19.miles.v1.QuarantineOrderH\x00\x42\x06\n\x04kind\"x\n\rPrefetchOrder\x12$\n\x08manifest\x18\x01 \x01(\x0b\x32\x12.miles.v1.Manifest\x12)\n\x06handle\x18\x02 \x01(\x0b\x32\x19.miles.v1.TransportHandle\x12\x16\n\x0epublication_id\x18\x03 \x01(\x04\"M\n\tSwapOrder\x12(\n\x07version\x18\x01 \x01(\x0b\x32\x17.miles.v1.WeightVersion\x12\x16\n\x0epublication_id\x18\x02 \x01(\x04\"M\n\tDropOrder\x12(\n\x07version\x18\x01 \x01(\x0b\x32\x17.miles.v1.WeightVersion\x12\x16\n\x0epublication_id\x18\x02 \x01(\x04\"!\n\x0fQuarantineOrder\x12\x0e\n\x06reason\x18\x01 \x01(\t\"2\n\nCheckOrder\x12$\n\x08manifest\x18\x01 \x01(\x0b\x32\x12.miles.v1.Manifest\"%\n\x13ListVersionsRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\"\x8d\x01\n\rVersionStatus\x12(\n\x07version\x18\x01 \x01(\x0b\x32\x17.miles.v1.WeightVersion\x12%\n\x05state\x18\x02 \x01(\x0e\x32\x16.miles.v1.VersionState\x12\x13\n\x0btotal_bytes\x18\x03 \x01(\x04\x12\x16\n\x0e\x61\x63tive_unix_ns\x18\x04 \x01(\x04\"j\n\x14ListVersionsResponse\x12)\n\x08versions\x18\x01 \x03(\x0b\x32\x17.miles.v1.VersionStatus\x12\'\n\x07\x65ngines\x18\x02 \x03(\x0b\x32\x16.miles.v1.EngineStatus\"#\n\x11ReleaseJobRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\")\n\x12ReleaseJobResponse\x12\x13\n\x0b\x66reed_bytes\x18\x01 \x01(\x04*Q\n\rTransportKind\x12\x1e\n\x1aTRANSPORT_KIND_UNSPECIFIED\x10\x00\x12 \n\x1cTRANSPORT_KIND_SHARED_MEMORY\x10\x01*\x98\x01\n\x0b\x45ngineState\x12\x1c\n\x18\x45NGINE_STATE_UNSPECIFIED\x10\x00\x12\x16\n\x12\x45NGINE_STATE_EMPTY\x10\x01\x12\x18\n\x14\x45NGINE_STATE_SERVING\x10\x02\x12\x1b\n\x17\x45NGINE_STATE_PREFETCHED\x10\x03\x12\x1c\n\x18\x45NGINE_STATE_QUARANTINED\x10\x04*_\n\x0cOrderOutcome\x12\x1d\n\x19ORDER_OUTCOME_UNSPECIFIED\x10\x00\x12\x16\n\x12ORDER_OUTCOME_DONE\x10\x01\x12\x18\n\x14ORDER_OUTCOME_FAILED\x10\x02*\xd3\x01\n\x0cVersionState\x12\x1d\n\x19VERSION_STATE_UNSPECIFIED\x10\x00\x12\x1b\n\x17VERSION_STATE_ALLOCATED\x10\x01\x12\x1a\n\x16VERSION_STATE_PREPARED\x10\x02\x12\x1c\n\x18VERSION_STATE_ACTIVATING\x10\x03\x12\x18\n\x14VERSION_STATE_ACTIVE\x10\x04\x12\x19\n\x15VERSION_STATE_RETIRED\x10\x05\x12\x18\n\x14VERSION_STATE_FAILED\x10\x06\x32\xbd\x03\n\x11WeightSyncService\x12\x41\n\x08\x41llocate\x12\x19.miles.v1.AllocateRequest\x1a\x1a.miles.v1.AllocateResponse\x12>\n\x07Prepare\x12\x18.miles.v1.PrepareRequest\x1a\x19.miles.v1.PrepareResponse\x12\x43\n\x08\x41\x63tivate\x12\x19.miles.v1.ActivateRequest\x1a\x1a.miles.v1.ActivateResponse0\x01\x12H\n\tSubscribe\x12\x1a.miles.v1.SubscribeRequest\x1a\x1b.miles.v1.SubscribeResponse(\x01\x30\x01\x12M\n\x0cListVersions\x12\x1d.miles.v1.ListVersionsRequest\x1a\x1e.miles.v1.ListVersionsResponse\x12G\n\nReleaseJob\x12\x1b.miles.v1.ReleaseJobRequest\x1a\x1c.miles.v1.ReleaseJobResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19miles/v1/weightsync.proto\x12\x08miles.v1\x1a\x15miles/v1/policy.proto\"m\n\x0fTransportHandle\x12%\n\x04kind\x18\x01 \x01(\x0e\x32\x17.miles.v1.TransportKind\x12\x33\n\rshared_memory\x18\x02 \x01(\x0b\x32\x1c.miles.v1.SharedMemoryHandle\"2\n\x12SharedMemoryHandle\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\x0e\n\x06nbytes\x18\x02 \x01(\x04\"w\n\x0f\x41llocateRequest\x12(\n\x07version\x18\x01 \x01(\x0b\x32\x17.miles.v1.WeightVersion\x12*\n\ttransport\x18\x02 \x01(\x0e\x32\x17.miles.v1.TransportKind\x12\x0e\n\x06nbytes\x18\x03 \x01(\x04\"=\n\x10\x41llocateResponse\x12)\n\x06handle\x18\x01 \x01(\x0b\x32\x19.miles.v1.TransportHandle\"a\n\x0ePrepareRequest\x12$\n\x08manifest\x18\x01 \x01(\x0b\x32\x12.miles.v1.Manifest\x12)\n\x06handle\x18\x02 \x01(\x0b\x32\x19.miles.v1.TransportHandle\"\x11\n\x0fPrepareResponse\"\xa2\x01\n\x0f\x41\x63tivateRequest\x12(\n\x07version\x18\x01 \x01(\x0b\x32\x17.miles.v1.WeightVersion\x12\x14\n\x0coperation_id\x18\x02 \x01(\t\x12\x13\n\x0b\x64\x65\x61\x64line_ms\x18\x03 \x01(\r\x12\x13\n\x0bmin_engines\x18\x04 \x01(\r\x12\x13\n\x0b\x63heck_equal\x18\x05 \x01(\x08\x12\x10\n\x08wait_for\x18\x06 \x03(\t\"l\n\x10\x41\x63tivateResponse\x12(\n\x06\x65ngine\x18\x01 \x01(\x0b\x32\x16.miles.v1.EngineStatusH\x00\x12&\n\x04\x64one\x18\x02 \x01(\x0b\x32\x16.miles.v1.ActivateDoneH\x00\x42\x06\n\x04kind\"V\n\x0c\x41\x63tivateDone\x12\x0f\n\x07\x65ngines\x18\x01 \x01(\r\x12\x13\n\x0bquarantined\x18\x02 \x01(\r\x12\x0f\n\x07total_s\x18\x03 \x01(\x01\x12\x0f\n\x07pause_s\x18\x04 \x01(\x01\"\xe1\x01\n\x0c\x45ngineStatus\x12\x11\n\tengine_id\x18\x01 \x01(\t\x12&\n\x06stream\x18\x02 \x01(\x0e\x32\x16.miles.v1.WeightStream\x12$\n\x05state\x18\x03 \x01(\x0e\x32\x15.miles.v1.EngineState\x12\x14\n\x07version\x18\x04 \x01(\x04H\x00\x88\x01\x01\x12\x15\n\rsince_unix_ns\x18\x05 \x01(\x04\x12\x12\n\nprefetch_s\x18\x06 \x01(\x01\x12\x0f\n\x07pause_s\x18\x07 \x01(\x01\x12\x12\n\nlast_error\x18\x08 \x01(\tB\n\n\x08_version\"l\n\x10SubscribeRequest\x12&\n\x05hello\x18\x01 \x01(\x0b\x32\x15.miles.v1.EngineHelloH\x00\x12(\n\x06report\x18\x02 \x01(\x0b\x32\x16.miles.v1.EngineReportH\x00\x42\x06\n\x04kind\"\x95\x01\n\x0b\x45ngineHello\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x11\n\tengine_id\x18\x02 \x01(\t\x12&\n\x06stream\x18\x03 \x01(\x0e\x32\x16.miles.v1.WeightStream\x12\x14\n\x07version\x18\x04 \x01(\x04H\x00\x88\x01\x01\x12\x19\n\x11manifest_checksum\x18\x05 \x01(\x0c\x42\n\n\x08_version\"|\n\x0c\x45ngineReport\x12\x10\n\x08order_id\x18\x01 \x01(\x04\x12\'\n\x07outcome\x18\x02 \x01(\x0e\x32\x16.miles.v1.OrderOutcome\x12\r\n\x05\x65rror\x18\x03 \x01(\t\x12\x11\n\telapsed_s\x18\x04 \x01(\x01\x12\x0f\n\x07pause_s\x18\x05 \x01(\x01\"\xfc\x01\n\x11SubscribeResponse\x12\x10\n\x08order_id\x18\x01 \x01(\x04\x12+\n\x08prefetch\x18\x02 \x01(\x0b\x32\x17.miles.v1.PrefetchOrderH\x00\x12#\n\x04swap\x18\x03 \x01(\x0b\x32\x13.miles.v1.SwapOrderH\x00\x12#\n\x04\x64rop\x18\x04 \x01(\x0b\x32\x13.miles.v1.DropOrderH\x00\x12%\n\x05\x63heck\x18\x05 \x01(\x0b\x32\x14.miles.v1.CheckOrderH\x00\x12/\n\nquarantine\x18\x06 \x01(\x0b\x32\x19.miles.v1.QuarantineOrderH\x00\x42\x06\n\x04kind\"x\n\rPrefetchOrder\x12$\n\x08manifest\x18\x01 \x01(\x0b\x32\x12.miles.v1.Manifest\x12)\n\x06handle\x18\x02 \x01(\x0b\x32\x19.miles.v1.TransportHandle\x12\x16\n\x0epublication_id\x18\x03 \x01(\x04\"M\n\tSwapOrder\x12(\n\x07version\x18\x01 \x01(\x0b\x32\x17.miles.v1.WeightVersion\x12\x16\n\x0epublication_id\x18\x02 \x01(\x04\"M\n\tDropOrder\x12(\n\x07version\x18\x01 \x01(\x0b\x32\x17.miles.v1.WeightVersion\x12\x16\n\x0epublication_id\x18\x02 \x01(\x04\"!\n\x0fQuarantineOrder\x12\x0e\n\x06reason\x18\x01 \x01(\t\"2\n\nCheckOrder\x12$\n\x08manifest\x18\x01 \x01(\x0b\x32\x12.miles.v1.Manifest\"%\n\x13ListVersionsRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\"\x8d\x01\n\rVersionStatus\x12(\n\x07version\x18\x01 \x01(\x0b\x32\x17.miles.v1.WeightVersion\x12%\n\x05state\x18\x02 \x01(\x0e\x32\x16.miles.v1.VersionState\x12\x13\n\x0btotal_bytes\x18\x03 \x01(\x04\x12\x16\n\x0e\x61\x63tive_unix_ns\x18\x04 \x01(\x04\"j\n\x14ListVersionsResponse\x12)\n\x08versions\x18\x01 \x03(\x0b\x32\x17.miles.v1.VersionStatus\x12\'\n\x07\x65ngines\x18\x02 \x03(\x0b\x32\x16.miles.v1.EngineStatus\"#\n\x11ReleaseJobRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\")\n\x12ReleaseJobResponse\x12\x13\n\x0b\x66reed_bytes\x18\x01 \x01(\x04*Q\n\rTransportKind\x12\x1e\n\x1aTRANSPORT_KIND_UNSPECIFIED\x10\x00\x12 \n\x1cTRANSPORT_KIND_SHARED_MEMORY\x10\x01*\x98\x01\n\x0b\x45ngineState\x12\x1c\n\x18\x45NGINE_STATE_UNSPECIFIED\x10\x00\x12\x16\n\x12\x45NGINE_STATE_EMPTY\x10\x01\x12\x18\n\x14\x45NGINE_STATE_SERVING\x10\x02\x12\x1b\n\x17\x45NGINE_STATE_PREFETCHED\x10\x03\x12\x1c\n\x18\x45NGINE_STATE_QUARANTINED\x10\x04*_\n\x0cOrderOutcome\x12\x1d\n\x19ORDER_OUTCOME_UNSPECIFIED\x10\x00\x12\x16\n\x12ORDER_OUTCOME_DONE\x10\x01\x12\x18\n\x14ORDER_OUTCOME_FAILED\x10\x02*\xd3\x01\n\x0cVersionState\x12\x1d\n\x19VERSION_STATE_UNSPECIFIED\x10\x00\x12\x1b\n\x17VERSION_STATE_ALLOCATED\x10\x01\x12\x1a\n\x16VERSION_STATE_PREPARED\x10\x02\x12\x1c\n\x18VERSION_STATE_ACTIVATING\x10\x03\x12\x18\n\x14VERSION_STATE_ACTIVE\x10\x04\x12\x19\n\x15VERSION_STATE_RETIRED\x10\x05\x12\x18\n\x14VERSION_STATE_FAILED\x10\x06\x32\xbd\x03\n\x11WeightSyncService\x12\x41\n\x08\x41llocate\x12\x19.miles.v1.AllocateRequest\x1a\x1a.miles.v1.AllocateResponse\x12>\n\x07Prepare\x12\x18.miles.v1.PrepareRequest\x1a\x19.miles.v1.PrepareResponse\x12\x43\n\x08\x41\x63tivate\x12\x19.miles.v1.ActivateRequest\x1a\x1a.miles.v1.ActivateResponse0\x01\x12H\n\tSubscribe\x12\x1a.miles.v1.SubscribeRequest\x1a\x1b.miles.v1.SubscribeResponse(\x01\x30\x01\x12M\n\x0cListVersions\x12\x1d.miles.v1.ListVersionsRequest\x1a\x1e.miles.v1.ListVersionsResponse\x12G\n\nReleaseJob\x12\x1b.miles.v1.ReleaseJobRequest\x1a\x1c.miles.v1.ReleaseJobResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'miles.rpc.gen.weightsync_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_TRANSPORTKIND']._serialized_start=2481
-  _globals['_TRANSPORTKIND']._serialized_end=2562
-  _globals['_ENGINESTATE']._serialized_start=2565
-  _globals['_ENGINESTATE']._serialized_end=2717
-  _globals['_ORDEROUTCOME']._serialized_start=2719
-  _globals['_ORDEROUTCOME']._serialized_end=2814
-  _globals['_VERSIONSTATE']._serialized_start=2817
-  _globals['_VERSIONSTATE']._serialized_end=3028
+  _globals['_TRANSPORTKIND']._serialized_start=2499
+  _globals['_TRANSPORTKIND']._serialized_end=2580
+  _globals['_ENGINESTATE']._serialized_start=2583
+  _globals['_ENGINESTATE']._serialized_end=2735
+  _globals['_ORDEROUTCOME']._serialized_start=2737
+  _globals['_ORDEROUTCOME']._serialized_end=2832
+  _globals['_VERSIONSTATE']._serialized_start=2835
+  _globals['_VERSIONSTATE']._serialized_end=3046
   _globals['_TRANSPORTHANDLE']._serialized_start=62
   _globals['_TRANSPORTHANDLE']._serialized_end=171
   _globals['_SHAREDMEMORYHANDLE']._serialized_start=173
@@ -53,41 +53,41 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_PREPARERESPONSE']._serialized_start=508
   _globals['_PREPARERESPONSE']._serialized_end=525
   _globals['_ACTIVATEREQUEST']._serialized_start=528
-  _globals['_ACTIVATEREQUEST']._serialized_end=672
-  _globals['_ACTIVATERESPONSE']._serialized_start=674
-  _globals['_ACTIVATERESPONSE']._serialized_end=782
-  _globals['_ACTIVATEDONE']._serialized_start=784
-  _globals['_ACTIVATEDONE']._serialized_end=870
-  _globals['_ENGINESTATUS']._serialized_start=873
-  _globals['_ENGINESTATUS']._serialized_end=1098
-  _globals['_SUBSCRIBEREQUEST']._serialized_start=1100
-  _globals['_SUBSCRIBEREQUEST']._serialized_end=1208
-  _globals['_ENGINEHELLO']._serialized_start=1211
-  _globals['_ENGINEHELLO']._serialized_end=1360
-  _globals['_ENGINEREPORT']._serialized_start=1362
-  _globals['_ENGINEREPORT']._serialized_end=1486
-  _globals['_SUBSCRIBERESPONSE']._serialized_start=1489
-  _globals['_SUBSCRIBERESPONSE']._serialized_end=1741
-  _globals['_PREFETCHORDER']._serialized_start=1743
-  _globals['_PREFETCHORDER']._serialized_end=1863
-  _globals['_SWAPORDER']._serialized_start=1865
-  _globals['_SWAPORDER']._serialized_end=1942
-  _globals['_DROPORDER']._serialized_start=1944
-  _globals['_DROPORDER']._serialized_end=2021
-  _globals['_QUARANTINEORDER']._serialized_start=2023
-  _globals['_QUARANTINEORDER']._serialized_end=2056
-  _globals['_CHECKORDER']._serialized_start=2058
-  _globals['_CHECKORDER']._serialized_end=2108
-  _globals['_LISTVERSIONSREQUEST']._serialized_start=2110
-  _globals['_LISTVERSIONSREQUEST']._serialized_end=2147
-  _globals['_VERSIONSTATUS']._serialized_start=2150
-  _globals['_VERSIONSTATUS']._serialized_end=2291
-  _globals['_LISTVERSIONSRESPONSE']._serialized_start=2293
-  _globals['_LISTVERSIONSRESPONSE']._serialized_end=2399
-  _globals['_RELEASEJOBREQUEST']._serialized_start=2401
-  _globals['_RELEASEJOBREQUEST']._serialized_end=2436
-  _globals['_RELEASEJOBRESPONSE']._serialized_start=2438
-  _globals['_RELEASEJOBRESPONSE']._serialized_end=2479
-  _globals['_WEIGHTSYNCSERVICE']._serialized_start=3031
-  _globals['_WEIGHTSYNCSERVICE']._serialized_end=3476
+  _globals['_ACTIVATEREQUEST']._serialized_end=690
+  _globals['_ACTIVATERESPONSE']._serialized_start=692
+  _globals['_ACTIVATERESPONSE']._serialized_end=800
+  _globals['_ACTIVATEDONE']._serialized_start=802
+  _globals['_ACTIVATEDONE']._serialized_end=888
+  _globals['_ENGINESTATUS']._serialized_start=891
+  _globals['_ENGINESTATUS']._serialized_end=1116
+  _globals['_SUBSCRIBEREQUEST']._serialized_start=1118
+  _globals['_SUBSCRIBEREQUEST']._serialized_end=1226
+  _globals['_ENGINEHELLO']._serialized_start=1229
+  _globals['_ENGINEHELLO']._serialized_end=1378
+  _globals['_ENGINEREPORT']._serialized_start=1380
+  _globals['_ENGINEREPORT']._serialized_end=1504
+  _globals['_SUBSCRIBERESPONSE']._serialized_start=1507
+  _globals['_SUBSCRIBERESPONSE']._serialized_end=1759
+  _globals['_PREFETCHORDER']._serialized_start=1761
+  _globals['_PREFETCHORDER']._serialized_end=1881
+  _globals['_SWAPORDER']._serialized_start=1883
+  _globals['_SWAPORDER']._serialized_end=1960
+  _globals['_DROPORDER']._serialized_start=1962
+  _globals['_DROPORDER']._serialized_end=2039
+  _globals['_QUARANTINEORDER']._serialized_start=2041
+  _globals['_QUARANTINEORDER']._serialized_end=2074
+  _globals['_CHECKORDER']._serialized_start=2076
+  _globals['_CHECKORDER']._serialized_end=2126
+  _globals['_LISTVERSIONSREQUEST']._serialized_start=2128
+  _globals['_LISTVERSIONSREQUEST']._serialized_end=2165
+  _globals['_VERSIONSTATUS']._serialized_start=2168
+  _globals['_VERSIONSTATUS']._serialized_end=2309
+  _globals['_LISTVERSIONSRESPONSE']._serialized_start=2311
+  _globals['_LISTVERSIONSRESPONSE']._serialized_end=2417
+  _globals['_RELEASEJOBREQUEST']._serialized_start=2419
+  _globals['_RELEASEJOBREQUEST']._serialized_end=2454
+  _globals['_RELEASEJOBRESPONSE']._serialized_start=2456
+  _globals['_RELEASEJOBRESPONSE']._serialized_end=2497
+  _globals['_WEIGHTSYNCSERVICE']._serialized_start=3049
+  _globals['_WEIGHTSYNCSERVICE']._serialized_end=3494
 # @@protoc_insertion_point(module_scope)

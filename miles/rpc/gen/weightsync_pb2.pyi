@@ -296,6 +296,7 @@ class ActivateRequest(_message.Message):
     DEADLINE_MS_FIELD_NUMBER: _builtins.int
     MIN_ENGINES_FIELD_NUMBER: _builtins.int
     CHECK_EQUAL_FIELD_NUMBER: _builtins.int
+    WAIT_FOR_FIELD_NUMBER: _builtins.int
     operation_id: _builtins.str
     """Repeating an operation reports its outcome and does nothing more."""
     deadline_ms: _builtins.int
@@ -308,6 +309,12 @@ class ActivateRequest(_message.Message):
     def version(self) -> _policy_pb2.WeightVersion:
         """The version; FAILED_PRECONDITION unless it is PREPARED."""
 
+    @_builtins.property
+    def wait_for(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Engines to wait for: those that the caller knows to be alive. The others follow when they can. Empty means all that
+        are attached. A later operation that joins an activation can only take engines out.
+        """
+
     def __init__(
         self,
         *,
@@ -316,10 +323,11 @@ class ActivateRequest(_message.Message):
         deadline_ms: _builtins.int = ...,
         min_engines: _builtins.int = ...,
         check_equal: _builtins.bool = ...,
+        wait_for: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["version", b"version"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["check_equal", b"check_equal", "deadline_ms", b"deadline_ms", "min_engines", b"min_engines", "operation_id", b"operation_id", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["check_equal", b"check_equal", "deadline_ms", b"deadline_ms", "min_engines", b"min_engines", "operation_id", b"operation_id", "version", b"version", "wait_for", b"wait_for"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -81,7 +81,7 @@ def test_the_stream_of_an_ended_job_ends(stack: Stack, http: httpx.Client, waiti
     assert json.loads(events[-2].data)["state"] == "cancelled"
     last = events[-2].id
     again = http.get(f"{path}/events", headers={"Last-Event-ID": last})
-    assert again.text == "event: end\ndata: {}\n\n"
+    assert again.text == 'event: end\ndata: {"type":"end"}\n\n'
 
 
 async def test_many_watchers_see_the_same_while_the_job_is_followed_once(

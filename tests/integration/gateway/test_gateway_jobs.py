@@ -100,7 +100,7 @@ def test_pages_are_not_shifted_by_new_jobs(submit: Submit, http: httpx.Client) -
         cursor = page["next_cursor"]
     assert len(everything) == len(set(everything))
     assert set(ids) <= set(everything)
-    problem(http.get("/v1/jobs", params={"cursor": "unknown"}), "invalid-cursor")
+    problem(http.get("/v1/jobs", params={"cursor": "unknown"}), "unknown-cursor")
 
 
 def test_jobs_are_filtered_by_state(submit: Submit, http: httpx.Client, waiting_job: dict[str, Any]) -> None:
