@@ -6,7 +6,7 @@ ARGS ?=
 
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: run test test-engines lint protos clean
+.PHONY: run test test-engines chaos lint protos clean
 
 # Train a real model on this machine; ARGS adds flags, e.g. make run ARGS="--num-rollout 5".
 run: $(VENV)/.run
@@ -14,11 +14,15 @@ run: $(VENV)/.run
 	$(BIN)/python train.py --config $(RECIPE)/config.yaml $(ARGS)
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -m "not engine and not gpu"
+	$(BIN)/python -m pytest -m "not engine and not gpu and not chaos"
 
 # Slow tests of the engines themselves: inference against plain forward passes, training over several ranks.
 test-engines: $(VENV)/.dev
 	$(BIN)/python -m pytest -m engine
+
+# Kills every service of a running job, one after the other and all at once; takes some minutes.
+chaos: $(VENV)/.dev
+	$(BIN)/python -m pytest -m chaos
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -1,4 +1,4 @@
-"""`python -m miles.gateway`: the REST API and web page of a controller."""
+"""`python -m miles.gateway`: the REST API of a controller."""
 
 from __future__ import annotations
 
@@ -40,6 +40,8 @@ def parse_flags(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--allowed-flag", action="append", default=[], metavar="NAME", help=flags)
     add("--max-body-bytes", type=int, default=1 << 20, metavar="N", help="largest request body, in bytes")
     add("--rate-limit", type=float, default=200.0, metavar="N", help="requests a second for each key")
+    stream = "end event streams after so long, in seconds; readers come back by themselves"
+    add("--stream-seconds", type=float, default=3600.0, metavar="N", help=stream)
     add("--https-cert", metavar="FILE", help="certificate chain for HTTPS, PEM")
     add("--https-key", metavar="FILE", help="its private key, PEM")
     add("--address-file", type=pathlib.Path, help="write the address served on, as http://HOST:PORT, to this file")
@@ -72,6 +74,7 @@ def settings_of(flags: argparse.Namespace) -> GatewaySettings:
         allowed_passthrough=tuple(flags.allowed_flag),
         max_body_bytes=flags.max_body_bytes,
         requests_per_s=flags.rate_limit,
+        stream_s=flags.stream_seconds,
         burst=max(1, round(2 * flags.rate_limit)),
     )
 

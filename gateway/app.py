@@ -1,14 +1,12 @@
-"""The web application: routes, middleware, error documents, the page."""
+"""The web application: routes, middleware, error documents."""
 
 from __future__ import annotations
 
 import contextlib
-import pathlib
 from collections.abc import AsyncIterator
 
 from fastapi import FastAPI
 from starlette.middleware import Middleware
-from starlette.staticfiles import StaticFiles
 
 from miles import __version__
 from miles.gateway import openapi, problems
@@ -19,9 +17,6 @@ from miles.gateway.routes import checkpoints, events, health, jobs, logs, metric
 from miles.gateway.security_headers import SecurityHeaders
 from miles.gateway.settings import GatewaySettings
 from miles.gateway.telemetry import RequestLog, Telemetry
-
-PAGE = pathlib.Path(__file__).parent / "web"
-"""The web page: files served as they are."""
 
 
 def create_app(settings: GatewaySettings) -> FastAPI:
@@ -54,6 +49,4 @@ def create_app(settings: GatewaySettings) -> FastAPI:
     for router in routers:
         app.include_router(router)
     openapi.install(app)
-    if PAGE.is_dir():
-        app.mount("/", StaticFiles(directory=PAGE, html=True), name="page")
     return app

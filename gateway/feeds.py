@@ -26,7 +26,7 @@ _IDLE_S = 30.0
 """A feed that nobody follows for so long is closed."""
 _RETRY_S = 0.5
 
-END = b"event: end\ndata: {}\n\n"
+END = b'event: end\ndata: {"type":"end"}\n\n'
 """Last message of a stream whose job has ended: nothing follows, so the reader need not come back."""
 ALIVE = b": alive\n\n"
 

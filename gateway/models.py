@@ -115,6 +115,12 @@ class LogEvent(BaseModel):
     text: str
 
 
+class EndEvent(BaseModel):
+    """The job has ended, and nothing follows."""
+
+    type: Literal["end"]
+
+
 Event = StateEvent | MetricsEvent | LogEvent
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
-from miles.gateway.models import LogEvent, MetricsEvent, StateEvent
+from miles.gateway.models import EndEvent, LogEvent, MetricsEvent, StateEvent
 from miles.gateway.problems import MEDIA_TYPE
 
 DESCRIPTION = """Submit, watch and steer reinforcement-learning jobs.
@@ -47,7 +47,7 @@ def _corrected(document: dict[str, Any]) -> dict[str, Any]:
     schemas = document["components"]["schemas"]
     for name in ("HTTPValidationError", "ValidationError"):
         schemas.pop(name, None)
-    for model in (StateEvent, MetricsEvent, LogEvent):  # what the data of a server-sent event holds
+    for model in (StateEvent, MetricsEvent, LogEvent, EndEvent):  # what the data of a server-sent event holds
         schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
         schemas |= schema.pop("$defs", {})
         schemas[model.__name__] = schema

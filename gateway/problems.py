@@ -21,12 +21,12 @@ MEDIA_TYPE = "application/problem+json"
 
 KINDS: Mapping[str, tuple[int, str]] = {
     "malformed-body": (400, "The body is not what it should be"),
-    "invalid-cursor": (400, "The cursor is not known"),
     "missing-key": (401, "An API key is needed"),
     "unknown-key": (401, "The API key is not valid"),
     "not-local": (403, "Only this machine is served"),
     "missing-scope": (403, "The API key may not do this"),
     "unknown-job": (404, "There is no such job"),
+    "unknown-cursor": (404, "There is no such page"),
     "not-found": (404, "There is nothing here"),
     "method-not-allowed": (405, "The method does not go with this address"),
     "not-possible-now": (409, "The job's state does not allow this"),

@@ -14,7 +14,26 @@ from miles.gateway.routes.common import Gateway, JobId, problems
 
 router = APIRouter(prefix="/v1/jobs", tags=["events"])
 
-_EVENT_ID = r"^\d{1,15}-\d{1,15}$"
+_EVENT_ID = r"^(\d{1,15}-\d{1,15})?$"
+_EVENT = {
+    "type": "object",
+    "description": "One event of the stream",
+    "properties": {
+        "id": {"type": "string", "description": "To go on after this event: send it as Last-Event-ID"},
+        "event": {"enum": ["state", "metrics", "log", "end"]},
+        "data": {
+            "type": "string",
+            "contentMediaType": "application/json",
+            "contentSchema": {
+                "oneOf": [
+                    {"$ref": f"#/components/schemas/{name}"}
+                    for name in ("StateEvent", "MetricsEvent", "LogEvent", "EndEvent")
+                ]
+            },
+        },
+    },
+    "required": ["event", "data"],
+}
 _EXAMPLE = (
     'id: 1795362208645-0\nevent: state\ndata: {"type":"state","id":"1795362208645-0",'
     '"time":"2026-01-01T00:00:00Z","state":"running","reason":"at step 0"}\n\n'
@@ -29,7 +48,7 @@ _EXAMPLE = (
         200: {
             "description": "Server-sent events named state, metrics and log, whose data is an Event; a last one named "
             "end when the job has ended. Comments come in between while nothing happens.",
-            "content": {"text/event-stream": {"schema": {"type": "string"}, "example": _EXAMPLE}},
+            "content": {"text/event-stream": {"schema": _EVENT, "example": _EXAMPLE}},
         },
         **problems("unknown-job", "too-many-watchers"),
     },
@@ -39,11 +58,11 @@ async def watch_job(
     caller: Reader,
     job_id: JobId,
     last_event_id: Annotated[
-        str | None, Header(pattern=_EVENT_ID, description="Only events after this one; browsers send it by themselves")
-    ] = None,
+        str, Header(pattern=_EVENT_ID, description="Only events after this one; browsers send it by themselves")
+    ] = "",
     after: Annotated[
-        str | None, Query(pattern=_EVENT_ID, description="The same, for a first request; the header goes before")
-    ] = None,
+        str, Query(pattern=_EVENT_ID, description="The same, for a first request; the header goes before")
+    ] = "",
     follow: Annotated[bool, Query(description="Go on with events as they happen")] = True,
 ) -> StreamingResponse:
     """The job's history, then what happens, as server-sent events, until the job has ended."""
@@ -57,7 +76,7 @@ async def watch_job(
         )
     events = gateway.feeds.events(
         job_id,
-        last_event_id or after or "",
+        last_event_id or after,
         heartbeat_s=settings.heartbeat_s,
         end_s=time.monotonic() + settings.stream_s,
         follow=follow,

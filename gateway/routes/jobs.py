@@ -32,6 +32,14 @@ Key = Annotated[
         examples=["6f1c2f0e-9f43-4f0e-8f0a-0d6c7d2b9a11"],
     ),
 ]
+_LINKS = {
+    operation: {"operationId": operation, "parameters": {"job_id": "$response.body#/id"}}
+    for operation in (
+        *("getJob", "watchJob", "getMetrics", "getTimeline", "listSamples", "listCheckpoints", "listJobWorkers"),
+        *("listLogs", "pauseJob", "resumeJob", "stopJob", "cancelJob", "checkpointJob"),
+    )
+}
+"""What can be done with a job that was submitted, for programs that read the OpenAPI document."""
 _BODY = {
     "requestBody": {
         "required": True,
@@ -47,7 +55,9 @@ _BODY = {
     operation_id="submitJob",
     openapi_extra=_BODY,
     responses={
-        200: {"model": Job, "description": "The job that an earlier request with the same key made"},
+        200: {"model": Job, "description": "The job that an earlier request with the same key made", "links": _LINKS},
+        201: {"model": Job, "description": "The job", "links": _LINKS},
+        204: {"description": "A dry run found no fault"},
         **problems("malformed-body", "conflict", "body-too-large", "unsupported-media-type", "invalid-config"),
     },
 )
@@ -95,7 +105,7 @@ async def _checked(gateway: Gateway, body: dict[str, Any], request_id: str) -> d
     return reviewed.flat
 
 
-@router.get("", response_model=JobPage, operation_id="listJobs", responses=problems("invalid-cursor"))
+@router.get("", response_model=JobPage, operation_id="listJobs", responses=problems("unknown-cursor"))
 async def list_jobs(
     gateway: Gateway,
     caller: Reader,
@@ -107,7 +117,7 @@ async def list_jobs(
     try:
         page = await gateway.controller.jobs([item.to_proto() for item in state or ()], limit, cursor)
     except Problem as problem:
-        raise (Problem("invalid-cursor", problem.detail) if problem.kind == "invalid-request" else problem) from None
+        raise (Problem("unknown-cursor", problem.detail) if problem.kind == "invalid-request" else problem) from None
     return JobPage(jobs=[JobEntry.of(job) for job in page.jobs], next_cursor=page.next_page_token or None)
 
 

@@ -9,7 +9,6 @@ from pydantic import BaseModel, Field
 
 from miles.gateway.auth import Reader
 from miles.gateway.models import finite
-from miles.gateway.problems import Problem
 from miles.gateway.routes.common import Gateway, JobId, problems
 from miles.rpc.gen import records_pb2
 
@@ -72,9 +71,6 @@ async def get_metrics(
     step: Annotated[int, Query(ge=1, le=1_000_000, description="One value for so many training steps: their mean")] = 1,
 ) -> MetricSet:
     """Metrics over a range of training steps."""
-    if end is not None and end < start:
-        fault = {"field": "query.end", "value": end, "problem": f"it is below start = {start}", "remedy": "raise it"}
-        raise Problem("invalid-request", "end is below start", faults=[fault])
     request = records_pb2.ListMetricsRequest(
         job_id=job_id, names=sorted(set(name or ())), first_step=start, stride=step
     )

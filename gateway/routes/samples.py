@@ -9,8 +9,7 @@ from fastapi import APIRouter, Query
 from pydantic import BaseModel, Field
 
 from miles.gateway.auth import Reader
-from miles.gateway.problems import Problem
-from miles.gateway.routes.common import Cursor, Gateway, JobId, problems
+from miles.gateway.routes.common import Gateway, JobId, problems
 from miles.rpc.gen import records_pb2, sample_pb2
 
 router = APIRouter(prefix="/v1/jobs", tags=["samples"])
@@ -57,6 +56,10 @@ class SamplePage(BaseModel):
     next_cursor: str | None = Field(default=None, description="Cursor of the next page; null on the last")
 
 
+Cursor = Annotated[
+    str,
+    Query(pattern=r"^(\d{1,15}\.\d{0,15}\.(-1|\d{1,9}))?$", description="`next_cursor` of the page before"),
+]
 Reward = Annotated[float | None, Query(ge=-1e12, le=1e12)]
 
 
@@ -64,7 +67,7 @@ Reward = Annotated[float | None, Query(ge=-1e12, le=1e12)]
     "/{job_id}/samples",
     response_model=SamplePage,
     operation_id="listSamples",
-    responses=problems("unknown-job", "invalid-cursor"),
+    responses=problems("unknown-job"),
 )
 async def list_samples(
     gateway: Gateway,
@@ -80,10 +83,7 @@ async def list_samples(
     request = records_pb2.ListSamplesRequest(
         job_id=job_id, step=step, min_reward=min_reward, max_reward=max_reward, page_size=limit, page_token=cursor
     )
-    try:
-        page = await gateway.controller.samples(request)
-    except Problem as problem:
-        raise (Problem("invalid-cursor", problem.detail) if problem.kind == "invalid-request" else problem) from None
+    page = await gateway.controller.samples(request)
     return SamplePage(samples=[_sample(record) for record in page.samples], next_cursor=page.next_page_token or None)
 
 

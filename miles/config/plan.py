@@ -57,7 +57,7 @@ def plan_controller(config: JobConfig, redis_url: str) -> ProcessPlan:
 
 
 def plan_gateway(config: JobConfig, controller: str) -> ProcessPlan | None:
-    """The REST API and web page; None when the configuration wants none."""
+    """The REST API; None when the configuration wants none."""
     gateway = config.gateway
     if not gateway.gateway:
         return None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from miles.config.section import Derived, Metavar, NonNegative, Port, PositiveFloat, Section, derived
+from miles.config.section import Derived, Metavar, Port, Section, derived
 
 
 class ServicesConfig(Section):
@@ -24,12 +24,6 @@ class ServicesConfig(Section):
 
     redis_url: Annotated[str | None, Derived("a server of the run's own"), Metavar("URL")] = None
     """Redis that holds queue, leases and job records: redis://, rediss:// or unix://."""
-
-    chaos: NonNegative | None = None
-    """For drills: kill processes of the run at random while it goes on; the seed of what is killed and when."""
-
-    chaos_interval: PositiveFloat = 30.0
-    """Mean time between two kills, in seconds."""
 
     controller_port: Port = 0
     """Port of the controller; 0 picks a free one."""

@@ -49,7 +49,7 @@ class LocalCluster:
         self.redis: RedisServer | None = None
         self.redis_url = config.services.redis_url or ""
         self.controller_address = ""
-        self.page_url = ""
+        self.gateway_url = ""
         """Where the gateway serves; empty without one."""
         self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._tasks: list[asyncio.Task[None]] = []
@@ -90,13 +90,13 @@ class LocalCluster:
         if not self._config.gateway.gateway:
             return
         if lacking := [name for name in _GATEWAY_NEEDS if importlib.util.find_spec(name) is None]:
-            logger.warning("no REST API and no page: pip install 'miles[gateway]' (%s missing)", ", ".join(lacking))
+            logger.warning("no REST API: pip install 'miles[gateway]' (%s missing)", ", ".join(lacking))
             return
         config = self._config.replace(gateway_port=self._config.gateway.gateway_port or free_port())
         plan = plan_gateway(config, self.controller_address)
         assert plan is not None
         self._launch(plan)
-        self.page_url = f"http://{config.gateway.gateway_host}:{config.gateway.gateway_port}"
+        self.gateway_url = f"http://{config.gateway.gateway_host}:{config.gateway.gateway_port}"
 
     async def _start_controller(self) -> None:
         address_file = self.run_dir / "controller.address"
@@ -140,7 +140,7 @@ class LocalCluster:
             await process.run()
         except ProcessGivenUpError as error:
             if process.name == "gateway":
-                logger.warning("%s\nthe run goes on without REST API and page", error)
+                logger.warning("%s\nthe run goes on without REST API", error)
             elif not self.failed.done():
                 self.failed.set_exception(error)
 

@@ -72,8 +72,8 @@ async def _run(config: JobConfig, console: Console) -> int:
     os.environ.update(tls_environment(config))
     interrupted = _catch_signals(console)
     async with LocalCluster(config) as cluster:
-        page = f", page and REST API {cluster.page_url}" if cluster.page_url else ""
-        console.print(f"run folder {run_dir}, controller {cluster.controller_address}{page}", soft_wrap=True)
+        rest = f", REST API {cluster.gateway_url}" if cluster.gateway_url else ""
+        console.print(f"run folder {run_dir}, controller {cluster.controller_address}{rest}", soft_wrap=True)
         running = asyncio.create_task(_run_job(config, cluster, console, interrupted))
         watched: set[asyncio.Future[Any]] = {running, cluster.failed}
         await asyncio.wait(watched, return_when=asyncio.FIRST_COMPLETED)

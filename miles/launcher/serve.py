@@ -31,7 +31,7 @@ _OF_SERVICES = frozenset({"custom_rm_path", "group_rm", "train_env_vars"})
 _USAGE = """usage: miles serve [--config FILE] [FLAGS]
 
 Starts Redis, the controller, rollouts, trainer, reward and weight-sync services and the gateway on this machine, and
-keeps them running until Ctrl-C. Submit jobs with `miles submit`, over the REST API, or on the web page."""
+keeps them running until Ctrl-C. Submit jobs with `miles submit`, or over the REST API."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -92,7 +92,7 @@ async def _serve(config: JobConfig, console: Console) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, stopping.set)
     async with LocalCluster(config, every_reward=config.reward.custom_rm_path is None) as cluster:
-        where = f"page and REST API {cluster.page_url}, " if cluster.page_url else ""
+        where = f"REST API {cluster.gateway_url}, " if cluster.gateway_url else ""
         console.print(f"{where}controller {cluster.controller_address}, folder {cluster.run_dir}", soft_wrap=True)
         stopped = asyncio.create_task(stopping.wait())
         watched: set[asyncio.Future[Any]] = {stopped, cluster.failed}

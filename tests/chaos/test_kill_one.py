@@ -12,6 +12,8 @@ from tests.e2e.conftest import Run
 
 from .conftest import Start, assert_same_run, finish, kill, tiny_command
 
+pytestmark = pytest.mark.chaos
+
 VICTIMS = ("controller", "rollout-0", "reward-0", "weightsync", "trainer-0", "redis")
 KILL_AFTER_STEP = 4
 """One step after a checkpoint, so that a trainer that loads it has to repeat what it did."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from miles.config.faults import Fault
-from miles.config.rules.registry import needs, rule
+from miles.config.rules.registry import rule
 from miles.config.settings import Settings
 
 
@@ -43,9 +43,3 @@ def interrupted_responses_may_be_stale(s: Settings) -> Iterator[Fault]:
         if getattr(s, key) and s.max_weight_staleness == 0:
             problem = "with max_weight_staleness = 0 every response is of one version"
             yield Fault(key, True, problem, "set max_weight_staleness to 1 or more, or leave it out")
-
-
-@rule
-def chaos_settings_need_chaos(s: Settings) -> Iterator[Fault]:
-    if s.chaos is None:
-        yield from needs(s, "chaos_interval", "chaos")

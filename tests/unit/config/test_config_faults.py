@@ -68,7 +68,6 @@ RULE_CASES: list[tuple[dict[str, Any], str]] = [
         {"partial_rollout": True, "max_weight_staleness": 0},
         "partial_rollout = true, but with max_weight_staleness = 0 every response is of one version",
     ),
-    ({"chaos_interval": 5.0}, "chaos_interval = 5.0, but it does nothing without chaos"),
     ({"use_dynamic_batch_size": True}, "use_dynamic_batch_size = true, but max_tokens_per_gpu is not set"),
     (
         {"use_dynamic_batch_size": True, "max_tokens_per_gpu": 99, "micro_batch_size": 2},
