@@ -5,7 +5,8 @@ import subprocess
 from config_cases import MINIMAL
 
 from miles.config import JobConfig
-from miles.config.plan import plan_run
+from miles.config.plan import plan_run, plan_workers
+from miles.launcher.local import free_port
 
 
 def test_services_get_the_flags_that_they_have() -> None:
@@ -13,8 +14,10 @@ def test_services_get_the_flags_that_they_have() -> None:
     config = JobConfig.from_flat(MINIMAL | {"actor_num_gpus_per_node": 2, "rollout_num_workers": 2}).resolve("cpu")
     plans = {plan.kind: plan for plan in plan_run(config) if plan.kind != "redis"}
     assert set(plans) == {"controller", "weightsync", "reward", "rollout", "trainer", "gateway"}
+    plans |= {plan.kind: plan for plan in plan_workers(config, "127.0.0.1:1", master_port=free_port())}
     for plan in plans.values():
+        module = len(plan.command) - 1 - plan.command[::-1].index("-m")
         ran = subprocess.run([*plan.command, "--help"], capture_output=True, text=True, timeout=120)
         assert ran.returncode == 0, ran.stderr
-        flags = [word for word in plan.command[3:] if word.startswith("--")]
+        flags = [word for word in plan.command[module:] if word.startswith("--")]
         assert [flag for flag in flags if flag not in ran.stdout] == []
