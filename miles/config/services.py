@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from miles.config.section import Derived, Metavar, Port, Section, derived
+from miles.config.section import Derived, Metavar, Port, PositiveFloat, Section, derived
 
 
 class ServicesConfig(Section):
@@ -39,3 +39,10 @@ class ServicesConfig(Section):
 
     rollout_port: Port = 0
     """Port of the first rollout service, the others count up from it; 0 picks free ones."""
+
+    chaos: Annotated[int | None, Metavar("SEED")] = None
+    """A drill: kill -9 services of the run, Redis included, one by one or all at once, at moments that follow from this
+    seed, and print how long each takes to come back. The run must end as it would have without."""
+
+    chaos_interval_s: PositiveFloat = 30.0
+    """Mean time in a drill from one recovery to the next kill, in seconds."""

@@ -9,12 +9,14 @@ import importlib.util
 import logging
 import os
 import pathlib
+import signal
 import socket
 import time
 from typing import TYPE_CHECKING
 
 from miles.config.plan import ProcessPlan, plan_controller, plan_gateway, plan_workers
 from miles.launcher.process import ProcessGivenUpError, SupervisedProcess
+from miles.launcher.restarts import RestartPolicy
 from miles.queue import RedisServer, RedisStartError
 from miles.rpc.exit_codes import ExitCode, ServiceExit
 from miles.rpc.server import WATCHED_PID_ENVIRONMENT
@@ -27,6 +29,7 @@ logger = logging.getLogger(__name__)
 _CONTROLLER_START_S = 120.0
 _STOP_GRACE_S = 15.0
 _REDIS_CHECK_S = 0.5
+_RESTARTS_IN_A_DRILL = 30
 _ADDRESSED = ("weightsync_port", "reward_port")
 _GATEWAY_NEEDS = ("fastapi", "httptools", "prometheus_client", "uvicorn")
 """Packages of the extra `gateway`: a run without them has no REST API."""
@@ -109,6 +112,26 @@ class LocalCluster:
         pinned = self._config.replace(controller_port=int(self.controller_address.rpartition(":")[2]))
         process.command = plan_controller(pinned, self.redis_url).command
 
+    @property
+    def services(self) -> list[str]:
+        """Names of everything that this cluster runs."""
+        return [*(["redis"] if self.redis is not None else []), *self.processes]
+
+    def pid(self, name: str) -> int | None:
+        """Process id of a service; None while it does not run."""
+        if name == "redis":
+            return None if self.redis is None else self.redis.pid
+        return self.processes[name].pid
+
+    def kill(self, name: str) -> bool:
+        """End a service as a crash would; it is started again. False when it does not run now."""
+        if name != "redis":
+            return self.processes[name].crash()
+        pid = self.pid(name)
+        if pid is not None:
+            os.kill(pid, signal.SIGKILL)
+        return pid is not None
+
     async def stop(self) -> None:
         """Stop every process, workers before the controller and Redis last."""
         workers = [process for name, process in self.processes.items() if name != "controller"]
@@ -130,6 +153,7 @@ class LocalCluster:
             plan.command,
             {**os.environ, **_CALM_THREADS, **plan.environment, WATCHED_PID_ENVIRONMENT: str(os.getpid())},
             self.run_dir / "logs" / f"{plan.name}.log",
+            _policy(self._config),
         )
         self.processes[plan.name] = process
         self._tasks.append(asyncio.create_task(self._supervise(process)))
@@ -169,6 +193,11 @@ class LocalCluster:
                     if not self.failed.done():
                         self.failed.set_exception(ProcessGivenUpError(str(error), int(ExitCode.REDIS_UNREACHABLE)))
                     return
+
+
+def _policy(config: JobConfig) -> RestartPolicy:
+    # In a drill a service may end because another one was killed, as often as that happens.
+    return RestartPolicy() if config.services.chaos is None else RestartPolicy(limit=_RESTARTS_IN_A_DRILL)
 
 
 def _lock_run_dir(run_dir: pathlib.Path) -> int:

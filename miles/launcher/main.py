@@ -11,7 +11,7 @@ import pathlib
 import signal
 import sys
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import grpc.aio
@@ -23,6 +23,7 @@ from miles.config.docs import help_text
 from miles.config.dry_run import checked_config, describe_run
 from miles.config.flags import parse_command_line
 from miles.config.plan import tls_environment
+from miles.launcher.chaos import Drill, drill_of, recovery_table
 from miles.launcher.local import LocalCluster
 from miles.launcher.process import ProcessGivenUpError
 from miles.launcher.report import CURVE_NAME, plot_reward, print_summary
@@ -74,20 +75,25 @@ async def _run(config: JobConfig, console: Console) -> int:
     async with LocalCluster(config) as cluster:
         rest = f", REST API {cluster.gateway_url}" if cluster.gateway_url else ""
         console.print(f"run folder {run_dir}, controller {cluster.controller_address}{rest}", soft_wrap=True)
-        running = asyncio.create_task(_run_job(config, cluster, console, interrupted))
-        watched: set[asyncio.Future[Any]] = {running, cluster.failed}
-        await asyncio.wait(watched, return_when=asyncio.FIRST_COMPLETED)
-        if not running.done():
-            running.cancel()
-            await asyncio.gather(running, return_exceptions=True)
-            cluster.failed.result()
+        drill = drill_of(config, cluster)
+        running = asyncio.create_task(_run_job(config, cluster, console, interrupted, drill))
+        drilling = [asyncio.create_task(drill.run())] if drill is not None else []
+        watched: set[asyncio.Future[Any]] = {running, cluster.failed, *drilling}
+        done, _ = await asyncio.wait(watched, return_when=asyncio.FIRST_COMPLETED)
+        for task in (running, *drilling):
+            task.cancel()
+        await asyncio.gather(running, *drilling, return_exceptions=True)
+        if running not in done:
+            done.pop().result()
         job = running.result()
         console.print("stopping all processes")
+    if drill is not None:
+        console.print(recovery_table(drill.recoveries))
     return _report(job, run_dir, console)
 
 
 async def _run_job(
-    config: JobConfig, cluster: LocalCluster, console: Console, interrupted: asyncio.Event
+    config: JobConfig, cluster: LocalCluster, console: Console, interrupted: asyncio.Event, drill: Drill | None
 ) -> job_pb2.Job:
     async with connect(cluster.controller_address) as channel:
         stub = controller_pb2_grpc.ControllerServiceStub(channel)
@@ -107,16 +113,28 @@ async def _run_job(
         stopping = asyncio.create_task(_stop_on_signal(stub, job.job_id, interrupted))
         try:
             with RunView(console) as view:
-                return await _watch(stub, job.job_id, not submitted.created, view)
+
+                def show(event: job_pb2.JobEvent, num_rollout: int) -> None:
+                    view.show(event, num_rollout)
+                    if drill is not None:
+                        drill.on_event(event)
+
+                return await watch_job(stub, job.job_id, not submitted.created, show)
         finally:
             stopping.cancel()
             await asyncio.gather(stopping, return_exceptions=True)
 
 
-async def _watch(
-    stub: controller_pb2_grpc.ControllerServiceStub, job_id: str, only_new: bool, view: RunView
+async def watch_job(
+    stub: controller_pb2_grpc.ControllerServiceStub,
+    job_id: str,
+    only_new: bool,
+    show: Callable[[job_pb2.JobEvent, int], None],
 ) -> job_pb2.Job:
-    """Show the job's events until it has ended; goes on after the last one seen when the controller restarts."""
+    """Show the job's events until it has ended; goes on after the last one seen when the controller restarts.
+
+    `show` gets an event and the job's number of steps.
+    """
     request = controller_pb2.WatchJobRequest(job_id=job_id, only_new=only_new)
     while True:
         try:
@@ -125,7 +143,7 @@ async def _watch(
                 request = controller_pb2.WatchJobRequest(job_id=job_id, after_event_id=response.event.event_id)
                 if not job.num_rollout:
                     job = await _get(stub, job_id)
-                view.show(response.event, job.num_rollout)
+                show(response.event, job.num_rollout)
             job = await _get(stub, job_id)
             if job.state in _ENDED:
                 return job

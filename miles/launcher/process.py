@@ -42,6 +42,7 @@ class SupervisedProcess:
     log_path: pathlib.Path
     policy: RestartPolicy = dataclasses.field(default_factory=RestartPolicy)
     restarts: int = 0
+    _crashed_on_purpose: bool = False
     _process: asyncio.subprocess.Process | None = None
     _stopping: asyncio.Event = dataclasses.field(default_factory=asyncio.Event)
 
@@ -56,7 +57,11 @@ class SupervisedProcess:
             code = await self._run_once()
             if self._stopping.is_set():
                 return
-            delay_s = self.policy.delay_after(code, time.monotonic())
+            if self._crashed_on_purpose:
+                self._crashed_on_purpose = False
+                delay_s: float | None = self.policy.first_delay_s
+            else:
+                delay_s = self.policy.delay_after(code, time.monotonic())
             if delay_s is None:
                 raise ProcessGivenUpError(self._obituary(code), code)
             logger.warning("%s ended with %s; starting it again in %.1f s", self.name, describe(code), delay_s)
@@ -64,6 +69,19 @@ class SupervisedProcess:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(delay_s):
                     await self._stopping.wait()
+
+    def crash(self) -> bool:
+        """Kill the process and its children; it starts again, and the end does not count against it.
+
+        False when it does not run now.
+        """
+        pid = self.pid
+        if pid is None or self._stopping.is_set():
+            return False
+        self._crashed_on_purpose = True
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(pid, signal.SIGKILL)
+        return True
 
     async def stop(self, grace_s: float) -> None:
         """Ask the process to end; kill it and its children when it does not within the grace."""

@@ -20,6 +20,7 @@ from miles.config.faults import Fault
 from miles.config.flags import parse_command_line
 from miles.config.job import examine, resolved
 from miles.config.plan import tls_environment
+from miles.launcher.chaos import drill_of, recovery_table
 from miles.launcher.local import LocalCluster
 from miles.launcher.process import ProcessGivenUpError
 from miles.rpc.exit_codes import ExitCode, ServiceExit
@@ -95,10 +96,17 @@ async def _serve(config: JobConfig, console: Console) -> None:
         where = f"REST API {cluster.gateway_url}, " if cluster.gateway_url else ""
         console.print(f"{where}controller {cluster.controller_address}, folder {cluster.run_dir}", soft_wrap=True)
         stopped = asyncio.create_task(stopping.wait())
-        watched: set[asyncio.Future[Any]] = {stopped, cluster.failed}
-        await asyncio.wait(watched, return_when=asyncio.FIRST_COMPLETED)
-        if cluster.failed.done():
-            cluster.failed.result()
+        drill = drill_of(config, cluster, with_job=False)
+        drilling = [asyncio.create_task(drill.run())] if drill is not None else []
+        watched: set[asyncio.Future[Any]] = {stopped, cluster.failed, *drilling}
+        done, _ = await asyncio.wait(watched, return_when=asyncio.FIRST_COMPLETED)
+        for task in drilling:
+            task.cancel()
+        await asyncio.gather(*drilling, return_exceptions=True)
+        if drill is not None:
+            console.print(recovery_table(drill.recoveries))
+        if stopped not in done:
+            done.pop().result()
         console.print("stopping all processes; jobs that run are taken up again by the next start in the same folder")
 
 

@@ -131,7 +131,7 @@ class RedisServer:
         if self._process is not None and self._process.poll() is None:
             self._process.send_signal(signal.SIGKILL)
             self._process.wait()
-        self._forget()
+        self._process = None
 
     def __enter__(self) -> RedisServer:
         return self if self.pid is not None else self.start()
@@ -156,6 +156,8 @@ class RedisServer:
         if self._tcp:
             self._port = self._port or _free_port()
             return
+        if self._socket_path:
+            return  # clients know it by now
         path = str(self.data_dir / "redis.sock")
         if len(path.encode()) > _UNIX_PATH_LIMIT:
             self._socket_dir = tempfile.mkdtemp(prefix="miles-redis-")
@@ -220,7 +222,7 @@ class RedisServer:
         self._process = None
         if self._socket_dir is not None:
             shutil.rmtree(self._socket_dir, ignore_errors=True)
-            self._socket_dir = None
+            self._socket_dir, self._socket_path = None, ""
 
 
 def _shut_down(url: str) -> None:

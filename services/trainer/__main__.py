@@ -8,7 +8,9 @@ import contextlib
 import logging
 import os
 import pathlib
+import select
 import sys
+import threading
 from typing import TYPE_CHECKING
 
 from miles.rpc import ExitCode, WorkerAttachment, main, start_server
@@ -54,6 +56,8 @@ def run(arguments: argparse.Namespace) -> None:
     from miles.services.trainer.ranks import Ranks, follow
     from miles.services.trainer.worker import RankWorker
 
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        _end_with(os.getppid())
     device = join(arguments.device, arguments.distributed_backend, arguments.distributed_timeout_minutes)
     ranks = Ranks()
     worker = RankWorker(device)
@@ -64,6 +68,18 @@ def run(arguments: argparse.Namespace) -> None:
             follow(ranks, worker.run)
     finally:
         dist.destroy_process_group()
+
+
+def _end_with(launcher_pid: int) -> None:
+    """End this rank when the launcher of the ranks has ended: nobody is left to stop it or to start it again."""
+
+    def wait() -> None:
+        with contextlib.suppress(ProcessLookupError):
+            launcher = os.pidfd_open(launcher_pid)
+            select.select([launcher], [], [])
+        os._exit(int(ExitCode.WORKER_FAILED))
+
+    threading.Thread(target=wait, name="end with the launcher", daemon=True).start()
 
 
 def join(device_name: str, backend: str | None, timeout_minutes: float) -> torch.device:

@@ -18,7 +18,8 @@ OWN = """--name --run-dir --device --host --redis-url --controller-port --weight
     --rollout-port --rollout-num-workers --rollout-backend --rollout-dtype --max-running-requests --reward-service
     --reward-timeout-s --reward-retries --reward-failure-policy --use-icepop --use-mis --train-dtype --share-prompts
     --log-samples-per-step --no-gateway --gateway-host --gateway-port --gateway-keys-file --gateway-allowed-root
-    --gateway-allowed-module --tls-cert --tls-key --tls-ca --tls-mutual"""
+    --gateway-allowed-module --tls-cert --tls-key --tls-ca --tls-mutual
+    --chaos --chaos-interval-s"""
 
 
 def entry_of(name: str) -> Entry:
