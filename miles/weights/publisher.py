@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import itertools
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,13 +14,18 @@ import torch
 from miles.rpc.gen import policy_pb2, weightsync_pb2
 from miles.weights import manifest as manifests
 from miles.weights.dtypes import wire_dtype
-from miles.weights.transport import WeightTransport, create_transport
+from miles.weights.manifest import ManifestError
+from miles.weights.transport import Endpoint, SendTimes, WeightTransport, buckets, create_transport
 
 if TYPE_CHECKING:
+    from miles.rpc.gen.weightsync_pb2 import TransportKind
     from miles.rpc.gen.weightsync_pb2_grpc import WeightSyncServiceStub
 
 Layout = Sequence[tuple[str, torch.dtype, tuple[int, ...]]]
 """Name, dtype and shape of every tensor, in the order in which they will come."""
+
+BUCKET_BYTES = 512 << 20
+"""Size of a bucket unless asked for otherwise."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -26,16 +33,82 @@ class PublishResult:
     """A version that is PREPARED; times in seconds."""
 
     manifest: policy_pb2.Manifest
-    handle: weightsync_pb2.TransportHandle
+    handles: tuple[weightsync_pb2.TransportHandle, ...]
     allocate_s: float
     copy_s: float
     checksum_s: float
     total_s: float
+    written_bytes: int
+
+    @property
+    def handle(self) -> weightsync_pb2.TransportHandle:
+        """The first of the handles."""
+        return self.handles[0]
 
     @property
     def total_bytes(self) -> int:
         """Size of the version's buffer, in bytes."""
         return self.manifest.total_bytes
+
+
+@dataclasses.dataclass(slots=True)
+class Draft:
+    """A version under way: allocated, and being sent."""
+
+    name: policy_pb2.WeightVersion
+    train_step: int
+    descriptors: list[policy_pb2.TensorDescriptor]
+    total_bytes: int
+    handles: list[weightsync_pb2.TransportHandle]
+    live: list[int]
+    """Publications that an engine may still ask for."""
+    began_s: float
+    allocate_s: float
+
+
+class WeightSender:
+    """One rank's transports, made as handles ask for them. Every rank of a trainer has one."""
+
+    def __init__(self, endpoint: Endpoint | None = None) -> None:
+        self._endpoint = endpoint or Endpoint()
+        self._transports: dict[int, WeightTransport] = {}
+
+    def transport(self, kind: TransportKind.ValueType) -> WeightTransport:
+        """The transport of that kind."""
+        if kind not in self._transports:
+            self._transports[kind] = create_transport(kind, self._endpoint)
+        return self._transports[kind]
+
+    def send(
+        self,
+        handles: Sequence[weightsync_pb2.TransportHandle],
+        bucket: Sequence[policy_pb2.TensorDescriptor],
+        tensors: Iterable[tuple[str, torch.Tensor]],
+    ) -> SendTimes:
+        """Send one bucket by every handle's transport; several transports need the bucket's tensors all at once."""
+        if len(handles) > 1:
+            tensors = list(tensors)
+        times = SendTimes()
+        with torch.no_grad():
+            for handle in handles:
+                times += self.transport(handle.kind).send(handle, bucket, tensors)
+        return times
+
+    def trim(self, live: Sequence[int] | None) -> None:
+        """Let go of what is kept for publications that are not live."""
+        for transport in self._transports.values():
+            transport.trim(live)
+
+    def discard(self, handles: Iterable[weightsync_pb2.TransportHandle]) -> None:
+        """Undo the sends of a version that will not be complete."""
+        for handle in handles:
+            self.transport(handle.kind).discard(handle)
+
+    def close(self) -> None:
+        """Let go of everything."""
+        for transport in self._transports.values():
+            transport.close()
+        self._transports.clear()
 
 
 class WeightPublisher:
@@ -46,44 +119,99 @@ class WeightPublisher:
         stub: WeightSyncServiceStub,
         job_id: str,
         stream: policy_pb2.WeightStream.ValueType = policy_pb2.WEIGHT_STREAM_POLICY,
-        transport: weightsync_pb2.TransportKind.ValueType = weightsync_pb2.TRANSPORT_KIND_SHARED_MEMORY,
+        transport: TransportKind.ValueType = weightsync_pb2.TRANSPORT_KIND_SHARED_MEMORY,
         deadline_s: float = 120.0,
+        *,
+        endpoint: Endpoint | None = None,
+        bucket_bytes: int = BUCKET_BYTES,
     ) -> None:
         """`stub` is a blocking one (over grpc.Channel); `deadline_s` bounds each call to the service, in seconds."""
         self._stub = stub
         self._job_id = job_id
         self._stream = stream
         self._kind = transport
-        self._transport: WeightTransport = create_transport(transport)
         self._deadline_s = deadline_s
+        self._bucket_bytes = bucket_bytes
+        self.sender = WeightSender(endpoint)
 
     def publish(
         self, version: int, train_step: int, layout: Layout, tensors: Iterable[tuple[str, torch.Tensor]]
     ) -> PublishResult:
-        """Allocate, write, prepare: after this the version can be activated.
+        """Allocate, send, prepare: after this the version can be activated.
 
         `tensors` must follow `layout` in names, order and shapes (else ManifestError); dtypes are converted to the
         layout's. Publishing a number again replaces what was not activated and stands beside what was. grpc.RpcError
-        when the service refuses or does not answer in time.
+        when the service refuses or does not answer in time; OSError when there is no room for the bytes.
         """
+        draft = self.begin(version, train_step, layout)
+        with self.giving_up(draft):
+            times = SendTimes()
+            source = iter(tensors)
+            for bucket in buckets(draft.descriptors, self._bucket_bytes):
+                times += self.sender.send(draft.handles, bucket, itertools.islice(source, len(bucket)))
+            extra, _ = next(source, ("", None))
+            if extra:
+                raise ManifestError(f"the export yields {extra!r} after the last tensor of its layout")
+            return self.finish(draft, times)
+
+    def begin(self, version: int, train_step: int, layout: Layout) -> Draft:
+        """Plan the buffer and allocate it; lets go of what earlier publications left."""
         began = time.monotonic()
         descriptors, total_bytes = manifests.plan((name, wire_dtype(dtype), shape) for name, dtype, shape in layout)
         name = policy_pb2.WeightVersion(job_id=self._job_id, stream=self._stream, version=version)
-        self._transport.trim()
-        handle = self._stub.Allocate(
+        self.sender.trim(None)
+        answer = self._stub.Allocate(
             weightsync_pb2.AllocateRequest(version=name, transport=self._kind, nbytes=total_bytes),
             timeout=self._deadline_s,
-        ).handle
-        allocated = time.monotonic()
-        with torch.no_grad():
-            times = self._transport.send(handle, descriptors, tensors)
-        manifest = manifests.build(name, descriptors, total_bytes, train_step)
-        self._stub.Prepare(weightsync_pb2.PrepareRequest(manifest=manifest, handle=handle), timeout=self._deadline_s)
+        )
+        live = list(answer.live_publication_ids)
+        self.sender.trim(live)
+        return Draft(
+            name=name,
+            train_step=train_step,
+            descriptors=descriptors,
+            total_bytes=total_bytes,
+            handles=[answer.handle, *answer.more],
+            live=live,
+            began_s=began,
+            allocate_s=time.monotonic() - began,
+        )
+
+    def finish(self, draft: Draft, times: SendTimes) -> PublishResult:
+        """Seal and prepare a version whose descriptors carry every rank's checksums and whose handles are merged."""
+        manifest = manifests.build(draft.name, draft.descriptors, draft.total_bytes, draft.train_step)
+        for handle in draft.handles:
+            self.sender.transport(handle.kind).seal(handle, manifest)
+        stages = {"allocate": draft.allocate_s, "copy": times.copy_s, "checksum": times.checksum_s}
+        self._stub.Prepare(
+            weightsync_pb2.PrepareRequest(
+                manifest=manifest,
+                handle=draft.handles[0],
+                more=draft.handles[1:],
+                written_bytes=times.written_bytes,
+                stage_s=stages,
+            ),
+            timeout=self._deadline_s,
+        )
         return PublishResult(
             manifest=manifest,
-            handle=handle,
-            allocate_s=allocated - began,
+            handles=tuple(draft.handles),
+            allocate_s=draft.allocate_s,
             copy_s=times.copy_s,
             checksum_s=times.checksum_s,
-            total_s=time.monotonic() - began,
+            total_s=time.monotonic() - draft.began_s,
+            written_bytes=times.written_bytes,
         )
+
+    @contextlib.contextmanager
+    def giving_up(self, draft: Draft) -> Iterator[None]:
+        """Undo the sends of a draft when what is inside fails."""
+        try:
+            yield
+        except BaseException:
+            self.sender.discard(draft.handles)
+            raise
+
+    def close(self) -> None:
+        """Let go of what the transports keep."""
+        self.sender.close()

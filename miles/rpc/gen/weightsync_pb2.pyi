@@ -29,6 +29,14 @@ class _TransportKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Transpo
     TRANSPORT_KIND_UNSPECIFIED: _TransportKind.ValueType  # 0
     TRANSPORT_KIND_SHARED_MEMORY: _TransportKind.ValueType  # 1
     """A file in shared memory that engines on the same host map."""
+    TRANSPORT_KIND_DISK_DELTA: _TransportKind.ValueType  # 2
+    """Folders of changed bytes on storage that all can reach."""
+    TRANSPORT_KIND_GRPC_CHUNKS: _TransportKind.ValueType  # 3
+    """Chunks by content hash through the weight-sync service; works anywhere."""
+    TRANSPORT_KIND_COLLECTIVE: _TransportKind.ValueType  # 4
+    """Broadcast from the trainer's ranks to the engines' (NCCL, or gloo on CPU). The bytes stay with the trainer."""
+    TRANSPORT_KIND_CUDA_IPC: _TransportKind.ValueType  # 5
+    """Handles of the trainer's GPU memory, for engines on the same node. The bytes stay with the trainer."""
 
 class TransportKind(_TransportKind, metaclass=_TransportKindEnumTypeWrapper):
     """How a version's bytes reach the engines."""
@@ -36,7 +44,37 @@ class TransportKind(_TransportKind, metaclass=_TransportKindEnumTypeWrapper):
 TRANSPORT_KIND_UNSPECIFIED: TransportKind.ValueType  # 0
 TRANSPORT_KIND_SHARED_MEMORY: TransportKind.ValueType  # 1
 """A file in shared memory that engines on the same host map."""
+TRANSPORT_KIND_DISK_DELTA: TransportKind.ValueType  # 2
+"""Folders of changed bytes on storage that all can reach."""
+TRANSPORT_KIND_GRPC_CHUNKS: TransportKind.ValueType  # 3
+"""Chunks by content hash through the weight-sync service; works anywhere."""
+TRANSPORT_KIND_COLLECTIVE: TransportKind.ValueType  # 4
+"""Broadcast from the trainer's ranks to the engines' (NCCL, or gloo on CPU). The bytes stay with the trainer."""
+TRANSPORT_KIND_CUDA_IPC: TransportKind.ValueType  # 5
+"""Handles of the trainer's GPU memory, for engines on the same node. The bytes stay with the trainer."""
 Global___TransportKind: _TypeAlias = TransportKind  # noqa: Y015
+
+class _DeltaEncoding:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _DeltaEncodingEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_DeltaEncoding.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    DELTA_ENCODING_UNSPECIFIED: _DeltaEncoding.ValueType  # 0
+    DELTA_ENCODING_XOR: _DeltaEncoding.ValueType  # 1
+    """New bytes XOR old bytes."""
+    DELTA_ENCODING_OVERWRITE: _DeltaEncoding.ValueType  # 2
+    """Positions and new values of the elements that changed."""
+
+class DeltaEncoding(_DeltaEncoding, metaclass=_DeltaEncodingEnumTypeWrapper):
+    """How a tensor's changes are written."""
+
+DELTA_ENCODING_UNSPECIFIED: DeltaEncoding.ValueType  # 0
+DELTA_ENCODING_XOR: DeltaEncoding.ValueType  # 1
+"""New bytes XOR old bytes."""
+DELTA_ENCODING_OVERWRITE: DeltaEncoding.ValueType  # 2
+"""Positions and new values of the elements that changed."""
+Global___DeltaEncoding: _TypeAlias = DeltaEncoding  # noqa: Y015
 
 class _EngineState:
     ValueType = _typing.NewType("ValueType", _builtins.int)
@@ -136,25 +174,440 @@ class TransportHandle(_message.Message):
 
     KIND_FIELD_NUMBER: _builtins.int
     SHARED_MEMORY_FIELD_NUMBER: _builtins.int
+    PUBLICATION_ID_FIELD_NUMBER: _builtins.int
+    DISK_DELTA_FIELD_NUMBER: _builtins.int
+    GRPC_CHUNKS_FIELD_NUMBER: _builtins.int
     kind: Global___TransportKind.ValueType
     """Which of the fields below is set."""
+    publication_id: _builtins.int
+    """Names these bytes: a version number may be published again after a resume from an older checkpoint."""
     @_builtins.property
     def shared_memory(self) -> Global___SharedMemoryHandle:
         """Set for SHARED_MEMORY."""
+
+    @_builtins.property
+    def disk_delta(self) -> Global___DiskDeltaHandle:
+        """Set for DISK_DELTA."""
+
+    @_builtins.property
+    def grpc_chunks(self) -> Global___GrpcChunksHandle:
+        """Set for GRPC_CHUNKS."""
 
     def __init__(
         self,
         *,
         kind: Global___TransportKind.ValueType = ...,
         shared_memory: Global___SharedMemoryHandle | None = ...,
+        publication_id: _builtins.int = ...,
+        disk_delta: Global___DiskDeltaHandle | None = ...,
+        grpc_chunks: Global___GrpcChunksHandle | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["shared_memory", b"shared_memory"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["disk_delta", b"disk_delta", "grpc_chunks", b"grpc_chunks", "shared_memory", b"shared_memory"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["kind", b"kind", "shared_memory", b"shared_memory"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["disk_delta", b"disk_delta", "grpc_chunks", b"grpc_chunks", "kind", b"kind", "publication_id", b"publication_id", "shared_memory", b"shared_memory"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___TransportHandle: _TypeAlias = TransportHandle  # noqa: Y015
+
+@_typing.final
+class DiskDeltaHandle(_message.Message):
+    """A folder of safetensors files on shared storage."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PATH_FIELD_NUMBER: _builtins.int
+    PARTIAL_PATH_FIELD_NUMBER: _builtins.int
+    BASE_PATH_FIELD_NUMBER: _builtins.int
+    BASE_PUBLICATION_ID_FIELD_NUMBER: _builtins.int
+    ENCODING_FIELD_NUMBER: _builtins.int
+    path: _builtins.str
+    """The version's folder; it appears, complete, when the version is sealed, and never changes after."""
+    partial_path: _builtins.str
+    """The trainer writes into this folder, which is renamed to `path` when it is complete."""
+    base_path: _builtins.str
+    """Folder of the version that changes are to be written against; empty to write every byte."""
+    base_publication_id: _builtins.int
+    """Publication in `base_path`; 0 when there is none."""
+    encoding: Global___DeltaEncoding.ValueType
+    """How changes are written."""
+    def __init__(
+        self,
+        *,
+        path: _builtins.str = ...,
+        partial_path: _builtins.str = ...,
+        base_path: _builtins.str = ...,
+        base_publication_id: _builtins.int = ...,
+        encoding: Global___DeltaEncoding.ValueType = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_path", b"base_path", "base_publication_id", b"base_publication_id", "encoding", b"encoding", "partial_path", b"partial_path", "path", b"path"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DiskDeltaHandle: _TypeAlias = DiskDeltaHandle  # noqa: Y015
+
+@_typing.final
+class GrpcChunksHandle(_message.Message):
+    """A version that the weight-sync service streams."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ADDRESS_FIELD_NUMBER: _builtins.int
+    NBYTES_FIELD_NUMBER: _builtins.int
+    CHUNK_BYTES_FIELD_NUMBER: _builtins.int
+    address: _builtins.str
+    """host:port of the service that has the bytes; empty for the one that the handle came from."""
+    nbytes: _builtins.int
+    """Size of the version's buffer, in bytes."""
+    chunk_bytes: _builtins.int
+    """Size of a chunk, in bytes; a part's last one may be smaller."""
+    def __init__(
+        self,
+        *,
+        address: _builtins.str = ...,
+        nbytes: _builtins.int = ...,
+        chunk_bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "chunk_bytes", b"chunk_bytes", "nbytes", b"nbytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GrpcChunksHandle: _TypeAlias = GrpcChunksHandle  # noqa: Y015
+
+@_typing.final
+class DescribeTransportsRequest(_message.Message):
+    """Asks how bytes can be exchanged with the service."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DescribeTransportsRequest: _TypeAlias = DescribeTransportsRequest  # noqa: Y015
+
+@_typing.final
+class DescribeTransportsResponse(_message.Message):
+    """How bytes can be exchanged with the service."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROBES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def probes(self) -> _containers.RepeatedCompositeFieldContainer[Global___TransportProbe]:
+        """A process that finds each probe's token in its file can use its transport."""
+
+    def __init__(
+        self,
+        *,
+        probes: _abc.Iterable[Global___TransportProbe] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["probes", b"probes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DescribeTransportsResponse: _TypeAlias = DescribeTransportsResponse  # noqa: Y015
+
+@_typing.final
+class TransportProbe(_message.Message):
+    """Shows whether a process sees the same files as the service."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KIND_FIELD_NUMBER: _builtins.int
+    PATH_FIELD_NUMBER: _builtins.int
+    TOKEN_FIELD_NUMBER: _builtins.int
+    kind: Global___TransportKind.ValueType
+    """Transport that needs the folder."""
+    path: _builtins.str
+    """File to read."""
+    token: _builtins.str
+    """What the file says."""
+    def __init__(
+        self,
+        *,
+        kind: Global___TransportKind.ValueType = ...,
+        path: _builtins.str = ...,
+        token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["kind", b"kind", "path", b"path", "token", b"token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TransportProbe: _TypeAlias = TransportProbe  # noqa: Y015
+
+@_typing.final
+class ChunkDescriptor(_message.Message):
+    """One chunk of a version's buffer."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    OFFSET_FIELD_NUMBER: _builtins.int
+    NBYTES_FIELD_NUMBER: _builtins.int
+    ID_FIELD_NUMBER: _builtins.int
+    offset: _builtins.int
+    """Where it begins in the buffer, in bytes."""
+    nbytes: _builtins.int
+    """Its length, in bytes."""
+    id: _builtins.bytes
+    """xxh3-128 of its bytes, 16 bytes big-endian: chunks with the same id hold the same bytes."""
+    def __init__(
+        self,
+        *,
+        offset: _builtins.int = ...,
+        nbytes: _builtins.int = ...,
+        id: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["id", b"id", "nbytes", b"nbytes", "offset", b"offset"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ChunkDescriptor: _TypeAlias = ChunkDescriptor  # noqa: Y015
+
+@_typing.final
+class OfferChunksRequest(_message.Message):
+    """A part of a version that the trainer is about to upload."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VERSION_FIELD_NUMBER: _builtins.int
+    PUBLICATION_ID_FIELD_NUMBER: _builtins.int
+    CHUNKS_FIELD_NUMBER: _builtins.int
+    publication_id: _builtins.int
+    """The publication_id of the handle."""
+    @_builtins.property
+    def version(self) -> _policy_pb2.WeightVersion:
+        """Allocation that it belongs to."""
+
+    @_builtins.property
+    def chunks(self) -> _containers.RepeatedCompositeFieldContainer[Global___ChunkDescriptor]:
+        """Chunks of the part."""
+
+    def __init__(
+        self,
+        *,
+        version: _policy_pb2.WeightVersion | None = ...,
+        publication_id: _builtins.int = ...,
+        chunks: _abc.Iterable[Global___ChunkDescriptor] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["version", b"version"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunks", b"chunks", "publication_id", b"publication_id", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___OfferChunksRequest: _TypeAlias = OfferChunksRequest  # noqa: Y015
+
+@_typing.final
+class OfferChunksResponse(_message.Message):
+    """What the service lacks."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MISSING_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def missing(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Positions in the request's list of chunks that have to be uploaded."""
+
+    def __init__(
+        self,
+        *,
+        missing: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["missing", b"missing"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___OfferChunksResponse: _TypeAlias = OfferChunksResponse  # noqa: Y015
+
+@_typing.final
+class UploadChunksRequest(_message.Message):
+    """A chunk of a version on its way from the trainer."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VERSION_FIELD_NUMBER: _builtins.int
+    PUBLICATION_ID_FIELD_NUMBER: _builtins.int
+    CHUNK_FIELD_NUMBER: _builtins.int
+    DATA_FIELD_NUMBER: _builtins.int
+    publication_id: _builtins.int
+    """The publication_id of the handle; needed in the first message only."""
+    data: _builtins.bytes
+    """Its bytes."""
+    @_builtins.property
+    def version(self) -> _policy_pb2.WeightVersion:
+        """Allocation that it belongs to; needed in the first message only."""
+
+    @_builtins.property
+    def chunk(self) -> Global___ChunkDescriptor:
+        """Which chunk this is."""
+
+    def __init__(
+        self,
+        *,
+        version: _policy_pb2.WeightVersion | None = ...,
+        publication_id: _builtins.int = ...,
+        chunk: Global___ChunkDescriptor | None = ...,
+        data: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "version", b"version"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "data", b"data", "publication_id", b"publication_id", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UploadChunksRequest: _TypeAlias = UploadChunksRequest  # noqa: Y015
+
+@_typing.final
+class UploadChunksResponse(_message.Message):
+    """Every chunk of the call has arrived."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CHUNKS_FIELD_NUMBER: _builtins.int
+    chunks: _builtins.int
+    """Chunks that arrived, a count."""
+    def __init__(
+        self,
+        *,
+        chunks: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunks", b"chunks"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UploadChunksResponse: _TypeAlias = UploadChunksResponse  # noqa: Y015
+
+@_typing.final
+class ListChunksRequest(_message.Message):
+    """A version whose chunks to list."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VERSION_FIELD_NUMBER: _builtins.int
+    PUBLICATION_ID_FIELD_NUMBER: _builtins.int
+    publication_id: _builtins.int
+    """The publication_id of the handle."""
+    @_builtins.property
+    def version(self) -> _policy_pb2.WeightVersion:
+        """The version."""
+
+    def __init__(
+        self,
+        *,
+        version: _policy_pb2.WeightVersion | None = ...,
+        publication_id: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["version", b"version"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["publication_id", b"publication_id", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListChunksRequest: _TypeAlias = ListChunksRequest  # noqa: Y015
+
+@_typing.final
+class ListChunksResponse(_message.Message):
+    """The chunks of a version."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CHUNKS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def chunks(self) -> _containers.RepeatedCompositeFieldContainer[Global___ChunkDescriptor]:
+        """In buffer order, without gaps that a tensor lies in."""
+
+    def __init__(
+        self,
+        *,
+        chunks: _abc.Iterable[Global___ChunkDescriptor] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunks", b"chunks"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListChunksResponse: _TypeAlias = ListChunksResponse  # noqa: Y015
+
+@_typing.final
+class FetchChunksRequest(_message.Message):
+    """Chunks that an engine lacks."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VERSION_FIELD_NUMBER: _builtins.int
+    PUBLICATION_ID_FIELD_NUMBER: _builtins.int
+    CHUNKS_FIELD_NUMBER: _builtins.int
+    publication_id: _builtins.int
+    """The publication_id of the handle."""
+    @_builtins.property
+    def version(self) -> _policy_pb2.WeightVersion:
+        """The version."""
+
+    @_builtins.property
+    def chunks(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Positions in the list of chunks."""
+
+    def __init__(
+        self,
+        *,
+        version: _policy_pb2.WeightVersion | None = ...,
+        publication_id: _builtins.int = ...,
+        chunks: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["version", b"version"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunks", b"chunks", "publication_id", b"publication_id", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FetchChunksRequest: _TypeAlias = FetchChunksRequest  # noqa: Y015
+
+@_typing.final
+class FetchChunksResponse(_message.Message):
+    """A chunk on its way to an engine."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CHUNK_FIELD_NUMBER: _builtins.int
+    DATA_FIELD_NUMBER: _builtins.int
+    chunk: _builtins.int
+    """Its position in the list of chunks."""
+    data: _builtins.bytes
+    """Its bytes."""
+    def __init__(
+        self,
+        *,
+        chunk: _builtins.int = ...,
+        data: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "data", b"data"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FetchChunksResponse: _TypeAlias = FetchChunksResponse  # noqa: Y015
 
 @_typing.final
 class SharedMemoryHandle(_message.Message):
@@ -191,13 +644,18 @@ class AllocateRequest(_message.Message):
     VERSION_FIELD_NUMBER: _builtins.int
     TRANSPORT_FIELD_NUMBER: _builtins.int
     NBYTES_FIELD_NUMBER: _builtins.int
+    USABLE_FIELD_NUMBER: _builtins.int
     transport: Global___TransportKind.ValueType
-    """How its bytes are to reach the engines."""
+    """How its bytes are to reach the engines; UNSPECIFIED leaves it to the service, by what each engine can use."""
     nbytes: _builtins.int
     """Size of the version's buffer, in bytes."""
     @_builtins.property
     def version(self) -> _policy_pb2.WeightVersion:
         """The version to come."""
+
+    @_builtins.property
+    def usable(self) -> _containers.RepeatedScalarFieldContainer[Global___TransportKind.ValueType]:
+        """Transports that the trainer can use; empty means SHARED_MEMORY."""
 
     def __init__(
         self,
@@ -205,10 +663,11 @@ class AllocateRequest(_message.Message):
         version: _policy_pb2.WeightVersion | None = ...,
         transport: Global___TransportKind.ValueType = ...,
         nbytes: _builtins.int = ...,
+        usable: _abc.Iterable[Global___TransportKind.ValueType] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["version", b"version"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["nbytes", b"nbytes", "transport", b"transport", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["nbytes", b"nbytes", "transport", b"transport", "usable", b"usable", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -221,18 +680,30 @@ class AllocateResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     HANDLE_FIELD_NUMBER: _builtins.int
+    MORE_FIELD_NUMBER: _builtins.int
+    LIVE_PUBLICATION_IDS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def handle(self) -> Global___TransportHandle:
         """Where to put them."""
+
+    @_builtins.property
+    def more(self) -> _containers.RepeatedCompositeFieldContainer[Global___TransportHandle]:
+        """Further places to put them, for engines that cannot use the first."""
+
+    @_builtins.property
+    def live_publication_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Publications that an engine may still ask for; what a trainer keeps of any other can go."""
 
     def __init__(
         self,
         *,
         handle: Global___TransportHandle | None = ...,
+        more: _abc.Iterable[Global___TransportHandle] | None = ...,
+        live_publication_ids: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["handle", b"handle"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["handle", b"handle"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["handle", b"handle", "live_publication_ids", b"live_publication_ids", "more", b"more"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -244,25 +715,61 @@ class PrepareRequest(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class StageSEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.float
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.float = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     MANIFEST_FIELD_NUMBER: _builtins.int
     HANDLE_FIELD_NUMBER: _builtins.int
+    MORE_FIELD_NUMBER: _builtins.int
+    WRITTEN_BYTES_FIELD_NUMBER: _builtins.int
+    STAGE_S_FIELD_NUMBER: _builtins.int
+    written_bytes: _builtins.int
+    """Bytes written for it, all transports together."""
     @_builtins.property
     def manifest(self) -> _policy_pb2.Manifest:
         """What it consists of."""
 
     @_builtins.property
     def handle(self) -> Global___TransportHandle:
-        """Where its bytes are: the handle that Allocate returned."""
+        """Where its bytes are: the handle that Allocate returned, with what the transport added to it."""
+
+    @_builtins.property
+    def more(self) -> _containers.RepeatedCompositeFieldContainer[Global___TransportHandle]:
+        """The further handles, likewise."""
+
+    @_builtins.property
+    def stage_s(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
+        """Time that each stage took, in seconds: allocate, copy, checksum."""
 
     def __init__(
         self,
         *,
         manifest: _policy_pb2.Manifest | None = ...,
         handle: Global___TransportHandle | None = ...,
+        more: _abc.Iterable[Global___TransportHandle] | None = ...,
+        written_bytes: _builtins.int = ...,
+        stage_s: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["handle", b"handle", "manifest", b"manifest"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["handle", b"handle", "manifest", b"manifest"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["handle", b"handle", "manifest", b"manifest", "more", b"more", "stage_s", b"stage_s", "written_bytes", b"written_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -405,6 +912,26 @@ class EngineStatus(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class StageSEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.float
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.float = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     ENGINE_ID_FIELD_NUMBER: _builtins.int
     STREAM_FIELD_NUMBER: _builtins.int
     STATE_FIELD_NUMBER: _builtins.int
@@ -413,6 +940,11 @@ class EngineStatus(_message.Message):
     PREFETCH_S_FIELD_NUMBER: _builtins.int
     PAUSE_S_FIELD_NUMBER: _builtins.int
     LAST_ERROR_FIELD_NUMBER: _builtins.int
+    TRANSPORT_FIELD_NUMBER: _builtins.int
+    TOTAL_BYTES_FIELD_NUMBER: _builtins.int
+    ATTACHED_FIELD_NUMBER: _builtins.int
+    JOB_ID_FIELD_NUMBER: _builtins.int
+    STAGE_S_FIELD_NUMBER: _builtins.int
     engine_id: _builtins.str
     """Name of the engine, the same over its restarts."""
     stream: _policy_pb2.WeightStream.ValueType
@@ -429,6 +961,18 @@ class EngineStatus(_message.Message):
     """Time the last swap kept generation standing, in seconds."""
     last_error: _builtins.str
     """Last failure; empty when there was none."""
+    transport: Global___TransportKind.ValueType
+    """Transport of the last prefetch; UNSPECIFIED before the first."""
+    total_bytes: _builtins.int
+    """Size of the version it serves, in bytes."""
+    attached: _builtins.bool
+    """Whether it is attached now."""
+    job_id: _builtins.str
+    """Job whose weights it serves."""
+    @_builtins.property
+    def stage_s(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
+        """Time of the last order of each kind, in seconds: prefetch, swap, check, drop."""
+
     def __init__(
         self,
         *,
@@ -440,10 +984,15 @@ class EngineStatus(_message.Message):
         prefetch_s: _builtins.float = ...,
         pause_s: _builtins.float = ...,
         last_error: _builtins.str = ...,
+        transport: Global___TransportKind.ValueType = ...,
+        total_bytes: _builtins.int = ...,
+        attached: _builtins.bool = ...,
+        job_id: _builtins.str = ...,
+        stage_s: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_version", b"_version", "version", b"version"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_version", b"_version", "engine_id", b"engine_id", "last_error", b"last_error", "pause_s", b"pause_s", "prefetch_s", b"prefetch_s", "since_unix_ns", b"since_unix_ns", "state", b"state", "stream", b"stream", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_version", b"_version", "attached", b"attached", "engine_id", b"engine_id", "job_id", b"job_id", "last_error", b"last_error", "pause_s", b"pause_s", "prefetch_s", b"prefetch_s", "since_unix_ns", b"since_unix_ns", "stage_s", b"stage_s", "state", b"state", "stream", b"stream", "total_bytes", b"total_bytes", "transport", b"transport", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__version: _TypeAlias = _typing.Literal["version"]  # noqa: Y015
     _WhichOneofArgType__version: _TypeAlias = _typing.Literal["_version", b"_version"]  # noqa: Y015
@@ -494,6 +1043,7 @@ class EngineHello(_message.Message):
     STREAM_FIELD_NUMBER: _builtins.int
     VERSION_FIELD_NUMBER: _builtins.int
     MANIFEST_CHECKSUM_FIELD_NUMBER: _builtins.int
+    USABLE_FIELD_NUMBER: _builtins.int
     job_id: _builtins.str
     """Job whose weights it serves."""
     engine_id: _builtins.str
@@ -504,6 +1054,10 @@ class EngineHello(_message.Message):
     """Version the engine already serves; absent when none, or when it must not serve what it holds."""
     manifest_checksum: _builtins.bytes
     """Checksum of that version's manifest, 16 bytes; empty when none. A number alone does not tell two timelines apart."""
+    @_builtins.property
+    def usable(self) -> _containers.RepeatedScalarFieldContainer[Global___TransportKind.ValueType]:
+        """Transports that the engine can use; empty means SHARED_MEMORY."""
+
     def __init__(
         self,
         *,
@@ -512,10 +1066,11 @@ class EngineHello(_message.Message):
         stream: _policy_pb2.WeightStream.ValueType = ...,
         version: _builtins.int | None = ...,
         manifest_checksum: _builtins.bytes = ...,
+        usable: _abc.Iterable[Global___TransportKind.ValueType] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_version", b"_version", "version", b"version"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_version", b"_version", "engine_id", b"engine_id", "job_id", b"job_id", "manifest_checksum", b"manifest_checksum", "stream", b"stream", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_version", b"_version", "engine_id", b"engine_id", "job_id", b"job_id", "manifest_checksum", b"manifest_checksum", "stream", b"stream", "usable", b"usable", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__version: _TypeAlias = _typing.Literal["version"]  # noqa: Y015
     _WhichOneofArgType__version: _TypeAlias = _typing.Literal["_version", b"_version"]  # noqa: Y015
@@ -573,6 +1128,7 @@ class SubscribeResponse(_message.Message):
     DROP_FIELD_NUMBER: _builtins.int
     CHECK_FIELD_NUMBER: _builtins.int
     QUARANTINE_FIELD_NUMBER: _builtins.int
+    LEASE_FIELD_NUMBER: _builtins.int
     order_id: _builtins.int
     """Ascends within a subscription."""
     @_builtins.property
@@ -595,6 +1151,10 @@ class SubscribeResponse(_message.Message):
     def quarantine(self) -> Global___QuarantineOrder:
         """Stop serving until a swap ordered after this one succeeds. Takes effect at once and is not answered."""
 
+    @_builtins.property
+    def lease(self) -> Global___LeaseOrder:
+        """The engine may go on serving for so long without another word. Takes effect at once and is not answered."""
+
     def __init__(
         self,
         *,
@@ -604,16 +1164,39 @@ class SubscribeResponse(_message.Message):
         drop: Global___DropOrder | None = ...,
         check: Global___CheckOrder | None = ...,
         quarantine: Global___QuarantineOrder | None = ...,
+        lease: Global___LeaseOrder | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["check", b"check", "drop", b"drop", "kind", b"kind", "prefetch", b"prefetch", "quarantine", b"quarantine", "swap", b"swap"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["check", b"check", "drop", b"drop", "kind", b"kind", "lease", b"lease", "prefetch", b"prefetch", "quarantine", b"quarantine", "swap", b"swap"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["check", b"check", "drop", b"drop", "kind", b"kind", "order_id", b"order_id", "prefetch", b"prefetch", "quarantine", b"quarantine", "swap", b"swap"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["check", b"check", "drop", b"drop", "kind", b"kind", "lease", b"lease", "order_id", b"order_id", "prefetch", b"prefetch", "quarantine", b"quarantine", "swap", b"swap"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["prefetch", "swap", "drop", "check", "quarantine"]  # noqa: Y015
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["prefetch", "swap", "drop", "check", "quarantine", "lease"]  # noqa: Y015
     _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
 
 Global___SubscribeResponse: _TypeAlias = SubscribeResponse  # noqa: Y015
+
+@_typing.final
+class LeaseOrder(_message.Message):
+    """How long an engine may serve without hearing from the service."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LEASE_MS_FIELD_NUMBER: _builtins.int
+    lease_ms: _builtins.int
+    """From the arrival of this message, in milliseconds."""
+    def __init__(
+        self,
+        *,
+        lease_ms: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["lease_ms", b"lease_ms"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LeaseOrder: _TypeAlias = LeaseOrder  # noqa: Y015
 
 @_typing.final
 class PrefetchOrder(_message.Message):
@@ -779,19 +1362,52 @@ class VersionStatus(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class StageSEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.float
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.float = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     VERSION_FIELD_NUMBER: _builtins.int
     STATE_FIELD_NUMBER: _builtins.int
     TOTAL_BYTES_FIELD_NUMBER: _builtins.int
     ACTIVE_UNIX_NS_FIELD_NUMBER: _builtins.int
+    TRANSPORTS_FIELD_NUMBER: _builtins.int
+    WRITTEN_BYTES_FIELD_NUMBER: _builtins.int
+    STAGE_S_FIELD_NUMBER: _builtins.int
     state: Global___VersionState.ValueType
     """Where it is in its life."""
     total_bytes: _builtins.int
     """Size of the version, in bytes."""
     active_unix_ns: _builtins.int
     """When it became ACTIVE, in nanoseconds since the Unix epoch; 0 before."""
+    written_bytes: _builtins.int
+    """Bytes written for it by the trainer, all transports together."""
     @_builtins.property
     def version(self) -> _policy_pb2.WeightVersion:
         """The version."""
+
+    @_builtins.property
+    def transports(self) -> _containers.RepeatedScalarFieldContainer[Global___TransportKind.ValueType]:
+        """Transports that it can be had by."""
+
+    @_builtins.property
+    def stage_s(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
+        """Time the trainer took over each stage, in seconds: allocate, copy, checksum."""
 
     def __init__(
         self,
@@ -800,10 +1416,13 @@ class VersionStatus(_message.Message):
         state: Global___VersionState.ValueType = ...,
         total_bytes: _builtins.int = ...,
         active_unix_ns: _builtins.int = ...,
+        transports: _abc.Iterable[Global___TransportKind.ValueType] | None = ...,
+        written_bytes: _builtins.int = ...,
+        stage_s: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["version", b"version"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["active_unix_ns", b"active_unix_ns", "state", b"state", "total_bytes", b"total_bytes", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["active_unix_ns", b"active_unix_ns", "stage_s", b"stage_s", "state", b"state", "total_bytes", b"total_bytes", "transports", b"transports", "version", b"version", "written_bytes", b"written_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -34,6 +34,11 @@ class WeightSyncServiceStub:
         Args:
             channel: A grpc.Channel.
         """
+        self.DescribeTransports = channel.unary_unary(
+                '/miles.v1.WeightSyncService/DescribeTransports',
+                request_serializer=miles_dot_v1_dot_weightsync__pb2.DescribeTransportsRequest.SerializeToString,
+                response_deserializer=miles_dot_v1_dot_weightsync__pb2.DescribeTransportsResponse.FromString,
+                _registered_method=True)
         self.Allocate = channel.unary_unary(
                 '/miles.v1.WeightSyncService/Allocate',
                 request_serializer=miles_dot_v1_dot_weightsync__pb2.AllocateRequest.SerializeToString,
@@ -54,6 +59,26 @@ class WeightSyncServiceStub:
                 request_serializer=miles_dot_v1_dot_weightsync__pb2.SubscribeRequest.SerializeToString,
                 response_deserializer=miles_dot_v1_dot_weightsync__pb2.SubscribeResponse.FromString,
                 _registered_method=True)
+        self.OfferChunks = channel.unary_unary(
+                '/miles.v1.WeightSyncService/OfferChunks',
+                request_serializer=miles_dot_v1_dot_weightsync__pb2.OfferChunksRequest.SerializeToString,
+                response_deserializer=miles_dot_v1_dot_weightsync__pb2.OfferChunksResponse.FromString,
+                _registered_method=True)
+        self.UploadChunks = channel.stream_unary(
+                '/miles.v1.WeightSyncService/UploadChunks',
+                request_serializer=miles_dot_v1_dot_weightsync__pb2.UploadChunksRequest.SerializeToString,
+                response_deserializer=miles_dot_v1_dot_weightsync__pb2.UploadChunksResponse.FromString,
+                _registered_method=True)
+        self.ListChunks = channel.unary_unary(
+                '/miles.v1.WeightSyncService/ListChunks',
+                request_serializer=miles_dot_v1_dot_weightsync__pb2.ListChunksRequest.SerializeToString,
+                response_deserializer=miles_dot_v1_dot_weightsync__pb2.ListChunksResponse.FromString,
+                _registered_method=True)
+        self.FetchChunks = channel.unary_stream(
+                '/miles.v1.WeightSyncService/FetchChunks',
+                request_serializer=miles_dot_v1_dot_weightsync__pb2.FetchChunksRequest.SerializeToString,
+                response_deserializer=miles_dot_v1_dot_weightsync__pb2.FetchChunksResponse.FromString,
+                _registered_method=True)
         self.ListVersions = channel.unary_unary(
                 '/miles.v1.WeightSyncService/ListVersions',
                 request_serializer=miles_dot_v1_dot_weightsync__pb2.ListVersionsRequest.SerializeToString,
@@ -68,6 +93,13 @@ class WeightSyncServiceStub:
 
 class WeightSyncServiceServicer:
     """Missing associated documentation comment in .proto file."""
+
+    def DescribeTransports(self, request, context):
+        """Says how bytes can be exchanged with this service, for a process to find out which ways are open to it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
 
     def Allocate(self, request, context):
         """Reserves room for a version's bytes and says where to put them.
@@ -97,6 +129,34 @@ class WeightSyncServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def OfferChunks(self, request, context):
+        """GRPC_CHUNKS, from the trainer: what a part of a version consists of; answers which chunks it is still to upload.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UploadChunks(self, request_iterator, context):
+        """GRPC_CHUNKS, from the trainer: chunks, in any order. Chunks that arrived before a cut need not come again.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListChunks(self, request, context):
+        """GRPC_CHUNKS, to an engine: what a version's buffer consists of.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def FetchChunks(self, request, context):
+        """GRPC_CHUNKS, to an engine: the chunks it asks for, in the order in which it does.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ListVersions(self, request, context):
         """Versions and engines as they stand.
         """
@@ -114,6 +174,11 @@ class WeightSyncServiceServicer:
 
 def add_WeightSyncServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
+            'DescribeTransports': grpc.unary_unary_rpc_method_handler(
+                    servicer.DescribeTransports,
+                    request_deserializer=miles_dot_v1_dot_weightsync__pb2.DescribeTransportsRequest.FromString,
+                    response_serializer=miles_dot_v1_dot_weightsync__pb2.DescribeTransportsResponse.SerializeToString,
+            ),
             'Allocate': grpc.unary_unary_rpc_method_handler(
                     servicer.Allocate,
                     request_deserializer=miles_dot_v1_dot_weightsync__pb2.AllocateRequest.FromString,
@@ -133,6 +198,26 @@ def add_WeightSyncServiceServicer_to_server(servicer, server):
                     servicer.Subscribe,
                     request_deserializer=miles_dot_v1_dot_weightsync__pb2.SubscribeRequest.FromString,
                     response_serializer=miles_dot_v1_dot_weightsync__pb2.SubscribeResponse.SerializeToString,
+            ),
+            'OfferChunks': grpc.unary_unary_rpc_method_handler(
+                    servicer.OfferChunks,
+                    request_deserializer=miles_dot_v1_dot_weightsync__pb2.OfferChunksRequest.FromString,
+                    response_serializer=miles_dot_v1_dot_weightsync__pb2.OfferChunksResponse.SerializeToString,
+            ),
+            'UploadChunks': grpc.stream_unary_rpc_method_handler(
+                    servicer.UploadChunks,
+                    request_deserializer=miles_dot_v1_dot_weightsync__pb2.UploadChunksRequest.FromString,
+                    response_serializer=miles_dot_v1_dot_weightsync__pb2.UploadChunksResponse.SerializeToString,
+            ),
+            'ListChunks': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListChunks,
+                    request_deserializer=miles_dot_v1_dot_weightsync__pb2.ListChunksRequest.FromString,
+                    response_serializer=miles_dot_v1_dot_weightsync__pb2.ListChunksResponse.SerializeToString,
+            ),
+            'FetchChunks': grpc.unary_stream_rpc_method_handler(
+                    servicer.FetchChunks,
+                    request_deserializer=miles_dot_v1_dot_weightsync__pb2.FetchChunksRequest.FromString,
+                    response_serializer=miles_dot_v1_dot_weightsync__pb2.FetchChunksResponse.SerializeToString,
             ),
             'ListVersions': grpc.unary_unary_rpc_method_handler(
                     servicer.ListVersions,
@@ -154,6 +239,33 @@ def add_WeightSyncServiceServicer_to_server(servicer, server):
  # This class is part of an EXPERIMENTAL API.
 class WeightSyncService:
     """Missing associated documentation comment in .proto file."""
+
+    @staticmethod
+    def DescribeTransports(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/miles.v1.WeightSyncService/DescribeTransports',
+            miles_dot_v1_dot_weightsync__pb2.DescribeTransportsRequest.SerializeToString,
+            miles_dot_v1_dot_weightsync__pb2.DescribeTransportsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
 
     @staticmethod
     def Allocate(request,
@@ -253,6 +365,114 @@ class WeightSyncService:
             '/miles.v1.WeightSyncService/Subscribe',
             miles_dot_v1_dot_weightsync__pb2.SubscribeRequest.SerializeToString,
             miles_dot_v1_dot_weightsync__pb2.SubscribeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def OfferChunks(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/miles.v1.WeightSyncService/OfferChunks',
+            miles_dot_v1_dot_weightsync__pb2.OfferChunksRequest.SerializeToString,
+            miles_dot_v1_dot_weightsync__pb2.OfferChunksResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UploadChunks(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_unary(
+            request_iterator,
+            target,
+            '/miles.v1.WeightSyncService/UploadChunks',
+            miles_dot_v1_dot_weightsync__pb2.UploadChunksRequest.SerializeToString,
+            miles_dot_v1_dot_weightsync__pb2.UploadChunksResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListChunks(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/miles.v1.WeightSyncService/ListChunks',
+            miles_dot_v1_dot_weightsync__pb2.ListChunksRequest.SerializeToString,
+            miles_dot_v1_dot_weightsync__pb2.ListChunksResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def FetchChunks(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/miles.v1.WeightSyncService/FetchChunks',
+            miles_dot_v1_dot_weightsync__pb2.FetchChunksRequest.SerializeToString,
+            miles_dot_v1_dot_weightsync__pb2.FetchChunksResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -31,6 +31,8 @@ class WeightSyncServiceStub:
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> WeightSyncServiceAsyncStub: ...
+    DescribeTransports: _grpc.UnaryUnaryMultiCallable[_weightsync_pb2.DescribeTransportsRequest, _weightsync_pb2.DescribeTransportsResponse]
+    """Says how bytes can be exchanged with this service, for a process to find out which ways are open to it."""
     Allocate: _grpc.UnaryUnaryMultiCallable[_weightsync_pb2.AllocateRequest, _weightsync_pb2.AllocateResponse]
     """Reserves room for a version's bytes and says where to put them."""
     Prepare: _grpc.UnaryUnaryMultiCallable[_weightsync_pb2.PrepareRequest, _weightsync_pb2.PrepareResponse]
@@ -39,6 +41,14 @@ class WeightSyncServiceStub:
     """Brings every engine to a prepared version; reports each engine's stages; ends when the version is ACTIVE or failed."""
     Subscribe: _grpc.StreamStreamMultiCallable[_weightsync_pb2.SubscribeRequest, _weightsync_pb2.SubscribeResponse]
     """An engine's attachment: it reports what it holds and is told what to load."""
+    OfferChunks: _grpc.UnaryUnaryMultiCallable[_weightsync_pb2.OfferChunksRequest, _weightsync_pb2.OfferChunksResponse]
+    """GRPC_CHUNKS, from the trainer: what a part of a version consists of; answers which chunks it is still to upload."""
+    UploadChunks: _grpc.StreamUnaryMultiCallable[_weightsync_pb2.UploadChunksRequest, _weightsync_pb2.UploadChunksResponse]
+    """GRPC_CHUNKS, from the trainer: chunks, in any order. Chunks that arrived before a cut need not come again."""
+    ListChunks: _grpc.UnaryUnaryMultiCallable[_weightsync_pb2.ListChunksRequest, _weightsync_pb2.ListChunksResponse]
+    """GRPC_CHUNKS, to an engine: what a version's buffer consists of."""
+    FetchChunks: _grpc.UnaryStreamMultiCallable[_weightsync_pb2.FetchChunksRequest, _weightsync_pb2.FetchChunksResponse]
+    """GRPC_CHUNKS, to an engine: the chunks it asks for, in the order in which it does."""
     ListVersions: _grpc.UnaryUnaryMultiCallable[_weightsync_pb2.ListVersionsRequest, _weightsync_pb2.ListVersionsResponse]
     """Versions and engines as they stand."""
     ReleaseJob: _grpc.UnaryUnaryMultiCallable[_weightsync_pb2.ReleaseJobRequest, _weightsync_pb2.ReleaseJobResponse]
@@ -47,6 +57,8 @@ class WeightSyncServiceStub:
 @_typing.type_check_only
 class WeightSyncServiceAsyncStub(WeightSyncServiceStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
+    DescribeTransports: _aio.UnaryUnaryMultiCallable[_weightsync_pb2.DescribeTransportsRequest, _weightsync_pb2.DescribeTransportsResponse]  # type: ignore[assignment]
+    """Says how bytes can be exchanged with this service, for a process to find out which ways are open to it."""
     Allocate: _aio.UnaryUnaryMultiCallable[_weightsync_pb2.AllocateRequest, _weightsync_pb2.AllocateResponse]  # type: ignore[assignment]
     """Reserves room for a version's bytes and says where to put them."""
     Prepare: _aio.UnaryUnaryMultiCallable[_weightsync_pb2.PrepareRequest, _weightsync_pb2.PrepareResponse]  # type: ignore[assignment]
@@ -55,12 +67,28 @@ class WeightSyncServiceAsyncStub(WeightSyncServiceStub):
     """Brings every engine to a prepared version; reports each engine's stages; ends when the version is ACTIVE or failed."""
     Subscribe: _aio.StreamStreamMultiCallable[_weightsync_pb2.SubscribeRequest, _weightsync_pb2.SubscribeResponse]  # type: ignore[assignment]
     """An engine's attachment: it reports what it holds and is told what to load."""
+    OfferChunks: _aio.UnaryUnaryMultiCallable[_weightsync_pb2.OfferChunksRequest, _weightsync_pb2.OfferChunksResponse]  # type: ignore[assignment]
+    """GRPC_CHUNKS, from the trainer: what a part of a version consists of; answers which chunks it is still to upload."""
+    UploadChunks: _aio.StreamUnaryMultiCallable[_weightsync_pb2.UploadChunksRequest, _weightsync_pb2.UploadChunksResponse]  # type: ignore[assignment]
+    """GRPC_CHUNKS, from the trainer: chunks, in any order. Chunks that arrived before a cut need not come again."""
+    ListChunks: _aio.UnaryUnaryMultiCallable[_weightsync_pb2.ListChunksRequest, _weightsync_pb2.ListChunksResponse]  # type: ignore[assignment]
+    """GRPC_CHUNKS, to an engine: what a version's buffer consists of."""
+    FetchChunks: _aio.UnaryStreamMultiCallable[_weightsync_pb2.FetchChunksRequest, _weightsync_pb2.FetchChunksResponse]  # type: ignore[assignment]
+    """GRPC_CHUNKS, to an engine: the chunks it asks for, in the order in which it does."""
     ListVersions: _aio.UnaryUnaryMultiCallable[_weightsync_pb2.ListVersionsRequest, _weightsync_pb2.ListVersionsResponse]  # type: ignore[assignment]
     """Versions and engines as they stand."""
     ReleaseJob: _aio.UnaryUnaryMultiCallable[_weightsync_pb2.ReleaseJobRequest, _weightsync_pb2.ReleaseJobResponse]  # type: ignore[assignment]
     """Ends every stream of a job that is over and frees its bytes. Idempotent."""
 
 class WeightSyncServiceServicer(metaclass=_abc_1.ABCMeta):
+    @_abc_1.abstractmethod
+    def DescribeTransports(
+        self,
+        request: _weightsync_pb2.DescribeTransportsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_weightsync_pb2.DescribeTransportsResponse, _abc.Awaitable[_weightsync_pb2.DescribeTransportsResponse]]:
+        """Says how bytes can be exchanged with this service, for a process to find out which ways are open to it."""
+
     @_abc_1.abstractmethod
     def Allocate(
         self,
@@ -92,6 +120,38 @@ class WeightSyncServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_weightsync_pb2.SubscribeResponse], _abc.AsyncIterator[_weightsync_pb2.SubscribeResponse]]:
         """An engine's attachment: it reports what it holds and is told what to load."""
+
+    @_abc_1.abstractmethod
+    def OfferChunks(
+        self,
+        request: _weightsync_pb2.OfferChunksRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_weightsync_pb2.OfferChunksResponse, _abc.Awaitable[_weightsync_pb2.OfferChunksResponse]]:
+        """GRPC_CHUNKS, from the trainer: what a part of a version consists of; answers which chunks it is still to upload."""
+
+    @_abc_1.abstractmethod
+    def UploadChunks(
+        self,
+        request_iterator: _MaybeAsyncIterator[_weightsync_pb2.UploadChunksRequest],
+        context: _ServicerContext,
+    ) -> _typing.Union[_weightsync_pb2.UploadChunksResponse, _abc.Awaitable[_weightsync_pb2.UploadChunksResponse]]:
+        """GRPC_CHUNKS, from the trainer: chunks, in any order. Chunks that arrived before a cut need not come again."""
+
+    @_abc_1.abstractmethod
+    def ListChunks(
+        self,
+        request: _weightsync_pb2.ListChunksRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_weightsync_pb2.ListChunksResponse, _abc.Awaitable[_weightsync_pb2.ListChunksResponse]]:
+        """GRPC_CHUNKS, to an engine: what a version's buffer consists of."""
+
+    @_abc_1.abstractmethod
+    def FetchChunks(
+        self,
+        request: _weightsync_pb2.FetchChunksRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_weightsync_pb2.FetchChunksResponse], _abc.AsyncIterator[_weightsync_pb2.FetchChunksResponse]]:
+        """GRPC_CHUNKS, to an engine: the chunks it asks for, in the order in which it does."""
 
     @_abc_1.abstractmethod
     def ListVersions(

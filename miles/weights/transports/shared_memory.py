@@ -12,7 +12,7 @@ import mmap
 import os
 import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 import torch
 
@@ -20,7 +20,7 @@ from miles.rpc.gen import policy_pb2, weightsync_pb2
 from miles.weights import manifest as manifests
 from miles.weights.dtypes import TORCH_DTYPE
 from miles.weights.manifest import ChecksumMismatch, ManifestError
-from miles.weights.transport import SendTimes
+from miles.weights.transport import SendTimes, default_threads, match
 
 _HASH_BATCH_BYTES = 8 << 20
 """Small tensors are hashed together up to this size: big enough to amortise a task, small enough to be in cache."""
@@ -34,7 +34,7 @@ class SharedMemoryTransport:
 
     def __init__(self, checksum_threads: int | None = None) -> None:
         """`checksum_threads`: how many hash at once; default: as many as there are CPUs, at most 8."""
-        threads = checksum_threads or max(1, min(8, len(os.sched_getaffinity(0))))
+        threads = checksum_threads or default_threads()
         self._threads = concurrent.futures.ThreadPoolExecutor(threads, thread_name_prefix="weight-checksum")
         self._written: dict[tuple[int, int, int], _WriteMapping] = {}
 
@@ -46,12 +46,11 @@ class SharedMemoryTransport:
     ) -> SendTimes:
         """Copy tensors into the file; checksums are computed on other threads while the bytes are still in cache."""
         began = time.monotonic()
-        self.trim()
         mapping = self._map_for_writing(handle.shared_memory)
         hashing: list[concurrent.futures.Future[None]] = []
         batch: list[policy_pb2.TensorDescriptor] = []
         batch_bytes = 0
-        for descriptor, tensor in _match(descriptors, tensors):
+        for descriptor, tensor in match(descriptors, tensors):
             if descriptor.nbytes:
                 _view(mapping.memory, descriptor).copy_(tensor)
             batch.append(descriptor)
@@ -63,7 +62,14 @@ class SharedMemoryTransport:
         copied = time.monotonic()
         for future in hashing:
             future.result()
-        return SendTimes(copy_s=copied - began, checksum_s=time.monotonic() - copied)
+        written = sum(descriptor.nbytes for descriptor in descriptors)
+        return SendTimes(copied - began, time.monotonic() - copied, written)
+
+    def seal(self, handle: weightsync_pb2.TransportHandle, manifest: policy_pb2.Manifest) -> None:
+        """Nothing to do: the bytes are where engines map them."""
+
+    def discard(self, handle: weightsync_pb2.TransportHandle) -> None:
+        """Nothing to do: the service removes the file."""
 
     def receive(self, handle: weightsync_pb2.TransportHandle, manifest: policy_pb2.Manifest) -> MappedWeights:
         """Map the file and verify every tensor."""
@@ -78,12 +84,19 @@ class SharedMemoryTransport:
             )
         return MappedWeights(memory, manifest.tensors)
 
-    def trim(self) -> None:
-        """Unmap files that have been removed since they were written."""
+    def trim(self, live: Collection[int] | None = None) -> None:
+        """Unmap files that have been removed since they were written; one that was kept may serve again."""
         for key, mapping in list(self._written.items()):
             if os.fstat(mapping.fd).st_nlink == 0:
                 del self._written[key]
                 mapping.close()
+
+    def close(self) -> None:
+        """Unmap every file written."""
+        for mapping in self._written.values():
+            mapping.close()
+        self._written.clear()
+        self._threads.shutdown()
 
     def _map_for_writing(self, handle: weightsync_pb2.SharedMemoryHandle) -> _WriteMapping:
         """Map a file, or find the mapping made when the same file, under its former name, held an older version.
@@ -157,26 +170,6 @@ def _populate(memory: mmap.mmap, advice: int) -> None:
         memory.madvise(advice)
 
 
-def _match(
-    descriptors: Sequence[policy_pb2.TensorDescriptor], tensors: Iterable[tuple[str, torch.Tensor]]
-) -> Iterator[tuple[policy_pb2.TensorDescriptor, torch.Tensor]]:
-    """Pair each descriptor with its tensor; raise ManifestError where the export departs from its layout."""
-    source = iter(tensors)
-    for descriptor in descriptors:
-        name, tensor = next(source, ("", None))
-        if tensor is None:
-            raise ManifestError(f"the export ended before tensor {descriptor.name!r} of its layout")
-        if name != descriptor.name or tuple(tensor.shape) != tuple(descriptor.shape):
-            raise ManifestError(
-                f"the export yields {name!r} {tuple(tensor.shape)} where its layout has {descriptor.name!r} "
-                f"{tuple(descriptor.shape)}"
-            )
-        yield descriptor, tensor.detach()
-    extra, _ = next(source, ("", None))
-    if extra:
-        raise ManifestError(f"the export yields {extra!r} after the last tensor of its layout")
-
-
 def _view(memory: mmap.mmap, descriptor: policy_pb2.TensorDescriptor) -> torch.Tensor:
     """A tensor over the descriptor's bytes of a mapping."""
     dtype, shape = TORCH_DTYPE[descriptor.dtype], tuple(descriptor.shape)
@@ -201,7 +194,8 @@ def _batches(descriptors: Iterable[policy_pb2.TensorDescriptor]) -> list[list[po
 
 def _set_checksums(memory: mmap.mmap, batch: Iterable[policy_pb2.TensorDescriptor]) -> None:
     def store(descriptor: policy_pb2.TensorDescriptor, value: bytes) -> None:
-        descriptor.checksum = value
+        if not descriptor.checksum:
+            descriptor.checksum = value
 
     _each_checksum(memory, batch, store)
 
