@@ -782,3 +782,211 @@ class HeldVersion(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__version) -> _WhichOneofReturnType__version | None: ...
 
 Global___HeldVersion: _TypeAlias = HeldVersion  # noqa: Y015
+
+@_typing.final
+class DescribeRunRequest(_message.Message):
+    """Whose run to describe."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    JOB_ID_FIELD_NUMBER: _builtins.int
+    job_id: _builtins.str
+    """The job; NOT_FOUND when there is none."""
+    def __init__(
+        self,
+        *,
+        job_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["job_id", b"job_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DescribeRunRequest: _TypeAlias = DescribeRunRequest  # noqa: Y015
+
+@_typing.final
+class DescribeRunResponse(_message.Message):
+    """A job's run as it is now."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PHASE_FIELD_NUMBER: _builtins.int
+    WAITING_FOR_FIELD_NUMBER: _builtins.int
+    SINCE_UNIX_NS_FIELD_NUMBER: _builtins.int
+    STEP_FIELD_NUMBER: _builtins.int
+    ACTIVE_VERSION_FIELD_NUMBER: _builtins.int
+    NEWEST_VERSION_FIELD_NUMBER: _builtins.int
+    BATCH_SIZE_FIELD_NUMBER: _builtins.int
+    RUNNING_FIELD_NUMBER: _builtins.int
+    READY_FIELD_NUMBER: _builtins.int
+    PENDING_FIELD_NUMBER: _builtins.int
+    TRAINING_FIELD_NUMBER: _builtins.int
+    CONSUMED_FIELD_NUMBER: _builtins.int
+    HOLDS_FIELD_NUMBER: _builtins.int
+    WORKERS_FIELD_NUMBER: _builtins.int
+    JOBS_AHEAD_FIELD_NUMBER: _builtins.int
+    phase: _builtins.str
+    """What the run does, e.g. "collecting", "training", "queued", "ended"."""
+    waiting_for: _builtins.str
+    """What it waits for, in words; empty when it waits for nothing."""
+    since_unix_ns: _builtins.int
+    """Since when, in nanoseconds since the Unix epoch."""
+    step: _builtins.int
+    """Training step that is current, from 0."""
+    active_version: _builtins.int
+    """Version that engines serve; absent before the first."""
+    newest_version: _builtins.int
+    """Version that the trainer handed over last."""
+    batch_size: _builtins.int
+    """Groups that a training step takes, a count."""
+    pending: _builtins.int
+    """Groups that came back unfinished and wait for a worker, a count."""
+    training: _builtins.int
+    """Groups that the trainer works on, a count."""
+    consumed: _builtins.int
+    """Groups trained on so far, a count."""
+    jobs_ahead: _builtins.int
+    """Jobs that run before this one, a count."""
+    @_builtins.property
+    def running(self) -> _containers.RepeatedCompositeFieldContainer[Global___RunningGroup]:
+        """Groups being generated, by id."""
+
+    @_builtins.property
+    def ready(self) -> _containers.RepeatedCompositeFieldContainer[Global___ReadyGroup]:
+        """Groups that are finished and wait to be trained on, by id."""
+
+    @_builtins.property
+    def holds(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Why no group is handed out, if there are reasons beside the staleness bound."""
+
+    @_builtins.property
+    def workers(self) -> _containers.RepeatedCompositeFieldContainer[Global___WorkerDoing]:
+        """What each attached worker does or waits for, by its id."""
+
+    def __init__(
+        self,
+        *,
+        phase: _builtins.str = ...,
+        waiting_for: _builtins.str = ...,
+        since_unix_ns: _builtins.int = ...,
+        step: _builtins.int = ...,
+        active_version: _builtins.int | None = ...,
+        newest_version: _builtins.int = ...,
+        batch_size: _builtins.int = ...,
+        running: _abc.Iterable[Global___RunningGroup] | None = ...,
+        ready: _abc.Iterable[Global___ReadyGroup] | None = ...,
+        pending: _builtins.int = ...,
+        training: _builtins.int = ...,
+        consumed: _builtins.int = ...,
+        holds: _abc.Iterable[_builtins.str] | None = ...,
+        workers: _abc.Iterable[Global___WorkerDoing] | None = ...,
+        jobs_ahead: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_active_version", b"_active_version", "active_version", b"active_version"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_active_version", b"_active_version", "active_version", b"active_version", "batch_size", b"batch_size", "consumed", b"consumed", "holds", b"holds", "jobs_ahead", b"jobs_ahead", "newest_version", b"newest_version", "pending", b"pending", "phase", b"phase", "ready", b"ready", "running", b"running", "since_unix_ns", b"since_unix_ns", "step", b"step", "training", b"training", "waiting_for", b"waiting_for", "workers", b"workers"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__active_version: _TypeAlias = _typing.Literal["active_version"]  # noqa: Y015
+    _WhichOneofArgType__active_version: _TypeAlias = _typing.Literal["_active_version", b"_active_version"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__active_version) -> _WhichOneofReturnType__active_version | None: ...
+
+Global___DescribeRunResponse: _TypeAlias = DescribeRunResponse  # noqa: Y015
+
+@_typing.final
+class RunningGroup(_message.Message):
+    """A group in the hands of a worker."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GROUP_ID_FIELD_NUMBER: _builtins.int
+    WORKER_ID_FIELD_NUMBER: _builtins.int
+    ATTEMPT_FIELD_NUMBER: _builtins.int
+    SINCE_UNIX_NS_FIELD_NUMBER: _builtins.int
+    EVALUATION_FIELD_NUMBER: _builtins.int
+    group_id: _builtins.int
+    """The group."""
+    worker_id: _builtins.str
+    """The worker that generates it."""
+    attempt: _builtins.int
+    """Leases of the group so far, a count."""
+    since_unix_ns: _builtins.int
+    """When the worker got it, in nanoseconds since the Unix epoch."""
+    evaluation: _builtins.bool
+    """True when it belongs to an evaluation; such groups are numbered apart from those of training."""
+    def __init__(
+        self,
+        *,
+        group_id: _builtins.int = ...,
+        worker_id: _builtins.str = ...,
+        attempt: _builtins.int = ...,
+        since_unix_ns: _builtins.int = ...,
+        evaluation: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "evaluation", b"evaluation", "group_id", b"group_id", "since_unix_ns", b"since_unix_ns", "worker_id", b"worker_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RunningGroup: _TypeAlias = RunningGroup  # noqa: Y015
+
+@_typing.final
+class ReadyGroup(_message.Message):
+    """A group in the queue."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GROUP_ID_FIELD_NUMBER: _builtins.int
+    OLDEST_VERSION_FIELD_NUMBER: _builtins.int
+    group_id: _builtins.int
+    """The group."""
+    oldest_version: _builtins.int
+    """Oldest version among its tokens."""
+    def __init__(
+        self,
+        *,
+        group_id: _builtins.int = ...,
+        oldest_version: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["group_id", b"group_id", "oldest_version", b"oldest_version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReadyGroup: _TypeAlias = ReadyGroup  # noqa: Y015
+
+@_typing.final
+class WorkerDoing(_message.Message):
+    """What a worker does for the job."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WORKER_ID_FIELD_NUMBER: _builtins.int
+    ACTIVITY_FIELD_NUMBER: _builtins.int
+    WAITING_FOR_FIELD_NUMBER: _builtins.int
+    SINCE_UNIX_NS_FIELD_NUMBER: _builtins.int
+    worker_id: _builtins.str
+    """The worker."""
+    activity: _builtins.str
+    """What it does, e.g. "generate", "train"; empty while it waits."""
+    waiting_for: _builtins.str
+    """What it waits for, in words; empty while it does something."""
+    since_unix_ns: _builtins.int
+    """Since when, in nanoseconds since the Unix epoch."""
+    def __init__(
+        self,
+        *,
+        worker_id: _builtins.str = ...,
+        activity: _builtins.str = ...,
+        waiting_for: _builtins.str = ...,
+        since_unix_ns: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["activity", b"activity", "since_unix_ns", b"since_unix_ns", "waiting_for", b"waiting_for", "worker_id", b"worker_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WorkerDoing: _TypeAlias = WorkerDoing  # noqa: Y015

@@ -74,6 +74,11 @@ class ControllerServiceStub:
                 request_serializer=miles_dot_v1_dot_controller__pb2.ListWorkersRequest.SerializeToString,
                 response_deserializer=miles_dot_v1_dot_controller__pb2.ListWorkersResponse.FromString,
                 _registered_method=True)
+        self.DescribeRun = channel.unary_unary(
+                '/miles.v1.ControllerService/DescribeRun',
+                request_serializer=miles_dot_v1_dot_controller__pb2.DescribeRunRequest.SerializeToString,
+                response_deserializer=miles_dot_v1_dot_controller__pb2.DescribeRunResponse.FromString,
+                _registered_method=True)
 
 
 class ControllerServiceServicer:
@@ -136,6 +141,13 @@ class ControllerServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def DescribeRun(self, request, context):
+        """What a job's run does now, what it and each worker wait for, and which groups are where.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ControllerServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -178,6 +190,11 @@ def add_ControllerServiceServicer_to_server(servicer, server):
                     servicer.ListWorkers,
                     request_deserializer=miles_dot_v1_dot_controller__pb2.ListWorkersRequest.FromString,
                     response_serializer=miles_dot_v1_dot_controller__pb2.ListWorkersResponse.SerializeToString,
+            ),
+            'DescribeRun': grpc.unary_unary_rpc_method_handler(
+                    servicer.DescribeRun,
+                    request_deserializer=miles_dot_v1_dot_controller__pb2.DescribeRunRequest.FromString,
+                    response_serializer=miles_dot_v1_dot_controller__pb2.DescribeRunResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -396,6 +413,33 @@ class ControllerService:
             '/miles.v1.ControllerService/ListWorkers',
             miles_dot_v1_dot_controller__pb2.ListWorkersRequest.SerializeToString,
             miles_dot_v1_dot_controller__pb2.ListWorkersResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DescribeRun(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/miles.v1.ControllerService/DescribeRun',
+            miles_dot_v1_dot_controller__pb2.DescribeRunRequest.SerializeToString,
+            miles_dot_v1_dot_controller__pb2.DescribeRunResponse.FromString,
             options,
             channel_credentials,
             insecure,

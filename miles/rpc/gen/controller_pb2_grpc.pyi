@@ -49,6 +49,8 @@ class ControllerServiceStub:
     """
     ListWorkers: _grpc.UnaryUnaryMultiCallable[_controller_pb2.ListWorkersRequest, _controller_pb2.ListWorkersResponse]
     """The workers that are attached."""
+    DescribeRun: _grpc.UnaryUnaryMultiCallable[_controller_pb2.DescribeRunRequest, _controller_pb2.DescribeRunResponse]
+    """What a job's run does now, what it and each worker wait for, and which groups are where."""
 
 @_typing.type_check_only
 class ControllerServiceAsyncStub(ControllerServiceStub):
@@ -71,6 +73,8 @@ class ControllerServiceAsyncStub(ControllerServiceStub):
     """
     ListWorkers: _aio.UnaryUnaryMultiCallable[_controller_pb2.ListWorkersRequest, _controller_pb2.ListWorkersResponse]  # type: ignore[assignment]
     """The workers that are attached."""
+    DescribeRun: _aio.UnaryUnaryMultiCallable[_controller_pb2.DescribeRunRequest, _controller_pb2.DescribeRunResponse]  # type: ignore[assignment]
+    """What a job's run does now, what it and each worker wait for, and which groups are where."""
 
 class ControllerServiceServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -138,5 +142,13 @@ class ControllerServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_controller_pb2.ListWorkersResponse, _abc.Awaitable[_controller_pb2.ListWorkersResponse]]:
         """The workers that are attached."""
+
+    @_abc_1.abstractmethod
+    def DescribeRun(
+        self,
+        request: _controller_pb2.DescribeRunRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_controller_pb2.DescribeRunResponse, _abc.Awaitable[_controller_pb2.DescribeRunResponse]]:
+        """What a job's run does now, what it and each worker wait for, and which groups are where."""
 
 def add_ControllerServiceServicer_to_server(servicer: ControllerServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -26,7 +26,7 @@ from miles.rpc.gen import job_pb2 as miles_dot_v1_dot_job__pb2
 from miles.rpc.gen import sample_pb2 as miles_dot_v1_dot_sample__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16miles/v1/records.proto\x12\x08miles.v1\x1a\x12miles/v1/job.proto\x1a\x15miles/v1/sample.proto\"N\n\x11ListEventsRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x16\n\x0e\x61\x66ter_event_id\x18\x02 \x01(\t\x12\x11\n\tpage_size\x18\x03 \x01(\r\"8\n\x12ListEventsResponse\x12\"\n\x06\x65vents\x18\x01 \x03(\x0b\x32\x12.miles.v1.JobEvent\"}\n\x12ListMetricsRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\r\n\x05names\x18\x02 \x03(\t\x12\x12\n\nfirst_step\x18\x03 \x01(\x04\x12\x16\n\tlast_step\x18\x04 \x01(\x04H\x00\x88\x01\x01\x12\x0e\n\x06stride\x18\x05 \x01(\rB\x0c\n\n_last_step\"v\n\x13ListMetricsResponse\x12&\n\x06series\x18\x01 \x03(\x0b\x32\x16.miles.v1.MetricSeries\x12\r\n\x05names\x18\x02 \x03(\t\x12\x18\n\x0bnewest_step\x18\x03 \x01(\x04H\x00\x88\x01\x01\x42\x0e\n\x0c_newest_step\"K\n\x0cMetricSeries\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05steps\x18\x02 \x03(\x04\x12\x0e\n\x06values\x18\x03 \x03(\x01\x12\x0e\n\x06unix_s\x18\x04 \x03(\x01\"\xb7\x01\n\x12ListSamplesRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x11\n\x04step\x18\x02 \x01(\x04H\x00\x88\x01\x01\x12\x17\n\nmin_reward\x18\x03 \x01(\x01H\x01\x88\x01\x01\x12\x17\n\nmax_reward\x18\x04 \x01(\x01H\x02\x88\x01\x01\x12\x11\n\tpage_size\x18\x05 \x01(\r\x12\x12\n\npage_token\x18\x06 \x01(\tB\x07\n\x05_stepB\r\n\x0b_min_rewardB\r\n\x0b_max_reward\"W\n\x13ListSamplesResponse\x12\'\n\x07samples\x18\x01 \x03(\x0b\x32\x16.miles.v1.SampleRecord\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\xa7\x04\n\x0cSampleRecord\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12\x10\n\x08group_id\x18\x02 \x01(\x03\x12\r\n\x05index\x18\x03 \x01(\r\x12\x13\n\x0bprompt_json\x18\x04 \x01(\t\x12\x10\n\x08response\x18\x05 \x01(\t\x12\x12\n\x05label\x18\x06 \x01(\tH\x00\x88\x01\x01\x12\x13\n\x06reward\x18\x07 \x01(\x01H\x01\x88\x01\x01\x12=\n\x0creward_parts\x18\x08 \x03(\x0b\x32\'.miles.v1.SampleRecord.RewardPartsEntry\x12&\n\x06status\x18\t \x01(\x0e\x32\x16.miles.v1.SampleStatus\x12\x17\n\x0fresponse_length\x18\n \x01(\r\x12.\n\x0fweight_versions\x18\x0b \x03(\x0b\x32\x15.miles.v1.VersionSpan\x12\x1f\n\x12log_prob_diff_mean\x18\x0c \x01(\x01H\x02\x88\x01\x01\x12\x1e\n\x11log_prob_diff_max\x18\r \x01(\x01H\x03\x88\x01\x01\x12\x16\n\tadvantage\x18\x0e \x01(\x01H\x04\x88\x01\x01\x12\x0b\n\x03\x63ut\x18\x0f \x01(\x08\x1a\x32\n\x10RewardPartsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\x08\n\x06_labelB\t\n\x07_rewardB\x15\n\x13_log_prob_diff_meanB\x14\n\x12_log_prob_diff_maxB\x0c\n\n_advantage\"J\n\x13ListActivityRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x14\n\x0c\x61\x66ter_unix_s\x18\x02 \x01(\x01\x12\r\n\x05limit\x18\x03 \x01(\r\"=\n\x14ListActivityResponse\x12%\n\x05spans\x18\x01 \x03(\x0b\x32\x16.miles.v1.ActivitySpan\"X\n\x0c\x41\x63tivitySpan\x12\x10\n\x08\x61\x63tivity\x18\x01 \x01(\t\x12\x0c\n\x04step\x18\x02 \x01(\x04\x12\x14\n\x0cstart_unix_s\x18\x03 \x01(\x01\x12\x12\n\nend_unix_s\x18\x04 \x01(\x01\"(\n\x16ListCheckpointsRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\"D\n\x17ListCheckpointsResponse\x12)\n\x0b\x63heckpoints\x18\x01 \x03(\x0b\x32\x14.miles.v1.Checkpoint\"n\n\nCheckpoint\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12\x13\n\x0bstate_bytes\x18\x02 \x01(\x04\x12\x15\n\rsaved_unix_ns\x18\x03 \x01(\x04\x12&\n\x08hf_files\x18\x04 \x03(\x0b\x32\x14.miles.v1.ExportFile\".\n\nExportFile\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nsize_bytes\x18\x02 \x01(\x04\"U\n\x11ReadExportRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x0c\n\x04step\x18\x02 \x01(\x04\x12\x0c\n\x04name\x18\x03 \x01(\t\x12\x14\n\x0coffset_bytes\x18\x04 \x01(\x04\"\"\n\x12ReadExportResponse\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\"!\n\x0fListLogsRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\"4\n\x10ListLogsResponse\x12 \n\x05\x66iles\x18\x01 \x03(\x0b\x32\x11.miles.v1.LogFile\"E\n\x07LogFile\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nsize_bytes\x18\x02 \x01(\x04\x12\x18\n\x10modified_unix_ns\x18\x03 \x01(\x04\"o\n\x0eReadLogRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x19\n\x0coffset_bytes\x18\x03 \x01(\x04H\x00\x88\x01\x01\x12\x13\n\x0blimit_bytes\x18\x04 \x01(\rB\x0f\n\r_offset_bytes\"d\n\x0fReadLogResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x14\n\x0coffset_bytes\x18\x02 \x01(\x04\x12\x19\n\x11next_offset_bytes\x18\x03 \x01(\x04\x12\x12\n\nsize_bytes\x18\x04 \x01(\x04\x32\xe6\x04\n\x0eRecordsService\x12G\n\nListEvents\x12\x1b.miles.v1.ListEventsRequest\x1a\x1c.miles.v1.ListEventsResponse\x12J\n\x0bListMetrics\x12\x1c.miles.v1.ListMetricsRequest\x1a\x1d.miles.v1.ListMetricsResponse\x12J\n\x0bListSamples\x12\x1c.miles.v1.ListSamplesRequest\x1a\x1d.miles.v1.ListSamplesResponse\x12M\n\x0cListActivity\x12\x1d.miles.v1.ListActivityRequest\x1a\x1e.miles.v1.ListActivityResponse\x12V\n\x0fListCheckpoints\x12 .miles.v1.ListCheckpointsRequest\x1a!.miles.v1.ListCheckpointsResponse\x12I\n\nReadExport\x12\x1b.miles.v1.ReadExportRequest\x1a\x1c.miles.v1.ReadExportResponse0\x01\x12\x41\n\x08ListLogs\x12\x19.miles.v1.ListLogsRequest\x1a\x1a.miles.v1.ListLogsResponse\x12>\n\x07ReadLog\x12\x18.miles.v1.ReadLogRequest\x1a\x19.miles.v1.ReadLogResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16miles/v1/records.proto\x12\x08miles.v1\x1a\x12miles/v1/job.proto\x1a\x15miles/v1/sample.proto\"N\n\x11ListEventsRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x16\n\x0e\x61\x66ter_event_id\x18\x02 \x01(\t\x12\x11\n\tpage_size\x18\x03 \x01(\r\"8\n\x12ListEventsResponse\x12\"\n\x06\x65vents\x18\x01 \x03(\x0b\x32\x12.miles.v1.JobEvent\"}\n\x12ListMetricsRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\r\n\x05names\x18\x02 \x03(\t\x12\x12\n\nfirst_step\x18\x03 \x01(\x04\x12\x16\n\tlast_step\x18\x04 \x01(\x04H\x00\x88\x01\x01\x12\x0e\n\x06stride\x18\x05 \x01(\rB\x0c\n\n_last_step\"v\n\x13ListMetricsResponse\x12&\n\x06series\x18\x01 \x03(\x0b\x32\x16.miles.v1.MetricSeries\x12\r\n\x05names\x18\x02 \x03(\t\x12\x18\n\x0bnewest_step\x18\x03 \x01(\x04H\x00\x88\x01\x01\x42\x0e\n\x0c_newest_step\"K\n\x0cMetricSeries\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05steps\x18\x02 \x03(\x04\x12\x0e\n\x06values\x18\x03 \x03(\x01\x12\x0e\n\x06unix_s\x18\x04 \x03(\x01\"\xb7\x01\n\x12ListSamplesRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x11\n\x04step\x18\x02 \x01(\x04H\x00\x88\x01\x01\x12\x17\n\nmin_reward\x18\x03 \x01(\x01H\x01\x88\x01\x01\x12\x17\n\nmax_reward\x18\x04 \x01(\x01H\x02\x88\x01\x01\x12\x11\n\tpage_size\x18\x05 \x01(\r\x12\x12\n\npage_token\x18\x06 \x01(\tB\x07\n\x05_stepB\r\n\x0b_min_rewardB\r\n\x0b_max_reward\"W\n\x13ListSamplesResponse\x12\'\n\x07samples\x18\x01 \x03(\x0b\x32\x16.miles.v1.SampleRecord\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\xa7\x04\n\x0cSampleRecord\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12\x10\n\x08group_id\x18\x02 \x01(\x03\x12\r\n\x05index\x18\x03 \x01(\r\x12\x13\n\x0bprompt_json\x18\x04 \x01(\t\x12\x10\n\x08response\x18\x05 \x01(\t\x12\x12\n\x05label\x18\x06 \x01(\tH\x00\x88\x01\x01\x12\x13\n\x06reward\x18\x07 \x01(\x01H\x01\x88\x01\x01\x12=\n\x0creward_parts\x18\x08 \x03(\x0b\x32\'.miles.v1.SampleRecord.RewardPartsEntry\x12&\n\x06status\x18\t \x01(\x0e\x32\x16.miles.v1.SampleStatus\x12\x17\n\x0fresponse_length\x18\n \x01(\r\x12.\n\x0fweight_versions\x18\x0b \x03(\x0b\x32\x15.miles.v1.VersionSpan\x12\x1f\n\x12log_prob_diff_mean\x18\x0c \x01(\x01H\x02\x88\x01\x01\x12\x1e\n\x11log_prob_diff_max\x18\r \x01(\x01H\x03\x88\x01\x01\x12\x16\n\tadvantage\x18\x0e \x01(\x01H\x04\x88\x01\x01\x12\x0b\n\x03\x63ut\x18\x0f \x01(\x08\x1a\x32\n\x10RewardPartsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\x08\n\x06_labelB\t\n\x07_rewardB\x15\n\x13_log_prob_diff_meanB\x14\n\x12_log_prob_diff_maxB\x0c\n\n_advantage\"Q\n\x10GetSampleRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x0c\n\x04step\x18\x02 \x01(\x04\x12\x10\n\x08group_id\x18\x03 \x01(\x03\x12\r\n\x05index\x18\x04 \x01(\r\"a\n\x11GetSampleResponse\x12&\n\x06sample\x18\x01 \x01(\x0b\x32\x16.miles.v1.SampleRecord\x12$\n\x06tokens\x18\x02 \x01(\x0b\x32\x14.miles.v1.TokenTable\"\xa3\x01\n\nTokenTable\x12\r\n\x05texts\x18\x01 \x03(\t\x12\x0b\n\x03ids\x18\x02 \x03(\x05\x12\x17\n\x0ftrain_log_probs\x18\x03 \x03(\x02\x12\x19\n\x11rollout_log_probs\x18\x04 \x03(\x02\x12\x12\n\nadvantages\x18\x05 \x03(\x02\x12\x0c\n\x04mask\x18\x06 \x03(\r\x12\x0f\n\x07skipped\x18\x07 \x01(\r\x12\x12\n\nskipped_at\x18\x08 \x01(\r\"J\n\x13ListActivityRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x14\n\x0c\x61\x66ter_unix_s\x18\x02 \x01(\x01\x12\r\n\x05limit\x18\x03 \x01(\r\"=\n\x14ListActivityResponse\x12%\n\x05spans\x18\x01 \x03(\x0b\x32\x16.miles.v1.ActivitySpan\"k\n\x0c\x41\x63tivitySpan\x12\x10\n\x08\x61\x63tivity\x18\x01 \x01(\t\x12\x0c\n\x04step\x18\x02 \x01(\x04\x12\x14\n\x0cstart_unix_s\x18\x03 \x01(\x01\x12\x12\n\nend_unix_s\x18\x04 \x01(\x01\x12\x11\n\tworker_id\x18\x05 \x01(\t\"(\n\x16ListCheckpointsRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\"D\n\x17ListCheckpointsResponse\x12)\n\x0b\x63heckpoints\x18\x01 \x03(\x0b\x32\x14.miles.v1.Checkpoint\"n\n\nCheckpoint\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12\x13\n\x0bstate_bytes\x18\x02 \x01(\x04\x12\x15\n\rsaved_unix_ns\x18\x03 \x01(\x04\x12&\n\x08hf_files\x18\x04 \x03(\x0b\x32\x14.miles.v1.ExportFile\".\n\nExportFile\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nsize_bytes\x18\x02 \x01(\x04\"U\n\x11ReadExportRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x0c\n\x04step\x18\x02 \x01(\x04\x12\x0c\n\x04name\x18\x03 \x01(\t\x12\x14\n\x0coffset_bytes\x18\x04 \x01(\x04\"\"\n\x12ReadExportResponse\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\"!\n\x0fListLogsRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\"4\n\x10ListLogsResponse\x12 \n\x05\x66iles\x18\x01 \x03(\x0b\x32\x11.miles.v1.LogFile\"E\n\x07LogFile\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nsize_bytes\x18\x02 \x01(\x04\x12\x18\n\x10modified_unix_ns\x18\x03 \x01(\x04\"o\n\x0eReadLogRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x19\n\x0coffset_bytes\x18\x03 \x01(\x04H\x00\x88\x01\x01\x12\x13\n\x0blimit_bytes\x18\x04 \x01(\rB\x0f\n\r_offset_bytes\"d\n\x0fReadLogResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x14\n\x0coffset_bytes\x18\x02 \x01(\x04\x12\x19\n\x11next_offset_bytes\x18\x03 \x01(\x04\x12\x12\n\nsize_bytes\x18\x04 \x01(\x04\x32\xac\x05\n\x0eRecordsService\x12G\n\nListEvents\x12\x1b.miles.v1.ListEventsRequest\x1a\x1c.miles.v1.ListEventsResponse\x12J\n\x0bListMetrics\x12\x1c.miles.v1.ListMetricsRequest\x1a\x1d.miles.v1.ListMetricsResponse\x12J\n\x0bListSamples\x12\x1c.miles.v1.ListSamplesRequest\x1a\x1d.miles.v1.ListSamplesResponse\x12\x44\n\tGetSample\x12\x1a.miles.v1.GetSampleRequest\x1a\x1b.miles.v1.GetSampleResponse\x12M\n\x0cListActivity\x12\x1d.miles.v1.ListActivityRequest\x1a\x1e.miles.v1.ListActivityResponse\x12V\n\x0fListCheckpoints\x12 .miles.v1.ListCheckpointsRequest\x1a!.miles.v1.ListCheckpointsResponse\x12I\n\nReadExport\x12\x1b.miles.v1.ReadExportRequest\x1a\x1c.miles.v1.ReadExportResponse0\x01\x12\x41\n\x08ListLogs\x12\x19.miles.v1.ListLogsRequest\x1a\x1a.miles.v1.ListLogsResponse\x12>\n\x07ReadLog\x12\x18.miles.v1.ReadLogRequest\x1a\x19.miles.v1.ReadLogResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -53,34 +53,40 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SAMPLERECORD']._serialized_end=1368
   _globals['_SAMPLERECORD_REWARDPARTSENTRY']._serialized_start=1238
   _globals['_SAMPLERECORD_REWARDPARTSENTRY']._serialized_end=1288
-  _globals['_LISTACTIVITYREQUEST']._serialized_start=1370
-  _globals['_LISTACTIVITYREQUEST']._serialized_end=1444
-  _globals['_LISTACTIVITYRESPONSE']._serialized_start=1446
-  _globals['_LISTACTIVITYRESPONSE']._serialized_end=1507
-  _globals['_ACTIVITYSPAN']._serialized_start=1509
-  _globals['_ACTIVITYSPAN']._serialized_end=1597
-  _globals['_LISTCHECKPOINTSREQUEST']._serialized_start=1599
-  _globals['_LISTCHECKPOINTSREQUEST']._serialized_end=1639
-  _globals['_LISTCHECKPOINTSRESPONSE']._serialized_start=1641
-  _globals['_LISTCHECKPOINTSRESPONSE']._serialized_end=1709
-  _globals['_CHECKPOINT']._serialized_start=1711
-  _globals['_CHECKPOINT']._serialized_end=1821
-  _globals['_EXPORTFILE']._serialized_start=1823
-  _globals['_EXPORTFILE']._serialized_end=1869
-  _globals['_READEXPORTREQUEST']._serialized_start=1871
-  _globals['_READEXPORTREQUEST']._serialized_end=1956
-  _globals['_READEXPORTRESPONSE']._serialized_start=1958
-  _globals['_READEXPORTRESPONSE']._serialized_end=1992
-  _globals['_LISTLOGSREQUEST']._serialized_start=1994
-  _globals['_LISTLOGSREQUEST']._serialized_end=2027
-  _globals['_LISTLOGSRESPONSE']._serialized_start=2029
-  _globals['_LISTLOGSRESPONSE']._serialized_end=2081
-  _globals['_LOGFILE']._serialized_start=2083
-  _globals['_LOGFILE']._serialized_end=2152
-  _globals['_READLOGREQUEST']._serialized_start=2154
-  _globals['_READLOGREQUEST']._serialized_end=2265
-  _globals['_READLOGRESPONSE']._serialized_start=2267
-  _globals['_READLOGRESPONSE']._serialized_end=2367
-  _globals['_RECORDSSERVICE']._serialized_start=2370
-  _globals['_RECORDSSERVICE']._serialized_end=2984
+  _globals['_GETSAMPLEREQUEST']._serialized_start=1370
+  _globals['_GETSAMPLEREQUEST']._serialized_end=1451
+  _globals['_GETSAMPLERESPONSE']._serialized_start=1453
+  _globals['_GETSAMPLERESPONSE']._serialized_end=1550
+  _globals['_TOKENTABLE']._serialized_start=1553
+  _globals['_TOKENTABLE']._serialized_end=1716
+  _globals['_LISTACTIVITYREQUEST']._serialized_start=1718
+  _globals['_LISTACTIVITYREQUEST']._serialized_end=1792
+  _globals['_LISTACTIVITYRESPONSE']._serialized_start=1794
+  _globals['_LISTACTIVITYRESPONSE']._serialized_end=1855
+  _globals['_ACTIVITYSPAN']._serialized_start=1857
+  _globals['_ACTIVITYSPAN']._serialized_end=1964
+  _globals['_LISTCHECKPOINTSREQUEST']._serialized_start=1966
+  _globals['_LISTCHECKPOINTSREQUEST']._serialized_end=2006
+  _globals['_LISTCHECKPOINTSRESPONSE']._serialized_start=2008
+  _globals['_LISTCHECKPOINTSRESPONSE']._serialized_end=2076
+  _globals['_CHECKPOINT']._serialized_start=2078
+  _globals['_CHECKPOINT']._serialized_end=2188
+  _globals['_EXPORTFILE']._serialized_start=2190
+  _globals['_EXPORTFILE']._serialized_end=2236
+  _globals['_READEXPORTREQUEST']._serialized_start=2238
+  _globals['_READEXPORTREQUEST']._serialized_end=2323
+  _globals['_READEXPORTRESPONSE']._serialized_start=2325
+  _globals['_READEXPORTRESPONSE']._serialized_end=2359
+  _globals['_LISTLOGSREQUEST']._serialized_start=2361
+  _globals['_LISTLOGSREQUEST']._serialized_end=2394
+  _globals['_LISTLOGSRESPONSE']._serialized_start=2396
+  _globals['_LISTLOGSRESPONSE']._serialized_end=2448
+  _globals['_LOGFILE']._serialized_start=2450
+  _globals['_LOGFILE']._serialized_end=2519
+  _globals['_READLOGREQUEST']._serialized_start=2521
+  _globals['_READLOGREQUEST']._serialized_end=2632
+  _globals['_READLOGRESPONSE']._serialized_start=2634
+  _globals['_READLOGRESPONSE']._serialized_end=2734
+  _globals['_RECORDSSERVICE']._serialized_start=2737
+  _globals['_RECORDSSERVICE']._serialized_end=3421
 # @@protoc_insertion_point(module_scope)

@@ -395,6 +395,132 @@ class SampleRecord(_message.Message):
 Global___SampleRecord: _TypeAlias = SampleRecord  # noqa: Y015
 
 @_typing.final
+class GetSampleRequest(_message.Message):
+    """Which sample to return."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    JOB_ID_FIELD_NUMBER: _builtins.int
+    STEP_FIELD_NUMBER: _builtins.int
+    GROUP_ID_FIELD_NUMBER: _builtins.int
+    INDEX_FIELD_NUMBER: _builtins.int
+    job_id: _builtins.str
+    """The job whose samples to read."""
+    step: _builtins.int
+    """Training step, from 0."""
+    group_id: _builtins.int
+    """The prompt group."""
+    index: _builtins.int
+    """Place within the group."""
+    def __init__(
+        self,
+        *,
+        job_id: _builtins.str = ...,
+        step: _builtins.int = ...,
+        group_id: _builtins.int = ...,
+        index: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["group_id", b"group_id", "index", b"index", "job_id", b"job_id", "step", b"step"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetSampleRequest: _TypeAlias = GetSampleRequest  # noqa: Y015
+
+@_typing.final
+class GetSampleResponse(_message.Message):
+    """A sample, token by token."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SAMPLE_FIELD_NUMBER: _builtins.int
+    TOKENS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def sample(self) -> Global___SampleRecord:
+        """The sample as in lists."""
+
+    @_builtins.property
+    def tokens(self) -> Global___TokenTable:
+        """Tokens of the response; absent when the trainer recorded none."""
+
+    def __init__(
+        self,
+        *,
+        sample: Global___SampleRecord | None = ...,
+        tokens: Global___TokenTable | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["sample", b"sample", "tokens", b"tokens"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["sample", b"sample", "tokens", b"tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetSampleResponse: _TypeAlias = GetSampleResponse  # noqa: Y015
+
+@_typing.final
+class TokenTable(_message.Message):
+    """What was known of each token of a response. All lists are equally long or empty (not known)."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TEXTS_FIELD_NUMBER: _builtins.int
+    IDS_FIELD_NUMBER: _builtins.int
+    TRAIN_LOG_PROBS_FIELD_NUMBER: _builtins.int
+    ROLLOUT_LOG_PROBS_FIELD_NUMBER: _builtins.int
+    ADVANTAGES_FIELD_NUMBER: _builtins.int
+    MASK_FIELD_NUMBER: _builtins.int
+    SKIPPED_FIELD_NUMBER: _builtins.int
+    SKIPPED_AT_FIELD_NUMBER: _builtins.int
+    skipped: _builtins.int
+    """Tokens left out in the middle of a long response, a count."""
+    skipped_at: _builtins.int
+    """Where they were left out: so many tokens of the lists come before them."""
+    @_builtins.property
+    def texts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Text of each token; empty for one whose text is only complete with the next."""
+
+    @_builtins.property
+    def ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Token ids."""
+
+    @_builtins.property
+    def train_log_probs(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """The trainer's log-probability, in nats."""
+
+    @_builtins.property
+    def rollout_log_probs(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """The engine's log-probability, in nats."""
+
+    @_builtins.property
+    def advantages(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """Advantage."""
+
+    @_builtins.property
+    def mask(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """1 for tokens that were trained on, 0 for others."""
+
+    def __init__(
+        self,
+        *,
+        texts: _abc.Iterable[_builtins.str] | None = ...,
+        ids: _abc.Iterable[_builtins.int] | None = ...,
+        train_log_probs: _abc.Iterable[_builtins.float] | None = ...,
+        rollout_log_probs: _abc.Iterable[_builtins.float] | None = ...,
+        advantages: _abc.Iterable[_builtins.float] | None = ...,
+        mask: _abc.Iterable[_builtins.int] | None = ...,
+        skipped: _builtins.int = ...,
+        skipped_at: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["advantages", b"advantages", "ids", b"ids", "mask", b"mask", "rollout_log_probs", b"rollout_log_probs", "skipped", b"skipped", "skipped_at", b"skipped_at", "texts", b"texts", "train_log_probs", b"train_log_probs"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TokenTable: _TypeAlias = TokenTable  # noqa: Y015
+
+@_typing.final
 class ListActivityRequest(_message.Message):
     """Whose activity to return, and since when."""
 
@@ -458,14 +584,19 @@ class ActivitySpan(_message.Message):
     STEP_FIELD_NUMBER: _builtins.int
     START_UNIX_S_FIELD_NUMBER: _builtins.int
     END_UNIX_S_FIELD_NUMBER: _builtins.int
+    WORKER_ID_FIELD_NUMBER: _builtins.int
     activity: _builtins.str
-    """"generate", "train" or "sync"."""
+    """Of the run: "generate", "train" or "sync". Of a worker: "generate", "score", "load", "train", "export", "save" or
+    "activate".
+    """
     step: _builtins.int
     """Training step that was current when it ended."""
     start_unix_s: _builtins.float
     """Its beginning, in seconds since the Unix epoch."""
     end_unix_s: _builtins.float
     """Its end, in seconds since the Unix epoch."""
+    worker_id: _builtins.str
+    """The worker that was at it; empty for an activity of the run as a whole."""
     def __init__(
         self,
         *,
@@ -473,10 +604,11 @@ class ActivitySpan(_message.Message):
         step: _builtins.int = ...,
         start_unix_s: _builtins.float = ...,
         end_unix_s: _builtins.float = ...,
+        worker_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["activity", b"activity", "end_unix_s", b"end_unix_s", "start_unix_s", b"start_unix_s", "step", b"step"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["activity", b"activity", "end_unix_s", b"end_unix_s", "start_unix_s", b"start_unix_s", "step", b"step", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -50,6 +50,11 @@ class RecordsServiceStub:
                 request_serializer=miles_dot_v1_dot_records__pb2.ListSamplesRequest.SerializeToString,
                 response_deserializer=miles_dot_v1_dot_records__pb2.ListSamplesResponse.FromString,
                 _registered_method=True)
+        self.GetSample = channel.unary_unary(
+                '/miles.v1.RecordsService/GetSample',
+                request_serializer=miles_dot_v1_dot_records__pb2.GetSampleRequest.SerializeToString,
+                response_deserializer=miles_dot_v1_dot_records__pb2.GetSampleResponse.FromString,
+                _registered_method=True)
         self.ListActivity = channel.unary_unary(
                 '/miles.v1.RecordsService/ListActivity',
                 request_serializer=miles_dot_v1_dot_records__pb2.ListActivityRequest.SerializeToString,
@@ -97,6 +102,13 @@ class RecordsServiceServicer:
 
     def ListSamples(self, request, context):
         """Samples that training steps recorded, newest step first, page by page.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetSample(self, request, context):
+        """One sample with what was known of each token of its response; NOT_FOUND when it was not recorded.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -154,6 +166,11 @@ def add_RecordsServiceServicer_to_server(servicer, server):
                     servicer.ListSamples,
                     request_deserializer=miles_dot_v1_dot_records__pb2.ListSamplesRequest.FromString,
                     response_serializer=miles_dot_v1_dot_records__pb2.ListSamplesResponse.SerializeToString,
+            ),
+            'GetSample': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetSample,
+                    request_deserializer=miles_dot_v1_dot_records__pb2.GetSampleRequest.FromString,
+                    response_serializer=miles_dot_v1_dot_records__pb2.GetSampleResponse.SerializeToString,
             ),
             'ListActivity': grpc.unary_unary_rpc_method_handler(
                     servicer.ListActivity,
@@ -263,6 +280,33 @@ class RecordsService:
             '/miles.v1.RecordsService/ListSamples',
             miles_dot_v1_dot_records__pb2.ListSamplesRequest.SerializeToString,
             miles_dot_v1_dot_records__pb2.ListSamplesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetSample(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/miles.v1.RecordsService/GetSample',
+            miles_dot_v1_dot_records__pb2.GetSampleRequest.SerializeToString,
+            miles_dot_v1_dot_records__pb2.GetSampleResponse.FromString,
             options,
             channel_credentials,
             insecure,

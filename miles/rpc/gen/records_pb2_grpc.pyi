@@ -39,6 +39,8 @@ class RecordsServiceStub:
     """Metrics by name over a range of steps."""
     ListSamples: _grpc.UnaryUnaryMultiCallable[_records_pb2.ListSamplesRequest, _records_pb2.ListSamplesResponse]
     """Samples that training steps recorded, newest step first, page by page."""
+    GetSample: _grpc.UnaryUnaryMultiCallable[_records_pb2.GetSampleRequest, _records_pb2.GetSampleResponse]
+    """One sample with what was known of each token of its response; NOT_FOUND when it was not recorded."""
     ListActivity: _grpc.UnaryUnaryMultiCallable[_records_pb2.ListActivityRequest, _records_pb2.ListActivityResponse]
     """Which activity went on when."""
     ListCheckpoints: _grpc.UnaryUnaryMultiCallable[_records_pb2.ListCheckpointsRequest, _records_pb2.ListCheckpointsResponse]
@@ -61,6 +63,8 @@ class RecordsServiceAsyncStub(RecordsServiceStub):
     """Metrics by name over a range of steps."""
     ListSamples: _aio.UnaryUnaryMultiCallable[_records_pb2.ListSamplesRequest, _records_pb2.ListSamplesResponse]  # type: ignore[assignment]
     """Samples that training steps recorded, newest step first, page by page."""
+    GetSample: _aio.UnaryUnaryMultiCallable[_records_pb2.GetSampleRequest, _records_pb2.GetSampleResponse]  # type: ignore[assignment]
+    """One sample with what was known of each token of its response; NOT_FOUND when it was not recorded."""
     ListActivity: _aio.UnaryUnaryMultiCallable[_records_pb2.ListActivityRequest, _records_pb2.ListActivityResponse]  # type: ignore[assignment]
     """Which activity went on when."""
     ListCheckpoints: _aio.UnaryUnaryMultiCallable[_records_pb2.ListCheckpointsRequest, _records_pb2.ListCheckpointsResponse]  # type: ignore[assignment]
@@ -98,6 +102,14 @@ class RecordsServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_records_pb2.ListSamplesResponse, _abc.Awaitable[_records_pb2.ListSamplesResponse]]:
         """Samples that training steps recorded, newest step first, page by page."""
+
+    @_abc_1.abstractmethod
+    def GetSample(
+        self,
+        request: _records_pb2.GetSampleRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_records_pb2.GetSampleResponse, _abc.Awaitable[_records_pb2.GetSampleResponse]]:
+        """One sample with what was known of each token of its response; NOT_FOUND when it was not recorded."""
 
     @_abc_1.abstractmethod
     def ListActivity(

@@ -9,6 +9,7 @@ from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from miles.rpc.gen import policy_pb2 as _policy_pb2
+from miles.rpc.gen import weightsource_pb2 as _weightsource_pb2
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -177,6 +178,8 @@ class TransportHandle(_message.Message):
     PUBLICATION_ID_FIELD_NUMBER: _builtins.int
     DISK_DELTA_FIELD_NUMBER: _builtins.int
     GRPC_CHUNKS_FIELD_NUMBER: _builtins.int
+    COLLECTIVE_FIELD_NUMBER: _builtins.int
+    CUDA_IPC_FIELD_NUMBER: _builtins.int
     kind: Global___TransportKind.ValueType
     """Which of the fields below is set."""
     publication_id: _builtins.int
@@ -193,6 +196,14 @@ class TransportHandle(_message.Message):
     def grpc_chunks(self) -> Global___GrpcChunksHandle:
         """Set for GRPC_CHUNKS."""
 
+    @_builtins.property
+    def collective(self) -> _weightsource_pb2.CollectiveHandle:
+        """Set for COLLECTIVE."""
+
+    @_builtins.property
+    def cuda_ipc(self) -> _weightsource_pb2.CudaIpcHandle:
+        """Set for CUDA_IPC."""
+
     def __init__(
         self,
         *,
@@ -201,10 +212,12 @@ class TransportHandle(_message.Message):
         publication_id: _builtins.int = ...,
         disk_delta: Global___DiskDeltaHandle | None = ...,
         grpc_chunks: Global___GrpcChunksHandle | None = ...,
+        collective: _weightsource_pb2.CollectiveHandle | None = ...,
+        cuda_ipc: _weightsource_pb2.CudaIpcHandle | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["disk_delta", b"disk_delta", "grpc_chunks", b"grpc_chunks", "shared_memory", b"shared_memory"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["collective", b"collective", "cuda_ipc", b"cuda_ipc", "disk_delta", b"disk_delta", "grpc_chunks", b"grpc_chunks", "shared_memory", b"shared_memory"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["disk_delta", b"disk_delta", "grpc_chunks", b"grpc_chunks", "kind", b"kind", "publication_id", b"publication_id", "shared_memory", b"shared_memory"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["collective", b"collective", "cuda_ipc", b"cuda_ipc", "disk_delta", b"disk_delta", "grpc_chunks", b"grpc_chunks", "kind", b"kind", "publication_id", b"publication_id", "shared_memory", b"shared_memory"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
