@@ -49,7 +49,8 @@ async def serve(arguments: argparse.Namespace) -> None:
         raise ServiceExit(ExitCode.REDIS_UNREACHABLE, str(error)) from error
     registry = WorkerRegistry()
     store = JobStore(client)
-    scheduler = JobScheduler(store, JobRunner(store, registry, client, arguments.redis_url), registry)
+    runner = JobRunner(store, registry, client, arguments.redis_url, arguments.log_dir)
+    scheduler = JobScheduler(store, runner, registry)
     servicer = ControllerServicer(store, scheduler, registry)
     records = RecordsServicer(store, arguments.log_dir)
 

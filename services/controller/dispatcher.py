@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections import Counter
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -18,6 +19,7 @@ from miles.services.controller.job_context import JobContext
 from miles.services.controller.load_balance import LoadBalance
 from miles.services.controller.registry import AttachedWorker, WorkerRegistry
 from miles.services.controller.rollout_link import RolloutLink
+from miles.services.controller.worker_activity import WorkerActivity
 
 if TYPE_CHECKING:
     from miles.queue import GroupQueue
@@ -46,6 +48,7 @@ class Dispatcher:
         registry: WorkerRegistry,
         queue: GroupQueue,
         clock: ActivityClock,
+        activity: WorkerActivity,
         make_lease: LeaseMaker,
         weightsync_address: str,
         reward_addresses: dict[str, str],
@@ -54,6 +57,8 @@ class Dispatcher:
         self._registry = registry
         self._queue = queue
         self._clock = clock
+        self._activity = activity
+        self._leased_unix_ns: dict[tuple[bool, int], int] = {}
         self._make_lease = make_lease
         self._weightsync_address = weightsync_address
         self._reward_addresses = reward_addresses
@@ -119,7 +124,14 @@ class Dispatcher:
                 break
             self.links[worker_id].lease(lease)
             self._balance.take(worker_id)
+            self._leased_unix_ns[lease.purpose == rollout_pb2.GROUP_PURPOSE_EVAL, lease.group_id] = time.time_ns()
+            if self._balance.held(worker_id) == 1:
+                self._activity.begin(worker_id, "generate")
         self._watch_activity()
+
+    def leased_since(self, evaluation: bool, group_id: int) -> int:
+        """When a group was leased last, in nanoseconds since the Unix epoch; 0 when that is not known."""
+        return self._leased_unix_ns.get((evaluation, group_id), 0)
 
     def interrupt(self) -> None:
         """Have every training group that runs given up; what there is of it is kept."""
@@ -184,6 +196,7 @@ class Dispatcher:
 
     def _unlink(self, link: RolloutLink) -> None:
         self._generated_before += link.progress.generated_tokens
+        self._activity.end(link.worker_id)
         del self.links[link.worker_id], self._tasks[link.worker_id]
         if self.admission is not None:
             lost = self.admission.lose_worker(link.worker_id)
@@ -202,6 +215,8 @@ class Dispatcher:
             self._balance.set_capacity(link.worker_id, link.capacity)
         else:
             self._balance.give(link.worker_id)
+            if not self._balance.held(link.worker_id):
+                self._activity.end(link.worker_id)
         if kind == "finished":
             self._on_finished(response.finished)
         elif kind == "failed":
@@ -212,6 +227,9 @@ class Dispatcher:
         self.notify()
 
     def _on_finished(self, message: rollout_pb2.GroupFinished) -> None:
+        self._leased_unix_ns.pop((message.purpose == rollout_pb2.GROUP_PURPOSE_EVAL, message.group_id), None)
+        if message.stats.reward_s > 0:
+            self._note_scoring(message.stats.reward_s)
         if message.purpose == rollout_pb2.GROUP_PURPOSE_EVAL:
             if self.evaluation is not None:
                 self.evaluation.finish(message)
@@ -226,6 +244,11 @@ class Dispatcher:
             self._failed_in_a_row = 0
             if not self.admission.leases:
                 self._clock.move("generate", "reward", message.stats.reward_s)
+
+    def _note_scoring(self, seconds: float) -> None:
+        for worker in self._registry.alive(controller_pb2.WORKER_KIND_REWARD):
+            if worker.registration.address == self._reward_addresses["default"]:
+                self._activity.note(worker.worker_id, "score", seconds)
 
     def _on_failed(self, message: rollout_pb2.GroupFailed) -> None:
         if message.purpose == rollout_pb2.GROUP_PURPOSE_EVAL:

@@ -46,12 +46,12 @@ class JobControls:
         self.changed.set()
         self.changed = asyncio.Event()
 
-    async def wait_while_paused(self) -> None:
-        """Return once the job may go on; raises as `check` does."""
+    async def wait_while_paused(self) -> bool:
+        """Return False once the job may go on, True when it is to save a checkpoint before; raises as `check` does."""
         while True:
             self.check()
-            if not self.paused:
-                return
+            if not self.paused or self.checkpoint:
+                return self.paused
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(1.0):
                     await self.changed.wait()

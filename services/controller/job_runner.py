@@ -20,9 +20,11 @@ from miles.services.controller.calls import WorkerFailedError, WorkerLostError
 from miles.services.controller.job_context import JobContext
 from miles.services.controller.job_controls import JobCancelledError, JobControls, JobStoppedError
 from miles.services.controller.job_history import JobHistory
+from miles.services.controller.log_spans import LogSpans
 from miles.services.controller.records import JobStore
 from miles.services.controller.registry import WorkerRegistry
 from miles.services.controller.run_loop import RunLoop
+from miles.services.controller.run_status import RunStatus
 
 logger = logging.getLogger(__name__)
 
@@ -31,18 +33,29 @@ class JobRunner:
     """Prepares what a job needs, runs its loop, and records how it ended."""
 
     def __init__(
-        self, store: JobStore, registry: WorkerRegistry, redis_client: redis.asyncio.Redis, redis_url: str
+        self,
+        store: JobStore,
+        registry: WorkerRegistry,
+        redis_client: redis.asyncio.Redis,
+        redis_url: str,
+        log_dir: pathlib.Path | None = None,
     ) -> None:
+        """`log_dir` holds the logs of the services, if they outlive jobs."""
         self._store = store
         self._registry = registry
         self._redis = redis_client
         self._redis_url = redis_url
+        self._log_dir = log_dir
+        self.status: RunStatus | None = None
+        """What the run that is going on does; None before its data is read."""
 
     async def run(self, job: job_pb2.Job, controls: JobControls) -> None:
         """Run the job; returns when it has ended. Cancellation leaves the record as it is, to be taken up again."""
         config = JobConfig.from_flat(json.loads(job.config_json))
         context = JobContext(job.job_id, config, self._redis_url, pathlib.Path(config.services.run_dir))
         history = JobHistory(self._store, job, context)
+        spans = LogSpans(context.run_dir, self._log_dir or context.run_dir / "logs")
+        await asyncio.to_thread(spans.begin)
         state, reason = job_pb2.JOB_STATE_SUCCEEDED, "every step is done"
         try:
             await history.state(job_pb2.JOB_STATE_STARTING, "reading the data, loading models")
@@ -63,6 +76,7 @@ class JobRunner:
             history.close()
         if state == job_pb2.JOB_STATE_FAILED:
             await history.log(job_pb2.LOG_LEVEL_ERROR, "controller", reason)
+        await asyncio.to_thread(spans.end)
         await history.state(state, reason)
 
     async def _run(self, context: JobContext, history: JobHistory, controls: JobControls) -> None:
@@ -79,10 +93,14 @@ class JobRunner:
         await history.save()
         queue = GroupQueue(self._redis, context.job_id, consumer="controller")
         try:
-            await RunLoop(context, history, controls, self._registry, queue, prompts, eval_sets).run()
+            run = RunLoop(context, history, controls, self._registry, queue, prompts, eval_sets)
+            self.status = run.status
+            await run.run()
         except JobCancelledError:
             await queue.drop_job()
             raise
+        finally:
+            self.status = None
         await queue.drop_job()
 
 

@@ -48,6 +48,31 @@ class JobScheduler:
         self.running: str | None = None
         """Id of the job that runs."""
 
+    async def describe(self, job: job_pb2.Job) -> controller_pb2.DescribeRunResponse:
+        """What a job's run does and waits for now, or why it does not run."""
+        if job.job_id == self.running:
+            config = json.loads(job.config_json)
+            if (status := self._runner.status) is not None:
+                return status.describe(config["rollout_batch_size"], self._registry.everyone())
+            return controller_pb2.DescribeRunResponse(
+                phase="starting", waiting_for="the data to be read", since_unix_ns=time.time_ns()
+            )
+        if job.state in ENDED:
+            return controller_pb2.DescribeRunResponse(
+                phase="ended", since_unix_ns=job.ended_unix_ns, step=job.policy_version
+            )
+        waiting = await self._waiting()
+        ahead = next((number for number, other in enumerate(waiting) if other.job_id == job.job_id), 0)
+        ahead += self.running is not None
+        lacks = self._why_wait(job)
+        reasons = [f"{ahead} job{'s' if ahead > 1 else ''} ahead of it"] if ahead else []
+        return controller_pb2.DescribeRunResponse(
+            phase="queued",
+            waiting_for="; ".join([*reasons, *([lacks] if lacks else [])]),
+            since_unix_ns=job.submitted_unix_ns,
+            jobs_ahead=ahead,
+        )
+
     def wake(self) -> None:
         """A job was submitted."""
         self._submitted.set()
@@ -111,16 +136,20 @@ class JobScheduler:
         changed = job_pb2.JobStateChanged(state=state, reason=reason)
         await self._store.put(job, job_pb2.JobEvent(job_id=job.job_id, state_changed=changed))
 
-    async def _next(self) -> job_pb2.Job | None:
+    async def _waiting(self) -> list[job_pb2.Job]:
+        """Jobs that have not ended and do not run, in the order in which they are looked at."""
         waiting: list[job_pb2.Job] = []
         token = ""
         while True:
             page, token = await self._store.list(page_token=token)
-            waiting += [job for job in page if job.state not in ENDED]
+            waiting += [job for job in page if job.state not in ENDED and job.job_id != self.running]
             if not token:
                 break
         # Interrupted jobs are ahead of queued ones; each in order of submission.
-        waiting.sort(key=lambda job: (job.state == job_pb2.JOB_STATE_QUEUED, job.submitted_unix_ns))
+        return sorted(waiting, key=lambda job: (job.state == job_pb2.JOB_STATE_QUEUED, job.submitted_unix_ns))
+
+    async def _next(self) -> job_pb2.Job | None:
+        waiting = await self._waiting()
         self._waits = {job.job_id: self._waits.get(job.job_id, _Wait(time.monotonic())) for job in waiting}
         for job in waiting:
             reason = self._why_wait(job)

@@ -38,6 +38,10 @@ class LoadBalance:
             self._in_heap.remove(heapq.heappop(self._heap))
         return None
 
+    def held(self, worker_id: str) -> int:
+        """How many groups a worker holds."""
+        return self._held.get(worker_id, 0)
+
     def take(self, worker_id: str) -> None:
         """A worker got a group."""
         self._held[worker_id] += 1

@@ -1,11 +1,13 @@
-"""The log files of a run's processes, in pieces of whole lines and without secrets."""
+"""The logs of the processes that served a job, cut to the job, in pieces of whole lines and without secrets."""
 
 from __future__ import annotations
 
-import os
 import pathlib
+from collections.abc import Sequence
+from typing import BinaryIO
 
 from miles.rpc.gen import records_pb2
+from miles.services.controller.log_spans import LogSpans, Span
 from miles.telemetry.redaction import redact
 
 DEFAULT_BYTES = 64 << 10
@@ -16,31 +18,36 @@ class UnknownLogError(KeyError):
     """No log file has this name."""
 
 
-def list_logs(folder: pathlib.Path) -> list[records_pb2.LogFile]:
-    """Every log in a folder, by name."""
+def list_logs(folder: pathlib.Path, spans: LogSpans) -> list[records_pb2.LogFile]:
+    """Every log in a folder that has something of the job, by name."""
     files = []
     for path in sorted(folder.glob("*.log")):
         state = path.stat()
-        files.append(records_pb2.LogFile(name=path.stem, size_bytes=state.st_size, modified_unix_ns=state.st_mtime_ns))
+        size = sum(end - begin for begin, end in spans.of(path.stem, state.st_size))
+        if size:
+            files.append(records_pb2.LogFile(name=path.stem, size_bytes=size, modified_unix_ns=state.st_mtime_ns))
     return files
 
 
-def read_log(folder: pathlib.Path, name: str, offset: int | None, limit: int) -> records_pb2.ReadLogResponse:
+def read_log(
+    folder: pathlib.Path, spans: LogSpans, name: str, offset: int | None, limit: int
+) -> records_pb2.ReadLogResponse:
     """Lines of one log from `offset` on, or up to its end without one. Raises UnknownLogError.
 
-    A secret is only recognised when the line it is in is read whole, so pieces end at line ends; a last line without
-    an end is left for the next piece, unless it alone fills the limit.
+    Offsets count the job's part alone. A secret is only recognised when the line it is in is read whole, so pieces end
+    at line ends; a last line without an end is left for the next piece, unless it alone fills the limit.
     """
-    if name not in {file.name for file in list_logs(folder)}:
+    if name not in {path.stem for path in folder.glob("*.log")}:
         raise UnknownLogError(name)
     limit = min(limit or DEFAULT_BYTES, MAX_BYTES)
-    with (folder / f"{name}.log").open("rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        start = max(0, size - limit) if offset is None else min(offset, size)
-        file.seek(max(0, start - 1))
+    path = folder / f"{name}.log"
+    stretches = spans.of(name, path.stat().st_size)
+    size = sum(end - begin for begin, end in stretches)
+    start = max(0, size - limit) if offset is None else min(offset, size)
+    with path.open("rb") as file:
         # The byte before tells whether `start` is the beginning of a line.
-        before = file.read(min(1, start))
-        data = file.read(limit)
+        before = _read(file, stretches, start - 1, 1) if start else b""
+        data = _read(file, stretches, start, limit)
     if offset is None and before not in (b"", b"\n"):
         skipped = data.find(b"\n") + 1
         start, data = start + skipped, data[skipped:]
@@ -49,3 +56,17 @@ def read_log(folder: pathlib.Path, name: str, offset: int | None, limit: int) ->
         end = len(data)
     text = redact(data[:end].decode("utf-8", "replace"))
     return records_pb2.ReadLogResponse(text=text, offset_bytes=start, next_offset_bytes=start + end, size_bytes=size)
+
+
+def _read(file: BinaryIO, stretches: Sequence[Span], offset: int, limit: int) -> bytes:
+    """Bytes of the stretches as if they were one file."""
+    pieces: list[bytes] = []
+    for begin, end in stretches:
+        if offset < end - begin and limit > 0:
+            file.seek(begin + offset)
+            pieces.append(file.read(min(limit, end - begin - offset)))
+            limit -= len(pieces[-1])
+            offset = 0
+        else:
+            offset -= min(offset, end - begin)
+    return b"".join(pieces)

@@ -11,7 +11,9 @@ from collections.abc import Callable
 from miles.services.controller.activity import ActivityClock
 from miles.services.controller.dispatcher import Dispatcher
 from miles.services.controller.job_context import JobContext
+from miles.services.controller.registry import AttachedWorker
 from miles.services.controller.trainer_link import TrainerLink, activate
+from miles.services.controller.worker_activity import WorkerActivity
 
 logger = logging.getLogger(__name__)
 
@@ -24,13 +26,15 @@ class Publishing:
     def __init__(
         self,
         context: JobContext,
-        weightsync_address: str,
+        weightsync: AttachedWorker,
         dispatcher: Dispatcher,
         clock: ActivityClock,
+        activity: WorkerActivity,
         on_active: Callable[[int], None],
     ) -> None:
         self._context = context
-        self._weightsync_address = weightsync_address
+        self._weightsync = weightsync
+        self._activity = activity
         self._dispatcher = dispatcher
         self._clock = clock
         self._on_active = on_active
@@ -43,7 +47,7 @@ class Publishing:
     async def export(self, trainer: TrainerLink, version: int) -> None:
         """Have the trainer hand over a version, once the one before is active, and begin its activation."""
         await self.settle()
-        with self._clock.during("sync"):
+        with self._clock.during("sync"), self._activity.during(trainer.worker_id, "export"):
             exported = await trainer.export(version)
         logger.info("version %d is prepared (%d bytes)", version, exported.total_bytes)
         self.newest = version
@@ -72,7 +76,7 @@ class Publishing:
         began = time.monotonic()
         alive = self._alive()
         calls = {asyncio.create_task(self._call(version, alive))}
-        with self._clock.during("sync"):
+        with self._clock.during("sync"), self._activity.during(self._weightsync.worker_id, "activate"):
             try:
                 while not (
                     done := (await asyncio.wait(calls, timeout=_LOOK_FOR_LOST_S, return_when=FIRST_COMPLETED))[0]
@@ -93,7 +97,8 @@ class Publishing:
     async def _call(self, version: int, alive: frozenset[str]) -> None:
         # A version that half of the engines cannot load is not fit to be served.
         min_engines = max(1, (len(alive) + 1) // 2)
-        await activate(self._context, self._weightsync_address, version, min_engines, sorted(alive))
+        address = self._weightsync.registration.address
+        await activate(self._context, address, version, min_engines, sorted(alive))
 
     def _alive(self) -> frozenset[str]:
         return frozenset(link.worker_id for link in self._dispatcher.connected())

@@ -16,8 +16,10 @@ from miles.rpc.gen import job_pb2, records_pb2, records_pb2_grpc
 from miles.services.controller import log_files, sample_files, timeline
 from miles.services.controller.checkpoint_files import CheckpointFiles, UnknownFileError
 from miles.services.controller.job_history import METRICS_NAME
+from miles.services.controller.log_spans import LogSpans
 from miles.services.controller.metric_log import MetricLog
 from miles.services.controller.records import JobStore, UnknownJobError, is_event_id
+from miles.services.controller.token_tables import TokenTables
 
 SERVICE_NAME = records_pb2.DESCRIPTOR.services_by_name["RecordsService"].full_name
 _MAX_PAGE = 1000
@@ -36,6 +38,7 @@ class RecordsServicer(records_pb2_grpc.RecordsServiceServicer):
     def __init__(self, store: JobStore, log_dir: pathlib.Path | None = None) -> None:
         self._store = store
         self._log_dir = log_dir
+        self._token_tables = TokenTables()
         self._metrics: collections.OrderedDict[str, tuple[MetricLog, asyncio.Lock]] = collections.OrderedDict()
 
     async def ListEvents(
@@ -82,6 +85,17 @@ class RecordsServicer(records_pb2_grpc.RecordsServiceServicer):
             await _abort(context, grpc.StatusCode.INVALID_ARGUMENT, str(error))
         return records_pb2.ListSamplesResponse(samples=samples, next_page_token=token)
 
+    async def GetSample(self, request: records_pb2.GetSampleRequest, context: Context) -> records_pb2.GetSampleResponse:
+        settings = await self._settings(request.job_id, context)
+        place = (request.step, request.group_id, request.index)
+        try:
+            sample, tokens = await asyncio.to_thread(sample_files.find_sample, pathlib.Path(settings["run_dir"]), place)
+        except sample_files.UnknownSampleError:
+            problem = f"sample {request.index} of group {request.group_id} of step {request.step} was not recorded"
+            await _abort(context, grpc.StatusCode.NOT_FOUND, problem)
+        table = None if tokens is None else await asyncio.to_thread(self._token_tables.make, settings, tokens)
+        return records_pb2.GetSampleResponse(sample=sample, tokens=table)
+
     async def ListActivity(
         self, request: records_pb2.ListActivityRequest, context: Context
     ) -> records_pb2.ListActivityResponse:
@@ -108,14 +122,14 @@ class RecordsServicer(records_pb2_grpc.RecordsServiceServicer):
             yield records_pb2.ReadExportResponse(data=piece)
 
     async def ListLogs(self, request: records_pb2.ListLogsRequest, context: Context) -> records_pb2.ListLogsResponse:
-        folder = await self._logs(request.job_id, context)
-        return records_pb2.ListLogsResponse(files=await asyncio.to_thread(log_files.list_logs, folder))
+        folder, spans = await self._logs(request.job_id, context)
+        return records_pb2.ListLogsResponse(files=await asyncio.to_thread(log_files.list_logs, folder, spans))
 
     async def ReadLog(self, request: records_pb2.ReadLogRequest, context: Context) -> records_pb2.ReadLogResponse:
-        folder = await self._logs(request.job_id, context)
+        folder, spans = await self._logs(request.job_id, context)
         offset = request.offset_bytes if request.HasField("offset_bytes") else None
         try:
-            return await asyncio.to_thread(log_files.read_log, folder, request.name, offset, request.limit_bytes)
+            return await asyncio.to_thread(log_files.read_log, folder, spans, request.name, offset, request.limit_bytes)
         except log_files.UnknownLogError:
             await _abort(
                 context, grpc.StatusCode.NOT_FOUND, f"no log {request.name!r}; list the logs to see their names"
@@ -134,9 +148,10 @@ class RecordsServicer(records_pb2_grpc.RecordsServiceServicer):
     async def _run_dir(self, job_id: str, context: Context) -> pathlib.Path:
         return pathlib.Path((await self._settings(job_id, context))["run_dir"])
 
-    async def _logs(self, job_id: str, context: Context) -> pathlib.Path:
+    async def _logs(self, job_id: str, context: Context) -> tuple[pathlib.Path, LogSpans]:
         run_dir = await self._run_dir(job_id, context)
-        return self._log_dir or run_dir / "logs"
+        folder = self._log_dir or run_dir / "logs"
+        return folder, LogSpans(run_dir, folder)
 
 
 def _next(pieces: Iterator[bytes]) -> bytes:

@@ -31,10 +31,13 @@ from miles.services.controller.job_context import JobContext
 from miles.services.controller.job_controls import JobControls, JobStoppedError
 from miles.services.controller.job_history import JobHistory
 from miles.services.controller.publishing import Publishing
-from miles.services.controller.registry import AttachedWorker, WorkerRegistry
+from miles.services.controller.registry import WorkerRegistry
+from miles.services.controller.required_workers import RequiredWorkers
 from miles.services.controller.rollout_link import RolloutLink
+from miles.services.controller.run_status import RunStatus
 from miles.services.controller.step_metrics import RESPONSE_TOKENS, StepTimes, step_metrics
 from miles.services.controller.trainer_link import TrainerLink, release_weights
+from miles.services.controller.worker_activity import WorkerActivity
 
 if TYPE_CHECKING:
     from miles.data import PromptSource
@@ -72,6 +75,9 @@ class RunLoop:
         self._prompts = prompts
         self._eval_sets = eval_sets
         self._clock = ActivityClock(on_span=history.timeline.add)
+        self._activity = WorkerActivity(history.timeline.add)
+        self.status = RunStatus(self._activity)
+        self._workers = RequiredWorkers(registry, controls, self.status)
         self._began = time.monotonic() - float(history.summary.get("wall_s", 0.0))
         self._loaded_before = False
         self._publication_due = False
@@ -96,6 +102,7 @@ class RunLoop:
                         raise
                     await self._queue.wait_until_answering(deadlines.REDIS_S)
                     await self._history.state(job_pb2.JOB_STATE_RECOVERING, str(error))
+                    self.status.enter("recovering", f"what was lost: {error}")
                     await self._publishing.cancel()
                     await self._evaluations.cancel()
                     await asyncio.sleep(_RECOVERY_PAUSE_S)
@@ -106,28 +113,32 @@ class RunLoop:
             links = list(dispatcher.links.values())
             keep_links.cancel()
             await asyncio.gather(keep_links, return_exceptions=True)
+            self.status.enter("ending", "every worker to drop the job")
             await self._release_workers(links)
+            self._activity.close()
 
     async def _connect(self) -> None:
-        self._weightsync = (await self._require(controller_pb2.WORKER_KIND_WEIGHTSYNC))[0].registration.address
-        self._dispatcher = Dispatcher(
+        weightsync = (await self._workers.wait_for(controller_pb2.WORKER_KIND_WEIGHTSYNC))[0]
+        self._weightsync = weightsync.registration.address
+        self._dispatcher = self.status.dispatcher = Dispatcher(
             self._context,
             self._registry,
             self._queue,
             self._clock,
+            self._activity,
             self._make_lease,
             self._weightsync,
-            await self._reward_addresses(),
+            await self._workers.reward_addresses(self._config.reward.reward_service),
         )
-        self._publishing = Publishing(
-            self._context, self._weightsync, self._dispatcher, self._clock, on_active=self._on_active
+        self._publishing = self.status.publishing = Publishing(
+            self._context, weightsync, self._dispatcher, self._clock, self._activity, on_active=self._on_active
         )
         self._evaluations = Evaluations(self._context, self._history, self._dispatcher, self._eval_sets)
 
     async def _attempt(self) -> None:
         """From loading to the end, as long as no worker the loop depends on is lost."""
-        await self._require(controller_pb2.WORKER_KIND_WEIGHTSYNC)
-        worker = (await self._require(controller_pb2.WORKER_KIND_TRAINER))[0]
+        await self._workers.wait_for(controller_pb2.WORKER_KIND_WEIGHTSYNC)
+        worker = (await self._workers.wait_for(controller_pb2.WORKER_KIND_TRAINER))[0]
         trainer = TrainerLink(worker, self._context, self._weightsync)
         try:
             await self._load(trainer)
@@ -164,13 +175,16 @@ class RunLoop:
 
     async def _load(self, trainer: TrainerLink) -> None:
         """Bring the workers to the newest checkpoint's version and admission to where it stood."""
-        ready = await trainer.start_job()
+        self.status.enter("loading", "the trainer to load the model")
+        with self._activity.during(trainer.worker_id, "load"):
+            ready = await trainer.start_job()
+        self.status.enter("loading", "a rollout to load the model")
         while not self._dispatcher.connected():
             self._check(trainer)
             await self._dispatcher.wait_for_change()
         if self._publishing.active is not None and ready.step < self._publishing.newest:
             await self._drain(trainer)
-        self._step = self._history.timeline.step = ready.step
+        self._step = self._history.timeline.step = self.status.step = ready.step
         self._history.open_metrics(self._step)
         await self._restore_metrics(trainer)
         self._evaluations.forget_after(self._step)
@@ -180,6 +194,7 @@ class RunLoop:
         self._dispatcher.admission = admission = await self._admit_again(ready)
         self._step_began = time.monotonic()
         self._publication_due = False
+        self.status.enter("loading", f"engines to load version {self._step}")
         await self._publishing.export(trainer, self._step)
         await self._publishing.settle()
         if not self._loaded_before:  # time shares are those of the loop; loading models comes once
@@ -239,12 +254,13 @@ class RunLoop:
         assert admission is not None
         batch = await self._next_batch(trainer, admission)
         began = time.monotonic()
-        with self._clock.during("train"):
+        self.status.enter("training")
+        with self._clock.during("train"), self._activity.during(trainer.worker_id, "train"):
             done = await trainer.train(self._step, batch.group_ids, batch.dropped)
         trained = time.monotonic()
         admission.finish_step(batch)
         step, self._step = self._step, self._step + 1
-        self._history.timeline.step = self._step
+        self._history.timeline.step = self.status.step = self._step
         try:
             await self._publish(trainer)
         finally:  # a step that was taken is on record also when its publication fails
@@ -258,7 +274,8 @@ class RunLoop:
     async def _next_batch(self, trainer: TrainerLink, admission: Admission) -> Batch:
         while True:
             self._check(trainer)
-            await self._hold_while_paused()
+            await self._hold_while_paused(trainer)
+            self.status.enter("collecting")
             await self._publishing.collect()
             self._evaluations.collect()
             if self._publication_due and not self._evaluations.running:
@@ -283,9 +300,11 @@ class RunLoop:
         if not self._publication_due:
             return
         if self._synchronous or self._evaluations.due(self._step, self._last):
-            await self._evaluations.finish(lambda: self._check(trainer))
+            with self.status.during("evaluating", "the evaluation of the version that engines serve"):
+                await self._evaluations.finish(lambda: self._check(trainer))
         elif self._evaluations.running:
             return
+        self.status.enter("publishing", f"engines to load version {self._step}")
         await self._publishing.export(trainer, self._step)
         self._publication_due = False
         if self._synchronous:
@@ -305,15 +324,19 @@ class RunLoop:
         if self._evaluations.due(self._step, self._last):
             self._evaluations.begin(self._step)
         due = save is not None and self._step > 0 and self._step % save == 0 and self._step < self._last
-        if self._controls.checkpoint or due:
-            self._controls.checkpoint = False
-            await self._save(trainer, export_hf=self._config.checkpoint.save_hf is not None)
+        await self._save_if_asked(trainer, due=due)
         self._history.job.policy_version = self._step
         self._summarise()
         await self._history.save()
 
+    async def _save_if_asked(self, trainer: TrainerLink, *, due: bool = False) -> None:
+        if self._controls.checkpoint or due:
+            self._controls.checkpoint = False
+            await self._save(trainer, export_hf=self._config.checkpoint.save_hf is not None)
+
     async def _save(self, trainer: TrainerLink, export_hf: bool) -> None:
-        with self._clock.during("train"):
+        saving = self.status.during("saving", "the checkpoint to be written")
+        with saving, self._clock.during("train"), self._activity.during(trainer.worker_id, "save"):
             saved = await trainer.save(export_hf)
         self._history.summary["checkpoint"] = saved.checkpoint_dir
         if saved.hf_dir:
@@ -322,12 +345,14 @@ class RunLoop:
         await self._history.save()
         await self._say(f"saved {saved.checkpoint_dir} in {saved.save_s:.1f} s")
 
-    async def _hold_while_paused(self) -> None:
+    async def _hold_while_paused(self, trainer: TrainerLink) -> None:
         if not self._controls.paused:
             return
         self._dispatcher.holds.add(_PAUSED)
         await self._history.state(job_pb2.JOB_STATE_PAUSED, "paused by the user")
-        await self._controls.wait_while_paused()
+        self.status.enter("paused", "the user to resume the job")
+        while await self._controls.wait_while_paused():
+            await self._save_if_asked(trainer)
         self._dispatcher.holds.discard(_PAUSED)
         await self._history.state(job_pb2.JOB_STATE_RUNNING, "resumed by the user")
 
@@ -376,26 +401,6 @@ class RunLoop:
     async def _say(self, text: str) -> None:
         logger.info("%s", text)
         await self._history.log(job_pb2.LOG_LEVEL_INFO, "controller", text)
-
-    async def _require(self, kind: controller_pb2.WorkerKind.ValueType) -> list[AttachedWorker]:
-        """Wait for a worker of a kind, unless the user ends the job first."""
-        waiting = asyncio.create_task(self._registry.require(kind, 1, deadlines.WORKERS_ATTACH_S))
-        while not waiting.done():
-            try:
-                self._controls.check()
-            except Exception:
-                waiting.cancel()
-                raise
-            await asyncio.wait({waiting}, timeout=0.5)
-        return waiting.result()
-
-    async def _reward_addresses(self) -> dict[str, str]:
-        """Reward services by name: the user's own, and the built-in one as default unless the user named one so."""
-        addresses = dict(service.split("=", 1) for service in self._config.reward.reward_service)
-        if "default" not in addresses:
-            worker = (await self._require(controller_pb2.WORKER_KIND_REWARD))[0]
-            addresses["default"] = worker.registration.address
-        return addresses
 
     def _make_lease(self, group_id: int, attempt: int, version: int) -> rollout_pb2.GroupLease:
         group = self._prompts.group(self._context.job_id, group_id, self._config.data.n_samples_per_prompt)

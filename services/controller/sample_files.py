@@ -1,7 +1,7 @@
 """Reads the samples that training steps recorded.
 
-The trainer's ranks write RUN_DIR/samples/step_00000012.rank0.jsonl, one line a group; `services/trainer/sample_log.py`
-says what a line holds.
+The trainer's ranks write RUN_DIR/samples/step_00000012.rank0.jsonl, one line a group, and beside it a file with the
+numbers of each token; `services/trainer/sample_log.py` says what their lines hold.
 """
 
 from __future__ import annotations
@@ -22,6 +22,10 @@ _NAME = re.compile(r"step_(\d{8,})\.rank\d+\.jsonl")
 
 Place = tuple[int, int, int]
 """Step, group id, index."""
+
+
+class UnknownSampleError(KeyError):
+    """No sample was recorded there."""
 
 
 class BadPageToken(ValueError):
@@ -66,6 +70,26 @@ def list_samples(
                     return page, f"{last.step}.{last.group_id}.{last.index}"
                 page.append(sample)
     return page, ""
+
+
+def find_sample(run_dir: pathlib.Path, place: Place) -> tuple[records_pb2.SampleRecord, dict[str, Any] | None]:
+    """A sample, and what was known of its tokens (see `sample_log`; None: nothing). Raises UnknownSampleError."""
+    step, group_id, index = place
+    paths = _files_by_step(run_dir / FOLDER).get(step, [])
+    for path in paths:
+        for sample in _read_file(path):
+            if (sample.group_id, sample.index) == (group_id, index):
+                return sample, _find_tokens(path.with_suffix(".tokens.jsonl"), group_id, index)
+    raise UnknownSampleError(place)
+
+
+def _find_tokens(path: pathlib.Path, group_id: int, index: int) -> dict[str, Any] | None:
+    if not path.exists():
+        return None
+    beginning = f'{{"group_id":{group_id},"index":{index},'
+    with path.open(encoding="utf-8") as lines:
+        found: dict[str, Any] | None = next((json.loads(line) for line in lines if line.startswith(beginning)), None)
+    return found
 
 
 def _parse_token(token: str) -> Place:

@@ -140,6 +140,11 @@ class ControllerServicer(controller_pb2_grpc.ControllerServiceServicer):
         workers = await self._workers.describe(self._scheduler.running)
         return controller_pb2.ListWorkersResponse(workers=workers)
 
+    async def DescribeRun(
+        self, request: controller_pb2.DescribeRunRequest, context: grpc.aio.ServicerContext
+    ) -> controller_pb2.DescribeRunResponse:
+        return await self._scheduler.describe(await self._get(request.job_id, context))
+
     async def _get(self, job_id: str, context: grpc.aio.ServicerContext) -> job_pb2.Job:
         try:
             return await self._store.get(job_id)

@@ -12,7 +12,7 @@ from miles.rpc.gen import records_pb2
 NAME = "timeline.jsonl"
 DEFAULT_LIMIT = 1000
 MAX_LIMIT = 10_000
-_LINE_BYTES = 160
+_LINE_BYTES = 256
 """More than any line has."""
 
 
@@ -26,8 +26,8 @@ class TimelineWriter:
         self.step = 0
         """The training step that is current."""
 
-    def add(self, activity: str, start_s: float, end_s: float) -> None:
-        """Write one span; times are those of the monotonic clock, in seconds."""
+    def add(self, activity: str, start_s: float, end_s: float, worker_id: str = "") -> None:
+        """Write one span, of a worker or of the run; times are those of the monotonic clock, in seconds."""
         if self._file is None:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             self._file = self._path.open("a", encoding="utf-8")
@@ -37,6 +37,7 @@ class TimelineWriter:
             "step": self.step,
             "start": round(start_s + shift, 3),
             "end": round(end_s + shift, 3),
+            **({"worker": worker_id} if worker_id else {}),
         }
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
@@ -64,7 +65,11 @@ def read_timeline(path: pathlib.Path, after_unix_s: float, limit: int) -> list[r
     spans = [json.loads(line) for line in complete[-limit:]]
     return [
         records_pb2.ActivitySpan(
-            activity=span["activity"], step=span["step"], start_unix_s=span["start"], end_unix_s=span["end"]
+            activity=span["activity"],
+            step=span["step"],
+            start_unix_s=span["start"],
+            end_unix_s=span["end"],
+            worker_id=span.get("worker", ""),
         )
         for span in spans
         if span["end"] > after_unix_s

@@ -31,6 +31,10 @@ class TrainerLink:
         self._stub = trainer_pb2_grpc.TrainerServiceStub(self._channel)
 
     @property
+    def worker_id(self) -> str:
+        return self._worker.worker_id
+
+    @property
     def lost(self) -> bool:
         """Whether the trainer's lease is over."""
         return self._worker.lost.is_set()

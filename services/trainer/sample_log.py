@@ -3,7 +3,9 @@
 Each rank writes its part of a step's first groups to RUN_DIR/samples/step_00000012.rank0.jsonl, a group a line:
 {"step", "group_id", "prompt", "label", "cut", "samples": [{"index", "response", "reward", "reward_parts", "status",
 "response_length", "weight_versions": [[version, start, end]], "log_prob_diff_mean", "log_prob_diff_max", "advantage",
-"cut"}]}. The controller merges the ranks' parts when it is asked for them.
+"cut"}]}. What was known of each token goes to step_00000012.rank0.tokens.jsonl beside it, a sample a line: {"group_id",
+"index", "ids", "mask", "advantages", "train", "rollout", "skipped", "skipped_at"}, log-probabilities in nats; lists are
+empty for what is not known. The controller merges the ranks' parts when it is asked for them.
 """
 
 from __future__ import annotations
@@ -23,7 +25,11 @@ from miles.types import Prompt, Sample
 FOLDER = "samples"
 MAX_TEXT_CHARS = 32_768
 """Longer prompts and responses are cut in the middle."""
-_NAME = re.compile(r"step_(\d{8,})\.rank\d+\.jsonl")
+MAX_TOKENS = 4096
+"""Of longer responses, the numbers of so many tokens are kept: half from the beginning, half from the end."""
+_DIGITS = 4
+"""Decimals of numbers of tokens."""
+_NAME = re.compile(r"step_(\d{8,})\.rank\d+(\.tokens)?\.jsonl")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -56,17 +62,25 @@ class SampleLog:
     def write(self, step: int, samples: Iterable[tuple[Sample, TokenNumbers | None]]) -> None:
         """Record samples of a step; there are no numbers for one that was not trained on."""
         groups: dict[int, dict[str, Any]] = {}
+        tokens: list[dict[str, Any]] = []
         for sample, numbers in samples:
             if sample.group_id not in groups:
                 groups[sample.group_id] = _group(step, sample)
             groups[sample.group_id]["samples"].append(self._sample(sample, numbers))
+            tokens.append(_tokens(sample, numbers))
         if not groups:
             return
         self._folder.mkdir(parents=True, exist_ok=True)
-        path = self._folder / f"step_{step:08d}.rank{self._rank}.jsonl"
+        name = f"step_{step:08d}.rank{self._rank}"
+        self._write(f"{name}.tokens.jsonl", tokens)
+        self._write(f"{name}.jsonl", [groups[group_id] for group_id in sorted(groups)])
+
+    def _write(self, name: str, lines: Iterable[dict[str, Any]]) -> None:
+        """A file of JSON lines that is there whole or not at all."""
+        path = self._folder / name
         partial = path.with_suffix(".tmp")
-        lines = [json.dumps(groups[group_id], ensure_ascii=False) for group_id in sorted(groups)]
-        partial.write_text("\n".join(lines) + "\n", encoding="utf-8", errors="replace")
+        text = "".join(json.dumps(line, ensure_ascii=False, separators=(",", ":")) + "\n" for line in lines)
+        partial.write_text(text, encoding="utf-8", errors="replace")
         partial.replace(path)
 
     def _sample(self, sample: Sample, numbers: TokenNumbers | None) -> dict[str, Any]:
@@ -97,6 +111,39 @@ def summarise(numbers: TokenNumbers | None) -> dict[str, float | None]:
         summary["log_prob_diff_mean"] = round(float(difference.mean()), 6)
         summary["log_prob_diff_max"] = round(float(difference.max()), 6)
     return {name: value if value is not None and np.isfinite(value) else None for name, value in summary.items()}
+
+
+def _tokens(sample: Sample, numbers: TokenNumbers | None) -> dict[str, Any]:
+    """What is known of each token of the response, without the middle of one that is too long."""
+    length = sample.response_length
+    half = MAX_TOKENS // 2
+    skipped = max(0, length - 2 * half)
+
+    def kept(values: npt.NDArray[Any] | None) -> list[Any]:
+        if values is None or not length:
+            return []
+        chosen = values[-length:] if not skipped else np.concatenate([values[-length:][:half], values[-half:]])
+        if not np.issubdtype(chosen.dtype, np.floating):
+            return list(chosen.tolist())
+        return [round(value, _DIGITS) if np.isfinite(value) else None for value in chosen.tolist()]
+
+    line = {
+        "group_id": sample.group_id,
+        "index": sample.index,
+        "ids": kept(sample.tokens),
+        "mask": [],
+        "advantages": [],
+        "train": [],
+        "rollout": kept(sample.rollout_log_probs),
+        "skipped": skipped,
+        "skipped_at": half if skipped else 0,
+    }
+    if numbers is not None:
+        line["mask"] = kept((numbers.mask > 0).astype(np.uint8))
+        line["advantages"] = kept(numbers.advantages)
+        line["train"] = kept(numbers.train_log_probs)
+        line["rollout"] = kept(numbers.rollout_log_probs)
+    return line
 
 
 def cut_text(text: str) -> tuple[str, bool]:

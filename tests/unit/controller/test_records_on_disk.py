@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import pathlib
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -13,8 +14,11 @@ import pytest
 from miles.rpc.gen import records_pb2
 from miles.services.controller import log_files, sample_files, timeline
 from miles.services.controller.checkpoint_files import CheckpointFiles, UnknownFileError
+from miles.services.controller.log_spans import LogSpans
 from miles.services.controller.metric_log import MetricLog
-from miles.services.trainer.sample_log import MAX_TEXT_CHARS, SampleLog, TokenNumbers
+from miles.services.controller.token_texts import token_texts
+from miles.services.controller.worker_activity import Doing, WorkerActivity
+from miles.services.trainer.sample_log import MAX_TEXT_CHARS, MAX_TOKENS, SampleLog, TokenNumbers
 from miles.telemetry import MetricsWriter
 from miles.types import Sample, SampleStatus, VersionSpan
 
@@ -165,6 +169,58 @@ def test_a_resumed_run_drops_samples_of_steps_to_be_taken_again(tmp_path: pathli
     assert {s.step for s in page} == {0}
 
 
+def test_a_sample_is_found_with_the_numbers_of_its_tokens(tmp_path: pathlib.Path) -> None:
+    write_steps(tmp_path, steps=2)
+    found, tokens = sample_files.find_sample(tmp_path, (1, 11, 1))
+    assert (found.step, found.group_id, found.index) == (1, 11, 1)
+    assert tokens == {
+        "group_id": 11,
+        "index": 1,
+        "ids": [2, 3, 4],
+        "mask": [1, 1, 0],
+        "advantages": [0.5, 0.5, 9.0],
+        "train": [-1.0, -2.0, -3.0],
+        "rollout": [-0.75, -2.75, 47.0],
+        "skipped": 0,
+        "skipped_at": 0,
+    }
+    for place in ((1, 11, 2), (1, 12, 0), (2, 11, 1)):
+        with pytest.raises(sample_files.UnknownSampleError):
+            sample_files.find_sample(tmp_path, place)
+
+
+def test_of_a_sample_that_was_not_trained_on_only_the_engines_numbers_are_known(tmp_path: pathlib.Path) -> None:
+    log_probs = np.array([-1, math.nan, -2], np.float32)
+    SampleLog(tmp_path, 1, 0, None).write(0, [(sample(0, 0, None, rollout_log_probs=log_probs), None)])
+    _, tokens = sample_files.find_sample(tmp_path, (0, 0, 0))
+    assert tokens is not None
+    assert (tokens["train"], tokens["advantages"], tokens["mask"]) == ([], [], [])
+    assert tokens["rollout"] == [-1.0, None, -2.0]
+
+
+def test_the_middle_of_a_long_response_is_left_out_of_its_tokens(tmp_path: pathlib.Path) -> None:
+    length = MAX_TOKENS + 10
+    long = sample(0, 0, 1.0, tokens=np.arange(length + 2, dtype=np.int32), response_length=length)
+    SampleLog(tmp_path, 1, 0, None).write(0, [(long, None)])
+    _, tokens = sample_files.find_sample(tmp_path, (0, 0, 0))
+    assert tokens is not None
+    assert (tokens["skipped"], tokens["skipped_at"], len(tokens["ids"])) == (10, MAX_TOKENS // 2, MAX_TOKENS)
+    assert (tokens["ids"][0], tokens["ids"][MAX_TOKENS // 2 - 1]) == (2, MAX_TOKENS // 2 + 1)
+    assert (tokens["ids"][MAX_TOKENS // 2], tokens["ids"][-1]) == (MAX_TOKENS // 2 + 12, length + 1)
+
+
+def test_texts_of_tokens_put_together_are_the_response() -> None:
+    def decode(ids: Sequence[int]) -> str:
+        return bytes(ids).decode("utf-8", "replace").removeprefix(" ")
+
+    text = " häh 🎉x"
+    texts = token_texts(list(text.encode()), decode)
+    assert "".join(texts) == text.removeprefix(" ")
+    assert len(texts) == len(text.encode())
+    assert texts[-5:] == ["", "", "", "🎉", "x"]
+    assert "".join(token_texts([0xF0, 0x9F, 65], decode)) == decode([0xF0, 0x9F, 65])
+
+
 def test_long_texts_are_cut(tmp_path: pathlib.Path) -> None:
     text = "a" * MAX_TEXT_CHARS + "b"
     SampleLog(tmp_path, 1, 0, None).write(0, [(sample(0, 0, 1.0, response=text), None)])
@@ -186,6 +242,37 @@ def test_activity_is_read_back_newest_first_to_go(tmp_path: pathlib.Path) -> Non
     assert spans[0].end_unix_s - spans[0].start_unix_s == pytest.approx(0.5, abs=2e-3)
     assert [span.step for span in timeline.read_timeline(path, spans[1].end_unix_s, 9)] == [4]
     assert timeline.read_timeline(tmp_path / "none", 0, 9) == []
+
+
+def test_activity_of_workers_is_told_from_that_of_the_run(tmp_path: pathlib.Path) -> None:
+    now = 100.0
+    writer = timeline.TimelineWriter(tmp_path / timeline.NAME)
+    workers = WorkerActivity(writer.add, lambda: now)
+    workers.begin("rollout-0", "generate")
+    now = 101.0
+    workers.note("reward-0", "score", 0.5)
+    now = 101.3
+    workers.note("reward-0", "score", 0.4)
+    now = 103.0
+    workers.end("rollout-0")
+    workers.end("rollout-0")
+    writer.add("generate", 100.0, 103.0)
+    assert workers.doing("rollout-0") == Doing("", 103.0)
+    now = 110.0
+    with workers.during("trainer-0", "train"):
+        assert workers.doing("trainer-0") == Doing("train", 110.0)
+        now = 111.0
+    workers.note("reward-0", "score", 0.25)
+    workers.close()
+    writer.close()
+    spans = timeline.read_timeline(tmp_path / timeline.NAME, 0, 99)
+    assert [(s.worker_id, s.activity, round(s.end_unix_s - s.start_unix_s, 2)) for s in spans] == [
+        ("rollout-0", "generate", 3.0),
+        ("", "generate", 3.0),
+        ("trainer-0", "train", 1.0),
+        ("reward-0", "score", 0.8),
+        ("reward-0", "score", 0.25),
+    ]
 
 
 def test_checkpoints_are_found_when_they_are_complete(tmp_path: pathlib.Path) -> None:
@@ -225,23 +312,26 @@ def test_exports_are_found_where_save_hf_says(tmp_path: pathlib.Path) -> None:
 def test_a_log_is_read_from_its_end_and_followed(tmp_path: pathlib.Path) -> None:
     path = tmp_path / "rollout-0.log"
     path.write_text("first\nsecond\npassword=geheim123\n")
-    whole = log_files.read_log(tmp_path, "rollout-0", None, 0)
+    whole = log_files.read_log(tmp_path, LogSpans(tmp_path, tmp_path), "rollout-0", None, 0)
     assert whole.text == "first\nsecond\npassword=[redacted]\n"
-    tail = log_files.read_log(tmp_path, "rollout-0", None, 25)
+    tail = log_files.read_log(tmp_path, LogSpans(tmp_path, tmp_path), "rollout-0", None, 25)
     assert tail.text == "password=[redacted]\n"
     with path.open("a") as file:
         file.write("third\nhalf a li")
-    more = log_files.read_log(tmp_path, "rollout-0", whole.next_offset_bytes, 0)
+    more = log_files.read_log(tmp_path, LogSpans(tmp_path, tmp_path), "rollout-0", whole.next_offset_bytes, 0)
     assert more.text == "third\n"
     assert more.size_bytes == path.stat().st_size
     with path.open("a") as file:
         file.write("ne\n")
-    assert log_files.read_log(tmp_path, "rollout-0", more.next_offset_bytes, 0).text == "half a line\n"
+    assert (
+        log_files.read_log(tmp_path, LogSpans(tmp_path, tmp_path), "rollout-0", more.next_offset_bytes, 0).text
+        == "half a line\n"
+    )
 
 
 def test_a_line_longer_than_the_limit_comes_in_pieces(tmp_path: pathlib.Path) -> None:
     (tmp_path / "a.log").write_text("x" * 100 + "\n")
-    piece = log_files.read_log(tmp_path, "a", 0, 40)
+    piece = log_files.read_log(tmp_path, LogSpans(tmp_path, tmp_path), "a", 0, 40)
     assert (piece.text, piece.next_offset_bytes) == ("x" * 40, 40)
 
 
@@ -250,4 +340,37 @@ def test_only_logs_of_the_folder_can_be_read(tmp_path: pathlib.Path, name: str) 
     (tmp_path / "logs").mkdir()
     (tmp_path / "a.log").write_text("secret\n")
     with pytest.raises(log_files.UnknownLogError):
-        log_files.read_log(tmp_path / "logs", name, None, 0)
+        log_files.read_log(tmp_path / "logs", LogSpans(tmp_path, tmp_path), name, None, 0)
+
+
+def test_a_log_is_cut_to_the_times_when_the_job_ran(tmp_path: pathlib.Path) -> None:
+    logs, run_dir = tmp_path / "logs", tmp_path / "run"
+    logs.mkdir()
+
+    def write(text: str, name: str = "a") -> None:
+        with (logs / f"{name}.log").open("a") as file:
+            file.write(text)
+
+    def read(offset: int | None = None, limit: int = 0) -> tuple[str, int, int]:
+        piece = log_files.read_log(logs, LogSpans(run_dir, logs), "a", offset, limit)
+        return piece.text, piece.next_offset_bytes, piece.size_bytes
+
+    write("of another job\n")
+    spans = LogSpans(run_dir, logs)
+    assert read() == ("", 0, 0)
+    assert log_files.list_logs(logs, spans) == []
+    spans.begin()
+    write("one\ntwo\n")
+    spans.begin()  # the controller was started again
+    write("a new worker\n", "b")
+    assert read() == ("one\ntwo\n", 8, 8)
+    spans.end()
+    write("of another job\n")
+    assert read() == ("one\ntwo\n", 8, 8)
+    spans.begin()
+    write("three\n")
+    assert read() == ("one\ntwo\nthree\n", 14, 14)
+    assert read(limit=8) == ("three\n", 14, 14)
+    assert read(offset=4) == ("two\nthree\n", 14, 14)
+    assert read(offset=8, limit=5) == ("three", 13, 14)
+    assert [(log.name, log.size_bytes) for log in log_files.list_logs(logs, spans)] == [("a", 14), ("b", 13)]
