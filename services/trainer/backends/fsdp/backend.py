@@ -22,7 +22,7 @@ from miles.services.trainer.backends.fsdp.model import Precision, full_tensor, l
 from miles.services.trainer.backends.fsdp.optimizer import build_optimizer
 from miles.services.trainer.backends.fsdp.recorded import recorded
 from miles.services.trainer.backends.fsdp.routing_replay import RoutingReplay
-from miles.services.trainer.backends.fsdp.step import RolloutTrainer
+from miles.services.trainer.backends.fsdp.step import FsdpTrainer
 from miles.services.trainer.sample_log import SampleLog
 from miles.types import SampleGroup
 
@@ -40,7 +40,7 @@ class _Loaded:
 
     policy: PreTrainedModel
     optimizer: torch.optim.Optimizer
-    trainer: RolloutTrainer
+    trainer: FsdpTrainer
     reference: PreTrainedModel | None
 
 
@@ -86,7 +86,7 @@ class FsdpBackend:
         shard(policy, precision, self._device, cpu_offload=offload)
         optimizer = build_optimizer(policy, config.optimizer)
         reference = self._load_reference(precision.compute) if settings.needs_reference(config) else None
-        trainer = RolloutTrainer(
+        trainer = FsdpTrainer(
             config,
             policy,
             optimizer,

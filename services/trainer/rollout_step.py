@@ -1,0 +1,229 @@
+"""One rollout's training, whatever holds the model: advantages first, then the optimizer steps.
+
+Dims: N samples of the rollout, B of this rank, T their response tokens.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from miles.algorithms.advantages import compute_advantages, shape_rewards
+from miles.algorithms.corrections import Correction, compute_correction
+from miles.algorithms.estimators import AdvantageBatch
+from miles.algorithms.losses import LossBatch, LossOutput, rl_loss
+from miles.algorithms.metrics import MetricSum
+from miles.algorithms.vocab_rows import TokenLogProbs
+from miles.services.trainer.backend import Progress
+from miles.services.trainer.backends.fsdp import settings
+from miles.services.trainer.backends.fsdp.batch import (
+    OptimizerStepPlan,
+    RolloutBatch,
+    build_batch,
+    in_order,
+    trained_reward,
+)
+from miles.services.trainer.backends.fsdp.packing import MicroBatch
+from miles.types import Sample, SampleGroup, SampleStatus
+
+if TYPE_CHECKING:
+    import torch.distributed as dist
+
+    from miles.config import JobConfig
+
+Report = Callable[[Progress], None]
+Record = Callable[..., None]
+"""Takes the batch and, by keyword, what `recorded` takes of its tokens."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class DataRanks:
+    """Among how many replicas of the model the samples are dealt out."""
+
+    rank: int
+    count: int
+    group: dist.ProcessGroup | None
+    """One rank of each replica; None when there is one replica."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class TokenTensors:
+    """What is known of this rank's response tokens before the first optimizer step; float32 [T] on the device."""
+
+    mask: torch.Tensor
+    advantages: torch.Tensor
+    train: torch.Tensor | None
+    """Log-probabilities of the policy as it is; None when the training pass itself gives them."""
+    ref: torch.Tensor | None
+    rollout: torch.Tensor | None
+    correction: Correction | None
+    """Only what needs the whole batch."""
+    seen: torch.Tensor
+    """Log-probabilities before the first optimizer step: `train`, or filled in by the training pass."""
+
+
+class RolloutTrainer(abc.ABC):
+    """Trains a policy on one rollout after the other; every rank makes the same calls."""
+
+    def __init__(self, config: JobConfig, data_ranks: DataRanks, device: torch.device) -> None:
+        self._config = config
+        self._data_ranks = data_ranks
+        self._device = device
+        self._loss_config = settings.loss_config(config)
+        self.iteration = 0
+        """Optimizer steps taken."""
+
+    @abc.abstractmethod
+    def policy_log_probs(self, batch: RolloutBatch, report: Report) -> torch.Tensor:
+        """The policy's log-probabilities of this rank's response tokens; float32 [T]."""
+
+    @abc.abstractmethod
+    def reference_log_probs(self, batch: RolloutBatch, report: Report) -> torch.Tensor | None:
+        """The same of the reference model; None when there is none."""
+
+    @abc.abstractmethod
+    def accumulate(
+        self, batch: RolloutBatch, step: OptimizerStepPlan, tokens: TokenTensors, report: Callable[[int], None]
+    ) -> list[dict[str, MetricSum]]:
+        """Add up the gradients of a step's micro-batches; returns their parts of the metrics."""
+
+    @abc.abstractmethod
+    def optimizer_step(self) -> float:
+        """Clip, step and clear the gradients; returns their norm before clipping."""
+
+    @abc.abstractmethod
+    def reduce(self, parts: Sequence[dict[str, MetricSum]]) -> dict[str, float]:
+        """Means of the metrics, the same on every rank."""
+
+    @property
+    @abc.abstractmethod
+    def learning_rate(self) -> float:
+        """Of the last optimizer step."""
+
+    def begin(self, batch: RolloutBatch) -> None:  # noqa: B027  (most have nothing to do)
+        """Called once before anything is computed on a rollout."""
+
+    def train(self, groups: Sequence[SampleGroup], report: Report, record: Record | None = None) -> dict[str, float]:
+        """Take the optimizer steps of one rollout; returns metrics by name, the same on every rank.
+
+        `record` is given what there is to record of this rank's samples, when all is done.
+        """
+        began = time.monotonic()
+        samples = in_order(groups)
+        rewards_N = self._shaped_rewards(samples)
+        idle = (
+            rewards_N.eq(0).nonzero().flatten().tolist() if settings.zero_reward_is_zero_gradient(self._config) else ()
+        )
+        batch = build_batch(samples, self._config, self._data_ranks.rank, self._data_ranks.count, frozenset(idle))
+        self.begin(batch)
+        tokens = self._prepare(batch, rewards_N, report)
+        prepared = time.monotonic()
+        parts: list[dict[str, MetricSum]] = []
+        norms: list[float] = []
+        count = sum(len(step.all_micro_batches) for step in batch.steps)
+        done = 0
+        for step in batch.steps:
+            before = done
+
+            def report_done(number: int, before: int = before) -> None:
+                report(Progress("forward_backward", min(before + number, count), count))
+
+            parts += self.accumulate(batch, step, tokens, report_done)
+            done += len(step.all_micro_batches)
+            report(Progress("optimizer", done, count))
+            norms.append(self.optimizer_step())
+        if record is not None:
+            record(
+                batch,
+                mask_T=tokens.mask,
+                advantages_T=tokens.advantages,
+                train_log_probs_T=tokens.seen,
+                rollout_log_probs_T=tokens.rollout,
+            )
+        return self.reduce(parts) | {
+            "train/grad_norm": sum(norms) / len(norms),
+            "train/lr": self.learning_rate,
+            "perf/log_probs_time": prepared - began,
+        }
+
+    def loss(
+        self,
+        batch: RolloutBatch,
+        step: OptimizerStepPlan,
+        micro_batch: MicroBatch,
+        tokens: TokenTensors,
+        outputs: TokenLogProbs,
+    ) -> LossOutput:
+        """The micro-batch's share of the step's loss; sums over micro-batches and replicas give the whole."""
+        where = batch.place(micro_batch).to(self._device)
+        if tokens.train is None:
+            tokens.seen[where] = outputs.log_probs_T.detach()
+        members = [batch.position(i) for i in micro_batch.samples]
+        per_token = self._config.algorithm.calculate_per_token_loss
+        return rl_loss(
+            self._loss_config,
+            LossBatch(
+                packing=batch.packing.subset(members),
+                mask_T=tokens.mask[where],
+                advantages_T=tokens.advantages[where],
+                train_log_probs_T=None if tokens.train is None else tokens.train[where],
+                rollout_log_probs_T=None if tokens.rollout is None else tokens.rollout[where],
+                ref_log_probs_T=None if tokens.ref is None else tokens.ref[where],
+                correction=None if tokens.correction is None else tokens.correction.take(batch.packing, members),
+                denominator=step.num_tokens if per_token else step.num_samples,
+            ),
+            outputs.log_probs_T,
+            outputs.entropy_T,
+        )
+
+    def _prepare(self, batch: RolloutBatch, rewards_N: torch.Tensor, report: Report) -> TokenTensors:
+        """Everything that is computed on the whole batch before the first optimizer step."""
+        config, device, group = self._config, self._device, self._data_ranks.group
+        mask = batch.masks().to(device)
+        rollout, teacher = (
+            None if x is None else x.to(device)
+            for x in (batch.token_values("rollout_log_probs"), batch.token_values("teacher_log_probs"))
+        )
+        train = self.policy_log_probs(batch, report) if settings.needs_log_prob_pass(config) else None
+        ref = self.reference_log_probs(batch, report)
+        advantages = compute_advantages(
+            settings.advantage_config(config),
+            AdvantageBatch(
+                packing=batch.packing,
+                mask_T=mask,
+                rewards_B=rewards_N[list(batch.mine)].to(device),
+                old_log_probs_T=train,
+                ref_log_probs_T=ref,
+                teacher_log_probs_T=teacher,
+            ),
+            group,
+        )
+        method = settings.correction_method(config)
+        correction = None
+        if method is not None and train is not None and rollout is not None:
+            correction = compute_correction(
+                method,
+                train_log_probs_T=train,
+                rollout_log_probs_T=rollout,
+                mask_T=mask,
+                packing=batch.packing,
+                group=group,
+            )
+        seen = torch.zeros_like(mask) if train is None else train
+        return TokenTensors(mask, advantages.advantages_T, train, ref, rollout, correction, seen)
+
+    def _shaped_rewards(self, samples: Sequence[Sample]) -> torch.Tensor:
+        """Group-normalised rewards of all N samples; float32 [N]. FAILED samples stand outside their group."""
+        shaped = torch.zeros(len(samples))
+        scored = [i for i, sample in enumerate(samples) if sample.status is not SampleStatus.FAILED]
+        shaped[scored] = shape_rewards(
+            settings.advantage_config(self._config),
+            [trained_reward(samples[i], self._config.reward.reward_key) for i in scored],
+            [samples[i].group_id for i in scored],
+        )
+        return shaped
