@@ -375,3 +375,22 @@ async def test_a_malformed_lease_fails_alone(rollout: Rollout, rewards: str, job
     assert not outcomes[5].failed.retryable
     assert not outcomes[6].failed.retryable
     assert outcomes[7].finished.entry_id
+
+
+async def test_what_a_lease_that_is_over_has_generated_is_refused_and_kept(
+    rollout: Rollout, rewards: str, job_id: str, folder: pathlib.Path, stores: Stores
+) -> None:
+    await rollout.start_job(job_id, job_config(folder), rewards)
+    run = await rollout.run(job_id, lease_number=7)
+    await stores.queue.fence("rollout-0", 8)
+    await run.send(lease(job_id, 3))
+    returned = (await run.outcome()).returned
+    assert (returned.group_id, returned.attempt) == (3, 1)
+    assert returned.kept_tokens > 0
+    assert await stores.queued() == []
+    run = await rollout.run(job_id, lease_number=8)
+    generated = rollout.generated
+    await run.send(lease(job_id, 3, attempt=2))
+    assert (await run.outcome()).finished.attempt == 2
+    assert await stores.queued() == [3]
+    assert rollout.generated == generated

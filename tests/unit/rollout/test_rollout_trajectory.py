@@ -13,8 +13,10 @@ from miles.services.rollout.trajectory import (
     cut_to_limit,
     extend,
     is_resumable,
+    is_rolled_back,
     join_experts,
     join_spans,
+    mask_older_versions,
     merge_begun,
     without_response,
 )
@@ -172,3 +174,32 @@ def test_a_begun_response_at_its_limit_is_truncated() -> None:
 def test_without_a_response_nothing_of_it_is_left() -> None:
     done = dataclasses.replace(extend(fresh(), piece_of(fresh(), [1], [0], FinishReason.STOP)), reward=1.0)
     assert without_response(done) == fresh()
+
+
+def of_versions(*spans: VersionSpan) -> Sample:
+    length = spans[-1].end
+    tokens = np.concatenate([PROMPT, np.arange(length, dtype=np.int32)])
+    return dataclasses.replace(fresh(), tokens=tokens, response_length=length, weight_versions=spans)
+
+
+def test_tokens_of_older_versions_are_left_out_of_the_loss() -> None:
+    masked = mask_older_versions(of_versions(VersionSpan(3, 0, 2), VersionSpan(4, 2, 3), VersionSpan(5, 3, 6)))
+    assert masked.loss_mask is not None
+    assert masked.loss_mask.tolist() == [0, 0, 0, 1, 1, 1]
+
+
+def test_a_mask_that_is_there_is_narrowed_and_one_version_needs_none() -> None:
+    own = np.array([1, 1, 0, 1], np.uint8)
+    sample = dataclasses.replace(of_versions(VersionSpan(3, 0, 1), VersionSpan(4, 1, 4)), loss_mask=own)
+    masked = mask_older_versions(sample)
+    assert masked.loss_mask is not None
+    assert masked.loss_mask.tolist() == [0, 1, 0, 1]
+    assert own.tolist() == [1, 1, 0, 1]
+    assert mask_older_versions(of_versions(VersionSpan(3, 0, 4))).loss_mask is None
+
+
+def test_tokens_of_a_version_that_is_gone_are_known() -> None:
+    sample = of_versions(VersionSpan(3, 0, 2), VersionSpan(5, 2, 4))
+    assert is_rolled_back(sample, 4)
+    assert not is_rolled_back(sample, 5)
+    assert not is_rolled_back(sample, None)
