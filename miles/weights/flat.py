@@ -1,0 +1,151 @@
+"""Versions, or stretches of them, as flat bytes in a tensor: views by descriptor, checksums, and when they are free."""
+
+from __future__ import annotations
+
+import bisect
+import concurrent.futures
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from miles.rpc.gen import policy_pb2
+from miles.weights import manifest as manifests
+from miles.weights.dtypes import TORCH_DTYPE
+from miles.weights.manifest import ChecksumMismatch, ManifestError
+from miles.weights.transport import buckets
+
+_STAGING_BYTES = 64 << 20
+"""Tensors are hashed in batches of about this size; those in device memory come to the host batch by batch."""
+
+Descriptors = Sequence[policy_pb2.TensorDescriptor]
+
+
+def extent(descriptors: Descriptors) -> tuple[int, int]:
+    """Offset and length, in bytes, of the stretch of the buffer that consecutive tensors lie in."""
+    begin = descriptors[0].offset
+    return begin, descriptors[-1].offset + descriptors[-1].nbytes - begin
+
+
+def view(flat: torch.Tensor, descriptor: policy_pb2.TensorDescriptor, base: int = 0) -> torch.Tensor:
+    """A tensor over its bytes of `flat`, uint8 (n,), whose first byte is the version's byte `base`."""
+    begin = descriptor.offset - base if descriptor.nbytes else 0
+    data = flat[begin : begin + descriptor.nbytes]
+    return data.view(TORCH_DTYPE[descriptor.dtype]).view(tuple(descriptor.shape))
+
+
+def clear_gaps(flat: torch.Tensor, descriptors: Descriptors) -> None:
+    """Zero what aligns tensors, so that no foreign memory is sent along."""
+    base, end = descriptors[0].offset, descriptors[0].offset
+    for descriptor in descriptors:
+        flat[end - base : descriptor.offset - base].zero_()
+        end = descriptor.offset + descriptor.nbytes
+
+
+def packed(flat: torch.Tensor, descriptors: Descriptors) -> torch.Tensor:
+    """The same bytes without the gaps that align tensors; `flat` itself when it has none."""
+    base = descriptors[0].offset
+    parts = [flat[d.offset - base : d.offset - base + d.nbytes] for d in descriptors]
+    return flat if sum(d.nbytes for d in descriptors) == flat.numel() else torch.cat(parts)
+
+
+def set_checksums(
+    flat: torch.Tensor, descriptors: Descriptors, base: int, threads: concurrent.futures.Executor
+) -> None:
+    """Give each descriptor that has none its checksum."""
+    for descriptor, value in _checksums(flat, descriptors, base, threads):
+        if not descriptor.checksum:
+            descriptor.checksum = value
+
+
+def verify(
+    flats: Mapping[int, torch.Tensor],
+    manifest: policy_pb2.Manifest,
+    source: str,
+    threads: concurrent.futures.Executor,
+) -> None:
+    """Raise ChecksumMismatch unless the stretches, by offset, hold the version's bytes; `source` says which."""
+    differing = [
+        descriptor.name
+        for base, descriptors in _by_stretch(flats, manifest.tensors)
+        for descriptor, value in _checksums(flats[base], descriptors, base, threads)
+        if value != descriptor.checksum
+    ]
+    if differing:
+        raise ChecksumMismatch(
+            f"{len(differing)} of {len(manifest.tensors)} tensors of {manifests.describe(manifest.version)} from "
+            f"{source} do not match their checksums: {', '.join(differing[:3])}"
+        )
+
+
+def check_covered(manifest: policy_pb2.Manifest, stretches: Iterable[tuple[int, int]]) -> None:
+    """Raise ManifestError unless stretches (offset, length) lie in the buffer and hold every tensor exactly once."""
+    covered: list[tuple[int, int]] = sorted(stretches)
+    if not covered:
+        raise ManifestError(f"the handle of {manifests.describe(manifest.version)} names no buckets")
+    position = 0
+    for begin, length in covered:
+        if begin < position or begin + length > manifest.total_bytes:
+            raise ManifestError(f"a bucket at byte {begin} of {length} bytes overlaps another or leaves the buffer")
+        position = begin + length
+    lengths = dict(covered)
+    for base, tensors in _by_stretch(lengths, manifest.tensors):
+        for tensor in tensors:
+            if tensor.nbytes and not base <= tensor.offset <= tensor.offset + tensor.nbytes <= base + lengths[base]:
+                raise ManifestError(f"no bucket holds the whole of tensor {tensor.name!r}")
+
+
+class FlatWeights:
+    """A version's tensors as views of one flat tensor; implements ReceivedWeights."""
+
+    def __init__(self, flats: Mapping[int, torch.Tensor], descriptors: Descriptors) -> None:
+        """`flats` are uint8 (n,) by the offset of their first byte, ascending; each holds whole tensors."""
+        self._storages = [_storage_ref(flat) for flat in flats.values()]
+        self._tensors = {
+            descriptor.name: view(flats[base], descriptor, base)
+            for base, members in _by_stretch(flats, descriptors)
+            for descriptor in members
+        }
+
+    @property
+    def tensors(self) -> Mapping[str, torch.Tensor]:
+        """By HF name; each keeps its bucket alive."""
+        return self._tensors
+
+    def release(self) -> bool:
+        """Forget the tensors; the memory goes with the last of them. False while someone else holds one."""
+        self._tensors = {}
+        return all(bool(storage.expired()) for storage in self._storages)
+
+
+def _checksums(
+    flat: torch.Tensor, descriptors: Descriptors, base: int, threads: concurrent.futures.Executor
+) -> Iterator[tuple[policy_pb2.TensorDescriptor, bytes]]:
+    """Each descriptor with the checksum of its bytes."""
+    for batch in buckets(descriptors, _STAGING_BYTES):
+        begin, length = extent(batch)
+        data = _on_host(flat[begin - base : begin - base + length])
+        pieces = [data[d.offset - begin : d.offset - begin + d.nbytes] for d in batch]
+        yield from zip(batch, threads.map(manifests.checksum, pieces), strict=True)
+
+
+def _on_host(flat: torch.Tensor) -> memoryview:
+    """The bytes where they can be hashed; device memory goes through pinned memory, which is several times as fast."""
+    if flat.device.type == "cpu":
+        return flat.numpy().data
+    return torch.empty(flat.shape, dtype=flat.dtype, pin_memory=True).copy_(flat).numpy().data
+
+
+def _by_stretch(starts: Mapping[int, object], descriptors: Descriptors) -> Iterator[tuple[int, Descriptors]]:
+    """The descriptors, whose offsets ascend, that begin in each stretch, by the stretch's start."""
+    offsets = [descriptor.offset for descriptor in descriptors]
+    ordered = sorted(starts)
+    cuts = [0, *(bisect.bisect_left(offsets, start) for start in ordered[1:]), len(descriptors)]
+    for start, first, last in zip(ordered, cuts, cuts[1:], strict=False):
+        yield start, descriptors[first:last]
+
+
+def _storage_ref(flat: torch.Tensor) -> Any:
+    """Tells whether the memory is gone, which a reference to one of its tensors does not."""
+    return StorageWeakRef(flat.untyped_storage())  # type: ignore[no-untyped-call]
