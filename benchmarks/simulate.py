@@ -1,0 +1,231 @@
+"""A cluster of thousands of rollouts in which only the controller is real.
+
+    python -m benchmarks.simulate plan                     # throughput and staleness against the number of rollouts
+    python -m benchmarks.simulate controller               # groups per second that one controller can handle
+
+`plan` drives the controller's state machines (admission and load balance) in virtual time: rollouts take as long as
+long-tailed response lengths say, the trainer and weight updates a fixed time. It prints a table for each staleness
+bound; with --scale-batch the batch and the trainer grow with the rollouts, else both are fixed.
+
+`controller` starts a real controller process and Redis, and stand-ins for any number of rollouts over real gRPC, that
+finish each group after a fixed time. It prints groups per second and the processor time that the controller took for
+one; --profile FILE writes a cProfile of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import os
+import pathlib
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator, Sequence
+
+import psutil
+
+from benchmarks.simulation.lengths import Lengths
+from benchmarks.simulation.stand_ins import Rollouts, Trainer, stand_ins
+from benchmarks.simulation.virtual import Cluster, Simulation
+from miles.queue import RedisServer
+from miles.rpc import connect
+from miles.rpc.gen import controller_pb2, controller_pb2_grpc
+
+_SAMPLES = 8
+_START_S = 60.0
+
+
+# -- plan --------------------------------------------------------------------------------------------------------------
+
+
+def plan(flags: argparse.Namespace) -> None:
+    """Print the table of every cluster asked for."""
+    lengths = Lengths(flags.median_tokens, flags.sigma, flags.limit_tokens, _SAMPLES, flags.tokens_per_s)
+    print(f"a group takes {lengths.mean_group_s:.0f} s on average; a rollout generates {flags.slots} groups at once\n")
+    header = ("rollouts", "batch", "staleness bound", "groups/s", "rollouts busy", "trainer busy", "mean staleness")
+    rows = [(*header, "max staleness", "step s", "controller s")]
+    for rollouts in flags.rollouts:
+        batch = max(flags.batch, 2 * rollouts * flags.slots) if flags.scale_batch else flags.batch
+        for staleness in flags.staleness:
+            cluster = Cluster(
+                rollouts=rollouts,
+                slots=flags.slots,
+                batch_size=batch,
+                max_staleness=staleness,
+                train_s=flags.train_s,
+                export_s=flags.export_s,
+                swap_s=flags.swap_s,
+                steps=flags.steps,
+                lengths=lengths,
+            )
+            began = time.process_time()
+            found = Simulation(cluster).run()
+            rows.append(
+                (
+                    *(f"{rollouts}", f"{batch}", f"{staleness}", f"{found.groups_per_s:.2f}", f"{found.busy:.0%}"),
+                    *(f"{found.trainer_busy:.0%}", f"{found.mean_staleness:.2f}", f"{found.max_staleness}"),
+                    *(f"{found.step_s:.0f}", f"{time.process_time() - began:.2f}"),
+                )
+            )
+    show(rows)
+
+
+# -- controller --------------------------------------------------------------------------------------------------------
+
+
+async def controller(flags: argparse.Namespace) -> None:
+    """Print the table of every number of rollouts asked for."""
+    rows: list[tuple[str, ...]] = [
+        ("rollouts", "groups/s", "controller busy", "processor µs/group", "mean staleness", "MiB of the controller")
+    ]
+    with tempfile.TemporaryDirectory() as folder:
+        for rollouts in flags.rollouts:
+            rows.append(await _measure(pathlib.Path(folder) / str(rollouts), rollouts, flags))
+    show(rows)
+
+
+async def _measure(folder: pathlib.Path, rollouts: int, flags: argparse.Namespace) -> tuple[str, ...]:
+    folder.mkdir()
+    groups = Rollouts(flags.slots, flags.group_s)
+    with RedisServer(folder / "redis") as redis:
+        async with (
+            _controller_process(folder, redis.url, flags.profile) as (process, address),
+            stand_ins(address, rollouts, groups, Trainer(flags.train_s)),
+            connect(address) as channel,
+        ):
+            stub = controller_pb2_grpc.ControllerServiceStub(channel)
+            batch = max(64, 2 * rollouts * flags.slots)
+            request = controller_pb2.SubmitJobRequest(config_json=json.dumps(_job(folder, batch)))
+            await stub.SubmitJob(request, timeout=_START_S)
+            await _until_warm(groups, 2 * batch)
+            before, cpu_before, began = groups.finished, _cpu_s(process), time.monotonic()
+            await asyncio.sleep(flags.seconds)
+            done, cpu_s, wall_s = groups.finished - before, _cpu_s(process) - cpu_before, time.monotonic() - began
+            memory = process.memory_info().rss / 2**20
+    staleness = _staleness(folder / "run" / "metrics.jsonl")
+    return (
+        f"{rollouts}",
+        f"{done / wall_s:.0f}",
+        f"{cpu_s / wall_s:.0%}",
+        f"{cpu_s / max(1, done) * 1e6:.0f}",
+        f"{staleness:.2f}",
+        f"{memory:.0f}",
+    )
+
+
+@contextlib.asynccontextmanager
+async def _controller_process(
+    folder: pathlib.Path, redis_url: str, profile: str | None
+) -> AsyncIterator[tuple[psutil.Process, str]]:
+    address_file = folder / "address"
+    profiling = ["-m", "cProfile", "-o", profile] if profile else []
+    command = [sys.executable, *profiling, "-m", "miles.services.controller", "--listen", "127.0.0.1:0"]
+    command += ["--redis-url", redis_url, "--address-file", str(address_file)]
+    with (folder / "controller.log").open("wb") as log:
+        process = await asyncio.create_subprocess_exec(*command, stdout=log, stderr=log, env=dict(os.environ))
+    try:
+        end = time.monotonic() + _START_S
+        while not address_file.exists():
+            if process.returncode is not None or time.monotonic() > end:
+                raise RuntimeError(f"the controller did not start:\n{(folder / 'controller.log').read_text()}")
+            await asyncio.sleep(0.05)
+        yield psutil.Process(process.pid), address_file.read_text()
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            process.send_signal(signal.SIGTERM if profile else signal.SIGKILL)
+        await process.wait()
+
+
+async def _until_warm(groups: Rollouts, count: int) -> None:
+    end = time.monotonic() + 4 * _START_S
+    while groups.finished < count:
+        if time.monotonic() > end:
+            raise TimeoutError(f"{groups.finished} of {count} groups after {4 * _START_S:g} s")
+        await asyncio.sleep(0.1)
+
+
+def _job(folder: pathlib.Path, batch: int) -> dict[str, object]:
+    from examples.tiny.make import make_tokenizer
+
+    make_tokenizer().save_pretrained(folder / "model")
+    prompts = "".join(json.dumps({"prompt": "31415>", "label": "11345"}) + "\n" for _ in range(64))
+    (folder / "train.jsonl").write_text(prompts)
+    return {
+        "name": "simulated",
+        "run_dir": str(folder / "run"),
+        "hf_checkpoint": str(folder / "model"),
+        "prompt_data": str(folder / "train.jsonl"),
+        "input_key": "prompt",
+        "label_key": "label",
+        "rm_type": "exact_match",
+        "rollout_batch_size": batch,
+        "n_samples_per_prompt": _SAMPLES,
+        "num_steps_per_rollout": 1,
+        "rollout_max_response_len": 16,
+        "num_rollout": 1_000_000,
+        "max_weight_staleness": 4,
+        "lr": 1e-6,
+        "device": "cpu",
+    }
+
+
+def _cpu_s(process: psutil.Process) -> float:
+    times = process.cpu_times()
+    return float(times.user + times.system)
+
+
+def _staleness(metrics: pathlib.Path) -> float:
+    name = "rollout/fully_async/avg_staleness"
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
+    found = [line[name] for line in lines if name in line]
+    return found[-1] if found else float("nan")
+
+
+# -- both --------------------------------------------------------------------------------------------------------------
+
+
+def show(rows: Sequence[Sequence[str]]) -> None:
+    """Print a table."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    for row in rows:
+        print("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)))
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    modes = parser.add_subparsers(dest="mode", required=True)
+    add = modes.add_parser("plan", help="throughput and staleness in virtual time").add_argument
+    add("--rollouts", type=int, nargs="+", default=[1, 8, 64, 512, 4096])
+    add("--staleness", type=int, nargs="+", default=[0, 1, 4], help="bounds to compare")
+    add("--batch", type=int, default=512, help="prompts of a step")
+    add("--scale-batch", action="store_true", help="let a batch be twice what the rollouts generate at once, if more")
+    add("--slots", type=int, default=8, help="groups that a rollout generates at once")
+    add("--train-s", type=float, default=60.0, help="time of a training step")
+    add("--export-s", type=float, default=2.0, help="time that the trainer stands still for an update")
+    add("--swap-s", type=float, default=5.0, help="time until every rollout has it")
+    add("--steps", type=int, default=12)
+    add("--median-tokens", type=float, default=2000.0, help="median response length")
+    add("--sigma", type=float, default=1.0, help="of the logarithm of the length")
+    add("--limit-tokens", type=int, default=32_768)
+    add("--tokens-per-s", type=float, default=50.0, help="speed of one response")
+    add = modes.add_parser("controller", help="what one controller process can handle").add_argument
+    add("--rollouts", type=int, nargs="+", default=[1, 64, 1024, 4096])
+    add("--slots", type=int, default=8)
+    add("--group-s", type=float, default=0.2, help="time that a stand-in takes for a group")
+    add("--train-s", type=float, default=0.1)
+    add("--seconds", type=float, default=10.0, help="time of a measurement")
+    add("--profile", metavar="FILE", help="profile the controller; slows it down")
+    flags = parser.parse_args()
+    if flags.mode == "plan":
+        plan(flags)
+    else:
+        asyncio.run(controller(flags))
+
+
+if __name__ == "__main__":
+    main()

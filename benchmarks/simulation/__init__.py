@@ -1,0 +1,1 @@
+"""A cluster in which only the controller is real."""

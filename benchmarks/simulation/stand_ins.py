@@ -1,0 +1,192 @@
+"""Rollouts, a trainer and weight sync that do nothing but let time pass, for a real controller over real gRPC."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import uuid
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc.aio
+
+from miles.rpc import connect, start_server
+from miles.rpc.gen import (
+    controller_pb2,
+    controller_pb2_grpc,
+    rollout_pb2,
+    rollout_pb2_grpc,
+    trainer_pb2,
+    trainer_pb2_grpc,
+    weightsync_pb2,
+    weightsync_pb2_grpc,
+)
+
+PROGRESS_S = 1.0
+"""As a real rollout reports."""
+
+Context = Any
+
+
+class Rollouts(rollout_pb2_grpc.RolloutServiceServicer):
+    """Any number of rollouts at one address: each Run stream is one of them."""
+
+    def __init__(self, slots: int, group_s: float) -> None:
+        self._slots = slots
+        self._group_s = group_s
+        self.finished = 0
+        """Groups, all rollouts together."""
+
+    async def StartJob(
+        self, request: rollout_pb2.RolloutStartJobRequest, context: Context
+    ) -> AsyncIterator[rollout_pb2.RolloutStartJobResponse]:
+        yield rollout_pb2.RolloutStartJobResponse(stage="ready", ready=True)
+
+    async def StopJob(
+        self, request: rollout_pb2.RolloutStopJobRequest, context: Context
+    ) -> rollout_pb2.RolloutStopJobResponse:
+        return rollout_pb2.RolloutStopJobResponse()
+
+    async def Run(self, requests: AsyncIterator[rollout_pb2.RunRequest], context: Context) -> None:  # type: ignore[override]
+        loop = asyncio.get_running_loop()
+        outgoing: asyncio.Queue[rollout_pb2.RunResponse] = asyncio.Queue()
+        number = (await anext(aiter(requests))).open.lease_number
+
+        def finish(group_id: int, attempt: int, version: int) -> None:
+            self.finished += 1
+            finished = rollout_pb2.GroupFinished(
+                group_id=group_id,
+                attempt=attempt,
+                purpose=rollout_pb2.GROUP_PURPOSE_TRAIN,
+                verdict=rollout_pb2.FILTER_VERDICT_KEEP,
+                entry_id="0-1",
+                oldest_version=version,
+            )
+            outgoing.put_nowait(rollout_pb2.RunResponse(lease_number=number, finished=finished))
+
+        async def read() -> None:
+            async for request in requests:
+                if request.HasField("lease"):
+                    lease = request.lease
+                    loop.call_later(self._group_s, finish, lease.group_id, lease.attempt, lease.min_version)
+
+        async def report() -> None:
+            for count in itertools.count():
+                progress = rollout_pb2.RunProgress(running_requests=self._slots, generated_tokens=count)
+                outgoing.put_nowait(rollout_pb2.RunResponse(lease_number=number, progress=progress))
+                await asyncio.sleep(PROGRESS_S)
+
+        ready = rollout_pb2.RunReady(capacity_groups=self._slots)
+        outgoing.put_nowait(rollout_pb2.RunResponse(lease_number=number, ready=ready))
+        tasks = [asyncio.create_task(read()), asyncio.create_task(report())]
+        try:
+            while True:
+                await context.write(await outgoing.get())
+        finally:
+            for task in tasks:
+                task.cancel()
+
+
+class Trainer(trainer_pb2_grpc.TrainerServiceServicer):
+    """Takes steps of a fixed time."""
+
+    def __init__(self, train_s: float) -> None:
+        self._train_s = train_s
+
+    async def StartJob(
+        self, request: trainer_pb2.TrainerStartJobRequest, context: Context
+    ) -> AsyncIterator[trainer_pb2.TrainerStartJobResponse]:
+        yield trainer_pb2.TrainerStartJobResponse(stage="ready", ready=trainer_pb2.TrainerReady())
+
+    async def Train(
+        self, request: trainer_pb2.TrainRequest, context: Context
+    ) -> AsyncIterator[trainer_pb2.TrainResponse]:
+        await asyncio.sleep(self._train_s)
+        done = trainer_pb2.TrainDone(
+            step=request.step, metrics={"rollout/response_tokens": float(len(request.group_ids))}
+        )
+        yield trainer_pb2.TrainResponse(phase=trainer_pb2.TRAIN_PHASE_DONE, done=done)
+
+    async def Export(self, request: trainer_pb2.ExportRequest, context: Context) -> trainer_pb2.ExportResponse:
+        return trainer_pb2.ExportResponse(total_bytes=1)
+
+    async def SaveCheckpoint(
+        self, request: trainer_pb2.SaveCheckpointRequest, context: Context
+    ) -> trainer_pb2.SaveCheckpointResponse:
+        return trainer_pb2.SaveCheckpointResponse(checkpoint_dir="nowhere")
+
+    async def StopJob(
+        self, request: trainer_pb2.TrainerStopJobRequest, context: Context
+    ) -> trainer_pb2.TrainerStopJobResponse:
+        return trainer_pb2.TrainerStopJobResponse()
+
+
+class WeightSync(weightsync_pb2_grpc.WeightSyncServiceServicer):
+    """Brings every version to every engine at once."""
+
+    async def Activate(
+        self, request: weightsync_pb2.ActivateRequest, context: Context
+    ) -> AsyncIterator[weightsync_pb2.ActivateResponse]:
+        yield weightsync_pb2.ActivateResponse(done=weightsync_pb2.ActivateDone(engines=len(request.wait_for)))
+
+    async def ReleaseJob(
+        self, request: weightsync_pb2.ReleaseJobRequest, context: Context
+    ) -> weightsync_pb2.ReleaseJobResponse:
+        return weightsync_pb2.ReleaseJobResponse()
+
+
+@contextlib.asynccontextmanager
+async def stand_ins(controller: str, rollouts: int, service: Rollouts, trainer: Trainer) -> AsyncIterator[None]:
+    """All of them, attached to a controller."""
+
+    def register(server: grpc.aio.Server) -> None:
+        rollout_pb2_grpc.add_RolloutServiceServicer_to_server(service, server)
+        trainer_pb2_grpc.add_TrainerServiceServicer_to_server(trainer, server)
+        weightsync_pb2_grpc.add_WeightSyncServiceServicer_to_server(WeightSync(), server)
+
+    server, address = await start_server(register, "127.0.0.1:0", [])
+    kinds = {
+        "weightsync": controller_pb2.WORKER_KIND_WEIGHTSYNC,
+        "reward-0": controller_pb2.WORKER_KIND_REWARD,
+        **{f"rollout-{i:05d}": controller_pb2.WORKER_KIND_ROLLOUT for i in range(rollouts)},
+        "trainer-0": controller_pb2.WORKER_KIND_TRAINER,
+    }
+    async with connect(controller) as channel:
+        stub = controller_pb2_grpc.ControllerServiceStub(channel)
+        tasks = [asyncio.create_task(_attach(stub, name, kind, address)) for name, kind in kinds.items()]
+        try:
+            yield
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            await server.stop(0)
+
+
+async def _attach(
+    stub: controller_pb2_grpc.ControllerServiceStub,
+    name: str,
+    kind: controller_pb2.WorkerKind.ValueType,
+    address: str,
+) -> None:
+    registration = controller_pb2.WorkerRegistration(
+        worker_id=name,
+        kind=kind,
+        address=address,
+        incarnation=uuid.uuid4().hex,
+        info_json='{"ranks": 1, "rewards": "exact_match"}',
+    )
+
+    async def requests() -> AsyncIterator[controller_pb2.AttachRequest]:
+        yield controller_pb2.AttachRequest(registration=registration)
+        for sequence in itertools.count():
+            beat = controller_pb2.WorkerHeartbeat(sequence=sequence, activity="generating", progress=sequence)
+            yield controller_pb2.AttachRequest(heartbeat=beat)
+            await asyncio.sleep(2.0)
+
+    while True:
+        with contextlib.suppress(grpc.aio.AioRpcError):
+            async for _ in stub.Attach(requests()):
+                pass
+        await asyncio.sleep(0.5)
