@@ -105,6 +105,24 @@ sys.exit(code)
     assert "trainer-0" in ran.stdout
 
 
+def test_processes_with_tensors_on_the_cpu_keep_freed_memory_unless_the_user_says_otherwise(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    settings = MINIMAL | {"controller_port": 7000}
+    config = JobConfig.from_flat(settings).resolve("cpu")
+
+    def tuned(config: JobConfig) -> dict[str, str | None]:
+        return {plan.kind: plan.environment.get("GLIBC_TUNABLES") for plan in plan_run(config)}
+
+    kinds = {kind for kind, value in tuned(config).items() if value and "glibc.malloc.mmap_max=0" in value}
+    assert kinds == {"rollout", "trainer"}
+    own = config.replace(train_env_vars={"GLIBC_TUNABLES": "glibc.malloc.arena_max=2"})
+    assert tuned(own)["trainer"] == "glibc.malloc.arena_max=2"
+    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.arena_max=4")
+    assert set(tuned(config).values()) == {None}
+
+
 def test_plans_carry_addresses_once_they_are_known() -> None:
     config = JobConfig.from_flat(
         MINIMAL
