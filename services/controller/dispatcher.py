@@ -18,6 +18,7 @@ from miles.services.controller.evaluation import Evaluation
 from miles.services.controller.job_context import JobContext
 from miles.services.controller.load_balance import LoadBalance
 from miles.services.controller.registry import AttachedWorker, WorkerRegistry
+from miles.services.controller.reward_addresses import DEFAULT, RewardAddresses
 from miles.services.controller.rollout_link import RolloutLink
 from miles.services.controller.worker_activity import WorkerActivity
 
@@ -51,7 +52,7 @@ class Dispatcher:
         activity: WorkerActivity,
         make_lease: LeaseMaker,
         weightsync_address: str,
-        reward_addresses: dict[str, str],
+        reward_addresses: RewardAddresses,
     ) -> None:
         self._context = context
         self._registry = registry
@@ -161,7 +162,7 @@ class Dispatcher:
 
     async def _serve(self, worker: AttachedWorker) -> None:
         """Work with one worker for as long as its lease and its stream last."""
-        link = RolloutLink(worker, self._context, self._weightsync_address, self._reward_addresses)
+        link = RolloutLink(worker, self._context, self._weightsync_address, self._reward_addresses.of(worker.worker_id))
         self.links[link.worker_id] = link
         try:
             await self._queue.fence(link.worker_id, worker.lease_number, deadline_s=_FENCE_DEADLINE_S)
@@ -218,7 +219,7 @@ class Dispatcher:
             if not self._balance.held(link.worker_id):
                 self._activity.end(link.worker_id)
         if kind == "finished":
-            self._on_finished(response.finished)
+            self._on_finished(link, response.finished)
         elif kind == "failed":
             self._on_failed(response.failed)
         elif kind == "returned":
@@ -226,10 +227,10 @@ class Dispatcher:
         self.pump()
         self.notify()
 
-    def _on_finished(self, message: rollout_pb2.GroupFinished) -> None:
+    def _on_finished(self, link: RolloutLink, message: rollout_pb2.GroupFinished) -> None:
         self._leased_unix_ns.pop((message.purpose == rollout_pb2.GROUP_PURPOSE_EVAL, message.group_id), None)
         if message.stats.reward_s > 0:
-            self._note_scoring(message.stats.reward_s)
+            self._note_scoring(link, message.stats.reward_s)
         if message.purpose == rollout_pb2.GROUP_PURPOSE_EVAL:
             if self.evaluation is not None:
                 self.evaluation.finish(message)
@@ -245,9 +246,9 @@ class Dispatcher:
             if not self.admission.leases:
                 self._clock.move("generate", "reward", message.stats.reward_s)
 
-    def _note_scoring(self, seconds: float) -> None:
+    def _note_scoring(self, link: RolloutLink, seconds: float) -> None:
         for worker in self._registry.alive(controller_pb2.WORKER_KIND_REWARD):
-            if worker.registration.address == self._reward_addresses["default"]:
+            if worker.registration.address == link.reward_addresses[DEFAULT]:
                 self._activity.note(worker.worker_id, "score", seconds)
 
     def _on_failed(self, message: rollout_pb2.GroupFailed) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import collections
 import dataclasses
 import time
 
@@ -39,6 +40,7 @@ class WorkerRegistry:
         self.first_lease_number = time.time_ns() // 1_000_000
         self._leases = LeaseTable(ttl_s, self.first_lease_number)
         self._workers: dict[str, AttachedWorker] = {}
+        self._by_kind: collections.defaultdict[int, dict[str, AttachedWorker]] = collections.defaultdict(dict)
         self._gone: dict[str, AttachedWorker] = {}
         self._changed = asyncio.Event()
         self.ttl_s = ttl_s
@@ -54,7 +56,9 @@ class WorkerRegistry:
         worker = AttachedWorker(
             registration, lease.number, controller_pb2.WorkerHeartbeat(), time.time_ns(), asyncio.Event()
         )
-        self._workers[registration.worker_id] = worker
+        if known is not None:
+            self._by_kind[known.registration.kind].pop(registration.worker_id)
+        self._workers[registration.worker_id] = self._by_kind[registration.kind][registration.worker_id] = worker
         self._gone.pop(registration.worker_id, None)
         self._notify()
         return worker
@@ -85,8 +89,7 @@ class WorkerRegistry:
 
     def alive(self, kind: controller_pb2.WorkerKind.ValueType) -> list[AttachedWorker]:
         """Workers of a kind that hold a lease, by name."""
-        workers = [worker for worker in self._workers.values() if worker.registration.kind == kind]
-        return sorted(workers, key=lambda worker: worker.worker_id)
+        return sorted(self._by_kind[kind].values(), key=lambda worker: worker.worker_id)
 
     def everyone(self) -> list[AttachedWorker]:
         """All workers that hold a lease, by name."""
@@ -122,6 +125,7 @@ class WorkerRegistry:
     def _remove(self, worker_id: str) -> AttachedWorker | None:
         worker = self._workers.pop(worker_id, None)
         if worker is not None:
+            self._by_kind[worker.registration.kind].pop(worker_id)
             worker.lost.set()
             self._gone[worker_id] = worker
         return worker

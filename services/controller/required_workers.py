@@ -9,6 +9,7 @@ from miles.rpc.gen import controller_pb2
 from miles.services.controller import deadlines
 from miles.services.controller.job_controls import JobControls
 from miles.services.controller.registry import AttachedWorker, WorkerRegistry
+from miles.services.controller.reward_addresses import DEFAULT, RewardAddresses
 from miles.services.controller.run_status import RunStatus
 
 
@@ -35,10 +36,10 @@ class RequiredWorkers:
             await asyncio.wait({waiting}, timeout=0.5)
         return waiting.result()
 
-    async def reward_addresses(self, named: Sequence[str]) -> dict[str, str]:
-        """Reward services by name: the user's own (NAME=HOST:PORT), and the built-in one unless one is the default."""
+    async def reward_addresses(self, named: Sequence[str]) -> RewardAddresses:
+        """The user's own reward services (NAME=HOST:PORT), and built-in ones unless one of those is the default."""
         addresses = dict(service.split("=", 1) for service in named)
-        if "default" not in addresses:
-            worker = (await self.wait_for(controller_pb2.WORKER_KIND_REWARD))[0]
-            addresses["default"] = worker.registration.address
-        return addresses
+        if DEFAULT in addresses:
+            return RewardAddresses(addresses)
+        workers = await self.wait_for(controller_pb2.WORKER_KIND_REWARD)
+        return RewardAddresses(addresses, tuple(worker.registration.address for worker in workers))

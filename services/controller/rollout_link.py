@@ -38,7 +38,7 @@ class RolloutLink:
         self.progress = rollout_pb2.RunProgress()
         self._context = context
         self._weightsync_address = weightsync_address
-        self._reward_addresses = reward_addresses
+        self.reward_addresses = reward_addresses
         self._orders: asyncio.Queue[rollout_pb2.RunRequest] = asyncio.Queue()
 
     @property
@@ -76,7 +76,7 @@ class RolloutLink:
             config_json=json.dumps(self._context.config.to_flat()),
             redis_url=self._context.redis_url,
             weightsync_address=self._weightsync_address,
-            reward_addresses=self._reward_addresses,
+            reward_addresses=self.reward_addresses,
         )
         async for message in stream(stub.StartJob(request), f"{what} start", deadlines.START_JOB_SILENCE_S):
             logger.info("%s: %s", what, message.stage)

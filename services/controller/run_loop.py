@@ -15,7 +15,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from miles.queue.backpressure import TRANSIENT
@@ -32,11 +32,12 @@ from miles.services.controller.job_controls import JobControls, JobStoppedError
 from miles.services.controller.job_history import JobHistory
 from miles.services.controller.publishing import Publishing
 from miles.services.controller.registry import WorkerRegistry
+from miles.services.controller.releasing import release_workers
 from miles.services.controller.required_workers import RequiredWorkers
-from miles.services.controller.rollout_link import RolloutLink
+from miles.services.controller.resuming import admission_after
 from miles.services.controller.run_status import RunStatus
 from miles.services.controller.step_metrics import RESPONSE_TOKENS, StepTimes, step_metrics
-from miles.services.controller.trainer_link import TrainerLink, release_weights
+from miles.services.controller.trainer_link import TrainerLink
 from miles.services.controller.worker_activity import WorkerActivity
 
 if TYPE_CHECKING:
@@ -47,8 +48,6 @@ logger = logging.getLogger(__name__)
 
 _RECOVERY_PAUSE_S = 0.5
 _MAX_RECOVERIES_WITHOUT_A_STEP = 8
-_ATTEMPTS_A_LIFE = 1 << 16
-"""Leases of one group that one life of the controller can number."""
 _PAUSED, _LOADING, _INTERRUPTED = "paused by the user", "loading", "a batch is complete"
 """Why no training group is handed out."""
 
@@ -114,7 +113,7 @@ class RunLoop:
             keep_links.cancel()
             await asyncio.gather(keep_links, return_exceptions=True)
             self.status.enter("ending", "every worker to drop the job")
-            await self._release_workers(links)
+            await release_workers(self._context, self._registry, links, self._weightsync)
             self._activity.close()
 
     async def _connect(self) -> None:
@@ -158,19 +157,6 @@ class RunLoop:
         finally:
             await trainer.close()
 
-    async def _release_workers(self, links: Sequence[RolloutLink]) -> None:
-        """Have every worker drop the job, however it ended, so that the next one finds them free."""
-        for link in links:
-            with contextlib.suppress(WorkerLostError, WorkerFailedError):
-                await link.stop_job()
-        for worker in self._registry.alive(controller_pb2.WORKER_KIND_TRAINER):
-            trainer = TrainerLink(worker, self._context, self._weightsync)
-            with contextlib.suppress(WorkerLostError, WorkerFailedError):
-                await trainer.stop_job()
-            await trainer.close()
-        with contextlib.suppress(WorkerLostError, WorkerFailedError):
-            await release_weights(self._context, self._weightsync)
-
     # -- loading ------------------------------------------------------------------------------------------------------
 
     async def _load(self, trainer: TrainerLink) -> None:
@@ -204,25 +190,15 @@ class RunLoop:
         await self._say(f"loaded {where} at step {ready.step}; {len(admission.ready)} groups in the queue")
 
     async def _admit_again(self, ready: trainer_pb2.TrainerReady) -> Admission:
-        """Admission from what the trainer has consumed, what is queued, and what live workers still hold."""
         await self._tell_of_given_up_groups()
-        life = await self._queue.begin_life()
-        await self._queue.fence("*", self._registry.first_lease_number)
-        queued = {entry.group_id: entry.oldest_version for entry in await self._queue.outstanding()}
-        dropped = await self._queue.dropped()
         before = self._dispatcher.admission
-        return Admission.resume(
-            batch_size=self._config.data.rollout_batch_size,
-            max_staleness=self._config.rollout.max_weight_staleness,
-            total_groups=self._config.data.rollout_batch_size * self._last,
-            version=ready.step,
-            consumed_below=ready.consumed_below,
-            consumed_ids=ready.consumed_group_ids,
-            ready=queued,
-            dropped=dropped,
-            leases=before.leases if before is not None else {},
-            window=self._config.rollout.over_sampling_batch_size or 0,
-            first_attempt=life * _ATTEMPTS_A_LIFE + 1,
+        return await admission_after(
+            ready,
+            self._config,
+            self._last,
+            self._queue,
+            self._registry.first_lease_number,
+            before.leases if before is not None else {},
         )
 
     async def _drain(self, trainer: TrainerLink) -> None:

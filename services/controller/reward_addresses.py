@@ -1,0 +1,28 @@
+"""Which reward services each rollout asks."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import zlib
+from collections.abc import Mapping
+
+DEFAULT = "default"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class RewardAddresses:
+    """Addresses by name, and those of the built-in workers, over which rollouts are spread."""
+
+    named: Mapping[str, str]
+    """The user's own: host:port by name."""
+    builtin: tuple[str, ...] = ()
+    """Workers that serve as the default, ordered; empty when the user named one."""
+
+    def of(self, worker_id: str) -> dict[str, str]:
+        """Addresses by name for one rollout: always the same, so that it need not load its job again."""
+        if not self.builtin:
+            return dict(self.named)
+        number = re.search(r"\d+$", worker_id)
+        place = int(number[0]) if number else zlib.crc32(worker_id.encode())
+        return {DEFAULT: self.builtin[place % len(self.builtin)], **self.named}
