@@ -16,6 +16,7 @@ JOB_FOR_S = 0.3
 """How old a job's record may be in an answer."""
 WORKERS_FOR_S = 1.0
 METRICS_FOR_S = 1.0
+RUN_FOR_S = 0.3
 
 
 class Backend:
@@ -28,6 +29,7 @@ class Backend:
         self._jobs: AnswerCache[tuple[job_pb2.Job, bytes]] = AnswerCache(JOB_FOR_S)
         self._workers: AnswerCache[list[controller_pb2.Worker]] = AnswerCache(WORKERS_FOR_S)
         self._metrics: AnswerCache[records_pb2.ListMetricsResponse] = AnswerCache(METRICS_FOR_S)
+        self._runs: AnswerCache[controller_pb2.DescribeRunResponse] = AnswerCache(RUN_FOR_S)
         self._tidying: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> Backend:
@@ -60,6 +62,11 @@ class Backend:
     def forget(self, job_id: str) -> None:
         """The job was changed through this gateway: the next answer must show it."""
         self._jobs.forget(job_id)
+        self._runs.forget(job_id)
+
+    async def run(self, job_id: str) -> controller_pb2.DescribeRunResponse:
+        """What a job's run does, at most `RUN_FOR_S` old."""
+        return await self._runs.get(job_id, lambda: self.controller.run(job_id))
 
     async def workers(self) -> list[Worker]:
         """Every worker, at most `WORKERS_FOR_S` old."""

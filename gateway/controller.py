@@ -51,6 +51,10 @@ class Controller:
         answer: controller_pb2.GetJobResponse = await _call(self._jobs.GetJob(request, timeout=ANSWER_S))
         return answer.job
 
+    async def run(self, job_id: str) -> controller_pb2.DescribeRunResponse:
+        """What a job's run does now."""
+        return await _call(self._jobs.DescribeRun(controller_pb2.DescribeRunRequest(job_id=job_id), timeout=ANSWER_S))
+
     async def jobs(
         self, states: Sequence[job_pb2.JobState.ValueType], limit: int, cursor: str
     ) -> controller_pb2.ListJobsResponse:
@@ -88,6 +92,10 @@ class Controller:
     async def samples(self, request: records_pb2.ListSamplesRequest) -> records_pb2.ListSamplesResponse:
         """A page of samples."""
         return await _call(self._records.ListSamples(request, timeout=ANSWER_S))
+
+    async def sample(self, request: records_pb2.GetSampleRequest) -> records_pb2.GetSampleResponse:
+        """One sample, token by token."""
+        return await _call(self._records.GetSample(request, timeout=CHECK_S))
 
     async def activity(self, request: records_pb2.ListActivityRequest) -> Sequence[records_pb2.ActivitySpan]:
         """Which activity went on when."""

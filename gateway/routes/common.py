@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Annotated, Any
 
 from fastapi import Depends, Path, Query, Request
 
 from miles.gateway.backend import Backend
-from miles.gateway.problems import KINDS, MEDIA_TYPE, ProblemDocument
+from miles.gateway.problems import KINDS, MEDIA_TYPE, Problem, ProblemDocument
 
 JobId = Annotated[
     str, Path(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$", description="Id of the job", examples=["sums-1f0c2a9b"])
@@ -23,6 +25,15 @@ def _backend(request: Request) -> Backend:
 
 
 Gateway = Annotated[Backend, Depends(_backend)]
+
+
+@contextlib.contextmanager
+def renamed(kind: str, to: str) -> Iterator[None]:
+    """Raise a problem of one kind, that a call inside ends with, as another."""
+    try:
+        yield
+    except Problem as problem:
+        raise (Problem(to, problem.detail) if problem.kind == kind else problem) from None
 
 
 def problems(*kinds: str) -> dict[int | str, dict[str, Any]]:

@@ -15,7 +15,7 @@ from miles.gateway.config_policy import review
 from miles.gateway.config_schema import body_schema, example_body, fault_documents
 from miles.gateway.models import Job, JobEntry, JobPage, JobState
 from miles.gateway.problems import Problem, faults_detail
-from miles.gateway.routes.common import Cursor, Gateway, JobId, problems
+from miles.gateway.routes.common import Cursor, Gateway, JobId, problems, renamed
 from miles.rpc.gen import controller_pb2
 
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
@@ -36,7 +36,7 @@ _LINKS = {
     operation: {"operationId": operation, "parameters": {"job_id": "$response.body#/id"}}
     for operation in (
         *("getJob", "watchJob", "getMetrics", "getTimeline", "listSamples", "listCheckpoints", "listJobWorkers"),
-        *("listLogs", "pauseJob", "resumeJob", "stopJob", "cancelJob", "checkpointJob"),
+        *("getStatus", "listLogs", "pauseJob", "resumeJob", "stopJob", "cancelJob", "checkpointJob"),
     )
 }
 """What can be done with a job that was submitted, for programs that read the OpenAPI document."""
@@ -114,10 +114,8 @@ async def list_jobs(
     cursor: Cursor = "",
 ) -> JobPage:
     """Jobs, newest first."""
-    try:
+    with renamed("invalid-request", "unknown-cursor"):
         page = await gateway.controller.jobs([item.to_proto() for item in state or ()], limit, cursor)
-    except Problem as problem:
-        raise (Problem("unknown-cursor", problem.detail) if problem.kind == "invalid-request" else problem) from None
     return JobPage(jobs=[JobEntry.of(job) for job in page.jobs], next_cursor=page.next_page_token or None)
 
 
@@ -127,41 +125,40 @@ async def get_job(gateway: Gateway, caller: Reader, job_id: JobId) -> Response:
     return Response(await gateway.encoded_job(job_id), media_type="application/json")
 
 
-_ACTION: dict[str, Any] = {
-    "status_code": 202,
-    "response_model": Job,
-    "responses": problems("unknown-job", "not-possible-now"),
+_ACTIONS = {
+    "pause": (controller_pb2.JOB_ACTION_PAUSE, "Hold the job once what runs has ended; its workers stay loaded."),
+    "resume": (
+        controller_pb2.JOB_ACTION_RESUME,
+        "Let a paused job go on; take up one that failed or was stopped from its newest checkpoint.",
+    ),
+    "stop": (controller_pb2.JOB_ACTION_STOP, "Save a checkpoint and end the job, so that it can be resumed."),
+    "cancel": (controller_pb2.JOB_ACTION_CANCEL, "End the job for good, without saving."),
+    "checkpoint": (
+        controller_pb2.JOB_ACTION_CHECKPOINT,
+        "Save a checkpoint and go on: after the current step, or now when the job is paused.",
+    ),
 }
 
 
-@router.post("/{job_id}/pause", operation_id="pauseJob", **_ACTION)
-async def pause_job(gateway: Gateway, caller: Submitter, job_id: JobId, key: Key = None) -> Job:
-    """Hold the job once what runs has ended; its workers stay loaded."""
-    return await _act(gateway, caller, job_id, controller_pb2.JOB_ACTION_PAUSE, key)
+def _add_action(name: str, action: controller_pb2.JobAction.ValueType, description: str) -> None:
+    async def act(gateway: Gateway, caller: Submitter, job_id: JobId, key: Key = None) -> Job:
+        return await _act(gateway, caller, job_id, action, key)
+
+    router.add_api_route(
+        f"/{{job_id}}/{name}",
+        act,
+        methods=["POST"],
+        operation_id=f"{name}Job",
+        summary=f"{name.capitalize()} job",
+        description=description,
+        status_code=202,
+        response_model=Job,
+        responses=problems("unknown-job", "not-possible-now"),
+    )
 
 
-@router.post("/{job_id}/resume", operation_id="resumeJob", **_ACTION)
-async def resume_job(gateway: Gateway, caller: Submitter, job_id: JobId, key: Key = None) -> Job:
-    """Let a paused job go on; take up one that failed or was stopped from its newest checkpoint."""
-    return await _act(gateway, caller, job_id, controller_pb2.JOB_ACTION_RESUME, key)
-
-
-@router.post("/{job_id}/stop", operation_id="stopJob", **_ACTION)
-async def stop_job(gateway: Gateway, caller: Submitter, job_id: JobId, key: Key = None) -> Job:
-    """Save a checkpoint and end the job, so that it can be resumed."""
-    return await _act(gateway, caller, job_id, controller_pb2.JOB_ACTION_STOP, key)
-
-
-@router.post("/{job_id}/cancel", operation_id="cancelJob", **_ACTION)
-async def cancel_job(gateway: Gateway, caller: Submitter, job_id: JobId, key: Key = None) -> Job:
-    """End the job for good, without saving."""
-    return await _act(gateway, caller, job_id, controller_pb2.JOB_ACTION_CANCEL, key)
-
-
-@router.post("/{job_id}/checkpoint", operation_id="checkpointJob", **_ACTION)
-async def checkpoint_job(gateway: Gateway, caller: Submitter, job_id: JobId, key: Key = None) -> Job:
-    """Save a checkpoint after the current step and go on."""
-    return await _act(gateway, caller, job_id, controller_pb2.JOB_ACTION_CHECKPOINT, key)
+for _name, (_action, _description) in _ACTIONS.items():
+    _add_action(_name, _action, _description)
 
 
 async def _act(

@@ -10,8 +10,7 @@ from pydantic import BaseModel, Field
 
 from miles.gateway.auth import Reader
 from miles.gateway.models import moment
-from miles.gateway.problems import Problem
-from miles.gateway.routes.common import Gateway, JobId, problems
+from miles.gateway.routes.common import Gateway, JobId, problems, renamed
 from miles.rpc.gen import records_pb2
 
 router = APIRouter(prefix="/v1/jobs", tags=["logs"])
@@ -43,7 +42,7 @@ class LogText(BaseModel):
 
 @router.get("/{job_id}/logs", response_model=LogList, operation_id="listLogs", responses=problems("unknown-job"))
 async def list_logs(gateway: Gateway, caller: Reader, job_id: JobId) -> LogList:
-    """Logs of the services that serve the job, one a process. Services outlive jobs, and so do their logs."""
+    """Logs of the services that serve the job, one a process: what they wrote while the job ran."""
     return LogList(
         logs=[
             LogFile(name=file.name, size_bytes=file.size_bytes, modified_at=moment(file.modified_unix_ns))
@@ -71,10 +70,8 @@ async def read_log(
     """A piece of a log. To follow it, ask again with offset = next_offset."""
     await gateway.job(job_id)
     request = records_pb2.ReadLogRequest(job_id=job_id, name=name, offset_bytes=offset, limit_bytes=limit)
-    try:
+    with renamed("unknown-job", "not-found"):
         piece = await gateway.controller.read_log(request)
-    except Problem as problem:
-        raise (Problem("not-found", problem.detail) if problem.kind == "unknown-job" else problem) from None
     return LogText(
         name=name,
         text=piece.text,

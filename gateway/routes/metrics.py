@@ -43,7 +43,12 @@ class MetricSet(BaseModel):
 class Span(BaseModel):
     """A stretch of time in which one activity went on."""
 
-    activity: str = Field(description="generate, train or sync", examples=["train"])
+    worker: str | None = Field(default=None, description="Worker that was at it; null: the run as a whole")
+    activity: str = Field(
+        description="Of the run: generate, train or sync. Of a worker: generate, score, load, train, export, save or "
+        "activate",
+        examples=["train"],
+    )
     step: int = Field(description="Training step that was current when it ended")
     start_unix_s: float
     end_unix_s: float
@@ -102,11 +107,17 @@ async def get_timeline(
     after_unix_s: Annotated[float, Query(ge=0, le=1e12, description="Only spans that end after this time")] = 0.0,
     limit: Annotated[int, Query(ge=1, le=10_000, description="At most so many, the newest")] = 1000,
 ) -> Timeline:
-    """Which activity of the run went on when."""
+    """Which activity of the run, and of each worker, went on when."""
     request = records_pb2.ListActivityRequest(job_id=job_id, after_unix_s=after_unix_s, limit=limit)
     return Timeline(
         spans=[
-            Span(activity=span.activity, step=span.step, start_unix_s=span.start_unix_s, end_unix_s=span.end_unix_s)
+            Span(
+                worker=span.worker_id or None,
+                activity=span.activity,
+                step=span.step,
+                start_unix_s=span.start_unix_s,
+                end_unix_s=span.end_unix_s,
+            )
             for span in await gateway.controller.activity(request)
         ]
     )

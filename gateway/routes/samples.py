@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Query
+from fastapi import APIRouter, Path, Query
 from pydantic import BaseModel, Field
 
 from miles.gateway.auth import Reader
-from miles.gateway.routes.common import Gateway, JobId, problems
+from miles.gateway.models import finite
+from miles.gateway.routes.common import Gateway, JobId, problems, renamed
 from miles.rpc.gen import records_pb2, sample_pb2
 
 router = APIRouter(prefix="/v1/jobs", tags=["samples"])
@@ -49,6 +51,25 @@ class Sample(BaseModel):
     cut: bool = Field(description="Prompt or response was too long to be kept whole")
 
 
+class TokenTable(BaseModel):
+    """What was known of each token of a response: lists as long as `ids`, or empty when it was not known."""
+
+    ids: list[int]
+    texts: list[str] = Field(description="Text of each token; empty for one whose text is only complete with the next")
+    train_log_probs: list[float | None] = Field(description="The trainer's log-probabilities, in nats")
+    rollout_log_probs: list[float | None] = Field(description="The engine's log-probabilities, in nats")
+    advantages: list[float | None]
+    mask: list[int] = Field(description="1 for tokens that were trained on, 0 for others")
+    skipped: int = Field(description="Tokens left out in the middle of a long response")
+    skipped_at: int = Field(description="How many tokens of the lists come before those left out")
+
+
+class SampleDetail(Sample):
+    """A sample with its tokens."""
+
+    tokens: TokenTable | None = Field(default=None, description="Null when the trainer recorded none")
+
+
 class SamplePage(BaseModel):
     """A page of samples, newest step first. It may be short, even empty, with more pages to come."""
 
@@ -85,6 +106,46 @@ async def list_samples(
     )
     page = await gateway.controller.samples(request)
     return SamplePage(samples=[_sample(record) for record in page.samples], next_cursor=page.next_page_token or None)
+
+
+@router.get(
+    "/{job_id}/samples/{step}/{group_id}/{index}",
+    response_model=SampleDetail,
+    operation_id="getSample",
+    responses=problems("unknown-job", "not-found"),
+)
+async def get_sample(
+    gateway: Gateway,
+    caller: Reader,
+    job_id: JobId,
+    step: Annotated[int, Path(ge=0, le=2**53, description="Training step, from 0")],
+    group_id: Annotated[int, Path(ge=0, le=2**53, description="The prompt group")],
+    index: Annotated[int, Path(ge=0, lt=2**32, description="Place within the group")],
+) -> SampleDetail:
+    """One sample with the log-probabilities, advantage and text of each token of its response."""
+    await gateway.job(job_id)
+    request = records_pb2.GetSampleRequest(job_id=job_id, step=step, group_id=group_id, index=index)
+    with renamed("unknown-job", "not-found"):
+        answer = await gateway.controller.sample(request)
+    tokens = _tokens(answer.tokens) if answer.HasField("tokens") else None
+    return SampleDetail(**_sample(answer.sample).model_dump(), tokens=tokens)
+
+
+def _tokens(table: records_pb2.TokenTable) -> TokenTable:
+    return TokenTable(
+        ids=list(table.ids),
+        texts=list(table.texts),
+        train_log_probs=_finite(table.train_log_probs),
+        rollout_log_probs=_finite(table.rollout_log_probs),
+        advantages=_finite(table.advantages),
+        mask=list(table.mask),
+        skipped=table.skipped,
+        skipped_at=table.skipped_at,
+    )
+
+
+def _finite(values: Iterable[float]) -> list[float | None]:
+    return [None if (kept := finite(value)) is None else round(kept, 6) for value in values]
 
 
 def _sample(record: records_pb2.SampleRecord) -> Sample:

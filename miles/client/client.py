@@ -151,6 +151,14 @@ class MilesClient:
         wanted = {"limit": page_size, **{name: value for name, value in filters.items() if value is not None}}
         yield from self._pages(f"/v1/jobs/{job_id}/samples", "samples", wanted)
 
+    def sample(self, job_id: str, step: int, group_id: int, index: int) -> Json:
+        """One sample with what is known of each token of its response."""
+        return self._get(f"/v1/jobs/{job_id}/samples/{step}/{group_id}/{index}")
+
+    def status(self, job_id: str) -> Json:
+        """What a job's run and workers do or wait for now, and which groups are where."""
+        return self._get(f"/v1/jobs/{job_id}/status")
+
     def checkpoints(self, job_id: str) -> list[Json]:
         """Checkpoints, newest first."""
         return list(self._get(f"/v1/jobs/{job_id}/checkpoints")["checkpoints"])

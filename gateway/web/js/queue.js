@@ -1,0 +1,94 @@
+// Where the prompt groups are, and which version each engine holds.
+
+import { h, reconcile, setText } from "./dom.js";
+import { duration, plural, since } from "./format.js";
+import { empty } from "./parts.js";
+
+const MOST_CELLS = 256;
+
+export function queueTab(panel, data) {
+  const summary = h("p", { class: "dim" });
+  const cells = h("div", { class: "cells", "aria-hidden": "true" });
+  const holds = h("p", { class: "notice", data: { tone: "warn" }, hidden: true });
+  const running = h("tbody");
+  const runningTable = h("div", { class: "scroll" }, h("table", {},
+    h("caption", { class: "unseen" }, "Groups being generated"),
+    h("thead", {}, h("tr", {}, ["Group", "Worker", "Attempt", "Since", "For"].map((name) => h("th", { scope: "col" }, name)))), running));
+  const idle = empty("Nothing is being generated", "Groups show here while a worker has them.");
+  const versions = h("tbody");
+  const versionsTable = h("div", { class: "scroll" }, h("table", {},
+    h("caption", { class: "unseen" }, "Versions held by engines"),
+    h("thead", {}, h("tr", {}, ["Worker", "Weights", "State", "Version", "Behind", "Last failure"].map((name) => h("th", { scope: "col" }, name)))), versions));
+  const noEngines = empty("No engine holds weights", "Versions show here while the job runs.");
+  const published = h("span", { class: "dim small num" });
+  panel.append(h("div", { class: "stack" },
+    h("section", { class: "card", "aria-label": "Queue" }, h("header", {}, h("h2", {}, "Queue"), summary),
+      h("div", { class: "pad stack" }, holds, cells, legend())),
+    h("section", { class: "card", "aria-label": "Being generated" }, h("header", {}, h("h2", {}, "Being generated")), runningTable, idle),
+    h("section", { class: "card", "aria-label": "Versions" }, h("header", {}, h("h2", {}, "Versions held by engines"), published), versionsTable, noEngines)));
+
+  function update() {
+    const run = data.status;
+    if (!run || panel.hidden) return;
+    const training = run.running.filter((group) => !group.evaluation);
+    setText(summary, summaryText(run, training.length));
+    holds.hidden = !run.holds.length;
+    setText(holds, `No group is handed out: ${run.holds.join("; ")}`);
+    drawCells(cells, run, training);
+    runningTable.hidden = !run.running.length;
+    idle.hidden = run.running.length > 0;
+    reconcile(running, run.running, (group) => `${group.evaluation}${group.group_id}`, groupRow, (row, group) => {
+      setText(row.children[1], group.worker);
+      setText(row.children[2], group.attempt & 0xffff);
+      setText(row.children[3], group.since ? new Date(group.since).toLocaleTimeString("en-GB") : "–");
+      setText(row.children[4], group.since ? duration(since(group.since)) : "–");
+    });
+    updateVersions(run);
+  }
+
+  function updateVersions(run) {
+    const held = data.ended ? [] : data.workers.flatMap((worker) => worker.versions.map((version) => ({ worker, version })));
+    versionsTable.hidden = !held.length;
+    noEngines.hidden = held.length > 0;
+    setText(published, run.active_version === null ? "" : `active ${run.active_version}, newest ${run.newest_version}`);
+    reconcile(versions, held, ({ worker, version }) => `${worker.id} ${version.stream}`, () => h("tr", {}, h("th", { scope: "row" }), h("td"), h("td"), h("td", { class: "num" }), h("td", { class: "num" }), h("td", { class: "dim" })), (row, { worker, version }) => {
+      const texts = [worker.id, version.stream, version.state, version.version ?? "–", version.version === null || version.stream !== "policy" ? "–" : run.newest_version - version.version, version.last_error ?? ""];
+      texts.forEach((text, i) => setText(row.children[i], text));
+    });
+  }
+
+  data.addEventListener("status", update);
+  data.addEventListener("workers", update);
+  update();
+  return { go: update };
+}
+
+function summaryText(run, running) {
+  if (run.phase === "queued") return run.jobs_ahead ? `${plural(run.jobs_ahead, "job")} ahead of this one` : "next to run";
+  if (run.phase === "ended") return "empty: the job has ended";
+  const parts = [`${run.ready.length} of the ${run.batch_size} groups of step ${run.step} are ready`, `${running} are being generated`];
+  if (run.pending) parts.push(`${run.pending} wait for a worker`);
+  if (run.training) parts.push(`${run.training} are trained on`);
+  return `${parts.join(", ")}; ${run.consumed.toLocaleString("en")} done`;
+}
+
+function groupRow(group) {
+  return h("tr", {}, h("th", { scope: "row" }, `${group.evaluation ? "evaluation " : ""}${group.group_id}`), h("td"), h("td", { class: "num" }), h("td", { class: "num" }), h("td", { class: "num" }));
+}
+
+function legend() {
+  return h("ul", { class: "legend" }, [["training", "trained on"], ["ready", "ready"], ["running", "being generated"], ["pending", "waits for a worker"], ["missing", "not begun"]].map(([kind, label]) =>
+    h("li", {}, h("i", { class: `cell ${kind}` }), h("span", {}, label))));
+}
+
+function drawCells(cells, run, running) {
+  const kinds = [
+    ...Array(run.training).fill(["training", ""]),
+    ...run.ready.map((group) => ["ready", `group ${group.group_id}, from version ${group.oldest_version}`]),
+    ...running.map((group) => ["running", `group ${group.group_id} on ${group.worker}`]),
+    ...Array(run.pending).fill(["pending", ""]),
+  ];
+  const next = run.training ? run.batch_size + run.training : run.batch_size;
+  while (kinds.length < next && run.phase !== "ended" && run.phase !== "queued") kinds.push(["missing", ""]);
+  cells.replaceChildren(...kinds.slice(0, MOST_CELLS).map(([kind, title]) => h("i", { class: `cell ${kind}`, title })));
+}
