@@ -13,6 +13,10 @@ class WeightsConfig(Section):
     update_weight_transfer_mode: Literal["shared_memory"] = "shared_memory"
     """Transport: shared_memory maps a file of this host, without a copy."""
 
+    update_weight_buffer_size: Positive = 512 << 20
+    """Size of the buckets in which weights are gathered and sent, in bytes; each rank of the trainer holds two of them
+    beside its own part of the model."""
+
     update_weights_interval: Positive = 1
     """Training steps from one publication of the weights to the next; evaluation gets its version in any case."""
 

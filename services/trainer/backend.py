@@ -94,7 +94,8 @@ class TrainerBackend(Protocol):
     def export(self) -> Iterator[tuple[str, torch.Tensor]]:
         """The policy's parameters by HF name in a fixed order, in the rollout's dtype; collective over ranks.
 
-        Tensors on rank 0 are complete (on any device); what other ranks yield is ignored.
+        Tensors are complete on every rank, on any device. Whoever reads them keeps none beyond the bucket that it is
+        reading, so that a rank never holds more than two buckets of `update_weight_buffer_size` bytes.
         """
 
     def export_layout(self) -> Sequence[tuple[str, torch.dtype, tuple[int, ...]]]:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 from miles.services.trainer.ranks import EXIT, NOTHING, Command, Ranks
 from miles.services.trainer.worker import RankWorker
 
+T = TypeVar("T")
 _IDLE_WORD_S = 60.0
 
 
@@ -36,8 +38,17 @@ class Leader:
 
         Goes on to its end when the caller is cancelled.
         """
-        loop = asyncio.get_running_loop()
-        return await asyncio.shield(loop.run_in_executor(self._thread, lambda: self._run(command, local)))
+        result, _ = await self._in_thread(lambda: self._run(command, local))
+        return result
+
+    async def gather(self, command: Command, **local: Any) -> list[bytes]:
+        """Run a command whose result is bytes on all ranks, as `run` does, and return every rank's result."""
+        _, reports = await self._in_thread(lambda: self._run(command, local))
+        return reports
+
+    async def alone(self, call: Callable[[RankWorker], T]) -> T:
+        """Call something on this rank only, in turn with the commands."""
+        return await self._in_thread(lambda: call(self._worker))
 
     async def keep_in_touch(self) -> None:
         """Let the other ranks know, for as long as this runs, that rank 0 is there."""
@@ -51,7 +62,10 @@ class Leader:
             self._exit = self._thread.submit(lambda: self._ranks.send(Command(EXIT)))
         return not concurrent.futures.wait([self._exit], timeout=deadline_s).not_done
 
-    def _run(self, command: Command, local: dict[str, Any]) -> Any:
+    async def _in_thread(self, call: Callable[[], T]) -> T:
+        return await asyncio.shield(asyncio.get_running_loop().run_in_executor(self._thread, call))
+
+    def _run(self, command: Command, local: dict[str, Any]) -> tuple[Any, list[bytes]]:
         self._ranks.send(command)
         result: Any = None
         error: Exception | None = None
@@ -59,5 +73,5 @@ class Leader:
             result = self._worker.run(command, **local)
         except Exception as caught:
             error = caught
-        self._ranks.agree(error)
-        return result
+        reports = self._ranks.agree(error, result if isinstance(result, bytes) else b"")
+        return result, reports

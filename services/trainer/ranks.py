@@ -23,6 +23,7 @@ SILENCE = datetime.timedelta(minutes=30)
 
 NOTHING = "nothing"
 EXIT = "exit"
+_DONE, _FAILED = b"+", b"-"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -68,16 +69,22 @@ class Ranks:
                 start += size
         return Command(header["name"], header["arguments"], tuple(payloads))
 
-    def agree(self, error: BaseException | None) -> None:
-        """Share this rank's outcome of a command; raises its own error, or RankFailedError for that of another."""
+    def agree(self, error: BaseException | None, report: bytes = b"") -> list[bytes]:
+        """Share this rank's outcome of a command; returns every rank's report.
+
+        Raises this rank's own error, or RankFailedError for that of another.
+        """
+        reports = [report]
         if self._group is not None:
-            mine = b"" if error is None else f"{type(error).__name__}: {error}".encode()
+            mine = _DONE + report if error is None else _FAILED + f"{type(error).__name__}: {error}".encode()
             outcomes = self._gather(mine)
-            failed = {rank: text.decode() for rank, text in enumerate(outcomes) if text and rank != self.rank}
+            failed = {rank: text[1:].decode() for rank, text in enumerate(outcomes) if text[:1] == _FAILED}
             if failed and error is None:
                 raise RankFailedError("; ".join(f"rank {rank} failed: {text}" for rank, text in failed.items()))
+            reports = [outcome[1:] for outcome in outcomes]
         if error is not None:
             raise error
+        return reports
 
     def _broadcast(self, data: bytes) -> bytes:
         size = torch.tensor([len(data)])
@@ -101,7 +108,10 @@ class Ranks:
 
 
 def follow(ranks: Ranks, run: Callable[[Command], object]) -> None:
-    """Ranks other than 0: run commands until `EXIT`. A command that fails is logged; rank 0 decides what follows."""
+    """Ranks other than 0: run commands until `EXIT`, and report the bytes that `run` returns.
+
+    A command that fails is logged; rank 0 decides what follows.
+    """
     while True:
         command = ranks.receive()
         if command.name == EXIT:
@@ -109,12 +119,13 @@ def follow(ranks: Ranks, run: Callable[[Command], object]) -> None:
         if command.name == NOTHING:
             continue
         error: Exception | None = None
+        result: object = None
         try:
-            run(command)
+            result = run(command)
         except Exception as caught:
             logger.exception("rank %d: %s failed", ranks.rank, command.name)
             error = caught
         try:
-            ranks.agree(error)
+            ranks.agree(error, result if isinstance(result, bytes) else b"")
         except Exception as failure:
             logger.error("rank %d: %s: %s", ranks.rank, command.name, failure)

@@ -49,6 +49,7 @@ class _Job:
     redis: redis.asyncio.Redis
     queue: GroupQueue
     weightsync: grpc.Channel
+    weightsync_address: str
     state: TrainerState
     saved_step: int | None
     """Step of the newest checkpoint; None when there is none."""
@@ -196,6 +197,7 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServiceServicer):
             redis=client,
             queue=GroupQueue(client, request.job_id),
             weightsync=connect_blocking(request.weightsync_address),
+            weightsync_address=request.weightsync_address,
             state=state,
             saved_step=state.step if loaded_from is not None and loaded_from == folder / loaded_from.name else None,
         )
@@ -224,15 +226,22 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServiceServicer):
         job.state.finish_step({**metrics, **rollout_metrics(groups, job.config.reward.reward_key)})
 
     async def _publish(self, job: _Job, version: int) -> PublishResult:
+        from miles.services.trainer.exporting import export_command, merge
         from miles.weights import WeightPublisher
 
+        worker, weights = self._leader.worker, job.config.weights
         publisher = job.publisher = job.publisher or WeightPublisher(
-            weightsync_pb2_grpc.WeightSyncServiceStub(job.weightsync), job.job_id
+            weightsync_pb2_grpc.WeightSyncServiceStub(job.weightsync),
+            job.job_id,
+            endpoint=worker.endpoint(job.weightsync_address),
+            bucket_bytes=weights.update_weight_buffer_size,
         )
-        result: PublishResult = await self._leader.run(
-            Command("export"), consume=lambda layout, tensors: publisher.publish(version, version, layout, tensors)
-        )
-        return result
+        draft = await self._leader.alone(lambda worker: publisher.begin(version, version, worker.layout()))
+        with publisher.giving_up(draft):
+            command = export_command(draft, job.weightsync_address, weights.update_weight_buffer_size)
+            reports = await self._leader.gather(command, sender=publisher.sender)
+            times = merge(draft, reports)
+            return await self._leader.alone(lambda _: publisher.finish(draft, times))
 
     async def _save(self, job: _Job, export_hf: bool) -> tuple[pathlib.Path, pathlib.Path | None]:
         step = job.state.step
@@ -251,6 +260,8 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServiceServicer):
         return directory, hf_dir
 
     async def _release(self, job: _Job) -> None:
+        if job.publisher is not None:
+            job.publisher.close()
         job.weightsync.close()
         await job.redis.aclose()
 

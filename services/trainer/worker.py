@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,18 +15,20 @@ from miles.services.trainer.ranks import Command
 from miles.types import SampleGroup
 
 if TYPE_CHECKING:
-    from miles.weights.publisher import Layout
-
-Consume = Callable[["Layout", Iterable[tuple[str, torch.Tensor]]], Any]
-"""What rank 0 does with an export."""
+    from miles.weights.publisher import Layout, WeightSender
+    from miles.weights.transport import Endpoint
 
 
 class RankWorker:
     """One rank's part of the service; `run` is called by one thread at a time."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, rank: int = 0, ranks: int = 1) -> None:
         self.device = device
+        self.rank = rank
+        self._ranks = ranks
         self._backend: TrainerBackend | None = None
+        self._sender: WeightSender | None = None
+        """Of a rank other than 0; rank 0 has that of its publisher."""
         self.loaded_from: pathlib.Path | None = None
         """Checkpoint that the job was loaded from; None for the initial weights."""
 
@@ -36,11 +38,11 @@ class RankWorker:
         *,
         groups: Sequence[SampleGroup] | None = None,
         report: Callable[[Progress], None] = lambda progress: None,
-        consume: Consume | None = None,
+        sender: WeightSender | None = None,
     ) -> Any:
         """Carry out a command; rank 0 also gives what cannot be broadcast.
 
-        Returns the state (start), the metrics (train), or what `consume` returned (export).
+        Returns the state (start), the metrics (train), or the report for `exporting.merge` (export).
         """
         arguments = command.arguments
         match command.name:
@@ -51,7 +53,7 @@ class RankWorker:
                     groups = [decode_group(payload) for payload in command.payloads]
                 return self._loaded().train(arguments["step"], groups, report)
             case "export":
-                return self._export(consume)
+                return self._export(command, sender)
             case "save":
                 return self._loaded().save(
                     pathlib.Path(arguments["directory"]), TrainerState.from_json(arguments["state"])
@@ -74,16 +76,28 @@ class RankWorker:
         self._backend, self.loaded_from = backend, backend.loaded_from
         return state
 
-    def _export(self, consume: Consume | None) -> Any:
-        backend = self._loaded()
-        tensors = backend.export()
-        try:
-            return None if consume is None else consume(backend.export_layout(), tensors)
-        finally:
-            for _ in tensors:  # gathering is collective: whatever became of the export, every rank goes through with it
-                pass
+    def endpoint(self, weightsync_address: str) -> Endpoint:
+        """What transports have to know of this rank."""
+        from miles.weights.transport import Endpoint
+
+        return Endpoint(weightsync_address, self.device, self.rank, self._ranks)
+
+    def layout(self) -> Layout:
+        """Of what an export will yield."""
+        return self._loaded().export_layout()
+
+    def _export(self, command: Command, sender: WeightSender | None) -> bytes:
+        from miles.services.trainer.exporting import send_share
+        from miles.weights.publisher import WeightSender
+
+        if sender is None:
+            sender = self._sender = self._sender or WeightSender(self.endpoint(command.arguments["address"]))
+        return send_share(self._loaded(), sender, command, self.rank, self._ranks)
 
     def _stop(self) -> None:
+        if self._sender is not None:
+            self._sender.close()
+        self._sender = None
         if self._backend is not None:
             self._backend.close()
         self._backend = self.loaded_from = None
@@ -101,4 +115,8 @@ def create_backend(config: JobConfig, checkpoint_dir: pathlib.Path, device: torc
             from miles.services.trainer.backends.fsdp.backend import FsdpBackend
 
             return FsdpBackend(config, checkpoint_dir, device)
-    raise ValueError(f"train_backend {config.train.train_backend!r} is not one of: fsdp")
+        case "megatron":
+            from miles.services.trainer.backends.megatron.backend import MegatronBackend
+
+            return MegatronBackend(config, checkpoint_dir, device)
+    raise ValueError(f"train_backend {config.train.train_backend!r} is not one of: fsdp, megatron")

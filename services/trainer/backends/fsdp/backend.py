@@ -17,8 +17,9 @@ import torch.distributed as dist
 from miles.services.trainer.backend import Progress, TrainerState
 from miles.services.trainer.backends.fsdp import checkpoint, settings
 from miles.services.trainer.backends.fsdp.batch import RolloutBatch
+from miles.services.trainer.backends.fsdp.export import gathered
 from miles.services.trainer.backends.fsdp.forward import ForwardOptions
-from miles.services.trainer.backends.fsdp.model import Precision, full_tensor, load_hf_model, named_weights, shard
+from miles.services.trainer.backends.fsdp.model import Precision, load_hf_model, named_weights, shard
 from miles.services.trainer.backends.fsdp.optimizer import build_optimizer
 from miles.services.trainer.backends.fsdp.recorded import recorded
 from miles.services.trainer.backends.fsdp.routing_replay import RoutingReplay
@@ -121,9 +122,9 @@ class FsdpBackend:
     def export(self) -> Iterator[tuple[str, torch.Tensor]]:
         """See the class and `TrainerBackend.export`."""
         dtype = settings.DTYPES[self._config.rollout.rollout_dtype]
-        for name, tensor in named_weights(self._loaded.policy):
-            whole = full_tensor(tensor)
-            yield name, whole.to(dtype) if whole.is_floating_point() else whole
+        weights, limit = named_weights(self._loaded.policy), self._config.weights.update_weight_buffer_size
+        device = self._device
+        return gathered(weights, dtype, limit, lambda n: torch.empty(n, dtype=torch.uint8, device=device))
 
     def export_layout(self) -> Sequence[tuple[str, torch.dtype, tuple[int, ...]]]:
         """See `TrainerBackend.export_layout`."""
@@ -148,8 +149,9 @@ class FsdpBackend:
 
     def save_hf(self, directory: pathlib.Path) -> None:
         """See `TrainerBackend.save_hf`; the files' tensors have the rollout's dtype."""
-        weights = {name: tensor.cpu() for name, tensor in self.export()}
-        if dist.get_rank() == 0:
+        first = dist.get_rank() == 0
+        weights = {name: tensor.to("cpu", copy=True) for name, tensor in self.export() if first}
+        if first:
             from transformers import AutoTokenizer
 
             partial = directory.with_name(directory.name + ".tmp")

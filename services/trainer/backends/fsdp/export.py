@@ -1,0 +1,145 @@
+"""Sharded parameters made whole bucket by bucket: while one bucket is read, the next one is gathered.
+
+Every rank gathers every bucket, so any of them can send it on, and none holds more than two at a time. Shards are
+converted before they travel.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Iterator
+
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor, Shard
+
+from miles.services.trainer.backends.fsdp.model import full_tensor
+
+_ALIGNMENT = 64
+
+Allocate = Callable[[int], torch.Tensor]
+"""Makes a bucket, uint8 (n,)."""
+
+
+def gathered(
+    weights: Iterable[tuple[str, torch.Tensor]], dtype: torch.dtype, bucket_bytes: int, allocate: Allocate
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Whole tensors by name, in the order of `weights`, floating-point ones as `dtype`; collective over ranks.
+
+    A bucket takes tensors up to `bucket_bytes` bytes, or one that is larger. Its memory goes with its last tensor, so
+    whoever keeps none beyond the next keeps no more than two buckets alive. Tensors that no other rank has a part of
+    are yielded as they are.
+    """
+    pending: _Gather | None = None
+    for members in _buckets(weights, dtype, bucket_bytes):
+        following = members
+        if pending is not None:
+            # The reader lets go of the bucket before only when it gets a tensor of this one.
+            tensors = pending.finish()
+            pending = None
+            yield next(tensors)
+            pending = _Gather(following, allocate)
+            yield from tensors
+            del tensors
+        else:
+            pending = _Gather(following, allocate)
+    if pending is not None:
+        yield from pending.finish()
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Member:
+    name: str
+    tensor: torch.Tensor
+    dtype: torch.dtype
+    """As exported."""
+
+    @property
+    def shards(self) -> int:
+        """Equal parts, the last ones padded, that the gathered tensor consists of; 1 for one that is whole here."""
+        tensor = self.tensor
+        if isinstance(tensor, DTensor) and tensor.device_mesh.size() > 1:
+            return int(tensor.device_mesh.size())
+        return 1
+
+    @property
+    def part_elements(self) -> int:
+        """Elements of a part."""
+        return math.ceil(self.tensor.shape[0] / self.shards) * math.prod(self.tensor.shape[1:])
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the whole tensor as exported, in bytes."""
+        return self.tensor.numel() * self.dtype.itemsize
+
+
+class _Gather:
+    """A bucket on its way. Gathering begins with the constructor."""
+
+    def __init__(self, members: list[_Member], allocate: Allocate) -> None:
+        self._members = members
+        self._works: list[dist.Work | None] = []
+        offsets = []
+        end = 0
+        for member in members:
+            offsets.append(end)
+            if member.shards > 1:
+                size = member.shards * member.part_elements * member.dtype.itemsize
+                end += -(-size // _ALIGNMENT) * _ALIGNMENT
+        self._bucket = allocate(end) if end else None
+        self._offsets = offsets
+        for member, offset in zip(members, offsets, strict=True):
+            self._works.append(self._start(member, offset) if member.shards > 1 else None)
+
+    def finish(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """The tensors, each as soon as it is whole."""
+        for member, offset, work in zip(self._members, self._offsets, self._works, strict=True):
+            if member.shards == 1:
+                yield member.name, _local(member.tensor).to(member.dtype)
+                continue
+            if work is not None:
+                work.wait()
+            yield member.name, self._parts(member, offset)[: member.tensor.numel()].view(member.tensor.shape)
+
+    def _parts(self, member: _Member, offset: int) -> torch.Tensor:
+        """Room for a tensor's parts, one after the other, flat and of its dtype."""
+        assert self._bucket is not None
+        size = member.shards * member.part_elements * member.dtype.itemsize
+        return self._bucket[offset : offset + size].view(member.dtype)
+
+    def _start(self, member: _Member, offset: int) -> dist.Work | None:
+        """Put this rank's part in its place and have the others' come to theirs."""
+        tensor, room = member.tensor, self._parts(member, offset)
+        assert isinstance(tensor, DTensor)
+        if tuple(tensor.placements) != (Shard(0),):
+            room[: tensor.numel()].copy_(full_tensor(tensor).reshape(-1))
+            return None
+        rank = tensor.device_mesh.get_local_rank()
+        mine = room[rank * member.part_elements : (rank + 1) * member.part_elements]
+        local = _local(tensor).reshape(-1)
+        mine[: local.numel()].copy_(local)
+        mine[local.numel() :].zero_()
+        work: dist.Work = dist.all_gather_single(room, mine, group=tensor.device_mesh.get_group(), async_op=True)
+        return work
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    detached = tensor.detach()
+    return detached.to_local() if isinstance(detached, DTensor) else detached
+
+
+def _buckets(
+    weights: Iterable[tuple[str, torch.Tensor]], dtype: torch.dtype, bucket_bytes: int
+) -> Iterator[list[_Member]]:
+    bucket: list[_Member] = []
+    size = 0
+    for name, tensor in weights:
+        member = _Member(name, tensor, dtype if tensor.is_floating_point() else tensor.dtype)
+        if bucket and size + member.nbytes > bucket_bytes:
+            yield bucket
+            bucket, size = [], 0
+        bucket.append(member)
+        size += member.nbytes
+    if bucket:
+        yield bucket
