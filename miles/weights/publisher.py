@@ -15,10 +15,11 @@ from miles.rpc.gen import policy_pb2, weightsync_pb2
 from miles.weights import manifest as manifests
 from miles.weights.dtypes import wire_dtype
 from miles.weights.manifest import ManifestError
+from miles.weights.reach import usable_transports
 from miles.weights.transport import Endpoint, SendTimes, WeightTransport, buckets, create_transport
 
 if TYPE_CHECKING:
-    from miles.rpc.gen.weightsync_pb2 import TransportKind
+    from miles.rpc.gen.weightsync_pb2 import DeltaEncoding, TransportKind
     from miles.rpc.gen.weightsync_pb2_grpc import WeightSyncServiceStub
 
 Layout = Sequence[tuple[str, torch.dtype, tuple[int, ...]]]
@@ -49,6 +50,15 @@ class PublishResult:
     def total_bytes(self) -> int:
         """Size of the version's buffer, in bytes."""
         return self.manifest.total_bytes
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class DeltaSettings:
+    """How versions are written to shared storage."""
+
+    encoding: DeltaEncoding.ValueType = weightsync_pb2.DELTA_ENCODING_XOR
+    full_every: int = 0
+    """Every so many versions one is written whole, a count; 0 leaves it to the service."""
 
 
 @dataclasses.dataclass(slots=True)
@@ -119,13 +129,18 @@ class WeightPublisher:
         stub: WeightSyncServiceStub,
         job_id: str,
         stream: policy_pb2.WeightStream.ValueType = policy_pb2.WEIGHT_STREAM_POLICY,
-        transport: TransportKind.ValueType = weightsync_pb2.TRANSPORT_KIND_SHARED_MEMORY,
+        transport: TransportKind.ValueType = weightsync_pb2.TRANSPORT_KIND_UNSPECIFIED,
         deadline_s: float = 120.0,
         *,
         endpoint: Endpoint | None = None,
         bucket_bytes: int = BUCKET_BYTES,
+        delta: DeltaSettings | None = None,
     ) -> None:
-        """`stub` is a blocking one (over grpc.Channel); `deadline_s` bounds each call to the service, in seconds."""
+        """`stub` is a blocking one (over grpc.Channel); `deadline_s` bounds each call to the service, in seconds.
+
+        `transport` UNSPECIFIED leaves the choice to the service, which knows what each engine can use.
+        """
+        self._delta = delta or DeltaSettings()
         self._stub = stub
         self._job_id = job_id
         self._stream = stream
@@ -160,8 +175,16 @@ class WeightPublisher:
         descriptors, total_bytes = manifests.plan((name, wire_dtype(dtype), shape) for name, dtype, shape in layout)
         name = policy_pb2.WeightVersion(job_id=self._job_id, stream=self._stream, version=version)
         self.sender.trim(None)
+        described = self._stub.DescribeTransports(weightsync_pb2.DescribeTransportsRequest(), timeout=self._deadline_s)
         answer = self._stub.Allocate(
-            weightsync_pb2.AllocateRequest(version=name, transport=self._kind, nbytes=total_bytes),
+            weightsync_pb2.AllocateRequest(
+                version=name,
+                transport=self._kind,
+                nbytes=total_bytes,
+                usable=usable_transports(described),
+                delta_encoding=self._delta.encoding,
+                full_every=self._delta.full_every,
+            ),
             timeout=self._deadline_s,
         )
         live = list(answer.live_publication_ids)

@@ -8,8 +8,9 @@ import enum
 import gc
 import logging
 import random
+import sys
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Protocol, cast
 
 import grpc.aio
@@ -20,12 +21,14 @@ from miles.rpc.gen import policy_pb2, weightsync_pb2, weightsync_pb2_grpc
 from miles.weights import manifest as manifests
 from miles.weights.check import check_weight_update_equal
 from miles.weights.manifest import ManifestError
-from miles.weights.transport import ReceivedWeights, WeightTransport, create_transport
+from miles.weights.reach import usable_transports
+from miles.weights.transport import Endpoint, ReceivedWeights, WeightTransport, create_transport
 
 logger = logging.getLogger(__name__)
 
 _FIRST_RETRY_S = 0.1
 _LAST_RETRY_S = 5.0
+_DESCRIBE_DEADLINE_S = 10.0
 _RELEASE_GRACE_S = 0.5
 _RELEASE_POLL_S = 0.05
 
@@ -82,6 +85,12 @@ class WeightSubscriber:
         self._outgoing: list[_Bytes] = []
         self._quarantined_by = 0
         self._runner: asyncio.Task[None] | None = None
+        self._attending: asyncio.Task[None] | None = None
+        self._retry_s = _FIRST_RETRY_S
+        self._lease_s = 0.0
+        self._lease_end: float | None = None
+        """Until when the engine may serve unheard; None before the first lease and after one has run out."""
+        self._leased = asyncio.Event()
         self._changed = asyncio.Event()
         self.state = SubscriberState.EMPTY
         self.connected = False
@@ -125,47 +134,92 @@ class WeightSubscriber:
 
     async def _run(self) -> None:
         """Attach again and again, with growing pauses while the service cannot be reached."""
-        retry_s = _FIRST_RETRY_S
-        while True:
-            # A new channel each time: one that has failed for long waits by its own, longer, back-off.
-            async with connect(self._address) as channel:
-                stub = cast(
-                    "weightsync_pb2_grpc.WeightSyncServiceAsyncStub", weightsync_pb2_grpc.WeightSyncServiceStub(channel)
-                )
+        watch = asyncio.create_task(self._watch_lease(), name=f"lease of {self._hello.engine_id}")
+        try:
+            while True:
+                self._attending = asyncio.create_task(self._attach())
                 try:
-                    async for _ in self._attend(stub):
-                        retry_s = _FIRST_RETRY_S
-                except grpc.aio.AioRpcError as error:
-                    self.last_error = f"{error.code().name}: {error.details()}"
-                    logger.info("weightsync at %s: %s; retrying in %.1f s", self._address, self.last_error, retry_s)
-            await asyncio.sleep(retry_s * random.uniform(0.5, 1.0))
-            retry_s = min(2 * retry_s, _LAST_RETRY_S)
+                    await asyncio.wait([self._attending])
+                finally:
+                    self._attending.cancel()
+                    await _finish(self._attending)
+                if not self._attending.cancelled():
+                    self._attending.result()
+                await asyncio.sleep(self._retry_s * random.uniform(0.5, 1.0))
+                self._retry_s = min(2 * self._retry_s, _LAST_RETRY_S)
+        finally:
+            watch.cancel()
 
-    async def _attend(self, stub: weightsync_pb2_grpc.WeightSyncServiceAsyncStub) -> AsyncIterator[None]:
-        """One subscription, until it breaks; yields at every order received.
+    async def _attach(self) -> None:
+        """One connection, until it breaks."""
+        # A new channel each time: one that has failed for long waits by its own, longer, back-off.
+        async with connect(self._address) as channel:
+            stub = cast(
+                "weightsync_pb2_grpc.WeightSyncServiceAsyncStub", weightsync_pb2_grpc.WeightSyncServiceStub(channel)
+            )
+            try:
+                described = await stub.DescribeTransports(
+                    weightsync_pb2.DescribeTransportsRequest(), timeout=_DESCRIBE_DEADLINE_S
+                )
+                await self._attend(stub, await asyncio.to_thread(usable_transports, described))
+            except grpc.aio.AioRpcError as error:
+                self.last_error = f"{error.code().name}: {error.details()}"
+                logger.info("weightsync at %s: %s; retrying in %.1f s", self._address, self.last_error, self._retry_s)
 
-        Orders wait in a queue, but a quarantine takes effect when it arrives. When the subscription breaks, the order
-        being carried out is finished first, so that the next hello tells the truth.
+    async def _attend(
+        self,
+        stub: weightsync_pb2_grpc.WeightSyncServiceAsyncStub,
+        usable: list[weightsync_pb2.TransportKind.ValueType],
+    ) -> None:
+        """One subscription, until it breaks.
+
+        Orders wait in a queue, but a quarantine and a lease take effect when they arrive. When the subscription breaks,
+        the order being carried out is finished first, so that the next hello tells the truth.
         """
         orders: asyncio.Queue[weightsync_pb2.SubscribeResponse | None] = asyncio.Queue()
         self._quarantined_by = 0
         call = stub.Subscribe()
-        await call.write(weightsync_pb2.SubscribeRequest(hello=self._hello_now()))
+        hello = self._hello_now()
+        hello.usable.extend(usable)
+        await call.write(weightsync_pb2.SubscribeRequest(hello=hello))
         worker = asyncio.create_task(self._work(orders, call))
         self.connected = True
         try:
             async for order in call:
-                if order.WhichOneof("kind") == "quarantine":
+                self._retry_s = _FIRST_RETRY_S
+                kind = order.WhichOneof("kind")
+                if kind == "lease":
+                    self._lease_s = order.lease.lease_ms / 1000
+                    self._lease_end = time.monotonic() + self._lease_s
+                    self._leased.set()
+                elif kind == "quarantine":
                     self._quarantined_by = order.order_id
                     self._quarantine(order.quarantine.reason)
                 else:
                     orders.put_nowait(order)
-                yield
         finally:
             self.connected = False
             orders.put_nowait(None)
             await _finish(worker)
             call.cancel()
+
+    async def _watch_lease(self) -> None:
+        """Quarantine the engine when its lease runs out, and attach anew: it then says that it serves nothing."""
+        while True:
+            if self._lease_end is None:
+                self._leased.clear()
+                await self._leased.wait()
+            elif (left_s := self._lease_end - time.monotonic()) > 0:
+                await asyncio.sleep(left_s)
+            else:
+                self._lease_end = None
+                self._quarantined_by = sys.maxsize  # also of an order that is being carried out
+                if self.state is not SubscriberState.EMPTY:
+                    self._quarantine(
+                        f"nothing was heard from the weightsync service at {self._address} for {self._lease_s:g} s"
+                    )
+                if self._attending is not None:
+                    self._attending.cancel()
 
     async def _work(
         self,
@@ -211,7 +265,7 @@ class WeightSubscriber:
             self._prefetched = None
         kind = order.handle.kind
         if kind not in self._transports:
-            self._transports[kind] = create_transport(kind)
+            self._transports[kind] = create_transport(kind, Endpoint(address=self._address))
         received = await asyncio.to_thread(self._transports[kind].receive, order.handle, order.manifest)
         self._prefetched = _Bytes(order.publication_id, order.manifest, received)
         if self.state is SubscriberState.SERVING:

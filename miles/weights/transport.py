@@ -121,7 +121,25 @@ def create_transport(kind: TransportKind.ValueType, endpoint: Endpoint | None = 
             from miles.weights.transports.shared_memory import SharedMemoryTransport
 
             return SharedMemoryTransport()
-    raise ValueError(f"no weight transport for {weightsync_pb2.TransportKind.Name(kind)}; available: SHARED_MEMORY")
+        case weightsync_pb2.TRANSPORT_KIND_DISK_DELTA:
+            from miles.weights.transports.disk_delta import DiskDeltaTransport
+
+            return DiskDeltaTransport()
+        case weightsync_pb2.TRANSPORT_KIND_GRPC_CHUNKS:
+            from miles.weights.transports.grpc_chunks import GrpcChunksTransport
+
+            if endpoint is None or not endpoint.address:
+                raise ValueError("grpc_chunks needs the address of the weightsync service; give it as Endpoint.address")
+            return GrpcChunksTransport(endpoint.address)
+        case weightsync_pb2.TRANSPORT_KIND_COLLECTIVE:
+            from miles.weights.transports.collective import CollectiveTransport
+
+            return CollectiveTransport(endpoint or Endpoint())
+        case weightsync_pb2.TRANSPORT_KIND_CUDA_IPC:
+            from miles.weights.transports.cuda_ipc import CudaIpcTransport
+
+            return CudaIpcTransport(endpoint or Endpoint())
+    raise ValueError(f"this installation has no weight transport of kind {kind}; use a newer release")
 
 
 def default_threads() -> int:

@@ -12,6 +12,7 @@ import grpc.aio
 
 from miles.rpc import WorkerAttachment, main, start_server
 from miles.rpc.gen import controller_pb2, weightsync_pb2_grpc
+from miles.services.weightsync.records import Settings
 from miles.services.weightsync.segments import default_directory
 from miles.services.weightsync.service import SERVICE_NAME, WeightSyncServicer
 
@@ -40,19 +41,40 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
         help="folder for the weights' bytes, shared with trainers and engines on this host (default: /dev/shm)",
     )
     parser.add_argument(
+        "--disk-dir",
+        type=pathlib.Path,
+        metavar="DIR",
+        help="folder on storage shared with trainers and engines, for engines on other hosts; none by default",
+    )
+    parser.add_argument(
+        "--lease-s",
+        type=float,
+        default=Settings().lease_s,
+        metavar="SECONDS",
+        help="how long an engine that hears nothing from this service may go on serving (default: %(default)g)",
+    )
+    parser.add_argument(
         "--keep-bytes",
         action="store_true",
         help="leave the bytes in place on an orderly stop too, for a restart in the middle of a run; needs --state-dir",
     )
     parser.add_argument("--controller", metavar="HOST:PORT", help="controller to register with")
     parser.add_argument("--worker-id", default="weightsync", help="name to register under")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if options.lease_s <= 0:
+        parser.error(f"--lease-s {options.lease_s:g} must be greater than 0")
+    if options.disk_dir is not None and options.disk_dir == (options.directory or default_directory()):
+        parser.error(f"--disk-dir {options.disk_dir} must be another folder than --directory")
+    return options
 
 
 async def serve(arguments: argparse.Namespace) -> None:
     """Serve until cancelled; the first line on stdout is `listening on HOST:PORT`."""
     directory = arguments.directory or default_directory()
-    servicer = WeightSyncServicer(arguments.state_dir, directory, arguments.keep_bytes)
+    settings = Settings(lease_s=arguments.lease_s)
+    servicer = WeightSyncServicer(
+        arguments.state_dir, directory, arguments.keep_bytes, settings, disk_dir=arguments.disk_dir
+    )
     servicer.start()
 
     def register(server: grpc.aio.Server) -> None:

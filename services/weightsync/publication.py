@@ -189,6 +189,8 @@ class Publication:
             return []
         engine.in_flight = None
         actions: list[Action] = []
+        if error is None:
+            engine.stage_s[flight.order.kind.value] = elapsed_s
         if flight.order.kind is OrderKind.DROP:
             self._let_go(engine, flight.order.publication_id, clean=error is None)
         elif flight.expired:
@@ -197,7 +199,7 @@ class Publication:
             what = f"{flight.order.kind.value} of version {flight.order.number}"
             self._quarantine(engine, f"{what}: {error}", now, actions)
         elif flight.order.publication_id in self.versions:
-            self._done(engine, flight.order, elapsed_s, pause_s, now)
+            self._done(engine, flight.order, pause_s, now)
             actions.append(EngineChanged(engine_id))
         return actions + self._settle(now)
 
@@ -346,10 +348,10 @@ class Publication:
             actions.append(Send(engine.engine_id, engine.session, order))
         return order
 
-    def _done(self, engine: Engine, order: Order, elapsed_s: float, pause_s: float, now: Now) -> None:
+    def _done(self, engine: Engine, order: Order, pause_s: float, now: Now) -> None:
         """Credit an order that was carried out in time."""
         if order.kind is OrderKind.PREFETCH:
-            engine.verified, engine.prefetch_s = order.publication_id, elapsed_s
+            engine.verified = order.publication_id
         elif order.kind is OrderKind.SWAP:
             engine.held, engine.verified, engine.pause_s = order.publication_id, None, pause_s
             engine.quarantined, engine.last_error, engine.failures = False, "", 0

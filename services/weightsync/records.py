@@ -57,6 +57,8 @@ class Settings:
     last_retry_s: float = 120.0
     forget_s: float = 3600.0
     """How long a quarantined engine that has gone away is remembered."""
+    lease_s: float = 300.0
+    """How long an engine that hears nothing of the service may go on serving."""
 
 
 @dataclasses.dataclass(slots=True)
@@ -72,6 +74,10 @@ class Version:
     active_unix_ns: int = 0
     reusable: bool = True
     """Whether its memory may be rewritten once freed: false as soon as someone may map it without our knowing."""
+    written_bytes: int = 0
+    """What the trainer wrote for it, all transports together."""
+    stage_s: dict[str, float] = dataclasses.field(default_factory=dict)
+    """How long the trainer took over each stage."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -121,7 +127,8 @@ class Engine:
     maps: dict[int, int] = dataclasses.field(default_factory=dict)
     """Publications whose bytes it may hold on to, with their version numbers."""
     since_unix_ns: int = 0
-    prefetch_s: float = 0.0
+    stage_s: dict[str, float] = dataclasses.field(default_factory=dict)
+    """How long the last order of each kind took, by its name."""
     pause_s: float = 0.0
 
     @property

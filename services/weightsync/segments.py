@@ -16,6 +16,8 @@ import logging
 import os
 import pathlib
 import re
+import secrets
+import shutil
 import tempfile
 import time
 import zlib
@@ -58,8 +60,13 @@ class SegmentStore:
         self._prefix = f"{PREFIX}{instance}-"
         self._spare: dict[str, Segment] = {}
         self._lock_path = directory / f"{PREFIX}{instance}.lock"
-        self._lock = _take_lock(self._lock_path, state_dir)
-        _remove_orphans(directory, self._lock_path)
+        self._lock = take_lock(self._lock_path, state_dir)
+        remove_orphans(directory, self._lock_path)
+
+    @property
+    def probe(self) -> pathlib.Path:
+        """A file whose content tells who else sees this memory."""
+        return self._lock_path
 
     def allocate(self, stream: str, number: int, publication_id: int, nbytes: int) -> Segment:
         """A file of at least nbytes, every page of it reserved; raises OutOfMemory.
@@ -68,7 +75,7 @@ class SegmentStore:
         faults.
         """
         size = -(-nbytes // _PAGE) * _PAGE
-        path = self.directory / f"{self._prefix}{_safe(stream)}-v{number}-{publication_id}"
+        path = self.directory / f"{self._prefix}{safe_name(stream)}-v{number}-{publication_id}"
         spare = self._spare.pop(stream, None)
         if spare is not None and spare.nbytes == size and spare.path.exists():
             spare.path.rename(path)
@@ -126,13 +133,14 @@ class SegmentStore:
             os.close(fd)
 
 
-def _safe(stream: str) -> str:
+def safe_name(stream: str) -> str:
     """A stream's key as a part of a file name; distinct keys stay distinct."""
     safe = re.sub(r"[^A-Za-z0-9._-]", "_", stream)[:120]
     return safe if safe == stream else f"{safe}-{zlib.crc32(stream.encode()):08x}"
 
 
-def _take_lock(path: pathlib.Path, state_dir: pathlib.Path | None) -> int:
+def take_lock(path: pathlib.Path, state_dir: pathlib.Path | None) -> int:
+    """Open and lock an instance's lock file, and write into it what tells others about the instance."""
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -142,11 +150,12 @@ def _take_lock(path: pathlib.Path, state_dir: pathlib.Path | None) -> int:
             f"another weightsync service runs with the same state ({path} is locked); stop it"
         ) from error
     os.ftruncate(fd, 0)
-    os.pwrite(fd, json.dumps({"state_dir": None if state_dir is None else str(state_dir)}).encode(), 0)
+    content = {"state_dir": None if state_dir is None else str(state_dir), "token": secrets.token_hex(16)}
+    os.pwrite(fd, json.dumps(content).encode(), 0)
     return fd
 
 
-def _remove_orphans(directory: pathlib.Path, own_lock: pathlib.Path) -> None:
+def remove_orphans(directory: pathlib.Path, own_lock: pathlib.Path) -> None:
     """Remove the files of instances that are dead and have no state to come back with."""
     for lock_path in directory.glob(f"{PREFIX}*.lock"):
         if lock_path == own_lock:
@@ -162,7 +171,10 @@ def _remove_orphans(directory: pathlib.Path, own_lock: pathlib.Path) -> None:
                     continue
                 for path in files:
                     logger.info("removing %s, left behind by a dead instance", path)
-                    path.unlink(missing_ok=True)
+                    if path.is_dir():
+                        shutil.rmtree(path, ignore_errors=True)
+                    else:
+                        path.unlink(missing_ok=True)
                 lock_path.unlink(missing_ok=True)
             finally:
                 os.close(fd)

@@ -12,10 +12,13 @@ import grpc
 import grpc.aio
 
 from miles.rpc.gen import controller_pb2, policy_pb2, weightsync_pb2, weightsync_pb2_grpc
+from miles.services.weightsync.chunk_table import ChunkTable
+from miles.services.weightsync.folders import FolderStore
 from miles.services.weightsync.records import Outcome, Refused, Settings, UnknownVersion
 from miles.services.weightsync.segments import OutOfMemory, SegmentStore
 from miles.services.weightsync.store import StateStore
 from miles.services.weightsync.stream import StreamRuntime, stream_key
+from miles.services.weightsync.topology import NoTransport
 from miles.weights import manifest as manifests
 
 logger = logging.getLogger(__name__)
@@ -34,8 +37,11 @@ class WeightSyncServicer(weightsync_pb2_grpc.WeightSyncServiceServicer):
         directory: pathlib.Path,
         keep_bytes: bool = False,
         settings: Settings | None = None,
+        disk_dir: pathlib.Path | None = None,
     ) -> None:
         """Take up the state in `state_dir` (None: nothing is kept over a restart); bytes go into `directory`.
+
+        `disk_dir` is a folder on storage that trainers and engines share; None: there is none.
 
         `keep_bytes`: whether `close` leaves the bytes for the next start, as a killed service does in any case.
         """
@@ -43,22 +49,27 @@ class WeightSyncServicer(weightsync_pb2_grpc.WeightSyncServiceServicer):
         self._keep_bytes = keep_bytes and state_dir is not None
         self._store = StateStore(state_dir)
         self._segments = SegmentStore(directory, self._store.instance, state_dir)
+        self._folders = FolderStore(disk_dir, self._store.instance, state_dir)
         self._streams: dict[str, StreamRuntime] = {}
 
     def start(self) -> None:
         """Restore the streams; call once, on the event loop, before serving."""
-        known: set[pathlib.Path] = set()
+        files: set[pathlib.Path] = set()
+        folders: set[pathlib.Path] = set()
         for key, snapshot in self._store.streams().items():
             job_id, _, name = key.rpartition("/")
             stream = next(stream for stream in _STREAMS if manifests.stream_name(stream) == name)
-            known |= self._stream(job_id, stream).restore(snapshot)
-        self._segments.remove_unknown(known)
+            known = self._stream(job_id, stream).restore(snapshot)
+            files, folders = files | known[0], folders | known[1]
+        self._segments.remove_unknown(files)
+        self._folders.remove_unknown(folders)
 
     def close(self) -> None:
         """End subscriptions and free the bytes, unless they are to be kept."""
         for stream in self._streams.values():
             stream.close()
         self._segments.close(remove_all=not self._keep_bytes)
+        self._folders.close(remove_all=not self._keep_bytes)
         self._store.close()
 
     def heartbeat(self) -> controller_pb2.WorkerHeartbeat:
@@ -75,18 +86,17 @@ class WeightSyncServicer(weightsync_pb2_grpc.WeightSyncServiceServicer):
     ) -> weightsync_pb2.AllocateResponse:
         """Reserve room for a version."""
         await _check_version(request.version, context)
-        if request.transport != weightsync_pb2.TRANSPORT_KIND_SHARED_MEMORY:
-            await _invalid(context, f"transport is {request.transport}; this service offers SHARED_MEMORY")
         if request.nbytes == 0:
             await _invalid(context, "nbytes is 0; a version has at least one byte")
-        stream = self._stream(request.version.job_id, request.version.stream)
         try:
-            handle = await stream.allocate(request.version.version, request.nbytes)
+            return await self._stream(request.version.job_id, request.version.stream).allocate(request)
+        except NoTransport as error:
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
         except OutOfMemory as error:
             await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error))
         except Refused as error:
             await _refuse(context, "allocate", request.version, error)
-        return weightsync_pb2.AllocateResponse(handle=handle)
+        raise AssertionError("abort raises")
 
     async def Prepare(
         self, request: weightsync_pb2.PrepareRequest, context: grpc.aio.ServicerContext
@@ -96,7 +106,7 @@ class WeightSyncServicer(weightsync_pb2_grpc.WeightSyncServiceServicer):
         await _check_version(version, context)
         try:
             await asyncio.to_thread(manifests.validate, request.manifest)  # takes a while for 10^5 tensors
-            self._stream(version.job_id, version.stream).prepare(request.manifest, request.handle.shared_memory.path)
+            self._stream(version.job_id, version.stream).prepare(request)
         except manifests.ManifestError as error:
             await _invalid(context, f"manifest: {error}")
         except Refused as error:
@@ -159,12 +169,82 @@ class WeightSyncServicer(weightsync_pb2_grpc.WeightSyncServiceServicer):
                 orders.put_nowait(None)
 
         reader = asyncio.create_task(read(), name=f"reports of {hello.engine_id}")
+        leases = asyncio.create_task(self._renew(orders), name=f"leases of {hello.engine_id}")
         try:
             while (order := await orders.get()) is not None:
                 yield order
         finally:
+            leases.cancel()
             reader.cancel()
             stream.unsubscribe(hello.engine_id, session)
+
+    async def DescribeTransports(
+        self, request: weightsync_pb2.DescribeTransportsRequest, context: grpc.aio.ServicerContext
+    ) -> weightsync_pb2.DescribeTransportsResponse:
+        """Files by which a process finds out whether it shares memory or storage with this service."""
+        files = {weightsync_pb2.TRANSPORT_KIND_SHARED_MEMORY: self._segments.probe}
+        if self._folders.root is not None:
+            files[weightsync_pb2.TRANSPORT_KIND_DISK_DELTA] = self._folders.probe
+        probes = [
+            weightsync_pb2.TransportProbe(kind=kind, path=str(path), token=path.read_text())
+            for kind, path in files.items()
+        ]
+        return weightsync_pb2.DescribeTransportsResponse(probes=probes)
+
+    async def OfferChunks(
+        self, request: weightsync_pb2.OfferChunksRequest, context: grpc.aio.ServicerContext
+    ) -> weightsync_pb2.OfferChunksResponse:
+        """Note what a part of a version consists of; say what is missing."""
+        await _check_version(request.version, context)
+        try:
+            table = self._uploading(request.version, request.publication_id)
+            missing = await asyncio.to_thread(table.offer, request.chunks)
+        except Refused as error:
+            await _refuse(context, "upload", request.version, error)
+        return weightsync_pb2.OfferChunksResponse(missing=missing)
+
+    async def UploadChunks(
+        self, requests: AsyncIterator[weightsync_pb2.UploadChunksRequest], context: grpc.aio.ServicerContext
+    ) -> weightsync_pb2.UploadChunksResponse:
+        """Take chunks."""
+        chunks, name, table = 0, policy_pb2.WeightVersion(), None
+        async for request in requests:
+            try:
+                if table is None:
+                    name = request.version
+                    await _check_version(name, context)
+                    table = self._uploading(name, request.publication_id)
+                await asyncio.to_thread(table.put, request.chunk, request.data)
+            except Refused as error:
+                await _refuse(context, "upload", name, error)
+            chunks += 1
+        return weightsync_pb2.UploadChunksResponse(chunks=chunks)
+
+    async def ListChunks(
+        self, request: weightsync_pb2.ListChunksRequest, context: grpc.aio.ServicerContext
+    ) -> weightsync_pb2.ListChunksResponse:
+        """What a version's buffer consists of."""
+        await _check_version(request.version, context)
+        try:
+            table = self._downloading(request.version, request.publication_id)
+            return weightsync_pb2.ListChunksResponse(chunks=await asyncio.to_thread(table.listed))
+        except Refused as error:
+            await _refuse(context, "list the chunks of", request.version, error)
+        raise AssertionError("abort raises")
+
+    async def FetchChunks(
+        self, request: weightsync_pb2.FetchChunksRequest, context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[weightsync_pb2.FetchChunksResponse]:
+        """Send chunks; gRPC's flow control keeps this no further ahead than the engine."""
+        await _check_version(request.version, context)
+        try:
+            table = self._downloading(request.version, request.publication_id)
+            await asyncio.to_thread(table.listed)
+            for number in request.chunks:
+                data = await asyncio.to_thread(table.get, number)
+                yield weightsync_pb2.FetchChunksResponse(chunk=number, data=data)
+        except Refused as error:
+            await _refuse(context, "send", request.version, error)
 
     async def ListVersions(
         self, request: weightsync_pb2.ListVersionsRequest, context: grpc.aio.ServicerContext
@@ -187,10 +267,29 @@ class WeightSyncServicer(weightsync_pb2_grpc.WeightSyncServiceServicer):
         freed = sum(self._streams[key].release() for key in keys if key in self._streams)
         return weightsync_pb2.ReleaseJobResponse(freed_bytes=freed)
 
+    async def _renew(self, orders: asyncio.Queue[weightsync_pb2.SubscribeResponse | None]) -> None:
+        """Tell an engine again and again that it may serve."""
+        lease_s = self._settings.lease_s
+        while True:
+            orders.put_nowait(
+                weightsync_pb2.SubscribeResponse(lease=weightsync_pb2.LeaseOrder(lease_ms=round(lease_s * 1000)))
+            )
+            await asyncio.sleep(lease_s / 3)
+
+    def _uploading(self, version: policy_pb2.WeightVersion, publication_id: int) -> ChunkTable:
+        stream = self._stream(version.job_id, version.stream)
+        stream.uploading(publication_id)
+        return stream.holdings.chunk_table(publication_id)
+
+    def _downloading(self, version: policy_pb2.WeightVersion, publication_id: int) -> ChunkTable:
+        return self._stream(version.job_id, version.stream).holdings.chunk_table(publication_id)
+
     def _stream(self, job_id: str, stream: policy_pb2.WeightStream.ValueType) -> StreamRuntime:
         key = stream_key(job_id, stream)
         if key not in self._streams:
-            self._streams[key] = StreamRuntime(job_id, stream, self._store, self._segments, self._settings)
+            self._streams[key] = StreamRuntime(
+                job_id, stream, self._store, self._segments, self._folders, self._settings
+            )
         return self._streams[key]
 
 

@@ -44,4 +44,6 @@ def _version(version: Version) -> dict[str, Any]:
         "state": state.value,
         "checksum": version.checksum.hex(),
         "active_unix_ns": version.active_unix_ns,
+        "written_bytes": version.written_bytes,
+        "stage_s": version.stage_s,
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pathlib
 import sqlite3
@@ -11,15 +12,33 @@ from typing import Any
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS instance (name TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS stream (key TEXT PRIMARY KEY, state TEXT NOT NULL);
-CREATE TABLE IF NOT EXISTS segment (
-    key TEXT, publication_id INTEGER, path TEXT NOT NULL, nbytes INTEGER NOT NULL, manifest BLOB,
-    PRIMARY KEY (key, publication_id)
+CREATE TABLE IF NOT EXISTS holding (
+    key TEXT, publication_id INTEGER, path TEXT NOT NULL, nbytes INTEGER NOT NULL, fixed INTEGER NOT NULL,
+    version BLOB NOT NULL, handles BLOB NOT NULL, manifest BLOB, PRIMARY KEY (key, publication_id)
 );
 """
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class HoldingRecord:
+    """One publication's bytes."""
+
+    path: str
+    """File in shared memory; empty when there is none."""
+    nbytes: int
+    """Size of that file, in bytes."""
+    fixed: bool
+    """Whether engines must use the transport that the trainer used."""
+    version: bytes
+    """Serialized policy_pb2.WeightVersion."""
+    handles: bytes
+    """Serialized weightsync_pb2.AllocateResponse."""
+    manifest: bytes | None
+    """Serialized policy_pb2.Manifest; None before PREPARED."""
+
+
 class StateStore:
-    """Streams' states as JSON, and per publication its file and manifest (serialized policy_pb2.Manifest)."""
+    """Streams' states as JSON, and per publication where its bytes are."""
 
     def __init__(self, state_dir: pathlib.Path | None) -> None:
         """`state_dir` None keeps everything in memory only."""
@@ -44,24 +63,18 @@ class StateStore:
             self._db.execute("INSERT OR REPLACE INTO stream VALUES (?, ?)", (key, text))
             self._written[key] = text
 
-    def save_segment(self, key: str, publication_id: int, path: pathlib.Path, nbytes: int) -> None:
-        """Remember where a publication's bytes are."""
-        row = (key, publication_id, str(path), nbytes)
-        self._db.execute("INSERT OR REPLACE INTO segment VALUES (?, ?, ?, ?, NULL)", row)
+    def save_holding(self, key: str, publication_id: int, record: HoldingRecord) -> None:
+        """Remember where a publication's bytes are and what it consists of."""
+        row = (key, publication_id, *dataclasses.astuple(record))
+        self._db.execute("INSERT OR REPLACE INTO holding VALUES (?, ?, ?, ?, ?, ?, ?, ?)", row)
 
-    def save_manifest(self, key: str, publication_id: int, manifest: bytes) -> None:
-        """Remember what a publication consists of."""
-        self._db.execute(
-            "UPDATE segment SET manifest = ? WHERE key = ? AND publication_id = ?", (manifest, key, publication_id)
-        )
-
-    def delete_segment(self, key: str, publication_id: int) -> None:
+    def delete_holding(self, key: str, publication_id: int) -> None:
         """Forget a freed publication."""
-        self._db.execute("DELETE FROM segment WHERE key = ? AND publication_id = ?", (key, publication_id))
+        self._db.execute("DELETE FROM holding WHERE key = ? AND publication_id = ?", (key, publication_id))
 
     def delete_stream(self, key: str) -> None:
         """Forget a stream of a job that is over."""
-        self._db.execute("DELETE FROM segment WHERE key = ?", (key,))
+        self._db.execute("DELETE FROM holding WHERE key = ?", (key,))
         self._db.execute("DELETE FROM stream WHERE key = ?", (key,))
         self._written.pop(key, None)
 
@@ -69,11 +82,13 @@ class StateStore:
         """Every stream's last state, by key."""
         return {key: json.loads(state) for key, state in self._db.execute("SELECT key, state FROM stream")}
 
-    def segments(self, key: str) -> list[tuple[int, pathlib.Path, int, bytes | None]]:
-        """Publication id, path, size in bytes, and manifest (None before PREPARED) of a stream's publications."""
-        rows = self._db.execute("SELECT publication_id, path, nbytes, manifest FROM segment WHERE key = ?", (key,))
+    def holdings(self, key: str) -> list[tuple[int, HoldingRecord]]:
+        """A stream's publications by id, oldest first."""
+        columns = "publication_id, path, nbytes, fixed, version, handles, manifest"
+        rows = self._db.execute(f"SELECT {columns} FROM holding WHERE key = ? ORDER BY publication_id", (key,))
         return [
-            (publication_id, pathlib.Path(path), nbytes, manifest) for publication_id, path, nbytes, manifest in rows
+            (publication_id, HoldingRecord(path, nbytes, bool(fixed), version, handles, manifest))
+            for publication_id, path, nbytes, fixed, version, handles, manifest in rows
         ]
 
     def close(self) -> None:

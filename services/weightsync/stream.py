@@ -11,7 +11,9 @@ from collections.abc import Collection
 from typing import Any
 
 from miles.rpc.gen import policy_pb2, weightsync_pb2
-from miles.services.weightsync import snapshot
+from miles.services.weightsync import snapshot, topology
+from miles.services.weightsync.folders import FolderStore
+from miles.services.weightsync.holdings import Holding, Holdings
 from miles.services.weightsync.publication import Publication
 from miles.services.weightsync.records import (
     Action,
@@ -24,11 +26,12 @@ from miles.services.weightsync.records import (
     Order,
     OrderKind,
     Outcome,
+    Refused,
     Send,
     Settings,
     UnknownVersion,
 )
-from miles.services.weightsync.segments import Segment, SegmentStore
+from miles.services.weightsync.segments import SegmentStore
 from miles.services.weightsync.store import StateStore
 from miles.weights import manifest as manifests
 
@@ -36,6 +39,9 @@ logger = logging.getLogger(__name__)
 
 Event = weightsync_pb2.EngineStatus | Outcome
 """What watchers of an activation see: engines' stages, then the outcome."""
+
+_LOCAL = frozenset({weightsync_pb2.TRANSPORT_KIND_SHARED_MEMORY})
+"""What a process that says nothing can use."""
 
 _sessions = itertools.count(1)
 
@@ -54,6 +60,7 @@ class StreamRuntime:
         stream: policy_pb2.WeightStream.ValueType,
         store: StateStore,
         segments: SegmentStore,
+        folders: FolderStore,
         settings: Settings,
     ) -> None:
         self.job_id = job_id
@@ -61,70 +68,77 @@ class StreamRuntime:
         self.key = stream_key(job_id, stream)
         self.machine = Publication(settings)
         self._store = store
-        self._segment_store = segments
-        self._segments: dict[int, Segment] = {}
-        self._manifests: dict[int, policy_pb2.Manifest] = {}
+        self._has_folders = folders.root is not None
+        self.holdings = Holdings(self.key, store, segments, folders)
+        self._usable: dict[str, frozenset[int]] = {}
+        """Transports that each engine can use."""
+        self._used: dict[str, weightsync_pb2.TransportKind.ValueType] = {}
+        """Transport of each engine's last prefetch."""
         self._subscriptions: dict[int, asyncio.Queue[weightsync_pb2.SubscribeResponse | None]] = {}
         self._watchers: dict[asyncio.Queue[Event], str] = {}
         self._timer: asyncio.TimerHandle | None = None
         self._allocating = asyncio.Lock()
         self.activations_ended = 0
 
-    def restore(self, saved: dict[str, Any]) -> set[pathlib.Path]:
-        """Take up the state of an earlier process; returns the files it knows.
+    def restore(self, saved: dict[str, Any]) -> tuple[set[pathlib.Path], set[pathlib.Path]]:
+        """Take up the state of an earlier process; returns the files and folders it knows.
 
         Versions whose bytes are gone are lost.
         """
         self.machine = snapshot.load(saved, _now(), self.machine.settings)
-        for publication_id, path, nbytes, manifest in self._store.segments(self.key):
-            if path.exists() and path.stat().st_size >= nbytes:
-                self._segments[publication_id] = Segment(path, nbytes)
-                if manifest is not None:
-                    self._manifests[publication_id] = policy_pb2.Manifest.FromString(manifest)
+        known = self.holdings.restore(self.machine.versions.keys())
         for publication_id, version in list(self.machine.versions.items()):
-            if publication_id not in self._segments or (version.checksum and publication_id not in self._manifests):
+            gone = publication_id not in self.holdings
+            if gone or (version.checksum and self.holdings[publication_id].manifest is None):
                 logger.warning("%s: the bytes of version %d are gone", self.key, version.number)
-                self._store.delete_segment(self.key, publication_id)
+                self.holdings.free(publication_id, reusable=False)
                 self._apply(self.machine.give_up(publication_id, _now()))
-        for publication_id in set(self._segments) - set(self.machine.versions):
-            del self._segments[publication_id]
-            self._store.delete_segment(self.key, publication_id)
-        return {segment.path for segment in self._segments.values()}
+        return known
 
     # -- the trainer's calls ------------------------------------------------------------------------------------------
 
-    async def allocate(self, number: int, nbytes: int) -> weightsync_pb2.TransportHandle:
-        """Room for a version; raises OutOfMemory."""
+    async def allocate(self, request: weightsync_pb2.AllocateRequest) -> weightsync_pb2.AllocateResponse:
+        """Room for a version; raises OutOfMemory, NoTransport or Refused."""
         async with self._allocating:
-            version, actions = self.machine.allocate(number, nbytes, _now())
+            trainer = frozenset(request.usable) or _LOCAL
+            attached = [self._usable.get(e.engine_id, _LOCAL) for e in self.machine.engines.values() if e.session]
+            placement = topology.place(request.transport, trainer, attached, folders=self._has_folders)
+            version, actions = self.machine.allocate(request.version.version, request.nbytes, _now())
             self._apply(actions)
             publication_id = version.publication_id
             try:
-                segment = await asyncio.to_thread(
-                    self._segment_store.allocate, self.key, number, publication_id, nbytes
+                holding = await self.holdings.allocate(
+                    publication_id, request, placement, lambda: publication_id in self.machine.versions
                 )
             except OSError:
                 self._apply(self.machine.give_up(publication_id, _now()))
                 raise
-            if publication_id not in self.machine.versions:
-                self._segment_store.free(self.key, segment, reusable=False)
-                raise UnknownVersion("the job was released meanwhile")
-            self._segments[publication_id] = segment
-            self._store.save_segment(self.key, publication_id, segment.path, segment.nbytes)
-            return self._handle(publication_id)
+            return weightsync_pb2.AllocateResponse(
+                handle=holding.handles[0],
+                more=holding.handles[1:],
+                live_publication_ids=sorted(self.machine.versions),
+            )
 
-    def prepare(self, manifest: policy_pb2.Manifest, path: str) -> None:
-        """The bytes at `path` are complete; raises Refused or UnknownVersion."""
-        found = [publication_id for publication_id, s in self._segments.items() if str(s.path) == path]
-        if not found or self.machine.versions[found[0]].number != manifest.version.version:
-            raise UnknownVersion(f"{path} is not allocated for it; allocate again")
-        if manifest.total_bytes > self._segments[found[0]].nbytes:
-            raise UnknownVersion(f"{path} is too small for its {manifest.total_bytes} bytes; allocate again")
-        actions = self.machine.prepare(found[0], manifest.checksum, _now())
-        if found[0] not in self._manifests:
-            self._store.save_manifest(self.key, found[0], manifest.SerializeToString())
-            self._manifests[found[0]] = manifest
+    def prepare(self, request: weightsync_pb2.PrepareRequest) -> None:
+        """Every byte is where the handles say; raises Refused or UnknownVersion."""
+        manifest = request.manifest
+        publication_id = self.holdings.find(request.handle, manifest.version.version)
+        version = self.machine.versions[publication_id]
+        self.holdings.check(publication_id, request)
+        actions = self.machine.prepare(publication_id, manifest.checksum, _now())
+        if version.written_bytes == 0:
+            version.written_bytes, version.stage_s = request.written_bytes, dict(request.stage_s)
+        self.holdings.complete(publication_id, request)
         self._apply(actions)
+
+    def uploading(self, publication_id: int) -> Holding:
+        """A publication that the trainer may still upload chunks of; raises Refused or UnknownVersion."""
+        if publication_id not in self.holdings:
+            raise UnknownVersion("its allocation was replaced by a later one or freed; allocate again")
+        holding = self.holdings[publication_id]
+        if holding.manifest is not None:
+            raise Refused("it is complete already")
+        return holding
 
     # -- the controller's calls ---------------------------------------------------------------------------------------
 
@@ -156,9 +170,9 @@ class StreamRuntime:
 
     def release(self) -> int:
         """Free everything the stream has; returns the bytes freed."""
-        freed = sum(segment.nbytes for segment in self._segments.values())
+        freed = self.holdings.nbytes
         self._apply(self.machine.release(_now()))
-        freed += self._segment_store.free_spare(self.key)
+        freed += self.holdings.free_spare()
         self._store.delete_stream(self.key)
         return freed
 
@@ -171,6 +185,7 @@ class StreamRuntime:
         session = next(_sessions)
         orders: asyncio.Queue[weightsync_pb2.SubscribeResponse | None] = asyncio.Queue()
         self._subscriptions[session] = orders
+        self._usable[hello.engine_id] = frozenset(hello.usable) or _LOCAL
         number = hello.version if hello.HasField("version") else None
         self._apply(self.machine.connect(hello.engine_id, session, number, hello.manifest_checksum, _now()))
         return session, orders
@@ -198,6 +213,11 @@ class StreamRuntime:
                 state=weightsync_pb2.VersionState.Value(f"VERSION_STATE_{version.state.value}"),
                 total_bytes=version.nbytes,
                 active_unix_ns=version.active_unix_ns,
+                transports=self.holdings.ways(version.publication_id)
+                if version.publication_id in self.holdings
+                else [],
+                written_bytes=version.written_bytes,
+                stage_s=version.stage_s,
             )
             for version in self.machine.versions.values()
         ]
@@ -209,12 +229,17 @@ class StreamRuntime:
             stream=self.stream,
             state=weightsync_pb2.EngineState.Value(f"ENGINE_STATE_{engine.state.value}"),
             since_unix_ns=engine.since_unix_ns,
-            prefetch_s=engine.prefetch_s,
+            prefetch_s=engine.stage_s.get(OrderKind.PREFETCH.value, 0.0),
             pause_s=engine.pause_s,
             last_error=engine.last_error,
+            transport=self._used.get(engine.engine_id, weightsync_pb2.TRANSPORT_KIND_UNSPECIFIED),
+            attached=engine.session is not None,
+            job_id=self.job_id,
+            stage_s=engine.stage_s,
         )
         if engine.held is not None and engine.held in self.machine.versions:
-            status.version = self.machine.versions[engine.held].number
+            held = self.machine.versions[engine.held]
+            status.version, status.total_bytes = held.number, held.nbytes
         return status
 
     def close(self) -> None:
@@ -231,11 +256,11 @@ class StreamRuntime:
         self._store.save_stream(self.key, snapshot.save(self.machine))
         for action in actions:
             match action:
-                case Send(session=session, order=order):
+                case Send(engine_id=engine_id, session=session, order=order):
                     if session in self._subscriptions:
-                        self._subscriptions[session].put_nowait(self._order(order))
+                        self._subscriptions[session].put_nowait(self._order(engine_id, order))
                 case Free(publication_id=publication_id, reusable=reusable):
-                    self._free(publication_id, reusable)
+                    self.holdings.free(publication_id, reusable)
                 case EngineChanged(engine_id=engine_id):
                     self._show(engine_id)
                 case Ended(operation_ids=operation_ids, outcome=outcome):
@@ -244,13 +269,6 @@ class StreamRuntime:
                     if session in self._subscriptions:
                         self._subscriptions[session].put_nowait(None)
         self._set_timer()
-
-    def _free(self, publication_id: int, reusable: bool) -> None:
-        self._manifests.pop(publication_id, None)
-        segment = self._segments.pop(publication_id, None)
-        if segment is not None:
-            self._segment_store.free(self.key, segment, reusable)
-            self._store.delete_segment(self.key, publication_id)
 
     def _show(self, engine_id: str) -> None:
         engine = self.machine.engines.get(engine_id)
@@ -282,29 +300,29 @@ class StreamRuntime:
     def _tick(self) -> None:
         self._apply(self.machine.tick(_now()))
 
-    def _order(self, order: Order) -> weightsync_pb2.SubscribeResponse:
+    def _order(self, engine_id: str, order: Order) -> weightsync_pb2.SubscribeResponse:
         response = weightsync_pb2.SubscribeResponse(order_id=order.order_id)
         publication_id = order.publication_id
         if order.kind is OrderKind.QUARANTINE:
             response.quarantine.reason = order.reason
         elif order.kind is OrderKind.PREFETCH:
-            response.prefetch.manifest.CopyFrom(self._manifests[publication_id])
-            response.prefetch.handle.CopyFrom(self._handle(publication_id))
+            handle = self.holdings.handle_for(publication_id, self._usable.get(engine_id, _LOCAL))
+            self._used[engine_id] = handle.kind
+            response.prefetch.manifest.CopyFrom(self._manifest(publication_id))
+            response.prefetch.handle.CopyFrom(handle)
             response.prefetch.publication_id = publication_id
         elif order.kind is OrderKind.CHECK:
-            response.check.manifest.CopyFrom(self._manifests[publication_id])
+            response.check.manifest.CopyFrom(self._manifest(publication_id))
         else:
             body = response.swap if order.kind is OrderKind.SWAP else response.drop
             body.version.CopyFrom(self._name(order.number))
             body.publication_id = publication_id
         return response
 
-    def _handle(self, publication_id: int) -> weightsync_pb2.TransportHandle:
-        segment = self._segments[publication_id]
-        return weightsync_pb2.TransportHandle(
-            kind=weightsync_pb2.TRANSPORT_KIND_SHARED_MEMORY,
-            shared_memory=weightsync_pb2.SharedMemoryHandle(path=str(segment.path), nbytes=segment.nbytes),
-        )
+    def _manifest(self, publication_id: int) -> policy_pb2.Manifest:
+        manifest = self.holdings[publication_id].manifest
+        assert manifest is not None, "only complete versions are sent to engines"
+        return manifest
 
     def _name(self, number: int) -> policy_pb2.WeightVersion:
         return policy_pb2.WeightVersion(job_id=self.job_id, stream=self.stream, version=number)

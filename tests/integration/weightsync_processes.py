@@ -19,6 +19,7 @@ from miles.rpc import connect_blocking
 from miles.rpc.gen import policy_pb2, weightsync_pb2, weightsync_pb2_grpc
 from miles.weights import PublishResult, WeightPublisher
 from miles.weights.manifest import checksum
+from miles.weights.transport import Endpoint
 
 JOB = "job/1"
 DEADLINE_S = 60.0
@@ -87,14 +88,27 @@ class Service(Lines):
         )
         self.address = self.wait_for(lambda line: line.startswith("listening on "), "address").split()[-1]
         self.stub = weightsync_pb2_grpc.WeightSyncServiceStub(connect_blocking(self.address))
+        self._publishers: dict[tuple[str, int, str], WeightPublisher] = {}
 
     def publish(
-        self, version: int, tensors: Mapping[str, torch.Tensor], stream: str = "policy", job: str = JOB
+        self,
+        version: int,
+        tensors: Mapping[str, torch.Tensor],
+        stream: str = "policy",
+        job: str = JOB,
+        transport: str = "UNSPECIFIED",
+        **settings: Any,
     ) -> PublishResult:
-        """What the trainer does."""
+        """What the trainer does; one publisher lives on for each stream and transport."""
         number = policy_pb2.WeightStream.Value(f"WEIGHT_STREAM_{stream.upper()}")
         layout = [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
-        return WeightPublisher(self.stub, job, number).publish(version, version, layout, tensors.items())
+        key = (job, number, transport)
+        if key not in self._publishers:
+            kind = weightsync_pb2.TransportKind.Value(f"TRANSPORT_KIND_{transport}")
+            self._publishers[key] = WeightPublisher(
+                *(self.stub, job, number, kind), endpoint=Endpoint(address=self.address), **settings
+            )
+        return self._publishers[key].publish(version, version, layout, tensors.items())
 
     def activate(
         self,

@@ -270,22 +270,28 @@ class GrpcChunksHandle(_message.Message):
     ADDRESS_FIELD_NUMBER: _builtins.int
     NBYTES_FIELD_NUMBER: _builtins.int
     CHUNK_BYTES_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
     address: _builtins.str
     """host:port of the service that has the bytes; empty for the one that the handle came from."""
     nbytes: _builtins.int
     """Size of the version's buffer, in bytes."""
     chunk_bytes: _builtins.int
     """Size of a chunk, in bytes; a part's last one may be smaller."""
+    @_builtins.property
+    def version(self) -> _policy_pb2.WeightVersion:
+        """The version that the bytes are of."""
+
     def __init__(
         self,
         *,
         address: _builtins.str = ...,
         nbytes: _builtins.int = ...,
         chunk_bytes: _builtins.int = ...,
+        version: _policy_pb2.WeightVersion | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["version", b"version"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "chunk_bytes", b"chunk_bytes", "nbytes", b"nbytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "chunk_bytes", b"chunk_bytes", "nbytes", b"nbytes", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -658,10 +664,16 @@ class AllocateRequest(_message.Message):
     TRANSPORT_FIELD_NUMBER: _builtins.int
     NBYTES_FIELD_NUMBER: _builtins.int
     USABLE_FIELD_NUMBER: _builtins.int
+    DELTA_ENCODING_FIELD_NUMBER: _builtins.int
+    FULL_EVERY_FIELD_NUMBER: _builtins.int
     transport: Global___TransportKind.ValueType
     """How its bytes are to reach the engines; UNSPECIFIED leaves it to the service, by what each engine can use."""
     nbytes: _builtins.int
     """Size of the version's buffer, in bytes."""
+    delta_encoding: Global___DeltaEncoding.ValueType
+    """DISK_DELTA: how changes are to be written; UNSPECIFIED means XOR."""
+    full_every: _builtins.int
+    """DISK_DELTA: every so many versions one is written whole, a count; 0 means the service's own choice."""
     @_builtins.property
     def version(self) -> _policy_pb2.WeightVersion:
         """The version to come."""
@@ -677,10 +689,12 @@ class AllocateRequest(_message.Message):
         transport: Global___TransportKind.ValueType = ...,
         nbytes: _builtins.int = ...,
         usable: _abc.Iterable[Global___TransportKind.ValueType] | None = ...,
+        delta_encoding: Global___DeltaEncoding.ValueType = ...,
+        full_every: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["version", b"version"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["nbytes", b"nbytes", "transport", b"transport", "usable", b"usable", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["delta_encoding", b"delta_encoding", "full_every", b"full_every", "nbytes", b"nbytes", "transport", b"transport", "usable", b"usable", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -9,7 +9,7 @@ import time
 import pytest
 
 from miles.services.weightsync.segments import OutOfMemory, SegmentStore
-from miles.services.weightsync.store import StateStore
+from miles.services.weightsync.store import HoldingRecord, StateStore
 
 
 def test_every_page_is_reserved(tmp_path: pathlib.Path) -> None:
@@ -130,21 +130,19 @@ def test_state_is_there_again_after_reopening(tmp_path: pathlib.Path) -> None:
     store = StateStore(tmp_path / "state")
     store.save_stream("job/policy", {"active": 1})
     store.save_stream("job/policy", {"active": 2})
-    store.save_segment("job/policy", 2, tmp_path / "file", 10)
-    store.save_manifest("job/policy", 2, b"manifest")
-    store.save_segment("job/policy", 3, tmp_path / "next", 10)
+    first = HoldingRecord("/file", 10, False, b"version 2", b"handles", b"manifest")
+    second = HoldingRecord("", 0, True, b"version 3", b"others", None)
+    store.save_holding("job/policy", 3, second)
+    store.save_holding("job/policy", 2, first)
     instance = store.instance
     reopened = StateStore(tmp_path / "state")
     assert reopened.instance == instance
     assert reopened.streams() == {"job/policy": {"active": 2}}
-    assert reopened.segments("job/policy") == [
-        (2, tmp_path / "file", 10, b"manifest"),
-        (3, tmp_path / "next", 10, None),
-    ]
-    reopened.delete_segment("job/policy", 2)
-    assert [row[0] for row in reopened.segments("job/policy")] == [3]
+    assert reopened.holdings("job/policy") == [(2, first), (3, second)]
+    reopened.delete_holding("job/policy", 2)
+    assert reopened.holdings("job/policy") == [(3, second)]
     reopened.delete_stream("job/policy")
-    assert (reopened.streams(), reopened.segments("job/policy")) == ({}, [])
+    assert (reopened.streams(), reopened.holdings("job/policy")) == ({}, [])
 
 
 def test_instances_without_a_state_folder_have_names_of_their_own() -> None:

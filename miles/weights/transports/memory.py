@@ -1,0 +1,83 @@
+"""Buffers of a receiver's own, into which transports that copy put a version."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import mmap
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+import torch
+
+from miles.rpc.gen import policy_pb2
+from miles.weights import manifest as manifests
+from miles.weights.dtypes import TORCH_DTYPE
+from miles.weights.manifest import ChecksumMismatch
+
+_HASH_BATCH_BYTES = 8 << 20
+
+
+class Buffer:
+    """Zeroed memory for one version; it goes with the last tensor that views it."""
+
+    def __init__(self, manifest: policy_pb2.Manifest) -> None:
+        """OSError (MemoryError) when there is not enough memory."""
+        self.manifest = manifest
+        self.memory = mmap.mmap(-1, manifest.total_bytes)
+        self.bytes = np.frombuffer(self.memory, np.uint8)
+        """uint8, shape (total_bytes,)."""
+
+    def view(self, descriptor: policy_pb2.TensorDescriptor) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:
+        """A tensor's bytes."""
+        return self.bytes[descriptor.offset : descriptor.offset + descriptor.nbytes]
+
+    def verify(self, threads: concurrent.futures.Executor, source: str) -> None:
+        """Raise ChecksumMismatch unless every tensor is what the manifest says."""
+
+        def differing(batch: list[policy_pb2.TensorDescriptor]) -> list[str]:
+            return [d.name for d in batch if manifests.checksum(self.view(d).data) != d.checksum]
+
+        wrong = [name for names in threads.map(differing, batches(self.manifest.tensors)) for name in names]
+        if wrong:
+            raise ChecksumMismatch(
+                f"{len(wrong)} of {len(self.manifest.tensors)} tensors of {manifests.describe(self.manifest.version)} "
+                f"from {source} do not match their checksums: {', '.join(wrong[:3])}"
+            )
+
+
+class BufferedWeights:
+    """Implements ReceivedWeights over a Buffer."""
+
+    def __init__(self, buffer: Buffer) -> None:
+        self._tensors = {d.name: _tensor(buffer, d) for d in buffer.manifest.tensors}
+
+    @property
+    def tensors(self) -> Mapping[str, torch.Tensor]:
+        """By HF name; each keeps the buffer alive."""
+        return self._tensors
+
+    def release(self) -> bool:
+        """Forget the tensors. The memory is the receiver's own and never rewritten, so nobody has to wait for it."""
+        self._tensors = {}
+        return True
+
+
+def batches(descriptors: Iterable[policy_pb2.TensorDescriptor]) -> list[list[policy_pb2.TensorDescriptor]]:
+    """Consecutive tensors in lists big enough to amortise a task and small enough for a cache."""
+    result: list[list[policy_pb2.TensorDescriptor]] = [[]]
+    size = 0
+    for descriptor in descriptors:
+        result[-1].append(descriptor)
+        size += descriptor.nbytes
+        if size >= _HASH_BATCH_BYTES:
+            result.append([])
+            size = 0
+    return result
+
+
+def _tensor(buffer: Buffer, descriptor: policy_pb2.TensorDescriptor) -> torch.Tensor:
+    dtype, shape = TORCH_DTYPE[descriptor.dtype], tuple(descriptor.shape)
+    if descriptor.nbytes == 0:
+        return torch.empty(shape, dtype=dtype)
+    count = descriptor.nbytes // dtype.itemsize
+    return torch.frombuffer(buffer.memory, dtype=dtype, count=count, offset=descriptor.offset).view(shape)

@@ -1,0 +1,124 @@
+"""The chunks of one version that lies in the service's memory: what they are, and their bytes in and out."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import mmap
+import os
+import pathlib
+from collections.abc import Iterable, Sequence
+
+from miles.rpc.gen import policy_pb2, weightsync_pb2
+from miles.services.weightsync.records import Refused
+from miles.weights import chunks as chunking
+from miles.weights import manifest as manifests
+
+
+class ChunkTable:
+    """Chunks of a file of `nbytes` bytes. Methods block for as long as copying or hashing takes."""
+
+    def __init__(self, path: pathlib.Path, nbytes: int, others: Iterable[ChunkTable] = ()) -> None:
+        """`others`: tables that chunks may be taken from instead of the wire."""
+        self._nbytes = nbytes
+        self._others = list(others)
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            self._mapping: mmap.mmap | None = mmap.mmap(fd, nbytes)
+        finally:
+            os.close(fd)
+        self._listed: list[weightsync_pb2.ChunkDescriptor] = []
+        self._offered: dict[int, weightsync_pb2.ChunkDescriptor] = {}
+        """By offset; those that the trainer is to upload."""
+        self._arrived: dict[bytes, weightsync_pb2.ChunkDescriptor] = {}
+        """By id: a place where a chunk's bytes are."""
+        self._placed: dict[int, bytes] = {}
+        """By offset: id of the chunk whose bytes are there."""
+
+    # -- from the trainer ---------------------------------------------------------------------------------------------
+
+    def offer(self, chunks: Sequence[weightsync_pb2.ChunkDescriptor]) -> list[int]:
+        """Note what a part consists of; take what is at hand; return the positions of what is not.
+
+        Raises Refused for chunks that do not lie in the buffer.
+        """
+        if wrong := chunking.fault(chunks, self._nbytes):
+            raise Refused(wrong)
+        missing = []
+        for number, chunk in enumerate(chunks):
+            if self._offered.get(chunk.offset) == chunk and self._has(chunk):
+                continue
+            self._offered[chunk.offset] = chunk
+            data = next((data for table in (self, *self._others) if (data := table._find(chunk)) is not None), None)
+            if data is None:
+                missing.append(number)
+            else:
+                self._put(chunk, data)
+        return missing
+
+    def put(self, chunk: weightsync_pb2.ChunkDescriptor, data: bytes) -> None:
+        """A chunk that was offered has arrived; Refused when it was not, or has other bytes than its id says."""
+        if self._offered.get(chunk.offset) != chunk:
+            raise Refused(f"a chunk at byte {chunk.offset} came that was not offered")
+        if len(data) != chunk.nbytes or manifests.checksum(data) != chunk.id:
+            raise Refused(f"the chunk at byte {chunk.offset} came with other bytes than its id says")
+        self._put(chunk, data)
+
+    def covers(self, manifest: policy_pb2.Manifest) -> bool:
+        """Whether every tensor's bytes have arrived."""
+        spans = sorted((c.offset, c.offset + c.nbytes) for c in self._offered.values() if self._has(c))
+        position, end = 0, 0
+        for tensor in manifest.tensors:
+            need = tensor.offset + tensor.nbytes
+            while position < len(spans) and end < need and spans[position][0] <= max(end, tensor.offset):
+                position, end = position + 1, max(end, spans[position][1])
+            if tensor.nbytes and end < need:
+                return False
+        return True
+
+    # -- to engines ---------------------------------------------------------------------------------------------------
+
+    def listed(self) -> Sequence[weightsync_pb2.ChunkDescriptor]:
+        """Every chunk in buffer order: those uploaded, or, when the trainer wrote the file itself, cut now."""
+        if not self._listed:
+            self._listed = [self._offered[offset] for offset in sorted(self._offered)] or self._cut()
+            self._arrived = {chunk.id: chunk for chunk in self._listed}
+        return self._listed
+
+    def get(self, number: int) -> bytes:
+        """The bytes of a chunk of the list; Refused when there is no such chunk or the version has been freed."""
+        if not 0 <= number < len(self._listed):
+            raise Refused(f"there is no chunk {number}; the list has {len(self._listed)}")
+        chunk = self._listed[number]
+        return self._memory[chunk.offset : chunk.offset + chunk.nbytes]
+
+    def close(self) -> None:
+        """The version is freed; the memory goes when whoever reads it in another thread is done."""
+        self._mapping = None
+        self._others.clear()
+
+    @property
+    def _memory(self) -> mmap.mmap:
+        if self._mapping is None:
+            raise Refused("the version has been freed")
+        return self._mapping
+
+    def _cut(self) -> list[weightsync_pb2.ChunkDescriptor]:
+        threads = max(1, min(8, len(os.sched_getaffinity(0))))
+        with concurrent.futures.ThreadPoolExecutor(threads) as pool, memoryview(self._memory) as data:
+            return chunking.cut(data, 0, chunking.CHUNK_BYTES, pool)
+
+    def _has(self, chunk: weightsync_pb2.ChunkDescriptor) -> bool:
+        return self._placed.get(chunk.offset) == chunk.id
+
+    def _find(self, chunk: weightsync_pb2.ChunkDescriptor) -> bytes | None:
+        """The bytes of a chunk with the same id, verified; None when there is none."""
+        there = self._arrived.get(chunk.id)
+        if self._mapping is None or there is None or there.nbytes != chunk.nbytes:
+            return None
+        data = self._memory[there.offset : there.offset + there.nbytes]
+        return data if manifests.checksum(data) == chunk.id else None
+
+    def _put(self, chunk: weightsync_pb2.ChunkDescriptor, data: bytes) -> None:
+        self._memory[chunk.offset : chunk.offset + chunk.nbytes] = data
+        self._arrived[chunk.id] = chunk
+        self._placed[chunk.offset] = chunk.id

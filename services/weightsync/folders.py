@@ -1,0 +1,138 @@
+"""Folders of versions on shared storage: named here, written by trainers, read by engines, removed here.
+
+Below the common folder each instance of the service has one of its own, with a folder for each stream. Like files in
+shared memory, the leftovers of an instance that will not come back are removed by the next that starts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import logging
+import os
+import pathlib
+import shutil
+
+from miles.services.weightsync.segments import PREFIX, OutOfMemory, remove_orphans, safe_name, take_lock
+
+logger = logging.getLogger(__name__)
+
+FULL_EVERY = 10
+"""Versions from one full version to the next unless the trainer asks otherwise, a count."""
+
+_REMOVED = ".removed-"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Folder:
+    """A version's place."""
+
+    path: pathlib.Path
+    partial: pathlib.Path
+
+
+class FolderStore:
+    """The folders of one instance of the service. `root` None: there is no shared storage."""
+
+    def __init__(self, root: pathlib.Path | None, instance: str, state_dir: pathlib.Path | None) -> None:
+        """Take the instance's lock and remove what dead instances left behind."""
+        self.root = root
+        self._freed: set[pathlib.Path] = set()
+        """Folders that are kept only because a newer one is a change to them."""
+        if root is None:
+            return
+        root.mkdir(parents=True, exist_ok=True)
+        self._own = root / f"{PREFIX}{instance}-versions"
+        self._lock_path = root / f"{PREFIX}{instance}.lock"
+        self._lock = take_lock(self._lock_path, state_dir)
+        self._own.mkdir(exist_ok=True)
+        remove_orphans(root, self._lock_path)
+
+    @property
+    def probe(self) -> pathlib.Path:
+        """A file whose content tells who else sees the storage."""
+        return self._lock_path
+
+    def allocate(self, stream: str, number: int, publication_id: int, nbytes: int) -> Folder:
+        """A place for a version; OutOfMemory when not even a full one's changes could fit."""
+        assert self.root is not None, "the choice of transport has excluded this"
+        parent = self._own / safe_name(stream)
+        parent.mkdir(parents=True, exist_ok=True)
+        free = os.statvfs(parent)
+        if free.f_bavail == 0:
+            raise OutOfMemory(f"{self.root} is full; {nbytes} bytes may be needed: make room or choose another folder")
+        path = parent / f"weight_v{number:06d}"
+        if path.exists():  # of an older timeline, and still needed
+            path = parent / f"weight_v{number:06d}-{publication_id}"
+        partial = parent / f".partial-{path.name}-{publication_id}"
+        partial.mkdir()
+        return Folder(path, partial)
+
+    def chain(self, path: pathlib.Path) -> list[pathlib.Path]:
+        """A folder and those that it is based on, the newest first; ends where a folder is missing or damaged."""
+        found = [path]
+        while (base := _base(found[-1])) is not None and base not in found and base.is_dir():
+            found.append(base)
+        return found
+
+    def free(self, folder: Folder, live: set[pathlib.Path]) -> int:
+        """Give up a version; `live` are the paths still in use. Removes what nothing live is based on.
+
+        Returns the bytes removed.
+        """
+        removed = _remove(folder.partial)
+        if folder.path not in live:
+            self._freed.add(folder.path)
+        return removed + self._collect(live)
+
+    def remove_unknown(self, known: set[pathlib.Path]) -> None:
+        """Remove this instance's folders that are not known and that no known one is based on."""
+        if self.root is None:
+            return
+        needed = {path for each in known for path in self.chain(each)}
+        for parent in self._own.iterdir():
+            for path in parent.iterdir():
+                if path not in needed:
+                    logger.info("removing %s, which no version needs", path)
+                    _remove(path)
+        self._freed = needed - known
+
+    def close(self, remove_all: bool) -> None:
+        """Give back the lock, and the folders if they are not to be kept."""
+        if self.root is None:
+            return
+        if remove_all:
+            _remove(self._own)
+            self._lock_path.unlink(missing_ok=True)
+        os.close(self._lock)
+
+    def _collect(self, live: set[pathlib.Path]) -> int:
+        needed = {path for each in live for path in self.chain(each)}
+        gone = self._freed - needed
+        self._freed -= gone
+        return sum(_remove(path) for path in gone)
+
+
+def _base(path: pathlib.Path) -> pathlib.Path | None:
+    """The folder that this one is a change to."""
+    try:
+        base = json.loads((path / "index.json").read_text())["base"]
+        return None if base is None else path.parent / str(base["folder"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None  # whoever reads it will say what is wrong
+
+
+def _remove(path: pathlib.Path) -> int:
+    """Remove a folder, which is gone for everybody at once; returns its bytes."""
+    gone = path.with_name(_REMOVED + path.name)
+    try:
+        path.rename(gone)
+    except FileNotFoundError:
+        return 0
+    size = 0
+    for file in gone.rglob("*"):
+        with contextlib.suppress(OSError):
+            size += file.stat().st_size
+    shutil.rmtree(gone, ignore_errors=True)
+    return size

@@ -1,0 +1,97 @@
+"""Which way each engine gets its bytes. Pure: what trainer and engines can use in, transports out."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Iterable, Sequence
+from typing import TYPE_CHECKING
+
+from miles.rpc.gen import weightsync_pb2
+from miles.rpc.gen.weightsync_pb2 import (
+    TRANSPORT_KIND_DISK_DELTA,
+    TRANSPORT_KIND_GRPC_CHUNKS,
+    TRANSPORT_KIND_SHARED_MEMORY,
+    TRANSPORT_KIND_UNSPECIFIED,
+)
+
+if TYPE_CHECKING:
+    from miles.rpc.gen.weightsync_pb2 import TransportKind
+
+PREFERENCE = (TRANSPORT_KIND_SHARED_MEMORY, TRANSPORT_KIND_DISK_DELTA, TRANSPORT_KIND_GRPC_CHUNKS)
+"""What the service chooses from, the best first: no copy, then changes only, then what works anywhere."""
+
+IN_MEMORY = (TRANSPORT_KIND_SHARED_MEMORY, TRANSPORT_KIND_GRPC_CHUNKS)
+"""Two ways to bytes that lie in the service's shared memory."""
+
+
+class NoTransport(ValueError):
+    """The trainer cannot use what was asked for."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Placement:
+    """How the trainer hands over a version."""
+
+    kinds: tuple[TransportKind.ValueType, ...]
+    """Transports to send by; at least one."""
+    fixed: bool
+    """Whether engines have to use that one, too."""
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether the bytes lie in the service's shared memory."""
+        return any(kind in IN_MEMORY for kind in self.kinds)
+
+
+def place(
+    asked_for: TransportKind.ValueType,
+    trainer: Collection[int],
+    engines: Iterable[Collection[int]],
+    *,
+    folders: bool,
+) -> Placement:
+    """Choose for one version, given what the trainer and each attached engine can use, and whether there are folders.
+
+    Bytes in the service's memory serve its own host by mapping and everyone else by chunks, so a version goes there
+    unless every engine reads folders. Raises NoTransport when the trainer cannot send by what was asked for.
+    """
+    if asked_for == TRANSPORT_KIND_DISK_DELTA and not folders:
+        raise NoTransport("DISK_DELTA needs a folder that all share; start the weightsync service with --disk-dir")
+    if asked_for != TRANSPORT_KIND_UNSPECIFIED:
+        if asked_for in PREFERENCE and asked_for not in trainer:
+            raise NoTransport(f"the trainer cannot use {_name(asked_for)}, only {_names(trainer)}")
+        return Placement((asked_for,), fixed=True)
+    by_folder = folders and TRANSPORT_KIND_DISK_DELTA in trainer
+    offered = [kind for kind in PREFERENCE if by_folder or kind != TRANSPORT_KIND_DISK_DELTA]
+    chosen = {next((kind for kind in offered if kind in usable), TRANSPORT_KIND_GRPC_CHUNKS) for usable in engines}
+    mapped = TRANSPORT_KIND_SHARED_MEMORY in trainer
+    kinds: list[TransportKind.ValueType] = []
+    if chosen & set(IN_MEMORY) or (not chosen and (mapped or not by_folder)):
+        kinds.append(TRANSPORT_KIND_SHARED_MEMORY if mapped else TRANSPORT_KIND_GRPC_CHUNKS)
+    if TRANSPORT_KIND_DISK_DELTA in chosen or not kinds:
+        kinds.append(TRANSPORT_KIND_DISK_DELTA)
+    if not set(kinds) <= set(trainer):
+        raise NoTransport(f"the trainer can use {_names(trainer)} only; {_names(kinds)} is needed")
+    return Placement(tuple(kinds), fixed=False)
+
+
+def ways(placement: Placement) -> list[TransportKind.ValueType]:
+    """The transports by which engines can get a version, the best first."""
+    if placement.fixed:
+        return list(placement.kinds)
+    found = set(placement.kinds) | (set(IN_MEMORY) if placement.in_memory else set())
+    return [kind for kind in PREFERENCE if kind in found]
+
+
+def way_for(placement: Placement, usable: Collection[int]) -> TransportKind.ValueType:
+    """The transport by which an engine gets a version; the best one, to fail by, when it can use none."""
+    offered: Sequence[TransportKind.ValueType] = ways(placement)
+    return next((kind for kind in offered if kind in usable), offered[0])
+
+
+def _name(kind: int) -> str:
+    return weightsync_pb2.TransportKind.Name(kind).removeprefix("TRANSPORT_KIND_")  # type: ignore[arg-type]
+
+
+def _names(kinds: Iterable[int]) -> str:
+    return ", ".join(_name(kind) for kind in sorted(kinds)) or "none"
