@@ -1,6 +1,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+SGLANG_VENV ?= $(CURDIR)/.venv-sglang
+SGLANG_CPU := tests/support/sglang_cpu
 RECIPE := examples/smollm2_chain_sum
 ARGS ?=
 
@@ -17,8 +19,8 @@ test: $(VENV)/.dev
 	$(BIN)/python -m pytest -m "not engine and not gpu and not chaos"
 
 # Slow tests of the engines themselves: inference against plain forward passes, training over several ranks.
-test-engines: $(VENV)/.dev
-	$(BIN)/python -m pytest -m engine
+test-engines: $(VENV)/.dev $(SGLANG_VENV)/.ready
+	MILES_TEST_SGLANG=$(SGLANG_VENV)/bin/python $(BIN)/python -m pytest -m engine
 
 # Kills every service of a running job, one after the other and all at once; takes some minutes.
 chaos: $(VENV)/.dev
@@ -48,5 +50,12 @@ $(VENV)/.dev: $(VENV)/.run
 	$(BIN)/pip install --quiet $(PIP_FLAGS) --constraint constraints.txt --editable '.[all,examples,dev]'
 	touch $@
 
+# SGLang for machines without a GPU, apart from the rest: about 2 GB.
+$(SGLANG_VENV)/.ready: $(SGLANG_CPU)/requirements.txt $(SGLANG_CPU)/requirements-no-deps.txt
+	$(PYTHON) -m venv $(SGLANG_VENV)
+	$(SGLANG_VENV)/bin/pip install --quiet $(PIP_FLAGS) --requirement $(SGLANG_CPU)/requirements.txt
+	$(SGLANG_VENV)/bin/pip install --quiet $(PIP_FLAGS) --no-deps --requirement $(SGLANG_CPU)/requirements-no-deps.txt
+	touch $@
+
 clean:
-	rm -rf $(VENV) .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis build *.egg-info
+	rm -rf $(VENV) $(SGLANG_VENV) .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis build *.egg-info

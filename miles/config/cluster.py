@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from miles.config.section import Derived, Positive, Section
+from miles.config.section import Derived, Positive, Section, derived
 
 
 class ClusterConfig(Section):
@@ -18,6 +18,12 @@ class ClusterConfig(Section):
 
     rollout_num_workers: Positive = 1
     """Rollout services, one inference engine each."""
+
+    colocate: bool = False
+    """Trainer and engines share GPUs: they take turns."""
+
+    offload_rollout: Annotated[bool, Derived("on with colocate")] = derived()
+    """Free the engines' memory (weights, key-value cache) while the trainer works."""
 
     distributed_backend: Annotated[Literal["nccl", "gloo"] | None, Derived("nccl on CUDA, gloo on CPU")] = None
     """Backend of the trainer's process group."""

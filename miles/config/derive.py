@@ -159,9 +159,18 @@ def _staleness(s: Settings) -> list[Fault]:
     return []
 
 
+def _engine(s: Settings) -> list[Fault]:
+    if not s.given("max_running_requests") and s.rollout_backend == "torch":
+        s.fill("max_running_requests", 64)
+    if not s.given("offload_rollout"):
+        s.fill("offload_rollout", s.colocate)
+    return []
+
+
 _STEPS: tuple[Callable[[Settings], list[Fault]], ...] = (
     _batch_sizes,
     _staleness,
+    _engine,
     _fallbacks,
     _run_dir,
     _bounds,

@@ -101,15 +101,15 @@ def plan_workers(
         master_port: free port on which the trainer's ranks meet; 0 when it is not known yet.
         every_reward: have the reward service offer all built-in rewards, for jobs to come.
     """
-    state = ("--state-dir", f"{config.services.run_dir}/weightsync")
-    plans = [_worker(config, "weightsync", "weightsync", "weightsync_port", controller, extra=state)]
+    weightsync = _weightsync_flags(config)
+    plans = [_worker(config, "weightsync", "weightsync", "weightsync_port", controller, extra=weightsync)]
     reward = config.reward
     if reward.rm_type or reward.custom_rm_path:
         flags = [] if every_reward else _reward_flags(config)
         plans.append(_worker(config, "reward-0", "reward", "reward_port", controller, extra=flags))
     for i in range(config.cluster.rollout_num_workers):
-        device = _rollout_device(config, i)
-        plans.append(_worker(config, f"rollout-{i}", "rollout", "rollout_port", controller, offset=i, extra=device))
+        extra = [*_rollout_device(config, i), *_engine_addresses(config, i)]
+        plans.append(_worker(config, f"rollout-{i}", "rollout", "rollout_port", controller, offset=i, extra=extra))
     return [*plans, _trainer(config, controller, master_port)]
 
 
@@ -159,11 +159,30 @@ def _local_ranks(config: JobConfig) -> int:
 
 
 def _rollout_device(config: JobConfig, index: int) -> list[str]:
-    """The GPUs after the trainer's, one a service; begins again at the first when there are not enough."""
+    """The GPUs after the trainer's, or from the first on when they are shared; begins again when there are too few."""
     if config.services.device != "cuda":
         return ["--device", config.services.device]
-    gpu = (_local_ranks(config) + index) % max(1, visible_gpus())
-    return ["--device", f"cuda:{gpu}", "--num-gpus", "1"]
+    rollout, services = config.rollout, config.cluster.rollout_num_workers
+    gpus = (
+        rollout.rollout_num_gpus_per_engine
+        if rollout.rollout_num_gpus is None
+        else rollout.rollout_num_gpus // services
+    )
+    first = 0 if config.cluster.colocate else _local_ranks(config)
+    return ["--device", f"cuda:{(first + index * gpus) % max(1, visible_gpus())}", "--num-gpus", str(gpus)]
+
+
+def _engine_addresses(config: JobConfig, index: int) -> list[str]:
+    """The running engines of a rollout service: every so manieth of those there are."""
+    addresses = (config.rollout.rollout_external_engine_addrs or ())[index :: config.cluster.rollout_num_workers]
+    return ["--engine-addrs", *addresses] if addresses else []
+
+
+def _weightsync_flags(config: JobConfig) -> list[str]:
+    flags = ["--state-dir", f"{config.services.run_dir}/weightsync", "--lease-s", f"{config.weights.weight_lease_s:g}"]
+    if config.weights.update_weight_disk_dir is not None:
+        flags += ["--disk-dir", config.weights.update_weight_disk_dir]
+    return flags
 
 
 def _reward_flags(config: JobConfig) -> list[str]:

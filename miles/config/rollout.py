@@ -29,13 +29,39 @@ class RolloutConfig(Section):
     hf_checkpoint: Annotated[str | None, Metavar("DIR")] = None
     """Hugging Face folder with the tokenizer, the model's config and the initial weights. Required."""
 
-    rollout_backend: Literal["torch"] = "torch"
-    """The inference engine."""
+    rollout_backend: Literal["torch", "sglang"] = "torch"
+    """The inference engine: torch runs in the rollout service, sglang is one or several SGLang servers beside it."""
+
+    rollout_num_gpus: Positive | None = None
+    """GPUs of all engines together; with rollout_num_gpus_per_engine it says how many SGLang servers there are, dealt
+    evenly to the rollout services. Not given, each service has one."""
+
+    rollout_num_gpus_per_engine: Positive = 1
+    """GPUs of one SGLang server: its tensor-parallel size."""
+
+    rollout_external_engine_addrs: Annotated[tuple[str, ...] | None, Metavar("HOST:PORT ...")] = None
+    """SGLang servers that run already, dealt in turn to the rollout services; none is started then."""
+
+    rollout_engine_python: Annotated[str | None, Metavar("FILE")] = None
+    """Python interpreter that SGLang is installed for; not given, the rollout service's own."""
+
+    rollout_engine_weights: Literal["tensor", "disk"] = "tensor"
+    """How a rollout service hands weights to its SGLang servers: tensor shares memory with them, on the same host;
+    disk writes files, which a server on another host must see under the same path."""
+
+    rollout_engine_weights_dir: Annotated[str | None, Metavar("DIR")] = None
+    """Folder for the files of rollout_engine_weights = disk; not given, the system's folder for temporary files."""
+
+    rollout_health_check_timeout: PositiveFloat = 30.0
+    """Seconds without an answer after which an SGLang server is taken for dead and started anew."""
+
+    sglang_server_concurrency: Positive = 512
+    """Requests that one SGLang server is given at once, at most; fewer while its key-value cache is nearly full."""
 
     rollout_dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Type of the weights that engines hold, and in which the trainer publishes them."""
 
-    max_running_requests: Positive = 64
+    max_running_requests: Annotated[Positive | None, Derived("64 with torch; SGLang decides for itself")] = None
     """Responses that one engine decodes at once."""
 
     rollout_temperature: PositiveFloat = 1.0
@@ -99,4 +125,4 @@ class RolloutConfig(Section):
     """Train mixture-of-experts models with the experts that the engine chose."""
 
     sglang_args: Annotated[dict[str, Any], Passthrough("sglang_")] = Field(default_factory=dict)
-    """Flags of the SGLang engine, under SGLang's own names."""
+    """Flags of the SGLang servers, under SGLang's own names. Those that follow from other settings are refused."""

@@ -9,6 +9,7 @@ EXPORT_S = 600.0
 ACTIVATE_S = 120.0
 CHECKPOINT_S = 1800.0
 STOP_JOB_S = 30.0
+RELEASE_MEMORY_S = 120.0
 DRAIN_S = 300.0
 """How long running groups may take to finish when the trainer was lost, before they are given up."""
 GIVE_UP_S = 60.0

@@ -90,6 +90,13 @@ class RolloutLink:
         cancel = rollout_pb2.GroupCancel(group_id=group_id, attempt=attempt, purpose=purpose)
         self._orders.put_nowait(rollout_pb2.RunRequest(cancel=cancel))
 
+    async def release_memory(self) -> None:
+        """Have the worker's engine free its memory until it gets new weights."""
+        async with connect(self.worker.registration.address) as channel:
+            stub = rollout_pb2_grpc.RolloutServiceStub(channel)
+            request = rollout_pb2.ReleaseMemoryRequest(job_id=self._context.job_id)
+            await call(stub.ReleaseMemory(request), f"rollout {self.worker_id} memory", deadlines.RELEASE_MEMORY_S)
+
     async def stop_job(self) -> None:
         """Have everything of the job dropped on the worker."""
         async with connect(self.worker.registration.address) as channel:

@@ -230,6 +230,8 @@ class RunLoop:
         assert admission is not None
         batch = await self._next_batch(trainer, admission)
         began = time.monotonic()
+        if self._config.cluster.offload_rollout:
+            await self._release_memory(trainer)
         self.status.enter("training")
         with self._clock.during("train"), self._activity.during(trainer.worker_id, "train"):
             done = await trainer.train(self._step, batch.group_ids, batch.dropped)
@@ -246,6 +248,16 @@ class RunLoop:
             ranks = self._config.cluster.trainer_world_size
             await self._history.metrics(step, step_metrics(done.metrics, batch, len(admission.ready), times, ranks))
         await self._after_step(trainer)
+
+    async def _release_memory(self, trainer: TrainerLink) -> None:
+        """Have engines give way to the trainer until the next version; one that is lost holds nothing."""
+        await self._evaluations.finish(lambda: self._check(trainer))
+        outcomes = await asyncio.gather(
+            *(link.release_memory() for link in self._dispatcher.connected()), return_exceptions=True
+        )
+        for error in outcomes:
+            if error is not None and not isinstance(error, WorkerLostError):
+                raise error
 
     async def _next_batch(self, trainer: TrainerLink, admission: Admission) -> Batch:
         while True:

@@ -25,12 +25,13 @@ def parse_flags(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--worker-id", default="rollout-0", help="name of this worker, the same over its restarts")
     add("--device", help="what engines compute on: auto, cpu, cuda, cuda:1, ...; default: what the job says")
     add("--num-gpus", type=int, default=0, help="GPUs this worker holds, for the controller's books")
+    add("--engine-addrs", nargs="+", default=[], metavar="HOST:PORT", help="SGLang servers of this worker")
     return parser.parse_args(arguments)
 
 
 async def serve(flags: argparse.Namespace) -> None:
     """Serve until cancelled, then store what is half-finished."""
-    servicer = RolloutServicer(worker_id=flags.worker_id, device=flags.device)
+    servicer = RolloutServicer(worker_id=flags.worker_id, device=flags.device, engine_addresses=flags.engine_addrs)
     name = rollout_pb2.DESCRIPTOR.services_by_name["RolloutService"].full_name
     server, address = await start_server(
         lambda server: rollout_pb2_grpc.add_RolloutServiceServicer_to_server(servicer, server), flags.listen, [name]

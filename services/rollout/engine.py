@@ -7,7 +7,7 @@ import enum
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol
 
-from miles.types import VersionSpan
+from miles.types import SpeculativeStats, VersionSpan
 
 if TYPE_CHECKING:
     import numpy as np
@@ -58,6 +58,10 @@ class GenerationRequest:
     sampling: SamplingParams
     resumed_tokens: int = 0
     return_routed_experts: bool = False
+    routed_experts_start: int = 0
+    """First position whose routed experts are wanted; those before it are known already."""
+    group: str = ""
+    """Requests of the same group share their prompt; an engine of several servers keeps them together."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -70,7 +74,10 @@ class GenerationResult:
     cached_prompt_tokens: int = 0
     """Prompt tokens whose keys and values were shared with another request."""
     routed_experts: np.ndarray | None = None
-    """uint8 or uint16, shape (len(input_ids) + new tokens - 1, moe_layers, top_k); None unless asked for."""
+    """uint8 or uint16, shape (len(input_ids) + new tokens - 1 - routed_experts_start, moe_layers, top_k); None unless
+    asked for."""
+    speculative: SpeculativeStats | None = None
+    """What speculative decoding did; None without it."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -134,6 +141,9 @@ class RolloutEngine(Protocol):
 
     async def weight_bytes(self) -> Mapping[str, torch.Tensor]:
         """The parameters as served, by HF name, on CPU or device: for `check_weight_update_equal`."""
+
+    async def release_memory(self) -> None:
+        """Free what memory can be freed, retracting requests; the next load, `resume` or request takes it again."""
 
     def stats(self) -> EngineStats:
         """Counters as of now."""

@@ -24,6 +24,7 @@ from miles.services.rollout.trajectory import (
     FINISHED,
     Piece,
     cut_to_limit,
+    experts_start,
     extend,
     is_rolled_back,
     mask_older_versions,
@@ -216,6 +217,8 @@ class GroupRun:
                 sampling=sampling,
                 resumed_tokens=sample.response_length,
                 return_routed_experts=self._training and self._tools.with_experts,
+                routed_experts_start=experts_start(sample),
+                group=f"{self.lease.purpose.value}-{self.lease.group_id}",
             )
             piece = Piece()
             async with contextlib.aclosing(self._tools.engine.generate(request)) as deltas:

@@ -44,8 +44,12 @@ class RolloutJob:
         reward_addresses: Mapping[str, str],
         worker_id: str,
         device: str | None = None,
+        engine_addresses: Sequence[str] = (),
     ) -> None:
-        """Without a `weightsync_address` the engine serves the checkpoint's own weights as version 0."""
+        """Without a `weightsync_address` the engine serves the checkpoint's own weights as version 0.
+
+        `engine_addresses`: SGLang servers of this worker, when not all that the configuration lists are.
+        """
         self.job_id = job_id
         self.config = config
         self.origin = (config, redis_url, weightsync_address, dict(reward_addresses))
@@ -55,6 +59,7 @@ class RolloutJob:
         self._reward_addresses = dict(reward_addresses)
         self._worker_id = worker_id
         self._device = device or config.services.device
+        self._engine_addresses = tuple(engine_addresses) or config.rollout.rollout_external_engine_addrs or ()
         self._runs: dict[tuple[Purpose, int], tuple[GroupRun, asyncio.Task[None]]] = {}
         self._closing = contextlib.AsyncExitStack()
         self._listeners: list[Callable[[], None]] = []
@@ -125,16 +130,10 @@ class RolloutJob:
 
     def _create_engine(self) -> RolloutEngine:
         # In a thread: importing an engine imports torch, which takes seconds.
-        from miles.services.rollout.engines import create_engine
+        from miles.services.rollout.engines import configured_engine
 
-        rollout = self.config.rollout
-        return create_engine(
-            rollout.rollout_backend,
-            hf_checkpoint=rollout.hf_checkpoint,
-            device=self._device,
-            dtype=rollout.rollout_dtype,
-            max_running_requests=rollout.max_running_requests,
-            max_total_tokens=rollout.rollout_max_context_len,
+        return configured_engine(
+            self.config, device=self._device, name=self._worker_id, engine_addresses=self._engine_addresses
         )
 
     def _connect_rewards(self) -> RewardClient:
@@ -254,6 +253,7 @@ class RolloutJob:
         while True:
             await asyncio.sleep(0.5)
             self.serving.tick()
+            self._notify()  # an engine of several servers takes more or less as they come and go
 
 
 def _decoder(hf_checkpoint: str) -> Callable[[Sequence[int], bool], str]:

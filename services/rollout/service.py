@@ -7,7 +7,7 @@ import contextlib
 import itertools
 import json
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Any, NoReturn, TypeAlias
 
 import grpc
@@ -50,9 +50,10 @@ class RolloutServicer(rollout_pb2_grpc.RolloutServiceServicer):
     Streams are written with `context.write`, not yielded: so a call that ends early runs its clean-up at once.
     """
 
-    def __init__(self, *, worker_id: str, device: str | None = None) -> None:
+    def __init__(self, *, worker_id: str, device: str | None = None, engine_addresses: Sequence[str] = ()) -> None:
         self._worker_id = worker_id
         self._device = device
+        self._engine_addresses = tuple(engine_addresses)
         self._jobs: dict[str, RolloutJob] = {}
         self._streams: dict[str, RunStream] = {}
         self._starting = asyncio.Lock()
@@ -73,6 +74,7 @@ class RolloutServicer(rollout_pb2_grpc.RolloutServiceServicer):
             reward_addresses=request.reward_addresses,
             worker_id=self._worker_id,
             device=self._device,
+            engine_addresses=self._engine_addresses,
         )
         async with self._starting:
             loaded = self._jobs.get(request.job_id)
@@ -166,6 +168,12 @@ class RolloutServicer(rollout_pb2_grpc.RolloutServiceServicer):
         except PauseRefused as error:
             await _abort(context, grpc.StatusCode.FAILED_PRECONDITION, str(error))
         return rollout_pb2.ResumeResponse()
+
+    async def ReleaseMemory(
+        self, request: rollout_pb2.ReleaseMemoryRequest, context: Context
+    ) -> rollout_pb2.ReleaseMemoryResponse:
+        job = await self._job(request.job_id, context)
+        return rollout_pb2.ReleaseMemoryResponse(release_s=await job.serving.release_memory())
 
     async def GetStatus(
         self, request: rollout_pb2.RolloutGetStatusRequest, context: Context

@@ -122,6 +122,13 @@ class Serving:
                 await self._engine.resume()
                 self._paused = False
 
+    async def release_memory(self) -> float:
+        """Have the engine free its memory until a resume or new weights; returns how long it took, in seconds."""
+        started = time.monotonic()
+        async with self._order:
+            await self._engine.release_memory()
+        return time.monotonic() - started
+
     def tick(self) -> None:
         """To be called about once a second: quarantines an engine whose pause expired or that hangs."""
         now = time.monotonic()

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from miles.services.rollout.engine import FinishReason, GenerationDelta, GenerationResult
-from miles.types import PrefixCacheStats, Sample, SampleStatus, VersionSpan
+from miles.types import PrefixCacheStats, Sample, SampleStatus, SpeculativeStats, VersionSpan
 
 Experts = npt.NDArray[np.integer[Any]]
 
@@ -46,7 +46,8 @@ def extend(sample: Sample, piece: Piece) -> Sample:
     """The sample with a finished piece appended; the response text is left for the caller to decode.
 
     An aborted piece leaves the sample PENDING, to be resumed. Experts of tokens that were there before stay as they
-    were recorded: a resumed request computes them anew, perhaps with later weights, but those were not sampled from.
+    were recorded (a resumed request computes them anew, perhaps with later weights, but those were not sampled from),
+    so the piece holds only those of the positions from `experts_start` of the sample on.
     Raises ValueError for a piece without a result.
     """
     result = piece.result
@@ -64,6 +65,7 @@ def extend(sample: Sample, piece: Piece) -> Sample:
         response_length=sample.response_length + len(new_tokens),
         rollout_log_probs=np.concatenate([before, new_log_probs]),
         rollout_routed_experts=join_experts(sample.rollout_routed_experts, result.routed_experts),
+        speculative=add_speculative(sample.speculative, result.speculative),
         weight_versions=join_spans(sample.weight_versions, result.weight_versions, sample.response_length),
         loss_mask=None if mask is None else np.concatenate([mask, np.ones(len(new_tokens), np.uint8)]),
         status=_STATUS[result.reason],
@@ -87,19 +89,35 @@ def join_spans(
     return tuple(spans)
 
 
-def join_experts(before: Experts | None, whole: Experts | None) -> Experts | None:
-    """Rows of `before`, then those that `whole` (all tokens, shape (tokens - 1, moe_layers, top_k)) has beyond them.
+def experts_start(sample: Sample) -> int:
+    """First position whose routed experts are not recorded yet."""
+    return 0 if sample.rollout_routed_experts is None else len(sample.rollout_routed_experts)
+
+
+def join_experts(before: Experts | None, added: Experts | None) -> Experts | None:
+    """Rows of `before`, then those of `added`, both of shape (positions, moe_layers, top_k).
 
     Raises ValueError when the two do not describe the same model.
     """
-    if before is None or whole is None or not len(before):
-        return whole
-    if before.shape[1:] != whole.shape[1:] or before.dtype != whole.dtype or len(before) > len(whole):
+    if before is None or added is None or not len(before):
+        return added
+    if before.shape[1:] != added.shape[1:] or before.dtype != added.dtype:
         raise ValueError(
             f"routed experts so far have shape {before.shape} of {before.dtype}, but those of the resumed response "
-            f"{whole.shape} of {whole.dtype}"
+            f"{added.shape} of {added.dtype}"
         )
-    return np.concatenate([before, whole[len(before) :]])
+    return np.concatenate([before, added])
+
+
+def add_speculative(before: SpeculativeStats | None, added: SpeculativeStats | None) -> SpeculativeStats | None:
+    """The sum over a response's pieces; None when none was decoded speculatively."""
+    if before is None or added is None:
+        return added or before
+    return SpeculativeStats(
+        accepted_draft_tokens=before.accepted_draft_tokens + added.accepted_draft_tokens,
+        proposed_draft_tokens=before.proposed_draft_tokens + added.proposed_draft_tokens,
+        verify_count=before.verify_count + added.verify_count,
+    )
 
 
 def without_response(sample: Sample) -> Sample:

@@ -66,13 +66,15 @@ def dotted_paths_are_well_formed(s: Settings) -> Iterator[Fault]:
 
 
 @rule
-def engine_takes_its_flags(s: Settings) -> Iterator[Fault]:
-    for name, value in s.sglang_args.items():
-        problem = f"rollout_backend = {s.rollout_backend} has no SGLang flags"
-        yield Fault(f"sglang_{name}", value, problem, "leave it out")
-
-
-@rule
 def tensorboard_settings_need_tensorboard(s: Settings) -> Iterator[Fault]:
     yield from needs(s, "tb_project_name", "use_tensorboard")
     yield from needs(s, "tb_experiment_name", "use_tensorboard")
+
+
+@rule
+def changes_of_weights_have_a_folder(s: Settings) -> Iterator[Fault]:
+    if s.update_weight_transfer_mode == "disk_delta" and s.update_weight_disk_dir is None:
+        problem = "update_weight_disk_dir is not set"
+        yield Fault(
+            "update_weight_transfer_mode", "disk_delta", problem, "set it to a folder that all hosts share, or use auto"
+        )

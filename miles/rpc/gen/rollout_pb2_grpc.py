@@ -64,6 +64,11 @@ class RolloutServiceStub:
                 request_serializer=miles_dot_v1_dot_rollout__pb2.ResumeRequest.SerializeToString,
                 response_deserializer=miles_dot_v1_dot_rollout__pb2.ResumeResponse.FromString,
                 _registered_method=True)
+        self.ReleaseMemory = channel.unary_unary(
+                '/miles.v1.RolloutService/ReleaseMemory',
+                request_serializer=miles_dot_v1_dot_rollout__pb2.ReleaseMemoryRequest.SerializeToString,
+                response_deserializer=miles_dot_v1_dot_rollout__pb2.ReleaseMemoryResponse.FromString,
+                _registered_method=True)
         self.GetStatus = channel.unary_unary(
                 '/miles.v1.RolloutService/GetStatus',
                 request_serializer=miles_dot_v1_dot_rollout__pb2.RolloutGetStatusRequest.SerializeToString,
@@ -117,6 +122,13 @@ class RolloutServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ReleaseMemory(self, request, context):
+        """Frees the engine's memory for whoever shares its device, until a resume or new weights. Idempotent.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def GetStatus(self, request, context):
         """How the worker is; answered while the engine is busy too.
         """
@@ -156,6 +168,11 @@ def add_RolloutServiceServicer_to_server(servicer, server):
                     servicer.Resume,
                     request_deserializer=miles_dot_v1_dot_rollout__pb2.ResumeRequest.FromString,
                     response_serializer=miles_dot_v1_dot_rollout__pb2.ResumeResponse.SerializeToString,
+            ),
+            'ReleaseMemory': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReleaseMemory,
+                    request_deserializer=miles_dot_v1_dot_rollout__pb2.ReleaseMemoryRequest.FromString,
+                    response_serializer=miles_dot_v1_dot_rollout__pb2.ReleaseMemoryResponse.SerializeToString,
             ),
             'GetStatus': grpc.unary_unary_rpc_method_handler(
                     servicer.GetStatus,
@@ -325,6 +342,33 @@ class RolloutService:
             '/miles.v1.RolloutService/Resume',
             miles_dot_v1_dot_rollout__pb2.ResumeRequest.SerializeToString,
             miles_dot_v1_dot_rollout__pb2.ResumeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReleaseMemory(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/miles.v1.RolloutService/ReleaseMemory',
+            miles_dot_v1_dot_rollout__pb2.ReleaseMemoryRequest.SerializeToString,
+            miles_dot_v1_dot_rollout__pb2.ReleaseMemoryResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -45,6 +45,8 @@ class RolloutServiceStub:
     """Stops decoding. Idempotent per operation; held by a lease that expires to quarantine, not to serving."""
     Resume: _grpc.UnaryUnaryMultiCallable[_rollout_pb2.ResumeRequest, _rollout_pb2.ResumeResponse]
     """Goes on decoding after a pause."""
+    ReleaseMemory: _grpc.UnaryUnaryMultiCallable[_rollout_pb2.ReleaseMemoryRequest, _rollout_pb2.ReleaseMemoryResponse]
+    """Frees the engine's memory for whoever shares its device, until a resume or new weights. Idempotent."""
     GetStatus: _grpc.UnaryUnaryMultiCallable[_rollout_pb2.RolloutGetStatusRequest, _rollout_pb2.RolloutGetStatusResponse]
     """How the worker is; answered while the engine is busy too."""
 
@@ -65,6 +67,8 @@ class RolloutServiceAsyncStub(RolloutServiceStub):
     """Stops decoding. Idempotent per operation; held by a lease that expires to quarantine, not to serving."""
     Resume: _aio.UnaryUnaryMultiCallable[_rollout_pb2.ResumeRequest, _rollout_pb2.ResumeResponse]  # type: ignore[assignment]
     """Goes on decoding after a pause."""
+    ReleaseMemory: _aio.UnaryUnaryMultiCallable[_rollout_pb2.ReleaseMemoryRequest, _rollout_pb2.ReleaseMemoryResponse]  # type: ignore[assignment]
+    """Frees the engine's memory for whoever shares its device, until a resume or new weights. Idempotent."""
     GetStatus: _aio.UnaryUnaryMultiCallable[_rollout_pb2.RolloutGetStatusRequest, _rollout_pb2.RolloutGetStatusResponse]  # type: ignore[assignment]
     """How the worker is; answered while the engine is busy too."""
 
@@ -118,6 +122,14 @@ class RolloutServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_rollout_pb2.ResumeResponse, _abc.Awaitable[_rollout_pb2.ResumeResponse]]:
         """Goes on decoding after a pause."""
+
+    @_abc_1.abstractmethod
+    def ReleaseMemory(
+        self,
+        request: _rollout_pb2.ReleaseMemoryRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_rollout_pb2.ReleaseMemoryResponse, _abc.Awaitable[_rollout_pb2.ReleaseMemoryResponse]]:
+        """Frees the engine's memory for whoever shares its device, until a resume or new weights. Idempotent."""
 
     @_abc_1.abstractmethod
     def GetStatus(

@@ -19,6 +19,7 @@ OWN = """--name --run-dir --device --host --redis-url --controller-port --weight
     --reward-timeout-s --reward-retries --reward-failure-policy --use-icepop --use-mis --train-dtype --share-prompts
     --log-samples-per-step --no-gateway --gateway-host --gateway-port --gateway-keys-file --gateway-allowed-root
     --gateway-allowed-module --tls-cert --tls-key --tls-ca --tls-mutual
+    --rollout-engine-python --rollout-engine-weights --rollout-engine-weights-dir
     --chaos --chaos-interval-s"""
 
 

@@ -11,6 +11,7 @@ from miles.services.rollout.engine import FinishReason, GenerationDelta, Generat
 from miles.services.rollout.trajectory import (
     Piece,
     cut_to_limit,
+    experts_start,
     extend,
     is_resumable,
     is_rolled_back,
@@ -20,7 +21,7 @@ from miles.services.rollout.trajectory import (
     merge_begun,
     without_response,
 )
-from miles.types import Sample, SampleStatus, VersionSpan, check_sample
+from miles.types import Sample, SampleStatus, SpeculativeStats, VersionSpan, check_sample
 
 PROMPT = np.array([5, 6, 7], np.int32)
 LAYERS, TOP_K = 2, 2
@@ -39,7 +40,7 @@ def experts_of(tokens: np.ndarray) -> np.ndarray:
 def piece_of(
     sample: Sample, token_ids: list[int], versions: list[int], reason: FinishReason, experts: bool = True
 ) -> Piece:
-    """As an engine answers: spans from 0, experts of the whole sequence, one delta a token."""
+    """As an engine answers: spans from 0, experts from where the sample's end, one delta a token."""
     spans: list[VersionSpan] = []
     for i, version in enumerate(versions):
         if spans and spans[-1].version == version:
@@ -47,7 +48,8 @@ def piece_of(
         else:
             spans.append(VersionSpan(version, i, i + 1))
     whole = np.concatenate([sample.tokens, np.array(token_ids, np.int32)])
-    result = GenerationResult(reason, tuple(spans), 2, experts_of(whole) if experts else None)
+    rows = experts_of(whole)[experts_start(sample) :] if experts else None
+    result = GenerationResult(reason, tuple(spans), 2, rows, SpeculativeStats(len(token_ids), 2 * len(token_ids), 1))
     piece = Piece()
     for token in token_ids:
         piece.add(GenerationDelta([token], [-0.5 * token]))
@@ -69,7 +71,8 @@ def test_a_response_in_pieces_equals_the_response_in_one(tokens: list[int], data
         sample = extend(sample, piece_of(sample, tokens[start:end], versions[start:end], reason))
         check_sample(sample)
         assert sample.status is (SampleStatus.COMPLETED if reason is FinishReason.STOP else SampleStatus.PENDING)
-    assert sample == whole
+    assert sample.speculative == SpeculativeStats(len(tokens), 2 * len(tokens), len({*cuts} - {0}) + 1)
+    assert dataclasses.replace(sample, speculative=None) == dataclasses.replace(whole, speculative=None)
     assert whole.response_tokens.tolist() == tokens
     assert whole.rollout_routed_experts is not None
     assert whole.rollout_routed_experts.shape == (len(PROMPT) + len(tokens) - 1, LAYERS, TOP_K)
@@ -121,17 +124,19 @@ def test_spans_shift_and_equal_neighbours_join() -> None:
     assert join_spans((), (VersionSpan(0, 0, 0), VersionSpan(1, 0, 1)), 0) == (VersionSpan(1, 0, 1),)
 
 
-def test_experts_that_were_sampled_from_are_not_replaced() -> None:
-    before, whole = np.zeros((3, 1, 1), np.uint8), np.ones((5, 1, 1), np.uint8)
-    joined = join_experts(before, whole)
+def test_new_experts_follow_those_that_were_sampled_from() -> None:
+    before, added = np.zeros((3, 1, 1), np.uint8), np.ones((2, 1, 1), np.uint8)
+    joined = join_experts(before, added)
     assert joined is not None
     assert joined.ravel().tolist() == [0, 0, 0, 1, 1]
+    assert join_experts(None, added) is added
 
 
-@pytest.mark.parametrize("shape", [(3, 2, 1), (6, 1, 1)])
-def test_experts_of_another_model_are_refused(shape: tuple[int, ...]) -> None:
+def test_experts_of_another_model_are_refused() -> None:
     with pytest.raises(ValueError, match="routed experts"):
-        join_experts(np.zeros(shape, np.uint8), np.ones((5, 1, 1), np.uint8))
+        join_experts(np.zeros((3, 2, 1), np.uint8), np.ones((5, 1, 1), np.uint8))
+    with pytest.raises(ValueError, match="routed experts"):
+        join_experts(np.zeros((3, 1, 1), np.uint16), np.ones((5, 1, 1), np.uint8))
 
 
 def test_what_can_be_resumed() -> None:

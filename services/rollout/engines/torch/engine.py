@@ -194,6 +194,9 @@ class TorchEngine:
         generator = self._started().generator
         return await self._call(lambda: generator.parameters.served, "reading the weights")
 
+    async def release_memory(self) -> None:
+        """Frees nothing: its weights are the ones that the transport brought, its cache is small."""
+
     def stats(self) -> EngineStats:
         """Counters as of now."""
         worker = self._started()

@@ -70,7 +70,7 @@ class Sequence:
         known = len(self.tokens) - 1
         routed = None
         if self.routing is not None and self.routing.length >= known:
-            routed = self.routing.prefix(known)
+            routed = self.routing.prefix(known)[self.request.routed_experts_start :]
         return GenerationResult(
             reason=reason,
             weight_versions=tuple(self._spans),

@@ -1,0 +1,118 @@
+"""Rules about the inference engine and the devices it shares."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+
+from miles.config.catalog import catalog
+from miles.config.faults import Fault
+from miles.config.rules.registry import rule
+from miles.config.settings import Settings
+
+_OURS: Mapping[str, str] = {
+    "model_path": "set hf_checkpoint",
+    "model": "set hf_checkpoint",
+    "host": "leave it out",
+    "port": "leave it out",
+    "device": "set device",
+    "dtype": "set rollout_dtype",
+    "tp_size": "set rollout_num_gpus_per_engine",
+    "tensor_parallel_size": "set rollout_num_gpus_per_engine",
+    "base_gpu_id": "leave it out",
+    "random_seed": "set rollout_seed",
+    "context_length": "set rollout_max_context_len",
+    "max_running_requests": "set max_running_requests",
+    "enable_memory_saver": "set offload_rollout",
+    "enable_return_routed_experts": "set use_rollout_routing_replay",
+    "incremental_streaming_output": "leave it out",
+    "skip_server_warmup": "leave it out",
+    "skip_tokenizer_init": "leave it out",
+    "weight_version": "leave it out",
+    "config": "leave it out",
+}
+"""SGLang's flags that follow from other settings, with what to do instead."""
+
+_SGLANG_ALONE = (
+    "rollout_num_gpus",
+    "rollout_num_gpus_per_engine",
+    "rollout_external_engine_addrs",
+    "rollout_engine_python",
+    "rollout_engine_weights",
+    "rollout_engine_weights_dir",
+    "rollout_health_check_timeout",
+    "sglang_server_concurrency",
+    "offload_rollout",
+)
+
+
+@rule
+def sglang_has_its_settings_to_itself(s: Settings) -> Iterator[Fault]:
+    if s.rollout_backend == "sglang":
+        return
+    problem = f"rollout_backend = {s.rollout_backend} has no SGLang servers"
+    remedy = "set rollout_backend to sglang, or leave it out"
+    for name, value in s.sglang_args.items():
+        yield Fault(f"sglang_{name}", value, problem, remedy)
+    for key in _SGLANG_ALONE:
+        value = getattr(s, key)
+        if value is not False and s.given(key) and value != catalog()[key].default:
+            yield Fault(key, value, problem, remedy)
+    if s.colocate and not s.given("offload_rollout"):
+        yield Fault("colocate", True, f"{problem}, and no other engine can free its memory", remedy)
+
+
+@rule
+def sglang_flags_are_said_once(s: Settings) -> Iterator[Fault]:
+    for name, value in s.sglang_args.items():
+        if name in _OURS:
+            yield Fault(f"sglang_{name}", value, "the rollout service sets this flag itself", _OURS[name])
+
+
+@rule
+def data_parallel_replicas_are_engines(s: Settings) -> Iterator[Fault]:
+    copies = s.sglang_args.get("dp_size", s.sglang_args.get("data_parallel_size", 1))
+    if str(copies) != "1" and not s.sglang_args.get("enable_dp_attention"):
+        problem = "SGLang takes new weights into one copy of the model alone"
+        remedy = "set rollout_num_gpus to have more engines, or sglang_enable_dp_attention"
+        yield Fault("sglang_dp_size", copies, problem, remedy)
+
+
+@rule
+def engines_divide_over_services(s: Settings) -> Iterator[Fault]:
+    gpus, share = s.rollout_num_gpus, s.rollout_num_gpus_per_engine * s.rollout_num_workers
+    if gpus is not None and gpus % share:
+        problem = f"rollout_num_gpus_per_engine × rollout_num_workers = {share} does not divide it"
+        yield Fault("rollout_num_gpus", gpus, problem, f"set it to {max(1, gpus // share) * share}")
+
+
+@rule
+def external_engines_are_addresses(s: Settings) -> Iterator[Fault]:
+    addresses = s.rollout_external_engine_addrs
+    if addresses is None:
+        return
+    for address in addresses:
+        if not re.fullmatch(r"[^\s/:]+:\d{1,5}", address):
+            yield Fault("rollout_external_engine_addrs", address, "it is no address", "write it like host:30000")
+    if len(addresses) < s.rollout_num_workers:
+        problem = f"rollout_num_workers = {s.rollout_num_workers} services need one each"
+        yield Fault("rollout_external_engine_addrs", len(addresses), problem, "lower rollout_num_workers")
+    if s.given("rollout_num_gpus"):
+        problem = "rollout_external_engine_addrs says which engines there are"
+        yield Fault("rollout_num_gpus", s.rollout_num_gpus, problem, "leave it out")
+
+
+@rule
+def files_need_the_disk_path(s: Settings) -> Iterator[Fault]:
+    if s.rollout_engine_weights_dir is not None and s.rollout_engine_weights != "disk":
+        problem = "it does nothing without rollout_engine_weights = disk"
+        yield Fault("rollout_engine_weights_dir", s.rollout_engine_weights_dir, problem, "leave it out")
+
+
+@rule
+def taking_turns_is_synchronous(s: Settings) -> Iterator[Fault]:
+    for key in ("colocate", "offload_rollout"):
+        if getattr(s, key) and s.max_weight_staleness:
+            problem = f"max_weight_staleness = {s.max_weight_staleness} has engines and trainer work at once"
+            yield Fault(key, True, problem, "set max_weight_staleness to 0, or leave it out")
+            return

@@ -1,0 +1,319 @@
+"""The engine: one face for one or several SGLang servers that hold the same version."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import logging
+import time
+import uuid
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from miles.services.rollout.engine import (
+    EngineStats,
+    FinishReason,
+    GenerationDelta,
+    GenerationRequest,
+    GenerationResult,
+    PauseMode,
+)
+from miles.services.rollout.engines.sglang import flags, requests
+from miles.services.rollout.engines.sglang.active import ActiveRequest, BusyClock, Signal
+from miles.services.rollout.engines.sglang.errors import EngineFailed, ServerRefused
+from miles.services.rollout.engines.sglang.experts import read_expert_layout
+from miles.services.rollout.engines.sglang.options import SglangOptions
+from miles.services.rollout.engines.sglang.replica import Replica
+from miles.services.rollout.engines.sglang.responses import ResponseDecoder
+from miles.services.rollout.engines.sglang.routing import Router
+from miles.services.rollout.engines.sglang.weights import WeightLoader
+
+if TYPE_CHECKING:
+    import torch
+
+log = logging.getLogger(__name__)
+
+ABORT_DEADLINE_S = 60.0
+"""How long a pause that aborts may wait for requests to end."""
+
+
+class SglangEngine:
+    """SGLang servers as a rollout engine; implements `RolloutEngine`.
+
+    Servers are started here (managed) or belong to somebody else (attached). A server that is lost fails its requests,
+    is started anew, gets the engine's weights again and rejoins; until then its share goes to the others.
+    """
+
+    def __init__(self, options: SglangOptions) -> None:
+        self._options = options
+        self._signal = Signal()
+        count = len(options.addresses) or options.engines
+        self._replicas = [Replica(options, i, self._catch_up, self._signal.fire) for i in range(count)]
+        self._loader = WeightLoader(options, self._replicas, self._signal)
+        self._experts = read_expert_layout(options.hf_checkpoint) if options.routed_experts else None
+        self._router = Router()
+        self._active: dict[str, ActiveRequest] = {}
+        self._order = asyncio.Lock()
+        self._pause_mode: PauseMode | None = None
+        self._held = False
+        """Whether no request may be given to a server."""
+        self._released = False
+        """Whether the servers' memory was released and nothing has asked for it again."""
+        self._clock = BusyClock()
+        self._generated_tokens = 0
+        self._vocabulary = 0
+        self._max_total_tokens = 0
+        self._rids = (f"{options.name}-{uuid.uuid4().hex[:8]}-{i:012d}" for i in itertools.count())
+        self._seeded = flags.is_deterministic(options.server_flags)
+        self._background: set[asyncio.Task[None]] = set()
+
+    @property
+    def version(self) -> int | None:
+        """Policy version served now; None before the first `load_weights`."""
+        return self._loader.version
+
+    @property
+    def max_running_requests(self) -> int:
+        """Requests that the servers which hold the version take at once; changes with their caches and their health."""
+        return sum(r.limit.limit for r in self._replicas if r.version is not None and r.version == self.version)
+
+    @property
+    def device(self) -> torch.device:
+        """Where weights are wanted."""
+        import torch
+
+        return torch.device("cuda", self._options.first_gpu) if self._options.on_gpu else torch.device("cpu")
+
+    @property
+    def replicas(self) -> Sequence[Replica]:
+        """The servers."""
+        return self._replicas
+
+    async def start(self) -> None:
+        """Start or reach every server. Raises ServerUnstartable."""
+        try:
+            await self._loader.prepare()
+            await asyncio.gather(*(replica.start() for replica in self._replicas))
+            info = await self._replicas[0].api.get("/model_info", self._options.order_timeout_s)
+            server = await self._replicas[0].api.get("/server_info", self._options.order_timeout_s)
+        except BaseException:
+            await self.close()
+            raise
+        self._vocabulary = int(info.get("vocab_size") or self._loader.vocabulary)
+        longest = int(server.get("max_req_input_len") or self._loader.max_positions - flags.SPARE_TOKENS)
+        self._max_total_tokens = min(self._options.max_total_tokens or longest, longest)
+        if self._options.addresses:
+            self._seeded = bool(server.get("enable_deterministic_inference"))
+
+    async def close(self) -> None:
+        """End every request and every server that was started here."""
+        for task in list(self._background):
+            task.cancel()
+        await asyncio.gather(*(replica.close() for replica in self._replicas))
+
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationDelta, None]:
+        """Stream a response, some dozen tokens at a time. Leaving the iterator early aborts the request.
+
+        Raises ValueError, listing all faults, for a request the engine cannot serve, and EngineFailed when its server
+        is lost.
+        """
+        self._validate(request)
+        active = ActiveRequest(request, next(self._rids))
+        self._active[request.request_id] = active
+        self._clock.set(True)
+        ended = False
+        try:
+            if not await self._place(active):
+                ended = True
+                yield GenerationDelta([], [], GenerationResult(FinishReason.ABORT, ()))
+                return
+            async with contextlib.aclosing(self._deltas(active)) as deltas:
+                async for delta in deltas:
+                    ended = delta.result is not None
+                    self._generated_tokens += len(delta.token_ids)
+                    yield delta
+        finally:
+            del self._active[request.request_id]
+            self._clock.set(bool(self._active))
+            if (replica := active.replica) is not None:
+                replica.running -= 1
+                self._signal.fire()
+                if not ended and replica.version is not None:
+                    self._spawn(replica.abort(active.rid))
+
+    async def _deltas(self, active: ActiveRequest) -> AsyncGenerator[GenerationDelta, None]:
+        request, replica = active.request, active.replica
+        assert replica is not None
+        experts = self._experts if request.return_routed_experts else None
+        decoder = ResponseDecoder(len(request.input_ids), experts, request.routed_experts_start)
+        payload = requests.to_payload(request, active.rid, cache_key=f"v{replica.version}", seeded=self._seeded)
+        async with contextlib.aclosing(replica.api.generate(payload)) as events:
+            async for event in events:
+                delta = decoder.decode(event)
+                yield delta
+                if delta.result is not None:
+                    return
+                if active.aborted:  # the order came before the server knew of the request
+                    await replica.abort(active.rid)
+        raise EngineFailed(f"SGLang at {replica.api.address} ended a response without a reason")
+
+    async def _place(self, active: ActiveRequest) -> bool:
+        """Wait until a server has room and give it the request; False when the request was aborted meanwhile."""
+        while not active.aborted:
+            if self._released and self._pause_mode is None:
+                self._released = False
+                self._spawn(self.resume())
+            if not self._held:
+                candidates = [replica.candidate() for replica in self._replicas]
+                index = self._router.choose(candidates, active.request.group, self.version)
+                if index is not None:
+                    active.replica = self._replicas[index]
+                    active.replica.running += 1
+                    return True
+            await self._signal.wait()
+        return False
+
+    async def abort(self, request_ids: Sequence[str] | None = None) -> None:
+        """End these requests (None: all) with what they have, reason ABORT."""
+        chosen = list(self._active) if request_ids is None else [i for i in request_ids if i in self._active]
+        orders = []
+        for request_id in chosen:
+            active = self._active[request_id]
+            active.aborted = True
+            if active.replica is not None:
+                orders.append(active.replica.abort(active.rid))
+        self._signal.fire()
+        for outcome in await asyncio.gather(*orders, return_exceptions=True):
+            if isinstance(outcome, BaseException) and not isinstance(outcome, EngineFailed):
+                raise outcome
+
+    async def pause(self, mode: PauseMode) -> None:
+        """Return once no step is running and none will start before `resume`."""
+        async with self._order:
+            self._held = True
+            if mode is PauseMode.ABORT:
+                await self._abort_and_wait()
+            await self._loader.pause("in_place" if mode is PauseMode.IN_PLACE else "retract")
+            self._pause_mode = mode
+
+    async def _abort_and_wait(self) -> None:
+        await self.abort([i for i, active in self._active.items() if active.replica is not None])
+        try:
+            async with asyncio.timeout(ABORT_DEADLINE_S):
+                while any(active.replica is not None for active in self._active.values()):
+                    await self._signal.wait()
+        except TimeoutError:
+            left = sum(active.replica is not None for active in self._active.values())
+            raise TimeoutError(f"waited {ABORT_DEADLINE_S:g} s for {left} requests to end after their abort") from None
+
+    async def resume(self) -> None:
+        """Go on decoding."""
+        async with self._order:
+            self._released = False
+            await self._loader.restore_memory()
+            await self._loader.resume()
+            self._pause_mode = None
+            self._let_go()
+
+    async def load_weights(self, version: int, tensors: Mapping[str, torch.Tensor]) -> float:
+        """Swap in a full set of weights between two steps; return how long decoding stood still, in seconds.
+
+        `tensors` are kept, to bring servers that restart to the same version; they must stay valid until the next call
+        returns. Raises ValueError before anything changed when they do not fit the model. Without a pause of the
+        caller's, requests go on in place, with the keys and values that they have.
+        """
+        self._loader.check(tensors)
+        async with self._order:
+            paused = self._pause_mode
+            self._held = True
+            began = time.monotonic()
+            if paused is None and not self._released:
+                await self._loader.pause("in_place")
+            # In place, requests still need what the cache holds; new ones find nothing of older versions in it.
+            await self._loader.load(version, tensors, flush=paused not in (None, PauseMode.IN_PLACE))
+            self._released = False
+            if paused is None:
+                await self._loader.resume()
+                self._let_go()
+            return time.monotonic() - began
+
+    async def load_draft_weights(self, tensors: Mapping[str, torch.Tensor]) -> float:
+        """Swap in weights of the draft model, by its own names; returns how long decoding stood still, in seconds."""
+        async with self._order:
+            began = time.monotonic()
+            if self._pause_mode is None:
+                await self._loader.pause("in_place")
+            try:
+                await self._loader.load_draft(tensors)
+            finally:
+                if self._pause_mode is None:
+                    await self._loader.resume()
+            return time.monotonic() - began
+
+    async def weight_bytes(self) -> Mapping[str, torch.Tensor]:
+        """The parameters as served, by HF name: the last ones loaded, once the servers are proven to hold them.
+
+        SGLang fuses and shards parameters and gives none of them back whole. So each server's checksum is compared
+        with the one it has after everything it holds was overwritten with noise and the same tensors were loaded
+        again: a parameter that the first load missed, damaged or left behind makes the two differ. Raises
+        ChecksumMismatch when they do.
+        """
+        async with self._order:
+            held, self._held = self._held, True
+            if self._pause_mode is None:
+                await self._loader.pause("in_place")
+            await self._loader.verify()
+            if self._pause_mode is None:
+                await self._loader.resume()
+                self._held = held
+                self._signal.fire()
+            return self._loader.tensors
+
+    async def release_memory(self) -> None:
+        """Free the servers' weights and caches until `resume` or the next load; running requests are retracted."""
+        async with self._order:
+            self._held = True
+            await self._loader.pause("retract")
+            await self._loader.release_memory()
+            self._released = True
+
+    def stats(self) -> EngineStats:
+        """Counters as of now."""
+        placed = sum(active.replica is not None for active in self._active.values())
+        return EngineStats(
+            running_requests=placed,
+            waiting_requests=len(self._active) - placed,
+            generated_tokens=self._generated_tokens,
+            busy_s=self._clock.seconds,
+        )
+
+    async def _catch_up(self, replica: Replica) -> None:
+        async with self._order:
+            await self._loader.catch_up(replica, paused=self._pause_mode is not None)
+        self._signal.fire()
+
+    def _let_go(self) -> None:
+        self._held = False
+        self._signal.fire()
+
+    def _validate(self, request: GenerationRequest) -> None:
+        found = requests.faults(
+            request,
+            vocabulary=self._vocabulary,
+            max_total_tokens=self._max_total_tokens,
+            running=request.request_id in self._active,
+        )
+        if request.return_routed_experts and self._experts is None:
+            found.append("routed experts are not recorded: the model has none, or use_rollout_routing_replay is off")
+        if found:
+            raise ValueError(f"request {request.request_id}: " + "; ".join(found))
+
+    def _spawn(self, order: object) -> None:
+        async def carry_out() -> None:
+            with contextlib.suppress(EngineFailed, ServerRefused):
+                await order  # type: ignore[misc]
+
+        task = asyncio.create_task(carry_out())
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)

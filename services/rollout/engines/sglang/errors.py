@@ -1,0 +1,19 @@
+"""What can go wrong with an SGLang server."""
+
+from __future__ import annotations
+
+
+class EngineFailed(RuntimeError):
+    """A request was lost with its server, or the server answered nonsense; another try may work."""
+
+
+class ServerRefused(RuntimeError):
+    """The server answered an order with an error."""
+
+    def __init__(self, path: str, status: int, message: str) -> None:
+        super().__init__(f"SGLang refused {path} ({status}): {message}")
+        self.status = status
+
+
+class ServerUnstartable(RuntimeError):
+    """A server ended, or was not ready in time, while it started."""

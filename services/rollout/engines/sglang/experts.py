@@ -1,0 +1,88 @@
+"""Which experts each token was routed to, as SGLang reports it."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import json
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from miles.services.rollout.engines.sglang.errors import EngineFailed
+
+_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+_CHOSEN = ("num_experts_per_tok", "moe_k", "top_k_experts")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ExpertLayout:
+    """How a model's routed experts come and how they are kept."""
+
+    layers: int
+    """Layers of the model: SGLang reports a row for each, also for dense ones."""
+    moe_layers: tuple[int, ...]
+    """Those that have experts."""
+    top_k: int
+    experts: int
+
+    @property
+    def dtype(self) -> type[np.unsignedinteger[Any]]:
+        """uint8 when every expert's number fits, else uint16."""
+        return np.uint8 if self.experts <= 256 else np.uint16
+
+
+def expert_layout(config: Mapping[str, Any]) -> ExpertLayout | None:
+    """The layout of the model that a config.json describes; None for a dense one."""
+    text = config.get("text_config") or config
+    experts = next((int(text[key]) for key in _COUNTS if text.get(key)), 0)
+    top_k = next((int(text[key]) for key in _CHOSEN if text.get(key)), 0)
+    if not experts or not top_k:
+        return None
+    layers = int(text["num_hidden_layers"])
+    return ExpertLayout(layers, tuple(i for i in range(layers) if _is_sparse(text, i)), top_k, experts)
+
+
+def read_expert_layout(hf_checkpoint: str) -> ExpertLayout | None:
+    """The layout of a checkpoint's model."""
+    return expert_layout(json.loads((pathlib.Path(hf_checkpoint) / "config.json").read_text(encoding="utf-8")))
+
+
+def decode_experts(encoded: str, layout: ExpertLayout, rows: int) -> npt.NDArray[np.unsignedinteger[Any]]:
+    """Base64 of int32 (rows, layers, top_k) as uint8 or uint16 (rows, moe_layers, top_k).
+
+    Raises EngineFailed when the bytes are not as many, or name an expert that does not exist.
+    """
+    wide = np.frombuffer(base64.b64decode(encoded, validate=True), np.int32)
+    expected = rows * layout.layers * layout.top_k
+    if wide.size != expected:
+        raise EngineFailed(
+            f"SGLang sent {wide.size} expert numbers; {rows} tokens × {layout.layers} layers × {layout.top_k} experts "
+            f"are {expected}"
+        )
+    by_layer = wide.reshape(rows, layout.layers, layout.top_k)
+    chosen = by_layer if len(layout.moe_layers) == layout.layers else by_layer[:, list(layout.moe_layers)]
+    if chosen.size and (chosen.min() < 0 or chosen.max() >= layout.experts):
+        raise EngineFailed(
+            f"SGLang sent expert numbers from {chosen.min()} to {chosen.max()}; the model has {layout.experts}"
+        )
+    return chosen.astype(layout.dtype)
+
+
+def _is_sparse(text: Mapping[str, Any], layer: int) -> bool:
+    """Whether a layer has experts, by the keys that the model families use."""
+    if layer in (text.get("mlp_only_layers") or ()):
+        return False
+    if layer < int(text.get("first_k_dense_replace") or 0):
+        return False
+    if (types := text.get("mlp_layer_types")) is not None:
+        return bool(types[layer] == "sparse")
+    frequency = text.get("moe_layer_freq")
+    if isinstance(frequency, list):
+        return bool(frequency[layer])
+    if frequency:
+        return layer % int(frequency) == 0
+    return (layer + 1) % int(text.get("decoder_sparse_step") or 1) == 0

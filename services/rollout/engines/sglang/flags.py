@@ -1,0 +1,72 @@
+"""The command line of an SGLang server, from our settings and SGLang's own flags."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from miles.services.rollout.engines.sglang.options import SglangOptions
+
+DRAFT_ALGORITHMS = ("EAGLE", "EAGLE3", "STANDALONE")
+"""Speculative algorithms whose draft model has weights of its own."""
+
+
+SPARE_TOKENS = 6
+"""Tokens of its context that SGLang keeps to itself: it refuses a longer input and cuts a longer response short."""
+
+
+def command(options: SglangOptions, index: int, port: int, max_positions: int) -> list[str]:
+    """How to start server number `index` so that it listens on a port of the loopback device.
+
+    `max_positions`: tokens that the model was made for; SGLang refuses to start with a longer context.
+    """
+    words = [options.python, "-m", "sglang.launch_server"]
+    words += ["--model-path", options.hf_checkpoint, "--host", "127.0.0.1", "--port", str(port)]
+    words += ["--dtype", options.dtype, "--device", "cuda" if options.on_gpu else "cpu"]
+    words += ["--random-seed", str(options.random_seed + index)]
+    # Warm-up requests would be generated with the weights of the checkpoint; ours wait for the first version.
+    words += ["--skip-server-warmup", "--incremental-streaming-output"]
+    if options.on_gpu:
+        words += ["--tp-size", str(options.gpus_per_engine)]
+        words += ["--base-gpu-id", str(options.first_gpu + index * options.gpus_per_engine)]
+    else:
+        words += ["--sleep-on-idle"]  # an idle scheduler would poll a core
+    if options.max_total_tokens is not None and options.max_total_tokens + SPARE_TOKENS <= max_positions:
+        words += ["--context-length", str(options.max_total_tokens + SPARE_TOKENS)]
+    if options.max_running_requests is not None:
+        words += ["--max-running-requests", str(options.max_running_requests)]
+    if options.routed_experts:
+        words += ["--enable-return-routed-experts"]
+    if options.memory_saver:
+        words += ["--enable-memory-saver"]
+    return [*words, *passed_through(options.server_flags)]
+
+
+def passed_through(flags: Mapping[str, Any]) -> Iterator[str]:
+    """SGLang's own flags as words: a switch that is on is named, one that is off is left out."""
+    for name, value in flags.items():
+        flag = "--" + name.replace("_", "-")
+        match value:
+            case None | False:
+                continue
+            case True:
+                yield flag
+            case list() | tuple():
+                yield flag
+                yield from (str(item) for item in value)
+            case dict():
+                yield f"{flag}={json.dumps(value)}"
+            case _:
+                yield f"{flag}={value}"
+
+
+def has_draft_weights(flags: Mapping[str, Any]) -> bool:
+    """Whether a server with these flags has a draft model whose weights are not the policy's own."""
+    algorithm = str(flags.get("speculative_algorithm") or "").upper()
+    return algorithm in DRAFT_ALGORITHMS and flags.get("speculative_draft_model_path") is not None
+
+
+def is_deterministic(flags: Mapping[str, Any]) -> bool:
+    """Whether the server honours the seed of a request."""
+    return bool(flags.get("enable_deterministic_inference"))

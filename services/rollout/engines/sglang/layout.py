@@ -1,0 +1,57 @@
+"""The parameters that a checkpoint's model has, to refuse weights that do not fit before a server sees them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ModelLayout:
+    """Sizes of a checkpoint's model."""
+
+    shapes: Shapes
+    """Of every parameter, by the name transformers gives it, tied ones once."""
+    vocabulary: int
+    max_positions: int
+
+
+def read_layout(hf_checkpoint: str) -> ModelLayout:
+    """The layout of a checkpoint's model; reads no weights.
+
+    Raises OSError or ValueError when transformers knows no causal language model of the checkpoint's type.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(hf_checkpoint)
+    build: Any = AutoModelForCausalLM.from_config
+    with torch.device("meta"):
+        model = build(config)
+    model.tie_weights()
+    text = config.get_text_config()
+    return ModelLayout(
+        {name: tuple(parameter.shape) for name, parameter in model.named_parameters(remove_duplicate=True)},
+        int(text.vocab_size),
+        int(getattr(text, "max_position_embeddings", 0) or 0),
+    )
+
+
+def misfits(shapes: Shapes, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> list[str]:
+    """What is wrong with a full set of weights; empty when nothing is.
+
+    SGLang passes over a name that it does not know, and keeps old weights where none come: both would go unnoticed.
+    """
+    faults = [f"{name} is missing" for name in shapes if name not in tensors]
+    for name, tensor in tensors.items():
+        if name not in shapes:
+            faults.append(f"{name} is no parameter of the model")
+        elif tuple(tensor.shape) != shapes[name]:
+            faults.append(f"{name} has shape {tuple(tensor.shape)} instead of {shapes[name]}")
+        elif tensor.dtype != dtype and tensor.is_floating_point() and tensor.dtype != torch.float32:
+            faults.append(f"{name} is {tensor.dtype} instead of {dtype}")
+    return faults

@@ -1,0 +1,102 @@
+"""Whether a server answers, asked from a thread of its own, so that a busy event loop does not make it look dead."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import functools
+import http.client
+import json
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+INTERVAL_S = 1.0
+_TIMEOUT_S = 10.0
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Load:
+    """What a server says of its load."""
+
+    cache_use: float
+    """Fraction of the key-value cache that is in use."""
+    running: int
+    waiting: int
+    max_running: int
+
+
+class Probe:
+    """Asks one server once a second and tells the event loop what it says, or that it has said nothing for too long."""
+
+    def __init__(
+        self,
+        address: str,
+        silence_timeout_s: float,
+        on_load: Callable[[Load], None],
+        on_silence: Callable[[str], None],
+    ) -> None:
+        """Both callbacks are called on the event loop that calls `start`."""
+        self._address = address
+        self._silence_timeout_s = silence_timeout_s
+        self._on_load = on_load
+        self._on_silence = on_silence
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        """Begin to ask."""
+        loop = asyncio.get_running_loop()
+        self._thread = threading.Thread(
+            target=self._run, args=(loop,), name=f"probe of SGLang at {self._address}", daemon=True
+        )
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Ask no more."""
+        self._stop.set()
+
+    def _run(self, loop: asyncio.AbstractEventLoop) -> None:
+        answered = time.monotonic()
+        problem = ""
+        while not self._stop.wait(INTERVAL_S):
+            try:
+                load = ask(self._address)
+                answered = time.monotonic()
+                self._tell(loop, functools.partial(self._on_load, load))
+            except (OSError, http.client.HTTPException, ValueError) as error:
+                problem = f"{type(error).__name__}: {error}"
+            if (silent_s := time.monotonic() - answered) > self._silence_timeout_s:
+                message = f"no answer from SGLang at {self._address} for {silent_s:.0f} s ({problem})"
+                self._tell(loop, functools.partial(self._on_silence, message))
+                return
+
+    def _tell(self, loop: asyncio.AbstractEventLoop, call: Callable[[], None]) -> None:
+        def unless_stopped() -> None:
+            if not self._stop.is_set():
+                call()
+
+        if not loop.is_closed():
+            loop.call_soon_threadsafe(unless_stopped)
+
+
+def ask(address: str, timeout_s: float = _TIMEOUT_S) -> Load:
+    """The load of a server now; it answers without its scheduler. Raises OSError, HTTPException or ValueError."""
+    host, _, port = address.rpartition(":")
+    connection = http.client.HTTPConnection(host, int(port), timeout=timeout_s)
+    try:
+        connection.request("GET", "/v1/loads?include=core")
+        response = connection.getresponse()
+        content = response.read()
+        if response.status != 200:
+            raise ValueError(f"/v1/loads answered {response.status}")
+    finally:
+        connection.close()
+    ranks: list[dict[str, Any]] = json.loads(content)["loads"]
+    return Load(
+        cache_use=max((float(rank.get("token_usage", 0.0)) for rank in ranks), default=0.0),
+        running=sum(int(rank.get("num_running_reqs", 0)) for rank in ranks),
+        waiting=sum(int(rank.get("num_waiting_reqs", 0)) for rank in ranks),
+        max_running=sum(int(rank.get("max_running_requests", 0)) for rank in ranks),
+    )
