@@ -20,8 +20,9 @@ from miles.weights import flat as flats
 from miles.weights import manifest as manifests
 from miles.weights.manifest import ManifestError
 from miles.weights.transport import Endpoint, SendTimes, default_threads, match
+from miles.weights.transports.collective_group import Timing
 from miles.weights.transports.collective_member import TensorReceiver, receive_from
-from miles.weights.transports.collective_source import Timing, WeightSource
+from miles.weights.transports.collective_source import WeightSource
 
 logger = logging.getLogger(__name__)
 
@@ -106,7 +107,7 @@ class CollectiveTransport:
         deadline_s = time.monotonic() + timing.deadline_s
         try:
             for source in wanted:
-                receive_from(source, publication_id, receiver.member, receiver, deadline_s, timing.patience_s)
+                receive_from(source, publication_id, receiver.member, receiver, deadline_s, timing)
         finally:
             receiver.want({})
 

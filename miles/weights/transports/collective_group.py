@@ -7,6 +7,7 @@ so the other members may be servers that join by `/init_weights_update_group`, a
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import datetime
 import threading
 import time
@@ -25,6 +26,22 @@ _STORE_DEVICE = {"gloo": "cpu", "nccl": "cuda"}
 
 Store = Any
 """torch.distributed.TCPStore, which has no type that mypy sees."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Timing:
+    """Times in seconds."""
+
+    gather_s: float = 0.25
+    """How long engines that ask for the same version are waited for after the first."""
+    linger_s: float = 2.0
+    """The same for engines of the last broadcast, whose group would otherwise have to be made anew."""
+    connect_s: float = 10.0
+    """How long a receiver tries to reach a source."""
+    patience_s: float = 30.0
+    """How long a bucket, or the making of a group, may take."""
+    deadline_s: float = 120.0
+    """How long a broadcast may take, and a receiver until it has every bucket."""
 
 
 class BroadcastFailed(ConnectionError):

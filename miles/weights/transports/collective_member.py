@@ -16,12 +16,11 @@ import torch
 
 from miles.rpc import connect_blocking
 from miles.rpc.gen import weightsource_pb2, weightsource_pb2_grpc
-from miles.weights.transports.collective_group import BroadcastFailed, Group, Watch
+from miles.weights.transports.collective_group import BroadcastFailed, Group, Timing, Watch
 
 logger = logging.getLogger(__name__)
 
 _ASK_AGAIN_S = 0.05
-_CONNECT_S = 10.0
 
 
 class Receiver(Protocol):
@@ -43,17 +42,17 @@ class Receiver(Protocol):
 
 
 def receive_from(
-    source: str, publication_id: int, member: str, receiver: Receiver, deadline_s: float, patience_s: float
+    source: str, publication_id: int, member: str, receiver: Receiver, deadline_s: float, timing: Timing
 ) -> None:
     """Take one source's buckets of a version; asks again when others make a broadcast fail, until `deadline_s`.
 
-    `deadline_s` is on the monotonic clock. Raises ConnectionError when the source is gone or does not hold the version
-    and TimeoutError past the deadline.
+    `deadline_s` is on the monotonic clock; of `timing`, connect_s and patience_s count here. Raises ConnectionError when
+    the source is gone or does not hold the version, and TimeoutError past the deadline.
     """
     while True:
         try:
             with connect_blocking(source) as channel:
-                _take_part(channel, source, publication_id, member, receiver, Watch(deadline_s), patience_s)
+                _take_part(channel, source, publication_id, member, receiver, Watch(deadline_s), timing)
         except (BroadcastFailed, TimeoutError) as error:
             receiver.leave(source)
             if time.monotonic() >= deadline_s:
@@ -74,33 +73,33 @@ def _take_part(
     member: str,
     receiver: Receiver,
     watch: Watch,
-    patience_s: float,
+    timing: Timing,
 ) -> None:
     hello = weightsource_pb2.JoinHello(
         publication_id=publication_id, member=member, ranks=receiver.ranks, packed=receiver.packed
     )
-    with _Talk(channel, source, watch) as talk:
+    with _Talk(channel, source, watch, timing.connect_s) as talk:
         talk.say(weightsource_pb2.JoinRequest(hello=hello))
         ticket = talk.hear("ticket", watch.deadline_s).ticket
         receiver.join(source, ticket, watch)
         talk.say(weightsource_pb2.JoinRequest(ready=weightsource_pb2.JoinReady()))
-        talk.hear("begins", time.monotonic() + 2 * patience_s)
+        talk.hear("begins", time.monotonic() + 2 * timing.patience_s)
         receiver.take(source, watch)
         talk.say(weightsource_pb2.JoinRequest(received=weightsource_pb2.JoinReceived()))
-        talk.hear("done", time.monotonic() + 2 * patience_s)
+        talk.hear("done", time.monotonic() + 2 * timing.patience_s)
 
 
 class _Talk:
     """A stream to the source. Bad news stops the watch at once; other answers wait to be heard."""
 
-    def __init__(self, channel: grpc.Channel, source: str, watch: Watch) -> None:
+    def __init__(self, channel: grpc.Channel, source: str, watch: Watch, connect_s: float) -> None:
         self._source = source
         self._watch = watch
         self._words: queue.SimpleQueue[weightsource_pb2.JoinRequest | None] = queue.SimpleQueue()
         self._answers: queue.SimpleQueue[weightsource_pb2.JoinResponse] = queue.SimpleQueue()
         self._fault: Exception | None = None
         try:
-            grpc.channel_ready_future(channel).result(timeout=min(_CONNECT_S, watch.deadline_s - time.monotonic()))
+            grpc.channel_ready_future(channel).result(timeout=min(connect_s, watch.deadline_s - time.monotonic()))
         except grpc.FutureTimeoutError:
             raise ConnectionError(f"the trainer that has the weights, at {source}, cannot be reached") from None
         stub: Any = weightsource_pb2_grpc.WeightSourceServiceStub(channel)

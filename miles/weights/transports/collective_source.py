@@ -23,25 +23,11 @@ from miles.rpc.gen import policy_pb2, weightsource_pb2, weightsource_pb2_grpc
 from miles.rpc.server import KEEPALIVE_OPTIONS
 from miles.rpc.tls import TlsFiles
 from miles.weights import flat as flats
-from miles.weights.transports.collective_group import BroadcastFailed, Group, Watch, open_store
+from miles.weights.transports.collective_group import BroadcastFailed, Group, Timing, Watch, open_store
 
 logger = logging.getLogger(__name__)
 
 _MOST_MEMBERS = 1024
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Timing:
-    """Times in seconds."""
-
-    gather_s: float = 0.25
-    """How long engines that ask for the same version are waited for after the first."""
-    linger_s: float = 2.0
-    """The same for engines of the last broadcast, whose group would otherwise have to be made anew."""
-    patience_s: float = 30.0
-    """How long a bucket, or the making of a group, may take."""
-    deadline_s: float = 120.0
-    """How long a broadcast may take, and a receiver until it has every bucket."""
 
 
 class WeightSource(weightsource_pb2_grpc.WeightSourceServiceServicer):
