@@ -4,14 +4,29 @@ from __future__ import annotations
 
 from typing import Literal
 
-from miles.config.section import Positive, Section
+from miles.config.section import Positive, PositiveFloat, Section
 
 
 class WeightsConfig(Section):
     """Publication of weights."""
 
-    update_weight_transfer_mode: Literal["shared_memory"] = "shared_memory"
-    """Transport: shared_memory maps a file of this host, without a copy."""
+    update_weight_transfer_mode: Literal["auto", "shared_memory", "disk_delta", "grpc_chunks"] = "auto"
+    """Transport: shared_memory maps a file of this host, without a copy; disk_delta writes what changed to
+    update_weight_disk_dir; grpc_chunks streams through the weight-sync service. auto gives each engine the first of
+    these that it can use."""
+
+    update_weight_disk_dir: str | None = None
+    """Folder on storage that the weight-sync service, trainers and engines share, for engines on other hosts."""
+
+    update_weight_delta_encoding: Literal["xor", "overwrite"] = "xor"
+    """disk_delta: write new bytes XOR old ones, or the positions and values of the elements that changed."""
+
+    update_weight_full_interval: Positive = 10
+    """disk_delta: every so many versions one is written whole, for engines that come without an earlier one."""
+
+    weight_lease_s: PositiveFloat = 300.0
+    """How long an engine that hears nothing from the weight-sync service may go on serving, in seconds; then it leaves
+    routing until it has loaded the current version."""
 
     update_weight_buffer_size: Positive = 512 << 20
     """Size of the buckets in which weights are gathered and sent, in bytes; each rank of the trainer holds two of them

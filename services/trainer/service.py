@@ -228,6 +228,8 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServiceServicer):
     async def _publish(self, job: _Job, version: int) -> PublishResult:
         from miles.services.trainer.exporting import export_command, merge
         from miles.weights import WeightPublisher
+        from miles.weights.modes import ENCODING_OF_NAME, TRANSPORT_OF_MODE
+        from miles.weights.publisher import DeltaSettings
 
         worker, weights = self._leader.worker, job.config.weights
         publisher = job.publisher = job.publisher or WeightPublisher(
@@ -235,6 +237,10 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServiceServicer):
             job.job_id,
             endpoint=worker.endpoint(job.weightsync_address),
             bucket_bytes=weights.update_weight_buffer_size,
+            transport=TRANSPORT_OF_MODE[weights.update_weight_transfer_mode],
+            delta=DeltaSettings(
+                ENCODING_OF_NAME[weights.update_weight_delta_encoding], weights.update_weight_full_interval
+            ),
         )
         draft = await self._leader.alone(lambda worker: publisher.begin(version, version, worker.layout()))
         with publisher.giving_up(draft):
