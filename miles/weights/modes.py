@@ -1,0 +1,25 @@
+"""The transports' names in the configuration. Needs no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from miles.rpc.gen import weightsync_pb2
+
+if TYPE_CHECKING:
+    from miles.rpc.gen.weightsync_pb2 import DeltaEncoding, TransportKind
+
+TRANSPORT_OF_MODE: Mapping[str, TransportKind.ValueType] = {
+    "auto": weightsync_pb2.TRANSPORT_KIND_UNSPECIFIED,
+    "shared_memory": weightsync_pb2.TRANSPORT_KIND_SHARED_MEMORY,
+    "disk_delta": weightsync_pb2.TRANSPORT_KIND_DISK_DELTA,
+    "grpc_chunks": weightsync_pb2.TRANSPORT_KIND_GRPC_CHUNKS,
+}
+"""By `update_weight_transfer_mode`; auto leaves the choice to the weightsync service."""
+
+ENCODING_OF_NAME: Mapping[str, DeltaEncoding.ValueType] = {
+    "xor": weightsync_pb2.DELTA_ENCODING_XOR,
+    "overwrite": weightsync_pb2.DELTA_ENCODING_OVERWRITE,
+}
+"""By `update_weight_delta_encoding`."""
