@@ -9,9 +9,13 @@ from collections.abc import Callable
 import numpy as np
 import psutil
 import pytest
+from rich.console import Console
 
+from miles.launcher.chaos import recovery_table
 from miles.rpc import ExitCode
 from tests.e2e.conftest import Run, recipe, start_run, tiny_dense
+
+from .schedules import RECOVERIES
 
 __all__ = ["start_run", "tiny_dense"]
 
@@ -27,10 +31,21 @@ SHORT: dict[str, object] = {
 """A run of few, short steps that saves on the way."""
 
 
-@pytest.fixture(scope="session")
-def reward_curve() -> dict[str, list[float]]:
-    """Rewards of uninterrupted runs, by what was run."""
-    return {}
+def pytest_configure(config: pytest.Config) -> None:
+    """Have a place for measurements."""
+    config.stash[RECOVERIES] = []
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Print how long services took to come back, once all schedules have been run."""
+    schedules = config.stash[RECOVERIES]
+    if not schedules:
+        return
+    console = Console(width=120, highlight=False)
+    with console.capture() as captured:
+        console.print(recovery_table([recovery for schedule in schedules for recovery in schedule]))
+    terminalreporter.section(f"{len(schedules)} kill schedules")
+    terminalreporter.write(captured.get())
 
 
 def finish(start: Start, command: list[str], run_dir: pathlib.Path) -> Run:

@@ -1,0 +1,45 @@
+"""Jobs on a stack while its services are killed at random moments."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from miles.launcher.chaos import Recovery
+
+from .stack import BATCH, Ended, Stack
+
+MODES: tuple[dict[str, Any], ...] = (
+    {},
+    {"max_weight_staleness": 2, "partial_rollout": True},
+    {"max_weight_staleness": 1, "over_sampling_batch_size": BATCH + 2, "pause_generation_mode": "retract"},
+)
+"""Synchronous, and two kinds of asynchronous jobs."""
+RECOVERIES = pytest.StashKey[list[list[Recovery]]]()
+"""What came of each kill schedule."""
+
+
+async def run_schedules(stack: Stack, seeds: range, config: pytest.Config) -> None:
+    """A job for each seed, of one mode after the other; a synchronous one must end with the weights of an untouched."""
+    untouched = await stack.run("untouched")
+    untouched.assert_every_group_was_trained_once()
+    for seed in seeds:
+        mode = MODES[seed % len(MODES)]
+        ended = await _struck(stack, seed, mode, untouched.seconds / 3)
+        config.stash[RECOVERIES].append(ended.recoveries)
+        try:
+            ended.assert_every_group_was_trained_once()
+            if not mode:
+                ended.assert_same_weights(untouched)
+        except AssertionError as error:
+            raise AssertionError(f"schedule {seed} in {ended.run_dir}: {error}") from error
+
+
+async def _struck(stack: Stack, seed: int, mode: dict[str, Any], mean_pause_s: float) -> Ended:
+    """A job that was hit at least once: again with shorter pauses while the first blow comes too late."""
+    while True:
+        ended = await stack.run_through(seed, mean_pause_s, f"seed-{seed}-pause-{mean_pause_s:.3f}", **mode)
+        if ended.recoveries:
+            return ended
+        mean_pause_s /= 2
