@@ -16,6 +16,7 @@ from miles.config.cluster import ClusterConfig
 from miles.config.data import DataConfig
 from miles.config.eval import EvalConfig
 from miles.config.gateway import GatewayConfig
+from miles.config.megatron import MegatronConfig
 from miles.config.optimizer import OptimizerConfig
 from miles.config.reward import RewardConfig
 from miles.config.rollout import RolloutConfig
@@ -46,6 +47,7 @@ SECTIONS: Mapping[str, type[Section]] = {
     "eval": EvalConfig,
     "algorithm": AlgorithmConfig,
     "train": TrainConfig,
+    "megatron": MegatronConfig,
     "optimizer": OptimizerConfig,
     "weights": WeightsConfig,
     "checkpoint": CheckpointConfig,

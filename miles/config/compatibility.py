@@ -10,14 +10,13 @@ DIFFERENT_DEFAULTS: Mapping[str, str] = {
     "lr": "1e-6 for every backend, also where fsdp alone had 2e-5",
     "actor_num_gpus_per_node": "8 on CUDA as elsewhere, but 1 on CPU",
     "distributed_backend": "nccl on CUDA as elsewhere, but gloo on CPU",
-    "update_weight_transfer_mode": "shared_memory instead of broadcast",
+    "update_weight_transfer_mode": "auto instead of broadcast",
     "tis_lower_bound": "1 / tis_upper_bound, which is 0.5 as elsewhere until tis_upper_bound changes",
     "use_rs": "off until asked for, and a flag instead of a key in a file of its own",
 }
 """Why the default is another, by key."""
 
 DIFFERENT_CHOICES: Mapping[str, str] = {
-    "train_backend": "fsdp",
     "qkv_format": "thd",
     "attn_implementation": "auto, varlen and sdpa",
     "distributed_backend": "nccl and gloo",

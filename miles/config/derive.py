@@ -142,6 +142,14 @@ def _train_dtype(s: Settings) -> list[Fault]:
     return []
 
 
+def _backend(s: Settings) -> list[Fault]:
+    if not s.given("share_prompts"):
+        s.fill("share_prompts", s.train_backend == "fsdp")
+    if not s.given("expert_tensor_parallel_size"):
+        s.fill("expert_tensor_parallel_size", 1 if s.expert_model_parallel_size > 1 else s.tensor_model_parallel_size)
+    return []
+
+
 def _reference(s: Settings) -> list[Fault]:
     if not s.given("ref_load") and (s.use_kl_loss or s.kl_coef):
         s.fill("ref_load", s.hf_checkpoint)
@@ -176,5 +184,6 @@ _STEPS: tuple[Callable[[Settings], list[Fault]], ...] = (
     _bounds,
     _evaluation_alone,
     _train_dtype,
+    _backend,
     _reference,
 )

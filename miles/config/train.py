@@ -12,7 +12,7 @@ from miles.config.section import Derived, Positive, Section, derived
 class TrainConfig(Section):
     """How the trainer holds the model and cuts its work into optimizer steps and micro-batches."""
 
-    train_backend: Literal["fsdp"] = "fsdp"
+    train_backend: Literal["fsdp", "megatron"] = "fsdp"
     """What holds and trains the policy."""
 
     seed: int = 1234
@@ -23,7 +23,7 @@ class TrainConfig(Section):
     `auto` is varlen where it runs."""
 
     gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass instead of keeping them."""
+    """Recompute activations in the backward pass instead of keeping them (fsdp)."""
 
     fp16: bool = False
     """Compute in float16 instead of bfloat16."""
@@ -70,5 +70,5 @@ class TrainConfig(Section):
     log_probs_max_tokens_per_gpu: Annotated[Positive | None, Derived("max_tokens_per_gpu")] = None
     """The same for passes that only compute log-probabilities."""
 
-    share_prompts: bool = True
+    share_prompts: Annotated[bool, Derived("on with fsdp, off with megatron")] = derived()
     """Hold the prompt of a group's samples once per micro-batch; its rows are computed once for all of them."""

@@ -1,6 +1,18 @@
 """Rules that cross fields, each a small function registered in `RULES`; one file per kind of question."""
 
-from miles.config.rules import access, algorithm, asynchrony, data, engine, services, train
+from miles.config.rules import access, algorithm, asynchrony, data, engine, megatron, services, train
 from miles.config.rules.registry import RULES, Rule, check
 
-__all__ = ["RULES", "Rule", "access", "algorithm", "asynchrony", "check", "data", "engine", "services", "train"]
+__all__ = [
+    "RULES",
+    "Rule",
+    "access",
+    "algorithm",
+    "asynchrony",
+    "check",
+    "data",
+    "engine",
+    "megatron",
+    "services",
+    "train",
+]

@@ -29,11 +29,18 @@ def batch_divides_over_ranks(s: Settings) -> Iterator[Fault]:
     if s.actor_num_gpus_per_node is None:
         return  # known once the device is
     ranks = s.actor_num_nodes * s.actor_num_gpus_per_node
+    what = "actor_num_nodes × actor_num_gpus_per_node"
+    if s.train_backend == "megatron":
+        ranks //= s.tensor_model_parallel_size * s.pipeline_model_parallel_size * s.context_parallel_size
+        what = "the number of replicas (ranks / tensor / pipeline / context size)"
+    if not ranks:
+        return  # the layout has more ranks than there are, which is a fault of its own
     if s.global_batch_size % ranks:
-        problem = f"actor_num_nodes × actor_num_gpus_per_node = {ranks} does not divide it"
+        problem = f"{what} = {ranks} does not divide it"
         yield Fault("global_batch_size", s.global_batch_size, problem, f"make it a multiple of {ranks}")
     elif not s.use_dynamic_batch_size and s.global_batch_size // ranks % s.micro_batch_size:
-        problem = f"each of {ranks} ranks gets {s.global_batch_size // ranks} samples a step, which it does not divide"
+        share = s.global_batch_size // ranks
+        problem = f"each of {ranks} replicas gets {share} samples a step, which it does not divide"
         yield Fault("micro_batch_size", s.micro_batch_size, problem, "choose one that does")
 
 

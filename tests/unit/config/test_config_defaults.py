@@ -22,6 +22,12 @@ OWN = """--name --run-dir --device --host --redis-url --controller-port --weight
     --rollout-engine-python --rollout-engine-weights --rollout-engine-weights-dir
     --chaos --chaos-interval-s"""
 
+MEGATRON = """--tensor-model-parallel-size --pipeline-model-parallel-size --num-virtual-stages-per-pipeline-rank
+    --context-parallel-size --expert-model-parallel-size --expert-tensor-parallel-size --sequence-parallel
+    --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather --transformer-impl --attention-backend
+    --moe-token-dispatcher-type --moe-aux-loss-coeff --recompute-granularity --recompute-method --recompute-num-layers
+    --recompute-modules --async-save"""
+
 
 def entry_of(name: str) -> Entry:
     return next(entry for entry in catalog().values() if name in (entry.flag, entry.key))
@@ -41,7 +47,7 @@ def parsed(text: str) -> Any:
 
 def test_every_flag_is_of_the_reference_or_our_own() -> None:
     assert {entry.flag for entry in catalog().values()} == {entry_of(row["name"]).flag for row in REFERENCE} | set(
-        OWN.split()
+        OWN.split() + MEGATRON.split()
     )
 
 

@@ -12,6 +12,8 @@ from miles.config.job import examine
 from miles.config.rules import RULES
 from miles.config.rules.registry import Rule
 
+SGLANG = {"rollout_backend": "sglang"}
+
 RULE_CASES: list[tuple[dict[str, Any], str]] = [
     ({"hf_checkpoint": None}, "hf_checkpoint is not set, and a run needs a model"),
     ({"prompt_data": None}, "prompt_data is not set, and training needs prompts"),
@@ -75,7 +77,54 @@ RULE_CASES: list[tuple[dict[str, Any], str]] = [
     ),
     ({"max_tokens_per_gpu": 99}, "max_tokens_per_gpu = 99, but it does nothing without use_dynamic_batch_size"),
     ({"actor_num_gpus_per_node": 5}, "global_batch_size = 32, but actor_num_nodes × actor_num_gpus_per_node = 5"),
-    ({"actor_num_gpus_per_node": 4, "micro_batch_size": 3}, "micro_batch_size = 3, but each of 4 ranks gets 8 samples"),
+    (
+        {"actor_num_gpus_per_node": 4, "micro_batch_size": 3},
+        "micro_batch_size = 3, but each of 4 replicas gets 8 sample",
+    ),
+    (
+        {"train_backend": "megatron", "gradient_checkpointing": True},
+        "gradient_checkpointing = true, but train_backend = megatron does not have it; set recompute_granularity",
+    ),
+    (
+        {"tensor_model_parallel_size": 2},
+        "tensor_model_parallel_size = 2, but train_backend = fsdp does not have it; set train_backend to megatron",
+    ),
+    (
+        {"train_backend": "megatron", "actor_num_gpus_per_node": 4, "tensor_model_parallel_size": 3},
+        "tensor_model_parallel_size × pipeline_model_parallel_size × context_parallel_size = 3, but it does not divide",
+    ),
+    (
+        {"train_backend": "megatron", "actor_num_gpus_per_node": 4, "expert_model_parallel_size": 8},
+        "expert_tensor_parallel_size × expert_model_parallel_size × pipeline_model_parallel_size = 8, but it does not",
+    ),
+    (
+        {"train_backend": "megatron", "sequence_parallel": True},
+        "sequence_parallel = true, but tensor_model_parallel_size = 1 leaves nothing to split",
+    ),
+    (
+        {"train_backend": "megatron", "num_virtual_stages_per_pipeline_rank": 2},
+        "num_virtual_stages_per_pipeline_rank = 2, but pipeline_model_parallel_size = 1 has no stages to cut",
+    ),
+    (
+        {"train_backend": "megatron", "overlap_param_gather": True},
+        "overlap_param_gather = true, but it works with use_distributed_optimizer and overlap_grad_reduce alone",
+    ),
+    (
+        {
+            "train_backend": "megatron",
+            "moe_token_dispatcher_type": "allgather",
+            "pipeline_model_parallel_size": 2,
+        },
+        "moe_token_dispatcher_type = allgather, but micro-batches of changing length go through pipeline stages with",
+    ),
+    (
+        {"train_backend": "megatron", "recompute_granularity": "full", "recompute_method": "uniform"},
+        "recompute_num_layers is not set, and recompute_granularity = full needs it",
+    ),
+    (
+        {"train_backend": "megatron", "transformer_impl": "transformer_engine", "device": "cpu"},
+        "transformer_impl = transformer_engine, but TransformerEngine needs a GPU; set it to local or auto",
+    ),
     ({"log_probs_chunk_size": 0}, "log_probs_chunk_size = 0, but it must be a number of rows"),
     ({"train_env_vars": {"RANK": "0"}}, 'train_env_vars = {"RANK": "0"}, but RANK is set for each rank'),
     ({"fp16": True, "train_dtype": "float32"}, "fp16 = true, but train_dtype = float32 says otherwise"),
@@ -114,7 +163,37 @@ RULE_CASES: list[tuple[dict[str, Any], str]] = [
     ({"dynamic_sampling_filter_path": "f"}, "dynamic_sampling_filter_path = f, but it must name a module and"),
     (
         {"sglang_mem_fraction_static": 0.8},
-        "sglang_mem_fraction_static = 0.8, but rollout_backend = torch has no SGLang",
+        "sglang_mem_fraction_static = 0.8, but rollout_backend = torch has no SGLang servers; set rollout_backend to",
+    ),
+    ({"rollout_num_gpus": 2}, "rollout_num_gpus = 2, but rollout_backend = torch has no SGLang servers"),
+    ({"colocate": True}, "colocate = true, but rollout_backend = torch has no SGLang servers, and no other engine"),
+    (
+        {**SGLANG, "sglang_tp_size": 2},
+        "sglang_tp_size = 2, but the rollout service sets this flag itself; set rollout_num_gpus_per_engine",
+    ),
+    (
+        {**SGLANG, "sglang_dp_size": 2},
+        "sglang_dp_size = 2, but SGLang takes new weights into one copy of the model alone; set rollout_num_gpus",
+    ),
+    (
+        {**SGLANG, "rollout_num_gpus": 3, "rollout_num_gpus_per_engine": 2},
+        "rollout_num_gpus = 3, but rollout_num_gpus_per_engine × rollout_num_workers = 2 does not divide it; set it to",
+    ),
+    (
+        {**SGLANG, "rollout_external_engine_addrs": ["http://a:1"]},
+        "rollout_external_engine_addrs = http://a:1, but it is no address; write it like host:30000",
+    ),
+    (
+        {**SGLANG, "rollout_external_engine_addrs": ["a:1"], "rollout_num_workers": 2},
+        "rollout_external_engine_addrs = 1, but rollout_num_workers = 2 services need one each",
+    ),
+    (
+        {**SGLANG, "rollout_engine_weights_dir": "x"},
+        "rollout_engine_weights_dir = x, but it does nothing without rollout_engine_weights = disk",
+    ),
+    (
+        {**SGLANG, "colocate": True, "max_weight_staleness": 1},
+        "colocate = true, but max_weight_staleness = 1 has engines and trainer work at once",
     ),
     ({"tb_experiment_name": "x"}, "tb_experiment_name = x, but it does nothing without use_tensorboard"),
 ]
@@ -166,8 +245,8 @@ def test_every_rule_has_a_case() -> None:
             "kl_loss_type = k3_low_var, but it must be one of k1, k2, k3, low_var_kl; did you mean low_var_kl?",
         ),
         (
-            {"train_backend": "megatron"},
-            "train_backend = megatron, but the only choice is fsdp; set it to fsdp or leave it out",
+            {"train_backend": "megatronn"},
+            "train_backend = megatronn, but it must be one of fsdp, megatron; did you mean megatron?",
         ),
         (
             {"rollout_batchsize": 3},
@@ -178,7 +257,7 @@ def test_every_rule_has_a_case() -> None:
             "use_dynamic = true, but there is no such setting; did you mean use_dynamic_batch_size?",
         ),
         ({"qqq": 1}, "qqq = 1, but there is no such setting; `miles config docs` lists them all"),
-        ({"sglang_": 1}, "sglang_ = 1, but there is no such setting; `miles config docs` lists them all"),
+        ({"sglang_": 1}, "sglang_ = 1, but there is no such setting; did you mean sglang_server_concurrency?"),
     ],
 )
 def test_a_value_of_the_wrong_kind_is_refused(changes: dict[str, Any], expected: str) -> None:

@@ -109,9 +109,8 @@ def build_batch(
             f"the rollout's groups hold {len(samples)} samples, but num_steps_per_rollout × global_batch_size = "
             f"{steps} × {size} = {size * steps}"
         )
-    limits = MicroBatchLimits(
-        train.micro_batch_size, train.max_tokens_per_gpu if train.use_dynamic_batch_size else None
-    )
+    tokens = _tokens_of_replica(config, train.max_tokens_per_gpu)
+    limits = MicroBatchLimits(train.micro_batch_size, tokens if train.use_dynamic_batch_size else None)
     plans: list[OptimizerStepPlan] = []
     all_shares: list[list[int]] = [[] for _ in range(ranks)]
 
@@ -164,6 +163,11 @@ def trained_reward(sample: Sample, reward_key: str | None) -> float:
     return reward_number(sample.reward, reward_key)
 
 
+def _tokens_of_replica(config: JobConfig, tokens_per_gpu: int | None) -> int | None:
+    """Context-parallel ranks share a micro-batch's tokens."""
+    return None if tokens_per_gpu is None else tokens_per_gpu * config.megatron.context_parallel_size
+
+
 def _log_prob_micro_batches(
     samples: Sequence[Sample],
     plans: Sequence[OptimizerStepPlan],
@@ -176,5 +180,6 @@ def _log_prob_micro_batches(
     limit = train.log_probs_max_tokens_per_gpu
     if not train.use_dynamic_batch_size or limit in (None, train.max_tokens_per_gpu):
         return tuple(micro_batch for plan in plans for micro_batch in plan.all_micro_batches)
-    cut = recut(samples, shares, MicroBatchLimits(1, limit), share_prompts=train.share_prompts)
+    limits = MicroBatchLimits(1, _tokens_of_replica(config, limit))
+    cut = recut(samples, shares, limits, share_prompts=train.share_prompts)
     return tuple(pack(samples, indices, share_prompts=train.share_prompts) for indices in cut[rank])

@@ -101,19 +101,24 @@ def save(directory: pathlib.Path, contents: Contents, record: Record) -> None:
     dist.barrier()
     state_dict_saver.save(_tensors(contents), checkpoint_id=partial)
     if dist.get_rank() == 0:
-        (partial / RECORD_FILE).write_text(json.dumps(_to_json(record), indent=1))
-        _sync_tree(partial)
-        if directory.exists():
-            doomed = directory.with_name(directory.name + ".old")
-            shutil.rmtree(doomed, ignore_errors=True)
-            directory.rename(doomed)
-            partial.rename(directory)
-            shutil.rmtree(doomed)
-        else:
-            partial.rename(directory)
-        _write_atomically(directory.parent / LATEST_FILE, directory.name)
-        _sync(directory.parent)
+        complete(partial, directory, record)
     dist.barrier()
+
+
+def complete(partial: pathlib.Path, directory: pathlib.Path, record: Record) -> None:
+    """Put the record beside the tensors in `partial`, and the whole in the place of `directory`; on one rank."""
+    (partial / RECORD_FILE).write_text(json.dumps(_to_json(record), indent=1))
+    _sync_tree(partial)
+    if directory.exists():
+        doomed = directory.with_name(directory.name + ".old")
+        shutil.rmtree(doomed, ignore_errors=True)
+        directory.rename(doomed)
+        partial.rename(directory)
+        shutil.rmtree(doomed)
+    else:
+        partial.rename(directory)
+    _write_atomically(directory.parent / LATEST_FILE, directory.name)
+    _sync(directory.parent)
 
 
 def load(directory: pathlib.Path, contents: Contents) -> Record:
@@ -121,11 +126,7 @@ def load(directory: pathlib.Path, contents: Contents) -> Record:
 
     Raises FileNotFoundError when it is incomplete and ValueError when the record cannot be read.
     """
-    path = directory / RECORD_FILE
-    try:
-        record = _from_json(json.loads(path.read_text()))
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read as a checkpoint's record: {error!r}") from error
+    record = read_record(directory)
     tensors = _tensors(contents)
     available = FileSystemReader(directory).read_metadata().state_dict_metadata
     random_key = _random_key()
@@ -140,6 +141,15 @@ def load(directory: pathlib.Path, contents: Contents) -> Record:
     if random_key in tensors:
         _set_random_state(tensors[random_key])
     return record
+
+
+def read_record(directory: pathlib.Path) -> Record:
+    """The part of a checkpoint that is not tensors; raises as `load` does."""
+    path = directory / RECORD_FILE
+    try:
+        return _from_json(json.loads(path.read_text()))
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read as a checkpoint's record: {error!r}") from error
 
 
 def _tensors(contents: Contents) -> dict[str, Any]:

@@ -1,0 +1,87 @@
+"""Rules about the layout of the Megatron-Core backend, as far as they need no model; see `environment` for those."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from miles.config.catalog import catalog
+from miles.config.faults import Fault
+from miles.config.rules.registry import rule
+from miles.config.settings import Settings
+
+_FSDP_ALONE = {
+    "gradient_checkpointing": "set recompute_granularity instead",
+    "fsdp_cpu_offload": "leave it out",
+    "share_prompts": "leave it out, or train with fsdp",
+    "attn_implementation": "set attention_backend or transformer_impl instead",
+}
+
+
+@rule
+def settings_belong_to_the_backend(s: Settings) -> Iterator[Fault]:
+    if s.train_backend == "megatron":
+        for key, remedy in _FSDP_ALONE.items():
+            value = getattr(s, key)
+            if s.given(key) and value not in (False, "auto"):
+                yield Fault(key, value, "train_backend = megatron does not have it", remedy)
+        return
+    for key, entry in catalog().items():
+        if entry.section != "megatron" or key == "expert_tensor_parallel_size":
+            continue
+        value = getattr(s, key)
+        if value != entry.default:
+            problem = f"train_backend = {s.train_backend} does not have it"
+            yield Fault(key, value, problem, "set train_backend to megatron, or leave it out")
+
+
+@rule
+def layout_divides_ranks(s: Settings) -> Iterator[Fault]:
+    if s.train_backend != "megatron" or s.actor_num_gpus_per_node is None:
+        return
+    ranks = s.actor_num_nodes * s.actor_num_gpus_per_node
+    what = f"actor_num_nodes × actor_num_gpus_per_node = {ranks}"
+    dense = s.tensor_model_parallel_size * s.pipeline_model_parallel_size * s.context_parallel_size
+    if ranks % dense:
+        name = "tensor_model_parallel_size × pipeline_model_parallel_size × context_parallel_size"
+        yield Fault(name, dense, f"it does not divide {what}", "choose sizes whose product does")
+    experts = s.expert_tensor_parallel_size * s.expert_model_parallel_size * s.pipeline_model_parallel_size
+    if ranks % experts and (s.expert_model_parallel_size > 1 or s.given("expert_tensor_parallel_size")):
+        name = "expert_tensor_parallel_size × expert_model_parallel_size × pipeline_model_parallel_size"
+        yield Fault(name, experts, f"it does not divide {what}", "choose sizes whose product does")
+
+
+@rule
+def layout_settings_have_an_effect(s: Settings) -> Iterator[Fault]:
+    if s.train_backend != "megatron":
+        return
+    if s.sequence_parallel and s.tensor_model_parallel_size == 1:
+        problem = "tensor_model_parallel_size = 1 leaves nothing to split"
+        yield Fault("sequence_parallel", True, problem, "leave it out, or raise tensor_model_parallel_size")
+    if s.num_virtual_stages_per_pipeline_rank is not None and s.pipeline_model_parallel_size == 1:
+        problem = "pipeline_model_parallel_size = 1 has no stages to cut"
+        value = s.num_virtual_stages_per_pipeline_rank
+        yield Fault("num_virtual_stages_per_pipeline_rank", value, problem, "leave it out, or add stages")
+    if s.overlap_param_gather and not (s.use_distributed_optimizer and s.overlap_grad_reduce):
+        problem = "it works with use_distributed_optimizer and overlap_grad_reduce alone"
+        yield Fault("overlap_param_gather", True, problem, "turn both on, or leave it out")
+    if s.moe_token_dispatcher_type == "allgather" and s.pipeline_model_parallel_size > 1:
+        problem = "micro-batches of changing length go through pipeline stages with alltoall alone"
+        yield Fault("moe_token_dispatcher_type", "allgather", problem, "set it to alltoall")
+
+
+@rule
+def recomputation_is_complete(s: Settings) -> Iterator[Fault]:
+    full = s.recompute_granularity == "full"
+    for key in ("recompute_method", "recompute_num_layers"):
+        value = getattr(s, key)
+        if full and value is None:
+            yield Fault(key, None, "recompute_granularity = full needs it", "set it, e.g. to uniform and 1")
+        if not full and value is not None:
+            yield Fault(key, value, "it does nothing without recompute_granularity = full", "leave it out")
+
+
+@rule
+def layers_fit_the_device(s: Settings) -> Iterator[Fault]:
+    if s.train_backend == "megatron" and s.transformer_impl == "transformer_engine" and s.device == "cpu":
+        problem = "TransformerEngine needs a GPU"
+        yield Fault("transformer_impl", s.transformer_impl, problem, "set it to local or auto")

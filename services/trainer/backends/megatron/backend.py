@@ -1,0 +1,208 @@
+"""The Megatron-Core backend: model, optimizer, training step and checkpoints behind the `TrainerBackend` Protocol."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import gc
+import logging
+import pathlib
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+from miles.services.trainer.backend import Progress, TrainerState
+from miles.services.trainer.backends.fsdp import settings
+from miles.services.trainer.backends.fsdp.batch import RolloutBatch
+from miles.services.trainer.backends.fsdp.checkpoint import Record, digest, newest
+from miles.services.trainer.backends.fsdp.recorded import recorded
+from miles.services.trainer.backends.megatron import checkpoint, groups
+from miles.services.trainer.backends.megatron.copies import WeightCopy
+from miles.services.trainer.backends.megatron.export import Exporter
+from miles.services.trainer.backends.megatron.hf_files import write_hf_checkpoint
+from miles.services.trainer.backends.megatron.model import MegatronModel, build_model, wants_replay
+from miles.services.trainer.backends.megatron.optimizer import MegatronOptimizer
+from miles.services.trainer.backends.megatron.pipeline import PassOptions, Pipeline
+from miles.services.trainer.backends.megatron.replay import ModelReplay, moe_layer_numbers
+from miles.services.trainer.backends.megatron.routing import Routing
+from miles.services.trainer.backends.megatron.step import MegatronTrainer
+from miles.services.trainer.sample_log import SampleLog
+from miles.types import SampleGroup
+
+if TYPE_CHECKING:
+    from miles.config import JobConfig
+
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Loaded:
+    """What `load` builds."""
+
+    place: groups.Place
+    model: MegatronModel
+    optimizer: MegatronOptimizer
+    trainer: MegatronTrainer
+    exporter: Exporter
+    reference: WeightCopy | None
+
+
+class MegatronBackend:
+    """Trains a model in Megatron-Core, spread over all ranks of the default process group by the configured layout.
+
+    `export` yields the names of the Hugging Face checkpoint, complete on every rank; for the torch engine a layer's
+    experts are joined, as that engine holds them.
+    """
+
+    def __init__(self, config: JobConfig, checkpoint_dir: pathlib.Path, device: torch.device) -> None:
+        """`load` resumes from the newest checkpoint in `checkpoint_dir`, or else in the folder that `load` names."""
+        self._config = config
+        self._device = device
+        self._checkpoint_dir = checkpoint_dir
+        self._parts: _Loaded | None = None
+        self._log = SampleLog(
+            pathlib.Path(config.services.run_dir),
+            config.telemetry.log_samples_per_step,
+            dist.get_rank(),
+            config.reward.reward_key,
+        )
+        self.loaded_from: pathlib.Path | None = None
+        """Checkpoint that `load` read; None for the initial weights."""
+
+    def load(self) -> TrainerState:
+        """Build everything. Raises FileNotFoundError for a missing model and ValueError for one that does not fit."""
+        config = self._config
+        torch.manual_seed(config.train.seed)
+        place = groups.initialize(config.megatron, config.train.seed, config.cluster.distributed_timeout_minutes)
+        compute = settings.DTYPES[config.train.train_dtype]
+        model = build_model(config, place, compute)
+        if self._device.type == "cpu":
+            torch.use_deterministic_algorithms(True)
+            torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+        reference = self._load_reference(model) if settings.needs_reference(config) else None
+        optimizer = MegatronOptimizer(config, model, compute)
+        trainer = MegatronTrainer(
+            config,
+            Pipeline(model, place),
+            optimizer,
+            place,
+            reference=reference,
+            routing=self._routing(model, place),
+            options=PassOptions(
+                device=self._device,
+                temperature=config.rollout.rollout_temperature or 1.0,
+                chunk_rows=config.train.log_probs_chunk_size if config.train.log_probs_chunk_size > 0 else None,
+            ),
+            total_iterations=(config.data.num_rollout or 0) * config.train.num_steps_per_rollout,
+        )
+        exporter = Exporter(
+            model,
+            settings.DTYPES[config.rollout.rollout_dtype],
+            fuse_experts=config.rollout.rollout_backend == "torch",
+        )
+        self._parts = _Loaded(place, model, optimizer, trainer, exporter, reference)
+        state = self._restore(self._parts)
+        if dist.get_rank() == 0:
+            self._log.drop_from(state.step)
+        return state
+
+    def train(
+        self, step: int, groups: Sequence[SampleGroup], report: Callable[[Progress], None]
+    ) -> Mapping[str, float]:
+        """See `TrainerBackend.train`."""
+        interval = self._config.algorithm.ref_update_interval
+        trainer = self._loaded.trainer
+        metrics = trainer.train(groups, report, functools.partial(self._record, step) if self._log.groups else None)
+        if interval is not None and (step + 1) % interval == 0:
+            trainer.update_reference()
+        return metrics
+
+    def export(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """See the class and `TrainerBackend.export`."""
+        return self._loaded.exporter.tensors()
+
+    def export_layout(self) -> Sequence[tuple[str, torch.dtype, tuple[int, ...]]]:
+        """See `TrainerBackend.export_layout`."""
+        return self._loaded.exporter.layout
+
+    def save(self, directory: pathlib.Path, state: TrainerState) -> None:
+        """Write a checkpoint that is there whole or not at all; see `checkpoint`."""
+        parts = self._loaded
+        record = Record(
+            state=state,
+            iteration=parts.trainer.iteration,
+            world_size=dist.get_world_size(),
+            config_digest=digest(self._config),
+        )
+        checkpoint.save(directory, self._contents(parts), record)
+
+    def save_hf(self, directory: pathlib.Path) -> None:
+        """See `TrainerBackend.save_hf`; the files' tensors have the rollout's dtype."""
+        tensors = self._loaded.exporter.tensors(fuse=False)
+        source = pathlib.Path(str(self._config.rollout.hf_checkpoint))
+        partial = directory.with_name(directory.name + ".tmp")
+        write_hf_checkpoint(partial, source, tensors, settings.DTYPES[self._config.rollout.rollout_dtype])
+        if dist.get_rank() == 0:
+            shutil.rmtree(directory, ignore_errors=True)
+            partial.rename(directory)
+        dist.barrier()
+
+    def close(self) -> None:
+        """Free the model. The backend can `load` again."""
+        self._parts = None
+        groups.destroy()
+        gc.collect()
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _record(self, step: int, batch: RolloutBatch, **tokens: Any) -> None:
+        place = self._loaded.place
+        if place.tensor_rank == place.context_rank == 0 and place.is_last_stage:
+            self._log.write(step, recorded(batch, self._log.groups, place.data.rank, **tokens))
+
+    def _load_reference(self, model: MegatronModel) -> WeightCopy:
+        folder = self._config.checkpoint.ref_load
+        if folder in (None, self._config.rollout.hf_checkpoint):
+            return WeightCopy(model)
+        policy = WeightCopy(model)
+        model.bridge.load_hf_weights(model.chunks, hf_path=folder)
+        reference = WeightCopy(model)
+        policy.put()
+        return reference
+
+    def _routing(self, model: MegatronModel, place: groups.Place) -> Routing | None:
+        if not wants_replay(self._config):
+            return None
+        replay = ModelReplay(model.bare_chunks, moe_layer_numbers(model.config))
+        return Routing(
+            self._config, replay, place, self._device, sequence_parallel=bool(model.config.sequence_parallel)
+        )
+
+    def _restore(self, parts: _Loaded) -> TrainerState:
+        self.loaded_from = newest(self._checkpoint_dir)
+        if self.loaded_from is None and self._config.checkpoint.load is not None:
+            self.loaded_from = newest(pathlib.Path(self._config.checkpoint.load))
+        if self.loaded_from is None:
+            return TrainerState()
+        record = checkpoint.load(self.loaded_from, self._contents(parts))
+        parts.trainer.iteration = record.iteration
+        if record.config_digest != digest(self._config):
+            logger.warning("%s was saved under another configuration; going on with the new one", self.loaded_from)
+        return record.state
+
+    def _contents(self, parts: _Loaded) -> checkpoint.Contents:
+        config = self._config
+        return checkpoint.Contents(
+            model=parts.model,
+            optimizer=None if config.checkpoint.no_save_optim else parts.optimizer.inner,
+            reference=None if config.algorithm.ref_update_interval is None else parts.reference,
+        )
+
+    @property
+    def _loaded(self) -> _Loaded:
+        if self._parts is None:
+            raise RuntimeError("the trainer holds no model: call load() first")
+        return self._parts

@@ -1,0 +1,152 @@
+"""Checkpoints in Megatron-Core's torch_dist format, which any layout can read, beside the trainer's record.
+
+DIR/step_00000012/          appears by rename, once everything in it is on disk
+    .metadata, common.pt, *.distcp      parameters, optimizer state
+    trainer.json                        as for every backend
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+import shutil
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from miles.services.trainer.backends.fsdp.checkpoint import Record, complete, read_record
+from miles.services.trainer.backends.megatron.copies import WeightCopy
+from miles.services.trainer.backends.megatron.model import MegatronModel
+
+_CONTENT = {
+    "distrib_optim_sharding_type": "fully_reshardable",
+    "distrib_optim_fully_reshardable_mem_efficient": False,
+    "singleton_local_shards": False,
+    "chained_optim_avoid_prefix": True,
+}
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Contents:
+    """What has tensors to save."""
+
+    model: MegatronModel
+    optimizer: Any | None
+    """megatron.core's; None to leave its state out."""
+    reference: WeightCopy | None
+    """None unless it changes during the run."""
+
+
+def save(directory: pathlib.Path, contents: Contents, record: Record) -> None:
+    """Write a checkpoint to `directory`, replacing one of the same name; collective over ranks.
+
+    A crash at any moment leaves either no folder of that name, or the old one, or the new one whole.
+    """
+    from megatron.core import dist_checkpointing
+
+    partial = directory.with_name(directory.name + ".tmp")
+    if dist.get_rank() == 0:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    dist.barrier()
+    dist_checkpointing.save(_tensors(contents, loading=False), str(partial), content_metadata=_CONTENT)
+    dist.barrier()
+    if dist.get_rank() == 0:
+        complete(partial, directory, record)
+    dist.barrier()
+
+
+def load(directory: pathlib.Path, contents: Contents) -> Record:
+    """Read a checkpoint, of any layout, into the model and the optimizer; collective over ranks.
+
+    Raises FileNotFoundError when it is incomplete and ValueError when it is none of this backend.
+    """
+    from megatron.core import dist_checkpointing
+
+    record = read_record(directory)
+    if not dist_checkpointing.check_is_distributed_checkpoint(str(directory)):
+        raise ValueError(f"{directory} is not a checkpoint of the megatron backend; name another folder in load")
+    if contents.optimizer is not None:
+        _make_states(contents.optimizer)
+    loaded = dist_checkpointing.load(_tensors(contents, loading=True), str(directory))
+    if contents.reference is not None:
+        _load_model(contents.model, loaded, "reference")
+        contents.reference.take()
+    _load_model(contents.model, loaded, "model")
+    if contents.optimizer is not None:
+        contents.optimizer.load_state_dict(loaded["optimizer"])
+    return record
+
+
+def load_weights(directory: pathlib.Path, model: MegatronModel) -> None:
+    """Read only the parameters; collective."""
+    from megatron.core import dist_checkpointing
+
+    loaded = dist_checkpointing.load(_sharded_model(model, "model"), str(directory))
+    _load_model(model, loaded, "model")
+
+
+def save_weights(directory: pathlib.Path, model: MegatronModel) -> None:
+    """Write only the parameters; collective."""
+    from megatron.core import dist_checkpointing
+
+    if dist.get_rank() == 0:
+        directory.mkdir(parents=True, exist_ok=True)
+    dist.barrier()
+    dist_checkpointing.save(_sharded_model(model, "model"), str(directory), content_metadata=_CONTENT)
+    dist.barrier()
+
+
+def _tensors(contents: Contents, *, loading: bool) -> dict[str, Any]:
+    tensors = _sharded_model(contents.model, "model")
+    if contents.optimizer is not None:
+        tensors["optimizer"] = contents.optimizer.sharded_state_dict(
+            dict(tensors), is_loading=loading, metadata=_CONTENT
+        )
+    if contents.reference is not None:
+        tensors |= _sharded_reference(contents.model, contents.reference)
+    return tensors
+
+
+def _sharded_model(model: MegatronModel, name: str) -> dict[str, Any]:
+    """By chunk: model, or model0, model1, … with virtual stages. The tensors' own keys are global."""
+    chunks = model.bare_chunks
+    keys = [name] if len(chunks) == 1 else [f"{name}{i}" for i in range(len(chunks))]
+    return {key: chunk.sharded_state_dict() for key, chunk in zip(keys, chunks, strict=True)}
+
+
+def _sharded_reference(model: MegatronModel, reference: WeightCopy) -> dict[str, Any]:
+    """The reference's tensors under keys of their own, in the layout of the model."""
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor
+    from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
+
+    own = WeightCopy(model)
+    reference.put()
+    sharded = _sharded_model(model, "reference")
+    for state in sharded.values():
+        for key, value in state.items():
+            if isinstance(value, ShardedTensor) and value.data is not None:
+                state[key] = dataclasses.replace(value, data=value.data.detach().clone())
+    own.put()
+    add_prefix_for_sharding(sharded, "reference.")
+    return sharded
+
+
+def _load_model(model: MegatronModel, loaded: dict[str, Any], name: str) -> None:
+    chunks = model.bare_chunks
+    for i, chunk in enumerate(chunks):
+        chunk.load_state_dict(loaded[name if len(chunks) == 1 else f"{name}{i}"], strict=False)
+
+
+def _make_states(optimizer: Any) -> None:
+    """PyTorch's AdamW makes its state in the first step; a checkpoint is read into a state that is there."""
+    for each in getattr(optimizer, "chained_optimizers", [optimizer]):
+        inner = getattr(each, "optimizer", None)
+        if not isinstance(inner, torch.optim.Optimizer):
+            continue
+        for group in inner.param_groups:
+            for parameter in group["params"]:
+                if not inner.state[parameter]:
+                    zeros = torch.zeros_like(parameter.data)
+                    inner.state[parameter].update(step=torch.tensor(0.0), exp_avg=zeros, exp_avg_sq=zeros.clone())

@@ -1,0 +1,78 @@
+"""The policy's weights under the names of its Hugging Face checkpoint, a tensor at a time."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+
+from miles.services.trainer.backends.megatron.model import MegatronModel
+
+Named = tuple[str, torch.Tensor]
+_EXPERT = re.compile(r"(?P<layer>.*\.mlp\.experts)\.(?P<expert>\d+)\.(?P<part>gate|up|down)_proj\.weight")
+
+
+class Exporter:
+    """Gathers one parameter after the other: no rank ever holds more of the model than its own part and one tensor."""
+
+    def __init__(self, model: MegatronModel, dtype: torch.dtype, *, fuse_experts: bool) -> None:
+        """`fuse_experts` joins a layer's experts as transformers' modelling code holds them.
+
+        Collective: it goes through one export to learn what there will be.
+        """
+        self._model = model
+        self._dtype = dtype
+        self._fuse = fuse_experts
+        self._tasks: list[Any] = model.bridge.get_conversion_tasks(model.chunks)
+        self._by_token = {
+            task.mapping.hf_param
+            for task in self._tasks
+            if task is not None and task.global_param_name.endswith(("word_embeddings.weight", "output_layer.weight"))
+        } | {"lm_head.weight"}
+        self.layout = [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in self.tensors()]
+
+    def tensors(self, *, fuse: bool | None = None) -> Iterator[Named]:
+        """Complete tensors on every rank, in a fixed order; collective."""
+        found = self._gathered()
+        yield from join_experts(found) if (self._fuse if fuse is None else fuse) else found
+
+    def _gathered(self) -> Iterator[Named]:
+        weights = self._model.bridge.export_hf_weights(
+            self._model.chunks, cpu=False, show_progress=False, conversion_tasks=self._tasks
+        )
+        for name, tensor in weights:
+            whole = tensor.detach()
+            if name in self._by_token:
+                whole = whole[: self._model.vocabulary]  # without what makes it divide over ranks
+            yield name, whole.to(self._dtype) if whole.is_floating_point() else whole
+
+
+def join_experts(tensors: Iterable[Named]) -> Iterator[Named]:
+    """Per-expert matrices as the two three-dimensional parameters that transformers 5 has for a layer.
+
+    gate_up_proj is [experts, 2 × intermediate, hidden], gate first, and down_proj [experts, hidden, intermediate]. A
+    layer's parameters come where its last expert was; all other tensors pass through.
+    """
+    layer: str | None = None
+    parts: dict[tuple[str, int], torch.Tensor] = {}
+    for name, tensor in tensors:
+        match = _EXPERT.fullmatch(name)
+        if layer is not None and (match is None or match["layer"] != layer):
+            yield from _joined(layer, parts)
+            layer, parts = None, {}
+        if match is None:
+            yield name, tensor
+        else:
+            layer = match["layer"]
+            parts[match["part"], int(match["expert"])] = tensor
+    if layer is not None:
+        yield from _joined(layer, parts)
+
+
+def _joined(layer: str, parts: dict[tuple[str, int], torch.Tensor]) -> Iterator[Named]:
+    experts = sorted({expert for _, expert in parts})
+    gate, up, down = ([parts[part, expert] for expert in experts] for part in ("gate", "up", "down"))
+    yield f"{layer}.gate_up_proj", torch.stack([torch.cat(pair) for pair in zip(gate, up, strict=True)])
+    yield f"{layer}.down_proj", torch.stack(down)

@@ -1,0 +1,166 @@
+"""The policy in Megatron-Core, built from a Hugging Face checkpoint by megatron-bridge."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from miles.services.trainer.backends.megatron.groups import Place
+
+if TYPE_CHECKING:
+    from miles.config import JobConfig
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class MegatronModel:
+    """This rank's part of the model."""
+
+    bridge: Any
+    """megatron.bridge.AutoBridge of the Hugging Face checkpoint."""
+    config: Any
+    """The TransformerConfig that all chunks share."""
+    chunks: list[Any]
+    """One for each virtual pipeline stage of this rank, wrapped in DistributedDataParallel."""
+    vocabulary: int
+    """Tokens of the model without padding."""
+
+    @property
+    def bare_chunks(self) -> list[Any]:
+        """The chunks without wrappers."""
+        from megatron.core.utils import unwrap_model
+
+        bare: list[Any] = unwrap_model(self.chunks)
+        return bare
+
+    def parameters(self) -> list[tuple[str, torch.Tensor]]:
+        """Name and tensor of this rank's parameters and persistent buffers, in a fixed order."""
+        found = []
+        for index, chunk in enumerate(self.bare_chunks):
+            persistent = set(chunk.state_dict(keep_vars=True))
+            found += [(f"{index}.{name}", parameter) for name, parameter in chunk.named_parameters()]
+            found += [(f"{index}.{name}", buffer) for name, buffer in chunk.named_buffers() if name in persistent]
+        return found
+
+
+def uses_transformer_engine(config: JobConfig) -> bool:
+    """Whether layers are TransformerEngine's. Raises ValueError when it is asked for and not installed."""
+    from megatron.core.extensions.transformer_engine import HAVE_TE
+
+    asked = config.megatron.transformer_impl
+    if asked == "transformer_engine" and not HAVE_TE:
+        raise ValueError(
+            "transformer_impl = transformer_engine, but it is not installed; install it, or set it to local"
+        )
+    return bool(HAVE_TE) and asked != "local"
+
+
+def build_model(config: JobConfig, place: Place, compute: torch.dtype, *, wrap: bool = True) -> MegatronModel:
+    """Build this rank's part and load its weights; collective.
+
+    Raises FileNotFoundError when there is no checkpoint and ValueError for a model that the bridge does not know.
+    """
+    from megatron.bridge import AutoBridge
+    from megatron.core.distributed import DistributedDataParallelConfig
+    from megatron.core.transformer.module import Float16Module
+
+    folder = pathlib.Path(str(config.rollout.hf_checkpoint))
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(
+            f"no model in {folder}: there is no config.json; set hf_checkpoint to a Hugging Face folder"
+        )
+    bridge = AutoBridge.from_hf_pretrained(str(folder))
+    provider = bridge.to_megatron_provider()
+    _configure(provider, config, place, compute)
+    provider.finalize()
+    chunks = provider.provide_distributed_model(
+        ddp_config=DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True,
+            overlap_grad_reduce=config.megatron.overlap_grad_reduce,
+            overlap_param_gather=config.megatron.overlap_param_gather,
+            use_distributed_optimizer=config.megatron.use_distributed_optimizer,
+        )
+        if wrap
+        else None,
+        wrap_with_ddp=wrap,
+        fp16=compute is torch.float16,
+        bf16=compute is torch.bfloat16,
+        use_cpu_initialization=config.services.device == "cpu",
+        mixed_precision_wrapper=Float16Module,
+    )
+    return MegatronModel(bridge, provider, chunks, provider.vocab_size)
+
+
+def _configure(provider: Any, config: JobConfig, place: Place, compute: torch.dtype) -> None:
+    """Fill in the provider's fields, which are those of Megatron-Core's TransformerConfig and GPTModel."""
+    layout = config.megatron
+    with_engine = uses_transformer_engine(config)
+    values: dict[str, Any] = {
+        "params_dtype": compute,
+        "pipeline_dtype": compute,
+        "autocast_dtype": compute,
+        "tensor_model_parallel_size": layout.tensor_model_parallel_size,
+        "pipeline_model_parallel_size": layout.pipeline_model_parallel_size,
+        "virtual_pipeline_model_parallel_size": layout.num_virtual_stages_per_pipeline_rank,
+        "context_parallel_size": layout.context_parallel_size,
+        "expert_model_parallel_size": layout.expert_model_parallel_size,
+        "expert_tensor_parallel_size": layout.expert_tensor_parallel_size,
+        "sequence_parallel": layout.sequence_parallel and layout.tensor_model_parallel_size > 1,
+        "variable_seq_lengths": True,  # micro-batches differ in length
+        "calculate_per_token_loss": True,  # gradients are sums; the loss has its denominator already
+        "should_pad_vocab": True,
+        "make_vocab_size_divisible_by": 1,  # Megatron multiplies it by the tensor-parallel size
+        "attention_dropout": 0.0,  # old and new log-probabilities must come from the same function
+        "hidden_dropout": 0.0,
+        "recompute_granularity": layout.recompute_granularity,
+        "recompute_method": layout.recompute_method,
+        "recompute_num_layers": layout.recompute_num_layers,
+        "recompute_modules": list(layout.recompute_modules),
+        "moe_token_dispatcher_type": layout.moe_token_dispatcher_type,
+        "moe_router_load_balancing_type": "aux_loss" if layout.moe_aux_loss_coeff else "none",
+        "moe_aux_loss_coeff": layout.moe_aux_loss_coeff,
+        "moe_router_bias_update_rate": 0.0,  # the router's bias belongs to pre-training
+        "moe_enable_routing_replay": wants_replay(config),
+        "moe_router_dtype": "fp32",
+        "moe_router_fusion": False,  # the fused router chooses before replay could
+        "cross_entropy_loss_fusion": False,
+        "deterministic_mode": False,
+        "mtp_num_layers": None,
+        "mtp_enabled": False,
+    }
+    if layout.num_virtual_stages_per_pipeline_rank:
+        values |= {"overlap_p2p_comm": True, "batch_p2p_comm": False}
+    if not with_engine:
+        values |= dict.fromkeys(_NEEDS_TRANSFORMER_ENGINE, False)
+        values["transformer_impl"] = "local"
+    for name, value in values.items():
+        if hasattr(provider, name):
+            setattr(provider, name, value)
+    if not with_engine:
+        from miles.services.trainer.backends.megatron.local_layers import local_block_spec
+
+        provider.transformer_layer_spec = local_block_spec
+    elif layout.attention_backend != "auto":
+        from megatron.core.transformer.enums import AttnBackend
+
+        provider.attention_backend = AttnBackend[layout.attention_backend]
+
+
+_NEEDS_TRANSFORMER_ENGINE = (
+    "apply_rope_fusion",
+    "bias_activation_fusion",
+    "bias_dropout_fusion",
+    "gradient_accumulation_fusion",
+    "masked_softmax_fusion",
+    "moe_grouped_gemm",
+    "moe_permute_fusion",
+    "moe_shared_expert_overlap",
+    "persist_layer_norm",
+)
+
+
+def wants_replay(config: JobConfig) -> bool:
+    """Whether the routers' choices may be prescribed."""
+    return config.algorithm.use_routing_replay or config.rollout.use_rollout_routing_replay

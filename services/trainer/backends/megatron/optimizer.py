@@ -1,0 +1,88 @@
+"""Megatron-Core's optimizer, with the schedule, clipping and refusals that every backend has."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from miles.services.trainer.backends.fsdp.optimizer import learning_rate
+
+if TYPE_CHECKING:
+    from miles.config import JobConfig
+    from miles.services.trainer.backends.megatron.model import MegatronModel
+
+
+class MegatronOptimizer:
+    """AdamW over this rank's parameters or its share of them; vectors and scalars are not decayed."""
+
+    def __init__(self, config: JobConfig, model: MegatronModel, compute: torch.dtype) -> None:
+        from megatron.core.distributed import finalize_model_grads
+        from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+
+        settings = config.optimizer
+        self._config = settings
+        self._chunks = model.chunks
+        self.inner: Any = get_megatron_optimizer(
+            OptimizerConfig(
+                optimizer="adam",
+                lr=settings.lr,
+                min_lr=settings.min_lr,
+                weight_decay=settings.weight_decay,
+                adam_beta1=settings.adam_beta1,
+                adam_beta2=settings.adam_beta2,
+                adam_eps=settings.adam_eps,
+                clip_grad=settings.clip_grad,
+                params_dtype=compute,
+                bf16=compute is torch.bfloat16,
+                fp16=compute is torch.float16,
+                initial_loss_scale=2.0**14,
+                use_distributed_optimizer=config.megatron.use_distributed_optimizer,
+                overlap_param_gather=config.megatron.overlap_param_gather,
+            ),
+            model.chunks,
+        )
+
+        def finalize(chunks: list[Any], num_tokens: torch.Tensor | None = None, **others: Any) -> None:
+            """Sum gradients over ranks and leave them so: the loss has been divided already."""
+            finalize_model_grads(chunks, None, **others)
+
+        model.config.finalize_model_grads_func = finalize
+        model.config.grad_scale_func = self.inner.scale_loss
+        if config.megatron.overlap_grad_reduce:
+            syncs = [chunk.no_sync for chunk in model.chunks]
+            model.config.no_sync_func = syncs if len(syncs) > 1 else syncs[0]
+            starts = [chunk.start_grad_sync for chunk in model.chunks]
+            model.config.grad_sync_func = starts if len(starts) > 1 else starts[0]
+
+    @property
+    def rate(self) -> float:
+        """Learning rate of the last step."""
+        rate: float = self.inner.param_groups[0]["lr"]
+        return rate
+
+    def clear(self) -> None:
+        """Forget gradients."""
+        for chunk in self._chunks:
+            chunk.zero_grad_buffer()
+        self.inner.zero_grad()
+
+    def step(self, iteration: int, total_iterations: int) -> float:
+        """Clip and step; returns the gradient's norm before clipping, 0 for a step that float16 overflow skipped.
+
+        Raises FloatingPointError, before anything changed, for a gradient that is not finite in other types.
+        """
+        rate = learning_rate(iteration, self._config, total_iterations)
+        for group in self.inner.param_groups:
+            group["lr"] = rate
+            group["weight_decay"] = self._config.weight_decay * group["wd_mult"]
+        if not self.inner.prepare_grads():
+            norm = float(self.inner.get_grad_norm())
+            if not math.isfinite(norm):
+                raise FloatingPointError(
+                    f"the gradient's norm is {norm}; the weights were left as they were. A lower lr, a smaller clip "
+                    "range or train_dtype float32 may help; rewards and log-probabilities of this step are worth a look"
+                )
+        done, norm, _ = self.inner.step()
+        return float(norm) if done and norm is not None else 0.0

@@ -1,0 +1,168 @@
+"""Experts chosen elsewhere, replayed in Megatron-Core's routers, for each micro-batch in flight.
+
+Megatron-Core asks a router's `RouterReplay` for its choice. Ours is told the rows' experts before a chunk's forward
+pass and keeps them for the backward pass, in which recomputed layers ask again: chunks run backward in the order in
+which they ran forward. Weights of the chosen experts come from the router's own logits, so it is trained.
+Dims: L local rows (this tensor-parallel rank's, with sequence parallelism), K experts per token.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from megatron.core.transformer.moe.router_replay import RouterReplay
+
+Chosen = tuple[torch.Tensor, torch.Tensor]
+"""Scores and experts, [L, K]."""
+
+
+class LayerReplay(RouterReplay):  # type: ignore[misc]
+    """The choices of one layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.prescribed: torch.Tensor | None = None
+        """int64 [L, K] of the forward pass that runs; None to choose freely."""
+        self.kept: deque[torch.Tensor | None] = deque()
+        """What was prescribed in forward passes whose backward pass is to come."""
+        self.in_backward = False
+        self.recording = False
+        self.recorded: torch.Tensor | None = None
+        self.counted_L: torch.Tensor | None = None
+        """bool [L]; rows that count as tokens."""
+        self.different: list[torch.Tensor] = []
+        """For each forward pass, how many counted rows the router would have sent elsewhere; 0-d."""
+
+    def get_replay_topk(
+        self,
+        scores: torch.Tensor,
+        topk: int,
+        num_groups: int | None = None,
+        group_topk: int | None = None,
+        default_compute_topk: Callable[..., Chosen] | None = None,
+    ) -> Chosen:
+        """What the router calls to choose; scores are [L, experts]."""
+        assert default_compute_topk is not None
+        experts_LK = self.kept.popleft() if self.in_backward else self.prescribed
+        if experts_LK is not None and self.in_backward:
+            return scores.gather(1, experts_LK), experts_LK
+        if experts_LK is not None:
+            self._compare(default_compute_topk(scores.detach(), topk, num_groups, group_topk)[1], experts_LK)
+            return scores.gather(1, experts_LK), experts_LK
+        chosen = default_compute_topk(scores, topk, num_groups, group_topk)
+        if self.recording and not self.in_backward:
+            self.recorded = chosen[1].detach()
+        return chosen
+
+    def _compare(self, free_LK: torch.Tensor, experts_LK: torch.Tensor) -> None:
+        differs_L = (free_LK.sort(dim=1).values != experts_LK.sort(dim=1).values).any(dim=1)
+        if self.counted_L is not None:
+            differs_L = differs_L & self.counted_L
+        self.different.append(differs_L.sum())
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Layer:
+    index: int
+    """Among the mixture-of-experts layers of the whole model: dense layers do not count."""
+    top_k: int
+    replay: LayerReplay
+
+
+class ModelReplay:
+    """Record and replay of the routing of this rank's chunks of one model."""
+
+    def __init__(self, chunks: Sequence[Any], moe_layers: Sequence[int]) -> None:
+        """`chunks` are bare; `moe_layers` the numbers (from 1) of the model's mixture-of-experts layers.
+
+        Raises ValueError when there are none.
+        """
+        if not moe_layers:
+            raise ValueError(
+                "the model has no mixture-of-experts layers, so there is no routing to replay; "
+                "turn off use_routing_replay and use_rollout_routing_replay"
+            )
+        order = {number: index for index, number in enumerate(moe_layers)}
+        self._chunks: list[list[_Layer]] = []
+        for chunk in chunks:
+            layers = []
+            for layer in chunk.decoder.layers:
+                router = getattr(getattr(layer, "mlp", None), "router", None)
+                if router is not None:
+                    router.router_replay = LayerReplay()
+                    layers.append(_Layer(order[layer.layer_number], router.topk, router.router_replay))
+            self._chunks.append(layers)
+        # The library keeps every instance it ever made; these are told layer by layer.
+        RouterReplay.clear_global_router_replay_instances()
+        self.num_layers = len(moe_layers)
+
+    def prescribe(self, chunk: int, experts_LNK: torch.Tensor | None, counted_L: torch.Tensor | None = None) -> None:
+        """Before a chunk's forward pass: its rows' experts, int64 [L, all moe layers, K], or None to choose freely."""
+        for layer in self._chunks[chunk]:
+            layer.replay.in_backward = False
+            layer.replay.counted_L = counted_L
+            layer.replay.prescribed = None if experts_LNK is None else experts_LNK[:, layer.index].contiguous()
+
+    def record(self, chunk: int) -> None:
+        """Before a chunk's forward pass: let its layers choose, and note what."""
+        self.prescribe(chunk, None)
+        for layer in self._chunks[chunk]:
+            layer.replay.recording = True
+
+    def recorded(self, chunk: int) -> dict[int, torch.Tensor]:
+        """After it: int64 [L, K] by mixture-of-experts layer."""
+        found = {}
+        for layer in self._chunks[chunk]:
+            assert layer.replay.recorded is not None, "record() was not called before the forward pass"
+            found[layer.index] = layer.replay.recorded
+            layer.replay.recording, layer.replay.recorded = False, None
+        return found
+
+    def prescribe_layers(self, chunk: int, experts: dict[int, torch.Tensor]) -> None:
+        """As `prescribe`, with what `recorded` gave."""
+        self.prescribe(chunk, None)
+        for layer in self._chunks[chunk]:
+            layer.replay.prescribed = experts[layer.index]
+
+    def forward_done(self, chunk: int, *, backward_follows: bool) -> None:
+        """After a chunk's forward pass: from now on, until the next one, routers run in backward passes."""
+        for layer in self._chunks[chunk]:
+            if backward_follows:
+                layer.replay.kept.append(layer.replay.prescribed)
+        for layers in self._chunks:
+            for layer in layers:
+                layer.replay.in_backward = bool(layer.replay.kept)
+
+    def finish(self) -> None:
+        """After a pass over micro-batches: forget every choice."""
+        for layers in self._chunks:
+            for layer in layers:
+                layer.replay.prescribed = None
+                layer.replay.kept.clear()
+                layer.replay.in_backward = False
+
+    def take_different(self) -> torch.Tensor | None:
+        """Rows × local layers that routers would have sent elsewhere since the last call; 0-d, None without layers."""
+        counts = [count for layers in self._chunks for layer in layers for count in layer.replay.different]
+        for layers in self._chunks:
+            for layer in layers:
+                layer.replay.different.clear()
+        return torch.stack(counts).sum() if counts else None
+
+    def layers_of(self, chunk: int) -> int:
+        """Mixture-of-experts layers of a chunk."""
+        return len(self._chunks[chunk])
+
+
+def moe_layer_numbers(config: Any) -> list[int]:
+    """Numbers (from 1) of the mixture-of-experts layers of a TransformerConfig."""
+    if config.num_moe_experts is None:
+        return []
+    frequency = config.moe_layer_freq
+    if isinstance(frequency, int):
+        return [i + 1 for i in range(config.num_layers) if i % frequency == 0]
+    return [i + 1 for i, is_moe in enumerate(frequency) if is_moe]

@@ -1,0 +1,75 @@
+"""A few optimizer steps with a trainer backend over any number of ranks, and what came of them."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import sys
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+from trainer_cases import job_config, random_groups
+
+from miles.services.trainer.backend import TrainerBackend
+from miles.services.trainer.worker import create_backend
+
+STEPS = 3
+
+
+def run_case(case: dict[str, Any], out: pathlib.Path) -> None:
+    """Carry out a case on every rank; rank 0 writes `NAME.json` (metrics) and `NAME.safetensors` (exported weights).
+
+    A case has: name, model (folder), flags (changes of the configuration), routing (experts, layers, top-k) or None,
+    and optionally save, load and extra steps; see `tests/integration/test_megatron_backend.py`.
+    """
+    name, routing = case["name"], case.get("routing")
+    config = job_config(
+        pathlib.Path(case["model"]),
+        **{"actor_num_gpus_per_node": dist.get_world_size(), "log_samples_per_step": 0, **case["flags"]},
+    )
+    backend = create_backend(config, out / name / "checkpoints", torch.device("cpu"))
+    state = backend.load()
+    metrics = []
+    for step in range(state.step, case.get("steps", STEPS)):
+        groups = random_groups(step, routing=tuple(routing) if routing else None)
+        for sample in (s for group in groups for s in group.samples):
+            sample.teacher_log_probs = None
+        metrics.append(dict(backend.train(step, groups, lambda progress: None)))
+        state.finish_step({})
+        if case.get("save_at") == step + 1:
+            backend.save(out / name / "checkpoints" / f"step_{step + 1:08d}", state)
+    weights = exported(backend)
+    layout = [[n, str(dtype), list(shape)] for n, dtype, shape in backend.export_layout()]
+    if case.get("save_hf"):
+        backend.save_hf(out / name / "hf")
+    if dist.get_rank() == 0:
+        save_file(weights, out / f"{name}.safetensors")
+        (out / f"{name}.json").write_text(json.dumps({"metrics": metrics, "layout": layout}))
+    backend.close()
+
+
+def exported(backend: TrainerBackend) -> dict[str, torch.Tensor]:
+    """The exported weights by name; collective."""
+    return {name: tensor.detach().cpu().clone().contiguous() for name, tensor in backend.export()}
+
+
+def main(cases_file: str, out: str) -> None:
+    """Run every case of a JSON file, one after the other, in this process or under torchrun."""
+    torch.set_num_threads(1)
+    if "RANK" in os.environ:
+        dist.init_process_group("gloo")
+    else:
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        for case in json.loads(pathlib.Path(cases_file).read_text()):
+            run_case(case, pathlib.Path(out))
+            print("done", case["name"], flush=True)
+    finally:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
