@@ -39,6 +39,7 @@ class SwappingEngine:
 
     def __init__(self) -> None:
         self._version: int | None = None
+        self.device = torch.device("cpu")
         self._parameters: dict[str, torch.nn.Parameter] = {}
 
     @property

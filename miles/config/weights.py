@@ -10,10 +10,13 @@ from miles.config.section import Positive, PositiveFloat, Section
 class WeightsConfig(Section):
     """Publication of weights."""
 
-    update_weight_transfer_mode: Literal["auto", "shared_memory", "disk_delta", "grpc_chunks"] = "auto"
+    update_weight_transfer_mode: Literal[
+        "auto", "shared_memory", "disk_delta", "grpc_chunks", "broadcast", "cuda_ipc"
+    ] = "auto"
     """Transport: shared_memory maps a file of this host, without a copy; disk_delta writes what changed to
     update_weight_disk_dir; grpc_chunks streams through the weight-sync service. auto gives each engine the first of
-    these that it can use."""
+    these that it can use. broadcast sends from the trainer's ranks to the engines, by NCCL between GPUs and by gloo
+    between CPUs; cuda_ipc shares GPU memory within a node."""
 
     update_weight_disk_dir: str | None = None
     """Folder on storage that the weight-sync service, trainers and engines share, for engines on other hosts."""

@@ -15,6 +15,8 @@ TRANSPORT_OF_MODE: Mapping[str, TransportKind.ValueType] = {
     "shared_memory": weightsync_pb2.TRANSPORT_KIND_SHARED_MEMORY,
     "disk_delta": weightsync_pb2.TRANSPORT_KIND_DISK_DELTA,
     "grpc_chunks": weightsync_pb2.TRANSPORT_KIND_GRPC_CHUNKS,
+    "broadcast": weightsync_pb2.TRANSPORT_KIND_COLLECTIVE,
+    "cuda_ipc": weightsync_pb2.TRANSPORT_KIND_CUDA_IPC,
 }
 """By `update_weight_transfer_mode`; auto leaves the choice to the weightsync service."""
 

@@ -40,6 +40,10 @@ class WeightTarget(Protocol):
     def version(self) -> int | None:
         """Version served now; None before the first `load_weights`."""
 
+    @property
+    def device(self) -> torch.device:
+        """Where transports that need not go through host memory are to put the weights."""
+
     async def load_weights(self, version: int, tensors: Mapping[str, torch.Tensor]) -> float:
         """Swap in a full set of weights; return how long generation stood still, in seconds."""
 
@@ -265,7 +269,7 @@ class WeightSubscriber:
             self._prefetched = None
         kind = order.handle.kind
         if kind not in self._transports:
-            self._transports[kind] = create_transport(kind, Endpoint(address=self._address))
+            self._transports[kind] = create_transport(kind, Endpoint(self._address, self._target.device))
         received = await asyncio.to_thread(self._transports[kind].receive, order.handle, order.manifest)
         self._prefetched = _Bytes(order.publication_id, order.manifest, received)
         if self.state is SubscriberState.SERVING:

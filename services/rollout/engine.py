@@ -111,6 +111,10 @@ class RolloutEngine(Protocol):
         """Policy version served now; None before the first `load_weights`."""
 
     @property
+    def device(self) -> torch.device:
+        """Where new weights are best put before `load_weights` gets them."""
+
+    @property
     def max_running_requests(self) -> int:
         """Requests that can decode at once."""
 

@@ -50,6 +50,11 @@ class Serving:
         return self._engine.version
 
     @property
+    def device(self) -> torch.device:
+        """Where new weights are best put before they are loaded."""
+        return self._engine.device
+
+    @property
     def paused(self) -> bool:
         """True while no step may run."""
         return self._paused

@@ -36,6 +36,10 @@ class HoldingEngine:
     def version(self) -> int | None:
         return self._version
 
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cpu")
+
     async def load_weights(self, version: int, tensors: Mapping[str, torch.Tensor]) -> float:
         if version == self._fail_at:
             self._fail_at = -1

@@ -78,3 +78,9 @@ def changes_of_weights_have_a_folder(s: Settings) -> Iterator[Fault]:
         yield Fault(
             "update_weight_transfer_mode", "disk_delta", problem, "set it to a folder that all hosts share, or use auto"
         )
+
+
+@rule
+def gpu_memory_is_shared_on_gpus(s: Settings) -> Iterator[Fault]:
+    if s.update_weight_transfer_mode == "cuda_ipc" and s.device == "cpu":
+        yield Fault("update_weight_transfer_mode", "cuda_ipc", "device is cpu", "use auto, or broadcast")

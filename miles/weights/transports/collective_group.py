@@ -36,7 +36,7 @@ class Timing:
     """How long engines that ask for the same version are waited for after the first."""
     linger_s: float = 2.0
     """The same for engines of the last broadcast, whose group would otherwise have to be made anew."""
-    connect_s: float = 10.0
+    connect_s: float = 5.0
     """How long a receiver tries to reach a source."""
     patience_s: float = 30.0
     """How long a bucket, or the making of a group, may take."""

@@ -46,7 +46,7 @@ def receive_from(
 ) -> None:
     """Take one source's buckets of a version; asks again when others make a broadcast fail, until `deadline_s`.
 
-    `deadline_s` is on the monotonic clock; of `timing`, connect_s and patience_s count here. Raises ConnectionError when
+    `deadline_s` is on the monotonic clock; of `timing`, connect_s and patience_s count. Raises ConnectionError when
     the source is gone or does not hold the version, and TimeoutError past the deadline.
     """
     while True:

@@ -92,6 +92,11 @@ class TorchEngine:
         return None if self._worker is None else self._worker.generator.version
 
     @property
+    def device(self) -> torch.device:
+        """Where the model computes."""
+        return self._device
+
+    @property
     def max_running_requests(self) -> int:
         """Requests that can decode at once."""
         return self._max_running_requests
