@@ -48,6 +48,7 @@ async function send(path, { method = "GET", query = {}, body, headers = {}, sign
   setConnection(away ? "away" : "live");
   if (answer.ok) return answer;
   const document = await answer.json().catch(() => ({}));
+  if (document.type === "/problems/unknown-key") key.set(null);
   if (answer.status === 401) signals.dispatchEvent(new CustomEvent("key-needed", { detail: document.detail }));
   throw new Problem(answer.status, document);
 }

@@ -17,6 +17,7 @@ export const CHARTS = [
   { id: "speed", title: "Tokens per second", series: [["tokens_per_s", "trained on"]] },
   { id: "time", title: "Time of a step", shares: [["perf/rollout_time", "waiting for samples"], ["perf/actor_train_time", "training"], ["perf/update_weights_time", "weights"]], total: "perf/step_time" },
   { id: "length", title: "Response length", series: [["rollout/response_len/mean", "mean"], ["rollout/response_len/max", "longest"]], unit: "tokens" },
+  { id: "loss", title: "Loss", series: [["train/loss", "all"], ["train/pg_loss", "policy"]] },
   { id: "gradient", title: "Gradient norm", series: [["train/grad_norm", "before clipping"]] },
 ];
 
@@ -53,6 +54,13 @@ export class Curves {
   latest(name) {
     const values = this.values.get(name);
     return values ? values.get(Math.max(...values.keys())) : undefined;
+  }
+
+  /** Mean of the newest values. */
+  recent(name, count) {
+    const values = this.values.get(name);
+    const newest = values ? [...values.keys()].sort((a, b) => b - a).slice(0, count) : [];
+    return newest.length ? newest.reduce((sum, step) => sum + values.get(step), 0) / newest.length : undefined;
   }
 
   first(name) {
@@ -137,8 +145,9 @@ export class Chart {
     const totals = this.curves.values.get(this.definition.total) ?? new Map();
     const steps = [...totals.keys()].sort((a, b) => a - b);
     this.raw = lines.map(([name]) => steps.map((step) => (this.curves.values.get(name).get(step) ?? 0) / (totals.get(step) || 1)));
+    const shown = this.smooth ? this.raw.map(smoothed) : this.raw;
     const sums = steps.map(() => 0);
-    return [steps, ...this.raw.map((share) => share.map((value, i) => (sums[i] = Math.min(1, sums[i] + value))))];
+    return [steps, ...shown.map((share) => share.map((value, i) => (sums[i] = Math.min(1, sums[i] + value))))];
   }
 
   build(lines, shape, data) {

@@ -28,7 +28,7 @@ export function configTab(panel, data) {
     if (!data.job || panel.hidden) return;
     const wanted = filter.value.trim().toLowerCase();
     const rows = Object.entries(data.job.config)
-      .filter(([name, value]) => (!changed.checked || !isDefault(known[name], value)) && (!wanted || name.includes(wanted)))
+      .filter(([name, value]) => (!changed.checked || (name in known && !isDefault(known[name], value))) && (!wanted || name.includes(wanted)))
       .sort(([a], [b]) => a.localeCompare(b));
     reconcile(settings, rows, ([name]) => name, ([name]) => h("tr", {}, h("th", { scope: "row", class: "mono" }, name), h("td", { class: "mono" })), (row, [name, value]) => {
       setText(row.children[1], typeof value === "string" ? value : JSON.stringify(value));

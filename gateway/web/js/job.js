@@ -15,6 +15,7 @@ import { samplesTab } from "./samples.js";
 const HISTORY_S = 900;
 const MOST_POINTS = 2000;
 const LONG_S = 60;
+const STEPS_FOR_TIME = 20;
 const LIVE = ["starting", "running", "recovering"];
 const ACTIONS = [
   ["pause", "Pause", LIVE], ["resume", "Resume", ["paused", "failed", "stopped"]], ["checkpoint", "Checkpoint", [...LIVE, "paused"]],
@@ -212,7 +213,7 @@ function aboutText(job) {
 function figureTexts(job, curves) {
   const reward = curves.latest("rollout/raw_reward");
   const gain = reward === undefined ? "" : `${signed(reward - curves.first("rollout/raw_reward"))} since the first step`;
-  const step = curves.latest("perf/step_time");
+  const step = curves.recent("perf/step_time", STEPS_FOR_TIME);
   const left = job.num_rollout - job.policy_version;
   const end = job.ended_at ? Date.parse(job.ended_at) / 1000 : Date.now() / 1000;
   const took = job.started_at ? duration(end - Date.parse(job.started_at) / 1000) : "–";
@@ -220,7 +221,7 @@ function figureTexts(job, curves) {
   return [
     ["Steps", `${job.policy_version} / ${job.num_rollout || "?"}`, step && left > 0 && !job.ended_at ? `${duration(step * left)} left` : ""],
     ["Reward", number(reward), gain],
-    ["Tokens per second", number(curves.latest("tokens_per_s")), "trained on"],
+    ["Tokens per second", number(curves.recent("tokens_per_s", STEPS_FOR_TIME)), "trained on"],
     ["Step", step === undefined ? "–" : duration(step), `${took} in all`],
     ["Staleness", number(curves.latest("rollout/fully_async/avg_staleness")), `at most ${number(curves.latest("rollout/fully_async/max_staleness"))} versions`],
     ["Log-prob difference", number(difference), difference === 0 ? "equal to the bit" : "engine to trainer"],

@@ -22,7 +22,7 @@ export function jobsView(main) {
   const table = h("div", { class: "card scroll" },
     h("table", { class: "jobs" },
       h("caption", { class: "unseen" }, "Jobs, newest first"),
-      h("thead", {}, h("tr", {}, ["Job", "State", "Progress", "Reward", "Submitted", "Took", "By"].map((name) => h("th", { scope: "col" }, name)))),
+      h("thead", {}, h("tr", {}, ["Job", "State", "Progress", "Reward", "Submitted", "Took", "By"].map((name) => h("th", { scope: "col", class: name === "Took" ? "num" : "" }, name)))),
       body));
   const none = h("div", { class: "card", hidden: true },
     empty("No jobs yet", "Submit one here, with curl, or with the miles command.",

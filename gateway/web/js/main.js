@@ -78,7 +78,11 @@ document.querySelector(".skip").addEventListener("click", (event) => {
   main.focus();
 });
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => dispatchEvent(new Event("miles-theme")));
-signals.addEventListener("key-needed", ({ detail }) => askForKey(detail, () => show(true)));
+signals.addEventListener("key-needed", ({ detail }) => {
+  if (current?.asked) return; // whoever does not want to give one is not asked again and again
+  if (current) current.asked = true;
+  askForKey(detail, () => show(true));
+});
 signals.addEventListener("connection", ({ detail }) => {
   const sign = document.getElementById("connection");
   sign.dataset.state = detail;

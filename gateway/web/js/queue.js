@@ -13,12 +13,12 @@ export function queueTab(panel, data) {
   const running = h("tbody");
   const runningTable = h("div", { class: "scroll" }, h("table", {},
     h("caption", { class: "unseen" }, "Groups being generated"),
-    h("thead", {}, h("tr", {}, ["Group", "Worker", "Attempt", "Since", "For"].map((name) => h("th", { scope: "col" }, name)))), running));
+    h("thead", {}, h("tr", {}, ["Group", "Worker", "Attempt", "Since", "For"].map((name, i) => h("th", { scope: "col", class: i > 1 ? "num" : "" }, name)))), running));
   const idle = empty("Nothing is being generated", "Groups show here while a worker has them.");
   const versions = h("tbody");
   const versionsTable = h("div", { class: "scroll" }, h("table", {},
     h("caption", { class: "unseen" }, "Versions held by engines"),
-    h("thead", {}, h("tr", {}, ["Worker", "Weights", "State", "Version", "Behind", "Last failure"].map((name) => h("th", { scope: "col" }, name)))), versions));
+    h("thead", {}, h("tr", {}, ["Worker", "Weights", "State", "Version", "Behind", "Last failure"].map((name, i) => h("th", { scope: "col", class: i === 3 || i === 4 ? "num" : "" }, name)))), versions));
   const noEngines = empty("No engine holds weights", "Versions show here while the job runs.");
   const published = h("span", { class: "dim small num" });
   panel.append(h("div", { class: "stack" },

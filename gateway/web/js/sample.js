@@ -105,7 +105,7 @@ export class SampleView {
     const { of, signed: twoSigns, label } = MEASURES[this.measure];
     const values = this.spans.map((_, i) => of(this.tokens, i) ?? null);
     const sizes = values.filter((value) => value !== null).map(Math.abs).sort((a, b) => a - b);
-    const top = sizes.length ? sizes[Math.floor(0.99 * (sizes.length - 1))] || sizes.at(-1) : 0;
+    const top = sizes.length ? sizes[Math.ceil(0.99 * (sizes.length - 1))] || sizes.at(-1) : 0;
     this.spans.forEach((span, i) => {
       const strength = values[i] === null || !top ? 0 : Math.min(1, Math.abs(values[i]) / top);
       span.style.setProperty("--heat", `${Math.round(strength * 100)}%`);

@@ -21,7 +21,7 @@ export function samplesTab(panel, data) {
   const body = h("tbody");
   const table = h("div", { class: "scroll" }, h("table", { class: "samples" },
     h("caption", { class: "unseen" }, "Samples, newest step first"),
-    h("thead", {}, h("tr", {}, COLUMNS.map((name, i) => h("th", { scope: "col", class: [3, 7, 8].includes(i) ? "" : "num" }, name)))), body));
+    h("thead", {}, h("tr", {}, COLUMNS.map((name, i) => h("th", { scope: "col", class: [3, 8].includes(i) ? "" : "num" }, name)))), body));
   const none = empty("No samples", "They come with each training step; change the filter to see others.");
   const more = h("button", { hidden: true, onclick: () => load(true) }, "More samples");
   const news = h("button", { class: "quiet", hidden: true, onclick: () => load(false) }, "");

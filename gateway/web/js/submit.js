@@ -35,7 +35,7 @@ export function submitView(main, rest) {
   const text = h("textarea", { id: "config-text", spellcheck: false, autocomplete: "off", wrap: "off", "aria-label": "Configuration", "aria-describedby": "faults-title", oninput: () => changed(true), onscroll: () => { gutter.scrollTop = text.scrollTop; } });
   const gutter = h("div", { class: "gutter num", "aria-hidden": "true" });
   const fields = new Map(FIELDS.map((name) => [name, makeField(name)]));
-  const title = h("h2", { id: "faults-title", role: "status" }, "");
+  const title = h("h2", { id: "faults-title", "aria-live": "polite" }, "");
   const list = h("ol", { class: "faults" });
   const submit = h("button", { class: "primary" }, "Submit the job");
   const search = h("input", { type: "search", placeholder: "Find a setting", "aria-label": "Find a setting", data: { filter: "" }, oninput: showSettings });

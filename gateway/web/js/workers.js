@@ -12,7 +12,7 @@ export function workersView(main) {
   const body = h("tbody");
   const table = h("div", { class: "card scroll" }, h("table", {},
     h("caption", { class: "unseen" }, "Workers"),
-    h("thead", {}, h("tr", {}, ["Worker", "Health", "Activity", "Unchanged for", "Load", "Version", "Address", "Process"].map((name) => h("th", { scope: "col" }, name)))), body));
+    h("thead", {}, h("tr", {}, ["Worker", "Health", "Activity", "Unchanged for", "Load", "Version", "Address", "Process"].map((name, i) => h("th", { scope: "col", class: i === 3 || i === 5 ? "num" : "" }, name)))), body));
   const none = h("div", { class: "card", hidden: true }, empty("No workers are attached", "Start services with miles serve, or train.py."));
   const trouble = h("p", { class: "notice", data: { tone: "bad" }, hidden: true });
   main.append(h("div", { class: "stack" }, h("h1", {}, "Workers"), trouble, table, none));

@@ -72,6 +72,7 @@ function scalar(text) {
 export function write(value) {
   if (typeof value === "string") return typeof scalar(value) === "string" && !/[#:"'[\]{}\n]|^\s|\s$|^$/.test(value) ? value : JSON.stringify(value);
   if (Array.isArray(value) && value.every((each) => !String(each).includes(","))) return `[${value.map(write).join(", ")}]`;
+  if (typeof value === "number" && value !== 0 && Math.abs(value) < 1e-3) return value.toExponential();
   return JSON.stringify(value);
 }
 
