@@ -36,7 +36,8 @@ class RewardConfig(Section):
     """How often a failed call is repeated."""
 
     reward_failure_policy: Literal["retry", "drop"] = "retry"
-    """A group with a sample that could not be scored is generated again, or dropped."""
+    """When a sample could not be scored: generate its group again, or leave the sample out of training (the group too
+    when none of its samples has a reward)."""
 
     @property
     def service_addresses(self) -> dict[str, str]:

@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Callable
 
 import grpc.aio
 
+from miles.rpc.advertise import reachable_address
 from miles.rpc.channel import connect
 from miles.rpc.gen import controller_pb2, controller_pb2_grpc
 
@@ -36,7 +37,9 @@ class WorkerAttachment:
         heartbeat: Callable[[], controller_pb2.WorkerHeartbeat],
         num_gpus: int = 0,
         info: dict[str, str | int | float] | None = None,
+        advertise: str | None = None,
     ) -> None:
+        """`address` is where the worker listens, and `advertise` where it is reached, as of `reachable_address`."""
         self._controller_address = controller_address
         self._heartbeat = heartbeat
         self._lease_ttl_s = 3.0
@@ -44,7 +47,7 @@ class WorkerAttachment:
         self.registration = controller_pb2.WorkerRegistration(
             worker_id=worker_id,
             kind=kind,
-            address=address,
+            address=reachable_address(address, advertise, controller_address),
             incarnation=uuid.uuid4().hex,
             num_gpus=num_gpus,
             info_json=json.dumps({"pid": os.getpid(), "host": platform.node(), **(info or {})}),

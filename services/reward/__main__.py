@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from miles.reward_sdk import start_reward_server
 from miles.reward_sdk.scorer import Scorer
 from miles.rpc import ExitCode, ServiceExit, WorkerAttachment, main
+from miles.rpc.advertise import add_advertise_flag
 from miles.rpc.gen import controller_pb2
 from miles.services.reward.builtin import BUILTIN, sources
 
@@ -26,6 +27,7 @@ def parse_flags(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--custom-rm-path", metavar="PACKAGE.MODULE.FUNCTION", help=custom)
     add("--group-rm", action="store_true", help="the custom function takes the samples of one prompt, returns a list")
     add("--workers", type=int, default=0, help="worker processes at most; 0 means one a core")
+    add_advertise_flag(parser)
     add("--controller", metavar="HOST:PORT", help="controller to attach to; without it the service stands alone")
     add("--worker-id", default="reward-0", help="name of this worker, the same over its restarts")
     flags = parser.parse_args(arguments)
@@ -60,6 +62,7 @@ async def serve(flags: argparse.Namespace) -> None:
         attachment = WorkerAttachment(
             flags.controller,
             worker_id=flags.worker_id,
+            advertise=flags.advertise,
             kind=controller_pb2.WORKER_KIND_REWARD,
             address=address,
             heartbeat=lambda: heartbeat(scorer),

@@ -7,6 +7,7 @@ import asyncio
 from collections.abc import Sequence
 
 from miles.rpc import WorkerAttachment, main, start_server
+from miles.rpc.advertise import add_advertise_flag
 from miles.rpc.gen import controller_pb2, rollout_pb2, rollout_pb2_grpc
 from miles.services.rollout.service import RolloutServicer
 
@@ -21,6 +22,7 @@ def parse_flags(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--listen", default="127.0.0.1:0", metavar="HOST:PORT", help="where to listen; port 0 picks a free one")
+    add_advertise_flag(parser)
     add("--controller", metavar="HOST:PORT", help="controller to attach to; without it the service stands alone")
     add("--worker-id", default="rollout-0", help="name of this worker, the same over its restarts")
     add("--device", help="what engines compute on: auto, cpu, cuda, cuda:1, ...; default: what the job says")
@@ -44,6 +46,7 @@ async def serve(flags: argparse.Namespace) -> None:
         attachment = WorkerAttachment(
             flags.controller,
             worker_id=flags.worker_id,
+            advertise=flags.advertise,
             kind=controller_pb2.WORKER_KIND_ROLLOUT,
             address=address,
             heartbeat=servicer.heartbeat,

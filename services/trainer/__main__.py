@@ -14,6 +14,7 @@ import threading
 from typing import TYPE_CHECKING
 
 from miles.rpc import ExitCode, WorkerAttachment, main, start_server
+from miles.rpc.advertise import add_advertise_flag
 
 if TYPE_CHECKING:
     import torch
@@ -36,6 +37,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--listen", default="127.0.0.1:0", metavar="HOST:PORT", help="where rank 0 serves; port 0 picks a free one"
     )
+    add_advertise_flag(parser)
     parser.add_argument("--controller", metavar="HOST:PORT", help="controller to register with")
     parser.add_argument("--worker-id", default="trainer", help="name to register under")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="what to compute on")
@@ -132,6 +134,7 @@ async def serve(arguments: argparse.Namespace, ranks: Ranks, worker: RankWorker)
                 attachment = WorkerAttachment(
                     arguments.controller,
                     worker_id=arguments.worker_id,
+                    advertise=arguments.advertise,
                     kind=controller_pb2.WORKER_KIND_TRAINER,
                     address=address,
                     heartbeat=servicer.heartbeat,

@@ -11,6 +11,7 @@ import sys
 import grpc.aio
 
 from miles.rpc import WorkerAttachment, main, start_server
+from miles.rpc.advertise import add_advertise_flag
 from miles.rpc.gen import controller_pb2, weightsync_pb2_grpc
 from miles.services.weightsync.records import Settings
 from miles.services.weightsync.segments import default_directory
@@ -58,6 +59,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
         action="store_true",
         help="leave the bytes in place on an orderly stop too, for a restart in the middle of a run; needs --state-dir",
     )
+    add_advertise_flag(parser)
     parser.add_argument("--controller", metavar="HOST:PORT", help="controller to register with")
     parser.add_argument("--worker-id", default="weightsync", help="name to register under")
     options = parser.parse_args(arguments)
@@ -88,6 +90,7 @@ async def serve(arguments: argparse.Namespace) -> None:
                 attachment = WorkerAttachment(
                     arguments.controller,
                     worker_id=arguments.worker_id,
+                    advertise=arguments.advertise,
                     kind=controller_pb2.WORKER_KIND_WEIGHTSYNC,
                     address=address,
                     heartbeat=servicer.heartbeat,
