@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import itertools
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
@@ -87,8 +88,7 @@ def _send(
             times += sender.send(mine, bucket, part)
             sent += bucket
         else:
-            for _ in part:
-                pass
+            collections.deque(part, maxlen=0)  # keeps nothing, not even the last tensor, which keeps its bucket
     extra, _ = next(tensors, ("", None))
     if extra:
         raise ManifestError(f"the export yields {extra!r} after the last tensor of its layout")

@@ -122,9 +122,12 @@ class FsdpBackend:
     def export(self) -> Iterator[tuple[str, torch.Tensor]]:
         """See the class and `TrainerBackend.export`."""
         dtype = settings.DTYPES[self._config.rollout.rollout_dtype]
-        weights, limit = named_weights(self._loaded.policy), self._config.weights.update_weight_buffer_size
-        device = self._device
-        return gathered(weights, dtype, limit, lambda n: torch.empty(n, dtype=torch.uint8, device=device))
+        limit = self._config.weights.update_weight_buffer_size
+        return gathered(named_weights(self._loaded.policy), dtype, limit, self.new_bucket)
+
+    def new_bucket(self, nbytes: int) -> torch.Tensor:
+        """Memory for a bucket of an export, uint8 (nbytes,)."""
+        return torch.empty(nbytes, dtype=torch.uint8, device=self._device)
 
     def export_layout(self) -> Sequence[tuple[str, torch.dtype, tuple[int, ...]]]:
         """See `TrainerBackend.export_layout`."""
