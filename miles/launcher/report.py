@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pathlib
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -52,7 +53,7 @@ def plot_reward(metrics_path: pathlib.Path, image_path: pathlib.Path) -> None:
         axes.plot(*zip(*rewards, strict=True), label="training reward")
     names = sorted({key for line in lines for key in line if key.startswith("eval/") and key.count("/") == 1})
     for name in names:
-        points = [(line["step"] + 1, line[name]) for line in lines if line.get(name) is not None]
+        points = evaluation_points(lines, name)
         axes.plot(*zip(*points, strict=True), marker="o", linestyle="--", label=name)
     axes.set(xlabel="step", ylabel="mean reward")
     axes.grid(alpha=0.3)
@@ -60,6 +61,12 @@ def plot_reward(metrics_path: pathlib.Path, image_path: pathlib.Path) -> None:
         axes.legend()
     figure.savefig(image_path, dpi=120)
     pyplot.close(figure)
+
+
+def evaluation_points(lines: Sequence[Mapping[str, Any]], name: str) -> list[tuple[float, float]]:
+    """(steps trained, score) of each evaluation called `name`, e.g. eval/sort; the one before training is at 0."""
+    version = f"{name}/weight_version"
+    return [(line.get(version, line["step"] + 1), line[name]) for line in lines if line.get(name) is not None]
 
 
 def _number(value: float | None) -> str:

@@ -122,6 +122,7 @@ class Evaluation:
             rewards = [[_number(sample, key) for sample in group.samples] for group in groups]
             samples = [sample for group in groups for sample in group.samples]
             metrics[f"eval/{name}"] = float(np.mean([reward for group in rewards for reward in group]))
+            metrics[f"eval/{name}/weight_version"] = float(self.version)
             metrics[f"eval/{name}/response_len/mean"] = float(np.mean([s.response_length for s in samples]))
             metrics[f"eval/{name}/truncated_ratio"] = float(
                 np.mean([s.status is SampleStatus.TRUNCATED for s in samples])

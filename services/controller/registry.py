@@ -53,11 +53,10 @@ class WorkerRegistry:
             return known
         if known is not None:
             known.lost.set()
+            self._by_kind[known.registration.kind].pop(registration.worker_id)
         worker = AttachedWorker(
             registration, lease.number, controller_pb2.WorkerHeartbeat(), time.time_ns(), asyncio.Event()
         )
-        if known is not None:
-            self._by_kind[known.registration.kind].pop(registration.worker_id)
         self._workers[registration.worker_id] = self._by_kind[registration.kind][registration.worker_id] = worker
         self._gone.pop(registration.worker_id, None)
         self._notify()
