@@ -4,93 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import pathlib
-import socket
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable
 
 import grpc.aio
 import pytest
-import torch
+from weight_host import DEADLINE_S, POLICY, GatedEngine, Host
 
-from miles.rpc import connect, connect_blocking, start_server
-from miles.rpc.gen import policy_pb2, weightsync_pb2, weightsync_pb2_grpc
-from miles.services.weightsync.records import Settings
-from miles.services.weightsync.service import SERVICE_NAME, WeightSyncServicer
-from miles.weights import SubscriberState, WeightPublisher, WeightSubscriber
-
-POLICY = policy_pb2.WEIGHT_STREAM_POLICY
-DEADLINE_S = 30.0
-
-
-class GatedEngine:
-    """Loads when its gate is open."""
-
-    def __init__(self) -> None:
-        self.version: int | None = None
-        self.gate = asyncio.Event()
-        self.gate.set()
-        self.loading = asyncio.Event()
-        self.loads: list[int] = []
-        self.tensors: Mapping[str, torch.Tensor] = {}
-
-    async def load_weights(self, version: int, tensors: Mapping[str, torch.Tensor]) -> float:
-        self.loading.set()
-        await self.gate.wait()
-        self.loads.append(version)
-        self.version, self.tensors = version, tensors
-        return 0.0
-
-    async def weight_bytes(self) -> Mapping[str, torch.Tensor]:
-        return self.tensors
-
-
-class Host:
-    """The service in this process, on an address that survives its restarts."""
-
-    def __init__(self, folder: pathlib.Path) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.address = f"127.0.0.1:{probe.getsockname()[1]}"
-        self._folder = folder
-        self._server: grpc.aio.Server | None = None
-
-    async def start(self) -> None:
-        settings = Settings(first_retry_s=0.1, last_retry_s=0.1)
-        self._servicer = WeightSyncServicer(self._folder / "state", self._folder, keep_bytes=True, settings=settings)
-        self._servicer.start()
-
-        def register(server: grpc.aio.Server) -> None:
-            weightsync_pb2_grpc.add_WeightSyncServiceServicer_to_server(self._servicer, server)
-
-        self._server, _ = await start_server(register, self.address, [SERVICE_NAME])
-
-    async def stop(self) -> None:
-        if self._server is not None:
-            self._servicer.close()
-            await self._server.stop(0)
-            self._server = None
-
-    async def publish(self, version: int) -> None:
-        tensors = {"w": torch.full((1000,), float(version))}
-
-        def work() -> None:
-            with connect_blocking(self.address) as channel:
-                publisher = WeightPublisher(weightsync_pb2_grpc.WeightSyncServiceStub(channel), "job", POLICY)
-                publisher.publish(version, version, [("w", torch.float32, (1000,))], tensors.items())
-
-        await asyncio.to_thread(work)
-
-    async def activate(self, version: int, deadline_s: float = DEADLINE_S) -> weightsync_pb2.ActivateDone:
-        request = weightsync_pb2.ActivateRequest(
-            version=policy_pb2.WeightVersion(job_id="job", stream=POLICY, version=version),
-            operation_id=f"{version} within {deadline_s}",
-            deadline_ms=int(deadline_s * 1000),
-            min_engines=1,
-        )
-        async with connect(self.address) as channel:
-            stub = weightsync_pb2_grpc.WeightSyncServiceStub(channel)
-            async for response in stub.Activate(request, timeout=DEADLINE_S + 10):
-                last = response
-        return last.done
+from miles.weights import SubscriberState, WeightSubscriber
 
 
 @pytest.fixture
@@ -99,7 +19,7 @@ async def host(tmp_path: pathlib.Path) -> AsyncIterator[Host]:
     made = Host(tmp_path)
     await made.start()
     yield made
-    await made.stop()
+    await made.close()
 
 
 @pytest.fixture
