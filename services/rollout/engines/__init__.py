@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 ENGINES = ("torch", "sglang")
 
 
-def create_engine(name: str, **options: Any) -> RolloutEngine:
+def create_engine(name: str, /, **options: Any) -> RolloutEngine:
     """Build the engine called `name` with its own options; nothing is loaded before `start`.
 
     Raises ValueError for a name that is not in `ENGINES`.

@@ -38,7 +38,7 @@ def in_buckets(tensors: Iterable[NamedTensor], limit_bytes: int) -> Iterator[lis
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Bucket:
-    """Tensors copied one after the other into a buffer that other processes can map."""
+    """Tensors in one buffer that other processes can map."""
 
     flat: torch.Tensor
     """uint8, on the device of the tensors."""
@@ -53,17 +53,39 @@ class Bucket:
 
 
 def flatten(tensors: Sequence[NamedTensor]) -> Bucket:
-    """Copy tensors, all on one device, into a new buffer there."""
+    """A buffer that holds the tensors, which are all on one device: the one they share on a GPU, else a copy."""
+    return _in_common(tensors) or _copied(tensors)
+
+
+def are_together(tensors: Sequence[NamedTensor]) -> bool:
+    """Whether all tensors lie in one allocation of a GPU."""
+    first = tensors[0][1]
+    start = first.untyped_storage().data_ptr()
+    return first.is_cuda and all(tensor.untyped_storage().data_ptr() == start for _, tensor in tensors)
+
+
+def _in_common(tensors: Sequence[NamedTensor]) -> Bucket | None:
+    """The tensors where they are, if they lie in one allocation of a GPU."""
+    if not are_together(tensors):
+        return None
+    storage = tensors[0][1].untyped_storage()
+    entries = []
+    for name, tensor in tensors:
+        start = int(tensor.storage_offset()) * tensor.element_size()
+        if not tensor.is_contiguous():
+            return None
+        entries.append(_entry(name, tensor, start))
+    flat = torch.empty(0, dtype=torch.uint8, device=tensors[0][1].device).set_(storage)
+    return Bucket(flat, entries)
+
+
+def _copied(tensors: Sequence[NamedTensor]) -> Bucket:
     entries = []
     end = 0
     for name, tensor in tensors:
         start = -(-end // _ALIGNMENT) * _ALIGNMENT
         end = start + tensor.nbytes
-        entries.append(
-            types.SimpleNamespace(
-                name=name, shape=tensor.shape, dtype=tensor.dtype, start_idx=start, end_idx=end, numel=tensor.nbytes
-            )
-        )
+        entries.append(_entry(name, tensor, start))
     flat = torch.empty(max(end, 1), dtype=torch.uint8, device=tensors[0][1].device)
     if not flat.is_cuda:
         flat.share_memory_()  # type: ignore[no-untyped-call]
@@ -74,6 +96,17 @@ def flatten(tensors: Sequence[NamedTensor]) -> Bucket:
     if flat.is_cuda:
         torch.cuda.current_stream(flat.device).synchronize()
     return Bucket(flat, entries)
+
+
+def _entry(name: str, tensor: torch.Tensor, start: int) -> types.SimpleNamespace:
+    return types.SimpleNamespace(
+        name=name,
+        shape=tensor.shape,
+        dtype=tensor.dtype,
+        start_idx=start,
+        end_idx=start + tensor.nbytes,
+        numel=tensor.nbytes,
+    )
 
 
 def share_by_name() -> None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
 import logging
 import os
 import pathlib
 import signal
 import socket
 import subprocess
+import sys
 from collections.abc import Sequence
 from typing import IO
 
@@ -18,7 +18,14 @@ from miles.services.rollout.engines.sglang.errors import ServerUnstartable
 
 log = logging.getLogger(__name__)
 
-_PR_SET_PDEATHSIG = 1
+_DIE_WITH_PARENT = """
+import ctypes, os, signal, sys
+PR_SET_PDEATHSIG = 1
+ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+if os.getppid() == int(sys.argv[1]):
+    os.execvp(sys.argv[2], sys.argv[2:])
+"""
+"""Becomes the command given; the GPU memory of a server must not outlive a service that was killed."""
 _STOP_GRACE_S = 10.0
 _LOG_TAIL_BYTES = 3000
 
@@ -46,13 +53,12 @@ class ServerProcess:
             output = log_path.open("ab")
         try:
             process = await asyncio.create_subprocess_exec(
-                *command,
+                *(sys.executable, "-c", _DIE_WITH_PARENT, str(os.getpid()), *command),
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 env={**os.environ, "PYTHONUNBUFFERED": "1"},
                 start_new_session=True,
-                preexec_fn=_die_with_parent,
             )
         except OSError as error:
             raise ServerUnstartable(f"{command[0]} cannot be run: {error}") from error
@@ -101,8 +107,3 @@ class ServerProcess:
     def _signal(self, number: signal.Signals) -> None:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self._process.pid, number)
-
-
-def _die_with_parent() -> None:
-    # Its GPU memory must not outlive a service that was killed.
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

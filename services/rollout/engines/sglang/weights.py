@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import shutil
+import sys
 import tempfile
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
@@ -152,7 +153,9 @@ class WeightLoader:
     async def _push(
         self, replicas: Sequence[Replica], version: int | None, tensors: list[NamedTensor], selector: Selector
     ) -> None:
-        parts = list(buckets.in_buckets(checkpoint_names(tensors), self._options.bucket_bytes))
+        # Where tensors lie in one allocation of a GPU, the bucket is that one, and nothing is copied.
+        limit = sys.maxsize if buckets.are_together(tensors) else self._options.bucket_bytes
+        parts = list(buckets.in_buckets(checkpoint_names(tensors), limit))
         if self._options.weight_path == "disk" and selector != "draft":
             await self._push_files(replicas, version, parts)
             return

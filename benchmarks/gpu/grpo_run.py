@@ -1,0 +1,100 @@
+"""Whole GRPO runs of SmolLM2-135M on one-digit sums with SGLang rollouts and the fsdp trainer, on one GPU.
+
+    python -m benchmarks.gpu.grpo_run --model DIR
+    python -m benchmarks.gpu.grpo_run --model DIR --layouts side-by-side --steps 10
+
+`side-by-side`: engine and trainer hold their memory at once. `colocated`: the engine frees its memory while the trainer
+works. The table has the median step (the first left out), where the time went, tokens per second of the whole run, how
+far the trainer's log-probabilities are from the engine's (bfloat16), and accuracy before and after.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import pathlib
+import statistics
+import subprocess
+import sys
+import time
+from typing import Any
+
+REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
+RECIPE = "examples/smollm2_chain_sum/config.yaml"
+LAYOUTS = {"side-by-side": (), "colocated": ("--colocate",)}
+GPU_FLAGS = (
+    *("--sglang-attention-backend", "triton", "--sglang-sampling-backend", "pytorch"),
+    *("--sglang-mem-fraction-static", "0.4", "--sglang-max-total-tokens", "200000"),
+    *("--sglang-cuda-graph-bs-decode", "1", "16", "64", "128", "256"),
+    *("--sglang-disable-prefill-cuda-graph", "--sglang-log-level", "warning"),
+)
+CPU_FLAGS = ("--sglang-attention-backend", "torch_native", "--sglang-mem-fraction-static", "0.3")
+RUN_DEADLINE_S = 420.0
+
+
+def run(args: argparse.Namespace, layout: str, folder: pathlib.Path) -> dict[str, Any]:
+    """One run; what its metrics say."""
+    command = [sys.executable, "train.py", "--config", RECIPE, "--hf-checkpoint", args.model]
+    command += ["--device", args.device, "--rollout-backend", "sglang", "--run-dir", str(folder), "--no-gateway"]
+    command += ["--num-rollout", str(args.steps), "--lr-decay-iters", str(args.steps), "--actor-num-gpus-per-node", "1"]
+    command += [*(GPU_FLAGS if args.device == "cuda" else CPU_FLAGS), *LAYOUTS[layout], *args.more]
+    if args.python:
+        command += ["--rollout-engine-python", args.python]
+    folder.mkdir(parents=True, exist_ok=True)
+    began = time.monotonic()
+    with (folder / "output.log").open("w") as log:
+        try:
+            ended = subprocess.run(command, cwd=REPOSITORY, stdout=log, stderr=log, timeout=RUN_DEADLINE_S).returncode
+        except subprocess.TimeoutExpired:
+            ended = -1
+    result: dict[str, Any] = {"status": ended, "wall_s": time.monotonic() - began}
+    metrics = folder / "metrics.jsonl"
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
+    steps = [line for line in lines if "perf/step_time" in line]
+    if steps:
+        later = steps[1:] or steps
+        result |= {
+            "steps": len(steps),
+            "step_s": statistics.median(line["perf/step_time"] for line in later),
+            "rollout_s": statistics.median(line["perf/rollout_time"] for line in later),
+            "train_s": statistics.median(line["perf/actor_train_time"] for line in later),
+            "sync_s": statistics.median(line["perf/update_weights_time"] for line in later),
+            "tokens_per_s": sum(line["rollout/response_tokens"] for line in later)
+            / sum(line["perf/step_time"] for line in later),
+            "abs_diff": statistics.mean(line["train/train_rollout_logprob_abs_diff"] for line in steps),
+        }
+    accuracy = [value for line in lines for key, value in line.items() if key == "eval/chain_sum"]
+    if accuracy:
+        result |= {"before": accuracy[0], "after": accuracy[-1]}
+    summary = folder / "summary.json"
+    if summary.exists():
+        result["time_share"] = json.loads(summary.read_text()).get("time_share")
+    return result
+
+
+def main() -> None:
+    """Run and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="SmolLM2-135M-Instruct as a Hugging Face checkpoint")
+    parser.add_argument("--layouts", nargs="+", default=list(LAYOUTS), choices=list(LAYOUTS))
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
+    parser.add_argument("--python", default="", help="interpreter that has SGLang, when it is another one")
+    parser.add_argument("--runs", type=pathlib.Path, default=pathlib.Path("runs/gpu-benchmark"), help="folder for runs")
+    parser.add_argument("more", nargs="*", help="more flags of train.py, after --")
+    args = parser.parse_args()
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    results = {}
+    for layout in args.layouts:
+        results[layout] = run(args, layout, (args.runs / layout).absolute())
+        print(layout, json.dumps(results[layout]), flush=True)
+    columns = ("steps", "step_s", "rollout_s", "train_s", "sync_s", "tokens_per_s", "abs_diff", "before", "after")
+    print("\n" + f"{'layout':<14}{'status':>7}{'wall_s':>8}" + "".join(f"{column:>13}" for column in columns))
+    for layout, result in results.items():
+        cells = "".join(f"{result[c]:>13.4g}" if c in result else f"{'-':>13}" for c in columns)
+        print(f"{layout:<14}{result['status']:>7}{result['wall_s']:>8.0f}{cells}")
+
+
+if __name__ == "__main__":
+    main()

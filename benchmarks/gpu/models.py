@@ -1,0 +1,78 @@
+"""Random models of a size, made on the spot, with a byte tokenizer."""
+
+from __future__ import annotations
+
+import pathlib
+from typing import Any
+
+VOCABULARY = 32000
+
+
+def config_of(kind: str) -> Any:
+    """Configuration of `dense` (0.18 B parameters), `moe` (0.4 B, 32 experts) or `large` (2 B: 4 GB in bfloat16)."""
+    from transformers import Qwen3Config, Qwen3MoeConfig
+
+    common: dict[str, Any] = {
+        "vocab_size": VOCABULARY,
+        "head_dim": 64,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 4096,
+        "tie_word_embeddings": True,
+        "eos_token_id": VOCABULARY - 1,
+        "bos_token_id": None,
+        "pad_token_id": None,
+    }
+    if kind == "dense":
+        return Qwen3Config(
+            **common, hidden_size=1024, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=16
+        )
+    if kind == "moe":
+        return Qwen3MoeConfig(
+            **common,
+            hidden_size=768,
+            intermediate_size=2048,
+            num_hidden_layers=8,
+            num_attention_heads=12,
+            num_experts=32,
+            num_experts_per_tok=4,
+            moe_intermediate_size=512,
+            norm_topk_prob=True,
+        )
+    if kind == "large":
+        return Qwen3Config(
+            **common, hidden_size=2048, intermediate_size=8192, num_hidden_layers=31, num_attention_heads=32
+        )
+    raise ValueError(f"no model called {kind!r}: choose dense, moe or large")
+
+
+def write_tokenizer(folder: pathlib.Path) -> None:
+    """A tokenizer of bytes, whose end token is the last of the vocabulary."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = {char: i for i, char in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    words |= {f"<{i}>": i for i in range(len(words), VOCABULARY - 1)} | {"<|end|>": VOCABULARY - 1}
+    tokenizer = Tokenizer(models.BPE(vocab=words, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>").save_pretrained(folder)
+
+
+def write_checkpoint(folder: pathlib.Path, kind: str, *, weights: bool) -> pathlib.Path:
+    """A Hugging Face checkpoint in bfloat16; without `weights` it has configuration and tokenizer alone."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    config = config_of(kind)
+    if weights:
+        torch.manual_seed(0)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        with torch.device(device):
+            model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        model.save_pretrained(folder)
+    else:
+        config.architectures = ["Qwen3MoeForCausalLM" if kind == "moe" else "Qwen3ForCausalLM"]
+        config.dtype = "bfloat16"
+        config.save_pretrained(folder)
+    write_tokenizer(folder)
+    return folder
