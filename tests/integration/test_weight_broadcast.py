@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import concurrent.futures
+import datetime
 import pathlib
 import re
+import time
 from collections.abc import Callable, Iterator, Mapping
 
 import pytest
 import torch
-from broadcast_kit import Published, publish, random_tensors, transport, write
+import torch.distributed as dist
+from broadcast_kit import QUICK, Published, publish, random_tensors, transport, write
+from torch.distributed import distributed_c10d
 from weightsync_processes import Lines
 
+from miles.rpc.gen import weightsource_pb2
 from miles.weights.flat import FlatWeights
 from miles.weights.manifest import ChecksumMismatch, ManifestError
 from miles.weights.transports.collective import CollectiveTransport
+from miles.weights.transports.collective_group import Watch
+from miles.weights.transports.collective_member import receive_from
 
 SUPPORT = pathlib.Path(__file__).parent.parent / "support"
 BUCKET_BYTES = 4096
@@ -122,6 +129,70 @@ def test_a_version_with_a_bucket_missing_is_refused_by_both_sides(make: Make) ->
         engine.receive(handle, manifest)
 
 
+class ServerReceiver:
+    """Joins as an inference server does that is told to over HTTP: a group of torch.distributed, buckets without gaps.
+
+    SGLang's /init_weights_update_group makes its group by torch's own helper, over a store prefixed with the name.
+    """
+
+    packed = True
+    ranks = 1
+
+    def __init__(self, shapes: list[list[tuple[torch.dtype, torch.Size]]]) -> None:
+        self._shapes = shapes
+        self.received: list[torch.Tensor] = []
+
+    def join(self, source: str, ticket: weightsource_pb2.GroupTicket, watch: Watch) -> None:
+        timeout = datetime.timedelta(seconds=20)
+        url = f"tcp://{ticket.master_address}:{ticket.master_port}"
+        store, rank, size = next(dist.rendezvous(url, ticket.rank_offset, ticket.world_size, timeout=timeout))
+        self._group, _ = distributed_c10d._new_process_group_helper(
+            size,
+            rank,
+            [],
+            distributed_c10d.Backend(ticket.backend),
+            dist.PrefixStore(ticket.group_name, store),
+            group_name=ticket.group_name,
+            timeout=timeout,
+        )
+        distributed_c10d._world.pg_group_ranks[self._group] = {i: i for i in range(size)}
+
+    def take(self, source: str, watch: Watch) -> None:
+        for bucket in self._shapes:
+            sizes = [shape.numel() * dtype.itemsize for dtype, shape in bucket]
+            flat = torch.empty(sum(sizes), dtype=torch.uint8)
+            dist.broadcast(flat, src=0, group=self._group)
+            parts = zip(flat.split(sizes), bucket, strict=True)
+            self.received += [part.clone().view(dtype).view(shape) for part, (dtype, shape) in parts]
+
+    def leave(self, source: str) -> None:
+        dist.destroy_process_group(self._group)
+
+
+def test_a_server_with_a_group_of_torch_takes_part_beside_an_engine(make: Make) -> None:
+    trainer, engine = make(), make()
+    tensors = random_tensors(1)
+    published = publish([trainer], 1, tensors, BUCKET_BYTES)
+    handle, manifest = published
+    shapes = [
+        [
+            (tensors[tensor.name].dtype, tensors[tensor.name].shape)
+            for tensor in manifest.tensors
+            if bucket.offset <= tensor.offset < bucket.offset + bucket.nbytes
+        ]
+        for bucket in handle.collective.buckets
+    ]
+    server = ServerReceiver(shapes)
+    source = handle.collective.buckets[0].source
+    with concurrent.futures.ThreadPoolExecutor(2) as threads:
+        engine_has = threads.submit(engine.receive, *published)
+        receive_from(source, handle.publication_id, "server", server, time.monotonic() + 30, QUICK)
+        assert_holds(engine_has.result(timeout=30), tensors)
+    server.leave(source)
+    sent = [tensor for tensor in tensors.values() if tensor.numel()]
+    assert all(torch.equal(*pair) for pair in zip([t for t in server.received if t.numel()], sent, strict=True))
+
+
 @pytest.mark.parametrize("ending", ["SIGKILL", "SIGSTOP"])
 def test_an_engine_that_dies_or_hangs_in_the_middle_keeps_nobody_from_the_version(
     ending: str, tmp_path: pathlib.Path, make: Make, start: Callable[..., Lines]
@@ -143,7 +214,7 @@ def test_a_trainer_that_dies_in_the_middle_fails_the_engine_in_time(
     tmp_path: pathlib.Path, start: Callable[..., Lines]
 ) -> None:
     trainer = start("broadcast_source.py", tmp_path)
-    trainer.wait_for(lambda line: line == "offering", "an offer")
+    trainer.wait_for(lambda line: line == "offering 1", "an offer")
     engine = start("broadcast_engine.py", tmp_path, "--victim", trainer.process.pid)
     assert "ConnectionError" in engine.wait_for(lambda line: "Error" in line, "an error")
 

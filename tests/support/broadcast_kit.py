@@ -18,9 +18,9 @@ Published = tuple[weightsync_pb2.TransportHandle, policy_pb2.Manifest]
 QUICK = Timing(gather_s=0.2, linger_s=0.5, connect_s=1.0, patience_s=5.0, deadline_s=40.0)
 
 
-def transport(timing: Timing = QUICK) -> CollectiveTransport:
-    """A rank's, or an engine's, on the CPU."""
-    return CollectiveTransport(Endpoint(), timing)
+def transport(device: str = "cpu", timing: Timing = QUICK) -> CollectiveTransport:
+    """A rank's, or an engine's."""
+    return CollectiveTransport(Endpoint(device=torch.device(device)), timing)
 
 
 def publish(

@@ -1,0 +1,89 @@
+"""Versions as flat bytes: stretches, gaps, checksums, release."""
+
+from __future__ import annotations
+
+import concurrent.futures
+from collections.abc import Mapping
+
+import pytest
+import torch
+from broadcast_kit import random_tensors
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from miles.rpc.gen import policy_pb2
+from miles.weights import flat as flats
+from miles.weights import manifest as manifests
+from miles.weights.dtypes import wire_dtype
+from miles.weights.manifest import ChecksumMismatch, ManifestError
+from miles.weights.transport import buckets
+
+THREADS = concurrent.futures.ThreadPoolExecutor(2)
+
+
+def filled(
+    tensors: Mapping[str, torch.Tensor], bucket_bytes: int
+) -> tuple[dict[int, torch.Tensor], policy_pb2.Manifest]:
+    """The tensors in one flat tensor per bucket, and their manifest."""
+    descriptors, total = manifests.plan((name, wire_dtype(t.dtype), t.shape) for name, t in tensors.items())
+    stretches = {}
+    for bucket in buckets(descriptors, bucket_bytes):
+        base, nbytes = flats.extent(bucket)
+        flat = torch.full((nbytes,), 255, dtype=torch.uint8)
+        flats.clear_gaps(flat, bucket)
+        for descriptor in bucket:
+            flats.view(flat, descriptor, base).copy_(tensors[descriptor.name])
+        flats.set_checksums(flat, bucket, base, THREADS)
+        if nbytes:
+            stretches[base] = flat
+    return stretches, manifests.build(policy_pb2.WeightVersion(job_id="job", version=1), descriptors, total, 0)
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(1, 20_000), st.integers(1, 30))
+def test_tensors_are_found_again_whatever_the_buckets(bucket_bytes: int, count: int) -> None:
+    tensors = random_tensors(count, count)
+    stretches, manifest = filled(tensors, bucket_bytes)
+    manifests.validate(manifest)
+    flats.check_covered(manifest, ((base, flat.numel()) for base, flat in stretches.items()))
+    flats.verify(stretches, manifest, "here", THREADS)
+    weights = flats.FlatWeights(stretches, manifest.tensors)
+    assert weights.tensors.keys() == tensors.keys()
+    assert all(torch.equal(weights.tensors[name], tensor) for name, tensor in tensors.items())
+
+
+@given(st.data())
+@settings(deadline=None, max_examples=30)
+def test_a_changed_byte_of_a_tensor_is_noticed(data: st.DataObject) -> None:
+    stretches, manifest = filled(random_tensors(3, 6), 2000)
+    victim = data.draw(st.sampled_from([tensor for tensor in manifest.tensors if tensor.nbytes]))
+    byte = victim.offset + data.draw(st.integers(0, victim.nbytes - 1))
+    base = max(start for start in stretches if start <= byte)
+    stretches[base][byte - base] ^= data.draw(st.integers(1, 255))
+    with pytest.raises(ChecksumMismatch, match=victim.name):
+        flats.verify(stretches, manifest, "here", THREADS)
+
+
+def test_packed_bytes_are_those_of_the_tensors_alone() -> None:
+    tensors = random_tensors(1, 5)
+    stretches, manifest = filled(tensors, 1 << 20)
+    expected = b"".join(t.contiguous().view(-1).view(torch.uint8).numpy().tobytes() for t in tensors.values())
+    assert flats.packed(stretches[0], list(manifest.tensors)).numpy().tobytes() == expected
+
+
+def test_buckets_that_overlap_or_leave_the_buffer_are_refused() -> None:
+    _, manifest = filled(random_tensors(1), 1 << 20)
+    whole = (0, manifest.total_bytes)
+    for stretches in ([whole, (64, 1)], [(64, manifest.total_bytes)], []):
+        with pytest.raises(ManifestError):
+            flats.check_covered(manifest, stretches)
+
+
+def test_memory_counts_as_free_only_when_nobody_holds_a_tensor() -> None:
+    stretches, manifest = filled(random_tensors(1), 4096)
+    weights = flats.FlatWeights(stretches, manifest.tensors)
+    held = weights.tensors["layer.3"]
+    stretches.clear()
+    assert not weights.release()
+    del held
+    assert weights.release()
