@@ -4,7 +4,7 @@ import { download, get, job as path } from "./api.js";
 import { every, h, reconcile, setText, toast } from "./dom.js";
 import { bytes, moment } from "./format.js";
 import { defaults } from "./schema.js";
-import { empty } from "./parts.js";
+import { empty, tableBox } from "./parts.js";
 
 export function configTab(panel, data) {
   const filter = h("input", { type: "search", id: "config-filter", placeholder: "Find a setting", "aria-label": "Find a setting", data: { filter: "" }, oninput: () => update() });
@@ -13,15 +13,15 @@ export function configTab(panel, data) {
   const checkpoints = h("tbody");
   const none = empty("No checkpoint yet", "Save one with the button above, or with save_interval.");
   const results = h("pre", { class: "results", tabIndex: 0, "aria-label": "Results" });
+  const saved = tableBox("Checkpoints", ["#Step", "Saved", "#State", "Hugging Face export"], checkpoints);
   let known = {};
   panel.append(h("div", { class: "stack two" },
     h("section", { class: "card", "aria-label": "Settings" },
       h("header", {}, h("h2", {}, "Settings"), h("span", { class: "grow" }), h("label", { class: "check" }, changed, "Only those that differ from defaults"), h("div", { class: "filter" }, filter)),
-      h("div", { class: "scroll" }, h("table", { class: "settings" }, h("caption", { class: "unseen" }, "Settings"), h("thead", {}, h("tr", {}, h("th", { scope: "col" }, "Setting"), h("th", { scope: "col" }, "Value"))), settings))),
+      tableBox("Settings", ["Setting", "Value"], settings, "settings")),
     h("div", { class: "stack" },
       h("section", { class: "card", "aria-label": "Checkpoints" }, h("header", {}, h("h2", {}, "Checkpoints")),
-        h("div", { class: "scroll" }, h("table", {}, h("caption", { class: "unseen" }, "Checkpoints"),
-          h("thead", {}, h("tr", {}, ["Step", "Saved", "State", "Hugging Face export"].map((name) => h("th", { scope: "col" }, name)))), checkpoints)), none),
+        saved, none),
       h("section", { class: "card", "aria-label": "Results" }, h("header", {}, h("h2", {}, "Results so far")), results))));
 
   function update() {
@@ -41,7 +41,7 @@ export function configTab(panel, data) {
     if (panel.hidden) return;
     const { checkpoints: found } = await get(path(data.id, "/checkpoints"));
     none.hidden = found.length > 0;
-    checkpoints.closest("table").hidden = !found.length;
+    saved.hidden = !found.length;
     reconcile(checkpoints, found, (checkpoint) => `${checkpoint.step} ${checkpoint.hf_files.length}`, (checkpoint) => {
       const size = checkpoint.hf_files.reduce((sum, file) => sum + file.size_bytes, 0);
       const name = `${data.id}-step${checkpoint.step}.tar`;

@@ -3,7 +3,7 @@
 import { get, job as path } from "./api.js";
 import { announce, every, h, reconcile, setText, svg } from "./dom.js";
 import { ENDED, duration, moment, number, plural, since } from "./format.js";
-import { empty, segments, stateBadge, updateBadge } from "./parts.js";
+import { empty, segments, stateBadge, tableBox, updateBadge } from "./parts.js";
 
 const FILTERS = {
   all: [],
@@ -19,11 +19,7 @@ export function jobsView(main) {
   const curves = new Map();
 
   const body = h("tbody");
-  const table = h("div", { class: "card scroll" },
-    h("table", { class: "jobs" },
-      h("caption", { class: "unseen" }, "Jobs, newest first"),
-      h("thead", {}, h("tr", {}, ["Job", "State", "Progress", "Reward", "Submitted", "Took", "By"].map((name) => h("th", { scope: "col", class: name === "Took" ? "num" : "" }, name)))),
-      body));
+  const table = h("div", { class: "card" }, tableBox("Jobs, newest first", ["Job", "State", "Progress", "Reward", "Submitted", "#Took", "By"], body, "jobs"));
   const none = h("div", { class: "card", hidden: true },
     empty("No jobs yet", "Submit one here, with curl, or with the miles command.",
       h("p", {}, h("a", { class: "button", href: "#/submit" }, "Submit a job"))));

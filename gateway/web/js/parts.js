@@ -16,6 +16,13 @@ export function empty(title, text, ...more) {
   return h("div", { class: "empty" }, h("strong", {}, title), h("span", {}, text), more);
 }
 
+/** A table that can be scrolled, with the keyboard too; `columns` of numbers have a # in front. */
+export function tableBox(label, columns, body, name = "") {
+  const cells = columns.map((column) => h("th", { scope: "col", class: column.startsWith("#") ? "num" : "" }, column.replace("#", "")));
+  return h("div", { class: "scroll", role: "region", tabIndex: 0, "aria-label": `${label}: table` },
+    h("table", { class: name }, h("caption", { class: "unseen" }, label), h("thead", {}, h("tr", {}, cells)), body));
+}
+
 /** Buttons of which one is pressed. */
 export function segments(label, options, chosen, onChoose) {
   const buttons = options.map(([value, text]) =>

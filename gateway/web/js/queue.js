@@ -2,7 +2,7 @@
 
 import { h, reconcile, setText } from "./dom.js";
 import { duration, plural, since } from "./format.js";
-import { empty } from "./parts.js";
+import { empty, tableBox } from "./parts.js";
 
 const MOST_CELLS = 256;
 
@@ -11,14 +11,10 @@ export function queueTab(panel, data) {
   const cells = h("div", { class: "cells", "aria-hidden": "true" });
   const holds = h("p", { class: "notice", data: { tone: "warn" }, hidden: true });
   const running = h("tbody");
-  const runningTable = h("div", { class: "scroll" }, h("table", {},
-    h("caption", { class: "unseen" }, "Groups being generated"),
-    h("thead", {}, h("tr", {}, ["Group", "Worker", "Attempt", "Since", "For"].map((name, i) => h("th", { scope: "col", class: i > 1 ? "num" : "" }, name)))), running));
+  const runningTable = tableBox("Groups being generated", ["Group", "Worker", "#Attempt", "#Since", "#For"], running);
   const idle = empty("Nothing is being generated", "Groups show here while a worker has them.");
   const versions = h("tbody");
-  const versionsTable = h("div", { class: "scroll" }, h("table", {},
-    h("caption", { class: "unseen" }, "Versions held by engines"),
-    h("thead", {}, h("tr", {}, ["Worker", "Weights", "State", "Version", "Behind", "Last failure"].map((name, i) => h("th", { scope: "col", class: i === 3 || i === 4 ? "num" : "" }, name)))), versions));
+  const versionsTable = tableBox("Versions held by engines", ["Worker", "Weights", "State", "#Version", "#Behind", "Last failure"], versions);
   const noEngines = empty("No engine holds weights", "Versions show here while the job runs.");
   const published = h("span", { class: "dim small num" });
   panel.append(h("div", { class: "stack" },

@@ -3,11 +3,11 @@
 import { get, job as path } from "./api.js";
 import { h, reconcile, setText } from "./dom.js";
 import { number, signed } from "./format.js";
-import { empty } from "./parts.js";
+import { empty, tableBox } from "./parts.js";
 import { SampleView } from "./sample.js";
 
 const PAGE = 50;
-const COLUMNS = ["Step", "Group", "Reward", "Response", "Tokens", "Log-prob difference", "Advantage", "Versions", "End"];
+const COLUMNS = ["#Step", "#Group", "#Reward", "Response", "#Tokens", "#Log-prob difference", "#Advantage", "#Versions", "End"];
 
 export function samplesTab(panel, data) {
   let samples = [];
@@ -19,9 +19,7 @@ export function samplesTab(panel, data) {
   const low = field("sample-low", "Reward from", { placeholder: "lowest" });
   const high = field("sample-high", "to", { placeholder: "highest" });
   const body = h("tbody");
-  const table = h("div", { class: "scroll" }, h("table", { class: "samples" },
-    h("caption", { class: "unseen" }, "Samples, newest step first"),
-    h("thead", {}, h("tr", {}, COLUMNS.map((name, i) => h("th", { scope: "col", class: [3, 8].includes(i) ? "" : "num" }, name)))), body));
+  const table = tableBox("Samples, newest step first", COLUMNS, body, "samples");
   const none = empty("No samples", "They come with each training step; change the filter to see others.");
   const more = h("button", { hidden: true, onclick: () => load(true) }, "More samples");
   const news = h("button", { class: "quiet", hidden: true, onclick: () => load(false) }, "");

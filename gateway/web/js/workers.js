@@ -3,16 +3,15 @@
 import { get } from "./api.js";
 import { every, h, reconcile, setText } from "./dom.js";
 import { duration, number, since } from "./format.js";
-import { empty } from "./parts.js";
+import { empty, tableBox } from "./parts.js";
 
 const TONES = { good: "good", stuck: "warn", quarantined: "bad", lost: "bad" };
 
 export function workersView(main) {
   document.title = "Workers · miles";
   const body = h("tbody");
-  const table = h("div", { class: "card scroll" }, h("table", {},
-    h("caption", { class: "unseen" }, "Workers"),
-    h("thead", {}, h("tr", {}, ["Worker", "Health", "Activity", "Unchanged for", "Load", "Version", "Address", "Process"].map((name, i) => h("th", { scope: "col", class: i === 3 || i === 5 ? "num" : "" }, name)))), body));
+  const columns = ["Worker", "Health", "Activity", "#Unchanged for", "Load", "#Version", "Address", "Process"];
+  const table = h("div", { class: "card" }, tableBox("Workers", columns, body));
   const none = h("div", { class: "card", hidden: true }, empty("No workers are attached", "Start services with miles serve, or train.py."));
   const trouble = h("p", { class: "notice", data: { tone: "bad" }, hidden: true });
   main.append(h("div", { class: "stack" }, h("h1", {}, "Workers"), trouble, table, none));
