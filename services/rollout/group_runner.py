@@ -44,6 +44,8 @@ VERSION_DEADLINE_S = 300.0
 ABORT_DEADLINE_S = 30.0
 """How long the engine may take to end aborted requests; after that their new tokens are lost."""
 SAVE_DEADLINE_S = 30.0
+KEEP_EVERY_S = 5.0
+"""How often responses that have ended are stored while others of their group run, for the case that this is killed."""
 
 _serials = itertools.count()
 _T = TypeVar("_T")
@@ -90,7 +92,9 @@ class GroupRun:
         self._given_up = asyncio.Event()
         self._serial = next(_serials)
         self._training = lease.purpose is Purpose.TRAIN
-        self._started = time.monotonic()
+        self._started = self._kept_s = time.monotonic()
+        self._kept_responses = 0
+        """Responses that had ended when the group was last stored."""
 
     def give_up(self) -> None:
         """End as soon as possible: abort the generation and keep what there is for whoever resumes the group."""
@@ -188,6 +192,7 @@ class GroupRun:
             pending: set[asyncio.Task[Any]] = {given_up, *tasks}
             while given_up in pending and len(pending) > 1 and not _failed(tasks):
                 _, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+                await self._keep_ended()
             if any(not task.done() for task in tasks):
                 await self._abort(tasks)
         finally:
@@ -279,7 +284,14 @@ class GroupRun:
         await self._tools.queue.drop(self.lease.group_id, reason, holder=self._holder)
         return dataclasses.replace(done, keep=False, reason=reason)
 
-    async def _keep(self) -> int:
+    async def _keep_ended(self) -> None:
+        """Store the group when responses have ended since it was stored and that is a while ago."""
+        ended = sum(sample.status in FINISHED for sample in self._samples)
+        if ended > self._kept_responses and time.monotonic() - self._kept_s >= KEEP_EVERY_S:
+            await self._keep(deadline_s=KEEP_EVERY_S)
+            self._kept_responses, self._kept_s = ended, time.monotonic()
+
+    async def _keep(self, deadline_s: float = SAVE_DEADLINE_S) -> int:
         """Store what there is of a training group; returns how many response tokens that is."""
         tokens = sum(sample.response_length for sample in self._samples)
         if not self._training or not tokens:
@@ -287,7 +299,7 @@ class GroupRun:
         group = SampleGroup(self._tools.job_id, self.lease.group_id, self._samples)
         try:
             saved = await self._tools.partials.save(
-                self.lease.group_id, group, attempt=self.lease.attempt, deadline_s=SAVE_DEADLINE_S
+                self.lease.group_id, group, attempt=self.lease.attempt, deadline_s=deadline_s
             )
         except (QueueFull, RedisError, ValueError) as error:
             log.warning("group %d: %d response tokens could not be kept: %s", self.lease.group_id, tokens, error)

@@ -19,6 +19,7 @@ from transformers import AutoTokenizer
 
 from miles.queue import GroupQueue, PartialStore, connect_async
 from miles.rpc.gen import rollout_pb2
+from miles.services.rollout import group_runner
 from miles.services.rollout.trajectory import FINISHED
 from miles.types import Sample, SampleGroup, SampleStatus, VersionSpan
 from miles.types.convert import group_from_proto
@@ -394,3 +395,36 @@ async def test_what_a_lease_that_is_over_has_generated_is_refused_and_kept(
     assert (await run.outcome()).finished.attempt == 2
     assert await stores.queued() == [3]
     assert rollout.generated == generated
+
+
+async def test_responses_that_have_ended_outlive_a_worker_that_is_killed(
+    redis_url: str, rewards: str, job_id: str, folder: pathlib.Path, stores: Stores, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(group_runner, "KEEP_EVERY_S", 0.0)
+    request = lease(job_id, 3, **LONG)
+    request.lease.sampling[0].max_new_tokens = request.lease.sampling[0].min_new_tokens = 5
+    async with rollout_service(redis_url) as killed:
+        await killed.start_job(job_id, job_config(folder), rewards)
+        run = await killed.run(job_id)
+        await run.send(request)
+        partial = await stores.partial(3)
+        assert [sample.status in FINISHED for sample in partial.samples] == [True, False]
+        first = partial.samples[0]
+        # As a killed worker would: nothing of the rest is stored.
+        monkeypatch.setattr(PartialStore, "save", _save_nothing)
+    monkeypatch.undo()
+    async with rollout_service(redis_url) as other:
+        await other.start_job(job_id, job_config(folder), rewards)
+        run = await other.run(job_id)
+        again = rollout_pb2.RunRequest(lease=request.lease)
+        again.lease.attempt = 2
+        await run.send(again)
+        assert (await run.outcome()).finished.attempt == 2
+        assert other.generated == 400
+    whole = (await stores.group(3)).samples[0]
+    assert same(whole, first, "tokens")
+    assert same(whole, first, "rollout_log_probs")
+
+
+async def _save_nothing(*_: object, **__: object) -> bool:
+    return False
