@@ -11,6 +11,8 @@ import aiohttp
 
 from miles.services.rollout.engines.sglang.errors import EngineFailed, ServerRefused
 
+KEEP_ALIVE_S = 2.0
+"""The server closes a connection that was idle for 5 s; an order written to one at that moment would be lost."""
 _DATA = b"data: "
 _DONE = b"[DONE]"
 _LOST = (aiohttp.ClientError, ConnectionError, asyncio.IncompleteReadError)
@@ -26,7 +28,7 @@ class SglangApi:
 
     async def open(self) -> None:
         """Make the connection pool, which belongs to the running event loop."""
-        connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=30)
+        connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_S)
         self._session = aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=None))
 
     async def close(self) -> None:
