@@ -13,6 +13,7 @@ from miles.config.device import visible_gpus
 from miles.config.dotted_path import why_not_importable
 from miles.config.faults import Fault
 from miles.config.job import JobConfig
+from miles.config.model_layout import layout_faults
 from miles.config.rules.registry import Rule, run_rules
 from miles.config.settings import Settings
 
@@ -201,6 +202,7 @@ def _devices(s: Settings) -> Iterator[Fault]:
 _DEPLOYMENT_CHECKS: tuple[Rule, ...] = (_access_files, _ports, _devices)
 _FILE_CHECKS: tuple[Rule, ...] = (
     _models,
+    layout_faults,
     _data_files,
     _folders,
     _functions,

@@ -7,8 +7,10 @@ parallelism; its layer specs have slots for both.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,8 +24,20 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import L2Norm
 
 
-def local_block_spec(config: Any, vp_stage: int | None = None) -> Any:
-    """The spec of this stage's decoder layers, for a TransformerConfig. Raises ValueError for what they lack."""
+def local_spec_like(spec: Any) -> Callable[..., Any]:
+    """A function that makes the local spec for a model whose spec of TransformerEngine layers is `spec`."""
+    from megatron.bridge.models.minimax_m2.minimax_m2_provider import FullDimKNorm, FullDimQNorm, minimax_m2_layer_spec
+
+    if spec is minimax_m2_layer_spec:  # norms over all heads at once
+        return functools.partial(local_block_spec, q_norm=FullDimQNorm, k_norm=FullDimKNorm)
+    return local_block_spec
+
+
+def local_block_spec(config: Any, vp_stage: int | None = None, *, q_norm: Any = None, k_norm: Any = None) -> Any:
+    """The spec of this stage's decoder layers, for a TransformerConfig. Raises ValueError for what they lack.
+
+    `q_norm` and `k_norm` build the norms of queries and keys where these are not of the usual kind.
+    """
     if getattr(config, "window_size", None) is not None:
         raise ValueError("sliding-window attention needs TransformerEngine: install it, or train another model")
     block = get_gpt_decoder_block_spec(
@@ -34,6 +48,9 @@ def local_block_spec(config: Any, vp_stage: int | None = None) -> Any:
         vp_stage=vp_stage,
     )
     layers = [dataclasses.replace(spec, submodules=_with_our_parts(spec.submodules)) for spec in block.layer_specs]
+    for layer in layers if q_norm is not None else ():
+        attention = layer.submodules.self_attention
+        attention.submodules = dataclasses.replace(attention.submodules, q_layernorm=q_norm, k_layernorm=k_norm)
     return dataclasses.replace(block, layer_specs=layers, layer_norm=Norm)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import pathlib
 from typing import TYPE_CHECKING, Any
 
@@ -72,7 +73,9 @@ def build_model(config: JobConfig, place: Place, compute: torch.dtype, *, wrap: 
             f"no model in {folder}: there is no config.json; set hf_checkpoint to a Hugging Face folder"
         )
     bridge = AutoBridge.from_hf_pretrained(str(folder))
-    provider = bridge.to_megatron_provider()
+    provider = bridge.to_megatron_provider(load_weights=False)
+    provider.perform_initialization = False
+    provider.register_pre_wrap_hook(functools.partial(_load_weights, bridge))
     _configure(provider, config, place, compute)
     provider.finalize()
     chunks = provider.provide_distributed_model(
@@ -91,6 +94,18 @@ def build_model(config: JobConfig, place: Place, compute: torch.dtype, *, wrap: 
         mixed_precision_wrapper=Float16Module,
     )
     return MegatronModel(bridge, provider, chunks, provider.vocab_size)
+
+
+def _load_weights(bridge: Any, chunks: list[Any]) -> list[Any]:
+    """Read the checkpoint into bare chunks. Raises ValueError for parameters that the bridge cannot fill."""
+    if any(task is None for task in bridge.get_conversion_tasks(chunks)):
+        architecture = type(bridge.hf_pretrained.config).__name__.removesuffix("Config")
+        raise ValueError(
+            f"megatron-bridge knows no names for some parameters of {architecture} in these layers; install "
+            "TransformerEngine and set transformer_impl to transformer_engine, or use train_backend fsdp"
+        )
+    bridge.load_hf_weights(chunks)
+    return chunks
 
 
 def _configure(provider: Any, config: JobConfig, place: Place, compute: torch.dtype) -> None:
@@ -133,15 +148,17 @@ def _configure(provider: Any, config: JobConfig, place: Place, compute: torch.dt
     if layout.num_virtual_stages_per_pipeline_rank:
         values |= {"overlap_p2p_comm": True, "batch_p2p_comm": False}
     if not with_engine:
+        if getattr(provider, "multi_latent_attention", False) and layout.tensor_model_parallel_size > 1:
+            raise ValueError("multi-head latent attention needs TransformerEngine for tensor_model_parallel_size > 1")
         values |= dict.fromkeys(_NEEDS_TRANSFORMER_ENGINE, False)
         values["transformer_impl"] = "local"
     for name, value in values.items():
         if hasattr(provider, name):
             setattr(provider, name, value)
     if not with_engine:
-        from miles.services.trainer.backends.megatron.local_layers import local_block_spec
+        from miles.services.trainer.backends.megatron.local_layers import local_spec_like
 
-        provider.transformer_layer_spec = local_block_spec
+        provider.transformer_layer_spec = local_spec_like(provider.transformer_layer_spec)
     elif layout.attention_backend != "auto":
         from megatron.core.transformer.enums import AttnBackend
 

@@ -1,0 +1,90 @@
+"""Layouts that do not divide a model are refused, with everything that is wrong with them."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from typing import Any
+
+import pytest
+from config_cases import MINIMAL
+
+from miles.config.job import examine
+from miles.config.model_layout import layout_faults
+
+DENSE = {"num_attention_heads": 12, "num_key_value_heads": 4, "num_hidden_layers": 6, "intermediate_size": 64}
+EXPERTS = {**DENSE, "num_experts": 8, "moe_intermediate_size": 30}
+LATENT = {**DENSE, "num_key_value_heads": 12, "kv_lora_rank": 16, "n_routed_experts": 8}
+
+
+def faults(folder: pathlib.Path, model: dict[str, Any], **changes: Any) -> list[str]:
+    (folder / "config.json").write_text(json.dumps(model))
+    flat = {**MINIMAL, "train_backend": "megatron", "hf_checkpoint": str(folder), **changes}
+    return [str(fault) for fault in layout_faults(examine(flat).settings)]
+
+
+@pytest.mark.parametrize(
+    ("model", "changes"),
+    [
+        (DENSE, {"tensor_model_parallel_size": 4, "pipeline_model_parallel_size": 3}),
+        (EXPERTS, {"expert_model_parallel_size": 4, "tensor_model_parallel_size": 2, "sequence_parallel": True}),
+        (LATENT, {"expert_model_parallel_size": 8, "pipeline_model_parallel_size": 2}),
+        (DENSE, {"pipeline_model_parallel_size": 2, "num_virtual_stages_per_pipeline_rank": 3}),
+    ],
+)
+def test_a_layout_that_divides_the_model_has_no_fault(
+    tmp_path: pathlib.Path, model: dict[str, Any], changes: dict[str, Any]
+) -> None:
+    assert faults(tmp_path, model, **changes) == []
+
+
+def test_every_size_that_does_not_divide_is_named_at_once(tmp_path: pathlib.Path) -> None:
+    found = faults(
+        tmp_path,
+        EXPERTS,
+        tensor_model_parallel_size=8,
+        pipeline_model_parallel_size=4,
+        expert_model_parallel_size=3,
+        expert_tensor_parallel_size=4,
+    )
+    assert [fault.split(",")[0] for fault in found] == [
+        "tensor_model_parallel_size = 8",
+        "pipeline_model_parallel_size = 4",
+        "expert_model_parallel_size = 3",
+        "expert_tensor_parallel_size = 4",
+        "sequence_parallel = false",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("model", "changes", "expected"),
+    [
+        (DENSE, {"expert_model_parallel_size": 2}, "expert_model_parallel_size = 2, but the model has no experts"),
+        (DENSE, {"use_rollout_routing_replay": True}, "use_rollout_routing_replay = true, but the model has no"),
+        (
+            DENSE,
+            {"pipeline_model_parallel_size": 2, "num_virtual_stages_per_pipeline_rank": 2},
+            "num_virtual_stages_per_pipeline_rank = 2, but it does not divide the 3 layers of a stage",
+        ),
+        (
+            {**DENSE, "num_key_value_heads": 3},
+            {"tensor_model_parallel_size": 2},
+            "tensor_model_parallel_size = 2, but it and the model's 3 key/value heads do not divide each other",
+        ),
+        (
+            LATENT,
+            {"tensor_model_parallel_size": 2, "sequence_parallel": True, "device": "cpu"},
+            "tensor_model_parallel_size = 2, but multi-head latent attention is split over ranks by",
+        ),
+    ],
+)
+def test_a_layout_that_does_not_fit_says_why(
+    tmp_path: pathlib.Path, model: dict[str, Any], changes: dict[str, Any], expected: str
+) -> None:
+    found = faults(tmp_path, model, **changes)
+    assert len(found) == 1
+    assert found[0].startswith(expected)
+
+
+def test_another_backend_has_no_layout(tmp_path: pathlib.Path) -> None:
+    assert faults(tmp_path, {**DENSE, "num_hidden_layers": 7}, train_backend="fsdp") == []
