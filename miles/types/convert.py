@@ -149,7 +149,7 @@ def json_to_text(value: Any, path: str) -> str:
     """Encode a JSON value; MalformedMessage for what JSON cannot hold without loss."""
     try:
         _check_json(value, path)
-        text = json.dumps(value, allow_nan=False, ensure_ascii=False, separators=(",", ":"))
+        text = _ENCODER.encode(value)
         text.encode()
     except RecursionError as error:
         raise MalformedMessage(path, "nested too deeply for JSON") from error
@@ -163,7 +163,7 @@ def json_to_text(value: Any, path: str) -> str:
 def json_from_text(text: str, path: str) -> Any:
     """Decode strict JSON (no NaN, no infinity, no lone surrogates); MalformedMessage when it is not."""
     try:
-        value = json.loads(text, parse_constant=_refuse_constant, parse_float=_finite_float)
+        value = _DECODER.decode(text)
         if "\\u" in text:  # an escape may stand for half a character
             json.dumps(value, ensure_ascii=False).encode()
     except RecursionError as error:
@@ -284,6 +284,11 @@ def _finite_float(text: str) -> float:
     if math.isinf(value):
         raise ValueError(f"{text} is beyond the range of a double")
     return value
+
+
+_ENCODER = json.JSONEncoder(allow_nan=False, ensure_ascii=False, separators=(",", ":"))
+_DECODER = json.JSONDecoder(parse_constant=_refuse_constant, parse_float=_finite_float)
+"""Made once: json.dumps and json.loads with options make one for each call, which costs more than a small object."""
 
 
 def _names(dtypes: Collection[np.dtype[Any]]) -> str:
