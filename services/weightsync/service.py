@@ -277,12 +277,10 @@ class WeightSyncServicer(weightsync_pb2_grpc.WeightSyncServiceServicer):
             await asyncio.sleep(lease_s / 3)
 
     def _uploading(self, version: policy_pb2.WeightVersion, publication_id: int) -> ChunkTable:
-        stream = self._stream(version.job_id, version.stream)
-        stream.uploading(publication_id)
-        return stream.holdings.chunk_table(publication_id)
+        return self._stream(version.job_id, version.stream).uploading(publication_id)
 
     def _downloading(self, version: policy_pb2.WeightVersion, publication_id: int) -> ChunkTable:
-        return self._stream(version.job_id, version.stream).holdings.chunk_table(publication_id)
+        return self._stream(version.job_id, version.stream).downloading(publication_id)
 
     def _stream(self, job_id: str, stream: policy_pb2.WeightStream.ValueType) -> StreamRuntime:
         key = stream_key(job_id, stream)

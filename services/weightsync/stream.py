@@ -12,8 +12,9 @@ from typing import Any
 
 from miles.rpc.gen import policy_pb2, weightsync_pb2
 from miles.services.weightsync import snapshot, topology
+from miles.services.weightsync.chunk_table import ChunkTable
 from miles.services.weightsync.folders import FolderStore
-from miles.services.weightsync.holdings import Holding, Holdings
+from miles.services.weightsync.holdings import Holdings
 from miles.services.weightsync.publication import Publication
 from miles.services.weightsync.records import (
     Action,
@@ -29,7 +30,6 @@ from miles.services.weightsync.records import (
     Refused,
     Send,
     Settings,
-    UnknownVersion,
 )
 from miles.services.weightsync.segments import SegmentStore
 from miles.services.weightsync.store import StateStore
@@ -131,14 +131,17 @@ class StreamRuntime:
         self.holdings.complete(publication_id, request)
         self._apply(actions)
 
-    def uploading(self, publication_id: int) -> Holding:
-        """A publication that the trainer may still upload chunks of; raises Refused or UnknownVersion."""
-        if publication_id not in self.holdings:
-            raise UnknownVersion("its allocation was replaced by a later one or freed; allocate again")
-        holding = self.holdings[publication_id]
-        if holding.manifest is not None:
+    def uploading(self, publication_id: int) -> ChunkTable:
+        """The chunks of a publication that the trainer may still upload to; raises Refused or UnknownVersion."""
+        if publication_id in self.holdings and self.holdings[publication_id].manifest is not None:
             raise Refused("it is complete already")
-        return holding
+        return self.holdings.chunk_table(publication_id)
+
+    def downloading(self, publication_id: int) -> ChunkTable:
+        """The chunks of a complete publication; raises Refused or UnknownVersion."""
+        if publication_id in self.holdings and self.holdings[publication_id].manifest is None:
+            raise Refused("its bytes are not complete")
+        return self.holdings.chunk_table(publication_id)
 
     # -- the controller's calls ---------------------------------------------------------------------------------------
 
