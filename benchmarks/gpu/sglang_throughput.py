@@ -39,7 +39,7 @@ REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 GPU_FLAGS = {
     "attention_backend": "triton",
     "sampling_backend": "pytorch",
-    "mem_fraction_static": 0.6,
+    "mem_fraction_static": 0.8,
     "cuda_graph_bs_decode": [1, 8, 32, 64, 128, 256, 384, 512],
     "disable_prefill_cuda_graph": True,
     "log_level": "warning",

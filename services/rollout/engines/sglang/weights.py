@@ -27,7 +27,7 @@ from miles.weights.manifest import ChecksumMismatch
 
 log = logging.getLogger(__name__)
 
-_MEMORY_TAGS = ("kv_cache", "weights", "cuda_graph")
+_MEMORY_TAGS = ("kv_cache", "weights")
 
 
 class WeightLoader:
@@ -90,7 +90,7 @@ class WeightLoader:
         await self._push(replicas, version, list(tensors.items()), self._selector)
         self.version, self.tensors = version, tensors
         if self._released:
-            await self._memory(replicas, "resume", ("kv_cache", "cuda_graph"))
+            await self._memory(replicas, "resume", ("kv_cache",))
             self._released = False
         elif flush:
             await self._on_each(replicas, lambda replica: replica.flush_cache(), "flush its cache")
