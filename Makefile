@@ -8,15 +8,19 @@ ARGS ?=
 
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: run test test-engines chaos lint protos clean
+.PHONY: run browser test test-engines chaos lint protos clean
 
 # Train a real model on this machine; ARGS adds flags, e.g. make run ARGS="--num-rollout 5".
 run: $(VENV)/.run
 	$(BIN)/python -m examples.smollm2_chain_sum.prepare
 	$(BIN)/python train.py --config $(RECIPE)/config.yaml $(ARGS)
 
-test: $(VENV)/.dev
+test: $(VENV)/.dev browser
 	$(BIN)/python -m pytest -m "not engine and not gpu and not chaos"
+
+# Chromium for the tests of the web page, installed where it is missing and can be.
+browser:
+	sh tools/get_chromium.sh
 
 # Slow tests of the engines themselves: inference against plain forward passes, training over several ranks.
 test-engines: $(VENV)/.dev $(SGLANG_VENV)/.ready

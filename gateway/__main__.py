@@ -1,4 +1,4 @@
-"""`python -m miles.gateway`: the REST API of a controller."""
+"""`python -m miles.gateway`: the web page and REST API of a controller."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The REST API of a run."""
+"""The web page and REST API of a run."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from miles.config.section import Derived, Metavar, Negated, Port, Section
 
 
 class GatewayConfig(Section):
-    """REST API; docs/gateway.md says more."""
+    """Web page and REST API; docs/gateway.md says more."""
 
     gateway: Annotated[bool, Negated("--no-gateway")] = True
-    """Serve no REST API."""
+    """Serve neither web page nor REST API."""
 
     gateway_host: str = "127.0.0.1"
     """Address on which the gateway listens; any but this machine's own needs gateway_keys_file."""

@@ -93,7 +93,7 @@ class LocalCluster:
         if not self._config.gateway.gateway:
             return
         if lacking := [name for name in _GATEWAY_NEEDS if importlib.util.find_spec(name) is None]:
-            logger.warning("no REST API: pip install 'miles[gateway]' (%s missing)", ", ".join(lacking))
+            logger.warning("no web page and no REST API: pip install 'miles[gateway]' (%s missing)", ", ".join(lacking))
             return
         config = self._config.replace(gateway_port=self._config.gateway.gateway_port or free_port())
         plan = plan_gateway(config, self.controller_address)
@@ -164,7 +164,7 @@ class LocalCluster:
             await process.run()
         except ProcessGivenUpError as error:
             if process.name == "gateway":
-                logger.warning("%s\nthe run goes on without REST API", error)
+                logger.warning("%s\nthe run goes on without web page and REST API", error)
             elif not self.failed.done():
                 self.failed.set_exception(error)
 

@@ -73,8 +73,8 @@ async def _run(config: JobConfig, console: Console) -> int:
     os.environ.update(tls_environment(config))
     interrupted = _catch_signals(console)
     async with LocalCluster(config) as cluster:
-        rest = f", REST API {cluster.gateway_url}" if cluster.gateway_url else ""
-        console.print(f"run folder {run_dir}, controller {cluster.controller_address}{rest}", soft_wrap=True)
+        page = f", web page {cluster.gateway_url}" if cluster.gateway_url else ""
+        console.print(f"run folder {run_dir}, controller {cluster.controller_address}{page}", soft_wrap=True)
         drill = drill_of(config, cluster)
         running = asyncio.create_task(_run_job(config, cluster, console, interrupted, drill))
         drilling = [asyncio.create_task(drill.run())] if drill is not None else []

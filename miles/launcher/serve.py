@@ -93,7 +93,7 @@ async def _serve(config: JobConfig, console: Console) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, stopping.set)
     async with LocalCluster(config, every_reward=config.reward.custom_rm_path is None) as cluster:
-        where = f"REST API {cluster.gateway_url}, " if cluster.gateway_url else ""
+        where = f"web page and REST API {cluster.gateway_url}, " if cluster.gateway_url else ""
         console.print(f"{where}controller {cluster.controller_address}, folder {cluster.run_dir}", soft_wrap=True)
         stopped = asyncio.create_task(stopping.wait())
         drill = drill_of(config, cluster, with_job=False)

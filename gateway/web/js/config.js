@@ -12,7 +12,7 @@ export function configTab(panel, data) {
   const settings = h("tbody");
   const checkpoints = h("tbody");
   const none = empty("No checkpoint yet", "Save one with the button above, or with save_interval.");
-  const results = h("pre", { class: "results", tabIndex: 0, "aria-label": "Results" });
+  const results = h("pre", { class: "results", tabIndex: 0, role: "region", "aria-label": "Numbers of the results" });
   const saved = tableBox("Checkpoints", ["#Step", "Saved", "#State", "Hugging Face export"], checkpoints);
   let known = {};
   panel.append(h("div", { class: "stack two" },

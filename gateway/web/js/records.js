@@ -47,7 +47,7 @@ export function recordsTab(panel, data) {
 
 export function logsTab(panel, data) {
   const choice = h("select", { id: "log-name", onchange: () => open(choice.value) });
-  const text = h("pre", { class: "log", tabIndex: 0, "aria-label": "Log" });
+  const text = h("pre", { class: "log", tabIndex: 0, role: "region", "aria-label": "Lines of the log" });
   const size = h("span", { class: "dim small num" });
   const follow = h("input", { type: "checkbox", checked: true });
   let name = "";
