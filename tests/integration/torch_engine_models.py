@@ -59,10 +59,16 @@ def tiny_config(family: str) -> Any:
     )
 
 
-def save_checkpoint(folder: pathlib.Path, family: str, seed: int = 0) -> torch.nn.Module:
-    """Write a random checkpoint with a byte tokenizer; returns the float32 model."""
+def save_checkpoint(folder: pathlib.Path, family: str, seed: int = 0, **changes: Any) -> torch.nn.Module:
+    """Write a random checkpoint with a byte tokenizer; returns the float32 model.
+
+    `changes` are made to the family's tiny configuration.
+    """
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(tiny_config(family), attn_implementation="eager")
+    config = tiny_config(family)
+    for name, value in changes.items():
+        setattr(config, name, value)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     model.config._experts_implementation = "eager"
     model.save_pretrained(folder)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())

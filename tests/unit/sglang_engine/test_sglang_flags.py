@@ -1,0 +1,91 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from miles.config import JobConfig
+from miles.services.rollout.engines.sglang.flags import command, has_draft_weights, is_deterministic, passed_through
+from miles.services.rollout.engines.sglang.options import SglangOptions
+from miles.services.rollout.engines.sglang.settings import sglang_settings
+
+MINIMAL: dict[str, Any] = {
+    "hf_checkpoint": "m",
+    "prompt_data": "p.jsonl",
+    "num_rollout": 1,
+    "rollout_batch_size": 8,
+    "n_samples_per_prompt": 2,
+    "lr": 1e-6,
+    "rollout_max_response_len": 16,
+    "rm_type": "math",
+    "rollout_backend": "sglang",
+}
+
+
+def options_of(device: str = "cuda:2", **changes: Any) -> SglangOptions:
+    config = JobConfig.from_flat(MINIMAL | changes)
+    return SglangOptions(**sglang_settings(config, device=device, name="rollout-0"))
+
+
+def words(options: SglangOptions, index: int = 0, max_positions: int = 4096) -> str:
+    return " ".join(command(options, index, 30000, max_positions))
+
+
+def test_parallel_sizes_and_gpus_follow_from_our_own_settings() -> None:
+    options = options_of(rollout_num_gpus=4, rollout_num_gpus_per_engine=2, sglang_ep_size=2)
+    assert options.engines == 2
+    assert "--tp-size 2 --base-gpu-id 2" in words(options)
+    assert "--tp-size 2 --base-gpu-id 4" in words(options, index=1)
+    assert words(options).endswith("--ep-size=2")
+
+
+def test_engines_are_dealt_to_the_services() -> None:
+    assert options_of(rollout_num_gpus=8, rollout_num_workers=4).engines == 2
+    assert options_of(rollout_num_workers=4).engines == 1
+
+
+def test_settings_become_flags() -> None:
+    line = words(options_of(rollout_dtype="float32", max_running_requests=7, use_rollout_routing_replay=True))
+    for flag in ("--dtype float32", "--max-running-requests 7", "--enable-return-routed-experts", "--model-path m"):
+        assert flag in line
+    assert "--enable-memory-saver" not in line
+    assert "--enable-memory-saver" in words(options_of(colocate=True))
+    assert "--max-running-requests" not in words(options_of())
+
+
+def test_the_context_leaves_what_sglang_keeps_to_itself_but_never_exceeds_the_model() -> None:
+    options = options_of(rollout_max_context_len=500)
+    assert "--context-length 506" in words(options, max_positions=512)
+    assert "--context-length" not in words(options, max_positions=504)
+
+
+def test_a_server_on_the_cpu_sleeps_when_idle_and_needs_no_gpu() -> None:
+    line = words(options_of(device="cpu"))
+    assert "--device cpu" in line
+    assert "--sleep-on-idle" in line
+    assert "gpu-id" not in line
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (True, ["--a-b"]),
+        (False, []),
+        (None, []),
+        (3, ["--a-b=3"]),
+        (-1, ["--a-b=-1"]),
+        ("x y", ["--a-b=x y"]),
+        ([1, 2], ["--a-b", "1", "2"]),
+        ({"k": 1}, ['--a-b={"k": 1}']),
+    ],
+)
+def test_flags_of_sglang_are_passed_on(value: Any, expected: list[str]) -> None:
+    assert list(passed_through({"a_b": value})) == expected
+
+
+def test_a_draft_model_of_its_own_is_known() -> None:
+    assert has_draft_weights({"speculative_algorithm": "eagle3", "speculative_draft_model_path": "d"})
+    assert not has_draft_weights({"speculative_algorithm": "NEXTN"})
+    assert not has_draft_weights({})
+    assert is_deterministic({"enable_deterministic_inference": True})
+    assert not is_deterministic({})

@@ -1,0 +1,156 @@
+from __future__ import annotations
+
+import base64
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from miles.services.rollout.engine import FinishReason
+from miles.services.rollout.engines.sglang.errors import EngineFailed
+from miles.services.rollout.engines.sglang.experts import ExpertLayout, decode_experts, expert_layout
+from miles.services.rollout.engines.sglang.responses import ResponseDecoder, version_spans
+from miles.types import SpeculativeStats, VersionSpan
+
+
+def event(tokens: list[int], total: int, finish: str | None = None, **meta: Any) -> dict[str, Any]:
+    """An event whose `output_ids` are these tokens, of a response that has `total` by now."""
+    return {
+        "output_ids": tokens,
+        "meta_info": {
+            "completion_tokens": total,
+            "output_token_logprobs": [[-float(token), token, None] for token in tokens],
+            "weight_version": "3",
+            "cached_tokens": 2,
+            "finish_reason": {"type": finish} if finish else None,
+            **meta,
+        },
+    }
+
+
+@given(tokens=st.lists(st.integers(0, 99), max_size=30), data=st.data(), cumulative=st.booleans())
+def test_a_response_comes_out_whole_however_it_is_cut(tokens: list[int], data: st.DataObject, cumulative: bool) -> None:
+    cuts = [*sorted(data.draw(st.sets(st.integers(0, len(tokens)), max_size=4))), len(tokens)]
+    decoder = ResponseDecoder(5)
+    found, log_probs, start = [], [], 0
+    for i, end in enumerate(cuts):
+        sent = tokens[:end] if cumulative else tokens[start:end]
+        delta = decoder.decode(event(sent, end, "length" if i == len(cuts) - 1 else None))
+        found += delta.token_ids
+        log_probs += delta.log_probs
+        start = end
+    assert found == tokens
+    assert log_probs == [-float(token) for token in tokens]
+    assert delta.result is not None
+    assert delta.result.reason is FinishReason.LENGTH
+    assert delta.result.weight_versions == ((VersionSpan(3, 0, len(tokens)),) if tokens else ())
+    assert delta.result.cached_prompt_tokens == 2
+
+
+def test_an_abort_in_the_waiting_queue_repeats_no_token() -> None:
+    decoder = ResponseDecoder(5)
+    decoder.decode(event([1, 2, 3], 3))
+    last = event([3], 3, "abort")
+    last["meta_info"]["output_token_logprobs"] = [[-float(token), token, None] for token in (1, 2, 3)]
+    delta = decoder.decode(last)
+    assert (delta.token_ids, delta.log_probs) == ([], [])
+    assert delta.result is not None
+    assert delta.result.reason is FinishReason.ABORT
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (event([1], 2), "left out 1 tokens"),
+        (event([1], 1) | {"output_ids": [2]}, "of other tokens"),
+        (event([1], 1, "dunno"), "unknown reason"),
+        (event([1], 1, "stop", weight_version="default"), "which no update brought"),
+    ],
+)
+def test_contradictions_are_found(wrong: dict[str, Any], message: str) -> None:
+    with pytest.raises(EngineFailed, match=message):
+        ResponseDecoder(5).decode(wrong)
+
+
+def test_version_spans_are_cut_to_the_tokens_there_are() -> None:
+    spans = [{"version": "1", "start": 0, "end": 4}, {"version": "2", "start": 4, "end": 9}]
+    assert version_spans({"weight_versions": spans}, 6) == (VersionSpan(1, 0, 4), VersionSpan(2, 4, 6))
+    assert version_spans({"weight_versions": spans}, 3) == (VersionSpan(1, 0, 3),)
+    with pytest.raises(EngineFailed, match="do not cover"):
+        version_spans({"weight_versions": spans[1:]}, 6)
+
+
+def test_speculative_statistics_are_kept() -> None:
+    meta = {"spec_verify_ct": 3, "spec_num_correct_drafts": 4, "spec_num_proposed_drafts": 9}
+    delta = ResponseDecoder(1).decode(event([1], 1, "stop", **meta))
+    assert delta.result is not None
+    assert delta.result.speculative == SpeculativeStats(4, 9, 3)
+
+
+def encoded(experts: np.ndarray) -> str:
+    return base64.b64encode(experts.astype(np.int32).tobytes()).decode()
+
+
+@pytest.mark.parametrize(("experts", "dtype"), [(256, np.uint8), (257, np.uint16)])
+@pytest.mark.parametrize("moe_layers", [(0, 1, 2), (1, 2)], ids=["all", "dense-first"])
+def test_experts_are_narrowed_and_dense_layers_left_out(
+    experts: int, dtype: type[np.generic], moe_layers: tuple[int, ...]
+) -> None:
+    layout = ExpertLayout(layers=3, moe_layers=moe_layers, top_k=2, experts=experts)
+    wide = np.random.default_rng(0).integers(0, experts, (5, 3, 2))
+    if 0 not in moe_layers:
+        wide[:, 0] = -1  # whatever stands there
+    found = decode_experts(encoded(wide), layout, 5)
+    assert found.dtype == dtype
+    np.testing.assert_array_equal(found, wide[:, list(moe_layers)])
+
+
+def test_experts_of_another_shape_or_model_are_refused() -> None:
+    layout = ExpertLayout(layers=2, moe_layers=(0, 1), top_k=2, experts=8)
+    with pytest.raises(EngineFailed, match="12 expert numbers"):
+        decode_experts(encoded(np.zeros((3, 2, 2))), layout, 4)
+    with pytest.raises(EngineFailed, match="from 0 to 8"):
+        decode_experts(encoded(np.array([[[0, 1], [2, 8]]])), layout, 1)
+
+
+def test_a_response_brings_experts_from_the_position_asked_for() -> None:
+    layout = ExpertLayout(layers=1, moe_layers=(0,), top_k=1, experts=8)
+    decoder = ResponseDecoder(5, layout, experts_start=4)
+    rows = np.arange(2).reshape(2, 1, 1)
+    delta = decoder.decode(event([7, 8], 2, "stop", routed_experts=encoded(rows)))
+    assert delta.result is not None
+    assert delta.result.routed_experts is not None
+    assert delta.result.routed_experts.shape == (2, 1, 1)
+    with pytest.raises(EngineFailed, match="no routed experts"):
+        ResponseDecoder(5, layout).decode(event([7], 1, "stop"))
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({"num_hidden_layers": 3}, None),
+        ({"num_hidden_layers": 2, "num_experts": 8, "num_experts_per_tok": 2}, (0, 1)),
+        ({"num_hidden_layers": 3, "num_experts": 8, "num_experts_per_tok": 2, "mlp_only_layers": [0]}, (1, 2)),
+        ({"num_hidden_layers": 4, "num_experts": 8, "num_experts_per_tok": 2, "decoder_sparse_step": 2}, (1, 3)),
+        ({"num_hidden_layers": 3, "n_routed_experts": 8, "num_experts_per_tok": 2, "first_k_dense_replace": 1}, (1, 2)),
+        (
+            {
+                "num_hidden_layers": 4,
+                "n_routed_experts": 8,
+                "num_experts_per_tok": 2,
+                "first_k_dense_replace": 1,
+                "moe_layer_freq": 1,
+            },
+            (1, 2, 3),
+        ),
+        ({"num_hidden_layers": 2, "num_local_experts": 8, "num_experts_per_tok": 2}, (0, 1)),
+        ({"text_config": {"num_hidden_layers": 1, "num_experts": 8, "num_experts_per_tok": 2}}, (0,)),
+    ],
+)
+def test_layers_with_experts_are_read_from_the_configuration(
+    config: dict[str, Any], expected: tuple[int, ...] | None
+) -> None:
+    layout = expert_layout(config)
+    assert (layout.moe_layers if layout else None) == expected
