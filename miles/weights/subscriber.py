@@ -121,6 +121,9 @@ class WeightSubscriber:
         if not done:
             raise TimeoutError(f"waited {deadline_s:g} s for engine {self._hello.engine_id} to finish a weight order")
         self._runner = None
+        for transport in self._transports.values():
+            await asyncio.to_thread(transport.close)
+        self._transports.clear()
 
     async def wait_for_version(self, version: int | None, deadline_s: float) -> None:
         """Return once the engine may serve `version` (None: any); TimeoutError naming what it has instead."""

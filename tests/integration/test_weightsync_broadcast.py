@@ -42,7 +42,7 @@ def stored_weights(model: pathlib.Path, dtype: torch.dtype) -> dict[str, torch.T
     return {name: p.detach().to(dtype) for name, p in loaded.named_parameters(remove_duplicate=True)}
 
 
-@pytest.mark.parametrize(("family", "ranks"), [("tied", 1), ("moe", 2)])
+@pytest.mark.parametrize(("family", "ranks"), [("tied", 1), pytest.param("moe", 2, marks=pytest.mark.engine)])
 def test_two_engines_and_a_later_one_serve_the_bytes_of_the_trainers_ranks(
     family: str,
     ranks: int,
@@ -85,6 +85,7 @@ def test_two_engines_and_a_later_one_serve_the_bytes_of_the_trainers_ranks(
     assert late.digest() == engines[1].digest() == expected
 
 
+@pytest.mark.engine
 def test_a_trainer_that_is_gone_leaves_engines_serving_and_newcomers_out(
     tmp_path: pathlib.Path, redis_url: str, job_id: str, weightsync: Service, keep: Callable[..., Lines]
 ) -> None:

@@ -9,9 +9,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
+import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -23,6 +24,16 @@ T = TypeVar("T")
 _FIRST_POLL_S, _LAST_POLL_S = 0.0002, 0.01
 _STORE_DEVICE = {"gloo": "cpu", "nccl": "cuda"}
 """The device under which torch files a backend's keys."""
+
+_NCCL_ENVIRONMENT = {
+    "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",
+    "TORCH_NCCL_ENABLE_MONITORING": "0",
+    "TORCH_NCCL_DUMP_ON_TIMEOUT": "0",
+    "TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC": "100",
+}
+"""Read when a group is made. Otherwise torch's watchdog ends the process, the trainer's too, when a peer is lost."""
+
+_environment_lock = threading.Lock()
 
 Store = Any
 """torch.distributed.TCPStore, which has no type that mypy sees."""
@@ -118,6 +129,10 @@ class Group:
     def wait(self, work: dist.Work, watch: Watch, what: str) -> None:
         """Return when a broadcast has ended here; raises BroadcastFailed or TimeoutError."""
         watch.until(work.is_completed, what, self._patience_s)
+        # After a fault of NCCL, waiting would have the stream wait for a kernel that may never end.
+        fault = work.exception() if self._device.type == "cuda" else None
+        if fault is not None:
+            raise BroadcastFailed(f"{what}: {fault}")
         try:
             work.wait()
         except RuntimeError as error:
@@ -174,9 +189,25 @@ def _process_group(
     torch.cuda.set_device(device)
     group_class = _torch("ProcessGroupNCCL")
     options = group_class.Options()
-    # Torch's own watchdog would end the process; deadlines are kept here, by `wait` and `close`.
-    options._timeout = datetime.timedelta(days=1)
-    return group_class(keys, rank, ticket.world_size, options)
+    options._timeout = datetime.timedelta(days=1)  # deadlines are kept here, by `wait` and `close`
+    with _environment(_NCCL_ENVIRONMENT):
+        return group_class(keys, rank, ticket.world_size, options)
+
+
+@contextlib.contextmanager
+def _environment(values: Mapping[str, str]) -> Iterator[None]:
+    """Set variables of the process for a moment."""
+    with _environment_lock:
+        before = {name: os.environ.get(name) for name in values}
+        os.environ.update(values)
+        try:
+            yield
+        finally:
+            for name, value in before.items():
+                if value is None:
+                    del os.environ[name]
+                else:
+                    os.environ[name] = value
 
 
 def _torch(name: str) -> Any:
