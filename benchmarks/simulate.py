@@ -34,6 +34,7 @@ from benchmarks.simulation.virtual import Cluster, Simulation
 from miles.queue import RedisServer
 from miles.rpc import connect
 from miles.rpc.gen import controller_pb2, controller_pb2_grpc
+from miles.rpc.server import WATCHED_PID_ENVIRONMENT
 
 _SAMPLES = 8
 _START_S = 60.0
@@ -125,8 +126,9 @@ async def _controller_process(
     profiling = ["-m", "cProfile", "-o", profile] if profile else []
     command = [sys.executable, *profiling, "-m", "miles.services.controller", "--listen", "127.0.0.1:0"]
     command += ["--redis-url", redis_url, "--address-file", str(address_file)]
+    environment = {**os.environ, WATCHED_PID_ENVIRONMENT: str(os.getpid())}
     with (folder / "controller.log").open("wb") as log:
-        process = await asyncio.create_subprocess_exec(*command, stdout=log, stderr=log, env=dict(os.environ))
+        process = await asyncio.create_subprocess_exec(*command, stdout=log, stderr=log, env=environment)
     try:
         end = time.monotonic() + _START_S
         while not address_file.exists():
@@ -221,6 +223,7 @@ def main() -> None:
     add("--seconds", type=float, default=10.0, help="time of a measurement")
     add("--profile", metavar="FILE", help="profile the controller; slows it down")
     flags = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))
     if flags.mode == "plan":
         plan(flags)
     else:
