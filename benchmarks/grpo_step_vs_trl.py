@@ -53,7 +53,17 @@ def measure_ours(
     return [line["perf/step_time"] for line in lines if "perf/step_time" in line][1:], shares
 
 
-def measure_trl(model: str, prompts: str, template: str, steps: int, threads: int, micro_batch: int) -> list[float]:
+def measure_trl(
+    model: str,
+    prompts: str,
+    template: str,
+    steps: int,
+    threads: int,
+    micro_batch: int,
+    *,
+    prompts_per_step: int = PROMPTS_PER_STEP,
+    device: str = "cpu",
+) -> list[float]:
     """Seconds of each step but the first of TRL's trainer, in this process."""
     import torch
     from datasets import Dataset
@@ -77,7 +87,7 @@ def measure_trl(model: str, prompts: str, template: str, steps: int, threads: in
         def on_step_end(self, *_: Any, **__: Any) -> None:
             times.append(time.perf_counter())
 
-    samples = PROMPTS_PER_STEP * GROUP
+    samples = prompts_per_step * GROUP
     with tempfile.TemporaryDirectory() as folder:
         config = GRPOConfig(
             output_dir=folder,
@@ -90,7 +100,7 @@ def measure_trl(model: str, prompts: str, template: str, steps: int, threads: in
             temperature=1.0,
             beta=0.0,
             bf16=True,
-            use_cpu=True,
+            use_cpu=device == "cpu",
             gradient_checkpointing=False,
             report_to=[],
             save_strategy="no",
