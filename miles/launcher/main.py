@@ -12,7 +12,6 @@ import signal
 import sys
 import uuid
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import grpc.aio
 from rich.console import Console
@@ -23,6 +22,7 @@ from miles.config.docs import help_text
 from miles.config.dry_run import checked_config, describe_run
 from miles.config.flags import parse_command_line
 from miles.config.plan import tls_environment
+from miles.launcher.attend import attend
 from miles.launcher.chaos import Drill, drill_of, recovery_table
 from miles.launcher.local import LocalCluster
 from miles.launcher.process import ProcessGivenUpError
@@ -76,16 +76,7 @@ async def _run(config: JobConfig, console: Console) -> int:
         page = f", web page {cluster.gateway_url}" if cluster.gateway_url else ""
         console.print(f"run folder {run_dir}, controller {cluster.controller_address}{page}", soft_wrap=True)
         drill = drill_of(config, cluster)
-        running = asyncio.create_task(_run_job(config, cluster, console, interrupted, drill))
-        drilling = [asyncio.create_task(drill.run())] if drill is not None else []
-        watched: set[asyncio.Future[Any]] = {running, cluster.failed, *drilling}
-        done, _ = await asyncio.wait(watched, return_when=asyncio.FIRST_COMPLETED)
-        for task in (running, *drilling):
-            task.cancel()
-        await asyncio.gather(running, *drilling, return_exceptions=True)
-        if running not in done:
-            done.pop().result()
-        job = running.result()
+        job = await attend(_run_job(config, cluster, console, interrupted, drill), cluster, drill)
         console.print("stopping all processes")
     if drill is not None:
         console.print(recovery_table(drill.recoveries))

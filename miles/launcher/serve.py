@@ -20,6 +20,7 @@ from miles.config.faults import Fault
 from miles.config.flags import parse_command_line
 from miles.config.job import examine, resolved
 from miles.config.plan import tls_environment
+from miles.launcher.attend import attend
 from miles.launcher.chaos import drill_of, recovery_table
 from miles.launcher.local import LocalCluster
 from miles.launcher.process import ProcessGivenUpError
@@ -95,18 +96,10 @@ async def _serve(config: JobConfig, console: Console) -> None:
     async with LocalCluster(config, every_reward=config.reward.custom_rm_path is None) as cluster:
         where = f"web page and REST API {cluster.gateway_url}, " if cluster.gateway_url else ""
         console.print(f"{where}controller {cluster.controller_address}, folder {cluster.run_dir}", soft_wrap=True)
-        stopped = asyncio.create_task(stopping.wait())
         drill = drill_of(config, cluster, with_job=False)
-        drilling = [asyncio.create_task(drill.run())] if drill is not None else []
-        watched: set[asyncio.Future[Any]] = {stopped, cluster.failed, *drilling}
-        done, _ = await asyncio.wait(watched, return_when=asyncio.FIRST_COMPLETED)
-        for task in drilling:
-            task.cancel()
-        await asyncio.gather(*drilling, return_exceptions=True)
+        await attend(stopping.wait(), cluster, drill)
         if drill is not None:
             console.print(recovery_table(drill.recoveries))
-        if stopped not in done:
-            done.pop().result()
         console.print("stopping all processes; jobs that run are taken up again by the next start in the same folder")
 
 

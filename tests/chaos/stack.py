@@ -16,6 +16,7 @@ import grpc.aio
 import numpy as np
 from safetensors.numpy import load_file
 
+from miles.launcher.attend import attend
 from miles.launcher.chaos import Drill, Recovery
 from miles.launcher.local import LocalCluster
 from miles.launcher.main import watch_job
@@ -162,16 +163,7 @@ class Stack:
         job = self.start(name, **changes)
         drill = Drill(self.cluster, seed, mean_pause_s)
         job.listen(drill.on_event)
-        drilling, ending = asyncio.create_task(drill.run()), asyncio.create_task(job.end())
-        try:
-            await asyncio.wait({drilling, ending}, return_when=asyncio.FIRST_COMPLETED)
-            if drilling.done():
-                drilling.result()
-            ended = await ending
-        finally:
-            for task in (drilling, ending):
-                task.cancel()
-            await asyncio.gather(drilling, ending, return_exceptions=True)
+        ended = await attend(job.end(), self.cluster, drill)
         return dataclasses.replace(ended, recoveries=drill.recoveries)
 
     async def workers(self) -> dict[str, controller_pb2.Worker]:

@@ -1,0 +1,34 @@
+"""Waiting for work on a cluster, unless the cluster fails first."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine
+from typing import Any, TypeVar
+
+from miles.launcher.chaos import Drill
+from miles.launcher.local import LocalCluster
+
+T = TypeVar("T")
+
+
+async def attend(work: Coroutine[Any, Any, T], cluster: LocalCluster, drill: Drill | None) -> T:
+    """The result of `work`, with the drill going on meanwhile.
+
+    Raises ProcessGivenUpError when a process of the cluster is given up, and ServiceExit when something that the drill
+    killed does not come back.
+    """
+    working = asyncio.create_task(work)
+    drilling = [] if drill is None else [asyncio.create_task(drill.run())]
+    watched: set[asyncio.Future[Any]] = {working, cluster.failed, *drilling}
+    try:
+        await asyncio.wait(watched, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            for ended in (cluster.failed, *drilling):
+                if ended.done():
+                    ended.result()
+        return await working
+    finally:
+        for task in (working, *drilling):
+            task.cancel()
+        await asyncio.gather(working, *drilling, return_exceptions=True)
