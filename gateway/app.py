@@ -13,7 +13,7 @@ from miles.gateway import openapi, page, problems
 from miles.gateway.auth import Gatekeeper
 from miles.gateway.backend import Backend
 from miles.gateway.body import BodyLimit
-from miles.gateway.routes import checkpoints, events, health, jobs, logs, metrics, samples, status, workers
+from miles.gateway.routes import checkpoints, events, health, jobs, logs, metrics, samples, status, versions, workers
 from miles.gateway.security_headers import SecurityHeaders
 from miles.gateway.settings import GatewaySettings
 from miles.gateway.telemetry import RequestLog, Telemetry
@@ -44,7 +44,9 @@ def create_app(settings: GatewaySettings) -> FastAPI:
     )
     app.state.gatekeeper = Gatekeeper(settings)
     app.state.telemetry = telemetry
-    routers = [part.router for part in (jobs, status, events, metrics, samples, checkpoints, workers, logs, health)]
+    routers = [
+        part.router for part in (jobs, status, events, metrics, samples, checkpoints, versions, workers, logs, health)
+    ]
     problems.install(app, routers)
     for router in routers:
         app.include_router(router)

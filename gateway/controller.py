@@ -11,7 +11,14 @@ import grpc.aio
 
 from miles.gateway.problems import Problem
 from miles.rpc import connect
-from miles.rpc.gen import controller_pb2, controller_pb2_grpc, job_pb2, records_pb2, records_pb2_grpc
+from miles.rpc.gen import (
+    controller_pb2,
+    controller_pb2_grpc,
+    job_pb2,
+    records_pb2,
+    records_pb2_grpc,
+    weightsync_pb2,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -78,6 +85,16 @@ class Controller:
         request = controller_pb2.ListWorkersRequest()
         answer: controller_pb2.ListWorkersResponse = await _call(self._jobs.ListWorkers(request, timeout=ANSWER_S))
         return answer.workers
+
+    async def versions(self, job_id: str) -> weightsync_pb2.ListVersionsResponse:
+        """Versions of a job's weights, and the engines that hold them."""
+        request = controller_pb2.ListJobVersionsRequest(job_id=job_id)
+        return await _call(self._jobs.ListJobVersions(request, timeout=ANSWER_S))
+
+    async def check_versions(self, job_id: str) -> weightsync_pb2.CheckEnginesResponse:
+        """Have a job's engines compare what they serve with what the trainer sent."""
+        request = controller_pb2.CheckJobVersionsRequest(job_id=job_id)
+        return await _call(self._jobs.CheckJobVersions(request, timeout=CHECK_S))
 
     async def events(self, job_id: str, after: str, limit: int) -> Sequence[job_pb2.JobEvent]:
         """A page of a job's history."""

@@ -23,6 +23,7 @@ _TAGS = [
     {"name": "metrics", "description": "Numbers over training steps"},
     {"name": "samples", "description": "What was sampled and trained on"},
     {"name": "checkpoints", "description": "What was saved"},
+    {"name": "versions", "description": "Versions of the weights, and which engine holds which"},
     {"name": "workers", "description": "Processes that serve jobs"},
     {"name": "logs", "description": "What those processes write"},
     {"name": "health", "description": "The gateway itself"},

@@ -22,8 +22,10 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "metrics": ("miles.client.commands.metrics", "numbers of a job over its steps"),
     "samples": ("miles.client.commands.samples", "what a job sampled and trained on"),
     "workers": ("miles.client.commands.workers", "processes that serve jobs, with health, load and version held"),
+    "versions": ("miles.client.commands.versions", "versions of a job's weights, and which engine holds which"),
     "logs": ("miles.client.commands.logs", "logs of the services"),
     "keys": ("miles.gateway.keys_command", "make, list and revoke API keys of a gateway"),
+    "convert": ("miles.services.trainer.convert", "weights between Hugging Face and Megatron-Core checkpoints"),
     "config": ("miles.config.command", "the reference page of all settings, and what a command line comes to"),
 }
 """Module, or module:function, and help text by command. The function (`main` by default) takes the remaining words and

@@ -178,6 +178,14 @@ class MilesClient:
         """All workers, or those that serve a job."""
         return list(self._get(f"/v1/jobs/{job_id}/workers" if job_id else "/v1/workers")["workers"])
 
+    def versions(self, job_id: str) -> Json:
+        """Versions of a job's weights, and the engines that hold them."""
+        return self._get(f"/v1/jobs/{job_id}/versions")
+
+    def check_versions(self, job_id: str) -> Json:
+        """Have engines compare what they serve with what the trainer sent."""
+        return self._repeat("POST", f"/v1/jobs/{job_id}/versions/check")
+
     def logs(self, job_id: str) -> list[Json]:
         """Log files of the services."""
         return list(self._get(f"/v1/jobs/{job_id}/logs")["logs"])

@@ -10,7 +10,7 @@ import grpc
 import grpc.aio
 
 from miles.config import ConfigError, JobConfig
-from miles.rpc.gen import controller_pb2, controller_pb2_grpc, job_pb2
+from miles.rpc.gen import controller_pb2, controller_pb2_grpc, job_pb2, weightsync_pb2
 from miles.services.controller.config_check import check_config
 from miles.services.controller.job_scheduler import RESUMABLE, JobScheduler
 from miles.services.controller.records import (
@@ -22,6 +22,7 @@ from miles.services.controller.records import (
     new_job,
 )
 from miles.services.controller.registry import AttachedWorker, WorkerRegistry
+from miles.services.controller.weights_link import WeightsLink
 from miles.services.controller.workers import Workers
 
 
@@ -33,6 +34,7 @@ class ControllerServicer(controller_pb2_grpc.ControllerServiceServicer):
         self._scheduler = scheduler
         self._registry = registry
         self._workers = Workers(registry)
+        self._weights = WeightsLink(registry)
 
     async def CheckConfig(
         self, request: controller_pb2.CheckConfigRequest, context: grpc.aio.ServicerContext
@@ -139,6 +141,18 @@ class ControllerServicer(controller_pb2_grpc.ControllerServiceServicer):
     ) -> controller_pb2.ListWorkersResponse:
         workers = await self._workers.describe(self._scheduler.running)
         return controller_pb2.ListWorkersResponse(workers=workers)
+
+    async def ListJobVersions(
+        self, request: controller_pb2.ListJobVersionsRequest, context: grpc.aio.ServicerContext
+    ) -> weightsync_pb2.ListVersionsResponse:
+        await self._get(request.job_id, context)
+        return await self._weights.versions(request.job_id, context)
+
+    async def CheckJobVersions(
+        self, request: controller_pb2.CheckJobVersionsRequest, context: grpc.aio.ServicerContext
+    ) -> weightsync_pb2.CheckEnginesResponse:
+        await self._get(request.job_id, context)
+        return await self._weights.check(request.job_id, context)
 
     async def DescribeRun(
         self, request: controller_pb2.DescribeRunRequest, context: grpc.aio.ServicerContext

@@ -146,6 +146,33 @@ class WeightSyncServicer(weightsync_pb2_grpc.WeightSyncServiceServicer):
         )
         yield weightsync_pb2.ActivateResponse(done=done)
 
+    async def CheckEngines(
+        self, request: weightsync_pb2.CheckEnginesRequest, context: grpc.aio.ServicerContext
+    ) -> weightsync_pb2.CheckEnginesResponse:
+        """Compare what engines serve with what was sent, on demand."""
+        name = policy_pb2.WeightVersion(job_id=request.job_id, stream=request.stream)
+        await _check_version(name, context)
+        if request.deadline_ms == 0:
+            await _invalid(context, "deadline_ms must not be 0")
+        stream = self._stream(request.job_id, request.stream)
+        try:
+            number, events = stream.check(request.deadline_ms / 1000)
+        except Refused as error:
+            await _refuse(context, "check engines for", name, error)
+        try:
+            while not isinstance(event := await events.get(), Outcome):
+                pass
+        finally:
+            stream.unwatch(events)
+        if not event.ok:
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, f"the check came to no end: {event.error}")
+        return weightsync_pb2.CheckEnginesResponse(
+            version=number,
+            equal=event.engines,
+            quarantined=event.quarantined,
+            engines=[stream.engine_status(engine) for engine in stream.machine.engines.values()],
+        )
+
     async def Subscribe(
         self, requests: AsyncIterator[weightsync_pb2.SubscribeRequest], context: grpc.aio.ServicerContext
     ) -> AsyncIterator[weightsync_pb2.SubscribeResponse]:

@@ -7,6 +7,7 @@ import itertools
 import logging
 import pathlib
 import time
+import uuid
 from collections.abc import Collection
 from typing import Any
 
@@ -166,6 +167,18 @@ class StreamRuntime:
             self._watchers.pop(events)
             events.put_nowait(outcome)
         return events
+
+    def check(self, deadline_s: float) -> tuple[int, asyncio.Queue[Event]]:
+        """Have engines compare what they serve with the active version; its number, and events as in `activate`.
+
+        Refused while an activation is under way: that must not be ended by a check.
+        """
+        if self.machine.activation is not None:
+            raise Refused("a version is being activated; ask again when it is")
+        active = None if self.machine.active is None else self.machine.versions[self.machine.active]
+        if active is None or self.machine.find(active.number) is not active:
+            raise Refused("no version is active, or its number has been published anew")
+        return active.number, self.activate(active.number, f"check-{uuid.uuid4().hex}", deadline_s, 0, True)
 
     def unwatch(self, events: asyncio.Queue[Event]) -> None:
         """Nobody reads these events any more; the activation goes on."""

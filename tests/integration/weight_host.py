@@ -51,7 +51,10 @@ class GatedEngine:
 class Host:
     """The service, on an address that survives its restarts; and the calls of a trainer and a controller."""
 
-    def __init__(self, folder: pathlib.Path, lease_s: float = 300.0, disk_dir: pathlib.Path | None = None) -> None:
+    def __init__(
+        self, folder: pathlib.Path, lease_s: float = 300.0, disk_dir: pathlib.Path | None = None, job: str = JOB
+    ) -> None:
+        self._job = job
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.address = f"127.0.0.1:{probe.getsockname()[1]}"
@@ -98,7 +101,7 @@ class Host:
                 stub = weightsync_pb2_grpc.WeightSyncServiceStub(self._channel)
                 endpoint = Endpoint(address=self.address)
                 self._publishers[transport] = WeightPublisher(
-                    *(stub, JOB, POLICY, kind), endpoint=endpoint, deadline_s=DEADLINE_S, **settings
+                    *(stub, self._job, POLICY, kind), endpoint=endpoint, deadline_s=DEADLINE_S, **settings
                 )
             layout = [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in sent.items()]
             return self._publishers[transport].publish(version, version, layout, sent.items())
@@ -115,7 +118,7 @@ class Host:
         wait_for: Iterable[str] = (),
     ) -> weightsync_pb2.ActivateDone:
         request = weightsync_pb2.ActivateRequest(
-            version=policy_pb2.WeightVersion(job_id=JOB, stream=POLICY, version=version),
+            version=policy_pb2.WeightVersion(job_id=self._job, stream=POLICY, version=version),
             operation_id=f"{version} within {deadline_s}",
             deadline_ms=int(deadline_s * 1000),
             min_engines=min_engines,

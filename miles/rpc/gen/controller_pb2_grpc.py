@@ -4,6 +4,7 @@ import grpc
 import warnings
 
 from miles.rpc.gen import controller_pb2 as miles_dot_v1_dot_controller__pb2
+from miles.rpc.gen import weightsync_pb2 as miles_dot_v1_dot_weightsync__pb2
 
 GRPC_GENERATED_VERSION = '1.81.1'
 GRPC_VERSION = grpc.__version__
@@ -74,6 +75,16 @@ class ControllerServiceStub:
                 request_serializer=miles_dot_v1_dot_controller__pb2.ListWorkersRequest.SerializeToString,
                 response_deserializer=miles_dot_v1_dot_controller__pb2.ListWorkersResponse.FromString,
                 _registered_method=True)
+        self.ListJobVersions = channel.unary_unary(
+                '/miles.v1.ControllerService/ListJobVersions',
+                request_serializer=miles_dot_v1_dot_controller__pb2.ListJobVersionsRequest.SerializeToString,
+                response_deserializer=miles_dot_v1_dot_weightsync__pb2.ListVersionsResponse.FromString,
+                _registered_method=True)
+        self.CheckJobVersions = channel.unary_unary(
+                '/miles.v1.ControllerService/CheckJobVersions',
+                request_serializer=miles_dot_v1_dot_controller__pb2.CheckJobVersionsRequest.SerializeToString,
+                response_deserializer=miles_dot_v1_dot_weightsync__pb2.CheckEnginesResponse.FromString,
+                _registered_method=True)
         self.DescribeRun = channel.unary_unary(
                 '/miles.v1.ControllerService/DescribeRun',
                 request_serializer=miles_dot_v1_dot_controller__pb2.DescribeRunRequest.SerializeToString,
@@ -141,6 +152,21 @@ class ControllerServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ListJobVersions(self, request, context):
+        """Versions of a job's weights, and which engine holds which; FAILED_PRECONDITION while no weight-sync service is
+        attached.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def CheckJobVersions(self, request, context):
+        """Has a job's engines compare what they serve with what the trainer sent.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def DescribeRun(self, request, context):
         """What a job's run does now, what it and each worker wait for, and which groups are where.
         """
@@ -190,6 +216,16 @@ def add_ControllerServiceServicer_to_server(servicer, server):
                     servicer.ListWorkers,
                     request_deserializer=miles_dot_v1_dot_controller__pb2.ListWorkersRequest.FromString,
                     response_serializer=miles_dot_v1_dot_controller__pb2.ListWorkersResponse.SerializeToString,
+            ),
+            'ListJobVersions': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListJobVersions,
+                    request_deserializer=miles_dot_v1_dot_controller__pb2.ListJobVersionsRequest.FromString,
+                    response_serializer=miles_dot_v1_dot_weightsync__pb2.ListVersionsResponse.SerializeToString,
+            ),
+            'CheckJobVersions': grpc.unary_unary_rpc_method_handler(
+                    servicer.CheckJobVersions,
+                    request_deserializer=miles_dot_v1_dot_controller__pb2.CheckJobVersionsRequest.FromString,
+                    response_serializer=miles_dot_v1_dot_weightsync__pb2.CheckEnginesResponse.SerializeToString,
             ),
             'DescribeRun': grpc.unary_unary_rpc_method_handler(
                     servicer.DescribeRun,
@@ -413,6 +449,60 @@ class ControllerService:
             '/miles.v1.ControllerService/ListWorkers',
             miles_dot_v1_dot_controller__pb2.ListWorkersRequest.SerializeToString,
             miles_dot_v1_dot_controller__pb2.ListWorkersResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListJobVersions(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/miles.v1.ControllerService/ListJobVersions',
+            miles_dot_v1_dot_controller__pb2.ListJobVersionsRequest.SerializeToString,
+            miles_dot_v1_dot_weightsync__pb2.ListVersionsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CheckJobVersions(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/miles.v1.ControllerService/CheckJobVersions',
+            miles_dot_v1_dot_controller__pb2.CheckJobVersionsRequest.SerializeToString,
+            miles_dot_v1_dot_weightsync__pb2.CheckEnginesResponse.FromString,
             options,
             channel_credentials,
             insecure,

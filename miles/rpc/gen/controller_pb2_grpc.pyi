@@ -6,6 +6,7 @@ Jobs and workers: what users, the gateway and workers ask of the controller."""
 from collections import abc as _abc
 from grpc import aio as _aio
 from miles.rpc.gen import controller_pb2 as _controller_pb2
+from miles.rpc.gen import weightsync_pb2 as _weightsync_pb2
 import abc as _abc_1
 import grpc as _grpc
 import sys
@@ -49,6 +50,12 @@ class ControllerServiceStub:
     """
     ListWorkers: _grpc.UnaryUnaryMultiCallable[_controller_pb2.ListWorkersRequest, _controller_pb2.ListWorkersResponse]
     """The workers that are attached."""
+    ListJobVersions: _grpc.UnaryUnaryMultiCallable[_controller_pb2.ListJobVersionsRequest, _weightsync_pb2.ListVersionsResponse]
+    """Versions of a job's weights, and which engine holds which; FAILED_PRECONDITION while no weight-sync service is
+    attached.
+    """
+    CheckJobVersions: _grpc.UnaryUnaryMultiCallable[_controller_pb2.CheckJobVersionsRequest, _weightsync_pb2.CheckEnginesResponse]
+    """Has a job's engines compare what they serve with what the trainer sent."""
     DescribeRun: _grpc.UnaryUnaryMultiCallable[_controller_pb2.DescribeRunRequest, _controller_pb2.DescribeRunResponse]
     """What a job's run does now, what it and each worker wait for, and which groups are where."""
 
@@ -73,6 +80,12 @@ class ControllerServiceAsyncStub(ControllerServiceStub):
     """
     ListWorkers: _aio.UnaryUnaryMultiCallable[_controller_pb2.ListWorkersRequest, _controller_pb2.ListWorkersResponse]  # type: ignore[assignment]
     """The workers that are attached."""
+    ListJobVersions: _aio.UnaryUnaryMultiCallable[_controller_pb2.ListJobVersionsRequest, _weightsync_pb2.ListVersionsResponse]  # type: ignore[assignment]
+    """Versions of a job's weights, and which engine holds which; FAILED_PRECONDITION while no weight-sync service is
+    attached.
+    """
+    CheckJobVersions: _aio.UnaryUnaryMultiCallable[_controller_pb2.CheckJobVersionsRequest, _weightsync_pb2.CheckEnginesResponse]  # type: ignore[assignment]
+    """Has a job's engines compare what they serve with what the trainer sent."""
     DescribeRun: _aio.UnaryUnaryMultiCallable[_controller_pb2.DescribeRunRequest, _controller_pb2.DescribeRunResponse]  # type: ignore[assignment]
     """What a job's run does now, what it and each worker wait for, and which groups are where."""
 
@@ -142,6 +155,24 @@ class ControllerServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_controller_pb2.ListWorkersResponse, _abc.Awaitable[_controller_pb2.ListWorkersResponse]]:
         """The workers that are attached."""
+
+    @_abc_1.abstractmethod
+    def ListJobVersions(
+        self,
+        request: _controller_pb2.ListJobVersionsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_weightsync_pb2.ListVersionsResponse, _abc.Awaitable[_weightsync_pb2.ListVersionsResponse]]:
+        """Versions of a job's weights, and which engine holds which; FAILED_PRECONDITION while no weight-sync service is
+        attached.
+        """
+
+    @_abc_1.abstractmethod
+    def CheckJobVersions(
+        self,
+        request: _controller_pb2.CheckJobVersionsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_weightsync_pb2.CheckEnginesResponse, _abc.Awaitable[_weightsync_pb2.CheckEnginesResponse]]:
+        """Has a job's engines compare what they serve with what the trainer sent."""
 
     @_abc_1.abstractmethod
     def DescribeRun(

@@ -1528,3 +1528,69 @@ class ReleaseJobResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ReleaseJobResponse: _TypeAlias = ReleaseJobResponse  # noqa: Y015
+
+@_typing.final
+class CheckEnginesRequest(_message.Message):
+    """Engines to check."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    JOB_ID_FIELD_NUMBER: _builtins.int
+    STREAM_FIELD_NUMBER: _builtins.int
+    DEADLINE_MS_FIELD_NUMBER: _builtins.int
+    job_id: _builtins.str
+    """Job whose weights they serve."""
+    stream: _policy_pb2.WeightStream.ValueType
+    """Policy or draft."""
+    deadline_ms: _builtins.int
+    """How long an engine may take before it is quarantined, in milliseconds."""
+    def __init__(
+        self,
+        *,
+        job_id: _builtins.str = ...,
+        stream: _policy_pb2.WeightStream.ValueType = ...,
+        deadline_ms: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["deadline_ms", b"deadline_ms", "job_id", b"job_id", "stream", b"stream"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CheckEnginesRequest: _TypeAlias = CheckEnginesRequest  # noqa: Y015
+
+@_typing.final
+class CheckEnginesResponse(_message.Message):
+    """What the check found."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VERSION_FIELD_NUMBER: _builtins.int
+    EQUAL_FIELD_NUMBER: _builtins.int
+    QUARANTINED_FIELD_NUMBER: _builtins.int
+    ENGINES_FIELD_NUMBER: _builtins.int
+    version: _builtins.int
+    """The active version."""
+    equal: _builtins.int
+    """Engines that hold exactly what the trainer sent, a count."""
+    quarantined: _builtins.int
+    """Engines that do not, or did not answer in time, a count; their last_error says more."""
+    @_builtins.property
+    def engines(self) -> _containers.RepeatedCompositeFieldContainer[Global___EngineStatus]:
+        """Every engine afterwards."""
+
+    def __init__(
+        self,
+        *,
+        version: _builtins.int = ...,
+        equal: _builtins.int = ...,
+        quarantined: _builtins.int = ...,
+        engines: _abc.Iterable[Global___EngineStatus] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["engines", b"engines", "equal", b"equal", "quarantined", b"quarantined", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CheckEnginesResponse: _TypeAlias = CheckEnginesResponse  # noqa: Y015

@@ -84,6 +84,11 @@ class WeightSyncServiceStub:
                 request_serializer=miles_dot_v1_dot_weightsync__pb2.ListVersionsRequest.SerializeToString,
                 response_deserializer=miles_dot_v1_dot_weightsync__pb2.ListVersionsResponse.FromString,
                 _registered_method=True)
+        self.CheckEngines = channel.unary_unary(
+                '/miles.v1.WeightSyncService/CheckEngines',
+                request_serializer=miles_dot_v1_dot_weightsync__pb2.CheckEnginesRequest.SerializeToString,
+                response_deserializer=miles_dot_v1_dot_weightsync__pb2.CheckEnginesResponse.FromString,
+                _registered_method=True)
         self.ReleaseJob = channel.unary_unary(
                 '/miles.v1.WeightSyncService/ReleaseJob',
                 request_serializer=miles_dot_v1_dot_weightsync__pb2.ReleaseJobRequest.SerializeToString,
@@ -164,6 +169,14 @@ class WeightSyncServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def CheckEngines(self, request, context):
+        """Has every engine compare the bytes it serves with those of the active version; one that differs is quarantined. Not
+        while a version is being activated, and ended by the next activation.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ReleaseJob(self, request, context):
         """Ends every stream of a job that is over and frees its bytes. Idempotent.
         """
@@ -223,6 +236,11 @@ def add_WeightSyncServiceServicer_to_server(servicer, server):
                     servicer.ListVersions,
                     request_deserializer=miles_dot_v1_dot_weightsync__pb2.ListVersionsRequest.FromString,
                     response_serializer=miles_dot_v1_dot_weightsync__pb2.ListVersionsResponse.SerializeToString,
+            ),
+            'CheckEngines': grpc.unary_unary_rpc_method_handler(
+                    servicer.CheckEngines,
+                    request_deserializer=miles_dot_v1_dot_weightsync__pb2.CheckEnginesRequest.FromString,
+                    response_serializer=miles_dot_v1_dot_weightsync__pb2.CheckEnginesResponse.SerializeToString,
             ),
             'ReleaseJob': grpc.unary_unary_rpc_method_handler(
                     servicer.ReleaseJob,
@@ -500,6 +518,33 @@ class WeightSyncService:
             '/miles.v1.WeightSyncService/ListVersions',
             miles_dot_v1_dot_weightsync__pb2.ListVersionsRequest.SerializeToString,
             miles_dot_v1_dot_weightsync__pb2.ListVersionsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CheckEngines(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/miles.v1.WeightSyncService/CheckEngines',
+            miles_dot_v1_dot_weightsync__pb2.CheckEnginesRequest.SerializeToString,
+            miles_dot_v1_dot_weightsync__pb2.CheckEnginesResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -51,6 +51,10 @@ class WeightSyncServiceStub:
     """GRPC_CHUNKS, to an engine: the chunks it asks for, in the order in which it does."""
     ListVersions: _grpc.UnaryUnaryMultiCallable[_weightsync_pb2.ListVersionsRequest, _weightsync_pb2.ListVersionsResponse]
     """Versions and engines as they stand."""
+    CheckEngines: _grpc.UnaryUnaryMultiCallable[_weightsync_pb2.CheckEnginesRequest, _weightsync_pb2.CheckEnginesResponse]
+    """Has every engine compare the bytes it serves with those of the active version; one that differs is quarantined. Not
+    while a version is being activated, and ended by the next activation.
+    """
     ReleaseJob: _grpc.UnaryUnaryMultiCallable[_weightsync_pb2.ReleaseJobRequest, _weightsync_pb2.ReleaseJobResponse]
     """Ends every stream of a job that is over and frees its bytes. Idempotent."""
 
@@ -77,6 +81,10 @@ class WeightSyncServiceAsyncStub(WeightSyncServiceStub):
     """GRPC_CHUNKS, to an engine: the chunks it asks for, in the order in which it does."""
     ListVersions: _aio.UnaryUnaryMultiCallable[_weightsync_pb2.ListVersionsRequest, _weightsync_pb2.ListVersionsResponse]  # type: ignore[assignment]
     """Versions and engines as they stand."""
+    CheckEngines: _aio.UnaryUnaryMultiCallable[_weightsync_pb2.CheckEnginesRequest, _weightsync_pb2.CheckEnginesResponse]  # type: ignore[assignment]
+    """Has every engine compare the bytes it serves with those of the active version; one that differs is quarantined. Not
+    while a version is being activated, and ended by the next activation.
+    """
     ReleaseJob: _aio.UnaryUnaryMultiCallable[_weightsync_pb2.ReleaseJobRequest, _weightsync_pb2.ReleaseJobResponse]  # type: ignore[assignment]
     """Ends every stream of a job that is over and frees its bytes. Idempotent."""
 
@@ -160,6 +168,16 @@ class WeightSyncServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_weightsync_pb2.ListVersionsResponse, _abc.Awaitable[_weightsync_pb2.ListVersionsResponse]]:
         """Versions and engines as they stand."""
+
+    @_abc_1.abstractmethod
+    def CheckEngines(
+        self,
+        request: _weightsync_pb2.CheckEnginesRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_weightsync_pb2.CheckEnginesResponse, _abc.Awaitable[_weightsync_pb2.CheckEnginesResponse]]:
+        """Has every engine compare the bytes it serves with those of the active version; one that differs is quarantined. Not
+        while a version is being activated, and ended by the next activation.
+        """
 
     @_abc_1.abstractmethod
     def ReleaseJob(

@@ -143,7 +143,7 @@ def test_two_jobs_never_share_a_run_folder(submit: Submit, http: httpx.Client, s
 
 
 @pytest.mark.parametrize(
-    "what", ["", "/events", "/metrics", "/timeline", "/samples", "/checkpoints", "/workers", "/logs"]
+    "what", ["", "/events", "/metrics", "/timeline", "/samples", "/checkpoints", "/versions", "/workers", "/logs"]
 )
 def test_an_unknown_job_is_not_found(http: httpx.Client, what: str) -> None:
     assert "nothing-here" in problem(http.get(f"/v1/jobs/nothing-here{what}"), "unknown-job")["detail"]
