@@ -25,6 +25,10 @@ PAGE = 500
 _IDLE_S = 30.0
 """A feed that nobody follows for so long is closed."""
 _RETRY_S = 0.5
+_WATCHER_S = 0.00125
+_LONGEST_S = 0.25
+"""Watchers are woken at most once in `_WATCHER_S` for each of them, up to `_LONGEST_S`: however fast events come, sending
+them to many takes a small part of a core."""
 
 END = b'event: end\ndata: {"type":"end"}\n\n'
 """Last message of a stream whose job has ended: nothing follows, so the reader need not come back."""
@@ -71,6 +75,8 @@ class Feed:
         self._controller = controller
         self._ring: collections.deque[Message] = collections.deque(maxlen=RING)
         self._changed = asyncio.Event()
+        self._told_s = 0.0
+        self._telling: asyncio.TimerHandle | None = None
         self._task = asyncio.create_task(self._follow(), name=f"events of {job_id}")
 
     async def close(self) -> None:
@@ -118,9 +124,23 @@ class Feed:
                     logger.info("events of %s: %s; trying again", self.job_id, error.details())
                     await asyncio.sleep(_RETRY_S)
         finally:
-            self._notify()
+            self._tell()
 
     def _notify(self) -> None:
+        """Tell watchers of news: now, or soon together with what comes until then."""
+        if self._telling is not None:
+            return
+        wait_s = self._told_s + min(_LONGEST_S, self.watchers * _WATCHER_S) - time.monotonic()
+        if wait_s <= 0:
+            self._tell()
+        else:
+            self._telling = asyncio.get_running_loop().call_later(wait_s, self._tell)
+
+    def _tell(self) -> None:
+        if self._telling is not None:
+            self._telling.cancel()
+            self._telling = None
+        self._told_s = time.monotonic()
         self._changed.set()
         self._changed = asyncio.Event()
 
