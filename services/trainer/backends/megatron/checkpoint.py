@@ -50,7 +50,8 @@ def save(directory: pathlib.Path, contents: Contents, record: Record) -> None:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     dist.barrier()
-    dist_checkpointing.save(_tensors(contents, loading=False), str(partial), content_metadata=_CONTENT)
+    kinds = {"optimizer": contents.optimizer is not None, "reference": contents.reference is not None}
+    dist_checkpointing.save(_tensors(contents, loading=False), str(partial), content_metadata={**_CONTENT, **kinds})
     dist.barrier()
     if dist.get_rank() == 0:
         complete(partial, directory, record)
@@ -67,6 +68,18 @@ def load(directory: pathlib.Path, contents: Contents) -> Record:
     record = read_record(directory)
     if not dist_checkpointing.check_is_distributed_checkpoint(str(directory)):
         raise ValueError(f"{directory} is not a checkpoint of the megatron backend; name another folder in load")
+    kinds = dist_checkpointing.load_content_metadata(str(directory)) or {}
+    saved_layout = dataclasses.replace(
+        contents,
+        optimizer=contents.optimizer if kinds.get("optimizer") else None,
+        reference=contents.reference if kinds.get("reference") else None,
+    )
+    return _load_into(directory, saved_layout, contents.optimizer, record)
+
+
+def _load_into(directory: pathlib.Path, contents: Contents, optimizer: Any | None, record: Record) -> Record:
+    from megatron.core import dist_checkpointing
+
     if contents.optimizer is not None:
         _make_states(contents.optimizer)
     loaded = dist_checkpointing.load(_tensors(contents, loading=True), str(directory))
@@ -75,8 +88,22 @@ def load(directory: pathlib.Path, contents: Contents) -> Record:
         contents.reference.take()
     _load_model(contents.model, loaded, "model")
     if contents.optimizer is not None:
-        contents.optimizer.load_state_dict(loaded["optimizer"])
+        _load_optimizer(contents.optimizer, loaded["optimizer"], directory)
+    elif optimizer is not None:
+        optimizer.reload_model_params()  # its own copy in float32
     return record
+
+
+def _load_optimizer(optimizer: Any, state: Any, directory: pathlib.Path) -> None:
+    parts = len(getattr(optimizer, "chained_optimizers", [optimizer]))
+    saved_parts = max(1, sum(isinstance(key, int) for key in state)) if isinstance(state, dict) else len(state)
+    strangers = isinstance(state, dict) and parts > 1 and any(not isinstance(key, int) for key in state)
+    if parts != saved_parts or strangers:
+        raise ValueError(
+            f"the optimizer's state in {directory} was saved with experts on every rank, or with them spread, and the "
+            "layout is the other; resume with the expert_model_parallel_size of then, or go on from its save_hf folder"
+        )
+    optimizer.load_state_dict(state)
 
 
 def load_weights(directory: pathlib.Path, model: MegatronModel) -> None:
@@ -85,17 +112,6 @@ def load_weights(directory: pathlib.Path, model: MegatronModel) -> None:
 
     loaded = dist_checkpointing.load(_sharded_model(model, "model"), str(directory))
     _load_model(model, loaded, "model")
-
-
-def save_weights(directory: pathlib.Path, model: MegatronModel) -> None:
-    """Write only the parameters; collective."""
-    from megatron.core import dist_checkpointing
-
-    if dist.get_rank() == 0:
-        directory.mkdir(parents=True, exist_ok=True)
-    dist.barrier()
-    dist_checkpointing.save(_sharded_model(model, "model"), str(directory), content_metadata=_CONTENT)
-    dist.barrier()
 
 
 def _tensors(contents: Contents, *, loading: bool) -> dict[str, Any]:

@@ -1,0 +1,142 @@
+"""`miles convert`: weights between Hugging Face folders and checkpoints of the megatron backend.
+
+    miles convert hf-to-dist --hf-checkpoint MODEL --save DIR       then --load DIR starts a job from it
+    miles convert dist-to-hf --hf-checkpoint MODEL --load DIR --save MODEL2
+
+Runs in one process or under torchrun, which splits the model for conversion by the sizes given; what is written does
+not depend on them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import pathlib
+import shutil
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from miles.config import JobConfig
+    from miles.services.trainer.backends.megatron.model import MegatronModel
+
+_SIZES = ("tensor-model-parallel-size", "pipeline-model-parallel-size", "expert-model-parallel-size")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Convert; returns the exit code."""
+    options = _parser().parse_args(arguments)
+    import torch.distributed as dist
+
+    from miles.services.trainer.__main__ import join
+
+    join(options.device, None, 30)
+    try:
+        if options.direction == "hf-to-dist":
+            hf_to_dist(_job_config(options), options.save)
+        else:
+            dist_to_hf(_job_config(options), options.load, options.save)
+    except (FileNotFoundError, ValueError) as error:
+        print(f"miles convert: {error}", file=sys.stderr)
+        return 1
+    finally:
+        dist.destroy_process_group()
+    return 0
+
+
+def hf_to_dist(config: JobConfig, directory: pathlib.Path) -> None:
+    """Write the model's weights as a checkpoint of step 0 below `directory`; collective."""
+    from miles.services.trainer.backend import TrainerState
+    from miles.services.trainer.backends.fsdp.checkpoint import Record, digest, folder_name
+    from miles.services.trainer.backends.megatron import checkpoint
+
+    model = _model(config)
+    record = Record(state=TrainerState(), iteration=0, world_size=1, config_digest=digest(config))
+    contents = checkpoint.Contents(model=model, optimizer=None, reference=None)
+    checkpoint.save(directory / folder_name(0), contents, record)
+
+
+def dist_to_hf(config: JobConfig, source: pathlib.Path, directory: pathlib.Path) -> None:
+    """Write a checkpoint's weights as a Hugging Face folder; `source` is one or a folder of them; collective.
+
+    Tensors of the model's folder that Megatron-Core does not train, e.g. layers for multi-token prediction, are copied.
+    """
+    import torch.distributed as dist
+
+    from miles.services.trainer.backends.fsdp import settings
+    from miles.services.trainer.backends.fsdp.checkpoint import newest
+    from miles.services.trainer.backends.megatron import checkpoint
+    from miles.services.trainer.backends.megatron.export import Exporter
+    from miles.services.trainer.backends.megatron.hf_files import write_hf_checkpoint
+
+    found = newest(source) or source
+    if not (found / "metadata.json").is_file():
+        raise FileNotFoundError(f"there is no checkpoint in {source}; give a folder that `save` wrote")
+    model = _model(config)
+    checkpoint.load_weights(found, model)
+    out_type = settings.DTYPES[config.rollout.rollout_dtype]
+    exporter = Exporter(model, out_type, fuse_experts=False)
+    partial = directory.with_name(directory.name + ".tmp")
+    write_hf_checkpoint(partial, pathlib.Path(str(config.rollout.hf_checkpoint)), exporter.tensors(), out_type)
+    if dist.get_rank() == 0:
+        shutil.rmtree(directory, ignore_errors=True)
+        partial.rename(directory)
+
+
+def _model(config: JobConfig) -> MegatronModel:
+    from miles.services.trainer.backends.fsdp import settings
+    from miles.services.trainer.backends.megatron import groups
+    from miles.services.trainer.backends.megatron.model import build_model
+
+    dtype = settings.DTYPES[config.train.train_dtype]
+    place = groups.initialize(config.megatron, config.train.seed, config.cluster.distributed_timeout_minutes)
+    return build_model(config, place, dtype, wrap=False)
+
+
+def _job_config(options: argparse.Namespace) -> JobConfig:
+    """The part of a job's configuration that conversion reads, in a whole one."""
+    import torch.distributed as dist
+
+    from miles.config import JobConfig
+
+    sizes = {name.replace("-", "_"): getattr(options, name.replace("-", "_")) for name in _SIZES}
+    return JobConfig.from_flat(
+        {
+            "hf_checkpoint": str(options.hf_checkpoint),
+            "prompt_data": "none.jsonl",
+            "rm_type": "exact_match",
+            "num_rollout": 1,
+            "rollout_batch_size": dist.get_world_size(),
+            "rollout_max_response_len": 1,
+            "n_samples_per_prompt": 2,
+            "train_backend": "megatron",
+            "train_dtype": options.dtype,
+            "rollout_dtype": options.dtype,
+            "device": options.device,
+            "actor_num_gpus_per_node": dist.get_world_size(),
+            "sequence_parallel": sizes["tensor_model_parallel_size"] > 1,
+            **sizes,
+        }
+    )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="miles convert", description="Weights to and from the megatron backend.")
+    directions = parser.add_subparsers(dest="direction", required=True)
+    to_dist = directions.add_parser("hf-to-dist", help="Hugging Face folder to a checkpoint that `load` takes")
+    to_hf = directions.add_parser("dist-to-hf", help="checkpoint of the megatron backend to a Hugging Face folder")
+    to_hf.add_argument("--load", type=pathlib.Path, required=True, metavar="DIR", help="checkpoint, or folder of them")
+    for each in (to_dist, to_hf):
+        each.add_argument(
+            "--hf-checkpoint", type=pathlib.Path, required=True, metavar="DIR", help="model, with config and tokenizer"
+        )
+        each.add_argument("--save", type=pathlib.Path, required=True, metavar="DIR", help="where to write")
+        each.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="type of the weights")
+        each.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to convert")
+        for name in _SIZES:
+            each.add_argument(f"--{name}", type=int, default=1, metavar="N")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
