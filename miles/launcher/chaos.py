@@ -53,6 +53,7 @@ class Drill:
 
     def __init__(self, cluster: LocalCluster, seed: int, mean_pause_s: float, *, with_job: bool = True) -> None:
         self.recoveries: list[Recovery] = []
+        self.kills = 0
         self._cluster = cluster
         self._schedule = ChaosSchedule(seed, cluster.services, mean_pause_s)
         self._with_job = with_job
@@ -87,8 +88,7 @@ class Drill:
         began_s, began_ns = time.monotonic(), time.time_ns()
         if not hit:
             return
-        for name, back_s in (await self._until_back(last_blow_s)).items():
-            self.recoveries.append(Recovery(name, back_s=back_s))
+        await self._until_back(last_blow_s)
         if self._with_job:
             await self._until_step(began_ns)
             what = hit.copy().pop() if len(hit) == 1 else EVERYTHING if hit == set(self._cluster.services) else SEVERAL
@@ -98,21 +98,22 @@ class Drill:
         for worker in await self._workers():
             self._known.setdefault(worker.registration.worker_id, set()).add(worker.registration.incarnation)
         killed = {name for name in blow.victims if self._cluster.kill(name)}
+        self.kills += len(killed)
         logger.warning("drill: killed %s", ", ".join(sorted(killed)) or "nothing, as nothing of it was running")
         return killed
 
-    async def _until_back(self, killed_s: dict[str, float]) -> dict[str, float]:
-        """Seconds from its kill for each service until it answers again."""
-        back: dict[str, float] = {}
+    async def _until_back(self, killed_s: dict[str, float]) -> None:
+        """Note for each service when it answers again; `killed_s` is when it was killed."""
+        missing = set(killed_s)
         end = time.monotonic() + RECOVERY_LIMIT_S
-        while missing := killed_s.keys() - back.keys():
+        while missing:
             if time.monotonic() > end:
                 problem = f"{', '.join(sorted(missing))} did not come back within {RECOVERY_LIMIT_S:g} s of the drill"
                 raise ServiceExit(ExitCode.WORKER_FAILED, problem)
             for name in await self._answering(missing):
-                back[name] = time.monotonic() - killed_s[name]
+                self.recoveries.append(Recovery(name, back_s=time.monotonic() - killed_s[name]))
+                missing.remove(name)
             await asyncio.sleep(_LOOK_EVERY_S)
-        return back
 
     async def _until_step(self, since_ns: int) -> None:
         try:

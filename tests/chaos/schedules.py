@@ -40,6 +40,6 @@ async def _struck(stack: Stack, seed: int, mode: dict[str, Any], mean_pause_s: f
     """A job that was hit at least once: again with shorter pauses while the first blow comes too late."""
     while True:
         ended = await stack.run_through(seed, mean_pause_s, f"seed-{seed}-pause-{mean_pause_s:.3f}", **mode)
-        if ended.recoveries:
+        if ended.kills:
             return ended
         mean_pause_s /= 2

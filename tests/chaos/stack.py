@@ -37,6 +37,7 @@ class Ended:
     job: job_pb2.Job
     run_dir: pathlib.Path
     seconds: float
+    kills: int = 0
     recoveries: list[Recovery] = dataclasses.field(default_factory=list)
 
     def assert_every_group_was_trained_once(self, steps: int = STEPS) -> None:
@@ -164,7 +165,7 @@ class Stack:
         drill = Drill(self.cluster, seed, mean_pause_s)
         job.listen(drill.on_event)
         ended = await attend(job.end(), self.cluster, drill)
-        return dataclasses.replace(ended, recoveries=drill.recoveries)
+        return dataclasses.replace(ended, kills=drill.kills, recoveries=drill.recoveries)
 
     async def workers(self) -> dict[str, controller_pb2.Worker]:
         """Those that are attached, by name."""
