@@ -1,12 +1,12 @@
 """Many watchers of one running job: how long GET /v1/jobs/{id} takes, and what the run loses by them.
 
-    python -m examples.tiny.make .cache/tiny/dense
+    python -m examples.tiny.make
     python -m benchmarks.gateway_watchers --model .cache/tiny/dense
 
-Runs the same job several times on this machine under `miles serve`, by turns alone and with watchers (event streams that
-are read to their end) and a poller of the job's record. Prints one table. The targets are p99 <= 50 ms and a slowdown
-<= 2 % on 2 cores; run it on a machine that does nothing else. Watchers stand for people elsewhere: they are one process of
-low priority that only counts what it is sent.
+Runs the same job several times on this machine under `miles serve`, by turns alone and with watchers (event streams
+that are read to their end) and a poller of the job's record. Prints one table. The targets are p99 <= 50 ms and a
+slowdown <= 2 % on 2 cores; run it on a machine that does nothing else. Watchers stand for people elsewhere: they are one
+process of low priority that only counts what it is sent.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def table(flags: argparse.Namespace, alone: list[dict[str, Any]], watched: list[
     """Medians of the rounds; latencies of all rounds together."""
 
     def median(runs: list[dict[str, Any]], name: str) -> float:
-        return statistics.median(run[name] for run in runs)
+        return float(statistics.median(run[name] for run in runs))
 
     title = f"{flags.rounds} rounds of {flags.steps} steps, {os.cpu_count()} cores"
     made = Table("", "alone", f"{flags.watchers} watchers", title=title)

@@ -27,8 +27,8 @@ _IDLE_S = 30.0
 _RETRY_S = 0.5
 _WATCHER_S = 0.00125
 _LONGEST_S = 0.25
-"""Watchers are woken at most once in `_WATCHER_S` for each of them, up to `_LONGEST_S`: however fast events come, sending
-them to many takes a small part of a core."""
+"""Watchers are woken at most once in `_WATCHER_S` for each of them, up to `_LONGEST_S`: however fast events come,
+sending them to many takes a small part of a core."""
 
 END = b'event: end\ndata: {"type":"end"}\n\n'
 """Last message of a stream whose job has ended: nothing follows, so the reader need not come back."""
