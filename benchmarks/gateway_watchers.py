@@ -5,8 +5,8 @@
 
 Runs the same job several times on this machine under `miles serve`, by turns alone and with watchers (event streams
 that are read to their end) and a poller of the job's record. Prints one table. The targets are p99 <= 50 ms and a
-slowdown <= 2 % on 2 cores; run it on a machine that does nothing else. Watchers stand for people elsewhere: they are one
-process of low priority that only counts what it is sent.
+slowdown <= 2 % on 2 cores; run it on a machine that does nothing else. Watchers stand for people elsewhere: they are
+one process of low priority that only counts what it is sent.
 """
 
 from __future__ import annotations
