@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 import pytest
 import torch
 import torch.distributed as dist
-from broadcast_kit import QUICK, Published, publish, random_tensors, transport, write
+from broadcast_kit import PATIENT, QUICK, Published, publish, random_tensors, transport, write
 from torch.distributed import distributed_c10d
 from weightsync_processes import Lines
 
@@ -90,6 +90,24 @@ def test_engines_join_and_leave_between_versions_and_catch_up_late(make: Make) -
     second.close()
     for received in receive_all([first, third], published):
         assert_holds(received, new)
+
+
+def test_engines_that_came_one_by_one_share_the_next_broadcast(make: Make) -> None:
+    trainer = transport(timing=PATIENT)
+    engines = [make(), make()]
+    published = publish([trainer], 1, random_tensors(1), BUCKET_BYTES)
+    for engine in engines:
+        engine.receive(*published)
+    assert trainer.source.broadcasts == 2
+    new = random_tensors(2)
+    published = publish([trainer], 2, new, BUCKET_BYTES)
+    with concurrent.futures.ThreadPoolExecutor(2) as threads:
+        early = threads.submit(engines[0].receive, *published)
+        time.sleep(3 * QUICK.gather_s)
+        assert_holds(engines[1].receive(*published), new)
+        assert_holds(early.result(timeout=30), new)
+    assert trainer.source.broadcasts == 3
+    trainer.close()
 
 
 def test_a_version_that_is_not_live_is_refused_and_its_memory_is_used_again(make: Make) -> None:

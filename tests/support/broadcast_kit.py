@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pathlib
 from collections.abc import Mapping, Sequence
 
@@ -16,6 +17,9 @@ from miles.weights.transports.collective_group import Timing
 
 Published = tuple[weightsync_pb2.TransportHandle, policy_pb2.Manifest]
 QUICK = Timing(gather_s=0.2, linger_s=0.5, connect_s=1.0, patience_s=5.0, deadline_s=40.0)
+
+
+PATIENT = dataclasses.replace(QUICK, linger_s=30.0)
 
 
 def transport(device: str = "cpu", timing: Timing = QUICK) -> CollectiveTransport:

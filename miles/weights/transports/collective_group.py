@@ -46,7 +46,7 @@ class Timing:
     gather_s: float = 0.25
     """How long engines that ask for the same version are waited for after the first."""
     linger_s: float = 2.0
-    """The same for engines of the last broadcast, whose group would otherwise have to be made anew."""
+    """The same for engines that got the version before, as one broadcast to all is less than one to each."""
     connect_s: float = 5.0
     """How long a receiver tries to reach a source."""
     patience_s: float = 30.0

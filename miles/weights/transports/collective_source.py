@@ -49,6 +49,10 @@ class WeightSource(weightsource_pb2_grpc.WeightSourceServiceServicer):
         self._group: Group | None = None
         self._tickets: dict[tuple[str, int], weightsource_pb2.GroupTicket] = {}
         """Of the group, by member and its number of ranks."""
+        self._served: dict[int, set[tuple[str, int]]] = {}
+        """Who has got each of the live publications, to know whom to wait for at the next one."""
+        self.broadcasts = 0
+        """Ended well, a count."""
         self._server, self.address = self._listen()
         threading.Thread(target=self._run, name="weight broadcasts", daemon=True).start()
 
@@ -70,6 +74,9 @@ class WeightSource(weightsource_pb2_grpc.WeightSourceServiceServicer):
         """Forget the versions that are not live; their memory is used again."""
         with self._changed:
             self._spare.clear()
+            last = max(self._served, default=0)
+            for publication_id in set(self._served) - set(live) - {last}:
+                del self._served[publication_id]
             for publication_id in set(self._staged) - set(live):
                 gone = self._staged.pop(publication_id)
                 for bucket in gone if publication_id != self._serving else []:
@@ -160,9 +167,12 @@ class WeightSource(weightsource_pb2_grpc.WeightSourceServiceServicer):
         """How much longer to wait for more engines."""
         first = self._waiting[0]
         here = {member.seat for member in self._waiting if member.wants == first.wants}
-        if here == set(self._tickets):
+        publication_id = first.hello.publication_id
+        before = max((other for other in self._served if other < publication_id), default=0)
+        expected = self._served.get(before, set()) - self._served.get(publication_id, set())
+        if expected and expected <= here:
             return 0.0
-        wait_s = self._timing.linger_s if here < set(self._tickets) else self._timing.gather_s
+        wait_s = self._timing.linger_s if expected else self._timing.gather_s
         return first.arrived_s + wait_s - time.monotonic()
 
     def _serve(self, members: Sequence[_Member]) -> None:
@@ -186,7 +196,13 @@ class WeightSource(weightsource_pb2_grpc.WeightSourceServiceServicer):
             self._leave_group()
             aborted = weightsource_pb2.BroadcastAborted(reason=str(error))
             _tell(members, weightsource_pb2.JoinResponse(aborted=aborted))
+            with self._changed:
+                for served in self._served.values():
+                    served.difference_update(member.seat for member in members if member.gone)
         else:
+            with self._changed:
+                self.broadcasts += 1
+                self._served.setdefault(publication_id, set()).update(member.seat for member in members)
             size, elapsed_s = sum(bucket.flat.numel() for bucket in buckets), time.monotonic() - began
             logger.info("broadcast %d bytes to %s in %.3f s", size, _names(members), elapsed_s)
             _tell(members, weightsource_pb2.JoinResponse(done=weightsource_pb2.BroadcastDone()))
