@@ -7,9 +7,11 @@ import importlib.metadata
 import pathlib
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 from packaging.requirements import Requirement
+from setuptools import Distribution
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
@@ -89,3 +91,18 @@ def test_the_library_imports_no_service() -> None:
 def test_nothing_imports_pickle(folder: str) -> None:
     pickles = {"pickle", "cloudpickle", "dill", "marshal", "shelve"}
     assert [path for path in sources(folder) if imported(path) & pickles] == []
+
+
+def test_the_web_page_is_part_of_the_distribution(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    distribution = Distribution()
+    distribution.parse_config_files(["pyproject.toml"])
+    command: Any = distribution.get_command_obj("build_py")
+    command.ensure_finalized()
+    command.manifest_files = {}  # what git knows is not asked
+    packed = {
+        path for path in command.find_data_files("miles.gateway", "miles/gateway") if pathlib.Path(path).is_file()
+    }
+    web = ROOT / "miles" / "gateway" / "web"
+    assert packed == {str(path.relative_to(ROOT)) for path in web.rglob("*") if path.is_file()}
+    assert len(packed) > 20
