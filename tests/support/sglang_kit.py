@@ -112,13 +112,21 @@ async def respond(
 
 
 def reference_log_probs(
-    model: torch.nn.Module, prompt: Sequence[int], tokens: Sequence[int], temperature: float = 1.0
+    model: torch.nn.Module,
+    prompt: Sequence[int],
+    tokens: Sequence[int],
+    temperature: float = 1.0,
+    impossible: Sequence[int] = (),
 ) -> torch.Tensor:
-    """What a plain forward pass of the Hugging Face model gives each response token, float64 (tokens,)."""
+    """What a plain forward pass of the Hugging Face model gives each response token, float64 (tokens,).
+
+    `impossible`: tokens that could not be sampled; SGLang rules out end tokens before min_new_tokens.
+    """
     device = next(model.parameters()).device
     ids = torch.tensor([[*prompt, *tokens]], device=device)
     with torch.no_grad():
         logits_TV = model(ids).logits[0].double() / temperature
+    logits_TV[:, list(impossible)] = -torch.inf
     wanted = logits_TV[len(prompt) - 1 : -1].log_softmax(-1)
     return wanted.gather(1, torch.tensor(tokens, device=device)[:, None])[:, 0].cpu()
 

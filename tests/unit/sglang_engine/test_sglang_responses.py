@@ -65,6 +65,7 @@ def test_an_abort_in_the_waiting_queue_repeats_no_token() -> None:
     [
         (event([1], 2), "left out 1 tokens"),
         (event([1], 1) | {"output_ids": [2]}, "of other tokens"),
+        (event([1], 1, output_token_logprobs=[[None, 1, None]]), "no numbers"),
         (event([1], 1, "dunno"), "unknown reason"),
         (event([1], 1, "stop", weight_version="default"), "which no update brought"),
     ],

@@ -1,14 +1,17 @@
 from __future__ import annotations
 
 import base64
+import pathlib
 import pickle
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import Qwen3MoeConfig
 
 from miles.services.rollout.engines.sglang.buckets import flatten, in_buckets, share_by_name
-from miles.services.rollout.engines.sglang.layout import misfits
+from miles.services.rollout.engines.sglang.layout import misfits, read_layout
 from miles.services.rollout.engines.sglang.names import checkpoint_names
 
 
@@ -61,6 +64,12 @@ def test_a_bucket_holds_its_tensors_bit_for_bit_and_another_process_can_read_it(
         assert entry.name == name
         assert entry.numel == tensor.nbytes
         assert torch.equal(part, tensor)
+
+
+def test_a_model_that_sglang_would_build_otherwise_is_refused(tmp_path: pathlib.Path) -> None:
+    Qwen3MoeConfig(num_hidden_layers=2, mlp_only_layers=[0]).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="gives every layer of a qwen3_moe experts"):
+        read_layout(str(tmp_path))
 
 
 def test_weights_that_do_not_fit_are_named() -> None:

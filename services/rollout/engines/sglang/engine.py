@@ -263,11 +263,13 @@ class SglangEngine:
             held, self._held = self._held, True
             if self._pause_mode is None:
                 await self._loader.pause("in_place")
-            await self._loader.verify()
-            if self._pause_mode is None:
-                await self._loader.resume()
-                self._held = held
-                self._signal.fire()
+            try:
+                await self._loader.verify()
+            finally:
+                if self._pause_mode is None:
+                    await self._loader.resume()
+                    self._held = held
+                    self._signal.fire()
             return self._loader.tensors
 
     async def release_memory(self) -> None:

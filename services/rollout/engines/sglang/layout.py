@@ -21,6 +21,10 @@ class ModelLayout:
     max_positions: int
 
 
+_EXPERTS_IN_EVERY_LAYER = ("qwen2_moe", "qwen3_moe")
+"""Model types that SGLang builds with experts in every layer, whatever the configuration says."""
+
+
 def read_layout(hf_checkpoint: str) -> ModelLayout:
     """The layout of a checkpoint's model; reads no weights.
 
@@ -29,6 +33,12 @@ def read_layout(hf_checkpoint: str) -> ModelLayout:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.from_pretrained(hf_checkpoint)
+    dense = getattr(config, "mlp_only_layers", None) or getattr(config, "decoder_sparse_step", 1) != 1
+    if config.model_type in _EXPERTS_IN_EVERY_LAYER and dense:
+        raise ValueError(
+            f"{hf_checkpoint}: mlp_only_layers or decoder_sparse_step make some layers dense, but SGLang gives every "
+            f"layer of a {config.model_type} experts; use rollout_backend = torch"
+        )
     build: Any = AutoModelForCausalLM.from_config
     with torch.device("meta"):
         model = build(config)
