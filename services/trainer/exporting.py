@@ -11,6 +11,7 @@ from miles.rpc.gen import policy_pb2, weightsync_pb2
 from miles.services.trainer.ranks import Command
 from miles.weights import manifest as manifests
 from miles.weights.dtypes import wire_dtype
+from miles.weights.export_format import AS_TRAINED, ExportFormat, formatted, formatted_layout
 from miles.weights.manifest import ManifestError
 from miles.weights.transport import SendTimes, buckets
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     import torch
 
     from miles.services.trainer.backend import TrainerBackend
-    from miles.weights.publisher import Draft, WeightSender
+    from miles.weights.publisher import Draft, Layout, WeightSender
 
 EXPORT = "export"
 
@@ -32,14 +33,23 @@ def export_command(draft: Draft, address: str, bucket_bytes: int) -> Command:
     return Command(EXPORT, arguments, tuple(handle.SerializeToString() for handle in draft.handles))
 
 
-def send_share(backend: TrainerBackend, sender: WeightSender, command: Command, rank: int, ranks: int) -> bytes:
+def send_share(
+    backend: TrainerBackend,
+    sender: WeightSender,
+    command: Command,
+    rank: int,
+    ranks: int,
+    export_format: ExportFormat = AS_TRAINED,
+) -> bytes:
     """Go through an export, send the buckets that are this rank's, and return its report for `merge`; collective."""
     handles = [weightsync_pb2.TransportHandle.FromString(payload) for payload in command.payloads]
     if rank:
         sender.trim(command.arguments["live"])
     tensors = backend.export()
     try:
-        return _send(backend, tensors, sender, handles, command.arguments["bucket_bytes"], rank, ranks)
+        layout = formatted_layout(export_format, backend.export_layout())
+        converted = formatted(export_format, tensors)
+        return _send(layout, converted, sender, handles, command.arguments["bucket_bytes"], rank, ranks)
     except BaseException:
         if rank:
             sender.discard(handles)
@@ -69,7 +79,7 @@ def merge(draft: Draft, reports: Sequence[bytes]) -> SendTimes:
 
 
 def _send(
-    backend: TrainerBackend,
+    layout: Layout,
     tensors: Iterator[tuple[str, torch.Tensor]],
     sender: WeightSender,
     handles: Sequence[weightsync_pb2.TransportHandle],
@@ -77,7 +87,6 @@ def _send(
     rank: int,
     ranks: int,
 ) -> bytes:
-    layout = backend.export_layout()
     descriptors, _ = manifests.plan((name, wire_dtype(dtype), shape) for name, dtype, shape in layout)
     times = SendTimes()
     sent: list[policy_pb2.TensorDescriptor] = []

@@ -13,6 +13,7 @@ from miles.queue.payload import decode_group
 from miles.services.trainer.backend import Progress, TrainerBackend, TrainerState
 from miles.services.trainer.ranks import Command
 from miles.types import SampleGroup
+from miles.weights.export_format import AS_TRAINED, ExportFormat, formatted_layout
 
 if TYPE_CHECKING:
     from miles.weights.publisher import Layout, WeightSender
@@ -29,6 +30,7 @@ class RankWorker:
         self._backend: TrainerBackend | None = None
         self._sender: WeightSender | None = None
         """Of a rank other than 0; rank 0 has that of its publisher."""
+        self._export_format: ExportFormat = AS_TRAINED
         self.loaded_from: pathlib.Path | None = None
         """Checkpoint that the job was loaded from; None for the initial weights."""
 
@@ -83,8 +85,8 @@ class RankWorker:
         return Endpoint(weightsync_address, self.device, self.rank, self._ranks)
 
     def layout(self) -> Layout:
-        """Of what an export will yield."""
-        return self._loaded().export_layout()
+        """Of what will be sent."""
+        return formatted_layout(self._export_format, self._loaded().export_layout())
 
     def _export(self, command: Command, sender: WeightSender | None) -> bytes:
         from miles.services.trainer.exporting import send_share
@@ -92,7 +94,7 @@ class RankWorker:
 
         if sender is None:
             sender = self._sender = self._sender or WeightSender(self.endpoint(command.arguments["address"]))
-        return send_share(self._loaded(), sender, command, self.rank, self._ranks)
+        return send_share(self._loaded(), sender, command, self.rank, self._ranks, self._export_format)
 
     def _stop(self) -> None:
         if self._sender is not None:
