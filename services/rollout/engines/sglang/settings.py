@@ -35,6 +35,7 @@ def sglang_settings(
         "memory_saver": config.cluster.offload_rollout,
         "weight_path": rollout.rollout_engine_weights,
         "weight_dir": None if weight_dir is None else pathlib.Path(weight_dir),
+        "bucket_bytes": config.weights.update_weight_buffer_size,
         "random_seed": rollout.rollout_seed,
         "log_dir": pathlib.Path(config.services.run_dir) / "logs",
         "name": name,
