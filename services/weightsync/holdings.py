@@ -180,7 +180,17 @@ class Holdings:
         if holding.segment is not None:
             self._segments.free(self._key, holding.segment, reusable)
         if holding.folder is not None:
-            self._folders.free(holding.folder, {h.folder.path for h in self._of.values() if h.folder is not None})
+            self._folders.free(holding.folder, self._folders_in_use())
+
+    def _folders_in_use(self) -> set[pathlib.Path]:
+        """Versions' folders, and those that a trainer may be writing changes against."""
+        found: set[pathlib.Path] = set()
+        for holding in self._of.values():
+            if holding.folder is not None:
+                found.add(holding.folder.path)
+                bases = [handle.disk_delta.base_path for handle in holding.handles]
+                found |= {pathlib.Path(base) for base in bases if base}
+        return found
 
     def _handle(
         self,

@@ -7,7 +7,7 @@ import contextlib
 import numpy as np
 import pytest
 import zstandard
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from miles.weights.manifest import ManifestError
@@ -16,6 +16,7 @@ from miles.weights.transports.disk_delta_codec import PIECE_BYTES, Encoding, app
 ENCODINGS = [Encoding.XOR, Encoding.OVERWRITE]
 
 
+@settings(deadline=None)
 @given(st.sampled_from(ENCODINGS), st.sampled_from([1, 2, 4, 8]), st.binary(max_size=400), st.data())
 def test_a_change_turns_old_bytes_into_new_ones(
     encoding: Encoding, itemsize: int, seed: bytes, data: st.DataObject
@@ -50,6 +51,7 @@ def test_two_percent_of_bfloat16_values_take_less_than_three_percent_of_the_byte
     assert len(frame) < 0.03 * old.nbytes
 
 
+@settings(deadline=None)
 @given(st.sampled_from(ENCODINGS), st.sampled_from([1, 2, 4]), st.binary(max_size=200), st.booleans())
 def test_damaged_changes_are_refused_and_never_reach_beyond_the_piece(
     encoding: Encoding, itemsize: int, junk: bytes, compressed: bool
