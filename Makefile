@@ -5,6 +5,7 @@ SGLANG_VENV ?= $(CURDIR)/.venv-sglang
 SGLANG_CPU := tests/support/sglang_cpu
 RECIPE := examples/smollm2_chain_sum
 ARGS ?=
+MEGATRON := megatron-core==0.19.2 megatron-bridge==0.6.2
 
 export OMP_WAIT_POLICY := PASSIVE
 
@@ -23,7 +24,7 @@ browser:
 	sh tools/get_chromium.sh
 
 # Slow tests of the engines themselves: inference against plain forward passes, training over several ranks.
-test-engines: $(VENV)/.dev $(SGLANG_VENV)/.ready
+test-engines: $(VENV)/.megatron $(SGLANG_VENV)/.ready
 	MILES_TEST_SGLANG=$(SGLANG_VENV)/bin/python $(BIN)/python -m pytest -m engine
 
 # Kills services of running jobs: each alone, all at once, and by 100 random schedules; freezes rollouts and has some
@@ -60,6 +61,12 @@ $(SGLANG_VENV)/.ready: $(SGLANG_CPU)/requirements.txt $(SGLANG_CPU)/requirements
 	$(PYTHON) -m venv $(SGLANG_VENV)
 	$(SGLANG_VENV)/bin/pip install --quiet $(PIP_FLAGS) --requirement $(SGLANG_CPU)/requirements.txt
 	$(SGLANG_VENV)/bin/pip install --quiet $(PIP_FLAGS) --no-deps --requirement $(SGLANG_CPU)/requirements-no-deps.txt
+	touch $@
+
+# The two packages ask for far more than training needs, and for a newer Python; see docs/megatron.md.
+$(VENV)/.megatron: $(VENV)/.dev
+	$(BIN)/pip install --quiet $(PIP_FLAGS) --constraint constraints.txt --editable '.[trainer-megatron]'
+	$(BIN)/pip install --quiet $(PIP_FLAGS) --no-deps --ignore-requires-python $(MEGATRON)
 	touch $@
 
 clean:

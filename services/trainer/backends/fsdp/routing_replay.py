@@ -42,6 +42,8 @@ class RoutingReplay:
     def __init__(self, model: torch.nn.Module) -> None:
         self._routers = find_routers(model)
         self._state = _State()
+        self._different: list[torch.Tensor] = []
+        self._counted = 0
         for layer, (_, module) in enumerate(self._routers):
             module.register_forward_hook(self._hook(layer))
 
@@ -74,6 +76,18 @@ class RoutingReplay:
             )
         self._state = _State(replayed=experts_TLK)
 
+    def take_difference(self) -> tuple[float, int]:
+        """Rows × layers that `replay` sent elsewhere than the routers would have, and all, since last asked."""
+        different = float(torch.stack(self._different).sum()) if self._different else 0.0
+        counted = self._counted
+        self._different, self._counted = [], 0
+        return different, counted
+
+    def _compare(self, free_TK: torch.Tensor, experts_TK: torch.Tensor) -> None:
+        differs_T = (free_TK.sort(dim=1).values != experts_TK.sort(dim=1).values).any(dim=1)
+        self._different.append(differs_T.sum())
+        self._counted += len(differs_T)
+
     def _hook(self, layer: int) -> Any:
         def replace(
             module: torch.nn.Module, args: Any, output: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -81,6 +95,7 @@ class RoutingReplay:
             state = self._state
             if state.replayed is not None:
                 experts_TK = state.replayed[:, layer]
+                self._compare(output[2], experts_TK)
             elif state.recorded is not None:
                 experts_TK = state.recorded.setdefault(layer, output[2].detach())
             else:

@@ -55,8 +55,14 @@ class FsdpTrainer(RolloutTrainer):
 
     def begin(self, batch: RolloutBatch) -> None:
         self._recorded.clear()
+        if self._replay is not None:
+            self._replay.take_difference()
 
     def reduce(self, parts: Sequence[dict[str, MetricSum]]) -> dict[str, float]:
+        if self._replay is not None and self._config.rollout.use_rollout_routing_replay:
+            different, counted = self._replay.take_difference()
+            total = torch.tensor(different, dtype=torch.float64, device=self._device)
+            parts = [*parts, {"train/routing_difference": MetricSum(total, counted)}]
         return reduce_metrics(parts, self._data_ranks.group)
 
     def update_reference(self) -> None:

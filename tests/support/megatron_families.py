@@ -1,0 +1,62 @@
+"""Converts a tiny model of each family to Megatron-Core and back, and prints what came of it as JSON lines."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import sys
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+from trainer_cases import job_config
+
+from miles.services.trainer.backends.megatron import groups
+from miles.services.trainer.backends.megatron.export import Exporter
+from miles.services.trainer.backends.megatron.model import build_model
+from miles.services.trainer.backends.megatron.pipeline import Pipeline
+from miles.services.trainer.backends.megatron.rows import LocalRows
+
+DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def compare(folder: pathlib.Path) -> dict[str, Any]:
+    """Largest difference of logits from those in reference.safetensors, and whether all weights come back as they were.
+
+    An `error` says why a family cannot be converted here.
+    """
+    config = job_config(
+        folder, train_backend="megatron", device=DEVICE.type, distributed_backend=None, run_dir=str(folder / "run")
+    )
+    place = groups.initialize(config.megatron, 1, 10)
+    try:
+        model = build_model(config, place, torch.float32)
+    except (ValueError, RuntimeError, AttributeError, TypeError, NotImplementedError, AssertionError) as error:
+        return {"error": f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"}
+    reference = load_file(folder / "reference.safetensors")
+    tokens, count = reference["tokens"].numpy(), len(reference["tokens"])
+    everything = np.arange(count)
+    rows = LocalRows(everything, tokens, everything, np.array([0, count], np.int32), count, everything, everything)
+    with torch.no_grad():
+        logits = Pipeline(model, place)._forward(model.chunks[0], rows, DEVICE)[0].float().cpu()
+    source = load_file(folder / "model.safetensors")
+    written = {name: tensor.cpu() for name, tensor in Exporter(model, torch.float32, fuse_experts=False).tensors()}
+    same = source.keys() == written.keys() and all(torch.equal(source[name], written[name]) for name in source)
+    return {"logits": float((logits - reference["logits"]).abs().max()), "weights_equal": same}
+
+
+def main(root: str) -> None:
+    """Go through the folders below `root`."""
+    backend = "cpu:gloo,cuda:nccl" if DEVICE.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        for folder in sorted(pathlib.Path(root).iterdir()):
+            print("RESULT", json.dumps({"folder": folder.name, **compare(folder)}), flush=True)
+    finally:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
