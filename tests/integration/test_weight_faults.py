@@ -374,6 +374,7 @@ async def test_an_engine_that_hears_nothing_stops_serving_until_it_has_loaded_th
         await host.close()
 
 
+@pytest.mark.chaos
 def test_a_service_that_hangs_is_as_good_as_none(tmp_path: pathlib.Path) -> None:
     service = Service(tmp_path / "state", tmp_path, options=["--lease-s", "2"])
     engine = Engine(service, "engine")
@@ -391,3 +392,29 @@ def test_a_service_that_hangs_is_as_good_as_none(tmp_path: pathlib.Path) -> None
         engine.kill()
         service.process.send_signal(signal.SIGCONT)
         service.kill()
+
+
+@pytest.mark.chaos
+def test_an_engine_that_does_not_see_the_shared_memory_gets_chunks_beside_one_that_maps(tmp_path: pathlib.Path) -> None:
+    """A mount namespace of its own is what a container has; an empty file system hides the service's folder."""
+    probe = subprocess.run(["unshare", "-rm", "true"], capture_output=True)
+    if probe.returncode:
+        pytest.skip(f"needs user namespaces: {probe.stderr.decode().strip()}")
+    directory = tmp_path / "memory"
+    directory.mkdir()
+    service = Service(tmp_path / "state", directory)
+    hidden = f'mount -t tmpfs none "{directory}" && exec "$@"'
+    started = [near := Engine(service, "near")]
+    try:
+        started.append(far := Engine(service, "far", wrapper=("unshare", "-rm", "sh", "-c", hidden, "sh")))
+        service.wait_until(lambda answer: sum(e.attached for e in answer.engines) == 2, "both engines")
+        service.publish(0, weights(0))
+        service.activate(0, min_engines=2, check_equal=True)
+        used = {e.engine_id: weightsync_pb2.TransportKind.Name(e.transport) for e in service.list().engines}
+        assert used == {"near": "TRANSPORT_KIND_SHARED_MEMORY", "far": "TRANSPORT_KIND_GRPC_CHUNKS"}
+        for engine in (near, far):
+            engine.wait_for_state("serving", 0)
+            assert engine.digest() == digest(weights(0))
+    finally:
+        for process in (*started, service):
+            process.kill()

@@ -29,9 +29,10 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE
 class Lines:
     """A process whose stdout is read line by line; every wait ends."""
 
-    def __init__(self, arguments: list[str]) -> None:
+    def __init__(self, arguments: list[str], wrapper: Sequence[str] = ()) -> None:
+        """`wrapper`: a command that runs the process, given as its last arguments."""
         self.process = subprocess.Popen(
-            [sys.executable, *arguments],
+            [*wrapper, sys.executable, *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -153,9 +154,12 @@ class Service(Lines):
 class Engine(Lines):
     """An engine that follows the service."""
 
-    def __init__(self, service: Service, engine_id: str, *options: str, job: str = JOB) -> None:
+    def __init__(
+        self, service: Service, engine_id: str, *options: str, job: str = JOB, wrapper: Sequence[str] = ()
+    ) -> None:
         script = pathlib.Path(__file__).with_name("weight_engine.py")
-        super().__init__([str(script), "--address", service.address, "--job", job, "--engine-id", engine_id, *options])
+        words = ["--address", service.address, "--job", job, "--engine-id", engine_id, *options]
+        super().__init__([str(script), *words], wrapper)
         self.engine_id = engine_id
 
     def wait_for_state(self, state: str, version: int | None) -> dict[str, Any]:
