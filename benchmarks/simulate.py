@@ -48,9 +48,9 @@ def plan(flags: argparse.Namespace) -> None:
     lengths = Lengths(flags.median_tokens, flags.sigma, flags.limit_tokens, _SAMPLES, flags.tokens_per_s)
     print(f"a group takes {lengths.mean_group_s:.0f} s on average; a rollout generates {flags.slots} groups at once\n")
     header = ("rollouts", "batch", "staleness bound", "groups/s", "rollouts busy", "trainer busy", "mean staleness")
-    rows = [(*header, "max staleness", "step s", "controller s")]
+    table = Table((*header, "max staleness", "step s", "µs/group"))
     for rollouts in flags.rollouts:
-        batch = max(flags.batch, 2 * rollouts * flags.slots) if flags.scale_batch else flags.batch
+        batch = max(flags.batch, rollouts * flags.slots) if flags.scale_batch else flags.batch
         for staleness in flags.staleness:
             cluster = Cluster(
                 rollouts=rollouts,
@@ -65,14 +65,12 @@ def plan(flags: argparse.Namespace) -> None:
             )
             began = time.process_time()
             found = Simulation(cluster).run()
-            rows.append(
-                (
-                    *(f"{rollouts}", f"{batch}", f"{staleness}", f"{found.groups_per_s:.2f}", f"{found.busy:.0%}"),
-                    *(f"{found.trainer_busy:.0%}", f"{found.mean_staleness:.2f}", f"{found.max_staleness}"),
-                    *(f"{found.step_s:.0f}", f"{time.process_time() - began:.2f}"),
-                )
+            cost_s = (time.process_time() - began) / (batch * flags.steps)
+            table.add(
+                *(f"{rollouts}", f"{batch}", f"{staleness}", f"{found.groups_per_s:.2f}", f"{found.busy:.0%}"),
+                *(f"{found.trainer_busy:.0%}", f"{found.mean_staleness:.2f}", f"{found.max_staleness}"),
+                *(f"{found.step_s:.0f}", f"{cost_s * 1e6:.0f}"),
             )
-    show(rows)
 
 
 # -- controller --------------------------------------------------------------------------------------------------------
@@ -80,13 +78,18 @@ def plan(flags: argparse.Namespace) -> None:
 
 async def controller(flags: argparse.Namespace) -> None:
     """Print the table of every number of rollouts asked for."""
-    rows: list[tuple[str, ...]] = [
-        ("rollouts", "groups/s", "controller busy", "processor µs/group", "mean staleness", "MiB of the controller")
-    ]
+    header = (
+        "rollouts",
+        "groups/s",
+        "controller busy",
+        "processor µs/group",
+        "mean staleness",
+        "MiB of the controller",
+    )
+    table = Table(header)
     with tempfile.TemporaryDirectory() as folder:
         for rollouts in flags.rollouts:
-            rows.append(await _measure(pathlib.Path(folder) / str(rollouts), rollouts, flags))
-    show(rows)
+            table.add(*await _measure(pathlib.Path(folder) / str(rollouts), rollouts, flags))
 
 
 async def _measure(folder: pathlib.Path, rollouts: int, flags: argparse.Namespace) -> tuple[str, ...]:
@@ -190,11 +193,16 @@ def _staleness(metrics: pathlib.Path) -> float:
 # -- both --------------------------------------------------------------------------------------------------------------
 
 
-def show(rows: Sequence[Sequence[str]]) -> None:
-    """Print a table."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    for row in rows:
-        print("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)))
+class Table:
+    """Prints each row when it is there."""
+
+    def __init__(self, header: Sequence[str]) -> None:
+        self._widths = [max(8, len(heading)) for heading in header]
+        self.add(*header)
+
+    def add(self, *cells: str) -> None:
+        """Print a row."""
+        print("  ".join(cell.rjust(width) for cell, width in zip(cells, self._widths, strict=True)), flush=True)
 
 
 def main() -> None:
@@ -205,7 +213,7 @@ def main() -> None:
     add("--rollouts", type=int, nargs="+", default=[1, 8, 64, 512, 4096])
     add("--staleness", type=int, nargs="+", default=[0, 1, 4], help="bounds to compare")
     add("--batch", type=int, default=512, help="prompts of a step")
-    add("--scale-batch", action="store_true", help="let a batch be twice what the rollouts generate at once, if more")
+    add("--scale-batch", action="store_true", help="let a batch be what the rollouts generate at once, if more")
     add("--slots", type=int, default=8, help="groups that a rollout generates at once")
     add("--train-s", type=float, default=60.0, help="time of a training step")
     add("--export-s", type=float, default=2.0, help="time that the trainer stands still for an update")
