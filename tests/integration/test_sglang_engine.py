@@ -23,7 +23,7 @@ from torch_engine_models import END_TOKEN, prompt_of, save_checkpoint, weights_o
 
 from miles.services.rollout.engine import FinishReason, GenerationRequest, PauseMode, SamplingParams
 from miles.services.rollout.engines.sglang import SglangEngine
-from miles.services.rollout.engines.sglang.updates import WeightUpdate, write_files
+from miles.services.rollout.engines.sglang.updates import WeightUpdate, checksum, drain_device, write_files
 from miles.weights.manifest import ChecksumMismatch
 
 pytestmark = [
@@ -158,6 +158,12 @@ async def test_an_update_is_served_and_proven(engine: SglangEngine, models: Mode
         assert largest_difference(response, expected) < 1e-5
         served = await engine.weight_bytes()
         assert served.keys() == weights_of(models[0]).keys()
+
+
+async def test_a_checksum_of_nothing_waits_for_the_device(engine: SglangEngine) -> None:
+    api = engine.replicas[0].api
+    await drain_device(api, 60.0)
+    assert await checksum(api, "all", 60.0) == await checksum(api, "all", 60.0)
 
 
 async def test_weights_that_no_update_brought_are_found(

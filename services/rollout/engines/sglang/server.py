@@ -27,6 +27,7 @@ if os.getppid() == int(sys.argv[1]):
 """
 """Becomes the command given; the GPU memory of a server must not outlive a service that was killed."""
 _STOP_GRACE_S = 10.0
+_POLL_S, _LEFTOVER_POLLS = 0.1, 20
 _LOG_TAIL_BYTES = 3000
 
 
@@ -88,6 +89,10 @@ class ServerProcess:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(_STOP_GRACE_S):
                     await self._process.wait()
+        for _ in range(_LEFTOVER_POLLS):  # what it started removes its semaphores and files
+            if not self._exists():
+                break
+            await asyncio.sleep(_POLL_S)
         self._signal(signal.SIGKILL)
         await self._process.wait()
 
@@ -103,6 +108,13 @@ class ServerProcess:
             file.seek(max(0, self._log_path.stat().st_size - _LOG_TAIL_BYTES))
             return f"the end of {self._log_path}:\n" + file.read().decode(errors="replace")
         return f"{self._log_path} cannot be read"
+
+    def _exists(self) -> bool:
+        try:
+            os.killpg(self._process.pid, 0)
+        except ProcessLookupError:
+            return False
+        return True
 
     def _signal(self, number: signal.Signals) -> None:
         with contextlib.suppress(ProcessLookupError, PermissionError):
