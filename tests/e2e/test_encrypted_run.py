@@ -46,6 +46,7 @@ def answers(address: str, credentials: grpc.ChannelCredentials | None) -> bool:
     return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
 
 
+@pytest.mark.engine
 def test_a_job_runs_with_every_connection_encrypted_and_both_ends_verified(
     client: MilesClient, tiny_dense: pathlib.Path, tmp_path: pathlib.Path, files: dict[str, str], authority: Authority
 ) -> None:

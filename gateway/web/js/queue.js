@@ -1,6 +1,7 @@
 // Where the prompt groups are, and which version each engine holds.
 
-import { h, reconcile, setText } from "./dom.js";
+import { job as path, post } from "./api.js";
+import { h, reconcile, setText, toast } from "./dom.js";
 import { duration, plural, since } from "./format.js";
 import { empty, tableBox } from "./parts.js";
 
@@ -17,11 +18,12 @@ export function queueTab(panel, data) {
   const versionsTable = tableBox("Versions held by engines", ["Worker", "Weights", "State", "#Version", "#Behind", "Last failure"], versions);
   const noEngines = empty("No engine holds weights", "Versions show here while the job runs.");
   const published = h("span", { class: "dim small num" });
+  const compare = h("button", { class: "quiet", onclick: check }, "Compare with the trainer's");
   panel.append(h("div", { class: "stack" },
     h("section", { class: "card", "aria-label": "Queue" }, h("header", {}, h("h2", {}, "Queue"), summary),
       h("div", { class: "pad stack" }, holds, cells, legend())),
     h("section", { class: "card", "aria-label": "Being generated" }, h("header", {}, h("h2", {}, "Being generated")), runningTable, idle),
-    h("section", { class: "card", "aria-label": "Versions" }, h("header", {}, h("h2", {}, "Versions held by engines"), published), versionsTable, noEngines)));
+    h("section", { class: "card", "aria-label": "Versions" }, h("header", {}, h("h2", {}, "Versions held by engines"), published, h("span", { class: "grow" }), compare), versionsTable, noEngines)));
 
   function update() {
     const run = data.status;
@@ -42,10 +44,25 @@ export function queueTab(panel, data) {
     updateVersions(run);
   }
 
+  /** Have engines compare the bytes they serve with what the trainer sent. */
+  async function check() {
+    compare.disabled = true;
+    try {
+      const found = await post(path(data.id, "/versions/check"));
+      const verdict = `version ${found.version}: ${plural(found.equal, "engine")} equal to the trainer's weights`;
+      toast(found.quarantined ? `${verdict}, ${found.quarantined} quarantined` : verdict, found.quarantined ? "bad" : "");
+    } catch (problem) {
+      toast(problem.message, "bad");
+    } finally {
+      compare.disabled = false;
+    }
+  }
+
   function updateVersions(run) {
     const held = data.ended ? [] : data.workers.flatMap((worker) => worker.versions.map((version) => ({ worker, version })));
     versionsTable.hidden = !held.length;
     noEngines.hidden = held.length > 0;
+    compare.hidden = !held.length;
     setText(published, run.active_version === null ? "" : `active ${run.active_version}, newest ${run.newest_version}`);
     reconcile(versions, held, ({ worker, version }) => `${worker.id} ${version.stream}`, () => h("tr", {}, h("th", { scope: "row" }), h("td"), h("td"), h("td", { class: "num" }), h("td", { class: "num" }), h("td", { class: "dim" })), (row, { worker, version }) => {
       const texts = [worker.id, version.stream, version.state, version.version ?? "–", version.version === null || version.stream !== "policy" ? "–" : run.newest_version - version.version, version.last_error ?? ""];

@@ -7,7 +7,7 @@ import { empty, tableBox } from "./parts.js";
 import { SampleView } from "./sample.js";
 
 const PAGE = 50;
-const COLUMNS = ["#Step", "#Group", "#Reward", "Response", "#Tokens", "#Log-prob difference", "#Advantage", "#Versions", "End"];
+const COLUMNS = ["#Step", "#Group", "#Reward", "Prompt", "Response", "#Tokens", "#Log-prob difference", "#Advantage", "#Versions", "End"];
 
 export function samplesTab(panel, data) {
   let samples = [];
@@ -21,7 +21,8 @@ export function samplesTab(panel, data) {
   const body = h("tbody");
   const table = tableBox("Samples, newest step first", COLUMNS, body, "samples");
   const none = empty("No samples", "They come with each training step; change the filter to see others.");
-  const more = h("button", { hidden: true, onclick: () => load(true) }, "More samples");
+  const more = h("button", { onclick: () => load(true) }, "More samples");
+  const footer = h("div", { class: "pad row", hidden: true }, more);
   const news = h("button", { class: "quiet", hidden: true, onclick: () => load(false) }, "");
   const status = h("span", { class: "dim small", role: "status" });
   const list = h("section", { class: "card", "aria-label": "Samples" },
@@ -29,7 +30,7 @@ export function samplesTab(panel, data) {
       step, low, high, h("button", { class: "primary" }, "Show"),
       h("button", { type: "button", onclick: () => { for (const each of [step, low, high]) each.querySelector("input").value = ""; load(false); } }, "All")),
       status, h("span", { class: "grow" }), news),
-    table, none, h("div", { class: "pad row" }, more));
+    table, none, footer);
   const place = h("div", { hidden: true });
   panel.append(list, place);
   const value = (label) => label.querySelector("input").value.trim().replace(",", ".");
@@ -58,7 +59,7 @@ export function samplesTab(panel, data) {
     news.hidden = true;
     table.hidden = !samples.length;
     none.hidden = samples.length > 0;
-    more.hidden = cursor === null;
+    footer.hidden = cursor === null;
     reconcile(body, samples, keyOf, makeRow);
   }
 
@@ -69,6 +70,7 @@ export function samplesTab(panel, data) {
       h("td", { class: "num" }, sample.step),
       h("td", { class: "num" }, `${sample.group_id}.${sample.index}`),
       h("td", { class: "num" }, h("b", { class: "reward", data: { sign: Math.sign(sample.reward ?? 0) } }, sample.reward === null ? "–" : number(sample.reward))),
+      h("td", { class: "prompt mono dim" }, preview(promptText(sample.prompt))),
       h("td", { class: "response" }, h("a", { href, class: "mono" }, preview(sample.response))),
       h("td", { class: "num" }, sample.response_length),
       h("td", { class: "num" }, difference),
@@ -112,8 +114,14 @@ export function samplesTab(panel, data) {
 
 const keyOf = (sample) => `${sample.step}/${sample.group_id}/${sample.index}`;
 
-function preview(response) {
-  const text = response.trim().replace(/\s+/g, " ");
+/** A prompt's text, or that of the last message of a conversation. */
+function promptText(prompt) {
+  const text = typeof prompt === "string" ? prompt : prompt.at(-1)?.content;
+  return typeof text === "string" ? text : JSON.stringify(text ?? prompt);
+}
+
+function preview(whole) {
+  const text = whole.trim().replace(/\s+/g, " ");
   return text.length > 140 ? `${text.slice(0, 140)}…` : text || "(empty)";
 }
 

@@ -55,7 +55,7 @@ def test_no_request_breaks_the_contract(stack: Stack, tmp_path: pathlib.Path) ->
     finally:
         gateway.stop()
     assert ran.returncode == 0, ran.stdout[-20_000:] + ran.stderr[-2000:]
-    assert "Tested: 21" in ran.stdout
+    assert "Tested: 25" in ran.stdout
 
 
 def example_files(stack: Stack) -> None:
