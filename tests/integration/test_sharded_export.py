@@ -1,4 +1,4 @@
-"""Two ranks of a trainer export models bucket by bucket and broadcast them; neither holds a model."""
+"""Ranks of a trainer export models bucket by bucket and broadcast them; none of two holds a model."""
 
 from __future__ import annotations
 
@@ -14,14 +14,13 @@ from export_ranks import BUCKET_BYTES
 from trainer_cases import write_dense_model, write_moe_model
 from weightsync_processes import Lines
 
-RANKS = 2
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 CASES = [f"{family}-{dtype}" for family in ("untied", "tied", "moe") for dtype in DTYPES]
 
 
-@pytest.fixture(scope="module")
-def offers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[pathlib.Path]:
-    """A folder with a version per case, offered by two ranks."""
+@pytest.fixture(scope="module", params=[1, 2], ids=["1rank", "2ranks"])
+def offers(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[pathlib.Path]:
+    """A folder with a version per case, offered by one rank or two."""
     root = tmp_path_factory.mktemp("offers")
     models = {
         "untied": write_dense_model(root / "untied", tied=False),
@@ -34,7 +33,7 @@ def offers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[pathlib.Path]:
         (root / case).mkdir()
         cases.append([case, str(models[family]), dtype])
     script = pathlib.Path(__file__).parent.parent / "support" / "export_ranks.py"
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(RANKS)]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(request.param)]
     process = Lines([*torchrun, str(script), str(root), json.dumps(cases)])
     process.wait_for(lambda line: line == "offering", "the offers")
     yield root
@@ -65,13 +64,14 @@ def test_every_engine_gets_the_bytes_of_the_whole_model(offers: pathlib.Path, ca
         receiver.close()
 
 
+@pytest.mark.parametrize("offers", [2], indirect=True, ids=["2ranks"])
 @pytest.mark.parametrize("case", CASES)
 def test_both_ranks_send_and_neither_holds_more_than_two_buckets(offers: pathlib.Path, case: str) -> None:
     handle, manifest = read(offers / case)
     sources = [bucket.source for bucket in handle.collective.buckets]
-    assert len(set(sources)) == RANKS
+    assert len(set(sources)) == 2
     largest_tensor = max(tensor.nbytes for tensor in manifest.tensors)
-    for rank in range(RANKS):
+    for rank in range(2):
         said = json.loads((offers / case / f"rank{rank}.json").read_text())
         assert said["count"] == len(sources) >= 4
         # Parts of equal size leave a row of padding per tensor, and tensors are aligned.

@@ -28,6 +28,7 @@ from miles.weights.transport import Endpoint
 
 BUCKET_BYTES = 16384
 WAIT_S = 240.0
+GRACE_S = 5.0
 
 
 class CountingBackend(FsdpBackend):
@@ -39,11 +40,17 @@ class CountingBackend(FsdpBackend):
         self.peak = self.count = self.largest = 0
 
     def new_bucket(self, nbytes: int) -> torch.Tensor:
+        end = time.monotonic() + GRACE_S
+        while len(self._alive()) > 1 and time.monotonic() < end:
+            time.sleep(0.001)  # gloo's thread lets go of a bucket a moment after it has said that it is done
         bucket = super().new_bucket(nbytes)
         self._made.append((nbytes, StorageWeakRef(bucket.untyped_storage())))
-        self.peak = max(self.peak, sum(size for size, storage in self._made if not storage.expired()))
+        self.peak = max(self.peak, sum(self._alive()))
         self.count, self.largest = self.count + 1, max(self.largest, nbytes)
         return bucket
+
+    def _alive(self) -> list[int]:
+        return [size for size, storage in self._made if not storage.expired()]
 
 
 def offer(backend: FsdpBackend, sender: WeightSender, ranks: Ranks, publication_id: int, folder: pathlib.Path) -> None:
