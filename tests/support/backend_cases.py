@@ -30,7 +30,7 @@ def run_case(case: dict[str, Any], out: pathlib.Path) -> None:
         pathlib.Path(case["model"]),
         **{"actor_num_gpus_per_node": dist.get_world_size(), "log_samples_per_step": 0, **case["flags"]},
     )
-    backend = create_backend(config, out / name / "checkpoints", torch.device("cpu"))
+    backend = create_backend(config, out / name / "checkpoints", device())
     state = backend.load()
     metrics = []
     for step in range(state.step, case.get("steps", STEPS)):
@@ -51,6 +51,13 @@ def run_case(case: dict[str, Any], out: pathlib.Path) -> None:
     backend.close()
 
 
+def device() -> torch.device:
+    """This rank's GPU, or the CPU where there is none."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+
+
 def exported(backend: TrainerBackend) -> dict[str, torch.Tensor]:
     """The exported weights by name; collective."""
     return {name: tensor.detach().cpu().clone().contiguous() for name, tensor in backend.export()}
@@ -59,10 +66,14 @@ def exported(backend: TrainerBackend) -> dict[str, torch.Tensor]:
 def main(cases_file: str, out: str) -> None:
     """Run every case of a JSON file, one after the other, in this process or under torchrun."""
     torch.set_num_threads(1)
+    backend = "gloo"
+    if device().type == "cuda":
+        torch.cuda.set_device(device())
+        backend = "cpu:gloo,cuda:nccl"
     if "RANK" in os.environ:
-        dist.init_process_group("gloo")
+        dist.init_process_group(backend)
     else:
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     try:
         for case in json.loads(pathlib.Path(cases_file).read_text()):
             run_case(case, pathlib.Path(out))

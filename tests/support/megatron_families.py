@@ -20,6 +20,8 @@ from miles.services.trainer.backends.megatron.pipeline import Pipeline
 from miles.services.trainer.backends.megatron.rows import LocalRows
 
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
+"""TransformerEngine's attention over packed sequences takes 16-bit numbers alone."""
 
 
 def compare(folder: pathlib.Path) -> dict[str, Any]:
@@ -28,11 +30,16 @@ def compare(folder: pathlib.Path) -> dict[str, Any]:
     An `error` says why a family cannot be converted here.
     """
     config = job_config(
-        folder, train_backend="megatron", device=DEVICE.type, distributed_backend=None, run_dir=str(folder / "run")
+        folder,
+        train_backend="megatron",
+        device=DEVICE.type,
+        distributed_backend=None,
+        train_dtype=str(DTYPE).removeprefix("torch."),
+        run_dir=str(folder / "run"),
     )
     place = groups.initialize(config.megatron, 1, 10)
     try:
-        model = build_model(config, place, torch.float32)
+        model = build_model(config, place, DTYPE)
     except (ValueError, RuntimeError, AttributeError, TypeError, NotImplementedError, AssertionError) as error:
         return {"error": f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"}
     reference = load_file(folder / "reference.safetensors")
@@ -41,7 +48,7 @@ def compare(folder: pathlib.Path) -> dict[str, Any]:
     rows = LocalRows(everything, tokens, everything, np.array([0, count], np.int32), count, everything, everything)
     with torch.no_grad():
         logits = Pipeline(model, place)._forward(model.chunks[0], rows, DEVICE)[0].float().cpu()
-    source = load_file(folder / "model.safetensors")
+    source = {name: tensor.to(DTYPE).float() for name, tensor in load_file(folder / "model.safetensors").items()}
     written = {name: tensor.cpu() for name, tensor in Exporter(model, torch.float32, fuse_experts=False).tensors()}
     same = source.keys() == written.keys() and all(torch.equal(source[name], written[name]) for name in source)
     return {"logits": float((logits - reference["logits"]).abs().max()), "weights_equal": same}

@@ -1,0 +1,171 @@
+"""Training steps of the megatron backend beside the fsdp one, on the same model and rollout.
+
+    python -m benchmarks.gpu.megatron_step --kind moe
+    torchrun --nproc-per-node 2 -m benchmarks.gpu.megatron_step --kind moe --flags expert_model_parallel_size=2
+
+One table: median seconds of a step (the first two left out), the share of log-probabilities before the step, trained
+tokens (prompts and responses) per second, model FLOP/s as 6 × active parameters × tokens, that as a share of the peak
+of H100s in bfloat16 (989 TFLOP/s each), and the largest memory held.
+"""
+
+from __future__ import annotations
+
+import argparse
+import pathlib
+import statistics
+import tempfile
+import time
+from typing import Any
+
+import numpy as np
+
+from benchmarks.gpu.models import VOCABULARY, config_of, write_checkpoint
+
+PEAK_FLOPS = 989e12
+SKIPPED = 2
+
+
+def active_parameters(kind: str) -> int:
+    """Parameters that a token meets: of a layer's experts those it is sent to."""
+    config = config_of(kind)
+    hidden, heads, dim = config.hidden_size, config.num_attention_heads, config.head_dim
+    attention = hidden * dim * (2 * heads + 2 * config.num_key_value_heads)
+    if kind == "moe":
+        feed_forward = (
+            3 * hidden * config.moe_intermediate_size * config.num_experts_per_tok + hidden * config.num_experts
+        )
+    else:
+        feed_forward = 3 * hidden * config.intermediate_size
+    return int(config.num_hidden_layers * (attention + feed_forward) + hidden * config.vocab_size)
+
+
+def rollout(kind: str, groups: int, samples: int, prompt: int, response: int, replay: bool) -> list[Any]:
+    """Random groups; responses have between half and all of `response` tokens."""
+    from miles.types import Sample, SampleGroup, SampleStatus, VersionSpan
+
+    config, rng = config_of(kind), np.random.default_rng(0)
+    made = []
+    for group_id in range(groups):
+        prompt_tokens = rng.integers(3, VOCABULARY - 1, prompt).astype(np.int32)
+        members = []
+        for index in range(samples):
+            length = int(rng.integers(response // 2, response + 1))
+            tokens = np.concatenate([prompt_tokens, rng.integers(3, VOCABULARY - 1, length).astype(np.int32)])
+            routed = None
+            if replay:
+                shape = (len(tokens) - 1, config.num_hidden_layers, config.num_experts)
+                routed = rng.random(shape).argsort(-1)[..., : config.num_experts_per_tok].astype(np.uint8)
+            members.append(
+                Sample(
+                    group_id=group_id,
+                    index=index,
+                    prompt="p",
+                    tokens=tokens,
+                    response_length=length,
+                    response="r",
+                    reward=float(index % 2),
+                    status=SampleStatus.COMPLETED,
+                    rollout_log_probs=np.full(length, -10.0, np.float32),
+                    rollout_routed_experts=routed,
+                    weight_versions=(VersionSpan(0, 0, length),),
+                )
+            )
+        made.append(SampleGroup("job", group_id, members))
+    return made
+
+
+def measure(args: argparse.Namespace, backend: str, model: pathlib.Path, device: Any) -> dict[str, float]:
+    """Train some steps; medians of what they took."""
+    import torch
+    import torch.distributed as dist
+
+    from miles.config import JobConfig
+    from miles.services.trainer.worker import create_backend
+
+    flags = dict(flag.split("=", 1) for flag in args.flags) if backend == "megatron" else {}
+    config = JobConfig.from_flat(
+        {
+            "hf_checkpoint": str(model), "prompt_data": "prompts.jsonl", "rm_type": "exact_match", "num_rollout": 100,
+            "rollout_batch_size": args.groups, "n_samples_per_prompt": args.samples,
+            "rollout_max_response_len": args.response, "lr": 1e-6, "use_dynamic_batch_size": True,
+            "max_tokens_per_gpu": args.micro_batch, "device": device.type, "train_backend": backend,
+            "actor_num_gpus_per_node": dist.get_world_size(), "log_samples_per_step": 0, "use_kl_loss": args.kl,
+            "share_prompts": False if backend == "fsdp" else None, "run_dir": str(model / "run"),
+            "use_rollout_routing_replay": args.replay, **{k: _value(v) for k, v in flags.items()},
+        }
+    ).resolve(device.type)  # fmt: skip
+    groups = rollout(args.kind, args.groups, args.samples, args.prompt, args.response, args.replay)
+    tokens = sum(len(sample.tokens) for group in groups for sample in group.samples)
+    trainer = create_backend(config, model / "checkpoints", device)
+    trainer.load()
+    times, shares = [], []
+    for step in range(args.steps + SKIPPED):
+        dist.barrier()
+        began = time.monotonic()
+        metrics = trainer.train(step, groups, lambda progress: None)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.monotonic() - began)
+        shares.append(metrics["perf/log_probs_time"] / times[-1])
+    memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
+    trainer.close()
+    seconds = statistics.median(times[SKIPPED:])
+    flops = 6 * active_parameters(args.kind) * tokens / seconds
+    return {
+        "step_s": seconds,
+        "log_probs_share": statistics.median(shares[SKIPPED:]),
+        "tokens_per_s": tokens / seconds,
+        "tflops": flops / 1e12,
+        "mfu": flops / (PEAK_FLOPS * dist.get_world_size()),
+        "memory_gb": memory / 1e9,
+    }
+
+
+def _value(text: str) -> Any:
+    return text == "true" if text in ("true", "false") else int(text) if text.isdigit() else text
+
+
+def main() -> None:
+    """Measure and print."""
+    import torch
+    import torch.distributed as dist
+
+    from miles.services.trainer.__main__ import join
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kind", choices=("dense", "moe", "large"), default="moe")
+    parser.add_argument("--groups", type=int, default=32)
+    parser.add_argument("--samples", type=int, default=8)
+    parser.add_argument("--prompt", type=int, default=256)
+    parser.add_argument("--response", type=int, default=1024)
+    parser.add_argument("--micro-batch", type=int, default=32768, help="tokens per micro-batch")
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--backends", nargs="+", default=["fsdp", "megatron"])
+    parser.add_argument("--flags", nargs="*", default=[], metavar="NAME=VALUE", help="settings of the megatron backend")
+    parser.add_argument("--replay", action="store_true", help="replay random routing (moe)")
+    parser.add_argument("--kl", action="store_true", help="with a reference model")
+    args = parser.parse_args()
+    device = join("cuda" if torch.cuda.is_available() else "cpu", None, 10)
+    rank = dist.get_rank()
+    with tempfile.TemporaryDirectory() as folder:
+        shared = [folder]
+        dist.broadcast_object_list(shared, src=0)
+        model = pathlib.Path(shared[0]) / "model"
+        if rank == 0:
+            write_checkpoint(model, args.kind, weights=True)
+        dist.barrier()
+        results = {backend: measure(args, backend, model, device) for backend in args.backends}
+        dist.barrier()
+    if rank == 0:
+        print(f"\n{args.kind}, {dist.get_world_size()} × {device.type}")
+        print("| backend | step s | log-probs | tokens/s | TFLOP/s | MFU | GB |\n|---|---|---|---|---|---|---|")
+        for backend, r in results.items():
+            print(
+                f"| {backend} | {r['step_s']:.3f} | {r['log_probs_share']:.0%} | {r['tokens_per_s']:,.0f} | "
+                f"{r['tflops']:.1f} | {r['mfu']:.1%} | {r['memory_gb']:.1f} |"
+            )
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,130 @@
+"""The megatron backend on GPUs: TransformerEngine's layers, 16-bit training, NCCL between ranks."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import pathlib
+import time
+from typing import Any
+
+import pytest
+import torch
+from megatron_kit import SUPPORT, run_cases, run_python
+from megatron_models import EXPERTS, FAMILIES, TOP_K, write_model
+from safetensors.torch import load_file, save_file
+from trainer_cases import VOCAB
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.timeout(900),
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"),
+    pytest.mark.skipif(importlib.util.find_spec("megatron") is None, reason="megatron-core is not installed"),
+]
+needs_engine = pytest.mark.skipif(
+    importlib.util.find_spec("transformer_engine") is None, reason="TransformerEngine is not installed"
+)
+needs_two = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+
+STEP = {"lr": 1.0, "adam_eps": 1.0, "clip_grad": 0.0, "train_dtype": "bfloat16"}
+"""One step of Adam with a large epsilon, which is proportional to the gradient."""
+REPLAY = {"use_rollout_routing_replay": True}
+
+
+def case(name: str, model: pathlib.Path, routing: bool = False, **flags: Any) -> dict[str, Any]:
+    """One training step of a tiny model on GPUs."""
+    settings = {**STEP, "train_backend": "megatron", "device": "cuda", "distributed_backend": "nccl", **flags}
+    experts = [EXPERTS, 4, TOP_K] if routing else None
+    return {"name": name, "model": str(model), "flags": settings, "routing": experts, "steps": 1}
+
+
+def assert_trained_alike(out: pathlib.Path, left: str, right: str, tolerance: float = 0.05) -> None:
+    """Equal losses and weights up to 16-bit rounding, relative to how far the step went."""
+    metrics = [json.loads((out / f"{name}.json").read_text())["metrics"][0] for name in (left, right)]
+    for key in ("train/pg_loss", "train/grad_norm", "train/train_rollout_logprob_abs_diff"):
+        assert metrics[0][key] == pytest.approx(metrics[1][key], rel=tolerance, abs=0.02), key
+    weights = [load_file(out / f"{name}.safetensors") for name in (left, right)]
+    assert weights[0].keys() == weights[1].keys()
+    for name, tensor in weights[0].items():
+        torch.testing.assert_close(tensor.float(), weights[1][name].float(), rtol=tolerance, atol=tolerance, msg=name)
+
+
+@needs_engine
+@pytest.mark.parametrize("family", ["Llama", "Qwen3", "Qwen3-MoE"])
+def test_both_kinds_of_layers_and_the_fsdp_backend_train_alike(tmp_path: pathlib.Path, family: str) -> None:
+    model = write_model(family, tmp_path / "model")
+    run_cases(
+        [
+            case("fsdp", model, train_backend="fsdp", share_prompts=False),
+            case("local", model, transformer_impl="local"),
+            case("engine", model, transformer_impl="transformer_engine"),
+        ],
+        tmp_path,
+        megatron=False,
+    )
+    assert_trained_alike(tmp_path, "local", "engine")
+    assert_trained_alike(tmp_path, "fsdp", "engine")
+
+
+@needs_engine
+def test_recorded_routing_is_replayed_in_grouped_experts(tmp_path: pathlib.Path) -> None:
+    model = write_model("Qwen3-MoE", tmp_path / "model")
+    recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    run_cases(
+        [
+            case("fsdp", model, routing=True, train_backend="fsdp", share_prompts=False, **REPLAY),
+            case("engine", model, routing=True, **REPLAY),
+            case("recomputed", model, routing=True, **REPLAY, **recompute),
+        ],
+        tmp_path,
+        megatron=False,
+    )
+    assert_trained_alike(tmp_path, "fsdp", "engine")
+    assert_trained_alike(tmp_path, "engine", "recomputed")
+    metrics = json.loads((tmp_path / "engine.json").read_text())["metrics"][0]
+    assert metrics["train/routing_difference"] > 0.8  # the recorded experts are random
+
+
+@needs_engine
+def test_every_family_of_the_bridge_converts_both_ways(tmp_path: pathlib.Path) -> None:
+    """Prints what each family came to; those without TransformerEngine on a CPU are here too."""
+    from transformers import AutoModelForCausalLM
+
+    tokens = torch.arange(3, 27) * 3 % VOCAB
+    scale = {}
+    for family in FAMILIES:
+        folder = write_model(family, tmp_path / family.replace(", ", "-").replace(" ", "-"))
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+        with torch.no_grad():
+            logits = model(tokens[None]).logits[0]
+        scale[folder.name] = float(logits.abs().max())
+        save_file({"tokens": tokens, "logits": logits.contiguous()}, folder / "reference.safetensors")
+    output = run_python([str(SUPPORT / "megatron_families.py"), str(tmp_path)], megatron=False, timeout_s=800)
+    lines = [json.loads(line.removeprefix("RESULT ")) for line in output.splitlines() if line.startswith("RESULT ")]
+    print(json.dumps(lines, indent=1))
+    failed = [
+        line
+        for line in lines
+        if line["folder"] != "Llama-4" and ("error" in line or line["logits"] > 0.1 * scale[line["folder"]])
+    ]
+    assert failed == []
+
+
+@needs_two
+@pytest.mark.parametrize(
+    "layout",
+    [
+        {"tensor_model_parallel_size": 2, "sequence_parallel": True},
+        {"expert_model_parallel_size": 2, "use_distributed_optimizer": True},
+        {"pipeline_model_parallel_size": 2},
+        {"context_parallel_size": 2},
+    ],
+    ids=["tp2", "ep2", "pp2", "cp2"],
+)
+def test_two_gpus_train_as_one_does(tmp_path: pathlib.Path, layout: dict[str, Any]) -> None:
+    model = write_model("Qwen3-MoE", tmp_path / "model")
+    run_cases([case("one", model, routing=True, **REPLAY)], tmp_path, megatron=False)
+    began = time.monotonic()
+    run_cases([case("two", model, routing=True, **REPLAY, **layout)], tmp_path, ranks=2, megatron=False)
+    print(f"{layout}: {time.monotonic() - began:.0f} s")
+    assert_trained_alike(tmp_path, "one", "two")
