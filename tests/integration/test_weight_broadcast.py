@@ -153,9 +153,6 @@ class ServerReceiver:
     SGLang's /init_weights_update_group makes its group by torch's own helper, over a store prefixed with the name.
     """
 
-    packed = True
-    ranks = 1
-
     def __init__(self, shapes: list[list[tuple[torch.dtype, torch.Size]]]) -> None:
         self._shapes = shapes
         self.received: list[torch.Tensor] = []
@@ -204,7 +201,8 @@ def test_a_server_with_a_group_of_torch_takes_part_beside_an_engine(make: Make) 
     source = handle.collective.buckets[0].source
     with concurrent.futures.ThreadPoolExecutor(2) as threads:
         engine_has = threads.submit(engine.receive, *published)
-        receive_from(source, handle.publication_id, "server", server, time.monotonic() + 30, QUICK)
+        hello = weightsource_pb2.JoinHello(publication_id=1, member="server", ranks=1, packed=True)
+        assert receive_from(source, hello, server, time.monotonic() + 30, QUICK) == ["server"]
         assert_holds(engine_has.result(timeout=30), tensors)
     server.leave(source)
     sent = [tensor for tensor in tensors.values() if tensor.numel()]

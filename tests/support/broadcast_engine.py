@@ -21,9 +21,6 @@ _AFTER_BUCKETS = 2
 class Ending:
     """Takes the first buckets only."""
 
-    packed = False
-    ranks = 1
-
     def __init__(self, sizes: list[int], ending: signal.Signals, victim: int, device: torch.device) -> None:
         self._device = device
         self._sizes = sizes
@@ -57,6 +54,7 @@ if __name__ == "__main__":
     sizes = [bucket.nbytes for bucket in handle.collective.buckets if bucket.source == source]
     receiver = Ending(sizes, signal.Signals[options.ending], options.victim, options.device)
     try:
-        receive_from(source, handle.publication_id, "ending", receiver, time.monotonic() + 30, QUICK)
+        hello = weightsource_pb2.JoinHello(publication_id=handle.publication_id, member="ending", ranks=1)
+        receive_from(source, hello, receiver, time.monotonic() + 30, QUICK)
     except (ConnectionError, TimeoutError) as error:
         print(f"{type(error).__name__}: {error}", flush=True)

@@ -210,6 +210,7 @@ class JoinHello(_message.Message):
     MEMBER_FIELD_NUMBER: _builtins.int
     RANKS_FIELD_NUMBER: _builtins.int
     PACKED_FIELD_NUMBER: _builtins.int
+    COMPANIONS_FIELD_NUMBER: _builtins.int
     publication_id: _builtins.int
     """The publication_id of the handle."""
     member: _builtins.str
@@ -218,6 +219,10 @@ class JoinHello(_message.Message):
     """Ranks that it takes in the process group, a count."""
     packed: _builtins.bool
     """Whether buckets are to come without the gaps that align tensors."""
+    @_builtins.property
+    def companions(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Members that are on their way too: those of the broadcast that this receiver has just had from another source."""
+
     def __init__(
         self,
         *,
@@ -225,10 +230,11 @@ class JoinHello(_message.Message):
         member: _builtins.str = ...,
         ranks: _builtins.int = ...,
         packed: _builtins.bool = ...,
+        companions: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["member", b"member", "packed", b"packed", "publication_id", b"publication_id", "ranks", b"ranks"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["companions", b"companions", "member", b"member", "packed", b"packed", "publication_id", b"publication_id", "ranks", b"ranks"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -324,6 +330,7 @@ class GroupTicket(_message.Message):
     RANK_OFFSET_FIELD_NUMBER: _builtins.int
     WORLD_SIZE_FIELD_NUMBER: _builtins.int
     BACKEND_FIELD_NUMBER: _builtins.int
+    MEMBERS_FIELD_NUMBER: _builtins.int
     group_name: _builtins.str
     """Name of the group."""
     master_address: _builtins.str
@@ -336,6 +343,10 @@ class GroupTicket(_message.Message):
     """Ranks in the group, a count."""
     backend: _builtins.str
     """"nccl" or "gloo"."""
+    @_builtins.property
+    def members(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Every member, this receiver included."""
+
     def __init__(
         self,
         *,
@@ -345,10 +356,11 @@ class GroupTicket(_message.Message):
         rank_offset: _builtins.int = ...,
         world_size: _builtins.int = ...,
         backend: _builtins.str = ...,
+        members: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "group_name", b"group_name", "master_address", b"master_address", "master_port", b"master_port", "rank_offset", b"rank_offset", "world_size", b"world_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "group_name", b"group_name", "master_address", b"master_address", "master_port", b"master_port", "members", b"members", "rank_offset", b"rank_offset", "world_size", b"world_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

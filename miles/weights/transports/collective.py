@@ -15,7 +15,7 @@ from collections.abc import Collection, Iterable, Sequence
 
 import torch
 
-from miles.rpc.gen import policy_pb2, weightsync_pb2
+from miles.rpc.gen import policy_pb2, weightsource_pb2, weightsync_pb2
 from miles.weights import flat as flats
 from miles.weights import manifest as manifests
 from miles.weights.manifest import ManifestError
@@ -106,8 +106,12 @@ class CollectiveTransport:
         receiver.want(wanted)
         deadline_s = time.monotonic() + timing.deadline_s
         try:
+            companions: list[str] = []
             for source in wanted:
-                receive_from(source, publication_id, receiver.member, receiver, deadline_s, timing)
+                hello = weightsource_pb2.JoinHello(
+                    publication_id=publication_id, member=receiver.member, ranks=1, companions=companions
+                )
+                companions = receive_from(source, hello, receiver, deadline_s, timing)
         finally:
             receiver.want({})
 

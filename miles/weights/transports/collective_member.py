@@ -26,11 +26,6 @@ _ASK_AGAIN_S = 0.05
 class Receiver(Protocol):
     """What takes the bytes of a broadcast."""
 
-    packed: bool
-    """Whether it wants buckets without the gaps that align tensors."""
-    ranks: int
-    """Ranks it takes in the group, a count."""
-
     def join(self, source: str, ticket: weightsource_pb2.GroupTicket, watch: Watch) -> None:
         """Have the group of a ticket from that source; the former one of the source, if another, is over."""
 
@@ -42,19 +37,25 @@ class Receiver(Protocol):
 
 
 def receive_from(
-    source: str, publication_id: int, member: str, receiver: Receiver, deadline_s: float, timing: Timing
-) -> None:
+    source: str,
+    hello: weightsource_pb2.JoinHello,
+    receiver: Receiver,
+    deadline_s: float,
+    timing: Timing,
+) -> list[str]:
     """Take one source's buckets of a version; asks again when others make a broadcast fail, until `deadline_s`.
 
     `deadline_s` is on the monotonic clock; of `timing`, connect_s and patience_s count. Raises ConnectionError when
-    the source is gone or does not hold the version, and TimeoutError past the deadline.
+    the source is gone or does not hold the version, and TimeoutError past the deadline. Returns the names of all who
+    took part, for the hello to the next source.
     """
     while True:
         try:
             with connect_blocking(source) as channel:
-                _take_part(channel, source, publication_id, member, receiver, Watch(deadline_s), timing)
+                return _take_part(channel, source, hello, receiver, Watch(deadline_s), timing)
         except (BroadcastFailed, TimeoutError) as error:
             receiver.leave(source)
+            del hello.companions[:]  # one of them may be the reason
             if time.monotonic() >= deadline_s:
                 raise TimeoutError(f"no broadcast from {source} succeeded in time; the last one: {error}") from error
             logger.info("broadcast from %s: %s; asking again", source, error)
@@ -62,22 +63,16 @@ def receive_from(
         except BaseException:
             receiver.leave(source)
             raise
-        else:
-            return
 
 
 def _take_part(
     channel: grpc.Channel,
     source: str,
-    publication_id: int,
-    member: str,
+    hello: weightsource_pb2.JoinHello,
     receiver: Receiver,
     watch: Watch,
     timing: Timing,
-) -> None:
-    hello = weightsource_pb2.JoinHello(
-        publication_id=publication_id, member=member, ranks=receiver.ranks, packed=receiver.packed
-    )
+) -> list[str]:
     with _Talk(channel, source, watch, timing.connect_s) as talk:
         talk.say(weightsource_pb2.JoinRequest(hello=hello))
         ticket = talk.hear("ticket", watch.deadline_s).ticket
@@ -87,6 +82,7 @@ def _take_part(
         receiver.take(source, watch)
         talk.say(weightsource_pb2.JoinRequest(received=weightsource_pb2.JoinReceived()))
         talk.hear("done", time.monotonic() + 2 * timing.patience_s)
+        return list(ticket.members)
 
 
 class _Talk:
@@ -160,9 +156,6 @@ class _Talk:
 
 class TensorReceiver:
     """Takes broadcasts into tensors of this process; implements Receiver. Keeps a group per source."""
-
-    packed = False
-    ranks = 1
 
     def __init__(self, device: torch.device, patience_s: float) -> None:
         """`device` is a GPU for NCCL and the CPU for gloo."""

@@ -49,7 +49,7 @@ class WeightSource(weightsource_pb2_grpc.WeightSourceServiceServicer):
         self._group: Group | None = None
         self._tickets: dict[tuple[str, int], weightsource_pb2.GroupTicket] = {}
         """Of the group, by member and its number of ranks."""
-        self._served: dict[int, set[tuple[str, int]]] = {}
+        self._served: dict[int, set[str]] = {}
         """Who has got each of the live publications, to know whom to wait for at the next one."""
         self.broadcasts = 0
         """Ended well, a count."""
@@ -166,10 +166,12 @@ class WeightSource(weightsource_pb2_grpc.WeightSourceServiceServicer):
     def _still_waits_s(self) -> float:
         """How much longer to wait for more engines."""
         first = self._waiting[0]
-        here = {member.seat for member in self._waiting if member.wants == first.wants}
+        here = {member.hello.member for member in self._waiting if member.wants == first.wants}
         publication_id = first.hello.publication_id
         before = max((other for other in self._served if other < publication_id), default=0)
-        expected = self._served.get(before, set()) - self._served.get(publication_id, set())
+        expected = set(first.hello.companions) or (
+            self._served.get(before, set()) - self._served.get(publication_id, set())
+        )
         if expected and expected <= here:
             return 0.0
         wait_s = self._timing.linger_s if expected else self._timing.gather_s
@@ -198,11 +200,11 @@ class WeightSource(weightsource_pb2_grpc.WeightSourceServiceServicer):
             _tell(members, weightsource_pb2.JoinResponse(aborted=aborted))
             with self._changed:
                 for served in self._served.values():
-                    served.difference_update(member.seat for member in members if member.gone)
+                    served.difference_update(member.hello.member for member in members if member.gone)
         else:
             with self._changed:
                 self.broadcasts += 1
-                self._served.setdefault(publication_id, set()).update(member.seat for member in members)
+                self._served.setdefault(publication_id, set()).update(member.hello.member for member in members)
             size, elapsed_s = sum(bucket.flat.numel() for bucket in buckets), time.monotonic() - began
             logger.info("broadcast %d bytes to %s in %.3f s", size, _names(members), elapsed_s)
             _tell(members, weightsource_pb2.JoinResponse(done=weightsource_pb2.BroadcastDone()))
@@ -219,6 +221,7 @@ class WeightSource(weightsource_pb2_grpc.WeightSourceServiceServicer):
                 rank_offset=1,
                 world_size=1 + sum(member.hello.ranks for member in members),
                 backend=self.backend,
+                members=[member.hello.member for member in members],
             )
             for member in members:
                 mine = self._tickets[member.seat] = weightsource_pb2.GroupTicket()
