@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Iterator
 
 import grpc
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -211,3 +212,11 @@ def test_a_trainer_that_is_told_to_stop_ends_at_once(trainers: list[TrainerProce
     trainers.append(TrainerProcess())
     trainers[0].process.terminate()
     assert trainers[0].process.wait(30) == 0
+
+
+def test_ranks_end_with_the_launcher_that_started_them(trainers: list[TrainerProcess]) -> None:
+    trainers.append(TrainerProcess(2))
+    ranks = psutil.Process(trainers[0].process.pid).children(recursive=True)
+    assert len(ranks) >= 2
+    trainers[0].kill()
+    assert psutil.wait_procs(ranks, timeout=30)[1] == []
