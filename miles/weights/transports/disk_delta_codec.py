@@ -69,13 +69,13 @@ def apply(encoding: Encoding, frame: bytes | bytearray, target: Bytes, itemsize:
     if not len(frame):
         return
     if encoding is Encoding.XOR:
-        change = _join(_decompress(frame, target.size), itemsize)
+        change = _decompress(frame, target.size)
         if change.size != target.size:
             raise ManifestError(f"a change has {change.size} bytes where {target.size} are to be changed")
-        if target.size % 8 == 0:
-            np.bitwise_xor(_words(target), _words(change), out=_words(target))
-        else:
-            np.bitwise_xor(target, change, out=target)
+        for number, plane in enumerate(change.reshape(itemsize, -1)):
+            if plane.any():  # high-order bytes hardly ever change
+                place = target[number::itemsize]
+                np.bitwise_xor(place, plane, out=place)
         return
     elements = target.view(f"<u{itemsize}")
     stored = _decompress(frame, _COUNT.size + elements.size * (4 + itemsize))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import mmap
 from collections.abc import Iterable, Mapping
 
@@ -24,6 +25,8 @@ class Buffer:
         """OSError (MemoryError) when there is not enough memory."""
         self.manifest = manifest
         self.memory = mmap.mmap(-1, manifest.total_bytes)
+        with contextlib.suppress(OSError):  # a system without huge pages does with small ones
+            self.memory.madvise(mmap.MADV_HUGEPAGE)
         self.bytes = np.frombuffer(self.memory, np.uint8)
         """uint8, shape (total_bytes,)."""
 
