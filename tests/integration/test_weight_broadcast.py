@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import datetime
 import pathlib
 import re
+import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
 
@@ -19,7 +21,7 @@ from weightsync_processes import Lines
 from miles.rpc.gen import weightsource_pb2
 from miles.weights.flat import FlatWeights
 from miles.weights.manifest import ChecksumMismatch, ManifestError
-from miles.weights.transports.collective import CollectiveTransport
+from miles.weights.transports.collective import CollectiveTransport, local_host
 from miles.weights.transports.collective_group import Watch
 from miles.weights.transports.collective_member import receive_from
 
@@ -233,6 +235,20 @@ def test_a_trainer_that_dies_in_the_middle_fails_the_engine_in_time(
     trainer.wait_for(lambda line: line == "offering 1", "an offer")
     engine = start("broadcast_engine.py", tmp_path, "--victim", trainer.process.pid)
     assert "ConnectionError" in engine.wait_for(lambda line: "Error" in line, "an error")
+
+
+@pytest.mark.parametrize(
+    ("peer", "expected"),
+    [("127.0.0.1:7300", "127.0.0.1"), ("[::1]:7300", "::1"), ("", "127.0.0.1")],
+)
+def test_a_source_is_where_those_who_reach_the_service_reach_it(peer: str, expected: str) -> None:
+    if peer.startswith("["):
+        with contextlib.closing(socket.socket(socket.AF_INET6)) as probe:
+            try:
+                probe.bind(("::1", 0))
+            except OSError:
+                pytest.skip("this machine has no IPv6")
+    assert local_host(peer) == expected
 
 
 def test_an_engine_that_no_trainer_answers_fails_in_time(tmp_path: pathlib.Path, make: Make) -> None:

@@ -134,6 +134,7 @@ def local_host(peer: str) -> str:
     host = peer.rpartition(":")[0].strip("[]")
     if not host:
         return "127.0.0.1"
-    with contextlib.closing(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) as probe:
-        probe.connect((host, 9))  # sends nothing; asks the routing table
+    family, kind, _, _, target = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
+    with contextlib.closing(socket.socket(family, kind)) as probe:
+        probe.connect(target)  # sends nothing; asks the routing table
         return str(probe.getsockname()[0])

@@ -34,7 +34,7 @@ class WeightSource(weightsource_pb2_grpc.WeightSourceServiceServicer):
     """Serves one rank's buckets from threads of its own; nothing here waits for training, nor training for it."""
 
     def __init__(self, host: str, device: torch.device, timing: Timing | None = None) -> None:
-        """`host` is where engines reach this process; `device` is a GPU for NCCL and the CPU for gloo."""
+        """`host` is where engines reach this process, without brackets; `device` is a GPU for NCCL, else the CPU."""
         self.backend = "gloo" if device.type == "cpu" else "nccl"
         self._host = host
         self._device = device
@@ -130,13 +130,14 @@ class WeightSource(weightsource_pb2_grpc.WeightSourceServiceServicer):
         workers = concurrent.futures.ThreadPoolExecutor(_MOST_MEMBERS, thread_name_prefix="weight-source")
         server = grpc.server(workers, options=[*KEEPALIVE_OPTIONS, ("grpc.so_reuseport", 0)])
         weightsource_pb2_grpc.add_WeightSourceServiceServicer_to_server(self, server)
-        address = f"{self._host}:0"
+        host = f"[{self._host}]" if ":" in self._host else self._host
+        address = f"{host}:0"
         if (tls := TlsFiles.from_environment()) is None:
             port = server.add_insecure_port(address)
         else:
             port = server.add_secure_port(address, tls.server_credentials())
         server.start()
-        return server, f"{self._host}:{port}"
+        return server, f"{host}:{port}"
 
     def _run(self) -> None:
         """Broadcast to whoever asks, one group of engines at a time."""
