@@ -68,7 +68,8 @@ class RunStatus:
         missing = max(0, answer.batch_size - len(answer.ready))
         if not missing:
             return f"groups that step {self.step} may not leave behind"
-        return f"{missing} of {answer.batch_size} groups of step {self.step}"
+        lonely = self.dispatcher is not None and not self.dispatcher.connected()
+        return f"{missing} of {answer.batch_size} groups of step {self.step}{'; no rollout is connected' * lonely}"
 
     def _worker(self, worker: AttachedWorker, run: controller_pb2.DescribeRunResponse) -> controller_pb2.WorkerDoing:
         doing = self.activity.doing(worker.worker_id)

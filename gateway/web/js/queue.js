@@ -22,8 +22,8 @@ export function queueTab(panel, data) {
   panel.append(h("div", { class: "stack" },
     h("section", { class: "card", "aria-label": "Queue" }, h("header", {}, h("h2", {}, "Queue"), summary),
       h("div", { class: "pad stack" }, holds, cells, legend())),
-    h("section", { class: "card", "aria-label": "Being generated" }, h("header", {}, h("h2", {}, "Being generated")), runningTable, idle),
-    h("section", { class: "card", "aria-label": "Versions" }, h("header", {}, h("h2", {}, "Versions held by engines"), published, h("span", { class: "grow" }), compare), versionsTable, noEngines)));
+    h("section", { class: "card", "aria-label": "Versions" }, h("header", {}, h("h2", {}, "Versions held by engines"), published, h("span", { class: "grow" }), compare), versionsTable, noEngines),
+    h("section", { class: "card", "aria-label": "Being generated" }, h("header", {}, h("h2", {}, "Being generated")), runningTable, idle)));
 
   function update() {
     const run = data.status;
