@@ -20,13 +20,13 @@ OWN = """--name --run-dir --device --host --redis-url --controller-port --weight
     --log-samples-per-step --no-gateway --gateway-host --gateway-port --gateway-keys-file --gateway-allowed-root
     --gateway-allowed-module --tls-cert --tls-key --tls-ca --tls-mutual
     --rollout-engine-python --rollout-engine-weights --rollout-engine-weights-dir
-    --chaos --chaos-interval-s"""
+    --chaos --chaos-interval-s --weight-lease-s --update-weight-full-interval"""
 
 MEGATRON = """--tensor-model-parallel-size --pipeline-model-parallel-size --num-virtual-stages-per-pipeline-rank
     --context-parallel-size --expert-model-parallel-size --expert-tensor-parallel-size --sequence-parallel
     --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather --transformer-impl --attention-backend
     --moe-token-dispatcher-type --moe-aux-loss-coeff --recompute-granularity --recompute-method --recompute-num-layers
-    --recompute-modules --async-save"""
+    --recompute-modules"""
 
 
 def entry_of(name: str) -> Entry:

@@ -196,6 +196,14 @@ RULE_CASES: list[tuple[dict[str, Any], str]] = [
         "colocate = true, but max_weight_staleness = 1 has engines and trainer work at once",
     ),
     ({"tb_experiment_name": "x"}, "tb_experiment_name = x, but it does nothing without use_tensorboard"),
+    (
+        {"update_weight_transfer_mode": "disk_delta"},
+        "update_weight_transfer_mode = disk_delta, but update_weight_disk_dir is not set",
+    ),
+    (
+        {"update_weight_transfer_mode": "cuda_ipc", "device": "cpu"},
+        "update_weight_transfer_mode = cuda_ipc, but device is cpu",
+    ),
 ]
 
 
