@@ -4,48 +4,74 @@ from __future__ import annotations
 
 import asyncio
 import collections
+import dataclasses
 import time
 from collections.abc import Awaitable, Callable, Hashable
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
 
+_AGEING = 0.7
+"""An answer of this share of its greatest age is made anew while it is still given."""
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class _Kept(Generic[T]):
+    """An answer, or one in the making."""
+
+    answer: asyncio.Future[T]
+    made_s: float = 0.0
+    successor: asyncio.Future[T] | None = None
+    """The answer that will take its place."""
+
 
 class AnswerCache(Generic[T]):
     """Keeps answers for a short time; callers that come while one is being made wait for it.
 
-    An answer made before `forget` is never given to a caller that came after it. Errors are not kept.
+    One that grows old is made anew while callers still get it, so that they wait only after a time without any. An
+    answer made before `forget` is never given to a caller that came after it. Errors are not kept.
     """
 
     def __init__(self, keep_s: float, size: int = 1024) -> None:
         self._keep_s = keep_s
         self._size = size
-        self._answers: collections.OrderedDict[Hashable, tuple[float, asyncio.Future[T]]] = collections.OrderedDict()
+        self._kept: collections.OrderedDict[Hashable, _Kept[T]] = collections.OrderedDict()
 
     async def get(self, key: Hashable, make: Callable[[], Awaitable[T]]) -> T:
         """The answer for a key; `make` is called when there is none that is fresh."""
-        known = self._answers.get(key)
-        if known is not None:
-            made_s, answer = known
-            if not answer.done() or time.monotonic() - made_s < self._keep_s:
-                return await asyncio.shield(answer)
-        task = asyncio.ensure_future(make())
-        self._answers[key] = (time.monotonic(), task)
-        self._answers.move_to_end(key)
-        while len(self._answers) > self._size:
-            self._answers.popitem(last=False)
-        task.add_done_callback(lambda done: self._settle(key, done))
-        return await asyncio.shield(task)
+        kept = self._kept.get(key)
+        if kept is not None:
+            if not kept.answer.done():
+                return await asyncio.shield(kept.answer)
+            age_s = time.monotonic() - kept.made_s
+            if age_s < self._keep_s:
+                if age_s >= _AGEING * self._keep_s and kept.successor is None:
+                    self._succeed(key, kept, make)
+                return kept.answer.result()
+            if kept.successor is not None:
+                return await asyncio.shield(kept.successor)
+        made = self._kept[key] = _Kept(asyncio.ensure_future(make()))
+        self._kept.move_to_end(key)
+        while len(self._kept) > self._size:
+            self._kept.popitem(last=False)
+        made.answer.add_done_callback(lambda done: self._settle(key, made, done))
+        return await asyncio.shield(made.answer)
 
     def forget(self, key: Hashable) -> None:
         """Make the next call ask again."""
-        self._answers.pop(key, None)
+        self._kept.pop(key, None)
 
-    def _settle(self, key: Hashable, done: asyncio.Future[T]) -> None:
-        known = self._answers.get(key)
-        if known is None or known[1] is not done:
-            done.cancelled() or done.exception()  # whoever waits has it
-        elif done.cancelled() or done.exception() is not None:
-            del self._answers[key]
-        else:
-            self._answers[key] = (time.monotonic(), done)
+    def _succeed(self, key: Hashable, kept: _Kept[T], make: Callable[[], Awaitable[T]]) -> None:
+        kept.successor = asyncio.ensure_future(make())
+        kept.successor.add_done_callback(lambda done: self._settle(key, kept, done))
+
+    def _settle(self, key: Hashable, kept: _Kept[T], done: asyncio.Future[T]) -> None:
+        """An answer or a successor is made, or is not: whoever waits for it has it or its error."""
+        failed = done.cancelled() or done.exception() is not None
+        kept.successor = None
+        if self._kept.get(key) is not kept:
+            return
+        if not failed:
+            self._kept[key] = _Kept(done, time.monotonic())
+        elif done is kept.answer:
+            del self._kept[key]

@@ -95,4 +95,59 @@ async def test_the_cache_is_bounded() -> None:
 
     for key in range(10):
         await cache.get(key, make)
-    assert len(cache._answers) == 3
+    assert len(cache._kept) == 3
+
+
+async def test_an_ageing_answer_is_given_while_the_next_is_made() -> None:
+    cache: AnswerCache[int] = AnswerCache(keep_s=60)
+    release = asyncio.Event()
+    made = 0
+
+    async def make() -> int:
+        nonlocal made
+        made += 1
+        number = made
+        if number == 2:
+            raise ValueError("away for a moment")
+        if number > 2:
+            await release.wait()
+        return number
+
+    def age(seconds: float) -> None:
+        cache._kept["a"].made_s -= seconds
+
+    assert await cache.get("a", make) == 1
+    age(50)
+    assert [await cache.get("a", make) for _ in range(3)] == [1, 1, 1]
+    await asyncio.sleep(0.01)
+    assert made == 2
+    assert await cache.get("a", make) == 1  # the failure was nobody's; it is tried again
+    await asyncio.sleep(0.01)
+    assert made == 3
+    age(20)  # too old by now: the answer in the making is waited for
+    late = asyncio.create_task(cache.get("a", make))
+    await asyncio.sleep(0.01)
+    assert not late.done()
+    release.set()
+    assert await late == 3
+    assert await cache.get("a", make) == made == 3
+
+
+async def test_an_answer_in_the_making_is_not_given_to_those_who_come_after_forget() -> None:
+    cache: AnswerCache[str] = AnswerCache(keep_s=60)
+    release = asyncio.Event()
+
+    async def old() -> str:
+        await release.wait()
+        return "old"
+
+    async def first() -> str:
+        return "first"
+
+    assert await cache.get("a", first) == "first"
+    cache._kept["a"].made_s -= 50
+    assert await cache.get("a", old) == "first"
+    cache.forget("a")
+    release.set()
+    await asyncio.sleep(0.01)
+    assert await cache.get("a", first) == "first"
