@@ -45,4 +45,4 @@ class ServicesConfig(Section):
     seed, and print how long each takes to come back. The run must end as it would have without."""
 
     chaos_interval_s: PositiveFloat = 30.0
-    """Mean time in a drill from one recovery to the next kill, in seconds."""
+    """Mean time in a drill from one recovery to the next kill, in seconds. Leave time for a checkpoint in between."""

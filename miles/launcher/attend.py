@@ -12,22 +12,24 @@ from miles.launcher.local import LocalCluster
 T = TypeVar("T")
 
 
-async def attend(work: Coroutine[Any, Any, T], cluster: LocalCluster, drill: Drill | None) -> T:
-    """The result of `work`, with the drill going on meanwhile.
+async def attend(
+    work: Coroutine[Any, Any, T], cluster: LocalCluster, drill: Drill | None, strikes: int | None = None
+) -> T:
+    """The result of `work`, with the drill going on meanwhile, for so many strikes or without end.
 
     Raises ProcessGivenUpError when a process of the cluster is given up, and ServiceExit when something that the drill
     killed does not come back.
     """
     working = asyncio.create_task(work)
-    drilling = [] if drill is None else [asyncio.create_task(drill.run())]
+    drilling = [] if drill is None else [asyncio.create_task(drill.run(strikes))]
     watched: set[asyncio.Future[Any]] = {working, cluster.failed, *drilling}
     try:
-        await asyncio.wait(watched, return_when=asyncio.FIRST_COMPLETED)
-        if not working.done():
-            for ended in (cluster.failed, *drilling):
-                if ended.done():
-                    ended.result()
-        return await working
+        while not working.done():
+            ended, watched = await asyncio.wait(watched, return_when=asyncio.FIRST_COMPLETED)
+            if working not in ended:
+                for task in ended:
+                    task.result()
+        return working.result()
     finally:
         for task in (working, *drilling):
             task.cancel()

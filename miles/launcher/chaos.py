@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import itertools
 import json
 import logging
 import os
@@ -69,9 +70,9 @@ class Drill:
             self._last_step_ns = event.unix_ns
             self._stepped.set()
 
-    async def run(self) -> None:
-        """Strike after strike until cancelled. Raises ServiceExit when something does not come back."""
-        while True:
+    async def run(self, strikes: int | None = None) -> None:
+        """Strike after strike, or so many, until cancelled. Raises ServiceExit when something does not come back."""
+        for _ in itertools.count() if strikes is None else range(strikes):
             strike = self._schedule.next()
             await asyncio.sleep(strike.pause_s)
             await self.carry_out(strike)

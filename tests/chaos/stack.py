@@ -27,6 +27,8 @@ from miles.rpc.gen import controller_pb2, controller_pb2_grpc, job_pb2
 JOB_LIMIT_S = 240.0
 WAIT_S = 60.0
 STEPS, BATCH = 6, 4
+STRIKES = 3
+"""Of a drill, at most."""
 _AWAY = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.UNKNOWN, grpc.StatusCode.INTERNAL)
 
 
@@ -160,11 +162,11 @@ class Stack:
         return await self.start(name, **changes).end()
 
     async def run_through(self, seed: int, mean_pause_s: float, name: str, **changes: Any) -> Ended:
-        """The same while a drill goes on."""
+        """The same while a drill goes on, of few strikes: without end it could hit before each checkpoint."""
         job = self.start(name, **changes)
         drill = Drill(self.cluster, seed, mean_pause_s)
         job.listen(drill.on_event)
-        ended = await attend(job.end(), self.cluster, drill)
+        ended = await attend(job.end(), self.cluster, drill, STRIKES)
         return dataclasses.replace(ended, kills=drill.kills, recoveries=drill.recoveries)
 
     async def workers(self) -> dict[str, controller_pb2.Worker]:
