@@ -66,6 +66,3 @@ class MegatronConfig(Section):
 
     recompute_modules: tuple[str, ...] = ("core_attn",)
     """Parts of a layer to recompute with granularity selective."""
-
-    async_save: bool = False
-    """Write checkpoints in the background."""

@@ -90,7 +90,11 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     alone = [case(name, name, out) for name in ("dense", "tied", "moe", "replay", "latent")]
     saved = {**case("saved", "moe", out, **DP2), "save_at": 2, "save_hf": True}
     resumed = case("resumed", "moe", out, **DP2, load=str(out / "saved" / "checkpoints"))
-    run_cases([*alone, case("recomputed", "replay", out, **RECOMPUTE), saved, resumed], out)
+    moving = {"use_kl_loss": True, "kl_loss_coef": 0.1, "ref_update_interval": 2}
+    moved = {**case("moved", "dense", out, **moving), "save_at": 3, "steps": 4}
+    removed = {**case("moved-resumed", "dense", out, **moving, load=str(out / "moved" / "checkpoints")), "steps": 4}
+    replayed = case("recomputed", "replay", out, **RECOMPUTE)
+    run_cases([*alone, replayed, saved, resumed, moved, removed], out)
     for ranks in (2, 4):
         cases = [case(name, base, out, **flags) for name, (n, base, flags) in LAYOUTS.items() if n == ranks]
         if ranks == 2:
@@ -154,6 +158,12 @@ def test_the_layout_announces_what_is_exported(results: pathlib.Path, name: str)
 
 def test_a_resumed_run_goes_on_bit_for_bit(results: pathlib.Path) -> None:
     assert worst_differences(results, "saved", "resumed") == (0.0, 0.0)
+
+
+def test_a_reference_that_moves_is_resumed_as_it_was(results: pathlib.Path) -> None:
+    last = json.loads((results / "moved-resumed.json").read_text())["metrics"][-1]
+    assert last["train/kl_loss"] != 0
+    assert worst_differences(results, "moved", "moved-resumed") == (0.0, 0.0)
 
 
 @pytest.mark.parametrize("name", RESUMED)

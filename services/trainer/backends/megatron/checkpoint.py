@@ -134,7 +134,7 @@ def _sharded_model(model: MegatronModel, name: str) -> dict[str, Any]:
 
 def _sharded_reference(model: MegatronModel, reference: WeightCopy) -> dict[str, Any]:
     """The reference's tensors under keys of their own, in the layout of the model."""
-    from megatron.core.dist_checkpointing.mapping import ShardedTensor
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
     from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
 
     own = WeightCopy(model)
@@ -142,7 +142,7 @@ def _sharded_reference(model: MegatronModel, reference: WeightCopy) -> dict[str,
     sharded = _sharded_model(model, "reference")
     for state in sharded.values():
         for key, value in state.items():
-            if isinstance(value, ShardedTensor) and value.data is not None:
+            if isinstance(value, ShardedTensor | ShardedTensorFactory) and value.data is not None:
                 state[key] = dataclasses.replace(value, data=value.data.detach().clone())
     own.put()
     add_prefix_for_sharding(sharded, "reference.")
