@@ -1,0 +1,83 @@
+"""Rows of a micro-batch over the ranks of a layout, and experts joined for export."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from trainer_cases import random_groups
+
+from miles.services.trainer.backends.fsdp.batch import in_order
+from miles.services.trainer.backends.fsdp.packing import EMPTY, MicroBatch, pack
+from miles.services.trainer.backends.megatron.export import join_experts
+from miles.services.trainer.backends.megatron.rows import PADDING, LocalRows, local_rows
+
+
+def cut(micro_batch: MicroBatch, size: int, multiple: int) -> list[LocalRows]:
+    return [local_rows(micro_batch, context_rank=r, context_size=size, multiple_of=multiple) for r in range(size)]
+
+
+@given(
+    seed=st.integers(0, 2**16),
+    chosen=st.lists(st.integers(0, 15), min_size=1, max_size=6, unique=True),
+    size=st.sampled_from([1, 2, 4]),
+    multiple=st.sampled_from([1, 2, 8]),
+)
+def test_ranks_hold_every_row_and_predict_every_response_token_once(
+    seed: int, chosen: list[int], size: int, multiple: int
+) -> None:
+    micro_batch = pack(in_order(random_groups(seed)), chosen, share_prompts=False)
+    parts = cut(micro_batch, size, multiple)
+    sources = np.concatenate([part.sources_L for part in parts])
+    assert sorted(sources[sources != PADDING]) == list(range(micro_batch.num_rows))
+    assert sorted(np.concatenate([part.responses for part in parts])) == list(range(len(micro_batch.targets_R)))
+    for part in parts:
+        assert len(part.sources_L) % multiple == 0
+        assert part.cu_seqlens[-1] == len(part.sources_L) * size
+        assert np.array_equal(part.sources_L[part.logit_rows], micro_batch.logit_rows_R[part.responses])
+        present = part.sources_L != PADDING
+        assert np.array_equal(part.input_ids_L[present], micro_batch.input_ids_T[part.sources_L[present]])
+        assert np.array_equal(part.position_ids_L[present], micro_batch.position_ids_T[part.sources_L[present]])
+
+
+def test_a_sequence_is_dealt_out_from_both_ends() -> None:
+    samples = in_order(random_groups(0))
+    longest = max(range(16), key=lambda i: len(samples[i].tokens))
+    micro_batch = pack(samples, [longest], share_prompts=False)
+    parts = cut(micro_batch, 2, 1)
+    chunk = len(parts[0].sources_L) // 2
+    assert parts[0].sources_L[:chunk].tolist() == list(range(chunk))
+    assert parts[1].sources_L[: 2 * chunk][0] == chunk
+    assert len(parts[0].sources_L) == len(parts[1].sources_L)
+
+
+def test_a_rank_without_work_still_has_rows() -> None:
+    for part in cut(EMPTY, 2, 2):
+        assert len(part.sources_L) == 4
+        assert len(part.logit_rows) == 0
+
+
+def test_experts_of_a_layer_are_joined_gate_first() -> None:
+    torch.manual_seed(0)
+    single = {
+        f"model.layers.{layer}.mlp.experts.{expert}.{part}_proj.weight": torch.randn(
+            (8, 4) if part != "down" else (4, 8)
+        )
+        for layer in range(2)
+        for part in ("gate", "up", "down")
+        for expert in (1, 0, 2)
+    }
+    named = [("first", torch.zeros(1)), *single.items(), ("last", torch.zeros(1))]
+    joined = dict(join_experts(named))
+    assert list(joined) == [
+        "first",
+        *(f"model.layers.{layer}.mlp.experts.{part}" for layer in range(2) for part in ("gate_up_proj", "down_proj")),
+        "last",
+    ]
+    both = joined["model.layers.1.mlp.experts.gate_up_proj"]
+    assert both.shape == (3, 16, 4)
+    assert torch.equal(both[2, :8], single["model.layers.1.mlp.experts.2.gate_proj.weight"])
+    assert torch.equal(both[2, 8:], single["model.layers.1.mlp.experts.2.up_proj.weight"])
+    down = joined["model.layers.0.mlp.experts.down_proj"]
+    assert torch.equal(down[1], single["model.layers.0.mlp.experts.1.down_proj.weight"])
