@@ -153,7 +153,7 @@ def test_a_removed_file_is_unmapped_by_its_writer(tmp_path: pathlib.Path) -> Non
 
 def test_only_transports_that_exist_can_be_made() -> None:
     assert isinstance(create_transport(weightsync_pb2.TRANSPORT_KIND_SHARED_MEMORY), SharedMemoryTransport)
-    with pytest.raises(ValueError, match="available: SHARED_MEMORY"):
+    with pytest.raises(ValueError, match="no weight transport of kind 0"):
         create_transport(weightsync_pb2.TRANSPORT_KIND_UNSPECIFIED)
 
 
