@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from miles.config.section import Positive, PositiveFloat, Section
+from miles.config.section import Metavar, Positive, PositiveFloat, Section
 
 
 class WeightsConfig(Section):
@@ -18,7 +18,7 @@ class WeightsConfig(Section):
     these that it can use. broadcast sends from the trainer's ranks to the engines, by NCCL between GPUs and by gloo
     between CPUs; cuda_ipc shares GPU memory within a node."""
 
-    update_weight_disk_dir: str | None = None
+    update_weight_disk_dir: Annotated[str | None, Metavar("DIR")] = None
     """Folder on storage that the weight-sync service, trainers and engines share, for engines on other hosts."""
 
     update_weight_delta_encoding: Literal["xor", "overwrite"] = "xor"
