@@ -28,7 +28,7 @@ def config_of(kind: str) -> Any:
         )
     if kind == "moe":
         return Qwen3MoeConfig(
-            **common,
+            **common | {"tie_word_embeddings": False},  # SGLang has no tied ones of this type
             hidden_size=768,
             intermediate_size=2048,
             num_hidden_layers=8,

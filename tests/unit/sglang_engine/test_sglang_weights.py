@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import Qwen3MoeConfig
+from transformers import LlamaConfig, Qwen3MoeConfig
 
 from miles.services.rollout.engines.sglang.buckets import flatten, in_buckets, share_by_name
 from miles.services.rollout.engines.sglang.layout import misfits, read_layout
@@ -64,6 +64,15 @@ def test_a_bucket_holds_its_tensors_bit_for_bit_and_another_process_can_read_it(
         assert entry.name == name
         assert entry.numel == tensor.nbytes
         assert torch.equal(part, tensor)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_tied_parameters_are_known_by_every_name(tmp_path: pathlib.Path, tied: bool) -> None:
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "vocab_size": 32}
+    LlamaConfig(**sizes, num_attention_heads=2, tie_word_embeddings=tied).save_pretrained(tmp_path)
+    layout = read_layout(str(tmp_path))
+    assert dict(layout.aliases) == ({"lm_head.weight": "model.embed_tokens.weight"} if tied else {})
+    assert ("lm_head.weight" in layout.shapes) is not tied
 
 
 def test_a_model_that_sglang_would_build_otherwise_is_refused(tmp_path: pathlib.Path) -> None:

@@ -19,6 +19,9 @@ class ModelLayout:
     """Of every parameter, by the name transformers gives it, tied ones once."""
     vocabulary: int
     max_positions: int
+    aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """Further names of tied parameters, each with the one that `shapes` has. SGLang ties them for some types of models
+    only, and for the others needs the weights under every name."""
 
 
 _EXPERTS_IN_EVERY_LAYER = ("qwen2_moe", "qwen3_moe")
@@ -44,10 +47,13 @@ def read_layout(hf_checkpoint: str) -> ModelLayout:
         model = build(config)
     model.tie_weights()
     text = config.get_text_config()
+    first = {id(parameter): name for name, parameter in model.named_parameters(remove_duplicate=True)}
+    every = model.named_parameters(remove_duplicate=False)
     return ModelLayout(
         {name: tuple(parameter.shape) for name, parameter in model.named_parameters(remove_duplicate=True)},
         int(text.vocab_size),
         int(getattr(text, "max_position_embeddings", 0) or 0),
+        {name: first[id(parameter)] for name, parameter in every if first[id(parameter)] != name},
     )
 
 

@@ -87,7 +87,7 @@ class WeightLoader:
             replica.version = None
         if self._released:
             await self._memory(replicas, "resume", ("weights",))
-        await self._push(replicas, version, list(tensors.items()), self._selector)
+        await self._push(replicas, version, self._named(tensors), self._selector)
         self.version, self.tensors = version, tensors
         if self._released:
             await self._memory(replicas, "resume", ("kv_cache",))
@@ -108,7 +108,7 @@ class WeightLoader:
         if self.version is None or replica.version == self.version:
             return
         await replica.pause("in_place")
-        await self._push([replica], self.version, list(self.tensors.items()), self._selector)
+        await self._push([replica], self.version, self._named(self.tensors), self._selector)
         if self._draft:
             await self._push([replica], None, list(self._draft.items()), "draft")
         if not paused:
@@ -126,7 +126,7 @@ class WeightLoader:
             return before
 
         before = await asyncio.gather(*(overwrite(replica) for replica in replicas))
-        await self._push(replicas, self.version, list(self.tensors.items()), self._selector)
+        await self._push(replicas, self.version, self._named(self.tensors), self._selector)
         after = await asyncio.gather(*(updates.checksum(r.api, self._selector, timeout_s) for r in replicas))
         wrong = [r.name for r, old, new in zip(replicas, before, after, strict=True) if old != new]
         if wrong:
@@ -149,6 +149,10 @@ class WeightLoader:
             await replica.api.post(f"/{what}_memory_occupation", body, self._options.order_timeout_s)
 
         await self._on_each(replicas, order, f"{what} memory")
+
+    def _named(self, tensors: Mapping[str, torch.Tensor]) -> list[NamedTensor]:
+        aliases = self._layout.aliases.items()
+        return [*tensors.items(), *((alias, tensors[name]) for alias, name in aliases)]
 
     async def _push(
         self, replicas: Sequence[Replica], version: int | None, tensors: list[NamedTensor], selector: Selector
