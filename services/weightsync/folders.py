@@ -82,15 +82,14 @@ class FolderStore:
         Returns the bytes removed.
         """
         removed = _remove(folder.partial)
-        if folder.path not in live:
-            self._freed.add(folder.path)
+        self._freed.add(folder.path)
         return removed + self._collect(live)
 
-    def remove_unknown(self, known: set[pathlib.Path]) -> None:
-        """Remove this instance's folders that are not known and that no known one is based on."""
+    def remove_unknown(self, known: set[pathlib.Path], in_use: set[pathlib.Path]) -> None:
+        """Remove this instance's folders that are neither known nor in use, nor the base of one that is."""
         if self.root is None:
             return
-        needed = {path for each in known for path in self.chain(each)}
+        needed = {path for each in known | in_use for path in self.chain(each)}
         for parent in self._own.iterdir():
             for path in parent.iterdir():
                 if path not in needed:

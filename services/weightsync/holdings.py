@@ -174,15 +174,7 @@ class Holdings:
             holding.chunks = ChunkTable(holding.segment.path, nbytes, others)
         return holding.chunks
 
-    def _let_go(self, holding: Holding, reusable: bool) -> None:
-        if holding.chunks is not None:
-            holding.chunks.close()
-        if holding.segment is not None:
-            self._segments.free(self._key, holding.segment, reusable)
-        if holding.folder is not None:
-            self._folders.free(holding.folder, self._folders_in_use())
-
-    def _folders_in_use(self) -> set[pathlib.Path]:
+    def folders_in_use(self) -> set[pathlib.Path]:
         """Versions' folders, and those that a trainer may be writing changes against."""
         found: set[pathlib.Path] = set()
         for holding in self._of.values():
@@ -191,6 +183,14 @@ class Holdings:
                 bases = [handle.disk_delta.base_path for handle in holding.handles]
                 found |= {pathlib.Path(base) for base in bases if base}
         return found
+
+    def _let_go(self, holding: Holding, reusable: bool) -> None:
+        if holding.chunks is not None:
+            holding.chunks.close()
+        if holding.segment is not None:
+            self._segments.free(self._key, holding.segment, reusable)
+        if holding.folder is not None:
+            self._folders.free(holding.folder, self.folders_in_use())
 
     def _handle(
         self,

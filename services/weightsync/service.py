@@ -62,7 +62,8 @@ class WeightSyncServicer(weightsync_pb2_grpc.WeightSyncServiceServicer):
             known = self._stream(job_id, stream).restore(snapshot)
             files, folders = files | known[0], folders | known[1]
         self._segments.remove_unknown(files)
-        self._folders.remove_unknown(folders)
+        in_use = {path for stream in self._streams.values() for path in stream.holdings.folders_in_use()}
+        self._folders.remove_unknown(folders, in_use)
 
     def close(self) -> None:
         """End subscriptions and free the bytes, unless they are to be kept."""

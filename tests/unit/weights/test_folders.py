@@ -33,8 +33,8 @@ def test_what_a_version_in_use_is_based_on_stays(store: FolderStore, tmp_path: p
     full = seal(store.allocate("job/policy", 0, 1, 10))
     first = seal(store.allocate("job/policy", 1, 2, 10), full)
     second = seal(store.allocate("job/policy", 2, 3, 10), first)
-    store.free(full, {first.path, second.path})
-    store.free(first, {second.path})
+    store.free(full, {first.path, second.path, full.path})  # a base may be among those in use
+    store.free(first, {second.path, first.path})
     assert versions(tmp_path) == ["weight_v000000", "weight_v000001", "weight_v000002"]
     assert [path.name for path in store.chain(second.path)] == ["weight_v000002", "weight_v000001", "weight_v000000"]
     again = seal(store.allocate("job/policy", 3, 4, 10))
@@ -63,7 +63,7 @@ def test_after_a_restart_unknown_folders_go_and_bases_stay(tmp_path: pathlib.Pat
     killed.allocate("job/policy", 3, 4, 10)
     killed.close(remove_all=False)
     restarted = FolderStore(tmp_path, "one", tmp_path / "state")
-    restarted.remove_unknown({first.path})
+    restarted.remove_unknown({first.path}, {first.path, full.path})
     assert versions(tmp_path) == ["weight_v000000", "weight_v000001"]
     restarted.free(first, set())
     assert versions(tmp_path) == []
