@@ -18,30 +18,17 @@ def training_lease(
 ) -> rollout_pb2.GroupLease:
     """A lease of a training group, generated with `version` or a later one, of which `newest_version` is the last."""
     rollout = config.rollout
-    sampling = [
-        rollout_pb2.SamplingParams(
-            temperature=rollout.rollout_temperature,
-            top_p=rollout.rollout_top_p,
-            top_k=rollout.rollout_top_k,
-            max_new_tokens=_response_limit(
-                rollout.rollout_max_response_len, rollout.rollout_max_context_len, sample.prompt_length
-            ),
-            stop=rollout.rollout_stop or (),
-            stop_token_ids=rollout.rollout_stop_token_ids or (),
-            seed=sample_seed(rollout.rollout_seed, "train", group.group_id, sample.index),
-            skip_special_tokens=rollout.rollout_skip_special_tokens,
+    lease = _lease(config, group, attempt, rollout_pb2.GROUP_PURPOSE_TRAIN)
+    for sample, sampling in zip(group.samples, lease.sampling, strict=True):
+        sampling.temperature = rollout.rollout_temperature
+        sampling.top_p = rollout.rollout_top_p
+        sampling.top_k = rollout.rollout_top_k
+        sampling.seed = sample_seed(rollout.rollout_seed, "train", group.group_id, sample.index)
+        sampling.max_new_tokens = _response_limit(
+            rollout.rollout_max_response_len, rollout.rollout_max_context_len, sample.prompt_length
         )
-        for sample in group.samples
-    ]
-    return rollout_pb2.GroupLease(
-        group_id=group.group_id,
-        attempt=attempt,
-        purpose=rollout_pb2.GROUP_PURPOSE_TRAIN,
-        group=group_to_proto(group),
-        sampling=sampling,
-        min_version=version,
-        newest_version=newest_version,
-    )
+    lease.min_version, lease.newest_version = version, newest_version
+    return lease
 
 
 def evaluation_lease(
@@ -49,29 +36,36 @@ def evaluation_lease(
 ) -> rollout_pb2.GroupLease:
     """A lease of an evaluation group, generated with exactly `version`."""
     evaluation, rollout = config.eval, config.rollout
-    sampling = [
-        rollout_pb2.SamplingParams(
-            temperature=evaluation.eval_temperature,
-            top_p=evaluation.eval_top_p,
-            top_k=evaluation.eval_top_k,
-            max_new_tokens=_response_limit(
-                evaluation.eval_max_response_len, rollout.rollout_max_context_len, sample.prompt_length
-            ),
-            stop=rollout.rollout_stop or (),
-            stop_token_ids=rollout.rollout_stop_token_ids or (),
-            seed=sample_seed(rollout.rollout_seed, f"eval/{dataset}", group.group_id, sample.index),
-            min_new_tokens=evaluation.eval_min_new_tokens or 0,
-            skip_special_tokens=rollout.rollout_skip_special_tokens,
+    lease = _lease(config, group, attempt, rollout_pb2.GROUP_PURPOSE_EVAL)
+    for sample, sampling in zip(group.samples, lease.sampling, strict=True):
+        sampling.temperature = evaluation.eval_temperature
+        sampling.top_p = evaluation.eval_top_p
+        sampling.top_k = evaluation.eval_top_k
+        sampling.seed = sample_seed(rollout.rollout_seed, f"eval/{dataset}", group.group_id, sample.index)
+        sampling.min_new_tokens = evaluation.eval_min_new_tokens or 0
+        sampling.max_new_tokens = _response_limit(
+            evaluation.eval_max_response_len, rollout.rollout_max_context_len, sample.prompt_length
         )
-        for sample in group.samples
-    ]
+    lease.exact_version = version
+    return lease
+
+
+def _lease(
+    config: JobConfig, group: SampleGroup, attempt: int, purpose: rollout_pb2.GroupPurpose.ValueType
+) -> rollout_pb2.GroupLease:
+    """What both kinds have in common."""
+    rollout = config.rollout
+    sampling = rollout_pb2.SamplingParams(
+        stop=rollout.rollout_stop or (),
+        stop_token_ids=rollout.rollout_stop_token_ids or (),
+        skip_special_tokens=rollout.rollout_skip_special_tokens,
+    )
     return rollout_pb2.GroupLease(
         group_id=group.group_id,
         attempt=attempt,
-        purpose=rollout_pb2.GROUP_PURPOSE_EVAL,
+        purpose=purpose,
         group=group_to_proto(group),
-        sampling=sampling,
-        exact_version=version,
+        sampling=[sampling] * len(group.samples),
     )
 
 
