@@ -104,7 +104,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     return out
 
 
-RESUMED = {"sp": SP, "pp2": PP2}
+RESUMED = {"sp": SP, "pp2": PP2, "ep2": EP2}
 
 
 def worst_differences(out: pathlib.Path, left: str, right: str) -> tuple[float, float]:

@@ -7,6 +7,7 @@ DIR/step_00000012/          appears by rename, once everything in it is on disk
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import pathlib
 import shutil
@@ -82,28 +83,58 @@ def _load_into(directory: pathlib.Path, contents: Contents, optimizer: Any | Non
 
     if contents.optimizer is not None:
         _make_states(contents.optimizer)
-    loaded = dist_checkpointing.load(_tensors(contents, loading=True), str(directory))
+    tensors = _tensors(contents, loading=True)
+    groups = _groups_of(tensors["optimizer"]) if contents.optimizer is not None else []
+    loaded = dist_checkpointing.load(tensors, str(directory))
     if contents.reference is not None:
         _load_model(contents.model, loaded, "reference")
         contents.reference.take()
     _load_model(contents.model, loaded, "model")
     if contents.optimizer is not None:
-        _load_optimizer(contents.optimizer, loaded["optimizer"], directory)
+        _load_optimizer(contents.optimizer, groups, loaded["optimizer"], directory)
     elif optimizer is not None:
         optimizer.reload_model_params()  # its own copy in float32
     return record
 
 
-def _load_optimizer(optimizer: Any, state: Any, directory: pathlib.Path) -> None:
-    parts = len(getattr(optimizer, "chained_optimizers", [optimizer]))
-    saved_parts = max(1, sum(isinstance(key, int) for key in state)) if isinstance(state, dict) else len(state)
-    strangers = isinstance(state, dict) and parts > 1 and any(not isinstance(key, int) for key in state)
-    if parts != saved_parts or strangers:
-        raise ValueError(
-            f"the optimizer's state in {directory} was saved with experts on every rank, or with them spread, and the "
-            "layout is the other; resume with the expert_model_parallel_size of then, or go on from its save_hf folder"
-        )
+def _load_optimizer(optimizer: Any, groups: list[Any], state: dict[Any, Any], directory: pathlib.Path) -> None:
+    """`groups` are the parameter groups of each part of the optimizer as they were before loading.
+
+    With experts spread over ranks the optimizer has a part for them and one for the rest, else a single part. What is
+    not sharded is saved by part; its only content that training changes is the number of steps, the same in all.
+    """
+    saved = [part for part in (state, *_parts_of(state)) if "optimizer" in part]
+    if len(saved) != len(groups):
+        steps = {group["step"] for part in saved for group in part["optimizer"]["param_groups"] if "step" in group}
+        parts = _parts_of(state) if len(groups) > 1 else [state]
+        if len(steps) > 1 or any("param_state" not in part for part in parts):
+            raise ValueError(
+                f"the optimizer's state in {directory} was saved with another spread of experts over ranks; resume "
+                "with expert_model_parallel_size as it was, with use_distributed_optimizer, or from its save_hf folder"
+            )
+        for step in steps:
+            for group in (group for part_groups in groups for group in part_groups):
+                group["step"] = step
+        rebuilt = [
+            {
+                "optimizer": {"param_groups": part_groups},
+                "param_state": part["param_state"],
+                "param_state_sharding_type": _CONTENT["distrib_optim_sharding_type"],
+            }
+            for part_groups, part in zip(groups, parts, strict=True)
+        ]
+        state = rebuilt[0] if len(rebuilt) == 1 else dict(enumerate(rebuilt))
     optimizer.load_state_dict(state)
+
+
+def _parts_of(state: dict[Any, Any]) -> list[dict[Any, Any]]:
+    """The numbered parts of an optimizer's state; none where it is a single one."""
+    return [state[key] for key in sorted(key for key in state if isinstance(key, int))]
+
+
+def _groups_of(state: dict[Any, Any]) -> list[Any]:
+    """Parameter groups by part, of a state that is about to be loaded into."""
+    return [copy.deepcopy(part["optimizer"]["param_groups"]) for part in (_parts_of(state) or [state])]
 
 
 def load_weights(directory: pathlib.Path, model: MegatronModel) -> None:
