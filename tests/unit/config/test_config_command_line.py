@@ -62,8 +62,8 @@ def test_a_repeated_list_grows_and_a_repeated_value_is_replaced() -> None:
         (["--rollout-top-p", "x"], "rollout_top_p = x, but it must be a number; give one"),
         (
             ["--sglang-mem-fraction-static", "0.8"],
-            "sglang_mem_fraction_static = 0.8, but rollout_backend = torch has no SGLang servers; set rollout_backend to "
-            "sglang, or leave it out",
+            "sglang_mem_fraction_static = 0.8, but rollout_backend = torch has no SGLang servers; set rollout_backend "
+            "to sglang, or leave it out",
         ),
     ],
 )
