@@ -103,9 +103,9 @@ def _load_optimizer(optimizer: Any, groups: list[Any], state: dict[Any, Any], di
     With experts spread over ranks the optimizer has a part for them and one for the rest, else a single part. What is
     not sharded is saved by part; its only content that training changes is the number of steps, the same in all.
     """
-    saved = [part for part in (state, *_parts_of(state)) if "optimizer" in part]
+    saved = [part for part in (state, *_parts_of(state)) if "optimizer" in part or "param_groups" in part]
     if len(saved) != len(groups):
-        steps = {group["step"] for part in saved for group in part["optimizer"]["param_groups"] if "step" in group}
+        steps = {group["step"] for part in saved for group in _groups(part) if "step" in group}
         parts = _parts_of(state) if len(groups) > 1 else [state]
         if len(steps) > 1 or any("param_state" not in part for part in parts):
             raise ValueError(
@@ -134,7 +134,13 @@ def _parts_of(state: dict[Any, Any]) -> list[dict[Any, Any]]:
 
 def _groups_of(state: dict[Any, Any]) -> list[Any]:
     """Parameter groups by part, of a state that is about to be loaded into."""
-    return [copy.deepcopy(part["optimizer"]["param_groups"]) for part in (_parts_of(state) or [state])]
+    return [copy.deepcopy(_groups(part)) for part in (_parts_of(state) or [state])]
+
+
+def _groups(part: dict[Any, Any]) -> list[dict[str, Any]]:
+    """Parameter groups of one part; 32-bit optimizers that are not distributed have them at the top."""
+    groups: list[dict[str, Any]] = part.get("optimizer", part)["param_groups"]
+    return groups
 
 
 def load_weights(directory: pathlib.Path, model: MegatronModel) -> None:
