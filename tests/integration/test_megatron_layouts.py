@@ -90,7 +90,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     alone = [case(name, name, out) for name in ("dense", "tied", "moe", "replay", "latent")]
     saved = {**case("saved", "moe", out, **DP2), "save_at": 2, "save_hf": True}
     resumed = case("resumed", "moe", out, **DP2, load=str(out / "saved" / "checkpoints"))
-    moving = {"use_kl_loss": True, "kl_loss_coef": 0.1, "ref_update_interval": 2}
+    moving = {"use_kl_loss": True, "kl_loss_coef": 0.1, "ref_update_interval": 2, **DP2}
     moved = {**case("moved", "dense", out, **moving), "save_at": 3, "steps": 4}
     removed = {**case("moved-resumed", "dense", out, **moving, load=str(out / "moved" / "checkpoints")), "steps": 4}
     replayed = case("recomputed", "replay", out, **RECOMPUTE)
