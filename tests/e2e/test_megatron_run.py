@@ -22,6 +22,7 @@ def run_to_end(start_run: Start, folder: pathlib.Path, run_dir: pathlib.Path, **
     megatron = {
         "train_backend": "megatron",
         "actor_num_gpus_per_node": 2,
+        "use_distributed_optimizer": True,
         "train_env_vars": json.dumps(cpu_environment()),
         **changes,
     }
@@ -39,7 +40,6 @@ def test_a_mixture_of_experts_learns_over_expert_parallel_ranks(
         tmp_path / "run",
         num_rollout=24,
         expert_model_parallel_size=2,
-        use_distributed_optimizer=True,
         use_rollout_routing_replay=True,
         eval_prompt_data=["sort", tiny_moe / "eval.jsonl"],
         eval_interval=10,
