@@ -18,7 +18,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import torch
 
@@ -147,18 +147,27 @@ def default_threads() -> int:
     return max(1, min(8, len(os.sched_getaffinity(0))))
 
 
-def buckets(
-    descriptors: Sequence[policy_pb2.TensorDescriptor], bucket_bytes: int
-) -> Iterator[list[policy_pb2.TensorDescriptor]]:
+class Sized(Protocol):
+    """A tensor descriptor, or what else is as many bytes."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensor."""
+
+
+S = TypeVar("S", bound=Sized)
+
+
+def buckets(tensors: Iterable[S], bucket_bytes: int) -> Iterator[list[S]]:
     """Consecutive tensors in lists of at most `bucket_bytes` each, or of one tensor that is larger."""
-    bucket: list[policy_pb2.TensorDescriptor] = []
+    bucket: list[S] = []
     size = 0
-    for descriptor in descriptors:
-        if bucket and size + descriptor.nbytes > bucket_bytes:
+    for tensor in tensors:
+        if bucket and size + tensor.nbytes > bucket_bytes:
             yield bucket
             bucket, size = [], 0
-        bucket.append(descriptor)
-        size += descriptor.nbytes
+        bucket.append(tensor)
+        size += tensor.nbytes
     if bucket:
         yield bucket
 

@@ -36,6 +36,15 @@ class Lease:
     attempt: int
 
 
+def end_lease(leases: dict[int, Lease], group_id: int, attempt: int) -> bool:
+    """Take a group's lease out; False when the group is not leased, or under another attempt."""
+    lease = leases.get(group_id)
+    if lease is None or lease.attempt != attempt:
+        return False
+    del leases[group_id]
+    return True
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Batch:
     """What one training step consumes."""
@@ -198,7 +207,7 @@ class Admission:
 
     def accept(self, group_id: int, attempt: int, oldest_version: int) -> bool:
         """The group is in the queue. False: the result is not from the current lease and must be ignored."""
-        if not self._end_lease(group_id, attempt):
+        if not end_lease(self.leases, group_id, attempt):
             return False
         self._attempts.pop(group_id, None)
         deadline = self._deadlines[group_id]
@@ -211,7 +220,7 @@ class Admission:
 
     def drop(self, group_id: int, attempt: int) -> bool:
         """A filter or the failure policy removed the group for good. False as for `accept`."""
-        if not self._end_lease(group_id, attempt):
+        if not end_lease(self.leases, group_id, attempt):
             return False
         self._attempts.pop(group_id, None)
         self._unfinished[self._deadlines.pop(group_id)] -= 1
@@ -220,7 +229,7 @@ class Admission:
 
     def give_back(self, group_id: int, attempt: int) -> bool:
         """The lease ended without a result; the group will be leased again. False as for `accept`."""
-        if not self._end_lease(group_id, attempt):
+        if not end_lease(self.leases, group_id, attempt):
             return False
         heapq.heappush(self._pending, group_id)
         return True
@@ -278,13 +287,6 @@ class Admission:
         self.version = version
 
     # -- bookkeeping --------------------------------------------------------------------------------------------------
-
-    def _end_lease(self, group_id: int, attempt: int) -> bool:
-        lease = self.leases.get(group_id)
-        if lease is None or lease.attempt != attempt:
-            return False
-        del self.leases[group_id]
-        return True
 
     def _add_pending(self, group_id: int, deadline: int) -> None:
         heapq.heappush(self._pending, group_id)

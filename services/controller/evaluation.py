@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from miles.rpc.gen import rollout_pb2
-from miles.services.controller.admission import Lease
+from miles.services.controller.admission import Lease, end_lease
 from miles.services.controller.group_leases import evaluation_lease
 from miles.types import Sample, SampleGroup, SampleStatus, reward_number
 from miles.types.convert import group_from_proto
@@ -78,14 +78,14 @@ class Evaluation:
 
     def finish(self, message: rollout_pb2.GroupFinished) -> None:
         """A group came back; results of older attempts are ignored."""
-        if self._end_lease(message.group_id, message.attempt):
+        if end_lease(self.leases, message.group_id, message.attempt):
             self._results[message.group_id] = group_from_proto(message.group)
             if len(self._results) == len(self._prompts) and not self._done.done():
                 self._done.set_result(self._metrics())
 
     def fail(self, group_id: int, attempt: int, error: str) -> None:
         """A group could not be finished; it is tried again a few times, then the evaluation fails."""
-        if self._end_lease(group_id, attempt):
+        if end_lease(self.leases, group_id, attempt):
             self._pending.add(group_id)
             self._failures[group_id] += 1
             if self._failures[group_id] >= _MAX_FAILURES and not self._done.done():
@@ -97,7 +97,7 @@ class Evaluation:
 
     def give_back(self, group_id: int, attempt: int) -> None:
         """A worker gave the group up; another one gets it."""
-        if self._end_lease(group_id, attempt):
+        if end_lease(self.leases, group_id, attempt):
             self._pending.add(group_id)
 
     def lose_worker(self, worker_id: str) -> None:
@@ -105,13 +105,6 @@ class Evaluation:
         for group_id in [group_id for group_id, lease in self.leases.items() if lease.worker_id == worker_id]:
             del self.leases[group_id]
             self._pending.add(group_id)
-
-    def _end_lease(self, group_id: int, attempt: int) -> bool:
-        lease = self.leases.get(group_id)
-        if lease is None or lease.attempt != attempt:
-            return False
-        del self.leases[group_id]
-        return True
 
     def _metrics(self) -> dict[str, float]:
         key = self._config.reward.eval_reward_key

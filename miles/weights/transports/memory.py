@@ -15,7 +15,8 @@ from miles.weights import manifest as manifests
 from miles.weights.dtypes import TORCH_DTYPE
 from miles.weights.manifest import ChecksumMismatch
 
-_HASH_BATCH_BYTES = 8 << 20
+HASH_BATCH_BYTES = 8 << 20
+"""Small tensors are hashed together up to this size: big enough to amortise a task, small enough to be in cache."""
 
 
 class Buffer:
@@ -52,7 +53,7 @@ class BufferedWeights:
     """Implements ReceivedWeights over a Buffer."""
 
     def __init__(self, buffer: Buffer) -> None:
-        self._tensors = {d.name: _tensor(buffer, d) for d in buffer.manifest.tensors}
+        self._tensors = {d.name: tensor_over(buffer.memory, d) for d in buffer.manifest.tensors}
 
     @property
     def tensors(self) -> Mapping[str, torch.Tensor]:
@@ -66,21 +67,22 @@ class BufferedWeights:
 
 
 def batches(descriptors: Iterable[policy_pb2.TensorDescriptor]) -> list[list[policy_pb2.TensorDescriptor]]:
-    """Consecutive tensors in lists big enough to amortise a task and small enough for a cache."""
+    """Consecutive tensors in lists of about HASH_BATCH_BYTES each."""
     result: list[list[policy_pb2.TensorDescriptor]] = [[]]
     size = 0
     for descriptor in descriptors:
         result[-1].append(descriptor)
         size += descriptor.nbytes
-        if size >= _HASH_BATCH_BYTES:
+        if size >= HASH_BATCH_BYTES:
             result.append([])
             size = 0
     return result
 
 
-def _tensor(buffer: Buffer, descriptor: policy_pb2.TensorDescriptor) -> torch.Tensor:
+def tensor_over(memory: mmap.mmap, descriptor: policy_pb2.TensorDescriptor) -> torch.Tensor:
+    """A tensor over the descriptor's bytes of a version's memory."""
     dtype, shape = TORCH_DTYPE[descriptor.dtype], tuple(descriptor.shape)
     if descriptor.nbytes == 0:
         return torch.empty(shape, dtype=dtype)
     count = descriptor.nbytes // dtype.itemsize
-    return torch.frombuffer(buffer.memory, dtype=dtype, count=count, offset=descriptor.offset).view(shape)
+    return torch.frombuffer(memory, dtype=dtype, count=count, offset=descriptor.offset).view(shape)

@@ -18,12 +18,9 @@ import torch
 
 from miles.rpc.gen import policy_pb2, weightsync_pb2
 from miles.weights import manifest as manifests
-from miles.weights.dtypes import TORCH_DTYPE
 from miles.weights.manifest import ChecksumMismatch, ManifestError
 from miles.weights.transport import SendTimes, default_threads, match
-
-_HASH_BATCH_BYTES = 8 << 20
-"""Small tensors are hashed together up to this size: big enough to amortise a task, small enough to be in cache."""
+from miles.weights.transports.memory import HASH_BATCH_BYTES, batches, tensor_over
 
 _MADV_POPULATE_READ, _MADV_POPULATE_WRITE = 22, 23
 """Linux ≥ 5.14; not named by the mmap module."""
@@ -52,10 +49,10 @@ class SharedMemoryTransport:
         batch_bytes = 0
         for descriptor, tensor in match(descriptors, tensors):
             if descriptor.nbytes:
-                _view(mapping.memory, descriptor).copy_(tensor)
+                tensor_over(mapping.memory, descriptor).copy_(tensor)
             batch.append(descriptor)
             batch_bytes += descriptor.nbytes
-            if batch_bytes >= _HASH_BATCH_BYTES:
+            if batch_bytes >= HASH_BATCH_BYTES:
                 hashing.append(self._threads.submit(_set_checksums, mapping.memory, batch))
                 batch, batch_bytes = [], 0
         hashing.append(self._threads.submit(_set_checksums, mapping.memory, batch))
@@ -75,8 +72,8 @@ class SharedMemoryTransport:
         """Map the file and verify every tensor."""
         manifests.validate(manifest)
         memory = _map_for_reading(handle.shared_memory, manifest)
-        batches = _batches(manifest.tensors)
-        differing = [name for names in self._threads.map(lambda b: _differing(memory, b), batches) for name in names]
+        parts = batches(manifest.tensors)
+        differing = [name for names in self._threads.map(lambda b: _differing(memory, b), parts) for name in names]
         if differing:
             raise ChecksumMismatch(
                 f"{len(differing)} of {len(manifest.tensors)} tensors of {manifests.describe(manifest.version)} in "
@@ -122,7 +119,7 @@ class MappedWeights:
     """Tensors that view a private mapping of a version's file."""
 
     def __init__(self, memory: mmap.mmap, descriptors: Iterable[policy_pb2.TensorDescriptor]) -> None:
-        self._tensors = {d.name: _view(memory, d) for d in descriptors}
+        self._tensors = {d.name: tensor_over(memory, d) for d in descriptors}
         self._memory = weakref.ref(memory)
 
     @property
@@ -168,28 +165,6 @@ def _populate(memory: mmap.mmap, advice: int) -> None:
     """Fault in every page at once, which costs a fraction of one fault per page."""
     with contextlib.suppress(OSError):  # an older kernel faults page by page instead
         memory.madvise(advice)
-
-
-def _view(memory: mmap.mmap, descriptor: policy_pb2.TensorDescriptor) -> torch.Tensor:
-    """A tensor over the descriptor's bytes of a mapping."""
-    dtype, shape = TORCH_DTYPE[descriptor.dtype], tuple(descriptor.shape)
-    if descriptor.nbytes == 0:
-        return torch.empty(shape, dtype=dtype)
-    count = descriptor.nbytes // dtype.itemsize
-    return torch.frombuffer(memory, dtype=dtype, count=count, offset=descriptor.offset).view(shape)
-
-
-def _batches(descriptors: Iterable[policy_pb2.TensorDescriptor]) -> list[list[policy_pb2.TensorDescriptor]]:
-    """Consecutive tensors in lists of about _HASH_BATCH_BYTES each."""
-    batches: list[list[policy_pb2.TensorDescriptor]] = [[]]
-    size = 0
-    for descriptor in descriptors:
-        batches[-1].append(descriptor)
-        size += descriptor.nbytes
-        if size >= _HASH_BATCH_BYTES:
-            batches.append([])
-            size = 0
-    return batches
 
 
 def _set_checksums(memory: mmap.mmap, batch: Iterable[policy_pb2.TensorDescriptor]) -> None:

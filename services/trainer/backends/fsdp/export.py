@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor, Shard
 
 from miles.services.trainer.backends.fsdp.model import full_tensor
+from miles.weights.transport import buckets
 
 _ALIGNMENT = 64
 
@@ -32,18 +33,18 @@ def gathered(
     are yielded as they are.
     """
     pending: _Gather | None = None
-    for members in _buckets(weights, dtype, bucket_bytes):
-        following = members
+    exported = (_Member(name, w, dtype if w.is_floating_point() else w.dtype) for name, w in weights)
+    for members in buckets(exported, bucket_bytes):
         if pending is not None:
             # The reader lets go of the bucket before only when it gets a tensor of this one.
             tensors = pending.finish()
             pending = None
             yield next(tensors)
-            pending = _Gather(following, allocate)
+            pending = _Gather(members, allocate)
             yield from tensors
             del tensors
         else:
-            pending = _Gather(following, allocate)
+            pending = _Gather(members, allocate)
     if pending is not None:
         yield from pending.finish()
 
@@ -127,19 +128,3 @@ class _Gather:
 def _local(tensor: torch.Tensor) -> torch.Tensor:
     detached = tensor.detach()
     return detached.to_local() if isinstance(detached, DTensor) else detached
-
-
-def _buckets(
-    weights: Iterable[tuple[str, torch.Tensor]], dtype: torch.dtype, bucket_bytes: int
-) -> Iterator[list[_Member]]:
-    bucket: list[_Member] = []
-    size = 0
-    for name, tensor in weights:
-        member = _Member(name, tensor, dtype if tensor.is_floating_point() else tensor.dtype)
-        if bucket and size + member.nbytes > bucket_bytes:
-            yield bucket
-            bucket, size = [], 0
-        bucket.append(member)
-        size += member.nbytes
-    if bucket:
-        yield bucket
