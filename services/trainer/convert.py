@@ -47,8 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def hf_to_dist(config: JobConfig, directory: pathlib.Path) -> None:
     """Write the model's weights as a checkpoint of step 0 below `directory`; collective."""
     from miles.services.trainer.backend import TrainerState
-    from miles.services.trainer.backends.fsdp.checkpoint import Record, digest, folder_name
     from miles.services.trainer.backends.megatron import checkpoint
+    from miles.services.trainer.checkpoint_record import Record, digest, folder_name
 
     model = _model(config)
     record = Record(state=TrainerState(), iteration=0, world_size=1, config_digest=digest(config))
@@ -63,11 +63,11 @@ def dist_to_hf(config: JobConfig, source: pathlib.Path, directory: pathlib.Path)
     """
     import torch.distributed as dist
 
-    from miles.services.trainer.backends.fsdp import settings
-    from miles.services.trainer.backends.fsdp.checkpoint import newest
+    from miles.services.trainer import settings
     from miles.services.trainer.backends.megatron import checkpoint
     from miles.services.trainer.backends.megatron.export import Exporter
     from miles.services.trainer.backends.megatron.hf_files import write_hf_checkpoint
+    from miles.services.trainer.checkpoint_record import newest
 
     found = newest(source) or source
     if not (found / "metadata.json").is_file():
@@ -84,7 +84,7 @@ def dist_to_hf(config: JobConfig, source: pathlib.Path, directory: pathlib.Path)
 
 
 def _model(config: JobConfig) -> MegatronModel:
-    from miles.services.trainer.backends.fsdp import settings
+    from miles.services.trainer import settings
     from miles.services.trainer.backends.megatron import groups
     from miles.services.trainer.backends.megatron.model import build_model
 

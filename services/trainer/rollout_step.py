@@ -19,16 +19,16 @@ from miles.algorithms.estimators import AdvantageBatch
 from miles.algorithms.losses import LossBatch, LossOutput, rl_loss
 from miles.algorithms.metrics import MetricSum
 from miles.algorithms.vocab_rows import TokenLogProbs
+from miles.services.trainer import settings
 from miles.services.trainer.backend import Progress
-from miles.services.trainer.backends.fsdp import settings
-from miles.services.trainer.backends.fsdp.batch import (
+from miles.services.trainer.batch import (
     OptimizerStepPlan,
     RolloutBatch,
     build_batch,
     in_order,
     trained_reward,
 )
-from miles.services.trainer.backends.fsdp.packing import MicroBatch
+from miles.services.trainer.packing import MicroBatch
 from miles.types import Sample, SampleGroup, SampleStatus
 
 if TYPE_CHECKING:

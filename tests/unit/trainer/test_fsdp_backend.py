@@ -10,8 +10,8 @@ import pytest
 import torch
 from trainer_cases import job_config, random_groups, write_dense_model, write_moe_model
 
-from miles.services.trainer.backends.fsdp import checkpoint
 from miles.services.trainer.backends.fsdp.backend import FsdpBackend
+from miles.services.trainer.checkpoint_record import folder_name
 from miles.types import SampleGroup, SampleStatus
 
 pytestmark = pytest.mark.usefixtures("process_group")
@@ -274,7 +274,7 @@ def test_a_checkpoint_brings_back_a_reference_that_moved(dense: pathlib.Path, tm
     state = first.load()
     for step in range(3):
         state.finish_step(train(first, random_groups(step), step))
-    first.save(tmp_path / checkpoint.folder_name(3), state)
+    first.save(tmp_path / folder_name(3), state)
     lost = train(first, random_groups(3), 3)
     second = FsdpBackend(config, tmp_path, torch.device("cpu"))
     assert second.load() == state

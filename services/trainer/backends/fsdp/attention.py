@@ -22,8 +22,8 @@ import numpy as np
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from miles.services.trainer.backends.fsdp.packing import MicroBatch, Segment
 from miles.services.trainer.backends.fsdp.tiles import TilePlan, attend_tiles, fits_tiles
+from miles.services.trainer.packing import MicroBatch, Segment
 
 PACKED_ATTENTION = "miles_packed"
 

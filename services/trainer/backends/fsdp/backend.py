@@ -14,16 +14,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
+from miles.services.trainer import settings
 from miles.services.trainer.backend import Progress, TrainerState
-from miles.services.trainer.backends.fsdp import checkpoint, settings
-from miles.services.trainer.backends.fsdp.batch import RolloutBatch
+from miles.services.trainer.backends.fsdp import checkpoint
 from miles.services.trainer.backends.fsdp.export import gathered
 from miles.services.trainer.backends.fsdp.forward import ForwardOptions
 from miles.services.trainer.backends.fsdp.model import Precision, load_hf_model, named_weights, shard
 from miles.services.trainer.backends.fsdp.optimizer import build_optimizer
-from miles.services.trainer.backends.fsdp.recorded import recorded
 from miles.services.trainer.backends.fsdp.routing_replay import RoutingReplay
 from miles.services.trainer.backends.fsdp.step import FsdpTrainer
+from miles.services.trainer.batch import RolloutBatch
+from miles.services.trainer.checkpoint_record import Record, digest, newest
+from miles.services.trainer.recorded import recorded
 from miles.services.trainer.sample_log import SampleLog
 from miles.types import SampleGroup
 
@@ -79,7 +81,8 @@ class FsdpBackend:
         model_dir = config.rollout.hf_checkpoint
         if model_dir is None:
             raise ValueError("hf_checkpoint is not set; it names the Hugging Face folder to start from")
-        precision = settings.precision(config)
+        compute = settings.DTYPES[config.train.train_dtype]
+        precision = Precision(master=torch.float32 if config.train.keep_fp32_master else compute, compute=compute)
         policy = load_hf_model(model_dir, precision.master, gradient_checkpointing=config.train.gradient_checkpointing)
         wants_replay = config.algorithm.use_routing_replay or config.rollout.use_rollout_routing_replay
         replay = RoutingReplay(policy) if wants_replay else None
@@ -140,11 +143,11 @@ class FsdpBackend:
     def save(self, directory: pathlib.Path, state: TrainerState) -> None:
         """Write a checkpoint that is there whole or not at all; see `checkpoint`."""
         parts = self._loaded
-        record = checkpoint.Record(
+        record = Record(
             state=state,
             iteration=parts.trainer.iteration,
             world_size=dist.get_world_size(),
-            config_digest=checkpoint.digest(self._config),
+            config_digest=digest(self._config),
             loss_scale=parts.trainer.loss_scale.value,
             good_steps=parts.trainer.loss_scale.good_steps,
         )
@@ -187,16 +190,16 @@ class FsdpBackend:
         return reference
 
     def _restore(self, parts: _Loaded) -> TrainerState:
-        self.loaded_from = checkpoint.newest(self._checkpoint_dir)
+        self.loaded_from = newest(self._checkpoint_dir)
         if self.loaded_from is None and self._config.checkpoint.load is not None:
-            self.loaded_from = checkpoint.newest(pathlib.Path(self._config.checkpoint.load))
+            self.loaded_from = newest(pathlib.Path(self._config.checkpoint.load))
         if self.loaded_from is None:
             return TrainerState()
         record = checkpoint.load(self.loaded_from, self._contents(parts))
         trainer = parts.trainer
         trainer.iteration = record.iteration
         trainer.loss_scale.value, trainer.loss_scale.good_steps = record.loss_scale, record.good_steps
-        if record.config_digest != checkpoint.digest(self._config):
+        if record.config_digest != digest(self._config):
             logger.warning("%s was saved under another configuration; going on with the new one", self.loaded_from)
         return record.state
 

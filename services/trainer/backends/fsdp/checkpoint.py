@@ -9,13 +9,9 @@ DIR/latest                  name of the newest checkpoint, for people and script
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
-import os
 import pathlib
-import re
 import shutil
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -23,59 +19,7 @@ from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
-from miles.services.trainer.backend import TrainerState
-
-if TYPE_CHECKING:
-    from miles.config import JobConfig
-
-RECORD_FILE = "trainer.json"
-LATEST_FILE = "latest"
-_NAME = re.compile(r"step_(\d{8,})(\.old)?")
-_WHERE_AND_HOW = ("run_dir", "host", "redis_url", "load", "save", "name", "log_samples_per_step")
-"""Settings that may differ between a run and its continuation without changing what is computed (ports too)."""
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Record:
-    """The part of a checkpoint that is not tensors."""
-
-    state: TrainerState
-    iteration: int
-    """Optimizer steps taken."""
-    world_size: int
-    """Ranks that wrote it."""
-    config_digest: str
-    loss_scale: float = 1.0
-    good_steps: int = 0
-    """Of `LossScale`."""
-
-
-def folder_name(step: int) -> str:
-    """Name of the checkpoint's folder after `step` training steps."""
-    return f"step_{step:08d}"
-
-
-def newest(directory: pathlib.Path) -> pathlib.Path | None:
-    """The complete checkpoint of the most steps below `directory`, or None.
-
-    One that was being replaced when the trainer died is found under its old name.
-    """
-    if not directory.is_dir():
-        return None
-    found = [
-        (int(match[1]), match[2] is None, path)
-        for path in directory.iterdir()
-        if (match := _NAME.fullmatch(path.name)) and (path / RECORD_FILE).is_file()
-    ]
-    return max(found)[2] if found else None
-
-
-def digest(config: JobConfig) -> str:
-    """SHA-256 of the settings that training depends on."""
-    flat = {
-        key: value for key, value in config.to_flat().items() if key not in _WHERE_AND_HOW and not key.endswith("_port")
-    }
-    return hashlib.sha256(json.dumps(flat, sort_keys=True).encode()).hexdigest()
+from miles.services.trainer.checkpoint_record import Record, complete, read_record
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -105,22 +49,6 @@ def save(directory: pathlib.Path, contents: Contents, record: Record) -> None:
     dist.barrier()
 
 
-def complete(partial: pathlib.Path, directory: pathlib.Path, record: Record) -> None:
-    """Put the record beside the tensors in `partial`, and the whole in the place of `directory`; on one rank."""
-    (partial / RECORD_FILE).write_text(json.dumps(_to_json(record), indent=1))
-    _sync_tree(partial)
-    if directory.exists():
-        doomed = directory.with_name(directory.name + ".old")
-        shutil.rmtree(doomed, ignore_errors=True)
-        directory.rename(doomed)
-        partial.rename(directory)
-        shutil.rmtree(doomed)
-    else:
-        partial.rename(directory)
-    _write_atomically(directory.parent / LATEST_FILE, directory.name)
-    _sync(directory.parent)
-
-
 def load(directory: pathlib.Path, contents: Contents) -> Record:
     """Read a checkpoint into the models and the optimizer, and restore the random state; collective over ranks.
 
@@ -141,15 +69,6 @@ def load(directory: pathlib.Path, contents: Contents) -> Record:
     if random_key in tensors:
         _set_random_state(tensors[random_key])
     return record
-
-
-def read_record(directory: pathlib.Path) -> Record:
-    """The part of a checkpoint that is not tensors; raises as `load` does."""
-    path = directory / RECORD_FILE
-    try:
-        return _from_json(json.loads(path.read_text()))
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read as a checkpoint's record: {error!r}") from error
 
 
 def _tensors(contents: Contents) -> dict[str, Any]:
@@ -176,40 +95,3 @@ def _set_random_state(state: dict[str, torch.Tensor]) -> None:
     torch.set_rng_state(state["cpu"])
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
-
-
-def _to_json(record: Record) -> dict[str, Any]:
-    return {
-        "state": record.state.to_json(),
-        "iteration": record.iteration,
-        "world_size": record.world_size,
-        "config_digest": record.config_digest,
-        "loss_scale": record.loss_scale,
-        "good_steps": record.good_steps,
-    }
-
-
-def _from_json(data: dict[str, Any]) -> Record:
-    fields = {field.name: data[field.name] for field in dataclasses.fields(Record) if field.name != "state"}
-    return Record(state=TrainerState.from_json(data["state"]), **fields)
-
-
-def _write_atomically(path: pathlib.Path, text: str) -> None:
-    partial = path.with_name(path.name + ".tmp")
-    partial.write_text(text + "\n")
-    _sync(partial)
-    partial.replace(path)
-
-
-def _sync_tree(directory: pathlib.Path) -> None:
-    for path in directory.rglob("*"):
-        _sync(path)
-    _sync(directory)
-
-
-def _sync(path: pathlib.Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

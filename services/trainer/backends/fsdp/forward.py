@@ -8,7 +8,7 @@ import torch
 
 from miles.algorithms.log_probs import TokenLogProbs, token_log_probs
 from miles.services.trainer.backends.fsdp.attention import AttentionPlan
-from miles.services.trainer.backends.fsdp.packing import MicroBatch
+from miles.services.trainer.packing import MicroBatch
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

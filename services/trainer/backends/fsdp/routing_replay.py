@@ -16,7 +16,7 @@ from typing import Any, Protocol, cast
 import numpy as np
 import torch
 
-from miles.services.trainer.backends.fsdp.packing import MicroBatch
+from miles.services.trainer.packing import MicroBatch
 from miles.types import Sample
 
 

@@ -10,12 +10,12 @@ import torch.distributed as dist
 
 from miles.algorithms.metrics import MetricSum, reduce_metrics
 from miles.services.trainer.backend import Progress
-from miles.services.trainer.backends.fsdp.batch import OptimizerStepPlan, RolloutBatch
 from miles.services.trainer.backends.fsdp.forward import ForwardOptions, forward
 from miles.services.trainer.backends.fsdp.model import named_weights
 from miles.services.trainer.backends.fsdp.optimizer import LossScale, clip_gradients, learning_rate, set_learning_rate
-from miles.services.trainer.backends.fsdp.packing import MicroBatch
 from miles.services.trainer.backends.fsdp.routing_replay import RoutingReplay, rollout_routing
+from miles.services.trainer.batch import OptimizerStepPlan, RolloutBatch
+from miles.services.trainer.packing import MicroBatch
 from miles.services.trainer.rollout_step import DataRanks, Report, RolloutTrainer, TokenTensors
 
 if TYPE_CHECKING:

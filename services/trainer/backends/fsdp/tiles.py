@@ -19,7 +19,7 @@ import numpy.typing as npt
 import torch
 from torch.nn.functional import embedding_bag
 
-from miles.services.trainer.backends.fsdp.packing import Segment
+from miles.services.trainer.packing import Segment
 
 QUERY_MULTIPLE = 16
 """L is a multiple of this: fewer rows may take another kernel, which rounds differently."""

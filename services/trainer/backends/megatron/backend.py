@@ -14,11 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
+from miles.services.trainer import settings
 from miles.services.trainer.backend import Progress, TrainerState
-from miles.services.trainer.backends.fsdp import settings
-from miles.services.trainer.backends.fsdp.batch import RolloutBatch
-from miles.services.trainer.backends.fsdp.checkpoint import Record, digest, newest
-from miles.services.trainer.backends.fsdp.recorded import recorded
 from miles.services.trainer.backends.megatron import checkpoint, groups
 from miles.services.trainer.backends.megatron.copies import WeightCopy
 from miles.services.trainer.backends.megatron.export import Exporter
@@ -29,6 +26,9 @@ from miles.services.trainer.backends.megatron.pipeline import PassOptions, Pipel
 from miles.services.trainer.backends.megatron.replay import ModelReplay, moe_layer_numbers
 from miles.services.trainer.backends.megatron.routing import Routing
 from miles.services.trainer.backends.megatron.step import MegatronTrainer
+from miles.services.trainer.batch import RolloutBatch
+from miles.services.trainer.checkpoint_record import Record, digest, newest
+from miles.services.trainer.recorded import recorded
 from miles.services.trainer.sample_log import SampleLog
 from miles.types import SampleGroup
 

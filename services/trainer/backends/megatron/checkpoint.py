@@ -16,9 +16,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from miles.services.trainer.backends.fsdp.checkpoint import Record, complete, read_record
 from miles.services.trainer.backends.megatron.copies import WeightCopy
 from miles.services.trainer.backends.megatron.model import MegatronModel
+from miles.services.trainer.checkpoint_record import Record, complete, read_record
 
 _CONTENT = {
     "distrib_optim_sharding_type": "fully_reshardable",

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 
 from miles.algorithms.log_probs import TokenLogProbs, VocabShard, token_log_probs
-from miles.services.trainer.backends.fsdp.packing import EMPTY, MicroBatch
 from miles.services.trainer.backends.megatron.groups import Place, SumOverRanks
 from miles.services.trainer.backends.megatron.model import MegatronModel
 from miles.services.trainer.backends.megatron.rows import LocalRows, local_rows
+from miles.services.trainer.packing import EMPTY, MicroBatch
 
 Loss = Callable[[int, TokenLogProbs], tuple[torch.Tensor, Any]]
 """From the number of a micro-batch and its log-probabilities: the loss, and what to hand back."""

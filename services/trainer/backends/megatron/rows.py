@@ -13,7 +13,7 @@ import itertools
 import numpy as np
 import numpy.typing as npt
 
-from miles.services.trainer.backends.fsdp.packing import MicroBatch
+from miles.services.trainer.packing import MicroBatch
 
 PADDING = -1
 

@@ -13,13 +13,13 @@ import torch.distributed as dist
 from miles.algorithms.log_probs import TokenLogProbs
 from miles.algorithms.metrics import MetricSum, reduce_metrics
 from miles.services.trainer.backend import Progress
-from miles.services.trainer.backends.fsdp.batch import OptimizerStepPlan, RolloutBatch
-from miles.services.trainer.backends.fsdp.packing import MicroBatch
 from miles.services.trainer.backends.megatron.copies import WeightCopy
 from miles.services.trainer.backends.megatron.groups import Place, from_last_stage
 from miles.services.trainer.backends.megatron.optimizer import MegatronOptimizer
 from miles.services.trainer.backends.megatron.pipeline import PassOptions, Pipeline
 from miles.services.trainer.backends.megatron.routing import Hooks, Routing
+from miles.services.trainer.batch import OptimizerStepPlan, RolloutBatch
+from miles.services.trainer.packing import MicroBatch
 from miles.services.trainer.rollout_step import Report, RolloutTrainer, TokenTensors
 
 if TYPE_CHECKING:

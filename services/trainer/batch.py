@@ -12,8 +12,8 @@ import numpy.typing as npt
 import torch
 
 from miles.algorithms.packing import Packing
-from miles.services.trainer.backends.fsdp.balance import MicroBatchLimits, recut, schedule
-from miles.services.trainer.backends.fsdp.packing import EMPTY, MicroBatch, pack
+from miles.services.trainer.balance import MicroBatchLimits, recut, schedule
+from miles.services.trainer.packing import EMPTY, MicroBatch, pack
 from miles.types import Sample, SampleGroup, SampleStatus, reward_number
 
 if TYPE_CHECKING:

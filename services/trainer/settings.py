@@ -11,7 +11,6 @@ from miles.algorithms.corrections import CorrectionMethod, IcePop, TruncatedImpo
 from miles.algorithms.estimators import ESTIMATORS, AdvantageConfig, reward_on_every_token
 from miles.algorithms.losses import LossConfig
 from miles.algorithms.mis import MaskedImportanceSampling
-from miles.services.trainer.backends.fsdp.model import Precision
 
 if TYPE_CHECKING:
     from miles.config import JobConfig
@@ -44,12 +43,6 @@ def correction_method(config: JobConfig) -> CorrectionMethod | None:
     if algorithm.use_tis:
         return TruncatedImportanceSampling(tis_clip=algorithm.tis_clip, tis_clip_low=algorithm.tis_clip_low)
     return None
-
-
-def precision(config: JobConfig) -> Precision:
-    """Types of the policy's parameters, held and computed with."""
-    compute = DTYPES[config.train.train_dtype]
-    return Precision(master=torch.float32 if config.train.keep_fp32_master else compute, compute=compute)
 
 
 def needs_reference(config: JobConfig) -> bool:

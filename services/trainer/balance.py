@@ -9,7 +9,7 @@ import dataclasses
 import heapq
 from collections.abc import Sequence
 
-from miles.services.trainer.backends.fsdp.packing import row_count
+from miles.services.trainer.packing import row_count
 from miles.types import Sample
 
 
