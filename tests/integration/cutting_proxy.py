@@ -58,4 +58,5 @@ class CuttingProxy:
                     break
         for each in (source, sink):
             with contextlib.suppress(OSError):
-                each.shutdown(socket.SHUT_RDWR)
+                each.shutdown(socket.SHUT_RDWR)  # wakes the other direction's thread
+        source.close()  # a socket that is only shut down would leave what its peer still sends unanswered, for ever

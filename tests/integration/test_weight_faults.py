@@ -298,18 +298,18 @@ async def test_full_shared_memory_refuses_the_allocation_and_leaves_the_active_v
 
 
 async def test_a_transfer_goes_on_where_its_connection_was_cut(host: Host) -> None:
-    tensors = {"w": torch.randn(10_000_000)}
-    with CuttingProxy(host.address, cut_after=12_000_000, cuts=3) as proxy:
+    tensors = {"w": torch.randn(20_000_000)}
+    with CuttingProxy(host.address, cut_after=25_000_000, cuts=3) as proxy:  # 80 MB; a busy service may lose two chunks
         sender = GrpcChunksTransport(proxy.address, silence_s=20)
         receiver = GrpcChunksTransport(proxy.address, silence_s=20)
         host._publishers["GRPC_CHUNKS"] = publisher = _publisher(host, sender)
         result = await host.publish(0, tensors, "GRPC_CHUNKS")
         assert proxy.cuts_made == 3
-        assert result.written_bytes < 60_000_000, "chunks that had arrived did not travel again"
+        assert result.written_bytes < 140_000_000, "chunks that had arrived did not travel again"
         proxy.restart(cuts=2)
         received = await asyncio.to_thread(receiver.receive, result.handle, result.manifest)
         assert proxy.cuts_made == 2
-        assert proxy.bytes_to_client < 60_000_000
+        assert proxy.bytes_to_client < 125_000_000
         assert raw(dict(received.tensors)) == raw(tensors)
         receiver.close()
         publisher.close()

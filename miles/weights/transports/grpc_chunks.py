@@ -118,7 +118,9 @@ class GrpcChunksTransport:
         """Let go of the connection and of what was received."""
         self._receiver.forget()
         self._threads.shutdown()
-        self._disconnect()
+        for channel in self._channels.values():
+            channel.close()
+        self._channels.clear()
 
     def _upload(
         self,
@@ -154,7 +156,11 @@ class GrpcChunksTransport:
         return sent
 
     def _persist(self, what: str, attempt: Callable[[Progress], T]) -> T:
-        """Try again while attempts are cut short but get on; TimeoutError after `silence_s` without any progress."""
+        """Try again while attempts are cut short but get on; TimeoutError after `silence_s` without any progress.
+
+        The channel stays and reconnects by itself: closing it waits for what a cut call still had to send, which gRPC
+        may give up no sooner than its keepalive.
+        """
         progress = Progress(self._silence_s)
         retry_s = _FIRST_RETRY_S
         while True:
@@ -163,7 +169,6 @@ class GrpcChunksTransport:
                 return attempt(progress)
             except (grpc.RpcError, ConnectionError) as error:
                 fault = _describe(error)
-                self._disconnect()
                 if isinstance(error, grpc.RpcError) and error.code() not in _PASSING:
                     raise ManifestError(f"cannot {what}: {fault}") from error
                 if progress.notes > notes:
@@ -179,11 +184,6 @@ class GrpcChunksTransport:
         if address not in self._channels:
             self._channels[address] = connect_blocking(address)
         return weightsync_pb2_grpc.WeightSyncServiceStub(self._channels[address])
-
-    def _disconnect(self) -> None:
-        for channel in self._channels.values():
-            channel.close()
-        self._channels.clear()
 
 
 class Progress:
