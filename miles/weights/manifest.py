@@ -54,6 +54,10 @@ def checksum(data: Buffer) -> bytes:
     return bytes(xxhash.xxh3_128_digest(data))
 
 
+Checksum = xxhash.xxh3_128
+"""The same of bytes that come in pieces: `update` with each, then `digest`."""
+
+
 def plan(layout: Iterable[tuple[str, DType.ValueType, Sequence[int]]]) -> tuple[list[policy_pb2.TensorDescriptor], int]:
     """Place tensors one after the other at aligned offsets; return their descriptors (no checksums yet) and the size.
 
@@ -95,7 +99,7 @@ def manifest_checksum(manifest: policy_pb2.Manifest) -> bytes:
 
     u32 len(name), name in UTF-8, u32 dtype, u32 len(shape), u64 per dimension, u64 offset, the 16 checksum bytes.
     """
-    digest = xxhash.xxh3_128()
+    digest = Checksum()
     for tensor in manifest.tensors:
         name = tensor.name.encode()
         rank = len(tensor.shape)

@@ -12,18 +12,28 @@ import mmap
 import os
 import time
 import weakref
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from miles.rpc.gen import policy_pb2, weightsync_pb2
 from miles.weights import manifest as manifests
+from miles.weights.dtypes import TORCH_DTYPE
 from miles.weights.manifest import ChecksumMismatch, ManifestError
 from miles.weights.transport import SendTimes, default_threads, match
 from miles.weights.transports.memory import HASH_BATCH_BYTES, batches, tensor_over
 
 _MADV_POPULATE_READ, _MADV_POPULATE_WRITE = 22, 23
 """Linux ≥ 5.14; not named by the mmap module."""
+
+_PIECE_BYTES = 1 << 20
+"""Copied at a time before it is hashed: what a core's own cache holds."""
+
+_Bytes = npt.NDArray[np.uint8]
+_Member = tuple[policy_pb2.TensorDescriptor, _Bytes | None]
+"""A tensor's place in the file and the bytes to put there; None where they are there already."""
 
 
 class SharedMemoryTransport:
@@ -41,26 +51,29 @@ class SharedMemoryTransport:
         descriptors: Sequence[policy_pb2.TensorDescriptor],
         tensors: Iterable[tuple[str, torch.Tensor]],
     ) -> SendTimes:
-        """Copy tensors into the file; checksums are computed on other threads while the bytes are still in cache."""
+        """Copy tensors into the file on several threads, each piece hashed while it is still in cache.
+
+        A tensor that has to be converted or brought from a device is copied whole, here, and hashed on those threads.
+        """
         began = time.monotonic()
         mapping = self._map_for_writing(handle.shared_memory)
-        hashing: list[concurrent.futures.Future[None]] = []
-        batch: list[policy_pb2.TensorDescriptor] = []
+        working: list[concurrent.futures.Future[None]] = []
+        batch: list[_Member] = []
         batch_bytes = 0
         for descriptor, tensor in match(descriptors, tensors):
-            if descriptor.nbytes:
+            source = _host_bytes(tensor, TORCH_DTYPE[descriptor.dtype])
+            if source is None:
                 tensor_over(mapping.memory, descriptor).copy_(tensor)
-            batch.append(descriptor)
+            batch.append((descriptor, source))
             batch_bytes += descriptor.nbytes
             if batch_bytes >= HASH_BATCH_BYTES:
-                hashing.append(self._threads.submit(_set_checksums, mapping.memory, batch))
+                working.append(self._threads.submit(_fill, mapping.memory, batch))
                 batch, batch_bytes = [], 0
-        hashing.append(self._threads.submit(_set_checksums, mapping.memory, batch))
-        copied = time.monotonic()
-        for future in hashing:
+        working.append(self._threads.submit(_fill, mapping.memory, batch))
+        for future in working:
             future.result()
         written = sum(descriptor.nbytes for descriptor in descriptors)
-        return SendTimes(copied - began, time.monotonic() - copied, written)
+        return SendTimes(copy_s=time.monotonic() - began, written_bytes=written)
 
     def seal(self, handle: weightsync_pb2.TransportHandle, manifest: policy_pb2.Manifest) -> None:
         """Nothing to do: the bytes are where engines map them."""
@@ -167,31 +180,28 @@ def _populate(memory: mmap.mmap, advice: int) -> None:
         memory.madvise(advice)
 
 
-def _set_checksums(memory: mmap.mmap, batch: Iterable[policy_pb2.TensorDescriptor]) -> None:
-    def store(descriptor: policy_pb2.TensorDescriptor, value: bytes) -> None:
-        if not descriptor.checksum:
-            descriptor.checksum = value
+def _host_bytes(tensor: torch.Tensor, dtype: torch.dtype) -> _Bytes | None:
+    """A tensor's bytes where they can be copied as they are: of this type, contiguous, in host memory."""
+    if tensor.device.type != "cpu" or tensor.dtype != dtype or not tensor.is_contiguous():
+        return None
+    return tensor.reshape(-1).view(torch.uint8).numpy()
 
-    _each_checksum(memory, batch, store)
+
+def _fill(memory: mmap.mmap, batch: Iterable[_Member]) -> None:
+    """Copy what is not there yet and set each tensor's checksum."""
+    target = np.frombuffer(memory, np.uint8)
+    for descriptor, source in batch:
+        room = target[descriptor.offset : descriptor.offset + descriptor.nbytes]
+        checksum = manifests.Checksum()
+        for begin in range(0, descriptor.nbytes, _PIECE_BYTES):
+            piece = room[begin : begin + _PIECE_BYTES]
+            if source is not None:
+                np.copyto(piece, source[begin : begin + _PIECE_BYTES])
+            checksum.update(piece.data)
+        if not descriptor.checksum:
+            descriptor.checksum = checksum.digest()
 
 
 def _differing(memory: mmap.mmap, batch: Iterable[policy_pb2.TensorDescriptor]) -> list[str]:
-    names: list[str] = []
-
-    def compare(descriptor: policy_pb2.TensorDescriptor, value: bytes) -> None:
-        if value != descriptor.checksum:
-            names.append(descriptor.name)
-
-    _each_checksum(memory, batch, compare)
-    return names
-
-
-def _each_checksum(
-    memory: mmap.mmap,
-    batch: Iterable[policy_pb2.TensorDescriptor],
-    visit: Callable[[policy_pb2.TensorDescriptor, bytes], None],
-) -> None:
     with memoryview(memory) as view:
-        for descriptor in batch:
-            with view[descriptor.offset : descriptor.offset + descriptor.nbytes] as data:
-                visit(descriptor, manifests.checksum(data))
+        return [d.name for d in batch if manifests.checksum(view[d.offset : d.offset + d.nbytes]) != d.checksum]
