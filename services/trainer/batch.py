@@ -53,6 +53,11 @@ class RolloutBatch:
     """Indices into `samples` of this rank's share, in packed order; B of them."""
     packing: Packing
 
+    @property
+    def micro_batches(self) -> list[MicroBatch]:
+        """Those of all optimizer steps, as they are trained on."""
+        return [micro_batch for step in self.steps for micro_batch in step.all_micro_batches]
+
     def position(self, sample: int) -> int:
         """Where among this rank's B samples a sample of the rollout is."""
         return self._positions[sample]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
@@ -29,6 +30,7 @@ from miles.services.trainer.batch import (
     trained_reward,
 )
 from miles.services.trainer.packing import MicroBatch
+from miles.services.trainer.roles import Report, Roles
 from miles.types import Sample, SampleGroup, SampleStatus
 
 if TYPE_CHECKING:
@@ -36,7 +38,6 @@ if TYPE_CHECKING:
 
     from miles.config import JobConfig
 
-Report = Callable[[Progress], None]
 Record = Callable[..., None]
 """Takes the batch and, by keyword, what `recorded` takes of its tokens."""
 
@@ -68,50 +69,29 @@ class TokenTensors:
 
 
 class RolloutTrainer(abc.ABC):
-    """Trains a policy on one rollout after the other; every rank makes the same calls."""
+    """Trains the roles that learn on one rollout after the other; every rank makes the same calls."""
 
-    def __init__(self, config: JobConfig, data_ranks: DataRanks, device: torch.device) -> None:
+    def __init__(self, config: JobConfig, roles: Roles, data_ranks: DataRanks, device: torch.device) -> None:
+        self.roles = roles
         self._config = config
         self._data_ranks = data_ranks
         self._device = device
         self._loss_config = settings.loss_config(config)
-        self.iteration = 0
-        """Optimizer steps taken."""
-
-    @abc.abstractmethod
-    def policy_log_probs(self, batch: RolloutBatch, report: Report) -> torch.Tensor:
-        """The policy's log-probabilities of this rank's response tokens; float32 [T]."""
-
-    @abc.abstractmethod
-    def reference_log_probs(self, batch: RolloutBatch, report: Report) -> torch.Tensor | None:
-        """The same of the reference model; None when there is none."""
-
-    @abc.abstractmethod
-    def accumulate(
-        self, batch: RolloutBatch, step: OptimizerStepPlan, tokens: TokenTensors, report: Callable[[int], None]
-    ) -> list[dict[str, MetricSum]]:
-        """Add up the gradients of a step's micro-batches; returns their parts of the metrics."""
-
-    @abc.abstractmethod
-    def optimizer_step(self) -> float:
-        """Clip, step and clear the gradients; returns their norm before clipping."""
 
     @abc.abstractmethod
     def reduce(self, parts: Sequence[dict[str, MetricSum]]) -> dict[str, float]:
         """Means of the metrics, the same on every rank."""
 
-    @property
-    @abc.abstractmethod
-    def learning_rate(self) -> float:
-        """Of the last optimizer step."""
-
     def begin(self, batch: RolloutBatch) -> None:  # noqa: B027  (most have nothing to do)
         """Called once before anything is computed on a rollout."""
 
-    def train(self, groups: Sequence[SampleGroup], report: Report, record: Record | None = None) -> dict[str, float]:
+    def train(
+        self, number: int, groups: Sequence[SampleGroup], report: Report, record: Record | None = None
+    ) -> dict[str, float]:
         """Take the optimizer steps of one rollout; returns metrics by name, the same on every rank.
 
-        `record` is given what there is to record of this rank's samples, when all is done.
+        `number` counts rollouts from 0 and so is the policy's version. `record` is given what there is to record of
+        this rank's samples, when all is done.
         """
         began = time.monotonic()
         samples = in_order(groups)
@@ -133,10 +113,11 @@ class RolloutTrainer(abc.ABC):
             def report_done(number: int, before: int = before) -> None:
                 report(Progress("forward_backward", min(before + number, count), count))
 
-            parts += self.accumulate(batch, step, tokens, report_done)
+            loss = functools.partial(self._policy_loss, batch, step, tokens)
+            parts += self.roles.policy.accumulate(batch, step, loss, report_done)
             done += len(step.all_micro_batches)
             report(Progress("optimizer", done, count))
-            norms.append(self.optimizer_step())
+            norms.append(self.roles.policy.step())
         if record is not None:
             record(
                 batch,
@@ -145,18 +126,21 @@ class RolloutTrainer(abc.ABC):
                 train_log_probs_T=tokens.seen,
                 rollout_log_probs_T=tokens.rollout,
             )
+        interval = self._config.algorithm.ref_update_interval
+        if self.roles.reference is not None and interval is not None and (number + 1) % interval == 0:
+            self.roles.reference.follow()
         return self.reduce(parts) | {
             "train/grad_norm": sum(norms) / len(norms),
-            "train/lr": self.learning_rate,
+            "train/lr": self.roles.policy.learning_rate,
             "perf/log_probs_time": prepared - began,
         }
 
-    def loss(
+    def _policy_loss(
         self,
         batch: RolloutBatch,
         step: OptimizerStepPlan,
-        micro_batch: MicroBatch,
         tokens: TokenTensors,
+        micro_batch: MicroBatch,
         outputs: TokenLogProbs,
     ) -> LossOutput:
         """The micro-batch's share of the step's loss; sums over micro-batches and replicas give the whole."""
@@ -189,8 +173,8 @@ class RolloutTrainer(abc.ABC):
             None if x is None else x.to(device)
             for x in (batch.token_values("rollout_log_probs"), batch.token_values("teacher_log_probs"))
         )
-        train = self.policy_log_probs(batch, report) if settings.needs_log_prob_pass(config) else None
-        ref = self.reference_log_probs(batch, report)
+        train = self.roles.policy.evaluate(batch, report) if settings.needs_log_prob_pass(config) else None
+        ref = None if self.roles.reference is None else self.roles.reference.evaluate(batch, report)
         advantages = compute_advantages(
             settings.advantage_config(config),
             AdvantageBatch(

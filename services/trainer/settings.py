@@ -45,6 +45,11 @@ def correction_method(config: JobConfig) -> CorrectionMethod | None:
     return None
 
 
+def policy_iterations(config: JobConfig) -> int:
+    """Optimizer steps of the policy in the whole run; 0 where the number of rollouts is not known."""
+    return (config.data.num_rollout or 0) * config.train.num_steps_per_rollout
+
+
 def needs_reference(config: JobConfig) -> bool:
     """Whether a KL term needs the reference model."""
     return config.algorithm.use_kl_loss or config.algorithm.kl_coef > 0

@@ -9,7 +9,7 @@ import logging
 import pathlib
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.distributed as dist
@@ -17,11 +17,9 @@ import torch.distributed as dist
 from miles.services.trainer import settings
 from miles.services.trainer.backend import Progress, TrainerState
 from miles.services.trainer.backends.fsdp import checkpoint
+from miles.services.trainer.backends.fsdp.build import FsdpRoles, build_roles
 from miles.services.trainer.backends.fsdp.export import gathered
-from miles.services.trainer.backends.fsdp.forward import ForwardOptions
-from miles.services.trainer.backends.fsdp.model import Precision, load_hf_model, named_weights, shard
-from miles.services.trainer.backends.fsdp.optimizer import build_optimizer
-from miles.services.trainer.backends.fsdp.routing_replay import RoutingReplay
+from miles.services.trainer.backends.fsdp.model import named_weights
 from miles.services.trainer.backends.fsdp.step import FsdpTrainer
 from miles.services.trainer.batch import RolloutBatch
 from miles.services.trainer.checkpoint_record import Record, digest, newest
@@ -41,10 +39,12 @@ logger = logging.getLogger(__name__)
 class _Loaded:
     """What `load` builds."""
 
-    policy: PreTrainedModel
-    optimizer: torch.optim.Optimizer
+    roles: FsdpRoles
     trainer: FsdpTrainer
-    reference: PreTrainedModel | None
+
+    @property
+    def policy(self) -> PreTrainedModel:
+        return cast("PreTrainedModel", self.roles.policy.model)
 
 
 class FsdpBackend:
@@ -78,34 +78,8 @@ class FsdpBackend:
             torch.use_deterministic_algorithms(True)
             # A debugging aid that comes with the switch above and costs a sixth of the step.
             torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-        model_dir = config.rollout.hf_checkpoint
-        if model_dir is None:
-            raise ValueError("hf_checkpoint is not set; it names the Hugging Face folder to start from")
-        compute = settings.DTYPES[config.train.train_dtype]
-        precision = Precision(master=torch.float32 if config.train.keep_fp32_master else compute, compute=compute)
-        policy = load_hf_model(model_dir, precision.master, gradient_checkpointing=config.train.gradient_checkpointing)
-        wants_replay = config.algorithm.use_routing_replay or config.rollout.use_rollout_routing_replay
-        replay = RoutingReplay(policy) if wants_replay else None
-        offload = config.train.fsdp_cpu_offload
-        shard(policy, precision, self._device, cpu_offload=offload)
-        optimizer = build_optimizer(policy, config.optimizer)
-        reference = self._load_reference(precision.compute) if settings.needs_reference(config) else None
-        trainer = FsdpTrainer(
-            config,
-            policy,
-            optimizer,
-            reference=reference,
-            replay=replay,
-            options=ForwardOptions(
-                device=self._device,
-                compute=precision.compute,
-                temperature=config.rollout.rollout_temperature or 1.0,
-                chunk_rows=config.train.log_probs_chunk_size if config.train.log_probs_chunk_size > 0 else None,
-                varlen={"auto": None, "varlen": True, "sdpa": False}[config.train.attn_implementation],
-            ),
-            total_iterations=(config.data.num_rollout or 0) * config.train.num_steps_per_rollout,
-        )
-        self._parts = _Loaded(policy, optimizer, trainer, reference)
+        roles = build_roles(config, self._device)
+        self._parts = _Loaded(roles, FsdpTrainer(config, roles, roles.routing, self._device))
         state = self._restore(self._parts)
         if dist.get_rank() == 0:
             self._log.drop_from(state.step)
@@ -115,12 +89,8 @@ class FsdpBackend:
         self, step: int, groups: Sequence[SampleGroup], report: Callable[[Progress], None]
     ) -> Mapping[str, float]:
         """See `TrainerBackend.train`."""
-        interval = self._config.algorithm.ref_update_interval
-        trainer = self._loaded.trainer
-        metrics = trainer.train(groups, report, functools.partial(self._record, step) if self._log.groups else None)
-        if interval is not None and (step + 1) % interval == 0:
-            trainer.update_reference()
-        return metrics
+        record = functools.partial(self._record, step) if self._log.groups else None
+        return self._loaded.trainer.train(step, groups, report, record)
 
     def export(self) -> Iterator[tuple[str, torch.Tensor]]:
         """See the class and `TrainerBackend.export`."""
@@ -143,13 +113,14 @@ class FsdpBackend:
     def save(self, directory: pathlib.Path, state: TrainerState) -> None:
         """Write a checkpoint that is there whole or not at all; see `checkpoint`."""
         parts = self._loaded
+        policy = parts.roles.policy
         record = Record(
             state=state,
-            iteration=parts.trainer.iteration,
+            iteration=policy.iteration,
             world_size=dist.get_world_size(),
             config_digest=digest(self._config),
-            loss_scale=parts.trainer.loss_scale.value,
-            good_steps=parts.trainer.loss_scale.good_steps,
+            loss_scale=policy.loss_scale.value,
+            good_steps=policy.loss_scale.good_steps,
         )
         checkpoint.save(directory, self._contents(parts), record)
 
@@ -180,15 +151,6 @@ class FsdpBackend:
         rank = dist.get_rank()
         self._log.write(step, recorded(batch, self._log.groups, rank, **tokens))
 
-    def _load_reference(self, dtype: torch.dtype) -> PreTrainedModel:
-        folder = self._config.checkpoint.ref_load or self._config.rollout.hf_checkpoint
-        assert folder is not None
-        reference = load_hf_model(folder, dtype, gradient_checkpointing=False)
-        reference.requires_grad_(False)
-        offload = self._config.train.fsdp_cpu_offload
-        shard(reference, Precision(dtype, dtype), self._device, cpu_offload=offload)
-        return reference
-
     def _restore(self, parts: _Loaded) -> TrainerState:
         self.loaded_from = newest(self._checkpoint_dir)
         if self.loaded_from is None and self._config.checkpoint.load is not None:
@@ -196,19 +158,20 @@ class FsdpBackend:
         if self.loaded_from is None:
             return TrainerState()
         record = checkpoint.load(self.loaded_from, self._contents(parts))
-        trainer = parts.trainer
-        trainer.iteration = record.iteration
-        trainer.loss_scale.value, trainer.loss_scale.good_steps = record.loss_scale, record.good_steps
+        policy = parts.roles.policy
+        policy.iteration = record.iteration
+        policy.loss_scale.value, policy.loss_scale.good_steps = record.loss_scale, record.good_steps
         if record.config_digest != digest(self._config):
             logger.warning("%s was saved under another configuration; going on with the new one", self.loaded_from)
         return record.state
 
     def _contents(self, parts: _Loaded) -> checkpoint.Contents:
-        config = self._config
+        config, roles = self._config, parts.roles
+        moves = config.algorithm.ref_update_interval is not None
         return checkpoint.Contents(
-            policy=parts.policy,
-            optimizer=None if config.checkpoint.no_save_optim else parts.optimizer,
-            reference=None if config.algorithm.ref_update_interval is None else parts.reference,
+            policy=roles.policy.model,
+            optimizer=None if config.checkpoint.no_save_optim else roles.policy.optimizer,
+            reference=roles.reference.model if roles.reference is not None and moves else None,
         )
 
     @property

@@ -25,6 +25,23 @@ class ForwardOptions:
     """Whether to use variable-length kernels; None where they run."""
 
 
+class LogProbs:
+    """Log-probabilities, with entropies where the loss needs them."""
+
+    def __init__(self, options: ForwardOptions, *, with_entropy: bool = False, entropy_requires_grad: bool = False):
+        self.device = options.device
+        self._options = options
+        self._entropy = {"with_entropy": with_entropy, "entropy_requires_grad": entropy_requires_grad}
+
+    def outputs(self, model: torch.nn.Module, micro_batch: MicroBatch) -> TokenLogProbs:
+        """See `Reading.outputs`."""
+        return forward(model, micro_batch, self._options, **self._entropy)
+
+    def numbers(self, model: torch.nn.Module, micro_batch: MicroBatch) -> torch.Tensor:
+        """See `Reading.numbers`."""
+        return forward(model, micro_batch, self._options).log_probs_T
+
+
 def forward(
     model: torch.nn.Module,
     micro_batch: MicroBatch,

@@ -17,14 +17,9 @@ import torch.distributed as dist
 from miles.services.trainer import settings
 from miles.services.trainer.backend import Progress, TrainerState
 from miles.services.trainer.backends.megatron import checkpoint, groups
-from miles.services.trainer.backends.megatron.copies import WeightCopy
+from miles.services.trainer.backends.megatron.build import MegatronRoles, build_roles
 from miles.services.trainer.backends.megatron.export import Exporter
 from miles.services.trainer.backends.megatron.hf_files import write_hf_checkpoint
-from miles.services.trainer.backends.megatron.model import MegatronModel, build_model, wants_replay
-from miles.services.trainer.backends.megatron.optimizer import MegatronOptimizer
-from miles.services.trainer.backends.megatron.pipeline import PassOptions, Pipeline
-from miles.services.trainer.backends.megatron.replay import ModelReplay, moe_layer_numbers
-from miles.services.trainer.backends.megatron.routing import Routing
 from miles.services.trainer.backends.megatron.step import MegatronTrainer
 from miles.services.trainer.batch import RolloutBatch
 from miles.services.trainer.checkpoint_record import Record, digest, newest
@@ -43,11 +38,9 @@ class _Loaded:
     """What `load` builds."""
 
     place: groups.Place
-    model: MegatronModel
-    optimizer: MegatronOptimizer
+    roles: MegatronRoles
     trainer: MegatronTrainer
     exporter: Exporter
-    reference: WeightCopy | None
 
 
 class MegatronBackend:
@@ -77,33 +70,17 @@ class MegatronBackend:
         config = self._config
         torch.manual_seed(config.train.seed)
         place = groups.initialize(config.megatron, config.train.seed, config.cluster.distributed_timeout_minutes)
-        compute = settings.DTYPES[config.train.train_dtype]
-        model = build_model(config, place, compute)
+        roles = build_roles(config, place, self._device)
         if self._device.type == "cpu":
             torch.use_deterministic_algorithms(True)
             torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-        reference = self._load_reference(model) if settings.needs_reference(config) else None
-        optimizer = MegatronOptimizer(config, model, compute)
-        trainer = MegatronTrainer(
-            config,
-            Pipeline(model, place),
-            optimizer,
-            place,
-            reference=reference,
-            routing=self._routing(model, place),
-            options=PassOptions(
-                device=self._device,
-                temperature=config.rollout.rollout_temperature or 1.0,
-                chunk_rows=config.train.log_probs_chunk_size if config.train.log_probs_chunk_size > 0 else None,
-            ),
-            total_iterations=(config.data.num_rollout or 0) * config.train.num_steps_per_rollout,
-        )
         exporter = Exporter(
-            model,
+            roles.policy.model,
             settings.DTYPES[config.rollout.rollout_dtype],
             fuse_experts=config.rollout.rollout_backend == "torch",
         )
-        self._parts = _Loaded(place, model, optimizer, trainer, exporter, reference)
+        trainer = MegatronTrainer(config, roles, place, roles.routing, self._device)
+        self._parts = _Loaded(place, roles, trainer, exporter)
         state = self._restore(self._parts)
         if dist.get_rank() == 0:
             self._log.drop_from(state.step)
@@ -113,12 +90,8 @@ class MegatronBackend:
         self, step: int, groups: Sequence[SampleGroup], report: Callable[[Progress], None]
     ) -> Mapping[str, float]:
         """See `TrainerBackend.train`."""
-        interval = self._config.algorithm.ref_update_interval
-        trainer = self._loaded.trainer
-        metrics = trainer.train(groups, report, functools.partial(self._record, step) if self._log.groups else None)
-        if interval is not None and (step + 1) % interval == 0:
-            trainer.update_reference()
-        return metrics
+        record = functools.partial(self._record, step) if self._log.groups else None
+        return self._loaded.trainer.train(step, groups, report, record)
 
     def export(self) -> Iterator[tuple[str, torch.Tensor]]:
         """See the class and `TrainerBackend.export`."""
@@ -133,7 +106,7 @@ class MegatronBackend:
         parts = self._loaded
         record = Record(
             state=state,
-            iteration=parts.trainer.iteration,
+            iteration=parts.roles.policy.iteration,
             world_size=dist.get_world_size(),
             config_digest=digest(self._config),
         )
@@ -163,24 +136,6 @@ class MegatronBackend:
         if place.tensor_rank == place.context_rank == 0 and place.is_last_stage:
             self._log.write(step, recorded(batch, self._log.groups, place.data.rank, **tokens))
 
-    def _load_reference(self, model: MegatronModel) -> WeightCopy:
-        folder = self._config.checkpoint.ref_load
-        if folder in (None, self._config.rollout.hf_checkpoint):
-            return WeightCopy(model)
-        policy = WeightCopy(model)
-        model.bridge.load_hf_weights(model.chunks, hf_path=folder)
-        reference = WeightCopy(model)
-        policy.put()
-        return reference
-
-    def _routing(self, model: MegatronModel, place: groups.Place) -> Routing | None:
-        if not wants_replay(self._config):
-            return None
-        replay = ModelReplay(model.bare_chunks, moe_layer_numbers(model.config))
-        return Routing(
-            self._config, replay, place, self._device, sequence_parallel=bool(model.config.sequence_parallel)
-        )
-
     def _restore(self, parts: _Loaded) -> TrainerState:
         self.loaded_from = newest(self._checkpoint_dir)
         if self.loaded_from is None and self._config.checkpoint.load is not None:
@@ -188,17 +143,18 @@ class MegatronBackend:
         if self.loaded_from is None:
             return TrainerState()
         record = checkpoint.load(self.loaded_from, self._contents(parts))
-        parts.trainer.iteration = record.iteration
+        parts.roles.policy.iteration = record.iteration
         if record.config_digest != digest(self._config):
             logger.warning("%s was saved under another configuration; going on with the new one", self.loaded_from)
         return record.state
 
     def _contents(self, parts: _Loaded) -> checkpoint.Contents:
-        config = self._config
+        config, roles = self._config, parts.roles
+        moves = config.algorithm.ref_update_interval is not None
         return checkpoint.Contents(
-            model=parts.model,
-            optimizer=None if config.checkpoint.no_save_optim else parts.optimizer.inner,
-            reference=None if config.algorithm.ref_update_interval is None else parts.reference,
+            model=roles.policy.model,
+            optimizer=None if config.checkpoint.no_save_optim else roles.policy.optimizer.inner,
+            reference=roles.reference.copy if roles.reference is not None and moves else None,
         )
 
     @property

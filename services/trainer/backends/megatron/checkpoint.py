@@ -16,9 +16,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from miles.services.trainer.backends.megatron.copies import WeightCopy
 from miles.services.trainer.backends.megatron.model import MegatronModel
 from miles.services.trainer.checkpoint_record import Record, complete, read_record
+from miles.services.trainer.weight_copy import WeightCopy
 
 _CONTENT = {
     "distrib_optim_sharding_type": "fully_reshardable",
@@ -174,7 +174,7 @@ def _sharded_reference(model: MegatronModel, reference: WeightCopy) -> dict[str,
     from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
     from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
 
-    own = WeightCopy(model)
+    own = WeightCopy(model.parameters)
     reference.put()
     sharded = _sharded_model(model, "reference")
     for state in sharded.values():

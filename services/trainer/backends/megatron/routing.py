@@ -34,6 +34,8 @@ class Routing:
         self, config: JobConfig, replay: ModelReplay, place: Place, device: torch.device, *, sequence_parallel: bool
     ) -> None:
         self._from_rollout = config.rollout.use_rollout_routing_replay
+        self.keeps = config.algorithm.use_routing_replay
+        """Whether what one pass over a micro-batch chose is replayed in the next, which must have it too."""
         self._replay = replay
         self._place = place
         self._device = device

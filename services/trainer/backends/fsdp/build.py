@@ -1,0 +1,92 @@
+"""The roles that a configuration asks for, as sharded models."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from typing import TYPE_CHECKING
+
+import torch
+
+from miles.algorithms.vocab_rows import TokenLogProbs
+from miles.services.trainer import settings
+from miles.services.trainer.backends.fsdp.forward import ForwardOptions, LogProbs
+from miles.services.trainer.backends.fsdp.learner import FrozenModel, FsdpLearner
+from miles.services.trainer.backends.fsdp.model import Precision, load_hf_model, shard
+from miles.services.trainer.backends.fsdp.routing import Routing
+from miles.services.trainer.backends.fsdp.routing_replay import RoutingReplay
+from miles.services.trainer.roles import Roles
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from miles.config import JobConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class FsdpRoles(Roles):
+    """See `Roles`."""
+
+    policy: FsdpLearner[TokenLogProbs]
+    reference: FrozenModel | None = None
+    routing: Routing | None = None
+    """Of the policy, where it is prescribed."""
+
+
+def build_roles(config: JobConfig, device: torch.device) -> FsdpRoles:
+    """Load and shard every model; collective. Raises FileNotFoundError for a folder without one."""
+    if config.rollout.hf_checkpoint is None:
+        raise ValueError("hf_checkpoint is not set; it names the Hugging Face folder to start from")
+    return _Builder(config, device).roles(config.rollout.hf_checkpoint)
+
+
+class _Builder:
+    def __init__(self, config: JobConfig, device: torch.device) -> None:
+        compute = settings.DTYPES[config.train.train_dtype]
+        self._config = config
+        self._device = device
+        self._precision = Precision(master=torch.float32 if config.train.keep_fp32_master else compute, compute=compute)
+        self._options = ForwardOptions(
+            device=device,
+            compute=compute,
+            temperature=config.rollout.rollout_temperature or 1.0,
+            chunk_rows=config.train.log_probs_chunk_size if config.train.log_probs_chunk_size > 0 else None,
+            varlen={"auto": None, "varlen": True, "sdpa": False}[config.train.attn_implementation],
+        )
+
+    def roles(self, model_dir: str) -> FsdpRoles:
+        config, algorithm = self._config, self._config.algorithm
+        model = self._trainable(model_dir)
+        wants_replay = algorithm.use_routing_replay or config.rollout.use_rollout_routing_replay
+        routing = Routing(config, RoutingReplay(model), self._device) if wants_replay else None
+        self._shard(model, self._precision)
+        policy = FsdpLearner(
+            model,
+            LogProbs(
+                self._options,
+                with_entropy=algorithm.entropy_coef != 0 or algorithm.observe_training_entropy,
+                entropy_requires_grad=algorithm.entropy_coef != 0,
+            ),
+            config.optimizer,
+            settings.policy_iterations(config),
+            scale_loss=self._precision.compute is torch.float16,
+            routing=routing,
+        )
+        reference = None
+        if settings.needs_reference(config):
+            reference = self._frozen(config.checkpoint.ref_load or model_dir, model)
+        return FsdpRoles(policy, reference, routing)
+
+    def _trainable(self, folder: str) -> PreTrainedModel:
+        checkpointing = self._config.train.gradient_checkpointing
+        return load_hf_model(folder, self._precision.master, gradient_checkpointing=checkpointing)
+
+    def _frozen(self, folder: str | pathlib.Path, policy: torch.nn.Module) -> FrozenModel:
+        compute = self._precision.compute
+        model = load_hf_model(folder, compute, gradient_checkpointing=False)
+        model.requires_grad_(False)
+        self._shard(model, Precision(compute, compute))
+        return FrozenModel(model, LogProbs(self._options), policy)
+
+    def _shard(self, model: PreTrainedModel, precision: Precision) -> None:
+        shard(model, precision, self._device, cpu_offload=self._config.train.fsdp_cpu_offload)

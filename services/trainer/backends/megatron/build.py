@@ -1,0 +1,83 @@
+"""The roles that a configuration asks for, as this rank's parts of Megatron-Core models and copies of their weights."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+import torch
+
+from miles.algorithms.vocab_rows import TokenLogProbs
+from miles.services.trainer import settings
+from miles.services.trainer.backends.megatron.groups import Place
+from miles.services.trainer.backends.megatron.learner import MegatronLearner
+from miles.services.trainer.backends.megatron.model import MegatronModel, build_model, wants_replay
+from miles.services.trainer.backends.megatron.optimizer import MegatronOptimizer
+from miles.services.trainer.backends.megatron.reading import LogProbs, ReadingOptions
+from miles.services.trainer.backends.megatron.replay import ModelReplay, moe_layer_numbers
+from miles.services.trainer.backends.megatron.routing import Routing
+from miles.services.trainer.roles import Roles
+from miles.services.trainer.weight_copy import CopiedRole, WeightCopy
+
+if TYPE_CHECKING:
+    from miles.config import JobConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class MegatronRoles(Roles):
+    """See `Roles`."""
+
+    policy: MegatronLearner[TokenLogProbs]
+    reference: CopiedRole | None = None
+    routing: Routing | None = None
+    """Of the policy, where it is prescribed."""
+
+
+def build_roles(config: JobConfig, place: Place, device: torch.device) -> MegatronRoles:
+    """Build this rank's parts and load their weights; collective.
+
+    Raises FileNotFoundError when there is no checkpoint and ValueError for a model that the bridge does not know.
+    """
+    compute = settings.DTYPES[config.train.train_dtype]
+    algorithm = config.algorithm
+    model = build_model(config, place, compute)
+    reference = _weights_of(model, config, config.checkpoint.ref_load) if settings.needs_reference(config) else None
+    routing = _routing(config, model, place, device)
+    options = ReadingOptions(
+        temperature=config.rollout.rollout_temperature or 1.0,
+        chunk_rows=config.train.log_probs_chunk_size if config.train.log_probs_chunk_size > 0 else None,
+        with_entropy=algorithm.entropy_coef != 0 or algorithm.observe_training_entropy,
+        entropy_requires_grad=algorithm.entropy_coef != 0,
+    )
+    policy = MegatronLearner(
+        model,
+        LogProbs(model.vocabulary, place, options),
+        MegatronOptimizer(config, model, compute),
+        place,
+        device,
+        settings.policy_iterations(config),
+        routing,
+    )
+    return MegatronRoles(
+        policy,
+        None if reference is None else CopiedRole(reference, policy.evaluate_unrouted),
+        routing,
+    )
+
+
+def _weights_of(model: MegatronModel, config: JobConfig, folder: str | None) -> WeightCopy:
+    """The weights of another folder, of the model's shape; of the model itself where none is given."""
+    if folder in (None, config.rollout.hf_checkpoint):
+        return WeightCopy(model.parameters)
+    policy = WeightCopy(model.parameters)
+    model.bridge.load_hf_weights(model.chunks, hf_path=folder)
+    other = WeightCopy(model.parameters)
+    policy.put()
+    return other
+
+
+def _routing(config: JobConfig, model: MegatronModel, place: Place, device: torch.device) -> Routing | None:
+    if not wants_replay(config):
+        return None
+    replay = ModelReplay(model.bare_chunks, moe_layer_numbers(model.config))
+    return Routing(config, replay, place, device, sequence_parallel=bool(model.config.sequence_parallel))

@@ -1,0 +1,123 @@
+"""Roles held in Megatron-Core. Dims: T response tokens of this replica's samples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from miles.algorithms.losses import LossOutput
+from miles.algorithms.metrics import MetricSum
+from miles.services.trainer.backend import Progress
+from miles.services.trainer.backends.megatron.groups import Place, from_last_stage
+from miles.services.trainer.backends.megatron.model import MegatronModel
+from miles.services.trainer.backends.megatron.optimizer import MegatronOptimizer
+from miles.services.trainer.backends.megatron.pipeline import Pipeline
+from miles.services.trainer.backends.megatron.reading import Reading
+from miles.services.trainer.backends.megatron.routing import Hooks, Routing
+from miles.services.trainer.batch import OptimizerStepPlan, RolloutBatch
+from miles.services.trainer.packing import MicroBatch
+from miles.services.trainer.roles import Learner, OutputT, Report
+
+
+class MegatronLearner(Learner[OutputT]):
+    """Replicas are spread over ranks; the last pipeline stage has the losses."""
+
+    def __init__(
+        self,
+        model: MegatronModel,
+        reading: Reading[OutputT],
+        optimizer: MegatronOptimizer,
+        place: Place,
+        device: torch.device,
+        total_iterations: int,
+        routing: Routing | None = None,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.optimizer = optimizer
+        self._reading = reading
+        self._place = place
+        self._device = device
+        self._pipeline = Pipeline(model, place, device)
+        self._total_iterations = total_iterations
+        self._routing = routing
+
+    @property
+    def learning_rate(self) -> float:
+        """See `Learner.learning_rate`."""
+        return self.optimizer.rate
+
+    def evaluate(self, batch: RolloutBatch, report: Report) -> torch.Tensor:
+        """See `Role.evaluate`; routed as in training."""
+        return self._evaluate(batch, report, self._routing)
+
+    def evaluate_unrouted(self, batch: RolloutBatch, report: Report) -> torch.Tensor:
+        """The same with routers that choose for themselves: of weights that did not generate the samples."""
+        return self._evaluate(batch, report, None)
+
+    def accumulate(
+        self,
+        batch: RolloutBatch,
+        step: OptimizerStepPlan,
+        loss: Callable[[MicroBatch, OutputT], LossOutput],
+        report: Callable[[int], None],
+    ) -> list[dict[str, MetricSum]]:
+        """See `Learner.accumulate`."""
+        self.optimizer.clear()
+        parts = []
+        done = 0
+        for micro_batches, with_gradient in ((step.observed, False), (step.micro_batches, True)):
+            if micro_batches:
+                parts += self._pass(micro_batches, loss, with_gradient, done, report)
+                done += len(micro_batches)
+        return parts
+
+    def step(self) -> float:
+        """See `Learner.step`; 0 for a step that float16 overflow skipped."""
+        norm = self.optimizer.step(self.iteration, self._total_iterations)
+        self.iteration += 1
+        return norm
+
+    def _pass(
+        self,
+        micro_batches: Sequence[MicroBatch],
+        loss: Callable[[MicroBatch, OutputT], LossOutput],
+        with_gradient: bool,
+        done: int,
+        report: Callable[[int], None],
+    ) -> list[dict[str, MetricSum]]:
+        def numbered_loss(number: int, outputs: OutputT) -> tuple[torch.Tensor, dict[str, MetricSum]]:
+            report(done + number)
+            if number >= len(micro_batches):
+                return self._reading.nothing(outputs), {}
+            result = loss(micro_batches[number], outputs)
+            return result.loss, result.metrics
+
+        hooks: Hooks = {} if self._routing is None else self._routing.hooks(micro_batches, with_gradient=with_gradient)
+        parts: list[dict[str, MetricSum]] = self._pipeline.run(
+            micro_batches, self._reading.outputs, numbered_loss, with_gradient=with_gradient, **hooks
+        )
+        if self._routing is not None:
+            self._routing.finish()
+        return parts
+
+    def _evaluate(self, batch: RolloutBatch, report: Report, routing: Routing | None) -> torch.Tensor:
+        micro_batches: Sequence[MicroBatch] = batch.log_prob_micro_batches
+        if routing is not None and routing.keeps:  # by micro-batch, so it takes those of the training pass
+            micro_batches = batch.micro_batches
+        result = torch.zeros(batch.packing.num_tokens, device=self._device)
+
+        def keep(number: int, numbers_R: torch.Tensor) -> tuple[torch.Tensor, Any]:
+            report(Progress("log_probs", min(number, len(micro_batches)), len(micro_batches)))
+            if number < len(micro_batches):
+                result[batch.place(micro_batches[number]).to(result.device)] = numbers_R
+            return numbers_R.sum(), None
+
+        hooks: Hooks = {} if routing is None else routing.hooks(micro_batches, with_gradient=False)
+        with torch.no_grad():
+            self._pipeline.run(micro_batches, self._reading.numbers, keep, with_gradient=False, **hooks)
+        if routing is not None:
+            routing.finish()
+        return from_last_stage(result, self._place)
