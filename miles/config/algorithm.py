@@ -9,6 +9,7 @@ from pydantic import Field
 from miles.config.section import (
     Derived,
     Negated,
+    NonNegative,
     NonNegativeFloat,
     Positive,
     PositiveFloat,
@@ -23,9 +24,9 @@ class AlgorithmConfig(Section):
     """What is computed from a batch of scored samples; docs/algorithms.md has the formulas."""
 
     advantage_estimator: Literal[
-        "grpo", "gspo", "reinforce_plus_plus", "reinforce_plus_plus_baseline", "rloo", "dr_grpo", "cispo"
+        "grpo", "gspo", "reinforce_plus_plus", "reinforce_plus_plus_baseline", "ppo", "rloo", "dr_grpo", "cispo"
     ] = "grpo"
-    """How rewards become advantages."""
+    """How rewards become advantages; ppo trains a critic beside the policy."""
 
     rewards_normalization: Annotated[bool, Negated("--disable-rewards-normalization")] = True
     """Subtract the mean reward of a prompt's samples."""
@@ -38,6 +39,15 @@ class AlgorithmConfig(Section):
 
     gamma: Annotated[float, Field(ge=0, le=1)] = 1.0
     """Discount from one token to the next."""
+
+    lambd: Annotated[float, Field(ge=0, le=1)] = 1.0
+    """Lambda of generalised advantage estimation (ppo)."""
+
+    value_clip: PositiveFloat = 0.2
+    """How far a value may move from the one before the rollout's first step before its loss is clipped (ppo)."""
+
+    num_critic_only_steps: NonNegative = 0
+    """Rollouts at the start that train the critic alone (ppo)."""
 
     loss_type: Literal["policy_loss"] = "policy_loss"
     """Loss to minimise."""

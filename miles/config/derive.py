@@ -150,9 +150,13 @@ def _backend(s: Settings) -> list[Fault]:
     return []
 
 
-def _reference(s: Settings) -> list[Fault]:
+def _models(s: Settings) -> list[Fault]:
     if not s.given("ref_load") and (s.use_kl_loss or s.kl_coef):
         s.fill("ref_load", s.hf_checkpoint)
+    if not s.given("critic_load") and s.advantage_estimator == "ppo":
+        s.fill("critic_load", s.hf_checkpoint)
+    if not s.given("critic_lr") and s.advantage_estimator == "ppo":
+        s.fill("critic_lr", s.lr)
     return []
 
 
@@ -185,5 +189,5 @@ _STEPS: tuple[Callable[[Settings], list[Fault]], ...] = (
     _evaluation_alone,
     _train_dtype,
     _backend,
-    _reference,
+    _models,
 )

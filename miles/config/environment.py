@@ -47,8 +47,9 @@ def _models(s: Settings) -> Iterator[Fault]:
     if not s.hf_checkpoint:
         return  # a rule reports it
     yield from _model_folder("hf_checkpoint", s.hf_checkpoint)
-    if s.ref_load not in (None, s.hf_checkpoint):
-        yield from _model_folder("ref_load", s.ref_load)
+    for key in ("ref_load", "critic_load"):
+        if getattr(s, key) not in (None, s.hf_checkpoint):
+            yield from _model_folder(key, getattr(s, key))
     if s.apply_chat_template and s.chat_template_path is None and os.path.isdir(s.hf_checkpoint):
         yield from _chat_template(pathlib.Path(s.hf_checkpoint))
 

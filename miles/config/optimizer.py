@@ -38,6 +38,12 @@ class OptimizerConfig(Section):
     lr_warmup_init: NonNegativeFloat = 0.0
     """Learning rate at which warm-up starts."""
 
+    critic_lr: Annotated[NonNegativeFloat | None, Derived("lr, with ppo")] = None
+    """The critic's learning rate after its warm-up; everything else about its optimizer is as the policy's (ppo)."""
+
+    critic_lr_warmup_iters: NonNegative = 0
+    """Iterations over which the critic's rises from lr_warmup_init."""
+
     weight_decay: NonNegativeFloat = 0.0
     """Weight decay."""
 

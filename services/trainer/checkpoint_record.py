@@ -36,6 +36,9 @@ class Record:
     loss_scale: float = 1.0
     good_steps: int = 0
     """Of `LossScale`."""
+    critic_iteration: int = 0
+    critic_loss_scale: float = 1.0
+    critic_good_steps: int = 0
 
 
 def folder_name(step: int) -> str:
@@ -99,6 +102,9 @@ def _to_json(record: Record) -> dict[str, Any]:
         "config_digest": record.config_digest,
         "loss_scale": record.loss_scale,
         "good_steps": record.good_steps,
+        "critic_iteration": record.critic_iteration,
+        "critic_loss_scale": record.critic_loss_scale,
+        "critic_good_steps": record.critic_good_steps,
     }
 
 

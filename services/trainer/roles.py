@@ -84,4 +84,6 @@ class Roles:
     """The models of one run; None for those that its configuration does not ask for. Backends narrow the types."""
 
     policy: Learner[TokenLogProbs]
+    critic: Learner[torch.Tensor] | None = None
+    """Gives values, float32 [R]."""
     reference: Reference | None = None

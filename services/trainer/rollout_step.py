@@ -10,14 +10,14 @@ import dataclasses
 import functools
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Generic
 
 import torch
 
 from miles.algorithms.advantages import compute_advantages, shape_rewards
 from miles.algorithms.corrections import Correction, compute_correction
 from miles.algorithms.estimators import AdvantageBatch
-from miles.algorithms.losses import LossBatch, LossOutput, rl_loss
+from miles.algorithms.losses import LossBatch, LossOutput, critic_loss, rl_loss
 from miles.algorithms.metrics import MetricSum
 from miles.algorithms.vocab_rows import TokenLogProbs
 from miles.services.trainer import settings
@@ -30,7 +30,7 @@ from miles.services.trainer.batch import (
     trained_reward,
 )
 from miles.services.trainer.packing import MicroBatch
-from miles.services.trainer.roles import Report, Roles
+from miles.services.trainer.roles import Learner, OutputT, Report, Roles
 from miles.types import Sample, SampleGroup, SampleStatus
 
 if TYPE_CHECKING:
@@ -58,6 +58,9 @@ class TokenTensors:
 
     mask: torch.Tensor
     advantages: torch.Tensor
+    returns: torch.Tensor
+    values: torch.Tensor | None
+    """The critic's; None when there is none."""
     train: torch.Tensor | None
     """Log-probabilities of the policy as it is; None when the training pass itself gives them."""
     ref: torch.Tensor | None
@@ -66,6 +69,16 @@ class TokenTensors:
     """Only what needs the whole batch."""
     seen: torch.Tensor
     """Log-probabilities before the first optimizer step: `train`, or filled in by the training pass."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Lesson(Generic[OutputT]):
+    """One learner's part in a rollout's training."""
+
+    prefix: str
+    """Of its metrics' names."""
+    learner: Learner[OutputT]
+    loss: Callable[[RolloutBatch, OptimizerStepPlan, TokenTensors, MicroBatch, OutputT], LossOutput]
 
 
 class RolloutTrainer(abc.ABC):
@@ -101,23 +114,9 @@ class RolloutTrainer(abc.ABC):
         )
         batch = build_batch(samples, self._config, self._data_ranks.rank, self._data_ranks.count, frozenset(idle))
         self.begin(batch)
-        tokens = self._prepare(batch, rewards_N, report)
+        tokens = self._prepare(number, batch, rewards_N, report)
         prepared = time.monotonic()
-        parts: list[dict[str, MetricSum]] = []
-        norms: list[float] = []
-        count = sum(len(step.all_micro_batches) for step in batch.steps)
-        done = 0
-        for step in batch.steps:
-            before = done
-
-            def report_done(number: int, before: int = before) -> None:
-                report(Progress("forward_backward", min(before + number, count), count))
-
-            loss = functools.partial(self._policy_loss, batch, step, tokens)
-            parts += self.roles.policy.accumulate(batch, step, loss, report_done)
-            done += len(step.all_micro_batches)
-            report(Progress("optimizer", done, count))
-            norms.append(self.roles.policy.step())
+        metrics = self._take_steps(batch, tokens, self._lessons(number), report)
         if record is not None:
             record(
                 batch,
@@ -129,11 +128,46 @@ class RolloutTrainer(abc.ABC):
         interval = self._config.algorithm.ref_update_interval
         if self.roles.reference is not None and interval is not None and (number + 1) % interval == 0:
             self.roles.reference.follow()
-        return self.reduce(parts) | {
-            "train/grad_norm": sum(norms) / len(norms),
-            "train/lr": self.roles.policy.learning_rate,
-            "perf/log_probs_time": prepared - began,
-        }
+        return metrics | {"perf/log_probs_time": prepared - began}
+
+    def _lessons(self, number: int) -> list[_Lesson[Any]]:
+        """Who learns in this rollout, and from which loss."""
+        lessons: list[_Lesson[Any]] = []
+        if not self._warms_up(number):
+            lessons.append(_Lesson("", self.roles.policy, self._policy_loss))
+        if self.roles.critic is not None:
+            lessons.append(_Lesson("critic_", self.roles.critic, self._critic_loss))
+        return lessons
+
+    def _warms_up(self, number: int) -> bool:
+        """Whether this rollout trains the critic alone."""
+        return number < self._config.algorithm.num_critic_only_steps
+
+    def _take_steps(
+        self, batch: RolloutBatch, tokens: TokenTensors, lessons: Sequence[_Lesson[Any]], report: Report
+    ) -> dict[str, float]:
+        """Metrics of all optimizer steps, the same on every rank."""
+        parts: list[dict[str, MetricSum]] = []
+        norms: dict[str, list[float]] = {lesson.prefix: [] for lesson in lessons}
+        count = len(batch.micro_batches) * len(lessons)
+        done = 0
+        for step in batch.steps:
+            for lesson in lessons:
+                before = done
+
+                def report_done(number: int, before: int = before) -> None:
+                    report(Progress("forward_backward", min(before + number, count), count))
+
+                loss = functools.partial(lesson.loss, batch, step, tokens)
+                parts += lesson.learner.accumulate(batch, step, loss, report_done)
+                done += len(step.all_micro_batches)
+                report(Progress("optimizer", done, count))
+                norms[lesson.prefix].append(lesson.learner.step())
+        metrics = self.reduce(parts)
+        for lesson in lessons:
+            metrics[f"train/{lesson.prefix}grad_norm"] = sum(norms[lesson.prefix]) / len(norms[lesson.prefix])
+            metrics[f"train/{lesson.prefix}lr"] = lesson.learner.learning_rate
+        return metrics
 
     def _policy_loss(
         self,
@@ -165,7 +199,33 @@ class RolloutTrainer(abc.ABC):
             outputs.entropy_T,
         )
 
-    def _prepare(self, batch: RolloutBatch, rewards_N: torch.Tensor, report: Report) -> TokenTensors:
+    def _critic_loss(
+        self,
+        batch: RolloutBatch,
+        step: OptimizerStepPlan,
+        tokens: TokenTensors,
+        micro_batch: MicroBatch,
+        values_R: torch.Tensor,
+    ) -> LossOutput:
+        """As `_policy_loss`, of the critic."""
+        assert tokens.values is not None, "a critic learns from the values before its first step"
+        where = batch.place(micro_batch).to(self._device)
+        algorithm = self._config.algorithm
+        return critic_loss(
+            LossBatch(
+                packing=batch.packing.subset([batch.position(i) for i in micro_batch.samples]),
+                mask_T=tokens.mask[where],
+                advantages_T=tokens.advantages[where],
+                denominator=step.num_tokens if algorithm.calculate_per_token_loss else step.num_samples,
+            ),
+            values_R,
+            tokens.values[where],
+            tokens.returns[where],
+            value_clip=algorithm.value_clip,
+            calculate_per_token_loss=algorithm.calculate_per_token_loss,
+        )
+
+    def _prepare(self, number: int, batch: RolloutBatch, rewards_N: torch.Tensor, report: Report) -> TokenTensors:
         """Everything that is computed on the whole batch before the first optimizer step."""
         config, device, group = self._config, self._device, self._data_ranks.group
         mask = batch.masks().to(device)
@@ -173,8 +233,11 @@ class RolloutTrainer(abc.ABC):
             None if x is None else x.to(device)
             for x in (batch.token_values("rollout_log_probs"), batch.token_values("teacher_log_probs"))
         )
-        train = self.roles.policy.evaluate(batch, report) if settings.needs_log_prob_pass(config) else None
-        ref = None if self.roles.reference is None else self.roles.reference.evaluate(batch, report)
+        roles = self.roles
+        needs_pass = settings.needs_log_prob_pass(config) or self._warms_up(number)
+        train = roles.policy.evaluate(batch, report) if needs_pass else None
+        ref = None if roles.reference is None else roles.reference.evaluate(batch, report)
+        values = None if roles.critic is None else roles.critic.evaluate(batch, report)
         advantages = compute_advantages(
             settings.advantage_config(config),
             AdvantageBatch(
@@ -184,6 +247,7 @@ class RolloutTrainer(abc.ABC):
                 old_log_probs_T=train,
                 ref_log_probs_T=ref,
                 teacher_log_probs_T=teacher,
+                values_T=values,
             ),
             group,
         )
@@ -199,7 +263,17 @@ class RolloutTrainer(abc.ABC):
                 group=group,
             )
         seen = torch.zeros_like(mask) if train is None else train
-        return TokenTensors(mask, advantages.advantages_T, train, ref, rollout, correction, seen)
+        return TokenTensors(
+            mask=mask,
+            advantages=advantages.advantages_T,
+            returns=advantages.returns_T,
+            values=values,
+            train=train,
+            ref=ref,
+            rollout=rollout,
+            correction=correction,
+            seen=seen,
+        )
 
     def _shaped_rewards(self, samples: Sequence[Sample]) -> torch.Tensor:
         """Group-normalised rewards of all N samples; float32 [N]. FAILED samples stand outside their group."""

@@ -14,6 +14,7 @@ from miles.algorithms.mis import MaskedImportanceSampling
 
 if TYPE_CHECKING:
     from miles.config import JobConfig
+    from miles.config.optimizer import OptimizerConfig
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -47,7 +48,29 @@ def correction_method(config: JobConfig) -> CorrectionMethod | None:
 
 def policy_iterations(config: JobConfig) -> int:
     """Optimizer steps of the policy in the whole run; 0 where the number of rollouts is not known."""
+    return critic_iterations(config) - config.algorithm.num_critic_only_steps * config.train.num_steps_per_rollout
+
+
+def critic_iterations(config: JobConfig) -> int:
+    """The same of the critic."""
     return (config.data.num_rollout or 0) * config.train.num_steps_per_rollout
+
+
+def critic_optimizer(config: JobConfig) -> OptimizerConfig:
+    """The policy's optimizer with the critic's learning rate and warm-up."""
+    optimizer = config.optimizer
+    return optimizer.model_copy(
+        update={
+            "lr": optimizer.lr if optimizer.critic_lr is None else optimizer.critic_lr,
+            "lr_warmup_iters": optimizer.critic_lr_warmup_iters,
+            "lr_warmup_fraction": None,
+        }
+    )
+
+
+def needs_critic(config: JobConfig) -> bool:
+    """Whether the advantage estimator reads a critic's values."""
+    return ESTIMATORS[config.algorithm.advantage_estimator].needs_values
 
 
 def needs_reference(config: JobConfig) -> bool:

@@ -43,6 +43,16 @@ def test_a_dense_model_learns(start_run: Start, tiny_dense: pathlib.Path, tmp_pa
     assert_learned(learn(start_run, tiny_dense, tmp_path / "run"))
 
 
+def test_a_dense_model_learns_with_a_critic(start_run: Start, tiny_dense: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    ppo = {"advantage_estimator": "ppo", "critic_lr": 1e-3, "normalize_advantages": True, "num_critic_only_steps": 2}
+    run = learn(start_run, tiny_dense, tmp_path / "run", **ppo)
+    summary = run.summary()
+    assert summary["eval"]["before"]["sort"] < 0.4
+    assert summary["eval"]["after"]["sort"] > 0.6, run.output()
+    losses = [line["train/value_loss"] for line in run.metrics()]
+    assert sum(losses[-5:]) < 0.7 * sum(losses[:5])
+
+
 def test_a_mixture_of_experts_learns_with_routing_replay(
     start_run: Start, tiny_moe: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:

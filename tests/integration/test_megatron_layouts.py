@@ -28,6 +28,16 @@ REPLAY = {
     "entropy_coef": 0.01,
     "num_steps_per_rollout": 2,
 }
+PPO = {
+    "advantage_estimator": "ppo",
+    "gamma": 0.97,
+    "lambd": 0.9,
+    "kl_coef": 0.05,
+    "critic_lr": 0.05,
+    "num_steps_per_rollout": 2,
+    "num_critic_only_steps": 1,
+    "normalize_advantages": True,
+}
 RECOMPUTE = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
 
 TP2 = {"tensor_model_parallel_size": 2}
@@ -54,6 +64,11 @@ LAYOUTS: dict[str, tuple[int, str, dict[str, Any]]] = {
     "replay-cp2": (2, "replay", CP2),
     "latent-pp2": (2, "latent", {**PP2, **RECOMPUTE}),
     "latent-cp2": (2, "latent", CP2),
+    "ppo-tp2": (2, "ppo", TP2),
+    "ppo-sp": (2, "ppo", SP),
+    "ppo-vpp": (2, "ppo", VPP),
+    "ppo-dp2": (2, "ppo", DP2),
+    "ppo-cp2": (2, "ppo", CP2),
     "dense-tp2-pp2": (4, "dense", {**TP2, **PP2}),
     "replay-tp2-pp2": (4, "replay", {**SP, **PP2}),
     "replay-tp2-ep2": (4, "replay", {**SP, **EP2, **DP2}),
@@ -62,11 +77,11 @@ LAYOUTS: dict[str, tuple[int, str, dict[str, Any]]] = {
 
 
 def case(name: str, base: str, folder: pathlib.Path, **flags: Any) -> dict[str, Any]:
-    """What `backend_cases` is to run; `base` is one of dense, tied, moe, replay (moe with replay) and latent."""
-    model = "moe" if base == "replay" else base
+    """What `backend_cases` is to run; `base` is a model, or replay (of the moe model) or ppo (of the tied one)."""
+    model = {"replay": "moe", "ppo": "tied"}.get(base, base)
     replays = base in ("replay", "latent")
     routing = [EXPERTS, MOE_LAYERS[model], TOP_K] if replays else None
-    settings = {**TRAINING, "train_backend": "megatron", **(REPLAY if replays else {}), **flags}
+    settings = {**TRAINING, "train_backend": "megatron", **(REPLAY if replays else PPO if base == "ppo" else {}), **flags}
     return {"name": name, "model": str(folder / model), "flags": settings, "routing": routing}
 
 
@@ -83,18 +98,22 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
             case("fsdp-tied", "tied", out, **fsdp),
             case("fsdp-moe", "moe", out, **fsdp),
             case("fsdp-replay", "replay", out, **fsdp, share_prompts=False),
+            case("fsdp-ppo", "ppo", out, **fsdp),
         ],
         out,
         megatron=False,
     )
-    alone = [case(name, name, out) for name in ("dense", "tied", "moe", "replay", "latent")]
+    run_cases([case("fsdp-ppo-dp2", "ppo", out, **fsdp)], out, ranks=2, megatron=False)
+    alone = [case(name, name, out) for name in ("dense", "tied", "moe", "replay", "latent", "ppo")]
+    ppo_saved = {**case("ppo-saved", "ppo", out, **DP2), "save_at": 2}
+    ppo_resumed = case("ppo-resumed", "ppo", out, **DP2, load=str(out / "ppo-saved" / "checkpoints"))
     saved = {**case("saved", "moe", out, **DP2), "save_at": 2, "save_hf": True}
     resumed = case("resumed", "moe", out, **DP2, load=str(out / "saved" / "checkpoints"))
     moving = {"use_kl_loss": True, "kl_loss_coef": 0.1, "ref_update_interval": 2, **DP2}
     moved = {**case("moved", "dense", out, **moving), "save_at": 3, "steps": 4}
     removed = {**case("moved-resumed", "dense", out, **moving, load=str(out / "moved" / "checkpoints")), "steps": 4}
     replayed = case("recomputed", "replay", out, **RECOMPUTE)
-    run_cases([*alone, replayed, saved, resumed, moved, removed], out)
+    run_cases([*alone, replayed, saved, resumed, moved, removed, ppo_saved, ppo_resumed], out)
     for ranks in (2, 4):
         cases = [case(name, base, out, **flags) for name, (n, base, flags) in LAYOUTS.items() if n == ranks]
         if ranks == 2:
@@ -121,7 +140,7 @@ def worst_differences(out: pathlib.Path, left: str, right: str) -> tuple[float, 
     return max(metrics), max(float((weights[0][name] - weights[1][name]).abs().max()) for name in weights[0])
 
 
-@pytest.mark.parametrize("base", ["dense", "tied", "moe", "replay"])
+@pytest.mark.parametrize("base", ["dense", "tied", "moe", "replay", "ppo"])
 def test_one_process_trains_as_the_fsdp_backend_does(results: pathlib.Path, base: str) -> None:
     metrics, weights = worst_differences(results, f"fsdp-{base}", base)
     assert metrics < 1e-4
@@ -158,6 +177,19 @@ def test_the_layout_announces_what_is_exported(results: pathlib.Path, name: str)
 
 def test_a_resumed_run_goes_on_bit_for_bit(results: pathlib.Path) -> None:
     assert worst_differences(results, "saved", "resumed") == (0.0, 0.0)
+
+
+def test_two_replicas_of_the_fsdp_backend_train_a_critic_as_one_does(results: pathlib.Path) -> None:
+    metrics, weights = worst_differences(results, "fsdp-ppo", "fsdp-ppo-dp2")
+    assert metrics < 1e-5
+    assert weights < 1e-5
+
+
+def test_a_critic_is_resumed_bit_for_bit(results: pathlib.Path) -> None:
+    steps = json.loads((results / "ppo.json").read_text())["metrics"]
+    assert "train/pg_loss" not in steps[0]  # warm-up
+    assert all(step["train/value_loss"] > 0.01 for step in steps)
+    assert worst_differences(results, "ppo-saved", "ppo-resumed") == (0.0, 0.0)
 
 
 def test_a_reference_that_moves_is_resumed_as_it_was(results: pathlib.Path) -> None:

@@ -111,3 +111,18 @@ def _random_sample(
         rollout_routed_experts=experts,
         weight_versions=(VersionSpan(0, 0, length),),
     )
+
+
+def hf_log_probs(model: pathlib.Path, groups: list[SampleGroup], temperature: float) -> list[np.ndarray]:
+    """Each sample on its own through the stock model."""
+    from transformers import AutoModelForCausalLM
+
+    stock = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    result = []
+    for sample in (sample for group in groups for sample in group.samples):
+        tokens = torch.from_numpy(sample.tokens.astype(np.int64))
+        with torch.no_grad():
+            logits = stock(tokens[None]).logits[0, :-1] / temperature
+        log_probs = logits.log_softmax(-1).gather(1, tokens[1:, None])[:, 0]
+        result.append(log_probs[sample.prompt_length - 1 :].numpy())
+    return result

@@ -13,7 +13,10 @@ _COMPARES_SAMPLES = ("grpo", "gspo", "cispo", "dr_grpo", "rloo", "reinforce_plus
 _PLAIN = ("tis_clip", "tis_clip_low")
 _WEIGHTS = ("tis_level", "tis_mode", "tis_lower_bound", "tis_upper_bound", "tis_batch_normalize")
 _REJECTION = ("rs_level", "rs_lower_bound", "rs_upper_bound", "rs_veto_threshold")
-_TAKES_KL_IN_THE_REWARD = ("reinforce_plus_plus", "reinforce_plus_plus_baseline")
+_TAKES_KL_IN_THE_REWARD = ("reinforce_plus_plus", "reinforce_plus_plus_baseline", "ppo")
+_DISCOUNTS = ("reinforce_plus_plus", "ppo")
+_OF_THE_CRITIC = ("lambd", "value_clip", "num_critic_only_steps", "critic_lr_warmup_iters", "critic_lr", "critic_load")
+_SAME_AS_THE_POLICY = {"critic_lr": "lr", "critic_load": "hf_checkpoint"}
 
 
 @rule
@@ -45,9 +48,26 @@ def kl_loss_settings_need_the_kl_loss(s: Settings) -> Iterator[Fault]:
 
 @rule
 def discount_is_used(s: Settings) -> Iterator[Fault]:
-    if s.gamma != 1 and s.advantage_estimator != "reinforce_plus_plus":
+    if s.gamma != 1 and s.advantage_estimator not in _DISCOUNTS:
         problem = f"{s.advantage_estimator} does not discount"
-        yield Fault("gamma", s.gamma, problem, "leave it out, or set advantage_estimator to reinforce_plus_plus")
+        remedy = f"leave it out, or set advantage_estimator to {' or '.join(_DISCOUNTS)}"
+        yield Fault("gamma", s.gamma, problem, remedy)
+
+
+@rule
+def critic_settings_need_a_critic(s: Settings) -> Iterator[Fault]:
+    if s.advantage_estimator == "ppo":
+        if s.num_rollout and s.num_critic_only_steps >= s.num_rollout:
+            problem = f"num_rollout = {s.num_rollout} leaves none to train the policy on"
+            yield Fault("num_critic_only_steps", s.num_critic_only_steps, problem, "lower it")
+        return
+    for key in _OF_THE_CRITIC:
+        value = getattr(s, key)
+        same = _SAME_AS_THE_POLICY.get(key)
+        if value == catalog()[key].default or (same is not None and value == getattr(s, same)):
+            continue
+        problem = f"advantage_estimator = {s.advantage_estimator} has no critic"
+        yield Fault(key, value, problem, "set advantage_estimator to ppo, or leave it out")
 
 
 @rule

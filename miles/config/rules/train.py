@@ -67,14 +67,19 @@ def compute_type_is_one(s: Settings) -> Iterator[Fault]:
 @rule
 def schedule_rises_and_falls(s: Settings) -> Iterator[Fault]:
     for key in ("min_lr", "lr_warmup_init"):
-        if s.given(key) and getattr(s, key) > s.lr:
-            yield Fault(key, getattr(s, key), f"lr = {s.lr:g} is below it", "lower it, or raise lr")
+        for rate in ("lr", "critic_lr") if s.critic_lr not in (None, s.lr) else ("lr",):
+            if s.given(key) and getattr(s, key) > getattr(s, rate):
+                problem = f"{rate} = {getattr(s, rate):g} is below it"
+                yield Fault(key, getattr(s, key), problem, f"lower it, or raise {rate}")
     if s.lr_warmup_iters and s.lr_warmup_fraction is not None:
         problem = f"lr_warmup_fraction = {s.lr_warmup_fraction:g} says the same another way"
         yield Fault("lr_warmup_iters", s.lr_warmup_iters, problem, "leave one of them out")
     if s.lr_decay_iters is not None and s.lr_warmup_iters >= s.lr_decay_iters:
         problem = f"lr_decay_iters = {s.lr_decay_iters} includes the warm-up"
         yield Fault("lr_warmup_iters", s.lr_warmup_iters, problem, "lower it, or raise lr_decay_iters")
+    if s.lr_decay_iters is not None and s.critic_lr_warmup_iters >= s.lr_decay_iters:
+        problem = f"lr_decay_iters = {s.lr_decay_iters} includes the warm-up"
+        yield Fault("critic_lr_warmup_iters", s.critic_lr_warmup_iters, problem, "lower it, or raise lr_decay_iters")
 
 
 @rule

@@ -141,6 +141,21 @@ RULE_CASES: list[tuple[dict[str, Any], str]] = [
     ({"kl_loss_coef": 0.1}, "kl_loss_coef = 0.1, but it does nothing without use_kl_loss"),
     ({"ref_update_interval": 3}, "ref_update_interval = 3, but there is no reference"),
     ({"gamma": 0.9}, "gamma = 0.9, but grpo does not discount"),
+    ({"lambd": 0.9}, "lambd = 0.9, but advantage_estimator = grpo has no critic"),
+    ({"critic_lr": 1e-5}, "critic_lr = 1e-05, but advantage_estimator = grpo has no critic"),
+    ({"critic_load": "rm"}, "critic_load = rm, but advantage_estimator = grpo has no critic"),
+    (
+        {"advantage_estimator": "ppo", "num_critic_only_steps": 10},
+        "num_critic_only_steps = 10, but num_rollout = 10 leaves none",
+    ),
+    (
+        {"advantage_estimator": "ppo", "min_lr": 1e-6, "lr": 1e-5, "critic_lr": 1e-7},
+        "min_lr = 1e-06, but critic_lr = 1e-07 is below it",
+    ),
+    (
+        {"advantage_estimator": "ppo", "lr_decay_iters": 5, "critic_lr_warmup_iters": 5},
+        "critic_lr_warmup_iters = 5, but lr_decay_iters = 5 includes",
+    ),
     ({"use_rollout_logprobs": True, "use_tis": True}, "use_tis = true, but use_rollout_logprobs already takes"),
     ({"use_icepop": True, "use_tis": True}, "use_icepop = true, but use_tis corrects the same gap"),
     ({"use_mis": True}, "use_mis = true, but neither use_tis nor use_rs is on"),

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from trainer_cases import job_config, random_groups, write_dense_model, write_moe_model
+from trainer_cases import hf_log_probs, job_config, random_groups, write_dense_model, write_moe_model
 
 from miles.services.trainer.backends.fsdp.backend import FsdpBackend
 from miles.services.trainer.checkpoint_record import folder_name
@@ -54,21 +54,6 @@ def assert_same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor], t
     assert left.keys() == right.keys()
     for name in left:
         torch.testing.assert_close(left[name], right[name], rtol=tolerance, atol=tolerance, msg=name)
-
-
-def hf_log_probs(model: pathlib.Path, groups: list[SampleGroup], temperature: float) -> list[np.ndarray]:
-    """Each sample on its own through the stock model."""
-    from transformers import AutoModelForCausalLM
-
-    stock = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
-    result = []
-    for sample in (sample for group in groups for sample in group.samples):
-        tokens = torch.from_numpy(sample.tokens.astype(np.int64))
-        with torch.no_grad():
-            logits = stock(tokens[None]).logits[0, :-1] / temperature
-        log_probs = logits.log_softmax(-1).gather(1, tokens[1:, None])[:, 0]
-        result.append(log_probs[sample.prompt_length - 1 :].numpy())
-    return result
 
 
 @pytest.mark.parametrize("share", [True, False])

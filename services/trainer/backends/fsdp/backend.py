@@ -19,6 +19,7 @@ from miles.services.trainer.backend import Progress, TrainerState
 from miles.services.trainer.backends.fsdp import checkpoint
 from miles.services.trainer.backends.fsdp.build import FsdpRoles, build_roles
 from miles.services.trainer.backends.fsdp.export import gathered
+from miles.services.trainer.backends.fsdp.learner import FsdpLearner
 from miles.services.trainer.backends.fsdp.model import named_weights
 from miles.services.trainer.backends.fsdp.step import FsdpTrainer
 from miles.services.trainer.batch import RolloutBatch
@@ -122,6 +123,13 @@ class FsdpBackend:
             loss_scale=policy.loss_scale.value,
             good_steps=policy.loss_scale.good_steps,
         )
+        if (critic := parts.roles.critic) is not None:
+            record = dataclasses.replace(
+                record,
+                critic_iteration=critic.iteration,
+                critic_loss_scale=critic.loss_scale.value,
+                critic_good_steps=critic.loss_scale.good_steps,
+            )
         checkpoint.save(directory, self._contents(parts), record)
 
     def save_hf(self, directory: pathlib.Path) -> None:
@@ -158,9 +166,13 @@ class FsdpBackend:
         if self.loaded_from is None:
             return TrainerState()
         record = checkpoint.load(self.loaded_from, self._contents(parts))
-        policy = parts.roles.policy
+        policy, critic = parts.roles.policy, parts.roles.critic
         policy.iteration = record.iteration
         policy.loss_scale.value, policy.loss_scale.good_steps = record.loss_scale, record.good_steps
+        if critic is not None and record.critic_iteration:
+            critic.iteration = record.critic_iteration
+            critic.loss_scale.value = record.critic_loss_scale
+            critic.loss_scale.good_steps = record.critic_good_steps
         if record.config_digest != digest(self._config):
             logger.warning("%s was saved under another configuration; going on with the new one", self.loaded_from)
         return record.state
@@ -168,9 +180,13 @@ class FsdpBackend:
     def _contents(self, parts: _Loaded) -> checkpoint.Contents:
         config, roles = self._config, parts.roles
         moves = config.algorithm.ref_update_interval is not None
+
+        def trained(learner: FsdpLearner[Any]) -> checkpoint.Trained:
+            return checkpoint.Trained(learner.model, None if config.checkpoint.no_save_optim else learner.optimizer)
+
         return checkpoint.Contents(
-            policy=roles.policy.model,
-            optimizer=None if config.checkpoint.no_save_optim else roles.policy.optimizer,
+            policy=trained(roles.policy),
+            critic=None if roles.critic is None else trained(roles.critic),
             reference=roles.reference.model if roles.reference is not None and moves else None,
         )
 

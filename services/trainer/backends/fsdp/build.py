@@ -10,9 +10,9 @@ import torch
 
 from miles.algorithms.vocab_rows import TokenLogProbs
 from miles.services.trainer import settings
-from miles.services.trainer.backends.fsdp.forward import ForwardOptions, LogProbs
+from miles.services.trainer.backends.fsdp.forward import ForwardOptions, LogProbs, Values
 from miles.services.trainer.backends.fsdp.learner import FrozenModel, FsdpLearner
-from miles.services.trainer.backends.fsdp.model import Precision, load_hf_model, shard
+from miles.services.trainer.backends.fsdp.model import Precision, load_hf_model, put_value_head, shard
 from miles.services.trainer.backends.fsdp.routing import Routing
 from miles.services.trainer.backends.fsdp.routing_replay import RoutingReplay
 from miles.services.trainer.roles import Roles
@@ -28,6 +28,7 @@ class FsdpRoles(Roles):
     """See `Roles`."""
 
     policy: FsdpLearner[TokenLogProbs]
+    critic: FsdpLearner[torch.Tensor] | None = None
     reference: FrozenModel | None = None
     routing: Routing | None = None
     """Of the policy, where it is prescribed."""
@@ -75,7 +76,21 @@ class _Builder:
         reference = None
         if settings.needs_reference(config):
             reference = self._frozen(config.checkpoint.ref_load or model_dir, model)
-        return FsdpRoles(policy, reference, routing)
+        critic = self._critic(config.checkpoint.critic_load or model_dir) if settings.needs_critic(config) else None
+        return FsdpRoles(policy, critic, reference, routing)
+
+    def _critic(self, folder: str) -> FsdpLearner[torch.Tensor]:
+        config = self._config
+        model = self._trainable(folder)
+        put_value_head(model, folder)
+        self._shard(model, self._precision)
+        return FsdpLearner(
+            model,
+            Values(self._options),
+            settings.critic_optimizer(config),
+            settings.critic_iterations(config),
+            scale_loss=self._precision.compute is torch.float16,
+        )
 
     def _trainable(self, folder: str) -> PreTrainedModel:
         checkpointing = self._config.train.gradient_checkpointing

@@ -9,6 +9,7 @@ DIR/latest                  name of the newest checkpoint, for people and script
 from __future__ import annotations
 
 import dataclasses
+import logging
 import pathlib
 import shutil
 from typing import Any
@@ -21,16 +22,31 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, se
 
 from miles.services.trainer.checkpoint_record import Record, complete, read_record
 
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Trained:
+    """A model that learns."""
+
+    model: torch.nn.Module
+    optimizer: torch.optim.Optimizer | None
+    """None to leave its state out."""
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Contents:
     """What has tensors to save."""
 
-    policy: torch.nn.Module
-    optimizer: torch.optim.Optimizer | None
-    """None to leave its state out."""
-    reference: torch.nn.Module | None
+    policy: Trained
+    critic: Trained | None = None
+    reference: torch.nn.Module | None = None
     """None unless it changes during the run."""
+
+    def trained(self) -> dict[tuple[str, str], Trained]:
+        """By the names of a model and of its optimizer's state."""
+        found = {("model", "optimizer"): self.policy}
+        return found if self.critic is None else found | {("critic", "critic_optimizer"): self.critic}
 
 
 def save(directory: pathlib.Path, contents: Contents, record: Record) -> None:
@@ -55,15 +71,23 @@ def load(directory: pathlib.Path, contents: Contents) -> Record:
     Raises FileNotFoundError when it is incomplete and ValueError when the record cannot be read.
     """
     record = read_record(directory)
-    tensors = _tensors(contents)
     available = FileSystemReader(directory).read_metadata().state_dict_metadata
+
+    def is_there(name: str) -> bool:
+        return any(key.startswith(f"{name}.") for key in available)
+
+    if contents.critic is not None and not is_there("critic"):
+        logger.warning("%s has no critic; it starts from critic_load", directory)
+        contents = dataclasses.replace(contents, critic=None)
+    tensors = _tensors(contents)
     random_key = _random_key()
-    if not any(key.startswith(f"{random_key}.") for key in available):
+    if not is_there(random_key):
         del tensors[random_key]  # written by fewer ranks
     state_dict_loader.load(tensors, checkpoint_id=directory)
-    contents.policy.load_state_dict(tensors["model"])
-    if contents.optimizer is not None:
-        set_optimizer_state_dict(contents.policy, contents.optimizer, tensors["optimizer"])
+    for (model, optimizer), trained in contents.trained().items():
+        trained.model.load_state_dict(tensors[model])
+        if trained.optimizer is not None:
+            set_optimizer_state_dict(trained.model, trained.optimizer, tensors[optimizer])
     if contents.reference is not None:
         contents.reference.load_state_dict(tensors["reference"])
     if random_key in tensors:
@@ -72,9 +96,11 @@ def load(directory: pathlib.Path, contents: Contents) -> Record:
 
 
 def _tensors(contents: Contents) -> dict[str, Any]:
-    tensors: dict[str, Any] = {"model": contents.policy.state_dict(), _random_key(): _random_state()}
-    if contents.optimizer is not None:
-        tensors["optimizer"] = get_optimizer_state_dict(contents.policy, contents.optimizer)
+    tensors: dict[str, Any] = {_random_key(): _random_state()}
+    for (model, optimizer), trained in contents.trained().items():
+        tensors[model] = trained.model.state_dict()
+        if trained.optimizer is not None:
+            tensors[optimizer] = get_optimizer_state_dict(trained.model, trained.optimizer)
     if contents.reference is not None:
         tensors["reference"] = contents.reference.state_dict()
     return tensors

@@ -42,6 +42,20 @@ class LogProbs:
         return forward(model, micro_batch, self._options).log_probs_T
 
 
+class Values:
+    """What a model with a value head gives: it has one column of logits, and that is it."""
+
+    def __init__(self, options: ForwardOptions) -> None:
+        self.device = options.device
+        self._options = options
+
+    def outputs(self, model: torch.nn.Module, micro_batch: MicroBatch) -> torch.Tensor:
+        """See `Reading.outputs`; float32 [R]."""
+        return _logits(model, micro_batch, self._options)[:, 0]
+
+    numbers = outputs
+
+
 def forward(
     model: torch.nn.Module,
     micro_batch: MicroBatch,
@@ -51,21 +65,25 @@ def forward(
     entropy_requires_grad: bool = False,
 ) -> TokenLogProbs:
     """Log-probabilities [R] of the micro-batch's response tokens; the head runs only on rows that predict them."""
-    device = options.device
-    plan = AttentionPlan(micro_batch, device, options.compute, varlen=options.varlen)
-    logits_RV = model(
-        input_ids=torch.from_numpy(micro_batch.input_ids_T)[None].to(device),
-        position_ids=torch.from_numpy(micro_batch.position_ids_T)[None].to(device),
-        logits_to_keep=torch.from_numpy(micro_batch.logit_rows_R).to(device),
-        attention_plan=plan,
-        use_cache=False,
-    ).logits[0]
     return token_log_probs(
-        logits_RV,
-        torch.from_numpy(micro_batch.targets_R).to(device),
+        _logits(model, micro_batch, options),
+        torch.from_numpy(micro_batch.targets_R).to(options.device),
         temperature=options.temperature,
         with_entropy=with_entropy,
         entropy_requires_grad=entropy_requires_grad,
         chunk_rows=options.chunk_rows,
         overwrite_logits=True,
     )
+
+
+def _logits(model: torch.nn.Module, micro_batch: MicroBatch, options: ForwardOptions) -> torch.Tensor:
+    """What the head gives on the rows that predict response tokens; [R, V]."""
+    device = options.device
+    logits_RV: torch.Tensor = model(
+        input_ids=torch.from_numpy(micro_batch.input_ids_T)[None].to(device),
+        position_ids=torch.from_numpy(micro_batch.position_ids_T)[None].to(device),
+        logits_to_keep=torch.from_numpy(micro_batch.logit_rows_R).to(device),
+        attention_plan=AttentionPlan(micro_batch, device, options.compute, varlen=options.varlen),
+        use_cache=False,
+    ).logits[0]
+    return logits_RV

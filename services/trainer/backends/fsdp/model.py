@@ -14,6 +14,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.tensor import DTensor
 
 from miles.services.trainer.backends.fsdp import attention
+from miles.services.trainer.value_head import ValueHead, initial_weight
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -58,6 +59,18 @@ def load_hf_model(folder: str | pathlib.Path, dtype: torch.dtype, *, gradient_ch
         model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[no-untyped-call]
     model.train()
     return model
+
+
+def put_value_head(model: PreTrainedModel, folder: str | pathlib.Path) -> None:
+    """Have a value head in the place of the head over the vocabulary: the model's logits are values then.
+
+    Its weights are those of the folder, where it has any, on rank 0.
+    """
+    head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    hidden_size: int = head.weight.shape[1]
+    weight_1H = initial_weight(folder, hidden_size).to(head.weight.dtype)
+    model.config.tie_word_embeddings = False
+    model.set_output_embeddings(ValueHead(weight_1H.to(head.weight.device)))  # type: ignore[no-untyped-call]
 
 
 def shard(model: PreTrainedModel, precision: Precision, device: torch.device, *, cpu_offload: bool) -> FSDPModule:

@@ -109,6 +109,7 @@ class MegatronBackend:
             iteration=parts.roles.policy.iteration,
             world_size=dist.get_world_size(),
             config_digest=digest(self._config),
+            critic_iteration=0 if parts.roles.critic is None else parts.roles.critic.iteration,
         )
         checkpoint.save(directory, self._contents(parts), record)
 
@@ -144,6 +145,8 @@ class MegatronBackend:
             return TrainerState()
         record = checkpoint.load(self.loaded_from, self._contents(parts))
         parts.roles.policy.iteration = record.iteration
+        if parts.roles.critic is not None:
+            parts.roles.critic.iteration = record.critic_iteration
         if record.config_digest != digest(self._config):
             logger.warning("%s was saved under another configuration; going on with the new one", self.loaded_from)
         return record.state
@@ -155,6 +158,10 @@ class MegatronBackend:
             model=roles.policy.model,
             optimizer=None if config.checkpoint.no_save_optim else roles.policy.optimizer.inner,
             reference=roles.reference.copy if roles.reference is not None and moves else None,
+            critic=None if roles.critic is None else roles.critic.model,
+            critic_optimizer=None
+            if roles.critic is None or config.checkpoint.no_save_optim
+            else roles.critic.optimizer.inner,
         )
 
     @property

@@ -13,7 +13,7 @@ from miles.services.trainer.backends.megatron.groups import Place
 from miles.services.trainer.backends.megatron.learner import MegatronLearner
 from miles.services.trainer.backends.megatron.model import MegatronModel, build_model, wants_replay
 from miles.services.trainer.backends.megatron.optimizer import MegatronOptimizer
-from miles.services.trainer.backends.megatron.reading import LogProbs, ReadingOptions
+from miles.services.trainer.backends.megatron.reading import LogProbs, ReadingOptions, Values
 from miles.services.trainer.backends.megatron.replay import ModelReplay, moe_layer_numbers
 from miles.services.trainer.backends.megatron.routing import Routing
 from miles.services.trainer.roles import Roles
@@ -28,6 +28,7 @@ class MegatronRoles(Roles):
     """See `Roles`."""
 
     policy: MegatronLearner[TokenLogProbs]
+    critic: MegatronLearner[torch.Tensor] | None = None
     reference: CopiedRole | None = None
     routing: Routing | None = None
     """Of the policy, where it is prescribed."""
@@ -52,7 +53,7 @@ def build_roles(config: JobConfig, place: Place, device: torch.device) -> Megatr
     policy = MegatronLearner(
         model,
         LogProbs(model.vocabulary, place, options),
-        MegatronOptimizer(config, model, compute),
+        MegatronOptimizer(config.optimizer, config.megatron, model, compute),
         place,
         device,
         settings.policy_iterations(config),
@@ -60,9 +61,19 @@ def build_roles(config: JobConfig, place: Place, device: torch.device) -> Megatr
     )
     return MegatronRoles(
         policy,
+        _critic(config, place, compute, device) if settings.needs_critic(config) else None,
         None if reference is None else CopiedRole(reference, policy.evaluate_unrouted),
         routing,
     )
+
+
+def _critic(
+    config: JobConfig, place: Place, compute: torch.dtype, device: torch.device
+) -> MegatronLearner[torch.Tensor]:
+    folder = config.checkpoint.critic_load or str(config.rollout.hf_checkpoint)
+    model = build_model(config, place, compute, critic_from=folder)
+    optimizer = MegatronOptimizer(settings.critic_optimizer(config), config.megatron, model, compute)
+    return MegatronLearner(model, Values(place), optimizer, place, device, settings.critic_iterations(config))
 
 
 def _weights_of(model: MegatronModel, config: JobConfig, folder: str | None) -> WeightCopy:

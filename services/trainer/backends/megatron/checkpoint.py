@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import logging
 import pathlib
 import shutil
 from typing import Any
@@ -28,6 +29,11 @@ _CONTENT = {
 }
 
 
+_OPTIONAL = ("optimizer", "reference", "critic", "critic_optimizer")
+"""Contents that a checkpoint may lack."""
+logger = logging.getLogger(__name__)
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Contents:
     """What has tensors to save."""
@@ -37,6 +43,8 @@ class Contents:
     """megatron.core's; None to leave its state out."""
     reference: WeightCopy | None
     """None unless it changes during the run."""
+    critic: MegatronModel | None = None
+    critic_optimizer: Any | None = None
 
 
 def save(directory: pathlib.Path, contents: Contents, record: Record) -> None:
@@ -51,7 +59,7 @@ def save(directory: pathlib.Path, contents: Contents, record: Record) -> None:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     dist.barrier()
-    kinds = {"optimizer": contents.optimizer is not None, "reference": contents.reference is not None}
+    kinds = {kind: getattr(contents, kind) is not None for kind in _OPTIONAL}
     dist_checkpointing.save(_tensors(contents, loading=False), str(partial), content_metadata={**_CONTENT, **kinds})
     dist.barrier()
     if dist.get_rank() == 0:
@@ -70,30 +78,33 @@ def load(directory: pathlib.Path, contents: Contents) -> Record:
     if not dist_checkpointing.check_is_distributed_checkpoint(str(directory)):
         raise ValueError(f"{directory} is not a checkpoint of the megatron backend; name another folder in load")
     kinds = dist_checkpointing.load_content_metadata(str(directory)) or {}
-    saved_layout = dataclasses.replace(
-        contents,
-        optimizer=contents.optimizer if kinds.get("optimizer") else None,
-        reference=contents.reference if kinds.get("reference") else None,
-    )
-    return _load_into(directory, saved_layout, contents.optimizer, record)
+    if contents.critic is not None and not kinds.get("critic"):
+        logger.warning("%s has no critic; it starts from critic_load", directory)
+    absent: dict[str, Any] = dict.fromkeys(kind for kind in _OPTIONAL if not kinds.get(kind))
+    return _load_into(directory, dataclasses.replace(contents, **absent), contents, record)
 
 
-def _load_into(directory: pathlib.Path, contents: Contents, optimizer: Any | None, record: Record) -> Record:
+def _load_into(directory: pathlib.Path, saved: Contents, contents: Contents, record: Record) -> Record:
+    """Read what the checkpoint has; `contents` may have more."""
     from megatron.core import dist_checkpointing
 
-    if contents.optimizer is not None:
-        _make_states(contents.optimizer)
-    tensors = _tensors(contents, loading=True)
-    groups = _groups_of(tensors["optimizer"]) if contents.optimizer is not None else []
+    for each in (saved.optimizer, saved.critic_optimizer):
+        if each is not None:
+            _make_states(each)
+    tensors = _tensors(saved, loading=True)
+    groups = {name: _groups_of(tensors[name]) for name in ("optimizer", "critic_optimizer") if name in tensors}
     loaded = dist_checkpointing.load(tensors, str(directory))
-    if contents.reference is not None:
-        _load_model(contents.model, loaded, "reference")
-        contents.reference.take()
-    _load_model(contents.model, loaded, "model")
-    if contents.optimizer is not None:
-        _load_optimizer(contents.optimizer, groups, loaded["optimizer"], directory)
-    elif optimizer is not None:
-        optimizer.reload_model_params()  # its own copy in float32
+    if saved.reference is not None:
+        _load_model(saved.model, loaded, "reference")
+        saved.reference.take()
+    _load_model(saved.model, loaded, "model")
+    if saved.critic is not None:
+        _load_model(saved.critic, loaded, "critic")
+    for name in ("optimizer", "critic_optimizer"):
+        if getattr(saved, name) is not None:
+            _load_optimizer(getattr(saved, name), groups[name], loaded[name], directory)
+        elif getattr(contents, name) is not None:
+            getattr(contents, name).reload_model_params()  # its own copy in float32
     return record
 
 
@@ -159,7 +170,21 @@ def _tensors(contents: Contents, *, loading: bool) -> dict[str, Any]:
         )
     if contents.reference is not None:
         tensors |= _sharded_reference(contents.model, contents.reference)
+    if contents.critic is not None:
+        tensors |= _sharded_critic(contents.critic, contents.critic_optimizer, loading=loading)
     return tensors
+
+
+def _sharded_critic(critic: MegatronModel, optimizer: Any | None, *, loading: bool) -> dict[str, Any]:
+    """The critic's tensors under keys of their own."""
+    from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
+
+    sharded = _sharded_model(critic, "critic")
+    if optimizer is not None:
+        state = optimizer.sharded_state_dict(dict(sharded), is_loading=loading, metadata=_CONTENT)
+        sharded["critic_optimizer"] = state
+    add_prefix_for_sharding(sharded, "critic.")
+    return sharded
 
 
 def _sharded_model(model: MegatronModel, name: str) -> dict[str, Any]:

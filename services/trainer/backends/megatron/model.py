@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from miles.services.trainer.backends.megatron.critic import load_critic
 from miles.services.trainer.backends.megatron.groups import Place
 
 if TYPE_CHECKING:
@@ -58,8 +59,10 @@ def uses_transformer_engine(config: JobConfig) -> bool:
     return bool(HAVE_TE) and asked != "local"
 
 
-def build_model(config: JobConfig, place: Place, compute: torch.dtype, *, wrap: bool = True) -> MegatronModel:
-    """Build this rank's part and load its weights; collective.
+def build_model(
+    config: JobConfig, place: Place, compute: torch.dtype, *, wrap: bool = True, critic_from: str | None = None
+) -> MegatronModel:
+    """Build this rank's part of the policy, or of a critic from a folder, and load its weights; collective.
 
     Raises FileNotFoundError when there is no checkpoint and ValueError for a model that the bridge does not know.
     """
@@ -75,8 +78,12 @@ def build_model(config: JobConfig, place: Place, compute: torch.dtype, *, wrap: 
     bridge = AutoBridge.from_hf_pretrained(str(folder))
     provider = bridge.to_megatron_provider(load_weights=False)
     provider.perform_initialization = False
-    provider.register_pre_wrap_hook(functools.partial(_load_weights, bridge))
+    load = functools.partial(_load_weights, bridge, critic_from)
+    provider.register_pre_wrap_hook(load if critic_from is None else functools.partial(load_critic, load, critic_from))
     _configure(provider, config, place, compute)
+    if critic_from is not None:
+        provider.share_embeddings_and_output_weights = False
+        provider.moe_enable_routing_replay = False
     provider.finalize()
     chunks = provider.provide_distributed_model(
         ddp_config=DistributedDataParallelConfig(
@@ -96,15 +103,18 @@ def build_model(config: JobConfig, place: Place, compute: torch.dtype, *, wrap: 
     return MegatronModel(bridge, provider, chunks, provider.vocab_size)
 
 
-def _load_weights(bridge: Any, chunks: list[Any]) -> list[Any]:
-    """Read the checkpoint into bare chunks. Raises ValueError for parameters that the bridge cannot fill."""
+def _load_weights(bridge: Any, folder: str | None, chunks: list[Any]) -> list[Any]:
+    """Read a folder, by default the bridge's, into bare chunks.
+
+    Raises ValueError for parameters that the bridge cannot fill.
+    """
     if any(task is None for task in bridge.get_conversion_tasks(chunks)):
         architecture = type(bridge.hf_pretrained.config).__name__.removesuffix("Config")
         raise ValueError(
             f"megatron-bridge knows no names for some parameters of {architecture} in these layers; install "
             "TransformerEngine and set transformer_impl to transformer_engine, or use train_backend fsdp"
         )
-    bridge.load_hf_weights(chunks)
+    bridge.load_hf_weights(chunks, hf_path=folder)
     return chunks
 
 

@@ -10,18 +10,20 @@ import torch
 from miles.services.trainer.backends.fsdp.optimizer import learning_rate
 
 if TYPE_CHECKING:
-    from miles.config import JobConfig
+    from miles.config.megatron import MegatronConfig
+    from miles.config.optimizer import OptimizerConfig as OptimizerSettings
     from miles.services.trainer.backends.megatron.model import MegatronModel
 
 
 class MegatronOptimizer:
     """AdamW over this rank's parameters or its share of them; vectors and scalars are not decayed."""
 
-    def __init__(self, config: JobConfig, model: MegatronModel, compute: torch.dtype) -> None:
+    def __init__(
+        self, settings: OptimizerSettings, layout: MegatronConfig, model: MegatronModel, compute: torch.dtype
+    ) -> None:
         from megatron.core.distributed import finalize_model_grads
         from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
-        settings = config.optimizer
         self._config = settings
         self._chunks = model.chunks
         self.inner: Any = get_megatron_optimizer(
@@ -38,8 +40,8 @@ class MegatronOptimizer:
                 bf16=compute is torch.bfloat16,
                 fp16=compute is torch.float16,
                 initial_loss_scale=2.0**14,
-                use_distributed_optimizer=config.megatron.use_distributed_optimizer,
-                overlap_param_gather=config.megatron.overlap_param_gather,
+                use_distributed_optimizer=layout.use_distributed_optimizer,
+                overlap_param_gather=layout.overlap_param_gather,
             ),
             model.chunks,
         )
@@ -50,7 +52,7 @@ class MegatronOptimizer:
 
         model.config.finalize_model_grads_func = finalize
         model.config.grad_scale_func = self.inner.scale_loss
-        if config.megatron.overlap_grad_reduce:
+        if layout.overlap_grad_reduce:
             syncs = [chunk.no_sync for chunk in model.chunks]
             model.config.no_sync_func = syncs if len(syncs) > 1 else syncs[0]
             starts = [chunk.start_grad_sync for chunk in model.chunks]

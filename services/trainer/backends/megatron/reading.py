@@ -90,6 +90,25 @@ class LogProbs:
         )
 
 
+class Values:
+    """What a value head gives."""
+
+    def __init__(self, place: Place) -> None:
+        self._place = place
+
+    def outputs(self, output_1LV: torch.Tensor, micro_batch: MicroBatch, rows: LocalRows) -> torch.Tensor:
+        """See `Reading.outputs`; float32 [R]."""
+        device = output_1LV.device
+        values = output_1LV[0, :, 0].index_select(0, torch.from_numpy(rows.logit_rows).to(device))
+        return whole(values, torch.from_numpy(rows.responses).to(device), len(micro_batch.targets_R), self._place)
+
+    numbers = outputs
+
+    def nothing(self, outputs: torch.Tensor) -> torch.Tensor:
+        """See `Reading.nothing`."""
+        return outputs.sum()
+
+
 def whole(values: torch.Tensor, responses: torch.Tensor, count: int, place: Place) -> torch.Tensor:
     """Values of all R response tokens from those of this context-parallel rank; `responses` says which they are."""
     if place.context_size == 1:

@@ -1,0 +1,44 @@
+"""The critic's head: one row of weights on the final hidden state. Dims: H hidden units."""
+
+from __future__ import annotations
+
+import pathlib
+
+import torch
+
+HEAD_NAME = "score.weight"
+"""What sequence classifiers of Transformers call it."""
+
+
+class ValueHead(torch.nn.Module):
+    """The product with one row of weights, computed in float32 whatever type the weights and the hidden states have."""
+
+    def __init__(self, weight_1H: torch.Tensor) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(weight_1H)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[..., H] to float32 [..., 1]."""
+        return torch.nn.functional.linear(hidden.float(), self.weight.float())
+
+
+def initial_weight(folder: str | pathlib.Path, hidden_size: int) -> torch.Tensor:
+    """The folder's value head, float32 [1, H]; zeros where it has none.
+
+    Values of 0 make the first advantages those of the returns, and every layout of ranks starts alike. Raises
+    ValueError for a head of several rows.
+    """
+    from safetensors import safe_open
+
+    for path in sorted(pathlib.Path(folder).glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            if HEAD_NAME not in file.keys():  # noqa: SIM118  (not a dict)
+                continue
+            weight: torch.Tensor = file.get_tensor(HEAD_NAME)
+            if tuple(weight.shape) != (1, hidden_size):
+                raise ValueError(
+                    f"{HEAD_NAME} in {path} has shape {tuple(weight.shape)}, but a critic's head is one row of "
+                    f"{hidden_size}; set critic_load to a model with one label"
+                )
+            return weight.float()
+    return torch.zeros(1, hidden_size)
