@@ -91,6 +91,10 @@ class AlgorithmConfig(Section):
     use_rollout_logprobs: bool = False
     """Take the engine's log-probabilities as those of the old policy."""
 
+    keep_old_actor: bool = False
+    """Keep copies of the versions that max_weight_staleness allows, in host memory, and take a token's log-probability
+    under the version that generated it as that of the old policy."""
+
     get_mismatch_metrics: bool = False
     """Report how far the engine's log-probabilities are from the trainer's, without changing the loss."""
 

@@ -81,6 +81,19 @@ class RolloutBatch:
         masks = [response_mask(self.samples[i]) for i in self.mine]
         return torch.from_numpy(np.concatenate(masks).astype(np.float32)) if masks else torch.zeros(0)
 
+    def token_versions(self, newest: int) -> torch.Tensor:
+        """Version of the policy that generated each of this rank's response tokens; int64 [T] on CPU.
+
+        `newest` where a sample does not say.
+        """
+        versions = [response_versions(self.samples[i], newest) for i in self.mine]
+        return torch.from_numpy(np.concatenate(versions)) if versions else torch.zeros(0, dtype=torch.int64)
+
+    def versions(self, newest: int) -> list[int]:
+        """Every version of a trained sample's token on any rank, ascending; `newest` as for `token_versions`."""
+        found = {int(v) for s in self.samples if is_trained(s) for v in np.unique(response_versions(s, newest))}
+        return sorted(found)
+
     def token_values(self, field: str) -> torch.Tensor | None:
         """`rollout_log_probs` or `teacher_log_probs` of this rank's samples; float32 [T] on CPU.
 
@@ -158,6 +171,14 @@ def is_trained(sample: Sample) -> bool:
 def response_mask(sample: Sample) -> npt.NDArray[np.uint8]:
     """The loss mask of the response tokens; uint8 [response_length]."""
     return np.ones(sample.response_length, np.uint8) if sample.loss_mask is None else sample.loss_mask
+
+
+def response_versions(sample: Sample, newest: int) -> npt.NDArray[np.int64]:
+    """Version that generated each response token; int64 [response_length]. `newest` where the sample does not say."""
+    versions = np.full(sample.response_length, newest, np.int64)
+    for span in sample.weight_versions:
+        versions[span.start : span.end] = span.version
+    return versions
 
 
 def trained_reward(sample: Sample, reward_key: str | None) -> float:

@@ -39,6 +39,8 @@ class Record:
     critic_iteration: int = 0
     critic_loss_scale: float = 1.0
     critic_good_steps: int = 0
+    old_versions: tuple[int, ...] = ()
+    """Of `OldActors`, whose weights are in the checkpoint."""
 
 
 def folder_name(step: int) -> str:
@@ -105,12 +107,19 @@ def _to_json(record: Record) -> dict[str, Any]:
         "critic_iteration": record.critic_iteration,
         "critic_loss_scale": record.critic_loss_scale,
         "critic_good_steps": record.critic_good_steps,
+        "old_versions": list(record.old_versions),
     }
 
 
 def _from_json(data: dict[str, Any]) -> Record:
-    fields = {field.name: data[field.name] for field in dataclasses.fields(Record) if field.name != "state"}
-    return Record(state=TrainerState.from_json(data["state"]), **fields)
+    names = [
+        field.name
+        for field in dataclasses.fields(Record)
+        if field.name in data or field.default is dataclasses.MISSING  # what older checkpoints lack has a default
+    ]
+    fields = {name: data[name] for name in names}
+    versions = tuple(int(version) for version in fields.pop("old_versions", ()))
+    return Record(**fields | {"state": TrainerState.from_json(data["state"]), "old_versions": versions})
 
 
 def _write_atomically(path: pathlib.Path, text: str) -> None:

@@ -21,6 +21,7 @@ from miles.algorithms.metrics import MetricSum
 from miles.algorithms.vocab_rows import TokenLogProbs
 from miles.services.trainer.backend import Progress
 from miles.services.trainer.batch import OptimizerStepPlan, RolloutBatch
+from miles.services.trainer.old_actors import OldActors
 from miles.services.trainer.packing import MicroBatch
 
 if TYPE_CHECKING:
@@ -87,3 +88,4 @@ class Roles:
     critic: Learner[torch.Tensor] | None = None
     """Gives values, float32 [R]."""
     reference: Reference | None = None
+    old_actors: OldActors | None = None

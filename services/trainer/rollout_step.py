@@ -29,6 +29,7 @@ from miles.services.trainer.batch import (
     in_order,
     trained_reward,
 )
+from miles.services.trainer.old_actors import OldActors
 from miles.services.trainer.packing import MicroBatch
 from miles.services.trainer.roles import Learner, OutputT, Report, Roles
 from miles.types import Sample, SampleGroup, SampleStatus
@@ -69,6 +70,8 @@ class TokenTensors:
     """Only what needs the whole batch."""
     seen: torch.Tensor
     """Log-probabilities before the first optimizer step: `train`, or filled in by the training pass."""
+    metrics: dict[str, MetricSum]
+    """Of what was computed so far."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -147,7 +150,7 @@ class RolloutTrainer(abc.ABC):
         self, batch: RolloutBatch, tokens: TokenTensors, lessons: Sequence[_Lesson[Any]], report: Report
     ) -> dict[str, float]:
         """Metrics of all optimizer steps, the same on every rank."""
-        parts: list[dict[str, MetricSum]] = []
+        parts = [tokens.metrics]
         norms: dict[str, list[float]] = {lesson.prefix: [] for lesson in lessons}
         count = len(batch.micro_batches) * len(lessons)
         done = 0
@@ -235,7 +238,14 @@ class RolloutTrainer(abc.ABC):
         )
         roles = self.roles
         needs_pass = settings.needs_log_prob_pass(config) or self._warms_up(number)
-        train = roles.policy.evaluate(batch, report) if needs_pass else None
+        metrics: dict[str, MetricSum] = {}
+        train = None
+        if roles.old_actors is not None:
+            train, kept = self._generating_log_probs(roles.old_actors, number, batch, rollout, report)
+            metrics["train/old_actor_ratio"] = MetricSum((kept * mask).sum(), float(mask.sum()))
+            roles.old_actors.keep(number)
+        elif needs_pass:
+            train = roles.policy.evaluate(batch, report)
         ref = None if roles.reference is None else roles.reference.evaluate(batch, report)
         values = None if roles.critic is None else roles.critic.evaluate(batch, report)
         advantages = compute_advantages(
@@ -273,7 +283,30 @@ class RolloutTrainer(abc.ABC):
             rollout=rollout,
             correction=correction,
             seen=seen,
+            metrics=metrics,
         )
+
+    def _generating_log_probs(
+        self, old: OldActors, number: int, batch: RolloutBatch, rollout: torch.Tensor | None, report: Report
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probabilities [T] under the versions that generated the tokens, and where an old actor said them [T].
+
+        For versions that are not kept, e.g. before a run was resumed without them, they are the engine's own.
+        """
+        versions_T = batch.token_versions(number).to(self._device)
+        log_probs_T = torch.zeros(len(versions_T), device=self._device)
+        kept_T = torch.zeros_like(log_probs_T)
+        for version in batch.versions(number):
+            here_T = versions_T == version
+            if version in old.copies:
+                said_T = old.evaluate(version, batch, report)
+                kept_T += here_T
+            elif version == number or rollout is None:
+                said_T = self.roles.policy.evaluate(batch, report)
+            else:
+                said_T = rollout
+            log_probs_T = torch.where(here_T, said_T, log_probs_T)
+        return log_probs_T, kept_T
 
     def _shaped_rewards(self, samples: Sequence[Sample]) -> torch.Tensor:
         """Group-normalised rewards of all N samples; float32 [N]. FAILED samples stand outside their group."""

@@ -85,7 +85,9 @@ def needs_log_prob_pass(config: JobConfig) -> bool:
     needed unless advantages or corrections of the whole batch are made from them.
     """
     algorithm = config.algorithm
-    return config.train.num_steps_per_rollout > 1 or algorithm.kl_coef > 0 or algorithm.use_mis
+    return (
+        config.train.num_steps_per_rollout > 1 or algorithm.kl_coef > 0 or algorithm.use_mis or algorithm.keep_old_actor
+    )
 
 
 def zero_reward_is_zero_gradient(config: JobConfig) -> bool:

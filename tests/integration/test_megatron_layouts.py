@@ -81,7 +81,12 @@ def case(name: str, base: str, folder: pathlib.Path, **flags: Any) -> dict[str, 
     model = {"replay": "moe", "ppo": "tied"}.get(base, base)
     replays = base in ("replay", "latent")
     routing = [EXPERTS, MOE_LAYERS[model], TOP_K] if replays else None
-    settings = {**TRAINING, "train_backend": "megatron", **(REPLAY if replays else PPO if base == "ppo" else {}), **flags}
+    settings = {
+        **TRAINING,
+        "train_backend": "megatron",
+        **(REPLAY if replays else PPO if base == "ppo" else {}),
+        **flags,
+    }
     return {"name": name, "model": str(folder / model), "flags": settings, "routing": routing}
 
 

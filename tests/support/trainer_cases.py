@@ -10,6 +10,10 @@ import numpy as np
 import torch
 
 from miles.config import JobConfig
+from miles.services.trainer.batch import RolloutBatch
+from miles.services.trainer.recorded import recorded
+from miles.services.trainer.rollout_step import RolloutTrainer
+from miles.services.trainer.sample_log import TokenNumbers
 from miles.types import Sample, SampleGroup, SampleStatus, VersionSpan
 
 VOCAB = 97
@@ -126,3 +130,17 @@ def hf_log_probs(model: pathlib.Path, groups: list[SampleGroup], temperature: fl
         log_probs = logits.log_softmax(-1).gather(1, tokens[1:, None])[:, 0]
         result.append(log_probs[sample.prompt_length - 1 :].numpy())
     return result
+
+
+def train_recorded(
+    trainer: RolloutTrainer, groups: list[SampleGroup], step: int = 0
+) -> tuple[dict[str, float], dict[tuple[int, int], TokenNumbers]]:
+    """Metrics, and by group and index what was known of a sample's tokens; on one rank."""
+    found: dict[tuple[int, int], TokenNumbers] = {}
+
+    def record(batch: RolloutBatch, **tokens: Any) -> None:
+        for sample, numbers in recorded(batch, len(groups), 0, **tokens):
+            assert numbers is not None
+            found[sample.group_id, sample.index] = numbers
+
+    return trainer.train(step, groups, lambda progress: None, record), found

@@ -71,6 +71,16 @@ def critic_settings_need_a_critic(s: Settings) -> Iterator[Fault]:
 
 
 @rule
+def old_log_probs_come_from_one_place(s: Settings) -> Iterator[Fault]:
+    if s.keep_old_actor and s.use_rollout_logprobs:
+        problem = "use_rollout_logprobs already takes the engine's log-probabilities as the old ones"
+        yield Fault("keep_old_actor", True, problem, "leave one of them out")
+    if s.keep_old_actor and s.use_routing_replay:
+        problem = "use_routing_replay replays what the policy chose, and old actors chose otherwise"
+        yield Fault("keep_old_actor", True, problem, "use use_rollout_routing_replay, or leave one of them out")
+
+
+@rule
 def corrections_do_not_pile_up(s: Settings) -> Iterator[Fault]:
     corrections = [key for key in ("use_tis", "use_mis", "use_icepop") if getattr(s, key)]
     if s.use_rollout_logprobs:

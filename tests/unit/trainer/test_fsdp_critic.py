@@ -9,18 +9,14 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from trainer_cases import hf_log_probs, job_config, random_groups, write_dense_model, write_moe_model
+from trainer_cases import hf_log_probs, job_config, random_groups, train_recorded, write_dense_model, write_moe_model
 
 from miles.services.trainer.backends.fsdp.backend import FsdpBackend
-from miles.services.trainer.batch import RolloutBatch
 from miles.services.trainer.checkpoint_record import folder_name
-from miles.services.trainer.recorded import recorded
-from miles.services.trainer.sample_log import TokenNumbers
 from miles.types import SampleGroup
 
 pytestmark = pytest.mark.usefixtures("process_group")
 
-Recorded = dict[tuple[int, int], TokenNumbers]
 PPO: dict[str, Any] = {"advantage_estimator": "ppo", "gamma": 0.97, "lambd": 0.9}
 # A step of Adam with a large epsilon is proportional to the gradient, so that weights after it show the gradient.
 GRADIENT_STEP: dict[str, Any] = {"adam_eps": 1.0, "lr": 1.0, "clip_grad": 0.0}
@@ -52,18 +48,6 @@ def loaded(model: pathlib.Path, checkpoints: pathlib.Path | None = None, **chang
 
 def train(backend: FsdpBackend, groups: list[SampleGroup], step: int = 0) -> dict[str, float]:
     return dict(backend.train(step, groups, lambda progress: None))
-
-
-def train_recorded(backend: FsdpBackend, groups: list[SampleGroup], step: int = 0) -> tuple[dict[str, float], Recorded]:
-    """Metrics, and by group and index what was known of a sample's tokens."""
-    found: Recorded = {}
-
-    def record(batch: RolloutBatch, **tokens: Any) -> None:
-        for sample, numbers in recorded(batch, len(groups), 0, **tokens):
-            assert numbers is not None
-            found[sample.group_id, sample.index] = numbers
-
-    return backend._loaded.trainer.train(step, groups, lambda progress: None, record), found
 
 
 def critic_weights(backend: FsdpBackend) -> dict[str, torch.Tensor]:
@@ -121,7 +105,7 @@ def test_advantages_and_the_critics_step_are_those_of_a_straight_line_computatio
 ) -> None:
     groups = random_groups(21)
     backend = loaded(dense, **GRADIENT_STEP, critic_load=str(reward_model), share_prompts=share)
-    metrics, known = train_recorded(backend, groups)
+    metrics, known = train_recorded(backend._loaded.trainer, groups)
 
     stock = StockCritic(reward_model)
     samples = [sample for group in groups for sample in group.samples]
@@ -147,7 +131,7 @@ def test_the_kl_to_the_reference_goes_into_the_reward(dense: pathlib.Path) -> No
     backend = loaded(dense, kl_coef=0.5, critic_lr=0.0)
     train(backend, random_groups(22))
     groups = random_groups(23)
-    _, known = train_recorded(backend, groups, 1)  # now the policy has left the reference
+    _, known = train_recorded(backend._loaded.trainer, groups, 1)  # now the policy has left the reference
     samples = [sample for group in groups for sample in group.samples]
     for sample, reference in zip(samples, hf_log_probs(dense, groups, 1.0), strict=True):
         numbers = known[sample.group_id, sample.index]

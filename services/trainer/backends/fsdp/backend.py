@@ -95,6 +95,8 @@ class FsdpBackend:
 
     def export(self) -> Iterator[tuple[str, torch.Tensor]]:
         """See the class and `TrainerBackend.export`."""
+        if self._loaded.roles.old_actors is not None:
+            self._loaded.roles.old_actors.publish()
         dtype = settings.DTYPES[self._config.rollout.rollout_dtype]
         limit = self._config.weights.update_weight_buffer_size
         return gathered(named_weights(self._loaded.policy), dtype, limit, self.new_bucket)
@@ -122,6 +124,7 @@ class FsdpBackend:
             config_digest=digest(self._config),
             loss_scale=policy.loss_scale.value,
             good_steps=policy.loss_scale.good_steps,
+            old_versions=() if parts.roles.old_actors is None else tuple(parts.roles.old_actors.copies),
         )
         if (critic := parts.roles.critic) is not None:
             record = dataclasses.replace(
@@ -188,6 +191,7 @@ class FsdpBackend:
             policy=trained(roles.policy),
             critic=None if roles.critic is None else trained(roles.critic),
             reference=roles.reference.model if roles.reference is not None and moves else None,
+            old_actors=roles.old_actors,
         )
 
     @property

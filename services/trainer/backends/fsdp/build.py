@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import pathlib
 from typing import TYPE_CHECKING
 
@@ -11,10 +12,11 @@ import torch
 from miles.algorithms.vocab_rows import TokenLogProbs
 from miles.services.trainer import settings
 from miles.services.trainer.backends.fsdp.forward import ForwardOptions, LogProbs, Values
-from miles.services.trainer.backends.fsdp.learner import FrozenModel, FsdpLearner
+from miles.services.trainer.backends.fsdp.learner import FrozenModel, FsdpLearner, local_weights
 from miles.services.trainer.backends.fsdp.model import Precision, load_hf_model, put_value_head, shard
 from miles.services.trainer.backends.fsdp.routing import Routing
 from miles.services.trainer.backends.fsdp.routing_replay import RoutingReplay
+from miles.services.trainer.old_actors import OldActors
 from miles.services.trainer.roles import Roles
 
 if TYPE_CHECKING:
@@ -30,6 +32,7 @@ class FsdpRoles(Roles):
     policy: FsdpLearner[TokenLogProbs]
     critic: FsdpLearner[torch.Tensor] | None = None
     reference: FrozenModel | None = None
+    old_actors: OldActors | None = None
     routing: Routing | None = None
     """Of the policy, where it is prescribed."""
 
@@ -77,7 +80,11 @@ class _Builder:
         if settings.needs_reference(config):
             reference = self._frozen(config.checkpoint.ref_load or model_dir, model)
         critic = self._critic(config.checkpoint.critic_load or model_dir) if settings.needs_critic(config) else None
-        return FsdpRoles(policy, critic, reference, routing)
+        old_actors = None
+        if algorithm.keep_old_actor:
+            weights = functools.partial(local_weights, model)
+            old_actors = OldActors(weights, policy.evaluate, config.rollout.max_weight_staleness)
+        return FsdpRoles(policy, critic, reference, old_actors, routing)
 
     def _critic(self, folder: str) -> FsdpLearner[torch.Tensor]:
         config = self._config

@@ -19,8 +19,11 @@ import torch.distributed as dist
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.tensor import DTensor
 
+from miles.services.trainer.backends.fsdp.model import named_weights
 from miles.services.trainer.checkpoint_record import Record, complete, read_record
+from miles.services.trainer.old_actors import OldActors
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +45,7 @@ class Contents:
     critic: Trained | None = None
     reference: torch.nn.Module | None = None
     """None unless it changes during the run."""
+    old_actors: OldActors | None = None
 
     def trained(self) -> dict[tuple[str, str], Trained]:
         """By the names of a model and of its optimizer's state."""
@@ -79,6 +83,8 @@ def load(directory: pathlib.Path, contents: Contents) -> Record:
     if contents.critic is not None and not is_there("critic"):
         logger.warning("%s has no critic; it starts from critic_load", directory)
         contents = dataclasses.replace(contents, critic=None)
+    if contents.old_actors is not None:
+        contents.old_actors.make_room(record.old_versions)
     tensors = _tensors(contents)
     random_key = _random_key()
     if not is_there(random_key):
@@ -103,7 +109,20 @@ def _tensors(contents: Contents) -> dict[str, Any]:
             tensors[optimizer] = get_optimizer_state_dict(trained.model, trained.optimizer)
     if contents.reference is not None:
         tensors["reference"] = contents.reference.state_dict()
+    if contents.old_actors is not None:
+        weights = dict(named_weights(contents.policy.model))
+        for version, copy in contents.old_actors.copies.items():
+            tensors[f"old_actor_{version}"] = {name: _like(weights[name], part) for name, part in copy.tensors.items()}
     return tensors
+
+
+def _like(weight: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
+    """This rank's part of a tensor that is sharded as `weight` is, without copying it."""
+    if not isinstance(weight, DTensor):
+        return part
+    return DTensor.from_local(
+        part, weight.device_mesh, weight.placements, run_check=False, shape=weight.shape, stride=weight.stride()
+    )
 
 
 def _random_key() -> str:

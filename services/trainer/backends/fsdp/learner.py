@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 
 from miles.algorithms.losses import LossOutput
 from miles.algorithms.metrics import MetricSum
@@ -109,6 +110,15 @@ class FsdpLearner(Learner[OutputT]):
         self.optimizer.zero_grad(set_to_none=True)
         self.iteration += 1
         return 0.0 if norm is None else norm
+
+
+def local_weights(model: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:
+    """Name and this rank's part of every weight; writing to the parts changes the model.
+
+    Going through `state_dict` has FSDP let go of weights that it has gathered, which would be out of date.
+    """
+    parts = [(name, weight.detach()) for name, weight in named_weights(model)]
+    return [(name, part.to_local() if isinstance(part, DTensor) else part) for name, part in parts]
 
 
 class FrozenModel:

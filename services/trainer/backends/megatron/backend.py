@@ -95,6 +95,8 @@ class MegatronBackend:
 
     def export(self) -> Iterator[tuple[str, torch.Tensor]]:
         """See the class and `TrainerBackend.export`."""
+        if self._loaded.roles.old_actors is not None:
+            self._loaded.roles.old_actors.publish()
         return self._loaded.exporter.tensors()
 
     def export_layout(self) -> Sequence[tuple[str, torch.dtype, tuple[int, ...]]]:
@@ -109,6 +111,7 @@ class MegatronBackend:
             iteration=parts.roles.policy.iteration,
             world_size=dist.get_world_size(),
             config_digest=digest(self._config),
+            old_versions=() if parts.roles.old_actors is None else tuple(parts.roles.old_actors.copies),
             critic_iteration=0 if parts.roles.critic is None else parts.roles.critic.iteration,
         )
         checkpoint.save(directory, self._contents(parts), record)
@@ -158,6 +161,7 @@ class MegatronBackend:
             model=roles.policy.model,
             optimizer=None if config.checkpoint.no_save_optim else roles.policy.optimizer.inner,
             reference=roles.reference.copy if roles.reference is not None and moves else None,
+            old_actors=roles.old_actors,
             critic=None if roles.critic is None else roles.critic.model,
             critic_optimizer=None
             if roles.critic is None or config.checkpoint.no_save_optim

@@ -16,6 +16,7 @@ from miles.services.trainer.backends.megatron.optimizer import MegatronOptimizer
 from miles.services.trainer.backends.megatron.reading import LogProbs, ReadingOptions, Values
 from miles.services.trainer.backends.megatron.replay import ModelReplay, moe_layer_numbers
 from miles.services.trainer.backends.megatron.routing import Routing
+from miles.services.trainer.old_actors import OldActors
 from miles.services.trainer.roles import Roles
 from miles.services.trainer.weight_copy import CopiedRole, WeightCopy
 
@@ -30,6 +31,7 @@ class MegatronRoles(Roles):
     policy: MegatronLearner[TokenLogProbs]
     critic: MegatronLearner[torch.Tensor] | None = None
     reference: CopiedRole | None = None
+    old_actors: OldActors | None = None
     routing: Routing | None = None
     """Of the policy, where it is prescribed."""
 
@@ -63,6 +65,9 @@ def build_roles(config: JobConfig, place: Place, device: torch.device) -> Megatr
         policy,
         _critic(config, place, compute, device) if settings.needs_critic(config) else None,
         None if reference is None else CopiedRole(reference, policy.evaluate_unrouted),
+        OldActors(model.parameters, policy.evaluate, config.rollout.max_weight_staleness)
+        if algorithm.keep_old_actor
+        else None,
         routing,
     )
 

@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 from miles.services.trainer.backends.megatron.model import MegatronModel
 from miles.services.trainer.checkpoint_record import Record, complete, read_record
+from miles.services.trainer.old_actors import OldActors
 from miles.services.trainer.weight_copy import WeightCopy
 
 _CONTENT = {
@@ -29,7 +30,8 @@ _CONTENT = {
 }
 
 
-_OPTIONAL = ("optimizer", "reference", "critic", "critic_optimizer")
+_OPTIMIZERS = ("optimizer", "critic_optimizer")
+_OPTIONAL = (*_OPTIMIZERS, "reference", "critic")
 """Contents that a checkpoint may lack."""
 logger = logging.getLogger(__name__)
 
@@ -45,6 +47,7 @@ class Contents:
     """None unless it changes during the run."""
     critic: MegatronModel | None = None
     critic_optimizer: Any | None = None
+    old_actors: OldActors | None = None
 
 
 def save(directory: pathlib.Path, contents: Contents, record: Record) -> None:
@@ -88,19 +91,21 @@ def _load_into(directory: pathlib.Path, saved: Contents, contents: Contents, rec
     """Read what the checkpoint has; `contents` may have more."""
     from megatron.core import dist_checkpointing
 
+    if saved.old_actors is not None:
+        saved.old_actors.make_room(record.old_versions)
     for each in (saved.optimizer, saved.critic_optimizer):
         if each is not None:
             _make_states(each)
     tensors = _tensors(saved, loading=True)
-    groups = {name: _groups_of(tensors[name]) for name in ("optimizer", "critic_optimizer") if name in tensors}
+    groups = {name: _groups_of(tensors[name]) for name in _OPTIMIZERS if name in tensors}
     loaded = dist_checkpointing.load(tensors, str(directory))
-    if saved.reference is not None:
-        _load_model(saved.model, loaded, "reference")
-        saved.reference.take()
+    for name, weights in _copies(saved).items():
+        _load_model(saved.model, loaded, name)
+        weights.take()
     _load_model(saved.model, loaded, "model")
     if saved.critic is not None:
         _load_model(saved.critic, loaded, "critic")
-    for name in ("optimizer", "critic_optimizer"):
+    for name in _OPTIMIZERS:
         if getattr(saved, name) is not None:
             _load_optimizer(getattr(saved, name), groups[name], loaded[name], directory)
         elif getattr(contents, name) is not None:
@@ -168,8 +173,8 @@ def _tensors(contents: Contents, *, loading: bool) -> dict[str, Any]:
         tensors["optimizer"] = contents.optimizer.sharded_state_dict(
             dict(tensors), is_loading=loading, metadata=_CONTENT
         )
-    if contents.reference is not None:
-        tensors |= _sharded_reference(contents.model, contents.reference)
+    for name, weights in _copies(contents).items():
+        tensors |= _sharded_copy(contents.model, weights, name)
     if contents.critic is not None:
         tensors |= _sharded_critic(contents.critic, contents.critic_optimizer, loading=loading)
     return tensors
@@ -194,20 +199,27 @@ def _sharded_model(model: MegatronModel, name: str) -> dict[str, Any]:
     return {key: chunk.sharded_state_dict() for key, chunk in zip(keys, chunks, strict=True)}
 
 
-def _sharded_reference(model: MegatronModel, reference: WeightCopy) -> dict[str, Any]:
-    """The reference's tensors under keys of their own, in the layout of the model."""
+def _copies(contents: Contents) -> dict[str, WeightCopy]:
+    """Copies of weights by the name under which they are saved."""
+    old = {} if contents.old_actors is None else contents.old_actors.copies
+    copies = {f"old_actor_{version}_": copy for version, copy in old.items()}
+    return copies if contents.reference is None else copies | {"reference": contents.reference}
+
+
+def _sharded_copy(model: MegatronModel, weights: WeightCopy, name: str) -> dict[str, Any]:
+    """A copy's tensors under keys of their own, in the layout of the model."""
     from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
     from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
 
     own = WeightCopy(model.parameters)
-    reference.put()
-    sharded = _sharded_model(model, "reference")
+    weights.put()
+    sharded = _sharded_model(model, name)
     for state in sharded.values():
         for key, value in state.items():
             if isinstance(value, ShardedTensor | ShardedTensorFactory) and value.data is not None:
                 state[key] = dataclasses.replace(value, data=value.data.detach().clone())
     own.put()
-    add_prefix_for_sharding(sharded, "reference.")
+    add_prefix_for_sharding(sharded, f"{name}.")
     return sharded
 
 
