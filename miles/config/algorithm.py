@@ -143,6 +143,15 @@ class AlgorithmConfig(Section):
     rs_veto_threshold: NonNegativeFloat = 1e-4
     """use_mis: one token ratio below this rejects the whole sequence; 0 never does."""
 
+    use_opd: bool = False
+    """On-policy distillation: subtract the KL divergence to a teacher from the advantages of its own tokens."""
+
+    opd_type: Literal["sglang", "megatron"] | None = None
+    """Where the teacher is: megatron loads it in the trainer, whatever its backend; sglang is not there yet."""
+
+    opd_kl_coef: NonNegativeFloat = 1.0
+    """Weight of that divergence."""
+
     use_routing_replay: bool = False
     """Train mixture-of-experts models with the experts that the trainer's log-probability pass chose."""
 

@@ -28,6 +28,10 @@ class CheckpointConfig(Section):
     ref_load: Annotated[str | None, Derived("hf_checkpoint, when a KL term needs it"), Metavar("DIR")] = None
     """Hugging Face folder of the reference model."""
 
+    opd_teacher_load: Annotated[str | None, Metavar("DIR")] = None
+    """Hugging Face folder of the teacher (use_opd): a model with the policy's vocabulary, and with train_backend
+    megatron of the policy's shape."""
+
     critic_load: Annotated[str | None, Derived("hf_checkpoint, with ppo"), Metavar("DIR")] = None
     """Hugging Face folder that the critic starts from, such as a reward model's of the policy's family. Its
     `score.weight` of one row is the value head, which starts at 0 where there is none."""

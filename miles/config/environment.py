@@ -13,7 +13,7 @@ from miles.config.device import visible_gpus
 from miles.config.dotted_path import why_not_importable
 from miles.config.faults import Fault
 from miles.config.job import JobConfig
-from miles.config.model_layout import layout_faults
+from miles.config.model_layout import layout_faults, shape_differences
 from miles.config.rules.registry import Rule, run_rules
 from miles.config.settings import Settings
 
@@ -47,9 +47,15 @@ def _models(s: Settings) -> Iterator[Fault]:
     if not s.hf_checkpoint:
         return  # a rule reports it
     yield from _model_folder("hf_checkpoint", s.hf_checkpoint)
-    for key in ("ref_load", "critic_load"):
-        if getattr(s, key) not in (None, s.hf_checkpoint):
-            yield from _model_folder(key, getattr(s, key))
+    for key in ("ref_load", "critic_load", "opd_teacher_load"):
+        folder = getattr(s, key)
+        if folder in (None, s.hf_checkpoint):
+            continue
+        yield from _model_folder(key, folder)
+        differences = shape_differences(s.hf_checkpoint, folder) if s.train_backend == "megatron" else []
+        if differences:
+            problem = f"train_backend = megatron holds it in the shape of hf_checkpoint, and {differences[0]}"
+            yield Fault(key, folder, problem, "give a model of that shape, or train with fsdp")
     if s.apply_chat_template and s.chat_template_path is None and os.path.isdir(s.hf_checkpoint):
         yield from _chat_template(pathlib.Path(s.hf_checkpoint))
 

@@ -17,15 +17,43 @@ def layout_faults(s: Settings) -> Iterator[Fault]:
     """Every size that does not divide what it splits; nothing where the model cannot be read."""
     if s.train_backend != "megatron" or not s.hf_checkpoint:
         return
-    try:
-        model = json.loads((pathlib.Path(s.hf_checkpoint) / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return  # reported where folders are checked
-    if isinstance(model, dict):
-        model = {**model, **model.get("text_config", {})}
+    model = _model_config(s.hf_checkpoint)
+    if model:
         yield from _tensor_faults(s, model)
         yield from _pipeline_faults(s, model)
         yield from _expert_faults(s, model)
+
+
+_SHAPE = (
+    "model_type",
+    "num_hidden_layers",
+    "hidden_size",
+    "intermediate_size",
+    "moe_intermediate_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "vocab_size",
+    "tie_word_embeddings",
+    *_EXPERT_COUNTS,
+)
+
+
+def shape_differences(folder: str, other: str) -> list[str]:
+    """How the model of another Hugging Face folder has other tensors, in words; nothing where one cannot be read."""
+    models = [_model_config(each) for each in (folder, other)]
+    if not all(models):
+        return []  # reported where folders are checked
+    one, two = models
+    return [f"{key} is {two.get(key)} instead of {one.get(key)}" for key in _SHAPE if one.get(key) != two.get(key)]
+
+
+def _model_config(folder: str) -> dict[str, Any]:
+    try:
+        model = json.loads((pathlib.Path(folder) / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return {**model, **model.get("text_config", {})} if isinstance(model, dict) else {}
 
 
 def _tensor_faults(s: Settings, model: dict[str, Any]) -> Iterator[Fault]:

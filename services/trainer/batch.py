@@ -94,14 +94,14 @@ class RolloutBatch:
         found = {int(v) for s in self.samples if is_trained(s) for v in np.unique(response_versions(s, newest))}
         return sorted(found)
 
-    def token_values(self, field: str) -> torch.Tensor | None:
-        """`rollout_log_probs` or `teacher_log_probs` of this rank's samples; float32 [T] on CPU.
+    def rollout_log_probs(self) -> torch.Tensor | None:
+        """The engine's log-probabilities of this rank's samples; float32 [T] on CPU.
 
         None when a trained sample of the rollout, on any rank, lacks them.
         """
-        if any(getattr(sample, field) is None for sample in self.samples if is_trained(sample)):
+        if any(sample.rollout_log_probs is None for sample in self.samples if is_trained(sample)):
             return None
-        values = [getattr(self.samples[i], field) for i in self.mine]
+        values = [x for x in (self.samples[i].rollout_log_probs for i in self.mine) if x is not None]
         return torch.from_numpy(np.concatenate(values).astype(np.float32)) if values else torch.zeros(0)
 
 

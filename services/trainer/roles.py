@@ -88,4 +88,5 @@ class Roles:
     critic: Learner[torch.Tensor] | None = None
     """Gives values, float32 [R]."""
     reference: Reference | None = None
+    teacher: Role | None = None
     old_actors: OldActors | None = None

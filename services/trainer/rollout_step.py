@@ -65,6 +65,8 @@ class TokenTensors:
     train: torch.Tensor | None
     """Log-probabilities of the policy as it is; None when the training pass itself gives them."""
     ref: torch.Tensor | None
+    opd_reverse_kl: torch.Tensor | None
+    """log p_student - log p_teacher; None without a teacher."""
     rollout: torch.Tensor | None
     correction: Correction | None
     """Only what needs the whole batch."""
@@ -195,6 +197,7 @@ class RolloutTrainer(abc.ABC):
                 train_log_probs_T=None if tokens.train is None else tokens.train[where],
                 rollout_log_probs_T=None if tokens.rollout is None else tokens.rollout[where],
                 ref_log_probs_T=None if tokens.ref is None else tokens.ref[where],
+                opd_reverse_kl_T=None if tokens.opd_reverse_kl is None else tokens.opd_reverse_kl[where],
                 correction=None if tokens.correction is None else tokens.correction.take(batch.packing, members),
                 denominator=step.num_tokens if per_token else step.num_samples,
             ),
@@ -232,10 +235,8 @@ class RolloutTrainer(abc.ABC):
         """Everything that is computed on the whole batch before the first optimizer step."""
         config, device, group = self._config, self._device, self._data_ranks.group
         mask = batch.masks().to(device)
-        rollout, teacher = (
-            None if x is None else x.to(device)
-            for x in (batch.token_values("rollout_log_probs"), batch.token_values("teacher_log_probs"))
-        )
+        rollout = batch.rollout_log_probs()
+        rollout = None if rollout is None else rollout.to(device)
         roles = self.roles
         needs_pass = settings.needs_log_prob_pass(config) or self._warms_up(number)
         metrics: dict[str, MetricSum] = {}
@@ -247,6 +248,7 @@ class RolloutTrainer(abc.ABC):
         elif needs_pass:
             train = roles.policy.evaluate(batch, report)
         ref = None if roles.reference is None else roles.reference.evaluate(batch, report)
+        teacher = None if roles.teacher is None else roles.teacher.evaluate(batch, report)
         values = None if roles.critic is None else roles.critic.evaluate(batch, report)
         advantages = compute_advantages(
             settings.advantage_config(config),
@@ -280,6 +282,7 @@ class RolloutTrainer(abc.ABC):
             values=values,
             train=train,
             ref=ref,
+            opd_reverse_kl=advantages.opd_reverse_kl_T,
             rollout=rollout,
             correction=correction,
             seen=seen,

@@ -78,6 +78,11 @@ def needs_reference(config: JobConfig) -> bool:
     return config.algorithm.use_kl_loss or config.algorithm.kl_coef > 0
 
 
+def teacher_folder(config: JobConfig) -> str | None:
+    """Where the teacher of on-policy distillation is; None without one."""
+    return config.checkpoint.opd_teacher_load if config.algorithm.use_opd else None
+
+
 def needs_log_prob_pass(config: JobConfig) -> bool:
     """Whether the old policy's log-probabilities must be known before the first backward pass.
 
@@ -86,7 +91,11 @@ def needs_log_prob_pass(config: JobConfig) -> bool:
     """
     algorithm = config.algorithm
     return (
-        config.train.num_steps_per_rollout > 1 or algorithm.kl_coef > 0 or algorithm.use_mis or algorithm.keep_old_actor
+        config.train.num_steps_per_rollout > 1
+        or algorithm.kl_coef > 0
+        or algorithm.use_mis
+        or algorithm.use_opd
+        or algorithm.keep_old_actor
     )
 
 
@@ -101,6 +110,7 @@ def zero_reward_is_zero_gradient(config: JobConfig) -> bool:
         estimator.function is reward_on_every_token
         and not estimator.whiten
         and not algorithm.normalize_advantages
+        and not algorithm.use_opd
         and algorithm.kl_coef == algorithm.entropy_coef == 0
         and not (algorithm.use_kl_loss and algorithm.kl_loss_coef)
     )

@@ -21,7 +21,7 @@ _SAME_AS_THE_POLICY = {"critic_lr": "lr", "critic_load": "hf_checkpoint"}
 
 @rule
 def comparing_estimators_get_several_samples(s: Settings) -> Iterator[Fault]:
-    compares = s.advantage_estimator in _COMPARES_SAMPLES and s.rewards_normalization
+    compares = s.advantage_estimator in _COMPARES_SAMPLES and s.rewards_normalization and not s.use_opd
     if compares and s.n_samples_per_prompt == 1 and s.num_rollout != 0:
         problem = f"{s.advantage_estimator} compares the samples of a prompt, so every advantage would be 0"
         yield Fault("n_samples_per_prompt", 1, problem, "set it to 2 or more")
@@ -68,6 +68,21 @@ def critic_settings_need_a_critic(s: Settings) -> Iterator[Fault]:
             continue
         problem = f"advantage_estimator = {s.advantage_estimator} has no critic"
         yield Fault(key, value, problem, "set advantage_estimator to ppo, or leave it out")
+
+
+@rule
+def distillation_has_a_teacher(s: Settings) -> Iterator[Fault]:
+    for key in ("opd_type", "opd_kl_coef", "opd_teacher_load"):
+        yield from needs(s, key, "use_opd")
+    if not s.use_opd:
+        return
+    if s.opd_type == "sglang":
+        problem = "no server is asked for the teacher's log-probabilities"
+        yield Fault("opd_type", "sglang", problem, "set it to megatron, which loads the teacher in any trainer")
+    elif s.opd_type is None:
+        yield Fault("opd_type", None, "use_opd does not say where its teacher is", "set it to megatron")
+    elif s.opd_teacher_load is None:
+        yield Fault("opd_teacher_load", None, "use_opd needs a teacher", "set it to a Hugging Face folder")
 
 
 @rule

@@ -32,6 +32,7 @@ class FsdpRoles(Roles):
     policy: FsdpLearner[TokenLogProbs]
     critic: FsdpLearner[torch.Tensor] | None = None
     reference: FrozenModel | None = None
+    teacher: FrozenModel | None = None
     old_actors: OldActors | None = None
     routing: Routing | None = None
     """Of the policy, where it is prescribed."""
@@ -79,12 +80,14 @@ class _Builder:
         reference = None
         if settings.needs_reference(config):
             reference = self._frozen(config.checkpoint.ref_load or model_dir, model)
+        folder = settings.teacher_folder(config)
+        teacher = None if folder is None else self._frozen(folder, model)
         critic = self._critic(config.checkpoint.critic_load or model_dir) if settings.needs_critic(config) else None
         old_actors = None
         if algorithm.keep_old_actor:
             weights = functools.partial(local_weights, model)
             old_actors = OldActors(weights, policy.evaluate, config.rollout.max_weight_staleness)
-        return FsdpRoles(policy, critic, reference, old_actors, routing)
+        return FsdpRoles(policy, critic, reference, teacher, old_actors, routing)
 
     def _critic(self, folder: str) -> FsdpLearner[torch.Tensor]:
         config = self._config

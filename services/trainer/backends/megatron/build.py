@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from miles.algorithms.vocab_rows import TokenLogProbs
+from miles.config.model_layout import shape_differences
 from miles.services.trainer import settings
 from miles.services.trainer.backends.megatron.groups import Place
 from miles.services.trainer.backends.megatron.learner import MegatronLearner
@@ -31,6 +32,7 @@ class MegatronRoles(Roles):
     policy: MegatronLearner[TokenLogProbs]
     critic: MegatronLearner[torch.Tensor] | None = None
     reference: CopiedRole | None = None
+    teacher: CopiedRole | None = None
     old_actors: OldActors | None = None
     routing: Routing | None = None
     """Of the policy, where it is prescribed."""
@@ -45,6 +47,8 @@ def build_roles(config: JobConfig, place: Place, device: torch.device) -> Megatr
     algorithm = config.algorithm
     model = build_model(config, place, compute)
     reference = _weights_of(model, config, config.checkpoint.ref_load) if settings.needs_reference(config) else None
+    teacher_folder = settings.teacher_folder(config)
+    teacher = None if teacher_folder is None else _weights_of(model, config, teacher_folder)
     routing = _routing(config, model, place, device)
     options = ReadingOptions(
         temperature=config.rollout.rollout_temperature or 1.0,
@@ -65,6 +69,7 @@ def build_roles(config: JobConfig, place: Place, device: torch.device) -> Megatr
         policy,
         _critic(config, place, compute, device) if settings.needs_critic(config) else None,
         None if reference is None else CopiedRole(reference, policy.evaluate_unrouted),
+        None if teacher is None else CopiedRole(teacher, policy.evaluate_unrouted),
         OldActors(model.parameters, policy.evaluate, config.rollout.max_weight_staleness)
         if algorithm.keep_old_actor
         else None,
@@ -82,9 +87,18 @@ def _critic(
 
 
 def _weights_of(model: MegatronModel, config: JobConfig, folder: str | None) -> WeightCopy:
-    """The weights of another folder, of the model's shape; of the model itself where none is given."""
-    if folder in (None, config.rollout.hf_checkpoint):
+    """The weights of another folder; of the model itself where none is given.
+
+    Raises ValueError for a folder with a model of another shape.
+    """
+    if folder is None or folder == config.rollout.hf_checkpoint:
         return WeightCopy(model.parameters)
+    differences = shape_differences(str(config.rollout.hf_checkpoint), folder)
+    if differences:
+        raise ValueError(
+            f"the weights of {folder} cannot take the place of the policy's: {'; '.join(differences)}; give a model of "
+            "the policy's shape, or train with fsdp"
+        )
     policy = WeightCopy(model.parameters)
     model.bridge.load_hf_weights(model.chunks, hf_path=folder)
     other = WeightCopy(model.parameters)
