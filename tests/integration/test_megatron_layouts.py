@@ -38,6 +38,7 @@ PPO = {
     "num_critic_only_steps": 1,
     "normalize_advantages": True,
 }
+OLD = {"keep_old_actor": True, "max_weight_staleness": 2, "use_opd": True, "opd_type": "megatron"}
 RECOMPUTE = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
 
 TP2 = {"tensor_model_parallel_size": 2}
@@ -69,6 +70,8 @@ LAYOUTS: dict[str, tuple[int, str, dict[str, Any]]] = {
     "ppo-vpp": (2, "ppo", VPP),
     "ppo-dp2": (2, "ppo", DP2),
     "ppo-cp2": (2, "ppo", CP2),
+    "old-sp": (2, "old", SP),
+    "old-pp2": (2, "old", PP2),
     "dense-tp2-pp2": (4, "dense", {**TP2, **PP2}),
     "replay-tp2-pp2": (4, "replay", {**SP, **PP2}),
     "replay-tp2-ep2": (4, "replay", {**SP, **EP2, **DP2}),
@@ -77,17 +80,17 @@ LAYOUTS: dict[str, tuple[int, str, dict[str, Any]]] = {
 
 
 def case(name: str, base: str, folder: pathlib.Path, **flags: Any) -> dict[str, Any]:
-    """What `backend_cases` is to run; `base` is a model, or replay (of the moe model) or ppo (of the tied one)."""
-    model = {"replay": "moe", "ppo": "tied"}.get(base, base)
+    """What `backend_cases` is to run; `base` is a model, or what is done with one.
+
+    That is replay (of the moe model), ppo (of the tied one), or old: kept old actors and a teacher (the dense one).
+    """
+    model = {"replay": "moe", "ppo": "tied", "old": "dense"}.get(base, base)
     replays = base in ("replay", "latent")
     routing = [EXPERTS, MOE_LAYERS[model], TOP_K] if replays else None
-    settings = {
-        **TRAINING,
-        "train_backend": "megatron",
-        **(REPLAY if replays else PPO if base == "ppo" else {}),
-        **flags,
-    }
-    return {"name": name, "model": str(folder / model), "flags": settings, "routing": routing}
+    training = {"ppo": PPO, "old": {**OLD, "opd_teacher_load": str(folder / "teacher")}}.get(base, {})
+    settings = {**TRAINING, "train_backend": "megatron", **(REPLAY if replays else training), **flags}
+    old = base == "old"
+    return {"name": name, "model": str(folder / model), "flags": settings, "routing": routing, "off_policy": old}
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +99,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     out = tmp_path_factory.mktemp("layouts")
     for name, family in MODELS.items():
         write_model(family, out / name)
+    write_model(MODELS["dense"], out / "teacher", seed=1)
     fsdp = {"train_backend": "fsdp"}
     run_cases(
         [
@@ -104,21 +108,23 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
             case("fsdp-moe", "moe", out, **fsdp),
             case("fsdp-replay", "replay", out, **fsdp, share_prompts=False),
             case("fsdp-ppo", "ppo", out, **fsdp),
+            case("fsdp-old", "old", out, **fsdp),
         ],
         out,
         megatron=False,
     )
-    run_cases([case("fsdp-ppo-dp2", "ppo", out, **fsdp)], out, ranks=2, megatron=False)
-    alone = [case(name, name, out) for name in ("dense", "tied", "moe", "replay", "latent", "ppo")]
-    ppo_saved = {**case("ppo-saved", "ppo", out, **DP2), "save_at": 2}
-    ppo_resumed = case("ppo-resumed", "ppo", out, **DP2, load=str(out / "ppo-saved" / "checkpoints"))
+    run_cases([case(f"fsdp-{base}-dp2", base, out, **fsdp) for base in ("ppo", "old")], out, ranks=2, megatron=False)
+    alone = [case(name, name, out) for name in ("dense", "tied", "moe", "replay", "latent", "ppo", "old")]
+    for base in ("ppo", "old"):
+        alone.append({**case(f"{base}-saved", base, out, **DP2), "save_at": 2})
+        alone.append(case(f"{base}-resumed", base, out, **DP2, load=str(out / f"{base}-saved" / "checkpoints")))
     saved = {**case("saved", "moe", out, **DP2), "save_at": 2, "save_hf": True}
     resumed = case("resumed", "moe", out, **DP2, load=str(out / "saved" / "checkpoints"))
     moving = {"use_kl_loss": True, "kl_loss_coef": 0.1, "ref_update_interval": 2, **DP2}
     moved = {**case("moved", "dense", out, **moving), "save_at": 3, "steps": 4}
     removed = {**case("moved-resumed", "dense", out, **moving, load=str(out / "moved" / "checkpoints")), "steps": 4}
     replayed = case("recomputed", "replay", out, **RECOMPUTE)
-    run_cases([*alone, replayed, saved, resumed, moved, removed, ppo_saved, ppo_resumed], out)
+    run_cases([*alone, replayed, saved, resumed, moved, removed], out)
     for ranks in (2, 4):
         cases = [case(name, base, out, **flags) for name, (n, base, flags) in LAYOUTS.items() if n == ranks]
         if ranks == 2:
@@ -145,7 +151,7 @@ def worst_differences(out: pathlib.Path, left: str, right: str) -> tuple[float, 
     return max(metrics), max(float((weights[0][name] - weights[1][name]).abs().max()) for name in weights[0])
 
 
-@pytest.mark.parametrize("base", ["dense", "tied", "moe", "replay", "ppo"])
+@pytest.mark.parametrize("base", ["dense", "tied", "moe", "replay", "ppo", "old"])
 def test_one_process_trains_as_the_fsdp_backend_does(results: pathlib.Path, base: str) -> None:
     metrics, weights = worst_differences(results, f"fsdp-{base}", base)
     assert metrics < 1e-4
@@ -184,8 +190,9 @@ def test_a_resumed_run_goes_on_bit_for_bit(results: pathlib.Path) -> None:
     assert worst_differences(results, "saved", "resumed") == (0.0, 0.0)
 
 
-def test_two_replicas_of_the_fsdp_backend_train_a_critic_as_one_does(results: pathlib.Path) -> None:
-    metrics, weights = worst_differences(results, "fsdp-ppo", "fsdp-ppo-dp2")
+@pytest.mark.parametrize("base", ["ppo", "old"])
+def test_two_replicas_of_the_fsdp_backend_train_as_one_does(results: pathlib.Path, base: str) -> None:
+    metrics, weights = worst_differences(results, f"fsdp-{base}", f"fsdp-{base}-dp2")
     assert metrics < 1e-5
     assert weights < 1e-5
 
@@ -195,6 +202,13 @@ def test_a_critic_is_resumed_bit_for_bit(results: pathlib.Path) -> None:
     assert "train/pg_loss" not in steps[0]  # warm-up
     assert all(step["train/value_loss"] > 0.01 for step in steps)
     assert worst_differences(results, "ppo-saved", "ppo-resumed") == (0.0, 0.0)
+
+
+def test_old_actors_are_resumed_bit_for_bit(results: pathlib.Path) -> None:
+    steps = json.loads((results / "old.json").read_text())["metrics"]
+    assert all(0.2 < step["train/old_actor_ratio"] < 0.6 for step in steps[1:])
+    assert all(abs(step["train/opd_reverse_kl"]) > 0.01 for step in steps)
+    assert worst_differences(results, "old-saved", "old-resumed") == (0.0, 0.0)
 
 
 def test_a_reference_that_moves_is_resumed_as_it_was(results: pathlib.Path) -> None:

@@ -15,6 +15,7 @@ from trainer_cases import job_config, random_groups
 
 from miles.services.trainer.backend import TrainerBackend
 from miles.services.trainer.worker import create_backend
+from miles.types import VersionSpan
 
 STEPS = 3
 
@@ -23,7 +24,8 @@ def run_case(case: dict[str, Any], out: pathlib.Path) -> None:
     """Carry out a case on every rank; rank 0 writes `NAME.json` (metrics) and `NAME.safetensors` (exported weights).
 
     A case has: name, model (folder), flags (changes of the configuration), routing (experts, layers, top-k) or None,
-    and optionally save, load and extra steps; see `tests/integration/test_megatron_backend.py`.
+    and optionally steps, save_at, save_hf, and off_policy for samples of two versions; see
+    `tests/integration/test_megatron_layouts.py`.
     """
     name, routing = case["name"], case.get("routing")
     config = job_config(
@@ -35,8 +37,10 @@ def run_case(case: dict[str, Any], out: pathlib.Path) -> None:
     metrics = []
     for step in range(state.step, case.get("steps", STEPS)):
         groups = random_groups(step, routing=tuple(routing) if routing else None)
-        for sample in (s for group in groups for s in group.samples):
-            sample.teacher_log_probs = None
+        if case.get("off_policy"):
+            exported(backend)  # as engines get each version
+            for sample in (s for group in groups for s in group.samples):
+                sample.weight_versions = two_versions(sample.response_length, step)
         metrics.append(dict(backend.train(step, groups, lambda progress: None)))
         state.finish_step({})
         if case.get("save_at") == step + 1:
@@ -49,6 +53,13 @@ def run_case(case: dict[str, Any], out: pathlib.Path) -> None:
         save_file(weights, out / f"{name}.safetensors")
         (out / f"{name}.json").write_text(json.dumps({"metrics": metrics, "layout": layout}))
     backend.close()
+
+
+def two_versions(length: int, newest: int) -> tuple[VersionSpan, ...]:
+    """The first half of a response is of an older version."""
+    half = length // 2
+    older = () if half == 0 else (VersionSpan(max(0, newest - 2), 0, half),)
+    return (*older, VersionSpan(newest, half, length)) if newest else (VersionSpan(0, 0, length),)
 
 
 def device() -> torch.device:

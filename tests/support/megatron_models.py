@@ -49,13 +49,13 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 """Family: the prefix of its classes in transformers, and what it sets besides the common sizes."""
 
 
-def write_model(family: str, folder: pathlib.Path) -> pathlib.Path:
+def write_model(family: str, folder: pathlib.Path, seed: int = 0) -> pathlib.Path:
     """A random model of a family with its tokenizer; float32."""
     import transformers
 
     prefix, changes = FAMILIES[family]
     text = "TextConfig" if prefix in ("Gemma3", "Llama4") else "Config"
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     config = getattr(transformers, prefix + text)(**{**_COMMON, **changes})
     model = getattr(transformers, prefix + "ForCausalLM")(config)
     with torch.no_grad():
