@@ -8,13 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
+import torch
+
 from miles.services.trainer.weight_copy import CopiedRole, WeightCopy, Weights
 
 if TYPE_CHECKING:
-    import torch
-
     from miles.services.trainer.batch import RolloutBatch
-    from miles.services.trainer.roles import Report
+    from miles.services.trainer.roles import Report, Role
 
 
 class OldActors:
@@ -57,3 +57,26 @@ class OldActors:
     def evaluate(self, version: int, batch: RolloutBatch, report: Report) -> torch.Tensor:
         """As `Role.evaluate`, of a version that is among the copies."""
         return CopiedRole(self.copies[version], self._evaluate).evaluate(batch, report)
+
+    def log_probs(
+        self, number: int, batch: RolloutBatch, policy: Role, engine_T: torch.Tensor | None, report: Report
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probabilities [T] of the versions that generated the tokens, and 1 where an old actor gave them [T].
+
+        The policy is of version `number`. Versions that are not kept, e.g. because a run was resumed without them, are
+        known from the engine (`engine_T`). Every version that occurs costs a pass over the batch.
+        """
+        versions_T = batch.token_versions(number)
+        log_probs_T = torch.zeros(len(versions_T))
+        kept_T = torch.zeros(len(versions_T))
+        for version in batch.versions(number):
+            here_T = versions_T == version
+            if version in self.copies:
+                given_T = self.evaluate(version, batch, report)
+                kept_T += here_T
+            elif version == number or engine_T is None:
+                given_T = policy.evaluate(batch, report)
+            else:
+                given_T = engine_T
+            log_probs_T = torch.where(here_T.to(given_T.device), given_T, log_probs_T.to(given_T.device))
+        return log_probs_T, kept_T.to(log_probs_T.device)

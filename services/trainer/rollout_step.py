@@ -29,7 +29,6 @@ from miles.services.trainer.batch import (
     in_order,
     trained_reward,
 )
-from miles.services.trainer.old_actors import OldActors
 from miles.services.trainer.packing import MicroBatch
 from miles.services.trainer.roles import Learner, OutputT, Report, Roles
 from miles.types import Sample, SampleGroup, SampleStatus
@@ -63,7 +62,8 @@ class TokenTensors:
     values: torch.Tensor | None
     """The critic's; None when there is none."""
     train: torch.Tensor | None
-    """Log-probabilities of the policy as it is; None when the training pass itself gives them."""
+    """Log-probabilities of the old policy: of the policy as it is, or of the versions that generated the tokens. None
+    when the training pass itself gives them."""
     ref: torch.Tensor | None
     opd_reverse_kl: torch.Tensor | None
     """log p_student - log p_teacher; None without a teacher."""
@@ -238,15 +238,7 @@ class RolloutTrainer(abc.ABC):
         rollout = batch.rollout_log_probs()
         rollout = None if rollout is None else rollout.to(device)
         roles = self.roles
-        needs_pass = settings.needs_log_prob_pass(config) or self._warms_up(number)
-        metrics: dict[str, MetricSum] = {}
-        train = None
-        if roles.old_actors is not None:
-            train, kept = self._generating_log_probs(roles.old_actors, number, batch, rollout, report)
-            metrics["train/old_actor_ratio"] = MetricSum((kept * mask).sum(), float(mask.sum()))
-            roles.old_actors.keep(number)
-        elif needs_pass:
-            train = roles.policy.evaluate(batch, report)
+        train, metrics = self._old_log_probs(number, batch, rollout, mask, report)
         ref = None if roles.reference is None else roles.reference.evaluate(batch, report)
         teacher = None if roles.teacher is None else roles.teacher.evaluate(batch, report)
         values = None if roles.critic is None else roles.critic.evaluate(batch, report)
@@ -289,27 +281,20 @@ class RolloutTrainer(abc.ABC):
             metrics=metrics,
         )
 
-    def _generating_log_probs(
-        self, old: OldActors, number: int, batch: RolloutBatch, rollout: torch.Tensor | None, report: Report
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Log-probabilities [T] under the versions that generated the tokens, and where an old actor said them [T].
-
-        For versions that are not kept, e.g. before a run was resumed without them, they are the engine's own.
-        """
-        versions_T = batch.token_versions(number).to(self._device)
-        log_probs_T = torch.zeros(len(versions_T), device=self._device)
-        kept_T = torch.zeros_like(log_probs_T)
-        for version in batch.versions(number):
-            here_T = versions_T == version
-            if version in old.copies:
-                said_T = old.evaluate(version, batch, report)
-                kept_T += here_T
-            elif version == number or rollout is None:
-                said_T = self.roles.policy.evaluate(batch, report)
-            else:
-                said_T = rollout
-            log_probs_T = torch.where(here_T, said_T, log_probs_T)
-        return log_probs_T, kept_T
+    def _old_log_probs(
+        self, number: int, batch: RolloutBatch, rollout_T: torch.Tensor | None, mask_T: torch.Tensor, report: Report
+    ) -> tuple[torch.Tensor | None, dict[str, MetricSum]]:
+        """Log-probabilities [T] of the old policy, None where the training pass gives them; and metrics."""
+        policy, old = self.roles.policy, self.roles.old_actors
+        if old is not None:
+            numbers = old.log_probs(number, batch, policy, rollout_T, report)
+            log_probs_T, kept_T = (each_T.to(self._device) for each_T in numbers)
+            old.keep(number)
+            ratio = MetricSum((kept_T * mask_T).sum(), float(mask_T.sum()))
+            return log_probs_T, {"train/old_actor_ratio": ratio}
+        if settings.needs_log_prob_pass(self._config) or self._warms_up(number):
+            return policy.evaluate(batch, report), {}
+        return None, {}
 
     def _shaped_rewards(self, samples: Sequence[Sample]) -> torch.Tensor:
         """Group-normalised rewards of all N samples; float32 [N]. FAILED samples stand outside their group."""

@@ -39,6 +39,14 @@ def test_an_incomplete_model_is_noticed(files: pathlib.Path, missing: str, expec
     [
         ({"hf_checkpoint": "nowhere"}, "hf_checkpoint = nowhere, but there is no such folder"),
         ({"ref_load": "nowhere"}, "ref_load = nowhere, but there is no such folder"),
+        (
+            {"advantage_estimator": "ppo", "critic_load": "nowhere"},
+            "critic_load = nowhere, but there is no such folder",
+        ),
+        (
+            {"use_opd": True, "opd_type": "megatron", "opd_teacher_load": "nowhere"},
+            "opd_teacher_load = nowhere, but there is no such folder",
+        ),
         ({"load": "nowhere"}, "load = nowhere, but there is no such folder"),
         ({"apply_chat_template": True}, "apply_chat_template = true, but the tokenizer in model has no chat template"),
         (

@@ -10,7 +10,7 @@ import pytest
 from config_cases import MINIMAL
 
 from miles.config.job import examine
-from miles.config.model_layout import layout_faults
+from miles.config.model_layout import layout_faults, shape_differences
 
 DENSE = {"num_attention_heads": 12, "num_key_value_heads": 4, "num_hidden_layers": 6, "intermediate_size": 64}
 EXPERTS = {**DENSE, "num_experts": 8, "moe_intermediate_size": 30}
@@ -88,3 +88,13 @@ def test_a_layout_that_does_not_fit_says_why(
 
 def test_another_backend_has_no_layout(tmp_path: pathlib.Path) -> None:
     assert faults(tmp_path, {**DENSE, "num_hidden_layers": 7}, train_backend="fsdp") == []
+
+
+def test_models_of_other_tensors_are_told_apart(tmp_path: pathlib.Path) -> None:
+    for name, model in (("policy", DENSE), ("same", DENSE), ("deeper", {**DENSE, "num_hidden_layers": 8})):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(model))
+    policy = str(tmp_path / "policy")
+    assert shape_differences(policy, str(tmp_path / "same")) == []
+    assert shape_differences(policy, str(tmp_path / "deeper")) == ["num_hidden_layers is 8 instead of 6"]
+    assert shape_differences(policy, str(tmp_path / "nowhere")) == []
