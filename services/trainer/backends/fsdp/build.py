@@ -87,7 +87,14 @@ class _Builder:
         if algorithm.keep_old_actor:
             weights = functools.partial(local_weights, model)
             old_actors = OldActors(weights, policy.evaluate, config.rollout.max_weight_staleness)
-        return FsdpRoles(policy, critic, reference, teacher, old_actors, routing)
+        return FsdpRoles(
+            policy=policy,
+            critic=critic,
+            reference=reference,
+            teacher=teacher,
+            old_actors=old_actors,
+            routing=routing,
+        )
 
     def _critic(self, folder: str) -> FsdpLearner[torch.Tensor]:
         config = self._config

@@ -65,15 +65,16 @@ def build_roles(config: JobConfig, place: Place, device: torch.device) -> Megatr
         settings.policy_iterations(config),
         routing,
     )
+    old_actors = None
+    if algorithm.keep_old_actor:
+        old_actors = OldActors(model.parameters, policy.evaluate, config.rollout.max_weight_staleness)
     return MegatronRoles(
-        policy,
-        _critic(config, place, compute, device) if settings.needs_critic(config) else None,
-        None if reference is None else CopiedRole(reference, policy.evaluate_unrouted),
-        None if teacher is None else CopiedRole(teacher, policy.evaluate_unrouted),
-        OldActors(model.parameters, policy.evaluate, config.rollout.max_weight_staleness)
-        if algorithm.keep_old_actor
-        else None,
-        routing,
+        policy=policy,
+        critic=_critic(config, place, compute, device) if settings.needs_critic(config) else None,
+        reference=None if reference is None else CopiedRole(reference, policy.evaluate_unrouted),
+        teacher=None if teacher is None else CopiedRole(teacher, policy.evaluate_unrouted),
+        old_actors=old_actors,
+        routing=routing,
     )
 
 
