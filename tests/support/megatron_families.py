@@ -47,7 +47,7 @@ def compare(folder: pathlib.Path) -> dict[str, Any]:
     everything = np.arange(count)
     rows = LocalRows(everything, tokens, everything, np.array([0, count], np.int32), count, everything, everything)
     with torch.no_grad():
-        logits = Pipeline(model, place)._forward(model.chunks[0], rows, DEVICE)[0].float().cpu()
+        logits = Pipeline(model, place, DEVICE)._forward(model.chunks[0], rows)[0].float().cpu()
     source = {name: tensor.to(DTYPE).float() for name, tensor in load_file(folder / "model.safetensors").items()}
     written = {name: tensor.cpu() for name, tensor in Exporter(model, torch.float32, fuse_experts=False).tensors()}
     same = source.keys() == written.keys() and all(torch.equal(source[name], written[name]) for name in source)
