@@ -48,7 +48,8 @@ def correction_method(config: JobConfig) -> CorrectionMethod | None:
 
 def policy_iterations(config: JobConfig) -> int:
     """Optimizer steps of the policy in the whole run; 0 where the number of rollouts is not known."""
-    return critic_iterations(config) - config.algorithm.num_critic_only_steps * config.train.num_steps_per_rollout
+    warm_up = config.algorithm.num_critic_only_steps * config.train.num_steps_per_rollout
+    return max(0, critic_iterations(config) - warm_up)
 
 
 def critic_iterations(config: JobConfig) -> int:

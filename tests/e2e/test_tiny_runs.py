@@ -62,11 +62,14 @@ def test_a_mixture_of_experts_learns_with_routing_replay(
 def test_one_step_off_learns_within_its_staleness_bound(
     start_run: Start, tiny_dense: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
-    run = learn(start_run, tiny_dense, tmp_path / "run", max_weight_staleness=1)
+    run = learn(start_run, tiny_dense, tmp_path / "run", max_weight_staleness=1, keep_old_actor=True)
     # Which groups share a step depends on what finishes first, so that no two runs end alike.
     assert run.summary()["eval"]["after"]["sort"] > 0.6, run.output()
     staleness = [line["rollout/fully_async/max_staleness"] for line in run.metrics()]
     assert max(staleness) == 1
+    # The version that generated a token gives it the log-probability that the engine gave it.
+    assert max(line["train/old_actor_ratio"] for line in run.metrics()) > 0.5
+    assert max(line["train/train_rollout_logprob_abs_diff"] for line in run.metrics()) < 1e-4
 
 
 @pytest.fixture(scope="module")
