@@ -21,7 +21,7 @@ from miles.services.rollout.serving import Serving
 if TYPE_CHECKING:
     from miles.config import JobConfig
     from miles.reward_sdk.client import RewardClient
-    from miles.weights.subscriber import SubscriberState
+    from miles.weights.subscriber import SubscriberState, WeightTarget
 
 log = logging.getLogger(__name__)
 
@@ -155,7 +155,26 @@ class RolloutJob:
 
         stream = policy_pb2.WEIGHT_STREAM_POLICY
         subscriber = WeightSubscriber(
-            *(self._weightsync_address, self.job_id, self._worker_id, stream, self.serving), on_change=on_change
+            *(self._weightsync_address, self.job_id, self._worker_id, stream, self.serving),
+            on_change=on_change,
+            create_receiver=self.engine.create_receiver,
+        )
+        await subscriber.start()
+        self._closing.push_async_callback(subscriber.close)
+        if self.engine.draft is not None:
+            await self._subscribe_draft(self.engine.draft)
+
+    async def _subscribe_draft(self, draft: WeightTarget) -> None:
+        """Follow the draft's versions too. They decide how fast responses come and nothing else: no gate waits."""
+        from miles.weights.subscriber import SubscriberState, WeightSubscriber
+
+        def on_change(state: SubscriberState) -> None:
+            if state is SubscriberState.QUARANTINED:
+                log.warning("job %s: the draft model is not what it should be: %s", self.job_id, subscriber.last_error)
+
+        stream = policy_pb2.WEIGHT_STREAM_DRAFT
+        subscriber = WeightSubscriber(
+            *(self._weightsync_address, self.job_id, self._worker_id, stream, draft), on_change=on_change
         )
         await subscriber.start()
         self._closing.push_async_callback(subscriber.close)

@@ -13,6 +13,7 @@ class ServerRefused(RuntimeError):
     def __init__(self, path: str, status: int, message: str) -> None:
         super().__init__(f"SGLang refused {path} ({status}): {message}")
         self.status = status
+        self.message = message
 
 
 class ServerUnstartable(RuntimeError):

@@ -12,6 +12,7 @@ from miles.services.rollout.engines.sglang import flags, updates
 from miles.services.rollout.engines.sglang.api import SglangApi
 from miles.services.rollout.engines.sglang.concurrency import ConcurrencyLimit
 from miles.services.rollout.engines.sglang.errors import EngineFailed, ServerRefused, ServerUnstartable
+from miles.services.rollout.engines.sglang.member import ServerMember
 from miles.services.rollout.engines.sglang.options import SglangOptions
 from miles.services.rollout.engines.sglang.probes import Load, Probe
 from miles.services.rollout.engines.sglang.routing import Candidate
@@ -47,6 +48,8 @@ class Replica:
         self.max_positions = 0
         """Tokens that the model was made for; to be set before `start`."""
         self.version: int | None = None
+        self.member: ServerMember | None = None
+        """Its part in the trainer's broadcasts; None while it is not up."""
         self.running = 0
         """Requests that the engine has given it and that have not ended."""
         self.limit = ConcurrencyLimit(options.concurrency)
@@ -114,6 +117,7 @@ class Replica:
         except BaseException:
             await self._end_once()
             raise
+        self.member = ServerMember(self.api, self._options.gpus_per_engine)
         log.info("%s is ready at %s after %.1f s", self.name, self.api.address, time.monotonic() - began)
         self._probe = Probe(self.api.address, self._options.silence_timeout_s, self._observe, self.give_up)
         self._probe.start()
@@ -138,6 +142,9 @@ class Replica:
 
     async def _end_once(self) -> None:
         self.version = None
+        if self.member is not None:
+            self.member.close()
+            self.member = None
         if self._probe is not None:
             self._probe.stop()
             self._probe = None
