@@ -76,6 +76,7 @@ class SglangEngine:
         self._max_total_tokens = 0
         self._rids = (f"{options.name}-{uuid.uuid4().hex[:8]}-{i:012d}" for i in itertools.count())
         self._seeded = flags.is_deterministic(options.server_flags)
+        self._interval = int(options.server_flags.get("stream_interval") or requests.STREAM_INTERVAL)
         self._background: set[asyncio.Task[None]] = set()
 
     @property
@@ -163,15 +164,15 @@ class SglangEngine:
         assert replica is not None
         experts = self._experts if request.return_routed_experts else None
         decoder = ResponseDecoder(len(request.input_ids), experts, request.routed_experts_start)
-        payload = requests.to_payload(request, active.rid, cache_key=f"v{replica.version}", seeded=self._seeded)
-        async with contextlib.aclosing(replica.api.generate(payload)) as events:
+        payload = requests.to_payload(
+            request, active.rid, cache_key=f"v{replica.version}", seeded=self._seeded, interval=self._interval
+        )
+        async with contextlib.aclosing(replica.batches.generate(request.group, payload)) as events:
             async for event in events:
-                delta = decoder.decode(event)
+                replica.moved()
+                delta = await decoder.decode_apart(event)
                 yield delta
                 if delta.result is not None:
-                    with contextlib.suppress(EngineFailed, ValueError):
-                        async for _ in events:  # nothing more; but the connection is good for other requests then
-                            pass
                     return
                 if active.aborted:  # the order came before the server knew of the request
                     await replica.abort(active.rid)

@@ -18,3 +18,8 @@ class ServerRefused(RuntimeError):
 
 class ServerUnstartable(RuntimeError):
     """A server ended, or was not ready in time, while it started."""
+
+    def __init__(self, message: str, *, ended: bool = False) -> None:
+        """`ended`: whether it has ended by itself."""
+        super().__init__(message)
+        self.ended = ended

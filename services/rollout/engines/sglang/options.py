@@ -54,6 +54,8 @@ class SglangOptions:
     start_timeout_s: float = 900.0
     order_timeout_s: float = 300.0
     """How long a server may take for one order, e.g. to load a bucket."""
+    hang_timeout_s: float = 300.0
+    """A server whose scheduler does nothing for the requests it has for so long hangs, although it answers probes."""
     silence_timeout_s: float = 30.0
     """A server that answers no probe for so long is dead."""
 

@@ -6,8 +6,9 @@ from typing import Any
 
 from miles.services.rollout.engine import GenerationRequest
 
-STREAM_INTERVAL = 64
-"""Tokens from one event of a stream to the next: rare enough to cost little, often enough to show progress."""
+STREAM_INTERVAL = 512
+"""Tokens from one event of a stream to the next. An event shows that a response gets on and nothing else, as an abort
+returns all there is; and each costs every process on its way as much as some dozen tokens."""
 _SEEDS = 1 << 63
 
 

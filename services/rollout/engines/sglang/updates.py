@@ -108,10 +108,10 @@ async def drain_device(api: SglangApi, timeout_s: float) -> None:
 
 
 async def checksum(api: SglangApi, selector: Selector, timeout_s: float) -> Checksum:
-    """Of everything a server holds."""
+    """Of everything a server holds. A server answers for a draft model that it does not have, too: without names."""
     answer = await api.post("/weights_checker", {"action": "checksum", "selector": selector}, timeout_s)
-    names = frozenset(name for rank in answer["ranks"] for name in rank["checksums"])
-    return Checksum(str(answer["per_engine_checksum"]), names)
+    names = frozenset(name for rank in answer.get("ranks") or () for name in rank["checksums"])
+    return Checksum(str(answer.get("per_engine_checksum") or ""), names)
 
 
 async def write_files(folder: pathlib.Path, parts: Sequence[Sequence[NamedTensor]]) -> None:

@@ -129,9 +129,9 @@ class WeightLoader:
         before = await asyncio.gather(*(updates.checksum(r.api, "draft", timeout_s) for r in replicas))
         await self._push(replicas, None, self._draft, "draft")
         after = await asyncio.gather(*(updates.checksum(r.api, "draft", timeout_s) for r in replicas))
-        wrong = [r.name for r, old, new in zip(replicas, before, after, strict=True) if old != new]
+        wrong = [r.name for r, old, new in zip(replicas, before, after, strict=True) if old != new or not new.names]
         if wrong:
-            raise ChecksumMismatch(f"{', '.join(wrong)} did not hold the last weights of the draft model")
+            raise ChecksumMismatch(f"{', '.join(wrong)} did not hold the last weights of the draft model, or has none")
 
     async def catch_up(self, replica: Replica, *, paused: bool) -> bool:
         """Bring a server that was started anew to what the others hold; False while the trainer cannot be reached.
