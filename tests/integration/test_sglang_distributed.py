@@ -9,6 +9,7 @@ import signal
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from typing import Any
 
+import grpc.aio
 import numpy as np
 import pytest
 import pytest_asyncio
@@ -16,11 +17,13 @@ import torch
 from broadcast_kit import Published, publish, transport
 from sglang_kit import ON_GPU, have_sglang, largest_difference, options, reference_log_probs, respond, running
 from torch_engine_models import prompt_of, save_checkpoint, weights_of
+from weight_host import JOB, POLICY, Host
 
 from miles.rpc.gen import weightsync_pb2
 from miles.services.rollout.engines.sglang import SglangEngine
 from miles.services.rollout.engines.sglang.member import ServerMember
 from miles.services.rollout.engines.sglang.replica import Replica
+from miles.weights import WeightSubscriber
 from miles.weights.check import check_weight_update_equal
 from miles.weights.transport import Endpoint
 from miles.weights.transports.collective import CollectiveTransport
@@ -153,6 +156,38 @@ async def test_a_trainer_that_dies_in_the_middle_leaves_nobody_serving_until_a_f
     await check_served(engine, models[0], groups=4)
     await engine.weight_bytes()
     assert [replica.pid for replica in engine.replicas] == pids, "the servers are not to blame"
+
+
+async def test_the_weight_sync_service_leads_servers_and_takes_back_those_that_were_in_doubt(
+    engine: SglangEngine, models: Models, tmp_path: pathlib.Path
+) -> None:
+    host = Host(tmp_path)
+    await host.start()
+    subscriber = WeightSubscriber(
+        *(host.address, JOB, "rollout-0", POLICY, engine), create_receiver=engine.create_receiver
+    )
+    await subscriber.start()
+    try:
+        await host.publish(7, weights_of(models[1]), transport="COLLECTIVE", bucket_bytes=BUCKET_BYTES)
+        done = await host.activate(7, check_equal=True)
+        assert (done.engines, done.quarantined) == (1, 0)
+        await check_served(engine, models[1], groups=4)
+
+        first, _ = engine.replicas
+        first.member = Interrupted(first, _raise)
+        await host.publish(8, weights_of(models[0]), transport="COLLECTIVE", bucket_bytes=BUCKET_BYTES)
+        with pytest.raises(grpc.aio.AioRpcError):
+            await host.activate(8, deadline_s=20)
+        assert [replica.version for replica in engine.replicas] == [None, None]
+        await subscriber.wait_for_version(7, DEADLINE_S)
+        await check_served(engine, models[1], groups=4)
+    finally:
+        await subscriber.close()
+        await host.close()
+
+
+def _raise() -> None:
+    raise ConnectionError("the network is down")
 
 
 async def test_every_rank_of_a_server_takes_weights_and_experts_come_once(
