@@ -23,6 +23,8 @@ from miles.services.rollout.engines.sglang.server import ServerProcess, free_por
 log = logging.getLogger(__name__)
 
 _READY_POLL_S = 0.25
+ABORT_TIMEOUT_S = 20.0
+"""The front process answers an abort at once; whoever gives a group up does not wait for one that hangs."""
 START_AGAIN_S = (2.0, 10.0)
 """Pauses before a server that ended at its first start is started again."""
 _FIRST_RESTART_S = 1.0
@@ -205,8 +207,9 @@ class Replica:
                     await self._start_once()
                     await self._on_ready(self)
                     break
-                except (ServerUnstartable, EngineFailed, ServerRefused) as error:
-                    log.warning("%s; trying again in %.0f s", error, pause_s)
+                except Exception as error:  # whatever it is, a server that is not looked after would be missed
+                    known = isinstance(error, ServerUnstartable | EngineFailed | ServerRefused)
+                    log.warning("%s; trying again in %.0f s", error, pause_s, exc_info=None if known else error)
                     await self._end_once()
                     await asyncio.sleep(pause_s)
                     pause_s = min(2 * pause_s, _LAST_RESTART_S)
@@ -261,4 +264,4 @@ class Replica:
 
     async def abort(self, rid: str) -> None:
         """End one request with what it has."""
-        await self.api.post("/abort_request", {"rid": rid}, self._options.order_timeout_s)
+        await self.api.post("/abort_request", {"rid": rid}, ABORT_TIMEOUT_S)
