@@ -22,7 +22,7 @@ class Front:
         self.address = ""
 
     async def info(self, request: web.Request) -> web.Response:
-        return web.json_response({})
+        return web.json_response({"tp_size": 4})
 
     async def loads(self, request: web.Request) -> web.Response:
         return web.json_response({"loads": [{"timestamp": self.at, "token_usage": 0.1, "num_running_reqs": 1}]})
@@ -69,6 +69,7 @@ async def test_a_server_is_looked_after_whatever_goes_wrong_with_it(
     monkeypatch.setattr(replica, "_FIRST_RESTART_S", 0.01)
     attached = Attached(front)
     await attached.replica.start()
+    assert attached.replica.ranks == 4
     attached.errors = [OSError("no space left"), ValueError("odd weights")]
     attached.replica.give_up("it was asked to")
     async with asyncio.timeout(DEADLINE_S):

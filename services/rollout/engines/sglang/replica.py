@@ -54,6 +54,8 @@ class Replica:
         self.max_positions = 0
         """Tokens that the model was made for; to be set before `start`."""
         self.version: int | None = None
+        self.ranks = options.gpus_per_engine
+        """Of its tensor parallelism, a count; somebody else's server says it itself."""
         self.batches = Batches(self._generate, self._abort_soon)
         """How it is asked for responses."""
         self.member: ServerMember | None = None
@@ -158,7 +160,7 @@ class Replica:
         except BaseException:
             await self._end_once()
             raise
-        self.member = ServerMember(self.api, self._options.gpus_per_engine)
+        self.member = ServerMember(self.api, self.ranks)
         log.info("%s is ready at %s after %.1f s", self.name, self.api.address, time.monotonic() - began)
         self._probe = Probe(self.api.address, self._options.silence_timeout_s, self._observe, self.give_up)
         self._probe.start()
@@ -173,7 +175,8 @@ class Replica:
                 words = self._process.last_words()
                 raise ServerUnstartable(f"{self.name} ended with status {code}; {words}", ended=True)
             try:
-                await self.api.get("/ready" if self.managed else "/server_info", timeout_s=10.0)
+                answer = await self.api.get("/ready" if self.managed else "/server_info", timeout_s=10.0)
+                self.ranks = int(answer.get("tp_size") or self._options.gpus_per_engine)
                 return
             except (EngineFailed, ServerRefused) as error:
                 problem = str(error)

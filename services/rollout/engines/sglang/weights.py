@@ -218,10 +218,9 @@ class WeightLoader:
             return
         staged = StagedWeights(parts, len(replicas))
         timeout_s = self._options.order_timeout_s
-        ranks = self._options.gpus_per_engine
 
         async def update(replica: Replica) -> None:
-            await WeightUpdate(replica.api, version, selector, timeout_s).from_tensors(staged.buckets(), ranks)
+            await WeightUpdate(replica.api, version, selector, timeout_s).from_tensors(staged.buckets(), replica.ranks)
             if self._options.on_gpu:
                 await updates.drain_device(replica.api, timeout_s)
 
