@@ -6,19 +6,24 @@ import pathlib
 from typing import Any
 
 VOCABULARY = 32000
+TINY_VOCABULARY = 1024
 
 
 def config_of(kind: str) -> Any:
-    """Configuration of `dense` (0.18 B parameters), `moe` (0.4 B, 32 experts) or `large` (2 B: 4 GB in bfloat16)."""
+    """Configuration of `dense` (0.18 B parameters), `moe` (0.4 B, 32 experts) or `large` (2 B: 4 GB in bfloat16).
+
+    `tiny` and `tiny-moe` have the shapes of the first two, layers apart, and next to no arithmetic: for a CPU.
+    """
     from transformers import Qwen3Config, Qwen3MoeConfig
 
+    vocabulary = TINY_VOCABULARY if kind.startswith("tiny") else VOCABULARY
     common: dict[str, Any] = {
-        "vocab_size": VOCABULARY,
+        "vocab_size": vocabulary,
         "head_dim": 64,
         "num_key_value_heads": 4,
         "max_position_embeddings": 4096,
         "tie_word_embeddings": True,
-        "eos_token_id": VOCABULARY - 1,
+        "eos_token_id": vocabulary - 1,
         "bos_token_id": None,
         "pad_token_id": None,
     }
@@ -42,16 +47,30 @@ def config_of(kind: str) -> Any:
         return Qwen3Config(
             **common, hidden_size=2048, intermediate_size=8192, num_hidden_layers=31, num_attention_heads=32
         )
-    raise ValueError(f"no model called {kind!r}: choose dense, moe or large")
+    if kind == "tiny":
+        return Qwen3Config(**common, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4)
+    if kind == "tiny-moe":
+        return Qwen3MoeConfig(
+            **common | {"tie_word_embeddings": False},
+            hidden_size=64,
+            intermediate_size=64,
+            num_hidden_layers=8,
+            num_attention_heads=4,
+            num_experts=32,
+            num_experts_per_tok=4,
+            moe_intermediate_size=32,
+            norm_topk_prob=True,
+        )
+    raise ValueError(f"no model called {kind!r}: choose dense, moe, large, tiny or tiny-moe")
 
 
-def write_tokenizer(folder: pathlib.Path) -> None:
+def write_tokenizer(folder: pathlib.Path, vocabulary: int = VOCABULARY) -> None:
     """A tokenizer of bytes, whose end token is the last of the vocabulary."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     words = {char: i for i, char in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    words |= {f"<{i}>": i for i in range(len(words), VOCABULARY - 1)} | {"<|end|>": VOCABULARY - 1}
+    words |= {f"<{i}>": i for i in range(len(words), vocabulary - 1)} | {"<|end|>": vocabulary - 1}
     tokenizer = Tokenizer(models.BPE(vocab=words, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -71,8 +90,8 @@ def write_checkpoint(folder: pathlib.Path, kind: str, *, weights: bool) -> pathl
             model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
         model.save_pretrained(folder)
     else:
-        config.architectures = ["Qwen3MoeForCausalLM" if kind == "moe" else "Qwen3ForCausalLM"]
+        config.architectures = ["Qwen3MoeForCausalLM" if kind.endswith("moe") else "Qwen3ForCausalLM"]
         config.dtype = "bfloat16"
         config.save_pretrained(folder)
-    write_tokenizer(folder)
+    write_tokenizer(folder, config.vocab_size)
     return folder

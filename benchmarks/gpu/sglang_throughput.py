@@ -27,7 +27,7 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
-from benchmarks.gpu.models import VOCABULARY, write_checkpoint
+from benchmarks.gpu.models import TINY_VOCABULARY, write_checkpoint
 
 CASES = {"dense": ("dense", False), "moe": ("moe", False), "moe-routing": ("moe", True)}
 """Model, and whether routed experts are recorded."""
@@ -48,9 +48,9 @@ CPU_FLAGS = {"attention_backend": "torch_native", "mem_fraction_static": 0.3, "l
 
 
 def prompts(count: int) -> list[list[int]]:
-    """Random prompts without a common prefix."""
+    """Random prompts without a common prefix, of tokens that every model has."""
     rng = random.Random(0)
-    return [[rng.randrange(300, VOCABULARY - 1) for _ in range(PROMPT_TOKENS)] for _ in range(count)]
+    return [[rng.randrange(300, TINY_VOCABULARY - 1) for _ in range(PROMPT_TOKENS)] for _ in range(count)]
 
 
 def server_flags(args: argparse.Namespace) -> dict[str, Any]:
@@ -122,6 +122,45 @@ async def _work_service(args: argparse.Namespace, routing: bool) -> None:
             await stub.StopJob(rollout_pb2.RolloutStopJobRequest(job_id="bench"))
 
 
+def work_engine(args: argparse.Namespace, routing: bool) -> None:
+    """The rollout service's engine in this process, asked for groups of samples as the service does."""
+    asyncio.run(_work_engine(args, routing))
+
+
+async def _work_engine(args: argparse.Namespace, routing: bool) -> None:
+    from miles.config import JobConfig
+    from miles.services.rollout.checkpoint_weights import read_weights
+    from miles.services.rollout.engine import GenerationRequest, SamplingParams
+    from miles.services.rollout.engines import configured_engine
+    from miles.services.rollout.trajectory import Piece
+
+    folder = pathlib.Path(tempfile.mkdtemp(prefix="throughput-"))
+    config = JobConfig.from_flat(service_config(args, routing, folder))
+    engine = configured_engine(config, device=args.device, name="bench")
+    await engine.start()
+    try:
+        await engine.load_weights(0, read_weights(args.model, "bfloat16"))
+        say({"ready": True})
+        loop = asyncio.get_running_loop()
+        while line := await loop.run_in_executor(None, sys.stdin.readline):
+            sampling = SamplingParams(max_new_tokens=int(line), min_new_tokens=int(line))
+
+            async def respond(i: int, prompt: list[int], sampling: SamplingParams = sampling) -> int:
+                group = f"{i // args.group}" if args.group > 1 else ""
+                request = GenerationRequest(f"{i}", prompt, sampling, return_routed_experts=routing, group=group)
+                piece = Piece()
+                async with contextlib.aclosing(engine.generate(request)) as deltas:
+                    async for delta in deltas:
+                        piece.add(delta)
+                return len(piece.token_ids)
+
+            began = time.perf_counter()
+            counts = await asyncio.gather(*(respond(i, prompt) for i, prompt in enumerate(prompts(args.requests))))
+            say({"seconds": time.perf_counter() - began, "tokens": sum(counts)})
+    finally:
+        await engine.close()
+
+
 @contextlib.asynccontextmanager
 async def rollout_service(device: str) -> AsyncIterator[str]:
     """A rollout service that stands alone; yields its address."""
@@ -189,6 +228,10 @@ async def one_response(stub: Any, prompt: list[int], tokens: int, routing: bool)
     return count
 
 
+WORK = {"bare": work_bare, "service": work_service, "engine": work_engine}
+"""What a worker measures, by its kind."""
+
+
 class Worker:
     """A process that measures when it is told to."""
 
@@ -197,11 +240,12 @@ class Worker:
         interpreter = args.python if kind == "bare" and args.python else sys.executable
         command = [interpreter, "-m", "benchmarks.gpu.sglang_throughput", "--worker", kind, "--case", case]
         command += ["--model", model, "--device", args.device, "--flags", args.flags, "--python", args.python]
-        command += ["--requests", str(args.requests), "--tokens", str(args.tokens)]
+        command += ["--requests", str(args.requests), "--tokens", str(args.tokens), "--group", str(args.group)]
         self._log = (logs / f"{case}-{kind}.log").open("w")
         self._process = subprocess.Popen(
             command, cwd=REPOSITORY, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True
         )
+        self.pid = self._process.pid
         self._messages: list[dict[str, Any]] = []
         self._changed = threading.Condition()
         threading.Thread(target=self._read, daemon=True).start()
@@ -284,6 +328,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--cases", nargs="+", default=list(CASES), choices=list(CASES))
     add("--kinds", nargs="+", default=["bare", "service"], choices=["bare", "service"])
+    add("--group", type=int, default=8, help="requests of a group, for the engine alone")
     add("--requests", type=int, default=512)
     add("--tokens", type=int, default=512)
     add("--rounds", type=int, default=2)
@@ -291,7 +336,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--python", default="", help="interpreter that has SGLang, when it is another one")
     add("--flags", default="{}", help="more SGLang flags, as a JSON object with underscores")
     add("--logs", type=pathlib.Path, help="folder for the processes' logs")
-    add("--worker", choices=["bare", "service"], help=argparse.SUPPRESS)
+    add("--worker", choices=list(WORK), help=argparse.SUPPRESS)
     add("--case", choices=list(CASES), help=argparse.SUPPRESS)
     add("--model", help=argparse.SUPPRESS)
     return parser.parse_args(arguments)
@@ -301,8 +346,7 @@ def main() -> None:
     """Measure and print the table."""
     args = parse()
     if args.worker:
-        work = work_bare if args.worker == "bare" else work_service
-        work(args, CASES[args.case][1])
+        WORK[args.worker](args, CASES[args.case][1])
         return
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     with tempfile.TemporaryDirectory(prefix="throughput-models-") as folder:

@@ -45,9 +45,10 @@ class RolloutConfig(Section):
     rollout_engine_python: Annotated[str | None, Metavar("FILE")] = None
     """Python interpreter that SGLang is installed for; not given, the rollout service's own."""
 
-    rollout_engine_weights: Literal["tensor", "disk"] = "tensor"
-    """How a rollout service hands weights to its SGLang servers: tensor shares memory with them, on the same host;
-    disk writes files, which a server on another host must see under the same path."""
+    rollout_engine_weights: Literal["tensor", "disk", "distributed"] = "tensor"
+    """How weights get into SGLang servers: with tensor the rollout service shares memory with them, on the same host;
+    with disk it writes files, which a server on another host must see under the same path; with distributed the servers
+    take part in the trainer's broadcasts themselves."""
 
     rollout_engine_weights_dir: Annotated[str | None, Metavar("DIR")] = None
     """Folder for the files of rollout_engine_weights = disk; not given, the system's folder for temporary files."""

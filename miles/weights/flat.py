@@ -68,7 +68,7 @@ def verify(
     """Raise ChecksumMismatch unless the stretches, by offset, hold the version's bytes; `source` says which."""
     differing = [
         descriptor.name
-        for base, descriptors in _by_stretch(flats, manifest.tensors)
+        for base, descriptors in by_stretch(flats, manifest.tensors)
         for descriptor, value in _checksums(flats[base], descriptors, base, threads)
         if value != descriptor.checksum
     ]
@@ -90,7 +90,7 @@ def check_covered(manifest: policy_pb2.Manifest, stretches: Iterable[tuple[int, 
             raise ManifestError(f"a bucket at byte {begin} of {length} bytes overlaps another or leaves the buffer")
         position = begin + length
     lengths = dict(covered)
-    for base, tensors in _by_stretch(lengths, manifest.tensors):
+    for base, tensors in by_stretch(lengths, manifest.tensors):
         for tensor in tensors:
             if tensor.nbytes and not base <= tensor.offset <= tensor.offset + tensor.nbytes <= base + lengths[base]:
                 raise ManifestError(f"no bucket holds the whole of tensor {tensor.name!r}")
@@ -104,7 +104,7 @@ class FlatWeights:
         self._storages = [_storage_ref(flat) for flat in flats.values()]
         self._tensors = {
             descriptor.name: view(flats[base], descriptor, base)
-            for base, members in _by_stretch(flats, descriptors)
+            for base, members in by_stretch(flats, descriptors)
             for descriptor in members
         }
 
@@ -137,7 +137,7 @@ def _on_host(flat: torch.Tensor) -> memoryview:
     return torch.empty(flat.shape, dtype=flat.dtype, pin_memory=True).copy_(flat).numpy().data
 
 
-def _by_stretch(starts: Mapping[int, object], descriptors: Descriptors) -> Iterator[tuple[int, Descriptors]]:
+def by_stretch(starts: Mapping[int, object], descriptors: Descriptors) -> Iterator[tuple[int, Descriptors]]:
     """The descriptors, whose offsets ascend, that begin in each stretch, by the stretch's start."""
     offsets = [descriptor.offset for descriptor in descriptors]
     ordered = sorted(starts)

@@ -11,7 +11,7 @@ import random
 import sys
 import time
 from collections.abc import Callable, Mapping
-from typing import Protocol, cast
+from typing import TYPE_CHECKING, Protocol, cast
 
 import grpc.aio
 import torch
@@ -22,7 +22,10 @@ from miles.weights import manifest as manifests
 from miles.weights.check import check_weight_update_equal
 from miles.weights.manifest import ManifestError
 from miles.weights.reach import usable_transports
-from miles.weights.transport import Endpoint, ReceivedWeights, WeightTransport, create_transport
+from miles.weights.transport import Endpoint, ReceivedWeights, WeightReceiver, create_transport
+
+if TYPE_CHECKING:
+    from miles.rpc.gen.weightsync_pb2 import TransportKind
 
 logger = logging.getLogger(__name__)
 
@@ -77,13 +80,18 @@ class WeightSubscriber:
         stream: policy_pb2.WeightStream.ValueType,
         target: WeightTarget,
         on_change: Callable[[SubscriberState], None] | None = None,
+        create_receiver: Callable[[TransportKind.ValueType, Endpoint], WeightReceiver] = create_transport,
     ) -> None:
-        """`address` is host:port of the service; `on_change` is called on the event loop after each change of state."""
+        """`address` is host:port of the service; `on_change` is called on the event loop after each change of state.
+
+        `create_receiver`: makes what gets the bytes of one kind of transport for this engine.
+        """
         self._address = address
         self._target = target
         self._on_change = on_change
         self._hello = weightsync_pb2.EngineHello(job_id=job_id, engine_id=engine_id, stream=stream)
-        self._transports: dict[int, WeightTransport] = {}
+        self._create_receiver = create_receiver
+        self._transports: dict[int, WeightReceiver] = {}
         self._prefetched: _Bytes | None = None
         self._served: _Bytes | None = None
         self._outgoing: list[_Bytes] = []
@@ -272,7 +280,7 @@ class WeightSubscriber:
             self._prefetched = None
         kind = order.handle.kind
         if kind not in self._transports:
-            self._transports[kind] = create_transport(kind, Endpoint(self._address, self._target.device))
+            self._transports[kind] = self._create_receiver(kind, Endpoint(self._address, self._target.device))
         received = await asyncio.to_thread(self._transports[kind].receive, order.handle, order.manifest)
         self._prefetched = _Bytes(order.publication_id, order.manifest, received)
         if self.state is SubscriberState.SERVING:

@@ -57,7 +57,21 @@ class ReceivedWeights(Protocol):
         """Let go of the bytes; False when someone still holds a tensor, so that they must not be reused."""
 
 
-class WeightTransport(Protocol):
+class WeightReceiver(Protocol):
+    """An engine's end. It blocks; call it from a worker thread, one call at a time."""
+
+    def receive(self, handle: weightsync_pb2.TransportHandle, manifest: policy_pb2.Manifest) -> ReceivedWeights:
+        """Get the bytes at hand and verify them against the manifest.
+
+        Raises ManifestError (ChecksumMismatch when bytes differ), OSError, TimeoutError or ConnectionError when they
+        cannot be had.
+        """
+
+    def close(self) -> None:
+        """Let go of everything. What the engine has received stays its own."""
+
+
+class WeightTransport(WeightReceiver, Protocol):
     """Moves versions' bytes. Both ends block; call them from a worker thread, one call at a time."""
 
     def send(
@@ -83,21 +97,11 @@ class WeightTransport(Protocol):
     def discard(self, handle: weightsync_pb2.TransportHandle) -> None:
         """The version will not be sealed: undo what `send` did, as far as possible; raises nothing."""
 
-    def receive(self, handle: weightsync_pb2.TransportHandle, manifest: policy_pb2.Manifest) -> ReceivedWeights:
-        """Get the bytes at hand and verify them against the manifest.
-
-        Raises ManifestError (ChecksumMismatch when bytes differ), OSError, TimeoutError or ConnectionError when they
-        cannot be had.
-        """
-
     def trim(self, live: Collection[int] | None = None) -> None:
         """Let go of what is kept for publications that no engine can ask for any more: those not in `live`.
 
         None: nothing is known about them; only what has visibly been freed can go.
         """
-
-    def close(self) -> None:
-        """Let go of everything. What engines have received stays theirs."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ import time
 import grpc.aio
 
 from miles.rpc import connect
-from miles.rpc.gen import controller_pb2, weightsync_pb2, weightsync_pb2_grpc
+from miles.rpc.gen import controller_pb2, policy_pb2, weightsync_pb2, weightsync_pb2_grpc
 from miles.services.controller.registry import AttachedWorker, WorkerRegistry
 
 logger = logging.getLogger(__name__)
@@ -88,7 +88,8 @@ def _health(
 ) -> controller_pb2.WorkerHealth.ValueType:
     if not alive:
         return controller_pb2.WORKER_HEALTH_LOST
-    if any(held.state == weightsync_pb2.ENGINE_STATE_QUARANTINED for held in versions):
+    policy = (held.state for held in versions if held.stream == policy_pb2.WEIGHT_STREAM_POLICY)
+    if weightsync_pb2.ENGINE_STATE_QUARANTINED in policy:
         return controller_pb2.WORKER_HEALTH_QUARANTINED
     silent_s = (time.time_ns() - worker.progress_unix_ns) / 1e9
     busy = worker.heartbeat.activity not in ("", "idle")

@@ -13,6 +13,10 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
+    from miles.rpc.gen.weightsync_pb2 import TransportKind
+    from miles.weights.subscriber import WeightTarget
+    from miles.weights.transport import Endpoint, WeightReceiver
+
 
 class FinishReason(enum.Enum):
     """Why a response ended."""
@@ -115,6 +119,13 @@ class RolloutEngine(Protocol):
         """Where new weights are best put before `load_weights` gets them."""
 
     @property
+    def draft(self) -> WeightTarget | None:
+        """The draft model of speculative decoding, where it has weights of its own; None without one.
+
+        Loading it leaves the policy's version, its requests and their statistics as they are.
+        """
+
+    @property
     def max_running_requests(self) -> int:
         """Requests that can decode at once."""
 
@@ -142,6 +153,9 @@ class RolloutEngine(Protocol):
         `tensors` holds every HF parameter by name. The engine may keep the tensors themselves (zero copy); they stay
         valid until the next call returns. Raises before anything changed if a name, shape or dtype does not match.
         """
+
+    def create_receiver(self, kind: TransportKind.ValueType, endpoint: Endpoint) -> WeightReceiver:
+        """What gets new weights of one kind of transport; `load_weights` is given the tensors that it receives."""
 
     async def weight_bytes(self) -> Mapping[str, torch.Tensor]:
         """The parameters as served, by HF name, on CPU or device: for `check_weight_update_equal`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import importlib
 import inspect
@@ -12,6 +13,10 @@ from miles.types import Sample, reward_number
 
 if TYPE_CHECKING:
     from miles.config import JobConfig
+
+
+DEADLINE_S = 300.0
+"""How long a filter that is a coroutine may take over a group."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -64,15 +69,20 @@ def load_filter(path: str) -> GroupFilter:
     return loaded
 
 
-async def apply_filter(function: GroupFilter | None, config: JobConfig, samples: Sequence[Sample]) -> FilterResult:
-    """The filter's verdict; everything is kept without one. Raises FilterError when the user's code fails."""
+async def apply_filter(
+    function: GroupFilter | None, config: JobConfig, samples: Sequence[Sample], deadline_s: float = DEADLINE_S
+) -> FilterResult:
+    """The filter's verdict; everything is kept without one. Raises FilterError when the user's code fails or hangs."""
     if function is None:
         return FilterResult(True)
     name = getattr(function, "__qualname__", repr(function))
     try:
         verdict = function(config, samples)
         if inspect.isawaitable(verdict):
-            verdict = await verdict
+            async with asyncio.timeout(deadline_s):
+                verdict = await verdict
+    except TimeoutError:
+        raise FilterError(f"filter {name} gave no verdict within {deadline_s:g} s") from None
     except Exception as error:  # the user's code: what it raises decides that the group has no verdict
         raise FilterError(f"filter {name} raised {type(error).__name__}: {error}") from error
     if isinstance(verdict, bool):

@@ -6,8 +6,9 @@ import asyncio
 import contextlib
 import logging
 import math
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
+import time
+from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from miles.queue import GroupQueue, Holder, PartialStore, connect_async
 from miles.rpc.gen import policy_pb2, rollout_pb2
@@ -21,12 +22,14 @@ from miles.services.rollout.serving import Serving
 if TYPE_CHECKING:
     from miles.config import JobConfig
     from miles.reward_sdk.client import RewardClient
-    from miles.weights.subscriber import SubscriberState
+    from miles.weights.subscriber import SubscriberState, WeightTarget
 
 log = logging.getLogger(__name__)
 
 CLOSE_DEADLINE_S = 60.0
 """How long running groups may take to store what they have when the job ends here."""
+
+TELL_EVERY_S = 60.0
 
 Deliver = Callable[[Lease, Outcome], None]
 
@@ -102,9 +105,12 @@ class RolloutJob:
         group_filter = None
         if rollout.dynamic_sampling_filter_path is not None:
             group_filter = load_filter(rollout.dynamic_sampling_filter_path)
-        yield f"building the {rollout.rollout_backend} engine"
         self.engine = await asyncio.to_thread(self._create_engine)
-        await self.engine.start()
+        async with contextlib.aclosing(
+            telling(f"building the {rollout.rollout_backend} engine", self.engine.start())
+        ) as words:
+            async for word in words:
+                yield word
         self._closing.push_async_callback(self.engine.close)
         mode = PauseMode(self.config.weights.pause_generation_mode)
         self.serving = Serving(self.engine, self._on_serving_change, update_mode=mode)
@@ -125,8 +131,11 @@ class RolloutJob:
         if self._weightsync_address:
             await self._subscribe()
         else:
-            yield "loading the checkpoint's weights"
-            await self._load_checkpoint()
+            async with contextlib.aclosing(
+                telling("loading the checkpoint's weights", self._load_checkpoint())
+            ) as words:
+                async for word in words:
+                    yield word
 
     def _create_engine(self) -> RolloutEngine:
         # In a thread: importing an engine imports torch, which takes seconds.
@@ -155,7 +164,26 @@ class RolloutJob:
 
         stream = policy_pb2.WEIGHT_STREAM_POLICY
         subscriber = WeightSubscriber(
-            *(self._weightsync_address, self.job_id, self._worker_id, stream, self.serving), on_change=on_change
+            *(self._weightsync_address, self.job_id, self._worker_id, stream, self.serving),
+            on_change=on_change,
+            create_receiver=self.engine.create_receiver,
+        )
+        await subscriber.start()
+        self._closing.push_async_callback(subscriber.close)
+        if self.engine.draft is not None:
+            await self._subscribe_draft(self.engine.draft)
+
+    async def _subscribe_draft(self, draft: WeightTarget) -> None:
+        """Follow the draft's versions too. They decide how fast responses come and nothing else: no gate waits."""
+        from miles.weights.subscriber import SubscriberState, WeightSubscriber
+
+        def on_change(state: SubscriberState) -> None:
+            if state is SubscriberState.QUARANTINED:
+                log.warning("job %s: the draft model is not what it should be: %s", self.job_id, subscriber.last_error)
+
+        stream = policy_pb2.WEIGHT_STREAM_DRAFT
+        subscriber = WeightSubscriber(
+            *(self._weightsync_address, self.job_id, self._worker_id, stream, draft), on_change=on_change
         )
         await subscriber.start()
         self._closing.push_async_callback(subscriber.close)
@@ -254,6 +282,22 @@ class RolloutJob:
             await asyncio.sleep(0.5)
             self.serving.tick()
             self._notify()  # an engine of several servers takes more or less as they come and go
+
+
+async def telling(
+    stage: str, work: Coroutine[Any, Any, None], every_s: float = TELL_EVERY_S
+) -> AsyncGenerator[str, None]:
+    """Carry out `work`, saying now and then that it goes on: whoever started the job takes long silence for death."""
+    began = time.monotonic()
+    task = asyncio.create_task(work)
+    yield stage
+    try:
+        while not (await asyncio.wait({task}, timeout=every_s))[0]:
+            yield f"{stage}, for {time.monotonic() - began:.0f} s now"
+        task.result()
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
 
 
 def _decoder(hf_checkpoint: str) -> Callable[[Sequence[int], bool], str]:

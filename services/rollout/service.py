@@ -88,7 +88,7 @@ class RolloutServicer(rollout_pb2_grpc.RolloutServiceServicer):
                             await context.write(rollout_pb2.RolloutStartJobResponse(stage=stage))
                 except RedisError as error:
                     await _abort(context, grpc.StatusCode.UNAVAILABLE, str(error))
-                except (RedisUnsuitable, ValueError, OSError) as error:
+                except (RedisUnsuitable, ValueError, OSError, RuntimeError) as error:  # engines raise RuntimeError
                     await _abort(context, grpc.StatusCode.FAILED_PRECONDITION, f"{type(error).__name__}: {error}")
                 self._jobs[request.job_id] = job
         await context.write(rollout_pb2.RolloutStartJobResponse(stage="ready", ready=True))
@@ -147,7 +147,7 @@ class RolloutServicer(rollout_pb2_grpc.RolloutServiceServicer):
                     await context.write(_generate_response(delta))
         except ValueError as error:
             await _abort(context, grpc.StatusCode.INVALID_ARGUMENT, str(error))
-        except TimeoutError as error:
+        except (TimeoutError, RuntimeError) as error:  # the engine lost the request; another try may work
             await _abort(context, grpc.StatusCode.UNAVAILABLE, str(error))
 
     async def Pause(self, request: rollout_pb2.PauseRequest, context: Context) -> rollout_pb2.PauseResponse:

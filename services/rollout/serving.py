@@ -71,15 +71,22 @@ class Serving:
                 self._paused = True
             try:
                 loading_s = await self._engine.load_weights(version, tensors)
-            except BaseException:
-                await self._engine.pause(PauseMode.IN_PLACE)
-                self._paused = True
+            except BaseException as error:
+                await self._hold(error)
                 raise
             self._loaded_since_quarantine = True
             if self._paused and self._pauses.operation_id is None:
                 await self._engine.resume()
                 self._paused = False
         return loading_s if self._update_mode is PauseMode.IN_PLACE else time.monotonic() - started
+
+    async def _hold(self, error: BaseException) -> None:
+        """Keep an engine standing whose load has failed. What is told is why, not what else fails on the way."""
+        try:
+            await self._engine.pause(PauseMode.IN_PLACE)
+            self._paused = True
+        except Exception as second:  # an engine without a server, say: nothing is left that could generate
+            log.warning("a load failed (%s), and the engine could not be paused either: %s", error, second)
 
     def admit(self, version: int) -> None:
         """Let groups be generated with `version`; does nothing in a quarantine that no load has ended yet."""

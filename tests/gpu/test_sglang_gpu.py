@@ -9,11 +9,17 @@ from collections.abc import AsyncIterator
 import pytest
 import pytest_asyncio
 import torch
-from sglang_kit import largest_difference, options, reference_log_probs, respond, running
+from broadcast_kit import publish, transport
+from sglang_kit import GPU_FLAGS, largest_difference, options, reference_log_probs, respond, running
 from torch_engine_models import prompt_of, save_checkpoint, weights_of
 
+from miles.rpc.gen import weightsync_pb2
 from miles.services.rollout.engine import PauseMode
 from miles.services.rollout.engines.sglang import SglangEngine
+from miles.services.rollout.engines.sglang.updates import checksum
+from miles.weights.check import check_weight_update_equal
+from miles.weights.transport import Endpoint
+from miles.weights.transports.collective_group import Timing
 
 pytest.importorskip("sglang")
 pytestmark = [
@@ -110,3 +116,61 @@ async def test_memory_is_given_back_and_taken_again(engine: SglangEngine, models
     await engine.release_memory()
     again = await respond(engine, prompt_of(12))  # a request takes the memory back by itself
     assert largest_difference(again, reference_log_probs(models[0], prompt_of(12), again.tokens)) < TOLERANCE
+
+
+async def test_a_draft_is_swapped_under_load_and_the_policy_stays_as_it_is(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    folder = tmp_path_factory.mktemp("draft")
+    policy, other = (save_checkpoint(folder / str(seed), "qwen3", seed, initializer_range=0.1) for seed in (0, 1))
+    flags = {
+        **GPU_FLAGS,
+        "speculative_algorithm": "STANDALONE",
+        "speculative_draft_model_path": str(folder / "1"),
+        "speculative_num_steps": 2,
+        "speculative_eagle_topk": 1,
+        "speculative_num_draft_tokens": 3,
+    }
+    async with running(options(folder / "0", folder / "logs", server_flags=flags)) as engine:
+        await engine.load_weights(5, on_gpu(policy))
+        draft = engine.draft
+        assert draft is not None
+        before = await checksum(engine.replicas[0].api, "target", 60.0)
+        accepted = []
+        for version, model in enumerate((other, policy), start=1):
+            tasks = [asyncio.create_task(respond(engine, prompt_of(9 + i, i), **LONG)) for i in range(4)]
+            await asyncio.sleep(0.2)
+            await draft.load_weights(version, weights_of(model))
+            assert (draft.version, engine.version) == (version, 5)
+            await draft.weight_bytes()
+            for response in await asyncio.gather(*tasks):
+                assert [span.version for span in response.result.weight_versions] == [5]
+                assert len(response.tokens) == 300
+            greedy = await respond(engine, prompt_of(20), temperature=0.0, max_new_tokens=60, min_new_tokens=60)
+            speculative = greedy.result.speculative
+            assert speculative is not None
+            accepted.append(speculative.accepted_draft_tokens / speculative.proposed_draft_tokens)
+        assert accepted[1] > 0.9 > accepted[0], "a draft that is the policy proposes what the policy samples"
+        assert await checksum(engine.replicas[0].api, "target", 60.0) == before
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="NCCL needs a GPU for each of both sides")
+async def test_weights_come_by_nccl_straight_into_a_server(
+    models: list[torch.nn.Module], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder: pathlib.Path = models[0].folder  # type: ignore[assignment]
+    given = options(folder, tmp_path_factory.mktemp("logs"), weight_path="distributed", name="nccl")
+    rank = transport("cuda:1", Timing())
+    async with running(given) as engine:
+        receiver = engine.create_receiver(weightsync_pb2.TRANSPORT_KIND_COLLECTIVE, Endpoint(device=engine.device))
+        for version, model in enumerate(models, start=1):
+            tensors = {name: tensor.to("cuda:1") for name, tensor in weights_of(model).items()}
+            published = publish([rank], version, tensors, 1 << 16)
+            received = await asyncio.to_thread(receiver.receive, *published)
+            await engine.load_weights(version, received.tensors)
+            response = await respond(engine, prompt_of(14))
+            assert [span.version for span in response.result.weight_versions] == [version]
+            expected = reference_log_probs(model, prompt_of(14), response.tokens)
+            assert largest_difference(response, expected) < TOLERANCE
+            check_weight_update_equal(published[1], await engine.weight_bytes())
+    rank.close()

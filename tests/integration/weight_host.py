@@ -19,6 +19,7 @@ from miles.weights import PublishResult, WeightPublisher
 from miles.weights.transport import Endpoint
 
 POLICY = policy_pb2.WEIGHT_STREAM_POLICY
+DRAFT = policy_pb2.WEIGHT_STREAM_DRAFT
 DEADLINE_S = 30.0
 JOB = "job"
 
@@ -55,6 +56,8 @@ class Host:
         self, folder: pathlib.Path, lease_s: float = 300.0, disk_dir: pathlib.Path | None = None, job: str = JOB
     ) -> None:
         self._job = job
+        self.stream = POLICY
+        """Which weights are published and activated."""
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.address = f"127.0.0.1:{probe.getsockname()[1]}"
@@ -101,7 +104,7 @@ class Host:
                 stub = weightsync_pb2_grpc.WeightSyncServiceStub(self._channel)
                 endpoint = Endpoint(address=self.address)
                 self._publishers[transport] = WeightPublisher(
-                    *(stub, self._job, POLICY, kind), endpoint=endpoint, deadline_s=DEADLINE_S, **settings
+                    *(stub, self._job, self.stream, kind), endpoint=endpoint, deadline_s=DEADLINE_S, **settings
                 )
             layout = [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in sent.items()]
             return self._publishers[transport].publish(version, version, layout, sent.items())
@@ -118,7 +121,7 @@ class Host:
         wait_for: Iterable[str] = (),
     ) -> weightsync_pb2.ActivateDone:
         request = weightsync_pb2.ActivateRequest(
-            version=policy_pb2.WeightVersion(job_id=self._job, stream=POLICY, version=version),
+            version=policy_pb2.WeightVersion(job_id=self._job, stream=self.stream, version=version),
             operation_id=f"{version} within {deadline_s}",
             deadline_ms=int(deadline_s * 1000),
             min_engines=min_engines,

@@ -20,6 +20,7 @@ CPU_FLAGS: dict[str, Any] = {
     "attention_backend": "torch_native",
     "max_total_tokens": 8192,
     "mem_fraction_static": 0.3,
+    "stream_interval": 16,
     "log_level": "warning",
 }
 GPU_FLAGS: dict[str, Any] = {

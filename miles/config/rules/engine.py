@@ -110,6 +110,18 @@ def files_need_the_disk_path(s: Settings) -> Iterator[Fault]:
 
 
 @rule
+def servers_take_part_in_broadcasts(s: Settings) -> Iterator[Fault]:
+    if s.rollout_backend != "sglang" or s.rollout_engine_weights != "distributed":
+        return
+    if s.update_weight_transfer_mode != "broadcast":
+        problem = f"update_weight_transfer_mode = {s.update_weight_transfer_mode} brings weights to the rollout service"
+        yield Fault("rollout_engine_weights", "distributed", problem, "set update_weight_transfer_mode to broadcast")
+    if s.colocate:
+        problem = "NCCL connects no two processes on one GPU, as colocate would need"
+        yield Fault("rollout_engine_weights", "distributed", problem, "set it to tensor")
+
+
+@rule
 def taking_turns_is_synchronous(s: Settings) -> Iterator[Fault]:
     for key in ("colocate", "offload_rollout"):
         if getattr(s, key) and s.max_weight_staleness:

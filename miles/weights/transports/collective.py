@@ -84,11 +84,7 @@ class CollectiveTransport:
         buckets = handle.collective.buckets
         flats.check_covered(manifest, ((bucket.offset, bucket.nbytes) for bucket in buckets))
         device = self._endpoint.device
-        expected = "nccl" if device.type == "cuda" else "gloo"
-        if handle.collective.backend != expected:
-            raise ManifestError(
-                f"the weights come by {handle.collective.backend}; an engine on {device} needs {expected}"
-            )
+        check_backend(handle, device)
         whole = torch.empty(manifest.total_bytes, dtype=torch.uint8, device=device)
         wanted: dict[str, list[torch.Tensor]] = {}
         for bucket in buckets:
@@ -127,6 +123,13 @@ class CollectiveTransport:
         if self._receiver is not None:
             self._receiver.only(lambda source: False)
         self._threads.shutdown()
+
+
+def check_backend(handle: weightsync_pb2.TransportHandle, device: torch.device) -> None:
+    """Raise ManifestError when the weights come by another backend than an engine on that device needs."""
+    expected = "nccl" if device.type == "cuda" else "gloo"
+    if handle.collective.backend != expected:
+        raise ManifestError(f"the weights come by {handle.collective.backend}; an engine on {device} needs {expected}")
 
 
 def local_host(peer: str) -> str:

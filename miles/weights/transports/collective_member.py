@@ -58,7 +58,7 @@ def receive_from(
             del hello.companions[:]  # one of them may be the reason
             if time.monotonic() >= deadline_s:
                 raise TimeoutError(f"no broadcast from {source} succeeded in time; the last one: {error}") from error
-            logger.info("broadcast from %s: %s; asking again", source, error)
+            logger.info("broadcast from %s: %s; asking again", source, str(error))  # not what its traceback holds
             time.sleep(_ASK_AGAIN_S)
         except BaseException:
             receiver.leave(source)

@@ -195,9 +195,10 @@ class WeightSource(weightsource_pb2_grpc.WeightSourceServiceServicer):
             self._broadcast(group, buckets, packed, watch)
             _until_all(members, "received", watch, self._timing.patience_s)
         except (BroadcastFailed, TimeoutError) as error:
-            logger.warning("broadcast of publication %d to %s: %s", publication_id, _names(members), error)
+            reason = str(error)  # a record of the error itself would keep the group, and the others' connections
+            logger.warning("broadcast of publication %d to %s: %s", publication_id, _names(members), reason)
             self._leave_group()
-            aborted = weightsource_pb2.BroadcastAborted(reason=str(error))
+            aborted = weightsource_pb2.BroadcastAborted(reason=reason)
             _tell(members, weightsource_pb2.JoinResponse(aborted=aborted))
             with self._changed:
                 for served in self._served.values():

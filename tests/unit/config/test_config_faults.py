@@ -220,6 +220,19 @@ RULE_CASES: list[tuple[dict[str, Any], str]] = [
         "rollout_engine_weights_dir = x, but it does nothing without rollout_engine_weights = disk",
     ),
     (
+        {**SGLANG, "rollout_engine_weights": "distributed"},
+        "rollout_engine_weights = distributed, but update_weight_transfer_mode = auto brings weights to the rollout",
+    ),
+    (
+        {
+            **SGLANG,
+            "rollout_engine_weights": "distributed",
+            "update_weight_transfer_mode": "broadcast",
+            "colocate": True,
+        },
+        "rollout_engine_weights = distributed, but NCCL connects no two processes on one GPU",
+    ),
+    (
         {**SGLANG, "colocate": True, "max_weight_staleness": 1},
         "colocate = true, but max_weight_staleness = 1 has engines and trainer work at once",
     ),

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
@@ -103,3 +104,12 @@ def test_a_reward_with_parts_needs_a_key() -> None:
     for key in (None, "c"):
         with pytest.raises(RewardKeyError, match="a, b"):
             reward_number({"a": 1.0, "b": 2.0}, key)
+
+
+async def test_a_filter_that_hangs_is_not_waited_for_without_end() -> None:
+    async def hang(config: Any, samples: Any) -> bool:
+        await asyncio.Event().wait()
+        return True
+
+    with pytest.raises(FilterError, match=r"hang gave no verdict within 0\.05 s"):
+        await apply_filter(hang, CONFIG, [], deadline_s=0.05)

@@ -110,10 +110,19 @@ def test_experts_are_narrowed_and_dense_layers_left_out(
 
 def test_experts_of_another_shape_or_model_are_refused() -> None:
     layout = ExpertLayout(layers=2, moe_layers=(0, 1), top_k=2, experts=8)
-    with pytest.raises(EngineFailed, match="12 expert numbers"):
+    with pytest.raises(EngineFailed, match="64 characters of expert numbers; 4 tokens"):
         decode_experts(encoded(np.zeros((3, 2, 2))), layout, 4)
     with pytest.raises(EngineFailed, match="from 0 to 8"):
         decode_experts(encoded(np.array([[[0, 1], [2, 8]]])), layout, 1)
+    with pytest.raises(EngineFailed, match="no base64"):
+        decode_experts("*" * 24, layout, 1)
+
+
+@pytest.mark.parametrize("top_k", [1, 3, 7])
+def test_long_routed_experts_are_decoded_in_slices_that_fit_together(top_k: int) -> None:
+    layout = ExpertLayout(layers=5, moe_layers=(1, 2, 4), top_k=top_k, experts=300)
+    wide = np.random.default_rng(0).integers(0, 300, (20_001, 5, top_k))
+    np.testing.assert_array_equal(decode_experts(encoded(wide), layout, 20_001), wide[:, [1, 2, 4]])
 
 
 def test_a_response_brings_experts_from_the_position_asked_for() -> None:

@@ -5,13 +5,16 @@
 | engine | the asyncio face: requests in, deltas out |
 | options, flags | what servers are built from, and their command line |
 | replica | one server: started, watched, restarted, or attached to |
-| server, probes, api | its process, its heartbeat, its HTTP |
-| requests, responses | a request and its streamed answer as SGLang spells them |
+| server, probes, api, events | its process, its heartbeat, its HTTP, its server-sent events |
+| requests, batches | a request as SGLang spells it, and several in one POST |
+| responses | the streamed answer |
 | active | requests that run or wait |
 | routing | which server gets a request (pure) |
 | concurrency | how many requests a server gets at once (pure) |
 | weights, updates | one version into all servers, into one server |
 | buckets, staging | tensors in flat shared buffers |
+| remote, member | versions that the trainer broadcasts straight into servers |
+| draft | the draft model, with versions of its own |
 | names, layout | parameter names, and the parameters that a model has |
 | experts | which experts each token went to |
 """

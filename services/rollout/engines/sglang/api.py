@@ -10,11 +10,10 @@ from typing import Any
 import aiohttp
 
 from miles.services.rollout.engines.sglang.errors import EngineFailed, ServerRefused
+from miles.services.rollout.engines.sglang.events import DONE, EventSplitter
 
 KEEP_ALIVE_S = 2.0
 """The server closes a connection that was idle for 5 s; an order written to one at that moment would be lost."""
-_DATA = b"data: "
-_DONE = b"[DONE]"
 _LOST = (aiohttp.ClientError, ConnectionError, asyncio.IncompleteReadError)
 
 
@@ -52,22 +51,25 @@ class SglangApi:
         return await self._call("GET", path, timeout_s, None)
 
     async def generate(self, body: Mapping[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
-        """The events of a streamed response. Raises ValueError for a request that the server finds at fault."""
+        """The events of a streamed response. Raises ValueError for a request that the server finds at fault.
+
+        Take all of them: a response that is left before its end takes its connection along.
+        """
         try:
             async with self._opened().post(self._url("/generate"), json=body) as response:
                 if response.status != 200:
                     raise ServerRefused("/generate", response.status, _message(await response.read()))
                 self._streams.add(response)
                 try:
-                    buffer = bytearray()
-                    async for chunk in response.content.iter_any():
-                        buffer += chunk
-                        while (end := buffer.find(b"\n\n")) >= 0:
-                            event = bytes(buffer[:end])
-                            del buffer[: end + 2]
-                            if event == _DATA + _DONE:
-                                return
-                            yield _event(event)
+                    splitter, done = EventSplitter(), False
+                    async for piece in response.content.iter_any():
+                        for data in splitter.feed(piece):
+                            if data == DONE:
+                                done = True
+                            else:
+                                yield _event(data)
+                    if done:
+                        return
                 finally:
                     self._streams.discard(response)
         except _LOST as error:
@@ -100,8 +102,8 @@ class SglangApi:
         return self._session
 
 
-def _event(line: bytes) -> dict[str, Any]:
-    event = json.loads(line.removeprefix(_DATA))
+def _event(data: bytes) -> dict[str, Any]:
+    event = json.loads(data)
     error = event.get("error")
     if error is None:
         return dict(event)

@@ -9,8 +9,9 @@ import logging
 import time
 import uuid
 from collections.abc import AsyncGenerator, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from miles.rpc.gen import weightsync_pb2
 from miles.services.rollout.engine import (
     EngineStats,
     FinishReason,
@@ -21,19 +22,27 @@ from miles.services.rollout.engine import (
 )
 from miles.services.rollout.engines.sglang import flags, requests
 from miles.services.rollout.engines.sglang.active import ActiveRequest, BusyClock, Signal
+from miles.services.rollout.engines.sglang.draft import DraftModel
 from miles.services.rollout.engines.sglang.errors import EngineFailed, ServerRefused
 from miles.services.rollout.engines.sglang.experts import read_expert_layout
 from miles.services.rollout.engines.sglang.options import SglangOptions
+from miles.services.rollout.engines.sglang.remote import RemoteTransport
 from miles.services.rollout.engines.sglang.replica import Replica
 from miles.services.rollout.engines.sglang.responses import ResponseDecoder
 from miles.services.rollout.engines.sglang.routing import Router
 from miles.services.rollout.engines.sglang.weights import WeightLoader
+from miles.weights.transport import create_transport
 
 if TYPE_CHECKING:
     import torch
 
+    from miles.rpc.gen.weightsync_pb2 import TransportKind
+    from miles.weights.transport import Endpoint, WeightReceiver
+
 log = logging.getLogger(__name__)
 
+CATCH_UP_AGAIN_S, CATCH_UP_AT_LEAST_S = 5.0, 60.0
+"""How long a server waits for the trainer to be there again, at first and in the end."""
 ABORT_DEADLINE_S = 60.0
 """How long a pause that aborts may wait for requests to end."""
 
@@ -62,10 +71,12 @@ class SglangEngine:
         """Whether the servers' memory was released and nothing has asked for it again."""
         self._clock = BusyClock()
         self._generated_tokens = 0
+        self._draft: DraftModel | None = None
         self._vocabulary = 0
         self._max_total_tokens = 0
         self._rids = (f"{options.name}-{uuid.uuid4().hex[:8]}-{i:012d}" for i in itertools.count())
         self._seeded = flags.is_deterministic(options.server_flags)
+        self._interval = int(options.server_flags.get("stream_interval") or requests.STREAM_INTERVAL)
         self._background: set[asyncio.Task[None]] = set()
 
     @property
@@ -86,6 +97,11 @@ class SglangEngine:
         return torch.device("cuda", self._options.first_gpu) if self._options.on_gpu else torch.device("cpu")
 
     @property
+    def draft(self) -> DraftModel | None:
+        """The servers' draft model, if it has weights of its own."""
+        return self._draft
+
+    @property
     def replicas(self) -> Sequence[Replica]:
         """The servers."""
         return self._replicas
@@ -100,6 +116,7 @@ class SglangEngine:
         except BaseException:
             await self.close()
             raise
+        self._find_draft(server if self._options.addresses else self._options.server_flags)
         self._vocabulary = int(info.get("vocab_size") or self._loader.vocabulary)
         longest = int(server.get("max_req_input_len") or self._loader.max_positions - flags.SPARE_TOKENS)
         self._max_total_tokens = min(self._options.max_total_tokens or longest, longest)
@@ -147,10 +164,13 @@ class SglangEngine:
         assert replica is not None
         experts = self._experts if request.return_routed_experts else None
         decoder = ResponseDecoder(len(request.input_ids), experts, request.routed_experts_start)
-        payload = requests.to_payload(request, active.rid, cache_key=f"v{replica.version}", seeded=self._seeded)
-        async with contextlib.aclosing(replica.api.generate(payload)) as events:
+        payload = requests.to_payload(
+            request, active.rid, cache_key=f"v{replica.version}", seeded=self._seeded, interval=self._interval
+        )
+        async with contextlib.aclosing(replica.batches.generate(request.group, payload)) as events:
             async for event in events:
-                delta = decoder.decode(event)
+                replica.moved()
+                delta = await decoder.decode_apart(event)
                 yield delta
                 if delta.result is not None:
                     return
@@ -238,18 +258,40 @@ class SglangEngine:
                 self._let_go()
             return time.monotonic() - began
 
-    async def load_draft_weights(self, tensors: Mapping[str, torch.Tensor]) -> float:
-        """Swap in weights of the draft model, by its own names; returns how long decoding stood still, in seconds."""
-        async with self._order:
+    def _find_draft(self, server: Mapping[str, Any]) -> None:
+        if flags.has_draft_weights(server):
+            self._loader.keep_draft_apart(str(server["speculative_algorithm"]))
+            folder = str(server["speculative_draft_model_path"])
+            self._draft = DraftModel(self.device, folder, self._load_draft, self._verify_draft)
+
+    async def _load_draft(self, tensors: Mapping[str, torch.Tensor]) -> float:
+        async with self._between_steps():
             began = time.monotonic()
-            if self._pause_mode is None:
+            await self._loader.load_draft(tensors)
+        return time.monotonic() - began
+
+    async def _verify_draft(self) -> None:
+        async with self._between_steps():
+            await self._loader.verify_draft()
+
+    @contextlib.asynccontextmanager
+    async def _between_steps(self) -> AsyncGenerator[None, None]:
+        """Schedulers stand still in here; requests stay where they are, and new ones wait inside the servers."""
+        async with self._order:
+            standing = self._pause_mode is not None or self._released
+            if not standing:
                 await self._loader.pause("in_place")
             try:
-                await self._loader.load_draft(tensors)
+                yield
             finally:
-                if self._pause_mode is None:
+                if not standing:
                     await self._loader.resume()
-            return time.monotonic() - began
+
+    def create_receiver(self, kind: TransportKind.ValueType, endpoint: Endpoint) -> WeightReceiver:
+        """What gets weights for the servers: with weight_path "distributed", broadcasts go past this process."""
+        if self._options.weight_path == "distributed" and kind == weightsync_pb2.TRANSPORT_KIND_COLLECTIVE:
+            return RemoteTransport(endpoint)
+        return create_transport(kind, endpoint)
 
     async def weight_bytes(self) -> Mapping[str, torch.Tensor]:
         """The parameters as served, by HF name: the last ones loaded, once the servers are proven to hold them.
@@ -264,13 +306,12 @@ class SglangEngine:
             if self._pause_mode is None:
                 await self._loader.pause("in_place")
             try:
-                await self._loader.verify()
+                return await self._loader.verify()
             finally:
                 if self._pause_mode is None:
                     await self._loader.resume()
                     self._held = held
                     self._signal.fire()
-            return self._loader.tensors
 
     async def release_memory(self) -> None:
         """Free the servers' weights and caches until `resume` or the next load; running requests are retracted."""
@@ -292,8 +333,23 @@ class SglangEngine:
 
     async def _catch_up(self, replica: Replica) -> None:
         async with self._order:
-            await self._loader.catch_up(replica, paused=self._pause_mode is not None)
+            caught_up = await self._loader.catch_up(replica, paused=self._pause_mode is not None)
         self._signal.fire()
+        if not caught_up:
+            self._spawn(self._catch_up_later(replica))
+
+    async def _catch_up_later(self, replica: Replica) -> None:
+        """Try again until the server holds the engine's version: by this, or because a newer one came."""
+        pause_s = CATCH_UP_AGAIN_S
+        while replica.up and replica.version is None:
+            await asyncio.sleep(pause_s)
+            pause_s = min(2 * pause_s, CATCH_UP_AT_LEAST_S)
+            async with self._order:
+                try:
+                    await self._loader.catch_up(replica, paused=self._pause_mode is not None)
+                except (EngineFailed, ServerRefused) as error:
+                    replica.give_up(f"it could not catch up: {error}")
+            self._signal.fire()
 
     def _let_go(self) -> None:
         self._held = False

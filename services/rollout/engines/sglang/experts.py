@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import base64
+import binascii
 import dataclasses
 import json
 import pathlib
@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from miles.services.rollout.engines.sglang.errors import EngineFailed
 
+_SLICE_BYTES = 1 << 18
 _COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _CHOSEN = ("num_experts_per_tok", "moe_k", "top_k_experts")
 
@@ -54,22 +55,34 @@ def read_expert_layout(hf_checkpoint: str) -> ExpertLayout | None:
 def decode_experts(encoded: str, layout: ExpertLayout, rows: int) -> npt.NDArray[np.unsignedinteger[Any]]:
     """Base64 of int32 (rows, layers, top_k) as uint8 or uint16 (rows, moe_layers, top_k).
 
-    Raises EngineFailed when the bytes are not as many, or name an expert that does not exist.
+    Goes through the text in slices: the int32 of a long response would be large, and a call that decoded all of them
+    would let no other thread run meanwhile. Raises EngineFailed when the bytes are not as many, or name an expert that
+    does not exist.
     """
-    wide = np.frombuffer(base64.b64decode(encoded, validate=True), np.int32)
-    expected = rows * layout.layers * layout.top_k
-    if wide.size != expected:
+    row_bytes = layout.layers * layout.top_k * 4
+    expected = 4 * -(-rows * row_bytes // 3)
+    if len(encoded) != expected:
         raise EngineFailed(
-            f"SGLang sent {wide.size} expert numbers; {rows} tokens × {layout.layers} layers × {layout.top_k} experts "
-            f"are {expected}"
+            f"SGLang sent {len(encoded)} characters of expert numbers; {rows} tokens × {layout.layers} layers × "
+            f"{layout.top_k} experts are {expected}"
         )
-    by_layer = wide.reshape(rows, layout.layers, layout.top_k)
-    chosen = by_layer if len(layout.moe_layers) == layout.layers else by_layer[:, list(layout.moe_layers)]
-    if chosen.size and (chosen.min() < 0 or chosen.max() >= layout.experts):
-        raise EngineFailed(
-            f"SGLang sent expert numbers from {chosen.min()} to {chosen.max()}; the model has {layout.experts}"
-        )
-    return chosen.astype(layout.dtype)
+    chosen = slice(None) if len(layout.moe_layers) == layout.layers else list(layout.moe_layers)
+    decoded = np.empty((rows, len(layout.moe_layers), layout.top_k), layout.dtype)
+    step = 3 * max(1, _SLICE_BYTES // (3 * row_bytes))  # rows whose bytes end where a group of base64 ends
+    for start in range(0, rows, step):
+        end = min(start + step, rows)
+        text = encoded[start * row_bytes // 3 * 4 : start * row_bytes // 3 * 4 + 4 * -(-(end - start) * row_bytes // 3)]
+        try:
+            wide = np.frombuffer(binascii.a2b_base64(text, strict_mode=True), np.int32)
+        except ValueError as error:
+            raise EngineFailed(f"SGLang sent expert numbers that are no base64 of int32: {error}") from error
+        part = wide.reshape(end - start, layout.layers, layout.top_k)[:, chosen]
+        if part.size and (part.min() < 0 or part.max() >= layout.experts):
+            raise EngineFailed(
+                f"SGLang sent expert numbers from {part.min()} to {part.max()}; the model has {layout.experts}"
+            )
+        decoded[start:end] = part
+    return decoded
 
 
 def _is_sparse(text: Mapping[str, Any], layer: int) -> bool:

@@ -27,8 +27,8 @@ def command(options: SglangOptions, index: int, port: int, max_positions: int) -
     words += ["--random-seed", str(options.random_seed + index)]
     # Warm-up requests would be generated with the weights of the checkpoint; ours wait for the first version.
     words += ["--skip-server-warmup", "--incremental-streaming-output"]
+    words += ["--tp-size", str(options.gpus_per_engine)]
     if options.on_gpu:
-        words += ["--tp-size", str(options.gpus_per_engine)]
         words += ["--base-gpu-id", str(options.first_gpu + index * options.gpus_per_engine)]
     else:
         words += ["--sleep-on-idle"]  # an idle scheduler would poll a core

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any, Literal
 
-WeightPath = Literal["tensor", "disk"]
+WeightPath = Literal["tensor", "disk", "distributed"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,7 +40,8 @@ class SglangOptions:
     memory_saver: bool = False
     """Whether servers can release their memory."""
     weight_path: WeightPath = "tensor"
-    """How weights get into a server: tensors of this process, or files that both sides see."""
+    """How weights get into a server: tensors of this process, files that both sides see, or by the trainer's own
+    broadcasts, of which the server is a member. Versions that do not come by broadcast are handed over as tensors."""
     weight_dir: pathlib.Path | None = None
     """Folder for the files of the disk path."""
     bucket_bytes: int = 512 << 20
@@ -53,6 +54,8 @@ class SglangOptions:
     start_timeout_s: float = 900.0
     order_timeout_s: float = 300.0
     """How long a server may take for one order, e.g. to load a bucket."""
+    hang_timeout_s: float = 300.0
+    """A server whose scheduler does nothing for the requests it has for so long hangs, although it answers probes."""
     silence_timeout_s: float = 30.0
     """A server that answers no probe for so long is dead."""
 

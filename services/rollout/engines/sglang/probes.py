@@ -25,6 +25,8 @@ class Load:
     running: int
     waiting: int
     max_running: int
+    at: float = 0.0
+    """When a scheduler last said so, in seconds of its host's clock: stands still while all of them hang."""
 
 
 class Probe:
@@ -99,4 +101,5 @@ def ask(address: str, timeout_s: float = _TIMEOUT_S) -> Load:
         running=sum(int(rank.get("num_running_reqs", 0)) for rank in ranks),
         waiting=sum(int(rank.get("num_waiting_reqs", 0)) for rank in ranks),
         max_running=sum(int(rank.get("max_running_requests", 0)) for rank in ranks),
+        at=max((float(rank.get("timestamp", 0.0)) for rank in ranks), default=0.0),
     )

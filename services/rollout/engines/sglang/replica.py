@@ -6,12 +6,15 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any
 
 from miles.services.rollout.engines.sglang import flags, updates
 from miles.services.rollout.engines.sglang.api import SglangApi
+from miles.services.rollout.engines.sglang.batches import Batches, Events
 from miles.services.rollout.engines.sglang.concurrency import ConcurrencyLimit
 from miles.services.rollout.engines.sglang.errors import EngineFailed, ServerRefused, ServerUnstartable
+from miles.services.rollout.engines.sglang.member import ServerMember
 from miles.services.rollout.engines.sglang.options import SglangOptions
 from miles.services.rollout.engines.sglang.probes import Load, Probe
 from miles.services.rollout.engines.sglang.routing import Candidate
@@ -20,6 +23,10 @@ from miles.services.rollout.engines.sglang.server import ServerProcess, free_por
 log = logging.getLogger(__name__)
 
 _READY_POLL_S = 0.25
+ABORT_TIMEOUT_S = 20.0
+"""The front process answers an abort at once; whoever gives a group up does not wait for one that hangs."""
+START_AGAIN_S = (2.0, 10.0)
+"""Pauses before a server that ended at its first start is started again."""
 _FIRST_RESTART_S = 1.0
 _LAST_RESTART_S = 60.0
 
@@ -47,6 +54,12 @@ class Replica:
         self.max_positions = 0
         """Tokens that the model was made for; to be set before `start`."""
         self.version: int | None = None
+        self.ranks = options.gpus_per_engine
+        """Of its tensor parallelism, a count; somebody else's server says it itself."""
+        self.batches = Batches(self._generate, self._abort_soon)
+        """How it is asked for responses."""
+        self.member: ServerMember | None = None
+        """Its part in the trainer's broadcasts; None while it is not up."""
         self.running = 0
         """Requests that the engine has given it and that have not ended."""
         self.limit = ConcurrencyLimit(options.concurrency)
@@ -55,6 +68,11 @@ class Replica:
         self._supervisor: asyncio.Task[None] | None = None
         self._lost: asyncio.Event = asyncio.Event()
         self._problem = ""
+        self._orders: set[asyncio.Task[None]] = set()
+        self._paused = False
+        self._moved_s = time.monotonic()
+        """When it last showed that its scheduler is at work, or had nothing to do."""
+        self._seen_at = 0.0
 
     @property
     def name(self) -> str:
@@ -76,8 +94,22 @@ class Replica:
         return Candidate(self.index, self.running, self.limit.limit, self.version)
 
     async def start(self) -> None:
-        """Return once the server is ready. Raises ServerUnstartable."""
-        await self._start_once()
+        """Return once the server is ready. Raises ServerUnstartable.
+
+        One that ends while it starts is tried again: a port may be taken, and what had the GPU before may need seconds
+        to leave it.
+        """
+        for pause_s in START_AGAIN_S:
+            try:
+                await self._start_once()
+                break
+            except ServerUnstartable as error:
+                if not error.ended:
+                    raise
+                log.warning("%s; trying again in %.0f s", error, pause_s)
+                await asyncio.sleep(pause_s)
+        else:
+            await self._start_once()
         self._supervisor = asyncio.create_task(self._supervise(), name=f"supervisor of {self.name}")
 
     async def close(self) -> None:
@@ -87,6 +119,19 @@ class Replica:
             with contextlib.suppress(asyncio.CancelledError):
                 await self._supervisor
         await self._end_once()
+        self.batches.close()
+
+    def _generate(self, body: Mapping[str, Any]) -> Events:
+        return self.api.generate(body)  # of the server as it is then
+
+    def _abort_soon(self, rid: str) -> None:
+        async def carry_out() -> None:
+            with contextlib.suppress(EngineFailed, ServerRefused):
+                await self.abort(rid)
+
+        task = asyncio.create_task(carry_out())
+        self._orders.add(task)
+        task.add_done_callback(self._orders.discard)
 
     def give_up(self, problem: str) -> None:
         """Treat the server as lost: its requests fail, and it is started or attached to anew."""
@@ -99,6 +144,7 @@ class Replica:
 
     async def _start_once(self) -> None:
         self._lost = asyncio.Event()
+        self._paused = False
         began = time.monotonic()
         if self.managed:
             port = free_port()
@@ -114,6 +160,7 @@ class Replica:
         except BaseException:
             await self._end_once()
             raise
+        self.member = ServerMember(self.api, self.ranks)
         log.info("%s is ready at %s after %.1f s", self.name, self.api.address, time.monotonic() - began)
         self._probe = Probe(self.api.address, self._options.silence_timeout_s, self._observe, self.give_up)
         self._probe.start()
@@ -125,9 +172,11 @@ class Replica:
         while time.monotonic() < deadline:
             if self._process is not None and self._process.returncode is not None:
                 code = self._process.returncode
-                raise ServerUnstartable(f"{self.name} ended with status {code}; {self._process.last_words()}")
+                words = self._process.last_words()
+                raise ServerUnstartable(f"{self.name} ended with status {code}; {words}", ended=True)
             try:
-                await self.api.get("/ready" if self.managed else "/server_info", timeout_s=10.0)
+                answer = await self.api.get("/ready" if self.managed else "/server_info", timeout_s=10.0)
+                self.ranks = int(answer.get("tp_size") or self._options.gpus_per_engine)
                 return
             except (EngineFailed, ServerRefused) as error:
                 problem = str(error)
@@ -138,6 +187,9 @@ class Replica:
 
     async def _end_once(self) -> None:
         self.version = None
+        if self.member is not None:
+            self.member.close()
+            self.member = None
         if self._probe is not None:
             self._probe.stop()
             self._probe = None
@@ -158,8 +210,9 @@ class Replica:
                     await self._start_once()
                     await self._on_ready(self)
                     break
-                except (ServerUnstartable, EngineFailed, ServerRefused) as error:
-                    log.warning("%s; trying again in %.0f s", error, pause_s)
+                except Exception as error:  # whatever it is, a server that is not looked after would be missed
+                    known = isinstance(error, ServerUnstartable | EngineFailed | ServerRefused)
+                    log.warning("%s; trying again in %.0f s", error, pause_s, exc_info=None if known else error)
                     await self._end_once()
                     await asyncio.sleep(pause_s)
                     pause_s = min(2 * pause_s, _LAST_RESTART_S)
@@ -178,7 +231,18 @@ class Replica:
         if self._process is not None and self._process.returncode is not None:
             self.give_up(f"it ended with status {self._process.returncode}; {self._process.last_words()}")
 
+    def moved(self) -> None:
+        """It has said something of a response."""
+        self._moved_s = time.monotonic()
+
     def _observe(self, load: Load) -> None:
+        # Its front process answers probes also while the scheduler behind it hangs.
+        if self._paused or not self.running or load.at != self._seen_at:
+            self.moved()
+        self._seen_at = load.at
+        silent_s = time.monotonic() - self._moved_s
+        if silent_s > self._options.hang_timeout_s:
+            self.give_up(f"its scheduler has done nothing for its {self.running} requests for {silent_s:.0f} s")
         before = self.limit.limit
         self.limit.observe(cache_use=load.cache_use, running=load.running, waiting=load.waiting)
         if self.limit.limit != before:
@@ -186,6 +250,7 @@ class Replica:
 
     async def pause(self, mode: str) -> None:
         """Stop the scheduler between two steps: mode in_place or retract."""
+        self._paused = True
         await self.api.post("/pause_generation", {"mode": mode}, self._options.order_timeout_s)
         if self._options.on_gpu:
             await updates.drain_device(self.api, self._options.order_timeout_s)
@@ -193,6 +258,8 @@ class Replica:
     async def resume(self) -> None:
         """Let the scheduler go on."""
         await self.api.post("/continue_generation", {}, self._options.order_timeout_s)
+        self._paused = False
+        self.moved()
 
     async def flush_cache(self) -> None:
         """Forget all keys and values; only while no request holds any."""
@@ -200,4 +267,4 @@ class Replica:
 
     async def abort(self, rid: str) -> None:
         """End one request with what it has."""
-        await self.api.post("/abort_request", {"rid": rid}, self._options.order_timeout_s)
+        await self.api.post("/abort_request", {"rid": rid}, ABORT_TIMEOUT_S)

@@ -6,8 +6,10 @@ from typing import Any
 
 from miles.services.rollout.engine import GenerationRequest
 
-STREAM_INTERVAL = 64
-"""Tokens from one event of a stream to the next: rare enough to cost little, often enough to show progress."""
+STREAM_INTERVAL = 256
+"""Tokens from one event of a stream to the next. An event shows that a response gets on and little else, as an abort
+returns all there is, but what a request that was sent back to the queue has generated since its last event. Each costs
+every process on its way as much as some dozen tokens."""
 _SEEDS = 1 << 63
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,6 +11,8 @@ from miles.services.rollout.engines.sglang.errors import EngineFailed
 from miles.services.rollout.engines.sglang.experts import ExpertLayout, decode_experts
 from miles.types import SpeculativeStats, VersionSpan
 
+LARGE = 1 << 20
+"""Characters of routed experts that take milliseconds to decode."""
 _REASONS = {"stop": FinishReason.STOP, "length": FinishReason.LENGTH, "abort": FinishReason.ABORT}
 
 
@@ -26,6 +29,12 @@ class ResponseDecoder:
         self._experts = experts
         self._experts_start = experts_start
         self._received = 0
+
+    async def decode_apart(self, event: Mapping[str, Any]) -> GenerationDelta:
+        """Like `decode`, in a thread where it would hold up the event loop: routed experts of a long response do."""
+        if len(event["meta_info"].get("routed_experts") or "") < LARGE:
+            return self.decode(event)
+        return await asyncio.to_thread(self.decode, event)
 
     def decode(self, event: Mapping[str, Any]) -> GenerationDelta:
         """The delta of an event. Raises EngineFailed when the event contradicts itself or leaves tokens out."""

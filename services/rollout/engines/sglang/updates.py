@@ -3,20 +3,36 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import dataclasses
 import pathlib
 import shutil
 from collections.abc import AsyncIterator, Sequence
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from miles.services.rollout.engines.sglang import buckets
 from miles.services.rollout.engines.sglang.api import SglangApi
 from miles.services.rollout.engines.sglang.buckets import Bucket, NamedTensor
-from miles.services.rollout.engines.sglang.errors import ServerRefused
+from miles.services.rollout.engines.sglang.errors import EngineFailed, ServerRefused
+
+if TYPE_CHECKING:
+    from miles.services.rollout.engines.sglang.member import ServerMember
+    from miles.services.rollout.engines.sglang.remote import RemoteWeights
 
 Selector = Literal["target", "draft", "all"]
 """Whose weights: the policy's, the draft model's, or of both where one checkpoint holds them."""
 NOTHING = ""
 """A part of every tensor's name: leaves all of them out of a check."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Checksum:
+    """Of a server's weights."""
+
+    value: str
+    """The same for servers of the same parallel sizes that hold the same bytes."""
+    names: frozenset[str]
+    """Of the parameters, as the server calls them."""
 
 
 class WeightUpdate:
@@ -34,8 +50,7 @@ class WeightUpdate:
 
     async def from_tensors(self, parts: AsyncIterator[tuple[Bucket, bool]], tensor_parallel: int) -> None:
         """Load buckets of shared memory; each comes with whether it is the last. Raises ServerRefused, EngineFailed."""
-        await self._begin()
-        try:
+        async with self._session():
             async for bucket, last in parts:
                 await self._api.post(
                     "/update_weights_from_tensor",
@@ -48,13 +63,28 @@ class WeightUpdate:
                     },
                     self._timeout_s,
                 )
-        finally:
-            await self._api.post("/end_weight_update", {}, self._timeout_s)
+
+    async def from_sources(self, member: ServerMember, weights: RemoteWeights) -> None:
+        """Have the server take the trainer's broadcasts. Raises like `ServerMember.receive`."""
+        async with self._session():
+            await member.receive(weights, self._version, self._selector)
 
     async def from_files(self, folder: pathlib.Path) -> None:
         """Load a folder of safetensors files. Raises ServerRefused, EngineFailed."""
         body = {"model_path": str(folder), "load_format": "auto", "flush_cache": False}
         await self._api.post("/update_weights_from_disk", {**body, "weight_version": self._version}, self._timeout_s)
+
+    @contextlib.asynccontextmanager
+    async def _session(self) -> AsyncIterator[None]:
+        await self._begin()
+        try:
+            yield
+        except EngineFailed:
+            raise  # the server is gone or hangs; nothing else reaches it
+        except BaseException:
+            await self._api.post("/end_weight_update", {}, self._timeout_s)
+            raise
+        await self._api.post("/end_weight_update", {}, self._timeout_s)
 
     async def _begin(self) -> None:
         body = {"selector": self._selector}
@@ -77,10 +107,11 @@ async def drain_device(api: SglangApi, timeout_s: float) -> None:
     await api.post("/weights_checker", {"action": "checksum", "skip_tensor_list": [NOTHING]}, timeout_s)
 
 
-async def checksum(api: SglangApi, selector: Selector, timeout_s: float) -> str:
-    """One checksum over everything a server holds."""
+async def checksum(api: SglangApi, selector: Selector, timeout_s: float) -> Checksum:
+    """Of everything a server holds. A server answers for a draft model that it does not have, too: without names."""
     answer = await api.post("/weights_checker", {"action": "checksum", "selector": selector}, timeout_s)
-    return str(answer["per_engine_checksum"])
+    names = frozenset(name for rank in answer.get("ranks") or () for name in rank["checksums"])
+    return Checksum(str(answer.get("per_engine_checksum") or ""), names)
 
 
 async def write_files(folder: pathlib.Path, parts: Sequence[Sequence[NamedTensor]]) -> None:

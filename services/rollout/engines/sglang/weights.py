@@ -13,16 +13,18 @@ from typing import Any
 
 import torch
 
-from miles.services.rollout.engines.sglang import buckets, flags, updates
+from miles.services.rollout.engines.sglang import buckets, updates
 from miles.services.rollout.engines.sglang.active import Signal
 from miles.services.rollout.engines.sglang.buckets import NamedTensor
+from miles.services.rollout.engines.sglang.draft import own_parameters
 from miles.services.rollout.engines.sglang.errors import EngineFailed, ServerRefused
 from miles.services.rollout.engines.sglang.layout import ModelLayout, misfits, read_layout
 from miles.services.rollout.engines.sglang.names import checkpoint_names
 from miles.services.rollout.engines.sglang.options import SglangOptions
+from miles.services.rollout.engines.sglang.remote import RemoteWeights
 from miles.services.rollout.engines.sglang.replica import Replica
 from miles.services.rollout.engines.sglang.staging import StagedWeights
-from miles.services.rollout.engines.sglang.updates import Selector, WeightUpdate
+from miles.services.rollout.engines.sglang.updates import Checksum, Selector, WeightUpdate
 from miles.weights.manifest import ChecksumMismatch
 
 log = logging.getLogger(__name__)
@@ -40,9 +42,11 @@ class WeightLoader:
         self._changed = changed
         self._layout = ModelLayout({}, 0, 0)
         self._dtype: torch.dtype = getattr(torch, options.dtype)
-        own_draft = flags.has_draft_weights(options.server_flags)
-        self._selector: Selector = "target" if own_draft else "all"
-        self._draft: dict[str, torch.Tensor] = {}
+        self._selector: Selector = "all"
+        self._draft_algorithm = ""
+        self._draft: Mapping[str, torch.Tensor] = {}
+        self._sums: dict[Selector, tuple[bytes, str]] = {}
+        """Of the last version that servers took by broadcast: its manifest's checksum, and theirs."""
         self._released = False
         self.tensors: Mapping[str, torch.Tensor] = {}
         """What the servers hold, by HF name."""
@@ -65,6 +69,10 @@ class WeightLoader:
         for replica in self._replicas:
             replica.max_positions = self._layout.max_positions
 
+    def keep_draft_apart(self, algorithm: str) -> None:
+        """The servers have a draft model with weights of its own: the policy's versions are not for it."""
+        self._selector, self._draft_algorithm = "target", algorithm
+
     def check(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Raise ValueError when these are not the model's parameters."""
         faults = misfits(self._layout.shapes, tensors, self._dtype)
@@ -81,15 +89,20 @@ class WeightLoader:
         await self._on_each(await self._up(), lambda replica: replica.resume(), "go on")
 
     async def load(self, version: int, tensors: Mapping[str, torch.Tensor], *, flush: bool) -> None:
-        """Load a version into paused servers; with `flush`, also forget their caches."""
+        """Load a version into paused servers; with `flush`, also forget their caches.
+
+        Whatever is raised, no server counts as holding a version any more.
+        """
         replicas = await self._up()
         for replica in replicas:
             replica.version = None
         if self._released:
             await self._memory(replicas, "resume", ("weights",))
-        await self._push(replicas, version, self._named(tensors), self._selector)
+        await self._push(replicas, version, tensors, self._selector)
         self.version, self.tensors = version, tensors
         if self._released:
+            if self._draft:
+                await self._push(replicas, None, self._draft, "draft")
             await self._memory(replicas, "resume", ("kv_cache",))
             self._released = False
         elif flush:
@@ -99,38 +112,74 @@ class WeightLoader:
                 replica.version = version
 
     async def load_draft(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Load the draft model's weights into paused servers."""
-        await self._push(await self._up(), None, list(tensors.items()), "draft")
-        self._draft = dict(tensors)
+        """Load the draft model's weights into paused servers; while their memory is released, once they have it."""
+        own = own_parameters(tensors, self._draft_algorithm, self._layout.shapes)
+        if not self._released:
+            await self._push(await self._up(), None, own, "draft")
+        self._draft = own
 
-    async def catch_up(self, replica: Replica, *, paused: bool) -> None:
-        """Bring a server that was started anew to what the others hold."""
-        if self.version is None or replica.version == self.version:
+    async def verify_draft(self) -> None:
+        """Raise ChecksumMismatch when a paused server's draft model is another one after the same load again.
+
+        Nothing is overwritten with noise here, as parts of a draft may be the policy's.
+        """
+        if self._released or not self._draft:
             return
+        replicas, timeout_s = await self._up(), self._options.order_timeout_s
+        before = await asyncio.gather(*(updates.checksum(r.api, "draft", timeout_s) for r in replicas))
+        await self._push(replicas, None, self._draft, "draft")
+        after = await asyncio.gather(*(updates.checksum(r.api, "draft", timeout_s) for r in replicas))
+        wrong = [r.name for r, old, new in zip(replicas, before, after, strict=True) if old != new or not new.names]
+        if wrong:
+            raise ChecksumMismatch(f"{', '.join(wrong)} did not hold the last weights of the draft model, or has none")
+
+    async def catch_up(self, replica: Replica, *, paused: bool) -> bool:
+        """Bring a server that was started anew to what the others hold; False while the trainer cannot be reached.
+
+        Raises EngineFailed or ServerRefused when the server fails.
+        """
+        if self.version is None or replica.version == self.version:
+            return True
         await replica.pause("in_place")
-        await self._push([replica], self.version, self._named(self.tensors), self._selector)
-        if self._draft:
-            await self._push([replica], None, list(self._draft.items()), "draft")
+        try:
+            await self._push([replica], self.version, self.tensors, self._selector)
+            if self._draft:
+                await self._push([replica], None, self._draft, "draft")
+        except (ConnectionError, TimeoutError) as error:
+            log.warning("%s cannot be brought to version %d: %s", replica.name, self.version, error)
+            return False
+        except ChecksumMismatch as error:
+            raise EngineFailed(str(error)) from error
         if not paused:
             await replica.resume()
         replica.version = self.version
+        return True
 
-    async def verify(self) -> None:
-        """Raise ChecksumMismatch unless every paused server holds exactly `tensors`."""
+    async def verify(self) -> Mapping[str, torch.Tensor]:
+        """Raise ChecksumMismatch unless every paused server holds exactly `tensors`; returns them, with their bytes.
+
+        Weights that went past this process come here now, by a broadcast of their own, and are verified.
+        """
+        tensors = self.tensors
+        if isinstance(tensors, RemoteWeights):
+            tensors = (await asyncio.to_thread(tensors.fetch)).tensors
         replicas, timeout_s = await self._up(), self._options.order_timeout_s
 
-        async def overwrite(replica: Replica) -> str:
+        async def overwrite(replica: Replica) -> Checksum:
             before = await updates.checksum(replica.api, self._selector, timeout_s)
             reset = {"action": "reset_tensors", "selector": self._selector}
             await replica.api.post("/weights_checker", reset, timeout_s)
             return before
 
         before = await asyncio.gather(*(overwrite(replica) for replica in replicas))
-        await self._push(replicas, self.version, self._named(self.tensors), self._selector)
+        # Memory can be shared with servers of this host alone; others are sent the same broadcast again.
+        near = all(replica.managed for replica in replicas)
+        await self._push(replicas, self.version, tensors if near else self.tensors, self._selector)
         after = await asyncio.gather(*(updates.checksum(r.api, self._selector, timeout_s) for r in replicas))
         wrong = [r.name for r, old, new in zip(replicas, before, after, strict=True) if old != new]
         if wrong:
             raise ChecksumMismatch(f"{', '.join(wrong)} did not hold the weights of version {self.version}")
+        return tensors
 
     async def release_memory(self) -> None:
         """Have paused servers free their weights and caches."""
@@ -155,24 +204,60 @@ class WeightLoader:
         return [*tensors.items(), *((alias, tensors[name]) for alias, name in aliases)]
 
     async def _push(
-        self, replicas: Sequence[Replica], version: int | None, tensors: list[NamedTensor], selector: Selector
+        self, replicas: Sequence[Replica], version: int | None, tensors: Mapping[str, torch.Tensor], selector: Selector
     ) -> None:
+        if isinstance(tensors, RemoteWeights):
+            await self._push_remote(replicas, version, tensors, selector)
+            return
+        named = list(tensors.items()) if selector == "draft" else self._named(tensors)
         # Where tensors lie in one allocation of a GPU, the bucket is that one, and nothing is copied.
-        limit = sys.maxsize if buckets.are_together(tensors) else self._options.bucket_bytes
-        parts = list(buckets.in_buckets(checkpoint_names(tensors), limit))
+        limit = sys.maxsize if buckets.are_together(named) else self._options.bucket_bytes
+        parts = list(buckets.in_buckets(checkpoint_names(named), limit))
         if self._options.weight_path == "disk" and selector != "draft":
             await self._push_files(replicas, version, parts)
             return
         staged = StagedWeights(parts, len(replicas))
         timeout_s = self._options.order_timeout_s
-        ranks = self._options.gpus_per_engine if self._options.on_gpu else 1
 
         async def update(replica: Replica) -> None:
-            await WeightUpdate(replica.api, version, selector, timeout_s).from_tensors(staged.buckets(), ranks)
+            await WeightUpdate(replica.api, version, selector, timeout_s).from_tensors(staged.buckets(), replica.ranks)
             if self._options.on_gpu:
                 await updates.drain_device(replica.api, timeout_s)
 
-        await self._on_each(replicas, update, f"load version {version}")
+        if selector == "draft":  # a server that refuses a draft serves the policy as before
+            await self._on_each(replicas, update, "load its draft model", blamed=(EngineFailed,))
+        else:
+            await self._on_each(replicas, update, f"load version {version}")
+
+    async def _push_remote(
+        self, replicas: Sequence[Replica], version: int | None, weights: RemoteWeights, selector: Selector
+    ) -> None:
+        """Have the servers take a version from the trainer's ranks; ChecksumMismatch unless all hold the same then."""
+        timeout_s = self._options.order_timeout_s
+        found: dict[str, Checksum] = {}
+
+        async def update(replica: Replica) -> None:
+            assert replica.member is not None
+            push = WeightUpdate(replica.api, version, selector, timeout_s)
+            await push.from_sources(replica.member, weights)
+            if self._options.on_gpu:
+                await updates.drain_device(replica.api, timeout_s)
+            found[replica.name] = await updates.checksum(replica.api, selector, timeout_s)
+
+        await self._on_each(replicas, update, f"take version {version} from the trainer")
+        apart = self._layout.aliases.keys() & set().union(*(checksum.names for checksum in found.values()))
+        if apart and selector != "draft":
+            raise ValueError(
+                f"SGLang keeps {', '.join(sorted(apart))} apart from what it is tied to, and a broadcast brings tied "
+                "parameters once; set rollout_engine_weights = tensor"
+            )
+        known, expected = self._sums.get(selector, (b"", ""))
+        if known != weights.manifest.checksum:
+            expected = next(iter(found.values())).value
+        wrong = [name for name, checksum in found.items() if checksum.value != expected]
+        if wrong:
+            raise ChecksumMismatch(f"{', '.join(wrong)} took other weights than others did of version {version}")
+        self._sums[selector] = (weights.manifest.checksum, expected)
 
     async def _push_files(
         self, replicas: Sequence[Replica], version: int | None, parts: Sequence[Sequence[NamedTensor]]
@@ -191,16 +276,25 @@ class WeightLoader:
             await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
 
     async def _on_each(
-        self, replicas: Sequence[Replica], order: Callable[[Replica], Awaitable[None]], what: str
+        self,
+        replicas: Sequence[Replica],
+        order: Callable[[Replica], Awaitable[None]],
+        what: str,
+        blamed: tuple[type[Exception], ...] = (EngineFailed, ServerRefused),
     ) -> None:
-        """Carry out an order on every server; those that fail are given up. Raises when all of them do."""
+        """Carry out an order on every server; those that fail are given up, for errors that are `blamed` on them.
+
+        Raises when all of them do, and for any other error.
+        """
         outcomes = await asyncio.gather(*(order(replica) for replica in replicas), return_exceptions=True)
         failed = [(r, e) for r, e in zip(replicas, outcomes, strict=True) if isinstance(e, BaseException)]
         for replica, error in failed:
-            if not isinstance(error, EngineFailed | ServerRefused):
+            if isinstance(error, blamed):
+                log.warning("%s could not %s: %s", replica.name, what, error)
+                replica.give_up(f"it could not {what}: {error}")
+        for _, error in failed:  # what is not the servers' fault
+            if not isinstance(error, blamed):
                 raise error
-            log.warning("%s could not %s: %s", replica.name, what, error)
-            replica.give_up(f"it could not {what}: {error}")
         if failed and len(failed) == len(replicas):
             raise EngineFailed(f"no SGLang server could {what}: {failed[0][1]}") from failed[0][1]
 

@@ -24,9 +24,13 @@ from miles.services.rollout.engines.torch.generator import GeneratorOptions
 from miles.services.rollout.engines.torch.outbox import Delivery
 from miles.services.rollout.engines.torch.stop import StopRule, StopStrings
 from miles.services.rollout.engines.torch.worker import EngineFailed, Worker
+from miles.weights.transport import create_transport
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from miles.rpc.gen.weightsync_pb2 import TransportKind
+    from miles.weights.transport import Endpoint, WeightReceiver
 
 __all__ = ["EngineFailed", "TorchEngine"]
 
@@ -95,6 +99,11 @@ class TorchEngine:
     def device(self) -> torch.device:
         """Where the model computes."""
         return self._device
+
+    @property
+    def draft(self) -> None:
+        """There is none."""
+        return None
 
     @property
     def max_running_requests(self) -> int:
@@ -193,6 +202,10 @@ class TorchEngine:
         generator = self._started().generator
         checked = generator.parameters.check(tensors)
         return await self._call(lambda: generator.load(version, checked), f"loading version {version}")
+
+    def create_receiver(self, kind: TransportKind.ValueType, endpoint: Endpoint) -> WeightReceiver:
+        """What gets the bytes of new weights into this process."""
+        return create_transport(kind, endpoint)
 
     async def weight_bytes(self) -> Mapping[str, torch.Tensor]:
         """The parameters as served, by HF name, tied ones once; empty before the first `load_weights`."""

@@ -1,0 +1,139 @@
+"""CPU time that a response costs on its way out of SGLang, by process: with our engine and without.
+
+    MILES_TEST_SGLANG=.venv-sglang/bin/python python -m benchmarks.sglang_service_cost
+    MILES_TEST_SGLANG=.venv-sglang/bin/python python -m benchmarks.sglang_service_cost --cases moe-routing --tokens 2048
+
+The requests are those of `benchmarks.gpu.sglang_throughput`, answered on the CPU by a model with next to no arithmetic,
+so that what is left is the work of the host, which on a GPU decides how far the service stays behind the bare engine.
+CPU time, unlike wall time, changes little when other programs run; what the processes spend when idle is taken off.
+One row for each way: `bare` is sglang.Engine, where the process of the tokenizer is also that of the caller; the others
+are the engine of the rollout service with so many requests of a group, sent together, and so many tokens from one event
+of a stream to the next. Short responses keep a scheduler without a GPU from drowning the rest; every 16 tokens, they
+have as many events as four times longer ones every 64. The scheduler's share is mostly the model's, and without meaning
+for the bare engine, whose scheduler polls.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import pathlib
+import tempfile
+import time
+from collections.abc import Sequence
+
+import psutil
+
+from benchmarks.gpu.models import write_checkpoint
+from benchmarks.gpu.sglang_throughput import CASES, REPOSITORY, WARM_UP_TOKENS, Worker
+
+PARTS = ("engine", "tokenizer", "detokenizer", "scheduler")
+CPU_PYTHON = REPOSITORY / "tests" / "support" / "sglang_cpu" / "python"
+START_DEADLINE_S = 400.0
+IDLE_S = 8.0
+"""How long each process is watched doing nothing; what it spends then is taken off."""
+
+
+def part_of(process: psutil.Process, bare: bool) -> str | None:
+    """Which of PARTS a process is; None for what only measures."""
+    title = " ".join(process.cmdline())
+    if "sglang::scheduler" in title or "sglang::detokenizer" in title:
+        return "scheduler" if "scheduler" in title else "detokenizer"
+    if bare:
+        return "tokenizer" if "--worker bare" in title else None
+    if "sglang.launch_server" in title:
+        return "tokenizer"
+    return "engine" if "--worker engine" in title else None
+
+
+def cpu_seconds(worker: Worker) -> dict[str, float]:
+    """CPU time of each part so far, as the kernel's scheduler counts it: to the microsecond, unlike clock ticks."""
+    bare = worker.name.endswith("bare")
+    spent = dict.fromkeys(PARTS, 0.0)
+    root = psutil.Process(worker.pid)
+    for process in (root, *root.children(recursive=True)):
+        if (part := part_of(process, bare)) is not None:
+            tasks = pathlib.Path(f"/proc/{process.pid}/task").glob("*/schedstat")
+            spent[part] += sum(int(task.read_text().split()[0]) for task in tasks) / 1e9
+    return spent
+
+
+def measure(args: argparse.Namespace, kind: str, case: str, model: str, logs: pathlib.Path) -> dict[str, float]:
+    """CPU seconds of each part per 1000 tokens."""
+    worker = Worker(args, kind, case, model, logs)
+    try:
+        if not worker.next(START_DEADLINE_S).get("ready"):
+            raise RuntimeError(f"{worker.name} did not start; see {logs}")
+        worker.measure(WARM_UP_TOKENS)
+        before = cpu_seconds(worker)
+        time.sleep(IDLE_S)
+        idle = cpu_seconds(worker)
+        tokens, wall_s = 0, 0.0
+        for _ in range(args.rounds):
+            answer = worker.measure(args.tokens)
+            if "tokens" not in answer:
+                raise RuntimeError(f"{worker.name} ended; see {logs}")
+            tokens += answer["tokens"]
+            wall_s += answer["seconds"]
+        after = cpu_seconds(worker)
+    finally:
+        worker.stop()
+    idle_share = {part: (idle[part] - before[part]) / IDLE_S for part in PARTS}
+    return {part: (after[part] - idle[part] - idle_share[part] * wall_s) / tokens * 1000 for part in PARTS}
+
+
+def row(case: str, way: str, spent: dict[str, float], tokens: int) -> str:
+    """A line of the table: milliseconds per 1000 tokens, and microseconds per request of so many tokens."""
+    host_s = sum(spent[part] for part in PARTS if part != "scheduler")
+    cells = "".join(f"{spent[part] * 1000:>13.2f}" for part in PARTS)
+    return f"{case:<13}{way:<14}{cells}{host_s * 1000:>19.2f}{host_s * 1000 * tokens:>21.0f}"
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--cases", nargs="+", default=["dense", "moe-routing"], choices=list(CASES))
+    add("--ways", nargs="+", default=["1:16", "1:64", "8:64"], help="requests of a group : tokens between events")
+    add("--requests", type=int, default=128)
+    add("--tokens", type=int, default=128)
+    add("--rounds", type=int, default=1)
+    add("--python", default=str(CPU_PYTHON), help="interpreter that has SGLang")
+    add("--flags", default="{}", help="more SGLang flags, as a JSON object with underscores")
+    add("--logs", type=pathlib.Path, help="folder for the processes' logs")
+    args = parser.parse_args(arguments)
+    args.device, args.group = "cpu", 1
+    return args
+
+
+def main() -> None:
+    """Measure and print the table."""
+    args = parse()
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    flags = json.loads(args.flags)
+    print(f"{args.requests} requests x {args.tokens} tokens, log-probabilities on; CPU ms per 1000 tokens")
+    print(
+        f"{'case':<13}{'way':<14}"
+        + "".join(f"{part:>13}" for part in PARTS)
+        + f"{'without scheduler':>19}{'us of it per request':>21}"
+    )
+    with tempfile.TemporaryDirectory(prefix="service-cost-") as folder:
+        logs = args.logs or pathlib.Path(folder)
+        logs.mkdir(parents=True, exist_ok=True)
+        for case in args.cases:
+            kind = "tiny-moe" if CASES[case][0] == "moe" else "tiny"
+            model = str(write_checkpoint(pathlib.Path(folder) / kind, kind, weights=True))
+            print(row(case, "bare", measure(args, "bare", case, model, logs), args.tokens), flush=True)
+            for way in args.ways:
+                group, interval = (int(number) for number in way.split(":"))
+                args.group, args.flags = group, json.dumps(flags | {"stream_interval": interval})
+                print(
+                    row(case, f"{group}, every {interval}", measure(args, "engine", case, model, logs), args.tokens),
+                    flush=True,
+                )
+            args.flags = json.dumps(flags)
+
+
+if __name__ == "__main__":
+    main()

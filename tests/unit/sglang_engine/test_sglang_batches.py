@@ -1,0 +1,104 @@
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Mapping
+from typing import Any
+
+import pytest
+
+from miles.services.rollout.engines.sglang.batches import MOST, Batches, merged
+from miles.services.rollout.engines.sglang.errors import EngineFailed
+
+
+class Server:
+    """Answers each request of a batch with as many events as it has input tokens."""
+
+    def __init__(self) -> None:
+        self.bodies: list[Mapping[str, Any]] = []
+        self.aborted: list[str] = []
+        self.error: Exception | None = None
+        self.goes_on = asyncio.Event()
+        self.goes_on.set()
+
+    async def send(self, body: Mapping[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
+        self.bodies.append(body)
+        single = isinstance(body["rid"], str)
+        inputs = [body["input_ids"]] if single else body["input_ids"]
+        for count in range(max(map(len, inputs))):
+            await self.goes_on.wait()
+            for index, ids in enumerate(inputs):
+                if count < len(ids):
+                    finish = {"type": "stop"} if count == len(ids) - 1 else None
+                    event = {"output_ids": [ids[count]], "meta_info": {"finish_reason": finish}}
+                    yield event if single else event | {"index": index}
+            if self.error is not None:
+                raise self.error
+
+
+def payload(rid: str, ids: list[int], **more: Any) -> dict[str, Any]:
+    return {"rid": rid, "input_ids": ids, "sampling_params": {"n": rid}, "extra_key": "v0", "stream": True, **more}
+
+
+@pytest.fixture
+def server() -> Server:
+    return Server()
+
+
+@pytest.fixture
+def batches(server: Server) -> Batches:
+    return Batches(server.send, server.aborted.append)
+
+
+async def tokens(batches: Batches, group: str, body: dict[str, Any]) -> list[int]:
+    return [event["output_ids"][0] async for event in batches.generate(group, body)]
+
+
+async def test_a_group_is_one_post_and_each_gets_its_own_events(batches: Batches, server: Server) -> None:
+    asked = [payload(f"r{i}", list(range(10 * i, 11 * i + 1))) for i in range(8)]
+    found = await asyncio.gather(*(tokens(batches, "g", body) for body in asked))
+    assert found == [body["input_ids"] for body in asked]
+    assert [body["rid"] for body in server.bodies] == [[f"r{i}" for i in range(8)]]
+    assert server.bodies[0]["sampling_params"] == [{"n": f"r{i}"} for i in range(8)]
+    assert server.bodies[0]["stream"] is True
+
+
+async def test_what_differs_in_group_or_kind_or_comes_later_goes_apart(batches: Batches, server: Server) -> None:
+    kinds = [("g", {}), ("h", {}), ("g", {"routed_experts_start_len": 3}), ("", {}), ("", {})]
+    asked = [(group, payload(f"r{i}", [i], **more)) for i, (group, more) in enumerate(kinds)]
+    assert await asyncio.gather(*(tokens(batches, *each) for each in asked)) == [[i] for i in range(5)]
+    assert await tokens(batches, "g", payload("r5", [5])) == [5]
+    assert [body["rid"] for body in server.bodies] == [f"r{i}" for i in range(6)]
+
+
+async def test_no_batch_is_larger_than_it_may_be(batches: Batches, server: Server) -> None:
+    await asyncio.gather(*(tokens(batches, "g", payload(f"r{i}", [i])) for i in range(MOST + 2)))
+    assert [len(body["rid"]) for body in server.bodies] == [MOST, 2]
+
+
+async def test_an_error_ends_all_that_have_not_ended(batches: Batches, server: Server) -> None:
+    server.error = EngineFailed("lost")
+    short, long = payload("short", [1]), payload("long", [1, 2])
+    outcomes = await asyncio.gather(*(tokens(batches, "g", body) for body in (short, long)), return_exceptions=True)
+    assert all(isinstance(outcome, EngineFailed) for outcome in outcomes)
+
+
+async def test_leaving_ends_a_request_whose_abort_came_too_early(batches: Batches, server: Server) -> None:
+    server.goes_on.clear()
+    stay = asyncio.create_task(tokens(batches, "g", payload("stay", [1, 2, 3])))
+    leave = asyncio.create_task(tokens(batches, "g", payload("leave", [4, 5, 6])))
+    gone = asyncio.create_task(tokens(batches, "g", payload("gone", [7])))
+    await asyncio.sleep(0)
+    gone.cancel()
+    while not server.bodies:  # noqa: ASYNC110
+        await asyncio.sleep(0)
+    leave.cancel()
+    await asyncio.gather(leave, gone, return_exceptions=True)
+    server.goes_on.set()
+    assert await stay == [1, 2, 3]
+    assert "leave" in server.aborted
+    assert "gone" not in server.aborted
+
+
+def test_one_request_is_sent_as_it_is() -> None:
+    body = payload("r", [1])
+    assert merged([body]) is body

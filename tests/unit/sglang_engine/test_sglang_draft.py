@@ -1,0 +1,78 @@
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Mapping
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from miles.services.rollout.engines.sglang.draft import DraftModel, own_parameters
+
+DRAFT = {"model.layers.0.w": torch.ones(2, 3), "model.embed_tokens.weight": torch.ones(8, 3)}
+POLICY_SHAPES = {"model.embed_tokens.weight": (8, 3), "model.layers.0.w": (2, 3)}
+
+
+class Servers:
+    """What a draft model asks of its engine."""
+
+    def __init__(self) -> None:
+        self.loads: list[Mapping[str, torch.Tensor]] = []
+        self.broken = False
+
+    async def load(self, tensors: Mapping[str, torch.Tensor]) -> float:
+        if self.broken:
+            raise RuntimeError("out of memory")
+        self.loads.append(tensors)
+        return 0.25
+
+    async def verify(self) -> None:
+        if self.broken:
+            raise RuntimeError("another draft")
+
+
+@pytest.fixture
+def servers() -> Servers:
+    return Servers()
+
+
+@pytest.fixture
+def draft(servers: Servers, tmp_path: pathlib.Path) -> DraftModel:
+    save_file(DRAFT, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    return DraftModel(torch.device("cpu"), str(tmp_path), servers.load, servers.verify)
+
+
+async def test_a_draft_has_versions_of_its_own(draft: DraftModel, servers: Servers) -> None:
+    assert draft.version is None
+    assert await draft.load_weights(7, DRAFT) == 0.25
+    assert draft.version == 7
+    assert servers.loads == [DRAFT]
+    assert await draft.weight_bytes() == DRAFT
+
+
+async def test_after_a_failed_load_a_draft_holds_no_version(draft: DraftModel, servers: Servers) -> None:
+    await draft.load_weights(7, DRAFT)
+    servers.broken = True
+    with pytest.raises(RuntimeError):
+        await draft.load_weights(8, DRAFT)
+    assert draft.version is None
+    with pytest.raises(RuntimeError):
+        await draft.weight_bytes()
+
+
+async def test_weights_of_another_model_are_refused_before_anything_changes(
+    draft: DraftModel, servers: Servers
+) -> None:
+    await draft.load_weights(7, DRAFT)
+    for bad in ({**DRAFT, "x": torch.ones(1)}, {**DRAFT, "model.layers.0.w": torch.ones(3, 2)}):
+        with pytest.raises(ValueError, match="do not fit the draft model"):
+            await draft.load_weights(8, bad)
+    assert draft.version == 7
+    assert len(servers.loads) == 1
+
+
+def test_what_may_be_the_policys_own_memory_is_left_alone() -> None:
+    head = {**DRAFT, "lm_head.weight": torch.ones(4, 3)}
+    assert set(own_parameters(head, "EAGLE3", POLICY_SHAPES)) == {"model.layers.0.w", "lm_head.weight"}
+    assert set(own_parameters(DRAFT, "eagle", POLICY_SHAPES)) == {"model.layers.0.w"}
+    assert set(own_parameters(DRAFT, "STANDALONE", POLICY_SHAPES)) == set(DRAFT)

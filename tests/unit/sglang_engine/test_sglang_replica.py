@@ -1,0 +1,100 @@
+"""A server's supervisor against a real HTTP server that answers as SGLang's front process does."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import pytest
+from aiohttp import web
+
+from miles.services.rollout.engines.sglang import SglangOptions, replica
+from miles.services.rollout.engines.sglang.replica import Replica
+
+DEADLINE_S = 20.0
+
+
+class Front:
+    """Answers probes; `at` is when its scheduler last did something."""
+
+    def __init__(self) -> None:
+        self.at = 0.0
+        self.address = ""
+
+    async def info(self, request: web.Request) -> web.Response:
+        return web.json_response({"tp_size": 4})
+
+    async def loads(self, request: web.Request) -> web.Response:
+        return web.json_response({"loads": [{"timestamp": self.at, "token_usage": 0.1, "num_running_reqs": 1}]})
+
+
+@pytest.fixture
+async def front() -> AsyncIterator[Front]:
+    made = Front()
+    app = web.Application()
+    app.router.add_get("/server_info", made.info)
+    app.router.add_get("/v1/loads", made.loads)
+    app.router.add_post("/pause_generation", made.info)
+    app.router.add_post("/continue_generation", made.info)
+    runner = web.AppRunner(app)
+    await runner.setup()
+    site = web.TCPSite(runner, "127.0.0.1", 0)
+    await site.start()
+    host, port = runner.addresses[0]
+    made.address = f"{host}:{port}"
+    yield made
+    await runner.cleanup()
+
+
+class Attached:
+    """A replica, and what it said."""
+
+    def __init__(self, front: Front, hang_timeout_s: float = 300.0) -> None:
+        self.errors: list[Exception] = []
+        self.ready = asyncio.Queue[Replica]()
+        options = SglangOptions(
+            hf_checkpoint="m", device="cpu", addresses=(front.address,), hang_timeout_s=hang_timeout_s
+        )
+        self.replica = Replica(options, 0, self.on_ready, lambda: None)
+
+    async def on_ready(self, which: Replica) -> None:
+        if self.errors:
+            raise self.errors.pop()
+        self.ready.put_nowait(which)
+
+
+async def test_a_server_is_looked_after_whatever_goes_wrong_with_it(
+    front: Front, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(replica, "_FIRST_RESTART_S", 0.01)
+    attached = Attached(front)
+    await attached.replica.start()
+    assert attached.replica.ranks == 4
+    attached.errors = [OSError("no space left"), ValueError("odd weights")]
+    attached.replica.give_up("it was asked to")
+    async with asyncio.timeout(DEADLINE_S):
+        assert await attached.ready.get() is attached.replica
+    assert attached.replica.up
+    await attached.replica.close()
+
+
+async def test_a_scheduler_that_does_nothing_for_its_requests_is_noticed_behind_a_front_that_answers(
+    front: Front, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("miles.services.rollout.engines.sglang.probes.INTERVAL_S", 0.05)
+    attached = Attached(front, hang_timeout_s=0.5)
+    await attached.replica.start()
+    await asyncio.sleep(1.0)
+    assert attached.ready.empty(), "it has no requests"
+    attached.replica.running = 1
+    await attached.replica.pause("in_place")
+    await asyncio.sleep(1.0)
+    assert attached.ready.empty(), "it stands still because it was told to"
+    await attached.replica.resume()
+    for _ in range(20):
+        front.at += 1
+        await asyncio.sleep(0.05)
+    assert attached.ready.empty(), "it is at work"
+    async with asyncio.timeout(DEADLINE_S):
+        await attached.ready.get()
+    await attached.replica.close()
