@@ -19,7 +19,7 @@ Cursor = Annotated[
 ]
 
 
-def _backend(request: Request) -> Backend:
+async def _backend(request: Request) -> Backend:  # a plain function would be run in a thread
     backend: Backend = request.app.state.backend
     return backend
 
