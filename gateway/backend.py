@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections.abc import Callable
 
 from miles.gateway.cache import AnswerCache
 from miles.gateway.controller import Controller
@@ -31,7 +32,7 @@ class Backend:
         self.feeds = Feeds(self.controller, self.forget)
         self._jobs: AnswerCache[tuple[job_pb2.Job, bytes]] = AnswerCache(JOB_FOR_S, renew_s=RENEW_S)
         self._workers: AnswerCache[list[controller_pb2.Worker]] = AnswerCache(WORKERS_FOR_S, renew_s=SLOW_RENEW_S)
-        self._metrics: AnswerCache[records_pb2.ListMetricsResponse] = AnswerCache(METRICS_FOR_S, renew_s=SLOW_RENEW_S)
+        self._metrics: AnswerCache[bytes] = AnswerCache(METRICS_FOR_S, renew_s=SLOW_RENEW_S)
         self._runs: AnswerCache[controller_pb2.DescribeRunResponse] = AnswerCache(RUN_FOR_S, renew_s=RENEW_S)
         self._tidying: asyncio.Task[None] | None = None
 
@@ -84,7 +85,13 @@ class Backend:
             described.append(worker_model(worker, version))
         return described
 
-    async def metrics(self, request: records_pb2.ListMetricsRequest) -> records_pb2.ListMetricsResponse:
-        """Series of metrics, at most `METRICS_FOR_S` old."""
-        key = request.SerializeToString(deterministic=True)
-        return await self._metrics.get(key, lambda: self.controller.metrics(request))
+    async def encoded_metrics(
+        self, request: records_pb2.ListMetricsRequest, encode: Callable[[records_pb2.ListMetricsResponse], bytes]
+    ) -> bytes:
+        """Series of metrics, at most `METRICS_FOR_S` old, encoded once for all who ask for the same."""
+
+        async def make() -> bytes:
+            # A long run has some hundred thousand numbers: other requests must not wait for them.
+            return await asyncio.to_thread(encode, await self.controller.metrics(request))
+
+        return await self._metrics.get(request.SerializeToString(deterministic=True), make)

@@ -58,7 +58,9 @@ _BODY = {
         200: {"model": Job, "description": "The job that an earlier request with the same key made", "links": _LINKS},
         201: {"model": Job, "description": "The job", "links": _LINKS},
         204: {"description": "A dry run found no fault"},
-        **problems("malformed-body", "conflict", "body-too-large", "unsupported-media-type", "invalid-config"),
+        **problems(
+            "malformed-body", "conflict", "body-too-large", "unsupported-media-type", "invalid-config", "key-reused"
+        ),
     },
 )
 async def submit_job(
@@ -153,7 +155,7 @@ def _add_action(name: str, action: controller_pb2.JobAction.ValueType, descripti
         description=description,
         status_code=202,
         response_model=Job,
-        responses=problems("unknown-job", "not-possible-now"),
+        responses=problems("unknown-job", "not-possible-now", "key-reused"),
     )
 
 
@@ -173,6 +175,7 @@ async def _act(
             "act on jobs it submitted; use a key with scope admin",
         )
     operation = f"rest:{caller.name}:{key}" if key else ""
-    changed = await gateway.controller.control(job_id, action, operation)
+    with renamed("conflict", "key-reused"):
+        changed = await gateway.controller.control(job_id, action, operation)
     gateway.forget(job_id)
     return Job.of(changed)

@@ -151,6 +151,26 @@ def test_answers_have_security_headers(http: httpx.Client) -> None:
     assert "access-control-allow-origin" not in http.get("/v1/jobs", headers={"Origin": "http://127.0.0.1"}).headers
 
 
+async def test_what_fails_in_the_gateway_is_told_counted_and_careful() -> None:
+    app = create_app(GatewaySettings(controller="127.0.0.1:1"))
+
+    @app.get("/fails")
+    async def fail() -> None:
+        raise ValueError("geheim")
+
+    transport = httpx.ASGITransport(app, client=("127.0.0.1", 5), raise_app_exceptions=False)
+    async with (
+        app.router.lifespan_context(app),
+        httpx.AsyncClient(transport=transport, base_url="http://localhost") as c,
+    ):
+        answer = await c.get("/fails")
+        assert "geheim" not in str(problem(answer, "internal"))
+        assert answer.headers["x-content-type-options"] == "nosniff"
+        counted = (await c.get("/metrics")).text
+    assert 'miles_gateway_requests_total{method="GET",route="/fails",status="500"} 1.0' in counted
+    assert "miles_controller_up 0.0" in counted
+
+
 async def test_requests_beyond_the_rate_are_told_when_to_come_back(stack: Stack) -> None:
     settings = GatewaySettings(controller=stack.controller.address, requests_per_s=0.5, burst=3)
     app = create_app(settings)

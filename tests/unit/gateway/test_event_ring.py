@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from miles.gateway.event_ring import PIECE_BYTES, EventRing, Message, parse_id, pieces
@@ -20,6 +20,7 @@ def filled(numbers: range, *, count: int = 1000, size_bytes: int = 1 << 30, size
     return ring
 
 
+@settings(deadline=None, max_examples=50)
 @given(st.integers(1, 400), st.integers(0, 400), st.integers(1, 40_000), st.integers(1, 300))
 def test_a_reader_gets_every_event_that_is_held_once(events: int, start: int, size: int, count: int) -> None:
     ring = filled(range(1, events + 1), count=count, size=size)
