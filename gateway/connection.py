@@ -26,6 +26,8 @@ class Connection(HttpToolsProtocol):
         super().__init__(*arguments, **options)
         self._head_bytes = 0
         self._in_head = True
+        self._begun = False
+        """Whether the first byte of any request has come."""
         self._late: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -45,7 +47,7 @@ class Connection(HttpToolsProtocol):
         super().data_received(data)
 
     def on_message_begin(self) -> None:
-        self._in_head, self._head_bytes = True, 0
+        self._begun, self._in_head, self._head_bytes = True, True, 0
         if self._late is None:
             self._late = self.loop.call_later(self.head_s, self._give_up)
         super().on_message_begin()
@@ -67,7 +69,7 @@ class Connection(HttpToolsProtocol):
         self._late = None
         if self.transport.is_closing():
             return
-        if self._head_bytes:
+        if self._begun:
             self._refuse(408, "Request Timeout", f"the request's headers did not come within {self.head_s:g} s")
         else:
             self.transport.close()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import collections
 import logging
+import math
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 
@@ -32,7 +34,8 @@ _LONGEST_S = 1.0
 """Watchers are woken at most once in `_WATCHER_S` for each of them, up to `_LONGEST_S`: however fast events come,
 sending them to hundreds takes about a hundredth of a core."""
 _WOKEN_AT_ONCE = 16
-"""Between so many watchers other requests have their turn."""
+"""Watchers are woken so many at a time, spread over half of that wait: one burst for all would take a core for some
+milliseconds, or for many more where others want it too, and every request would wait for its end."""
 
 END = b'event: end\ndata: {"type":"end"}\n\n'
 """Last message of a stream whose job has ended: nothing follows, so the reader need not come back."""
@@ -66,6 +69,8 @@ class Feed:
         self._waiting: set[asyncio.Future[bool]] = set()
         self._told_s = 0.0
         self._telling: asyncio.TimerHandle | None = None
+        self._to_wake: collections.deque[asyncio.Future[bool]] = collections.deque()
+        self._waking: asyncio.TimerHandle | None = None
         self._task = asyncio.create_task(self._follow(), name=f"events of {job_id}")
 
     async def close(self) -> None:
@@ -109,14 +114,14 @@ class Feed:
                     logger.info("events of %s: %s; trying again", self.job_id, error.details())
                     await asyncio.sleep(_RETRY_S)
         finally:
-            self._tell()
+            self._tell(at_once=True)
 
     def _take(self, event: job_pb2.JobEvent) -> None:
         self.ring.append(encode(event))
         if event.HasField("state_changed"):
             # The record was written with the event, so what is read from now on has the new state.
             self._on_state(self.job_id)
-            self._tell()
+            self._tell(at_once=True)
         else:
             self._notify()
 
@@ -124,29 +129,37 @@ class Feed:
         """Tell watchers of news: now, or soon together with what comes until then."""
         if self._telling is not None:
             return
-        wait_s = self._told_s + min(_LONGEST_S, self.watchers * _WATCHER_S) - time.monotonic()
+        wait_s = self._told_s + self._apart_s() - time.monotonic()
         if wait_s <= 0:
             self._tell()
         else:
             self._telling = asyncio.get_running_loop().call_later(wait_s, self._tell)
 
-    def _tell(self) -> None:
+    def _apart_s(self) -> float:
+        """Shortest time between two times that watchers are told of news."""
+        return min(_LONGEST_S, self.watchers * _WATCHER_S)
+
+    def _tell(self, *, at_once: bool = False) -> None:
         if self._telling is not None:
             self._telling.cancel()
             self._telling = None
         self._told_s = time.monotonic()
         self.changes += 1
-        waiting = list(self._waiting)
+        self._to_wake.extend(self._waiting)
         self._waiting.clear()
-        _wake(waiting)
+        if at_once or self._waking is None:
+            turns = math.ceil(len(self._to_wake) / _WOKEN_AT_ONCE)
+            self._wake(0.0 if at_once or not turns else self._apart_s() / 2 / turns)
 
-
-def _wake(waiting: list[asyncio.Future[bool]]) -> None:
-    """Wake some, and the others after whatever else is to be done by then."""
-    for waiter in waiting[:_WOKEN_AT_ONCE]:
-        _resolve(waiter, True)
-    if rest := waiting[_WOKEN_AT_ONCE:]:
-        asyncio.get_running_loop().call_soon(_wake, rest)
+    def _wake(self, pause_s: float) -> None:
+        """Wake some watchers, and the others a pause later; without one, after whatever else is to be done by then."""
+        if self._waking is not None:
+            self._waking.cancel()
+            self._waking = None
+        for _ in range(min(_WOKEN_AT_ONCE, len(self._to_wake))):
+            _resolve(self._to_wake.popleft(), True)
+        if self._to_wake:
+            self._waking = asyncio.get_running_loop().call_later(pause_s, self._wake, pause_s)
 
 
 def _resolve(waiter: asyncio.Future[bool], value: bool) -> None:
