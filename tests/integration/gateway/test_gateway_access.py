@@ -62,7 +62,7 @@ def test_scopes_are_kept_apart(stack: Stack, keyed: httpx.Client) -> None:
     path = f"/v1/jobs/{made.json()['id']}"
     assert keyed.get(path, headers=as_(stack, "reader")).status_code == 200
     for name in ("reader", "bob"):
-        for action in ("pause", "resume", "stop", "cancel", "checkpoint"):
+        for action in ("pause", "resume", "stop", "cancel", "checkpoint", "versions/check"):
             assert problem(keyed.post(f"{path}/{action}", headers=as_(stack, name)), "missing-scope")["status"] == 403
     assert keyed.post(f"{path}/stop", headers=as_(stack, "alice")).status_code == 202
     assert keyed.post(f"{path}/cancel", headers=as_(stack, "boss")).status_code in (202, 409)
