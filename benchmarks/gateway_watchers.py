@@ -160,11 +160,13 @@ def table(flags: argparse.Namespace, measured: Measured) -> Table:
 
 
 def slowdowns(stretches: Sequence[Stretch]) -> list[float]:
-    """How much longer a step of every second stretch takes than one of its two neighbours."""
+    """How much longer a step of every second stretch takes than one of its two neighbours, where all have steps."""
     found = []
     for i in range(1, len(stretches) - 1, 2):
-        before, this, after = (statistics.median(stretches[j].step_s) for j in (i - 1, i, i + 1))
-        found.append(this / ((before + after) / 2) - 1)
+        three = [stretches[j].step_s for j in (i - 1, i, i + 1)]
+        if all(three):
+            before, this, after = map(statistics.median, three)
+            found.append(this / ((before + after) / 2) - 1)
     return found
 
 
@@ -190,15 +192,15 @@ def quantiles(seconds: Sequence[float]) -> dict[str, str]:
 
 
 def count_steps(answer: dict[str, Any], stretches: Sequence[Stretch]) -> None:
-    """Note each step in the stretch in which it began and ended. Raises RuntimeError for a stretch without any."""
+    """Note each step in the stretch in which it began and ended. Raises RuntimeError when there are none of a kind."""
     (series,) = answer["series"]
     ends = series["unix_s"]
     for begin, end in itertools.pairwise(ends):
         for stretch in stretches:
             if stretch.begin_unix_s <= begin and end <= stretch.end_unix_s:
                 stretch.step_s.append(end - begin)
-    if not all(stretch.step_s for stretch in stretches):
-        raise RuntimeError("no whole step in some stretch; give more --seconds, or have the machine do nothing else")
+    if {stretch.watched for stretch in stretches if stretch.step_s} != {False, True}:
+        raise RuntimeError("steps are longer than stretches; give more --seconds, or have the machine do nothing else")
 
 
 class Usage:
