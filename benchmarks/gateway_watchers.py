@@ -3,28 +3,34 @@
     python -m examples.tiny.make
     python -m benchmarks.gateway_watchers --model .cache/tiny/dense
 
-Runs the same job several times on this machine under `miles serve`, by turns alone and with watchers (event streams
-that are read to their end) and a poller of the job's record. Prints one table. The targets are p99 <= 50 ms and a
-slowdown <= 2 % on 2 cores; run it on a machine that does nothing else. Watchers stand for people elsewhere: they are
-one process of low priority that only counts what it is sent.
+Runs one job on this machine under `miles serve`, by turns without watchers and with them: event streams that are read,
+and a client that asks for the job's record 20 times a second (200 pages that ask every 10 s). Every step falls into
+one stretch or the other, and a stretch with watchers is compared with those just before and after it. At the end the
+job is cancelled while all watch. Takes about three minutes. The targets are p99 <= 50 ms and a slowdown <= 2 % on 2
+cores; run it on a machine that does nothing else.
+
+Watchers stand for people elsewhere: one process at the lowest priority that only counts what it is sent. What it uses
+all the same is the load generator's, and listed apart from what the services use.
 """
 
 from __future__ import annotations
 
 import argparse
-import asyncio
 import contextlib
+import dataclasses
+import itertools
+import json
 import os
 import pathlib
+import re
 import signal
 import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Iterator
-from typing import Any, cast
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import httpx
 import psutil
@@ -36,55 +42,196 @@ from miles.launcher.local import free_port
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
 START_S = 120.0
-NICE = 10
-"""Of the watchers."""
+FIRST_STEPS = 5
+"""Steps before the first measurement."""
 POLL_S = 0.05
-SERVES_WATCHERS = ("miles.gateway", "miles.services.controller")
+SERVING = {"gateway": "miles.gateway", "controller": "miles.services.controller", "redis": "redis-server"}
+"""Processes that watchers are served by, and a word of their command lines."""
+TARGET_S = 0.05
+WIDTH = 150
+"""Columns of the table, also where the output goes to a file."""
+
+
+@dataclasses.dataclass(slots=True)
+class Stretch:
+    """A part of the run with watchers or without, and the CPU seconds that processes used in it."""
+
+    watched: bool
+    begin_unix_s: float
+    end_unix_s: float = 0.0
+    cpu_s: dict[str, float] = dataclasses.field(default_factory=dict)
+    step_s: list[float] = dataclasses.field(default_factory=list)
+    """Wall time of each step that lies in it as a whole."""
+
+    @property
+    def wall_s(self) -> float:
+        return self.end_unix_s - self.begin_unix_s
+
+
+@dataclasses.dataclass(slots=True)
+class Measured:
+    """What one benchmark found."""
+
+    stretches: list[Stretch] = dataclasses.field(default_factory=list)
+    answers: list[tuple[float | None, float]] = dataclasses.field(default_factory=list)
+    """Seconds of each request: until the answer had arrived, until it was read."""
+    events: int = 0
+    cancel_s: float = 0.0
+    within_target: float = 0.0
+    """Share of requests for the record that the gateway counted as answered within the target."""
 
 
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=pathlib.Path, help="folder with model/ and train.jsonl")
+    parser.add_argument("--model", type=pathlib.Path, required=True, help="folder with model/ and train.jsonl")
     parser.add_argument("--watchers", type=int, default=200, help="event streams open at once")
-    parser.add_argument("--steps", type=int, default=60, help="training steps of each run")
-    parser.add_argument("--rounds", type=int, default=3, help="runs of each kind")
-    parser.add_argument("--watch", metavar="URL", help=argparse.SUPPRESS)
+    parser.add_argument("--rounds", type=int, default=7, help="stretches with watchers")
+    parser.add_argument("--seconds", type=float, default=8.0, help="length of a stretch")
     flags = parser.parse_args()
-    if flags.watch:
-        print(asyncio.run(watch(flags.watch, flags.watchers)))
-        return
-    if flags.model is None:
-        parser.error("--model is needed")
-    with tempfile.TemporaryDirectory() as scratch, serving(pathlib.Path(scratch), flags.model) as (url, process):
-        run_job(url, process, flags.model, 3, 0)  # what is only slow the first time
-        alone, watched = [], []
-        for _ in range(flags.rounds):
-            alone.append(run_job(url, process, flags.model, flags.steps, 0))
-            watched.append(run_job(url, process, flags.model, flags.steps, flags.watchers))
-    Console().print(table(flags, alone, watched))
+    with tempfile.TemporaryDirectory() as scratch, serving(pathlib.Path(scratch), flags.model) as (url, services):
+        measured = measure(flags, url, services)
+    Console(width=max(WIDTH, Console().width)).print(table(flags, measured))
 
 
-def table(flags: argparse.Namespace, alone: list[dict[str, Any]], watched: list[dict[str, Any]]) -> Table:
-    """Medians of the rounds; latencies of all rounds together."""
+def measure(flags: argparse.Namespace, url: str, services: psutil.Process) -> Measured:
+    """Run the job and the clients."""
+    measured = Measured()
+    with MilesClient(url, timeout_s=60) as client, watching(url, flags.watchers) as watchers:
+        job_id = client.submit(job_config(flags.model))["id"]
+        wait_for_step(client, job_id, FIRST_STEPS)
+        open_streams(url, job_id, watchers)  # what is only slow the first time
+        tell(watchers, {"close": True})
+        usage = Usage(services, watchers)
+        for number in range(2 * flags.rounds + 1):
+            stretch = Stretch(number % 2 == 1, time.time())
+            if stretch.watched:
+                open_streams(url, job_id, watchers)
+            with polling(url, job_id, usage, measured) if stretch.watched else contextlib.nullcontext():
+                stretch.begin_unix_s = time.time()
+                before = usage.seconds()
+                time.sleep(flags.seconds)
+                stretch.cpu_s = {name: used - before[name] for name, used in usage.seconds().items()}
+                stretch.end_unix_s = time.time()
+            if stretch.watched:
+                measured.events += tell(watchers, {"close": True})["events"]
+            measured.stretches.append(stretch)
+            check_running(client, job_id)
+        count_steps(client.metrics(job_id, ["perf/step_time"]), measured.stretches)
+        measured.within_target = share_within(url, TARGET_S)
+        open_streams(url, job_id, watchers)
+        began = time.time()
+        client.cancel(job_id)
+        measured.cancel_s = answer_of(watchers)["ended_unix_s"] - began
+    return measured
 
-    def median(runs: list[dict[str, Any]], name: str) -> float:
-        return float(statistics.median(run[name] for run in runs))
 
-    title = f"{flags.rounds} rounds of {flags.steps} steps, {os.cpu_count()} cores"
-    made = Table("", "alone", f"{flags.watchers} watchers", title=title)
-    made.add_row("median step, ms", *(f"{median(runs, 'step_s') * 1e3:.1f}" for runs in (alone, watched)))
-    made.add_row("run, s", *(f"{median(runs, 'run_s'):.2f}" for runs in (alone, watched)))
-    made.add_row("slowdown of the run", "", f"{median(watched, 'run_s') / median(alone, 'run_s') - 1:+.1%}")
-    for name in SERVES_WATCHERS:
-        made.add_row(f"{name}, % of a core", *(f"{median(runs, name):.1%}" for runs in (alone, watched)))
-    answers = [answer for run in watched for answer in run["answers"]]
-    cuts = statistics.quantiles(answers, n=100, method="inclusive")
-    for percent in (50, 95, 99):
-        made.add_row(f"GET /v1/jobs/{{id}} p{percent}, ms", "", f"{cuts[percent - 1] * 1e3:.1f}")
-    made.add_row("requests", "", str(len(answers)))
-    made.add_row("events read", "", str(sum(run["events"] for run in watched)))
+def table(flags: argparse.Namespace, measured: Measured) -> Table:
+    """What was found, a row each, with what the row means."""
+    alone = [stretch for stretch in measured.stretches if not stretch.watched]
+    watched = [stretch for stretch in measured.stretches if stretch.watched]
+    title = f"{flags.watchers} watchers of one job on {os.cpu_count()} cores, load average {os.getloadavg()[0]:.1f}"
+    made = Table("", "alone", "watched", "what it is", title=title)
+    steps = [[step for stretch in part for step in stretch.step_s] for part in (alone, watched)]
+    medians = (f"{statistics.median(part) * 1e3:.1f}" for part in steps)
+    made.add_row("step, ms", *medians, f"median wall time of {len(steps[0])} and {len(steps[1])} steps")
+    against = "step of a stretch against its two neighbours: median (least ... most)"
+    made.add_row("slowdown of a step", "", spread(slowdowns(measured.stretches)), against)
+    noise = "the same among stretches without watchers: what this cannot tell from 0"
+    made.add_row("noise of that", spread(slowdowns(alone)), "", noise)
+    for name in (*SERVING, "load generator"):
+        used = (f"{share(part, name):.1%}" for part in (alone, watched))
+        made.add_row(f"{name}, % of a core", *used, "CPU time / wall time")
+    added = sum(share(watched, name) - share(alone, name) for name in SERVING) / (os.cpu_count() or 1)
+    made.add_row("CPU taken from the run", "", f"{added:+.1%}", "of all cores, by these services, for watchers")
+    made.add_section()
+    for place, until in enumerate(("its answer had arrived in the kernel", "the client, on these cores too, read it")):
+        known = [answer[place] for answer in measured.answers]
+        for name, text in quantiles([value for value in known if value is not None]).items():
+            made.add_row(f"GET /v1/jobs/{{id}} {name}, ms", "", text, f"from sending the request until {until}")
+    made.add_row("answered within 50 ms", "", f"{measured.within_target:.2%}", "by the gateway's own count")
+    made.add_section()
+    made.add_row("requests", "", str(len(measured.answers)), "for the job's record")
+    made.add_row("events", "", str(measured.events), "read by all watchers together")
+    made.add_row(
+        "cancel, s", "", f"{measured.cancel_s:.2f}", "until every stream had ended; the step in hand ends first"
+    )
     return made
+
+
+def slowdowns(stretches: Sequence[Stretch]) -> list[float]:
+    """How much longer a step of every second stretch takes than one of its two neighbours, where all have steps."""
+    found = []
+    for i in range(1, len(stretches) - 1, 2):
+        three = [stretches[j].step_s for j in (i - 1, i, i + 1)]
+        if all(three):
+            before, this, after = map(statistics.median, three)
+            found.append(this / ((before + after) / 2) - 1)
+    return found
+
+
+def spread(values: Sequence[float]) -> str:
+    """Median, least and most."""
+    if not values:
+        return "too few stretches"
+    return f"{statistics.median(values):+.1%} ({min(values):+.1%} ... {max(values):+.1%})"
+
+
+def share(stretches: Sequence[Stretch], name: str) -> float:
+    """CPU time of a process in these stretches, as a share of one core."""
+    return sum(stretch.cpu_s[name] for stretch in stretches) / sum(stretch.wall_s for stretch in stretches)
+
+
+def quantiles(seconds: Sequence[float]) -> dict[str, str]:
+    """Some quantiles by name, in milliseconds."""
+    if len(seconds) < 2:
+        return {"p99": "unknown"}
+    cuts = statistics.quantiles(seconds, n=100, method="inclusive")
+    named = {"p50": cuts[49], "p95": cuts[94], "p99": cuts[98], "most": max(seconds)}
+    return {name: f"{value * 1e3:.1f}" for name, value in named.items()}
+
+
+def count_steps(answer: dict[str, Any], stretches: Sequence[Stretch]) -> None:
+    """Note each step in the stretch in which it began and ended. Raises RuntimeError when there are none of a kind."""
+    (series,) = answer["series"]
+    ends = series["unix_s"]
+    for begin, end in itertools.pairwise(ends):
+        for stretch in stretches:
+            if stretch.begin_unix_s <= begin and end <= stretch.end_unix_s:
+                stretch.step_s.append(end - begin)
+    if {stretch.watched for stretch in stretches if stretch.step_s} != {False, True}:
+        raise RuntimeError("steps are longer than stretches; give more --seconds, or have the machine do nothing else")
+
+
+class Usage:
+    """CPU seconds of the processes that serve watchers, and of the clients."""
+
+    def __init__(self, services: psutil.Process, watchers: subprocess.Popen[str]) -> None:
+        children = services.children(recursive=True)
+        self._serving = {
+            name: [child for child in children if any(word in part for part in child.cmdline())]
+            for name, word in SERVING.items()
+        }
+        self._clients = [psutil.Process(watchers.pid)]
+        self._ended_s = 0.0
+
+    def add(self, client: subprocess.Popen[str]) -> None:
+        """Count another client too."""
+        self._clients.append(psutil.Process(client.pid))
+
+    def remove_last(self) -> None:
+        """The client added last is about to end."""
+        self._ended_s += _cpu_s(self._clients.pop())
+
+    def seconds(self) -> dict[str, float]:
+        """CPU seconds so far by name."""
+        used = {name: sum(map(_cpu_s, processes)) for name, processes in self._serving.items()}
+        return used | {"load generator": self._ended_s + sum(map(_cpu_s, self._clients))}
+
+
+def _cpu_s(process: psutil.Process) -> float:
+    times = process.cpu_times()
+    return float(times.user + times.system)
 
 
 @contextlib.contextmanager
@@ -94,60 +241,53 @@ def serving(folder: pathlib.Path, model: pathlib.Path) -> Iterator[tuple[str, ps
     command = [
         *(sys.executable, "-m", "miles.cli", "serve", "--device", "cpu", "--run-dir", str(folder / "serve")),
         *("--gateway-port", str(port), "--gateway-allowed-root", str(model.resolve())),
+        *("--gateway-allowed-root", str(folder)),
     ]
-    with (folder / "serve.log").open("wb") as log:
+    log_path = folder / "serve.log"
+    with log_path.open("wb") as log:
         process = subprocess.Popen(command, cwd=REPOSITORY, stdout=log, stderr=log)
         try:
             url = f"http://127.0.0.1:{port}"
-            wait_for_workers(url, process)
+            wait_for_workers(url, process, log_path)
             yield url, psutil.Process(process.pid)
         finally:
             process.send_signal(signal.SIGTERM)
-            process.wait(60)
+            process.wait(90)
 
 
-def wait_for_workers(url: str, process: subprocess.Popen[bytes]) -> None:
-    """Return when every kind of worker is attached."""
+def wait_for_workers(url: str, process: subprocess.Popen[bytes], log: pathlib.Path) -> None:
+    """Return when every kind of worker is attached. Raises RuntimeError when the services end, or TimeoutError."""
     end = time.monotonic() + START_S
     with MilesClient(url) as client:
-        while process.poll() is None and time.monotonic() < end:
+        while time.monotonic() < end:
+            if process.poll() is not None:
+                raise RuntimeError(f"the services ended with {process.returncode}:\n{log.read_text()[-2000:]}")
             with contextlib.suppress(GatewayUnreachableError):
                 if {worker["kind"] for worker in client.workers()} >= {"rollout", "trainer", "reward", "weightsync"}:
                     return
             time.sleep(0.5)
-    raise TimeoutError(f"waited {START_S:g} s for the services to attach")
+    raise TimeoutError(f"waited {START_S:g} s for the services to attach:\n{log.read_text()[-2000:]}")
 
 
-def run_job(url: str, services: psutil.Process, model: pathlib.Path, steps: int, watchers: int) -> dict[str, Any]:
-    """Run one job to its end; times are those that the run itself recorded."""
-    with MilesClient(url) as client:
-        job_id = client.submit(job_config(model, steps))["id"]
-        before = cpu_seconds(services)
-        began = time.monotonic()
-        watching = start_watchers(f"{url}/v1/jobs/{job_id}/events", watchers) if watchers else None
-        ended = threading.Event()
-        answers: list[float] = []
-        poller = threading.Thread(target=poll, args=(f"{url}/v1/jobs/{job_id}", answers, ended))
-        if watchers:
-            poller.start()
-        for _ in client.watch(job_id):
-            pass
-        ended.set()
-        wall_s = time.monotonic() - began
-        events = int(watching.communicate(timeout=60)[0]) if watching else 0
-        if watchers:
-            poller.join()
-        job = client.job(job_id)
-        if job["state"] != "succeeded":
-            raise RuntimeError(f"the job has {job['state']}: {job['error']}")
-        (series,) = client.metrics(job_id, ["perf/step_time"])["series"]
-    used = {name: (seconds - before[name]) / wall_s for name, seconds in cpu_seconds(services).items()}
-    step_s = cast("list[float]", series["values"])
-    return {"step_s": statistics.median(step_s), "run_s": sum(step_s), "events": events, "answers": answers, **used}
+def wait_for_step(client: MilesClient, job_id: str, step: int) -> None:
+    """Return once the job has taken so many steps."""
+    end = time.monotonic() + START_S
+    while (client.metrics(job_id, ["perf/step_time"])["newest_step"] or 0) < step:
+        check_running(client, job_id)
+        if time.monotonic() > end:
+            raise TimeoutError(f"waited {START_S:g} s for step {step} of job {job_id}")
+        time.sleep(0.5)
 
 
-def job_config(model: pathlib.Path, steps: int) -> dict[str, Any]:
-    """A job whose steps take some tenths of a second."""
+def check_running(client: MilesClient, job_id: str) -> None:
+    """Raise RuntimeError when the job has ended."""
+    job = client.job(job_id)
+    if job["ended_at"] is not None:
+        raise RuntimeError(f"the job has {job['state']} before the end of the measurement: {job['error']}")
+
+
+def job_config(model: pathlib.Path) -> dict[str, Any]:
+    """A job whose steps take some tenths of a second; it would go on for hours."""
     return {
         "name": "watched",
         "hf_checkpoint": str(model.resolve() / "model"),
@@ -163,69 +303,82 @@ def job_config(model: pathlib.Path, steps: int) -> dict[str, Any]:
         "max_running_requests": 256,
         "use_dynamic_batch_size": True,
         "max_tokens_per_gpu": 4096,
-        "lr": 1e-3,
-        "num_rollout": steps,
+        "lr": 1e-4,
+        "num_rollout": 100_000,
     }
 
 
-def cpu_seconds(services: psutil.Process) -> dict[str, float]:
-    """CPU time so far of the processes that watchers are served by."""
-    used = dict.fromkeys(SERVES_WATCHERS, 0.0)
-    for child in services.children(recursive=True):
-        for name in SERVES_WATCHERS:
-            if name in child.cmdline():
-                times = child.cpu_times()
-                used[name] += times.user + times.system
-    return used
+@contextlib.contextmanager
+def watching(url: str, count: int) -> Iterator[subprocess.Popen[str]]:
+    """A process for the event streams, of a session of its own."""
+    command = [*client_command("watchers", url), "--count", str(count)]
+    process = subprocess.Popen(
+        command, cwd=REPOSITORY, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
 
 
-def start_watchers(url: str, watchers: int) -> subprocess.Popen[str]:
-    """A process of low priority with so many streams; it prints how many events it was sent when all have ended."""
-    command = [sys.executable, "-m", "benchmarks.gateway_watchers", "--watch", url, "--watchers", str(watchers)]
-    return subprocess.Popen(["nice", "-n", str(NICE), *command], cwd=REPOSITORY, stdout=subprocess.PIPE, text=True)
+@contextlib.contextmanager
+def polling(url: str, job_id: str, usage: Usage, measured: Measured) -> Iterator[None]:
+    """A process that asks for the job's record meanwhile."""
+    command = [*client_command("poller", url), "--path", f"/v1/jobs/{job_id}", "--every-s", str(POLL_S)]
+    process = subprocess.Popen(command, cwd=REPOSITORY, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        time.sleep(0.5)  # its start is not what is measured
+        usage.add(process)
+        yield
+        usage.remove_last()
+        answers, _ = process.communicate(timeout=30)
+        measured.answers += [(arrived, read) for arrived, read in json.loads(answers)]
+    finally:
+        process.kill()
+        process.wait()
 
 
-async def watch(url: str, watchers: int) -> int:
-    """Open so many streams, read them to the end of the job, and return the events in them."""
-    host, _, port = httpx.URL(url).netloc.decode().partition(":")
-    target = httpx.URL(url).raw_path.decode()
-    loop = asyncio.get_running_loop()
-    streams = [
-        _Stream(f"GET {target} HTTP/1.1\r\nHost: {host}:{port}\r\nConnection: close\r\n\r\n") for _ in range(watchers)
-    ]
-    for stream in streams:
-        await loop.create_connection(lambda stream=stream: stream, host, int(port))  # type: ignore[misc]
-    await asyncio.gather(*(stream.ended for stream in streams))
-    return sum(stream.events for stream in streams)
+def client_command(name: str, url: str) -> list[str]:
+    """How a client of the gateway is started."""
+    parsed = httpx.URL(url)
+    module = f"benchmarks.gateway_clients.{name}"
+    return [sys.executable, "-m", module, "--host", parsed.host, "--port", str(parsed.port)]
 
 
-class _Stream(asyncio.Protocol):
-    """Asks for a stream of events and counts what comes."""
-
-    def __init__(self, request: str) -> None:
-        self._request = request
-        self.events = 0
-        self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        cast("asyncio.Transport", transport).write(self._request.encode())
-
-    def data_received(self, data: bytes) -> None:
-        self.events += data.count(b"\nevent:")
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        if not self.ended.done():
-            self.ended.set_result(None)
+def open_streams(url: str, job_id: str, watchers: subprocess.Popen[str]) -> None:
+    """Open every stream after the newest event: who has watched so far has its history."""
+    newest = re.findall(r"^id: (\S+)$", httpx.get(f"{url}/v1/jobs/{job_id}/events?follow=false", timeout=60).text, re.M)
+    tell(watchers, {"open": f"/v1/jobs/{job_id}/events?after={newest[-1]}"})
 
 
-def poll(url: str, answers: list[float], ended: threading.Event) -> None:
-    """Ask for the job's record again and again, and note how long each answer took, in seconds."""
-    with httpx.Client() as client:
-        while not ended.is_set():
-            began = time.perf_counter()
-            client.get(url).raise_for_status()
-            answers.append(time.perf_counter() - began)
-            time.sleep(max(0.0, POLL_S - answers[-1]))
+def tell(process: subprocess.Popen[str], order: dict[str, Any]) -> dict[str, Any]:
+    """Give an order and return the answer."""
+    assert process.stdin is not None
+    process.stdin.write(json.dumps(order) + "\n")
+    process.stdin.flush()
+    return answer_of(process)
+
+
+def answer_of(process: subprocess.Popen[str]) -> dict[str, Any]:
+    """The next line that a client prints. Raises RuntimeError when it has ended."""
+    assert process.stdout is not None
+    line = process.stdout.readline()
+    if not line:
+        raise RuntimeError("the process of the watchers has ended; what it wrote above says why")
+    answer: dict[str, Any] = json.loads(line)
+    return answer
+
+
+def share_within(url: str, seconds: float) -> float:
+    """Share of the requests for a job's record that the gateway has answered within so many seconds, by its count."""
+    text = httpx.get(f"{url}/metrics", timeout=60).text
+    name = r'^miles_gateway_request_seconds_{}\{{{}method="GET",route="/v1/jobs/\{{job_id\}}"\}} (\S+)$'
+    within = re.search(name.format("bucket", f'le="{seconds}",'), text, re.M)
+    counted = re.search(name.format("count", ""), text, re.M)
+    if within is None or counted is None:
+        raise RuntimeError("the gateway's metrics have no miles_gateway_request_seconds for jobs")
+    return float(within[1]) / float(counted[1])
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections.abc import Callable
 
 from miles.gateway.cache import AnswerCache
 from miles.gateway.controller import Controller
@@ -12,11 +13,14 @@ from miles.gateway.models import Job, Worker, worker_model
 from miles.gateway.settings import GatewaySettings
 from miles.rpc.gen import controller_pb2, job_pb2, records_pb2
 
-JOB_FOR_S = 0.3
-"""How old a job's record may be in an answer."""
+RENEW_S = 0.3
+JOB_FOR_S = 1.0
+"""A job's record is asked for anew when it is `RENEW_S` old and wanted. Until it is `JOB_FOR_S` old, nobody waits for
+that: the controller may be busy with a step. A change of state, which this gateway caused or saw, is never hidden."""
+SLOW_RENEW_S = 0.7
 WORKERS_FOR_S = 1.0
 METRICS_FOR_S = 1.0
-RUN_FOR_S = 0.3
+RUN_FOR_S = 1.0
 
 
 class Backend:
@@ -25,11 +29,11 @@ class Backend:
     def __init__(self, settings: GatewaySettings) -> None:
         self.settings = settings
         self.controller = Controller(settings.controller)
-        self.feeds = Feeds(self.controller)
-        self._jobs: AnswerCache[tuple[job_pb2.Job, bytes]] = AnswerCache(JOB_FOR_S)
-        self._workers: AnswerCache[list[controller_pb2.Worker]] = AnswerCache(WORKERS_FOR_S)
-        self._metrics: AnswerCache[records_pb2.ListMetricsResponse] = AnswerCache(METRICS_FOR_S)
-        self._runs: AnswerCache[controller_pb2.DescribeRunResponse] = AnswerCache(RUN_FOR_S)
+        self.feeds = Feeds(self.controller, self.forget)
+        self._jobs: AnswerCache[tuple[job_pb2.Job, bytes]] = AnswerCache(JOB_FOR_S, renew_s=RENEW_S)
+        self._workers: AnswerCache[list[controller_pb2.Worker]] = AnswerCache(WORKERS_FOR_S, renew_s=SLOW_RENEW_S)
+        self._metrics: AnswerCache[bytes] = AnswerCache(METRICS_FOR_S, renew_s=SLOW_RENEW_S)
+        self._runs: AnswerCache[controller_pb2.DescribeRunResponse] = AnswerCache(RUN_FOR_S, renew_s=RENEW_S)
         self._tidying: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> Backend:
@@ -60,7 +64,7 @@ class Backend:
         return await self._jobs.get(job_id, make)
 
     def forget(self, job_id: str) -> None:
-        """The job was changed through this gateway: the next answer must show it."""
+        """The job was changed through this gateway, or is known to have changed: the next answer must show it."""
         self._jobs.forget(job_id)
         self._runs.forget(job_id)
 
@@ -81,7 +85,13 @@ class Backend:
             described.append(worker_model(worker, version))
         return described
 
-    async def metrics(self, request: records_pb2.ListMetricsRequest) -> records_pb2.ListMetricsResponse:
-        """Series of metrics, at most `METRICS_FOR_S` old."""
-        key = request.SerializeToString(deterministic=True)
-        return await self._metrics.get(key, lambda: self.controller.metrics(request))
+    async def encoded_metrics(
+        self, request: records_pb2.ListMetricsRequest, encode: Callable[[records_pb2.ListMetricsResponse], bytes]
+    ) -> bytes:
+        """Series of metrics, at most `METRICS_FOR_S` old, encoded once for all who ask for the same."""
+
+        async def make() -> bytes:
+            # A long run has some hundred thousand numbers: other requests must not wait for them.
+            return await asyncio.to_thread(encode, await self.controller.metrics(request))
+
+        return await self._metrics.get(request.SerializeToString(deterministic=True), make)

@@ -5,14 +5,12 @@ from __future__ import annotations
 import asyncio
 import collections
 import dataclasses
+import math
 import time
 from collections.abc import Awaitable, Callable, Hashable
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
-
-_AGEING = 0.7
-"""An answer of this share of its greatest age is made anew while it is still given."""
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -32,8 +30,10 @@ class AnswerCache(Generic[T]):
     answer made before `forget` is never given to a caller that came after it. Errors are not kept.
     """
 
-    def __init__(self, keep_s: float, size: int = 1024) -> None:
+    def __init__(self, keep_s: float, *, renew_s: float = math.inf, size: int = 1024) -> None:
+        """Answers are given until they are `keep_s` old, and made anew when one is given that is `renew_s` old."""
         self._keep_s = keep_s
+        self._renew_s = renew_s
         self._size = size
         self._kept: collections.OrderedDict[Hashable, _Kept[T]] = collections.OrderedDict()
 
@@ -45,7 +45,7 @@ class AnswerCache(Generic[T]):
                 return await asyncio.shield(kept.answer)
             age_s = time.monotonic() - kept.made_s
             if age_s < self._keep_s:
-                if age_s >= _AGEING * self._keep_s and kept.successor is None:
+                if age_s >= self._renew_s and kept.successor is None:
                     self._succeed(key, kept, make)
                 return kept.answer.result()
             if kept.successor is not None:

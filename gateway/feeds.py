@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import collections
-import dataclasses
 import logging
+import math
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 
 import grpc.aio
 
 from miles.gateway.cache import AnswerCache
 from miles.gateway.controller import Controller
+from miles.gateway.event_ring import EventRing, Message, parse_id, pieces
 from miles.gateway.models import event_model
 from miles.gateway.problems import Problem
 from miles.rpc.gen import controller_pb2, job_pb2
@@ -21,37 +22,24 @@ logger = logging.getLogger(__name__)
 
 RING = 2000
 """Newest events of a job that are kept at hand."""
-PAGE = 500
+RING_BYTES = 8 << 20
+PAGE = 250
+_PAGES = 16
+"""Pages of older history that are kept for a moment: those who ask for one mostly ask for the same."""
 _IDLE_S = 30.0
 """A feed that nobody follows for so long is closed."""
 _RETRY_S = 0.5
-_WATCHER_S = 0.00125
-_LONGEST_S = 0.25
+_WATCHER_S = 0.004
+_LONGEST_S = 1.0
 """Watchers are woken at most once in `_WATCHER_S` for each of them, up to `_LONGEST_S`: however fast events come,
-sending them to many takes a small part of a core."""
+sending them to hundreds takes about a hundredth of a core."""
+_WOKEN_AT_ONCE = 16
+"""Watchers are woken so many at a time, spread over half of that wait: one burst for all would take a core for some
+milliseconds, or for many more where others want it too, and every request would wait for its end."""
 
 END = b'event: end\ndata: {"type":"end"}\n\n'
 """Last message of a stream whose job has ended: nothing follows, so the reader need not come back."""
 ALIVE = b": alive\n\n"
-
-EventId = tuple[int, int]
-
-
-def parse_id(event_id: str) -> EventId:
-    """An event id as numbers that can be compared; raises ValueError."""
-    first, dash, second = event_id.partition("-")
-    if not dash:
-        raise ValueError(event_id)
-    return int(first), int(second)
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Message:
-    """One event, ready to be sent."""
-
-    id: EventId
-    event_id: str
-    data: bytes
 
 
 def encode(event: job_pb2.JobEvent) -> Message:
@@ -64,19 +52,25 @@ def encode(event: job_pb2.JobEvent) -> Message:
 class Feed:
     """Follows one job and keeps its newest events."""
 
-    def __init__(self, controller: Controller, job_id: str) -> None:
+    def __init__(self, controller: Controller, job_id: str, on_state: Callable[[str], None]) -> None:
+        """`on_state` is called with the job's id before watchers see that the job moved to another state."""
         self.job_id = job_id
         self.watchers = 0
         self.unused_since_s = time.monotonic()
+        self.ring = EventRing(RING, RING_BYTES)
         self.ended = False
         """The job has ended and every event is here."""
         self.failure: Problem | None = None
         """Why this feed cannot go on at all."""
+        self.changes = 0
+        """How often watchers were told of news."""
         self._controller = controller
-        self._ring: collections.deque[Message] = collections.deque(maxlen=RING)
-        self._changed = asyncio.Event()
+        self._on_state = on_state
+        self._waiting: set[asyncio.Future[bool]] = set()
         self._told_s = 0.0
         self._telling: asyncio.TimerHandle | None = None
+        self._to_wake: collections.deque[asyncio.Future[bool]] = collections.deque()
+        self._waking: asyncio.TimerHandle | None = None
         self._task = asyncio.create_task(self._follow(), name=f"events of {job_id}")
 
     async def close(self) -> None:
@@ -88,34 +82,30 @@ class Feed:
         """Whether nothing new will come."""
         return self._task.done()
 
-    def after(self, cursor: EventId) -> Sequence[Message] | None:
-        """Events at hand after the given one; None when there may be some between it and those at hand."""
-        if not self._ring or self._ring[0].id > cursor:
-            return None
-        newer: list[Message] = []
-        for message in reversed(self._ring):
-            if message.id <= cursor:
-                break
-            newer.append(message)
-        newer.reverse()
-        return newer
-
-    @property
-    def news(self) -> asyncio.Event:
-        """Set at the next change."""
-        return self._changed
+    async def changed(self, seen: int, timeout_s: float) -> bool:
+        """True once `changes` is no longer `seen`, False after the timeout."""
+        if self.changes != seen:
+            return True
+        loop = asyncio.get_running_loop()
+        waiter: asyncio.Future[bool] = loop.create_future()
+        self._waiting.add(waiter)
+        timeout = loop.call_later(timeout_s, _resolve, waiter, False)
+        try:
+            return await waiter
+        finally:
+            timeout.cancel()
+            self._waiting.discard(waiter)
 
     async def _follow(self) -> None:
         try:
             while not self.ended:
-                newest = self._ring[-1].event_id if self._ring else ""
+                newest = self.ring.newest_id
                 request = controller_pb2.WatchJobRequest(
                     job_id=self.job_id, after_event_id=newest, newest=0 if newest else RING
                 )
                 try:
                     async for response in self._controller.watch(request):
-                        self._ring.append(encode(response.event))
-                        self._notify()
+                        self._take(response.event)
                     self.ended = True
                 except grpc.aio.AioRpcError as error:
                     if error.code() is grpc.StatusCode.NOT_FOUND:
@@ -124,34 +114,68 @@ class Feed:
                     logger.info("events of %s: %s; trying again", self.job_id, error.details())
                     await asyncio.sleep(_RETRY_S)
         finally:
-            self._tell()
+            self._tell(at_once=True)
+
+    def _take(self, event: job_pb2.JobEvent) -> None:
+        self.ring.append(encode(event))
+        if event.HasField("state_changed"):
+            # The record was written with the event, so what is read from now on has the new state.
+            self._on_state(self.job_id)
+            self._tell(at_once=True)
+        else:
+            self._notify()
 
     def _notify(self) -> None:
         """Tell watchers of news: now, or soon together with what comes until then."""
         if self._telling is not None:
             return
-        wait_s = self._told_s + min(_LONGEST_S, self.watchers * _WATCHER_S) - time.monotonic()
+        wait_s = self._told_s + self._apart_s() - time.monotonic()
         if wait_s <= 0:
             self._tell()
         else:
             self._telling = asyncio.get_running_loop().call_later(wait_s, self._tell)
 
-    def _tell(self) -> None:
+    def _apart_s(self) -> float:
+        """Shortest time between two times that watchers are told of news."""
+        return min(_LONGEST_S, self.watchers * _WATCHER_S)
+
+    def _tell(self, *, at_once: bool = False) -> None:
         if self._telling is not None:
             self._telling.cancel()
             self._telling = None
         self._told_s = time.monotonic()
-        self._changed.set()
-        self._changed = asyncio.Event()
+        self.changes += 1
+        self._to_wake.extend(self._waiting)
+        self._waiting.clear()
+        if at_once or self._waking is None:
+            turns = math.ceil(len(self._to_wake) / _WOKEN_AT_ONCE)
+            self._wake(0.0 if at_once or not turns else self._apart_s() / 2 / turns)
+
+    def _wake(self, pause_s: float) -> None:
+        """Wake some watchers, and the others a pause later; without one, after whatever else is to be done by then."""
+        if self._waking is not None:
+            self._waking.cancel()
+            self._waking = None
+        for _ in range(min(_WOKEN_AT_ONCE, len(self._to_wake))):
+            _resolve(self._to_wake.popleft(), True)
+        if self._to_wake:
+            self._waking = asyncio.get_running_loop().call_later(pause_s, self._wake, pause_s)
+
+
+def _resolve(waiter: asyncio.Future[bool], value: bool) -> None:
+    if not waiter.done():
+        waiter.set_result(value)
 
 
 class Feeds:
     """Feeds by job, opened for the first watcher and closed some time after the last."""
 
-    def __init__(self, controller: Controller) -> None:
+    def __init__(self, controller: Controller, on_state: Callable[[str], None]) -> None:
+        """`on_state` is called with the id of a job that moved to another state, before its watchers see that."""
         self._controller = controller
+        self._on_state = on_state
         self._feeds: dict[str, Feed] = {}
-        self._pages: AnswerCache[Sequence[Message]] = AnswerCache(keep_s=5.0, size=64)
+        self._pages: AnswerCache[Sequence[Message]] = AnswerCache(keep_s=5.0, size=_PAGES)
         self.watchers = 0
         """Watchers of all jobs together."""
 
@@ -180,19 +204,27 @@ class Feeds:
         try:
             cursor, event_id = (parse_id(after), after) if after else ((0, 0), "")
             while True:
-                ended, news = feed.ended, feed.news  # before looking: what comes in between is not missed
-                batch = feed.after(cursor)
-                if batch is None or not (batch or follow):  # without following, what is at hand may not be all yet
-                    batch = await self._page(job_id, event_id)
-                if batch:
-                    yield b"".join(message.data for message in batch)
-                    cursor, event_id = batch[-1].id, batch[-1].event_id
-                elif ended or feed.failure is not None:
+                seen, ended, closed = feed.changes, feed.ended, feed.closed  # before looking: nothing new is missed
+                piece = feed.ring.after(cursor) if feed.ring.reaches(cursor) else None
+                if piece is not None:
+                    yield piece.data
+                    cursor, event_id = piece.id, piece.event_id
+                    continue
+                # Without following, what is at hand may not be all yet.
+                page = [] if feed.ring.reaches(cursor) and follow else await self._page(job_id, event_id)
+                if page and not event_id:
+                    feed.ring.begins_with(page[0])
+                for piece in pieces(page):
+                    yield piece.data
+                    cursor, event_id = piece.id, piece.event_id
+                if page:
+                    continue
+                if ended or feed.failure is not None:
                     yield END
                     return
-                elif not follow or time.monotonic() >= end_s:
-                    return
-                elif not await _is_set_within(news, min(heartbeat_s, max(0.0, end_s - time.monotonic()))):
+                if closed or not follow or time.monotonic() >= end_s:
+                    return  # a feed that ended with its job unended failed, or the gateway stops: readers come back
+                if not await feed.changed(seen, min(heartbeat_s, max(0.0, end_s - time.monotonic()))):
                     yield ALIVE
         finally:
             feed.watchers -= 1
@@ -203,7 +235,7 @@ class Feeds:
         feed = self._feeds.get(job_id)
         if feed is None or feed.closed:
             # A job that had ended may have been resumed since: a new feed finds out.
-            feed = self._feeds[job_id] = Feed(self._controller, job_id)
+            feed = self._feeds[job_id] = Feed(self._controller, job_id, self._on_state)
         return feed
 
     async def _page(self, job_id: str, after: str) -> Sequence[Message]:
@@ -214,12 +246,3 @@ class Feeds:
         if len(page) < PAGE:
             self._pages.forget((job_id, after))  # more may have come since
         return page
-
-
-async def _is_set_within(event: asyncio.Event, timeout_s: float) -> bool:
-    try:
-        async with asyncio.timeout(timeout_s):
-            await event.wait()
-    except TimeoutError:
-        return False
-    return True

@@ -13,6 +13,7 @@ import fcntl
 import hashlib
 import hmac
 import json
+import logging
 import os
 import pathlib
 import re
@@ -20,6 +21,8 @@ import secrets
 import time
 from collections.abc import Iterable, Iterator
 from typing import Any
+
+logger = logging.getLogger(__name__)
 
 _KEY = re.compile(r"mk_([0-9a-f]{8})_([\w-]{43})")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,63}")
@@ -72,7 +75,7 @@ class KeyFile:
         self._looked_s = float("-inf")
 
     def verify(self, presented: str) -> ApiKey | None:
-        """The key that this text is, or None. Raises KeyFileError."""
+        """The key that this text is, or None; also None while the file cannot be read."""
         match = _KEY.fullmatch(presented)
         if match is None:
             return None
@@ -117,12 +120,16 @@ class KeyFile:
         self._looked_s = now
         try:
             state = self._path.stat()
+            stamp = (state.st_ino, state.st_mtime_ns, state.st_size)
+            if stamp != self._stamp:
+                self._keys = _read(self._path)
+                self._stamp = stamp
         except FileNotFoundError:
             self._stamp, self._keys = None, {}
-            return
-        stamp = (state.st_ino, state.st_mtime_ns, state.st_size)
-        if stamp != self._stamp:
-            self._stamp, self._keys = stamp, _read(self._path)
+        except (KeyFileError, OSError) as error:
+            # A key that was valid before may be what somebody has tried to take out.
+            logger.error("no API key is valid until the file can be read: %s", error)
+            self._stamp, self._keys = None, {}
 
     @contextlib.contextmanager
     def _changing(self) -> Iterator[dict[str, ApiKey]]:

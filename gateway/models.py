@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import enum
+import functools
 import json
 from typing import Any, Literal
 
@@ -71,8 +72,13 @@ class Job(JobEntry):
 
     @classmethod
     def of(cls, job: job_pb2.Job) -> Job:
-        config = redact_config(json.loads(job.config_json or "{}"))
-        return cls(**_entry(job), config=config, summary=json.loads(job.summary_json or "{}"))
+        return cls(**_entry(job), config=_shown_config(job.config_json), summary=json.loads(job.summary_json or "{}"))
+
+
+@functools.lru_cache(maxsize=64)
+def _shown_config(config_json: str) -> dict[str, Any]:
+    """A configuration without secrets. It is the same at every step of a job, and long."""
+    return redact_config(json.loads(config_json or "{}"))
 
 
 class JobPage(BaseModel):

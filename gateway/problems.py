@@ -15,6 +15,8 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from starlette.routing import Match
 
+from miles.gateway.security_headers import HEADERS
+
 logger = logging.getLogger(__name__)
 
 MEDIA_TYPE = "application/problem+json"
@@ -35,7 +37,7 @@ KINDS: Mapping[str, tuple[int, str]] = {
     "unsupported-media-type": (415, "The body must be JSON"),
     "invalid-config": (422, "The configuration has faults"),
     "invalid-request": (422, "The request has faults"),
-    "key-reused": (422, "The idempotency key belongs to another configuration"),
+    "key-reused": (422, "The idempotency key belongs to another request"),
     "too-many-requests": (429, "Too many requests"),
     "too-many-watchers": (503, "Too many event streams"),
     "internal": (500, "Something failed that should not"),
@@ -136,7 +138,8 @@ def install(app: FastAPI, routers: Sequence[APIRouter]) -> None:
             detail = f"nothing is at {path}; /openapi.json lists what there is"
             return Problem("not-found", detail).response(path)
         if error.status_code == 405:
-            allowed = ", ".join(_allowed_methods(routers, request))
+            # What is served beside the API, the page, is only read.
+            allowed = ", ".join(_allowed_methods(routers, request) or ("GET", "HEAD"))
             detail = f"{request.method} {path} is not possible; possible: {allowed}"
             return Problem("method-not-allowed", detail, headers={"Allow": allowed}).response(path)
         title = http.HTTPStatus(error.status_code).phrase
@@ -145,7 +148,9 @@ def install(app: FastAPI, routers: Sequence[APIRouter]) -> None:
     @app.exception_handler(Exception)
     async def on_failure(request: Request, error: Exception) -> Response:
         logger.error("%s %s failed", request.method, request.url.path, exc_info=error)
-        return Problem("internal", "the gateway's log says what failed").response(request.url.path)
+        # Nothing else adds headers to this answer.
+        problem = Problem("internal", "the gateway's log says what failed", headers=HEADERS)
+        return problem.response(request.url.path)
 
 
 def faults_detail(faults: Sequence[Mapping[str, Any]]) -> str:

@@ -114,7 +114,12 @@ class RequestLog:
                 self._note(scope, status, time.monotonic() - began)
             await send(message)
 
-        await self._app(scope, receive, noting)
+        try:
+            await self._app(scope, receive, noting)
+        except Exception:
+            if not status:  # what answers it with 500 is outside of this
+                self._note(scope, 500, time.monotonic() - began)
+            raise
 
     def _note(self, scope: Scope, status: int, seconds: float) -> None:
         route = getattr(scope.get("route"), "path", "(none)")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import tarfile
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Annotated
 
 from fastapi import APIRouter, Path
@@ -88,21 +88,28 @@ async def download_checkpoint(
         exported = ", ".join(str(other.step) for other in checkpoints if other.hf_files) or "none yet"
         raise Problem("not-found", f"job {job_id} has no export of step {step}; steps that have one: {exported}")
     folder = f"{job_id}-step{step}"
-    size = sum(_BLOCK + -(-file.size_bytes // _BLOCK) * _BLOCK for file in found.hf_files) + 2 * _BLOCK
+    heads = [_head(found, folder, file) for file in found.hf_files]
+    contents = sum(file.size_bytes + -file.size_bytes % _BLOCK for file in found.hf_files)
+    size = sum(map(len, heads)) + contents + 2 * _BLOCK
     headers = {"Content-Length": str(size), "Content-Disposition": f'attachment; filename="{folder}.tar"'}
-    archive = _archive(gateway.controller, job_id, found, folder)
+    archive = _archive(gateway.controller, job_id, found, heads)
     return StreamingResponse(archive, media_type="application/x-tar", headers=headers)
 
 
+def _head(checkpoint: records_pb2.Checkpoint, folder: str, file: records_pb2.ExportFile) -> bytes:
+    """What stands before a file in the archive: one block, or three for a long name."""
+    entry = tarfile.TarInfo(f"{folder}/{file.name}")
+    entry.size = file.size_bytes
+    entry.mtime = checkpoint.saved_unix_ns // 1_000_000_000
+    return entry.tobuf(tarfile.GNU_FORMAT)
+
+
 async def _archive(
-    controller: Controller, job_id: str, checkpoint: records_pb2.Checkpoint, folder: str
+    controller: Controller, job_id: str, checkpoint: records_pb2.Checkpoint, heads: Sequence[bytes]
 ) -> AsyncIterator[bytes]:
     """A tar archive of the export's files, piece by piece: nothing is held as a whole."""
-    for file in checkpoint.hf_files:
-        entry = tarfile.TarInfo(f"{folder}/{file.name}")
-        entry.size = file.size_bytes
-        entry.mtime = checkpoint.saved_unix_ns // 1_000_000_000
-        yield entry.tobuf(tarfile.GNU_FORMAT)
+    for head, file in zip(heads, checkpoint.hf_files, strict=True):
+        yield head
         sent = 0
         async for piece in controller.read_export(job_id, checkpoint.step, file.name):
             sent += len(piece)

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 from fastapi import Depends, Path, Query, Request
 
+from miles.gateway.auth import Caller
 from miles.gateway.backend import Backend
 from miles.gateway.problems import KINDS, MEDIA_TYPE, Problem, ProblemDocument
 
@@ -19,12 +20,23 @@ Cursor = Annotated[
 ]
 
 
-def _backend(request: Request) -> Backend:
+async def _backend(request: Request) -> Backend:  # a plain function would be run in a thread
     backend: Backend = request.app.state.backend
     return backend
 
 
 Gateway = Annotated[Backend, Depends(_backend)]
+
+
+async def check_own(gateway: Backend, caller: Caller, job_id: str) -> None:
+    """Raise Problem when the caller may not act on this job, or there is none."""
+    job = await gateway.job(job_id)
+    if not caller.may_change(job.submitted_by):
+        raise Problem(
+            "missing-scope",
+            f"job {job_id} was submitted by {job.submitted_by or 'the command line'}, and key {caller.name!r} may only "
+            "act on jobs it submitted; use a key with scope admin",
+        )
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ from miles.gateway.config_policy import review
 from miles.gateway.config_schema import body_schema, example_body, fault_documents
 from miles.gateway.models import Job, JobEntry, JobPage, JobState
 from miles.gateway.problems import Problem, faults_detail
-from miles.gateway.routes.common import Cursor, Gateway, JobId, problems, renamed
+from miles.gateway.routes.common import Cursor, Gateway, JobId, check_own, problems, renamed
 from miles.rpc.gen import controller_pb2
 
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
@@ -58,7 +58,9 @@ _BODY = {
         200: {"model": Job, "description": "The job that an earlier request with the same key made", "links": _LINKS},
         201: {"model": Job, "description": "The job", "links": _LINKS},
         204: {"description": "A dry run found no fault"},
-        **problems("malformed-body", "conflict", "body-too-large", "unsupported-media-type", "invalid-config"),
+        **problems(
+            "malformed-body", "conflict", "body-too-large", "unsupported-media-type", "invalid-config", "key-reused"
+        ),
     },
 )
 async def submit_job(
@@ -153,7 +155,7 @@ def _add_action(name: str, action: controller_pb2.JobAction.ValueType, descripti
         description=description,
         status_code=202,
         response_model=Job,
-        responses=problems("unknown-job", "not-possible-now"),
+        responses=problems("unknown-job", "not-possible-now", "key-reused"),
     )
 
 
@@ -165,14 +167,9 @@ async def _act(
     gateway: Gateway, caller: Caller, job_id: str, action: controller_pb2.JobAction.ValueType, key: str | None
 ) -> Job:
     """Have an action taken up; the answer is the job as it is then, which need not be where the action leads."""
-    job = await gateway.job(job_id)
-    if not caller.may_change(job.submitted_by):
-        raise Problem(
-            "missing-scope",
-            f"job {job_id} was submitted by {job.submitted_by or 'the command line'}, and key {caller.name!r} may only "
-            "act on jobs it submitted; use a key with scope admin",
-        )
+    await check_own(gateway, caller, job_id)
     operation = f"rest:{caller.name}:{key}" if key else ""
-    changed = await gateway.controller.control(job_id, action, operation)
+    with renamed("conflict", "key-reused"):
+        changed = await gateway.controller.control(job_id, action, operation)
     gateway.forget(job_id)
     return Job.of(changed)

@@ -6,6 +6,7 @@ from typing import Annotated
 
 from fastapi import APIRouter, Query
 from pydantic import BaseModel, Field
+from starlette.responses import Response
 
 from miles.gateway.auth import Reader
 from miles.gateway.models import finite
@@ -74,15 +75,18 @@ async def get_metrics(
         int | None, Query(ge=0, le=_MAX_STEP, description="Last training step, included; the newest when not given")
     ] = None,
     step: Annotated[int, Query(ge=1, le=1_000_000, description="One value for so many training steps: their mean")] = 1,
-) -> MetricSet:
+) -> Response:
     """Metrics over a range of training steps."""
     request = records_pb2.ListMetricsRequest(
         job_id=job_id, names=sorted(set(name or ())), first_step=start, stride=step
     )
     if end is not None:
         request.last_step = end
-    answer = await gateway.metrics(request)
-    return MetricSet(
+    return Response(await gateway.encoded_metrics(request, _encoded), media_type="application/json")
+
+
+def _encoded(answer: records_pb2.ListMetricsResponse) -> bytes:
+    made = MetricSet(
         series=[
             Series(
                 name=series.name,
@@ -95,6 +99,7 @@ async def get_metrics(
         names=list(answer.names),
         newest_step=answer.newest_step if answer.HasField("newest_step") else None,
     )
+    return made.model_dump_json().encode()
 
 
 @router.get(

@@ -10,7 +10,7 @@ from pydantic import BaseModel, Field
 
 from miles.gateway.auth import Reader, Submitter
 from miles.gateway.models import moment
-from miles.gateway.routes.common import Gateway, JobId, problems
+from miles.gateway.routes.common import Gateway, JobId, check_own, problems
 from miles.rpc.gen import policy_pb2, weightsync_pb2
 from miles.telemetry.redaction import redact
 
@@ -92,6 +92,7 @@ async def check_versions(gateway: Gateway, caller: Submitter, job_id: JobId) -> 
 
     Not possible while a version is on its way to the engines.
     """
+    await check_own(gateway, caller, job_id)
     answer = await gateway.controller.check_versions(job_id)
     return CheckResult(
         version=answer.version,

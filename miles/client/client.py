@@ -24,6 +24,8 @@ _SILENCE_S = 60.0
 _RETRY_S = 1.0
 _RETRIES = 5
 """Times that a request is sent when the controller is away for a moment."""
+_PASSING = frozenset({"controller-away", "too-many-requests", "too-many-watchers"})
+"""Refusals that are over in a moment."""
 _WATCH_RETRIES = 30
 """Times that a watcher tries to reach a gateway again."""
 
@@ -119,7 +121,7 @@ class MilesClient:
                 if not follow:
                     return
             except (GatewayUnreachableError, MilesError) as error:
-                away = not isinstance(error, MilesError) or error.kind == "controller-away"
+                away = not isinstance(error, MilesError) or error.kind in _PASSING
                 failures += 1
                 if not away or failures > _WATCH_RETRIES:
                     raise
@@ -211,7 +213,7 @@ class MilesClient:
             try:
                 return _decoded(self._send(method, path, **options))
             except MilesError as error:
-                if error.kind not in ("controller-away", "too-many-requests") or attempt == _RETRIES - 1:
+                if error.kind not in _PASSING or attempt == _RETRIES - 1:
                     raise
                 time.sleep(_RETRY_S)
         raise AssertionError("the last attempt returns or raises")

@@ -70,7 +70,8 @@ class CheckpointFiles:
         named = re.compile(rf"{first}(?P<step>\d+){'(?P=step)'.join(others)}")
         for path in glob.iglob(pattern):
             match = named.fullmatch(path)
-            if match and pathlib.Path(path, _EXPORT_RECORD).is_file():
+            # A link may lead anywhere, and no trainer makes one.
+            if match and not pathlib.Path(path).is_symlink() and pathlib.Path(path, _EXPORT_RECORD).is_file():
                 yield int(match["step"]), pathlib.Path(path)
 
 

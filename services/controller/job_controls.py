@@ -26,13 +26,9 @@ class JobControls:
     cancel: bool = False
     checkpoint: bool = False
     changed: asyncio.Event = dataclasses.field(default_factory=asyncio.Event)
-    operations: set[str] = dataclasses.field(default_factory=set)
 
-    def apply(self, action: controller_pb2.JobAction.ValueType, operation_id: str) -> None:
-        """Take note of an action; one whose operation was seen before does nothing."""
-        if operation_id and operation_id in self.operations:
-            return
-        self.operations.add(operation_id)
+    def apply(self, action: controller_pb2.JobAction.ValueType) -> None:
+        """Take note of an action."""
         if action == controller_pb2.JOB_ACTION_PAUSE:
             self.paused = True
         elif action == controller_pb2.JOB_ACTION_RESUME:

@@ -34,6 +34,17 @@ class _Wait:
     """What was told."""
 
 
+class OperationReusedError(Exception):
+    """An idempotency key came a second time, with another action."""
+
+    def __init__(self, job_id: str, before: int, action: int) -> None:
+        first, second = (
+            controller_pb2.JobAction.Name(kind).removeprefix("JOB_ACTION_").lower()  # type: ignore[arg-type]
+            for kind in (before, action)
+        )
+        super().__init__(f"{first} of job {job_id} was sent with this key; send a new key with {second}")
+
+
 class JobScheduler:
     """Takes jobs from the store and runs them."""
 
@@ -96,13 +107,27 @@ class JobScheduler:
             del self._controls[job.job_id]
 
     async def control(self, job_id: str, action: controller_pb2.JobAction.ValueType, operation_id: str) -> job_pb2.Job:
-        """Apply an action to a job. Raises `UnknownJobError`, and `ValueError` when the job's state rules it out."""
+        """Apply an action to a job; an operation that was carried out before does nothing.
+
+        Raises `UnknownJobError`, `OperationReusedError` when the operation was another action, and `ValueError` when
+        the job's state rules the action out.
+        """
+        before = await self._store.operation(job_id, operation_id) if operation_id else None
+        if before is not None and before != action:
+            raise OperationReusedError(job_id, before, action)
         job = await self._store.get(job_id)
+        if before is None:
+            job = await self._apply(job, action)
+            if operation_id:
+                await self._store.add_operation(job_id, operation_id, action)
+        return job
+
+    async def _apply(self, job: job_pb2.Job, action: controller_pb2.JobAction.ValueType) -> job_pb2.Job:
         if job.state in ENDED:
             return await self._control_ended(job, action)
-        if job.state == job_pb2.JOB_STATE_QUEUED and job_id != self.running:
+        if job.state == job_pb2.JOB_STATE_QUEUED and job.job_id != self.running:
             return await self._control_queued(job, action)
-        self._controls.setdefault(job_id, JobControls()).apply(action, operation_id)
+        self._controls.setdefault(job.job_id, JobControls()).apply(action)
         return job
 
     async def _control_ended(self, job: job_pb2.Job, action: controller_pb2.JobAction.ValueType) -> job_pb2.Job:

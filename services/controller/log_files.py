@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import BinaryIO
 
 from miles.rpc.gen import records_pb2
@@ -21,7 +21,7 @@ class UnknownLogError(KeyError):
 def list_logs(folder: pathlib.Path, spans: LogSpans) -> list[records_pb2.LogFile]:
     """Every log in a folder that has something of the job, by name."""
     files = []
-    for path in sorted(folder.glob("*.log")):
+    for path in sorted(_logs(folder)):
         state = path.stat()
         size = sum(end - begin for begin, end in spans.of(path.stem, state.st_size))
         if size:
@@ -37,7 +37,7 @@ def read_log(
     Offsets count the job's part alone. A secret is only recognised when the line it is in is read whole, so pieces end
     at line ends; a last line without an end is left for the next piece, unless it alone fills the limit.
     """
-    if name not in {path.stem for path in folder.glob("*.log")}:
+    if name not in {path.stem for path in _logs(folder)}:
         raise UnknownLogError(name)
     limit = min(limit or DEFAULT_BYTES, MAX_BYTES)
     path = folder / f"{name}.log"
@@ -56,6 +56,11 @@ def read_log(
         end = len(data)
     text = redact(data[:end].decode("utf-8", "replace"))
     return records_pb2.ReadLogResponse(text=text, offset_bytes=start, next_offset_bytes=start + end, size_bytes=size)
+
+
+def _logs(folder: pathlib.Path) -> Iterator[pathlib.Path]:
+    """Log files; a link may lead anywhere, and no service makes one."""
+    return (path for path in folder.glob("*.log") if path.is_file() and not path.is_symlink())
 
 
 def _read(file: BinaryIO, stretches: Sequence[Span], offset: int, limit: int) -> bytes:

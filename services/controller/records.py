@@ -38,6 +38,8 @@ if request ~= '' then redis.call('HSET', requests, request, job) end
 return {'stored', job}
 """
 """Stores a job unless its request or its run folder is known; in one piece, so that no two can."""
+_OPERATIONS_S = 7 * 24 * 3600
+"""How long the idempotency keys of a job's actions are remembered after the last one."""
 _MAX_EVENTS = 200_000
 _WATCH_BLOCK_MS = 1_000
 
@@ -52,6 +54,10 @@ def _job_key(job_id: str) -> str:
 
 def _events_key(job_id: str) -> str:
     return f"miles:{job_id}:events"
+
+
+def _operations_key(job_id: str) -> str:
+    return f"miles:{job_id}:operations"
 
 
 class UnknownJobError(KeyError):
@@ -105,6 +111,18 @@ class JobStore:
             pipe.set(_job_key(job.job_id), job.SerializeToString())
             if event is not None:
                 _append(pipe, event)
+            await pipe.execute()
+
+    async def operation(self, job_id: str, operation_id: str) -> int | None:
+        """The action that this operation was; None when it is new."""
+        action = await self._redis.hget(_operations_key(job_id), operation_id)
+        return None if action is None else int(action)
+
+    async def add_operation(self, job_id: str, operation_id: str, action: int) -> None:
+        """Remember that an operation was carried out."""
+        async with self._redis.pipeline(transaction=True) as pipe:
+            pipe.hset(_operations_key(job_id), operation_id, action)
+            pipe.expire(_operations_key(job_id), _OPERATIONS_S)
             await pipe.execute()
 
     async def list(

@@ -12,7 +12,7 @@ import grpc.aio
 from miles.config import ConfigError, JobConfig
 from miles.rpc.gen import controller_pb2, controller_pb2_grpc, job_pb2, weightsync_pb2
 from miles.services.controller.config_check import check_config
-from miles.services.controller.job_scheduler import RESUMABLE, JobScheduler
+from miles.services.controller.job_scheduler import RESUMABLE, JobScheduler, OperationReusedError
 from miles.services.controller.records import (
     BadPageToken,
     JobStore,
@@ -97,6 +97,8 @@ class ControllerServicer(controller_pb2_grpc.ControllerServiceServicer):
         await self._get(request.job_id, context)
         try:
             job = await self._scheduler.control(request.job_id, request.action, request.operation_id)
+        except OperationReusedError as error:
+            await context.abort(grpc.StatusCode.ALREADY_EXISTS, str(error))
         except ValueError as error:
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
         return controller_pb2.ControlJobResponse(job=job)

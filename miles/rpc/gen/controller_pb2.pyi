@@ -390,7 +390,7 @@ class ControlJobRequest(_message.Message):
     action: Global___JobAction.ValueType
     """What to do; FAILED_PRECONDITION when the job's state does not allow it."""
     operation_id: _builtins.str
-    """Idempotency key of the operation: repeating it does nothing more."""
+    """Idempotency key of the operation: repeating it does nothing more; ALREADY_EXISTS when it was another action."""
     def __init__(
         self,
         *,

@@ -62,7 +62,7 @@ def test_scopes_are_kept_apart(stack: Stack, keyed: httpx.Client) -> None:
     path = f"/v1/jobs/{made.json()['id']}"
     assert keyed.get(path, headers=as_(stack, "reader")).status_code == 200
     for name in ("reader", "bob"):
-        for action in ("pause", "resume", "stop", "cancel", "checkpoint"):
+        for action in ("pause", "resume", "stop", "cancel", "checkpoint", "versions/check"):
             assert problem(keyed.post(f"{path}/{action}", headers=as_(stack, name)), "missing-scope")["status"] == 403
     assert keyed.post(f"{path}/stop", headers=as_(stack, "alice")).status_code == 202
     assert keyed.post(f"{path}/cancel", headers=as_(stack, "boss")).status_code in (202, 409)
@@ -149,6 +149,26 @@ def test_answers_have_security_headers(http: httpx.Client) -> None:
         assert "server" not in headers
     assert http.get("/v1/jobs").headers["cache-control"] == "no-store"
     assert "access-control-allow-origin" not in http.get("/v1/jobs", headers={"Origin": "http://127.0.0.1"}).headers
+
+
+async def test_what_fails_in_the_gateway_is_told_counted_and_careful() -> None:
+    app = create_app(GatewaySettings(controller="127.0.0.1:1"))
+
+    @app.get("/fails")
+    async def fail() -> None:
+        raise ValueError("geheim")
+
+    transport = httpx.ASGITransport(app, client=("127.0.0.1", 5), raise_app_exceptions=False)
+    async with (
+        app.router.lifespan_context(app),
+        httpx.AsyncClient(transport=transport, base_url="http://localhost") as c,
+    ):
+        answer = await c.get("/fails")
+        assert "geheim" not in str(problem(answer, "internal"))
+        assert answer.headers["x-content-type-options"] == "nosniff"
+        counted = (await c.get("/metrics")).text
+    assert 'miles_gateway_requests_total{method="GET",route="/fails",status="500"} 1.0' in counted
+    assert "miles_controller_up 0.0" in counted
 
 
 async def test_requests_beyond_the_rate_are_told_when_to_come_back(stack: Stack) -> None:

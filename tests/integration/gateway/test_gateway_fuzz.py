@@ -23,6 +23,12 @@ request-timeout = 20
 include-operation-id = "submitJob"
 checks.positive_data_acceptance.expected-statuses = ["2xx", "401", "403", "404", "409", "422"]
 
+# What a key was used for before, too.
+[[operations]]
+include-path-regex = '/(pause|resume|stop|cancel|checkpoint)$'
+parameters = {{ "path.job_id" = "{job_id}" }}
+checks.positive_data_acceptance.expected-statuses = ["2xx", "401", "403", "404", "409", "422"]
+
 # Operations that have no other name in their path get a job that is there.
 [[operations]]
 include-path-regex = '^/v1/jobs/.job_id.(/[a-z]+)?$'

@@ -126,6 +126,22 @@ def test_a_waiting_job_leaves_the_queue_at_once(http: httpx.Client, waiting_job:
     assert http.get(path).json()["ended_at"]
 
 
+def test_an_action_is_carried_out_once_for_each_key(http: httpx.Client, waiting_job: dict[str, Any]) -> None:
+    path = f"/v1/jobs/{waiting_job['id']}"
+
+    def act(action: str, key: str) -> httpx.Response:
+        return http.post(f"{path}/{action}", headers={"Idempotency-Key": key})
+
+    assert act("stop", "first").json()["state"] == "stopped"
+    assert act("resume", "second").json()["state"] == "queued"
+    again = act("stop", "first")  # sent once more because its answer was lost
+    assert (again.status_code, again.json()["state"]) == (202, "queued")
+    assert "stop of job" in problem(act("cancel", "first"), "key-reused")["detail"]
+    assert http.get(path).json()["state"] == "queued"
+    problem(act("pause", "refused"), "not-possible-now")
+    assert act("cancel", "refused").json()["state"] == "cancelled"  # what was refused has used no key up
+
+
 def test_a_job_that_has_begun_ends_when_it_is_cancelled(submit: Submit, http: httpx.Client) -> None:
     for job in http.get("/v1/jobs", params={"limit": 500}).json()["jobs"]:
         http.post(f"/v1/jobs/{job['id']}/cancel")
@@ -201,4 +217,7 @@ def test_a_method_that_does_not_go_names_those_that_do(http: httpx.Client) -> No
     assert http.delete("/v1/jobs").headers["allow"] == "GET, POST"
     assert "POST" in problem(http.put("/v1/jobs"), "method-not-allowed")["detail"]
     problem(http.get("/v1/nothing"), "not-found")
+    for path in ("/", "/static/js/main.js"):
+        assert problem(http.post(path), "method-not-allowed")["status"] == 405
+        assert http.post(path).headers["allow"] == "GET, HEAD"
     assert http.get("/problems/unknown-job").text.startswith("There is no such job")

@@ -6,6 +6,7 @@ import asyncio
 import io
 import pathlib
 import tarfile
+from collections.abc import Callable
 from typing import Any
 
 import httpx
@@ -80,6 +81,19 @@ def test_an_export_is_downloaded_whole(http: httpx.Client, job: dict[str, Any], 
         contents = {pathlib.Path(m.name).name: tar.extractfile(m).read() for m in tar.getmembers()}  # type: ignore[union-attr]
     assert contents == {"config.json": b"{}", "model.safetensors": bytes(range(256)) * 8000}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.tar"]
+
+
+def test_an_export_of_a_job_with_a_long_name_is_downloaded_whole(
+    stack: Stack, http: httpx.Client, submit: Callable[..., dict[str, Any]], tmp_path: pathlib.Path
+) -> None:
+    job = submit(name="n" * 64)
+    fill_run_folder(pathlib.Path(job["config"]["run_dir"]))
+    long = "model-00001-of-00030-" + "x" * 60 + ".safetensors"
+    pathlib.Path(job["config"]["run_dir"], "hf", "6", long).write_bytes(b"weights")
+    with MilesClient(str(http.base_url)) as client:
+        client.download(job["id"], 6, tmp_path / "out.tar")
+    with tarfile.open(tmp_path / "out.tar") as tar:
+        assert f"{job['id']}-step6/{long}" in tar.getnames()
 
 
 def test_logs_are_listed_read_and_free_of_secrets(http: httpx.Client, job: dict[str, Any]) -> None:

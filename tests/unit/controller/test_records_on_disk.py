@@ -343,6 +343,22 @@ def test_only_logs_of_the_folder_can_be_read(tmp_path: pathlib.Path, name: str) 
         log_files.read_log(tmp_path / "logs", LogSpans(tmp_path, tmp_path), name, None, 0)
 
 
+def test_links_are_not_followed(tmp_path: pathlib.Path) -> None:
+    outside, run_dir = tmp_path / "outside", tmp_path / "run"
+    outside.mkdir()
+    (outside / "config.json").write_text("{}")
+    (outside / "secret.log").write_text("geheim\n")
+    (run_dir / "hf").mkdir(parents=True)
+    (run_dir / "hf" / "3").symlink_to(outside)
+    assert CheckpointFiles({"run_dir": str(run_dir)}).find() == []
+    (run_dir / "logs").mkdir()
+    (run_dir / "logs" / "rollout-0.log").symlink_to(outside / "secret.log")
+    spans = LogSpans(run_dir, run_dir / "logs")
+    assert log_files.list_logs(run_dir / "logs", spans) == []
+    with pytest.raises(log_files.UnknownLogError):
+        log_files.read_log(run_dir / "logs", spans, "rollout-0", None, 0)
+
+
 def test_a_log_is_cut_to_the_times_when_the_job_ran(tmp_path: pathlib.Path) -> None:
     logs, run_dir = tmp_path / "logs", tmp_path / "run"
     logs.mkdir()

@@ -99,7 +99,7 @@ async def test_the_cache_is_bounded() -> None:
 
 
 async def test_an_ageing_answer_is_given_while_the_next_is_made() -> None:
-    cache: AnswerCache[int] = AnswerCache(keep_s=60)
+    cache: AnswerCache[int] = AnswerCache(keep_s=60, renew_s=40)
     release = asyncio.Event()
     made = 0
 
@@ -134,7 +134,7 @@ async def test_an_ageing_answer_is_given_while_the_next_is_made() -> None:
 
 
 async def test_an_answer_in_the_making_is_not_given_to_those_who_come_after_forget() -> None:
-    cache: AnswerCache[str] = AnswerCache(keep_s=60)
+    cache: AnswerCache[str] = AnswerCache(keep_s=60, renew_s=40)
     release = asyncio.Event()
 
     async def old() -> str:

@@ -86,6 +86,18 @@ def test_a_broken_file_is_named(path: pathlib.Path, content: str) -> None:
         KeyFile(path).list()
 
 
+def test_no_key_is_valid_while_the_file_cannot_be_read(path: pathlib.Path) -> None:
+    _, text = KeyFile(path).create("alice", Scope.READ)
+    reader = KeyFile(path)
+    assert reader.verify(text) is not None
+    whole = path.read_text()
+    for content in (whole[: len(whole) // 2], whole):
+        path.write_text(content)
+        reader._looked_s = float("-inf")  # a second later
+        assert (reader.verify(text) is not None) == (content == whole)
+        assert (reader.verify(text) is not None) == (content == whole)
+
+
 def test_scopes_include_each_other() -> None:
     assert [[a.includes(b) for b in Scope] for a in Scope] == [
         [True, False, False],
