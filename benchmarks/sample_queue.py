@@ -2,9 +2,12 @@
 
     python -m benchmarks.sample_queue
 
-Prints one table: groups per second and megabytes per second from put to decoded through `GroupQueue`, beside the same
-bytes through XADD and XREADGROUP alone (redis-py, same server, same run), and the bytes of one sample with routed
-experts beside JSON with base64 int32 experts. Medians over --repeats.
+Rollout processes put groups, a few at a time each, while this process collects them as the trainer does, until the last
+is decoded. Beside it, the same bytes through XADD and XREADGROUP alone (redis-py, same server, same processes, taking
+turns), encoded before and not decoded. `a step` is what a training step waits for when its groups lie ready: to collect
+them, beside reading the same bytes. The second table has what one group costs each process in processor time, which
+depends less on what else the machine does, and the bytes of one sample beside JSON with base64 int32 experts. Medians
+over --repeats.
 """
 
 from __future__ import annotations
@@ -12,21 +15,29 @@ from __future__ import annotations
 import argparse
 import asyncio
 import base64
+import contextlib
 import dataclasses
 import json
+import multiprocessing
+import pathlib
 import statistics
 import tempfile
 import time
-import uuid
-from collections.abc import Awaitable, Callable
-from typing import Any
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from multiprocessing.connection import Connection
+from typing import Any, TypeVar
 
 import numpy as np
+import psutil
 import redis.asyncio
 
 from miles.queue import GroupQueue, RedisServer, connect_async
 from miles.queue.payload import encode_group
 from miles.types import Sample, SampleGroup, SampleStatus, VersionSpan
+
+JOB = "bench"
+RAW_KEY = "bench:raw"
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,14 +55,14 @@ class Shape:
 
 
 SHAPES = (
-    Shape("short, dense", 8, 256, None, 256),
-    Shape("long, dense", 8, 8192, None, 64),
-    Shape("MoE, 24 layers, top-8", 8, 1024, (24, 8), 32),
-    Shape("MoE, 60 layers, top-8", 8, 4096, (60, 8), 4),
+    Shape("short, dense", 8, 256, None, 1024),
+    Shape("long, dense", 8, 8192, None, 128),
+    Shape("MoE, 24 layers, top-8", 8, 1024, (24, 8), 64),
+    Shape("MoE, 60 layers, top-8", 8, 4096, (60, 8), 8),
 )
 
 
-def make_group(shape: Shape, job_id: str, group_id: int) -> SampleGroup:
+def make_group(shape: Shape, group_id: int) -> SampleGroup:
     """A scored group of this shape with random contents."""
     random = np.random.default_rng(group_id)
     response = shape.tokens * 3 // 4
@@ -74,50 +85,138 @@ def make_group(shape: Shape, job_id: str, group_id: int) -> SampleGroup:
         )
         for index in range(shape.samples)
     ]
-    return SampleGroup(job_id, group_id, samples)
+    return SampleGroup(JOB, group_id, samples)
 
 
-async def through_the_queue(client: redis.asyncio.Redis, groups: list[SampleGroup], producers: int) -> float:
-    """Seconds from the first put to the last group decoded, a producer side and a trainer side at once."""
-    queue = GroupQueue(client, groups[0].job_id)
-    trainer = GroupQueue(client, groups[0].job_id)
-    waiting = list(groups)
+# -- rollouts ----------------------------------------------------------------------------------------------------------
 
-    async def produce() -> None:
+
+def rollout(url: str, number: int, rollouts: int, producers: int, orders: Connection) -> None:
+    """The process of one rollout, which makes or puts its share of the groups when it is told to."""
+    asyncio.run(_rollout(url, number, rollouts, producers, orders))
+
+
+async def _rollout(url: str, number: int, rollouts: int, producers: int, orders: Connection) -> None:
+    client = await connect_async(url)
+    groups: list[SampleGroup] = []
+    payloads: list[bytes] = []
+
+    queue = GroupQueue(client, JOB)
+    while (order := orders.recv()) is not None:
+        began = time.process_time()
+        if isinstance(order, Shape):
+            groups = [make_group(order, group_id) for group_id in range(number, order.groups, rollouts)]
+            payloads = [encode_group(group) for group in groups]
+        elif order == "queue":
+            await _each(groups, producers, lambda group: queue.put(group, attempt=1))
+        else:
+            await _each(payloads, producers, lambda payload: client.xadd(RAW_KEY, {"group": payload}))
+        orders.send((sum(map(len, payloads)), time.process_time() - began))
+    await client.aclose()
+
+
+async def _each(items: Sequence[T], at_once: int, act: Callable[[T], Awaitable[object]]) -> None:
+    waiting = list(items)
+
+    async def work() -> None:
         while waiting:
-            await queue.put(waiting.pop(), attempt=1)
+            await act(waiting.pop())
 
-    started = time.perf_counter()
-    collecting = asyncio.ensure_future(trainer.collect([group.group_id for group in groups], 600))
-    await asyncio.gather(*(produce() for _ in range(producers)))
-    collected = await collecting
-    elapsed = time.perf_counter() - started
-    assert collected[groups[0].group_id][1] == groups[0]
-    await queue.drop_job()
-    return elapsed
+    await asyncio.gather(*(work() for _ in range(at_once)))
 
 
-async def through_redis_alone(client: redis.asyncio.Redis, payloads: list[bytes], producers: int) -> float:
-    """Seconds for the same bytes through XADD and XREADGROUP, encoded before and not decoded."""
-    key = f"bench:{uuid.uuid4().hex}"
-    await client.xgroup_create(key, "g", id="0", mkstream=True)
-    waiting = list(payloads)
+@contextlib.contextmanager
+def rollout_processes(url: str, rollouts: int, producers: int) -> Iterator[list[Connection]]:
+    """Connections to so many of them."""
+    spawn = multiprocessing.get_context("spawn")
+    pipes = [spawn.Pipe() for _ in range(rollouts)]
+    processes = [
+        spawn.Process(target=rollout, args=(url, number, rollouts, producers, theirs), daemon=True)
+        for number, (_, theirs) in enumerate(pipes)
+    ]
+    for process in processes:
+        process.start()
+    try:
+        yield [ours for ours, _ in pipes]
+    finally:
+        for ours, _ in pipes:
+            ours.send(None)
+        for process in processes:
+            process.join()
 
-    async def produce() -> None:
-        while waiting:
-            await client.xadd(key, {"group": waiting.pop()})
 
-    async def consume() -> None:
-        read = 0
-        while read < len(payloads):
-            answer: Any = await client.xreadgroup("g", "c", {key: ">"}, count=16, block=1000)
-            read += len(answer[0][1]) if answer else 0
+# -- the trainer -------------------------------------------------------------------------------------------------------
 
-    started = time.perf_counter()
-    await asyncio.gather(consume(), *(produce() for _ in range(producers)))
-    elapsed = time.perf_counter() - started
-    await client.delete(key)
-    return elapsed
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Cost:
+    """What moving all groups of a shape took, in seconds."""
+
+    wall: float
+    rollout: float
+    """Processor time of all rollouts; so of the others."""
+    trainer: float
+    redis: float
+
+
+async def collect(client: redis.asyncio.Redis, groups: int) -> None:
+    """Get all groups as the trainer does."""
+    queue = GroupQueue(client, JOB)
+    collected = await queue.collect(range(groups), 600)
+    assert len(collected) == groups
+
+
+async def read(client: redis.asyncio.Redis, groups: int) -> None:
+    """Get as many entries."""
+    count = 0
+    while count < groups:
+        answer: Any = await client.xreadgroup("g", "c", {RAW_KEY: ">"}, count=16, block=1000)
+        count += len(answer[0][1]) if answer else 0
+
+
+class Bench:
+    """A server, rollouts, and this process, which is the trainer."""
+
+    def __init__(self, server: RedisServer, client: redis.asyncio.Redis, rollouts: Sequence[Connection]) -> None:
+        self._redis = psutil.Process(server.pid)
+        self._client = client
+        self._rollouts = rollouts
+
+    async def order(self, what: object) -> list[tuple[int, float]]:
+        """Have every rollout do something; returns the bytes it holds and the processor time it took."""
+        for pipe in self._rollouts:
+            pipe.send(what)
+        return [await asyncio.to_thread(pipe.recv) for pipe in self._rollouts]
+
+    async def stream(self, mode: str, groups: int) -> Cost:
+        """From the first put to the last group here."""
+        await self._clear()
+        redis_s, trainer_s, began = self._redis_s(), time.process_time(), time.perf_counter()
+        putting = asyncio.ensure_future(self.order(mode))
+        await (collect if mode == "queue" else read)(self._client, groups)
+        wall_s, trainer_s = time.perf_counter() - began, time.process_time() - trainer_s
+        rollout_s = sum(seconds for _, seconds in await putting)
+        return Cost(wall_s, rollout_s, trainer_s, self._redis_s() - redis_s)
+
+    async def step(self, mode: str, groups: int) -> float:
+        """Seconds to get groups that were put before."""
+        await self._clear()
+        await self.order(mode)
+        began = time.perf_counter()
+        await (collect if mode == "queue" else read)(self._client, groups)
+        return time.perf_counter() - began
+
+    async def _clear(self) -> None:
+        await GroupQueue(self._client, JOB).drop_job()
+        await self._client.delete(RAW_KEY)
+        await self._client.xgroup_create(RAW_KEY, "g", id="0", mkstream=True)
+
+    def _redis_s(self) -> float:
+        times = self._redis.cpu_times()
+        return float(times.user + times.system)
+
+
+# -- tables ------------------------------------------------------------------------------------------------------------
 
 
 def json_bytes(sample: Sample) -> int:
@@ -140,59 +239,75 @@ def json_bytes(sample: Sample) -> int:
     )
 
 
-async def measure(shape: Shape, client: redis.asyncio.Redis, repeats: int, producers: int) -> list[str]:
-    """One row of the table."""
-    queue_s: list[float] = []
-    raw_s: list[float] = []
-    payload_bytes = 0
+async def measure(bench: Bench, shape: Shape, repeats: int) -> tuple[list[str], list[str]]:
+    """The row of each table."""
+    payload_bytes = sum(nbytes for nbytes, _ in await bench.order(shape))
+    streams: dict[str, list[Cost]] = {"queue": [], "raw": []}
+    steps: dict[str, list[float]] = {"queue": [], "raw": []}
     for _ in range(repeats):
-        job_id = f"bench-{uuid.uuid4().hex[:8]}"
-        groups = [make_group(shape, job_id, group_id) for group_id in range(shape.groups)]
-        payloads = [encode_group(group) for group in groups]
-        payload_bytes = sum(map(len, payloads))
-        runs: list[tuple[list[float], Callable[[], Awaitable[float]]]] = [
-            (queue_s, lambda groups=groups: through_the_queue(client, groups, producers)),  # type: ignore[misc]
-            (raw_s, lambda payloads=payloads: through_redis_alone(client, payloads, producers)),  # type: ignore[misc]
-        ]
-        for times, run in runs:
-            times.append(await run())
-    queue, raw = statistics.median(queue_s), statistics.median(raw_s)
-    sample = make_group(shape, "bench", 0).samples[0]
+        for mode in streams:
+            streams[mode].append(await bench.stream(mode, shape.groups))
+            steps[mode].append(await bench.step(mode, shape.groups))
+    queue, raw = (_median(streams[mode]) for mode in streams)
+    queue_step, raw_step = (statistics.median(steps[mode]) for mode in steps)
+    sample = make_group(shape, 0).samples[0]
     wire = payload_bytes / shape.groups / shape.samples
-    return [
-        shape.name,
-        f"{payload_bytes / shape.groups / 2**20:.2f}",
-        f"{shape.groups / queue:.0f}",
-        f"{payload_bytes / queue / 1e6:.0f}",
-        f"{shape.groups / raw:.0f}",
-        f"{payload_bytes / raw / 1e6:.0f}",
-        f"{raw / queue:.0%}",
-        f"{wire:,.0f}",
-        f"{json_bytes(sample):,}",
-        f"{json_bytes(sample) / wire:.1f}x",
+    throughput = [
+        *(shape.name, f"{payload_bytes / shape.groups / 2**20:.2f}"),
+        *(f"{shape.groups / queue.wall:.0f}", f"{payload_bytes / queue.wall / 1e6:.0f}"),
+        *(f"{shape.groups / raw.wall:.0f}", f"{raw.wall / queue.wall:.0%}"),
+        *(f"{shape.groups / queue_step:.0f}", f"{shape.groups / raw_step:.0f}", f"{raw_step / queue_step:.0%}"),
     ]
+    pairs = ((queue.rollout, raw.rollout), (queue.trainer, raw.trainer), (queue.redis, raw.redis))
+    costs = [
+        shape.name,
+        *(f"{ours / shape.groups * 1e6:.0f} / {theirs / shape.groups * 1e6:.0f}" for ours, theirs in pairs),
+        *(f"{wire:,.0f}", f"{json_bytes(sample):,}", f"{wire / json_bytes(sample):.0%}"),
+    ]
+    return throughput, costs
 
 
-HEADER = [
-    *("group", "MiB", "groups/s", "MB/s", "raw groups/s", "raw MB/s", "of raw"),
-    *("bytes/sample", "JSON bytes/sample", "JSON/ours"),
+def _median(costs: Sequence[Cost]) -> Cost:
+    return Cost(*(statistics.median(getattr(cost, field.name) for cost in costs) for field in dataclasses.fields(Cost)))
+
+
+THROUGHPUT = [
+    *("group", "MiB", "groups/s", "MB/s", "raw groups/s", "of raw"),
+    *("a step: groups/s", "raw groups/s", "of raw"),
+]
+COSTS = [
+    *("µs per group, ours / raw:", "rollout", "trainer", "Redis"),
+    *("bytes/sample", "JSON bytes/sample", "of JSON"),
 ]
 
 
-async def run(repeats: int, producers: int) -> None:
-    """Measure every shape and print the table."""
-    with tempfile.TemporaryDirectory() as folder, RedisServer(folder) as server:
-        client = await connect_async(server.url)
-        rows = [await measure(shape, client, repeats, producers) for shape in SHAPES]
-        await client.aclose()
-    widths = [max(len(row[i]) for row in [HEADER, *rows]) for i in range(len(HEADER))]
-    for row in [HEADER, *rows]:
+def show(rows: Sequence[Sequence[str]]) -> None:
+    """Print a table."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    for row in rows:
         print("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)))
+    print()
+
+
+async def run(repeats: int, rollouts: int, producers: int) -> None:
+    """Measure every shape and print the tables."""
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        RedisServer(pathlib.Path(folder)) as server,
+        rollout_processes(server.url, rollouts, producers) as pipes,
+    ):
+        client = await connect_async(server.url)
+        bench = Bench(server, client, pipes)
+        rows = [await measure(bench, shape, repeats) for shape in SHAPES]
+        await client.aclose()
+    show([THROUGHPUT, *(throughput for throughput, _ in rows)])
+    show([COSTS, *(costs for _, costs in rows)])
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=3, help="measurements per row; the median is shown")
-    parser.add_argument("--producers", type=int, default=4, help="groups put at the same time")
+    parser.add_argument("--repeats", type=int, default=5, help="measurements per row; the median is shown")
+    parser.add_argument("--rollouts", type=int, default=1, help="processes that put")
+    parser.add_argument("--producers", type=int, default=4, help="groups that each puts at the same time")
     flags = parser.parse_args()
-    asyncio.run(run(flags.repeats, flags.producers))
+    asyncio.run(run(flags.repeats, flags.rollouts, flags.producers))

@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import logging
 from collections.abc import Iterable
+from collections.abc import Set as AbstractSet
 from typing import TYPE_CHECKING, Any
 
 from redis.exceptions import ResponseError
@@ -38,6 +39,8 @@ class _Entry:
     entry_id: str
     fields: Fields | None
     """None once taken: the payload is read from Redis again if it is asked for again."""
+    blob: bytes | None = None
+    """What was fetched of a payload that lies outside the entry."""
 
 
 class GroupConsumer:
@@ -55,9 +58,9 @@ class GroupConsumer:
         self._entries: dict[int, _Entry] = {}
         self._recovered_at: float | None = None
 
-    def holds(self, group_id: int) -> bool:
-        """True when the group's entry has been read."""
-        return group_id in self._entries
+    def held(self, group_ids: AbstractSet[int]) -> list[int]:
+        """Those of the groups whose entries have been read, ascending."""
+        return sorted(self._entries.keys() & group_ids)
 
     def forget(self, group_ids: Iterable[int]) -> None:
         """Drop acknowledged groups from the index."""
@@ -91,21 +94,29 @@ class GroupConsumer:
             log.warning("the consumer group of %s is gone (Redis lost its data?); creating it again", self._keys.groups)
             self.forget_all()
 
+    async def fetch(self, group_ids: Iterable[int]) -> None:
+        """Get the blobs of groups that are `held` from Redis, all at once; `take` uses them."""
+        entries = [self._entries[group_id] for group_id in group_ids]
+        blobs = [entry for entry in entries if entry.fields is not None and b"blob" in entry.fields]
+        outcomes = await asyncio.gather(*map(self._fetch, blobs), return_exceptions=True)
+        for error in outcomes:
+            if error is not None:
+                raise error
+
     async def take(self, group_id: int) -> tuple[str, SampleGroup] | None:
-        """Entry id and group of an entry that `holds`; None when the entry is gone from Redis.
+        """Entry id and group of an group that is `held`; None when the entry is gone from Redis.
 
         Raises UnreadableGroups after moving an entry that cannot be decoded to the dead-letter stream.
         """
         entry = self._entries[group_id]
-        fields = entry.fields
-        if fields is None:
+        if entry.fields is None:
             found: Any = await self._redis.xrange(self._keys.groups, entry.entry_id, entry.entry_id)
             if not found:
                 del self._entries[group_id]
                 return None
-            fields = found[0][1]
+            entry.fields = found[0][1]
         try:
-            group = decode_group(await self._payload(fields))
+            group = decode_group(await self._payload(entry))
             if group.group_id != group_id:
                 raise ValueError(f"entry of group {group_id} holds group {group.group_id}")
         except ValueError as error:
@@ -116,7 +127,7 @@ class GroupConsumer:
                 "and the group must be generated again",
                 [group_id],
             ) from error
-        entry.fields = None
+        entry.fields = entry.blob = None
         return entry.entry_id, group
 
     async def peek(self, entry_id: str) -> tuple[str, SampleGroup] | None:
@@ -125,23 +136,31 @@ class GroupConsumer:
         if not found:
             return None
         try:
-            return entry_id, decode_group(await self._payload(found[0][1]))
+            return entry_id, decode_group(await self._payload(_Entry(entry_id, found[0][1])))
         except ValueError as error:
             log.warning("entry %s of %s cannot be read: %s", entry_id, self._keys.groups, error)
             return None
 
-    async def _payload(self, fields: Fields) -> bytes:
+    async def _payload(self, entry: _Entry) -> bytes:
+        fields = entry.fields or {}
         if b"group" in fields:
             return fields[b"group"]
         if b"blob" not in fields:
             raise ValueError("the entry has neither a field `group` nor a field `blob`")
+        if entry.blob is None:
+            await self._fetch(entry)
         blob_hash = fields[b"blob"].decode()
-        payload: Any = await self._redis.getex(self._keys.blob(blob_hash), ex=self._blob_ttl_s)
-        if payload is None:
+        if entry.blob is None:
             raise ValueError(f"its blob {blob_hash} is gone (expired or deleted)")
-        if content_hash(payload) != blob_hash:
-            raise ValueError(f"its blob {blob_hash} has changed: content hash {content_hash(payload)}")
-        return bytes(payload)
+        if content_hash(entry.blob) != blob_hash:
+            raise ValueError(f"its blob {blob_hash} has changed: content hash {content_hash(entry.blob)}")
+        return entry.blob
+
+    async def _fetch(self, entry: _Entry) -> None:
+        assert entry.fields is not None
+        key = self._keys.blob(entry.fields[b"blob"].decode())
+        blob: Any = await self._redis.getex(key, ex=self._blob_ttl_s)
+        entry.blob = blob
 
     async def _create_group(self) -> None:
         try:

@@ -6,13 +6,16 @@ import asyncio
 import functools
 import logging
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from redis.exceptions import NoScriptError
 
 from miles.queue.backpressure import TRANSIENT, until_written
 from miles.queue.consumer import GroupConsumer
 from miles.queue.errors import Fenced, MissingGroups
 from miles.queue.keys import CONSUMER_GROUP, JobKeys
 from miles.queue.payload import INLINE_LIMIT, Holder, Outstanding, content_hash, encode_group
+from miles.queue.pipelining import Command, Pipeliner
 from miles.queue.scripts import ACKNOWLEDGE, DROP, FENCE, PUT
 
 if TYPE_CHECKING:
@@ -21,6 +24,7 @@ if TYPE_CHECKING:
     from miles.types import SampleGroup
 
 log = logging.getLogger(__name__)
+_T = TypeVar("_T")
 
 BLOB_TTL_S = 30 * 24 * 3600
 """How long a blob outlives the last time its entry was put or read, in seconds: bounds what forgotten jobs hold."""
@@ -30,6 +34,9 @@ _UPLOAD_TTL_S = 3600
 
 _NO_LEASE = 1 << 53
 """Above every lease number."""
+
+_FETCHED_AT_ONCE = 4
+"""Blobs on their way at the same time: one is parsed while the others come."""
 
 _ACKNOWLEDGE_BATCH = 256
 """Groups acknowledged by one script call: bounds how long Redis stands still."""
@@ -60,6 +67,7 @@ class GroupQueue:
         self._inline_limit = inline_limit
         self._blob_ttl_s = blob_ttl_s
         self._put = redis.register_script(PUT)
+        self._pipeliner = Pipeliner(redis)
         self._drop = redis.register_script(DROP)
         self._fence = redis.register_script(FENCE)
         self._acknowledge = redis.register_script(ACKNOWLEDGE)
@@ -82,27 +90,35 @@ class GroupQueue:
         """
         payload = encode_group(group)
         oldest = (group.oldest_version or 0) if oldest_version is None else oldest_version
-        blob_hash = content_hash(payload) if len(payload) > self._inline_limit else ""
-        blob_key = self._keys.blob(blob_hash)
+        commands = self._put_commands(group.group_id, f"{attempt} {oldest} {len(payload)}", payload, holder)
 
         async def write() -> str:
             while True:
-                if blob_hash:
-                    # NX: a blob that is there has an entry, whose longer time to live must stay.
-                    await self._redis.set(blob_key, payload, ex=_UPLOAD_TTL_S, nx=True)
-                state, entry_id = await self._put(
-                    keys=[self._keys.groups, self._keys.index, self._keys.blob_refs, blob_key, self._keys.fences],
-                    args=[
-                        *(group.group_id, attempt, oldest, len(payload), blob_hash),
-                        *(b"" if blob_hash else payload, self._blob_ttl_s, *_stamp(holder)),
-                    ],
-                )
+                try:
+                    state, entry_id = (await self._pipeliner.run(commands, len(payload)))[-1]
+                except NoScriptError:
+                    await self._redis.script_load(PUT)
+                    continue
                 if state == b"fenced":
                     raise _fenced(group.group_id, holder)
                 if state != b"no-blob":
                     return str(entry_id.decode())
 
         return await until_written(write, f"group {group.group_id}", len(payload), deadline_s)
+
+    def _put_commands(self, group_id: int, numbers: str, payload: bytes, holder: Holder | None) -> list[Command]:
+        keys = [self._keys.groups, self._keys.index, self._keys.fences]
+        stamp = (*_stamp(holder), group_id, numbers)
+        if len(payload) <= self._inline_limit:
+            return [("EVALSHA", self._put.sha, len(keys), *keys, *stamp, payload)]
+        blob_hash = content_hash(payload)
+        blob_key = self._keys.blob(blob_hash)
+        keys += (self._keys.blob_refs, blob_key)
+        return [
+            # NX: a blob that is there has an entry, whose longer time to live must stay.
+            ("SET", blob_key, payload, "EX", _UPLOAD_TTL_S, "NX"),
+            ("EVALSHA", self._put.sha, len(keys), *keys, *stamp, blob_hash, self._blob_ttl_s),
+        ]
 
     async def drop(
         self, group_id: int, reason: str, *, holder: Holder | None = None, deadline_s: float = 600.0
@@ -164,14 +180,15 @@ class GroupQueue:
         loop = asyncio.get_running_loop()
         deadline = loop.time() + deadline_s
         collected: dict[int, tuple[str, SampleGroup]] = {}
+        missing = set(wanted)
         away = ""
         while True:
             left_s = deadline - loop.time()
             try:
-                if await self._take_held(wanted, collected):
+                if await self._take_held(missing, collected):
                     return {group_id: collected[group_id] for group_id in wanted}
                 await self._consumer.read(max(0.0, min(left_s, 1.0)))
-                if left_s > 0 or await self._take_held(wanted, collected):
+                if left_s > 0 or await self._take_held(missing, collected):
                     continue
             except TRANSIENT as error:
                 # Redis restarts: what was read and not acknowledged is there again afterwards.
@@ -180,21 +197,23 @@ class GroupQueue:
                 await asyncio.sleep(max(0.0, min(left_s, 1.0)))
                 if left_s > 0:
                     continue
-            missing = [group_id for group_id in wanted if group_id not in collected]
+            still_missing = [group_id for group_id in wanted if group_id in missing]
             raise MissingGroups(
-                f"groups {_abbreviate(missing)} of job {self._keys.job_id} did not appear in the queue within "
+                f"groups {_abbreviate(still_missing)} of job {self._keys.job_id} did not appear in the queue within "
                 f"{deadline_s:.0f} s ({len(collected)} of {len(wanted)} did){away}",
-                missing,
+                still_missing,
             )
 
-    async def _take_held(self, wanted: list[int], collected: dict[int, tuple[str, SampleGroup]]) -> bool:
-        """Move groups whose entries were read into `collected`; True when none is missing any more."""
-        for group_id in wanted:
-            if group_id not in collected and self._consumer.holds(group_id):
+    async def _take_held(self, missing: set[int], collected: dict[int, tuple[str, SampleGroup]]) -> bool:
+        """Move groups whose entries were read from `missing` to `collected`; True when none is missing any more."""
+        for batch in _batches(self._consumer.held(missing), _FETCHED_AT_ONCE):
+            await self._consumer.fetch(batch)
+            for group_id in batch:
                 taken = await self._consumer.take(group_id)
                 if taken is not None:
                     collected[group_id] = taken
-        return len(collected) == len(wanted)
+                    missing.remove(group_id)
+        return not missing
 
     async def acknowledge(self, ids: Iterable[int | str], *, deadline_s: float = 60.0) -> int:
         """Forget groups for good: entry, payload and index record, or the note that they were dropped.
@@ -275,9 +294,9 @@ def _fenced(group_id: int, holder: Holder | None) -> Fenced:
     )
 
 
-def _batches(pairs: list[tuple[int, str]], size: int) -> Iterator[list[tuple[int, str]]]:
-    for start in range(0, len(pairs), size):
-        yield pairs[start : start + size]
+def _batches(items: list[_T], size: int) -> Iterator[list[_T]]:
+    for start in range(0, len(items), size):
+        yield items[start : start + size]
 
 
 def _abbreviate(group_ids: list[int], limit: int = 20) -> str:

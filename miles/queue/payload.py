@@ -22,9 +22,9 @@ def encode_group(group: SampleGroup) -> bytes:
 
     Raises ValueError when Redis could not hold it.
     """
-    from miles.types.convert import group_to_proto
+    from miles.types.wire import group_to_bytes
 
-    payload = group_to_proto(group).SerializeToString(deterministic=True)
+    payload = group_to_bytes(group)
     if len(payload) > REDIS_STRING_LIMIT:
         raise ValueError(
             f"group {group.group_id} has {len(payload)} bytes and Redis holds at most {REDIS_STRING_LIMIT} "
@@ -38,17 +38,9 @@ def decode_group(payload: bytes) -> SampleGroup:
 
     Raises ValueError (`miles.types.MalformedMessage` when a field is wrong) for bytes that are not a valid group.
     """
-    from google.protobuf.message import DecodeError
+    from miles.types.wire import group_from_bytes
 
-    from miles.rpc.gen import sample_pb2
-    from miles.types.convert import group_from_proto
-
-    message = sample_pb2.SampleGroup()
-    try:
-        message.ParseFromString(payload)
-    except DecodeError as error:
-        raise ValueError(f"not a SampleGroup message: {error}") from error
-    return group_from_proto(message)
+    return group_from_bytes(payload)
 
 
 def content_hash(payload: bytes) -> str:

@@ -25,20 +25,18 @@ return 1
 PUT = (
     _FENCED
     + """
--- KEYS stream, index, blob_refs, blob, fences
--- ARGV group_id, attempt, oldest_version, bytes, blob_hash, payload, blob_ttl_s, worker_id, lease_number
-if fenced(KEYS[5], ARGV[8], ARGV[9]) then return {'fenced', ''} end
-local known = redis.call('HGET', KEYS[2], ARGV[1])
+-- KEYS stream, index, fences ; of a group whose payload is a blob also blob_refs, blob
+-- ARGV worker_id, lease_number, group_id, 'attempt oldest_version bytes', payload ; of a blob its hash, blob_ttl_s
+if fenced(KEYS[3], ARGV[1], ARGV[2]) then return {'fenced', ''} end
+local known = redis.call('HGET', KEYS[2], ARGV[3])
 if known then return {'known', string.match(known, '^(%S+)')} end
-local has_blob = ARGV[5] ~= ''
-if has_blob and redis.call('EXISTS', KEYS[4]) == 0 then return {'no-blob', ''} end
-local entry = redis.call('XADD', KEYS[1], '*', 'group_id', ARGV[1], 'attempt', ARGV[2], 'oldest_version', ARGV[3],
-  'bytes', ARGV[4], has_blob and 'blob' or 'group', has_blob and ARGV[5] or ARGV[6])
-redis.call('HSET', KEYS[2], ARGV[1],
-  entry .. ' ' .. ARGV[2] .. ' ' .. ARGV[3] .. ' ' .. ARGV[4] .. ' ' .. (has_blob and ARGV[5] or '-'))
-if has_blob then
-  redis.call('HINCRBY', KEYS[3], ARGV[5], 1)
-  redis.call('EXPIRE', KEYS[4], ARGV[7])
+local refs, blob = KEYS[4], KEYS[5]
+if blob and redis.call('EXISTS', blob) == 0 then return {'no-blob', ''} end
+local entry = redis.call('XADD', KEYS[1], '*', 'group_id', ARGV[3], blob and 'blob' or 'group', ARGV[5])
+redis.call('HSET', KEYS[2], ARGV[3], entry .. ' ' .. ARGV[4] .. ' ' .. (blob and ARGV[5] or '-'))
+if blob then
+  redis.call('HINCRBY', refs, ARGV[5], 1)
+  redis.call('EXPIRE', blob, ARGV[6])
 end
 return {'new', entry}
 """

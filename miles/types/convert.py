@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from typing import Any, cast
 
 import numpy as np
@@ -44,12 +44,12 @@ _DTYPES: dict[int, np.dtype[Any]] = {
 """The types numpy can hold; bfloat16 and float8 travel as weights, never in an Array."""
 _DTYPE_NUMBERS = {dtype: number for number, dtype in _DTYPES.items()}
 
-_ARRAYS: tuple[tuple[Any, tuple[npt.DTypeLike, ...], int], ...] = (
-    ("tokens", ("<i4",), 1),
-    ("loss_mask", ("<u1",), 1),
-    ("rollout_log_probs", ("<f4",), 1),
-    ("rollout_routed_experts", ("<u1", "<u2"), 3),
-    ("teacher_log_probs", ("<f4",), 1),
+ARRAYS: tuple[tuple[Any, tuple[np.dtype[Any], ...], int], ...] = (
+    ("tokens", (np.dtype("<i4"),), 1),
+    ("loss_mask", (np.dtype("<u1"),), 1),
+    ("rollout_log_probs", (np.dtype("<f4"),), 1),
+    ("rollout_routed_experts", (np.dtype("<u1"), np.dtype("<u2")), 3),
+    ("teacher_log_probs", (np.dtype("<f4"),), 1),
 )
 """Array fields of a sample: name, allowed types, dimensions."""
 
@@ -80,15 +80,16 @@ def array_from_proto(
     number of dimensions, or when its bytes are not those of its shape.
     """
     dtype = _DTYPES.get(message.dtype)
-    allowed = [np.dtype(d) for d in dtypes] if dtypes is not None else list(_DTYPES.values())
-    if dtype is None or dtype not in allowed:
+    if dtype is None or (dtypes is not None and dtype not in dtypes):
         name = pb.DType.Name(message.dtype) if message.dtype in pb.DType.values() else f"number {message.dtype}"
-        raise MalformedMessage(f"{path}.dtype", f"{name}; expected {_names(allowed)}")
-    expected_ndim = len(message.shape) if ndim is None else ndim
-    if len(message.shape) != expected_ndim or expected_ndim > 32:
-        raise MalformedMessage(f"{path}.shape", f"{len(message.shape)} dimensions; expected {min(expected_ndim, 32)}")
-    shape = tuple(message.shape)
-    data = message.data
+        raise MalformedMessage(f"{path}.dtype", f"{name}; expected {_names(dtypes or _DTYPES.values())}")
+    sizes, data = message.shape, message.data
+    if len(sizes) == 1 == ndim and sizes[0] * dtype.itemsize == len(data):
+        return np.frombuffer(data, dtype)
+    shape = tuple(sizes)
+    expected_ndim = len(shape) if ndim is None else ndim
+    if len(shape) != expected_ndim or expected_ndim > 32:
+        raise MalformedMessage(f"{path}.shape", f"{len(shape)} dimensions; expected {min(expected_ndim, 32)}")
     if math.prod(shape) * dtype.itemsize != len(data):
         raise MalformedMessage(path, f"{len(data)} bytes, but shape {shape} of {dtype.name} takes "
                                f"{math.prod(shape) * dtype.itemsize}")  # fmt: skip
@@ -173,14 +174,14 @@ def json_from_text(text: str, path: str) -> Any:
     return value
 
 
-def _encode_sample(sample: Sample, message: pb.Sample, path: str) -> None:
-    """Write a checked sample into an empty message, in place: copying one with its arrays costs as much again."""
+def encode_fields(sample: Sample, message: pb.Sample) -> None:
+    """Write all but the arrays of a checked sample into an empty message. Errors name fields of the sample."""
     message.group_id = sample.group_id
     message.index = sample.index
     message.response_length = sample.response_length
     message.response = sample.response
     message.status = _STATUS_TO_PROTO[sample.status]
-    message.metadata_json = json_to_text(sample.metadata, path + "metadata")
+    message.metadata_json = json_to_text(sample.metadata, "metadata") if sample.metadata else "{}"
     message.remove_sample = sample.remove_sample
     for span in sample.weight_versions:
         message.weight_versions.add(version=span.version, start=span.start, end=span.end)
@@ -189,13 +190,11 @@ def _encode_sample(sample: Sample, message: pb.Sample, path: str) -> None:
     if isinstance(sample.prompt, str):
         message.prompt_text = sample.prompt
     else:
-        message.prompt_messages_json = json_to_text(sample.prompt, path + "prompt")
-    if sample.reward is not None:
+        message.prompt_messages_json = json_to_text(sample.prompt, "prompt")
+    if isinstance(sample.reward, dict):
         message.reward.CopyFrom(reward_to_proto(sample.reward))
-    for name, _, _ in _ARRAYS:
-        array = getattr(sample, name)
-        if array is not None:
-            _fill_array(getattr(message, name), array, path + name)
+    elif sample.reward is not None:
+        message.reward.value = sample.reward
     if (speculative := sample.speculative) is not None:
         message.speculative.CopyFrom(
             pb.SpeculativeStats(
@@ -210,26 +209,45 @@ def _encode_sample(sample: Sample, message: pb.Sample, path: str) -> None:
         )
 
 
+def _encode_sample(sample: Sample, message: pb.Sample, path: str) -> None:
+    """Write a checked sample into an empty message, in place: copying one with its arrays costs as much again."""
+    try:
+        encode_fields(sample, message)
+        for name, _, _ in ARRAYS:
+            array = getattr(sample, name)
+            if array is not None:
+                _fill_array(getattr(message, name), array, name)
+    except MalformedMessage as error:
+        raise error.within(path) from None
+
+
 def _decode_sample(message: pb.Sample, path: str) -> Sample:
+    try:
+        return _decode(message)
+    except MalformedMessage as error:
+        raise error.within(path) from error.__cause__
+
+
+def _decode(message: pb.Sample) -> Sample:
     status = _STATUS_FROM_PROTO.get(message.status)
     if status is None:
-        raise MalformedMessage(path + "status", f"unknown value {message.status}")
+        raise MalformedMessage("status", f"unknown value {message.status}")
     sample = Sample(
         group_id=message.group_id,
         index=message.index,
-        prompt=_decode_prompt(message, path),
+        prompt=_decode_prompt(message),
         response_length=message.response_length,
         response=message.response,
         label=message.label if message.HasField("label") else None,
-        reward=reward_from_proto(message.reward, path + "reward") if message.HasField("reward") else None,
+        reward=reward_from_proto(message.reward) if message.HasField("reward") else None,
         status=status,
-        metadata=_decode_metadata(message.metadata_json, path + "metadata_json"),
-        weight_versions=tuple(VersionSpan(s.version, s.start, s.end) for s in message.weight_versions),
+        metadata=_decode_metadata(message.metadata_json),
+        weight_versions=tuple([VersionSpan(s.version, s.start, s.end) for s in message.weight_versions]),
         remove_sample=message.remove_sample,
     )
-    for name, dtypes, ndim in _ARRAYS:
+    for name, dtypes, ndim in ARRAYS:
         if message.HasField(name):
-            setattr(sample, name, array_from_proto(getattr(message, name), path + name, dtypes=dtypes, ndim=ndim))
+            setattr(sample, name, array_from_proto(getattr(message, name), name, dtypes=dtypes, ndim=ndim))
     if message.HasField("speculative"):
         stats = message.speculative
         sample.speculative = SpeculativeStats(
@@ -240,24 +258,21 @@ def _decode_sample(message: pb.Sample, path: str) -> Sample:
     return sample
 
 
-def _decode_prompt(message: pb.Sample, path: str) -> Prompt:
-    match message.WhichOneof("prompt"):
-        case "prompt_text":
-            return message.prompt_text
-        case "prompt_messages_json":
-            where = path + "prompt_messages_json"
-            messages = json_from_text(message.prompt_messages_json, where)
-            if not isinstance(messages, list) or not all(isinstance(entry, dict) for entry in messages):
-                raise MalformedMessage(where, "not a JSON list of objects")
-            return messages
-        case _:
-            raise MalformedMessage(path + "prompt", "missing; set prompt_text or prompt_messages_json")
+def _decode_prompt(message: pb.Sample) -> Prompt:
+    if message.HasField("prompt_text"):
+        return message.prompt_text
+    if not message.HasField("prompt_messages_json"):
+        raise MalformedMessage("prompt", "missing; set prompt_text or prompt_messages_json")
+    messages = json_from_text(message.prompt_messages_json, "prompt_messages_json")
+    if not isinstance(messages, list) or not all(isinstance(entry, dict) for entry in messages):
+        raise MalformedMessage("prompt_messages_json", "not a JSON list of objects")
+    return messages
 
 
-def _decode_metadata(text: str, path: str) -> dict[str, Any]:
-    metadata = json_from_text(text, path) if text else {}
+def _decode_metadata(text: str) -> dict[str, Any]:
+    metadata = json_from_text(text, "metadata_json") if text not in ("", "{}") else {}
     if not isinstance(metadata, dict):
-        raise MalformedMessage(path, f"a JSON {type(metadata).__name__}; expected an object")
+        raise MalformedMessage("metadata_json", f"a JSON {type(metadata).__name__}; expected an object")
     return metadata
 
 
@@ -291,5 +306,5 @@ _DECODER = json.JSONDecoder(parse_constant=_refuse_constant, parse_float=_finite
 """Made once: json.dumps and json.loads with options make one for each call, which costs more than a small object."""
 
 
-def _names(dtypes: Collection[np.dtype[Any]]) -> str:
-    return " or ".join(dtype.name for dtype in dtypes)
+def _names(dtypes: Iterable[npt.DTypeLike]) -> str:
+    return " or ".join(np.dtype(dtype).name for dtype in dtypes)

@@ -14,5 +14,9 @@ class MalformedMessage(ValueError):
         self.field = field
         self.problem = problem
 
+    def within(self, path: str) -> MalformedMessage:
+        """The same error as seen from an outer message, where `path` leads to the one it is about."""
+        return MalformedMessage(path + self.field, self.problem)
+
     def __str__(self) -> str:
         return f"{self.field}: {self.problem}"

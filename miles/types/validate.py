@@ -7,12 +7,19 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from miles.types.errors import MalformedMessage
 from miles.types.sample import Reward, Sample, SampleGroup, SampleStatus, VersionSpan
 
 UINT32_MAX = 2**32 - 1
 UINT64_MAX = 2**64 - 1
+
+_INT32, _FLOAT32 = np.dtype(np.int32), np.dtype(np.float32)
+_UINT8, _UINT16 = np.dtype(np.uint8), np.dtype(np.uint16)
+_NUMBERS = (float, int, np.floating, np.integer)
+_JOINED_ENTRIES = 16_384
+"""Arrays with so few entries in all are looked through as one: for short ones the calls cost more than a copy."""
 
 
 def check_group(group: SampleGroup, path: str = "") -> None:
@@ -24,101 +31,142 @@ def check_group(group: SampleGroup, path: str = "") -> None:
     _check_unsigned(group.group_id, UINT64_MAX, path + "group_id")
     previous = -1
     for i, sample in enumerate(group.samples):
-        where = f"{path}samples[{i}]."
-        check_sample(sample, where)
-        if sample.group_id != group.group_id:
-            raise MalformedMessage(where + "group_id", f"{sample.group_id}, but the group's is {group.group_id}")
-        if sample.index <= previous:
-            raise MalformedMessage(where + "index", f"{sample.index} after {previous}; samples are in order of index")
+        try:
+            _check_form(sample)
+            if sample.group_id != group.group_id:
+                raise MalformedMessage("group_id", f"{sample.group_id}, but the group's is {group.group_id}")
+            if sample.index <= previous:
+                raise MalformedMessage("index", f"{sample.index} after {previous}; samples are in order of index")
+        except MalformedMessage as error:
+            raise error.within(f"{path}samples[{i}].") from None
         previous = sample.index
+    if not _values_hold(group.samples):
+        for i, sample in enumerate(group.samples):
+            check_sample(sample, f"{path}samples[{i}].")
 
 
 def check_sample(sample: Sample, path: str = "") -> None:
     """Raise MalformedMessage, naming the first offending field, unless the sample holds what sample.proto says."""
-    _check_unsigned(sample.group_id, UINT64_MAX, path + "group_id")
-    _check_unsigned(sample.index, UINT32_MAX, path + "index")
-    _check_prompt(sample.prompt, path + "prompt")
-    _check_text(sample.response, path + "response")
+    try:
+        _check_form(sample)
+        _check_values(sample)
+    except MalformedMessage as error:
+        raise error.within(path) from None
+
+
+def _check_form(sample: Sample) -> None:
+    """Everything but the entries of arrays, which `_check_values` looks at."""
+    _check_unsigned(sample.group_id, UINT64_MAX, "group_id")
+    _check_unsigned(sample.index, UINT32_MAX, "index")
+    _check_prompt(sample.prompt, "prompt")
+    _check_text(sample.response, "response")
     if sample.label is not None:
-        _check_text(sample.label, path + "label")
+        _check_text(sample.label, "label")
     if not isinstance(sample.status, SampleStatus):
-        raise MalformedMessage(path + "status", f"{sample.status!r} is not a SampleStatus")
+        raise MalformedMessage("status", f"{sample.status!r} is not a SampleStatus")
     if not isinstance(sample.metadata, dict):
-        raise MalformedMessage(path + "metadata", f"a {type(sample.metadata).__name__}; expected a JSON object")
-    _check_arrays(sample, path)
-    _check_spans(sample.weight_versions, sample.response_length, path + "weight_versions")
+        raise MalformedMessage("metadata", f"a {type(sample.metadata).__name__}; expected a JSON object")
+    _check_arrays(sample)
+    _check_spans(sample.weight_versions, sample.response_length)
     if sample.reward is not None:
-        _check_reward(sample.reward, path + "reward")
-    _check_stats(sample, path)
+        _check_reward(sample.reward, "reward")
+    if sample.speculative is not None or sample.prefix_cache is not None:
+        _check_stats(sample)
 
 
-def _check_arrays(sample: Sample, path: str) -> None:
-    _check_dtype(sample.tokens, (np.int32,), 1, path + "tokens")
-    num_tokens = len(sample.tokens)
-    if num_tokens and int(sample.tokens.min()) < 0:
-        at = int(np.argmax(sample.tokens < 0))
-        raise MalformedMessage(path + "tokens", f"token {at} is {sample.tokens[at]}; token ids are not negative")
+def _check_arrays(sample: Sample) -> None:
     length = sample.response_length
-    _check_unsigned(length, UINT32_MAX, path + "response_length")
-    if length > num_tokens:
-        raise MalformedMessage(path + "response_length", f"{length}, but there are only {num_tokens} tokens")
+    _check_dtype(sample.tokens, (_INT32,), 1, "tokens")
+    _check_unsigned(length, UINT32_MAX, "response_length")
+    if length > len(sample.tokens):
+        raise MalformedMessage("response_length", f"{length}, but there are only {len(sample.tokens)} tokens")
     if sample.loss_mask is not None:
-        _check_per_response(sample.loss_mask, np.uint8, length, path + "loss_mask")
-        if length and int(sample.loss_mask.max()) > 1:
-            at = int(np.argmax(sample.loss_mask > 1))
-            raise MalformedMessage(path + "loss_mask", f"entry {at} is {sample.loss_mask[at]}; allowed: 0 and 1")
+        _check_per_response(sample.loss_mask, _UINT8, length, "loss_mask")
+    if sample.rollout_log_probs is not None:
+        _check_per_response(sample.rollout_log_probs, _FLOAT32, length, "rollout_log_probs")
+    if sample.teacher_log_probs is not None:
+        _check_per_response(sample.teacher_log_probs, _FLOAT32, length, "teacher_log_probs")
+    if sample.rollout_routed_experts is not None:
+        _check_experts(sample.rollout_routed_experts, len(sample.tokens), "rollout_routed_experts")
+
+
+def _values_hold(samples: Sequence[Sample]) -> bool:
+    """Whether `_check_values` has nothing to say of any of them, found out with few calls."""
+    return (
+        all(block.min(initial=0) >= 0 for block in _blocks([sample.tokens for sample in samples]))
+        and all(
+            block.max(initial=0) <= 1
+            for block in _blocks([sample.loss_mask for sample in samples if sample.loss_mask is not None])
+        )
+        and all(np.isfinite(block).all() for block in _blocks(_log_probs(samples)))
+    )
+
+
+def _log_probs(samples: Sequence[Sample]) -> list[npt.NDArray[Any]]:
+    pairs = ((sample.rollout_log_probs, sample.teacher_log_probs) for sample in samples)
+    return [array for pair in pairs for array in pair if array is not None]
+
+
+def _blocks(arrays: Sequence[npt.NDArray[Any]]) -> Sequence[npt.NDArray[Any]]:
+    return [np.concatenate(arrays)] if arrays and sum(map(len, arrays)) <= _JOINED_ENTRIES else arrays
+
+
+def _check_values(sample: Sample) -> None:
+    """The entries of the arrays, whose form is right."""
+    if (at := _first(sample.tokens < 0)) is not None:
+        raise MalformedMessage("tokens", f"token {at} is {sample.tokens[at]}; token ids are not negative")
+    if (mask := sample.loss_mask) is not None and (at := _first(mask > 1)) is not None:
+        raise MalformedMessage("loss_mask", f"entry {at} is {mask[at]}; allowed: 0 and 1")
     for name in ("rollout_log_probs", "teacher_log_probs"):
         array = getattr(sample, name)
-        if array is not None:
-            _check_per_response(array, np.float32, length, path + name)
-            finite = np.isfinite(array)
-            if not finite.all():
-                at = int(np.argmin(finite))
-                raise MalformedMessage(path + name, f"entry {at} is {array[at]}; log-probabilities are finite")
-    if sample.rollout_routed_experts is not None:
-        _check_experts(sample.rollout_routed_experts, num_tokens, path + "rollout_routed_experts")
+        if array is not None and (at := _first(~np.isfinite(array))) is not None:
+            raise MalformedMessage(name, f"entry {at} is {array[at]}; log-probabilities are finite")
+
+
+def _first(where: npt.NDArray[np.bool_]) -> int | None:
+    return int(where.argmax()) if where.any() else None
 
 
 def _check_experts(array: np.ndarray[Any, Any], num_tokens: int, path: str) -> None:
-    _check_dtype(array, (np.uint8, np.uint16), 3, path)
+    _check_dtype(array, (_UINT8, _UINT16), 3, path)
     if array.shape[0] != max(num_tokens - 1, 0):
         raise MalformedMessage(
             path, f"shape {array.shape} for {num_tokens} tokens; expected ({max(num_tokens - 1, 0)}, moe_layers, top_k)"
         )
 
 
-def _check_per_response(array: np.ndarray[Any, Any], dtype: type[np.generic], length: int, path: str) -> None:
+def _check_per_response(array: np.ndarray[Any, Any], dtype: np.dtype[Any], length: int, path: str) -> None:
     _check_dtype(array, (dtype,), 1, path)
     if len(array) != length:
         raise MalformedMessage(path, f"{len(array)} entries, but response_length is {length}")
 
 
-def _check_dtype(array: Any, dtypes: Sequence[type[np.generic]], ndim: int, path: str) -> None:
+def _check_dtype(array: Any, dtypes: Sequence[np.dtype[Any]], ndim: int, path: str) -> None:
     if not isinstance(array, np.ndarray):
         raise MalformedMessage(path, f"a {type(array).__name__}; expected a numpy array")
     if array.dtype not in dtypes:
-        allowed = " or ".join(np.dtype(dtype).name for dtype in dtypes)
+        allowed = " or ".join(dtype.name for dtype in dtypes)
         raise MalformedMessage(path, f"dtype {array.dtype}; expected {allowed}")
     if array.ndim != ndim:
         raise MalformedMessage(path, f"shape {array.shape}; expected {ndim} dimension{'s' * (ndim > 1)}")
 
 
-def _check_spans(spans: Sequence[VersionSpan], length: int, path: str) -> None:
+def _check_spans(spans: Sequence[VersionSpan], length: int) -> None:
     covered = 0
     for i, span in enumerate(spans):
-        where = f"{path}[{i}]"
-        _check_unsigned(span.version, UINT64_MAX, where + ".version")
-        _check_unsigned(span.start, UINT32_MAX, where + ".start")
-        _check_unsigned(span.end, UINT32_MAX, where + ".end")
-        if span.start != covered:
-            raise MalformedMessage(
-                where + ".start", f"{span.start}; expected {covered}, where the span before it ended"
-            )
-        if span.end <= span.start:
-            raise MalformedMessage(where + ".end", f"{span.end}; expected more than start = {span.start}")
+        try:
+            _check_unsigned(span.version, UINT64_MAX, "version")
+            _check_unsigned(span.start, UINT32_MAX, "start")
+            _check_unsigned(span.end, UINT32_MAX, "end")
+            if span.start != covered:
+                raise MalformedMessage("start", f"{span.start}; expected {covered}, where the span before it ended")
+            if span.end <= span.start:
+                raise MalformedMessage("end", f"{span.end}; expected more than start = {span.start}")
+        except MalformedMessage as error:
+            raise error.within(f"weight_versions[{i}].") from None
         covered = span.end
     if covered != length:
-        raise MalformedMessage(path, f"cover {covered} response tokens, but response_length is {length}")
+        raise MalformedMessage("weight_versions", f"cover {covered} response tokens, but response_length is {length}")
 
 
 def _check_reward(reward: Reward, path: str) -> None:
@@ -133,7 +181,7 @@ def _check_reward(reward: Reward, path: str) -> None:
 
 
 def _check_finite(value: Any, path: str) -> None:
-    if not isinstance(value, int | float | np.integer | np.floating):
+    if not isinstance(value, _NUMBERS):
         raise MalformedMessage(path, f"a {type(value).__name__}; expected a number")
     try:
         finite = math.isfinite(value)
@@ -145,9 +193,9 @@ def _check_finite(value: Any, path: str) -> None:
         )
 
 
-def _check_stats(sample: Sample, path: str) -> None:
+def _check_stats(sample: Sample) -> None:
     if (speculative := sample.speculative) is not None:
-        where = path + "speculative."
+        where = "speculative."
         _check_unsigned(speculative.accepted_draft_tokens, UINT64_MAX, where + "accepted_draft_tokens")
         _check_unsigned(speculative.proposed_draft_tokens, UINT64_MAX, where + "proposed_draft_tokens")
         _check_unsigned(speculative.verify_count, UINT64_MAX, where + "verify_count")
@@ -157,7 +205,7 @@ def _check_stats(sample: Sample, path: str) -> None:
                 f"{speculative.accepted_draft_tokens}, more than the {speculative.proposed_draft_tokens} proposed",
             )
     if (cache := sample.prefix_cache) is not None:
-        where = path + "prefix_cache."
+        where = "prefix_cache."
         _check_unsigned(cache.cached_tokens, UINT64_MAX, where + "cached_tokens")
         _check_unsigned(cache.prompt_tokens, UINT64_MAX, where + "prompt_tokens")
         if cache.cached_tokens > cache.prompt_tokens:
@@ -188,7 +236,9 @@ def _check_text(text: Any, path: str) -> None:
 
 
 def _check_unsigned(value: Any, maximum: int, path: str) -> None:
-    if not isinstance(value, int | np.integer) or isinstance(value, bool):
+    if type(value) is int and 0 <= value <= maximum:
+        return
+    if not isinstance(value, (int, np.integer)) or isinstance(value, bool):
         raise MalformedMessage(path, f"a {type(value).__name__}; expected an integer")
     if not 0 <= int(value) <= maximum:
         raise MalformedMessage(path, f"{value}; allowed: 0 to {maximum}")
