@@ -28,9 +28,10 @@ test-engines: $(VENV)/.megatron $(SGLANG_VENV)/.ready
 	MILES_TEST_SGLANG=$(SGLANG_VENV)/bin/python $(BIN)/python -m pytest -m engine
 
 # Kills services of running jobs: each alone, all at once, and by 100 random schedules; freezes rollouts and has some
-# join and leave. Prints how long each service took to come back. Takes about an hour on two cores.
+# join and leave. Prints how long each service took to come back. Takes about an hour on two cores. SEEDS runs some of
+# the schedules alone, e.g. make chaos SEEDS=86-99.
 chaos: $(VENV)/.dev
-	$(BIN)/python -m pytest -m chaos
+	$(if $(SEEDS),MILES_CHAOS_SEEDS=$(SEEDS)) $(BIN)/python -m pytest -m chaos $(if $(SEEDS),tests/chaos/test_random_schedules.py)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

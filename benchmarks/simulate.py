@@ -7,9 +7,10 @@
 long-tailed response lengths say, the trainer and weight updates a fixed time. It prints a table for each staleness
 bound; with --scale-batch the batch and the trainer grow with the rollouts, else both are fixed.
 
-`controller` starts a real controller process and Redis, and stand-ins for any number of rollouts over real gRPC, that
-finish each group after a fixed time. It prints groups per second and the processor time that the controller took for
-one; --profile FILE writes a cProfile of it.
+`controller` starts a real controller process and Redis, and stand-ins for any number of rollouts over real gRPC. Each
+takes as long for a group as makes all of them finish --offered groups per second together, at least 0.2 s. It prints
+how many they did finish, what share of a processor the controller took for it, reports and heartbeats included, and its
+limit: the groups per second that would take a whole one. --profile FILE writes a cProfile of it.
 """
 
 from __future__ import annotations
@@ -78,14 +79,8 @@ def plan(flags: argparse.Namespace) -> None:
 
 async def controller(flags: argparse.Namespace) -> None:
     """Print the table of every number of rollouts asked for."""
-    header = (
-        "rollouts",
-        "groups/s",
-        "controller busy",
-        "processor µs/group",
-        "mean staleness",
-        "MiB of the controller",
-    )
+    header = ("rollouts", "connected after s", "groups/s", "controller busy", "µs/group", "limit groups/s")
+    header = (*header, "mean staleness", "MiB of the controller")
     table = Table(header)
     with tempfile.TemporaryDirectory() as folder:
         for rollouts in flags.rollouts:
@@ -94,7 +89,7 @@ async def controller(flags: argparse.Namespace) -> None:
 
 async def _measure(folder: pathlib.Path, rollouts: int, flags: argparse.Namespace) -> tuple[str, ...]:
     folder.mkdir()
-    groups = Rollouts(flags.slots, flags.group_s)
+    groups = Rollouts(flags.slots, max(0.2, rollouts * flags.slots / flags.offered))
     with RedisServer(folder / "redis") as redis:
         async with (
             _controller_process(folder, redis.url, flags.profile) as (process, address),
@@ -102,22 +97,19 @@ async def _measure(folder: pathlib.Path, rollouts: int, flags: argparse.Namespac
             connect(address) as channel,
         ):
             stub = controller_pb2_grpc.ControllerServiceStub(channel)
-            batch = max(64, 2 * rollouts * flags.slots)
-            request = controller_pb2.SubmitJobRequest(config_json=json.dumps(_job(folder, batch)))
+            began = time.monotonic()
+            request = controller_pb2.SubmitJobRequest(config_json=json.dumps(_job(folder, rollouts * flags.slots)))
             await stub.SubmitJob(request, timeout=_START_S)
-            await _until_warm(groups, 2 * batch)
+            await _until_full(groups, rollouts)
+            connect_s = time.monotonic() - began
             before, cpu_before, began = groups.finished, _cpu_s(process), time.monotonic()
             await asyncio.sleep(flags.seconds)
             done, cpu_s, wall_s = groups.finished - before, _cpu_s(process) - cpu_before, time.monotonic() - began
             memory = process.memory_info().rss / 2**20
     staleness = _staleness(folder / "run" / "metrics.jsonl")
     return (
-        f"{rollouts}",
-        f"{done / wall_s:.0f}",
-        f"{cpu_s / wall_s:.0%}",
-        f"{cpu_s / max(1, done) * 1e6:.0f}",
-        f"{staleness:.2f}",
-        f"{memory:.0f}",
+        *(f"{rollouts}", f"{connect_s:.1f}", f"{done / wall_s:.0f}", f"{cpu_s / wall_s:.0%}"),
+        *(f"{cpu_s / max(1, done) * 1e6:.0f}", f"{done / cpu_s:.0f}", f"{staleness:.2f}", f"{memory:.0f}"),
     )
 
 
@@ -145,15 +137,16 @@ async def _controller_process(
         await process.wait()
 
 
-async def _until_warm(groups: Rollouts, count: int) -> None:
+async def _until_full(groups: Rollouts, rollouts: int) -> None:
     end = time.monotonic() + 4 * _START_S
-    while groups.finished < count:
+    while groups.full < rollouts:
         if time.monotonic() > end:
-            raise TimeoutError(f"{groups.finished} of {count} groups after {4 * _START_S:g} s")
+            raise TimeoutError(f"{groups.full} of {rollouts} rollouts had work after {4 * _START_S:g} s")
         await asyncio.sleep(0.1)
 
 
-def _job(folder: pathlib.Path, batch: int) -> dict[str, object]:
+def _job(folder: pathlib.Path, at_once: int) -> dict[str, object]:
+    """A job whose staleness bound lets rollouts be busy that hold so many groups at once."""
     from examples.tiny.make import make_tokenizer
 
     make_tokenizer().save_pretrained(folder / "model")
@@ -167,12 +160,12 @@ def _job(folder: pathlib.Path, batch: int) -> dict[str, object]:
         "input_key": "prompt",
         "label_key": "label",
         "rm_type": "exact_match",
-        "rollout_batch_size": batch,
+        "rollout_batch_size": max(8, at_once // 4),
         "n_samples_per_prompt": _SAMPLES,
         "num_steps_per_rollout": 1,
         "rollout_max_response_len": 16,
         "num_rollout": 1_000_000,
-        "max_weight_staleness": 4,
+        "max_weight_staleness": 8,
         "lr": 1e-6,
         "device": "cpu",
     }
@@ -210,7 +203,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     modes = parser.add_subparsers(dest="mode", required=True)
     add = modes.add_parser("plan", help="throughput and staleness in virtual time").add_argument
-    add("--rollouts", type=int, nargs="+", default=[1, 8, 64, 512, 4096])
+    add("--rollouts", type=int, nargs="+", default=[1, 16, 256, 1024, 4096])
     add("--staleness", type=int, nargs="+", default=[0, 1, 4], help="bounds to compare")
     add("--batch", type=int, default=512, help="prompts of a step")
     add("--scale-batch", action="store_true", help="let a batch be what the rollouts generate at once, if more")
@@ -224,11 +217,11 @@ def main() -> None:
     add("--limit-tokens", type=int, default=32_768)
     add("--tokens-per-s", type=float, default=50.0, help="speed of one response")
     add = modes.add_parser("controller", help="what one controller process can handle").add_argument
-    add("--rollouts", type=int, nargs="+", default=[1, 64, 1024, 4096])
+    add("--rollouts", type=int, nargs="+", default=[1, 16, 256, 1024, 4096])
     add("--slots", type=int, default=8)
-    add("--group-s", type=float, default=0.2, help="time that a stand-in takes for a group")
+    add("--offered", type=float, default=1000.0, help="groups/s of all rollouts together, if the controller keeps up")
     add("--train-s", type=float, default=0.1)
-    add("--seconds", type=float, default=10.0, help="time of a measurement")
+    add("--seconds", type=float, default=8.0, help="time of a measurement")
     add("--profile", metavar="FILE", help="profile the controller; slows it down")
     flags = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import random
 import uuid
 from collections.abc import AsyncIterator
 from typing import Any
@@ -35,8 +36,11 @@ class Rollouts(rollout_pb2_grpc.RolloutServiceServicer):
     def __init__(self, slots: int, group_s: float) -> None:
         self._slots = slots
         self._group_s = group_s
+        self._random = random.Random(0)
         self.finished = 0
         """Groups, all rollouts together."""
+        self.full = 0
+        """Rollouts that have had as many groups as they hold at once."""
 
     async def StartJob(
         self, request: rollout_pb2.RolloutStartJobRequest, context: Context
@@ -66,10 +70,15 @@ class Rollouts(rollout_pb2_grpc.RolloutServiceServicer):
             outgoing.put_nowait(rollout_pb2.RunResponse(lease_number=number, finished=finished))
 
         async def read() -> None:
+            leases = 0
             async for request in requests:
                 if request.HasField("lease"):
                     lease = request.lease
-                    loop.call_later(self._group_s, finish, lease.group_id, lease.attempt, lease.min_version)
+                    leases += 1
+                    self.full += leases == self._slots
+                    # The first ones are under way already, so that from the beginning some end at any time.
+                    seconds = self._group_s * (self._random.random() if leases <= self._slots else 1)
+                    loop.call_later(seconds, finish, lease.group_id, lease.attempt, lease.min_version)
 
         async def report() -> None:
             for count in itertools.count():

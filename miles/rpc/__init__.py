@@ -1,7 +1,7 @@
 """gRPC as the services use it: servers, channels, attachments, exit codes; generated stubs in `miles.rpc.gen`."""
 
 from miles.rpc.attachment import WorkerAttachment
-from miles.rpc.channel import connect, connect_blocking, wait_ready
+from miles.rpc.channel import connect, connect_blocking, connected, wait_ready
 from miles.rpc.exit_codes import ExitCode, ServiceExit
 from miles.rpc.server import main, start_server
 
@@ -11,6 +11,7 @@ __all__ = [
     "WorkerAttachment",
     "connect",
     "connect_blocking",
+    "connected",
     "main",
     "start_server",
     "wait_ready",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+from collections.abc import Iterator
 
 import grpc
 import grpc.aio
@@ -23,6 +25,20 @@ def connect(address: str) -> grpc.aio.Channel:
     if (tls := TlsFiles.from_environment()) is None:
         return grpc.aio.insecure_channel(address, options=options)
     return grpc.aio.secure_channel(address, tls.channel_credentials(), options=[*options, *tls.channel_options()])
+
+
+@contextlib.contextmanager
+def connected(address: str) -> Iterator[grpc.aio.Channel]:
+    """`connect`, for one of very many channels of a process, and for a caller who ends the calls made on it.
+
+    grpc.aio closes a channel by looking into the frames of every task of the event loop, for calls to cancel: for
+    thousands of channels with a task each, that would hold up the loop for minutes.
+    """
+    channel = connect(address)
+    try:
+        yield channel
+    finally:
+        channel._channel.close()
 
 
 def connect_blocking(address: str) -> grpc.Channel:

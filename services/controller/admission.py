@@ -27,22 +27,7 @@ import heapq
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Lease:
-    """A group in the hands of a worker."""
-
-    worker_id: str
-    attempt: int
-
-
-def end_lease(leases: dict[int, Lease], group_id: int, attempt: int) -> bool:
-    """Take a group's lease out; False when the group is not leased, or under another attempt."""
-    lease = leases.get(group_id)
-    if lease is None or lease.attempt != attempt:
-        return False
-    del leases[group_id]
-    return True
+from miles.services.controller.held_groups import HeldGroups, Lease
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -77,7 +62,7 @@ class Admission:
     """Groups trained on so far."""
     first_attempt: int = 1
     """Number of a group's first lease; a later life of the controller chooses a higher one."""
-    leases: dict[int, Lease] = dataclasses.field(default_factory=dict)
+    leases: HeldGroups = dataclasses.field(default_factory=HeldGroups)
     """Admitted, being generated."""
     ready: dict[int, int] = dataclasses.field(default_factory=dict)
     """Accepted, not yet in training: group id -> oldest version among its tokens."""
@@ -145,7 +130,7 @@ class Admission:
                 admission._deadlines[group_id] = deadline
                 admission._finished[deadline] += 1
             elif group_id in held:
-                admission.leases[group_id] = held[group_id]
+                admission.leases.begin(group_id, held[group_id])
                 admission._attempts[group_id] = held[group_id].attempt
                 admission._set_deadline(group_id, rank // batch_size)
             elif group_id not in known:
@@ -197,7 +182,7 @@ class Admission:
             return None
         attempt = self._attempts.get(group_id, self.first_attempt - 1) + 1
         self._attempts[group_id] = attempt
-        self.leases[group_id] = Lease(worker_id, attempt)
+        self.leases.begin(group_id, Lease(worker_id, attempt))
         return group_id, attempt
 
     def _may_admit(self) -> bool:
@@ -207,7 +192,7 @@ class Admission:
 
     def accept(self, group_id: int, attempt: int, oldest_version: int) -> bool:
         """The group is in the queue. False: the result is not from the current lease and must be ignored."""
-        if not end_lease(self.leases, group_id, attempt):
+        if not self.leases.end(group_id, attempt):
             return False
         self._attempts.pop(group_id, None)
         deadline = self._deadlines[group_id]
@@ -220,7 +205,7 @@ class Admission:
 
     def drop(self, group_id: int, attempt: int) -> bool:
         """A filter or the failure policy removed the group for good. False as for `accept`."""
-        if not end_lease(self.leases, group_id, attempt):
+        if not self.leases.end(group_id, attempt):
             return False
         self._attempts.pop(group_id, None)
         self._unfinished[self._deadlines.pop(group_id)] -= 1
@@ -229,16 +214,15 @@ class Admission:
 
     def give_back(self, group_id: int, attempt: int) -> bool:
         """The lease ended without a result; the group will be leased again. False as for `accept`."""
-        if not end_lease(self.leases, group_id, attempt):
+        if not self.leases.end(group_id, attempt):
             return False
         heapq.heappush(self._pending, group_id)
         return True
 
     def lose_worker(self, worker_id: str) -> list[int]:
         """Take back every group of a worker that is gone; return their ids."""
-        lost = [group_id for group_id, lease in self.leases.items() if lease.worker_id == worker_id]
+        lost = self.leases.lose_worker(worker_id)
         for group_id in lost:
-            del self.leases[group_id]
             heapq.heappush(self._pending, group_id)
         return lost
 

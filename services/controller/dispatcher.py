@@ -32,6 +32,8 @@ _MAX_FAILURES = 5
 _MAX_FAILED_IN_A_ROW = 32
 """Groups dropped for failures, with none accepted between, before the job fails: something is wrong for all of them."""
 _FENCE_DEADLINE_S = 600.0
+_LEASES_AT_ONCE = 64
+"""Leases handed out before the event loop gets to hear workers again: about 10 ms."""
 
 LeaseMaker = Callable[[int, int, int], rollout_pb2.GroupLease]
 """(group id, attempt, version) -> the lease of a training group."""
@@ -66,6 +68,8 @@ class Dispatcher:
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._balance = LoadBalance()
         self._changed = asyncio.Event()
+        self._more = asyncio.Event()
+        """Set while more groups may be handed out than were."""
         self._generating = False
         self._failures: Counter[int] = Counter()
         self._failed_in_a_row = 0
@@ -89,16 +93,20 @@ class Dispatcher:
 
     async def run(self) -> None:
         """Keep links to all live rollouts until cancelled."""
+        handing_out = asyncio.create_task(self._go_on_handing_out())
+        handing_out.add_done_callback(self._note_failure)
         try:
             while True:
                 for worker in self._registry.alive(controller_pb2.WORKER_KIND_ROLLOUT):
                     if worker.worker_id not in self._tasks:
-                        self._tasks[worker.worker_id] = asyncio.create_task(self._serve(worker))
+                        task = self._tasks[worker.worker_id] = asyncio.create_task(self._serve(worker))
+                        task.add_done_callback(self._note_failure)
                 await self._registry.wait_for_change(1.0)
         finally:
-            for task in self._tasks.values():
+            tasks = [handing_out, *self._tasks.values()]
+            for task in tasks:
                 task.cancel()
-            await asyncio.gather(*self._tasks.values(), return_exceptions=True)
+            await asyncio.gather(*tasks, return_exceptions=True)
 
     def connected(self) -> list[RolloutLink]:
         """Links to workers that have loaded the job, by name."""
@@ -118,16 +126,19 @@ class Dispatcher:
         self._changed = asyncio.Event()
 
     def pump(self) -> None:
-        """Hand out groups while some may run and some worker has room."""
-        while (worker_id := self._balance.next()) is not None:
-            lease = self._next_lease(worker_id)
-            if lease is None:
+        """Hand out groups while some may run and some worker has room: some at once, the others soon."""
+        for _ in range(_LEASES_AT_ONCE):
+            worker_id = self._balance.next()
+            lease = None if worker_id is None else self._next_lease(worker_id)
+            if worker_id is None or lease is None:
                 break
             self.links[worker_id].lease(lease)
             self._balance.take(worker_id)
             self._leased_unix_ns[lease.purpose == rollout_pb2.GROUP_PURPOSE_EVAL, lease.group_id] = time.time_ns()
             if self._balance.held(worker_id) == 1:
                 self._activity.begin(worker_id, "generate")
+        else:
+            self._more.set()
         self._watch_activity()
 
     def leased_since(self, evaluation: bool, group_id: int) -> int:
@@ -159,6 +170,19 @@ class Dispatcher:
             return None
         given = self.admission.lease(worker_id)
         return None if given is None else self._make_lease(*given, self.admission.version)
+
+    async def _go_on_handing_out(self) -> None:
+        while True:
+            await self._more.wait()
+            self._more.clear()
+            await asyncio.sleep(0)
+            self.pump()
+
+    def _note_failure(self, task: asyncio.Task[None]) -> None:
+        """Have the job end by an error that nobody foresaw, instead of waiting for ever."""
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self.failure = error if isinstance(error, Exception) else RuntimeError(repr(error))
+            self.notify()
 
     async def _serve(self, worker: AttachedWorker) -> None:
         """Work with one worker for as long as its lease and its stream last."""
@@ -247,8 +271,8 @@ class Dispatcher:
                 self._clock.move("generate", "reward", message.stats.reward_s)
 
     def _note_scoring(self, link: RolloutLink, seconds: float) -> None:
-        for worker in self._registry.alive(controller_pb2.WORKER_KIND_REWARD):
-            if worker.registration.address == link.reward_addresses[DEFAULT]:
+        for worker in self._registry.at(link.reward_addresses[DEFAULT]):
+            if worker.registration.kind == controller_pb2.WORKER_KIND_REWARD:
                 self._activity.note(worker.worker_id, "score", seconds)
 
     def _on_failed(self, message: rollout_pb2.GroupFailed) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import heapq
 import math
 from collections import Counter
 from collections.abc import Mapping
@@ -11,8 +12,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from miles.rpc.gen import rollout_pb2
-from miles.services.controller.admission import Lease, end_lease
 from miles.services.controller.group_leases import evaluation_lease
+from miles.services.controller.held_groups import HeldGroups, Lease
 from miles.types import Sample, SampleGroup, SampleStatus, reward_number
 from miles.types.convert import group_from_proto
 
@@ -43,8 +44,8 @@ class Evaluation:
         self.version = version
         self._datasets = datasets
         self._prompts = [(name, index) for name, source in datasets.items() for index in range(len(source))]
-        self._pending = set(range(len(self._prompts)))
-        self.leases: dict[int, Lease] = {}
+        self._pending = list(range(len(self._prompts)))
+        self.leases = HeldGroups()
         """Groups being generated now."""
         self._failures: Counter[int] = Counter()
         self._attempts = [attempts_before] * len(self._prompts)
@@ -64,29 +65,26 @@ class Evaluation:
         """The next group for a worker; None when none is waiting."""
         if not self._pending:
             return None
-        group_id = min(self._pending)
-        self._pending.remove(group_id)
+        group_id = heapq.heappop(self._pending)
         self._attempts[group_id] += 1
         attempt = self._attempts[group_id]
-        self.leases[group_id] = Lease(worker_id, attempt)
+        self.leases.begin(group_id, Lease(worker_id, attempt))
         name, index = self._prompts[group_id]
-        group = self._datasets[name].group(self._job_id, index, self._config.eval.n_samples_per_eval_prompt)
-        group.group_id = group_id
-        for sample in group.samples:
-            sample.group_id = group_id
+        group = self._datasets[name].group(self._job_id, index, 1)
+        group.group_id = group.samples[0].group_id = group_id
         return evaluation_lease(self._config, name, group, attempt, self.version)
 
     def finish(self, message: rollout_pb2.GroupFinished) -> None:
         """A group came back; results of older attempts are ignored."""
-        if end_lease(self.leases, message.group_id, message.attempt):
+        if self.leases.end(message.group_id, message.attempt):
             self._results[message.group_id] = group_from_proto(message.group)
             if len(self._results) == len(self._prompts) and not self._done.done():
                 self._done.set_result(self._metrics())
 
     def fail(self, group_id: int, attempt: int, error: str) -> None:
         """A group could not be finished; it is tried again a few times, then the evaluation fails."""
-        if end_lease(self.leases, group_id, attempt):
-            self._pending.add(group_id)
+        if self.leases.end(group_id, attempt):
+            heapq.heappush(self._pending, group_id)
             self._failures[group_id] += 1
             if self._failures[group_id] >= _MAX_FAILURES and not self._done.done():
                 name, _ = self._prompts[group_id]
@@ -97,14 +95,13 @@ class Evaluation:
 
     def give_back(self, group_id: int, attempt: int) -> None:
         """A worker gave the group up; another one gets it."""
-        if end_lease(self.leases, group_id, attempt):
-            self._pending.add(group_id)
+        if self.leases.end(group_id, attempt):
+            heapq.heappush(self._pending, group_id)
 
     def lose_worker(self, worker_id: str) -> None:
         """A worker is gone: its groups wait for another one."""
-        for group_id in [group_id for group_id, lease in self.leases.items() if lease.worker_id == worker_id]:
-            del self.leases[group_id]
-            self._pending.add(group_id)
+        for group_id in self.leases.lose_worker(worker_id):
+            heapq.heappush(self._pending, group_id)
 
     def _metrics(self) -> dict[str, float]:
         key = self._config.reward.eval_reward_key

@@ -16,17 +16,20 @@ if TYPE_CHECKING:
 def training_lease(
     config: JobConfig, group: SampleGroup, attempt: int, version: int, newest_version: int
 ) -> rollout_pb2.GroupLease:
-    """A lease of a training group, generated with `version` or a later one, of which `newest_version` is the last."""
+    """A lease of a training group, generated with `version` or a later one, of which `newest_version` is the last.
+
+    `group` holds one sample, with the prompt of all of them.
+    """
     rollout = config.rollout
-    lease = _lease(config, group, attempt, rollout_pb2.GROUP_PURPOSE_TRAIN)
-    for sample, sampling in zip(group.samples, lease.sampling, strict=True):
-        sampling.temperature = rollout.rollout_temperature
-        sampling.top_p = rollout.rollout_top_p
-        sampling.top_k = rollout.rollout_top_k
-        sampling.seed = sample_seed(rollout.rollout_seed, "train", group.group_id, sample.index)
-        sampling.max_new_tokens = _response_limit(
-            rollout.rollout_max_response_len, rollout.rollout_max_context_len, sample.prompt_length
-        )
+    sampling = _sampling(config)
+    sampling.temperature = rollout.rollout_temperature
+    sampling.top_p = rollout.rollout_top_p
+    sampling.top_k = rollout.rollout_top_k
+    sampling.max_new_tokens = _response_limit(
+        rollout.rollout_max_response_len, rollout.rollout_max_context_len, group.samples[0].prompt_length
+    )
+    lease = _lease(group, attempt, sampling, config.data.n_samples_per_prompt, rollout.rollout_seed, "train")
+    lease.purpose = rollout_pb2.GROUP_PURPOSE_TRAIN
     lease.min_version, lease.newest_version = version, newest_version
     return lease
 
@@ -34,39 +37,48 @@ def training_lease(
 def evaluation_lease(
     config: JobConfig, dataset: str, group: SampleGroup, attempt: int, version: int
 ) -> rollout_pb2.GroupLease:
-    """A lease of an evaluation group, generated with exactly `version`."""
+    """A lease of an evaluation group, generated with exactly `version`; `group` as for `training_lease`."""
     evaluation, rollout = config.eval, config.rollout
-    lease = _lease(config, group, attempt, rollout_pb2.GROUP_PURPOSE_EVAL)
-    for sample, sampling in zip(group.samples, lease.sampling, strict=True):
-        sampling.temperature = evaluation.eval_temperature
-        sampling.top_p = evaluation.eval_top_p
-        sampling.top_k = evaluation.eval_top_k
-        sampling.seed = sample_seed(rollout.rollout_seed, f"eval/{dataset}", group.group_id, sample.index)
-        sampling.min_new_tokens = evaluation.eval_min_new_tokens or 0
-        sampling.max_new_tokens = _response_limit(
-            evaluation.eval_max_response_len, rollout.rollout_max_context_len, sample.prompt_length
-        )
+    sampling = _sampling(config)
+    sampling.temperature = evaluation.eval_temperature
+    sampling.top_p = evaluation.eval_top_p
+    sampling.top_k = evaluation.eval_top_k
+    sampling.min_new_tokens = evaluation.eval_min_new_tokens or 0
+    sampling.max_new_tokens = _response_limit(
+        evaluation.eval_max_response_len, rollout.rollout_max_context_len, group.samples[0].prompt_length
+    )
+    samples = evaluation.n_samples_per_eval_prompt
+    lease = _lease(group, attempt, sampling, samples, rollout.rollout_seed, f"eval/{dataset}")
+    lease.purpose = rollout_pb2.GROUP_PURPOSE_EVAL
     lease.exact_version = version
     return lease
 
 
-def _lease(
-    config: JobConfig, group: SampleGroup, attempt: int, purpose: rollout_pb2.GroupPurpose.ValueType
-) -> rollout_pb2.GroupLease:
+def _sampling(config: JobConfig) -> rollout_pb2.SamplingParams:
     """What both kinds have in common."""
     rollout = config.rollout
-    sampling = rollout_pb2.SamplingParams(
+    return rollout_pb2.SamplingParams(
         stop=rollout.rollout_stop or (),
         stop_token_ids=rollout.rollout_stop_token_ids or (),
         skip_special_tokens=rollout.rollout_skip_special_tokens,
     )
-    return rollout_pb2.GroupLease(
-        group_id=group.group_id,
-        attempt=attempt,
-        purpose=purpose,
-        group=group_to_proto(group),
-        sampling=[sampling] * len(group.samples),
+
+
+def _lease(
+    group: SampleGroup, attempt: int, sampling: rollout_pb2.SamplingParams, samples: int, seed: int, stream: str
+) -> rollout_pb2.GroupLease:
+    """So many samples of one prompt, which differ in index and seed alone: encoded once and copied."""
+    lease = rollout_pb2.GroupLease(
+        group_id=group.group_id, attempt=attempt, group=group_to_proto(group), sampling=[sampling] * samples
     )
+    first = lease.group.samples[0]
+    for index in range(1, samples):
+        sample = lease.group.samples.add()
+        sample.CopyFrom(first)
+        sample.index = index
+    for index, own in enumerate(lease.sampling):
+        own.seed = sample_seed(seed, stream, group.group_id, index)
+    return lease
 
 
 def _response_limit(max_response: int | None, max_context: int | None, prompt_tokens: int) -> int:

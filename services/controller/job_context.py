@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import json
 import pathlib
 from typing import TYPE_CHECKING
 
@@ -10,7 +12,7 @@ if TYPE_CHECKING:
     from miles.config import JobConfig
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(frozen=True)
 class JobContext:
     """One job, resolved."""
 
@@ -19,3 +21,8 @@ class JobContext:
     redis_url: str
     run_dir: pathlib.Path
     """Where the run's metrics, summary and checkpoints go."""
+
+    @functools.cached_property
+    def config_json(self) -> str:
+        """The configuration as every worker gets it."""
+        return json.dumps(self.config.to_flat())

@@ -6,12 +6,15 @@ import asyncio
 import collections
 import dataclasses
 import time
+from collections.abc import Sequence
 
 from miles.rpc.gen import controller_pb2
 from miles.services.controller.leases import LeaseTable
 
 _REMEMBERED_S = 600.0
 """How long a worker that was lost is still shown."""
+_LONGEST_TICK_S = 1.5
+"""Time between two calls of `expire` beyond this was spent on something else than listening."""
 
 
 @dataclasses.dataclass(slots=True)
@@ -33,38 +36,48 @@ class AttachedWorker:
 
 
 class WorkerRegistry:
-    """Applies the lease rules to live attachments and tells those who wait about changes."""
+    """Applies the lease rules to live attachments and tells those who wait about changes.
+
+    Leases end after a time in which heartbeats could have been heard: what the process spent stopped, or busy with one
+    thing, does not count, for the heartbeats of that time have not been read yet.
+    """
 
     def __init__(self, ttl_s: float = 6.0) -> None:
         # Numbers start at the clock, so that those given before a restart of the controller stay smaller.
         self.first_lease_number = time.time_ns() // 1_000_000
         self._leases = LeaseTable(ttl_s, self.first_lease_number)
+        self._listened_s, self._ticked_s = 0.0, time.monotonic()
         self._workers: dict[str, AttachedWorker] = {}
         self._by_kind: collections.defaultdict[int, dict[str, AttachedWorker]] = collections.defaultdict(dict)
+        self._by_name: dict[int, list[AttachedWorker]] = {}
+        """What `alive` answers, until a worker of the kind comes or goes."""
+        self._by_address: collections.defaultdict[str, dict[str, AttachedWorker]] = collections.defaultdict(dict)
         self._gone: dict[str, AttachedWorker] = {}
         self._changed = asyncio.Event()
         self.ttl_s = ttl_s
 
     def attach(self, registration: controller_pb2.WorkerRegistration) -> AttachedWorker:
         """A worker registered. An older incarnation under the same name is fenced."""
-        lease = self._leases.register(registration.worker_id, registration.incarnation, time.monotonic())
+        lease = self._leases.register(registration.worker_id, registration.incarnation, self._listened_s)
         known = self._workers.get(registration.worker_id)
         if known is not None and known.lease_number == lease.number:
             return known
         if known is not None:
             known.lost.set()
-            self._by_kind[known.registration.kind].pop(registration.worker_id)
+            self._drop(known)
         worker = AttachedWorker(
             registration, lease.number, controller_pb2.WorkerHeartbeat(), time.time_ns(), asyncio.Event()
         )
-        self._workers[registration.worker_id] = self._by_kind[registration.kind][registration.worker_id] = worker
+        self._workers[worker.worker_id] = self._by_kind[registration.kind][worker.worker_id] = worker
+        self._by_address[registration.address][worker.worker_id] = worker
+        self._by_name.pop(registration.kind, None)
         self._gone.pop(registration.worker_id, None)
         self._notify()
         return worker
 
     def beat(self, worker: AttachedWorker, heartbeat: controller_pb2.WorkerHeartbeat) -> bool:
         """A heartbeat came; False when the lease is over and the worker must attach again."""
-        if not self._leases.renew(worker.worker_id, worker.lease_number, time.monotonic()):
+        if not self._leases.renew(worker.worker_id, worker.lease_number, self._listened_s):
             return False
         worker.last_seen_unix_ns = time.time_ns()
         known = worker.heartbeat
@@ -75,7 +88,10 @@ class WorkerRegistry:
 
     def expire(self) -> list[AttachedWorker]:
         """End the leases whose time is over; called about once a second."""
-        gone = [worker for lease in self._leases.expire(time.monotonic()) if (worker := self._remove(lease.worker_id))]
+        now_s = time.monotonic()
+        self._listened_s += min(now_s - self._ticked_s, _LONGEST_TICK_S)
+        self._ticked_s = now_s
+        gone = [worker for lease in self._leases.expire(self._listened_s) if (worker := self._remove(lease.worker_id))]
         if gone:
             self._notify()
         return gone
@@ -86,9 +102,15 @@ class WorkerRegistry:
             self._remove(worker.worker_id)
             self._notify()
 
-    def alive(self, kind: controller_pb2.WorkerKind.ValueType) -> list[AttachedWorker]:
+    def alive(self, kind: controller_pb2.WorkerKind.ValueType) -> Sequence[AttachedWorker]:
         """Workers of a kind that hold a lease, by name."""
-        return sorted(self._by_kind[kind].values(), key=lambda worker: worker.worker_id)
+        if kind not in self._by_name:
+            self._by_name[kind] = sorted(self._by_kind[kind].values(), key=lambda worker: worker.worker_id)
+        return self._by_name[kind]
+
+    def at(self, address: str) -> list[AttachedWorker]:
+        """Workers that hold a lease and serve at an address."""
+        return list(self._by_address[address].values()) if address in self._by_address else []
 
     def everyone(self) -> list[AttachedWorker]:
         """All workers that hold a lease, by name."""
@@ -110,7 +132,7 @@ class WorkerRegistry:
 
     async def require(
         self, kind: controller_pb2.WorkerKind.ValueType, count: int, deadline_s: float
-    ) -> list[AttachedWorker]:
+    ) -> Sequence[AttachedWorker]:
         """Wait until `count` workers of a kind are attached; `TimeoutError` says how many were."""
         end = time.monotonic() + deadline_s
         while len(found := self.alive(kind)) < count:
@@ -124,10 +146,18 @@ class WorkerRegistry:
     def _remove(self, worker_id: str) -> AttachedWorker | None:
         worker = self._workers.pop(worker_id, None)
         if worker is not None:
-            self._by_kind[worker.registration.kind].pop(worker_id)
+            self._drop(worker)
             worker.lost.set()
             self._gone[worker_id] = worker
         return worker
+
+    def _drop(self, worker: AttachedWorker) -> None:
+        kind, address = worker.registration.kind, worker.registration.address
+        del self._by_kind[kind][worker.worker_id]
+        self._by_name.pop(kind, None)
+        del self._by_address[address][worker.worker_id]
+        if not self._by_address[address]:
+            del self._by_address[address]
 
     def _notify(self) -> None:
         self._changed.set()

@@ -21,7 +21,7 @@ class RequiredWorkers:
         self._controls = controls
         self._status = status
 
-    async def wait_for(self, kind: controller_pb2.WorkerKind.ValueType) -> list[AttachedWorker]:
+    async def wait_for(self, kind: controller_pb2.WorkerKind.ValueType) -> Sequence[AttachedWorker]:
         """At least one worker of a kind, those that are attached; raises as `JobControls.check`, and TimeoutError."""
         if not self._registry.alive(kind):
             name = controller_pb2.WorkerKind.Name(kind).removeprefix("WORKER_KIND_").lower()

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from miles.rpc.gen import trainer_pb2
-from miles.services.controller.admission import Admission, Lease
+from miles.services.controller.admission import Admission
+from miles.services.controller.held_groups import Lease
 
 if TYPE_CHECKING:
     from miles.config import JobConfig

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 from collections.abc import AsyncIterator, Callable
 
-from miles.rpc import connect
+from miles.rpc import connected
 from miles.rpc.gen import rollout_pb2, rollout_pb2_grpc
 from miles.services.controller import deadlines
 from miles.services.controller.calls import call, stream
@@ -47,12 +46,13 @@ class RolloutLink:
 
     async def serve(self, on_response: Callable[[RolloutLink, rollout_pb2.RunResponse], None]) -> None:
         """Start the job on the worker and pass on what it says, until the stream ends or breaks."""
-        async with connect(self.worker.registration.address) as channel:
+        with connected(self.worker.registration.address) as channel:
             stub = rollout_pb2_grpc.RolloutServiceStub(channel)
             what = f"rollout {self.worker_id}"
             await self._start_job(stub, what)
+            run = stub.Run(self._requests())
             try:
-                async for response in stream(stub.Run(self._requests()), what, _PROGRESS_SILENCE_S):
+                async for response in stream(run, what, _PROGRESS_SILENCE_S):
                     if response.lease_number != self.worker.lease_number:
                         continue
                     if response.HasField("ready"):
@@ -62,6 +62,7 @@ class RolloutLink:
                         self.progress = response.progress
                     on_response(self, response)
             finally:
+                run.cancel()
                 self.connected, self.capacity = False, 0
 
     async def _requests(self) -> AsyncIterator[rollout_pb2.RunRequest]:
@@ -73,7 +74,7 @@ class RolloutLink:
     async def _start_job(self, stub: rollout_pb2_grpc.RolloutServiceStub, what: str) -> None:
         request = rollout_pb2.RolloutStartJobRequest(
             job_id=self._context.job_id,
-            config_json=json.dumps(self._context.config.to_flat()),
+            config_json=self._context.config_json,
             redis_url=self._context.redis_url,
             weightsync_address=self._weightsync_address,
             reward_addresses=self.reward_addresses,
@@ -92,14 +93,14 @@ class RolloutLink:
 
     async def release_memory(self) -> None:
         """Have the worker's engine free its memory until it gets new weights."""
-        async with connect(self.worker.registration.address) as channel:
+        with connected(self.worker.registration.address) as channel:
             stub = rollout_pb2_grpc.RolloutServiceStub(channel)
             request = rollout_pb2.ReleaseMemoryRequest(job_id=self._context.job_id)
             await call(stub.ReleaseMemory(request), f"rollout {self.worker_id} memory", deadlines.RELEASE_MEMORY_S)
 
     async def stop_job(self) -> None:
         """Have everything of the job dropped on the worker."""
-        async with connect(self.worker.registration.address) as channel:
+        with connected(self.worker.registration.address) as channel:
             stub = rollout_pb2_grpc.RolloutServiceStub(channel)
             request = rollout_pb2.RolloutStopJobRequest(job_id=self._context.job_id)
             await call(stub.StopJob(request), f"rollout {self.worker_id} stop", deadlines.STOP_JOB_S)

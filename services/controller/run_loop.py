@@ -391,5 +391,5 @@ class RunLoop:
         await self._history.log(job_pb2.LOG_LEVEL_INFO, "controller", text)
 
     def _make_lease(self, group_id: int, attempt: int, version: int) -> rollout_pb2.GroupLease:
-        group = self._prompts.group(self._context.job_id, group_id, self._config.data.n_samples_per_prompt)
+        group = self._prompts.group(self._context.job_id, group_id, 1)
         return training_lease(self._config, group, attempt, version, max(version, self._publishing.newest))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import uuid
 from collections.abc import AsyncIterable, Coroutine, Sequence
@@ -68,7 +67,7 @@ class TrainerLink:
     async def _start_job(self) -> trainer_pb2.TrainerReady:
         request = trainer_pb2.TrainerStartJobRequest(
             job_id=self._context.job_id,
-            config_json=json.dumps(self._context.config.to_flat()),
+            config_json=self._context.config_json,
             redis_url=self._context.redis_url,
             weightsync_address=self._weightsync_address,
             run_dir=str(self._context.run_dir),
