@@ -14,7 +14,7 @@ from redis.exceptions import ResponseError
 from miles.queue.errors import UnreadableGroups
 from miles.queue.keys import CONSUMER_GROUP, JobKeys
 from miles.queue.payload import content_hash, decode_group
-from miles.queue.scripts import BURY
+from miles.queue.scripts import BURY, CREATE_GROUP
 
 if TYPE_CHECKING:
     import redis.asyncio
@@ -28,8 +28,8 @@ _READ_COUNT = 16
 
 _PENDING_PAGE = 1000
 _RECOVER_EVERY_S = 5.0
-_MAX_DEAD = 1000
-"""Dead letters kept."""
+_MAX_DEAD = 100
+"""Dead letters kept: with their payloads, so that they cannot fill the server."""
 
 Fields = dict[bytes, bytes]
 
@@ -55,6 +55,7 @@ class GroupConsumer:
         self._dead_after_ms = int(dead_after_s * 1000)
         self._blob_ttl_s = blob_ttl_s
         self._bury_script = redis.register_script(BURY)
+        self._create_group = redis.register_script(CREATE_GROUP)
         self._entries: dict[int, _Entry] = {}
         self._recovered_at: float | None = None
 
@@ -81,7 +82,7 @@ class GroupConsumer:
         now = asyncio.get_running_loop().time()
         try:
             if self._recovered_at is None:
-                await self._create_group()
+                await self._create_group(keys=[self._keys.groups], args=[CONSUMER_GROUP])
                 await self._recover()
                 self._recovered_at = now
                 block_s = 0.0
@@ -161,13 +162,6 @@ class GroupConsumer:
         key = self._keys.blob(entry.fields[b"blob"].decode())
         blob: Any = await self._redis.getex(key, ex=self._blob_ttl_s)
         entry.blob = blob
-
-    async def _create_group(self) -> None:
-        try:
-            await self._redis.xgroup_create(self._keys.groups, CONSUMER_GROUP, id="0", mkstream=True)
-        except ResponseError as error:
-            if not str(error).startswith("BUSYGROUP"):
-                raise
 
     async def _read_new(self, block_s: float) -> bool:
         answer: Any = await self._redis.xreadgroup(

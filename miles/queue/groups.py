@@ -16,7 +16,7 @@ from miles.queue.errors import Fenced, MissingGroups
 from miles.queue.keys import CONSUMER_GROUP, JobKeys
 from miles.queue.payload import INLINE_LIMIT, Holder, Outstanding, content_hash, encode_group
 from miles.queue.pipelining import Command, Pipeliner
-from miles.queue.scripts import ACKNOWLEDGE, DROP, FENCE, PUT
+from miles.queue.scripts import ACKNOWLEDGE, BEGIN_LIFE, DROP, FENCE, PUT
 
 if TYPE_CHECKING:
     import redis.asyncio
@@ -70,6 +70,7 @@ class GroupQueue:
         self._pipeliner = Pipeliner(redis)
         self._drop = redis.register_script(DROP)
         self._fence = redis.register_script(FENCE)
+        self._begin_life = redis.register_script(BEGIN_LIFE)
         self._acknowledge = redis.register_script(ACKNOWLEDGE)
         self._consumer = GroupConsumer(redis, self._keys, consumer, dead_after_s=dead_after_s, blob_ttl_s=blob_ttl_s)
 
@@ -167,7 +168,7 @@ class GroupQueue:
 
     async def begin_life(self) -> int:
         """Count one more time that a controller takes the job up; returns how many there were, from 1."""
-        return int(await self._redis.incr(self._keys.lives))
+        return int(await self._begin_life(keys=[self._keys.lives]))
 
     async def collect(self, group_ids: Iterable[int], deadline_s: float) -> dict[int, tuple[str, SampleGroup]]:
         """Wait until all these groups are queued; return (entry id, group) by group id, in the order asked for.

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from miles.types import SampleGroup
 
-PARTIAL_TTL_S = 7 * 24 * 3600
+PARTIAL_TTL_S = 30 * 24 * 3600
 """How long a half-finished group is kept, in seconds; without it the group starts over, which is correct but slower."""
 
 

@@ -1,7 +1,9 @@
 """The Lua scripts of the queue: each is one atomic change of the stream, its index and its blobs.
 
 Redis refuses the first write of a script with OOM when it is full, and lets a script that has begun to write finish. So
-`PUT` begins with XADD, which may be refused, and the scripts that free memory begin with XACK, which may not.
+`PUT` begins with XADD, which may be refused. The scripts that free memory, or that add a few bytes without which nobody
+could go on to free any, begin with a write that is never refused: XACK, HDEL or PERSIST, whether it finds anything or
+not.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ end
 
 FENCE = """
 -- KEYS fences ; ARGV worker_id, lease_number
+redis.call('HDEL', KEYS[1], '')
 local before = tonumber(redis.call('HGET', KEYS[1], ARGV[1]) or 0)
 if tonumber(ARGV[2]) > before then redis.call('HSET', KEYS[1], ARGV[1], ARGV[2]) end
 return 1
@@ -47,6 +50,7 @@ DROP = (
     _FENCED
     + """
 -- KEYS index, dropped, fences ; ARGV group_id, reason, worker_id, lease_number
+redis.call('HDEL', KEYS[2], '')
 if fenced(KEYS[3], ARGV[3], ARGV[4]) then return 'fenced' end
 if redis.call('HEXISTS', KEYS[1], ARGV[1]) == 1 then return 'queued' end
 redis.call('HSETNX', KEYS[2], ARGV[1], ARGV[2])
@@ -54,6 +58,22 @@ return 'dropped'
 """
 )
 """Note that a group is never going to be queued. Returns dropped, fenced, or queued when it is in the queue already."""
+
+BEGIN_LIFE = """
+-- KEYS lives
+redis.call('PERSIST', KEYS[1])
+return redis.call('INCR', KEYS[1])
+"""
+"""Count a life of the controller. Returns how many there were."""
+
+CREATE_GROUP = """
+-- KEYS stream ; ARGV consumer_group
+redis.call('XACK', KEYS[1], ARGV[1], '0-0')
+local answer = redis.pcall('XGROUP', 'CREATE', KEYS[1], ARGV[1], '0', 'MKSTREAM')
+if answer.err and not string.find(answer.err, 'BUSYGROUP') then return redis.error_reply(answer.err) end
+return 1
+"""
+"""Create the consumer group, from the first entry on, unless there is one."""
 
 _RELEASE_BLOB = """
 local function release(refs, blob_prefix, hash)

@@ -47,8 +47,8 @@ async def serve(arguments: argparse.Namespace) -> None:
         raise ServiceExit(ExitCode.REDIS_UNSUITABLE, str(error)) from error
     except redis.exceptions.ConnectionError as error:
         raise ServiceExit(ExitCode.REDIS_UNREACHABLE, str(error)) from error
-    registry = WorkerRegistry()
     store = JobStore(client)
+    registry = WorkerRegistry(first_lease_number=await store.first_lease_number())
     runner = JobRunner(store, registry, client, arguments.redis_url, arguments.log_dir)
     scheduler = JobScheduler(store, runner, registry)
     servicer = ControllerServicer(store, scheduler, registry)

@@ -64,6 +64,28 @@ class UnknownJobError(KeyError):
     """No job has this id."""
 
 
+_WRITE = """
+-- KEYS job, events ; ARGV record or '', event or '', max_events
+-- A full Redis refuses a script's first write, but never PERSIST; a job that could not be recorded could free nothing.
+redis.call('PERSIST', KEYS[1])
+if ARGV[1] ~= '' then redis.call('SET', KEYS[1], ARGV[1]) end
+if ARGV[2] ~= '' then redis.call('XADD', KEYS[2], 'MAXLEN', '~', ARGV[3], '*', 'event', ARGV[2]) end
+return 1
+"""
+
+_LEASE_NUMBER = "miles:lease_number"
+_LEASES_A_LIFE = 1 << 24
+"""More than one life of the controller gives."""
+_FIRST_LEASE_NUMBER = """
+-- KEYS lease_number ; ARGV now_ms, leases_a_life
+redis.call('PERSIST', KEYS[1])
+local before = tonumber(redis.call('GET', KEYS[1]) or -ARGV[2])
+local first = string.format('%.0f', math.max(tonumber(ARGV[1]), before + tonumber(ARGV[2])))
+redis.call('SET', KEYS[1], first)
+return first
+"""
+
+
 class RunDirTakenError(ValueError):
     """Another job has this run folder."""
 
@@ -80,6 +102,8 @@ class JobStore:
 
     def __init__(self, redis_client: redis.asyncio.Redis) -> None:
         self._redis: Any = redis_client  # redis-py's annotations leave open what a reply is
+        self._write_script = redis_client.register_script(_WRITE)
+        self._lease_number_script = redis_client.register_script(_FIRST_LEASE_NUMBER)
 
     async def submit(self, job: job_pb2.Job, request_id: str) -> tuple[job_pb2.Job, bool]:
         """Store a new job and return (job, True), or the one that `request_id` stored before and False.
@@ -98,6 +122,11 @@ class JobStore:
             raise RunDirTakenError(_run_dir(job), job_id.decode())
         return job, True
 
+    async def first_lease_number(self) -> int:
+        """A lease number above all that controllers on this Redis gave before, also when the clock was set back."""
+        now_ms = time.time_ns() // 1_000_000
+        return int(await self._lease_number_script(keys=[_LEASE_NUMBER], args=[now_ms, _LEASES_A_LIFE]))
+
     async def get(self, job_id: str) -> job_pb2.Job:
         """The job's record. Raises `UnknownJobError`."""
         data = await self._redis.get(_job_key(job_id))
@@ -107,11 +136,15 @@ class JobStore:
 
     async def put(self, job: job_pb2.Job, event: job_pb2.JobEvent | None = None) -> None:
         """Replace the job's record and append an event in one piece: who sees the one finds the other."""
-        async with self._redis.pipeline(transaction=True) as pipe:
-            pipe.set(_job_key(job.job_id), job.SerializeToString())
-            if event is not None:
-                _append(pipe, event)
-            await pipe.execute()
+        await self._write(job.job_id, job.SerializeToString(), event)
+
+    async def _write(self, job_id: str, record: bytes, event: job_pb2.JobEvent | None) -> None:
+        keys = [_job_key(job_id), _events_key(job_id)]
+        data = b""
+        if event is not None:
+            event.unix_ns = time.time_ns()
+            data = event.SerializeToString()
+        await self._write_script(keys=keys, args=[record, data, _MAX_EVENTS])
 
     async def operation(self, job_id: str, operation_id: str) -> int | None:
         """The action that this operation was; None when it is new."""
@@ -155,7 +188,7 @@ class JobStore:
 
     async def add_event(self, event: job_pb2.JobEvent) -> None:
         """Append to the job's history; sets the event's time."""
-        await _append(self._redis, event)
+        await self._write(event.job_id, b"", event)
 
     async def events(self, job_id: str, after_event_id: str, count: int) -> Sequence[job_pb2.JobEvent]:
         """At most `count` events after the given one (empty: from the beginning), oldest first."""
@@ -193,12 +226,6 @@ def _run_dir(job: job_pb2.Job) -> str:
 def is_event_id(text: str) -> bool:
     """Whether a text can be the id of an event."""
     return re.fullmatch(r"\d{1,19}-\d{1,19}", text) is not None
-
-
-def _append(redis_or_pipe: Any, event: job_pb2.JobEvent) -> Any:
-    event.unix_ns = time.time_ns()
-    fields = {"event": event.SerializeToString()}
-    return redis_or_pipe.xadd(_events_key(event.job_id), fields, maxlen=_MAX_EVENTS, approximate=True)
 
 
 def _event(entry_id: bytes, fields: dict[bytes, bytes]) -> job_pb2.JobEvent:

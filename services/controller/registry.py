@@ -42,9 +42,9 @@ class WorkerRegistry:
     thing, does not count, for the heartbeats of that time have not been read yet.
     """
 
-    def __init__(self, ttl_s: float = 6.0) -> None:
-        # Numbers start at the clock, so that those given before a restart of the controller stay smaller.
-        self.first_lease_number = time.time_ns() // 1_000_000
+    def __init__(self, ttl_s: float = 6.0, first_lease_number: int = 1) -> None:
+        """`first_lease_number`: above all that were given before a restart of the controller, whose results end."""
+        self.first_lease_number = first_lease_number
         self._leases = LeaseTable(ttl_s, self.first_lease_number)
         self._listened_s, self._ticked_s = 0.0, time.monotonic()
         self._workers: dict[str, AttachedWorker] = {}

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import pathlib
+import time
 import uuid
 from collections.abc import AsyncIterator
 
 import pytest
 import pytest_asyncio
+from redis.exceptions import OutOfMemoryError
 
-from miles.queue import connect_async
+from miles.queue import RedisServer, connect_async
 from miles.rpc.gen import job_pb2
 from miles.services.controller.records import JobStore, UnknownJobError, new_job
 
@@ -78,3 +81,35 @@ async def test_watching_resumes_after_the_last_event_seen_and_ends_with_the_job(
     rest = [got.metrics.step async for got in store.watch(job.job_id, seen[-1].event_id)]
     await finishing
     assert rest == [2, 3]
+
+
+async def test_jobs_are_recorded_on_a_full_redis(tmp_path: pathlib.Path) -> None:
+    with RedisServer(tmp_path) as server:
+        client = await connect_async(server.url)
+        store = JobStore(client)
+        job, _ = await store.submit(new_job({"name": "full"}, 3), "")
+        await client.set("filler", b"x" * (8 << 20))
+        await client.config_set("maxmemory", 4 << 20)
+        with pytest.raises(OutOfMemoryError):
+            await client.set("more", b"x")
+        job.state = job_pb2.JOB_STATE_RUNNING
+        changed = job_pb2.JobStateChanged(state=job.state, reason="it has begun")
+        await store.put(job, job_pb2.JobEvent(job_id=job.job_id, state_changed=changed))
+        await store.add_event(job_pb2.JobEvent(job_id=job.job_id, metrics=job_pb2.Metrics(step=0)))
+        assert (await store.get(job.job_id)).state == job_pb2.JOB_STATE_RUNNING
+        kinds = [event.WhichOneof("kind") for event in await store.events(job.job_id, "", 10)]
+        assert kinds == ["state_changed", "metrics"]
+        assert await store.first_lease_number() > 0
+        await client.aclose()
+
+
+async def test_lease_numbers_ascend_when_the_clock_is_set_back(
+    store: JobStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now_ns = time.time_ns()
+    first = await store.first_lease_number()
+    assert first >= now_ns // 1_000_000
+    monkeypatch.setattr(time, "time_ns", lambda: now_ns - 3600 * 10**9)
+    second, third = await store.first_lease_number(), await store.first_lease_number()
+    assert first + 1_000_000 < second
+    assert second + 1_000_000 < third < 1 << 53

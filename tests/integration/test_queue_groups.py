@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Callable
 
 import pytest
 import redis.asyncio
+from redis.exceptions import OutOfMemoryError
 
 from miles.queue import (
     Fenced,
@@ -231,6 +232,35 @@ async def test_a_full_redis_makes_put_wait_and_loses_nothing(
         await queue.acknowledge(range(put))
         await blocked
         assert (await queue.collect([put], 5))[put][1] == make_group(put, response_tokens=20_000)
+        await client.aclose()
+
+
+async def test_a_trainer_and_a_controller_that_restart_on_a_full_redis_make_room(
+    tmp_path: pathlib.Path, job_id: str, make_group: MakeGroup
+) -> None:
+    with RedisServer(tmp_path, maxmemory_bytes=12 << 20) as server:
+        client = await connect_async(server.url)
+        rollout = GroupQueue(client, job_id)
+        put = 0
+
+        async def fill() -> None:
+            nonlocal put
+            while True:
+                await rollout.put(make_group(put, response_tokens=10_000), attempt=1, deadline_s=0.1)
+                put += 1
+
+        with pytest.raises(QueueFull):
+            await fill()
+        await client.config_set("maxmemory", 6 << 20)
+        with pytest.raises(OutOfMemoryError):
+            await client.set("filler", b"x")
+        controller, trainer = GroupQueue(client, job_id), GroupQueue(client, job_id)
+        assert await controller.begin_life() == 1
+        await controller.fence("*", 5)
+        assert await controller.drop(put, "no spread")
+        assert len(await trainer.collect(range(put), 20)) == put
+        assert await trainer.acknowledge(range(put + 1)) == put
+        await rollout.put(make_group(put + 1, response_tokens=10_000), attempt=1, deadline_s=5)
         await client.aclose()
 
 
