@@ -70,6 +70,7 @@ LAYOUTS: dict[str, tuple[int, str, dict[str, Any]]] = {
     "ppo-vpp": (2, "ppo", VPP),
     "ppo-dp2": (2, "ppo", DP2),
     "ppo-cp2": (2, "ppo", CP2),
+    "old-overlap": (2, "old", {**DP2, "overlap_grad_reduce": True, "overlap_param_gather": True}),
     "old-sp": (2, "old", SP),
     "old-pp2": (2, "old", PP2),
     "dense-tp2-pp2": (4, "dense", {**TP2, **PP2}),
