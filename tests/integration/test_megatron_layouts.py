@@ -33,7 +33,7 @@ PPO = {
     "gamma": 0.97,
     "lambd": 0.9,
     "kl_coef": 0.05,
-    "critic_lr": 0.05,
+    "critic_lr": 0.02,
     "num_steps_per_rollout": 2,
     "num_critic_only_steps": 1,
     "normalize_advantages": True,
