@@ -52,8 +52,8 @@ def _models(s: Settings) -> Iterator[Fault]:
         if folder in (None, s.hf_checkpoint):
             continue
         yield from _model_folder(key, folder)
-        differences = shape_differences(s.hf_checkpoint, folder) if s.train_backend == "megatron" else []
-        if differences:
+        differences = shape_differences(s.hf_checkpoint, folder, with_head=key != "critic_load")
+        if s.train_backend == "megatron" and differences:
             problem = f"train_backend = megatron holds it in the shape of hf_checkpoint, and {differences[0]}"
             yield Fault(key, folder, problem, "give a model of that shape, or train with fsdp")
     if s.apply_chat_template and s.chat_template_path is None and os.path.isdir(s.hf_checkpoint):

@@ -39,13 +39,17 @@ _SHAPE = (
 )
 
 
-def shape_differences(folder: str, other: str) -> list[str]:
-    """How the model of another Hugging Face folder has other tensors, in words; nothing where one cannot be read."""
+def shape_differences(folder: str, other: str, *, with_head: bool = True) -> list[str]:
+    """How the model of another Hugging Face folder has other tensors, in words; nothing where one cannot be read.
+
+    Without its head it does not matter whether that is tied to the embeddings.
+    """
     models = [_model_config(each) for each in (folder, other)]
     if not all(models):
         return []  # reported where folders are checked
     one, two = models
-    return [f"{key} is {two.get(key)} instead of {one.get(key)}" for key in _SHAPE if one.get(key) != two.get(key)]
+    keys = [key for key in _SHAPE if with_head or key != "tie_word_embeddings"]
+    return [f"{key} is {two.get(key)} instead of {one.get(key)}" for key in keys if one.get(key) != two.get(key)]
 
 
 def _model_config(folder: str) -> dict[str, Any]:

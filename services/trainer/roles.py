@@ -67,6 +67,9 @@ class Learner(abc.ABC, Generic[OutputT]):
     def step(self) -> float:
         """Clip, step and clear the gradients; returns their norm before clipping."""
 
+    def settle(self) -> None:
+        """Call after a rollout's last step, before the weights are read, copied or replaced."""
+
     @property
     @abc.abstractmethod
     def learning_rate(self) -> float:

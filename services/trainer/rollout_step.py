@@ -170,6 +170,7 @@ class RolloutTrainer(abc.ABC):
                 norms[lesson.prefix].append(lesson.learner.step())
         metrics = self.reduce(parts)
         for lesson in lessons:
+            lesson.learner.settle()
             metrics[f"train/{lesson.prefix}grad_norm"] = sum(norms[lesson.prefix]) / len(norms[lesson.prefix])
             metrics[f"train/{lesson.prefix}lr"] = lesson.learner.learning_rate
         return metrics

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import pathlib
 import time
 from typing import Any
@@ -83,6 +84,26 @@ def test_recorded_routing_is_replayed_in_grouped_experts(tmp_path: pathlib.Path)
     assert_trained_alike(tmp_path, "engine", "recomputed")
     metrics = json.loads((tmp_path / "engine.json").read_text())["metrics"][0]
     assert metrics["train/routing_difference"] > 0.8  # the recorded experts are random
+
+
+@needs_engine
+def test_critic_teacher_and_old_actors_are_those_of_the_fsdp_backend(tmp_path: pathlib.Path) -> None:
+    model, teacher = (write_model("Llama", tmp_path / name, seed) for seed, name in enumerate(("model", "teacher")))
+    roles = {
+        "advantage_estimator": "ppo",
+        "use_opd": True,
+        "opd_type": "megatron",
+        "opd_teacher_load": str(teacher),
+        "keep_old_actor": True,
+        "max_weight_staleness": 2,
+    }
+    cases = [case(name, model, train_backend=name, **roles) for name in ("fsdp", "megatron")]
+    run_cases([{**each, "steps": 2, "off_policy": True} for each in cases], tmp_path, megatron=False)
+    fsdp, megatron = (json.loads((tmp_path / f"{name}.json").read_text())["metrics"] for name in ("fsdp", "megatron"))
+    for key in ("train/value_loss", "train/opd_reverse_kl"):
+        assert fsdp[0][key] == pytest.approx(megatron[0][key], rel=0.05, abs=0.02), key
+    assert fsdp[1]["train/old_actor_ratio"] == megatron[1]["train/old_actor_ratio"] > 0.2
+    assert all(math.isfinite(value) for value in (*fsdp[1].values(), *megatron[1].values()))
 
 
 @needs_engine

@@ -14,7 +14,7 @@ import pytest
 import torch
 from megatron_kit import needs_megatron, run_cases
 from megatron_models import EXPERTS, TOP_K, write_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600), needs_megatron]
 
@@ -33,7 +33,7 @@ PPO = {
     "gamma": 0.97,
     "lambd": 0.9,
     "kl_coef": 0.05,
-    "critic_lr": 0.05,
+    "critic_lr": 0.02,
     "num_steps_per_rollout": 2,
     "num_critic_only_steps": 1,
     "normalize_advantages": True,
@@ -70,6 +70,7 @@ LAYOUTS: dict[str, tuple[int, str, dict[str, Any]]] = {
     "ppo-vpp": (2, "ppo", VPP),
     "ppo-dp2": (2, "ppo", DP2),
     "ppo-cp2": (2, "ppo", CP2),
+    "old-overlap": (2, "old", {**DP2, "overlap_grad_reduce": True, "overlap_param_gather": True}),
     "old-sp": (2, "old", SP),
     "old-pp2": (2, "old", PP2),
     "dense-tp2-pp2": (4, "dense", {**TP2, **PP2}),
@@ -87,10 +88,22 @@ def case(name: str, base: str, folder: pathlib.Path, **flags: Any) -> dict[str, 
     model = {"replay": "moe", "ppo": "tied", "old": "dense"}.get(base, base)
     replays = base in ("replay", "latent")
     routing = [EXPERTS, MOE_LAYERS[model], TOP_K] if replays else None
-    training = {"ppo": PPO, "old": {**OLD, "opd_teacher_load": str(folder / "teacher")}}.get(base, {})
+    training = {
+        "ppo": {**PPO, "critic_load": str(folder / "reward")},
+        "old": {**OLD, "opd_teacher_load": str(folder / "teacher")},
+    }.get(base, {})
     settings = {**TRAINING, "train_backend": "megatron", **(REPLAY if replays else training), **flags}
     old = base == "old"
     return {"name": name, "model": str(folder / model), "flags": settings, "routing": routing, "off_policy": old}
+
+
+def write_reward_model(folder: pathlib.Path) -> None:
+    """A value head in the place of the output layer."""
+    write_model(MODELS["dense"], folder, seed=2)
+    weights = load_file(folder / "model.safetensors")
+    hidden = weights.pop("lm_head.weight").shape[1]
+    weights["score.weight"] = torch.randn(1, hidden, generator=torch.Generator().manual_seed(0)) * 0.1
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +113,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     for name, family in MODELS.items():
         write_model(family, out / name)
     write_model(MODELS["dense"], out / "teacher", seed=1)
+    write_reward_model(out / "reward")
     fsdp = {"train_backend": "fsdp"}
     run_cases(
         [

@@ -80,6 +80,10 @@ class MegatronLearner(Learner[OutputT]):
         self.iteration += 1
         return norm
 
+    def settle(self) -> None:
+        """See `Learner.settle`."""
+        self.optimizer.settle()
+
     def _pass(
         self,
         micro_batches: Sequence[MicroBatch],

@@ -26,6 +26,7 @@ class MegatronOptimizer:
 
         self._config = settings
         self._chunks = model.chunks
+        self._gathers_later = layout.overlap_param_gather
         self.inner: Any = get_megatron_optimizer(
             OptimizerConfig(
                 optimizer="adam",
@@ -69,6 +70,11 @@ class MegatronOptimizer:
         for chunk in self._chunks:
             chunk.zero_grad_buffer()
         self.inner.zero_grad()
+
+    def settle(self) -> None:
+        """Gather updated parameters that are to be gathered during the next forward pass."""
+        for chunk in self._chunks if self._gathers_later else ():
+            chunk.start_param_sync(force_sync=True)
 
     def step(self, iteration: int, total_iterations: int) -> float:
         """Clip and step; returns the gradient's norm before clipping, 0 for a step that float16 overflow skipped.
