@@ -8,9 +8,10 @@ so that what is left is the work of the host, which on a GPU decides how far the
 CPU time, unlike wall time, changes little when other programs run; what the processes spend when idle is taken off.
 One row for each way: `bare` is sglang.Engine, where the process of the tokenizer is also that of the caller; the others
 are the engine of the rollout service with so many requests of a group, sent together, and so many tokens from one event
-of a stream to the next. Short responses keep a scheduler without a GPU from drowning the rest; every 16 tokens, they
-have as many events as four times longer ones every 64. The scheduler's share is mostly the model's, and without meaning
-for the bare engine, whose scheduler polls.
+of a stream to the next. Responses are short, as a scheduler without a GPU would drown the rest otherwise: what counts
+is the cost of a request with so many events. 33 tokens have nine events every 4 tokens, as 512 have every 64, and three
+every 16, as 512 have every 256. The scheduler's share is the model's, and without meaning for the bare engine's, which
+polls.
 """
 
 from __future__ import annotations
@@ -95,10 +96,11 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--cases", nargs="+", default=["dense", "moe-routing"], choices=list(CASES))
-    add("--ways", nargs="+", default=["1:16", "1:64", "8:64"], help="requests of a group : tokens between events")
-    add("--requests", type=int, default=128)
-    add("--tokens", type=int, default=128)
-    add("--rounds", type=int, default=1)
+    ways = "bare, or requests of a group : tokens between events"
+    add("--ways", nargs="+", default=["bare", "1:4", "1:16", "8:16"], help=ways)
+    add("--requests", type=int, default=64)
+    add("--tokens", type=int, default=33)
+    add("--rounds", type=int, default=2)
     add("--python", default=str(CPU_PYTHON), help="interpreter that has SGLang")
     add("--flags", default="{}", help="more SGLang flags, as a JSON object with underscores")
     add("--logs", type=pathlib.Path, help="folder for the processes' logs")
@@ -122,16 +124,15 @@ def main() -> None:
         logs = args.logs or pathlib.Path(folder)
         logs.mkdir(parents=True, exist_ok=True)
         for case in args.cases:
-            kind = "tiny-moe" if CASES[case][0] == "moe" else "tiny"
-            model = str(write_checkpoint(pathlib.Path(folder) / kind, kind, weights=True))
-            print(row(case, "bare", measure(args, "bare", case, model, logs), args.tokens), flush=True)
+            size = "tiny-moe" if CASES[case][0] == "moe" else "tiny"
+            model = str(write_checkpoint(pathlib.Path(folder) / size, size, weights=True))
             for way in args.ways:
-                group, interval = (int(number) for number in way.split(":"))
-                args.group, args.flags = group, json.dumps(flags | {"stream_interval": interval})
-                print(
-                    row(case, f"{group}, every {interval}", measure(args, "engine", case, model, logs), args.tokens),
-                    flush=True,
-                )
+                kind, title = "bare", "bare"
+                if way != "bare":
+                    group, interval = (int(number) for number in way.split(":"))
+                    kind, title = "engine", f"{group}, every {interval}"
+                    args.group, args.flags = group, json.dumps(flags | {"stream_interval": interval})
+                print(row(case, title, measure(args, kind, case, model, logs), args.tokens), flush=True)
             args.flags = json.dumps(flags)
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import pathlib
 import signal
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from typing import Any
 
-import grpc.aio
 import numpy as np
 import pytest
 import pytest_asyncio
@@ -23,7 +23,7 @@ from miles.rpc.gen import weightsync_pb2
 from miles.services.rollout.engines.sglang import SglangEngine
 from miles.services.rollout.engines.sglang.member import ServerMember
 from miles.services.rollout.engines.sglang.replica import Replica
-from miles.weights import WeightSubscriber
+from miles.weights import SubscriberState, WeightSubscriber
 from miles.weights.check import check_weight_update_equal
 from miles.weights.transport import Endpoint
 from miles.weights.transports.collective import CollectiveTransport
@@ -163,8 +163,9 @@ async def test_the_weight_sync_service_leads_servers_and_takes_back_those_that_w
 ) -> None:
     host = Host(tmp_path)
     await host.start()
+    states: list[SubscriberState] = []
     subscriber = WeightSubscriber(
-        *(host.address, JOB, "rollout-0", POLICY, engine), create_receiver=engine.create_receiver
+        *(host.address, JOB, "rollout-0", POLICY, engine, states.append), create_receiver=engine.create_receiver
     )
     await subscriber.start()
     try:
@@ -176,11 +177,13 @@ async def test_the_weight_sync_service_leads_servers_and_takes_back_those_that_w
         first, _ = engine.replicas
         first.member = Interrupted(first, _raise)
         await host.publish(8, weights_of(models[0]), transport="COLLECTIVE", bucket_bytes=BUCKET_BYTES)
-        with pytest.raises(grpc.aio.AioRpcError):
-            await host.activate(8, deadline_s=20)
-        assert [replica.version for replica in engine.replicas] == [None, None]
-        await subscriber.wait_for_version(7, DEADLINE_S)
-        await check_served(engine, models[1], groups=4)
+        states.clear()
+        await host.activate(8)
+        expected = [SubscriberState.PREFETCHED, SubscriberState.QUARANTINED, SubscriberState.SERVING]
+        # It is told of its quarantine, too.
+        assert [state for state, _ in itertools.groupby(states)] == expected, "a full load, and nothing served before"
+        await check_served(engine, models[0], groups=4)
+        await engine.weight_bytes()
     finally:
         await subscriber.close()
         await host.close()

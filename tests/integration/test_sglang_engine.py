@@ -23,6 +23,7 @@ from torch_engine_models import END_TOKEN, prompt_of, save_checkpoint, weights_o
 
 from miles.services.rollout.engine import FinishReason, GenerationRequest, PauseMode, SamplingParams
 from miles.services.rollout.engines.sglang import SglangEngine
+from miles.services.rollout.engines.sglang.probes import ask
 from miles.services.rollout.engines.sglang.updates import WeightUpdate, checksum, drain_device, write_files
 from miles.weights.manifest import ChecksumMismatch
 
@@ -269,9 +270,13 @@ async def test_nothing_decodes_during_a_pause(engine: SglangEngine, mode: PauseM
     assert all(len(response.tokens) == 400 for response in await asyncio.gather(*tasks))
 
 
-async def test_requests_are_aborted_one_by_one_and_all_at_once(engine: SglangEngine) -> None:
+@pytest.mark.parametrize("group", ["", "together"])
+async def test_requests_are_aborted_one_by_one_and_all_at_once(engine: SglangEngine, group: str) -> None:
     before = engine.stats().generated_tokens
-    tasks = [asyncio.create_task(respond(engine, prompt_of(9, i), request_id=f"r{i}", **LONG)) for i in (1, 10, 11, 2)]
+    tasks = [
+        asyncio.create_task(respond(engine, prompt_of(9, i), request_id=f"r{i}", group=group, **LONG))
+        for i in (1, 10, 11, 2)
+    ]
     await until_they_decode(engine, before, 4)
     await engine.abort(["r1"])  # no other whose id begins with r1
     assert (await tasks[0]).result.reason is FinishReason.ABORT
@@ -291,11 +296,16 @@ async def test_an_abort_right_after_the_request_is_not_lost(engine: SglangEngine
 
 
 async def test_leaving_a_response_early_frees_its_place(engine: SglangEngine) -> None:
-    request = GenerationRequest("left", prompt_of(9), SamplingParams(**LONG))
+    stays = asyncio.create_task(respond(engine, prompt_of(8), group="g", max_new_tokens=40, min_new_tokens=40))
+    request = GenerationRequest("left", prompt_of(9), SamplingParams(**LONG), group="g")
     stream = engine.generate(request)
     await anext(stream)
     await stream.aclose()
-    assert engine.stats().running_requests == 0
+    assert engine.stats().running_requests <= 1
+    assert len((await stays).tokens) == 40
+    async with asyncio.timeout(30):
+        while ask(engine.replicas[0].api.address).running:  # noqa: ASYNC110
+            await asyncio.sleep(0.1)
     assert len((await respond(engine, prompt_of(9), max_new_tokens=3)).tokens) <= 3
 
 

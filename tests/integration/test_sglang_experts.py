@@ -54,7 +54,8 @@ def reference_experts(model: torch.nn.Module, ids: Sequence[int]) -> Experts:
 
 async def test_experts_and_log_probs_are_those_of_hugging_face(engine: SglangEngine, model: torch.nn.Module) -> None:
     prompts = [prompt_of(7 + 9 * i, i) for i in range(4)]
-    responses = await asyncio.gather(*(respond(engine, prompt, experts=True) for prompt in prompts))
+    asked = (respond(engine, prompt, experts=True, group="g") for prompt in prompts)
+    responses = await asyncio.gather(*asked)
     for prompt, response in zip(prompts, responses, strict=True):
         found = response.result.routed_experts
         assert found is not None
