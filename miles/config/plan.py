@@ -29,6 +29,7 @@ _SECTIONS_READ: Mapping[str, tuple[str, ...]] = {
         "rollout",
         "algorithm",
         "train",
+        "lora",
         "megatron",
         "optimizer",
         "weights",
