@@ -16,6 +16,7 @@ from miles.types import SampleGroup
 from miles.weights.export_format import AS_TRAINED, ExportFormat, formatted_layout
 
 if TYPE_CHECKING:
+    from miles.rpc.gen import policy_pb2
     from miles.weights.publisher import Layout, WeightSender
     from miles.weights.transport import Endpoint
 
@@ -87,6 +88,11 @@ class RankWorker:
     def layout(self) -> Layout:
         """Of what will be sent."""
         return formatted_layout(self._export_format, self._loaded().export_layout())
+
+    @property
+    def lora(self) -> policy_pb2.LoraAdapter | None:
+        """Set when what will be sent is an adapter."""
+        return self._loaded().lora
 
     def _export(self, command: Command, sender: WeightSender | None) -> bytes:
         from miles.services.trainer.exporting import send_share
