@@ -77,6 +77,7 @@ class RankWorker:
             backend.close()
             raise
         self._backend, self.loaded_from = backend, backend.loaded_from
+        self._export_format = _export_format(config)
         return state
 
     def endpoint(self, weightsync_address: str) -> Endpoint:
@@ -114,6 +115,14 @@ class RankWorker:
         if self._backend is None:
             raise RuntimeError("no job is loaded; StartJob comes first")
         return self._backend
+
+
+def _export_format(config: JobConfig) -> ExportFormat:
+    if config.weights.rollout_weight_format == "fp8_block":
+        from miles.weights.fp8 import Fp8Blocks
+
+        return Fp8Blocks(config.weights.extra_high_precision_layers_hf)
+    return AS_TRAINED
 
 
 def create_backend(config: JobConfig, checkpoint_dir: pathlib.Path, device: torch.device) -> TrainerBackend:
