@@ -171,16 +171,17 @@ async def put_groups(redis_url: str, job_id: str, seed: int, group_ids: range) -
 
 
 @pytest.mark.parametrize(
-    ("ranks", "transport"),
+    ("ranks", "transport", "dtype"),
     [
-        (1, "auto"),
-        pytest.param(2, "broadcast", marks=pytest.mark.engine),
-        pytest.param(2, "auto", marks=pytest.mark.engine),
+        (1, "auto", "float32"),
+        pytest.param(2, "broadcast", "bfloat16", marks=pytest.mark.engine),
+        pytest.param(2, "grpc_chunks", "float32", marks=pytest.mark.engine),
     ],
 )
 async def test_what_a_trainer_learns_reaches_engines_as_an_adapter(
     ranks: int,
     transport: str,
+    dtype: str,
     tmp_path: pathlib.Path,
     redis_url: str,
     job_id: str,
@@ -191,31 +192,34 @@ async def test_what_a_trainer_learns_reaches_engines_as_an_adapter(
     config = job_config(
         model,
         lora_rank=RANK,
+        train_dtype=dtype,
+        rollout_dtype=dtype,
         actor_num_gpus_per_node=ranks,
         update_weight_transfer_mode=transport,
         update_weight_buffer_size=2048,
     )
     trainer = TrainerProcess(ranks)
     keep(trainer)
-    engine = Engine(weightsync, "engine-0", "--base", str(model), "float32", job=job_id)
+    engine = Engine(weightsync, "engine-0", "--base", str(model), dtype, job=job_id)
     keep(engine)
     await put_groups(redis_url, job_id, 3, range(4))
     trainer.start_job(job_id, config, redis_url, weightsync.address, tmp_path / "run")
     exported = trainer.export(job_id, 0)
     weightsync.wait_until(lambda state: len(state.engines) == 1, "an engine")
     weightsync.activate(0, 1, job=job_id, check_equal=True)
-    base = read_weights(str(model), "float32")
+    base = read_weights(str(model), dtype)
     assert exported.total_bytes < sum(tensor.nbytes for tensor in base.values()) / 2
     assert engine.digest() == digest(base)
 
     trainer.train(job_id, 0, [0, 1, 2, 3])
     assert trainer.export(job_id, 1).total_bytes == exported.total_bytes
     weightsync.activate(1, 1, job=job_id, check_equal=True)
-    late = Engine(weightsync, "engine-1", "--base", str(model), "float32", job=job_id)
+    late = Engine(weightsync, "engine-1", "--base", str(model), dtype, job=job_id)
     keep(late)
     late.wait_for_state("serving", 1)
     folder = pathlib.Path(trainer.save(job_id, export_hf=True).hf_dir)
     saved = peft_folder.read(folder / "adapter")
-    expected = digest(merged(base, dict(saved.tensors), saved.alpha / saved.rank))
+    sent = {name: tensor.to(getattr(torch, dtype)) for name, tensor in saved.tensors.items()}
+    expected = digest(merged(base, sent, saved.alpha / saved.rank))
     assert engine.digest() == late.digest() == expected != digest(base)
-    assert digest(read_weights(str(folder), "float32")) == expected
+    assert digest(read_weights(str(folder), dtype)) == expected
