@@ -98,8 +98,8 @@ def _block_maxima(weight: torch.Tensor) -> torch.Tensor:
     """Largest magnitude of each block of (..., O, I), float32 (..., P, Q)."""
     rows, columns = (-size % BLOCK for size in weight.shape[-2:])
     padded = torch.nn.functional.pad(weight.float().abs(), (0, columns, 0, rows))
-    blocks = padded.unflatten(-1, (-1, BLOCK)).unflatten(-3, (-1, BLOCK))  # (..., P, 128, Q, 128)
-    return blocks.amax((-3, -1))
+    *leading, height, width = padded.shape
+    return padded.view(*leading, height // BLOCK, BLOCK, width // BLOCK, BLOCK).amax((-3, -1))
 
 
 def _spread(scales: torch.Tensor, shape: torch.Size) -> torch.Tensor:

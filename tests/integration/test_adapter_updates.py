@@ -7,8 +7,9 @@ from collections.abc import AsyncIterator, Callable, Iterator
 
 import grpc
 import pytest
+import sglang_kit
 import torch
-from torch_engine_models import respond, running_engine, save_checkpoint
+from torch_engine_models import prompt_of, respond, running_engine, save_checkpoint
 from trainer_cases import job_config, random_groups, write_dense_model
 from trainer_process import TrainerProcess
 from weight_host import JOB, POLICY, Host, raw
@@ -142,6 +143,29 @@ async def test_a_weight_that_is_not_what_base_and_adapter_give_is_found(host: Ho
         assert (answer.equal, answer.quarantined) == (0, 1)
         assert "model.layers.0.self_attn.q_proj.weight has other bytes" in answer.engines[0].last_error
         assert subscriber.state is SubscriberState.QUARANTINED
+        await subscriber.close()
+
+
+@pytest.mark.engine
+@pytest.mark.timeout(600)
+@pytest.mark.skipif(sglang_kit.ON_GPU or not sglang_kit.have_sglang(), reason="needs SGLang for the CPU")
+async def test_sglang_servers_serve_base_and_adapter(host: Host, tmp_path: pathlib.Path) -> None:
+    folder = tmp_path / "model"
+    model = save_checkpoint(folder, "qwen3", initializer_range=0.1)
+    base = read_weights(str(folder), "float32")
+    async with sglang_kit.running(sglang_kit.options(folder, tmp_path / "logs")) as engine:
+        subscriber = WeightSubscriber(
+            host.address, JOB, "engine", POLICY, engine, base=AdapterBase(base, engine.device)
+        )
+        await subscriber.start()
+        for version in (1, 2):
+            tensors = adapter(base, version)
+            await host.publish(version, tensors, lora=described(base))
+            await host.activate(version, deadline_s=60, check_equal=True)
+            model.load_state_dict(merged(base, tensors, 8 / RANK), strict=False)
+            response = await sglang_kit.respond(engine, prompt := prompt_of(9, version), max_new_tokens=20)
+            expected = sglang_kit.reference_log_probs(model, prompt, response.tokens, 1.0)
+            assert sglang_kit.largest_difference(response, expected) < 1e-5
         await subscriber.close()
 
 
