@@ -11,7 +11,6 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 import torch
-import xxhash
 
 from miles.weights import manifest as manifests
 from miles.weights.dtypes import wire_dtype
@@ -78,7 +77,7 @@ def base_checksum(tensors: Iterable[tuple[str, torch.Tensor]], dtype: torch.dtyp
         content = manifests.checksum(tensor.reshape(-1).view(torch.uint8).numpy().data)
         return name, name.encode() + b"\0" + kind.encode() + content
 
-    digest = xxhash.xxh3_128()
+    digest = manifests.Checksum()
     with concurrent.futures.ThreadPoolExecutor(default_threads()) as threads:
         for _, identity in sorted(threads.map(identify, tensors)):
             digest.update(identity)
