@@ -256,7 +256,7 @@ RULE_CASES: list[tuple[dict[str, Any], str]] = [
         {"lora_rank": 4, "rollout_weight_format": "fp8_block"},
         "rollout_weight_format = fp8_block, but lora_rank = 4 sends adapters",
     ),
-    ({"extra_high_precision_layers_hf": ["q"]}, "extra_high_precision_layers_hf = q, but rollout_weight_format ="),
+    ({"extra_high_precision_layers_hf": ["q"]}, 'extra_high_precision_layers_hf = ["q"], but rollout_weight_format ='),
     ({"tb_experiment_name": "x"}, "tb_experiment_name = x, but it does nothing without use_tensorboard"),
     (
         {"update_weight_transfer_mode": "disk_delta"},
