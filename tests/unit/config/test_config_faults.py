@@ -136,6 +136,10 @@ RULE_CASES: list[tuple[dict[str, Any], str]] = [
         {"lora_rank": 8, "use_kl_loss": True, "ref_load": "other"},
         "ref_load = other, but with lora_rank the reference is the policy without its adapter",
     ),
+    (
+        {**SGLANG, "lora_rank": 8, "rollout_engine_weights": "distributed", "update_weight_transfer_mode": "broadcast"},
+        "rollout_engine_weights = distributed, but with lora_rank = 8 the rollout service merges adapters",
+    ),
     ({"lora_rank": 8, "target_modules": "q_proj,"}, "target_modules = q_proj,, but it has an empty name"),
     ({"log_probs_chunk_size": 0}, "log_probs_chunk_size = 0, but it must be a number of rows"),
     ({"train_env_vars": {"RANK": "0"}}, 'train_env_vars = {"RANK": "0"}, but RANK is set for each rank'),

@@ -175,7 +175,8 @@ def test_the_reference_is_the_base_without_another_copy(dense: pathlib.Path) -> 
     moved = FsdpBackend(job_config(dense, **KL), dense / "none", torch.device("cpu"))
     moved.load()
     parts = backend._loaded
-    assert parts.reference is None
+    assert parts.roles.reference is not None
+    assert parts.roles.reference.model is parts.policy
     assert sum(p.numel() for p in parts.policy.parameters() if not p.requires_grad) == sum(
         p.numel() for p in moved._loaded.policy.parameters()
     )
@@ -214,6 +215,22 @@ def test_a_checkpoint_holds_the_adapter_alone_and_resumes_bit_for_bit(
         k: v for k, v in lost.items() if k.startswith("train/")
     }
     assert all(torch.equal(tensor, exported(first)[name]) for name, tensor in exported(second).items())
+
+
+def test_old_actors_are_kept_as_adapters(dense: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    changes = {"keep_old_actor": True, "max_weight_staleness": 1}
+    backend = loaded(dense, **changes)
+    groups = random_groups(1)
+    backend.train(0, random_groups(0), lambda progress: None)
+    old_actors = backend._loaded.roles.old_actors
+    assert old_actors is not None
+    assert {name.split(".")[-2] for name in old_actors.copies[0].tensors} == {"lora_A", "lora_B"}
+    backend.save(tmp_path / folder_name(1), TrainerState(step=1))
+    resumed = loaded(dense, tmp_path, **changes)
+    metrics, again = (dict(each.train(1, groups, lambda progress: None)) for each in (backend, resumed))
+    for name in ("train/ppo_kl", "train/loss", "train/grad_norm"):
+        assert metrics[name] == again[name]
+    assert metrics["train/ppo_kl"] != 0  # the samples are of version 0
 
 
 def test_a_checkpoint_of_another_base_is_refused(dense: pathlib.Path, tmp_path: pathlib.Path) -> None:

@@ -158,7 +158,7 @@ class FsdpBackend:
         An adapter is merged in, and also written by itself, in PEFT's form and in float32, to the folder `adapter`.
         """
         first, policy, adapter = dist.get_rank() == 0, self._loaded.policy, self._loaded.roles.adapter
-        whole = self.export() if adapter is None else merged_weights(policy, self._gathered)
+        whole = self._gathered(named_weights(policy)) if adapter is None else merged_weights(policy, self._gathered)
         weights = {name: tensor.to("cpu", copy=True) for name, tensor in whole if first}
         adapters = {} if adapter is None else {name: full_tensor(part) for name, part in named_adapters(policy)}
         if first:
