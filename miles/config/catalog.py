@@ -16,6 +16,7 @@ from miles.config.cluster import ClusterConfig
 from miles.config.data import DataConfig
 from miles.config.eval import EvalConfig
 from miles.config.gateway import GatewayConfig
+from miles.config.lora import LoraConfig
 from miles.config.megatron import MegatronConfig
 from miles.config.optimizer import OptimizerConfig
 from miles.config.reward import RewardConfig
@@ -47,6 +48,7 @@ SECTIONS: Mapping[str, type[Section]] = {
     "eval": EvalConfig,
     "algorithm": AlgorithmConfig,
     "train": TrainConfig,
+    "lora": LoraConfig,
     "megatron": MegatronConfig,
     "optimizer": OptimizerConfig,
     "weights": WeightsConfig,

@@ -60,6 +60,16 @@ def _models(s: Settings) -> Iterator[Fault]:
         yield from _chat_template(pathlib.Path(s.hf_checkpoint))
 
 
+def _adapter(s: Settings) -> Iterator[Fault]:
+    if s.lora_adapter_path is None:
+        return
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        if not (pathlib.Path(s.lora_adapter_path) / name).is_file():
+            problem = f"{name} is missing in it"
+            yield Fault("lora_adapter_path", s.lora_adapter_path, problem, "give a folder that PEFT saved")
+            return
+
+
 def _model_folder(key: str, path: str) -> Iterator[Fault]:
     folder = pathlib.Path(path)
     if not folder.is_dir():
@@ -217,6 +227,7 @@ def _resumable(s: Settings) -> Iterator[Fault]:
 _DEPLOYMENT_CHECKS: tuple[Rule, ...] = (_access_files, _ports, _devices)
 _FILE_CHECKS: tuple[Rule, ...] = (
     _models,
+    _adapter,
     layout_faults,
     _resumable,
     _data_files,

@@ -20,6 +20,7 @@ from miles.config.device import detect_device
 from miles.config.eval import EvalConfig
 from miles.config.faults import ConfigError, Fault, faults_of, unknown_name
 from miles.config.gateway import GatewayConfig
+from miles.config.lora import LoraConfig
 from miles.config.megatron import MegatronConfig
 from miles.config.optimizer import OptimizerConfig
 from miles.config.reward import RewardConfig
@@ -51,6 +52,7 @@ class JobConfig(BaseModel):
     eval: EvalConfig
     algorithm: AlgorithmConfig
     train: TrainConfig
+    lora: LoraConfig
     megatron: MegatronConfig
     optimizer: OptimizerConfig
     weights: WeightsConfig

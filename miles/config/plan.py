@@ -21,7 +21,7 @@ _SECTIONS_READ: Mapping[str, tuple[str, ...]] = {
     "controller": ("data", "rollout", "eval", "reward", "checkpoint", "telemetry"),
     "weightsync": ("weights",),
     "reward": ("reward",),
-    "rollout": ("rollout", "reward", "weights"),
+    "rollout": ("rollout", "reward", "lora", "weights"),
     "gateway": ("gateway",),
     "trainer": (
         "cluster",
@@ -29,6 +29,7 @@ _SECTIONS_READ: Mapping[str, tuple[str, ...]] = {
         "rollout",
         "algorithm",
         "train",
+        "lora",
         "megatron",
         "optimizer",
         "weights",

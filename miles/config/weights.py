@@ -35,6 +35,13 @@ class WeightsConfig(Section):
     """Size of the buckets in which weights are gathered and sent, in bytes; each rank of the trainer holds two of them
     beside its own part of the model."""
 
+    rollout_weight_format: Literal["as_trained", "fp8_block"] = "as_trained"
+    """What engines get: weights in rollout_dtype, or FP8 values with a scale for each block of 128 × 128 (matrices but
+    embeddings, head and routers; torch engine, which computes with what they stand for)."""
+
+    extra_high_precision_layers_hf: tuple[str, ...] = ()
+    """Parts of names of further weights that fp8_block leaves in rollout_dtype."""
+
     update_weights_interval: Positive = 1
     """Training steps from one publication of the weights to the next; evaluation gets its version in any case."""
 

@@ -84,10 +84,11 @@ def build(
     descriptors: Iterable[policy_pb2.TensorDescriptor],
     total_bytes: int,
     train_step: int,
+    lora: policy_pb2.LoraAdapter | None = None,
 ) -> policy_pb2.Manifest:
-    """Complete a manifest whose descriptors carry their checksums."""
+    """Complete a manifest whose descriptors carry their checksums; `lora`: they are an adapter's tensors."""
     manifest = policy_pb2.Manifest(
-        version=version, total_bytes=total_bytes, train_step=train_step, created_unix_ns=time.time_ns()
+        version=version, total_bytes=total_bytes, train_step=train_step, created_unix_ns=time.time_ns(), lora=lora
     )
     manifest.tensors.extend(descriptors)
     manifest.checksum = manifest_checksum(manifest)
@@ -98,8 +99,13 @@ def manifest_checksum(manifest: policy_pb2.Manifest) -> bytes:
     """xxh3-128 over every tensor in order, each as (little-endian, lengths first)
 
     u32 len(name), name in UTF-8, u32 dtype, u32 len(shape), u64 per dimension, u64 offset, the 16 checksum bytes.
+
+    An adapter's begins with u32 rank, f64 alpha, the base's 16 checksum bytes: the same tensors on another base are
+    other weights.
     """
     digest = Checksum()
+    if manifest.HasField("lora"):
+        digest.update(struct.pack("<Id", manifest.lora.rank, manifest.lora.alpha) + manifest.lora.base_checksum)
     for tensor in manifest.tensors:
         name = tensor.name.encode()
         rank = len(tensor.shape)

@@ -74,6 +74,8 @@ class Draft:
     """Publications that an engine may still ask for."""
     began_s: float
     allocate_s: float
+    lora: policy_pb2.LoraAdapter | None = None
+    """Set when the tensors are an adapter's."""
 
 
 class WeightSender:
@@ -150,15 +152,21 @@ class WeightPublisher:
         self.sender = WeightSender(endpoint)
 
     def publish(
-        self, version: int, train_step: int, layout: Layout, tensors: Iterable[tuple[str, torch.Tensor]]
+        self,
+        version: int,
+        train_step: int,
+        layout: Layout,
+        tensors: Iterable[tuple[str, torch.Tensor]],
+        lora: policy_pb2.LoraAdapter | None = None,
     ) -> PublishResult:
         """Allocate, send, prepare: after this the version can be activated.
 
-        `tensors` must follow `layout` in names, order and shapes (else ManifestError); dtypes are converted to the
-        layout's. Publishing a number again replaces what was not activated and stands beside what was. grpc.RpcError
-        when the service refuses or does not answer in time; OSError when there is no room for the bytes.
+        `lora`: the tensors are an adapter's, by PEFT's names. `tensors` must follow `layout` in names, order and shapes
+        (else ManifestError); dtypes are converted to the layout's. Publishing a number again replaces what was not
+        activated and stands beside what was. grpc.RpcError when the service refuses or does not answer in time; OSError
+        when there is no room for the bytes.
         """
-        draft = self.begin(version, train_step, layout)
+        draft = self.begin(version, train_step, layout, lora)
         with self.giving_up(draft):
             times = SendTimes()
             source = iter(tensors)
@@ -169,7 +177,7 @@ class WeightPublisher:
                 raise ManifestError(f"the export yields {extra!r} after the last tensor of its layout")
             return self.finish(draft, times)
 
-    def begin(self, version: int, train_step: int, layout: Layout) -> Draft:
+    def begin(self, version: int, train_step: int, layout: Layout, lora: policy_pb2.LoraAdapter | None = None) -> Draft:
         """Plan the buffer and allocate it; lets go of what earlier publications left."""
         began = time.monotonic()
         descriptors, total_bytes = manifests.plan((name, wire_dtype(dtype), shape) for name, dtype, shape in layout)
@@ -198,11 +206,12 @@ class WeightPublisher:
             live=live,
             began_s=began,
             allocate_s=time.monotonic() - began,
+            lora=lora,
         )
 
     def finish(self, draft: Draft, times: SendTimes) -> PublishResult:
         """Seal and prepare a version whose descriptors carry every rank's checksums and whose handles are merged."""
-        manifest = manifests.build(draft.name, draft.descriptors, draft.total_bytes, draft.train_step)
+        manifest = manifests.build(draft.name, draft.descriptors, draft.total_bytes, draft.train_step, draft.lora)
         for handle in draft.handles:
             self.sender.transport(handle.kind).seal(handle, manifest)
         stages = {"allocate": draft.allocate_s, "copy": times.copy_s, "checksum": times.checksum_s}

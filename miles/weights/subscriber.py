@@ -19,6 +19,7 @@ import torch
 from miles.rpc.channel import connect
 from miles.rpc.gen import policy_pb2, weightsync_pb2, weightsync_pb2_grpc
 from miles.weights import manifest as manifests
+from miles.weights.adapted import AdaptedWeights, AdapterBase
 from miles.weights.check import check_weight_update_equal
 from miles.weights.manifest import ManifestError
 from miles.weights.reach import usable_transports
@@ -81,14 +82,17 @@ class WeightSubscriber:
         target: WeightTarget,
         on_change: Callable[[SubscriberState], None] | None = None,
         create_receiver: Callable[[TransportKind.ValueType, Endpoint], WeightReceiver] = create_transport,
+        base: AdapterBase | None = None,
     ) -> None:
         """`address` is host:port of the service; `on_change` is called on the event loop after each change of state.
 
-        `create_receiver`: makes what gets the bytes of one kind of transport for this engine.
+        `create_receiver`: makes what gets the bytes of one kind of transport for this engine. Versions that consist of
+        an adapter are merged into `base`; without one, they fail.
         """
         self._address = address
         self._target = target
         self._on_change = on_change
+        self._base = base
         self._hello = weightsync_pb2.EngineHello(job_id=job_id, engine_id=engine_id, stream=stream)
         self._create_receiver = create_receiver
         self._transports: dict[int, WeightReceiver] = {}
@@ -261,8 +265,7 @@ class WeightSubscriber:
             elif kind == "drop":
                 await self._drop(order.drop)
             elif kind == "check":
-                check = order.check.manifest
-                await asyncio.to_thread(check_weight_update_equal, check, await self._target.weight_bytes())
+                await self._check(order.check.manifest)
             else:
                 raise ManifestError(f"order {order.order_id} is of a kind this engine does not know; update it")
         except Exception as error:  # whatever an engine raises decides one thing: this order failed
@@ -282,6 +285,13 @@ class WeightSubscriber:
         if kind not in self._transports:
             self._transports[kind] = self._create_receiver(kind, Endpoint(self._address, self._target.device))
         received = await asyncio.to_thread(self._transports[kind].receive, order.handle, order.manifest)
+        if order.manifest.HasField("lora"):
+            try:
+                # Here and not in the swap: generation goes on meanwhile.
+                received = await asyncio.to_thread(self._adapter_base().merge, received, order.manifest)
+            except BaseException:
+                received.release()
+                raise
         self._prefetched = _Bytes(order.publication_id, order.manifest, received)
         if self.state is SubscriberState.SERVING:
             self._enter(SubscriberState.PREFETCHED)
@@ -306,6 +316,21 @@ class WeightSubscriber:
             self.last_error = ""
             self._enter(SubscriberState.SERVING)
         return self.pause_s
+
+    async def _check(self, manifest: policy_pb2.Manifest) -> None:
+        served = await self._target.weight_bytes()
+        received = None if self._served is None else self._served.received
+        if not manifest.HasField("lora"):
+            await asyncio.to_thread(check_weight_update_equal, manifest, served)
+        elif isinstance(received, AdaptedWeights):
+            await asyncio.to_thread(self._adapter_base().check, manifest, received, served)
+        else:
+            raise ManifestError(f"the engine serves no adapter, but {manifests.describe(manifest.version)} is one")
+
+    def _adapter_base(self) -> AdapterBase:
+        if self._base is None:
+            raise ManifestError("the version consists of an adapter, and this engine has no base to merge it into")
+        return self._base
 
     async def _drop(self, order: weightsync_pb2.DropOrder) -> None:
         """Let go of bytes not served; raises when the engine still holds on to them after a grace."""

@@ -1,4 +1,5 @@
-"""The weights of a Hugging Face checkpoint, for an engine that no weight-sync service feeds."""
+"""The weights of a Hugging Face checkpoint: what an engine serves that no weight-sync service feeds, and what adapters
+are merged into."""
 
 from __future__ import annotations
 
@@ -17,5 +18,6 @@ def read_weights(hf_checkpoint: str, dtype: str) -> dict[str, torch.Tensor]:
     import torch
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(hf_checkpoint, dtype=getattr(torch, dtype))
-    return {name: parameter.detach() for name, parameter in model.named_parameters(remove_duplicate=True)}
+    kind = getattr(torch, dtype)
+    model = AutoModelForCausalLM.from_pretrained(hf_checkpoint, dtype=kind)
+    return {name: parameter.detach().to(kind) for name, parameter in model.named_parameters(remove_duplicate=True)}

@@ -22,6 +22,7 @@ from miles.services.rollout.serving import Serving
 if TYPE_CHECKING:
     from miles.config import JobConfig
     from miles.reward_sdk.client import RewardClient
+    from miles.weights.adapted import AdapterBase
     from miles.weights.subscriber import SubscriberState, WeightTarget
 
 log = logging.getLogger(__name__)
@@ -128,14 +129,16 @@ class RolloutJob:
         )
         ticker = asyncio.create_task(self._tick(), name=f"ticks of job {self.job_id}")
         self._closing.callback(ticker.cancel)
+        if self._weightsync_address and not self.config.lora.lora_rank:
+            await self._subscribe(None)
+            return
         if self._weightsync_address:
-            await self._subscribe()
+            stage, work = "reading the base of adapters", self._subscribe_with_base()
         else:
-            async with contextlib.aclosing(
-                telling("loading the checkpoint's weights", self._load_checkpoint())
-            ) as words:
-                async for word in words:
-                    yield word
+            stage, work = "loading the checkpoint's weights", self._load_checkpoint()
+        async with contextlib.aclosing(telling(stage, work)) as words:
+            async for word in words:
+                yield word
 
     def _create_engine(self) -> RolloutEngine:
         # In a thread: importing an engine imports torch, which takes seconds.
@@ -153,7 +156,21 @@ class RolloutJob:
         self._closing.push_async_callback(client.close)
         return client
 
-    async def _subscribe(self) -> None:
+    def _read_base(self) -> AdapterBase:
+        import torch
+
+        from miles.services.rollout.checkpoint_weights import read_weights
+        from miles.weights.adapted import AdapterBase
+
+        rollout = self.config.rollout
+        # A server of its own needs its GPU to itself, and gets weights from host memory bucket by bucket.
+        device = self.engine.device if rollout.rollout_backend == "torch" else torch.device("cpu")
+        return AdapterBase(read_weights(str(rollout.hf_checkpoint), rollout.rollout_dtype), device)
+
+    async def _subscribe_with_base(self) -> None:
+        await self._subscribe(await asyncio.to_thread(self._read_base))
+
+    async def _subscribe(self, base: AdapterBase | None) -> None:
         from miles.weights.subscriber import SubscriberState, WeightSubscriber
 
         def on_change(state: SubscriberState) -> None:
@@ -167,6 +184,7 @@ class RolloutJob:
             *(self._weightsync_address, self.job_id, self._worker_id, stream, self.serving),
             on_change=on_change,
             create_receiver=self.engine.create_receiver,
+            base=base,
         )
         await subscriber.start()
         self._closing.push_async_callback(subscriber.close)

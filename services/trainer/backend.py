@@ -12,6 +12,8 @@ from miles.types import SampleGroup
 if TYPE_CHECKING:
     import torch
 
+    from miles.rpc.gen import policy_pb2
+
 
 METRICS_KEPT = 64
 """Steps whose metrics a trainer can still answer with."""
@@ -92,10 +94,17 @@ class TrainerBackend(Protocol):
         """Train on one rollout's groups and return metrics (`train/loss`, ...), the same on every rank."""
 
     def export(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """The policy's parameters by HF name in a fixed order, in the rollout's dtype; collective over ranks.
+        """The policy's parameters, or its adapter's, in a fixed order and the rollout's dtype; collective over ranks.
 
         Tensors are complete on every rank, on any device. Whoever reads them keeps none beyond the bucket that it is
         reading, so that a rank never holds more than two buckets of `update_weight_buffer_size` bytes.
+        """
+
+    @property
+    def lora(self) -> policy_pb2.LoraAdapter | None:
+        """Set when an export consists of an adapter, by PEFT's names: what it is to be merged with, and how.
+
+        The base's checksum is known on every rank.
         """
 
     def export_layout(self) -> Sequence[tuple[str, torch.dtype, tuple[int, ...]]]:

@@ -41,6 +41,8 @@ class Record:
     critic_good_steps: int = 0
     old_versions: tuple[int, ...] = ()
     """Of `OldActors`, whose weights are in the checkpoint."""
+    base: str = ""
+    """Identity of the weights that the saved adapter adapts, in hex; empty when the whole policy was saved."""
 
 
 def folder_name(step: int) -> str:
@@ -96,6 +98,16 @@ def read_record(directory: pathlib.Path) -> Record:
         raise ValueError(f"{path} cannot be read as a checkpoint's record: {error!r}") from error
 
 
+def check_base(directory: pathlib.Path, base: str) -> None:
+    """Raise ValueError unless a checkpoint was saved on this base: an adapter does nothing sensible on another one."""
+    saved = read_record(directory).base
+    if saved == base:
+        return
+    holds = f"an adapter of base {saved}" if saved else "a whole policy"
+    wanted = f"an adapter of base {base} (hf_checkpoint)" if base else "a whole policy (lora_rank is 0)"
+    raise ValueError(f"{directory} holds {holds}, but {wanted} is trained; resume with the settings it was saved under")
+
+
 def _to_json(record: Record) -> dict[str, Any]:
     return {
         "state": record.state.to_json(),
@@ -108,6 +120,7 @@ def _to_json(record: Record) -> dict[str, Any]:
         "critic_loss_scale": record.critic_loss_scale,
         "critic_good_steps": record.critic_good_steps,
         "old_versions": list(record.old_versions),
+        "base": record.base,
     }
 
 

@@ -242,7 +242,7 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServiceServicer):
                 ENCODING_OF_NAME[weights.update_weight_delta_encoding], weights.update_weight_full_interval
             ),
         )
-        draft = await self._leader.alone(lambda worker: publisher.begin(version, version, worker.layout()))
+        draft = await self._leader.alone(lambda worker: publisher.begin(version, version, worker.layout(), worker.lora))
         with publisher.giving_up(draft):
             command = export_command(draft, job.weightsync_address, weights.update_weight_buffer_size)
             reports = await self._leader.gather(command, sender=publisher.sender)

@@ -16,6 +16,7 @@ from miles.types import SampleGroup
 from miles.weights.export_format import AS_TRAINED, ExportFormat, formatted_layout
 
 if TYPE_CHECKING:
+    from miles.rpc.gen import policy_pb2
     from miles.weights.publisher import Layout, WeightSender
     from miles.weights.transport import Endpoint
 
@@ -76,6 +77,7 @@ class RankWorker:
             backend.close()
             raise
         self._backend, self.loaded_from = backend, backend.loaded_from
+        self._export_format = _export_format(config)
         return state
 
     def endpoint(self, weightsync_address: str) -> Endpoint:
@@ -87,6 +89,11 @@ class RankWorker:
     def layout(self) -> Layout:
         """Of what will be sent."""
         return formatted_layout(self._export_format, self._loaded().export_layout())
+
+    @property
+    def lora(self) -> policy_pb2.LoraAdapter | None:
+        """Set when what will be sent is an adapter."""
+        return self._loaded().lora
 
     def _export(self, command: Command, sender: WeightSender | None) -> bytes:
         from miles.services.trainer.exporting import send_share
@@ -108,6 +115,14 @@ class RankWorker:
         if self._backend is None:
             raise RuntimeError("no job is loaded; StartJob comes first")
         return self._backend
+
+
+def _export_format(config: JobConfig) -> ExportFormat:
+    if config.weights.rollout_weight_format == "fp8_block":
+        from miles.weights.fp8 import Fp8Blocks
+
+        return Fp8Blocks(config.weights.extra_high_precision_layers_hf)
+    return AS_TRAINED
 
 
 def create_backend(config: JobConfig, checkpoint_dir: pathlib.Path, device: torch.device) -> TrainerBackend:

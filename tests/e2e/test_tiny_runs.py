@@ -10,6 +10,7 @@ from collections.abc import Callable
 import numpy as np
 import psutil
 import pytest
+from safetensors.numpy import load_file
 
 from miles.rpc import ExitCode
 
@@ -57,6 +58,19 @@ def test_a_mixture_of_experts_learns_with_routing_replay(
     start_run: Start, tiny_moe: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
     assert_learned(learn(start_run, tiny_moe, tmp_path / "run", use_rollout_routing_replay=True))
+
+
+def test_an_adapter_learns_over_updates_of_an_adapter_alone(
+    start_run: Start, tiny_dense: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    changes = {"lora_rank": 8, "lr": 3e-3, "check_weight_update_equal": True}
+    run = learn(start_run, tiny_dense, tmp_path / "run", **changes)
+    assert_learned(run)
+    # The engine's merged weights are the trainer's, bit for bit.
+    assert {line["train/train_rollout_logprob_abs_diff"] for line in run.metrics()} == {0.0}
+    base, trained = load_file(tiny_dense / "model" / "model.safetensors"), run.weights()
+    changed = {name for name in base if not np.array_equal(base[name], trained[name])}
+    assert changed == {name for name in base if "_proj" in name}
 
 
 def test_one_step_off_learns_within_its_staleness_bound(

@@ -15,7 +15,9 @@ from collections.abc import Mapping
 import torch
 
 from miles.rpc.gen import policy_pb2
+from miles.services.rollout.checkpoint_weights import read_weights
 from miles.weights import SubscriberState, WeightSubscriber
+from miles.weights.adapted import AdapterBase
 from miles.weights.manifest import checksum
 
 
@@ -79,7 +81,8 @@ async def run(arguments: argparse.Namespace) -> None:
         print(json.dumps(report), flush=True)
 
     stream = policy_pb2.WeightStream.Value(f"WEIGHT_STREAM_{arguments.stream.upper()}")
-    subscriber = WeightSubscriber(arguments.address, arguments.job, arguments.engine_id, stream, engine, say)
+    base = None if arguments.base is None else AdapterBase(read_weights(*arguments.base), engine.device)
+    subscriber = WeightSubscriber(arguments.address, arguments.job, arguments.engine_id, stream, engine, say, base)
     await subscriber.start()
     loop = asyncio.get_running_loop()
     reader = asyncio.StreamReader()
@@ -101,4 +104,5 @@ if __name__ == "__main__":
     parser.add_argument("--corrupt-at", type=int, default=-1)
     parser.add_argument("--copy", action="store_true")
     parser.add_argument("--keep-first", action="store_true")
+    parser.add_argument("--base", nargs=2, metavar=("DIR", "DTYPE"), help="what adapters are merged into")
     asyncio.run(run(parser.parse_args()))

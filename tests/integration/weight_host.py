@@ -93,7 +93,12 @@ class Host:
         self._channel.close()
 
     async def publish(
-        self, version: int, tensors: Tensors | None = None, transport: str = "UNSPECIFIED", **settings: Any
+        self,
+        version: int,
+        tensors: Tensors | None = None,
+        transport: str = "UNSPECIFIED",
+        lora: policy_pb2.LoraAdapter | None = None,
+        **settings: Any,
     ) -> PublishResult:
         """What the trainer does; a publisher lives on for each transport. Without tensors, a small one."""
         sent = {"w": torch.full((1000,), float(version))} if tensors is None else tensors
@@ -107,7 +112,7 @@ class Host:
                     *(stub, self._job, self.stream, kind), endpoint=endpoint, deadline_s=DEADLINE_S, **settings
                 )
             layout = [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in sent.items()]
-            return self._publishers[transport].publish(version, version, layout, sent.items())
+            return self._publishers[transport].publish(version, version, layout, sent.items(), lora)
 
         return await asyncio.to_thread(work)
 
@@ -133,6 +138,14 @@ class Host:
             async for response in stub.Activate(request, timeout=DEADLINE_S + 10):
                 last = response
         return last.done
+
+    async def check(self) -> weightsync_pb2.CheckEnginesResponse:
+        """Have every engine compare what it serves with the active version."""
+        request = weightsync_pb2.CheckEnginesRequest(
+            job_id=self._job, stream=POLICY, deadline_ms=int(DEADLINE_S * 1000)
+        )
+        async with connect(self.address) as channel:
+            return await weightsync_pb2_grpc.WeightSyncServiceStub(channel).CheckEngines(request, timeout=DEADLINE_S)
 
     async def list(self) -> weightsync_pb2.ListVersionsResponse:
         async with connect(self.address) as channel:

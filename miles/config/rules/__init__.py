@@ -1,6 +1,6 @@
 """Rules that cross fields, each a small function registered in `RULES`; one file per kind of question."""
 
-from miles.config.rules import access, algorithm, asynchrony, data, engine, megatron, services, train
+from miles.config.rules import access, algorithm, asynchrony, data, engine, lora, megatron, services, train
 from miles.config.rules.registry import RULES, Rule, check
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "check",
     "data",
     "engine",
+    "lora",
     "megatron",
     "services",
     "train",

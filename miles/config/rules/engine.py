@@ -119,6 +119,25 @@ def servers_take_part_in_broadcasts(s: Settings) -> Iterator[Fault]:
     if s.colocate:
         problem = "NCCL connects no two processes on one GPU, as colocate would need"
         yield Fault("rollout_engine_weights", "distributed", problem, "set it to tensor")
+    if s.lora_rank:
+        problem = f"with lora_rank = {s.lora_rank} the rollout service merges adapters, which such broadcasts go past"
+        yield Fault("rollout_engine_weights", "distributed", problem, "set it to tensor")
+
+
+@rule
+def quantised_weights_go_to_an_engine_that_takes_them(s: Settings) -> Iterator[Fault]:
+    if s.rollout_weight_format == "as_trained":
+        key = "extra_high_precision_layers_hf"
+        if s.extra_high_precision_layers_hf:
+            problem = "rollout_weight_format = as_trained keeps every weight as it is"
+            yield Fault(key, s.extra_high_precision_layers_hf, problem, "set rollout_weight_format, or leave it out")
+        return
+    if s.rollout_backend != "torch":
+        problem = f"rollout_backend = {s.rollout_backend} takes weights in rollout_dtype alone"
+        yield Fault("rollout_weight_format", s.rollout_weight_format, problem, "set rollout_backend to torch")
+    if s.lora_rank:
+        problem = f"lora_rank = {s.lora_rank} sends adapters, which are merged in rollout_dtype"
+        yield Fault("rollout_weight_format", s.rollout_weight_format, problem, "leave one of them out")
 
 
 @rule

@@ -129,6 +129,7 @@ class Manifest(_message.Message):
     TRAIN_STEP_FIELD_NUMBER: _builtins.int
     CREATED_UNIX_NS_FIELD_NUMBER: _builtins.int
     BASE_VERSION_FIELD_NUMBER: _builtins.int
+    LORA_FIELD_NUMBER: _builtins.int
     total_bytes: _builtins.int
     """Size of the version's buffer, in bytes."""
     checksum: _builtins.bytes
@@ -147,6 +148,10 @@ class Manifest(_message.Message):
     def tensors(self) -> _containers.RepeatedCompositeFieldContainer[Global___TensorDescriptor]:
         """In buffer order; offsets ascend and do not overlap."""
 
+    @_builtins.property
+    def lora(self) -> Global___LoraAdapter:
+        """Set when the tensors are a LoRA adapter (the A and B of each adapted matrix, under PEFT's names) and not the model."""
+
     def __init__(
         self,
         *,
@@ -157,13 +162,44 @@ class Manifest(_message.Message):
         train_step: _builtins.int = ...,
         created_unix_ns: _builtins.int = ...,
         base_version: _builtins.int | None = ...,
+        lora: Global___LoraAdapter | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_base_version", b"_base_version", "base_version", b"base_version", "version", b"version"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_base_version", b"_base_version", "base_version", b"base_version", "lora", b"lora", "version", b"version"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_base_version", b"_base_version", "base_version", b"base_version", "checksum", b"checksum", "created_unix_ns", b"created_unix_ns", "tensors", b"tensors", "total_bytes", b"total_bytes", "train_step", b"train_step", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_base_version", b"_base_version", "base_version", b"base_version", "checksum", b"checksum", "created_unix_ns", b"created_unix_ns", "lora", b"lora", "tensors", b"tensors", "total_bytes", b"total_bytes", "train_step", b"train_step", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__base_version: _TypeAlias = _typing.Literal["base_version"]  # noqa: Y015
     _WhichOneofArgType__base_version: _TypeAlias = _typing.Literal["_base_version", b"_base_version"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType__base_version) -> _WhichOneofReturnType__base_version | None: ...
 
 Global___Manifest: _TypeAlias = Manifest  # noqa: Y015
+
+@_typing.final
+class LoraAdapter(_message.Message):
+    """What a version that consists of a LoRA adapter is to be merged with, and how: W + (alpha / rank) * B * A."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RANK_FIELD_NUMBER: _builtins.int
+    ALPHA_FIELD_NUMBER: _builtins.int
+    BASE_CHECKSUM_FIELD_NUMBER: _builtins.int
+    rank: _builtins.int
+    """Rows of A and columns of B, a count."""
+    alpha: _builtins.float
+    """Scales the product, over rank."""
+    base_checksum: _builtins.bytes
+    """Identity of the weights that it adapts: xxh3-128 over their names, dtypes, shapes and checksums, by name in order."""
+    def __init__(
+        self,
+        *,
+        rank: _builtins.int = ...,
+        alpha: _builtins.float = ...,
+        base_checksum: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["alpha", b"alpha", "base_checksum", b"base_checksum", "rank", b"rank"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LoraAdapter: _TypeAlias = LoraAdapter  # noqa: Y015

@@ -47,6 +47,10 @@ def test_an_incomplete_model_is_noticed(files: pathlib.Path, missing: str, expec
             {"use_opd": True, "opd_type": "megatron", "opd_teacher_load": "nowhere"},
             "opd_teacher_load = nowhere, but there is no such folder",
         ),
+        (
+            {"lora_rank": 4, "lora_adapter_path": "model"},
+            "lora_adapter_path = model, but adapter_config.json is missing in it",
+        ),
         ({"load": "nowhere"}, "load = nowhere, but there is no such folder"),
         ({"apply_chat_template": True}, "apply_chat_template = true, but the tokenizer in model has no chat template"),
         (

@@ -125,6 +125,22 @@ RULE_CASES: list[tuple[dict[str, Any], str]] = [
         {"train_backend": "megatron", "transformer_impl": "transformer_engine", "device": "cpu"},
         "transformer_impl = transformer_engine, but TransformerEngine needs a GPU; set it to local or auto",
     ),
+    ({"target_modules": "q_proj"}, "target_modules = q_proj, but it does nothing without lora_rank"),
+    ({"lora_rank": 8, "lora_dropout": 0.1}, "lora_dropout = 0.1, but the engine has no dropout"),
+    ({"lora_rank": 8, "train_backend": "megatron"}, "lora_rank = 8, but train_backend = megatron trains no adapters"),
+    (
+        {"lora_rank": 8, "train_dtype": "float32"},
+        "train_dtype = float32, but adapters are merged in the type that both sides compute in, and rollout_dtype =",
+    ),
+    (
+        {"lora_rank": 8, "use_kl_loss": True, "ref_load": "other"},
+        "ref_load = other, but with lora_rank the reference is the policy without its adapter",
+    ),
+    (
+        {**SGLANG, "lora_rank": 8, "rollout_engine_weights": "distributed", "update_weight_transfer_mode": "broadcast"},
+        "rollout_engine_weights = distributed, but with lora_rank = 8 the rollout service merges adapters",
+    ),
+    ({"lora_rank": 8, "target_modules": "q_proj,"}, "target_modules = q_proj,, but it has an empty name"),
     ({"log_probs_chunk_size": 0}, "log_probs_chunk_size = 0, but it must be a number of rows"),
     ({"train_env_vars": {"RANK": "0"}}, 'train_env_vars = {"RANK": "0"}, but RANK is set for each rank'),
     ({"fp16": True, "train_dtype": "float32"}, "fp16 = true, but train_dtype = float32 says otherwise"),
@@ -236,6 +252,15 @@ RULE_CASES: list[tuple[dict[str, Any], str]] = [
         {**SGLANG, "colocate": True, "max_weight_staleness": 1},
         "colocate = true, but max_weight_staleness = 1 has engines and trainer work at once",
     ),
+    (
+        {**SGLANG, "rollout_weight_format": "fp8_block"},
+        "rollout_weight_format = fp8_block, but rollout_backend = sglang takes weights in rollout_dtype alone",
+    ),
+    (
+        {"lora_rank": 4, "rollout_weight_format": "fp8_block"},
+        "rollout_weight_format = fp8_block, but lora_rank = 4 sends adapters",
+    ),
+    ({"extra_high_precision_layers_hf": ["q"]}, 'extra_high_precision_layers_hf = ["q"], but rollout_weight_format ='),
     ({"tb_experiment_name": "x"}, "tb_experiment_name = x, but it does nothing without use_tensorboard"),
     (
         {"update_weight_transfer_mode": "disk_delta"},

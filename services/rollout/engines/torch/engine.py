@@ -20,10 +20,12 @@ from miles.services.rollout.engine import (
 from miles.services.rollout.engines.torch import model as models
 from miles.services.rollout.engines.torch import sequence as sequences
 from miles.services.rollout.engines.torch.experts import EXPERTS_NAME
+from miles.services.rollout.engines.torch.fp8 import as_received, quantised_part
 from miles.services.rollout.engines.torch.generator import GeneratorOptions
 from miles.services.rollout.engines.torch.outbox import Delivery
 from miles.services.rollout.engines.torch.stop import StopRule, StopStrings
 from miles.services.rollout.engines.torch.worker import EngineFailed, Worker
+from miles.weights.fp8 import whole_weights
 from miles.weights.transport import create_transport
 
 if TYPE_CHECKING:
@@ -89,6 +91,8 @@ class TorchEngine:
         self._end_tokens: tuple[int, ...] = ()
         self._vocabulary = 0
         self._tokenizer: PreTrainedTokenizerBase | None = None
+        self._quantised: dict[str, torch.Tensor] = {}
+        """FP8 values and scales of the weights served, by name."""
 
     @property
     def version(self) -> int | None:
@@ -198,19 +202,32 @@ class TorchEngine:
 
         On CPU the tensors themselves are served, with no copy. Running requests keep their keys and values unless they
         were retracted before. Raises WeightMismatch before anything changed if a name, shape or dtype does not match.
+
+        Weights that come as FP8 values and scales are made whole first, while decoding goes on.
         """
         generator = self._started().generator
+        quantised = await asyncio.to_thread(quantised_part, tensors, self._device)
+        if quantised:
+            tensors = await asyncio.to_thread(whole_weights, {**tensors, **quantised}, self._dtype)
         checked = generator.parameters.check(tensors)
-        return await self._call(lambda: generator.load(version, checked), f"loading version {version}")
+        stood_s = await self._call(lambda: generator.load(version, checked), f"loading version {version}")
+        self._quantised = quantised
+        return stood_s
 
     def create_receiver(self, kind: TransportKind.ValueType, endpoint: Endpoint) -> WeightReceiver:
         """What gets the bytes of new weights into this process."""
         return create_transport(kind, endpoint)
 
     async def weight_bytes(self) -> Mapping[str, torch.Tensor]:
-        """The parameters as served, by HF name, tied ones once; empty before the first `load_weights`."""
+        """The parameters as served, by HF name, tied ones once; empty before the first `load_weights`.
+
+        Those that came as FP8 values and scales are given as such; raises WeightMismatch when what is served differs.
+        """
         generator = self._started().generator
-        return await self._call(lambda: generator.parameters.served, "reading the weights")
+        served = await self._call(lambda: generator.parameters.served, "reading the weights")
+        if not self._quantised:
+            return served
+        return await asyncio.to_thread(as_received, served, self._quantised, self._dtype)
 
     async def release_memory(self) -> None:
         """Frees nothing: its weights are the ones that the transport brought, its cache is small."""

@@ -8,19 +8,22 @@ import gc
 import logging
 import pathlib
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.distributed as dist
 
-from miles.services.trainer import settings
+from miles.rpc.gen import policy_pb2
+from miles.services.trainer import checkpoint_record, settings
 from miles.services.trainer.backend import Progress, TrainerState
 from miles.services.trainer.backends.fsdp import checkpoint
+from miles.services.trainer.backends.fsdp.adapter import merged_weights
 from miles.services.trainer.backends.fsdp.build import FsdpRoles, build_roles
 from miles.services.trainer.backends.fsdp.export import gathered
 from miles.services.trainer.backends.fsdp.learner import FsdpLearner
-from miles.services.trainer.backends.fsdp.model import named_weights
+from miles.services.trainer.backends.fsdp.lora import named_adapters
+from miles.services.trainer.backends.fsdp.model import full_tensor, named_weights
 from miles.services.trainer.backends.fsdp.step import FsdpTrainer
 from miles.services.trainer.batch import RolloutBatch
 from miles.services.trainer.checkpoint_record import Record, digest, newest
@@ -54,6 +57,7 @@ class FsdpBackend:
     What `export` yields has the names of the model's own `state_dict()`, a tied tensor once under its first name. In
     mixture-of-experts models of transformers 5 the experts of a layer are one fused three-dimensional parameter; an
     engine that runs the same modelling code takes it as it is. `save_hf` writes the names of the checkpoint format.
+    With `lora_rank` the policy is a frozen base and an adapter, and `export` yields the adapter alone.
     """
 
     def __init__(self, config: JobConfig, checkpoint_dir: pathlib.Path, device: torch.device) -> None:
@@ -97,9 +101,13 @@ class FsdpBackend:
         """See the class and `TrainerBackend.export`."""
         if self._loaded.roles.old_actors is not None:
             self._loaded.roles.old_actors.publish()
-        dtype = settings.DTYPES[self._config.rollout.rollout_dtype]
-        limit = self._config.weights.update_weight_buffer_size
-        return gathered(named_weights(self._loaded.policy), dtype, limit, self.new_bucket)
+        return self._gathered(self._exported())
+
+    @property
+    def lora(self) -> policy_pb2.LoraAdapter | None:
+        """See `TrainerBackend.lora`."""
+        adapter = self._loaded.roles.adapter
+        return None if adapter is None else adapter.described
 
     def new_bucket(self, nbytes: int) -> torch.Tensor:
         """Memory for a bucket of an export, uint8 (nbytes,)."""
@@ -110,8 +118,16 @@ class FsdpBackend:
         dtype = settings.DTYPES[self._config.rollout.rollout_dtype]
         return [
             (name, dtype if tensor.is_floating_point() else tensor.dtype, tuple(tensor.shape))
-            for name, tensor in named_weights(self._loaded.policy)
+            for name, tensor in self._exported()
         ]
+
+    def _exported(self) -> Iterable[tuple[str, torch.Tensor]]:
+        parts = self._loaded
+        return named_weights(parts.policy) if parts.roles.adapter is None else named_adapters(parts.policy)
+
+    def _gathered(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+        dtype = settings.DTYPES[self._config.rollout.rollout_dtype]
+        return gathered(weights, dtype, self._config.weights.update_weight_buffer_size, self.new_bucket)
 
     def save(self, directory: pathlib.Path, state: TrainerState) -> None:
         """Write a checkpoint that is there whole or not at all; see `checkpoint`."""
@@ -125,6 +141,7 @@ class FsdpBackend:
             loss_scale=policy.loss_scale.value,
             good_steps=policy.loss_scale.good_steps,
             old_versions=() if parts.roles.old_actors is None else tuple(parts.roles.old_actors.copies),
+            base=self._base,
         )
         if (critic := parts.roles.critic) is not None:
             record = dataclasses.replace(
@@ -136,15 +153,22 @@ class FsdpBackend:
         checkpoint.save(directory, self._contents(parts), record)
 
     def save_hf(self, directory: pathlib.Path) -> None:
-        """See `TrainerBackend.save_hf`; the files' tensors have the rollout's dtype."""
-        first = dist.get_rank() == 0
-        weights = {name: tensor.to("cpu", copy=True) for name, tensor in self.export() if first}
+        """See `TrainerBackend.save_hf`; the files' tensors have the rollout's dtype.
+
+        An adapter is merged in, and also written by itself, in PEFT's form and in float32, to the folder `adapter`.
+        """
+        first, policy, adapter = dist.get_rank() == 0, self._loaded.policy, self._loaded.roles.adapter
+        whole = self._gathered(named_weights(policy)) if adapter is None else merged_weights(policy, self._gathered)
+        weights = {name: tensor.to("cpu", copy=True) for name, tensor in whole if first}
+        adapters = {} if adapter is None else {name: full_tensor(part) for name, part in named_adapters(policy)}
         if first:
             from transformers import AutoTokenizer
 
             partial = directory.with_name(directory.name + ".tmp")
             shutil.rmtree(partial, ignore_errors=True)
-            self._loaded.policy.save_pretrained(partial, state_dict=weights)
+            policy.save_pretrained(partial, state_dict=weights)
+            if adapter is not None:
+                adapter.write(partial / "adapter", adapters)
             AutoTokenizer.from_pretrained(self._config.rollout.hf_checkpoint).save_pretrained(partial)
             # Whoever sees the folder sees all of it.
             shutil.rmtree(directory, ignore_errors=True)
@@ -168,6 +192,7 @@ class FsdpBackend:
             self.loaded_from = newest(pathlib.Path(self._config.checkpoint.load))
         if self.loaded_from is None:
             return TrainerState()
+        checkpoint_record.check_base(self.loaded_from, self._base)
         record = checkpoint.load(self.loaded_from, self._contents(parts))
         policy, critic = parts.roles.policy, parts.roles.critic
         policy.iteration = record.iteration
@@ -185,7 +210,9 @@ class FsdpBackend:
         moves = config.algorithm.ref_update_interval is not None
 
         def trained(learner: FsdpLearner[Any]) -> checkpoint.Trained:
-            return checkpoint.Trained(learner.model, None if config.checkpoint.no_save_optim else learner.optimizer)
+            optimizer = None if config.checkpoint.no_save_optim else learner.optimizer
+            adapted = learner is roles.policy and roles.adapter is not None
+            return checkpoint.Trained(learner.model, optimizer, trained_only=adapted)
 
         return checkpoint.Contents(
             policy=trained(roles.policy),
@@ -193,6 +220,12 @@ class FsdpBackend:
             reference=roles.reference.model if roles.reference is not None and moves else None,
             old_actors=roles.old_actors,
         )
+
+    @property
+    def _base(self) -> str:
+        """Identity of the weights that an adapter is trained on; empty when all of the policy is trained."""
+        lora = self.lora
+        return "" if lora is None else lora.base_checksum.hex()
 
     @property
     def _loaded(self) -> _Loaded:

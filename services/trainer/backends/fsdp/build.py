@@ -11,8 +11,9 @@ import torch
 
 from miles.algorithms.vocab_rows import TokenLogProbs
 from miles.services.trainer import settings
+from miles.services.trainer.backends.fsdp.adapter import Adapter, adapt
 from miles.services.trainer.backends.fsdp.forward import ForwardOptions, LogProbs, Values
-from miles.services.trainer.backends.fsdp.learner import FrozenModel, FsdpLearner, local_weights
+from miles.services.trainer.backends.fsdp.learner import AdaptedBase, FrozenModel, FsdpLearner, local_weights
 from miles.services.trainer.backends.fsdp.model import Precision, load_hf_model, put_value_head, shard
 from miles.services.trainer.backends.fsdp.routing import Routing
 from miles.services.trainer.backends.fsdp.routing_replay import RoutingReplay
@@ -31,11 +32,13 @@ class FsdpRoles(Roles):
 
     policy: FsdpLearner[TokenLogProbs]
     critic: FsdpLearner[torch.Tensor] | None = None
-    reference: FrozenModel | None = None
+    reference: FrozenModel | AdaptedBase | None = None
     teacher: FrozenModel | None = None
     old_actors: OldActors | None = None
     routing: Routing | None = None
     """Of the policy, where it is prescribed."""
+    adapter: Adapter | None = None
+    """What is trained of the policy; None for all of it."""
 
 
 def build_roles(config: JobConfig, device: torch.device) -> FsdpRoles:
@@ -61,10 +64,15 @@ class _Builder:
 
     def roles(self, model_dir: str) -> FsdpRoles:
         config, algorithm = self._config, self._config.algorithm
-        model = self._trainable(model_dir)
+        # A base that is never updated is held as it is computed with.
+        precision = (
+            Precision(self._options.compute, self._options.compute) if config.lora.lora_rank else self._precision
+        )
+        model = self._trainable(model_dir, precision)
+        adapter = adapt(model, config) if config.lora.lora_rank else None
         wants_replay = algorithm.use_routing_replay or config.rollout.use_rollout_routing_replay
         routing = Routing(config, RoutingReplay(model), self._device) if wants_replay else None
-        self._shard(model, self._precision)
+        self._shard(model, precision)
         policy = FsdpLearner(
             model,
             LogProbs(
@@ -77,15 +85,17 @@ class _Builder:
             scale_loss=self._precision.compute is torch.float16,
             routing=routing,
         )
-        reference = None
-        if settings.needs_reference(config):
+        reference: FrozenModel | AdaptedBase | None = None
+        if settings.needs_reference(config) and adapter is not None:
+            reference = AdaptedBase(model, LogProbs(self._options), routing)
+        elif settings.needs_reference(config):
             reference = self._frozen(config.checkpoint.ref_load or model_dir, model)
         folder = settings.teacher_folder(config)
         teacher = None if folder is None else self._frozen(folder, model)
         critic = self._critic(config.checkpoint.critic_load or model_dir) if settings.needs_critic(config) else None
         old_actors = None
         if algorithm.keep_old_actor:
-            weights = functools.partial(local_weights, model)
+            weights = functools.partial(local_weights, model, trained_only=adapter is not None)
             old_actors = OldActors(weights, policy.evaluate, config.rollout.max_weight_staleness)
         return FsdpRoles(
             policy=policy,
@@ -94,11 +104,12 @@ class _Builder:
             teacher=teacher,
             old_actors=old_actors,
             routing=routing,
+            adapter=adapter,
         )
 
     def _critic(self, folder: str) -> FsdpLearner[torch.Tensor]:
         config = self._config
-        model = self._trainable(folder)
+        model = self._trainable(folder, self._precision)
         put_value_head(model, folder)
         self._shard(model, self._precision)
         return FsdpLearner(
@@ -109,9 +120,9 @@ class _Builder:
             scale_loss=self._precision.compute is torch.float16,
         )
 
-    def _trainable(self, folder: str) -> PreTrainedModel:
+    def _trainable(self, folder: str, precision: Precision) -> PreTrainedModel:
         checkpointing = self._config.train.gradient_checkpointing
-        return load_hf_model(folder, self._precision.master, gradient_checkpointing=checkpointing)
+        return load_hf_model(folder, precision.master, gradient_checkpointing=checkpointing)
 
     def _frozen(self, folder: str | pathlib.Path, policy: torch.nn.Module) -> FrozenModel:
         compute = self._precision.compute

@@ -35,6 +35,15 @@ class Trained:
     model: torch.nn.Module
     optimizer: torch.optim.Optimizer | None
     """None to leave its state out."""
+    trained_only: bool = False
+    """Whether parameters that are not trained stay out, as they come from elsewhere."""
+
+    def state(self) -> dict[str, Any]:
+        """What there is to save of the model."""
+        state: dict[str, Any] = self.model.state_dict()
+        if not self.trained_only:
+            return state
+        return {name: state[name] for name, parameter in self.model.named_parameters() if parameter.requires_grad}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -91,7 +100,7 @@ def load(directory: pathlib.Path, contents: Contents) -> Record:
         del tensors[random_key]  # written by fewer ranks
     state_dict_loader.load(tensors, checkpoint_id=directory)
     for (model, optimizer), trained in contents.trained().items():
-        trained.model.load_state_dict(tensors[model])
+        trained.model.load_state_dict(tensors[model], strict=not trained.trained_only)
         if trained.optimizer is not None:
             set_optimizer_state_dict(trained.model, trained.optimizer, tensors[optimizer])
     if contents.reference is not None:
@@ -104,7 +113,7 @@ def load(directory: pathlib.Path, contents: Contents) -> Record:
 def _tensors(contents: Contents) -> dict[str, Any]:
     tensors: dict[str, Any] = {_random_key(): _random_state()}
     for (model, optimizer), trained in contents.trained().items():
-        tensors[model] = trained.model.state_dict()
+        tensors[model] = trained.state()
         if trained.optimizer is not None:
             tensors[optimizer] = get_optimizer_state_dict(trained.model, trained.optimizer)
     if contents.reference is not None:

@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 from miles.algorithms.losses import LossOutput
 from miles.algorithms.metrics import MetricSum
 from miles.services.trainer.backend import Progress
+from miles.services.trainer.backends.fsdp.lora import without_adapters
 from miles.services.trainer.backends.fsdp.model import named_weights
 from miles.services.trainer.backends.fsdp.optimizer import (
     LossScale,
@@ -112,12 +113,13 @@ class FsdpLearner(Learner[OutputT]):
         return 0.0 if norm is None else norm
 
 
-def local_weights(model: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:
-    """Name and this rank's part of every weight; writing to the parts changes the model.
+def local_weights(model: torch.nn.Module, *, trained_only: bool = False) -> list[tuple[str, torch.Tensor]]:
+    """Name and this rank's part of every weight, or of those that are trained; writing to them changes the model.
 
     Going through `state_dict` has FSDP let go of weights that it has gathered, which would be out of date.
     """
-    parts = [(name, weight.detach()) for name, weight in named_weights(model)]
+    chosen = [(name, w) for name, w in named_weights(model) if w.requires_grad or not trained_only]
+    parts = [(name, weight.detach()) for name, weight in chosen]
     return [(name, part.to_local() if isinstance(part, DTensor) else part) for name, part in parts]
 
 
@@ -139,6 +141,27 @@ class FrozenModel:
         policy = dict(named_weights(self._policy))
         for name, weight in named_weights(self.model):
             weight.copy_(policy[name])
+
+
+class AdaptedBase:
+    """The reference of a policy of which adapters are trained: the same model with its adapters off."""
+
+    def __init__(self, model: torch.nn.Module, reading: Reading[Any], routing: Routing | None) -> None:
+        """`routing` is the policy's: the base routes freely."""
+        self.model = model
+        self._reading = reading
+        self._routing = routing
+
+    def evaluate(self, batch: RolloutBatch, report: Report) -> torch.Tensor:
+        """See `Role.evaluate`."""
+        if self._routing is not None:
+            self._routing.let_go()
+        with without_adapters(self.model):
+            return _evaluate(self.model, self._reading, batch, report, None)
+
+    def follow(self) -> None:
+        """Never asked for: ref_update_interval and adapters exclude each other."""
+        raise RuntimeError("the base of an adapter does not change")
 
 
 def _evaluate(

@@ -43,6 +43,10 @@ class Routing:
         else:
             self._replay.record()
 
+    def let_go(self) -> None:
+        """The forward passes until the next `before` are the model's own to route."""
+        self._replay.choose_freely()
+
     def after(self, micro_batch: MicroBatch) -> None:
         """Remember the routing that a log-probability pass has just recorded, for the training pass."""
         if self.keeps and not micro_batch.is_empty and id(micro_batch) not in self._recorded:

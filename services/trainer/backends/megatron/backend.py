@@ -64,6 +64,8 @@ class MegatronBackend:
         )
         self.loaded_from: pathlib.Path | None = None
         """Checkpoint that `load` read; None for the initial weights."""
+        self.lora = None
+        """It trains no adapters."""
 
     def load(self) -> TrainerState:
         """Build everything. Raises FileNotFoundError for a missing model and ValueError for one that does not fit."""

@@ -1,0 +1,55 @@
+"""Rules about training adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from miles.config.faults import Fault
+from miles.config.rules.registry import needs, rule
+from miles.config.settings import Settings
+
+
+@rule
+def adapter_settings_need_a_rank(s: Settings) -> Iterator[Fault]:
+    for key in ("lora_alpha", "target_modules", "exclude_modules", "lora_adapter_path"):
+        yield from needs(s, key, "lora_rank")
+
+
+@rule
+def adapters_drop_nothing(s: Settings) -> Iterator[Fault]:
+    if s.lora_dropout:
+        problem = "the engine has no dropout, so that the trainer would compute another function than was sampled from"
+        yield Fault("lora_dropout", s.lora_dropout, problem, "set it to 0, or leave it out")
+
+
+@rule
+def adapters_are_trained_by_fsdp(s: Settings) -> Iterator[Fault]:
+    if s.lora_rank and s.train_backend != "fsdp":
+        problem = f"train_backend = {s.train_backend} trains no adapters"
+        yield Fault("lora_rank", s.lora_rank, problem, "set train_backend to fsdp, or lora_rank to 0")
+
+
+@rule
+def adapters_are_merged_in_one_type(s: Settings) -> Iterator[Fault]:
+    if s.lora_rank and s.train_dtype != s.rollout_dtype:
+        problem = f"adapters are merged in the type that both sides compute in, and rollout_dtype = {s.rollout_dtype}"
+        yield Fault("train_dtype", s.train_dtype, problem, "make the two the same")
+
+
+@rule
+def the_reference_of_an_adapter_is_its_base(s: Settings) -> Iterator[Fault]:
+    if not s.lora_rank:
+        return
+    problem = "with lora_rank the reference is the policy without its adapter"
+    if s.ref_load not in (None, s.hf_checkpoint):
+        yield Fault("ref_load", s.ref_load, problem, "leave it out, or set it to hf_checkpoint")
+    if s.ref_update_interval is not None:
+        yield Fault("ref_update_interval", s.ref_update_interval, problem, "leave it out")
+
+
+@rule
+def modules_are_named(s: Settings) -> Iterator[Fault]:
+    for key in ("target_modules", "exclude_modules"):
+        value = getattr(s, key)
+        if value is not None and not all(name.strip() for name in value.split(",")):
+            yield Fault(key, value, "it has an empty name", "separate names by single commas, like q_proj,v_proj")
