@@ -12,6 +12,8 @@ from miles.types import SampleGroup
 if TYPE_CHECKING:
     import torch
 
+    from miles.services.trainer.saving import Saving
+
 
 METRICS_KEPT = 64
 """Steps whose metrics a trainer can still answer with."""
@@ -103,6 +105,12 @@ class TrainerBackend(Protocol):
 
     def save(self, directory: pathlib.Path, state: TrainerState) -> None:
         """Write a checkpoint that `load` restores bit for bit: parameters, optimizer, scheduler, RNG, state."""
+
+    def begin_save(self, directory: pathlib.Path, state: TrainerState) -> Saving:
+        """As `save`, but return as soon as the contents are held; other calls may come before `Saving.finish`.
+
+        Only for a job with `async_save`, and only when the one before has finished.
+        """
 
     def save_hf(self, directory: pathlib.Path) -> None:
         """Write the policy as a HF checkpoint with tokenizer and config."""

@@ -8,17 +8,17 @@ DIR/step_00000012/          appears by rename, once everything in it is on disk
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import pathlib
-import shutil
+from collections.abc import Callable
 from typing import Any
-
-import torch.distributed as dist
 
 from miles.services.trainer.backends.megatron import optimizer_state
 from miles.services.trainer.backends.megatron.model import MegatronModel
-from miles.services.trainer.checkpoint_record import Record, complete, read_record
+from miles.services.trainer.checkpoint_record import Record, read_record
 from miles.services.trainer.old_actors import OldActors
+from miles.services.trainer.saving import Saving, empty_folder, failing_as_os_error, in_thread, put_in_place
 from miles.services.trainer.weight_copy import WeightCopy
 
 _OPTIONAL = ("optimizer", "critic_optimizer", "reference", "critic")
@@ -49,16 +49,48 @@ def save(directory: pathlib.Path, contents: Contents, record: Record) -> None:
     """
     from megatron.core import dist_checkpointing
 
-    partial = directory.with_name(directory.name + ".tmp")
-    if dist.get_rank() == 0:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    dist.barrier()
-    dist_checkpointing.save(_tensors(contents), str(partial), content_metadata=_metadata(contents))
-    dist.barrier()
-    if dist.get_rank() == 0:
-        complete(partial, directory, record)
-    dist.barrier()
+    partial = empty_folder(directory)
+    tensors, metadata = _tensors(contents), _metadata(contents)
+    with failing_as_os_error(directory):
+        dist_checkpointing.save(tensors, str(partial), content_metadata=metadata)
+    put_in_place(partial, directory, record)
+
+
+def begin(directory: pathlib.Path, contents: Contents, record: Record) -> Saving:
+    """As `save`, with a thread that writes copies of the tensors in host memory; collective over ranks."""
+    from megatron.core import dist_checkpointing
+
+    partial = empty_folder(directory)
+    request = dist_checkpointing.save(
+        _tensors(contents),
+        str(partial),
+        content_metadata=_metadata(contents),
+        async_sharded_save=True,
+        async_strategy="mcore",
+    )
+
+    def finish() -> None:
+        with failing_as_os_error(directory):
+            for finalize in request.finalize_fns:
+                finalize()
+        put_in_place(partial, directory, record)
+
+    return Saving(in_thread(_writer(request)), finish)
+
+
+def _writer(request: Any) -> Callable[[], None]:
+    """What writes this rank's files, once its tensors are in host memory that nothing else changes."""
+    if request.async_fn is None:
+        return lambda: None
+    rank, buckets, results = request.async_fn_args
+    on_host = [tensor.is_cpu for _, _, (_, tensors) in buckets for _, tensor in tensors]
+    staged = request.preload_fn()
+    if all(on_host):  # staging left them where they are
+        staged = [
+            (file, key, (data, [(item, tensor.clone()) for item, tensor in tensors]))
+            for file, key, (data, tensors) in staged
+        ]
+    return functools.partial(request.async_fn, rank, staged, results, **request.async_fn_kwargs)
 
 
 def _metadata(contents: Contents) -> dict[str, Any]:
