@@ -38,6 +38,6 @@ def test_resolving_twice_changes_nothing(flat: dict[str, Any]) -> None:
     config = JobConfig.from_flat(flat | {"actor_num_gpus_per_node": 1, "actor_num_nodes": 1, "micro_batch_size": 1})
     if config.cluster.distributed_backend == "nccl":
         return
-    resolved = config.resolve("cpu")
+    resolved = config.resolve("cuda" if config.weights.update_weight_transfer_mode == "cuda_ipc" else "cpu")
     assert resolved.resolve("cpu") == resolved
     assert resolved.services.device != "auto"
