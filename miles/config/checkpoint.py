@@ -19,6 +19,9 @@ class CheckpointConfig(Section):
     save_interval: Positive | None = None
     """Rollouts between checkpoints; not given means only at the end."""
 
+    async_save: bool = False
+    """Write checkpoints while training goes on; each is complete, and its samples are done with, a little later."""
+
     no_save_optim: bool = False
     """Leave the optimizer's state out of checkpoints."""
 

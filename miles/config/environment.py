@@ -216,20 +216,11 @@ def _devices(s: Settings) -> Iterator[Fault]:
         yield Fault("actor_num_gpus_per_node", wanted, f"this machine has {gpus}", f"set it to at most {gpus}")
 
 
-def _resumable(s: Settings) -> Iterator[Fault]:
-    if s.train_backend == "megatron" and not s.use_distributed_optimizer:
-        problem = (
-            "optimizer state that is not distributed comes back wrong from a checkpoint, so that no run can resume"
-        )
-        yield Fault("use_distributed_optimizer", False, problem, "set it; it works with one rank too")
-
-
 _DEPLOYMENT_CHECKS: tuple[Rule, ...] = (_access_files, _ports, _devices)
 _FILE_CHECKS: tuple[Rule, ...] = (
     _models,
     _adapter,
     layout_faults,
-    _resumable,
     _data_files,
     _folders,
     _functions,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from miles.config.section import Derived, NonNegativeFloat, Positive, Section, derived
+from miles.config.section import Derived, NonNegativeFloat, Positive, PositiveFloat, Section, derived
 
 
 class MegatronConfig(Section):
@@ -54,6 +54,16 @@ class MegatronConfig(Section):
 
     moe_aux_loss_coeff: NonNegativeFloat = 0.0
     """Weight of the load-balancing loss."""
+
+    mtp_num_layers: Positive | None = None
+    """Layers for multi-token prediction that the model has and the trainer is to hold; not given leaves them out, and
+    Hugging Face folders get those of hf_checkpoint."""
+
+    enable_mtp_training: bool = False
+    """Train them too, on the same tokens; neither embeddings nor the other layers get a gradient of it."""
+
+    mtp_loss_scaling_factor: PositiveFloat = 0.2
+    """Weight of their loss."""
 
     recompute_granularity: Literal["full", "selective"] | None = None
     """Recompute whole layers in the backward pass, or only what recompute_modules names."""

@@ -22,6 +22,7 @@ def layout_faults(s: Settings) -> Iterator[Fault]:
         yield from _tensor_faults(s, model)
         yield from _pipeline_faults(s, model)
         yield from _expert_faults(s, model)
+        yield from _prediction_faults(s, model)
 
 
 _SHAPE = (
@@ -77,6 +78,9 @@ def _tensor_faults(s: Settings, model: dict[str, Any]) -> Iterator[Fault]:
     if groups and not latent and groups % size and size % groups:
         problem = f"it and the model's {groups} key/value heads do not divide each other"
         yield Fault("tensor_model_parallel_size", size, problem, "choose one that does")
+    if model.get("model_type") == "minimax_m2" and size > 1:
+        problem = "megatron-bridge 0.6.2 has no gradient over ranks of the model's norms of all heads at once"
+        yield Fault("tensor_model_parallel_size", size, problem, "set it to 1")
     if latent and size > 1 and (s.transformer_impl == "local" or s.device == "cpu"):
         problem = "multi-head latent attention is split over ranks by TransformerEngine's layers alone"
         yield Fault("tensor_model_parallel_size", size, problem, "set it to 1, or train on GPUs with TransformerEngine")
@@ -93,6 +97,13 @@ def _pipeline_faults(s: Settings, model: dict[str, Any]) -> Iterator[Fault]:
     elif layers % (stages * virtual):
         problem = f"it does not divide the {layers // stages} layers of a stage"
         yield Fault("num_virtual_stages_per_pipeline_rank", virtual, problem, "choose one that does")
+
+
+def _prediction_faults(s: Settings, model: dict[str, Any]) -> Iterator[Fault]:
+    layers = model.get("num_nextn_predict_layers") or 0
+    if s.mtp_num_layers is not None and s.mtp_num_layers != layers:
+        problem = f"the model has {layers} layers for multi-token prediction"
+        yield Fault("mtp_num_layers", s.mtp_num_layers, problem, f"set it to {layers}" if layers else "leave it out")
 
 
 def _expert_faults(s: Settings, model: dict[str, Any]) -> Iterator[Fault]:

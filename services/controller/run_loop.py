@@ -235,6 +235,8 @@ class RunLoop:
         self.status.enter("training")
         with self._clock.during("train"), self._activity.during(trainer.worker_id, "train"):
             done = await trainer.train(self._step, batch.group_ids, batch.dropped)
+        if done.checkpoint_dir:
+            self._history.summary["checkpoint"] = done.checkpoint_dir
         trained = time.monotonic()
         admission.finish_step(batch)
         step, self._step = self._step, self._step + 1
@@ -320,18 +322,21 @@ class RunLoop:
     async def _save_if_asked(self, trainer: TrainerLink, *, due: bool = False) -> None:
         if self._controls.checkpoint or due:
             self._controls.checkpoint = False
-            await self._save(trainer, export_hf=self._config.checkpoint.save_hf is not None)
+            settings = self._config.checkpoint
+            await self._save(trainer, export_hf=settings.save_hf is not None, in_background=settings.async_save)
 
-    async def _save(self, trainer: TrainerLink, export_hf: bool) -> None:
+    async def _save(self, trainer: TrainerLink, export_hf: bool, in_background: bool = False) -> None:
         saving = self.status.during("saving", "the checkpoint to be written")
         with saving, self._clock.during("train"), self._activity.during(trainer.worker_id, "save"):
-            saved = await trainer.save(export_hf)
-        self._history.summary["checkpoint"] = saved.checkpoint_dir
+            saved = await trainer.save(export_hf, in_background)
+        if saved.checkpoint_dir:
+            self._history.summary["checkpoint"] = saved.checkpoint_dir
         if saved.hf_dir:
             self._history.summary["hf_checkpoint"] = saved.hf_dir
         self._summarise()
         await self._history.save()
-        await self._say(f"saved {saved.checkpoint_dir} in {saved.save_s:.1f} s")
+        what = f"the checkpoint of step {saved.step} begun" if in_background else f"saved {saved.checkpoint_dir}"
+        await self._say(f"{what} in {saved.save_s:.1f} s")
 
     async def _hold_while_paused(self, trainer: TrainerLink) -> None:
         if not self._controls.paused:

@@ -107,9 +107,11 @@ class TrainerLink:
         what = f"export of version {version}"
         return await self._while_alive(call(self._stub.Export(request), what, deadlines.EXPORT_S), what)
 
-    async def save(self, export_hf: bool) -> trainer_pb2.SaveCheckpointResponse:
-        """Write a checkpoint."""
-        request = trainer_pb2.SaveCheckpointRequest(job_id=self._context.job_id, export_hf=export_hf)
+    async def save(self, export_hf: bool, in_background: bool) -> trainer_pb2.SaveCheckpointResponse:
+        """Write a checkpoint; in the background it is complete when an answer to a later call names it."""
+        request = trainer_pb2.SaveCheckpointRequest(
+            job_id=self._context.job_id, export_hf=export_hf, in_background=in_background
+        )
         saving = call(self._stub.SaveCheckpoint(request), "checkpoint", deadlines.CHECKPOINT_S)
         return await self._while_alive(saving, "checkpoint")
 

@@ -144,7 +144,7 @@ async def serve(arguments: argparse.Namespace, ranks: Ranks, worker: RankWorker)
                 tasks.append(asyncio.create_task(attachment.run(), name="controller attachment"))
             for task in tasks:
                 stack.callback(task.cancel)
-            await server.wait_for_termination()
+            await asyncio.shield(server.wait_for_termination())  # once cancelled, it would make stop() fail too
     finally:
         await server.stop(_STOP_GRACE_S)
         await servicer.close()

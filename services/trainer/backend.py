@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     import torch
 
     from miles.rpc.gen import policy_pb2
+    from miles.services.trainer.saving import Saving
 
 
 METRICS_KEPT = 64
@@ -112,6 +113,12 @@ class TrainerBackend(Protocol):
 
     def save(self, directory: pathlib.Path, state: TrainerState) -> None:
         """Write a checkpoint that `load` restores bit for bit: parameters, optimizer, scheduler, RNG, state."""
+
+    def begin_save(self, directory: pathlib.Path, state: TrainerState) -> Saving:
+        """As `save`, but return as soon as the contents are held; other calls may come before `Saving.finish`.
+
+        Only for a job with `async_save`, and only when the one before has finished.
+        """
 
     def save_hf(self, directory: pathlib.Path) -> None:
         """Write the policy as a HF checkpoint with tokenizer and config."""

@@ -59,7 +59,7 @@ def hf_to_dist(config: JobConfig, directory: pathlib.Path) -> None:
 def dist_to_hf(config: JobConfig, source: pathlib.Path, directory: pathlib.Path) -> None:
     """Write a checkpoint's weights as a Hugging Face folder; `source` is one or a folder of them; collective.
 
-    Tensors of the model's folder that Megatron-Core does not train, e.g. layers for multi-token prediction, are copied.
+    Tensors of the model's folder that are not converted, e.g. layers for multi-token prediction, are copied.
     """
     import torch.distributed as dist
 
@@ -99,6 +99,7 @@ def _job_config(options: argparse.Namespace) -> JobConfig:
 
     from miles.config import JobConfig
 
+    layers = {} if options.mtp_num_layers is None else {"mtp_num_layers": options.mtp_num_layers}
     sizes = {name.replace("-", "_"): getattr(options, name.replace("-", "_")) for name in _SIZES}
     return JobConfig.from_flat(
         {
@@ -116,6 +117,7 @@ def _job_config(options: argparse.Namespace) -> JobConfig:
             "actor_num_gpus_per_node": dist.get_world_size(),
             "sequence_parallel": sizes["tensor_model_parallel_size"] > 1,
             **sizes,
+            **layers,
         }
     )
 
@@ -133,6 +135,8 @@ def _parser() -> argparse.ArgumentParser:
         each.add_argument("--save", type=pathlib.Path, required=True, metavar="DIR", help="where to write")
         each.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="type of the weights")
         each.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to convert")
+        help_mtp = "the model's layers for multi-token prediction, to be converted too"
+        each.add_argument("--mtp-num-layers", type=int, metavar="N", help=help_mtp)
         for name in _SIZES:
             each.add_argument(f"--{name}", type=int, default=1, metavar="N")
     return parser

@@ -21,6 +21,7 @@ from miles.queue.payload import encode_group
 from miles.rpc import connect_blocking
 from miles.rpc.gen import controller_pb2, policy_pb2, trainer_pb2, trainer_pb2_grpc, weightsync_pb2_grpc
 from miles.services.trainer.backend import Progress, TrainerState
+from miles.services.trainer.checkpointing import Checkpointing
 from miles.services.trainer.leader import Leader
 from miles.services.trainer.ranks import Command
 from miles.services.trainer.rollout_metrics import rollout_metrics
@@ -37,6 +38,8 @@ _T = TypeVar("_T")
 SERVICE_NAME = trainer_pb2.DESCRIPTOR.services_by_name["TrainerService"].full_name
 _WORD_EVERY_S = 5.0
 """How often a stream says something while nothing changes."""
+_LAST_SAVE_S = 45.0
+"""How long a trainer that is told to end waits for the checkpoint that it is writing; less than `STOP_LIMIT_S`."""
 
 
 @dataclasses.dataclass(slots=True)
@@ -51,10 +54,7 @@ class _Job:
     weightsync: grpc.Channel
     weightsync_address: str
     state: TrainerState
-    saved_step: int | None
-    """Step of the newest checkpoint; None when there is none."""
-    unacknowledged: set[int] = dataclasses.field(default_factory=set)
-    """Groups consumed since that checkpoint."""
+    checkpoints: Checkpointing
     publisher: WeightPublisher | None = None
     """Kept from one version to the next: it holds mappings that are costly to make."""
 
@@ -77,9 +77,9 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServiceServicer):
         return controller_pb2.WorkerHeartbeat(progress=self._progress, activity=self._activity)
 
     async def close(self) -> None:
-        """Let go of the job; its memory ends with the process."""
+        """Let go of the job when its checkpoint is complete; its memory ends with the process."""
         if self._job is not None:
-            await self._release(self._job)
+            await asyncio.wait_for(self._release(self._job), _LAST_SAVE_S)
 
     async def StartJob(
         self,
@@ -110,8 +110,8 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServiceServicer):
             job = self._job
             if job is not None and job.job_id == request.job_id:
                 self._job = None
-                await self._release(job)
-                await self._leader.run(Command("stop"))
+                async with _as_status(context):
+                    await self._give_up(job)
         return trainer_pb2.TrainerStopJobResponse()
 
     async def Train(
@@ -133,7 +133,12 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServiceServicer):
                 await context.abort(
                     grpc.StatusCode.OUT_OF_RANGE, f"step {request.step} was taken, but its metrics are no longer kept"
                 )
-            done = trainer_pb2.TrainDone(step=request.step, metrics=metrics, group_ids=request.group_ids)
+            done = trainer_pb2.TrainDone(
+                step=request.step,
+                metrics=metrics,
+                group_ids=request.group_ids,
+                checkpoint_dir=str(job.checkpoints.newest or ""),
+            )
             yield trainer_pb2.TrainResponse(phase=trainer_pb2.TRAIN_PHASE_DONE, done=done)
 
     async def Export(
@@ -163,9 +168,9 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServiceServicer):
             job = await self._held(request.job_id, context)
             began = time.monotonic()
             async with _as_status(context):
-                directory, hf_dir = await asyncio.shield(self._begin(self._save(job, request.export_hf)))
+                hf_dir = await asyncio.shield(self._begin(self._save(job, request)))
         return trainer_pb2.SaveCheckpointResponse(
-            checkpoint_dir=str(directory),
+            checkpoint_dir=str(job.checkpoints.newest or ""),
             hf_dir="" if hf_dir is None else str(hf_dir),
             step=job.state.step,
             save_s=time.monotonic() - began,
@@ -190,16 +195,18 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServiceServicer):
         state: TrainerState = await self._leader.run(Command("start", arguments))
         client = await connect_async(request.redis_url)
         loaded_from = self._leader.worker.loaded_from
+        queue = GroupQueue(client, request.job_id)
+        saved_step = state.step if loaded_from is not None and loaded_from == folder / loaded_from.name else None
         job = _Job(
             job_id=request.job_id,
             config=config,
             run_dir=run_dir,
             redis=client,
-            queue=GroupQueue(client, request.job_id),
+            queue=queue,
             weightsync=connect_blocking(request.weightsync_address),
             weightsync_address=request.weightsync_address,
             state=state,
-            saved_step=state.step if loaded_from is not None and loaded_from == folder / loaded_from.name else None,
+            checkpoints=Checkpointing(self._leader, queue, folder, saved_step),
         )
         if loaded_from is not None:  # a crash between a checkpoint and its acknowledgement leaves entries behind
             left = [entry.group_id for entry in await job.queue.outstanding() if state.is_consumed(entry.group_id)]
@@ -207,6 +214,7 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServiceServicer):
         self._job = job
 
     async def _train(self, job: _Job, request: trainer_pb2.TrainRequest, report: Callable[[Progress], None]) -> None:
+        job.checkpoints.check()
         group_ids = list(request.group_ids)
         report(Progress("waiting", 0, len(group_ids)))
         collected = await job.queue.collect(group_ids, request.deadline_ms / 1000)
@@ -218,11 +226,10 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServiceServicer):
         except Exception:
             # Some parameters may have moved and others not: the job has to be loaded again.
             self._job = None
-            await self._release(job)
-            await self._leader.run(Command("stop"))
+            await self._give_up(job)
             raise
         job.state.consume([*group_ids, *request.dropped_group_ids])
-        job.unacknowledged.update([*group_ids, *request.dropped_group_ids])
+        job.checkpoints.consumed([*group_ids, *request.dropped_group_ids])
         job.state.finish_step({**metrics, **rollout_metrics(groups, job.config.reward.reward_key)})
 
     async def _publish(self, job: _Job, version: int) -> PublishResult:
@@ -249,27 +256,31 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServiceServicer):
             times = merge(draft, reports)
             return await self._leader.alone(lambda _: publisher.finish(draft, times))
 
-    async def _save(self, job: _Job, export_hf: bool) -> tuple[pathlib.Path, pathlib.Path | None]:
+    async def _save(self, job: _Job, request: trainer_pb2.SaveCheckpointRequest) -> pathlib.Path | None:
+        """Returns the Hugging Face folder, when one was asked for."""
         step = job.state.step
-        directory = checkpoint_dir(job.config, job.run_dir) / f"step_{step:08d}"
-        if job.saved_step != step:
-            await self._leader.run(Command("save", {"directory": str(directory), "state": job.state.to_json()}))
-            job.saved_step = step
-        covered = sorted(job.unacknowledged)
-        await job.queue.acknowledge(covered)
-        job.unacknowledged.difference_update(covered)
+        await job.checkpoints.save(job.state, in_background=request.in_background)
         template = job.config.checkpoint.save_hf
-        if template is None and not export_hf:
-            return directory, None
+        if template is None and not request.export_hf:
+            return None
         hf_dir = pathlib.Path(template.format(rollout_id=step)) if template else job.run_dir / "hf" / str(step)
         await self._leader.run(Command("save_hf", {"directory": str(hf_dir)}))
-        return directory, hf_dir
+        return hf_dir
+
+    async def _give_up(self, job: _Job) -> None:
+        try:
+            await self._release(job)
+        finally:
+            await self._leader.run(Command("stop"))
 
     async def _release(self, job: _Job) -> None:
-        if job.publisher is not None:
-            job.publisher.close()
-        job.weightsync.close()
-        await job.redis.aclose()
+        try:
+            await job.checkpoints.settle()
+        finally:
+            if job.publisher is not None:
+                job.publisher.close()
+            job.weightsync.close()
+            await job.redis.aclose()
 
     async def _parse_config(
         self, request: trainer_pb2.TrainerStartJobRequest, context: grpc.aio.ServicerContext[Any, Any]

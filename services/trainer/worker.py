@@ -11,12 +11,14 @@ import torch
 from miles.config import JobConfig
 from miles.queue.payload import decode_group
 from miles.services.trainer.backend import Progress, TrainerBackend, TrainerState
+from miles.services.trainer.checkpointing import WRITING, WRITTEN
 from miles.services.trainer.ranks import Command
 from miles.types import SampleGroup
 from miles.weights.export_format import AS_TRAINED, ExportFormat, formatted_layout
 
 if TYPE_CHECKING:
     from miles.rpc.gen import policy_pb2
+    from miles.services.trainer.saving import Saving
     from miles.weights.publisher import Layout, WeightSender
     from miles.weights.transport import Endpoint
 
@@ -31,6 +33,8 @@ class RankWorker:
         self._backend: TrainerBackend | None = None
         self._sender: WeightSender | None = None
         """Of a rank other than 0; rank 0 has that of its publisher."""
+        self._saving: Saving | None = None
+        """The checkpoint that is being written."""
         self._export_format: ExportFormat = AS_TRAINED
         self.loaded_from: pathlib.Path | None = None
         """Checkpoint that the job was loaded from; None for the initial weights."""
@@ -45,7 +49,8 @@ class RankWorker:
     ) -> Any:
         """Carry out a command; rank 0 also gives what cannot be broadcast.
 
-        Returns the state (start), the metrics (train), or the report for `exporting.merge` (export).
+        Returns the state (start), the metrics (train), the report for `exporting.merge` (export), or whether this
+        rank's files of a checkpoint are written (save_progress).
         """
         arguments = command.arguments
         match command.name:
@@ -61,6 +66,15 @@ class RankWorker:
                 return self._loaded().save(
                     pathlib.Path(arguments["directory"]), TrainerState.from_json(arguments["state"])
                 )
+            case "begin_save":
+                state = TrainerState.from_json(arguments["state"])
+                self._saving = self._loaded().begin_save(pathlib.Path(arguments["directory"]), state)
+                return None
+            case "save_progress":
+                return WRITTEN if self._saving is None or self._saving.done() else WRITING
+            case "finish_save":
+                saving, self._saving = self._saving, None
+                return None if saving is None else saving.finish()
             case "save_hf":
                 return self._loaded().save_hf(pathlib.Path(arguments["directory"]))
             case "stop":
@@ -107,6 +121,9 @@ class RankWorker:
         if self._sender is not None:
             self._sender.close()
         self._sender = None
+        if self._saving is not None:
+            self._saving.wait()
+        self._saving = None
         if self._backend is not None:
             self._backend.close()
         self._backend = self.loaded_from = None

@@ -22,7 +22,6 @@ def run_to_end(start_run: Start, folder: pathlib.Path, run_dir: pathlib.Path, **
     megatron = {
         "train_backend": "megatron",
         "actor_num_gpus_per_node": 2,
-        "use_distributed_optimizer": True,
         "train_env_vars": json.dumps(cpu_environment()),
         **changes,
     }

@@ -11,20 +11,14 @@ import pytest
 import torch
 from megatron_kit import ROOT, SUPPORT, needs_megatron, run_python
 from megatron_models import FAMILIES, write_model
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from trainer_cases import VOCAB
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600), needs_megatron]
 
 DOCUMENT = ROOT / "docs" / "megatron.md"
 START, END = "<!-- families: written by tests/integration/test_megatron_families.py -->", "<!-- end of families -->"
-WITHOUT_ENGINE = {
-    "GLM-4.5": "its experts are grouped, which needs TransformerEngine",
-    "MiniMax-M2": "its experts are grouped, which needs TransformerEngine",
-    "Gemma 2": "sliding windows need TransformerEngine",
-    "Gemma 3": "sliding windows need TransformerEngine",
-    "Llama 4": "megatron-bridge 0.6.2 has no text model of it",
-}
+WITHOUT_ENGINE = {"Llama 4": "megatron-bridge 0.6.2 has no text model of it"}
 """Families that the local layers do not have, and why."""
 
 
@@ -70,6 +64,24 @@ def test_a_family_has_the_same_logits_and_gets_its_weights_back(
     assert "error" not in found, found
     assert found["logits"] < 1e-5
     assert found["weights_equal"]
+
+
+def test_a_checkpoint_holds_layers_for_multi_token_prediction(tmp_path: pathlib.Path) -> None:
+    """Written with a folder as a pattern whose own have other values, they are those of the model converted first."""
+    source = write_model("DeepSeek-V3, MTP", tmp_path / "source")
+    pattern = write_model("DeepSeek-V3, MTP", tmp_path / "pattern")
+    tensors = load_file(pattern / "model.safetensors")
+    own = [name for name in tensors if name.startswith("model.layers.4.")]
+    save_file({**tensors, **{name: torch.zeros_like(tensors[name]) for name in own}}, pattern / "model.safetensors")
+    convert = ["-m", "miles.services.trainer.convert"]
+    held = ["--mtp-num-layers", "1", "--dtype", "float32"]
+    kept, back = str(tmp_path / "dist"), tmp_path / "back"
+    run_python([*convert, "hf-to-dist", "--hf-checkpoint", str(source), "--save", kept, *held])
+    run_python([*convert, "dist-to-hf", "--hf-checkpoint", str(pattern), "--load", kept, "--save", str(back), *held])
+    before, after = load_file(source / "model.safetensors"), load_file(back / "model.safetensors")
+    assert len(own) > 20
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
 
 
 @pytest.mark.parametrize("family", WITHOUT_ENGINE)

@@ -16,9 +16,20 @@ from megatron_kit import needs_megatron, run_cases
 from megatron_models import EXPERTS, TOP_K, write_model
 from safetensors.torch import load_file, save_file
 
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(600), needs_megatron]
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(1200), needs_megatron]
 
-MODELS = {"dense": "Llama", "tied": "Llama, tied", "moe": "Qwen3-MoE", "latent": "DeepSeek-V3"}
+MODELS = {
+    "dense": "Llama",
+    "tied": "Llama, tied",
+    "moe": "Qwen3-MoE",
+    "latent": "DeepSeek-V3",
+    "windows": "Gemma 2",
+    "local-global": "Gemma 3",
+    "whole-norms": "MiniMax-M2",
+    "predicting": "GLM-4.5, MTP",
+}
+HELD = {"predicting": {"mtp_num_layers": 1}, "learning": {"mtp_num_layers": 1, "enable_mtp_training": True}}
+"""Layers for multi-token prediction: held as they are, or trained."""
 MOE_LAYERS = {"moe": 4, "latent": 3}
 TRAINING = {"adam_eps": 1e-3, "weight_decay": 0.1, "lr_warmup_iters": 1}
 REPLAY = {
@@ -65,6 +76,19 @@ LAYOUTS: dict[str, tuple[int, str, dict[str, Any]]] = {
     "replay-cp2": (2, "replay", CP2),
     "latent-pp2": (2, "latent", {**PP2, **RECOMPUTE}),
     "latent-cp2": (2, "latent", CP2),
+    "windows-sp": (2, "windows", SP),
+    "windows-pp2": (2, "windows", PP2),
+    "windows-cp2": (2, "windows", CP2),
+    "local-global-sp": (2, "local-global", SP),
+    "local-global-pp2": (2, "local-global", PP2),
+    "local-global-cp2": (2, "local-global", CP2),
+    "whole-norms-ep2": (2, "whole-norms", EP2),
+    "predicting-sp": (2, "predicting", SP),
+    "learning-sp": (2, "learning", SP),
+    "learning-dp2": (2, "learning", {}),
+    "learning-tp2-ep2": (4, "learning", {**SP, **EP2, **DP2}),
+    "predicting-pp2": (2, "predicting", PP2),
+    "predicting-ep2": (2, "predicting", {**EP2, **DP2}),
     "ppo-tp2": (2, "ppo", TP2),
     "ppo-sp": (2, "ppo", SP),
     "ppo-vpp": (2, "ppo", VPP),
@@ -83,18 +107,20 @@ LAYOUTS: dict[str, tuple[int, str, dict[str, Any]]] = {
 def case(name: str, base: str, folder: pathlib.Path, **flags: Any) -> dict[str, Any]:
     """What `backend_cases` is to run; `base` is a model, or what is done with one.
 
-    That is replay (of the moe model), ppo (of the tied one), or old: kept old actors and a teacher (the dense one).
+    That is replay (of the moe model), ppo (of the tied one), old: kept old actors and a teacher (the dense one), or
+    learning: layers for multi-token prediction (of the model that has some).
     """
-    model = {"replay": "moe", "ppo": "tied", "old": "dense"}.get(base, base)
+    model = {"replay": "moe", "ppo": "tied", "old": "dense", "learning": "predicting"}.get(base, base)
     replays = base in ("replay", "latent")
     routing = [EXPERTS, MOE_LAYERS[model], TOP_K] if replays else None
     training = {
         "ppo": {**PPO, "critic_load": str(folder / "reward")},
         "old": {**OLD, "opd_teacher_load": str(folder / "teacher")},
-    }.get(base, {})
+    }.get(base, HELD.get(base, {}))
     settings = {**TRAINING, "train_backend": "megatron", **(REPLAY if replays else training), **flags}
     old = base == "old"
-    return {"name": name, "model": str(folder / model), "flags": settings, "routing": routing, "off_policy": old}
+    found = {"name": name, "model": str(folder / model), "flags": settings, "routing": routing, "off_policy": old}
+    return {**found, "seed": 0, "save_hf": True} if base in HELD else found
 
 
 def write_reward_model(folder: pathlib.Path) -> None:
@@ -128,27 +154,54 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
         megatron=False,
     )
     run_cases([case(f"fsdp-{base}-dp2", base, out, **fsdp) for base in ("ppo", "old")], out, ranks=2, megatron=False)
-    alone = [case(name, name, out) for name in ("dense", "tied", "moe", "replay", "latent", "ppo", "old")]
+    alone = [case(name, name, out) for name in [*MODELS, "replay", "learning", "ppo", "old"]]
     for base in ("ppo", "old"):
         alone.append({**case(f"{base}-saved", base, out, **DP2), "save_at": 2})
         alone.append(case(f"{base}-resumed", base, out, **DP2, load=str(out / f"{base}-saved" / "checkpoints")))
-    saved = {**case("saved", "moe", out, **DP2), "save_at": 2, "save_hf": True}
-    resumed = case("resumed", "moe", out, **DP2, load=str(out / "saved" / "checkpoints"))
-    moving = {"use_kl_loss": True, "kl_loss_coef": 0.1, "ref_update_interval": 2, **DP2}
+    kept = []
+    for kind, flags in OPTIMIZERS.items():
+        saved = {**case(f"saved-{kind}", "moe", out, **flags), "save_at": 2, "save_hf": kind == "distributed"}
+        resumed = case(f"resumed-{kind}", "moe", out, **flags, load=str(out / f"saved-{kind}" / "checkpoints"))
+        kept += [saved, resumed]
+        begun = {**case(f"begun-{kind}", "moe", out, **flags), "save_at": 2, "save_in_background": True}
+        kept += [begun, case(f"taken-up-{kind}", "moe", out, **flags, load=str(out / f"begun-{kind}" / "checkpoints"))]
+    for kind, source in EXCHANGED.items():
+        load = str(out / f"saved-{source}" / "checkpoints")
+        kept.append(case(f"exchanged-{kind}", "moe", out, **OPTIMIZERS[kind], load=load))
+    moving = {"use_kl_loss": True, "kl_loss_coef": 0.1, "ref_update_interval": 2}
     moved = {**case("moved", "dense", out, **moving), "save_at": 3, "steps": 4}
     removed = {**case("moved-resumed", "dense", out, **moving, load=str(out / "moved" / "checkpoints")), "steps": 4}
     replayed = case("recomputed", "replay", out, **RECOMPUTE)
-    run_cases([*alone, replayed, saved, resumed, moved, removed], out)
+    run_cases([*alone, replayed, *kept, moved, removed], out)
     for ranks in (2, 4):
         cases = [case(name, base, out, **flags) for name, (n, base, flags) in LAYOUTS.items() if n == ranks]
         if ranks == 2:
-            load = str(out / "saved" / "checkpoints")
-            cases += [case(f"resumed-{n}", "moe", out, **f, **DP2, load=load) for n, f in RESUMED.items()]
+            for name, (kind, layout) in RESUMED.items():
+                load = str(out / f"saved-{kind}" / "checkpoints")
+                cases.append(case(f"resumed-{name}", "moe", out, **{**OPTIMIZERS[kind], **layout}, load=load))
         run_cases(cases, out, ranks=ranks)
     return out
 
 
-RESUMED = {"sp": SP, "pp2": PP2, "ep2": EP2}
+OPTIMIZERS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "distributed": DP2,
+    "16-bit": {"train_dtype": "bfloat16"},
+    "16-bit-distributed": {"train_dtype": "bfloat16", **DP2},
+}
+"""Each keeps its state in its own way."""
+EXCHANGED = {
+    "plain": "distributed",
+    "distributed": "plain",
+    "16-bit": "16-bit-distributed",
+    "16-bit-distributed": "16-bit",
+}
+"""Kind of optimizer that goes on with the state of another."""
+RESUMED = {
+    f"{kind}-{name}": (kind, layout)
+    for kind in ("plain", "distributed")
+    for name, layout in {"dp2": {}, "sp": SP, "pp2": PP2, "ep2": EP2}.items()
+}
 
 
 def worst_differences(out: pathlib.Path, left: str, right: str) -> tuple[float, float]:
@@ -200,8 +253,20 @@ def test_the_layout_announces_what_is_exported(results: pathlib.Path, name: str)
     assert sorted(announced) == sorted([n, str(t.dtype), list(t.shape)] for n, t in weights.items())
 
 
-def test_a_resumed_run_goes_on_bit_for_bit(results: pathlib.Path) -> None:
-    assert worst_differences(results, "saved", "resumed") == (0.0, 0.0)
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_a_resumed_run_goes_on_bit_for_bit(results: pathlib.Path, kind: str) -> None:
+    assert worst_differences(results, f"saved-{kind}", f"resumed-{kind}") == (0.0, 0.0)
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_a_checkpoint_written_while_training_goes_on_has_the_state_of_before(results: pathlib.Path, kind: str) -> None:
+    assert worst_differences(results, f"saved-{kind}", f"taken-up-{kind}") == (0.0, 0.0)
+    assert worst_differences(results, f"saved-{kind}", f"begun-{kind}") == (0.0, 0.0)
+
+
+@pytest.mark.parametrize("kind", EXCHANGED)
+def test_another_kind_of_optimizer_goes_on_with_the_state(results: pathlib.Path, kind: str) -> None:
+    assert worst_differences(results, f"saved-{kind}", f"exchanged-{kind}") == (0.0, 0.0)
 
 
 @pytest.mark.parametrize("base", ["ppo", "old"])
@@ -233,16 +298,49 @@ def test_a_reference_that_moves_is_resumed_as_it_was(results: pathlib.Path) -> N
 
 @pytest.mark.parametrize("name", RESUMED)
 def test_a_checkpoint_goes_on_in_another_layout(results: pathlib.Path, name: str) -> None:
-    metrics, weights = worst_differences(results, "saved", f"resumed-{name}")
+    metrics, weights = worst_differences(results, f"saved-{RESUMED[name][0]}", f"resumed-{name}")
     assert metrics < 1e-5
     assert weights < 1e-5
 
 
+def prediction_layers(file: pathlib.Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for name, tensor in load_file(file).items() if name.startswith("model.layers.4.")}
+
+
+def test_layers_for_multi_token_prediction_learn_and_leave_the_rest_alone(results: pathlib.Path) -> None:
+    losses = [step["train/mtp_loss"] for step in json.loads((results / "learning.json").read_text())["metrics"]]
+    assert losses == sorted(losses, reverse=True)
+    without, rest = (load_file(results / f"{name}.safetensors") for name in ("predicting", "learning"))
+    assert all(torch.equal(without[name], rest[name]) for name in without)
+    untrained = ("embed_tokens.weight", "shared_head.head.weight", "e_score_correction_bias")
+    before = prediction_layers(results / "predicting" / "model.safetensors")
+    after = prediction_layers(results / "learning" / "hf" / "model.safetensors")
+    assert before.keys() == after.keys()
+    assert not any(torch.equal(before[name], after[name]) for name in before if not name.endswith(untrained))
+
+
+@pytest.mark.parametrize("name", ["predicting", "predicting-pp2", "predicting-ep2"])
+def test_layers_for_multi_token_prediction_that_are_not_trained_stay_as_they_are(
+    results: pathlib.Path, name: str
+) -> None:
+    before = prediction_layers(results / "predicting" / "model.safetensors")
+    after = prediction_layers(results / name / "hf" / "model.safetensors")
+    assert before.keys() == after.keys()
+    shared = ("embed_tokens.weight", "shared_head.head.weight")
+    assert all(torch.equal(before[name], after[name]) for name in before if not name.endswith(shared))
+
+
+@pytest.mark.parametrize("name", ["learning-sp", "learning-dp2", "learning-tp2-ep2"])
+def test_layers_for_multi_token_prediction_learn_the_same_in_every_layout(results: pathlib.Path, name: str) -> None:
+    alone, spread = (prediction_layers(results / part / "hf" / "model.safetensors") for part in ("learning", name))
+    assert max(float((alone[name] - spread[name]).abs().max()) for name in alone) < 1e-5
+
+
 def test_the_hugging_face_folder_has_the_names_and_values_of_the_files(results: pathlib.Path) -> None:
-    source, written = (load_file(results / part / "model.safetensors") for part in ("moe", "saved/hf"))
+    source, written = (load_file(results / part / "model.safetensors") for part in ("moe", "saved-distributed/hf"))
     assert source.keys() == written.keys()
     assert all(source[name].shape == written[name].shape for name in source)
-    fused = load_file(results / "saved.safetensors")["model.layers.1.mlp.experts.gate_up_proj"]
+    fused = load_file(results / "saved-distributed.safetensors")["model.layers.1.mlp.experts.gate_up_proj"]
     expert = [written[f"model.layers.1.mlp.experts.5.{part}_proj.weight"] for part in ("gate", "up")]
     torch.testing.assert_close(fused[5], torch.cat(expert), rtol=0, atol=0)
-    assert (results / "saved/hf/tokenizer.json").is_file()
+    assert (results / "saved-distributed/hf/tokenizer.json").is_file()

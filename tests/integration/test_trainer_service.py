@@ -11,6 +11,7 @@ import grpc
 import psutil
 import pytest
 import torch
+from megatron_kit import cpu_environment, needs_megatron
 from safetensors.torch import load_file
 from trainer_cases import job_config, random_groups, write_dense_model, write_moe_model
 from trainer_process import TrainerProcess
@@ -18,6 +19,7 @@ from weightsync_processes import Service
 
 from miles.queue import GroupQueue, connect_async
 from miles.rpc.gen import trainer_pb2
+from miles.services.trainer.checkpoint_record import newest
 
 
 @pytest.fixture
@@ -111,6 +113,115 @@ def test_a_step_taken_before_is_answered_and_a_gap_is_refused(
     assert missing.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
     ready = trainer.start_job(job_id, config, redis_url, weightsync.address, tmp_path / "run")
     assert (ready.step, ready.consumed_below) == (1, 5)
+
+
+BACKENDS = [
+    "fsdp",
+    pytest.param("megatron", marks=[pytest.mark.engine, pytest.mark.timeout(300), needs_megatron]),
+]
+
+
+def environment_of(backend: str) -> dict[str, str] | None:
+    return cpu_environment() if backend == "megatron" else None
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_trainer_killed_while_it_writes_a_checkpoint_resumes_from_the_one_before(
+    tmp_path: pathlib.Path,
+    redis_url: str,
+    job_id: str,
+    weightsync: Service,
+    trainers: list[TrainerProcess],
+    backend: str,
+) -> None:
+    # Large enough that its files take far longer than the way of a signal.
+    model = write_dense_model(tmp_path / "model", hidden_size=512, intermediate_size=4096)
+    config = job_config(model, train_backend=backend, async_save=True)
+    run_dir = tmp_path / "run"
+    put_groups(redis_url, job_id, 1, range(12))
+    trainers.append(TrainerProcess(environment=environment_of(backend)))
+    trainers[0].start_job(job_id, config, redis_url, weightsync.address, run_dir)
+    trainers[0].train(job_id, 0, [0, 1, 2, 3])
+    first = trainers[0].save(job_id)
+    lost = trainers[0].train(job_id, 1, [4, 5, 6, 7])
+    begun = trainers[0].save(job_id, in_background=True)
+    trainers[0].process.kill()
+    assert (begun.step, begun.checkpoint_dir) == (2, first.checkpoint_dir)
+    assert sorted(path.name for path in (run_dir / "checkpoints").iterdir()) == [
+        "latest",
+        "step_00000001",
+        "step_00000002.tmp",
+    ]
+    assert queued(redis_url, job_id) == list(range(4, 12))
+
+    trainers.append(TrainerProcess(environment=environment_of(backend)))
+    ready = trainers[1].start_job(job_id, config, redis_url, weightsync.address, run_dir)
+    assert (ready.step, ready.consumed_below, ready.checkpoint_dir) == (1, 4, first.checkpoint_dir)
+    again = trainers[1].train(job_id, 1, [4, 5, 6, 7])
+    assert {k: v for k, v in again.metrics.items() if "time" not in k} == {
+        k: v for k, v in lost.metrics.items() if "time" not in k
+    }
+    trainers[1].save(job_id, in_background=True)
+    assert trainers[1].save(job_id).checkpoint_dir == str(run_dir / "checkpoints" / "step_00000002")
+    assert queued(redis_url, job_id) == list(range(8, 12))
+
+
+def test_training_goes_on_while_a_checkpoint_is_written_and_the_next_one_waits(
+    tmp_path: pathlib.Path, redis_url: str, job_id: str, weightsync: Service, trainers: list[TrainerProcess]
+) -> None:
+    model = write_dense_model(tmp_path / "model", hidden_size=256, intermediate_size=2048)
+    config = job_config(model, actor_num_gpus_per_node=2, async_save=True)
+    checkpoints = tmp_path / "run" / "checkpoints"
+    put_groups(redis_url, job_id, 1, range(12))
+    trainers.append(TrainerProcess(2))
+    (trainer,) = trainers
+    trainer.start_job(job_id, config, redis_url, weightsync.address, tmp_path / "run")
+    trainer.train(job_id, 0, [0, 1, 2, 3])
+    assert trainer.save(job_id, in_background=True).checkpoint_dir == ""
+    trainer.train(job_id, 1, [4, 5, 6, 7])
+    second = trainer.save(job_id, in_background=True)
+    assert second.checkpoint_dir == str(checkpoints / "step_00000001")
+    assert not set(queued(redis_url, job_id)) & set(range(4))
+    trainer.stop_job(job_id)
+    assert newest(checkpoints) == checkpoints / "step_00000002"
+    assert queued(redis_url, job_id) == list(range(8, 12))
+
+
+def test_an_orderly_end_waits_for_the_checkpoint(
+    tmp_path: pathlib.Path, redis_url: str, job_id: str, weightsync: Service, trainers: list[TrainerProcess]
+) -> None:
+    config = job_config(write_dense_model(tmp_path / "model"), async_save=True)
+    put_groups(redis_url, job_id, 1, range(4))
+    trainers.append(TrainerProcess())
+    trainers[0].start_job(job_id, config, redis_url, weightsync.address, tmp_path / "run")
+    trainers[0].train(job_id, 0, [0, 1, 2, 3])
+    trainers[0].save(job_id, in_background=True)
+    trainers[0].process.terminate()
+    assert trainers[0].process.wait(60) == 0
+    assert newest(tmp_path / "run" / "checkpoints") == tmp_path / "run" / "checkpoints" / "step_00000001"
+    assert queued(redis_url, job_id) == []
+
+
+def test_a_checkpoint_that_cannot_be_written_is_reported_and_tried_again(
+    tmp_path: pathlib.Path, redis_url: str, job_id: str, weightsync: Service, trainers: list[TrainerProcess]
+) -> None:
+    config = job_config(write_dense_model(tmp_path / "model"), async_save=True)
+    checkpoints = tmp_path / "run" / "checkpoints"
+    put_groups(redis_url, job_id, 1, range(8))
+    trainers.append(TrainerProcess())
+    (trainer,) = trainers
+    trainer.start_job(job_id, config, redis_url, weightsync.address, tmp_path / "run")
+    trainer.train(job_id, 0, [0, 1, 2, 3])
+    (checkpoints / "latest.tmp").mkdir(parents=True)  # where the name of the newest checkpoint is written
+    trainer.save(job_id, in_background=True)
+    with pytest.raises(grpc.RpcError) as failed:
+        trainer.save(job_id)
+    assert "latest.tmp" in failed.value.details()
+    assert queued(redis_url, job_id) == list(range(8))
+    (checkpoints / "latest.tmp").rmdir()
+    trainer.train(job_id, 1, [4, 5, 6, 7])
+    trainer.save(job_id)
+    assert queued(redis_url, job_id) == []
 
 
 def test_an_export_is_prepared_under_the_models_names(

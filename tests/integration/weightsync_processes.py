@@ -29,14 +29,16 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE
 class Lines:
     """A process whose stdout is read line by line; every wait ends."""
 
-    def __init__(self, arguments: list[str], wrapper: Sequence[str] = ()) -> None:
-        """`wrapper`: a command that runs the process, given as its last arguments."""
+    def __init__(
+        self, arguments: list[str], wrapper: Sequence[str] = (), environment: Mapping[str, str] | None = None
+    ) -> None:
+        """`wrapper`: a command that runs the process, given as its last arguments; `environment` has more variables."""
         self.process = subprocess.Popen(
             [*wrapper, sys.executable, *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env=ENVIRONMENT,
+            env={**ENVIRONMENT, **(environment or {})},
         )
         self._lines: queue.Queue[str | None] = queue.Queue()
         self.seen: list[Any] = []

@@ -24,8 +24,8 @@ def run_case(case: dict[str, Any], out: pathlib.Path) -> None:
     """Carry out a case on every rank; rank 0 writes `NAME.json` (metrics) and `NAME.safetensors` (exported weights).
 
     A case has: name, model (folder), flags (changes of the configuration), routing (experts, layers, top-k) or None,
-    and optionally steps, save_at, save_hf, and off_policy for samples of two versions; see
-    `tests/integration/test_megatron_layouts.py`.
+    and optionally seed (of every step's groups), steps, save_at, save_in_background (until the next step was taken),
+    save_hf, and off_policy for samples of two versions; see `tests/integration/test_megatron_layouts.py`.
     """
     name, routing = case["name"], case.get("routing")
     config = job_config(
@@ -34,17 +34,24 @@ def run_case(case: dict[str, Any], out: pathlib.Path) -> None:
     )
     backend = create_backend(config, out / name / "checkpoints", device())
     state = backend.load()
-    metrics = []
+    metrics, saving = [], None
     for step in range(state.step, case.get("steps", STEPS)):
-        groups = random_groups(step, routing=tuple(routing) if routing else None)
+        groups = random_groups(case.get("seed", step), routing=tuple(routing) if routing else None)
         if case.get("off_policy"):
             exported(backend)  # as engines get each version
             for sample in (s for group in groups for s in group.samples):
                 sample.weight_versions = two_versions(sample.response_length, step)
         metrics.append(dict(backend.train(step, groups, lambda progress: None)))
         state.finish_step({})
+        if saving is not None:
+            saving.finish()
+            saving = None
         if case.get("save_at") == step + 1:
-            backend.save(out / name / "checkpoints" / f"step_{step + 1:08d}", state)
+            folder = out / name / "checkpoints" / f"step_{step + 1:08d}"
+            if case.get("save_in_background"):
+                saving = backend.begin_save(folder, state)
+            else:
+                backend.save(folder, state)
     weights = exported(backend)
     layout = [[n, str(dtype), list(shape)] for n, dtype, shape in backend.export_layout()]
     if case.get("save_hf"):

@@ -15,6 +15,7 @@ from trainer_cases import job_config
 
 from miles.services.trainer.backends.megatron import groups
 from miles.services.trainer.backends.megatron.export import Exporter
+from miles.services.trainer.backends.megatron.hf_files import original_of
 from miles.services.trainer.backends.megatron.model import build_model
 from miles.services.trainer.backends.megatron.pipeline import Pipeline
 from miles.services.trainer.backends.megatron.rows import LocalRows
@@ -29,9 +30,11 @@ def compare(folder: pathlib.Path) -> dict[str, Any]:
 
     An `error` says why a family cannot be converted here.
     """
+    layers = json.loads((folder / "config.json").read_text()).get("num_nextn_predict_layers") or None
     config = job_config(
         folder,
         train_backend="megatron",
+        mtp_num_layers=layers,
         device=DEVICE.type,
         distributed_backend=None,
         train_dtype=str(DTYPE).removeprefix("torch."),
@@ -50,7 +53,9 @@ def compare(folder: pathlib.Path) -> dict[str, Any]:
         logits = Pipeline(model, place, DEVICE)._forward(model.chunks[0], rows)[0].float().cpu()
     source = {name: tensor.to(DTYPE).float() for name, tensor in load_file(folder / "model.safetensors").items()}
     written = {name: tensor.cpu() for name, tensor in Exporter(model, torch.float32, fuse_experts=False).tensors()}
-    same = source.keys() == written.keys() and all(torch.equal(source[name], written[name]) for name in source)
+    shared = {name: written[str(original_of(name))] for name in source.keys() - written.keys() if original_of(name)}
+    back = {**written, **shared}
+    same = source.keys() == back.keys() and all(torch.equal(source[name], back[name]) for name in source)
     return {"logits": float((logits - reference["logits"]).abs().max()), "weights_equal": same}
 
 

@@ -6,6 +6,7 @@ import pathlib
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from trainer_cases import VOCAB, write_tokenizer
 
 _COMMON: dict[str, Any] = {
@@ -23,6 +24,15 @@ _LATENT: dict[str, Any] = {
     "num_nextn_predict_layers": 0, "rope_interleave": True, "routed_scaling_factor": 2.5,
 }  # fmt: skip
 
+_GLM: dict[str, Any] = {
+    "head_dim": 8, "n_routed_experts": EXPERTS, "n_shared_experts": 1, "first_k_dense_replace": 1, "n_group": 1,
+    "topk_group": 1, "use_qk_norm": True, "attention_bias": True, "partial_rotary_factor": 0.5,
+    "num_nextn_predict_layers": 0, "pad_token_id": 0,
+}  # fmt: skip
+_GEMMA: dict[str, Any] = {
+    "head_dim": 8, "tie_word_embeddings": True, "query_pre_attn_scalar": 16, "sliding_window": 8,
+}  # fmt: skip
+
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "Llama": ("Llama", {}),
     "Llama, tied": ("Llama", {"tie_word_embeddings": True}),
@@ -30,17 +40,18 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "Qwen3": ("Qwen3", {"head_dim": 8}),
     "Qwen3-MoE": ("Qwen3Moe", {**_EXPERTS, "head_dim": 8, "num_experts": EXPERTS, "norm_topk_prob": True}),
     "DeepSeek-V3": ("DeepseekV3", {**_EXPERTS, **_LATENT, "num_key_value_heads": 4}),
-    "GLM-4.5": (
-        "Glm4Moe",
-        {
-            **_EXPERTS, "head_dim": 8, "n_routed_experts": EXPERTS, "n_shared_experts": 1, "first_k_dense_replace": 1,
-            "n_group": 1, "topk_group": 1, "use_qk_norm": True, "attention_bias": True, "partial_rotary_factor": 0.5,
-            "num_nextn_predict_layers": 0, "pad_token_id": 0,
-        },
+    "DeepSeek-V3, MTP": (
+        "DeepseekV3",
+        {**_EXPERTS, **_LATENT, "num_key_value_heads": 4, "num_nextn_predict_layers": 1},
     ),
-    "MiniMax-M2": ("MiniMaxM2", {"head_dim": 8, "num_local_experts": EXPERTS, "num_experts_per_tok": 2}),
-    "Gemma 2": ("Gemma2", {"head_dim": 8, "tie_word_embeddings": True, "query_pre_attn_scalar": 8}),
-    "Gemma 3": ("Gemma3", {"head_dim": 8, "tie_word_embeddings": True, "query_pre_attn_scalar": 8}),
+    "GLM-4.5": ("Glm4Moe", {**_EXPERTS, **_GLM}),
+    "GLM-4.5, MTP": ("Glm4Moe", {**_EXPERTS, **_GLM, "num_nextn_predict_layers": 1}),
+    "MiniMax-M2": (
+        "MiniMaxM2",
+        {"head_dim": 8, "num_local_experts": EXPERTS, "num_experts_per_tok": 2, "intermediate_size": 24},
+    ),
+    "Gemma 2": ("Gemma2", {**_GEMMA, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0}),
+    "Gemma 3": ("Gemma3", {**_GEMMA, "num_hidden_layers": 6}),
     "Llama 4": (
         "Llama4",
         {"intermediate_size_mlp": 48, "head_dim": 8, "num_local_experts": EXPERTS, "num_experts_per_tok": 1},
@@ -65,5 +76,28 @@ def write_model(family: str, folder: pathlib.Path, seed: int = 0) -> pathlib.Pat
             elif name.endswith("gate.weight"):
                 parameter.copy_(torch.randn(parameter.shape) * 0.3)
     model.save_pretrained(folder)
+    for number in range(getattr(config, "num_nextn_predict_layers", 0)):
+        _add_prediction_layer(folder, config, number)
     write_tokenizer(folder)
     return folder
+
+
+def _add_prediction_layer(folder: pathlib.Path, config: Any, number: int) -> None:
+    """A layer for multi-token prediction, which transformers' modelling code leaves out, like the model's last."""
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    generator = torch.Generator().manual_seed(number)
+    last, own = (f"model.layers.{config.num_hidden_layers + offset}." for offset in (-1, number))
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator) * 0.2
+
+    for name in [name for name in tensors if name.startswith(last)]:
+        tensors[own + name.removeprefix(last)] = random(*tensors[name].shape)
+    size = config.hidden_size
+    for name in ("enorm", "hnorm", "shared_head.norm"):
+        tensors[f"{own}{name}.weight"] = 1 + random(size)
+    tensors[f"{own}eh_proj.weight"] = random(size, 2 * size)
+    tensors[f"{own}embed_tokens.weight"] = tensors["model.embed_tokens.weight"].clone()
+    tensors[f"{own}shared_head.head.weight"] = tensors["lm_head.weight"].clone()
+    save_file(tensors, path, metadata={"format": "pt"})

@@ -19,14 +19,15 @@ from miles.types import Sample, SampleGroup, SampleStatus, VersionSpan
 VOCAB = 97
 
 
-def write_dense_model(folder: pathlib.Path, *, tied: bool = True, layers: int = 3) -> pathlib.Path:
-    """A Llama of about 60k parameters."""
+def write_dense_model(folder: pathlib.Path, *, tied: bool = True, layers: int = 3, **sizes: int) -> pathlib.Path:
+    """A Llama of about 60k parameters, unless `sizes` says otherwise."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=layers, num_attention_heads=4,
-        num_key_value_heads=2, tie_word_embeddings=tied, initializer_range=0.2, bos_token_id=1, eos_token_id=2,
+        vocab_size=VOCAB, num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=2,
+        tie_word_embeddings=tied, initializer_range=0.2, bos_token_id=1, eos_token_id=2,
+        **{"hidden_size": 32, "intermediate_size": 48, **sizes},
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(folder)
     write_tokenizer(folder)

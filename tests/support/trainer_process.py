@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 from weightsync_processes import Lines
@@ -18,10 +19,10 @@ DEADLINE_S = 120.0
 class TrainerProcess(Lines):
     """`python -m miles.services.trainer`, under torchrun when there is more than one rank."""
 
-    def __init__(self, ranks: int = 1) -> None:
+    def __init__(self, ranks: int = 1, environment: Mapping[str, str] | None = None) -> None:
         module = ["-m", "miles.services.trainer", "--listen", "127.0.0.1:0", "--device", "cpu"]
         torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-        super().__init__(module if ranks == 1 else [*torchrun, *module])
+        super().__init__(module if ranks == 1 else [*torchrun, *module], environment=environment)
         self.address = self.wait_for(lambda line: line.startswith("listening on "), "address").split()[-1]
         self.stub = trainer_pb2_grpc.TrainerServiceStub(connect_blocking(self.address))
 
@@ -49,8 +50,10 @@ class TrainerProcess(Lines):
         request = trainer_pb2.ExportRequest(job_id=job_id, stream=policy_pb2.WEIGHT_STREAM_POLICY, version=version)
         return self.stub.Export(request, timeout=DEADLINE_S)
 
-    def save(self, job_id: str, export_hf: bool = False) -> trainer_pb2.SaveCheckpointResponse:
-        request = trainer_pb2.SaveCheckpointRequest(job_id=job_id, export_hf=export_hf)
+    def save(
+        self, job_id: str, export_hf: bool = False, in_background: bool = False
+    ) -> trainer_pb2.SaveCheckpointResponse:
+        request = trainer_pb2.SaveCheckpointRequest(job_id=job_id, export_hf=export_hf, in_background=in_background)
         return self.stub.SaveCheckpoint(request, timeout=DEADLINE_S)
 
     def stop_job(self, job_id: str) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from miles.config.catalog import catalog
 from miles.config.faults import Fault
-from miles.config.rules.registry import rule
+from miles.config.rules.registry import needs, rule
 from miles.config.settings import Settings
 
 _FSDP_ALONE = {
@@ -67,6 +67,18 @@ def layout_settings_have_an_effect(s: Settings) -> Iterator[Fault]:
     if s.moe_token_dispatcher_type == "allgather" and s.pipeline_model_parallel_size > 1:
         problem = "micro-batches of changing length go through pipeline stages with alltoall alone"
         yield Fault("moe_token_dispatcher_type", "allgather", problem, "set it to alltoall")
+
+
+@rule
+def prediction_layers_are_held_to_be_trained(s: Settings) -> Iterator[Fault]:
+    yield from needs(s, "mtp_loss_scaling_factor", "enable_mtp_training")
+    if s.enable_mtp_training and s.mtp_num_layers is None:
+        problem = "mtp_num_layers is not set"
+        yield Fault("enable_mtp_training", True, problem, "set mtp_num_layers to how many the model has")
+    for key, part in (("pipeline_model_parallel_size", "the model"), ("context_parallel_size", "each sequence")):
+        if s.enable_mtp_training and getattr(s, key) > 1:
+            problem = f"layers for multi-token prediction are trained where a rank has all of {part}"
+            yield Fault("enable_mtp_training", True, problem, f"set {key} to 1")
 
 
 @rule

@@ -32,7 +32,7 @@ def batch_divides_over_ranks(s: Settings) -> Iterator[Fault]:
     what = "actor_num_nodes × actor_num_gpus_per_node"
     if s.train_backend == "megatron":
         ranks //= s.tensor_model_parallel_size * s.pipeline_model_parallel_size * s.context_parallel_size
-        what = "the number of replicas (ranks / tensor / pipeline / context size)"
+        what = "the number of replicas (actor_num_nodes × actor_num_gpus_per_node / tensor / pipeline / context size)"
     if not ranks:
         return  # the layout has more ranks than there are, which is a fault of its own
     if s.global_batch_size % ranks:

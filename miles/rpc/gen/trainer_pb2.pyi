@@ -302,8 +302,11 @@ class TrainDone(_message.Message):
     STEP_FIELD_NUMBER: _builtins.int
     METRICS_FIELD_NUMBER: _builtins.int
     GROUP_IDS_FIELD_NUMBER: _builtins.int
+    CHECKPOINT_DIR_FIELD_NUMBER: _builtins.int
     step: _builtins.int
     """Step that was taken, from 0."""
+    checkpoint_dir: _builtins.str
+    """Folder of the newest complete checkpoint; empty when there is none."""
     @_builtins.property
     def metrics(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
         """Value by metric name, e.g. "train/loss"."""
@@ -318,10 +321,11 @@ class TrainDone(_message.Message):
         step: _builtins.int = ...,
         metrics: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
         group_ids: _abc.Iterable[_builtins.int] | None = ...,
+        checkpoint_dir: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["group_ids", b"group_ids", "metrics", b"metrics", "step", b"step"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint_dir", b"checkpoint_dir", "group_ids", b"group_ids", "metrics", b"metrics", "step", b"step"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -397,19 +401,25 @@ class SaveCheckpointRequest(_message.Message):
 
     JOB_ID_FIELD_NUMBER: _builtins.int
     EXPORT_HF_FIELD_NUMBER: _builtins.int
+    IN_BACKGROUND_FIELD_NUMBER: _builtins.int
     job_id: _builtins.str
     """The job to save."""
     export_hf: _builtins.bool
     """Also write the weights as a HF checkpoint."""
+    in_background: _builtins.bool
+    """Answer as soon as the checkpoint's contents are held, and write it while training goes on; an answer to Train tells
+    when it is complete. HF checkpoints are written at once all the same.
+    """
     def __init__(
         self,
         *,
         job_id: _builtins.str = ...,
         export_hf: _builtins.bool = ...,
+        in_background: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["export_hf", b"export_hf", "job_id", b"job_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["export_hf", b"export_hf", "in_background", b"in_background", "job_id", b"job_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -417,7 +427,7 @@ Global___SaveCheckpointRequest: _TypeAlias = SaveCheckpointRequest  # noqa: Y015
 
 @_typing.final
 class SaveCheckpointResponse(_message.Message):
-    """A checkpoint that is complete on disk."""
+    """A checkpoint that is complete on disk, or, in the background, about to be."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -426,7 +436,7 @@ class SaveCheckpointResponse(_message.Message):
     STEP_FIELD_NUMBER: _builtins.int
     SAVE_S_FIELD_NUMBER: _builtins.int
     checkpoint_dir: _builtins.str
-    """Folder of the checkpoint."""
+    """Folder of the newest complete checkpoint; empty when there is none yet."""
     hf_dir: _builtins.str
     """Folder of the HF checkpoint; empty unless asked for."""
     step: _builtins.int

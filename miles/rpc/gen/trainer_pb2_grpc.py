@@ -98,7 +98,7 @@ class TrainerServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def SaveCheckpoint(self, request, context):
-        """Writes a checkpoint, then acknowledges the queue entries that it covers.
+        """Writes a checkpoint; the queue entries that it covers are acknowledged when it is complete.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

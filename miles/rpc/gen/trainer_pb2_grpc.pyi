@@ -40,7 +40,7 @@ class TrainerServiceStub:
     Export: _grpc.UnaryUnaryMultiCallable[_trainer_pb2.ExportRequest, _trainer_pb2.ExportResponse]
     """Exports the current weights as a version and hands it to the weight-sync service, up to PREPARED."""
     SaveCheckpoint: _grpc.UnaryUnaryMultiCallable[_trainer_pb2.SaveCheckpointRequest, _trainer_pb2.SaveCheckpointResponse]
-    """Writes a checkpoint, then acknowledges the queue entries that it covers."""
+    """Writes a checkpoint; the queue entries that it covers are acknowledged when it is complete."""
     GetStatus: _grpc.UnaryUnaryMultiCallable[_trainer_pb2.TrainerGetStatusRequest, _trainer_pb2.TrainerGetStatusResponse]
     """How the trainer is; answered while it trains too."""
 
@@ -56,7 +56,7 @@ class TrainerServiceAsyncStub(TrainerServiceStub):
     Export: _aio.UnaryUnaryMultiCallable[_trainer_pb2.ExportRequest, _trainer_pb2.ExportResponse]  # type: ignore[assignment]
     """Exports the current weights as a version and hands it to the weight-sync service, up to PREPARED."""
     SaveCheckpoint: _aio.UnaryUnaryMultiCallable[_trainer_pb2.SaveCheckpointRequest, _trainer_pb2.SaveCheckpointResponse]  # type: ignore[assignment]
-    """Writes a checkpoint, then acknowledges the queue entries that it covers."""
+    """Writes a checkpoint; the queue entries that it covers are acknowledged when it is complete."""
     GetStatus: _aio.UnaryUnaryMultiCallable[_trainer_pb2.TrainerGetStatusRequest, _trainer_pb2.TrainerGetStatusResponse]  # type: ignore[assignment]
     """How the trainer is; answered while it trains too."""
 
@@ -99,7 +99,7 @@ class TrainerServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _trainer_pb2.SaveCheckpointRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_trainer_pb2.SaveCheckpointResponse, _abc.Awaitable[_trainer_pb2.SaveCheckpointResponse]]:
-        """Writes a checkpoint, then acknowledges the queue entries that it covers."""
+        """Writes a checkpoint; the queue entries that it covers are acknowledged when it is complete."""
 
     @_abc_1.abstractmethod
     def GetStatus(

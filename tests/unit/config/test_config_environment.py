@@ -147,12 +147,3 @@ def test_a_built_in_filter_goes_by_its_usual_name(files: pathlib.Path) -> None:
     hub = "miles.rollout.filter_hub.dynamic_sampling_filters"
     assert faults(dynamic_sampling_filter_path=f"{hub}.check_reward_nonzero_std") == []
     assert len(faults(dynamic_sampling_filter_path=f"{hub}.another")) == 1
-
-
-def test_a_run_that_could_not_resume_is_refused() -> None:
-    found = [fault for fault in faults(train_backend="megatron") if "use_distributed_optimizer" in fault]
-    assert len(found) == 1
-    assert "no run can resume" in found[0]
-    assert not any(
-        "no run can resume" in fault for fault in faults(train_backend="megatron", use_distributed_optimizer=True)
-    )

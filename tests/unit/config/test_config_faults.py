@@ -118,6 +118,24 @@ RULE_CASES: list[tuple[dict[str, Any], str]] = [
         "moe_token_dispatcher_type = allgather, but micro-batches of changing length go through pipeline stages with",
     ),
     (
+        {"train_backend": "megatron", "enable_mtp_training": True},
+        "enable_mtp_training = true, but mtp_num_layers is not set",
+    ),
+    (
+        {
+            "train_backend": "megatron",
+            "enable_mtp_training": True,
+            "mtp_num_layers": 1,
+            "actor_num_gpus_per_node": 2,
+            "context_parallel_size": 2,
+        },
+        "enable_mtp_training = true, but layers for multi-token prediction are trained where a rank has all of each",
+    ),
+    (
+        {"train_backend": "megatron", "mtp_loss_scaling_factor": 0.5},
+        "mtp_loss_scaling_factor = 0.5, but it does nothing without enable_mtp_training",
+    ),
+    (
         {"train_backend": "megatron", "recompute_granularity": "full", "recompute_method": "uniform"},
         "recompute_num_layers is not set, and recompute_granularity = full needs it",
     ),

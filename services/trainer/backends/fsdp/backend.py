@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import gc
@@ -29,6 +30,7 @@ from miles.services.trainer.batch import RolloutBatch
 from miles.services.trainer.checkpoint_record import Record, digest, newest
 from miles.services.trainer.recorded import recorded
 from miles.services.trainer.sample_log import SampleLog
+from miles.services.trainer.saving import Saving
 from miles.types import SampleGroup
 
 if TYPE_CHECKING:
@@ -66,6 +68,8 @@ class FsdpBackend:
         self._device = device
         self._checkpoint_dir = checkpoint_dir
         self._parts: _Loaded | None = None
+        self._save_group: dist.ProcessGroup | None = None
+        """Over all ranks, for a thread that writes a checkpoint."""
         self._log = SampleLog(
             pathlib.Path(config.services.run_dir),
             config.telemetry.log_samples_per_step,
@@ -131,26 +135,14 @@ class FsdpBackend:
 
     def save(self, directory: pathlib.Path, state: TrainerState) -> None:
         """Write a checkpoint that is there whole or not at all; see `checkpoint`."""
-        parts = self._loaded
-        policy = parts.roles.policy
-        record = Record(
-            state=state,
-            iteration=policy.iteration,
-            world_size=dist.get_world_size(),
-            config_digest=digest(self._config),
-            loss_scale=policy.loss_scale.value,
-            good_steps=policy.loss_scale.good_steps,
-            old_versions=() if parts.roles.old_actors is None else tuple(parts.roles.old_actors.copies),
-            base=self._base,
-        )
-        if (critic := parts.roles.critic) is not None:
-            record = dataclasses.replace(
-                record,
-                critic_iteration=critic.iteration,
-                critic_loss_scale=critic.loss_scale.value,
-                critic_good_steps=critic.loss_scale.good_steps,
-            )
-        checkpoint.save(directory, self._contents(parts), record)
+        checkpoint.save(directory, self._contents(self._loaded), self._checkpoint_record(state))
+
+    def begin_save(self, directory: pathlib.Path, state: TrainerState) -> Saving:
+        """See `TrainerBackend.begin_save`."""
+        contents, record = self._contents(self._loaded), self._checkpoint_record(copy.deepcopy(state))
+        if self._save_group is None:
+            self._save_group = dist.new_group(backend="gloo")
+        return checkpoint.begin(directory, contents, record, self._save_group)
 
     def save_hf(self, directory: pathlib.Path) -> None:
         """See `TrainerBackend.save_hf`; the files' tensors have the rollout's dtype.
@@ -204,6 +196,27 @@ class FsdpBackend:
         if record.config_digest != digest(self._config):
             logger.warning("%s was saved under another configuration; going on with the new one", self.loaded_from)
         return record.state
+
+    def _checkpoint_record(self, state: TrainerState) -> Record:
+        roles = self._loaded.roles
+        record = Record(
+            state=state,
+            iteration=roles.policy.iteration,
+            world_size=dist.get_world_size(),
+            config_digest=digest(self._config),
+            loss_scale=roles.policy.loss_scale.value,
+            good_steps=roles.policy.loss_scale.good_steps,
+            old_versions=() if roles.old_actors is None else tuple(roles.old_actors.copies),
+            base=self._base,
+        )
+        if (critic := roles.critic) is None:
+            return record
+        return dataclasses.replace(
+            record,
+            critic_iteration=critic.iteration,
+            critic_loss_scale=critic.loss_scale.value,
+            critic_good_steps=critic.loss_scale.good_steps,
+        )
 
     def _contents(self, parts: _Loaded) -> checkpoint.Contents:
         config, roles = self._config, parts.roles

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import pathlib
-import shutil
+from concurrent.futures import Future
 from typing import Any
 
 import torch
@@ -22,8 +22,9 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, se
 from torch.distributed.tensor import DTensor
 
 from miles.services.trainer.backends.fsdp.model import named_weights
-from miles.services.trainer.checkpoint_record import Record, complete, read_record
+from miles.services.trainer.checkpoint_record import Record, read_record
 from miles.services.trainer.old_actors import OldActors
+from miles.services.trainer.saving import Saving, empty_folder, failing_as_os_error, put_in_place
 
 logger = logging.getLogger(__name__)
 
@@ -67,15 +68,27 @@ def save(directory: pathlib.Path, contents: Contents, record: Record) -> None:
 
     A crash at any moment leaves either no folder of that name, or the old one, or the new one whole.
     """
-    partial = directory.with_name(directory.name + ".tmp")
-    if dist.get_rank() == 0:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    dist.barrier()
-    state_dict_saver.save(_tensors(contents), checkpoint_id=partial)
-    if dist.get_rank() == 0:
-        complete(partial, directory, record)
-    dist.barrier()
+    partial = empty_folder(directory)
+    with failing_as_os_error(directory):
+        state_dict_saver.save(_tensors(contents), checkpoint_id=partial)
+    put_in_place(partial, directory, record)
+
+
+def begin(directory: pathlib.Path, contents: Contents, record: Record, group: dist.ProcessGroup) -> Saving:
+    """As `save`, with a thread that writes copies of the tensors in host memory; collective over ranks.
+
+    `group` has all ranks, works on host memory, and is used for nothing else until the checkpoint is complete.
+    """
+    partial = empty_folder(directory)
+    written = state_dict_saver.async_save(_tensors(contents), checkpoint_id=partial, process_group=group)
+    assert isinstance(written, Future)
+
+    def finish() -> None:
+        with failing_as_os_error(directory):
+            written.result()
+        put_in_place(partial, directory, record)
+
+    return Saving(written, finish)
 
 
 def load(directory: pathlib.Path, contents: Contents) -> Record:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import gc
@@ -25,6 +26,7 @@ from miles.services.trainer.batch import RolloutBatch
 from miles.services.trainer.checkpoint_record import Record, digest, newest
 from miles.services.trainer.recorded import recorded
 from miles.services.trainer.sample_log import SampleLog
+from miles.services.trainer.saving import Saving
 from miles.types import SampleGroup
 
 if TYPE_CHECKING:
@@ -107,16 +109,12 @@ class MegatronBackend:
 
     def save(self, directory: pathlib.Path, state: TrainerState) -> None:
         """Write a checkpoint that is there whole or not at all; see `checkpoint`."""
-        parts = self._loaded
-        record = Record(
-            state=state,
-            iteration=parts.roles.policy.iteration,
-            world_size=dist.get_world_size(),
-            config_digest=digest(self._config),
-            old_versions=() if parts.roles.old_actors is None else tuple(parts.roles.old_actors.copies),
-            critic_iteration=0 if parts.roles.critic is None else parts.roles.critic.iteration,
-        )
-        checkpoint.save(directory, self._contents(parts), record)
+        checkpoint.save(directory, self._contents(self._loaded), self._checkpoint_record(state))
+
+    def begin_save(self, directory: pathlib.Path, state: TrainerState) -> Saving:
+        """See `TrainerBackend.begin_save`."""
+        record = self._checkpoint_record(copy.deepcopy(state))
+        return checkpoint.begin(directory, self._contents(self._loaded), record)
 
     def save_hf(self, directory: pathlib.Path) -> None:
         """See `TrainerBackend.save_hf`; the files' tensors have the rollout's dtype."""
@@ -155,6 +153,17 @@ class MegatronBackend:
         if record.config_digest != digest(self._config):
             logger.warning("%s was saved under another configuration; going on with the new one", self.loaded_from)
         return record.state
+
+    def _checkpoint_record(self, state: TrainerState) -> Record:
+        roles = self._loaded.roles
+        return Record(
+            state=state,
+            iteration=roles.policy.iteration,
+            world_size=dist.get_world_size(),
+            config_digest=digest(self._config),
+            old_versions=() if roles.old_actors is None else tuple(roles.old_actors.copies),
+            critic_iteration=0 if roles.critic is None else roles.critic.iteration,
+        )
 
     def _contents(self, parts: _Loaded) -> checkpoint.Contents:
         config, roles = self._config, parts.roles

@@ -14,6 +14,7 @@ from miles.services.trainer.backends.megatron.groups import Place
 from miles.services.trainer.backends.megatron.learner import MegatronLearner
 from miles.services.trainer.backends.megatron.model import MegatronModel, build_model, wants_replay
 from miles.services.trainer.backends.megatron.optimizer import MegatronOptimizer
+from miles.services.trainer.backends.megatron.prediction_layers import PredictionTraining
 from miles.services.trainer.backends.megatron.reading import LogProbs, ReadingOptions, Values
 from miles.services.trainer.backends.megatron.replay import ModelReplay, moe_layer_numbers
 from miles.services.trainer.backends.megatron.routing import Routing
@@ -64,6 +65,7 @@ def build_roles(config: JobConfig, place: Place, device: torch.device) -> Megatr
         device,
         settings.policy_iterations(config),
         routing,
+        _prediction(config, model, place),
     )
     old_actors = None
     if algorithm.keep_old_actor:
@@ -105,6 +107,15 @@ def _weights_of(model: MegatronModel, config: JobConfig, folder: str | None) -> 
     other = WeightCopy(model.parameters)
     policy.put()
     return other
+
+
+def _prediction(config: JobConfig, model: MegatronModel, place: Place) -> PredictionTraining | None:
+    layout = config.megatron
+    if not layout.enable_mtp_training or layout.mtp_num_layers is None:
+        return None
+    columns = -(-model.vocabulary // place.tensor_size)
+    padding = min(max(columns * (place.tensor_rank + 1) - model.vocabulary, 0), columns)
+    return PredictionTraining(model.bare_chunks, layout.mtp_num_layers, layout.mtp_loss_scaling_factor, padding=padding)
 
 
 def _routing(config: JobConfig, model: MegatronModel, place: Place, device: torch.device) -> Routing | None:

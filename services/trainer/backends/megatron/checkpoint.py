@@ -7,32 +7,24 @@ DIR/step_00000012/          appears by rename, once everything in it is on disk
 
 from __future__ import annotations
 
-import copy
 import dataclasses
+import functools
 import logging
 import pathlib
-import shutil
+from collections.abc import Callable
 from typing import Any
 
-import torch
-import torch.distributed as dist
-
+from miles.services.trainer.backends.megatron import optimizer_state
 from miles.services.trainer.backends.megatron.model import MegatronModel
-from miles.services.trainer.checkpoint_record import Record, complete, read_record
+from miles.services.trainer.checkpoint_record import Record, read_record
 from miles.services.trainer.old_actors import OldActors
+from miles.services.trainer.saving import Saving, empty_folder, failing_as_os_error, in_thread, put_in_place
 from miles.services.trainer.weight_copy import WeightCopy
 
-_CONTENT = {
-    "distrib_optim_sharding_type": "fully_reshardable",
-    "distrib_optim_fully_reshardable_mem_efficient": False,
-    "singleton_local_shards": False,
-    "chained_optim_avoid_prefix": True,
-}
-
-
-_OPTIMIZERS = ("optimizer", "critic_optimizer")
-_OPTIONAL = (*_OPTIMIZERS, "reference", "critic")
+_OPTIONAL = ("optimizer", "critic_optimizer", "reference", "critic")
 """Contents that a checkpoint may lack."""
+_CRITIC_PREFIX = "critic."
+"""What the names of its tensors begin with."""
 logger = logging.getLogger(__name__)
 
 
@@ -57,17 +49,54 @@ def save(directory: pathlib.Path, contents: Contents, record: Record) -> None:
     """
     from megatron.core import dist_checkpointing
 
-    partial = directory.with_name(directory.name + ".tmp")
-    if dist.get_rank() == 0:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    dist.barrier()
-    kinds = {kind: getattr(contents, kind) is not None for kind in _OPTIONAL}
-    dist_checkpointing.save(_tensors(contents, loading=False), str(partial), content_metadata={**_CONTENT, **kinds})
-    dist.barrier()
-    if dist.get_rank() == 0:
-        complete(partial, directory, record)
-    dist.barrier()
+    partial = empty_folder(directory)
+    tensors, metadata = _tensors(contents), _metadata(contents)
+    with failing_as_os_error(directory):
+        dist_checkpointing.save(tensors, str(partial), content_metadata=metadata)
+    put_in_place(partial, directory, record)
+
+
+def begin(directory: pathlib.Path, contents: Contents, record: Record) -> Saving:
+    """As `save`, with a thread that writes copies of the tensors in host memory; collective over ranks."""
+    from megatron.core import dist_checkpointing
+
+    partial = empty_folder(directory)
+    request = dist_checkpointing.save(
+        _tensors(contents),
+        str(partial),
+        content_metadata=_metadata(contents),
+        async_sharded_save=True,
+        async_strategy="mcore",
+    )
+
+    def finish() -> None:
+        with failing_as_os_error(directory):
+            for finalize in request.finalize_fns:
+                finalize()
+        put_in_place(partial, directory, record)
+
+    return Saving(in_thread(_writer(request)), finish)
+
+
+def _writer(request: Any) -> Callable[[], None]:
+    """What writes this rank's files, once its tensors are in host memory that nothing else changes."""
+    if request.async_fn is None:
+        return lambda: None
+    rank, buckets, results = request.async_fn_args
+    on_host = [tensor.is_cpu for _, _, (_, tensors) in buckets for _, tensor in tensors]
+    staged = request.preload_fn()
+    if all(on_host):  # staging left them where they are
+        staged = [
+            (file, key, (data, [(item, tensor.clone()) for item, tensor in tensors]))
+            for file, key, (data, tensors) in staged
+        ]
+    return functools.partial(request.async_fn, rank, staged, results, **request.async_fn_kwargs)
+
+
+def _metadata(contents: Contents) -> dict[str, Any]:
+    kinds: dict[str, Any] = {kind: getattr(contents, kind) is not None for kind in _OPTIONAL}
+    prefix = {} if contents.optimizer is None else {"master_prefix": optimizer_state.master_prefix(contents.optimizer)}
+    return {**optimizer_state.CONTENT, **kinds, **prefix}
 
 
 def load(directory: pathlib.Path, contents: Contents) -> Record:
@@ -84,79 +113,46 @@ def load(directory: pathlib.Path, contents: Contents) -> Record:
     if contents.critic is not None and not kinds.get("critic"):
         logger.warning("%s has no critic; it starts from critic_load", directory)
     absent: dict[str, Any] = dict.fromkeys(kind for kind in _OPTIONAL if not kinds.get(kind))
-    return _load_into(directory, dataclasses.replace(contents, **absent), contents, record)
-
-
-def _load_into(directory: pathlib.Path, saved: Contents, contents: Contents, record: Record) -> Record:
-    """Read what the checkpoint has; `contents` may have more."""
-    from megatron.core import dist_checkpointing
-
-    if saved.old_actors is not None:
-        saved.old_actors.make_room(record.old_versions)
-    for each in (saved.optimizer, saved.critic_optimizer):
-        if each is not None:
-            _make_states(each)
-    tensors = _tensors(saved, loading=True)
-    groups = {name: _groups_of(tensors[name]) for name in _OPTIMIZERS if name in tensors}
-    loaded = dist_checkpointing.load(tensors, str(directory))
-    for name, weights in _copies(saved).items():
-        _load_model(saved.model, loaded, name)
-        weights.take()
-    _load_model(saved.model, loaded, "model")
-    if saved.critic is not None:
-        _load_model(saved.critic, loaded, "critic")
-    for name in _OPTIMIZERS:
-        if getattr(saved, name) is not None:
-            _load_optimizer(getattr(saved, name), groups[name], loaded[name], directory)
-        elif getattr(contents, name) is not None:
-            getattr(contents, name).reload_model_params()  # its own copy in float32
+    if contents.old_actors is not None:
+        contents.old_actors.make_room(record.old_versions)
+    _load_into(directory, dataclasses.replace(contents, **absent), contents, kinds.get("master_prefix", ""))
     return record
 
 
-def _load_optimizer(optimizer: Any, groups: list[Any], state: dict[Any, Any], directory: pathlib.Path) -> None:
-    """`groups` are the parameter groups of each part of the optimizer as they were before loading.
+def _load_into(directory: pathlib.Path, saved: Contents, contents: Contents, master_prefix: str) -> None:
+    """Read what the checkpoint has; `contents` may have more."""
+    from megatron.core import dist_checkpointing
 
-    With experts spread over ranks the optimizer has a part for them and one for the rest, else a single part. What is
-    not sharded is saved by part; its only content that training changes is the number of steps, the same in all.
-    """
-    saved = [part for part in (state, *_parts_of(state)) if "optimizer" in part or "param_groups" in part]
-    if len(saved) != len(groups):
-        steps = {group["step"] for part in saved for group in _groups(part) if "step" in group}
-        parts = _parts_of(state) if len(groups) > 1 else [state]
-        if len(steps) > 1 or any("param_state" not in part for part in parts):
-            raise ValueError(
-                f"the optimizer's state in {directory} was saved with another spread of experts over ranks; resume "
-                "with expert_model_parallel_size as it was, with use_distributed_optimizer, or from its save_hf folder"
-            )
-        for step in steps:
-            for group in (group for part_groups in groups for group in part_groups):
-                group["step"] = step
-        rebuilt = [
-            {
-                "optimizer": {"param_groups": part_groups},
-                "param_state": part["param_state"],
-                "param_state_sharding_type": _CONTENT["distrib_optim_sharding_type"],
-            }
-            for part_groups, part in zip(groups, parts, strict=True)
-        ]
-        state = rebuilt[0] if len(rebuilt) == 1 else dict(enumerate(rebuilt))
-    optimizer.load_state_dict(state)
+    tensors = _tensors(dataclasses.replace(saved, optimizer=None, critic_optimizer=None))
+    loaded = dist_checkpointing.load(tensors, str(directory))
+    _load_model(saved.model, loaded, "model")
+    if copies := _copies(saved):
+        own = WeightCopy(saved.model.parameters)  # what was loaded lies in the model's own memory
+        for name, weights in copies.items():
+            _load_model(saved.model, loaded, name)
+            weights.take()
+        own.put()
+    if saved.critic is not None:
+        _load_model(saved.critic, loaded, "critic")
+    for name, model in (("optimizer", saved.model), ("critic_optimizer", saved.critic)):
+        if model is not None and getattr(saved, name) is not None:
+            _load_optimizer(directory, name, model, getattr(saved, name), master_prefix)
+        elif getattr(contents, name) is not None:
+            getattr(contents, name).reload_model_params()  # its own copy in float32
 
 
-def _parts_of(state: dict[Any, Any]) -> list[dict[Any, Any]]:
-    """The numbered parts of an optimizer's state; none where it is a single one."""
-    return [state[key] for key in sorted(key for key in state if isinstance(key, int))]
+def _load_optimizer(
+    directory: pathlib.Path, name: str, model: MegatronModel, optimizer: Any, master_prefix: str
+) -> None:
+    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
 
-
-def _groups_of(state: dict[Any, Any]) -> list[Any]:
-    """Parameter groups by part, of a state that is about to be loaded into."""
-    return [copy.deepcopy(_groups(part)) for part in (_parts_of(state) or [state])]
-
-
-def _groups(part: dict[Any, Any]) -> list[dict[str, Any]]:
-    """Parameter groups of one part; 32-bit optimizers that are not distributed have them at the top."""
-    groups: list[dict[str, Any]] = part.get("optimizer", part)["param_groups"]
-    return groups
+    state = optimizer_state.sharded_state(optimizer, _sharded_model(model, "model"), loading=True)
+    optimizer_state.rename(state, optimizer_state.master_prefix(optimizer), master_prefix)
+    if name == "critic_optimizer":
+        add_prefix_for_sharding(state, _CRITIC_PREFIX)
+    loaded = dist_checkpointing.load({name: state}, str(directory))
+    optimizer_state.restore(optimizer, loaded[name])
 
 
 def load_weights(directory: pathlib.Path, model: MegatronModel) -> None:
@@ -167,28 +163,25 @@ def load_weights(directory: pathlib.Path, model: MegatronModel) -> None:
     _load_model(model, loaded, "model")
 
 
-def _tensors(contents: Contents, *, loading: bool) -> dict[str, Any]:
+def _tensors(contents: Contents) -> dict[str, Any]:
     tensors = _sharded_model(contents.model, "model")
     if contents.optimizer is not None:
-        tensors["optimizer"] = contents.optimizer.sharded_state_dict(
-            dict(tensors), is_loading=loading, metadata=_CONTENT
-        )
+        tensors["optimizer"] = optimizer_state.sharded_state(contents.optimizer, tensors, loading=False)
     for name, weights in _copies(contents).items():
         tensors |= _sharded_copy(contents.model, weights, name)
     if contents.critic is not None:
-        tensors |= _sharded_critic(contents.critic, contents.critic_optimizer, loading=loading)
+        tensors |= _sharded_critic(contents.critic, contents.critic_optimizer)
     return tensors
 
 
-def _sharded_critic(critic: MegatronModel, optimizer: Any | None, *, loading: bool) -> dict[str, Any]:
+def _sharded_critic(critic: MegatronModel, optimizer: Any | None) -> dict[str, Any]:
     """The critic's tensors under keys of their own."""
     from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
 
     sharded = _sharded_model(critic, "critic")
     if optimizer is not None:
-        state = optimizer.sharded_state_dict(dict(sharded), is_loading=loading, metadata=_CONTENT)
-        sharded["critic_optimizer"] = state
-    add_prefix_for_sharding(sharded, "critic.")
+        sharded["critic_optimizer"] = optimizer_state.sharded_state(optimizer, sharded, loading=False)
+    add_prefix_for_sharding(sharded, _CRITIC_PREFIX)
     return sharded
 
 
@@ -227,16 +220,3 @@ def _load_model(model: MegatronModel, loaded: dict[str, Any], name: str) -> None
     chunks = model.bare_chunks
     for i, chunk in enumerate(chunks):
         chunk.load_state_dict(loaded[name if len(chunks) == 1 else f"{name}{i}"], strict=False)
-
-
-def _make_states(optimizer: Any) -> None:
-    """PyTorch's AdamW makes its state in the first step; a checkpoint is read into a state that is there."""
-    for each in getattr(optimizer, "chained_optimizers", [optimizer]):
-        inner = getattr(each, "optimizer", None)
-        if not isinstance(inner, torch.optim.Optimizer):
-            continue
-        for group in inner.param_groups:
-            for parameter in group["params"]:
-                if not inner.state[parameter]:
-                    zeros = torch.zeros_like(parameter.data)
-                    inner.state[parameter].update(step=torch.tensor(0.0), exp_avg=zeros, exp_avg_sq=zeros.clone())

@@ -18,7 +18,8 @@ class Exporter:
     """Gathers one parameter after the other: no rank ever holds more of the model than its own part and one tensor."""
 
     def __init__(self, model: MegatronModel, dtype: torch.dtype, *, fuse_experts: bool) -> None:
-        """`fuse_experts` joins a layer's experts as transformers' modelling code holds them.
+        """`fuse_experts` joins a layer's experts as transformers' modelling code holds them, and leaves out layers for
+        multi-token prediction, which it has none of.
 
         Collective: it goes through one export to learn what there will be.
         """
@@ -35,12 +36,15 @@ class Exporter:
 
     def tensors(self, *, fuse: bool | None = None) -> Iterator[Named]:
         """Complete tensors on every rank, in a fixed order; collective."""
-        found = self._gathered()
-        yield from join_experts(found) if (self._fuse if fuse is None else fuse) else found
+        if self._fuse if fuse is None else fuse:
+            main = [task for task in self._tasks if task is None or not task.global_param_name.startswith("mtp.")]
+            yield from join_experts(self._gathered(main))
+        else:
+            yield from self._gathered(self._tasks)
 
-    def _gathered(self) -> Iterator[Named]:
+    def _gathered(self, tasks: list[Any]) -> Iterator[Named]:
         weights = self._model.bridge.export_hf_weights(
-            self._model.chunks, cpu=False, show_progress=False, conversion_tasks=self._tasks
+            self._model.chunks, cpu=False, show_progress=False, conversion_tasks=tasks
         )
         for name, tensor in weights:
             whole = tensor.detach()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pathlib
+import re
 import shutil
 from collections.abc import Iterable
 
@@ -12,6 +13,7 @@ import torch.distributed as dist
 
 SHARD_BYTES = 5 * 10**9
 """Weights per file."""
+_SHARED = re.compile(r"model\.layers\.\d+\.(embed_tokens|shared_head\.head)\.weight")
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".safetensors.index.json", ".bin.index.json")
 
 
@@ -24,8 +26,10 @@ def write_hf_checkpoint(
 ) -> None:
     """Write `tensors` beside copies of `source`'s config and tokenizer; collective, rank 0 writes.
 
-    What `source` has and `tensors` lack, e.g. layers for multi-token prediction, is copied as it is, in `dtype`.
+    What `source` has and `tensors` lack, e.g. layers for multi-token prediction that the trainer left out, is copied as
+    it is, in `dtype`.
     """
+    copies = _copies(source)
     writer = _Writer(directory, shard_bytes) if dist.get_rank() == 0 else None
     if writer is not None:
         shutil.rmtree(directory, ignore_errors=True)
@@ -37,11 +41,21 @@ def write_hf_checkpoint(
     for name, tensor in tensors:  # gathering is collective
         if writer is not None:
             writer.add(name, tensor)
+            for copy in copies.get(name, ()):
+                writer.add(copy, tensor)
     if writer is not None:
         for name, tensor in _kept(source, writer.names):
             writer.add(name, tensor.to(dtype) if tensor.is_floating_point() else tensor)
         writer.finish()
     dist.barrier()
+
+
+def original_of(name: str) -> str | None:
+    """The tensor that a layer for multi-token prediction shares with the model and has under a name of its own."""
+    match = _SHARED.fullmatch(name)
+    if match is None:
+        return None
+    return "lm_head.weight" if match[1] == "shared_head.head" else "model.embed_tokens.weight"
 
 
 class _Writer:
@@ -93,6 +107,24 @@ def _set_dtype(path: pathlib.Path, dtype: torch.dtype) -> None:
     config.pop("torch_dtype", None)
     config["dtype"] = str(dtype).removeprefix("torch.")
     path.write_text(json.dumps(config, indent=2))
+
+
+def _copies(source: pathlib.Path) -> dict[str, list[str]]:
+    """By name, the other names that the source has a tensor under."""
+    found: dict[str, list[str]] = {}
+    for name in _names(source):
+        original = original_of(name)
+        if original is not None:
+            found.setdefault(original, []).append(name)
+    return found
+
+
+def _names(source: pathlib.Path) -> Iterable[str]:
+    from safetensors import safe_open
+
+    for path in sorted(source.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            yield from file.keys()
 
 
 def _kept(source: pathlib.Path, written: set[str]) -> Iterable[tuple[str, torch.Tensor]]:

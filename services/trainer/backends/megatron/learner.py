@@ -14,6 +14,7 @@ from miles.services.trainer.backends.megatron.groups import Place, from_last_sta
 from miles.services.trainer.backends.megatron.model import MegatronModel
 from miles.services.trainer.backends.megatron.optimizer import MegatronOptimizer
 from miles.services.trainer.backends.megatron.pipeline import Pipeline
+from miles.services.trainer.backends.megatron.prediction_layers import PredictionTraining
 from miles.services.trainer.backends.megatron.reading import Reading
 from miles.services.trainer.backends.megatron.routing import Hooks, Routing
 from miles.services.trainer.batch import OptimizerStepPlan, RolloutBatch
@@ -33,6 +34,7 @@ class MegatronLearner(Learner[OutputT]):
         device: torch.device,
         total_iterations: int,
         routing: Routing | None = None,
+        prediction: PredictionTraining | None = None,
     ) -> None:
         super().__init__()
         self.model = model
@@ -40,7 +42,7 @@ class MegatronLearner(Learner[OutputT]):
         self._reading = reading
         self._place = place
         self._device = device
-        self._pipeline = Pipeline(model, place, device)
+        self._pipeline = Pipeline(model, place, device, prediction)
         self._total_iterations = total_iterations
         self._routing = routing
 
@@ -70,7 +72,7 @@ class MegatronLearner(Learner[OutputT]):
         done = 0
         for micro_batches, with_gradient in ((step.observed, False), (step.micro_batches, True)):
             if micro_batches:
-                parts += self._pass(micro_batches, loss, with_gradient, done, report)
+                parts += self._pass(micro_batches, loss, step.num_tokens if with_gradient else None, done, report)
                 done += len(micro_batches)
         return parts
 
@@ -84,11 +86,15 @@ class MegatronLearner(Learner[OutputT]):
         """See `Learner.settle`."""
         self.optimizer.settle()
 
+    def prediction_loss(self) -> dict[str, float]:
+        """See `Pipeline.prediction_loss`."""
+        return self._pipeline.prediction_loss()
+
     def _pass(
         self,
         micro_batches: Sequence[MicroBatch],
         loss: Callable[[MicroBatch, OutputT], LossOutput],
-        with_gradient: bool,
+        trained_tokens: int | None,
         done: int,
         report: Callable[[int], None],
     ) -> list[dict[str, MetricSum]]:
@@ -99,9 +105,15 @@ class MegatronLearner(Learner[OutputT]):
             result = loss(micro_batches[number], outputs)
             return result.loss, result.metrics
 
+        with_gradient = trained_tokens is not None
         hooks: Hooks = {} if self._routing is None else self._routing.hooks(micro_batches, with_gradient=with_gradient)
         parts: list[dict[str, MetricSum]] = self._pipeline.run(
-            micro_batches, self._reading.outputs, numbered_loss, with_gradient=with_gradient, **hooks
+            micro_batches,
+            self._reading.outputs,
+            numbered_loss,
+            with_gradient=with_gradient,
+            trained_tokens=trained_tokens,
+            **hooks,
         )
         if self._routing is not None:
             self._routing.finish()

@@ -1,45 +1,65 @@
 """Layers for machines without TransformerEngine: Megatron-Core's own, with attention and norms in plain PyTorch.
 
 Megatron-Core's own attention takes neither packed sequences nor context parallelism, and its norm no sequence
-parallelism; its layer specs have slots for both.
+parallelism; its layer specs have slots for both. Some families have layers of their own, in TransformerEngine's parts
+alone: here they are put together of local ones, whose parameters have the same names.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
-import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from megatron.core import parallel_state
+from megatron.bridge.models.conversion.param_mapping import AutoMapping
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
-from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+from megatron.core.tensor_parallel.layers import RowParallelLinear
+from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.identity_op import IdentityOp
-from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import L2Norm
+
+from miles.services.trainer.backends.megatron.local_attention import PackedAttention, Window, usual_window
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Parts:
+    """What a family's layers have in other ways than usual."""
+
+    window: Window = usual_window
+    query_norm: Any = None
+    key_norm: Any = None
+    attention: Any = SelfAttention
+    norms_outputs: bool = False
+    """Whether what attention and MLP add to the residual is normed."""
 
 
 def local_spec_like(spec: Any) -> Callable[..., Any]:
     """A function that makes the local spec for a model whose spec of TransformerEngine layers is `spec`."""
+    return functools.partial(local_block_spec, parts=_parts_like(spec))
+
+
+def _parts_like(spec: Any) -> Parts:
+    from megatron.bridge.models.gemma.gemma2_provider import gemma2_layer_spec
+    from megatron.bridge.models.gemma.gemma3_provider import Gemma3SelfAttention, gemma3_layer_spec
     from megatron.bridge.models.minimax_m2.minimax_m2_provider import FullDimKNorm, FullDimQNorm, minimax_m2_layer_spec
 
     if spec is minimax_m2_layer_spec:  # norms over all heads at once
-        return functools.partial(local_block_spec, q_norm=FullDimQNorm, k_norm=FullDimKNorm)
-    return local_block_spec
+        return Parts(query_norm=FullDimQNorm, key_norm=FullDimKNorm)
+    if spec is gemma2_layer_spec:
+        return Parts(window=_every_other_layer, norms_outputs=True)
+    if spec is gemma3_layer_spec:
+        return Parts(window=_all_but_the_last_of_a_pattern, attention=Gemma3SelfAttention, norms_outputs=True)
+    return Parts()
 
 
-def local_block_spec(config: Any, vp_stage: int | None = None, *, q_norm: Any = None, k_norm: Any = None) -> Any:
-    """The spec of this stage's decoder layers, for a TransformerConfig. Raises ValueError for what they lack.
-
-    `q_norm` and `k_norm` build the norms of queries and keys where these are not of the usual kind.
-    """
-    if getattr(config, "window_size", None) is not None:
-        raise ValueError("sliding-window attention needs TransformerEngine: install it, or train another model")
+def local_block_spec(config: Any, vp_stage: int | None = None, *, parts: Parts) -> Any:
+    """The spec of this stage's decoder layers, for a TransformerConfig. Raises ValueError for what they lack."""
+    if getattr(config, "softmax_type", "vanilla") != "vanilla":
+        raise ValueError("attention sinks need TransformerEngine: install it, or train another model")
     block = get_gpt_decoder_block_spec(
         config,
         use_transformer_engine=False,
@@ -47,25 +67,46 @@ def local_block_spec(config: Any, vp_stage: int | None = None, *, q_norm: Any = 
         qk_l2_norm=config.qk_l2_norm,
         vp_stage=vp_stage,
     )
-    layers = [dataclasses.replace(spec, submodules=_with_our_parts(spec.submodules)) for spec in block.layer_specs]
-    for layer in layers if q_norm is not None else ():
-        attention = layer.submodules.self_attention
-        attention.submodules = dataclasses.replace(attention.submodules, q_layernorm=q_norm, k_layernorm=k_norm)
+    layers = [
+        dataclasses.replace(spec, submodules=with_our_parts(spec.submodules, parts)) for spec in block.layer_specs
+    ]
     return dataclasses.replace(block, layer_specs=layers, layer_norm=Norm)
 
 
-def _with_our_parts(submodules: Any) -> Any:
-    """The submodules with every norm and the core of attention replaced."""
+def with_our_parts(submodules: Any, parts: Parts) -> Any:
+    """The submodules with every norm and the core of attention replaced, and what else the family has of its own."""
     changes: dict[str, Any] = {}
     for field in dataclasses.fields(submodules):
         value = getattr(submodules, field.name)
-        if field.name.endswith("layernorm") and value not in (IdentityOp, L2Norm, None):
+        if field.name == "q_layernorm" and parts.query_norm is not None:
+            changes[field.name] = parts.query_norm
+        elif field.name == "k_layernorm" and parts.key_norm is not None:
+            changes[field.name] = parts.key_norm
+        elif field.name.endswith("norm") and value not in (IdentityOp, L2Norm, None):
             changes[field.name] = Norm
         elif value is DotProductAttention:
-            changes[field.name] = PackedAttention
+            changes[field.name] = ModuleSpec(module=PackedAttention, params={"window": parts.window})
+        elif field.name in ("linear_proj", "linear_fc2") and parts.norms_outputs:
+            changes[field.name] = NormedRowParallelLinear
         elif isinstance(value, ModuleSpec) and dataclasses.is_dataclass(value.submodules):
-            changes[field.name] = dataclasses.replace(value, submodules=_with_our_parts(value.submodules))
+            module = parts.attention if value.module is SelfAttention else value.module
+            changes[field.name] = dataclasses.replace(
+                value, module=module, submodules=with_our_parts(value.submodules, parts)
+            )
+        elif isinstance(value, functools.partial) and dataclasses.is_dataclass(value.keywords.get("submodules")):
+            inner = with_our_parts(value.keywords["submodules"], parts)
+            changes[field.name] = functools.partial(value, submodules=inner)
     return dataclasses.replace(submodules, **changes)
+
+
+def _every_other_layer(config: Any, layer_number: int) -> int | None:
+    """Gemma 2 (arXiv 2408.00118): a window in the first layer, the third, and so on."""
+    return config.window_size[0] if layer_number % 2 else None
+
+
+def _all_but_the_last_of_a_pattern(config: Any, layer_number: int) -> int | None:
+    """Gemma 3 (arXiv 2503.19786): five layers with a window, one without."""
+    return config.window_size - 1 if layer_number % sum(config.interleaved_attn_pattern) else None
 
 
 class Norm(torch.nn.Module):
@@ -91,88 +132,17 @@ class Norm(torch.nn.Module):
         return scaled if self.bias is None else scaled + self.bias
 
 
-class PackedAttention(MegatronModule):  # type: ignore[misc]
-    """softmax(q k scale) v within each sequence of a packed micro-batch, also when each rank holds a part of it.
+class NormedRowParallelLinear(RowParallelLinear):  # type: ignore[misc]
+    """A row-parallel product whose output is normed."""
 
-    Dims: L local rows, M rows of all context-parallel ranks, H query heads, K key/value heads, D head size.
-    """
+    def __init__(self, input_size: int, output_size: int, *, config: Any, **others: Any) -> None:
+        super().__init__(input_size, output_size, config=config, **others)
+        self.post_layernorm = Norm(config, output_size, eps=config.layernorm_epsilon)
 
-    def __init__(
-        self,
-        config: Any,
-        layer_number: int,
-        attn_mask_type: Any,
-        attention_type: str,
-        attention_dropout: float | None = None,
-        softmax_scale: float | None = None,
-        k_channels: int | None = None,
-        pg_collection: Any = None,
-        **_: Any,
-    ) -> None:
-        super().__init__(config=config)
-        self._scale = softmax_scale or 1.0 / math.sqrt(k_channels or config.kv_channels)
-        self._group = parallel_state.get_context_parallel_group() if pg_collection is None else pg_collection.cp
-
-    def forward(
-        self, query: Any, key: Any, value: Any, attention_mask: Any, packed_seq_params: Any = None, **_: Any
-    ) -> torch.Tensor:
-        """Query [L, H, D] or [L, 1, H, D], key and value likewise with K heads; returns [L, H · D of value]."""
-        if packed_seq_params is None:
-            raise ValueError("attention needs packed sequences: pass packed_seq_params with the batch")
-        q_LHD, k_LKD, v_LKD = (x.squeeze(1) if x.dim() == 4 else x for x in (query, key, value))
-        starts = packed_seq_params.cu_seqlens_q.tolist()
-        lengths = [end - start for start, end in itertools.pairwise(starts)]
-        size, rank = self._group.size(), self._group.rank()
-        if size == 1:
-            out_LHD = self._whole_sequences(q_LHD, k_LKD, v_LKD, lengths)
-        else:
-            out_LHD = self._parts_of_sequences(q_LHD, k_LKD, v_LKD, lengths, rank, size)
-        out = out_LHD.flatten(1)
-        return out.unsqueeze(1) if query.dim() == 4 else out
-
-    def _whole_sequences(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: list[int]) -> torch.Tensor:
-        parts = zip(torch.split(q, lengths), torch.split(k, lengths), torch.split(v, lengths), strict=True)
-        return torch.cat([self._attend(*part, None) for part in parts])
-
-    def _parts_of_sequences(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: list[int], rank: int, size: int
-    ) -> torch.Tensor:
-        """Every rank gathers all keys and values, and attends with the rows that it holds."""
-        k, v = (gather_from_sequence_parallel_region(x.contiguous(), group=self._group) for x in (k, v))
-        local = [length // size for length in lengths]
-        keys_by_rank = [torch.split(part, local) for part in k.chunk(size)]
-        values_by_rank = [torch.split(part, local) for part in v.chunk(size)]
-        outs = []
-        for i, (part, length) in enumerate(zip(torch.split(q, local), lengths, strict=True)):
-            positions = [_positions(length, r, size, q.device) for r in range(size)]
-            seen_LM = torch.cat(positions)[None] <= positions[rank][:, None]
-            keys, values = (torch.cat([by_rank[i] for by_rank in x]) for x in (keys_by_rank, values_by_rank))
-            outs.append(self._attend(part, keys, values, seen_LM))
-        return torch.cat(outs)
-
-    def _attend(
-        self, q_LHD: torch.Tensor, k_MKD: torch.Tensor, v_MKD: torch.Tensor, seen_LM: torch.Tensor | None
-    ) -> torch.Tensor:
-        q, k, v = (x.transpose(0, 1)[None] for x in (q_LHD, k_MKD, v_MKD))
-        out_1HLD = torch.nn.functional.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=seen_LM,
-            is_causal=seen_LM is None,
-            scale=self._scale,
-            enable_gqa=q_LHD.shape[1] != k_MKD.shape[1],
-        )
-        return out_1HLD[0].transpose(0, 1)
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Output and the bias that is still to be added, which there is not."""
+        output, bias = super().forward(x)
+        return self.post_layernorm(output), bias
 
 
-def _positions(length: int, rank: int, size: int, device: torch.device) -> torch.Tensor:
-    """Positions in its sequence of the rows that a context-parallel rank holds; see `rows`."""
-    chunk = length // (2 * size)
-    back = 2 * size - 1 - rank
-    return torch.cat(
-        [
-            torch.arange(rank * chunk, (rank + 1) * chunk, device=device),
-            torch.arange(back * chunk, (back + 1) * chunk, device=device),
-        ]
-    )
+AutoMapping.register_module_type(NormedRowParallelLinear.__name__, "row")

@@ -11,6 +11,7 @@ import torch
 
 from miles.services.trainer.backends.megatron.critic import load_critic
 from miles.services.trainer.backends.megatron.groups import Place
+from miles.services.trainer.backends.megatron.prediction_layers import add_prediction_layers
 
 if TYPE_CHECKING:
     from miles.config import JobConfig
@@ -66,7 +67,6 @@ def build_model(
 
     Raises FileNotFoundError when there is no checkpoint and ValueError for a model that the bridge does not know.
     """
-    from megatron.bridge import AutoBridge
     from megatron.core.distributed import DistributedDataParallelConfig
     from megatron.core.transformer.module import Float16Module
 
@@ -75,10 +75,10 @@ def build_model(
         raise FileNotFoundError(
             f"no model in {folder}: there is no config.json; set hf_checkpoint to a Hugging Face folder"
         )
-    bridge = AutoBridge.from_hf_pretrained(str(folder))
+    bridge = _bridge(folder, with_engine=uses_transformer_engine(config))
     provider = bridge.to_megatron_provider(load_weights=False)
     provider.perform_initialization = False
-    load = functools.partial(_load_weights, bridge, critic_from)
+    load = functools.partial(_complete_and_load, bridge, config, critic_from)
     provider.register_pre_wrap_hook(load if critic_from is None else functools.partial(load_critic, load, critic_from))
     _configure(provider, config, place, compute)
     if critic_from is not None:
@@ -103,23 +103,43 @@ def build_model(
     return MegatronModel(bridge, provider, chunks, provider.vocab_size)
 
 
-def _load_weights(bridge: Any, folder: str | None, chunks: list[Any]) -> list[Any]:
-    """Read a folder, by default the bridge's, into bare chunks.
+def _bridge(folder: pathlib.Path, *, with_engine: bool) -> Any:
+    from megatron.bridge import AutoBridge
+
+    from miles.services.trainer.backends.megatron.bridge import LocalBridge
+
+    kind = AutoBridge if with_engine else LocalBridge
+    return kind.from_hf_pretrained(str(folder))
+
+
+def _complete_and_load(bridge: Any, config: JobConfig, critic_from: str | None, chunks: list[Any]) -> list[Any]:
+    """Give the policy its layers for multi-token prediction; read a folder, by default the bridge's, into bare chunks.
 
     Raises ValueError for parameters that the bridge cannot fill.
     """
+    layout = config.megatron
+    if layout.mtp_num_layers is not None and critic_from is None:
+        for chunk in chunks:
+            add_prediction_layers(
+                chunk,
+                layout.mtp_num_layers,
+                with_engine=uses_transformer_engine(config),
+                trained=layout.enable_mtp_training,
+            )
     if any(task is None for task in bridge.get_conversion_tasks(chunks)):
         architecture = type(bridge.hf_pretrained.config).__name__.removesuffix("Config")
         raise ValueError(
             f"megatron-bridge knows no names for some parameters of {architecture} in these layers; install "
             "TransformerEngine and set transformer_impl to transformer_engine, or use train_backend fsdp"
         )
-    bridge.load_hf_weights(chunks, hf_path=folder)
+    bridge.load_hf_weights(chunks, hf_path=critic_from)
     return chunks
 
 
 def _configure(provider: Any, config: JobConfig, place: Place, compute: torch.dtype) -> None:
     """Fill in the provider's fields, which are those of Megatron-Core's TransformerConfig and GPTModel."""
+    from megatron.core.transformer.enums import AttnBackend
+
     layout = config.megatron
     with_engine = uses_transformer_engine(config)
     values: dict[str, Any] = {
@@ -152,8 +172,10 @@ def _configure(provider: Any, config: JobConfig, place: Place, compute: torch.dt
         "moe_router_fusion": False,  # the fused router chooses before replay could
         "cross_entropy_loss_fusion": False,
         "deterministic_mode": False,
-        "mtp_num_layers": None,
+        "mtp_num_layers": None,  # they are added when the rest is built
         "mtp_enabled": False,
+        "mtp_detach_heads": True,
+        "mtp_loss_scaling_factor": layout.mtp_loss_scaling_factor,
     }
     if layout.num_virtual_stages_per_pipeline_rank:
         values |= {"overlap_p2p_comm": True, "batch_p2p_comm": False}
@@ -169,9 +191,8 @@ def _configure(provider: Any, config: JobConfig, place: Place, compute: torch.dt
         from miles.services.trainer.backends.megatron.local_layers import local_spec_like
 
         provider.transformer_layer_spec = local_spec_like(provider.transformer_layer_spec)
+        provider.attention_backend = AttnBackend.auto  # some families name one of TransformerEngine's
     elif layout.attention_backend != "auto":
-        from megatron.core.transformer.enums import AttnBackend
-
         provider.attention_backend = AttnBackend[layout.attention_backend]
 
 

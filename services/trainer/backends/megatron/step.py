@@ -10,10 +10,10 @@ import torch
 import torch.distributed as dist
 
 from miles.algorithms.metrics import MetricSum, reduce_metrics
+from miles.services.trainer.backends.megatron.build import MegatronRoles
 from miles.services.trainer.backends.megatron.groups import Place, from_last_stage
 from miles.services.trainer.backends.megatron.routing import Routing
 from miles.services.trainer.batch import RolloutBatch
-from miles.services.trainer.roles import Roles
 from miles.services.trainer.rollout_step import RolloutTrainer
 
 if TYPE_CHECKING:
@@ -24,10 +24,11 @@ class MegatronTrainer(RolloutTrainer):
     """Replicas are spread over ranks; the last pipeline stage has the metrics."""
 
     def __init__(
-        self, config: JobConfig, roles: Roles, place: Place, routing: Routing | None, device: torch.device
+        self, config: JobConfig, roles: MegatronRoles, place: Place, routing: Routing | None, device: torch.device
     ) -> None:
         super().__init__(config, roles, place.data, device)
         self._place = place
+        self._policy = roles.policy
         self._routing = routing
 
     def begin(self, batch: RolloutBatch) -> None:
@@ -38,7 +39,7 @@ class MegatronTrainer(RolloutTrainer):
     def reduce(self, parts: Sequence[dict[str, MetricSum]]) -> dict[str, float]:
         """See `RolloutTrainer.reduce`."""
         means = reduce_metrics(parts, self._data_ranks.group) if self._place.is_last_stage else {}
-        metrics = _share(means, self._place)
+        metrics = _share(means, self._place) | self._policy.prediction_loss()
         return metrics if self._routing is None else metrics | self._routing.metrics(self._place)
 
 

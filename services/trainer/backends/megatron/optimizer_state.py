@@ -1,0 +1,132 @@
+"""The optimizer's state in a checkpoint: out of any of Megatron-Core's optimizers, and back into another.
+
+An optimizer has one part, or two where experts are spread over ranks: the rest and the experts. Tensors have global
+names and find their way by themselves. What is not a tensor is saved by part; of that, training changes the number of
+steps and the loss scale alone, the same in all parts, and everything else is of the run that goes on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+CONTENT = {
+    "distrib_optim_sharding_type": "fully_reshardable",
+    "distrib_optim_fully_reshardable_mem_efficient": False,
+    "singleton_local_shards": False,
+    "chained_optim_avoid_prefix": True,
+}
+"""How Megatron-Core is to lay out the state."""
+
+
+def sharded_state(optimizer: Any, model: Mapping[str, Any], *, loading: bool) -> dict[Any, Any]:
+    """The state as tensors to save or to load into; `model` has the sharded parameters; collective."""
+    for part in _parts(optimizer):
+        _make_state(part.optimizer)
+    state: dict[Any, Any] = optimizer.sharded_state_dict(dict(model), is_loading=loading, metadata=CONTENT)
+    return state
+
+
+def master_prefix(optimizer: Any) -> str:
+    """What the names of parameters in float32 begin with; nothing where they are the model's own."""
+    part = _parts(optimizer)[0]
+    if _is_32_bit(part):
+        return ""
+    return "optimizer.state.param." if _is_distributed(part) else "optimizer.state.fp32_param."
+
+
+def rename(state: dict[Any, Any], old: str, new: str) -> None:
+    """Have tensors whose names begin with `old` looked for under names that begin with `new`; in place."""
+    from megatron.core.dist_checkpointing.dict_utils import nested_values
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+
+    for value in nested_values(state):
+        if isinstance(value, ShardedTensor | ShardedTensorFactory) and old and value.key.startswith(old):
+            value.key = new + value.key.removeprefix(old)
+
+
+def restore(optimizer: Any, loaded: dict[Any, Any]) -> None:
+    """Put back what was loaded into `sharded_state`."""
+    parts = _parts(optimizer)
+    saved = [loaded, *(part for key, part in loaded.items() if isinstance(key, int))]
+    step = next((step for part in saved if (step := _step(part)) is not None), 0.0)
+    scaler = next((part["grad_scaler"] for part in saved if "grad_scaler" in part), None)
+    for index, part in enumerate(parts):
+        state = loaded if len(parts) == 1 else loaded[index]
+        groups = part.optimizer.state_dict()["param_groups"]
+        if step and not _steps_are_in_states(part.optimizer):
+            groups = [{**group, "step": int(step)} for group in groups]
+        rest = {} if scaler is None else {"grad_scaler": scaler}
+        if _is_distributed(part):
+            _restore_distributed(part, state["param_state"], groups, step, rest)
+        else:
+            _restore_whole(part, state, groups, step, rest)
+
+
+def _restore_distributed(part: Any, tensors: Any, groups: list[dict[str, Any]], step: float, rest: Any) -> None:
+    if _steps_are_in_states(part.optimizer):
+        groups = [{**group, "step": step} for group in groups]
+    part.load_state_dict({"optimizer": {"param_groups": groups}, **rest})
+    states = part.optimizer.state.values()
+    for state in states:
+        state.pop("step", None)  # it is none of the tensors that the next line expects
+    part.load_parameter_state_from_fully_reshardable(tensors)
+    if _steps_are_in_states(part.optimizer):
+        for state in states:
+            state["step"] = torch.tensor(step)
+
+
+def _restore_whole(part: Any, state: Mapping[Any, Any], groups: list[dict[str, Any]], step: float, rest: Any) -> None:
+    loaded = state["state"] if _is_32_bit(part) else state["optimizer"]["state"]
+    states = {key: dict(tensors) for key, tensors in loaded.items() if isinstance(key, int)}
+    if _steps_are_in_states(part.optimizer):
+        for tensors in states.values():
+            tensors["step"] = torch.tensor(step)
+    inner = {"param_groups": groups, "state": states}
+    if _is_32_bit(part):
+        part.load_state_dict(inner)
+    else:
+        masters = state["fp32_from_fp16_params"]
+        part.load_state_dict({"optimizer": inner, "fp32_from_fp16_params": masters, **rest})
+
+
+def _parts(optimizer: Any) -> list[Any]:
+    parts: list[Any] = getattr(optimizer, "chained_optimizers", [optimizer])
+    return parts
+
+
+def _is_distributed(part: Any) -> bool:
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    return isinstance(part, DistributedOptimizer)
+
+
+def _is_32_bit(part: Any) -> bool:
+    """Whether it updates the model's own parameters."""
+    from megatron.core.optimizer.optimizer import FP32Optimizer
+
+    return isinstance(part, FP32Optimizer)
+
+
+def _steps_are_in_states(inner: Any) -> bool:
+    """PyTorch's Adam counts steps for each parameter, fused ones for each group."""
+    return isinstance(inner, torch.optim.Adam)
+
+
+def _make_state(inner: Any) -> None:
+    """Adam makes its state in the first step; a checkpoint is read into a state that is there."""
+    for group in inner.param_groups:
+        for parameter in group["params"]:
+            if not inner.state[parameter]:
+                step = {"step": torch.tensor(0.0)} if _steps_are_in_states(inner) else {}
+                zeros = torch.zeros_like(parameter.data)
+                inner.state[parameter].update(**step, exp_avg=zeros, exp_avg_sq=zeros.clone())
+
+
+def _step(part: Mapping[Any, Any]) -> float | None:
+    """Steps taken, from wherever the kind of optimizer notes them; None where it notes none."""
+    inner = part.get("optimizer", part)
+    counts = [inner.get("state", {}).get("common_step"), *(g.get("step") for g in inner.get("param_groups", ()))]
+    return next((float(count) for count in counts if count is not None), None)
