@@ -82,7 +82,7 @@ async def run(arguments: argparse.Namespace) -> None:
 
     stream = policy_pb2.WeightStream.Value(f"WEIGHT_STREAM_{arguments.stream.upper()}")
     base = None if arguments.base is None else AdapterBase(read_weights(*arguments.base), engine.device)
-    subscriber = WeightSubscriber(arguments.address, arguments.job, arguments.engine_id, stream, engine, say, base)
+    subscriber = WeightSubscriber(arguments.address, arguments.job, arguments.engine_id, stream, engine, say, base=base)
     await subscriber.start()
     loop = asyncio.get_running_loop()
     reader = asyncio.StreamReader()
