@@ -97,7 +97,7 @@ async def serve(arguments: argparse.Namespace) -> None:
                 )
                 task = asyncio.create_task(attachment.run(), name="controller attachment")
                 stack.callback(task.cancel)
-            await server.wait_for_termination()
+            await asyncio.shield(server.wait_for_termination())  # once cancelled, it would make stop() fail too
     finally:
         servicer.close()
         await server.stop(_STOP_GRACE_S)
