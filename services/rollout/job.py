@@ -107,12 +107,13 @@ class RolloutJob:
         if rollout.dynamic_sampling_filter_path is not None:
             group_filter = load_filter(rollout.dynamic_sampling_filter_path)
         self.engine = await asyncio.to_thread(self._create_engine)
+        # Before it starts: whoever asked for the job may be gone at the moment when the engine is ready.
+        self._closing.push_async_callback(self.engine.close)
         async with contextlib.aclosing(
             telling(f"building the {rollout.rollout_backend} engine", self.engine.start())
         ) as words:
             async for word in words:
                 yield word
-        self._closing.push_async_callback(self.engine.close)
         mode = PauseMode(self.config.weights.pause_generation_mode)
         self.serving = Serving(self.engine, self._on_serving_change, update_mode=mode)
         yield "connecting to rewards and weights"
@@ -308,8 +309,8 @@ async def telling(
     """Carry out `work`, saying now and then that it goes on: whoever started the job takes long silence for death."""
     began = time.monotonic()
     task = asyncio.create_task(work)
-    yield stage
     try:
+        yield stage
         while not (await asyncio.wait({task}, timeout=every_s))[0]:
             yield f"{stage}, for {time.monotonic() - began:.0f} s now"
         task.result()

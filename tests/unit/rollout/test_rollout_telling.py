@@ -21,7 +21,8 @@ async def test_what_goes_wrong_is_raised() -> None:
         _ = [word async for word in telling("building", _fail())]
 
 
-async def test_work_ends_with_whoever_wanted_to_hear_of_it() -> None:
+@pytest.mark.parametrize("words_heard", [1, 2])
+async def test_work_ends_with_whoever_wanted_to_hear_of_it(words_heard: int) -> None:
     ended = asyncio.Event()
 
     async def work() -> None:
@@ -31,8 +32,9 @@ async def test_work_ends_with_whoever_wanted_to_hear_of_it() -> None:
             ended.set()
 
     words = telling("building", work(), every_s=0.01)
-    await anext(words)
-    await anext(words)
+    for _ in range(words_heard):
+        await anext(words)
+        await asyncio.sleep(0)
     await words.aclose()
     assert ended.is_set()
 
