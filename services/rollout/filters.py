@@ -76,14 +76,15 @@ async def apply_filter(
     if function is None:
         return FilterResult(True)
     name = getattr(function, "__qualname__", repr(function))
+    deadline = asyncio.timeout(deadline_s)
     try:
         verdict = function(config, samples)
         if inspect.isawaitable(verdict):
-            async with asyncio.timeout(deadline_s):
+            async with deadline:
                 verdict = await verdict
-    except TimeoutError:
-        raise FilterError(f"filter {name} gave no verdict within {deadline_s:g} s") from None
     except Exception as error:  # the user's code: what it raises decides that the group has no verdict
+        if deadline.expired():
+            raise FilterError(f"filter {name} gave no verdict within {deadline_s:g} s") from None
         raise FilterError(f"filter {name} raised {type(error).__name__}: {error}") from error
     if isinstance(verdict, bool):
         return FilterResult(verdict, "" if verdict else name)

@@ -87,6 +87,12 @@ async def test_a_filter_that_fails_is_named(scored: Scored) -> None:
     with pytest.raises(FilterError, match="returned None"):
         await apply_filter(lambda c, s: None, CONFIG, scored([1.0]))
 
+    async def impatient(config: Any, samples: Any) -> bool:
+        raise TimeoutError("a server of the filter's own")
+
+    with pytest.raises(FilterError, match="impatient raised TimeoutError: a server"):
+        await apply_filter(impatient, CONFIG, scored([1.0]))
+
 
 def test_stats_are_sums_over_the_samples(scored: Scored) -> None:
     samples = scored([2.0, -1.0, None])
