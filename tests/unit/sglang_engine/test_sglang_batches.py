@@ -99,6 +99,16 @@ async def test_leaving_ends_a_request_whose_abort_came_too_early(batches: Batche
     assert "gone" not in server.aborted
 
 
+async def test_nobody_waits_for_a_batch_that_is_given_up_before_it_begins(batches: Batches, server: Server) -> None:
+    waiting = asyncio.create_task(tokens(batches, "g", payload("r", [1])))
+    await asyncio.sleep(0)  # it is collected
+    await asyncio.sleep(0)  # its batch is made
+    batches.close()
+    async with asyncio.timeout(10):
+        assert await waiting == []
+    assert server.bodies == []
+
+
 def test_one_request_is_sent_as_it_is() -> None:
     body = payload("r", [1])
     assert merged([body]) is body

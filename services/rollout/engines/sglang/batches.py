@@ -7,6 +7,7 @@ as one by one, and this process less than that; each still has its own id, its o
 from __future__ import annotations
 
 import asyncio
+import functools
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from typing import Any
 
@@ -53,27 +54,28 @@ class Batches:
 
     def _flush(self) -> None:
         waiting, self._waiting = self._waiting, {}
-        for parts in waiting.values():
-            wanted = [part for part in parts if not part.left]
+        for collected in waiting.values():
+            wanted = [part for part in collected if not part.left]
             for start in range(0, len(wanted), MOST):
-                task = asyncio.create_task(self._carry(wanted[start : start + MOST]))
+                parts = wanted[start : start + MOST]
+                task = asyncio.create_task(self._carry(parts))
                 self._under_way.add(task)
-                task.add_done_callback(self._under_way.discard)
+                task.add_done_callback(functools.partial(self._end, parts))
 
     async def _carry(self, parts: Sequence[_Part]) -> None:
         """Send a batch and hand each its events, to the end of the stream, so that its connection can be used again."""
-        end: BaseException | None = None
-        try:
-            async for event in self._send(merged([part.payload for part in parts])):
-                part = parts[event.get("index", 0)]
-                part.words.put_nowait(event)
-                if part.left and event["meta_info"]["finish_reason"] is None:
-                    self._abort(part.payload["rid"])  # an order that came before the server knew of it was lost
-        except Exception as error:  # whatever it is, it is the end of all of them
-            end = error
-        finally:
-            for part in parts:
-                part.words.put_nowait(end)
+        async for event in self._send(merged([part.payload for part in parts])):
+            part = parts[event.get("index", 0)]
+            part.words.put_nowait(event)
+            if part.left and event["meta_info"]["finish_reason"] is None:
+                self._abort(part.payload["rid"])  # an order that came before the server knew of it was lost
+
+    def _end(self, parts: Sequence[_Part], task: asyncio.Task[None]) -> None:
+        """Tell each of a batch that it is over, and what broke it; also when it was given up before it began."""
+        self._under_way.discard(task)
+        end = None if task.cancelled() else task.exception()
+        for part in parts:
+            part.words.put_nowait(end)
 
 
 class _Part:
