@@ -105,7 +105,7 @@ class GroupConsumer:
                 raise error
 
     async def take(self, group_id: int) -> tuple[str, SampleGroup] | None:
-        """Entry id and group of an group that is `held`; None when the entry is gone from Redis.
+        """Entry id and group of a group that is `held`; None when the entry is gone from Redis.
 
         Raises UnreadableGroups after moving an entry that cannot be decoded to the dead-letter stream.
         """

@@ -7,7 +7,7 @@ import collections
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from redis.exceptions import RedisError, ResponseError
+from redis.exceptions import ResponseError
 
 if TYPE_CHECKING:
     import redis.asyncio
@@ -54,7 +54,7 @@ class Pipeliner:
                 batch = [self._waiting.popleft() for _ in range(min(_MAX_TOGETHER, len(self._waiting)))]
                 try:
                     answers = iter(await self._send([command for commands, _ in batch for command in commands]))
-                except (RedisError, OSError) as error:
+                except Exception as error:  # whatever it is, it is for those whose commands these are
                     for _, future in batch:
                         if not future.done():
                             future.set_exception(error)
@@ -64,7 +64,7 @@ class Pipeliner:
                     if not future.done():
                         future.set_result(own)
         finally:
-            # Also when the task is cancelled or ends by an error nobody foresaw: nobody must wait for ever.
+            # Also when the task is cancelled: nobody must wait for ever.
             self._sender = None
             for _, future in (*batch, *self._waiting):
                 future.cancel()

@@ -44,6 +44,22 @@ async def test_an_error_reaches_the_one_whose_command_it_is(client: redis.asynci
     assert isinstance(outcomes[1], ResponseError)
 
 
+async def test_commands_that_cannot_be_sent_fail_for_all_who_sent_them_together(
+    client: redis.asyncio.Redis, job_id: str
+) -> None:
+    pipeliner = Pipeliner(client)
+    right, wrong = [("GET", job_id)], [("GET", "\ud800")]  # half a character
+    first, *together, later = [
+        pipeliner.run(right, 1),
+        pipeliner.run(wrong, 1),
+        pipeliner.run(right, 1),
+        pipeliner.run(right, 1),
+    ]
+    outcomes = await asyncio.gather(*together, return_exceptions=True)
+    assert [type(outcome) for outcome in outcomes] == [UnicodeEncodeError, UnicodeEncodeError]
+    assert await first == await later == [None]
+
+
 async def test_one_who_does_not_wait_any_more_takes_nothing_from_the_others(
     client: redis.asyncio.Redis, job_id: str
 ) -> None:
