@@ -73,6 +73,14 @@ if ARGV[2] ~= '' then redis.call('XADD', KEYS[2], 'MAXLEN', '~', ARGV[3], '*', '
 return 1
 """
 
+_ADD_OPERATION = """
+-- KEYS operations ; ARGV operation_id, action, keep_s
+redis.call('PERSIST', KEYS[1])
+redis.call('HSET', KEYS[1], ARGV[1], ARGV[2])
+redis.call('EXPIRE', KEYS[1], ARGV[3])
+return 1
+"""
+
 _LEASE_NUMBER = "miles:lease_number"
 _LEASES_A_LIFE = 1 << 24
 """More than one life of the controller gives."""
@@ -103,6 +111,7 @@ class JobStore:
     def __init__(self, redis_client: redis.asyncio.Redis) -> None:
         self._redis: Any = redis_client  # redis-py's annotations leave open what a reply is
         self._write_script = redis_client.register_script(_WRITE)
+        self._operation_script = redis_client.register_script(_ADD_OPERATION)
         self._lease_number_script = redis_client.register_script(_FIRST_LEASE_NUMBER)
 
     async def submit(self, job: job_pb2.Job, request_id: str) -> tuple[job_pb2.Job, bool]:
@@ -153,10 +162,8 @@ class JobStore:
 
     async def add_operation(self, job_id: str, operation_id: str, action: int) -> None:
         """Remember that an operation was carried out."""
-        async with self._redis.pipeline(transaction=True) as pipe:
-            pipe.hset(_operations_key(job_id), operation_id, action)
-            pipe.expire(_operations_key(job_id), _OPERATIONS_S)
-            await pipe.execute()
+        args: list[str | int] = [operation_id, action, _OPERATIONS_S]
+        await self._operation_script(keys=[_operations_key(job_id)], args=args)
 
     async def list(
         self, states: frozenset[int] = frozenset(), page_size: int = 100, page_token: str = ""

@@ -99,6 +99,8 @@ async def test_jobs_are_recorded_on_a_full_redis(tmp_path: pathlib.Path) -> None
         assert (await store.get(job.job_id)).state == job_pb2.JOB_STATE_RUNNING
         kinds = [event.WhichOneof("kind") for event in await store.events(job.job_id, "", 10)]
         assert kinds == ["state_changed", "metrics"]
+        await store.add_operation(job.job_id, "key", 3)
+        assert await store.operation(job.job_id, "key") == 3
         assert await store.first_lease_number() > 0
         await client.aclose()
 
