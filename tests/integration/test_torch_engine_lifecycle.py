@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import pathlib
+import threading
 
 import pytest
 import torch
@@ -268,6 +269,23 @@ async def test_two_requests_with_one_id_are_refused(tmp_path: pathlib.Path) -> N
             await respond(engine, prompt_of(5))
         await engine.abort()
         await task
+
+
+async def test_an_engine_that_is_not_wanted_any_more_while_it_starts_leaves_no_thread(tmp_path: pathlib.Path) -> None:
+    def threads() -> int:
+        return sum(thread.name == "torch-engine" for thread in threading.enumerate())
+
+    save_checkpoint(tmp_path, "llama")
+    before = threads()
+    starting = asyncio.create_task(TorchEngine(tmp_path, device="cpu").start())
+    async with asyncio.timeout(60):
+        while threads() == before:  # noqa: ASYNC110
+            await asyncio.sleep(0)
+        starting.cancel()
+        await asyncio.wait([starting])
+        assert starting.cancelled()
+        while threads() != before:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
 
 
 async def test_closing_ends_running_requests(tmp_path: pathlib.Path) -> None:

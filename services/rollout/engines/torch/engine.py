@@ -137,7 +137,11 @@ class TorchEngine:
             experts_implementation=self._experts_implementation,
         )
         worker = Worker(config, options, self._threads, deliver)
-        await self._finish(worker.start(), "building the model")
+        try:
+            await self._finish(worker.start(), "building the model")
+        except BaseException:
+            worker.submit(worker.close)  # when it is done with what it builds
+            raise
         self._worker = worker
 
     def _read_checkpoint(self) -> tuple[Any, PreTrainedTokenizerBase, tuple[int, ...]]:
