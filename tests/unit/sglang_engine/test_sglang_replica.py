@@ -9,7 +9,10 @@ import pytest
 from aiohttp import web
 
 from miles.services.rollout.engines.sglang import SglangOptions, replica
+from miles.services.rollout.engines.sglang.active import Signal
+from miles.services.rollout.engines.sglang.errors import ServerRefused
 from miles.services.rollout.engines.sglang.replica import Replica
+from miles.services.rollout.engines.sglang.weights import WeightLoader
 
 DEADLINE_S = 20.0
 
@@ -20,12 +23,20 @@ class Front:
     def __init__(self) -> None:
         self.at = 0.0
         self.address = ""
+        self.resets = 0
 
     async def info(self, request: web.Request) -> web.Response:
         return web.json_response({"tp_size": 4})
 
     async def loads(self, request: web.Request) -> web.Response:
         return web.json_response({"loads": [{"timestamp": self.at, "token_usage": 0.1, "num_running_reqs": 1}]})
+
+    async def check(self, request: web.Request) -> web.Response:
+        if (await request.json())["action"] == "reset_tensors":
+            self.resets += 1
+            if self.resets == 2:
+                return web.json_response({"success": False, "message": "not now"}, status=500)
+        return web.json_response({"per_engine_checksum": "c", "ranks": []})
 
 
 @pytest.fixture
@@ -36,6 +47,7 @@ async def front() -> AsyncIterator[Front]:
     app.router.add_get("/v1/loads", made.loads)
     app.router.add_post("/pause_generation", made.info)
     app.router.add_post("/continue_generation", made.info)
+    app.router.add_post("/weights_checker", made.check)
     runner = web.AppRunner(app)
     await runner.setup()
     site = web.TCPSite(runner, "127.0.0.1", 0)
@@ -98,3 +110,19 @@ async def test_a_scheduler_that_does_nothing_for_its_requests_is_noticed_behind_
     async with asyncio.timeout(DEADLINE_S):
         await attached.ready.get()
     await attached.replica.close()
+
+
+async def test_no_server_serves_the_noise_of_a_check_that_was_not_finished(front: Front) -> None:
+    ready = asyncio.Queue[Replica]()
+    options = SglangOptions(hf_checkpoint="m", device="cpu", addresses=(front.address,) * 2)
+    replicas = [Replica(options, i, ready.put, lambda: None) for i in range(2)]
+    for server in replicas:
+        await server.start()
+        server.version = 3
+    with pytest.raises(ServerRefused, match="not now"):
+        await WeightLoader(options, replicas, Signal()).verify()
+    assert [server.version for server in replicas] == [None, None]
+    async with asyncio.timeout(DEADLINE_S):
+        assert {(await ready.get()).index for _ in replicas} == {0, 1}
+    for server in replicas:
+        await server.close()

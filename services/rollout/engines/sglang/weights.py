@@ -171,10 +171,15 @@ class WeightLoader:
             await replica.api.post("/weights_checker", reset, timeout_s)
             return before
 
-        before = await asyncio.gather(*(overwrite(replica) for replica in replicas))
         # Memory can be shared with servers of this host alone; others are sent the same broadcast again.
         near = all(replica.managed for replica in replicas)
-        await self._push(replicas, self.version, tensors if near else self.tensors, self._selector)
+        try:
+            before = await asyncio.gather(*(overwrite(replica) for replica in replicas))
+            await self._push(replicas, self.version, tensors if near else self.tensors, self._selector)
+        except BaseException as error:
+            for replica in replicas:  # nobody may be served by noise
+                replica.give_up(f"it was overwritten for a check, and could not be loaded again: {error!r}")
+            raise
         after = await asyncio.gather(*(updates.checksum(r.api, self._selector, timeout_s) for r in replicas))
         wrong = [r.name for r, old, new in zip(replicas, before, after, strict=True) if old != new]
         if wrong:
@@ -237,7 +242,8 @@ class WeightLoader:
         found: dict[str, Checksum] = {}
 
         async def update(replica: Replica) -> None:
-            assert replica.member is not None
+            if replica.member is None:
+                raise EngineFailed(f"{replica.name} was lost before it could take the weights")
             push = WeightUpdate(replica.api, version, selector, timeout_s)
             await push.from_sources(replica.member, weights)
             if self._options.on_gpu:
