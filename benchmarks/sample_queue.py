@@ -2,12 +2,16 @@
 
     python -m benchmarks.sample_queue
 
-Rollout processes put groups, a few at a time each, while this process collects them as the trainer does, until the last
-is decoded. Beside it, the same bytes through XADD and XREADGROUP alone (redis-py, same server, same processes, taking
-turns), encoded before and not decoded. `a step` is what a training step waits for when its groups lie ready: to collect
-them, beside reading the same bytes. The second table has what one group costs each process in processor time, which
-depends less on what else the machine does, and the bytes of one sample beside JSON with base64 int32 experts. Medians
-over --repeats.
+Rollout processes put groups, a few at a time each (--producers), while this process collects them as the trainer does,
+until the last is decoded. Beside it, the same bytes through XADD and XREADGROUP alone (redis-py, same server, same
+processes, as many at a time, taking turns), encoded before and not decoded. The two also differ in this: groups below
+64 KiB that a process puts at the same time share a round trip to Redis, as `GroupQueue` has them do, while each raw
+XADD has a round trip and a connection of its own. `of raw` therefore counts what sharing gains as ours; with
+--producers 1 there is nothing to share.
+
+`a step` is what a training step waits for when its groups lie ready: to collect them, beside reading the same bytes.
+The second table has what one group costs each process in processor time, which depends less on what else the machine
+does, and the bytes of one sample beside JSON with base64 int32 experts. Medians over --repeats.
 """
 
 from __future__ import annotations
