@@ -8,9 +8,9 @@ import logging
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from redis.exceptions import NoScriptError
+from redis.exceptions import NoScriptError, ResponseError
 
-from miles.queue.backpressure import TRANSIENT, until_written
+from miles.queue.backpressure import TRANSIENT, is_out_of_memory, until_written
 from miles.queue.consumer import GroupConsumer
 from miles.queue.errors import Fenced, MissingGroups
 from miles.queue.keys import CONSUMER_GROUP, JobKeys
@@ -95,17 +95,30 @@ class GroupQueue:
 
         async def write() -> str:
             while True:
-                try:
-                    state, entry_id = (await self._pipeliner.run(commands, len(payload)))[-1]
-                except NoScriptError:
-                    await self._redis.script_load(PUT)
-                    continue
+                state, entry_id = await self._send_put(commands, len(payload))
                 if state == b"fenced":
                     raise _fenced(group.group_id, holder)
                 if state != b"no-blob":
-                    return str(entry_id.decode())
+                    return entry_id.decode()
 
         return await until_written(write, f"group {group.group_id}", len(payload), deadline_s)
+
+    async def _send_put(self, commands: list[Command], nbytes: int) -> tuple[bytes, bytes]:
+        """What PUT returns, after whatever goes before it."""
+        while True:
+            try:
+                state, entry_id = (await self._pipeliner.run(commands, nbytes))[-1]
+                return state, entry_id
+            except NoScriptError:
+                await self._redis.script_load(PUT)
+            except ResponseError as error:
+                if len(commands) == 1 or not is_out_of_memory(error):
+                    raise
+                # There is no room for the blob. It takes none to say that the group is queued, or the lease over.
+                answer = await self._send_put(commands[-1:], 0)
+                if answer[0] == b"no-blob":
+                    raise
+                return answer
 
     def _put_commands(self, group_id: int, numbers: str, payload: bytes, holder: Holder | None) -> list[Command]:
         keys = [self._keys.groups, self._keys.index, self._keys.fences]

@@ -235,6 +235,25 @@ async def test_a_full_redis_makes_put_wait_and_loses_nothing(
         await client.aclose()
 
 
+async def test_a_full_redis_says_of_large_groups_too_that_they_are_queued_or_refused(
+    tmp_path: pathlib.Path, job_id: str, make_group: MakeGroup
+) -> None:
+    with RedisServer(tmp_path) as server:
+        client = await connect_async(server.url)
+        queue = GroupQueue(client, job_id, inline_limit=1000)
+        entry = await queue.put(make_group(0, response_tokens=2000), attempt=1)
+        await queue.fence("w", 5)
+        await client.config_set("maxmemory", 1000)
+        with pytest.raises(OutOfMemoryError):
+            await client.set("filler", b"x")
+        assert await queue.put(make_group(0, response_tokens=2000), attempt=2, deadline_s=5) == entry
+        with pytest.raises(Fenced):
+            await queue.put(make_group(1, response_tokens=2000), attempt=1, holder=Holder("w", 4), deadline_s=5)
+        with pytest.raises(QueueFull):
+            await queue.put(make_group(1, response_tokens=2000), attempt=1, deadline_s=0.1)
+        await client.aclose()
+
+
 async def test_a_trainer_and_a_controller_that_restart_on_a_full_redis_make_room(
     tmp_path: pathlib.Path, job_id: str, make_group: MakeGroup
 ) -> None:
