@@ -208,6 +208,21 @@ def test_a_resumed_run_goes_on_bit_for_bit(dense: pathlib.Path, tmp_path: pathli
     assert_same(policy_weights(first), policy_weights(second), 0)
 
 
+def test_saving_during_the_warm_up_does_not_count_as_a_step_of_the_policy(
+    dense: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    results = []
+    for saves in (False, True):
+        backend = FsdpBackend(job_config(dense, **PPO, num_critic_only_steps=1), tmp_path, torch.device("cpu"))
+        state = backend.load()
+        state.finish_step(train(backend, random_groups(30)))
+        if saves:
+            backend.save(tmp_path / folder_name(1), state)
+        train(backend, random_groups(31), 1)
+        results.append(policy_weights(backend))
+    assert_same(*results, 0)
+
+
 def test_a_checkpoint_without_a_critic_starts_one(dense: pathlib.Path, tmp_path: pathlib.Path) -> None:
     grpo = FsdpBackend(job_config(dense), tmp_path, torch.device("cpu"))
     state = grpo.load()

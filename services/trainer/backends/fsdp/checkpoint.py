@@ -22,6 +22,7 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, se
 from torch.distributed.tensor import DTensor
 
 from miles.services.trainer.backends.fsdp.model import named_weights
+from miles.services.trainer.backends.fsdp.optimizer import make_state
 from miles.services.trainer.checkpoint_record import Record, read_record
 from miles.services.trainer.old_actors import OldActors
 from miles.services.trainer.saving import Saving, empty_folder, failing_as_os_error, put_in_place
@@ -128,6 +129,7 @@ def _tensors(contents: Contents) -> dict[str, Any]:
     for (model, optimizer), trained in contents.trained().items():
         tensors[model] = trained.state()
         if trained.optimizer is not None:
+            make_state(trained.optimizer)
             tensors[optimizer] = get_optimizer_state_dict(trained.model, trained.optimizer)
     if contents.reference is not None:
         tensors["reference"] = contents.reference.state_dict()

@@ -28,6 +28,21 @@ def build_optimizer(model: torch.nn.Module, config: OptimizerConfig) -> torch.op
     )
 
 
+def make_state(optimizer: torch.optim.Optimizer) -> None:
+    """Give AdamW the state with which its first step begins, where it has not taken one.
+
+    PyTorch makes the state for a checkpoint by a step with gradients of 0, which would count in the bias correction.
+    """
+    if optimizer.state:
+        return
+    for parameter in _parameters(optimizer):
+        optimizer.state[parameter] = {
+            "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+            "exp_avg": torch.zeros_like(parameter),
+            "exp_avg_sq": torch.zeros_like(parameter),
+        }
+
+
 def learning_rate(iteration: int, config: OptimizerConfig, total_iterations: int) -> float:
     """Rate of optimizer step `iteration` (from 0): a linear rise over the warm-up, then constant, linear or cosine.
 
