@@ -9,8 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
 from trainer_cases import hf_log_probs, job_config, random_groups, train_recorded, write_dense_model
 
+from miles.services.trainer.backends.fsdp import checkpoint
 from miles.services.trainer.backends.fsdp.backend import FsdpBackend
 from miles.services.trainer.batch import build_batch, in_order
 from miles.services.trainer.checkpoint_record import folder_name
@@ -152,3 +155,11 @@ def test_a_resumed_run_has_its_old_actors_bit_for_bit(dense: pathlib.Path, tmp_p
     for key in known:
         np.testing.assert_array_equal(known[key].train_log_probs, known_again[key].train_log_probs)
     assert all(weights[name].equal(weights_again[name]) for name in weights)
+
+
+@pytest.mark.usefixtures("process_group")
+def test_a_copy_is_saved_and_loaded_where_it_lies() -> None:
+    mesh = DeviceMesh("meta", [0])  # a device that is not the copy's, as a GPU is
+    weight = DTensor.from_local(torch.empty(2, 3, device="meta"), mesh, [Shard(0)])
+    part = torch.zeros(2, 3)
+    assert checkpoint._like(weight, part).to_local().data_ptr() == part.data_ptr()

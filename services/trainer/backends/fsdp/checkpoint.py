@@ -144,9 +144,8 @@ def _like(weight: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
     """This rank's part of a tensor that is sharded as `weight` is, without copying it."""
     if not isinstance(weight, DTensor):
         return part
-    return DTensor.from_local(
-        part, weight.device_mesh, weight.placements, run_check=False, shape=weight.shape, stride=weight.stride()
-    )
+    # DTensor.from_local would copy a part in host memory to the GPU, and loading would fill that copy.
+    return DTensor(part, weight._spec, requires_grad=False)  # type: ignore[no-untyped-call]
 
 
 def _random_key() -> str:
