@@ -311,7 +311,8 @@ def test_layers_for_multi_token_prediction_learn_and_leave_the_rest_alone(result
     losses = [step["train/mtp_loss"] for step in json.loads((results / "learning.json").read_text())["metrics"]]
     assert losses == sorted(losses, reverse=True)
     without, rest = (load_file(results / f"{name}.safetensors") for name in ("predicting", "learning"))
-    assert all(torch.equal(without[name], rest[name]) for name in without)
+    # Samples without advantage are trained on too, so that micro-batches are others and sums are rounded otherwise.
+    assert max(float((without[name] - rest[name]).abs().max()) for name in without) < 1e-6
     untrained = ("embed_tokens.weight", "shared_head.head.weight", "e_score_correction_bias")
     before = prediction_layers(results / "predicting" / "model.safetensors")
     after = prediction_layers(results / "learning" / "hf" / "model.safetensors")
