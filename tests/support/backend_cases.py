@@ -25,7 +25,8 @@ def run_case(case: dict[str, Any], out: pathlib.Path) -> None:
 
     A case has: name, model (folder), flags (changes of the configuration), routing (experts, layers, top-k) or None,
     and optionally seed (of every step's groups), steps, save_at, save_in_background (until the next step was taken),
-    save_hf, and off_policy for samples of two versions; see `tests/integration/test_megatron_layouts.py`.
+    save_hf, reward (of every sample), and off_policy for samples of two versions; see
+    `tests/integration/test_megatron_layouts.py`.
     """
     name, routing = case["name"], case.get("routing")
     config = job_config(
@@ -37,6 +38,8 @@ def run_case(case: dict[str, Any], out: pathlib.Path) -> None:
     metrics, saving = [], None
     for step in range(state.step, case.get("steps", STEPS)):
         groups = random_groups(case.get("seed", step), routing=tuple(routing) if routing else None)
+        for sample in (s for group in groups for s in group.samples):
+            sample.reward = case.get("reward", sample.reward)
         if case.get("off_policy"):
             exported(backend)  # as engines get each version
             for sample in (s for group in groups for s in group.samples):

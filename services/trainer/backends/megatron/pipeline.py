@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 import torch
+import torch.distributed as dist
 
 from miles.services.trainer.backends.megatron.groups import Place
 from miles.services.trainer.backends.megatron.model import MegatronModel
@@ -82,6 +83,8 @@ class Pipeline:
 
             return output, finish
 
+        if with_gradient and self._model.config.moe_aux_loss_coeff:
+            self._average_balance(rows)
         schedule = get_forward_backward_func()
         numbers = [iter(range(len(padded))) for _ in self._model.chunks]
         with contextlib.ExitStack() as stack:
@@ -109,6 +112,18 @@ class Pipeline:
         return local_rows(
             micro_batch, context_rank=place.context_rank, context_size=place.context_size, multiple_of=multiple
         )
+
+    def _average_balance(self, rows: Sequence[LocalRows]) -> None:
+        """Have the load-balancing loss of coming passes be a mean over their rows on all replicas; collective.
+
+        Megatron-Core weighs it by rows, so as to divide it by tokens together with the main loss, which comes divided.
+        """
+        from megatron.core import parallel_state
+
+        config = self._model.config
+        count = torch.tensor([float(sum(len(each.input_ids_L) for each in rows))], device=self._device)
+        dist.all_reduce(count, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
+        config.moe_grad_scale_func = lambda: config.grad_scale_func(1 / count)
 
     def prediction_loss(self) -> dict[str, float]:
         """The metric of layers for multi-token prediction since the last call, where they are trained; collective."""
