@@ -233,6 +233,28 @@ def test_old_actors_are_kept_as_adapters(dense: pathlib.Path, tmp_path: pathlib.
     assert metrics["train/ppo_kl"] != 0  # the samples are of version 0
 
 
+def test_a_critic_beside_an_adapter_resumes_from_a_checkpoint_that_was_written_while_they_learned(
+    dense: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    changes = {"advantage_estimator": "ppo", "kl_coef": 0.1, "keep_old_actor": True, "max_weight_staleness": 1}
+    config = job_config(dense, lora_rank=RANK, num_critic_only_steps=1, async_save=True, **changes)
+    first = FsdpBackend(config, tmp_path, torch.device("cpu"))
+    state = first.load()
+    state.finish_step(dict(first.train(0, random_groups(0), lambda progress: None)))
+    exported(first)
+    saving = first.begin_save(tmp_path / folder_name(1), state)
+    lost = first.train(1, random_groups(1), lambda progress: None)
+    saving.finish()
+    second = FsdpBackend(config, tmp_path, torch.device("cpu"))
+    assert second.load() == state
+    again = second.train(1, random_groups(1), lambda progress: None)
+    assert {k: v for k, v in again.items() if k.startswith("train/")} == {
+        k: v for k, v in lost.items() if k.startswith("train/")
+    }
+    assert again["train/old_actor_ratio"] == 1  # the samples are of version 0
+    assert all(torch.equal(tensor, exported(first)[name]) for name, tensor in exported(second).items())
+
+
 def test_a_checkpoint_of_another_base_is_refused(dense: pathlib.Path, tmp_path: pathlib.Path) -> None:
     checkpoints = tmp_path / "checkpoints"
     backend = loaded(dense, checkpoints)
