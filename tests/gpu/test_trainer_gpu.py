@@ -105,3 +105,15 @@ def test_a_checkpoint_resumes_on_the_gpu(tmp_path: pathlib.Path) -> None:
     for backend in (first, second):
         backend.train(1, random_groups(1), lambda progress: None)
     assert_close(dict(first.export()), dict(second.export()), 1e-5)
+
+
+def test_old_actors_resume_in_host_memory(tmp_path: pathlib.Path) -> None:
+    keep = {"keep_old_actor": True, "max_weight_staleness": 1}
+    config = job_config(write_dense_model(tmp_path / "model"), device="cuda", distributed_backend="nccl", **keep)
+    first, second = (FsdpBackend(config, tmp_path / "checkpoints", CUDA) for _ in range(2))
+    state = first.load()
+    state.finish_step(first.train(0, random_groups(0), lambda progress: None))
+    first.save(tmp_path / "checkpoints" / "step_00000001", state)
+    second.load()
+    kept, resumed = (backend._loaded.roles.old_actors.copies[0].tensors for backend in (first, second))
+    assert all(tensor.is_cpu and tensor.equal(resumed[name]) for name, tensor in kept.items())

@@ -83,14 +83,11 @@ class PredictionTraining:
 
     def take_loss(self, group: dist.ProcessGroup, device: torch.device) -> float:
         """Mean over predicted tokens since the last call, of all ranks of a group; collective."""
-        total, tokens = _sum_over(group, self._sums.to(device)).tolist()
+        sums = self._sums.to(device)
+        dist.all_reduce(sums, group=group)
+        total, tokens = sums.tolist()
         self._sums.zero_()
         return float(total) / max(float(tokens), 1.0)
-
-
-def _sum_over(group: dist.ProcessGroup, values: torch.Tensor) -> torch.Tensor:
-    dist.all_reduce(values, group=group)
-    return values
 
 
 def _without(padding: int, loss: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
