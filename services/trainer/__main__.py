@@ -147,11 +147,13 @@ async def serve(arguments: argparse.Namespace, ranks: Ranks, worker: RankWorker)
             await asyncio.shield(server.wait_for_termination())  # once cancelled, it would make stop() fail too
     finally:
         await server.stop(_STOP_GRACE_S)
-        await servicer.close()
-        if not await asyncio.to_thread(leader.close, _LAST_COMMAND_S):
-            # Torch cannot be interrupted; what the step has done so far would be lost in any case.
-            logger.warning("leaving in the middle of a command")
-            os._exit(ExitCode.OK)
+        try:
+            await servicer.close()
+        finally:  # whatever became of the last checkpoint, the other ranks wait for a word
+            if not await asyncio.to_thread(leader.close, _LAST_COMMAND_S):
+                # Torch cannot be interrupted; what the step has done so far would be lost in any case.
+                logger.warning("leaving in the middle of a command")
+                os._exit(ExitCode.OK)
 
 
 if __name__ == "__main__":

@@ -78,8 +78,14 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServiceServicer):
 
     async def close(self) -> None:
         """Let go of the job when its checkpoint is complete; its memory ends with the process."""
-        if self._job is not None:
-            await asyncio.wait_for(self._release(self._job), _LAST_SAVE_S)
+        job = self._job
+        if job is None:
+            return
+        try:
+            await asyncio.wait_for(self._release(job), _LAST_SAVE_S)
+        except TimeoutError:
+            newest = job.checkpoints.newest or "the start"
+            logger.warning("leaving while a checkpoint is being written; the next trainer goes on from %s", newest)
 
     async def StartJob(
         self,
