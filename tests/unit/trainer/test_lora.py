@@ -253,6 +253,7 @@ def test_a_critic_beside_an_adapter_resumes_from_a_checkpoint_that_was_written_w
     }
     assert again["train/old_actor_ratio"] == 1  # the samples are of version 0
     assert all(torch.equal(tensor, exported(first)[name]) for name, tensor in exported(second).items())
+    first.close()
 
 
 def test_a_checkpoint_of_another_base_is_refused(dense: pathlib.Path, tmp_path: pathlib.Path) -> None:

@@ -170,6 +170,9 @@ class FsdpBackend:
     def close(self) -> None:
         """Free the model. The backend can `load` again."""
         self._parts = None
+        if self._save_group is not None:
+            dist.destroy_process_group(self._save_group)
+        self._save_group = None
         gc.collect()
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
