@@ -52,7 +52,9 @@ def _models(s: Settings) -> Iterator[Fault]:
         if folder in (None, s.hf_checkpoint):
             continue
         yield from _model_folder(key, folder)
-        differences = shape_differences(s.hf_checkpoint, folder, with_head=key != "critic_load")
+        critic = key == "critic_load"
+        predicts = s.mtp_num_layers is not None and not critic
+        differences = shape_differences(s.hf_checkpoint, folder, with_head=not critic, with_prediction_layers=predicts)
         if s.train_backend == "megatron" and differences:
             problem = f"train_backend = megatron holds it in the shape of hf_checkpoint, and {differences[0]}"
             yield Fault(key, folder, problem, "give a model of that shape, or train with fsdp")

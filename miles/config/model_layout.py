@@ -40,16 +40,20 @@ _SHAPE = (
 )
 
 
-def shape_differences(folder: str, other: str, *, with_head: bool = True) -> list[str]:
+def shape_differences(
+    folder: str, other: str, *, with_head: bool = True, with_prediction_layers: bool = False
+) -> list[str]:
     """How the model of another Hugging Face folder has other tensors, in words; nothing where one cannot be read.
 
-    Without its head it does not matter whether that is tied to the embeddings.
+    Without its head it does not matter whether that is tied to the embeddings. Layers for multi-token prediction count
+    where they are held.
     """
     models = [_model_config(each) for each in (folder, other)]
     if not all(models):
         return []  # reported where folders are checked
     one, two = models
     keys = [key for key in _SHAPE if with_head or key != "tie_word_embeddings"]
+    keys += ["num_nextn_predict_layers"] if with_prediction_layers else []
     return [f"{key} is {two.get(key)} instead of {one.get(key)}" for key in keys if one.get(key) != two.get(key)]
 
 

@@ -104,3 +104,13 @@ def test_models_of_other_tensors_are_told_apart(tmp_path: pathlib.Path) -> None:
     assert shape_differences(policy, str(tmp_path / "same")) == []
     assert shape_differences(policy, str(tmp_path / "deeper")) == ["num_hidden_layers is 8 instead of 6"]
     assert shape_differences(policy, str(tmp_path / "nowhere")) == []
+
+
+def test_layers_that_predict_ahead_count_where_they_are_held(tmp_path: pathlib.Path) -> None:
+    for name, layers in (("policy", {"num_nextn_predict_layers": 1}), ("teacher", {})):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(DENSE | layers))
+    folders = str(tmp_path / "policy"), str(tmp_path / "teacher")
+    assert shape_differences(*folders) == []
+    held = shape_differences(*folders, with_prediction_layers=True)
+    assert held == ["num_nextn_predict_layers is None instead of 1"]

@@ -96,7 +96,8 @@ def _weights_of(model: MegatronModel, config: JobConfig, folder: str | None) -> 
     """
     if folder is None or folder == config.rollout.hf_checkpoint:
         return WeightCopy(model.parameters)
-    differences = shape_differences(str(config.rollout.hf_checkpoint), folder)
+    predicts = config.megatron.mtp_num_layers is not None
+    differences = shape_differences(str(config.rollout.hf_checkpoint), folder, with_prediction_layers=predicts)
     if differences:
         raise ValueError(
             f"the weights of {folder} cannot take the place of the policy's: {'; '.join(differences)}; give a model of "
