@@ -18,11 +18,11 @@ from miles.services.trainer.backends.fsdp.optimizer import (
     LossScale,
     build_optimizer,
     clip_gradients,
-    learning_rate,
     set_learning_rate,
 )
 from miles.services.trainer.backends.fsdp.routing import Routing
 from miles.services.trainer.batch import OptimizerStepPlan, RolloutBatch
+from miles.services.trainer.learning_rate import learning_rate
 from miles.services.trainer.packing import MicroBatch
 from miles.services.trainer.roles import Learner, OutputT, Report
 

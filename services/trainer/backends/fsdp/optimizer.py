@@ -1,4 +1,4 @@
-"""AdamW, its learning-rate schedule, and gradient clipping."""
+"""AdamW, the scale of float16 losses, and gradient clipping."""
 
 from __future__ import annotations
 
@@ -41,26 +41,6 @@ def make_state(optimizer: torch.optim.Optimizer) -> None:
             "exp_avg": torch.zeros_like(parameter),
             "exp_avg_sq": torch.zeros_like(parameter),
         }
-
-
-def learning_rate(iteration: int, config: OptimizerConfig, total_iterations: int) -> float:
-    """Rate of optimizer step `iteration` (from 0): a linear rise over the warm-up, then constant, linear or cosine.
-
-    Decay ends at `min_lr` after lr_decay_iters steps, warm-up included (`total_iterations` when that is not set).
-    """
-    decay_iters = config.lr_decay_iters or total_iterations
-    warmup = config.lr_warmup_iters
-    if config.lr_warmup_fraction is not None:
-        warmup = int(config.lr_warmup_fraction * decay_iters)
-    if iteration < warmup:
-        return config.lr_warmup_init + (config.lr - config.lr_warmup_init) * (iteration + 1) / warmup
-    if config.lr_decay_style == "constant":
-        return config.lr
-    if iteration >= decay_iters:
-        return config.min_lr
-    done = (iteration - warmup) / max(1, decay_iters - warmup)
-    left = 1 - done if config.lr_decay_style == "linear" else 0.5 * (1 + math.cos(math.pi * done))
-    return config.min_lr + (config.lr - config.min_lr) * left
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from miles.algorithms.metrics import MetricSum
-from miles.services.trainer.backends.fsdp.routing_replay import RoutingReplay, rollout_routing
+from miles.services.trainer.backends.fsdp.routing_replay import RoutingReplay
 from miles.services.trainer.batch import RolloutBatch
 from miles.services.trainer.packing import MicroBatch
+from miles.services.trainer.rollout_routing import rollout_routing
 
 if TYPE_CHECKING:
     from miles.config import JobConfig

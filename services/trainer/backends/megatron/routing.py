@@ -9,12 +9,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from miles.services.trainer.backends.fsdp.routing_replay import rollout_routing
 from miles.services.trainer.backends.megatron.groups import Place
 from miles.services.trainer.backends.megatron.replay import ModelReplay
 from miles.services.trainer.backends.megatron.rows import PADDING, LocalRows
 from miles.services.trainer.batch import RolloutBatch
 from miles.services.trainer.packing import MicroBatch
+from miles.services.trainer.rollout_routing import rollout_routing
 
 if TYPE_CHECKING:
     from miles.config import JobConfig
