@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import pathlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 
 import pytest
 import pytest_asyncio
@@ -69,17 +69,20 @@ def model_of(engine: SglangEngine, models: Models) -> torch.nn.Module:
     return models[engine.version % 2]
 
 
-async def until_they_decode(engine: SglangEngine, before: int, tokens: int) -> None:
+async def under_way(
+    engine: SglangEngine, seeds: Sequence[int] = range(4), group: str = ""
+) -> list[asyncio.Task[Response]]:
+    """A long response for each seed, with the request id rSEED; all of them have begun."""
+    began = [asyncio.Event() for _ in seeds]
+    tasks = [
+        asyncio.create_task(
+            respond(engine, prompt_of(12 + seed, seed), request_id=f"r{seed}", group=group, begun=event, **LONG)
+        )
+        for seed, event in zip(seeds, began, strict=True)
+    ]
     async with asyncio.timeout(60):
-        while engine.stats().generated_tokens < before + tokens:  # noqa: ASYNC110
-            await asyncio.sleep(0.01)
-
-
-async def under_way(engine: SglangEngine, count: int = 4) -> list[asyncio.Task[Response]]:
-    """Long responses that have begun."""
-    before = engine.stats().generated_tokens
-    tasks = [asyncio.create_task(respond(engine, prompt_of(12 + i, i), **LONG)) for i in range(count)]
-    await until_they_decode(engine, before, count)
+        for event in began:
+            await event.wait()
     return tasks
 
 
@@ -272,12 +275,7 @@ async def test_nothing_decodes_during_a_pause(engine: SglangEngine, mode: PauseM
 
 @pytest.mark.parametrize("group", ["", "together"])
 async def test_requests_are_aborted_one_by_one_and_all_at_once(engine: SglangEngine, group: str) -> None:
-    before = engine.stats().generated_tokens
-    tasks = [
-        asyncio.create_task(respond(engine, prompt_of(9, i), request_id=f"r{i}", group=group, **LONG))
-        for i in (1, 10, 11, 2)
-    ]
-    await until_they_decode(engine, before, 4)
+    tasks = await under_way(engine, (1, 10, 11, 2), group)
     await engine.abort(["r1"])  # no other whose id begins with r1
     assert (await tasks[0]).result.reason is FinishReason.ABORT
     assert not any(task.done() for task in tasks[1:])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import dataclasses
 import os
@@ -87,9 +88,10 @@ async def respond(
     experts: bool = False,
     experts_start: int = 0,
     group: str = "",
+    begun: asyncio.Event | None = None,
     **sampling: Any,
 ) -> Response:
-    """Generate one response to its end."""
+    """Generate one response to its end; sets `begun` at its first tokens."""
     request = GenerationRequest(
         request_id or f"request-{next(_serial)}",
         list(prompt),
@@ -108,6 +110,8 @@ async def respond(
         log_probs += delta.log_probs
         count += 1
         result = delta.result
+        if begun is not None and tokens:
+            begun.set()
     assert result is not None
     return Response(tokens, log_probs, result, count)
 

@@ -109,7 +109,10 @@ class ServerMember:
             self._order("/update_weights_from_distributed", body if is_last else body | {"weight_version": None}, watch)
 
     def leave(self, source: str) -> None:
-        """See Receiver. Raises EngineFailed when the server does not come back from a broadcast that is over."""
+        """See Receiver. Raises EngineFailed when the server was lost, or does not come back from a broadcast that is over.
+
+        A server that was lost must not ask for another broadcast: the others would wait in it for a member that is gone.
+        """
         name = self._groups.pop(source, None)
         if name is None:
             return
@@ -118,6 +121,8 @@ class ServerMember:
             concurrent.futures.wait([pending], timeout=self._timing.patience_s)
             if not pending.done():
                 raise EngineFailed(f"SGLang at {self._api.address} hangs in a broadcast that is over")
+            if isinstance(error := pending.exception(), EngineFailed):
+                raise error
         with contextlib.suppress(ServerRefused, EngineFailed, BroadcastFailed, TimeoutError):
             watch = Watch(time.monotonic() + self._timing.patience_s)
             self._order("/destroy_weights_update_group", {"group_name": name}, watch)
