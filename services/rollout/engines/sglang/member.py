@@ -109,9 +109,9 @@ class ServerMember:
             self._order("/update_weights_from_distributed", body if is_last else body | {"weight_version": None}, watch)
 
     def leave(self, source: str) -> None:
-        """See Receiver. Raises EngineFailed when the server was lost, or does not come back from a broadcast that is over.
+        """See Receiver. Raises EngineFailed when the server was lost, or hangs in a broadcast that is over.
 
-        A server that was lost must not ask for another broadcast: the others would wait in it for a member that is gone.
+        A lost server must not ask for another broadcast: the others would wait in it for a member that is gone.
         """
         name = self._groups.pop(source, None)
         if name is None:
