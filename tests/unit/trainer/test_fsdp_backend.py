@@ -270,6 +270,21 @@ def test_a_checkpoint_brings_back_a_reference_that_moved(dense: pathlib.Path, tm
     assert_same(weights(first), weights(second), 0)
 
 
+def test_a_run_resumed_with_a_reference_that_moves_starts_from_the_one_it_had(
+    dense: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    kl = {"use_kl_loss": True, "kl_loss_coef": 0.1, "kl_loss_type": "k3"}
+    fixed = FsdpBackend(job_config(dense, **kl), tmp_path, torch.device("cpu"))
+    state = fixed.load()
+    state.finish_step(train(fixed, random_groups(0), 0))
+    fixed.save(tmp_path / folder_name(1), state)
+    expected = train(fixed, random_groups(1), 1)["train/kl_loss"]
+    moving = FsdpBackend(job_config(dense, **kl, ref_update_interval=2), tmp_path, torch.device("cpu"))
+    assert moving.load() == state
+    assert train(moving, random_groups(1), 1)["train/kl_loss"] == expected > 0
+    assert train(moving, random_groups(2), 2)["train/kl_loss"] == 0
+
+
 def test_training_is_the_same_bit_for_bit_when_repeated_with_two_threads(dense: pathlib.Path) -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(2)

@@ -106,6 +106,9 @@ def load(directory: pathlib.Path, contents: Contents) -> Record:
     if contents.critic is not None and not is_there("critic"):
         logger.warning("%s has no critic; it starts from critic_load", directory)
         contents = dataclasses.replace(contents, critic=None)
+    if contents.reference is not None and not is_there("reference"):
+        logger.warning("%s has no reference; it starts from ref_load", directory)
+        contents = dataclasses.replace(contents, reference=None)
     if contents.old_actors is not None:
         contents.old_actors.make_room(record.old_versions)
     tensors = _tensors(contents)
