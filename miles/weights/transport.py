@@ -34,7 +34,7 @@ class SendTimes:
     """Where the time of a send went, in seconds of wall time, and what it wrote."""
 
     copy_s: float = 0.0
-    """Copying, encoding and writing, and converting where dtypes differ."""
+    """Copying, encoding and writing, and converting where dtypes differ; checksums too where made on the way."""
     checksum_s: float = 0.0
     """Waiting for checksums after the last copy; the rest of them overlapped with copying."""
     written_bytes: int = 0

@@ -60,16 +60,19 @@ class SharedMemoryTransport:
         working: list[concurrent.futures.Future[None]] = []
         batch: list[_Member] = []
         batch_bytes = 0
-        for descriptor, tensor in match(descriptors, tensors):
-            source = _host_bytes(tensor, TORCH_DTYPE[descriptor.dtype])
-            if source is None:
-                tensor_over(mapping.memory, descriptor).copy_(tensor)
-            batch.append((descriptor, source))
-            batch_bytes += descriptor.nbytes
-            if batch_bytes >= HASH_BATCH_BYTES:
-                working.append(self._threads.submit(_fill, mapping.memory, batch))
-                batch, batch_bytes = [], 0
-        working.append(self._threads.submit(_fill, mapping.memory, batch))
+        try:
+            for descriptor, tensor in match(descriptors, tensors):
+                source = _host_bytes(tensor, TORCH_DTYPE[descriptor.dtype])
+                if source is None:
+                    tensor_over(mapping.memory, descriptor).copy_(tensor)
+                batch.append((descriptor, source))
+                batch_bytes += descriptor.nbytes
+                if batch_bytes >= HASH_BATCH_BYTES:
+                    working.append(self._threads.submit(_fill, mapping.memory, batch))
+                    batch, batch_bytes = [], 0
+            working.append(self._threads.submit(_fill, mapping.memory, batch))
+        finally:
+            concurrent.futures.wait(working)  # after an export that broke off, the file may soon be another version's
         for future in working:
             future.result()
         written = sum(descriptor.nbytes for descriptor in descriptors)

@@ -7,7 +7,7 @@ import pathlib
 from collections.abc import Awaitable, Callable, Mapping
 from typing import TYPE_CHECKING
 
-from miles.services.rollout.engines.sglang.layout import Shapes
+from miles.services.rollout.engines.sglang.layout import Shapes, refuse
 
 if TYPE_CHECKING:
     import torch
@@ -43,9 +43,7 @@ class DraftModel:
             for name, tensor in tensors.items()
             if self._shapes and self._shapes.get(name) != tuple(tensor.shape)
         ]
-        if faults:
-            more = f" and {len(faults) - 5} more" if len(faults) > 5 else ""
-            raise ValueError(f"the weights do not fit the draft model: {'; '.join(faults[:5])}{more}")
+        refuse(faults, "draft model")
         self.version = None
         took_s = await self._load(tensors)
         self.version, self._tensors = version, tensors

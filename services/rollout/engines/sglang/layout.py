@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -71,3 +71,10 @@ def misfits(shapes: Shapes, tensors: Mapping[str, torch.Tensor], dtype: torch.dt
         elif tensor.dtype != dtype and tensor.is_floating_point() and tensor.dtype != torch.float32:
             faults.append(f"{name} is {tensor.dtype} instead of {dtype}")
     return faults
+
+
+def refuse(faults: Sequence[str], model: str) -> None:
+    """Raise ValueError naming the first faults of weights for that model; nothing where there are none."""
+    if faults:
+        more = f" and {len(faults) - 5} more" if len(faults) > 5 else ""
+        raise ValueError(f"the weights do not fit the {model}: {'; '.join(faults[:5])}{more}")

@@ -18,7 +18,7 @@ from miles.services.rollout.engines.sglang.active import Signal
 from miles.services.rollout.engines.sglang.buckets import NamedTensor
 from miles.services.rollout.engines.sglang.draft import own_parameters
 from miles.services.rollout.engines.sglang.errors import EngineFailed, ServerRefused
-from miles.services.rollout.engines.sglang.layout import ModelLayout, misfits, read_layout
+from miles.services.rollout.engines.sglang.layout import ModelLayout, misfits, read_layout, refuse
 from miles.services.rollout.engines.sglang.names import checkpoint_names
 from miles.services.rollout.engines.sglang.options import SglangOptions
 from miles.services.rollout.engines.sglang.remote import RemoteWeights
@@ -75,10 +75,7 @@ class WeightLoader:
 
     def check(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Raise ValueError when these are not the model's parameters."""
-        faults = misfits(self._layout.shapes, tensors, self._dtype)
-        if faults:
-            more = f" and {len(faults) - 5} more" if len(faults) > 5 else ""
-            raise ValueError(f"the weights do not fit the model: {'; '.join(faults[:5])}{more}")
+        refuse(misfits(self._layout.shapes, tensors, self._dtype), "model")
 
     async def pause(self, mode: str) -> None:
         """Stop every scheduler."""
