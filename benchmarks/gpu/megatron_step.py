@@ -91,7 +91,8 @@ def measure(args: argparse.Namespace, backend: str, model: pathlib.Path, device:
             "max_tokens_per_gpu": args.micro_batch, "device": device.type, "train_backend": backend,
             "actor_num_gpus_per_node": dist.get_world_size(), "log_samples_per_step": 0, "use_kl_loss": args.kl,
             "share_prompts": False if backend == "fsdp" else None, "run_dir": str(model / "run"),
-            "use_rollout_routing_replay": args.replay, **{k: _value(v) for k, v in flags.items()},
+            "use_rollout_routing_replay": args.replay, "train_dtype": "bfloat16",
+            "rollout_dtype": "bfloat16", **{k: _value(v) for k, v in flags.items()},
         }
     ).resolve(device.type)  # fmt: skip
     groups = rollout(args.kind, args.groups, args.samples, args.prompt, args.response, args.replay)

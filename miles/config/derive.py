@@ -9,6 +9,7 @@ from collections.abc import Callable
 from miles.config.catalog import SECTIONS
 from miles.config.faults import Fault
 from miles.config.settings import Settings, UnusableSetting
+from miles.precision.number_types import AUTO
 
 _FALLBACKS = {
     "eval_temperature": "rollout_temperature",
@@ -138,7 +139,7 @@ def _evaluation_alone(s: Settings) -> list[Fault]:
 
 def _train_dtype(s: Settings) -> list[Fault]:
     if not s.given("train_dtype"):
-        s.fill("train_dtype", "float16" if s.fp16 else "bfloat16")
+        s.fill("train_dtype", "float16" if s.fp16 else AUTO)
     return []
 
 

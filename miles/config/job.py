@@ -33,6 +33,7 @@ from miles.config.telemetry import TelemetryConfig
 from miles.config.tls import TlsConfig
 from miles.config.train import TrainConfig
 from miles.config.weights import WeightsConfig
+from miles.precision.number_types import AUTO
 
 
 class JobConfig(BaseModel):
@@ -110,6 +111,19 @@ class JobConfig(BaseModel):
         Raises ConfigError when the result does not hold together, e.g. when a batch does not divide over the ranks.
         """
         return type(self).from_flat(resolved(self.to_flat(), device))
+
+    def for_worker(self) -> Self:
+        """The configuration as it is, for a trainer or engine to build from.
+
+        Raises ConfigError while number types are open: they are decided once for a whole run, from what its workers
+        are fast in.
+        """
+        types = {"train_dtype": self.train.train_dtype, "rollout_dtype": self.rollout.rollout_dtype}
+        problem, remedy = "it is decided when a run starts, before its workers are", "name a type"
+        faults = [Fault(key, value, problem, remedy) for key, value in types.items() if value == AUTO]
+        if faults:
+            raise ConfigError(faults)
+        return self
 
     def rollouts(self, dataset_size: int) -> int:
         """Rollouts of the run: num_rollout, or as many full batches as num_epoch passes over the data set hold."""

@@ -12,6 +12,7 @@ from typing import Any
 from miles.config.catalog import catalog
 from miles.config.device import visible_gpus
 from miles.config.job import JobConfig
+from miles.cores import THREADS_VARIABLE, share_of, usable_cores
 
 UNKNOWN_ADDRESS = "(known once started)"
 """Stands for what a plan that was made beforehand cannot know."""
@@ -209,7 +210,26 @@ def _plan(config: JobConfig, name: str, kind: str, command: tuple[str, ...]) -> 
     environment = tls_environment(config) if kind != "redis" else {}
     if kind in _TENSOR_KINDS and config.services.device == "cpu":
         environment |= cpu_memory_environment()
+    environment |= _thread_environment(config, kind)
     return ProcessPlan(name, kind, command, environment, read)
+
+
+def _thread_environment(config: JobConfig, kind: str) -> dict[str, str]:
+    """Variables that share out this machine's cores; none where the user has set them.
+
+    Trainer and engines take turns on all cores in a synchronous run, and have a part each where they work at once. The
+    reward service has a worker process for each core.
+    """
+    if THREADS_VARIABLE in os.environ:
+        return {}
+    ranks, engines = _local_ranks(config), config.cluster.rollout_num_workers
+    both = config.rollout.max_weight_staleness > 0
+    at_once = {
+        "trainer": ranks + engines if both else ranks,
+        "rollout": ranks + engines if both else engines,
+        "reward": usable_cores(),
+    }
+    return {THREADS_VARIABLE: str(share_of(usable_cores(), at_once[kind]))} if kind in at_once else {}
 
 
 def cpu_memory_environment() -> dict[str, str]:

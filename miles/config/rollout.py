@@ -59,8 +59,10 @@ class RolloutConfig(Section):
     sglang_server_concurrency: Positive = 512
     """Requests that one SGLang server is given at once, at most; fewer while its key-value cache is nearly full."""
 
-    rollout_dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Type of the weights that engines hold, and in which the trainer publishes them."""
+    rollout_dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    """Type of the weights that engines hold, and in which the trainer publishes them. With auto it is decided when the
+    run starts: as train_dtype says, else bfloat16 where trainer and engines are fast in it (GPUs, and CPUs with
+    bfloat16 instructions), float32 elsewhere."""
 
     max_running_requests: Annotated[Positive | None, Derived("64 with torch; SGLang decides for itself")] = None
     """Responses that one engine decodes at once."""

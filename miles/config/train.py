@@ -26,12 +26,13 @@ class TrainConfig(Section):
     """Recompute activations in the backward pass instead of keeping them (fsdp)."""
 
     fp16: bool = False
-    """Compute in float16 instead of bfloat16."""
+    """Compute in float16: the same as train_dtype = float16."""
 
-    train_dtype: Annotated[Literal["bfloat16", "float16", "float32"], Derived("float16 with fp16, else bfloat16")] = (
-        derived()
-    )
-    """Type in which the trainer computes; gradients are summed up in float32."""
+    train_dtype: Annotated[
+        Literal["auto", "bfloat16", "float16", "float32"], Derived("float16 with fp16, else auto")
+    ] = derived()
+    """Type in which the trainer computes; gradients are summed up in float32. With auto it is that of rollout_dtype,
+    which is decided when the run starts if it is auto too."""
 
     keep_fp32_master: bool = True
     """Hold parameters in float32 and cast them for computing."""

@@ -15,6 +15,7 @@ import time
 from typing import TYPE_CHECKING
 
 from miles.config.plan import ProcessPlan, plan_controller, plan_gateway, plan_workers
+from miles.cores import WAIT_VARIABLE
 from miles.launcher.process import ProcessGivenUpError, SupervisedProcess
 from miles.launcher.restarts import RestartPolicy
 from miles.queue import RedisServer, RedisStartError
@@ -33,7 +34,7 @@ _RESTARTS_IN_A_DRILL = 30
 _ADDRESSED = ("weightsync_port", "reward_port")
 _GATEWAY_NEEDS = ("fastapi", "httptools", "prometheus_client", "uvicorn")
 """Packages of the extra `gateway`: a run without them has no REST API."""
-_CALM_THREADS = {"OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+_CALM_THREADS = {WAIT_VARIABLE: "PASSIVE", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
 """Threads of one process must not spin while those of another work on the same cores; nothing is fetched from a hub."""
 
 

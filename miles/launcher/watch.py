@@ -20,6 +20,13 @@ _SHOWN = (
 )
 
 
+def forecast(step_s: float, steps_left: int) -> str:
+    """How long the rest of a run will take if every step takes as long as one of `step_s` seconds did."""
+    left_s = step_s * steps_left
+    left = f"{left_s:.0f} s" if left_s < 120 else f"{left_s / 60:.0f} minutes"
+    return f"a step takes about {step_s:.1f} s on this machine: about {left} for the {steps_left} that are left"
+
+
 class RunView:
     """Prints one line per step and keeps a bar with the time left below them."""
 
@@ -73,6 +80,9 @@ class RunView:
         now = time.monotonic()
         if self._first is None:
             self._first = (done, now)
+            if done < num_rollout:
+                text = forecast(values["perf/step_time"], num_rollout - done)
+                self._console.print(text, style="dim", highlight=False)
         left = ""
         if done > self._first[0]:
             seconds = (now - self._first[1]) / (done - self._first[0]) * (num_rollout - done)

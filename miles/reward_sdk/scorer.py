@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import time
 from collections.abc import Sequence
 
+from miles.cores import usable_cores
 from miles.reward_sdk import outcome
 from miles.reward_sdk.functions import RewardLoadError, Source
 from miles.reward_sdk.pool import ASYNC_CALLS_PER_WORKER, Described, WorkerDied, WorkerPool, WorkerProcess
@@ -47,7 +47,7 @@ class Scorer:
         Raises:
             RewardLoadError: when a source cannot be loaded or there is no function named `default`.
         """
-        scorer = cls(sources, await WorkerProcess.start(sources), workers or os.cpu_count() or 1)
+        scorer = cls(sources, await WorkerProcess.start(sources), workers or usable_cores())
         if default and default not in scorer.functions:
             await scorer.close()
             raise RewardLoadError(f"the default reward {default!r} is none of {', '.join(scorer.functions)}")

@@ -16,12 +16,12 @@ and let go of them in `trim`. What engines need to reach them goes into the hand
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import torch
 
+from miles.cores import usable_cores
 from miles.rpc.gen import policy_pb2, weightsync_pb2
 from miles.weights.manifest import ManifestError
 
@@ -147,8 +147,8 @@ def create_transport(kind: TransportKind.ValueType, endpoint: Endpoint | None = 
 
 
 def default_threads() -> int:
-    """How many threads hash at once: as many as there are CPUs, at most 8."""
-    return max(1, min(8, len(os.sched_getaffinity(0))))
+    """How many threads hash at once: as many as there are cores, at most 8."""
+    return min(8, usable_cores())
 
 
 class Sized(Protocol):

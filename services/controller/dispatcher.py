@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from miles.queue.backpressure import TRANSIENT
 from miles.rpc.gen import controller_pb2, rollout_pb2
+from miles.services.controller import number_types
 from miles.services.controller.activity import ActivityClock
 from miles.services.controller.admission import Admission
 from miles.services.controller.calls import WorkerFailedError, WorkerLostError
@@ -188,6 +189,8 @@ class Dispatcher:
         """Work with one worker for as long as its lease and its stream last."""
         link = RolloutLink(worker, self._context, self._weightsync_address, self._reward_addresses.of(worker.worker_id))
         self.links[link.worker_id] = link
+        if warning := number_types.warning_of(worker, self._context.config.rollout.rollout_dtype):
+            self.warnings.append(warning)
         try:
             await self._queue.fence(link.worker_id, worker.lease_number, deadline_s=_FENCE_DEADLINE_S)
             try:

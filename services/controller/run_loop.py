@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import logging
 import time
 from collections.abc import Mapping
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING
 
 from miles.queue.backpressure import TRANSIENT
 from miles.rpc.gen import controller_pb2, job_pb2, rollout_pb2, trainer_pb2
-from miles.services.controller import deadlines
+from miles.services.controller import deadlines, number_types
 from miles.services.controller.activity import ActivityClock
 from miles.services.controller.admission import Admission, Batch
 from miles.services.controller.calls import WorkerFailedError, WorkerLostError
@@ -119,6 +120,8 @@ class RunLoop:
     async def _connect(self) -> None:
         weightsync = (await self._workers.wait_for(controller_pb2.WORKER_KIND_WEIGHTSYNC))[0]
         self._weightsync = weightsync.registration.address
+        if number_types.is_open(self._config):
+            await self._choose_number_types()
         self._dispatcher = self.status.dispatcher = Dispatcher(
             self._context,
             self._registry,
@@ -134,11 +137,20 @@ class RunLoop:
         )
         self._evaluations = Evaluations(self._context, self._history, self._dispatcher, self._eval_sets)
 
+    async def _choose_number_types(self) -> None:
+        chosen = await number_types.choose(self._config, self._workers, self._history.summary)
+        self._config = self._config.replace(train_dtype=chosen.train_dtype, rollout_dtype=chosen.rollout_dtype)
+        self._context = dataclasses.replace(self._context, config=self._config)
+        await self._history.save()
+        await self._say(str(chosen))
+
     async def _attempt(self) -> None:
         """From loading to the end, as long as no worker the loop depends on is lost."""
         await self._workers.wait_for(controller_pb2.WORKER_KIND_WEIGHTSYNC)
         worker = (await self._workers.wait_for(controller_pb2.WORKER_KIND_TRAINER))[0]
         trainer = TrainerLink(worker, self._context, self._weightsync)
+        if warning := number_types.warning_of(worker, self._config.train.train_dtype):
+            self._dispatcher.warnings.append(warning)
         try:
             await self._load(trainer)
             await self._history.state(job_pb2.JOB_STATE_RUNNING, f"at step {self._step}")

@@ -6,6 +6,7 @@ import argparse
 import asyncio
 from collections.abc import Sequence
 
+from miles.cores import limit_threads
 from miles.rpc import WorkerAttachment, main, start_server
 from miles.rpc.advertise import add_advertise_flag
 from miles.rpc.gen import controller_pb2, rollout_pb2, rollout_pb2_grpc
@@ -33,6 +34,7 @@ def parse_flags(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 async def serve(flags: argparse.Namespace) -> None:
     """Serve until cancelled, then store what is half-finished."""
+    speed = await asyncio.to_thread(_speed, flags)
     servicer = RolloutServicer(worker_id=flags.worker_id, device=flags.device, engine_addresses=flags.engine_addrs)
     name = rollout_pb2.DESCRIPTOR.services_by_name["RolloutService"].full_name
     server, address = await start_server(
@@ -51,7 +53,7 @@ async def serve(flags: argparse.Namespace) -> None:
             address=address,
             heartbeat=servicer.heartbeat,
             num_gpus=flags.num_gpus,
-            info={"device": flags.device or "as the job says"},
+            info={"device": flags.device or "as the job says", **speed},
         )
         await attachment.run()
     finally:
@@ -59,6 +61,15 @@ async def serve(flags: argparse.Namespace) -> None:
         await server.stop(STOP_GRACE_S)
 
 
+def _speed(flags: argparse.Namespace) -> dict[str, float]:
+    if flags.engine_addrs:  # engines elsewhere compute
+        return {}
+    from miles.precision.speed import worker_speed
+
+    return worker_speed(flags.device or "auto")
+
+
 if __name__ == "__main__":
     parsed = parse_flags()
+    limit_threads()
     main(lambda: serve(parsed))

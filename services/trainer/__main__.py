@@ -13,6 +13,7 @@ import sys
 import threading
 from typing import TYPE_CHECKING
 
+from miles.cores import limit_threads
 from miles.rpc import ExitCode, WorkerAttachment, main, start_server
 from miles.rpc.advertise import add_advertise_flag
 
@@ -111,10 +112,12 @@ def join(device_name: str, backend: str | None, timeout_minutes: float) -> torch
 
 async def serve(arguments: argparse.Namespace, ranks: Ranks, worker: RankWorker) -> None:
     """Serve until cancelled; the first line on stdout is `listening on HOST:PORT`."""
+    from miles.precision.speed import worker_speed
     from miles.rpc.gen import controller_pb2, trainer_pb2_grpc
     from miles.services.trainer.leader import Leader
     from miles.services.trainer.service import SERVICE_NAME, TrainerServicer
 
+    speed = await asyncio.to_thread(worker_speed, worker.device.type)
     leader = Leader(ranks, worker)
     servicer = TrainerServicer(leader)
     server, address = await start_server(
@@ -139,7 +142,7 @@ async def serve(arguments: argparse.Namespace, ranks: Ranks, worker: RankWorker)
                     address=address,
                     heartbeat=servicer.heartbeat,
                     num_gpus=ranks.count if worker.device.type == "cuda" else 0,
-                    info={"ranks": ranks.count, "device": worker.device.type},
+                    info={"ranks": ranks.count, "device": worker.device.type, **speed},
                 )
                 tasks.append(asyncio.create_task(attachment.run(), name="controller attachment"))
             for task in tasks:
@@ -157,4 +160,5 @@ async def serve(arguments: argparse.Namespace, ranks: Ranks, worker: RankWorker)
 
 
 if __name__ == "__main__":
+    limit_threads()
     run(parse_arguments(sys.argv[1:]))

@@ -98,10 +98,13 @@ def read_record(directory: pathlib.Path) -> Record:
         raise ValueError(f"{path} cannot be read as a checkpoint's record: {error!r}") from error
 
 
-def check_base(directory: pathlib.Path, base: str) -> None:
-    """Raise ValueError unless a checkpoint was saved on this base: an adapter does nothing sensible on another one."""
+def check_base(directory: pathlib.Path, base: str, former: str) -> None:
+    """Raise ValueError unless a checkpoint was saved on this base: an adapter does nothing sensible on another one.
+
+    `former` is a name of the same base that older checkpoints have.
+    """
     saved = read_record(directory).base
-    if saved == base:
+    if saved in (base, former):
         return
     holds = f"an adapter of base {saved}" if saved else "a whole policy"
     wanted = f"an adapter of base {base} (hf_checkpoint)" if base else "a whole policy (lora_rank is 0)"

@@ -8,6 +8,7 @@ import os
 import pathlib
 from collections.abc import Iterable, Sequence
 
+from miles.cores import usable_cores
 from miles.rpc.gen import policy_pb2, weightsync_pb2
 from miles.services.weightsync.records import Refused
 from miles.weights import chunks as chunking
@@ -103,8 +104,7 @@ class ChunkTable:
         return self._mapping
 
     def _cut(self) -> list[weightsync_pb2.ChunkDescriptor]:
-        threads = max(1, min(8, len(os.sched_getaffinity(0))))
-        with concurrent.futures.ThreadPoolExecutor(threads) as pool, memoryview(self._memory) as data:
+        with concurrent.futures.ThreadPoolExecutor(min(8, usable_cores())) as pool, memoryview(self._memory) as data:
             return chunking.cut(data, 0, chunking.CHUNK_BYTES, pool)
 
     def _has(self, chunk: weightsync_pb2.ChunkDescriptor) -> bool:

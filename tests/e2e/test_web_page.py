@@ -74,6 +74,8 @@ def test_a_job_from_curl_is_watched_opened_to_its_tokens_and_cancelled(
             assert newest_step(tab, chart) >= seen
         expect(tab.locator("#timeline .lane-name")).to_have_text(["trainer-0", "rollout-0", "reward-0", "weightsync"])
         expect(tab.locator("#timeline rect.a-train").first).to_be_attached()
+        chosen = "The trainer computes in float32, engines in float32: the trainer follows rollout_dtype."
+        expect(tab.locator("#number-types")).to_have_text(chosen)
         screenshot(tab, "job-light")
         tab.get_by_role("tab", name="Queue and versions").click()
         expect(tab.get_by_role("row", name=re.compile("rollout-0 policy serving"))).to_be_visible()

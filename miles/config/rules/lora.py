@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from miles.config.faults import Fault
 from miles.config.rules.registry import needs, rule
 from miles.config.settings import Settings
+from miles.precision.number_types import decide
 
 
 @rule
@@ -31,7 +32,8 @@ def adapters_are_trained_by_fsdp(s: Settings) -> Iterator[Fault]:
 
 @rule
 def adapters_are_merged_in_one_type(s: Settings) -> Iterator[Fault]:
-    if s.lora_rank and s.train_dtype != s.rollout_dtype:
+    types = decide(s.train_dtype, s.rollout_dtype, {})
+    if s.lora_rank and types.train_dtype != types.rollout_dtype:
         problem = f"adapters are merged in the type that both sides compute in, and rollout_dtype = {s.rollout_dtype}"
         yield Fault("train_dtype", s.train_dtype, problem, "make the two the same")
 

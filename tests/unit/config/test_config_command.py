@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pathlib
+import re
 import subprocess
 import sys
 from typing import Any
@@ -93,7 +94,7 @@ code = main(sys.argv[1:])
 assert "torch" not in sys.modules and "transformers" not in sys.modules
 sys.exit(code)
 """
-    flags = to_command_line(MINIMAL | {"controller_port": 0})
+    flags = to_command_line(MINIMAL | {"controller_port": 0, "train_dtype": "float32"})
     ran = subprocess.run(
         [sys.executable, "-c", program, "config", "show", "--dry-run", "--device", "cpu", *flags],
         cwd=files,
@@ -103,6 +104,23 @@ sys.exit(code)
     )
     assert ran.returncode == 0, ran.stderr
     assert "trainer-0" in ran.stdout
+
+
+def test_dry_run_says_which_number_types_are_chosen_and_why(
+    files: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def types(*flags: str) -> str:
+        command = ["config", "show", "--dry-run", *to_command_line(MINIMAL), "--device", "cpu", *flags]
+        assert cli.main(command) == 0
+        return str(yaml.safe_load(capsys.readouterr().out)["number types"])
+
+    slowdown = r"a bfloat16 matrix product takes [\d.]+ times as long as a float32 one on this machine"
+    chosen = re.fullmatch(rf"the trainer computes in (\w+), engines in (\w+): {slowdown}", types())
+    assert chosen is not None
+    assert chosen[1] == chosen[2]
+    assert types("--rollout-dtype", "float32") == (
+        "the trainer computes in float32, engines in float32: the trainer follows rollout_dtype"
+    )
 
 
 def test_processes_with_tensors_on_the_cpu_keep_freed_memory_unless_the_user_says_otherwise(

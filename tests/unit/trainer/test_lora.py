@@ -15,6 +15,7 @@ from trainer_cases import job_config, random_groups, write_dense_model, write_mo
 from miles.services.rollout.checkpoint_weights import read_weights
 from miles.services.trainer.backend import TrainerState
 from miles.services.trainer.backends.fsdp.backend import FsdpBackend
+from miles.services.trainer.backends.fsdp.learner import local_weights
 from miles.services.trainer.backends.fsdp.lora import LoraLinear, select_layers
 from miles.services.trainer.checkpoint_record import folder_name
 from miles.weights import lora, peft_folder
@@ -254,6 +255,25 @@ def test_a_critic_beside_an_adapter_resumes_from_a_checkpoint_that_was_written_w
     assert again["train/old_actor_ratio"] == 1  # the samples are of version 0
     assert all(torch.equal(tensor, exported(first)[name]) for name, tensor in exported(second).items())
     first.close()
+
+
+@pytest.mark.parametrize(("before", "after"), [("bfloat16", "float32"), ("float32", "bfloat16")])
+def test_a_checkpoint_goes_on_where_another_type_is_faster(
+    dense: pathlib.Path, tmp_path: pathlib.Path, before: str, after: str
+) -> None:
+    """The adapter itself is float32 on both sides."""
+
+    def adapter(backend: FsdpBackend) -> dict[str, torch.Tensor]:
+        return dict(local_weights(backend._loaded.policy, trained_only=True))
+
+    saved = trained(dense, train_dtype=before, rollout_dtype=before)
+    saved.save(tmp_path / folder_name(2), TrainerState(step=2))
+    resumed = loaded(dense, tmp_path, train_dtype=after, rollout_dtype=after)
+    assert resumed.loaded_from == tmp_path / folder_name(2)
+    kept = adapter(saved)
+    assert kept
+    assert all(torch.equal(tensor, kept[name]) for name, tensor in adapter(resumed).items())
+    resumed.train(2, random_groups(2), lambda progress: None)
 
 
 def test_a_checkpoint_of_another_base_is_refused(dense: pathlib.Path, tmp_path: pathlib.Path) -> None:

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from miles.config import JobConfig
 
 Weights = Iterable[tuple[str, torch.Tensor]]
+_IDENTITY_DTYPE = torch.bfloat16
+"""The narrowest type that a base is held in: wider ones round to the same."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -39,6 +41,8 @@ class Adapter:
     """What engines have to know of it."""
     base: str
     """Folder of the base."""
+    identity: str
+    """Of the base, in hex, whatever type it is held in: so a checkpoint can go on where another type is faster."""
 
     def write(self, folder: pathlib.Path, tensors: Mapping[str, torch.Tensor]) -> None:
         """Write it, in PEFT's form, to a new folder."""
@@ -56,9 +60,9 @@ def adapt(model: PreTrainedModel, config: JobConfig) -> Adapter:
     lora, rank_0 = config.lora, dist.get_rank() == 0
     dtype = settings.DTYPES[config.rollout.rollout_dtype]
     # The parameters, as an engine has them; rank 0 alone has their values yet.
-    identity = [base_checksum(model.named_parameters(remove_duplicate=True), dtype) if rank_0 else b""]
-    dist.broadcast_object_list(identity, src=0)
-    described = policy_pb2.LoraAdapter(rank=lora.lora_rank, alpha=lora.lora_alpha, base_checksum=identity[0])
+    checksums = [_checksums(model, dtype) if rank_0 else {}]
+    dist.broadcast_object_list(checksums, src=0)
+    described = policy_pb2.LoraAdapter(rank=lora.lora_rank, alpha=lora.lora_alpha, base_checksum=checksums[0][dtype])
     start = None if lora.lora_adapter_path is None else peft_folder.read(pathlib.Path(lora.lora_adapter_path))
     if start is not None and (start.rank, start.alpha) != (lora.lora_rank, lora.lora_alpha):
         raise ValueError(
@@ -77,7 +81,13 @@ def adapt(model: PreTrainedModel, config: JobConfig) -> Adapter:
     )
     if start is not None:
         load_adapters(model, start.tensors)
-    return Adapter(described, str(config.rollout.hf_checkpoint))
+    return Adapter(described, str(config.rollout.hf_checkpoint), checksums[0][_IDENTITY_DTYPE].hex())
+
+
+def _checksums(model: PreTrainedModel, served: torch.dtype) -> dict[torch.dtype, bytes]:
+    """Of the base as engines hold it, and as a checkpoint knows it."""
+    types = dict.fromkeys((served, _IDENTITY_DTYPE))
+    return {dtype: base_checksum(model.named_parameters(remove_duplicate=True), dtype) for dtype in types}
 
 
 def merged_weights(model: torch.nn.Module, gather: Callable[[Weights], Iterator[tuple[str, torch.Tensor]]]) -> Weights:

@@ -187,7 +187,8 @@ class FsdpBackend:
             self.loaded_from = newest(pathlib.Path(self._config.checkpoint.load))
         if self.loaded_from is None:
             return TrainerState()
-        checkpoint_record.check_base(self.loaded_from, self._base)
+        served = "" if self.lora is None else self.lora.base_checksum.hex()  # what checkpoints named once
+        checkpoint_record.check_base(self.loaded_from, self._base, served)
         record = checkpoint.load(self.loaded_from, self._contents(parts))
         policy, critic = parts.roles.policy, parts.roles.critic
         policy.iteration = record.iteration
@@ -240,8 +241,8 @@ class FsdpBackend:
     @property
     def _base(self) -> str:
         """Identity of the weights that an adapter is trained on; empty when all of the policy is trained."""
-        lora = self.lora
-        return "" if lora is None else lora.base_checksum.hex()
+        adapter = self._loaded.roles.adapter
+        return "" if adapter is None else adapter.identity
 
     @property
     def _loaded(self) -> _Loaded:

@@ -1,0 +1,29 @@
+from __future__ import annotations
+
+import io
+
+from rich.console import Console
+
+from miles.launcher.watch import RunView
+from miles.rpc.gen import job_pb2
+
+
+def step(number: int, seconds: float) -> job_pb2.JobEvent:
+    metrics = job_pb2.Metrics(step=number, values={"perf/step_time": seconds, "rollout/raw_reward": 0.5})
+    return job_pb2.JobEvent(metrics=metrics)
+
+
+def test_the_first_step_says_how_long_the_rest_will_take() -> None:
+    output = io.StringIO()
+    with RunView(Console(file=output, width=200)) as view:
+        for number in range(3):
+            view.show(step(number, 18.0), 40)
+    said = [line for line in output.getvalue().splitlines() if "on this machine" in line]
+    assert said == ["a step takes about 18.0 s on this machine: about 12 minutes for the 39 that are left"]
+
+
+def test_after_the_only_step_nothing_is_forecast() -> None:
+    output = io.StringIO()
+    with RunView(Console(file=output, width=200)) as view:
+        view.show(step(0, 1.0), 1)
+    assert "on this machine" not in output.getvalue()
