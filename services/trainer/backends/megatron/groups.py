@@ -73,18 +73,17 @@ def initialize(layout: MegatronConfig, seed: int, timeout_minutes: int) -> Place
 def destroy() -> None:
     """Take the groups down; collective.
 
-    Megatron-Core only forgets its groups. Each keeps threads (gloo) or buffers on the GPU (NCCL) until it is destroyed:
-    after some jobs in one process, hundreds of threads that wake up a hundred times a second.
+    Megatron-Core only forgets most of its groups. Each keeps threads (gloo) or buffers on the GPU (NCCL) until it is
+    destroyed: after some jobs in one process, hundreds of threads that wake up a hundred times a second.
     """
     from megatron.core import parallel_state
 
     if not parallel_state.model_parallel_is_initialized():
         return
-    made = parallel_state._global_process_group_list or ()
-    parallel_state.destroy_model_parallel()
-    for group in made:
+    for group in parallel_state._global_process_group_list or ():
         if group is not None:  # None stands for the default group, which others use
             dist.destroy_process_group(group)
+    parallel_state.destroy_model_parallel()
 
 
 def from_last_stage(values: torch.Tensor, place: Place) -> torch.Tensor:
