@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import pathlib
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import pytest
@@ -102,6 +103,25 @@ LAYOUTS: dict[str, tuple[int, str, dict[str, Any]]] = {
     "replay-tp2-ep2": (4, "replay", {**SP, **EP2, **DP2}),
 }
 """Name: ranks, the case of one process that it must equal, and the layout."""
+OFTEN = (
+    "dense-sp",
+    "dense-dp2",
+    "tied-pp2",
+    "moe-ep2",
+    "replay-vpp",
+    "replay-ep2",
+    "replay-cp2",
+    "latent-pp2",
+    "windows-sp",
+    "local-global-cp2",
+    "whole-norms-ep2",
+    "predicting-pp2",
+    "learning-tp2-ep2",
+    "ppo-sp",
+    "old-overlap",
+    "replay-tp2-ep2",
+)
+"""Layouts that every change is tried on, each kind of parallelism, model and role at least once; the others are slow."""
 
 
 def case(name: str, base: str, folder: pathlib.Path, **flags: Any) -> dict[str, Any]:
@@ -158,29 +178,56 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     for base in ("ppo", "old"):
         alone.append({**case(f"{base}-saved", base, out, **DP2), "save_at": 2})
         alone.append(case(f"{base}-resumed", base, out, **DP2, load=str(out / f"{base}-saved" / "checkpoints")))
-    kept = []
-    for kind, flags in OPTIMIZERS.items():
-        saved = {**case(f"saved-{kind}", "moe", out, **flags), "save_at": 2, "save_hf": kind == "distributed"}
-        resumed = case(f"resumed-{kind}", "moe", out, **flags, load=str(out / f"saved-{kind}" / "checkpoints"))
-        kept += [saved, resumed]
-        begun = {**case(f"begun-{kind}", "moe", out, **flags), "save_at": 2, "save_in_background": True}
-        kept += [begun, case(f"taken-up-{kind}", "moe", out, **flags, load=str(out / f"begun-{kind}" / "checkpoints"))]
-    for kind, source in EXCHANGED.items():
-        load = str(out / f"saved-{source}" / "checkpoints")
-        kept.append(case(f"exchanged-{kind}", "moe", out, **OPTIMIZERS[kind], load=load))
     moving = {"use_kl_loss": True, "kl_loss_coef": 0.1, "ref_update_interval": 2}
     moved = {**case("moved", "dense", out, **moving), "save_at": 3, "steps": 4}
     removed = {**case("moved-resumed", "dense", out, **moving, load=str(out / "moved" / "checkpoints")), "steps": 4}
     replayed = case("recomputed", "replay", out, **RECOMPUTE)
+    kept = [each for kind in OPTIMIZERS for each in kept_cases(kind, out)]
+    for kind, source in OTHER_TYPES.items():
+        load = str(out / f"saved-{source}" / "checkpoints")
+        loaded = case(f"{kind}-of-{source}", "moe", out, **OPTIMIZERS[kind], load=load)
+        kept += [loaded, {**loaded, "name": f"{kind}-of-{source}-loaded", "steps": 2}]
     run_cases([*alone, replayed, *kept, moved, removed], out)
-    for ranks in (2, 4):
-        cases = [case(name, base, out, **flags) for name, (n, base, flags) in LAYOUTS.items() if n == ranks]
-        if ranks == 2:
-            for name, (kind, layout) in RESUMED.items():
-                load = str(out / f"saved-{kind}" / "checkpoints")
-                cases.append(case(f"resumed-{name}", "moe", out, **{**OPTIMIZERS[kind], **layout}, load=load))
-        run_cases(cases, out, ranks=ranks)
+    run_layouts(out, OFTEN, RESUMED_OFTEN)
     return out
+
+
+@pytest.fixture(scope="module")
+def more_results(results: pathlib.Path) -> pathlib.Path:
+    """The same folder with what slow tests look at besides."""
+    begun = []
+    for kind, flags in OPTIMIZERS.items():
+        load = str(results / f"begun-{kind}" / "checkpoints")
+        begun.append({**case(f"begun-{kind}", "moe", results, **flags), "save_at": 2, "save_in_background": True})
+        begun.append(case(f"taken-up-{kind}", "moe", results, **flags, load=load))
+    for kind, source in EXCHANGED.items():
+        load = str(results / f"saved-{source}" / "checkpoints")
+        begun.append(case(f"exchanged-{kind}", "moe", results, **OPTIMIZERS[kind], load=load))
+    run_cases(begun, results)
+    run_layouts(results, LAYOUTS.keys() - set(OFTEN), RESUMED.keys() - set(RESUMED_OFTEN))
+    return results
+
+
+def kept_cases(kind: str, out: pathlib.Path) -> list[dict[str, Any]]:
+    """A run that saves after two of three steps, and one that takes the third from there."""
+    flags = OPTIMIZERS[kind]
+    saved = {**case(f"saved-{kind}", "moe", out, **flags), "save_at": 2, "save_hf": kind == "distributed"}
+    short = {**case(f"two-steps-{kind}", "moe", out, **flags), "steps": 2}
+    resumed = case(f"resumed-{kind}", "moe", out, **flags, load=str(out / f"saved-{kind}" / "checkpoints"))
+    return [saved, short, resumed]
+
+
+def run_layouts(out: pathlib.Path, names: Collection[str], resumed: Iterable[str]) -> None:
+    """Train in these layouts, and go on in those from a checkpoint of one process."""
+    for ranks in (2, 4):
+        cases = [
+            case(name, base, out, **flags) for name, (n, base, flags) in LAYOUTS.items() if n == ranks and name in names
+        ]
+        for name in resumed if ranks == 2 else ():
+            kind, layout = RESUMED[name]
+            load = str(out / f"saved-{kind}" / "checkpoints")
+            cases.append(case(f"resumed-{name}", "moe", out, **{**OPTIMIZERS[kind], **layout}, load=load))
+        run_cases(cases, out, ranks=ranks)
 
 
 OPTIMIZERS: dict[str, dict[str, Any]] = {
@@ -197,11 +244,32 @@ EXCHANGED = {
     "16-bit-distributed": "16-bit",
 }
 """Kind of optimizer that goes on with the state of another."""
+OTHER_TYPES = {"plain": "16-bit-distributed", "16-bit": "plain"}
+"""Kind of optimizer that goes on with the state of a run in another number type."""
 RESUMED = {
     f"{kind}-{name}": (kind, layout)
     for kind in ("plain", "distributed")
     for name, layout in {"dp2": {}, "sp": SP, "pp2": PP2, "ep2": EP2}.items()
 }
+
+RESUMED_OFTEN = ("distributed-sp", "plain-ep2")
+
+
+def often_or_slow(names: Iterable[str]) -> list[Any]:
+    """Parameters of a test; of those that are not tried on every change, slow ones."""
+    return [pytest.param(name, marks=pytest.mark.slow if is_slow(name) else ()) for name in names]
+
+
+def is_slow(name: str) -> bool:
+    """Whether `more_results` has it."""
+    return name in (LAYOUTS.keys() - set(OFTEN)) | (RESUMED.keys() - set(RESUMED_OFTEN))
+
+
+@pytest.fixture
+def spread(request: pytest.FixtureRequest, results: pathlib.Path, name: str) -> pathlib.Path:
+    """The folder with what the layout `name` gave."""
+    folder: pathlib.Path = request.getfixturevalue("more_results") if is_slow(name) else results
+    return folder
 
 
 def worst_differences(out: pathlib.Path, left: str, right: str) -> tuple[float, float]:
@@ -225,9 +293,9 @@ def test_one_process_trains_as_the_fsdp_backend_does(results: pathlib.Path, base
     assert weights < 1e-4
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
-def test_a_layout_trains_as_one_process_does(results: pathlib.Path, name: str) -> None:
-    metrics, weights = worst_differences(results, LAYOUTS[name][1], name)
+@pytest.mark.parametrize("name", often_or_slow(LAYOUTS))
+def test_a_layout_trains_as_one_process_does(spread: pathlib.Path, name: str) -> None:
+    metrics, weights = worst_differences(spread, LAYOUTS[name][1], name)
     assert metrics < 1e-5
     assert weights < 1e-5
 
@@ -246,7 +314,7 @@ def test_replay_sends_tokens_elsewhere_and_trains_the_router(results: pathlib.Pa
     assert all((after[name] - before[name]).abs().max() > 1e-4 for name in routers)
 
 
-@pytest.mark.parametrize("name", ["dense", "moe", "dense-tp2", "replay-tp2-ep2"])
+@pytest.mark.parametrize("name", ["dense", "moe", "dense-sp", "replay-tp2-ep2"])
 def test_the_layout_announces_what_is_exported(results: pathlib.Path, name: str) -> None:
     announced = json.loads((results / f"{name}.json").read_text())["layout"]
     weights = load_file(results / f"{name}.safetensors")
@@ -258,15 +326,33 @@ def test_a_resumed_run_goes_on_bit_for_bit(results: pathlib.Path, kind: str) -> 
     assert worst_differences(results, f"saved-{kind}", f"resumed-{kind}") == (0.0, 0.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", OPTIMIZERS)
-def test_a_checkpoint_written_while_training_goes_on_has_the_state_of_before(results: pathlib.Path, kind: str) -> None:
-    assert worst_differences(results, f"saved-{kind}", f"taken-up-{kind}") == (0.0, 0.0)
-    assert worst_differences(results, f"saved-{kind}", f"begun-{kind}") == (0.0, 0.0)
+def test_a_checkpoint_written_while_training_goes_on_has_the_state_of_before(
+    more_results: pathlib.Path, kind: str
+) -> None:
+    assert worst_differences(more_results, f"saved-{kind}", f"taken-up-{kind}") == (0.0, 0.0)
+    assert worst_differences(more_results, f"saved-{kind}", f"begun-{kind}") == (0.0, 0.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", EXCHANGED)
-def test_another_kind_of_optimizer_goes_on_with_the_state(results: pathlib.Path, kind: str) -> None:
-    assert worst_differences(results, f"saved-{kind}", f"exchanged-{kind}") == (0.0, 0.0)
+def test_another_kind_of_optimizer_goes_on_with_the_state(more_results: pathlib.Path, kind: str) -> None:
+    assert worst_differences(more_results, f"saved-{kind}", f"exchanged-{kind}") == (0.0, 0.0)
+
+
+@pytest.mark.parametrize("kind", OTHER_TYPES)
+def test_a_run_goes_on_in_another_number_type(results: pathlib.Path, kind: str) -> None:
+    source = OTHER_TYPES[kind]
+    before, after = (
+        load_file(results / f"{name}.safetensors") for name in (f"two-steps-{source}", f"{kind}-of-{source}-loaded")
+    )
+    # Rounded alike they are equal; the one in float32 has more digits, also where they were of a 16-bit run.
+    assert all(torch.equal(before[name].bfloat16(), after[name].bfloat16()) for name in before)
+    assert not all(torch.equal(before[name], after[name]) for name in before)
+    step = json.loads((results / f"{kind}-of-{source}.json").read_text())["metrics"][-1]
+    whole = json.loads((results / f"saved-{source}.json").read_text())["metrics"][-1]
+    assert step["train/grad_norm"] == pytest.approx(whole["train/grad_norm"], rel=0.05)
 
 
 @pytest.mark.parametrize("base", ["ppo", "old"])
@@ -296,9 +382,9 @@ def test_a_reference_that_moves_is_resumed_as_it_was(results: pathlib.Path) -> N
     assert worst_differences(results, "moved", "moved-resumed") == (0.0, 0.0)
 
 
-@pytest.mark.parametrize("name", RESUMED)
-def test_a_checkpoint_goes_on_in_another_layout(results: pathlib.Path, name: str) -> None:
-    metrics, weights = worst_differences(results, f"saved-{RESUMED[name][0]}", f"resumed-{name}")
+@pytest.mark.parametrize("name", often_or_slow(RESUMED))
+def test_a_checkpoint_goes_on_in_another_layout(spread: pathlib.Path, name: str) -> None:
+    metrics, weights = worst_differences(spread, f"saved-{RESUMED[name][0]}", f"resumed-{name}")
     assert metrics < 1e-5
     assert weights < 1e-5
 
@@ -320,21 +406,21 @@ def test_layers_for_multi_token_prediction_learn_and_leave_the_rest_alone(result
     assert not any(torch.equal(before[name], after[name]) for name in before if not name.endswith(untrained))
 
 
-@pytest.mark.parametrize("name", ["predicting", "predicting-pp2", "predicting-ep2"])
+@pytest.mark.parametrize("name", often_or_slow(["predicting", "predicting-pp2", "predicting-ep2"]))
 def test_layers_for_multi_token_prediction_that_are_not_trained_stay_as_they_are(
-    results: pathlib.Path, name: str
+    spread: pathlib.Path, name: str
 ) -> None:
-    before = prediction_layers(results / "predicting" / "model.safetensors")
-    after = prediction_layers(results / name / "hf" / "model.safetensors")
+    before = prediction_layers(spread / "predicting" / "model.safetensors")
+    after = prediction_layers(spread / name / "hf" / "model.safetensors")
     assert before.keys() == after.keys()
     shared = ("embed_tokens.weight", "shared_head.head.weight")
     assert all(torch.equal(before[name], after[name]) for name in before if not name.endswith(shared))
 
 
-@pytest.mark.parametrize("name", ["learning-sp", "learning-dp2", "learning-tp2-ep2"])
-def test_layers_for_multi_token_prediction_learn_the_same_in_every_layout(results: pathlib.Path, name: str) -> None:
-    alone, spread = (prediction_layers(results / part / "hf" / "model.safetensors") for part in ("learning", name))
-    assert max(float((alone[name] - spread[name]).abs().max()) for name in alone) < 1e-5
+@pytest.mark.parametrize("name", often_or_slow(["learning-sp", "learning-dp2", "learning-tp2-ep2"]))
+def test_layers_for_multi_token_prediction_learn_the_same_in_every_layout(spread: pathlib.Path, name: str) -> None:
+    one, several = (prediction_layers(spread / part / "hf" / "model.safetensors") for part in ("learning", name))
+    assert max(float((one[name] - several[name]).abs().max()) for name in one) < 1e-5
 
 
 def test_the_hugging_face_folder_has_the_names_and_values_of_the_files(results: pathlib.Path) -> None:

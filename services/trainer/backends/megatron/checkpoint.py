@@ -147,12 +147,29 @@ def _load_optimizer(
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
 
+    prefix = _CRITIC_PREFIX if name == "critic_optimizer" else ""
     state = optimizer_state.sharded_state(optimizer, _sharded_model(model, "model"), loading=True)
     optimizer_state.rename(state, optimizer_state.master_prefix(optimizer), master_prefix)
-    if name == "critic_optimizer":
-        add_prefix_for_sharding(state, _CRITIC_PREFIX)
+    add_prefix_for_sharding(state, prefix)
     loaded = dist_checkpointing.load({name: state}, str(directory))
     optimizer_state.restore(optimizer, loaded[name])
+    if master_prefix and not optimizer_state.master_prefix(optimizer):
+        _load_masters(directory, model, prefix + master_prefix)
+
+
+def _load_masters(directory: pathlib.Path, model: MegatronModel, prefix: str) -> None:
+    """Take over what a 16-bit run held in float32: its parameters themselves were rounded; collective."""
+    from megatron.core import dist_checkpointing
+
+    sharded = _sharded_model(model, "model")
+    trained = {name for chunk in model.bare_chunks for name, weight in chunk.named_parameters() if weight.requires_grad}
+    masters = {
+        chunk: {
+            name: dataclasses.replace(part, key=prefix + part.key) for name, part in state.items() if name in trained
+        }
+        for chunk, state in sharded.items()
+    }
+    _load_model(model, dist_checkpointing.load(masters, str(directory)), "model")
 
 
 def load_weights(directory: pathlib.Path, model: MegatronModel) -> None:
