@@ -28,8 +28,9 @@ browser:
 test-engines: $(VENV)/.megatron $(SGLANG_VENV)/.ready
 	MILES_TEST_SGLANG=$(SGLANG_VENV)/bin/python $(BIN)/python -m pytest -m engine
 
-# Property tests with new random examples, TIMES as many as elsewhere. What fails is kept in tests/found_examples, and every
-# later run of the tests replays it. ARGS selects, e.g. make fuzz ARGS="-k packing" TIMES=100.
+# Property tests with new random examples, 20 times (TIMES) as many as elsewhere. What fails is kept in
+# tests/found_examples, and every later run of the tests replays it.
+# ARGS selects, e.g. make fuzz ARGS="-k packing" TIMES=100.
 fuzz: $(VENV)/.dev
 	MILES_FUZZ=$(TIMES) $(BIN)/python -m pytest -m hypothesis --timeout 3600 $(ARGS)
 
