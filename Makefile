@@ -5,11 +5,12 @@ SGLANG_VENV ?= $(CURDIR)/.venv-sglang
 SGLANG_CPU := tests/support/sglang_cpu
 RECIPE := examples/smollm2_chain_sum
 ARGS ?=
+TIMES ?= 20
 MEGATRON := megatron-core==0.19.2 megatron-bridge==0.6.2
 
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: run browser test test-engines chaos lint protos clean
+.PHONY: run browser test test-engines fuzz chaos lint protos clean
 
 # Train a real model on this machine; ARGS adds flags, e.g. make run ARGS="--num-rollout 5".
 run: $(VENV)/.run
@@ -26,6 +27,12 @@ browser:
 # Slow tests of the engines themselves: inference against plain forward passes, training over several ranks.
 test-engines: $(VENV)/.megatron $(SGLANG_VENV)/.ready
 	MILES_TEST_SGLANG=$(SGLANG_VENV)/bin/python $(BIN)/python -m pytest -m engine
+
+# Property tests with new random examples, 20 times (TIMES) as many as elsewhere. What fails is kept in
+# tests/found_examples, and every later run of the tests replays it.
+# ARGS selects, e.g. make fuzz ARGS="-k packing" TIMES=100.
+fuzz: $(VENV)/.dev
+	MILES_FUZZ=$(TIMES) $(BIN)/python -m pytest -m hypothesis --timeout 3600 $(ARGS)
 
 # Kills services of running jobs: each alone, all at once, and by 100 random schedules; freezes rollouts and has some
 # join and leave. Prints how long each service took to come back. Takes about an hour on two cores. SEEDS runs some of

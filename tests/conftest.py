@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
+from fuzz_profiles import pytest_collection_modifyitems as pytest_collection_modifyitems
+from fuzz_profiles import pytest_configure as pytest_configure
 
 # A busy machine crawls when idle BLAS threads spin; set before torch is imported anywhere.
 os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
@@ -12,7 +12,7 @@ import pytest
 import redis.asyncio
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from miles.queue import Fenced, GroupQueue, Holder, JobKeys, connect_async
 from miles.types import Sample, SampleGroup, SampleStatus, VersionSpan
@@ -146,17 +146,15 @@ class Queue(RuleBasedStateMachine):
         self.do(self.producer.drop_job())
 
 
-@pytest.fixture
-def machine(redis_url: str) -> Iterator[Callable[[], None]]:
-    """Runs the machine."""
+@pytest.fixture(scope="module", autouse=True)
+def connection(redis_url: str) -> Iterator[None]:
+    """The machine's connection to Redis, and the event loop that it is used in."""
     with asyncio.Runner() as runner:
         Queue.loop = runner.get_loop()
         Queue.client = runner.run(connect_async(redis_url))
-        yield lambda: run_state_machine_as_test(
-            Queue, settings=settings(max_examples=30, stateful_step_count=25, deadline=None)
-        )
+        yield
         runner.run(Queue.client.aclose())
 
 
-def test_random_interleavings_lose_nothing_and_leave_nothing(machine: Callable[[], None]) -> None:
-    machine()
+TestInterleavings = Queue.TestCase
+TestInterleavings.settings = settings(max_examples=30, stateful_step_count=25, deadline=None)

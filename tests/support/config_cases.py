@@ -27,8 +27,13 @@ TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
 
 def faults_for(**changes: Any) -> list[str]:
     """What the minimal configuration with these changes is refused for, one line a fault."""
+    return faults_of(MINIMAL | changes)
+
+
+def faults_of(flat: dict[str, Any]) -> list[str]:
+    """What a flat configuration is refused for, one line a fault."""
     try:
-        JobConfig.from_flat(MINIMAL | changes)
+        JobConfig.from_flat(flat)
     except ConfigError as error:
         return [str(fault) for fault in error.faults]
     return []
@@ -54,15 +59,13 @@ def flat_configs(draw: st.DrawFn) -> dict[str, Any]:
     """A valid flat configuration: random settings, less those that are at fault together."""
     keys = draw(st.lists(st.sampled_from(sorted(catalog())), max_size=25, unique=True))
     flat = MINIMAL | {key: draw(values(catalog()[key])) for key in keys}
-    for _ in range(len(flat)):
-        try:
-            JobConfig.from_flat(flat)
-            return flat
-        except ConfigError as error:
-            named = {word for fault in error.faults for word in re.findall(r"\w+", str(fault))}
-            if named & set(BATCH_SIZES):
-                named |= set(BATCH_SIZES)
-            flat = {key: value for key, value in flat.items() if key not in named} | {
-                key: value for key, value in MINIMAL.items() if key in named
-            }
-    raise AssertionError("could not repair the configuration")
+    while faults := faults_of(flat):
+        named = {word for fault in faults for word in re.findall(r"\w+", fault)}
+        if named & set(BATCH_SIZES):
+            named |= set(BATCH_SIZES)
+        repaired = {key: value for key, value in flat.items() if key not in named} | {
+            key: value for key, value in MINIMAL.items() if key in named
+        }
+        assert repaired != flat, f"of the settings that were given, no fault names one to change: {faults}"
+        flat = repaired
+    return flat

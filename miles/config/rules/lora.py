@@ -35,7 +35,8 @@ def adapters_are_merged_in_one_type(s: Settings) -> Iterator[Fault]:
     types = decide(s.train_dtype, s.rollout_dtype, {})
     if s.lora_rank and types.train_dtype != types.rollout_dtype:
         problem = f"adapters are merged in the type that both sides compute in, and rollout_dtype = {s.rollout_dtype}"
-        yield Fault("train_dtype", s.train_dtype, problem, "make the two the same")
+        source = "" if s.given("train_dtype") else " (train_dtype follows from fp16)"
+        yield Fault("train_dtype", s.train_dtype, problem, f"make the two the same{source}")
 
 
 @rule

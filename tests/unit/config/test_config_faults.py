@@ -151,6 +151,10 @@ RULE_CASES: list[tuple[dict[str, Any], str]] = [
         "train_dtype = float32, but adapters are merged in the type that both sides compute in, and rollout_dtype =",
     ),
     (
+        {"lora_rank": 8, "fp16": True},
+        "rollout_dtype = bfloat16; make the two the same (train_dtype follows from fp16)",
+    ),
+    (
         {"lora_rank": 8, "use_kl_loss": True, "ref_load": "other"},
         "ref_load = other, but with lora_rank the reference is the policy without its adapter",
     ),
