@@ -121,7 +121,7 @@ OFTEN = (
     "old-overlap",
     "replay-tp2-ep2",
 )
-"""Layouts that every change is tried on, each kind of parallelism, model and role at least once; the others are slow."""
+"""Layouts that every change is tried on: each kind of parallelism, model and role at least once. Others are slow."""
 
 
 def case(name: str, base: str, folder: pathlib.Path, **flags: Any) -> dict[str, Any]:

@@ -116,6 +116,7 @@ class Interleavings(RuleBasedStateMachine):
         self.sessions += 1
         engine.orders, engine.last_order_id, engine.stopped_by = [], 0, 0
         engine.session = self.sessions
+        engine.prefetched = None  # whatever it is, no order of this session swaps it in before it prefetches again
         held = None if engine.told_to_stop else engine.serves
         number = None if held is None else self.numbers[held]
         checksum = b"" if held is None else self.checksums[held]
@@ -302,6 +303,21 @@ class Interleavings(RuleBasedStateMachine):
                 assert engine.session is None or (engine.serves == active and not engine.told_to_stop)
             newer = [p for p in self.machine.versions if p < active]
             assert newer == [], "older versions must be freed once everybody has moved on"
+
+
+def test_bytes_that_an_earlier_session_prefetched_may_be_freed() -> None:
+    state = Interleavings()
+    state.begin()
+    state.publish_smoothly(step=1)
+    state.restart_the_service()
+    state.activate(back=0, check=False, deadline_s=4, min_engines=2)
+    state.connect(fresh=False, name="a")
+    state.everybody_answers()
+    state.wait(seconds=11.0)
+    state.connect(fresh=False, name="a")
+    state.publish_smoothly(step=1)
+    assert 1 in state.freed
+    state.teardown()
 
 
 TestInterleavings = Interleavings.TestCase
