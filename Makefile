@@ -5,28 +5,36 @@ SGLANG_VENV ?= $(CURDIR)/.venv-sglang
 SGLANG_CPU := tests/support/sglang_cpu
 RECIPE := examples/smollm2_chain_sum
 ARGS ?=
+JOBS ?= 2
+PYTEST = $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile --durations 25
 TIMES ?= 20
 MEGATRON := megatron-core==0.19.2 megatron-bridge==0.6.2
 
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: run browser test test-engines fuzz chaos lint protos clean
+.PHONY: run browser test test-engines test-all fuzz chaos lint protos clean
 
 # Train a real model on this machine; ARGS adds flags, e.g. make run ARGS="--num-rollout 5".
 run: $(VENV)/.run
 	$(BIN)/python -m examples.smollm2_chain_sum.prepare
 	$(BIN)/python train.py --config $(RECIPE)/config.yaml $(ARGS)
 
+# JOBS test processes share the cores; the tests of a file stay together, and share what they start.
 test: $(VENV)/.dev browser
-	$(BIN)/python -m pytest -m "not engine and not gpu and not chaos"
+	$(PYTEST) -m "not engine and not gpu and not chaos and not slow"
 
 # Chromium for the tests of the web page, installed where it is missing and can be.
 browser:
 	sh tools/get_chromium.sh
 
-# Slow tests of the engines themselves: inference against plain forward passes, training over several ranks.
+# Tests of the engines themselves: inference against plain forward passes, training over several ranks, SGLang's server.
 test-engines: $(VENV)/.megatron $(SGLANG_VENV)/.ready
-	MILES_TEST_SGLANG=$(SGLANG_VENV)/bin/python $(BIN)/python -m pytest -m engine
+	MILES_TEST_SGLANG=$(SGLANG_VENV)/bin/python $(PYTEST) -m "engine and not slow"
+
+# Those two and what they leave out, because it takes long and rarely breaks: more parallel layouts of Megatron, more
+# kinds of optimizer state, more models and transports.
+test-all: $(VENV)/.megatron $(SGLANG_VENV)/.ready browser
+	MILES_TEST_SGLANG=$(SGLANG_VENV)/bin/python $(PYTEST) -m "not gpu and not chaos"
 
 # Property tests with new random examples, 20 times (TIMES) as many as elsewhere. What fails is kept in
 # tests/found_examples, and every later run of the tests replays it.

@@ -130,6 +130,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=pathlib.Path, default=DEFAULT_FOLDER, help="folder for dense/ and moe/")
     parser.add_argument("--seed", type=int, default=0)
     flags = parser.parse_args(arguments)
+    torch.set_num_threads(1)  # matrices this small only wait for each other on more
     for name, moe in (("dense", False), ("moe", True)):
         loss = make(flags.out / name, moe=moe, seed=flags.seed)
         print(f"{flags.out / name}: loss {loss:.3f} nats a token after the warm-up")

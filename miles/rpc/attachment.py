@@ -19,6 +19,8 @@ from miles.rpc.gen import controller_pb2, controller_pb2_grpc
 logger = logging.getLogger(__name__)
 
 _RETRY_S = 0.5
+_LONGEST_BEAT_S = 2.0
+"""Between heartbeats, which also tell how far the worker is."""
 
 
 class WorkerAttachment:
@@ -75,4 +77,4 @@ class WorkerAttachment:
             sequence += 1
             heartbeat.sequence = sequence
             yield controller_pb2.AttachRequest(heartbeat=heartbeat)
-            await asyncio.sleep(self._lease_ttl_s / 3)
+            await asyncio.sleep(min(self._lease_ttl_s / 3, _LONGEST_BEAT_S))

@@ -42,8 +42,13 @@ class WorkerRegistry:
     thing, does not count, for the heartbeats of that time have not been read yet.
     """
 
-    def __init__(self, ttl_s: float = 6.0, first_lease_number: int = 1) -> None:
-        """`first_lease_number`: above all that were given before a restart of the controller, whose results end."""
+    def __init__(self, ttl_s: float = 20.0, first_lease_number: int = 1) -> None:
+        """How long workers may be silent, and above which lease numbers to begin.
+
+        `ttl_s` is for workers that hang, as a process that ends breaks its connection at once: with many times more
+        work than cores, one may be silent for seconds and still be well. `first_lease_number`: above all that were
+        given before a restart of the controller, whose results end.
+        """
         self.first_lease_number = first_lease_number
         self._leases = LeaseTable(ttl_s, self.first_lease_number)
         self._listened_s, self._ticked_s = 0.0, time.monotonic()

@@ -24,8 +24,8 @@ from miles.launcher.serve import service_config
 from miles.rpc import connect
 from miles.rpc.gen import controller_pb2, controller_pb2_grpc, job_pb2
 
-JOB_LIMIT_S = 240.0
-WAIT_S = 60.0
+JOB_LIMIT_S = 800.0
+WAIT_S = 200.0
 STEPS, BATCH = 6, 4
 STRIKES = 3
 """Of a drill, at most."""

@@ -21,7 +21,7 @@ from . import gated_reward
 from .schedules import run_schedules
 from .stack import BATCH, Stack, stack
 
-pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(900)]
 Workers = dict[str, controller_pb2.Worker]
 LONG = 60
 """Steps of a job that is to last until it is told to end."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import json
 import os
 import pathlib
@@ -20,22 +21,32 @@ from safetensors.numpy import load_file
 from examples.tiny.make import make
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
-RUN_LIMIT_S = 240.0
+RUN_LIMIT_S = 800.0
 
 
 @pytest.fixture(scope="session")
 def tiny_dense(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     """Folder with model/, train.jsonl and eval.jsonl of the tiny dense model."""
-    folder = tmp_path_factory.mktemp("dense")
-    make(folder, moe=False)
-    return folder
+    return made_once(tmp_path_factory, "dense", moe=False)
 
 
 @pytest.fixture(scope="session")
 def tiny_moe(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     """The same for the tiny mixture of experts."""
-    folder = tmp_path_factory.mktemp("moe")
-    make(folder, moe=True)
+    return made_once(tmp_path_factory, "moe", moe=True)
+
+
+def made_once(factory: pytest.TempPathFactory, name: str, *, moe: bool) -> pathlib.Path:
+    """A tiny model's folder, made by the first of the test processes that asks for it; the others wait."""
+    base = factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    with (shared / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        folder = shared / f"tiny-{name}"
+        if not folder.exists():
+            unfinished = factory.mktemp(name)
+            make(unfinished, moe=moe)
+            unfinished.rename(folder)
     return folder
 
 
@@ -112,7 +123,7 @@ class Run:
         files = sorted(pathlib.Path(self.summary()["hf_checkpoint"]).glob("*.safetensors"))
         return {name: tensor for file in files for name, tensor in load_file(file).items()}
 
-    def wait_for_step(self, steps: int, limit_s: float = 120.0) -> None:
+    def wait_for_step(self, steps: int, limit_s: float = 400.0) -> None:
         """Return when so many steps are done."""
         end = time.monotonic() + limit_s
         while len(self.metrics()) < steps:
@@ -142,7 +153,6 @@ def start_run(tmp_path: pathlib.Path) -> Iterator[Callable[[list[str], pathlib.P
     def start(command: list[str], run_dir: pathlib.Path) -> Run:
         log = tmp_path / f"output-{len(runs)}.log"
         environment = {**os.environ, "COLUMNS": "200"}
-        environment.pop("OMP_NUM_THREADS", None)
         with log.open("w") as file:
             process = subprocess.Popen(
                 command, cwd=REPOSITORY, env=environment, stdout=file, stderr=subprocess.STDOUT, text=True

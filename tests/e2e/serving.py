@@ -19,7 +19,7 @@ from miles.client import GatewayUnreachableError, MilesClient, MilesError
 from miles.launcher.local import free_port
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
-START_S = 120.0
+START_S = 400.0
 KINDS = {"rollout", "trainer", "reward", "weightsync"}
 
 
@@ -41,7 +41,7 @@ def serving(folder: pathlib.Path, root: pathlib.Path, *flags: str) -> Iterator[M
             yield client
         children = psutil.Process(process.pid).children(recursive=True)
         process.send_signal(signal.SIGTERM)
-        assert process.wait(60) == 0, log.read_text()
+        assert process.wait(180) == 0, log.read_text()
     finally:
         process.kill()
         for child in children:
@@ -81,7 +81,7 @@ def config(folder: pathlib.Path, **changes: Any) -> dict[str, Any]:
 
 def wait_for(client: MilesClient, job_id: str, condition: Any) -> Mapping[str, Any]:
     """The job once a condition holds."""
-    end = time.monotonic() + 90
+    end = time.monotonic() + 400
     while True:
         job = client.job(job_id)
         if condition(job):

@@ -13,7 +13,7 @@ from miles.rpc import ExitCode
 
 from .conftest import Run, recipe
 
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(600), needs_megatron]
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(1800), needs_megatron]
 
 Start = Callable[[list[str], pathlib.Path], Run]
 

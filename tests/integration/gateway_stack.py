@@ -24,7 +24,7 @@ from miles.telemetry import MetricsWriter
 from miles.types import Sample, SampleStatus, VersionSpan
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
-START_S = 60.0
+START_S = 200.0
 
 
 @dataclasses.dataclass

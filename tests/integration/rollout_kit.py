@@ -23,7 +23,7 @@ from miles.types.convert import group_to_proto
 
 SERVICE = rollout_pb2.DESCRIPTOR.services_by_name["RolloutService"].full_name
 REWARDS = pathlib.Path(__file__).parent / "rollout_rewards.py"
-DEADLINE_S = 60.0
+DEADLINE_S = 200.0
 
 
 def job_config(folder: pathlib.Path, **changes: Any) -> JobConfig:

@@ -147,7 +147,7 @@ async def test_a_weight_that_is_not_what_base_and_adapter_give_is_found(host: Ho
 
 
 @pytest.mark.engine
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1800)
 @pytest.mark.skipif(sglang_kit.ON_GPU or not sglang_kit.have_sglang(), reason="needs SGLang for the CPU")
 async def test_sglang_servers_serve_base_and_adapter(host: Host, tmp_path: pathlib.Path) -> None:
     folder = tmp_path / "model"

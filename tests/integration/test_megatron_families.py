@@ -14,7 +14,7 @@ from megatron_models import FAMILIES, write_model
 from safetensors.torch import load_file, save_file
 from trainer_cases import VOCAB
 
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(600), needs_megatron]
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(1800), needs_megatron]
 
 DOCUMENT = ROOT / "docs" / "megatron.md"
 START, END = "<!-- families: written by tests/integration/test_megatron_families.py -->", "<!-- end of families -->"

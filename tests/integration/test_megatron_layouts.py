@@ -17,7 +17,7 @@ from megatron_kit import needs_megatron, run_cases
 from megatron_models import EXPERTS, TOP_K, write_model
 from safetensors.torch import load_file, save_file
 
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(1200), needs_megatron]
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(3600), needs_megatron]
 
 MODELS = {
     "dense": "Llama",

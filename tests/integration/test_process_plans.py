@@ -17,7 +17,7 @@ def test_services_get_the_flags_that_they_have() -> None:
     plans |= {plan.kind: plan for plan in plan_workers(config, "127.0.0.1:1", master_port=free_port())}
     for plan in plans.values():
         module = len(plan.command) - 1 - plan.command[::-1].index("-m")
-        ran = subprocess.run([*plan.command, "--help"], capture_output=True, text=True, timeout=120)
+        ran = subprocess.run([*plan.command, "--help"], capture_output=True, text=True, timeout=400)
         assert ran.returncode == 0, ran.stderr
         flags = [word for word in plan.command[module:] if word.startswith("--")]
         assert [flag for flag in flags if flag not in ran.stdout] == []

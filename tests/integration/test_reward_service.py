@@ -28,7 +28,7 @@ from miles.services.rollout.scoring import Scorer
 from miles.types import Sample, SampleStatus, VersionSpan
 from miles.types.convert import sample_to_proto
 
-START_DEADLINE_S = 60
+START_DEADLINE_S = 200
 
 USER_REWARDS = '''
 import asyncio, ctypes, math, os, time
@@ -362,7 +362,7 @@ async def test_workers_end_with_the_service_even_when_it_is_killed_and_they_hang
         workers = psutil.Process(service.process.pid).children()
         assert len(workers) == 1
         service.kill()
-        gone, alive = psutil.wait_procs(workers, timeout=30)
+        gone, alive = psutil.wait_procs(workers, timeout=120)
         assert (len(gone), alive) == (1, [])
         [outcome] = await hanging
         assert "UNAVAILABLE" in str(outcome.error)

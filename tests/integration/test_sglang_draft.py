@@ -26,7 +26,7 @@ from miles.weights.manifest import ChecksumMismatch
 
 pytestmark = [
     pytest.mark.engine,
-    pytest.mark.timeout(600),
+    pytest.mark.timeout(1800),
     pytest.mark.skipif(ON_GPU or not have_sglang(), reason="needs SGLang for the CPU: make test-engines"),
     pytest.mark.asyncio(loop_scope="module"),
 ]

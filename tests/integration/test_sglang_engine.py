@@ -29,7 +29,7 @@ from miles.weights.manifest import ChecksumMismatch
 
 pytestmark = [
     pytest.mark.engine,
-    pytest.mark.timeout(600),
+    pytest.mark.timeout(1800),
     pytest.mark.skipif(ON_GPU or not have_sglang(), reason="needs SGLang for the CPU: make test-engines"),
     pytest.mark.asyncio(loop_scope="module"),
 ]
@@ -80,7 +80,7 @@ async def under_way(
         )
         for seed, event in zip(seeds, began, strict=True)
     ]
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(200):
         for event in began:
             await event.wait()
     return tasks
@@ -301,7 +301,7 @@ async def test_leaving_a_response_early_frees_its_place(engine: SglangEngine) ->
     await stream.aclose()
     assert engine.stats().running_requests <= 1
     assert len((await stays).tokens) == 40
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(120):
         while ask(engine.replicas[0].api.address).running:  # noqa: ASYNC110
             await asyncio.sleep(0.1)
     assert len((await respond(engine, prompt_of(9), max_new_tokens=3)).tokens) <= 3

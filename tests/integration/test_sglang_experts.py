@@ -19,7 +19,7 @@ from miles.services.rollout.engines.sglang import SglangEngine
 
 pytestmark = [
     pytest.mark.engine,
-    pytest.mark.timeout(600),
+    pytest.mark.timeout(1800),
     pytest.mark.skipif(ON_GPU or not have_sglang(), reason="needs SGLang for the CPU: make test-engines"),
     pytest.mark.asyncio(loop_scope="module"),
 ]

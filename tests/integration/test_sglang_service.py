@@ -19,10 +19,10 @@ from miles.services.rollout.engines.sglang import SglangEngine
 
 pytestmark = [
     pytest.mark.engine,
-    pytest.mark.timeout(900),
+    pytest.mark.timeout(2700),
     pytest.mark.skipif(ON_GPU or not have_sglang(), reason="needs SGLang for the CPU: make test-engines"),
 ]
-START_DEADLINE_S = 300.0
+START_DEADLINE_S = 900.0
 
 
 @pytest.fixture

@@ -157,6 +157,6 @@ def test_files_that_cannot_be_read_are_named() -> None:
 def test_a_service_with_bad_certificates_says_so_and_ends() -> None:
     command = [sys.executable, "-m", "miles.services.weightsync", "--listen", "127.0.0.1:0"]
     environment = {**os.environ, CERT: "/none/c.pem", KEY: "/none/k.pem"}
-    ran = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=60)
+    ran = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=200)
     assert ran.returncode == 2
     assert "cannot be read" in ran.stderr

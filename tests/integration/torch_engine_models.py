@@ -134,7 +134,7 @@ async def respond(
     tokens: list[int] = []
     log_probs: list[float] = []
     result = None
-    async with asyncio.timeout(120):
+    async with asyncio.timeout(400):
         async for delta in engine.generate(request):
             tokens += delta.token_ids
             log_probs += delta.log_probs

@@ -20,7 +20,7 @@ from miles.weights.transport import Endpoint
 
 POLICY = policy_pb2.WEIGHT_STREAM_POLICY
 DRAFT = policy_pb2.WEIGHT_STREAM_DRAFT
-DEADLINE_S = 30.0
+DEADLINE_S = 120.0
 JOB = "job"
 
 Tensors = Mapping[str, torch.Tensor]

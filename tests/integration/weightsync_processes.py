@@ -22,7 +22,7 @@ from miles.weights.manifest import checksum
 from miles.weights.transport import Endpoint
 
 JOB = "job/1"
-DEADLINE_S = 60.0
+DEADLINE_S = 200.0
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 
 

@@ -41,7 +41,7 @@ def page(browser: Browser, url: str, *, theme: str = "light", width: int = 1440)
         base_url=url, color_scheme=theme, reduced_motion="reduce", viewport={"width": width, "height": 900}
     )
     tab = context.new_page()
-    tab.set_default_timeout(30_000)
+    tab.set_default_timeout(120_000)
     troubles: list[str] = []
     tab.on("pageerror", lambda error: troubles.append(str(error)))
 

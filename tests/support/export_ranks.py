@@ -27,7 +27,7 @@ from miles.weights.publisher import Draft, WeightSender
 from miles.weights.transport import Endpoint
 
 BUCKET_BYTES = 16384
-WAIT_S = 240.0
+WAIT_S = 800.0
 GRACE_S = 5.0
 
 

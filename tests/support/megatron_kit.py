@@ -33,7 +33,7 @@ def cpu_environment(*, megatron: bool = True) -> dict[str, str]:
     return {**chosen, "PYTHONPATH": os.pathsep.join(paths)}
 
 
-def run_python(arguments: Sequence[str], *, ranks: int = 1, megatron: bool = True, timeout_s: float = 500) -> str:
+def run_python(arguments: Sequence[str], *, ranks: int = 1, megatron: bool = True, timeout_s: float = 1500) -> str:
     """Run a Python program, under torchrun for several ranks; returns its output, or fails the test with it."""
     command = [sys.executable]
     if ranks > 1:

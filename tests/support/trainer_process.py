@@ -13,7 +13,7 @@ from miles.config import JobConfig
 from miles.rpc import connect_blocking
 from miles.rpc.gen import policy_pb2, trainer_pb2, trainer_pb2_grpc
 
-DEADLINE_S = 120.0
+DEADLINE_S = 400.0
 
 
 class TrainerProcess(Lines):

@@ -48,7 +48,7 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
 @pytest.fixture
 def http(stack: Stack) -> Iterator[httpx.Client]:
     """A client of the gateway without keys."""
-    with httpx.Client(base_url=stack.local.address, timeout=30) as client:
+    with httpx.Client(base_url=stack.local.address, timeout=120) as client:
         yield client
 
 

@@ -29,7 +29,7 @@ def as_(stack: Stack, name: str) -> dict[str, str]:
 @pytest.fixture
 def keyed(stack: Stack) -> Any:
     """A client of the gateway with keys."""
-    with httpx.Client(base_url=stack.keyed.address, timeout=30) as client:
+    with httpx.Client(base_url=stack.keyed.address, timeout=120) as client:
         yield client
 
 
@@ -206,7 +206,7 @@ async def test_without_keys_other_machines_are_not_served(stack: Stack) -> None:
 
 def test_a_gateway_without_keys_does_not_listen_for_other_machines() -> None:
     command = [sys.executable, "-m", "miles.gateway", "--controller", "127.0.0.1:1", "--listen", "0.0.0.0:0"]
-    ran = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=60, env=dict(os.environ))
+    ran = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=180, env=dict(os.environ))
     assert ran.returncode == 2
     assert "miles keys create" in ran.stderr
 

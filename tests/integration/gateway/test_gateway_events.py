@@ -24,7 +24,7 @@ Submit = Callable[..., dict[str, Any]]
 def history(stack: Stack, job_id: str, **headers: str) -> list[tuple[str, str, dict[str, Any]]]:
     """Events of a job as (id, name, data), without waiting for more."""
     url = f"{stack.local.address}/v1/jobs/{job_id}/events"
-    answer = httpx.get(url, params={"follow": False}, headers=headers, timeout=30)
+    answer = httpx.get(url, params={"follow": False}, headers=headers, timeout=120)
     assert answer.headers["content-type"].startswith("text/event-stream")
     return [(event.id, event.event, json.loads(event.data)) for event in parse_events(answer.text.split("\n"))]
 
@@ -41,7 +41,7 @@ async def write_log_lines(stack: Stack, job_id: str, first: int, count: int) -> 
 
 async def eventually(condition: Callable[[], Awaitable[bool]]) -> None:
     """Return once a condition holds."""
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(180):
         while not await condition():  # noqa: ASYNC110 - another process is what changes
             await asyncio.sleep(0.2)
 
@@ -90,7 +90,7 @@ async def test_many_watchers_see_the_same_while_the_job_is_followed_once(
     job_id = waiting_job["id"]
     await write_log_lines(stack, job_id, 0, 3)
     limits = httpx.Limits(max_connections=None)
-    async with httpx.AsyncClient(base_url=stack.local.address, timeout=60, limits=limits) as client:
+    async with httpx.AsyncClient(base_url=stack.local.address, timeout=180, limits=limits) as client:
 
         async def watch() -> list[str]:
             found: list[str] = []

@@ -36,7 +36,7 @@ parameters = {{ "path.job_id" = "{job_id}" }}
 """
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1800)
 def test_no_request_breaks_the_contract(stack: Stack, tmp_path: pathlib.Path) -> None:
     """No server error, no answer that the document does not describe, nothing invalid accepted, no valid refused."""
     example_files(stack)
@@ -45,7 +45,7 @@ def test_no_request_breaks_the_contract(stack: Stack, tmp_path: pathlib.Path) ->
     )
     gateway.start()
     headers = {"Authorization": f"Bearer {stack.keys['boss']}"}
-    with httpx.Client(base_url=gateway.address, headers=headers, timeout=30) as client:
+    with httpx.Client(base_url=gateway.address, headers=headers, timeout=120) as client:
         made: dict[str, Any] = client.post("/v1/jobs", json=stack.config(name="fuzzed")).json()
         fill_run_folder(pathlib.Path(made["config"]["run_dir"]))
         client.post(f"/v1/jobs/{made['id']}/stop")
@@ -57,7 +57,7 @@ def test_no_request_breaks_the_contract(stack: Stack, tmp_path: pathlib.Path) ->
         *("-H", f"Authorization: {headers['Authorization']}", "--seed", "1", "--suppress-health-check", "all"),
     ]
     try:
-        ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=560)
+        ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=1700)
     finally:
         gateway.stop()
     assert ran.returncode == 0, ran.stdout[-20_000:] + ran.stderr[-2000:]

@@ -34,7 +34,7 @@ def test_concurrent_submits_with_one_key_make_one_job(http: httpx.Client, stack:
             f"{stack.local.address}/v1/jobs",
             json=stack.config(name="once"),
             headers={"Idempotency-Key": "the-same"},
-            timeout=30,
+            timeout=120,
         )
 
     with concurrent.futures.ThreadPoolExecutor(12) as pool:
@@ -178,7 +178,7 @@ def test_jobs_survive_controller_and_gateway(http: httpx.Client, stack: Stack, w
     stack.local.stop(signal.SIGKILL)
     stack.controller.start()
     stack.local.start()
-    with httpx.Client(base_url=stack.local.address, timeout=30) as again:
+    with httpx.Client(base_url=stack.local.address, timeout=120) as again:
         after = {job["id"]: job["state"] for job in again.get("/v1/jobs?limit=500").json()["jobs"]}
         assert set(after) == set(before)
         assert after[cancelled] == "cancelled"

@@ -32,7 +32,7 @@ def connect(stack: Stack, request: str, *, receive_bytes: int | None = None) -> 
     connection = socket.socket()
     if receive_bytes is not None:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_bytes)
-    connection.settimeout(60)
+    connection.settimeout(180)
     connection.connect((host, int(port)))
     connection.sendall(request.replace("\n", "\r\n").encode())
     return connection
@@ -81,7 +81,7 @@ def test_a_job_reads_as_ended_once_its_stream_has(stack: Stack, http: httpx.Clie
     submit(name="ahead")
     for name in ("one", "two", "three"):
         job_id = submit(name=name)["id"]
-        with httpx.Client(base_url=stack.keyed.address, timeout=30) as other:
+        with httpx.Client(base_url=stack.keyed.address, timeout=120) as other:
             headers = {"Authorization": f"Bearer {stack.keys['boss']}"}
             with http.stream("GET", f"/v1/jobs/{job_id}/events") as stream:
                 lines = stream.iter_lines()
@@ -116,7 +116,7 @@ async def test_watchers_that_do_not_read_cost_a_bounded_piece_of_memory(
             seen = seen[-100:] + (await asyncio.to_thread(reader.recv, 1 << 20)).decode()
         # What each one keeps is in its connection; what all see is kept once.
         assert resident_bytes(stack) - before < 50 * 6 * PIECE_BYTES + (60 << 20)
-        async with httpx.AsyncClient(base_url=stack.local.address, timeout=30) as client:
+        async with httpx.AsyncClient(base_url=stack.local.address, timeout=120) as client:
             assert (await client.post(f"/v1/jobs/{job_id}/cancel")).status_code == 202
         everything = await asyncio.to_thread(read_all, early[0])  # slow is not lost
     assert all(f'x {i}"' in everything for i in range(count))
@@ -155,9 +155,9 @@ async def test_many_watchers_come_back_with_their_last_event_and_miss_nothing(
 
     watchers = [asyncio.create_task(watch(place)) for place in range(50)]
     await writing
-    async with httpx.AsyncClient(base_url=stack.local.address, timeout=30) as client:
+    async with httpx.AsyncClient(base_url=stack.local.address, timeout=120) as client:
         await client.post(f"/v1/jobs/{job_id}/cancel")
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(180):
         seen = await asyncio.gather(*watchers)
     assert seen == [[f"line {i}" for i in range(400)]] * 50
 
@@ -169,13 +169,13 @@ async def test_cancelling_a_job_ends_every_stream(stack: Stack, waiting_job: dic
     with closing(connections):
         for connection in connections:
             assert connection.recv(12) == b"HTTP/1.1 200"
-        async with httpx.AsyncClient(base_url=stack.local.address, timeout=30) as client:
+        async with httpx.AsyncClient(base_url=stack.local.address, timeout=120) as client:
             assert (await client.post(f"/v1/jobs/{job_id}/cancel")).status_code == 202
             for connection in connections:
                 text = await asyncio.to_thread(read_all, connection)
                 assert '"state":"cancelled"' in text
                 assert "event: end" in text
-            async with asyncio.timeout(30):
+            async with asyncio.timeout(180):
                 while "miles_gateway_watchers 0.0" not in (await client.get("/metrics")).text:  # noqa: ASYNC110
                     await asyncio.sleep(0.2)
 
@@ -220,5 +220,5 @@ def test_requests_of_one_connection_follow_each_other(stack: Stack) -> None:
 
 
 async def test_a_stream_of_a_job_that_is_unknown_is_a_problem(stack: Stack) -> None:
-    async with httpx.AsyncClient(base_url=stack.local.address, timeout=30) as client:
+    async with httpx.AsyncClient(base_url=stack.local.address, timeout=120) as client:
         problem(await client.get("/v1/jobs/nothing-here/events"), "unknown-job")

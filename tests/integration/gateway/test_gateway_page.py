@@ -14,7 +14,7 @@ from playwright.sync_api import Browser, expect
 
 from miles.gateway.page import FOLDER
 
-expect.set_options(timeout=30_000)
+expect.set_options(timeout=120_000)
 
 
 @pytest.fixture(scope="module")

@@ -50,7 +50,7 @@ async def host(stack: Stack, job: dict[str, Any], tmp_path: pathlib.Path) -> Asy
 def miles(stack: Stack, *words: str) -> tuple[int, Any]:
     """Exit code and JSON of a command."""
     command = [sys.executable, "-m", "miles.cli", *words, "--url", stack.local.address, "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=180)
     return done.returncode, json.loads(done.stdout or "null")
 
 
