@@ -8,6 +8,8 @@ from collections.abc import Mapping
 AUTO = "auto"
 KEPT_WITHIN = 1.5
 """A run that goes on keeps the type it had unless the other is faster by more than this."""
+SLOW = 1.25
+"""From which factor on a worker counts as slow in a type that was chosen."""
 _ENGINE_TYPES = ("bfloat16", "float32")
 
 
@@ -52,7 +54,7 @@ def decide(
 
 def slow_type(worker: str, dtype: str, slowdown: float | None) -> str | None:
     """A warning that a type is slow on a worker, by how much and what to do; None when it is not."""
-    if slowdown is None or slowdown <= 1:
+    if slowdown is None or slowdown <= SLOW:
         return None
     return (
         f"{worker} is slow in {dtype}: a matrix product takes {slowdown:.3g} times as long as in float32; set "
