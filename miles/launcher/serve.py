@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -38,6 +39,7 @@ keeps them running until Ctrl-C. Submit jobs with `miles submit`, or over the RE
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Serve until Ctrl-C or SIGTERM; return the exit code."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until there is something to stop
     console = Console(highlight=False)
     line = parse_command_line(sys.argv[1:] if arguments is None else arguments)
     if line.help:
