@@ -5,9 +5,11 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 
-from miles.launcher.main import main
-
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # while modules load, Ctrl-C ends the program without a traceback
+    from miles.launcher.main import main
+
     sys.exit(main())

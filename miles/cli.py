@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import signal
 import sys
 from collections.abc import Mapping, Sequence
 
@@ -47,7 +48,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"miles: there is no command {words[0]}\n\n{_usage()}", file=sys.stderr)
         return 2
     module, _, function = COMMANDS[words[0]][0].partition(":")
-    return int(getattr(importlib.import_module(module), function or "main")(words[1:]))
+    handler = signal.signal(signal.SIGINT, signal.SIG_DFL)  # while modules load, Ctrl-C ends us without a traceback
+    command = getattr(importlib.import_module(module), function or "main")
+    signal.signal(signal.SIGINT, handler)
+    return int(command(words[1:]))
 
 
 def _usage() -> str:

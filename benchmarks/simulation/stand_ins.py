@@ -117,6 +117,11 @@ class Trainer(trainer_pb2_grpc.TrainerServiceServicer):
         )
         yield trainer_pb2.TrainResponse(phase=trainer_pb2.TRAIN_PHASE_DONE, done=done)
 
+    async def AbandonStep(
+        self, request: trainer_pb2.AbandonStepRequest, context: Context
+    ) -> trainer_pb2.AbandonStepResponse:
+        return trainer_pb2.AbandonStepResponse(abandoning=False)
+
     async def Export(self, request: trainer_pb2.ExportRequest, context: Context) -> trainer_pb2.ExportResponse:
         return trainer_pb2.ExportResponse(total_bytes=1)
 

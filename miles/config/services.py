@@ -40,6 +40,10 @@ class ServicesConfig(Section):
     rollout_port: Port = 0
     """Port of the first rollout service, the others count up from it; 0 picks free ones."""
 
+    stop_timeout: PositiveFloat = 120.0
+    """How long train.py waits after Ctrl-C for the run to come to a stop, in seconds; what hangs longer is given up and
+    the run ends without saving. Writing the checkpoint does not count: it has 30 minutes of its own."""
+
     chaos: Annotated[int | None, Metavar("SEED")] = None
     """A drill: kill -9 services of the run, Redis included, one by one or all at once, at moments that follow from this
     seed, and print how long each takes to come back. The run must end as it would have without."""

@@ -74,10 +74,14 @@ class LocalCluster:
     async def _start(self) -> None:
         if not self.redis_url:
             self.redis = RedisServer(self.run_dir / "redis")
+            starting = asyncio.ensure_future(asyncio.to_thread(self.redis.start, take_over=True))
             try:
-                await asyncio.to_thread(self.redis.start, take_over=True)
+                await asyncio.shield(starting)
             except RedisStartError as error:
                 raise ServiceExit(ExitCode.REDIS_UNREACHABLE, str(error)) from error
+            except asyncio.CancelledError:
+                await asyncio.wait([starting])  # a thread cannot be cancelled: what it starts is to be stopped
+                raise
             self.redis_url = self.redis.url
             self._tasks.append(asyncio.create_task(self._watch_redis(self.redis)))
         await self._start_controller()

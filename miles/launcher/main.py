@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
+import dataclasses
 import json
 import logging
 import os
 import pathlib
-import signal
 import sys
-import uuid
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 import grpc.aio
 from rich.console import Console
@@ -24,16 +23,18 @@ from miles.config.flags import parse_command_line
 from miles.config.plan import tls_environment
 from miles.launcher.attend import attend
 from miles.launcher.chaos import Drill, drill_of, recovery_table
+from miles.launcher.interrupts import Interrupts, cancel_this_task, leave_nothing_running
 from miles.launcher.local import LocalCluster
 from miles.launcher.process import ProcessGivenUpError
 from miles.launcher.report import CURVE_NAME, plot_reward, print_summary
+from miles.launcher.stop_run import describe, stop_run
+from miles.launcher.stopping import Moment
 from miles.launcher.watch import RunView
 from miles.rpc import ExitCode, ServiceExit, connect
 from miles.rpc.gen import controller_pb2, controller_pb2_grpc, job_pb2
 
 logger = logging.getLogger(__name__)
 
-_CONTROL_S = 30.0
 _ENDED = {
     job_pb2.JOB_STATE_SUCCEEDED: ExitCode.OK,
     job_pb2.JOB_STATE_FAILED: ExitCode.JOB_FAILED,
@@ -66,26 +67,51 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ProcessGivenUpError as error:
         console.print(str(error), style="red", markup=False, soft_wrap=True)
         return ExitCode.WORKER_FAILED
+    finally:
+        leave_nothing_running()
 
 
 async def _run(config: JobConfig, console: Console) -> int:
-    run_dir = pathlib.Path(config.services.run_dir)
     os.environ.update(tls_environment(config))
-    interrupted = _catch_signals(console)
+    interrupts = Interrupts(cancel_this_task(console))
+    try:
+        return await _run_on_cluster(config, console, interrupts)
+    except asyncio.CancelledError:
+        if not interrupts.came:
+            raise
+        console.print("stopped before the run began: there is nothing to save")
+        return ExitCode.INTERRUPTED
+
+
+async def _run_on_cluster(config: JobConfig, console: Console, interrupts: Interrupts) -> int:
+    run_dir = pathlib.Path(config.services.run_dir)
     async with LocalCluster(config) as cluster:
         page = f", web page {cluster.gateway_url}" if cluster.gateway_url else ""
         console.print(f"run folder {run_dir}, controller {cluster.controller_address}{page}", soft_wrap=True)
         drill = drill_of(config, cluster)
-        job = await attend(_run_job(config, cluster, console, interrupted, drill), cluster, drill)
+        try:
+            end = await attend(_run_job(config, cluster, console, interrupts, drill), cluster, drill)
+        finally:
+            interrupts.on_first = lambda: console.print("the run has ended; Ctrl-C again kills what still runs of it")
+            interrupts.last_words = "killed what was left of a run that had ended"
         console.print("stopping all processes")
     if drill is not None:
         console.print(recovery_table(drill.recoveries))
-    return _report(job, run_dir, console)
+    return _report(end, run_dir, console)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _End:
+    """How a run ended."""
+
+    job: job_pb2.Job
+    moment: Moment | None = None
+    """What the controller says of a run that was stopped, if it does."""
 
 
 async def _run_job(
-    config: JobConfig, cluster: LocalCluster, console: Console, interrupted: asyncio.Event, drill: Drill | None
-) -> job_pb2.Job:
+    config: JobConfig, cluster: LocalCluster, console: Console, interrupts: Interrupts, drill: Drill | None
+) -> _End:
     async with connect(cluster.controller_address) as channel:
         stub = controller_pb2_grpc.ControllerServiceStub(channel)
         # One job a run folder: the same command again resumes it, or shows how it ended.
@@ -96,24 +122,33 @@ async def _run_job(
             submitted = await stub.SubmitJob(request, wait_for_ready=True, timeout=60.0)
         except grpc.aio.AioRpcError as error:
             raise ServiceExit(ExitCode.CONTROLLER_UNREACHABLE, f"submitting the job: {error.details()}") from error
+        asked = asyncio.Event()
+        interrupts.on_first = asked.set
         job: job_pb2.Job = submitted.job
         if not submitted.created:
             console.print(f"job {job.job_id} is known in this run folder; going on with it")
         if job.state == job_pb2.JOB_STATE_SUCCEEDED:
-            return job
-        stopping = asyncio.create_task(_stop_on_signal(stub, job.job_id, interrupted))
-        try:
-            with RunView(console) as view:
+            return _End(job)
+        with RunView(console) as view:
 
-                def show(event: job_pb2.JobEvent, num_rollout: int) -> None:
-                    view.show(event, num_rollout)
-                    if drill is not None:
-                        drill.on_event(event)
+            def show(event: job_pb2.JobEvent, num_rollout: int) -> None:
+                view.show(event, num_rollout)
+                if drill is not None:
+                    drill.on_event(event)
 
-                return await watch_job(stub, job.job_id, not submitted.created, show)
-        finally:
-            stopping.cancel()
-            await asyncio.gather(stopping, return_exceptions=True)
+            watching = asyncio.create_task(watch_job(stub, job.job_id, not submitted.created, show))
+            limit_s = config.services.stop_timeout
+            stopping = asyncio.create_task(_stop_when_asked(asked, stub, job.job_id, limit_s, console, interrupts))
+            try:
+                ended, _ = await asyncio.wait({watching, stopping}, return_when=asyncio.FIRST_COMPLETED)
+                for task in ended:
+                    job = task.result()
+            finally:
+                watching.cancel()
+                stopping.cancel()
+                await asyncio.gather(watching, stopping, return_exceptions=True)
+        stopped = job.state == job_pb2.JOB_STATE_STOPPED
+        return _End(job, await describe(stub, job.job_id) if stopped else None)
 
 
 async def watch_job(
@@ -150,42 +185,29 @@ async def _get(stub: controller_pb2_grpc.ControllerServiceStub, job_id: str) -> 
     return response.job
 
 
-def _catch_signals(console: Console) -> asyncio.Event:
-    """The first Ctrl-C or SIGTERM sets the returned event; the second one ends everything at once."""
-    interrupted = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    this_task = asyncio.current_task()
-    assert this_task is not None
-
-    def on_signal() -> None:
-        if interrupted.is_set():
-            this_task.cancel()
-            return
-        console.print("saving the state and stopping; once more to stop at once without saving", style="yellow")
-        interrupted.set()
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, on_signal)
-    return interrupted
+async def _stop_when_asked(
+    asked: asyncio.Event,
+    stub: controller_pb2_grpc.ControllerServiceStub,
+    job_id: str,
+    limit_s: float,
+    console: Console,
+    interrupts: Interrupts,
+) -> NoReturn:
+    await asked.wait()
+    await stop_run(stub, job_id, limit_s, console, interrupts)
 
 
-async def _stop_on_signal(
-    stub: controller_pb2_grpc.ControllerServiceStub, job_id: str, interrupted: asyncio.Event
-) -> None:
-    await interrupted.wait()
-    request = controller_pb2.ControlJobRequest(
-        job_id=job_id, action=controller_pb2.JOB_ACTION_STOP, operation_id=uuid.uuid4().hex
-    )
-    # The job may have ended in between; the watcher sees that.
-    with contextlib.suppress(grpc.aio.AioRpcError):
-        await stub.ControlJob(request, timeout=_CONTROL_S)
-
-
-def _report(job: job_pb2.Job, run_dir: pathlib.Path, console: Console) -> ExitCode:
+def _report(end: _End, run_dir: pathlib.Path, console: Console) -> ExitCode:
+    job = end.job
     code = _ENDED[job.state]
     if code is ExitCode.OK:
         plot_reward(run_dir / "metrics.jsonl", run_dir / CURVE_NAME)
         print_summary(console, json.loads(job.summary_json), run_dir)
+    elif end.moment is not None and end.moment.lost:
+        saved = f"step {end.moment.saved_step}" if end.moment.saved_step else "the beginning"
+        problem = f"stopped at step {job.policy_version} without saving; the same command goes on from {saved}"
+        console.print(f"{problem} in {run_dir}", style="red", soft_wrap=True)
+        return ExitCode.NOT_SAVED
     elif code is ExitCode.INTERRUPTED:
         console.print(f"stopped at step {job.policy_version}; the same command resumes the run in {run_dir}")
     else:

@@ -22,6 +22,7 @@ from miles.config.job import examine, resolved
 from miles.config.plan import tls_environment
 from miles.launcher.attend import attend
 from miles.launcher.chaos import drill_of, recovery_table
+from miles.launcher.interrupts import Interrupts, cancel_this_task, leave_nothing_running
 from miles.launcher.local import LocalCluster
 from miles.launcher.process import ProcessGivenUpError
 from miles.rpc.exit_codes import ExitCode, ServiceExit
@@ -38,6 +39,7 @@ keeps them running until Ctrl-C. Submit jobs with `miles submit`, or over the RE
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Serve until Ctrl-C or SIGTERM; return the exit code."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until there is something to stop
     console = Console(highlight=False)
     line = parse_command_line(sys.argv[1:] if arguments is None else arguments)
     if line.help:
@@ -57,6 +59,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ProcessGivenUpError as error:
         console.print(str(error), style="red", markup=False, soft_wrap=True)
         return ExitCode.WORKER_FAILED
+    finally:
+        leave_nothing_running()
     return ExitCode.OK
 
 
@@ -91,16 +95,28 @@ def service_config(flat: dict[str, Any], faults: Sequence[Fault] = ()) -> JobCon
 async def _serve(config: JobConfig, console: Console) -> None:
     os.environ.update(tls_environment(config))
     stopping = asyncio.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        asyncio.get_running_loop().add_signal_handler(number, stopping.set)
+    interrupts = Interrupts(cancel_this_task(console))
+    try:
+        await _serve_until(stopping, interrupts, config, console)
+    except asyncio.CancelledError:
+        if not interrupts.came:
+            raise
+
+
+async def _serve_until(stopping: asyncio.Event, interrupts: Interrupts, config: JobConfig, console: Console) -> None:
     async with LocalCluster(config, every_reward=config.reward.custom_rm_path is None) as cluster:
         where = f"web page and REST API {cluster.gateway_url}, " if cluster.gateway_url else ""
         console.print(f"{where}controller {cluster.controller_address}, folder {cluster.run_dir}", soft_wrap=True)
+        interrupts.on_first = stopping.set
         drill = drill_of(config, cluster, with_job=False)
         await attend(stopping.wait(), cluster, drill)
         if drill is not None:
             console.print(recovery_table(drill.recoveries))
-        console.print("stopping all processes; jobs that run are taken up again by the next start in the same folder")
+        console.print(
+            "stopping all processes; the next start in the same folder takes up jobs that run from their newest "
+            "checkpoints. Ctrl-C again kills what still runs",
+            soft_wrap=True,
+        )
 
 
 def _flags_text() -> str:

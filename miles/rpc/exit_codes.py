@@ -23,6 +23,7 @@ class ExitCode(enum.IntEnum):
     JOB_FAILED = 31
     JOB_CANCELLED = 32
     RUN_DIR_BUSY = 33
+    NOT_SAVED = 34
     INTERRUPTED = 130
 
 
@@ -42,7 +43,13 @@ HELP: dict[ExitCode, str] = {
     ExitCode.JOB_FAILED: "The job ended with an error; the message and the logs say why.",
     ExitCode.JOB_CANCELLED: "The job was cancelled.",
     ExitCode.RUN_DIR_BUSY: "Another process is running in the same run folder; stop it or choose another --name.",
-    ExitCode.INTERRUPTED: "Stopped by Ctrl-C or SIGTERM with the state saved; the same command resumes the run.",
+    ExitCode.NOT_SAVED: (
+        "Stopped by Ctrl-C or SIGTERM, but the last steps could not be saved; the message says what hung. The same "
+        "command resumes the run from its newest checkpoint."
+    ),
+    ExitCode.INTERRUPTED: (
+        "Stopped by Ctrl-C or SIGTERM, with the state saved unless a second one came; the same command resumes the run."
+    ),
 }
 
 

@@ -19,6 +19,12 @@ _STEP = "{rollout_id}"
 """Stands for the step in the setting save_hf."""
 
 
+def step_of(folder: str) -> int | None:
+    """Training steps that a checkpoint covers, by the name of its folder; None when it is not a checkpoint's."""
+    match = _STATE_FOLDER.fullmatch(pathlib.Path(folder).name)
+    return None if match is None else int(match[1])
+
+
 class UnknownFileError(KeyError):
     """The checkpoint has no such file."""
 

@@ -5,6 +5,8 @@ START_JOB_SILENCE_S = 600.0
 """Longest time without a word from a worker that loads a model."""
 TRAIN_SILENCE_S = 900.0
 """Longest time without progress from a trainer in a step."""
+ABANDON_S = 10.0
+"""How long a trainer may take to say whether it can leave a step; it answers at once, whatever it does."""
 EXPORT_S = 600.0
 ACTIVATE_S = 120.0
 CHECKPOINT_S = 1800.0

@@ -34,6 +34,8 @@ class Evaluations:
         self._datasets = datasets
         self._attempts = 0
         self._task: asyncio.Task[None] | None = None
+        self.version = -1
+        """Version that was evaluated last, or is now."""
 
     @property
     def running(self) -> bool:
@@ -52,6 +54,7 @@ class Evaluations:
     def begin(self, version: int) -> None:
         """Evaluate a version that is active or about to be."""
         evaluation = Evaluation(self._context.job_id, self._context.config, self._datasets, version, self._attempts)
+        self.version = version
         self._dispatcher.evaluation = evaluation
         self._task = asyncio.create_task(self._evaluate(evaluation))
         self._dispatcher.pump()

@@ -5,8 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+from collections.abc import Coroutine
+from typing import Any, TypeVar
 
 from miles.rpc.gen import controller_pb2
+
+T = TypeVar("T")
 
 
 class JobStoppedError(Exception):
@@ -41,6 +45,23 @@ class JobControls:
             self.checkpoint = True
         self.changed.set()
         self.changed = asyncio.Event()
+
+    async def wait_for_end(self) -> None:
+        """Return once the user has asked for the end of the job."""
+        while not (self.stop or self.cancel):
+            await self.changed.wait()
+
+    async def unless_ended(self, work: Coroutine[Any, Any, T]) -> T:
+        """The result of work that changes nothing; it is given up when the user ends the job, as `check` says."""
+        working, ending = asyncio.create_task(work), asyncio.create_task(self.wait_for_end())
+        try:
+            await asyncio.wait({working, ending}, return_when=asyncio.FIRST_COMPLETED)
+            self.check()
+            return await working
+        finally:
+            for task in (working, ending):
+                task.cancel()
+            await asyncio.gather(working, ending, return_exceptions=True)
 
     async def wait_while_paused(self) -> bool:
         """Return False once the job may go on, True when it is to save a checkpoint before; raises as `check` does."""

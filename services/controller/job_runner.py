@@ -17,6 +17,7 @@ from miles.queue import GroupQueue
 from miles.queue.backpressure import TRANSIENT
 from miles.rpc.gen import job_pb2
 from miles.services.controller.calls import WorkerFailedError, WorkerLostError
+from miles.services.controller.checkpoint_files import step_of
 from miles.services.controller.job_context import JobContext
 from miles.services.controller.job_controls import JobCancelledError, JobControls, JobStoppedError
 from miles.services.controller.job_history import JobHistory
@@ -61,7 +62,7 @@ class JobRunner:
             await history.state(job_pb2.JOB_STATE_STARTING, "reading the data, loading models")
             await self._run(context, history, controls)
         except JobStoppedError:
-            state, reason = job_pb2.JOB_STATE_STOPPED, "stopped by the user; the state is saved"
+            state, reason = job_pb2.JOB_STATE_STOPPED, f"stopped by the user; {_saved(history)}"
         except JobCancelledError:
             state, reason = job_pb2.JOB_STATE_CANCELLED, "cancelled by the user"
         except (WorkerFailedError, WorkerLostError, DataError, ConfigError, TimeoutError) as error:
@@ -102,6 +103,12 @@ class JobRunner:
         finally:
             self.status = None
         await queue.drop_job()
+
+
+def _saved(history: JobHistory) -> str:
+    """What of a job that was stopped is on disk."""
+    steps, saved = history.job.policy_version, step_of(history.summary.get("checkpoint", "")) or 0
+    return "the state is saved" if saved >= steps else f"a resume goes on from step {saved} of {steps}"
 
 
 def _read_data(config: JobConfig) -> tuple[PromptSource, dict[str, PromptSource]]:

@@ -10,8 +10,11 @@ import dataclasses
 import json
 import logging
 import time
+from typing import Any
 
 from miles.rpc.gen import controller_pb2, job_pb2
+from miles.services.controller import deadlines
+from miles.services.controller.checkpoint_files import step_of
 from miles.services.controller.job_controls import JobControls
 from miles.services.controller.job_runner import JobRunner
 from miles.services.controller.records import ENDED, JobStore
@@ -65,19 +68,18 @@ class JobScheduler:
             config = json.loads(job.config_json)
             if (status := self._runner.status) is not None:
                 return status.describe(config["rollout_batch_size"], self._registry.everyone())
-            return controller_pb2.DescribeRunResponse(
-                phase="starting", waiting_for="the data to be read", since_unix_ns=time.time_ns()
+            return _outside_of_run(
+                job, phase="starting", waiting_for="the data to be read", since_unix_ns=time.time_ns()
             )
         if job.state in ENDED:
-            return controller_pb2.DescribeRunResponse(
-                phase="ended", since_unix_ns=job.ended_unix_ns, step=job.policy_version
-            )
+            return _outside_of_run(job, phase="ended", since_unix_ns=job.ended_unix_ns)
         waiting = await self._waiting()
         ahead = next((number for number, other in enumerate(waiting) if other.job_id == job.job_id), 0)
         ahead += self.running is not None
         lacks = self._why_wait(job)
         reasons = [f"{ahead} job{'s' if ahead > 1 else ''} ahead of it"] if ahead else []
-        return controller_pb2.DescribeRunResponse(
+        return _outside_of_run(
+            job,
             phase="queued",
             waiting_for="; ".join([*reasons, *([lacks] if lacks else [])]),
             since_unix_ns=job.submitted_unix_ns,
@@ -226,6 +228,14 @@ _END_OF_QUEUED = {
     controller_pb2.JOB_ACTION_CANCEL: job_pb2.JOB_STATE_CANCELLED,
     controller_pb2.JOB_ACTION_STOP: job_pb2.JOB_STATE_STOPPED,
 }
+
+
+def _outside_of_run(job: job_pb2.Job, **fields: Any) -> controller_pb2.DescribeRunResponse:
+    """What is known of a job while its run loop is not there."""
+    checkpoint = json.loads(job.summary_json or "{}").get("checkpoint", "")
+    return controller_pb2.DescribeRunResponse(
+        step=job.policy_version, saved_step=step_of(checkpoint), save_limit_s=deadlines.CHECKPOINT_S, **fields
+    )
 
 
 def _supply(registry: WorkerRegistry) -> Supply:

@@ -25,6 +25,7 @@ from miles.services.controller import deadlines, number_types
 from miles.services.controller.activity import ActivityClock
 from miles.services.controller.admission import Admission, Batch
 from miles.services.controller.calls import WorkerFailedError, WorkerLostError
+from miles.services.controller.checkpoint_files import step_of
 from miles.services.controller.dispatcher import Dispatcher
 from miles.services.controller.evaluations import Evaluations
 from miles.services.controller.group_leases import training_lease
@@ -39,6 +40,7 @@ from miles.services.controller.resuming import admission_after
 from miles.services.controller.run_status import RunStatus
 from miles.services.controller.step_metrics import RESPONSE_TOKENS, StepTimes, step_metrics
 from miles.services.controller.trainer_link import TrainerLink
+from miles.services.controller.training import train_unless_ended
 from miles.services.controller.worker_activity import WorkerActivity
 
 if TYPE_CHECKING:
@@ -161,8 +163,8 @@ class RunLoop:
                 await self._evaluations.finish(lambda: self._check(trainer))
                 await self._publishing.settle()
             except JobStoppedError:
-                await self._evaluations.finish(lambda: self._check(trainer, stopping=True))
                 await self._save(trainer, export_hf=False)
+                await self._finish_evaluation(trainer)
                 raise
             if self._step > 0:
                 await self._save(trainer, export_hf=True)
@@ -175,7 +177,7 @@ class RunLoop:
         """Bring the workers to the newest checkpoint's version and admission to where it stood."""
         self.status.enter("loading", "the trainer to load the model")
         with self._activity.during(trainer.worker_id, "load"):
-            ready = await trainer.start_job()
+            ready = await self._controls.unless_ended(trainer.start_job())
         self.status.enter("loading", "a rollout to load the model")
         while not self._dispatcher.connected():
             self._check(trainer)
@@ -183,6 +185,7 @@ class RunLoop:
         if self._publishing.active is not None and ready.step < self._publishing.newest:
             await self._drain(trainer)
         self._step = self._history.timeline.step = self.status.step = ready.step
+        self.status.saved_step = self._saved_step(ready)
         self._history.open_metrics(self._step)
         await self._restore_metrics(trainer)
         self._evaluations.forget_after(self._step)
@@ -200,6 +203,12 @@ class RunLoop:
             self._loaded_before = True
         where = ready.checkpoint_dir or "the initial weights"
         await self._say(f"loaded {where} at step {ready.step}; {len(admission.ready)} groups in the queue")
+
+    def _saved_step(self, ready: trainer_pb2.TrainerReady) -> int | None:
+        """Steps of the newest checkpoint; a trainer that held the job has saved since it was loaded."""
+        folders = (ready.checkpoint_dir, self._history.summary.get("checkpoint", ""))
+        saved = [step for step in map(step_of, folders) if step is not None and step <= ready.step]
+        return max(saved, default=None)
 
     async def _admit_again(self, ready: trainer_pb2.TrainerReady) -> Admission:
         await self._tell_of_given_up_groups()
@@ -246,9 +255,8 @@ class RunLoop:
             await self._release_memory(trainer)
         self.status.enter("training")
         with self._clock.during("train"), self._activity.during(trainer.worker_id, "train"):
-            done = await trainer.train(self._step, batch.group_ids, batch.dropped)
-        if done.checkpoint_dir:
-            self._history.summary["checkpoint"] = done.checkpoint_dir
+            done = await train_unless_ended(trainer, batch, self._step, self._controls, self.status)
+        self._note_checkpoint(done.checkpoint_dir)
         trained = time.monotonic()
         admission.finish_step(batch)
         step, self._step = self._step, self._step + 1
@@ -341,14 +349,25 @@ class RunLoop:
         saving = self.status.during("saving", "the checkpoint to be written")
         with saving, self._clock.during("train"), self._activity.during(trainer.worker_id, "save"):
             saved = await trainer.save(export_hf, in_background)
-        if saved.checkpoint_dir:
-            self._history.summary["checkpoint"] = saved.checkpoint_dir
+        self._note_checkpoint(saved.checkpoint_dir)
         if saved.hf_dir:
             self._history.summary["hf_checkpoint"] = saved.hf_dir
         self._summarise()
         await self._history.save()
         what = f"the checkpoint of step {saved.step} begun" if in_background else f"saved {saved.checkpoint_dir}"
         await self._say(f"{what} in {saved.save_s:.1f} s")
+
+    def _note_checkpoint(self, folder: str) -> None:
+        """The newest complete checkpoint is in this folder; empty when there is none."""
+        if folder:
+            self._history.summary["checkpoint"] = folder
+            self.status.saved_step = step_of(folder)
+
+    async def _finish_evaluation(self, trainer: TrainerLink) -> None:
+        """Before a job stops: wait for the evaluation that runs, unless a resume repeats it."""
+        if self._evaluations.running and self._evaluations.version != self._step:
+            with self.status.during("evaluating", f"the evaluation of version {self._evaluations.version}"):
+                await self._evaluations.finish(lambda: self._check(trainer, stopping=True))
 
     async def _hold_while_paused(self, trainer: TrainerLink) -> None:
         if not self._controls.paused:

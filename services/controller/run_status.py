@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from miles.rpc.gen import controller_pb2
+from miles.services.controller import deadlines
 from miles.services.controller.admission import Admission
 from miles.services.controller.dispatcher import Dispatcher
 from miles.services.controller.publishing import Publishing
@@ -26,6 +27,8 @@ class RunStatus:
     def __init__(self, activity: WorkerActivity) -> None:
         self.activity = activity
         self.step = 0
+        self.saved_step: int | None = None
+        """Steps that the newest complete checkpoint covers."""
         self.dispatcher: Dispatcher | None = None
         self.publishing: Publishing | None = None
         self._phase, self._waiting_for = "starting", "the data to be read"
@@ -36,6 +39,10 @@ class RunStatus:
         if (phase, waiting_for) != (self._phase, self._waiting_for):
             self._phase, self._waiting_for = phase, waiting_for
             self._since_unix_ns = time.time_ns()
+
+    def explain(self, waiting_for: str) -> None:
+        """Say what the run waits for in what it does since a while."""
+        self._waiting_for = waiting_for
 
     @contextmanager
     def during(self, phase: str, waiting_for: str = "") -> Iterator[None]:
@@ -50,7 +57,12 @@ class RunStatus:
     def describe(self, batch_size: int, workers: Sequence[AttachedWorker]) -> controller_pb2.DescribeRunResponse:
         """The run as it is now; `workers` are those that are attached."""
         answer = controller_pb2.DescribeRunResponse(
-            phase=self._phase, since_unix_ns=self._since_unix_ns, step=self.step, batch_size=batch_size
+            phase=self._phase,
+            since_unix_ns=self._since_unix_ns,
+            step=self.step,
+            batch_size=batch_size,
+            saved_step=self.saved_step,
+            save_limit_s=deadlines.CHECKPOINT_S,
         )
         if self.publishing is not None:
             answer.newest_version = self.publishing.newest

@@ -19,6 +19,10 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
+class StepAbandonedError(WorkerLostError):
+    """The trainer left a step that had changed nothing yet, as it was asked to."""
+
+
 class TrainerLink:
     """One job's trainer."""
 
@@ -82,7 +86,10 @@ class TrainerLink:
     async def train(
         self, step: int, group_ids: Sequence[int] = (), dropped: Sequence[int] = ()
     ) -> trainer_pb2.TrainDone:
-        """Take one training step; for one that was taken before, only answers with its metrics."""
+        """Take one training step; for one that was taken before, only answers with its metrics.
+
+        Raises StepAbandonedError when `abandon` made the trainer leave it.
+        """
         return await self._while_alive(self._train(step, group_ids, dropped), f"training step {step}")
 
     async def _train(self, step: int, group_ids: Sequence[int], dropped: Sequence[int]) -> trainer_pb2.TrainDone:
@@ -97,7 +104,17 @@ class TrainerLink:
         async for message in stream(messages, f"training step {step}", deadlines.TRAIN_SILENCE_S):
             if message.HasField("done"):
                 return message.done
+            if message.phase == trainer_pb2.TRAIN_PHASE_ABANDONED:
+                raise StepAbandonedError(f"training step {step} was abandoned")
         raise WorkerLostError(f"training step {step}: the stream ended before the step was done")
+
+    async def abandon(self, step: int) -> bool:
+        """Have a training step left as long as it has changed nothing; False when it is too late for that."""
+        request = trainer_pb2.AbandonStepRequest(job_id=self._context.job_id, step=step)
+        what = f"leaving training step {step}"
+        asking = call(self._stub.AbandonStep(request), what, deadlines.ABANDON_S)
+        response: trainer_pb2.AbandonStepResponse = await self._while_alive(asking, what)
+        return response.abandoning
 
     async def export(self, version: int) -> trainer_pb2.ExportResponse:
         """Have the weights prepared as a version."""

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     import torch
 
     from miles.rpc.gen import policy_pb2
+    from miles.services.trainer.abandoning import Abandonment
     from miles.services.trainer.saving import Saving
 
 
@@ -90,9 +91,16 @@ class TrainerBackend(Protocol):
         """Build the model and optimizer; load the newest checkpoint, or the initial weights (an empty state)."""
 
     def train(
-        self, step: int, groups: Sequence[SampleGroup], report: Callable[[Progress], None]
+        self,
+        step: int,
+        groups: Sequence[SampleGroup],
+        report: Callable[[Progress], None],
+        abandonment: Abandonment | None = None,
     ) -> Mapping[str, float]:
-        """Train on one rollout's groups and return metrics (`train/loss`, ...), the same on every rank."""
+        """Train on one rollout's groups and return metrics (`train/loss`, ...), the same on every rank.
+
+        Raises StepAbandonedError, with everything as it was before, when `abandonment` asks for that in time.
+        """
 
     def export(self) -> Iterator[tuple[str, torch.Tensor]]:
         """The policy's parameters, or its adapter's, in a fixed order and the rollout's dtype; collective over ranks.

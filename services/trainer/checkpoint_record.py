@@ -19,7 +19,10 @@ if TYPE_CHECKING:
 RECORD_FILE = "trainer.json"
 LATEST_FILE = "latest"
 _NAME = re.compile(r"step_(\d{8,})(\.old)?")
-_WHERE_AND_HOW = ("run_dir", "host", "redis_url", "load", "save", "async_save", "name", "log_samples_per_step")
+_WHERE_AND_HOW = (
+    *("run_dir", "host", "redis_url", "load", "save", "async_save", "name", "log_samples_per_step"),
+    "stop_timeout",
+)
 """Settings that may differ between a run and its continuation without changing what is computed (ports too)."""
 
 

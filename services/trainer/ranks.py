@@ -86,6 +86,14 @@ class Ranks:
             raise error
         return reports
 
+    def share(self, flag: bool) -> bool:
+        """Give every rank what rank 0 calls this with."""
+        if self._group is None:
+            return flag
+        shared = torch.tensor([flag])
+        dist.broadcast(shared, src=0, group=self._group)
+        return bool(shared)
+
     def _broadcast(self, data: bytes) -> bytes:
         size = torch.tensor([len(data)])
         dist.broadcast(size, src=0, group=self._group)

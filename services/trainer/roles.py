@@ -67,6 +67,10 @@ class Learner(abc.ABC, Generic[OutputT]):
     def step(self) -> float:
         """Clip, step and clear the gradients; returns their norm before clipping."""
 
+    @abc.abstractmethod
+    def discard(self) -> None:
+        """Forget gradients that were added up, and all else that `accumulate` left behind."""
+
     def settle(self) -> None:
         """Call after a rollout's last step, before the weights are read, copied or replaced."""
 

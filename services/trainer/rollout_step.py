@@ -21,6 +21,7 @@ from miles.algorithms.losses import LossBatch, LossOutput, critic_loss, rl_loss
 from miles.algorithms.metrics import MetricSum
 from miles.algorithms.vocab_rows import TokenLogProbs
 from miles.services.trainer import settings
+from miles.services.trainer.abandoning import Abandonment, StepAbandonedError
 from miles.services.trainer.backend import Progress
 from miles.services.trainer.batch import (
     OptimizerStepPlan,
@@ -30,7 +31,8 @@ from miles.services.trainer.batch import (
     trained_reward,
 )
 from miles.services.trainer.packing import MicroBatch
-from miles.services.trainer.roles import Learner, OutputT, Report, Roles
+from miles.services.trainer.random_state import random_state, set_random_state
+from miles.services.trainer.roles import Learner, OutputT, Report, Role, Roles
 from miles.types import Sample, SampleGroup, SampleStatus
 
 if TYPE_CHECKING:
@@ -89,6 +91,9 @@ class _Lesson(Generic[OutputT]):
 class RolloutTrainer(abc.ABC):
     """Trains the roles that learn on one rollout after the other; every rank makes the same calls."""
 
+    reports_together = False
+    """Whether every rank reports at the same points, each between two micro-batches: a step can be left there."""
+
     def __init__(self, config: JobConfig, roles: Roles, data_ranks: DataRanks, device: torch.device) -> None:
         self.roles = roles
         self._config = config
@@ -104,13 +109,50 @@ class RolloutTrainer(abc.ABC):
         """Called once before anything is computed on a rollout."""
 
     def train(
-        self, number: int, groups: Sequence[SampleGroup], report: Report, record: Record | None = None
+        self,
+        number: int,
+        groups: Sequence[SampleGroup],
+        report: Report,
+        record: Record | None = None,
+        abandonment: Abandonment | None = None,
     ) -> dict[str, float]:
         """Take the optimizer steps of one rollout; returns metrics by name, the same on every rank.
 
         `number` counts rollouts from 0 and so is the policy's version. `record` is given what there is to record of
-        this rank's samples, when all is done.
+        this rank's samples, when all is done. Raises StepAbandonedError, with everything as it was, when `abandonment`
+        is requested before the first optimizer step.
         """
+        abandonment = abandonment or Abandonment()
+        lessons = self._lessons(number)
+        before = random_state()
+        try:
+            return self._train(number, groups, lessons, self._watched(report, abandonment), record, abandonment)
+        except StepAbandonedError:
+            for lesson in lessons:
+                lesson.learner.discard()
+            set_random_state(before)
+            raise
+
+    def _watched(self, report: Report, abandonment: Abandonment) -> Report:
+        """`report`, with a look at whether to leave the step where every rank has one."""
+        if not self.reports_together:
+            return report
+
+        def watched(progress: Progress) -> None:
+            abandonment.check()
+            report(progress)
+
+        return watched
+
+    def _train(
+        self,
+        number: int,
+        groups: Sequence[SampleGroup],
+        lessons: Sequence[_Lesson[Any]],
+        report: Report,
+        record: Record | None,
+        abandonment: Abandonment,
+    ) -> dict[str, float]:
         began = time.monotonic()
         samples = in_order(groups)
         rewards_N = self._shaped_rewards(samples)
@@ -119,9 +161,9 @@ class RolloutTrainer(abc.ABC):
         )
         batch = build_batch(samples, self._config, self._data_ranks.rank, self._data_ranks.count, frozenset(idle))
         self.begin(batch)
-        tokens = self._prepare(number, batch, rewards_N, report)
+        tokens = self._prepare(number, batch, rewards_N, report, abandonment)
         prepared = time.monotonic()
-        metrics = self._take_steps(batch, tokens, self._lessons(number), report)
+        metrics = self._take_steps(number, batch, tokens, lessons, report, abandonment)
         if record is not None:
             record(
                 batch,
@@ -149,7 +191,13 @@ class RolloutTrainer(abc.ABC):
         return number < self._config.algorithm.num_critic_only_steps
 
     def _take_steps(
-        self, batch: RolloutBatch, tokens: TokenTensors, lessons: Sequence[_Lesson[Any]], report: Report
+        self,
+        number: int,
+        batch: RolloutBatch,
+        tokens: TokenTensors,
+        lessons: Sequence[_Lesson[Any]],
+        report: Report,
+        abandonment: Abandonment,
     ) -> dict[str, float]:
         """Metrics of all optimizer steps, the same on every rank."""
         parts = [tokens.metrics]
@@ -167,6 +215,10 @@ class RolloutTrainer(abc.ABC):
                 parts += lesson.learner.accumulate(batch, step, loss, report_done)
                 done += len(step.all_micro_batches)
                 report(Progress("optimizer", done, count))
+                if not any(norms.values()):
+                    abandonment.commit()
+                    if self.roles.old_actors is not None:
+                        self.roles.old_actors.keep(number)
                 norms[lesson.prefix].append(lesson.learner.step())
         metrics = self.reduce(parts)
         for lesson in lessons:
@@ -232,17 +284,25 @@ class RolloutTrainer(abc.ABC):
             calculate_per_token_loss=algorithm.calculate_per_token_loss,
         )
 
-    def _prepare(self, number: int, batch: RolloutBatch, rewards_N: torch.Tensor, report: Report) -> TokenTensors:
+    def _prepare(
+        self, number: int, batch: RolloutBatch, rewards_N: torch.Tensor, report: Report, abandonment: Abandonment
+    ) -> TokenTensors:
         """Everything that is computed on the whole batch before the first optimizer step."""
         config, device, group = self._config, self._device, self._data_ranks.group
         mask = batch.masks().to(device)
         rollout = batch.rollout_log_probs()
         rollout = None if rollout is None else rollout.to(device)
         roles = self.roles
+
+        def evaluate(role: Role | None) -> torch.Tensor | None:
+            abandonment.check()
+            return None if role is None else role.evaluate(batch, report)
+
         train, metrics = self._old_log_probs(number, batch, rollout, mask, report)
-        ref = None if roles.reference is None else roles.reference.evaluate(batch, report)
-        teacher = None if roles.teacher is None else roles.teacher.evaluate(batch, report)
-        values = None if roles.critic is None else roles.critic.evaluate(batch, report)
+        ref = evaluate(roles.reference)
+        teacher = evaluate(roles.teacher)
+        values = evaluate(roles.critic)
+        abandonment.check()
         advantages = compute_advantages(
             settings.advantage_config(config),
             AdvantageBatch(
@@ -290,7 +350,6 @@ class RolloutTrainer(abc.ABC):
         if old is not None:
             numbers = old.log_probs(number, batch, policy, rollout_T, report)
             log_probs_T, kept_T = (each_T.to(self._device) for each_T in numbers)
-            old.keep(number)
             ratio = MetricSum((kept_T * mask_T).sum(), float(mask_T.sum()))
             return log_probs_T, {"train/old_actor_ratio": ratio}
         if settings.needs_log_prob_pass(self._config) or self._warms_up(number):

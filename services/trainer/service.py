@@ -10,16 +10,18 @@ import logging
 import pathlib
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import grpc
 import grpc.aio
 
 from miles.config import ConfigError, JobConfig
-from miles.queue import GroupQueue, MissingGroups, UnreadableGroups, connect_async
+from miles.queue import GroupQueue, connect_async
 from miles.queue.payload import encode_group
 from miles.rpc import connect_blocking
 from miles.rpc.gen import controller_pb2, policy_pb2, trainer_pb2, trainer_pb2_grpc, weightsync_pb2_grpc
+from miles.services.trainer.abandoning import Abandonment
+from miles.services.trainer.answers import WORD_EVERY_S, as_status, refuse, until_done
 from miles.services.trainer.backend import Progress, TrainerState
 from miles.services.trainer.checkpointing import Checkpointing
 from miles.services.trainer.leader import Leader
@@ -36,8 +38,6 @@ logger = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
 SERVICE_NAME = trainer_pb2.DESCRIPTOR.services_by_name["TrainerService"].full_name
-_WORD_EVERY_S = 5.0
-"""How often a stream says something while nothing changes."""
 _LAST_SAVE_S = 45.0
 """How long a trainer that is told to end waits for the checkpoint that it is writing; less than `STOP_LIMIT_S`."""
 
@@ -68,6 +68,10 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServiceServicer):
         self._turn = asyncio.Lock()
         self._work: asyncio.Task[Any] | None = None
         """What the request whose turn it is, or was, has set going; it runs to its end even when the caller leaves."""
+        self._abandonment: Abandonment | None = None
+        """Of the training step that runs."""
+        self._unwanted: int | None = None
+        """A training step that is to be left as soon as it is asked for."""
         self._phase = trainer_pb2.TRAIN_PHASE_UNSPECIFIED
         self._activity = "idle"
         self._progress = 0
@@ -95,15 +99,16 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServiceServicer):
         """See trainer.proto."""
         async with self._exclusive(context, "starting"):
             if self._job is not None and self._job.job_id != request.job_id:
-                await _refuse(context, f"the trainer holds job {self._job.job_id}; stop that one first")
+                await refuse(context, f"the trainer holds job {self._job.job_id}; stop that one first")
+            self._unwanted = None
             if self._job is None:
                 config = await self._parse_config(request, context)
                 start = self._begin(self._start(request, config))
                 began = time.monotonic()
-                while not (await asyncio.wait([start], timeout=_WORD_EVERY_S))[0]:
+                while not (await asyncio.wait([start], timeout=WORD_EVERY_S))[0]:
                     stage = f"loading {config.rollout.hf_checkpoint} ({time.monotonic() - began:.0f} s)"
                     yield trainer_pb2.TrainerStartJobResponse(stage=stage)
-                async with _as_status(context):
+                async with as_status(context):
                     await start
             assert self._job is not None
             yield trainer_pb2.TrainerStartJobResponse(stage="ready", ready=self._ready(self._job))
@@ -116,7 +121,7 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServiceServicer):
             job = self._job
             if job is not None and job.job_id == request.job_id:
                 self._job = None
-                async with _as_status(context):
+                async with as_status(context):
                     await self._give_up(job)
         return trainer_pb2.TrainerStopJobResponse()
 
@@ -130,10 +135,13 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServiceServicer):
                 await self._check_train_request(job, request, context)
                 reports: asyncio.Queue[trainer_pb2.TrainResponse] = asyncio.Queue()
                 step = self._begin(self._train(job, request, self._reporter(reports)))
-                async for message in _until_done(step, reports):
+                async for message in until_done(step, reports):
                     yield message
-                async with _as_status(context):
-                    await step
+                async with as_status(context):
+                    taken = await step
+                if not taken:
+                    yield trainer_pb2.TrainResponse(phase=trainer_pb2.TRAIN_PHASE_ABANDONED)
+                    return
             metrics = job.state.metrics.get(request.step)
             if metrics is None:
                 await context.abort(
@@ -147,6 +155,18 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServiceServicer):
             )
             yield trainer_pb2.TrainResponse(phase=trainer_pb2.TRAIN_PHASE_DONE, done=done)
 
+    async def AbandonStep(
+        self, request: trainer_pb2.AbandonStepRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> trainer_pb2.AbandonStepResponse:
+        """See trainer.proto; waits for nobody's turn."""
+        job = await self._held(request.job_id, context)
+        if request.step != job.state.step:
+            return trainer_pb2.AbandonStepResponse(abandoning=False)
+        if self._abandonment is not None:
+            return trainer_pb2.AbandonStepResponse(abandoning=self._abandonment.request())
+        self._unwanted = request.step
+        return trainer_pb2.AbandonStepResponse(abandoning=True)
+
     async def Export(
         self, request: trainer_pb2.ExportRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> trainer_pb2.ExportResponse:
@@ -156,11 +176,11 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServiceServicer):
             if request.stream != policy_pb2.WEIGHT_STREAM_POLICY:
                 await context.abort(grpc.StatusCode.UNIMPLEMENTED, "this trainer has a policy and no draft model")
             if request.version != job.state.step:
-                await _refuse(
+                await refuse(
                     context, f"version {request.version} was asked for, but the trainer is at step {job.state.step}"
                 )
             began = time.monotonic()
-            async with _as_status(context):
+            async with as_status(context):
                 result = await asyncio.shield(self._begin(self._publish(job, request.version)))
         return trainer_pb2.ExportResponse(
             version=result.manifest.version, total_bytes=result.total_bytes, export_s=time.monotonic() - began
@@ -173,7 +193,7 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServiceServicer):
         async with self._exclusive(context, "saving"):
             job = await self._held(request.job_id, context)
             began = time.monotonic()
-            async with _as_status(context):
+            async with as_status(context):
                 hf_dir = await asyncio.shield(self._begin(self._save(job, request)))
         return trainer_pb2.SaveCheckpointResponse(
             checkpoint_dir=str(job.checkpoints.newest or ""),
@@ -219,8 +239,21 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServiceServicer):
             await job.queue.acknowledge(left)
         self._job = job
 
-    async def _train(self, job: _Job, request: trainer_pb2.TrainRequest, report: Callable[[Progress], None]) -> None:
+    async def _train(self, job: _Job, request: trainer_pb2.TrainRequest, report: Callable[[Progress], None]) -> bool:
+        """Returns False for a step that was abandoned."""
         job.checkpoints.check()
+        unwanted, self._unwanted = self._unwanted == request.step, None
+        if unwanted:
+            return False
+        abandonment = self._abandonment = self._leader.worker.abandonment()
+        try:
+            return await self._take_step(job, request, report, abandonment)
+        finally:
+            self._abandonment = None
+
+    async def _take_step(
+        self, job: _Job, request: trainer_pb2.TrainRequest, report: Callable[[Progress], None], abandonment: Abandonment
+    ) -> bool:
         group_ids = list(request.group_ids)
         report(Progress("waiting", 0, len(group_ids)))
         collected = await job.queue.collect(group_ids, request.deadline_ms / 1000)
@@ -228,15 +261,19 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServiceServicer):
         payloads = tuple(encode_group(group) for group in groups) if self._leader.world_size > 1 else ()
         command = Command("train", {"step": request.step}, payloads)
         try:
-            metrics = await self._leader.run(command, groups=groups, report=report)
+            metrics = await self._leader.run(command, groups=groups, report=report, abandonment=abandonment)
         except Exception:
             # Some parameters may have moved and others not: the job has to be loaded again.
             self._job = None
             await self._give_up(job)
             raise
+        if metrics is None:
+            logger.info("step %d was abandoned; nothing has changed", request.step)
+            return False
         job.state.consume([*group_ids, *request.dropped_group_ids])
         job.checkpoints.consumed([*group_ids, *request.dropped_group_ids])
         job.state.finish_step({**metrics, **rollout_metrics(groups, job.config.reward.reward_key)})
+        return True
 
     async def _publish(self, job: _Job, version: int) -> PublishResult:
         from miles.services.trainer.exporting import export_command, merge
@@ -294,24 +331,24 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServiceServicer):
         try:
             return JobConfig.from_flat(json.loads(request.config_json)).for_worker()
         except (ConfigError, json.JSONDecodeError) as error:
-            await _refuse(context, f"config_json: {error}", grpc.StatusCode.INVALID_ARGUMENT)
+            await refuse(context, f"config_json: {error}", grpc.StatusCode.INVALID_ARGUMENT)
 
     async def _check_train_request(
         self, job: _Job, request: trainer_pb2.TrainRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> None:
         if request.step > job.state.step:
-            await _refuse(context, f"step {request.step} was asked for, but the next one is step {job.state.step}")
+            await refuse(context, f"step {request.step} was asked for, but the next one is step {job.state.step}")
         ids = list(request.group_ids)
         if not ids or ids != sorted(set(ids)):
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"group_ids must ascend and not be empty: {ids}")
         again = [i for i in ids if job.state.is_consumed(i)]
         if again:
-            await _refuse(context, f"groups {again} were trained on or dropped before and are not trained on twice")
+            await refuse(context, f"groups {again} were trained on or dropped before and are not trained on twice")
 
     async def _held(self, job_id: str, context: grpc.aio.ServicerContext[Any, Any]) -> _Job:
         if self._job is None or self._job.job_id != job_id:
             held = "no job" if self._job is None else f"job {self._job.job_id}"
-            await _refuse(context, f"the trainer holds {held}, not {job_id}; call StartJob")
+            await refuse(context, f"the trainer holds {held}, not {job_id}; call StartJob")
         assert self._job is not None
         return self._job
 
@@ -367,50 +404,3 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServiceServicer):
 def checkpoint_dir(config: JobConfig, run_dir: pathlib.Path) -> pathlib.Path:
     """Folder in which a job's checkpoints lie."""
     return pathlib.Path(config.checkpoint.save) if config.checkpoint.save else run_dir / "checkpoints"
-
-
-async def _until_done(
-    task: asyncio.Future[None], reports: asyncio.Queue[trainer_pb2.TrainResponse]
-) -> AsyncIterator[trainer_pb2.TrainResponse]:
-    """Messages as they come, and the last one again when nothing new does, until the task is done."""
-    last = trainer_pb2.TrainResponse(phase=trainer_pb2.TRAIN_PHASE_WAITING)
-    while not task.done():
-        following = asyncio.ensure_future(reports.get())
-        waited: list[asyncio.Future[Any]] = [task, following]
-        await asyncio.wait(waited, timeout=_WORD_EVERY_S, return_when=asyncio.FIRST_COMPLETED)
-        if following.done():
-            last = following.result()
-        else:
-            following.cancel()
-        if not task.done():
-            yield last
-
-
-async def _refuse(
-    context: grpc.aio.ServicerContext[Any, Any],
-    reason: str,
-    code: grpc.StatusCode = grpc.StatusCode.FAILED_PRECONDITION,
-) -> NoReturn:
-    await context.abort(code, reason)
-    raise AssertionError("abort raises")
-
-
-@contextlib.asynccontextmanager
-async def _as_status(context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[None]:
-    """Turn errors of the work inside into gRPC status codes."""
-    try:
-        yield
-    except MissingGroups as error:
-        await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, str(error))
-    except UnreadableGroups as error:
-        await context.abort(grpc.StatusCode.DATA_LOSS, str(error))
-    except FileNotFoundError as error:
-        await context.abort(grpc.StatusCode.NOT_FOUND, str(error))
-    except ValueError as error:
-        logger.exception("refused")
-        await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
-    except grpc.RpcError as error:
-        await context.abort(grpc.StatusCode.UNAVAILABLE, f"the weight-sync service: {error}")
-    except (RuntimeError, ArithmeticError, OSError) as error:
-        logger.exception("failed")
-        await context.abort(grpc.StatusCode.INTERNAL, f"{type(error).__name__}: {error}")

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from miles.config import JobConfig
 from miles.queue.payload import decode_group
+from miles.services.trainer.abandoning import Abandonment, StepAbandonedError
 from miles.services.trainer.backend import Progress, TrainerBackend, TrainerState
 from miles.services.trainer.checkpointing import WRITING, WRITTEN
 from miles.services.trainer.ranks import Command
@@ -26,10 +27,18 @@ if TYPE_CHECKING:
 class RankWorker:
     """One rank's part of the service; `run` is called by one thread at a time."""
 
-    def __init__(self, device: torch.device, rank: int = 0, ranks: int = 1) -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        rank: int = 0,
+        ranks: int = 1,
+        share: Callable[[bool], bool] = lambda flag: flag,
+    ) -> None:
+        """`share` gives every rank what rank 0 calls it with; collective."""
         self.device = device
         self.rank = rank
         self._ranks = ranks
+        self._share = share
         self._backend: TrainerBackend | None = None
         self._sender: WeightSender | None = None
         """Of a rank other than 0; rank 0 has that of its publisher."""
@@ -45,12 +54,13 @@ class RankWorker:
         *,
         groups: Sequence[SampleGroup] | None = None,
         report: Callable[[Progress], None] = lambda progress: None,
+        abandonment: Abandonment | None = None,
         sender: WeightSender | None = None,
     ) -> Any:
         """Carry out a command; rank 0 also gives what cannot be broadcast.
 
-        Returns the state (start), the metrics (train), the report for `exporting.merge` (export), or whether this
-        rank's files of a checkpoint are written (save_progress).
+        Returns the state (start), the metrics or, for an abandoned step, None (train), the report for `exporting.merge`
+        (export), or whether this rank's files of a checkpoint are written (save_progress).
         """
         arguments = command.arguments
         match command.name:
@@ -59,7 +69,7 @@ class RankWorker:
             case "train":
                 if groups is None:
                     groups = [decode_group(payload) for payload in command.payloads]
-                return self._loaded().train(arguments["step"], groups, report)
+                return self._train(arguments["step"], groups, report, abandonment or self.abandonment())
             case "export":
                 return self._export(command, sender)
             case "save":
@@ -80,6 +90,22 @@ class RankWorker:
             case "stop":
                 return self._stop()
         raise ValueError(f"no command is called {command.name!r}")
+
+    def abandonment(self) -> Abandonment:
+        """With which a training step of all ranks can be left."""
+        return Abandonment(self._share)
+
+    def _train(
+        self,
+        step: int,
+        groups: Sequence[SampleGroup],
+        report: Callable[[Progress], None],
+        abandonment: Abandonment,
+    ) -> Mapping[str, float] | None:
+        try:
+            return self._loaded().train(step, groups, report, abandonment)
+        except StepAbandonedError:
+            return None
 
     def _start(self, config_json: dict[str, Any], checkpoint_dir: pathlib.Path) -> TrainerState:
         self._stop()

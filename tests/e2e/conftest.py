@@ -19,6 +19,8 @@ import pytest
 from safetensors.numpy import load_file
 
 from examples.tiny.make import make
+from miles.rpc import connect_blocking
+from miles.rpc.gen import controller_pb2, controller_pb2_grpc
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 RUN_LIMIT_S = 800.0
@@ -131,10 +133,34 @@ class Run:
                 pytest.fail(f"step {steps} was not reached within {limit_s} s:\n{self.output()}")
             time.sleep(0.02)
 
+    def wait_for_training(self, steps: int, limit_s: float = 120.0) -> None:
+        """Return when at least so many steps are done and another one is under way."""
+        end = time.monotonic() + limit_s
+        self.wait_for_step(steps, limit_s)
+        with connect_blocking((self.run_dir / "controller.address").read_text()) as channel:
+            stub = controller_pb2_grpc.ControllerServiceStub(channel)
+            (job,) = stub.ListJobs(controller_pb2.ListJobsRequest()).jobs
+            while stub.DescribeRun(controller_pb2.DescribeRunRequest(job_id=job.job_id)).phase != "training":
+                if self.process.poll() is not None or time.monotonic() > end:
+                    pytest.fail(f"no step was under way within {limit_s} s:\n{self.output()}")
+                time.sleep(0.02)
+
+    def wait_for_text(self, text: str, limit_s: float = 60.0) -> None:
+        """Return when the run has printed this."""
+        end = time.monotonic() + limit_s
+        while text not in self.log.read_text():
+            if time.monotonic() > end:
+                pytest.fail(f"{text!r} was not printed within {limit_s} s:\n{self.output()}")
+            time.sleep(0.02)
+
+    def family(self) -> list[psutil.Process]:
+        """Every process that the run has started and that is there now."""
+        return psutil.Process(self.process.pid).children(recursive=True)
+
     def processes(self) -> dict[str, psutil.Process]:
         """The run's service processes by worker name."""
         found = {}
-        for child in psutil.Process(self.process.pid).children(recursive=True):
+        for child in self.family():
             words = child.cmdline()
             if "--worker-id" in words:
                 found[words[words.index("--worker-id") + 1]] = child
@@ -143,6 +169,12 @@ class Run:
             elif words and "redis-server" in words[0]:
                 found["redis"] = child
         return found
+
+
+def left_of(family: list[psutil.Process]) -> list[psutil.Process]:
+    """Those that still run a second later."""
+    _, alive = psutil.wait_procs(family, timeout=1.0)
+    return [process for process in alive if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
 
 
 @pytest.fixture

@@ -115,6 +115,37 @@ def test_a_step_taken_before_is_answered_and_a_gap_is_refused(
     assert (ready.step, ready.consumed_below) == (1, 5)
 
 
+def test_a_step_is_abandoned_when_it_is_asked_for_and_while_it_runs_but_not_once_taken(
+    tmp_path: pathlib.Path, redis_url: str, job_id: str, weightsync: Service, trainers: list[TrainerProcess]
+) -> None:
+    config = job_config(write_dense_model(tmp_path / "model"))
+    put_groups(redis_url, job_id, 2, range(8))
+    trainers.append(TrainerProcess())
+    (trainer,) = trainers
+    trainer.start_job(job_id, config, redis_url, weightsync.address, tmp_path / "run")
+    trainer.train(job_id, 0, [0, 1, 2, 3])
+    assert not trainer.abandon(job_id, 0)
+    assert not trainer.abandon(job_id, 2)
+    request = trainer_pb2.TrainRequest(job_id=job_id, step=1, group_ids=[4, 5, 6, 7], deadline_ms=20_000)
+    assert trainer.abandon(job_id, 1)
+    assert [message.phase for message in trainer.stub.Train(request)] == [trainer_pb2.TRAIN_PHASE_ABANDONED]
+
+    request = trainer_pb2.TrainRequest(job_id=job_id, step=1, group_ids=[4, 5, 6, 9], deadline_ms=20_000)
+    phases, abandoning = [], False
+    for message in trainer.stub.Train(request):
+        phases.append(message.phase)
+        if len(phases) == 1:  # group 9 has not come yet, so that the step cannot be over
+            abandoning = trainer.abandon(job_id, 1)
+            put_groups(redis_url, job_id, 2, range(9, 10))
+    assert abandoning
+    assert phases[-1] == trainer_pb2.TRAIN_PHASE_ABANDONED
+
+    assert trainer.stub.GetStatus(trainer_pb2.TrainerGetStatusRequest()).step == 1
+    assert trainer.save(job_id).step == 1
+    assert queued(redis_url, job_id) == [4, 5, 6, 7, 9]
+    assert trainer.train(job_id, 1, [4, 5, 6, 7]).step == 1
+
+
 BACKENDS = [
     "fsdp",
     pytest.param("megatron", marks=[pytest.mark.engine, pytest.mark.timeout(900), needs_megatron]),

@@ -13,9 +13,11 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from trainer_cases import job_config, random_groups
 
-from miles.services.trainer.backend import TrainerBackend
+from miles.services.trainer.abandoning import Abandonment, StepAbandonedError
+from miles.services.trainer.backend import Progress, TrainerBackend
+from miles.services.trainer.ranks import Ranks
 from miles.services.trainer.worker import create_backend
-from miles.types import VersionSpan
+from miles.types import SampleGroup, VersionSpan
 
 STEPS = 3
 
@@ -25,8 +27,8 @@ def run_case(case: dict[str, Any], out: pathlib.Path) -> None:
 
     A case has: name, model (folder), flags (changes of the configuration), routing (experts, layers, top-k) or None,
     and optionally seed (of every step's groups), steps, save_at, save_in_background (until the next step was taken),
-    save_hf, reward (of every sample), and off_policy for samples of two versions; see
-    `tests/integration/test_megatron_layouts.py`.
+    save_hf, reward (of every sample), off_policy for samples of two versions, and abandon_at: at which of rank 0's
+    reports each step is left before it is taken; see `tests/integration/test_megatron_layouts.py`.
     """
     name, routing = case["name"], case.get("routing")
     config = job_config(
@@ -36,6 +38,7 @@ def run_case(case: dict[str, Any], out: pathlib.Path) -> None:
     backend = create_backend(config, out / name / "checkpoints", device())
     state = backend.load()
     metrics, saving = [], None
+    ranks = Ranks() if "abandon_at" in case else None
     for step in range(state.step, case.get("steps", STEPS)):
         groups = random_groups(case.get("seed", step), routing=tuple(routing) if routing else None)
         for sample in (s for group in groups for s in group.samples):
@@ -44,6 +47,8 @@ def run_case(case: dict[str, Any], out: pathlib.Path) -> None:
             exported(backend)  # as engines get each version
             for sample in (s for group in groups for s in group.samples):
                 sample.weight_versions = two_versions(sample.response_length, step)
+        if ranks is not None:
+            leave(backend, ranks, step, groups, case["abandon_at"])
         metrics.append(dict(backend.train(step, groups, lambda progress: None)))
         state.finish_step({})
         if saving is not None:
@@ -63,6 +68,23 @@ def run_case(case: dict[str, Any], out: pathlib.Path) -> None:
         save_file(weights, out / f"{name}.safetensors")
         (out / f"{name}.json").write_text(json.dumps({"metrics": metrics, "layout": layout}))
     backend.close()
+
+
+def leave(backend: TrainerBackend, ranks: Ranks, step: int, groups: list[SampleGroup], number: int) -> None:
+    """Begin a step and have rank 0 leave it at one of its reports, and with it the others."""
+    abandonment = Abandonment(ranks.share)
+    reports: list[Progress] = []
+
+    def report(progress: Progress) -> None:
+        reports.append(progress)
+        if ranks.rank == 0 and len(reports) == number + 1:
+            assert abandonment.request()
+
+    try:
+        backend.train(step, groups, report, abandonment)
+    except StepAbandonedError:
+        return
+    raise AssertionError(f"step {step} was taken; rank {ranks.rank} reported {len(reports)} times")
 
 
 def two_versions(length: int, newest: int) -> tuple[VersionSpan, ...]:

@@ -44,7 +44,12 @@ class TrainerProcess(Lines):
             job_id=job_id, step=step, group_ids=group_ids, **{"deadline_ms": 20_000, **fields}
         )
         *_, last = self.stub.Train(request, timeout=DEADLINE_S)
+        assert last.HasField("done"), last
         return last.done
+
+    def abandon(self, job_id: str, step: int) -> bool:
+        request = trainer_pb2.AbandonStepRequest(job_id=job_id, step=step)
+        return self.stub.AbandonStep(request, timeout=DEADLINE_S).abandoning
 
     def export(self, job_id: str, version: int) -> trainer_pb2.ExportResponse:
         request = trainer_pb2.ExportRequest(job_id=job_id, stream=policy_pb2.WEIGHT_STREAM_POLICY, version=version)

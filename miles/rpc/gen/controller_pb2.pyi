@@ -34,11 +34,13 @@ class _JobActionEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_JobAction.V
     JOB_ACTION_RESUME: _JobAction.ValueType  # 2
     """Lets a paused job go on, and takes up one that failed or was stopped from its newest checkpoint."""
     JOB_ACTION_CANCEL: _JobAction.ValueType  # 3
-    """Ends the job without saving."""
+    """Ends the job without saving. A training step under way is abandoned as long as it has changed nothing."""
     JOB_ACTION_CHECKPOINT: _JobAction.ValueType  # 4
     """Saves a checkpoint now and goes on."""
     JOB_ACTION_STOP: _JobAction.ValueType  # 5
-    """Saves a checkpoint and ends the job so that it can be resumed."""
+    """Saves a checkpoint and ends the job so that it can be resumed. A training step under way is abandoned as long as it
+    has changed nothing; its groups stay queued.
+    """
 
 class JobAction(_JobAction, metaclass=_JobActionEnumTypeWrapper):
     """What can be done with a job."""
@@ -49,11 +51,13 @@ JOB_ACTION_PAUSE: JobAction.ValueType  # 1
 JOB_ACTION_RESUME: JobAction.ValueType  # 2
 """Lets a paused job go on, and takes up one that failed or was stopped from its newest checkpoint."""
 JOB_ACTION_CANCEL: JobAction.ValueType  # 3
-"""Ends the job without saving."""
+"""Ends the job without saving. A training step under way is abandoned as long as it has changed nothing."""
 JOB_ACTION_CHECKPOINT: JobAction.ValueType  # 4
 """Saves a checkpoint now and goes on."""
 JOB_ACTION_STOP: JobAction.ValueType  # 5
-"""Saves a checkpoint and ends the job so that it can be resumed."""
+"""Saves a checkpoint and ends the job so that it can be resumed. A training step under way is abandoned as long as it
+has changed nothing; its groups stay queued.
+"""
 Global___JobAction: _TypeAlias = JobAction  # noqa: Y015
 
 class _WorkerKind:
@@ -826,6 +830,8 @@ class DescribeRunResponse(_message.Message):
     HOLDS_FIELD_NUMBER: _builtins.int
     WORKERS_FIELD_NUMBER: _builtins.int
     JOBS_AHEAD_FIELD_NUMBER: _builtins.int
+    SAVED_STEP_FIELD_NUMBER: _builtins.int
+    SAVE_LIMIT_S_FIELD_NUMBER: _builtins.int
     phase: _builtins.str
     """What the run does, e.g. "collecting", "training", "queued", "ended"."""
     waiting_for: _builtins.str
@@ -848,6 +854,10 @@ class DescribeRunResponse(_message.Message):
     """Groups trained on so far, a count."""
     jobs_ahead: _builtins.int
     """Jobs that run before this one, a count."""
+    saved_step: _builtins.int
+    """Training steps that the newest complete checkpoint covers, a count: where a resume starts. Absent when there is none."""
+    save_limit_s: _builtins.float
+    """How long the run waits at most for a checkpoint to be written, in seconds."""
     @_builtins.property
     def running(self) -> _containers.RepeatedCompositeFieldContainer[Global___RunningGroup]:
         """Groups being generated, by id."""
@@ -882,14 +892,21 @@ class DescribeRunResponse(_message.Message):
         holds: _abc.Iterable[_builtins.str] | None = ...,
         workers: _abc.Iterable[Global___WorkerDoing] | None = ...,
         jobs_ahead: _builtins.int = ...,
+        saved_step: _builtins.int | None = ...,
+        save_limit_s: _builtins.float = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_active_version", b"_active_version", "active_version", b"active_version"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_active_version", b"_active_version", "_saved_step", b"_saved_step", "active_version", b"active_version", "saved_step", b"saved_step"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_active_version", b"_active_version", "active_version", b"active_version", "batch_size", b"batch_size", "consumed", b"consumed", "holds", b"holds", "jobs_ahead", b"jobs_ahead", "newest_version", b"newest_version", "pending", b"pending", "phase", b"phase", "ready", b"ready", "running", b"running", "since_unix_ns", b"since_unix_ns", "step", b"step", "training", b"training", "waiting_for", b"waiting_for", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_active_version", b"_active_version", "_saved_step", b"_saved_step", "active_version", b"active_version", "batch_size", b"batch_size", "consumed", b"consumed", "holds", b"holds", "jobs_ahead", b"jobs_ahead", "newest_version", b"newest_version", "pending", b"pending", "phase", b"phase", "ready", b"ready", "running", b"running", "save_limit_s", b"save_limit_s", "saved_step", b"saved_step", "since_unix_ns", b"since_unix_ns", "step", b"step", "training", b"training", "waiting_for", b"waiting_for", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__active_version: _TypeAlias = _typing.Literal["active_version"]  # noqa: Y015
     _WhichOneofArgType__active_version: _TypeAlias = _typing.Literal["_active_version", b"_active_version"]  # noqa: Y015
+    _WhichOneofReturnType__saved_step: _TypeAlias = _typing.Literal["saved_step"]  # noqa: Y015
+    _WhichOneofArgType__saved_step: _TypeAlias = _typing.Literal["_saved_step", b"_saved_step"]  # noqa: Y015
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__active_version) -> _WhichOneofReturnType__active_version | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__saved_step) -> _WhichOneofReturnType__saved_step | None: ...
 
 Global___DescribeRunResponse: _TypeAlias = DescribeRunResponse  # noqa: Y015
 

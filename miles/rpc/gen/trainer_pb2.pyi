@@ -37,6 +37,8 @@ class _TrainPhaseEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_TrainPhase
     """Updating the parameters."""
     TRAIN_PHASE_DONE: _TrainPhase.ValueType  # 5
     """The step is taken."""
+    TRAIN_PHASE_ABANDONED: _TrainPhase.ValueType  # 6
+    """The step was left, as AbandonStep asked: nothing has changed, its groups are still queued. The last message."""
 
 class TrainPhase(_TrainPhase, metaclass=_TrainPhaseEnumTypeWrapper):
     """Parts of a training step, in order."""
@@ -52,6 +54,8 @@ TRAIN_PHASE_OPTIMIZER: TrainPhase.ValueType  # 4
 """Updating the parameters."""
 TRAIN_PHASE_DONE: TrainPhase.ValueType  # 5
 """The step is taken."""
+TRAIN_PHASE_ABANDONED: TrainPhase.ValueType  # 6
+"""The step was left, as AbandonStep asked: nothing has changed, its groups are still queued. The last message."""
 Global___TrainPhase: _TypeAlias = TrainPhase  # noqa: Y015
 
 @_typing.final
@@ -255,7 +259,7 @@ class TrainResponse(_message.Message):
     """Micro-batches of this phase in all, a count."""
     @_builtins.property
     def done(self) -> Global___TrainDone:
-        """Set on the last message."""
+        """Set on the last message of a step that was taken."""
 
     def __init__(
         self,
@@ -330,6 +334,54 @@ class TrainDone(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___TrainDone: _TypeAlias = TrainDone  # noqa: Y015
+
+@_typing.final
+class AbandonStepRequest(_message.Message):
+    """A training step to leave."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    JOB_ID_FIELD_NUMBER: _builtins.int
+    STEP_FIELD_NUMBER: _builtins.int
+    job_id: _builtins.str
+    """The job; FAILED_PRECONDITION unless StartJob has loaded it."""
+    step: _builtins.int
+    """Step to leave, from 0. One that Train has not asked for yet is left as soon as Train does."""
+    def __init__(
+        self,
+        *,
+        job_id: _builtins.str = ...,
+        step: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["job_id", b"job_id", "step", b"step"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AbandonStepRequest: _TypeAlias = AbandonStepRequest  # noqa: Y015
+
+@_typing.final
+class AbandonStepResponse(_message.Message):
+    """Whether the step will be left."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ABANDONING_FIELD_NUMBER: _builtins.int
+    abandoning: _builtins.bool
+    """False when the step was taken or an optimizer step of it was: it is then finished."""
+    def __init__(
+        self,
+        *,
+        abandoning: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["abandoning", b"abandoning"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AbandonStepResponse: _TypeAlias = AbandonStepResponse  # noqa: Y015
 
 @_typing.final
 class ExportRequest(_message.Message):

@@ -49,6 +49,11 @@ class TrainerServiceStub:
                 request_serializer=miles_dot_v1_dot_trainer__pb2.TrainRequest.SerializeToString,
                 response_deserializer=miles_dot_v1_dot_trainer__pb2.TrainResponse.FromString,
                 _registered_method=True)
+        self.AbandonStep = channel.unary_unary(
+                '/miles.v1.TrainerService/AbandonStep',
+                request_serializer=miles_dot_v1_dot_trainer__pb2.AbandonStepRequest.SerializeToString,
+                response_deserializer=miles_dot_v1_dot_trainer__pb2.AbandonStepResponse.FromString,
+                _registered_method=True)
         self.Export = channel.unary_unary(
                 '/miles.v1.TrainerService/Export',
                 request_serializer=miles_dot_v1_dot_trainer__pb2.ExportRequest.SerializeToString,
@@ -85,6 +90,13 @@ class TrainerServiceServicer:
 
     def Train(self, request, context):
         """Takes the named groups from the queue and trains on them. Reports as it goes; ends with the metrics.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def AbandonStep(self, request, context):
+        """Leaves a training step as long as it has changed nothing; answered at once, while Train goes on until it is left.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -128,6 +140,11 @@ def add_TrainerServiceServicer_to_server(servicer, server):
                     servicer.Train,
                     request_deserializer=miles_dot_v1_dot_trainer__pb2.TrainRequest.FromString,
                     response_serializer=miles_dot_v1_dot_trainer__pb2.TrainResponse.SerializeToString,
+            ),
+            'AbandonStep': grpc.unary_unary_rpc_method_handler(
+                    servicer.AbandonStep,
+                    request_deserializer=miles_dot_v1_dot_trainer__pb2.AbandonStepRequest.FromString,
+                    response_serializer=miles_dot_v1_dot_trainer__pb2.AbandonStepResponse.SerializeToString,
             ),
             'Export': grpc.unary_unary_rpc_method_handler(
                     servicer.Export,
@@ -226,6 +243,33 @@ class TrainerService:
             '/miles.v1.TrainerService/Train',
             miles_dot_v1_dot_trainer__pb2.TrainRequest.SerializeToString,
             miles_dot_v1_dot_trainer__pb2.TrainResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def AbandonStep(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/miles.v1.TrainerService/AbandonStep',
+            miles_dot_v1_dot_trainer__pb2.AbandonStepRequest.SerializeToString,
+            miles_dot_v1_dot_trainer__pb2.AbandonStepResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -37,6 +37,8 @@ class TrainerServiceStub:
     """Drops everything held for a job."""
     Train: _grpc.UnaryStreamMultiCallable[_trainer_pb2.TrainRequest, _trainer_pb2.TrainResponse]
     """Takes the named groups from the queue and trains on them. Reports as it goes; ends with the metrics."""
+    AbandonStep: _grpc.UnaryUnaryMultiCallable[_trainer_pb2.AbandonStepRequest, _trainer_pb2.AbandonStepResponse]
+    """Leaves a training step as long as it has changed nothing; answered at once, while Train goes on until it is left."""
     Export: _grpc.UnaryUnaryMultiCallable[_trainer_pb2.ExportRequest, _trainer_pb2.ExportResponse]
     """Exports the current weights as a version and hands it to the weight-sync service, up to PREPARED."""
     SaveCheckpoint: _grpc.UnaryUnaryMultiCallable[_trainer_pb2.SaveCheckpointRequest, _trainer_pb2.SaveCheckpointResponse]
@@ -53,6 +55,8 @@ class TrainerServiceAsyncStub(TrainerServiceStub):
     """Drops everything held for a job."""
     Train: _aio.UnaryStreamMultiCallable[_trainer_pb2.TrainRequest, _trainer_pb2.TrainResponse]  # type: ignore[assignment]
     """Takes the named groups from the queue and trains on them. Reports as it goes; ends with the metrics."""
+    AbandonStep: _aio.UnaryUnaryMultiCallable[_trainer_pb2.AbandonStepRequest, _trainer_pb2.AbandonStepResponse]  # type: ignore[assignment]
+    """Leaves a training step as long as it has changed nothing; answered at once, while Train goes on until it is left."""
     Export: _aio.UnaryUnaryMultiCallable[_trainer_pb2.ExportRequest, _trainer_pb2.ExportResponse]  # type: ignore[assignment]
     """Exports the current weights as a version and hands it to the weight-sync service, up to PREPARED."""
     SaveCheckpoint: _aio.UnaryUnaryMultiCallable[_trainer_pb2.SaveCheckpointRequest, _trainer_pb2.SaveCheckpointResponse]  # type: ignore[assignment]
@@ -84,6 +88,14 @@ class TrainerServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_trainer_pb2.TrainResponse], _abc.AsyncIterator[_trainer_pb2.TrainResponse]]:
         """Takes the named groups from the queue and trains on them. Reports as it goes; ends with the metrics."""
+
+    @_abc_1.abstractmethod
+    def AbandonStep(
+        self,
+        request: _trainer_pb2.AbandonStepRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_trainer_pb2.AbandonStepResponse, _abc.Awaitable[_trainer_pb2.AbandonStepResponse]]:
+        """Leaves a training step as long as it has changed nothing; answered at once, while Train goes on until it is left."""
 
     @_abc_1.abstractmethod
     def Export(

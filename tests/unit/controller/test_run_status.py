@@ -48,3 +48,18 @@ def test_a_phase_lasts_until_another_begins() -> None:
         assert (saving.phase, saving.waiting_for) == ("saving", "the checkpoint to be written")
         assert saving.since_unix_ns > since
     assert status.describe(1, []).phase == "collecting"
+
+
+def test_what_a_phase_waits_for_may_change_while_it_lasts() -> None:
+    status = RunStatus(WorkerActivity(lambda *_: None))
+    status.enter("training")
+    before = status.describe(1, [])
+    assert (before.waiting_for, before.HasField("saved_step")) == ("", False)
+    status.explain("the end of the step")
+    status.saved_step = 8
+    after = status.describe(1, [])
+    assert (after.waiting_for, after.since_unix_ns, after.saved_step) == (
+        "the end of the step",
+        before.since_unix_ns,
+        8,
+    )

@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from miles.rpc.gen import policy_pb2
 from miles.services.trainer import checkpoint_record, settings
+from miles.services.trainer.abandoning import Abandonment
 from miles.services.trainer.backend import Progress, TrainerState
 from miles.services.trainer.backends.fsdp import checkpoint
 from miles.services.trainer.backends.fsdp.adapter import merged_weights
@@ -95,11 +96,15 @@ class FsdpBackend:
         return state
 
     def train(
-        self, step: int, groups: Sequence[SampleGroup], report: Callable[[Progress], None]
+        self,
+        step: int,
+        groups: Sequence[SampleGroup],
+        report: Callable[[Progress], None],
+        abandonment: Abandonment | None = None,
     ) -> Mapping[str, float]:
         """See `TrainerBackend.train`."""
         record = functools.partial(self._record, step) if self._log.groups else None
-        return self._loaded.trainer.train(step, groups, report, record)
+        return self._loaded.trainer.train(step, groups, report, record, abandonment)
 
     def export(self) -> Iterator[tuple[str, torch.Tensor]]:
         """See the class and `TrainerBackend.export`."""

@@ -25,6 +25,7 @@ from miles.services.trainer.backends.fsdp.model import named_weights
 from miles.services.trainer.backends.fsdp.optimizer import make_state
 from miles.services.trainer.checkpoint_record import Record, read_record
 from miles.services.trainer.old_actors import OldActors
+from miles.services.trainer.random_state import random_state, set_random_state
 from miles.services.trainer.saving import Saving, empty_folder, failing_as_os_error, put_in_place
 
 logger = logging.getLogger(__name__)
@@ -123,12 +124,12 @@ def load(directory: pathlib.Path, contents: Contents) -> Record:
     if contents.reference is not None:
         contents.reference.load_state_dict(tensors["reference"])
     if random_key in tensors:
-        _set_random_state(tensors[random_key])
+        set_random_state(tensors[random_key])
     return record
 
 
 def _tensors(contents: Contents) -> dict[str, Any]:
-    tensors: dict[str, Any] = {_random_key(): _random_state()}
+    tensors: dict[str, Any] = {_random_key(): random_state()}
     for (model, optimizer), trained in contents.trained().items():
         tensors[model] = trained.state()
         if trained.optimizer is not None:
@@ -153,16 +154,3 @@ def _like(weight: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
 
 def _random_key() -> str:
     return f"random_{dist.get_rank()}"
-
-
-def _random_state() -> dict[str, torch.Tensor]:
-    state = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state()
-    return state
-
-
-def _set_random_state(state: dict[str, torch.Tensor]) -> None:
-    torch.set_rng_state(state["cpu"])
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])

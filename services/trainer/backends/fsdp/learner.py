@@ -112,6 +112,10 @@ class FsdpLearner(Learner[OutputT]):
         self.iteration += 1
         return 0.0 if norm is None else norm
 
+    def discard(self) -> None:
+        """See `Learner.discard`."""
+        self.optimizer.zero_grad(set_to_none=True)
+
 
 def local_weights(model: torch.nn.Module, *, trained_only: bool = False) -> list[tuple[str, torch.Tensor]]:
     """Name and this rank's part of every weight, or of those that are trained; writing to them changes the model.

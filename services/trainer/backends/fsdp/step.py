@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 class FsdpTrainer(RolloutTrainer):
     """Every rank is a replica."""
 
+    reports_together = True
+
     def __init__(self, config: JobConfig, roles: Roles, routing: Routing | None, device: torch.device) -> None:
         group = dist.group.WORLD if dist.get_world_size() > 1 else None
         super().__init__(config, roles, DataRanks(dist.get_rank(), dist.get_world_size(), group), device)

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from miles.services.trainer import settings
+from miles.services.trainer.abandoning import Abandonment
 from miles.services.trainer.backend import Progress, TrainerState
 from miles.services.trainer.backends.megatron import checkpoint, groups
 from miles.services.trainer.backends.megatron.build import MegatronRoles, build_roles
@@ -91,11 +92,15 @@ class MegatronBackend:
         return state
 
     def train(
-        self, step: int, groups: Sequence[SampleGroup], report: Callable[[Progress], None]
+        self,
+        step: int,
+        groups: Sequence[SampleGroup],
+        report: Callable[[Progress], None],
+        abandonment: Abandonment | None = None,
     ) -> Mapping[str, float]:
         """See `TrainerBackend.train`."""
         record = functools.partial(self._record, step) if self._log.groups else None
-        return self._loaded.trainer.train(step, groups, report, record)
+        return self._loaded.trainer.train(step, groups, report, record, abandonment)
 
     def export(self) -> Iterator[tuple[str, torch.Tensor]]:
         """See the class and `TrainerBackend.export`."""

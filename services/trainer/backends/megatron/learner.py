@@ -82,6 +82,11 @@ class MegatronLearner(Learner[OutputT]):
         self.iteration += 1
         return norm
 
+    def discard(self) -> None:
+        """See `Learner.discard`; collective."""
+        self.optimizer.clear()
+        self._pipeline.prediction_loss()
+
     def settle(self) -> None:
         """See `Learner.settle`."""
         self.optimizer.settle()
