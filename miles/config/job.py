@@ -112,15 +112,14 @@ class JobConfig(BaseModel):
         """
         return type(self).from_flat(resolved(self.to_flat(), device))
 
-    def for_worker(self) -> Self:
-        """The configuration as it is, for a trainer or engine to build from.
+    def with_types(self, *keys: str) -> Self:
+        """The configuration as it is, for a worker that computes in the number types of these settings.
 
-        Raises ConfigError while number types are open: they are decided once for a whole run, from what its workers
-        are fast in.
+        Raises ConfigError while one is open: they are decided once for a whole run, from what its workers are fast in.
         """
-        types = {"train_dtype": self.train.train_dtype, "rollout_dtype": self.rollout.rollout_dtype}
+        flat = self.to_flat()
         problem, remedy = "it is decided when a run starts, before its workers are", "name a type"
-        faults = [Fault(key, value, problem, remedy) for key, value in types.items() if value == AUTO]
+        faults = [Fault(key, AUTO, problem, remedy) for key in keys if flat[key] == AUTO]
         if faults:
             raise ConfigError(faults)
         return self

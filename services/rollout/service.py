@@ -63,7 +63,7 @@ class RolloutServicer(rollout_pb2_grpc.RolloutServiceServicer):
         from miles.config import ConfigError, JobConfig
 
         try:
-            config = JobConfig.from_flat(json.loads(request.config_json)).for_worker()
+            config = JobConfig.from_flat(json.loads(request.config_json)).with_types("rollout_dtype")
         except (ConfigError, json.JSONDecodeError) as error:
             await _abort(context, grpc.StatusCode.INVALID_ARGUMENT, str(error))
         job = RolloutJob(

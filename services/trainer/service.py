@@ -329,7 +329,7 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServiceServicer):
         self, request: trainer_pb2.TrainerStartJobRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> JobConfig:
         try:
-            return JobConfig.from_flat(json.loads(request.config_json)).for_worker()
+            return JobConfig.from_flat(json.loads(request.config_json)).with_types("train_dtype", "rollout_dtype")
         except (ConfigError, json.JSONDecodeError) as error:
             await refuse(context, f"config_json: {error}", grpc.StatusCode.INVALID_ARGUMENT)
 

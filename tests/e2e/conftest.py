@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import fcntl
 import json
@@ -180,10 +181,17 @@ def left_of(family: list[psutil.Process]) -> list[psutil.Process]:
 @pytest.fixture
 def start_run(tmp_path: pathlib.Path) -> Iterator[Callable[[list[str], pathlib.Path], Run]]:
     """Starts train.py; whatever is still running at the end of the test is killed."""
+    with runs_of_test(tmp_path) as start:
+        yield start
+
+
+@contextlib.contextmanager
+def runs_of_test(folder: pathlib.Path) -> Iterator[Callable[[list[str], pathlib.Path], Run]]:
+    """The same for any scope; what runs print is kept in `folder`."""
     runs: list[Run] = []
 
     def start(command: list[str], run_dir: pathlib.Path) -> Run:
-        log = tmp_path / f"output-{len(runs)}.log"
+        log = folder / f"output-{len(runs)}.log"
         environment = {**os.environ, "COLUMNS": "200"}
         with log.open("w") as file:
             process = subprocess.Popen(
@@ -192,11 +200,13 @@ def start_run(tmp_path: pathlib.Path) -> Iterator[Callable[[list[str], pathlib.P
         runs.append(Run(process, run_dir, log))
         return runs[-1]
 
-    yield start
-    for run in runs:
-        left = psutil.Process(run.process.pid).children(recursive=True) if run.process.poll() is None else []
-        run.process.kill()
-        run.process.wait()
-        for process in left:
-            if process.is_running():
-                process.send_signal(signal.SIGKILL)
+    try:
+        yield start
+    finally:
+        for run in runs:
+            left = psutil.Process(run.process.pid).children(recursive=True) if run.process.poll() is None else []
+            run.process.kill()
+            run.process.wait()
+            for process in left:
+                if process.is_running():
+                    process.send_signal(signal.SIGKILL)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pathlib
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import psutil
@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 
 from miles.rpc import ExitCode
 
-from .conftest import Run, recipe
+from .conftest import Run, recipe, runs_of_test
 
 STEPS = 24
 Start = Callable[[list[str], pathlib.Path], Run]
@@ -98,12 +98,22 @@ def equal(left: Run, right: Run) -> bool:
     return all(np.array_equal(one[name], other[name]) for name in one)
 
 
+@pytest.fixture(scope="module")
+def whole(
+    tiny_dense: pathlib.Path, tmp_path_factory: pytest.TempPathFactory, short: dict[str, object]
+) -> Iterator[Run]:
+    """The short run when nothing happens to it."""
+    folder = tmp_path_factory.mktemp("whole")
+    with runs_of_test(folder) as start:
+        run = start(recipe(tiny_dense, folder / "run", **short), folder / "run")
+        assert run.wait() == ExitCode.OK, run.output()
+        yield run
+
+
 def test_same_seed_same_tokens_even_when_the_trainer_is_killed(
-    start_run: Start, tiny_dense: pathlib.Path, tmp_path: pathlib.Path, short: dict[str, object]
+    start_run: Start, tiny_dense: pathlib.Path, tmp_path: pathlib.Path, short: dict[str, object], whole: Run
 ) -> None:
     """Equal final weights, bit for bit, mean equal tokens, rewards and gradients all along."""
-    whole = start_run(recipe(tiny_dense, tmp_path / "whole", **short), tmp_path / "whole")
-    assert whole.wait() == ExitCode.OK, whole.output()
     broken = start_run(recipe(tiny_dense, tmp_path / "broken", **short), tmp_path / "broken")
     broken.wait_for_step(5)
     broken.processes()["trainer-0"].send_signal(signal.SIGKILL)
@@ -116,16 +126,14 @@ def test_same_seed_same_tokens_even_when_the_trainer_is_killed(
 
 
 def test_an_interrupted_run_leaves_nothing_running_and_resumes_to_the_same_weights(
-    start_run: Start, tiny_dense: pathlib.Path, tmp_path: pathlib.Path, short: dict[str, object]
+    start_run: Start, tiny_dense: pathlib.Path, tmp_path: pathlib.Path, short: dict[str, object], whole: Run
 ) -> None:
-    whole = start_run(recipe(tiny_dense, tmp_path / "whole", **short), tmp_path / "whole")
-    assert whole.wait() == ExitCode.OK, whole.output()
     command, run_dir = recipe(tiny_dense, tmp_path / "cut", **short), tmp_path / "cut"
     cut = start_run(command, run_dir)
     cut.wait_for_step(4)
     family = psutil.Process(cut.process.pid).children(recursive=True)
     cut.process.send_signal(signal.SIGINT)
-    assert cut.wait(60) == ExitCode.INTERRUPTED, cut.output()
+    assert cut.wait(200) == ExitCode.INTERRUPTED, cut.output()
     time.sleep(0.2)
     assert [process for process in family if process.is_running()] == []
     resumed = start_run(command, run_dir)
@@ -146,7 +154,7 @@ def test_killing_the_launcher_leaves_no_service_running(
     services = run.processes()
     redis = services.pop("redis")
     run.process.kill()
-    _, left = psutil.wait_procs(services.values(), timeout=20)
+    _, left = psutil.wait_procs(services.values(), timeout=60)
     assert left == []
     resumed = start_run(command, run_dir)
     assert resumed.wait() == ExitCode.OK, resumed.output()

@@ -46,12 +46,12 @@ async def test_types_are_those_that_every_worker_is_fast_in_and_are_noted() -> N
     decided = config.replace(train_dtype=chosen.train_dtype, rollout_dtype=chosen.rollout_dtype)
     assert is_open(config)
     assert not is_open(decided)
-    assert decided.for_worker() is decided
+    assert decided.with_types("train_dtype", "rollout_dtype") is decided
 
 
 def test_no_worker_is_built_from_types_that_are_open() -> None:
     with pytest.raises(ConfigError) as refused:
-        JobConfig.from_flat(MINIMAL).for_worker()
+        JobConfig.from_flat(MINIMAL).with_types("train_dtype", "rollout_dtype")
     assert [fault.field for fault in refused.value.faults] == ["train_dtype", "rollout_dtype"]
 
 
