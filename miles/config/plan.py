@@ -217,16 +217,15 @@ def _plan(config: JobConfig, name: str, kind: str, command: tuple[str, ...]) -> 
 def _thread_environment(config: JobConfig, kind: str) -> dict[str, str]:
     """Variables that share out this machine's cores; none where the user has set them.
 
-    Trainer and engines take turns on all cores in a synchronous run, and have a part each where they work at once. The
-    reward service has a worker process for each core.
+    Processes of a kind compute at the same time and have a part each. Trainer and engines do not share with each other:
+    they take turns or, in an asynchronous run, one waits for the other most of the time, and whoever is behind should
+    have every core. The reward service has a worker process for each core.
     """
     if THREADS_VARIABLE in os.environ:
         return {}
-    ranks, engines = _local_ranks(config), config.cluster.rollout_num_workers
-    both = config.rollout.max_weight_staleness > 0
     at_once = {
-        "trainer": ranks + engines if both else ranks,
-        "rollout": ranks + engines if both else engines,
+        "trainer": _local_ranks(config),
+        "rollout": config.cluster.rollout_num_workers,
         "reward": usable_cores(),
     }
     return {THREADS_VARIABLE: str(share_of(usable_cores(), at_once[kind]))} if kind in at_once else {}

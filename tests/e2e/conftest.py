@@ -53,9 +53,9 @@ def made_once(factory: pytest.TempPathFactory, name: str, *, moe: bool) -> pathl
     return folder
 
 
-def recipe(folder: pathlib.Path, run_dir: pathlib.Path, **changes: Any) -> list[str]:
-    """Command line of a GRPO run on the sorting task; `changes` are further flags by key (True: a switch)."""
-    settings: dict[str, Any] = {
+def settings(folder: pathlib.Path, **changes: Any) -> dict[str, Any]:
+    """A GRPO job on the sorting task, with `changes`."""
+    return {
         "hf_checkpoint": folder / "model",
         "prompt_data": folder / "train.jsonl",
         "input_key": "prompt",
@@ -73,13 +73,15 @@ def recipe(folder: pathlib.Path, run_dir: pathlib.Path, **changes: Any) -> list[
         "calculate_per_token_loss": True,
         "use_dynamic_batch_size": True,
         "max_tokens_per_gpu": 4096,
-        "device": "cpu",
-        "run_dir": run_dir,
-        "name": run_dir.name,
         **changes,
     }
+
+
+def recipe(folder: pathlib.Path, run_dir: pathlib.Path, **changes: Any) -> list[str]:
+    """Command line of such a run (True: a switch)."""
     command = [sys.executable, "train.py"]
-    for key, value in settings.items():
+    given = settings(folder, device="cpu", run_dir=run_dir, name=run_dir.name, **changes)
+    for key, value in given.items():
         flag = "--" + key.replace("_", "-")
         if value is True:
             command.append(flag)
@@ -91,24 +93,10 @@ def recipe(folder: pathlib.Path, run_dir: pathlib.Path, **changes: Any) -> list[
 
 
 @dataclasses.dataclass
-class Run:
-    """A run in progress or at its end."""
+class Records:
+    """What a run leaves behind."""
 
-    process: subprocess.Popen[str]
     run_dir: pathlib.Path
-    log: pathlib.Path
-
-    def wait(self, limit_s: float = RUN_LIMIT_S) -> int:
-        """The exit code; fails with the run's output when it does not end in time."""
-        try:
-            return self.process.wait(limit_s)
-        except subprocess.TimeoutExpired:
-            pytest.fail(f"the run did not end within {limit_s} s:\n{self.output()}")
-
-    def output(self) -> str:
-        """What the run printed, and the ends of its logs."""
-        logs = [f"--- {log.name}\n{log.read_text()[-3000:]}" for log in sorted((self.run_dir / "logs").glob("*.log"))]
-        return "\n".join([self.log.read_text(), *logs])
 
     def metrics(self) -> list[dict[str, Any]]:
         """Lines of metrics.jsonl that were written by training steps."""
@@ -126,6 +114,26 @@ class Run:
         files = sorted(pathlib.Path(self.summary()["hf_checkpoint"]).glob("*.safetensors"))
         return {name: tensor for file in files for name, tensor in load_file(file).items()}
 
+
+@dataclasses.dataclass
+class Run(Records):
+    """A run in progress or at its end."""
+
+    process: subprocess.Popen[str]
+    log: pathlib.Path
+
+    def wait(self, limit_s: float = RUN_LIMIT_S) -> int:
+        """The exit code; fails with the run's output when it does not end in time."""
+        try:
+            return self.process.wait(limit_s)
+        except subprocess.TimeoutExpired:
+            pytest.fail(f"the run did not end within {limit_s} s:\n{self.output()}")
+
+    def output(self) -> str:
+        """What the run printed, and the ends of its logs."""
+        logs = [f"--- {log.name}\n{log.read_text()[-3000:]}" for log in sorted((self.run_dir / "logs").glob("*.log"))]
+        return "\n".join([self.log.read_text(), *logs])
+
     def wait_for_step(self, steps: int, limit_s: float = 400.0) -> None:
         """Return when so many steps are done."""
         end = time.monotonic() + limit_s
@@ -134,7 +142,7 @@ class Run:
                 pytest.fail(f"step {steps} was not reached within {limit_s} s:\n{self.output()}")
             time.sleep(0.02)
 
-    def wait_for_training(self, steps: int, limit_s: float = 120.0) -> None:
+    def wait_for_training(self, steps: int, limit_s: float = 400.0) -> None:
         """Return when at least so many steps are done and another one is under way."""
         end = time.monotonic() + limit_s
         self.wait_for_step(steps, limit_s)
@@ -146,7 +154,7 @@ class Run:
                     pytest.fail(f"no step was under way within {limit_s} s:\n{self.output()}")
                 time.sleep(0.02)
 
-    def wait_for_text(self, text: str, limit_s: float = 60.0) -> None:
+    def wait_for_text(self, text: str, limit_s: float = 200.0) -> None:
         """Return when the run has printed this."""
         end = time.monotonic() + limit_s
         while text not in self.log.read_text():
@@ -173,8 +181,8 @@ class Run:
 
 
 def left_of(family: list[psutil.Process]) -> list[psutil.Process]:
-    """Those that still run a second later."""
-    _, alive = psutil.wait_procs(family, timeout=1.0)
+    """Those that still run some seconds later."""
+    _, alive = psutil.wait_procs(family, timeout=10.0)
     return [process for process in alive if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
 
 
@@ -197,7 +205,7 @@ def runs_of_test(folder: pathlib.Path) -> Iterator[Callable[[list[str], pathlib.
             process = subprocess.Popen(
                 command, cwd=REPOSITORY, env=environment, stdout=file, stderr=subprocess.STDOUT, text=True
             )
-        runs.append(Run(process, run_dir, log))
+        runs.append(Run(run_dir, process, log))
         return runs[-1]
 
     try:

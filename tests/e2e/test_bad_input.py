@@ -20,7 +20,7 @@ Start = Callable[[list[str], pathlib.Path], Run]
 def refused(start_run: Start, command: list[str], run_dir: pathlib.Path, *words: str) -> None:
     """The run ends with BAD_CONFIG before anything is started, and says all the words."""
     run = start_run(command, run_dir)
-    assert run.wait(60) == ExitCode.BAD_CONFIG, run.output()
+    assert run.wait(200) == ExitCode.BAD_CONFIG, run.output()
     said = run.log.read_text()
     for word in words:
         assert word in said, said
@@ -68,7 +68,7 @@ def test_unusable_prompt_data(
     data = tmp_path / "train.jsonl"
     data.write_text(content)
     run = start_run(recipe(tiny_dense, tmp_path / "run", num_rollout=1, prompt_data=data), tmp_path / "run")
-    assert run.wait(120) in (ExitCode.BAD_CONFIG, ExitCode.JOB_FAILED), run.output()
+    assert run.wait(400) in (ExitCode.BAD_CONFIG, ExitCode.JOB_FAILED), run.output()
     for word in words:
         assert word in run.log.read_text(), run.output()
 
@@ -85,7 +85,7 @@ def test_a_reward_that_never_works_ends_the_job(
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     changes = {"rm_type": None, "custom_rm_path": "broken_reward.score", "num_rollout": 1, "rollout_batch_size": 2}
     run = start_run(recipe(tiny_dense, tmp_path / "run", n_samples_per_prompt=2, **changes), tmp_path / "run")
-    assert run.wait(180) == ExitCode.JOB_FAILED, run.output()
+    assert run.wait(600) == ExitCode.JOB_FAILED, run.output()
     said = run.log.read_text()
     assert json.loads((tmp_path / "run" / "summary.json").read_text()).get("steps", 0) == 0
     for word in words:

@@ -66,6 +66,7 @@ def test_a_second_ctrl_c_ends_a_hung_run_at_once_and_further_ones_do_no_harm(
     assert resumed.wait() == ExitCode.OK, resumed.output()
 
 
+@pytest.mark.slow
 def test_a_step_that_hangs_is_given_up_at_the_limit(
     start_run: Start, tiny_dense: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pathlib
 import signal
-import time
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -12,28 +11,45 @@ import psutil
 import pytest
 from safetensors.numpy import load_file
 
+from miles.client import MilesClient
 from miles.rpc import ExitCode
 
-from .conftest import Run, recipe, runs_of_test
+from .conftest import Records, Run, left_of, recipe, runs_of_test, settings
+from .serving import serving, wait_for
 
 STEPS = 24
 Start = Callable[[list[str], pathlib.Path], Run]
 
 
-def learn(start_run: Start, folder: pathlib.Path, run_dir: pathlib.Path, **changes: object) -> Run:
-    evaluation = {"eval_prompt_data": ["sort", folder / "eval.jsonl"], "eval_interval": 10, "eval_temperature": 0}
-    run = start_run(recipe(folder, run_dir, num_rollout=STEPS, **evaluation, **changes), run_dir)
-    assert run.wait() == ExitCode.OK, run.output()
-    return run
+EVALUATION = {"eval_interval": 10, "eval_temperature": 0}
 
 
-def assert_learned(run: Run) -> None:
+@pytest.fixture(scope="module")
+def services(
+    tiny_dense: pathlib.Path, tiny_moe: pathlib.Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[MilesClient]:
+    """A client of `miles serve`, for jobs that learn one after the other in the same processes."""
+    folder = tmp_path_factory.mktemp("serve")
+    with serving(folder, tiny_dense, "--gateway-allowed-root", str(tiny_moe)) as client:
+        yield client
+
+
+def learn(client: MilesClient, folder: pathlib.Path, name: str, **changes: object) -> Records:
+    """A job that has succeeded."""
+    evaluation = {"eval_prompt_data": ["sort", str(folder / "eval.jsonl")], **EVALUATION}
+    config = settings(folder, name=name, num_rollout=STEPS, **evaluation, **changes)
+    config |= {key: str(config[key]) for key in ("hf_checkpoint", "prompt_data")}
+    job_id = client.submit(config)["id"]
+    job = wait_for(client, job_id, lambda job: job["state"] == "succeeded")
+    return Records(pathlib.Path(job["config"]["run_dir"]))
+
+
+def assert_learned(run: Records) -> None:
     summary = run.summary()
     assert summary["steps"] == STEPS
     assert summary["eval"]["before"]["sort"] < 0.4
-    assert summary["eval"]["after"]["sort"] > 0.8, run.output()
+    assert summary["eval"]["after"]["sort"] > 0.8
     assert set(summary["time_share"]) == {"generate", "reward", "train", "sync", "idle"}
-    assert (run.run_dir / "reward.png").stat().st_size > 0
     first = run.metrics()[0]
     assert abs(first["train/ppo_kl"]) < 1e-9
     assert first["train/pg_clipfrac"] == 0
@@ -41,30 +57,30 @@ def assert_learned(run: Run) -> None:
 
 
 def test_a_dense_model_learns(start_run: Start, tiny_dense: pathlib.Path, tmp_path: pathlib.Path) -> None:
-    assert_learned(learn(start_run, tiny_dense, tmp_path / "run"))
+    evaluation = {"eval_prompt_data": ["sort", tiny_dense / "eval.jsonl"], **EVALUATION}
+    run = start_run(recipe(tiny_dense, tmp_path / "run", num_rollout=STEPS, **evaluation), tmp_path / "run")
+    assert run.wait() == ExitCode.OK, run.output()
+    assert_learned(run)
+    assert (run.run_dir / "reward.png").stat().st_size > 0
+    assert "on this machine: about" in run.log.read_text()
 
 
-def test_a_dense_model_learns_with_a_critic(start_run: Start, tiny_dense: pathlib.Path, tmp_path: pathlib.Path) -> None:
+def test_a_dense_model_learns_with_a_critic(services: MilesClient, tiny_dense: pathlib.Path) -> None:
     ppo = {"advantage_estimator": "ppo", "critic_lr": 1e-3, "normalize_advantages": True, "num_critic_only_steps": 2}
-    run = learn(start_run, tiny_dense, tmp_path / "run", **ppo)
+    run = learn(services, tiny_dense, "critic", **ppo)
     summary = run.summary()
     assert summary["eval"]["before"]["sort"] < 0.4
-    assert summary["eval"]["after"]["sort"] > 0.6, run.output()
+    assert summary["eval"]["after"]["sort"] > 0.6
     losses = [line["train/value_loss"] for line in run.metrics()]
     assert sum(losses[-5:]) < 0.7 * sum(losses[:5])
 
 
-def test_a_mixture_of_experts_learns_with_routing_replay(
-    start_run: Start, tiny_moe: pathlib.Path, tmp_path: pathlib.Path
-) -> None:
-    assert_learned(learn(start_run, tiny_moe, tmp_path / "run", use_rollout_routing_replay=True))
+def test_a_mixture_of_experts_learns_with_routing_replay(services: MilesClient, tiny_moe: pathlib.Path) -> None:
+    assert_learned(learn(services, tiny_moe, "experts", use_rollout_routing_replay=True))
 
 
-def test_an_adapter_learns_over_updates_of_an_adapter_alone(
-    start_run: Start, tiny_dense: pathlib.Path, tmp_path: pathlib.Path
-) -> None:
-    changes = {"lora_rank": 8, "lr": 3e-3, "check_weight_update_equal": True}
-    run = learn(start_run, tiny_dense, tmp_path / "run", **changes)
+def test_an_adapter_learns_over_updates_of_an_adapter_alone(services: MilesClient, tiny_dense: pathlib.Path) -> None:
+    run = learn(services, tiny_dense, "adapter", lora_rank=8, lr=3e-3, check_weight_update_equal=True)
     assert_learned(run)
     # The engine's merged weights are the trainer's, bit for bit.
     assert {line["train/train_rollout_logprob_abs_diff"] for line in run.metrics()} == {0.0}
@@ -73,12 +89,10 @@ def test_an_adapter_learns_over_updates_of_an_adapter_alone(
     assert changed == {name for name in base if "_proj" in name}
 
 
-def test_one_step_off_learns_within_its_staleness_bound(
-    start_run: Start, tiny_dense: pathlib.Path, tmp_path: pathlib.Path
-) -> None:
-    run = learn(start_run, tiny_dense, tmp_path / "run", max_weight_staleness=1, keep_old_actor=True)
+def test_one_step_off_learns_within_its_staleness_bound(services: MilesClient, tiny_dense: pathlib.Path) -> None:
+    run = learn(services, tiny_dense, "one-step-off", max_weight_staleness=1, keep_old_actor=True)
     # Which groups share a step depends on what finishes first, so that no two runs end alike.
-    assert run.summary()["eval"]["after"]["sort"] > 0.6, run.output()
+    assert run.summary()["eval"]["after"]["sort"] > 0.6
     staleness = [line["rollout/fully_async/max_staleness"] for line in run.metrics()]
     assert max(staleness) == 1
     # The version that generated a token gives it the log-probability that the engine gave it.
@@ -131,11 +145,10 @@ def test_an_interrupted_run_leaves_nothing_running_and_resumes_to_the_same_weigh
     command, run_dir = recipe(tiny_dense, tmp_path / "cut", **short), tmp_path / "cut"
     cut = start_run(command, run_dir)
     cut.wait_for_step(4)
-    family = psutil.Process(cut.process.pid).children(recursive=True)
+    family = cut.family()
     cut.process.send_signal(signal.SIGINT)
     assert cut.wait(200) == ExitCode.INTERRUPTED, cut.output()
-    time.sleep(0.2)
-    assert [process for process in family if process.is_running()] == []
+    assert left_of(family) == []
     resumed = start_run(command, run_dir)
     assert resumed.wait() == ExitCode.OK, resumed.output()
     assert equal(whole, resumed)

@@ -11,7 +11,7 @@ import yaml
 from config_cases import MINIMAL
 
 from miles import cli
-from miles.config import JobConfig
+from miles.config import JobConfig, plan
 from miles.config.files import read_file
 from miles.config.flags import to_command_line
 from miles.config.plan import plan_controller, plan_redis, plan_run, plan_workers
@@ -121,6 +121,21 @@ def test_dry_run_says_which_number_types_are_chosen_and_why(
     assert types("--rollout-dtype", "float32") == (
         "the trainer computes in float32, engines in float32: the trainer follows rollout_dtype"
     )
+
+
+def test_processes_of_a_kind_share_the_cores_unless_the_user_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan, "usable_cores", lambda: 8)
+    spread = {"actor_num_gpus_per_node": 4, "rollout_num_workers": 2, "controller_port": 7000}
+    config = JobConfig.from_flat(MINIMAL | spread).resolve("cpu")
+
+    def threads() -> dict[str, str | None]:
+        return {each.kind: each.environment.get("OMP_NUM_THREADS") for each in plan.plan_run(config)}
+
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    shares = {"trainer": "2", "rollout": "4", "reward": "1"}
+    assert {kind: share for kind, share in threads().items() if share is not None} == shares
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert set(threads().values()) == {None}
 
 
 def test_processes_with_tensors_on_the_cpu_keep_freed_memory_unless_the_user_says_otherwise(

@@ -147,12 +147,12 @@ RULE_CASES: list[tuple[dict[str, Any], str]] = [
     ({"lora_rank": 8, "lora_dropout": 0.1}, "lora_dropout = 0.1, but the engine has no dropout"),
     ({"lora_rank": 8, "train_backend": "megatron"}, "lora_rank = 8, but train_backend = megatron trains no adapters"),
     (
-        {"lora_rank": 8, "train_dtype": "float32"},
+        {"lora_rank": 8, "train_dtype": "float32", "rollout_dtype": "bfloat16"},
         "train_dtype = float32, but adapters are merged in the type that both sides compute in, and rollout_dtype =",
     ),
     (
         {"lora_rank": 8, "fp16": True},
-        "rollout_dtype = bfloat16; make the two the same (train_dtype follows from fp16)",
+        "rollout_dtype = auto; make the two the same (train_dtype follows from fp16)",
     ),
     (
         {"lora_rank": 8, "use_kl_loss": True, "ref_load": "other"},
