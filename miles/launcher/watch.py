@@ -44,6 +44,9 @@ class RunView:
         )
         self._task = self._progress.add_task("starting", total=None, left="")
         self._first: tuple[int, float] | None = None
+        self._evaluated = False
+        """Whether an evaluation has ended since the last step, so that the next one is longer than others."""
+        self._has_forecast = False
 
     def __enter__(self) -> RunView:
         self._progress.start()
@@ -72,6 +75,7 @@ class RunView:
                 f"{name} {value:.3f}" for name, value in sorted(evaluated.items()) if name.count("/") == 1
             )
             self._console.print(f"[cyan]evaluation: {means}[/cyan]", highlight=False)
+            self._evaluated = True
         if "perf/step_time" not in values:
             return
         done = metrics.step + 1
@@ -80,9 +84,11 @@ class RunView:
         now = time.monotonic()
         if self._first is None:
             self._first = (done, now)
-            if done < num_rollout:
-                text = forecast(values["perf/step_time"], num_rollout - done)
-                self._console.print(text, style="dim", highlight=False)
+        if not self._has_forecast and not self._evaluated and done < num_rollout:
+            self._has_forecast = True
+            text = forecast(values["perf/step_time"], num_rollout - done)
+            self._console.print(text, style="dim", highlight=False, soft_wrap=True)
+        self._evaluated = False
         left = ""
         if done > self._first[0]:
             seconds = (now - self._first[1]) / (done - self._first[0]) * (num_rollout - done)

@@ -22,6 +22,16 @@ def test_the_first_step_says_how_long_the_rest_will_take() -> None:
     assert said == ["a step takes about 18.0 s on this machine: about 12 minutes for the 39 that are left"]
 
 
+def test_a_step_that_waited_for_an_evaluation_is_no_measure() -> None:
+    output = io.StringIO()
+    evaluation = job_pb2.JobEvent(metrics=job_pb2.Metrics(step=0, values={"eval/sort": 0.3}))
+    with RunView(Console(file=output, width=200)) as view:
+        for event in (evaluation, step(0, 55.0), step(1, 18.0), step(2, 17.0)):
+            view.show(event, 40)
+    said = [line for line in output.getvalue().splitlines() if "on this machine" in line]
+    assert said == ["a step takes about 18.0 s on this machine: about 11 minutes for the 38 that are left"]
+
+
 def test_after_the_only_step_nothing_is_forecast() -> None:
     output = io.StringIO()
     with RunView(Console(file=output, width=200)) as view:
