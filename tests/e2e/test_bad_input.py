@@ -75,7 +75,10 @@ def test_unusable_prompt_data(
 
 @pytest.mark.parametrize(
     ("body", "words"),
-    [("raise RuntimeError('my reward broke')", ["my reward broke"]), ("return float('nan')", ["nan"])],
+    [
+        ("raise RuntimeError('my reward broke')", ["my reward broke"]),
+        pytest.param("return float('nan')", ["nan"], marks=pytest.mark.slow),
+    ],
 )
 def test_a_reward_that_never_works_ends_the_job(
     start_run: Start, tiny_dense: pathlib.Path, tmp_path: pathlib.Path, body: str, words: list[str],

@@ -65,6 +65,7 @@ def test_a_dense_model_learns(start_run: Start, tiny_dense: pathlib.Path, tmp_pa
     assert "on this machine: about" in run.log.read_text()
 
 
+@pytest.mark.slow
 def test_a_dense_model_learns_with_a_critic(services: MilesClient, tiny_dense: pathlib.Path) -> None:
     ppo = {"advantage_estimator": "ppo", "critic_lr": 1e-3, "normalize_advantages": True, "num_critic_only_steps": 2}
     run = learn(services, tiny_dense, "critic", **ppo)

@@ -8,6 +8,7 @@ import socket
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import grpc
 import grpc.aio
 import torch
 
@@ -104,6 +105,8 @@ class Host:
         sent = {"w": torch.full((1000,), float(version))} if tensors is None else tensors
 
         def work() -> PublishResult:
+            if self._server is not None:  # on a busy machine the first attempt to connect may time out
+                grpc.channel_ready_future(self._channel).result(DEADLINE_S)
             if transport not in self._publishers:
                 kind = weightsync_pb2.TransportKind.Value(f"TRANSPORT_KIND_{transport}")
                 stub = weightsync_pb2_grpc.WeightSyncServiceStub(self._channel)
