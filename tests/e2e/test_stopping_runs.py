@@ -20,6 +20,7 @@ LONG_STEPS = {"num_rollout": 2, "rollout_batch_size": 8, "n_samples_per_prompt":
 SHORT = {"num_rollout": 4, "rollout_batch_size": 4, "n_samples_per_prompt": 8}
 
 
+@pytest.mark.slow
 def test_a_step_under_way_is_abandoned_and_taken_by_the_resumed_run(
     start_run: Start, tiny_dense: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
