@@ -116,8 +116,8 @@ def _with_waiting_reward(config: str, folder: pathlib.Path) -> str:
 
 
 def _groups(config: str, flags: Sequence[str]) -> int:
-    from miles.config.dry_run import checked_config
-    from miles.config.flags import parse_command_line
+    from miles.config.command.flags import parse_command_line
+    from miles.launcher.dry_run import checked_config
 
     return checked_config(parse_command_line(["--config", config, *flags])).data.rollout_batch_size
 

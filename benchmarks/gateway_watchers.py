@@ -38,7 +38,7 @@ from rich.console import Console
 from rich.table import Table
 
 from miles.client import GatewayUnreachableError, MilesClient
-from miles.launcher.local import free_port
+from miles.launcher.cluster import free_port
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
 START_S = 120.0

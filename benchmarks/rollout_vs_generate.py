@@ -23,7 +23,7 @@ from collections.abc import Sequence
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, StoppingCriteria, StoppingCriteriaList
 
-from miles.services.rollout.engine import GenerationRequest, SamplingParams
+from miles.services.rollout.engines.base import GenerationRequest, SamplingParams
 from miles.services.rollout.engines.torch import TorchEngine
 
 QUESTIONS = (

@@ -14,12 +14,12 @@ from collections.abc import Iterator, Sequence
 
 import uvicorn
 
-from miles.config.addresses import is_loopback
+from miles.config.checks.addresses import is_loopback
 from miles.gateway.app import create_app
 from miles.gateway.config_policy import resolved_roots
 from miles.gateway.connection import Connection
 from miles.gateway.keys import KeyFile, KeyFileError
-from miles.gateway.settings import GatewaySettings
+from miles.gateway.options import GatewaySettings
 from miles.rpc import ExitCode, ServiceExit, main
 
 KEYS_ENVIRONMENT = "MILES_KEYS_FILE"

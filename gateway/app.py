@@ -11,11 +11,11 @@ from starlette.middleware import Middleware
 from miles import __version__
 from miles.gateway import openapi, page, problems
 from miles.gateway.auth import Gatekeeper
-from miles.gateway.backend import Backend
 from miles.gateway.body import BodyLimit
+from miles.gateway.options import GatewaySettings
 from miles.gateway.routes import checkpoints, events, health, jobs, logs, metrics, samples, status, versions, workers
 from miles.gateway.security_headers import SecurityHeaders
-from miles.gateway.settings import GatewaySettings
+from miles.gateway.state import Backend
 from miles.gateway.telemetry import RequestLog, Telemetry
 
 

@@ -10,11 +10,11 @@ from typing import Annotated
 from fastapi import Request, Security
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
-from miles.config.addresses import is_loopback
+from miles.config.checks.addresses import is_loopback
 from miles.gateway.keys import KeyFile, Scope
+from miles.gateway.options import GatewaySettings
 from miles.gateway.problems import Problem
 from miles.gateway.rate_limit import RateLimit
-from miles.gateway.settings import GatewaySettings
 
 _FAILURES_PER_S = 0.2
 _FAILURE_BURST = 20

@@ -11,10 +11,10 @@ import uuid
 from collections.abc import Mapping
 from typing import Any
 
-from miles.config.catalog import Entry, passthroughs
-from miles.config.faults import Fault
+from miles.config.schema.catalog import Entry, passthroughs
+from miles.config.schema.faults import Fault
 from miles.gateway.config_schema import NAME_PATTERN, is_path, settings, type_faults
-from miles.gateway.settings import GatewaySettings
+from miles.gateway.options import GatewaySettings
 
 _SLICE = re.compile(r"@\[[^\]]*\]$")
 """The rows of a data file: FILE@[a:b]."""

@@ -9,8 +9,8 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from miles.config.catalog import SECTIONS, Entry, catalog, passthroughs
-from miles.config.faults import Fault
+from miles.config.schema.catalog import SECTIONS, Entry, catalog, passthroughs
+from miles.config.schema.faults import Fault
 
 DEPLOYMENT = frozenset(
     {

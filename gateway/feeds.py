@@ -14,8 +14,8 @@ import grpc.aio
 from miles.gateway.cache import AnswerCache
 from miles.gateway.controller import Controller
 from miles.gateway.event_ring import EventRing, Message, parse_id, pieces
-from miles.gateway.models import event_model
 from miles.gateway.problems import Problem
+from miles.gateway.schemas import event_model
 from miles.rpc.gen import controller_pb2, job_pb2
 
 logger = logging.getLogger(__name__)

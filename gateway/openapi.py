@@ -7,8 +7,8 @@ from typing import Any
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
-from miles.gateway.models import EndEvent, LogEvent, MetricsEvent, StateEvent
 from miles.gateway.problems import MEDIA_TYPE
+from miles.gateway.schemas import EndEvent, LogEvent, MetricsEvent, StateEvent
 
 DESCRIPTION = """Submit, watch and steer reinforcement-learning jobs.
 

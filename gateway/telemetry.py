@@ -11,11 +11,11 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, G
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from miles.gateway.cache import AnswerCache
-from miles.gateway.models import ENDED, JobState
 from miles.gateway.problems import Problem
+from miles.gateway.schemas import ENDED, JobState
 
 if TYPE_CHECKING:
-    from miles.gateway.backend import Backend
+    from miles.gateway.state import Backend
 
 logger = logging.getLogger(__name__)
 

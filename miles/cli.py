@@ -27,7 +27,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "logs": ("miles.client.commands.logs", "logs of the services"),
     "keys": ("miles.gateway.keys_command", "make, list and revoke API keys of a gateway"),
     "convert": ("miles.services.trainer.convert", "weights between Hugging Face and Megatron-Core checkpoints"),
-    "config": ("miles.config.command", "the reference page of all settings, and what a command line comes to"),
+    "config": ("miles.launcher.config_command", "the reference page of all settings, and what a command line comes to"),
 }
 """Module, or module:function, and help text by command. The function (`main` by default) takes the remaining words and
 returns the exit code."""

@@ -1,0 +1,1 @@
+"""The services of a run. None imports another; what they share is in `miles`."""

@@ -80,7 +80,7 @@ def measure(args: argparse.Namespace, backend: str, model: pathlib.Path, device:
     import torch.distributed as dist
 
     from miles.config import JobConfig
-    from miles.services.trainer.worker import create_backend
+    from miles.services.trainer.ranks.worker import create_backend
 
     flags = dict(flag.split("=", 1) for flag in args.flags) if backend == "megatron" else {}
     config = JobConfig.from_flat(

@@ -27,8 +27,8 @@ import torch
 from miles.rpc import connect, connect_blocking
 from miles.rpc.gen import policy_pb2, weightsync_pb2, weightsync_pb2_grpc
 from miles.weights import WeightPublisher, WeightSubscriber
-from miles.weights.modes import TRANSPORT_OF_MODE
 from miles.weights.transport import Endpoint
+from miles.weights.transports.names import TRANSPORT_OF_MODE
 
 JOB = "benchmark"
 STREAM = policy_pb2.WEIGHT_STREAM_POLICY

@@ -23,9 +23,9 @@ import torch
 
 from benchmarks.gpu.models import write_checkpoint
 from benchmarks.gpu.sglang_throughput import CPU_FLAGS, GPU_FLAGS, prompts
-from miles.services.rollout.engine import GenerationRequest, PauseMode, SamplingParams
+from miles.services.rollout.engines.base import GenerationRequest, PauseMode, SamplingParams
 from miles.services.rollout.engines.sglang import SglangEngine, SglangOptions
-from miles.services.rollout.engines.sglang.layout import read_layout
+from miles.services.rollout.engines.sglang.weights.layout import read_layout
 
 RUNNING = 64
 """Requests under way in the rounds with requests."""

@@ -8,8 +8,8 @@ import itertools
 from collections.abc import Callable
 
 from benchmarks.simulation.lengths import Lengths
-from miles.services.controller.admission import Admission, Batch
-from miles.services.controller.load_balance import LoadBalance
+from miles.services.controller.run.admission import Admission, Batch
+from miles.services.controller.workers.load_balance import LoadBalance
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,9 +13,9 @@ from starlette.responses import StreamingResponse
 
 from miles.gateway.auth import Reader
 from miles.gateway.controller import Controller
-from miles.gateway.models import moment
 from miles.gateway.problems import Problem
 from miles.gateway.routes.common import Gateway, JobId, problems
+from miles.gateway.schemas import moment
 from miles.rpc.gen import records_pb2
 
 router = APIRouter(prefix="/v1/jobs", tags=["checkpoints"])

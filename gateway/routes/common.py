@@ -9,8 +9,8 @@ from typing import Annotated, Any
 from fastapi import Depends, Path, Query, Request
 
 from miles.gateway.auth import Caller
-from miles.gateway.backend import Backend
 from miles.gateway.problems import KINDS, MEDIA_TYPE, Problem, ProblemDocument
+from miles.gateway.state import Backend
 
 JobId = Annotated[
     str, Path(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$", description="Id of the job", examples=["sums-1f0c2a9b"])

@@ -8,14 +8,14 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Header, Query, Request
 from starlette.responses import Response
 
-from miles.config.faults import Fault
+from miles.config.schema.faults import Fault
 from miles.gateway.auth import Caller, Reader, Submitter
 from miles.gateway.body import read_json
 from miles.gateway.config_policy import review
 from miles.gateway.config_schema import body_schema, example_body, fault_documents
-from miles.gateway.models import Job, JobEntry, JobPage, JobState
 from miles.gateway.problems import Problem, faults_detail
 from miles.gateway.routes.common import Cursor, Gateway, JobId, check_own, problems, renamed
+from miles.gateway.schemas import Job, JobEntry, JobPage, JobState
 from miles.rpc.gen import controller_pb2
 
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"])

@@ -9,8 +9,8 @@ from fastapi import APIRouter, Path, Query
 from pydantic import BaseModel, Field
 
 from miles.gateway.auth import Reader
-from miles.gateway.models import moment
 from miles.gateway.routes.common import Gateway, JobId, problems, renamed
+from miles.gateway.schemas import moment
 from miles.rpc.gen import records_pb2
 
 router = APIRouter(prefix="/v1/jobs", tags=["logs"])

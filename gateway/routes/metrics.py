@@ -9,8 +9,8 @@ from pydantic import BaseModel, Field
 from starlette.responses import Response
 
 from miles.gateway.auth import Reader
-from miles.gateway.models import finite
 from miles.gateway.routes.common import Gateway, JobId, problems
+from miles.gateway.schemas import finite
 from miles.rpc.gen import records_pb2
 
 router = APIRouter(prefix="/v1/jobs", tags=["metrics"])

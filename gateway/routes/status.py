@@ -8,8 +8,8 @@ from fastapi import APIRouter
 from pydantic import BaseModel, Field
 
 from miles.gateway.auth import Reader
-from miles.gateway.models import moment
 from miles.gateway.routes.common import Gateway, JobId, problems
+from miles.gateway.schemas import moment
 from miles.rpc.gen import controller_pb2
 from miles.telemetry.redaction import redact
 

@@ -9,8 +9,8 @@ from fastapi import APIRouter
 from pydantic import BaseModel, Field
 
 from miles.gateway.auth import Reader, Submitter
-from miles.gateway.models import moment
 from miles.gateway.routes.common import Gateway, JobId, check_own, problems
+from miles.gateway.schemas import moment
 from miles.rpc.gen import policy_pb2, weightsync_pb2
 from miles.telemetry.redaction import redact
 

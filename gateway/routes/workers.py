@@ -5,8 +5,8 @@ from __future__ import annotations
 from fastapi import APIRouter
 
 from miles.gateway.auth import Reader
-from miles.gateway.models import ENDED, JobState, WorkerList
 from miles.gateway.routes.common import Gateway, JobId, problems
+from miles.gateway.schemas import ENDED, JobState, WorkerList
 
 router = APIRouter(prefix="/v1", tags=["workers"])
 

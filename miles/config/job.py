@@ -10,29 +10,29 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from miles.config.algorithm import AlgorithmConfig
-from miles.config.catalog import SECTIONS, catalog, passthroughs
-from miles.config.checkpoint import CheckpointConfig
-from miles.config.cluster import ClusterConfig
-from miles.config.data import DataConfig
-from miles.config.derive import derive
-from miles.config.device import detect_device
-from miles.config.eval import EvalConfig
-from miles.config.faults import ConfigError, Fault, faults_of, unknown_name
-from miles.config.gateway import GatewayConfig
-from miles.config.lora import LoraConfig
-from miles.config.megatron import MegatronConfig
-from miles.config.optimizer import OptimizerConfig
-from miles.config.reward import RewardConfig
-from miles.config.rollout import RolloutConfig
+from miles.config.checks.device import detect_device
 from miles.config.rules import check
-from miles.config.section import Section
-from miles.config.services import ServicesConfig
-from miles.config.settings import Settings
-from miles.config.telemetry import TelemetryConfig
-from miles.config.tls import TlsConfig
-from miles.config.train import TrainConfig
-from miles.config.weights import WeightsConfig
+from miles.config.schema.catalog import SECTIONS, catalog, passthroughs
+from miles.config.schema.derivation import derive
+from miles.config.schema.faults import ConfigError, Fault, faults_of, unknown_name
+from miles.config.schema.section import Section
+from miles.config.schema.settings import Settings
+from miles.config.sections.algorithm import AlgorithmConfig
+from miles.config.sections.checkpoint import CheckpointConfig
+from miles.config.sections.cluster import ClusterConfig
+from miles.config.sections.data import DataConfig
+from miles.config.sections.eval import EvalConfig
+from miles.config.sections.gateway import GatewayConfig
+from miles.config.sections.lora import LoraConfig
+from miles.config.sections.megatron import MegatronConfig
+from miles.config.sections.optimizer import OptimizerConfig
+from miles.config.sections.reward import RewardConfig
+from miles.config.sections.rollout import RolloutConfig
+from miles.config.sections.services import ServicesConfig
+from miles.config.sections.telemetry import TelemetryConfig
+from miles.config.sections.tls import TlsConfig
+from miles.config.sections.train import TrainConfig
+from miles.config.sections.weights import WeightsConfig
 from miles.precision.number_types import AUTO
 
 

@@ -6,8 +6,8 @@ import asyncio
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
-from miles.launcher.chaos import Drill
-from miles.launcher.local import LocalCluster
+from miles.launcher.cluster import LocalCluster
+from miles.launcher.drill.drill import Drill
 
 T = TypeVar("T")
 

@@ -17,18 +17,18 @@ from rich.console import Console
 from rich.logging import RichHandler
 
 from miles.config import ConfigError, JobConfig
-from miles.config.docs import help_text
-from miles.config.dry_run import checked_config, describe_run
-from miles.config.flags import parse_command_line
-from miles.config.plan import tls_environment
+from miles.config.command.flags import parse_command_line
+from miles.config.command.reference_page import help_text
 from miles.launcher.attend import attend
-from miles.launcher.chaos import Drill, drill_of, recovery_table
-from miles.launcher.interrupts import Interrupts, cancel_this_task, leave_nothing_running
-from miles.launcher.local import LocalCluster
+from miles.launcher.cluster import LocalCluster
+from miles.launcher.drill.drill import Drill, drill_of, recovery_table
+from miles.launcher.dry_run import checked_config, describe_run
+from miles.launcher.plan import tls_environment
 from miles.launcher.process import ProcessGivenUpError
 from miles.launcher.report import CURVE_NAME, plot_reward, print_summary
-from miles.launcher.stop_run import describe, stop_run
-from miles.launcher.stopping import Moment
+from miles.launcher.stopping.interrupts import Interrupts, cancel_this_task, leave_nothing_running
+from miles.launcher.stopping.rules import Moment
+from miles.launcher.stopping.stop_run import describe, stop_run
 from miles.launcher.watch import RunView
 from miles.rpc import ExitCode, ServiceExit, connect
 from miles.rpc.gen import controller_pb2, controller_pb2_grpc, job_pb2

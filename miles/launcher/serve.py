@@ -14,17 +14,17 @@ from rich.console import Console
 from rich.logging import RichHandler
 
 from miles.config import ConfigError, JobConfig
-from miles.config.catalog import catalog
-from miles.config.environment import deployment_faults
-from miles.config.faults import Fault
-from miles.config.flags import parse_command_line
+from miles.config.checks.environment import deployment_faults
+from miles.config.command.flags import parse_command_line
 from miles.config.job import examine, resolved
-from miles.config.plan import tls_environment
+from miles.config.schema.catalog import catalog
+from miles.config.schema.faults import Fault
 from miles.launcher.attend import attend
-from miles.launcher.chaos import drill_of, recovery_table
-from miles.launcher.interrupts import Interrupts, cancel_this_task, leave_nothing_running
-from miles.launcher.local import LocalCluster
+from miles.launcher.cluster import LocalCluster
+from miles.launcher.drill.drill import drill_of, recovery_table
+from miles.launcher.plan import tls_environment
 from miles.launcher.process import ProcessGivenUpError
+from miles.launcher.stopping.interrupts import Interrupts, cancel_this_task, leave_nothing_running
 from miles.rpc.exit_codes import ExitCode, ServiceExit
 
 SECTIONS = ("services", "cluster", "gateway", "tls")

@@ -19,7 +19,7 @@ import torch
 from miles.rpc.channel import connect
 from miles.rpc.gen import policy_pb2, weightsync_pb2, weightsync_pb2_grpc
 from miles.weights import manifest as manifests
-from miles.weights.adapted import AdaptedWeights, AdapterBase
+from miles.weights.adapters.merging import AdaptedWeights, AdapterBase
 from miles.weights.check import check_weight_update_equal
 from miles.weights.manifest import ManifestError
 from miles.weights.reach import usable_transports

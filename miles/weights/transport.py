@@ -126,17 +126,17 @@ def create_transport(kind: TransportKind.ValueType, endpoint: Endpoint | None = 
 
             return SharedMemoryTransport()
         case weightsync_pb2.TRANSPORT_KIND_DISK_DELTA:
-            from miles.weights.transports.disk_delta import DiskDeltaTransport
+            from miles.weights.transports.disk_delta.transport import DiskDeltaTransport
 
             return DiskDeltaTransport()
         case weightsync_pb2.TRANSPORT_KIND_GRPC_CHUNKS:
-            from miles.weights.transports.grpc_chunks import GrpcChunksTransport
+            from miles.weights.transports.grpc_chunks.transport import GrpcChunksTransport
 
             if endpoint is None or not endpoint.address:
                 raise ValueError("grpc_chunks needs the address of the weightsync service; give it as Endpoint.address")
             return GrpcChunksTransport(endpoint.address)
         case weightsync_pb2.TRANSPORT_KIND_COLLECTIVE:
-            from miles.weights.transports.collective import CollectiveTransport
+            from miles.weights.transports.collective.transport import CollectiveTransport
 
             return CollectiveTransport(endpoint or Endpoint())
         case weightsync_pb2.TRANSPORT_KIND_CUDA_IPC:

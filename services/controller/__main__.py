@@ -16,13 +16,13 @@ from miles.queue.backpressure import TRANSIENT
 from miles.rpc import ExitCode, ServiceExit, main, start_server
 from miles.rpc.gen.controller_pb2_grpc import add_ControllerServiceServicer_to_server
 from miles.rpc.gen.records_pb2_grpc import add_RecordsServiceServicer_to_server
-from miles.services.controller.job_runner import JobRunner
-from miles.services.controller.job_scheduler import JobScheduler
-from miles.services.controller.records import JobStore
-from miles.services.controller.records_service import SERVICE_NAME as RECORDS_SERVICE_NAME
-from miles.services.controller.records_service import RecordsServicer
-from miles.services.controller.registry import WorkerRegistry
+from miles.services.controller.artifacts.service import SERVICE_NAME as RECORDS_SERVICE_NAME
+from miles.services.controller.artifacts.service import RecordsServicer
+from miles.services.controller.jobs.runner import JobRunner
+from miles.services.controller.jobs.scheduler import JobScheduler
+from miles.services.controller.jobs.store import JobStore
 from miles.services.controller.service import ControllerServicer
+from miles.services.controller.workers.registry import WorkerRegistry
 
 logger = logging.getLogger(__name__)
 

@@ -11,9 +11,10 @@ import grpc.aio
 
 from miles.config import ConfigError, JobConfig
 from miles.rpc.gen import controller_pb2, controller_pb2_grpc, job_pb2, weightsync_pb2
-from miles.services.controller.config_check import check_config
-from miles.services.controller.job_scheduler import RESUMABLE, JobScheduler, OperationReusedError
-from miles.services.controller.records import (
+from miles.services.controller.clients.weightsync import WeightsLink
+from miles.services.controller.jobs.config_check import check_config
+from miles.services.controller.jobs.scheduler import RESUMABLE, JobScheduler, OperationReusedError
+from miles.services.controller.jobs.store import (
     BadPageToken,
     JobStore,
     RunDirTakenError,
@@ -21,9 +22,8 @@ from miles.services.controller.records import (
     is_event_id,
     new_job,
 )
-from miles.services.controller.registry import AttachedWorker, WorkerRegistry
-from miles.services.controller.weights_link import WeightsLink
-from miles.services.controller.workers import Workers
+from miles.services.controller.status.worker_overview import Workers
+from miles.services.controller.workers.registry import AttachedWorker, WorkerRegistry
 
 
 class ControllerServicer(controller_pb2_grpc.ControllerServiceServicer):

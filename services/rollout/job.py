@@ -12,17 +12,17 @@ from typing import TYPE_CHECKING, Any
 
 from miles.queue import GroupQueue, Holder, PartialStore, connect_async
 from miles.rpc.gen import policy_pb2, rollout_pb2
-from miles.services.rollout.engine import PauseMode, RolloutEngine
-from miles.services.rollout.filters import load_filter
-from miles.services.rollout.group_runner import GroupRun, GroupTools
-from miles.services.rollout.leases import Lease, Outcome, Purpose
-from miles.services.rollout.scoring import Scorer
-from miles.services.rollout.serving import Serving
+from miles.services.rollout.engines.base import PauseMode, RolloutEngine
+from miles.services.rollout.groups.filters import load_filter
+from miles.services.rollout.groups.messages import Lease, Outcome, Purpose
+from miles.services.rollout.groups.runner import GroupRun, GroupTools
+from miles.services.rollout.groups.scoring import Scorer
+from miles.services.rollout.serving.readiness import Serving
 
 if TYPE_CHECKING:
     from miles.config import JobConfig
     from miles.reward_sdk.client import RewardClient
-    from miles.weights.adapted import AdapterBase
+    from miles.weights.adapters.merging import AdapterBase
     from miles.weights.subscriber import SubscriberState, WeightTarget
 
 log = logging.getLogger(__name__)
@@ -160,8 +160,8 @@ class RolloutJob:
     def _read_base(self) -> AdapterBase:
         import torch
 
-        from miles.services.rollout.checkpoint_weights import read_weights
-        from miles.weights.adapted import AdapterBase
+        from miles.services.rollout.engines.checkpoint_weights import read_weights
+        from miles.weights.adapters.merging import AdapterBase
 
         rollout = self.config.rollout
         # A server of its own needs its GPU to itself, and gets weights from host memory bucket by bucket.
@@ -208,7 +208,7 @@ class RolloutJob:
         self._closing.push_async_callback(subscriber.close)
 
     async def _load_checkpoint(self) -> None:
-        from miles.services.rollout.checkpoint_weights import read_weights
+        from miles.services.rollout.engines.checkpoint_weights import read_weights
 
         rollout = self.config.rollout
         weights = await asyncio.to_thread(read_weights, str(rollout.hf_checkpoint), rollout.rollout_dtype)

@@ -7,8 +7,8 @@ import logging
 from collections.abc import AsyncGenerator, AsyncIterator
 
 from miles.rpc.gen import rollout_pb2
+from miles.services.rollout.groups.messages import Failed, Lease, Outcome, Purpose, lease_from_proto, outcome_to_proto
 from miles.services.rollout.job import RolloutJob
-from miles.services.rollout.leases import Failed, Lease, Outcome, Purpose, lease_from_proto, outcome_to_proto
 from miles.types import MalformedMessage
 
 log = logging.getLogger(__name__)

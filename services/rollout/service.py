@@ -17,11 +17,11 @@ from redis.exceptions import RedisError
 
 from miles.queue import RedisUnsuitable
 from miles.rpc.gen import controller_pb2, rollout_pb2, rollout_pb2_grpc, sample_pb2
-from miles.services.rollout.engine import FinishReason, GenerationDelta, GenerationRequest, PauseMode
+from miles.services.rollout.engines.base import FinishReason, GenerationDelta, GenerationRequest, PauseMode
+from miles.services.rollout.groups.messages import sampling_from_proto
 from miles.services.rollout.job import RolloutJob
-from miles.services.rollout.leases import sampling_from_proto
-from miles.services.rollout.pauses import PauseRefused
 from miles.services.rollout.run_stream import RunStream
+from miles.services.rollout.serving.pauses import PauseRefused
 from miles.types.convert import array_from_proto, array_to_proto
 
 log = logging.getLogger(__name__)

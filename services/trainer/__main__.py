@@ -20,8 +20,8 @@ from miles.rpc.advertise import add_advertise_flag
 if TYPE_CHECKING:
     import torch
 
-    from miles.services.trainer.ranks import Ranks
-    from miles.services.trainer.worker import RankWorker
+    from miles.services.trainer.ranks.collective_calls import Ranks
+    from miles.services.trainer.ranks.worker import RankWorker
 
 _STOP_GRACE_S = 2.0
 _LAST_COMMAND_S = 5.0
@@ -56,8 +56,8 @@ def run(arguments: argparse.Namespace) -> None:
     """Join the other ranks, then serve (rank 0) or follow."""
     import torch.distributed as dist
 
-    from miles.services.trainer.ranks import Ranks, follow
-    from miles.services.trainer.worker import RankWorker
+    from miles.services.trainer.ranks.collective_calls import Ranks, follow
+    from miles.services.trainer.ranks.worker import RankWorker
 
     if "TORCHELASTIC_RUN_ID" in os.environ:
         _end_with(os.getppid())
@@ -93,7 +93,7 @@ def join(device_name: str, backend: str | None, timeout_minutes: float) -> torch
     import torch.distributed as dist
     from torch.distributed import HashStore  # type: ignore[attr-defined]
 
-    from miles.config.device import detect_device
+    from miles.config.checks.device import detect_device
 
     name = detect_device() if device_name == "auto" else device_name
     device = torch.device(name)
@@ -114,7 +114,7 @@ async def serve(arguments: argparse.Namespace, ranks: Ranks, worker: RankWorker)
     """Serve until cancelled; the first line on stdout is `listening on HOST:PORT`."""
     from miles.precision.speed import worker_speed
     from miles.rpc.gen import controller_pb2, trainer_pb2_grpc
-    from miles.services.trainer.leader import Leader
+    from miles.services.trainer.ranks.leader import Leader
     from miles.services.trainer.service import SERVICE_NAME, TrainerServicer
 
     speed = await asyncio.to_thread(worker_speed, worker.device.type)

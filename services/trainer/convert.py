@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from miles.config import JobConfig
-    from miles.services.trainer.backends.megatron.model import MegatronModel
+    from miles.services.trainer.backends.megatron.model.model import MegatronModel
 
 _SIZES = ("tensor-model-parallel-size", "pipeline-model-parallel-size", "expert-model-parallel-size")
 
@@ -46,9 +46,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def hf_to_dist(config: JobConfig, directory: pathlib.Path) -> None:
     """Write the model's weights as a checkpoint of step 0 below `directory`; collective."""
-    from miles.services.trainer.backend import TrainerState
-    from miles.services.trainer.backends.megatron import checkpoint
-    from miles.services.trainer.checkpoint_record import Record, digest, folder_name
+    from miles.services.trainer.backends.base import TrainerState
+    from miles.services.trainer.backends.megatron.checkpoint import checkpoint
+    from miles.services.trainer.checkpoint.record import Record, digest, folder_name
 
     model = _model(config)
     record = Record(state=TrainerState(), iteration=0, world_size=1, config_digest=digest(config))
@@ -63,18 +63,18 @@ def dist_to_hf(config: JobConfig, source: pathlib.Path, directory: pathlib.Path)
     """
     import torch.distributed as dist
 
-    from miles.services.trainer import settings
-    from miles.services.trainer.backends.megatron import checkpoint
+    from miles.services.trainer.backends.megatron.checkpoint import checkpoint
+    from miles.services.trainer.backends.megatron.checkpoint.hf_files import write_hf_checkpoint
     from miles.services.trainer.backends.megatron.export import Exporter
-    from miles.services.trainer.backends.megatron.hf_files import write_hf_checkpoint
-    from miles.services.trainer.checkpoint_record import newest
+    from miles.services.trainer.checkpoint.record import newest
+    from miles.services.trainer.step import algorithm_options
 
     found = newest(source) or source
     if not (found / "metadata.json").is_file():
         raise FileNotFoundError(f"there is no checkpoint in {source}; give a folder that `save` wrote")
     model = _model(config)
     checkpoint.load_weights(found, model)
-    out_type = settings.DTYPES[config.rollout.rollout_dtype]
+    out_type = algorithm_options.DTYPES[config.rollout.rollout_dtype]
     exporter = Exporter(model, out_type, fuse_experts=False)
     partial = directory.with_name(directory.name + ".tmp")
     write_hf_checkpoint(partial, pathlib.Path(str(config.rollout.hf_checkpoint)), exporter.tensors(), out_type)
@@ -84,11 +84,11 @@ def dist_to_hf(config: JobConfig, source: pathlib.Path, directory: pathlib.Path)
 
 
 def _model(config: JobConfig) -> MegatronModel:
-    from miles.services.trainer import settings
-    from miles.services.trainer.backends.megatron import groups
-    from miles.services.trainer.backends.megatron.model import build_model
+    from miles.services.trainer.backends.megatron.model.model import build_model
+    from miles.services.trainer.backends.megatron.parallel import groups
+    from miles.services.trainer.step import algorithm_options
 
-    dtype = settings.DTYPES[config.train.train_dtype]
+    dtype = algorithm_options.DTYPES[config.train.train_dtype]
     place = groups.initialize(config.megatron, config.train.seed, config.cluster.distributed_timeout_minutes)
     return build_model(config, place, dtype, wrap=False)
 

@@ -20,13 +20,13 @@ from miles.queue import GroupQueue, connect_async
 from miles.queue.payload import encode_group
 from miles.rpc import connect_blocking
 from miles.rpc.gen import controller_pb2, policy_pb2, trainer_pb2, trainer_pb2_grpc, weightsync_pb2_grpc
-from miles.services.trainer.abandoning import Abandonment
 from miles.services.trainer.answers import WORD_EVERY_S, as_status, refuse, until_done
-from miles.services.trainer.backend import Progress, TrainerState
-from miles.services.trainer.checkpointing import Checkpointing
-from miles.services.trainer.leader import Leader
-from miles.services.trainer.ranks import Command
-from miles.services.trainer.rollout_metrics import rollout_metrics
+from miles.services.trainer.backends.base import Progress, TrainerState
+from miles.services.trainer.checkpoint.state import Checkpointing
+from miles.services.trainer.ranks.abandoning import Abandonment
+from miles.services.trainer.ranks.collective_calls import Command
+from miles.services.trainer.ranks.leader import Leader
+from miles.services.trainer.step.rollout_metrics import rollout_metrics
 from miles.types import SampleGroup
 
 if TYPE_CHECKING:
@@ -276,10 +276,10 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServiceServicer):
         return True
 
     async def _publish(self, job: _Job, version: int) -> PublishResult:
-        from miles.services.trainer.exporting import export_command, merge
+        from miles.services.trainer.export import export_command, merge
         from miles.weights import WeightPublisher
-        from miles.weights.modes import ENCODING_OF_NAME, TRANSPORT_OF_MODE
         from miles.weights.publisher import DeltaSettings
+        from miles.weights.transports.names import ENCODING_OF_NAME, TRANSPORT_OF_MODE
 
         worker, weights = self._leader.worker, job.config.weights
         publisher = job.publisher = job.publisher or WeightPublisher(

@@ -13,9 +13,9 @@ import grpc.aio
 from miles.rpc import WorkerAttachment, main, start_server
 from miles.rpc.advertise import add_advertise_flag
 from miles.rpc.gen import controller_pb2, weightsync_pb2_grpc
-from miles.services.weightsync.records import Settings
 from miles.services.weightsync.segments import default_directory
 from miles.services.weightsync.service import SERVICE_NAME, WeightSyncServicer
+from miles.services.weightsync.state import Settings
 
 _STOP_GRACE_S = 2.0
 

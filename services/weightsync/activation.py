@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 
-from miles.services.weightsync.records import Engine, Outcome
+from miles.services.weightsync.state import Engine, Outcome
 
 
 @dataclasses.dataclass(slots=True)

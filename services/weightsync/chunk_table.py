@@ -10,9 +10,9 @@ from collections.abc import Iterable, Sequence
 
 from miles.cores import usable_cores
 from miles.rpc.gen import policy_pb2, weightsync_pb2
-from miles.services.weightsync.records import Refused
-from miles.weights import chunks as chunking
+from miles.services.weightsync.state import Refused
 from miles.weights import manifest as manifests
+from miles.weights.transports.grpc_chunks import chunks as chunking
 
 
 class ChunkTable:

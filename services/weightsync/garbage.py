@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from miles.services.weightsync.records import Engine, Version, VersionState
+from miles.services.weightsync.state import Engine, Version, VersionState
 
 
 def needed(engines: Iterable[Engine], roots: Iterable[int | None]) -> set[int]:

@@ -12,11 +12,11 @@ from miles.rpc.gen import policy_pb2, weightsync_pb2
 from miles.services.weightsync import topology
 from miles.services.weightsync.chunk_table import ChunkTable
 from miles.services.weightsync.folders import FULL_EVERY, Folder, FolderStore
-from miles.services.weightsync.records import UnknownVersion
 from miles.services.weightsync.segments import Segment, SegmentStore
+from miles.services.weightsync.state import UnknownVersion
 from miles.services.weightsync.store import HoldingRecord, StateStore
 from miles.services.weightsync.topology import Placement
-from miles.weights.chunks import CHUNK_BYTES
+from miles.weights.transports.grpc_chunks.chunks import CHUNK_BYTES
 
 logger = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ from collections.abc import Collection, Iterable
 
 from miles.services.weightsync import garbage
 from miles.services.weightsync.activation import Activation
-from miles.services.weightsync.records import (
+from miles.services.weightsync.state import (
     Action,
     Disconnect,
     Ended,

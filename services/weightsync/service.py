@@ -14,8 +14,8 @@ import grpc.aio
 from miles.rpc.gen import controller_pb2, policy_pb2, weightsync_pb2, weightsync_pb2_grpc
 from miles.services.weightsync.chunk_table import ChunkTable
 from miles.services.weightsync.folders import FolderStore
-from miles.services.weightsync.records import Outcome, Refused, Settings, UnknownVersion
 from miles.services.weightsync.segments import OutOfMemory, SegmentStore
+from miles.services.weightsync.state import Outcome, Refused, Settings, UnknownVersion
 from miles.services.weightsync.store import StateStore
 from miles.services.weightsync.stream import StreamRuntime, stream_key
 from miles.services.weightsync.topology import NoTransport

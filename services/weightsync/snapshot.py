@@ -6,7 +6,7 @@ import dataclasses
 from typing import Any
 
 from miles.services.weightsync.publication import Publication
-from miles.services.weightsync.records import Engine, Now, Outcome, Settings, Version, VersionState
+from miles.services.weightsync.state import Engine, Now, Outcome, Settings, Version, VersionState
 
 
 def save(machine: Publication) -> dict[str, Any]:

@@ -17,7 +17,8 @@ from miles.services.weightsync.chunk_table import ChunkTable
 from miles.services.weightsync.folders import FolderStore
 from miles.services.weightsync.holdings import Holdings
 from miles.services.weightsync.publication import Publication
-from miles.services.weightsync.records import (
+from miles.services.weightsync.segments import SegmentStore
+from miles.services.weightsync.state import (
     Action,
     Disconnect,
     Ended,
@@ -32,7 +33,6 @@ from miles.services.weightsync.records import (
     Send,
     Settings,
 )
-from miles.services.weightsync.segments import SegmentStore
 from miles.services.weightsync.store import StateStore
 from miles.weights import manifest as manifests
 

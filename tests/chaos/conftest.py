@@ -11,7 +11,7 @@ import psutil
 import pytest
 from rich.console import Console
 
-from miles.launcher.chaos import recovery_table
+from miles.launcher.drill.drill import recovery_table
 from miles.rpc import ExitCode
 from tests.e2e.conftest import Run, recipe, start_run, tiny_dense
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from miles.launcher.chaos import Recovery
+from miles.launcher.drill.drill import Recovery
 
 from .stack import BATCH, Ended, Stack
 

@@ -17,8 +17,8 @@ import numpy as np
 from safetensors.numpy import load_file
 
 from miles.launcher.attend import attend
-from miles.launcher.chaos import Drill, Recovery
-from miles.launcher.local import LocalCluster
+from miles.launcher.cluster import LocalCluster
+from miles.launcher.drill.drill import Drill, Recovery
 from miles.launcher.main import watch_job
 from miles.launcher.serve import service_config
 from miles.rpc import connect

@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from miles.client import GatewayUnreachableError, MilesClient, MilesError
-from miles.launcher.local import free_port
+from miles.launcher.cluster import free_port
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 START_S = 400.0

@@ -14,12 +14,12 @@ from sglang_kit import GPU_FLAGS, largest_difference, options, reference_log_pro
 from torch_engine_models import prompt_of, save_checkpoint, weights_of
 
 from miles.rpc.gen import weightsync_pb2
-from miles.services.rollout.engine import PauseMode
+from miles.services.rollout.engines.base import PauseMode
 from miles.services.rollout.engines.sglang import SglangEngine
-from miles.services.rollout.engines.sglang.updates import checksum
+from miles.services.rollout.engines.sglang.weights.session import checksum
 from miles.weights.check import check_weight_update_equal
 from miles.weights.transport import Endpoint
-from miles.weights.transports.collective_group import Timing
+from miles.weights.transports.collective.group import Timing
 
 pytest.importorskip("sglang")
 pytestmark = [

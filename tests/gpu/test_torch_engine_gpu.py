@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch_engine_models import prompt_of, reference_log_probs, respond, running_engine, save_checkpoint, weights_of
 
-from miles.services.rollout.engine import PauseMode
+from miles.services.rollout.engines.base import PauseMode
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
 

@@ -20,8 +20,8 @@ from trainer_cases import write_dense_model, write_moe_model
 from weightsync_processes import JOB, Lines, Service, digest
 
 from miles.rpc.gen import policy_pb2
-from miles.services.rollout.engine import PauseMode
-from miles.services.rollout.serving import Serving
+from miles.services.rollout.engines.base import PauseMode
+from miles.services.rollout.serving.readiness import Serving
 from miles.weights import WeightSubscriber
 from miles.weights.manifest import ManifestError, checksum
 from miles.weights.transport import Endpoint

@@ -18,8 +18,8 @@ import numpy as np
 import pytest
 
 from miles.queue import RedisServer
-from miles.services.controller.timeline import NAME, TimelineWriter
-from miles.services.trainer.sample_log import SampleLog, TokenNumbers
+from miles.services.controller.status.timeline import NAME, TimelineWriter
+from miles.services.trainer.step.sample_log import SampleLog, TokenNumbers
 from miles.telemetry import MetricsWriter
 from miles.types import Sample, SampleStatus, VersionSpan
 

@@ -17,9 +17,10 @@ from weightsync_processes import Engine, Lines, Service, digest
 
 from miles.queue import GroupQueue, connect_async
 from miles.rpc.gen import policy_pb2
-from miles.services.rollout.checkpoint_weights import read_weights
-from miles.weights import SubscriberState, WeightSubscriber, lora, peft_folder
-from miles.weights.adapted import AdapterBase
+from miles.services.rollout.engines.checkpoint_weights import read_weights
+from miles.weights import SubscriberState, WeightSubscriber
+from miles.weights.adapters import lora, peft_folder
+from miles.weights.adapters.merging import AdapterBase
 
 RANK = 4
 Tensors = dict[str, torch.Tensor]

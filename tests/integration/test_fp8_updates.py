@@ -13,8 +13,8 @@ from trainer_cases import job_config, write_dense_model, write_moe_model
 from trainer_process import TrainerProcess
 from weight_host import JOB, POLICY, Host, raw
 
-from miles.services.rollout.checkpoint_weights import read_weights
-from miles.services.rollout.engines.torch.parameters import WeightMismatch
+from miles.services.rollout.engines.checkpoint_weights import read_weights
+from miles.services.rollout.engines.torch.model.parameters import WeightMismatch
 from miles.weights import WeightSubscriber
 from miles.weights.export_format import formatted
 from miles.weights.fp8 import Fp8Blocks, whole_weights

@@ -14,7 +14,7 @@ from redis.exceptions import OutOfMemoryError
 
 from miles.queue import RedisServer, connect_async
 from miles.rpc.gen import job_pb2
-from miles.services.controller.records import JobStore, UnknownJobError, new_job
+from miles.services.controller.jobs.store import JobStore, UnknownJobError, new_job
 
 
 @pytest_asyncio.fixture

@@ -5,8 +5,8 @@ import subprocess
 from config_cases import MINIMAL
 
 from miles.config import JobConfig
-from miles.config.plan import plan_run, plan_workers
-from miles.launcher.local import free_port
+from miles.launcher.cluster import free_port
+from miles.launcher.plan import plan_run, plan_workers
 
 
 def test_services_get_the_flags_that_they_have() -> None:

@@ -9,7 +9,7 @@ import psutil
 
 PROGRAM = """
 import subprocess, sys
-from miles.launcher.process_tree import kill_descendants
+from miles.launcher.stopping.process_tree import kill_descendants
 sleeper = "import time; time.sleep(60)"
 parent = f"import subprocess, sys; p = subprocess.Popen([sys.executable, '-c', '{sleeper}'], start_new_session=True); "
 parent += "print(p.pid, flush=True); p.wait()"

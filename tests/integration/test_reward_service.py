@@ -19,12 +19,12 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from miles.config.reward import RewardConfig
+from miles.config.sections.reward import RewardConfig
 from miles.reward_sdk import RewardClient, ScoreOutcome
 from miles.reward_sdk.servicer import SERVICE_NAME
 from miles.rpc import connect
 from miles.rpc.gen import reward_pb2, reward_pb2_grpc
-from miles.services.rollout.scoring import Scorer
+from miles.services.rollout.groups.scoring import Scorer
 from miles.types import Sample, SampleStatus, VersionSpan
 from miles.types.convert import sample_to_proto
 

@@ -19,8 +19,8 @@ from transformers import AutoTokenizer
 
 from miles.queue import GroupQueue, PartialStore, connect_async
 from miles.rpc.gen import rollout_pb2
-from miles.services.rollout import group_runner
-from miles.services.rollout.trajectory import FINISHED
+from miles.services.rollout.groups import runner as group_runner
+from miles.services.rollout.groups.trajectory import FINISHED
 from miles.types import Sample, SampleGroup, SampleStatus, VersionSpan
 from miles.types.convert import group_from_proto
 

@@ -23,7 +23,7 @@ from torch_engine_models import prompt_of, save_checkpoint, weights_of
 from miles.queue import GroupQueue, PartialStore, connect_async
 from miles.rpc import connect, connect_blocking, start_server
 from miles.rpc.gen import rollout_pb2, rollout_pb2_grpc, weightsync_pb2, weightsync_pb2_grpc
-from miles.services.rollout.engine import PauseMode
+from miles.services.rollout.engines.base import PauseMode
 from miles.services.weightsync.service import WeightSyncServicer
 from miles.types import VersionSpan
 from miles.types.convert import array_from_proto, array_to_proto
@@ -308,7 +308,7 @@ async def test_a_pause_that_outlives_its_lease_ends_in_quarantine_until_a_full_l
 async def test_an_engine_that_hangs_leaves_routing(
     rollout: Rollout, rewards: str, job_id: str, folder: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("miles.services.rollout.serving.ENGINE_SILENCE_S", 0.6)
+    monkeypatch.setattr("miles.services.rollout.serving.readiness.ENGINE_SILENCE_S", 0.6)
     await rollout.start_job(job_id, job_config(folder), rewards)
     run = await rollout.run(job_id)
     await run.send(lease(job_id, 1, **LONG))

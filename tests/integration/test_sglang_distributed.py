@@ -21,13 +21,13 @@ from weight_host import JOB, POLICY, Host
 
 from miles.rpc.gen import weightsync_pb2
 from miles.services.rollout.engines.sglang import SglangEngine
-from miles.services.rollout.engines.sglang.member import ServerMember
-from miles.services.rollout.engines.sglang.replica import Replica
+from miles.services.rollout.engines.sglang.server.replica import Replica
+from miles.services.rollout.engines.sglang.weights.broadcast_member import ServerMember
 from miles.weights import SubscriberState, WeightSubscriber
 from miles.weights.check import check_weight_update_equal
 from miles.weights.transport import Endpoint
-from miles.weights.transports.collective import CollectiveTransport
-from miles.weights.transports.collective_group import Watch
+from miles.weights.transports.collective.group import Watch
+from miles.weights.transports.collective.transport import CollectiveTransport
 
 pytestmark = [
     pytest.mark.engine,

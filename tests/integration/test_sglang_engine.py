@@ -21,10 +21,10 @@ from sglang_kit import (
 )
 from torch_engine_models import END_TOKEN, prompt_of, save_checkpoint, weights_of
 
-from miles.services.rollout.engine import FinishReason, GenerationRequest, PauseMode, SamplingParams
+from miles.services.rollout.engines.base import FinishReason, GenerationRequest, PauseMode, SamplingParams
 from miles.services.rollout.engines.sglang import SglangEngine
-from miles.services.rollout.engines.sglang.probes import ask
-from miles.services.rollout.engines.sglang.updates import WeightUpdate, checksum, drain_device, write_files
+from miles.services.rollout.engines.sglang.server.probes import ask
+from miles.services.rollout.engines.sglang.weights.session import WeightUpdate, checksum, drain_device, write_files
 from miles.weights.manifest import ChecksumMismatch
 
 pytestmark = [

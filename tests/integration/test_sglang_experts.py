@@ -14,7 +14,7 @@ import torch
 from sglang_kit import ON_GPU, have_sglang, largest_difference, options, reference_log_probs, respond, running
 from torch_engine_models import prompt_of, save_checkpoint, weights_of
 
-from miles.services.rollout.engine import FinishReason, PauseMode
+from miles.services.rollout.engines.base import FinishReason, PauseMode
 from miles.services.rollout.engines.sglang import SglangEngine
 
 pytestmark = [

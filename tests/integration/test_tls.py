@@ -106,8 +106,8 @@ async def test_a_certificate_of_another_name_or_time_is_refused(authority: Autho
 
 async def test_a_worker_attaches_over_mutual_tls(authority: Authority, use: Callable[..., None]) -> None:
     """An attachment is a stream in both directions, kept open."""
-    from miles.services.controller.registry import WorkerRegistry
     from miles.services.controller.service import ControllerServicer
+    from miles.services.controller.workers.registry import WorkerRegistry
 
     use(**authority.issue("node"), **{CA: authority.path, MUTUAL: "1"})
     registry = WorkerRegistry()

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch_engine_models import Response, prompt_of, respond, running_engine, save_checkpoint, weights_of
 
-from miles.services.rollout.engine import GenerationRequest, PauseMode, SamplingParams
+from miles.services.rollout.engines.base import GenerationRequest, PauseMode, SamplingParams
 
 pytestmark = pytest.mark.engine
 

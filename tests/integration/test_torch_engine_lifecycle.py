@@ -18,11 +18,11 @@ from torch_engine_models import (
     weights_of,
 )
 
-from miles.services.rollout.engine import FinishReason, GenerationRequest, PauseMode, SamplingParams
 from miles.services.rollout.engines import create_engine
+from miles.services.rollout.engines.base import FinishReason, GenerationRequest, PauseMode, SamplingParams
 from miles.services.rollout.engines.torch import EngineFailed, TorchEngine
-from miles.services.rollout.engines.torch.model import UnsupportedModel
-from miles.services.rollout.engines.torch.parameters import WeightMismatch
+from miles.services.rollout.engines.torch.model.build import UnsupportedModel
+from miles.services.rollout.engines.torch.model.parameters import WeightMismatch
 from miles.types import VersionSpan
 
 pytestmark = pytest.mark.engine

@@ -19,7 +19,7 @@ from weightsync_processes import Service
 
 from miles.queue import GroupQueue, connect_async
 from miles.rpc.gen import trainer_pb2
-from miles.services.trainer.checkpoint_record import newest
+from miles.services.trainer.checkpoint.record import newest
 
 
 @pytest.fixture

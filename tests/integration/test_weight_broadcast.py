@@ -21,9 +21,9 @@ from weightsync_processes import Lines
 from miles.rpc.gen import weightsource_pb2
 from miles.weights.flat import FlatWeights
 from miles.weights.manifest import ChecksumMismatch, ManifestError
-from miles.weights.transports.collective import CollectiveTransport, local_host
-from miles.weights.transports.collective_group import Watch
-from miles.weights.transports.collective_member import receive_from
+from miles.weights.transports.collective.group import Watch
+from miles.weights.transports.collective.member import receive_from
+from miles.weights.transports.collective.transport import CollectiveTransport, local_host
 
 SUPPORT = pathlib.Path(__file__).parent.parent / "support"
 BUCKET_BYTES = 4096

@@ -29,7 +29,7 @@ from miles.rpc.gen import policy_pb2, sample_pb2, weightsync_pb2, weightsync_pb2
 from miles.weights import PublishResult, SubscriberState, WeightPublisher, WeightSubscriber
 from miles.weights import manifest as manifests
 from miles.weights.manifest import ManifestError
-from miles.weights.transports.grpc_chunks import GrpcChunksTransport
+from miles.weights.transports.grpc_chunks.transport import GrpcChunksTransport
 
 TRANSPORTS = ["SHARED_MEMORY", "DISK_DELTA", "GRPC_CHUNKS"]
 Tensors = dict[str, torch.Tensor]

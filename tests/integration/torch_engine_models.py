@@ -20,7 +20,7 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from miles.services.rollout.engine import GenerationRequest, GenerationResult, SamplingParams
+from miles.services.rollout.engines.base import GenerationRequest, GenerationResult, SamplingParams
 from miles.services.rollout.engines.torch import TorchEngine
 
 FAMILIES = ("llama", "qwen2", "qwen3", "qwen3_moe")

@@ -15,9 +15,9 @@ from collections.abc import Mapping
 import torch
 
 from miles.rpc.gen import policy_pb2
-from miles.services.rollout.checkpoint_weights import read_weights
+from miles.services.rollout.engines.checkpoint_weights import read_weights
 from miles.weights import SubscriberState, WeightSubscriber
-from miles.weights.adapted import AdapterBase
+from miles.weights.adapters.merging import AdapterBase
 from miles.weights.manifest import checksum
 
 

@@ -14,8 +14,8 @@ import torch
 
 from miles.rpc import connect, connect_blocking, start_server
 from miles.rpc.gen import policy_pb2, weightsync_pb2, weightsync_pb2_grpc
-from miles.services.weightsync.records import Settings
 from miles.services.weightsync.service import SERVICE_NAME, WeightSyncServicer
+from miles.services.weightsync.state import Settings
 from miles.weights import PublishResult, WeightPublisher
 from miles.weights.transport import Endpoint
 

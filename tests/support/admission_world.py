@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from miles.services.controller.admission import Admission, Batch
+from miles.services.controller.run.admission import Admission, Batch
 
 
 class World:

@@ -12,8 +12,8 @@ import torch
 from broadcast_kit import QUICK, read
 
 from miles.rpc.gen import weightsource_pb2
-from miles.weights.transports.collective_group import Group, Watch
-from miles.weights.transports.collective_member import receive_from
+from miles.weights.transports.collective.group import Group, Watch
+from miles.weights.transports.collective.member import receive_from
 
 _AFTER_BUCKETS = 2
 

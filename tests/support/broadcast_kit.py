@@ -12,8 +12,8 @@ from miles.rpc.gen import policy_pb2, weightsync_pb2
 from miles.weights import manifest as manifests
 from miles.weights.dtypes import wire_dtype
 from miles.weights.transport import Endpoint, WeightTransport, buckets
-from miles.weights.transports.collective import CollectiveTransport
-from miles.weights.transports.collective_group import Timing
+from miles.weights.transports.collective.group import Timing
+from miles.weights.transports.collective.transport import CollectiveTransport
 
 Published = tuple[weightsync_pb2.TransportHandle, policy_pb2.Manifest]
 QUICK = Timing(gather_s=0.2, linger_s=0.5, connect_s=1.0, patience_s=5.0, deadline_s=40.0)

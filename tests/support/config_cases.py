@@ -8,7 +8,7 @@ from typing import Any
 from hypothesis import strategies as st
 
 from miles.config import ConfigError, JobConfig
-from miles.config.catalog import Entry, catalog
+from miles.config.schema.catalog import Entry, catalog
 
 MINIMAL: dict[str, Any] = {
     "hf_checkpoint": "model",

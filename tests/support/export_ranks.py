@@ -19,8 +19,8 @@ from trainer_cases import job_config
 
 from miles.rpc.gen import policy_pb2, weightsync_pb2
 from miles.services.trainer.backends.fsdp.backend import FsdpBackend
-from miles.services.trainer.exporting import export_command, merge, send_share
-from miles.services.trainer.ranks import Ranks
+from miles.services.trainer.export import export_command, merge, send_share
+from miles.services.trainer.ranks.collective_calls import Ranks
 from miles.weights import manifest as manifests
 from miles.weights.dtypes import wire_dtype
 from miles.weights.publisher import Draft, WeightSender

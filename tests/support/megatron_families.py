@@ -13,12 +13,12 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from trainer_cases import job_config
 
-from miles.services.trainer.backends.megatron import groups
+from miles.services.trainer.backends.megatron.checkpoint.hf_files import original_of
 from miles.services.trainer.backends.megatron.export import Exporter
-from miles.services.trainer.backends.megatron.hf_files import original_of
-from miles.services.trainer.backends.megatron.model import build_model
-from miles.services.trainer.backends.megatron.pipeline import Pipeline
-from miles.services.trainer.backends.megatron.rows import LocalRows
+from miles.services.trainer.backends.megatron.model.model import build_model
+from miles.services.trainer.backends.megatron.parallel import groups
+from miles.services.trainer.backends.megatron.parallel.pipeline import Pipeline
+from miles.services.trainer.backends.megatron.parallel.rows import LocalRows
 
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32

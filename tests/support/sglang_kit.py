@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from miles.services.rollout.engine import GenerationRequest, GenerationResult, SamplingParams
+from miles.services.rollout.engines.base import GenerationRequest, GenerationResult, SamplingParams
 from miles.services.rollout.engines.sglang import SglangEngine, SglangOptions
 
 CPU_PYTHON = pathlib.Path(__file__).parent / "sglang_cpu" / "python"

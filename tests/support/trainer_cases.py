@@ -10,10 +10,10 @@ import numpy as np
 import torch
 
 from miles.config import JobConfig
-from miles.services.trainer.batch import RolloutBatch
-from miles.services.trainer.recorded import recorded
-from miles.services.trainer.rollout_step import RolloutTrainer
-from miles.services.trainer.sample_log import TokenNumbers
+from miles.services.trainer.batch.batch import RolloutBatch
+from miles.services.trainer.step.recorded import recorded
+from miles.services.trainer.step.sample_log import TokenNumbers
+from miles.services.trainer.step.training_step import RolloutTrainer
 from miles.types import Sample, SampleGroup, SampleStatus, VersionSpan
 
 VOCAB = 97

@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from miles.client.commands.common import Output, moment, parser, run, state_text, steps_text
-from miles.config.catalog import catalog
+from miles.config.schema.catalog import catalog
 from miles.rpc.exit_codes import ExitCode
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from miles.client.commands.common import Output, parser, run
 from miles.client.commands.watch import follow
 from miles.config import ConfigError
-from miles.config.flags import parse_command_line
+from miles.config.command.flags import parse_command_line
 from miles.rpc.exit_codes import ExitCode
 
 if TYPE_CHECKING:

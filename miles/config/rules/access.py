@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from miles.config.addresses import is_loopback
-from miles.config.faults import Fault
+from miles.config.checks.addresses import is_loopback
 from miles.config.rules.registry import needs, rule
-from miles.config.settings import Settings
+from miles.config.schema.faults import Fault
+from miles.config.schema.settings import Settings
 
 
 @rule

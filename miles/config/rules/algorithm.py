@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from miles.config.catalog import catalog
-from miles.config.faults import Fault
 from miles.config.rules.registry import needs, rule
-from miles.config.settings import Settings
+from miles.config.schema.catalog import catalog
+from miles.config.schema.faults import Fault
+from miles.config.schema.settings import Settings
 
 _COMPARES_SAMPLES = ("grpo", "gspo", "cispo", "dr_grpo", "rloo", "reinforce_plus_plus_baseline")
 _PLAIN = ("tis_clip", "tis_clip_low")

@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from miles.config.faults import Fault
-from miles.config.reward import parse_reward_service
 from miles.config.rules.registry import needs, rule
-from miles.config.settings import Settings
+from miles.config.schema.faults import Fault
+from miles.config.schema.settings import Settings
+from miles.config.sections.reward import parse_reward_service
 
 
 @rule

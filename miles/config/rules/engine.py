@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 
-from miles.config.catalog import catalog
-from miles.config.faults import Fault
 from miles.config.rules.registry import rule
-from miles.config.settings import Settings
+from miles.config.schema.catalog import catalog
+from miles.config.schema.faults import Fault
+from miles.config.schema.settings import Settings
 
 _OURS: Mapping[str, str] = {
     "model_path": "set hf_checkpoint",

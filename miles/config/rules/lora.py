@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from miles.config.faults import Fault
 from miles.config.rules.registry import needs, rule
-from miles.config.settings import Settings
+from miles.config.schema.faults import Fault
+from miles.config.schema.settings import Settings
 from miles.precision.number_types import decide
 
 

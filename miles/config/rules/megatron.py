@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from miles.config.catalog import catalog
-from miles.config.faults import Fault
 from miles.config.rules.registry import needs, rule
-from miles.config.settings import Settings
+from miles.config.schema.catalog import catalog
+from miles.config.schema.faults import Fault
+from miles.config.schema.settings import Settings
 
 _FSDP_ALONE = {
     "gradient_checkpointing": "set recompute_granularity instead",

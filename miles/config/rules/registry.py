@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 
-from miles.config.catalog import catalog
-from miles.config.faults import Fault
-from miles.config.settings import Settings, UnusableSetting
+from miles.config.schema.catalog import catalog
+from miles.config.schema.faults import Fault
+from miles.config.schema.settings import Settings, UnusableSetting
 
 Rule = Callable[[Settings], Iterator[Fault]]
 RULES: list[Rule] = []

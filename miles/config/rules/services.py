@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from miles.config.catalog import catalog
-from miles.config.faults import Fault
 from miles.config.rules.registry import needs, rule
-from miles.config.settings import Settings
+from miles.config.schema.catalog import catalog
+from miles.config.schema.faults import Fault
+from miles.config.schema.settings import Settings
 
 _PORTS = ("controller_port", "weightsync_port", "trainer_port", "reward_port", "gateway_port")
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from miles.config import JobConfig
-    from miles.services.rollout.engine import RolloutEngine
+    from miles.services.rollout.engines.base import RolloutEngine
 
 ENGINES = ("torch", "sglang")
 
@@ -45,7 +45,7 @@ def configured_engine(
             max_running_requests=rollout.max_running_requests,
             max_total_tokens=rollout.rollout_max_context_len,
         )
-    from miles.services.rollout.engines.sglang.settings import sglang_settings
+    from miles.services.rollout.engines.sglang.options_from_config import sglang_settings
 
     return create_engine(
         "sglang", **sglang_settings(config, device=device, name=name, engine_addresses=engine_addresses)

@@ -17,7 +17,7 @@ from gateway_stack import REPOSITORY, Stack, problem
 
 from miles.gateway.app import create_app
 from miles.gateway.keys import KeyFile, Scope
-from miles.gateway.settings import GatewaySettings
+from miles.gateway.options import GatewaySettings
 
 OPEN = {"/healthz", "/readyz"}
 

@@ -16,7 +16,7 @@ from miles.client import MilesClient
 from miles.client.events import parse_events
 from miles.gateway.feeds import PAGE, RING
 from miles.rpc.gen import job_pb2
-from miles.services.controller.records import JobStore
+from miles.services.controller.jobs.store import JobStore
 
 Submit = Callable[..., dict[str, Any]]
 

@@ -19,7 +19,7 @@ from gateway_stack import Stack, problem
 from miles.gateway.connection import HEAD_BYTES
 from miles.gateway.event_ring import PIECE_BYTES
 from miles.rpc.gen import job_pb2
-from miles.services.controller.records import JobStore
+from miles.services.controller.jobs.store import JobStore
 
 Submit = Callable[..., dict[str, Any]]
 

@@ -11,10 +11,11 @@ import yaml
 from config_cases import MINIMAL
 
 from miles import cli
-from miles.config import JobConfig, plan
-from miles.config.files import read_file
-from miles.config.flags import to_command_line
-from miles.config.plan import plan_controller, plan_redis, plan_run, plan_workers
+from miles.config import JobConfig
+from miles.config.command.flags import to_command_line
+from miles.config.command.yaml_files import read_file
+from miles.launcher import plan
+from miles.launcher.plan import plan_controller, plan_redis, plan_run, plan_workers
 
 ROOT = pathlib.Path(__file__).parents[3]
 
@@ -183,7 +184,7 @@ def test_plans_carry_addresses_once_they_are_known() -> None:
 
 def test_rollouts_take_the_gpus_after_the_trainers(monkeypatch: pytest.MonkeyPatch) -> None:
     config = JobConfig.from_flat(MINIMAL | {"actor_num_gpus_per_node": 2, "rollout_num_workers": 3}).resolve("cuda")
-    monkeypatch.setattr("miles.config.plan.visible_gpus", lambda: 4)
+    monkeypatch.setattr("miles.launcher.plan.visible_gpus", lambda: 4)
     devices = [plan.command[-3] for plan in plan_workers(config, "c:1") if plan.kind == "rollout"]
     assert devices == ["cuda:2", "cuda:3", "cuda:0"]
 
@@ -206,7 +207,7 @@ def test_services_that_run_elsewhere_are_not_planned() -> None:
 
 
 def test_help_lists_every_flag(capsys: pytest.CaptureFixture[str]) -> None:
-    from miles.config.catalog import catalog
+    from miles.config.schema.catalog import catalog
 
     assert cli.main(["config", "show", "--help"]) == 0
     printed = capsys.readouterr().out

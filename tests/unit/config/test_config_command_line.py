@@ -6,7 +6,7 @@ import pytest
 from config_cases import MINIMAL
 
 from miles.config import ConfigError, JobConfig
-from miles.config.flags import parse_command_line, to_command_line
+from miles.config.command.flags import parse_command_line, to_command_line
 
 MINIMAL_FLAGS = to_command_line(MINIMAL)
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from miles.config.catalog import Entry, catalog
-from miles.config.compatibility import DIFFERENT_CHOICES, DIFFERENT_DEFAULTS
+from miles.config.command.compatibility import DIFFERENT_CHOICES, DIFFERENT_DEFAULTS
+from miles.config.schema.catalog import Entry, catalog
 
 REFERENCE = list(csv.DictReader(pathlib.Path(__file__).with_name("reference_flags.tsv").open(), delimiter="\t"))
 

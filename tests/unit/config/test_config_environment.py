@@ -9,8 +9,8 @@ import pytest
 from config_cases import MINIMAL
 
 from miles.config import JobConfig
-from miles.config.dotted_path import why_not_importable
-from miles.config.environment import check_environment
+from miles.config.checks.dotted_path import why_not_importable
+from miles.config.checks.environment import check_environment
 
 
 def faults(**changes: Any) -> list[str]:

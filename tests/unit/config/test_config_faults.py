@@ -7,10 +7,10 @@ import pytest
 from config_cases import MINIMAL, faults_for
 
 from miles.config import ConfigError, JobConfig
-from miles.config.catalog import catalog
 from miles.config.job import examine
 from miles.config.rules import RULES
 from miles.config.rules.registry import Rule
+from miles.config.schema.catalog import catalog
 
 SGLANG = {"rollout_backend": "sglang"}
 

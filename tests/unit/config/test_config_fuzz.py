@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from miles.config import ConfigError, JobConfig
-from miles.config.catalog import catalog
-from miles.config.flags import OWN_FLAGS, parse_command_line
+from miles.config.command.flags import OWN_FLAGS, parse_command_line
+from miles.config.schema.catalog import catalog
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),

@@ -9,8 +9,8 @@ from config_cases import flat_configs
 from hypothesis import given, reject, settings
 
 from miles.config import ConfigError, JobConfig
-from miles.config.files import read_file
-from miles.config.flags import parse_command_line, to_command_line
+from miles.config.command.flags import parse_command_line, to_command_line
+from miles.config.command.yaml_files import read_file
 
 
 @settings(deadline=None, max_examples=50)

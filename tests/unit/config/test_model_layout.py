@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from config_cases import MINIMAL
 
+from miles.config.checks.model_layout import layout_faults, shape_differences
 from miles.config.job import examine
-from miles.config.model_layout import layout_faults, shape_differences
 
 DENSE = {"num_attention_heads": 12, "num_key_value_heads": 4, "num_hidden_layers": 6, "intermediate_size": 64}
 EXPERTS = {**DENSE, "num_experts": 8, "moe_intermediate_size": 30}

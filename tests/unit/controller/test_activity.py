@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from miles.services.controller.activity import ActivityClock
+from miles.services.controller.status.activity import ActivityClock
 
 
 class Time:

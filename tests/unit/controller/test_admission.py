@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from miles.services.controller.admission import Admission
-from miles.services.controller.held_groups import Lease
+from miles.services.controller.run.admission import Admission
+from miles.services.controller.run.group_table import Lease
 
 
 def lease_all(admission: Admission, worker: str = "w") -> list[int]:

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import random
 
-from miles.services.controller.held_groups import HeldGroups, Lease
+from miles.services.controller.run.group_table import HeldGroups, Lease
 
 
 def test_a_lost_worker_gives_back_its_groups_and_no_other() -> None:

@@ -7,8 +7,8 @@ import asyncio
 import pytest
 
 from miles.rpc.gen import controller_pb2
-from miles.services.controller.checkpoint_files import step_of
-from miles.services.controller.job_controls import JobCancelledError, JobControls, JobStoppedError
+from miles.services.controller.artifacts.checkpoints import step_of
+from miles.services.controller.jobs.controls import JobCancelledError, JobControls, JobStoppedError
 
 
 async def test_work_goes_on_to_its_end_when_nobody_ends_the_job() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from miles.services.controller.leases import LeaseTable
+from miles.services.controller.workers.worker_leases import LeaseTable
 
 
 def test_heartbeats_keep_a_lease_alive_and_silence_ends_it() -> None:

@@ -6,7 +6,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from miles.services.controller.leases import LeaseTable
+from miles.services.controller.workers.worker_leases import LeaseTable
 
 TTL_S = 5.0
 WORKERS = st.sampled_from("abc")

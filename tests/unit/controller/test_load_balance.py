@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from miles.services.controller.load_balance import LoadBalance
+from miles.services.controller.workers.load_balance import LoadBalance
 
 
 def test_the_least_loaded_worker_with_room_is_next() -> None:

@@ -6,8 +6,8 @@ import itertools
 
 import pytest
 
-from miles.services.controller.evaluation import pass_at_k, pass_at_ks
-from miles.services.controller.seeds import sample_seed
+from miles.services.controller.run.evaluation import pass_at_k, pass_at_ks
+from miles.services.controller.run.seeds import sample_seed
 
 
 def test_pass_at_k_equals_counting_all_choices() -> None:

@@ -8,12 +8,12 @@ from config_cases import MINIMAL
 
 from miles.config import ConfigError, JobConfig
 from miles.rpc.gen import controller_pb2
-from miles.services.controller.job_controls import JobControls
-from miles.services.controller.number_types import SUMMARY_KEY, choose, is_open, warning_of
-from miles.services.controller.registry import AttachedWorker, WorkerRegistry
-from miles.services.controller.required_workers import RequiredWorkers
-from miles.services.controller.run_status import RunStatus
-from miles.services.controller.worker_activity import WorkerActivity
+from miles.services.controller.jobs.controls import JobControls
+from miles.services.controller.jobs.number_types import SUMMARY_KEY, choose, is_open, warning_of
+from miles.services.controller.status.run_status import RunStatus
+from miles.services.controller.status.worker_activity import WorkerActivity
+from miles.services.controller.workers.registry import AttachedWorker, WorkerRegistry
+from miles.services.controller.workers.required_workers import RequiredWorkers
 
 TRAINER, ROLLOUT = controller_pb2.WORKER_KIND_TRAINER, controller_pb2.WORKER_KIND_ROLLOUT
 

@@ -12,13 +12,15 @@ import numpy as np
 import pytest
 
 from miles.rpc.gen import records_pb2
-from miles.services.controller import log_files, sample_files, timeline
-from miles.services.controller.checkpoint_files import CheckpointFiles, UnknownFileError
-from miles.services.controller.log_spans import LogSpans
-from miles.services.controller.metric_log import MetricLog
-from miles.services.controller.token_texts import token_texts
-from miles.services.controller.worker_activity import Doing, WorkerActivity
-from miles.services.trainer.sample_log import MAX_TEXT_CHARS, MAX_TOKENS, SampleLog, TokenNumbers
+from miles.services.controller.artifacts import logs as log_files
+from miles.services.controller.artifacts import samples as sample_files
+from miles.services.controller.artifacts.checkpoints import CheckpointFiles, UnknownFileError
+from miles.services.controller.artifacts.log_spans import LogSpans
+from miles.services.controller.artifacts.metrics import MetricLog
+from miles.services.controller.artifacts.token_texts import token_texts
+from miles.services.controller.status import timeline
+from miles.services.controller.status.worker_activity import Doing, WorkerActivity
+from miles.services.trainer.step.sample_log import MAX_TEXT_CHARS, MAX_TOKENS, SampleLog, TokenNumbers
 from miles.telemetry import MetricsWriter
 from miles.types import Sample, SampleStatus, VersionSpan
 

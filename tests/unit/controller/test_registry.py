@@ -5,7 +5,7 @@ import time
 import pytest
 
 from miles.rpc.gen import controller_pb2
-from miles.services.controller.registry import WorkerRegistry
+from miles.services.controller.workers.registry import WorkerRegistry
 
 ROLLOUT, REWARD = controller_pb2.WORKER_KIND_ROLLOUT, controller_pb2.WORKER_KIND_REWARD
 

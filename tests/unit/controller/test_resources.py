@@ -9,7 +9,7 @@ import pytest
 from config_cases import MINIMAL
 
 from miles.config import JobConfig
-from miles.services.controller.resources import Supply, lacking
+from miles.services.controller.jobs.resources import Supply, lacking
 
 ENOUGH = Supply(rollouts=1, weightsyncs=1, trainer_ranks=(1,), rewards=(("math", "exact_match"),))
 

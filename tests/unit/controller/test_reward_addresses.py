@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from miles.services.controller.reward_addresses import RewardAddresses
+from miles.services.controller.workers.reward_addresses import RewardAddresses
 
 
 def test_rollouts_are_spread_over_the_built_in_workers() -> None:

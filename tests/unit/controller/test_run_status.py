@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 
 from miles.rpc.gen import controller_pb2
-from miles.services.controller.registry import AttachedWorker
-from miles.services.controller.run_status import RunStatus
-from miles.services.controller.worker_activity import WorkerActivity
+from miles.services.controller.status.run_status import RunStatus
+from miles.services.controller.status.worker_activity import WorkerActivity
+from miles.services.controller.workers.registry import AttachedWorker
 
 
 def worker(worker_id: str, kind: controller_pb2.WorkerKind.ValueType) -> AttachedWorker:

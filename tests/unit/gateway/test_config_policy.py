@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from miles.config.catalog import catalog
+from miles.config.schema.catalog import catalog
 from miles.gateway.config_policy import review
 from miles.gateway.config_schema import DEPLOYMENT, body_schema, is_path, settings
-from miles.gateway.settings import GatewaySettings
+from miles.gateway.options import GatewaySettings
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 
-from miles.launcher.chaos_schedule import ChaosSchedule, Strike
+from miles.launcher.drill.schedule import ChaosSchedule, Strike
 
 SERVICES = ["redis", "controller", "rollout-0", "trainer-0"]
 

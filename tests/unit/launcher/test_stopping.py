@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 
-from miles.launcher.stopping import REPEAT_S, Moment, Stopping
+from miles.launcher.stopping.rules import REPEAT_S, Moment, Stopping
 
 TRAINING = Moment("training", "", 9.0, step=12, saved_step=8, save_limit_s=1800)
 SAVING = dataclasses.replace(TRAINING, phase="saving", waiting_for="the checkpoint to be written", for_s=2.0)

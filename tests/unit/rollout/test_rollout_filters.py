@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 
-from miles.services.rollout.filters import (
+from miles.services.rollout.groups.filters import (
     FilterError,
     FilterResult,
     apply_filter,
     check_reward_nonzero_std,
     load_filter,
 )
-from miles.services.rollout.stats import group_stats
+from miles.services.rollout.groups.stats import group_stats
 from miles.types import Reward, RewardKeyError, Sample, SampleGroup, SampleStatus, reward_number
 
 CONFIG: Any = SimpleNamespace(reward=SimpleNamespace(reward_key="a"))
@@ -53,7 +53,7 @@ def test_groups_with_a_reward_spread_are_kept(
 
 def test_filters_are_loaded_by_path() -> None:
     for path in (
-        "miles.services.rollout.filters.check_reward_nonzero_std",
+        "miles.services.rollout.groups.filters.check_reward_nonzero_std",
         "miles.rollout.filter_hub.dynamic_sampling_filters.check_reward_nonzero_std",
     ):
         assert load_filter(path) is check_reward_nonzero_std

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 
 from miles.rpc.gen import rollout_pb2
-from miles.services.rollout.leases import (
+from miles.services.rollout.groups.messages import (
     Failed,
     Finished,
     Purpose,

@@ -4,7 +4,7 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from miles.services.rollout.pauses import PauseRefused, Pauses, Step
+from miles.services.rollout.serving.pauses import PauseRefused, Pauses, Step
 
 
 def test_a_pause_and_its_resume_act_once_each() -> None:

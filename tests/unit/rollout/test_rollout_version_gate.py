@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from miles.services.rollout.version_gate import VersionGate, VersionPassed
+from miles.services.rollout.serving.version_gate import VersionGate, VersionPassed
 
 
 async def test_it_opens_for_the_version_asked_for() -> None:

@@ -6,7 +6,7 @@ import torch
 from transformers import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
-from miles.services.rollout.engines.torch.experts import EXPERTS_NAME
+from miles.services.rollout.engines.torch.model.experts import EXPERTS_NAME
 
 
 def experts(dtype: torch.dtype) -> tuple[Qwen3MoeExperts, Qwen3MoeConfig]:

@@ -8,14 +8,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from miles.services.rollout.engine import GenerationRequest, SamplingParams
-from miles.services.rollout.engines.torch.attention import ATTENTION_NAME
-from miles.services.rollout.engines.torch.forward import Forward, pack
-from miles.services.rollout.engines.torch.invariance import Padding, RowPadding
-from miles.services.rollout.engines.torch.kv_cache import KVCache
-from miles.services.rollout.engines.torch.scheduler import Scheduler
-from miles.services.rollout.engines.torch.sequence import Sequence
-from miles.services.rollout.engines.torch.stop import StopRule
+from miles.services.rollout.engines.base import GenerationRequest, SamplingParams
+from miles.services.rollout.engines.torch.generation.scheduler import Scheduler
+from miles.services.rollout.engines.torch.generation.sequence import Sequence
+from miles.services.rollout.engines.torch.generation.stop import StopRule
+from miles.services.rollout.engines.torch.model.attention import ATTENTION_NAME
+from miles.services.rollout.engines.torch.model.forward import Forward, pack
+from miles.services.rollout.engines.torch.model.invariance import Padding, RowPadding
+from miles.services.rollout.engines.torch.model.kv_cache import KVCache
 
 CPU = torch.device("cpu")
 

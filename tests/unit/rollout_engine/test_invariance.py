@@ -7,14 +7,14 @@ import logging
 import pytest
 import torch
 
-from miles.services.rollout.engines.torch.invariance import (
+from miles.services.rollout.engines.torch.model.build import ModelShape
+from miles.services.rollout.engines.torch.model.invariance import (
     MIN_ROWS,
     RowPadding,
     choose_padding,
     dependent_shapes,
     min_query_rows,
 )
-from miles.services.rollout.engines.torch.model import ModelShape
 
 SHAPE = ModelShape(
     layers=2,

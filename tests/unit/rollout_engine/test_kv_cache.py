@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from miles.services.rollout.engines.torch.kv_cache import KVCache
+from miles.services.rollout.engines.torch.model.kv_cache import KVCache
 
 
 def make(max_slots: int = 8, max_length: int = 300) -> KVCache:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from miles.services.rollout.engine import FinishReason, GenerationDelta, GenerationResult
-from miles.services.rollout.engines.torch.outbox import INTERVAL_S, Outbox
+from miles.services.rollout.engines.base import FinishReason, GenerationDelta, GenerationResult
+from miles.services.rollout.engines.torch.generation.outbox import INTERVAL_S, Outbox
 
 END = GenerationResult(FinishReason.STOP, ())
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from miles.services.rollout.engines.torch.random_numbers import philox_4x32, uniforms
+from miles.services.rollout.engines.torch.generation.random_numbers import philox_4x32, uniforms
 
 # Known answers published with the Random123 library (kat_vectors, philox4x32 with 10 rounds).
 KNOWN = [

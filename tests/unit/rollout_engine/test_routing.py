@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from miles.services.rollout.engines.torch.routing import RoutingLog
+from miles.services.rollout.engines.torch.model.routing_recorder import RoutingLog
 
 
 def test_choices_recorded_first_stay_when_positions_are_computed_again() -> None:

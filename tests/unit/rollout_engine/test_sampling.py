@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from miles.algorithms.log_probs import token_log_probs
-from miles.services.rollout.engine import SamplingParams
-from miles.services.rollout.engines.torch.sampling import Draw, sample
+from miles.services.rollout.engines.base import SamplingParams
+from miles.services.rollout.engines.torch.generation.sampling import Draw, sample
 
 
 def params(**changes: object) -> SamplingParams:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from miles.services.rollout.engine import GenerationRequest, SamplingParams
-from miles.services.rollout.engines.torch.scheduler import Plan, Scheduler
-from miles.services.rollout.engines.torch.sequence import Sequence
-from miles.services.rollout.engines.torch.stop import StopRule
+from miles.services.rollout.engines.base import GenerationRequest, SamplingParams
+from miles.services.rollout.engines.torch.generation.scheduler import Plan, Scheduler
+from miles.services.rollout.engines.torch.generation.sequence import Sequence
+from miles.services.rollout.engines.torch.generation.stop import StopRule
 
 
 def sequence(name: str, prompt: list[int], resumed: int = 0, routed: bool = False) -> Sequence:

@@ -7,7 +7,7 @@ import typing
 from hypothesis import given
 from hypothesis import strategies as st
 
-from miles.services.rollout.engines.torch.stop import StopRule, StopStrings
+from miles.services.rollout.engines.torch.generation.stop import StopRule, StopStrings
 
 END = 256
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from miles.services.rollout.engines.sglang.batches import MOST, Batches, merged
 from miles.services.rollout.engines.sglang.errors import EngineFailed
+from miles.services.rollout.engines.sglang.requests.batches import MOST, Batches, merged
 
 
 class Server:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from miles.services.rollout.engines.sglang.draft import DraftModel, own_parameters
+from miles.services.rollout.engines.sglang.speculative.draft import DraftModel, own_parameters
 
 DRAFT = {"model.layers.0.w": torch.ones(2, 3), "model.embed_tokens.weight": torch.ones(8, 3)}
 POLICY_SHAPES = {"model.embed_tokens.weight": (8, 3), "model.layers.0.w": (2, 3)}

@@ -3,7 +3,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from miles.services.rollout.engines.sglang.events import DONE, EventSplitter
+from miles.services.rollout.engines.sglang.requests.events import DONE, EventSplitter
 
 
 @given(texts=st.lists(st.text(alphabet="ab{}", max_size=12), max_size=6), data=st.data())

@@ -5,9 +5,14 @@ from typing import Any
 import pytest
 
 from miles.config import JobConfig
-from miles.services.rollout.engines.sglang.flags import command, has_draft_weights, is_deterministic, passed_through
 from miles.services.rollout.engines.sglang.options import SglangOptions
-from miles.services.rollout.engines.sglang.settings import sglang_settings
+from miles.services.rollout.engines.sglang.options_from_config import sglang_settings
+from miles.services.rollout.engines.sglang.server.flags import (
+    command,
+    has_draft_weights,
+    is_deterministic,
+    passed_through,
+)
 
 MINIMAL: dict[str, Any] = {
     "hf_checkpoint": "m",

@@ -7,12 +7,12 @@ import torch
 from broadcast_kit import publish, transport
 
 from miles.rpc.gen import weightsync_pb2
-from miles.services.rollout.engines.sglang.names import checkpoint_names
-from miles.services.rollout.engines.sglang.remote import RemoteTransport, contents
+from miles.services.rollout.engines.sglang.weights.names import checkpoint_names
+from miles.services.rollout.engines.sglang.weights.remote import RemoteTransport, contents
 from miles.weights import flat as flats
 from miles.weights.manifest import ManifestError
 from miles.weights.transport import Endpoint
-from miles.weights.transports.collective import CollectiveTransport
+from miles.weights.transports.collective.transport import CollectiveTransport
 
 EXPERTS = "model.layers.0.mlp.experts"
 

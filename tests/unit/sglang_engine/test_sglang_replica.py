@@ -8,11 +8,12 @@ from collections.abc import AsyncIterator
 import pytest
 from aiohttp import web
 
-from miles.services.rollout.engines.sglang import SglangOptions, replica
-from miles.services.rollout.engines.sglang.active import Signal
+from miles.services.rollout.engines.sglang import SglangOptions
 from miles.services.rollout.engines.sglang.errors import ServerRefused
-from miles.services.rollout.engines.sglang.replica import Replica
-from miles.services.rollout.engines.sglang.weights import WeightLoader
+from miles.services.rollout.engines.sglang.requests.active import Signal
+from miles.services.rollout.engines.sglang.server import replica
+from miles.services.rollout.engines.sglang.server.replica import Replica
+from miles.services.rollout.engines.sglang.weights.update import WeightLoader
 
 DEADLINE_S = 20.0
 
@@ -93,7 +94,7 @@ async def test_a_server_is_looked_after_whatever_goes_wrong_with_it(
 async def test_a_scheduler_that_does_nothing_for_its_requests_is_noticed_behind_a_front_that_answers(
     front: Front, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("miles.services.rollout.engines.sglang.probes.INTERVAL_S", 0.05)
+    monkeypatch.setattr("miles.services.rollout.engines.sglang.server.probes.INTERVAL_S", 0.05)
     attached = Attached(front, hang_timeout_s=0.5)
     await attached.replica.start()
     await asyncio.sleep(1.0)

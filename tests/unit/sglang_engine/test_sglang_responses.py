@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from miles.services.rollout.engine import FinishReason
+from miles.services.rollout.engines.base import FinishReason
 from miles.services.rollout.engines.sglang.errors import EngineFailed
-from miles.services.rollout.engines.sglang.experts import ExpertLayout, decode_experts, expert_layout
-from miles.services.rollout.engines.sglang.responses import ResponseDecoder, version_spans
+from miles.services.rollout.engines.sglang.requests.responses import ResponseDecoder, version_spans
+from miles.services.rollout.engines.sglang.requests.routed_experts import ExpertLayout, decode_experts, expert_layout
 from miles.types import SpeculativeStats, VersionSpan
 
 

@@ -3,8 +3,8 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from miles.services.rollout.engines.sglang.concurrency import ConcurrencyLimit
-from miles.services.rollout.engines.sglang.routing import Candidate, Router
+from miles.services.rollout.engines.sglang.requests.concurrency import ConcurrencyLimit
+from miles.services.rollout.engines.sglang.requests.server_choice import Candidate, Router
 
 
 def servers(*running: int, limit: int = 8, version: int | None = 1) -> list[Candidate]:

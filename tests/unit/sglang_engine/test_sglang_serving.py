@@ -10,7 +10,7 @@ from torch_engine_models import save_checkpoint, weights_of
 
 from miles.services.rollout.engines.sglang import SglangEngine, SglangOptions
 from miles.services.rollout.engines.sglang.errors import EngineFailed
-from miles.services.rollout.serving import Serving
+from miles.services.rollout.serving.readiness import Serving
 
 
 async def test_a_load_that_fails_says_why_although_nothing_is_left_to_pause(tmp_path: pathlib.Path) -> None:

@@ -5,7 +5,8 @@ import pathlib
 import pytest
 from torch_engine_models import save_checkpoint
 
-from miles.services.rollout.engines.sglang import ServerUnstartable, SglangEngine, SglangOptions, replica
+from miles.services.rollout.engines.sglang import ServerUnstartable, SglangEngine, SglangOptions
+from miles.services.rollout.engines.sglang.server import replica
 
 
 async def test_a_server_that_ends_while_it_starts_is_tried_again_and_its_last_words_are_told(

@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import LlamaConfig, Qwen3MoeConfig
 
-from miles.services.rollout.engines.sglang.buckets import flatten, in_buckets, share_by_name
-from miles.services.rollout.engines.sglang.layout import misfits, read_layout
-from miles.services.rollout.engines.sglang.names import checkpoint_names
+from miles.services.rollout.engines.sglang.weights.buckets import flatten, in_buckets, share_by_name
+from miles.services.rollout.engines.sglang.weights.layout import misfits, read_layout
+from miles.services.rollout.engines.sglang.weights.names import checkpoint_names
 
 
 def test_fused_experts_come_apart_gate_first() -> None:

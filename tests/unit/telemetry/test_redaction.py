@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from miles.config.catalog import catalog
+from miles.config.schema.catalog import catalog
 from miles.telemetry.redaction import BLOT, RedactingFormatter, redact, redact_config
 
 SECRET = "Zx9" * 12

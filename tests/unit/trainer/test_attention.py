@@ -6,9 +6,9 @@ import pytest
 import torch
 from trainer_cases import random_groups
 
-from miles.services.trainer.backends.fsdp import tiles
-from miles.services.trainer.backends.fsdp.attention import AttentionPlan, packed_attention
-from miles.services.trainer.packing import MicroBatch, pack
+from miles.services.trainer.backends.fsdp.attention import tiles
+from miles.services.trainer.backends.fsdp.attention.segments import AttentionPlan, packed_attention
+from miles.services.trainer.batch.packing import MicroBatch, pack
 from miles.types import Sample
 
 HEADS, KV_HEADS, SIZE = 4, 2, 8

@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from trainer_cases import random_groups
 
-from miles.services.trainer.balance import MicroBatchLimits, partition, recut, schedule
-from miles.services.trainer.packing import row_count
+from miles.services.trainer.batch.balance import MicroBatchLimits, partition, recut, schedule
+from miles.services.trainer.batch.packing import row_count
 from miles.types import Sample
 
 SAMPLES: list[Sample] = [sample for group in random_groups(3, range(6)) for sample in group.samples]

@@ -11,7 +11,7 @@ import torch
 from trainer_cases import hf_log_probs, job_config, random_groups, write_dense_model, write_moe_model
 
 from miles.services.trainer.backends.fsdp.backend import FsdpBackend
-from miles.services.trainer.checkpoint_record import folder_name
+from miles.services.trainer.checkpoint.record import folder_name
 from miles.types import SampleGroup, SampleStatus
 
 pytestmark = pytest.mark.usefixtures("process_group")

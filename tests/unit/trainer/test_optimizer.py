@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from miles.config.optimizer import OptimizerConfig
+from miles.config.sections.optimizer import OptimizerConfig
 from miles.services.trainer.backends.fsdp.optimizer import LossScale, build_optimizer, clip_gradients
-from miles.services.trainer.learning_rate import learning_rate
+from miles.services.trainer.step.learning_rate import learning_rate
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from miles.services.trainer.packing import EMPTY, MicroBatch, Segment, pack, row_count
+from miles.services.trainer.batch.packing import EMPTY, MicroBatch, Segment, pack, row_count
 from miles.types import Sample
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from trainer_cases import job_config
 
-from miles.services.trainer import settings
+from miles.services.trainer.step import algorithm_options
 
 MEGATRON: dict[str, Any] = {"train_backend": "megatron", "share_prompts": False}
 
@@ -29,4 +29,4 @@ MEGATRON: dict[str, Any] = {"train_backend": "megatron", "share_prompts": False}
 def test_samples_without_advantage_are_idle_when_nothing_else_learns_from_them(
     tmp_path: pathlib.Path, changes: dict[str, Any], idle: bool
 ) -> None:
-    assert settings.zero_reward_is_zero_gradient(job_config(tmp_path, **changes)) is idle
+    assert algorithm_options.zero_reward_is_zero_gradient(job_config(tmp_path, **changes)) is idle

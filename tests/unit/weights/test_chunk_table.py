@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from miles.rpc.gen import policy_pb2, sample_pb2, weightsync_pb2
 from miles.services.weightsync.chunk_table import ChunkTable
-from miles.services.weightsync.records import Refused
+from miles.services.weightsync.state import Refused
 from miles.weights import manifest as manifests
-from miles.weights.chunks import cut
+from miles.weights.transports.grpc_chunks.chunks import cut
 
 
 def chunks_of(data: bytes, size: int, begin: int = 0) -> list[weightsync_pb2.ChunkDescriptor]:

@@ -15,7 +15,7 @@ from miles.weights import manifest as manifests
 from miles.weights.dtypes import TORCH_DTYPE, wire_dtype
 from miles.weights.manifest import ChecksumMismatch, ManifestError
 from miles.weights.transport import buckets
-from miles.weights.transports.disk_delta import DiskDeltaTransport
+from miles.weights.transports.disk_delta.transport import DiskDeltaTransport
 
 Tensors = dict[str, torch.Tensor]
 XOR, OVERWRITE = weightsync_pb2.DELTA_ENCODING_XOR, weightsync_pb2.DELTA_ENCODING_OVERWRITE

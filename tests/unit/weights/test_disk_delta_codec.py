@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from miles.weights.manifest import ManifestError
-from miles.weights.transports.disk_delta_codec import PIECE_BYTES, Encoding, apply, encode, pieces
+from miles.weights.transports.disk_delta.codec import PIECE_BYTES, Encoding, apply, encode, pieces
 
 ENCODINGS = [Encoding.XOR, Encoding.OVERWRITE]
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from miles.rpc.gen import policy_pb2
-from miles.weights import lora
 from miles.weights import manifest as manifests
-from miles.weights.adapted import AdapterBase
+from miles.weights.adapters import lora
+from miles.weights.adapters.merging import AdapterBase
 from miles.weights.dtypes import wire_dtype
 from miles.weights.manifest import ChecksumMismatch, ManifestError
 

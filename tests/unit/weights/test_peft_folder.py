@@ -10,9 +10,9 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from miles.weights import peft_folder
-from miles.weights.lora import adapter_names
-from miles.weights.peft_folder import PeftAdapter
+from miles.weights.adapters import peft_folder
+from miles.weights.adapters.lora import adapter_names
+from miles.weights.adapters.peft_folder import PeftAdapter
 
 NAMES = adapter_names("model.layers.0.self_attn.q_proj.weight")
 

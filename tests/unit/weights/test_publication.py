@@ -8,7 +8,7 @@ import pytest
 
 from miles.services.weightsync import snapshot
 from miles.services.weightsync.publication import Publication
-from miles.services.weightsync.records import (
+from miles.services.weightsync.state import (
     Action,
     Disconnect,
     Ended,

@@ -12,7 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from miles.services.weightsync import snapshot
 from miles.services.weightsync.publication import Publication
-from miles.services.weightsync.records import (
+from miles.services.weightsync.state import (
     Action,
     Disconnect,
     Ended,

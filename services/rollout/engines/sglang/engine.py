@@ -12,7 +12,7 @@ from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from miles.rpc.gen import weightsync_pb2
-from miles.services.rollout.engine import (
+from miles.services.rollout.engines.base import (
     EngineStats,
     FinishReason,
     GenerationDelta,
@@ -20,17 +20,18 @@ from miles.services.rollout.engine import (
     GenerationResult,
     PauseMode,
 )
-from miles.services.rollout.engines.sglang import flags, requests
-from miles.services.rollout.engines.sglang.active import ActiveRequest, BusyClock, Signal
-from miles.services.rollout.engines.sglang.draft import DraftModel
 from miles.services.rollout.engines.sglang.errors import EngineFailed, ServerRefused
-from miles.services.rollout.engines.sglang.experts import read_expert_layout
 from miles.services.rollout.engines.sglang.options import SglangOptions
-from miles.services.rollout.engines.sglang.remote import RemoteTransport
-from miles.services.rollout.engines.sglang.replica import Replica
-from miles.services.rollout.engines.sglang.responses import ResponseDecoder
-from miles.services.rollout.engines.sglang.routing import Router
-from miles.services.rollout.engines.sglang.weights import WeightLoader
+from miles.services.rollout.engines.sglang.requests import payload as requests
+from miles.services.rollout.engines.sglang.requests.active import ActiveRequest, BusyClock, Signal
+from miles.services.rollout.engines.sglang.requests.responses import ResponseDecoder
+from miles.services.rollout.engines.sglang.requests.routed_experts import read_expert_layout
+from miles.services.rollout.engines.sglang.requests.server_choice import Router
+from miles.services.rollout.engines.sglang.server import flags
+from miles.services.rollout.engines.sglang.server.replica import Replica
+from miles.services.rollout.engines.sglang.speculative.draft import DraftModel
+from miles.services.rollout.engines.sglang.weights.remote import RemoteTransport
+from miles.services.rollout.engines.sglang.weights.update import WeightLoader
 from miles.weights.transport import create_transport
 
 if TYPE_CHECKING:

@@ -10,20 +10,20 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from miles.services.rollout.engine import (
+from miles.services.rollout.engines.base import (
     EngineStats,
     GenerationDelta,
     GenerationRequest,
     PauseMode,
     SamplingParams,
 )
-from miles.services.rollout.engines.torch import model as models
-from miles.services.rollout.engines.torch import sequence as sequences
-from miles.services.rollout.engines.torch.experts import EXPERTS_NAME
-from miles.services.rollout.engines.torch.fp8 import as_received, quantised_part
-from miles.services.rollout.engines.torch.generator import GeneratorOptions
-from miles.services.rollout.engines.torch.outbox import Delivery
-from miles.services.rollout.engines.torch.stop import StopRule, StopStrings
+from miles.services.rollout.engines.torch.generation import sequence as sequences
+from miles.services.rollout.engines.torch.generation.generator import GeneratorOptions
+from miles.services.rollout.engines.torch.generation.outbox import Delivery
+from miles.services.rollout.engines.torch.generation.stop import StopRule, StopStrings
+from miles.services.rollout.engines.torch.model import build as models
+from miles.services.rollout.engines.torch.model.experts import EXPERTS_NAME
+from miles.services.rollout.engines.torch.model.fp8 import as_received, quantised_part
 from miles.services.rollout.engines.torch.worker import EngineFailed, Worker
 from miles.weights.fp8 import whole_weights
 from miles.weights.transport import create_transport

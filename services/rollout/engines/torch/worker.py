@@ -12,9 +12,9 @@ from typing import Any, TypeVar
 
 import torch
 
-from miles.services.rollout.engine import PauseMode
-from miles.services.rollout.engines.torch.generator import Generator, GeneratorOptions
-from miles.services.rollout.engines.torch.outbox import Delivery
+from miles.services.rollout.engines.base import PauseMode
+from miles.services.rollout.engines.torch.generation.generator import Generator, GeneratorOptions
+from miles.services.rollout.engines.torch.generation.outbox import Delivery
 
 logger = logging.getLogger(__name__)
 

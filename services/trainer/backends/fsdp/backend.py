@@ -16,22 +16,23 @@ import torch
 import torch.distributed as dist
 
 from miles.rpc.gen import policy_pb2
-from miles.services.trainer import checkpoint_record, settings
-from miles.services.trainer.abandoning import Abandonment
-from miles.services.trainer.backend import Progress, TrainerState
+from miles.services.trainer.backends.base import Progress, TrainerState
 from miles.services.trainer.backends.fsdp import checkpoint
-from miles.services.trainer.backends.fsdp.adapter import merged_weights
-from miles.services.trainer.backends.fsdp.build import FsdpRoles, build_roles
 from miles.services.trainer.backends.fsdp.export import gathered
 from miles.services.trainer.backends.fsdp.learner import FsdpLearner
-from miles.services.trainer.backends.fsdp.lora import named_adapters
-from miles.services.trainer.backends.fsdp.model import full_tensor, named_weights
+from miles.services.trainer.backends.fsdp.lora.adapter import merged_weights
+from miles.services.trainer.backends.fsdp.lora.layers import named_adapters
+from miles.services.trainer.backends.fsdp.model.build import FsdpRoles, build_roles
+from miles.services.trainer.backends.fsdp.model.model import full_tensor, named_weights
 from miles.services.trainer.backends.fsdp.step import FsdpTrainer
-from miles.services.trainer.batch import RolloutBatch
-from miles.services.trainer.checkpoint_record import Record, digest, newest
-from miles.services.trainer.recorded import recorded
-from miles.services.trainer.sample_log import SampleLog
-from miles.services.trainer.saving import Saving
+from miles.services.trainer.batch.batch import RolloutBatch
+from miles.services.trainer.checkpoint import record as checkpoint_record
+from miles.services.trainer.checkpoint.background_save import Saving
+from miles.services.trainer.checkpoint.record import Record, digest, newest
+from miles.services.trainer.ranks.abandoning import Abandonment
+from miles.services.trainer.step import algorithm_options
+from miles.services.trainer.step.recorded import recorded
+from miles.services.trainer.step.sample_log import SampleLog
 from miles.types import SampleGroup
 
 if TYPE_CHECKING:
@@ -124,7 +125,7 @@ class FsdpBackend:
 
     def export_layout(self) -> Sequence[tuple[str, torch.dtype, tuple[int, ...]]]:
         """See `TrainerBackend.export_layout`."""
-        dtype = settings.DTYPES[self._config.rollout.rollout_dtype]
+        dtype = algorithm_options.DTYPES[self._config.rollout.rollout_dtype]
         return [
             (name, dtype if tensor.is_floating_point() else tensor.dtype, tuple(tensor.shape))
             for name, tensor in self._exported()
@@ -135,7 +136,7 @@ class FsdpBackend:
         return named_weights(parts.policy) if parts.roles.adapter is None else named_adapters(parts.policy)
 
     def _gathered(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
-        dtype = settings.DTYPES[self._config.rollout.rollout_dtype]
+        dtype = algorithm_options.DTYPES[self._config.rollout.rollout_dtype]
         return gathered(weights, dtype, self._config.weights.update_weight_buffer_size, self.new_bucket)
 
     def save(self, directory: pathlib.Path, state: TrainerState) -> None:

@@ -11,23 +11,23 @@ from torch.distributed.tensor import DTensor
 
 from miles.algorithms.losses import LossOutput
 from miles.algorithms.metrics import MetricSum
-from miles.services.trainer.backend import Progress
-from miles.services.trainer.backends.fsdp.lora import without_adapters
-from miles.services.trainer.backends.fsdp.model import named_weights
+from miles.services.trainer.backends.base import Progress
+from miles.services.trainer.backends.fsdp.lora.layers import without_adapters
+from miles.services.trainer.backends.fsdp.model.model import named_weights
 from miles.services.trainer.backends.fsdp.optimizer import (
     LossScale,
     build_optimizer,
     clip_gradients,
     set_learning_rate,
 )
-from miles.services.trainer.backends.fsdp.routing import Routing
-from miles.services.trainer.batch import OptimizerStepPlan, RolloutBatch
-from miles.services.trainer.learning_rate import learning_rate
-from miles.services.trainer.packing import MicroBatch
-from miles.services.trainer.roles import Learner, OutputT, Report
+from miles.services.trainer.backends.fsdp.replay.step_routing import Routing
+from miles.services.trainer.batch.batch import OptimizerStepPlan, RolloutBatch
+from miles.services.trainer.batch.packing import MicroBatch
+from miles.services.trainer.step.learning_rate import learning_rate
+from miles.services.trainer.step.roles import Learner, OutputT, Report
 
 if TYPE_CHECKING:
-    from miles.config.optimizer import OptimizerConfig
+    from miles.config.sections.optimizer import OptimizerConfig
 
 
 _OutputT_co = TypeVar("_OutputT_co", covariant=True)

@@ -9,7 +9,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 if TYPE_CHECKING:
-    from miles.config.optimizer import OptimizerConfig
+    from miles.config.sections.optimizer import OptimizerConfig
 
 
 def build_optimizer(model: torch.nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:

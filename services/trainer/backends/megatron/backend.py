@@ -15,19 +15,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from miles.services.trainer import settings
-from miles.services.trainer.abandoning import Abandonment
-from miles.services.trainer.backend import Progress, TrainerState
-from miles.services.trainer.backends.megatron import checkpoint, groups
-from miles.services.trainer.backends.megatron.build import MegatronRoles, build_roles
+from miles.services.trainer.backends.base import Progress, TrainerState
+from miles.services.trainer.backends.megatron.checkpoint import checkpoint
+from miles.services.trainer.backends.megatron.checkpoint.hf_files import write_hf_checkpoint
 from miles.services.trainer.backends.megatron.export import Exporter
-from miles.services.trainer.backends.megatron.hf_files import write_hf_checkpoint
+from miles.services.trainer.backends.megatron.model.build import MegatronRoles, build_roles
+from miles.services.trainer.backends.megatron.parallel import groups
 from miles.services.trainer.backends.megatron.step import MegatronTrainer
-from miles.services.trainer.batch import RolloutBatch
-from miles.services.trainer.checkpoint_record import Record, digest, newest
-from miles.services.trainer.recorded import recorded
-from miles.services.trainer.sample_log import SampleLog
-from miles.services.trainer.saving import Saving
+from miles.services.trainer.batch.batch import RolloutBatch
+from miles.services.trainer.checkpoint.background_save import Saving
+from miles.services.trainer.checkpoint.record import Record, digest, newest
+from miles.services.trainer.ranks.abandoning import Abandonment
+from miles.services.trainer.step import algorithm_options
+from miles.services.trainer.step.recorded import recorded
+from miles.services.trainer.step.sample_log import SampleLog
 from miles.types import SampleGroup
 
 if TYPE_CHECKING:
@@ -81,7 +82,7 @@ class MegatronBackend:
             torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         exporter = Exporter(
             roles.policy.model,
-            settings.DTYPES[config.rollout.rollout_dtype],
+            algorithm_options.DTYPES[config.rollout.rollout_dtype],
             fuse_experts=config.rollout.rollout_backend == "torch",
         )
         trainer = MegatronTrainer(config, roles, place, roles.routing, self._device)
@@ -126,7 +127,7 @@ class MegatronBackend:
         tensors = self._loaded.exporter.tensors(fuse=False)
         source = pathlib.Path(str(self._config.rollout.hf_checkpoint))
         partial = directory.with_name(directory.name + ".tmp")
-        write_hf_checkpoint(partial, source, tensors, settings.DTYPES[self._config.rollout.rollout_dtype])
+        write_hf_checkpoint(partial, source, tensors, algorithm_options.DTYPES[self._config.rollout.rollout_dtype])
         if dist.get_rank() == 0:
             shutil.rmtree(directory, ignore_errors=True)
             partial.rename(directory)

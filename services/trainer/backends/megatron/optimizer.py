@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from miles.services.trainer.learning_rate import learning_rate
+from miles.services.trainer.step.learning_rate import learning_rate
 
 if TYPE_CHECKING:
-    from miles.config.megatron import MegatronConfig
-    from miles.config.optimizer import OptimizerConfig as OptimizerSettings
-    from miles.services.trainer.backends.megatron.model import MegatronModel
+    from miles.config.sections.megatron import MegatronConfig
+    from miles.config.sections.optimizer import OptimizerConfig as OptimizerSettings
+    from miles.services.trainer.backends.megatron.model.model import MegatronModel
 
 
 class MegatronOptimizer:

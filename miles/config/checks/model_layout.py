@@ -1,0 +1,132 @@
+"""Whether a layout of the Megatron-Core backend divides the model of a Hugging Face folder."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from collections.abc import Iterator
+from typing import Any
+
+from miles.config.schema.faults import Fault
+from miles.config.schema.settings import Settings
+
+_EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
+
+
+def layout_faults(s: Settings) -> Iterator[Fault]:
+    """Every size that does not divide what it splits; nothing where the model cannot be read."""
+    if s.train_backend != "megatron" or not s.hf_checkpoint:
+        return
+    model = _model_config(s.hf_checkpoint)
+    if model:
+        yield from _tensor_faults(s, model)
+        yield from _pipeline_faults(s, model)
+        yield from _expert_faults(s, model)
+        yield from _prediction_faults(s, model)
+
+
+_SHAPE = (
+    "model_type",
+    "num_hidden_layers",
+    "hidden_size",
+    "intermediate_size",
+    "moe_intermediate_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "vocab_size",
+    "tie_word_embeddings",
+    *_EXPERT_COUNTS,
+)
+
+
+def shape_differences(
+    folder: str, other: str, *, with_head: bool = True, with_prediction_layers: bool = False
+) -> list[str]:
+    """How the model of another Hugging Face folder has other tensors, in words; nothing where one cannot be read.
+
+    Without its head it does not matter whether that is tied to the embeddings. Layers for multi-token prediction count
+    where they are held.
+    """
+    models = [_model_config(each) for each in (folder, other)]
+    if not all(models):
+        return []  # reported where folders are checked
+    one, two = models
+    keys = [key for key in _SHAPE if with_head or key != "tie_word_embeddings"]
+    keys += ["num_nextn_predict_layers"] if with_prediction_layers else []
+    return [f"{key} is {two.get(key)} instead of {one.get(key)}" for key in keys if one.get(key) != two.get(key)]
+
+
+def _model_config(folder: str) -> dict[str, Any]:
+    try:
+        model = json.loads((pathlib.Path(folder) / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return {**model, **model.get("text_config", {})} if isinstance(model, dict) else {}
+
+
+def _tensor_faults(s: Settings, model: dict[str, Any]) -> Iterator[Fault]:
+    size = s.tensor_model_parallel_size
+    heads = model.get("num_attention_heads")
+    groups = model.get("num_key_value_heads", heads)
+    latent = bool(model.get("kv_lora_rank"))
+    counts = {
+        "attention heads": heads,
+        "columns of the dense layers (intermediate_size)": model.get("intermediate_size"),
+    }
+    for what, count in counts.items():
+        if count and count % size:
+            yield Fault(
+                "tensor_model_parallel_size", size, f"it does not divide the model's {count} {what}", "lower it"
+            )
+    if groups and not latent and groups % size and size % groups:
+        problem = f"it and the model's {groups} key/value heads do not divide each other"
+        yield Fault("tensor_model_parallel_size", size, problem, "choose one that does")
+    if model.get("model_type") == "minimax_m2" and size > 1:
+        problem = "megatron-bridge 0.6.2 has no gradient over ranks of the model's norms of all heads at once"
+        yield Fault("tensor_model_parallel_size", size, problem, "set it to 1")
+    if latent and size > 1 and (s.transformer_impl == "local" or s.device == "cpu"):
+        problem = "multi-head latent attention is split over ranks by TransformerEngine's layers alone"
+        yield Fault("tensor_model_parallel_size", size, problem, "set it to 1, or train on GPUs with TransformerEngine")
+
+
+def _pipeline_faults(s: Settings, model: dict[str, Any]) -> Iterator[Fault]:
+    layers, stages = model.get("num_hidden_layers"), s.pipeline_model_parallel_size
+    virtual = s.num_virtual_stages_per_pipeline_rank or 1
+    if not layers:
+        return
+    if layers % stages:
+        problem = f"it does not divide the model's {layers} layers"
+        yield Fault("pipeline_model_parallel_size", stages, problem, "choose one that does")
+    elif layers % (stages * virtual):
+        problem = f"it does not divide the {layers // stages} layers of a stage"
+        yield Fault("num_virtual_stages_per_pipeline_rank", virtual, problem, "choose one that does")
+
+
+def _prediction_faults(s: Settings, model: dict[str, Any]) -> Iterator[Fault]:
+    layers = model.get("num_nextn_predict_layers") or 0
+    if s.mtp_num_layers is not None and s.mtp_num_layers != layers:
+        problem = f"the model has {layers} layers for multi-token prediction"
+        yield Fault("mtp_num_layers", s.mtp_num_layers, problem, f"set it to {layers}" if layers else "leave it out")
+
+
+def _expert_faults(s: Settings, model: dict[str, Any]) -> Iterator[Fault]:
+    experts = next((model[key] for key in _EXPERT_COUNTS if model.get(key)), 0)
+    size, tensor = s.expert_model_parallel_size, s.expert_tensor_parallel_size
+    if not experts:
+        if size > 1:
+            yield Fault("expert_model_parallel_size", size, "the model has no experts", "leave it out")
+        for key in ("use_rollout_routing_replay", "use_routing_replay"):
+            if getattr(s, key):
+                yield Fault(key, True, "the model has no experts", "leave it out")
+        return
+    if experts % size:
+        problem = f"it does not divide the model's {experts} experts"
+        yield Fault("expert_model_parallel_size", size, problem, "choose one that does")
+    width = model.get("moe_intermediate_size") or model.get("intermediate_size")
+    if width and width % tensor:
+        problem = f"it does not divide the {width} columns of an expert"
+        yield Fault("expert_tensor_parallel_size", tensor, problem, "choose one that does")
+    if s.tensor_model_parallel_size > 1 and not s.sequence_parallel:
+        problem = "a model with experts needs it when tensor_model_parallel_size is above 1"
+        yield Fault("sequence_parallel", False, problem, "turn it on")

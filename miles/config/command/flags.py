@@ -1,0 +1,155 @@
+"""The command line: flags made from the models, and files of the same keys below them."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from miles.config.command.yaml_files import read_file
+from miles.config.job import JobConfig, examine
+from miles.config.schema.catalog import Entry, catalog, passthroughs
+from miles.config.schema.faults import ConfigError, Fault, unknown_name
+
+OWN_FLAGS: Mapping[str, str] = {
+    "--config": "FILE",
+    "--dry-run": "",
+    "--help": "",
+}
+"""Flags that are no settings, with what they take."""
+
+
+@dataclasses.dataclass(slots=True)
+class CommandLine:
+    """A command line, taken apart but not yet checked."""
+
+    flat: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Settings by key; those of files first, then those of flags."""
+    dry_run: bool = False
+    help: bool = False
+    faults: list[Fault] = dataclasses.field(default_factory=list)
+
+    def config(self) -> JobConfig:
+        """Check everything and build the configuration. Raises ConfigError with the faults of flags, files, values."""
+        faults = self.merge(examine(self.flat).faults)
+        if faults:
+            raise ConfigError(faults)
+        return JobConfig.from_flat(self.flat)
+
+    def merge(self, faults: Sequence[Fault]) -> list[Fault]:
+        """The faults of flags and files, then these, less those that only follow from a flag read wrongly."""
+        misread = {fault.field for fault in self.faults}
+        return [*self.faults, *(fault for fault in faults if fault.field not in misread)]
+
+
+def parse_command_line(argv: Sequence[str]) -> CommandLine:
+    """Read flags and the files that `--config` names; a flag wins over a file, a later file over an earlier one.
+
+    Faults are collected, not raised, so that `CommandLine.config` can list them with those of the values.
+    """
+    line = CommandLine()
+    settings: dict[str, Any] = {}
+    for flag, values in _scan(argv):
+        if not flag:
+            line.faults += [
+                Fault(value, "", "it belongs to no flag", "put its flag in front of it") for value in values
+            ]
+        elif flag in OWN_FLAGS:
+            _take_own_flag(line, flag, values)
+        elif flag in _known_flags():
+            _take_setting(settings, line.faults, flag, values)
+        elif (key := flag[2:].replace("-", "_")).startswith(tuple(passthroughs())):
+            settings[key] = values[0] if len(values) == 1 else list(values) or True
+        else:
+            line.faults.append(unknown_name(flag, " ".join(values) or True, [*_known_flags(), *OWN_FLAGS], "flag"))
+    line.flat |= settings
+    return line
+
+
+def to_command_line(flat: Mapping[str, Any]) -> list[str]:
+    """Flags that say the same as a flat object; settings at their defaults are left out."""
+    return [word for key, entry in catalog().items() for word in _words(entry, flat.get(key))]
+
+
+def _words(entry: Entry, value: Any) -> list[str]:
+    if value is None or value == entry.default:
+        return []
+    if entry.kind is bool:
+        return [entry.flag if value != entry.negated else opposite(entry.flag)]
+    if entry.kind is tuple:
+        return [f"{entry.flag}={item}" for item in value]
+    if entry.kind is dict:
+        return [f"{entry.flag}={json.dumps(value)}"]
+    return [f"{entry.flag}={value}"]
+
+
+def opposite(flag: str) -> str:
+    """The flag that undoes a switch, e.g. one that a file turned on."""
+    return "--no-" + flag.removeprefix("--")
+
+
+@functools.cache
+def _known_flags() -> Mapping[str, tuple[Entry, bool]]:
+    """Entry of each flag, and for switches the value that it gives."""
+    flags = {}
+    for entry in catalog().values():
+        flags[entry.flag] = (entry, not entry.negated)
+        if entry.kind is bool:
+            flags[opposite(entry.flag)] = (entry, entry.negated)
+    return flags
+
+
+def _scan(argv: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
+    """Each flag with the words that follow it up to the next; words before the first flag come with an empty flag.
+
+    `--flag=value` takes that value alone, which may then begin with dashes.
+    """
+    flag, open_ended = "", True
+    values: list[str] = []
+    for word in argv:
+        if word.startswith("--"):
+            if flag or values:
+                yield flag, values
+            flag, equals, value = word.partition("=")
+            values, open_ended = ([value], False) if equals else ([], True)
+        elif open_ended:
+            values.append(word)
+        else:
+            yield flag, values
+            flag, values, open_ended = "", [word], True
+    if flag or values:
+        yield flag, values
+
+
+def _take_own_flag(line: CommandLine, flag: str, values: Sequence[str]) -> None:
+    if OWN_FLAGS[flag] and len(values) != 1:
+        line.faults.append(Fault(flag, " ".join(values), f"it takes one {OWN_FLAGS[flag]}", "give one"))
+    elif values and not OWN_FLAGS[flag]:
+        line.faults.append(Fault(flag, " ".join(values), "it is a switch", "leave its value out"))
+    elif flag == "--config":
+        content, faults = read_file(values[0])
+        line.flat |= content
+        line.faults += faults
+    elif flag == "--dry-run":
+        line.dry_run = True
+    else:
+        line.help = True
+
+
+def _take_setting(settings: dict[str, Any], faults: list[Fault], flag: str, values: list[str]) -> None:
+    entry, switched = _known_flags()[flag]
+    if entry.kind is bool:
+        if values:
+            remedy = f"write {flag} alone, or {opposite(entry.flag) if flag == entry.flag else entry.flag}"
+            faults.append(Fault(entry.key, " ".join(values), f"{flag} is a switch", remedy))
+        settings[entry.key] = switched
+    elif not values:
+        faults.append(Fault(entry.key, "", f"{flag} takes a value", f"write {flag} {entry.metavar}"))
+    elif entry.kind is tuple:
+        settings[entry.key] = [*settings.get(entry.key, []), *values]
+    elif len(values) > 1:
+        faults.append(Fault(entry.key, " ".join(values), f"{flag} takes one value", "quote it, or give one"))
+    else:
+        settings[entry.key] = values[0]

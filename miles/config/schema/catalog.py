@@ -1,0 +1,135 @@
+"""Every field of every section in one table: what the command line, the reference page and the checks are made from."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+
+from miles.config.schema.section import (
+    Derived,
+    DottedPath,
+    Metavar,
+    Negated,
+    Passthrough,
+    Section,
+    base_type,
+    choices,
+    element_type,
+    note,
+)
+from miles.config.sections.algorithm import AlgorithmConfig
+from miles.config.sections.checkpoint import CheckpointConfig
+from miles.config.sections.cluster import ClusterConfig
+from miles.config.sections.data import DataConfig
+from miles.config.sections.eval import EvalConfig
+from miles.config.sections.gateway import GatewayConfig
+from miles.config.sections.lora import LoraConfig
+from miles.config.sections.megatron import MegatronConfig
+from miles.config.sections.optimizer import OptimizerConfig
+from miles.config.sections.reward import RewardConfig
+from miles.config.sections.rollout import RolloutConfig
+from miles.config.sections.services import ServicesConfig
+from miles.config.sections.telemetry import TelemetryConfig
+from miles.config.sections.tls import TlsConfig
+from miles.config.sections.train import TrainConfig
+from miles.config.sections.weights import WeightsConfig
+
+SECTIONS: Mapping[str, type[Section]] = {
+    "services": ServicesConfig,
+    "cluster": ClusterConfig,
+    "data": DataConfig,
+    "rollout": RolloutConfig,
+    "reward": RewardConfig,
+    "eval": EvalConfig,
+    "algorithm": AlgorithmConfig,
+    "train": TrainConfig,
+    "lora": LoraConfig,
+    "megatron": MegatronConfig,
+    "optimizer": OptimizerConfig,
+    "weights": WeightsConfig,
+    "checkpoint": CheckpointConfig,
+    "telemetry": TelemetryConfig,
+    "gateway": GatewayConfig,
+    "tls": TlsConfig,
+}
+"""Section by its name on `JobConfig`, in the order of the reference page."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Entry:
+    """One field: its key in YAML and REST, its flag, and what both mean."""
+
+    key: str
+    flag: str
+    section: str
+    kind: type[Any]
+    """bool, int, float, str, tuple or dict."""
+    element: type[Any] | None
+    """int or str for a tuple, else None."""
+    choices: tuple[str, ...]
+    metavar: str
+    default: Any
+    derived: str | None
+    help: str
+    negated: bool
+    """The flag switches the field off."""
+    dotted_path: DottedPath | None
+    """Set when the value names a Python object."""
+
+
+@functools.cache
+def catalog() -> Mapping[str, Entry]:
+    """Every field by its key, in the order of the sections."""
+    return {
+        key: _entry(section, key, field)
+        for section, model in SECTIONS.items()
+        for key, field in model.model_fields.items()
+        if note(field, Passthrough) is None
+    }
+
+
+@functools.cache
+def passthroughs() -> Mapping[str, tuple[str, str]]:
+    """Section and field that collect the keys with a prefix, by prefix."""
+    found: dict[str, tuple[str, str]] = {}
+    for section, model in SECTIONS.items():
+        for key, field in model.model_fields.items():
+            passthrough = note(field, Passthrough)
+            if passthrough is not None:
+                found[passthrough.prefix] = (section, key)
+    return found
+
+
+def _entry(section: str, key: str, field: FieldInfo) -> Entry:
+    kind, allowed = base_type(field), choices(field)
+    negated, metavar, source = note(field, Negated), note(field, Metavar), note(field, Derived)
+    element = element_type(field) if kind is tuple else None
+    default = field.get_default(call_default_factory=True)
+    assert default is not PydanticUndefined, f"{key} has no default"
+    return Entry(
+        key=key,
+        flag=negated.flag if negated else "--" + key.replace("_", "-"),
+        section=section,
+        kind=kind,
+        element=element,
+        choices=allowed,
+        metavar=metavar.text if metavar else _metavar(kind, element, allowed),
+        default=default,
+        derived=source.source if source else None,
+        help=" ".join((field.description or "").split()),
+        negated=negated is not None,
+        dotted_path=note(field, DottedPath),
+    )
+
+
+def _metavar(kind: type[Any], element: type[Any] | None, allowed: tuple[str, ...]) -> str:
+    if allowed:
+        return "{" + ",".join(allowed) + "}"
+    if element is not None:
+        return "INT ..." if element is int else "TEXT ..."
+    return {bool: "", int: "INT", float: "FLOAT", str: "TEXT", dict: "JSON"}[kind]

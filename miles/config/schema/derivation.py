@@ -1,0 +1,194 @@
+"""Fills in the settings that follow from others."""
+
+from __future__ import annotations
+
+import functools
+import typing
+from collections.abc import Callable
+
+from miles.config.schema.catalog import SECTIONS
+from miles.config.schema.faults import Fault
+from miles.config.schema.settings import Settings, UnusableSetting
+from miles.precision.number_types import AUTO
+
+_FALLBACKS = {
+    "eval_temperature": "rollout_temperature",
+    "eval_top_p": "rollout_top_p",
+    "eval_top_k": "rollout_top_k",
+    "eval_max_response_len": "rollout_max_response_len",
+    "eval_max_prompt_len": "rollout_max_prompt_len",
+    "eval_input_key": "input_key",
+    "eval_label_key": "label_key",
+    "eval_reward_key": "reward_key",
+    "eps_clip_high": "eps_clip",
+    "log_probs_max_tokens_per_gpu": "max_tokens_per_gpu",
+}
+"""Settings that, when not given, are the same as another."""
+
+_SEARCHED = 10_000
+"""How far around a number that does not divide another one is looked for one that does."""
+
+
+def derive(settings: Settings) -> list[Fault]:
+    """Fill in every derived setting; return the faults that make that impossible."""
+    faults: list[Fault] = []
+    for step in _STEPS:
+        try:
+            faults += step(settings)
+        except UnusableSetting:
+            continue
+    # What could not be filled in, because what it follows from is at fault, is as unusable as that.
+    settings.refuse(*(key for key in _always_filled() if settings.is_empty(key)))
+    return faults
+
+
+@functools.cache
+def _always_filled() -> frozenset[str]:
+    """Settings that have no default of their own, so that some step must fill them in."""
+    return frozenset(
+        key
+        for section in SECTIONS.values()
+        for key, field in section.model_fields.items()
+        if field.default is None and type(None) not in typing.get_args(field.annotation)
+    )
+
+
+def _batch_sizes(s: Settings) -> list[Fault]:
+    """rollout_batch_size × n_samples_per_prompt = global_batch_size × num_steps_per_rollout."""
+    names = ("rollout_batch_size", "n_samples_per_prompt", "global_batch_size", "num_steps_per_rollout")
+    prompts, samples, batch, steps = (s.given(name) and getattr(s, name) for name in names)
+    if not prompts and not (batch and steps):
+        s.refuse("rollout_batch_size", "global_batch_size", "num_steps_per_rollout")
+        return [Fault("rollout_batch_size", None, "a rollout needs a size", "set it to the prompts per rollout")]
+    fault = None
+    if prompts and samples and batch and steps:
+        fault = _mismatch(prompts * samples, batch * steps)
+    elif batch and steps and prompts:
+        samples, fault = _share(batch * steps, prompts, "global_batch_size × num_steps_per_rollout", names[0])
+    elif batch and steps:
+        samples = samples or s.n_samples_per_prompt
+        prompts, fault = _share(batch * steps, samples, "global_batch_size × num_steps_per_rollout", names[1])
+    else:
+        samples = samples or s.n_samples_per_prompt
+        total, product = prompts * samples, "rollout_batch_size × n_samples_per_prompt"
+        if batch:
+            steps, fault = _share(total, batch, product, names[2])
+        else:
+            steps = steps or 1
+            batch, fault = _share(total, steps, product, names[3])
+    if fault:
+        s.refuse(*names)
+        return [fault]
+    for name, value in zip(names, (prompts, samples, batch, steps), strict=True):
+        s.fill(name, value)
+    return []
+
+
+def _mismatch(generated: int, trained: int) -> Fault | None:
+    if generated == trained:
+        return None
+    problem = f"global_batch_size × num_steps_per_rollout = {trained}"
+    return Fault("rollout_batch_size × n_samples_per_prompt", generated, problem, "set one of them to match")
+
+
+def _share(total: int, divisor: int, product: str, name: str) -> tuple[int, Fault | None]:
+    """total / divisor, or the fault that it is not whole."""
+    if total % divisor == 0:
+        return total // divisor, None
+    nearby = [d for d in range(max(1, divisor - _SEARCHED), divisor + _SEARCHED) if total % d == 0]
+    fitting = [str(d) for d in (max([d for d in nearby if d < divisor], default=0), min(_above(nearby, divisor))) if d]
+    remedy = f"set {name} to {' or '.join(fitting)}" if fitting else "choose one that does"
+    return 0, Fault(product, total, f"{name} = {divisor} does not divide it", remedy)
+
+
+def _above(numbers: list[int], bound: int) -> list[int]:
+    return [number for number in numbers if number > bound] or [0]
+
+
+def _fallbacks(s: Settings) -> list[Fault]:
+    for key, source in _FALLBACKS.items():
+        try:
+            if not s.given(key):
+                s.fill(key, getattr(s, source))
+        except UnusableSetting:
+            s.refuse(key)
+    return []
+
+
+def _run_dir(s: Settings) -> list[Fault]:
+    if not s.given("run_dir"):
+        s.fill("run_dir", f"runs/{s.name}")
+    return []
+
+
+def _bounds(s: Settings) -> list[Fault]:
+    if not s.given("tis_lower_bound"):
+        s.fill("tis_lower_bound", 1 / s.tis_upper_bound)
+    if not s.given("rs_lower_bound"):
+        s.fill("rs_lower_bound", s.tis_lower_bound)
+    if not s.given("rs_upper_bound"):
+        s.fill("rs_upper_bound", s.tis_upper_bound)
+    return []
+
+
+def _evaluation_alone(s: Settings) -> list[Fault]:
+    if s.num_rollout == 0 and s.eval_prompt_data and not s.given("eval_interval"):
+        s.fill("eval_interval", 1)
+    return []
+
+
+def _train_dtype(s: Settings) -> list[Fault]:
+    if not s.given("train_dtype"):
+        s.fill("train_dtype", "float16" if s.fp16 else AUTO)
+    return []
+
+
+def _backend(s: Settings) -> list[Fault]:
+    if not s.given("share_prompts"):
+        s.fill("share_prompts", s.train_backend == "fsdp")
+    if not s.given("expert_tensor_parallel_size"):
+        s.fill("expert_tensor_parallel_size", 1 if s.expert_model_parallel_size > 1 else s.tensor_model_parallel_size)
+    return []
+
+
+def _models(s: Settings) -> list[Fault]:
+    if not s.given("ref_load") and (s.use_kl_loss or s.kl_coef):
+        s.fill("ref_load", s.hf_checkpoint)
+    if not s.given("critic_load") and s.advantage_estimator == "ppo":
+        s.fill("critic_load", s.hf_checkpoint)
+    if not s.given("critic_lr") and s.advantage_estimator == "ppo":
+        s.fill("critic_lr", s.lr)
+    return []
+
+
+def _staleness(s: Settings) -> list[Fault]:
+    """The smallest bound that what is asked for needs."""
+    try:
+        if not s.given("max_weight_staleness"):
+            batches = -(-(s.over_sampling_batch_size or 1) // s.rollout_batch_size)
+            s.fill("max_weight_staleness", max(batches, s.update_weights_interval, 2 if s.partial_rollout else 1) - 1)
+    except UnusableSetting:
+        s.refuse("max_weight_staleness")
+    return []
+
+
+def _engine(s: Settings) -> list[Fault]:
+    if not s.given("max_running_requests") and s.rollout_backend == "torch":
+        s.fill("max_running_requests", 64)
+    if not s.given("offload_rollout"):
+        s.fill("offload_rollout", s.colocate)
+    return []
+
+
+_STEPS: tuple[Callable[[Settings], list[Fault]], ...] = (
+    _batch_sizes,
+    _staleness,
+    _engine,
+    _fallbacks,
+    _run_dir,
+    _bounds,
+    _evaluation_alone,
+    _train_dtype,
+    _backend,
+    _models,
+)

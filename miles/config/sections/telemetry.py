@@ -1,0 +1,23 @@
+"""Where metrics go, beside the run's own metrics.jsonl, which is always written."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from miles.config.schema.section import Derived, Metavar, NonNegative, Section
+
+
+class TelemetryConfig(Section):
+    """Metric sinks."""
+
+    use_tensorboard: bool = False
+    """Write metrics for TensorBoard."""
+
+    tb_project_name: Annotated[str | None, Derived("$TENSORBOARD_DIR, else RUN_DIR/tensorboard"), Metavar("DIR")] = None
+    """Folder of TensorBoard's files."""
+
+    tb_experiment_name: Annotated[str | None, Derived("name")] = None
+    """Name of the run in TensorBoard."""
+
+    log_samples_per_step: NonNegative = 4
+    """Prompts of each step whose samples are recorded for people to look at; 0 records none."""

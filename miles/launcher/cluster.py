@@ -1,0 +1,225 @@
+"""All services of a run as processes of this machine."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import fcntl
+import importlib.util
+import logging
+import os
+import pathlib
+import signal
+import socket
+import time
+from typing import TYPE_CHECKING
+
+from miles.cores import WAIT_VARIABLE
+from miles.launcher.plan import ProcessPlan, plan_controller, plan_gateway, plan_workers
+from miles.launcher.process import ProcessGivenUpError, SupervisedProcess
+from miles.launcher.restarts import RestartPolicy
+from miles.queue import RedisServer, RedisStartError
+from miles.rpc.exit_codes import ExitCode, ServiceExit
+from miles.rpc.server import WATCHED_PID_ENVIRONMENT
+
+if TYPE_CHECKING:
+    from miles.config import JobConfig
+
+logger = logging.getLogger(__name__)
+
+_CONTROLLER_START_S = 120.0
+_STOP_GRACE_S = 15.0
+_REDIS_CHECK_S = 0.5
+_RESTARTS_IN_A_DRILL = 30
+_ADDRESSED = ("weightsync_port", "reward_port")
+_GATEWAY_NEEDS = ("fastapi", "httptools", "prometheus_client", "uvicorn")
+"""Packages of the extra `gateway`: a run without them has no REST API."""
+_CALM_THREADS = {WAIT_VARIABLE: "PASSIVE", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+"""Threads of one process must not spin while those of another work on the same cores; nothing is fetched from a hub."""
+
+
+class LocalCluster:
+    """Redis and every service of a run, started, watched and stopped together.
+
+    Use as an async context manager; `failed` is done when a process was given up.
+    """
+
+    def __init__(self, config: JobConfig, *, every_reward: bool = False) -> None:
+        """`every_reward` offers all built-in rewards instead of the configuration's, for jobs to come."""
+        self._config = config
+        self._every_reward = every_reward
+        self.run_dir = pathlib.Path(config.services.run_dir)
+        self.processes: dict[str, SupervisedProcess] = {}
+        self.redis: RedisServer | None = None
+        self.redis_url = config.services.redis_url or ""
+        self.controller_address = ""
+        self.gateway_url = ""
+        """Where the gateway serves; empty without one."""
+        self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._tasks: list[asyncio.Task[None]] = []
+        self._lock: int | None = None
+
+    async def __aenter__(self) -> LocalCluster:
+        self._lock = _lock_run_dir(self.run_dir)
+        try:
+            await self._start()
+        except BaseException:
+            await self.stop()
+            raise
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.stop()
+
+    async def _start(self) -> None:
+        if not self.redis_url:
+            self.redis = RedisServer(self.run_dir / "redis")
+            starting = asyncio.ensure_future(asyncio.to_thread(self.redis.start, take_over=True))
+            try:
+                await asyncio.shield(starting)
+            except RedisStartError as error:
+                raise ServiceExit(ExitCode.REDIS_UNREACHABLE, str(error)) from error
+            except asyncio.CancelledError:
+                await asyncio.wait([starting])  # a thread cannot be cancelled: what it starts is to be stopped
+                raise
+            self.redis_url = self.redis.url
+            self._tasks.append(asyncio.create_task(self._watch_redis(self.redis)))
+        await self._start_controller()
+        # These are known to others by address, so they must come back where they were when they start again.
+        addressed = {key: getattr(self._config.services, key) or free_port() for key in _ADDRESSED}
+        config = self._config.replace(**addressed)
+        for plan in plan_workers(
+            config, self.controller_address, master_port=free_port(), every_reward=self._every_reward
+        ):
+            self._launch(plan)
+        self._start_gateway()
+
+    def _start_gateway(self) -> None:
+        if not self._config.gateway.gateway:
+            return
+        if lacking := [name for name in _GATEWAY_NEEDS if importlib.util.find_spec(name) is None]:
+            logger.warning("no web page and no REST API: pip install 'miles[gateway]' (%s missing)", ", ".join(lacking))
+            return
+        config = self._config.replace(gateway_port=self._config.gateway.gateway_port or free_port())
+        plan = plan_gateway(config, self.controller_address)
+        assert plan is not None
+        self._launch(plan)
+        self.gateway_url = f"http://{config.gateway.gateway_host}:{config.gateway.gateway_port}"
+
+    async def _start_controller(self) -> None:
+        address_file = self.run_dir / "controller.address"
+        address_file.unlink(missing_ok=True)
+        tell_address = ("--address-file", str(address_file))
+        plan = plan_controller(self._config, self.redis_url)
+        process = self._launch(dataclasses.replace(plan, command=(*plan.command, *tell_address)))
+        self.controller_address = await self._controller_address(address_file)
+        # Should it have to start again, it must come back where the workers look for it.
+        pinned = self._config.replace(controller_port=int(self.controller_address.rpartition(":")[2]))
+        process.command = plan_controller(pinned, self.redis_url).command
+
+    @property
+    def services(self) -> list[str]:
+        """Names of everything that this cluster runs."""
+        return [*(["redis"] if self.redis is not None else []), *self.processes]
+
+    def pid(self, name: str) -> int | None:
+        """Process id of a service; None while it does not run."""
+        if name == "redis":
+            return None if self.redis is None else self.redis.pid
+        return self.processes[name].pid
+
+    def kill(self, name: str) -> bool:
+        """End a service as a crash would; it is started again. False when it does not run now."""
+        if name != "redis":
+            return self.processes[name].crash()
+        pid = self.pid(name)
+        if pid is not None:
+            os.kill(pid, signal.SIGKILL)
+        return pid is not None
+
+    async def stop(self) -> None:
+        """Stop every process, workers before the controller and Redis last."""
+        workers = [process for name, process in self.processes.items() if name != "controller"]
+        await asyncio.gather(*(process.stop(_STOP_GRACE_S) for process in workers))
+        if "controller" in self.processes:
+            await self.processes["controller"].stop(_STOP_GRACE_S)
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self.redis is not None:
+            await asyncio.to_thread(self.redis.stop)
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def _launch(self, plan: ProcessPlan) -> SupervisedProcess:
+        process = SupervisedProcess(
+            plan.name,
+            plan.command,
+            {**os.environ, **_CALM_THREADS, **plan.environment, WATCHED_PID_ENVIRONMENT: str(os.getpid())},
+            self.run_dir / "logs" / f"{plan.name}.log",
+            _policy(self._config),
+        )
+        self.processes[plan.name] = process
+        self._tasks.append(asyncio.create_task(self._supervise(process)))
+        return process
+
+    async def _supervise(self, process: SupervisedProcess) -> None:
+        try:
+            await process.run()
+        except ProcessGivenUpError as error:
+            if process.name == "gateway":
+                logger.warning("%s\nthe run goes on without web page and REST API", error)
+            elif not self.failed.done():
+                self.failed.set_exception(error)
+
+    async def _controller_address(self, address_file: pathlib.Path) -> str:
+        end = time.monotonic() + _CONTROLLER_START_S
+        while time.monotonic() < end:
+            if self.failed.done():
+                self.failed.result()
+            if address_file.exists():
+                return address_file.read_text()
+            await asyncio.sleep(0.05)
+        raise ServiceExit(
+            ExitCode.CONTROLLER_UNREACHABLE,
+            f"waited {_CONTROLLER_START_S:g} s for the controller; see {self.run_dir / 'logs' / 'controller.log'}",
+        )
+
+    async def _watch_redis(self, server: RedisServer) -> None:
+        """Start Redis again when it ends by itself; its append-only file brings everything back."""
+        while True:
+            await asyncio.sleep(_REDIS_CHECK_S)
+            if server.pid is None:
+                logger.warning("redis ended; starting it again")
+                try:
+                    await asyncio.to_thread(server.start, take_over=True)
+                except RedisStartError as error:
+                    if not self.failed.done():
+                        self.failed.set_exception(ProcessGivenUpError(str(error), int(ExitCode.REDIS_UNREACHABLE)))
+                    return
+
+
+def _policy(config: JobConfig) -> RestartPolicy:
+    # In a drill a service may end because another one was killed, as often as that happens.
+    return RestartPolicy() if config.services.chaos is None else RestartPolicy(limit=_RESTARTS_IN_A_DRILL)
+
+
+def _lock_run_dir(run_dir: pathlib.Path) -> int:
+    run_dir.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(run_dir / "run.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise ServiceExit(
+            ExitCode.RUN_DIR_BUSY, f"another run is going on in {run_dir}; stop it, or choose another --name"
+        ) from None
+    return descriptor
+
+
+def free_port() -> int:
+    """A loopback port that was free a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

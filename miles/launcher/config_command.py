@@ -1,0 +1,65 @@
+"""`miles config`: the reference page, and what a command line comes to."""
+
+from __future__ import annotations
+
+import argparse
+import pathlib
+import sys
+from collections.abc import Sequence
+
+import yaml
+
+from miles.config.command.flags import parse_command_line
+from miles.config.command.reference_page import help_text, reference_page
+from miles.config.schema.faults import ConfigError
+from miles.launcher.dry_run import checked_config, describe_run
+
+BAD_CONFIG = 2
+"""Exit code, as in `miles.rpc.ExitCode`, which is not imported for what it brings along."""
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run `miles config …`; return its exit code."""
+    parser = argparse.ArgumentParser(prog="miles config", description=__doc__, allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", required=True)
+    docs = commands.add_parser("docs", help="write the reference page of every setting")
+    docs.add_argument("--out", type=pathlib.Path, metavar="FILE", help="write it there instead of printing it")
+    docs.add_argument("--check", action="store_true", help="only say whether FILE is what would be written")
+    commands.add_parser("show", help="check a command line and print the settings it comes to", add_help=False)
+    known, rest = parser.parse_known_args(arguments)
+    if known.command == "show":
+        return _show(rest)
+    if rest:
+        docs.error(f"unrecognized arguments: {' '.join(rest)}")
+    if known.check and known.out is None:
+        docs.error("--check needs --out FILE to compare with")
+    return _docs(known.out, check=known.check)
+
+
+def _docs(out: pathlib.Path | None, *, check: bool) -> int:
+    page = reference_page()
+    if out is None:
+        print(page, end="")
+    elif not check:
+        out.write_text(page, encoding="utf-8")
+    elif not out.is_file() or out.read_text(encoding="utf-8") != page:
+        print(f"{out} is not up to date: run `miles config docs --out {out}`", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _show(arguments: Sequence[str]) -> int:
+    line = parse_command_line(arguments)
+    if line.help:
+        print("usage: miles config show [--dry-run] [FLAGS]\n\n" + help_text(), end="")
+        return 0
+    try:
+        config = checked_config(line)
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return BAD_CONFIG
+    if line.dry_run:
+        print(describe_run(config), end="")
+    else:
+        print(yaml.safe_dump(config.to_flat(), sort_keys=False, allow_unicode=True), end="")
+    return 0

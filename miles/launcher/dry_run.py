@@ -1,0 +1,73 @@
+"""Prints a plan in place of carrying it out."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from typing import Any
+
+import yaml
+
+from miles.config.checks.environment import environment_faults
+from miles.config.command.flags import CommandLine
+from miles.config.job import JobConfig, examine, resolved
+from miles.config.schema.faults import ConfigError
+from miles.launcher.plan import ProcessPlan, plan_run
+from miles.precision.number_types import decide, slow_type, slowdown_key
+
+
+def checked_config(line: CommandLine) -> JobConfig:
+    """The configuration, resolved for this machine and checked on it. Raises ConfigError with every fault at once."""
+    flat = resolved(line.flat)
+    examination = examine(flat)
+    faults = line.merge([*examination.faults, *environment_faults(examination.settings)])
+    if faults:
+        raise ConfigError(faults)
+    return JobConfig.from_flat(flat)
+
+
+def describe_run(config: JobConfig) -> str:
+    """Every process of the run as a YAML list: name, command, environment, settings."""
+    plans = plan_run(config)
+    external = {f"reward service {name}": address for name, address in config.reward.service_addresses.items()}
+    if config.services.redis_url is not None:
+        external["redis"] = config.services.redis_url
+    document: dict[str, Any] = {
+        "processes": [_described(plan, plans) for plan in plans],
+        "number types": number_types_here(config),
+    }
+    if external:
+        document["runs elsewhere"] = external
+    return yaml.safe_dump(document, sort_keys=False, allow_unicode=True, width=120)
+
+
+def number_types_here(config: JobConfig) -> str:
+    """What trainer and engines would compute in if both were on this machine, and why; with a warning of slow types.
+
+    Imports PyTorch and times a product unless there is nothing to find out.
+    """
+    asked = config.train.train_dtype, config.rollout.rollout_dtype
+    types = decide(*asked, {})
+    if types.train_dtype == types.rollout_dtype == "float32":
+        return str(types)
+    try:
+        from miles.precision.speed import worker_speed
+    except ModuleNotFoundError:  # a controller's installation
+        return "decided when the run starts, by what its workers are fast in"
+    speed = worker_speed(config.services.device)
+    types = decide(*asked, {"this machine": speed.get(slowdown_key("bfloat16"))})
+    warnings = (
+        slow_type("this machine", dtype, speed.get(slowdown_key(dtype)))
+        for dtype in dict.fromkeys((types.train_dtype, types.rollout_dtype))
+    )
+    return "; ".join([str(types), *filter(None, warnings)])
+
+
+def _described(plan: ProcessPlan, plans: Sequence[ProcessPlan]) -> dict[str, Any]:
+    described: dict[str, Any] = {"name": plan.name, "command": shlex.join(plan.command)}
+    if plan.environment:
+        described["environment"] = dict(plan.environment)
+    first = next(other for other in plans if other.config == plan.config)
+    if plan.config:
+        described["config"] = dict(plan.config) if first is plan else f"as {first.name}"
+    return described

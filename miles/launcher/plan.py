@@ -1,0 +1,249 @@
+"""Every process of a run on one machine: what it is called, how it is started, and which settings it reads."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import pathlib
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from miles.config.checks.device import visible_gpus
+from miles.config.job import JobConfig
+from miles.config.schema.catalog import catalog
+from miles.cores import THREADS_VARIABLE, share_of, usable_cores
+
+UNKNOWN_ADDRESS = "(known once started)"
+"""Stands for what a plan that was made beforehand cannot know."""
+
+_SECTIONS_READ: Mapping[str, tuple[str, ...]] = {
+    "redis": (),
+    "controller": ("data", "rollout", "eval", "reward", "checkpoint", "telemetry"),
+    "weightsync": ("weights",),
+    "reward": ("reward",),
+    "rollout": ("rollout", "reward", "lora", "weights"),
+    "gateway": ("gateway",),
+    "trainer": (
+        "cluster",
+        "data",
+        "rollout",
+        "algorithm",
+        "train",
+        "lora",
+        "megatron",
+        "optimizer",
+        "weights",
+        "checkpoint",
+        "telemetry",
+    ),
+}
+
+
+_TENSOR_KINDS = ("rollout", "trainer")
+
+_KEEP_MEMORY = {"arena_max": 1, "mmap_max": 0, "trim_threshold": 1 << 40, "top_pad": 64 << 20, "hugetlb": 1}
+"""Settings of glibc's malloc: one heap, which grows by 64 MiB, never gives memory back, and asks for huge pages."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ProcessPlan:
+    """One process to start."""
+
+    name: str
+    """Unique within the run, the same over restarts; also the worker id."""
+    kind: str
+    """redis, controller, weightsync, reward, rollout, trainer or gateway."""
+    command: tuple[str, ...]
+    environment: Mapping[str, str]
+    """Variables to set beside those that are inherited."""
+    config: Mapping[str, Any]
+    """The settings that the process reads, by key. A service gets the whole configuration when a job starts on it."""
+
+
+def plan_redis(config: JobConfig) -> ProcessPlan | None:
+    """The run's own Redis server; None when redis_url names another."""
+    if config.services.redis_url is not None:
+        return None
+    command = ("redis-server", "--dir", f"{config.services.run_dir}/redis", "--appendonly", "yes")
+    return _plan(config, "redis", "redis", (*command, "--maxmemory-policy", "noeviction"))
+
+
+def plan_controller(config: JobConfig, redis_url: str) -> ProcessPlan:
+    """The controller."""
+    arguments = ("--listen", _listen(config, "controller_port"), "--redis-url", redis_url)
+    logs = ("--log-dir", f"{config.services.run_dir}/logs")
+    return _plan(config, "controller", "controller", (*_module("controller"), *logs, *arguments))
+
+
+def plan_gateway(config: JobConfig, controller: str) -> ProcessPlan | None:
+    """The REST API; None when the configuration wants none."""
+    gateway = config.gateway
+    if not gateway.gateway:
+        return None
+    command = [sys.executable, "-m", "miles.gateway", "--listen", f"{gateway.gateway_host}:{gateway.gateway_port}"]
+    command += ["--controller", controller, "--runs-dir", str(pathlib.Path(config.services.run_dir).parent)]
+    if gateway.gateway_keys_file is not None:
+        command += ["--keys-file", gateway.gateway_keys_file]
+    for root in gateway.gateway_allowed_root or (".",):
+        command += ["--allowed-root", root]
+    for module in gateway.gateway_allowed_module:
+        command += ["--allowed-module", module]
+    return _plan(config, "gateway", "gateway", tuple(command))
+
+
+def plan_workers(
+    config: JobConfig, controller: str, *, master_port: int = 0, every_reward: bool = False
+) -> list[ProcessPlan]:
+    """Every process that attaches to the controller.
+
+    Args:
+        config: resolved for a device.
+        controller: host:port of the controller.
+        master_port: free port on which the trainer's ranks meet; 0 when it is not known yet.
+        every_reward: have the reward service offer all built-in rewards, for jobs to come.
+    """
+    weightsync = _weightsync_flags(config)
+    plans = [_worker(config, "weightsync", "weightsync", "weightsync_port", controller, extra=weightsync)]
+    reward = config.reward
+    if reward.rm_type or reward.custom_rm_path:
+        flags = [] if every_reward else _reward_flags(config)
+        plans.append(_worker(config, "reward-0", "reward", "reward_port", controller, extra=flags))
+    for i in range(config.cluster.rollout_num_workers):
+        extra = [*_rollout_device(config, i), *_engine_addresses(config, i)]
+        plans.append(_worker(config, f"rollout-{i}", "rollout", "rollout_port", controller, offset=i, extra=extra))
+    return [*plans, _trainer(config, controller, master_port)]
+
+
+def plan_run(config: JobConfig) -> list[ProcessPlan]:
+    """All processes in the order in which they start, with addresses left open that are only known later."""
+    redis = plan_redis(config)
+    controller = plan_controller(config, config.services.redis_url or UNKNOWN_ADDRESS)
+    port = config.services.controller_port
+    address = f"{config.services.host}:{port}" if port else UNKNOWN_ADDRESS
+    gateway = plan_gateway(config, address)
+    return [
+        *([redis] if redis else []),
+        controller,
+        *plan_workers(config, address),
+        *([gateway] if gateway else []),
+    ]
+
+
+def _worker(
+    config: JobConfig, name: str, kind: str, port: str, controller: str, *, offset: int = 0, extra: Sequence[str] = ()
+) -> ProcessPlan:
+    listen = ("--listen", _listen(config, port, offset), "--controller", controller, "--worker-id", name)
+    return _plan(config, name, kind, (*_module(kind), *listen, *extra))
+
+
+def _trainer(config: JobConfig, controller: str, master_port: int) -> ProcessPlan:
+    """The trainer: one process, or torchrun with one for each rank, which ends them all when one of them ends."""
+    cluster, ranks = config.cluster, _local_ranks(config)
+    extra = [
+        *("--device", config.services.device),
+        *("--distributed-backend", str(cluster.distributed_backend)),
+        *("--distributed-timeout-minutes", str(cluster.distributed_timeout_minutes)),
+    ]
+    plan = _worker(config, "trainer-0", "trainer", "trainer_port", controller, extra=extra)
+    if ranks > 1:
+        module, arguments = plan.command[1:3], plan.command[3:]
+        meeting = ("--master-addr", config.services.host, "--master-port", str(master_port or UNKNOWN_ADDRESS))
+        torchrun = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), *meeting)
+        plan = dataclasses.replace(plan, command=(*torchrun, *module, *arguments))
+    return dataclasses.replace(
+        plan, environment={**plan.environment, **config.train.train_env_vars, **tls_environment(config)}
+    )
+
+
+def _local_ranks(config: JobConfig) -> int:
+    return config.cluster.trainer_world_size // config.cluster.actor_num_nodes
+
+
+def _rollout_device(config: JobConfig, index: int) -> list[str]:
+    """The GPUs after the trainer's, or from the first on when they are shared; begins again when there are too few."""
+    if config.services.device != "cuda":
+        return ["--device", config.services.device]
+    rollout, services = config.rollout, config.cluster.rollout_num_workers
+    gpus = (
+        rollout.rollout_num_gpus_per_engine
+        if rollout.rollout_num_gpus is None
+        else rollout.rollout_num_gpus // services
+    )
+    first = 0 if config.cluster.colocate else _local_ranks(config)
+    return ["--device", f"cuda:{(first + index * gpus) % max(1, visible_gpus())}", "--num-gpus", str(gpus)]
+
+
+def _engine_addresses(config: JobConfig, index: int) -> list[str]:
+    """The running engines of a rollout service: every so manieth of those there are."""
+    addresses = (config.rollout.rollout_external_engine_addrs or ())[index :: config.cluster.rollout_num_workers]
+    return ["--engine-addrs", *addresses] if addresses else []
+
+
+def _weightsync_flags(config: JobConfig) -> list[str]:
+    flags = ["--state-dir", f"{config.services.run_dir}/weightsync", "--lease-s", f"{config.weights.weight_lease_s:g}"]
+    if config.weights.update_weight_disk_dir is not None:
+        flags += ["--disk-dir", config.weights.update_weight_disk_dir]
+    return flags
+
+
+def _reward_flags(config: JobConfig) -> list[str]:
+    reward = config.reward
+    if reward.rm_type:
+        return ["--rewards", reward.rm_type]
+    assert reward.custom_rm_path is not None
+    return ["--custom-rm-path", reward.custom_rm_path, *(["--group-rm"] if reward.group_rm else [])]
+
+
+def _listen(config: JobConfig, port_key: str, offset: int = 0) -> str:
+    port = getattr(config.services, port_key) if port_key else 0
+    return f"{config.services.host}:{port + offset if port else 0}"
+
+
+def _module(kind: str) -> tuple[str, ...]:
+    return (sys.executable, "-m", f"miles.services.{kind}")
+
+
+def _plan(config: JobConfig, name: str, kind: str, command: tuple[str, ...]) -> ProcessPlan:
+    flat = config.to_flat()
+    read = {key: flat[key] for key, entry in catalog().items() if entry.section in _SECTIONS_READ[kind]}
+    environment = tls_environment(config) if kind != "redis" else {}
+    if kind in _TENSOR_KINDS and config.services.device == "cpu":
+        environment |= cpu_memory_environment()
+    environment |= _thread_environment(config, kind)
+    return ProcessPlan(name, kind, command, environment, read)
+
+
+def _thread_environment(config: JobConfig, kind: str) -> dict[str, str]:
+    """Variables that share out this machine's cores; none where the user has set them.
+
+    Processes of a kind compute at the same time and have a part each. Trainer and engines do not share with each other:
+    they take turns or, in an asynchronous run, one waits for the other most of the time, and whoever is behind should
+    have every core. The reward service has a worker process for each core.
+    """
+    if THREADS_VARIABLE in os.environ:
+        return {}
+    at_once = {
+        "trainer": _local_ranks(config),
+        "rollout": config.cluster.rollout_num_workers,
+        "reward": usable_cores(),
+    }
+    return {THREADS_VARIABLE: str(share_of(usable_cores(), at_once[kind]))} if kind in at_once else {}
+
+
+def cpu_memory_environment() -> dict[str, str]:
+    """Variables that have a process keep the memory of freed tensors; none where the user has set them.
+
+    Otherwise every large tensor comes fresh from the kernel, which fills it with zeros a page at a time: a third of a
+    small model's training step. With tensors on a GPU there is nothing to gain.
+    """
+    if "GLIBC_TUNABLES" in os.environ:
+        return {}
+    return {"GLIBC_TUNABLES": ":".join(f"glibc.malloc.{name}={value}" for name, value in _KEEP_MEMORY.items())}
+
+
+def tls_environment(config: JobConfig) -> dict[str, str]:
+    """Variables that have a process encrypt its gRPC connections as the configuration says."""
+    tls = config.tls
+    named = {"CERT": tls.tls_cert, "KEY": tls.tls_key, "CA": tls.tls_ca, "MUTUAL": "1" if tls.tls_mutual else None}
+    return {f"MILES_TLS_{name}": value for name, value in named.items() if value is not None}

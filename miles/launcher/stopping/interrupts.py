@@ -1,0 +1,88 @@
+"""Ctrl-C and SIGTERM: the first one stops the program in order, the second one ends everything at once."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import sys
+import time
+import types
+from collections.abc import Callable
+from typing import NoReturn
+
+from rich.console import Console
+
+from miles.launcher.stopping.process_tree import KILL_S, kill_descendants
+from miles.rpc.exit_codes import ExitCode
+
+_SAME_PRESS_S = 0.1
+"""One press of Ctrl-C may come twice: from the terminal, and from a program around this one that passes it on."""
+_SHOW_CURSOR = "\x1b[?25h"
+
+
+class Interrupts:
+    """Handles both signals from its creation to the end of the process.
+
+    The handlers belong to the process rather than to the event loop, which may hang, or have been closed already.
+    """
+
+    def __init__(self, on_first: Callable[[], object]) -> None:
+        """Call in the event loop; `on_first` is called there."""
+        self.on_first = on_first
+        """What the first signal sets going; may be replaced as the program goes on."""
+        self.came = False
+        self.last_words = "stopped at once"
+        """What to print when the second one comes."""
+        self._loop = asyncio.get_running_loop()
+        self._first_s = 0.0
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._handle)
+
+    def _handle(self, number: int, frame: types.FrameType | None) -> None:
+        now_s = time.monotonic()
+        if self.came and now_s - self._first_s >= _SAME_PRESS_S:
+            end_at_once(ExitCode.INTERRUPTED, self.last_words)
+        if not self.came:
+            self.came, self._first_s = True, now_s
+            if not self._loop.is_closed():
+                self._loop.call_soon_threadsafe(lambda: self.on_first())
+
+
+def cancel_this_task(console: Console) -> Callable[[], None]:
+    """For `Interrupts`, while services start: give up what the calling task is about to do."""
+    task = asyncio.current_task()
+    assert task is not None
+
+    def cancel() -> None:
+        console.print("stopping all processes; Ctrl-C again kills them", style="yellow")
+        task.cancel()
+
+    return cancel
+
+
+def end_at_once(code: ExitCode, last_words: str) -> NoReturn:
+    """Kill everything that this process has started, and leave. Works at any moment, in a signal handler too."""
+    _ignore_signals()
+    with contextlib.suppress(RuntimeError):  # a print that the signal has interrupted holds the stream
+        sys.stdout.flush()
+    if sys.stdout.isatty():  # the progress bar hides it
+        os.write(1, _SHOW_CURSOR.encode())
+    os.write(1, f"\n{last_words}\n".encode())
+    kill_descendants(KILL_S)
+    os._exit(int(code))
+
+
+def leave_nothing_running() -> None:
+    """The last thing that a program does: a signal that comes from now on must not make its end look like a failure.
+
+    Processes are left only when a signal came while a start that had failed was being cleared away.
+    """
+    _ignore_signals()
+    kill_descendants(KILL_S)
+
+
+def _ignore_signals() -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)

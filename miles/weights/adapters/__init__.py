@@ -1,0 +1,1 @@
+"""Low-rank adapters (LoRA): how they are computed, merged, and kept on disk. Start at `lora`."""

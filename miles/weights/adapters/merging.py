@@ -1,0 +1,122 @@
+"""The engine's side of adapter updates: whole weights made of a base that the engine has and an adapter that came.
+
+The base is what the engine's own Hugging Face checkpoint holds. Its identity is compared with the one that the trainer
+put into the manifest: so every version is whole by itself, for an engine that comes late as for one that was there all
+along.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from miles.rpc.gen import policy_pb2
+from miles.weights import manifest as manifests
+from miles.weights.adapters import lora
+from miles.weights.check import check_weight_update_equal
+from miles.weights.manifest import ChecksumMismatch
+from miles.weights.transport import ReceivedWeights
+
+
+class AdaptedWeights:
+    """A base with an adapter merged in; implements ReceivedWeights. The adapter's bytes are kept, for checks."""
+
+    def __init__(self, merged: Mapping[str, torch.Tensor], adapter: ReceivedWeights) -> None:
+        self._tensors = merged
+        self._adapter = adapter
+
+    @property
+    def tensors(self) -> Mapping[str, torch.Tensor]:
+        """Every weight by HF name; those without an adapter are the base's own."""
+        return self._tensors
+
+    @property
+    def adapter(self) -> Mapping[str, torch.Tensor]:
+        """The adapter's tensors by PEFT's names."""
+        return self._adapter.tensors
+
+    def release(self) -> bool:
+        """Let go of everything; what the engine holds views none of the adapter's bytes."""
+        self._tensors = {}
+        return self._adapter.release()
+
+
+class AdapterBase:
+    """Merges adapters into one base, which stays where it is; for one thread at a time."""
+
+    def __init__(self, base: Mapping[str, torch.Tensor], device: torch.device) -> None:
+        """`base` is every weight by HF name, tied ones once, all in the dtype that is served, on the CPU.
+
+        Merged weights are put on `device`. Raises ValueError for weights of several dtypes. Takes as long as hashing.
+        """
+        dtypes = {tensor.dtype for tensor in base.values()}
+        if len(dtypes) != 1:
+            raise ValueError(f"the base's weights are of {len(dtypes)} dtypes; read them as one")
+        (self._dtype,) = dtypes
+        self._device = device
+        self._base = base
+        self._identity = lora.base_checksum(base.items(), self._dtype)
+        self._unadapted: dict[str, torch.Tensor] = {}
+        """Weights without an adapter, on the device, by name."""
+
+    def merge(self, adapter: ReceivedWeights, manifest: policy_pb2.Manifest) -> AdaptedWeights:
+        """The whole weights of a version that consists of an adapter.
+
+        Raises ChecksumMismatch when the engine's base is not the trainer's, and ManifestError when the adapter does not
+        fit it.
+        """
+        self._check_identity(manifest)
+        base = self._base
+        lora.check_fits(adapter.tensors, base, manifest.lora.rank)
+        adapted = set(lora.adapted_weights(adapter.tensors))
+        if not self._unadapted:
+            self._unadapted = {name: t.to(self._device) for name, t in base.items() if name not in adapted}
+        whole = {
+            name: self._merged(name, adapter.tensors, manifest.lora) if name in adapted else self._on_device(name)
+            for name in base
+        }
+        return AdaptedWeights(whole, adapter)
+
+    def check(
+        self, manifest: policy_pb2.Manifest, received: AdaptedWeights, served: Mapping[str, torch.Tensor]
+    ) -> None:
+        """Raise ChecksumMismatch unless `served` holds, bit for bit, the base with the manifest's adapter merged in.
+
+        Base and adapter are hashed again, and merged again.
+        """
+        check_weight_update_equal(manifest, received.adapter)
+        self._identity = lora.base_checksum(self._base.items(), self._dtype)
+        self._check_identity(manifest)
+        base = self._base
+        adapted = set(lora.adapted_weights(received.adapter))
+        faults = [f"{name} is not served" for name in base if name not in served]
+        for name in base.keys() & served.keys():
+            expected = self._merged(name, received.adapter, manifest.lora) if name in adapted else base[name]
+            if not _same_bytes(expected, served[name]):
+                faults.append(f"{name} has other bytes")
+        if faults:
+            more = f" and {len(faults) - 3} more" if len(faults) > 3 else ""
+            where = manifests.describe(manifest.version)
+            raise ChecksumMismatch(f"the engine does not hold {where}: {'; '.join(sorted(faults)[:3])}{more}")
+
+    def _merged(self, name: str, adapter: Mapping[str, torch.Tensor], settings: policy_pb2.LoraAdapter) -> torch.Tensor:
+        a_RI, b_OR = (adapter[part].to(self._device) for part in lora.adapter_names(name))
+        return lora.merged(self._base[name].to(self._device), a_RI, b_OR, lora.scale_of(settings))
+
+    def _on_device(self, name: str) -> torch.Tensor:
+        return self._unadapted[name] if name in self._unadapted else self._base[name].to(self._device)
+
+    def _check_identity(self, manifest: policy_pb2.Manifest) -> None:
+        if self._identity != manifest.lora.base_checksum:
+            raise ChecksumMismatch(
+                f"{manifests.describe(manifest.version)} adapts weights {manifest.lora.base_checksum.hex()}, but this "
+                f"engine's hf_checkpoint holds {self._identity.hex()}; give trainer and engines the same model"
+            )
+
+
+def _same_bytes(expected: torch.Tensor, served: torch.Tensor) -> bool:
+    if expected.dtype != served.dtype or expected.shape != served.shape:
+        return False
+    left, right = (tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8) for tensor in (expected, served))
+    return torch.equal(left, right)

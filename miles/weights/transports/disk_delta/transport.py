@@ -1,0 +1,183 @@
+"""Weights through folders on storage that trainer, service and engines share: what changed since an earlier version.
+
+The trainer's ranks write files into a partial folder; rank 0 adds the index and renames it, so a version is there whole
+or not at all, and never changes after. The weightsync service names the folders, asks for a full version every so
+often, and removes folders that no engine needs, neither itself nor as the base of another.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import os
+import pathlib
+import shutil
+import time
+from collections.abc import Collection, Iterable, Sequence
+
+import numpy as np
+import torch
+
+from miles.rpc.gen import policy_pb2, weightsync_pb2
+from miles.weights import manifest as manifests
+from miles.weights.dtypes import TORCH_DTYPE
+from miles.weights.manifest import DTYPE_BYTES, ManifestError
+from miles.weights.transport import ReceivedWeights, SendTimes, default_threads, match
+from miles.weights.transports.disk_delta.codec import Bytes, Encoding, encode, pieces
+from miles.weights.transports.disk_delta.files import Base, Index, Reader, Stored, write_file
+from miles.weights.transports.disk_delta.reader import FolderReader
+
+_WORTH_IT = 0.9
+"""A change that takes more than this share of the tensor is written raw, which is faster."""
+
+
+class DiskDeltaTransport:
+    """Implements WeightTransport. The sender keeps the bytes it sent last, to tell what changed; so does a receiver."""
+
+    def __init__(self) -> None:
+        self._threads = concurrent.futures.ThreadPoolExecutor(default_threads(), thread_name_prefix="weight-delta")
+        self._kept: dict[str, tuple[int, Bytes]] = {}
+        """By tensor: the publication it was sent in last, and its bytes."""
+        self._reader = FolderReader(self._threads)
+
+    def send(
+        self,
+        handle: weightsync_pb2.TransportHandle,
+        descriptors: Sequence[policy_pb2.TensorDescriptor],
+        tensors: Iterable[tuple[str, torch.Tensor]],
+    ) -> SendTimes:
+        """Write one bucket as one file; a tensor whose bytes in the base are not at hand is written whole."""
+        began = time.monotonic()
+        folder = pathlib.Path(handle.disk_delta.partial_path)
+        folder.mkdir(parents=True, exist_ok=True)
+        coded = [self._code(handle, descriptor, tensor) for descriptor, tensor in match(descriptors, tensors)]
+        stored = [_gather(*parts) for parts in coded]
+        coding_s = time.monotonic() - began
+        if not stored:
+            return SendTimes(copy_s=coding_s)
+        written = write_file(folder / f"part-{descriptors[0].offset:012d}.safetensors", stored)
+        return SendTimes(copy_s=time.monotonic() - began, written_bytes=written)
+
+    def seal(self, handle: weightsync_pb2.TransportHandle, manifest: policy_pb2.Manifest) -> None:
+        """Check that the ranks' files hold every tensor once, write the index, and give the folder its name."""
+        delta = handle.disk_delta
+        partial, path = pathlib.Path(delta.partial_path), pathlib.Path(delta.path)
+        files = sorted(partial.glob("part-*.safetensors"))
+        stored = [tensor for file in files for tensor in _headers(file)]
+        _check_complete(partial, stored, manifest)
+        base = None
+        if any(tensor.encoding is not Encoding.RAW for tensor in stored):
+            base_path = pathlib.Path(delta.base_path)
+            before = Index.read(base_path)
+            base = Base(base_path.name, delta.base_publication_id, before.checksum)
+            manifest.base_version = before.version
+        else:
+            delta.base_path, delta.base_publication_id = "", 0
+        index = Index(
+            version=manifest.version.version,
+            publication_id=handle.publication_id,
+            checksum=manifest.checksum.hex(),
+            base=base,
+            files={file.name: file.stat().st_size for file in files},
+        )
+        index.write(partial)
+        _flush_folder(partial)
+        partial.rename(path)
+        _flush_folder(path.parent)
+
+    def discard(self, handle: weightsync_pb2.TransportHandle) -> None:
+        """Remove what was written."""
+        shutil.rmtree(handle.disk_delta.partial_path, ignore_errors=True)
+
+    def receive(self, handle: weightsync_pb2.TransportHandle, manifest: policy_pb2.Manifest) -> ReceivedWeights:
+        """Build the version in memory, from the version at hand when its folder is a change to that."""
+        return self._reader.receive(handle, manifest)
+
+    def trim(self, live: Collection[int] | None = None) -> None:
+        """Forget bytes of publications that cannot be a base any more."""
+        if live is not None:
+            self._kept = {name: kept for name, kept in self._kept.items() if kept[0] in live}
+
+    def close(self) -> None:
+        """Forget all bytes."""
+        self._kept.clear()
+        self._reader.forget()
+        self._threads.shutdown()
+
+    def _code(
+        self, handle: weightsync_pb2.TransportHandle, descriptor: policy_pb2.TensorDescriptor, tensor: torch.Tensor
+    ) -> tuple[policy_pb2.TensorDescriptor, Encoding, Bytes, Checksum, list[concurrent.futures.Future[bytes]]]:
+        """Copy a tensor and begin to code it on other threads."""
+        copy = torch.empty(tuple(descriptor.shape), dtype=TORCH_DTYPE[descriptor.dtype])
+        copy.copy_(tensor)
+        new: Bytes = copy.reshape(-1).view(torch.uint8).numpy()
+        delta, itemsize = handle.disk_delta, DTYPE_BYTES[descriptor.dtype]
+        sent_in, old = self._kept.get(descriptor.name, (0, new[:0]))
+        self._kept[descriptor.name] = (handle.publication_id, new)
+        checksum = self._threads.submit(manifests.checksum, new.data)
+        if not delta.base_path or sent_in != delta.base_publication_id or old.size != new.size:
+            return descriptor, Encoding.RAW, new, checksum, []
+        overwrite = delta.encoding == weightsync_pb2.DELTA_ENCODING_OVERWRITE
+        encoding = Encoding.OVERWRITE if overwrite else Encoding.XOR
+        frames = [
+            self._threads.submit(encode, encoding, old[piece], new[piece], itemsize) for piece in pieces(new.size)
+        ]
+        return descriptor, encoding, new, checksum, frames
+
+
+Checksum = concurrent.futures.Future[bytes]
+
+
+def _gather(
+    descriptor: policy_pb2.TensorDescriptor,
+    encoding: Encoding,
+    new: np.ndarray[tuple[int], np.dtype[np.uint8]],
+    checksum: Checksum,
+    coded: list[concurrent.futures.Future[bytes]],
+) -> Stored:
+    """What to write of a tensor, once its coding is done."""
+    frames = [future.result() for future in coded]
+    content: list[bytes] | list[memoryview] = frames
+    size = sum(map(len, frames))
+    if encoding is Encoding.RAW or size > _WORTH_IT * new.size:
+        encoding, content, frames = Encoding.RAW, [new.data], []
+    elif not size:
+        encoding, content, frames = Encoding.SAME, [], []
+    value = checksum.result()
+    if not descriptor.checksum:
+        descriptor.checksum = value
+    return Stored(
+        name=descriptor.name,
+        dtype=descriptor.dtype,
+        shape=tuple(descriptor.shape),
+        encoding=encoding,
+        checksum=value,
+        frames=tuple(map(len, frames)),
+        content=content,
+    )
+
+
+def _headers(path: pathlib.Path) -> list[Stored]:
+    reader = Reader(path)
+    reader.close()
+    return reader.tensors
+
+
+def _check_complete(folder: pathlib.Path, stored: Sequence[Stored], manifest: policy_pb2.Manifest) -> None:
+    """Raise ManifestError unless every tensor of the manifest is there once, with the checksum it has there."""
+    wanted = {descriptor.name: descriptor.checksum for descriptor in manifest.tensors}
+    found = {tensor.name: tensor.checksum for tensor in stored}
+    wrong = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
+    if wrong or len(stored) != len(wanted):
+        raise ManifestError(
+            f"{folder} holds {len(stored)} tensors of the {len(wanted)} of {manifests.describe(manifest.version)}; "
+            f"missing or different: {', '.join(wrong[:3]) or 'none, but some are there twice'}"
+        )
+
+
+def _flush_folder(path: pathlib.Path) -> None:
+    """Have the names in a folder on the disk."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

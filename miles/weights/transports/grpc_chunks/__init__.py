@@ -1,0 +1,1 @@
+"""Weights as chunks named by their content, through the weightsync service. Start at `transport`."""

@@ -1,0 +1,106 @@
+"""The engine's memory of grpc_chunks: what has arrived of a version, and what an earlier one has in common with it."""
+
+from __future__ import annotations
+
+import concurrent.futures
+from collections.abc import Sequence
+
+from miles.rpc.gen import policy_pb2, weightsync_pb2
+from miles.weights import manifest as manifests
+from miles.weights.manifest import ChecksumMismatch, ManifestError
+from miles.weights.transport import ReceivedWeights
+from miles.weights.transports.grpc_chunks import chunks as chunking
+from miles.weights.transports.memory import Buffer, BufferedWeights
+
+
+class Transfer:
+    """A version on its way; outlives the call that began it."""
+
+    def __init__(
+        self, publication_id: int, manifest: policy_pb2.Manifest, chunks: Sequence[weightsync_pb2.ChunkDescriptor]
+    ) -> None:
+        """ManifestError when the chunks do not make up the manifest's tensors."""
+        self.publication_id = publication_id
+        self.buffer = Buffer(manifest)
+        self.chunks = chunks
+        self._missing = dict.fromkeys(range(len(chunks)))
+        _check(manifest, chunks)
+
+    @property
+    def checksum(self) -> bytes:
+        """Of the manifest."""
+        return bytes(self.buffer.manifest.checksum)
+
+    def missing(self) -> list[int]:
+        """Positions of the chunks that are not there yet."""
+        return list(self._missing)
+
+    def put(self, number: int, data: bytes | memoryview) -> None:
+        """A chunk has arrived; ChecksumMismatch unless it is what its id says."""
+        if number not in self._missing:
+            raise ManifestError(f"chunk {number} came, which was not asked for")
+        chunk = self.chunks[number]
+        if len(data) != chunk.nbytes or manifests.checksum(data) != chunk.id:
+            raise ChecksumMismatch(
+                f"chunk {number} of {manifests.describe(self.buffer.manifest.version)} came with other bytes than "
+                f"its id names: {len(data)} of {chunk.nbytes} bytes"
+            )
+        self.buffer.memory[chunk.offset : chunk.offset + chunk.nbytes] = data
+        del self._missing[number]
+
+
+class ChunkReceiver:
+    """Keeps the last version, and a transfer that was cut."""
+
+    def __init__(self, threads: concurrent.futures.Executor) -> None:
+        self._threads = threads
+        self._transfer: Transfer | None = None
+        self._last: Transfer | None = None
+
+    def begin(
+        self, publication_id: int, manifest: policy_pb2.Manifest, chunks: Sequence[weightsync_pb2.ChunkDescriptor]
+    ) -> Transfer:
+        """A transfer with everything in it that is at hand: the one that was cut, else chunks of the last version."""
+        cut = self._transfer
+        same = cut is not None and (cut.publication_id, cut.checksum) == (publication_id, manifest.checksum)
+        if cut is not None and same and list(cut.chunks) == list(chunks):
+            return cut
+        self._transfer = None  # before its memory is needed again
+        transfer = self._transfer = Transfer(publication_id, manifest, chunks)
+        if self._last is not None:
+            at_hand = {chunk.id: chunk for chunk in self._last.chunks}
+            memory = memoryview(self._last.buffer.memory)
+            for number, chunk in enumerate(chunks):
+                old = at_hand.get(chunk.id)
+                if old is not None and old.nbytes == chunk.nbytes:
+                    with memory[old.offset : old.offset + old.nbytes] as data:
+                        if manifests.checksum(data) == chunk.id:  # somebody may have written to it
+                            transfer.put(number, data)
+        return transfer
+
+    def finish(self, transfer: Transfer, source: str) -> ReceivedWeights:
+        """Verify a transfer that is complete; it becomes the last version."""
+        self._transfer = None
+        transfer.buffer.verify(self._threads, source)
+        self._last = transfer
+        return BufferedWeights(transfer.buffer)
+
+    def forget(self) -> None:
+        """Let go of everything at hand."""
+        self._transfer = self._last = None
+
+
+def _check(manifest: policy_pb2.Manifest, chunks: Sequence[weightsync_pb2.ChunkDescriptor]) -> None:
+    """Raise ManifestError unless every tensor's bytes lie in chunks, and every chunk in the buffer."""
+    what = f"the chunks of {manifests.describe(manifest.version)}"
+    if wrong := chunking.fault(chunks, manifest.total_bytes):
+        raise ManifestError(f"{what}: {wrong}")
+    position, end = 0, 0
+    for tensor in manifest.tensors:
+        while position < len(chunks) and end < tensor.offset + tensor.nbytes:
+            chunk = chunks[position]
+            if chunk.offset > max(end, tensor.offset):
+                raise ManifestError(f"{what} leave out bytes {end} to {chunk.offset}, in which {tensor.name!r} lies")
+            position, end = position + 1, max(end, chunk.offset + chunk.nbytes)
+        if end < tensor.offset + tensor.nbytes:
+            raise ManifestError(f"{what} end at byte {end}, before the end of {tensor.name!r}")

@@ -1,0 +1,232 @@
+"""Weights as chunks by content hash, through the weightsync service: works wherever gRPC does.
+
+A chunk that the other side has already, from this version before a connection was cut or from another version, is not
+sent again. The service keeps the bytes in its shared memory, so engines on its host can map what was uploaded to it.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import logging
+import threading
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from typing import TypeVar
+
+import grpc
+import torch
+
+from miles.rpc import connect_blocking
+from miles.rpc.gen import policy_pb2, weightsync_pb2, weightsync_pb2_grpc
+from miles.weights import manifest as manifests
+from miles.weights.dtypes import TORCH_DTYPE
+from miles.weights.manifest import ManifestError
+from miles.weights.transport import ReceivedWeights, SendTimes, default_threads, match
+from miles.weights.transports.grpc_chunks.chunks import cut
+from miles.weights.transports.grpc_chunks.receiver import ChunkReceiver
+
+logger = logging.getLogger(__name__)
+
+CALL_DEADLINE_S = 60.0
+"""How long the service may take to answer a call that moves no chunks."""
+
+SILENCE_S = 60.0
+"""How long to go on trying while no chunk gets through."""
+
+_FIRST_RETRY_S, _LAST_RETRY_S = 0.1, 5.0
+_PASSING = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.UNKNOWN, grpc.StatusCode.INTERNAL, grpc.StatusCode.CANCELLED)
+"""A cut connection or a restarting service; everything else is an answer."""
+
+T = TypeVar("T")
+
+
+class GrpcChunksTransport:
+    """Implements WeightTransport; both ends call the service."""
+
+    def __init__(self, address: str, silence_s: float = SILENCE_S) -> None:
+        """`address`: host:port of the service. `silence_s`: after so long without progress, a transfer fails."""
+        self._address = address
+        self._silence_s = silence_s
+        self._channels: dict[str, grpc.Channel] = {}
+        self._threads = concurrent.futures.ThreadPoolExecutor(default_threads(), thread_name_prefix="weight-chunks")
+        self._receiver = ChunkReceiver(self._threads)
+
+    def send(
+        self,
+        handle: weightsync_pb2.TransportHandle,
+        descriptors: Sequence[policy_pb2.TensorDescriptor],
+        tensors: Iterable[tuple[str, torch.Tensor]],
+    ) -> SendTimes:
+        """Upload one bucket: offer its chunks, send those that the service lacks; begin again where it was cut."""
+        if not descriptors:
+            return SendTimes()
+        began = time.monotonic()
+        begin, last = descriptors[0].offset, descriptors[-1]
+        flat = torch.zeros(max(1, last.offset + last.nbytes - begin), dtype=torch.uint8)
+        for descriptor, tensor in match(descriptors, tensors):
+            if descriptor.nbytes:
+                part = flat[descriptor.offset - begin : descriptor.offset - begin + descriptor.nbytes]
+                part.view(TORCH_DTYPE[descriptor.dtype]).view(tuple(descriptor.shape)).copy_(tensor)
+        data = memoryview(flat.numpy().data)
+        list(self._threads.map(lambda d: _set_checksum(d, data[d.offset - begin :][: d.nbytes]), descriptors))
+        chunks = cut(data, begin, handle.grpc_chunks.chunk_bytes, self._threads)
+        hashed_s = time.monotonic() - began
+        sent = self._upload(handle, chunks, data, begin)
+        return SendTimes(time.monotonic() - began - hashed_s, hashed_s, sent)
+
+    def seal(self, handle: weightsync_pb2.TransportHandle, manifest: policy_pb2.Manifest) -> None:
+        """Nothing to do: Prepare fails unless every chunk has arrived."""
+
+    def discard(self, handle: weightsync_pb2.TransportHandle) -> None:
+        """Nothing to do: the service removes what it has."""
+
+    def receive(self, handle: weightsync_pb2.TransportHandle, manifest: policy_pb2.Manifest) -> ReceivedWeights:
+        """Download what is not at hand, and verify; begin again where it was cut, also in a later call."""
+        manifests.validate(manifest)
+        address = handle.grpc_chunks.address or self._address
+        name = f"{manifests.describe(manifest.version)} from {address}"
+        wanted = weightsync_pb2.ListChunksRequest(version=manifest.version, publication_id=handle.publication_id)
+
+        def listed(progress: Progress) -> Sequence[weightsync_pb2.ChunkDescriptor]:
+            answer: weightsync_pb2.ListChunksResponse = self._stub(address).ListChunks(wanted, timeout=CALL_DEADLINE_S)
+            return answer.chunks
+
+        chunks = self._persist(f"list the chunks of {name}", listed)
+        transfer = self._receiver.begin(handle.publication_id, manifest, chunks)
+
+        def fetch(progress: Progress) -> None:
+            request = weightsync_pb2.FetchChunksRequest(
+                version=manifest.version, publication_id=handle.publication_id, chunks=transfer.missing()
+            )
+            if request.chunks:
+                call = self._stub(address).FetchChunks(request)
+                with progress.watching(call):
+                    for answer in call:
+                        transfer.put(answer.chunk, answer.data)
+                        progress.note()
+            if left := transfer.missing():
+                raise ConnectionError(f"the service ended the stream {len(left)} chunks early")
+
+        self._persist(f"fetch {name}", fetch)
+        return self._receiver.finish(transfer, address)
+
+    def trim(self, live: Collection[int] | None = None) -> None:
+        """Nothing is kept on the trainer's side."""
+
+    def close(self) -> None:
+        """Let go of the connection and of what was received."""
+        self._receiver.forget()
+        self._threads.shutdown()
+        for channel in self._channels.values():
+            channel.close()
+        self._channels.clear()
+
+    def _upload(
+        self,
+        handle: weightsync_pb2.TransportHandle,
+        chunks: Sequence[weightsync_pb2.ChunkDescriptor],
+        data: memoryview,
+        begin: int,
+    ) -> int:
+        """Have the service hold all chunks; returns the bytes that were sent."""
+        version, publication_id = handle.grpc_chunks.version, handle.publication_id
+        offer = weightsync_pb2.OfferChunksRequest(version=version, publication_id=publication_id, chunks=chunks)
+        sent = 0
+
+        def requests(missing: Iterable[int], progress: Progress) -> Iterator[weightsync_pb2.UploadChunksRequest]:
+            nonlocal sent
+            for number in missing:
+                chunk = chunks[number]
+                part = bytes(data[chunk.offset - begin : chunk.offset - begin + chunk.nbytes])
+                yield weightsync_pb2.UploadChunksRequest(
+                    version=version, publication_id=publication_id, chunk=chunk, data=part
+                )
+                sent += chunk.nbytes
+                progress.note()
+
+        def upload(progress: Progress) -> None:
+            missing = self._stub(self._address).OfferChunks(offer, timeout=CALL_DEADLINE_S).missing
+            if missing:
+                call = self._stub(self._address).UploadChunks.future(requests(missing, progress))
+                with progress.watching(call):
+                    call.result()
+
+        self._persist(f"upload {len(chunks)} chunks of {manifests.describe(version)} to {self._address}", upload)
+        return sent
+
+    def _persist(self, what: str, attempt: Callable[[Progress], T]) -> T:
+        """Try again while attempts are cut short but get on; TimeoutError after `silence_s` without any progress.
+
+        The channel stays and reconnects by itself: closing it waits for what a cut call still had to send, which gRPC
+        may give up no sooner than its keepalive.
+        """
+        progress = Progress(self._silence_s)
+        retry_s = _FIRST_RETRY_S
+        while True:
+            notes = progress.notes
+            try:
+                return attempt(progress)
+            except (grpc.RpcError, ConnectionError) as error:
+                fault = _describe(error)
+                if isinstance(error, grpc.RpcError) and error.code() not in _PASSING:
+                    raise ManifestError(f"cannot {what}: {fault}") from error
+                if progress.notes > notes:
+                    retry_s = _FIRST_RETRY_S
+                if progress.silent_s() + retry_s > self._silence_s:
+                    silent = f"nothing for {progress.silent_s():.0f} s"
+                    raise TimeoutError(f"could not {what}: {silent}; last: {fault}") from error
+                logger.info("cannot %s: %s; trying again in %.1f s", what, fault, retry_s)
+            time.sleep(retry_s)
+            retry_s = min(2 * retry_s, _LAST_RETRY_S)
+
+    def _stub(self, address: str) -> weightsync_pb2_grpc.WeightSyncServiceStub:
+        if address not in self._channels:
+            self._channels[address] = connect_blocking(address)
+        return weightsync_pb2_grpc.WeightSyncServiceStub(self._channels[address])
+
+
+class Progress:
+    """When something last got through, and a watch that ends a call in which nothing does."""
+
+    def __init__(self, silence_s: float) -> None:
+        self._silence_s = silence_s
+        self._last = time.monotonic()
+        self.notes = 0
+
+    def note(self) -> None:
+        """A chunk got through."""
+        self._last = time.monotonic()
+        self.notes += 1
+
+    def silent_s(self) -> float:
+        """Seconds since the last note."""
+        return time.monotonic() - self._last
+
+    @contextlib.contextmanager
+    def watching(self, call: grpc.Future) -> Iterator[None]:
+        """Cancel a call when `silence_s` pass without a note."""
+        done = threading.Event()
+
+        def watch() -> None:
+            while not done.wait(min(1.0, self._silence_s / 4)):
+                if self.silent_s() > self._silence_s:
+                    call.cancel()
+                    return
+
+        watcher = threading.Thread(target=watch, name="weight-chunks-watch", daemon=True)
+        watcher.start()
+        try:
+            yield
+        finally:
+            done.set()
+            watcher.join()
+
+
+def _set_checksum(descriptor: policy_pb2.TensorDescriptor, data: memoryview) -> None:
+    if not descriptor.checksum:
+        descriptor.checksum = manifests.checksum(data)
+
+
+def _describe(error: grpc.RpcError | ConnectionError) -> str:
+    return f"{error.code().name}: {error.details()}" if isinstance(error, grpc.RpcError) else str(error)

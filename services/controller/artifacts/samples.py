@@ -1,0 +1,146 @@
+"""Reads the samples that training steps recorded.
+
+The trainer's ranks write RUN_DIR/samples/step_00000012.rank0.jsonl, one line a group, and beside it a file with the
+numbers of each token; `services/trainer/step/sample_log.py` says what their lines hold.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from miles.rpc.gen import records_pb2, sample_pb2
+
+FOLDER = "samples"
+MAX_STEPS_A_PAGE = 20
+"""Steps read for one page: a filter that nothing passes must not read everything at once."""
+_NAME = re.compile(r"step_(\d{8,})\.rank\d+\.jsonl")
+
+Place = tuple[int, int, int]
+"""Step, group id, index."""
+
+
+class UnknownSampleError(KeyError):
+    """No sample was recorded there."""
+
+
+class BadPageToken(ValueError):
+    """A page token that no page ended with."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class SampleFilter:
+    """Which samples are wanted."""
+
+    step: int | None = None
+    min_reward: float | None = None
+    max_reward: float | None = None
+
+    def passes(self, sample: records_pb2.SampleRecord) -> bool:
+        """Whether a sample is; one without reward only when no reward is asked for."""
+        low, high = self.min_reward, self.max_reward
+        if low is None and high is None:
+            return True
+        if not sample.HasField("reward"):
+            return False
+        return (low is None or sample.reward >= low) and (high is None or sample.reward <= high)
+
+
+def list_samples(
+    run_dir: pathlib.Path, wanted: SampleFilter, page_size: int, page_token: str
+) -> tuple[list[records_pb2.SampleRecord], str]:
+    """A page of samples, newest step first, and the token of the next page (empty: none). Raises BadPageToken."""
+    after = _parse_token(page_token) if page_token else None
+    files = _files_by_step(run_dir / FOLDER)
+    steps = sorted((s for s in files if wanted.step in (None, s) and (after is None or s <= after[0])), reverse=True)
+    page: list[records_pb2.SampleRecord] = []
+    for count, step in enumerate(steps):
+        if count == MAX_STEPS_A_PAGE:
+            return page, f"{step}..-1"
+        for sample in _read_step(files[step]):
+            if after is not None and step == after[0] and (sample.group_id, sample.index) <= after[1:]:
+                continue
+            if wanted.passes(sample):
+                if len(page) == page_size:
+                    last = page[-1]
+                    return page, f"{last.step}.{last.group_id}.{last.index}"
+                page.append(sample)
+    return page, ""
+
+
+def find_sample(run_dir: pathlib.Path, place: Place) -> tuple[records_pb2.SampleRecord, dict[str, Any] | None]:
+    """A sample, and what was known of its tokens (see `sample_log`; None: nothing). Raises UnknownSampleError."""
+    step, group_id, index = place
+    paths = _files_by_step(run_dir / FOLDER).get(step, [])
+    for path in paths:
+        for sample in _read_file(path):
+            if (sample.group_id, sample.index) == (group_id, index):
+                return sample, _find_tokens(path.with_suffix(".tokens.jsonl"), group_id, index)
+    raise UnknownSampleError(place)
+
+
+def _find_tokens(path: pathlib.Path, group_id: int, index: int) -> dict[str, Any] | None:
+    if not path.exists():
+        return None
+    beginning = f'{{"group_id":{group_id},"index":{index},'
+    with path.open(encoding="utf-8") as lines:
+        found: dict[str, Any] | None = next((json.loads(line) for line in lines if line.startswith(beginning)), None)
+    return found
+
+
+def _parse_token(token: str) -> Place:
+    if match := re.fullmatch(r"(\d{1,18})\.(\d{0,18})\.(-?\d{1,9})", token):
+        return int(match[1]), int(match[2] or -1), int(match[3])
+    raise BadPageToken(f"page_token {token!r} is not one this service gave")
+
+
+def _files_by_step(folder: pathlib.Path) -> dict[int, list[pathlib.Path]]:
+    found: dict[int, list[pathlib.Path]] = {}
+    if folder.is_dir():
+        for path in sorted(folder.iterdir()):
+            if match := _NAME.fullmatch(path.name):
+                found.setdefault(int(match[1]), []).append(path)
+    return found
+
+
+def _read_step(paths: list[pathlib.Path]) -> list[records_pb2.SampleRecord]:
+    samples = [sample for path in paths for sample in _read_file(path)]
+    return sorted(samples, key=lambda sample: (sample.group_id, sample.index))
+
+
+def _read_file(path: pathlib.Path) -> Iterator[records_pb2.SampleRecord]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:  # dropped by a run that resumed from an earlier step
+        return
+    for line in text.splitlines():
+        group = json.loads(line)
+        for sample in group["samples"]:
+            yield _to_record(group, sample)
+
+
+def _to_record(group: dict[str, Any], sample: dict[str, Any]) -> records_pb2.SampleRecord:
+    return records_pb2.SampleRecord(
+        step=group["step"],
+        group_id=group["group_id"],
+        index=sample["index"],
+        prompt_json=json.dumps(group["prompt"], ensure_ascii=False),
+        response=sample["response"],
+        label=group["label"],
+        reward=sample["reward"],
+        reward_parts=sample["reward_parts"],
+        status=sample_pb2.SampleStatus.Value(f"SAMPLE_STATUS_{sample['status']}"),
+        response_length=sample["response_length"],
+        weight_versions=[
+            sample_pb2.VersionSpan(version=version, start=start, end=end)
+            for version, start, end in sample["weight_versions"]
+        ],
+        log_prob_diff_mean=sample["log_prob_diff_mean"],
+        log_prob_diff_max=sample["log_prob_diff_max"],
+        advantage=sample["advantage"],
+        cut=group["cut"] or sample["cut"],
+    )

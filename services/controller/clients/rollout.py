@@ -1,0 +1,106 @@
+"""The controller's side of one rollout worker."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable
+
+from miles.rpc import connected
+from miles.rpc.gen import rollout_pb2, rollout_pb2_grpc
+from miles.services.controller.clients import deadlines
+from miles.services.controller.clients.calls import call, stream
+from miles.services.controller.jobs.context import JobContext
+from miles.services.controller.workers.registry import AttachedWorker
+
+logger = logging.getLogger(__name__)
+
+_PROGRESS_SILENCE_S = 60.0
+"""A worker reports about once a second; this much silence on a live stream means that it hangs."""
+
+
+class RolloutLink:
+    """One rollout worker at work on a job: leases out, results in."""
+
+    def __init__(
+        self,
+        worker: AttachedWorker,
+        context: JobContext,
+        weightsync_address: str,
+        reward_addresses: dict[str, str],
+    ) -> None:
+        self.worker = worker
+        self.capacity = 0
+        """Groups the worker can usefully hold; 0 while it has no weights or is out of routing."""
+        self.connected = False
+        """Whether the job is loaded on it and its work stream is up."""
+        self.progress = rollout_pb2.RunProgress()
+        self._context = context
+        self._weightsync_address = weightsync_address
+        self.reward_addresses = reward_addresses
+        self._orders: asyncio.Queue[rollout_pb2.RunRequest] = asyncio.Queue()
+
+    @property
+    def worker_id(self) -> str:
+        return self.worker.worker_id
+
+    async def serve(self, on_response: Callable[[RolloutLink, rollout_pb2.RunResponse], None]) -> None:
+        """Start the job on the worker and pass on what it says, until the stream ends or breaks."""
+        with connected(self.worker.registration.address) as channel:
+            stub = rollout_pb2_grpc.RolloutServiceStub(channel)
+            what = f"rollout {self.worker_id}"
+            await self._start_job(stub, what)
+            run = stub.Run(self._requests())
+            try:
+                async for response in stream(run, what, _PROGRESS_SILENCE_S):
+                    if response.lease_number != self.worker.lease_number:
+                        continue
+                    if response.HasField("ready"):
+                        self.connected = True
+                        self.capacity = response.ready.capacity_groups
+                    elif response.HasField("progress"):
+                        self.progress = response.progress
+                    on_response(self, response)
+            finally:
+                run.cancel()
+                self.connected, self.capacity = False, 0
+
+    async def _requests(self) -> AsyncIterator[rollout_pb2.RunRequest]:
+        opening = rollout_pb2.RunOpen(job_id=self._context.job_id, lease_number=self.worker.lease_number)
+        yield rollout_pb2.RunRequest(open=opening)
+        while True:
+            yield await self._orders.get()
+
+    async def _start_job(self, stub: rollout_pb2_grpc.RolloutServiceStub, what: str) -> None:
+        request = rollout_pb2.RolloutStartJobRequest(
+            job_id=self._context.job_id,
+            config_json=self._context.config_json,
+            redis_url=self._context.redis_url,
+            weightsync_address=self._weightsync_address,
+            reward_addresses=self.reward_addresses,
+        )
+        async for message in stream(stub.StartJob(request), f"{what} start", deadlines.START_JOB_SILENCE_S):
+            logger.info("%s: %s", what, message.stage)
+
+    def lease(self, lease: rollout_pb2.GroupLease) -> None:
+        """Hand a group to the worker."""
+        self._orders.put_nowait(rollout_pb2.RunRequest(lease=lease))
+
+    def cancel(self, group_id: int, attempt: int, purpose: rollout_pb2.GroupPurpose.ValueType) -> None:
+        """Have the worker give a group up; it says so, and what it kept."""
+        cancel = rollout_pb2.GroupCancel(group_id=group_id, attempt=attempt, purpose=purpose)
+        self._orders.put_nowait(rollout_pb2.RunRequest(cancel=cancel))
+
+    async def release_memory(self) -> None:
+        """Have the worker's engine free its memory until it gets new weights."""
+        with connected(self.worker.registration.address) as channel:
+            stub = rollout_pb2_grpc.RolloutServiceStub(channel)
+            request = rollout_pb2.ReleaseMemoryRequest(job_id=self._context.job_id)
+            await call(stub.ReleaseMemory(request), f"rollout {self.worker_id} memory", deadlines.RELEASE_MEMORY_S)
+
+    async def stop_job(self) -> None:
+        """Have everything of the job dropped on the worker."""
+        with connected(self.worker.registration.address) as channel:
+            stub = rollout_pb2_grpc.RolloutServiceStub(channel)
+            request = rollout_pb2.RolloutStopJobRequest(job_id=self._context.job_id)
+            await call(stub.StopJob(request), f"rollout {self.worker_id} stop", deadlines.STOP_JOB_S)

@@ -1,0 +1,92 @@
+"""What a job leaves behind while it runs: its record, events, metrics and summary."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import pathlib
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from miles.rpc.gen import job_pb2
+from miles.services.controller.jobs.context import JobContext
+from miles.services.controller.jobs.store import ENDED, JobStore
+from miles.services.controller.status import timeline
+from miles.services.controller.status.timeline import TimelineWriter
+from miles.telemetry import MetricsWriter, read_metrics
+from miles.telemetry.redaction import redact
+
+SUMMARY_NAME = "summary.json"
+METRICS_NAME = "metrics.jsonl"
+
+
+class JobHistory:
+    """Writes one job's record and events to Redis, its metrics and summary to the run folder."""
+
+    def __init__(self, store: JobStore, job: job_pb2.Job, context: JobContext) -> None:
+        self.job = job
+        self._store = store
+        self._context = context
+        self._writer: MetricsWriter | None = None
+        self.summary: dict[str, Any] = json.loads(job.summary_json) if job.summary_json else {}
+        self.timeline = TimelineWriter(context.run_dir / timeline.NAME)
+
+    def open_metrics(self, first_step: int) -> None:
+        """Begin to write metrics at a step; drops what an interrupted run wrote of it and later ones."""
+        if self._writer is not None:
+            self._writer.close()
+        telemetry, run_dir = self._context.config.telemetry, self._context.run_dir
+        tensorboard = pathlib.Path(telemetry.tb_project_name or run_dir / "tensorboard")
+        self._writer = MetricsWriter(
+            run_dir / METRICS_NAME,
+            first_step,
+            tensorboard / (telemetry.tb_experiment_name or self.job.name) if telemetry.use_tensorboard else None,
+        )
+
+    def recorded_steps(self, name: str) -> set[int]:
+        """Steps for which the metrics file has a number of that name."""
+        lines = read_metrics(self._context.run_dir / METRICS_NAME)
+        return {line["step"] for line in lines if line.get(name) is not None}
+
+    async def metrics(self, step: int, values: Mapping[str, float]) -> None:
+        """Record numbers of a step."""
+        assert self._writer is not None
+        self._writer.write(step, values)
+        event = job_pb2.JobEvent(job_id=self.job.job_id, metrics=job_pb2.Metrics(step=step, values=values))
+        await self._store.add_event(event)
+
+    async def log(self, level: job_pb2.LogLevel.ValueType, source: str, text: str) -> None:
+        """Record something a person may want to know."""
+        line = job_pb2.LogLine(level=level, source=source, text=redact(text))
+        await self._store.add_event(job_pb2.JobEvent(job_id=self.job.job_id, log=line))
+
+    async def state(self, state: job_pb2.JobState.ValueType, reason: str) -> None:
+        """Move the job to a state; an ended job also gets its end time, error and summary file."""
+        if state == self.job.state:
+            return
+        now = time.time_ns()
+        self.job.state = state
+        if state == job_pb2.JOB_STATE_RUNNING and not self.job.started_unix_ns:
+            self.job.started_unix_ns = now
+        self.job.ended_unix_ns = now if state in ENDED else 0
+        self.job.error = redact(reason) if state == job_pb2.JOB_STATE_FAILED else ""
+        changed = job_pb2.JobStateChanged(state=state, reason=redact(reason))
+        await self.save(job_pb2.JobEvent(job_id=self.job.job_id, state_changed=changed))
+
+    async def save(self, event: job_pb2.JobEvent | None = None) -> None:
+        """Write the record to Redis, with an event that belongs to it, and the summary to the run folder."""
+        self.job.summary_json = json.dumps(self.summary)
+        await self._store.put(self.job, event)
+        path = self._context.run_dir / SUMMARY_NAME
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".tmp")
+        partial.write_text(json.dumps(self.summary, indent=2) + "\n")
+        partial.replace(path)
+
+    def close(self) -> None:
+        """Close the files of metrics and activity."""
+        self.timeline.close()
+        with contextlib.suppress(ValueError):
+            if self._writer is not None:
+                self._writer.close()

@@ -1,0 +1,117 @@
+"""Runs one job from its record to its end, whatever the end is."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import json
+import logging
+import pathlib
+
+import redis.asyncio
+
+from miles.config import ConfigError, JobConfig
+from miles.data import DataError, PromptSource, eval_sources, train_source
+from miles.data.template import load_tokenizer
+from miles.queue import GroupQueue
+from miles.queue.backpressure import TRANSIENT
+from miles.rpc.gen import job_pb2
+from miles.services.controller.artifacts.checkpoints import step_of
+from miles.services.controller.artifacts.log_spans import LogSpans
+from miles.services.controller.clients.calls import WorkerFailedError, WorkerLostError
+from miles.services.controller.jobs.context import JobContext
+from miles.services.controller.jobs.controls import JobCancelledError, JobControls, JobStoppedError
+from miles.services.controller.jobs.history import JobHistory
+from miles.services.controller.jobs.store import JobStore
+from miles.services.controller.run.loop import RunLoop
+from miles.services.controller.status.run_status import RunStatus
+from miles.services.controller.workers.registry import WorkerRegistry
+
+logger = logging.getLogger(__name__)
+
+
+class JobRunner:
+    """Prepares what a job needs, runs its loop, and records how it ended."""
+
+    def __init__(
+        self,
+        store: JobStore,
+        registry: WorkerRegistry,
+        redis_client: redis.asyncio.Redis,
+        redis_url: str,
+        log_dir: pathlib.Path | None = None,
+    ) -> None:
+        """`log_dir` holds the logs of the services, if they outlive jobs."""
+        self._store = store
+        self._registry = registry
+        self._redis = redis_client
+        self._redis_url = redis_url
+        self._log_dir = log_dir
+        self.status: RunStatus | None = None
+        """What the run that is going on does; None before its data is read."""
+
+    async def run(self, job: job_pb2.Job, controls: JobControls) -> None:
+        """Run the job; returns when it has ended. Cancellation leaves the record as it is, to be taken up again."""
+        config = JobConfig.from_flat(json.loads(job.config_json))
+        context = JobContext(job.job_id, config, self._redis_url, pathlib.Path(config.services.run_dir))
+        history = JobHistory(self._store, job, context)
+        spans = LogSpans(context.run_dir, self._log_dir or context.run_dir / "logs")
+        await asyncio.to_thread(spans.begin)
+        state, reason = job_pb2.JOB_STATE_SUCCEEDED, "every step is done"
+        try:
+            await history.state(job_pb2.JOB_STATE_STARTING, "reading the data, loading models")
+            await self._run(context, history, controls)
+        except JobStoppedError:
+            state, reason = job_pb2.JOB_STATE_STOPPED, f"stopped by the user; {_saved(history)}"
+        except JobCancelledError:
+            state, reason = job_pb2.JOB_STATE_CANCELLED, "cancelled by the user"
+        except (WorkerFailedError, WorkerLostError, DataError, ConfigError, TimeoutError) as error:
+            logger.exception("job %s failed", job.job_id)
+            state, reason = job_pb2.JOB_STATE_FAILED, str(error)
+        except TRANSIENT:
+            raise  # without Redis nothing can be recorded; the job is taken up again once it is back
+        except Exception as error:
+            logger.exception("job %s failed for a reason nobody foresaw", job.job_id)
+            state, reason = job_pb2.JOB_STATE_FAILED, f"{type(error).__name__}: {error}"
+        finally:
+            history.close()
+        if state == job_pb2.JOB_STATE_FAILED:
+            await history.log(job_pb2.LOG_LEVEL_ERROR, "controller", reason)
+        await asyncio.to_thread(spans.end)
+        await history.state(state, reason)
+
+    async def _run(self, context: JobContext, history: JobHistory, controls: JobControls) -> None:
+        prompts, eval_sets = await asyncio.to_thread(_read_data, context.config)
+        num_rollout = context.config.rollouts(len(prompts))
+        if num_rollout == 0 and context.config.data.num_rollout is None:
+            raise DataError(
+                f"num_epoch {context.config.data.num_epoch} over {len(prompts)} prompts does not fill one batch of "
+                f"{context.config.data.rollout_batch_size}; lower rollout_batch_size or raise num_epoch"
+            )
+        # The number of steps fixes the learning-rate schedule, so every worker must know it.
+        context = dataclasses.replace(context, config=context.config.replace(num_rollout=num_rollout))
+        history.job.num_rollout = num_rollout
+        await history.save()
+        queue = GroupQueue(self._redis, context.job_id, consumer="controller")
+        try:
+            run = RunLoop(context, history, controls, self._registry, queue, prompts, eval_sets)
+            self.status = run.status
+            await run.run()
+        except JobCancelledError:
+            await queue.drop_job()
+            raise
+        finally:
+            self.status = None
+        await queue.drop_job()
+
+
+def _saved(history: JobHistory) -> str:
+    """What of a job that was stopped is on disk."""
+    steps, saved = history.job.policy_version, step_of(history.summary.get("checkpoint", "")) or 0
+    return "the state is saved" if saved >= steps else f"a resume goes on from step {saved} of {steps}"
+
+
+def _read_data(config: JobConfig) -> tuple[PromptSource, dict[str, PromptSource]]:
+    assert config.rollout.hf_checkpoint is not None, "a rule requires it"
+    tokenizer = load_tokenizer(config.rollout.hf_checkpoint, config.data.chat_template_path)
+    return train_source(config, tokenizer), eval_sources(config, tokenizer)

@@ -1,0 +1,262 @@
+"""Which job runs now: one at a time, in order of submission, as soon as what it asks for is attached.
+
+A job that a restart interrupted goes before all others: workers may still hold it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import json
+import logging
+import time
+from typing import Any
+
+from miles.rpc.gen import controller_pb2, job_pb2
+from miles.services.controller.artifacts.checkpoints import step_of
+from miles.services.controller.clients import deadlines
+from miles.services.controller.jobs.controls import JobControls
+from miles.services.controller.jobs.resources import Supply, lacking
+from miles.services.controller.jobs.runner import JobRunner
+from miles.services.controller.jobs.store import ENDED, JobStore
+from miles.services.controller.workers.registry import WorkerRegistry
+
+logger = logging.getLogger(__name__)
+
+_START_UP_S = 60.0
+"""So long after the controller's start, and as long as no trainer has attached, jobs are not kept waiting for workers:
+they are starting too, and the data can be read meanwhile."""
+_TELL_AFTER_S = 10.0
+"""A job that waits for workers for longer says so in its history."""
+
+
+@dataclasses.dataclass(slots=True)
+class _Wait:
+    since_s: float
+    reason: str = ""
+    """What was told."""
+
+
+class OperationReusedError(Exception):
+    """An idempotency key came a second time, with another action."""
+
+    def __init__(self, job_id: str, before: int, action: int) -> None:
+        first, second = (
+            controller_pb2.JobAction.Name(kind).removeprefix("JOB_ACTION_").lower()  # type: ignore[arg-type]
+            for kind in (before, action)
+        )
+        super().__init__(f"{first} of job {job_id} was sent with this key; send a new key with {second}")
+
+
+class JobScheduler:
+    """Takes jobs from the store and runs them."""
+
+    def __init__(self, store: JobStore, runner: JobRunner, registry: WorkerRegistry) -> None:
+        self._store = store
+        self._runner = runner
+        self._registry = registry
+        self._submitted = asyncio.Event()
+        self._controls: dict[str, JobControls] = {}
+        self._waits: dict[str, _Wait] = {}
+        self._began_s = time.monotonic()
+        self.running: str | None = None
+        """Id of the job that runs."""
+
+    async def describe(self, job: job_pb2.Job) -> controller_pb2.DescribeRunResponse:
+        """What a job's run does and waits for now, or why it does not run."""
+        if job.job_id == self.running:
+            config = json.loads(job.config_json)
+            if (status := self._runner.status) is not None:
+                return status.describe(config["rollout_batch_size"], self._registry.everyone())
+            return _outside_of_run(
+                job, phase="starting", waiting_for="the data to be read", since_unix_ns=time.time_ns()
+            )
+        if job.state in ENDED:
+            return _outside_of_run(job, phase="ended", since_unix_ns=job.ended_unix_ns)
+        waiting = await self._waiting()
+        ahead = next((number for number, other in enumerate(waiting) if other.job_id == job.job_id), 0)
+        ahead += self.running is not None
+        lacks = self._why_wait(job)
+        reasons = [f"{ahead} job{'s' if ahead > 1 else ''} ahead of it"] if ahead else []
+        return _outside_of_run(
+            job,
+            phase="queued",
+            waiting_for="; ".join([*reasons, *([lacks] if lacks else [])]),
+            since_unix_ns=job.submitted_unix_ns,
+            jobs_ahead=ahead,
+        )
+
+    def wake(self) -> None:
+        """A job was submitted."""
+        self._submitted.set()
+
+    async def run(self) -> None:
+        """Run jobs until cancelled."""
+        while True:
+            self._submitted.clear()
+            job = await self._next()
+            if job is None:
+                await self._wait_for_news()
+                continue
+            logger.info("running job %s", job.job_id)
+            paused = job.state == job_pb2.JOB_STATE_PAUSED  # before a restart of the controller
+            controls = self._controls.setdefault(job.job_id, JobControls(paused=paused))
+            self.running = job.job_id
+            try:
+                await self._runner.run(job, controls)
+            finally:
+                self.running = None
+            del self._controls[job.job_id]
+
+    async def control(self, job_id: str, action: controller_pb2.JobAction.ValueType, operation_id: str) -> job_pb2.Job:
+        """Apply an action to a job; an operation that was carried out before does nothing.
+
+        Raises `UnknownJobError`, `OperationReusedError` when the operation was another action, and `ValueError` when
+        the job's state rules the action out.
+        """
+        before = await self._store.operation(job_id, operation_id) if operation_id else None
+        if before is not None and before != action:
+            raise OperationReusedError(job_id, before, action)
+        job = await self._store.get(job_id)
+        if before is None:
+            job = await self._apply(job, action)
+            if operation_id:
+                await self._store.add_operation(job_id, operation_id, action)
+        return job
+
+    async def _apply(self, job: job_pb2.Job, action: controller_pb2.JobAction.ValueType) -> job_pb2.Job:
+        if job.state in ENDED:
+            return await self._control_ended(job, action)
+        if job.state == job_pb2.JOB_STATE_QUEUED and job.job_id != self.running:
+            return await self._control_queued(job, action)
+        self._controls.setdefault(job.job_id, JobControls()).apply(action)
+        return job
+
+    async def _control_ended(self, job: job_pb2.Job, action: controller_pb2.JobAction.ValueType) -> job_pb2.Job:
+        if (action, job.state) in _ALREADY_DONE:
+            return job
+        if action == controller_pb2.JOB_ACTION_RESUME and job.state in RESUMABLE:
+            job.error, job.ended_unix_ns = "", 0
+            await self._move(
+                job, job_pb2.JOB_STATE_QUEUED, "resumed by the user; it goes on from its newest checkpoint"
+            )
+            self.wake()
+            return job
+        advice = "resume it, or submit it as a new job" if job.state in RESUMABLE else "submit it as a new job"
+        raise ValueError(f"job {job.job_id} has ended ({_name(job.state)}); {advice}")
+
+    async def _control_queued(self, job: job_pb2.Job, action: controller_pb2.JobAction.ValueType) -> job_pb2.Job:
+        if action == controller_pb2.JOB_ACTION_RESUME:
+            return job
+        end = _END_OF_QUEUED.get(action)
+        if end is None:
+            raise ValueError(
+                f"job {job.job_id} has not begun to run; cancel it, or stop it to take it out of the queue until it is "
+                "resumed"
+            )
+        job.ended_unix_ns = time.time_ns()
+        await self._move(job, end, "taken out of the queue by the user")
+        return job
+
+    async def _move(self, job: job_pb2.Job, state: job_pb2.JobState.ValueType, reason: str) -> None:
+        job.state = state
+        changed = job_pb2.JobStateChanged(state=state, reason=reason)
+        await self._store.put(job, job_pb2.JobEvent(job_id=job.job_id, state_changed=changed))
+
+    async def _waiting(self) -> list[job_pb2.Job]:
+        """Jobs that have not ended and do not run, in the order in which they are looked at."""
+        waiting: list[job_pb2.Job] = []
+        token = ""
+        while True:
+            page, token = await self._store.list(page_token=token)
+            waiting += [job for job in page if job.state not in ENDED and job.job_id != self.running]
+            if not token:
+                break
+        # Interrupted jobs are ahead of queued ones; each in order of submission.
+        return sorted(waiting, key=lambda job: (job.state == job_pb2.JOB_STATE_QUEUED, job.submitted_unix_ns))
+
+    async def _next(self) -> job_pb2.Job | None:
+        waiting = await self._waiting()
+        self._waits = {job.job_id: self._waits.get(job.job_id, _Wait(time.monotonic())) for job in waiting}
+        for job in waiting:
+            reason = self._why_wait(job)
+            if not reason:
+                self._waits.pop(job.job_id, None)
+                return job
+            await self._tell(job, reason)
+        return None
+
+    def _why_wait(self, job: job_pb2.Job) -> str:
+        if job.state != job_pb2.JOB_STATE_QUEUED:
+            return ""
+        supply = _supply(self._registry)
+        starting_up = time.monotonic() - self._began_s < _START_UP_S and not supply.trainer_ranks
+        return "" if starting_up else lacking(json.loads(job.config_json), supply)
+
+    async def _tell(self, job: job_pb2.Job, reason: str) -> None:
+        wait = self._waits[job.job_id]
+        if reason == wait.reason or time.monotonic() - wait.since_s < _TELL_AFTER_S:
+            return
+        wait.reason = reason
+        line = job_pb2.LogLine(level=job_pb2.LOG_LEVEL_WARNING, source="controller", text=f"waiting for {reason}")
+        await self._store.add_event(job_pb2.JobEvent(job_id=job.job_id, log=line))
+
+    async def _wait_for_news(self) -> None:
+        """Return when a job was submitted or, while jobs wait for workers, when one may have come."""
+        if not self._waits:
+            await self._submitted.wait()
+            return
+        news = [
+            asyncio.ensure_future(self._submitted.wait()),
+            asyncio.ensure_future(self._registry.wait_for_change(1.0)),
+        ]
+        await asyncio.wait(news, return_when=asyncio.FIRST_COMPLETED)
+        for task in news:
+            task.cancel()
+        await asyncio.gather(*news, return_exceptions=True)
+
+
+RESUMABLE = frozenset({job_pb2.JOB_STATE_STOPPED, job_pb2.JOB_STATE_FAILED})
+"""Ends from which a job can be taken up again."""
+_ALREADY_DONE = frozenset(
+    {
+        (controller_pb2.JOB_ACTION_CANCEL, job_pb2.JOB_STATE_CANCELLED),
+        (controller_pb2.JOB_ACTION_STOP, job_pb2.JOB_STATE_STOPPED),
+    }
+)
+_END_OF_QUEUED = {
+    controller_pb2.JOB_ACTION_CANCEL: job_pb2.JOB_STATE_CANCELLED,
+    controller_pb2.JOB_ACTION_STOP: job_pb2.JOB_STATE_STOPPED,
+}
+
+
+def _outside_of_run(job: job_pb2.Job, **fields: Any) -> controller_pb2.DescribeRunResponse:
+    """What is known of a job while its run loop is not there."""
+    checkpoint = json.loads(job.summary_json or "{}").get("checkpoint", "")
+    return controller_pb2.DescribeRunResponse(
+        step=job.policy_version, saved_step=step_of(checkpoint), save_limit_s=deadlines.CHECKPOINT_S, **fields
+    )
+
+
+def _supply(registry: WorkerRegistry) -> Supply:
+    trainers = registry.alive(controller_pb2.WORKER_KIND_TRAINER)
+    rewards = registry.alive(controller_pb2.WORKER_KIND_REWARD)
+    return Supply(
+        rollouts=len(registry.alive(controller_pb2.WORKER_KIND_ROLLOUT)),
+        weightsyncs=len(registry.alive(controller_pb2.WORKER_KIND_WEIGHTSYNC)),
+        trainer_ranks=tuple(int(_info(worker.registration).get("ranks", 0)) for worker in trainers),
+        rewards=tuple(_served(_info(worker.registration)) for worker in rewards),
+    )
+
+
+def _served(info: dict[str, str | int | float]) -> tuple[str, ...]:
+    return tuple(name.strip() for name in str(info.get("rewards", "")).split(",") if name.strip())
+
+
+def _info(registration: controller_pb2.WorkerRegistration) -> dict[str, str | int | float]:
+    info: dict[str, str | int | float] = json.loads(registration.info_json or "{}")
+    return info
+
+
+def _name(state: job_pb2.JobState.ValueType) -> str:
+    return job_pb2.JobState.Name(state).removeprefix("JOB_STATE_").lower()

@@ -1,0 +1,141 @@
+"""One evaluation: fixed prompts, an exact policy version, and the metrics that come of it."""
+
+from __future__ import annotations
+
+import asyncio
+import heapq
+import math
+from collections import Counter
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from miles.rpc.gen import rollout_pb2
+from miles.services.controller.run.group_table import HeldGroups, Lease
+from miles.services.controller.run.lease_messages import evaluation_lease
+from miles.types import Sample, SampleGroup, SampleStatus, reward_number
+from miles.types.convert import group_from_proto
+
+if TYPE_CHECKING:
+    from miles.config import JobConfig
+    from miles.data import PromptSource
+
+_MAX_FAILURES = 5
+
+
+class Evaluation:
+    """Hands out the groups of an evaluation and gathers their results.
+
+    Group ids count through all data sets; they are apart from those of training groups.
+    """
+
+    def __init__(
+        self,
+        job_id: str,
+        config: JobConfig,
+        datasets: Mapping[str, PromptSource],
+        version: int,
+        attempts_before: int = 0,
+    ) -> None:
+        """`attempts_before`: more than the attempts of any earlier evaluation, so that its late results are known."""
+        self._job_id = job_id
+        self._config = config
+        self.version = version
+        self._datasets = datasets
+        self._prompts = [(name, index) for name, source in datasets.items() for index in range(len(source))]
+        self._pending = list(range(len(self._prompts)))
+        self.leases = HeldGroups()
+        """Groups being generated now."""
+        self._failures: Counter[int] = Counter()
+        self._attempts = [attempts_before] * len(self._prompts)
+        self._results: dict[int, SampleGroup] = {}
+        self._done: asyncio.Future[dict[str, float]] = asyncio.get_running_loop().create_future()
+
+    @property
+    def attempts(self) -> int:
+        """The highest number of an attempt so far."""
+        return max(self._attempts, default=0)
+
+    async def wait(self) -> dict[str, float]:
+        """The metrics, once every group is in."""
+        return await asyncio.shield(self._done)
+
+    def lease(self, worker_id: str) -> rollout_pb2.GroupLease | None:
+        """The next group for a worker; None when none is waiting."""
+        if not self._pending:
+            return None
+        group_id = heapq.heappop(self._pending)
+        self._attempts[group_id] += 1
+        attempt = self._attempts[group_id]
+        self.leases.begin(group_id, Lease(worker_id, attempt))
+        name, index = self._prompts[group_id]
+        group = self._datasets[name].group(self._job_id, index, 1)
+        group.group_id = group.samples[0].group_id = group_id
+        return evaluation_lease(self._config, name, group, attempt, self.version)
+
+    def finish(self, message: rollout_pb2.GroupFinished) -> None:
+        """A group came back; results of older attempts are ignored."""
+        if self.leases.end(message.group_id, message.attempt):
+            self._results[message.group_id] = group_from_proto(message.group)
+            if len(self._results) == len(self._prompts) and not self._done.done():
+                self._done.set_result(self._metrics())
+
+    def fail(self, group_id: int, attempt: int, error: str) -> None:
+        """A group could not be finished; it is tried again a few times, then the evaluation fails."""
+        if self.leases.end(group_id, attempt):
+            heapq.heappush(self._pending, group_id)
+            self._failures[group_id] += 1
+            if self._failures[group_id] >= _MAX_FAILURES and not self._done.done():
+                name, _ = self._prompts[group_id]
+                times = self._failures[group_id]
+                self._done.set_exception(
+                    RuntimeError(f"evaluation on {name}: prompt {group_id} failed {times} times; last: {error}")
+                )
+
+    def give_back(self, group_id: int, attempt: int) -> None:
+        """A worker gave the group up; another one gets it."""
+        if self.leases.end(group_id, attempt):
+            heapq.heappush(self._pending, group_id)
+
+    def lose_worker(self, worker_id: str) -> None:
+        """A worker is gone: its groups wait for another one."""
+        for group_id in self.leases.lose_worker(worker_id):
+            heapq.heappush(self._pending, group_id)
+
+    def _metrics(self) -> dict[str, float]:
+        key = self._config.reward.eval_reward_key
+        metrics: dict[str, float] = {}
+        names = list(dict.fromkeys(name for name, _ in self._prompts))
+        for name in names:
+            groups = [self._results[i] for i, (owner, _) in enumerate(self._prompts) if owner == name]
+            rewards = [[_number(sample, key) for sample in group.samples] for group in groups]
+            samples = [sample for group in groups for sample in group.samples]
+            metrics[f"eval/{name}"] = float(np.mean([reward for group in rewards for reward in group]))
+            metrics[f"eval/{name}/weight_version"] = float(self.version)
+            metrics[f"eval/{name}/response_len/mean"] = float(np.mean([s.response_length for s in samples]))
+            metrics[f"eval/{name}/truncated_ratio"] = float(
+                np.mean([s.status is SampleStatus.TRUNCATED for s in samples])
+            )
+            for k in pass_at_ks(self._config.eval.n_samples_per_eval_prompt):
+                metrics[f"passrate/{name}/pass@{k}"] = float(
+                    np.mean([pass_at_k(len(group), sum(r == 1 for r in group), k) for group in rewards])
+                )
+        return metrics
+
+
+def _number(sample: Sample, key: str | None) -> float:
+    """A sample's reward; 0 for one that has none, because it failed."""
+    return 0.0 if sample.reward is None else reward_number(sample.reward, key)
+
+
+def pass_at_ks(samples: int) -> list[int]:
+    """The powers of two up to the number of samples; none for a single sample."""
+    return [1 << i for i in range(int(math.log2(samples)) + 1)] if samples > 1 else []
+
+
+def pass_at_k(samples: int, correct: int, k: int) -> float:
+    """Unbiased estimate of the chance that one of k samples is right (Chen et al. 2021, arXiv:2107.03374, eq. 1)."""
+    if samples - correct < k:
+        return 1.0
+    return 1.0 - math.comb(samples - correct, k) / math.comb(samples, k)

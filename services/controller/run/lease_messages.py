@@ -1,0 +1,90 @@
+"""The lease messages that rollouts get: a prompt group and how to sample each of its responses."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from miles.rpc.gen import rollout_pb2
+from miles.services.controller.run.seeds import sample_seed
+from miles.types import SampleGroup
+from miles.types.convert import group_to_proto
+
+if TYPE_CHECKING:
+    from miles.config import JobConfig
+
+
+def training_lease(
+    config: JobConfig, group: SampleGroup, attempt: int, version: int, newest_version: int
+) -> rollout_pb2.GroupLease:
+    """A lease of a training group, generated with `version` or a later one, of which `newest_version` is the last.
+
+    `group` holds one sample, with the prompt of all of them.
+    """
+    rollout = config.rollout
+    sampling = _sampling(config)
+    sampling.temperature = rollout.rollout_temperature
+    sampling.top_p = rollout.rollout_top_p
+    sampling.top_k = rollout.rollout_top_k
+    sampling.max_new_tokens = _response_limit(
+        rollout.rollout_max_response_len, rollout.rollout_max_context_len, group.samples[0].prompt_length
+    )
+    lease = _lease(group, attempt, sampling, config.data.n_samples_per_prompt, rollout.rollout_seed, "train")
+    lease.purpose = rollout_pb2.GROUP_PURPOSE_TRAIN
+    lease.min_version, lease.newest_version = version, newest_version
+    return lease
+
+
+def evaluation_lease(
+    config: JobConfig, dataset: str, group: SampleGroup, attempt: int, version: int
+) -> rollout_pb2.GroupLease:
+    """A lease of an evaluation group, generated with exactly `version`; `group` as for `training_lease`."""
+    evaluation, rollout = config.eval, config.rollout
+    sampling = _sampling(config)
+    sampling.temperature = evaluation.eval_temperature
+    sampling.top_p = evaluation.eval_top_p
+    sampling.top_k = evaluation.eval_top_k
+    sampling.min_new_tokens = evaluation.eval_min_new_tokens or 0
+    sampling.max_new_tokens = _response_limit(
+        evaluation.eval_max_response_len, rollout.rollout_max_context_len, group.samples[0].prompt_length
+    )
+    samples = evaluation.n_samples_per_eval_prompt
+    lease = _lease(group, attempt, sampling, samples, rollout.rollout_seed, f"eval/{dataset}")
+    lease.purpose = rollout_pb2.GROUP_PURPOSE_EVAL
+    lease.exact_version = version
+    return lease
+
+
+def _sampling(config: JobConfig) -> rollout_pb2.SamplingParams:
+    """What both kinds have in common."""
+    rollout = config.rollout
+    return rollout_pb2.SamplingParams(
+        stop=rollout.rollout_stop or (),
+        stop_token_ids=rollout.rollout_stop_token_ids or (),
+        skip_special_tokens=rollout.rollout_skip_special_tokens,
+    )
+
+
+def _lease(
+    group: SampleGroup, attempt: int, sampling: rollout_pb2.SamplingParams, samples: int, seed: int, stream: str
+) -> rollout_pb2.GroupLease:
+    """So many samples of one prompt, which differ in index and seed alone: encoded once and copied."""
+    lease = rollout_pb2.GroupLease(
+        group_id=group.group_id, attempt=attempt, group=group_to_proto(group), sampling=[sampling] * samples
+    )
+    first = lease.group.samples[0]
+    for index in range(1, samples):
+        sample = lease.group.samples.add()
+        sample.CopyFrom(first)
+        sample.index = index
+    for index, own in enumerate(lease.sampling):
+        own.seed = sample_seed(seed, stream, group.group_id, index)
+    return lease
+
+
+def _response_limit(max_response: int | None, max_context: int | None, prompt_tokens: int) -> int:
+    limits = [max_response] if max_response is not None else []
+    if max_context is not None:
+        limits.append(max(1, max_context - prompt_tokens))
+    if not limits:
+        raise ValueError("neither rollout_max_response_len nor rollout_max_context_len is set; set one of them")
+    return min(limits)

@@ -1,0 +1,44 @@
+"""The numbers of one training step, as they are recorded."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+from miles.services.controller.run.admission import Batch
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class StepTimes:
+    """Where the time of a step went, in seconds."""
+
+    waited_s: float
+    """For the step's groups."""
+    train_s: float
+    update_s: float
+    """While the trainer stood still for a publication."""
+    step_s: float
+    """From the end of the step before."""
+
+
+def step_metrics(
+    trained: Mapping[str, float], batch: Batch, queue_size: int, times: StepTimes, trainer_world_size: int
+) -> dict[str, float]:
+    """What the trainer measured (`trained`), and beside it staleness, queue and times of the step."""
+    return {
+        **trained,
+        "rollout/fully_async/queue_size": queue_size,
+        "rollout/fully_async/avg_staleness": sum(batch.staleness) / len(batch.staleness),
+        "rollout/fully_async/max_staleness": max(batch.staleness),
+        "rollout/dropped_groups": len(batch.dropped),
+        "perf/rollout_time": times.waited_s,
+        "perf/train_wait_time": times.waited_s,
+        "perf/actor_train_time": times.train_s,
+        "perf/update_weights_time": times.update_s,
+        "perf/step_time": times.step_s,
+        "perf/tokens_per_gpu_per_sec": trained[RESPONSE_TOKENS] / times.step_s / trainer_world_size,
+    }
+
+
+RESPONSE_TOKENS = "rollout/response_tokens"
+"""A number that every training step has."""

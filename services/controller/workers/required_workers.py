@@ -1,0 +1,45 @@
+"""The workers without which a job cannot run."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+
+from miles.rpc.gen import controller_pb2
+from miles.services.controller.clients import deadlines
+from miles.services.controller.jobs.controls import JobControls
+from miles.services.controller.status.run_status import RunStatus
+from miles.services.controller.workers.registry import AttachedWorker, WorkerRegistry
+from miles.services.controller.workers.reward_addresses import DEFAULT, RewardAddresses
+
+
+class RequiredWorkers:
+    """Waits for workers, unless the user ends the job first; `status` says for which."""
+
+    def __init__(self, registry: WorkerRegistry, controls: JobControls, status: RunStatus) -> None:
+        self._registry = registry
+        self._controls = controls
+        self._status = status
+
+    async def wait_for(self, kind: controller_pb2.WorkerKind.ValueType) -> Sequence[AttachedWorker]:
+        """At least one worker of a kind, those that are attached; raises as `JobControls.check`, and TimeoutError."""
+        if not self._registry.alive(kind):
+            name = controller_pb2.WorkerKind.Name(kind).removeprefix("WORKER_KIND_").lower()
+            self._status.enter("starting", f"a {name} worker to attach")
+        waiting = asyncio.create_task(self._registry.require(kind, 1, deadlines.WORKERS_ATTACH_S))
+        while not waiting.done():
+            try:
+                self._controls.check()
+            except Exception:
+                waiting.cancel()
+                raise
+            await asyncio.wait({waiting}, timeout=0.5)
+        return waiting.result()
+
+    async def reward_addresses(self, named: Sequence[str]) -> RewardAddresses:
+        """The user's own reward services (NAME=HOST:PORT), and built-in ones unless one of those is the default."""
+        addresses = dict(service.split("=", 1) for service in named)
+        if DEFAULT in addresses:
+            return RewardAddresses(addresses)
+        workers = await self.wait_for(controller_pb2.WORKER_KIND_REWARD)
+        return RewardAddresses(addresses, tuple(worker.registration.address for worker in workers))

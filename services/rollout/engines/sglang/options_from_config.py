@@ -1,0 +1,51 @@
+"""The engine's options out of a job's configuration."""
+
+from __future__ import annotations
+
+import pathlib
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from miles.config.checks.device import detect_device
+
+if TYPE_CHECKING:
+    from miles.config import JobConfig
+
+
+def sglang_settings(
+    config: JobConfig, *, device: str, name: str, engine_addresses: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Keyword arguments of `SglangOptions`; `name` tells this worker from others, the addresses are of its servers."""
+    rollout = config.rollout
+    weight_dir = rollout.rollout_engine_weights_dir
+    return {
+        "hf_checkpoint": str(rollout.hf_checkpoint),
+        "device": detect_device() if device == "auto" else device,
+        "dtype": rollout.rollout_dtype,
+        "engines": engines_per_worker(config),
+        "gpus_per_engine": rollout.rollout_num_gpus_per_engine,
+        "addresses": tuple(engine_addresses),
+        "python": rollout.rollout_engine_python or sys.executable,
+        "server_flags": dict(rollout.sglang_args),
+        "max_running_requests": rollout.max_running_requests,
+        "max_total_tokens": rollout.rollout_max_context_len,
+        "concurrency": rollout.sglang_server_concurrency,
+        "routed_experts": rollout.use_rollout_routing_replay,
+        "memory_saver": config.cluster.offload_rollout,
+        "weight_path": rollout.rollout_engine_weights,
+        "weight_dir": None if weight_dir is None else pathlib.Path(weight_dir),
+        "bucket_bytes": config.weights.update_weight_buffer_size,
+        "random_seed": rollout.rollout_seed,
+        "log_dir": pathlib.Path(config.services.run_dir) / "logs",
+        "name": name,
+        "silence_timeout_s": rollout.rollout_health_check_timeout,
+    }
+
+
+def engines_per_worker(config: JobConfig) -> int:
+    """SGLang servers that each rollout service starts."""
+    rollout = config.rollout
+    if rollout.rollout_num_gpus is None:
+        return 1
+    return rollout.rollout_num_gpus // rollout.rollout_num_gpus_per_engine // config.cluster.rollout_num_workers

@@ -1,0 +1,4 @@
+"""Generation requests: how SGLang spells them, which server gets which, and what comes back.
+
+Start at `payload`.
+"""

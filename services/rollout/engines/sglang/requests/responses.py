@@ -1,0 +1,108 @@
+"""The events of a streamed response, turned into deltas without losing or repeating a token."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from miles.services.rollout.engines.base import FinishReason, GenerationDelta, GenerationResult
+from miles.services.rollout.engines.sglang.errors import EngineFailed
+from miles.services.rollout.engines.sglang.requests.routed_experts import ExpertLayout, decode_experts
+from miles.types import SpeculativeStats, VersionSpan
+
+LARGE = 1 << 20
+"""Characters of routed experts that take milliseconds to decode."""
+_REASONS = {"stop": FinishReason.STOP, "length": FinishReason.LENGTH, "abort": FinishReason.ABORT}
+
+
+class ResponseDecoder:
+    """Decodes one response, event by event.
+
+    A server may send each event's new tokens or all tokens so far, and it repeats some when it aborts a request that
+    waits; `completion_tokens` always tells how many there are, so the new ones are the last of an event.
+    """
+
+    def __init__(self, input_tokens: int, experts: ExpertLayout | None = None, experts_start: int = 0) -> None:
+        """`experts`: how to read routed experts, which cover positions from `experts_start` on; None without them."""
+        self._input_tokens = input_tokens
+        self._experts = experts
+        self._experts_start = experts_start
+        self._received = 0
+
+    async def decode_apart(self, event: Mapping[str, Any]) -> GenerationDelta:
+        """Like `decode`, in a thread where it would hold up the event loop: routed experts of a long response do."""
+        if len(event["meta_info"].get("routed_experts") or "") < LARGE:
+            return self.decode(event)
+        return await asyncio.to_thread(self.decode, event)
+
+    def decode(self, event: Mapping[str, Any]) -> GenerationDelta:
+        """The delta of an event. Raises EngineFailed when the event contradicts itself or leaves tokens out."""
+        meta = event["meta_info"]
+        total = int(meta["completion_tokens"])
+        new = max(0, total - self._received)
+        ids = _last(event["output_ids"], new, "tokens")
+        entries = _last(meta.get("output_token_logprobs") or [], new, "log-probabilities")
+        if [entry[1] for entry in entries] != ids:
+            raise EngineFailed("SGLang's log-probabilities are of other tokens than its response")
+        if any(entry[0] is None for entry in entries):
+            raise EngineFailed("SGLang's log-probabilities are no numbers: the weights hold NaN or infinity")
+        self._received += new
+        finish = meta.get("finish_reason")
+        result = self._result(meta, finish) if finish is not None else None
+        return GenerationDelta(ids, [float(entry[0]) for entry in entries], result)
+
+    def _result(self, meta: Mapping[str, Any], finish: Mapping[str, Any]) -> GenerationResult:
+        reason = _REASONS.get(str(finish.get("type")))
+        if reason is None:
+            raise EngineFailed(f"SGLang ended a response for an unknown reason: {finish}")
+        return GenerationResult(
+            reason=reason,
+            weight_versions=version_spans(meta, self._received),
+            cached_prompt_tokens=int(meta.get("cached_tokens") or 0),
+            routed_experts=self._routed_experts(meta),
+            speculative=_speculative(meta),
+        )
+
+    def _routed_experts(self, meta: Mapping[str, Any]) -> Any:
+        encoded = meta.get("routed_experts")
+        if self._experts is None or (encoded is None and not self._received):
+            return None
+        if encoded is None:
+            raise EngineFailed("SGLang sent no routed experts: was it started with --enable-return-routed-experts?")
+        rows = self._input_tokens + self._received - 1 - self._experts_start
+        return decode_experts(encoded, self._experts, rows)
+
+
+def version_spans(meta: Mapping[str, Any], tokens: int) -> tuple[VersionSpan, ...]:
+    """Which version produced which of `tokens` tokens. Raises EngineFailed for weights that no update brought."""
+    if not tokens:
+        return ()
+    spans = meta.get("weight_versions") or [{"version": meta.get("weight_version"), "start": 0, "end": tokens}]
+    found = []
+    for span in spans:
+        start, end = int(span["start"]), min(int(span["end"]), tokens)
+        if start >= end:
+            continue
+        if not str(span["version"]).isdecimal():
+            raise EngineFailed(f"SGLang generated with weights of version {span['version']!r}, which no update brought")
+        found.append(VersionSpan(int(span["version"]), start, end))
+    if not found or found[0].start != 0 or found[-1].end != tokens:
+        raise EngineFailed(f"SGLang's weight versions {spans} do not cover the response of {tokens} tokens")
+    return tuple(found)
+
+
+def _last(items: Sequence[Any], count: int, what: str) -> list[Any]:
+    if len(items) < count:
+        raise EngineFailed(f"SGLang left out {count - len(items)} {what} of a response")
+    return list(items[len(items) - count :])
+
+
+def _speculative(meta: Mapping[str, Any]) -> SpeculativeStats | None:
+    if not meta.get("spec_verify_ct"):
+        return None
+    return SpeculativeStats(
+        accepted_draft_tokens=int(meta.get("spec_num_correct_drafts") or 0),
+        proposed_draft_tokens=int(meta.get("spec_num_proposed_drafts") or 0),
+        verify_count=int(meta["spec_verify_ct"]),
+    )

@@ -1,0 +1,1 @@
+"""Speculative decoding: the draft model of the servers."""

@@ -1,0 +1,1 @@
+"""New weights into SGLang servers, whichever way they come. Start at `update`."""

@@ -1,0 +1,138 @@
+"""A version whose bytes go from the trainer's ranks straight into the servers: what this process knows of it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+
+import grpc
+import torch
+
+from miles.rpc import connect_blocking
+from miles.rpc.gen import policy_pb2, weightsync_pb2
+from miles.services.rollout.engines.sglang.weights.names import checkpoint_names
+from miles.weights import flat as flats
+from miles.weights import manifest as manifests
+from miles.weights.dtypes import TORCH_DTYPE
+from miles.weights.manifest import ManifestError
+from miles.weights.transport import Endpoint
+from miles.weights.transports.collective.transport import CollectiveTransport, check_backend
+
+CONNECT_S = 5.0
+"""How long a source may take to be reached."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class BucketContents:
+    """What one broadcast brings, as SGLang is told: tensors one after the other, without gaps."""
+
+    names: Sequence[str]
+    """As in a checkpoint."""
+    dtypes: Sequence[str]
+    """As torch calls them."""
+    shapes: Sequence[Sequence[int]]
+
+
+class RemoteWeights(Mapping[str, torch.Tensor]):
+    """The tensors of such a version, by HF name: on the meta device, with shape and type and without memory.
+
+    Implements ReceivedWeights.
+    """
+
+    def __init__(
+        self, handle: weightsync_pb2.TransportHandle, manifest: policy_pb2.Manifest, endpoint: Endpoint
+    ) -> None:
+        """Raises ManifestError when the handle and the manifest do not fit each other."""
+        self.handle = handle
+        self.manifest = manifest
+        self._endpoint = endpoint
+        self._tensors = {d.name: _without_memory(d) for d in manifest.tensors}
+        self.contents = contents(handle, manifest)
+        """By source, host:port, in its order."""
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self._tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    @property
+    def tensors(self) -> Mapping[str, torch.Tensor]:
+        """Themselves."""
+        return self
+
+    def release(self) -> bool:
+        """Nothing is held."""
+        return True
+
+    def fetch(self) -> flats.FlatWeights:
+        """The bytes after all, verified, by a broadcast to this process. Blocks; raises like `receive`."""
+        transport = CollectiveTransport(self._endpoint)
+        try:
+            return transport.receive(self.handle, self.manifest)
+        finally:
+            transport.close()
+
+
+class RemoteTransport:
+    """Leaves the bytes with the trainer's ranks until a load; implements WeightReceiver."""
+
+    def __init__(self, endpoint: Endpoint) -> None:
+        """`endpoint.device`: where the servers compute."""
+        self._endpoint = endpoint
+
+    def receive(self, handle: weightsync_pb2.TransportHandle, manifest: policy_pb2.Manifest) -> RemoteWeights:
+        """Check all that can be known before a load: what will come, by which backend, and that its sources answer.
+
+        Raises ManifestError for a version that cannot be taken so, ConnectionError for a source out of reach.
+        """
+        manifests.validate(manifest)
+        check_backend(handle, self._endpoint.device)
+        weights = RemoteWeights(handle, manifest, self._endpoint)
+        for source in weights.contents:
+            with connect_blocking(source) as channel:
+                try:
+                    grpc.channel_ready_future(channel).result(timeout=CONNECT_S)
+                except grpc.FutureTimeoutError:
+                    raise ConnectionError(f"the trainer that has the weights, at {source}, cannot be reached") from None
+        return weights
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+def contents(
+    handle: weightsync_pb2.TransportHandle, manifest: policy_pb2.Manifest
+) -> Mapping[str, Sequence[BucketContents]]:
+    """What each source's broadcasts bring, in its order. Raises ManifestError when buckets and tensors do not fit."""
+    buckets = handle.collective.buckets
+    flats.check_covered(manifest, ((bucket.offset, bucket.nbytes) for bucket in buckets))
+    source_at = {bucket.offset: bucket.source for bucket in buckets}
+    held = dict(flats.by_stretch(source_at, manifest.tensors))
+    by_source: dict[str, list[BucketContents]] = {}
+    for bucket in buckets:
+        by_source.setdefault(bucket.source, []).append(_bucket_contents(held[bucket.offset]))
+    return by_source
+
+
+def _bucket_contents(descriptors: Sequence[policy_pb2.TensorDescriptor]) -> BucketContents:
+    start = 0
+    for descriptor in descriptors:
+        size = TORCH_DTYPE[descriptor.dtype].itemsize
+        if start % size:
+            raise ManifestError(f"{descriptor.name!r} begins at byte {start} without gaps, no multiple of its {size}")
+        start += descriptor.nbytes
+    # Experts that come apart lie in the bucket one after the other, gate before up, in just this order.
+    parts = list(checkpoint_names((d.name, _without_memory(d)) for d in descriptors))
+    return BucketContents(
+        [name for name, _ in parts],
+        [str(tensor.dtype).removeprefix("torch.") for _, tensor in parts],
+        [list(tensor.shape) for _, tensor in parts],
+    )
+
+
+def _without_memory(descriptor: policy_pb2.TensorDescriptor) -> torch.Tensor:
+    return torch.empty(tuple(descriptor.shape), dtype=TORCH_DTYPE[descriptor.dtype], device="meta")

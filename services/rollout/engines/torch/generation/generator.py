@@ -1,0 +1,182 @@
+"""Generation one step at a time, without threads: requests in, tokens into the outbox."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Mapping
+from collections.abc import Sequence as Seq
+from typing import Any
+
+import torch
+
+from miles.services.rollout.engines.base import FinishReason
+from miles.services.rollout.engines.torch.generation.outbox import Outbox
+from miles.services.rollout.engines.torch.generation.sampling import Draw, sample
+from miles.services.rollout.engines.torch.generation.scheduler import Plan, Scheduler
+from miles.services.rollout.engines.torch.generation.sequence import Sequence
+from miles.services.rollout.engines.torch.model.build import build_empty_model, model_shape
+from miles.services.rollout.engines.torch.model.forward import Forward, pack
+from miles.services.rollout.engines.torch.model.invariance import choose_padding
+from miles.services.rollout.engines.torch.model.kv_cache import KVCache
+from miles.services.rollout.engines.torch.model.parameters import Parameters
+from miles.services.rollout.engines.torch.model.routing_recorder import RoutingRecorder
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class GeneratorOptions:
+    """What a generator is built from; `TorchEngine` says what the fields mean."""
+
+    dtype: torch.dtype
+    device: torch.device
+    max_running_requests: int
+    max_total_tokens: int
+    max_prefill_tokens: int
+    experts_implementation: str
+
+
+class Generator:
+    """A model without weights at first, the requests it runs, and what is to be told about them.
+
+    Everything but `parameters.check` and the plain attributes is for one thread.
+    """
+
+    def __init__(self, config: Any, options: GeneratorOptions) -> None:
+        shape = model_shape(config)
+        padding = choose_padding(
+            shape,
+            options.dtype,
+            options.device,
+            max_running_requests=options.max_running_requests,
+            max_prefill_tokens=options.max_prefill_tokens,
+        )
+        self.scheduler = Scheduler(options.max_running_requests, padding.max_prefill_tokens)
+        model = build_empty_model(config, options.dtype, options.device, options.experts_implementation)
+        self.parameters = Parameters(model, options.device)
+        self.outbox = Outbox()
+        self.version: int | None = None
+        self.generated_tokens = 0
+        self._device = options.device
+        self._recorder = RoutingRecorder(model)
+        self._sequences: dict[str, Sequence] = {}
+        cache = KVCache(
+            layers=shape.layers,
+            kv_heads=shape.kv_heads,
+            head_dim=shape.head_dim,
+            max_slots=options.max_running_requests,
+            max_length=options.max_total_tokens,
+            dtype=options.dtype,
+            device=options.device,
+        )
+        self._forward = Forward(
+            model,
+            cache,
+            dtype=options.dtype,
+            device=options.device,
+            padding=padding,
+        )
+
+    @property
+    def idle(self) -> bool:
+        """Whether there is nothing to step: no request, or no weights."""
+        return self.version is None or not self._sequences
+
+    def add(self, sequence: Sequence) -> None:
+        """Take a request."""
+        if self._recorder.layers == 0:
+            sequence.routing = None
+        if sequence.response_length >= sequence.request.sampling.max_new_tokens:
+            self.outbox.end(sequence.request.request_id, sequence.result(FinishReason.LENGTH))
+            return
+        self._sequences[sequence.request.request_id] = sequence
+        self.scheduler.add(sequence)
+
+    def abort(self, request_ids: Seq[str] | None) -> None:
+        """End these requests (None: all) with what they have; unknown ids have ended already."""
+        for request_id in list(self._sequences) if request_ids is None else request_ids:
+            sequence = self._sequences.get(request_id)
+            if sequence is not None:
+                self._end(sequence, FinishReason.ABORT)
+
+    def fail(self, error: BaseException) -> None:
+        """Give every request up."""
+        for request_id in self._sequences:
+            self.outbox.fail(request_id, error)
+        self._sequences.clear()
+
+    def load(self, version: int, checked: Mapping[str, torch.Tensor]) -> float:
+        """Serve these weights, which `parameters.check` returned; returns how long it took, in seconds."""
+        begin = time.perf_counter()
+        self.parameters.swap(checked)
+        self.scheduler.weights_changed()
+        self.version = version
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        return time.perf_counter() - begin
+
+    @torch.inference_mode()
+    def step(self) -> None:
+        """Compute one step and draw a token for every request that is ready for one."""
+        plan = self.scheduler.plan()
+        self._forward.prepare(plan)
+        self._share_routing(plan, before=True)
+        packed = pack(plan)
+        self._recorder.enabled = any(
+            sequence.routing is not None for sequence in (*plan.decode, *(chunk.sequence for chunk in plan.prefill))
+        )
+        logits_RV = self._forward.run(plan, packed)
+        if self._recorder.enabled:
+            self._record_routing(plan, len(packed.tokens))
+        self._share_routing(plan, before=False)
+        draws = [
+            Draw(
+                params=sequence.request.sampling,
+                token_index=sequence.response_length,
+                banned=sequence.stop_rule.banned(sequence.response_length),
+            )
+            for sequence in packed.drawing
+        ]
+        if draws:
+            for sequence, token, log_prob in zip(packed.drawing, *sample(logits_RV, draws), strict=True):
+                self._take_token(sequence, token, log_prob)
+
+    def _take_token(self, sequence: Sequence, token: int, log_prob: float) -> None:
+        assert self.version is not None
+        request_id = sequence.request.request_id
+        if math.isnan(log_prob):
+            self._drop(sequence)
+            error = FloatingPointError(f"weights of version {self.version} give logits that are not numbers")
+            self.outbox.fail(request_id, error)
+            return
+        self.generated_tokens += 1
+        reason = sequence.append(token, self.version)
+        self.outbox.token(request_id, token, log_prob)
+        if reason is not None:
+            self._end(sequence, reason)
+
+    def _end(self, sequence: Sequence, reason: FinishReason) -> None:
+        self._drop(sequence)
+        self.outbox.end(sequence.request.request_id, sequence.result(reason))
+
+    def _drop(self, sequence: Sequence) -> None:
+        self.scheduler.remove(sequence)
+        del self._sequences[sequence.request.request_id]
+
+    def _record_routing(self, plan: Plan, tokens: int) -> None:
+        choices_NLK = self._recorder.take(tokens)
+        for row, sequence in enumerate(plan.decode):
+            if sequence.routing is not None:
+                sequence.routing.extend(len(sequence.tokens) - 1, choices_NLK[row : row + 1])
+        row = len(plan.decode)
+        for chunk in plan.prefill:
+            length = chunk.end - chunk.start
+            if chunk.sequence.routing is not None:
+                chunk.sequence.routing.extend(chunk.start, choices_NLK[row : row + length])
+            row += length
+
+    @staticmethod
+    def _share_routing(plan: Plan, *, before: bool) -> None:
+        for copy in plan.copies if before else plan.shares:
+            if copy.target.routing is not None and copy.source.routing is not None:
+                copy.target.routing.extend(0, copy.source.routing.prefix(copy.length))

@@ -1,0 +1,107 @@
+"""Builds a Hugging Face causal language model that has no weights yet."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+import threading
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+
+from miles.services.rollout.engines.torch.model.attention import ATTENTION_NAME
+from miles.services.rollout.engines.torch.model.experts import EXPERTS_NAME
+
+_EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
+
+
+class UnsupportedModel(ValueError):
+    """The checkpoint's architecture needs something that this engine lacks."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ModelShape:
+    """What the engine needs to know of an architecture."""
+
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    hidden_size: int
+    intermediate_size: int
+    vocabulary: int
+    max_positions: int
+    experts: int = 0
+    """Routed experts of a mixture-of-experts layer; 0 in a dense model."""
+
+
+def read_config(hf_checkpoint: str | pathlib.Path) -> Any:
+    """The checkpoint's configuration; raises UnsupportedModel when the engine cannot run its architecture."""
+    config = AutoConfig.from_pretrained(hf_checkpoint)
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedModel(f"{hf_checkpoint}: {config.model_type} is an encoder-decoder, not a causal LM")
+    layer_types = set(getattr(config, "layer_types", None) or ["full_attention"])
+    if layer_types != {"full_attention"}:
+        raise UnsupportedModel(
+            f"{hf_checkpoint}: {config.model_type} has layers of type {', '.join(sorted(layer_types))}; "
+            "the torch engine runs full_attention layers only"
+        )
+    window = getattr(config, "sliding_window", None)
+    if window is not None and getattr(config, "use_sliding_window", True):
+        raise UnsupportedModel(f"{hf_checkpoint}: sliding_window={window}; the torch engine has no windowed attention")
+    return config
+
+
+def model_shape(config: Any) -> ModelShape:
+    """Sizes out of a configuration."""
+    heads = int(config.num_attention_heads)
+    return ModelShape(
+        layers=int(config.num_hidden_layers),
+        heads=heads,
+        kv_heads=int(getattr(config, "num_key_value_heads", None) or heads),
+        head_dim=int(getattr(config, "head_dim", None) or config.hidden_size // heads),
+        hidden_size=int(config.hidden_size),
+        intermediate_size=int(getattr(config, "intermediate_size", None) or 4 * config.hidden_size),
+        vocabulary=int(config.vocab_size),
+        max_positions=int(config.max_position_embeddings),
+        experts=next((int(count) for name in _EXPERT_COUNTS if (count := getattr(config, name, None))), 0),
+    )
+
+
+def end_token_ids(hf_checkpoint: str | pathlib.Path, config: Any) -> tuple[int, ...]:
+    """The model's own end tokens: of generation_config.json where there is one, else of config.json."""
+    ids: Any = None
+    if (pathlib.Path(hf_checkpoint) / "generation_config.json").exists():
+        ids = GenerationConfig.from_pretrained(hf_checkpoint).eos_token_id
+    if ids is None:
+        ids = getattr(config, "eos_token_id", None)
+    if ids is None:
+        return ()
+    return tuple(ids) if isinstance(ids, (list, tuple)) else (int(ids),)
+
+
+def build_empty_model(
+    config: Any, dtype: torch.dtype, device: torch.device, experts_implementation: str = EXPERTS_NAME
+) -> torch.nn.Module:
+    """The model in eval mode with parameters on the meta device and buffers (rotary tables) on `device`."""
+    builder = threading.get_ident()
+
+    def to_meta(_module: torch.nn.Module, _name: str, parameter: torch.nn.Parameter) -> torch.nn.Parameter | None:
+        if threading.get_ident() != builder or parameter is None or parameter.is_meta:
+            return None
+        return torch.nn.Parameter(parameter.to("meta"), requires_grad=False)
+
+    register: Any = torch.nn.modules.module.register_module_parameter_registration_hook
+    hook = register(to_meta)
+    try:
+        build: Any = AutoModelForCausalLM.from_config
+        model: torch.nn.Module = build(
+            config, dtype=dtype, attn_implementation=ATTENTION_NAME, experts_implementation=experts_implementation
+        )
+    finally:
+        hook.remove()
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, buffer.to(device))
+    return model.requires_grad_(False).eval()

@@ -1,0 +1,4 @@
+"""One prompt group from its lease to the queue: generate, score, filter, put.
+
+Nothing here decides what is trained on. Start at `runner`.
+"""

@@ -1,0 +1,189 @@
+"""A response in the making: what was there before, what one request adds, and the two joined exactly."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from miles.services.rollout.engines.base import FinishReason, GenerationDelta, GenerationResult
+from miles.types import PrefixCacheStats, Sample, SampleStatus, SpeculativeStats, VersionSpan
+
+Experts = npt.NDArray[np.integer[Any]]
+
+_STATUS = {
+    FinishReason.STOP: SampleStatus.COMPLETED,
+    FinishReason.LENGTH: SampleStatus.TRUNCATED,
+    FinishReason.ABORT: SampleStatus.PENDING,
+}
+
+FINISHED = (SampleStatus.COMPLETED, SampleStatus.TRUNCATED)
+"""Statuses of a response that nothing more is generated for."""
+
+
+class Piece:
+    """What one request generated."""
+
+    def __init__(self) -> None:
+        self.token_ids: list[int] = []
+        self.log_probs: list[float] = []
+        self.result: GenerationResult | None = None
+
+    def add(self, delta: GenerationDelta) -> None:
+        """Append a delta. Raises ValueError when its tokens and log-probabilities differ in number."""
+        if len(delta.token_ids) != len(delta.log_probs):
+            raise ValueError(f"a delta has {len(delta.token_ids)} tokens but {len(delta.log_probs)} log-probabilities")
+        self.token_ids.extend(delta.token_ids)
+        self.log_probs.extend(delta.log_probs)
+        if delta.result is not None:
+            self.result = delta.result
+
+
+def extend(sample: Sample, piece: Piece) -> Sample:
+    """The sample with a finished piece appended; the response text is left for the caller to decode.
+
+    An aborted piece leaves the sample PENDING, to be resumed. Experts of tokens that were there before stay as they
+    were recorded (a resumed request computes them anew, perhaps with later weights, but those were not sampled from),
+    so the piece holds only those of the positions from `experts_start` of the sample on.
+    Raises ValueError for a piece without a result.
+    """
+    result = piece.result
+    if result is None:
+        raise ValueError(f"the engine ended the response of sample {sample.index} without a result")
+    if not piece.token_ids and result.reason is FinishReason.ABORT:
+        return dataclasses.replace(sample, status=SampleStatus.PENDING)
+    new_tokens = np.asarray(piece.token_ids, np.int32)
+    new_log_probs = np.asarray(piece.log_probs, np.float32)
+    before = sample.rollout_log_probs if sample.rollout_log_probs is not None else np.empty(0, np.float32)
+    mask = sample.loss_mask
+    return dataclasses.replace(
+        sample,
+        tokens=np.concatenate([sample.tokens, new_tokens]),
+        response_length=sample.response_length + len(new_tokens),
+        rollout_log_probs=np.concatenate([before, new_log_probs]),
+        rollout_routed_experts=join_experts(sample.rollout_routed_experts, result.routed_experts),
+        speculative=add_speculative(sample.speculative, result.speculative),
+        weight_versions=join_spans(sample.weight_versions, result.weight_versions, sample.response_length),
+        loss_mask=None if mask is None else np.concatenate([mask, np.ones(len(new_tokens), np.uint8)]),
+        status=_STATUS[result.reason],
+        prefix_cache=PrefixCacheStats(min(result.cached_prompt_tokens, sample.prompt_length), sample.prompt_length),
+    )
+
+
+def join_spans(
+    before: Sequence[VersionSpan], added: Sequence[VersionSpan], response_length: int
+) -> tuple[VersionSpan, ...]:
+    """`before`, which covers `response_length` tokens, then `added`, which counts from 0; equal neighbours join."""
+    spans = list(before)
+    for span in added:
+        shifted = VersionSpan(span.version, span.start + response_length, span.end + response_length)
+        if shifted.start == shifted.end:
+            continue
+        if spans and spans[-1].version == shifted.version and spans[-1].end == shifted.start:
+            spans[-1] = VersionSpan(shifted.version, spans[-1].start, shifted.end)
+        else:
+            spans.append(shifted)
+    return tuple(spans)
+
+
+def experts_start(sample: Sample) -> int:
+    """First position whose routed experts are not recorded yet."""
+    return 0 if sample.rollout_routed_experts is None else len(sample.rollout_routed_experts)
+
+
+def join_experts(before: Experts | None, added: Experts | None) -> Experts | None:
+    """Rows of `before`, then those of `added`, both of shape (positions, moe_layers, top_k).
+
+    Raises ValueError when the two do not describe the same model.
+    """
+    if before is None or added is None or not len(before):
+        return added
+    if before.shape[1:] != added.shape[1:] or before.dtype != added.dtype:
+        raise ValueError(
+            f"routed experts so far have shape {before.shape} of {before.dtype}, but those of the resumed response "
+            f"{added.shape} of {added.dtype}"
+        )
+    return np.concatenate([before, added])
+
+
+def add_speculative(before: SpeculativeStats | None, added: SpeculativeStats | None) -> SpeculativeStats | None:
+    """The sum over a response's pieces; None when none was decoded speculatively."""
+    if before is None or added is None:
+        return added or before
+    return SpeculativeStats(
+        accepted_draft_tokens=before.accepted_draft_tokens + added.accepted_draft_tokens,
+        proposed_draft_tokens=before.proposed_draft_tokens + added.proposed_draft_tokens,
+        verify_count=before.verify_count + added.verify_count,
+    )
+
+
+def without_response(sample: Sample) -> Sample:
+    """The sample as it was before anything was generated."""
+    return dataclasses.replace(
+        sample,
+        tokens=sample.prompt_tokens.copy(),
+        response_length=0,
+        response="",
+        reward=None,
+        loss_mask=None,
+        status=SampleStatus.PENDING,
+        rollout_log_probs=None,
+        rollout_routed_experts=None,
+        weight_versions=(),
+        speculative=None,
+        prefix_cache=None,
+        teacher_log_probs=None,
+        remove_sample=False,
+    )
+
+
+def is_resumable(sample: Sample, *, with_experts: bool) -> bool:
+    """True when everything that training needs of the response so far was recorded (or there is none)."""
+    if sample.status not in (SampleStatus.PENDING, SampleStatus.ABORTED, *FINISHED):
+        return False
+    if sample.response_length == 0:
+        return sample.status not in FINISHED
+    covered = bool(sample.weight_versions) and sample.weight_versions[-1].end == sample.response_length
+    has_experts = sample.rollout_routed_experts is not None or not with_experts
+    return covered and sample.rollout_log_probs is not None and has_experts
+
+
+def merge_begun(leased: Sample, stored: Sample | None, *, with_experts: bool) -> Sample:
+    """What to go on from: the stored response if it fits the leased prompt, else the leased one if usable, else none.
+
+    Label and metadata are always the lease's; a stored reward stays.
+    """
+    for begun in (stored, leased):
+        if begun is None or not np.array_equal(begun.prompt_tokens, leased.prompt_tokens):
+            continue
+        if is_resumable(begun, with_experts=with_experts):
+            metadata = {**begun.metadata, **leased.metadata}
+            return dataclasses.replace(begun, prompt=leased.prompt, label=leased.label, metadata=metadata)
+    return without_response(leased)
+
+
+def is_rolled_back(sample: Sample, newest_version: int | None) -> bool:
+    """True when some tokens are of a version that does not exist any more."""
+    return newest_version is not None and any(span.version > newest_version for span in sample.weight_versions)
+
+
+def mask_older_versions(sample: Sample) -> Sample:
+    """The sample with the tokens left out of the loss that an older version than its newest one generated."""
+    if len(sample.weight_versions) < 2:
+        return sample
+    newest = max(span.version for span in sample.weight_versions)
+    mask = np.ones(sample.response_length, np.uint8) if sample.loss_mask is None else sample.loss_mask.copy()
+    for span in sample.weight_versions:
+        if span.version < newest:
+            mask[span.start : span.end] = 0
+    return dataclasses.replace(sample, loss_mask=mask)
+
+
+def cut_to_limit(sample: Sample, max_new_tokens: int) -> Sample:
+    """A begun response that has reached its limit is TRUNCATED; any other comes back as it is."""
+    if sample.status in FINISHED or sample.response_length < max_new_tokens:
+        return sample
+    return dataclasses.replace(sample, status=SampleStatus.TRUNCATED)

@@ -1,0 +1,155 @@
+"""Whether an engine may serve: its weights, its pauses and its quarantine."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
+
+from miles.services.rollout.engines.base import EngineStats, PauseMode, RolloutEngine
+from miles.services.rollout.serving.pauses import Pauses, Step
+from miles.services.rollout.serving.version_gate import VersionGate
+
+if TYPE_CHECKING:
+    import torch
+
+log = logging.getLogger(__name__)
+
+ENGINE_SILENCE_S = 600.0
+"""An engine with running requests that generates nothing for so long hangs."""
+
+
+class Serving:
+    """Guards one engine: opens and closes the version gate, carries out pauses, and quarantines.
+
+    `on_change` is called after the engine has left or rejoined routing. `update_mode` says what new weights do to
+    running requests.
+    """
+
+    def __init__(
+        self, engine: RolloutEngine, on_change: Callable[[], None], update_mode: PauseMode = PauseMode.IN_PLACE
+    ) -> None:
+        self._update_mode = update_mode
+        self.gate = VersionGate()
+        self.quarantine_reason = ""
+        """Why the engine left routing; empty while it may serve."""
+        self._engine = engine
+        self._on_change = on_change
+        self._pauses = Pauses()
+        self._paused = False
+        self._loaded_since_quarantine = False
+        self._order = asyncio.Lock()
+        self._last = EngineStats(0, 0, 0, 0.0)
+        self._last_moved = time.monotonic()
+
+    @property
+    def version(self) -> int | None:
+        """Version served now; None before the first load."""
+        return self._engine.version
+
+    @property
+    def device(self) -> torch.device:
+        """Where new weights are best put before they are loaded."""
+        return self._engine.device
+
+    @property
+    def paused(self) -> bool:
+        """True while no step may run."""
+        return self._paused
+
+    async def load_weights(self, version: int, tensors: Mapping[str, torch.Tensor]) -> float:
+        """Load a full set of weights; returns the seconds decoding stood still. `admit` then opens the gate.
+
+        When the load fails the engine stays paused until one succeeds: it must not go on with weights in doubt.
+        """
+        async with self._order:
+            started = time.monotonic()
+            if not self._paused and self._update_mode is not PauseMode.IN_PLACE:
+                await self._engine.pause(self._update_mode)
+                self._paused = True
+            try:
+                loading_s = await self._engine.load_weights(version, tensors)
+            except BaseException as error:
+                await self._hold(error)
+                raise
+            self._loaded_since_quarantine = True
+            if self._paused and self._pauses.operation_id is None:
+                await self._engine.resume()
+                self._paused = False
+        return loading_s if self._update_mode is PauseMode.IN_PLACE else time.monotonic() - started
+
+    async def _hold(self, error: BaseException) -> None:
+        """Keep an engine standing whose load has failed. What is told is why, not what else fails on the way."""
+        try:
+            await self._engine.pause(PauseMode.IN_PLACE)
+            self._paused = True
+        except Exception as second:  # an engine without a server, say: nothing is left that could generate
+            log.warning("a load failed (%s), and the engine could not be paused either: %s", error, second)
+
+    def admit(self, version: int) -> None:
+        """Let groups be generated with `version`; does nothing in a quarantine that no load has ended yet."""
+        if self.quarantine_reason and not self._loaded_since_quarantine:
+            return
+        if self.quarantine_reason:
+            log.info("version %d ends the quarantine: %s", version, self.quarantine_reason)
+        self.quarantine_reason = ""
+        self._pauses.loaded()
+        self.gate.set(version)
+        self._on_change()
+
+    async def weight_bytes(self) -> Mapping[str, torch.Tensor]:
+        """The parameters as served."""
+        return await self._engine.weight_bytes()
+
+    def quarantine(self, reason: str) -> None:
+        """Leave routing until the next full load."""
+        if self.quarantine_reason:
+            return
+        log.warning("the engine leaves routing: %s", reason)
+        self._loaded_since_quarantine = False
+        self.quarantine_reason = reason
+        self.gate.set(None)
+        self._on_change()
+
+    async def pause(self, mode: PauseMode, operation_id: str, lease_s: float) -> float:
+        """Pause for an operation; returns how long it took until no step ran, in seconds. Raises PauseRefused."""
+        started = time.monotonic()
+        async with self._order:
+            if self._pauses.pause(operation_id, lease_s, started) is Step.NOTHING:
+                return 0.0
+            try:
+                await self._engine.pause(mode)
+            except BaseException:
+                self._pauses.failed()
+                raise
+            self._paused = True
+        return time.monotonic() - started
+
+    async def resume(self, operation_id: str) -> None:
+        """End an operation's pause. Raises PauseRefused."""
+        async with self._order:
+            if self._pauses.resume(operation_id) is Step.RESUME:
+                await self._engine.resume()
+                self._paused = False
+
+    async def release_memory(self) -> float:
+        """Have the engine free its memory until a resume or new weights; returns how long it took, in seconds."""
+        started = time.monotonic()
+        async with self._order:
+            await self._engine.release_memory()
+        return time.monotonic() - started
+
+    def tick(self) -> None:
+        """To be called about once a second: quarantines an engine whose pause expired or that hangs."""
+        now = time.monotonic()
+        if self._pauses.tick(now):
+            self.quarantine(self._pauses.expired)
+        stats = self._engine.stats()
+        idle = not stats.running_requests or self._paused
+        if idle or (stats.generated_tokens, stats.busy_s) != (self._last.generated_tokens, self._last.busy_s):
+            self._last_moved = now
+        elif now - self._last_moved > ENGINE_SILENCE_S:
+            self.quarantine(f"the engine has generated nothing for {ENGINE_SILENCE_S:.0f} s for its running requests")
+        self._last = stats

@@ -1,0 +1,181 @@
+"""Attention over a packed micro-batch: rows see their own segment and its prefix, never another sample.
+
+`PACKED_ATTENTION` is registered with transformers' `AttentionInterface`; the plan of the micro-batch reaches it as the
+keyword argument `attention_plan` of the model's forward. Three ways to compute the same thing:
+
+- tiles: each segment's queries, and the keys that they see, are gathered into padded blocks; many short samples take
+  few matrix products (`tiles`, and on every device that lacks the next);
+- varlen: PyTorch's variable-length flash attention (CUDA, bfloat16 or float16);
+- segments: one call of scaled_dot_product_attention per segment, for samples whose scores would be too large to keep.
+
+Dims: T rows, H query heads, K key/value heads, D head size.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from miles.services.trainer.backends.fsdp.attention.tiles import TilePlan, attend_tiles, fits_tiles
+from miles.services.trainer.batch.packing import MicroBatch, Segment
+
+PACKED_ATTENTION = "miles_packed"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Varlen:
+    cu_q: torch.Tensor
+    cu_k: torch.Tensor
+    max_q: int
+    max_k: int
+    key_rows: torch.Tensor | None
+    """Rows in key order; None when keys are in row order."""
+
+
+class AttentionPlan:
+    """How to compute attention for one micro-batch; built once and used by every layer."""
+
+    def __init__(
+        self, micro_batch: MicroBatch, device: torch.device, dtype: torch.dtype, *, varlen: bool | None = None
+    ) -> None:
+        """`varlen`: use variable-length kernels; None where they run. Raises ValueError when they do not run here."""
+        self.segments = micro_batch.segments
+        self.device = device
+        can_varlen = device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
+        if varlen and not can_varlen:
+            raise ValueError(
+                f"attn_implementation varlen needs CUDA and 16-bit numbers, not {dtype} on {device.type}; set auto"
+            )
+        self.use_varlen = can_varlen if varlen is None else varlen
+        self.use_tiles = not self.use_varlen and fits_tiles(micro_batch.segments)
+        self._tiles: dict[int | None, TilePlan] = {}
+
+    def tiles(self, window: int | None) -> TilePlan:
+        """Tiles under a sliding window of so many rows; None for full attention."""
+        if window not in self._tiles:
+            self._tiles[window] = TilePlan(self.segments, window, self.device)
+        return self._tiles[window]
+
+    @functools.cached_property
+    def varlen(self) -> _Varlen:
+        """Sequence bounds for variable-length kernels, whose causal mask is aligned at the lower right."""
+        q_lengths = [s.end - s.start for s in self.segments]
+        k_lengths = [s.end - s.start + s.prefix_end - s.prefix_start for s in self.segments]
+        key_rows = None
+        if any(s.prefix_end > s.prefix_start for s in self.segments):
+            pieces = [np.r_[s.prefix_start : s.prefix_end, s.start : s.end] for s in self.segments]
+            key_rows = torch.from_numpy(np.concatenate(pieces).astype(np.int64)).to(self.device)
+        cu_q = torch.tensor([0, *np.cumsum(q_lengths)], dtype=torch.int32, device=self.device)
+        cu_k = torch.tensor([0, *np.cumsum(k_lengths)], dtype=torch.int32, device=self.device)
+        return _Varlen(cu_q, cu_k, max(q_lengths), max(k_lengths), key_rows)
+
+
+def register() -> None:
+    """Make `PACKED_ATTENTION` known to transformers; harmless when repeated."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(PACKED_ATTENTION, packed_attention)
+
+
+def packed_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    attention_plan: AttentionPlan | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention of a packed micro-batch.
+
+    query [1, H, T, D], key and value [1, K, T, D]; returns [1, T, H, D] and no weights. Raises ValueError without a
+    plan, and for kinds of attention that it does not compute (soft caps, sinks).
+    """
+    if attention_plan is None:
+        raise ValueError("packed attention needs the micro-batch's plan: pass attention_plan= to the model's forward")
+    unknown = [name for name in ("softcap", "s_aux") if kwargs.get(name) is not None]
+    if unknown:
+        raise ValueError(f"packed attention does not do {' or '.join(unknown)}, which {type(module).__name__} asks for")
+    q_THD, k_TKD, v_TKD = (x[0].transpose(0, 1) for x in (query, key, value))
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if attention_plan.use_varlen:
+        out_THD = _attend_varlen(attention_plan, q_THD, k_TKD, v_TKD, scale, sliding_window)
+    elif attention_plan.use_tiles:
+        out_THD = attend_tiles(attention_plan.tiles(sliding_window), q_THD, k_TKD, v_TKD, scale)
+    else:
+        out_THD = _attend_segments(attention_plan.segments, q_THD, k_TKD, v_TKD, scale, sliding_window)
+    return out_THD[None], None
+
+
+def _attend_segments(
+    segments: Sequence[Segment],
+    q_THD: torch.Tensor,
+    k_TKD: torch.Tensor,
+    v_TKD: torch.Tensor,
+    scale: float,
+    window: int | None,
+) -> torch.Tensor:
+    lengths = [segment.end - segment.start for segment in segments]
+    number_by_start = {segment.start: number for number, segment in enumerate(segments)}
+    repeats = q_THD.shape[1] // k_TKD.shape[1]
+    k_THD, v_THD = (x.repeat_interleave(repeats, dim=1) for x in (k_TKD, v_TKD))
+    q, k, v = (torch.split(x, lengths) for x in (q_THD, k_THD, v_THD))
+    outs = []
+    for number, segment in enumerate(segments):
+        keys, values = k[number], v[number]
+        prefix = segment.prefix_end - segment.prefix_start
+        if prefix:
+            owner = number_by_start[segment.prefix_start]
+            keys, values = torch.cat([k[owner], keys]), torch.cat([v[owner], values])
+        mask = None
+        if prefix or (window is not None and window < len(keys)):
+            mask = _lower_right_mask(len(q[number]), len(keys), window, q_THD.device)
+        q_1HLD, k_1HLD, v_1HLD = (x.transpose(0, 1)[None] for x in (q[number], keys, values))
+        out_1HLD = scaled_dot_product_attention(
+            q_1HLD, k_1HLD, v_1HLD, attn_mask=mask, is_causal=mask is None, scale=scale
+        )
+        outs.append(out_1HLD[0].transpose(0, 1))
+    return torch.cat(outs)
+
+
+def _attend_varlen(
+    plan: AttentionPlan,
+    q_THD: torch.Tensor,
+    k_TKD: torch.Tensor,
+    v_TKD: torch.Tensor,
+    scale: float,
+    window: int | None,
+) -> torch.Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    bounds = plan.varlen
+    if bounds.key_rows is not None:
+        k_TKD, v_TKD = k_TKD[bounds.key_rows], v_TKD[bounds.key_rows]
+    out = varlen_attn(
+        q_THD.contiguous(),
+        k_TKD.contiguous(),
+        v_TKD.contiguous(),
+        bounds.cu_q,
+        bounds.cu_k,
+        bounds.max_q,
+        bounds.max_k,
+        scale=scale,
+        window_size=(-1 if window is None else window - 1, 0),
+        enable_gqa=q_THD.shape[1] != k_TKD.shape[1],
+    )
+    assert isinstance(out, torch.Tensor)
+    return out
+
+
+def _lower_right_mask(queries: int, keys: int, window: int | None, device: torch.device) -> torch.Tensor:
+    """bool [queries, keys]; the last query sees every key, each earlier one a key less."""
+    mask = torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
+    return mask if window is None else mask.triu(keys - queries - window + 1)

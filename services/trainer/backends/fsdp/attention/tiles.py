@@ -1,0 +1,186 @@
+"""Attention of many short segments in few matrix products.
+
+A segment's queries make up a block of L query slots, and the rows that they may see a block of M key slots, in which a
+row's slot is its position. Blocks of about the same size lie together in a tile. Scores, softmax and weighted sum are
+plain matrix products, in the order and the number type of an engine that decodes over slots of a key/value cache: where
+the matrix library treats each row alike, the result is the engine's bit for bit.
+
+Dims: T rows, H query heads, K key/value heads, G = H / K, D head size, B blocks of a tile, S slots of all tiles.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch.nn.functional import embedding_bag
+
+from miles.services.trainer.batch.packing import Segment
+
+QUERY_MULTIPLE = 16
+"""L is a multiple of this: fewer rows may take another kernel, which rounds differently."""
+KEY_MULTIPLE = 64
+"""M is a multiple of this, for the same reason."""
+MAX_SCORES = 2**21
+"""Scores per head that a micro-batch may have in tiles; each layer keeps them for the backward pass."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Tile:
+    """B blocks of L query slots and M key slots."""
+
+    blocks: int
+    queries: int
+    keys: int
+    hidden_B11LM: torch.Tensor
+    """bool; True where the query slot may not attend to the key slot. Padded queries attend to every slot."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Gather:
+    """Which row is in each slot, and back. A row may be in several slots."""
+
+    row_of_slot_S: torch.Tensor
+    """int64; 0 in padded slots."""
+    slots_by_row: torch.Tensor
+    """int64; slots that hold row 0, then those of row 1, ...; padded slots are left out."""
+    starts_T: torch.Tensor
+    """int64; where each row's slots begin in `slots_by_row`."""
+
+
+class TilePlan:
+    """Tiles of one micro-batch under one sliding window (None: full attention)."""
+
+    def __init__(self, segments: Sequence[Segment], window: int | None, device: torch.device) -> None:
+        rows = segments[-1].end
+        queries: list[npt.NDArray[np.int64]] = []
+        keys: list[npt.NDArray[np.int64]] = []
+        self.tiles: list[_Tile] = []
+        for members in _buckets(segments):
+            query_rows_BL, key_rows_BM, hidden_BLM = _tile_rows(members, window)
+            queries.append(query_rows_BL.ravel())
+            keys.append(key_rows_BM.ravel())
+            hidden = torch.from_numpy(hidden_BLM)[:, None, None].to(device)
+            self.tiles.append(_Tile(len(members), query_rows_BL.shape[1], key_rows_BM.shape[1], hidden))
+        self.queries = _gather(np.concatenate(queries), rows, device)
+        self.keys = _gather(np.concatenate(keys), rows, device)
+
+
+def fits_tiles(segments: Sequence[Segment]) -> bool:
+    """Whether the scores of all blocks are few enough to keep."""
+    return sum(_block_size(s)[0] * _block_size(s)[1] for s in segments) <= MAX_SCORES
+
+
+def attend_tiles(
+    plan: TilePlan, q_THD: torch.Tensor, k_TKD: torch.Tensor, v_TKD: torch.Tensor, scale: float
+) -> torch.Tensor:
+    """softmax(q k scale) v over what each row may see; [T, H, D]."""
+    kv_heads, dim = k_TKD.shape[1:]
+    group = q_THD.shape[1] // kv_heads
+    q_S = torch.split(_to_slots(q_THD, plan.queries), [tile.blocks * tile.queries for tile in plan.tiles])
+    sizes = [tile.blocks * tile.keys for tile in plan.tiles]
+    k_S, v_S = (torch.split(_to_slots(x, plan.keys), sizes) for x in (k_TKD, v_TKD))
+    outs = []
+    for tile, q, k, v in zip(plan.tiles, q_S, k_S, v_S, strict=True):
+        q_BKGLD = q.view(tile.blocks, tile.queries, kv_heads, group, dim).permute(0, 2, 3, 1, 4)
+        k_BKDM = k.view(tile.blocks, tile.keys, kv_heads, dim).permute(0, 2, 3, 1)
+        v_BKMD = v.view(tile.blocks, tile.keys, kv_heads, dim).transpose(1, 2)
+        scores_BKRM = torch.matmul(q_BKGLD.reshape(tile.blocks, kv_heads, group * tile.queries, dim), k_BKDM) * scale
+        scores_BKGLM = scores_BKRM.view(tile.blocks, kv_heads, group, tile.queries, tile.keys)
+        weights_BKGLM = scores_BKGLM.masked_fill(tile.hidden_B11LM, -torch.inf).softmax(-1)
+        out_BKRD = torch.matmul(weights_BKGLM.flatten(2, 3), v_BKMD)
+        out_BLKGD = out_BKRD.view(tile.blocks, kv_heads, group, tile.queries, dim).permute(0, 3, 1, 2, 4)
+        outs.append(out_BLKGD.reshape(-1, q_THD.shape[1], dim))
+    out_THD: torch.Tensor = _FromSlots.apply(torch.cat(outs), plan.queries)  # type: ignore[no-untyped-call]
+    return out_THD
+
+
+class _ToSlots(torch.autograd.Function):
+    """Rows to slots; the gradient of a row is the sum over its slots."""
+
+    @staticmethod
+    def forward(ctx: Any, x_T: torch.Tensor, gather: _Gather) -> torch.Tensor:
+        ctx.gather = gather
+        return x_T.index_select(0, gather.row_of_slot_S)
+
+    @staticmethod
+    def backward(ctx: Any, grad_S: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return _sum_slots(grad_S, ctx.gather), None
+
+
+class _FromSlots(torch.autograd.Function):
+    """Query slots back to rows; padded slots get gradient 0."""
+
+    @staticmethod
+    def forward(ctx: Any, x_S: torch.Tensor, gather: _Gather) -> torch.Tensor:
+        ctx.gather = gather
+        return x_S.index_select(0, gather.slots_by_row)
+
+    @staticmethod
+    def backward(ctx: Any, grad_T: torch.Tensor) -> tuple[torch.Tensor, None]:
+        gather: _Gather = ctx.gather
+        grad_S = grad_T.new_zeros(len(gather.row_of_slot_S), *grad_T.shape[1:])
+        return grad_S.index_copy_(0, gather.slots_by_row, grad_T), None
+
+
+def _to_slots(x_T: torch.Tensor, gather: _Gather) -> torch.Tensor:
+    out_S: torch.Tensor = _ToSlots.apply(x_T, gather)  # type: ignore[no-untyped-call]
+    return out_S
+
+
+def _sum_slots(x_S: torch.Tensor, gather: _Gather) -> torch.Tensor:
+    """Sum over each row's slots, in a fixed order; [T, ...]."""
+    summed_T = embedding_bag(gather.slots_by_row, x_S.flatten(1), gather.starts_T, mode="sum")
+    return summed_T.view(-1, *x_S.shape[1:])
+
+
+def _buckets(segments: Sequence[Segment]) -> list[list[Segment]]:
+    """Segments whose blocks have the same size."""
+    buckets: dict[tuple[int, int], list[Segment]] = {}
+    for segment in segments:
+        buckets.setdefault(_block_size(segment), []).append(segment)
+    return [buckets[size] for size in sorted(buckets)]
+
+
+def _block_size(segment: Segment) -> tuple[int, int]:
+    """L and M of a segment's block."""
+    queries = segment.end - segment.start
+    keys = queries + segment.prefix_end - segment.prefix_start
+    return _round_up(queries, QUERY_MULTIPLE), _round_up(keys, KEY_MULTIPLE)
+
+
+def _tile_rows(
+    segments: Sequence[Segment], window: int | None
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
+    """Query rows [B, L] and key rows [B, M], -1 where padded, and what queries may not see [B, L, M]."""
+    queries, keys = _block_size(segments[0])
+    query_rows = np.full((len(segments), queries), -1, np.int64)
+    key_rows = np.full((len(segments), keys), -1, np.int64)
+    hidden = np.zeros((len(segments), queries, keys), np.bool_)
+    for b, segment in enumerate(segments):
+        seen = np.r_[segment.prefix_start : segment.prefix_end, segment.start : segment.end]
+        count, prefix = segment.end - segment.start, segment.prefix_end - segment.prefix_start
+        query_rows[b, :count] = seen[prefix:]
+        key_rows[b, : len(seen)] = seen
+        distance = np.arange(prefix, prefix + count)[:, None] - np.arange(keys)[None]
+        hidden[b, :count] = distance < 0 if window is None else (distance < 0) | (distance >= window)
+    return query_rows, key_rows, hidden
+
+
+def _gather(row_of_slot: npt.NDArray[np.int64], rows: int, device: torch.device) -> _Gather:
+    """From the row in each slot, -1 where padded."""
+    by_row = np.argsort(row_of_slot, kind="stable")[np.count_nonzero(row_of_slot < 0) :]
+    starts = np.searchsorted(row_of_slot[by_row], np.arange(rows))
+    return _Gather(
+        row_of_slot_S=torch.from_numpy(np.maximum(row_of_slot, 0)).to(device),
+        slots_by_row=torch.from_numpy(by_row).to(device),
+        starts_T=torch.from_numpy(starts.astype(np.int64)).to(device),
+    )
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple

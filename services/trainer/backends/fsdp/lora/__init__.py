@@ -1,0 +1,1 @@
+"""A policy of which only low-rank adapters are trained. Start at `adapter`."""

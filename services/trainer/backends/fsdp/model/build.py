@@ -1,0 +1,137 @@
+"""The roles that a configuration asks for, as sharded models."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import pathlib
+from typing import TYPE_CHECKING
+
+import torch
+
+from miles.algorithms.vocab_rows import TokenLogProbs
+from miles.services.trainer.backends.fsdp.learner import AdaptedBase, FrozenModel, FsdpLearner, local_weights
+from miles.services.trainer.backends.fsdp.lora.adapter import Adapter, adapt
+from miles.services.trainer.backends.fsdp.model.forward import ForwardOptions, LogProbs, Values
+from miles.services.trainer.backends.fsdp.model.model import Precision, load_hf_model, put_value_head, shard
+from miles.services.trainer.backends.fsdp.replay.router import RoutingReplay
+from miles.services.trainer.backends.fsdp.replay.step_routing import Routing
+from miles.services.trainer.step import algorithm_options
+from miles.services.trainer.step.old_policies import OldActors
+from miles.services.trainer.step.roles import Roles
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from miles.config import JobConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class FsdpRoles(Roles):
+    """See `Roles`."""
+
+    policy: FsdpLearner[TokenLogProbs]
+    critic: FsdpLearner[torch.Tensor] | None = None
+    reference: FrozenModel | AdaptedBase | None = None
+    teacher: FrozenModel | None = None
+    old_actors: OldActors | None = None
+    routing: Routing | None = None
+    """Of the policy, where it is prescribed."""
+    adapter: Adapter | None = None
+    """What is trained of the policy; None for all of it."""
+
+
+def build_roles(config: JobConfig, device: torch.device) -> FsdpRoles:
+    """Load and shard every model; collective. Raises FileNotFoundError for a folder without one."""
+    if config.rollout.hf_checkpoint is None:
+        raise ValueError("hf_checkpoint is not set; it names the Hugging Face folder to start from")
+    return _Builder(config, device).roles(config.rollout.hf_checkpoint)
+
+
+class _Builder:
+    def __init__(self, config: JobConfig, device: torch.device) -> None:
+        compute = algorithm_options.DTYPES[config.train.train_dtype]
+        self._config = config
+        self._device = device
+        self._precision = Precision(master=torch.float32 if config.train.keep_fp32_master else compute, compute=compute)
+        self._options = ForwardOptions(
+            device=device,
+            compute=compute,
+            temperature=config.rollout.rollout_temperature or 1.0,
+            chunk_rows=config.train.log_probs_chunk_size if config.train.log_probs_chunk_size > 0 else None,
+            varlen={"auto": None, "varlen": True, "sdpa": False}[config.train.attn_implementation],
+        )
+
+    def roles(self, model_dir: str) -> FsdpRoles:
+        config, algorithm = self._config, self._config.algorithm
+        # A base that is never updated is held as it is computed with.
+        precision = (
+            Precision(self._options.compute, self._options.compute) if config.lora.lora_rank else self._precision
+        )
+        model = self._trainable(model_dir, precision)
+        adapter = adapt(model, config) if config.lora.lora_rank else None
+        wants_replay = algorithm.use_routing_replay or config.rollout.use_rollout_routing_replay
+        routing = Routing(config, RoutingReplay(model), self._device) if wants_replay else None
+        self._shard(model, precision)
+        policy = FsdpLearner(
+            model,
+            LogProbs(
+                self._options,
+                with_entropy=algorithm.entropy_coef != 0 or algorithm.observe_training_entropy,
+                entropy_requires_grad=algorithm.entropy_coef != 0,
+            ),
+            config.optimizer,
+            algorithm_options.policy_iterations(config),
+            scale_loss=self._precision.compute is torch.float16,
+            routing=routing,
+        )
+        reference: FrozenModel | AdaptedBase | None = None
+        if algorithm_options.needs_reference(config) and adapter is not None:
+            reference = AdaptedBase(model, LogProbs(self._options), routing)
+        elif algorithm_options.needs_reference(config):
+            reference = self._frozen(config.checkpoint.ref_load or model_dir, model)
+        folder = algorithm_options.teacher_folder(config)
+        teacher = None if folder is None else self._frozen(folder, model)
+        critic = (
+            self._critic(config.checkpoint.critic_load or model_dir) if algorithm_options.needs_critic(config) else None
+        )
+        old_actors = None
+        if algorithm.keep_old_actor:
+            weights = functools.partial(local_weights, model, trained_only=adapter is not None)
+            old_actors = OldActors(weights, policy.evaluate, config.rollout.max_weight_staleness)
+        return FsdpRoles(
+            policy=policy,
+            critic=critic,
+            reference=reference,
+            teacher=teacher,
+            old_actors=old_actors,
+            routing=routing,
+            adapter=adapter,
+        )
+
+    def _critic(self, folder: str) -> FsdpLearner[torch.Tensor]:
+        config = self._config
+        model = self._trainable(folder, self._precision)
+        put_value_head(model, folder)
+        self._shard(model, self._precision)
+        return FsdpLearner(
+            model,
+            Values(self._options),
+            algorithm_options.critic_optimizer(config),
+            algorithm_options.critic_iterations(config),
+            scale_loss=self._precision.compute is torch.float16,
+        )
+
+    def _trainable(self, folder: str, precision: Precision) -> PreTrainedModel:
+        checkpointing = self._config.train.gradient_checkpointing
+        return load_hf_model(folder, precision.master, gradient_checkpointing=checkpointing)
+
+    def _frozen(self, folder: str | pathlib.Path, policy: torch.nn.Module) -> FrozenModel:
+        compute = self._precision.compute
+        model = load_hf_model(folder, compute, gradient_checkpointing=False)
+        model.requires_grad_(False)
+        self._shard(model, Precision(compute, compute))
+        return FrozenModel(model, LogProbs(self._options), policy)
+
+    def _shard(self, model: PreTrainedModel, precision: Precision) -> None:
+        shard(model, precision, self._device, cpu_offload=self._config.train.fsdp_cpu_offload)

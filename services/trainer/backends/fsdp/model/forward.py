@@ -1,0 +1,89 @@
+"""One micro-batch through a model. Dims: T rows, R response tokens, V vocabulary."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+from miles.algorithms.log_probs import TokenLogProbs, token_log_probs
+from miles.services.trainer.backends.fsdp.attention.segments import AttentionPlan
+from miles.services.trainer.batch.packing import MicroBatch
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ForwardOptions:
+    """How to run a model."""
+
+    device: torch.device
+    compute: torch.dtype
+    temperature: float
+    """Divides the logits, as it did when the tokens were sampled."""
+    chunk_rows: int | None = None
+    """Rows of logits worked on in float32 at a time; None for as many as make 64 MiB."""
+    varlen: bool | None = None
+    """Whether to use variable-length kernels; None where they run."""
+
+
+class LogProbs:
+    """Log-probabilities, with entropies where the loss needs them."""
+
+    def __init__(self, options: ForwardOptions, *, with_entropy: bool = False, entropy_requires_grad: bool = False):
+        self.device = options.device
+        self._options = options
+        self._entropy = {"with_entropy": with_entropy, "entropy_requires_grad": entropy_requires_grad}
+
+    def outputs(self, model: torch.nn.Module, micro_batch: MicroBatch) -> TokenLogProbs:
+        """See `Reading.outputs`."""
+        return forward(model, micro_batch, self._options, **self._entropy)
+
+    def numbers(self, model: torch.nn.Module, micro_batch: MicroBatch) -> torch.Tensor:
+        """See `Reading.numbers`."""
+        return forward(model, micro_batch, self._options).log_probs_T
+
+
+class Values:
+    """What a model with a value head gives: it has one column of logits, and that is it."""
+
+    def __init__(self, options: ForwardOptions) -> None:
+        self.device = options.device
+        self._options = options
+
+    def outputs(self, model: torch.nn.Module, micro_batch: MicroBatch) -> torch.Tensor:
+        """See `Reading.outputs`; float32 [R]."""
+        return _logits(model, micro_batch, self._options)[:, 0]
+
+    numbers = outputs
+
+
+def forward(
+    model: torch.nn.Module,
+    micro_batch: MicroBatch,
+    options: ForwardOptions,
+    *,
+    with_entropy: bool = False,
+    entropy_requires_grad: bool = False,
+) -> TokenLogProbs:
+    """Log-probabilities [R] of the micro-batch's response tokens; the head runs only on rows that predict them."""
+    return token_log_probs(
+        _logits(model, micro_batch, options),
+        torch.from_numpy(micro_batch.targets_R).to(options.device),
+        temperature=options.temperature,
+        with_entropy=with_entropy,
+        entropy_requires_grad=entropy_requires_grad,
+        chunk_rows=options.chunk_rows,
+        overwrite_logits=True,
+    )
+
+
+def _logits(model: torch.nn.Module, micro_batch: MicroBatch, options: ForwardOptions) -> torch.Tensor:
+    """What the head gives on the rows that predict response tokens; [R, V]."""
+    device = options.device
+    logits_RV: torch.Tensor = model(
+        input_ids=torch.from_numpy(micro_batch.input_ids_T)[None].to(device),
+        position_ids=torch.from_numpy(micro_batch.position_ids_T)[None].to(device),
+        logits_to_keep=torch.from_numpy(micro_batch.logit_rows_R).to(device),
+        attention_plan=AttentionPlan(micro_batch, device, options.compute, varlen=options.varlen),
+        use_cache=False,
+    ).logits[0]
+    return logits_RV

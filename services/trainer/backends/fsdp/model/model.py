@@ -1,0 +1,135 @@
+"""The policy and the reference: a Hugging Face model under FSDP2, and the names its weights have outside."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from miles.services.trainer.backends.fsdp.attention import segments as attention
+from miles.services.trainer.step.value_head import ValueHead, initial_weight
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Precision:
+    """Types of the parameters as held and as computed with; gradients are reduced in float32."""
+
+    master: torch.dtype
+    compute: torch.dtype
+
+
+def load_hf_model(folder: str | pathlib.Path, dtype: torch.dtype, *, gradient_checkpointing: bool) -> PreTrainedModel:
+    """A causal language model of a Hugging Face folder, in `dtype`, with packed attention.
+
+    Rank 0 reads its weights onto the CPU; the other ranks get a model without weights, which `shard` fills.
+    Raises FileNotFoundError when the folder is not there or is not a checkpoint.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    folder = pathlib.Path(folder)
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(
+            f"no model in {folder}: there is no config.json; set hf_checkpoint (or ref_load) to a Hugging Face folder"
+        )
+    attention.register()
+    model: PreTrainedModel
+    if dist.get_rank() == 0:
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, attn_implementation=attention.PACKED_ATTENTION
+        )
+    else:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+                AutoConfig.from_pretrained(folder), dtype=dtype, attn_implementation=attention.PACKED_ATTENTION
+            )
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0  # old and new log-probabilities must come from the same function
+    if gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[no-untyped-call]
+    model.train()
+    return model
+
+
+def put_value_head(model: PreTrainedModel, folder: str | pathlib.Path) -> None:
+    """Have a value head in the place of the head over the vocabulary: the model's logits are values then.
+
+    Its weights are those of the folder, where it has any, on rank 0.
+    """
+    head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    hidden_size: int = head.weight.shape[1]
+    weight_1H = initial_weight(folder, hidden_size).to(head.weight.dtype)
+    model.config.tie_word_embeddings = False
+    model.set_output_embeddings(ValueHead(weight_1H.to(head.weight.device)))  # type: ignore[no-untyped-call]
+
+
+def shard(model: PreTrainedModel, precision: Precision, device: torch.device, *, cpu_offload: bool) -> FSDPModule:
+    """Shard the model's parameters over the default process group, a unit per decoder layer plus one for the rest.
+
+    Embeddings and head stay together in the root unit, so that tied weights are sharded once.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+
+    home = torch.device("cpu") if cpu_offload else device
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    alone = mesh.size() == 1
+    weights: dict[str, Any] = {} if alone or dist.get_rank() else model.state_dict()
+    buffers = dict(model.named_buffers())
+    torch.nn.Module.to(model, home if alone else "meta")
+    if not alone:
+        model.tie_weights()  # moving to meta has made tied parameters two
+    policy = MixedPrecisionPolicy(param_dtype=precision.compute, reduce_dtype=torch.float32)
+    offload = CPUOffloadPolicy() if cpu_offload else OffloadPolicy()
+    for layer in decoder_layers(model):
+        fully_shard(layer, mesh=mesh, mp_policy=policy, offload_policy=offload, reshard_after_forward=not alone)
+    sharded = fully_shard(model, mesh=mesh, mp_policy=policy, offload_policy=offload, reshard_after_forward=False)
+    if not alone:
+        _fill(sharded, weights, buffers, home)
+    return sharded
+
+
+def _fill(model: FSDPModule, weights: dict[str, Any], buffers: dict[str, torch.Tensor], home: torch.device) -> None:
+    """Give every rank its shards of rank 0's weights, tensor by tensor, and a copy of its buffers; collective."""
+    assert isinstance(model, torch.nn.Module)
+    model.to_empty(device=home)
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=False)
+    set_model_state_dict(model, weights, options=options)
+    for name, buffer in model.named_buffers():
+        if dist.get_rank() == 0:
+            buffer.copy_(buffers[name])
+        dist.broadcast(buffer, src=0)
+
+
+def decoder_layers(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """The model's repeated blocks, found by the class names that transformers gives for them."""
+    names = set(getattr(model, "_no_split_modules", None) or ())
+    return [module for module in model.modules() if type(module).__name__ in names]
+
+
+def named_weights(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """What makes up the model's weights, by name: parameters and persistent buffers, a tied tensor once.
+
+    The names are those of `state_dict()`. For mixture-of-experts models of transformers 5 they name the fused
+    three-dimensional expert parameters, not the per-expert tensors of the files on disk.
+    """
+    seen: set[int] = set()
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            yield name, tensor
+
+
+def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """The whole tensor on every rank; collective for a sharded one."""
+    detached = tensor.detach()
+    return detached.full_tensor() if isinstance(detached, DTensor) else detached

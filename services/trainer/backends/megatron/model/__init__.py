@@ -1,0 +1,1 @@
+"""Megatron-Core models built from Hugging Face checkpoints by megatron-bridge. Start at `build`."""

@@ -1,0 +1,46 @@
+"""The critic: the policy's architecture with a value head in the place of the output layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from miles.services.trainer.step.value_head import ValueHead, initial_weight
+
+
+class OutputValueHead(ValueHead):
+    """A value head that is called as Megatron-Core calls an output layer; on every tensor-parallel rank whole."""
+
+    def __init__(self, weight_1H: torch.Tensor, *, sequence_parallel: bool) -> None:
+        super().__init__(weight_1H)
+        self.sequence_parallel = sequence_parallel
+        # The gradient of each rank's rows is a part of the whole, which Megatron-Core adds up for such weights.
+        self.weight.sequence_parallel = sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, hidden: torch.Tensor, weight: None = None, **_: Any) -> tuple[torch.Tensor, None]:  # type: ignore[override]
+        """[rows of this rank, 1, H] to the values of all rows, [L, 1, 1]."""
+        values = super().forward(hidden)
+        if self.sequence_parallel:
+            from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+
+            # Every rank goes on to compute the same loss, so each takes its rows' gradient as it is.
+            values = gather_from_sequence_parallel_region(values, tensor_parallel_output_grad=False)
+        return values, None
+
+
+def load_critic(load: Callable[[list[Any]], Any], folder: str, chunks: list[Any]) -> list[Any]:
+    """Fill bare chunks with the weights that `load` reads, and give the last stage its value head.
+
+    The folder need not have an output layer.
+    """
+    last = [chunk for chunk in chunks if chunk.post_process]
+    for chunk in last:
+        chunk.output_layer = None
+    load(chunks)
+    for chunk in last:
+        like = next(chunk.parameters())
+        weight_1H = initial_weight(folder, chunk.config.hidden_size).to(like)
+        chunk.output_layer = OutputValueHead(weight_1H, sequence_parallel=bool(chunk.config.sequence_parallel))
+    return chunks

@@ -1,0 +1,214 @@
+"""The policy in Megatron-Core, built from a Hugging Face checkpoint by megatron-bridge."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import pathlib
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from miles.services.trainer.backends.megatron.model.critic import load_critic
+from miles.services.trainer.backends.megatron.mtp.layers import add_prediction_layers
+from miles.services.trainer.backends.megatron.parallel.groups import Place
+
+if TYPE_CHECKING:
+    from miles.config import JobConfig
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class MegatronModel:
+    """This rank's part of the model."""
+
+    bridge: Any
+    """megatron.bridge.AutoBridge of the Hugging Face checkpoint."""
+    config: Any
+    """The TransformerConfig that all chunks share."""
+    chunks: list[Any]
+    """One for each virtual pipeline stage of this rank, wrapped in DistributedDataParallel."""
+    vocabulary: int
+    """Tokens of the model without padding."""
+
+    @property
+    def bare_chunks(self) -> list[Any]:
+        """The chunks without wrappers."""
+        from megatron.core.utils import unwrap_model
+
+        bare: list[Any] = unwrap_model(self.chunks)
+        return bare
+
+    def parameters(self) -> list[tuple[str, torch.Tensor]]:
+        """Name and tensor of this rank's parameters and persistent buffers, in a fixed order."""
+        found = []
+        for index, chunk in enumerate(self.bare_chunks):
+            persistent = set(chunk.state_dict(keep_vars=True))
+            found += [(f"{index}.{name}", parameter) for name, parameter in chunk.named_parameters()]
+            found += [(f"{index}.{name}", buffer) for name, buffer in chunk.named_buffers() if name in persistent]
+        return found
+
+
+def uses_transformer_engine(config: JobConfig) -> bool:
+    """Whether layers are TransformerEngine's. Raises ValueError when it is asked for and not installed."""
+    from megatron.core.extensions.transformer_engine import HAVE_TE
+
+    asked = config.megatron.transformer_impl
+    if asked == "transformer_engine" and not HAVE_TE:
+        raise ValueError(
+            "transformer_impl = transformer_engine, but it is not installed; install it, or set it to local"
+        )
+    return bool(HAVE_TE) and asked != "local"
+
+
+def build_model(
+    config: JobConfig, place: Place, compute: torch.dtype, *, wrap: bool = True, critic_from: str | None = None
+) -> MegatronModel:
+    """Build this rank's part of the policy, or of a critic from a folder, and load its weights; collective.
+
+    Raises FileNotFoundError when there is no checkpoint and ValueError for a model that the bridge does not know.
+    """
+    from megatron.core.distributed import DistributedDataParallelConfig
+    from megatron.core.transformer.module import Float16Module
+
+    folder = pathlib.Path(str(config.rollout.hf_checkpoint))
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(
+            f"no model in {folder}: there is no config.json; set hf_checkpoint to a Hugging Face folder"
+        )
+    bridge = _bridge(folder, with_engine=uses_transformer_engine(config))
+    provider = bridge.to_megatron_provider(load_weights=False)
+    provider.perform_initialization = False
+    load = functools.partial(_complete_and_load, bridge, config, critic_from)
+    provider.register_pre_wrap_hook(load if critic_from is None else functools.partial(load_critic, load, critic_from))
+    _configure(provider, config, place, compute)
+    if critic_from is not None:
+        provider.share_embeddings_and_output_weights = False
+        provider.moe_enable_routing_replay = False
+    provider.finalize()
+    chunks = provider.provide_distributed_model(
+        ddp_config=DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True,
+            overlap_grad_reduce=config.megatron.overlap_grad_reduce,
+            overlap_param_gather=config.megatron.overlap_param_gather,
+            use_distributed_optimizer=config.megatron.use_distributed_optimizer,
+        )
+        if wrap
+        else None,
+        wrap_with_ddp=wrap,
+        fp16=compute is torch.float16,
+        bf16=compute is torch.bfloat16,
+        use_cpu_initialization=config.services.device == "cpu",
+        mixed_precision_wrapper=Float16Module,
+    )
+    return MegatronModel(bridge, provider, chunks, provider.vocab_size)
+
+
+def _bridge(folder: pathlib.Path, *, with_engine: bool) -> Any:
+    from megatron.bridge import AutoBridge
+
+    from miles.services.trainer.backends.megatron.model.bridge import LocalBridge
+
+    kind = AutoBridge if with_engine else LocalBridge
+    return kind.from_hf_pretrained(str(folder))
+
+
+def _complete_and_load(bridge: Any, config: JobConfig, critic_from: str | None, chunks: list[Any]) -> list[Any]:
+    """Give the policy its layers for multi-token prediction; read a folder, by default the bridge's, into bare chunks.
+
+    Raises ValueError for parameters that the bridge cannot fill.
+    """
+    layout = config.megatron
+    if layout.mtp_num_layers is not None and critic_from is None:
+        for chunk in chunks:
+            add_prediction_layers(
+                chunk,
+                layout.mtp_num_layers,
+                with_engine=uses_transformer_engine(config),
+                trained=layout.enable_mtp_training,
+            )
+    if any(task is None for task in bridge.get_conversion_tasks(chunks)):
+        architecture = type(bridge.hf_pretrained.config).__name__.removesuffix("Config")
+        raise ValueError(
+            f"megatron-bridge knows no names for some parameters of {architecture} in these layers; install "
+            "TransformerEngine and set transformer_impl to transformer_engine, or use train_backend fsdp"
+        )
+    bridge.load_hf_weights(chunks, hf_path=critic_from)
+    return chunks
+
+
+def _configure(provider: Any, config: JobConfig, place: Place, compute: torch.dtype) -> None:
+    """Fill in the provider's fields, which are those of Megatron-Core's TransformerConfig and GPTModel."""
+    from megatron.core.transformer.enums import AttnBackend
+
+    layout = config.megatron
+    with_engine = uses_transformer_engine(config)
+    values: dict[str, Any] = {
+        "params_dtype": compute,
+        "pipeline_dtype": compute,
+        "autocast_dtype": compute,
+        "tensor_model_parallel_size": layout.tensor_model_parallel_size,
+        "pipeline_model_parallel_size": layout.pipeline_model_parallel_size,
+        "virtual_pipeline_model_parallel_size": layout.num_virtual_stages_per_pipeline_rank,
+        "context_parallel_size": layout.context_parallel_size,
+        "expert_model_parallel_size": layout.expert_model_parallel_size,
+        "expert_tensor_parallel_size": layout.expert_tensor_parallel_size,
+        "sequence_parallel": layout.sequence_parallel and layout.tensor_model_parallel_size > 1,
+        "variable_seq_lengths": True,  # micro-batches differ in length
+        "calculate_per_token_loss": True,  # gradients are sums; the loss has its denominator already
+        "should_pad_vocab": True,
+        "make_vocab_size_divisible_by": 1,  # Megatron multiplies it by the tensor-parallel size
+        "attention_dropout": 0.0,  # old and new log-probabilities must come from the same function
+        "hidden_dropout": 0.0,
+        "recompute_granularity": layout.recompute_granularity,
+        "recompute_method": layout.recompute_method,
+        "recompute_num_layers": layout.recompute_num_layers,
+        "recompute_modules": list(layout.recompute_modules),
+        "moe_token_dispatcher_type": layout.moe_token_dispatcher_type,
+        "moe_router_load_balancing_type": "aux_loss" if layout.moe_aux_loss_coeff else "none",
+        "moe_aux_loss_coeff": layout.moe_aux_loss_coeff,
+        "moe_router_bias_update_rate": 0.0,  # the router's bias belongs to pre-training
+        "moe_enable_routing_replay": wants_replay(config),
+        "moe_router_dtype": "fp32",
+        "moe_router_fusion": False,  # the fused router chooses before replay could
+        "cross_entropy_loss_fusion": False,
+        "deterministic_mode": False,
+        "mtp_num_layers": None,  # they are added when the rest is built
+        "mtp_enabled": False,
+        "mtp_detach_heads": True,
+        "mtp_loss_scaling_factor": layout.mtp_loss_scaling_factor,
+    }
+    if layout.num_virtual_stages_per_pipeline_rank:
+        values |= {"overlap_p2p_comm": True, "batch_p2p_comm": False}
+    if not with_engine:
+        if getattr(provider, "multi_latent_attention", False) and layout.tensor_model_parallel_size > 1:
+            raise ValueError("multi-head latent attention needs TransformerEngine for tensor_model_parallel_size > 1")
+        values |= dict.fromkeys(_NEEDS_TRANSFORMER_ENGINE, False)
+        values["transformer_impl"] = "local"
+    for name, value in values.items():
+        if hasattr(provider, name):
+            setattr(provider, name, value)
+    if not with_engine:
+        from miles.services.trainer.backends.megatron.layers.local_layers import local_spec_like
+
+        provider.transformer_layer_spec = local_spec_like(provider.transformer_layer_spec)
+        provider.attention_backend = AttnBackend.auto  # some families name one of TransformerEngine's
+    elif layout.attention_backend != "auto":
+        provider.attention_backend = AttnBackend[layout.attention_backend]
+
+
+_NEEDS_TRANSFORMER_ENGINE = (
+    "apply_rope_fusion",
+    "bias_activation_fusion",
+    "bias_dropout_fusion",
+    "gradient_accumulation_fusion",
+    "masked_softmax_fusion",
+    "moe_grouped_gemm",
+    "moe_permute_fusion",
+    "moe_shared_expert_overlap",
+    "persist_layer_norm",
+)
+
+
+def wants_replay(config: JobConfig) -> bool:
+    """Whether the routers' choices may be prescribed."""
+    return config.algorithm.use_routing_replay or config.rollout.use_rollout_routing_replay

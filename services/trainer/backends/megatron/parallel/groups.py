@@ -1,0 +1,108 @@
+"""Megatron-Core's process groups for a layout, and this rank's place in them."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+
+from miles.services.trainer.step.training_step import DataRanks
+
+if TYPE_CHECKING:
+    from miles.config.sections.megatron import MegatronConfig
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Place:
+    """This rank in the layout."""
+
+    tensor_rank: int
+    tensor_size: int
+    tensor_group: dist.ProcessGroup
+    pipeline_rank: int
+    pipeline_size: int
+    pipeline_group: dist.ProcessGroup
+    context_rank: int
+    context_size: int
+    context_group: dist.ProcessGroup
+    data: DataRanks
+    """Replicas of the model; context-parallel ranks share one."""
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether this rank has the logits (of the last virtual stage)."""
+        return self.pipeline_rank == self.pipeline_size - 1
+
+
+def initialize(layout: MegatronConfig, seed: int, timeout_minutes: int) -> Place:
+    """Make the groups out of the ranks of the default process group; collective. Replaces groups there are."""
+    from megatron.core import parallel_state, tensor_parallel
+
+    destroy()
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=layout.tensor_model_parallel_size,
+        pipeline_model_parallel_size=layout.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=layout.num_virtual_stages_per_pipeline_rank,
+        context_parallel_size=layout.context_parallel_size,
+        expert_model_parallel_size=layout.expert_model_parallel_size,
+        expert_tensor_parallel_size=layout.expert_tensor_parallel_size,
+        distributed_timeout_minutes=timeout_minutes,
+    )
+    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+    replicas = parallel_state.get_data_parallel_world_size()
+    return Place(
+        tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
+        tensor_size=parallel_state.get_tensor_model_parallel_world_size(),
+        tensor_group=parallel_state.get_tensor_model_parallel_group(),
+        pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        pipeline_size=parallel_state.get_pipeline_model_parallel_world_size(),
+        pipeline_group=parallel_state.get_pipeline_model_parallel_group(),
+        context_rank=parallel_state.get_context_parallel_rank(),
+        context_size=parallel_state.get_context_parallel_world_size(),
+        context_group=parallel_state.get_context_parallel_group(),
+        data=DataRanks(
+            rank=parallel_state.get_data_parallel_rank(),
+            count=replicas,
+            group=parallel_state.get_data_parallel_group() if replicas > 1 else None,
+        ),
+    )
+
+
+def destroy() -> None:
+    """Take the groups down; collective.
+
+    Megatron-Core only forgets most of its groups. Each keeps threads (gloo) or buffers on the GPU (NCCL) until it is
+    destroyed: after some jobs in one process, hundreds of threads that wake up a hundred times a second.
+    """
+    from megatron.core import parallel_state
+
+    if not parallel_state.model_parallel_is_initialized():
+        return
+    for group in parallel_state._global_process_group_list or ():
+        if group is not None:  # None stands for the default group, which others use
+            dist.destroy_process_group(group)
+    parallel_state.destroy_model_parallel()
+
+
+def from_last_stage(values: torch.Tensor, place: Place) -> torch.Tensor:
+    """The last pipeline stage's tensor on every stage; the others give one of the same shape and type."""
+    if place.pipeline_size > 1:
+        last = dist.get_global_rank(place.pipeline_group, place.pipeline_size - 1)
+        dist.broadcast(values, src=last, group=place.pipeline_group)
+    return values
+
+
+class SumOverRanks(torch.autograd.Function):
+    """Sum over a group whose ranks all go on to compute the same loss: each gets its own part's gradient as it is."""
+
+    @staticmethod
+    def forward(ctx: object, values: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+        total = values.clone()
+        dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx: object, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return gradient, None

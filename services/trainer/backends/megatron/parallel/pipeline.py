@@ -1,0 +1,160 @@
+"""A list of micro-batches through this rank's part of the model, by Megatron-Core's pipeline schedules.
+
+Dims: L local rows, V columns of the head on this rank.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.distributed as dist
+
+from miles.services.trainer.backends.megatron.model.model import MegatronModel
+from miles.services.trainer.backends.megatron.mtp.layers import PredictionTraining, response_rows
+from miles.services.trainer.backends.megatron.parallel.groups import Place
+from miles.services.trainer.backends.megatron.parallel.rows import LocalRows, local_rows
+from miles.services.trainer.batch.packing import EMPTY, MicroBatch
+
+OutputT = TypeVar("OutputT")
+Read = Callable[[torch.Tensor, MicroBatch, LocalRows], OutputT]
+"""From the head's output [1, L, V] on a micro-batch's rows: what it says of the response tokens."""
+Before = Callable[[int, int, LocalRows], None]
+"""Called with chunk, number of the micro-batch and its rows, before the chunk's forward pass."""
+After = Callable[[int, int], None]
+"""Called with chunk and number after it."""
+
+
+class Pipeline:
+    """Runs forward passes, and backward passes where there is a gradient."""
+
+    def __init__(
+        self, model: MegatronModel, place: Place, device: torch.device, prediction: PredictionTraining | None = None
+    ) -> None:
+        """`prediction` trains layers for multi-token prediction, in passes that ask for it."""
+        self._model = model
+        self._prediction = prediction
+        self._place = place
+        self._device = device
+        self._chunk_of = {id(chunk): index for index, chunk in enumerate(model.chunks)}
+
+    def run(
+        self,
+        micro_batches: Sequence[MicroBatch],
+        read: Read[OutputT],
+        loss: Callable[[int, OutputT], tuple[torch.Tensor, Any]],
+        *,
+        with_gradient: bool,
+        before: Before | None = None,
+        after: After | None = None,
+        trained_tokens: int | None = None,
+    ) -> list[Any]:
+        """What `loss` handed back for each micro-batch on the last stage, an empty list on others; collective.
+
+        `loss` takes the number of a micro-batch and what was read off it; it gives the loss and what to hand back.
+        Numbers beyond the micro-batches' are of those that fill up the schedule. With a gradient it is added to the
+        parameters' `main_grad`, summed over micro-batches and all ranks. With the `trained_tokens` of the optimizer
+        step, layers for multi-token prediction are trained where they should be.
+        """
+        from megatron.core.pipeline_parallel import get_forward_backward_func
+
+        prediction = None if trained_tokens is None else self._prediction
+        padded = self._filled_up(micro_batches)
+        rows = [self._local_rows(micro_batch) for micro_batch in padded]
+
+        def forward_step(numbers: Iterator[int], chunk: Any) -> tuple[torch.Tensor, Any]:
+            number, index = next(numbers), self._chunk_of[id(chunk)]
+            if before is not None:
+                before(index, number, rows[number])
+            mask_L = response_rows(padded[number], rows[number]) if prediction is not None else None
+            output = self._forward(chunk, rows[number], mask_L)
+            if prediction is not None:
+                prediction.note()
+            if after is not None:
+                after(index, number)
+
+            def finish(logits_1LV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, Any]:
+                value, data = loss(number, read(logits_1LV, padded[number], rows[number]))
+                return value, torch.ones((), dtype=torch.int, device=self._device), (number, data)
+
+            return output, finish
+
+        if with_gradient and self._model.config.moe_aux_loss_coeff:
+            self._average_balance(rows)
+        schedule = get_forward_backward_func()
+        numbers = [iter(range(len(padded))) for _ in self._model.chunks]
+        with contextlib.ExitStack() as stack:
+            if prediction is not None:
+                stack.enter_context(prediction.taking_part(trained_tokens or 0))
+            collected: list[tuple[int, Any]] = schedule(
+                forward_step_func=forward_step,
+                data_iterator=numbers if len(numbers) > 1 else numbers[0],
+                model=self._model.chunks if len(numbers) > 1 else self._model.chunks[0],
+                num_microbatches=len(padded),
+                seq_length=max(len(r.input_ids_L) for r in rows),
+                micro_batch_size=1,
+                forward_only=not with_gradient,
+            )
+        return [data for number, data in sorted(collected, key=lambda item: item[0]) if number < len(micro_batches)]
+
+    def _filled_up(self, micro_batches: Sequence[MicroBatch]) -> list[MicroBatch]:
+        """The interleaved schedule takes a multiple of the stages."""
+        stages = self._place.pipeline_size if len(self._model.chunks) > 1 else 1
+        return [*micro_batches, *[EMPTY] * (-len(micro_batches) % stages)]
+
+    def _local_rows(self, micro_batch: MicroBatch) -> LocalRows:
+        place = self._place
+        multiple = place.tensor_size if self._model.config.sequence_parallel else 1
+        return local_rows(
+            micro_batch, context_rank=place.context_rank, context_size=place.context_size, multiple_of=multiple
+        )
+
+    def _average_balance(self, rows: Sequence[LocalRows]) -> None:
+        """Have the load-balancing loss of coming passes be a mean over their rows on all replicas; collective.
+
+        Megatron-Core weighs it by rows, so as to divide it by tokens together with the main loss, which comes divided.
+        """
+        from megatron.core import parallel_state
+
+        config = self._model.config
+        count = torch.tensor([float(sum(len(each.input_ids_L) for each in rows))], device=self._device)
+        dist.all_reduce(count, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
+        config.moe_grad_scale_func = lambda: config.grad_scale_func(1 / count)
+
+    def prediction_loss(self) -> dict[str, float]:
+        """The metric of layers for multi-token prediction since the last call, where they are trained; collective."""
+        from megatron.core import parallel_state
+
+        if self._prediction is None:
+            return {}
+        group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+        return {"train/mtp_loss": self._prediction.take_loss(group, self._device)}
+
+    def _forward(self, chunk: Any, rows: LocalRows, mask_L: npt.NDArray[np.float32] | None = None) -> torch.Tensor:
+        """The head's output [1, L, V] on the last stage, else what the next stage takes."""
+        from megatron.core.packed_seq_params import PackedSeqParams
+
+        device = self._device
+        starts = torch.from_numpy(rows.cu_seqlens).to(device)
+        packed = PackedSeqParams(
+            qkv_format="thd",
+            cu_seqlens_q=starts,
+            cu_seqlens_kv=starts,
+            cu_seqlens_q_padded=starts,
+            cu_seqlens_kv_padded=starts,
+            max_seqlen_q=rows.max_seqlen,
+            max_seqlen_kv=rows.max_seqlen,
+        )
+        output: torch.Tensor = chunk(
+            input_ids=torch.from_numpy(rows.input_ids_L)[None].to(device),
+            position_ids=torch.from_numpy(rows.position_ids_L)[None].to(device),
+            attention_mask=None,
+            packed_seq_params=packed,
+            loss_mask=None if mask_L is None else torch.from_numpy(mask_L)[None].to(device),
+            **({"fp32_output": False} if self._model.config.bf16 or self._model.config.fp16 else {}),
+        )
+        return output

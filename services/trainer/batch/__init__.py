@@ -1,0 +1,1 @@
+"""The samples of a step as micro-batches: which rank trains on which, in which rows. Pure. Start at `batch`."""

@@ -1,0 +1,211 @@
+"""A rollout's samples as the trainer sees them: who is trained on, in which optimizer step, in which micro-batch."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Collection, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from miles.algorithms.packing import Packing
+from miles.services.trainer.batch.balance import MicroBatchLimits, recut, schedule
+from miles.services.trainer.batch.packing import EMPTY, MicroBatch, pack
+from miles.types import Sample, SampleGroup, SampleStatus, reward_number
+
+if TYPE_CHECKING:
+    from miles.config import JobConfig
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class OptimizerStepPlan:
+    """One optimizer step on this rank."""
+
+    num_samples: int
+    """Samples of the step on all ranks, untrained ones included: the denominator of the loss."""
+    num_tokens: int
+    """Trained tokens of the step on all ranks."""
+    micro_batches: tuple[MicroBatch, ...]
+    """This rank's share; the same number on every rank."""
+    observed: tuple[MicroBatch, ...]
+    """Samples of this rank that have no gradient and are only reported on; the same number on every rank."""
+
+    @property
+    def all_micro_batches(self) -> tuple[MicroBatch, ...]:
+        """Both kinds, those with gradients last: after a pass without, FSDP keeps the parameters it has gathered, and
+        would go on computing with them when the optimizer has changed their shards."""
+        return self.observed + self.micro_batches
+
+
+@dataclasses.dataclass(frozen=True)
+class RolloutBatch:
+    """One rollout's work on this rank. B: this rank's samples; T: their response tokens, sample after sample."""
+
+    samples: tuple[Sample, ...]
+    """All samples of the rollout, by group id and index."""
+    steps: tuple[OptimizerStepPlan, ...]
+    log_prob_micro_batches: tuple[MicroBatch, ...]
+    """The same samples of this rank, cut for passes without gradients."""
+    mine: tuple[int, ...]
+    """Indices into `samples` of this rank's share, in packed order; B of them."""
+    packing: Packing
+
+    @property
+    def micro_batches(self) -> list[MicroBatch]:
+        """Those of all optimizer steps, as they are trained on."""
+        return [micro_batch for step in self.steps for micro_batch in step.all_micro_batches]
+
+    def position(self, sample: int) -> int:
+        """Where among this rank's B samples a sample of the rollout is."""
+        return self._positions[sample]
+
+    def place(self, micro_batch: MicroBatch) -> torch.Tensor:
+        """Where the micro-batch's response tokens lie in T; int64 [R]."""
+        starts = self.packing.cu_seqlens().tolist()
+        firsts = [starts[self.position(i)] for i in micro_batch.samples]
+        pieces = [
+            torch.arange(first, first + self.samples[i].response_length)
+            for first, i in zip(firsts, micro_batch.samples, strict=True)
+        ]
+        return torch.cat(pieces) if pieces else torch.zeros(0, dtype=torch.int64)
+
+    @functools.cached_property
+    def _positions(self) -> dict[int, int]:
+        return {sample: position for position, sample in enumerate(self.mine)}
+
+    def masks(self) -> torch.Tensor:
+        """Loss masks; float32 [T] on CPU."""
+        masks = [response_mask(self.samples[i]) for i in self.mine]
+        return torch.from_numpy(np.concatenate(masks).astype(np.float32)) if masks else torch.zeros(0)
+
+    def token_versions(self, newest: int) -> torch.Tensor:
+        """Version of the policy that generated each of this rank's response tokens; int64 [T] on CPU.
+
+        `newest` where a sample does not say.
+        """
+        versions = [response_versions(self.samples[i], newest) for i in self.mine]
+        return torch.from_numpy(np.concatenate(versions)) if versions else torch.zeros(0, dtype=torch.int64)
+
+    def versions(self, newest: int) -> list[int]:
+        """Every version of a trained sample's token on any rank, ascending; `newest` as for `token_versions`."""
+        found = {int(v) for s in self.samples if is_trained(s) for v in np.unique(response_versions(s, newest))}
+        return sorted(found)
+
+    def rollout_log_probs(self) -> torch.Tensor | None:
+        """The engine's log-probabilities of this rank's samples; float32 [T] on CPU.
+
+        None when a trained sample of the rollout, on any rank, lacks them.
+        """
+        if any(sample.rollout_log_probs is None for sample in self.samples if is_trained(sample)):
+            return None
+        values = [x for x in (self.samples[i].rollout_log_probs for i in self.mine) if x is not None]
+        return torch.from_numpy(np.concatenate(values).astype(np.float32)) if values else torch.zeros(0)
+
+
+def in_order(groups: Sequence[SampleGroup]) -> tuple[Sample, ...]:
+    """All samples, by group id and index."""
+    ordered = sorted(groups, key=lambda group: group.group_id)
+    return tuple(s for group in ordered for s in sorted(group.samples, key=lambda s: s.index))
+
+
+def build_batch(
+    samples: tuple[Sample, ...], config: JobConfig, rank: int, ranks: int, without_gradient: Collection[int] = ()
+) -> RolloutBatch:
+    """Split the samples into optimizer steps, and cut this rank's share into micro-batches.
+
+    `samples` are as `in_order` gives them, `without_gradient` indices of those whose gradient is known to be zero.
+    Every rank computes the same schedule from the same samples. Raises ValueError when they do not make up
+    num_steps_per_rollout times global_batch_size.
+    """
+    train = config.train
+    size, steps = train.global_batch_size, train.num_steps_per_rollout
+    if len(samples) != size * steps:
+        raise ValueError(
+            f"the rollout's groups hold {len(samples)} samples, but num_steps_per_rollout × global_batch_size = "
+            f"{steps} × {size} = {size * steps}"
+        )
+    tokens = _tokens_of_replica(config, train.max_tokens_per_gpu)
+    limits = MicroBatchLimits(train.micro_batch_size, tokens if train.use_dynamic_batch_size else None)
+    plans: list[OptimizerStepPlan] = []
+    all_shares: list[list[int]] = [[] for _ in range(ranks)]
+
+    def cut(members: Sequence[int]) -> tuple[MicroBatch, ...]:
+        shares = schedule(samples, members, ranks, limits, share_prompts=train.share_prompts)
+        for share, micro_batches in zip(all_shares, shares, strict=True):
+            share.extend(i for indices in micro_batches for i in indices)
+        return tuple(pack(samples, indices, share_prompts=train.share_prompts) for indices in shares[rank])
+
+    for step in range(steps):
+        trained = [i for i in range(step * size, (step + 1) * size) if is_trained(samples[i])]
+        plans.append(
+            OptimizerStepPlan(
+                num_samples=size,
+                num_tokens=sum(int(response_mask(samples[i]).sum()) for i in trained),
+                micro_batches=cut([i for i in trained if i not in without_gradient]) or (EMPTY,),
+                observed=cut([i for i in trained if i in without_gradient]),
+            )
+        )
+    mine = tuple(all_shares[rank])
+    return RolloutBatch(
+        samples=samples,
+        steps=tuple(plans),
+        log_prob_micro_batches=_log_prob_micro_batches(samples, plans, all_shares, config, rank),
+        mine=mine,
+        packing=Packing(tuple(samples[i].response_length for i in mine)),
+    )
+
+
+def is_trained(sample: Sample) -> bool:
+    """Whether any token of the sample enters the loss."""
+    return (
+        sample.status is not SampleStatus.FAILED
+        and not sample.remove_sample
+        and sample.response_length > 0
+        and bool(response_mask(sample).any())
+    )
+
+
+def response_mask(sample: Sample) -> npt.NDArray[np.uint8]:
+    """The loss mask of the response tokens; uint8 [response_length]."""
+    return np.ones(sample.response_length, np.uint8) if sample.loss_mask is None else sample.loss_mask
+
+
+def response_versions(sample: Sample, newest: int) -> npt.NDArray[np.int64]:
+    """Version that generated each response token; int64 [response_length]. `newest` where the sample does not say."""
+    versions = np.full(sample.response_length, newest, np.int64)
+    for span in sample.weight_versions:
+        versions[span.start : span.end] = span.version
+    return versions
+
+
+def trained_reward(sample: Sample, reward_key: str | None) -> float:
+    """The number to train on. Raises ValueError when the sample has none, RewardKeyError when it has several."""
+    if sample.reward is None:
+        name = f"sample {sample.index} of group {sample.group_id}"
+        raise ValueError(f"{name} has no reward; it must be scored, or its status FAILED")
+    return reward_number(sample.reward, reward_key)
+
+
+def _tokens_of_replica(config: JobConfig, tokens_per_gpu: int | None) -> int | None:
+    """Context-parallel ranks share a micro-batch's tokens."""
+    return None if tokens_per_gpu is None else tokens_per_gpu * config.megatron.context_parallel_size
+
+
+def _log_prob_micro_batches(
+    samples: Sequence[Sample],
+    plans: Sequence[OptimizerStepPlan],
+    shares: Sequence[Sequence[int]],
+    config: JobConfig,
+    rank: int,
+) -> tuple[MicroBatch, ...]:
+    """Micro-batches for passes without gradients; the training ones unless a limit of their own is set."""
+    train = config.train
+    limit = train.log_probs_max_tokens_per_gpu
+    if not train.use_dynamic_batch_size or limit in (None, train.max_tokens_per_gpu):
+        return tuple(micro_batch for plan in plans for micro_batch in plan.all_micro_batches)
+    limits = MicroBatchLimits(1, _tokens_of_replica(config, limit))
+    cut = recut(samples, shares, limits, share_prompts=train.share_prompts)
+    return tuple(pack(samples, indices, share_prompts=train.share_prompts) for indices in cut[rank])

@@ -1,0 +1,182 @@
+"""What one rank holds and does: the job's backend, and the commands that act on it, the same on every rank."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from miles.config import JobConfig
+from miles.queue.payload import decode_group
+from miles.services.trainer.backends.base import Progress, TrainerBackend, TrainerState
+from miles.services.trainer.checkpoint.state import WRITING, WRITTEN
+from miles.services.trainer.ranks.abandoning import Abandonment, StepAbandonedError
+from miles.services.trainer.ranks.collective_calls import Command
+from miles.types import SampleGroup
+from miles.weights.export_format import AS_TRAINED, ExportFormat, formatted_layout
+
+if TYPE_CHECKING:
+    from miles.rpc.gen import policy_pb2
+    from miles.services.trainer.checkpoint.background_save import Saving
+    from miles.weights.publisher import Layout, WeightSender
+    from miles.weights.transport import Endpoint
+
+
+class RankWorker:
+    """One rank's part of the service; `run` is called by one thread at a time."""
+
+    def __init__(
+        self,
+        device: torch.device,
+        rank: int = 0,
+        ranks: int = 1,
+        share: Callable[[bool], bool] = lambda flag: flag,
+    ) -> None:
+        """`share` gives every rank what rank 0 calls it with; collective."""
+        self.device = device
+        self.rank = rank
+        self._ranks = ranks
+        self._share = share
+        self._backend: TrainerBackend | None = None
+        self._sender: WeightSender | None = None
+        """Of a rank other than 0; rank 0 has that of its publisher."""
+        self._saving: Saving | None = None
+        """The checkpoint that is being written."""
+        self._export_format: ExportFormat = AS_TRAINED
+        self.loaded_from: pathlib.Path | None = None
+        """Checkpoint that the job was loaded from; None for the initial weights."""
+
+    def run(
+        self,
+        command: Command,
+        *,
+        groups: Sequence[SampleGroup] | None = None,
+        report: Callable[[Progress], None] = lambda progress: None,
+        abandonment: Abandonment | None = None,
+        sender: WeightSender | None = None,
+    ) -> Any:
+        """Carry out a command; rank 0 also gives what cannot be broadcast.
+
+        Returns the state (start), the metrics or, for an abandoned step, None (train), the report for `exporting.merge`
+        (export), or whether this rank's files of a checkpoint are written (save_progress).
+        """
+        arguments = command.arguments
+        match command.name:
+            case "start":
+                return self._start(arguments["config"], pathlib.Path(arguments["checkpoint_dir"]))
+            case "train":
+                if groups is None:
+                    groups = [decode_group(payload) for payload in command.payloads]
+                return self._train(arguments["step"], groups, report, abandonment or self.abandonment())
+            case "export":
+                return self._export(command, sender)
+            case "save":
+                return self._loaded().save(
+                    pathlib.Path(arguments["directory"]), TrainerState.from_json(arguments["state"])
+                )
+            case "begin_save":
+                state = TrainerState.from_json(arguments["state"])
+                self._saving = self._loaded().begin_save(pathlib.Path(arguments["directory"]), state)
+                return None
+            case "save_progress":
+                return WRITTEN if self._saving is None or self._saving.done() else WRITING
+            case "finish_save":
+                saving, self._saving = self._saving, None
+                return None if saving is None else saving.finish()
+            case "save_hf":
+                return self._loaded().save_hf(pathlib.Path(arguments["directory"]))
+            case "stop":
+                return self._stop()
+        raise ValueError(f"no command is called {command.name!r}")
+
+    def abandonment(self) -> Abandonment:
+        """With which a training step of all ranks can be left."""
+        return Abandonment(self._share)
+
+    def _train(
+        self,
+        step: int,
+        groups: Sequence[SampleGroup],
+        report: Callable[[Progress], None],
+        abandonment: Abandonment,
+    ) -> Mapping[str, float] | None:
+        try:
+            return self._loaded().train(step, groups, report, abandonment)
+        except StepAbandonedError:
+            return None
+
+    def _start(self, config_json: dict[str, Any], checkpoint_dir: pathlib.Path) -> TrainerState:
+        self._stop()
+        config = JobConfig.from_flat(config_json)
+        backend = create_backend(config, checkpoint_dir, self.device)
+        try:
+            state = backend.load()
+        except BaseException:
+            backend.close()
+            raise
+        self._backend, self.loaded_from = backend, backend.loaded_from
+        self._export_format = _export_format(config)
+        return state
+
+    def endpoint(self, weightsync_address: str) -> Endpoint:
+        """What transports have to know of this rank."""
+        from miles.weights.transport import Endpoint
+
+        return Endpoint(weightsync_address, self.device, self.rank, self._ranks)
+
+    def layout(self) -> Layout:
+        """Of what will be sent."""
+        return formatted_layout(self._export_format, self._loaded().export_layout())
+
+    @property
+    def lora(self) -> policy_pb2.LoraAdapter | None:
+        """Set when what will be sent is an adapter."""
+        return self._loaded().lora
+
+    def _export(self, command: Command, sender: WeightSender | None) -> bytes:
+        from miles.services.trainer.export import send_share
+        from miles.weights.publisher import WeightSender
+
+        if sender is None:
+            sender = self._sender = self._sender or WeightSender(self.endpoint(command.arguments["address"]))
+        return send_share(self._loaded(), sender, command, self.rank, self._ranks, self._export_format)
+
+    def _stop(self) -> None:
+        if self._sender is not None:
+            self._sender.close()
+        self._sender = None
+        if self._saving is not None:
+            self._saving.wait()
+        self._saving = None
+        if self._backend is not None:
+            self._backend.close()
+        self._backend = self.loaded_from = None
+
+    def _loaded(self) -> TrainerBackend:
+        if self._backend is None:
+            raise RuntimeError("no job is loaded; StartJob comes first")
+        return self._backend
+
+
+def _export_format(config: JobConfig) -> ExportFormat:
+    if config.weights.rollout_weight_format == "fp8_block":
+        from miles.weights.fp8 import Fp8Blocks
+
+        return Fp8Blocks(config.weights.extra_high_precision_layers_hf)
+    return AS_TRAINED
+
+
+def create_backend(config: JobConfig, checkpoint_dir: pathlib.Path, device: torch.device) -> TrainerBackend:
+    """The backend that the configuration names."""
+    match config.train.train_backend:
+        case "fsdp":
+            from miles.services.trainer.backends.fsdp.backend import FsdpBackend
+
+            return FsdpBackend(config, checkpoint_dir, device)
+        case "megatron":
+            from miles.services.trainer.backends.megatron.backend import MegatronBackend
+
+            return MegatronBackend(config, checkpoint_dir, device)
+    raise ValueError(f"train_backend {config.train.train_backend!r} is not one of: fsdp, megatron")
