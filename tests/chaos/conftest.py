@@ -9,13 +9,12 @@ from collections.abc import Callable
 import numpy as np
 import psutil
 import pytest
+from chaos_schedules import RECOVERIES
 from rich.console import Console
+from whole_runs import Run, recipe, start_run, tiny_dense
 
 from miles.launcher.drill.drill import recovery_table
 from miles.rpc import ExitCode
-from tests.e2e.conftest import Run, recipe, start_run, tiny_dense
-
-from .schedules import RECOVERIES
 
 __all__ = ["start_run", "tiny_dense"]
 

@@ -9,17 +9,16 @@ import sys
 from collections.abc import AsyncIterator
 from typing import Any
 
+import gated_reward
 import psutil
 import pytest
 import pytest_asyncio
+from chaos_schedules import run_schedules
+from chaos_stack import BATCH, Stack, stack
 
 from miles.reward_sdk import Source, start_reward_server
 from miles.rpc import connect
 from miles.rpc.gen import controller_pb2, rollout_pb2, rollout_pb2_grpc
-
-from . import gated_reward
-from .schedules import run_schedules
-from .stack import BATCH, Stack, stack
 
 pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(900)]
 Workers = dict[str, controller_pb2.Worker]

@@ -6,9 +6,9 @@ import pathlib
 
 import psutil
 import pytest
+from whole_runs import Run
 
 from miles.rpc import ExitCode
-from tests.e2e.conftest import Run
 
 from .conftest import Start, assert_same_run, finish, kill, tiny_command
 

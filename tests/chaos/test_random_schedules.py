@@ -6,9 +6,8 @@ import os
 import pathlib
 
 import pytest
-
-from .schedules import run_schedules
-from .stack import stack
+from chaos_schedules import run_schedules
+from chaos_stack import stack
 
 SEEDS = "MILES_CHAOS_SEEDS"
 """Environment variable with the first and the last seed to run, e.g. 86-99."""

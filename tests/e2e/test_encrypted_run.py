@@ -10,11 +10,10 @@ import grpc
 import pytest
 from authority import Authority
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from serving_cluster import config, serving, wait_for
 
 from miles.client import MilesClient
 from miles.rpc.tls import CA, CERT, KEY, MUTUAL, TlsFiles
-
-from .serving import config, serving, wait_for
 
 
 @pytest.fixture

@@ -8,10 +8,9 @@ from collections.abc import Callable
 
 import pytest
 from megatron_kit import cpu_environment, needs_megatron
+from whole_runs import Run, recipe
 
 from miles.rpc import ExitCode
-
-from .conftest import Run, recipe
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(1800), needs_megatron]
 

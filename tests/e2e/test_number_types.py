@@ -7,10 +7,9 @@ import re
 from collections.abc import Callable
 
 import pytest
+from whole_runs import Run, recipe
 
 from miles.rpc import ExitCode
-
-from .conftest import Run, recipe
 
 Start = Callable[[list[str], pathlib.Path], Run]
 

@@ -7,10 +7,9 @@ import tarfile
 from collections.abc import Iterator
 
 import pytest
+from serving_cluster import config, serving, wait_for
 
 from miles.client import MilesClient
-
-from .serving import config, serving, wait_for
 
 
 @pytest.fixture

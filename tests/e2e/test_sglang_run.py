@@ -7,10 +7,9 @@ from collections.abc import Callable
 
 import pytest
 from sglang_kit import CPU_FLAGS, CPU_PYTHON, ON_GPU, have_sglang
+from whole_runs import Run, recipe
 
 from miles.rpc import ExitCode
-
-from .conftest import Run, recipe
 
 pytestmark = [
     pytest.mark.engine,

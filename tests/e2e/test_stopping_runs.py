@@ -9,10 +9,9 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+from whole_runs import Run, left_of, recipe
 
 from miles.rpc import ExitCode
-
-from .conftest import Run, left_of, recipe
 
 Start = Callable[[list[str], pathlib.Path], Run]
 LONG_STEPS = {"num_rollout": 2, "rollout_batch_size": 8, "n_samples_per_prompt": 16, "max_tokens_per_gpu": 16}

@@ -10,12 +10,11 @@ import numpy as np
 import psutil
 import pytest
 from safetensors.numpy import load_file
+from serving_cluster import serving, wait_for
+from whole_runs import Records, Run, left_of, recipe, runs_of_test, settings
 
 from miles.client import MilesClient
 from miles.rpc import ExitCode
-
-from .conftest import Records, Run, left_of, recipe, runs_of_test, settings
-from .serving import serving, wait_for
 
 STEPS = 24
 Start = Callable[[list[str], pathlib.Path], Run]

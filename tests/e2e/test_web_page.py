@@ -11,10 +11,9 @@ from collections.abc import Iterator
 import pytest
 from browser import accessibility_faults, chromium, page, screenshot
 from playwright.sync_api import Browser, Page, expect
+from serving_cluster import config, serving, wait_for
 
 from miles.client import MilesClient
-
-from .serving import config, serving, wait_for
 
 expect.set_options(timeout=120_000)
 VIEWS = ["", "/queue", "/samples", "/events", "/logs", "/config"]

@@ -150,7 +150,7 @@ async def test_the_torch_engine_serves_what_the_trainer_published(
 ) -> None:
     save_checkpoint(tmp_path / "model", family)
     trainer = start(
-        "integration/gpu_publisher.py",
+        "support/gpu_publisher.py",
         *("--address", weightsync.address, "--mode", mode, "--family", family, "--dtype", dtype),
         *("--device", "cuda:0"),
     )

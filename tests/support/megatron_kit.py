@@ -25,7 +25,7 @@ needs_megatron = pytest.mark.skipif(
 
 def cpu_environment(*, megatron: bool = True) -> dict[str, str]:
     """Variables of a process that finds this repository, and megatron-core's CPU stand-ins."""
-    paths = [str(SUPPORT), str(ROOT), str(SUPPORT.parent / "integration")]
+    paths = [str(SUPPORT), str(ROOT)]
     chosen = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
     if megatron:
         paths.insert(0, str(SUPPORT / "megatron_cpu"))

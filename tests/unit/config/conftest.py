@@ -1,22 +1,7 @@
-"""Fixtures of the configuration's tests."""
+"""Fixtures of this folder's tests."""
 
 from __future__ import annotations
 
-import pathlib
+from config_files import files
 
-import pytest
-
-
-@pytest.fixture
-def files(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> pathlib.Path:
-    """A folder with a model, prompts and a module, which is also the working directory."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    model = tmp_path / "model"
-    model.mkdir()
-    (model / "config.json").write_text("{}")
-    (model / "tokenizer.json").write_text("{}")
-    (model / "model.safetensors").write_bytes(b"")
-    (tmp_path / "prompts.jsonl").write_text('\n{"input": "2+2", "answer": "4"}\n')
-    (tmp_path / "rewards.py").write_text("raise SystemExit\nasync def score(sample): ...\nLIMIT = 3\n")
-    return tmp_path
+__all__ = ["files"]

@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from chaos_stack import BATCH, Ended, Stack
 
 from miles.launcher.drill.drill import Recovery
-
-from .stack import BATCH, Ended, Stack
 
 MODES: tuple[dict[str, Any], ...] = (
     {},
