@@ -4,11 +4,13 @@ from miles.rpc.attachment import WorkerAttachment
 from miles.rpc.channel import connect, connect_blocking, connected, wait_ready
 from miles.rpc.exit_codes import ExitCode, ServiceExit
 from miles.rpc.server import main, start_server
+from miles.rpc.status import abort
 
 __all__ = [
     "ExitCode",
     "ServiceExit",
     "WorkerAttachment",
+    "abort",
     "connect",
     "connect_blocking",
     "connected",

@@ -10,6 +10,7 @@ import grpc
 import grpc.aio
 
 from miles.config import ConfigError, JobConfig
+from miles.rpc import abort
 from miles.rpc.gen import controller_pb2, controller_pb2_grpc, job_pb2, weightsync_pb2
 from miles.services.controller.clients.weightsync import WeightsLink
 from miles.services.controller.jobs.config_check import check_config
@@ -58,13 +59,13 @@ class ControllerServicer(controller_pb2_grpc.ControllerServiceServicer):
         try:
             config = JobConfig.from_json(request.config_json).resolve()
         except ConfigError as error:
-            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+            await abort(context, grpc.StatusCode.INVALID_ARGUMENT, str(error))
         flat = config.to_flat()
         try:
             record = new_job(flat, config.data.num_rollout or 0, request.submitted_by)
             job, created = await self._store.submit(record, request.request_id)
         except RunDirTakenError as error:
-            await context.abort(grpc.StatusCode.ALREADY_EXISTS, str(error))
+            await abort(context, grpc.StatusCode.ALREADY_EXISTS, str(error))
         differs = json.loads(job.config_json) != json.loads(json.dumps(flat))
         if job.state in RESUMABLE and not created and not request.only_new:
             # Submitting an interrupted job again takes it up where its newest checkpoint left it.
@@ -86,21 +87,21 @@ class ControllerServicer(controller_pb2_grpc.ControllerServiceServicer):
         try:
             jobs, token = await self._store.list(frozenset(request.states), size, request.page_token)
         except BadPageToken as error:
-            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+            await abort(context, grpc.StatusCode.INVALID_ARGUMENT, str(error))
         return controller_pb2.ListJobsResponse(jobs=jobs, next_page_token=token)
 
     async def ControlJob(
         self, request: controller_pb2.ControlJobRequest, context: grpc.aio.ServicerContext
     ) -> controller_pb2.ControlJobResponse:
         if request.action == controller_pb2.JOB_ACTION_UNSPECIFIED:
-            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "action is not set; name one of JobAction")
+            await abort(context, grpc.StatusCode.INVALID_ARGUMENT, "action is not set; name one of JobAction")
         await self._get(request.job_id, context)
         try:
             job = await self._scheduler.control(request.job_id, request.action, request.operation_id)
         except OperationReusedError as error:
-            await context.abort(grpc.StatusCode.ALREADY_EXISTS, str(error))
+            await abort(context, grpc.StatusCode.ALREADY_EXISTS, str(error))
         except ValueError as error:
-            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
+            await abort(context, grpc.StatusCode.FAILED_PRECONDITION, str(error))
         return controller_pb2.ControlJobResponse(job=job)
 
     async def WatchJob(
@@ -113,7 +114,7 @@ class ControllerServicer(controller_pb2_grpc.ControllerServiceServicer):
             after = await self._store.newest_event_id(request.job_id, skip)
         if after and not is_event_id(after):
             problem = f"after_event_id {after!r} is not one this service gave"
-            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, problem)
+            await abort(context, grpc.StatusCode.INVALID_ARGUMENT, problem)
         async for event in self._store.watch(request.job_id, after):
             yield controller_pb2.WatchJobResponse(event=event)
 
@@ -129,10 +130,12 @@ class ControllerServicer(controller_pb2_grpc.ControllerServiceServicer):
                         lease_number=worker.lease_number, lease_ttl_ms=int(self._registry.ttl_s * 1000)
                     )
                 elif worker is None:
-                    await context.abort(grpc.StatusCode.FAILED_PRECONDITION, "heartbeat before registration")
+                    await abort(context, grpc.StatusCode.FAILED_PRECONDITION, "heartbeat before registration")
                 elif not self._registry.beat(worker, request.heartbeat):
-                    await context.abort(
-                        grpc.StatusCode.ABORTED, f"lease {worker.lease_number} is over; attach again for a new one"
+                    await abort(
+                        context,
+                        grpc.StatusCode.ABORTED,
+                        f"lease {worker.lease_number} is over; attach again for a new one",
                     )
         finally:
             if worker is not None:
@@ -165,5 +168,5 @@ class ControllerServicer(controller_pb2_grpc.ControllerServiceServicer):
         try:
             return await self._store.get(job_id)
         except UnknownJobError:
-            await context.abort(grpc.StatusCode.NOT_FOUND, f"no job {job_id!r}; list the jobs to see their ids")
+            await abort(context, grpc.StatusCode.NOT_FOUND, f"no job {job_id!r}; list the jobs to see their ids")
             raise

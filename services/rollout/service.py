@@ -8,7 +8,7 @@ import itertools
 import json
 import logging
 from collections.abc import AsyncIterator, Sequence
-from typing import Any, NoReturn, TypeAlias
+from typing import Any, TypeAlias
 
 import grpc
 import grpc.aio
@@ -16,6 +16,7 @@ import numpy as np
 from redis.exceptions import RedisError
 
 from miles.queue import RedisUnsuitable
+from miles.rpc import abort
 from miles.rpc.gen import controller_pb2, rollout_pb2, rollout_pb2_grpc, sample_pb2
 from miles.services.rollout.engines.base import FinishReason, GenerationDelta, GenerationRequest, PauseMode
 from miles.services.rollout.groups.messages import sampling_from_proto
@@ -65,7 +66,7 @@ class RolloutServicer(rollout_pb2_grpc.RolloutServiceServicer):
         try:
             config = JobConfig.from_flat(json.loads(request.config_json)).with_types("rollout_dtype")
         except (ConfigError, json.JSONDecodeError) as error:
-            await _abort(context, grpc.StatusCode.INVALID_ARGUMENT, str(error))
+            await abort(context, grpc.StatusCode.INVALID_ARGUMENT, str(error))
         job = RolloutJob(
             request.job_id,
             config,
@@ -87,9 +88,9 @@ class RolloutServicer(rollout_pb2_grpc.RolloutServiceServicer):
                         async for stage in stages:
                             await context.write(rollout_pb2.RolloutStartJobResponse(stage=stage))
                 except RedisError as error:
-                    await _abort(context, grpc.StatusCode.UNAVAILABLE, str(error))
+                    await abort(context, grpc.StatusCode.UNAVAILABLE, str(error))
                 except (RedisUnsuitable, ValueError, OSError, RuntimeError) as error:  # engines raise RuntimeError
-                    await _abort(context, grpc.StatusCode.FAILED_PRECONDITION, f"{type(error).__name__}: {error}")
+                    await abort(context, grpc.StatusCode.FAILED_PRECONDITION, f"{type(error).__name__}: {error}")
                 self._jobs[request.job_id] = job
         await context.write(rollout_pb2.RolloutStartJobResponse(stage="ready", ready=True))
 
@@ -108,15 +109,15 @@ class RolloutServicer(rollout_pb2_grpc.RolloutServiceServicer):
             return
         except TimeoutError:
             problem = f"the Run stream was not opened within {OPEN_DEADLINE_S:.0f} s"
-            await _abort(context, grpc.StatusCode.DEADLINE_EXCEEDED, problem)
+            await abort(context, grpc.StatusCode.DEADLINE_EXCEEDED, problem)
         if first.WhichOneof("kind") != "open":
-            await _abort(context, grpc.StatusCode.INVALID_ARGUMENT, "the first message of a Run stream opens it")
+            await abort(context, grpc.StatusCode.INVALID_ARGUMENT, "the first message of a Run stream opens it")
         opening = first.open
         job = await self._job(opening.job_id, context)
         before = self._streams.get(opening.job_id)
         if before is not None and opening.lease_number < before.lease_number:
             problem = f"lease {opening.lease_number} is over; lease {before.lease_number} has taken its place"
-            await _abort(context, grpc.StatusCode.UNAVAILABLE, problem)
+            await abort(context, grpc.StatusCode.UNAVAILABLE, problem)
         if before is not None:
             before.end()
             job.give_up_all()
@@ -146,19 +147,19 @@ class RolloutServicer(rollout_pb2_grpc.RolloutServiceServicer):
                 async for delta in deltas:
                     await context.write(_generate_response(delta))
         except ValueError as error:
-            await _abort(context, grpc.StatusCode.INVALID_ARGUMENT, str(error))
+            await abort(context, grpc.StatusCode.INVALID_ARGUMENT, str(error))
         except (TimeoutError, RuntimeError) as error:  # the engine lost the request; another try may work
-            await _abort(context, grpc.StatusCode.UNAVAILABLE, str(error))
+            await abort(context, grpc.StatusCode.UNAVAILABLE, str(error))
 
     async def Pause(self, request: rollout_pb2.PauseRequest, context: Context) -> rollout_pb2.PauseResponse:
         job = await self._job(request.job_id, context)
         mode = _PAUSE_MODES.get(request.mode)
         if mode is None:
-            await _abort(context, grpc.StatusCode.INVALID_ARGUMENT, f"mode {request.mode}: IN_PLACE, RETRACT or ABORT")
+            await abort(context, grpc.StatusCode.INVALID_ARGUMENT, f"mode {request.mode}: IN_PLACE, RETRACT or ABORT")
         try:
             pause_s = await job.serving.pause(mode, request.operation_id, request.lease_ms / 1000)
         except PauseRefused as error:
-            await _abort(context, grpc.StatusCode.FAILED_PRECONDITION, str(error))
+            await abort(context, grpc.StatusCode.FAILED_PRECONDITION, str(error))
         return rollout_pb2.PauseResponse(pause_s=pause_s)
 
     async def Resume(self, request: rollout_pb2.ResumeRequest, context: Context) -> rollout_pb2.ResumeResponse:
@@ -166,7 +167,7 @@ class RolloutServicer(rollout_pb2_grpc.RolloutServiceServicer):
         try:
             await job.serving.resume(request.operation_id)
         except PauseRefused as error:
-            await _abort(context, grpc.StatusCode.FAILED_PRECONDITION, str(error))
+            await abort(context, grpc.StatusCode.FAILED_PRECONDITION, str(error))
         return rollout_pb2.ResumeResponse()
 
     async def ReleaseMemory(
@@ -230,7 +231,7 @@ class RolloutServicer(rollout_pb2_grpc.RolloutServiceServicer):
         if job is None:
             # UNAVAILABLE: this worker restarted since the job was started on it, and starting it again helps.
             problem = f"job {job_id!r} is not loaded on rollout {self._worker_id}; call StartJob first"
-            await _abort(context, grpc.StatusCode.UNAVAILABLE, problem)
+            await abort(context, grpc.StatusCode.UNAVAILABLE, problem)
         return job
 
 
@@ -248,8 +249,3 @@ def _generate_response(delta: GenerationDelta) -> rollout_pb2.GenerateResponse:
             )
         )
     return response
-
-
-async def _abort(context: Context, code: grpc.StatusCode, message: str) -> NoReturn:
-    await context.abort(code, message)
-    raise AssertionError("abort raises")

@@ -12,6 +12,7 @@ import grpc
 import grpc.aio
 
 from miles.queue import MissingGroups, UnreadableGroups
+from miles.rpc import abort
 from miles.rpc.gen import trainer_pb2
 
 logger = logging.getLogger(__name__)
@@ -42,8 +43,7 @@ async def refuse(
     reason: str,
     code: grpc.StatusCode = grpc.StatusCode.FAILED_PRECONDITION,
 ) -> NoReturn:
-    await context.abort(code, reason)
-    raise AssertionError("abort raises")
+    await abort(context, code, reason)
 
 
 @contextlib.asynccontextmanager
@@ -52,16 +52,16 @@ async def as_status(context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterato
     try:
         yield
     except MissingGroups as error:
-        await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, str(error))
+        await abort(context, grpc.StatusCode.DEADLINE_EXCEEDED, str(error))
     except UnreadableGroups as error:
-        await context.abort(grpc.StatusCode.DATA_LOSS, str(error))
+        await abort(context, grpc.StatusCode.DATA_LOSS, str(error))
     except FileNotFoundError as error:
-        await context.abort(grpc.StatusCode.NOT_FOUND, str(error))
+        await abort(context, grpc.StatusCode.NOT_FOUND, str(error))
     except ValueError as error:
         logger.exception("refused")
-        await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+        await abort(context, grpc.StatusCode.INVALID_ARGUMENT, str(error))
     except grpc.RpcError as error:
-        await context.abort(grpc.StatusCode.UNAVAILABLE, f"the weight-sync service: {error}")
+        await abort(context, grpc.StatusCode.UNAVAILABLE, f"the weight-sync service: {error}")
     except (RuntimeError, ArithmeticError, OSError) as error:
         logger.exception("failed")
-        await context.abort(grpc.StatusCode.INTERNAL, f"{type(error).__name__}: {error}")
+        await abort(context, grpc.StatusCode.INTERNAL, f"{type(error).__name__}: {error}")

@@ -18,7 +18,7 @@ import grpc.aio
 from miles.config import ConfigError, JobConfig
 from miles.queue import GroupQueue, connect_async
 from miles.queue.payload import encode_group
-from miles.rpc import connect_blocking
+from miles.rpc import abort, connect_blocking
 from miles.rpc.gen import controller_pb2, policy_pb2, trainer_pb2, trainer_pb2_grpc, weightsync_pb2_grpc
 from miles.services.trainer.answers import WORD_EVERY_S, as_status, refuse, until_done
 from miles.services.trainer.backends.base import Progress, TrainerState
@@ -144,8 +144,10 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServiceServicer):
                     return
             metrics = job.state.metrics.get(request.step)
             if metrics is None:
-                await context.abort(
-                    grpc.StatusCode.OUT_OF_RANGE, f"step {request.step} was taken, but its metrics are no longer kept"
+                await abort(
+                    context,
+                    grpc.StatusCode.OUT_OF_RANGE,
+                    f"step {request.step} was taken, but its metrics are no longer kept",
                 )
             done = trainer_pb2.TrainDone(
                 step=request.step,
@@ -174,7 +176,7 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServiceServicer):
         async with self._exclusive(context, f"exporting version {request.version}"):
             job = await self._held(request.job_id, context)
             if request.stream != policy_pb2.WEIGHT_STREAM_POLICY:
-                await context.abort(grpc.StatusCode.UNIMPLEMENTED, "this trainer has a policy and no draft model")
+                await abort(context, grpc.StatusCode.UNIMPLEMENTED, "this trainer has a policy and no draft model")
             if request.version != job.state.step:
                 await refuse(
                     context, f"version {request.version} was asked for, but the trainer is at step {job.state.step}"
@@ -340,7 +342,7 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServiceServicer):
             await refuse(context, f"step {request.step} was asked for, but the next one is step {job.state.step}")
         ids = list(request.group_ids)
         if not ids or ids != sorted(set(ids)):
-            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"group_ids must ascend and not be empty: {ids}")
+            await abort(context, grpc.StatusCode.INVALID_ARGUMENT, f"group_ids must ascend and not be empty: {ids}")
         again = [i for i in ids if job.state.is_consumed(i)]
         if again:
             await refuse(context, f"groups {again} were trained on or dropped before and are not trained on twice")

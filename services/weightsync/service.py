@@ -11,6 +11,7 @@ from typing import NoReturn
 import grpc
 import grpc.aio
 
+from miles.rpc import abort
 from miles.rpc.gen import controller_pb2, policy_pb2, weightsync_pb2, weightsync_pb2_grpc
 from miles.services.weightsync.chunk_table import ChunkTable
 from miles.services.weightsync.folders import FolderStore
@@ -92,9 +93,9 @@ class WeightSyncServicer(weightsync_pb2_grpc.WeightSyncServiceServicer):
         try:
             return await self._stream(request.version.job_id, request.version.stream).allocate(request)
         except NoTransport as error:
-            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
+            await abort(context, grpc.StatusCode.FAILED_PRECONDITION, str(error))
         except OutOfMemory as error:
-            await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error))
+            await abort(context, grpc.StatusCode.RESOURCE_EXHAUSTED, str(error))
         except Refused as error:
             await _refuse(context, "allocate", request.version, error)
         raise AssertionError("abort raises")
@@ -141,7 +142,7 @@ class WeightSyncServicer(weightsync_pb2_grpc.WeightSyncServiceServicer):
             stream.unwatch(events)
         if not event.ok:
             text = f"activation of {manifests.describe(version)} failed: {event.error}"
-            await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, text)
+            await abort(context, grpc.StatusCode.DEADLINE_EXCEEDED, text)
         done = weightsync_pb2.ActivateDone(
             engines=event.engines, quarantined=event.quarantined, total_s=event.total_s, pause_s=event.pause_s
         )
@@ -166,7 +167,7 @@ class WeightSyncServicer(weightsync_pb2_grpc.WeightSyncServiceServicer):
         finally:
             stream.unwatch(events)
         if not event.ok:
-            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, f"the check came to no end: {event.error}")
+            await abort(context, grpc.StatusCode.FAILED_PRECONDITION, f"the check came to no end: {event.error}")
         return weightsync_pb2.CheckEnginesResponse(
             version=number,
             equal=event.engines,
@@ -328,8 +329,7 @@ async def _check_version(version: policy_pb2.WeightVersion, context: grpc.aio.Se
 
 
 async def _invalid(context: grpc.aio.ServicerContext, text: str) -> NoReturn:
-    await context.abort(grpc.StatusCode.INVALID_ARGUMENT, text)
-    raise AssertionError("abort raises")
+    await abort(context, grpc.StatusCode.INVALID_ARGUMENT, text)
 
 
 async def _refuse(
@@ -337,5 +337,4 @@ async def _refuse(
 ) -> NoReturn:
     unknown = isinstance(error, UnknownVersion)
     code = grpc.StatusCode.NOT_FOUND if unknown else grpc.StatusCode.FAILED_PRECONDITION
-    await context.abort(code, f"cannot {what} {manifests.describe(version)}: {error}")
-    raise AssertionError("abort raises")
+    await abort(context, code, f"cannot {what} {manifests.describe(version)}: {error}")

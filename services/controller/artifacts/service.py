@@ -7,11 +7,12 @@ import collections
 import json
 import pathlib
 from collections.abc import AsyncIterator, Iterator
-from typing import Any, NoReturn, TypeAlias
+from typing import Any, TypeAlias
 
 import grpc
 import grpc.aio
 
+from miles.rpc import abort
 from miles.rpc.gen import job_pb2, records_pb2, records_pb2_grpc
 from miles.services.controller.artifacts import logs as log_files
 from miles.services.controller.artifacts import samples as sample_files
@@ -49,7 +50,7 @@ class RecordsServicer(records_pb2_grpc.RecordsServiceServicer):
         await self._job(request.job_id, context)
         if request.after_event_id and not is_event_id(request.after_event_id):
             problem = f"after_event_id {request.after_event_id!r} is not one this service gave"
-            await _abort(context, grpc.StatusCode.INVALID_ARGUMENT, problem)
+            await abort(context, grpc.StatusCode.INVALID_ARGUMENT, problem)
         size = min(request.page_size or 500, _MAX_PAGE)
         return records_pb2.ListEventsResponse(
             events=await self._store.events(request.job_id, request.after_event_id, size)
@@ -84,7 +85,7 @@ class RecordsServicer(records_pb2_grpc.RecordsServiceServicer):
                 sample_files.list_samples, run_dir, wanted, size, request.page_token
             )
         except sample_files.BadPageToken as error:
-            await _abort(context, grpc.StatusCode.INVALID_ARGUMENT, str(error))
+            await abort(context, grpc.StatusCode.INVALID_ARGUMENT, str(error))
         return records_pb2.ListSamplesResponse(samples=samples, next_page_token=token)
 
     async def GetSample(self, request: records_pb2.GetSampleRequest, context: Context) -> records_pb2.GetSampleResponse:
@@ -94,7 +95,7 @@ class RecordsServicer(records_pb2_grpc.RecordsServiceServicer):
             sample, tokens = await asyncio.to_thread(sample_files.find_sample, pathlib.Path(settings["run_dir"]), place)
         except sample_files.UnknownSampleError:
             problem = f"sample {request.index} of group {request.group_id} of step {request.step} was not recorded"
-            await _abort(context, grpc.StatusCode.NOT_FOUND, problem)
+            await abort(context, grpc.StatusCode.NOT_FOUND, problem)
         table = None if tokens is None else await asyncio.to_thread(self._token_tables.make, settings, tokens)
         return records_pb2.GetSampleResponse(sample=sample, tokens=table)
 
@@ -119,7 +120,7 @@ class RecordsServicer(records_pb2_grpc.RecordsServiceServicer):
             pieces = await asyncio.to_thread(files.open_export, request.step, request.name, request.offset_bytes)
         except UnknownFileError:
             problem = f"step {request.step} of job {request.job_id} has no file {request.name!r}; list its checkpoints"
-            await _abort(context, grpc.StatusCode.NOT_FOUND, problem)
+            await abort(context, grpc.StatusCode.NOT_FOUND, problem)
         while piece := await asyncio.to_thread(_next, pieces):
             yield records_pb2.ReadExportResponse(data=piece)
 
@@ -133,7 +134,7 @@ class RecordsServicer(records_pb2_grpc.RecordsServiceServicer):
         try:
             return await asyncio.to_thread(log_files.read_log, folder, spans, request.name, offset, request.limit_bytes)
         except log_files.UnknownLogError:
-            await _abort(
+            await abort(
                 context, grpc.StatusCode.NOT_FOUND, f"no log {request.name!r}; list the logs to see their names"
             )
 
@@ -141,7 +142,7 @@ class RecordsServicer(records_pb2_grpc.RecordsServiceServicer):
         try:
             return await self._store.get(job_id)
         except UnknownJobError:
-            await _abort(context, grpc.StatusCode.NOT_FOUND, f"no job {job_id!r}; list the jobs to see their ids")
+            await abort(context, grpc.StatusCode.NOT_FOUND, f"no job {job_id!r}; list the jobs to see their ids")
 
     async def _settings(self, job_id: str, context: Context) -> dict[str, Any]:
         settings: dict[str, Any] = json.loads((await self._job(job_id, context)).config_json)
@@ -158,8 +159,3 @@ class RecordsServicer(records_pb2_grpc.RecordsServiceServicer):
 
 def _next(pieces: Iterator[bytes]) -> bytes:
     return next(pieces, b"")
-
-
-async def _abort(context: Context, code: grpc.StatusCode, details: str) -> NoReturn:
-    await context.abort(code, details)
-    raise AssertionError("abort raises")

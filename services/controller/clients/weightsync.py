@@ -8,7 +8,7 @@ from typing import TypeVar
 import grpc
 import grpc.aio
 
-from miles.rpc import connect
+from miles.rpc import abort, connect
 from miles.rpc.gen import controller_pb2, policy_pb2, weightsync_pb2, weightsync_pb2_grpc
 from miles.services.controller.workers.registry import WorkerRegistry
 
@@ -44,11 +44,10 @@ class WeightsLink:
     ) -> T:
         services = self._registry.alive(controller_pb2.WORKER_KIND_WEIGHTSYNC)
         if not services:
-            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, "no weight-sync service is attached; start one")
+            await abort(context, grpc.StatusCode.FAILED_PRECONDITION, "no weight-sync service is attached; start one")
         try:
             async with connect(services[0].registration.address) as channel:
                 return await call(weightsync_pb2_grpc.WeightSyncServiceStub(channel))
         except grpc.aio.AioRpcError as error:
-            code, details = error.code(), f"the weight-sync service: {error.details()}"
-        await context.abort(code, details)
-        raise AssertionError("abort raises")
+            failure = error.code(), f"the weight-sync service: {error.details()}"
+        return await abort(context, *failure)
