@@ -65,3 +65,8 @@ export const TONES = {
   succeeded: "good", failed: "bad", cancelled: "", stopped: "",
 };
 export const ENDED = new Set(["succeeded", "failed", "cancelled", "stopped"]);
+
+export function versionText(versions) {
+  const found = versions.map((span) => span.version);
+  return found.length ? (found[0] === found.at(-1) ? String(found[0]) : `${found[0]} – ${found.at(-1)}`) : "–";
+}

@@ -2,9 +2,8 @@
 
 import { get, job as path } from "./api.js";
 import { h, setText } from "./dom.js";
-import { number, signed } from "./format.js";
+import { number, signed, versionText } from "./format.js";
 import { segments } from "./parts.js";
-import { versionText } from "./samples.js";
 
 /** What tokens can be coloured by: the value of a token, and whether it has two signs. */
 const MEASURES = {

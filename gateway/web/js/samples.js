@@ -2,7 +2,7 @@
 
 import { get, job as path } from "./api.js";
 import { h, reconcile, setText } from "./dom.js";
-import { number, signed } from "./format.js";
+import { number, signed, versionText } from "./format.js";
 import { empty, tableBox } from "./parts.js";
 import { SampleView } from "./sample.js";
 
@@ -123,9 +123,4 @@ function promptText(prompt) {
 function preview(whole) {
   const text = whole.trim().replace(/\s+/g, " ");
   return text.length > 140 ? `${text.slice(0, 140)}…` : text || "(empty)";
-}
-
-export function versionText(versions) {
-  const found = versions.map((span) => span.version);
-  return found.length ? (found[0] === found.at(-1) ? String(found[0]) : `${found[0]} – ${found.at(-1)}`) : "–";
 }
