@@ -12,7 +12,7 @@ MEGATRON := megatron-core==0.19.2 megatron-bridge==0.6.2
 
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: run browser test test-engines test-all fuzz chaos lint protos clean
+.PHONY: run browser test test-engines test-all fuzz chaos same lint protos clean
 
 # Train a real model on this machine; ARGS adds flags, e.g. make run ARGS="--num-rollout 5".
 run: $(VENV)/.run
@@ -48,6 +48,11 @@ fuzz: $(VENV)/.dev
 # the schedules alone, e.g. make chaos SEEDS=86-99.
 chaos: $(VENV)/.dev
 	$(if $(SEEDS),MILES_CHAOS_SEEDS=$(SEEDS)) $(BIN)/python -m pytest -m chaos $(if $(SEEDS),tests/chaos/test_random_schedules.py)
+
+# Proves that what changed since BEFORE changes no bit of four short runs with fixed seeds: their metrics, samples and
+# final weights. E.g. make same BEFORE=main, before and after files were moved; takes about seven minutes on two cores.
+same: $(VENV)/.megatron
+	$(BIN)/python tools/same_runs.py --before $(or $(BEFORE),$(error BEFORE names the revision to compare with))
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
