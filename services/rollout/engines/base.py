@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
+    from miles.engine_spec import EngineSpec
     from miles.rpc.gen.weightsync_pb2 import TransportKind
     from miles.weights.subscriber import WeightTarget
     from miles.weights.transport import Endpoint, WeightReceiver
@@ -104,11 +105,19 @@ class EngineStats:
     busy_s: float
 
 
+class EngineFailed(RuntimeError):
+    """The engine lost a request or an order, or its model gave nonsense; each engine says whether a retry may work."""
+
+
 class RolloutEngine(Protocol):
     """An inference engine that serves one model at one version at a time.
 
     Every method is called from one asyncio event loop and must not block it.
     """
+
+    @property
+    def spec(self) -> EngineSpec:
+        """What engines of this kind can take."""
 
     @property
     def version(self) -> int | None:

@@ -11,8 +11,10 @@ import uuid
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from miles.engine_spec import EngineSpec, engine_spec
 from miles.rpc.gen import weightsync_pb2
 from miles.services.rollout.engines.base import (
+    EngineFailed,
     EngineStats,
     FinishReason,
     GenerationDelta,
@@ -20,7 +22,7 @@ from miles.services.rollout.engines.base import (
     GenerationResult,
     PauseMode,
 )
-from miles.services.rollout.engines.sglang.errors import EngineFailed, ServerRefused
+from miles.services.rollout.engines.sglang.errors import ServerRefused
 from miles.services.rollout.engines.sglang.options import SglangOptions
 from miles.services.rollout.engines.sglang.requests import payload as requests
 from miles.services.rollout.engines.sglang.requests.active import ActiveRequest, BusyClock, Signal
@@ -79,6 +81,11 @@ class SglangEngine:
         self._seeded = flags.is_deterministic(options.server_flags)
         self._interval = int(options.server_flags.get("stream_interval") or requests.STREAM_INTERVAL)
         self._background: set[asyncio.Task[None]] = set()
+
+    @property
+    def spec(self) -> EngineSpec:
+        """What SGLang engines can take."""
+        return engine_spec("sglang")
 
     @property
     def version(self) -> int | None:

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
+from miles.engine_spec import EngineSpec, engine_spec
 from miles.services.rollout.engines.base import (
+    EngineFailed,
     EngineStats,
     GenerationDelta,
     GenerationRequest,
@@ -24,7 +26,7 @@ from miles.services.rollout.engines.torch.generation.stop import StopRule, StopS
 from miles.services.rollout.engines.torch.model import build as models
 from miles.services.rollout.engines.torch.model.experts import EXPERTS_NAME
 from miles.services.rollout.engines.torch.model.fp8 import as_received, quantised_part
-from miles.services.rollout.engines.torch.worker import EngineFailed, Worker
+from miles.services.rollout.engines.torch.worker import Worker
 from miles.weights.fp8 import whole_weights
 from miles.weights.transport import create_transport
 
@@ -33,8 +35,6 @@ if TYPE_CHECKING:
 
     from miles.rpc.gen.weightsync_pb2 import TransportKind
     from miles.weights.transport import Endpoint, WeightReceiver
-
-__all__ = ["EngineFailed", "TorchEngine"]
 
 T = TypeVar("T")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -93,6 +93,11 @@ class TorchEngine:
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._quantised: dict[str, torch.Tensor] = {}
         """FP8 values and scales of the weights served, by name."""
+
+    @property
+    def spec(self) -> EngineSpec:
+        """What torch engines can take."""
+        return engine_spec("torch")
 
     @property
     def version(self) -> int | None:

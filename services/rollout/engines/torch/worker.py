@@ -12,17 +12,13 @@ from typing import Any, TypeVar
 
 import torch
 
-from miles.services.rollout.engines.base import PauseMode
+from miles.services.rollout.engines.base import EngineFailed, PauseMode
 from miles.services.rollout.engines.torch.generation.generator import Generator, GeneratorOptions
 from miles.services.rollout.engines.torch.generation.outbox import Delivery
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-
-
-class EngineFailed(RuntimeError):
-    """A step raised; the engine serves nothing more until it is built anew."""
 
 
 class Worker:

@@ -6,8 +6,7 @@ import asyncio
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from miles.services.rollout.engines.base import FinishReason, GenerationDelta, GenerationResult
-from miles.services.rollout.engines.sglang.errors import EngineFailed
+from miles.services.rollout.engines.base import EngineFailed, FinishReason, GenerationDelta, GenerationResult
 from miles.services.rollout.engines.sglang.requests.routed_experts import ExpertLayout, decode_experts
 from miles.types import SpeculativeStats, VersionSpan
 

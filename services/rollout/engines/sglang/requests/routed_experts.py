@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from miles.services.rollout.engines.sglang.errors import EngineFailed
+from miles.services.rollout.engines.base import EngineFailed
 
 _SLICE_BYTES = 1 << 18
 _COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")

@@ -9,7 +9,8 @@ from typing import Any
 
 import aiohttp
 
-from miles.services.rollout.engines.sglang.errors import EngineFailed, ServerRefused
+from miles.services.rollout.engines.base import EngineFailed
+from miles.services.rollout.engines.sglang.errors import ServerRefused
 from miles.services.rollout.engines.sglang.requests.events import DONE, EventSplitter
 
 KEEP_ALIVE_S = 2.0

@@ -9,7 +9,8 @@ import time
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
-from miles.services.rollout.engines.sglang.errors import EngineFailed, ServerRefused, ServerUnstartable
+from miles.services.rollout.engines.base import EngineFailed
+from miles.services.rollout.engines.sglang.errors import ServerRefused, ServerUnstartable
 from miles.services.rollout.engines.sglang.options import SglangOptions
 from miles.services.rollout.engines.sglang.requests.batches import Batches, Events
 from miles.services.rollout.engines.sglang.requests.concurrency import ConcurrencyLimit

@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from miles.services.rollout.engines.sglang.errors import EngineFailed, ServerRefused
+from miles.services.rollout.engines.base import EngineFailed
+from miles.services.rollout.engines.sglang.errors import ServerRefused
 from miles.services.rollout.engines.sglang.options import SglangOptions
 from miles.services.rollout.engines.sglang.requests.active import Signal
 from miles.services.rollout.engines.sglang.server.replica import Replica
