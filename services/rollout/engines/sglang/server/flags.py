@@ -11,21 +11,20 @@ from miles.services.rollout.engines.sglang.options import SglangOptions
 DRAFT_ALGORITHMS = ("EAGLE", "EAGLE3", "STANDALONE")
 """Speculative algorithms whose draft model has weights of its own."""
 
-
 SPARE_TOKENS = 6
-"""Tokens of its context that SGLang keeps to itself: it refuses a longer input and cuts a longer response short."""
+"""Tokens of its context that SGLang reserves: it refuses a longer input and truncates a longer response."""
 
 
 def command(options: SglangOptions, index: int, port: int, max_positions: int) -> list[str]:
-    """How to start server number `index` so that it listens on a port of the loopback device.
+    """The command that starts server number `index` on a port of the loopback device.
 
-    `max_positions`: tokens that the model was made for; SGLang refuses to start with a longer context.
+    `max_positions`: positions of the model; SGLang refuses to start with a longer context.
     """
     words = [options.python, "-m", "sglang.launch_server"]
     words += ["--model-path", options.hf_checkpoint, "--host", "127.0.0.1", "--port", str(port)]
     words += ["--dtype", options.dtype, "--device", "cuda" if options.on_gpu else "cpu"]
     words += ["--random-seed", str(options.random_seed + index)]
-    # Warm-up requests would be generated with the weights of the checkpoint; ours wait for the first version.
+    # Warm-up requests would be generated with the checkpoint's weights; our requests wait for the first version.
     words += ["--skip-server-warmup", "--incremental-streaming-output"]
     words += ["--tp-size", str(options.gpus_per_engine)]
     if options.on_gpu:
