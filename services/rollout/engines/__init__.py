@@ -53,5 +53,5 @@ def configured_engine(
 
 
 def _package(name: str) -> EnginePackage:
-    # Imported when it is asked for: one engine's dependencies need not be installed for another.
+    # Imported on demand: the dependencies of other engines need not be installed.
     return cast(EnginePackage, importlib.import_module(f"{__name__}.{engine_spec(name).name}"))

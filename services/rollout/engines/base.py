@@ -106,7 +106,7 @@ class EngineStats:
 
 
 class EngineFailed(RuntimeError):
-    """The engine lost a request or an order, or its model gave nonsense; each engine says whether a retry may work."""
+    """The engine lost a request or a command, or its model produced nonsense; a retry may work, see each engine."""
 
 
 class RolloutEngine(Protocol):

@@ -20,30 +20,30 @@ def command(options: SglangOptions, index: int, port: int, max_positions: int) -
 
     `max_positions`: positions of the model; SGLang refuses to start with a longer context.
     """
-    words = [options.python, "-m", "sglang.launch_server"]
-    words += ["--model-path", options.hf_checkpoint, "--host", "127.0.0.1", "--port", str(port)]
-    words += ["--dtype", options.dtype, "--device", "cuda" if options.on_gpu else "cpu"]
-    words += ["--random-seed", str(options.random_seed + index)]
+    arguments = [options.python, "-m", "sglang.launch_server"]
+    arguments += ["--model-path", options.hf_checkpoint, "--host", "127.0.0.1", "--port", str(port)]
+    arguments += ["--dtype", options.dtype, "--device", "cuda" if options.on_gpu else "cpu"]
+    arguments += ["--random-seed", str(options.random_seed + index)]
     # Warm-up requests would be generated with the checkpoint's weights; our requests wait for the first version.
-    words += ["--skip-server-warmup", "--incremental-streaming-output"]
-    words += ["--tp-size", str(options.gpus_per_engine)]
+    arguments += ["--skip-server-warmup", "--incremental-streaming-output"]
+    arguments += ["--tp-size", str(options.gpus_per_engine)]
     if options.on_gpu:
-        words += ["--base-gpu-id", str(options.first_gpu + index * options.gpus_per_engine)]
+        arguments += ["--base-gpu-id", str(options.first_gpu + index * options.gpus_per_engine)]
     else:
-        words += ["--sleep-on-idle"]  # an idle scheduler would poll a core
+        arguments += ["--sleep-on-idle"]  # an idle scheduler would poll a core
     if options.max_total_tokens is not None and options.max_total_tokens + SPARE_TOKENS <= max_positions:
-        words += ["--context-length", str(options.max_total_tokens + SPARE_TOKENS)]
+        arguments += ["--context-length", str(options.max_total_tokens + SPARE_TOKENS)]
     if options.max_running_requests is not None:
-        words += ["--max-running-requests", str(options.max_running_requests)]
+        arguments += ["--max-running-requests", str(options.max_running_requests)]
     if options.routed_experts:
-        words += ["--enable-return-routed-experts"]
+        arguments += ["--enable-return-routed-experts"]
     if options.memory_saver:
-        words += ["--enable-memory-saver"]
-    return [*words, *passed_through(options.server_flags)]
+        arguments += ["--enable-memory-saver"]
+    return [*arguments, *passed_through(options.server_flags)]
 
 
 def passed_through(flags: Mapping[str, Any]) -> Iterator[str]:
-    """SGLang's own flags as words: a switch that is on is named, one that is off is left out."""
+    """SGLang's own flags as arguments: a switch is named when it is on and left out when it is off."""
     for name, value in flags.items():
         flag = "--" + name.replace("_", "-")
         match value:
