@@ -164,8 +164,7 @@ class RolloutJob:
         from miles.weights.adapters.merging import AdapterBase
 
         rollout = self.config.rollout
-        # A server of its own needs its GPU to itself, and gets weights from host memory bucket by bucket.
-        device = self.engine.device if rollout.rollout_backend == "torch" else torch.device("cpu")
+        device = self.engine.device if self.engine.spec.adapter_base_on_device else torch.device("cpu")
         return AdapterBase(read_weights(str(rollout.hf_checkpoint), rollout.rollout_dtype), device)
 
     async def _subscribe_with_base(self) -> None:

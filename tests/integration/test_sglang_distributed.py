@@ -91,19 +91,19 @@ async def check_served(engine: SglangEngine, model: torch.nn.Module, groups: int
 
 
 class Interrupted(ServerMember):
-    """Something happens when two buckets have been taken."""
+    """Something happens when two buckets have been received."""
 
     def __init__(self, replica: Replica, happens: Callable[[], None]) -> None:
         super().__init__(replica.api, 1)
         self._happens = happens
         self._updates = 0
 
-    def _order(self, path: str, body: Mapping[str, Any], watch: Watch) -> None:
+    def _call(self, path: str, body: Mapping[str, Any], watch: Watch) -> None:
         self._updates += path == "/update_weights_from_distributed"
         if self._updates == 3:
             self._updates += 1
             self._happens()
-        super()._order(path, body, watch)
+        super()._call(path, body, watch)
 
 
 async def test_servers_take_the_bytes_of_two_ranks_and_keep_their_groups(

@@ -20,7 +20,7 @@ from weight_host import DRAFT, JOB, Host
 
 from miles.rpc.gen import weightsync_pb2
 from miles.services.rollout.engines.sglang import SglangEngine
-from miles.services.rollout.engines.sglang.weights.session import checksum
+from miles.services.rollout.engines.sglang.weights.checker import checksum
 from miles.services.rollout.job import RolloutJob
 from miles.weights.manifest import ChecksumMismatch
 

@@ -23,8 +23,10 @@ from torch_engine_models import END_TOKEN, prompt_of, save_checkpoint, weights_o
 
 from miles.services.rollout.engines.base import FinishReason, GenerationRequest, PauseMode, SamplingParams
 from miles.services.rollout.engines.sglang import SglangEngine
-from miles.services.rollout.engines.sglang.server.probes import ask
-from miles.services.rollout.engines.sglang.weights.session import WeightUpdate, checksum, drain_device, write_files
+from miles.services.rollout.engines.sglang.server.probes import probe
+from miles.services.rollout.engines.sglang.weights.checker import checksum, drain_device
+from miles.services.rollout.engines.sglang.weights.files import write_files
+from miles.services.rollout.engines.sglang.weights.update import WeightUpdate
 from miles.weights.manifest import ChecksumMismatch
 
 pytestmark = [
@@ -302,7 +304,7 @@ async def test_leaving_a_response_early_frees_its_place(engine: SglangEngine) ->
     assert engine.stats().running_requests <= 1
     assert len((await stays).tokens) == 40
     async with asyncio.timeout(120):
-        while ask(engine.replicas[0].api.address).running:  # noqa: ASYNC110
+        while probe(engine.replicas[0].api.address).running:  # noqa: ASYNC110
             await asyncio.sleep(0.1)
     assert len((await respond(engine, prompt_of(9), max_new_tokens=3)).tokens) <= 3
 

@@ -19,9 +19,9 @@ from torch_engine_models import (
 )
 
 from miles.services.rollout.engines import create_engine
-from miles.services.rollout.engines.base import FinishReason, GenerationRequest, PauseMode, SamplingParams
-from miles.services.rollout.engines.torch import EngineFailed, TorchEngine
-from miles.services.rollout.engines.torch.model.build import UnsupportedModel
+from miles.services.rollout.engines.base import EngineFailed, FinishReason, GenerationRequest, PauseMode, SamplingParams
+from miles.services.rollout.engines.torch import TorchEngine
+from miles.services.rollout.engines.torch.model.architecture import UnsupportedModel
 from miles.services.rollout.engines.torch.model.parameters import WeightMismatch
 from miles.types import VersionSpan
 

@@ -51,13 +51,13 @@ async def test_routed_experts_equal_the_routers(tmp_path: pathlib.Path) -> None:
     model = save_checkpoint(tmp_path, "qwen3_moe")
     prompt = prompt_of(21)
     async with running_engine(tmp_path, weights_of(model)) as engine:
-        leader, follower = await asyncio.gather(
+        owner, sharer = await asyncio.gather(
             *(respond(engine, prompt, request_id=str(i), seed=i, routed=True) for i in range(2))
         )
         without = await respond(engine, prompt)
     assert without.result.routed_experts is None
-    assert follower.result.cached_prompt_tokens == len(prompt)
-    for response in (leader, follower):
+    assert sharer.result.cached_prompt_tokens == len(prompt)
+    for response in (owner, sharer):
         ids = torch.tensor([[*prompt, *response.tokens]])
         with torch.no_grad():
             logits = model(input_ids=ids, use_cache=False, output_router_logits=True).router_logits

@@ -9,6 +9,7 @@ from miles.config.rules.registry import rule
 from miles.config.schema.catalog import catalog
 from miles.config.schema.faults import Fault
 from miles.config.schema.settings import Settings
+from miles.engine_spec import ENGINE_SPECS, engine_spec
 
 _OURS: Mapping[str, str] = {
     "model_path": "set hf_checkpoint",
@@ -48,7 +49,8 @@ _SGLANG_ALONE = (
 
 @rule
 def sglang_has_its_settings_to_itself(s: Settings) -> Iterator[Fault]:
-    if s.rollout_backend == "sglang":
+    engine = engine_spec(s.rollout_backend)
+    if engine.runs_servers:
         return
     problem = f"rollout_backend = {s.rollout_backend} has no SGLang servers"
     remedy = "set rollout_backend to sglang, or leave it out"
@@ -58,7 +60,7 @@ def sglang_has_its_settings_to_itself(s: Settings) -> Iterator[Fault]:
         value = getattr(s, key)
         if value is not False and s.given(key) and value != catalog()[key].default:
             yield Fault(key, value, problem, remedy)
-    if s.colocate and not s.given("offload_rollout"):
+    if s.colocate and not engine.frees_memory and not s.given("offload_rollout"):
         yield Fault("colocate", True, f"{problem}, and no other engine can free its memory", remedy)
 
 
@@ -111,7 +113,7 @@ def files_need_the_disk_path(s: Settings) -> Iterator[Fault]:
 
 @rule
 def servers_take_part_in_broadcasts(s: Settings) -> Iterator[Fault]:
-    if s.rollout_backend != "sglang" or s.rollout_engine_weights != "distributed":
+    if not engine_spec(s.rollout_backend).runs_servers or s.rollout_engine_weights != "distributed":
         return
     if s.update_weight_transfer_mode != "broadcast":
         problem = f"update_weight_transfer_mode = {s.update_weight_transfer_mode} brings weights to the rollout service"
@@ -132,9 +134,11 @@ def quantised_weights_go_to_an_engine_that_takes_them(s: Settings) -> Iterator[F
             problem = "rollout_weight_format = as_trained keeps every weight as it is"
             yield Fault(key, s.extra_high_precision_layers_hf, problem, "set rollout_weight_format, or leave it out")
         return
-    if s.rollout_backend != "torch":
+    if s.rollout_weight_format not in engine_spec(s.rollout_backend).weight_formats:
         problem = f"rollout_backend = {s.rollout_backend} takes weights in rollout_dtype alone"
-        yield Fault("rollout_weight_format", s.rollout_weight_format, problem, "set rollout_backend to torch")
+        able = [name for name, spec in ENGINE_SPECS.items() if s.rollout_weight_format in spec.weight_formats]
+        remedy = f"set rollout_backend to {' or '.join(able)}"
+        yield Fault("rollout_weight_format", s.rollout_weight_format, problem, remedy)
     if s.lora_rank:
         problem = f"lora_rank = {s.lora_rank} sends adapters, which are merged in rollout_dtype"
         yield Fault("rollout_weight_format", s.rollout_weight_format, problem, "leave one of them out")

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from miles.config.schema.catalog import SECTIONS
 from miles.config.schema.faults import Fault
 from miles.config.schema.settings import Settings, UnusableSetting
+from miles.engine_spec import engine_spec
 from miles.precision.number_types import AUTO
 
 _FALLBACKS = {
@@ -173,8 +174,8 @@ def _staleness(s: Settings) -> list[Fault]:
 
 
 def _engine(s: Settings) -> list[Fault]:
-    if not s.given("max_running_requests") and s.rollout_backend == "torch":
-        s.fill("max_running_requests", 64)
+    if not s.given("max_running_requests"):
+        s.fill("max_running_requests", engine_spec(s.rollout_backend).default_max_running_requests)
     if not s.given("offload_rollout"):
         s.fill("offload_rollout", s.colocate)
     return []

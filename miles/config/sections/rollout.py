@@ -18,6 +18,7 @@ from miles.config.schema.section import (
     Section,
     derived,
 )
+from miles.engine_spec import EngineName
 
 NONZERO_STD_FILTER = "miles.rollout.filter_hub.dynamic_sampling_filters.check_reward_nonzero_std"
 """Name of the built-in filter in recipes; the rollout service knows which function it means."""
@@ -29,7 +30,7 @@ class RolloutConfig(Section):
     hf_checkpoint: Annotated[str | None, Metavar("DIR")] = None
     """Hugging Face folder with the tokenizer, the model's config and the initial weights. Required."""
 
-    rollout_backend: Literal["torch", "sglang"] = "torch"
+    rollout_backend: EngineName = "torch"
     """The inference engine: torch runs in the rollout service, sglang is one or several SGLang servers beside it."""
 
     rollout_num_gpus: Positive | None = None

@@ -1,52 +1,57 @@
-"""Inference engines, chosen by name."""
+"""Inference engines, one folder each, chosen by name; start reading at `base`.
+
+An engine is described in `miles.engine_spec`; its folder offers what `EnginePackage` says. Nothing here decides what to
+generate or which version to serve.
+"""
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, cast
+
+from miles.engine_spec import engine_spec
 
 if TYPE_CHECKING:
     from miles.config import JobConfig
     from miles.services.rollout.engines.base import RolloutEngine
 
-ENGINES = ("torch", "sglang")
+
+class EnginePackage(Protocol):
+    """What the folder of an engine offers."""
+
+    @staticmethod
+    def create(**options: Any) -> RolloutEngine:
+        """Build the engine with its own options; nothing is loaded before `start`."""
+
+    @staticmethod
+    def configured_options(
+        config: JobConfig, *, device: str, name: str, engine_addresses: Sequence[str] = ()
+    ) -> dict[str, Any]:
+        """The options that a job's configuration asks for; the arguments are those of `configured_engine`."""
 
 
 def create_engine(name: str, /, **options: Any) -> RolloutEngine:
     """Build the engine called `name` with its own options; nothing is loaded before `start`.
 
-    Raises ValueError for a name that is not in `ENGINES`.
+    Raises ValueError for a name that has no description.
     """
-    if name == "torch":
-        from miles.services.rollout.engines.torch import TorchEngine
-
-        return TorchEngine(**options)
-    if name == "sglang":
-        from miles.services.rollout.engines.sglang import SglangEngine, SglangOptions
-
-        return SglangEngine(SglangOptions(**options))
-    raise ValueError(f"unknown rollout backend {name!r}: choose one of {', '.join(ENGINES)}")
+    return _package(name).create(**options)
 
 
 def configured_engine(
     config: JobConfig, *, device: str, name: str, engine_addresses: Sequence[str] = ()
 ) -> RolloutEngine:
-    """The engine that a job's configuration asks for, on a device ("cpu", "cuda:1", "auto", ...).
+    """Build the engine that a job's configuration asks for, on a device ("cpu", "cuda:1", "auto", ...).
 
     `name` tells this worker from others; `engine_addresses`: servers to attach to.
     """
-    rollout = config.rollout
-    if rollout.rollout_backend == "torch":
-        return create_engine(
-            "torch",
-            hf_checkpoint=rollout.hf_checkpoint,
-            device=device,
-            dtype=rollout.rollout_dtype,
-            max_running_requests=rollout.max_running_requests,
-            max_total_tokens=rollout.rollout_max_context_len,
-        )
-    from miles.services.rollout.engines.sglang.options_from_config import sglang_settings
-
-    return create_engine(
-        "sglang", **sglang_settings(config, device=device, name=name, engine_addresses=engine_addresses)
+    package = _package(config.rollout.rollout_backend)
+    return package.create(
+        **package.configured_options(config, device=device, name=name, engine_addresses=engine_addresses)
     )
+
+
+def _package(name: str) -> EnginePackage:
+    # Imported on demand: the dependencies of other engines need not be installed.
+    return cast(EnginePackage, importlib.import_module(f"{__name__}.{engine_spec(name).name}"))

@@ -1,4 +1,4 @@
-"""What the rollout service asks of an inference engine, and nothing else."""
+"""The interface of an inference engine: what the rollout service asks of it, and nothing else."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
+    from miles.engine_spec import EngineSpec
     from miles.rpc.gen.weightsync_pb2 import TransportKind
     from miles.weights.subscriber import WeightTarget
     from miles.weights.transport import Endpoint, WeightReceiver
@@ -52,9 +53,9 @@ class SamplingParams:
 class GenerationRequest:
     """One response to generate.
 
-    `input_ids` is the prompt followed by the `resumed_tokens` response tokens that an earlier, interrupted generation
+    `input_ids` is the prompt followed by the `resumed_tokens` response tokens that an earlier, preempted generation
     already produced. `sampling.max_new_tokens` counts the whole response, resumed tokens included, and the random
-    numbers of response token i depend on (seed, i) alone, so a resumed response draws what an uninterrupted one would.
+    numbers of response token i depend only on (seed, i), so a resumed response continues as if it had never stopped.
     """
 
     request_id: str
@@ -63,14 +64,14 @@ class GenerationRequest:
     resumed_tokens: int = 0
     return_routed_experts: bool = False
     routed_experts_start: int = 0
-    """First position whose routed experts are wanted; those before it are known already."""
+    """First position whose routed experts to return; those before it are known already."""
     group: str = ""
     """Requests of the same group share their prompt; an engine of several servers keeps them together."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class GenerationResult:
-    """The end of a response: everything but the tokens, which came in the deltas."""
+    """The result of a finished response: everything but the tokens, which came in the deltas."""
 
     reason: FinishReason
     weight_versions: tuple[VersionSpan, ...]
@@ -81,7 +82,7 @@ class GenerationResult:
     """uint8 or uint16, shape (len(input_ids) + new tokens - 1 - routed_experts_start, moe_layers, top_k); None unless
     asked for."""
     speculative: SpeculativeStats | None = None
-    """What speculative decoding did; None without it."""
+    """Counters of speculative decoding; None without it."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -104,6 +105,10 @@ class EngineStats:
     busy_s: float
 
 
+class EngineFailed(RuntimeError):
+    """The engine lost a request or a command, or its model produced nonsense; a retry may work, see each engine."""
+
+
 class RolloutEngine(Protocol):
     """An inference engine that serves one model at one version at a time.
 
@@ -111,18 +116,22 @@ class RolloutEngine(Protocol):
     """
 
     @property
+    def spec(self) -> EngineSpec:
+        """What engines of this kind can take."""
+
+    @property
     def version(self) -> int | None:
         """Policy version served now; None before the first `load_weights`."""
 
     @property
     def device(self) -> torch.device:
-        """Where new weights are best put before `load_weights` gets them."""
+        """Where to put new weights before they are passed to `load_weights`."""
 
     @property
     def draft(self) -> WeightTarget | None:
-        """The draft model of speculative decoding, where it has weights of its own; None without one.
+        """The draft model of speculative decoding, if it has weights of its own; None without one.
 
-        Loading it leaves the policy's version, its requests and their statistics as they are.
+        Loading it does not change the policy's version, its requests or their statistics.
         """
 
     @property
@@ -130,7 +139,7 @@ class RolloutEngine(Protocol):
         """Requests that can decode at once."""
 
     async def start(self) -> None:
-        """Build the model and begin to take requests; none decodes before the first `load_weights`."""
+        """Build the model and accept requests; none decodes before the first `load_weights`."""
 
     async def close(self) -> None:
         """Abort everything and free the model."""
@@ -139,29 +148,29 @@ class RolloutEngine(Protocol):
         """Stream a response. Leaving the iterator early aborts the request."""
 
     async def abort(self, request_ids: Sequence[str] | None = None) -> None:
-        """End these requests (None: all) with what they have, reason ABORT."""
+        """End these requests (None: all) with the tokens they have, reason ABORT."""
 
     async def pause(self, mode: PauseMode) -> None:
         """Return once no step is running and none will start before `resume`."""
 
     async def resume(self) -> None:
-        """Go on decoding."""
+        """Continue decoding."""
 
     async def load_weights(self, version: int, tensors: Mapping[str, torch.Tensor]) -> float:
-        """Swap in a full set of weights between two steps; return how long decoding stood still, in seconds.
+        """Swap in a full set of weights between two steps; return the pause time in seconds.
 
         `tensors` holds every HF parameter by name. The engine may keep the tensors themselves (zero copy); they stay
         valid until the next call returns. Raises before anything changed if a name, shape or dtype does not match.
         """
 
     def create_receiver(self, kind: TransportKind.ValueType, endpoint: Endpoint) -> WeightReceiver:
-        """What gets new weights of one kind of transport; `load_weights` is given the tensors that it receives."""
+        """Build the receiver of new weights for one kind of transport; its tensors are passed to `load_weights`."""
 
     async def weight_bytes(self) -> Mapping[str, torch.Tensor]:
         """The parameters as served, by HF name, on CPU or device: for `check_weight_update_equal`."""
 
     async def release_memory(self) -> None:
-        """Free what memory can be freed, retracting requests; the next load, `resume` or request takes it again."""
+        """Free what memory can be freed, retracting requests; the next load, `resume` or request allocates it again."""
 
     def stats(self) -> EngineStats:
         """Counters as of now."""

@@ -1,5 +1,4 @@
-"""The weights of a Hugging Face checkpoint: what an engine serves that no weight-sync service feeds, and what adapters
-are merged into."""
+"""The weights of a Hugging Face checkpoint: for engines without a weight-sync service, and as the base of adapters."""
 
 from __future__ import annotations
 
@@ -10,10 +9,10 @@ if TYPE_CHECKING:
 
 
 def read_weights(hf_checkpoint: str, dtype: str) -> dict[str, torch.Tensor]:
-    """Every parameter by name, tied ones once, in `dtype` ("float32" or "bfloat16"), on the CPU.
+    """Read every parameter by name, tied ones once, in `dtype` ("float32" or "bfloat16"), to the CPU.
 
-    Goes through transformers, because a checkpoint's files may name and split parameters otherwise than the model does.
-    Raises OSError or ValueError when the folder holds no weights that fit.
+    Uses transformers, because a checkpoint's files may name and split parameters differently from the model.
+    Raises OSError or ValueError when the folder has no weights that fit.
     """
     import torch
     from transformers import AutoModelForCausalLM

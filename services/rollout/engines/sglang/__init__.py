@@ -1,26 +1,29 @@
-"""A rollout engine of SGLang servers, which run as processes of their own, in an interpreter of their own.
+"""A rollout engine of SGLang servers, which run as processes of their own, in a Python environment of their own.
 
-| module | idea |
+| room or module | idea |
 |---|---|
-| engine | the asyncio face: requests in, deltas out |
-| options, flags | what servers are built from, and their command line |
-| replica | one server: started, watched, restarted, or attached to |
-| server, probes, api, events | its process, its heartbeat, its HTTP, its server-sent events |
-| requests, batches | a request as SGLang spells it, and several in one POST |
-| responses | the streamed answer |
-| active | requests that run or wait |
-| routing | which server gets a request (pure) |
-| concurrency | how many requests a server gets at once (pure) |
-| weights, updates | one version into all servers, into one server |
-| buckets, staging | tensors in flat shared buffers |
-| remote, member | versions that the trainer broadcasts straight into servers |
-| draft | the draft model, with versions of its own |
-| names, layout | parameter names, and the parameters that a model has |
-| experts | which experts each token went to |
+| engine | the asyncio side: requests in, deltas out; pauses, updates and memory |
+| options, options_from_config | what servers are built from, and how a job's settings say so |
+| server/ | one server: its command line, process, HTTP interface, probes and restarts |
+| requests/ | a request in SGLang's terms, which server gets it, and what comes back |
+| weights/ | a version into all servers, as tensors, as files, or by the trainer's broadcast |
+| speculative/ | the draft model, whose weights are versioned apart |
+
+Start at `engine`. It never converts weights beyond what SGLang's loaders need to recognise them.
 """
 
-from miles.services.rollout.engines.sglang.engine import SglangEngine
-from miles.services.rollout.engines.sglang.errors import EngineFailed, ServerRefused, ServerUnstartable
-from miles.services.rollout.engines.sglang.options import SglangOptions
+from __future__ import annotations
 
-__all__ = ["EngineFailed", "ServerRefused", "ServerUnstartable", "SglangEngine", "SglangOptions"]
+from typing import Any
+
+from miles.services.rollout.engines.sglang.engine import SglangEngine
+from miles.services.rollout.engines.sglang.errors import ServerRefused, ServerUnstartable
+from miles.services.rollout.engines.sglang.options import SglangOptions
+from miles.services.rollout.engines.sglang.options_from_config import configured_options
+
+__all__ = ["ServerRefused", "ServerUnstartable", "SglangEngine", "SglangOptions", "configured_options", "create"]
+
+
+def create(**options: Any) -> SglangEngine:
+    """Build the engine; see `SglangOptions` for its options."""
+    return SglangEngine(SglangOptions(**options))

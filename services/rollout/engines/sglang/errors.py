@@ -1,14 +1,10 @@
-"""What can go wrong with an SGLang server."""
+"""Errors of SGLang servers; what a caller of any engine sees is `EngineFailed`, in `engines.base`."""
 
 from __future__ import annotations
 
 
-class EngineFailed(RuntimeError):
-    """A request was lost with its server, or the server answered nonsense; another try may work."""
-
-
 class ServerRefused(RuntimeError):
-    """The server answered an order with an error."""
+    """The server answered a call with an error."""
 
     def __init__(self, path: str, status: int, message: str) -> None:
         super().__init__(f"SGLang refused {path} ({status}): {message}")
@@ -17,9 +13,9 @@ class ServerRefused(RuntimeError):
 
 
 class ServerUnstartable(RuntimeError):
-    """A server ended, or was not ready in time, while it started."""
+    """A server ended while it started, or was not ready in time."""
 
     def __init__(self, message: str, *, ended: bool = False) -> None:
-        """`ended`: whether it has ended by itself."""
+        """`ended`: whether its process has ended."""
         super().__init__(message)
         self.ended = ended

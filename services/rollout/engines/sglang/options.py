@@ -1,4 +1,4 @@
-"""What an SGLang engine is built from."""
+"""The options of an SGLang engine."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ WeightPath = Literal["tensor", "disk", "distributed"]
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class SglangOptions:
-    """Servers to start or to attach to, and how to treat them."""
+    """Servers to start or to attach to, and how to run them."""
 
     hf_checkpoint: str
     device: str = "cuda"
@@ -34,30 +34,30 @@ class SglangOptions:
     max_total_tokens: int | None = None
     """Prompt and response together; None: what the model allows."""
     concurrency: int = 512
-    """Requests that one server is given at once, at most."""
+    """Most requests that one server is given at once."""
     routed_experts: bool = False
     """Whether servers record the experts that each token was routed to."""
     memory_saver: bool = False
     """Whether servers can release their memory."""
     weight_path: WeightPath = "tensor"
-    """How weights get into a server: tensors of this process, files that both sides see, or by the trainer's own
-    broadcasts, of which the server is a member. Versions that do not come by broadcast are handed over as tensors."""
+    """How weights get into a server: tensor shares this process's memory with it, disk writes files that both see, and
+    distributed makes it a member of the trainer's broadcasts; versions that are not broadcast go as tensors."""
     weight_dir: pathlib.Path | None = None
     """Folder for the files of the disk path."""
     bucket_bytes: int = 512 << 20
-    """Weights handed over at once."""
+    """Most bytes of weights in one bucket."""
     random_seed: int = 42
     log_dir: pathlib.Path | None = None
     """Folder for the servers' logs; None discards them."""
     name: str = "engine"
-    """Prefix of request ids and log files, unique among those who share a server."""
+    """Prefix of request ids and log files; unique among the engines that share a server."""
     start_timeout_s: float = 900.0
-    order_timeout_s: float = 300.0
-    """How long a server may take for one order, e.g. to load a bucket."""
+    call_timeout_s: float = 300.0
+    """How long a server may take for one call, e.g. to load a bucket."""
     hang_timeout_s: float = 300.0
-    """A server whose scheduler does nothing for the requests it has for so long hangs, although it answers probes."""
+    """A server whose scheduler makes no progress on its requests for this long is lost, even if it answers probes."""
     silence_timeout_s: float = 30.0
-    """A server that answers no probe for so long is dead."""
+    """A server that answers no probe for this long is lost."""
 
     @property
     def on_gpu(self) -> bool:
@@ -66,5 +66,5 @@ class SglangOptions:
 
     @property
     def first_gpu(self) -> int:
-        """Number of the first server's first GPU."""
+        """Index of the first server's first GPU."""
         return int(self.device.partition(":")[2] or 0)

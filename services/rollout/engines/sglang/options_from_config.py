@@ -1,4 +1,4 @@
-"""The engine's options out of a job's configuration."""
+"""The SGLang engine's options from a job's configuration."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from miles.config import JobConfig
 
 
-def sglang_settings(
+def configured_options(
     config: JobConfig, *, device: str, name: str, engine_addresses: Sequence[str] = ()
 ) -> dict[str, Any]:
     """Keyword arguments of `SglangOptions`; `name` tells this worker from others, the addresses are of its servers."""

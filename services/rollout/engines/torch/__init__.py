@@ -1,24 +1,25 @@
-"""A rollout engine for any Hugging Face causal language model on CPU or one GPU.
+"""A rollout engine for any Hugging Face causal language model on CPU or one GPU, in the rollout service's own process.
 
-| module | idea |
+| room or module | idea |
 |---|---|
-| engine | the asyncio face: requests in, deltas out |
+| engine | the asyncio side: requests in, deltas out |
 | worker | the thread that steps the generator |
-| generator | requests, model and cache, one step at a time |
-| outbox | what the event loop is told, and when |
-| scheduler | which requests hold a slot and what each computes next (pure) |
-| sequence | one request's tokens, log-probs and versions on the way |
-| forward | a scheduler plan turned into one packed forward pass |
-| attention | attention over slots, registered with transformers |
-| experts | mixture-of-experts layers that see at least 16 rows |
-| kv_cache | keys and values by slot and absolute position |
-| sampling, random_numbers | one token a row from one uniform number a token |
-| stop | end tokens and stop strings |
-| routing | which experts each token went to |
-| model, parameters | a model without weights, and weights swapped into it |
-| invariance | does this machine's arithmetic keep rows independent? |
+| generation/ | which request computes what next, and which token it gets |
+| model/ | a Hugging Face model that computes packed rows over a KV cache |
+
+Start at `engine`; `generation/scheduler` and `model/forward` are the core of a step.
 """
 
-from miles.services.rollout.engines.torch.engine import EngineFailed, TorchEngine
+from __future__ import annotations
 
-__all__ = ["EngineFailed", "TorchEngine"]
+from typing import Any
+
+from miles.services.rollout.engines.torch.engine import TorchEngine
+from miles.services.rollout.engines.torch.options_from_config import configured_options
+
+__all__ = ["TorchEngine", "configured_options", "create"]
+
+
+def create(**options: Any) -> TorchEngine:
+    """Build the engine; see `TorchEngine` for its options."""
+    return TorchEngine(**options)

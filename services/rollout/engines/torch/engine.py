@@ -1,30 +1,34 @@
-"""The asyncio face of the engine: it validates, passes messages to the worker thread, and hands deltas to streams."""
+"""The asyncio side of the engine: checks requests, sends commands to the worker thread, and feeds response streams."""
 
 from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import contextlib
 import pathlib
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
+from miles.engine_spec import EngineSpec, engine_spec
 from miles.services.rollout.engines.base import (
+    EngineFailed,
     EngineStats,
     GenerationDelta,
     GenerationRequest,
     PauseMode,
     SamplingParams,
 )
-from miles.services.rollout.engines.torch.generation import sequence as sequences
+from miles.services.rollout.engines.request_checks import check_request
 from miles.services.rollout.engines.torch.generation.generator import GeneratorOptions
 from miles.services.rollout.engines.torch.generation.outbox import Delivery
+from miles.services.rollout.engines.torch.generation.sequence import Sequence
 from miles.services.rollout.engines.torch.generation.stop import StopRule, StopStrings
-from miles.services.rollout.engines.torch.model import build as models
+from miles.services.rollout.engines.torch.model.architecture import end_token_ids, model_shape, read_config
 from miles.services.rollout.engines.torch.model.experts import EXPERTS_NAME
 from miles.services.rollout.engines.torch.model.fp8 import as_received, quantised_part
-from miles.services.rollout.engines.torch.worker import EngineFailed, Worker
+from miles.services.rollout.engines.torch.worker import Worker
 from miles.weights.fp8 import whole_weights
 from miles.weights.transport import create_transport
 
@@ -34,8 +38,6 @@ if TYPE_CHECKING:
     from miles.rpc.gen.weightsync_pb2 import TransportKind
     from miles.weights.transport import Endpoint, WeightReceiver
 
-__all__ = ["EngineFailed", "TorchEngine"]
-
 T = TypeVar("T")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -43,7 +45,7 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 class TorchEngine:
     """Continuous batching of any Hugging Face causal LM on CPU or one GPU; implements `RolloutEngine`.
 
-    A response depends on the weights, its prompt and its seed alone, not on the requests beside it.
+    A response depends only on the weights, its prompt and its seed, not on the requests beside it.
 
     Args:
         hf_checkpoint: folder with config.json and the tokenizer; weights come with the first `load_weights`.
@@ -51,10 +53,10 @@ class TorchEngine:
         dtype: "bfloat16", "float16" or "float32": what the model computes in, and the dtype of the weights to load.
         max_running_requests: requests that decode at once; more wait their turn.
         max_total_tokens: prompt and response together; None: what the model's positions allow.
-        max_prefill_tokens: prompt tokens computed in one step; longer prompts take several.
+        max_prefill_tokens: prompt tokens computed in one step; longer prompts take several steps.
         experts_implementation: of transformers' experts interface; the default keeps tokens independent.
         threads: CPU threads of a step; None leaves torch's setting.
-        command_timeout_s: how long an order to the worker thread may wait for the step before it.
+        command_timeout_s: how long a command to the worker thread may take, including the step it waits for.
     """
 
     def __init__(
@@ -95,6 +97,11 @@ class TorchEngine:
         """FP8 values and scales of the weights served, by name."""
 
     @property
+    def spec(self) -> EngineSpec:
+        """What torch engines can take."""
+        return engine_spec("torch")
+
+    @property
     def version(self) -> int | None:
         """Policy version served now; None before the first `load_weights`."""
         return None if self._worker is None else self._worker.generator.version
@@ -106,7 +113,7 @@ class TorchEngine:
 
     @property
     def draft(self) -> None:
-        """There is none."""
+        """None: it has no speculative decoding."""
         return None
 
     @property
@@ -119,14 +126,14 @@ class TorchEngine:
         if self._worker is not None:
             raise RuntimeError("the engine was started already")
         config, tokenizer, end_tokens = await asyncio.to_thread(self._read_checkpoint)
-        shape = models.model_shape(config)
+        shape = model_shape(config)
         limit = min(self._max_total_tokens or shape.max_positions, shape.max_positions)
         self._max_total_tokens = limit
         self._tokenizer, self._end_tokens, self._vocabulary = tokenizer, end_tokens, shape.vocabulary
         loop = asyncio.get_running_loop()
 
         def deliver(batch: list[Delivery]) -> None:
-            loop.call_soon_threadsafe(self._hand_out, batch)
+            loop.call_soon_threadsafe(self._deliver, batch)
 
         options = GeneratorOptions(
             dtype=self._dtype,
@@ -137,19 +144,18 @@ class TorchEngine:
             experts_implementation=self._experts_implementation,
         )
         worker = Worker(config, options, self._threads, deliver)
-        try:
+        with contextlib.ExitStack() as undo:
+            undo.callback(worker.submit, worker.close)  # it ends once it has built the model
             await self._finish(worker.start(), "building the model")
-        except BaseException:
-            worker.submit(worker.close)  # when it is done with what it builds
-            raise
+            undo.pop_all()
         self._worker = worker
 
     def _read_checkpoint(self) -> tuple[Any, PreTrainedTokenizerBase, tuple[int, ...]]:
         from transformers import AutoTokenizer
 
-        config = models.read_config(self._hf_checkpoint)
+        config = read_config(self._hf_checkpoint)
         tokenizer = AutoTokenizer.from_pretrained(self._hf_checkpoint)
-        return config, tokenizer, models.end_token_ids(self._hf_checkpoint, config)
+        return config, tokenizer, end_token_ids(self._hf_checkpoint, config)
 
     async def close(self) -> None:
         """Abort everything and free the model."""
@@ -163,14 +169,14 @@ class TorchEngine:
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationDelta, None]:
         """Stream a response, a few tokens at a time. Leaving the iterator early aborts the request.
 
-        Raises ValueError, listing all faults, for a request the engine cannot serve. Raises EngineFailed when a step
-        failed or the weights give no numbers.
+        Raises ValueError listing all faults of a request that the engine cannot serve, and EngineFailed when a step
+        failed or the weights give NaN. After a failed step the engine serves nothing until it is built again.
         """
         worker = self._started()
-        self._validate(request)
+        self._check(request)
         stream: asyncio.Queue[GenerationDelta | BaseException] = asyncio.Queue()
         self._streams[request.request_id] = stream
-        sequence = sequences.Sequence(request, self._stop_rule(request.sampling))
+        sequence = Sequence(request, self._stop_rule(request.sampling))
         ended = False
         try:
             await self._call(lambda: worker.generator.add(sequence), f"request {request.request_id}")
@@ -186,7 +192,7 @@ class TorchEngine:
             if not ended:
                 worker.submit(lambda: worker.generator.abort([request.request_id]))
 
-    async def abort(self, request_ids: Sequence[str] | None = None) -> None:
+    async def abort(self, request_ids: Collection[str] | None = None) -> None:
         """End these requests (None: all) with what they have, reason ABORT."""
         worker = self._started()
         ids = None if request_ids is None else list(request_ids)
@@ -198,34 +204,35 @@ class TorchEngine:
         await self._call(lambda: worker.pause(mode), f"pausing ({mode.value})")
 
     async def resume(self) -> None:
-        """Go on decoding."""
+        """Continue decoding."""
         await self._call(self._started().resume, "resuming")
 
     async def load_weights(self, version: int, tensors: Mapping[str, torch.Tensor]) -> float:
-        """Swap in a full set of weights between two steps; return how long decoding stood still, in seconds.
+        """Swap in a full set of weights between two steps; return the pause time in seconds.
 
         On CPU the tensors themselves are served, with no copy. Running requests keep their keys and values unless they
         were retracted before. Raises WeightMismatch before anything changed if a name, shape or dtype does not match.
 
-        Weights that come as FP8 values and scales are made whole first, while decoding goes on.
+        FP8 weights are dequantised first, while decoding continues.
         """
         generator = self._started().generator
         quantised = await asyncio.to_thread(quantised_part, tensors, self._device)
         if quantised:
             tensors = await asyncio.to_thread(whole_weights, {**tensors, **quantised}, self._dtype)
         checked = generator.parameters.check(tensors)
-        stood_s = await self._call(lambda: generator.load(version, checked), f"loading version {version}")
+        pause_s = await self._call(lambda: generator.load(version, checked), f"loading version {version}")
         self._quantised = quantised
-        return stood_s
+        return pause_s
 
     def create_receiver(self, kind: TransportKind.ValueType, endpoint: Endpoint) -> WeightReceiver:
-        """What gets the bytes of new weights into this process."""
+        """Build the receiver that gets the bytes of new weights into this process."""
         return create_transport(kind, endpoint)
 
     async def weight_bytes(self) -> Mapping[str, torch.Tensor]:
         """The parameters as served, by HF name, tied ones once; empty before the first `load_weights`.
 
-        Those that came as FP8 values and scales are given as such; raises WeightMismatch when what is served differs.
+        Those that arrived as FP8 values and scales are returned so; raises WeightMismatch when the served weights are
+        not their dequantised values.
         """
         generator = self._started().generator
         served = await self._call(lambda: generator.parameters.served, "reading the weights")
@@ -234,7 +241,7 @@ class TorchEngine:
         return await asyncio.to_thread(as_received, served, self._quantised, self._dtype)
 
     async def release_memory(self) -> None:
-        """Frees nothing: its weights are the ones that the transport brought, its cache is small."""
+        """Free nothing: the weights belong to the transport, and the cache is small."""
 
     def stats(self) -> EngineStats:
         """Counters as of now."""
@@ -260,10 +267,10 @@ class TorchEngine:
                 return await asyncio.wrap_future(future)
         except TimeoutError:
             raise TimeoutError(
-                f"{what}: the engine's thread gave no answer in {self._command_timeout_s:.0f} s"
+                f"{what}: the engine's thread did not answer within {self._command_timeout_s:.0f} s"
             ) from None
 
-    def _hand_out(self, batch: list[Delivery]) -> None:
+    def _deliver(self, batch: list[Delivery]) -> None:
         for request_id, delta in batch:
             stream = self._streams.get(request_id)
             if stream is not None:
@@ -274,38 +281,16 @@ class TorchEngine:
         strings = StopStrings(decoder, sampling.stop) if sampling.stop else None
         return StopRule((*self._end_tokens, *sampling.stop_token_ids), strings, sampling.min_new_tokens)
 
-    def _validate(self, request: GenerationRequest) -> None:
+    def _check(self, request: GenerationRequest) -> None:
         sampling = request.sampling
-        prompt = len(request.input_ids) - request.resumed_tokens
         assert self._max_total_tokens is not None
-        wrong = [id_ for id_ in request.input_ids if not 0 <= id_ < self._vocabulary]
-        checks = (
-            (request.request_id not in self._streams, "a request with this id is running"),
-            (
-                prompt >= 1,
-                f"{len(request.input_ids)} input tokens, {request.resumed_tokens} of them resumed: no prompt",
+        check_request(
+            request,
+            vocabulary=self._vocabulary,
+            max_total_tokens=self._max_total_tokens,
+            running=request.request_id in self._streams,
+            further=(
+                (sampling.max_new_tokens >= 1, f"max_new_tokens is {sampling.max_new_tokens}; it must be at least 1"),
+                (0 <= sampling.seed < 2**64, f"seed is {sampling.seed}; it must fit 64 bits"),
             ),
-            (request.resumed_tokens >= 0, f"resumed_tokens is {request.resumed_tokens}; it cannot be negative"),
-            (not wrong, f"token {wrong[:1]} is not in the vocabulary of {self._vocabulary}"),
-            (sampling.max_new_tokens >= 1, f"max_new_tokens is {sampling.max_new_tokens}; it must be at least 1"),
-            (
-                prompt + sampling.max_new_tokens <= self._max_total_tokens,
-                f"prompt of {prompt} tokens and max_new_tokens {sampling.max_new_tokens} exceed the engine's limit of "
-                f"{self._max_total_tokens} tokens; shorten the prompt or lower max_new_tokens",
-            ),
-            (sampling.temperature >= 0, f"temperature is {sampling.temperature}; it must be 0 (greedy) or more"),
-            (0 < sampling.top_p <= 1, f"top_p is {sampling.top_p}; it must be in (0, 1]"),
-            (
-                sampling.top_k == -1 or sampling.top_k >= 1,
-                f"top_k is {sampling.top_k}; it must be -1 (all) or more than 0",
-            ),
-            (
-                0 <= sampling.min_new_tokens <= sampling.max_new_tokens,
-                f"min_new_tokens is {sampling.min_new_tokens}; it must be in [0, max_new_tokens]",
-            ),
-            (0 <= sampling.seed < 2**64, f"seed is {sampling.seed}; it must fit 64 bits"),
-            (all(sampling.stop), "stop holds an empty string"),
         )
-        faults = [message for good, message in checks if not good]
-        if faults:
-            raise ValueError(f"request {request.request_id}: " + "; ".join(faults))

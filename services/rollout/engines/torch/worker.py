@@ -1,4 +1,4 @@
-"""The thread that owns the generator: it steps, and between steps it carries out what the event loop asks for."""
+"""The thread that owns the generator: it steps, and runs the event loop's commands between two steps."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from miles.services.rollout.engines.base import PauseMode
+from miles.services.rollout.engines.base import EngineFailed, PauseMode
 from miles.services.rollout.engines.torch.generation.generator import Generator, GeneratorOptions
 from miles.services.rollout.engines.torch.generation.outbox import Delivery
 
@@ -21,14 +21,10 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-class EngineFailed(RuntimeError):
-    """A step raised; the engine serves nothing more until it is built anew."""
-
-
 class Worker:
     """Builds a generator in a thread of its own and steps it there while it has work and is not paused.
 
-    Orders come in by `submit` and run between two steps; no step waits for the event loop, nor the loop for a step.
+    Commands are added by `submit` and run between two steps; no step waits for the event loop, nor the loop for a step.
     """
 
     generator: Generator
@@ -45,7 +41,9 @@ class Worker:
         self._options = options
         self._threads = threads
         self._deliver = deliver
-        self._orders: queue.SimpleQueue[tuple[Callable[[], Any], concurrent.futures.Future[Any]]] = queue.SimpleQueue()
+        self._commands: queue.SimpleQueue[tuple[Callable[[], Any], concurrent.futures.Future[Any]]] = (
+            queue.SimpleQueue()
+        )
         self._paused = False
         self._closed = False
         self._failure: BaseException | None = None
@@ -53,22 +51,22 @@ class Worker:
         self.busy_s = 0.0
 
     def start(self) -> concurrent.futures.Future[None]:
-        """Start the thread, which builds the generator first; done when it has."""
+        """Start the thread, which first builds the generator; the future is done when it has."""
         self._thread.start()
         return self.submit(self._build)
 
-    def submit(self, order: Callable[[], T]) -> concurrent.futures.Future[T]:
-        """Run `order` between two steps."""
+    def submit(self, command: Callable[[], T]) -> concurrent.futures.Future[T]:
+        """Run `command` between two steps."""
         future: concurrent.futures.Future[T] = concurrent.futures.Future()
-        self._orders.put((order, future))
+        self._commands.put((command, future))
         return future
 
     def join(self, timeout_s: float) -> bool:
-        """Wait for the thread to end after the order to close; says whether it did."""
+        """Wait for the thread to end after the command to close; return whether it did."""
         self._thread.join(timeout_s)
         return not self._thread.is_alive()
 
-    # Orders.
+    # Commands.
 
     def pause(self, mode: PauseMode) -> None:
         """Take no further step."""
@@ -79,7 +77,7 @@ class Worker:
             self.generator.abort(None)
 
     def resume(self) -> None:
-        """Go on."""
+        """Step again."""
         self._paused = False
 
     def close(self) -> None:
@@ -97,28 +95,25 @@ class Worker:
 
     def _run(self) -> None:
         while not self._closed:
-            self._obey()
+            self._run_commands()
             if not self._closed and self._can_step():
                 self._step()
 
     def _can_step(self) -> bool:
         return not self._paused and self._failure is None and hasattr(self, "generator") and not self.generator.idle
 
-    def _obey(self) -> None:
-        """Carry out the orders that wait; wait for one when there is no step to take."""
+    def _run_commands(self) -> None:
+        """Run the commands that wait; wait for one when there is no step to take."""
         block = not self._can_step()
-        while True:
-            try:
-                order, future = self._orders.get(block=block)
-            except queue.Empty:
-                return
+        while block or not self._commands.empty():  # this thread alone takes commands out
+            command, future = self._commands.get()
             block = False
             if not future.set_running_or_notify_cancel():
                 continue
             try:
-                if self._failure is not None and order != self.close:
+                if self._failure is not None and command != self.close:
                     raise EngineFailed("an earlier step of the engine failed") from self._failure
-                result = order()
+                result = command()
             except Exception as error:
                 future.set_exception(error)
             else:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
+from miles.engine_spec import engine_spec
 from miles.services.trainer.backends.base import Progress, TrainerState
 from miles.services.trainer.backends.megatron.checkpoint import checkpoint
 from miles.services.trainer.backends.megatron.checkpoint.hf_files import write_hf_checkpoint
@@ -50,8 +51,8 @@ class _Loaded:
 class MegatronBackend:
     """Trains a model in Megatron-Core, spread over all ranks of the default process group by the configured layout.
 
-    `export` yields the names of the Hugging Face checkpoint, complete on every rank; for the torch engine a layer's
-    experts are joined, as that engine holds them.
+    `export` yields the names of the Hugging Face checkpoint, complete on every rank; a layer's experts are joined
+    where the engine takes them as one tensor.
     """
 
     def __init__(self, config: JobConfig, checkpoint_dir: pathlib.Path, device: torch.device) -> None:
@@ -83,7 +84,7 @@ class MegatronBackend:
         exporter = Exporter(
             roles.policy.model,
             algorithm_options.DTYPES[config.rollout.rollout_dtype],
-            fuse_experts=config.rollout.rollout_backend == "torch",
+            fuse_experts=engine_spec(config.rollout.rollout_backend).fused_experts,
         )
         trainer = MegatronTrainer(config, roles, place, roles.routing, self._device)
         self._parts = _Loaded(place, roles, trainer, exporter)

@@ -1,4 +1,4 @@
-"""Generation requests: how SGLang spells them, which server gets which, and what comes back.
+"""Generation requests: which server gets each, how SGLang is asked, and how its answers are read.
 
-Start at `payload`.
+Nothing here starts servers or changes weights. Start at `dispatcher`.
 """

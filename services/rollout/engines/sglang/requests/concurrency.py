@@ -1,4 +1,4 @@
-"""How many requests a server is given at once, from how full its key-value cache is: a pure state machine."""
+"""The concurrency limit of a server, adapted to how full its KV cache is: a pure state machine."""
 
 from __future__ import annotations
 
@@ -9,33 +9,33 @@ import dataclasses
 class ConcurrencyLimit:
     """Additive increase, multiplicative decrease.
 
-    A server whose cache runs full retracts requests and computes them anew, which costs more than waiting. The limit
+    A server whose cache is full retracts requests and recomputes them, which costs more than waiting. The limit
     falls by a quarter when the cache is nearly full or requests wait inside the server, and rises by a few when the
     limit is used up and there is room. It starts at the ceiling, because a cache that is large enough is the rule.
     """
 
     ceiling: int
-    """Requests at once, at most."""
+    """The highest limit."""
     high: float = 0.95
-    """Cache use, as a fraction, from which the limit falls."""
+    """Fraction of the cache in use above which the limit falls."""
     low: float = 0.85
-    """Cache use up to which it may rise."""
+    """Fraction up to which it may rise."""
     decrease: float = 0.75
     increase: int = 8
     floor: int = 1
     limit: int = dataclasses.field(init=False)
-    """Requests at once, for now."""
+    """Requests that the server may have now."""
 
     def __post_init__(self) -> None:
         self.limit = self.ceiling
 
     def observe(self, *, cache_use: float, running: int, waiting: int, retracted: bool = False) -> None:
-        """Take note of a server's load.
+        """Adapt the limit to a server's load.
 
         Args:
             cache_use: fraction of the cache in use.
             running: requests that decode.
-            waiting: requests that wait inside the server for a slot or for room in the cache.
+            waiting: requests that wait inside the server for a turn or for room in the cache.
             retracted: whether requests lost their cache since the last observation.
         """
         if retracted or cache_use > self.high or (waiting > 0 and cache_use > self.low):

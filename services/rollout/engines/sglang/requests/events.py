@@ -1,4 +1,4 @@
-"""Server-sent events out of the pieces that a connection brings."""
+"""Parses server-sent events from the pieces that a connection delivers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ DONE = b"[DONE]"
 
 
 class EventSplitter:
-    """Collects pieces of a stream and hands out the data of each event once it is whole."""
+    """Collects the pieces of a stream and yields the data of each complete event."""
 
     def __init__(self) -> None:
         self._buffer = bytearray()

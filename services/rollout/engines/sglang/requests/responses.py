@@ -1,4 +1,4 @@
-"""The events of a streamed response, turned into deltas without losing or repeating a token."""
+"""Decodes the events of a streamed response into deltas, without losing or repeating a token."""
 
 from __future__ import annotations
 
@@ -6,21 +6,20 @@ import asyncio
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from miles.services.rollout.engines.base import FinishReason, GenerationDelta, GenerationResult
-from miles.services.rollout.engines.sglang.errors import EngineFailed
+from miles.services.rollout.engines.base import EngineFailed, FinishReason, GenerationDelta, GenerationResult
 from miles.services.rollout.engines.sglang.requests.routed_experts import ExpertLayout, decode_experts
 from miles.types import SpeculativeStats, VersionSpan
 
 LARGE = 1 << 20
-"""Characters of routed experts that take milliseconds to decode."""
+"""Characters of routed experts from which decoding takes milliseconds."""
 _REASONS = {"stop": FinishReason.STOP, "length": FinishReason.LENGTH, "abort": FinishReason.ABORT}
 
 
 class ResponseDecoder:
     """Decodes one response, event by event.
 
-    A server may send each event's new tokens or all tokens so far, and it repeats some when it aborts a request that
-    waits; `completion_tokens` always tells how many there are, so the new ones are the last of an event.
+    A server may send only an event's new tokens or all tokens so far, and it repeats some when it aborts a waiting
+    request; `completion_tokens` is always the total, so the new ones are the last of an event.
     """
 
     def __init__(self, input_tokens: int, experts: ExpertLayout | None = None, experts_start: int = 0) -> None:
@@ -31,13 +30,13 @@ class ResponseDecoder:
         self._received = 0
 
     async def decode_apart(self, event: Mapping[str, Any]) -> GenerationDelta:
-        """Like `decode`, in a thread where it would hold up the event loop: routed experts of a long response do."""
+        """Like `decode`, but in a thread where it would block the event loop: for many routed experts."""
         if len(event["meta_info"].get("routed_experts") or "") < LARGE:
             return self.decode(event)
         return await asyncio.to_thread(self.decode, event)
 
     def decode(self, event: Mapping[str, Any]) -> GenerationDelta:
-        """The delta of an event. Raises EngineFailed when the event contradicts itself or leaves tokens out."""
+        """Decode one event. Raises EngineFailed when it contradicts itself or leaves tokens out."""
         meta = event["meta_info"]
         total = int(meta["completion_tokens"])
         new = max(0, total - self._received)
@@ -75,7 +74,7 @@ class ResponseDecoder:
 
 
 def version_spans(meta: Mapping[str, Any], tokens: int) -> tuple[VersionSpan, ...]:
-    """Which version produced which of `tokens` tokens. Raises EngineFailed for weights that no update brought."""
+    """Which version produced which of `tokens` tokens. Raises EngineFailed for weights that no update loaded."""
     if not tokens:
         return ()
     spans = meta.get("weight_versions") or [{"version": meta.get("weight_version"), "start": 0, "end": tokens}]

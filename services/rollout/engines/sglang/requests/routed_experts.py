@@ -1,4 +1,4 @@
-"""Which experts each token was routed to, as SGLang reports it."""
+"""Routed experts: which experts each token was routed to, as SGLang reports it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from miles.services.rollout.engines.sglang.errors import EngineFailed
+from miles.services.rollout.engines.base import EngineFailed
 
 _SLICE_BYTES = 1 << 18
 _COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
@@ -21,7 +21,7 @@ _CHOSEN = ("num_experts_per_tok", "moe_k", "top_k_experts")
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ExpertLayout:
-    """How a model's routed experts come and how they are kept."""
+    """The shape of a model's routed experts, as SGLang sends them and as they are kept."""
 
     layers: int
     """Layers of the model: SGLang reports a row for each, also for dense ones."""
@@ -48,16 +48,15 @@ def expert_layout(config: Mapping[str, Any]) -> ExpertLayout | None:
 
 
 def read_expert_layout(hf_checkpoint: str) -> ExpertLayout | None:
-    """The layout of a checkpoint's model."""
+    """Read the layout of a checkpoint's model."""
     return expert_layout(json.loads((pathlib.Path(hf_checkpoint) / "config.json").read_text(encoding="utf-8")))
 
 
 def decode_experts(encoded: str, layout: ExpertLayout, rows: int) -> npt.NDArray[np.unsignedinteger[Any]]:
-    """Base64 of int32 (rows, layers, top_k) as uint8 or uint16 (rows, moe_layers, top_k).
+    """Decode base64 of int32 (rows, layers, top_k) to uint8 or uint16 (rows, moe_layers, top_k).
 
-    Goes through the text in slices: the int32 of a long response would be large, and a call that decoded all of them
-    would let no other thread run meanwhile. Raises EngineFailed when the bytes are not as many, or name an expert that
-    does not exist.
+    Decodes in slices: the int32 of a long response would be large, and one call for all of it would keep other threads
+    from running. Raises EngineFailed when the length is wrong or an expert does not exist.
     """
     row_bytes = layout.layers * layout.top_k * 4
     expected = 4 * -(-rows * row_bytes // 3)

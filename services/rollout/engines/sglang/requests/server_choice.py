@@ -1,4 +1,4 @@
-"""Which server gets a request: a pure choice."""
+"""The router: which server gets a request. Pure."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ REMEMBERED_GROUPS = 16384
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Candidate:
-    """A server as the router sees it."""
+    """What the router needs to know of a server."""
 
     index: int
     running: int
@@ -19,11 +19,11 @@ class Candidate:
     limit: int
     """Requests that it may have at once."""
     version: int | None
-    """Policy version it holds; None while it must not serve."""
+    """Policy version that it holds; None while it must not serve."""
 
 
 class Router:
-    """Keeps a group's samples on one server, where they share their prompt's cache; new groups go where load is least.
+    """Keeps a group's samples on one server, where they share their prompt's cache; new groups go to the least loaded.
 
     A group follows its server only while that one serves the wanted version and has room, or none has.
     """

@@ -1,4 +1,4 @@
-"""SGLang servers as processes: their command line, their HTTP interface, whether they answer, when they are restarted.
+"""SGLang servers: their command line, process, HTTP interface, probes and restarts.
 
-Start at `replica`.
+Nothing here knows what a request or a version means. Start at `replica`.
 """

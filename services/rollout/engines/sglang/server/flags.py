@@ -11,40 +11,39 @@ from miles.services.rollout.engines.sglang.options import SglangOptions
 DRAFT_ALGORITHMS = ("EAGLE", "EAGLE3", "STANDALONE")
 """Speculative algorithms whose draft model has weights of its own."""
 
-
 SPARE_TOKENS = 6
-"""Tokens of its context that SGLang keeps to itself: it refuses a longer input and cuts a longer response short."""
+"""Tokens of its context that SGLang reserves: it refuses a longer input and truncates a longer response."""
 
 
 def command(options: SglangOptions, index: int, port: int, max_positions: int) -> list[str]:
-    """How to start server number `index` so that it listens on a port of the loopback device.
+    """The command that starts server number `index` on a port of the loopback device.
 
-    `max_positions`: tokens that the model was made for; SGLang refuses to start with a longer context.
+    `max_positions`: positions of the model; SGLang refuses to start with a longer context.
     """
-    words = [options.python, "-m", "sglang.launch_server"]
-    words += ["--model-path", options.hf_checkpoint, "--host", "127.0.0.1", "--port", str(port)]
-    words += ["--dtype", options.dtype, "--device", "cuda" if options.on_gpu else "cpu"]
-    words += ["--random-seed", str(options.random_seed + index)]
-    # Warm-up requests would be generated with the weights of the checkpoint; ours wait for the first version.
-    words += ["--skip-server-warmup", "--incremental-streaming-output"]
-    words += ["--tp-size", str(options.gpus_per_engine)]
+    arguments = [options.python, "-m", "sglang.launch_server"]
+    arguments += ["--model-path", options.hf_checkpoint, "--host", "127.0.0.1", "--port", str(port)]
+    arguments += ["--dtype", options.dtype, "--device", "cuda" if options.on_gpu else "cpu"]
+    arguments += ["--random-seed", str(options.random_seed + index)]
+    # Warm-up requests would be generated with the checkpoint's weights; our requests wait for the first version.
+    arguments += ["--skip-server-warmup", "--incremental-streaming-output"]
+    arguments += ["--tp-size", str(options.gpus_per_engine)]
     if options.on_gpu:
-        words += ["--base-gpu-id", str(options.first_gpu + index * options.gpus_per_engine)]
+        arguments += ["--base-gpu-id", str(options.first_gpu + index * options.gpus_per_engine)]
     else:
-        words += ["--sleep-on-idle"]  # an idle scheduler would poll a core
+        arguments += ["--sleep-on-idle"]  # an idle scheduler would poll a core
     if options.max_total_tokens is not None and options.max_total_tokens + SPARE_TOKENS <= max_positions:
-        words += ["--context-length", str(options.max_total_tokens + SPARE_TOKENS)]
+        arguments += ["--context-length", str(options.max_total_tokens + SPARE_TOKENS)]
     if options.max_running_requests is not None:
-        words += ["--max-running-requests", str(options.max_running_requests)]
+        arguments += ["--max-running-requests", str(options.max_running_requests)]
     if options.routed_experts:
-        words += ["--enable-return-routed-experts"]
+        arguments += ["--enable-return-routed-experts"]
     if options.memory_saver:
-        words += ["--enable-memory-saver"]
-    return [*words, *passed_through(options.server_flags)]
+        arguments += ["--enable-memory-saver"]
+    return [*arguments, *passed_through(options.server_flags)]
 
 
 def passed_through(flags: Mapping[str, Any]) -> Iterator[str]:
-    """SGLang's own flags as words: a switch that is on is named, one that is off is left out."""
+    """SGLang's own flags as arguments: a switch is named when it is on and left out when it is off."""
     for name, value in flags.items():
         flag = "--" + name.replace("_", "-")
         match value:

@@ -1,24 +1,26 @@
-"""HTTP to one SGLang server."""
+"""The HTTP interface of one SGLang server."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 from collections.abc import AsyncGenerator, Mapping
 from typing import Any
 
 import aiohttp
 
-from miles.services.rollout.engines.sglang.errors import EngineFailed, ServerRefused
+from miles.services.rollout.engines.base import EngineFailed
+from miles.services.rollout.engines.sglang.errors import ServerRefused
 from miles.services.rollout.engines.sglang.requests.events import DONE, EventSplitter
 
 KEEP_ALIVE_S = 2.0
-"""The server closes a connection that was idle for 5 s; an order written to one at that moment would be lost."""
+"""The server closes a connection that was idle for 5 s; a call sent at that moment would be lost."""
 _LOST = (aiohttp.ClientError, ConnectionError, asyncio.IncompleteReadError)
 
 
 class SglangApi:
-    """Calls one server; `open` first. Streams end with EngineFailed when the server or the connection goes."""
+    """Calls one server; `open` first. Streams end with EngineFailed when the server or the connection is lost."""
 
     def __init__(self, address: str) -> None:
         self.address = address
@@ -26,41 +28,42 @@ class SglangApi:
         self._streams: set[aiohttp.ClientResponse] = set()
 
     async def open(self) -> None:
-        """Make the connection pool, which belongs to the running event loop."""
+        """Open the connection pool, which belongs to the running event loop."""
         connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_S)
         self._session = aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=None))
 
     async def close(self) -> None:
-        """Drop every connection."""
+        """Close every connection."""
         self.break_streams()
         if self._session is not None:
             await self._session.close()
             self._session = None
 
     def break_streams(self) -> None:
-        """End every open stream with an error: the server is gone or does not answer."""
+        """End every open stream with an error: the server is lost."""
         for response in list(self._streams):
             response.close()
 
     async def post(self, path: str, body: Mapping[str, Any], timeout_s: float) -> dict[str, Any]:
-        """An order. Raises ServerRefused for an error answer, EngineFailed when there is none in time."""
+        """Call by POST. Raises ServerRefused for an error answer, EngineFailed when there is none in time."""
         return await self._call("POST", path, timeout_s, body)
 
     async def get(self, path: str, timeout_s: float) -> dict[str, Any]:
-        """A question. Raises like `post`."""
+        """Call by GET. Raises like `post`."""
         return await self._call("GET", path, timeout_s, None)
 
     async def generate(self, body: Mapping[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
-        """The events of a streamed response. Raises ValueError for a request that the server finds at fault.
+        """The events of a streamed response. Raises ValueError for a request that the server rejects as faulty.
 
-        Take all of them: a response that is left before its end takes its connection along.
+        Read all of them: leaving a response before its end closes its connection.
         """
         try:
             async with self._opened().post(self._url("/generate"), json=body) as response:
                 if response.status != 200:
                     raise ServerRefused("/generate", response.status, _message(await response.read()))
                 self._streams.add(response)
-                try:
+                with contextlib.ExitStack() as stack:
+                    stack.callback(self._streams.discard, response)
                     splitter, done = EventSplitter(), False
                     async for piece in response.content.iter_any():
                         for data in splitter.feed(piece):
@@ -70,8 +73,6 @@ class SglangApi:
                                 yield _event(data)
                     if done:
                         return
-                finally:
-                    self._streams.discard(response)
         except _LOST as error:
             raise EngineFailed(f"the SGLang server at {self.address} was lost: {error!r}") from error
         raise EngineFailed(f"the SGLang server at {self.address} ended a response without its end")
@@ -114,7 +115,7 @@ def _event(data: bytes) -> dict[str, Any]:
 
 
 def _message(content: bytes) -> str:
-    """What an error answer says."""
+    """The message of an error answer."""
     try:
         answer = json.loads(content)
     except ValueError:

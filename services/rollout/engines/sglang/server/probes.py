@@ -1,8 +1,9 @@
-"""Whether a server answers, asked from a thread of its own, so that a busy event loop does not make it look dead."""
+"""Health probes of a server, from a thread of their own, so that a busy event loop does not make it look dead."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import functools
 import http.client
@@ -18,7 +19,7 @@ _TIMEOUT_S = 10.0
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Load:
-    """What a server says of its load."""
+    """The load that a server reports."""
 
     cache_use: float
     """Fraction of the key-value cache that is in use."""
@@ -26,11 +27,11 @@ class Load:
     waiting: int
     max_running: int
     at: float = 0.0
-    """When a scheduler last said so, in seconds of its host's clock: stands still while all of them hang."""
+    """When a scheduler last reported, in seconds of its host's clock: does not advance while all of them hang."""
 
 
 class Probe:
-    """Asks one server once a second and tells the event loop what it says, or that it has said nothing for too long."""
+    """Probes one server once a second, and reports its load, or too long a silence, to the event loop."""
 
     def __init__(
         self,
@@ -48,7 +49,7 @@ class Probe:
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
-        """Begin to ask."""
+        """Start probing."""
         loop = asyncio.get_running_loop()
         self._thread = threading.Thread(
             target=self._run, args=(loop,), name=f"probe of SGLang at {self._address}", daemon=True
@@ -56,7 +57,7 @@ class Probe:
         self._thread.start()
 
     def stop(self) -> None:
-        """Ask no more."""
+        """Stop probing."""
         self._stop.set()
 
     def _run(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -64,17 +65,17 @@ class Probe:
         problem = ""
         while not self._stop.wait(INTERVAL_S):
             try:
-                load = ask(self._address)
+                load = probe(self._address)
                 answered = time.monotonic()
-                self._tell(loop, functools.partial(self._on_load, load))
+                self._report(loop, functools.partial(self._on_load, load))
             except (OSError, http.client.HTTPException, ValueError) as error:
                 problem = f"{type(error).__name__}: {error}"
             if (silent_s := time.monotonic() - answered) > self._silence_timeout_s:
                 message = f"no answer from SGLang at {self._address} for {silent_s:.0f} s ({problem})"
-                self._tell(loop, functools.partial(self._on_silence, message))
+                self._report(loop, functools.partial(self._on_silence, message))
                 return
 
-    def _tell(self, loop: asyncio.AbstractEventLoop, call: Callable[[], None]) -> None:
+    def _report(self, loop: asyncio.AbstractEventLoop, call: Callable[[], None]) -> None:
         def unless_stopped() -> None:
             if not self._stop.is_set():
                 call()
@@ -83,18 +84,15 @@ class Probe:
             loop.call_soon_threadsafe(unless_stopped)
 
 
-def ask(address: str, timeout_s: float = _TIMEOUT_S) -> Load:
-    """The load of a server now; it answers without its scheduler. Raises OSError, HTTPException or ValueError."""
+def probe(address: str, timeout_s: float = _TIMEOUT_S) -> Load:
+    """Ask a server for its load; it answers without its scheduler. Raises OSError, HTTPException or ValueError."""
     host, _, port = address.rpartition(":")
-    connection = http.client.HTTPConnection(host, int(port), timeout=timeout_s)
-    try:
+    with contextlib.closing(http.client.HTTPConnection(host, int(port), timeout=timeout_s)) as connection:
         connection.request("GET", "/v1/loads?include=core")
         response = connection.getresponse()
         content = response.read()
         if response.status != 200:
             raise ValueError(f"/v1/loads answered {response.status}")
-    finally:
-        connection.close()
     ranks: list[dict[str, Any]] = json.loads(content)["loads"]
     return Load(
         cache_use=max((float(rank.get("token_usage", 0.0)) for rank in ranks), default=0.0),

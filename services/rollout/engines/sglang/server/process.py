@@ -1,4 +1,4 @@
-"""The process of an SGLang server that this service started."""
+"""The process of a managed SGLang server."""
 
 from __future__ import annotations
 
@@ -14,8 +14,6 @@ import sys
 from collections.abc import Sequence
 from typing import IO
 
-from miles.services.rollout.engines.sglang.errors import ServerUnstartable
-
 log = logging.getLogger(__name__)
 
 _DIE_WITH_PARENT = """
@@ -25,17 +23,24 @@ ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 if os.getppid() == int(sys.argv[1]):
     os.execvp(sys.argv[2], sys.argv[2:])
 """
-"""Becomes the command given; the GPU memory of a server must not outlive a service that was killed."""
+"""Becomes the command, which is killed when the rollout service dies: a server must not keep its GPU memory then."""
 _STOP_GRACE_S = 10.0
 _POLL_S, _LEFTOVER_POLLS = 0.1, 20
 _LOG_TAIL_BYTES = 3000
 
 
 def free_port() -> int:
-    """A port of the loopback device that nobody listens on now."""
+    """Find a port of the loopback device that nobody listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+def _open_log(path: pathlib.Path | None) -> IO[bytes]:
+    if path is None:
+        return pathlib.Path(os.devnull).open("ab")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path.open("ab")
 
 
 class ServerProcess:
@@ -47,12 +52,8 @@ class ServerProcess:
 
     @classmethod
     async def start(cls, command: Sequence[str], log_path: pathlib.Path | None) -> ServerProcess:
-        """Start it; what it prints is appended to the log. Raises ServerUnstartable when there is no such program."""
-        output: IO[bytes] | int = subprocess.DEVNULL
-        if log_path is not None:
-            log_path.parent.mkdir(parents=True, exist_ok=True)
-            output = log_path.open("ab")
-        try:
+        """Start it; its output is appended to the log, which also says so when the program cannot be run."""
+        with _open_log(log_path) as output:
             process = await asyncio.create_subprocess_exec(
                 *(sys.executable, "-c", _DIE_WITH_PARENT, str(os.getpid()), *command),
                 stdin=subprocess.DEVNULL,
@@ -61,11 +62,6 @@ class ServerProcess:
                 env={**os.environ, "PYTHONUNBUFFERED": "1"},
                 start_new_session=True,
             )
-        except OSError as error:
-            raise ServerUnstartable(f"{command[0]} cannot be run: {error}") from error
-        finally:
-            if not isinstance(output, int):
-                output.close()
         return cls(process, log_path)
 
     @property
@@ -89,7 +85,7 @@ class ServerProcess:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(_STOP_GRACE_S):
                     await self._process.wait()
-        for _ in range(_LEFTOVER_POLLS):  # what it started removes its semaphores and files
+        for _ in range(_LEFTOVER_POLLS):  # its children still remove their semaphores and files
             if not self._exists():
                 break
             await asyncio.sleep(_POLL_S)
@@ -100,7 +96,7 @@ class ServerProcess:
         """End it at once."""
         self._signal(signal.SIGKILL)
 
-    def last_words(self) -> str:
+    def log_tail(self) -> str:
         """The end of its log."""
         if self._log_path is None:
             return "(its output was not kept)"
@@ -110,11 +106,10 @@ class ServerProcess:
         return f"{self._log_path} cannot be read"
 
     def _exists(self) -> bool:
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, 0)
-        except ProcessLookupError:
-            return False
-        return True
+            return True
+        return False
 
     def _signal(self, number: signal.Signals) -> None:
         with contextlib.suppress(ProcessLookupError, PermissionError):

@@ -1,4 +1,4 @@
-"""One server behind the engine: started and restarted, or attached to; with the requests it has."""
+"""One server of an engine: starts and restarts it, or attaches to it, and watches that its scheduler works."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ import time
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
-from miles.services.rollout.engines.sglang.errors import EngineFailed, ServerRefused, ServerUnstartable
+from miles.services.rollout.engines.base import EngineFailed
+from miles.services.rollout.engines.sglang.background import BackgroundCalls
+from miles.services.rollout.engines.sglang.errors import ServerRefused, ServerUnstartable
 from miles.services.rollout.engines.sglang.options import SglangOptions
 from miles.services.rollout.engines.sglang.requests.batches import Batches, Events
 from miles.services.rollout.engines.sglang.requests.concurrency import ConcurrencyLimit
@@ -18,24 +20,24 @@ from miles.services.rollout.engines.sglang.server import flags
 from miles.services.rollout.engines.sglang.server.http_api import SglangApi
 from miles.services.rollout.engines.sglang.server.probes import Load, Probe
 from miles.services.rollout.engines.sglang.server.process import ServerProcess, free_port
-from miles.services.rollout.engines.sglang.weights import session as updates
 from miles.services.rollout.engines.sglang.weights.broadcast_member import ServerMember
+from miles.services.rollout.engines.sglang.weights.checker import drain_device
 
 log = logging.getLogger(__name__)
 
 _READY_POLL_S = 0.25
 ABORT_TIMEOUT_S = 20.0
-"""The front process answers an abort at once; whoever gives a group up does not wait for one that hangs."""
+"""The front process answers an abort at once; a caller that cancels a group does not wait for one that hangs."""
 START_AGAIN_S = (2.0, 10.0)
-"""Pauses before a server that ended at its first start is started again."""
+"""Pauses before further attempts when a server ends during its first start."""
 _FIRST_RESTART_S = 1.0
 _LAST_RESTART_S = 60.0
 
 
 class Replica:
-    """Keeps one server running, or one connection to a server of somebody else's.
+    """Keeps one managed server running, or one connection to an attached server.
 
-    `version` is set by the engine once the server holds it, and falls back to None when the server is lost.
+    `version` is set by the engine once the server holds it, and becomes None again when the server is lost.
     """
 
     def __init__(
@@ -53,14 +55,14 @@ class Replica:
         self.managed = not options.addresses
         self.api = SglangApi("" if self.managed else options.addresses[index])
         self.max_positions = 0
-        """Tokens that the model was made for; to be set before `start`."""
+        """Positions of the model; to be set before `start`."""
         self.version: int | None = None
         self.ranks = options.gpus_per_engine
-        """Of its tensor parallelism, a count; somebody else's server says it itself."""
+        """Its tensor-parallel size; an attached server reports its own."""
         self.batches = Batches(self._generate, self._abort_soon)
-        """How it is asked for responses."""
+        """Generates responses; requests that arrive together share a POST."""
         self.member: ServerMember | None = None
-        """Its part in the trainer's broadcasts; None while it is not up."""
+        """Its membership in the trainer's broadcasts; None while it is not up."""
         self.running = 0
         """Requests that the engine has given it and that have not ended."""
         self.limit = ConcurrencyLimit(options.concurrency)
@@ -69,20 +71,21 @@ class Replica:
         self._supervisor: asyncio.Task[None] | None = None
         self._lost: asyncio.Event = asyncio.Event()
         self._problem = ""
-        self._orders: set[asyncio.Task[None]] = set()
+        self._exit_watch: asyncio.Task[None] | None = None
+        self._background = BackgroundCalls()
         self._paused = False
-        self._moved_s = time.monotonic()
-        """When it last showed that its scheduler is at work, or had nothing to do."""
-        self._seen_at = 0.0
+        self._progress_s = time.monotonic()
+        """When its scheduler last made progress, or had nothing to do."""
+        self._reported_at = 0.0
 
     @property
     def name(self) -> str:
-        """For people."""
+        """Its name in messages."""
         return f"SGLang server {self.index} of {self._options.name}"
 
     @property
     def pid(self) -> int | None:
-        """Of the server that this engine started; None for one of somebody else's."""
+        """Of a managed server; None for an attached one."""
         return None if self._process is None else self._process.pid
 
     @property
@@ -91,14 +94,14 @@ class Replica:
         return self._probe is not None and not self._lost.is_set()
 
     def candidate(self) -> Candidate:
-        """This server as the router sees it."""
+        """What the router needs to know of this server."""
         return Candidate(self.index, self.running, self.limit.limit, self.version)
 
     async def start(self) -> None:
         """Return once the server is ready. Raises ServerUnstartable.
 
-        One that ends while it starts is tried again: a port may be taken, and what had the GPU before may need seconds
-        to leave it.
+        One that ends while it starts is tried again: its port may be taken, or the GPU's previous user may need
+        seconds to free it.
         """
         for pause_s in START_AGAIN_S:
             try:
@@ -114,7 +117,7 @@ class Replica:
         self._supervisor = asyncio.create_task(self._supervise(), name=f"supervisor of {self.name}")
 
     async def close(self) -> None:
-        """Stop a server that was started here; let go of another."""
+        """Stop a managed server; disconnect from an attached one."""
         if self._supervisor is not None:
             self._supervisor.cancel()
             with contextlib.suppress(asyncio.CancelledError):
@@ -123,19 +126,13 @@ class Replica:
         self.batches.close()
 
     def _generate(self, body: Mapping[str, Any]) -> Events:
-        return self.api.generate(body)  # of the server as it is then
+        return self.api.generate(body)  # a restart replaces `api`
 
     def _abort_soon(self, rid: str) -> None:
-        async def carry_out() -> None:
-            with contextlib.suppress(EngineFailed, ServerRefused):
-                await self.abort(rid)
+        self._background.start(self.abort(rid))
 
-        task = asyncio.create_task(carry_out())
-        self._orders.add(task)
-        task.add_done_callback(self._orders.discard)
-
-    def give_up(self, problem: str) -> None:
-        """Treat the server as lost: its requests fail, and it is started or attached to anew."""
+    def mark_lost(self, problem: str) -> None:
+        """Treat the server as lost: its requests fail, and it is restarted or attached to again."""
         if not self._lost.is_set():
             self._problem = problem
             self.version = None
@@ -156,14 +153,15 @@ class Replica:
                 flags.command(self._options, self.index, port, self.max_positions), log_path
             )
         await self.api.open()
-        try:
+        async with contextlib.AsyncExitStack() as undo:
+            undo.push_async_callback(self._end_once)
             await self._wait_until_ready()
-        except BaseException:
-            await self._end_once()
-            raise
+            undo.pop_all()
+        if self._process is not None:
+            self._exit_watch = asyncio.create_task(self._watch_exit(self._process), name=f"exit of {self.name}")
         self.member = ServerMember(self.api, self.ranks)
         log.info("%s is ready at %s after %.1f s", self.name, self.api.address, time.monotonic() - began)
-        self._probe = Probe(self.api.address, self._options.silence_timeout_s, self._observe, self.give_up)
+        self._probe = Probe(self.api.address, self._options.silence_timeout_s, self._observe, self.mark_lost)
         self._probe.start()
         self._on_change()
 
@@ -173,8 +171,7 @@ class Replica:
         while time.monotonic() < deadline:
             if self._process is not None and self._process.returncode is not None:
                 code = self._process.returncode
-                words = self._process.last_words()
-                raise ServerUnstartable(f"{self.name} ended with status {code}; {words}", ended=True)
+                raise ServerUnstartable(f"{self.name} ended with status {code}; {self._process.log_tail()}", ended=True)
             try:
                 answer = await self.api.get("/ready" if self.managed else "/server_info", timeout_s=10.0)
                 self.ranks = int(answer.get("tp_size") or self._options.gpus_per_engine)
@@ -183,11 +180,14 @@ class Replica:
                 problem = str(error)
             await asyncio.sleep(_READY_POLL_S)
         waited = f"waited {self._options.start_timeout_s:g} s for {self.name} to be ready: {problem}"
-        words = "" if self._process is None else "; " + self._process.last_words()
-        raise ServerUnstartable(waited + words)
+        tail = "" if self._process is None else "; " + self._process.log_tail()
+        raise ServerUnstartable(waited + tail)
 
     async def _end_once(self) -> None:
         self.version = None
+        if self._exit_watch is not None:
+            self._exit_watch.cancel()
+            self._exit_watch = None
         if self.member is not None:
             self.member.close()
             self.member = None
@@ -200,9 +200,9 @@ class Replica:
             self._process = None
 
     async def _supervise(self) -> None:
-        """Wait for the server's end, and begin anew, with growing pauses while that fails."""
+        """Restart the server whenever it is lost, with growing pauses while that fails."""
         while True:
-            await self._wait_for_loss()
+            await self._lost.wait()
             log.warning("%s is lost: %s", self.name, self._problem)
             await self._end_once()
             pause_s = _FIRST_RESTART_S
@@ -211,7 +211,7 @@ class Replica:
                     await self._start_once()
                     await self._on_ready(self)
                     break
-                except Exception as error:  # whatever it is, a server that is not looked after would be missed
+                except Exception as error:  # whatever it is, the server must not stay unsupervised
                     known = isinstance(error, ServerUnstartable | EngineFailed | ServerRefused)
                     log.warning("%s; trying again in %.0f s", error, pause_s, exc_info=None if known else error)
                     await self._end_once()
@@ -219,53 +219,44 @@ class Replica:
                     pause_s = min(2 * pause_s, _LAST_RESTART_S)
             self._on_change()
 
-    async def _wait_for_loss(self) -> None:
-        lost = asyncio.create_task(self._lost.wait())
-        waiters: set[asyncio.Task[object]] = {lost}
-        if self._process is not None:
-            waiters.add(asyncio.create_task(self._process.wait()))
-        try:
-            await asyncio.wait(waiters, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for waiter in waiters:
-                waiter.cancel()
-        if self._process is not None and self._process.returncode is not None:
-            self.give_up(f"it ended with status {self._process.returncode}; {self._process.last_words()}")
+    async def _watch_exit(self, process: ServerProcess) -> None:
+        status = await process.wait()
+        self.mark_lost(f"it ended with status {status}; {process.log_tail()}")
 
-    def moved(self) -> None:
-        """It has said something of a response."""
-        self._moved_s = time.monotonic()
+    def mark_progress(self) -> None:
+        """Note that its scheduler makes progress: a response continued."""
+        self._progress_s = time.monotonic()
 
     def _observe(self, load: Load) -> None:
-        # Its front process answers probes also while the scheduler behind it hangs.
-        if self._paused or not self.running or load.at != self._seen_at:
-            self.moved()
-        self._seen_at = load.at
-        silent_s = time.monotonic() - self._moved_s
+        # The front process answers probes even while the scheduler behind it hangs.
+        if self._paused or not self.running or load.at != self._reported_at:
+            self.mark_progress()
+        self._reported_at = load.at
+        silent_s = time.monotonic() - self._progress_s
         if silent_s > self._options.hang_timeout_s:
-            self.give_up(f"its scheduler has done nothing for its {self.running} requests for {silent_s:.0f} s")
+            self.mark_lost(f"its scheduler has done nothing for its {self.running} requests for {silent_s:.0f} s")
         before = self.limit.limit
         self.limit.observe(cache_use=load.cache_use, running=load.running, waiting=load.waiting)
         if self.limit.limit != before:
             self._on_change()
 
     async def pause(self, mode: str) -> None:
-        """Stop the scheduler between two steps: mode in_place or retract."""
+        """Pause the scheduler between two steps: mode in_place or retract."""
         self._paused = True
-        await self.api.post("/pause_generation", {"mode": mode}, self._options.order_timeout_s)
+        await self.api.post("/pause_generation", {"mode": mode}, self._options.call_timeout_s)
         if self._options.on_gpu:
-            await updates.drain_device(self.api, self._options.order_timeout_s)
+            await drain_device(self.api, self._options.call_timeout_s)
 
     async def resume(self) -> None:
-        """Let the scheduler go on."""
-        await self.api.post("/continue_generation", {}, self._options.order_timeout_s)
+        """Resume the scheduler."""
+        await self.api.post("/continue_generation", {}, self._options.call_timeout_s)
         self._paused = False
-        self.moved()
+        self.mark_progress()
 
     async def flush_cache(self) -> None:
-        """Forget all keys and values; only while no request holds any."""
-        await self.api.post("/flush_cache", {}, self._options.order_timeout_s)
+        """Discard all keys and values; only while no request holds any."""
+        await self.api.post("/flush_cache", {}, self._options.call_timeout_s)
 
     async def abort(self, rid: str) -> None:
-        """End one request with what it has."""
+        """End one request with the tokens it has."""
         await self.api.post("/abort_request", {"rid": rid}, ABORT_TIMEOUT_S)

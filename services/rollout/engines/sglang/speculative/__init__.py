@@ -1,1 +1,1 @@
-"""Speculative decoding: the draft model of the servers."""
+"""Speculative decoding: the draft model of the servers. It never touches what the policy serves."""

@@ -1,4 +1,4 @@
-"""The draft model of the servers, whose weights come as a stream of versions of its own."""
+"""The draft model of the servers, whose weights have a stream of versions of their own."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ Load = Callable[[Mapping[str, "torch.Tensor"]], Awaitable[float]]
 
 
 class DraftModel:
-    """What the draft stream's subscriber serves; implements WeightTarget.
+    """The target of the draft stream's subscriber; implements WeightTarget.
 
-    A draft only proposes: whatever it holds, what the policy accepts is distributed as the policy's own samples. So its
-    versions touch neither the policy's version nor who may be given requests.
+    A draft only proposes: whatever its weights, the tokens that the policy accepts are distributed as the policy's own.
+    So its versions affect neither the policy's version nor which servers get requests.
     """
 
     def __init__(self, device: torch.device, folder: str, load: Load, verify: Callable[[], Awaitable[None]]) -> None:
@@ -34,7 +34,7 @@ class DraftModel:
         self._tensors: Mapping[str, torch.Tensor] = {}
 
     async def load_weights(self, version: int, tensors: Mapping[str, torch.Tensor]) -> float:
-        """Swap in draft weights between two steps; return how long decoding stood still, in seconds.
+        """Swap in draft weights between two steps; return the pause time in seconds.
 
         Raises ValueError before anything changed when the checkpoint has no such parameters.
         """
@@ -45,20 +45,20 @@ class DraftModel:
         ]
         refuse(faults, "draft model")
         self.version = None
-        took_s = await self._load(tensors)
+        pause_s = await self._load(tensors)
         self.version, self._tensors = version, tensors
-        return took_s
+        return pause_s
 
     async def weight_bytes(self) -> Mapping[str, torch.Tensor]:
-        """The last weights loaded, once the servers are found to hold them. Raises ChecksumMismatch."""
+        """The last weights loaded, once the servers are proven to hold them. Raises ChecksumMismatch."""
         await self._verify()
         return self._tensors
 
 
 def checkpoint_shapes(folder: pathlib.Path) -> Shapes:
-    """Shape of every tensor in a folder's safetensors files, by name; empty when it has none. Reads headers alone.
+    """Shape of every tensor in a folder's safetensors files, by name; empty when it has none. Reads only headers.
 
-    SGLang passes over a name that it does not know without a word, so a draft would silently stay as it was.
+    SGLang ignores unknown names, so that a draft would silently stay as it was.
     """
     shapes: dict[str, tuple[int, ...]] = {}
     for path in sorted(folder.glob("*.safetensors")):
@@ -73,8 +73,8 @@ def own_parameters(
 ) -> Mapping[str, torch.Tensor]:
     """The draft's tensors without those whose memory may be the policy's.
 
-    SGLang has the drafts of the EAGLE family look up embeddings, and some their head, in the policy's own tensors: a
-    load would write into what the policy serves. A STANDALONE draft shares nothing.
+    In SGLang, drafts of the EAGLE family use the policy's own embeddings, and some its head: loading these tensors
+    would overwrite the policy. A STANDALONE draft shares nothing.
     """
     if algorithm.upper() == "STANDALONE":
         return tensors

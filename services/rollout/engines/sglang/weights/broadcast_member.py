@@ -1,4 +1,4 @@
-"""One server as a member of the trainer's broadcasts: it takes the bytes itself, and is only told of them here."""
+"""One server's membership in the trainer's broadcasts: the server receives the bytes, this process directs it."""
 
 from __future__ import annotations
 
@@ -11,27 +11,28 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from miles.rpc.gen import weightsource_pb2
-from miles.services.rollout.engines.sglang.errors import EngineFailed, ServerRefused
+from miles.services.rollout.engines.base import EngineFailed
+from miles.services.rollout.engines.sglang.errors import ServerRefused
 from miles.services.rollout.engines.sglang.server.http_api import SglangApi
 from miles.services.rollout.engines.sglang.weights import buckets
+from miles.services.rollout.engines.sglang.weights.checker import Selector
 from miles.services.rollout.engines.sglang.weights.remote import BucketContents, RemoteWeights
-from miles.services.rollout.engines.sglang.weights.session import Selector
 from miles.weights.transports.collective.group import BroadcastFailed, Timing, Watch
 from miles.weights.transports.collective.member import receive_from
 
 _TORN = ("Failed to receive weights", "Failed to initialize custom process group")
-"""How SGLang begins to say that a broadcast broke, which another one may mend."""
+"""How SGLang's message begins when a broadcast broke; another one may succeed."""
 
 
 class ServerMember:
-    """Takes versions into one server, in an update session that is open; implements Receiver.
+    """Receives versions into one server, in an open update session; implements Receiver.
 
-    The server keeps a process group for each source. A broadcast is followed in a thread, while the event loop talks
-    HTTP with the server.
+    The server keeps a process group for each source. A thread follows the broadcast, while the event loop makes the
+    HTTP calls to the server.
     """
 
     def __init__(self, api: SglangApi, ranks: int, timing: Timing | None = None) -> None:
-        """`ranks`: of the server, a count; each takes a place in the groups and every byte."""
+        """`ranks`: how many the server has; each is a member of the groups and receives every byte."""
         self._api = api
         self._ranks = ranks
         self._timing = timing or Timing()
@@ -46,10 +47,10 @@ class ServerMember:
         self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="broadcast to SGLang")
 
     async def receive(self, weights: RemoteWeights, version: str | None, selector: Selector) -> None:
-        """Take every bucket; the last one sets the server's version, unless that is None.
+        """Receive every bucket; the last one sets the server's version, unless that is None.
 
         Raises ConnectionError or TimeoutError when the sources fail, EngineFailed or ServerRefused when the server
-        does. Whatever is raised, the server may hold parts of the version.
+        does. When this raises, the server may hold parts of the version.
         """
         self._loop = asyncio.get_running_loop()
         self._wanted = weights.contents
@@ -58,7 +59,7 @@ class ServerMember:
         await self._loop.run_in_executor(self._thread, self._receive, weights.handle.publication_id)
 
     def close(self) -> None:
-        """Follow no broadcast any more; the server's groups end with it."""
+        """Follow no further broadcast; the server's groups end with the server."""
         self._thread.shutdown(wait=False)
 
     def _receive(self, publication_id: int) -> None:
@@ -90,7 +91,7 @@ class ServerMember:
             "group_name": ticket.group_name,
             "backend": ticket.backend,
         }
-        self._order("/init_weights_update_group", group, watch)
+        self._call("/init_weights_update_group", group, watch)
 
     def take(self, source: str, watch: Watch) -> None:
         """See Receiver."""
@@ -106,12 +107,12 @@ class ServerMember:
                 "flush_cache": False,
                 **self._set,
             }
-            self._order("/update_weights_from_distributed", body if is_last else body | {"weight_version": None}, watch)
+            self._call("/update_weights_from_distributed", body if is_last else body | {"weight_version": None}, watch)
 
     def leave(self, source: str) -> None:
         """See Receiver. Raises EngineFailed when the server was lost, or hangs in a broadcast that is over.
 
-        A lost server must not ask for another broadcast: the others would wait in it for a member that is gone.
+        A restarted server must not join a running broadcast: the others would wait for the member that is gone.
         """
         name = self._groups.pop(source, None)
         if name is None:
@@ -125,9 +126,9 @@ class ServerMember:
                 raise error
         with contextlib.suppress(ServerRefused, EngineFailed, BroadcastFailed, TimeoutError):
             watch = Watch(time.monotonic() + self._timing.patience_s)
-            self._order("/destroy_weights_update_group", {"group_name": name}, watch)
+            self._call("/destroy_weights_update_group", {"group_name": name}, watch)
 
-    def _order(self, path: str, body: Mapping[str, Any], watch: Watch) -> None:
+    def _call(self, path: str, body: Mapping[str, Any], watch: Watch) -> None:
         timeout_s = 2 * self._timing.patience_s
         self._answer = asyncio.run_coroutine_threadsafe(self._api.post(path, body, timeout_s), self._loop)
         watch.until(self._answer.done, f"SGLang at {self._api.address} to answer {path}", timeout_s)

@@ -1,7 +1,7 @@
-"""Weights on their way into a server: many tensors in one flat buffer, described in SGLang's own format.
+"""Buckets: many tensors in one flat buffer that a server maps, described in SGLang's own format.
 
 SGLang takes tensors as a pickle of torch's multiprocessing reductions: handles of shared memory, not bytes. The pickle
-goes only from this process to its server on the same host, which reads it with an unpickler that knows a list of types.
+goes only from this process to its server on the same host, whose unpickler accepts a fixed list of types.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ FORMAT = "flattened_bucket"
 
 
 def in_buckets(tensors: Iterable[NamedTensor], limit_bytes: int) -> Iterator[list[NamedTensor]]:
-    """Consecutive tensors, as many at a time as fit the limit; one that exceeds it comes alone."""
+    """Split into lists of consecutive tensors that fit the limit; a tensor that exceeds it is alone."""
     bucket: list[NamedTensor] = []
     size = 0
     for name, tensor in tensors:
@@ -43,7 +43,7 @@ class Bucket:
     flat: torch.Tensor
     """uint8, on the device of the tensors."""
     entries: Sequence[types.SimpleNamespace]
-    """Where each tensor lies: name, shape, dtype, start_idx, end_idx, numel (bytes), as SGLang reads them."""
+    """Position of each tensor: name, shape, dtype, start_idx, end_idx, numel (bytes), as SGLang reads them."""
 
     def serialized(self) -> str:
         """One reader's handle of the buffer. Each reader needs its own, and the bucket must outlive their reading."""
@@ -53,19 +53,19 @@ class Bucket:
 
 
 def flatten(tensors: Sequence[NamedTensor]) -> Bucket:
-    """A buffer that holds the tensors, which are all on one device: the one they share on a GPU, else a copy."""
+    """A buffer of the tensors, which are all on one device: their common allocation on a GPU, else a copy."""
     return _in_common(tensors) or _copied(tensors)
 
 
 def are_together(tensors: Sequence[NamedTensor]) -> bool:
-    """Whether all tensors lie in one allocation of a GPU."""
+    """Whether all tensors are in one allocation of a GPU."""
     first = tensors[0][1]
     start = first.untyped_storage().data_ptr()
     return first.is_cuda and all(tensor.untyped_storage().data_ptr() == start for _, tensor in tensors)
 
 
 def _in_common(tensors: Sequence[NamedTensor]) -> Bucket | None:
-    """The tensors where they are, if they lie in one allocation of a GPU."""
+    """The tensors in place, if they are in one allocation of a GPU."""
     if not are_together(tensors):
         return None
     storage = tensors[0][1].untyped_storage()
@@ -110,5 +110,5 @@ def _entry(name: str, tensor: torch.Tensor, start: int) -> types.SimpleNamespace
 
 
 def share_by_name() -> None:
-    """Have torch hand CPU memory to other processes by file name, which a process that is no child can open too."""
+    """Have torch share CPU memory by file name, which also processes that are no children can open."""
     torch.multiprocessing.set_sharing_strategy("file_system")  # type: ignore[no-untyped-call]

@@ -1,4 +1,4 @@
-"""The parameters that a checkpoint's model has, to refuse weights that do not fit before a server sees them."""
+"""The parameters of a checkpoint's model, to refuse weights that do not fit before a server loads them."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ModelLayout:
-    """Sizes of a checkpoint's model."""
+    """Parameters and sizes of a checkpoint's model."""
 
     shapes: Shapes
-    """Of every parameter, by the name transformers gives it, tied ones once."""
+    """Shape of every parameter, by its name in transformers, tied ones once."""
     vocabulary: int
     max_positions: int
     aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    """Further names of tied parameters, each with the one that `shapes` has. SGLang ties them for some types of models
-    only, and for the others needs the weights under every name."""
+    """Further names of tied parameters, each with the one in `shapes`. SGLang ties them only for some model types, and
+    otherwise needs the weights under every name."""
 
 
 _EXPERTS_IN_EVERY_LAYER = ("qwen2_moe", "qwen3_moe")
@@ -29,9 +29,9 @@ _EXPERTS_IN_EVERY_LAYER = ("qwen2_moe", "qwen3_moe")
 
 
 def read_layout(hf_checkpoint: str) -> ModelLayout:
-    """The layout of a checkpoint's model; reads no weights.
+    """Read the layout of a checkpoint's model, but no weights.
 
-    Raises OSError or ValueError when transformers knows no causal language model of the checkpoint's type.
+    Raises OSError or ValueError when transformers has no causal language model of the checkpoint's type.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -58,9 +58,9 @@ def read_layout(hf_checkpoint: str) -> ModelLayout:
 
 
 def misfits(shapes: Shapes, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> list[str]:
-    """What is wrong with a full set of weights; empty when nothing is.
+    """List the faults of a full set of weights.
 
-    SGLang passes over a name that it does not know, and keeps old weights where none come: both would go unnoticed.
+    SGLang ignores unknown names and keeps old weights where none are sent: both would go unnoticed.
     """
     faults = [f"{name} is missing" for name in shapes if name not in tensors]
     for name, tensor in tensors.items():
@@ -74,7 +74,7 @@ def misfits(shapes: Shapes, tensors: Mapping[str, torch.Tensor], dtype: torch.dt
 
 
 def refuse(faults: Sequence[str], model: str) -> None:
-    """Raise ValueError naming the first faults of weights for that model; nothing where there are none."""
+    """Raise ValueError with the first faults of weights for that model, if there are any."""
     if faults:
         more = f" and {len(faults) - 5} more" if len(faults) > 5 else ""
         raise ValueError(f"the weights do not fit the {model}: {'; '.join(faults[:5])}{more}")

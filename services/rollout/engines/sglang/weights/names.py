@@ -1,4 +1,4 @@
-"""Parameter names of transformers as SGLang's loaders know them, from checkpoints."""
+"""Parameter names: from those of transformers to those of checkpoints, which SGLang's loaders know."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ _FUSED = re.compile(r"(?P<experts>.*\.experts)\.(?P<kind>gate_up_proj|down_proj)
 
 
 def checkpoint_names(tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
-    """Each tensor under the name it has in a checkpoint; experts that transformers keeps in one tensor come apart.
+    """Each tensor under its name in a checkpoint; experts that transformers keeps in one tensor are split.
 
     `….experts.gate_up_proj` has shape (experts, 2 × intermediate, hidden), gate first; `….experts.down_proj` has
-    (experts, hidden, intermediate). The parts are views. Loaders skip names that they do not know without a word, so
-    a name that is passed on wrongly would leave old weights in place.
+    (experts, hidden, intermediate). The parts are views. Loaders ignore unknown names silently, so a wrong
+    name would leave old weights in place.
     """
     for name, tensor in tensors:
         fused = _FUSED.fullmatch(name)

@@ -1,7 +1,8 @@
-"""A version whose bytes go from the trainer's ranks straight into the servers: what this process knows of it."""
+"""Versions whose bytes go from the trainer's ranks straight into the servers; this process knows only their layout."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -19,22 +20,22 @@ from miles.weights.transport import Endpoint
 from miles.weights.transports.collective.transport import CollectiveTransport, check_backend
 
 CONNECT_S = 5.0
-"""How long a source may take to be reached."""
+"""How long connecting to a source may take."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class BucketContents:
-    """What one broadcast brings, as SGLang is told: tensors one after the other, without gaps."""
+    """What one broadcast holds, in SGLang's terms: tensors one after the other, without gaps."""
 
     names: Sequence[str]
-    """As in a checkpoint."""
+    """Those of a checkpoint."""
     dtypes: Sequence[str]
-    """As torch calls them."""
+    """Torch's names."""
     shapes: Sequence[Sequence[int]]
 
 
 class RemoteWeights(Mapping[str, torch.Tensor]):
-    """The tensors of such a version, by HF name: on the meta device, with shape and type and without memory.
+    """The tensors of such a version, by HF name: on the meta device, with shapes and dtypes but without memory.
 
     Implements ReceivedWeights.
     """
@@ -48,7 +49,7 @@ class RemoteWeights(Mapping[str, torch.Tensor]):
         self._endpoint = endpoint
         self._tensors = {d.name: _without_memory(d) for d in manifest.tensors}
         self.contents = contents(handle, manifest)
-        """By source, host:port, in its order."""
+        """Buckets by source (host:port), in the source's order."""
 
     def __getitem__(self, name: str) -> torch.Tensor:
         return self._tensors[name]
@@ -61,7 +62,7 @@ class RemoteWeights(Mapping[str, torch.Tensor]):
 
     @property
     def tensors(self) -> Mapping[str, torch.Tensor]:
-        """Themselves."""
+        """The mapping itself."""
         return self
 
     def release(self) -> bool:
@@ -69,12 +70,9 @@ class RemoteWeights(Mapping[str, torch.Tensor]):
         return True
 
     def fetch(self) -> flats.FlatWeights:
-        """The bytes after all, verified, by a broadcast to this process. Blocks; raises like `receive`."""
-        transport = CollectiveTransport(self._endpoint)
-        try:
+        """Receive and verify the bytes, by a broadcast to this process. Blocks; raises like `receive`."""
+        with contextlib.closing(CollectiveTransport(self._endpoint)) as transport:
             return transport.receive(self.handle, self.manifest)
-        finally:
-            transport.close()
 
 
 class RemoteTransport:
@@ -85,9 +83,10 @@ class RemoteTransport:
         self._endpoint = endpoint
 
     def receive(self, handle: weightsync_pb2.TransportHandle, manifest: policy_pb2.Manifest) -> RemoteWeights:
-        """Check all that can be known before a load: what will come, by which backend, and that its sources answer.
+        """Check all that can be checked before a load: the contents, the backend, and that the sources answer.
 
-        Raises ManifestError for a version that cannot be taken so, ConnectionError for a source out of reach.
+        Raises ManifestError for a version that cannot be broadcast to servers, ConnectionError for a source that
+        cannot be reached.
         """
         manifests.validate(manifest)
         check_backend(handle, self._endpoint.device)
@@ -107,7 +106,7 @@ class RemoteTransport:
 def contents(
     handle: weightsync_pb2.TransportHandle, manifest: policy_pb2.Manifest
 ) -> Mapping[str, Sequence[BucketContents]]:
-    """What each source's broadcasts bring, in its order. Raises ManifestError when buckets and tensors do not fit."""
+    """The contents of each source's broadcasts, in order. Raises ManifestError when buckets and tensors do not fit."""
     buckets = handle.collective.buckets
     flats.check_covered(manifest, ((bucket.offset, bucket.nbytes) for bucket in buckets))
     source_at = {bucket.offset: bucket.source for bucket in buckets}
@@ -125,7 +124,7 @@ def _bucket_contents(descriptors: Sequence[policy_pb2.TensorDescriptor]) -> Buck
         if start % size:
             raise ManifestError(f"{descriptor.name!r} begins at byte {start} without gaps, no multiple of its {size}")
         start += descriptor.nbytes
-    # Experts that come apart lie in the bucket one after the other, gate before up, in just this order.
+    # The parts of split experts are adjacent in the bucket, gate before up, in exactly this order.
     parts = list(checkpoint_names((d.name, _without_memory(d)) for d in descriptors))
     return BucketContents(
         [name for name, _ in parts],

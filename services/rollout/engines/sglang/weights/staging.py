@@ -1,4 +1,4 @@
-"""Buckets that several servers read at their own pace, made once."""
+"""Buckets made once and read by several servers, each at its own pace."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from miles.services.rollout.engines.sglang.weights.buckets import Bucket, NamedT
 
 
 class StagedWeights:
-    """A version's buckets: each is flattened when the first server asks for it, and freed once all have read it.
+    """A version's buckets: each is flattened when the first server needs it, and freed once all have read it.
 
-    On a GPU nothing is freed before `StagedWeights` itself: an answer only says that copies out of a bucket were begun.
+    On a GPU nothing is freed before `StagedWeights` itself: a server's answer only means that its copies were started.
     """
 
     def __init__(self, parts: Sequence[Sequence[NamedTensor]], readers: int) -> None:

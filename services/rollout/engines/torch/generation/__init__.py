@@ -1,1 +1,4 @@
-"""Which request computes what next, and which token it gets. Nothing here knows a model. Start at `generator`."""
+"""Continuous batching: which request computes what next, and which token it gets.
+
+The scheduler and sampling know no model. Start at `generator`.
+"""

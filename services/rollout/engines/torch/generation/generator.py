@@ -16,7 +16,8 @@ from miles.services.rollout.engines.torch.generation.outbox import Outbox
 from miles.services.rollout.engines.torch.generation.sampling import Draw, sample
 from miles.services.rollout.engines.torch.generation.scheduler import Plan, Scheduler
 from miles.services.rollout.engines.torch.generation.sequence import Sequence
-from miles.services.rollout.engines.torch.model.build import build_empty_model, model_shape
+from miles.services.rollout.engines.torch.model.architecture import model_shape
+from miles.services.rollout.engines.torch.model.empty_model import build_empty_model
 from miles.services.rollout.engines.torch.model.forward import Forward, pack
 from miles.services.rollout.engines.torch.model.invariance import choose_padding
 from miles.services.rollout.engines.torch.model.kv_cache import KVCache
@@ -26,7 +27,7 @@ from miles.services.rollout.engines.torch.model.routing_recorder import RoutingR
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class GeneratorOptions:
-    """What a generator is built from; `TorchEngine` says what the fields mean."""
+    """What a generator is built from; the fields are explained at `TorchEngine`."""
 
     dtype: torch.dtype
     device: torch.device
@@ -37,9 +38,9 @@ class GeneratorOptions:
 
 
 class Generator:
-    """A model without weights at first, the requests it runs, and what is to be told about them.
+    """A model, which has no weights at first, the requests it runs, and their undelivered tokens.
 
-    Everything but `parameters.check` and the plain attributes is for one thread.
+    Only one thread may use it, except for `parameters.check` and reading plain attributes.
     """
 
     def __init__(self, config: Any, options: GeneratorOptions) -> None:
@@ -83,7 +84,7 @@ class Generator:
         return self.version is None or not self._sequences
 
     def add(self, sequence: Sequence) -> None:
-        """Take a request."""
+        """Add a request."""
         if self._recorder.layers == 0:
             sequence.routing = None
         if sequence.response_length >= sequence.request.sampling.max_new_tokens:
@@ -100,13 +101,13 @@ class Generator:
                 self._end(sequence, FinishReason.ABORT)
 
     def fail(self, error: BaseException) -> None:
-        """Give every request up."""
+        """Fail every request."""
         for request_id in self._sequences:
             self.outbox.fail(request_id, error)
         self._sequences.clear()
 
     def load(self, version: int, checked: Mapping[str, torch.Tensor]) -> float:
-        """Serve these weights, which `parameters.check` returned; returns how long it took, in seconds."""
+        """Serve these weights, which `parameters.check` returned; return the seconds that the swap took."""
         begin = time.perf_counter()
         self.parameters.swap(checked)
         self.scheduler.weights_changed()
@@ -117,7 +118,7 @@ class Generator:
 
     @torch.inference_mode()
     def step(self) -> None:
-        """Compute one step and draw a token for every request that is ready for one."""
+        """Compute one step and sample a token for every request that is ready for one."""
         plan = self.scheduler.plan()
         self._forward.prepare(plan)
         self._share_routing(plan, before=True)
@@ -145,7 +146,7 @@ class Generator:
         assert self.version is not None
         request_id = sequence.request.request_id
         if math.isnan(log_prob):
-            self._drop(sequence)
+            self._remove(sequence)
             error = FloatingPointError(f"weights of version {self.version} give logits that are not numbers")
             self.outbox.fail(request_id, error)
             return
@@ -156,10 +157,10 @@ class Generator:
             self._end(sequence, reason)
 
     def _end(self, sequence: Sequence, reason: FinishReason) -> None:
-        self._drop(sequence)
+        self._remove(sequence)
         self.outbox.end(sequence.request.request_id, sequence.result(reason))
 
-    def _drop(self, sequence: Sequence) -> None:
+    def _remove(self, sequence: Sequence) -> None:
         self.scheduler.remove(sequence)
         del self._sequences[sequence.request.request_id]
 

@@ -1,4 +1,4 @@
-"""What the worker has to tell the event loop, put together so that it is told seldom."""
+"""Batches new tokens and ends of responses for the event loop."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from miles.services.rollout.engines.base import GenerationDelta, GenerationResul
 
 Delivery = tuple[str, GenerationDelta | BaseException]
 INTERVAL_S = 0.02
-"""New tokens may lie here this long; each delivery wakes a task a request, which takes the interpreter's lock."""
+"""How long new tokens may wait here; each delivery wakes one task per request, which takes the interpreter's lock."""
 
 
 @dataclasses.dataclass(slots=True)
@@ -20,7 +20,7 @@ class _Entry:
 
 
 class Outbox:
-    """Collects tokens and ends by request until they are due."""
+    """Collects tokens and ends per request until they are due."""
 
     def __init__(self) -> None:
         self._entries: dict[str, _Entry] = {}
@@ -28,18 +28,18 @@ class Outbox:
         self._urgent = False
 
     def token(self, request_id: str, token: int, log_prob: float) -> None:
-        """A request got a token."""
+        """Add a token of a request."""
         entry = self._entries.setdefault(request_id, _Entry())
         entry.token_ids.append(token)
         entry.log_probs.append(log_prob)
 
     def end(self, request_id: str, result: GenerationResult) -> None:
-        """A request ended."""
+        """Add the end of a request."""
         self._entries.setdefault(request_id, _Entry()).result = result
         self._urgent = True
 
     def fail(self, request_id: str, error: BaseException) -> None:
-        """A request cannot go on; tokens not yet delivered are lost."""
+        """Fail a request; its tokens that were not delivered yet are discarded."""
         self._entries.setdefault(request_id, _Entry()).error = error
         self._urgent = True
 
@@ -48,7 +48,7 @@ class Outbox:
         return bool(self._entries) and (self._urgent or now_s - self._last_s >= INTERVAL_S)
 
     def take(self, now_s: float) -> list[Delivery]:
-        """Everything collected, one delivery a request."""
+        """Return everything collected, one delivery per request."""
         entries, self._entries = self._entries, {}
         self._last_s, self._urgent = now_s, False
         return [

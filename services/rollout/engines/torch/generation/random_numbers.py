@@ -1,4 +1,4 @@
-"""Random numbers that depend on (seed, token index) alone."""
+"""Random numbers that depend only on (seed, token index)."""
 
 from __future__ import annotations
 

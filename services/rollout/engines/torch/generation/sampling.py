@@ -1,8 +1,8 @@
-"""Draws one token a row from logits, and says how likely the model held it.
+"""Sampling: one token per row of logits, with its log-probability.
 
-Rows never see each other: every operation works along the vocabulary, and a row's only randomness is one uniform number
-turned into a token by inverting the cumulative distribution. So a token depends on its row of logits, its parameters
-and its number alone.
+Rows are independent: every operation works along the vocabulary, and a row's only randomness is one uniform number that
+is turned into a token by inverting the cumulative distribution. So a token depends only on its row of logits, its
+parameters and its number.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ _LIKELY = 1024
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Draw:
-    """How to draw one row's token."""
+    """How to sample one row's token."""
 
     params: SamplingParams
     token_index: int
     """Index of the token in its response, resumed tokens included; picks the random number."""
     banned: Sequence[int] = ()
-    """Tokens that may not be drawn now, because the response may not end yet."""
+    """Tokens that may not be sampled now, because the response may not end yet."""
 
 
 def sample(logits_RV: torch.Tensor, draws: Sequence[Draw]) -> tuple[list[int], list[float]]:
-    """Draw a token for each of the first len(draws) rows of `logits_RV` (any float dtype, R >= len(draws)).
+    """Sample a token for each of the first len(draws) rows of `logits_RV` (any float dtype, R >= len(draws)).
 
     Returns the tokens and their log-probabilities in nats, by the arithmetic of `miles.algorithms.log_probs`: float32
     log-softmax of logits / temperature over the whole vocabulary, before top-k, top-p and banned tokens. Greedy rows
@@ -47,7 +47,7 @@ def sample(logits_RV: torch.Tensor, draws: Sequence[Draw]) -> tuple[list[int], l
         tokens_R = _greedy(log_probs_RV[:rows], draws)
     else:
         weights_RV = torch.softmax(scaled_RV, dim=-1)[:rows]
-        _drop_banned(weights_RV, draws)
+        _mask_banned(weights_RV, draws)
         _restrict(weights_RV, draws)
         tokens_R = _invert(weights_RV, _numbers(draws, weights_RV.device))
         if greedy:
@@ -73,7 +73,7 @@ def _greedy(log_probs_RV: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:
     return log_probs_RV.argmax(dim=-1)
 
 
-def _drop_banned(weights_RV: torch.Tensor, draws: Sequence[Draw]) -> None:
+def _mask_banned(weights_RV: torch.Tensor, draws: Sequence[Draw]) -> None:
     pairs = [(row, token) for row, draw in enumerate(draws) for token in draw.banned]
     if pairs:
         rows, tokens = torch.tensor(pairs, device=weights_RV.device).T
@@ -87,7 +87,7 @@ def _numbers(draws: Sequence[Draw], device: torch.device) -> torch.Tensor:
 
 
 def _restrict(weights_RV: torch.Tensor, draws: Sequence[Draw]) -> None:
-    """Zero, in place, what top-k and then top-p (of what top-k left) cut off."""
+    """Zero, in place, the weights outside top-k and then outside top-p of what top-k left."""
     vocabulary = weights_RV.shape[1]
     limits = [
         (row, draw.params.top_k if 0 < draw.params.top_k < vocabulary else vocabulary, draw.params.top_p)
@@ -110,7 +110,7 @@ def _keep_top(
 ) -> tuple[torch.Tensor, list[bool]]:
     """Keep each row's top-k, then its nucleus, looking at its `size` likeliest tokens.
 
-    Returns the weights and whether `size` tokens were enough to decide; a row where they were not comes back whole.
+    Returns the weights and whether `size` tokens were enough to decide; other rows are returned unchanged.
     """
     device = weights_RV.device
     top_RS, ids_RS = weights_RV.topk(size, dim=-1)
@@ -133,7 +133,7 @@ def _keep_top(
 def _invert(weights_RV: torch.Tensor, numbers_R: torch.Tensor) -> torch.Tensor:
     """Invert each row's cumulative distribution at its number, first over blocks of the vocabulary, then within one.
 
-    `weights_RV` (float32, not negative, one positive at least) need not add up to 1. Weight 0 is never drawn.
+    `weights_RV` (float32, not negative, at least one positive) need not add up to 1; weight 0 is never sampled.
     """
     missing = -weights_RV.shape[1] % _BLOCK
     if missing:

@@ -1,4 +1,7 @@
-"""Decides which requests hold a slot and what each computes in the next step. Pure: no tensors, no clock, no thread."""
+"""The scheduler: which requests hold a KV slot and what each computes in the next step.
+
+Pure: no tensors, no clock, no thread.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from miles.services.rollout.engines.torch.generation.sequence import Sequence
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Copy:
-    """Give `target` the first `length` positions of what `source` has in the cache."""
+    """Copy the first `length` cached positions of `source` to `target`."""
 
     source: Sequence
     target: Sequence
@@ -20,7 +23,7 @@ class Copy:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Move:
-    """Carry the first `length` positions of one slot to another."""
+    """Move the first `length` cached positions from one KV slot to another."""
 
     source: int
     target: int
@@ -37,21 +40,21 @@ class Chunk:
 
     @property
     def completes(self) -> bool:
-        """Whether the sequence's next token can be drawn after this."""
+        """Whether the sequence's next token can be sampled after this chunk."""
         return self.end == len(self.sequence.tokens)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Plan:
-    """One step: first moves, then copies, then one forward pass over `decode` and `prefill`, then `shares`."""
+    """One step: moves (compaction), then copies, then one forward pass over `decode` and `prefill`, then `shares`."""
 
     moves: list[Move]
     copies: list[Copy]
     decode: list[Sequence]
-    """Sequences with one token to compute, by ascending slot."""
+    """Sequences with one token to compute, by ascending KV slot."""
     prefill: list[Chunk]
     shares: list[Copy]
-    """Sequences that draw from the same logits as `source`, whose prompt they share, and then take over its cache."""
+    """Sequences that sample from the logits of `source`, which owns their shared prefix, and then copy its cache."""
 
     @property
     def empty(self) -> bool:
@@ -60,9 +63,10 @@ class Plan:
 
 
 class Scheduler:
-    """First come, first served over a fixed number of slots.
+    """First come, first served over a fixed number of KV slots.
 
-    Requests with the same prompt compute it once: the first to get a slot computes it, the others copy it.
+    Requests with the same prompt compute it once: the first to get a slot owns the shared prefix and computes it, the
+    others copy it.
     """
 
     def __init__(self, max_slots: int, max_prefill_tokens: int) -> None:
@@ -73,12 +77,12 @@ class Scheduler:
 
     @property
     def running(self) -> list[Sequence]:
-        """Sequences that hold a slot, by ascending slot."""
+        """Sequences that hold a KV slot, by ascending slot."""
         return [sequence for sequence in self._slots if sequence is not None]
 
     @property
     def waiting(self) -> list[Sequence]:
-        """Sequences without a slot, next first."""
+        """Sequences without a KV slot, next first."""
         return list(self._waiting)
 
     def add(self, sequence: Sequence) -> None:
@@ -86,7 +90,7 @@ class Scheduler:
         self._waiting.append(sequence)
 
     def remove(self, sequence: Sequence) -> None:
-        """Take a sequence out, running or waiting."""
+        """Remove a sequence, running or waiting."""
         if sequence.slot >= 0:
             self._slots[sequence.slot] = None
             sequence.forget_cache()
@@ -94,7 +98,7 @@ class Scheduler:
             self._waiting.remove(sequence)
 
     def retract_all(self) -> None:
-        """Send every running sequence back to the head of the queue, in order of slots, to be computed anew."""
+        """Return every running sequence to the head of the queue, in order of slots, to be computed again."""
         running = self.running
         self._slots.clear()
         for sequence in reversed(running):
@@ -102,30 +106,32 @@ class Scheduler:
             self._waiting.appendleft(sequence)
 
     def weights_changed(self) -> None:
-        """Note that what running sequences have in the cache is of older weights and must not be shared."""
+        """Mark the cache of running sequences as computed with older weights, so that it is not shared."""
         for sequence in self.running:
             sequence.current_weights = sequence.computed == 0
 
     def plan(self) -> Plan:
-        """Fill the slots, close the gaps between them, and choose the next step's work.
+        """Fill the KV slots, compact them, and choose the next step's work.
 
-        The plan counts as carried out: `computed` of every sequence in it has moved on when this returns.
+        The plan counts as carried out: `computed` of every sequence in it is already that of after the step.
         """
         self._admit()
-        moves = self._close_gaps()
+        moves = self._compact()
         plan = Plan(moves, [], [], [], [])
         budget = self._max_prefill_tokens
         ready = {s.prompt_key: s for s in reversed(self.running) if s.computed >= s.prompt_length and s.current_weights}
-        leaders = {s.prompt_key: s for s in self.running if 0 < s.computed < s.prompt_length and s.current_weights}
+        prefix_owners = {
+            s.prompt_key: s for s in self.running if 0 < s.computed < s.prompt_length and s.current_weights
+        }
         for sequence in self.running:
             if sequence.computed == 0:
-                leader = leaders.get(sequence.prompt_key)
-                if leader is not None:
-                    self._follow(sequence, leader, plan)
+                owner = prefix_owners.get(sequence.prompt_key)
+                if owner is not None:
+                    self._share_prefix(sequence, owner, plan)
                     continue
                 self._copy_prompt(sequence, ready.get(sequence.prompt_key), plan)
             if sequence.computed < sequence.prompt_length and sequence.current_weights:
-                leaders.setdefault(sequence.prompt_key, sequence)
+                prefix_owners.setdefault(sequence.prompt_key, sequence)
             budget -= self._compute(sequence, budget, plan)
         for share in plan.shares:
             share.target.computed = share.length
@@ -144,40 +150,40 @@ class Scheduler:
             else:
                 self._slots[slot] = sequence
 
-    def _close_gaps(self) -> list[Move]:
-        """Move sequences from the highest slots into free lower ones, so that slots 0 to n - 1 are the ones in use."""
+    def _compact(self) -> list[Move]:
+        """Move sequences from the highest KV slots into free lower ones, so that slots 0 to n - 1 are in use."""
         moves = []
-        gaps = deque(slot for slot, sequence in enumerate(self._slots) if sequence is None)
-        while gaps:
+        free = deque(slot for slot, sequence in enumerate(self._slots) if sequence is None)
+        while free:
             last = self._slots.pop()
             if last is None:
-                gaps.pop()
+                free.pop()
                 continue
-            slot = gaps.popleft()
+            slot = free.popleft()
             moves.append(Move(last.slot, slot, last.computed))
             last.slot = slot
             self._slots[slot] = last
         return moves
 
     @staticmethod
-    def _copy_prompt(sequence: Sequence, donor: Sequence | None, plan: Plan) -> None:
+    def _copy_prompt(sequence: Sequence, source: Sequence | None, plan: Plan) -> None:
         length = min(sequence.prompt_length, len(sequence.tokens) - 1)
-        if donor is None or length == 0:
+        if source is None or length == 0:
             return
-        plan.copies.append(Copy(donor, sequence, length))
+        plan.copies.append(Copy(source, sequence, length))
         sequence.computed = sequence.cached_prompt_tokens = length
 
     @staticmethod
-    def _follow(sequence: Sequence, leader: Sequence, plan: Plan) -> None:
-        """Share the leader's logits if this step brings them and the sequence has no tokens of its own; else wait."""
-        done = leader.computed == len(leader.tokens) == leader.prompt_length
+    def _share_prefix(sequence: Sequence, owner: Sequence, plan: Plan) -> None:
+        """Share the owner's logits if this step yields them and the sequence has no response tokens yet; else wait."""
+        done = owner.computed == len(owner.tokens) == owner.prompt_length
         if done and len(sequence.tokens) == sequence.prompt_length:
-            plan.shares.append(Copy(leader, sequence, sequence.prompt_length))
+            plan.shares.append(Copy(owner, sequence, sequence.prompt_length))
             sequence.cached_prompt_tokens = sequence.prompt_length
 
     @staticmethod
     def _compute(sequence: Sequence, budget: int, plan: Plan) -> int:
-        """Put the sequence's next work into the plan; returns the prompt tokens it takes from the budget."""
+        """Add the sequence's next work to the plan; return the prompt tokens that it takes from the budget."""
         if sequence.pending == 1:
             plan.decode.append(sequence)
             sequence.computed += 1

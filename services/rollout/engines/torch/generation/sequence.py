@@ -1,4 +1,4 @@
-"""One request on its way through the engine."""
+"""The state of one running request: its tokens, cache position, versions and routing."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from miles.types import VersionSpan
 
 
 class Sequence:
-    """A request's tokens and what is known of each; touched by the worker thread alone."""
+    """A request's tokens and what is known of each; only the worker thread touches it."""
 
     def __init__(self, request: GenerationRequest, stop_rule: StopRule) -> None:
         self.request = request
@@ -26,6 +26,7 @@ class Sequence:
         self.current_weights = True
         """Whether those were computed with the weights served now."""
         self.slot = -1
+        """KV slot; -1 while it waits for one."""
         self.cached_prompt_tokens = 0
         self.routing = RoutingLog() if request.return_routed_experts else None
         self._spans: list[VersionSpan] = []
@@ -42,11 +43,11 @@ class Sequence:
 
     @property
     def pending(self) -> int:
-        """Tokens to be computed before the next one can be drawn; 1 means decoding."""
+        """Tokens to compute before the next one can be sampled; 1 means decoding."""
         return len(self.tokens) - self.computed
 
     def append(self, token: int, version: int) -> FinishReason | None:
-        """Add a token drawn by the weights of `version`; says why the response ends there, if it does."""
+        """Add a token sampled with the weights of `version`; return why the response ends there, if it does."""
         index = len(self.tokens) - self.input_length
         self.tokens.append(token)
         if self._spans and self._spans[-1].version == version:
@@ -60,13 +61,13 @@ class Sequence:
         return None
 
     def forget_cache(self) -> None:
-        """Give up the slot; everything is computed again when the request runs next."""
+        """Free the KV slot; everything is computed again when the request runs next."""
         self.slot = -1
         self.computed = 0
         self.current_weights = True
 
     def result(self, reason: FinishReason) -> GenerationResult:
-        """The end of the response."""
+        """The result of the response, which ends here."""
         known = len(self.tokens) - 1
         routed = None
         if self.routing is not None and self.routing.length >= known:

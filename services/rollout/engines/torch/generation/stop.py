@@ -1,4 +1,4 @@
-"""Decides after each token whether a response ends there."""
+"""Stop rules: whether a response ends with its newest token."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class Decoder(Protocol):
 
 
 class StopStrings:
-    """Finds a stop string that the newest token completes, decoding only the response's tail.
+    """Detects a stop string that the newest token completes, decoding only the response's tail.
 
     A stop string of n bytes is covered by the last n tokens that have text; one more token gives the decoder the
     context of the first, and three more allow for tokens that hold part of a character.
@@ -45,7 +45,7 @@ class StopRule:
         self._min_new_tokens = min_new_tokens
 
     def banned(self, response_length: int) -> tuple[int, ...]:
-        """Tokens that may not come next, given the response's length so far: none once it may end."""
+        """Tokens that may not come next at this response length: none once the response may end."""
         return self.stop_token_ids if response_length + 1 < self._min_new_tokens else ()
 
     def ends(self, tokens: Sequence[int], response_length: int) -> bool:

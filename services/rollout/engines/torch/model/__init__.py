@@ -1,4 +1,4 @@
-"""The model of the torch engine: a Hugging Face model that computes packed rows over a KV cache by slots.
+"""The model of the torch engine: a Hugging Face model that computes packed rows over a KV cache of slots.
 
-Start at `forward`.
+Nothing here decides what is computed. Start at `forward`.
 """

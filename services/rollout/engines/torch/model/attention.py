@@ -1,8 +1,8 @@
-"""Attention over slots, plugged into transformers by its public AttentionInterface.
+"""Attention over KV slots, registered with transformers' public AttentionInterface.
 
-The tokens of a step come packed in one row of the batch: first one token of each decoding slot, then the prompt chunks
-one after the other, then padding. Keys and values are written to the cache first; then decoding slots and prompt chunks
-attend to it by two routes with the same arithmetic: matmul, softmax, matmul over a multiple of 64 positions, with
+The tokens of a step are packed in one row of the batch: one token of each decoding KV slot, then the prompt chunks one
+after the other, then padding. Keys and values are written to the cache first; then decoding slots and prompt chunks
+attend to it on two paths with the same arithmetic: matmul, softmax, matmul over a multiple of 64 positions, with
 enough query rows for the matrix library to treat each row alike (see invariance.py).
 """
 
@@ -25,7 +25,7 @@ _UNSUPPORTED = ("sliding_window", "softcap", "s_aux", "chunk_size")
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class DecodeRows:
-    """The first `rows` tokens of the pack: one token of each decoding slot."""
+    """The first `rows` packed tokens: one token of each decoding KV slot."""
 
     rows: int
     slots: int
@@ -39,7 +39,7 @@ class DecodeRows:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class PrefillRows:
-    """Prompt chunks as a rectangle of C chunks by Q queries, short chunks padded with some other token."""
+    """Prompt chunks as a rectangle of C chunks by Q queries; short chunks are padded with some other token."""
 
     packed_CQ: torch.Tensor
     """Index in the pack of each query, int64."""

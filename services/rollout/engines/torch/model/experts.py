@@ -1,7 +1,7 @@
-"""Mixture-of-experts layers whose every matmul sees at least 16 rows, plugged into transformers' experts interface.
+"""Mixture-of-experts layers with every matmul padded to at least 16 rows, for transformers' experts interface.
 
 The stock implementations multiply as many rows as happen to be routed to an expert, and a matrix library may round a
-row differently when it comes with few others. Padding makes a token's output independent of the tokens beside it. The
+row differently when there are few others. Padding makes a token's output independent of the tokens beside it. The
 order of the sums is that of the stock eager implementation: ascending expert.
 """
 

@@ -1,4 +1,4 @@
-"""Turns a plan into one packed forward pass and gives back the rows of logits to draw from."""
+"""The forward pass of a scheduler plan: one packed row of tokens in, the logits to sample from out."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from miles.services.rollout.engines.torch.model.kv_cache import LENGTH_MULTIPLE,
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Packed:
-    """The tokens of a step side by side."""
+    """The packed tokens of a step."""
 
     tokens: list[int]
     slots: list[int]
@@ -23,11 +23,11 @@ class Packed:
     drawing: list[Sequence]
     """Sequences that get a token from this step."""
     rows: list[int]
-    """For each of them, the packed token whose logits it draws from."""
+    """For each of them, the packed token whose logits it samples from."""
 
 
 def pack(plan: Plan) -> Packed:
-    """Lay the plan's tokens side by side: decoding slots first, then prompt chunks."""
+    """Pack the plan's tokens: decoding KV slots first, then prompt chunks."""
     packed = Packed([], [], [], [], [])
     row_of: dict[int, int] = {}
     for sequence in plan.decode:
@@ -63,7 +63,7 @@ class Forward:
         self._padding = padding
 
     def prepare(self, plan: Plan) -> None:
-        """Make room in the cache and carry out the plan's moves and copies."""
+        """Reserve room in the cache and carry out the plan's moves and copies."""
         slots = [sequence.slot for sequence in plan.decode] + [chunk.sequence.slot for chunk in plan.prefill]
         slots += [copy.target.slot for copy in (*plan.copies, *plan.shares)]
         lengths = [len(s.tokens) for s in plan.decode] + [chunk.end for chunk in plan.prefill]
@@ -76,7 +76,7 @@ class Forward:
             self._cache.copy(copy.source.slot, [copy.target.slot], copy.length)
 
     def run(self, plan: Plan, packed: Packed) -> torch.Tensor:
-        """One forward pass. Returns logits (R, vocabulary): row i for `packed.drawing[i]`, then padding rows."""
+        """Run one forward pass. Returns logits (R, vocabulary): row i for `packed.drawing[i]`, then padding rows."""
         count = len(packed.tokens)
         padding = [0] * self._padding.tokens.missing(count)
         tokens = self._tensor(packed.tokens + padding)[None]

@@ -1,4 +1,4 @@
-"""Finds the padding under which this machine computes a row the same way whatever the rows beside it.
+"""Batch invariance: the cheapest padding with which this machine computes a row the same way beside any other rows.
 
 A response must not depend on the requests that happen to run beside it, and a key recomputed with a whole prompt must
 equal the one computed token by token. Both follow if each row of a matmul is independent of the other rows and of
@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from miles.services.rollout.engines.torch.model.build import ModelShape
+from miles.services.rollout.engines.torch.model.architecture import ModelShape
 from miles.services.rollout.engines.torch.model.kv_cache import round_up
 
 logger = logging.getLogger(__name__)

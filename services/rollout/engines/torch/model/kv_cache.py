@@ -1,4 +1,4 @@
-"""Keys and values of the running requests, by slot and absolute position."""
+"""The KV cache: keys and values of the running requests, by slot and absolute position."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def round_up(value: int, multiple: int) -> int:
 class KVCache:
     """Keys (layers, slots, kv heads, head dim, positions) and values (layers, slots, kv heads, positions, head dim).
 
-    The key of position p always lies at index p. Room for slots and positions grows as it is asked for, doubling, up to
+    The key of position p always lies at index p. Room for slots and positions grows on demand, by doubling, up to
     `max_slots` and `max_length`. Unwritten places hold zeros, never NaN, because a masked weight of 0 multiplies them.
     """
 
@@ -40,12 +40,12 @@ class KVCache:
 
     @property
     def slots(self) -> int:
-        """Slots there is room for now."""
+        """Slots that there is room for now."""
         return self.keys_LSHDT.shape[1]
 
     @property
     def length(self) -> int:
-        """Positions there is room for now in each slot."""
+        """Positions that there is room for now in each slot."""
         return self.keys_LSHDT.shape[4]
 
     def reserve(self, slots: int, length: int) -> None:
@@ -87,7 +87,7 @@ class KVCache:
         self.values_LSHTD[layer][slots_N, :, positions_N] = values_NHD
 
     def copy(self, source: int, targets: Sequence[int], length: int) -> None:
-        """Give each target slot the first `length` positions of `source`."""
+        """Copy the first `length` positions of slot `source` to each target slot."""
         for target in targets:
             self.keys_LSHDT[:, target, ..., :length] = self.keys_LSHDT[:, source, ..., :length]
             self.values_LSHTD[:, target, :, :length] = self.values_LSHTD[:, source, :, :length]

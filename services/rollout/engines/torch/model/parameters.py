@@ -1,4 +1,4 @@
-"""The parameters of a model by name, and a way to exchange them all at once."""
+"""The parameters of a model by name, swapped all at once."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 
 class WeightMismatch(ValueError):
-    """The offered weights do not fit the model; lists every fault."""
+    """The weights do not fit the model; lists every fault."""
 
 
 class Parameters:
@@ -40,7 +40,7 @@ class Parameters:
         return dict(self._served)
 
     def check(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The tensors by the names used here, checked for name, shape and dtype.
+        """Check names, shapes and dtypes; return the tensors by the names used here.
 
         A tied parameter may come under either name or both. Raises WeightMismatch naming all faults.
         """
@@ -65,7 +65,7 @@ class Parameters:
         return found
 
     def swap(self, checked: Mapping[str, torch.Tensor]) -> None:
-        """Use these tensors, which `check` returned, from now on; on the model's own device they are not copied."""
+        """Serve these tensors, which `check` returned, from now on; those on the model's own device are not copied."""
         for name, tensor in checked.items():
             served = tensor.detach().to(self._device)
             parameter = torch.nn.Parameter(served, requires_grad=False)

@@ -10,7 +10,7 @@ import torch
 
 
 class RoutingRecorder:
-    """Sees the expert choices of every mixture-of-experts layer during a forward pass, by hooks on the experts."""
+    """Records the expert choices of every mixture-of-experts layer during a forward pass, by hooks on the experts."""
 
     def __init__(self, model: torch.nn.Module) -> None:
         self._experts: list[Any] = [
@@ -40,7 +40,7 @@ class RoutingRecorder:
         return record
 
     def take(self, tokens: int) -> npt.NDArray[Any]:
-        """Choices of the last forward pass for its first `tokens` tokens: (tokens, layers, k), best expert first."""
+        """Take the last forward pass's choices for its first `tokens` tokens: (tokens, layers, k), best first."""
         chosen_NLK = torch.stack([self._chosen[layer][:tokens] for layer in range(self.layers)], dim=1)
         self._chosen.clear()
         return chosen_NLK.cpu().numpy().astype(self.dtype)

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch_engine_models import save_checkpoint, weights_of
 
+from miles.services.rollout.engines.base import EngineFailed
 from miles.services.rollout.engines.sglang import SglangEngine, SglangOptions
-from miles.services.rollout.engines.sglang.errors import EngineFailed
 from miles.services.rollout.serving.readiness import Serving
 
 

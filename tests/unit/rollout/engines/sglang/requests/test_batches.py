@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from miles.services.rollout.engines.sglang.errors import EngineFailed
+from miles.services.rollout.engines.base import EngineFailed
 from miles.services.rollout.engines.sglang.requests.batches import MOST, Batches, merged
 
 

@@ -8,8 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from miles.services.rollout.engines.base import FinishReason
-from miles.services.rollout.engines.sglang.errors import EngineFailed
+from miles.services.rollout.engines.base import EngineFailed, FinishReason
 from miles.services.rollout.engines.sglang.requests.responses import ResponseDecoder, version_spans
 from miles.services.rollout.engines.sglang.requests.routed_experts import ExpertLayout, decode_experts, expert_layout
 from miles.types import SpeculativeStats, VersionSpan

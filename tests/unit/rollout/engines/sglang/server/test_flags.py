@@ -6,7 +6,7 @@ import pytest
 
 from miles.config import JobConfig
 from miles.services.rollout.engines.sglang.options import SglangOptions
-from miles.services.rollout.engines.sglang.options_from_config import sglang_settings
+from miles.services.rollout.engines.sglang.options_from_config import configured_options
 from miles.services.rollout.engines.sglang.server.flags import (
     command,
     has_draft_weights,
@@ -29,7 +29,7 @@ MINIMAL: dict[str, Any] = {
 
 def options_of(device: str = "cuda:2", **changes: Any) -> SglangOptions:
     config = JobConfig.from_flat(MINIMAL | changes)
-    return SglangOptions(**sglang_settings(config, device=device, name="rollout-0"))
+    return SglangOptions(**configured_options(config, device=device, name="rollout-0"))
 
 
 def words(options: SglangOptions, index: int = 0, max_positions: int = 4096) -> str:

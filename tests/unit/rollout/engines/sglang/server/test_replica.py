@@ -9,11 +9,12 @@ import pytest
 from aiohttp import web
 
 from miles.services.rollout.engines.sglang import SglangOptions
+from miles.services.rollout.engines.sglang.change_signal import ChangeSignal
 from miles.services.rollout.engines.sglang.errors import ServerRefused
-from miles.services.rollout.engines.sglang.requests.active import Signal
 from miles.services.rollout.engines.sglang.server import replica
+from miles.services.rollout.engines.sglang.server.group import ServerGroup
 from miles.services.rollout.engines.sglang.server.replica import Replica
-from miles.services.rollout.engines.sglang.weights.update import WeightLoader
+from miles.services.rollout.engines.sglang.weights.loader import WeightLoader
 
 DEADLINE_S = 20.0
 
@@ -84,7 +85,7 @@ async def test_a_server_is_looked_after_whatever_goes_wrong_with_it(
     await attached.replica.start()
     assert attached.replica.ranks == 4
     attached.errors = [OSError("no space left"), ValueError("odd weights")]
-    attached.replica.give_up("it was asked to")
+    attached.replica.mark_lost("it was asked to")
     async with asyncio.timeout(DEADLINE_S):
         assert await attached.ready.get() is attached.replica
     assert attached.replica.up
@@ -121,7 +122,7 @@ async def test_no_server_serves_the_noise_of_a_check_that_was_not_finished(front
         await server.start()
         server.version = 3
     with pytest.raises(ServerRefused, match="not now"):
-        await WeightLoader(options, replicas, Signal()).verify()
+        await WeightLoader(options, ServerGroup(replicas, ChangeSignal(), 5.0)).verify()
     assert [server.version for server in replicas] == [None, None]
     async with asyncio.timeout(DEADLINE_S):
         assert {(await ready.get()).index for _ in replicas} == {0, 1}

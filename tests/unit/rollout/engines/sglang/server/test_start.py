@@ -9,7 +9,7 @@ from miles.services.rollout.engines.sglang import ServerUnstartable, SglangEngin
 from miles.services.rollout.engines.sglang.server import replica
 
 
-async def test_a_server_that_ends_while_it_starts_is_tried_again_and_its_last_words_are_told(
+async def test_a_server_that_ends_while_it_starts_is_tried_again_and_the_end_of_its_log_is_shown(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(replica, "START_AGAIN_S", (0.0, 0.0))

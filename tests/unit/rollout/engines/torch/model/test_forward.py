@@ -24,7 +24,7 @@ def sequence(name: str, tokens: list[int]) -> Sequence:
     return Sequence(GenerationRequest(name, tokens, SamplingParams(max_new_tokens=50)), StopRule((), None, 0))
 
 
-def test_decoding_tokens_come_first_then_chunks_and_shares_point_at_their_leader() -> None:
+def test_decoding_tokens_come_first_then_chunks_and_shares_point_at_their_prefix_owner() -> None:
     scheduler = Scheduler(8, 4)
     first, second = sequence("a", [1, 2]), sequence("b", [3, 4])
     for item in (first, second):

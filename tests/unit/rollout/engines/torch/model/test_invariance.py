@@ -7,7 +7,7 @@ import logging
 import pytest
 import torch
 
-from miles.services.rollout.engines.torch.model.build import ModelShape
+from miles.services.rollout.engines.torch.model.architecture import ModelShape
 from miles.services.rollout.engines.torch.model.invariance import (
     MIN_ROWS,
     RowPadding,

@@ -1,17 +1,12 @@
-"""Builds a Hugging Face causal language model that has no weights yet."""
+"""What the engine reads of a checkpoint: whether it can run the architecture, its sizes, and its end tokens."""
 
 from __future__ import annotations
 
 import dataclasses
 import pathlib
-import threading
 from typing import Any
 
-import torch
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
-
-from miles.services.rollout.engines.torch.model.attention import ATTENTION_NAME
-from miles.services.rollout.engines.torch.model.experts import EXPERTS_NAME
+from transformers import AutoConfig, GenerationConfig
 
 _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
@@ -79,29 +74,3 @@ def end_token_ids(hf_checkpoint: str | pathlib.Path, config: Any) -> tuple[int, 
     if ids is None:
         return ()
     return tuple(ids) if isinstance(ids, (list, tuple)) else (int(ids),)
-
-
-def build_empty_model(
-    config: Any, dtype: torch.dtype, device: torch.device, experts_implementation: str = EXPERTS_NAME
-) -> torch.nn.Module:
-    """The model in eval mode with parameters on the meta device and buffers (rotary tables) on `device`."""
-    builder = threading.get_ident()
-
-    def to_meta(_module: torch.nn.Module, _name: str, parameter: torch.nn.Parameter) -> torch.nn.Parameter | None:
-        if threading.get_ident() != builder or parameter is None or parameter.is_meta:
-            return None
-        return torch.nn.Parameter(parameter.to("meta"), requires_grad=False)
-
-    register: Any = torch.nn.modules.module.register_module_parameter_registration_hook
-    hook = register(to_meta)
-    try:
-        build: Any = AutoModelForCausalLM.from_config
-        model: torch.nn.Module = build(
-            config, dtype=dtype, attn_implementation=ATTENTION_NAME, experts_implementation=experts_implementation
-        )
-    finally:
-        hook.remove()
-    for module in model.modules():
-        for name, buffer in module.named_buffers(recurse=False):
-            setattr(module, name, buffer.to(device))
-    return model.requires_grad_(False).eval()

@@ -1,0 +1,223 @@
+"""The dispatcher of an engine: gives requests to servers, streams their responses, and aborts them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import itertools
+import uuid
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+
+from miles.services.rollout.engines.base import (
+    EngineFailed,
+    EngineStats,
+    FinishReason,
+    GenerationDelta,
+    GenerationRequest,
+    GenerationResult,
+)
+from miles.services.rollout.engines.request_checks import check_request
+from miles.services.rollout.engines.sglang.background import BackgroundCalls
+from miles.services.rollout.engines.sglang.change_signal import ChangeSignal
+from miles.services.rollout.engines.sglang.options import SglangOptions
+from miles.services.rollout.engines.sglang.requests.busy_clock import BusyClock
+from miles.services.rollout.engines.sglang.requests.payload import STREAM_INTERVAL, to_payload
+from miles.services.rollout.engines.sglang.requests.responses import ResponseDecoder
+from miles.services.rollout.engines.sglang.requests.routed_experts import read_expert_layout
+from miles.services.rollout.engines.sglang.requests.server_choice import Router
+from miles.services.rollout.engines.sglang.server.replica import Replica
+
+ABORT_DEADLINE_S = 60.0
+"""How long a pause that aborts waits for requests to end."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ServedModel:
+    """What the dispatcher needs to know of the servers' model."""
+
+    vocabulary: int
+    max_total_tokens: int
+    """Limit of prompt and response together."""
+    seeded: bool
+    """Whether the servers honour seeds."""
+
+
+@dataclasses.dataclass(slots=True)
+class _ActiveRequest:
+    """A request that waits for a server or runs on one."""
+
+    request: GenerationRequest
+    rid: str
+    """Its id on the server. No other id begins with it, because SGLang aborts every request whose id begins so."""
+    replica: Replica | None = None
+    """The server that runs it; None while it waits."""
+    aborted: bool = False
+
+
+class Dispatcher:
+    """Gives requests to the servers that hold the wanted version, streams their responses and aborts them."""
+
+    def __init__(
+        self,
+        options: SglangOptions,
+        replicas: Sequence[Replica],
+        changed: ChangeSignal,
+        background: BackgroundCalls,
+        *,
+        wanted_version: Callable[[], int | None],
+        on_waiting: Callable[[], None],
+    ) -> None:
+        """`on_waiting` is called while a request waits for a server, which may have released its memory."""
+        self._replicas = replicas
+        self._changed = changed
+        self._background = background
+        self._wanted_version = wanted_version
+        self._on_waiting = on_waiting
+        self._experts = read_expert_layout(options.hf_checkpoint) if options.routed_experts else None
+        self._router = Router()
+        self._active: dict[str, _ActiveRequest] = {}
+        self._clock = BusyClock()
+        self._generated_tokens = 0
+        self._interval = int(options.server_flags.get("stream_interval") or STREAM_INTERVAL)
+        self._rids = (f"{options.name}-{uuid.uuid4().hex[:8]}-{i:012d}" for i in itertools.count())
+        self.model = ServedModel(vocabulary=0, max_total_tokens=0, seeded=False)
+        """To be set before the first request."""
+        self.held = False
+        """Whether new requests wait; those on servers are not affected."""
+
+    def let_go(self) -> None:
+        """Give the waiting requests to servers again."""
+        self.held = False
+        self._changed.fire()
+
+    @contextlib.contextmanager
+    def holding(self) -> Iterator[None]:
+        """Have new requests wait meanwhile."""
+        before, self.held = self.held, True
+        try:
+            yield
+        finally:
+            self.held = before
+            self._changed.fire()
+
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationDelta, None]:
+        """See `SglangEngine.generate`."""
+        self._check(request)
+        active = _ActiveRequest(request, next(self._rids))
+        self._active[request.request_id] = active
+        self._clock.set(True)
+        ended = False
+        try:
+            if not await self._place(active):
+                ended = True
+                yield GenerationDelta([], [], GenerationResult(FinishReason.ABORT, ()))
+                return
+            async with contextlib.aclosing(self._deltas(active)) as deltas:
+                async for delta in deltas:
+                    ended = delta.result is not None
+                    self._generated_tokens += len(delta.token_ids)
+                    yield delta
+        finally:
+            del self._active[request.request_id]
+            self._clock.set(bool(self._active))
+            if (replica := active.replica) is not None:
+                replica.running -= 1
+                self._changed.fire()
+                if not ended and replica.version is not None:
+                    self._background.start(replica.abort(active.rid))
+
+    async def abort(self, request_ids: Sequence[str] | None) -> None:
+        """End these requests (None: all) with the tokens they have."""
+        chosen = list(self._active) if request_ids is None else [i for i in request_ids if i in self._active]
+        calls = []
+        for request_id in chosen:
+            active = self._active[request_id]
+            active.aborted = True
+            if active.replica is not None:
+                calls.append(active.replica.abort(active.rid))
+        self._changed.fire()
+        for outcome in await asyncio.gather(*calls, return_exceptions=True):
+            if isinstance(outcome, BaseException) and not isinstance(outcome, EngineFailed):
+                raise outcome
+
+    async def abort_running(self) -> None:
+        """Abort the requests that run on servers, and return once they have ended; those that wait stay.
+
+        Raises TimeoutError when some have not ended after `ABORT_DEADLINE_S`.
+        """
+        await self.abort([i for i, active in self._active.items() if active.replica is not None])
+        try:
+            async with asyncio.timeout(ABORT_DEADLINE_S):
+                while self._running():
+                    await self._changed.wait()
+        except TimeoutError:
+            left = self._running()
+            raise TimeoutError(f"waited {ABORT_DEADLINE_S:g} s for {left} requests to end after their abort") from None
+
+    def stats(self) -> EngineStats:
+        """Counters as of now."""
+        running = self._running()
+        return EngineStats(
+            running_requests=running,
+            waiting_requests=len(self._active) - running,
+            generated_tokens=self._generated_tokens,
+            busy_s=self._clock.seconds,
+        )
+
+    def _running(self) -> int:
+        return sum(active.replica is not None for active in self._active.values())
+
+    async def _place(self, active: _ActiveRequest) -> bool:
+        """Wait until a server has room and give it the request; False when the request was aborted meanwhile."""
+        while not active.aborted:
+            self._on_waiting()
+            if not self.held:
+                candidates = [replica.candidate() for replica in self._replicas]
+                index = self._router.choose(candidates, active.request.group, self._wanted_version())
+                if index is not None:
+                    active.replica = self._replicas[index]
+                    active.replica.running += 1
+                    return True
+            await self._changed.wait()
+        return False
+
+    async def _deltas(self, active: _ActiveRequest) -> AsyncGenerator[GenerationDelta, None]:
+        request, replica = active.request, active.replica
+        assert replica is not None
+        experts = self._experts if request.return_routed_experts else None
+        decoder = ResponseDecoder(len(request.input_ids), experts, request.routed_experts_start)
+        payload = to_payload(
+            request, active.rid, cache_key=f"v{replica.version}", seeded=self.model.seeded, interval=self._interval
+        )
+        async with contextlib.aclosing(replica.batches.generate(request.group, payload)) as events:
+            async for event in events:
+                replica.mark_progress()
+                delta = await decoder.decode_apart(event)
+                yield delta
+                if delta.result is not None:
+                    return
+                if active.aborted:  # the abort reached the server before the request did
+                    await replica.abort(active.rid)
+        raise EngineFailed(f"SGLang at {replica.api.address} ended a response without a reason")
+
+    def _check(self, request: GenerationRequest) -> None:
+        given, start = len(request.input_ids), request.routed_experts_start
+        most = request.sampling.max_new_tokens
+        check_request(
+            request,
+            vocabulary=self.model.vocabulary,
+            max_total_tokens=self.model.max_total_tokens,
+            running=request.request_id in self._active,
+            further=(
+                (
+                    most > request.resumed_tokens,
+                    f"max_new_tokens is {most}; it must be more than the {request.resumed_tokens} resumed",
+                ),
+                (0 <= start <= given, f"routed_experts_start is {start}; there are {given} input tokens"),
+                (
+                    not request.return_routed_experts or self._experts is not None,
+                    "routed experts are not recorded: the model has none, or use_rollout_routing_replay is off",
+                ),
+            ),
+        )

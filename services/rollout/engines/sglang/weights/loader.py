@@ -1,0 +1,272 @@
+"""Loads one version into all servers of an engine, and proves on demand that they hold it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import shutil
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from miles.services.rollout.engines.base import EngineFailed
+from miles.services.rollout.engines.sglang.options import SglangOptions
+from miles.services.rollout.engines.sglang.server.group import ServerGroup
+from miles.services.rollout.engines.sglang.server.replica import Replica
+from miles.services.rollout.engines.sglang.speculative.draft import own_parameters
+from miles.services.rollout.engines.sglang.weights import buckets, checker
+from miles.services.rollout.engines.sglang.weights.buckets import NamedTensor
+from miles.services.rollout.engines.sglang.weights.checker import Checksum, Selector
+from miles.services.rollout.engines.sglang.weights.files import write_files
+from miles.services.rollout.engines.sglang.weights.layout import ModelLayout, misfits, read_layout, refuse
+from miles.services.rollout.engines.sglang.weights.names import checkpoint_names
+from miles.services.rollout.engines.sglang.weights.remote import RemoteWeights
+from miles.services.rollout.engines.sglang.weights.staging import StagedWeights
+from miles.services.rollout.engines.sglang.weights.update import WeightUpdate
+from miles.weights.manifest import ChecksumMismatch
+
+log = logging.getLogger(__name__)
+
+_MEMORY_TAGS = ("kv_cache", "weights")
+
+
+class WeightLoader:
+    """Loads versions into the servers that are up; one that fails is lost, and a load fails when none is left."""
+
+    def __init__(self, options: SglangOptions, servers: ServerGroup) -> None:
+        self._options = options
+        self._servers = servers
+        self._layout = ModelLayout({}, 0, 0)
+        self._dtype: torch.dtype = getattr(torch, options.dtype)
+        self._selector: Selector = "all"
+        self._draft_algorithm = ""
+        self._draft: Mapping[str, torch.Tensor] = {}
+        self._sums: dict[Selector, tuple[bytes, str]] = {}
+        """For the last version received by broadcast: its manifest's checksum, and that of the servers."""
+        self._released = False
+        self.tensors: Mapping[str, torch.Tensor] = {}
+        """The weights that the servers hold, by HF name."""
+        self.version: int | None = None
+
+    @property
+    def vocabulary(self) -> int:
+        """Tokens that the model knows."""
+        return self._layout.vocabulary
+
+    @property
+    def max_positions(self) -> int:
+        """Positions that the model was made for."""
+        return self._layout.max_positions
+
+    async def prepare(self) -> None:
+        """Read the layout of the model's parameters."""
+        buckets.share_by_name()
+        self._layout = await asyncio.to_thread(read_layout, self._options.hf_checkpoint)
+        for replica in self._servers.replicas:
+            replica.max_positions = self._layout.max_positions
+
+    def keep_draft_apart(self, algorithm: str) -> None:
+        """Load the policy's versions into the policy only: the servers have a draft model with weights of its own."""
+        self._selector, self._draft_algorithm = "target", algorithm
+
+    def check(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Raise ValueError when these are not the model's parameters."""
+        refuse(misfits(self._layout.shapes, tensors, self._dtype), "model")
+
+    async def load(self, version: int, tensors: Mapping[str, torch.Tensor], *, flush: bool) -> None:
+        """Load a version into paused servers; with `flush`, also flush their caches.
+
+        When this raises, no server counts as holding a version any more.
+        """
+        replicas = await self._servers.up()
+        for replica in replicas:
+            replica.version = None
+        if self._released:
+            await self._memory(replicas, "resume", ("weights",))
+        await self._push(replicas, version, tensors, self._selector)
+        self.version, self.tensors = version, tensors
+        if self._released:
+            if self._draft:
+                await self._push(replicas, None, self._draft, "draft")
+            await self._memory(replicas, "resume", ("kv_cache",))
+            self._released = False
+        elif flush:
+            await self._servers.call_each(replicas, lambda replica: replica.flush_cache(), "flush its cache")
+        for replica in replicas:
+            if replica.up:
+                replica.version = version
+
+    async def load_draft(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Load the draft model's weights into paused servers; if their memory is released, once it is restored."""
+        own = own_parameters(tensors, self._draft_algorithm, self._layout.shapes)
+        if not self._released:
+            await self._push(await self._servers.up(), None, own, "draft")
+        self._draft = own
+
+    async def verify_draft(self) -> None:
+        """Raise ChecksumMismatch when loading the same draft again changes a paused server's draft model.
+
+        Nothing is overwritten with noise here, because parts of a draft may be the policy's.
+        """
+        if self._released or not self._draft:
+            return
+        replicas, timeout_s = await self._servers.up(), self._options.call_timeout_s
+        before = await asyncio.gather(*(checker.checksum(r.api, "draft", timeout_s) for r in replicas))
+        await self._push(replicas, None, self._draft, "draft")
+        after = await asyncio.gather(*(checker.checksum(r.api, "draft", timeout_s) for r in replicas))
+        wrong = [r.name for r, old, new in zip(replicas, before, after, strict=True) if old != new or not new.names]
+        if wrong:
+            raise ChecksumMismatch(f"{', '.join(wrong)} did not hold the last weights of the draft model, or has none")
+
+    async def catch_up(self, replica: Replica, *, paused: bool) -> bool:
+        """Bring a restarted server to the version that the others hold; False while the trainer cannot be reached.
+
+        Raises EngineFailed or ServerRefused when the server fails.
+        """
+        if self.version is None or replica.version == self.version:
+            return True
+        await replica.pause("in_place")
+        try:
+            await self._push([replica], self.version, self.tensors, self._selector)
+            if self._draft:
+                await self._push([replica], None, self._draft, "draft")
+        except (ConnectionError, TimeoutError) as error:
+            log.warning("%s cannot be brought to version %d: %s", replica.name, self.version, error)
+            return False
+        except ChecksumMismatch as error:
+            raise EngineFailed(str(error)) from error
+        if not paused:
+            await replica.resume()
+        replica.version = self.version
+        return True
+
+    async def verify(self) -> Mapping[str, torch.Tensor]:
+        """Raise ChecksumMismatch unless every paused server holds exactly `tensors`; return them, with their bytes.
+
+        Weights that bypassed this process are fetched now, by a broadcast of their own, and verified.
+        """
+        tensors = self.tensors
+        if isinstance(tensors, RemoteWeights):
+            tensors = (await asyncio.to_thread(tensors.fetch)).tensors
+        replicas, timeout_s = await self._servers.up(), self._options.call_timeout_s
+
+        async def overwrite(replica: Replica) -> Checksum:
+            before = await checker.checksum(replica.api, self._selector, timeout_s)
+            await checker.overwrite_with_noise(replica.api, self._selector, timeout_s)
+            return before
+
+        # Memory can be shared only with servers of this host; others receive the same broadcast again.
+        near = all(replica.managed for replica in replicas)
+        try:
+            before = await asyncio.gather(*(overwrite(replica) for replica in replicas))
+            await self._push(replicas, self.version, tensors if near else self.tensors, self._selector)
+        except BaseException as error:
+            for replica in replicas:  # they hold noise, and must not serve it
+                replica.mark_lost(f"it was overwritten for a check, and could not be loaded again: {error!r}")
+            raise
+        after = await asyncio.gather(*(checker.checksum(r.api, self._selector, timeout_s) for r in replicas))
+        wrong = [r.name for r, old, new in zip(replicas, before, after, strict=True) if old != new]
+        if wrong:
+            raise ChecksumMismatch(f"{', '.join(wrong)} did not hold the weights of version {self.version}")
+        return tensors
+
+    async def release_memory(self) -> None:
+        """Have paused servers free their weights and caches."""
+        if not self._released:
+            await self._memory(await self._servers.up(), "release", _MEMORY_TAGS)
+            self._released = True
+
+    async def restore_memory(self) -> None:
+        """Restore the servers' memory with the last weights."""
+        if self._released and self.version is not None:
+            await self.load(self.version, self.tensors, flush=False)
+
+    async def _memory(self, replicas: Sequence[Replica], what: str, tags: Sequence[str]) -> None:
+        async def call(replica: Replica) -> None:
+            body: dict[str, Any] = {"tags": list(tags)}
+            await replica.api.post(f"/{what}_memory_occupation", body, self._options.call_timeout_s)
+
+        await self._servers.call_each(replicas, call, f"{what} memory")
+
+    def _named(self, tensors: Mapping[str, torch.Tensor]) -> list[NamedTensor]:
+        aliases = self._layout.aliases.items()
+        return [*tensors.items(), *((alias, tensors[name]) for alias, name in aliases)]
+
+    async def _push(
+        self, replicas: Sequence[Replica], version: int | None, tensors: Mapping[str, torch.Tensor], selector: Selector
+    ) -> None:
+        if isinstance(tensors, RemoteWeights):
+            await self._push_remote(replicas, version, tensors, selector)
+            return
+        named = list(tensors.items()) if selector == "draft" else self._named(tensors)
+        # Tensors in one allocation of a GPU are one bucket, which is not copied.
+        limit = sys.maxsize if buckets.are_together(named) else self._options.bucket_bytes
+        parts = list(buckets.in_buckets(checkpoint_names(named), limit))
+        if self._options.weight_path == "disk" and selector != "draft":
+            await self._push_files(replicas, version, parts)
+            return
+        staged = StagedWeights(parts, len(replicas))
+        timeout_s = self._options.call_timeout_s
+
+        async def update(replica: Replica) -> None:
+            await WeightUpdate(replica.api, version, selector, timeout_s).from_tensors(staged.buckets(), replica.ranks)
+            if self._options.on_gpu:
+                await checker.drain_device(replica.api, timeout_s)
+
+        if selector == "draft":  # a server that refuses a draft serves the policy as before
+            await self._servers.call_each(replicas, update, "load its draft model", blamed=(EngineFailed,))
+        else:
+            await self._servers.call_each(replicas, update, f"load version {version}")
+
+    async def _push_remote(
+        self, replicas: Sequence[Replica], version: int | None, weights: RemoteWeights, selector: Selector
+    ) -> None:
+        """Have the servers receive a version from the trainer's ranks; ChecksumMismatch unless all hold the same."""
+        timeout_s = self._options.call_timeout_s
+        found: dict[str, Checksum] = {}
+
+        async def update(replica: Replica) -> None:
+            if replica.member is None:
+                raise EngineFailed(f"{replica.name} was lost before it could receive the weights")
+            push = WeightUpdate(replica.api, version, selector, timeout_s)
+            await push.from_sources(replica.member, weights)
+            if self._options.on_gpu:
+                await checker.drain_device(replica.api, timeout_s)
+            found[replica.name] = await checker.checksum(replica.api, selector, timeout_s)
+
+        await self._servers.call_each(replicas, update, f"receive version {version} from the trainer")
+        apart = self._layout.aliases.keys() & set().union(*(checksum.names for checksum in found.values()))
+        if apart and selector != "draft":
+            raise ValueError(
+                f"SGLang keeps {', '.join(sorted(apart))} apart from what it is tied to, and a broadcast sends tied "
+                "parameters once; set rollout_engine_weights = tensor"
+            )
+        known, expected = self._sums.get(selector, (b"", ""))
+        if known != weights.manifest.checksum:
+            expected = next(iter(found.values())).value
+        wrong = [name for name, checksum in found.items() if checksum.value != expected]
+        if wrong:
+            raise ChecksumMismatch(
+                f"{', '.join(wrong)} received other weights than the others did of version {version}"
+            )
+        self._sums[selector] = (weights.manifest.checksum, expected)
+
+    async def _push_files(
+        self, replicas: Sequence[Replica], version: int | None, parts: Sequence[Sequence[NamedTensor]]
+    ) -> None:
+        root = self._options.weight_dir
+        folder = Path(tempfile.mkdtemp(prefix=f"{self._options.name}-weights-", dir=root))
+
+        async def update(replica: Replica) -> None:
+            push = WeightUpdate(replica.api, version, "all", self._options.call_timeout_s)
+            await push.from_files(folder / str(version))
+
+        async with contextlib.AsyncExitStack() as cleanup:
+            cleanup.push_async_callback(asyncio.to_thread, shutil.rmtree, folder, ignore_errors=True)
+            await write_files(folder / str(version), parts)
+            await self._servers.call_each(replicas, update, f"load version {version}")
