@@ -12,9 +12,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from miles.rpc.gen import policy_pb2
 from miles.weights import manifest as manifests
+from miles.weights.bucketing import buckets
 from miles.weights.dtypes import TORCH_DTYPE
 from miles.weights.manifest import ChecksumMismatch, ManifestError
-from miles.weights.transport import buckets
 
 _STAGING_BYTES = 64 << 20
 """Tensors are hashed in batches of about this size; those in device memory come to the host batch by batch."""

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import xxhash
 
+from miles.cores import usable_cores
 from miles.rpc.gen import policy_pb2, sample_pb2
 
 if TYPE_CHECKING:
@@ -55,7 +56,12 @@ def checksum(data: Buffer) -> bytes:
 
 
 Checksum = xxhash.xxh3_128
-"""The same of bytes that come in pieces: `update` with each, then `digest`."""
+"""The same for bytes that come in pieces: `update` with each, then `digest`."""
+
+
+def checksum_threads() -> int:
+    """How many threads hash and copy at once: one per usable core, at most 8."""
+    return min(8, usable_cores())
 
 
 def plan(layout: Iterable[tuple[str, DType.ValueType, Sequence[int]]]) -> tuple[list[policy_pb2.TensorDescriptor], int]:

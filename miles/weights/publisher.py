@@ -13,10 +13,11 @@ import torch
 
 from miles.rpc.gen import policy_pb2, weightsync_pb2
 from miles.weights import manifest as manifests
+from miles.weights.base import Endpoint, SendTimes, WeightTransport
+from miles.weights.bucketing import buckets, check_exhausted
 from miles.weights.dtypes import wire_dtype
-from miles.weights.manifest import ManifestError
 from miles.weights.reach import usable_transports
-from miles.weights.transport import Endpoint, SendTimes, WeightTransport, buckets, create_transport
+from miles.weights.registry import create_transport
 
 if TYPE_CHECKING:
     from miles.rpc.gen.weightsync_pb2 import DeltaEncoding, TransportKind
@@ -172,9 +173,7 @@ class WeightPublisher:
             source = iter(tensors)
             for bucket in buckets(draft.descriptors, self._bucket_bytes):
                 times += self.sender.send(draft.handles, bucket, itertools.islice(source, len(bucket)))
-            extra, _ = next(source, ("", None))
-            if extra:
-                raise ManifestError(f"the export yields {extra!r} after the last tensor of its layout")
+            check_exhausted(source)
             return self.finish(draft, times)
 
     def begin(self, version: int, train_step: int, layout: Layout, lora: policy_pb2.LoraAdapter | None = None) -> Draft:

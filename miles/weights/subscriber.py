@@ -20,10 +20,11 @@ from miles.rpc.channel import connect
 from miles.rpc.gen import policy_pb2, weightsync_pb2, weightsync_pb2_grpc
 from miles.weights import manifest as manifests
 from miles.weights.adapters.merging import AdaptedWeights, AdapterBase
+from miles.weights.base import Endpoint, ReceivedWeights, WeightReceiver
 from miles.weights.check import check_weight_update_equal
 from miles.weights.manifest import ManifestError
 from miles.weights.reach import usable_transports
-from miles.weights.transport import Endpoint, ReceivedWeights, WeightReceiver, create_transport
+from miles.weights.registry import create_transport
 
 if TYPE_CHECKING:
     from miles.rpc.gen.weightsync_pb2 import TransportKind

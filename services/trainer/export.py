@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING
 from miles.rpc.gen import policy_pb2, weightsync_pb2
 from miles.services.trainer.ranks.collective_calls import Command
 from miles.weights import manifest as manifests
+from miles.weights.base import SendTimes
+from miles.weights.bucketing import buckets
 from miles.weights.dtypes import wire_dtype
 from miles.weights.export_format import AS_TRAINED, ExportFormat, formatted, formatted_layout
 from miles.weights.manifest import ManifestError
-from miles.weights.transport import SendTimes, buckets
 
 if TYPE_CHECKING:
     import torch

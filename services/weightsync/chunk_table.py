@@ -8,7 +8,6 @@ import os
 import pathlib
 from collections.abc import Iterable, Sequence
 
-from miles.cores import usable_cores
 from miles.rpc.gen import policy_pb2, weightsync_pb2
 from miles.services.weightsync.state import Refused
 from miles.weights import manifest as manifests
@@ -104,7 +103,10 @@ class ChunkTable:
         return self._mapping
 
     def _cut(self) -> list[weightsync_pb2.ChunkDescriptor]:
-        with concurrent.futures.ThreadPoolExecutor(min(8, usable_cores())) as pool, memoryview(self._memory) as data:
+        with (
+            concurrent.futures.ThreadPoolExecutor(manifests.checksum_threads()) as pool,
+            memoryview(self._memory) as data,
+        ):
             return chunking.cut(data, 0, chunking.CHUNK_BYTES, pool)
 
     def _has(self, chunk: weightsync_pb2.ChunkDescriptor) -> bool:

@@ -22,9 +22,9 @@ from miles.services.trainer.backends.fsdp.backend import FsdpBackend
 from miles.services.trainer.export import export_command, merge, send_share
 from miles.services.trainer.ranks.collective_calls import Ranks
 from miles.weights import manifest as manifests
+from miles.weights.base import Endpoint
 from miles.weights.dtypes import wire_dtype
 from miles.weights.publisher import Draft, WeightSender
-from miles.weights.transport import Endpoint
 
 BUCKET_BYTES = 16384
 WAIT_S = 800.0

@@ -17,7 +17,7 @@ from miles.rpc.gen import policy_pb2, weightsync_pb2, weightsync_pb2_grpc
 from miles.services.weightsync.service import SERVICE_NAME, WeightSyncServicer
 from miles.services.weightsync.state import Settings
 from miles.weights import PublishResult, WeightPublisher
-from miles.weights.transport import Endpoint
+from miles.weights.base import Endpoint
 
 POLICY = policy_pb2.WEIGHT_STREAM_POLICY
 DRAFT = policy_pb2.WEIGHT_STREAM_DRAFT

@@ -14,8 +14,7 @@ import torch
 
 from miles.weights import manifest as manifests
 from miles.weights.dtypes import wire_dtype
-from miles.weights.manifest import ManifestError
-from miles.weights.transport import default_threads
+from miles.weights.manifest import ManifestError, checksum_threads
 
 if TYPE_CHECKING:
     from miles.rpc.gen import policy_pb2
@@ -78,7 +77,7 @@ def base_checksum(tensors: Iterable[tuple[str, torch.Tensor]], dtype: torch.dtyp
         return name, name.encode() + b"\0" + kind.encode() + content
 
     digest = manifests.Checksum()
-    with concurrent.futures.ThreadPoolExecutor(default_threads()) as threads:
+    with concurrent.futures.ThreadPoolExecutor(checksum_threads()) as threads:
         for _, identity in sorted(threads.map(identify, tensors)):
             digest.update(identity)
     return bytes(digest.digest())

@@ -14,9 +14,9 @@ import torch
 from miles.rpc.gen import policy_pb2
 from miles.weights import manifest as manifests
 from miles.weights.adapters import lora
+from miles.weights.base import ReceivedWeights
 from miles.weights.check import check_weight_update_equal
 from miles.weights.manifest import ChecksumMismatch
-from miles.weights.transport import ReceivedWeights
 
 
 class AdaptedWeights:

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     import torch
 
     from miles.rpc.gen.weightsync_pb2 import TransportKind
+    from miles.weights.base import Endpoint, WeightReceiver
     from miles.weights.subscriber import WeightTarget
-    from miles.weights.transport import Endpoint, WeightReceiver
 
 
 class FinishReason(enum.Enum):

@@ -18,8 +18,9 @@ import torch
 from miles.rpc.gen import policy_pb2, weightsource_pb2, weightsync_pb2
 from miles.weights import flat as flats
 from miles.weights import manifest as manifests
-from miles.weights.manifest import ManifestError
-from miles.weights.transport import Endpoint, SendTimes, default_threads, match
+from miles.weights.base import Endpoint, SendTimes
+from miles.weights.bucketing import match_layout
+from miles.weights.manifest import ManifestError, checksum_threads
 from miles.weights.transports.collective.group import Timing
 from miles.weights.transports.collective.member import TensorReceiver, receive_from
 from miles.weights.transports.collective.source import WeightSource
@@ -36,7 +37,7 @@ class CollectiveTransport:
         self._timing = timing or Timing()
         self._source: WeightSource | None = None
         self._receiver: TensorReceiver | None = None
-        self._threads = concurrent.futures.ThreadPoolExecutor(default_threads(), thread_name_prefix="weight-checksum")
+        self._threads = concurrent.futures.ThreadPoolExecutor(checksum_threads(), thread_name_prefix="weight-checksum")
 
     @property
     def source(self) -> WeightSource:
@@ -57,7 +58,7 @@ class CollectiveTransport:
         flat = self.source.buffer(nbytes)
         flats.clear_gaps(flat, descriptors)
         on_gpu = self._endpoint.device.type == "cuda"
-        for descriptor, tensor in match(descriptors, tensors):
+        for descriptor, tensor in match_layout(descriptors, tensors):
             flats.view(flat, descriptor, base).copy_(tensor, non_blocking=on_gpu)
         if on_gpu:
             torch.cuda.current_stream(self._endpoint.device).synchronize()

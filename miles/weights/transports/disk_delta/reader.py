@@ -8,8 +8,8 @@ import pathlib
 
 from miles.rpc.gen import policy_pb2, weightsync_pb2
 from miles.weights import manifest as manifests
+from miles.weights.base import ReceivedWeights
 from miles.weights.manifest import DTYPE_BYTES, ChecksumMismatch, ManifestError
-from miles.weights.transport import ReceivedWeights
 from miles.weights.transports.disk_delta.codec import Bytes, Encoding, apply, pieces
 from miles.weights.transports.disk_delta.files import Index, Reader, Stored
 from miles.weights.transports.memory import Buffer, BufferedWeights

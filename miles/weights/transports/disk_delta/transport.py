@@ -19,9 +19,10 @@ import torch
 
 from miles.rpc.gen import policy_pb2, weightsync_pb2
 from miles.weights import manifest as manifests
+from miles.weights.base import ReceivedWeights, SendTimes
+from miles.weights.bucketing import match_layout
 from miles.weights.dtypes import TORCH_DTYPE
-from miles.weights.manifest import DTYPE_BYTES, ManifestError
-from miles.weights.transport import ReceivedWeights, SendTimes, default_threads, match
+from miles.weights.manifest import DTYPE_BYTES, ManifestError, checksum_threads
 from miles.weights.transports.disk_delta.codec import Bytes, Encoding, encode, pieces
 from miles.weights.transports.disk_delta.files import Base, Index, Reader, Stored, write_file
 from miles.weights.transports.disk_delta.reader import FolderReader
@@ -34,7 +35,7 @@ class DiskDeltaTransport:
     """Implements WeightTransport. The sender keeps the bytes it sent last, to tell what changed; so does a receiver."""
 
     def __init__(self) -> None:
-        self._threads = concurrent.futures.ThreadPoolExecutor(default_threads(), thread_name_prefix="weight-delta")
+        self._threads = concurrent.futures.ThreadPoolExecutor(checksum_threads(), thread_name_prefix="weight-delta")
         self._kept: dict[str, tuple[int, Bytes]] = {}
         """By tensor: the publication it was sent in last, and its bytes."""
         self._reader = FolderReader(self._threads)
@@ -49,7 +50,7 @@ class DiskDeltaTransport:
         began = time.monotonic()
         folder = pathlib.Path(handle.disk_delta.partial_path)
         folder.mkdir(parents=True, exist_ok=True)
-        coded = [self._code(handle, descriptor, tensor) for descriptor, tensor in match(descriptors, tensors)]
+        coded = [self._code(handle, descriptor, tensor) for descriptor, tensor in match_layout(descriptors, tensors)]
         stored = [_gather(*parts) for parts in coded]
         coding_s = time.monotonic() - began
         if not stored:

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 from miles.rpc.gen import policy_pb2, weightsync_pb2
 from miles.weights import manifest as manifests
+from miles.weights.base import ReceivedWeights
 from miles.weights.manifest import ChecksumMismatch, ManifestError
-from miles.weights.transport import ReceivedWeights
 from miles.weights.transports.grpc_chunks import chunks as chunking
 from miles.weights.transports.memory import Buffer, BufferedWeights
 

@@ -20,9 +20,10 @@ import torch
 from miles.rpc import connect_blocking
 from miles.rpc.gen import policy_pb2, weightsync_pb2, weightsync_pb2_grpc
 from miles.weights import manifest as manifests
+from miles.weights.base import ReceivedWeights, SendTimes
+from miles.weights.bucketing import match_layout
 from miles.weights.dtypes import TORCH_DTYPE
-from miles.weights.manifest import ManifestError
-from miles.weights.transport import ReceivedWeights, SendTimes, default_threads, match
+from miles.weights.manifest import ManifestError, checksum_threads
 from miles.weights.transports.grpc_chunks.chunks import cut
 from miles.weights.transports.grpc_chunks.receiver import ChunkReceiver
 
@@ -46,10 +47,12 @@ class GrpcChunksTransport:
 
     def __init__(self, address: str, silence_s: float = SILENCE_S) -> None:
         """`address`: host:port of the service. `silence_s`: after so long without progress, a transfer fails."""
+        if not address:
+            raise ValueError("grpc_chunks needs the address of the weightsync service; give it as Endpoint.address")
         self._address = address
         self._silence_s = silence_s
         self._channels: dict[str, grpc.Channel] = {}
-        self._threads = concurrent.futures.ThreadPoolExecutor(default_threads(), thread_name_prefix="weight-chunks")
+        self._threads = concurrent.futures.ThreadPoolExecutor(checksum_threads(), thread_name_prefix="weight-chunks")
         self._receiver = ChunkReceiver(self._threads)
 
     def send(
@@ -64,7 +67,7 @@ class GrpcChunksTransport:
         began = time.monotonic()
         begin, last = descriptors[0].offset, descriptors[-1]
         flat = torch.zeros(max(1, last.offset + last.nbytes - begin), dtype=torch.uint8)
-        for descriptor, tensor in match(descriptors, tensors):
+        for descriptor, tensor in match_layout(descriptors, tensors):
             if descriptor.nbytes:
                 part = flat[descriptor.offset - begin : descriptor.offset - begin + descriptor.nbytes]
                 part.view(TORCH_DTYPE[descriptor.dtype]).view(tuple(descriptor.shape)).copy_(tensor)

@@ -32,13 +32,13 @@ from miles.services.rollout.engines.sglang.server.replica import Replica
 from miles.services.rollout.engines.sglang.speculative.draft import DraftModel
 from miles.services.rollout.engines.sglang.weights.remote import RemoteTransport
 from miles.services.rollout.engines.sglang.weights.update import WeightLoader
-from miles.weights.transport import create_transport
+from miles.weights.registry import create_transport
 
 if TYPE_CHECKING:
     import torch
 
     from miles.rpc.gen.weightsync_pb2 import TransportKind
-    from miles.weights.transport import Endpoint, WeightReceiver
+    from miles.weights.base import Endpoint, WeightReceiver
 
 log = logging.getLogger(__name__)
 

@@ -26,13 +26,13 @@ from miles.services.rollout.engines.torch.model.experts import EXPERTS_NAME
 from miles.services.rollout.engines.torch.model.fp8 import as_received, quantised_part
 from miles.services.rollout.engines.torch.worker import EngineFailed, Worker
 from miles.weights.fp8 import whole_weights
-from miles.weights.transport import create_transport
+from miles.weights.registry import create_transport
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from miles.rpc.gen.weightsync_pb2 import TransportKind
-    from miles.weights.transport import Endpoint, WeightReceiver
+    from miles.weights.base import Endpoint, WeightReceiver
 
 __all__ = ["EngineFailed", "TorchEngine"]
 

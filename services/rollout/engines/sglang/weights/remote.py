@@ -13,9 +13,9 @@ from miles.rpc.gen import policy_pb2, weightsync_pb2
 from miles.services.rollout.engines.sglang.weights.names import checkpoint_names
 from miles.weights import flat as flats
 from miles.weights import manifest as manifests
+from miles.weights.base import Endpoint
 from miles.weights.dtypes import TORCH_DTYPE
 from miles.weights.manifest import ManifestError
-from miles.weights.transport import Endpoint
 from miles.weights.transports.collective.transport import CollectiveTransport, check_backend
 
 CONNECT_S = 5.0

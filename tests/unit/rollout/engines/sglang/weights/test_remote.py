@@ -10,8 +10,8 @@ from miles.rpc.gen import weightsync_pb2
 from miles.services.rollout.engines.sglang.weights.names import checkpoint_names
 from miles.services.rollout.engines.sglang.weights.remote import RemoteTransport, contents
 from miles.weights import flat as flats
+from miles.weights.base import Endpoint
 from miles.weights.manifest import ManifestError
-from miles.weights.transport import Endpoint
 from miles.weights.transports.collective.transport import CollectiveTransport
 
 EXPERTS = "model.layers.0.mlp.experts"
