@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import torch
 
     from miles.services.trainer.backends.base import TrainerBackend
-    from miles.weights.publisher import Draft, Layout, WeightSender
+    from miles.weights.publisher import Layout, PendingVersion, WeightSender
 
 EXPORT = "export"
 
@@ -28,7 +28,7 @@ _KEPT_BY_RANKS = (weightsync_pb2.TRANSPORT_KIND_COLLECTIVE, weightsync_pb2.TRANS
 """Transports whose bytes stay with the trainer: each rank keeps its share. By the others rank 0 sends every bucket."""
 
 
-def export_command(draft: Draft, address: str, bucket_bytes: int) -> Command:
+def export_command(draft: PendingVersion, address: str, bucket_bytes: int) -> Command:
     """What every rank has to know to send its share of a version; `address` is the weightsync service's."""
     arguments = {"address": address, "bucket_bytes": bucket_bytes, "live": draft.live}
     return Command(EXPORT, arguments, tuple(handle.SerializeToString() for handle in draft.handles))
@@ -60,7 +60,7 @@ def send_share(
             pass
 
 
-def merge(draft: Draft, reports: Sequence[bytes]) -> SendTimes:
+def merge(draft: PendingVersion, reports: Sequence[bytes]) -> SendTimes:
     """Put every rank's checksums and handles into the draft; raises ManifestError when a tensor was not sent."""
     by_name = {descriptor.name: descriptor for descriptor in draft.descriptors}
     copy_s = checksum_s = 0.0

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from miles.rpc.gen.weightsync_pb2 import TransportKind
     from miles.weights.base import Endpoint, WeightReceiver
-    from miles.weights.subscriber import WeightTarget
+    from miles.weights.engine_weights import WeightTarget
 
 
 class FinishReason(enum.Enum):
