@@ -24,7 +24,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     """The command line; `--help` lists it."""
     parser = argparse.ArgumentParser(
         prog="python -m miles.services.weightsync",
-        description="Keeps the versions of the weights and brings every engine to the one that is active.",
+        description="Keeps the versions of the weights and brings every engine to the active one.",
     )
     parser.add_argument(
         "--listen", default="127.0.0.1:0", metavar="HOST:PORT", help="where to serve; port 0 picks a free one"

@@ -1,4 +1,4 @@
-"""One stream of weights at run time: feeds the publication state machine events and carries out its actions."""
+"""One stream of weights at run time: feeds events to the publication state machine and carries out its actions."""
 
 from __future__ import annotations
 
@@ -166,7 +166,7 @@ class StreamRuntime:
             raise Refused("a version is being activated; ask again when it is")
         active = None if self.machine.active is None else self.machine.versions[self.machine.active]
         if active is None or self.machine.find(active.number) is not active:
-            raise Refused("no version is active, or its number has been published anew")
+            raise Refused("no version is active, or its number has been published again")
         return active.number, self.activate(active.number, f"check-{uuid.uuid4().hex}", deadline_s, 0, True)
 
     def unwatch(self, events: asyncio.Queue[Event]) -> None:

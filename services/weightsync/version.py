@@ -67,7 +67,7 @@ def identify(versions: Mapping[int, Version], number: int | None, checksum: byte
 
 
 def fail_unprepared(versions: Mapping[int, Version]) -> None:
-    """Fail what the trainer allocated and never prepared: it allocates anew instead."""
+    """Fail what the trainer allocated and never prepared."""
     for version in versions.values():
         if version.state is VersionState.ALLOCATED:
             version.state, version.reusable = VersionState.FAILED, False

@@ -47,7 +47,7 @@ class CudaIpcTransport:
         descriptors: Sequence[policy_pb2.TensorDescriptor],
         tensors: Iterable[tuple[str, torch.Tensor]],
     ) -> SendTimes:
-        """Copy a bucket into device memory of its own and add its handle."""
+        """Copy a bucket into device memory kept for it and add its handle."""
         began = time.monotonic()
         base, nbytes = flats.extent(descriptors)
         if nbytes == 0:
@@ -81,16 +81,16 @@ class CudaIpcTransport:
         flats.check_covered(manifest, ((bucket.offset, bucket.nbytes) for bucket in handle.cuda_ipc.buckets))
         if handle.cuda_ipc.boot_id != boot_id():
             raise ManifestError("the weights are in GPU memory of another machine; use a transport between machines")
-        whole = torch.empty(manifest.total_bytes, dtype=torch.uint8, device=self._device)
+        flat = torch.empty(manifest.total_bytes, dtype=torch.uint8, device=self._device)
         for bucket in handle.cuda_ipc.buckets:
             theirs = open_shared(decode_bucket(bucket, device_index(bucket.device_uuid)))
-            whole[bucket.offset : bucket.offset + bucket.nbytes].copy_(theirs[: bucket.nbytes])
+            flat[bucket.offset : bucket.offset + bucket.nbytes].copy_(theirs[: bucket.nbytes])
             torch.cuda.synchronize(theirs.device)
-        flats.verify({0: whole}, manifest, "GPU memory of the trainer", self._threads)
-        return flats.FlatWeights({0: whole}, manifest.tensors)
+        flats.verify({0: flat}, manifest, "GPU memory of the trainer", self._threads)
+        return flats.FlatWeights({0: flat}, manifest.tensors)
 
     def trim(self, live: Collection[int] | None = None) -> None:
-        """Use the memory of versions that are not live for the next one, or free it."""
+        """Keep the memory of versions that are not live for the next version, and free what it did not need."""
         if live is None:
             return
         self._free_spare()

@@ -7,6 +7,7 @@ write), so an engine that writes into a tensor harms nobody else.
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import mmap
 import time
 from collections.abc import Collection, Iterable, Sequence
@@ -54,7 +55,8 @@ class SharedMemoryTransport:
         working: list[concurrent.futures.Future[None]] = []
         batch: list[_Member] = []
         batch_bytes = 0
-        try:
+        with contextlib.ExitStack() as at_end:
+            at_end.callback(concurrent.futures.wait, working)  # when an export fails, the file may soon be reused
             for descriptor, tensor in match_layout(descriptors, tensors):
                 source = _host_bytes(tensor, TORCH_DTYPE[descriptor.dtype])
                 if source is None:
@@ -65,8 +67,6 @@ class SharedMemoryTransport:
                     working.append(self._threads.submit(_fill, mapping.memory, batch))
                     batch, batch_bytes = [], 0
             working.append(self._threads.submit(_fill, mapping.memory, batch))
-        finally:
-            concurrent.futures.wait(working)  # when an export fails, the file may soon be reused
         for future in working:
             future.result()
         written = sum(descriptor.nbytes for descriptor in descriptors)

@@ -25,7 +25,7 @@ from miles.services.rollout.engines.torch.model import build as models
 from miles.services.rollout.engines.torch.model.experts import EXPERTS_NAME
 from miles.services.rollout.engines.torch.model.fp8 import as_received, quantised_part
 from miles.services.rollout.engines.torch.worker import EngineFailed, Worker
-from miles.weights.fp8 import whole_weights
+from miles.weights.fp8 import dequantise_weights
 from miles.weights.registry import create_transport
 
 if TYPE_CHECKING:
@@ -212,7 +212,7 @@ class TorchEngine:
         generator = self._started().generator
         quantised = await asyncio.to_thread(quantised_part, tensors, self._device)
         if quantised:
-            tensors = await asyncio.to_thread(whole_weights, {**tensors, **quantised}, self._dtype)
+            tensors = await asyncio.to_thread(dequantise_weights, {**tensors, **quantised}, self._dtype)
         checked = generator.parameters.check(tensors)
         stood_s = await self._call(lambda: generator.load(version, checked), f"loading version {version}")
         self._quantised = quantised

@@ -111,7 +111,7 @@ def contents(
     buckets = handle.collective.buckets
     flats.check_covered(manifest, ((bucket.offset, bucket.nbytes) for bucket in buckets))
     source_at = {bucket.offset: bucket.source for bucket in buckets}
-    held = dict(flats.by_stretch(source_at, manifest.tensors))
+    held = dict(flats.by_range(source_at, manifest.tensors))
     by_source: dict[str, list[BucketContents]] = {}
     for bucket in buckets:
         by_source.setdefault(bucket.source, []).append(_bucket_contents(held[bucket.offset]))

@@ -47,7 +47,7 @@ def test_what_is_announced_is_what_the_sources_send(ranks: list[CollectiveTransp
     by_name = dict(checkpoint_names(sent.items()))
     found = set()
     for rank in ranks:
-        staged = rank.source._staged[1]
+        staged = rank.source.staged.of(1)
         assert len(staged) == len(announced[rank.source.address])
         for bucket, promised in zip(staged, announced[rank.source.address], strict=True):
             data, start = flats.packed(bucket.flat, bucket.descriptors), 0
