@@ -8,7 +8,7 @@ import queue
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import grpc
@@ -165,11 +165,11 @@ class TensorReceiver:
         self._device = device
         self._patience_s = patience_s
         self._groups: dict[str, Group] = {}
-        self._wanted: Mapping[str, Sequence[torch.Tensor]] = {}
+        self._targets: Mapping[str, Sequence[torch.Tensor]] = {}
 
-    def want(self, tensors: Mapping[str, Sequence[torch.Tensor]]) -> None:
+    def set_targets(self, tensors: Mapping[str, Sequence[torch.Tensor]]) -> None:
         """Set the tensors for the buckets of each source, uint8 (n,) each, in the source's order."""
-        self._wanted = tensors
+        self._targets = tensors
 
     def join(self, source: str, ticket: weightsource_pb2.GroupTicket, watch: Watch) -> None:
         """See Receiver."""
@@ -182,7 +182,7 @@ class TensorReceiver:
         """See Receiver."""
         group = self._groups[source]
         works = []
-        for flat in self._wanted[source]:
+        for flat in self._targets[source]:
             work = group.broadcast(flat, watch)
             if self._device.type == "cpu":
                 group.wait(work, watch, f"a bucket of {flat.numel()} bytes from {source}")
@@ -197,7 +197,7 @@ class TensorReceiver:
         if group is not None:
             group.close()
 
-    def only(self, sources: Callable[[str], bool]) -> None:
+    def leave_all_but(self, sources: Collection[str]) -> None:
         """Leave the groups of sources that are no longer used."""
-        for source in [source for source in self._groups if not sources(source)]:
+        for source in set(self._groups) - set(sources):
             self.leave(source)

@@ -99,12 +99,12 @@ class CollectiveTransport:
         if self._receiver is None:
             self._receiver = TensorReceiver(self._endpoint.device, timing.patience_s)
         receiver = self._receiver
-        receiver.only(lambda source: source in wanted)
-        receiver.want(wanted)
+        receiver.leave_all_but(wanted)
+        receiver.set_targets(wanted)
         deadline_s = time.monotonic() + timing.deadline_s
         companions: list[str] = []
         with contextlib.ExitStack() as at_end:
-            at_end.callback(receiver.want, {})
+            at_end.callback(receiver.set_targets, {})
             for source in wanted:
                 hello = weightsource_pb2.JoinHello(
                     publication_id=publication_id, member=receiver.member, ranks=1, companions=companions
@@ -121,7 +121,7 @@ class CollectiveTransport:
         if self._source is not None:
             self._source.close()
         if self._receiver is not None:
-            self._receiver.only(lambda source: False)
+            self._receiver.leave_all_but(())
         self._threads.shutdown()
 
 
