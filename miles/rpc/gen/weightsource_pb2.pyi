@@ -177,7 +177,7 @@ class JoinRequest(_message.Message):
 
     @_builtins.property
     def ready(self) -> Global___JoinReady:
-        """The engine has made the process group of the ticket."""
+        """The engine has joined the process group of the ticket."""
 
     @_builtins.property
     def received(self) -> Global___JoinReceived:

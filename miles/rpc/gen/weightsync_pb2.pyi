@@ -845,8 +845,8 @@ class ActivateRequest(_message.Message):
 
     @_builtins.property
     def wait_for(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Engines to wait for: those that the caller knows to be alive. The others load the version when they can. Empty means
-        all that are attached. A later operation that joins an activation can only remove engines.
+        """Engines to wait for: those that the caller knows to be alive. The others load the version when they can. Empty
+        means all that are attached. A later operation that joins an activation can only remove engines.
         """
 
     def __init__(
