@@ -32,7 +32,7 @@ from rich.table import Table
 from miles.rpc import connect_blocking
 from miles.rpc.gen import policy_pb2, weightsync_pb2, weightsync_pb2_grpc
 from miles.weights import WeightPublisher, WeightSubscriber
-from miles.weights.transport import Endpoint
+from miles.weights.base import Endpoint
 
 GB = 1e9
 JOB = "benchmark"

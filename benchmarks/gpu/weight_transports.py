@@ -27,7 +27,7 @@ import torch
 from miles.rpc import connect, connect_blocking
 from miles.rpc.gen import policy_pb2, weightsync_pb2, weightsync_pb2_grpc
 from miles.weights import WeightPublisher, WeightSubscriber
-from miles.weights.transport import Endpoint
+from miles.weights.base import Endpoint
 from miles.weights.transports.names import TRANSPORT_OF_MODE
 
 JOB = "benchmark"

@@ -181,7 +181,12 @@ def _engine_addresses(config: JobConfig, index: int) -> list[str]:
 
 
 def _weightsync_flags(config: JobConfig) -> list[str]:
-    flags = ["--state-dir", f"{config.services.run_dir}/weightsync", "--lease-s", f"{config.weights.weight_lease_s:g}"]
+    flags = [
+        "--state-dir",
+        f"{config.services.run_dir}/weightsync",
+        "--serving-lease-s",
+        f"{config.weights.weight_lease_s:g}",
+    ]
     if config.weights.update_weight_disk_dir is not None:
         flags += ["--disk-dir", config.weights.update_weight_disk_dir]
     return flags

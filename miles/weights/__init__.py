@@ -1,4 +1,7 @@
-"""Weights on their way from the trainer to the engines: manifests, transports, publisher and subscriber.
+"""Weight updates from the trainer to the engines: manifests, transports, publisher and subscriber.
+
+It never decides which version is active; that is the weightsync service's job. Start at `base` (the contract of
+transports), then `publisher` (the trainer's side) and `subscriber` (the engine's side).
 
 `miles.weights.manifest` needs no torch, so that the weightsync service runs without it; the names below are imported
 when they are first used.

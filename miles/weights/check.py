@@ -1,4 +1,4 @@
-"""`check_weight_update_equal`: does an engine hold, bit for bit, what the trainer sent?"""
+"""`check_weight_update_equal`: does an engine serve, bit for bit, what the trainer sent?"""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from miles.weights.manifest import ChecksumMismatch
 
 
 def check_weight_update_equal(manifest: policy_pb2.Manifest, served: Mapping[str, torch.Tensor]) -> None:
-    """Raise ChecksumMismatch unless `served`, by HF name, holds exactly the manifest's tensors.
+    """Raise ChecksumMismatch unless `served`, by HF name, contains exactly the manifest's tensors.
 
-    A served name that the manifest lacks is fine when it shares its memory with one that the manifest has (tied
-    weights); otherwise it is a parameter that no update reaches.
+    A served name that the manifest lacks must share its memory with one that the manifest has (tied weights);
+    otherwise it is a parameter that no update reaches.
     """
     faults: list[str] = []
     covered: set[int] = set()
@@ -43,7 +43,7 @@ def check_weight_update_equal(manifest: policy_pb2.Manifest, served: Mapping[str
 
 
 def _difference(descriptor: policy_pb2.TensorDescriptor, tensor: torch.Tensor) -> str:
-    """What distinguishes a served tensor from its descriptor; empty when nothing does."""
+    """How a served tensor differs from its descriptor; empty when it does not."""
     expected = TORCH_DTYPE[descriptor.dtype]
     if tensor.dtype != expected or tuple(tensor.shape) != tuple(descriptor.shape):
         return f"is {tensor.dtype} {tuple(tensor.shape)} instead of {expected} {tuple(descriptor.shape)}"

@@ -1,7 +1,7 @@
-"""What becomes of the trainer's tensors on their way to the engines: nothing, or a form that the engines serve.
+"""Formats in which the trainer's tensors are exported to the engines: unchanged, or quantised.
 
-A quantised form makes several tensors of one, say the values and their scales. The names and bytes that come out are
-what manifests, transports and `check_weight_update_equal` see, so an engine must serve tensors of those names.
+A quantised format makes several tensors of one, such as values and scales. Manifests, transports and
+`check_weight_update_equal` see only the exported names and bytes, so an engine must serve tensors of those names.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ Entry = tuple[str, "torch.dtype", tuple[int, ...]]
 
 
 class ExportFormat(Protocol):
-    """Turns one tensor into those that engines get; the same every time, on every rank."""
+    """Converts one tensor into those that engines get. Deterministic, and the same on every rank."""
 
     def layout(self, name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Sequence[Entry]:
-        """What `convert` makes of a tensor like this, without the tensor; at least one entry."""
+        """The layout of what `convert` returns for a tensor of this dtype and shape; at least one entry."""
 
     def convert(self, name: str, tensor: torch.Tensor) -> Iterable[tuple[str, torch.Tensor]]:
-        """The tensors that `layout` announced, in its order, on the device that the tensor is on."""
+        """The exported tensors, in the order of `layout`, on the device of `tensor`."""
 
 
 class AsTrained:
-    """The tensors as they are."""
+    """Tensors exported unchanged."""
 
     def layout(self, name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Sequence[Entry]:
         """One tensor, the same."""
@@ -42,13 +42,13 @@ AS_TRAINED: ExportFormat = AsTrained()
 
 
 def formatted_layout(export_format: ExportFormat, layout: Iterable[Entry]) -> list[Entry]:
-    """The layout of what leaves the trainer."""
+    """The layout of the exported tensors."""
     return [entry for name, dtype, shape in layout for entry in export_format.layout(name, dtype, shape)]
 
 
 def formatted(
     export_format: ExportFormat, tensors: Iterable[tuple[str, torch.Tensor]]
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """What leaves the trainer, one tensor after the other as they come."""
+    """The exported tensors, one after the other, converted as they are read."""
     for name, tensor in tensors:
         yield from export_format.convert(name, tensor)

@@ -1,4 +1,4 @@
-"""Versions, or stretches of them, as flat bytes in a tensor: views by descriptor, checksums, and when they are free."""
+"""Versions, or ranges of them, as flat bytes in a tensor: views by descriptor, checksums, and when they are free."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from miles.rpc.gen import policy_pb2
 from miles.weights import manifest as manifests
+from miles.weights.bucketing import buckets
 from miles.weights.dtypes import TORCH_DTYPE
 from miles.weights.manifest import ChecksumMismatch, ManifestError
-from miles.weights.transport import buckets
 
 _STAGING_BYTES = 64 << 20
-"""Tensors are hashed in batches of about this size; those in device memory come to the host batch by batch."""
+"""Tensors are hashed in batches of about this size; those in device memory are copied to the host batch by batch."""
 
 Descriptors = Sequence[policy_pb2.TensorDescriptor]
 
 
 def extent(descriptors: Descriptors) -> tuple[int, int]:
-    """Offset and length, in bytes, of the stretch of the buffer that consecutive tensors lie in."""
+    """Offset and length, in bytes, of the range of the buffer that consecutive tensors occupy."""
     begin = descriptors[0].offset
     return begin, descriptors[-1].offset + descriptors[-1].nbytes - begin
 
@@ -36,7 +36,7 @@ def view(flat: torch.Tensor, descriptor: policy_pb2.TensorDescriptor, base: int 
 
 
 def clear_gaps(flat: torch.Tensor, descriptors: Descriptors) -> None:
-    """Zero what aligns tensors, so that no foreign memory is sent along."""
+    """Zero the gaps that align tensors, so that no stale memory is sent."""
     base, end = descriptors[0].offset, descriptors[0].offset
     for descriptor in descriptors:
         flat[end - base : descriptor.offset - base].zero_()
@@ -53,7 +53,7 @@ def packed(flat: torch.Tensor, descriptors: Descriptors) -> torch.Tensor:
 def set_checksums(
     flat: torch.Tensor, descriptors: Descriptors, base: int, threads: concurrent.futures.Executor
 ) -> None:
-    """Give each descriptor that has none its checksum."""
+    """Set the checksum of each descriptor that has none."""
     for descriptor, value in _checksums(flat, descriptors, base, threads):
         if not descriptor.checksum:
             descriptor.checksum = value
@@ -65,10 +65,10 @@ def verify(
     source: str,
     threads: concurrent.futures.Executor,
 ) -> None:
-    """Raise ChecksumMismatch unless the stretches, by offset, hold the version's bytes; `source` says which."""
+    """Raise ChecksumMismatch unless the ranges, by offset, hold the version's bytes; `source` is for the message."""
     differing = [
         descriptor.name
-        for base, descriptors in by_stretch(flats, manifest.tensors)
+        for base, descriptors in by_range(flats, manifest.tensors)
         for descriptor, value in _checksums(flats[base], descriptors, base, threads)
         if value != descriptor.checksum
     ]
@@ -79,9 +79,9 @@ def verify(
         )
 
 
-def check_covered(manifest: policy_pb2.Manifest, stretches: Iterable[tuple[int, int]]) -> None:
-    """Raise ManifestError unless stretches (offset, length) lie in the buffer and hold every tensor exactly once."""
-    covered: list[tuple[int, int]] = sorted(stretches)
+def check_covered(manifest: policy_pb2.Manifest, ranges: Iterable[tuple[int, int]]) -> None:
+    """Raise ManifestError unless ranges (offset, length) lie in the buffer and hold every tensor exactly once."""
+    covered: list[tuple[int, int]] = sorted(ranges)
     if not covered:
         raise ManifestError(f"the handle of {manifests.describe(manifest.version)} names no buckets")
     position = 0
@@ -90,21 +90,21 @@ def check_covered(manifest: policy_pb2.Manifest, stretches: Iterable[tuple[int, 
             raise ManifestError(f"a bucket at byte {begin} of {length} bytes overlaps another or leaves the buffer")
         position = begin + length
     lengths = dict(covered)
-    for base, tensors in by_stretch(lengths, manifest.tensors):
+    for base, tensors in by_range(lengths, manifest.tensors):
         for tensor in tensors:
             if tensor.nbytes and not base <= tensor.offset <= tensor.offset + tensor.nbytes <= base + lengths[base]:
-                raise ManifestError(f"no bucket holds the whole of tensor {tensor.name!r}")
+                raise ManifestError(f"no bucket holds all of tensor {tensor.name!r}")
 
 
 class FlatWeights:
     """A version's tensors as views of one flat tensor; implements ReceivedWeights."""
 
     def __init__(self, flats: Mapping[int, torch.Tensor], descriptors: Descriptors) -> None:
-        """`flats` are uint8 (n,) by the offset of their first byte, ascending; each holds whole tensors."""
+        """`flats` are uint8 (n,) by the offset of their first byte, ascending; each holds complete tensors."""
         self._storages = [_storage_ref(flat) for flat in flats.values()]
         self._tensors = {
             descriptor.name: view(flats[base], descriptor, base)
-            for base, members in by_stretch(flats, descriptors)
+            for base, members in by_range(flats, descriptors)
             for descriptor in members
         }
 
@@ -114,7 +114,7 @@ class FlatWeights:
         return self._tensors
 
     def release(self) -> bool:
-        """Forget the tensors; the memory goes with the last of them. False while someone else holds one."""
+        """Forget the tensors; the memory is freed with the last of them. False while someone else holds one."""
         self._tensors = {}
         return all(bool(storage.expired()) for storage in self._storages)
 
@@ -131,14 +131,14 @@ def _checksums(
 
 
 def _on_host(flat: torch.Tensor) -> memoryview:
-    """The bytes where they can be hashed; device memory goes through pinned memory, which is several times as fast."""
+    """The bytes in host memory; device memory is copied through pinned memory, which is several times as fast."""
     if flat.device.type == "cpu":
         return flat.numpy().data
     return torch.empty(flat.shape, dtype=flat.dtype, pin_memory=True).copy_(flat).numpy().data
 
 
-def by_stretch(starts: Mapping[int, object], descriptors: Descriptors) -> Iterator[tuple[int, Descriptors]]:
-    """The descriptors, whose offsets ascend, that begin in each stretch, by the stretch's start."""
+def by_range(starts: Mapping[int, object], descriptors: Descriptors) -> Iterator[tuple[int, Descriptors]]:
+    """The descriptors, whose offsets ascend, that begin in each range, by the range's start."""
     offsets = [descriptor.offset for descriptor in descriptors]
     ordered = sorted(starts)
     cuts = [0, *(bisect.bisect_left(offsets, start) for start in ordered[1:]), len(descriptors)]
@@ -147,5 +147,5 @@ def by_stretch(starts: Mapping[int, object], descriptors: Descriptors) -> Iterat
 
 
 def _storage_ref(flat: torch.Tensor) -> Any:
-    """Tells whether the memory is gone, which a reference to one of its tensors does not."""
+    """A reference that shows whether the memory has been freed, which one to a tensor would not."""
     return StorageWeakRef(flat.untyped_storage())  # type: ignore[no-untyped-call]

@@ -19,28 +19,28 @@ LARGEST = 448.0
 SCALE_SUFFIX = "_scale_inv"
 
 HIGH_PRECISION_MODULES = ("embed_tokens", "wte", "wpe", "lm_head", "gate", "router", "shared_expert_gate")
-"""Last parts of the names of modules whose weights stay as they are: embeddings, head and routers. So do norms and
-biases, which have one dimension."""
+"""Last parts of the names of modules that are not quantised: embeddings, head and routers. Norms and biases, which have
+one dimension, are not either."""
 
 
 class Fp8Blocks:
-    """Every matrix but those of high precision as FP8 values and scales; implements ExportFormat."""
+    """Exports every matrix as FP8 values and scales, except those kept in high precision; implements ExportFormat."""
 
     def __init__(self, high_precision: Sequence[str] = ()) -> None:
-        """`high_precision`: parts of names of further weights that stay as they are."""
+        """`high_precision`: parts of names of further weights that are not quantised."""
         self._high_precision = tuple(high_precision)
 
     def layout(self, name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Sequence[Entry]:
-        """Values and scales, or the tensor as it is."""
+        """Values and scales, or the tensor unchanged."""
         if not self._converts(name, dtype, len(shape)):
             return ((name, dtype, shape),)
         return ((name, VALUES, shape), (name + SCALE_SUFFIX, torch.float32, scale_shape(shape)))
 
     def convert(self, name: str, tensor: torch.Tensor) -> Iterable[tuple[str, torch.Tensor]]:
-        """The same, as tensors."""
+        """The tensors of `layout`."""
         if not self._converts(name, tensor.dtype, tensor.dim()):
             return ((name, tensor),)
-        values, scales = quantised(tensor)
+        values, scales = quantise(tensor)
         return ((name, values), (name + SCALE_SUFFIX, scales))
 
     def _converts(self, name: str, dtype: torch.dtype, dimensions: int) -> bool:
@@ -54,8 +54,8 @@ def scale_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
     return (*shape[:-2], *(-(-size // BLOCK) for size in shape[-2:]))
 
 
-def quantised(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Values (..., O, I) in e4m3 and scales (..., P, Q) in float32 of a weight.
+def quantise(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Quantise a weight: values (..., O, I) in e4m3 and scales (..., P, Q) in float32.
 
     A block's largest magnitude becomes 448; values are rounded to the nearest, ties to even. Zeros have scale 1.
     """
@@ -65,33 +65,33 @@ def quantised(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return values, scales
 
 
-def dequantised(values: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The weight (..., O, I) that values and scales stand for, computed in float32 and rounded once to `dtype`."""
+def dequantise(values: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Dequantise a weight (..., O, I): computed in float32 and rounded once to `dtype`."""
     return (values.float() * _spread(scales, values.shape)).to(dtype)
 
 
-def whole_weights(tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """Tensors by name with every pair of values and scales made one weight in `dtype`; others are the same objects.
+def dequantise_weights(tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Dequantise every pair of values and scales by name to one weight in `dtype`; return other tensors unchanged.
 
     Raises ValueError naming scales without values, values without scales, and scales of another shape.
     """
     scales = {name.removesuffix(SCALE_SUFFIX): t for name, t in tensors.items() if name.endswith(SCALE_SUFFIX)}
     faults = [f"{name}{SCALE_SUFFIX} has no values {name}" for name in scales if name not in tensors]
-    whole = {}
+    weights = {}
     for name, tensor in tensors.items():
         if name.endswith(SCALE_SUFFIX):
             continue
         if (tensor.dtype == VALUES) != (name in scales):
             faults.append(f"{name} is {tensor.dtype}, {'with' if name in scales else 'without'} scales")
         elif name not in scales:
-            whole[name] = tensor
+            weights[name] = tensor
         elif scales[name].shape != scale_shape(tuple(tensor.shape)):
             faults.append(f"{name}{SCALE_SUFFIX} has shape {tuple(scales[name].shape)} for {tuple(tensor.shape)}")
         else:
-            whole[name] = dequantised(tensor, scales[name], dtype)
+            weights[name] = dequantise(tensor, scales[name], dtype)
     if faults:
         raise ValueError(f"FP8 weights do not pair up: {'; '.join(faults)}")
-    return whole
+    return weights
 
 
 def _block_maxima(weight: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,6 @@
-"""What a version of the weights consists of: layout, checksums, and the checks a receiver makes before it trusts them.
+"""Manifests: the layout and checksums of a version of the weights, and the checks that a receiver makes.
 
-Buffers are seen as flat little-endian bytes; nothing here needs torch.
+Buffers are treated as flat little-endian bytes; nothing here needs torch.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import xxhash
 
+from miles.cores import usable_cores
 from miles.rpc.gen import policy_pb2, sample_pb2
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ class ManifestError(ValueError):
 
 
 class ChecksumMismatch(ManifestError):
-    """Bytes are not the ones the manifest promises."""
+    """Bytes do not have the checksum of the manifest."""
 
 
 def checksum(data: Buffer) -> bytes:
@@ -55,13 +56,18 @@ def checksum(data: Buffer) -> bytes:
 
 
 Checksum = xxhash.xxh3_128
-"""The same of bytes that come in pieces: `update` with each, then `digest`."""
+"""The same for bytes that come in pieces: `update` with each, then `digest`."""
+
+
+def checksum_threads() -> int:
+    """How many threads hash and copy at once: one per usable core, at most 8."""
+    return min(8, usable_cores())
 
 
 def plan(layout: Iterable[tuple[str, DType.ValueType, Sequence[int]]]) -> tuple[list[policy_pb2.TensorDescriptor], int]:
-    """Place tensors one after the other at aligned offsets; return their descriptors (no checksums yet) and the size.
+    """Place tensors one after the other at aligned offsets; return their descriptors, without checksums, and the size.
 
-    The size, in bytes, is at least 1, so that a version always has a buffer. Raises ManifestError for a repeated name.
+    The size, in bytes, is at least 1, so that every version has a buffer. Raises ManifestError for a repeated name.
     """
     descriptors: list[policy_pb2.TensorDescriptor] = []
     names: set[str] = set()
@@ -86,7 +92,7 @@ def build(
     train_step: int,
     lora: policy_pb2.LoraAdapter | None = None,
 ) -> policy_pb2.Manifest:
-    """Complete a manifest whose descriptors carry their checksums; `lora`: they are an adapter's tensors."""
+    """Build a manifest of descriptors that have their checksums; `lora` is set when they are an adapter's tensors."""
     manifest = policy_pb2.Manifest(
         version=version, total_bytes=total_bytes, train_step=train_step, created_unix_ns=time.time_ns(), lora=lora
     )
@@ -100,8 +106,8 @@ def manifest_checksum(manifest: policy_pb2.Manifest) -> bytes:
 
     u32 len(name), name in UTF-8, u32 dtype, u32 len(shape), u64 per dimension, u64 offset, the 16 checksum bytes.
 
-    An adapter's begins with u32 rank, f64 alpha, the base's 16 checksum bytes: the same tensors on another base are
-    other weights.
+    For an adapter, it begins with u32 rank, f64 alpha and the base's 16 checksum bytes, because the same tensors on
+    another base are different weights.
     """
     digest = Checksum()
     if manifest.HasField("lora"):
@@ -145,7 +151,7 @@ def describe(version: policy_pb2.WeightVersion) -> str:
 
 
 def stream_name(stream: policy_pb2.WeightStream.ValueType) -> str:
-    """`policy` or `draft`; any other number as it is."""
+    """`policy` or `draft`; for any other number, the number."""
     names = {policy_pb2.WEIGHT_STREAM_POLICY: "policy", policy_pb2.WEIGHT_STREAM_DRAFT: "draft"}
     return names.get(stream, f"stream {stream}")
 

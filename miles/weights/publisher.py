@@ -1,4 +1,4 @@
-"""The trainer's side: put a version where the engines can get it and declare it complete."""
+"""The trainer's side of weight updates: send a version to where the engines can get it and declare it complete."""
 
 from __future__ import annotations
 
@@ -13,20 +13,21 @@ import torch
 
 from miles.rpc.gen import policy_pb2, weightsync_pb2
 from miles.weights import manifest as manifests
+from miles.weights.base import Endpoint, SendTimes, WeightTransport
+from miles.weights.bucketing import buckets, check_exhausted
 from miles.weights.dtypes import wire_dtype
-from miles.weights.manifest import ManifestError
 from miles.weights.reach import usable_transports
-from miles.weights.transport import Endpoint, SendTimes, WeightTransport, buckets, create_transport
+from miles.weights.registry import create_transport
 
 if TYPE_CHECKING:
     from miles.rpc.gen.weightsync_pb2 import DeltaEncoding, TransportKind
     from miles.rpc.gen.weightsync_pb2_grpc import WeightSyncServiceStub
 
 Layout = Sequence[tuple[str, torch.dtype, tuple[int, ...]]]
-"""Name, dtype and shape of every tensor, in the order in which they will come."""
+"""Name, dtype and shape of every tensor, in the order in which they will be sent."""
 
 BUCKET_BYTES = 512 << 20
-"""Size of a bucket unless asked for otherwise."""
+"""Default size of a bucket, in bytes."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -58,12 +59,12 @@ class DeltaSettings:
 
     encoding: DeltaEncoding.ValueType = weightsync_pb2.DELTA_ENCODING_XOR
     full_every: int = 0
-    """Every so many versions one is written whole, a count; 0 leaves it to the service."""
+    """Write a full version every so many versions, a count; 0 lets the service choose."""
 
 
 @dataclasses.dataclass(slots=True)
-class Draft:
-    """A version under way: allocated, and being sent."""
+class PendingVersion:
+    """A version that is being published: allocated, and not complete yet."""
 
     name: policy_pb2.WeightVersion
     train_step: int
@@ -79,7 +80,7 @@ class Draft:
 
 
 class WeightSender:
-    """One rank's transports, made as handles ask for them. Every rank of a trainer has one."""
+    """The transports of one trainer rank, each created at first use."""
 
     def __init__(self, endpoint: Endpoint | None = None) -> None:
         self._endpoint = endpoint or Endpoint()
@@ -97,7 +98,7 @@ class WeightSender:
         bucket: Sequence[policy_pb2.TensorDescriptor],
         tensors: Iterable[tuple[str, torch.Tensor]],
     ) -> SendTimes:
-        """Send one bucket by every handle's transport; several transports need the bucket's tensors all at once."""
+        """Send one bucket by every handle's transport. With several, its tensors are first read into a list."""
         if len(handles) > 1:
             tensors = list(tensors)
         times = SendTimes()
@@ -107,24 +108,24 @@ class WeightSender:
         return times
 
     def trim(self, live: Sequence[int] | None) -> None:
-        """Let go of what is kept for publications that are not live."""
+        """Free what is kept for publications that are not live; None: for those that were visibly freed."""
         for transport in self._transports.values():
             transport.trim(live)
 
     def discard(self, handles: Iterable[weightsync_pb2.TransportHandle]) -> None:
-        """Undo the sends of a version that will not be complete."""
+        """Undo the sends of a version that will not be completed."""
         for handle in handles:
             self.transport(handle.kind).discard(handle)
 
     def close(self) -> None:
-        """Let go of everything."""
+        """Close the transports."""
         for transport in self._transports.values():
             transport.close()
         self._transports.clear()
 
 
 class WeightPublisher:
-    """Publishes one stream of one job. Blocking: call it from a worker thread, one publication at a time."""
+    """Publishes the versions of one stream of one job. It blocks; call it from a worker thread, one call at a time."""
 
     def __init__(
         self,
@@ -140,7 +141,7 @@ class WeightPublisher:
     ) -> None:
         """`stub` is a blocking one (over grpc.Channel); `deadline_s` bounds each call to the service, in seconds.
 
-        `transport` UNSPECIFIED leaves the choice to the service, which knows what each engine can use.
+        `transport` UNSPECIFIED lets the service choose, which knows what each engine can use.
         """
         self._delta = delta or DeltaSettings()
         self._stub = stub
@@ -159,26 +160,26 @@ class WeightPublisher:
         tensors: Iterable[tuple[str, torch.Tensor]],
         lora: policy_pb2.LoraAdapter | None = None,
     ) -> PublishResult:
-        """Allocate, send, prepare: after this the version can be activated.
+        """Allocate, send and prepare a version, so that it can be activated.
 
         `lora`: the tensors are an adapter's, by PEFT's names. `tensors` must follow `layout` in names, order and shapes
-        (else ManifestError); dtypes are converted to the layout's. Publishing a number again replaces what was not
-        activated and stands beside what was. grpc.RpcError when the service refuses or does not answer in time; OSError
-        when there is no room for the bytes.
+        (else ManifestError); dtypes are converted to the layout's. Publishing a number again replaces a version that
+        was not activated and leaves one that was. Raises grpc.RpcError when the service refuses or does not answer in
+        time, and OSError when there is no room for the bytes.
         """
-        draft = self.begin(version, train_step, layout, lora)
-        with self.giving_up(draft):
+        pending = self.begin(version, train_step, layout, lora)
+        with self.discarding_on_failure(pending):
             times = SendTimes()
             source = iter(tensors)
-            for bucket in buckets(draft.descriptors, self._bucket_bytes):
-                times += self.sender.send(draft.handles, bucket, itertools.islice(source, len(bucket)))
-            extra, _ = next(source, ("", None))
-            if extra:
-                raise ManifestError(f"the export yields {extra!r} after the last tensor of its layout")
-            return self.finish(draft, times)
+            for bucket in buckets(pending.descriptors, self._bucket_bytes):
+                times += self.sender.send(pending.handles, bucket, itertools.islice(source, len(bucket)))
+            check_exhausted(source)
+            return self.finish(pending, times)
 
-    def begin(self, version: int, train_step: int, layout: Layout, lora: policy_pb2.LoraAdapter | None = None) -> Draft:
-        """Plan the buffer and allocate it; lets go of what earlier publications left."""
+    def begin(
+        self, version: int, train_step: int, layout: Layout, lora: policy_pb2.LoraAdapter | None = None
+    ) -> PendingVersion:
+        """Plan the version's buffer and allocate it; free what is left of earlier publications."""
         began = time.monotonic()
         descriptors, total_bytes = manifests.plan((name, wire_dtype(dtype), shape) for name, dtype, shape in layout)
         name = policy_pb2.WeightVersion(job_id=self._job_id, stream=self._stream, version=version)
@@ -197,7 +198,7 @@ class WeightPublisher:
         )
         live = list(answer.live_publication_ids)
         self.sender.trim(live)
-        return Draft(
+        return PendingVersion(
             name=name,
             train_step=train_step,
             descriptors=descriptors,
@@ -209,17 +210,19 @@ class WeightPublisher:
             lora=lora,
         )
 
-    def finish(self, draft: Draft, times: SendTimes) -> PublishResult:
+    def finish(self, pending: PendingVersion, times: SendTimes) -> PublishResult:
         """Seal and prepare a version whose descriptors carry every rank's checksums and whose handles are merged."""
-        manifest = manifests.build(draft.name, draft.descriptors, draft.total_bytes, draft.train_step, draft.lora)
-        for handle in draft.handles:
+        manifest = manifests.build(
+            pending.name, pending.descriptors, pending.total_bytes, pending.train_step, pending.lora
+        )
+        for handle in pending.handles:
             self.sender.transport(handle.kind).seal(handle, manifest)
-        stages = {"allocate": draft.allocate_s, "copy": times.copy_s, "checksum": times.checksum_s}
+        stages = {"allocate": pending.allocate_s, "copy": times.copy_s, "checksum": times.checksum_s}
         self._stub.Prepare(
             weightsync_pb2.PrepareRequest(
                 manifest=manifest,
-                handle=draft.handles[0],
-                more=draft.handles[1:],
+                handle=pending.handles[0],
+                more=pending.handles[1:],
                 written_bytes=times.written_bytes,
                 stage_s=stages,
             ),
@@ -227,23 +230,22 @@ class WeightPublisher:
         )
         return PublishResult(
             manifest=manifest,
-            handles=tuple(draft.handles),
-            allocate_s=draft.allocate_s,
+            handles=tuple(pending.handles),
+            allocate_s=pending.allocate_s,
             copy_s=times.copy_s,
             checksum_s=times.checksum_s,
-            total_s=time.monotonic() - draft.began_s,
+            total_s=time.monotonic() - pending.began_s,
             written_bytes=times.written_bytes,
         )
 
     @contextlib.contextmanager
-    def giving_up(self, draft: Draft) -> Iterator[None]:
-        """Undo the sends of a draft when what is inside fails."""
-        try:
+    def discarding_on_failure(self, pending: PendingVersion) -> Iterator[None]:
+        """Undo the sends of a version if the body of the `with` fails."""
+        with contextlib.ExitStack() as on_failure:
+            on_failure.callback(self.sender.discard, pending.handles)
             yield
-        except BaseException:
-            self.sender.discard(draft.handles)
-            raise
+            on_failure.pop_all()
 
     def close(self) -> None:
-        """Let go of what the transports keep."""
+        """Close the transports."""
         self.sender.close()

@@ -1,4 +1,4 @@
-"""Which transports a process can use: found out, not configured. Needs no torch."""
+"""Finds out which transports a process can use. Needs no torch."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ if TYPE_CHECKING:
 
 
 def usable_transports(described: weightsync_pb2.DescribeTransportsResponse) -> list[TransportKind.ValueType]:
-    """The transports whose files this process sees as the service does, and those that need no files.
+    """The transports whose files this process shares with the service, and those that need no files.
 
-    A path alone says nothing: containers of one host may have folders of the same name that are not the same.
+    A path alone proves nothing: containers on one host may have different folders of the same name.
     """
     found = [probe.kind for probe in described.probes if _sees(probe)]
     return [*found, weightsync_pb2.TRANSPORT_KIND_GRPC_CHUNKS]

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from miles.config import JobConfig
     from miles.reward_sdk.client import RewardClient
     from miles.weights.adapters.merging import AdapterBase
-    from miles.weights.subscriber import SubscriberState, WeightTarget
+    from miles.weights.engine_weights import WeightTarget
+    from miles.weights.subscriber import SubscriberState
 
 log = logging.getLogger(__name__)
 

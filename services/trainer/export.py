@@ -10,16 +10,17 @@ from typing import TYPE_CHECKING
 from miles.rpc.gen import policy_pb2, weightsync_pb2
 from miles.services.trainer.ranks.collective_calls import Command
 from miles.weights import manifest as manifests
+from miles.weights.base import SendTimes
+from miles.weights.bucketing import buckets
 from miles.weights.dtypes import wire_dtype
 from miles.weights.export_format import AS_TRAINED, ExportFormat, formatted, formatted_layout
 from miles.weights.manifest import ManifestError
-from miles.weights.transport import SendTimes, buckets
 
 if TYPE_CHECKING:
     import torch
 
     from miles.services.trainer.backends.base import TrainerBackend
-    from miles.weights.publisher import Draft, Layout, WeightSender
+    from miles.weights.publisher import Layout, PendingVersion, WeightSender
 
 EXPORT = "export"
 
@@ -27,7 +28,7 @@ _KEPT_BY_RANKS = (weightsync_pb2.TRANSPORT_KIND_COLLECTIVE, weightsync_pb2.TRANS
 """Transports whose bytes stay with the trainer: each rank keeps its share. By the others rank 0 sends every bucket."""
 
 
-def export_command(draft: Draft, address: str, bucket_bytes: int) -> Command:
+def export_command(draft: PendingVersion, address: str, bucket_bytes: int) -> Command:
     """What every rank has to know to send its share of a version; `address` is the weightsync service's."""
     arguments = {"address": address, "bucket_bytes": bucket_bytes, "live": draft.live}
     return Command(EXPORT, arguments, tuple(handle.SerializeToString() for handle in draft.handles))
@@ -59,7 +60,7 @@ def send_share(
             pass
 
 
-def merge(draft: Draft, reports: Sequence[bytes]) -> SendTimes:
+def merge(draft: PendingVersion, reports: Sequence[bytes]) -> SendTimes:
     """Put every rank's checksums and handles into the draft; raises ManifestError when a tensor was not sent."""
     by_name = {descriptor.name: descriptor for descriptor in draft.descriptors}
     copy_s = checksum_s = 0.0

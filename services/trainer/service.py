@@ -295,7 +295,7 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServiceServicer):
             ),
         )
         draft = await self._leader.alone(lambda worker: publisher.begin(version, version, worker.layout(), worker.lora))
-        with publisher.giving_up(draft):
+        with publisher.discarding_on_failure(draft):
             command = export_command(draft, job.weightsync_address, weights.update_weight_buffer_size)
             reports = await self._leader.gather(command, sender=publisher.sender)
             times = merge(draft, reports)

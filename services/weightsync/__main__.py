@@ -15,7 +15,7 @@ from miles.rpc.advertise import add_advertise_flag
 from miles.rpc.gen import controller_pb2, weightsync_pb2_grpc
 from miles.services.weightsync.segments import default_directory
 from miles.services.weightsync.service import SERVICE_NAME, WeightSyncServicer
-from miles.services.weightsync.state import Settings
+from miles.services.weightsync.timing import PublicationLimits
 
 _STOP_GRACE_S = 2.0
 
@@ -24,7 +24,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     """The command line; `--help` lists it."""
     parser = argparse.ArgumentParser(
         prog="python -m miles.services.weightsync",
-        description="Keeps the versions of the weights and brings every engine to the one that is active.",
+        description="Keeps the versions of the weights and brings every engine to the active one.",
     )
     parser.add_argument(
         "--listen", default="127.0.0.1:0", metavar="HOST:PORT", help="where to serve; port 0 picks a free one"
@@ -33,7 +33,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
         "--state-dir",
         type=pathlib.Path,
         metavar="DIR",
-        help="folder for the state that a killed service takes up again; without it, versions end with the process",
+        help="folder for the state that a restarted service restores; without it, versions are lost with the process",
     )
     parser.add_argument(
         "--directory",
@@ -45,26 +45,26 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
         "--disk-dir",
         type=pathlib.Path,
         metavar="DIR",
-        help="folder on storage shared with trainers and engines, for engines on other hosts; none by default",
+        help="folder on storage shared with trainers and engines, for engines on other hosts (default: none)",
     )
     parser.add_argument(
-        "--lease-s",
+        "--serving-lease-s",
         type=float,
-        default=Settings().lease_s,
+        default=PublicationLimits().serving_lease_s,
         metavar="SECONDS",
-        help="how long an engine that hears nothing from this service may go on serving (default: %(default)g)",
+        help="how long an engine may go on serving without hearing from this service (default: %(default)g)",
     )
     parser.add_argument(
         "--keep-bytes",
         action="store_true",
-        help="leave the bytes in place on an orderly stop too, for a restart in the middle of a run; needs --state-dir",
+        help="keep the bytes on an orderly stop too, for a restart in the middle of a run; needs --state-dir",
     )
     add_advertise_flag(parser)
     parser.add_argument("--controller", metavar="HOST:PORT", help="controller to register with")
     parser.add_argument("--worker-id", default="weightsync", help="name to register under")
     options = parser.parse_args(arguments)
-    if options.lease_s <= 0:
-        parser.error(f"--lease-s {options.lease_s:g} must be greater than 0")
+    if options.serving_lease_s <= 0:
+        parser.error(f"--serving-lease-s {options.serving_lease_s:g} must be greater than 0")
     if options.disk_dir is not None and options.disk_dir == (options.directory or default_directory()):
         parser.error(f"--disk-dir {options.disk_dir} must be another folder than --directory")
     return options
@@ -73,9 +73,9 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
 async def serve(arguments: argparse.Namespace) -> None:
     """Serve until cancelled; the first line on stdout is `listening on HOST:PORT`."""
     directory = arguments.directory or default_directory()
-    settings = Settings(lease_s=arguments.lease_s)
+    limits = PublicationLimits(serving_lease_s=arguments.serving_lease_s)
     servicer = WeightSyncServicer(
-        arguments.state_dir, directory, arguments.keep_bytes, settings, disk_dir=arguments.disk_dir
+        arguments.state_dir, directory, arguments.keep_bytes, limits, disk_dir=arguments.disk_dir
     )
     servicer.start()
 

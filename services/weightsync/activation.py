@@ -1,11 +1,12 @@
-"""One activation: which engines it waits for, and how far they are."""
+"""One activation: the engines it waits for and their progress."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
-from miles.services.weightsync.state import Engine, Outcome
+from miles.services.weightsync.actions import Outcome
+from miles.services.weightsync.engine import Engine
 
 
 @dataclasses.dataclass(slots=True)
@@ -20,9 +21,9 @@ class Activation:
     min_engines: int
     check_equal: bool
     waited_for: set[str]
-    """Engines that must bring the version in, or be quarantined, before it can end."""
+    """Engines that must serve the version, or be quarantined, before it can end."""
     swapping: bool = False
-    """False while engines prefetch; nobody swaps before enough of them have verified the bytes."""
+    """False while engines prefetch; no engine swaps before enough of them have verified the bytes."""
     quarantined: set[str] = dataclasses.field(default_factory=set)
     swapped: set[str] = dataclasses.field(default_factory=set)
 
@@ -33,20 +34,27 @@ class Activation:
 
     @property
     def prefetch_deadline_s(self) -> float:
-        """Half of the time, so that those that have the bytes still get to swap when another engine is stuck."""
+        """Half of the time, so that engines that have the bytes still swap in time when another engine is stuck."""
         return (self.began_s + self.deadline_s) / 2
 
+    def join(self, operation_id: str, wait_for: Collection[str]) -> None:
+        """Add an operation for the same version; it may only reduce the engines waited for."""
+        if operation_id not in self.operation_ids:
+            self.operation_ids.append(operation_id)
+        if wait_for:
+            self.waited_for.intersection_update(wait_for)
+
     def complete(self, engine: Engine) -> bool:
-        """Whether the engine is where the activation wants it."""
+        """Whether the engine serves the version, and has passed the check if there is one."""
         checked = not self.check_equal or engine.checked_by == self.operation_id
         return engine.serves(self.publication_id) and checked
 
     def serving(self, engines: Mapping[str, Engine]) -> int:
-        """Engines that are where the activation wants them, waited for or not, a count."""
+        """Number of complete engines, waited for or not."""
         return sum(self.complete(engine) for engine in engines.values())
 
     def ready(self, engines: Mapping[str, Engine]) -> int:
-        """Engines that have verified the bytes, a count."""
+        """Number of engines that have verified the bytes."""
         return sum(engine.has(self.publication_id) for engine in engines.values())
 
     def without_bytes(self, engines: Mapping[str, Engine]) -> list[Engine]:
@@ -54,11 +62,11 @@ class Activation:
         return [engines[name] for name in sorted(self.waited_for) if not engines[name].has(self.publication_id)]
 
     def pending(self, engines: Mapping[str, Engine]) -> list[Engine]:
-        """Engines waited for that are not there yet."""
+        """Engines waited for that are not complete yet."""
         return [engines[name] for name in sorted(self.waited_for) if not self.complete(engines[name])]
 
     def outcome(self, engines: Mapping[str, Engine], now_s: float, error: str) -> Outcome:
-        """How it ended; with an error, also why each quarantined engine is."""
+        """How it ended; an error also says why each quarantined engine was quarantined."""
         serving = [engine for engine in engines.values() if engine.serves(self.publication_id)]
         faults = [f"{engine.engine_id}: {engine.last_error}" for engine in engines.values() if engine.quarantined]
         return Outcome(

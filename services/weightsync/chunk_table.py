@@ -1,44 +1,39 @@
-"""The chunks of one version that lies in the service's memory: what they are, and their bytes in and out."""
+"""The chunks of one version in the service's memory: their names, and their bytes in and out."""
 
 from __future__ import annotations
 
 import concurrent.futures
 import mmap
-import os
 import pathlib
 from collections.abc import Iterable, Sequence
 
-from miles.cores import usable_cores
 from miles.rpc.gen import policy_pb2, weightsync_pb2
-from miles.services.weightsync.state import Refused
+from miles.services.weightsync.version import Refused
 from miles.weights import manifest as manifests
 from miles.weights.transports.grpc_chunks import chunks as chunking
 
 
 class ChunkTable:
-    """Chunks of a file of `nbytes` bytes. Methods block for as long as copying or hashing takes."""
+    """Chunks of a file of `nbytes` bytes. Methods block while they copy or hash."""
 
     def __init__(self, path: pathlib.Path, nbytes: int, others: Iterable[ChunkTable] = ()) -> None:
-        """`others`: tables that chunks may be taken from instead of the wire."""
+        """`others`: tables to copy chunks from, so that they need not be uploaded."""
         self._nbytes = nbytes
         self._others = list(others)
-        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-        try:
-            self._mapping: mmap.mmap | None = mmap.mmap(fd, nbytes)
-        finally:
-            os.close(fd)
+        with path.open("r+b", buffering=0) as file:
+            self._mapping: mmap.mmap | None = mmap.mmap(file.fileno(), nbytes)
         self._listed: list[weightsync_pb2.ChunkDescriptor] = []
         self._offered: dict[int, weightsync_pb2.ChunkDescriptor] = {}
-        """By offset; those that the trainer is to upload."""
+        """By offset: what the trainer has offered."""
         self._arrived: dict[bytes, weightsync_pb2.ChunkDescriptor] = {}
-        """By id: a place where a chunk's bytes are."""
+        """By id: where the bytes of a chunk are."""
         self._placed: dict[int, bytes] = {}
-        """By offset: id of the chunk whose bytes are there."""
+        """By offset: the id of the chunk whose bytes are there."""
 
     # -- from the trainer ---------------------------------------------------------------------------------------------
 
     def offer(self, chunks: Sequence[weightsync_pb2.ChunkDescriptor]) -> list[int]:
-        """Note what a part consists of; take what is at hand; return the positions of what is not.
+        """Record the chunks of a part; copy those that are known; return the positions of the others.
 
         Raises Refused for chunks that do not lie in the buffer.
         """
@@ -57,7 +52,7 @@ class ChunkTable:
         return missing
 
     def put(self, chunk: weightsync_pb2.ChunkDescriptor, data: bytes) -> None:
-        """A chunk that was offered has arrived; Refused when it was not, or has other bytes than its id says."""
+        """Store a chunk that was offered; Refused when it was not, or when its bytes do not match its id."""
         if self._offered.get(chunk.offset) != chunk:
             raise Refused(f"a chunk at byte {chunk.offset} came that was not offered")
         if len(data) != chunk.nbytes or manifests.checksum(data) != chunk.id:
@@ -79,7 +74,7 @@ class ChunkTable:
     # -- to engines ---------------------------------------------------------------------------------------------------
 
     def listed(self) -> Sequence[weightsync_pb2.ChunkDescriptor]:
-        """Every chunk in buffer order: those uploaded, or, when the trainer wrote the file itself, cut now."""
+        """Every chunk in buffer order: those uploaded; cut now if the trainer wrote the file itself."""
         if not self._listed:
             self._listed = [self._offered[offset] for offset in sorted(self._offered)] or self._cut()
             self._arrived = {chunk.id: chunk for chunk in self._listed}
@@ -93,7 +88,7 @@ class ChunkTable:
         return self._memory[chunk.offset : chunk.offset + chunk.nbytes]
 
     def close(self) -> None:
-        """The version is freed; the memory goes when whoever reads it in another thread is done."""
+        """Let go of a freed version's memory; it is unmapped when threads that read it are done."""
         self._mapping = None
         self._others.clear()
 
@@ -104,7 +99,10 @@ class ChunkTable:
         return self._mapping
 
     def _cut(self) -> list[weightsync_pb2.ChunkDescriptor]:
-        with concurrent.futures.ThreadPoolExecutor(min(8, usable_cores())) as pool, memoryview(self._memory) as data:
+        with (
+            concurrent.futures.ThreadPoolExecutor(manifests.checksum_threads()) as pool,
+            memoryview(self._memory) as data,
+        ):
             return chunking.cut(data, 0, chunking.CHUNK_BYTES, pool)
 
     def _has(self, chunk: weightsync_pb2.ChunkDescriptor) -> bool:

@@ -1,17 +1,18 @@
-"""Which versions' bytes nobody needs any more."""
+"""Which versions' bytes can be freed."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from miles.services.weightsync.state import Engine, Version, VersionState
+from miles.services.weightsync.engine import Engine
+from miles.services.weightsync.version import Version, VersionState
 
 
 def needed(engines: Iterable[Engine], roots: Iterable[int | None]) -> set[int]:
-    """Publications that an engine holds, has at hand or is about to load, and the roots (active, being activated).
+    """Publications that an engine serves, has prefetched or is about to load, and the roots (active, being activated).
 
     What a quarantined engine may still map is not needed: it must not be served, and removing a file leaves existing
-    mappings whole. An engine that is gone needs nothing: it will say what it holds when it comes back.
+    mappings intact. A disconnected engine needs nothing: it reports what it serves when it comes back.
     """
     found = {root for root in roots if root is not None}
     for engine in engines:
@@ -28,8 +29,8 @@ def needed(engines: Iterable[Engine], roots: Iterable[int | None]) -> set[int]:
 def unneeded(versions: Mapping[int, Version], keep: set[int]) -> list[Version]:
     """Versions to free, given those that are needed.
 
-    A retired version goes once it is below the lowest that is needed. One that failed or was given up was never active,
-    so no engine can come to need it: it goes as soon as a newer one exists and no engine has it.
+    A retired version is freed once it is below the lowest one needed. A failed version was never active, so no engine
+    will ever need it: it is freed as soon as a newer one exists and no engine has it.
     """
     lowest, newest = min(keep, default=None), max(versions, default=0)
     gone: list[Version] = []

@@ -1,4 +1,4 @@
-"""Where the bytes of one stream's publications are, by which transports they can be had, and what they consist of."""
+"""The bytes of one stream's publications: where they are, and by which transports engines can get them."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from miles.services.weightsync import topology
 from miles.services.weightsync.chunk_table import ChunkTable
 from miles.services.weightsync.folders import FULL_EVERY, Folder, FolderStore
 from miles.services.weightsync.segments import Segment, SegmentStore
-from miles.services.weightsync.state import UnknownVersion
 from miles.services.weightsync.store import HoldingRecord, StateStore
 from miles.services.weightsync.topology import Placement
+from miles.services.weightsync.version import UnknownVersion
 from miles.weights.transports.grpc_chunks.chunks import CHUNK_BYTES
 
 logger = logging.getLogger(__name__)
@@ -28,13 +28,13 @@ class Holding:
     version: policy_pb2.WeightVersion
     placement: Placement
     handles: list[weightsync_pb2.TransportHandle]
-    """One for each kind of the placement; completed by the trainer at Prepare."""
+    """One for each kind of the placement; the trainer fills them in at Prepare."""
     segment: Segment | None = None
     folder: Folder | None = None
     manifest: policy_pb2.Manifest | None = None
     """None before PREPARED."""
     chunks: ChunkTable | None = None
-    """Made when chunks are first asked for or uploaded."""
+    """Made when chunks are first requested or uploaded."""
 
 
 class Holdings:
@@ -55,11 +55,11 @@ class Holdings:
 
     @property
     def nbytes(self) -> int:
-        """Size of what is held in memory, in bytes."""
+        """Shared memory in use, in bytes."""
         return sum(holding.segment.nbytes for holding in self._of.values() if holding.segment is not None)
 
     def restore(self, known: Collection[int]) -> tuple[set[pathlib.Path], set[pathlib.Path]]:
-        """Take up what an earlier process held, as far as it is still there and of a known publication.
+        """Restore what an earlier process held, if it still exists and belongs to a known publication.
 
         Returns the files and the folders.
         """
@@ -82,7 +82,7 @@ class Holdings:
         placement: Placement,
         still_wanted: Callable[[], bool],
     ) -> Holding:
-        """Room for a version; raises OutOfMemory, or UnknownVersion when it is not wanted any more once there is."""
+        """Reserve room for a version; raises OutOfMemory, or UnknownVersion when it is no longer wanted afterwards."""
         number, nbytes = request.version.version, request.nbytes
         holding = Holding(request.version, placement, [])
         try:
@@ -97,7 +97,7 @@ class Holdings:
             if not still_wanted():
                 raise UnknownVersion("the job was released meanwhile")
         except BaseException:
-            self._let_go(holding, reusable=False)
+            self._free(holding, reusable=False)
             raise
         holding.handles = [self._handle(kind, publication_id, request, holding) for kind in placement.kinds]
         self._of[publication_id] = holding
@@ -105,7 +105,7 @@ class Holdings:
         return holding
 
     def find(self, handle: weightsync_pb2.TransportHandle, version: int) -> int:
-        """The publication that a handle, as Allocate gave it, belongs to; UnknownVersion when it is gone."""
+        """The publication of a handle that Allocate returned; UnknownVersion when it has been freed."""
         for publication_id, holding in self._of.items():
             first = holding.handles[0]
             same_file = handle.shared_memory.path and first.shared_memory.path == handle.shared_memory.path
@@ -114,7 +114,7 @@ class Holdings:
         raise UnknownVersion("its allocation was replaced by a later one or freed; allocate again")
 
     def check(self, publication_id: int, request: weightsync_pb2.PrepareRequest) -> None:
-        """Raise UnknownVersion unless everything that the trainer says is complete is where it should be."""
+        """Raise UnknownVersion unless the bytes that the trainer declares complete are where they should be."""
         holding = self._of[publication_id]
         if holding.manifest is not None:
             return
@@ -130,20 +130,20 @@ class Holdings:
             raise UnknownVersion(f"{holding.folder.path} is not there; do service and trainer share this storage?")
 
     def complete(self, publication_id: int, request: weightsync_pb2.PrepareRequest) -> None:
-        """Keep what the trainer says of a version that passed `check`."""
+        """Store the manifest and handles of a version that passed `check`."""
         holding = self._of[publication_id]
         if holding.manifest is None:
             holding.handles, holding.manifest = [request.handle, *request.more], request.manifest
             self._store.save_holding(self._key, publication_id, _record(holding))
 
-    def ways(self, publication_id: int) -> list[weightsync_pb2.TransportKind.ValueType]:
-        """Transports by which a publication can be had, the best first."""
-        return topology.ways(self._of[publication_id].placement)
+    def transports(self, publication_id: int) -> list[weightsync_pb2.TransportKind.ValueType]:
+        """Transports by which engines can get a publication, the best first."""
+        return topology.transports_of(self._of[publication_id].placement)
 
     def handle_for(self, publication_id: int, usable: Collection[int]) -> weightsync_pb2.TransportHandle:
-        """What an engine needs to get a publication in the best way that it can use."""
+        """The handle for an engine to get a publication by the best transport that it can use."""
         holding = self._of[publication_id]
-        kind = topology.way_for(holding.placement, usable)
+        kind = topology.transport_for(holding.placement, usable)
         for handle in holding.handles:
             if handle.kind == kind:
                 return handle
@@ -153,14 +153,14 @@ class Holdings:
         return self._handle(kind, publication_id, request, holding)
 
     def free(self, publication_id: int, reusable: bool) -> None:
-        """Give a publication's bytes back."""
+        """Free a publication's bytes."""
         holding = self._of.pop(publication_id, None)
         if holding is not None:
-            self._let_go(holding, reusable)
+            self._free(holding, reusable)
             self._store.delete_holding(self._key, publication_id)
 
     def free_spare(self) -> int:
-        """Give back memory kept for the next version; returns its bytes."""
+        """Free the memory kept for the next version; return its bytes."""
         return self._segments.free_spare(self._key)
 
     def chunk_table(self, publication_id: int) -> ChunkTable:
@@ -175,7 +175,7 @@ class Holdings:
         return holding.chunks
 
     def folders_in_use(self) -> set[pathlib.Path]:
-        """Versions' folders, and those that a trainer may be writing changes against."""
+        """Folders of versions, and those that a trainer may be writing changes against."""
         found: set[pathlib.Path] = set()
         for holding in self._of.values():
             if holding.folder is not None:
@@ -184,7 +184,7 @@ class Holdings:
                 found |= {pathlib.Path(base) for base in bases if base}
         return found
 
-    def _let_go(self, holding: Holding, reusable: bool) -> None:
+    def _free(self, holding: Holding, reusable: bool) -> None:
         if holding.chunks is not None:
             holding.chunks.close()
         if holding.segment is not None:
@@ -199,7 +199,7 @@ class Holdings:
         request: weightsync_pb2.AllocateRequest,
         holding: Holding,
     ) -> weightsync_pb2.TransportHandle:
-        """How to reach a holding by one transport; those whose bytes stay with the trainer get no more than an id."""
+        """The handle of a holding for one transport; only the id is set when the bytes stay with the trainer."""
         handle = weightsync_pb2.TransportHandle(kind=kind, publication_id=publication_id)
         if kind == weightsync_pb2.TRANSPORT_KIND_SHARED_MEMORY and holding.segment is not None:
             handle.shared_memory.path = str(holding.segment.path)
@@ -218,7 +218,7 @@ class Holdings:
         return handle
 
     def _base(self, full_every: int) -> tuple[int, str] | None:
-        """The newest complete folder, for changes to be written against; None when a full version is due."""
+        """The newest complete folder, to write changes against; None when a full version is due."""
         for publication_id, holding in reversed(self._of.items()):
             if holding.folder is not None and holding.manifest is not None:
                 due = len(self._folders.chain(holding.folder.path)) >= full_every
@@ -227,7 +227,7 @@ class Holdings:
 
 
 def _record(holding: Holding) -> HoldingRecord:
-    """What of a holding survives a restart."""
+    """The part of a holding that survives a restart."""
     segment = holding.segment
     return HoldingRecord(
         path="" if segment is None else str(segment.path),
@@ -256,7 +256,7 @@ def _restored(record: HoldingRecord) -> Holding:
 
 
 def _is_there(holding: Holding) -> bool:
-    """Whether the bytes are still where they were."""
+    """Whether the bytes still exist."""
     segment, folder = holding.segment, holding.folder
     if segment is not None and not (segment.path.exists() and segment.path.stat().st_size >= segment.nbytes):
         return False

@@ -1,13 +1,13 @@
-"""Publication of one stream of weights: who holds which version, and what has to happen next.
+"""Publication of one stream of weights: which engine has which version, and what has to happen next.
 
 A pure state machine: events in, actions out, no I/O and no clock of its own. Every event returns actions that the
-caller carries out in order. The rule that drives it: each engine is led to the *target* (the version being activated,
-else the active one) by prefetch, then swap, one order at a time.
+caller carries out in order. The rule behind it: each engine is led to the *target* (the version being activated, else
+the active one) by prefetch, then swap, one order at a time.
 
     ALLOCATED -> PREPARED -> ACTIVATING -> ACTIVE -> RETIRED
                                  `-> FAILED (the active version stays active, and engines are led back to it)
 
-During an activation nobody swaps before every engine has verified the bytes or is quarantined, and at least
+During an activation no engine swaps before every engine has verified the bytes or is quarantined, and at least
 `min_engines` have: an activation that cannot succeed changes no engine.
 """
 
@@ -16,26 +16,13 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 
 from miles.services.weightsync import garbage
+from miles.services.weightsync import version as version_states
+from miles.services.weightsync.actions import Action, Disconnect, Ended, EngineChanged, Free, Outcome, Send
 from miles.services.weightsync.activation import Activation
-from miles.services.weightsync.state import (
-    Action,
-    Disconnect,
-    Ended,
-    Engine,
-    EngineChanged,
-    Free,
-    InFlight,
-    Now,
-    Order,
-    OrderKind,
-    Outcome,
-    Refused,
-    Send,
-    Settings,
-    UnknownVersion,
-    Version,
-    VersionState,
-)
+from miles.services.weightsync.engine import Engine, InFlight, Order, OrderKind
+from miles.services.weightsync.orders import next_order
+from miles.services.weightsync.timing import Now, PublicationLimits
+from miles.services.weightsync.version import Version, VersionState
 
 _OUTCOMES_KEPT = 256
 
@@ -43,8 +30,8 @@ _OUTCOMES_KEPT = 256
 class Publication:
     """The state of one stream of one job."""
 
-    def __init__(self, settings: Settings | None = None) -> None:
-        self.settings = settings or Settings()
+    def __init__(self, limits: PublicationLimits | None = None) -> None:
+        self.limits = limits or PublicationLimits()
         self.versions: dict[int, Version] = {}
         """By publication id, oldest first."""
         self.engines: dict[str, Engine] = {}
@@ -58,33 +45,23 @@ class Publication:
     # -- the trainer's and the controller's events --------------------------------------------------------------------
 
     def allocate(self, number: int, nbytes: int, now: Now) -> tuple[Version, list[Action]]:
-        """The trainer wants room for a version. What it allocated before and never prepared is given up."""
-        for old in self.versions.values():
-            if old.state is VersionState.ALLOCATED:
-                old.state, old.reusable = VersionState.FAILED, False
+        """The trainer wants room for a version. What it allocated before and never prepared fails."""
+        version_states.fail_unprepared(self.versions)
         version = Version(self.next_publication_id, number, nbytes)
         self.next_publication_id += 1
         self.versions[version.publication_id] = version
-        return version, self._settle(now)
+        return version, self._step(now)
 
-    def give_up(self, publication_id: int, now: Now) -> list[Action]:
-        """The bytes of a publication cannot be had: no room for them, or lost with the machine's memory."""
+    def discard(self, publication_id: int, now: Now) -> list[Action]:
+        """A publication has no bytes: there was no room for them, or they were lost with the machine's memory."""
         self.versions.pop(publication_id, None)
         if self.active == publication_id:
             self.active = None
-        return self._settle(now)
+        return self._step(now)
 
     def prepare(self, publication_id: int, checksum: bytes, now: Now) -> list[Action]:
         """The trainer has written every byte of an allocation. Idempotent; Refused for another manifest."""
-        version = self.versions.get(publication_id)
-        if version is None or (version.state is VersionState.FAILED and not version.checksum):
-            raise UnknownVersion("its allocation was replaced by a later one or freed; allocate again")
-        if version.state is not VersionState.ALLOCATED:
-            if version.checksum != checksum:
-                raise Refused("it was prepared with another manifest; allocate again to publish other bytes")
-            return []
-        version.state, version.checksum = VersionState.PREPARED, checksum
-        return self._settle(now)
+        return self._step(now) if version_states.prepare(self.versions, publication_id, checksum) else []
 
     def activate(
         self,
@@ -100,21 +77,17 @@ class Publication:
 
         `wait_for` names the engines to wait for, as far as they are attached; empty means all. Repeating an operation
         does nothing; another operation for the same publication joins the one under way, and may only wait for fewer
-        engines; one for another publication ends it: the latest wish counts.
+        engines; one for another publication ends it: the latest request counts.
         """
         version = self.find(number)
         past = self.outcomes.get(operation_id)
         if past is not None and past.publication_id == version.publication_id:
             return []
+        if self.activation is not None and self.activation.publication_id == version.publication_id:
+            self.activation.join(operation_id, wait_for)
+            return self._step(now)
         actions: list[Action] = []
-        if self.activation is not None:
-            if self.activation.publication_id == version.publication_id:
-                if operation_id not in self.activation.operation_ids:
-                    self.activation.operation_ids.append(operation_id)
-                if wait_for:
-                    self.activation.waited_for.intersection_update(wait_for)
-                return self._settle(now)
-            self._end(now, actions, f"version {number} is to be activated instead")
+        self._end(now, actions, f"version {number} is to be activated instead")
         for engine in self.engines.values():
             engine.retry_at_s = now.monotonic_s
         self.activation = Activation(
@@ -134,7 +107,7 @@ class Publication:
         )
         if version.publication_id != self.active:
             version.state = VersionState.ACTIVATING
-        return actions + self._settle(now)
+        return actions + self._step(now)
 
     def release(self, now: Now) -> list[Action]:
         """The job is over: end what is under way and free everything."""
@@ -150,62 +123,54 @@ class Publication:
     # -- the engines' events ------------------------------------------------------------------------------------------
 
     def connect(self, engine_id: str, session: int, number: int | None, checksum: bytes, now: Now) -> list[Action]:
-        """An engine subscribed and says what it serves. What is not a version known here counts as nothing."""
+        """An engine subscribed and reports what it serves. A version that is unknown here counts as nothing."""
         actions: list[Action] = []
         engine = self.engines.setdefault(engine_id, Engine(engine_id))
         if engine.session is not None:
             actions.append(Disconnect(engine_id, engine.session))
-            self._lose(engine, now, actions)
-        engine.session, engine.next_order_id = session, 1
-        engine.retry_at_s = min(engine.retry_at_s, now.monotonic_s)
-        engine.since_unix_ns = now.unix_ns
-        held = self._identify(number, checksum)
-        if held is not None:
-            engine.maps[held.publication_id] = held.number
-            engine.held = None if engine.quarantined else held.publication_id
+            self._detach(engine, now, actions)
+        held = version_states.identify(self.versions, number, checksum)
+        engine.attach(session, None if held is None else (held.publication_id, held.number), now)
         if engine.quarantined:
             self._send(engine, OrderKind.QUARANTINE, None, actions, engine.last_error)
         actions.append(EngineChanged(engine_id))
-        return actions + self._settle(now)
+        return actions + self._step(now)
 
     def disconnect(self, engine_id: str, session: int, now: Now) -> list[Action]:
-        """A subscription ended. The engine may live on and serve; its bytes must not be rewritten under it."""
+        """A subscription ended. The engine may live on and serve, so its bytes must not be rewritten."""
         engine = self.engines.get(engine_id)
         if engine is None or engine.session != session:
             return []
         actions: list[Action] = []
-        self._lose(engine, now, actions)
+        self._detach(engine, now, actions)
         if not engine.quarantined:
             del self.engines[engine_id]
-        return actions + self._settle(now)
+        return actions + self._step(now)
 
     def report(
         self, engine_id: str, session: int, order_id: int, error: str | None, elapsed_s: float, pause_s: float, now: Now
     ) -> list[Action]:
-        """An engine answered an order; `error` None means done. Answers to other than its open order mean nothing."""
+        """An engine answered an order; `error` None means done. Only the answer to its open order counts."""
         engine = self.engines.get(engine_id)
-        flight = None if engine is None or engine.session != session else engine.in_flight
-        if engine is None or flight is None or flight.order.order_id != order_id:
+        if engine is None or (flight := engine.answered(session, order_id)) is None:
             return []
-        engine.in_flight = None
         actions: list[Action] = []
         if error is None:
             engine.stage_s[flight.order.kind.value] = elapsed_s
-        if flight.order.kind is OrderKind.DROP:
-            self._let_go(engine, flight.order.publication_id, clean=error is None)
+        if flight.order.kind is OrderKind.DISCARD:
+            self._forget_bytes(engine, flight.order.publication_id, clean=error is None)
         elif flight.expired:
             pass  # it is quarantined already, and starts over
         elif error is not None:
-            what = f"{flight.order.kind.value} of version {flight.order.number}"
-            self._quarantine(engine, f"{what}: {error}", now, actions)
+            self._quarantine(engine, f"{flight.order}: {error}", now, actions)
         elif flight.order.publication_id in self.versions:
-            self._done(engine, flight.order, pause_s, now)
+            self._complete(engine, flight.order, pause_s, now)
             actions.append(EngineChanged(engine_id))
-        return actions + self._settle(now)
+        return actions + self._step(now)
 
     def tick(self, now: Now) -> list[Action]:
         """Time has passed; call at the latest at `wake_at_s`."""
-        return self._settle(now)
+        return self._step(now)
 
     # -- questions ----------------------------------------------------------------------------------------------------
 
@@ -216,13 +181,7 @@ class Publication:
 
     def find(self, number: int) -> Version:
         """The newest complete publication of a version number; UnknownVersion or Refused when there is none."""
-        found = [version for version in self.versions.values() if version.number == number]
-        complete = [version for version in found if version.checksum]
-        if complete:
-            return complete[-1]
-        if found:
-            raise Refused("its bytes are not complete: the trainer has allocated but not prepared it")
-        raise UnknownVersion("it was never published, or has been freed")
+        return version_states.find(self.versions, number)
 
     def wake_at_s(self) -> float | None:
         """When `tick` is due at the latest, on the monotonic clock; None when only an event can change anything."""
@@ -234,28 +193,24 @@ class Publication:
 
     # -- how state follows events -------------------------------------------------------------------------------------
 
-    def _settle(self, now: Now) -> list[Action]:
-        """Let time and the last event take effect, then give every idle engine its next order."""
+    def _step(self, now: Now) -> list[Action]:
+        """Apply deadlines, advance the activation, give idle engines their next order, free what nobody needs."""
         self._now_s = now.monotonic_s
         actions: list[Action] = []
         for engine in list(self.engines.values()):
-            self._expire(engine, now, actions)
+            if late := engine.expire(now):
+                self._quarantine(engine, late, now, actions)
+            if engine.session is None and now.unix_ns - engine.since_unix_ns > self.limits.forget_s * 1e9:
+                del self.engines[engine.engine_id]
         self._advance(now, actions)
         for engine in self.engines.values():
-            self._lead(engine, now, actions)
+            order = next_order(engine, self.target, self.activation, now)
+            if order is not None:
+                self._order(engine, *order, now, actions)
         keep = garbage.needed(self.engines.values(), (self.active, self.target))
         for version in garbage.unneeded(self.versions, keep):
             self._free(version.publication_id, actions, version.reusable)
         return actions
-
-    def _expire(self, engine: Engine, now: Now, actions: list[Action]) -> None:
-        flight = engine.in_flight
-        if flight is not None and not flight.expired and now.monotonic_s >= flight.deadline_s:
-            flight.expired = True
-            what = f"{flight.order.kind.value} of version {flight.order.number}"
-            self._quarantine(engine, f"no answer to {what} within {flight.allowed_s:g} s", now, actions)
-        if engine.session is None and now.unix_ns - engine.since_unix_ns > self.settings.forget_s * 1e9:
-            del self.engines[engine.engine_id]
 
     def _advance(self, now: Now, actions: list[Action]) -> None:
         """Move the activation on: from prefetching to swapping to its end."""
@@ -268,7 +223,7 @@ class Publication:
             activation.swapping = not activation.without_bytes(self.engines)
         late = now.monotonic_s >= activation.deadline_s
         if late:
-            # Whoever is idle waited for others, and is not to blame.
+            # An idle engine waited for others, and is not to blame.
             pending = [engine for engine in activation.pending(self.engines) if engine.in_flight is not None]
             self._quarantine_late(pending, now, actions)
         serving = activation.serving(self.engines)
@@ -280,13 +235,14 @@ class Publication:
             self._end(now, actions, f"{serving} of {activation.min_engines} engines serve it after {allowed_s:g} s")
 
     def _end(self, now: Now, actions: list[Action], error: str = "") -> None:
-        """Close the activation under way, if any; an error is why it failed."""
+        """End the activation under way, if any; an error is why it failed."""
         activation, self.activation = self.activation, None
         if activation is None:
             return
         version = self.versions[activation.publication_id]
         if not error:
-            self._make_active(version, now)
+            version_states.make_active(self.versions, version, self.active, now)
+            self.active = version.publication_id
         elif version.publication_id != self.active:
             version.state = VersionState.FAILED
         outcome = activation.outcome(self.engines, now.monotonic_s, error)
@@ -297,42 +253,12 @@ class Publication:
             del self.outcomes[next(iter(self.outcomes))]
         actions.append(Ended(tuple(activation.operation_ids), outcome))
 
-    def _make_active(self, version: Version, now: Now) -> None:
-        if self.active != version.publication_id:
-            version.active_unix_ns = now.unix_ns
-        self.active = version.publication_id
-        for other in self.versions.values():
-            passed_over = other.state is VersionState.PREPARED and other.publication_id < self.active
-            if passed_over or other.state is VersionState.ACTIVE:
-                other.state = VersionState.RETIRED
-        version.state = VersionState.ACTIVE
-
-    def _lead(self, engine: Engine, now: Now, actions: list[Action]) -> None:
-        """Give an idle engine the next order on its way to the target."""
-        if engine.session is None or engine.in_flight is not None:
-            return
-        if engine.quarantined and now.monotonic_s < engine.retry_at_s:
-            return
-        target, activation = self.target, self.activation
-        if target is not None and engine.held != target:
-            if engine.verified != target:
-                self._order(engine, OrderKind.PREFETCH, target, now, actions)
-            elif activation is None or activation.swapping:
-                self._order(engine, OrderKind.SWAP, target, now, actions)
-        elif engine.quarantined:
-            return
-        elif activation is not None:
-            if activation.swapping and not activation.complete(engine):
-                self._order(engine, OrderKind.CHECK, activation.publication_id, now, actions)
-        elif unwanted := [publication_id for publication_id in engine.maps if publication_id != engine.held]:
-            self._order(engine, OrderKind.DROP, min(unwanted), now, actions)
-
     def _order(self, engine: Engine, kind: OrderKind, publication_id: int, now: Now, actions: list[Action]) -> None:
         """Send an order that is to be answered."""
         if kind is OrderKind.PREFETCH:
             engine.verified = None
             engine.maps[publication_id] = self.versions[publication_id].number
-        deadline_s = now.monotonic_s + self.settings.load_deadline_s
+        deadline_s = now.monotonic_s + self.limits.load_deadline_s
         if self.activation is not None and engine.engine_id in self.activation.waited_for:
             deadline_s = self.activation.deadline_s
         order = self._send(engine, kind, publication_id, actions)
@@ -341,34 +267,24 @@ class Publication:
     def _send(
         self, engine: Engine, kind: OrderKind, publication_id: int | None, actions: list[Action], reason: str = ""
     ) -> Order:
-        number = 0 if publication_id is None else engine.maps[publication_id]
-        order = Order(engine.next_order_id, kind, publication_id or 0, number, reason)
+        order = engine.make_order(kind, publication_id, reason)
         if engine.session is not None:
-            engine.next_order_id += 1
             actions.append(Send(engine.engine_id, engine.session, order))
         return order
 
-    def _done(self, engine: Engine, order: Order, pause_s: float, now: Now) -> None:
+    def _complete(self, engine: Engine, order: Order, pause_s: float, now: Now) -> None:
         """Credit an order that was carried out in time."""
         if order.kind is OrderKind.PREFETCH:
             engine.verified = order.publication_id
         elif order.kind is OrderKind.SWAP:
-            engine.held, engine.verified, engine.pause_s = order.publication_id, None, pause_s
-            engine.quarantined, engine.last_error, engine.failures = False, "", 0
-            engine.since_unix_ns = now.unix_ns
+            engine.swapped(order.publication_id, pause_s, now)
             if self.activation is not None and order.publication_id == self.activation.publication_id:
                 self.activation.swapped.add(engine.engine_id)
         elif order.kind is OrderKind.CHECK and self.activation is not None:
             engine.checked_by = self.activation.operation_id
 
     def _quarantine(self, engine: Engine, reason: str, now: Now, actions: list[Action]) -> None:
-        """Out of routing: nothing it holds counts any more."""
-        settings = self.settings
-        engine.quarantined, engine.last_error = True, reason
-        engine.held = engine.verified = None
-        engine.retry_at_s = now.monotonic_s + min(settings.first_retry_s * 2**engine.failures, settings.last_retry_s)
-        engine.failures = min(engine.failures + 1, 30)
-        engine.since_unix_ns = now.unix_ns
+        engine.quarantine(reason, now, self.limits)
         if self.activation is not None:
             self.activation.waited_for.discard(engine.engine_id)
             self.activation.quarantined.add(engine.engine_id)
@@ -377,27 +293,24 @@ class Publication:
 
     def _quarantine_late(self, engines: Iterable[Engine], now: Now, actions: list[Action]) -> None:
         for engine in engines:
-            doing = "nothing"
+            activity = "idle"
             if (flight := engine.in_flight) is not None:
-                doing, flight.expired = f"{flight.order.kind.value} of version {flight.order.number}", True
-            self._quarantine(engine, f"did not get there in time; it was at {doing}", now, actions)
+                activity, flight.expired = f"busy with {flight.order}", True
+            self._quarantine(engine, f"it was too slow for the activation: it was {activity}", now, actions)
 
-    def _lose(self, engine: Engine, now: Now, actions: list[Action]) -> None:
-        """Its subscription is gone. With an order open, or while an activation counts on it, that is a failure."""
-        busy = engine.in_flight is not None and engine.in_flight.order.kind is not OrderKind.DROP
-        counted_on = self.activation is not None and engine.engine_id in self.activation.waited_for
+    def _detach(self, engine: Engine, now: Now, actions: list[Action]) -> None:
+        """End an engine's subscription: a failure if an order is open or an activation waits for the engine."""
+        busy = engine.in_flight is not None and engine.in_flight.order.kind is not OrderKind.DISCARD
+        waited_for = self.activation is not None and engine.engine_id in self.activation.waited_for
         for publication_id in list(engine.maps):
-            self._let_go(engine, publication_id, clean=False)
-        engine.session = engine.in_flight = engine.held = engine.verified = None
-        engine.since_unix_ns = now.unix_ns
-        if (busy or counted_on) and not engine.quarantined:
+            self._forget_bytes(engine, publication_id, clean=False)
+        engine.detach(now)
+        if (busy or waited_for) and not engine.quarantined:
             self._quarantine(engine, "its subscription ended during an update", now, actions)
 
-    def _let_go(self, engine: Engine, publication_id: int, clean: bool) -> None:
-        """An engine does not need a publication's bytes any more; unless that is `clean`, it may still map them."""
-        engine.maps.pop(publication_id, None)
-        if engine.verified == publication_id:
-            engine.verified = None
+    def _forget_bytes(self, engine: Engine, publication_id: int, clean: bool) -> None:
+        """An engine no longer needs a publication's bytes; unless that is `clean`, it may still map them."""
+        engine.forget(publication_id)
         version = self.versions.get(publication_id)
         if version is not None and not clean:
             version.reusable = False
@@ -409,10 +322,3 @@ class Publication:
                 del engine.maps[publication_id]
                 reusable = False
         actions.append(Free(publication_id, reusable))
-
-    def _identify(self, number: int | None, checksum: bytes) -> Version | None:
-        """The newest publication with that number and manifest."""
-        if number is None or not checksum:
-            return None
-        found = [v for v in self.versions.values() if v.number == number and v.checksum == checksum]
-        return found[-1] if found else None

@@ -1,9 +1,8 @@
-"""Files in shared memory that hold the versions' bytes: made here, written by trainers, mapped by engines.
+"""Files in shared memory that hold the versions' bytes: created here, written by trainers, mapped by engines.
 
-Every file's name begins with the instance that made it. The instance holds a lock on `<prefix><instance>.lock` as long
-as it lives, and the lock file names its state folder; so an instance that starts can tell files that still matter from
-the leftovers of a killed one that will not come back: nobody holds the lock, and its state folder is gone or never was,
-or nothing has been written for a day.
+Every file's name begins with the instance that created it. The instance locks `<prefix><instance>.lock` while it lives,
+and the lock file names its state folder. An instance that starts removes the files of one that will not come back: its
+lock is free, and its state folder is gone or never existed, or nothing has been written for a day.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ logger = logging.getLogger(__name__)
 PREFIX = "miles-weights-"
 _PAGE = 4096
 _ABANDONED_S = 86_400.0
-"""A killed run that nobody has taken up after this long does not keep its memory, in seconds."""
+"""How long the files of a killed run that is not resumed are kept, in seconds."""
 
 
 class OutOfMemory(OSError):
@@ -40,7 +39,7 @@ class Segment:
 
     path: pathlib.Path
     nbytes: int
-    """Size of the file, in bytes: at least what was asked for."""
+    """Size of the file, in bytes; at least what was requested."""
 
 
 def default_directory() -> pathlib.Path:
@@ -65,14 +64,14 @@ class SegmentStore:
 
     @property
     def probe(self) -> pathlib.Path:
-        """A file whose content tells who else sees this memory."""
+        """A file that other processes read to find out whether they share this memory."""
         return self._lock_path
 
     def allocate(self, stream: str, number: int, publication_id: int, nbytes: int) -> Segment:
-        """A file of at least nbytes, every page of it reserved; raises OutOfMemory.
+        """Create a file of at least nbytes with every page reserved; raises OutOfMemory.
 
-        It may be the stream's spare one under a new name: its pages are in memory already, so writing it costs no page
-        faults.
+        It may be the stream's spare file under a new name, whose pages are already in memory: writing to it costs no
+        page faults.
         """
         size = -(-nbytes // _PAGE) * _PAGE
         path = self.directory / f"{self._prefix}{safe_name(stream)}-v{number}-{publication_id}"
@@ -86,14 +85,14 @@ class SegmentStore:
         return Segment(path, size)
 
     def free(self, stream: str, segment: Segment, reusable: bool) -> None:
-        """Give the memory back, or keep it as the stream's spare when nobody maps it any more."""
+        """Remove a file, or keep it as the stream's spare if nobody maps it any more."""
         if reusable and stream not in self._spare and segment.path.exists():
             self._spare[stream] = segment
         else:
             segment.path.unlink(missing_ok=True)
 
     def free_spare(self, stream: str) -> int:
-        """Give back the stream's spare, if any; returns its bytes."""
+        """Remove the stream's spare, if any; return its bytes."""
         spare = self._spare.pop(stream, None)
         if spare is None:
             return 0
@@ -101,14 +100,14 @@ class SegmentStore:
         return spare.nbytes
 
     def remove_unknown(self, known: set[pathlib.Path]) -> None:
-        """Remove this instance's files that the restored state does not know."""
+        """Remove this instance's files that are not in the restored state."""
         for path in self.directory.glob(f"{self._prefix}*"):
             if path not in known:
                 logger.info("removing %s, left behind by an earlier run of this instance", path)
                 path.unlink(missing_ok=True)
 
     def close(self, remove_all: bool) -> None:
-        """Give back the spares (and every other file), and the lock."""
+        """Remove the spares, and all other files if `remove_all`; release the lock."""
         for stream in list(self._spare):
             self.free_spare(stream)
         if remove_all:
@@ -117,7 +116,7 @@ class SegmentStore:
         os.close(self._lock)
 
     def _reserve(self, path: pathlib.Path, size: int) -> None:
-        """Create a file and reserve its pages, so that writing to it can never run out of memory."""
+        """Create a file and reserve its pages, so that writing to it cannot run out of memory."""
         free = os.statvfs(self.directory)
         available = free.f_bavail * free.f_frsize
         advice = f"make {self.directory} larger (in a container: --shm-size), or choose another folder with --directory"
@@ -140,7 +139,7 @@ def safe_name(stream: str) -> str:
 
 
 def take_lock(path: pathlib.Path, state_dir: pathlib.Path | None) -> int:
-    """Open and lock an instance's lock file, and write into it what tells others about the instance."""
+    """Open and lock an instance's lock file, and write into it what other instances need to know about this one."""
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -156,12 +155,12 @@ def take_lock(path: pathlib.Path, state_dir: pathlib.Path | None) -> int:
 
 
 def remove_orphans(directory: pathlib.Path, own_lock: pathlib.Path) -> None:
-    """Remove the files of instances that are dead and have no state to come back with."""
+    """Remove the files of instances that are dead and will not come back."""
     for lock_path in directory.glob(f"{PREFIX}*.lock"):
         if lock_path == own_lock:
             continue
         with contextlib.suppress(PermissionError, FileNotFoundError, BlockingIOError):
-            # Another user's, gone already, or alive: each is none of our business.
+            # Of another user, removed already, or of a live instance.
             fd = os.open(lock_path, os.O_RDWR | os.O_CLOEXEC)
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,32 +1,31 @@
-"""WeightSyncService: gRPC in, calls on the streams out."""
+"""The gRPC servicer of the weightsync service: it turns calls into calls on streams."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import pathlib
 from collections.abc import AsyncIterator
-from typing import NoReturn
 
 import grpc
 import grpc.aio
 
 from miles.rpc import abort
 from miles.rpc.gen import controller_pb2, policy_pb2, weightsync_pb2, weightsync_pb2_grpc
+from miles.services.weightsync.actions import Outcome
 from miles.services.weightsync.chunk_table import ChunkTable
 from miles.services.weightsync.folders import FolderStore
-from miles.services.weightsync.segments import OutOfMemory, SegmentStore
-from miles.services.weightsync.state import Outcome, Refused, Settings, UnknownVersion
+from miles.services.weightsync.refusals import STREAMS, check_version, invalid, refusals_as_status
+from miles.services.weightsync.segments import SegmentStore
 from miles.services.weightsync.store import StateStore
 from miles.services.weightsync.stream import StreamRuntime, stream_key
-from miles.services.weightsync.topology import NoTransport
+from miles.services.weightsync.timing import PublicationLimits
 from miles.weights import manifest as manifests
 
 logger = logging.getLogger(__name__)
 
 SERVICE_NAME = weightsync_pb2.DESCRIPTOR.services_by_name["WeightSyncService"].full_name
-
-_STREAMS = (policy_pb2.WEIGHT_STREAM_POLICY, policy_pb2.WEIGHT_STREAM_DRAFT)
 
 
 class WeightSyncServicer(weightsync_pb2_grpc.WeightSyncServiceServicer):
@@ -37,16 +36,16 @@ class WeightSyncServicer(weightsync_pb2_grpc.WeightSyncServiceServicer):
         state_dir: pathlib.Path | None,
         directory: pathlib.Path,
         keep_bytes: bool = False,
-        settings: Settings | None = None,
+        limits: PublicationLimits | None = None,
         disk_dir: pathlib.Path | None = None,
     ) -> None:
-        """Take up the state in `state_dir` (None: nothing is kept over a restart); bytes go into `directory`.
+        """Restore the state in `state_dir` (None: nothing survives a restart); bytes go into `directory`.
 
         `disk_dir` is a folder on storage that trainers and engines share; None: there is none.
 
         `keep_bytes`: whether `close` leaves the bytes for the next start, as a killed service does in any case.
         """
-        self._settings = settings or Settings()
+        self._limits = limits or PublicationLimits()
         self._keep_bytes = keep_bytes and state_dir is not None
         self._store = StateStore(state_dir)
         self._segments = SegmentStore(directory, self._store.instance, state_dir)
@@ -59,7 +58,7 @@ class WeightSyncServicer(weightsync_pb2_grpc.WeightSyncServiceServicer):
         folders: set[pathlib.Path] = set()
         for key, snapshot in self._store.streams().items():
             job_id, _, name = key.rpartition("/")
-            stream = next(stream for stream in _STREAMS if manifests.stream_name(stream) == name)
+            stream = next(stream for stream in STREAMS if manifests.stream_name(stream) == name)
             known = self._stream(job_id, stream).restore(snapshot)
             files, folders = files | known[0], folders | known[1]
         self._segments.remove_unknown(files)
@@ -67,7 +66,7 @@ class WeightSyncServicer(weightsync_pb2_grpc.WeightSyncServiceServicer):
         self._folders.remove_unknown(folders, in_use)
 
     def close(self) -> None:
-        """End subscriptions and free the bytes, unless they are to be kept."""
+        """End subscriptions, and free the bytes unless they are to be kept."""
         for stream in self._streams.values():
             stream.close()
         self._segments.close(remove_all=not self._keep_bytes)
@@ -75,7 +74,7 @@ class WeightSyncServicer(weightsync_pb2_grpc.WeightSyncServiceServicer):
         self._store.close()
 
     def heartbeat(self) -> controller_pb2.WorkerHeartbeat:
-        """What the controller hears: activations ended are the progress."""
+        """The heartbeat to the controller; its progress counts activations that have ended."""
         busy = [stream for stream in self._streams.values() if stream.machine.activation is not None]
         return controller_pb2.WorkerHeartbeat(
             progress=sum(stream.activations_ended for stream in self._streams.values()),
@@ -87,17 +86,11 @@ class WeightSyncServicer(weightsync_pb2_grpc.WeightSyncServiceServicer):
         self, request: weightsync_pb2.AllocateRequest, context: grpc.aio.ServicerContext
     ) -> weightsync_pb2.AllocateResponse:
         """Reserve room for a version."""
-        await _check_version(request.version, context)
+        await check_version(request.version, context)
         if request.nbytes == 0:
-            await _invalid(context, "nbytes is 0; a version has at least one byte")
-        try:
+            await invalid(context, "nbytes is 0; a version has at least one byte")
+        async with refusals_as_status(context, "allocate", request.version):
             return await self._stream(request.version.job_id, request.version.stream).allocate(request)
-        except NoTransport as error:
-            await abort(context, grpc.StatusCode.FAILED_PRECONDITION, str(error))
-        except OutOfMemory as error:
-            await abort(context, grpc.StatusCode.RESOURCE_EXHAUSTED, str(error))
-        except Refused as error:
-            await _refuse(context, "allocate", request.version, error)
         raise AssertionError("abort raises")
 
     async def Prepare(
@@ -105,14 +98,10 @@ class WeightSyncServicer(weightsync_pb2_grpc.WeightSyncServiceServicer):
     ) -> weightsync_pb2.PrepareResponse:
         """Declare a version complete."""
         version = request.manifest.version
-        await _check_version(version, context)
-        try:
+        await check_version(version, context)
+        async with refusals_as_status(context, "prepare", version):
             await asyncio.to_thread(manifests.validate, request.manifest)  # takes a while for 10^5 tensors
             self._stream(version.job_id, version.stream).prepare(request)
-        except manifests.ManifestError as error:
-            await _invalid(context, f"manifest: {error}")
-        except Refused as error:
-            await _refuse(context, "prepare", version, error)
         return weightsync_pb2.PrepareResponse()
 
     async def Activate(
@@ -120,11 +109,11 @@ class WeightSyncServicer(weightsync_pb2_grpc.WeightSyncServiceServicer):
     ) -> AsyncIterator[weightsync_pb2.ActivateResponse]:
         """Bring every engine to a version; a failed activation ends with DEADLINE_EXCEEDED and says why."""
         version = request.version
-        await _check_version(version, context)
+        await check_version(version, context)
         if not request.operation_id or request.deadline_ms == 0:
-            await _invalid(context, "operation_id must not be empty and deadline_ms not 0")
+            await invalid(context, "operation_id must not be empty and deadline_ms not 0")
         stream = self._stream(version.job_id, version.stream)
-        try:
+        async with refusals_as_status(context, "activate", version):
             events = stream.activate(
                 version.version,
                 request.operation_id,
@@ -133,13 +122,10 @@ class WeightSyncServicer(weightsync_pb2_grpc.WeightSyncServiceServicer):
                 request.check_equal,
                 request.wait_for,
             )
-        except Refused as error:
-            await _refuse(context, "activate", version, error)
-        try:
+        with contextlib.ExitStack() as at_end:
+            at_end.callback(stream.unwatch, events)
             while not isinstance(event := await events.get(), Outcome):
                 yield weightsync_pb2.ActivateResponse(engine=event)
-        finally:
-            stream.unwatch(events)
         if not event.ok:
             text = f"activation of {manifests.describe(version)} failed: {event.error}"
             await abort(context, grpc.StatusCode.DEADLINE_EXCEEDED, text)
@@ -153,21 +139,18 @@ class WeightSyncServicer(weightsync_pb2_grpc.WeightSyncServiceServicer):
     ) -> weightsync_pb2.CheckEnginesResponse:
         """Compare what engines serve with what was sent, on demand."""
         name = policy_pb2.WeightVersion(job_id=request.job_id, stream=request.stream)
-        await _check_version(name, context)
+        await check_version(name, context)
         if request.deadline_ms == 0:
-            await _invalid(context, "deadline_ms must not be 0")
+            await invalid(context, "deadline_ms must not be 0")
         stream = self._stream(request.job_id, request.stream)
-        try:
+        async with refusals_as_status(context, "check engines for", name):
             number, events = stream.check(request.deadline_ms / 1000)
-        except Refused as error:
-            await _refuse(context, "check engines for", name, error)
-        try:
+        with contextlib.ExitStack() as at_end:
+            at_end.callback(stream.unwatch, events)
             while not isinstance(event := await events.get(), Outcome):
                 pass
-        finally:
-            stream.unwatch(events)
         if not event.ok:
-            await abort(context, grpc.StatusCode.FAILED_PRECONDITION, f"the check came to no end: {event.error}")
+            await abort(context, grpc.StatusCode.FAILED_PRECONDITION, f"the check did not finish: {event.error}")
         return weightsync_pb2.CheckEnginesResponse(
             version=number,
             equal=event.engines,
@@ -178,39 +161,36 @@ class WeightSyncServicer(weightsync_pb2_grpc.WeightSyncServiceServicer):
     async def Subscribe(
         self, requests: AsyncIterator[weightsync_pb2.SubscribeRequest], context: grpc.aio.ServicerContext
     ) -> AsyncIterator[weightsync_pb2.SubscribeResponse]:
-        """Attach an engine for as long as the stream lasts."""
+        """Attach an engine until the stream ends."""
         first = await anext(aiter(requests), None)
         if first is None or first.WhichOneof("kind") != "hello":
-            await _invalid(context, "the first message of a subscription must be a hello")
+            await invalid(context, "the first message of a subscription must be a hello")
         hello = first.hello
-        await _check_version(policy_pb2.WeightVersion(job_id=hello.job_id, stream=hello.stream), context)
+        await check_version(policy_pb2.WeightVersion(job_id=hello.job_id, stream=hello.stream), context)
         if not hello.engine_id:
-            await _invalid(context, "engine_id is empty")
+            await invalid(context, "engine_id is empty")
         stream = self._stream(hello.job_id, hello.stream)
         session, orders = stream.subscribe(hello)
 
         async def read() -> None:
-            try:
-                async for request in requests:
-                    if request.WhichOneof("kind") == "report":
-                        stream.report(hello.engine_id, session, request.report)
-            finally:
-                orders.put_nowait(None)
+            async for request in requests:
+                if request.WhichOneof("kind") == "report":
+                    stream.report(hello.engine_id, session, request.report)
 
-        reader = asyncio.create_task(read(), name=f"reports of {hello.engine_id}")
-        leases = asyncio.create_task(self._renew(orders), name=f"leases of {hello.engine_id}")
-        try:
+        with contextlib.ExitStack() as at_end:
+            at_end.callback(stream.unsubscribe, hello.engine_id, session)
+            reader = asyncio.create_task(read(), name=f"reports of {hello.engine_id}")
+            reader.add_done_callback(lambda _: orders.put_nowait(None))
+            at_end.callback(reader.cancel)
+            leases = asyncio.create_task(self._renew_lease(orders), name=f"serving lease of {hello.engine_id}")
+            at_end.callback(leases.cancel)
             while (order := await orders.get()) is not None:
                 yield order
-        finally:
-            leases.cancel()
-            reader.cancel()
-            stream.unsubscribe(hello.engine_id, session)
 
     async def DescribeTransports(
         self, request: weightsync_pb2.DescribeTransportsRequest, context: grpc.aio.ServicerContext
     ) -> weightsync_pb2.DescribeTransportsResponse:
-        """Files by which a process finds out whether it shares memory or storage with this service."""
+        """Name the files by which a process finds out whether it shares memory or storage with this service."""
         files = {weightsync_pb2.TRANSPORT_KIND_SHARED_MEMORY: self._segments.probe}
         if self._folders.root is not None:
             files[weightsync_pb2.TRANSPORT_KIND_DISK_DELTA] = self._folders.probe
@@ -223,62 +203,54 @@ class WeightSyncServicer(weightsync_pb2_grpc.WeightSyncServiceServicer):
     async def OfferChunks(
         self, request: weightsync_pb2.OfferChunksRequest, context: grpc.aio.ServicerContext
     ) -> weightsync_pb2.OfferChunksResponse:
-        """Note what a part of a version consists of; say what is missing."""
-        await _check_version(request.version, context)
-        try:
+        """Record the chunks of a part of a version; return which are missing."""
+        await check_version(request.version, context)
+        async with refusals_as_status(context, "upload", request.version):
             table = self._uploading(request.version, request.publication_id)
             missing = await asyncio.to_thread(table.offer, request.chunks)
-        except Refused as error:
-            await _refuse(context, "upload", request.version, error)
         return weightsync_pb2.OfferChunksResponse(missing=missing)
 
     async def UploadChunks(
         self, requests: AsyncIterator[weightsync_pb2.UploadChunksRequest], context: grpc.aio.ServicerContext
     ) -> weightsync_pb2.UploadChunksResponse:
-        """Take chunks."""
+        """Store chunks."""
         chunks, name, table = 0, policy_pb2.WeightVersion(), None
         async for request in requests:
-            try:
-                if table is None:
-                    name = request.version
-                    await _check_version(name, context)
-                    table = self._uploading(name, request.publication_id)
+            if table is None:
+                name = request.version
+                await check_version(name, context)
+            async with refusals_as_status(context, "upload", name):
+                table = table or self._uploading(name, request.publication_id)
                 await asyncio.to_thread(table.put, request.chunk, request.data)
-            except Refused as error:
-                await _refuse(context, "upload", name, error)
             chunks += 1
         return weightsync_pb2.UploadChunksResponse(chunks=chunks)
 
     async def ListChunks(
         self, request: weightsync_pb2.ListChunksRequest, context: grpc.aio.ServicerContext
     ) -> weightsync_pb2.ListChunksResponse:
-        """What a version's buffer consists of."""
-        await _check_version(request.version, context)
-        try:
+        """List the chunks of a version's buffer."""
+        await check_version(request.version, context)
+        async with refusals_as_status(context, "list the chunks of", request.version):
             table = self._downloading(request.version, request.publication_id)
-            return weightsync_pb2.ListChunksResponse(chunks=await asyncio.to_thread(table.listed))
-        except Refused as error:
-            await _refuse(context, "list the chunks of", request.version, error)
-        raise AssertionError("abort raises")
+            chunks = await asyncio.to_thread(table.listed)
+        return weightsync_pb2.ListChunksResponse(chunks=chunks)
 
     async def FetchChunks(
         self, request: weightsync_pb2.FetchChunksRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[weightsync_pb2.FetchChunksResponse]:
         """Send chunks; gRPC's flow control keeps this no further ahead than the engine."""
-        await _check_version(request.version, context)
-        try:
+        await check_version(request.version, context)
+        async with refusals_as_status(context, "send", request.version):
             table = self._downloading(request.version, request.publication_id)
             await asyncio.to_thread(table.listed)
             for number in request.chunks:
                 data = await asyncio.to_thread(table.get, number)
                 yield weightsync_pb2.FetchChunksResponse(chunk=number, data=data)
-        except Refused as error:
-            await _refuse(context, "send", request.version, error)
 
     async def ListVersions(
         self, request: weightsync_pb2.ListVersionsRequest, context: grpc.aio.ServicerContext
     ) -> weightsync_pb2.ListVersionsResponse:
-        """Versions and engines of one job, or of all."""
+        """List versions and engines of one job, or of all."""
         response = weightsync_pb2.ListVersionsResponse()
         for stream in self._streams.values():
             if request.job_id in ("", stream.job_id):
@@ -291,18 +263,17 @@ class WeightSyncServicer(weightsync_pb2_grpc.WeightSyncServiceServicer):
     ) -> weightsync_pb2.ReleaseJobResponse:
         """Free what a finished job left."""
         if not request.job_id:
-            await _invalid(context, "job_id is empty")
-        keys = [stream_key(request.job_id, stream) for stream in _STREAMS]
+            await invalid(context, "job_id is empty")
+        keys = [stream_key(request.job_id, stream) for stream in STREAMS]
         freed = sum(self._streams[key].release() for key in keys if key in self._streams)
         return weightsync_pb2.ReleaseJobResponse(freed_bytes=freed)
 
-    async def _renew(self, orders: asyncio.Queue[weightsync_pb2.SubscribeResponse | None]) -> None:
-        """Tell an engine again and again that it may serve."""
-        lease_s = self._settings.lease_s
+    async def _renew_lease(self, orders: asyncio.Queue[weightsync_pb2.SubscribeResponse | None]) -> None:
+        """Renew an engine's serving lease again and again."""
+        lease_s = self._limits.serving_lease_s
+        lease = weightsync_pb2.ServingLease(lease_ms=round(lease_s * 1000))
         while True:
-            orders.put_nowait(
-                weightsync_pb2.SubscribeResponse(lease=weightsync_pb2.LeaseOrder(lease_ms=round(lease_s * 1000)))
-            )
+            orders.put_nowait(weightsync_pb2.SubscribeResponse(serving_lease=lease))
             await asyncio.sleep(lease_s / 3)
 
     def _uploading(self, version: policy_pb2.WeightVersion, publication_id: int) -> ChunkTable:
@@ -314,27 +285,5 @@ class WeightSyncServicer(weightsync_pb2_grpc.WeightSyncServiceServicer):
     def _stream(self, job_id: str, stream: policy_pb2.WeightStream.ValueType) -> StreamRuntime:
         key = stream_key(job_id, stream)
         if key not in self._streams:
-            self._streams[key] = StreamRuntime(
-                job_id, stream, self._store, self._segments, self._folders, self._settings
-            )
+            self._streams[key] = StreamRuntime(job_id, stream, self._store, self._segments, self._folders, self._limits)
         return self._streams[key]
-
-
-async def _check_version(version: policy_pb2.WeightVersion, context: grpc.aio.ServicerContext) -> None:
-    faults = [] if version.job_id else ["job_id is empty"]
-    if version.stream not in _STREAMS:
-        faults.append(f"stream is {version.stream}; allowed are POLICY and DRAFT")
-    if faults:
-        await _invalid(context, "; ".join(faults))
-
-
-async def _invalid(context: grpc.aio.ServicerContext, text: str) -> NoReturn:
-    await abort(context, grpc.StatusCode.INVALID_ARGUMENT, text)
-
-
-async def _refuse(
-    context: grpc.aio.ServicerContext, what: str, version: policy_pb2.WeightVersion, error: Refused
-) -> NoReturn:
-    unknown = isinstance(error, UnknownVersion)
-    code = grpc.StatusCode.NOT_FOUND if unknown else grpc.StatusCode.FAILED_PRECONDITION
-    await abort(context, code, f"cannot {what} {manifests.describe(version)}: {error}")

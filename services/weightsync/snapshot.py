@@ -1,16 +1,19 @@
-"""What of a stream's state survives a restart of the service, as JSON."""
+"""The part of a stream's state that survives a restart of the service, as JSON."""
 
 from __future__ import annotations
 
 import dataclasses
 from typing import Any
 
+from miles.services.weightsync.actions import Outcome
+from miles.services.weightsync.engine import Engine
 from miles.services.weightsync.publication import Publication
-from miles.services.weightsync.state import Engine, Now, Outcome, Settings, Version, VersionState
+from miles.services.weightsync.timing import Now, PublicationLimits
+from miles.services.weightsync.version import Version, VersionState
 
 
 def save(machine: Publication) -> dict[str, Any]:
-    """Everything but the activation under way, whose caller repeats it, and the subscriptions, which come anew."""
+    """Everything but the activation under way, which its caller repeats, and subscriptions, which engines renew."""
     return {
         "next_publication_id": machine.next_publication_id,
         "active": machine.active,
@@ -20,9 +23,9 @@ def save(machine: Publication) -> dict[str, Any]:
     }
 
 
-def load(saved: dict[str, Any], now: Now, settings: Settings) -> Publication:
-    """The state machine that was saved. Who maps which bytes is unknown now, so none of them may be rewritten."""
-    machine = Publication(settings)
+def load(saved: dict[str, Any], now: Now, limits: PublicationLimits) -> Publication:
+    """Restore a saved state machine. Which engine maps which bytes is unknown now, so none may be rewritten."""
+    machine = Publication(limits)
     machine.next_publication_id, machine.active = saved["next_publication_id"], saved["active"]
     for kept in saved["versions"]:
         state, checksum = VersionState(kept["state"]), bytes.fromhex(kept["checksum"])

@@ -1,4 +1,4 @@
-"""What the service must remember over a restart, in one SQLite file; every write is atomic."""
+"""The state that survives a restart of the service, in one SQLite file; every write is atomic."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CREATE TABLE IF NOT EXISTS holding (
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class HoldingRecord:
-    """One publication's bytes."""
+    """Where one publication's bytes are, as stored."""
 
     path: str
     """File in shared memory; empty when there is none."""
@@ -38,7 +38,7 @@ class HoldingRecord:
 
 
 class StateStore:
-    """Streams' states as JSON, and per publication where its bytes are."""
+    """Stores each stream's state as JSON, and where the bytes of each publication are."""
 
     def __init__(self, state_dir: pathlib.Path | None) -> None:
         """`state_dir` None keeps everything in memory only."""
@@ -46,7 +46,7 @@ class StateStore:
             state_dir.mkdir(parents=True, exist_ok=True)
         path = ":memory:" if state_dir is None else str(state_dir / "weightsync.sqlite")
         self._db = sqlite3.connect(path, isolation_level=None)
-        # A write-ahead log survives a killed process. Loss of power also loses shared memory, so more is not needed.
+        # A write-ahead log survives a killed process. A power failure also loses shared memory, so more is not needed.
         self._db.execute("PRAGMA journal_mode=WAL")
         self._db.execute("PRAGMA synchronous=NORMAL")
         self._db.executescript(_SCHEMA)
@@ -57,23 +57,23 @@ class StateStore:
         self._written: dict[str, str] = {}
 
     def save_stream(self, key: str, state: dict[str, Any]) -> None:
-        """Write a stream's state if it differs from what was written last."""
+        """Write a stream's state if it has changed."""
         text = json.dumps(state)
         if self._written.get(key) != text:
             self._db.execute("INSERT OR REPLACE INTO stream VALUES (?, ?)", (key, text))
             self._written[key] = text
 
     def save_holding(self, key: str, publication_id: int, record: HoldingRecord) -> None:
-        """Remember where a publication's bytes are and what it consists of."""
+        """Store where a publication's bytes are, and its manifest."""
         row = (key, publication_id, *dataclasses.astuple(record))
         self._db.execute("INSERT OR REPLACE INTO holding VALUES (?, ?, ?, ?, ?, ?, ?, ?)", row)
 
     def delete_holding(self, key: str, publication_id: int) -> None:
-        """Forget a freed publication."""
+        """Delete a freed publication."""
         self._db.execute("DELETE FROM holding WHERE key = ? AND publication_id = ?", (key, publication_id))
 
     def delete_stream(self, key: str) -> None:
-        """Forget a stream of a job that is over."""
+        """Delete a stream of a job that is over."""
         self._db.execute("DELETE FROM holding WHERE key = ?", (key,))
         self._db.execute("DELETE FROM stream WHERE key = ?", (key,))
         self._written.pop(key, None)

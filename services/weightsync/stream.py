@@ -1,4 +1,4 @@
-"""One stream of weights at run time: feeds the publication state machine events and carries out its actions."""
+"""One stream of weights at run time: feeds events to the publication state machine and carries out its actions."""
 
 from __future__ import annotations
 
@@ -12,43 +12,32 @@ from collections.abc import Collection
 from typing import Any
 
 from miles.rpc.gen import policy_pb2, weightsync_pb2
-from miles.services.weightsync import snapshot, topology
+from miles.services.weightsync import messages, snapshot, topology
+from miles.services.weightsync.actions import Action, Disconnect, Ended, EngineChanged, Free, Outcome, Send
 from miles.services.weightsync.chunk_table import ChunkTable
+from miles.services.weightsync.engine import Engine, Order, OrderKind
 from miles.services.weightsync.folders import FolderStore
 from miles.services.weightsync.holdings import Holdings
 from miles.services.weightsync.publication import Publication
 from miles.services.weightsync.segments import SegmentStore
-from miles.services.weightsync.state import (
-    Action,
-    Disconnect,
-    Ended,
-    Engine,
-    EngineChanged,
-    Free,
-    Now,
-    Order,
-    OrderKind,
-    Outcome,
-    Refused,
-    Send,
-    Settings,
-)
 from miles.services.weightsync.store import StateStore
+from miles.services.weightsync.timing import Now, PublicationLimits
+from miles.services.weightsync.version import Refused
 from miles.weights import manifest as manifests
 
 logger = logging.getLogger(__name__)
 
 Event = weightsync_pb2.EngineStatus | Outcome
-"""What watchers of an activation see: engines' stages, then the outcome."""
+"""What watchers of an activation receive: engines' stages, then the outcome."""
 
 _LOCAL = frozenset({weightsync_pb2.TRANSPORT_KIND_SHARED_MEMORY})
-"""What a process that says nothing can use."""
+"""What a process that names no transports can use."""
 
 _sessions = itertools.count(1)
 
 
 def stream_key(job_id: str, stream: policy_pb2.WeightStream.ValueType) -> str:
-    """Names a stream in files and state."""
+    """Name of a stream in files and state."""
     return f"{job_id}/{manifests.stream_name(stream)}"
 
 
@@ -62,12 +51,12 @@ class StreamRuntime:
         store: StateStore,
         segments: SegmentStore,
         folders: FolderStore,
-        settings: Settings,
+        limits: PublicationLimits,
     ) -> None:
         self.job_id = job_id
         self.stream = stream
         self.key = stream_key(job_id, stream)
-        self.machine = Publication(settings)
+        self.machine = Publication(limits)
         self._store = store
         self._has_folders = folders.root is not None
         self.holdings = Holdings(self.key, store, segments, folders)
@@ -82,24 +71,24 @@ class StreamRuntime:
         self.activations_ended = 0
 
     def restore(self, saved: dict[str, Any]) -> tuple[set[pathlib.Path], set[pathlib.Path]]:
-        """Take up the state of an earlier process; returns the files and folders it knows.
+        """Restore the state of an earlier process; return the files and folders that it knows.
 
-        Versions whose bytes are gone are lost.
+        Versions whose bytes are gone are discarded.
         """
-        self.machine = snapshot.load(saved, _now(), self.machine.settings)
+        self.machine = snapshot.load(saved, _now(), self.machine.limits)
         known = self.holdings.restore(self.machine.versions.keys())
         for publication_id, version in list(self.machine.versions.items()):
             gone = publication_id not in self.holdings
             if gone or (version.checksum and self.holdings[publication_id].manifest is None):
                 logger.warning("%s: the bytes of version %d are gone", self.key, version.number)
                 self.holdings.free(publication_id, reusable=False)
-                self._apply(self.machine.give_up(publication_id, _now()))
+                self._apply(self.machine.discard(publication_id, _now()))
         return known
 
     # -- the trainer's calls ------------------------------------------------------------------------------------------
 
     async def allocate(self, request: weightsync_pb2.AllocateRequest) -> weightsync_pb2.AllocateResponse:
-        """Room for a version; raises OutOfMemory, NoTransport or Refused."""
+        """Reserve room for a version; raises OutOfMemory, NoTransport or Refused."""
         async with self._allocating:
             trainer = frozenset(request.usable) or _LOCAL
             attached = [self._usable.get(e.engine_id, _LOCAL) for e in self.machine.engines.values() if e.session]
@@ -112,7 +101,7 @@ class StreamRuntime:
                     publication_id, request, placement, lambda: publication_id in self.machine.versions
                 )
             except OSError:
-                self._apply(self.machine.give_up(publication_id, _now()))
+                self._apply(self.machine.discard(publication_id, _now()))
                 raise
             return weightsync_pb2.AllocateResponse(
                 handle=holding.handles[0],
@@ -121,7 +110,7 @@ class StreamRuntime:
             )
 
     def prepare(self, request: weightsync_pb2.PrepareRequest) -> None:
-        """Every byte is where the handles say; raises Refused or UnknownVersion."""
+        """Declare a version complete: every byte is where the handles say; raises Refused or UnknownVersion."""
         manifest = request.manifest
         publication_id = self.holdings.find(request.handle, manifest.version.version)
         version = self.machine.versions[publication_id]
@@ -169,23 +158,23 @@ class StreamRuntime:
         return events
 
     def check(self, deadline_s: float) -> tuple[int, asyncio.Queue[Event]]:
-        """Have engines compare what they serve with the active version; its number, and events as in `activate`.
+        """Have engines compare what they serve with the active version; return its number, and events as in `activate`.
 
-        Refused while an activation is under way: that must not be ended by a check.
+        Refused while an activation is under way, which a check must not end.
         """
         if self.machine.activation is not None:
             raise Refused("a version is being activated; ask again when it is")
         active = None if self.machine.active is None else self.machine.versions[self.machine.active]
         if active is None or self.machine.find(active.number) is not active:
-            raise Refused("no version is active, or its number has been published anew")
+            raise Refused("no version is active, or its number has been published again")
         return active.number, self.activate(active.number, f"check-{uuid.uuid4().hex}", deadline_s, 0, True)
 
     def unwatch(self, events: asyncio.Queue[Event]) -> None:
-        """Nobody reads these events any more; the activation goes on."""
+        """Stop sending events to a queue; the activation goes on."""
         self._watchers.pop(events, None)
 
     def release(self) -> int:
-        """Free everything the stream has; returns the bytes freed."""
+        """Free everything the stream has; return the bytes freed."""
         freed = self.holdings.nbytes
         self._apply(self.machine.release(_now()))
         freed += self.holdings.free_spare()
@@ -197,7 +186,7 @@ class StreamRuntime:
     def subscribe(
         self, hello: weightsync_pb2.EngineHello
     ) -> tuple[int, asyncio.Queue[weightsync_pb2.SubscribeResponse | None]]:
-        """Attach an engine; its orders come through the queue, None ends it."""
+        """Attach an engine; its orders come through the queue, and None ends the subscription."""
         session = next(_sessions)
         orders: asyncio.Queue[weightsync_pb2.SubscribeResponse | None] = asyncio.Queue()
         self._subscriptions[session] = orders
@@ -207,14 +196,14 @@ class StreamRuntime:
         return session, orders
 
     def unsubscribe(self, engine_id: str, session: int) -> None:
-        """The engine's subscription has ended."""
+        """Detach an engine whose subscription has ended."""
         self._subscriptions.pop(session, None)
         self._apply(self.machine.disconnect(engine_id, session, _now()))
 
     def report(self, engine_id: str, session: int, report: weightsync_pb2.EngineReport) -> None:
-        """An engine answered an order."""
+        """Record an engine's answer to an order."""
         done = report.outcome == weightsync_pb2.ORDER_OUTCOME_DONE
-        error = None if done else report.error or "it did not say why"
+        error = None if done else report.error or "it gave no reason"
         self._apply(
             self.machine.report(engine_id, session, report.order_id, error, report.elapsed_s, report.pause_s, _now())
         )
@@ -224,39 +213,18 @@ class StreamRuntime:
     def version_statuses(self) -> list[weightsync_pb2.VersionStatus]:
         """Every version whose bytes exist, oldest first."""
         return [
-            weightsync_pb2.VersionStatus(
-                version=self._name(version.number),
-                state=weightsync_pb2.VersionState.Value(f"VERSION_STATE_{version.state.value}"),
-                total_bytes=version.nbytes,
-                active_unix_ns=version.active_unix_ns,
-                transports=self.holdings.ways(version.publication_id)
-                if version.publication_id in self.holdings
-                else [],
-                written_bytes=version.written_bytes,
-                stage_s=version.stage_s,
+            messages.version_status(
+                self._name(version.number),
+                version,
+                self.holdings.transports(version.publication_id) if version.publication_id in self.holdings else [],
             )
             for version in self.machine.versions.values()
         ]
 
     def engine_status(self, engine: Engine) -> weightsync_pb2.EngineStatus:
         """An engine as the wire shows it."""
-        status = weightsync_pb2.EngineStatus(
-            engine_id=engine.engine_id,
-            stream=self.stream,
-            state=weightsync_pb2.EngineState.Value(f"ENGINE_STATE_{engine.state.value}"),
-            since_unix_ns=engine.since_unix_ns,
-            prefetch_s=engine.stage_s.get(OrderKind.PREFETCH.value, 0.0),
-            pause_s=engine.pause_s,
-            last_error=engine.last_error,
-            transport=self._used.get(engine.engine_id, weightsync_pb2.TRANSPORT_KIND_UNSPECIFIED),
-            attached=engine.session is not None,
-            job_id=self.job_id,
-            stage_s=engine.stage_s,
-        )
-        if engine.held is not None and engine.held in self.machine.versions:
-            held = self.machine.versions[engine.held]
-            status.version, status.total_bytes = held.number, held.nbytes
-        return status
+        transport = self._used.get(engine.engine_id, weightsync_pb2.TRANSPORT_KIND_UNSPECIFIED)
+        return messages.engine_status(self.job_id, self.stream, engine, self.machine.versions, transport)
 
     def close(self) -> None:
         """End every subscription and stop the timer."""
@@ -265,7 +233,7 @@ class StreamRuntime:
         for orders in self._subscriptions.values():
             orders.put_nowait(None)
 
-    # -- carrying out -------------------------------------------------------------------------------------------------
+    # -- actions -------------------------------------------------------------------------------------------------------
 
     def _apply(self, actions: list[Action]) -> None:
         """Make the new state durable, then act on it."""
@@ -278,15 +246,15 @@ class StreamRuntime:
                 case Free(publication_id=publication_id, reusable=reusable):
                     self.holdings.free(publication_id, reusable)
                 case EngineChanged(engine_id=engine_id):
-                    self._show(engine_id)
+                    self._notify_watchers(engine_id)
                 case Ended(operation_ids=operation_ids, outcome=outcome):
-                    self._finish(operation_ids, outcome)
+                    self._end_activation(operation_ids, outcome)
                 case Disconnect(session=session):
                     if session in self._subscriptions:
                         self._subscriptions[session].put_nowait(None)
         self._set_timer()
 
-    def _show(self, engine_id: str) -> None:
+    def _notify_watchers(self, engine_id: str) -> None:
         engine = self.machine.engines.get(engine_id)
         if engine is None:
             return
@@ -296,7 +264,7 @@ class StreamRuntime:
         for events in self._watchers:
             events.put_nowait(status)
 
-    def _finish(self, operation_ids: tuple[str, ...], outcome: Outcome) -> None:
+    def _end_activation(self, operation_ids: tuple[str, ...], outcome: Outcome) -> None:
         self.activations_ended += 1
         logger.info("%s: activation %s ended: %s", self.key, operation_ids[0], outcome)
         for events, operation_id in list(self._watchers.items()):
@@ -317,23 +285,19 @@ class StreamRuntime:
         self._apply(self.machine.tick(_now()))
 
     def _order(self, engine_id: str, order: Order) -> weightsync_pb2.SubscribeResponse:
-        response = weightsync_pb2.SubscribeResponse(order_id=order.order_id)
-        publication_id = order.publication_id
-        if order.kind is OrderKind.QUARANTINE:
-            response.quarantine.reason = order.reason
-        elif order.kind is OrderKind.PREFETCH:
-            handle = self.holdings.handle_for(publication_id, self._usable.get(engine_id, _LOCAL))
-            self._used[engine_id] = handle.kind
-            response.prefetch.manifest.CopyFrom(self._manifest(publication_id))
-            response.prefetch.handle.CopyFrom(handle)
-            response.prefetch.publication_id = publication_id
-        elif order.kind is OrderKind.CHECK:
-            response.check.manifest.CopyFrom(self._manifest(publication_id))
-        else:
-            body = response.swap if order.kind is OrderKind.SWAP else response.drop
-            body.version.CopyFrom(self._name(order.number))
-            body.publication_id = publication_id
-        return response
+        match order.kind:
+            case OrderKind.QUARANTINE:
+                return messages.quarantine_order(order)
+            case OrderKind.PREFETCH:
+                handle = self.holdings.handle_for(order.publication_id, self._usable.get(engine_id, _LOCAL))
+                self._used[engine_id] = handle.kind
+                return messages.prefetch_order(order, self._manifest(order.publication_id), handle)
+            case OrderKind.CHECK:
+                return messages.check_order(order, self._manifest(order.publication_id))
+            case OrderKind.SWAP:
+                return messages.swap_order(order, self._name(order.number))
+            case OrderKind.DISCARD:
+                return messages.discard_order(order, self._name(order.number))
 
     def _manifest(self, publication_id: int) -> policy_pb2.Manifest:
         manifest = self.holdings[publication_id].manifest

@@ -1,4 +1,4 @@
-"""Which way each engine gets its bytes. Pure: what trainer and engines can use in, transports out."""
+"""The choice of transports, from what trainer and engines can use. Pure."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PREFERENCE = (TRANSPORT_KIND_SHARED_MEMORY, TRANSPORT_KIND_DISK_DELTA, TRANSPORT
 """What the service chooses from, the best first: no copy, then changes only, then what works anywhere."""
 
 IN_MEMORY = (TRANSPORT_KIND_SHARED_MEMORY, TRANSPORT_KIND_GRPC_CHUNKS)
-"""Two ways to bytes that lie in the service's shared memory."""
+"""Both reach bytes in the service's shared memory."""
 
 
 class NoTransport(ValueError):
@@ -30,12 +30,12 @@ class NoTransport(ValueError):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Placement:
-    """How the trainer hands over a version."""
+    """How the trainer sends a version."""
 
     kinds: tuple[TransportKind.ValueType, ...]
     """Transports to send by; at least one."""
     fixed: bool
-    """Whether engines have to use that one, too."""
+    """Whether engines must use that one, too."""
 
     @property
     def in_memory(self) -> bool:
@@ -50,10 +50,10 @@ def place(
     *,
     folders: bool,
 ) -> Placement:
-    """Choose for one version, given what the trainer and each attached engine can use, and whether there are folders.
+    """Choose for one version from what the trainer and each attached engine can use; `folders`: storage is shared.
 
-    Bytes in the service's memory serve its own host by mapping and everyone else by chunks, so a version goes there
-    unless every engine reads folders. Raises NoTransport when the trainer cannot send by what was asked for.
+    Bytes in the service's memory can be mapped on its own host and sent to all others in chunks, so a version is put
+    there unless every engine reads folders. Raises NoTransport when the trainer cannot send by what was asked for.
     """
     if asked_for == TRANSPORT_KIND_DISK_DELTA and not folders:
         raise NoTransport("DISK_DELTA needs a folder that all share; start the weightsync service with --disk-dir")
@@ -75,7 +75,7 @@ def place(
     return Placement(tuple(kinds), fixed=False)
 
 
-def ways(placement: Placement) -> list[TransportKind.ValueType]:
+def transports_of(placement: Placement) -> list[TransportKind.ValueType]:
     """The transports by which engines can get a version, the best first."""
     if placement.fixed:
         return list(placement.kinds)
@@ -83,9 +83,9 @@ def ways(placement: Placement) -> list[TransportKind.ValueType]:
     return [kind for kind in PREFERENCE if kind in found]
 
 
-def way_for(placement: Placement, usable: Collection[int]) -> TransportKind.ValueType:
-    """The transport by which an engine gets a version; the best one, to fail by, when it can use none."""
-    offered: Sequence[TransportKind.ValueType] = ways(placement)
+def transport_for(placement: Placement, usable: Collection[int]) -> TransportKind.ValueType:
+    """The transport by which an engine gets a version. When it can use none: the best, which then fails."""
+    offered: Sequence[TransportKind.ValueType] = transports_of(placement)
     return next((kind for kind in offered if kind in usable), offered[0])
 
 

@@ -17,8 +17,8 @@ from miles.rpc.gen import weightsync_pb2
 from miles.services.rollout.engines.base import PauseMode
 from miles.services.rollout.engines.sglang import SglangEngine
 from miles.services.rollout.engines.sglang.weights.checker import checksum
+from miles.weights.base import Endpoint
 from miles.weights.check import check_weight_update_equal
-from miles.weights.transport import Endpoint
 from miles.weights.transports.collective.group import Timing
 
 pytest.importorskip("sglang")

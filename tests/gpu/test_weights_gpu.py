@@ -23,9 +23,9 @@ from miles.rpc.gen import policy_pb2
 from miles.services.rollout.engines.base import PauseMode
 from miles.services.rollout.serving.readiness import Serving
 from miles.weights import WeightSubscriber
+from miles.weights.base import Endpoint
 from miles.weights.manifest import ManifestError, checksum
-from miles.weights.transport import Endpoint
-from miles.weights.transports.cuda_ipc import CudaIpcTransport
+from miles.weights.transports.cuda_ipc.transport import CudaIpcTransport
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
 two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="NCCL needs a GPU for each of trainer and engine")

@@ -17,7 +17,7 @@ from miles.services.rollout.engines.checkpoint_weights import read_weights
 from miles.services.rollout.engines.torch.model.parameters import WeightMismatch
 from miles.weights import WeightSubscriber
 from miles.weights.export_format import formatted
-from miles.weights.fp8 import Fp8Blocks, whole_weights
+from miles.weights.fp8 import Fp8Blocks, dequantise_weights
 
 
 @pytest.fixture
@@ -50,7 +50,7 @@ async def test_an_engine_computes_with_what_its_fp8_weights_stand_for(
         assert raw(await engine.weight_bytes()) == raw(weights)
         exact = await respond(engine, prompt, seed=3)
         await subscriber.close()
-    async with running_engine(tmp_path / "model", whole_weights(sent, torch.bfloat16), dtype="bfloat16") as plain:
+    async with running_engine(tmp_path / "model", dequantise_weights(sent, torch.bfloat16), dtype="bfloat16") as plain:
         expected = await respond(plain, prompt, seed=3)
     assert (answer.tokens, answer.log_probs) == (expected.tokens, expected.log_probs)
     assert answer.log_probs != exact.log_probs

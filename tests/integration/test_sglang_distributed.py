@@ -24,8 +24,8 @@ from miles.services.rollout.engines.sglang import SglangEngine
 from miles.services.rollout.engines.sglang.server.replica import Replica
 from miles.services.rollout.engines.sglang.weights.broadcast_member import ServerMember
 from miles.weights import SubscriberState, WeightSubscriber
+from miles.weights.base import Endpoint
 from miles.weights.check import check_weight_update_equal
-from miles.weights.transport import Endpoint
 from miles.weights.transports.collective.group import Watch
 from miles.weights.transports.collective.transport import CollectiveTransport
 

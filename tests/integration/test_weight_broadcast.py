@@ -116,10 +116,10 @@ def test_a_version_that_is_not_live_is_refused_and_its_memory_is_used_again(make
     trainer, engine = make(), make()
     old = publish([trainer], 1, random_tensors(1), BUCKET_BYTES)
     trainer.trim([1])
-    before = trainer.source.staged_bytes()
+    before = trainer.source.staged.nbytes()
     publish([trainer], 2, random_tensors(2), BUCKET_BYTES)
     trainer.trim([2])
-    assert trainer.source.staged_bytes() == before
+    assert trainer.source.staged.nbytes() == before
     with pytest.raises(ConnectionError, match="publication 1 is not, or no longer, held"):
         engine.receive(*old)
 
@@ -128,7 +128,7 @@ def test_a_version_that_was_given_up_is_forgotten(make: Make) -> None:
     trainer = make()
     handle, _ = publish([trainer], 1, random_tensors(1), BUCKET_BYTES)
     trainer.discard(handle)
-    assert trainer.source.staged_bytes() == 0
+    assert trainer.source.staged.nbytes() == 0
 
 
 def test_bytes_that_differ_from_the_manifest_are_refused(make: Make) -> None:

@@ -376,7 +376,7 @@ async def test_an_engine_that_hears_nothing_stops_serving_until_it_has_loaded_th
 
 @pytest.mark.chaos
 def test_a_service_that_hangs_is_as_good_as_none(tmp_path: pathlib.Path) -> None:
-    service = Service(tmp_path / "state", tmp_path, options=["--lease-s", "2"])
+    service = Service(tmp_path / "state", tmp_path, options=["--serving-lease-s", "2"])
     engine = Engine(service, "engine")
     try:
         service.publish(0, weights(0))

@@ -10,8 +10,9 @@ import torch
 
 from miles.rpc.gen import policy_pb2, weightsync_pb2
 from miles.weights import manifest as manifests
+from miles.weights.base import Endpoint, WeightTransport
+from miles.weights.bucketing import buckets
 from miles.weights.dtypes import wire_dtype
-from miles.weights.transport import Endpoint, WeightTransport, buckets
 from miles.weights.transports.collective.group import Timing
 from miles.weights.transports.collective.transport import CollectiveTransport
 

@@ -10,8 +10,8 @@ import torch
 from broadcast_kit import publish, random_tensors, transport, write
 
 from miles.rpc.gen import weightsync_pb2
-from miles.weights.transport import Endpoint, WeightTransport
-from miles.weights.transports.cuda_ipc import CudaIpcTransport
+from miles.weights.base import Endpoint, WeightTransport
+from miles.weights.transports.cuda_ipc.transport import CudaIpcTransport
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()

@@ -22,9 +22,9 @@ from miles.services.trainer.backends.fsdp.backend import FsdpBackend
 from miles.services.trainer.export import export_command, merge, send_share
 from miles.services.trainer.ranks.collective_calls import Ranks
 from miles.weights import manifest as manifests
+from miles.weights.base import Endpoint
 from miles.weights.dtypes import wire_dtype
-from miles.weights.publisher import Draft, WeightSender
-from miles.weights.transport import Endpoint
+from miles.weights.publisher import PendingVersion, WeightSender
 
 BUCKET_BYTES = 16384
 WAIT_S = 800.0
@@ -62,14 +62,14 @@ def offer(backend: FsdpBackend, sender: WeightSender, ranks: Ranks, publication_
     )
     version = policy_pb2.WeightVersion(job_id="job", stream=policy_pb2.WEIGHT_STREAM_POLICY, version=publication_id)
     live = list(range(publication_id + 1))
-    draft = Draft(version, 0, descriptors, total, [handle], live, 0.0, 0.0)
-    command = export_command(draft, "", BUCKET_BYTES)
+    pending = PendingVersion(version, 0, descriptors, total, [handle], live, 0.0, 0.0)
+    command = export_command(pending, "", BUCKET_BYTES)
     reports = ranks.agree(None, send_share(backend, sender, command, ranks.rank, ranks.count))
     if ranks.rank == 0:
-        merge(draft, reports)
-        manifest = manifests.build(version, draft.descriptors, total, 0)
-        sender.transport(handle.kind).seal(draft.handles[0], manifest)
-        write(folder, (draft.handles[0], manifest))
+        merge(pending, reports)
+        manifest = manifests.build(version, pending.descriptors, total, 0)
+        sender.transport(handle.kind).seal(pending.handles[0], manifest)
+        write(folder, (pending.handles[0], manifest))
 
 
 def main(root: pathlib.Path, cases: list[list[str]]) -> None:

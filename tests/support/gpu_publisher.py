@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from miles.rpc import connect_blocking
 from miles.rpc.gen import policy_pb2, weightsync_pb2_grpc
 from miles.weights import WeightPublisher
-from miles.weights.transport import Endpoint
+from miles.weights.base import Endpoint
 from miles.weights.transports.names import TRANSPORT_OF_MODE
 
 

@@ -15,9 +15,9 @@ import torch
 from miles.rpc import connect, connect_blocking, start_server
 from miles.rpc.gen import policy_pb2, weightsync_pb2, weightsync_pb2_grpc
 from miles.services.weightsync.service import SERVICE_NAME, WeightSyncServicer
-from miles.services.weightsync.state import Settings
+from miles.services.weightsync.timing import PublicationLimits
 from miles.weights import PublishResult, WeightPublisher
-from miles.weights.transport import Endpoint
+from miles.weights.base import Endpoint
 
 POLICY = policy_pb2.WEIGHT_STREAM_POLICY
 DRAFT = policy_pb2.WEIGHT_STREAM_DRAFT
@@ -70,9 +70,9 @@ class Host:
         self._channel = connect_blocking(self.address)
 
     async def start(self) -> None:
-        settings = Settings(first_retry_s=0.1, last_retry_s=0.1, lease_s=self._lease_s)
+        limits = PublicationLimits(first_retry_s=0.1, last_retry_s=0.1, serving_lease_s=self._lease_s)
         self.servicer = WeightSyncServicer(
-            *(self.folder / "state", self.folder), keep_bytes=True, settings=settings, disk_dir=self.disk_dir
+            *(self.folder / "state", self.folder), keep_bytes=True, limits=limits, disk_dir=self.disk_dir
         )
         self.servicer.start()
 

@@ -18,8 +18,8 @@ import torch
 from miles.rpc import connect_blocking
 from miles.rpc.gen import policy_pb2, weightsync_pb2, weightsync_pb2_grpc
 from miles.weights import PublishResult, WeightPublisher
+from miles.weights.base import Endpoint
 from miles.weights.manifest import checksum
-from miles.weights.transport import Endpoint
 
 JOB = "job/1"
 DEADLINE_S = 200.0

@@ -44,7 +44,7 @@ Global___WeightStream: _TypeAlias = WeightStream  # noqa: Y015
 
 @_typing.final
 class WeightVersion(_message.Message):
-    """Names one version of one model of one job."""
+    """Identifies one version of one model of one job."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -89,7 +89,7 @@ class TensorDescriptor(_message.Message):
     dtype: _sample_pb2.DType.ValueType
     """Element type as stored."""
     offset: _builtins.int
-    """Where the tensor's first byte lies in the version's buffer, in bytes."""
+    """Offset of the tensor in the version's buffer, in bytes."""
     nbytes: _builtins.int
     """Length in bytes: product(shape) * size of dtype."""
     checksum: _builtins.bytes
@@ -188,7 +188,7 @@ class LoraAdapter(_message.Message):
     alpha: _builtins.float
     """Scales the product, over rank."""
     base_checksum: _builtins.bytes
-    """Identity of the weights that it adapts: xxh3-128 over their names, dtypes, shapes and checksums, by name in order."""
+    """Identity of the weights that it adapts: xxh3-128 over their names, dtypes, shapes and checksums, by ascending name."""
     def __init__(
         self,
         *,

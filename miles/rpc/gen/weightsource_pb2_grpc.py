@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class WeightSourceServiceStub:
-    """One per trainer rank. Each rank holds the buckets that are its own of every version that may still be asked for.
+    """One per trainer rank. Each rank holds its own buckets of every version that engines may still ask for.
     """
 
     def __init__(self, channel):
@@ -43,11 +43,11 @@ class WeightSourceServiceStub:
 
 
 class WeightSourceServiceServicer:
-    """One per trainer rank. Each rank holds the buckets that are its own of every version that may still be asked for.
+    """One per trainer rank. Each rank holds its own buckets of every version that engines may still ask for.
     """
 
     def Join(self, request_iterator, context):
-        """An engine's part in one broadcast. The stream lasts as long as the broadcast; its end means that the engine is gone.
+        """Takes part in one broadcast. The stream lasts as long as the broadcast; if it ends early, the engine is lost.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -70,7 +70,7 @@ def add_WeightSourceServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class WeightSourceService:
-    """One per trainer rank. Each rank holds the buckets that are its own of every version that may still be asked for.
+    """One per trainer rank. Each rank holds its own buckets of every version that engines may still ask for.
     """
 
     @staticmethod

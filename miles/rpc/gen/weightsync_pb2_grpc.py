@@ -100,78 +100,78 @@ class WeightSyncServiceServicer:
     """Missing associated documentation comment in .proto file."""
 
     def DescribeTransports(self, request, context):
-        """Says how bytes can be exchanged with this service, for a process to find out which ways are open to it.
+        """Describes how bytes can be exchanged with this service, so that a process can find out which transports it can use.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Allocate(self, request, context):
-        """Reserves room for a version's bytes and says where to put them.
+        """Reserves room for a version's bytes and returns where to put them.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Prepare(self, request, context):
-        """Declares a version complete: its bytes lie where Allocate said. Idempotent.
+        """Declares a version complete: its bytes are where Allocate said. Idempotent.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Activate(self, request, context):
-        """Brings every engine to a prepared version; reports each engine's stages; ends when the version is ACTIVE or failed.
+        """Brings every engine to a prepared version; streams each engine's stages; ends when the version is ACTIVE or failed.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Subscribe(self, request_iterator, context):
-        """An engine's attachment: it reports what it holds and is told what to load.
+        """Attaches an engine: it reports what it serves and receives orders what to load.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def OfferChunks(self, request, context):
-        """GRPC_CHUNKS, from the trainer: what a part of a version consists of; answers which chunks it is still to upload.
+        """GRPC_CHUNKS, from the trainer: the chunks of a part of a version; returns which of them are still to be uploaded.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def UploadChunks(self, request_iterator, context):
-        """GRPC_CHUNKS, from the trainer: chunks, in any order. Chunks that arrived before a cut need not come again.
+        """GRPC_CHUNKS, from the trainer: chunks, in any order. Chunks that arrived before a disconnect need not be resent.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ListChunks(self, request, context):
-        """GRPC_CHUNKS, to an engine: what a version's buffer consists of.
+        """GRPC_CHUNKS, to an engine: the chunks of a version's buffer.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def FetchChunks(self, request, context):
-        """GRPC_CHUNKS, to an engine: the chunks it asks for, in the order in which it does.
+        """GRPC_CHUNKS, to an engine: the bytes of the chunks it asks for, in that order.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ListVersions(self, request, context):
-        """Versions and engines as they stand.
+        """Lists versions and engines with their states.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def CheckEngines(self, request, context):
-        """Has every engine compare the bytes it serves with those of the active version; one that differs is quarantined. Not
-        while a version is being activated, and ended by the next activation.
+        """Makes every engine compare the bytes it serves with those of the active version; one that differs is quarantined.
+        Refused while a version is being activated, and ended by the next activation.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -1,6 +1,6 @@
 """LoRA (Hu et al. 2021) as trainer and engines compute it: with merged weights, W + (alpha / rank) * B * A.
 
-Both merge by `merged`, from W, A and B of the same dtype, so that their log-probabilities are those of one function.
+Both use `merged` on W, A and B of the same dtype, so that their log-probabilities come from the same weights.
 Dims: O outputs, I inputs and R rank of a linear layer.
 """
 
@@ -14,8 +14,7 @@ import torch
 
 from miles.weights import manifest as manifests
 from miles.weights.dtypes import wire_dtype
-from miles.weights.manifest import ManifestError
-from miles.weights.transport import default_threads
+from miles.weights.manifest import ManifestError, checksum_threads
 
 if TYPE_CHECKING:
     from miles.rpc.gen import policy_pb2
@@ -23,8 +22,8 @@ if TYPE_CHECKING:
 _PREFIX = "base_model.model."
 _WEIGHT, _A, _B = ".weight", ".lora_A.weight", ".lora_B.weight"
 _RANKS_AT_ONCE, _TILE = 64, 16
-"""Longer sums, and rows and columns beyond multiples of this, are computed by some matrix libraries in an order that
-depends on the number of threads."""
+"""Limits that keep results independent of the number of threads: some matrix libraries change the order of longer sums,
+and of rows and columns beyond multiples of the tile."""
 
 
 def merged(weight_OI: torch.Tensor, a_RI: torch.Tensor, b_OR: torch.Tensor, scale: float) -> torch.Tensor:
@@ -39,7 +38,7 @@ def merged(weight_OI: torch.Tensor, a_RI: torch.Tensor, b_OR: torch.Tensor, scal
 
 
 def _padded(matrix: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
-    """The matrix in float32 with so many rows and columns of zeros more."""
+    """The matrix in float32, with this many rows and columns of zeros added."""
     return torch.nn.functional.pad(matrix.float(), (0, columns, 0, rows)) if rows or columns else matrix.float()
 
 
@@ -50,9 +49,9 @@ def adapter_names(weight: str) -> tuple[str, str]:
 
 
 def adapted_weights(names: Iterable[str]) -> list[str]:
-    """HF names of the weights that an adapter with tensors of these names adapts, in order of their A.
+    """HF names of the weights that an adapter with these tensors adapts, in order of their A.
 
-    Raises ManifestError naming tensors that are no A or B, or that lack the other one.
+    Raises ManifestError for tensors that are no A or B, or that lack their counterpart.
     """
     names = list(names)
     weights = [name.removeprefix(_PREFIX).removesuffix(_A) + _WEIGHT for name in names if name.endswith(_A)]
@@ -64,7 +63,7 @@ def adapted_weights(names: Iterable[str]) -> list[str]:
 
 
 def base_checksum(tensors: Iterable[tuple[str, torch.Tensor]], dtype: torch.dtype) -> bytes:
-    """Identity of a model's weights, floating-point ones taken as `dtype`, in whatever order they come; 16 bytes.
+    """Identity of a model's weights, floating-point ones converted to `dtype`; independent of their order; 16 bytes.
 
     xxh3-128 over every tensor by ascending name: its name in UTF-8 and a zero byte, dtype and shape in decimal, each
     followed by a space, and the xxh3-128 of its bytes.
@@ -78,7 +77,7 @@ def base_checksum(tensors: Iterable[tuple[str, torch.Tensor]], dtype: torch.dtyp
         return name, name.encode() + b"\0" + kind.encode() + content
 
     digest = manifests.Checksum()
-    with concurrent.futures.ThreadPoolExecutor(default_threads()) as threads:
+    with concurrent.futures.ThreadPoolExecutor(checksum_threads()) as threads:
         for _, identity in sorted(threads.map(identify, tensors)):
             digest.update(identity)
     return bytes(digest.digest())

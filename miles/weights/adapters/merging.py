@@ -1,8 +1,7 @@
-"""The engine's side of adapter updates: whole weights made of a base that the engine has and an adapter that came.
+"""The engine's side of adapter updates: merges received adapters into the engine's own base weights.
 
-The base is what the engine's own Hugging Face checkpoint holds. Its identity is compared with the one that the trainer
-put into the manifest: so every version is whole by itself, for an engine that comes late as for one that was there all
-along.
+The base is the engine's own Hugging Face checkpoint. Its identity is compared with the one in the manifest, so every
+version is complete by itself, also for an engine that joins late.
 """
 
 from __future__ import annotations
@@ -14,9 +13,9 @@ import torch
 from miles.rpc.gen import policy_pb2
 from miles.weights import manifest as manifests
 from miles.weights.adapters import lora
+from miles.weights.base import ReceivedWeights
 from miles.weights.check import check_weight_update_equal
 from miles.weights.manifest import ChecksumMismatch
-from miles.weights.transport import ReceivedWeights
 
 
 class AdaptedWeights:
@@ -37,18 +36,18 @@ class AdaptedWeights:
         return self._adapter.tensors
 
     def release(self) -> bool:
-        """Let go of everything; what the engine holds views none of the adapter's bytes."""
+        """Release the adapter; what the engine serves does not view its bytes."""
         self._tensors = {}
         return self._adapter.release()
 
 
 class AdapterBase:
-    """Merges adapters into one base, which stays where it is; for one thread at a time."""
+    """Merges adapters into one base, which is not changed. Not thread-safe."""
 
     def __init__(self, base: Mapping[str, torch.Tensor], device: torch.device) -> None:
         """`base` is every weight by HF name, tied ones once, all in the dtype that is served, on the CPU.
 
-        Merged weights are put on `device`. Raises ValueError for weights of several dtypes. Takes as long as hashing.
+        Merged weights are put on `device`. Raises ValueError for weights of several dtypes. Hashes the base at once.
         """
         dtypes = {tensor.dtype for tensor in base.values()}
         if len(dtypes) != 1:
@@ -61,7 +60,7 @@ class AdapterBase:
         """Weights without an adapter, on the device, by name."""
 
     def merge(self, adapter: ReceivedWeights, manifest: policy_pb2.Manifest) -> AdaptedWeights:
-        """The whole weights of a version that consists of an adapter.
+        """Merge an adapter into the base: the full weights of a version.
 
         Raises ChecksumMismatch when the engine's base is not the trainer's, and ManifestError when the adapter does not
         fit it.
@@ -72,11 +71,11 @@ class AdapterBase:
         adapted = set(lora.adapted_weights(adapter.tensors))
         if not self._unadapted:
             self._unadapted = {name: t.to(self._device) for name, t in base.items() if name not in adapted}
-        whole = {
+        full = {
             name: self._merged(name, adapter.tensors, manifest.lora) if name in adapted else self._on_device(name)
             for name in base
         }
-        return AdaptedWeights(whole, adapter)
+        return AdaptedWeights(full, adapter)
 
     def check(
         self, manifest: policy_pb2.Manifest, received: AdaptedWeights, served: Mapping[str, torch.Tensor]

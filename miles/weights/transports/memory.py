@@ -1,4 +1,4 @@
-"""Buffers of a receiver's own, into which transports that copy put a version."""
+"""Private buffers for received versions, for transports that copy."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from miles.weights.dtypes import TORCH_DTYPE
 from miles.weights.manifest import ChecksumMismatch
 
 HASH_BATCH_BYTES = 8 << 20
-"""Small tensors are hashed together up to this size: big enough to amortise a task, small enough to be in cache."""
+"""Small tensors are hashed together up to this size: large enough to amortise a task, small enough for the cache."""
 
 
 class Buffer:
-    """Zeroed memory for one version; it goes with the last tensor that views it."""
+    """Zeroed memory for one version; it is freed with the last tensor that views it."""
 
     def __init__(self, manifest: policy_pb2.Manifest) -> None:
-        """OSError (MemoryError) when there is not enough memory."""
+        """Raises OSError or MemoryError when there is not enough memory."""
         self.manifest = manifest
         self.memory = mmap.mmap(-1, manifest.total_bytes)
-        with contextlib.suppress(OSError):  # a system without huge pages does with small ones
+        with contextlib.suppress(OSError):  # without huge pages, small ones do
             self.memory.madvise(mmap.MADV_HUGEPAGE)
         self.bytes = np.frombuffer(self.memory, np.uint8)
         """uint8, shape (total_bytes,)."""
@@ -36,7 +36,7 @@ class Buffer:
         return self.bytes[descriptor.offset : descriptor.offset + descriptor.nbytes]
 
     def verify(self, threads: concurrent.futures.Executor, source: str) -> None:
-        """Raise ChecksumMismatch unless every tensor is what the manifest says."""
+        """Raise ChecksumMismatch unless every tensor has the manifest's checksum."""
 
         def differing(batch: list[policy_pb2.TensorDescriptor]) -> list[str]:
             return [d.name for d in batch if manifests.checksum(self.view(d).data) != d.checksum]
@@ -61,7 +61,7 @@ class BufferedWeights:
         return self._tensors
 
     def release(self) -> bool:
-        """Forget the tensors. The memory is the receiver's own and never rewritten, so nobody has to wait for it."""
+        """Forget the tensors. The memory is private and never rewritten, so it can be released at once."""
         self._tensors = {}
         return True
 

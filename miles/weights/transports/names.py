@@ -1,4 +1,4 @@
-"""The transports' names in the configuration. Needs no torch."""
+"""Names of transports and delta encodings in the configuration. Needs no torch."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TRANSPORT_OF_MODE: Mapping[str, TransportKind.ValueType] = {
     "broadcast": weightsync_pb2.TRANSPORT_KIND_COLLECTIVE,
     "cuda_ipc": weightsync_pb2.TRANSPORT_KIND_CUDA_IPC,
 }
-"""By `update_weight_transfer_mode`; auto leaves the choice to the weightsync service."""
+"""By `update_weight_transfer_mode`; auto lets the weightsync service choose."""
 
 ENCODING_OF_NAME: Mapping[str, DeltaEncoding.ValueType] = {
     "xor": weightsync_pb2.DELTA_ENCODING_XOR,

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
     from miles.engine_spec import EngineSpec
     from miles.rpc.gen.weightsync_pb2 import TransportKind
-    from miles.weights.subscriber import WeightTarget
-    from miles.weights.transport import Endpoint, WeightReceiver
+    from miles.weights.base import Endpoint, WeightReceiver
+    from miles.weights.engine_weights import WeightTarget
 
 
 class FinishReason(enum.Enum):

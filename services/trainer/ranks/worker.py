@@ -20,8 +20,8 @@ from miles.weights.export_format import AS_TRAINED, ExportFormat, formatted_layo
 if TYPE_CHECKING:
     from miles.rpc.gen import policy_pb2
     from miles.services.trainer.checkpoint.background_save import Saving
+    from miles.weights.base import Endpoint
     from miles.weights.publisher import Layout, WeightSender
-    from miles.weights.transport import Endpoint
 
 
 class RankWorker:
@@ -122,7 +122,7 @@ class RankWorker:
 
     def endpoint(self, weightsync_address: str) -> Endpoint:
         """What transports have to know of this rank."""
-        from miles.weights.transport import Endpoint
+        from miles.weights.base import Endpoint
 
         return Endpoint(weightsync_address, self.device, self.rank, self._ranks)
 

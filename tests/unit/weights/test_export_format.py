@@ -14,7 +14,7 @@ from miles.weights.check import check_weight_update_equal
 from miles.weights.dtypes import wire_dtype
 from miles.weights.export_format import AS_TRAINED, Entry, ExportFormat, formatted, formatted_layout
 from miles.weights.manifest import ChecksumMismatch
-from miles.weights.transports.shared_memory import SharedMemoryTransport
+from miles.weights.transports.shared_memory.transport import SharedMemoryTransport
 
 
 class RowsAsInt8:

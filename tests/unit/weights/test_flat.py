@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from miles.rpc.gen import policy_pb2
 from miles.weights import flat as flats
 from miles.weights import manifest as manifests
+from miles.weights.bucketing import buckets
 from miles.weights.dtypes import wire_dtype
 from miles.weights.manifest import ChecksumMismatch, ManifestError
-from miles.weights.transport import buckets
 
 THREADS = concurrent.futures.ThreadPoolExecutor(2)
 

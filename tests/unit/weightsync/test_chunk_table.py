@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from miles.rpc.gen import policy_pb2, sample_pb2, weightsync_pb2
 from miles.services.weightsync.chunk_table import ChunkTable
-from miles.services.weightsync.state import Refused
+from miles.services.weightsync.version import Refused
 from miles.weights import manifest as manifests
 from miles.weights.transports.grpc_chunks.chunks import cut
 

@@ -7,29 +7,17 @@ import dataclasses
 import pytest
 
 from miles.services.weightsync import snapshot
+from miles.services.weightsync.actions import Action, Disconnect, Ended, Free, Outcome, Send
+from miles.services.weightsync.engine import EngineState, Order, OrderKind
 from miles.services.weightsync.publication import Publication
-from miles.services.weightsync.state import (
-    Action,
-    Disconnect,
-    Ended,
-    EngineState,
-    Free,
-    Now,
-    Order,
-    OrderKind,
-    Outcome,
-    Refused,
-    Send,
-    Settings,
-    UnknownVersion,
-    VersionState,
-)
+from miles.services.weightsync.timing import Now, PublicationLimits
+from miles.services.weightsync.version import Refused, UnknownVersion, VersionState
 
-PREFETCH, SWAP, CHECK, DROP, QUARANTINE = (
+PREFETCH, SWAP, CHECK, DISCARD, QUARANTINE = (
     OrderKind.PREFETCH,
     OrderKind.SWAP,
     OrderKind.CHECK,
-    OrderKind.DROP,
+    OrderKind.DISCARD,
     OrderKind.QUARANTINE,
 )
 
@@ -39,7 +27,7 @@ class Scene:
     """A machine, a clock, and what the machine asked for that has not been looked at yet."""
 
     machine: Publication = dataclasses.field(
-        default_factory=lambda: Publication(Settings(load_deadline_s=20, first_retry_s=5, last_retry_s=40))
+        default_factory=lambda: Publication(PublicationLimits(load_deadline_s=20, first_retry_s=5, last_retry_s=40))
     )
     time_s: float = 0.0
     actions: list[Action] = dataclasses.field(default_factory=list)
@@ -146,7 +134,7 @@ def test_no_engine_swaps_before_min_engines_have_the_bytes() -> None:
     assert "0 of 2 engines serve it after 10 s" in outcome.error
     assert scene.machine.engines["a"].held == 1, "an activation that cannot succeed changes no engine"
     assert not scene.machine.engines["a"].quarantined, "it only waited for others"
-    assert scene.answer("a").kind is DROP
+    assert scene.answer("a").kind is DISCARD
 
 
 def test_an_engine_joining_during_an_activation_counts() -> None:
@@ -415,9 +403,9 @@ def test_bytes_are_freed_once_every_engine_has_let_go() -> None:
     scene.answer("b")
     assert scene.machine.engines["a"].held == scene.machine.engines["b"].held == 2
     assert scene.freed() == []
-    assert scene.answer("a").kind is DROP
+    assert scene.answer("a").kind is DISCARD
     assert scene.freed() == [], "b still maps it"
-    assert scene.answer("b").kind is DROP
+    assert scene.answer("b").kind is DISCARD
     assert scene.freed() == [Free(1, reusable=True)]
 
 
@@ -428,7 +416,7 @@ def test_memory_that_an_engine_may_still_map_is_not_reused() -> None:
     scene.activate(1)
     scene.answer("a")
     scene.answer("a")
-    assert scene.answer("a", error="still mapped").kind is DROP
+    assert scene.answer("a", error="still mapped").kind is DISCARD
     assert scene.freed() == [Free(1, reusable=False)]
     assert scene.state("a") is EngineState.SERVING, "it serves the right version all the same"
 
@@ -442,9 +430,9 @@ def test_a_version_is_kept_until_it_is_below_the_lowest_needed() -> None:
     while scene.machine.activation is not None:
         scene.answer("a" if scene.open("a") else "b")
     assert scene.machine.versions[2].state is VersionState.RETIRED, "passed over"
-    assert scene.answer("a").kind is DROP
+    assert scene.answer("a").kind is DISCARD
     assert scene.freed() == [], "b still has version 0"
-    assert scene.answer("b").kind is DROP
+    assert scene.answer("b").kind is DISCARD
     assert [free.publication_id for free in scene.freed()] == [1, 2]
 
 
@@ -499,7 +487,7 @@ def test_a_restored_machine_carries_on() -> None:
     scene.publish(1)
     scene.activate(1, "op")
     scene.answer("b", error="bad bytes")
-    scene.machine = snapshot.load(snapshot.save(scene.machine), scene.now(), scene.machine.settings)
+    scene.machine = snapshot.load(snapshot.save(scene.machine), scene.now(), scene.machine.limits)
     assert scene.machine.activation is None
     assert scene.machine.versions[2].state is VersionState.PREPARED
     scene.connect("a", 0, b"c1")

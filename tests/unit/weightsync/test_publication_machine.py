@@ -11,21 +11,13 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from miles.services.weightsync import snapshot
+from miles.services.weightsync.actions import Action, Disconnect, Ended, Free, Send
+from miles.services.weightsync.engine import Order, OrderKind
 from miles.services.weightsync.publication import Publication
-from miles.services.weightsync.state import (
-    Action,
-    Disconnect,
-    Ended,
-    Free,
-    Now,
-    Order,
-    OrderKind,
-    Refused,
-    Send,
-    Settings,
-)
+from miles.services.weightsync.timing import Now, PublicationLimits
+from miles.services.weightsync.version import Refused
 
-SETTINGS = Settings(load_deadline_s=20.0, first_retry_s=5.0, last_retry_s=40.0)
+LIMITS = PublicationLimits(load_deadline_s=20.0, first_retry_s=5.0, last_retry_s=40.0)
 ENGINES = ("a", "b", "c")
 
 
@@ -48,7 +40,7 @@ class Interleavings(RuleBasedStateMachine):
 
     @initialize()
     def begin(self) -> None:
-        self.machine = Publication(SETTINGS)
+        self.machine = Publication(LIMITS)
         self.time_s = 100.0
         self.engines = {name: FakeEngine() for name in ENGINES}
         self.sessions = 0
@@ -162,7 +154,7 @@ class Interleavings(RuleBasedStateMachine):
     @rule()
     def restart_the_service(self) -> None:
         saved = json.loads(json.dumps(snapshot.save(self.machine)))
-        self.machine = snapshot.load(saved, self.now(), SETTINGS)
+        self.machine = snapshot.load(saved, self.now(), LIMITS)
         self.open.clear()
         for engine in self.engines.values():
             engine.session, engine.orders = None, []
@@ -201,12 +193,12 @@ class Interleavings(RuleBasedStateMachine):
             engine.serves = None if fails else publication_id
             if not fails and order.order_id > engine.stopped_by:
                 engine.told_to_stop = False
-        elif order.kind is OrderKind.DROP:
-            assert publication_id != engine.serves, "told to drop what it serves"
+        elif order.kind is OrderKind.DISCARD:
+            assert publication_id != engine.serves, "ordered to discard what it serves"
             engine.prefetched = None if engine.prefetched == publication_id else engine.prefetched
             if not fails:
                 engine.maps.discard(publication_id)
-        if fails and order.kind is not OrderKind.DROP:
+        if fails and order.kind is not OrderKind.DISCARD:
             engine.told_to_stop = True  # its own rule: a failed order quarantines
             return "failed"
         return "still mapped" if fails else None

@@ -13,7 +13,7 @@ from miles.rpc.gen.weightsync_pb2 import (
     TRANSPORT_KIND_SHARED_MEMORY,
     TRANSPORT_KIND_UNSPECIFIED,
 )
-from miles.services.weightsync.topology import NoTransport, Placement, place, way_for, ways
+from miles.services.weightsync.topology import NoTransport, Placement, place, transport_for, transports_of
 
 AUTO, MAP, DISK, CHUNKS = (
     TRANSPORT_KIND_UNSPECIFIED,
@@ -45,7 +45,7 @@ def test_each_engine_gets_the_best_way_that_it_can_use(
 ) -> None:
     placement = place(AUTO, trainer, engines, folders=folders)
     assert list(placement.kinds) == sent
-    assert [way_for(placement, usable) for usable in engines] == got
+    assert [transport_for(placement, usable) for usable in engines] == got
 
 
 usable_sets = st.sampled_from([HERE, ELSEWHERE, WITH_STORAGE, HERE | {DISK}])
@@ -60,14 +60,14 @@ def test_the_trainer_can_send_what_is_chosen_and_every_engine_can_get_it(
     assert placement.kinds
     assert set(placement.kinds) <= trainer
     for usable in engines:
-        assert way_for(placement, usable) in usable
+        assert transport_for(placement, usable) in usable
 
 
 def test_a_transport_that_is_named_is_used_by_all() -> None:
     placement = place(CHUNKS, HERE, [HERE, ELSEWHERE], folders=False)
     assert placement == Placement((CHUNKS,), fixed=True)
-    assert way_for(placement, HERE) == CHUNKS
-    assert ways(place(TRANSPORT_KIND_COLLECTIVE, HERE, [HERE], folders=True)) == [TRANSPORT_KIND_COLLECTIVE]
+    assert transport_for(placement, HERE) == CHUNKS
+    assert transports_of(place(TRANSPORT_KIND_COLLECTIVE, HERE, [HERE], folders=True)) == [TRANSPORT_KIND_COLLECTIVE]
 
 
 def test_a_transport_that_the_trainer_cannot_use_is_refused() -> None:

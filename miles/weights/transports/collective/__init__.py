@@ -1,4 +1,4 @@
-"""Weights by broadcast from the trainer's ranks to the engines: NCCL between GPUs, gloo between CPUs.
+"""Weights broadcast from the trainer's ranks to the engines: NCCL between GPUs, gloo between CPUs.
 
 Start at `transport`.
 """

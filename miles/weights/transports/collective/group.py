@@ -1,7 +1,7 @@
-"""A process group of one source and the engines that it broadcasts to, apart from any other group of the process.
+"""A process group of one source and the engines that it broadcasts to, separate from other groups of the process.
 
-The store's keys are those of a group that `torch.distributed` makes under the same name, wrapped once more in the name:
-so the other members may be servers that join by `/init_weights_update_group`, as SGLang's do.
+The store's keys are those of a group that `torch.distributed` makes under the same name, prefixed once more with the
+name, so the other members may be servers that join by `/init_weights_update_group`, as SGLang's do.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from miles.rpc.gen import weightsource_pb2
 T = TypeVar("T")
 _FIRST_POLL_S, _LAST_POLL_S = 0.0002, 0.01
 _STORE_DEVICE = {"gloo": "cpu", "nccl": "cuda"}
-"""The device under which torch files a backend's keys."""
+"""The device name in torch's store keys, by backend."""
 
 _NCCL_ENVIRONMENT = {
     "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",
@@ -31,7 +31,7 @@ _NCCL_ENVIRONMENT = {
     "TORCH_NCCL_DUMP_ON_TIMEOUT": "0",
     "TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC": "100",
 }
-"""Read when a group is made. Otherwise torch's watchdog ends the process, the trainer's too, when a peer is lost."""
+"""Read when a group is made. Without them torch's watchdog ends the process when a peer is lost, the trainer's too."""
 
 _environment_lock = threading.Lock()
 
@@ -44,23 +44,23 @@ class Timing:
     """Times in seconds."""
 
     gather_s: float = 0.25
-    """How long engines that ask for the same version are waited for after the first."""
+    """How long to wait, after the first engine that asks for a version, for others that want the same."""
     linger_s: float = 2.0
-    """The same for engines that got the version before, as one broadcast to all is less than one to each."""
+    """The same when engines that received the previous version are missing: one broadcast to all costs less."""
     connect_s: float = 5.0
-    """How long a receiver tries to reach a source."""
+    """How long a receiver tries to connect to a source."""
     patience_s: float = 30.0
-    """How long a bucket, or the making of a group, may take."""
+    """How long one bucket, or making a group, may take."""
     deadline_s: float = 120.0
-    """How long a broadcast may take, and a receiver until it has every bucket."""
+    """How long a broadcast may take, and how long a receiver may take to get every bucket."""
 
 
 class BroadcastFailed(ConnectionError):
-    """A member is gone or too late; whoever is left may form another group."""
+    """A member is gone or too slow; the others may form another group."""
 
 
 class Watch:
-    """How long to wait, and whether it has become pointless. One thread waits, others may `stop` it."""
+    """A deadline for waits that can be ended early: one thread waits, others may `stop` it."""
 
     def __init__(self, deadline_s: float) -> None:
         """`deadline_s` is on the monotonic clock."""
@@ -71,8 +71,13 @@ class Watch:
         """End every wait now; the first reason counts."""
         self.reason = self.reason or reason
 
-    def until(self, done: Callable[[], object], what: str, patience_s: float = float("inf")) -> None:
-        """Wait until `done`; raises BroadcastFailed when stopped, TimeoutError past the deadline or patience_s."""
+    def until(
+        self, done: Callable[[], object], what: str | Callable[[], str], patience_s: float = float("inf")
+    ) -> None:
+        """Wait until `done`; raises BroadcastFailed when stopped, TimeoutError past the deadline or patience_s.
+
+        `what` is waited for, for the message.
+        """
         began = time.monotonic()
         pause_s = _FIRST_POLL_S
         while not done():
@@ -80,13 +85,13 @@ class Watch:
                 raise BroadcastFailed(self.reason)
             now = time.monotonic()
             if now >= self.deadline_s or now - began > patience_s:
-                raise TimeoutError(f"waited {now - began:.1f} s for {what}")
+                raise TimeoutError(f"waited {now - began:.1f} s for {what if isinstance(what, str) else what()}")
             time.sleep(pause_s)
             pause_s = min(2 * pause_s, _LAST_POLL_S)
 
 
 class Group:
-    """This process's part of a group. The constructor returns when every member is there."""
+    """This process's part of a group. The constructor returns when every member has joined."""
 
     def __init__(
         self,
@@ -97,18 +102,18 @@ class Group:
         patience_s: float,
         store: Store = None,
     ) -> None:
-        """`store` is the source's own, which members reach by the ticket; each step may take `patience_s` seconds."""
+        """`store` is the source's own; members connect to it by the ticket. Each step may take `patience_s` seconds."""
         self.name = ticket.group_name
         self._device = device
         self._patience_s = patience_s
         self._store = store
-        """Kept: it serves the others' stores."""
+        """Kept alive because the other members use it."""
         self._connected = ticket.backend == "gloo"
         what = f"the {ticket.world_size} ranks of group {self.name}"
         self._group: Any = self._apart(lambda: _process_group(ticket, rank, device, patience_s, store), watch, what)
 
     def broadcast(self, flat: torch.Tensor, watch: Watch) -> dist.Work:
-        """Begin to send (rank 0) or receive bytes, uint8 (n,), after what the current stream does now."""
+        """Begin to send (rank 0) or receive bytes, uint8 (n,), after the work queued on the current stream."""
 
         def begin() -> dist.Work:
             options = dist.BroadcastOptions()
@@ -121,10 +126,8 @@ class Group:
             work = self._apart(begin, watch, f"the members of group {self.name} to connect")
             self._connected = True
             return work
-        try:
+        with _torch_failures(f"group {self.name}"):
             return begin()
-        except RuntimeError as error:
-            raise BroadcastFailed(f"group {self.name}: {error}") from error
 
     def wait(self, work: dist.Work, watch: Watch, what: str) -> None:
         """Return when a broadcast has ended here; raises BroadcastFailed or TimeoutError."""
@@ -133,13 +136,11 @@ class Group:
         fault = work.exception() if self._device.type == "cuda" else None
         if fault is not None:
             raise BroadcastFailed(f"{what}: {fault}")
-        try:
+        with _torch_failures(what):
             work.wait()
-        except RuntimeError as error:
-            raise BroadcastFailed(f"{what}: {error}") from error
 
     def close(self) -> None:
-        """Leave the group; what is under way fails, here and at the others. Does not wait."""
+        """Leave the group without waiting; broadcasts under way fail for every member."""
         group, self._group = self._group, None
 
         def leave(group: Any) -> None:
@@ -150,7 +151,7 @@ class Group:
             threading.Thread(target=leave, args=(group,), name=f"leave {self.name}", daemon=True).start()
 
     def _apart(self, call: Callable[[], T], watch: Watch, what: str) -> T:
-        """Run what torch cannot be interrupted in; when a peer is lost meanwhile, it is left to its own deadline."""
+        """Run an uninterruptible call of torch in a thread; when a peer is lost, leave it to its own deadline."""
         results: list[T] = []
         errors: list[Exception] = []
         stream = torch.cuda.current_stream(self._device) if self._device.type == "cuda" else None
@@ -170,7 +171,7 @@ class Group:
 
 
 def open_store(host: str, timeout_s: float) -> Store:
-    """A store of this process for one group; `port` says where."""
+    """Open a store in this process for one group; its `port` is the free one that it took."""
     timeout = datetime.timedelta(seconds=timeout_s)
     return _torch("TCPStore")(host, 0, is_master=True, timeout=timeout, wait_for_workers=False)
 
@@ -195,8 +196,17 @@ def _process_group(
 
 
 @contextlib.contextmanager
+def _torch_failures(what: str) -> Iterator[None]:
+    """Turn what torch raises when a peer is lost into BroadcastFailed."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise BroadcastFailed(f"{what}: {error}") from error
+
+
+@contextlib.contextmanager
 def _environment(values: Mapping[str, str]) -> Iterator[None]:
-    """Set variables of the process for a moment."""
+    """Set environment variables temporarily."""
     with _environment_lock:
         before = {name: os.environ.get(name) for name in values}
         os.environ.update(values)

@@ -1,4 +1,4 @@
-"""The engine's side of a broadcast: ask a source, join its process group, take the bytes."""
+"""The engine's side of a broadcast: ask a source, join its process group, receive the bytes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import queue
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import grpc
@@ -24,16 +24,16 @@ _ASK_AGAIN_S = 0.05
 
 
 class Receiver(Protocol):
-    """What takes the bytes of a broadcast."""
+    """Receives the bytes of a broadcast."""
 
     def join(self, source: str, ticket: weightsource_pb2.GroupTicket, watch: Watch) -> None:
-        """Have the group of a ticket from that source; the former one of the source, if another, is over."""
+        """Join the group of a ticket from that source; leave the source's former group if it is another."""
 
     def take(self, source: str, watch: Watch) -> None:
         """Receive every bucket of the source, in order."""
 
     def leave(self, source: str) -> None:
-        """The group of that source has failed."""
+        """Leave the group of that source, which has failed."""
 
 
 def receive_from(
@@ -43,11 +43,11 @@ def receive_from(
     deadline_s: float,
     timing: Timing,
 ) -> list[str]:
-    """Take one source's buckets of a version; asks again when others make a broadcast fail, until `deadline_s`.
+    """Receive one source's buckets of a version; ask again until `deadline_s` when others make a broadcast fail.
 
-    `deadline_s` is on the monotonic clock; of `timing`, connect_s and patience_s count. Raises ConnectionError when
-    the source is gone or does not hold the version, and TimeoutError past the deadline. Returns the names of all who
-    took part, for the hello to the next source.
+    `deadline_s` is on the monotonic clock; of `timing`, connect_s and patience_s are used. Raises ConnectionError
+    when the source is gone or does not have the version, and TimeoutError past the deadline. Returns the names of all
+    members that took part, for the hello to the next source.
     """
     while True:
         try:
@@ -58,7 +58,8 @@ def receive_from(
             del hello.companions[:]  # one of them may be the reason
             if time.monotonic() >= deadline_s:
                 raise TimeoutError(f"no broadcast from {source} succeeded in time; the last one: {error}") from error
-            logger.info("broadcast from %s: %s; asking again", source, str(error))  # not what its traceback holds
+            reason = str(error)  # logging the error itself would keep the group alive by its traceback
+            logger.info("broadcast from %s: %s; asking again", source, reason)
             time.sleep(_ASK_AGAIN_S)
         except BaseException:
             receiver.leave(source)
@@ -73,25 +74,25 @@ def _take_part(
     watch: Watch,
     timing: Timing,
 ) -> list[str]:
-    with _Talk(channel, source, watch, timing.connect_s) as talk:
-        talk.say(weightsource_pb2.JoinRequest(hello=hello))
-        ticket = talk.hear("ticket", watch.deadline_s).ticket
+    with _JoinStream(channel, source, watch, timing.connect_s) as stream:
+        stream.send(weightsource_pb2.JoinRequest(hello=hello))
+        ticket = stream.receive("ticket", watch.deadline_s).ticket
         receiver.join(source, ticket, watch)
-        talk.say(weightsource_pb2.JoinRequest(ready=weightsource_pb2.JoinReady()))
-        talk.hear("begins", time.monotonic() + 2 * timing.patience_s)
+        stream.send(weightsource_pb2.JoinRequest(ready=weightsource_pb2.JoinReady()))
+        stream.receive("begins", time.monotonic() + 2 * timing.patience_s)
         receiver.take(source, watch)
-        talk.say(weightsource_pb2.JoinRequest(received=weightsource_pb2.JoinReceived()))
-        talk.hear("done", time.monotonic() + 2 * timing.patience_s)
+        stream.send(weightsource_pb2.JoinRequest(received=weightsource_pb2.JoinReceived()))
+        stream.receive("done", time.monotonic() + 2 * timing.patience_s)
         return list(ticket.members)
 
 
-class _Talk:
-    """A stream to the source. Bad news stops the watch at once; other answers wait to be heard."""
+class _JoinStream:
+    """A stream to the source. A failure stops the watch at once; other messages wait in a queue."""
 
     def __init__(self, channel: grpc.Channel, source: str, watch: Watch, connect_s: float) -> None:
         self._source = source
         self._watch = watch
-        self._words: queue.SimpleQueue[weightsource_pb2.JoinRequest | None] = queue.SimpleQueue()
+        self._outbox: queue.SimpleQueue[weightsource_pb2.JoinRequest | None] = queue.SimpleQueue()
         self._answers: queue.SimpleQueue[weightsource_pb2.JoinResponse] = queue.SimpleQueue()
         self._fault: Exception | None = None
         try:
@@ -100,29 +101,29 @@ class _Talk:
             raise ConnectionError(f"the trainer that has the weights, at {source}, cannot be reached") from None
         stub: Any = weightsource_pb2_grpc.WeightSourceServiceStub(channel)
         self._call = stub.Join(self._requests())
-        self._listener = threading.Thread(target=self._listen, name=f"talk to {source}", daemon=True)
+        self._listener = threading.Thread(target=self._listen, name=f"join {source}", daemon=True)
         self._listener.start()
 
-    def __enter__(self) -> _Talk:
+    def __enter__(self) -> _JoinStream:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._words.put(None)
+        self._outbox.put(None)
         self._call.cancel()
         self._listener.join()
 
-    def say(self, word: weightsource_pb2.JoinRequest) -> None:
+    def send(self, request: weightsource_pb2.JoinRequest) -> None:
         """Send without waiting."""
-        self._words.put(word)
+        self._outbox.put(request)
 
-    def hear(self, kind: str, deadline_s: float) -> weightsource_pb2.JoinResponse:
-        """The next answer, which must be of this kind."""
-        heard: list[weightsource_pb2.JoinResponse] = []
+    def receive(self, kind: str, deadline_s: float) -> weightsource_pb2.JoinResponse:
+        """Wait for the next message, which must be of this kind."""
+        received: list[weightsource_pb2.JoinResponse] = []
 
         def arrived() -> bool:
             with contextlib.suppress(queue.Empty):
-                heard.append(self._answers.get_nowait())
-            return bool(heard)
+                received.append(self._answers.get_nowait())
+            return bool(received)
 
         try:
             self._watch.until(arrived, f"{kind!r} from {self._source}", deadline_s - time.monotonic())
@@ -130,13 +131,13 @@ class _Talk:
             if self._fault is not None:
                 raise self._fault from None
             raise
-        if heard[0].WhichOneof("kind") != kind:
-            raise BroadcastFailed(f"{self._source} said {heard[0].WhichOneof('kind')!r} instead of {kind!r}")
-        return heard[0]
+        if received[0].WhichOneof("kind") != kind:
+            raise BroadcastFailed(f"{self._source} sent {received[0].WhichOneof('kind')!r} instead of {kind!r}")
+        return received[0]
 
     def _requests(self) -> Iterator[weightsource_pb2.JoinRequest]:
-        while (word := self._words.get()) is not None:
-            yield word
+        while (request := self._outbox.get()) is not None:
+            yield request
 
     def _listen(self) -> None:
         try:
@@ -155,20 +156,20 @@ class _Talk:
 
 
 class TensorReceiver:
-    """Takes broadcasts into tensors of this process; implements Receiver. Keeps a group per source."""
+    """Receives broadcasts into tensors of this process; implements Receiver. Keeps a group per source."""
 
     def __init__(self, device: torch.device, patience_s: float) -> None:
         """`device` is a GPU for NCCL and the CPU for gloo."""
         self.member = f"engine-{uuid.uuid4().hex[:12]}"
-        """Names this receiver to sources."""
+        """Name of this receiver for sources."""
         self._device = device
         self._patience_s = patience_s
         self._groups: dict[str, Group] = {}
-        self._wanted: Mapping[str, Sequence[torch.Tensor]] = {}
+        self._targets: Mapping[str, Sequence[torch.Tensor]] = {}
 
-    def want(self, tensors: Mapping[str, Sequence[torch.Tensor]]) -> None:
-        """Where the buckets of each source are to go, uint8 (n,) each, in the source's order."""
-        self._wanted = tensors
+    def set_targets(self, tensors: Mapping[str, Sequence[torch.Tensor]]) -> None:
+        """Set the tensors for the buckets of each source, uint8 (n,) each, in the source's order."""
+        self._targets = tensors
 
     def join(self, source: str, ticket: weightsource_pb2.GroupTicket, watch: Watch) -> None:
         """See Receiver."""
@@ -181,7 +182,7 @@ class TensorReceiver:
         """See Receiver."""
         group = self._groups[source]
         works = []
-        for flat in self._wanted[source]:
+        for flat in self._targets[source]:
             work = group.broadcast(flat, watch)
             if self._device.type == "cpu":
                 group.wait(work, watch, f"a bucket of {flat.numel()} bytes from {source}")
@@ -196,7 +197,7 @@ class TensorReceiver:
         if group is not None:
             group.close()
 
-    def only(self, sources: Callable[[str], bool]) -> None:
-        """Leave the groups of sources that are not used any more."""
-        for source in [source for source in self._groups if not sources(source)]:
+    def leave_all_but(self, sources: Collection[str]) -> None:
+        """Leave the groups of sources that are no longer used."""
+        for source in set(self._groups) - set(sources):
             self.leave(source)

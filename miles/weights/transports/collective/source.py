@@ -1,29 +1,28 @@
-"""The trainer's side of a broadcast: one rank's buckets, kept for as long as an engine may ask, and who gets them.
+"""The trainer's side of broadcasts: serves one rank's buckets to the engines that ask for them.
 
 Engines join by gRPC; those that ask for the same version within a moment are served by one broadcast. The process group
-of the last broadcast serves the next one too when the same engines ask again; otherwise it is made anew. An engine that
-is lost, or that keeps the others waiting, ends the broadcast for all; the others ask again and get another group.
+of the last broadcast is reused when the same engines ask again; otherwise a new one is made. An engine that is lost, or
+that keeps the others waiting, ends the broadcast for all; the others ask again and get a new group.
 """
 
 from __future__ import annotations
 
 import concurrent.futures
-import dataclasses
 import logging
-import queue
 import threading
 import time
 import uuid
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 import grpc
 import torch
 
-from miles.rpc.gen import policy_pb2, weightsource_pb2, weightsource_pb2_grpc
+from miles.rpc.gen import weightsource_pb2, weightsource_pb2_grpc
 from miles.rpc.server import KEEPALIVE_OPTIONS
 from miles.rpc.tls import TlsFiles
-from miles.weights import flat as flats
 from miles.weights.transports.collective.group import BroadcastFailed, Group, Timing, Watch, open_store
+from miles.weights.transports.collective.joined import JoinedEngine, names, send_all, wait_for_all
+from miles.weights.transports.collective.staging import StagedBucket, StagedBuckets
 
 logger = logging.getLogger(__name__)
 
@@ -31,74 +30,42 @@ _MOST_MEMBERS = 1024
 
 
 class WeightSource(weightsource_pb2_grpc.WeightSourceServiceServicer):
-    """Serves one rank's buckets from threads of its own; nothing here waits for training, nor training for it."""
+    """Serves one rank's buckets from its own threads: it never waits for training, nor training for it."""
 
     def __init__(self, host: str, device: torch.device, timing: Timing | None = None) -> None:
-        """`host` is where engines reach this process, without brackets; `device` is a GPU for NCCL, else the CPU."""
+        """`host` is this machine's address for engines, without brackets; `device` is a GPU for NCCL, else the CPU."""
         self.backend = "gloo" if device.type == "cpu" else "nccl"
         self._host = host
         self._device = device
         self._timing = timing or Timing()
-        self._staged: dict[int, list[_Bucket]] = {}
-        self._spare: dict[int, list[torch.Tensor]] = {}
-        self._waiting: list[_Member] = []
+        self.staged = StagedBuckets(pin_memory=device.type == "cuda")
+        self._waiting: list[JoinedEngine] = []
         self._changed = threading.Condition()
         self._closed = False
-        self._serving = 0
-        """Publication being broadcast; 0 for none."""
         self._group: Group | None = None
         self._tickets: dict[tuple[str, int], weightsource_pb2.GroupTicket] = {}
         """Of the group, by member and its number of ranks."""
         self._served: dict[int, set[str]] = {}
-        """Who has got each of the live publications, to know whom to wait for at the next one."""
+        """Members that received each of the live publications: those to wait for at the next one."""
         self.broadcasts = 0
-        """Ended well, a count."""
+        """Number of broadcasts that succeeded."""
         self._server, self.address = self._listen()
         threading.Thread(target=self._run, name="weight broadcasts", daemon=True).start()
 
-    def buffer(self, nbytes: int) -> torch.Tensor:
-        """Host memory for a bucket, uint8 (nbytes,), perhaps of a version that is gone."""
-        with self._changed:
-            if spare := self._spare.get(nbytes):
-                return spare.pop()
-        return torch.empty(nbytes, dtype=torch.uint8, pin_memory=self._device.type == "cuda")
-
-    def stage(
-        self, publication_id: int, descriptors: Sequence[policy_pb2.TensorDescriptor], flat: torch.Tensor
-    ) -> None:
-        """Keep a bucket of a version, in host memory, for engines to ask for."""
-        with self._changed:
-            self._staged.setdefault(publication_id, []).append(_Bucket(list(descriptors), flat))
-
     def trim(self, live: Collection[int]) -> None:
-        """Forget the versions that are not live; their memory is used again."""
+        """Forget the versions that are not live, and reuse their memory."""
         with self._changed:
-            self._spare.clear()
             last = max(self._served, default=0)
             for publication_id in set(self._served) - set(live) - {last}:
                 del self._served[publication_id]
-            for publication_id in set(self._staged) - set(live):
-                gone = self._staged.pop(publication_id)
-                for bucket in gone if publication_id != self._serving else []:
-                    self._spare.setdefault(bucket.flat.numel(), []).append(bucket.flat)
-
-    def forget(self, publication_id: int) -> None:
-        """Forget one version."""
-        with self._changed:
-            self._staged.pop(publication_id, None)
-
-    def staged_bytes(self) -> int:
-        """Bytes kept for engines to ask for."""
-        with self._changed:
-            return sum(bucket.flat.numel() for buckets in self._staged.values() for bucket in buckets)
+        self.staged.trim(live)
 
     def close(self) -> None:
         """Serve nothing more; broadcasts under way fail."""
         with self._changed:
             self._closed = True
-            self._staged.clear()
-            self._spare.clear()
             self._changed.notify_all()
+        self.staged.clear()
         self._server.stop(grace=None)
 
     def Join(
@@ -109,12 +76,10 @@ class WeightSource(weightsource_pb2_grpc.WeightSourceServiceServicer):
         if first is None or first.WhichOneof("kind") != "hello" or not first.hello.member or not first.hello.ranks:
             context.abort(grpc.StatusCode.INVALID_ARGUMENT, "a hello with member and ranks must come first")
             return
-        with self._changed:
-            held = first.hello.publication_id in self._staged
-        if not held:
+        if not self.staged.of(first.hello.publication_id):
             text = f"publication {first.hello.publication_id} is not, or no longer, held here"
             context.abort(grpc.StatusCode.NOT_FOUND, text)
-        member = _Member(first.hello)
+        member = JoinedEngine(first.hello)
         if not context.add_callback(member.leave):
             return
         threading.Thread(target=member.listen, args=(request_iterator,), daemon=True).start()
@@ -140,15 +105,14 @@ class WeightSource(weightsource_pb2_grpc.WeightSourceServiceServicer):
         return server, f"{host}:{port}"
 
     def _run(self) -> None:
-        """Broadcast to whoever asks, one group of engines at a time."""
+        """Broadcast to the engines that ask, one group at a time."""
         while members := self._gather():
             self._serve(members)
-            with self._changed:
-                self._serving = 0
+            self.staged.use(0)
         self._leave_group()
 
-    def _gather(self) -> list[_Member]:
-        """Wait for engines that want the same bytes in the same form; empty when the source is closed."""
+    def _gather(self) -> list[JoinedEngine]:
+        """Wait for engines that want the same version in the same form; empty when the source is closed."""
         with self._changed:
             while not self._closed:
                 self._waiting = [member for member in self._waiting if not member.gone]
@@ -160,7 +124,7 @@ class WeightSource(weightsource_pb2_grpc.WeightSourceServiceServicer):
                     wanted = self._waiting[0].wants
                     chosen = {member.hello.member: member for member in self._waiting if member.wants == wanted}
                     self._waiting = [member for member in self._waiting if member.wants != wanted]
-                    self._serving = wanted[0]
+                    self.staged.use(wanted[0])
                     return list(chosen.values())
             return []
 
@@ -178,28 +142,27 @@ class WeightSource(weightsource_pb2_grpc.WeightSourceServiceServicer):
         wait_s = self._timing.linger_s if expected else self._timing.gather_s
         return first.arrived_s + wait_s - time.monotonic()
 
-    def _serve(self, members: Sequence[_Member]) -> None:
-        """One broadcast, from tickets to the end."""
+    def _serve(self, members: Sequence[JoinedEngine]) -> None:
+        """Serve one broadcast, from tickets to the end."""
         publication_id, packed = members[0].wants
         watch = Watch(time.monotonic() + self._timing.deadline_s)
         for member in members:
             member.watched_by(watch)
         began = time.monotonic()
         try:
-            with self._changed:
-                buckets = list(self._staged.get(publication_id, ()))
+            buckets = self.staged.of(publication_id)
             if not buckets:
                 raise BroadcastFailed(f"publication {publication_id} is no longer held here")
             group = self._group_of(members, watch)
-            _tell(members, weightsource_pb2.JoinResponse(begins=weightsource_pb2.BroadcastBegins()))
+            send_all(members, weightsource_pb2.JoinResponse(begins=weightsource_pb2.BroadcastBegins()))
             self._broadcast(group, buckets, packed, watch)
-            _until_all(members, "received", watch, self._timing.patience_s)
+            wait_for_all(members, "received", watch, self._timing.patience_s)
         except (BroadcastFailed, TimeoutError) as error:
-            reason = str(error)  # a record of the error itself would keep the group, and the others' connections
-            logger.warning("broadcast of publication %d to %s: %s", publication_id, _names(members), reason)
+            reason = str(error)  # logging the error itself would keep the group, and so the others' connections, alive
+            logger.warning("broadcast of publication %d to %s: %s", publication_id, names(members), reason)
             self._leave_group()
             aborted = weightsource_pb2.BroadcastAborted(reason=reason)
-            _tell(members, weightsource_pb2.JoinResponse(aborted=aborted))
+            send_all(members, weightsource_pb2.JoinResponse(aborted=aborted))
             with self._changed:
                 for served in self._served.values():
                     served.difference_update(member.hello.member for member in members if member.gone)
@@ -208,11 +171,11 @@ class WeightSource(weightsource_pb2_grpc.WeightSourceServiceServicer):
                 self.broadcasts += 1
                 self._served.setdefault(publication_id, set()).update(member.hello.member for member in members)
             size, elapsed_s = sum(bucket.flat.numel() for bucket in buckets), time.monotonic() - began
-            logger.info("broadcast %d bytes to %s in %.3f s", size, _names(members), elapsed_s)
-            _tell(members, weightsource_pb2.JoinResponse(done=weightsource_pb2.BroadcastDone()))
+            logger.info("broadcast %d bytes to %s in %.3f s", size, names(members), elapsed_s)
+            send_all(members, weightsource_pb2.JoinResponse(done=weightsource_pb2.BroadcastDone()))
 
-    def _group_of(self, members: Sequence[_Member], watch: Watch) -> Group:
-        """The group of exactly these members: the last one, or a new one."""
+    def _group_of(self, members: Sequence[JoinedEngine], watch: Watch) -> Group:
+        """The group of exactly these members: the last one if it fits, else a new one."""
         if self._group is None or {member.seat for member in members} != set(self._tickets):
             self._leave_group()
             store = open_store(self._host, self._timing.patience_s)
@@ -229,14 +192,18 @@ class WeightSource(weightsource_pb2_grpc.WeightSourceServiceServicer):
                 mine = self._tickets[member.seat] = weightsource_pb2.GroupTicket()
                 mine.CopyFrom(ticket)
                 ticket.rank_offset += member.hello.ranks
-            _tell_each((member, self._tickets[member.seat]) for member in members)
+            self._send_tickets(members)
             self._group = Group(ticket, 0, self._device, watch, self._timing.patience_s, store)
         else:
-            _tell_each((member, self._tickets[member.seat]) for member in members)
-        _until_all(members, "ready", watch, self._timing.patience_s)
+            self._send_tickets(members)
+        wait_for_all(members, "ready", watch, self._timing.patience_s)
         return self._group
 
-    def _broadcast(self, group: Group, buckets: Sequence[_Bucket], packed: bool, watch: Watch) -> None:
+    def _send_tickets(self, members: Sequence[JoinedEngine]) -> None:
+        for member in members:
+            member.outbox.put(weightsource_pb2.JoinResponse(ticket=self._tickets[member.seat]))
+
+    def _broadcast(self, group: Group, buckets: Sequence[StagedBucket], packed: bool, watch: Watch) -> None:
         if self._device.type == "cpu":
             for bucket in buckets:
                 work = group.broadcast(bucket.bytes(packed), watch)
@@ -258,74 +225,3 @@ class WeightSource(weightsource_pb2_grpc.WeightSourceServiceServicer):
         self._tickets = {}
         if group is not None:
             group.close()
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Bucket:
-    descriptors: list[policy_pb2.TensorDescriptor]
-    flat: torch.Tensor
-
-    def bytes(self, packed: bool) -> torch.Tensor:
-        """What is sent, uint8 (n,)."""
-        return flats.packed(self.flat, self.descriptors) if packed else self.flat
-
-
-class _Member:
-    """One engine's part in one broadcast."""
-
-    def __init__(self, hello: weightsource_pb2.JoinHello) -> None:
-        self.hello = hello
-        self.wants = (hello.publication_id, hello.packed)
-        self.seat = (hello.member, hello.ranks)
-        self.outbox: queue.SimpleQueue[weightsource_pb2.JoinResponse | None] = queue.SimpleQueue()
-        self.said: set[str] = set()
-        self.gone = False
-        self.arrived_s = time.monotonic()
-        self._watch: Watch | None = None
-
-    def watched_by(self, watch: Watch) -> None:
-        """Have the watch stopped when the engine leaves, or has left."""
-        self._watch = watch
-        if self.gone:
-            self.leave()
-
-    def listen(self, requests: Iterable[weightsource_pb2.JoinRequest]) -> None:
-        """Hear what the engine says, until it leaves."""
-        try:
-            for request in requests:
-                self.said.add(request.WhichOneof("kind") or "")
-        except grpc.RpcError:
-            self.leave()
-
-    def leave(self) -> None:
-        """The engine's stream has ended."""
-        self.gone = True
-        if self._watch is not None:
-            self._watch.stop(f"engine {self.hello.member} is gone")
-        self.outbox.put(None)
-
-
-def _tell(members: Iterable[_Member], message: weightsource_pb2.JoinResponse) -> None:
-    for member in members:
-        member.outbox.put(message)
-
-
-def _tell_each(tickets: Iterable[tuple[_Member, weightsource_pb2.GroupTicket]]) -> None:
-    for member, ticket in tickets:
-        member.outbox.put(weightsource_pb2.JoinResponse(ticket=ticket))
-
-
-def _until_all(members: Collection[_Member], said: str, watch: Watch, patience_s: float) -> None:
-    """Wait until every member has said it."""
-
-    def missing() -> str:
-        return _names(member for member in members if said not in member.said)
-
-    try:
-        watch.until(lambda: all(said in member.said for member in members), f"the word {said!r}", patience_s)
-    except TimeoutError as error:
-        raise TimeoutError(f"{error} from {missing()}") from None
-
-
-def _names(members: Iterable[_Member]) -> str:
-    return ", ".join(member.hello.member for member in members)

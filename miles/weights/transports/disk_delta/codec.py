@@ -1,8 +1,7 @@
-"""How a tensor's change is written: pieces of XOR or of changed elements, each one zstd frame.
+"""The encodings of a tensor's changes: pieces of XOR or of changed elements, each one zstd frame.
 
-Changed low-order bytes lie among many that did not change, so the bytes of elements are split into planes (all first
-bytes, then all second bytes, ...) before they are compressed: with 2 % of bfloat16 values changed, that leaves about
-2.4 % of the bytes.
+Mostly the low-order bytes of elements change, so their bytes are split into planes (all first bytes, then all second
+bytes, ...) before compression: with 2 % of bfloat16 values changed, about 2.4 % of the bytes remain.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
 Bytes: TypeAlias = "np.ndarray[tuple[int], np.dtype[np.uint8]]"
 
 PIECE_BYTES = 8 << 20
-"""Pieces of a tensor are coded apart, so that a large tensor keeps every CPU busy. A multiple of every element size."""
+"""Pieces of a tensor are encoded separately, so that all CPUs share a large one. A multiple of every element size."""
 
 _LEVEL = 1
 _COUNT = struct.Struct("<I")
@@ -30,7 +29,7 @@ _local = threading.local()
 
 
 class Encoding(enum.Enum):
-    """How the bytes of a tensor are stored; the values stand in files."""
+    """How the bytes of a tensor are stored; the values are written to files."""
 
     RAW = "raw"
     """The bytes themselves, with the tensor's own dtype and shape."""
@@ -39,7 +38,7 @@ class Encoding(enum.Enum):
     OVERWRITE = "overwrite"
     """Per piece: count, distances between changed elements, and their new values; split into planes, compressed."""
     SAME = "same"
-    """Nothing changed, and nothing is stored."""
+    """Nothing changed, so nothing is stored."""
 
 
 def pieces(nbytes: int) -> list[slice]:
@@ -48,7 +47,7 @@ def pieces(nbytes: int) -> list[slice]:
 
 
 def encode(encoding: Encoding, old: Bytes, new: Bytes, itemsize: int) -> bytes:
-    """A piece's change as one zstd frame; empty when there is none. `itemsize` is that of an element, in bytes."""
+    """Encode a piece's change as one zstd frame, empty when there is none. `itemsize`: of an element, in bytes."""
     if encoding is Encoding.XOR:
         change = np.bitwise_xor(_words(old), _words(new)).view(np.uint8) if old.size % 8 == 0 else old ^ new
         if not _words(change).any():
@@ -102,20 +101,20 @@ def _join(data: Bytes, itemsize: int) -> Bytes:
 
 
 def _words(data: Bytes) -> np.ndarray[tuple[int], np.dtype[np.uint64]] | Bytes:
-    """The same memory in words of eight bytes, where it is made of such; that is faster."""
+    """The same memory in words of eight bytes if its size allows, which is faster."""
     return data.view(np.uint64) if data.size % 8 == 0 else data
 
 
 def _compress(data: Bytes) -> bytes:
     import zstandard
 
-    if not hasattr(_local, "compressor"):  # one for each thread: they are not to be shared
+    if not hasattr(_local, "compressor"):  # one per thread: they must not be shared
         _local.compressor = zstandard.ZstdCompressor(level=_LEVEL, write_checksum=True)
     return bytes(_local.compressor.compress(data.data))
 
 
 def _decompress(frame: bytes | bytearray, limit: int) -> Bytes:
-    """A frame's content of at most `limit` bytes; a frame that claims more is damaged, not worth the memory."""
+    """Decompress a frame of at most `limit` bytes; ManifestError for a damaged frame or one that claims more."""
     import zstandard
 
     if not hasattr(_local, "decompressor"):

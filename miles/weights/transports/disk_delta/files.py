@@ -1,21 +1,23 @@
-"""The files of a version's folder: safetensors, written in one pass and read in pieces.
+"""Files of a version's folder: safetensors, written in one pass and read in pieces.
 
     weight_v000012/
-        part-000000000000.safetensors    one per bucket; the number is where the bucket begins in the version's buffer
-        index.json                       what the version is, what it changes, and which files it consists of
+        part-000000000000.safetensors    one per bucket; the number is the bucket's offset in the version's buffer
+        index.json                       the version, the base that it changes, and its files
 
 A tensor that is stored raw has its own name, dtype and shape, so a full version is an ordinary safetensors checkpoint.
-Of a change, the frames of the pieces lie one after the other as bytes. The metadata tell encoding, frames and checksum.
+A change is stored as bytes: the frames of its pieces one after the other. The metadata hold encoding, frame lengths and
+checksum.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from miles.rpc.gen import sample_pb2
@@ -68,7 +70,7 @@ class Stored:
 
     @property
     def stored_nbytes(self) -> int:
-        """Size of what is in the file, in bytes."""
+        """Bytes that it takes in the file."""
         return self.nbytes if self.encoding is Encoding.RAW else sum(self.frames)
 
 
@@ -97,7 +99,7 @@ class Index:
     """Size of each file, in bytes, by name."""
 
     def write(self, folder: pathlib.Path) -> None:
-        """Write it, to the disk."""
+        """Write it and flush it to disk."""
         content = {"format": FORMAT, **dataclasses.asdict(self)}
         with (folder / INDEX).open("x") as file:
             json.dump(content, file, indent=1)
@@ -106,16 +108,14 @@ class Index:
 
     @classmethod
     def read(cls, folder: pathlib.Path) -> Index:
-        """Read and check it and the files' sizes; OSError or ManifestError."""
-        try:
+        """Read the index and check the files' sizes; raises OSError or ManifestError."""
+        with _damaged_if_unreadable(folder / INDEX):
             content = json.loads((folder / INDEX).read_text())
             if content.pop("format") != FORMAT:
                 raise ManifestError(f"{folder} has another format than {FORMAT}; use the same release on both sides")
             base = content.pop("base")
             index = cls(base=None if base is None else Base(**base), **content)
             sizes = {name: int(size) for name, size in index.files.items()}
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise ManifestError(f"{folder / INDEX} is damaged: {error}") from error
         for name, size in sizes.items():
             if pathlib.PurePath(name).name != name:
                 raise ManifestError(f"{folder / INDEX} names {name!r}, which is not a file of its own folder")
@@ -126,7 +126,7 @@ class Index:
 
 
 def write_file(path: pathlib.Path, tensors: Sequence[Stored]) -> int:
-    """Write a safetensors file, to the disk; returns its size in bytes. OSError when there is no room."""
+    """Write a safetensors file and flush it to disk; return its size in bytes. OSError when there is no room."""
     header: dict[str, Any] = {"__metadata__": {tensor.name: _metadata(tensor) for tensor in tensors}}
     end = 0
     for tensor in tensors:
@@ -151,21 +151,20 @@ def write_file(path: pathlib.Path, tensors: Sequence[Stored]) -> int:
 class Reader:
     """A file open for reading; any number of threads may read at once. ManifestError when the file is damaged.
 
-    It reads instead of mapping: a mapped file that vanishes from network storage takes the process with it.
+    It reads instead of mapping: if a mapped file vanished from network storage, the process would crash.
     """
 
     def __init__(self, path: pathlib.Path) -> None:
         self._path = path
         self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        try:
+        with contextlib.ExitStack() as on_failure:
+            on_failure.callback(self.close)
             self._entries = self._parse()
-        except BaseException:
-            self.close()
-            raise
+            on_failure.pop_all()
 
     @property
     def tensors(self) -> list[Stored]:
-        """What the file holds, without the bytes."""
+        """The tensors in the file, without their bytes."""
         return [stored for stored, _ in self._entries.values()]
 
     def read_raw(self, name: str, piece: slice, target: memoryview) -> None:
@@ -197,13 +196,11 @@ class Reader:
         length = int.from_bytes(os.pread(self._fd, 8, 0), "little")
         if size < 8 or length > min(_LONGEST_HEADER, size - 8):
             raise ManifestError(f"{path} is no safetensors file, or truncated: {size} bytes")
-        try:
+        with _damaged_if_unreadable(path):
             header = json.loads(os.pread(self._fd, length, 8))
             metadata = header.pop("__metadata__")
             stored = {name: _stored(name, entry, json.loads(metadata[name])) for name, entry in header.items()}
             places = {name: tuple(map(int, entry["data_offsets"])) for name, entry in header.items()}
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise ManifestError(f"{path} is damaged: {type(error).__name__}: {error}") from error
         room = size - 8 - length
         for name, (begin, end) in places.items():
             if not 0 <= begin <= end <= room or end - begin != stored[name].stored_nbytes:
@@ -211,8 +208,19 @@ class Reader:
         return {name: (stored[name], 8 + length + places[name][0]) for name in stored}
 
 
+@contextlib.contextmanager
+def _damaged_if_unreadable(path: pathlib.Path) -> Iterator[None]:
+    """Turn what malformed JSON content raises into ManifestError."""
+    try:
+        yield
+    except ManifestError:
+        raise
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ManifestError(f"{path} is damaged: {type(error).__name__}: {error}") from error
+
+
 def _metadata(tensor: Stored) -> str:
-    """What a header says about a tensor besides what safetensors has a place for; metadata are strings."""
+    """A tensor's metadata, for which safetensors has no field of its own; metadata are strings."""
     content: dict[str, Any] = {"checksum": tensor.checksum.hex(), "encoding": tensor.encoding.value}
     if tensor.encoding is not Encoding.RAW:
         content |= {"dtype": _DTYPE_NAME[tensor.dtype], "shape": list(tensor.shape), "frames": list(tensor.frames)}
@@ -220,7 +228,7 @@ def _metadata(tensor: Stored) -> str:
 
 
 def _stored(name: str, entry: dict[str, Any], own: dict[str, Any]) -> Stored:
-    """What a header and its metadata say about a tensor."""
+    """A tensor as a header and its metadata describe it."""
     encoding = Encoding(own["encoding"])
     said = entry if encoding is Encoding.RAW else own
     stored = Stored(

@@ -1,4 +1,4 @@
-"""The engine's side of disk_delta: a version from a chain of folders, or from the one at hand and the last of them."""
+"""The engine's side of disk_delta: builds a version from a chain of folders, or from the last version."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import pathlib
 
 from miles.rpc.gen import policy_pb2, weightsync_pb2
 from miles.weights import manifest as manifests
+from miles.weights.base import ReceivedWeights
 from miles.weights.manifest import DTYPE_BYTES, ChecksumMismatch, ManifestError
-from miles.weights.transport import ReceivedWeights
 from miles.weights.transports.disk_delta.codec import Bytes, Encoding, apply, pieces
 from miles.weights.transports.disk_delta.files import Index, Reader, Stored
 from miles.weights.transports.memory import Buffer, BufferedWeights
@@ -18,15 +18,15 @@ _LONGEST_CHAIN = 10_000
 
 
 class FolderReader:
-    """Builds versions in memory. Keeps the last one, which the next one's changes most likely apply to."""
+    """Builds versions in memory. Keeps the last one, because the next one's changes most likely apply to it."""
 
     def __init__(self, threads: concurrent.futures.Executor) -> None:
         self._threads = threads
-        self._at_hand: tuple[int, Buffer] | None = None
-        """Publication, and its verified bytes."""
+        self._last: tuple[int, Buffer] | None = None
+        """The last version: its publication, and its verified bytes."""
 
     def receive(self, handle: weightsync_pb2.TransportHandle, manifest: policy_pb2.Manifest) -> ReceivedWeights:
-        """A version, verified. Raises OSError or ManifestError; the version at hand stays as it is."""
+        """Build and verify a version. Raises OSError or ManifestError; the last version stays as it is."""
         manifests.validate(manifest)
         path = pathlib.Path(handle.disk_delta.path)
         index = Index.read(path)
@@ -43,25 +43,25 @@ class FolderReader:
         except (ChecksumMismatch, ManifestError):
             if base is None:
                 raise
-            # What is at hand may have been written to since it was verified: from the last full version, then.
+            # The last version may have been written to since it was verified, so start from the last full one.
             self.forget()
             folders, _ = self._chain(path, index)
             buffer = Buffer(manifest)
             self._build(buffer, folders, None)
             buffer.verify(self._threads, str(path))
-        self._at_hand = (handle.publication_id, buffer)
+        self._last = (handle.publication_id, buffer)
         return BufferedWeights(buffer)
 
     def forget(self) -> None:
-        """Let go of the version at hand; the next one starts from a full one."""
-        self._at_hand = None
+        """Forget the last version; the next one starts from a full version."""
+        self._last = None
 
     def _chain(self, path: pathlib.Path, index: Index) -> tuple[list[pathlib.Path], Buffer | None]:
-        """Folders to apply, oldest first, and what they apply to: the version at hand, or None for nothing."""
+        """Folders to apply, oldest first, and their base: the last version, or None when the first folder is full."""
         folders = [path]
         while (base := index.base) is not None:
-            if self._at_hand is not None:
-                publication_id, buffer = self._at_hand
+            if self._last is not None:
+                publication_id, buffer = self._last
                 if (publication_id, buffer.manifest.checksum.hex()) == (base.publication_id, base.checksum):
                     return folders[::-1], buffer
             before = path.parent / base.folder
@@ -77,7 +77,7 @@ class FolderReader:
         return folders[::-1], None
 
     def _build(self, buffer: Buffer, folders: list[pathlib.Path], base: Buffer | None) -> None:
-        """Fill a buffer. Within a folder, pieces are worked on by all threads; folders come one after the other."""
+        """Fill a buffer from one folder after the other; all threads work on the pieces of a folder."""
         targets = {d.name: buffer.view(d) for d in buffer.manifest.tensors}
         known = set()
         if base is not None:
@@ -90,7 +90,7 @@ class FolderReader:
         for folder in folders:
             self._apply(folder, targets, known)
         if missing := sorted(targets.keys() - known):
-            raise ManifestError(f"{folders[-1]} and what it is based on lack {', '.join(missing[:3])}")
+            raise ManifestError(f"{folders[-1]} and its bases lack {', '.join(missing[:3])}")
 
     def _apply(self, folder: pathlib.Path, targets: dict[str, Bytes], known: set[str]) -> None:
         with contextlib.ExitStack() as open_files:
@@ -103,7 +103,7 @@ class FolderReader:
                 for stored in reader.tensors:
                     target = targets.get(stored.name)
                     if target is None or target.size != stored.nbytes:
-                        known.discard(stored.name)  # an older version's; a later folder has it whole
+                        known.discard(stored.name)  # an older version's; a later folder has all of it
                         continue
                     _check_fits(folder, stored, stored.name in known)
                     known.add(stored.name)
@@ -124,7 +124,7 @@ def _apply_piece(reader: Reader, stored: Stored, number: int, target: Bytes, pie
 
 
 def _check_fits(folder: pathlib.Path, stored: Stored, known: bool) -> None:
-    """Raise ManifestError when a tensor's change cannot be one to the bytes at hand."""
+    """Raise ManifestError when a tensor's change cannot apply to the bytes of the base."""
     where = f"{folder}: {stored.name!r}"
     if stored.encoding is not Encoding.RAW and not known:
         raise ManifestError(f"{where} is a change, and there is nothing that it applies to")

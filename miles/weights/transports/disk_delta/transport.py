@@ -1,13 +1,14 @@
-"""Weights through folders on storage that trainer, service and engines share: what changed since an earlier version.
+"""Weights through folders on shared storage, which hold what changed since an earlier version.
 
-The trainer's ranks write files into a partial folder; rank 0 adds the index and renames it, so a version is there whole
-or not at all, and never changes after. The weightsync service names the folders, asks for a full version every so
-often, and removes folders that no engine needs, neither itself nor as the base of another.
+The trainer's ranks write files into a partial folder; rank 0 adds the index and renames it, so a version is complete or
+absent, and never changes afterwards. The weightsync service names the folders, asks for a full version every so often,
+and removes folders that no engine needs, neither themselves nor as the base of another.
 """
 
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import os
 import pathlib
 import shutil
@@ -19,22 +20,23 @@ import torch
 
 from miles.rpc.gen import policy_pb2, weightsync_pb2
 from miles.weights import manifest as manifests
+from miles.weights.base import ReceivedWeights, SendTimes
+from miles.weights.bucketing import match_layout
 from miles.weights.dtypes import TORCH_DTYPE
-from miles.weights.manifest import DTYPE_BYTES, ManifestError
-from miles.weights.transport import ReceivedWeights, SendTimes, default_threads, match
+from miles.weights.manifest import DTYPE_BYTES, ManifestError, checksum_threads
 from miles.weights.transports.disk_delta.codec import Bytes, Encoding, encode, pieces
 from miles.weights.transports.disk_delta.files import Base, Index, Reader, Stored, write_file
 from miles.weights.transports.disk_delta.reader import FolderReader
 
 _WORTH_IT = 0.9
-"""A change that takes more than this share of the tensor is written raw, which is faster."""
+"""A change larger than this share of the tensor is not worth encoding: the tensor is written raw, which is faster."""
 
 
 class DiskDeltaTransport:
-    """Implements WeightTransport. The sender keeps the bytes it sent last, to tell what changed; so does a receiver."""
+    """Implements WeightTransport. Sender and receiver keep the last version, which the next one's changes apply to."""
 
     def __init__(self) -> None:
-        self._threads = concurrent.futures.ThreadPoolExecutor(default_threads(), thread_name_prefix="weight-delta")
+        self._threads = concurrent.futures.ThreadPoolExecutor(checksum_threads(), thread_name_prefix="weight-delta")
         self._kept: dict[str, tuple[int, Bytes]] = {}
         """By tensor: the publication it was sent in last, and its bytes."""
         self._reader = FolderReader(self._threads)
@@ -45,15 +47,17 @@ class DiskDeltaTransport:
         descriptors: Sequence[policy_pb2.TensorDescriptor],
         tensors: Iterable[tuple[str, torch.Tensor]],
     ) -> SendTimes:
-        """Write one bucket as one file; a tensor whose bytes in the base are not at hand is written whole."""
+        """Write one bucket as one file; a tensor whose bytes in the base are unknown is written raw."""
         began = time.monotonic()
         folder = pathlib.Path(handle.disk_delta.partial_path)
         folder.mkdir(parents=True, exist_ok=True)
-        coded = [self._code(handle, descriptor, tensor) for descriptor, tensor in match(descriptors, tensors)]
-        stored = [_gather(*parts) for parts in coded]
-        coding_s = time.monotonic() - began
+        encoded = [
+            self._encode(handle, descriptor, tensor) for descriptor, tensor in match_layout(descriptors, tensors)
+        ]
+        stored = [_gather(*parts) for parts in encoded]
+        encoding_s = time.monotonic() - began
         if not stored:
-            return SendTimes(copy_s=coding_s)
+            return SendTimes(copy_s=encoding_s)
         written = write_file(folder / f"part-{descriptors[0].offset:012d}.safetensors", stored)
         return SendTimes(copy_s=time.monotonic() - began, written_bytes=written)
 
@@ -89,11 +93,11 @@ class DiskDeltaTransport:
         shutil.rmtree(handle.disk_delta.partial_path, ignore_errors=True)
 
     def receive(self, handle: weightsync_pb2.TransportHandle, manifest: policy_pb2.Manifest) -> ReceivedWeights:
-        """Build the version in memory, from the version at hand when its folder is a change to that."""
+        """Build the version in memory, from the last one if the folder is a change to it."""
         return self._reader.receive(handle, manifest)
 
     def trim(self, live: Collection[int] | None = None) -> None:
-        """Forget bytes of publications that cannot be a base any more."""
+        """Forget the bytes of publications that can no longer be a base."""
         if live is not None:
             self._kept = {name: kept for name, kept in self._kept.items() if kept[0] in live}
 
@@ -103,10 +107,10 @@ class DiskDeltaTransport:
         self._reader.forget()
         self._threads.shutdown()
 
-    def _code(
+    def _encode(
         self, handle: weightsync_pb2.TransportHandle, descriptor: policy_pb2.TensorDescriptor, tensor: torch.Tensor
     ) -> tuple[policy_pb2.TensorDescriptor, Encoding, Bytes, Checksum, list[concurrent.futures.Future[bytes]]]:
-        """Copy a tensor and begin to code it on other threads."""
+        """Copy a tensor and begin to encode it on other threads."""
         copy = torch.empty(tuple(descriptor.shape), dtype=TORCH_DTYPE[descriptor.dtype])
         copy.copy_(tensor)
         new: Bytes = copy.reshape(-1).view(torch.uint8).numpy()
@@ -132,10 +136,10 @@ def _gather(
     encoding: Encoding,
     new: np.ndarray[tuple[int], np.dtype[np.uint8]],
     checksum: Checksum,
-    coded: list[concurrent.futures.Future[bytes]],
+    encoded: list[concurrent.futures.Future[bytes]],
 ) -> Stored:
-    """What to write of a tensor, once its coding is done."""
-    frames = [future.result() for future in coded]
+    """Wait for a tensor's encoding; return what to write."""
+    frames = [future.result() for future in encoded]
     content: list[bytes] | list[memoryview] = frames
     size = sum(map(len, frames))
     if encoding is Encoding.RAW or size > _WORTH_IT * new.size:
@@ -163,21 +167,20 @@ def _headers(path: pathlib.Path) -> list[Stored]:
 
 
 def _check_complete(folder: pathlib.Path, stored: Sequence[Stored], manifest: policy_pb2.Manifest) -> None:
-    """Raise ManifestError unless every tensor of the manifest is there once, with the checksum it has there."""
+    """Raise ManifestError unless every tensor of the manifest is stored once, with the manifest's checksum."""
     wanted = {descriptor.name: descriptor.checksum for descriptor in manifest.tensors}
     found = {tensor.name: tensor.checksum for tensor in stored}
     wrong = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
     if wrong or len(stored) != len(wanted):
         raise ManifestError(
             f"{folder} holds {len(stored)} tensors of the {len(wanted)} of {manifests.describe(manifest.version)}; "
-            f"missing or different: {', '.join(wrong[:3]) or 'none, but some are there twice'}"
+            f"missing or different: {', '.join(wrong[:3]) or 'none, but some are stored twice'}"
         )
 
 
 def _flush_folder(path: pathlib.Path) -> None:
-    """Have the names in a folder on the disk."""
+    """Flush a folder's file names to disk."""
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
+    with contextlib.ExitStack() as at_end:
+        at_end.callback(os.close, fd)
         os.fsync(fd)
-    finally:
-        os.close(fd)

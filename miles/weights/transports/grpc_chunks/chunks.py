@@ -1,4 +1,4 @@
-"""Chunks: pieces of a version's buffer, named by what they hold. Needs no torch."""
+"""Chunks: pieces of a version's buffer, named by their content hash. Needs no torch."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 CHUNK_BYTES = 5 << 20
-"""Large enough that a call's overhead does not matter, small enough to be sent again after a cut."""
+"""Large enough that a call's overhead does not matter, small enough to resend after a disconnect."""
 
 
 def cut(
     data: memoryview, begin: int, chunk_bytes: int, threads: concurrent.futures.Executor
 ) -> list[weightsync_pb2.ChunkDescriptor]:
-    """Chunks of `data` (bytes), which lies at byte `begin` of the version's buffer."""
+    """Cut `data` (bytes), which lies at byte `begin` of the version's buffer, into chunks."""
 
     def describe(start: int) -> weightsync_pb2.ChunkDescriptor:
         with data[start : start + chunk_bytes] as part:

@@ -1,4 +1,4 @@
-"""The engine's memory of grpc_chunks: what has arrived of a version, and what an earlier one has in common with it."""
+"""The engine's state of grpc_chunks: the chunks that have arrived, and those that the last version already had."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from collections.abc import Sequence
 
 from miles.rpc.gen import policy_pb2, weightsync_pb2
 from miles.weights import manifest as manifests
+from miles.weights.base import ReceivedWeights
 from miles.weights.manifest import ChecksumMismatch, ManifestError
-from miles.weights.transport import ReceivedWeights
 from miles.weights.transports.grpc_chunks import chunks as chunking
 from miles.weights.transports.memory import Buffer, BufferedWeights
 
 
 class Transfer:
-    """A version on its way; outlives the call that began it."""
+    """A version that is being received; it outlives the call that began it."""
 
     def __init__(
         self, publication_id: int, manifest: policy_pb2.Manifest, chunks: Sequence[weightsync_pb2.ChunkDescriptor]
@@ -31,14 +31,21 @@ class Transfer:
         """Of the manifest."""
         return bytes(self.buffer.manifest.checksum)
 
+    def is_for(
+        self, publication_id: int, manifest: policy_pb2.Manifest, chunks: Sequence[weightsync_pb2.ChunkDescriptor]
+    ) -> bool:
+        """Whether it is a transfer of this publication in these chunks."""
+        same = (self.publication_id, self.checksum) == (publication_id, manifest.checksum)
+        return same and list(self.chunks) == list(chunks)
+
     def missing(self) -> list[int]:
-        """Positions of the chunks that are not there yet."""
+        """Positions of the chunks that have not arrived yet."""
         return list(self._missing)
 
     def put(self, number: int, data: bytes | memoryview) -> None:
-        """A chunk has arrived; ChecksumMismatch unless it is what its id says."""
+        """Store a chunk that has arrived; ChecksumMismatch unless its bytes match its id."""
         if number not in self._missing:
-            raise ManifestError(f"chunk {number} came, which was not asked for")
+            raise ManifestError(f"chunk {number} came, which was not requested")
         chunk = self.chunks[number]
         if len(data) != chunk.nbytes or manifests.checksum(data) != chunk.id:
             raise ChecksumMismatch(
@@ -50,7 +57,7 @@ class Transfer:
 
 
 class ChunkReceiver:
-    """Keeps the last version, and a transfer that was cut."""
+    """Keeps the last version, and a transfer that was interrupted."""
 
     def __init__(self, threads: concurrent.futures.Executor) -> None:
         self._threads = threads
@@ -60,33 +67,32 @@ class ChunkReceiver:
     def begin(
         self, publication_id: int, manifest: policy_pb2.Manifest, chunks: Sequence[weightsync_pb2.ChunkDescriptor]
     ) -> Transfer:
-        """A transfer with everything in it that is at hand: the one that was cut, else chunks of the last version."""
-        cut = self._transfer
-        same = cut is not None and (cut.publication_id, cut.checksum) == (publication_id, manifest.checksum)
-        if cut is not None and same and list(cut.chunks) == list(chunks):
-            return cut
+        """Resume the transfer that was interrupted, or begin one with the chunks that the last version has."""
+        interrupted = self._transfer
+        if interrupted is not None and interrupted.is_for(publication_id, manifest, chunks):
+            return interrupted
         self._transfer = None  # before its memory is needed again
         transfer = self._transfer = Transfer(publication_id, manifest, chunks)
         if self._last is not None:
-            at_hand = {chunk.id: chunk for chunk in self._last.chunks}
+            known = {chunk.id: chunk for chunk in self._last.chunks}
             memory = memoryview(self._last.buffer.memory)
             for number, chunk in enumerate(chunks):
-                old = at_hand.get(chunk.id)
+                old = known.get(chunk.id)
                 if old is not None and old.nbytes == chunk.nbytes:
                     with memory[old.offset : old.offset + old.nbytes] as data:
-                        if manifests.checksum(data) == chunk.id:  # somebody may have written to it
+                        if manifests.checksum(data) == chunk.id:  # the engine may have written to it
                             transfer.put(number, data)
         return transfer
 
     def finish(self, transfer: Transfer, source: str) -> ReceivedWeights:
-        """Verify a transfer that is complete; it becomes the last version."""
+        """Verify a complete transfer; it becomes the last version."""
         self._transfer = None
         transfer.buffer.verify(self._threads, source)
         self._last = transfer
         return BufferedWeights(transfer.buffer)
 
     def forget(self) -> None:
-        """Let go of everything at hand."""
+        """Forget the last version and the transfer."""
         self._transfer = self._last = None
 
 

@@ -1,7 +1,7 @@
-"""Weights as chunks by content hash, through the weightsync service: works wherever gRPC does.
+"""Weights as chunks by content hash through the weightsync service: works wherever gRPC does.
 
-A chunk that the other side has already, from this version before a connection was cut or from another version, is not
-sent again. The service keeps the bytes in its shared memory, so engines on its host can map what was uploaded to it.
+A chunk that the other side already has, from another version or from before a disconnect, is not sent again. The
+service keeps the bytes in its shared memory, so engines on its host can map what was uploaded to it.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ import torch
 from miles.rpc import connect_blocking
 from miles.rpc.gen import policy_pb2, weightsync_pb2, weightsync_pb2_grpc
 from miles.weights import manifest as manifests
+from miles.weights.base import ReceivedWeights, SendTimes
+from miles.weights.bucketing import match_layout
 from miles.weights.dtypes import TORCH_DTYPE
-from miles.weights.manifest import ManifestError
-from miles.weights.transport import ReceivedWeights, SendTimes, default_threads, match
+from miles.weights.manifest import ManifestError, checksum_threads
 from miles.weights.transports.grpc_chunks.chunks import cut
 from miles.weights.transports.grpc_chunks.receiver import ChunkReceiver
 
@@ -32,11 +33,11 @@ CALL_DEADLINE_S = 60.0
 """How long the service may take to answer a call that moves no chunks."""
 
 SILENCE_S = 60.0
-"""How long to go on trying while no chunk gets through."""
+"""How long to retry while no chunk gets through."""
 
 _FIRST_RETRY_S, _LAST_RETRY_S = 0.1, 5.0
-_PASSING = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.UNKNOWN, grpc.StatusCode.INTERNAL, grpc.StatusCode.CANCELLED)
-"""A cut connection or a restarting service; everything else is an answer."""
+_TRANSIENT = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.UNKNOWN, grpc.StatusCode.INTERNAL, grpc.StatusCode.CANCELLED)
+"""A lost connection or a restarting service. Any other status is final."""
 
 T = TypeVar("T")
 
@@ -46,10 +47,12 @@ class GrpcChunksTransport:
 
     def __init__(self, address: str, silence_s: float = SILENCE_S) -> None:
         """`address`: host:port of the service. `silence_s`: after so long without progress, a transfer fails."""
+        if not address:
+            raise ValueError("grpc_chunks needs the address of the weightsync service; give it as Endpoint.address")
         self._address = address
         self._silence_s = silence_s
         self._channels: dict[str, grpc.Channel] = {}
-        self._threads = concurrent.futures.ThreadPoolExecutor(default_threads(), thread_name_prefix="weight-chunks")
+        self._threads = concurrent.futures.ThreadPoolExecutor(checksum_threads(), thread_name_prefix="weight-chunks")
         self._receiver = ChunkReceiver(self._threads)
 
     def send(
@@ -58,13 +61,13 @@ class GrpcChunksTransport:
         descriptors: Sequence[policy_pb2.TensorDescriptor],
         tensors: Iterable[tuple[str, torch.Tensor]],
     ) -> SendTimes:
-        """Upload one bucket: offer its chunks, send those that the service lacks; begin again where it was cut."""
+        """Offer the chunks of one bucket and upload those that the service lacks; resume after a disconnect."""
         if not descriptors:
             return SendTimes()
         began = time.monotonic()
         begin, last = descriptors[0].offset, descriptors[-1]
         flat = torch.zeros(max(1, last.offset + last.nbytes - begin), dtype=torch.uint8)
-        for descriptor, tensor in match(descriptors, tensors):
+        for descriptor, tensor in match_layout(descriptors, tensors):
             if descriptor.nbytes:
                 part = flat[descriptor.offset - begin : descriptor.offset - begin + descriptor.nbytes]
                 part.view(TORCH_DTYPE[descriptor.dtype]).view(tuple(descriptor.shape)).copy_(tensor)
@@ -76,13 +79,13 @@ class GrpcChunksTransport:
         return SendTimes(time.monotonic() - began - hashed_s, hashed_s, sent)
 
     def seal(self, handle: weightsync_pb2.TransportHandle, manifest: policy_pb2.Manifest) -> None:
-        """Nothing to do: Prepare fails unless every chunk has arrived."""
+        """Nothing to do: Prepare checks that every chunk has arrived."""
 
     def discard(self, handle: weightsync_pb2.TransportHandle) -> None:
-        """Nothing to do: the service removes what it has."""
+        """Nothing to do: the service frees what it has."""
 
     def receive(self, handle: weightsync_pb2.TransportHandle, manifest: policy_pb2.Manifest) -> ReceivedWeights:
-        """Download what is not at hand, and verify; begin again where it was cut, also in a later call."""
+        """Download the chunks that are missing, and verify; resume after a disconnect, even in a later call."""
         manifests.validate(manifest)
         address = handle.grpc_chunks.address or self._address
         name = f"{manifests.describe(manifest.version)} from {address}"
@@ -92,7 +95,7 @@ class GrpcChunksTransport:
             answer: weightsync_pb2.ListChunksResponse = self._stub(address).ListChunks(wanted, timeout=CALL_DEADLINE_S)
             return answer.chunks
 
-        chunks = self._persist(f"list the chunks of {name}", listed)
+        chunks = self._retry(f"list the chunks of {name}", listed)
         transfer = self._receiver.begin(handle.publication_id, manifest, chunks)
 
         def fetch(progress: Progress) -> None:
@@ -108,14 +111,14 @@ class GrpcChunksTransport:
             if left := transfer.missing():
                 raise ConnectionError(f"the service ended the stream {len(left)} chunks early")
 
-        self._persist(f"fetch {name}", fetch)
+        self._retry(f"fetch {name}", fetch)
         return self._receiver.finish(transfer, address)
 
     def trim(self, live: Collection[int] | None = None) -> None:
         """Nothing is kept on the trainer's side."""
 
     def close(self) -> None:
-        """Let go of the connection and of what was received."""
+        """Close the connections and forget what was received."""
         self._receiver.forget()
         self._threads.shutdown()
         for channel in self._channels.values():
@@ -129,7 +132,7 @@ class GrpcChunksTransport:
         data: memoryview,
         begin: int,
     ) -> int:
-        """Have the service hold all chunks; returns the bytes that were sent."""
+        """Offer the chunks and upload those that are missing; return the bytes that were sent."""
         version, publication_id = handle.grpc_chunks.version, handle.publication_id
         offer = weightsync_pb2.OfferChunksRequest(version=version, publication_id=publication_id, chunks=chunks)
         sent = 0
@@ -152,14 +155,14 @@ class GrpcChunksTransport:
                 with progress.watching(call):
                     call.result()
 
-        self._persist(f"upload {len(chunks)} chunks of {manifests.describe(version)} to {self._address}", upload)
+        self._retry(f"upload {len(chunks)} chunks of {manifests.describe(version)} to {self._address}", upload)
         return sent
 
-    def _persist(self, what: str, attempt: Callable[[Progress], T]) -> T:
-        """Try again while attempts are cut short but get on; TimeoutError after `silence_s` without any progress.
+    def _retry(self, what: str, attempt: Callable[[Progress], T]) -> T:
+        """Retry an attempt that loses its connection; TimeoutError after `silence_s` without any progress.
 
-        The channel stays and reconnects by itself: closing it waits for what a cut call still had to send, which gRPC
-        may give up no sooner than its keepalive.
+        The channel stays open and reconnects by itself: closing it would wait for what a failed call still had to send,
+        up to gRPC's keepalive timeout.
         """
         progress = Progress(self._silence_s)
         retry_s = _FIRST_RETRY_S
@@ -169,7 +172,7 @@ class GrpcChunksTransport:
                 return attempt(progress)
             except (grpc.RpcError, ConnectionError) as error:
                 fault = _describe(error)
-                if isinstance(error, grpc.RpcError) and error.code() not in _PASSING:
+                if isinstance(error, grpc.RpcError) and error.code() not in _TRANSIENT:
                     raise ManifestError(f"cannot {what}: {fault}") from error
                 if progress.notes > notes:
                     retry_s = _FIRST_RETRY_S
@@ -187,7 +190,7 @@ class GrpcChunksTransport:
 
 
 class Progress:
-    """When something last got through, and a watch that ends a call in which nothing does."""
+    """The time of the last progress, and a watchdog that cancels a call without any."""
 
     def __init__(self, silence_s: float) -> None:
         self._silence_s = silence_s
@@ -195,17 +198,17 @@ class Progress:
         self.notes = 0
 
     def note(self) -> None:
-        """A chunk got through."""
+        """Record that a chunk got through."""
         self._last = time.monotonic()
         self.notes += 1
 
     def silent_s(self) -> float:
-        """Seconds since the last note."""
+        """Seconds since the last progress."""
         return time.monotonic() - self._last
 
     @contextlib.contextmanager
     def watching(self, call: grpc.Future) -> Iterator[None]:
-        """Cancel a call when `silence_s` pass without a note."""
+        """Cancel a call when `silence_s` pass without progress."""
         done = threading.Event()
 
         def watch() -> None:
@@ -216,11 +219,10 @@ class Progress:
 
         watcher = threading.Thread(target=watch, name="weight-chunks-watch", daemon=True)
         watcher.start()
-        try:
+        with contextlib.ExitStack() as at_end:
+            at_end.callback(watcher.join)
+            at_end.callback(done.set)
             yield
-        finally:
-            done.set()
-            watcher.join()
 
 
 def _set_checksum(descriptor: policy_pb2.TensorDescriptor, data: memoryview) -> None:

@@ -28,13 +28,13 @@ from miles.services.rollout.engines.sglang.server.replica import Replica
 from miles.services.rollout.engines.sglang.speculative.draft import DraftModel
 from miles.services.rollout.engines.sglang.weights.loader import WeightLoader
 from miles.services.rollout.engines.sglang.weights.remote import RemoteTransport
-from miles.weights.transport import create_transport
+from miles.weights.registry import create_transport
 
 if TYPE_CHECKING:
     import torch
 
     from miles.rpc.gen.weightsync_pb2 import TransportKind
-    from miles.weights.transport import Endpoint, WeightReceiver
+    from miles.weights.base import Endpoint, WeightReceiver
 
 FIRST_RETRY_S, LAST_RETRY_S = 5.0, 60.0
 """Pauses between attempts to bring a server to the engine's version while the trainer cannot be reached."""

@@ -29,14 +29,14 @@ from miles.services.rollout.engines.torch.model.architecture import end_token_id
 from miles.services.rollout.engines.torch.model.experts import EXPERTS_NAME
 from miles.services.rollout.engines.torch.model.fp8 import as_received, quantised_part
 from miles.services.rollout.engines.torch.worker import Worker
-from miles.weights.fp8 import whole_weights
-from miles.weights.transport import create_transport
+from miles.weights.fp8 import dequantise_weights
+from miles.weights.registry import create_transport
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from miles.rpc.gen.weightsync_pb2 import TransportKind
-    from miles.weights.transport import Endpoint, WeightReceiver
+    from miles.weights.base import Endpoint, WeightReceiver
 
 T = TypeVar("T")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -218,7 +218,7 @@ class TorchEngine:
         generator = self._started().generator
         quantised = await asyncio.to_thread(quantised_part, tensors, self._device)
         if quantised:
-            tensors = await asyncio.to_thread(whole_weights, {**tensors, **quantised}, self._dtype)
+            tensors = await asyncio.to_thread(dequantise_weights, {**tensors, **quantised}, self._dtype)
         checked = generator.parameters.check(tensors)
         pause_s = await self._call(lambda: generator.load(version, checked), f"loading version {version}")
         self._quantised = quantised

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor, Shard
 
 from miles.services.trainer.backends.fsdp.model.model import full_tensor
-from miles.weights.transport import buckets
+from miles.weights.bucketing import buckets
 
 _ALIGNMENT = 64
 

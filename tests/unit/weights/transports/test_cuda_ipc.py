@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from miles.rpc.gen import weightsource_pb2, weightsync_pb2
 from miles.weights.manifest import ManifestError
-from miles.weights.transports.cuda_ipc import boot_id, decode_bucket, device_index, encode_bucket
+from miles.weights.transports.cuda_ipc.sharing import boot_id, decode_bucket, device_index, encode_bucket
 
 sizes = st.integers(0, 2**48)
 handles = st.binary(max_size=80)

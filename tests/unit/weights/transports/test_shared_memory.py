@@ -15,8 +15,8 @@ from miles.weights import manifest as manifests
 from miles.weights.check import check_weight_update_equal
 from miles.weights.dtypes import TORCH_DTYPE, wire_dtype
 from miles.weights.manifest import ChecksumMismatch, ManifestError
-from miles.weights.transport import create_transport
-from miles.weights.transports.shared_memory import SharedMemoryTransport
+from miles.weights.registry import create_transport
+from miles.weights.transports.shared_memory.transport import SharedMemoryTransport
 
 VERSION = policy_pb2.WeightVersion(job_id="job", stream=policy_pb2.WEIGHT_STREAM_POLICY, version=3)
 

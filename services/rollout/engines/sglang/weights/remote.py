@@ -14,9 +14,9 @@ from miles.rpc.gen import policy_pb2, weightsync_pb2
 from miles.services.rollout.engines.sglang.weights.names import checkpoint_names
 from miles.weights import flat as flats
 from miles.weights import manifest as manifests
+from miles.weights.base import Endpoint
 from miles.weights.dtypes import TORCH_DTYPE
 from miles.weights.manifest import ManifestError
-from miles.weights.transport import Endpoint
 from miles.weights.transports.collective.transport import CollectiveTransport, check_backend
 
 CONNECT_S = 5.0
@@ -110,7 +110,7 @@ def contents(
     buckets = handle.collective.buckets
     flats.check_covered(manifest, ((bucket.offset, bucket.nbytes) for bucket in buckets))
     source_at = {bucket.offset: bucket.source for bucket in buckets}
-    held = dict(flats.by_stretch(source_at, manifest.tensors))
+    held = dict(flats.by_range(source_at, manifest.tensors))
     by_source: dict[str, list[BucketContents]] = {}
     for bucket in buckets:
         by_source.setdefault(bucket.source, []).append(_bucket_contents(held[bucket.offset]))

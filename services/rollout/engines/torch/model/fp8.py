@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 
 from miles.services.rollout.engines.torch.model.parameters import WeightMismatch
-from miles.weights.fp8 import SCALE_SUFFIX, whole_weights
+from miles.weights.fp8 import SCALE_SUFFIX, dequantise_weights
 
 
 def quantised_part(tensors: Mapping[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
@@ -23,7 +23,7 @@ def as_received(
 
     Raises WeightMismatch when a served weight is not, bit for bit, the dequantised one.
     """
-    dequantised = whole_weights(quantised, dtype)
+    dequantised = dequantise_weights(quantised, dtype)
     wrong = [name for name, weight in dequantised.items() if name not in served or not _same(weight, served[name])]
     if wrong:
         raise WeightMismatch(f"not what their FP8 values and scales stand for: {', '.join(wrong[:3])}")

@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 
 from miles.rpc.gen import policy_pb2, weightsync_pb2
 from miles.weights import manifest as manifests
+from miles.weights.bucketing import buckets
 from miles.weights.dtypes import TORCH_DTYPE, wire_dtype
 from miles.weights.manifest import ChecksumMismatch, ManifestError
-from miles.weights.transport import buckets
 from miles.weights.transports.disk_delta.transport import DiskDeltaTransport
 
 Tensors = dict[str, torch.Tensor]

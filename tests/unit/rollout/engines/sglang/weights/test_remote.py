@@ -10,8 +10,8 @@ from miles.rpc.gen import weightsync_pb2
 from miles.services.rollout.engines.sglang.weights.names import checkpoint_names
 from miles.services.rollout.engines.sglang.weights.remote import RemoteTransport, contents
 from miles.weights import flat as flats
+from miles.weights.base import Endpoint
 from miles.weights.manifest import ManifestError
-from miles.weights.transport import Endpoint
 from miles.weights.transports.collective.transport import CollectiveTransport
 
 EXPERTS = "model.layers.0.mlp.experts"
@@ -47,7 +47,7 @@ def test_what_is_announced_is_what_the_sources_send(ranks: list[CollectiveTransp
     by_name = dict(checkpoint_names(sent.items()))
     found = set()
     for rank in ranks:
-        staged = rank.source._staged[1]
+        staged = rank.source.staged.of(1)
         assert len(staged) == len(announced[rank.source.address])
         for bucket, promised in zip(staged, announced[rank.source.address], strict=True):
             data, start = flats.packed(bucket.flat, bucket.descriptors), 0

@@ -1,0 +1,1 @@
+"""Weights through files in shared memory, which engines map. Start at `transport`."""
