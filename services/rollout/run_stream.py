@@ -107,10 +107,7 @@ class RunStream:
 
     def _send(self, response: rollout_pb2.RunResponse) -> None:
         if self._ended:
-            log.info(
-                "job %s: the stream has ended; discarding a message of kind %s",
-                self._job.job_id,
-                response.WhichOneof("kind"),
-            )
+            kind = response.WhichOneof("kind")
+            log.info("job %s: a message of kind %s was not sent: the stream has ended", self._job.job_id, kind)
         else:
             self._outgoing.put_nowait(response)

@@ -1,4 +1,4 @@
-"""The servicer: gRPC in, plain calls out."""
+"""The gRPC side of the rollout service: calls in, plain method calls out."""
 
 from __future__ import annotations
 
@@ -63,10 +63,8 @@ class RolloutServicer(rollout_pb2_grpc.RolloutServiceServicer):
     async def StartJob(self, request: rollout_pb2.RolloutStartJobRequest, context: Context) -> None:  # type: ignore[override]
         from miles.config import ConfigError, JobConfig
 
-        try:
+        async with _answered(context, (ConfigError, json.JSONDecodeError), grpc.StatusCode.INVALID_ARGUMENT):
             config = JobConfig.from_flat(json.loads(request.config_json)).with_types("rollout_dtype")
-        except (ConfigError, json.JSONDecodeError) as error:
-            await abort(context, grpc.StatusCode.INVALID_ARGUMENT, str(error))
         job = RolloutJob(
             request.job_id,
             config,
@@ -80,9 +78,7 @@ class RolloutServicer(rollout_pb2_grpc.RolloutServiceServicer):
         async with self._starting:
             loaded = self._jobs.get(request.job_id)
             if loaded is not None and loaded.origin != job.origin:
-                await context.write(
-                    rollout_pb2.RolloutStartJobResponse(stage="stopping the job with its earlier configuration")
-                )
+                await context.write(rollout_pb2.RolloutStartJobResponse(stage="stopping the job as configured before"))
                 await self._stop(request.job_id)
             if request.job_id not in self._jobs:
                 try:
@@ -138,7 +134,11 @@ class RolloutServicer(rollout_pb2_grpc.RolloutServiceServicer):
 
     async def Generate(self, request: rollout_pb2.GenerateRequest, context: Context) -> None:  # type: ignore[override]
         job = await self._job(request.job_id, context)
-        try:
+        # RuntimeError: the engine lost the request, and a retry may work.
+        async with (
+            _answered(context, ValueError, grpc.StatusCode.INVALID_ARGUMENT),
+            _answered(context, (TimeoutError, RuntimeError), grpc.StatusCode.UNAVAILABLE),
+        ):
             tokens = array_from_proto(request.tokens, "tokens", dtypes=(np.int32,), ndim=1)
             generation = GenerationRequest(
                 request_id=f"generate-{next(self._request_ids)}",
@@ -150,10 +150,6 @@ class RolloutServicer(rollout_pb2_grpc.RolloutServiceServicer):
             async with contextlib.aclosing(job.engine.generate(generation)) as deltas:
                 async for delta in deltas:
                     await context.write(_generate_response(delta))
-        except ValueError as error:
-            await abort(context, grpc.StatusCode.INVALID_ARGUMENT, str(error))
-        except (TimeoutError, RuntimeError) as error:  # the engine lost the request; a retry may work
-            await abort(context, grpc.StatusCode.UNAVAILABLE, str(error))
 
     async def Pause(self, request: rollout_pb2.PauseRequest, context: Context) -> rollout_pb2.PauseResponse:
         job = await self._job(request.job_id, context)
@@ -236,12 +232,14 @@ class RolloutServicer(rollout_pb2_grpc.RolloutServiceServicer):
 
 
 @contextlib.asynccontextmanager
-async def _answered(context: Context, error: type[Exception], code: grpc.StatusCode) -> AsyncIterator[None]:
-    """Answer the call with `code` when the block raises `error`."""
+async def _answered(
+    context: Context, errors: type[Exception] | tuple[type[Exception], ...], code: grpc.StatusCode
+) -> AsyncIterator[None]:
+    """Answer the call with `code` when the block raises one of `errors`."""
     try:
         yield
-    except error as raised:
-        await abort(context, code, str(raised))
+    except errors as error:
+        await abort(context, code, str(error))
 
 
 def _generate_response(delta: GenerationDelta) -> rollout_pb2.GenerateResponse:

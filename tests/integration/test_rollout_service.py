@@ -94,7 +94,7 @@ async def test_starting_a_job_is_idempotent_and_stopping_it_releases_everything(
     assert len(await rollout.start_job(job_id, job_config(folder), rewards)) > 3
     assert await rollout.start_job(job_id, job_config(folder), rewards) == ["ready"]
     again = await rollout.start_job(job_id, job_config(folder, max_running_requests=4), rewards)
-    assert again[0] == "stopping the job with its earlier configuration"
+    assert again[0] == "stopping the job as configured before"
     status = await rollout.stub.GetStatus(rollout_pb2.RolloutGetStatusRequest())
     assert (list(status.job_ids), status.progress.version, status.paused) == ([job_id], 0, False)
     await rollout.stub.StopJob(rollout_pb2.RolloutStopJobRequest(job_id=job_id))

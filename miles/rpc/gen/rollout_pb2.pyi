@@ -540,7 +540,7 @@ Global___RunReady: _TypeAlias = RunReady  # noqa: Y015
 
 @_typing.final
 class RunProgress(_message.Message):
-    """What the engine is doing."""
+    """The engine's counters."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1050,7 +1050,7 @@ class RolloutGetStatusResponse(_message.Message):
 
     @_builtins.property
     def progress(self) -> Global___RunProgress:
-        """What the engine is doing."""
+        """The engine's counters."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""The samples of a group under way, and their copy in Redis for whoever leases the group next."""
+"""The samples of a running group, and their copy in Redis for the next lease of the group."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from miles.services.rollout.groups.trajectory import (
     FINISHED,
     cut_to_limit,
     is_rolled_back,
-    merge_begun,
+    merge_partial,
     without_response,
 )
 from miles.types import Sample, SampleGroup
@@ -48,15 +48,15 @@ class PartialGroup:
     async def resume(self) -> int:
         """Continue from what is stored or leased; returns the newest version among its tokens, 0 if there are none."""
         stored = await self._load() if self._lease.is_training else {}
-        begun = [merge_begun(s, stored.get(s.index), with_experts=self._record_experts) for s in self.samples]
+        resumed = [merge_partial(s, stored.get(s.index), with_experts=self._record_experts) for s in self.samples]
         if self._lease.is_training:
             newest = self._lease.newest_version
-            begun = [without_response(sample) if is_rolled_back(sample, newest) else sample for sample in begun]
+            resumed = [without_response(sample) if is_rolled_back(sample, newest) else sample for sample in resumed]
         self.samples[:] = [
             cut_to_limit(sample, sampling.max_new_tokens)
-            for sample, sampling in zip(begun, self._lease.sampling, strict=True)
+            for sample, sampling in zip(resumed, self._lease.sampling, strict=True)
         ]
-        return max((span.version for sample in begun for span in sample.weight_versions), default=0)
+        return max((span.version for sample in resumed for span in sample.weight_versions), default=0)
 
     async def _load(self) -> dict[int, Sample]:
         try:

@@ -1,4 +1,4 @@
-"""The seam between a group's run and the way its responses are generated."""
+"""The `Sampler` protocol, behind which the responses of a group are generated, and its single-turn case."""
 
 from __future__ import annotations
 

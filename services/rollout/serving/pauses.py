@@ -13,7 +13,7 @@ _REMEMBERED = 256
 
 
 class PauseRefused(RuntimeError):
-    """The pause or resume contradicts what the engine is doing."""
+    """The pause or resume contradicts the state that the engine is in."""
 
 
 class Step(enum.Enum):

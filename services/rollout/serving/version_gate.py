@@ -31,7 +31,7 @@ class VersionGate:
         self._changed = asyncio.Event()
 
     async def wait(self, minimum: int | None, exact: int | None, deadline_s: float) -> int:
-        """Wait until the gate is open at a version that is at least `minimum` and, if given, equal to `exact`; return it.
+        """Wait until the gate is open at a version of at least `minimum` that equals `exact`, if given; return it.
 
         Raises VersionPassed when `exact` will not come back, and TimeoutError after `deadline_s` seconds.
         """

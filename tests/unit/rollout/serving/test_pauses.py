@@ -34,7 +34,7 @@ def test_only_one_operation_holds_the_engine() -> None:
         pauses.resume("b")
 
 
-def test_an_expired_pause_is_told_once_and_cannot_be_resumed() -> None:
+def test_an_expired_pause_is_reported_once_and_cannot_be_resumed() -> None:
     pauses = Pauses()
     pauses.pause("a", 10, now=0)
     assert pauses.tick(11)
