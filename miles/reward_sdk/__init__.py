@@ -1,4 +1,4 @@
-"""Write a reward in a few lines, serve it, and ask reward services for scores.
+"""The SDK for writing a reward in a few lines and serving it, and the client of reward services.
 
 from miles.reward_sdk import reward, serve
 

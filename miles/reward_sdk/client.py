@@ -1,4 +1,4 @@
-"""Asks reward services for scores: one stream a service, many requests on it at once, retries and deadlines."""
+"""The client of reward services: one stream a service with many requests at once, deadlines and retries."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 
 import grpc.aio
 
+from miles.reward_sdk.answers import Answers
 from miles.rpc import connect
 from miles.rpc.gen import reward_pb2, reward_pb2_grpc
 from miles.types import MalformedMessage, Reward, Sample
@@ -30,7 +31,7 @@ _Call: TypeAlias = "grpc.aio.StreamStreamCall[reward_pb2.ScoreRequest, reward_pb
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ScoreOutcome:
-    """What came of scoring one sample: a reward, or an error."""
+    """The result for one sample: a reward, or an error."""
 
     reward: Reward | None = None
     error: str | None = None
@@ -39,32 +40,30 @@ class ScoreOutcome:
     """To be merged into the sample's metadata."""
 
 
-class _Unanswered(Exception):
-    """An attempt ended without an answer; another one may get it."""
+class _Unscored(Exception):
+    """Why samples get no scores."""
+
+
+class _Unanswered(_Unscored):
+    """An attempt ended without an answer; a retry may get one."""
 
 
 class _Stream:
-    """One Score stream from its start until it breaks; then every request on it fails with `_Unanswered`."""
+    """One Score stream, from its start until it breaks and every request on it fails with `_Unanswered`."""
 
     def __init__(self, stub: reward_pb2_grpc.RewardServiceStub, label: str) -> None:
         self.broken = False
         self._label = label
         self._call: _Call = stub.Score(wait_for_ready=True)
         self._outgoing: asyncio.Queue[reward_pb2.ScoreRequest] = asyncio.Queue()
-        self._answers: dict[int, asyncio.Future[reward_pb2.ScoreResponse]] = {}
+        self._answers: Answers[reward_pb2.ScoreResponse] = Answers()
         # Requests are written from one task: cancelling a write, as a caller's deadline would, cancels the whole call.
         self._writing = asyncio.create_task(self._write())
         self._reading = asyncio.create_task(self._read())
 
     async def ask(self, request: reward_pb2.ScoreRequest) -> reward_pb2.ScoreResponse:
         """Send a request and wait for its answer."""
-        future: asyncio.Future[reward_pb2.ScoreResponse] = asyncio.get_running_loop().create_future()
-        self._answers[request.request_id] = future
-        try:
-            self._outgoing.put_nowait(request)
-            return await future
-        finally:
-            del self._answers[request.request_id]
+        return await self._answers.ask(request.request_id, lambda: self._outgoing.put_nowait(request))
 
     async def _write(self) -> None:
         with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):  # `_read` sees how the call ended
@@ -77,17 +76,13 @@ class _Stream:
         problem = "the stream was closed"
         try:
             async for response in self._call:
-                future = self._answers.get(response.request_id)
-                if future is not None and not future.done():
-                    future.set_result(response)
+                self._answers.put(response.request_id, response)
         except grpc.aio.AioRpcError as error:
             problem = f"{error.code().name}: {error.details()}"
         finally:
             self.broken = True
             self._writing.cancel()
-            for future in self._answers.values():
-                if not future.done():
-                    future.set_exception(_Unanswered(problem))
+            self._answers.fail(lambda: _Unanswered(problem))
         logger.info("stream to %s ended: %s", self._label, problem)
 
     async def close(self) -> None:
@@ -98,7 +93,7 @@ class _Stream:
 
 
 class _Service:
-    """The connection to one reward service; its stream is opened when needed, and again after it breaks."""
+    """The connection to one reward service. Its stream is opened when needed, and again after it breaks."""
 
     def __init__(self, name: str, address: str) -> None:
         self.label = f"reward service {name!r} at {address}"
@@ -108,9 +103,9 @@ class _Service:
         self._ids = itertools.count(1)
 
     async def ask(self, request: reward_pb2.ScoreRequest, timeout_s: float) -> reward_pb2.ScoreResponse:
-        """One attempt, connecting included; `_Unanswered` when it brings no answer within `timeout_s`."""
+        """Make one attempt, connecting included. Raises _Unanswered when there is no answer within `timeout_s`."""
         request.request_id = next(self._ids)
-        # The service hears of a little less than we wait, so that it can still tell us what took too long.
+        # The service gets a little less time than we wait, so that it can still answer with what took too long.
         request.deadline_ms = max(1, int(1000 * (timeout_s - min(1.0, timeout_s / 10))))
         if self._stream is None or self._stream.broken:
             self._stream = _Stream(self._stub, self.label)
@@ -121,7 +116,7 @@ class _Service:
             raise _Unanswered(f"no answer in {timeout_s:g} s; connection {self._channel.get_state().name}") from None
 
     async def close(self) -> None:
-        """End the stream and the connection; requests under way fail."""
+        """End the stream and the connection; running requests fail."""
         if self._stream is not None:
             await self._stream.close()
         await self._channel.close()
@@ -136,7 +131,7 @@ class RewardClient:
         Args:
             addresses: host:port of each service by name; "default" scores samples that name none.
             timeout_s: how long one attempt may take, connecting included, in seconds.
-            retries: further attempts after one that brought no answer, a count. An answer that says the reward function
+            retries: further attempts after one without an answer, a count. An answer that says the reward function
                 failed is final.
         """
         if timeout_s <= 0 or retries < 0:
@@ -153,9 +148,9 @@ class RewardClient:
         await self.close()
 
     async def score(self, samples: Sequence[Sample], *, reward: str = "", group: bool = False) -> list[ScoreOutcome]:
-        """Score samples, each on its own or, with `group`, together; one outcome a sample, in order. Never raises for
-        what a service does or fails to do.
+        """Score samples, each on its own or, with `group`, together; returns one outcome a sample, in order.
 
+        A service that fails or is not there gives outcomes with an error, never an exception.
         A sample's `metadata["reward_service"]` names the service (default: "default"); `reward` names the reward there
         (empty: the service's default).
         """
@@ -170,15 +165,11 @@ class RewardClient:
         try:
             service = self._service(samples)
             request = reward_pb2.ScoreRequest(reward=reward, group=group, samples=map(_to_proto, samples))
-        except (LookupError, MalformedMessage) as error:
-            return [ScoreOutcome(error=str(error.args[0] if error.args else error))] * len(samples)
-        try:
             response = await self._ask(service, request)
-        except _Unanswered as error:
+            if len(response.scores) != len(samples):
+                raise _Unscored(f"{service.label} gave {len(response.scores)} scores for {len(samples)} samples")
+        except (_Unscored, MalformedMessage) as error:
             return [ScoreOutcome(error=str(error))] * len(samples)
-        if len(response.scores) != len(samples):
-            problem = f"{service.label} gave {len(response.scores)} scores for {len(samples)} samples"
-            return [ScoreOutcome(error=problem)] * len(samples)
         return [_outcome(score, service.label) for score in response.scores]
 
     async def _ask(self, service: _Service, request: reward_pb2.ScoreRequest) -> reward_pb2.ScoreResponse:
@@ -196,11 +187,11 @@ class RewardClient:
     def _service(self, samples: Sequence[Sample]) -> _Service:
         names = {str(sample.metadata.get("reward_service", DEFAULT_SERVICE)) for sample in samples}
         if len(names) > 1:
-            raise LookupError(f"the samples of one group name several reward services: {', '.join(sorted(names))}")
+            raise _Unscored(f"the samples of one group name several reward services: {', '.join(sorted(names))}")
         [name] = names
         if name not in self._addresses:
             known = ", ".join(self._addresses) or "none"
-            raise LookupError(
+            raise _Unscored(
                 f"no reward service is named {name!r} (known: {known}); add --reward-service {name}=HOST:PORT"
             )
         if name not in self._services:
@@ -208,13 +199,13 @@ class RewardClient:
         return self._services[name]
 
     async def close(self) -> None:
-        """Close the connections; requests under way fail."""
+        """Close the connections; running requests fail."""
         await asyncio.gather(*(service.close() for service in self._services.values()))
         self._services.clear()
 
 
 def _to_proto(sample: Sample) -> Any:
-    return sample_to_proto(dataclasses.replace(sample, rollout_routed_experts=None))  # megabytes of no use to a reward
+    return sample_to_proto(dataclasses.replace(sample, rollout_routed_experts=None))  # megabytes that no reward uses
 
 
 def _outcome(score: reward_pb2.Score, label: str) -> ScoreOutcome:
@@ -229,5 +220,5 @@ def _outcome(score: reward_pb2.Score, label: str) -> ScoreOutcome:
     if not numbers or not all(map(math.isfinite, numbers)):
         return ScoreOutcome(error=f"{label} answered with the reward {reward}; rewards are finite numbers")
     if not isinstance(metadata, dict):
-        return ScoreOutcome(error=f"{label} answered with metadata that is no JSON object: {metadata!r:.200}")
+        return ScoreOutcome(error=f"{label} answered with metadata that is not a JSON object: {metadata!r:.200}")
     return ScoreOutcome(reward=reward, metadata=metadata)

@@ -9,7 +9,7 @@ _LENGTH = struct.Struct("<I")
 
 
 async def read_frame(reader: asyncio.StreamReader) -> bytes | None:
-    """The next frame, or None at the end of the stream, also when it ends within a frame."""
+    """Read the next frame; None at the end of the stream, even if it ends within a frame."""
     try:
         (length,) = _LENGTH.unpack(await reader.readexactly(_LENGTH.size))
         return await reader.readexactly(length)

@@ -1,14 +1,15 @@
-"""Reward functions: what they look like, how they are named, and how they are found."""
+"""Reward functions: their types, their registration and how they are loaded."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib
 import importlib.util
 import inspect
 import os
 import sys
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ class RewardLoadError(ValueError):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Scored:
-    """A reward together with facts to merge into the sample's metadata (JSON values)."""
+    """A reward together with JSON values to merge into the sample's metadata."""
 
     reward: Value
     metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -64,7 +65,7 @@ class Source:
     group: bool = False
     """Whether the function scores whole groups."""
     script: bool = False
-    """Whether `target` is to be run to register the functions it decorates with `reward`."""
+    """Whether to run `target` to register the functions that it decorates with `reward`."""
 
 
 registered: dict[str, RewardFunction] = {}
@@ -134,14 +135,10 @@ def _load_one(source: Source) -> list[RewardFunction]:
         return _run_script(source.target)
     module_name, _, attribute = source.target.rpartition(".")
     if not module_name:
-        raise RewardLoadError(f"{source.target!r} is no dotted path; write it as package.module.function")
+        raise RewardLoadError(f"{source.target!r} is not a dotted path; write it as package.module.function")
     _add_to_path(os.getcwd())  # users name modules of the folder they work in
-    try:
+    with _raised_as_load_error(f"cannot import {module_name!r} for reward {source.target!r}"):
         module = importlib.import_module(module_name)
-    except Exception as error:
-        raise RewardLoadError(
-            f"cannot import {module_name!r} for reward {source.target!r}: {type(error).__name__}: {error}"
-        ) from error
     call = getattr(module, attribute, None)
     if call is None:
         raise RewardLoadError(f"module {module_name!r} ({module.__file__}) has no {attribute!r}")
@@ -157,17 +154,23 @@ def _run_script(target: str) -> list[RewardFunction]:
     registered.clear()
     running_script = True
     try:
-        if target.endswith(".py"):
-            _run_file(target)
-        else:
-            importlib.import_module(target)
-    except StopScript:
-        pass
-    except Exception as error:
-        raise RewardLoadError(f"running {target} failed: {type(error).__name__}: {error}") from error
+        with _raised_as_load_error(f"running {target} failed"), contextlib.suppress(StopScript):
+            if target.endswith(".py"):
+                _run_file(target)
+            else:
+                importlib.import_module(target)
     finally:
         running_script = False
     return list(registered.values())
+
+
+@contextlib.contextmanager
+def _raised_as_load_error(problem: str) -> Iterator[None]:
+    """Raise whatever the user's code raises while it is loaded as a RewardLoadError."""
+    try:
+        yield
+    except Exception as error:
+        raise RewardLoadError(f"{problem}: {type(error).__name__}: {error}") from error
 
 
 def _run_file(path: str) -> None:

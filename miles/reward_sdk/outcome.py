@@ -1,4 +1,4 @@
-"""From what a reward function returned or raised to the `Score` that goes on the wire."""
+"""Conversion of what a reward function returned or raised to the `Score` on the wire."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _MAX_TEXT = 1000
 
 
 def sample_id(sample: sample_pb2.Sample) -> str:
-    """How errors name a sample."""
+    """The name of a sample in errors."""
     return f"sample {sample.index} of group {sample.group_id}"
 
 
@@ -32,14 +32,14 @@ def error_score(message: str) -> reward_pb2.Score:
 
 
 def raised(function: str, error: BaseException) -> str:
-    """What to say of an exception of a reward function, with the line that raised it."""
+    """The message for an exception of a reward function, with the line that raised it."""
     frames = traceback.extract_tb(error.__traceback__)
     where = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
     return f"reward {function!r} raised {type(error).__name__}: {_text(error)}{where}"
 
 
 def sample_score(function: RewardFunction, value: object, subject: str) -> reward_pb2.Score:
-    """The score for one returned value; an error score when the value is no reward."""
+    """The score for one returned value; an error score when the value is not a reward."""
     try:
         scored = value if isinstance(value, Scored) else Scored(value)  # type: ignore[arg-type]  # checked here
         return reward_pb2.Score(reward=_reward(scored.reward), metadata_json=_metadata_json(scored.metadata))

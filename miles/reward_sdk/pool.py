@@ -1,4 +1,4 @@
-"""A pool of worker processes that grows on demand, kills what hangs, and starts anew what died."""
+"""A pool of worker processes that grows on demand, kills processes that hang and replaces those that died."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from miles.reward_sdk.answers import Answers
 from miles.reward_sdk.frames import read_frame, write_frame
 from miles.reward_sdk.functions import RewardLoadError, Source
 from miles.rpc.gen import reward_pb2
@@ -37,7 +38,7 @@ class WorkerDied(RuntimeError):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Described:
-    """What a worker says of a function it loaded."""
+    """A function that a worker loaded, as the worker describes it."""
 
     name: str
     group: bool
@@ -60,12 +61,12 @@ class WorkerProcess:
         self._process = process
         self._writer = writer
         self._next_id = 0
-        self._answers: dict[int, asyncio.Future[list[reward_pb2.Score]]] = {}
+        self._answers: Answers[list[reward_pb2.Score]] = Answers()
         self._reading = asyncio.create_task(self._read(reader))
 
     @classmethod
     async def start(cls, sources: Sequence[Source]) -> WorkerProcess:
-        """Start a process and wait until it has loaded the sources; `RewardLoadError` when it cannot."""
+        """Start a process and wait until it has loaded the sources. Raises RewardLoadError when it cannot."""
         ours, theirs = socket.socketpair()
         with theirs:
             descriptor = theirs.fileno()
@@ -91,16 +92,11 @@ class WorkerProcess:
         return cls(process, reader, writer, [Described(**fields) for fields in hello["functions"]])
 
     async def call(self, request: reward_pb2.ScoreRequest) -> list[reward_pb2.Score]:
-        """Run one call, its id chosen here; `WorkerDied` when the process ends first."""
+        """Run one call, choosing its id. Raises WorkerDied when the process ends first."""
         self._next_id += 1
-        request_id = request.request_id = self._next_id
-        future: asyncio.Future[list[reward_pb2.Score]] = asyncio.get_running_loop().create_future()
-        self._answers[request_id] = future
-        try:
-            write_frame(self._writer, request.SerializeToString())
-            return await future
-        finally:
-            del self._answers[request_id]
+        request.request_id = self._next_id
+        payload = request.SerializeToString()
+        return await self._answers.ask(request.request_id, lambda: write_frame(self._writer, payload))
 
     async def kill(self) -> None:
         """End the process now; its calls raise `WorkerDied`."""
@@ -111,9 +107,7 @@ class WorkerProcess:
     async def _read(self, reader: asyncio.StreamReader) -> None:
         while (frame := await read_frame(reader)) is not None:
             response = reward_pb2.ScoreResponse.FromString(frame)
-            future = self._answers.get(response.request_id)
-            if future is not None and not future.done():
-                future.set_result(list(response.scores))
+            self._answers.put(response.request_id, list(response.scores))
         self.alive = False
         self._writer.close()
         try:
@@ -122,9 +116,7 @@ class WorkerProcess:
         except TimeoutError:
             _kill(self._process)
             code = await self._process.wait()
-        for future in self._answers.values():
-            if not future.done():
-                future.set_exception(WorkerDied(f"the worker process ended with code {code}"))
+        self._answers.fail(lambda: WorkerDied(f"the worker process ended with code {code}"))
 
 
 def _kill(process: asyncio.subprocess.Process) -> None:
@@ -158,7 +150,7 @@ class WorkerPool:
         """Run one call by `deadline`, a `time.monotonic()`.
 
         Raises `TimeoutError` past the deadline, `WorkerDied` when the function ends its process, `RewardLoadError` when
-        no process can be started. Cancelling drops a call that waits; one that runs keeps its process to the end.
+        no process can be started. Cancelling removes a call that waits; one that runs keeps its process to the end.
         """
         try:
             async with asyncio.timeout(deadline - time.monotonic()):
@@ -175,10 +167,10 @@ class WorkerPool:
         self._running.discard(task)
         self._slots.release()
         if not task.cancelled():
-            task.exception()  # whoever asked may be gone
+            task.exception()  # retrieved, as the caller may be gone
 
     async def _run(self, request: reward_pb2.ScoreRequest, deadline: float) -> list[reward_pb2.Score]:
-        attempts = 1 if self._capacity == 1 else 2  # who ran alone in a process that died has killed it
+        attempts = 1 if self._capacity == 1 else 2  # a call that ran alone in a process that died has killed it
         while True:
             attempts -= 1
             worker = await self._take_worker()
@@ -206,7 +198,7 @@ class WorkerPool:
             raise TimeoutError(f"did not end in {left:.3g} s; its process was killed") from None
 
     async def _take_worker(self) -> WorkerProcess:
-        """A worker with a call to spare, counted as taken; started if there is none."""
+        """A worker with room for a call, which is counted; started if there is none."""
         worker = self._free_worker()
         if worker is None:
             async with self._starting:

@@ -1,4 +1,4 @@
-"""The scoring of a reward service without its gRPC: which functions there are, and a request to its scores."""
+"""What a reward service does, without its gRPC: knows the reward functions and scores requests with them."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from miles.rpc.gen import reward_pb2, sample_pb2
 DEFAULT_DEADLINE_S = 60.0
 """For requests that name no deadline."""
 _LATE_S = 0.2
-"""How long past the deadline a pool may take to say what went wrong."""
+"""How long past the deadline a pool may take to report what went wrong."""
 
 
 class Scorer:
-    """Scores requests in worker processes; no function, whatever it does, ends or blocks the service."""
+    """Scores requests in worker processes, so that no function can end or block the service."""
 
     def __init__(self, sources: Sequence[Source], first: WorkerProcess, workers: int) -> None:
         self.functions: dict[str, Described] = {function.name: function for function in first.functions}
@@ -55,7 +55,7 @@ class Scorer:
         return scorer
 
     async def score(self, request: reward_pb2.ScoreRequest) -> list[reward_pb2.Score]:
-        """One score or error score a sample, in order, by the request's deadline."""
+        """Return a score or error score for each sample, in order, by the request's deadline."""
         deadline = time.monotonic() + (request.deadline_ms / 1000 or DEFAULT_DEADLINE_S)
         name = request.reward or self.default
         self.running += len(request.samples)

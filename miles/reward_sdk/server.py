@@ -1,4 +1,4 @@
-"""A reward service as a program: for the functions of a user's own script, and for `miles.services.reward`."""
+"""Starting a reward service: for the functions of a user's own script, and for `miles.services.reward`."""
 
 from __future__ import annotations
 
@@ -27,33 +27,30 @@ async def start_reward_server(
     """Serve the functions of `sources` on `address` (host:port, port 0 for any free one) within the `async with` block.
 
     Yields the address it listens on and the scorer. Raises `ServiceExit` when the functions cannot be loaded or the
-    port cannot be had; see `Scorer.start` for `workers` and `default`.
+    port is taken; see `Scorer.start` for `workers` and `default`.
     """
     try:
         scorer = await Scorer.start(sources, workers=workers, default=default)
     except RewardLoadError as error:
         raise ServiceExit(ExitCode.BAD_CONFIG, str(error)) from error
-    try:
+    async with contextlib.AsyncExitStack() as closing:
+        closing.push_async_callback(scorer.close)
         servicer = RewardServicer(scorer)
         server, bound = await start_server(
             lambda server: reward_pb2_grpc.add_RewardServiceServicer_to_server(servicer, server),
             address,
             [SERVICE_NAME],
         )
+        closing.push_async_callback(server.stop, _STOP_GRACE_S)
         logger.info("reward service listening on %s: %s", bound, ", ".join(scorer.functions))
-        try:
-            yield bound, scorer
-        finally:
-            await server.stop(_STOP_GRACE_S)
-    finally:
-        await scorer.close()
+        yield bound, scorer
 
 
 def serve(*, port: int, host: str = "127.0.0.1", workers: int = 0, default: str = "") -> None:
     """Serve every function of the calling script that is decorated with `reward`, until Ctrl-C or SIGTERM.
 
-    The functions run in worker processes, each of which runs the script from its top to this call: nothing that may
-    happen only once belongs above it (put such things under `if __name__ == "__main__":`).
+    The functions run in worker processes, each of which runs the script from its top to this call. Code that must run
+    only once belongs under `if __name__ == "__main__":`.
 
     Args:
         port: where to listen; 0 picks a free port and logs it.

@@ -2,7 +2,7 @@
 
 Started by `miles.reward_sdk.pool` as `python -m miles.reward_sdk.worker FD PARENT_PID SOURCES_JSON`. It talks over the
 socket FD: first one JSON frame that says which functions were loaded or why loading failed, then a `ScoreResponse` for
-each `ScoreRequest`. A process of its own is what makes a hung function killable. Blocking functions run on the main
+each `ScoreRequest`. A hung function can be killed because it has its own process. Blocking functions run on the main
 thread with no event loop in it, so that they may use signals and `asyncio.run`; asynchronous ones share one event loop
 on another thread.
 """
@@ -49,7 +49,7 @@ class MainThread:
         return future
 
     def run(self) -> None:
-        """Run queued calls, for ever."""
+        """Run queued calls forever."""
         while True:
             call, future = self._jobs.get()
             try:
@@ -85,7 +85,7 @@ class Worker:
     async def _score(
         self, function: RewardFunction, messages: Sequence[sample_pb2.Sample], deadline_s: float
     ) -> list[reward_pb2.Score]:
-        """Score one sample, or a group; whatever the function does short of hanging ends in scores or error scores."""
+        """Score one sample or a group: unless the function hangs, every sample gets a score or an error score."""
         subjects = [outcome.sample_id(message) for message in messages]
         try:
             samples = [sample_from_proto(message) for message in messages]
@@ -93,13 +93,10 @@ class Worker:
             return [outcome.error_score(f"malformed {', '.join(subjects)}: {error}")] * len(subjects)
         try:
             value = await self._call(function, samples if function.group else samples[0], deadline_s)
-        except TimeoutError as error:
-            reason = f"reward {function.name!r} was given up after {deadline_s:g} s"
-            if str(error):  # the function's own
-                reason = outcome.raised(function.name, error)
-            return [outcome.error_score(f"{reason} on {subject}") for subject in subjects]
         except BaseException as error:  # a user's mistake becomes the sample's error, never the service's
             reason = outcome.raised(function.name, error)
+            if isinstance(error, TimeoutError) and not str(error):  # the deadline's, not the function's own
+                reason = f"reward {function.name!r} was cancelled after {deadline_s:g} s"
             return [outcome.error_score(f"{reason} on {subject}") for subject in subjects]
         if function.group:
             return outcome.group_scores(function, value, subjects)
@@ -139,7 +136,7 @@ async def _serve(main_thread: MainThread, descriptor: int, loaded: dict[str, Rew
 
 
 def main(descriptor: int, sources: Sequence[Source]) -> None:
-    """Load the functions, say so, and score until the service closes the socket."""
+    """Load the functions, report them, and score until the service closes the socket."""
     main_thread = MainThread()
     loaded: dict[str, RewardFunction] | RewardLoadError
     try:

@@ -1,1 +1,1 @@
-"""Built-in rewards as a service. Nothing here knows of training. Start at `builtin`."""
+"""The built-in rewards as a service, one file a reward. Nothing here depends on training. Start at `builtin`."""

@@ -1,4 +1,4 @@
-"""`python -m miles.services.reward`: the built-in rewards and a function of the user's, as a service."""
+"""`python -m miles.services.reward`: the built-in rewards and a function of the user's as a service."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def parse_flags(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--workers", type=int, default=0, help="worker processes at most; 0 means one a core")
     add_advertise_flag(parser)
     add("--controller", metavar="HOST:PORT", help="controller to attach to; without it the service stands alone")
-    add("--worker-id", default="reward-0", help="name of this worker, the same over its restarts")
+    add("--worker-id", default="reward-0", help="name of this worker, kept over its restarts")
     flags = parser.parse_args(arguments)
     if flags.rewards is None:
         flags.rewards = [] if flags.custom_rm_path else list(BUILTIN)
@@ -41,7 +41,7 @@ def parse_flags(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def heartbeat(scorer: Scorer) -> controller_pb2.WorkerHeartbeat:
-    """What the controller hears of this worker: samples scored so far, and the load."""
+    """The worker's heartbeat to the controller: samples scored so far, and the load."""
     return controller_pb2.WorkerHeartbeat(
         progress=scorer.scored,
         activity="scoring" if scorer.running else "idle",

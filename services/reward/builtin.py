@@ -9,13 +9,13 @@ BUILTIN: dict[str, str] = {
     "last_number": "miles.services.reward.last_number.last_number",
     "math": "miles.services.reward.math_answer.math_answer",
 }
-"""Dotted path of each; imported by worker processes only, so a service that serves no `math` needs no math-verify."""
+"""The dotted path of each. Only worker processes import them, so a service without `math` needs no math-verify."""
 
 
 def sources(rewards: list[str], custom_rm_path: str | None, group_rm: bool) -> list[Source]:
-    """What a service with these flags serves: the custom function first, which makes it the default.
+    """The functions that a service with these flags serves. The custom one is first, which makes it the default.
 
-    Raises `ValueError` when a name is no built-in reward's, or nothing is named.
+    Raises ValueError for a name that is not a built-in reward.
     """
     unknown = [name for name in rewards if name not in BUILTIN]
     if unknown:

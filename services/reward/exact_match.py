@@ -1,4 +1,4 @@
-"""1 for a response that is the label, white space around it aside."""
+"""The reward `exact_match`: whether the response equals the label, ignoring white space around them."""
 
 from __future__ import annotations
 

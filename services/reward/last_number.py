@@ -1,4 +1,4 @@
-"""1 for a response whose last number is the label's."""
+"""The reward `last_number`: whether the last number in the response equals the label."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""1 for a response whose mathematical answer is equal to the label's, by math-verify."""
+"""The reward `math`: whether math-verify finds the response's answer equal to the label."""
 
 from __future__ import annotations
 

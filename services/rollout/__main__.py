@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 from collections.abc import Sequence
 
 from miles.cores import limit_threads
@@ -25,15 +26,15 @@ def parse_flags(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--listen", default="127.0.0.1:0", metavar="HOST:PORT", help="where to listen; port 0 picks a free one")
     add_advertise_flag(parser)
     add("--controller", metavar="HOST:PORT", help="controller to attach to; without it the service stands alone")
-    add("--worker-id", default="rollout-0", help="name of this worker, the same over its restarts")
-    add("--device", help="what engines compute on: auto, cpu, cuda, cuda:1, ...; default: what the job says")
-    add("--num-gpus", type=int, default=0, help="GPUs this worker holds, for the controller's books")
+    add("--worker-id", default="rollout-0", help="name of this worker, kept over its restarts")
+    add("--device", help="device of engines: auto, cpu, cuda, cuda:1, ...; default: the one the job is configured with")
+    add("--num-gpus", type=int, default=0, help="GPUs this worker holds, reported to the controller")
     add("--engine-addrs", nargs="+", default=[], metavar="HOST:PORT", help="SGLang servers of this worker")
     return parser.parse_args(arguments)
 
 
 async def serve(flags: argparse.Namespace) -> None:
-    """Serve until cancelled, then store what is half-finished."""
+    """Serve until cancelled, then store the groups that run."""
     speed = await asyncio.to_thread(_speed, flags)
     servicer = RolloutServicer(worker_id=flags.worker_id, device=flags.device, engine_addresses=flags.engine_addrs)
     name = rollout_pb2.DESCRIPTOR.services_by_name["RolloutService"].full_name
@@ -41,7 +42,9 @@ async def serve(flags: argparse.Namespace) -> None:
         lambda server: rollout_pb2_grpc.add_RolloutServiceServicer_to_server(servicer, server), flags.listen, [name]
     )
     print(f"listening on {address}", flush=True)
-    try:
+    async with contextlib.AsyncExitStack() as closing:
+        closing.push_async_callback(server.stop, STOP_GRACE_S)
+        closing.push_async_callback(servicer.close)
         if flags.controller is None:
             await asyncio.Event().wait()
             return
@@ -53,16 +56,13 @@ async def serve(flags: argparse.Namespace) -> None:
             address=address,
             heartbeat=servicer.heartbeat,
             num_gpus=flags.num_gpus,
-            info={"device": flags.device or "as the job says", **speed},
+            info={"device": flags.device or "set by the job", **speed},
         )
         await attachment.run()
-    finally:
-        await servicer.close()
-        await server.stop(STOP_GRACE_S)
 
 
 def _speed(flags: argparse.Namespace) -> dict[str, float]:
-    if flags.engine_addrs:  # engines elsewhere compute
+    if flags.engine_addrs:  # the engines run on other machines
         return {}
     from miles.precision.speed import worker_speed
 

@@ -1,13 +1,21 @@
-"""One Run stream: leases in; progress and outcomes out, in the order they happen."""
+"""One Run stream: group leases in; progress and outcomes out, in the order they happen."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator
 
 from miles.rpc.gen import rollout_pb2
-from miles.services.rollout.groups.messages import Failed, Lease, Outcome, Purpose, lease_from_proto, outcome_to_proto
+from miles.services.rollout.groups.messages import (
+    Failed,
+    GroupLease,
+    Outcome,
+    Purpose,
+    lease_from_proto,
+    outcome_to_proto,
+)
 from miles.services.rollout.job import RolloutJob
 from miles.types import MalformedMessage
 
@@ -17,58 +25,58 @@ PROGRESS_INTERVAL_S = 1.0
 
 
 class RunStream:
-    """Connects a job to whoever leases groups to it, until either side ends the stream or a newer one replaces it."""
+    """Connects a job to the controller that leases groups to it, until either side ends the stream.
+
+    `lease_number` is that of the worker lease under which the stream was opened.
+    """
 
     def __init__(self, job: RolloutJob, lease_number: int) -> None:
         self.lease_number = lease_number
         self._job = job
         self._outgoing: asyncio.Queue[rollout_pb2.RunResponse | None] = asyncio.Queue()
         self._ended = False
-        self._told_capacity: int | None = None
+        self._sent_capacity: int | None = None
 
     async def responses(
         self, requests: AsyncIterator[rollout_pb2.RunRequest]
     ) -> AsyncGenerator[rollout_pb2.RunResponse, None]:
-        """Everything to send, while `requests` (after the opening one) are carried out.
+        """Carry out `requests` (after the opening one) and yield everything to send.
 
-        Ends when `end` is called, or when the requests end and the groups they leased were given up.
+        Ends when `end` is called, or when the requests have ended and the groups they leased are preempted.
         """
         self._send_capacity()
-        self._job.listen(self._send_capacity)
-        tasks = [asyncio.create_task(self._read(requests)), asyncio.create_task(self._report())]
-        try:
+        reader = asyncio.create_task(self._read(requests))
+        reader.add_done_callback(lambda _: self.end())
+        reporter = asyncio.create_task(self._report())
+        with contextlib.ExitStack() as cleanup:
+            cleanup.callback(reporter.cancel)
+            cleanup.callback(reader.cancel)
+            cleanup.callback(self._job.listen(self._send_capacity))
+            cleanup.callback(self.end)
             while (response := await self._outgoing.get()) is not None:
                 yield response
-            if (reader := tasks[0]).done():
+            if reader.done():
                 reader.result()
-        finally:
-            self._ended = True
-            self._job.unlisten(self._send_capacity)
-            for task in tasks:
-                task.cancel()
 
     def end(self) -> None:
-        """Send nothing more than what is under way already."""
+        """Send nothing more than what is queued already."""
         self._ended = True
         self._outgoing.put_nowait(None)
 
     async def _read(self, requests: AsyncIterator[rollout_pb2.RunRequest]) -> None:
-        try:
-            async for request in requests:
-                if self._ended:
-                    return
-                match request.WhichOneof("kind"):
-                    case "lease":
-                        self._lease(request.lease)
-                    case "cancel":
-                        cancel = request.cancel
-                        purpose = next((p for p in Purpose if p.proto == cancel.purpose), None)
-                        self._job.give_up(cancel.group_id, cancel.attempt, purpose)
-                    case kind:
-                        log.warning("ignoring a message of kind %s on the stream of job %s", kind, self._job.job_id)
-            await self._job.settle()
-        finally:
-            self.end()
+        async for request in requests:
+            if self._ended:
+                return
+            match request.WhichOneof("kind"):
+                case "lease":
+                    self._lease(request.lease)
+                case "preempt":
+                    preempt = request.preempt
+                    purpose = next((p for p in Purpose if p.proto == preempt.purpose), None)
+                    self._job.groups.preempt(preempt.group_id, preempt.attempt, purpose)
+                case kind:
+                    log.warning("ignoring a message of kind %s on the stream of job %s", kind, self._job.job_id)
+        await self._job.groups.preempt_and_wait()
 
     def _lease(self, message: rollout_pb2.GroupLease) -> None:
         try:
@@ -78,9 +86,9 @@ class RunStream:
             failed = Failed(f"the lease is malformed: {error}", retryable=False)
             self._send(outcome_to_proto(message.group_id, message.attempt, purpose, failed, self.lease_number))
             return
-        self._job.lease(lease, self._deliver, self.lease_number)
+        self._job.groups.start(lease, self._deliver, self.lease_number)
 
-    def _deliver(self, lease: Lease, outcome: Outcome) -> None:
+    def _deliver(self, lease: GroupLease, outcome: Outcome) -> None:
         response = outcome_to_proto(lease.group_id, lease.attempt, lease.purpose, outcome, self.lease_number)
         self._send(response)
 
@@ -92,13 +100,14 @@ class RunStream:
 
     def _send_capacity(self) -> None:
         capacity = self._job.capacity_groups
-        if capacity != self._told_capacity:
-            self._told_capacity = capacity
+        if capacity != self._sent_capacity:
+            self._sent_capacity = capacity
             ready = rollout_pb2.RunReady(capacity_groups=capacity)
             self._send(rollout_pb2.RunResponse(lease_number=self.lease_number, ready=ready))
 
     def _send(self, response: rollout_pb2.RunResponse) -> None:
         if self._ended:
-            log.info("job %s: nobody is left to hear of %s", self._job.job_id, response.WhichOneof("kind"))
+            kind = response.WhichOneof("kind")
+            log.info("job %s: a message of kind %s was not sent: the stream has ended", self._job.job_id, kind)
         else:
             self._outgoing.put_nowait(response)

@@ -1,4 +1,4 @@
-"""The servicer: gRPC in, plain calls out."""
+"""The gRPC side of the rollout service: calls in, plain method calls out."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 class RolloutServicer(rollout_pb2_grpc.RolloutServiceServicer):
     """Serves the jobs loaded on this worker.
 
-    An error that a second try can cure is answered UNAVAILABLE; the caller takes any other for the job's failure.
-    Streams are written with `context.write`, not yielded: so a call that ends early runs its clean-up at once.
+    Errors that a retry may cure are answered UNAVAILABLE; callers take any other status as the failure of the job.
+    Streams are written with `context.write`, not yielded, so that a call that ends early cleans up at once.
     """
 
     def __init__(self, *, worker_id: str, device: str | None = None, engine_addresses: Sequence[str] = ()) -> None:
@@ -63,10 +63,8 @@ class RolloutServicer(rollout_pb2_grpc.RolloutServiceServicer):
     async def StartJob(self, request: rollout_pb2.RolloutStartJobRequest, context: Context) -> None:  # type: ignore[override]
         from miles.config import ConfigError, JobConfig
 
-        try:
+        async with _answered(context, (ConfigError, json.JSONDecodeError), grpc.StatusCode.INVALID_ARGUMENT):
             config = JobConfig.from_flat(json.loads(request.config_json)).with_types("rollout_dtype")
-        except (ConfigError, json.JSONDecodeError) as error:
-            await abort(context, grpc.StatusCode.INVALID_ARGUMENT, str(error))
         job = RolloutJob(
             request.job_id,
             config,
@@ -80,7 +78,7 @@ class RolloutServicer(rollout_pb2_grpc.RolloutServiceServicer):
         async with self._starting:
             loaded = self._jobs.get(request.job_id)
             if loaded is not None and loaded.origin != job.origin:
-                await context.write(rollout_pb2.RolloutStartJobResponse(stage="dropping the job as it was before"))
+                await context.write(rollout_pb2.RolloutStartJobResponse(stage="stopping the job as configured before"))
                 await self._stop(request.job_id)
             if request.job_id not in self._jobs:
                 try:
@@ -116,25 +114,31 @@ class RolloutServicer(rollout_pb2_grpc.RolloutServiceServicer):
         job = await self._job(opening.job_id, context)
         before = self._streams.get(opening.job_id)
         if before is not None and opening.lease_number < before.lease_number:
-            problem = f"lease {opening.lease_number} is over; lease {before.lease_number} has taken its place"
+            problem = f"worker lease {opening.lease_number} is over; worker lease {before.lease_number} replaced it"
             await abort(context, grpc.StatusCode.UNAVAILABLE, problem)
         if before is not None:
             before.end()
-            job.give_up_all()
+            job.groups.preempt_all()
         stream = RunStream(job, opening.lease_number)
         self._streams[opening.job_id] = stream
-        try:
-            async with contextlib.aclosing(stream.responses(requests)) as responses:
-                async for response in responses:
-                    await context.write(response)
-        finally:
-            if self._streams.get(opening.job_id) is stream:
-                del self._streams[opening.job_id]
-                job.give_up_all()
+        async with contextlib.AsyncExitStack() as cleanup:
+            cleanup.callback(self._end_stream, job, stream)
+            responses = await cleanup.enter_async_context(contextlib.aclosing(stream.responses(requests)))
+            async for response in responses:
+                await context.write(response)
+
+    def _end_stream(self, job: RolloutJob, stream: RunStream) -> None:
+        if self._streams.get(job.job_id) is stream:
+            del self._streams[job.job_id]
+            job.groups.preempt_all()
 
     async def Generate(self, request: rollout_pb2.GenerateRequest, context: Context) -> None:  # type: ignore[override]
         job = await self._job(request.job_id, context)
-        try:
+        # RuntimeError: the engine lost the request, and a retry may work.
+        async with (
+            _answered(context, ValueError, grpc.StatusCode.INVALID_ARGUMENT),
+            _answered(context, (TimeoutError, RuntimeError), grpc.StatusCode.UNAVAILABLE),
+        ):
             tokens = array_from_proto(request.tokens, "tokens", dtypes=(np.int32,), ndim=1)
             generation = GenerationRequest(
                 request_id=f"generate-{next(self._request_ids)}",
@@ -146,28 +150,20 @@ class RolloutServicer(rollout_pb2_grpc.RolloutServiceServicer):
             async with contextlib.aclosing(job.engine.generate(generation)) as deltas:
                 async for delta in deltas:
                     await context.write(_generate_response(delta))
-        except ValueError as error:
-            await abort(context, grpc.StatusCode.INVALID_ARGUMENT, str(error))
-        except (TimeoutError, RuntimeError) as error:  # the engine lost the request; another try may work
-            await abort(context, grpc.StatusCode.UNAVAILABLE, str(error))
 
     async def Pause(self, request: rollout_pb2.PauseRequest, context: Context) -> rollout_pb2.PauseResponse:
         job = await self._job(request.job_id, context)
         mode = _PAUSE_MODES.get(request.mode)
         if mode is None:
             await abort(context, grpc.StatusCode.INVALID_ARGUMENT, f"mode {request.mode}: IN_PLACE, RETRACT or ABORT")
-        try:
-            pause_s = await job.serving.pause(mode, request.operation_id, request.lease_ms / 1000)
-        except PauseRefused as error:
-            await abort(context, grpc.StatusCode.FAILED_PRECONDITION, str(error))
+        async with _answered(context, PauseRefused, grpc.StatusCode.FAILED_PRECONDITION):
+            pause_s = await job.serving.pause(mode, request.operation_id, request.token_ttl_ms / 1000)
         return rollout_pb2.PauseResponse(pause_s=pause_s)
 
     async def Resume(self, request: rollout_pb2.ResumeRequest, context: Context) -> rollout_pb2.ResumeResponse:
         job = await self._job(request.job_id, context)
-        try:
+        async with _answered(context, PauseRefused, grpc.StatusCode.FAILED_PRECONDITION):
             await job.serving.resume(request.operation_id)
-        except PauseRefused as error:
-            await abort(context, grpc.StatusCode.FAILED_PRECONDITION, str(error))
         return rollout_pb2.ResumeResponse()
 
     async def ReleaseMemory(
@@ -189,7 +185,7 @@ class RolloutServicer(rollout_pb2_grpc.RolloutServiceServicer):
         )
 
     def progress(self) -> rollout_pb2.RunProgress:
-        """Counters over all jobs; the version is that of the only one."""
+        """Counters over all jobs; the version only when there is one job."""
         all_progress = [job.progress() for job in self._jobs.values()]
         total = rollout_pb2.RunProgress(
             running_requests=sum(p.running_requests for p in all_progress),
@@ -202,7 +198,7 @@ class RolloutServicer(rollout_pb2_grpc.RolloutServiceServicer):
         return total
 
     def heartbeat(self) -> controller_pb2.WorkerHeartbeat:
-        """What the controller hears of this worker."""
+        """The worker's heartbeat to the controller."""
         progress = self.progress()
         busy = progress.running_requests or progress.waiting_requests
         return controller_pb2.WorkerHeartbeat(
@@ -212,7 +208,7 @@ class RolloutServicer(rollout_pb2_grpc.RolloutServiceServicer):
         )
 
     async def close(self) -> None:
-        """Give up and store all groups, tell whoever leased them, and drop all jobs."""
+        """Stop all jobs: preempt and store their groups, and report that on their streams."""
         for job_id in list(self._jobs):
             await self._stop(job_id)
 
@@ -220,7 +216,7 @@ class RolloutServicer(rollout_pb2_grpc.RolloutServiceServicer):
         job = self._jobs.pop(job_id, None)
         if job is None:
             return
-        await job.settle()
+        await job.groups.preempt_and_wait()
         stream = self._streams.pop(job_id, None)
         if stream is not None:
             stream.end()
@@ -229,10 +225,21 @@ class RolloutServicer(rollout_pb2_grpc.RolloutServiceServicer):
     async def _job(self, job_id: str, context: Context) -> RolloutJob:
         job = self._jobs.get(job_id)
         if job is None:
-            # UNAVAILABLE: this worker restarted since the job was started on it, and starting it again helps.
+            # UNAVAILABLE: this worker has restarted since the job was started on it; starting it again helps.
             problem = f"job {job_id!r} is not loaded on rollout {self._worker_id}; call StartJob first"
             await abort(context, grpc.StatusCode.UNAVAILABLE, problem)
         return job
+
+
+@contextlib.asynccontextmanager
+async def _answered(
+    context: Context, errors: type[Exception] | tuple[type[Exception], ...], code: grpc.StatusCode
+) -> AsyncIterator[None]:
+    """Answer the call with `code` when the block raises one of `errors`."""
+    try:
+        yield
+    except errors as error:
+        await abort(context, code, str(error))
 
 
 def _generate_response(delta: GenerationDelta) -> rollout_pb2.GenerateResponse:

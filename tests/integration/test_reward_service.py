@@ -24,7 +24,7 @@ from miles.reward_sdk import RewardClient, ScoreOutcome
 from miles.reward_sdk.servicer import SERVICE_NAME
 from miles.rpc import connect
 from miles.rpc.gen import reward_pb2, reward_pb2_grpc
-from miles.services.rollout.groups.scoring import Scorer
+from miles.services.rollout.groups.scoring import JobRewards
 from miles.types import Sample, SampleStatus, VersionSpan
 from miles.types.convert import sample_to_proto
 
@@ -233,11 +233,11 @@ async def test_async_functions_run_concurrently_in_one_process(start: Start) -> 
     assert len(psutil.Process(service.process.pid).children()) == 1
 
 
-async def test_an_async_function_past_its_deadline_is_given_up(start: Start) -> None:
+async def test_an_async_function_past_its_deadline_is_cancelled(start: Start) -> None:
     service = start("--custom-rm-path", "user_rewards.judge", "--workers", "1")
     async with RewardClient({"default": service.address}, timeout_s=2, retries=0) as client:
         forever, good = await client.score(answers("forever", "4"))
-        assert "given up" in str(forever.error)
+        assert "was cancelled after" in str(forever.error)
         assert good.reward == 1.0
 
 
@@ -317,7 +317,7 @@ async def test_a_rollout_asks_each_service_for_a_reward_it_has(start: Start, scr
     config = RewardConfig(rm_type="last_number", reward_service=(f"mine={own.address}",))
     async with RewardClient({"default": builtin.address, "mine": own.address}) as client:
         samples = [answer("= 4", reward_service="mine"), answer("= 4"), answer("= 4", rm_type="exact_match")]
-        outcomes = [await Scorer(client, config).score_one(sample) for sample in samples]
+        outcomes = [await JobRewards(client, config).score_one(sample) for sample in samples]
         assert [outcome.reward for outcome in outcomes] == [3.0, 1.0, 0.0]
 
 

@@ -1,4 +1,4 @@
-"""Groups through the rollout service: generated, scored, filtered, queued, or given up and resumed."""
+"""Groups through the rollout service: generated, scored, filtered, queued, or preempted and resumed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from transformers import AutoTokenizer
 
 from miles.queue import GroupQueue, PartialStore, connect_async
 from miles.rpc.gen import rollout_pb2
-from miles.services.rollout.groups import runner as group_runner
+from miles.services.rollout.groups import partial as partial_groups
 from miles.services.rollout.groups.trajectory import FINISHED
 from miles.types import Sample, SampleGroup, SampleStatus, VersionSpan
 from miles.types.convert import group_from_proto
@@ -149,7 +149,7 @@ async def test_an_evaluation_group_comes_back_and_is_never_queued(
 
 
 @pytest.mark.parametrize("family", ["qwen3", "qwen3_moe"])
-async def test_a_cancelled_group_goes_on_where_it_was_and_ends_as_if_uninterrupted(
+async def test_a_preempted_group_is_resumed_and_ends_as_if_uninterrupted(
     family: str, rollout: Rollout, rewards: str, job_id: str, tmp_path: pathlib.Path, redis_url: str
 ) -> None:
     config = job_config(checkpoint(tmp_path, family), use_rollout_routing_replay=family == "qwen3_moe")
@@ -162,10 +162,10 @@ async def test_a_cancelled_group_goes_on_where_it_was_and_ends_as_if_uninterrupt
         if job.endswith("parts"):
             for attempt in (1, 2):
                 await rollout.until_generated(20)
-                await run.cancel_group(5, attempt)
-                returned = (await run.outcome()).returned
-                assert returned.attempt == attempt
-                assert 20 <= returned.kept_tokens < 800
+                await run.preempt_group(5, attempt)
+                preempted = (await run.outcome()).preempted
+                assert preempted.attempt == attempt
+                assert 20 <= preempted.saved_tokens < 800
                 await run.send(lease(job, 5, attempt=attempt + 1, **LONG))
         assert (await run.outcome()).finished.stats.response_tokens == 800
         async with stores_of(redis_url, job) as stores:
@@ -205,7 +205,7 @@ async def test_when_the_stream_breaks_running_groups_are_stored_and_the_next_lea
     assert [s.response_tokens.tolist()[: len(k)] for s, k in zip(group.samples, kept, strict=True)] == kept
 
 
-async def test_closing_the_requests_returns_what_runs_and_ends_the_stream(
+async def test_closing_the_requests_preempts_what_runs_and_ends_the_stream(
     rollout: Rollout, rewards: str, job_id: str, folder: pathlib.Path
 ) -> None:
     await rollout.start_job(job_id, job_config(folder), rewards)
@@ -213,9 +213,9 @@ async def test_closing_the_requests_returns_what_runs_and_ends_the_stream(
     await run.send(lease(job_id, 5, **LONG), lease(job_id, 6, **LONG))
     await rollout.until_generated(10)
     await run.call.done_writing()
-    returned = [(await run.outcome()).returned for _ in range(2)]
-    assert {message.group_id for message in returned} == {5, 6}
-    assert all(message.kept_tokens > 0 for message in returned)
+    preempted = [(await run.outcome()).preempted for _ in range(2)]
+    assert {message.group_id for message in preempted} == {5, 6}
+    assert all(message.saved_tokens > 0 for message in preempted)
     while await run.read() is not None:
         pass
 
@@ -248,7 +248,7 @@ async def test_a_group_leased_again_on_the_same_stream_is_generated_once(
     await rollout.until_generated(10)
     await run.send(lease(job_id, 5, attempt=2, **LONG))
     first, second = await run.outcome(), await run.outcome()
-    assert (first.returned.attempt, second.finished.attempt) == (1, 2)
+    assert (first.preempted.attempt, second.finished.attempt) == (1, 2)
     assert await stores.queued() == [5]
 
 
@@ -385,9 +385,9 @@ async def test_what_a_lease_that_is_over_has_generated_is_refused_and_kept(
     run = await rollout.run(job_id, lease_number=7)
     await stores.queue.fence("rollout-0", 8)
     await run.send(lease(job_id, 3))
-    returned = (await run.outcome()).returned
-    assert (returned.group_id, returned.attempt) == (3, 1)
-    assert returned.kept_tokens > 0
+    preempted = (await run.outcome()).preempted
+    assert (preempted.group_id, preempted.attempt) == (3, 1)
+    assert preempted.saved_tokens > 0
     assert await stores.queued() == []
     run = await rollout.run(job_id, lease_number=8)
     generated = rollout.generated
@@ -400,7 +400,7 @@ async def test_what_a_lease_that_is_over_has_generated_is_refused_and_kept(
 async def test_responses_that_have_ended_outlive_a_worker_that_is_killed(
     redis_url: str, rewards: str, job_id: str, folder: pathlib.Path, stores: Stores, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(group_runner, "KEEP_EVERY_S", 0.0)
+    monkeypatch.setattr(partial_groups, "SAVE_EVERY_S", 0.0)
     request = lease(job_id, 3, **LONG)
     request.lease.sampling[0].max_new_tokens = request.lease.sampling[0].min_new_tokens = 5
     async with rollout_service(redis_url) as killed:

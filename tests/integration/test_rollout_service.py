@@ -88,13 +88,13 @@ async def weights(tmp_path: pathlib.Path, job_id: str) -> AsyncIterator[Weights]
     await server.stop(1.0)
 
 
-async def test_starting_a_job_is_idempotent_and_stopping_it_drops_everything(
+async def test_starting_a_job_is_idempotent_and_stopping_it_releases_everything(
     rollout: Rollout, rewards: str, job_id: str, folder: pathlib.Path
 ) -> None:
     assert len(await rollout.start_job(job_id, job_config(folder), rewards)) > 3
     assert await rollout.start_job(job_id, job_config(folder), rewards) == ["ready"]
     again = await rollout.start_job(job_id, job_config(folder, max_running_requests=4), rewards)
-    assert again[0] == "dropping the job as it was before"
+    assert again[0] == "stopping the job as configured before"
     status = await rollout.stub.GetStatus(rollout_pb2.RolloutGetStatusRequest())
     assert (list(status.job_ids), status.progress.version, status.paused) == ([job_id], 0, False)
     await rollout.stub.StopJob(rollout_pb2.RolloutStopJobRequest(job_id=job_id))
@@ -225,8 +225,8 @@ async def test_weights_that_do_not_fit_quarantine_the_engine_until_good_ones_com
     await rollout.until_generated(20)
     misfit = {name: tensor for name, tensor in good.items() if "norm" not in name}
     publishing = asyncio.create_task(weights.publish(1, misfit))
-    returned = (await run.outcome()).returned
-    assert returned.kept_tokens >= 20
+    preempted = (await run.outcome()).preempted
+    assert preempted.saved_tokens >= 20
     await run.until(lambda: run.capacity == 0)
     status = await rollout.stub.GetStatus(rollout_pb2.RolloutGetStatusRequest())
     assert "do not fit" in status.quarantine_reason
@@ -247,7 +247,7 @@ async def test_a_pause_stops_decoding_once_and_its_resume_goes_on(
     await run.send(lease(job_id, 1, **LONG))
     await rollout.until_generated(10)
     pause = rollout_pb2.PauseRequest(
-        job_id=job_id, mode=rollout_pb2.PAUSE_MODE_IN_PLACE, operation_id="op", lease_ms=60_000
+        job_id=job_id, mode=rollout_pb2.PAUSE_MODE_IN_PLACE, operation_id="op", token_ttl_ms=60_000
     )
     resume = rollout_pb2.ResumeRequest(job_id=job_id, operation_id="op")
     await rollout.stub.Pause(pause)
@@ -272,15 +272,17 @@ async def test_a_pause_by_abort_returns_groups_with_what_they_have(
     await run.send(lease(job_id, 1, **LONG))
     await rollout.until_generated(10)
     await rollout.stub.Pause(
-        rollout_pb2.PauseRequest(job_id=job_id, mode=rollout_pb2.PAUSE_MODE_ABORT, operation_id="op", lease_ms=60_000)
+        rollout_pb2.PauseRequest(
+            job_id=job_id, mode=rollout_pb2.PAUSE_MODE_ABORT, operation_id="op", token_ttl_ms=60_000
+        )
     )
-    assert (await run.outcome()).returned.kept_tokens >= 10
+    assert (await run.outcome()).preempted.saved_tokens >= 10
     await run.send(lease(job_id, 1, attempt=2, **LONG))
     await rollout.stub.Resume(rollout_pb2.ResumeRequest(job_id=job_id, operation_id="op"))
     assert (await run.outcome()).finished.stats.response_tokens == 800
 
 
-async def test_a_pause_that_outlives_its_lease_ends_in_quarantine_until_a_full_load(
+async def test_a_pause_whose_token_expires_ends_in_quarantine_until_a_full_load(
     rollout: Rollout, rewards: str, job_id: str, tmp_path: pathlib.Path, weights: Weights
 ) -> None:
     good = weights_of(save_checkpoint(tmp_path, "qwen3"))
@@ -290,14 +292,14 @@ async def test_a_pause_that_outlives_its_lease_ends_in_quarantine_until_a_full_l
     await run.send(lease(job_id, 1, **LONG))
     await rollout.until_generated(10)
     pause = rollout_pb2.PauseRequest(
-        job_id=job_id, mode=rollout_pb2.PAUSE_MODE_IN_PLACE, operation_id="op", lease_ms=100
+        job_id=job_id, mode=rollout_pb2.PAUSE_MODE_IN_PLACE, operation_id="op", token_ttl_ms=100
     )
     await rollout.stub.Pause(pause)
-    assert (await run.outcome()).returned.kept_tokens >= 10
+    assert (await run.outcome()).preempted.saved_tokens >= 10
     await run.until(lambda: run.capacity == 0)
     status = await rollout.stub.GetStatus(rollout_pb2.RolloutGetStatusRequest())
-    assert "'op' outlived its lease" in status.quarantine_reason
-    with pytest.raises(grpc.aio.AioRpcError, match="outlived its lease"):
+    assert "pause token of operation 'op' expired" in status.quarantine_reason
+    with pytest.raises(grpc.aio.AioRpcError, match="pause token of operation 'op' expired"):
         await rollout.stub.Resume(rollout_pb2.ResumeRequest(job_id=job_id, operation_id="op"))
     await weights.publish(1, good)
     await run.until(lambda: run.capacity == 8)
@@ -358,7 +360,7 @@ async def test_a_terminated_process_stores_what_runs_and_another_one_resumes_it(
             await run.send(lease(job_id, 1), lease(job_id, 2, **LONG))
             assert (await run.outcome()).finished.group_id == 1
             process.popen.send_signal(signal.SIGTERM)
-            assert (await run.outcome()).returned.group_id == 2
+            assert (await run.outcome()).preempted.group_id == 2
         assert await asyncio.to_thread(process.popen.wait, 30) == 0, process.log.read_text()
     finally:
         process.popen.kill()

@@ -107,8 +107,8 @@ class Run:
         for request in requests:
             await self.call.write(request)
 
-    async def cancel_group(self, group_id: int, attempt: int = 1) -> None:
-        await self.send(rollout_pb2.RunRequest(cancel=rollout_pb2.GroupCancel(group_id=group_id, attempt=attempt)))
+    async def preempt_group(self, group_id: int, attempt: int = 1) -> None:
+        await self.send(rollout_pb2.RunRequest(preempt=rollout_pb2.GroupPreempt(group_id=group_id, attempt=attempt)))
 
     async def read(self) -> rollout_pb2.RunResponse | None:
         """The next message; None at the end of the stream."""
@@ -128,9 +128,9 @@ class Run:
                 assert await self.read() is not None, "the stream ended"
 
     async def outcome(self) -> rollout_pb2.RunResponse:
-        """The next group that finished, failed or was returned."""
+        """The next group that finished, failed or was preempted."""
         while (response := await self.read()) is not None:
-            if response.WhichOneof("kind") in ("finished", "failed", "returned"):
+            if response.WhichOneof("kind") in ("finished", "failed", "preempted"):
                 return response
         raise AssertionError("the stream ended")
 

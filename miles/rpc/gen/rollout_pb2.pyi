@@ -55,7 +55,7 @@ class _FilterVerdictEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_FilterV
     """Dropped by dynamic sampling; never queued."""
 
 class FilterVerdict(_FilterVerdict, metaclass=_FilterVerdictEnumTypeWrapper):
-    """What dynamic sampling says of a group."""
+    """Verdict of dynamic sampling on a group."""
 
 FILTER_VERDICT_UNSPECIFIED: FilterVerdict.ValueType  # 0
 FILTER_VERDICT_KEEP: FilterVerdict.ValueType  # 1
@@ -178,7 +178,7 @@ Global___RolloutStartJobRequest: _TypeAlias = RolloutStartJobRequest  # noqa: Y0
 
 @_typing.final
 class RolloutStartJobResponse(_message.Message):
-    """How loading goes."""
+    """Progress of loading."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -204,13 +204,13 @@ Global___RolloutStartJobResponse: _TypeAlias = RolloutStartJobResponse  # noqa: 
 
 @_typing.final
 class RolloutStopJobRequest(_message.Message):
-    """A job to drop."""
+    """A job to stop."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     JOB_ID_FIELD_NUMBER: _builtins.int
     job_id: _builtins.str
-    """The job to drop; one that is not loaded is dropped already."""
+    """The job to stop; stopping one that is not loaded does nothing."""
     def __init__(
         self,
         *,
@@ -226,7 +226,7 @@ Global___RolloutStopJobRequest: _TypeAlias = RolloutStopJobRequest  # noqa: Y015
 
 @_typing.final
 class RolloutStopJobResponse(_message.Message):
-    """Everything held for the job is gone."""
+    """Everything held for the job is released."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -249,7 +249,7 @@ class RunRequest(_message.Message):
 
     OPEN_FIELD_NUMBER: _builtins.int
     LEASE_FIELD_NUMBER: _builtins.int
-    CANCEL_FIELD_NUMBER: _builtins.int
+    PREEMPT_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def open(self) -> Global___RunOpen:
         """First message: which job this stream is for."""
@@ -259,21 +259,21 @@ class RunRequest(_message.Message):
         """A group to generate."""
 
     @_builtins.property
-    def cancel(self) -> Global___GroupCancel:
-        """A group to give up; its partial trajectories are stored."""
+    def preempt(self) -> Global___GroupPreempt:
+        """A group to end early; its partial trajectories are stored."""
 
     def __init__(
         self,
         *,
         open: Global___RunOpen | None = ...,
         lease: Global___GroupLease | None = ...,
-        cancel: Global___GroupCancel | None = ...,
+        preempt: Global___GroupPreempt | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["cancel", b"cancel", "kind", b"kind", "lease", b"lease", "open", b"open"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["kind", b"kind", "lease", b"lease", "open", b"open", "preempt", b"preempt"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cancel", b"cancel", "kind", b"kind", "lease", b"lease", "open", b"open"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["kind", b"kind", "lease", b"lease", "open", b"open", "preempt", b"preempt"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["open", "lease", "cancel"]  # noqa: Y015
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["open", "lease", "preempt"]  # noqa: Y015
     _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
 
@@ -290,7 +290,7 @@ class RunOpen(_message.Message):
     job_id: _builtins.str
     """The job; FAILED_PRECONDITION unless StartJob has loaded it."""
     lease_number: _builtins.int
-    """The worker's lease number, echoed in every result."""
+    """Number of the worker lease, echoed in every result."""
     def __init__(
         self,
         *,
@@ -365,7 +365,7 @@ Global___SamplingParams: _TypeAlias = SamplingParams  # noqa: Y015
 
 @_typing.final
 class GroupLease(_message.Message):
-    """A group of samples to generate, score and queue."""
+    """A group of samples for one worker to generate, score and queue."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -380,7 +380,7 @@ class GroupLease(_message.Message):
     group_id: _builtins.int
     """The group; equals group.group_id."""
     attempt: _builtins.int
-    """Counts the times the group was leased; a result of an older attempt is refused."""
+    """Counts the times the group was leased; results of an older attempt are ignored."""
     purpose: Global___GroupPurpose.ValueType
     """Where the finished group goes."""
     min_version: _builtins.int
@@ -388,13 +388,13 @@ class GroupLease(_message.Message):
     exact_version: _builtins.int
     """Generate only with exactly this policy version; absent means any."""
     newest_version: _builtins.int
-    """Newest policy version there is; what was begun with a later one is of weights that were rolled back, and starts
-    over. Absent means that nothing was rolled back.
+    """Newest policy version there is. Partial samples with tokens of a later one, which was rolled back, start over.
+    Absent means that nothing was rolled back.
     """
     @_builtins.property
     def group(self) -> _sample_pb2.SampleGroup:
-        """The samples to generate: prompt, tokens (the prompt's), label, metadata and index are set. A sample that was begun
-        before carries its response so far.
+        """The samples to generate: prompt, tokens (the prompt's), label, metadata and index are set. A partial sample carries
+        its response so far.
         """
 
     @_builtins.property
@@ -433,8 +433,8 @@ class GroupLease(_message.Message):
 Global___GroupLease: _TypeAlias = GroupLease  # noqa: Y015
 
 @_typing.final
-class GroupCancel(_message.Message):
-    """Takes a lease back."""
+class GroupPreempt(_message.Message):
+    """Ends the run of a group early. Of a training group, the responses so far are stored for its next lease."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -460,11 +460,11 @@ class GroupCancel(_message.Message):
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___GroupCancel: _TypeAlias = GroupCancel  # noqa: Y015
+Global___GroupPreempt: _TypeAlias = GroupPreempt  # noqa: Y015
 
 @_typing.final
 class RunResponse(_message.Message):
-    """What became of the orders."""
+    """Progress, and the outcomes of leased groups."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -473,9 +473,9 @@ class RunResponse(_message.Message):
     PROGRESS_FIELD_NUMBER: _builtins.int
     FINISHED_FIELD_NUMBER: _builtins.int
     FAILED_FIELD_NUMBER: _builtins.int
-    RETURNED_FIELD_NUMBER: _builtins.int
+    PREEMPTED_FIELD_NUMBER: _builtins.int
     lease_number: _builtins.int
-    """Lease number of the RunOpen this answers."""
+    """Worker lease number of the RunOpen this answers."""
     @_builtins.property
     def ready(self) -> Global___RunReady:
         """The stream is ready for leases; sent again when its capacity changes."""
@@ -486,15 +486,15 @@ class RunResponse(_message.Message):
 
     @_builtins.property
     def finished(self) -> Global___GroupFinished:
-        """The group is in the queue, or was filtered out."""
+        """The group is in the queue, or was dropped."""
 
     @_builtins.property
     def failed(self) -> Global___GroupFailed:
         """The group could not be finished."""
 
     @_builtins.property
-    def returned(self) -> Global___GroupReturned:
-        """The group was given up; what it had is stored."""
+    def preempted(self) -> Global___GroupPreempted:
+        """The group was ended early; its partial trajectories are stored."""
 
     def __init__(
         self,
@@ -504,13 +504,13 @@ class RunResponse(_message.Message):
         progress: Global___RunProgress | None = ...,
         finished: Global___GroupFinished | None = ...,
         failed: Global___GroupFailed | None = ...,
-        returned: Global___GroupReturned | None = ...,
+        preempted: Global___GroupPreempted | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["failed", b"failed", "finished", b"finished", "kind", b"kind", "progress", b"progress", "ready", b"ready", "returned", b"returned"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["failed", b"failed", "finished", b"finished", "kind", b"kind", "preempted", b"preempted", "progress", b"progress", "ready", b"ready"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["failed", b"failed", "finished", b"finished", "kind", b"kind", "lease_number", b"lease_number", "progress", b"progress", "ready", b"ready", "returned", b"returned"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["failed", b"failed", "finished", b"finished", "kind", b"kind", "lease_number", b"lease_number", "preempted", b"preempted", "progress", b"progress", "ready", b"ready"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["ready", "progress", "finished", "failed", "returned"]  # noqa: Y015
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["ready", "progress", "finished", "failed", "preempted"]  # noqa: Y015
     _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
 
@@ -540,7 +540,7 @@ Global___RunReady: _TypeAlias = RunReady  # noqa: Y015
 
 @_typing.final
 class RunProgress(_message.Message):
-    """What the engine is doing."""
+    """The engine's counters."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -580,7 +580,7 @@ Global___RunProgress: _TypeAlias = RunProgress  # noqa: Y015
 
 @_typing.final
 class GroupFinished(_message.Message):
-    """A lease that ended well."""
+    """A group that was queued, dropped or, for evaluation, scored."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -600,7 +600,7 @@ class GroupFinished(_message.Message):
     purpose: Global___GroupPurpose.ValueType
     """The purpose of the lease."""
     verdict: Global___FilterVerdict.ValueType
-    """What dynamic sampling said of the group."""
+    """Verdict of dynamic sampling."""
     reason: _builtins.str
     """Why the group was dropped; empty when kept."""
     entry_id: _builtins.str
@@ -692,7 +692,7 @@ Global___GroupStats: _TypeAlias = GroupStats  # noqa: Y015
 
 @_typing.final
 class GroupFailed(_message.Message):
-    """A lease that ended badly."""
+    """A group that could not be finished."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -706,7 +706,7 @@ class GroupFailed(_message.Message):
     attempt: _builtins.int
     """The attempt of the lease, a count."""
     error: _builtins.str
-    """What failed and what to do about it."""
+    """What failed and how to fix it."""
     retryable: _builtins.bool
     """False when trying again cannot help."""
     purpose: Global___GroupPurpose.ValueType
@@ -729,38 +729,38 @@ class GroupFailed(_message.Message):
 Global___GroupFailed: _TypeAlias = GroupFailed  # noqa: Y015
 
 @_typing.final
-class GroupReturned(_message.Message):
-    """A lease that was given up."""
+class GroupPreempted(_message.Message):
+    """A group that was ended early."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     GROUP_ID_FIELD_NUMBER: _builtins.int
     ATTEMPT_FIELD_NUMBER: _builtins.int
-    KEPT_TOKENS_FIELD_NUMBER: _builtins.int
+    SAVED_TOKENS_FIELD_NUMBER: _builtins.int
     PURPOSE_FIELD_NUMBER: _builtins.int
     group_id: _builtins.int
     """The group of the lease."""
     attempt: _builtins.int
     """The attempt of the lease, a count."""
-    kept_tokens: _builtins.int
-    """Response tokens kept for whoever resumes the group, in tokens."""
+    saved_tokens: _builtins.int
+    """Response tokens stored for the next lease of the group, in tokens."""
     purpose: Global___GroupPurpose.ValueType
-    """Purpose of the lease that was given up."""
+    """Purpose of the lease that was ended."""
     def __init__(
         self,
         *,
         group_id: _builtins.int = ...,
         attempt: _builtins.int = ...,
-        kept_tokens: _builtins.int = ...,
+        saved_tokens: _builtins.int = ...,
         purpose: Global___GroupPurpose.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "group_id", b"group_id", "kept_tokens", b"kept_tokens", "purpose", b"purpose"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "group_id", b"group_id", "purpose", b"purpose", "saved_tokens", b"saved_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___GroupReturned: _TypeAlias = GroupReturned  # noqa: Y015
+Global___GroupPreempted: _TypeAlias = GroupPreempted  # noqa: Y015
 
 @_typing.final
 class GenerateRequest(_message.Message):
@@ -879,26 +879,26 @@ class PauseRequest(_message.Message):
     JOB_ID_FIELD_NUMBER: _builtins.int
     MODE_FIELD_NUMBER: _builtins.int
     OPERATION_ID_FIELD_NUMBER: _builtins.int
-    LEASE_MS_FIELD_NUMBER: _builtins.int
+    TOKEN_TTL_MS_FIELD_NUMBER: _builtins.int
     job_id: _builtins.str
-    """The job whose requests stand still."""
+    """The job whose requests are paused."""
     mode: Global___PauseMode.ValueType
     """What happens to running requests."""
     operation_id: _builtins.str
-    """Repeating an operation does nothing more."""
-    lease_ms: _builtins.int
-    """How long the pause may last before the engine quarantines itself, in milliseconds."""
+    """Name of the pause token; repeating an operation has no further effect."""
+    token_ttl_ms: _builtins.int
+    """Time to live of the pause token, in milliseconds; when it has passed, the engine quarantines itself."""
     def __init__(
         self,
         *,
         job_id: _builtins.str = ...,
         mode: Global___PauseMode.ValueType = ...,
         operation_id: _builtins.str = ...,
-        lease_ms: _builtins.int = ...,
+        token_ttl_ms: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["job_id", b"job_id", "lease_ms", b"lease_ms", "mode", b"mode", "operation_id", b"operation_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["job_id", b"job_id", "mode", b"mode", "operation_id", b"operation_id", "token_ttl_ms", b"token_ttl_ms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -954,7 +954,7 @@ Global___ResumeRequest: _TypeAlias = ResumeRequest  # noqa: Y015
 
 @_typing.final
 class ResumeResponse(_message.Message):
-    """Decoding goes on."""
+    """Decoding continues."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -977,7 +977,7 @@ class ReleaseMemoryRequest(_message.Message):
 
     JOB_ID_FIELD_NUMBER: _builtins.int
     job_id: _builtins.str
-    """The job whose engine gives way."""
+    """The job whose engine frees its memory."""
     def __init__(
         self,
         *,
@@ -1015,7 +1015,7 @@ Global___ReleaseMemoryResponse: _TypeAlias = ReleaseMemoryResponse  # noqa: Y015
 
 @_typing.final
 class RolloutGetStatusRequest(_message.Message):
-    """Asks how the worker is."""
+    """Asks for the worker's status."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1032,7 +1032,7 @@ Global___RolloutGetStatusRequest: _TypeAlias = RolloutGetStatusRequest  # noqa: 
 
 @_typing.final
 class RolloutGetStatusResponse(_message.Message):
-    """How the worker is."""
+    """The worker's status."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1043,14 +1043,14 @@ class RolloutGetStatusResponse(_message.Message):
     paused: _builtins.bool
     """True while the engine is paused."""
     quarantine_reason: _builtins.str
-    """Why the engine left routing; empty while it serves."""
+    """Why the engine is out of routing; empty while it serves."""
     @_builtins.property
     def job_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Jobs the worker has loaded."""
 
     @_builtins.property
     def progress(self) -> Global___RunProgress:
-        """What the engine is doing."""
+        """The engine's counters."""
 
     def __init__(
         self,

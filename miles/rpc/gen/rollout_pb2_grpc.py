@@ -87,15 +87,15 @@ class RolloutServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def StopJob(self, request, context):
-        """Drops everything held for a job.
+        """Preempts a job's groups and releases everything held for it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Run(self, request_iterator, context):
-        """A job's work: leases and cancellations in; progress, finished groups and partial ones out. When the stream ends,
-        groups still running are stored as partial trajectories.
+        """A job's work: group leases and preemptions in; progress and the outcomes of groups out. When the stream ends, groups
+        still running are preempted: their partial trajectories are stored.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -109,28 +109,29 @@ class RolloutServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Pause(self, request, context):
-        """Stops decoding. Idempotent per operation; held by a lease that expires to quarantine, not to serving.
+        """Stops decoding. Idempotent per operation; the operation holds a token, and one that expires quarantines the engine
+        instead of resuming it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Resume(self, request, context):
-        """Goes on decoding after a pause.
+        """Continues decoding after a pause.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ReleaseMemory(self, request, context):
-        """Frees the engine's memory for whoever shares its device, until a resume or new weights. Idempotent.
+        """Frees the engine's memory for another process on its device, until a resume or new weights. Idempotent.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetStatus(self, request, context):
-        """How the worker is; answered while the engine is busy too.
+        """The worker's status; answered while the engine is busy too.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

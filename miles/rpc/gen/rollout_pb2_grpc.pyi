@@ -34,21 +34,23 @@ class RolloutServiceStub:
     StartJob: _grpc.UnaryStreamMultiCallable[_rollout_pb2.RolloutStartJobRequest, _rollout_pb2.RolloutStartJobResponse]
     """Loads a job's model and connects to its queue, rewards and weight stream. Idempotent per job and lease."""
     StopJob: _grpc.UnaryUnaryMultiCallable[_rollout_pb2.RolloutStopJobRequest, _rollout_pb2.RolloutStopJobResponse]
-    """Drops everything held for a job."""
+    """Preempts a job's groups and releases everything held for it."""
     Run: _grpc.StreamStreamMultiCallable[_rollout_pb2.RunRequest, _rollout_pb2.RunResponse]
-    """A job's work: leases and cancellations in; progress, finished groups and partial ones out. When the stream ends,
-    groups still running are stored as partial trajectories.
+    """A job's work: group leases and preemptions in; progress and the outcomes of groups out. When the stream ends, groups
+    still running are preempted: their partial trajectories are stored.
     """
     Generate: _grpc.UnaryStreamMultiCallable[_rollout_pb2.GenerateRequest, _rollout_pb2.GenerateResponse]
     """Generates one response outside any group, token by token."""
     Pause: _grpc.UnaryUnaryMultiCallable[_rollout_pb2.PauseRequest, _rollout_pb2.PauseResponse]
-    """Stops decoding. Idempotent per operation; held by a lease that expires to quarantine, not to serving."""
+    """Stops decoding. Idempotent per operation; the operation holds a token, and one that expires quarantines the engine
+    instead of resuming it.
+    """
     Resume: _grpc.UnaryUnaryMultiCallable[_rollout_pb2.ResumeRequest, _rollout_pb2.ResumeResponse]
-    """Goes on decoding after a pause."""
+    """Continues decoding after a pause."""
     ReleaseMemory: _grpc.UnaryUnaryMultiCallable[_rollout_pb2.ReleaseMemoryRequest, _rollout_pb2.ReleaseMemoryResponse]
-    """Frees the engine's memory for whoever shares its device, until a resume or new weights. Idempotent."""
+    """Frees the engine's memory for another process on its device, until a resume or new weights. Idempotent."""
     GetStatus: _grpc.UnaryUnaryMultiCallable[_rollout_pb2.RolloutGetStatusRequest, _rollout_pb2.RolloutGetStatusResponse]
-    """How the worker is; answered while the engine is busy too."""
+    """The worker's status; answered while the engine is busy too."""
 
 @_typing.type_check_only
 class RolloutServiceAsyncStub(RolloutServiceStub):
@@ -56,21 +58,23 @@ class RolloutServiceAsyncStub(RolloutServiceStub):
     StartJob: _aio.UnaryStreamMultiCallable[_rollout_pb2.RolloutStartJobRequest, _rollout_pb2.RolloutStartJobResponse]  # type: ignore[assignment]
     """Loads a job's model and connects to its queue, rewards and weight stream. Idempotent per job and lease."""
     StopJob: _aio.UnaryUnaryMultiCallable[_rollout_pb2.RolloutStopJobRequest, _rollout_pb2.RolloutStopJobResponse]  # type: ignore[assignment]
-    """Drops everything held for a job."""
+    """Preempts a job's groups and releases everything held for it."""
     Run: _aio.StreamStreamMultiCallable[_rollout_pb2.RunRequest, _rollout_pb2.RunResponse]  # type: ignore[assignment]
-    """A job's work: leases and cancellations in; progress, finished groups and partial ones out. When the stream ends,
-    groups still running are stored as partial trajectories.
+    """A job's work: group leases and preemptions in; progress and the outcomes of groups out. When the stream ends, groups
+    still running are preempted: their partial trajectories are stored.
     """
     Generate: _aio.UnaryStreamMultiCallable[_rollout_pb2.GenerateRequest, _rollout_pb2.GenerateResponse]  # type: ignore[assignment]
     """Generates one response outside any group, token by token."""
     Pause: _aio.UnaryUnaryMultiCallable[_rollout_pb2.PauseRequest, _rollout_pb2.PauseResponse]  # type: ignore[assignment]
-    """Stops decoding. Idempotent per operation; held by a lease that expires to quarantine, not to serving."""
+    """Stops decoding. Idempotent per operation; the operation holds a token, and one that expires quarantines the engine
+    instead of resuming it.
+    """
     Resume: _aio.UnaryUnaryMultiCallable[_rollout_pb2.ResumeRequest, _rollout_pb2.ResumeResponse]  # type: ignore[assignment]
-    """Goes on decoding after a pause."""
+    """Continues decoding after a pause."""
     ReleaseMemory: _aio.UnaryUnaryMultiCallable[_rollout_pb2.ReleaseMemoryRequest, _rollout_pb2.ReleaseMemoryResponse]  # type: ignore[assignment]
-    """Frees the engine's memory for whoever shares its device, until a resume or new weights. Idempotent."""
+    """Frees the engine's memory for another process on its device, until a resume or new weights. Idempotent."""
     GetStatus: _aio.UnaryUnaryMultiCallable[_rollout_pb2.RolloutGetStatusRequest, _rollout_pb2.RolloutGetStatusResponse]  # type: ignore[assignment]
-    """How the worker is; answered while the engine is busy too."""
+    """The worker's status; answered while the engine is busy too."""
 
 class RolloutServiceServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -87,7 +91,7 @@ class RolloutServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _rollout_pb2.RolloutStopJobRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_rollout_pb2.RolloutStopJobResponse, _abc.Awaitable[_rollout_pb2.RolloutStopJobResponse]]:
-        """Drops everything held for a job."""
+        """Preempts a job's groups and releases everything held for it."""
 
     @_abc_1.abstractmethod
     def Run(
@@ -95,8 +99,8 @@ class RolloutServiceServicer(metaclass=_abc_1.ABCMeta):
         request_iterator: _MaybeAsyncIterator[_rollout_pb2.RunRequest],
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_rollout_pb2.RunResponse], _abc.AsyncIterator[_rollout_pb2.RunResponse]]:
-        """A job's work: leases and cancellations in; progress, finished groups and partial ones out. When the stream ends,
-        groups still running are stored as partial trajectories.
+        """A job's work: group leases and preemptions in; progress and the outcomes of groups out. When the stream ends, groups
+        still running are preempted: their partial trajectories are stored.
         """
 
     @_abc_1.abstractmethod
@@ -113,7 +117,9 @@ class RolloutServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _rollout_pb2.PauseRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_rollout_pb2.PauseResponse, _abc.Awaitable[_rollout_pb2.PauseResponse]]:
-        """Stops decoding. Idempotent per operation; held by a lease that expires to quarantine, not to serving."""
+        """Stops decoding. Idempotent per operation; the operation holds a token, and one that expires quarantines the engine
+        instead of resuming it.
+        """
 
     @_abc_1.abstractmethod
     def Resume(
@@ -121,7 +127,7 @@ class RolloutServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _rollout_pb2.ResumeRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_rollout_pb2.ResumeResponse, _abc.Awaitable[_rollout_pb2.ResumeResponse]]:
-        """Goes on decoding after a pause."""
+        """Continues decoding after a pause."""
 
     @_abc_1.abstractmethod
     def ReleaseMemory(
@@ -129,7 +135,7 @@ class RolloutServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _rollout_pb2.ReleaseMemoryRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_rollout_pb2.ReleaseMemoryResponse, _abc.Awaitable[_rollout_pb2.ReleaseMemoryResponse]]:
-        """Frees the engine's memory for whoever shares its device, until a resume or new weights. Idempotent."""
+        """Frees the engine's memory for another process on its device, until a resume or new weights. Idempotent."""
 
     @_abc_1.abstractmethod
     def GetStatus(
@@ -137,6 +143,6 @@ class RolloutServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _rollout_pb2.RolloutGetStatusRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_rollout_pb2.RolloutGetStatusResponse, _abc.Awaitable[_rollout_pb2.RolloutGetStatusResponse]]:
-        """How the worker is; answered while the engine is busy too."""
+        """The worker's status; answered while the engine is busy too."""
 
 def add_RolloutServiceServicer_to_server(servicer: RolloutServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -85,7 +85,7 @@ class _SampleStatusEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_SampleSt
     DESCRIPTOR: _descriptor.EnumDescriptor
     SAMPLE_STATUS_UNSPECIFIED: _SampleStatus.ValueType  # 0
     SAMPLE_STATUS_PENDING: _SampleStatus.ValueType  # 1
-    """Not generated yet, or generated in part and waiting to be resumed."""
+    """Not generated yet, or partly generated and waiting to be resumed."""
     SAMPLE_STATUS_COMPLETED: _SampleStatus.ValueType  # 2
     """Ended by a stop token or a stop string."""
     SAMPLE_STATUS_TRUNCATED: _SampleStatus.ValueType  # 3
@@ -96,11 +96,11 @@ class _SampleStatusEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_SampleSt
     """Generation or scoring failed; metadata says why. Never trained on."""
 
 class SampleStatus(_SampleStatus, metaclass=_SampleStatusEnumTypeWrapper):
-    """How far a sample has got."""
+    """State of a sample's response."""
 
 SAMPLE_STATUS_UNSPECIFIED: SampleStatus.ValueType  # 0
 SAMPLE_STATUS_PENDING: SampleStatus.ValueType  # 1
-"""Not generated yet, or generated in part and waiting to be resumed."""
+"""Not generated yet, or partly generated and waiting to be resumed."""
 SAMPLE_STATUS_COMPLETED: SampleStatus.ValueType  # 2
 """Ended by a stop token or a stop string."""
 SAMPLE_STATUS_TRUNCATED: SampleStatus.ValueType  # 3
@@ -249,7 +249,7 @@ Global___NamedRewards: _TypeAlias = NamedRewards  # noqa: Y015
 
 @_typing.final
 class SpeculativeStats(_message.Message):
-    """What speculative decoding did for one sample."""
+    """Statistics of speculative decoding for one sample."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -279,7 +279,7 @@ Global___SpeculativeStats: _TypeAlias = SpeculativeStats  # noqa: Y015
 
 @_typing.final
 class PrefixCacheStats(_message.Message):
-    """What the prefix cache saved for one sample."""
+    """Prompt tokens of one sample that the prefix cache saved computing."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -345,7 +345,7 @@ class Sample(_message.Message):
     label: _builtins.str
     """The reference answer, given to the reward; absent when there is none."""
     status: Global___SampleStatus.ValueType
-    """How far the sample has got."""
+    """State of the response."""
     metadata_json: _builtins.str
     """Free-form JSON object from the data set and from reward functions; empty means {}."""
     remove_sample: _builtins.bool

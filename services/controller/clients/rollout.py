@@ -88,8 +88,8 @@ class RolloutLink:
 
     def cancel(self, group_id: int, attempt: int, purpose: rollout_pb2.GroupPurpose.ValueType) -> None:
         """Have the worker give a group up; it says so, and what it kept."""
-        cancel = rollout_pb2.GroupCancel(group_id=group_id, attempt=attempt, purpose=purpose)
-        self._orders.put_nowait(rollout_pb2.RunRequest(cancel=cancel))
+        preempt = rollout_pb2.GroupPreempt(group_id=group_id, attempt=attempt, purpose=purpose)
+        self._orders.put_nowait(rollout_pb2.RunRequest(preempt=preempt))
 
     async def release_memory(self) -> None:
         """Have the worker's engine free its memory until it gets new weights."""

@@ -249,8 +249,8 @@ class Dispatcher:
             self._on_finished(link, response.finished)
         elif kind == "failed":
             self._on_failed(response.failed)
-        elif kind == "returned":
-            self._on_returned(response.returned)
+        elif kind == "preempted":
+            self._on_returned(response.preempted)
         self.pump()
         self.notify()
 
@@ -300,7 +300,7 @@ class Dispatcher:
                     f"{self._failed_in_a_row} groups in a row failed and were dropped; the last: {message.error}"
                 )
 
-    def _on_returned(self, message: rollout_pb2.GroupReturned) -> None:
+    def _on_returned(self, message: rollout_pb2.GroupPreempted) -> None:
         if message.purpose == rollout_pb2.GROUP_PURPOSE_EVAL:
             if self.evaluation is not None:
                 self.evaluation.give_back(message.group_id, message.attempt)

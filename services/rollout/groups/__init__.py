@@ -1,4 +1,4 @@
-"""One prompt group from its lease to the queue: generate, score, filter, put.
+"""The run of a prompt group, from its lease to the queue: generate, score, filter, put.
 
-Nothing here decides what is trained on. Start at `runner`.
+Nothing here decides what is trained on. Start at `runner`; `sampler` is where ways of generating plug in.
 """

@@ -1,4 +1,4 @@
-"""Dynamic sampling: which scored groups are worth training on (DAPO, arXiv:2503.14476, section 3.2)."""
+"""Dynamic sampling: filters that drop scored groups before the queue (DAPO, arXiv:2503.14476, section 3.2)."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ if TYPE_CHECKING:
 
 
 DEADLINE_S = 300.0
-"""How long a filter that is a coroutine may take over a group."""
+"""How long an asynchronous filter may take for a group."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class FilterResult:
-    """Whether to queue a group, and if not, why."""
+    """The verdict on a group: keep it or drop it, and why it is dropped."""
 
     keep: bool
     reason: str = ""
@@ -33,13 +33,13 @@ GroupFilter = Callable[["JobConfig", Sequence[Sample]], Any]
 
 
 class FilterError(ValueError):
-    """A filter that cannot be loaded, raised an error, or returned something that is no verdict."""
+    """A filter that cannot be loaded, raised an error, or did not return a verdict."""
 
 
 def check_reward_nonzero_std(config: JobConfig, samples: Sequence[Sample]) -> FilterResult:
     """Keep a group whose rewards differ: equal rewards give no advantage and so no gradient.
 
-    Samples that failed count for nothing; fewer than two rewards have no spread.
+    Samples that failed are ignored; fewer than two rewards have no spread.
     """
     key = config.reward.reward_key
     rewards = [reward_number(sample.reward, key) for sample in samples if sample.reward is not None]
@@ -49,13 +49,13 @@ def check_reward_nonzero_std(config: JobConfig, samples: Sequence[Sample]) -> Fi
 
 
 BUILTIN: dict[str, GroupFilter] = {
-    # The name by which existing recipes call it.
+    # The name that existing recipes use.
     "miles.rollout.filter_hub.dynamic_sampling_filters.check_reward_nonzero_std": check_reward_nonzero_std,
 }
 
 
 def load_filter(path: str) -> GroupFilter:
-    """The function that `package.module.name` names. Raises FilterError."""
+    """Import the function `package.module.name`. Raises FilterError."""
     if path in BUILTIN:
         return BUILTIN[path]
     module_name, _, name = path.rpartition(".")
@@ -72,7 +72,7 @@ def load_filter(path: str) -> GroupFilter:
 async def apply_filter(
     function: GroupFilter | None, config: JobConfig, samples: Sequence[Sample], deadline_s: float = DEADLINE_S
 ) -> FilterResult:
-    """The filter's verdict; everything is kept without one. Raises FilterError when the user's code fails or hangs."""
+    """Return the filter's verdict; without a filter, keep. Raises FilterError when the user's code fails or hangs."""
     if function is None:
         return FilterResult(True)
     name = getattr(function, "__qualname__", repr(function))
@@ -82,7 +82,7 @@ async def apply_filter(
         if inspect.isawaitable(verdict):
             async with deadline:
                 verdict = await verdict
-    except Exception as error:  # the user's code: what it raises decides that the group has no verdict
+    except Exception as error:  # the user's code may raise anything
         if deadline.expired():
             raise FilterError(f"filter {name} gave no verdict within {deadline_s:g} s") from None
         raise FilterError(f"filter {name} raised {type(error).__name__}: {error}") from error

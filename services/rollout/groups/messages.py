@@ -1,4 +1,4 @@
-"""Group leases off the wire, and what comes of them back onto it."""
+"""Conversion of group leases and their outcomes between the wire and the types used here."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Purpose(enum.Enum):
 
     @property
     def proto(self) -> rollout_pb2.GroupPurpose.ValueType:
-        """Its number on the wire."""
+        """The same purpose on the wire."""
         return rollout_pb2.GROUP_PURPOSE_TRAIN if self is Purpose.TRAIN else rollout_pb2.GROUP_PURPOSE_EVAL
 
 
@@ -28,7 +28,7 @@ _PURPOSES = {purpose.proto: purpose for purpose in Purpose}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Lease:
+class GroupLease:
     """One prompt group to generate."""
 
     group_id: int
@@ -42,12 +42,17 @@ class Lease:
     min_version: int | None = None
     exact_version: int | None = None
     newest_version: int | None = None
-    """Newest version there is; tokens of a later one are of weights that were rolled back."""
+    """Newest version there is; tokens of a later one come from weights that were rolled back."""
+
+    @property
+    def is_training(self) -> bool:
+        """True when the group goes to the sample queue."""
+        return self.purpose is Purpose.TRAIN
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Finished:
-    """The group is queued, was filtered out (`reason`), or comes back scored (evaluation: `group`)."""
+    """The group was queued, was dropped (`reason`), or is returned with its scores (evaluation: `group`)."""
 
     stats: rollout_pb2.GroupStats
     oldest_version: int = 0
@@ -66,13 +71,13 @@ class Failed:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Returned:
-    """The group was given up; `kept_tokens` response tokens of it are stored."""
+class Preempted:
+    """The run was ended early; `saved_tokens` response tokens of the group are stored for the next one."""
 
-    kept_tokens: int
+    saved_tokens: int
 
 
-Outcome = Finished | Failed | Returned
+Outcome = Finished | Failed | Preempted
 
 
 def sampling_from_proto(message: rollout_pb2.SamplingParams, path: str = "sampling") -> SamplingParams:
@@ -100,8 +105,8 @@ def sampling_from_proto(message: rollout_pb2.SamplingParams, path: str = "sampli
     )
 
 
-def lease_from_proto(message: rollout_pb2.GroupLease) -> Lease:
-    """Decode and check a lease. Raises MalformedMessage naming the field."""
+def lease_from_proto(message: rollout_pb2.GroupLease) -> GroupLease:
+    """Decode and check a group lease. Raises MalformedMessage naming the field."""
     purpose = _PURPOSES.get(message.purpose)
     if purpose is None:
         raise MalformedMessage("purpose", f"{message.purpose}; allowed: TRAIN and EVAL")
@@ -115,7 +120,7 @@ def lease_from_proto(message: rollout_pb2.GroupLease) -> Lease:
     for i, sample in enumerate(group.samples):
         if sample.prompt_length == 0:
             raise MalformedMessage(f"group.samples[{i}].tokens", "no prompt tokens")
-    return Lease(
+    return GroupLease(
         group_id=message.group_id,
         attempt=message.attempt,
         purpose=purpose,
@@ -131,7 +136,7 @@ def lease_from_proto(message: rollout_pb2.GroupLease) -> Lease:
 def outcome_to_proto(
     group_id: int, attempt: int, purpose: Purpose, outcome: Outcome, lease_number: int
 ) -> rollout_pb2.RunResponse:
-    """The message that reports what came of a lease."""
+    """Encode the outcome of a group lease; `lease_number` is that of the worker lease it was handed out under."""
     response = rollout_pb2.RunResponse(lease_number=lease_number)
     match outcome:
         case Finished():
@@ -159,10 +164,10 @@ def outcome_to_proto(
                     retryable=outcome.retryable,
                 )
             )
-        case Returned():
-            response.returned.CopyFrom(
-                rollout_pb2.GroupReturned(
-                    group_id=group_id, attempt=attempt, purpose=purpose.proto, kept_tokens=outcome.kept_tokens
+        case Preempted():
+            response.preempted.CopyFrom(
+                rollout_pb2.GroupPreempted(
+                    group_id=group_id, attempt=attempt, purpose=purpose.proto, saved_tokens=outcome.saved_tokens
                 )
             )
     return response

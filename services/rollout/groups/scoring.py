@@ -1,7 +1,8 @@
-"""Rewards of one group's samples, by the job's configuration."""
+"""Rewards for one group's samples, by the job's configuration."""
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
@@ -20,18 +21,18 @@ class RewardFailed(RuntimeError):
     """A sample could not be scored, and the configuration wants its group generated again."""
 
 
-class Rewards(Protocol):
+class ScoreClient(Protocol):
     """The part of `RewardClient` that is used here."""
 
     async def score(self, samples: Sequence[Sample], *, reward: str = "", group: bool = False) -> list[ScoreOutcome]:
-        """One outcome a sample, in order; never raises for what a service does."""
+        """One outcome a sample, in order; a failing service gives outcomes with an error, never an exception."""
 
 
-class Scorer:
-    """Asks the reward services about samples and applies what they say."""
+class JobRewards:
+    """Asks a job's reward services for rewards: which reward a sample gets, and what a failure does to it."""
 
-    def __init__(self, rewards: Rewards, config: RewardConfig) -> None:
-        self._rewards = rewards
+    def __init__(self, client: ScoreClient, config: RewardConfig) -> None:
+        self._client = client
         self._config = config
 
     @property
@@ -41,17 +42,17 @@ class Scorer:
 
     async def score_one(self, sample: Sample) -> ScoreOutcome:
         """Score a sample on its own."""
-        [outcome] = await self._rewards.score([sample], reward=self._reward_name(sample))
+        [outcome] = await self._client.score([sample], reward=self._reward_name(sample))
         return outcome
 
     async def score_group(self, samples: Sequence[Sample]) -> list[ScoreOutcome]:
         """Score the samples of a prompt together; one outcome a sample, in order."""
-        return await self._rewards.score(samples, reward=self._reward_name(samples[0]), group=True)
+        return await self._client.score(samples, reward=self._reward_name(samples[0]), group=True)
 
     def mark_failed(self, sample: Sample, error: str) -> Sample:
-        """The sample as one that could not be scored and is never trained on; its metadata says why.
+        """Mark a sample that could not be scored: it is never trained on, and its metadata says why.
 
-        Raises RewardFailed when the configuration's policy is to try the whole group again.
+        Raises RewardFailed when the configuration says to generate the whole group again.
         """
         if self._config.reward_failure_policy == "retry":
             raise RewardFailed(f"sample {sample.index} could not be scored: {error}")
@@ -68,6 +69,52 @@ class Scorer:
         service = str(sample.metadata.get("reward_service", "default"))
         outside = service in self._config.service_addresses or self._config.custom_rm_path is not None
         return "" if outside or self._config.rm_type is None else self._config.rm_type
+
+
+class GroupScoring:
+    """Scores the samples of one group in place: each when its response has ended, or all together at the end."""
+
+    def __init__(self, rewards: JobRewards, samples: list[Sample]) -> None:
+        self.errors: dict[int, str] = {}
+        """Why the reward of a sample failed, by position."""
+        self._rewards = rewards
+        self._samples = samples
+        self._tasks: list[asyncio.Task[None]] = []
+
+    def begin(self, position: int) -> None:
+        """Begin to score a response that has ended, unless it has a reward or waits for its group."""
+        if self._samples[position].reward is None and not self._rewards.whole_groups:
+            self._tasks.append(asyncio.create_task(self._score(position)))
+
+    async def finish(self) -> None:
+        """Wait until every sample has its reward or its error."""
+        if not self._rewards.whole_groups:
+            await asyncio.gather(*self._tasks)
+            return
+        for position, outcome in enumerate(await self._rewards.score_group(self._samples)):
+            self._apply(position, outcome)
+
+    def scored(self) -> list[Sample]:
+        """The samples, with failures marked. Raises RewardFailed."""
+        return [
+            self._rewards.mark_failed(sample, self.errors[i]) if i in self.errors else sample
+            for i, sample in enumerate(self._samples)
+        ]
+
+    async def aclose(self) -> None:
+        """Cancel what is still being scored."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def _score(self, position: int) -> None:
+        self._apply(position, await self._rewards.score_one(self._samples[position]))
+
+    def _apply(self, position: int, outcome: ScoreOutcome) -> None:
+        if outcome.error is None:
+            self._samples[position] = apply_outcome(self._samples[position], outcome)
+        else:
+            self.errors[position] = outcome.error
 
 
 def apply_outcome(sample: Sample, outcome: ScoreOutcome) -> Sample:

@@ -1,4 +1,4 @@
-"""Sums over one group's samples."""
+"""Statistics of one group."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from miles.types import Sample, SampleStatus, reward_number
 def group_stats(
     samples: Sequence[Sample], reward_key: str | None, *, generate_s: float, reward_s: float
 ) -> rollout_pb2.GroupStats:
-    """Sums over the samples; a sample without reward adds nothing to the reward's. Raises RewardKeyError."""
+    """Sum over the samples; those without a reward are left out of the reward sums. Raises RewardKeyError."""
     rewards = [reward_number(sample.reward, reward_key) for sample in samples if sample.reward is not None]
     return rollout_pb2.GroupStats(
         samples=len(samples),

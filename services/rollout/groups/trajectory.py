@@ -1,4 +1,4 @@
-"""A response in the making: what was there before, what one request adds, and the two joined exactly."""
+"""Pure functions on partial responses: joining pieces, resuming, cutting and masking."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ _STATUS = {
 }
 
 FINISHED = (SampleStatus.COMPLETED, SampleStatus.TRUNCATED)
-"""Statuses of a response that nothing more is generated for."""
+"""Statuses of a response that has ended."""
 
 
 class Piece:
-    """What one request generated."""
+    """The output of one request."""
 
     def __init__(self) -> None:
         self.token_ids: list[int] = []
@@ -45,9 +45,9 @@ class Piece:
 def extend(sample: Sample, piece: Piece) -> Sample:
     """The sample with a finished piece appended; the response text is left for the caller to decode.
 
-    An aborted piece leaves the sample PENDING, to be resumed. Experts of tokens that were there before stay as they
-    were recorded (a resumed request computes them anew, perhaps with later weights, but those were not sampled from),
-    so the piece holds only those of the positions from `experts_start` of the sample on.
+    After an aborted piece the sample is PENDING, to be resumed. Experts recorded earlier are kept, because a resumed
+    request recomputes them, perhaps with later weights that were not sampled from; so the piece holds only the experts
+    of positions from `experts_start` on.
     Raises ValueError for a piece without a result.
     """
     result = piece.result
@@ -76,7 +76,7 @@ def extend(sample: Sample, piece: Piece) -> Sample:
 def join_spans(
     before: Sequence[VersionSpan], added: Sequence[VersionSpan], response_length: int
 ) -> tuple[VersionSpan, ...]:
-    """`before`, which covers `response_length` tokens, then `added`, which counts from 0; equal neighbours join."""
+    """Append `added`, counted from 0, to `before`, which covers `response_length` tokens; merge equal neighbours."""
     spans = list(before)
     for span in added:
         shifted = VersionSpan(span.version, span.start + response_length, span.end + response_length)
@@ -90,14 +90,14 @@ def join_spans(
 
 
 def experts_start(sample: Sample) -> int:
-    """First position whose routed experts are not recorded yet."""
+    """First position whose routed experts are not recorded."""
     return 0 if sample.rollout_routed_experts is None else len(sample.rollout_routed_experts)
 
 
 def join_experts(before: Experts | None, added: Experts | None) -> Experts | None:
-    """Rows of `before`, then those of `added`, both of shape (positions, moe_layers, top_k).
+    """Concatenate the rows of `before` and `added`, both of shape (positions, moe_layers, top_k).
 
-    Raises ValueError when the two do not describe the same model.
+    Raises ValueError when they are not of the same model.
     """
     if before is None or added is None or not len(before):
         return added
@@ -110,7 +110,7 @@ def join_experts(before: Experts | None, added: Experts | None) -> Experts | Non
 
 
 def add_speculative(before: SpeculativeStats | None, added: SpeculativeStats | None) -> SpeculativeStats | None:
-    """The sum over a response's pieces; None when none was decoded speculatively."""
+    """Sum the statistics of two pieces; None when neither was decoded speculatively."""
     if before is None or added is None:
         return added or before
     return SpeculativeStats(
@@ -141,7 +141,7 @@ def without_response(sample: Sample) -> Sample:
 
 
 def is_resumable(sample: Sample, *, with_experts: bool) -> bool:
-    """True when everything that training needs of the response so far was recorded (or there is none)."""
+    """True when everything that training needs was recorded of the response so far, or there is no response."""
     if sample.status not in (SampleStatus.PENDING, SampleStatus.ABORTED, *FINISHED):
         return False
     if sample.response_length == 0:
@@ -151,27 +151,27 @@ def is_resumable(sample: Sample, *, with_experts: bool) -> bool:
     return covered and sample.rollout_log_probs is not None and has_experts
 
 
-def merge_begun(leased: Sample, stored: Sample | None, *, with_experts: bool) -> Sample:
-    """What to go on from: the stored response if it fits the leased prompt, else the leased one if usable, else none.
+def merge_partial(leased: Sample, stored: Sample | None, *, with_experts: bool) -> Sample:
+    """Choose what to continue: the stored response if it fits the leased prompt, else the leased one, else none.
 
-    Label and metadata are always the lease's; a stored reward stays.
+    The label is the lease's, and so are its metadata keys; further stored metadata and a stored reward stay.
     """
-    for begun in (stored, leased):
-        if begun is None or not np.array_equal(begun.prompt_tokens, leased.prompt_tokens):
+    for partial in (stored, leased):
+        if partial is None or not np.array_equal(partial.prompt_tokens, leased.prompt_tokens):
             continue
-        if is_resumable(begun, with_experts=with_experts):
-            metadata = {**begun.metadata, **leased.metadata}
-            return dataclasses.replace(begun, prompt=leased.prompt, label=leased.label, metadata=metadata)
+        if is_resumable(partial, with_experts=with_experts):
+            metadata = {**partial.metadata, **leased.metadata}
+            return dataclasses.replace(partial, prompt=leased.prompt, label=leased.label, metadata=metadata)
     return without_response(leased)
 
 
 def is_rolled_back(sample: Sample, newest_version: int | None) -> bool:
-    """True when some tokens are of a version that does not exist any more."""
+    """True when some tokens come from a version that was rolled back."""
     return newest_version is not None and any(span.version > newest_version for span in sample.weight_versions)
 
 
 def mask_older_versions(sample: Sample) -> Sample:
-    """The sample with the tokens left out of the loss that an older version than its newest one generated."""
+    """Mask tokens out of the loss that an older version than the sample's newest one generated."""
     if len(sample.weight_versions) < 2:
         return sample
     newest = max(span.version for span in sample.weight_versions)
@@ -183,7 +183,7 @@ def mask_older_versions(sample: Sample) -> Sample:
 
 
 def cut_to_limit(sample: Sample, max_new_tokens: int) -> Sample:
-    """A begun response that has reached its limit is TRUNCATED; any other comes back as it is."""
+    """Mark a partial response that has reached its limit as TRUNCATED."""
     if sample.status in FINISHED or sample.response_length < max_new_tokens:
         return sample
     return dataclasses.replace(sample, status=SampleStatus.TRUNCATED)

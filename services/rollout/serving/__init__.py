@@ -1,1 +1,4 @@
-"""Whether an engine may serve now: its weights, its pauses, its quarantine. Start at `readiness`."""
+"""Whether an engine may serve, and which version: its weights, pauses and quarantine.
+
+Nothing here talks to a particular engine. Start at `readiness`.
+"""

@@ -18,14 +18,15 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 ENGINE_SILENCE_S = 600.0
-"""An engine with running requests that generates nothing for so long hangs."""
+"""An engine with running requests that generates nothing for this long is taken to hang."""
 
 
 class Serving:
-    """Guards one engine: opens and closes the version gate, carries out pauses, and quarantines.
+    """Guards one engine, which is empty until its first load, then serving a version, paused, or quarantined.
 
-    `on_change` is called after the engine has left or rejoined routing. `update_mode` says what new weights do to
-    running requests.
+    A quarantined engine is out of routing: the version gate is closed, and the worker's capacity is 0, until a full
+    load and `serve`. `on_change` is called when the engine leaves or rejoins routing. `update_mode` says what new
+    weights do to running requests.
     """
 
     def __init__(
@@ -34,7 +35,7 @@ class Serving:
         self._update_mode = update_mode
         self.gate = VersionGate()
         self.quarantine_reason = ""
-        """Why the engine left routing; empty while it may serve."""
+        """Why the engine is out of routing; empty while it may serve."""
         self._engine = engine
         self._on_change = on_change
         self._pauses = Pauses()
@@ -46,7 +47,7 @@ class Serving:
 
     @property
     def version(self) -> int | None:
-        """Version served now; None before the first load."""
+        """Version the engine holds; None before the first load."""
         return self._engine.version
 
     @property
@@ -60,9 +61,9 @@ class Serving:
         return self._paused
 
     async def load_weights(self, version: int, tensors: Mapping[str, torch.Tensor]) -> float:
-        """Load a full set of weights; returns the seconds decoding stood still. `admit` then opens the gate.
+        """Load a full set of weights; returns the pause time in seconds. `serve` then opens the gate.
 
-        When the load fails the engine stays paused until one succeeds: it must not go on with weights in doubt.
+        After a failed load the engine stays paused until one succeeds: its weights may be mixed.
         """
         async with self._order:
             started = time.monotonic()
@@ -81,26 +82,26 @@ class Serving:
         return loading_s if self._update_mode is PauseMode.IN_PLACE else time.monotonic() - started
 
     async def _hold(self, error: BaseException) -> None:
-        """Keep an engine standing whose load has failed. What is told is why, not what else fails on the way."""
+        """Keep the engine paused after a failed load. If that fails too, the load's error is still the one to raise."""
         try:
             await self._engine.pause(PauseMode.IN_PLACE)
             self._paused = True
-        except Exception as second:  # an engine without a server, say: nothing is left that could generate
+        except Exception as second:  # for example an engine that lost its server, which cannot generate either
             log.warning("a load failed (%s), and the engine could not be paused either: %s", error, second)
 
-    def admit(self, version: int) -> None:
-        """Let groups be generated with `version`; does nothing in a quarantine that no load has ended yet."""
+    def serve(self, version: int) -> None:
+        """Let groups be generated with `version`. Does nothing in a quarantine without a full load since."""
         if self.quarantine_reason and not self._loaded_since_quarantine:
             return
         if self.quarantine_reason:
             log.info("version %d ends the quarantine: %s", version, self.quarantine_reason)
         self.quarantine_reason = ""
         self._pauses.loaded()
-        self.gate.set(version)
+        self.gate.open(version)
         self._on_change()
 
     async def weight_bytes(self) -> Mapping[str, torch.Tensor]:
-        """The parameters as served."""
+        """The parameters as served, by HF name."""
         return await self._engine.weight_bytes()
 
     def quarantine(self, reason: str) -> None:
@@ -110,14 +111,14 @@ class Serving:
         log.warning("the engine leaves routing: %s", reason)
         self._loaded_since_quarantine = False
         self.quarantine_reason = reason
-        self.gate.set(None)
+        self.gate.close()
         self._on_change()
 
-    async def pause(self, mode: PauseMode, operation_id: str, lease_s: float) -> float:
-        """Pause for an operation; returns how long it took until no step ran, in seconds. Raises PauseRefused."""
+    async def pause(self, mode: PauseMode, operation_id: str, token_ttl_s: float) -> float:
+        """Pause for an operation; returns the time until no step was running, in seconds. Raises PauseRefused."""
         started = time.monotonic()
         async with self._order:
-            if self._pauses.pause(operation_id, lease_s, started) is Step.NOTHING:
+            if self._pauses.pause(operation_id, token_ttl_s, started) is Step.NOTHING:
                 return 0.0
             try:
                 await self._engine.pause(mode)
@@ -135,14 +136,14 @@ class Serving:
                 self._paused = False
 
     async def release_memory(self) -> float:
-        """Have the engine free its memory until a resume or new weights; returns how long it took, in seconds."""
+        """Free the engine's memory until a resume or new weights; returns the time that took, in seconds."""
         started = time.monotonic()
         async with self._order:
             await self._engine.release_memory()
         return time.monotonic() - started
 
     def tick(self) -> None:
-        """To be called about once a second: quarantines an engine whose pause expired or that hangs."""
+        """Quarantine an engine whose pause token has expired or that hangs; call about once a second."""
         now = time.monotonic()
         if self._pauses.tick(now):
             self.quarantine(self._pauses.expired)

@@ -1,4 +1,4 @@
-"""Holds groups back until the engine serves a version they may be generated with."""
+"""The gate that holds groups back until the engine serves a version they may be generated with."""
 
 from __future__ import annotations
 
@@ -10,21 +10,28 @@ class VersionPassed(RuntimeError):
 
 
 class VersionGate:
-    """The version that may be served now, and those who wait for another."""
+    """Open at one version, or closed. Groups wait at it for the version they need."""
 
     def __init__(self) -> None:
         self.version: int | None = None
-        """None: nothing may be generated."""
+        """Version the gate is open at; None while it is closed and nothing may be generated."""
         self._changed = asyncio.Event()
 
-    def set(self, version: int | None) -> None:
-        """The engine now serves `version`, or must not serve (None)."""
+    def open(self, version: int) -> None:
+        """Let groups be generated with `version`, in place of the version before."""
+        self._set(version)
+
+    def close(self) -> None:
+        """Let no group be generated."""
+        self._set(None)
+
+    def _set(self, version: int | None) -> None:
         self.version = version
         self._changed.set()
         self._changed = asyncio.Event()
 
     async def wait(self, minimum: int | None, exact: int | None, deadline_s: float) -> int:
-        """Return the version served once it is at least `minimum` and, if given, equal to `exact`.
+        """Wait until the gate is open at a version of at least `minimum` that equals `exact`, if given; return it.
 
         Raises VersionPassed when `exact` will not come back, and TimeoutError after `deadline_s` seconds.
         """

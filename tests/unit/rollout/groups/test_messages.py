@@ -8,8 +8,8 @@ from miles.rpc.gen import rollout_pb2
 from miles.services.rollout.groups.messages import (
     Failed,
     Finished,
+    Preempted,
     Purpose,
-    Returned,
     lease_from_proto,
     outcome_to_proto,
     sampling_from_proto,
@@ -93,5 +93,5 @@ def test_outcomes_are_reported_with_their_lease(make_group: MakeGroup) -> None:
     assert evaluated.purpose == rollout_pb2.GROUP_PURPOSE_EVAL
     failed = outcome_to_proto(5, 2, Purpose.EVAL, Failed("e", retryable=False), 9).failed
     assert (failed.error, failed.retryable, failed.purpose) == ("e", False, rollout_pb2.GROUP_PURPOSE_EVAL)
-    returned = outcome_to_proto(5, 2, Purpose.TRAIN, Returned(11), 9).returned
-    assert (returned.kept_tokens, returned.purpose) == (11, rollout_pb2.GROUP_PURPOSE_TRAIN)
+    preempted = outcome_to_proto(5, 2, Purpose.TRAIN, Preempted(11), 9).preempted
+    assert (preempted.saved_tokens, preempted.purpose) == (11, rollout_pb2.GROUP_PURPOSE_TRAIN)

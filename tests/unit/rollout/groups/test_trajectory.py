@@ -18,7 +18,7 @@ from miles.services.rollout.groups.trajectory import (
     join_experts,
     join_spans,
     mask_older_versions,
-    merge_begun,
+    merge_partial,
     without_response,
 )
 from miles.types import Sample, SampleStatus, SpeculativeStats, VersionSpan, check_sample
@@ -95,14 +95,14 @@ def test_an_abort_before_the_first_token_leaves_the_sample_as_it_was() -> None:
     piece = Piece()
     piece.add(GenerationDelta([], [], result))
     assert extend(fresh(), piece) == fresh()
-    begun = extend(fresh(), piece_of(fresh(), [1, 2], [0, 0], FinishReason.ABORT))
-    assert extend(begun, piece) == begun
+    partial = extend(fresh(), piece_of(fresh(), [1, 2], [0, 0], FinishReason.ABORT))
+    assert extend(partial, piece) == partial
 
 
 def test_a_loss_mask_grows_with_ones() -> None:
-    begun = extend(fresh(), piece_of(fresh(), [1, 2], [0, 0], FinishReason.ABORT))
-    begun = dataclasses.replace(begun, loss_mask=np.array([0, 1], np.uint8))
-    done = extend(begun, piece_of(begun, [3], [0], FinishReason.STOP))
+    partial = extend(fresh(), piece_of(fresh(), [1, 2], [0, 0], FinishReason.ABORT))
+    partial = dataclasses.replace(partial, loss_mask=np.array([0, 1], np.uint8))
+    done = extend(partial, piece_of(partial, [3], [0], FinishReason.STOP))
     assert done.loss_mask is not None
     assert done.loss_mask.tolist() == [0, 1, 1]
 
@@ -140,14 +140,14 @@ def test_experts_of_another_model_are_refused() -> None:
 
 
 def test_what_can_be_resumed() -> None:
-    begun = extend(fresh(), piece_of(fresh(), [1, 2], [0, 0], FinishReason.ABORT))
-    assert is_resumable(begun, with_experts=True)
+    partial = extend(fresh(), piece_of(fresh(), [1, 2], [0, 0], FinishReason.ABORT))
+    assert is_resumable(partial, with_experts=True)
     assert is_resumable(fresh(), with_experts=True)
-    assert not is_resumable(dataclasses.replace(begun, rollout_routed_experts=None), with_experts=True)
-    assert is_resumable(dataclasses.replace(begun, rollout_routed_experts=None), with_experts=False)
-    assert not is_resumable(dataclasses.replace(begun, rollout_log_probs=None), with_experts=False)
-    assert not is_resumable(dataclasses.replace(begun, weight_versions=()), with_experts=False)
-    assert not is_resumable(dataclasses.replace(begun, status=SampleStatus.FAILED), with_experts=True)
+    assert not is_resumable(dataclasses.replace(partial, rollout_routed_experts=None), with_experts=True)
+    assert is_resumable(dataclasses.replace(partial, rollout_routed_experts=None), with_experts=False)
+    assert not is_resumable(dataclasses.replace(partial, rollout_log_probs=None), with_experts=False)
+    assert not is_resumable(dataclasses.replace(partial, weight_versions=()), with_experts=False)
+    assert not is_resumable(dataclasses.replace(partial, status=SampleStatus.FAILED), with_experts=True)
 
 
 def test_the_stored_response_comes_first_then_the_leased_one_then_none() -> None:
@@ -155,25 +155,25 @@ def test_the_stored_response_comes_first_then_the_leased_one_then_none() -> None
     leased = dataclasses.replace(
         extend(fresh(), piece_of(fresh(), [1], [0], FinishReason.ABORT)), label="5", metadata={"b": 2}
     )
-    merged = merge_begun(leased, stored, with_experts=True)
+    merged = merge_partial(leased, stored, with_experts=True)
     assert (merged.response_length, merged.label, merged.metadata) == (2, "5", {"a": 1, "b": 2})
-    assert merge_begun(leased, None, with_experts=True).response_length == 1
+    assert merge_partial(leased, None, with_experts=True).response_length == 1
     other = dataclasses.replace(stored, tokens=stored.tokens + 1)
-    assert merge_begun(leased, other, with_experts=True).response_length == 1
+    assert merge_partial(leased, other, with_experts=True).response_length == 1
     useless = dataclasses.replace(leased, rollout_log_probs=None)
-    assert merge_begun(useless, other, with_experts=True) == without_response(useless)
+    assert merge_partial(useless, other, with_experts=True) == without_response(useless)
 
 
 def test_a_finished_stored_response_is_kept_with_its_reward() -> None:
     done = dataclasses.replace(extend(fresh(), piece_of(fresh(), [1], [0], FinishReason.STOP)), reward=1.0)
-    merged = merge_begun(fresh(), done, with_experts=True)
+    merged = merge_partial(fresh(), done, with_experts=True)
     assert (merged.status, merged.reward, merged.response_length) == (SampleStatus.COMPLETED, 1.0, 1)
 
 
-def test_a_begun_response_at_its_limit_is_truncated() -> None:
-    begun = extend(fresh(), piece_of(fresh(), [1, 2], [0, 0], FinishReason.ABORT))
-    assert cut_to_limit(begun, 2).status is SampleStatus.TRUNCATED
-    assert cut_to_limit(begun, 3).status is SampleStatus.PENDING
+def test_a_partial_response_at_its_limit_is_truncated() -> None:
+    partial = extend(fresh(), piece_of(fresh(), [1, 2], [0, 0], FinishReason.ABORT))
+    assert cut_to_limit(partial, 2).status is SampleStatus.TRUNCATED
+    assert cut_to_limit(partial, 3).status is SampleStatus.PENDING
 
 
 def test_without_a_response_nothing_of_it_is_left() -> None:

@@ -34,22 +34,22 @@ def test_only_one_operation_holds_the_engine() -> None:
         pauses.resume("b")
 
 
-def test_an_expired_pause_is_told_once_and_cannot_be_resumed() -> None:
+def test_an_expired_pause_is_reported_once_and_cannot_be_resumed() -> None:
     pauses = Pauses()
     pauses.pause("a", 10, now=0)
     assert pauses.tick(11)
     assert not pauses.tick(12)
-    with pytest.raises(PauseRefused, match="outlived its lease"):
+    with pytest.raises(PauseRefused, match="pause token of operation 'a' expired"):
         pauses.resume("a")
     pauses.loaded()
     assert pauses.resume("a") is Step.NOTHING
     assert pauses.pause("b", 1, now=20) is Step.PAUSE
 
 
-@pytest.mark.parametrize(("operation", "lease_s"), [("", 10.0), ("a", 0.0)])
-def test_a_pause_needs_a_name_and_a_lease(operation: str, lease_s: float) -> None:
+@pytest.mark.parametrize(("operation", "ttl_s"), [("", 10.0), ("a", 0.0)])
+def test_a_pause_needs_a_name_and_a_lease(operation: str, ttl_s: float) -> None:
     with pytest.raises(PauseRefused):
-        Pauses().pause(operation, lease_s, now=0)
+        Pauses().pause(operation, ttl_s, now=0)
 
 
 class AnyOrder(RuleBasedStateMachine):
@@ -59,10 +59,10 @@ class AnyOrder(RuleBasedStateMachine):
         super().__init__()
         self.pauses, self.now, self.paused, self.expired = Pauses(), 0.0, False, False
 
-    @rule(operation=st.sampled_from("abc"), lease_s=st.floats(0.1, 5))
-    def pause(self, operation: str, lease_s: float) -> None:
+    @rule(operation=st.sampled_from("abc"), ttl_s=st.floats(0.1, 5))
+    def pause(self, operation: str, ttl_s: float) -> None:
         try:
-            step = self.pauses.pause(operation, lease_s, self.now)
+            step = self.pauses.pause(operation, ttl_s, self.now)
         except PauseRefused:
             assert self.paused
             return

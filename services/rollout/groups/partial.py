@@ -1,0 +1,92 @@
+"""The samples of a running group, and their copy in Redis for the next lease of the group."""
+
+from __future__ import annotations
+
+import logging
+import time
+
+from redis.exceptions import RedisError
+
+from miles.queue import PartialStore, QueueFull
+from miles.services.rollout.groups.messages import GroupLease
+from miles.services.rollout.groups.trajectory import (
+    FINISHED,
+    cut_to_limit,
+    is_rolled_back,
+    merge_partial,
+    without_response,
+)
+from miles.types import Sample, SampleGroup
+
+log = logging.getLogger(__name__)
+
+SAVE_DEADLINE_S = 30.0
+SAVE_EVERY_S = 5.0
+"""How often finished responses are stored while others of their group run, in case this process is killed."""
+
+
+class PartialGroup:
+    """The samples of one leased group so far. Only training groups are stored: an evaluation starts over."""
+
+    def __init__(self, lease: GroupLease, job_id: str, store: PartialStore, *, record_experts: bool = False) -> None:
+        """With `record_experts`, a stored response without its routed experts starts over."""
+        self.samples = list(lease.group.samples)
+        """Replaced one by one as responses grow and rewards come."""
+        self._lease = lease
+        self._job_id = job_id
+        self._store = store
+        self._record_experts = record_experts and lease.is_training
+        self._saved_responses = 0
+        """Responses that had ended when the group was last stored."""
+        self._saved_s = time.monotonic()
+
+    @property
+    def unfinished(self) -> list[int]:
+        """Positions of the samples whose response has not ended."""
+        return [i for i, sample in enumerate(self.samples) if sample.status not in FINISHED]
+
+    async def resume(self) -> int:
+        """Continue from what is stored or leased; returns the newest version among its tokens, 0 if there are none."""
+        stored = await self._load() if self._lease.is_training else {}
+        resumed = [merge_partial(s, stored.get(s.index), with_experts=self._record_experts) for s in self.samples]
+        if self._lease.is_training:
+            newest = self._lease.newest_version
+            resumed = [without_response(sample) if is_rolled_back(sample, newest) else sample for sample in resumed]
+        self.samples[:] = [
+            cut_to_limit(sample, sampling.max_new_tokens)
+            for sample, sampling in zip(resumed, self._lease.sampling, strict=True)
+        ]
+        return max((span.version for sample in resumed for span in sample.weight_versions), default=0)
+
+    async def _load(self) -> dict[int, Sample]:
+        try:
+            partial = await self._store.load(self._lease.group_id)
+        except ValueError as error:
+            log.warning("group %d starts over: its stored responses are unreadable: %s", self._lease.group_id, error)
+            return {}
+        return {sample.index: sample for sample in partial.samples} if partial else {}
+
+    async def save(self, deadline_s: float = SAVE_DEADLINE_S) -> int:
+        """Store the responses so far of a training group; returns how many response tokens were stored."""
+        tokens = sum(sample.response_length for sample in self.samples)
+        if not self._lease.is_training or not tokens:
+            return 0
+        group_id = self._lease.group_id
+        group = SampleGroup(self._job_id, group_id, self.samples)
+        try:
+            saved = await self._store.save(group_id, group, attempt=self._lease.attempt, deadline_s=deadline_s)
+        except (QueueFull, RedisError, ValueError) as error:
+            log.warning("group %d: %d response tokens could not be stored: %s", group_id, tokens, error)
+            return 0
+        return tokens if saved else 0
+
+    async def save_ended(self) -> None:
+        """Store the group if responses have ended since it was last stored and that was a while ago."""
+        ended = len(self.samples) - len(self.unfinished)
+        if ended > self._saved_responses and time.monotonic() - self._saved_s >= SAVE_EVERY_S:
+            await self.save(deadline_s=SAVE_EVERY_S)
+            self._saved_responses, self._saved_s = ended, time.monotonic()
+
+    async def delete(self) -> None:
+        """Delete the stored copy."""
+        await self._store.delete(self._lease.group_id)

@@ -1,0 +1,60 @@
+"""The engine requests of one group."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+
+from miles.services.rollout.engines.base import GenerationRequest, RolloutEngine
+from miles.services.rollout.groups.messages import GroupLease
+from miles.services.rollout.groups.trajectory import Piece, experts_start, extend
+from miles.types import Sample, SampleStatus
+
+_serials = itertools.count()
+
+
+class GroupRequests:
+    """Runs engine requests that continue the samples of one group; one abort ends them all."""
+
+    def __init__(self, engine: RolloutEngine, lease: GroupLease, *, record_experts: bool = False) -> None:
+        """With `record_experts`, training groups record which experts were chosen."""
+        self._engine = engine
+        self._lease = lease
+        self._record_experts = record_experts and lease.is_training
+        self._running: dict[str, None] = {}  # in the order in which they began
+        self._aborted = False
+
+    async def extend(self, position: int, sample: Sample) -> Sample:
+        """Generate after the sample's tokens, in one request; returns the sample with what it generated.
+
+        The sample is PENDING when the request was aborted. After an abort no request is made: the sample comes back
+        with no new tokens.
+        """
+        if self._aborted:
+            return dataclasses.replace(sample, status=SampleStatus.PENDING)
+        request = GenerationRequest(
+            request_id=self._new_id(position),
+            input_ids=sample.tokens.tolist(),
+            sampling=self._lease.sampling[position],
+            resumed_tokens=sample.response_length,
+            return_routed_experts=self._record_experts,
+            routed_experts_start=experts_start(sample),
+            group=f"{self._lease.purpose.value}-{self._lease.group_id}",
+        )
+        piece = Piece()
+        async with contextlib.AsyncExitStack() as ended:
+            self._running[request.request_id] = None
+            ended.callback(self._running.pop, request.request_id)
+            async for delta in await ended.enter_async_context(contextlib.aclosing(self._engine.generate(request))):
+                piece.add(delta)
+        return extend(sample, piece)
+
+    async def abort(self) -> None:
+        """End every request soon, each with the tokens it has, and make no more."""
+        self._aborted = True
+        await self._engine.abort(list(self._running))
+
+    def _new_id(self, position: int) -> str:
+        lease = self._lease
+        return f"{lease.purpose.value}-{lease.group_id}-{lease.attempt}-{position}-{next(_serials)}"
