@@ -1,4 +1,5 @@
-"""The steps of one job: load, publish, generate, train, publish, over and over.
+"""The steps of one job: admit, generate, train, publish, over and over.
 
-No tensors and no disk. Start at `loop`.
+No tensors and no disk. Start at `loop`; `admission` has the rules, `dispatcher` carries them out, `recovery` is around
+the loop, and `resume` is its beginning.
 """
