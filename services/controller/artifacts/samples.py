@@ -1,7 +1,7 @@
 """Reads the samples that training steps recorded.
 
 The trainer's ranks write RUN_DIR/samples/step_00000012.rank0.jsonl, one line a group, and beside it a file with the
-values of each token; `services/trainer/step/sample_log.py` says what their lines hold.
+values of each token; `services/trainer/step/sample_log.py` documents their lines.
 """
 
 from __future__ import annotations

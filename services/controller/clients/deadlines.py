@@ -8,7 +8,7 @@ PROGRESS_SILENCE_S = 60.0
 TRAIN_SILENCE_S = 900.0
 """Longest time between two progress messages of a trainer in a step."""
 ABANDON_S = 10.0
-"""How long a trainer may take to say whether it can leave a step; it answers at once, whatever it is doing."""
+"""How long a trainer may take to answer whether it can abandon a step; it answers at once, even while it trains."""
 EXPORT_S = 600.0
 ACTIVATE_S = 120.0
 CHECKPOINT_S = 1800.0

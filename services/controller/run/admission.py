@@ -39,7 +39,7 @@ class Batch:
     dropped: tuple[int, ...]
     """Groups dropped since the last step, ascending: the step's checkpoint accounts for them too."""
     staleness: tuple[int, ...]
-    """For each group, versions between its oldest token and the weights it trains."""
+    """For each group, versions between its oldest token and the weights that are trained on it."""
 
 
 @dataclasses.dataclass(slots=True)
@@ -107,8 +107,8 @@ class Admission:
         """
         done = set(consumed_ids)
         left = {g: oldest for g, oldest in ready.items() if g >= consumed_below and g not in done}
-        gone = {g for g in dropped if g >= consumed_below and g not in done}
-        known = done | left.keys() | gone
+        dropped_ids = {g for g in dropped if g >= consumed_below and g not in done}
+        known = done | left.keys() | dropped_ids
         leased = {g: lease for g, lease in (leases or {}).items() if g >= consumed_below and g not in known}
         admission = cls(
             batch_size=batch_size,
@@ -119,7 +119,7 @@ class Admission:
             next_id=max([consumed_below, *(g + 1 for g in known | leased.keys())]),
             consumed=version * batch_size,
             first_attempt=first_attempt,
-            dropped=gone,
+            dropped=dropped_ids,
         )
         rank = admission.consumed
         for group_id in range(consumed_below, admission.next_id):

@@ -21,12 +21,12 @@ class RunAlerts:
         self._warnings.append(text)
 
     def fail(self, error: Exception) -> None:
-        """Note what makes it pointless to go on."""
+        """Note an error that has to end the job."""
         self._failure = error
         self._changed.notify()
 
     def watch(self, task: asyncio.Task[None]) -> None:
-        """Fail when a task ends by an unexpected error, instead of waiting for it for ever."""
+        """Fail when a task ends by an unexpected error, instead of waiting forever."""
         task.add_done_callback(self._on_task_end)
 
     def check(self) -> None:

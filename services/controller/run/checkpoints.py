@@ -9,7 +9,7 @@ from miles.services.controller.clients.trainer import TrainerClient
 from miles.services.controller.jobs.controls import JobControls
 from miles.services.controller.jobs.history import JobHistory
 from miles.services.controller.run.report import RunReport
-from miles.services.controller.run.rollouts import Rollouts
+from miles.services.controller.run.rollout_workers import RolloutWorkers
 from miles.services.controller.status.activity import ActivityClock
 from miles.services.controller.status.run_status import RunStatus
 from miles.services.controller.status.worker_activity import WorkerActivities
@@ -27,7 +27,7 @@ class Checkpoints:
         clock: ActivityClock,
         activities: WorkerActivities,
         report: RunReport,
-        rollouts: Rollouts,
+        rollouts: RolloutWorkers,
     ) -> None:
         self._config = config.checkpoint
         self._history = history

@@ -16,7 +16,7 @@ from miles.services.controller.run.alerts import RunAlerts
 from miles.services.controller.run.evaluation import Evaluation
 from miles.services.controller.run.failed_groups import FailedGroups
 from miles.services.controller.run.group_leases import GroupLease
-from miles.services.controller.run.rollouts import Rollouts
+from miles.services.controller.run.rollout_workers import RolloutWorkers
 from miles.services.controller.status.activity import ActivityClock
 from miles.services.controller.status.worker_activity import WorkerActivities
 from miles.services.controller.tasks import ChangeSignal, cancelled_at_end
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _LEASES_AT_ONCE = 64
-"""Leases handed out before the event loop gets to hear workers again: about 10 ms."""
+"""Leases made before the event loop can read from workers again: about 10 ms."""
 _EVAL = rollout_pb2.GROUP_PURPOSE_EVAL
 
 LeaseMaker = Callable[[int, int, int], rollout_pb2.GroupLease]
@@ -42,7 +42,7 @@ class Dispatcher:
 
     def __init__(
         self,
-        rollouts: Rollouts,
+        rollouts: RolloutWorkers,
         registry: WorkerRegistry,
         queue: GroupQueue,
         clock: ActivityClock,
@@ -80,7 +80,7 @@ class Dispatcher:
 
     @property
     def training_leases(self) -> Mapping[int, GroupLease]:
-        """Leases of training groups, as they are at any time."""
+        """Leases of training groups; the mapping changes as groups are leased and finish."""
         return {} if self._admission is None else self._admission.leases
 
     @property
@@ -125,11 +125,11 @@ class Dispatcher:
         self._admission = None
 
     def hold(self, reason: str) -> None:
-        """Lease no training groups until the reason is released; those that run go on."""
+        """Lease no training groups until the hold is released; those that run continue."""
         self._holds.add(reason)
 
-    def release(self, reason: str) -> None:
-        """Remove a reason to lease no training groups."""
+    def release_hold(self, reason: str) -> None:
+        """Release a hold; training groups are leased once there is none."""
         self._holds.discard(reason)
 
     def activate(self, version: int) -> None:

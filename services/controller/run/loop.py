@@ -4,7 +4,7 @@ Rollouts generate whenever admission allows it, beside this loop (`dispatcher`).
 code: `resume.load` asks the trainer where it stands. When a worker that the loop depends on is lost, the loop ends and
 `recovery` runs it again.
 
-With max_weight_staleness 0 each version is active before the next step begins. With more, the trainer goes on while
+With max_weight_staleness 0 each version is active before the next step begins. With more, the trainer continues while
 engines load what it published, and while a version is evaluated, which must stay active until then: only the staleness
 bound, through admission, makes it wait.
 """
@@ -124,7 +124,7 @@ class RunLoop:
         run.status.enter("paused", "the user to resume the job")
         while await run.controls.wait_while_paused():
             await run.checkpoints.save_if_asked(self._trainer)
-        run.dispatcher.release(PAUSED)
+        run.dispatcher.release_hold(PAUSED)
         await run.history.state(job_pb2.JOB_STATE_RUNNING, "resumed by the user")
 
     async def _finish_evaluation(self) -> None:
@@ -135,7 +135,7 @@ class RunLoop:
                 await run.evaluations.wait_until_done(lambda: self._check(stopping=True))
 
     def _check(self, *, stopping: bool = False) -> None:
-        """Raise whatever keeps the loop from going on; `stopping`: the job stops already, as the user asked."""
+        """Raise whatever ends the loop; `stopping`: the job is stopping already, as the user asked."""
         if self._run.controls.cancel or not stopping:
             self._run.controls.check()
         self._run.alerts.check()

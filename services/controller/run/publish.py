@@ -1,4 +1,4 @@
-"""Publishes a version: the trainer exports its weights, then engines activate them, while the trainer may go on."""
+"""Publishes a version: the trainer exports its weights, then engines activate them, while the trainer may continue."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from collections.abc import Callable
 from miles.services.controller.clients.trainer import TrainerClient
 from miles.services.controller.clients.weightsync import WeightSyncClient
 from miles.services.controller.jobs.context import JobContext
-from miles.services.controller.run.rollouts import Rollouts
+from miles.services.controller.run.rollout_workers import RolloutWorkers
 from miles.services.controller.status.activity import ActivityClock
 from miles.services.controller.status.worker_activity import WorkerActivities
 from miles.services.controller.tasks import cancel
@@ -28,7 +28,7 @@ class Publisher:
         self,
         context: JobContext,
         weightsync: WeightSyncClient,
-        rollouts: Rollouts,
+        rollouts: RolloutWorkers,
         clock: ActivityClock,
         activities: WorkerActivities,
         on_active: Callable[[int], None],
@@ -80,7 +80,7 @@ class Publisher:
         self._on_active(version)
 
     async def _activate_on_live_workers(self, version: int) -> None:
-        """Wait for every live worker; when one is lost meanwhile, have weight sync go on without it."""
+        """Wait for every live worker; when one is lost meanwhile, weight sync continues without it."""
         alive = self._alive()
         calls = {asyncio.create_task(self._call(version, alive))}
         try:

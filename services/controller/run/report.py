@@ -1,4 +1,4 @@
-"""What a run tells people: lines in the job's history, and totals in its summary."""
+"""Reports a run's progress: lines in the job's history, and totals in its summary."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ async def load(run: RunState, trainer: TrainerClient, check: Callable[[], None])
     run.evaluations.forget_after(run.step)
     if run.publisher.active != run.step:
         run.dispatcher.hold(LOADING)
-    run.dispatcher.release(PREEMPTED)
+    run.dispatcher.release_hold(PREEMPTED)
     admission = await _restore_admission(run, ready)
     run.dispatcher.admit(admission)
     run.step_began = time.monotonic()

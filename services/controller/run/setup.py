@@ -20,7 +20,7 @@ from miles.services.controller.run.lease_messages import training_lease
 from miles.services.controller.run.publication_schedule import PublicationSchedule
 from miles.services.controller.run.publish import Publisher
 from miles.services.controller.run.report import RunReport
-from miles.services.controller.run.rollouts import Rollouts
+from miles.services.controller.run.rollout_workers import RolloutWorkers
 from miles.services.controller.run.state import LOADING, PREEMPTED, RunState
 from miles.services.controller.status.activity import ActivityClock
 from miles.services.controller.status.run_status import RunStatus
@@ -70,7 +70,7 @@ class RunSetup:
             await self._choose_number_types()
         context, config, history, status = self._context, self._context.config, self._history, self.status
         clock, activities, report = self._clock, self._activities, self._report
-        rollouts = Rollouts(
+        rollouts = RolloutWorkers(
             context,
             self._registry,
             self._queue,
@@ -80,8 +80,8 @@ class RunSetup:
         )
 
         def on_active(version: int) -> None:
-            dispatcher.release(LOADING)
-            dispatcher.release(PREEMPTED)
+            dispatcher.release_hold(LOADING)
+            dispatcher.release_hold(PREEMPTED)
             dispatcher.activate(version)
 
         def make_lease(group_id: int, attempt: int, version: int) -> rollout_pb2.GroupLease:

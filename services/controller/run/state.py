@@ -1,4 +1,4 @@
-"""What a run consists of, and the step it is at: everything that outlives the loss of a worker."""
+"""The state of one run: its parts and its current step. It outlives the loss of a worker."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from miles.services.controller.run.evaluation_schedule import EvaluationSchedule
 from miles.services.controller.run.publication_schedule import PublicationSchedule
 from miles.services.controller.run.publish import Publisher
 from miles.services.controller.run.report import RunReport
-from miles.services.controller.run.rollouts import Rollouts
+from miles.services.controller.run.rollout_workers import RolloutWorkers
 from miles.services.controller.status.activity import ActivityClock
 from miles.services.controller.status.run_status import RunStatus
 from miles.services.controller.status.worker_activity import WorkerActivities
@@ -47,7 +47,7 @@ class RunState:
     report: RunReport
     workers: RequiredWorkers
     weightsync: WeightSyncClient
-    rollouts: Rollouts
+    rollouts: RolloutWorkers
     dispatcher: Dispatcher
     publisher: Publisher
     publications: PublicationSchedule

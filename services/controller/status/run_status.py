@@ -10,7 +10,7 @@ from miles.rpc.gen import controller_pb2
 from miles.services.controller.clients import deadlines
 from miles.services.controller.run.dispatcher import Dispatcher
 from miles.services.controller.run.publish import Publisher
-from miles.services.controller.run.rollouts import Rollouts
+from miles.services.controller.run.rollout_workers import RolloutWorkers
 from miles.services.controller.status.worker_activity import Activity, WorkerActivities
 from miles.services.controller.workers.registry import AttachedWorker
 
@@ -29,13 +29,13 @@ class RunStatus:
         self.step = 0
         self.saved_step: int | None = None
         """Steps that the newest complete checkpoint covers."""
-        self._rollouts: Rollouts | None = None
+        self._rollouts: RolloutWorkers | None = None
         self._dispatcher: Dispatcher | None = None
         self._publisher: Publisher | None = None
         self._phase, self._waiting_for = "starting", "the data to be read"
         self._since_unix_ns = time.time_ns()
 
-    def connect(self, rollouts: Rollouts, dispatcher: Dispatcher, publisher: Publisher) -> None:
+    def connect(self, rollouts: RolloutWorkers, dispatcher: Dispatcher, publisher: Publisher) -> None:
         """Describe these parts of the run too, from now on."""
         self._rollouts, self._dispatcher, self._publisher = rollouts, dispatcher, publisher
 

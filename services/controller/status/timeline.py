@@ -50,7 +50,7 @@ class TimelineWriter:
 
 
 def read_timeline(path: pathlib.Path, after_unix_s: float, limit: int) -> list[records_pb2.ActivitySpan]:
-    """Return the newest spans that end after a time, oldest first. Reads no more of the file than they can take up."""
+    """Return the newest spans that end after a time, oldest first, reading only the file's end."""
     limit = min(limit or DEFAULT_LIMIT, MAX_LIMIT)
     if not path.exists():
         return []

@@ -11,7 +11,7 @@ _GAP_S = 0.05
 """Stretches of scoring that are closer than this count as one."""
 
 Write = Callable[[str, float, float, str], None]
-"""(activity, beginning, end, worker): takes a stretch that is over; times are those of the monotonic clock."""
+"""(activity, beginning, end, worker): writes a finished stretch; times are those of the monotonic clock."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

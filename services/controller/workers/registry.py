@@ -58,7 +58,7 @@ class WorkerRegistry:
         self._by_name: dict[int, list[AttachedWorker]] = {}
         """What `alive` returns, until a worker of the kind attaches or is lost."""
         self._by_address: collections.defaultdict[str, dict[str, AttachedWorker]] = collections.defaultdict(dict)
-        self._gone: dict[str, AttachedWorker] = {}
+        self._lost: dict[str, AttachedWorker] = {}
         self._changed = ChangeSignal()
         self.ttl_s = ttl_s
 
@@ -77,7 +77,7 @@ class WorkerRegistry:
         self._workers[worker.worker_id] = self._by_kind[registration.kind][worker.worker_id] = worker
         self._by_address[registration.address][worker.worker_id] = worker
         self._by_name.pop(registration.kind, None)
-        self._gone.pop(registration.worker_id, None)
+        self._lost.pop(registration.worker_id, None)
         self._changed.notify()
         return worker
 
@@ -97,10 +97,12 @@ class WorkerRegistry:
         now_s = time.monotonic()
         self._listened_s += min(now_s - self._ticked_s, _LONGEST_TICK_S)
         self._ticked_s = now_s
-        gone = [worker for lease in self._leases.expire(self._listened_s) if (worker := self._remove(lease.worker_id))]
-        if gone:
+        expired = [
+            worker for lease in self._leases.expire(self._listened_s) if (worker := self._remove(lease.worker_id))
+        ]
+        if expired:
             self._changed.notify()
-        return gone
+        return expired
 
     def detach(self, worker: AttachedWorker) -> None:
         """End the lease of a worker whose attachment broke."""
@@ -125,8 +127,8 @@ class WorkerRegistry:
     def recently_lost(self) -> list[AttachedWorker]:
         """Return the workers lost within the last `_REMEMBERED_S` that have not attached again, by name."""
         oldest = time.time_ns() - int(_REMEMBERED_S * 1e9)
-        self._gone = {name: worker for name, worker in self._gone.items() if worker.last_seen_unix_ns > oldest}
-        return [self._gone[name] for name in sorted(self._gone)]
+        self._lost = {name: worker for name, worker in self._lost.items() if worker.last_seen_unix_ns > oldest}
+        return [self._lost[name] for name in sorted(self._lost)]
 
     async def wait_for_change(self, timeout_s: float) -> None:
         """Return when a worker attached or was lost, or after the timeout."""
@@ -150,7 +152,7 @@ class WorkerRegistry:
         if worker is not None:
             self._forget(worker)
             worker.lost.set()
-            self._gone[worker_id] = worker
+            self._lost[worker_id] = worker
         return worker
 
     def _forget(self, worker: AttachedWorker) -> None:

@@ -52,10 +52,10 @@ class WorkerLeases:
 
     def expire(self, now_s: float) -> list[WorkerLease]:
         """Remove and return the expired leases."""
-        gone = [lease for lease in self._leases.values() if lease.expires_s <= now_s]
-        for lease in gone:
+        expired = [lease for lease in self._leases.values() if lease.expires_s <= now_s]
+        for lease in expired:
             del self._leases[lease.worker_id]
-        return gone
+        return expired
 
     def get(self, worker_id: str) -> WorkerLease | None:
         """Return the worker's lease, expired or not."""

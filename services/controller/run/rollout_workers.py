@@ -38,8 +38,8 @@ class RolloutListener(Protocol):
         """A worker can queue nothing more: others may get its groups."""
 
 
-class Rollouts:
-    """The rollout workers of a job. A worker that attaches is connected; one that is lost is fenced."""
+class RolloutWorkers:
+    """The rollout workers of a job: connected when they attach, fenced when they are lost."""
 
     def __init__(
         self,
