@@ -1,4 +1,4 @@
-"""Tasks that end with the block that needs them, and signals between tasks."""
+"""Ends tasks with the block that needs them."""
 
 from __future__ import annotations
 
@@ -22,21 +22,3 @@ async def cancel(tasks: Collection[asyncio.Task[Any]]) -> None:
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
-
-
-class ChangeSignal:
-    """Wakes every task that waits for a change."""
-
-    def __init__(self) -> None:
-        self._event = asyncio.Event()
-
-    def notify(self) -> None:
-        """Wake whoever waits now."""
-        self._event.set()
-        self._event = asyncio.Event()
-
-    async def wait(self, timeout_s: float | None = None) -> None:
-        """Return at the next change, or after the timeout."""
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(timeout_s):
-                await self._event.wait()

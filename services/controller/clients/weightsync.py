@@ -46,7 +46,7 @@ class WeightSyncClient:
                     if message.HasField("done"):
                         return
                     logger.debug("%s: %s", what, message.engine)
-            except WorkerFailedError as error:  # engines that failed reload; the version can be activated again
+            except WorkerFailedError as error:  # the run is loaded again, and publishes the version again
                 raise WorkerLostError(str(error)) from error
         raise WorkerLostError(f"{what}: the stream ended before the version was active")
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from miles.rpc.gen import controller_pb2, rollout_pb2
+from miles.services.controller.change_signal import ChangeSignal
 from miles.services.controller.clients.weightsync import WeightSyncClient
 from miles.services.controller.jobs import number_types
 from miles.services.controller.jobs.context import JobContext
@@ -25,7 +26,6 @@ from miles.services.controller.run.state import LOADING, PREEMPTED, RunState
 from miles.services.controller.status.activity import ActivityClock
 from miles.services.controller.status.run_status import RunStatus
 from miles.services.controller.status.worker_activity import WorkerActivities
-from miles.services.controller.tasks import ChangeSignal
 from miles.services.controller.workers.registry import WorkerRegistry
 from miles.services.controller.workers.required_workers import RequiredWorkers
 
