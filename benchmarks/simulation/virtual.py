@@ -100,7 +100,7 @@ class Simulation:
             given = self._admission.lease(worker_id)
             if given is None:
                 return
-            self._balance.take(worker_id)
+            self._balance.add_group(worker_id)
             self._generate(worker_id, *given, version=self._admission.version)
 
     def _generate(self, worker_id: str, group_id: int, attempt: int, version: int) -> None:
@@ -109,7 +109,7 @@ class Simulation:
         def finish() -> None:
             self._spent_s += seconds
             self._admission.accept(group_id, attempt, version)
-            self._balance.give(worker_id)
+            self._balance.remove_group(worker_id)
             self._pump()
             self._train()
 

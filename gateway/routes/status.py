@@ -103,7 +103,7 @@ def _running(group: controller_pb2.RunningGroup) -> RunningGroup:
     )
 
 
-def _doing(worker: controller_pb2.WorkerDoing) -> WorkerDoing:
+def _doing(worker: controller_pb2.WorkerActivity) -> WorkerDoing:
     return WorkerDoing(
         worker=worker.worker_id,
         activity=worker.activity or None,

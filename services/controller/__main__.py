@@ -22,6 +22,7 @@ from miles.services.controller.jobs.runner import JobRunner
 from miles.services.controller.jobs.scheduler import JobScheduler
 from miles.services.controller.jobs.store import JobStore
 from miles.services.controller.service import ControllerServicer
+from miles.services.controller.tasks import cancelled_at_end
 from miles.services.controller.workers.registry import WorkerRegistry
 
 logger = logging.getLogger(__name__)
@@ -65,20 +66,18 @@ async def serve(arguments: argparse.Namespace) -> None:
     logger.info("controller listens on %s", address)
     tasks = [asyncio.create_task(scheduler.run()), asyncio.create_task(_expire_leases(registry))]
     try:
-        await asyncio.gather(*tasks)
+        async with cancelled_at_end(*tasks):
+            await asyncio.gather(*tasks)
     except TRANSIENT as error:
         raise ServiceExit(ExitCode.REDIS_UNREACHABLE, f"Redis was lost: {error}") from error
     finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
         await server.stop(grace=1.0)
         with contextlib.suppress(redis.exceptions.ConnectionError):
             await client.aclose()
 
 
 def write_address(path: pathlib.Path, address: str) -> None:
-    """Write an address file in one piece."""
+    """Write an address file atomically."""
     partial = path.with_suffix(".tmp")
     partial.write_text(address)
     partial.replace(path)
@@ -88,7 +87,7 @@ async def _expire_leases(registry: WorkerRegistry) -> None:
     while True:
         await asyncio.sleep(1.0)
         for worker in registry.expire():
-            logger.warning("the lease of %s is over: no heartbeat for %g s", worker.worker_id, registry.ttl_s)
+            logger.warning("the worker lease of %s has ended: no heartbeat for %g s", worker.worker_id, registry.ttl_s)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""gRPC in, plain calls out."""
+"""The controller's gRPC service for users, the gateway and workers: gRPC in, plain calls out."""
 
 from __future__ import annotations
 
@@ -9,21 +9,15 @@ from collections.abc import AsyncIterator
 import grpc
 import grpc.aio
 
-from miles.config import ConfigError, JobConfig
+from miles.config import JobConfig
 from miles.rpc import abort
 from miles.rpc.gen import controller_pb2, controller_pb2_grpc, job_pb2, weightsync_pb2
-from miles.services.controller.clients.weightsync import WeightsLink
+from miles.services.controller.clients.weightsync import WeightSyncClient
+from miles.services.controller.errors import NotPossibleNowError, ending_call
 from miles.services.controller.jobs.config_check import check_config
-from miles.services.controller.jobs.scheduler import RESUMABLE, JobScheduler, OperationReusedError
-from miles.services.controller.jobs.store import (
-    BadPageToken,
-    JobStore,
-    RunDirTakenError,
-    UnknownJobError,
-    is_event_id,
-    new_job,
-)
-from miles.services.controller.status.worker_overview import Workers
+from miles.services.controller.jobs.scheduler import RESUMABLE, JobScheduler
+from miles.services.controller.jobs.store import JobStore, check_event_id, new_job
+from miles.services.controller.status.worker_overview import WorkerOverview
 from miles.services.controller.workers.registry import AttachedWorker, WorkerRegistry
 
 
@@ -34,8 +28,7 @@ class ControllerServicer(controller_pb2_grpc.ControllerServiceServicer):
         self._store = store
         self._scheduler = scheduler
         self._registry = registry
-        self._workers = Workers(registry)
-        self._weights = WeightsLink(registry)
+        self._workers = WorkerOverview(registry)
 
     async def CheckConfig(
         self, request: controller_pb2.CheckConfigRequest, context: grpc.aio.ServicerContext
@@ -56,19 +49,14 @@ class ControllerServicer(controller_pb2_grpc.ControllerServiceServicer):
     async def SubmitJob(
         self, request: controller_pb2.SubmitJobRequest, context: grpc.aio.ServicerContext
     ) -> controller_pb2.SubmitJobResponse:
-        try:
+        async with ending_call(context):
             config = JobConfig.from_json(request.config_json).resolve()
-        except ConfigError as error:
-            await abort(context, grpc.StatusCode.INVALID_ARGUMENT, str(error))
-        flat = config.to_flat()
-        try:
+            flat = config.to_flat()
             record = new_job(flat, config.data.num_rollout or 0, request.submitted_by)
             job, created = await self._store.submit(record, request.request_id)
-        except RunDirTakenError as error:
-            await abort(context, grpc.StatusCode.ALREADY_EXISTS, str(error))
         differs = json.loads(job.config_json) != json.loads(json.dumps(flat))
         if job.state in RESUMABLE and not created and not request.only_new:
-            # Submitting an interrupted job again takes it up where its newest checkpoint left it.
+            # Submitting an interrupted job again resumes it from its newest checkpoint.
             job.state, job.error, job.ended_unix_ns = job_pb2.JOB_STATE_QUEUED, "", 0
             job.config_json = json.dumps(flat)
             await self._store.put(job)
@@ -78,16 +66,15 @@ class ControllerServicer(controller_pb2_grpc.ControllerServiceServicer):
     async def GetJob(
         self, request: controller_pb2.GetJobRequest, context: grpc.aio.ServicerContext
     ) -> controller_pb2.GetJobResponse:
-        return controller_pb2.GetJobResponse(job=await self._get(request.job_id, context))
+        async with ending_call(context):
+            return controller_pb2.GetJobResponse(job=await self._store.get(request.job_id))
 
     async def ListJobs(
         self, request: controller_pb2.ListJobsRequest, context: grpc.aio.ServicerContext
     ) -> controller_pb2.ListJobsResponse:
         size = min(request.page_size or 100, 1000)
-        try:
+        async with ending_call(context):
             jobs, token = await self._store.list(frozenset(request.states), size, request.page_token)
-        except BadPageToken as error:
-            await abort(context, grpc.StatusCode.INVALID_ARGUMENT, str(error))
         return controller_pb2.ListJobsResponse(jobs=jobs, next_page_token=token)
 
     async def ControlJob(
@@ -95,26 +82,21 @@ class ControllerServicer(controller_pb2_grpc.ControllerServiceServicer):
     ) -> controller_pb2.ControlJobResponse:
         if request.action == controller_pb2.JOB_ACTION_UNSPECIFIED:
             await abort(context, grpc.StatusCode.INVALID_ARGUMENT, "action is not set; name one of JobAction")
-        await self._get(request.job_id, context)
-        try:
+        async with ending_call(context):
+            await self._store.get(request.job_id)
             job = await self._scheduler.control(request.job_id, request.action, request.operation_id)
-        except OperationReusedError as error:
-            await abort(context, grpc.StatusCode.ALREADY_EXISTS, str(error))
-        except ValueError as error:
-            await abort(context, grpc.StatusCode.FAILED_PRECONDITION, str(error))
         return controller_pb2.ControlJobResponse(job=job)
 
     async def WatchJob(
         self, request: controller_pb2.WatchJobRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[controller_pb2.WatchJobResponse]:
-        await self._get(request.job_id, context)
-        after = request.after_event_id
-        if request.only_new or request.newest:
-            skip = 0 if request.only_new else min(request.newest, 100_000)
-            after = await self._store.newest_event_id(request.job_id, skip)
-        if after and not is_event_id(after):
-            problem = f"after_event_id {after!r} is not one this service gave"
-            await abort(context, grpc.StatusCode.INVALID_ARGUMENT, problem)
+        async with ending_call(context):
+            await self._store.get(request.job_id)
+            after = request.after_event_id
+            if request.only_new or request.newest:
+                skip = 0 if request.only_new else min(request.newest, 100_000)
+                after = await self._store.newest_event_id(request.job_id, skip)
+            check_event_id(after)
         async for event in self._store.watch(request.job_id, after):
             yield controller_pb2.WatchJobResponse(event=event)
 
@@ -135,7 +117,7 @@ class ControllerServicer(controller_pb2_grpc.ControllerServiceServicer):
                     await abort(
                         context,
                         grpc.StatusCode.ABORTED,
-                        f"lease {worker.lease_number} is over; attach again for a new one",
+                        f"worker lease {worker.lease_number} has ended; attach again for a new one",
                     )
         finally:
             if worker is not None:
@@ -150,23 +132,25 @@ class ControllerServicer(controller_pb2_grpc.ControllerServiceServicer):
     async def ListJobVersions(
         self, request: controller_pb2.ListJobVersionsRequest, context: grpc.aio.ServicerContext
     ) -> weightsync_pb2.ListVersionsResponse:
-        await self._get(request.job_id, context)
-        return await self._weights.versions(request.job_id, context)
+        async with ending_call(context):
+            await self._store.get(request.job_id)
+            return await self._weightsync().list_versions(request.job_id)
 
     async def CheckJobVersions(
         self, request: controller_pb2.CheckJobVersionsRequest, context: grpc.aio.ServicerContext
     ) -> weightsync_pb2.CheckEnginesResponse:
-        await self._get(request.job_id, context)
-        return await self._weights.check(request.job_id, context)
+        async with ending_call(context):
+            await self._store.get(request.job_id)
+            return await self._weightsync().check_engines(request.job_id)
 
     async def DescribeRun(
         self, request: controller_pb2.DescribeRunRequest, context: grpc.aio.ServicerContext
     ) -> controller_pb2.DescribeRunResponse:
-        return await self._scheduler.describe(await self._get(request.job_id, context))
+        async with ending_call(context):
+            return await self._scheduler.describe(await self._store.get(request.job_id))
 
-    async def _get(self, job_id: str, context: grpc.aio.ServicerContext) -> job_pb2.Job:
-        try:
-            return await self._store.get(job_id)
-        except UnknownJobError:
-            await abort(context, grpc.StatusCode.NOT_FOUND, f"no job {job_id!r}; list the jobs to see their ids")
-            raise
+    def _weightsync(self) -> WeightSyncClient:
+        services = self._registry.alive(controller_pb2.WORKER_KIND_WEIGHTSYNC)
+        if not services:
+            raise NotPossibleNowError("no weight-sync service is attached; start one")
+        return WeightSyncClient(services[0])

@@ -56,7 +56,7 @@ class World:
         return (self.admission.max_staleness + self.admission.version + 1) * self.admission.batch_size
 
     def end_lease(self, group_id: int, what: str) -> None:
-        """A lease ends: finish, drop, give_back (keeping what there is) or forget (nothing is kept)."""
+        """A lease ends: finish, drop, requeue (keeping what there is) or forget (nothing is kept)."""
         attempt = self.admission.leases[group_id].attempt
         oldest, _ = self.held.pop(group_id)
         if what == "finish":
@@ -66,12 +66,12 @@ class World:
             self.tombstones.add(group_id)
             assert self.admission.drop(group_id, attempt)
         else:
-            if what == "give_back":
+            if what == "requeue":
                 self.kept[group_id] = (oldest, self.admission.version)
-            assert self.admission.give_back(group_id, attempt)
+            assert self.admission.requeue(group_id, attempt)
         assert not self.admission.accept(group_id, attempt, 0)
         assert not self.admission.drop(group_id, attempt)
-        assert not self.admission.give_back(group_id, attempt)
+        assert not self.admission.requeue(group_id, attempt)
 
     def work_on_all_but(self, straggler: int, ahead: bool) -> None:
         """Lease what may be leased and finish it all, but for one group."""

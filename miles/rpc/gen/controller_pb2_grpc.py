@@ -138,8 +138,8 @@ class ControllerServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Attach(self, request_iterator, context):
-        """A worker's attachment: it registers, then heartbeats for as long as it lives. Its lease ends with the stream or
-        when heartbeats stop for longer than the lease.
+        """A worker's attachment: it registers, then sends heartbeats until it ends. Its worker lease ends with the stream, or
+        when heartbeats stop for longer than the lease lasts.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

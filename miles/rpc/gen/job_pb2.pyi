@@ -31,9 +31,9 @@ class _JobStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_JobState.Val
     JOB_STATE_STARTING: _JobState.ValueType  # 2
     """Workers are loading the model."""
     JOB_STATE_RUNNING: _JobState.ValueType  # 3
-    """The run loop is turning."""
+    """The run loop takes steps."""
     JOB_STATE_PAUSED: _JobState.ValueType  # 4
-    """Held by the user; workers stay loaded."""
+    """Paused by the user; workers stay loaded."""
     JOB_STATE_RECOVERING: _JobState.ValueType  # 5
     """A worker was lost; the job goes on once it is back."""
     JOB_STATE_SUCCEEDED: _JobState.ValueType  # 6
@@ -54,9 +54,9 @@ JOB_STATE_QUEUED: JobState.ValueType  # 1
 JOB_STATE_STARTING: JobState.ValueType  # 2
 """Workers are loading the model."""
 JOB_STATE_RUNNING: JobState.ValueType  # 3
-"""The run loop is turning."""
+"""The run loop takes steps."""
 JOB_STATE_PAUSED: JobState.ValueType  # 4
-"""Held by the user; workers stay loaded."""
+"""Paused by the user; workers stay loaded."""
 JOB_STATE_RECOVERING: JobState.ValueType  # 5
 """A worker was lost; the job goes on once it is back."""
 JOB_STATE_SUCCEEDED: JobState.ValueType  # 6
@@ -185,7 +185,7 @@ class JobEvent(_message.Message):
 
     @_builtins.property
     def metrics(self) -> Global___Metrics:
-        """Numbers of one step."""
+        """Metrics of one step."""
 
     @_builtins.property
     def log(self) -> Global___LogLine:
@@ -239,7 +239,7 @@ Global___JobStateChanged: _TypeAlias = JobStateChanged  # noqa: Y015
 
 @_typing.final
 class Metrics(_message.Message):
-    """Numbers of one training step."""
+    """Metrics of one training step."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -266,7 +266,7 @@ class Metrics(_message.Message):
     STEP_FIELD_NUMBER: _builtins.int
     VALUES_FIELD_NUMBER: _builtins.int
     step: _builtins.int
-    """Training step the numbers belong to, from 0."""
+    """Training step that the metrics belong to, from 0."""
     @_builtins.property
     def values(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
         """Value by metric name, e.g. "train/loss"."""
@@ -297,9 +297,9 @@ class LogLine(_message.Message):
     level: Global___LogLevel.ValueType
     """How much it matters."""
     source: _builtins.str
-    """Worker or service that said it."""
+    """Worker or service that wrote it."""
     text: _builtins.str
-    """What it said."""
+    """The line."""
     def __init__(
         self,
         *,

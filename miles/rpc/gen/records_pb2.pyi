@@ -92,10 +92,10 @@ class ListMetricsRequest(_message.Message):
     last_step: _builtins.int
     """Last step of the range, included; absent means the newest."""
     stride: _builtins.int
-    """One value for so many steps: the mean of those recorded in them. 0 and 1 return every step."""
+    """One value per so many steps: their mean. 0 and 1 return every step."""
     @_builtins.property
     def names(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Names, or beginnings of names that end in an asterisk; empty means all."""
+        """Names, or prefixes of names that end in an asterisk; empty means all."""
 
     def __init__(
         self,
@@ -460,7 +460,7 @@ Global___GetSampleResponse: _TypeAlias = GetSampleResponse  # noqa: Y015
 
 @_typing.final
 class TokenTable(_message.Message):
-    """What was known of each token of a response. All lists are equally long or empty (not known)."""
+    """What was recorded of each token of a response. All lists are equally long or empty (not known)."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -576,7 +576,7 @@ Global___ListActivityResponse: _TypeAlias = ListActivityResponse  # noqa: Y015
 
 @_typing.final
 class ActivitySpan(_message.Message):
-    """A stretch of time in which one activity went on."""
+    """A span of time of one activity."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -590,13 +590,13 @@ class ActivitySpan(_message.Message):
     "activate".
     """
     step: _builtins.int
-    """Training step that was current when it ended."""
+    """Training step that was the current one when it ended."""
     start_unix_s: _builtins.float
     """Its beginning, in seconds since the Unix epoch."""
     end_unix_s: _builtins.float
     """Its end, in seconds since the Unix epoch."""
     worker_id: _builtins.str
-    """The worker that was at it; empty for an activity of the run as a whole."""
+    """The worker; empty for an activity of the run as a whole."""
     def __init__(
         self,
         *,

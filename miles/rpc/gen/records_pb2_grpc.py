@@ -108,14 +108,14 @@ class RecordsServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def GetSample(self, request, context):
-        """One sample with what was known of each token of its response; NOT_FOUND when it was not recorded.
+        """One sample with what was recorded of each token of its response; NOT_FOUND when it was not recorded.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ListActivity(self, request, context):
-        """Which activity went on when.
+        """The timeline of activities.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -143,7 +143,7 @@ class RecordsServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ReadLog(self, request, context):
-        """Whole lines of a log file, with secrets blotted out.
+        """Whole lines of a log file, with secrets redacted.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

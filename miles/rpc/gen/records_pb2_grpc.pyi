@@ -40,9 +40,9 @@ class RecordsServiceStub:
     ListSamples: _grpc.UnaryUnaryMultiCallable[_records_pb2.ListSamplesRequest, _records_pb2.ListSamplesResponse]
     """Samples that training steps recorded, newest step first, page by page."""
     GetSample: _grpc.UnaryUnaryMultiCallable[_records_pb2.GetSampleRequest, _records_pb2.GetSampleResponse]
-    """One sample with what was known of each token of its response; NOT_FOUND when it was not recorded."""
+    """One sample with what was recorded of each token of its response; NOT_FOUND when it was not recorded."""
     ListActivity: _grpc.UnaryUnaryMultiCallable[_records_pb2.ListActivityRequest, _records_pb2.ListActivityResponse]
-    """Which activity went on when."""
+    """The timeline of activities."""
     ListCheckpoints: _grpc.UnaryUnaryMultiCallable[_records_pb2.ListCheckpointsRequest, _records_pb2.ListCheckpointsResponse]
     """Checkpoints on disk, newest first."""
     ReadExport: _grpc.UnaryStreamMultiCallable[_records_pb2.ReadExportRequest, _records_pb2.ReadExportResponse]
@@ -50,7 +50,7 @@ class RecordsServiceStub:
     ListLogs: _grpc.UnaryUnaryMultiCallable[_records_pb2.ListLogsRequest, _records_pb2.ListLogsResponse]
     """Log files of the processes that serve the job."""
     ReadLog: _grpc.UnaryUnaryMultiCallable[_records_pb2.ReadLogRequest, _records_pb2.ReadLogResponse]
-    """Whole lines of a log file, with secrets blotted out."""
+    """Whole lines of a log file, with secrets redacted."""
 
 @_typing.type_check_only
 class RecordsServiceAsyncStub(RecordsServiceStub):
@@ -64,9 +64,9 @@ class RecordsServiceAsyncStub(RecordsServiceStub):
     ListSamples: _aio.UnaryUnaryMultiCallable[_records_pb2.ListSamplesRequest, _records_pb2.ListSamplesResponse]  # type: ignore[assignment]
     """Samples that training steps recorded, newest step first, page by page."""
     GetSample: _aio.UnaryUnaryMultiCallable[_records_pb2.GetSampleRequest, _records_pb2.GetSampleResponse]  # type: ignore[assignment]
-    """One sample with what was known of each token of its response; NOT_FOUND when it was not recorded."""
+    """One sample with what was recorded of each token of its response; NOT_FOUND when it was not recorded."""
     ListActivity: _aio.UnaryUnaryMultiCallable[_records_pb2.ListActivityRequest, _records_pb2.ListActivityResponse]  # type: ignore[assignment]
-    """Which activity went on when."""
+    """The timeline of activities."""
     ListCheckpoints: _aio.UnaryUnaryMultiCallable[_records_pb2.ListCheckpointsRequest, _records_pb2.ListCheckpointsResponse]  # type: ignore[assignment]
     """Checkpoints on disk, newest first."""
     ReadExport: _aio.UnaryStreamMultiCallable[_records_pb2.ReadExportRequest, _records_pb2.ReadExportResponse]  # type: ignore[assignment]
@@ -74,7 +74,7 @@ class RecordsServiceAsyncStub(RecordsServiceStub):
     ListLogs: _aio.UnaryUnaryMultiCallable[_records_pb2.ListLogsRequest, _records_pb2.ListLogsResponse]  # type: ignore[assignment]
     """Log files of the processes that serve the job."""
     ReadLog: _aio.UnaryUnaryMultiCallable[_records_pb2.ReadLogRequest, _records_pb2.ReadLogResponse]  # type: ignore[assignment]
-    """Whole lines of a log file, with secrets blotted out."""
+    """Whole lines of a log file, with secrets redacted."""
 
 class RecordsServiceServicer(metaclass=_abc_1.ABCMeta):
     """Reads only. Every method answers NOT_FOUND for a job that is not known."""
@@ -109,7 +109,7 @@ class RecordsServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _records_pb2.GetSampleRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_records_pb2.GetSampleResponse, _abc.Awaitable[_records_pb2.GetSampleResponse]]:
-        """One sample with what was known of each token of its response; NOT_FOUND when it was not recorded."""
+        """One sample with what was recorded of each token of its response; NOT_FOUND when it was not recorded."""
 
     @_abc_1.abstractmethod
     def ListActivity(
@@ -117,7 +117,7 @@ class RecordsServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _records_pb2.ListActivityRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_records_pb2.ListActivityResponse, _abc.Awaitable[_records_pb2.ListActivityResponse]]:
-        """Which activity went on when."""
+        """The timeline of activities."""
 
     @_abc_1.abstractmethod
     def ListCheckpoints(
@@ -149,6 +149,6 @@ class RecordsServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _records_pb2.ReadLogRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_records_pb2.ReadLogResponse, _abc.Awaitable[_records_pb2.ReadLogResponse]]:
-        """Whole lines of a log file, with secrets blotted out."""
+        """Whole lines of a log file, with secrets redacted."""
 
 def add_RecordsServiceServicer_to_server(servicer: RecordsServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -1,4 +1,4 @@
 """Reads what runs left on disk: metrics, samples, logs, checkpoints, tokens.
 
-Nothing here writes, and nothing here runs in the event loop. Start at `service`.
+Nothing here writes but `log_spans`, and no file is read in the event loop. Start at `service`.
 """

@@ -1,4 +1,4 @@
-"""Checkpoints of a job as they lie on disk."""
+"""Finds and reads the checkpoints of a job on disk."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from miles.rpc.gen import records_pb2
+from miles.services.controller.errors import NotFoundError
 
 CHUNK_BYTES = 1 << 20
 _STATE_FOLDER = re.compile(r"step_(\d{8,})")
@@ -20,13 +21,16 @@ _STEP = "{rollout_id}"
 
 
 def step_of(folder: str) -> int | None:
-    """Training steps that a checkpoint covers, by the name of its folder; None when it is not a checkpoint's."""
+    """Return the training steps that a checkpoint covers, by its folder's name; None for another folder."""
     match = _STATE_FOLDER.fullmatch(pathlib.Path(folder).name)
     return None if match is None else int(match[1])
 
 
-class UnknownFileError(KeyError):
+class UnknownFileError(NotFoundError):
     """The checkpoint has no such file."""
+
+    def __init__(self, step: int, name: str) -> None:
+        super().__init__(f"step {step} of this job has no file {name!r}; list its checkpoints")
 
 
 class CheckpointFiles:
@@ -39,7 +43,7 @@ class CheckpointFiles:
         self._export_template = settings.get("save_hf") or str(run_dir / "hf" / _STEP)
 
     def find(self) -> list[records_pb2.Checkpoint]:
-        """Every checkpoint, newest first."""
+        """Return every checkpoint, newest first."""
         found: dict[int, records_pb2.Checkpoint] = {}
         for step, folder in self._state_folders():
             checkpoint = found.setdefault(step, records_pb2.Checkpoint(step=step))
@@ -53,10 +57,10 @@ class CheckpointFiles:
         return [found[step] for step in sorted(found, reverse=True)]
 
     def open_export(self, step: int, name: str, offset: int) -> Iterator[bytes]:
-        """Pieces of one exported file from an offset on. Raises UnknownFileError before the first piece."""
+        """Yield one exported file from an offset on, in pieces. Raises UnknownFileError before the first piece."""
         folder = dict(self._export_folders()).get(step)
         if folder is None or name not in {file.name for file in _files(folder)}:
-            raise UnknownFileError(name)
+            raise UnknownFileError(step, name)
         return _pieces(folder / name, offset)
 
     def _state_folders(self) -> Iterator[tuple[int, pathlib.Path]]:
@@ -70,7 +74,7 @@ class CheckpointFiles:
     def _export_folders(self) -> Iterator[tuple[int, pathlib.Path]]:
         parts = self._export_template.split(_STEP)
         if len(parts) == 1:
-            return  # every export replaces the one before; which step it is of is not written anywhere
+            return  # every export replaces the one before; its step is not written anywhere
         pattern = "*".join(glob.escape(part) for part in parts)
         first, *others = (re.escape(part) for part in parts)
         named = re.compile(rf"{first}(?P<step>\d+){'(?P=step)'.join(others)}")

@@ -1,4 +1,4 @@
-"""Which part of each service's log belongs to a job: services outlive jobs, and their logs have the lines of all.
+"""Notes which part of each service's log belongs to a job: services outlive jobs, and their logs have lines of all.
 
 A job's run folder notes in log_spans.json how long each log was whenever the job began to run and ended; one that was
 stopped and resumed has several stretches.
@@ -24,19 +24,19 @@ class LogSpans:
         self._own = log_dir.resolve().is_relative_to(run_dir.resolve())
 
     def begin(self) -> None:
-        """The job begins to run. One that a restart of the controller interrupted goes on with its last stretch."""
+        """Begin a stretch when the job begins to run; after a restart of the controller, continue the last one."""
         stretches = self._read()
         if not stretches or stretches[-1]["end"] is not None:
             self._write([*stretches, {"begin": self._sizes(), "end": None}])
 
     def end(self) -> None:
-        """The job has ended."""
+        """End the last stretch when the job ends."""
         if stretches := self._read():
             stretches[-1]["end"] = self._sizes()
             self._write(stretches)
 
     def of(self, name: str, size: int) -> list[Span]:
-        """The job's stretches of a log that is `size` bytes long; all of it when the logs are the job's own."""
+        """Return the job's stretches of a log that is `size` bytes long; all of it when the logs are the job's own."""
         if self._own:
             return [(0, size)]
         spans = []
@@ -51,10 +51,9 @@ class LogSpans:
         return {path.stem: path.stat().st_size for path in self._log_dir.glob("*.log")}
 
     def _read(self) -> list[dict[str, dict[str, int] | None]]:
-        try:
-            stretches: list[dict[str, dict[str, int] | None]] = json.loads(self._path.read_text())
-        except FileNotFoundError:
+        if not self._path.exists():
             return []
+        stretches: list[dict[str, dict[str, int] | None]] = json.loads(self._path.read_text())
         return stretches
 
     def _write(self, stretches: list[dict[str, dict[str, int] | None]]) -> None:

@@ -1,4 +1,4 @@
-"""The logs of the processes that served a job, cut to the job, in pieces of whole lines and without secrets."""
+"""Reads the logs of the processes that served a job: only the job's part, in whole lines, without secrets."""
 
 from __future__ import annotations
 
@@ -8,18 +8,22 @@ from typing import BinaryIO
 
 from miles.rpc.gen import records_pb2
 from miles.services.controller.artifacts.log_spans import LogSpans, Span
+from miles.services.controller.errors import NotFoundError
 from miles.telemetry.redaction import redact
 
 DEFAULT_BYTES = 64 << 10
 MAX_BYTES = 1 << 20
 
 
-class UnknownLogError(KeyError):
+class UnknownLogError(NotFoundError):
     """No log file has this name."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"no log {name!r}; list the logs to see their names")
 
 
 def list_logs(folder: pathlib.Path, spans: LogSpans) -> list[records_pb2.LogFile]:
-    """Every log in a folder that has something of the job, by name."""
+    """List every log in a folder that has lines of the job, by name."""
     files = []
     for path in sorted(_logs(folder)):
         state = path.stat()
@@ -32,10 +36,10 @@ def list_logs(folder: pathlib.Path, spans: LogSpans) -> list[records_pb2.LogFile
 def read_log(
     folder: pathlib.Path, spans: LogSpans, name: str, offset: int | None, limit: int
 ) -> records_pb2.ReadLogResponse:
-    """Lines of one log from `offset` on, or up to its end without one. Raises UnknownLogError.
+    """Read lines of one log from `offset` on, or its last ones without an offset. Raises UnknownLogError.
 
-    Offsets count the job's part alone. A secret is only recognised when the line it is in is read whole, so pieces end
-    at line ends; a last line without an end is left for the next piece, unless it alone fills the limit.
+    Offsets count the job's part alone. A secret is only recognised in a whole line, so pieces end at line ends; an
+    unfinished last line is left for the next piece, unless it alone fills the limit.
     """
     if name not in {path.stem for path in _logs(folder)}:
         raise UnknownLogError(name)
@@ -64,7 +68,7 @@ def _logs(folder: pathlib.Path) -> Iterator[pathlib.Path]:
 
 
 def _read(file: BinaryIO, stretches: Sequence[Span], offset: int, limit: int) -> bytes:
-    """Bytes of the stretches as if they were one file."""
+    """Read bytes of the stretches as if they were one file."""
     pieces: list[bytes] = []
     for begin, end in stretches:
         if offset < end - begin and limit > 0:

@@ -1,4 +1,4 @@
-"""Reads a run's metrics.jsonl as series, and again only what was appended since."""
+"""Reads a run's metrics.jsonl as series; later reads take only what was appended since."""
 
 from __future__ import annotations
 
@@ -34,13 +34,11 @@ class MetricLog:
         self._series: dict[str, dict[int, Point]] = collections.defaultdict(dict)
 
     def refresh(self) -> None:
-        """Take in what was written since the last call; all of it when the file was replaced."""
-        try:
-            file = self._path.open("rb")
-        except FileNotFoundError:
+        """Read what was written since the last call; all of it when the file was replaced."""
+        if not self._path.exists():
             self._forget()
             return
-        with file:
+        with self._path.open("rb") as file:
             state = os.fstat(file.fileno())
             if (state.st_dev, state.st_ino) != self._file or state.st_size < self._offset:
                 self._forget()
@@ -50,15 +48,15 @@ class MetricLog:
                 if not line.endswith(b"\n"):
                     break
                 self._offset += len(line)
-                self._take(json.loads(line))
+                self._add(json.loads(line))
 
     @property
     def names(self) -> list[str]:
-        """Every name so far, in order."""
+        """Every metric name so far, in order."""
         return sorted(self._series)
 
     def newest(self) -> dict[str, float]:
-        """The last finite value of every metric."""
+        """Return the last finite value of every metric."""
         newest = {}
         for name, points in self._series.items():
             finite = [point.value for point in points.values() if math.isfinite(point.value)]
@@ -67,7 +65,7 @@ class MetricLog:
         return newest
 
     def select(self, request: records_pb2.ListMetricsRequest) -> records_pb2.ListMetricsResponse:
-        """The series that a request asks for."""
+        """Return the series that a request asks for."""
         last = request.last_step if request.HasField("last_step") else None
         stride = max(1, request.stride)
         response = records_pb2.ListMetricsResponse(names=self.names)
@@ -80,7 +78,7 @@ class MetricLog:
                 response.series.append(_series(name, [(s, points[s]) for s in steps], request.first_step, stride))
         return response
 
-    def _take(self, line: dict[str, float | None]) -> None:
+    def _add(self, line: dict[str, float | None]) -> None:
         step, unix_s = int(line.pop("step") or 0), float(line.pop("unix_s", None) or 0.0)
         self._newest_step = step if self._newest_step is None else max(step, self._newest_step)
         for name, value in line.items():
@@ -94,10 +92,10 @@ class MetricLog:
 
 
 def matching(names: Iterable[str], wanted: Sequence[str]) -> list[str]:
-    """Names that are wanted: named whole or by a beginning with an asterisk; all when nothing is wanted."""
+    """Return the names wanted exactly or by a prefix with an asterisk; all when nothing is wanted."""
     exact = {name for name in wanted if not name.endswith("*")}
-    beginnings = tuple(name[:-1] for name in wanted if name.endswith("*"))
-    return [name for name in names if not wanted or name in exact or (beginnings and name.startswith(beginnings))]
+    prefixes = tuple(name[:-1] for name in wanted if name.endswith("*"))
+    return [name for name in names if not wanted or name in exact or (prefixes and name.startswith(prefixes))]
 
 
 def _series(name: str, points: Sequence[tuple[int, Point]], first: int, stride: int) -> records_pb2.MetricSeries:

@@ -1,7 +1,7 @@
 """Reads the samples that training steps recorded.
 
 The trainer's ranks write RUN_DIR/samples/step_00000012.rank0.jsonl, one line a group, and beside it a file with the
-numbers of each token; `services/trainer/step/sample_log.py` says what their lines hold.
+values of each token; `services/trainer/step/sample_log.py` documents their lines.
 """
 
 from __future__ import annotations
@@ -14,34 +14,35 @@ from collections.abc import Iterator
 from typing import Any
 
 from miles.rpc.gen import records_pb2, sample_pb2
+from miles.services.controller.errors import BadPageToken, NotFoundError
 
 FOLDER = "samples"
 MAX_STEPS_A_PAGE = 20
 """Steps read for one page: a filter that nothing passes must not read everything at once."""
 _NAME = re.compile(r"step_(\d{8,})\.rank\d+\.jsonl")
 
-Place = tuple[int, int, int]
+SampleKey = tuple[int, int, int]
 """Step, group id, index."""
 
 
-class UnknownSampleError(KeyError):
-    """No sample was recorded there."""
+class UnknownSampleError(NotFoundError):
+    """The sample was not recorded."""
 
-
-class BadPageToken(ValueError):
-    """A page token that no page ended with."""
+    def __init__(self, key: SampleKey) -> None:
+        step, group_id, index = key
+        super().__init__(f"sample {index} of group {group_id} of step {step} was not recorded")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class SampleFilter:
-    """Which samples are wanted."""
+    """Which samples to return."""
 
     step: int | None = None
     min_reward: float | None = None
     max_reward: float | None = None
 
     def passes(self, sample: records_pb2.SampleRecord) -> bool:
-        """Whether a sample is; one without reward only when no reward is asked for."""
+        """Return whether a sample passes; one without a reward passes only when no reward is asked for."""
         low, high = self.min_reward, self.max_reward
         if low is None and high is None:
             return True
@@ -53,7 +54,7 @@ class SampleFilter:
 def list_samples(
     run_dir: pathlib.Path, wanted: SampleFilter, page_size: int, page_token: str
 ) -> tuple[list[records_pb2.SampleRecord], str]:
-    """A page of samples, newest step first, and the token of the next page (empty: none). Raises BadPageToken."""
+    """Return a page of samples, newest step first, and the next page's token (empty: none). Raises BadPageToken."""
     after = _parse_token(page_token) if page_token else None
     files = _files_by_step(run_dir / FOLDER)
     steps = sorted((s for s in files if wanted.step in (None, s) and (after is None or s <= after[0])), reverse=True)
@@ -72,15 +73,15 @@ def list_samples(
     return page, ""
 
 
-def find_sample(run_dir: pathlib.Path, place: Place) -> tuple[records_pb2.SampleRecord, dict[str, Any] | None]:
-    """A sample, and what was known of its tokens (see `sample_log`; None: nothing). Raises UnknownSampleError."""
-    step, group_id, index = place
+def find_sample(run_dir: pathlib.Path, key: SampleKey) -> tuple[records_pb2.SampleRecord, dict[str, Any] | None]:
+    """Return a sample, and what is known of its tokens (see `sample_log`) or None. Raises UnknownSampleError."""
+    step, group_id, index = key
     paths = _files_by_step(run_dir / FOLDER).get(step, [])
     for path in paths:
         for sample in _read_file(path):
             if (sample.group_id, sample.index) == (group_id, index):
                 return sample, _find_tokens(path.with_suffix(".tokens.jsonl"), group_id, index)
-    raise UnknownSampleError(place)
+    raise UnknownSampleError(key)
 
 
 def _find_tokens(path: pathlib.Path, group_id: int, index: int) -> dict[str, Any] | None:
@@ -92,10 +93,10 @@ def _find_tokens(path: pathlib.Path, group_id: int, index: int) -> dict[str, Any
     return found
 
 
-def _parse_token(token: str) -> Place:
+def _parse_token(token: str) -> SampleKey:
     if match := re.fullmatch(r"(\d{1,18})\.(\d{0,18})\.(-?\d{1,9})", token):
         return int(match[1]), int(match[2] or -1), int(match[3])
-    raise BadPageToken(f"page_token {token!r} is not one this service gave")
+    raise BadPageToken(token)
 
 
 def _files_by_step(folder: pathlib.Path) -> dict[int, list[pathlib.Path]]:
@@ -115,7 +116,7 @@ def _read_step(paths: list[pathlib.Path]) -> list[records_pb2.SampleRecord]:
 def _read_file(path: pathlib.Path) -> Iterator[records_pb2.SampleRecord]:
     try:
         text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:  # dropped by a run that resumed from an earlier step
+    except FileNotFoundError:  # removed by a run that resumed from an earlier step
         return
     for line in text.splitlines():
         group = json.loads(line)

@@ -1,4 +1,4 @@
-"""What jobs leave behind, over gRPC: reads only, in threads, so that the run loop never waits for a disk."""
+"""The gRPC service for what jobs leave behind: reads only, in threads, so that the run loop never waits for a disk."""
 
 from __future__ import annotations
 
@@ -9,19 +9,18 @@ import pathlib
 from collections.abc import AsyncIterator, Iterator
 from typing import Any, TypeAlias
 
-import grpc
 import grpc.aio
 
-from miles.rpc import abort
-from miles.rpc.gen import job_pb2, records_pb2, records_pb2_grpc
+from miles.rpc.gen import records_pb2, records_pb2_grpc
 from miles.services.controller.artifacts import logs as log_files
 from miles.services.controller.artifacts import samples as sample_files
-from miles.services.controller.artifacts.checkpoints import CheckpointFiles, UnknownFileError
+from miles.services.controller.artifacts.checkpoints import CheckpointFiles
 from miles.services.controller.artifacts.log_spans import LogSpans
 from miles.services.controller.artifacts.metrics import MetricLog
 from miles.services.controller.artifacts.token_tables import TokenTables
+from miles.services.controller.errors import ending_call
 from miles.services.controller.jobs.history import METRICS_NAME
-from miles.services.controller.jobs.store import JobStore, UnknownJobError, is_event_id
+from miles.services.controller.jobs.store import JobStore, check_event_id
 from miles.services.controller.status import timeline
 
 SERVICE_NAME = records_pb2.DESCRIPTOR.services_by_name["RecordsService"].full_name
@@ -47,10 +46,9 @@ class RecordsServicer(records_pb2_grpc.RecordsServiceServicer):
     async def ListEvents(
         self, request: records_pb2.ListEventsRequest, context: Context
     ) -> records_pb2.ListEventsResponse:
-        await self._job(request.job_id, context)
-        if request.after_event_id and not is_event_id(request.after_event_id):
-            problem = f"after_event_id {request.after_event_id!r} is not one this service gave"
-            await abort(context, grpc.StatusCode.INVALID_ARGUMENT, problem)
+        async with ending_call(context):
+            await self._store.get(request.job_id)
+            check_event_id(request.after_event_id)
         size = min(request.page_size or 500, _MAX_PAGE)
         return records_pb2.ListEventsResponse(
             events=await self._store.events(request.job_id, request.after_event_id, size)
@@ -80,22 +78,17 @@ class RecordsServicer(records_pb2_grpc.RecordsServiceServicer):
             max_reward=request.max_reward if request.HasField("max_reward") else None,
         )
         size = min(request.page_size or 50, _MAX_PAGE)
-        try:
+        async with ending_call(context):
             samples, token = await asyncio.to_thread(
                 sample_files.list_samples, run_dir, wanted, size, request.page_token
             )
-        except sample_files.BadPageToken as error:
-            await abort(context, grpc.StatusCode.INVALID_ARGUMENT, str(error))
         return records_pb2.ListSamplesResponse(samples=samples, next_page_token=token)
 
     async def GetSample(self, request: records_pb2.GetSampleRequest, context: Context) -> records_pb2.GetSampleResponse:
         settings = await self._settings(request.job_id, context)
         place = (request.step, request.group_id, request.index)
-        try:
+        async with ending_call(context):
             sample, tokens = await asyncio.to_thread(sample_files.find_sample, pathlib.Path(settings["run_dir"]), place)
-        except sample_files.UnknownSampleError:
-            problem = f"sample {request.index} of group {request.group_id} of step {request.step} was not recorded"
-            await abort(context, grpc.StatusCode.NOT_FOUND, problem)
         table = None if tokens is None else await asyncio.to_thread(self._token_tables.make, settings, tokens)
         return records_pb2.GetSampleResponse(sample=sample, tokens=table)
 
@@ -116,11 +109,8 @@ class RecordsServicer(records_pb2_grpc.RecordsServiceServicer):
         self, request: records_pb2.ReadExportRequest, context: Context
     ) -> AsyncIterator[records_pb2.ReadExportResponse]:
         files = CheckpointFiles(await self._settings(request.job_id, context))
-        try:
+        async with ending_call(context):
             pieces = await asyncio.to_thread(files.open_export, request.step, request.name, request.offset_bytes)
-        except UnknownFileError:
-            problem = f"step {request.step} of job {request.job_id} has no file {request.name!r}; list its checkpoints"
-            await abort(context, grpc.StatusCode.NOT_FOUND, problem)
         while piece := await asyncio.to_thread(_next, pieces):
             yield records_pb2.ReadExportResponse(data=piece)
 
@@ -131,21 +121,12 @@ class RecordsServicer(records_pb2_grpc.RecordsServiceServicer):
     async def ReadLog(self, request: records_pb2.ReadLogRequest, context: Context) -> records_pb2.ReadLogResponse:
         folder, spans = await self._logs(request.job_id, context)
         offset = request.offset_bytes if request.HasField("offset_bytes") else None
-        try:
+        async with ending_call(context):
             return await asyncio.to_thread(log_files.read_log, folder, spans, request.name, offset, request.limit_bytes)
-        except log_files.UnknownLogError:
-            await abort(
-                context, grpc.StatusCode.NOT_FOUND, f"no log {request.name!r}; list the logs to see their names"
-            )
-
-    async def _job(self, job_id: str, context: Context) -> job_pb2.Job:
-        try:
-            return await self._store.get(job_id)
-        except UnknownJobError:
-            await abort(context, grpc.StatusCode.NOT_FOUND, f"no job {job_id!r}; list the jobs to see their ids")
 
     async def _settings(self, job_id: str, context: Context) -> dict[str, Any]:
-        settings: dict[str, Any] = json.loads((await self._job(job_id, context)).config_json)
+        async with ending_call(context):
+            settings: dict[str, Any] = json.loads((await self._store.get(job_id)).config_json)
         return settings
 
     async def _run_dir(self, job_id: str, context: Context) -> pathlib.Path:

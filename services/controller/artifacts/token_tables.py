@@ -1,4 +1,4 @@
-"""What was known of each token of a sample, with the tokens' texts."""
+"""Makes the table of a sample's tokens: their texts, and what the trainer recorded of each."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ _TOKENIZERS = 2
 
 
 class TokenTables:
-    """Makes tables from what the trainer recorded. May be used by several threads."""
+    """Makes token tables. Safe for several threads."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._decoder = functools.lru_cache(_TOKENIZERS)(_load_decoder)
 
     def make(self, settings: Mapping[str, Any], tokens: Mapping[str, Any]) -> records_pb2.TokenTable:
-        """The table of one sample; `settings` are those of its job, `tokens` a line of the sample log."""
+        """Make the table of one sample; `settings` are those of its job, `tokens` a line of the sample log."""
         with self._lock:
             decode = self._decoder(settings["hf_checkpoint"])
         first = tokens["skipped_at"] or len(tokens["ids"])
@@ -36,9 +36,9 @@ class TokenTables:
         return records_pb2.TokenTable(
             texts=texts,
             ids=tokens["ids"],
-            train_log_probs=_numbers(tokens["train"]),
-            rollout_log_probs=_numbers(tokens["rollout"]),
-            advantages=_numbers(tokens["advantages"]),
+            train_log_probs=_values(tokens["train"]),
+            rollout_log_probs=_values(tokens["rollout"]),
+            advantages=_values(tokens["advantages"]),
             mask=tokens["mask"],
             skipped=tokens["skipped"],
             skipped_at=tokens["skipped_at"],
@@ -48,11 +48,11 @@ class TokenTables:
 def _load_decoder(hf_checkpoint: str) -> Decode:
     try:
         tokenizer = load_tokenizer(hf_checkpoint)
-    except DataError as error:  # the model's folder is gone: numbers without texts are better than nothing
+    except DataError as error:  # the model's folder is gone: values without texts are better than nothing
         logger.warning("texts of tokens are not known: %s", error)
         return lambda ids: ""
     return lambda ids: str(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
 
 
-def _numbers(values: Sequence[float | None]) -> list[float]:
+def _values(values: Sequence[float | None]) -> list[float]:
     return [math.nan if value is None else value for value in values]

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 _INCOMPLETE = "\ufffd"
-"""What a decoder puts for bytes that are no character yet."""
+"""What a decoder returns for bytes that are not a whole character yet."""
 _MAX_PIECES = 4
-"""A character has at most so many bytes, each of which may be a token."""
+"""Most bytes of a character, each of which may be a token."""
 
 Decode = Callable[[Sequence[int]], str]
 
 
 def token_texts(ids: Sequence[int], decode: Decode) -> list[str]:
-    """A text for each token; put together they are the response.
+    """Return a text for each token; joined they are the response.
 
     A token is decoded with the one before, for decoders that drop a space at the beginning. One whose bytes do not end
     a character has no text of its own: the token that ends the character has all of it.

@@ -1,4 +1,4 @@
 """One client for each service that the controller calls, with its errors and deadlines.
 
-Nothing is decided here. Start at `calls`.
+No client decides anything or answers a user. Start at `calls`.
 """

@@ -1,4 +1,4 @@
-"""Calls to workers: deadlines, and the difference between a lost worker and a failed one."""
+"""Calls to workers: their deadlines, and the difference between a lost worker and a failed one."""
 
 from __future__ import annotations
 
@@ -22,42 +22,32 @@ _LOST = frozenset(
 
 
 class WorkerLostError(ConnectionError):
-    """A worker does not answer any more; once it is back, the work can be done again."""
+    """A worker no longer answers; once it is back, the work can be repeated."""
 
 
 class WorkerFailedError(RuntimeError):
     """A worker refused or failed; trying again cannot help."""
 
 
-def translate(error: grpc.aio.AioRpcError, what: str) -> Exception:
-    """The error to raise for a failed call that was to do `what`."""
-    if error.code() in _LOST:
-        return WorkerLostError(f"{what}: {error.code().name}: {error.details()}")
-    return WorkerFailedError(f"{what}: {error.details()}")
-
-
 async def call(awaitable: Awaitable[T], what: str, deadline_s: float) -> T:
-    """Await a unary call; a deadline, a lost connection and a failure each become the error that says so."""
-    try:
-        async with asyncio.timeout(deadline_s):
-            return await awaitable
-    except TimeoutError:
-        raise WorkerLostError(f"{what}: no answer within {deadline_s:g} s") from None
-    except grpc.aio.AioRpcError as error:
-        raise translate(error, what) from error
+    """Await a unary call. Raises WorkerLostError after a deadline or a lost connection, else WorkerFailedError."""
+    return await _within(deadline_s, awaitable, what, "no answer within")
 
 
 async def stream(messages: AsyncIterable[T], what: str, silence_s: float) -> AsyncIterator[T]:
-    """Iterate a response stream; `silence_s` without a message counts as a lost worker."""
-    iterator = messages.__aiter__()
-    while True:
-        try:
-            async with asyncio.timeout(silence_s):
-                message = await iterator.__anext__()
-        except StopAsyncIteration:
-            return
-        except TimeoutError:
-            raise WorkerLostError(f"{what}: no word for {silence_s:g} s") from None
-        except grpc.aio.AioRpcError as error:
-            raise translate(error, what) from error
+    """Iterate a response stream; after `silence_s` without a message the worker counts as lost."""
+    iterator = aiter(messages)
+    while (message := await _within(silence_s, anext(iterator, None), what, "no message for")) is not None:
         yield message
+
+
+async def _within(limit_s: float, awaitable: Awaitable[T], what: str, silence: str) -> T:
+    try:
+        async with asyncio.timeout(limit_s):
+            return await awaitable
+    except TimeoutError:
+        raise WorkerLostError(f"{what}: {silence} {limit_s:g} s") from None
+    except grpc.aio.AioRpcError as error:
+        if error.code() in _LOST:
+            raise WorkerLostError(f"{what}: {error.code().name}: {error.details()}") from error
+        raise WorkerFailedError(f"{what}: {error.details()}") from error

@@ -1,4 +1,4 @@
-"""The controller's side of one rollout worker."""
+"""The controller's client of a rollout worker."""
 
 from __future__ import annotations
 
@@ -15,12 +15,9 @@ from miles.services.controller.workers.registry import AttachedWorker
 
 logger = logging.getLogger(__name__)
 
-_PROGRESS_SILENCE_S = 60.0
-"""A worker reports about once a second; this much silence on a live stream means that it hangs."""
 
-
-class RolloutLink:
-    """One rollout worker at work on a job: leases out, results in."""
+class RolloutClient:
+    """One rollout worker's part in a job: group leases out, results in."""
 
     def __init__(
         self,
@@ -31,9 +28,9 @@ class RolloutLink:
     ) -> None:
         self.worker = worker
         self.capacity = 0
-        """Groups the worker can usefully hold; 0 while it has no weights or is out of routing."""
+        """Groups the worker can usefully run at once; 0 while it has no weights or is out of routing."""
         self.connected = False
-        """Whether the job is loaded on it and its work stream is up."""
+        """Whether the worker has loaded the job and its work stream is open."""
         self.progress = rollout_pb2.RunProgress()
         self._context = context
         self._weightsync_address = weightsync_address
@@ -44,15 +41,15 @@ class RolloutLink:
     def worker_id(self) -> str:
         return self.worker.worker_id
 
-    async def serve(self, on_response: Callable[[RolloutLink, rollout_pb2.RunResponse], None]) -> None:
-        """Start the job on the worker and pass on what it says, until the stream ends or breaks."""
+    async def run_job(self, on_response: Callable[[RolloutClient, rollout_pb2.RunResponse], None]) -> None:
+        """Start the job on the worker and pass on its responses, until the stream ends or breaks."""
         with connected(self.worker.registration.address) as channel:
             stub = rollout_pb2_grpc.RolloutServiceStub(channel)
             what = f"rollout {self.worker_id}"
             await self._start_job(stub, what)
             run = stub.Run(self._requests())
             try:
-                async for response in stream(run, what, _PROGRESS_SILENCE_S):
+                async for response in stream(run, what, deadlines.PROGRESS_SILENCE_S):
                     if response.lease_number != self.worker.lease_number:
                         continue
                     if response.HasField("ready"):
@@ -83,23 +80,23 @@ class RolloutLink:
             logger.info("%s: %s", what, message.stage)
 
     def lease(self, lease: rollout_pb2.GroupLease) -> None:
-        """Hand a group to the worker."""
+        """Lease a group to the worker."""
         self._orders.put_nowait(rollout_pb2.RunRequest(lease=lease))
 
-    def cancel(self, group_id: int, attempt: int, purpose: rollout_pb2.GroupPurpose.ValueType) -> None:
-        """Have the worker give a group up; it says so, and what it kept."""
+    def preempt(self, group_id: int, attempt: int, purpose: rollout_pb2.GroupPurpose.ValueType) -> None:
+        """Preempt a group on the worker, which stores its unfinished responses and returns the group."""
         preempt = rollout_pb2.GroupPreempt(group_id=group_id, attempt=attempt, purpose=purpose)
         self._orders.put_nowait(rollout_pb2.RunRequest(preempt=preempt))
 
     async def release_memory(self) -> None:
-        """Have the worker's engine free its memory until it gets new weights."""
+        """Free the memory of the worker's engine until it gets new weights."""
         with connected(self.worker.registration.address) as channel:
             stub = rollout_pb2_grpc.RolloutServiceStub(channel)
             request = rollout_pb2.ReleaseMemoryRequest(job_id=self._context.job_id)
             await call(stub.ReleaseMemory(request), f"rollout {self.worker_id} memory", deadlines.RELEASE_MEMORY_S)
 
     async def stop_job(self) -> None:
-        """Have everything of the job dropped on the worker."""
+        """Release everything that the worker holds of the job."""
         with connected(self.worker.registration.address) as channel:
             stub = rollout_pb2_grpc.RolloutServiceStub(channel)
             request = rollout_pb2.RolloutStopJobRequest(job_id=self._context.job_id)

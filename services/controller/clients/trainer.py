@@ -1,18 +1,18 @@
-"""The controller's side of the trainer and of weight sync."""
+"""The controller's client of the trainer."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import uuid
 from collections.abc import AsyncIterable, Coroutine, Sequence
 from typing import Any, TypeVar
 
 from miles.rpc import connect
-from miles.rpc.gen import policy_pb2, trainer_pb2, trainer_pb2_grpc, weightsync_pb2, weightsync_pb2_grpc
+from miles.rpc.gen import policy_pb2, trainer_pb2, trainer_pb2_grpc
 from miles.services.controller.clients import deadlines
 from miles.services.controller.clients.calls import WorkerFailedError, WorkerLostError, call, stream
 from miles.services.controller.jobs.context import JobContext
+from miles.services.controller.tasks import cancelled_at_end
 from miles.services.controller.workers.registry import AttachedWorker
 
 logger = logging.getLogger(__name__)
@@ -20,11 +20,11 @@ T = TypeVar("T")
 
 
 class StepAbandonedError(WorkerLostError):
-    """The trainer left a step that had changed nothing yet, as it was asked to."""
+    """The trainer abandoned a step, on request, before it had changed anything."""
 
 
-class TrainerLink:
-    """One job's trainer."""
+class TrainerClient:
+    """Calls to one job's trainer. They end with WorkerLostError when its worker lease ends."""
 
     def __init__(self, worker: AttachedWorker, context: JobContext, weightsync_address: str) -> None:
         self._worker = worker
@@ -39,33 +39,29 @@ class TrainerLink:
 
     @property
     def lost(self) -> bool:
-        """Whether the trainer's lease is over."""
+        """Whether the trainer's worker lease has ended."""
         return self._worker.lost.is_set()
 
-    async def close(self) -> None:
+    async def aclose(self) -> None:
         await self._channel.close()
 
     async def _while_alive(self, work: Coroutine[Any, Any, T], what: str) -> T:
-        """The result of `work`, given up when the trainer's lease ends: a process that hangs keeps its connections."""
+        """Return the result of `work`, unless the worker lease ends first: a hung process keeps its connections."""
         task = asyncio.create_task(work)
         lost = asyncio.create_task(self._worker.lost.wait())
-        try:
+        async with cancelled_at_end(task, lost):
             await asyncio.wait({task, lost}, return_when=asyncio.FIRST_COMPLETED)
             if not task.done():
-                raise WorkerLostError(f"{what}: the trainer's lease is over")
+                raise WorkerLostError(f"{what}: the trainer's worker lease has ended")
             try:
                 return task.result()
             except WorkerFailedError as error:
-                if self.lost:  # another process may listen at its address by now, which knows nothing of the job
-                    raise WorkerLostError(f"{what}: the trainer's lease is over ({error})") from error
+                if self.lost:  # a new process may listen at its address by now, which does not know the job
+                    raise WorkerLostError(f"{what}: the trainer's worker lease has ended ({error})") from error
                 raise
-        finally:
-            for each in (task, lost):
-                each.cancel()
-            await asyncio.gather(task, lost, return_exceptions=True)
 
     async def start_job(self) -> trainer_pb2.TrainerReady:
-        """Have the model built and the newest checkpoint loaded."""
+        """Build the model and load the newest checkpoint."""
         return await self._while_alive(self._start_job(), "trainer start")
 
     async def _start_job(self) -> trainer_pb2.TrainerReady:
@@ -86,9 +82,9 @@ class TrainerLink:
     async def train(
         self, step: int, group_ids: Sequence[int] = (), dropped: Sequence[int] = ()
     ) -> trainer_pb2.TrainDone:
-        """Take one training step; for one that was taken before, only answers with its metrics.
+        """Take one training step; a step that was taken before only returns its metrics.
 
-        Raises StepAbandonedError when `abandon` made the trainer leave it.
+        Raises StepAbandonedError when `abandon` stopped it.
         """
         return await self._while_alive(self._train(step, group_ids, dropped), f"training step {step}")
 
@@ -109,15 +105,15 @@ class TrainerLink:
         raise WorkerLostError(f"training step {step}: the stream ended before the step was done")
 
     async def abandon(self, step: int) -> bool:
-        """Have a training step left as long as it has changed nothing; False when it is too late for that."""
+        """Abandon a training step that has changed nothing yet; return False when it is too late for that."""
         request = trainer_pb2.AbandonStepRequest(job_id=self._context.job_id, step=step)
-        what = f"leaving training step {step}"
-        asking = call(self._stub.AbandonStep(request), what, deadlines.ABANDON_S)
-        response: trainer_pb2.AbandonStepResponse = await self._while_alive(asking, what)
+        what = f"abandoning training step {step}"
+        asked = call(self._stub.AbandonStep(request), what, deadlines.ABANDON_S)
+        response: trainer_pb2.AbandonStepResponse = await self._while_alive(asked, what)
         return response.abandoning
 
     async def export(self, version: int) -> trainer_pb2.ExportResponse:
-        """Have the weights prepared as a version."""
+        """Prepare the weights as a version."""
         request = trainer_pb2.ExportRequest(
             job_id=self._context.job_id, stream=policy_pb2.WEIGHT_STREAM_POLICY, version=version
         )
@@ -125,7 +121,7 @@ class TrainerLink:
         return await self._while_alive(call(self._stub.Export(request), what, deadlines.EXPORT_S), what)
 
     async def save(self, export_hf: bool, in_background: bool) -> trainer_pb2.SaveCheckpointResponse:
-        """Write a checkpoint; in the background it is complete when an answer to a later call names it."""
+        """Write a checkpoint; one in the background is complete once the answer to a later call names it."""
         request = trainer_pb2.SaveCheckpointRequest(
             job_id=self._context.job_id, export_hf=export_hf, in_background=in_background
         )
@@ -133,41 +129,6 @@ class TrainerLink:
         return await self._while_alive(saving, "checkpoint")
 
     async def stop_job(self) -> None:
-        """Have everything of the job dropped."""
+        """Release everything that the trainer holds of the job."""
         request = trainer_pb2.TrainerStopJobRequest(job_id=self._context.job_id)
         await call(self._stub.StopJob(request), "trainer stop", deadlines.STOP_JOB_S)
-
-
-async def release_weights(context: JobContext, weightsync_address: str) -> None:
-    """Have every version of the job freed."""
-    async with connect(weightsync_address) as channel:
-        stub = weightsync_pb2_grpc.WeightSyncServiceStub(channel)
-        request = weightsync_pb2.ReleaseJobRequest(job_id=context.job_id)
-        await call(stub.ReleaseJob(request), "release of the job's weights", deadlines.STOP_JOB_S)
-
-
-async def activate(
-    context: JobContext, weightsync_address: str, version: int, min_engines: int, wait_for: Sequence[str]
-) -> None:
-    """Bring every engine to a prepared version, waiting for those named; `WorkerLostError` when too few got there."""
-    request = weightsync_pb2.ActivateRequest(
-        version=policy_pb2.WeightVersion(
-            job_id=context.job_id, stream=policy_pb2.WEIGHT_STREAM_POLICY, version=version
-        ),
-        operation_id=uuid.uuid4().hex,
-        deadline_ms=int(deadlines.ACTIVATE_S * 1000),
-        min_engines=min_engines,
-        wait_for=wait_for,
-        check_equal=context.config.weights.check_weight_update_equal,
-    )
-    what = f"activation of version {version}"
-    async with connect(weightsync_address) as channel:
-        stub = weightsync_pb2_grpc.WeightSyncServiceStub(channel)
-        try:
-            async for message in stream(stub.Activate(request), what, deadlines.ACTIVATE_S + 10):
-                if message.HasField("done"):
-                    return
-                logger.debug("%s: %s", what, message.engine)
-        except WorkerFailedError as error:
-            raise WorkerLostError(str(error)) from error
-    raise WorkerLostError(f"{what}: the stream ended before the version was active")

@@ -1,53 +1,83 @@
-"""What users ask of the weight-sync service, passed on by the controller, which knows where it is."""
+"""The controller's client of the weight-sync service."""
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
-from typing import TypeVar
+import logging
+import uuid
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 
-import grpc
-import grpc.aio
+from miles.rpc import connect
+from miles.rpc.gen import policy_pb2, weightsync_pb2, weightsync_pb2_grpc
+from miles.services.controller.clients import deadlines
+from miles.services.controller.clients.calls import WorkerFailedError, WorkerLostError, call, stream
+from miles.services.controller.workers.registry import AttachedWorker
 
-from miles.rpc import abort, connect
-from miles.rpc.gen import controller_pb2, policy_pb2, weightsync_pb2, weightsync_pb2_grpc
-from miles.services.controller.workers.registry import WorkerRegistry
-
-_ANSWER_S = 5.0
-_CHECK_S = 50.0
-"""How long engines may take to hash what they serve."""
-
-T = TypeVar("T")
+logger = logging.getLogger(__name__)
 
 
-class WeightsLink:
-    """Calls to the weight-sync service that is attached."""
+class WeightSyncClient:
+    """Calls to one weight-sync service.
 
-    def __init__(self, registry: WorkerRegistry) -> None:
-        self._registry = registry
+    What a run asks for raises WorkerLostError or WorkerFailedError. What users ask for raises grpc.aio.AioRpcError as
+    the service sent it, for a caller who passes the status on.
+    """
 
-    async def versions(self, job_id: str, context: grpc.aio.ServicerContext) -> weightsync_pb2.ListVersionsResponse:
-        """A job's versions and engines."""
-        request = weightsync_pb2.ListVersionsRequest(job_id=job_id)
-        return await self._ask(lambda stub: stub.ListVersions(request, timeout=_ANSWER_S), context)
+    def __init__(self, worker: AttachedWorker) -> None:
+        self.worker_id = worker.worker_id
+        self.address = worker.registration.address
 
-    async def check(self, job_id: str, context: grpc.aio.ServicerContext) -> weightsync_pb2.CheckEnginesResponse:
-        """Have a job's engines compare what they serve of the policy with what was sent."""
-        request = weightsync_pb2.CheckEnginesRequest(
-            job_id=job_id, stream=policy_pb2.WEIGHT_STREAM_POLICY, deadline_ms=int(_CHECK_S * 1000)
+    async def activate(
+        self, job_id: str, version: int, *, min_engines: int, wait_for: Sequence[str], check_equal: bool
+    ) -> None:
+        """Activate a prepared version on every engine and wait for those named; WorkerLostError when too few did."""
+        request = weightsync_pb2.ActivateRequest(
+            version=policy_pb2.WeightVersion(job_id=job_id, stream=policy_pb2.WEIGHT_STREAM_POLICY, version=version),
+            operation_id=uuid.uuid4().hex,
+            deadline_ms=int(deadlines.ACTIVATE_S * 1000),
+            min_engines=min_engines,
+            wait_for=wait_for,
+            check_equal=check_equal,
         )
-        return await self._ask(lambda stub: stub.CheckEngines(request, timeout=_CHECK_S + _ANSWER_S), context)
+        what = f"activation of version {version}"
+        async with self._stub() as stub:
+            try:
+                async for message in stream(stub.Activate(request), what, deadlines.ACTIVATE_S + 10):
+                    if message.HasField("done"):
+                        return
+                    logger.debug("%s: %s", what, message.engine)
+            except WorkerFailedError as error:  # the run is loaded again, and publishes the version again
+                raise WorkerLostError(str(error)) from error
+        raise WorkerLostError(f"{what}: the stream ended before the version was active")
 
-    async def _ask(
-        self,
-        call: Callable[[weightsync_pb2_grpc.WeightSyncServiceStub], Awaitable[T]],
-        context: grpc.aio.ServicerContext,
-    ) -> T:
-        services = self._registry.alive(controller_pb2.WORKER_KIND_WEIGHTSYNC)
-        if not services:
-            await abort(context, grpc.StatusCode.FAILED_PRECONDITION, "no weight-sync service is attached; start one")
-        try:
-            async with connect(services[0].registration.address) as channel:
-                return await call(weightsync_pb2_grpc.WeightSyncServiceStub(channel))
-        except grpc.aio.AioRpcError as error:
-            failure = error.code(), f"the weight-sync service: {error.details()}"
-        return await abort(context, *failure)
+    async def release_job(self, job_id: str) -> None:
+        """Free every version of a job."""
+        async with self._stub() as stub:
+            request = weightsync_pb2.ReleaseJobRequest(job_id=job_id)
+            await call(stub.ReleaseJob(request), "release of the job's weights", deadlines.STOP_JOB_S)
+
+    async def list_versions(
+        self, job_id: str, deadline_s: float = deadlines.LIST_VERSIONS_S
+    ) -> weightsync_pb2.ListVersionsResponse:
+        """List a job's versions and engines."""
+        async with self._stub() as stub:
+            request = weightsync_pb2.ListVersionsRequest(job_id=job_id)
+            answer: weightsync_pb2.ListVersionsResponse = await stub.ListVersions(request, timeout=deadline_s)
+            return answer
+
+    async def check_engines(self, job_id: str) -> weightsync_pb2.CheckEnginesResponse:
+        """Have a job's engines compare the policy that they serve with what was sent."""
+        request = weightsync_pb2.CheckEnginesRequest(
+            job_id=job_id,
+            stream=policy_pb2.WEIGHT_STREAM_POLICY,
+            deadline_ms=int(deadlines.CHECK_ENGINES_S * 1000),
+        )
+        timeout_s = deadlines.CHECK_ENGINES_S + deadlines.LIST_VERSIONS_S
+        async with self._stub() as stub:
+            answer: weightsync_pb2.CheckEnginesResponse = await stub.CheckEngines(request, timeout=timeout_s)
+            return answer
+
+    @asynccontextmanager
+    async def _stub(self) -> AsyncIterator[weightsync_pb2_grpc.WeightSyncServiceStub]:
+        async with connect(self.address) as channel:
+            yield weightsync_pb2_grpc.WeightSyncServiceStub(channel)

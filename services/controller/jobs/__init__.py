@@ -1,4 +1,4 @@
-"""Jobs from submission to their end: which runs, what it needs, what is recorded of it.
+"""Jobs from submission to end: which one runs, which workers it needs, and its record.
 
 The steps of a run are in `run`. Start at `scheduler`.
 """

@@ -1,9 +1,11 @@
-"""Everything that is wrong with a configuration for services that run already."""
+"""Checks a configuration for services that run already, and lists everything that is wrong with it."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Collection
+from typing import Any
 
 from miles.config import ConfigError, JobConfig
 from miles.config.checks.environment import file_faults
@@ -12,14 +14,13 @@ from miles.config.schema.faults import Fault
 
 
 def check_config(config_json: str, refused: Collection[str]) -> list[Fault]:
-    """Faults of the values, of their combination, and of the files and functions they name.
+    """List faults of the values, of their combination, and of the files and functions they name.
 
-    Settings that were `refused` already are not looked at; faults that concern them are left out.
+    Settings that were `refused` already are not checked; faults that concern them are left out.
     """
-    try:
+    flat: Any = None
+    with contextlib.suppress(ValueError):
         flat = json.loads(config_json)
-    except ValueError:
-        flat = None
     if not isinstance(flat, dict):
         try:
             JobConfig.from_json(config_json)

@@ -1,4 +1,4 @@
-"""What every part of a run needs to know of its job."""
+"""The job of a run, as every part of the run needs it."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class JobContext:
     config: JobConfig
     redis_url: str
     run_dir: pathlib.Path
-    """Where the run's metrics, summary and checkpoints go."""
+    """Folder of the run's metrics, summary and checkpoints."""
 
     @functools.cached_property
     def config_json(self) -> str:
-        """The configuration as every worker gets it."""
+        """The configuration, as it is sent to every worker."""
         return json.dumps(self.config.to_flat())

@@ -1,14 +1,15 @@
-"""What the user has asked of a running job."""
+"""Keeps what the user has asked of a running job."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import dataclasses
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
 from miles.rpc.gen import controller_pb2
+from miles.services.controller.change_signal import ChangeSignal
+from miles.services.controller.tasks import cancelled_at_end
 
 T = TypeVar("T")
 
@@ -23,16 +24,16 @@ class JobCancelledError(Exception):
 
 @dataclasses.dataclass(slots=True)
 class JobControls:
-    """Requests of the user, as the run loop sees them at its next turn."""
+    """Requests of the user, which the run loop looks at between its steps."""
 
     paused: bool = False
     stop: bool = False
     cancel: bool = False
     checkpoint: bool = False
-    changed: asyncio.Event = dataclasses.field(default_factory=asyncio.Event)
+    changed: ChangeSignal = dataclasses.field(default_factory=ChangeSignal)
 
     def apply(self, action: controller_pb2.JobAction.ValueType) -> None:
-        """Take note of an action."""
+        """Note an action of the user."""
         if action == controller_pb2.JOB_ACTION_PAUSE:
             self.paused = True
         elif action == controller_pb2.JOB_ACTION_RESUME:
@@ -43,8 +44,7 @@ class JobControls:
             self.stop = True
         elif action == controller_pb2.JOB_ACTION_CHECKPOINT:
             self.checkpoint = True
-        self.changed.set()
-        self.changed = asyncio.Event()
+        self.changed.notify()
 
     async def wait_for_end(self) -> None:
         """Return once the user has asked for the end of the job."""
@@ -52,26 +52,20 @@ class JobControls:
             await self.changed.wait()
 
     async def unless_ended(self, work: Coroutine[Any, Any, T]) -> T:
-        """The result of work that changes nothing; it is given up when the user ends the job, as `check` says."""
+        """Return the result of work that changes nothing; cancel it and raise as `check` when the user ends the job."""
         working, ending = asyncio.create_task(work), asyncio.create_task(self.wait_for_end())
-        try:
+        async with cancelled_at_end(working, ending):
             await asyncio.wait({working, ending}, return_when=asyncio.FIRST_COMPLETED)
             self.check()
             return await working
-        finally:
-            for task in (working, ending):
-                task.cancel()
-            await asyncio.gather(working, ending, return_exceptions=True)
 
     async def wait_while_paused(self) -> bool:
-        """Return False once the job may go on, True when it is to save a checkpoint before; raises as `check` does."""
+        """Return False once the job may go on, True when it has to save a checkpoint first; raises as `check` does."""
         while True:
             self.check()
             if not self.paused or self.checkpoint:
                 return self.paused
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(1.0):
-                    await self.changed.wait()
+            await self.changed.wait(1.0)
 
     def check(self) -> None:
         """Raise what ends the job, if the user asked for it."""

@@ -1,4 +1,4 @@
-"""What a job leaves behind while it runs: its record, events, metrics and summary."""
+"""Writes what a job leaves behind: its record, events, metrics and summary."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class JobHistory:
         self.timeline = TimelineWriter(context.run_dir / timeline.NAME)
 
     def open_metrics(self, first_step: int) -> None:
-        """Begin to write metrics at a step; drops what an interrupted run wrote of it and later ones."""
+        """Begin to write metrics at a step; discards what an interrupted run wrote of it and of later ones."""
         if self._writer is not None:
             self._writer.close()
         telemetry, run_dir = self._context.config.telemetry, self._context.run_dir
@@ -45,19 +45,19 @@ class JobHistory:
         )
 
     def recorded_steps(self, name: str) -> set[int]:
-        """Steps for which the metrics file has a number of that name."""
+        """Return the steps for which the metrics file has a metric."""
         lines = read_metrics(self._context.run_dir / METRICS_NAME)
         return {line["step"] for line in lines if line.get(name) is not None}
 
     async def metrics(self, step: int, values: Mapping[str, float]) -> None:
-        """Record numbers of a step."""
+        """Record metrics of a step."""
         assert self._writer is not None
         self._writer.write(step, values)
         event = job_pb2.JobEvent(job_id=self.job.job_id, metrics=job_pb2.Metrics(step=step, values=values))
         await self._store.add_event(event)
 
     async def log(self, level: job_pb2.LogLevel.ValueType, source: str, text: str) -> None:
-        """Record something a person may want to know."""
+        """Record a line for people."""
         line = job_pb2.LogLine(level=level, source=source, text=redact(text))
         await self._store.add_event(job_pb2.JobEvent(job_id=self.job.job_id, log=line))
 

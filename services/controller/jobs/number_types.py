@@ -1,4 +1,4 @@
-"""The number types of a run: decided from what its workers said of themselves when they registered."""
+"""Decides the number types of a run from what its workers reported of themselves when they registered."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ if TYPE_CHECKING:
     from miles.services.controller.workers.required_workers import RequiredWorkers
 
 SUMMARY_KEY = "number_types"
-"""Of a job's summary: what was chosen and why."""
+"""Key in a job's summary: what was chosen and why."""
 
 
 def is_open(config: JobConfig) -> bool:
-    """Whether the configuration leaves a type to the run."""
+    """Return whether the configuration leaves a type to the run."""
     return AUTO in (config.train.train_dtype, config.rollout.rollout_dtype)
 
 
@@ -40,7 +40,7 @@ async def choose(config: JobConfig, workers: RequiredWorkers, summary: dict[str,
 
 
 def warning_of(worker: AttachedWorker, dtype: str) -> str | None:
-    """What a person should know of a worker that computes in this type; None when it is fast in it."""
+    """Return a warning about a worker that is slow in this type; None when it is fast in it."""
     return slow_type(worker.worker_id, dtype, _slowdowns([worker], dtype)[worker.worker_id])
 
 

@@ -1,4 +1,4 @@
-"""What a job needs to run, and whether it is there: a pure rule."""
+"""Decides whether the workers that a job needs are attached. Pure."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ class Supply:
     rollouts: int = 0
     weightsyncs: int = 0
     trainer_ranks: Collection[int] = ()
-    """Ranks of each trainer; 0 for one that does not say."""
+    """Ranks of each trainer; 0 for one that does not report them."""
     rewards: Collection[Collection[str]] = ()
-    """Names that each reward worker serves; empty for one that does not say."""
+    """Names that each reward worker serves; empty for one that does not report them."""
 
 
 def lacking(config: Mapping[str, Any], supply: Supply) -> str:
-    """What a job with this flat configuration waits for, in words; empty when it can run."""
+    """Return what a job with this flat configuration waits for, in words; empty when it can run."""
     missing: list[str] = []
     wanted = config["rollout_num_workers"]
     if supply.rollouts < wanted:

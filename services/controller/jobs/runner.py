@@ -1,4 +1,4 @@
-"""Runs one job from its record to its end, whatever the end is."""
+"""Runs one job from its record to its end, and records how it ended."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ from miles.services.controller.jobs.context import JobContext
 from miles.services.controller.jobs.controls import JobCancelledError, JobControls, JobStoppedError
 from miles.services.controller.jobs.history import JobHistory
 from miles.services.controller.jobs.store import JobStore
-from miles.services.controller.run.loop import RunLoop
+from miles.services.controller.run.recovery import run_to_end
+from miles.services.controller.run.setup import RunSetup
 from miles.services.controller.status.run_status import RunStatus
 from miles.services.controller.workers.registry import WorkerRegistry
 
@@ -48,10 +49,10 @@ class JobRunner:
         self._redis_url = redis_url
         self._log_dir = log_dir
         self.status: RunStatus | None = None
-        """What the run that is going on does; None before its data is read."""
+        """What the current run does; None before its data is read."""
 
     async def run(self, job: job_pb2.Job, controls: JobControls) -> None:
-        """Run the job; returns when it has ended. Cancellation leaves the record as it is, to be taken up again."""
+        """Run the job until it has ended. Cancellation leaves the record as it is, so that the job can be resumed."""
         config = JobConfig.from_flat(json.loads(job.config_json))
         context = JobContext(job.job_id, config, self._redis_url, pathlib.Path(config.services.run_dir))
         history = JobHistory(self._store, job, context)
@@ -69,9 +70,9 @@ class JobRunner:
             logger.exception("job %s failed", job.job_id)
             state, reason = job_pb2.JOB_STATE_FAILED, str(error)
         except TRANSIENT:
-            raise  # without Redis nothing can be recorded; the job is taken up again once it is back
+            raise  # without Redis nothing can be recorded; the job is resumed once it is back
         except Exception as error:
-            logger.exception("job %s failed for a reason nobody foresaw", job.job_id)
+            logger.exception("job %s failed with an unexpected error", job.job_id)
             state, reason = job_pb2.JOB_STATE_FAILED, f"{type(error).__name__}: {error}"
         finally:
             history.close()
@@ -94,9 +95,9 @@ class JobRunner:
         await history.save()
         queue = GroupQueue(self._redis, context.job_id, consumer="controller")
         try:
-            run = RunLoop(context, history, controls, self._registry, queue, prompts, eval_sets)
-            self.status = run.status
-            await run.run()
+            setup = RunSetup(context, history, controls, self._registry, queue, prompts, eval_sets)
+            self.status = setup.status
+            await run_to_end(setup)
         except JobCancelledError:
             await queue.drop_job()
             raise
@@ -106,7 +107,7 @@ class JobRunner:
 
 
 def _saved(history: JobHistory) -> str:
-    """What of a job that was stopped is on disk."""
+    """Say how much of a stopped job is on disk."""
     steps, saved = history.job.policy_version, step_of(history.summary.get("checkpoint", "")) or 0
     return "the state is saved" if saved >= steps else f"a resume goes on from step {saved} of {steps}"
 

@@ -1,6 +1,6 @@
-"""Which job runs now: one at a time, in order of submission, as soon as what it asks for is attached.
+"""Decides which job runs: one at a time, in order of submission, as soon as the workers that it needs are attached.
 
-A job that a restart interrupted goes before all others: workers may still hold it.
+A job that a restart interrupted goes before all others: workers may still have it loaded.
 """
 
 from __future__ import annotations
@@ -15,30 +15,32 @@ from typing import Any
 from miles.rpc.gen import controller_pb2, job_pb2
 from miles.services.controller.artifacts.checkpoints import step_of
 from miles.services.controller.clients import deadlines
+from miles.services.controller.errors import ConflictError, NotPossibleNowError
 from miles.services.controller.jobs.controls import JobControls
 from miles.services.controller.jobs.resources import Supply, lacking
 from miles.services.controller.jobs.runner import JobRunner
 from miles.services.controller.jobs.store import ENDED, JobStore
+from miles.services.controller.tasks import cancelled_at_end
 from miles.services.controller.workers.registry import WorkerRegistry
 
 logger = logging.getLogger(__name__)
 
 _START_UP_S = 60.0
-"""So long after the controller's start, and as long as no trainer has attached, jobs are not kept waiting for workers:
-they are starting too, and the data can be read meanwhile."""
-_TELL_AFTER_S = 10.0
-"""A job that waits for workers for longer says so in its history."""
+"""For so long after the controller's start, until a trainer has attached, jobs do not wait for workers: these are
+starting too, and the data can be read meanwhile."""
+_REPORT_AFTER_S = 10.0
+"""A longer wait for workers is written to the job's history."""
 
 
 @dataclasses.dataclass(slots=True)
 class _Wait:
     since_s: float
     reason: str = ""
-    """What was told."""
+    """What was written to the history last."""
 
 
-class OperationReusedError(Exception):
-    """An idempotency key came a second time, with another action."""
+class OperationReusedError(ConflictError):
+    """An idempotency key was used again with another action."""
 
     def __init__(self, job_id: str, before: int, action: int) -> None:
         first, second = (
@@ -63,7 +65,7 @@ class JobScheduler:
         """Id of the job that runs."""
 
     async def describe(self, job: job_pb2.Job) -> controller_pb2.DescribeRunResponse:
-        """What a job's run does and waits for now, or why it does not run."""
+        """Describe what a job's run does and waits for now, or why it does not run."""
         if job.job_id == self.running:
             config = json.loads(job.config_json)
             if (status := self._runner.status) is not None:
@@ -96,22 +98,20 @@ class JobScheduler:
             self._submitted.clear()
             job = await self._next()
             if job is None:
-                await self._wait_for_news()
+                await self._wait_for_change()
                 continue
             logger.info("running job %s", job.job_id)
             paused = job.state == job_pb2.JOB_STATE_PAUSED  # before a restart of the controller
             controls = self._controls.setdefault(job.job_id, JobControls(paused=paused))
             self.running = job.job_id
-            try:
-                await self._runner.run(job, controls)
-            finally:
-                self.running = None
+            await self._runner.run(job, controls)
+            self.running = None
             del self._controls[job.job_id]
 
     async def control(self, job_id: str, action: controller_pb2.JobAction.ValueType, operation_id: str) -> job_pb2.Job:
-        """Apply an action to a job; an operation that was carried out before does nothing.
+        """Apply an action to a job; an operation that was applied before does nothing.
 
-        Raises `UnknownJobError`, `OperationReusedError` when the operation was another action, and `ValueError` when
+        Raises UnknownJobError, OperationReusedError when the operation was another action, and NotPossibleNowError when
         the job's state rules the action out.
         """
         before = await self._store.operation(job_id, operation_id) if operation_id else None
@@ -143,14 +143,14 @@ class JobScheduler:
             self.wake()
             return job
         advice = "resume it, or submit it as a new job" if job.state in RESUMABLE else "submit it as a new job"
-        raise ValueError(f"job {job.job_id} has ended ({_name(job.state)}); {advice}")
+        raise NotPossibleNowError(f"job {job.job_id} has ended ({_name(job.state)}); {advice}")
 
     async def _control_queued(self, job: job_pb2.Job, action: controller_pb2.JobAction.ValueType) -> job_pb2.Job:
         if action == controller_pb2.JOB_ACTION_RESUME:
             return job
         end = _END_OF_QUEUED.get(action)
         if end is None:
-            raise ValueError(
+            raise NotPossibleNowError(
                 f"job {job.job_id} has not begun to run; cancel it, or stop it to take it out of the queue until it is "
                 "resumed"
             )
@@ -164,7 +164,7 @@ class JobScheduler:
         await self._store.put(job, job_pb2.JobEvent(job_id=job.job_id, state_changed=changed))
 
     async def _waiting(self) -> list[job_pb2.Job]:
-        """Jobs that have not ended and do not run, in the order in which they are looked at."""
+        """Return the jobs that have not ended and do not run, in the order in which they are considered."""
         waiting: list[job_pb2.Job] = []
         token = ""
         while True:
@@ -183,7 +183,7 @@ class JobScheduler:
             if not reason:
                 self._waits.pop(job.job_id, None)
                 return job
-            await self._tell(job, reason)
+            await self._report_wait(job, reason)
         return None
 
     def _why_wait(self, job: job_pb2.Job) -> str:
@@ -193,31 +193,27 @@ class JobScheduler:
         starting_up = time.monotonic() - self._began_s < _START_UP_S and not supply.trainer_ranks
         return "" if starting_up else lacking(json.loads(job.config_json), supply)
 
-    async def _tell(self, job: job_pb2.Job, reason: str) -> None:
+    async def _report_wait(self, job: job_pb2.Job, reason: str) -> None:
         wait = self._waits[job.job_id]
-        if reason == wait.reason or time.monotonic() - wait.since_s < _TELL_AFTER_S:
+        if reason == wait.reason or time.monotonic() - wait.since_s < _REPORT_AFTER_S:
             return
         wait.reason = reason
         line = job_pb2.LogLine(level=job_pb2.LOG_LEVEL_WARNING, source="controller", text=f"waiting for {reason}")
         await self._store.add_event(job_pb2.JobEvent(job_id=job.job_id, log=line))
 
-    async def _wait_for_news(self) -> None:
-        """Return when a job was submitted or, while jobs wait for workers, when one may have come."""
+    async def _wait_for_change(self) -> None:
+        """Return when a job was submitted or, while jobs wait for workers, when a worker may have attached."""
         if not self._waits:
             await self._submitted.wait()
             return
-        news = [
-            asyncio.ensure_future(self._submitted.wait()),
-            asyncio.ensure_future(self._registry.wait_for_change(1.0)),
-        ]
-        await asyncio.wait(news, return_when=asyncio.FIRST_COMPLETED)
-        for task in news:
-            task.cancel()
-        await asyncio.gather(*news, return_exceptions=True)
+        submitted = asyncio.create_task(self._submitted.wait())
+        attached = asyncio.create_task(self._registry.wait_for_change(1.0))
+        async with cancelled_at_end(submitted, attached):
+            await asyncio.wait({submitted, attached}, return_when=asyncio.FIRST_COMPLETED)
 
 
 RESUMABLE = frozenset({job_pb2.JOB_STATE_STOPPED, job_pb2.JOB_STATE_FAILED})
-"""Ends from which a job can be taken up again."""
+"""End states from which a job can be resumed."""
 _ALREADY_DONE = frozenset(
     {
         (controller_pb2.JOB_ACTION_CANCEL, job_pb2.JOB_STATE_CANCELLED),
@@ -231,7 +227,7 @@ _END_OF_QUEUED = {
 
 
 def _outside_of_run(job: job_pb2.Job, **fields: Any) -> controller_pb2.DescribeRunResponse:
-    """What is known of a job while its run loop is not there."""
+    """Describe a job that has no run loop now."""
     checkpoint = json.loads(job.summary_json or "{}").get("checkpoint", "")
     return controller_pb2.DescribeRunResponse(
         step=job.policy_version, saved_step=step_of(checkpoint), save_limit_s=deadlines.CHECKPOINT_S, **fields

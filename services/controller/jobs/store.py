@@ -13,13 +13,14 @@ from typing import Any
 import redis.asyncio
 
 from miles.rpc.gen import job_pb2
+from miles.services.controller.errors import BadPageToken, BadRequestError, ConflictError, NotFoundError
 
 _JOBS = "miles:jobs"
 """Sorted set of job ids by time of submission."""
 _REQUESTS = "miles:requests"
 """Hash of request id -> job id: the idempotency keys."""
 _RUN_DIRS = "miles:run_dirs"
-"""Hash of run folder -> job id: two jobs in one folder would take each other's checkpoints for their own."""
+"""Hash of run folder -> job id: two jobs in one folder would load each other's checkpoints."""
 _SUBMIT = """
 local requests, run_dirs, jobs, key = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
 local request, run_dir, job, score, record = ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5]
@@ -37,7 +38,7 @@ redis.call('ZADD', jobs, score, job)
 if request ~= '' then redis.call('HSET', requests, request, job) end
 return {'stored', job}
 """
-"""Stores a job unless its request or its run folder is known; in one piece, so that no two can."""
+"""Stores a job unless its request or its run folder is known; atomic, so that no two jobs can."""
 _OPERATIONS_S = 7 * 24 * 3600
 """How long the idempotency keys of a job's actions are remembered after the last one."""
 _MAX_EVENTS = 200_000
@@ -60,8 +61,11 @@ def _operations_key(job_id: str) -> str:
     return f"miles:{job_id}:operations"
 
 
-class UnknownJobError(KeyError):
+class UnknownJobError(NotFoundError):
     """No job has this id."""
+
+    def __init__(self, job_id: str) -> None:
+        super().__init__(f"no job {job_id!r}; list the jobs to see their ids")
 
 
 _WRITE = """
@@ -94,19 +98,15 @@ return first
 """
 
 
-class RunDirTakenError(ValueError):
+class RunDirTakenError(ConflictError):
     """Another job has this run folder."""
 
     def __init__(self, run_dir: str, job_id: str) -> None:
         super().__init__(f"run_dir = {run_dir}, but job {job_id} has that folder; choose another name or run_dir")
 
 
-class BadPageToken(ValueError):
-    """A page token that no page ended with."""
-
-
 class JobStore:
-    """Every job ever submitted, and what happened to it. Survives the controller: all state is in Redis."""
+    """Every job ever submitted, and its events. Survives the controller: all state is in Redis."""
 
     def __init__(self, redis_client: redis.asyncio.Redis) -> None:
         self._redis: Any = redis_client  # redis-py's annotations leave open what a reply is
@@ -132,19 +132,19 @@ class JobStore:
         return job, True
 
     async def first_lease_number(self) -> int:
-        """A lease number above all that controllers on this Redis gave before, also when the clock was set back."""
+        """Return a worker lease number above all given before on this Redis, even if the clock was set back."""
         now_ms = time.time_ns() // 1_000_000
         return int(await self._lease_number_script(keys=[_LEASE_NUMBER], args=[now_ms, _LEASES_A_LIFE]))
 
     async def get(self, job_id: str) -> job_pb2.Job:
-        """The job's record. Raises `UnknownJobError`."""
+        """Return the job's record. Raises UnknownJobError."""
         data = await self._redis.get(_job_key(job_id))
         if data is None:
             raise UnknownJobError(job_id)
         return job_pb2.Job.FromString(data)
 
     async def put(self, job: job_pb2.Job, event: job_pb2.JobEvent | None = None) -> None:
-        """Replace the job's record and append an event in one piece: who sees the one finds the other."""
+        """Replace the job's record and append an event, atomically."""
         await self._write(job.job_id, job.SerializeToString(), event)
 
     async def _write(self, job_id: str, record: bytes, event: job_pb2.JobEvent | None) -> None:
@@ -156,7 +156,7 @@ class JobStore:
         await self._write_script(keys=keys, args=[record, data, _MAX_EVENTS])
 
     async def operation(self, job_id: str, operation_id: str) -> int | None:
-        """The action that this operation was; None when it is new."""
+        """Return the action of an earlier operation; None when the operation is new."""
         action = await self._redis.hget(_operations_key(job_id), operation_id)
         return None if action is None else int(action)
 
@@ -168,15 +168,15 @@ class JobStore:
     async def list(
         self, states: frozenset[int] = frozenset(), page_size: int = 100, page_token: str = ""
     ) -> tuple[list[job_pb2.Job], str]:
-        """A page of jobs, newest first, and the token of the next page (empty: none). Raises BadPageToken.
+        """Return a page of jobs, newest first, and the token of the next page (empty: none). Raises BadPageToken.
 
-        The token names the last job of the page, so that jobs submitted in between shift nothing.
+        The token names the last job of the page, so that jobs submitted in between do not shift pages.
         """
         position = 0
         if page_token:
             rank = await self._redis.zrevrank(_JOBS, page_token)
             if rank is None:
-                raise BadPageToken(f"page_token {page_token!r} is not one this service gave")
+                raise BadPageToken(page_token)
             position = rank + 1
         jobs: list[job_pb2.Job] = []
         while True:
@@ -198,18 +198,18 @@ class JobStore:
         await self._write(event.job_id, b"", event)
 
     async def events(self, job_id: str, after_event_id: str, count: int) -> Sequence[job_pb2.JobEvent]:
-        """At most `count` events after the given one (empty: from the beginning), oldest first."""
+        """Return at most `count` events after the given one (empty: from the beginning), oldest first."""
         minimum = f"({after_event_id}" if after_event_id else "-"
         entries = await self._redis.xrange(_events_key(job_id), minimum, "+", count)
         return [_event(entry_id, fields) for entry_id, fields in entries]
 
     async def newest_event_id(self, job_id: str, skip: int = 0) -> str:
-        """Id of the job's last event, or of the one `skip` events before it; empty when there is none."""
+        """Return the id of the job's last event, or of the one `skip` events before it; empty when there is none."""
         newest = await self._redis.xrevrange(_events_key(job_id), count=skip + 1)
         return newest[skip][0].decode() if len(newest) > skip else ""
 
     async def watch(self, job_id: str, after_event_id: str) -> AsyncIterator[job_pb2.JobEvent]:
-        """Events after the given one, then new ones, until the job has ended and everything was read."""
+        """Yield events after the given one, then new ones, until the job has ended and all were read."""
         cursor = after_event_id or "0-0"
         while True:
             ended = (await self.get(job_id)).state in ENDED
@@ -230,9 +230,10 @@ def _run_dir(job: job_pb2.Job) -> str:
     return str(pathlib.Path(run_dir).absolute()) if run_dir else ""
 
 
-def is_event_id(text: str) -> bool:
-    """Whether a text can be the id of an event."""
-    return re.fullmatch(r"\d{1,19}-\d{1,19}", text) is not None
+def check_event_id(after_event_id: str) -> None:
+    """Raise BadRequestError for a text, unless empty, that cannot be the id of an event."""
+    if after_event_id and re.fullmatch(r"\d{1,19}-\d{1,19}", after_event_id) is None:
+        raise BadRequestError(f"after_event_id {after_event_id!r} is not one this service gave")
 
 
 def _event(entry_id: bytes, fields: dict[bytes, bytes]) -> job_pb2.JobEvent:
@@ -242,7 +243,7 @@ def _event(entry_id: bytes, fields: dict[bytes, bytes]) -> job_pb2.JobEvent:
 
 
 def new_job(config: dict[str, object], num_rollout: int, submitted_by: str = "") -> job_pb2.Job:
-    """A job record for a validated configuration."""
+    """Make a job record for a validated configuration."""
     # The id goes into keys, file names and addresses, which a name need not fit.
     readable = re.sub(r"[^A-Za-z0-9._-]+", "-", str(config.get("name") or "")).strip(".-")[:64] or "job"
     return job_pb2.Job(

@@ -2,11 +2,11 @@
 
 No I/O and no clock. The controller feeds it what happened and carries out what it returns.
 
-A group's life: admitted -> leased -> accepted (queued) -> in training -> consumed, or -> dropped by a filter; a lease
-that comes back unfinished is leased again before anything new is admitted.
+A group's life: admitted -> leased -> accepted (queued) -> in training -> consumed, or -> dropped by a filter. A group
+whose lease ends without a result is leased again before anything new is admitted.
 
 Versions are counted in training steps, so step t trains the weights of version t. Three rules keep every sample that
-is trained on at most `max_staleness` versions old, and let nothing that was generated go to waste:
+is trained on at most `max_staleness` versions old, and waste nothing that was generated:
 
 - **Admit.** A group is begun at version v only while `accepted + running < (max_staleness + v + 1) * batch_size`, with
   everything ever accepted and everything begun and not finished. Its deadline, the last step that may train on it, is
@@ -15,7 +15,7 @@ is trained on at most `max_staleness` versions old, and let nothing that was gen
 - **Overtake.** A step takes the finished groups with the earliest deadlines, and may leave behind a group that is not
   finished as long as those left behind still fit before their deadlines. With `max_staleness` 0 it never may: the steps
   are those of a synchronous run, whatever order groups finish in.
-- **Hold.** After a resume from an older checkpoint, a group that was lost with its worker is begun again only when the
+- **Delay.** After a resume from an older checkpoint, a group that was lost with its worker is begun again only when the
   version is back to where its place in the order of groups allows it; so a resume causes no burst of early groups, and
   a synchronous run generates each group with the weights it would have had.
 """
@@ -27,7 +27,7 @@ import heapq
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 
-from miles.services.controller.run.group_table import HeldGroups, Lease
+from miles.services.controller.run.group_leases import GroupLease, GroupLeases
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -39,7 +39,7 @@ class Batch:
     dropped: tuple[int, ...]
     """Groups dropped since the last step, ascending: the step's checkpoint accounts for them too."""
     staleness: tuple[int, ...]
-    """For each group, versions between its oldest token and the weights it trains."""
+    """For each group, versions between its oldest token and the weights that are trained on it."""
 
 
 @dataclasses.dataclass(slots=True)
@@ -62,7 +62,7 @@ class Admission:
     """Groups trained on so far."""
     first_attempt: int = 1
     """Number of a group's first lease; a later life of the controller chooses a higher one."""
-    leases: HeldGroups = dataclasses.field(default_factory=HeldGroups)
+    leases: GroupLeases = dataclasses.field(default_factory=GroupLeases)
     """Admitted, being generated."""
     ready: dict[int, int] = dataclasses.field(default_factory=dict)
     """Accepted, not yet in training: group id -> oldest version among its tokens."""
@@ -71,11 +71,11 @@ class Admission:
     dropped: set[int] = dataclasses.field(default_factory=set)
     """Dropped, and not yet accounted for by a training step."""
     _pending: list[int] = dataclasses.field(default_factory=list)
-    """A heap: admitted, in nobody's hands; leased before anything new is admitted."""
-    _held_until: dict[int, int] = dataclasses.field(default_factory=dict)
-    """Version before which a pending group must not be begun, for those that have to wait."""
+    """A heap: admitted and not leased; leased before anything new is admitted."""
+    _not_before: dict[int, int] = dataclasses.field(default_factory=dict)
+    """Version before which a pending group must not be begun, for groups that are delayed."""
     _deadlines: dict[int, int] = dataclasses.field(default_factory=dict)
-    """Of every group admitted and not in training: the last step that may train on it."""
+    """Last step that may train on a group, for every group admitted and not in training."""
     _unfinished: Counter[int] = dataclasses.field(default_factory=Counter)
     """Groups pending or leased, by deadline."""
     _finished: Counter[int] = dataclasses.field(default_factory=Counter)
@@ -95,31 +95,31 @@ class Admission:
         consumed_ids: Iterable[int],
         ready: Mapping[int, int],
         dropped: Collection[int] = (),
-        leases: Mapping[int, Lease] | None = None,
+        leases: Mapping[int, GroupLease] | None = None,
         window: int = 0,
         first_attempt: int = 1,
     ) -> Admission:
-        """State after a (re)start, from what the trainer has consumed and what lies in the queue.
+        """Return the state after a (re)start, from what the trainer has consumed and what lies in the queue.
 
-        `version` is the number of steps that the trainer's checkpoint has seen; `ready` and `dropped` are what the
-        queue knows, and `leases` what live workers still hold: of these, what the checkpoint covers is left out here.
-        Ids that are nowhere were lost with their worker; they are begun again, in order.
+        `version` is the number of steps that the trainer's checkpoint covers; `ready` and `dropped` are what the queue
+        knows, and `leases` what live workers still run. What the checkpoint covers is left out of all three. Other
+        ids were lost with their worker; they are begun again, in order.
         """
         done = set(consumed_ids)
         left = {g: oldest for g, oldest in ready.items() if g >= consumed_below and g not in done}
-        gone = {g for g in dropped if g >= consumed_below and g not in done}
-        known = done | left.keys() | gone
-        held = {g: lease for g, lease in (leases or {}).items() if g >= consumed_below and g not in known}
+        dropped_ids = {g for g in dropped if g >= consumed_below and g not in done}
+        known = done | left.keys() | dropped_ids
+        leased = {g: lease for g, lease in (leases or {}).items() if g >= consumed_below and g not in known}
         admission = cls(
             batch_size=batch_size,
             max_staleness=max_staleness,
             total_groups=total_groups,
             window=window,
             version=version,
-            next_id=max([consumed_below, *(g + 1 for g in known | held.keys())]),
+            next_id=max([consumed_below, *(g + 1 for g in known | leased.keys())]),
             consumed=version * batch_size,
             first_attempt=first_attempt,
-            dropped=gone,
+            dropped=dropped_ids,
         )
         rank = admission.consumed
         for group_id in range(consumed_below, admission.next_id):
@@ -129,15 +129,15 @@ class Admission:
                 deadline = max(rank // batch_size, left[group_id] + max_staleness)
                 admission._deadlines[group_id] = deadline
                 admission._finished[deadline] += 1
-            elif group_id in held:
-                admission.leases.begin(group_id, held[group_id])
-                admission._attempts[group_id] = held[group_id].attempt
+            elif group_id in leased:
+                admission.leases.begin(group_id, leased[group_id])
+                admission._attempts[group_id] = leased[group_id].attempt
                 admission._set_deadline(group_id, rank // batch_size)
             elif group_id not in known:
                 step = rank // batch_size
                 admission._add_pending(group_id, deadline=step)
                 if step - max_staleness > version:
-                    admission._held_until[group_id] = step - max_staleness
+                    admission._not_before[group_id] = step - max_staleness
             else:
                 continue
             rank += 1
@@ -147,7 +147,7 @@ class Admission:
 
     @property
     def pending(self) -> frozenset[int]:
-        """Groups admitted and in nobody's hands."""
+        """Groups admitted and not leased."""
         return frozenset(self._pending)
 
     @property
@@ -168,12 +168,12 @@ class Admission:
     # -- leases -------------------------------------------------------------------------------------------------------
 
     def lease(self, worker_id: str) -> tuple[int, int] | None:
-        """Give the next group to a worker: (group id, attempt), or None while the rules forbid it."""
+        """Lease the next group to a worker: (group id, attempt), or None while the rules forbid it."""
         if self._pending:
-            if self._held_until and self._held_until.get(self._pending[0], 0) > self.version:
+            if self._not_before and self._not_before.get(self._pending[0], 0) > self.version:
                 return None  # later ids have to wait for as long or longer
             group_id = heapq.heappop(self._pending)
-            self._held_until.pop(group_id, None)
+            self._not_before.pop(group_id, None)
         elif self._may_admit():
             group_id = self.next_id
             self.next_id += 1
@@ -182,7 +182,7 @@ class Admission:
             return None
         attempt = self._attempts.get(group_id, self.first_attempt - 1) + 1
         self._attempts[group_id] = attempt
-        self.leases.begin(group_id, Lease(worker_id, attempt))
+        self.leases.begin(group_id, GroupLease(worker_id, attempt))
         return group_id, attempt
 
     def _may_admit(self) -> bool:
@@ -191,7 +191,7 @@ class Admission:
         return ahead < bound and (not self.window or ahead < self.consumed + self.window)
 
     def accept(self, group_id: int, attempt: int, oldest_version: int) -> bool:
-        """The group is in the queue. False: the result is not from the current lease and must be ignored."""
+        """Take in a group that is queued; return False for a result of an older lease, which must be ignored."""
         if not self.leases.end(group_id, attempt):
             return False
         self._attempts.pop(group_id, None)
@@ -204,7 +204,7 @@ class Admission:
         return True
 
     def drop(self, group_id: int, attempt: int) -> bool:
-        """A filter or the failure policy removed the group for good. False as for `accept`."""
+        """Drop a group for good, for a filter or after failures. False as for `accept`."""
         if not self.leases.end(group_id, attempt):
             return False
         self._attempts.pop(group_id, None)
@@ -212,15 +212,15 @@ class Admission:
         self.dropped.add(group_id)
         return True
 
-    def give_back(self, group_id: int, attempt: int) -> bool:
-        """The lease ended without a result; the group will be leased again. False as for `accept`."""
+    def requeue(self, group_id: int, attempt: int) -> bool:
+        """End a lease without a result; the group will be leased again. False as for `accept`."""
         if not self.leases.end(group_id, attempt):
             return False
         heapq.heappush(self._pending, group_id)
         return True
 
     def lose_worker(self, worker_id: str) -> list[int]:
-        """Take back every group of a worker that is gone; return their ids."""
+        """End every lease of a lost worker and return the ids of its groups, which will be leased again."""
         lost = self.leases.lose_worker(worker_id)
         for group_id in lost:
             heapq.heappush(self._pending, group_id)
@@ -229,7 +229,7 @@ class Admission:
     # -- training -----------------------------------------------------------------------------------------------------
 
     def begin_step(self) -> Batch | None:
-        """Hand the next step's groups to the trainer, or None while it has to wait for one of them."""
+        """Return the next step's groups for the trainer, or None while it has to wait for one of them."""
         if self.training or len(self.ready) < self.batch_size or not self._may_leave_unfinished_behind():
             return None
         earliest = heapq.nsmallest(
@@ -243,9 +243,9 @@ class Admission:
         return Batch(group_ids, tuple(sorted(self.dropped)), staleness)
 
     def _may_leave_unfinished_behind(self) -> bool:
-        """Whether, after a step on the finished groups with the earliest deadlines, those not finished are in time.
+        """Return whether unfinished groups stay in time after a step on the finished ones with the earliest deadlines.
 
-        Only what is not finished counts: waiting for it helps, and waiting for what is finished does not.
+        Only unfinished groups count: waiting for them helps, and waiting for finished ones does not.
         """
         taken, ahead, following = self.batch_size, 0, self.step + 1
         for deadline in sorted(self._unfinished.keys() | self._finished.keys()):

@@ -1,314 +1,294 @@
-"""Keeps the rollouts of a job busy: links to every live worker, leases out, results into admission."""
+"""Leases groups to the rollouts of a job, and passes their results to admission and to the evaluation."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import time
-from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
-from miles.queue.backpressure import TRANSIENT
 from miles.rpc.gen import controller_pb2, rollout_pb2
-from miles.services.controller.clients.calls import WorkerFailedError, WorkerLostError
-from miles.services.controller.clients.rollout import RolloutLink
-from miles.services.controller.jobs import number_types
-from miles.services.controller.jobs.context import JobContext
+from miles.services.controller.change_signal import ChangeSignal
+from miles.services.controller.clients.calls import WorkerFailedError
+from miles.services.controller.clients.rollout import RolloutClient
 from miles.services.controller.run.admission import Admission
+from miles.services.controller.run.alerts import RunAlerts
 from miles.services.controller.run.evaluation import Evaluation
+from miles.services.controller.run.failed_groups import FailedGroups
+from miles.services.controller.run.group_leases import GroupLease
+from miles.services.controller.run.rollout_workers import RolloutWorkers
 from miles.services.controller.status.activity import ActivityClock
-from miles.services.controller.status.worker_activity import WorkerActivity
+from miles.services.controller.status.worker_activity import WorkerActivities
+from miles.services.controller.tasks import cancelled_at_end
 from miles.services.controller.workers.load_balance import LoadBalance
-from miles.services.controller.workers.registry import AttachedWorker, WorkerRegistry
-from miles.services.controller.workers.reward_addresses import DEFAULT, RewardAddresses
+from miles.services.controller.workers.registry import WorkerRegistry
+from miles.services.controller.workers.reward_addresses import DEFAULT
 
 if TYPE_CHECKING:
     from miles.queue import GroupQueue
 
 logger = logging.getLogger(__name__)
 
-_MAX_FAILURES = 5
-"""Failed attempts of one group before it is dropped."""
-_MAX_FAILED_IN_A_ROW = 32
-"""Groups dropped for failures, with none accepted between, before the job fails: something is wrong for all of them."""
-_FENCE_DEADLINE_S = 600.0
 _LEASES_AT_ONCE = 64
-"""Leases handed out before the event loop gets to hear workers again: about 10 ms."""
+"""Leases made before the event loop can read from workers again: about 10 ms."""
+_EVAL = rollout_pb2.GROUP_PURPOSE_EVAL
 
 LeaseMaker = Callable[[int, int, int], rollout_pb2.GroupLease]
 """(group id, attempt, version) -> the lease of a training group."""
 
 
 class Dispatcher:
-    """Carries out what admission decides.
-
-    `admission` is None while nothing may be admitted (before the first version).
-    """
+    """Carries out what admission and the evaluation decide. Listens to the rollouts."""
 
     def __init__(
         self,
-        context: JobContext,
+        rollouts: RolloutWorkers,
         registry: WorkerRegistry,
         queue: GroupQueue,
         clock: ActivityClock,
-        activity: WorkerActivity,
+        activities: WorkerActivities,
+        alerts: RunAlerts,
+        changed: ChangeSignal,
         make_lease: LeaseMaker,
-        weightsync_address: str,
-        reward_addresses: RewardAddresses,
     ) -> None:
-        self._context = context
+        self._rollouts = rollouts
         self._registry = registry
         self._queue = queue
         self._clock = clock
-        self._activity = activity
-        self._leased_unix_ns: dict[tuple[bool, int], int] = {}
+        self._activities = activities
+        self._alerts = alerts
+        self._changed = changed
         self._make_lease = make_lease
-        self._weightsync_address = weightsync_address
-        self._reward_addresses = reward_addresses
-        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._admission: Admission | None = None
+        self._evaluation: Evaluation | None = None
+        self._holds: set[str] = set()
         self._balance = LoadBalance()
-        self._changed = asyncio.Event()
+        self._failed = FailedGroups()
+        self._dropped: dict[int, str] = {}
+        """Groups dropped for failures, with the reason, that the queue does not know yet."""
+        self._leased_unix_ns: dict[tuple[bool, int], int] = {}
         self._more = asyncio.Event()
-        """Set while more groups may be handed out than were."""
+        """Set while more groups may be leased than were."""
         self._generating = False
-        self._failures: Counter[int] = Counter()
-        self._failed_in_a_row = 0
-        self._generated_before = 0
-        self.links: dict[str, RolloutLink] = {}
-        self.admission: Admission | None = None
-        self.holds: set[str] = set()
-        """Why no training group is handed out now; what runs goes on."""
-        self.evaluation: Evaluation | None = None
-        self.given_up: dict[int, str] = {}
-        """Groups dropped here for failing, with the reason, that the queue has not been told of."""
-        self.failure: Exception | None = None
-        """What makes it pointless to go on."""
-        self.warnings: list[str] = []
-        """Things a person should be told; the run loop takes them."""
+
+    # -- questions ----------------------------------------------------------------------------------------------------
 
     @property
-    def generated_tokens(self) -> int:
-        """Response tokens that all workers have generated, those that are gone included."""
-        return self._generated_before + sum(link.progress.generated_tokens for link in self.links.values())
+    def admission(self) -> Admission | None:
+        """What decides which training groups may run; None while none may."""
+        return self._admission
+
+    @property
+    def training_leases(self) -> Mapping[int, GroupLease]:
+        """Leases of training groups; the mapping changes as groups are leased and finish."""
+        return {} if self._admission is None else self._admission.leases
+
+    @property
+    def holds(self) -> list[str]:
+        """Why no training group is leased now, beside the rules of admission."""
+        return sorted(self._holds)
+
+    def running_groups(self) -> list[controller_pb2.RunningGroup]:
+        """Describe every group that is leased: training groups, then those of the evaluation."""
+        evaluation = {} if self._evaluation is None else self._evaluation.leases
+        return [
+            controller_pb2.RunningGroup(
+                group_id=group_id,
+                worker_id=lease.worker_id,
+                attempt=lease.attempt,
+                since_unix_ns=self._leased_unix_ns.get((is_evaluation, group_id), 0),
+                evaluation=is_evaluation,
+            )
+            for is_evaluation, leases in ((False, self.training_leases), (True, evaluation))
+            for group_id, lease in sorted(leases.items())
+        ]
+
+    async def wait_for_change(self) -> None:
+        """Return when something about the groups or workers changed, or after a second."""
+        await self._changed.wait(1.0)
+
+    # -- commands -----------------------------------------------------------------------------------------------------
 
     async def run(self) -> None:
-        """Keep links to all live rollouts until cancelled."""
-        handing_out = asyncio.create_task(self._go_on_handing_out())
-        handing_out.add_done_callback(self._note_failure)
-        try:
-            while True:
-                for worker in self._registry.alive(controller_pb2.WORKER_KIND_ROLLOUT):
-                    if worker.worker_id not in self._tasks:
-                        task = self._tasks[worker.worker_id] = asyncio.create_task(self._serve(worker))
-                        task.add_done_callback(self._note_failure)
-                await self._registry.wait_for_change(1.0)
-        finally:
-            tasks = [handing_out, *self._tasks.values()]
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+        """Work with all live rollouts until cancelled."""
+        leasing = asyncio.create_task(self._keep_leasing())
+        self._alerts.watch(leasing)
+        async with cancelled_at_end(leasing):
+            await self._rollouts.run(self)
 
-    def connected(self) -> list[RolloutLink]:
-        """Links to workers that have loaded the job, by name."""
-        return sorted((link for link in self.links.values() if link.connected), key=lambda link: link.worker_id)
+    def admit(self, admission: Admission) -> None:
+        """Lease training groups as this admission allows."""
+        self._admission = admission
 
-    async def wait_for_change(self, timeout_s: float = 1.0) -> None:
-        """Return when something about the groups or links changed, or after the timeout."""
-        try:
-            async with asyncio.timeout(timeout_s):
-                await self._changed.wait()
-        except TimeoutError:
-            return
+    def stop_admitting(self) -> None:
+        """Lease no training groups, and ignore the results of those that run."""
+        self._admission = None
 
-    def notify(self) -> None:
-        """Wake whoever waits for a change."""
-        self._changed.set()
-        self._changed = asyncio.Event()
+    def hold(self, reason: str) -> None:
+        """Lease no training groups until the hold is released; those that run continue."""
+        self._holds.add(reason)
 
-    def pump(self) -> None:
-        """Hand out groups while some may run and some worker has room: some at once, the others soon."""
+    def release_hold(self, reason: str) -> None:
+        """Release a hold; training groups are leased once there is none."""
+        self._holds.discard(reason)
+
+    def activate(self, version: int) -> None:
+        """Engines serve a new version: admit what it allows."""
+        if self._admission is not None:
+            self._admission.activate(version)
+        self.lease_groups()
+        self._changed.notify()
+
+    def preempt(self) -> None:
+        """Preempt every training group that runs; its unfinished responses are stored and resumed later."""
+        self._cancel(self.training_leases, rollout_pb2.GROUP_PURPOSE_TRAIN)
+
+    def start_evaluation(self, evaluation: Evaluation) -> None:
+        """Lease the groups of an evaluation ahead of training groups."""
+        self._evaluation = evaluation
+        self.lease_groups()
+
+    def end_evaluation(self) -> None:
+        """Lease no more groups of the evaluation and cancel those that run."""
+        if self._evaluation is not None:
+            self._cancel(self._evaluation.leases, _EVAL)
+            self._evaluation = None
+            self._watch_activity()
+
+    async def record_drops(self) -> None:
+        """Have the queue remember groups dropped for failures, as rollouts do for those that a filter drops."""
+        while self._dropped:
+            group_id, reason = next(iter(self._dropped.items()))
+            await self._queue.drop(group_id, reason)
+            del self._dropped[group_id]
+
+    # -- leasing ------------------------------------------------------------------------------------------------------
+
+    def lease_groups(self) -> None:
+        """Lease groups while some may run and some worker has room: a few at once, the others soon."""
         for _ in range(_LEASES_AT_ONCE):
             worker_id = self._balance.next()
-            lease = None if worker_id is None else self._next_lease(worker_id)
-            if worker_id is None or lease is None:
+            client = None if worker_id is None else self._rollouts.get(worker_id)
+            lease = None if client is None else self._next_lease(client.worker_id)
+            if client is None or lease is None:
                 break
-            self.links[worker_id].lease(lease)
-            self._balance.take(worker_id)
-            self._leased_unix_ns[lease.purpose == rollout_pb2.GROUP_PURPOSE_EVAL, lease.group_id] = time.time_ns()
-            if self._balance.held(worker_id) == 1:
-                self._activity.begin(worker_id, "generate")
+            client.lease(lease)
+            self._balance.add_group(client.worker_id)
+            self._leased_unix_ns[lease.purpose == _EVAL, lease.group_id] = time.time_ns()
+            if self._balance.groups_of(client.worker_id) == 1:
+                self._activities.begin(client.worker_id, "generate")
         else:
             self._more.set()
         self._watch_activity()
 
-    def leased_since(self, evaluation: bool, group_id: int) -> int:
-        """When a group was leased last, in nanoseconds since the Unix epoch; 0 when that is not known."""
-        return self._leased_unix_ns.get((evaluation, group_id), 0)
-
-    def interrupt(self) -> None:
-        """Have every training group that runs given up; what there is of it is kept."""
-        if self.admission is None:
-            return
-        for group_id, lease in self.admission.leases.items():
-            if (link := self.links.get(lease.worker_id)) is not None:
-                link.cancel(group_id, lease.attempt, rollout_pb2.GROUP_PURPOSE_TRAIN)
-
-    def end_evaluation(self) -> None:
-        """Have the groups of an evaluation that is not wanted any more given up."""
-        if self.evaluation is None:
-            return
-        for group_id, lease in self.evaluation.leases.items():
-            if (link := self.links.get(lease.worker_id)) is not None:
-                link.cancel(group_id, lease.attempt, rollout_pb2.GROUP_PURPOSE_EVAL)
-        self.evaluation = None
-        self._watch_activity()
-
     def _next_lease(self, worker_id: str) -> rollout_pb2.GroupLease | None:
-        if self.evaluation is not None and (lease := self.evaluation.lease(worker_id)) is not None:
+        if self._evaluation is not None and (lease := self._evaluation.lease(worker_id)) is not None:
             return lease
-        if self.admission is None or self.holds:
+        if self._admission is None or self._holds:
             return None
-        given = self.admission.lease(worker_id)
-        return None if given is None else self._make_lease(*given, self.admission.version)
+        admitted = self._admission.lease(worker_id)
+        return None if admitted is None else self._make_lease(*admitted, self._admission.version)
 
-    async def _go_on_handing_out(self) -> None:
+    async def _keep_leasing(self) -> None:
         while True:
             await self._more.wait()
             self._more.clear()
             await asyncio.sleep(0)
-            self.pump()
+            self.lease_groups()
 
-    def _note_failure(self, task: asyncio.Task[None]) -> None:
-        """Have the job end by an error that nobody foresaw, instead of waiting for ever."""
-        if not task.cancelled() and (error := task.exception()) is not None:
-            self.failure = error if isinstance(error, Exception) else RuntimeError(repr(error))
-            self.notify()
+    def _cancel(self, leases: Mapping[int, GroupLease], purpose: rollout_pb2.GroupPurpose.ValueType) -> None:
+        for group_id, lease in leases.items():
+            if (client := self._rollouts.get(lease.worker_id)) is not None:
+                client.preempt(group_id, lease.attempt, purpose)
 
-    async def _serve(self, worker: AttachedWorker) -> None:
-        """Work with one worker for as long as its lease and its stream last."""
-        link = RolloutLink(worker, self._context, self._weightsync_address, self._reward_addresses.of(worker.worker_id))
-        self.links[link.worker_id] = link
-        if warning := number_types.warning_of(worker, self._context.config.rollout.rollout_dtype):
-            self.warnings.append(warning)
-        try:
-            await self._queue.fence(link.worker_id, worker.lease_number, deadline_s=_FENCE_DEADLINE_S)
-            try:
-                await self._work_until_lost(link)
-            finally:
-                self._balance.remove(link.worker_id)
-            if worker.lost.is_set():
-                # A worker that hangs may wake up and finish what others have got by then.
-                await self._queue.fence(link.worker_id, worker.lease_number + 1, deadline_s=_FENCE_DEADLINE_S)
-        except WorkerFailedError as error:
-            self.failure = error
-        except TRANSIENT as error:
-            self.failure = WorkerFailedError(f"Redis was away for {_FENCE_DEADLINE_S:g} s: {error}")
-        finally:
-            self._unlink(link)
+    # -- what rollouts send -------------------------------------------------------------------------------------------
 
-    async def _work_until_lost(self, link: RolloutLink) -> None:
-        lost = asyncio.create_task(link.worker.lost.wait())
-        serving = asyncio.create_task(link.serve(self._on_response))
-        try:
-            await asyncio.wait({lost, serving}, return_when=asyncio.FIRST_COMPLETED)
-            if serving.done():
-                serving.result()
-        except WorkerLostError as error:
-            logger.info("lost rollout %s: %s", link.worker_id, error)
-            self.warnings.append(f"rollout {link.worker_id} lost: {error}")
-        finally:
-            lost.cancel()
-            serving.cancel()
-            await asyncio.gather(lost, serving, return_exceptions=True)
-
-    def _unlink(self, link: RolloutLink) -> None:
-        self._generated_before += link.progress.generated_tokens
-        self._activity.end(link.worker_id)
-        del self.links[link.worker_id], self._tasks[link.worker_id]
-        if self.admission is not None:
-            lost = self.admission.lose_worker(link.worker_id)
-            if lost:
-                logger.info("groups %s of rollout %s will be leased again", lost, link.worker_id)
-        if self.evaluation is not None:
-            self.evaluation.lose_worker(link.worker_id)
-        self.pump()
-        self.notify()
-
-    def _on_response(self, link: RolloutLink, response: rollout_pb2.RunResponse) -> None:
+    def on_response(self, client: RolloutClient, response: rollout_pb2.RunResponse) -> None:
+        """Take in a result or a new capacity, and lease what it makes possible."""
         kind = response.WhichOneof("kind")
         if kind == "progress":
             return
         if kind == "ready":
-            self._balance.set_capacity(link.worker_id, link.capacity)
+            self._balance.set_capacity(client.worker_id, client.capacity)
         else:
-            self._balance.give(link.worker_id)
-            if not self._balance.held(link.worker_id):
-                self._activity.end(link.worker_id)
+            self._balance.remove_group(client.worker_id)
+            if not self._balance.groups_of(client.worker_id):
+                self._activities.end(client.worker_id)
         if kind == "finished":
-            self._on_finished(link, response.finished)
+            self._on_finished(client, response.finished)
         elif kind == "failed":
             self._on_failed(response.failed)
         elif kind == "preempted":
-            self._on_returned(response.preempted)
-        self.pump()
-        self.notify()
+            self._on_preempted(response.preempted)
+        self.lease_groups()
+        self._changed.notify()
 
-    def _on_finished(self, link: RolloutLink, message: rollout_pb2.GroupFinished) -> None:
-        self._leased_unix_ns.pop((message.purpose == rollout_pb2.GROUP_PURPOSE_EVAL, message.group_id), None)
+    def on_disconnected(self, client: RolloutClient) -> None:
+        """Lease nothing more to a worker whose stream has ended."""
+        self._balance.remove_worker(client.worker_id)
+
+    def on_lost(self, client: RolloutClient) -> None:
+        """Lease a lost worker's groups to others."""
+        self._activities.end(client.worker_id)
+        if self._admission is not None and (lost := self._admission.lose_worker(client.worker_id)):
+            logger.info("groups %s of rollout %s will be leased again", lost, client.worker_id)
+        if self._evaluation is not None:
+            self._evaluation.lose_worker(client.worker_id)
+        self.lease_groups()
+        self._changed.notify()
+
+    def _on_finished(self, client: RolloutClient, message: rollout_pb2.GroupFinished) -> None:
+        self._leased_unix_ns.pop((message.purpose == _EVAL, message.group_id), None)
         if message.stats.reward_s > 0:
-            self._note_scoring(link, message.stats.reward_s)
-        if message.purpose == rollout_pb2.GROUP_PURPOSE_EVAL:
-            if self.evaluation is not None:
-                self.evaluation.finish(message)
+            self._note_scoring(client, message.stats.reward_s)
+        if message.purpose == _EVAL:
+            if self._evaluation is not None:
+                self._evaluation.finish(message)
             return
-        if self.admission is None:
+        if self._admission is None:
             return
-        self._failures.pop(message.group_id, None)
+        self._failed.finish(message.group_id)
         if message.verdict == rollout_pb2.FILTER_VERDICT_DROP:
-            if self.admission.drop(message.group_id, message.attempt):
+            if self._admission.drop(message.group_id, message.attempt):
                 logger.info("group %d dropped: %s", message.group_id, message.reason)
-        elif self.admission.accept(message.group_id, message.attempt, message.oldest_version):
-            self._failed_in_a_row = 0
-            if not self.admission.leases:
+        elif self._admission.accept(message.group_id, message.attempt, message.oldest_version):
+            self._failed.accept()
+            if not self._admission.leases:
                 self._clock.move("generate", "reward", message.stats.reward_s)
 
-    def _note_scoring(self, link: RolloutLink, seconds: float) -> None:
-        for worker in self._registry.at(link.reward_addresses[DEFAULT]):
+    def _note_scoring(self, client: RolloutClient, seconds: float) -> None:
+        for worker in self._registry.at(client.reward_addresses[DEFAULT]):
             if worker.registration.kind == controller_pb2.WORKER_KIND_REWARD:
-                self._activity.note(worker.worker_id, "score", seconds)
+                self._activities.note(worker.worker_id, "score", seconds)
 
     def _on_failed(self, message: rollout_pb2.GroupFailed) -> None:
-        if message.purpose == rollout_pb2.GROUP_PURPOSE_EVAL:
-            if self.evaluation is not None:
-                self.evaluation.fail(message.group_id, message.attempt, message.error)
+        if message.purpose == _EVAL:
+            if self._evaluation is not None:
+                self._evaluation.fail(message.group_id, message.attempt, message.error)
             return
-        if self.admission is None:
+        if self._admission is None:
             return
-        self._failures[message.group_id] += 1
-        if message.retryable and self._failures[message.group_id] < _MAX_FAILURES:
-            if self.admission.give_back(message.group_id, message.attempt):
-                self.warnings.append(f"group {message.group_id} failed and is tried again: {message.error}")
-            return
-        if self.admission.drop(message.group_id, message.attempt):
-            del self._failures[message.group_id]
-            self.given_up[message.group_id] = message.error
-            self.warnings.append(f"group {message.group_id} dropped after a failure: {message.error}")
-            self._failed_in_a_row += 1
-            if self._failed_in_a_row >= _MAX_FAILED_IN_A_ROW:
-                self.failure = WorkerFailedError(
-                    f"{self._failed_in_a_row} groups in a row failed and were dropped; the last: {message.error}"
-                )
+        if self._failed.may_retry(message.group_id, message.retryable):
+            if self._admission.requeue(message.group_id, message.attempt):
+                self._alerts.warn(f"group {message.group_id} failed and is retried: {message.error}")
+        elif self._admission.drop(message.group_id, message.attempt):
+            self._dropped[message.group_id] = message.error
+            self._alerts.warn(f"group {message.group_id} dropped after a failure: {message.error}")
+            if self._failed.drop(message.group_id):
+                count = self._failed.dropped_in_a_row
+                problem = f"{count} groups in a row failed and were dropped; the last: {message.error}"
+                self._alerts.fail(WorkerFailedError(problem))
 
-    def _on_returned(self, message: rollout_pb2.GroupPreempted) -> None:
-        if message.purpose == rollout_pb2.GROUP_PURPOSE_EVAL:
-            if self.evaluation is not None:
-                self.evaluation.give_back(message.group_id, message.attempt)
-        elif self.admission is not None:
-            self.admission.give_back(message.group_id, message.attempt)
+    def _on_preempted(self, message: rollout_pb2.GroupPreempted) -> None:
+        if message.purpose == _EVAL:
+            if self._evaluation is not None:
+                self._evaluation.requeue(message.group_id, message.attempt)
+        elif self._admission is not None:
+            self._admission.requeue(message.group_id, message.attempt)
 
     def _watch_activity(self) -> None:
-        leased = bool(self.admission and self.admission.leases) or bool(self.evaluation and self.evaluation.leases)
+        leased = bool(self.training_leases) or bool(self._evaluation and self._evaluation.leases)
         if leased != self._generating:
             self._generating = leased
             (self._clock.begin if leased else self._clock.end)("generate")

@@ -1,4 +1,4 @@
-"""One evaluation: fixed prompts, an exact policy version, and the metrics that come of it."""
+"""One evaluation: fixed prompts, an exact policy version, and the resulting metrics."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from miles.rpc.gen import rollout_pb2
-from miles.services.controller.run.group_table import HeldGroups, Lease
+from miles.services.controller.run.group_leases import GroupLease, GroupLeases
 from miles.services.controller.run.lease_messages import evaluation_lease
 from miles.types import Sample, SampleGroup, SampleStatus, reward_number
 from miles.types.convert import group_from_proto
@@ -25,9 +25,9 @@ _MAX_FAILURES = 5
 
 
 class Evaluation:
-    """Hands out the groups of an evaluation and gathers their results.
+    """Leases the groups of an evaluation and collects their results.
 
-    Group ids count through all data sets; they are apart from those of training groups.
+    Group ids count through all data sets, apart from those of training groups.
     """
 
     def __init__(
@@ -38,14 +38,14 @@ class Evaluation:
         version: int,
         attempts_before: int = 0,
     ) -> None:
-        """`attempts_before`: more than the attempts of any earlier evaluation, so that its late results are known."""
+        """`attempts_before`: highest attempt of any earlier evaluation, so that its late results are recognised."""
         self._job_id = job_id
         self._config = config
         self.version = version
         self._datasets = datasets
         self._prompts = [(name, index) for name, source in datasets.items() for index in range(len(source))]
         self._pending = list(range(len(self._prompts)))
-        self.leases = HeldGroups()
+        self.leases = GroupLeases()
         """Groups being generated now."""
         self._failures: Counter[int] = Counter()
         self._attempts = [attempts_before] * len(self._prompts)
@@ -58,31 +58,31 @@ class Evaluation:
         return max(self._attempts, default=0)
 
     async def wait(self) -> dict[str, float]:
-        """The metrics, once every group is in."""
+        """Return the metrics once every group is finished."""
         return await asyncio.shield(self._done)
 
     def lease(self, worker_id: str) -> rollout_pb2.GroupLease | None:
-        """The next group for a worker; None when none is waiting."""
+        """Lease the next group to a worker; None when none is waiting."""
         if not self._pending:
             return None
         group_id = heapq.heappop(self._pending)
         self._attempts[group_id] += 1
         attempt = self._attempts[group_id]
-        self.leases.begin(group_id, Lease(worker_id, attempt))
+        self.leases.begin(group_id, GroupLease(worker_id, attempt))
         name, index = self._prompts[group_id]
         group = self._datasets[name].group(self._job_id, index, 1)
         group.group_id = group.samples[0].group_id = group_id
         return evaluation_lease(self._config, name, group, attempt, self.version)
 
     def finish(self, message: rollout_pb2.GroupFinished) -> None:
-        """A group came back; results of older attempts are ignored."""
+        """Take in a finished group; results of older attempts are ignored."""
         if self.leases.end(message.group_id, message.attempt):
             self._results[message.group_id] = group_from_proto(message.group)
             if len(self._results) == len(self._prompts) and not self._done.done():
                 self._done.set_result(self._metrics())
 
     def fail(self, group_id: int, attempt: int, error: str) -> None:
-        """A group could not be finished; it is tried again a few times, then the evaluation fails."""
+        """Retry a group that failed; after a few times the evaluation fails."""
         if self.leases.end(group_id, attempt):
             heapq.heappush(self._pending, group_id)
             self._failures[group_id] += 1
@@ -93,13 +93,13 @@ class Evaluation:
                     RuntimeError(f"evaluation on {name}: prompt {group_id} failed {times} times; last: {error}")
                 )
 
-    def give_back(self, group_id: int, attempt: int) -> None:
-        """A worker gave the group up; another one gets it."""
+    def requeue(self, group_id: int, attempt: int) -> None:
+        """End a lease without a result; the group will be leased again."""
         if self.leases.end(group_id, attempt):
             heapq.heappush(self._pending, group_id)
 
     def lose_worker(self, worker_id: str) -> None:
-        """A worker is gone: its groups wait for another one."""
+        """End every lease of a lost worker; its groups will be leased again."""
         for group_id in self.leases.lose_worker(worker_id):
             heapq.heappush(self._pending, group_id)
 
@@ -109,7 +109,7 @@ class Evaluation:
         names = list(dict.fromkeys(name for name, _ in self._prompts))
         for name in names:
             groups = [self._results[i] for i, (owner, _) in enumerate(self._prompts) if owner == name]
-            rewards = [[_number(sample, key) for sample in group.samples] for group in groups]
+            rewards = [[_reward(sample, key) for sample in group.samples] for group in groups]
             samples = [sample for group in groups for sample in group.samples]
             metrics[f"eval/{name}"] = float(np.mean([reward for group in rewards for reward in group]))
             metrics[f"eval/{name}/weight_version"] = float(self.version)
@@ -124,7 +124,7 @@ class Evaluation:
         return metrics
 
 
-def _number(sample: Sample, key: str | None) -> float:
+def _reward(sample: Sample, key: str | None) -> float:
     """A sample's reward; 0 for one that has none, because it failed."""
     return 0.0 if sample.reward is None else reward_number(sample.reward, key)
 

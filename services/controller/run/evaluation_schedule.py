@@ -1,4 +1,4 @@
-"""The evaluations of a job: when one is due, and what comes of it."""
+"""Decides when a version is evaluated, runs the evaluation in the background, and records its metrics."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from miles.services.controller.jobs.context import JobContext
 from miles.services.controller.jobs.history import JobHistory
 from miles.services.controller.run.dispatcher import Dispatcher
 from miles.services.controller.run.evaluation import Evaluation
+from miles.services.controller.tasks import cancel
 
 if TYPE_CHECKING:
     from miles.data import PromptSource
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 _LAST_VERSION = "last_evaluated_version"
 
 
-class Evaluations:
+class EvaluationSchedule:
     """At most one evaluation at a time, each of one version, which must stay active until its last response."""
 
     def __init__(
@@ -32,10 +33,14 @@ class Evaluations:
         self._history = history
         self._dispatcher = dispatcher
         self._datasets = datasets
-        self._attempts = 0
+        self._evaluation: Evaluation | None = None
+        """The newest one, running or not."""
         self._task: asyncio.Task[None] | None = None
-        self.version = -1
-        """Version that was evaluated last, or is now."""
+
+    @property
+    def version(self) -> int:
+        """Version that is being evaluated or was evaluated last; -1 before the first."""
+        return -1 if self._evaluation is None else self._evaluation.version
 
     @property
     def running(self) -> bool:
@@ -43,7 +48,7 @@ class Evaluations:
         return self._task is not None and not self._task.done()
 
     def due(self, version: int, last: int) -> bool:
-        """Whether a version is to be evaluated and was not; `last` is that of the end of the job."""
+        """Return whether a version has to be evaluated and was not; `last` is the job's last version."""
         interval = self._config.eval_interval
         if interval is None or not self._datasets or self._history.summary.get(_LAST_VERSION, -1) >= version:
             return False
@@ -51,55 +56,50 @@ class Evaluations:
             return not self._config.skip_eval_before_train
         return version % interval == 0 or version == last
 
-    def begin(self, version: int) -> None:
+    def start(self, version: int) -> None:
         """Evaluate a version that is active or about to be."""
-        evaluation = Evaluation(self._context.job_id, self._context.config, self._datasets, version, self._attempts)
-        self.version = version
-        self._dispatcher.evaluation = evaluation
-        self._task = asyncio.create_task(self._evaluate(evaluation))
-        self._dispatcher.pump()
+        attempts = 0 if self._evaluation is None else self._evaluation.attempts
+        self._evaluation = Evaluation(self._context.job_id, self._context.config, self._datasets, version, attempts)
+        self._task = asyncio.create_task(self._evaluate(self._evaluation))
+        self._dispatcher.start_evaluation(self._evaluation)
 
-    async def finish(self, check: Callable[[], None]) -> None:
+    async def wait_until_done(self, check: Callable[[], None]) -> None:
         """Wait for a running evaluation; `check`, called about once a second, raises what ends the wait."""
         while self.running:
             assert self._task is not None
             check()
-            self._dispatcher.pump()
+            self._dispatcher.lease_groups()
             await asyncio.wait({self._task}, timeout=1.0)
-        self.collect()
+        self.check()
 
-    def collect(self) -> None:
-        """Raise what an evaluation has failed for, if it has; waits for nothing."""
+    def check(self) -> None:
+        """Raise the error of an evaluation that has failed."""
         if self._task is not None and self._task.done():
             task, self._task = self._task, None
             task.result()
 
     async def cancel(self) -> None:
-        """Give up a running evaluation."""
+        """Cancel a running evaluation."""
         if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+            await cancel([self._task])
             self._task = None
         self._dispatcher.end_evaluation()
 
     def forget_after(self, version: int) -> None:
-        """The job is back at a version: later ones will be other weights and are to be evaluated again."""
+        """Evaluate versions after this one again: the job is back at it, and later ones will be other weights."""
         if self._history.summary.get(_LAST_VERSION, -1) > version:
             self._history.summary[_LAST_VERSION] = version
 
     async def _evaluate(self, evaluation: Evaluation) -> None:
-        try:
-            metrics = await evaluation.wait()
-        finally:
-            self._attempts = max(self._attempts, evaluation.attempts)
-        self._dispatcher.evaluation = None
+        metrics = await evaluation.wait()
+        self._dispatcher.end_evaluation()
         # Metrics of version v belong to step v - 1, whose training made it; those of the initial weights to step 0.
         await self._history.metrics(max(0, evaluation.version - 1), metrics)
         summary = self._history.summary
         results = summary.setdefault("eval", {})
-        numbers = {name.removeprefix("eval/"): value for name, value in metrics.items() if name.count("/") == 1}
-        results["after"] = numbers
+        scores = {name.removeprefix("eval/"): value for name, value in metrics.items() if name.count("/") == 1}
+        results["after"] = scores
         if evaluation.version == 0:
-            results["before"] = numbers
+            results["before"] = scores
         summary[_LAST_VERSION] = evaluation.version
         await self._history.save()

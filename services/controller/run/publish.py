@@ -1,4 +1,4 @@
-"""Brings the trainer's weights to the engines: export, then activation, which may go on while the trainer goes on."""
+"""Publishes a version: the trainer exports its weights, then engines activate them, while the trainer may continue."""
 
 from __future__ import annotations
 
@@ -8,35 +8,36 @@ import time
 from asyncio import FIRST_COMPLETED
 from collections.abc import Callable
 
-from miles.services.controller.clients.trainer import TrainerLink, activate
+from miles.services.controller.clients.trainer import TrainerClient
+from miles.services.controller.clients.weightsync import WeightSyncClient
 from miles.services.controller.jobs.context import JobContext
-from miles.services.controller.run.dispatcher import Dispatcher
+from miles.services.controller.run.rollout_workers import RolloutWorkers
 from miles.services.controller.status.activity import ActivityClock
-from miles.services.controller.status.worker_activity import WorkerActivity
-from miles.services.controller.workers.registry import AttachedWorker
+from miles.services.controller.status.worker_activity import WorkerActivities
+from miles.services.controller.tasks import cancel
 
 logger = logging.getLogger(__name__)
 
 _LOOK_FOR_LOST_S = 1.0
 
 
-class Publishing:
-    """One job's publications. `on_active` is called on the event loop with each version that engines serve."""
+class Publisher:
+    """Publishes one job's versions. `on_active` is called on the event loop with each version that engines serve."""
 
     def __init__(
         self,
         context: JobContext,
-        weightsync: AttachedWorker,
-        dispatcher: Dispatcher,
+        weightsync: WeightSyncClient,
+        rollouts: RolloutWorkers,
         clock: ActivityClock,
-        activity: WorkerActivity,
+        activities: WorkerActivities,
         on_active: Callable[[int], None],
     ) -> None:
         self._context = context
         self._weightsync = weightsync
-        self._activity = activity
-        self._dispatcher = dispatcher
+        self._rollouts = rollouts
         self._clock = clock
+        self._activities = activities
         self._on_active = on_active
         self._activation: asyncio.Task[None] | None = None
         self.active: int | None = None
@@ -44,61 +45,62 @@ class Publishing:
         self.newest = 0
         """Version that was exported last, active or about to be."""
 
-    async def export(self, trainer: TrainerLink, version: int) -> None:
-        """Have the trainer hand over a version, once the one before is active, and begin its activation."""
-        await self.settle()
-        with self._clock.during("sync"), self._activity.during(trainer.worker_id, "export"):
+    async def export(self, trainer: TrainerClient, version: int) -> None:
+        """Export a version, once the one before is active, and begin its activation."""
+        await self.wait_until_active()
+        with self._clock.during("sync"), self._activities.during(trainer.worker_id, "export"):
             exported = await trainer.export(version)
         logger.info("version %d is prepared (%d bytes)", version, exported.total_bytes)
         self.newest = version
         self._activation = asyncio.create_task(self._activate(version))
 
-    async def settle(self) -> None:
-        """Wait until the version that was exported last is active; raises why it is not."""
+    async def wait_until_active(self) -> None:
+        """Wait until the version that was exported last is active; raise the error of a failed activation."""
         if self._activation is not None:
             await self._activation
             self._activation = None
 
-    async def collect(self) -> None:
-        """Raise what an activation under way has failed for, if it has; waits for nothing."""
+    async def check(self) -> None:
+        """Raise the error of an activation that has failed; does not wait for one that runs."""
         if self._activation is not None and self._activation.done():
-            await self.settle()
+            await self.wait_until_active()
 
     async def cancel(self) -> None:
-        """Forget an activation under way; the next export takes its place."""
+        """Forget an activation that runs; the next export replaces it."""
         if self._activation is not None:
-            self._activation.cancel()
-            await asyncio.gather(self._activation, return_exceptions=True)
+            await cancel([self._activation])
             self._activation = None
 
     async def _activate(self, version: int) -> None:
-        """Waits for every worker that is alive; when one is lost meanwhile, has weight sync go on without it."""
         began = time.monotonic()
-        alive = self._alive()
-        calls = {asyncio.create_task(self._call(version, alive))}
-        with self._clock.during("sync"), self._activity.during(self._weightsync.worker_id, "activate"):
-            try:
-                while not (
-                    done := (await asyncio.wait(calls, timeout=_LOOK_FOR_LOST_S, return_when=FIRST_COMPLETED))[0]
-                ):
-                    left = alive & self._alive()
-                    if left and left != alive:
-                        alive = left
-                        calls.add(asyncio.create_task(self._call(version, alive)))
-                done.pop().result()
-            finally:
-                for call in calls:
-                    call.cancel()
-                await asyncio.gather(*calls, return_exceptions=True)
+        with self._clock.during("sync"), self._activities.during(self._weightsync.worker_id, "activate"):
+            await self._activate_on_live_workers(version)
         logger.info("version %d is active after %.2f s", version, time.monotonic() - began)
         self.active = version
         self._on_active(version)
 
+    async def _activate_on_live_workers(self, version: int) -> None:
+        """Wait for every live worker; when one is lost meanwhile, weight sync continues without it."""
+        alive = self._alive()
+        calls = {asyncio.create_task(self._call(version, alive))}
+        try:
+            while not (done := (await asyncio.wait(calls, timeout=_LOOK_FOR_LOST_S, return_when=FIRST_COMPLETED))[0]):
+                left = alive & self._alive()
+                if left and left != alive:
+                    alive = left
+                    calls.add(asyncio.create_task(self._call(version, alive)))
+            done.pop().result()
+        finally:
+            await cancel(calls)
+
     async def _call(self, version: int, alive: frozenset[str]) -> None:
-        # A version that half of the engines cannot load is not fit to be served.
-        min_engines = max(1, (len(alive) + 1) // 2)
-        address = self._weightsync.registration.address
-        await activate(self._context, address, version, min_engines, sorted(alive))
+        await self._weightsync.activate(
+            self._context.job_id,
+            version,
+            min_engines=max(1, (len(alive) + 1) // 2),  # a version that half of the engines cannot load is not fit
+            wait_for=sorted(alive),
+            check_equal=self._context.config.weights.check_weight_update_equal,
+        )
 
     def _alive(self) -> frozenset[str]:
-        return frozenset(link.worker_id for link in self._dispatcher.connected())
+        return frozenset(client.worker_id for client in self._rollouts.connected())

@@ -1,47 +1,73 @@
-"""Where admission stood: found again from the trainer's checkpoint, the queue, and what live workers hold."""
+"""Runs a job to its end: runs the loop again when a worker is lost, and releases the workers at the end.
+
+A lost trainer, weight-sync service or Redis sends the loop back to loading (`resume`); rollouts work on meanwhile.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+import asyncio
+import contextlib
 
-from miles.rpc.gen import trainer_pb2
-from miles.services.controller.run.admission import Admission
-from miles.services.controller.run.group_table import Lease
+from miles.queue.backpressure import TRANSIENT
+from miles.rpc.gen import controller_pb2, job_pb2
+from miles.services.controller.clients import deadlines
+from miles.services.controller.clients.calls import WorkerLostError
+from miles.services.controller.clients.trainer import TrainerClient
+from miles.services.controller.jobs import number_types
+from miles.services.controller.run.loop import RunLoop
+from miles.services.controller.run.release_workers import release_workers
+from miles.services.controller.run.setup import RunSetup
+from miles.services.controller.run.state import RunState
+from miles.services.controller.tasks import cancel
 
-if TYPE_CHECKING:
-    from miles.config import JobConfig
-    from miles.queue import GroupQueue
-
-_ATTEMPTS_A_LIFE = 1 << 16
-"""Leases of one group that one life of the controller can number."""
+_RECOVERY_PAUSE_S = 0.5
+_MAX_RECOVERIES_WITHOUT_A_STEP = 8
 
 
-async def admission_after(
-    ready: trainer_pb2.TrainerReady,
-    config: JobConfig,
-    steps: int,
-    queue: GroupQueue,
-    first_lease_number: int,
-    leases: Mapping[int, Lease],
-) -> Admission:
-    """Admission for a job of so many `steps` whose trainer is `ready`; `leases` are held by workers of this life.
+async def run_to_end(setup: RunSetup) -> None:
+    """Run until every step is done; raises what the user asked for, or what went wrong for good."""
+    run = await setup.connect()
+    dispatching = asyncio.create_task(run.dispatcher.run())
+    try:
+        await _run_with_recoveries(run)
+    finally:
+        await run.publisher.cancel()
+        await run.evaluations.cancel()
+        run.dispatcher.stop_admitting()
+        rollouts = run.rollouts.all()
+        await cancel([dispatching])
+        run.status.enter("ending", "every worker to release the job")
+        await release_workers(run.context, run.registry, rollouts, run.weightsync)
+        run.activities.close()
 
-    Results of workers whose leases are older than `first_lease_number` are refused from now on.
-    """
-    life = await queue.begin_life()
-    await queue.fence("*", first_lease_number)
-    queued = {entry.group_id: entry.oldest_version for entry in await queue.outstanding()}
-    return Admission.resume(
-        batch_size=config.data.rollout_batch_size,
-        max_staleness=config.rollout.max_weight_staleness,
-        total_groups=config.data.rollout_batch_size * steps,
-        version=ready.step,
-        consumed_below=ready.consumed_below,
-        consumed_ids=ready.consumed_group_ids,
-        ready=queued,
-        dropped=await queue.dropped(),
-        leases=leases,
-        window=config.rollout.over_sampling_batch_size or 0,
-        first_attempt=life * _ATTEMPTS_A_LIFE + 1,
-    )
+
+async def _run_with_recoveries(run: RunState) -> None:
+    recoveries, recovered_at = 0, -1
+    while True:
+        try:
+            return await _run_once(run)
+        except (WorkerLostError, *TRANSIENT) as error:
+            recoveries = recoveries + 1 if recovered_at == run.step else 1
+            recovered_at = run.step
+            if recoveries > _MAX_RECOVERIES_WITHOUT_A_STEP:
+                raise
+            await _recover(run, error)
+
+
+async def _run_once(run: RunState) -> None:
+    """From loading to the end, unless a worker that the loop depends on is lost."""
+    await run.workers.wait_for(controller_pb2.WORKER_KIND_WEIGHTSYNC)
+    worker = (await run.workers.wait_for(controller_pb2.WORKER_KIND_TRAINER))[0]
+    if warning := number_types.warning_of(worker, run.config.train.train_dtype):
+        run.alerts.warn(warning)
+    async with contextlib.aclosing(TrainerClient(worker, run.context, run.weightsync.address)) as trainer:
+        await RunLoop(run, trainer).run()
+
+
+async def _recover(run: RunState, error: Exception) -> None:
+    await run.queue.wait_until_answering(deadlines.REDIS_S)
+    await run.history.state(job_pb2.JOB_STATE_RECOVERING, str(error))
+    run.status.enter("recovering", f"what was lost: {error}")
+    await run.publisher.cancel()
+    await run.evaluations.cancel()
+    await asyncio.sleep(_RECOVERY_PAUSE_S)

@@ -1,1 +1,1 @@
-"""What a run is doing now, for people who look at it. Nothing here changes a run. Start at `run_status`."""
+"""Shows what a run and its workers are doing now. Nothing here changes a run. Start at `run_status`."""

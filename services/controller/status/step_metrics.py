@@ -1,4 +1,4 @@
-"""The numbers of one training step, as they are recorded."""
+"""Makes the metrics of one training step."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from miles.services.controller.run.admission import Batch
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class StepTimes:
-    """Where the time of a step went, in seconds."""
+    """How long the parts of a step took, in seconds."""
 
     waited_s: float
-    """For the step's groups."""
+    """Waiting for the step's groups."""
     train_s: float
     update_s: float
-    """While the trainer stood still for a publication."""
+    """Publishing, as far as the trainer waited for it."""
     step_s: float
     """From the end of the step before."""
 
@@ -24,7 +24,7 @@ class StepTimes:
 def step_metrics(
     trained: Mapping[str, float], batch: Batch, queue_size: int, times: StepTimes, trainer_world_size: int
 ) -> dict[str, float]:
-    """What the trainer measured (`trained`), and beside it staleness, queue and times of the step."""
+    """Return what the trainer measured (`trained`), with staleness, queue and times of the step."""
     return {
         **trained,
         "rollout/fully_async/queue_size": queue_size,
@@ -41,4 +41,4 @@ def step_metrics(
 
 
 RESPONSE_TOKENS = "rollout/response_tokens"
-"""A number that every training step has."""
+"""A metric that every training step has."""

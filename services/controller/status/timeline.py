@@ -1,4 +1,4 @@
-"""Which activity of a run went on when, as JSON lines."""
+"""Writes and reads the timeline of a run: its activities and their times, as JSON lines."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ _LINE_BYTES = 256
 
 
 class TimelineWriter:
-    """Appends spans; a run that resumes goes on with the file of the one before."""
+    """Appends spans; a resumed run appends to the same file."""
 
     def __init__(self, path: pathlib.Path) -> None:
         self._path = path
         self._file: IO[str] | None = None
         self._unix_minus_monotonic = time.time() - time.monotonic()
         self.step = 0
-        """The training step that is current."""
+        """The current training step."""
 
     def add(self, activity: str, start_s: float, end_s: float, worker_id: str = "") -> None:
         """Write one span, of a worker or of the run; times are those of the monotonic clock, in seconds."""
@@ -50,13 +50,11 @@ class TimelineWriter:
 
 
 def read_timeline(path: pathlib.Path, after_unix_s: float, limit: int) -> list[records_pb2.ActivitySpan]:
-    """The newest spans that end after a time, oldest first. Reads no more of the file than they can take up."""
+    """Return the newest spans that end after a time, oldest first, reading only the file's end."""
     limit = min(limit or DEFAULT_LIMIT, MAX_LIMIT)
-    try:
-        file = path.open("rb")
-    except FileNotFoundError:
+    if not path.exists():
         return []
-    with file:
+    with path.open("rb") as file:
         size = file.seek(0, 2)
         start = max(0, size - limit * _LINE_BYTES)
         file.seek(start)

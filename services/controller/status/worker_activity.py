@@ -1,4 +1,4 @@
-"""What each worker does for a job, and since when."""
+"""Keeps what each worker does for a job, and since when."""
 
 from __future__ import annotations
 
@@ -11,46 +11,46 @@ _GAP_S = 0.05
 """Stretches of scoring that are closer than this count as one."""
 
 Write = Callable[[str, float, float, str], None]
-"""(activity, beginning, end, worker): takes a stretch that is over; times are those of the monotonic clock."""
+"""(activity, beginning, end, worker): writes a finished stretch; times are those of the monotonic clock."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Doing:
-    """A worker at something, or idle (no activity), since a time of the monotonic clock."""
+class Activity:
+    """What a worker does since a time of the monotonic clock; no name while it is idle."""
 
-    activity: str
+    name: str
     since_s: float
 
 
-class WorkerActivity:
-    """Notes when workers begin and end something. A worker that does nothing is idle since it last did."""
+class WorkerActivities:
+    """Notes when workers begin and end an activity."""
 
     def __init__(self, write: Write, now: Callable[[], float] = time.monotonic) -> None:
         self._write = write
         self._now = now
-        self._doing: dict[str, Doing] = {}
+        self._current: dict[str, Activity] = {}
         self._noted: dict[str, tuple[str, float, float]] = {}
 
-    def doing(self, worker_id: str) -> Doing | None:
-        """What a worker does; None for one that has done nothing yet."""
-        return self._doing.get(worker_id)
+    def current(self, worker_id: str) -> Activity | None:
+        """Return what a worker does; None for one that has done nothing yet."""
+        return self._current.get(worker_id)
 
     def begin(self, worker_id: str, activity: str) -> None:
-        """The worker begins something; what it did before is over."""
+        """Begin an activity of a worker; its activity before ends."""
         self.end(worker_id)
-        self._doing[worker_id] = Doing(activity, self._now())
+        self._current[worker_id] = Activity(activity, self._now())
 
     def end(self, worker_id: str) -> None:
-        """The worker is idle from now on, if it was not before."""
-        now, doing = self._now(), self._doing.get(worker_id)
-        if doing is None or doing.activity:
-            self._doing[worker_id] = Doing("", now)
-            if doing is not None:
-                self._write(doing.activity, doing.since_s, now, worker_id)
+        """End a worker's activity, if it has one; it is idle from now on."""
+        now, activity = self._now(), self._current.get(worker_id)
+        if activity is None or activity.name:
+            self._current[worker_id] = Activity("", now)
+            if activity is not None:
+                self._write(activity.name, activity.since_s, now, worker_id)
 
     @contextmanager
     def during(self, worker_id: str, activity: str) -> Iterator[None]:
-        """The worker does something inside the block."""
+        """The worker is busy with an activity inside the block."""
         self.begin(worker_id, activity)
         try:
             yield
@@ -58,7 +58,7 @@ class WorkerActivity:
             self.end(worker_id)
 
     def note(self, worker_id: str, activity: str, seconds: float) -> None:
-        """The worker has done something for so long until now; stretches that touch are written as one."""
+        """Note an activity that has just ended, after so many seconds; stretches that touch are written as one."""
         end = self._now()
         began = end - seconds
         if noted := self._noted.get(worker_id):
@@ -67,13 +67,13 @@ class WorkerActivity:
             else:
                 self._flush(worker_id)
         self._noted[worker_id] = (activity, began, end)
-        self._doing[worker_id] = Doing("", end)
+        self._current[worker_id] = Activity("", end)
 
     def close(self) -> None:
-        """Write what has not been written; every worker is idle."""
+        """Write what has not been written; every worker is idle from now on."""
         for worker_id in list(self._noted):
             self._flush(worker_id)
-        for worker_id in list(self._doing):
+        for worker_id in list(self._current):
             self.end(worker_id)
 
     def _flush(self, worker_id: str) -> None:

@@ -1,4 +1,4 @@
-"""Workers as users see them: health, load, and the version that each engine holds."""
+"""Describes workers to users: health, load, and the version that each engine serves."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import time
 
 import grpc.aio
 
-from miles.rpc import connect
-from miles.rpc.gen import controller_pb2, policy_pb2, weightsync_pb2, weightsync_pb2_grpc
+from miles.rpc.gen import controller_pb2, policy_pb2, weightsync_pb2
+from miles.services.controller.clients.weightsync import WeightSyncClient
 from miles.services.controller.workers.registry import AttachedWorker, WorkerRegistry
 
 logger = logging.getLogger(__name__)
 
 STUCK_AFTER_S = 300.0
-"""Silence of a busy worker after which it counts as stuck: longer than loading a model should take."""
+"""A busy worker without progress for so long counts as stuck: longer than loading a model should take."""
 _VERSIONS_FOR_S = 1.0
 """How long an answer of the weight-sync service is used."""
 _ANSWER_S = 2.0
@@ -23,8 +23,8 @@ Versions = dict[str, list[controller_pb2.HeldVersion]]
 """By worker id."""
 
 
-class Workers:
-    """Describes all workers, those lost lately too."""
+class WorkerOverview:
+    """Describes all workers, recently lost ones included."""
 
     def __init__(self, registry: WorkerRegistry) -> None:
         self._registry = registry
@@ -32,11 +32,11 @@ class Workers:
         self._versions_until_s = 0.0
 
     async def describe(self, running_job: str | None) -> list[controller_pb2.Worker]:
-        """Every worker, ordered by its id."""
+        """Describe every worker, ordered by its id."""
         versions = await self._engine_versions(running_job)
         workers = [
             *((worker, True) for worker in self._registry.everyone()),
-            *((worker, False) for worker in self._registry.lost_lately()),
+            *((worker, False) for worker in self._registry.recently_lost()),
         ]
         described = [
             controller_pb2.Worker(
@@ -61,25 +61,22 @@ class Workers:
         now = time.monotonic()
         if now >= self._versions_until_s:
             self._versions_until_s = now + _VERSIONS_FOR_S
-            self._versions = await _ask(services[0].registration.address, job_id)
+            self._versions = await _ask(WeightSyncClient(services[0]), job_id)
         return self._versions
 
 
-async def _ask(address: str, job_id: str) -> Versions:
-    request = weightsync_pb2.ListVersionsRequest(job_id=job_id)
+async def _ask(weightsync: WeightSyncClient, job_id: str) -> Versions:
     try:
-        async with connect(address) as channel:
-            stub = weightsync_pb2_grpc.WeightSyncServiceStub(channel)
-            answer = await stub.ListVersions(request, timeout=_ANSWER_S)
+        answer = await weightsync.list_versions(job_id, deadline_s=_ANSWER_S)
     except grpc.aio.AioRpcError as error:
-        logger.info("the weight-sync service does not say what engines hold: %s", error.details())
+        logger.info("workers are listed without versions: the weight-sync service failed: %s", error.details())
         return {}
     versions: Versions = {}
     for engine in answer.engines:
-        held = controller_pb2.HeldVersion(stream=engine.stream, state=engine.state, last_error=engine.last_error)
+        served = controller_pb2.HeldVersion(stream=engine.stream, state=engine.state, last_error=engine.last_error)
         if engine.HasField("version"):
-            held.version = engine.version
-        versions.setdefault(engine.engine_id, []).append(held)
+            served.version = engine.version
+        versions.setdefault(engine.engine_id, []).append(served)
     return versions
 
 
@@ -88,7 +85,7 @@ def _health(
 ) -> controller_pb2.WorkerHealth.ValueType:
     if not alive:
         return controller_pb2.WORKER_HEALTH_LOST
-    policy = (held.state for held in versions if held.stream == policy_pb2.WEIGHT_STREAM_POLICY)
+    policy = (served.state for served in versions if served.stream == policy_pb2.WEIGHT_STREAM_POLICY)
     if weightsync_pb2.ENGINE_STATE_QUARANTINED in policy:
         return controller_pb2.WORKER_HEALTH_QUARANTINED
     silent_s = (time.time_ns() - worker.progress_unix_ns) / 1e9

@@ -1,4 +1,4 @@
-"""The workers that are attached: their leases, their load, and which of them a job needs.
+"""The attached workers: their worker leases, their load, and which of them a job needs.
 
-Nothing here knows a step. Start at `registry`.
+Nothing here knows about steps or groups of a run. Start at `registry`.
 """

@@ -1,4 +1,4 @@
-"""Workers that are attached to the controller."""
+"""Keeps the workers that are attached to the controller, and ends the worker leases of silent ones."""
 
 from __future__ import annotations
 
@@ -9,24 +9,25 @@ import time
 from collections.abc import Sequence
 
 from miles.rpc.gen import controller_pb2
-from miles.services.controller.workers.worker_leases import LeaseTable
+from miles.services.controller.change_signal import ChangeSignal
+from miles.services.controller.workers.worker_leases import WorkerLeases
 
 _REMEMBERED_S = 600.0
-"""How long a worker that was lost is still shown."""
+"""How long a lost worker is still shown."""
 _LONGEST_TICK_S = 1.5
-"""Time between two calls of `expire` beyond this was spent on something else than listening."""
+"""Time between two calls of `expire` beyond this was not spent listening."""
 
 
 @dataclasses.dataclass(slots=True)
 class AttachedWorker:
-    """A worker that holds a live lease."""
+    """A worker with a worker lease."""
 
     registration: controller_pb2.WorkerRegistration
     lease_number: int
     heartbeat: controller_pb2.WorkerHeartbeat
     last_seen_unix_ns: int
     lost: asyncio.Event
-    """Set when the lease ends, for whatever reason."""
+    """Set when the worker lease ends, for whatever reason."""
     progress_unix_ns: int = 0
     """When its progress or activity last changed."""
 
@@ -36,52 +37,52 @@ class AttachedWorker:
 
 
 class WorkerRegistry:
-    """Applies the lease rules to live attachments and tells those who wait about changes.
+    """Applies the rules of worker leases to live attachments, and wakes those who wait for changes.
 
-    Leases end after a time in which heartbeats could have been heard: what the process spent stopped, or busy with one
-    thing, does not count, for the heartbeats of that time have not been read yet.
+    Leases end after a time in which heartbeats could have been read: time in which this process was stopped or too busy
+    does not count, because heartbeats of that time are still unread.
     """
 
     def __init__(self, ttl_s: float = 20.0, first_lease_number: int = 1) -> None:
-        """How long workers may be silent, and above which lease numbers to begin.
+        """Begin without workers.
 
-        `ttl_s` is for workers that hang, as a process that ends breaks its connection at once: with many times more
-        work than cores, one may be silent for seconds and still be well. `first_lease_number`: above all that were
-        given before a restart of the controller, whose results end.
+        `ttl_s` is how long a worker may be silent. It is for workers that hang, as a process that ends breaks its
+        connection at once: on an overloaded machine a healthy one may be silent for seconds. `first_lease_number` is
+        above all that were given before a restart of the controller, which are fenced.
         """
         self.first_lease_number = first_lease_number
-        self._leases = LeaseTable(ttl_s, self.first_lease_number)
+        self._leases = WorkerLeases(ttl_s, self.first_lease_number)
         self._listened_s, self._ticked_s = 0.0, time.monotonic()
         self._workers: dict[str, AttachedWorker] = {}
         self._by_kind: collections.defaultdict[int, dict[str, AttachedWorker]] = collections.defaultdict(dict)
         self._by_name: dict[int, list[AttachedWorker]] = {}
-        """What `alive` answers, until a worker of the kind comes or goes."""
+        """What `alive` returns, until a worker of the kind attaches or is lost."""
         self._by_address: collections.defaultdict[str, dict[str, AttachedWorker]] = collections.defaultdict(dict)
-        self._gone: dict[str, AttachedWorker] = {}
-        self._changed = asyncio.Event()
+        self._lost: dict[str, AttachedWorker] = {}
+        self._changed = ChangeSignal()
         self.ttl_s = ttl_s
 
     def attach(self, registration: controller_pb2.WorkerRegistration) -> AttachedWorker:
-        """A worker registered. An older incarnation under the same name is fenced."""
+        """Attach a worker. An older incarnation under the same name loses its lease."""
         lease = self._leases.register(registration.worker_id, registration.incarnation, self._listened_s)
         known = self._workers.get(registration.worker_id)
         if known is not None and known.lease_number == lease.number:
             return known
         if known is not None:
             known.lost.set()
-            self._drop(known)
+            self._forget(known)
         worker = AttachedWorker(
             registration, lease.number, controller_pb2.WorkerHeartbeat(), time.time_ns(), asyncio.Event()
         )
         self._workers[worker.worker_id] = self._by_kind[registration.kind][worker.worker_id] = worker
         self._by_address[registration.address][worker.worker_id] = worker
         self._by_name.pop(registration.kind, None)
-        self._gone.pop(registration.worker_id, None)
-        self._notify()
+        self._lost.pop(registration.worker_id, None)
+        self._changed.notify()
         return worker
 
     def beat(self, worker: AttachedWorker, heartbeat: controller_pb2.WorkerHeartbeat) -> bool:
-        """A heartbeat came; False when the lease is over and the worker must attach again."""
+        """Take in a heartbeat; return False when the worker lease has ended and the worker must attach again."""
         if not self._leases.renew(worker.worker_id, worker.lease_number, self._listened_s):
             return False
         worker.last_seen_unix_ns = time.time_ns()
@@ -92,48 +93,46 @@ class WorkerRegistry:
         return True
 
     def expire(self) -> list[AttachedWorker]:
-        """End the leases whose time is over; called about once a second."""
+        """End expired worker leases; called about once a second."""
         now_s = time.monotonic()
         self._listened_s += min(now_s - self._ticked_s, _LONGEST_TICK_S)
         self._ticked_s = now_s
-        gone = [worker for lease in self._leases.expire(self._listened_s) if (worker := self._remove(lease.worker_id))]
-        if gone:
-            self._notify()
-        return gone
+        expired = [
+            worker for lease in self._leases.expire(self._listened_s) if (worker := self._remove(lease.worker_id))
+        ]
+        if expired:
+            self._changed.notify()
+        return expired
 
     def detach(self, worker: AttachedWorker) -> None:
-        """The worker's attachment broke: it is gone until it attaches again."""
+        """End the lease of a worker whose attachment broke."""
         if self._leases.release(worker.worker_id, worker.lease_number):
             self._remove(worker.worker_id)
-            self._notify()
+            self._changed.notify()
 
     def alive(self, kind: controller_pb2.WorkerKind.ValueType) -> Sequence[AttachedWorker]:
-        """Workers of a kind that hold a lease, by name."""
+        """Return the attached workers of a kind, by name."""
         if kind not in self._by_name:
             self._by_name[kind] = sorted(self._by_kind[kind].values(), key=lambda worker: worker.worker_id)
         return self._by_name[kind]
 
     def at(self, address: str) -> list[AttachedWorker]:
-        """Workers that hold a lease and serve at an address."""
+        """Return the attached workers that serve at an address."""
         return list(self._by_address[address].values()) if address in self._by_address else []
 
     def everyone(self) -> list[AttachedWorker]:
-        """All workers that hold a lease, by name."""
+        """Return all attached workers, by name."""
         return sorted(self._workers.values(), key=lambda worker: worker.worker_id)
 
-    def lost_lately(self) -> list[AttachedWorker]:
-        """Workers whose lease ended within the last `_REMEMBERED_S` and that have not come back, by name."""
+    def recently_lost(self) -> list[AttachedWorker]:
+        """Return the workers lost within the last `_REMEMBERED_S` that have not attached again, by name."""
         oldest = time.time_ns() - int(_REMEMBERED_S * 1e9)
-        self._gone = {name: worker for name, worker in self._gone.items() if worker.last_seen_unix_ns > oldest}
-        return [self._gone[name] for name in sorted(self._gone)]
+        self._lost = {name: worker for name, worker in self._lost.items() if worker.last_seen_unix_ns > oldest}
+        return [self._lost[name] for name in sorted(self._lost)]
 
     async def wait_for_change(self, timeout_s: float) -> None:
-        """Return when a worker came or went, or after the timeout."""
-        try:
-            async with asyncio.timeout(timeout_s):
-                await self._changed.wait()
-        except TimeoutError:
-            return
+        """Return when a worker attached or was lost, or after the timeout."""
+        await self._changed.wait(timeout_s)
 
     async def require(
         self, kind: controller_pb2.WorkerKind.ValueType, count: int, deadline_s: float
@@ -151,19 +150,15 @@ class WorkerRegistry:
     def _remove(self, worker_id: str) -> AttachedWorker | None:
         worker = self._workers.pop(worker_id, None)
         if worker is not None:
-            self._drop(worker)
+            self._forget(worker)
             worker.lost.set()
-            self._gone[worker_id] = worker
+            self._lost[worker_id] = worker
         return worker
 
-    def _drop(self, worker: AttachedWorker) -> None:
+    def _forget(self, worker: AttachedWorker) -> None:
         kind, address = worker.registration.kind, worker.registration.address
         del self._by_kind[kind][worker.worker_id]
         self._by_name.pop(kind, None)
         del self._by_address[address][worker.worker_id]
         if not self._by_address[address]:
             del self._by_address[address]
-
-    def _notify(self) -> None:
-        self._changed.set()
-        self._changed = asyncio.Event()

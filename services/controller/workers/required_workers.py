@@ -1,8 +1,7 @@
-"""The workers without which a job cannot run."""
+"""Waits for the workers without which a job cannot run."""
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
 
 from miles.rpc.gen import controller_pb2
@@ -14,7 +13,7 @@ from miles.services.controller.workers.reward_addresses import DEFAULT, RewardAd
 
 
 class RequiredWorkers:
-    """Waits for workers, unless the user ends the job first; `status` says for which."""
+    """Waits for workers, unless the user ends the job first; `status` shows for which."""
 
     def __init__(self, registry: WorkerRegistry, controls: JobControls, status: RunStatus) -> None:
         self._registry = registry
@@ -22,22 +21,14 @@ class RequiredWorkers:
         self._status = status
 
     async def wait_for(self, kind: controller_pb2.WorkerKind.ValueType) -> Sequence[AttachedWorker]:
-        """At least one worker of a kind, those that are attached; raises as `JobControls.check`, and TimeoutError."""
+        """Return the attached workers of a kind, at least one; raises as `JobControls.check`, and TimeoutError."""
         if not self._registry.alive(kind):
             name = controller_pb2.WorkerKind.Name(kind).removeprefix("WORKER_KIND_").lower()
             self._status.enter("starting", f"a {name} worker to attach")
-        waiting = asyncio.create_task(self._registry.require(kind, 1, deadlines.WORKERS_ATTACH_S))
-        while not waiting.done():
-            try:
-                self._controls.check()
-            except Exception:
-                waiting.cancel()
-                raise
-            await asyncio.wait({waiting}, timeout=0.5)
-        return waiting.result()
+        return await self._controls.unless_ended(self._registry.require(kind, 1, deadlines.WORKERS_ATTACH_S))
 
     async def reward_addresses(self, named: Sequence[str]) -> RewardAddresses:
-        """The user's own reward services (NAME=HOST:PORT), and built-in ones unless one of those is the default."""
+        """Return the user's reward services (NAME=HOST:PORT), and built-in ones unless one of those is the default."""
         addresses = dict(service.split("=", 1) for service in named)
         if DEFAULT in addresses:
             return RewardAddresses(addresses)

@@ -1,4 +1,4 @@
-"""Which reward services each rollout asks."""
+"""Decides which reward services each rollout calls."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ class RewardAddresses:
     named: Mapping[str, str]
     """The user's own: host:port by name."""
     builtin: tuple[str, ...] = ()
-    """Workers that serve as the default, ordered; empty when the user named one."""
+    """Workers that serve as the default, in order; empty when the user named one."""
 
     def of(self, worker_id: str) -> dict[str, str]:
-        """Addresses by name for one rollout: always the same, so that it need not load its job again."""
+        """Return one rollout's addresses by name: always the same, so that it need not load its job again."""
         if not self.builtin:
             return dict(self.named)
         number = re.search(r"\d+$", worker_id)
-        place = int(number[0]) if number else zlib.crc32(worker_id.encode())
-        return {DEFAULT: self.builtin[place % len(self.builtin)], **self.named}
+        position = int(number[0]) if number else zlib.crc32(worker_id.encode())
+        return {DEFAULT: self.builtin[position % len(self.builtin)], **self.named}

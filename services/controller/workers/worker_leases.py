@@ -1,4 +1,4 @@
-"""Leases of workers: who is alive, by which lease number, until when. Pure: the caller brings the time."""
+"""Worker leases: which worker is alive, under which lease number, until when. Pure: the caller brings the time."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ class WorkerLease:
     expires_s: float
 
 
-class LeaseTable:
-    """Workers and their leases. A number is never given twice, so an older one is recognised for what it is."""
+class WorkerLeases:
+    """Leases by worker. A number is never given twice, so results under an older one can be refused."""
 
     def __init__(self, ttl_s: float, first_number: int = 1) -> None:
         self.ttl_s = ttl_s
@@ -25,7 +25,7 @@ class LeaseTable:
         self._leases: dict[str, WorkerLease] = {}
 
     def register(self, worker_id: str, incarnation: str, now_s: float) -> WorkerLease:
-        """A worker attached. The same incarnation keeps a live lease; another one gets a new number."""
+        """Give a worker a lease. The same incarnation keeps a live one; another one gets a new number."""
         lease = self._leases.get(worker_id)
         if lease is None or lease.incarnation != incarnation or lease.expires_s <= now_s:
             lease = WorkerLease(worker_id, incarnation, self._next_number, now_s + self.ttl_s)
@@ -35,7 +35,7 @@ class LeaseTable:
         return lease
 
     def renew(self, worker_id: str, number: int, now_s: float) -> bool:
-        """A heartbeat came. False: the lease is not the worker's current one, or it has expired."""
+        """Renew a lease on a heartbeat; return False when it is not the worker's current one or has expired."""
         lease = self._leases.get(worker_id)
         if lease is None or lease.number != number or lease.expires_s <= now_s:
             return False
@@ -43,7 +43,7 @@ class LeaseTable:
         return True
 
     def release(self, worker_id: str, number: int) -> bool:
-        """The worker left. False: the lease was not its current one."""
+        """End the lease of a worker that leaves; return False when it was not its current one."""
         lease = self._leases.get(worker_id)
         if lease is None or lease.number != number:
             return False
@@ -51,14 +51,14 @@ class LeaseTable:
         return True
 
     def expire(self, now_s: float) -> list[WorkerLease]:
-        """Remove and return the leases whose time is over."""
-        gone = [lease for lease in self._leases.values() if lease.expires_s <= now_s]
-        for lease in gone:
+        """Remove and return the expired leases."""
+        expired = [lease for lease in self._leases.values() if lease.expires_s <= now_s]
+        for lease in expired:
             del self._leases[lease.worker_id]
-        return gone
+        return expired
 
     def get(self, worker_id: str) -> WorkerLease | None:
-        """The worker's lease, expired or not."""
+        """Return the worker's lease, expired or not."""
         return self._leases.get(worker_id)
 
     def __iter__(self) -> Iterator[WorkerLease]:

@@ -19,7 +19,7 @@ from miles.services.controller.artifacts.log_spans import LogSpans
 from miles.services.controller.artifacts.metrics import MetricLog
 from miles.services.controller.artifacts.token_texts import token_texts
 from miles.services.controller.status import timeline
-from miles.services.controller.status.worker_activity import Doing, WorkerActivity
+from miles.services.controller.status.worker_activity import Activity, WorkerActivities
 from miles.services.trainer.step.sample_log import MAX_TEXT_CHARS, MAX_TOKENS, SampleLog, TokenNumbers
 from miles.telemetry import MetricsWriter
 from miles.types import Sample, SampleStatus, VersionSpan
@@ -249,7 +249,7 @@ def test_activity_is_read_back_newest_first_to_go(tmp_path: pathlib.Path) -> Non
 def test_activity_of_workers_is_told_from_that_of_the_run(tmp_path: pathlib.Path) -> None:
     now = 100.0
     writer = timeline.TimelineWriter(tmp_path / timeline.NAME)
-    workers = WorkerActivity(writer.add, lambda: now)
+    workers = WorkerActivities(writer.add, lambda: now)
     workers.begin("rollout-0", "generate")
     now = 101.0
     workers.note("reward-0", "score", 0.5)
@@ -259,10 +259,10 @@ def test_activity_of_workers_is_told_from_that_of_the_run(tmp_path: pathlib.Path
     workers.end("rollout-0")
     workers.end("rollout-0")
     writer.add("generate", 100.0, 103.0)
-    assert workers.doing("rollout-0") == Doing("", 103.0)
+    assert workers.current("rollout-0") == Activity("", 103.0)
     now = 110.0
     with workers.during("trainer-0", "train"):
-        assert workers.doing("trainer-0") == Doing("train", 110.0)
+        assert workers.current("trainer-0") == Activity("train", 110.0)
         now = 111.0
     workers.note("reward-0", "score", 0.25)
     workers.close()

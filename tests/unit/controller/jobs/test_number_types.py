@@ -11,7 +11,7 @@ from miles.rpc.gen import controller_pb2
 from miles.services.controller.jobs.controls import JobControls
 from miles.services.controller.jobs.number_types import SUMMARY_KEY, choose, is_open, warning_of
 from miles.services.controller.status.run_status import RunStatus
-from miles.services.controller.status.worker_activity import WorkerActivity
+from miles.services.controller.status.worker_activity import WorkerActivities
 from miles.services.controller.workers.registry import AttachedWorker, WorkerRegistry
 from miles.services.controller.workers.required_workers import RequiredWorkers
 
@@ -27,7 +27,7 @@ def attach(registry: WorkerRegistry, name: str, kind: Any, **info: float) -> Att
 
 
 def workers_of(registry: WorkerRegistry) -> RequiredWorkers:
-    return RequiredWorkers(registry, JobControls(), RunStatus(WorkerActivity(lambda span: None)))
+    return RequiredWorkers(registry, JobControls(), RunStatus(WorkerActivities(lambda span: None)))
 
 
 async def test_types_are_those_that_every_worker_is_fast_in_and_are_noted() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from miles.services.controller.run.admission import Admission
-from miles.services.controller.run.group_table import Lease
+from miles.services.controller.run.group_leases import GroupLease
 
 
 def lease_all(admission: Admission, worker: str = "w") -> list[int]:
@@ -134,7 +134,7 @@ def test_a_lost_workers_groups_are_leased_again_first_and_its_late_results_refus
 def test_attempts_of_a_later_life_are_higher() -> None:
     admission = Admission(batch_size=1, max_staleness=0, total_groups=9, first_attempt=65537)
     assert admission.lease("a") == (0, 65537)
-    admission.give_back(0, 65537)
+    admission.requeue(0, 65537)
     assert admission.lease("a") == (0, 65538)
 
 
@@ -165,10 +165,10 @@ def test_resume_leaves_groups_with_live_workers_where_they_are() -> None:
         consumed_below=2,
         consumed_ids=[],
         ready={3: 1},
-        leases={1: Lease("a", 1), 2: Lease("a", 7), 3: Lease("b", 1), 5: Lease("b", 2)},
+        leases={1: GroupLease("a", 1), 2: GroupLease("a", 7), 3: GroupLease("b", 1), 5: GroupLease("b", 2)},
         first_attempt=100,
     )
-    assert admission.leases == {2: Lease("a", 7), 5: Lease("b", 2)}
+    assert admission.leases == {2: GroupLease("a", 7), 5: GroupLease("b", 2)}
     assert admission.pending == {4}
     assert lease_all(admission) == [4]
     assert admission.accept(2, 7, oldest_version=0)

@@ -10,7 +10,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-OUTCOMES = ["finish", "finish", "finish", "drop", "give_back", "forget"]
+OUTCOMES = ["finish", "finish", "finish", "drop", "requeue", "forget"]
 
 
 class Run(RuleBasedStateMachine):

@@ -6,7 +6,7 @@ import asyncio
 
 from miles.rpc.gen import controller_pb2
 from miles.services.controller.status.run_status import RunStatus
-from miles.services.controller.status.worker_activity import WorkerActivity
+from miles.services.controller.status.worker_activity import WorkerActivities
 from miles.services.controller.workers.registry import AttachedWorker
 
 
@@ -21,11 +21,11 @@ ROLLOUT = worker("rollout-0", controller_pb2.WORKER_KIND_ROLLOUT)
 
 
 def test_a_worker_is_at_something_or_waits_for_something() -> None:
-    activity = WorkerActivity(lambda *_: None)
-    status = RunStatus(activity)
+    activities = WorkerActivities(lambda *_: None)
+    status = RunStatus(activities)
     status.step = 3
     status.enter("training")
-    with activity.during("trainer-0", "train"):
+    with activities.during("trainer-0", "train"):
         busy, *idle = status.describe(4, [TRAINER, REWARD, ROLLOUT]).workers
     assert (busy.activity, busy.waiting_for) == ("train", "")
     assert [(each.activity, each.waiting_for) for each in idle] == [
@@ -38,7 +38,7 @@ def test_a_worker_is_at_something_or_waits_for_something() -> None:
 
 
 def test_a_phase_lasts_until_another_begins() -> None:
-    status = RunStatus(WorkerActivity(lambda *_: None))
+    status = RunStatus(WorkerActivities(lambda *_: None))
     status.enter("collecting")
     since = status.describe(1, []).since_unix_ns
     status.enter("collecting")
@@ -51,7 +51,7 @@ def test_a_phase_lasts_until_another_begins() -> None:
 
 
 def test_what_a_phase_waits_for_may_change_while_it_lasts() -> None:
-    status = RunStatus(WorkerActivity(lambda *_: None))
+    status = RunStatus(WorkerActivities(lambda *_: None))
     status.enter("training")
     before = status.describe(1, [])
     assert (before.waiting_for, before.HasField("saved_step")) == ("", False)

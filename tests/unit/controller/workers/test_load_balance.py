@@ -17,37 +17,37 @@ def test_the_least_loaded_worker_with_room_is_next() -> None:
     balance.set_capacity("b", 1)
     taken = []
     while (worker := balance.next()) is not None:
-        balance.take(worker)
+        balance.add_group(worker)
         taken.append(worker)
     assert taken == ["a", "b", "a"]
-    balance.give("b")
+    balance.remove_group("b")
     assert balance.next() == "b"
-    balance.remove("b")
+    balance.remove_worker("b")
     assert balance.next() is None
-    balance.give("b")
-    balance.give("a")
+    balance.remove_group("b")
+    balance.remove_group("a")
     assert balance.next() == "a"
 
 
 @given(st.lists(st.tuples(st.sampled_from("abc"), st.sampled_from(["take", "give", "grow", "shrink", "remove"]))))
 def test_it_always_agrees_with_a_plain_search(events: list[tuple[str, str]]) -> None:
     balance = LoadBalance()
-    held: dict[str, int] = {}
+    groups: dict[str, int] = {}
     capacity: dict[str, int] = {}
     for worker, event in events:
         if event in ("grow", "shrink"):
             capacity[worker] = 3 if event == "grow" else 1
-            held.setdefault(worker, 0)
+            groups.setdefault(worker, 0)
             balance.set_capacity(worker, capacity[worker])
         elif event == "remove":
-            held.pop(worker, None)
-            balance.remove(worker)
+            groups.pop(worker, None)
+            balance.remove_worker(worker)
         elif event == "give":
-            balance.give(worker)
-            if worker in held:
-                held[worker] -= 1
-        elif worker in held:
-            balance.take(worker)
-            held[worker] += 1
-        with_room = [(count, name) for name, count in held.items() if count < capacity[name]]
+            balance.remove_group(worker)
+            if worker in groups:
+                groups[worker] -= 1
+        elif worker in groups:
+            balance.add_group(worker)
+            groups[worker] += 1
+        with_room = [(count, name) for name, count in groups.items() if count < capacity[name]]
         assert balance.next() == (min(with_room)[1] if with_room else None)

@@ -6,7 +6,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from miles.services.controller.workers.worker_leases import LeaseTable
+from miles.services.controller.workers.worker_leases import WorkerLeases
 
 TTL_S = 5.0
 WORKERS = st.sampled_from("abc")
@@ -18,7 +18,7 @@ class Leases(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.table = LeaseTable(TTL_S, first_number=10)
+        self.table = WorkerLeases(TTL_S, first_number=10)
         self.now_s = 0.0
         self.live: dict[str, tuple[int, str, float]] = {}
         """Number, incarnation and end of each lease that was not given back or told to have expired."""

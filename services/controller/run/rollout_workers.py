@@ -1,0 +1,126 @@
+"""Keeps a job connected to every live rollout worker."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import TYPE_CHECKING, Protocol
+
+from miles.queue.backpressure import TRANSIENT
+from miles.rpc.gen import controller_pb2, rollout_pb2
+from miles.services.controller.clients import deadlines
+from miles.services.controller.clients.calls import WorkerFailedError, WorkerLostError
+from miles.services.controller.clients.rollout import RolloutClient
+from miles.services.controller.jobs import number_types
+from miles.services.controller.jobs.context import JobContext
+from miles.services.controller.run.alerts import RunAlerts
+from miles.services.controller.run.fencing import fence_earlier_leases, fence_lost_worker
+from miles.services.controller.tasks import cancel, cancelled_at_end
+from miles.services.controller.workers.registry import AttachedWorker, WorkerRegistry
+from miles.services.controller.workers.reward_addresses import RewardAddresses
+
+if TYPE_CHECKING:
+    from miles.queue import GroupQueue
+
+logger = logging.getLogger(__name__)
+
+
+class RolloutListener(Protocol):
+    """What happens on the connections."""
+
+    def on_response(self, client: RolloutClient, response: rollout_pb2.RunResponse) -> None:
+        """A worker sent something."""
+
+    def on_disconnected(self, client: RolloutClient) -> None:
+        """A worker's stream has ended: it cannot take groups."""
+
+    def on_lost(self, client: RolloutClient) -> None:
+        """A worker can queue nothing more: others may get its groups."""
+
+
+class RolloutWorkers:
+    """The rollout workers of a job: connected when they attach, fenced when they are lost."""
+
+    def __init__(
+        self,
+        context: JobContext,
+        registry: WorkerRegistry,
+        queue: GroupQueue,
+        alerts: RunAlerts,
+        weightsync_address: str,
+        reward_addresses: RewardAddresses,
+    ) -> None:
+        self._context = context
+        self._registry = registry
+        self._queue = queue
+        self._alerts = alerts
+        self._weightsync_address = weightsync_address
+        self._reward_addresses = reward_addresses
+        self._clients: dict[str, RolloutClient] = {}
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._generated_by_lost = 0
+
+    @property
+    def generated_tokens(self) -> int:
+        """Response tokens that all workers have generated, lost ones included."""
+        return self._generated_by_lost + sum(client.progress.generated_tokens for client in self._clients.values())
+
+    def all(self) -> list[RolloutClient]:
+        """Return the clients of all workers, also of those that are loading the job."""
+        return list(self._clients.values())
+
+    def connected(self) -> list[RolloutClient]:
+        """Return the clients of workers that have loaded the job, by name."""
+        return sorted((client for client in self.all() if client.connected), key=lambda client: client.worker_id)
+
+    def get(self, worker_id: str) -> RolloutClient | None:
+        """Return a worker's client."""
+        return self._clients.get(worker_id)
+
+    async def run(self, listener: RolloutListener) -> None:
+        """Connect to all live rollouts, and to those that attach later, until cancelled."""
+        try:
+            while True:
+                for worker in self._registry.alive(controller_pb2.WORKER_KIND_ROLLOUT):
+                    if worker.worker_id not in self._tasks:
+                        task = self._tasks[worker.worker_id] = asyncio.create_task(self._serve(worker, listener))
+                        self._alerts.watch(task)
+                await self._registry.wait_for_change(1.0)
+        finally:
+            await cancel(list(self._tasks.values()))
+
+    async def _serve(self, worker: AttachedWorker, listener: RolloutListener) -> None:
+        """Work with one worker until its worker lease or its stream ends."""
+        addresses = self._reward_addresses.of(worker.worker_id)
+        client = self._clients[worker.worker_id] = RolloutClient(
+            worker, self._context, self._weightsync_address, addresses
+        )
+        if warning := number_types.warning_of(worker, self._context.config.rollout.rollout_dtype):
+            self._alerts.warn(warning)
+        try:
+            await fence_earlier_leases(self._queue, worker)
+            await self._run_until_lost(client, listener)
+            if worker.lost.is_set():
+                await fence_lost_worker(self._queue, worker)
+        except WorkerFailedError as error:
+            self._alerts.fail(error)
+        except TRANSIENT as error:
+            self._alerts.fail(WorkerFailedError(f"Redis was away for {deadlines.FENCE_S:g} s: {error}"))
+        finally:
+            self._generated_by_lost += client.progress.generated_tokens
+            del self._clients[worker.worker_id], self._tasks[worker.worker_id]
+            listener.on_lost(client)
+
+    async def _run_until_lost(self, client: RolloutClient, listener: RolloutListener) -> None:
+        lost = asyncio.create_task(client.worker.lost.wait())
+        serving = asyncio.create_task(client.run_job(listener.on_response))
+        try:
+            async with cancelled_at_end(lost, serving):
+                await asyncio.wait({lost, serving}, return_when=asyncio.FIRST_COMPLETED)
+                if serving.done():
+                    serving.result()
+        except WorkerLostError as error:
+            logger.info("lost rollout %s: %s", client.worker_id, error)
+            self._alerts.warn(f"rollout {client.worker_id} lost: {error}")
+        finally:
+            listener.on_disconnected(client)

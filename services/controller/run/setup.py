@@ -1,0 +1,125 @@
+"""Builds the parts of a run and connects them, once the workers that they need are attached."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from miles.rpc.gen import controller_pb2, rollout_pb2
+from miles.services.controller.change_signal import ChangeSignal
+from miles.services.controller.clients.weightsync import WeightSyncClient
+from miles.services.controller.jobs import number_types
+from miles.services.controller.jobs.context import JobContext
+from miles.services.controller.jobs.controls import JobControls
+from miles.services.controller.jobs.history import JobHistory
+from miles.services.controller.run.alerts import RunAlerts
+from miles.services.controller.run.checkpoints import Checkpoints
+from miles.services.controller.run.dispatcher import Dispatcher
+from miles.services.controller.run.evaluation_schedule import EvaluationSchedule
+from miles.services.controller.run.lease_messages import training_lease
+from miles.services.controller.run.publication_schedule import PublicationSchedule
+from miles.services.controller.run.publish import Publisher
+from miles.services.controller.run.report import RunReport
+from miles.services.controller.run.rollout_workers import RolloutWorkers
+from miles.services.controller.run.state import LOADING, PREEMPTED, RunState
+from miles.services.controller.status.activity import ActivityClock
+from miles.services.controller.status.run_status import RunStatus
+from miles.services.controller.status.worker_activity import WorkerActivities
+from miles.services.controller.workers.registry import WorkerRegistry
+from miles.services.controller.workers.required_workers import RequiredWorkers
+
+if TYPE_CHECKING:
+    from miles.data import PromptSource
+    from miles.queue import GroupQueue
+
+
+class RunSetup:
+    """Sets up one run. `status` describes it from the beginning."""
+
+    def __init__(
+        self,
+        context: JobContext,
+        history: JobHistory,
+        controls: JobControls,
+        registry: WorkerRegistry,
+        queue: GroupQueue,
+        prompts: PromptSource,
+        eval_sets: Mapping[str, PromptSource],
+    ) -> None:
+        self._context = context
+        self._history = history
+        self._controls = controls
+        self._registry = registry
+        self._queue = queue
+        self._prompts = prompts
+        self._eval_sets = eval_sets
+        self._clock = ActivityClock(on_span=history.timeline.add)
+        self._activities = WorkerActivities(history.timeline.add)
+        self.status = RunStatus(self._activities)
+        self._workers = RequiredWorkers(registry, controls, self.status)
+        self._changed = ChangeSignal()
+        self._alerts = RunAlerts(self._changed)
+        self._report = RunReport(history, self._clock, self._alerts)
+
+    async def connect(self) -> RunState:
+        """Wait for the workers that every run needs, and build the run's parts."""
+        services = await self._workers.wait_for(controller_pb2.WORKER_KIND_WEIGHTSYNC)
+        weightsync = WeightSyncClient(services[0])
+        if number_types.is_open(self._context.config):
+            await self._choose_number_types()
+        context, config, history, status = self._context, self._context.config, self._history, self.status
+        clock, activities, report = self._clock, self._activities, self._report
+        rollouts = RolloutWorkers(
+            context,
+            self._registry,
+            self._queue,
+            self._alerts,
+            weightsync.address,
+            await self._workers.reward_addresses(config.reward.reward_service),
+        )
+
+        def on_active(version: int) -> None:
+            dispatcher.release_hold(LOADING)
+            dispatcher.release_hold(PREEMPTED)
+            dispatcher.activate(version)
+
+        def make_lease(group_id: int, attempt: int, version: int) -> rollout_pb2.GroupLease:
+            group = self._prompts.group(context.job_id, group_id, 1)
+            return training_lease(config, group, attempt, version, max(version, publisher.newest))
+
+        publisher = Publisher(context, weightsync, rollouts, clock, activities, on_active)
+        dispatcher = Dispatcher(
+            rollouts, self._registry, self._queue, clock, activities, self._alerts, self._changed, make_lease
+        )
+        status.connect(rollouts, dispatcher, publisher)
+        evaluations = EvaluationSchedule(context, history, dispatcher, self._eval_sets)
+        last = int(history.job.num_rollout)
+        return RunState(
+            context=context,
+            history=history,
+            controls=self._controls,
+            registry=self._registry,
+            queue=self._queue,
+            clock=clock,
+            activities=activities,
+            status=status,
+            alerts=self._alerts,
+            report=report,
+            workers=self._workers,
+            weightsync=weightsync,
+            rollouts=rollouts,
+            dispatcher=dispatcher,
+            publisher=publisher,
+            publications=PublicationSchedule(config, last, publisher, evaluations, status),
+            evaluations=evaluations,
+            checkpoints=Checkpoints(config, history, self._controls, status, clock, activities, report, rollouts),
+        )
+
+    async def _choose_number_types(self) -> None:
+        config = self._context.config
+        chosen = await number_types.choose(config, self._workers, self._history.summary)
+        config = config.replace(train_dtype=chosen.train_dtype, rollout_dtype=chosen.rollout_dtype)
+        self._context = dataclasses.replace(self._context, config=config)
+        await self._history.save()
+        await self._report.info(str(chosen))

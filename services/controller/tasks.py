@@ -1,0 +1,24 @@
+"""Ends tasks with the block that needs them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Collection
+from typing import Any
+
+
+@contextlib.asynccontextmanager
+async def cancelled_at_end(*tasks: asyncio.Task[Any]) -> AsyncIterator[None]:
+    """Cancel the tasks that still run at the end of the block, and wait until they have ended."""
+    try:
+        yield
+    finally:
+        await cancel(tasks)
+
+
+async def cancel(tasks: Collection[asyncio.Task[Any]]) -> None:
+    """Cancel tasks and return once all have ended, however they ended."""
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
