@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from miles.config import JobConfig
-    from miles.services.trainer.backends.megatron.model.model import MegatronModel
+    from miles.services.trainer.backends.megatron.model.build_model import MegatronModel
 
 _SIZES = ("tensor-model-parallel-size", "pipeline-model-parallel-size", "expert-model-parallel-size")
 
@@ -46,14 +46,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def hf_to_dist(config: JobConfig, directory: pathlib.Path) -> None:
     """Write the model's weights as a checkpoint of step 0 below `directory`; collective."""
-    from miles.services.trainer.backends.base import TrainerState
-    from miles.services.trainer.backends.megatron.checkpoint import checkpoint
+    from miles.services.trainer.backends.megatron.checkpoint import torch_dist
     from miles.services.trainer.checkpoint.record import Record, digest, folder_name
+    from miles.services.trainer.checkpoint.state import TrainerState
 
     model = _model(config)
     record = Record(state=TrainerState(), iteration=0, world_size=1, config_digest=digest(config))
-    contents = checkpoint.Contents(model=model, optimizer=None, reference=None)
-    checkpoint.save(directory / folder_name(0), contents, record)
+    contents = torch_dist.Contents(model=model, optimizer=None, reference=None)
+    torch_dist.save(directory / folder_name(0), contents, record)
 
 
 def dist_to_hf(config: JobConfig, source: pathlib.Path, directory: pathlib.Path) -> None:
@@ -63,7 +63,7 @@ def dist_to_hf(config: JobConfig, source: pathlib.Path, directory: pathlib.Path)
     """
     import torch.distributed as dist
 
-    from miles.services.trainer.backends.megatron.checkpoint import checkpoint
+    from miles.services.trainer.backends.megatron.checkpoint import torch_dist
     from miles.services.trainer.backends.megatron.checkpoint.hf_files import write_hf_checkpoint
     from miles.services.trainer.backends.megatron.export import Exporter
     from miles.services.trainer.checkpoint.record import newest
@@ -73,7 +73,7 @@ def dist_to_hf(config: JobConfig, source: pathlib.Path, directory: pathlib.Path)
     if not (found / "metadata.json").is_file():
         raise FileNotFoundError(f"there is no checkpoint in {source}; give a folder that `save` wrote")
     model = _model(config)
-    checkpoint.load_weights(found, model)
+    torch_dist.load_weights(found, model)
     out_type = algorithm_options.DTYPES[config.rollout.rollout_dtype]
     exporter = Exporter(model, out_type, fuse_experts=False)
     partial = directory.with_name(directory.name + ".tmp")
@@ -84,7 +84,7 @@ def dist_to_hf(config: JobConfig, source: pathlib.Path, directory: pathlib.Path)
 
 
 def _model(config: JobConfig) -> MegatronModel:
-    from miles.services.trainer.backends.megatron.model.model import build_model
+    from miles.services.trainer.backends.megatron.model.build_model import build_model
     from miles.services.trainer.backends.megatron.parallel import groups
     from miles.services.trainer.step import algorithm_options
 

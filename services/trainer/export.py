@@ -18,7 +18,7 @@ from miles.weights.transport import SendTimes, buckets
 if TYPE_CHECKING:
     import torch
 
-    from miles.services.trainer.backends.base import TrainerBackend
+    from miles.services.trainer.backends.protocol import TrainerBackend
     from miles.weights.publisher import Draft, Layout, WeightSender
 
 EXPORT = "export"

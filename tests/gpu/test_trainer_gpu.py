@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from trainer_cases import job_config, random_groups, write_dense_model, write_moe_model
 
-from miles.services.trainer.backends.fsdp.attention.segments import AttentionPlan, packed_attention
+from miles.services.trainer.backends.fsdp.attention.packed_attention import AttentionPlan, packed_attention
 from miles.services.trainer.backends.fsdp.backend import FsdpBackend
 from miles.services.trainer.batch.packing import pack
 

@@ -15,7 +15,7 @@ from trainer_cases import job_config
 
 from miles.services.trainer.backends.megatron.checkpoint.hf_files import original_of
 from miles.services.trainer.backends.megatron.export import Exporter
-from miles.services.trainer.backends.megatron.model.model import build_model
+from miles.services.trainer.backends.megatron.model.build_model import build_model
 from miles.services.trainer.backends.megatron.parallel import groups
 from miles.services.trainer.backends.megatron.parallel.pipeline import Pipeline
 from miles.services.trainer.backends.megatron.parallel.rows import LocalRows

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 
 from miles.config import JobConfig
-from miles.services.trainer.batch.batch import RolloutBatch
-from miles.services.trainer.step.recorded import recorded
+from miles.services.trainer.batch.rollout_batch import RolloutBatch
 from miles.services.trainer.step.sample_log import TokenNumbers
+from miles.services.trainer.step.sample_recording import recorded
 from miles.services.trainer.step.training_step import RolloutTrainer
 from miles.types import Sample, SampleGroup, SampleStatus, VersionSpan
 

@@ -11,7 +11,7 @@ import re
 import shutil
 from typing import TYPE_CHECKING, Any
 
-from miles.services.trainer.backends.base import TrainerState
+from miles.services.trainer.checkpoint.state import TrainerState
 
 if TYPE_CHECKING:
     from miles.config import JobConfig

@@ -10,10 +10,12 @@ import torch
 
 from miles.config import JobConfig
 from miles.queue.payload import decode_group
-from miles.services.trainer.backends.base import Progress, TrainerBackend, TrainerState
-from miles.services.trainer.checkpoint.state import WRITING, WRITTEN
+from miles.services.trainer.backends.protocol import TrainerBackend
+from miles.services.trainer.checkpoint.manager import WRITING, WRITTEN
+from miles.services.trainer.checkpoint.state import TrainerState
 from miles.services.trainer.ranks.abandoning import Abandonment, StepAbandonedError
 from miles.services.trainer.ranks.collective_calls import Command
+from miles.services.trainer.step.progress import Report
 from miles.types import SampleGroup
 from miles.weights.export_format import AS_TRAINED, ExportFormat, formatted_layout
 
@@ -53,7 +55,7 @@ class RankWorker:
         command: Command,
         *,
         groups: Sequence[SampleGroup] | None = None,
-        report: Callable[[Progress], None] = lambda progress: None,
+        report: Report = lambda progress: None,
         abandonment: Abandonment | None = None,
         sender: WeightSender | None = None,
     ) -> Any:
@@ -99,7 +101,7 @@ class RankWorker:
         self,
         step: int,
         groups: Sequence[SampleGroup],
-        report: Callable[[Progress], None],
+        report: Report,
         abandonment: Abandonment,
     ) -> Mapping[str, float] | None:
         try:

@@ -13,8 +13,9 @@ import torch
 from miles.services.trainer.step.weight_copy import CopiedRole, WeightCopy, Weights
 
 if TYPE_CHECKING:
-    from miles.services.trainer.batch.batch import RolloutBatch
-    from miles.services.trainer.step.roles import Report, Role
+    from miles.services.trainer.batch.rollout_batch import RolloutBatch
+    from miles.services.trainer.step.progress import Report
+    from miles.services.trainer.step.roles import Role
 
 
 class OldActors:

@@ -19,15 +19,14 @@ from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 from miles.algorithms.losses import LossOutput
 from miles.algorithms.metrics import MetricSum
 from miles.algorithms.vocab_rows import TokenLogProbs
-from miles.services.trainer.backends.base import Progress
-from miles.services.trainer.batch.batch import OptimizerStepPlan, RolloutBatch
 from miles.services.trainer.batch.packing import MicroBatch
+from miles.services.trainer.batch.rollout_batch import OptimizerStepPlan, RolloutBatch
 from miles.services.trainer.step.old_policies import OldActors
+from miles.services.trainer.step.progress import Report
 
 if TYPE_CHECKING:
     import torch
 
-Report = Callable[[Progress], None]
 OutputT = TypeVar("OutputT")
 """What a learner gives for a micro-batch's R response tokens."""
 

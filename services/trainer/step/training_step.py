@@ -20,19 +20,19 @@ from miles.algorithms.estimators import AdvantageBatch
 from miles.algorithms.losses import LossBatch, LossOutput, critic_loss, rl_loss
 from miles.algorithms.metrics import MetricSum
 from miles.algorithms.vocab_rows import TokenLogProbs
-from miles.services.trainer.backends.base import Progress
-from miles.services.trainer.batch.batch import (
+from miles.services.trainer.batch.packing import MicroBatch
+from miles.services.trainer.batch.rollout_batch import (
     OptimizerStepPlan,
     RolloutBatch,
     build_batch,
     in_order,
     trained_reward,
 )
-from miles.services.trainer.batch.packing import MicroBatch
 from miles.services.trainer.checkpoint.random_state import random_state, set_random_state
 from miles.services.trainer.ranks.abandoning import Abandonment, StepAbandonedError
 from miles.services.trainer.step import algorithm_options
-from miles.services.trainer.step.roles import Learner, OutputT, Report, Role, Roles
+from miles.services.trainer.step.progress import Progress, Report
+from miles.services.trainer.step.roles import Learner, OutputT, Role, Roles
 from miles.types import Sample, SampleGroup, SampleStatus
 
 if TYPE_CHECKING:

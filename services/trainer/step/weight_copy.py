@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
-    from miles.services.trainer.batch.batch import RolloutBatch
-    from miles.services.trainer.step.roles import Report
+    from miles.services.trainer.batch.rollout_batch import RolloutBatch
+    from miles.services.trainer.step.progress import Report
 
 Weights = Callable[[], Iterable[tuple[str, torch.Tensor]]]
 """Name and tensor of this rank's part of a model as it is now, in a fixed order."""

@@ -9,30 +9,31 @@ import gc
 import logging
 import pathlib
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.distributed as dist
 
 from miles.rpc.gen import policy_pb2
-from miles.services.trainer.backends.base import Progress, TrainerState
 from miles.services.trainer.backends.fsdp import checkpoint
 from miles.services.trainer.backends.fsdp.export import gathered
 from miles.services.trainer.backends.fsdp.learner import FsdpLearner
 from miles.services.trainer.backends.fsdp.lora.adapter import merged_weights
 from miles.services.trainer.backends.fsdp.lora.layers import named_adapters
-from miles.services.trainer.backends.fsdp.model.build import FsdpRoles, build_roles
-from miles.services.trainer.backends.fsdp.model.model import full_tensor, named_weights
+from miles.services.trainer.backends.fsdp.model.build_roles import FsdpRoles, build_roles
+from miles.services.trainer.backends.fsdp.model.sharded_model import full_tensor, named_weights
 from miles.services.trainer.backends.fsdp.step import FsdpTrainer
-from miles.services.trainer.batch.batch import RolloutBatch
+from miles.services.trainer.batch.rollout_batch import RolloutBatch
 from miles.services.trainer.checkpoint import record as checkpoint_record
 from miles.services.trainer.checkpoint.background_save import Saving
 from miles.services.trainer.checkpoint.record import Record, digest, newest
+from miles.services.trainer.checkpoint.state import TrainerState
 from miles.services.trainer.ranks.abandoning import Abandonment
 from miles.services.trainer.step import algorithm_options
-from miles.services.trainer.step.recorded import recorded
+from miles.services.trainer.step.progress import Report
 from miles.services.trainer.step.sample_log import SampleLog
+from miles.services.trainer.step.sample_recording import recorded
 from miles.types import SampleGroup
 
 if TYPE_CHECKING:
@@ -100,7 +101,7 @@ class FsdpBackend:
         self,
         step: int,
         groups: Sequence[SampleGroup],
-        report: Callable[[Progress], None],
+        report: Report,
         abandonment: Abandonment | None = None,
     ) -> Mapping[str, float]:
         """See `TrainerBackend.train`."""

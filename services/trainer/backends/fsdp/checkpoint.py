@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.tensor import DTensor
 
-from miles.services.trainer.backends.fsdp.model.model import named_weights
+from miles.services.trainer.backends.fsdp.model.sharded_model import named_weights
 from miles.services.trainer.backends.fsdp.optimizer import make_state
 from miles.services.trainer.checkpoint.background_save import Saving, empty_folder, failing_as_os_error, put_in_place
 from miles.services.trainer.checkpoint.random_state import random_state, set_random_state

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor, Shard
 
-from miles.services.trainer.backends.fsdp.model.model import full_tensor
+from miles.services.trainer.backends.fsdp.model.sharded_model import full_tensor
 from miles.weights.transport import buckets
 
 _ALIGNMENT = 64

@@ -11,9 +11,8 @@ from torch.distributed.tensor import DTensor
 
 from miles.algorithms.losses import LossOutput
 from miles.algorithms.metrics import MetricSum
-from miles.services.trainer.backends.base import Progress
 from miles.services.trainer.backends.fsdp.lora.layers import without_adapters
-from miles.services.trainer.backends.fsdp.model.model import named_weights
+from miles.services.trainer.backends.fsdp.model.sharded_model import named_weights
 from miles.services.trainer.backends.fsdp.optimizer import (
     LossScale,
     build_optimizer,
@@ -21,10 +20,11 @@ from miles.services.trainer.backends.fsdp.optimizer import (
     set_learning_rate,
 )
 from miles.services.trainer.backends.fsdp.replay.step_routing import Routing
-from miles.services.trainer.batch.batch import OptimizerStepPlan, RolloutBatch
 from miles.services.trainer.batch.packing import MicroBatch
+from miles.services.trainer.batch.rollout_batch import OptimizerStepPlan, RolloutBatch
 from miles.services.trainer.step.learning_rate import learning_rate
-from miles.services.trainer.step.roles import Learner, OutputT, Report
+from miles.services.trainer.step.progress import Progress, Report
+from miles.services.trainer.step.roles import Learner, OutputT
 
 if TYPE_CHECKING:
     from miles.config.sections.optimizer import OptimizerConfig

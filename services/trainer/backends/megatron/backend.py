@@ -9,26 +9,27 @@ import gc
 import logging
 import pathlib
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 
-from miles.services.trainer.backends.base import Progress, TrainerState
-from miles.services.trainer.backends.megatron.checkpoint import checkpoint
+from miles.services.trainer.backends.megatron.checkpoint import torch_dist
 from miles.services.trainer.backends.megatron.checkpoint.hf_files import write_hf_checkpoint
 from miles.services.trainer.backends.megatron.export import Exporter
-from miles.services.trainer.backends.megatron.model.build import MegatronRoles, build_roles
+from miles.services.trainer.backends.megatron.model.build_roles import MegatronRoles, build_roles
 from miles.services.trainer.backends.megatron.parallel import groups
 from miles.services.trainer.backends.megatron.step import MegatronTrainer
-from miles.services.trainer.batch.batch import RolloutBatch
+from miles.services.trainer.batch.rollout_batch import RolloutBatch
 from miles.services.trainer.checkpoint.background_save import Saving
 from miles.services.trainer.checkpoint.record import Record, digest, newest
+from miles.services.trainer.checkpoint.state import TrainerState
 from miles.services.trainer.ranks.abandoning import Abandonment
 from miles.services.trainer.step import algorithm_options
-from miles.services.trainer.step.recorded import recorded
+from miles.services.trainer.step.progress import Report
 from miles.services.trainer.step.sample_log import SampleLog
+from miles.services.trainer.step.sample_recording import recorded
 from miles.types import SampleGroup
 
 if TYPE_CHECKING:
@@ -96,7 +97,7 @@ class MegatronBackend:
         self,
         step: int,
         groups: Sequence[SampleGroup],
-        report: Callable[[Progress], None],
+        report: Report,
         abandonment: Abandonment | None = None,
     ) -> Mapping[str, float]:
         """See `TrainerBackend.train`."""
@@ -115,12 +116,12 @@ class MegatronBackend:
 
     def save(self, directory: pathlib.Path, state: TrainerState) -> None:
         """Write a checkpoint that is there whole or not at all; see `checkpoint`."""
-        checkpoint.save(directory, self._contents(self._loaded), self._checkpoint_record(state))
+        torch_dist.save(directory, self._contents(self._loaded), self._checkpoint_record(state))
 
     def begin_save(self, directory: pathlib.Path, state: TrainerState) -> Saving:
         """See `TrainerBackend.begin_save`."""
         record = self._checkpoint_record(copy.deepcopy(state))
-        return checkpoint.begin(directory, self._contents(self._loaded), record)
+        return torch_dist.begin(directory, self._contents(self._loaded), record)
 
     def save_hf(self, directory: pathlib.Path) -> None:
         """See `TrainerBackend.save_hf`; the files' tensors have the rollout's dtype."""
@@ -152,7 +153,7 @@ class MegatronBackend:
             self.loaded_from = newest(pathlib.Path(self._config.checkpoint.load))
         if self.loaded_from is None:
             return TrainerState()
-        record = checkpoint.load(self.loaded_from, self._contents(parts))
+        record = torch_dist.load(self.loaded_from, self._contents(parts))
         parts.roles.policy.iteration = record.iteration
         if parts.roles.critic is not None:
             parts.roles.critic.iteration = record.critic_iteration
@@ -171,10 +172,10 @@ class MegatronBackend:
             critic_iteration=0 if roles.critic is None else roles.critic.iteration,
         )
 
-    def _contents(self, parts: _Loaded) -> checkpoint.Contents:
+    def _contents(self, parts: _Loaded) -> torch_dist.Contents:
         config, roles = self._config, parts.roles
         moves = config.algorithm.ref_update_interval is not None
-        return checkpoint.Contents(
+        return torch_dist.Contents(
             model=roles.policy.model,
             optimizer=None if config.checkpoint.no_save_optim else roles.policy.optimizer.inner,
             reference=roles.reference.copy if roles.reference is not None and moves else None,

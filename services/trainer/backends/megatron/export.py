@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from miles.services.trainer.backends.megatron.model.model import MegatronModel
+from miles.services.trainer.backends.megatron.model.build_model import MegatronModel
 
 Named = tuple[str, torch.Tensor]
 _EXPERT = re.compile(r"(?P<layer>.*\.mlp\.experts)\.(?P<expert>\d+)\.(?P<part>gate|up|down)_proj\.weight")

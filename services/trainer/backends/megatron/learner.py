@@ -9,17 +9,17 @@ import torch
 
 from miles.algorithms.losses import LossOutput
 from miles.algorithms.metrics import MetricSum
-from miles.services.trainer.backends.base import Progress
-from miles.services.trainer.backends.megatron.model.model import MegatronModel
+from miles.services.trainer.backends.megatron.model.build_model import MegatronModel
 from miles.services.trainer.backends.megatron.mtp.layers import PredictionTraining
 from miles.services.trainer.backends.megatron.optimizer import MegatronOptimizer
+from miles.services.trainer.backends.megatron.parallel.forward_output import Reading
 from miles.services.trainer.backends.megatron.parallel.groups import Place, from_last_stage
-from miles.services.trainer.backends.megatron.parallel.outputs import Reading
 from miles.services.trainer.backends.megatron.parallel.pipeline import Pipeline
 from miles.services.trainer.backends.megatron.replay.step_routing import Hooks, Routing
-from miles.services.trainer.batch.batch import OptimizerStepPlan, RolloutBatch
 from miles.services.trainer.batch.packing import MicroBatch
-from miles.services.trainer.step.roles import Learner, OutputT, Report
+from miles.services.trainer.batch.rollout_batch import OptimizerStepPlan, RolloutBatch
+from miles.services.trainer.step.progress import Progress, Report
+from miles.services.trainer.step.roles import Learner, OutputT
 
 
 class MegatronLearner(Learner[OutputT]):

@@ -12,7 +12,7 @@ from miles.services.trainer.step.learning_rate import learning_rate
 if TYPE_CHECKING:
     from miles.config.sections.megatron import MegatronConfig
     from miles.config.sections.optimizer import OptimizerConfig as OptimizerSettings
-    from miles.services.trainer.backends.megatron.model.model import MegatronModel
+    from miles.services.trainer.backends.megatron.model.build_model import MegatronModel
 
 
 class MegatronOptimizer:

@@ -10,10 +10,10 @@ import torch
 import torch.distributed as dist
 
 from miles.algorithms.metrics import MetricSum, reduce_metrics
-from miles.services.trainer.backends.megatron.model.build import MegatronRoles
+from miles.services.trainer.backends.megatron.model.build_roles import MegatronRoles
 from miles.services.trainer.backends.megatron.parallel.groups import Place, from_last_stage
 from miles.services.trainer.backends.megatron.replay.step_routing import Routing
-from miles.services.trainer.batch.batch import RolloutBatch
+from miles.services.trainer.batch.rollout_batch import RolloutBatch
 from miles.services.trainer.step.training_step import RolloutTrainer
 
 if TYPE_CHECKING:

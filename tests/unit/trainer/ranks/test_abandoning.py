@@ -9,9 +9,10 @@ import pytest
 import torch
 from trainer_cases import job_config, random_groups, write_dense_model
 
-from miles.services.trainer.backends.base import Progress, TrainerState
 from miles.services.trainer.backends.fsdp.backend import FsdpBackend
+from miles.services.trainer.checkpoint.state import TrainerState
 from miles.services.trainer.ranks.abandoning import Abandonment, StepAbandonedError
+from miles.services.trainer.step.progress import Progress
 
 CASES: dict[str, dict[str, Any]] = {
     "reference": {"use_kl_loss": True, "kl_loss_coef": 0.1},

@@ -15,7 +15,7 @@ from trainer_cases import hf_log_probs, job_config, random_groups, train_recorde
 
 from miles.services.trainer.backends.fsdp import checkpoint
 from miles.services.trainer.backends.fsdp.backend import FsdpBackend
-from miles.services.trainer.batch.batch import build_batch, in_order
+from miles.services.trainer.batch.rollout_batch import build_batch, in_order
 from miles.services.trainer.checkpoint.record import folder_name
 from miles.services.trainer.step.old_policies import OldActors
 from miles.types import Sample, SampleGroup, VersionSpan

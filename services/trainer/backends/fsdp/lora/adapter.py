@@ -18,7 +18,7 @@ from miles.services.trainer.backends.fsdp.lora.layers import (
     load_adapters,
     named_adapters,
 )
-from miles.services.trainer.backends.fsdp.model.model import named_weights
+from miles.services.trainer.backends.fsdp.model.sharded_model import named_weights
 from miles.services.trainer.step import algorithm_options
 from miles.weights.adapters import peft_folder
 from miles.weights.adapters.lora import adapted_weights, adapter_names, base_checksum, merged, scale_of

@@ -7,7 +7,7 @@ import dataclasses
 import torch
 
 from miles.algorithms.log_probs import TokenLogProbs, token_log_probs
-from miles.services.trainer.backends.fsdp.attention.segments import AttentionPlan
+from miles.services.trainer.backends.fsdp.attention.packed_attention import AttentionPlan
 from miles.services.trainer.batch.packing import MicroBatch
 
 

@@ -8,8 +8,8 @@ import torch
 
 from miles.algorithms.metrics import MetricSum
 from miles.services.trainer.backends.fsdp.replay.router import RoutingReplay
-from miles.services.trainer.batch.batch import RolloutBatch
 from miles.services.trainer.batch.packing import MicroBatch
+from miles.services.trainer.batch.rollout_batch import RolloutBatch
 from miles.services.trainer.batch.routing import rollout_routing
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 import torch.distributed as dist
 
-from miles.services.trainer.backends.megatron.model.model import MegatronModel
+from miles.services.trainer.backends.megatron.model.build_model import MegatronModel
 from miles.services.trainer.backends.megatron.mtp.layers import PredictionTraining, response_rows
 from miles.services.trainer.backends.megatron.parallel.groups import Place
 from miles.services.trainer.backends.megatron.parallel.rows import LocalRows, local_rows

@@ -12,8 +12,8 @@ import torch.distributed as dist
 from miles.services.trainer.backends.megatron.parallel.groups import Place
 from miles.services.trainer.backends.megatron.parallel.rows import PADDING, LocalRows
 from miles.services.trainer.backends.megatron.replay.router import ModelReplay
-from miles.services.trainer.batch.batch import RolloutBatch
 from miles.services.trainer.batch.packing import MicroBatch
+from miles.services.trainer.batch.rollout_batch import RolloutBatch
 from miles.services.trainer.batch.routing import rollout_routing
 
 if TYPE_CHECKING:

@@ -13,11 +13,11 @@ from torch.nn.functional import linear
 from trainer_cases import job_config, random_groups, write_dense_model, write_moe_model
 
 from miles.services.rollout.engines.checkpoint_weights import read_weights
-from miles.services.trainer.backends.base import TrainerState
 from miles.services.trainer.backends.fsdp.backend import FsdpBackend
 from miles.services.trainer.backends.fsdp.learner import local_weights
 from miles.services.trainer.backends.fsdp.lora.layers import LoraLinear, select_layers
 from miles.services.trainer.checkpoint.record import folder_name
+from miles.services.trainer.checkpoint.state import TrainerState
 from miles.weights.adapters import lora, peft_folder
 
 pytestmark = pytest.mark.usefixtures("process_group")

@@ -10,11 +10,11 @@ import torch
 from miles.algorithms.vocab_rows import TokenLogProbs
 from miles.config.checks.model_layout import shape_differences
 from miles.services.trainer.backends.megatron.learner import MegatronLearner
-from miles.services.trainer.backends.megatron.model.model import MegatronModel, build_model, wants_replay
+from miles.services.trainer.backends.megatron.model.build_model import MegatronModel, build_model, wants_replay
 from miles.services.trainer.backends.megatron.mtp.layers import PredictionTraining
 from miles.services.trainer.backends.megatron.optimizer import MegatronOptimizer
+from miles.services.trainer.backends.megatron.parallel.forward_output import LogProbs, ReadingOptions, Values
 from miles.services.trainer.backends.megatron.parallel.groups import Place
-from miles.services.trainer.backends.megatron.parallel.outputs import LogProbs, ReadingOptions, Values
 from miles.services.trainer.backends.megatron.replay.router import ModelReplay, moe_layer_numbers
 from miles.services.trainer.backends.megatron.replay.step_routing import Routing
 from miles.services.trainer.step import algorithm_options

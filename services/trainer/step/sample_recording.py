@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy.typing as npt
 import torch
 
-from miles.services.trainer.batch.batch import RolloutBatch, is_trained
+from miles.services.trainer.batch.rollout_batch import RolloutBatch, is_trained
 from miles.services.trainer.step.sample_log import TokenNumbers
 from miles.types import Sample
 

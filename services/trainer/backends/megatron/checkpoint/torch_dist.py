@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 from miles.services.trainer.backends.megatron.checkpoint import optimizer_state
-from miles.services.trainer.backends.megatron.model.model import MegatronModel
+from miles.services.trainer.backends.megatron.model.build_model import MegatronModel
 from miles.services.trainer.checkpoint.background_save import (
     Saving,
     empty_folder,

@@ -13,7 +13,7 @@ from miles.algorithms.vocab_rows import TokenLogProbs
 from miles.services.trainer.backends.fsdp.learner import AdaptedBase, FrozenModel, FsdpLearner, local_weights
 from miles.services.trainer.backends.fsdp.lora.adapter import Adapter, adapt
 from miles.services.trainer.backends.fsdp.model.forward import ForwardOptions, LogProbs, Values
-from miles.services.trainer.backends.fsdp.model.model import Precision, load_hf_model, put_value_head, shard
+from miles.services.trainer.backends.fsdp.model.sharded_model import Precision, load_hf_model, put_value_head, shard
 from miles.services.trainer.backends.fsdp.replay.router import RoutingReplay
 from miles.services.trainer.backends.fsdp.replay.step_routing import Routing
 from miles.services.trainer.step import algorithm_options

@@ -13,7 +13,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from miles.services.trainer.backends.fsdp.attention import segments as attention
+from miles.services.trainer.backends.fsdp.attention import packed_attention as attention
 from miles.services.trainer.step.value_head import ValueHead, initial_weight
 
 if TYPE_CHECKING:
