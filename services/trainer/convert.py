@@ -47,11 +47,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def hf_to_dist(config: JobConfig, directory: pathlib.Path) -> None:
     """Write the model's weights as a checkpoint of step 0 below `directory`; collective."""
     from miles.services.trainer.backends.megatron.checkpoint import torch_dist
-    from miles.services.trainer.checkpoint.record import Record, digest, folder_name
+    from miles.services.trainer.checkpoint.record import CheckpointRecord, digest, folder_name
     from miles.services.trainer.checkpoint.state import TrainerState
 
     model = _model(config)
-    record = Record(state=TrainerState(), iteration=0, world_size=1, config_digest=digest(config))
+    record = CheckpointRecord(state=TrainerState(), iteration=0, world_size=1, config_digest=digest(config))
     contents = torch_dist.Contents(model=model, optimizer=None, reference=None)
     torch_dist.save(directory / folder_name(0), contents, record)
 
@@ -89,8 +89,8 @@ def _model(config: JobConfig) -> MegatronModel:
     from miles.services.trainer.step import algorithm_options
 
     dtype = algorithm_options.DTYPES[config.train.train_dtype]
-    place = groups.initialize(config.megatron, config.train.seed, config.cluster.distributed_timeout_minutes)
-    return build_model(config, place, dtype, wrap=False)
+    parallel = groups.initialize(config.megatron, config.train.seed, config.cluster.distributed_timeout_minutes)
+    return build_model(config, parallel, dtype, wrap=False)
 
 
 def _job_config(options: argparse.Namespace) -> JobConfig:

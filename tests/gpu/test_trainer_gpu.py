@@ -115,5 +115,5 @@ def test_old_actors_resume_in_host_memory(tmp_path: pathlib.Path) -> None:
     state.finish_step(first.train(0, random_groups(0), lambda progress: None))
     first.save(tmp_path / "checkpoints" / "step_00000001", state)
     second.load()
-    kept, resumed = (backend._loaded.roles.old_actors.copies[0].tensors for backend in (first, second))
+    kept, resumed = (backend._loaded.roles.old_policies.copies[0].tensors for backend in (first, second))
     assert all(tensor.is_cpu and tensor.equal(resumed[name]) for name, tensor in kept.items())

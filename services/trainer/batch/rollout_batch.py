@@ -62,7 +62,7 @@ class RolloutBatch:
         """Where among this rank's B samples a sample of the rollout is."""
         return self._positions[sample]
 
-    def place(self, micro_batch: MicroBatch) -> torch.Tensor:
+    def token_indices(self, micro_batch: MicroBatch) -> torch.Tensor:
         """Where the micro-batch's response tokens lie in T; int64 [R]."""
         starts = self.packing.cu_seqlens().tolist()
         firsts = [starts[self.position(i)] for i in micro_batch.samples]

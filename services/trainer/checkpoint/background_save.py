@@ -13,7 +13,7 @@ from typing import Any
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
-from miles.services.trainer.checkpoint.record import Record, complete
+from miles.services.trainer.checkpoint.record import CheckpointRecord, complete
 
 
 class Saving:
@@ -54,7 +54,7 @@ def empty_folder(directory: pathlib.Path) -> pathlib.Path:
     return partial
 
 
-def put_in_place(partial: pathlib.Path, directory: pathlib.Path, record: Record) -> None:
+def put_in_place(partial: pathlib.Path, directory: pathlib.Path, record: CheckpointRecord) -> None:
     """Make a checkpoint of the files that all ranks have written; collective."""
     dist.barrier()
     _on_first_rank(functools.partial(complete, partial, directory, record))

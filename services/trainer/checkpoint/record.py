@@ -27,7 +27,7 @@ _WHERE_AND_HOW = (
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Record:
+class CheckpointRecord:
     """The part of a checkpoint that is not tensors."""
 
     state: TrainerState
@@ -43,7 +43,7 @@ class Record:
     critic_loss_scale: float = 1.0
     critic_good_steps: int = 0
     old_versions: tuple[int, ...] = ()
-    """Of `OldActors`, whose weights are in the checkpoint."""
+    """Of `OldPolicies`, whose weights are in the checkpoint."""
     base: str = ""
     """Identity of the weights that the saved adapter adapts, in hex; empty when the whole policy was saved."""
 
@@ -76,7 +76,7 @@ def digest(config: JobConfig) -> str:
     return hashlib.sha256(json.dumps(flat, sort_keys=True).encode()).hexdigest()
 
 
-def complete(partial: pathlib.Path, directory: pathlib.Path, record: Record) -> None:
+def complete(partial: pathlib.Path, directory: pathlib.Path, record: CheckpointRecord) -> None:
     """Put the record beside the tensors in `partial`, and the whole in the place of `directory`; on one rank."""
     (partial / RECORD_FILE).write_text(json.dumps(_to_json(record), indent=1))
     _sync_tree(partial)
@@ -92,7 +92,7 @@ def complete(partial: pathlib.Path, directory: pathlib.Path, record: Record) -> 
     _sync(directory.parent)
 
 
-def read_record(directory: pathlib.Path) -> Record:
+def read_record(directory: pathlib.Path) -> CheckpointRecord:
     """The part of a checkpoint that is not tensors; raises as `load` does."""
     path = directory / RECORD_FILE
     try:
@@ -114,7 +114,7 @@ def check_base(directory: pathlib.Path, base: str, former: str) -> None:
     raise ValueError(f"{directory} holds {holds}, but {wanted} is trained; resume with the settings it was saved under")
 
 
-def _to_json(record: Record) -> dict[str, Any]:
+def _to_json(record: CheckpointRecord) -> dict[str, Any]:
     return {
         "state": record.state.to_json(),
         "iteration": record.iteration,
@@ -130,15 +130,15 @@ def _to_json(record: Record) -> dict[str, Any]:
     }
 
 
-def _from_json(data: dict[str, Any]) -> Record:
+def _from_json(data: dict[str, Any]) -> CheckpointRecord:
     names = [
         field.name
-        for field in dataclasses.fields(Record)
+        for field in dataclasses.fields(CheckpointRecord)
         if field.name in data or field.default is dataclasses.MISSING  # what older checkpoints lack has a default
     ]
     fields = {name: data[name] for name in names}
     versions = tuple(int(version) for version in fields.pop("old_versions", ()))
-    return Record(**fields | {"state": TrainerState.from_json(data["state"]), "old_versions": versions})
+    return CheckpointRecord(**fields | {"state": TrainerState.from_json(data["state"]), "old_versions": versions})
 
 
 def _write_atomically(path: pathlib.Path, text: str) -> None:

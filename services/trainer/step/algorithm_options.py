@@ -74,6 +74,11 @@ def needs_critic(config: JobConfig) -> bool:
     return ESTIMATORS[config.algorithm.advantage_estimator].needs_values
 
 
+def trains_critic_only(config: JobConfig, number: int) -> bool:
+    """Whether rollout `number` trains the critic alone."""
+    return number < config.algorithm.num_critic_only_steps
+
+
 def needs_reference(config: JobConfig) -> bool:
     """Whether a KL term needs the reference model."""
     return config.algorithm.use_kl_loss or config.algorithm.kl_coef > 0

@@ -33,7 +33,7 @@ _NAME = re.compile(r"step_(\d{8,})\.rank\d+(\.tokens)?\.jsonl")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class TokenNumbers:
+class TokenMetrics:
     """What a training step knew of a sample's response tokens; each [response_length]."""
 
     mask: npt.NDArray[np.float32]
@@ -59,7 +59,7 @@ class SampleLog:
                 if match and int(match[1]) >= step:
                     path.unlink(missing_ok=True)
 
-    def write(self, step: int, samples: Iterable[tuple[Sample, TokenNumbers | None]]) -> None:
+    def write(self, step: int, samples: Iterable[tuple[Sample, TokenMetrics | None]]) -> None:
         """Record samples of a step; there are no numbers for one that was not trained on."""
         groups: dict[int, dict[str, Any]] = {}
         tokens: list[dict[str, Any]] = []
@@ -83,7 +83,7 @@ class SampleLog:
         partial.write_text(text, encoding="utf-8", errors="replace")
         partial.replace(path)
 
-    def _sample(self, sample: Sample, numbers: TokenNumbers | None) -> dict[str, Any]:
+    def _sample(self, sample: Sample, numbers: TokenMetrics | None) -> dict[str, Any]:
         response, cut = cut_text(sample.response)
         parts = sample.reward if isinstance(sample.reward, dict) else {}
         reward = parts.get(self._reward_key or "") if isinstance(sample.reward, dict) else sample.reward
@@ -100,7 +100,7 @@ class SampleLog:
         }
 
 
-def summarise(numbers: TokenNumbers | None) -> dict[str, float | None]:
+def summarise(numbers: TokenMetrics | None) -> dict[str, float | None]:
     """Mean and largest |trainer's - engine's log-probability| and mean advantage, over trained tokens."""
     summary: dict[str, float | None] = {"log_prob_diff_mean": None, "log_prob_diff_max": None, "advantage": None}
     if numbers is None or not (trained := numbers.mask > 0).any():
@@ -113,7 +113,7 @@ def summarise(numbers: TokenNumbers | None) -> dict[str, float | None]:
     return {name: value if value is not None and np.isfinite(value) else None for name, value in summary.items()}
 
 
-def _tokens(sample: Sample, numbers: TokenNumbers | None) -> dict[str, Any]:
+def _tokens(sample: Sample, numbers: TokenMetrics | None) -> dict[str, Any]:
     """What is known of each token of the response, without the middle of one that is too long."""
     length = sample.response_length
     half = MAX_TOKENS // 2

@@ -1,4 +1,4 @@
-"""Megatron-Core's optimizer, with the schedule, clipping and refusals that every backend has."""
+"""Megatron-Core's optimizer, with the learning-rate schedule, clipping and errors that every backend has."""
 
 from __future__ import annotations
 
@@ -66,13 +66,13 @@ class MegatronOptimizer:
         return rate
 
     def clear(self) -> None:
-        """Forget gradients."""
+        """Discard gradients."""
         for chunk in self._chunks:
             chunk.zero_grad_buffer()
         self.inner.zero_grad()
 
-    def settle(self) -> None:
-        """Gather updated parameters that are to be gathered during the next forward pass."""
+    def gather_parameters(self) -> None:
+        """All-gather updated parameters now, where that would overlap with the next forward pass."""
         for chunk in self._chunks if self._gathers_later else ():
             chunk.start_param_sync(force_sync=True)
 

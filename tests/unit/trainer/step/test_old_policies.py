@@ -17,7 +17,7 @@ from miles.services.trainer.backends.fsdp import checkpoint
 from miles.services.trainer.backends.fsdp.backend import FsdpBackend
 from miles.services.trainer.batch.rollout_batch import build_batch, in_order
 from miles.services.trainer.checkpoint.record import folder_name
-from miles.services.trainer.step.old_policies import OldActors
+from miles.services.trainer.step.old_policies import OldPolicies
 from miles.types import Sample, SampleGroup, VersionSpan
 
 KEEP: dict[str, Any] = {"keep_old_actor": True, "max_weight_staleness": 2}
@@ -56,7 +56,7 @@ def generated_by(seed: int, versions: list[int]) -> list[SampleGroup]:
 
 def test_versions_are_kept_while_samples_of_them_may_come() -> None:
     weight = torch.zeros(1)
-    old = OldActors(lambda: [("w", weight)], lambda batch, report: weight.clone(), staleness=2)
+    old = OldPolicies(lambda: [("w", weight)], lambda batch, report: weight.clone(), staleness=2)
     seen = []
     for version in range(5):
         weight.fill_(version)
@@ -68,7 +68,7 @@ def test_versions_are_kept_while_samples_of_them_may_come() -> None:
 
 def test_only_published_versions_are_kept() -> None:
     weight = torch.zeros(1)
-    old = OldActors(lambda: [("w", weight)], lambda batch, report: weight.clone(), staleness=3)
+    old = OldPolicies(lambda: [("w", weight)], lambda batch, report: weight.clone(), staleness=3)
     seen = []
     for version in range(6):
         if version % 2 == 0:
@@ -103,21 +103,25 @@ def test_a_token_has_the_log_probability_of_the_version_that_generated_it(
     assert metrics["train/old_actor_ratio"] == pytest.approx(old / total)
     assert abs(by_version[0][0] - by_version[2][0]).max() > 0.01
     assert metrics["train/ppo_kl"] != 0  # the ratio is to the version that generated
-    assert sorted(backend._loaded.roles.old_actors.copies) == [1, 2]  # type: ignore[union-attr]
+    assert sorted(backend._loaded.roles.old_policies.copies) == [1, 2]  # type: ignore[union-attr]
 
 
 @pytest.mark.usefixtures("process_group")
 def test_asking_an_old_actor_leaves_the_policy_as_it_is(dense: pathlib.Path, tmp_path: pathlib.Path) -> None:
     backend = loaded(dense, tmp_path)
     roles = backend._loaded.roles
-    assert roles.old_actors is not None
+    assert roles.old_policies is not None
     groups = generated_by(0, [0])
     train_recorded(backend._loaded.trainer, groups)
     batch = build_batch(in_order(groups), job_config(dense, **KEEP), rank=0, ranks=1)
     before = {name: tensor.clone() for name, tensor in backend.export()}
     says, said, says_again = (
         ask(batch, lambda progress: None)
-        for ask in (roles.policy.evaluate, functools.partial(roles.old_actors.evaluate, 0), roles.policy.evaluate)
+        for ask in (
+            roles.policy.compute_log_probs,
+            functools.partial(roles.old_policies.compute_log_probs, 0),
+            roles.policy.compute_log_probs,
+        )
     )
     assert (says - said).abs().max() > 0.01
     assert says.equal(says_again)

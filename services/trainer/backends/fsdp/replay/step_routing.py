@@ -44,8 +44,8 @@ class Routing:
         else:
             self._replay.record()
 
-    def let_go(self) -> None:
-        """The forward passes until the next `before` are the model's own to route."""
+    def choose_freely(self) -> None:
+        """Let the model route the forward passes until the next `before` itself."""
         self._replay.choose_freely()
 
     def after(self, micro_batch: MicroBatch) -> None:

@@ -23,8 +23,8 @@ from miles.services.trainer.checkpoint.background_save import (
     in_thread,
     put_in_place,
 )
-from miles.services.trainer.checkpoint.record import Record, read_record
-from miles.services.trainer.step.old_policies import OldActors
+from miles.services.trainer.checkpoint.record import CheckpointRecord, read_record
+from miles.services.trainer.step.old_policies import OldPolicies
 from miles.services.trainer.step.weight_copy import WeightCopy
 
 _OPTIONAL = ("optimizer", "critic_optimizer", "reference", "critic")
@@ -45,10 +45,10 @@ class Contents:
     """None unless it changes during the run."""
     critic: MegatronModel | None = None
     critic_optimizer: Any | None = None
-    old_actors: OldActors | None = None
+    old_policies: OldPolicies | None = None
 
 
-def save(directory: pathlib.Path, contents: Contents, record: Record) -> None:
+def save(directory: pathlib.Path, contents: Contents, record: CheckpointRecord) -> None:
     """Write a checkpoint to `directory`, replacing one of the same name; collective over ranks.
 
     A crash at any moment leaves either no folder of that name, or the old one, or the new one whole.
@@ -62,7 +62,7 @@ def save(directory: pathlib.Path, contents: Contents, record: Record) -> None:
     put_in_place(partial, directory, record)
 
 
-def begin(directory: pathlib.Path, contents: Contents, record: Record) -> Saving:
+def begin(directory: pathlib.Path, contents: Contents, record: CheckpointRecord) -> Saving:
     """As `save`, with a thread that writes copies of the tensors in host memory; collective over ranks."""
     from megatron.core import dist_checkpointing
 
@@ -105,7 +105,7 @@ def _metadata(contents: Contents) -> dict[str, Any]:
     return {**optimizer_state.CONTENT, **kinds, **prefix}
 
 
-def load(directory: pathlib.Path, contents: Contents) -> Record:
+def load(directory: pathlib.Path, contents: Contents) -> CheckpointRecord:
     """Read a checkpoint, of any layout, into the model and the optimizer; collective over ranks.
 
     Raises FileNotFoundError when it is incomplete and ValueError when it is none of this backend.
@@ -119,8 +119,8 @@ def load(directory: pathlib.Path, contents: Contents) -> Record:
     if contents.critic is not None and not kinds.get("critic"):
         logger.warning("%s has no critic; it starts from critic_load", directory)
     absent: dict[str, Any] = dict.fromkeys(kind for kind in _OPTIONAL if not kinds.get(kind))
-    if contents.old_actors is not None:
-        contents.old_actors.make_room(record.old_versions)
+    if contents.old_policies is not None:
+        contents.old_policies.make_room(record.old_versions)
     _load_into(directory, dataclasses.replace(contents, **absent), contents, kinds.get("master_prefix", ""))
     return record
 
@@ -217,7 +217,7 @@ def _sharded_model(model: MegatronModel, name: str) -> dict[str, Any]:
 
 def _copies(contents: Contents) -> dict[str, WeightCopy]:
     """Copies of weights by the name under which they are saved."""
-    old = {} if contents.old_actors is None else contents.old_actors.copies
+    old = {} if contents.old_policies is None else contents.old_policies.copies
     copies = {f"old_actor_{version}_": copy for version, copy in old.items()}
     return copies if contents.reference is None else copies | {"reference": contents.reference}
 

@@ -1,7 +1,7 @@
-"""Layers for multi-token prediction (DeepSeek-V3, arXiv 2412.19437, section 2.2) behind the last layer of a model.
+"""MTP layers: multi-token prediction (DeepSeek-V3, arXiv 2412.19437, section 2.2) behind a model's last layer.
 
-megatron-bridge builds them of TransformerEngine's parts alone. Here they are added to a model that is built: they can
-have local layers then, and stay out of the way of passes that do not train them.
+megatron-bridge builds them of TransformerEngine's parts alone. Here they are added to a model that is already built,
+so they can be made of local layers and are skipped in passes that do not train them.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from miles.services.trainer.backends.megatron.parallel.rows import PADDING, Loca
 from miles.services.trainer.batch.packing import MicroBatch
 
 
-def add_prediction_layers(chunk: Any, count: int, *, with_engine: bool, trained: bool) -> None:
-    """Add `count` layers to a bare chunk, if it is the model's last; only `PredictionTraining` has them take part."""
+def add_mtp_layers(chunk: Any, count: int, *, with_engine: bool, trained: bool) -> None:
+    """Add `count` layers to a bare chunk, if it is the model's last; only `MtpTraining` has them take part."""
     if not chunk.post_process:
         return
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_mtp_block_spec
@@ -43,11 +43,11 @@ def add_prediction_layers(chunk: Any, count: int, *, with_engine: bool, trained:
     _take_part(chunk, None)
 
 
-class PredictionTraining:
-    """Passes in which the layers take part, and their loss: the mean over trained tokens, of each layer alike.
+class MtpTraining:
+    """Training passes of the MTP layers, and their loss: the mean over trained tokens and layers.
 
-    They predict tokens of the responses from what the layers below have computed, whose gradient ends there, as that of
-    embeddings and output matrix does.
+    They predict response tokens from the hidden states of the layers below. No gradient flows into those layers, the
+    embeddings or the output matrix.
     """
 
     def __init__(self, chunks: Sequence[Any], count: int, weight: float, padding: int) -> None:

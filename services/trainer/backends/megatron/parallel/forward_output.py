@@ -1,4 +1,4 @@
-"""What is read off the last stage's output for each response token, complete on every rank that has it.
+"""What a forward pass gives for each response token, from the last stage's output; complete on each of its ranks.
 
 Dims: R response tokens of a micro-batch, L local rows, V this rank's columns of the vocabulary.
 """
@@ -11,7 +11,7 @@ from typing import Protocol, TypeVar
 import torch
 
 from miles.algorithms.log_probs import TokenLogProbs, VocabShard, token_log_probs
-from miles.services.trainer.backends.megatron.parallel.groups import Place, SumOverRanks
+from miles.services.trainer.backends.megatron.parallel.groups import ParallelRank, SumOverRanks
 from miles.services.trainer.backends.megatron.parallel.rows import LocalRows
 from miles.services.trainer.batch.packing import MicroBatch
 
@@ -19,7 +19,7 @@ OutputT = TypeVar("OutputT")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class ReadingOptions:
+class LogProbOptions:
     """How logits become log-probabilities."""
 
     temperature: float
@@ -28,46 +28,46 @@ class ReadingOptions:
     entropy_requires_grad: bool = False
 
 
-class Reading(Protocol[OutputT]):
-    """What a head's output says."""
+class ForwardOutput(Protocol[OutputT]):
+    """The forward output for a micro-batch's response tokens."""
 
-    def outputs(self, output_1LV: torch.Tensor, micro_batch: MicroBatch, rows: LocalRows) -> OutputT:
-        """All that a loss needs."""
+    def for_loss(self, output_1LV: torch.Tensor, micro_batch: MicroBatch, rows: LocalRows) -> OutputT:
+        """All that a loss needs, from the head's output."""
 
-    def numbers(self, output_1LV: torch.Tensor, micro_batch: MicroBatch, rows: LocalRows) -> torch.Tensor:
-        """The one number that `Role.evaluate` gives; float32 [R]."""
+    def per_token(self, output_1LV: torch.Tensor, micro_batch: MicroBatch, rows: LocalRows) -> torch.Tensor:
+        """The log-probability or value of each response token alone; float32 [R]."""
 
-    def nothing(self, outputs: OutputT) -> torch.Tensor:
-        """A loss of 0 that hangs on the outputs, for a micro-batch without samples; 0-d."""
+    def zero_loss(self, outputs: OutputT) -> torch.Tensor:
+        """A loss of 0 that depends on the outputs, for a micro-batch without samples; 0-d."""
 
 
-class LogProbs:
+class LogProbOutput:
     """Log-probabilities, with entropies where the loss needs them."""
 
-    def __init__(self, vocabulary: int, place: Place, options: ReadingOptions) -> None:
+    def __init__(self, vocabulary: int, parallel: ParallelRank, options: LogProbOptions) -> None:
         """`vocabulary` counts tokens without padding."""
-        self._place = place
+        self._parallel = parallel
         self._options = options
-        columns = -(-vocabulary // place.tensor_size)
-        first = place.tensor_rank * columns
-        self._shard = VocabShard(place.tensor_group, start=first) if place.tensor_size > 1 else None
+        columns = -(-vocabulary // parallel.tensor_size)
+        first = parallel.tensor_rank * columns
+        self._shard = VocabShard(parallel.tensor_group, start=first) if parallel.tensor_size > 1 else None
         self._columns = min(columns, vocabulary - first)
 
-    def outputs(self, output_1LV: torch.Tensor, micro_batch: MicroBatch, rows: LocalRows) -> TokenLogProbs:
-        """See `Reading.outputs`."""
-        return self._read(output_1LV, micro_batch, rows, self._options)
+    def for_loss(self, output_1LV: torch.Tensor, micro_batch: MicroBatch, rows: LocalRows) -> TokenLogProbs:
+        """See `ForwardOutput.for_loss`."""
+        return self._log_probs(output_1LV, micro_batch, rows, self._options)
 
-    def numbers(self, output_1LV: torch.Tensor, micro_batch: MicroBatch, rows: LocalRows) -> torch.Tensor:
-        """See `Reading.numbers`."""
+    def per_token(self, output_1LV: torch.Tensor, micro_batch: MicroBatch, rows: LocalRows) -> torch.Tensor:
+        """See `ForwardOutput.per_token`."""
         plain = dataclasses.replace(self._options, with_entropy=False, entropy_requires_grad=False)
-        return self._read(output_1LV, micro_batch, rows, plain).log_probs_T
+        return self._log_probs(output_1LV, micro_batch, rows, plain).log_probs_T
 
-    def nothing(self, outputs: TokenLogProbs) -> torch.Tensor:
-        """See `Reading.nothing`."""
+    def zero_loss(self, outputs: TokenLogProbs) -> torch.Tensor:
+        """See `ForwardOutput.zero_loss`."""
         return outputs.log_probs_T.sum()
 
-    def _read(
-        self, logits_1LV: torch.Tensor, micro_batch: MicroBatch, rows: LocalRows, options: ReadingOptions
+    def _log_probs(
+        self, logits_1LV: torch.Tensor, micro_batch: MicroBatch, rows: LocalRows, options: LogProbOptions
     ) -> TokenLogProbs:
         device = logits_1LV.device
         picked = logits_1LV[0].index_select(0, torch.from_numpy(rows.logit_rows).to(device))[:, : self._columns]
@@ -83,36 +83,38 @@ class LogProbs:
             chunk_rows=options.chunk_rows,
             overwrite_logits=self._columns == logits_1LV.shape[-1],
         )
-        log_probs_R = whole(local.log_probs_T, responses, len(targets_R), self._place)
+        log_probs_R = all_responses(local.log_probs_T, responses, len(targets_R), self._parallel)
         entropy = local.entropy_T
         return TokenLogProbs(
-            log_probs_R, None if entropy is None else whole(entropy, responses, len(targets_R), self._place)
+            log_probs_R, None if entropy is None else all_responses(entropy, responses, len(targets_R), self._parallel)
         )
 
 
-class Values:
-    """What a value head gives."""
+class ValueOutput:
+    """Values, from a value head."""
 
-    def __init__(self, place: Place) -> None:
-        self._place = place
+    def __init__(self, parallel: ParallelRank) -> None:
+        self._parallel = parallel
 
-    def outputs(self, output_1LV: torch.Tensor, micro_batch: MicroBatch, rows: LocalRows) -> torch.Tensor:
-        """See `Reading.outputs`; float32 [R]."""
+    def for_loss(self, output_1LV: torch.Tensor, micro_batch: MicroBatch, rows: LocalRows) -> torch.Tensor:
+        """See `ForwardOutput.for_loss`; float32 [R]."""
         device = output_1LV.device
         values = output_1LV[0, :, 0].index_select(0, torch.from_numpy(rows.logit_rows).to(device))
-        return whole(values, torch.from_numpy(rows.responses).to(device), len(micro_batch.targets_R), self._place)
+        return all_responses(
+            values, torch.from_numpy(rows.responses).to(device), len(micro_batch.targets_R), self._parallel
+        )
 
-    numbers = outputs
+    per_token = for_loss
 
-    def nothing(self, outputs: torch.Tensor) -> torch.Tensor:
-        """See `Reading.nothing`."""
+    def zero_loss(self, outputs: torch.Tensor) -> torch.Tensor:
+        """See `ForwardOutput.zero_loss`."""
         return outputs.sum()
 
 
-def whole(values: torch.Tensor, responses: torch.Tensor, count: int, place: Place) -> torch.Tensor:
-    """Values of all R response tokens from those of this context-parallel rank; `responses` says which they are."""
-    if place.context_size == 1:
+def all_responses(values: torch.Tensor, responses: torch.Tensor, count: int, parallel: ParallelRank) -> torch.Tensor:
+    """All R response tokens' values, from those of this context-parallel rank at the indices `responses`."""
+    if parallel.context_size == 1:
         return values
     spread_R = values.new_zeros(count).index_put((responses,), values)
-    summed: torch.Tensor = SumOverRanks.apply(spread_R, place.context_group)  # type: ignore[no-untyped-call]
+    summed: torch.Tensor = SumOverRanks.apply(spread_R, parallel.context_group)  # type: ignore[no-untyped-call]
     return summed

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 
-from miles.services.trainer.step.training_step import DataRanks
+from miles.services.trainer.step.data_ranks import DataRanks
 
 if TYPE_CHECKING:
     from miles.config.sections.megatron import MegatronConfig
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Place:
+class ParallelRank:
     """This rank in the layout."""
 
     tensor_rank: int
@@ -36,7 +36,7 @@ class Place:
         return self.pipeline_rank == self.pipeline_size - 1
 
 
-def initialize(layout: MegatronConfig, seed: int, timeout_minutes: int) -> Place:
+def initialize(layout: MegatronConfig, seed: int, timeout_minutes: int) -> ParallelRank:
     """Make the groups out of the ranks of the default process group; collective. Replaces groups there are."""
     from megatron.core import parallel_state, tensor_parallel
 
@@ -52,7 +52,7 @@ def initialize(layout: MegatronConfig, seed: int, timeout_minutes: int) -> Place
     )
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
     replicas = parallel_state.get_data_parallel_world_size()
-    return Place(
+    return ParallelRank(
         tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
         tensor_size=parallel_state.get_tensor_model_parallel_world_size(),
         tensor_group=parallel_state.get_tensor_model_parallel_group(),
@@ -86,11 +86,11 @@ def destroy() -> None:
     parallel_state.destroy_model_parallel()
 
 
-def from_last_stage(values: torch.Tensor, place: Place) -> torch.Tensor:
+def from_last_stage(values: torch.Tensor, parallel: ParallelRank) -> torch.Tensor:
     """The last pipeline stage's tensor on every stage; the others give one of the same shape and type."""
-    if place.pipeline_size > 1:
-        last = dist.get_global_rank(place.pipeline_group, place.pipeline_size - 1)
-        dist.broadcast(values, src=last, group=place.pipeline_group)
+    if parallel.pipeline_size > 1:
+        last = dist.get_global_rank(parallel.pipeline_group, parallel.pipeline_size - 1)
+        dist.broadcast(values, src=last, group=parallel.pipeline_group)
     return values
 
 

@@ -223,9 +223,9 @@ def test_old_actors_are_kept_as_adapters(dense: pathlib.Path, tmp_path: pathlib.
     backend = loaded(dense, **changes)
     groups = random_groups(1)
     backend.train(0, random_groups(0), lambda progress: None)
-    old_actors = backend._loaded.roles.old_actors
-    assert old_actors is not None
-    assert {name.split(".")[-2] for name in old_actors.copies[0].tensors} == {"lora_A", "lora_B"}
+    old_policies = backend._loaded.roles.old_policies
+    assert old_policies is not None
+    assert {name.split(".")[-2] for name in old_policies.copies[0].tensors} == {"lora_A", "lora_B"}
     backend.save(tmp_path / folder_name(1), TrainerState(step=1))
     resumed = loaded(dense, tmp_path, **changes)
     metrics, again = (dict(each.train(1, groups, lambda progress: None)) for each in (backend, resumed))

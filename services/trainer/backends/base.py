@@ -1,0 +1,200 @@
+"""What all training backends share: load, restore, train a rollout, save, close."""
+
+from __future__ import annotations
+
+import abc
+import copy
+import dataclasses
+import functools
+import gc
+import logging
+import pathlib
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from miles.services.trainer.batch.rollout_batch import RolloutBatch
+from miles.services.trainer.checkpoint.background_save import Saving
+from miles.services.trainer.checkpoint.record import CheckpointRecord, digest, newest
+from miles.services.trainer.checkpoint.state import TrainerState
+from miles.services.trainer.ranks.abandoning import Abandonment
+from miles.services.trainer.step.progress import Report
+from miles.services.trainer.step.roles import Roles
+from miles.services.trainer.step.sample_log import SampleLog
+from miles.services.trainer.step.sample_recording import recorded_samples
+from miles.services.trainer.step.training_step import RolloutTrainer
+from miles.types import SampleGroup
+
+if TYPE_CHECKING:
+    from miles.config import JobConfig
+
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadedParts:
+    """What `load` builds. Backends narrow the types."""
+
+    roles: Roles
+    trainer: RolloutTrainer
+
+
+PartsT = TypeVar("PartsT", bound=LoadedParts)
+
+
+class BaseBackend(abc.ABC, Generic[PartsT]):
+    """The shared part of a `TrainerBackend`; see that for the methods without a description of their own."""
+
+    def __init__(self, config: JobConfig, checkpoint_dir: pathlib.Path, device: torch.device) -> None:
+        """`load` resumes from the newest checkpoint in `checkpoint_dir`, or else in the folder that `load` names."""
+        self._config = config
+        self._device = device
+        self._checkpoint_dir = checkpoint_dir
+        self._parts: PartsT | None = None
+        self._log = SampleLog(
+            pathlib.Path(config.services.run_dir),
+            config.telemetry.log_samples_per_step,
+            dist.get_rank(),
+            config.reward.reward_key,
+        )
+        self.loaded_from: pathlib.Path | None = None
+        """Checkpoint that `load` read; None for the initial weights."""
+
+    def load(self) -> TrainerState:
+        """Build everything. Raises FileNotFoundError for a missing model and ValueError for one that does not fit."""
+        torch.manual_seed(self._config.train.seed)
+        if self._device.type == "cpu":
+            torch.use_deterministic_algorithms(True)
+            # A debugging aid that comes with the switch above and costs a sixth of the step.
+            torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+        self._parts = self._build()
+        state = self._restore()
+        if dist.get_rank() == 0:
+            self._log.drop_from(state.step)
+        return state
+
+    def train(
+        self,
+        step: int,
+        groups: Sequence[SampleGroup],
+        report: Report,
+        abandonment: Abandonment | None = None,
+    ) -> Mapping[str, float]:
+        """See `TrainerBackend.train`."""
+        record = functools.partial(self._record_samples, step) if self._log.groups else None
+        return self._loaded.trainer.train(step, groups, report, record, abandonment)
+
+    def export(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """See `TrainerBackend.export`."""
+        if self._loaded.roles.old_policies is not None:
+            self._loaded.roles.old_policies.publish()
+        return self._export()
+
+    def save(self, directory: pathlib.Path, state: TrainerState) -> None:
+        """See `TrainerBackend.save`; a crash leaves the complete checkpoint or none."""
+        self._save(directory, self._record_of(state))
+
+    def begin_save(self, directory: pathlib.Path, state: TrainerState) -> Saving:
+        """See `TrainerBackend.begin_save`."""
+        return self._begin_save(directory, self._record_of(copy.deepcopy(state)))
+
+    def save_hf(self, directory: pathlib.Path) -> None:
+        """See `TrainerBackend.save_hf`; the files' tensors have the rollout's dtype."""
+        write_whole_folder(directory, self._write_hf)
+        dist.barrier()
+
+    def close(self) -> None:
+        """Free the model. The backend can `load` again."""
+        self._parts = None
+        self._destroy_groups()
+        gc.collect()
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    @abc.abstractmethod
+    def _build(self) -> PartsT:
+        """Build the models and load their initial weights."""
+
+    @abc.abstractmethod
+    def _export(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield the weights that engines get."""
+
+    @abc.abstractmethod
+    def _save(self, directory: pathlib.Path, record: CheckpointRecord) -> None:
+        """Write a checkpoint."""
+
+    @abc.abstractmethod
+    def _begin_save(self, directory: pathlib.Path, record: CheckpointRecord) -> Saving:
+        """Copy what a checkpoint holds and begin to write it."""
+
+    @abc.abstractmethod
+    def _load_checkpoint(self, directory: pathlib.Path) -> CheckpointRecord:
+        """Read a checkpoint into the models and optimizers."""
+
+    @abc.abstractmethod
+    def _write_hf(self, directory: pathlib.Path) -> None:
+        """Write the policy to a new folder; collective, rank 0 writes."""
+
+    @abc.abstractmethod
+    def _destroy_groups(self) -> None:
+        """Destroy the process groups that this backend has made."""
+
+    @abc.abstractmethod
+    def _recording_replica(self) -> int | None:
+        """Number of this rank's replica, if this rank is the one that logs the replica's samples."""
+
+    def _restore(self) -> TrainerState:
+        self.loaded_from = newest(self._checkpoint_dir)
+        if self.loaded_from is None and self._config.checkpoint.load is not None:
+            self.loaded_from = newest(pathlib.Path(self._config.checkpoint.load))
+        if self.loaded_from is None:
+            return TrainerState()
+        record, roles = self._load_checkpoint(self.loaded_from), self._loaded.roles
+        roles.policy.iteration = record.iteration
+        if roles.critic is not None:
+            roles.critic.iteration = record.critic_iteration
+        if record.config_digest != digest(self._config):
+            logger.warning("%s was saved under another configuration; resuming with the new one", self.loaded_from)
+        return record.state
+
+    def _record_of(self, state: TrainerState) -> CheckpointRecord:
+        roles = self._loaded.roles
+        return CheckpointRecord(
+            state=state,
+            iteration=roles.policy.iteration,
+            world_size=dist.get_world_size(),
+            config_digest=digest(self._config),
+            old_versions=() if roles.old_policies is None else tuple(roles.old_policies.copies),
+            critic_iteration=0 if roles.critic is None else roles.critic.iteration,
+        )
+
+    def _record_samples(self, step: int, batch: RolloutBatch, **tokens: Any) -> None:
+        replica = self._recording_replica()
+        if replica is not None:
+            self._log.write(step, recorded_samples(batch, self._log.groups, replica, **tokens))
+
+    @property
+    def _reference_moves(self) -> bool:
+        """Whether the reference changes during the run, so that checkpoints must hold it."""
+        return self._config.algorithm.ref_update_interval is not None
+
+    @property
+    def _loaded(self) -> PartsT:
+        if self._parts is None:
+            raise RuntimeError("the trainer holds no model: call load() first")
+        return self._parts
+
+
+def write_whole_folder(directory: pathlib.Path, write: Callable[[pathlib.Path], None]) -> None:
+    """Have `write` fill a new folder and put that in the place of `directory`: readers see all of it or the old one.
+
+    `write` is collective; only rank 0 touches the files.
+    """
+    partial = directory.with_name(directory.name + ".tmp")
+    write(partial)
+    if dist.get_rank() == 0:
+        shutil.rmtree(directory, ignore_errors=True)
+        partial.rename(directory)
