@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import pathlib
-import shutil
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -59,10 +58,9 @@ def hf_to_dist(config: JobConfig, directory: pathlib.Path) -> None:
 def dist_to_hf(config: JobConfig, source: pathlib.Path, directory: pathlib.Path) -> None:
     """Write a checkpoint's weights as a Hugging Face folder; `source` is one or a folder of them; collective.
 
-    Tensors of the model's folder that are not converted, e.g. layers for multi-token prediction, are copied.
+    Tensors of the model's folder that are not converted, e.g. MTP layers, are copied.
     """
-    import torch.distributed as dist
-
+    from miles.services.trainer.backends.base import replace_folder
     from miles.services.trainer.backends.megatron.checkpoint import torch_dist
     from miles.services.trainer.backends.megatron.checkpoint.hf_files import write_hf_checkpoint
     from miles.services.trainer.backends.megatron.export import Exporter
@@ -76,11 +74,8 @@ def dist_to_hf(config: JobConfig, source: pathlib.Path, directory: pathlib.Path)
     torch_dist.load_weights(found, model)
     out_type = algorithm_options.DTYPES[config.rollout.rollout_dtype]
     exporter = Exporter(model, out_type, fuse_experts=False)
-    partial = directory.with_name(directory.name + ".tmp")
-    write_hf_checkpoint(partial, pathlib.Path(str(config.rollout.hf_checkpoint)), exporter.tensors(), out_type)
-    if dist.get_rank() == 0:
-        shutil.rmtree(directory, ignore_errors=True)
-        partial.rename(directory)
+    source_folder = pathlib.Path(str(config.rollout.hf_checkpoint))
+    replace_folder(directory, lambda new: write_hf_checkpoint(new, source_folder, exporter.tensors(), out_type))
 
 
 def _model(config: JobConfig) -> MegatronModel:
@@ -94,7 +89,7 @@ def _model(config: JobConfig) -> MegatronModel:
 
 
 def _job_config(options: argparse.Namespace) -> JobConfig:
-    """The part of a job's configuration that conversion reads, in a whole one."""
+    """The part of a job's configuration that conversion reads, as a complete one."""
     import torch.distributed as dist
 
     from miles.config import JobConfig
@@ -135,7 +130,7 @@ def _parser() -> argparse.ArgumentParser:
         each.add_argument("--save", type=pathlib.Path, required=True, metavar="DIR", help="where to write")
         each.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="type of the weights")
         each.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to convert")
-        help_mtp = "the model's layers for multi-token prediction, to be converted too"
+        help_mtp = "number of the model's MTP (multi-token prediction) layers, to be converted too"
         each.add_argument("--mtp-num-layers", type=int, metavar="N", help=help_mtp)
         for name in _SIZES:
             each.add_argument(f"--{name}", type=int, default=1, metavar="N")

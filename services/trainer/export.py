@@ -1,4 +1,4 @@
-"""One version sent by all ranks: which rank sends which bucket, and how rank 0 puts their parts together."""
+"""The export of one version by all ranks: which rank sends which bucket, and how rank 0 merges their reports."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ if TYPE_CHECKING:
 EXPORT = "export"
 
 _KEPT_BY_RANKS = (weightsync_pb2.TRANSPORT_KIND_COLLECTIVE, weightsync_pb2.TRANSPORT_KIND_CUDA_IPC)
-"""Transports whose bytes stay with the trainer: each rank keeps its share. By the others rank 0 sends every bucket."""
+"""Transports whose bytes stay with the trainer: each rank keeps its share. With others rank 0 sends every bucket."""
 
 
 def export_command(draft: Draft, address: str, bucket_bytes: int) -> Command:
-    """What every rank has to know to send its share of a version; `address` is the weightsync service's."""
+    """The command to send each rank's share of a version; `address` is the weightsync service's."""
     arguments = {"address": address, "bucket_bytes": bucket_bytes, "live": draft.live}
     return Command(EXPORT, arguments, tuple(handle.SerializeToString() for handle in draft.handles))
 
@@ -41,7 +41,7 @@ def send_share(
     ranks: int,
     export_format: ExportFormat = AS_TRAINED,
 ) -> bytes:
-    """Go through an export, send the buckets that are this rank's, and return its report for `merge`; collective."""
+    """Send this rank's buckets of an export and return its report for `merge`; collective."""
     handles = [weightsync_pb2.TransportHandle.FromString(payload) for payload in command.payloads]
     if rank:
         sender.trim(command.arguments["live"])
@@ -55,7 +55,7 @@ def send_share(
             sender.discard(handles)
         raise
     finally:
-        for _ in tensors:  # gathering is collective: whatever became of the export, every rank goes through with it
+        for _ in tensors:  # gathering is collective: even after an error every rank takes part to the end
             pass
 
 
@@ -97,7 +97,7 @@ def _send(
             times += sender.send(mine, bucket, part)
             sent += bucket
         else:
-            collections.deque(part, maxlen=0)  # keeps nothing, not even the last tensor, which keeps its bucket
+            collections.deque(part, maxlen=0)  # keeps not even the last tensor, which would keep its bucket alive
     extra, _ = next(tensors, ("", None))
     if extra:
         raise ManifestError(f"the export yields {extra!r} after the last tensor of its layout")

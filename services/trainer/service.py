@@ -27,7 +27,7 @@ _T = TypeVar("_T")
 
 SERVICE_NAME = trainer_pb2.DESCRIPTOR.services_by_name["TrainerService"].full_name
 _LAST_SAVE_S = 45.0
-"""How long a trainer that is told to end waits for the checkpoint that it is writing; less than `STOP_LIMIT_S`."""
+"""How long a trainer that is stopping waits for the checkpoint that it is writing; less than `STOP_LIMIT_S`."""
 
 
 class TrainerServicer(trainer_pb2_grpc.TrainerServiceServicer):

@@ -73,7 +73,7 @@ class BaseBackend(abc.ABC, Generic[PartsT]):
         self._parts = self._build()
         state = self._restore()
         if dist.get_rank() == 0:
-            self._log.drop_from(state.step)
+            self._log.discard_from(state.step)
         return state
 
     def train(
@@ -103,7 +103,7 @@ class BaseBackend(abc.ABC, Generic[PartsT]):
 
     def save_hf(self, directory: pathlib.Path) -> None:
         """See `TrainerBackend.save_hf`; the files' tensors have the rollout's dtype."""
-        write_whole_folder(directory, self._write_hf)
+        replace_folder(directory, self._write_hf)
         dist.barrier()
 
     def close(self) -> None:
@@ -188,8 +188,8 @@ class BaseBackend(abc.ABC, Generic[PartsT]):
         return self._parts
 
 
-def write_whole_folder(directory: pathlib.Path, write: Callable[[pathlib.Path], None]) -> None:
-    """Have `write` fill a new folder and put that in the place of `directory`: readers see all of it or the old one.
+def replace_folder(directory: pathlib.Path, write: Callable[[pathlib.Path], None]) -> None:
+    """Have `write` fill a new folder, then replace `directory` with it, so that readers see a complete one.
 
     `write` is collective; only rank 0 touches the files.
     """

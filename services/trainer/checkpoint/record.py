@@ -1,4 +1,4 @@
-"""What every checkpoint has beside its tensors: a JSON record, and a folder that is there whole or not at all."""
+"""The JSON record of a checkpoint, and its folder, which appears complete or not at all."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ class CheckpointRecord:
     config_digest: str
     loss_scale: float = 1.0
     good_steps: int = 0
-    """Of `LossScale`."""
+    """Steps since the loss scale last changed; see `LossScale`."""
     critic_iteration: int = 0
     critic_loss_scale: float = 1.0
     critic_good_steps: int = 0
     old_versions: tuple[int, ...] = ()
-    """Of `OldPolicies`, whose weights are in the checkpoint."""
+    """Versions of the `OldPolicies` whose weights are in the checkpoint."""
     base: str = ""
     """Identity of the weights that the saved adapter adapts, in hex; empty when the whole policy was saved."""
 
@@ -77,7 +77,7 @@ def digest(config: JobConfig) -> str:
 
 
 def complete(partial: pathlib.Path, directory: pathlib.Path, record: CheckpointRecord) -> None:
-    """Put the record beside the tensors in `partial`, and the whole in the place of `directory`; on one rank."""
+    """Write the record beside the tensors in `partial`, then rename that to `directory`; on one rank."""
     (partial / RECORD_FILE).write_text(json.dumps(_to_json(record), indent=1))
     _sync_tree(partial)
     if directory.exists():
@@ -93,7 +93,7 @@ def complete(partial: pathlib.Path, directory: pathlib.Path, record: CheckpointR
 
 
 def read_record(directory: pathlib.Path) -> CheckpointRecord:
-    """The part of a checkpoint that is not tensors; raises as `load` does."""
+    """Read the record of a checkpoint; raises FileNotFoundError or ValueError."""
     path = directory / RECORD_FILE
     try:
         return _from_json(json.loads(path.read_text()))
@@ -102,9 +102,9 @@ def read_record(directory: pathlib.Path) -> CheckpointRecord:
 
 
 def check_base(directory: pathlib.Path, base: str, former: str) -> None:
-    """Raise ValueError unless a checkpoint was saved on this base: an adapter does nothing sensible on another one.
+    """Raise ValueError unless a checkpoint was saved on this base: an adapter only works on its own base.
 
-    `former` is a name of the same base that older checkpoints have.
+    `former` is the name of the same base in older checkpoints.
     """
     saved = read_record(directory).base
     if saved in (base, former):

@@ -7,12 +7,12 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 METRICS_KEPT = 64
-"""Steps whose metrics a trainer can still answer with."""
+"""How many steps' metrics a trainer keeps to answer repeated requests."""
 
 
 @dataclasses.dataclass(slots=True)
 class TrainerState:
-    """The part of a checkpoint that is not tensors."""
+    """How far training has got; part of every checkpoint's record."""
 
     step: int = 0
     """Training steps taken: rollouts consumed, which is also the policy version."""
@@ -28,7 +28,7 @@ class TrainerState:
         return group_id < self.consumed_below or group_id in self.consumed_group_ids
 
     def consume(self, group_ids: Iterable[int]) -> None:
-        """Note groups that were trained on or dropped."""
+        """Mark groups as trained on or dropped."""
         self.consumed_group_ids.update(i for i in group_ids if i >= self.consumed_below)
         while self.consumed_below in self.consumed_group_ids:
             self.consumed_group_ids.remove(self.consumed_below)

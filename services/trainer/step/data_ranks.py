@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class DataRanks:
-    """This rank's replica among all replicas, which the samples are spread over."""
+    """This rank's replica among all replicas of the model."""
 
     rank: int
     count: int

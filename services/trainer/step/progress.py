@@ -1,4 +1,4 @@
-"""How far a training step has got, as its caller is told."""
+"""The progress of a training step, for its caller."""
 
 from __future__ import annotations
 
@@ -16,4 +16,4 @@ class Progress:
 
 
 Report = Callable[[Progress], None]
-"""Called at each step of progress."""
+"""Called whenever there is progress."""

@@ -1,4 +1,4 @@
-"""Which samples of a rollout this rank records, and what it knew of their tokens."""
+"""The samples of a rollout that this rank logs, with their per-token metrics."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checkpoints: PyTorch distributed checkpoints beside a JSON record, written whole or not at all.
+"""Checkpoints of the FSDP backend: PyTorch distributed checkpoints with a JSON record.
 
 DIR/step_00000012/          appears by rename, once everything in it is on disk
     .metadata, *.distcp     parameters, optimizer state and random states, readable with another number of ranks
@@ -23,7 +23,12 @@ from torch.distributed.tensor import DTensor
 
 from miles.services.trainer.backends.fsdp.model.sharded_model import named_weights
 from miles.services.trainer.backends.fsdp.optimizer import make_state
-from miles.services.trainer.checkpoint.background_save import Saving, empty_folder, failing_as_os_error, put_in_place
+from miles.services.trainer.checkpoint.background_save import (
+    Saving,
+    checkpoint_error_as_os_error,
+    empty_folder,
+    put_in_place,
+)
 from miles.services.trainer.checkpoint.random_state import random_state, set_random_state
 from miles.services.trainer.checkpoint.record import CheckpointRecord, read_record
 from miles.services.trainer.step.old_policies import OldPolicies
@@ -33,16 +38,16 @@ logger = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Trained:
-    """A model that learns."""
+    """A trained model and its optimizer."""
 
     model: torch.nn.Module
     optimizer: torch.optim.Optimizer | None
     """None to leave its state out."""
     trained_only: bool = False
-    """Whether parameters that are not trained stay out, as they come from elsewhere."""
+    """Whether to leave out frozen parameters, which are loaded from elsewhere."""
 
     def state(self) -> dict[str, Any]:
-        """What there is to save of the model."""
+        """The model's tensors to save."""
         state: dict[str, Any] = self.model.state_dict()
         if not self.trained_only:
             return state
@@ -51,7 +56,7 @@ class Trained:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Contents:
-    """What has tensors to save."""
+    """Everything whose tensors are saved."""
 
     policy: Trained
     critic: Trained | None = None
@@ -68,10 +73,10 @@ class Contents:
 def save(directory: pathlib.Path, contents: Contents, record: CheckpointRecord) -> None:
     """Write a checkpoint to `directory`, replacing one of the same name; collective over ranks.
 
-    A crash at any moment leaves either no folder of that name, or the old one, or the new one whole.
+    A crash at any moment leaves no folder of that name, the old one, or the complete new one.
     """
     partial = empty_folder(directory)
-    with failing_as_os_error(directory):
+    with checkpoint_error_as_os_error(directory):
         state_dict_saver.save(_tensors(contents), checkpoint_id=partial)
     put_in_place(partial, directory, record)
 
@@ -86,7 +91,7 @@ def begin(directory: pathlib.Path, contents: Contents, record: CheckpointRecord,
     assert isinstance(written, Future)
 
     def finish() -> None:
-        with failing_as_os_error(directory):
+        with checkpoint_error_as_os_error(directory):
             written.result()
         put_in_place(partial, directory, record)
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from miles.services.trainer.step.finite_gradient import not_finite
 from miles.services.trainer.step.learning_rate import learning_rate
 
 if TYPE_CHECKING:
@@ -88,9 +89,6 @@ class MegatronOptimizer:
         if not self.inner.prepare_grads():
             norm = float(self.inner.get_grad_norm())
             if not math.isfinite(norm):
-                raise FloatingPointError(
-                    f"the gradient's norm is {norm}; the weights were left as they were. A lower lr, a smaller clip "
-                    "range or train_dtype float32 may help; rewards and log-probabilities of this step are worth a look"
-                )
+                raise not_finite(norm)
         done, norm, _ = self.inner.step()
         return float(norm) if done and norm is not None else 0.0

@@ -1,4 +1,4 @@
-"""Kept old actors: which versions there are, what they say, and what a checkpoint brings back."""
+"""Old policies: which versions are kept, their log-probabilities, and what a checkpoint restores."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def test_a_token_has_the_log_probability_of_the_version_that_generated_it(
 
 
 @pytest.mark.usefixtures("process_group")
-def test_asking_an_old_actor_leaves_the_policy_as_it_is(dense: pathlib.Path, tmp_path: pathlib.Path) -> None:
+def test_querying_an_old_policy_leaves_the_policy_unchanged(dense: pathlib.Path, tmp_path: pathlib.Path) -> None:
     backend = loaded(dense, tmp_path)
     roles = backend._loaded.roles
     assert roles.old_policies is not None
@@ -129,7 +129,7 @@ def test_asking_an_old_actor_leaves_the_policy_as_it_is(dense: pathlib.Path, tmp
 
 
 @pytest.mark.usefixtures("process_group")
-def test_a_version_that_was_not_kept_is_known_from_the_engine(dense: pathlib.Path, tmp_path: pathlib.Path) -> None:
+def test_without_a_copy_the_engines_log_probabilities_are_used(dense: pathlib.Path, tmp_path: pathlib.Path) -> None:
     backend = loaded(dense, tmp_path)
     groups = generated_by(3, [4])
     metrics, known = train_recorded(backend._loaded.trainer, groups, 5)
@@ -140,7 +140,7 @@ def test_a_version_that_was_not_kept_is_known_from_the_engine(dense: pathlib.Pat
 
 
 @pytest.mark.usefixtures("process_group")
-def test_a_resumed_run_has_its_old_actors_bit_for_bit(dense: pathlib.Path, tmp_path: pathlib.Path) -> None:
+def test_a_resumed_run_has_its_old_policies_bit_for_bit(dense: pathlib.Path, tmp_path: pathlib.Path) -> None:
     first = loaded(dense, tmp_path)
     state = first.load()
     for version in range(2):

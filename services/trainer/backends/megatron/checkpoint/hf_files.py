@@ -26,8 +26,7 @@ def write_hf_checkpoint(
 ) -> None:
     """Write `tensors` beside copies of `source`'s config and tokenizer; collective, rank 0 writes.
 
-    What `source` has and `tensors` lack, e.g. layers for multi-token prediction that the trainer left out, is copied as
-    it is, in `dtype`.
+    What `source` has and `tensors` lack, e.g. MTP layers that the trainer left out, is copied as it is, in `dtype`.
     """
     copies = _copies(source)
     writer = _Writer(directory, shard_bytes) if dist.get_rank() == 0 else None
@@ -51,7 +50,7 @@ def write_hf_checkpoint(
 
 
 def original_of(name: str) -> str | None:
-    """The tensor that a layer for multi-token prediction shares with the model and has under a name of its own."""
+    """The model's tensor that an MTP layer shares under another name; None for a tensor of its own."""
     match = _SHARED.fullmatch(name)
     if match is None:
         return None

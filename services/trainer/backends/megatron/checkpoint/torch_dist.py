@@ -18,8 +18,8 @@ from miles.services.trainer.backends.megatron.checkpoint import optimizer_state
 from miles.services.trainer.backends.megatron.model.build_model import MegatronModel
 from miles.services.trainer.checkpoint.background_save import (
     Saving,
+    checkpoint_error_as_os_error,
     empty_folder,
-    failing_as_os_error,
     in_thread,
     put_in_place,
 )
@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Contents:
-    """What has tensors to save."""
+    """Everything whose tensors are saved."""
 
     model: MegatronModel
     optimizer: Any | None
@@ -51,13 +51,13 @@ class Contents:
 def save(directory: pathlib.Path, contents: Contents, record: CheckpointRecord) -> None:
     """Write a checkpoint to `directory`, replacing one of the same name; collective over ranks.
 
-    A crash at any moment leaves either no folder of that name, or the old one, or the new one whole.
+    A crash at any moment leaves no folder of that name, the old one, or the complete new one.
     """
     from megatron.core import dist_checkpointing
 
     partial = empty_folder(directory)
     tensors, metadata = _tensors(contents), _metadata(contents)
-    with failing_as_os_error(directory):
+    with checkpoint_error_as_os_error(directory):
         dist_checkpointing.save(tensors, str(partial), content_metadata=metadata)
     put_in_place(partial, directory, record)
 
@@ -76,7 +76,7 @@ def begin(directory: pathlib.Path, contents: Contents, record: CheckpointRecord)
     )
 
     def finish() -> None:
-        with failing_as_os_error(directory):
+        with checkpoint_error_as_os_error(directory):
             for finalize in request.finalize_fns:
                 finalize()
         put_in_place(partial, directory, record)

@@ -65,13 +65,13 @@ class PackedAttention(MegatronModule):  # type: ignore[misc]
         lengths = [end - start for start, end in itertools.pairwise(starts)]
         size, rank = self._group.size(), self._group.rank()
         if size == 1:
-            out_LHD = self._whole_sequences(q_LHD, k_LKD, v_LKD, lengths)
+            out_LHD = self._full_sequences(q_LHD, k_LKD, v_LKD, lengths)
         else:
             out_LHD = self._parts_of_sequences(q_LHD, k_LKD, v_LKD, lengths, rank, size)
         out = out_LHD.flatten(1)
         return out.unsqueeze(1) if query.dim() == 4 else out
 
-    def _whole_sequences(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: list[int]) -> torch.Tensor:
+    def _full_sequences(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: list[int]) -> torch.Tensor:
         outs = []
         for part in zip(torch.split(q, lengths), torch.split(k, lengths), torch.split(v, lengths), strict=True):
             length = len(part[0])

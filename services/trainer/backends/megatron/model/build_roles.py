@@ -101,7 +101,7 @@ def _weights_of(model: MegatronModel, config: JobConfig, folder: str | None) -> 
     differences = shape_differences(str(config.rollout.hf_checkpoint), folder, with_prediction_layers=has_mtp)
     if differences:
         raise ValueError(
-            f"the weights of {folder} cannot take the place of the policy's: {'; '.join(differences)}; give a model of "
+            f"the weights of {folder} do not fit the policy's model: {'; '.join(differences)}; give a model of "
             "the policy's shape, or train with fsdp"
         )
     policy = WeightCopy(model.parameters)

@@ -32,10 +32,11 @@ def add_mtp_layers(chunk: Any, count: int, *, with_engine: bool, trained: bool) 
     layers = config.transformer_layer_spec(config, vp_stage=stage)
     spec = get_gpt_mtp_block_spec(config, layers, use_transformer_engine=with_engine, vp_stage=stage)
     if not with_engine:
-        from miles.services.trainer.backends.megatron.layers.local_layers import Parts, with_our_parts
+        from miles.services.trainer.backends.megatron.layers.local_layers import Parts, with_local_parts
 
         spec.layer_specs = [
-            dataclasses.replace(each, submodules=with_our_parts(each.submodules, Parts())) for each in spec.layer_specs
+            dataclasses.replace(each, submodules=with_local_parts(each.submodules, Parts()))
+            for each in spec.layer_specs
         ]
     device = next(chunk.parameters()).device
     chunk.mtp = MultiTokenPredictionBlock(config, spec, vp_stage=stage, pg_collection=chunk.pg_collection).to(device)

@@ -1,4 +1,4 @@
-"""Megatron-Core's process groups for a layout, and this rank's place in them."""
+"""Megatron-Core's process groups for a parallel layout, and this rank's coordinates in it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ParallelRank:
-    """This rank in the layout."""
+    """This rank's coordinates in the parallel layout, and its groups."""
 
     tensor_rank: int
     tensor_size: int
@@ -37,7 +37,7 @@ class ParallelRank:
 
 
 def initialize(layout: MegatronConfig, seed: int, timeout_minutes: int) -> ParallelRank:
-    """Make the groups out of the ranks of the default process group; collective. Replaces groups there are."""
+    """Make the groups out of the ranks of the default process group; collective. Replaces existing groups."""
     from megatron.core import parallel_state, tensor_parallel
 
     destroy()
@@ -71,7 +71,7 @@ def initialize(layout: MegatronConfig, seed: int, timeout_minutes: int) -> Paral
 
 
 def destroy() -> None:
-    """Take the groups down; collective.
+    """Destroy the groups; collective.
 
     Megatron-Core only forgets most of its groups. Each keeps threads (gloo) or buffers on the GPU (NCCL) until it is
     destroyed: after some jobs in one process, hundreds of threads that wake up a hundred times a second.
@@ -87,7 +87,7 @@ def destroy() -> None:
 
 
 def from_last_stage(values: torch.Tensor, parallel: ParallelRank) -> torch.Tensor:
-    """The last pipeline stage's tensor on every stage; the others give one of the same shape and type."""
+    """The last pipeline stage's tensor on every stage; other stages pass one of the same shape and dtype."""
     if parallel.pipeline_size > 1:
         last = dist.get_global_rank(parallel.pipeline_group, parallel.pipeline_size - 1)
         dist.broadcast(values, src=last, group=parallel.pipeline_group)
@@ -95,7 +95,7 @@ def from_last_stage(values: torch.Tensor, parallel: ParallelRank) -> torch.Tenso
 
 
 class SumOverRanks(torch.autograd.Function):
-    """Sum over a group whose ranks all go on to compute the same loss: each gets its own part's gradient as it is."""
+    """Sum over a group whose ranks then all compute the same loss, so that the gradient passes through unchanged."""
 
     @staticmethod
     def forward(ctx: object, values: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:

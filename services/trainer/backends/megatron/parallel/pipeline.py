@@ -114,9 +114,9 @@ class Pipeline:
         )
 
     def _average_balance(self, rows: Sequence[LocalRows]) -> None:
-        """Have the load-balancing loss of coming passes be a mean over their rows on all replicas; collective.
+        """Make the load-balancing loss of the next passes a mean over their rows on all replicas; collective.
 
-        Megatron-Core weighs it by rows, so as to divide it by tokens together with the main loss, which comes divided.
+        Megatron-Core weights it by rows and expects to divide it by tokens with the main loss, but ours already is.
         """
         from megatron.core import parallel_state
 

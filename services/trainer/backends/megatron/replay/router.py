@@ -1,7 +1,7 @@
 """Experts chosen elsewhere, replayed in Megatron-Core's routers, for each micro-batch in flight.
 
-Megatron-Core asks a router's `RouterReplay` for its choice. Ours is told the rows' experts before a chunk's forward
-pass and keeps them for the backward pass, in which recomputed layers ask again: chunks run backward in the order in
+Megatron-Core asks a router's `RouterReplay` for its choice. Ours gets the rows' experts before a chunk's forward pass
+and keeps them for the backward pass, in which recomputed layers ask again: chunks run backward in the order in
 which they ran forward. Weights of the chosen experts come from the router's own logits, so it is trained.
 Dims: L local rows (this tensor-parallel rank's, with sequence parallelism), K experts per token.
 """
@@ -96,7 +96,7 @@ class ModelReplay:
                     router.router_replay = LayerReplay()
                     layers.append(_Layer(order[layer.layer_number], router.topk, router.router_replay))
             self._chunks.append(layers)
-        # The library keeps every instance it ever made; these are told layer by layer.
+        # The library keeps every instance it ever made; ours are set layer by layer.
         RouterReplay.clear_global_router_replay_instances()
         self.num_layers = len(moe_layers)
 
@@ -108,7 +108,7 @@ class ModelReplay:
             layer.replay.prescribed = None if experts_LNK is None else experts_LNK[:, layer.index].contiguous()
 
     def record(self, chunk: int) -> None:
-        """Before a chunk's forward pass: let its layers choose, and note what."""
+        """Before a chunk's forward pass: let its layers choose, and keep their choice."""
         self.prescribe(chunk, None)
         for layer in self._chunks[chunk]:
             layer.replay.recording = True

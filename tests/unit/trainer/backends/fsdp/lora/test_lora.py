@@ -218,7 +218,7 @@ def test_a_checkpoint_holds_the_adapter_alone_and_resumes_bit_for_bit(
     assert all(torch.equal(tensor, exported(first)[name]) for name, tensor in exported(second).items())
 
 
-def test_old_actors_are_kept_as_adapters(dense: pathlib.Path, tmp_path: pathlib.Path) -> None:
+def test_old_policies_are_kept_as_adapters(dense: pathlib.Path, tmp_path: pathlib.Path) -> None:
     changes = {"keep_old_actor": True, "max_weight_staleness": 1}
     backend = loaded(dense, **changes)
     groups = random_groups(1)
