@@ -1,4 +1,4 @@
-"""The trainer's gRPC service: requests one at a time, each as a call on the job, answers and statuses back."""
+"""The trainer's gRPC service: takes requests one at a time, calls the job, answers with results and statuses."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _LAST_SAVE_S = 45.0
 
 
 class TrainerServicer(trainer_pb2_grpc.TrainerServiceServicer):
-    """Answers on the event loop; everything that takes time runs in the leader's thread or waits for Redis."""
+    """Answers on the event loop; slow work runs in the leader's thread or waits for Redis."""
 
     def __init__(self, leader: Leader) -> None:
         self._leader = leader
@@ -188,7 +188,7 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServiceServicer):
 
     @property
     def _job(self) -> Job | None:
-        """The job that is held; None when there is none or its last step failed."""
+        """The job that the trainer holds; None before StartJob, after StopJob and after a failed step."""
         return None if self._started is None or self._started.is_discarded else self._started
 
     async def _held(self, job_id: str, context: grpc.aio.ServicerContext[Any, Any]) -> Job:

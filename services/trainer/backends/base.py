@@ -46,7 +46,7 @@ PartsT = TypeVar("PartsT", bound=LoadedParts)
 
 
 class BaseBackend(abc.ABC, Generic[PartsT]):
-    """The shared part of a `TrainerBackend`; see that for the methods without a description of their own."""
+    """The part of a `TrainerBackend` that all backends share."""
 
     def __init__(self, config: JobConfig, checkpoint_dir: pathlib.Path, device: torch.device) -> None:
         """`load` resumes from the newest checkpoint in `checkpoint_dir`, or else in the folder that `load` names."""

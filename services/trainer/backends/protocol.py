@@ -1,4 +1,4 @@
-"""What the trainer service asks of a training backend, and nothing else."""
+"""The interface of a training backend, as the trainer service uses it."""
 
 from __future__ import annotations
 
@@ -36,19 +36,19 @@ class TrainerBackend(Protocol):
     ) -> Mapping[str, float]:
         """Train on one rollout's groups and return metrics (`train/loss`, ...), the same on every rank.
 
-        Raises StepAbandonedError, with everything as it was before, when `abandonment` asks for that in time.
+        Raises StepAbandonedError, with everything as it was before, when `abandonment` is requested in time.
         """
 
     def export(self) -> Iterator[tuple[str, torch.Tensor]]:
         """The policy's parameters, or its adapter's, in a fixed order and the rollout's dtype; collective over ranks.
 
-        Tensors are complete on every rank, on any device. Whoever reads them keeps none beyond the bucket that it is
+        Tensors are complete on every rank, on any device. A reader must keep none beyond the bucket that it is
         reading, so that a rank never holds more than two buckets of `update_weight_buffer_size` bytes.
         """
 
     @property
     def lora(self) -> policy_pb2.LoraAdapter | None:
-        """Set when an export consists of an adapter, by PEFT's names: what it is to be merged with, and how.
+        """The adapter that an export consists of, by PEFT's names: its base and how to merge it. None for full weights.
 
         The base's checksum is known on every rank.
         """
@@ -60,7 +60,7 @@ class TrainerBackend(Protocol):
         """Write a checkpoint that `load` restores bit for bit: parameters, optimizer, scheduler, RNG, state."""
 
     def begin_save(self, directory: pathlib.Path, state: TrainerState) -> Saving:
-        """As `save`, but return as soon as the contents are held; other calls may come before `Saving.finish`.
+        """As `save`, but return as soon as the contents are copied; other calls may come before `Saving.finish`.
 
         Only for a job with `async_save`, and only when the one before has finished.
         """

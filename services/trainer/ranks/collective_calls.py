@@ -32,7 +32,7 @@ class Command:
 
     name: str
     arguments: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """JSON."""
+    """JSON values."""
     payloads: tuple[bytes, ...] = ()
 
 

@@ -25,7 +25,7 @@ class Leader:
 
     @property
     def world_size(self) -> int:
-        """Ranks that train together."""
+        """Number of ranks that train together."""
         return self._ranks.count
 
     @property

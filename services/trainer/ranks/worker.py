@@ -95,7 +95,7 @@ class RankWorker:
         raise ValueError(f"no command is called {command.name!r}")
 
     def abandonment(self) -> Abandonment:
-        """A way to abandon one training step on all ranks."""
+        """Make the means to abandon one training step on all ranks."""
         return Abandonment(self._share)
 
     def _train(

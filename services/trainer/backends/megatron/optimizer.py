@@ -49,7 +49,7 @@ class MegatronOptimizer:
         )
 
         def finalize(chunks: list[Any], num_tokens: torch.Tensor | None = None, **others: Any) -> None:
-            """Sum gradients over ranks and leave them so: the loss has been divided already."""
+            """Sum gradients over ranks without dividing them: the loss is divided already."""
             finalize_model_grads(chunks, None, **others)
 
         model.config.finalize_model_grads_func = finalize

@@ -1,4 +1,4 @@
-"""The roles that a configuration asks for, as sharded models."""
+"""The configured roles, as sharded models."""
 
 from __future__ import annotations
 

@@ -22,14 +22,14 @@ class Routing:
     def __init__(self, config: JobConfig, replay: RoutingReplay, device: torch.device) -> None:
         self._from_rollout = config.rollout.use_rollout_routing_replay
         self.keeps = config.algorithm.use_routing_replay
-        """Whether what one pass over a micro-batch chose is replayed in the next, which must have it too."""
+        """Whether the choice of one pass over a micro-batch is replayed in the next, which must have the same ones."""
         self._replay = replay
         self._device = device
         self._recorded: dict[int, torch.Tensor] = {}
         """Routing by identity of the micro-batch, within one rollout."""
 
     def begin(self) -> None:
-        """A new rollout."""
+        """Start a new rollout."""
         self._recorded.clear()
         self._replay.take_difference()
 

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 SHARD_BYTES = 5 * 10**9
-"""Weights per file."""
+"""Bytes of weights per file."""
 _SHARED = re.compile(r"model\.layers\.\d+\.(embed_tokens|shared_head\.head)\.weight")
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".safetensors.index.json", ".bin.index.json")
 
@@ -68,7 +68,7 @@ class _Writer:
 
     @property
     def names(self) -> set[str]:
-        """Of everything added so far."""
+        """Names of everything added so far."""
         return {name for names in self._files for name in names} | set(self._pending)
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
@@ -109,7 +109,7 @@ def _set_dtype(path: pathlib.Path, dtype: torch.dtype) -> None:
 
 
 def _copies(source: pathlib.Path) -> dict[str, list[str]]:
-    """By name, the other names that the source has a tensor under."""
+    """By name, other names of the same tensor in the source."""
     found: dict[str, list[str]] = {}
     for name in _names(source):
         original = original_of(name)

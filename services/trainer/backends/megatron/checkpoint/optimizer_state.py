@@ -18,7 +18,7 @@ CONTENT = {
     "singleton_local_shards": False,
     "chained_optim_avoid_prefix": True,
 }
-"""How Megatron-Core is to lay out the state."""
+"""The layout of the state, for Megatron-Core."""
 
 
 def sharded_state(optimizer: Any, model: Mapping[str, Any], *, loading: bool) -> dict[Any, Any]:
@@ -30,7 +30,7 @@ def sharded_state(optimizer: Any, model: Mapping[str, Any], *, loading: bool) ->
 
 
 def master_prefix(optimizer: Any) -> str:
-    """What the names of parameters in float32 begin with; nothing where they are the model's own."""
+    """Prefix of the names of float32 parameters; empty where those are the model's own."""
     part = _parts(optimizer)[0]
     if _is_32_bit(part):
         return ""
@@ -118,7 +118,7 @@ def _steps_are_in_states(inner: Any) -> bool:
 
 
 def _make_state(inner: Any) -> None:
-    """Adam makes its state in the first step; a checkpoint is read into a state that is there."""
+    """Make the state that Adam would make in its first step, so that a checkpoint can be read into it."""
     for group in inner.param_groups:
         for parameter in group["params"]:
             if not inner.state[parameter]:

@@ -30,7 +30,7 @@ from miles.services.trainer.step.weight_copy import WeightCopy
 _OPTIONAL = ("optimizer", "critic_optimizer", "reference", "critic")
 """Contents that a checkpoint may lack."""
 _CRITIC_PREFIX = "critic."
-"""What the names of its tensors begin with."""
+"""Prefix of the names of its tensors."""
 logger = logging.getLogger(__name__)
 
 
@@ -85,7 +85,7 @@ def begin(directory: pathlib.Path, contents: Contents, record: CheckpointRecord)
 
 
 def _writer(request: Any) -> Callable[[], None]:
-    """What writes this rank's files, once its tensors are in host memory that nothing else changes."""
+    """A function that writes this rank's files from copies of its tensors in host memory."""
     if request.async_fn is None:
         return lambda: None
     rank, buckets, results = request.async_fn_args
@@ -164,7 +164,7 @@ def _load_optimizer(
 
 
 def _load_masters(directory: pathlib.Path, model: MegatronModel, prefix: str) -> None:
-    """Take over what a 16-bit run held in float32: its parameters themselves were rounded; collective."""
+    """Read the float32 parameters of a 16-bit run, whose own parameters are rounded; collective."""
     from megatron.core import dist_checkpointing
 
     sharded = _sharded_model(model, "model")
@@ -198,7 +198,7 @@ def _tensors(contents: Contents) -> dict[str, Any]:
 
 
 def _sharded_critic(critic: MegatronModel, optimizer: Any | None) -> dict[str, Any]:
-    """The critic's tensors under keys of their own."""
+    """The critic's tensors, under keys of the critic."""
     from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
 
     sharded = _sharded_model(critic, "critic")
@@ -223,7 +223,7 @@ def _copies(contents: Contents) -> dict[str, WeightCopy]:
 
 
 def _sharded_copy(model: MegatronModel, weights: WeightCopy, name: str) -> dict[str, Any]:
-    """A copy's tensors under keys of their own, in the layout of the model."""
+    """A copy's tensors, under keys of the copy, in the layout of the model."""
     from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
     from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
 

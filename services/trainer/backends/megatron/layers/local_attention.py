@@ -21,7 +21,7 @@ Window = Callable[[Any, int], int | None]
 
 
 def usual_window(config: Any, layer_number: int) -> int | None:
-    """By Megatron-Core's settings."""
+    """The window of Megatron-Core's settings."""
     if not is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number):
         return None
     back: int = config.window_size[0]
@@ -83,7 +83,7 @@ class PackedAttention(MegatronModule):  # type: ignore[misc]
     def _parts_of_sequences(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: list[int], rank: int, size: int
     ) -> torch.Tensor:
-        """Every rank gathers all keys and values, and attends with the rows that it holds."""
+        """All-gather keys and values, and attend with the rows of this rank."""
         k, v = (gather_from_sequence_parallel_region(x.contiguous(), group=self._group) for x in (k, v))
         local = [length // size for length in lengths]
         keys_by_rank = [torch.split(part, local) for part in k.chunk(size)]

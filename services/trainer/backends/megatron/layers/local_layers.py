@@ -57,7 +57,7 @@ def _parts_like(spec: Any) -> Parts:
 
 
 def local_block_spec(config: Any, vp_stage: int | None = None, *, parts: Parts) -> Any:
-    """The spec of this stage's decoder layers, for a TransformerConfig. Raises ValueError for what they lack."""
+    """The spec of this stage's decoder layers, for a TransformerConfig. Raises ValueError for attention sinks."""
     if getattr(config, "softmax_type", "vanilla") != "vanilla":
         raise ValueError("attention sinks need TransformerEngine: install it, or train another model")
     block = get_gpt_decoder_block_spec(
@@ -74,7 +74,7 @@ def local_block_spec(config: Any, vp_stage: int | None = None, *, parts: Parts) 
 
 
 def with_local_parts(submodules: Any, parts: Parts) -> Any:
-    """The submodules with every norm and the core of attention replaced, and what else the family has of its own."""
+    """The submodules with every norm, the core of attention and the family's own parts replaced by local ones."""
     changes: dict[str, Any] = {}
     for field in dataclasses.fields(submodules):
         value = getattr(submodules, field.name)
@@ -140,7 +140,7 @@ class NormedRowParallelLinear(RowParallelLinear):  # type: ignore[misc]
         self.post_layernorm = Norm(config, output_size, eps=config.layernorm_epsilon)
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Output and the bias that is still to be added, which there is not."""
+        """Output, and the bias left to add, which is None."""
         output, bias = super().forward(x)
         return self.post_layernorm(output), bias
 

@@ -215,5 +215,5 @@ _NEEDS_TRANSFORMER_ENGINE = (
 
 
 def wants_replay(config: JobConfig) -> bool:
-    """Whether the routers' choices may be prescribed."""
+    """Whether the configuration replays routing, so that routers' choices are prescribed."""
     return config.algorithm.use_routing_replay or config.rollout.use_rollout_routing_replay

@@ -1,4 +1,4 @@
-"""The roles that a configuration asks for, as this rank's parts of Megatron-Core models and copies of their weights."""
+"""The configured roles, as this rank's parts of Megatron-Core models and copies of their weights."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def _critic(config: JobConfig, parallel: ParallelRank, compute: torch.dtype, dev
 
 
 def _weights_of(model: MegatronModel, config: JobConfig, folder: str | None) -> WeightCopy:
-    """The weights of another folder; of the model itself where none is given.
+    """The weights of another folder; the model's own if none is given.
 
     Raises ValueError for a folder with a model of another shape.
     """

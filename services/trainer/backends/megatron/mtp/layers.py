@@ -21,7 +21,7 @@ from miles.services.trainer.batch.packing import MicroBatch
 
 
 def add_mtp_layers(chunk: Any, count: int, *, with_engine: bool, trained: bool) -> None:
-    """Add `count` layers to a bare chunk, if it is the model's last; only `MtpTraining` has them take part."""
+    """Add `count` layers to a bare chunk, if it is the model's last; only `MtpTraining` enables them."""
     if not chunk.post_process:
         return
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_mtp_block_spec
@@ -41,7 +41,7 @@ def add_mtp_layers(chunk: Any, count: int, *, with_engine: bool, trained: bool) 
     device = next(chunk.parameters()).device
     chunk.mtp = MultiTokenPredictionBlock(config, spec, vp_stage=stage, pg_collection=chunk.pg_collection).to(device)
     chunk.mtp.requires_grad_(trained)
-    _take_part(chunk, None)
+    _set_layers(chunk, None)
 
 
 class MtpTraining:
@@ -52,7 +52,7 @@ class MtpTraining:
     """
 
     def __init__(self, chunks: Sequence[Any], count: int, weight: float, padding: int) -> None:
-        """`chunks` are bare; `weight` is that of the loss; the last `padding` local columns of logits are no tokens."""
+        """`chunks` are bare; `weight` is that of the loss; the last `padding` local columns of logits are padding."""
         self._chunks = [chunk for chunk in chunks if getattr(chunk, "mtp", None) is not None]
         self._count = count
         self._weight = weight
@@ -61,19 +61,19 @@ class MtpTraining:
             chunk.compute_language_model_loss = _without(padding, chunk.compute_language_model_loss)
 
     @contextlib.contextmanager
-    def taking_part(self, num_tokens: int) -> Iterator[None]:
-        """During passes; `num_tokens` are the trained tokens of the optimizer step."""
+    def enabled(self, num_tokens: int) -> Iterator[None]:
+        """Enable the layers inside the block; `num_tokens` are the trained tokens of the optimizer step."""
         for chunk in self._chunks:
-            _take_part(chunk, self._count)
+            _set_layers(chunk, self._count)
             chunk.config.mtp_loss_scaling_factor = self._weight / max(num_tokens, 1)  # Megatron-Core adds up tokens
         try:
             yield
         finally:
             for chunk in self._chunks:
-                _take_part(chunk, None)
+                _set_layers(chunk, None)
 
-    def note(self) -> None:
-        """After a forward pass: keep its loss for `take_loss`."""
+    def add_loss(self) -> None:
+        """Add a forward pass's loss to those that `take_loss` returns; call after the pass."""
         from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
 
         tracker = MTPLossLoggingHelper.tracker
@@ -112,7 +112,7 @@ def response_rows(micro_batch: MicroBatch, rows: LocalRows) -> npt.NDArray[np.fl
     return np.where(rows.sources_L == PADDING, np.float32(0), mask_T[rows.sources_L])
 
 
-def _take_part(chunk: Any, count: int | None) -> None:
-    """With a number the output layer expects the states of so many layers, beside those of the last."""
+def _set_layers(chunk: Any, count: int | None) -> None:
+    """Enable so many MTP layers, whose hidden states the output layer then expects too; None disables them."""
     chunk.mtp_process = count is not None
     chunk.config.mtp_num_layers = count

@@ -73,7 +73,7 @@ class Pipeline:
             mask_L = response_rows(padded[number], rows[number]) if mtp is not None else None
             output = self._forward(chunk, rows[number], mask_L)
             if mtp is not None:
-                mtp.note()
+                mtp.add_loss()
             if after is not None:
                 after(index, number)
 
@@ -89,7 +89,7 @@ class Pipeline:
         numbers = [iter(range(len(padded))) for _ in self._model.chunks]
         with contextlib.ExitStack() as stack:
             if mtp is not None:
-                stack.enter_context(mtp.taking_part(trained_tokens or 0))
+                stack.enter_context(mtp.enabled(trained_tokens or 0))
             collected: list[tuple[int, Any]] = schedule(
                 forward_step_func=forward_step,
                 data_iterator=numbers if len(numbers) > 1 else numbers[0],

@@ -41,26 +41,26 @@ class Routing:
     ) -> None:
         self._from_rollout = config.rollout.use_rollout_routing_replay
         self.keeps = config.algorithm.use_routing_replay
-        """Whether what one pass over a micro-batch chose is replayed in the next, which must have it too."""
+        """Whether the choice of one pass over a micro-batch is replayed in the next, which must have the same ones."""
         self._replay = replay
         self._parallel = parallel
         self._device = device
         self._parts = parallel.tensor_size if sequence_parallel else 1
         self._batch: RolloutBatch | None = None
         self._recorded: dict[tuple[int, int], dict[int, torch.Tensor]] = {}
-        """By chunk and identity of the micro-batch, within one rollout."""
+        """Choices by chunk and identity of the micro-batch, within one rollout."""
         self._different = 0.0
         self._counted = 0
 
     def begin(self, batch: RolloutBatch) -> None:
-        """A new rollout."""
+        """Start a new rollout."""
         self._batch = batch
         self._recorded.clear()
         self._different, self._counted = 0.0, 0
         self._replay.take_different()
 
     def hooks(self, micro_batches: Sequence[MicroBatch], *, with_gradient: bool) -> Hooks:
-        """What to call around the forward passes of these micro-batches."""
+        """Hooks around the forward passes of these micro-batches."""
 
         def before(chunk: int, number: int, rows: LocalRows) -> None:
             micro_batch = micro_batches[number] if number < len(micro_batches) else None
@@ -85,7 +85,7 @@ class Routing:
         return Hooks(before=before, after=after)
 
     def finish(self) -> None:
-        """After a pass over micro-batches."""
+        """Finish a pass over micro-batches."""
         different = self._replay.take_different()
         if different is not None:
             self._different += float(different)
