@@ -18,8 +18,6 @@ from miles.rpc import ExitCode, WorkerAttachment, main, start_server
 from miles.rpc.advertise import add_advertise_flag
 
 if TYPE_CHECKING:
-    import torch
-
     from miles.services.trainer.ranks.collective_calls import Ranks
     from miles.services.trainer.ranks.leader import Leader
     from miles.services.trainer.ranks.worker import RankWorker
@@ -58,6 +56,7 @@ def run(arguments: argparse.Namespace) -> None:
     import torch.distributed as dist
 
     from miles.services.trainer.ranks.collective_calls import Ranks, follow
+    from miles.services.trainer.ranks.process_group import join
     from miles.services.trainer.ranks.worker import RankWorker
 
     if "TORCHELASTIC_RUN_ID" in os.environ:
@@ -84,31 +83,6 @@ def _exit_with(launcher_pid: int) -> None:
         os._exit(int(ExitCode.WORKER_FAILED))
 
     threading.Thread(target=wait, name="exit with the launcher", daemon=True).start()
-
-
-def join(device_name: str, backend: str | None, timeout_minutes: float) -> torch.device:
-    """Choose this rank's device and make the process group; without torchrun it has this process alone."""
-    import datetime
-
-    import torch
-    import torch.distributed as dist
-    from torch.distributed import HashStore  # type: ignore[attr-defined]
-
-    from miles.config.checks.device import detect_device
-
-    name = detect_device() if device_name == "auto" else device_name
-    device = torch.device(name)
-    if name == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-        torch.cuda.set_device(device)
-    backend = backend or ("nccl" if name == "cuda" else "gloo")
-    kinds = "cpu:gloo,cuda:nccl" if backend == "nccl" else "gloo"
-    timeout = datetime.timedelta(minutes=timeout_minutes)
-    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        dist.init_process_group(kinds, timeout=timeout)
-    else:
-        dist.init_process_group(kinds, store=HashStore(), rank=0, world_size=1, timeout=timeout)
-    return device
 
 
 async def serve(arguments: argparse.Namespace, ranks: Ranks, worker: RankWorker) -> None:

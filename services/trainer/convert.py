@@ -27,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     import torch.distributed as dist
 
-    from miles.services.trainer.__main__ import join
+    from miles.services.trainer.ranks.process_group import join
 
     join(options.device, None, 30)
     try:

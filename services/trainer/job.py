@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import pathlib
 from collections.abc import Sequence
@@ -28,6 +29,19 @@ if TYPE_CHECKING:
     from miles.weights import PublishResult, WeightPublisher
 
 logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class StepRequest:
+    """One training step to take."""
+
+    step: int
+    group_ids: Sequence[int]
+    """Groups to train on."""
+    dropped_group_ids: Sequence[int]
+    """Groups dropped since the last step, for the next checkpoint to account for."""
+    deadline_s: float
+    """How long to wait for the groups to appear in the queue."""
 
 
 class Job:
@@ -91,20 +105,18 @@ class Job:
         """The newest complete checkpoint."""
         return self._checkpoints.newest
 
-    async def train(
-        self, step: int, group_ids: Sequence[int], dropped_group_ids: Sequence[int], deadline_s: float, report: Report
-    ) -> bool:
-        """Wait for the groups, for so long, and train on them; return False for a step that was abandoned.
+    async def train(self, request: StepRequest, report: Report) -> bool:
+        """Wait for the groups and train on them; return False for a step that was abandoned.
 
         An error in the step discards the job: some parameters may have moved and others not.
         """
         self._checkpoints.raise_failure()
-        abandon_now, self._step_to_abandon = self._step_to_abandon == step, None
+        abandon_now, self._step_to_abandon = self._step_to_abandon == request.step, None
         if abandon_now:
             return False
         abandonment = self._abandonment = self._leader.worker.abandonment()
         try:
-            return await self._take_step(step, group_ids, dropped_group_ids, deadline_s, report, abandonment)
+            return await self._take_step(request, report, abandonment)
         finally:
             self._abandonment = None
 
@@ -163,29 +175,21 @@ class Job:
             self._weightsync.close()
             await self._redis.aclose()
 
-    async def _take_step(
-        self,
-        step: int,
-        group_ids: Sequence[int],
-        dropped_group_ids: Sequence[int],
-        deadline_s: float,
-        report: Report,
-        abandonment: Abandonment,
-    ) -> bool:
-        report(Progress("waiting", 0, len(group_ids)))
-        collected = await self._queue.collect(group_ids, deadline_s)
+    async def _take_step(self, request: StepRequest, report: Report, abandonment: Abandonment) -> bool:
+        report(Progress("waiting", 0, len(request.group_ids)))
+        collected = await self._queue.collect(request.group_ids, request.deadline_s)
         groups: list[SampleGroup] = [group for _, group in collected.values()]
         payloads = tuple(encode_group(group) for group in groups) if self._leader.world_size > 1 else ()
-        command = Command("train", {"step": step}, payloads)
+        command = Command("train", {"step": request.step}, payloads)
         try:
             metrics = await self._leader.run(command, groups=groups, report=report, abandonment=abandonment)
         except Exception:
             await self.discard()
             raise
         if metrics is None:
-            logger.info("step %d was abandoned; nothing has changed", step)
+            logger.info("step %d was abandoned; nothing has changed", request.step)
             return False
-        consumed = [*group_ids, *dropped_group_ids]
+        consumed = [*request.group_ids, *request.dropped_group_ids]
         self.state.consume(consumed)
         self._checkpoints.consumed(consumed)
         self.state.finish_step({**metrics, **rollout_metrics(groups, self._config.reward.reward_key)})

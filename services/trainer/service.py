@@ -17,7 +17,7 @@ import grpc.aio
 from miles.config import ConfigError, JobConfig
 from miles.rpc import abort
 from miles.rpc.gen import controller_pb2, policy_pb2, trainer_pb2, trainer_pb2_grpc
-from miles.services.trainer.job import Job
+from miles.services.trainer.job import Job, StepRequest
 from miles.services.trainer.progress_stream import REPORT_EVERY_S, ProgressStream
 from miles.services.trainer.ranks.leader import Leader
 from miles.services.trainer.statuses import errors_as_status
@@ -105,8 +105,7 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServiceServicer):
             if request.step >= job.state.step:
                 await _check_train_request(job, request, context)
                 stream = ProgressStream(self._note_progress)
-                deadline_s, dropped = request.deadline_ms / 1000, list(request.dropped_group_ids)
-                step = self._begin(job.train(request.step, list(request.group_ids), dropped, deadline_s, stream.report))
+                step = self._begin(job.train(_step_request(request), stream.report))
                 async for message in stream.until_done(step):
                     yield message
                 async with errors_as_status(context):
@@ -242,6 +241,15 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServiceServicer):
     def _note_progress(self, message: trainer_pb2.TrainResponse) -> None:
         self._phase = message.phase
         self._progress += 1
+
+
+def _step_request(request: trainer_pb2.TrainRequest) -> StepRequest:
+    return StepRequest(
+        step=request.step,
+        group_ids=list(request.group_ids),
+        dropped_group_ids=list(request.dropped_group_ids),
+        deadline_s=request.deadline_ms / 1000,
+    )
 
 
 async def _check_train_request(
