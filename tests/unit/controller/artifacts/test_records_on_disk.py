@@ -166,7 +166,7 @@ def test_a_page_token_that_no_page_ended_with_is_refused(tmp_path: pathlib.Path,
 
 def test_a_resumed_run_drops_samples_of_steps_to_be_taken_again(tmp_path: pathlib.Path) -> None:
     write_steps(tmp_path, steps=3)
-    SampleLog(tmp_path, 2, 0, None).drop_from(1)
+    SampleLog(tmp_path, 2, 0, None).discard_from(1)
     page, _ = sample_files.list_samples(tmp_path, sample_files.SampleFilter(), 99, "")
     assert {s.step for s in page} == {0}
 
