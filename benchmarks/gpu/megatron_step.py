@@ -131,7 +131,7 @@ def main() -> None:
     import torch
     import torch.distributed as dist
 
-    from miles.services.trainer.__main__ import join
+    from miles.services.trainer.ranks.process_group import join
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kind", choices=("dense", "moe", "large"), default="moe")

@@ -1,4 +1,4 @@
 """The trainer: policy, reference and critic, the training step, checkpoints, and the export of weights.
 
-It talks to engines about weights alone. Start at `service`, then `step.training_step`.
+It talks to engines about weights only. Start at `service`, then `job`, then `step.training_step`.
 """

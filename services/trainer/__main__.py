@@ -18,9 +18,8 @@ from miles.rpc import ExitCode, WorkerAttachment, main, start_server
 from miles.rpc.advertise import add_advertise_flag
 
 if TYPE_CHECKING:
-    import torch
-
     from miles.services.trainer.ranks.collective_calls import Ranks
+    from miles.services.trainer.ranks.leader import Leader
     from miles.services.trainer.ranks.worker import RankWorker
 
 _STOP_GRACE_S = 2.0
@@ -57,10 +56,11 @@ def run(arguments: argparse.Namespace) -> None:
     import torch.distributed as dist
 
     from miles.services.trainer.ranks.collective_calls import Ranks, follow
+    from miles.services.trainer.ranks.process_group import join
     from miles.services.trainer.ranks.worker import RankWorker
 
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        _end_with(os.getppid())
+        _exit_with(os.getppid())
     device = join(arguments.device, arguments.distributed_backend, arguments.distributed_timeout_minutes)
     ranks = Ranks()
     worker = RankWorker(device, ranks.rank, ranks.count, ranks.share)
@@ -73,8 +73,8 @@ def run(arguments: argparse.Namespace) -> None:
         dist.destroy_process_group()
 
 
-def _end_with(launcher_pid: int) -> None:
-    """End this rank when the launcher of the ranks has ended: nobody is left to stop it or to start it again."""
+def _exit_with(launcher_pid: int) -> None:
+    """Exit when the launcher of the ranks has exited: nothing is left to stop or restart this rank."""
 
     def wait() -> None:
         with contextlib.suppress(ProcessLookupError):
@@ -82,32 +82,7 @@ def _end_with(launcher_pid: int) -> None:
             select.select([launcher], [], [])
         os._exit(int(ExitCode.WORKER_FAILED))
 
-    threading.Thread(target=wait, name="end with the launcher", daemon=True).start()
-
-
-def join(device_name: str, backend: str | None, timeout_minutes: float) -> torch.device:
-    """Choose this rank's device and make the process group, of this process alone without torchrun."""
-    import datetime
-
-    import torch
-    import torch.distributed as dist
-    from torch.distributed import HashStore  # type: ignore[attr-defined]
-
-    from miles.config.checks.device import detect_device
-
-    name = detect_device() if device_name == "auto" else device_name
-    device = torch.device(name)
-    if name == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-        torch.cuda.set_device(device)
-    backend = backend or ("nccl" if name == "cuda" else "gloo")
-    kinds = "cpu:gloo,cuda:nccl" if backend == "nccl" else "gloo"
-    timeout = datetime.timedelta(minutes=timeout_minutes)
-    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        dist.init_process_group(kinds, timeout=timeout)
-    else:
-        dist.init_process_group(kinds, store=HashStore(), rank=0, world_size=1, timeout=timeout)
-    return device
+    threading.Thread(target=wait, name="exit with the launcher", daemon=True).start()
 
 
 async def serve(arguments: argparse.Namespace, ranks: Ranks, worker: RankWorker) -> None:
@@ -130,33 +105,34 @@ async def serve(arguments: argparse.Namespace, ranks: Ranks, worker: RankWorker)
         partial = arguments.address_file.with_suffix(".tmp")
         partial.write_text(address)
         partial.replace(arguments.address_file)
-    try:
-        async with contextlib.AsyncExitStack() as stack:
-            tasks = [asyncio.create_task(leader.keep_in_touch(), name="word to the other ranks")]
-            if arguments.controller:
-                attachment = WorkerAttachment(
-                    arguments.controller,
-                    worker_id=arguments.worker_id,
-                    advertise=arguments.advertise,
-                    kind=controller_pb2.WORKER_KIND_TRAINER,
-                    address=address,
-                    heartbeat=servicer.heartbeat,
-                    num_gpus=ranks.count if worker.device.type == "cuda" else 0,
-                    info={"ranks": ranks.count, "device": worker.device.type, **speed},
-                )
-                tasks.append(asyncio.create_task(attachment.run(), name="controller attachment"))
-            for task in tasks:
-                stack.callback(task.cancel)
-            await asyncio.shield(server.wait_for_termination())  # once cancelled, it would make stop() fail too
-    finally:
-        await server.stop(_STOP_GRACE_S)
-        try:
-            await servicer.close()
-        finally:  # whatever became of the last checkpoint, the other ranks wait for a word
-            if not await asyncio.to_thread(leader.close, _LAST_COMMAND_S):
-                # Torch cannot be interrupted; what the step has done so far would be lost in any case.
-                logger.warning("leaving in the middle of a command")
-                os._exit(ExitCode.OK)
+    async with contextlib.AsyncExitStack() as stack:
+        stack.push_async_callback(_release_ranks, leader)  # last: even if the checkpoint fails, the other ranks wait
+        stack.push_async_callback(servicer.close)
+        stack.push_async_callback(server.stop, _STOP_GRACE_S)
+        tasks = [asyncio.create_task(leader.send_heartbeats(), name="heartbeats to the other ranks")]
+        if arguments.controller:
+            attachment = WorkerAttachment(
+                arguments.controller,
+                worker_id=arguments.worker_id,
+                advertise=arguments.advertise,
+                kind=controller_pb2.WORKER_KIND_TRAINER,
+                address=address,
+                heartbeat=servicer.heartbeat,
+                num_gpus=ranks.count if worker.device.type == "cuda" else 0,
+                info={"ranks": ranks.count, "device": worker.device.type, **speed},
+            )
+            tasks.append(asyncio.create_task(attachment.run(), name="controller attachment"))
+        for task in tasks:
+            stack.callback(task.cancel)
+        await asyncio.shield(server.wait_for_termination())  # once cancelled, it would make stop() fail too
+
+
+async def _release_ranks(leader: Leader) -> None:
+    """Have the other ranks exit, and this process too if a command does not end: torch cannot be interrupted."""
+    if not await asyncio.to_thread(leader.close, _LAST_COMMAND_S):
+        # What the step has done so far would be lost in any case.
+        logger.warning("exiting in the middle of a command")
+        os._exit(ExitCode.OK)
 
 
 if __name__ == "__main__":

@@ -11,14 +11,13 @@ from __future__ import annotations
 
 import argparse
 import pathlib
-import shutil
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from miles.config import JobConfig
-    from miles.services.trainer.backends.megatron.model.model import MegatronModel
+    from miles.services.trainer.backends.megatron.model.build_model import MegatronModel
 
 _SIZES = ("tensor-model-parallel-size", "pipeline-model-parallel-size", "expert-model-parallel-size")
 
@@ -28,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     import torch.distributed as dist
 
-    from miles.services.trainer.__main__ import join
+    from miles.services.trainer.ranks.process_group import join
 
     join(options.device, None, 30)
     try:
@@ -46,24 +45,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def hf_to_dist(config: JobConfig, directory: pathlib.Path) -> None:
     """Write the model's weights as a checkpoint of step 0 below `directory`; collective."""
-    from miles.services.trainer.backends.base import TrainerState
-    from miles.services.trainer.backends.megatron.checkpoint import checkpoint
-    from miles.services.trainer.checkpoint.record import Record, digest, folder_name
+    from miles.services.trainer.backends.megatron.checkpoint import torch_dist
+    from miles.services.trainer.checkpoint.record import CheckpointRecord, digest, folder_name
+    from miles.services.trainer.checkpoint.state import TrainerState
 
     model = _model(config)
-    record = Record(state=TrainerState(), iteration=0, world_size=1, config_digest=digest(config))
-    contents = checkpoint.Contents(model=model, optimizer=None, reference=None)
-    checkpoint.save(directory / folder_name(0), contents, record)
+    record = CheckpointRecord(state=TrainerState(), iteration=0, world_size=1, config_digest=digest(config))
+    contents = torch_dist.Contents(model=model, optimizer=None, reference=None)
+    torch_dist.save(directory / folder_name(0), contents, record)
 
 
 def dist_to_hf(config: JobConfig, source: pathlib.Path, directory: pathlib.Path) -> None:
     """Write a checkpoint's weights as a Hugging Face folder; `source` is one or a folder of them; collective.
 
-    Tensors of the model's folder that are not converted, e.g. layers for multi-token prediction, are copied.
+    Tensors of the model's folder that are not converted, e.g. MTP layers, are copied.
     """
-    import torch.distributed as dist
-
-    from miles.services.trainer.backends.megatron.checkpoint import checkpoint
+    from miles.services.trainer.backends.base import replace_folder
+    from miles.services.trainer.backends.megatron.checkpoint import torch_dist
     from miles.services.trainer.backends.megatron.checkpoint.hf_files import write_hf_checkpoint
     from miles.services.trainer.backends.megatron.export import Exporter
     from miles.services.trainer.checkpoint.record import newest
@@ -73,28 +71,25 @@ def dist_to_hf(config: JobConfig, source: pathlib.Path, directory: pathlib.Path)
     if not (found / "metadata.json").is_file():
         raise FileNotFoundError(f"there is no checkpoint in {source}; give a folder that `save` wrote")
     model = _model(config)
-    checkpoint.load_weights(found, model)
+    torch_dist.load_weights(found, model)
     out_type = algorithm_options.DTYPES[config.rollout.rollout_dtype]
     exporter = Exporter(model, out_type, fuse_experts=False)
-    partial = directory.with_name(directory.name + ".tmp")
-    write_hf_checkpoint(partial, pathlib.Path(str(config.rollout.hf_checkpoint)), exporter.tensors(), out_type)
-    if dist.get_rank() == 0:
-        shutil.rmtree(directory, ignore_errors=True)
-        partial.rename(directory)
+    source_folder = pathlib.Path(str(config.rollout.hf_checkpoint))
+    replace_folder(directory, lambda new: write_hf_checkpoint(new, source_folder, exporter.tensors(), out_type))
 
 
 def _model(config: JobConfig) -> MegatronModel:
-    from miles.services.trainer.backends.megatron.model.model import build_model
+    from miles.services.trainer.backends.megatron.model.build_model import build_model
     from miles.services.trainer.backends.megatron.parallel import groups
     from miles.services.trainer.step import algorithm_options
 
     dtype = algorithm_options.DTYPES[config.train.train_dtype]
-    place = groups.initialize(config.megatron, config.train.seed, config.cluster.distributed_timeout_minutes)
-    return build_model(config, place, dtype, wrap=False)
+    parallel = groups.initialize(config.megatron, config.train.seed, config.cluster.distributed_timeout_minutes)
+    return build_model(config, parallel, dtype, wrap=False)
 
 
 def _job_config(options: argparse.Namespace) -> JobConfig:
-    """The part of a job's configuration that conversion reads, in a whole one."""
+    """The part of a job's configuration that conversion reads, as a complete one."""
     import torch.distributed as dist
 
     from miles.config import JobConfig
@@ -135,7 +130,7 @@ def _parser() -> argparse.ArgumentParser:
         each.add_argument("--save", type=pathlib.Path, required=True, metavar="DIR", help="where to write")
         each.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="type of the weights")
         each.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to convert")
-        help_mtp = "the model's layers for multi-token prediction, to be converted too"
+        help_mtp = "number of the model's MTP (multi-token prediction) layers, to be converted too"
         each.add_argument("--mtp-num-layers", type=int, metavar="N", help=help_mtp)
         for name in _SIZES:
             each.add_argument(f"--{name}", type=int, default=1, metavar="N")

@@ -1,4 +1,4 @@
-"""One version sent by all ranks: which rank sends which bucket, and how rank 0 puts their parts together."""
+"""The export of one version by all ranks: which rank sends which bucket, and how rank 0 merges their reports."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from miles.weights.manifest import ManifestError
 if TYPE_CHECKING:
     import torch
 
-    from miles.services.trainer.backends.base import TrainerBackend
+    from miles.services.trainer.backends.protocol import TrainerBackend
     from miles.weights.publisher import Layout, PendingVersion, WeightSender
 
 EXPORT = "export"
 
 _KEPT_BY_RANKS = (weightsync_pb2.TRANSPORT_KIND_COLLECTIVE, weightsync_pb2.TRANSPORT_KIND_CUDA_IPC)
-"""Transports whose bytes stay with the trainer: each rank keeps its share. By the others rank 0 sends every bucket."""
+"""Transports whose bytes stay with the trainer: each rank keeps its share. With others rank 0 sends every bucket."""
 
 
-def export_command(draft: PendingVersion, address: str, bucket_bytes: int) -> Command:
-    """What every rank has to know to send its share of a version; `address` is the weightsync service's."""
-    arguments = {"address": address, "bucket_bytes": bucket_bytes, "live": draft.live}
-    return Command(EXPORT, arguments, tuple(handle.SerializeToString() for handle in draft.handles))
+def export_command(pending: PendingVersion, address: str, bucket_bytes: int) -> Command:
+    """The command to send each rank's share of a version; `address` is the weightsync service's."""
+    arguments = {"address": address, "bucket_bytes": bucket_bytes, "live": pending.live}
+    return Command(EXPORT, arguments, tuple(handle.SerializeToString() for handle in pending.handles))
 
 
 def send_share(
@@ -42,7 +42,7 @@ def send_share(
     ranks: int,
     export_format: ExportFormat = AS_TRAINED,
 ) -> bytes:
-    """Go through an export, send the buckets that are this rank's, and return its report for `merge`; collective."""
+    """Send this rank's buckets of an export and return its report for `merge`; collective."""
     handles = [weightsync_pb2.TransportHandle.FromString(payload) for payload in command.payloads]
     if rank:
         sender.trim(command.arguments["live"])
@@ -56,24 +56,24 @@ def send_share(
             sender.discard(handles)
         raise
     finally:
-        for _ in tensors:  # gathering is collective: whatever became of the export, every rank goes through with it
+        for _ in tensors:  # gathering is collective: even after an error every rank takes part to the end
             pass
 
 
-def merge(draft: PendingVersion, reports: Sequence[bytes]) -> SendTimes:
-    """Put every rank's checksums and handles into the draft; raises ManifestError when a tensor was not sent."""
-    by_name = {descriptor.name: descriptor for descriptor in draft.descriptors}
+def merge(pending: PendingVersion, reports: Sequence[bytes]) -> SendTimes:
+    """Merge every rank's checksums and handles into the pending version; a tensor that was not sent is a ManifestError."""
+    by_name = {descriptor.name: descriptor for descriptor in pending.descriptors}
     copy_s = checksum_s = 0.0
     written = 0
     for report in reports:
         part = weightsync_pb2.PrepareRequest.FromString(report)
         for tensor in part.manifest.tensors:
             by_name[tensor.name].checksum = tensor.checksum
-        for handle, theirs in zip(draft.handles, (part.handle, *part.more), strict=True):
+        for handle, theirs in zip(pending.handles, (part.handle, *part.more), strict=True):
             handle.MergeFrom(theirs)
         copy_s, checksum_s = max(copy_s, part.stage_s["copy"]), max(checksum_s, part.stage_s["checksum"])
         written += part.written_bytes
-    missing = [descriptor.name for descriptor in draft.descriptors if not descriptor.checksum]
+    missing = [descriptor.name for descriptor in pending.descriptors if not descriptor.checksum]
     if missing:
         raise ManifestError(f"{len(missing)} tensors were sent by no rank: {', '.join(missing[:3])}")
     return SendTimes(copy_s, checksum_s, written)
@@ -98,7 +98,7 @@ def _send(
             times += sender.send(mine, bucket, part)
             sent += bucket
         else:
-            collections.deque(part, maxlen=0)  # keeps nothing, not even the last tensor, which keeps its bucket
+            collections.deque(part, maxlen=0)  # keeps not even the last tensor, which would keep its bucket alive
     extra, _ = next(tensors, ("", None))
     if extra:
         raise ManifestError(f"the export yields {extra!r} after the last tensor of its layout")

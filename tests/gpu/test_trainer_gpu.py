@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from trainer_cases import job_config, random_groups, write_dense_model, write_moe_model
 
-from miles.services.trainer.backends.fsdp.attention.segments import AttentionPlan, packed_attention
+from miles.services.trainer.backends.fsdp.attention.packed_attention import AttentionPlan, packed_attention
 from miles.services.trainer.backends.fsdp.backend import FsdpBackend
 from miles.services.trainer.batch.packing import pack
 
@@ -115,5 +115,5 @@ def test_old_actors_resume_in_host_memory(tmp_path: pathlib.Path) -> None:
     state.finish_step(first.train(0, random_groups(0), lambda progress: None))
     first.save(tmp_path / "checkpoints" / "step_00000001", state)
     second.load()
-    kept, resumed = (backend._loaded.roles.old_actors.copies[0].tensors for backend in (first, second))
+    kept, resumed = (backend._loaded.roles.old_policies.copies[0].tensors for backend in (first, second))
     assert all(tensor.is_cpu and tensor.equal(resumed[name]) for name, tensor in kept.items())

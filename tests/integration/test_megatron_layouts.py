@@ -127,7 +127,7 @@ OFTEN = (
 def case(name: str, base: str, folder: pathlib.Path, **flags: Any) -> dict[str, Any]:
     """What `backend_cases` is to run; `base` is a model, or what is done with one.
 
-    That is replay (of the moe model), ppo (of the tied one), old: kept old actors and a teacher (the dense one), or
+    That is replay (of the moe model), ppo (of the tied one), old: old policies and a teacher (the dense one), or
     learning: layers for multi-token prediction (of the model that has some).
     """
     model = {"replay": "moe", "ppo": "tied", "old": "dense", "learning": "predicting"}.get(base, base)
@@ -369,7 +369,7 @@ def test_a_critic_is_resumed_bit_for_bit(results: pathlib.Path) -> None:
     assert worst_differences(results, "ppo-saved", "ppo-resumed") == (0.0, 0.0)
 
 
-def test_old_actors_are_resumed_bit_for_bit(results: pathlib.Path) -> None:
+def test_old_policies_are_resumed_bit_for_bit(results: pathlib.Path) -> None:
     steps = json.loads((results / "old.json").read_text())["metrics"]
     assert all(0.2 < step["train/old_actor_ratio"] < 0.6 for step in steps[1:])
     assert all(abs(step["train/opd_reverse_kl"]) > 0.01 for step in steps)

@@ -13,10 +13,11 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from trainer_cases import job_config, random_groups
 
-from miles.services.trainer.backends.base import Progress, TrainerBackend
+from miles.services.trainer.backends.protocol import TrainerBackend
 from miles.services.trainer.ranks.abandoning import Abandonment, StepAbandonedError
 from miles.services.trainer.ranks.collective_calls import Ranks
 from miles.services.trainer.ranks.worker import create_backend
+from miles.services.trainer.step.progress import Progress
 from miles.types import SampleGroup, VersionSpan
 
 STEPS = 3

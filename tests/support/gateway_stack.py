@@ -19,7 +19,7 @@ import pytest
 
 from miles.queue import RedisServer
 from miles.services.controller.status.timeline import NAME, TimelineWriter
-from miles.services.trainer.step.sample_log import SampleLog, TokenNumbers
+from miles.services.trainer.step.sample_log import SampleLog, TokenMetrics
 from miles.telemetry import MetricsWriter
 from miles.types import Sample, SampleStatus, VersionSpan
 
@@ -161,7 +161,7 @@ def fill_run_folder(run_dir: pathlib.Path) -> None:
             )
             for i in range(2)
         ]
-        numbers = TokenNumbers(np.ones(2, np.float32), values, values, values + 1)
+        numbers = TokenMetrics(np.ones(2, np.float32), values, values, values + 1)
         samples.write(step, [(sample, numbers) for sample in made])
     spans = TimelineWriter(run_dir / NAME)
     spans.add("train", 1.0, 2.5)

@@ -15,7 +15,7 @@ from trainer_cases import job_config
 
 from miles.services.trainer.backends.megatron.checkpoint.hf_files import original_of
 from miles.services.trainer.backends.megatron.export import Exporter
-from miles.services.trainer.backends.megatron.model.model import build_model
+from miles.services.trainer.backends.megatron.model.build_model import build_model
 from miles.services.trainer.backends.megatron.parallel import groups
 from miles.services.trainer.backends.megatron.parallel.pipeline import Pipeline
 from miles.services.trainer.backends.megatron.parallel.rows import LocalRows
@@ -40,9 +40,9 @@ def compare(folder: pathlib.Path) -> dict[str, Any]:
         train_dtype=str(DTYPE).removeprefix("torch."),
         run_dir=str(folder / "run"),
     )
-    place = groups.initialize(config.megatron, 1, 10)
+    parallel = groups.initialize(config.megatron, 1, 10)
     try:
-        model = build_model(config, place, DTYPE)
+        model = build_model(config, parallel, DTYPE)
     except (ValueError, RuntimeError, AttributeError, TypeError, NotImplementedError, AssertionError) as error:
         return {"error": f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"}
     reference = load_file(folder / "reference.safetensors")
@@ -50,7 +50,7 @@ def compare(folder: pathlib.Path) -> dict[str, Any]:
     everything = np.arange(count)
     rows = LocalRows(everything, tokens, everything, np.array([0, count], np.int32), count, everything, everything)
     with torch.no_grad():
-        logits = Pipeline(model, place, DEVICE)._forward(model.chunks[0], rows)[0].float().cpu()
+        logits = Pipeline(model, parallel, DEVICE)._forward(model.chunks[0], rows)[0].float().cpu()
     source = {name: tensor.to(DTYPE).float() for name, tensor in load_file(folder / "model.safetensors").items()}
     written = {name: tensor.cpu() for name, tensor in Exporter(model, torch.float32, fuse_experts=False).tensors()}
     shared = {name: written[str(original_of(name))] for name in source.keys() - written.keys() if original_of(name)}

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 
 from miles.config import JobConfig
-from miles.services.trainer.batch.batch import RolloutBatch
-from miles.services.trainer.step.recorded import recorded
-from miles.services.trainer.step.sample_log import TokenNumbers
+from miles.services.trainer.batch.rollout_batch import RolloutBatch
+from miles.services.trainer.step.sample_log import TokenMetrics
+from miles.services.trainer.step.sample_recording import recorded_samples
 from miles.services.trainer.step.training_step import RolloutTrainer
 from miles.types import Sample, SampleGroup, SampleStatus, VersionSpan
 
@@ -135,12 +135,12 @@ def hf_log_probs(model: pathlib.Path, groups: list[SampleGroup], temperature: fl
 
 def train_recorded(
     trainer: RolloutTrainer, groups: list[SampleGroup], step: int = 0
-) -> tuple[dict[str, float], dict[tuple[int, int], TokenNumbers]]:
+) -> tuple[dict[str, float], dict[tuple[int, int], TokenMetrics]]:
     """Metrics, and by group and index what was known of a sample's tokens; on one rank."""
-    found: dict[tuple[int, int], TokenNumbers] = {}
+    found: dict[tuple[int, int], TokenMetrics] = {}
 
     def record(batch: RolloutBatch, **tokens: Any) -> None:
-        for sample, numbers in recorded(batch, len(groups), 0, **tokens):
+        for sample, numbers in recorded_samples(batch, len(groups), 0, **tokens):
             assert numbers is not None
             found[sample.group_id, sample.index] = numbers
 

@@ -82,21 +82,21 @@ class TrainerServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def StopJob(self, request, context):
-        """Drops everything held for a job.
+        """Frees everything held for a job.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Train(self, request, context):
-        """Takes the named groups from the queue and trains on them. Reports as it goes; ends with the metrics.
+        """Takes the named groups from the queue and trains on them. Streams progress; ends with the metrics.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def AbandonStep(self, request, context):
-        """Leaves a training step as long as it has changed nothing; answered at once, while Train goes on until it is left.
+        """Abandons a training step that has changed nothing yet; answered at once, while Train runs until it is abandoned.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -117,7 +117,7 @@ class TrainerServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def GetStatus(self, request, context):
-        """How the trainer is; answered while it trains too.
+        """The trainer's status; answered while it trains too.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -142,7 +142,7 @@ class Dispatcher:
 
     def preempt(self) -> None:
         """Preempt every training group that runs; its unfinished responses are stored and resumed later."""
-        self._cancel(self.training_leases, rollout_pb2.GROUP_PURPOSE_TRAIN)
+        self._preempt(self.training_leases, rollout_pb2.GROUP_PURPOSE_TRAIN)
 
     def start_evaluation(self, evaluation: Evaluation) -> None:
         """Lease the groups of an evaluation ahead of training groups."""
@@ -150,9 +150,9 @@ class Dispatcher:
         self.lease_groups()
 
     def end_evaluation(self) -> None:
-        """Lease no more groups of the evaluation and cancel those that run."""
+        """Lease no more groups of the evaluation and preempt those that run."""
         if self._evaluation is not None:
-            self._cancel(self._evaluation.leases, _EVAL)
+            self._preempt(self._evaluation.leases, _EVAL)
             self._evaluation = None
             self._watch_activity()
 
@@ -197,7 +197,7 @@ class Dispatcher:
             await asyncio.sleep(0)
             self.lease_groups()
 
-    def _cancel(self, leases: Mapping[int, GroupLease], purpose: rollout_pb2.GroupPurpose.ValueType) -> None:
+    def _preempt(self, leases: Mapping[int, GroupLease], purpose: rollout_pb2.GroupPurpose.ValueType) -> None:
         for group_id, lease in leases.items():
             if (client := self._rollouts.get(lease.worker_id)) is not None:
                 client.preempt(group_id, lease.attempt, purpose)

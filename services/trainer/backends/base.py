@@ -1,135 +1,200 @@
-"""What the trainer service asks of a training backend, and nothing else."""
+"""What all training backends share: load, restore, train a rollout, save, close."""
 
 from __future__ import annotations
 
+import abc
+import copy
 import dataclasses
+import functools
+import gc
+import logging
 import pathlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
+import torch
+import torch.distributed as dist
+
+from miles.services.trainer.batch.rollout_batch import RolloutBatch
+from miles.services.trainer.checkpoint.background_save import Saving
+from miles.services.trainer.checkpoint.record import CheckpointRecord, digest, newest
+from miles.services.trainer.checkpoint.state import TrainerState
+from miles.services.trainer.ranks.abandoning import Abandonment
+from miles.services.trainer.step.progress import Report
+from miles.services.trainer.step.roles import Roles
+from miles.services.trainer.step.sample_log import SampleLog
+from miles.services.trainer.step.sample_recording import recorded_samples
+from miles.services.trainer.step.training_step import RolloutTrainer
 from miles.types import SampleGroup
 
 if TYPE_CHECKING:
-    import torch
+    from miles.config import JobConfig
 
-    from miles.rpc.gen import policy_pb2
-    from miles.services.trainer.checkpoint.background_save import Saving
-    from miles.services.trainer.ranks.abandoning import Abandonment
+logger = logging.getLogger(__name__)
 
 
-METRICS_KEPT = 64
-"""Steps whose metrics a trainer can still answer with."""
+@dataclasses.dataclass(frozen=True)
+class LoadedParts:
+    """What `load` builds. Backends narrow the types."""
+
+    roles: Roles
+    trainer: RolloutTrainer
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Progress:
-    """How far a training step has got; `phase` is a name of `TrainPhase` in trainer.proto, lower-case, no prefix."""
-
-    phase: str
-    micro_batches_done: int
-    micro_batches: int
+PartsT = TypeVar("PartsT", bound=LoadedParts)
 
 
-@dataclasses.dataclass(slots=True)
-class TrainerState:
-    """The part of a checkpoint that is not tensors."""
+class BaseBackend(abc.ABC, Generic[PartsT]):
+    """The part of a `TrainerBackend` that all backends share."""
 
-    step: int = 0
-    """Training steps taken: rollouts consumed, which is also the policy version."""
-    consumed_below: int = 0
-    """Every group with a smaller id was trained on or dropped."""
-    consumed_group_ids: set[int] = dataclasses.field(default_factory=set)
-    """Groups at or above `consumed_below` that were trained on or dropped too."""
-    metrics: dict[int, dict[str, float]] = dataclasses.field(default_factory=dict)
-    """Metrics of the last `METRICS_KEPT` steps, by step."""
-
-    def is_consumed(self, group_id: int) -> bool:
-        """Whether the group was trained on or dropped."""
-        return group_id < self.consumed_below or group_id in self.consumed_group_ids
-
-    def consume(self, group_ids: Iterable[int]) -> None:
-        """Note groups that were trained on or dropped."""
-        self.consumed_group_ids.update(i for i in group_ids if i >= self.consumed_below)
-        while self.consumed_below in self.consumed_group_ids:
-            self.consumed_group_ids.remove(self.consumed_below)
-            self.consumed_below += 1
-
-    def finish_step(self, metrics: Mapping[str, float]) -> None:
-        """Count a step and keep its metrics."""
-        self.metrics[self.step] = dict(metrics)
-        self.step += 1
-        for step in sorted(self.metrics)[:-METRICS_KEPT]:
-            del self.metrics[step]
-
-    def to_json(self) -> dict[str, Any]:
-        """The state as a JSON object."""
-        return {
-            "step": self.step,
-            "consumed_below": self.consumed_below,
-            "consumed_group_ids": sorted(self.consumed_group_ids),
-            "metrics": {str(step): metrics for step, metrics in self.metrics.items()},
-        }
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> TrainerState:
-        """Inverse of `to_json`; raises KeyError, TypeError or ValueError for anything else."""
-        return cls(
-            step=int(data["step"]),
-            consumed_below=int(data["consumed_below"]),
-            consumed_group_ids=set(data["consumed_group_ids"]),
-            metrics={int(step): dict(metrics) for step, metrics in data["metrics"].items()},
+    def __init__(self, config: JobConfig, checkpoint_dir: pathlib.Path, device: torch.device) -> None:
+        """`load` resumes from the newest checkpoint in `checkpoint_dir`, or else in the folder that `load` names."""
+        self._config = config
+        self._device = device
+        self._checkpoint_dir = checkpoint_dir
+        self._parts: PartsT | None = None
+        self._log = SampleLog(
+            pathlib.Path(config.services.run_dir),
+            config.telemetry.log_samples_per_step,
+            dist.get_rank(),
+            config.reward.reward_key,
         )
-
-
-class TrainerBackend(Protocol):
-    """Holds the parameters on this rank. Every rank makes the same calls in the same order."""
-
-    loaded_from: pathlib.Path | None
-    """Checkpoint that `load` read; None for the initial weights."""
+        self.loaded_from: pathlib.Path | None = None
+        """Checkpoint that `load` read; None for the initial weights."""
 
     def load(self) -> TrainerState:
-        """Build the model and optimizer; load the newest checkpoint, or the initial weights (an empty state)."""
+        """Build everything. Raises FileNotFoundError for a missing model and ValueError for one that does not fit."""
+        torch.manual_seed(self._config.train.seed)
+        if self._device.type == "cpu":
+            torch.use_deterministic_algorithms(True)
+            # A debugging aid that comes with the switch above and costs a sixth of the step.
+            torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+        self._parts = self._build()
+        state = self._restore()
+        if dist.get_rank() == 0:
+            self._log.discard_from(state.step)
+        return state
 
     def train(
         self,
         step: int,
         groups: Sequence[SampleGroup],
-        report: Callable[[Progress], None],
+        report: Report,
         abandonment: Abandonment | None = None,
     ) -> Mapping[str, float]:
-        """Train on one rollout's groups and return metrics (`train/loss`, ...), the same on every rank.
-
-        Raises StepAbandonedError, with everything as it was before, when `abandonment` asks for that in time.
-        """
+        """See `TrainerBackend.train`."""
+        record = functools.partial(self._record_samples, step) if self._log.groups else None
+        return self._loaded.trainer.train(step, groups, report, record, abandonment)
 
     def export(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """The policy's parameters, or its adapter's, in a fixed order and the rollout's dtype; collective over ranks.
-
-        Tensors are complete on every rank, on any device. Whoever reads them keeps none beyond the bucket that it is
-        reading, so that a rank never holds more than two buckets of `update_weight_buffer_size` bytes.
-        """
-
-    @property
-    def lora(self) -> policy_pb2.LoraAdapter | None:
-        """Set when an export consists of an adapter, by PEFT's names: what it is to be merged with, and how.
-
-        The base's checksum is known on every rank.
-        """
-
-    def export_layout(self) -> Sequence[tuple[str, torch.dtype, tuple[int, ...]]]:
-        """Name, dtype and shape of what `export` will yield, in its order, without gathering anything."""
+        """See `TrainerBackend.export`."""
+        if self._loaded.roles.old_policies is not None:
+            self._loaded.roles.old_policies.publish()
+        return self._export()
 
     def save(self, directory: pathlib.Path, state: TrainerState) -> None:
-        """Write a checkpoint that `load` restores bit for bit: parameters, optimizer, scheduler, RNG, state."""
+        """See `TrainerBackend.save`; a crash leaves the complete checkpoint or none."""
+        self._save(directory, self._record_of(state))
 
     def begin_save(self, directory: pathlib.Path, state: TrainerState) -> Saving:
-        """As `save`, but return as soon as the contents are held; other calls may come before `Saving.finish`.
-
-        Only for a job with `async_save`, and only when the one before has finished.
-        """
+        """See `TrainerBackend.begin_save`."""
+        return self._begin_save(directory, self._record_of(copy.deepcopy(state)))
 
     def save_hf(self, directory: pathlib.Path) -> None:
-        """Write the policy as a HF checkpoint with tokenizer and config."""
+        """See `TrainerBackend.save_hf`; the files' tensors have the rollout's dtype."""
+        replace_folder(directory, self._write_hf)
+        dist.barrier()
 
     def close(self) -> None:
-        """Free the model."""
+        """Free the model. The backend can `load` again."""
+        self._parts = None
+        self._destroy_groups()
+        gc.collect()
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    @abc.abstractmethod
+    def _build(self) -> PartsT:
+        """Build the models and load their initial weights."""
+
+    @abc.abstractmethod
+    def _export(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield the weights that engines get."""
+
+    @abc.abstractmethod
+    def _save(self, directory: pathlib.Path, record: CheckpointRecord) -> None:
+        """Write a checkpoint."""
+
+    @abc.abstractmethod
+    def _begin_save(self, directory: pathlib.Path, record: CheckpointRecord) -> Saving:
+        """Copy what a checkpoint holds and begin to write it."""
+
+    @abc.abstractmethod
+    def _load_checkpoint(self, directory: pathlib.Path) -> CheckpointRecord:
+        """Read a checkpoint into the models and optimizers."""
+
+    @abc.abstractmethod
+    def _write_hf(self, directory: pathlib.Path) -> None:
+        """Write the policy to a new folder; collective, rank 0 writes."""
+
+    @abc.abstractmethod
+    def _destroy_groups(self) -> None:
+        """Destroy the process groups that this backend has made."""
+
+    @abc.abstractmethod
+    def _recording_replica(self) -> int | None:
+        """Number of this rank's replica, if this rank is the one that logs the replica's samples."""
+
+    def _restore(self) -> TrainerState:
+        self.loaded_from = newest(self._checkpoint_dir)
+        if self.loaded_from is None and self._config.checkpoint.load is not None:
+            self.loaded_from = newest(pathlib.Path(self._config.checkpoint.load))
+        if self.loaded_from is None:
+            return TrainerState()
+        record, roles = self._load_checkpoint(self.loaded_from), self._loaded.roles
+        roles.policy.iteration = record.iteration
+        if roles.critic is not None:
+            roles.critic.iteration = record.critic_iteration
+        if record.config_digest != digest(self._config):
+            logger.warning("%s was saved under another configuration; resuming with the new one", self.loaded_from)
+        return record.state
+
+    def _record_of(self, state: TrainerState) -> CheckpointRecord:
+        roles = self._loaded.roles
+        return CheckpointRecord(
+            state=state,
+            iteration=roles.policy.iteration,
+            world_size=dist.get_world_size(),
+            config_digest=digest(self._config),
+            old_versions=() if roles.old_policies is None else tuple(roles.old_policies.copies),
+            critic_iteration=0 if roles.critic is None else roles.critic.iteration,
+        )
+
+    def _record_samples(self, step: int, batch: RolloutBatch, **tokens: Any) -> None:
+        replica = self._recording_replica()
+        if replica is not None:
+            self._log.write(step, recorded_samples(batch, self._log.groups, replica, **tokens))
+
+    @property
+    def _reference_moves(self) -> bool:
+        """Whether the reference changes during the run, so that checkpoints must hold it."""
+        return self._config.algorithm.ref_update_interval is not None
+
+    @property
+    def _loaded(self) -> PartsT:
+        if self._parts is None:
+            raise RuntimeError("the trainer holds no model: call load() first")
+        return self._parts
+
+
+def replace_folder(directory: pathlib.Path, write: Callable[[pathlib.Path], None]) -> None:
+    """Have `write` fill a new folder, then replace `directory` with it, so that readers see a complete one.
+
+    `write` is collective; only rank 0 touches the files.
+    """
+    partial = directory.with_name(directory.name + ".tmp")
+    write(partial)
+    if dist.get_rank() == 0:
+        shutil.rmtree(directory, ignore_errors=True)
+        partial.rename(directory)

@@ -1,1 +1,2 @@
-"""The samples of a step as micro-batches: which rank trains on which, in which rows. Pure. Start at `batch`."""
+"""The samples of a step as micro-batches: which rank trains on which, in which rows. Pure functions. Start at
+`rollout_batch`."""

@@ -1,6 +1,6 @@
 """Which rank trains on which samples, and in which micro-batch: pure functions of lengths, the same on every rank.
 
-Work is dealt out in units: one sample, or with shared prompts a run of samples of one group that holds its prompt once.
+Work is split into units: one sample, or with shared prompts a run of samples of one group that holds its prompt once.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class _Unit:
 def schedule(
     samples: Sequence[Sample], indices: Sequence[int], ranks: int, limits: MicroBatchLimits, *, share_prompts: bool
 ) -> list[list[tuple[int, ...]]]:
-    """Deal `samples[i] for i in indices` out to ranks and cut each rank's share into micro-batches.
+    """Split `samples[i] for i in indices` over ranks and cut each rank's share into micro-batches.
 
     Returns, per rank, the sample indices of each micro-batch. Every rank gets the same number of micro-batches, short
     ones filled up with empty tuples, because ranks meet in collectives once per micro-batch. A sample longer than

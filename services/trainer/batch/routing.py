@@ -1,4 +1,4 @@
-"""The experts that the engine chose, laid out as a micro-batch's rows.
+"""The experts that the engine chose, as a micro-batch's rows.
 
 Dims: T rows, L mixture-of-experts layers, K experts a row.
 """

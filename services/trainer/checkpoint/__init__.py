@@ -1,4 +1,4 @@
-"""What every backend's checkpoints have in common: the record, the state of what is on disk, saves in the background.
+"""What every backend's checkpoints have in common: the state and record in them, and when and how they are saved.
 
-Start at `record`.
+It never touches tensors; backends do. Start at `record`, then `manager`.
 """

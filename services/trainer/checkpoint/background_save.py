@@ -1,4 +1,4 @@
-"""A checkpoint between the moment its contents are held and the moment it is complete."""
+"""Checkpoints that are written in the background, from copies of the tensors."""
 
 from __future__ import annotations
 
@@ -13,37 +13,37 @@ from typing import Any
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
-from miles.services.trainer.checkpoint.record import Record, complete
+from miles.services.trainer.checkpoint.record import CheckpointRecord, complete
 
 
 class Saving:
-    """Files that a thread of this rank writes from copies of the tensors, so that training may go on.
+    """A checkpoint whose files a thread of this rank writes while training goes on.
 
-    A thread ends with its process: nothing goes on writing into a folder that the next process has begun anew.
+    A thread, not a process: it dies with the trainer, so nothing writes into a folder that a restarted trainer uses.
     """
 
     def __init__(self, written: Future[Any], put_in_place: Callable[[], None]) -> None:
-        """`put_in_place` is collective, comes after the writing, and raises on all ranks when it failed on one."""
+        """`put_in_place` is collective, is called after the writing, and raises on all ranks when it failed on one."""
         self._written = written
         self._put_in_place = put_in_place
 
     def done(self) -> bool:
-        """Whether this rank's files are written, or could not be."""
+        """Whether writing this rank's files has ended or failed."""
         return self._written.done()
 
     def wait(self) -> None:
-        """Wait for this rank's files; the checkpoint is not put in place."""
+        """Wait for this rank's files, without completing the checkpoint."""
         wait([self._written])
 
     def finish(self) -> None:
-        """Wait, and put the checkpoint in place; collective. Raises OSError when a file could not be written."""
+        """Wait, then complete the checkpoint; collective. Raises OSError when a file could not be written."""
         self.wait()
         self._put_in_place()
         self._written.result()
 
 
 def empty_folder(directory: pathlib.Path) -> pathlib.Path:
-    """The folder in which the files of the checkpoint `directory` are written; collective."""
+    """Make the folder in which the files of the checkpoint `directory` are written; collective."""
     partial = directory.with_name(directory.name + ".tmp")
 
     def clear() -> None:
@@ -54,14 +54,14 @@ def empty_folder(directory: pathlib.Path) -> pathlib.Path:
     return partial
 
 
-def put_in_place(partial: pathlib.Path, directory: pathlib.Path, record: Record) -> None:
-    """Make a checkpoint of the files that all ranks have written; collective."""
+def put_in_place(partial: pathlib.Path, directory: pathlib.Path, record: CheckpointRecord) -> None:
+    """Complete a checkpoint when all ranks have written their files; collective."""
     dist.barrier()
     _on_first_rank(functools.partial(complete, partial, directory, record))
 
 
 def _on_first_rank(act: Callable[[], None]) -> None:
-    """Have rank 0 do something while the others wait; its OSError is raised on all."""
+    """Run something on rank 0 while the others wait; its OSError is raised on all."""
     error: OSError | None = None
     if dist.get_rank() == 0:
         try:
@@ -83,8 +83,8 @@ def in_thread(write: Callable[[], Any]) -> Future[Any]:
 
 
 @contextlib.contextmanager
-def failing_as_os_error(directory: pathlib.Path) -> Iterator[None]:
-    """PyTorch's error for a checkpoint, which is no Exception, as one that callers expect of files."""
+def checkpoint_error_as_os_error(directory: pathlib.Path) -> Iterator[None]:
+    """Raise OSError for PyTorch's checkpoint error, which is not an Exception, so that callers can handle it."""
     try:
         yield
     except CheckpointException as error:

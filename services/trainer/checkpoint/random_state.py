@@ -6,7 +6,7 @@ import torch
 
 
 def random_state() -> dict[str, torch.Tensor]:
-    """As it is now, by device type; uint8."""
+    """The current state, by device type; uint8."""
     state = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state()
@@ -14,7 +14,7 @@ def random_state() -> dict[str, torch.Tensor]:
 
 
 def set_random_state(state: dict[str, torch.Tensor]) -> None:
-    """Go on from a state; one of a device that is not there is ignored."""
+    """Restore a state; that of a device that this machine lacks is ignored."""
     torch.set_rng_state(state["cpu"])
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])

@@ -1,4 +1,4 @@
-"""What every checkpoint has beside its tensors: a JSON record, and a folder that is there whole or not at all."""
+"""The JSON record of a checkpoint, and its folder, which appears complete or not at all."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import re
 import shutil
 from typing import TYPE_CHECKING, Any
 
-from miles.services.trainer.backends.base import TrainerState
+from miles.services.trainer.checkpoint.state import TrainerState
 
 if TYPE_CHECKING:
     from miles.config import JobConfig
@@ -27,7 +27,7 @@ _WHERE_AND_HOW = (
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Record:
+class CheckpointRecord:
     """The part of a checkpoint that is not tensors."""
 
     state: TrainerState
@@ -38,12 +38,12 @@ class Record:
     config_digest: str
     loss_scale: float = 1.0
     good_steps: int = 0
-    """Of `LossScale`."""
+    """Steps since the loss scale last changed; see `LossScale`."""
     critic_iteration: int = 0
     critic_loss_scale: float = 1.0
     critic_good_steps: int = 0
     old_versions: tuple[int, ...] = ()
-    """Of `OldActors`, whose weights are in the checkpoint."""
+    """Versions of the `OldPolicies` whose weights are in the checkpoint."""
     base: str = ""
     """Identity of the weights that the saved adapter adapts, in hex; empty when the whole policy was saved."""
 
@@ -76,8 +76,8 @@ def digest(config: JobConfig) -> str:
     return hashlib.sha256(json.dumps(flat, sort_keys=True).encode()).hexdigest()
 
 
-def complete(partial: pathlib.Path, directory: pathlib.Path, record: Record) -> None:
-    """Put the record beside the tensors in `partial`, and the whole in the place of `directory`; on one rank."""
+def complete(partial: pathlib.Path, directory: pathlib.Path, record: CheckpointRecord) -> None:
+    """Write the record beside the tensors in `partial`, then rename that to `directory`; on one rank."""
     (partial / RECORD_FILE).write_text(json.dumps(_to_json(record), indent=1))
     _sync_tree(partial)
     if directory.exists():
@@ -92,8 +92,8 @@ def complete(partial: pathlib.Path, directory: pathlib.Path, record: Record) -> 
     _sync(directory.parent)
 
 
-def read_record(directory: pathlib.Path) -> Record:
-    """The part of a checkpoint that is not tensors; raises as `load` does."""
+def read_record(directory: pathlib.Path) -> CheckpointRecord:
+    """Read the record of a checkpoint; raises FileNotFoundError or ValueError."""
     path = directory / RECORD_FILE
     try:
         return _from_json(json.loads(path.read_text()))
@@ -102,9 +102,9 @@ def read_record(directory: pathlib.Path) -> Record:
 
 
 def check_base(directory: pathlib.Path, base: str, former: str) -> None:
-    """Raise ValueError unless a checkpoint was saved on this base: an adapter does nothing sensible on another one.
+    """Raise ValueError unless a checkpoint was saved on this base: an adapter only works on its own base.
 
-    `former` is a name of the same base that older checkpoints have.
+    `former` is the name of the same base in older checkpoints.
     """
     saved = read_record(directory).base
     if saved in (base, former):
@@ -114,7 +114,7 @@ def check_base(directory: pathlib.Path, base: str, former: str) -> None:
     raise ValueError(f"{directory} holds {holds}, but {wanted} is trained; resume with the settings it was saved under")
 
 
-def _to_json(record: Record) -> dict[str, Any]:
+def _to_json(record: CheckpointRecord) -> dict[str, Any]:
     return {
         "state": record.state.to_json(),
         "iteration": record.iteration,
@@ -130,15 +130,15 @@ def _to_json(record: Record) -> dict[str, Any]:
     }
 
 
-def _from_json(data: dict[str, Any]) -> Record:
+def _from_json(data: dict[str, Any]) -> CheckpointRecord:
     names = [
         field.name
-        for field in dataclasses.fields(Record)
+        for field in dataclasses.fields(CheckpointRecord)
         if field.name in data or field.default is dataclasses.MISSING  # what older checkpoints lack has a default
     ]
     fields = {name: data[name] for name in names}
     versions = tuple(int(version) for version in fields.pop("old_versions", ()))
-    return Record(**fields | {"state": TrainerState.from_json(data["state"]), "old_versions": versions})
+    return CheckpointRecord(**fields | {"state": TrainerState.from_json(data["state"]), "old_versions": versions})
 
 
 def _write_atomically(path: pathlib.Path, text: str) -> None:

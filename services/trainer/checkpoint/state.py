@@ -1,82 +1,61 @@
-"""What of a job's training is on disk, and the checkpoint that is being written."""
+"""How far a job's training has got: the steps taken, the groups consumed, the last metrics."""
 
 from __future__ import annotations
 
-import asyncio
-import pathlib
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
+import dataclasses
+from collections.abc import Iterable, Mapping
+from typing import Any
 
-from miles.queue import GroupQueue
-from miles.services.trainer.backends.base import TrainerState
-from miles.services.trainer.checkpoint.record import folder_name
-from miles.services.trainer.ranks.collective_calls import Command
-
-if TYPE_CHECKING:
-    from miles.services.trainer.ranks.leader import Leader
-
-_LOOK_EVERY_S = 0.2
-WRITTEN, WRITING = b"+", b"-"
-"""A rank's report of its files."""
+METRICS_KEPT = 64
+"""How many steps' metrics a trainer keeps to answer repeated requests."""
 
 
-class Checkpointing:
-    """Saves a job, one checkpoint after the other; queue entries are acknowledged when a complete one covers them."""
+@dataclasses.dataclass(slots=True)
+class TrainerState:
+    """How far training has got; part of every checkpoint's record."""
 
-    def __init__(self, leader: Leader, queue: GroupQueue, folder: pathlib.Path, saved_step: int | None) -> None:
-        """`saved_step` is that of the newest checkpoint in `folder`; None when there is none."""
-        self._leader = leader
-        self._queue = queue
-        self._folder = folder
-        self._saved_step = saved_step
-        self._unacknowledged: set[int] = set()
-        self._writing: asyncio.Task[None] | None = None
+    step: int = 0
+    """Training steps taken: rollouts consumed, which is also the policy version."""
+    consumed_below: int = 0
+    """Every group with a smaller id was trained on or dropped."""
+    consumed_group_ids: set[int] = dataclasses.field(default_factory=set)
+    """Groups at or above `consumed_below` that were trained on or dropped too."""
+    metrics: dict[int, dict[str, float]] = dataclasses.field(default_factory=dict)
+    """Metrics of the last `METRICS_KEPT` steps, by step."""
 
-    @property
-    def newest(self) -> pathlib.Path | None:
-        """The newest complete checkpoint."""
-        return None if self._saved_step is None else self._folder / folder_name(self._saved_step)
+    def is_consumed(self, group_id: int) -> bool:
+        """Whether the group was trained on or dropped."""
+        return group_id < self.consumed_below or group_id in self.consumed_group_ids
 
-    def consumed(self, group_ids: Iterable[int]) -> None:
-        """Note groups that the next checkpoint covers."""
-        self._unacknowledged.update(group_ids)
+    def consume(self, group_ids: Iterable[int]) -> None:
+        """Mark groups as trained on or dropped."""
+        self.consumed_group_ids.update(i for i in group_ids if i >= self.consumed_below)
+        while self.consumed_below in self.consumed_group_ids:
+            self.consumed_group_ids.remove(self.consumed_below)
+            self.consumed_below += 1
 
-    async def save(self, state: TrainerState, *, in_background: bool) -> None:
-        """Write a checkpoint, after the one that is being written.
+    def finish_step(self, metrics: Mapping[str, float]) -> None:
+        """Count a step and keep its metrics."""
+        self.metrics[self.step] = dict(metrics)
+        self.step += 1
+        for step in sorted(self.metrics)[:-METRICS_KEPT]:
+            del self.metrics[step]
 
-        Returns when it is complete, or, in the background, as soon as its contents are held: training may go on then.
-        """
-        await self.settle()
-        step, covered = state.step, sorted(self._unacknowledged)
-        arguments = {"directory": str(self._folder / folder_name(step)), "state": state.to_json()}
-        if self._saved_step == step:
-            await self._complete(step, covered)
-        elif in_background:
-            await self._leader.run(Command("begin_save", arguments))
-            self._writing = asyncio.create_task(self._write(step, covered), name=f"checkpoint of step {step}")
-        else:
-            await self._leader.run(Command("save", arguments))
-            await self._complete(step, covered)
+    def to_json(self) -> dict[str, Any]:
+        """The state as a JSON object."""
+        return {
+            "step": self.step,
+            "consumed_below": self.consumed_below,
+            "consumed_group_ids": sorted(self.consumed_group_ids),
+            "metrics": {str(step): metrics for step, metrics in self.metrics.items()},
+        }
 
-    async def settle(self) -> None:
-        """Wait for the checkpoint that is being written; raises what went wrong with it."""
-        if self._writing is not None:
-            await asyncio.wait([self._writing])
-            self.check()
-
-    def check(self) -> None:
-        """Raise what went wrong with a checkpoint that was being written, once."""
-        if self._writing is not None and self._writing.done():
-            writing, self._writing = self._writing, None
-            writing.result()
-
-    async def _write(self, step: int, covered: list[int]) -> None:
-        while set(await self._leader.gather(Command("save_progress"))) != {WRITTEN}:  # noqa: ASYNC110  (other processes)
-            await asyncio.sleep(_LOOK_EVERY_S)
-        await self._leader.run(Command("finish_save"))
-        await self._complete(step, covered)
-
-    async def _complete(self, step: int, covered: list[int]) -> None:
-        self._saved_step = step
-        await self._queue.acknowledge(covered)
-        self._unacknowledged.difference_update(covered)
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> TrainerState:
+        """Inverse of `to_json`; raises KeyError, TypeError or ValueError for anything else."""
+        return cls(
+            step=int(data["step"]),
+            consumed_below=int(data["consumed_below"]),
+            consumed_group_ids=set(data["consumed_group_ids"]),
+            metrics={int(step): dict(metrics) for step, metrics in data["metrics"].items()},
+        )

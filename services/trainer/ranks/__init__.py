@@ -1,1 +1,1 @@
-"""Several ranks as one trainer: rank 0 leads, and every rank carries out the same commands. Start at `leader`."""
+"""Several ranks as one trainer: rank 0 leads, and every rank runs the same commands. Start at `leader`."""

@@ -1,7 +1,7 @@
-"""How rank 0 tells the other ranks what to do: JSON commands with bytes beside them, broadcast over gloo.
+"""Commands that rank 0 broadcasts to the other ranks over gloo: JSON, with bytes beside it.
 
-Rank 0 answers gRPC; every other rank sits in `follow`. All ranks then run the same command and meet again in
-`Ranks.agree`, so that a failure on one of them is known to all.
+Rank 0 answers gRPC; every other rank runs `follow`. All ranks run the same command and then call `Ranks.agree`, so that
+a failure on one rank is known to all.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ import torch.distributed as dist
 
 logger = logging.getLogger(__name__)
 
-SILENCE = datetime.timedelta(minutes=30)
-"""How long a rank waits for a word of the others; rank 0 sends `NOTHING` more often than that."""
+SILENCE_LIMIT = datetime.timedelta(minutes=30)
+"""How long a rank waits for the others; rank 0 sends `HEARTBEAT` more often than that."""
 
-NOTHING = "nothing"
+HEARTBEAT = "heartbeat"
 EXIT = "exit"
 _DONE, _FAILED = b"+", b"-"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Command:
-    """What every rank is to do."""
+    """What every rank is to run."""
 
     name: str
     arguments: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """JSON."""
+    """JSON values."""
     payloads: tuple[bytes, ...] = ()
 
 
@@ -41,13 +41,13 @@ class RankFailedError(RuntimeError):
 
 
 class Ranks:
-    """This process's place among those that train together, and its link to them."""
+    """This process's rank among those that train together, and its connection to them."""
 
     def __init__(self) -> None:
-        """The default process group must be there; collective over its ranks."""
+        """Needs the default process group; collective over its ranks."""
         self.rank = dist.get_rank()
         self.count = dist.get_world_size()
-        self._group = dist.new_group(backend="gloo", timeout=SILENCE) if self.count > 1 else None
+        self._group = dist.new_group(backend="gloo", timeout=SILENCE_LIMIT) if self.count > 1 else None
 
     def send(self, command: Command) -> None:
         """Rank 0: have the other ranks run the command."""
@@ -87,7 +87,7 @@ class Ranks:
         return reports
 
     def share(self, flag: bool) -> bool:
-        """Give every rank what rank 0 calls this with."""
+        """Broadcast rank 0's flag to every rank."""
         if self._group is None:
             return flag
         shared = torch.tensor([flag])
@@ -118,13 +118,13 @@ class Ranks:
 def follow(ranks: Ranks, run: Callable[[Command], object]) -> None:
     """Ranks other than 0: run commands until `EXIT`, and report the bytes that `run` returns.
 
-    A command that fails is logged; rank 0 decides what follows.
+    A failed command is logged; rank 0 decides what to do about it.
     """
     while True:
         command = ranks.receive()
         if command.name == EXIT:
             return
-        if command.name == NOTHING:
+        if command.name == HEARTBEAT:
             continue
         error: Exception | None = None
         result: object = None

@@ -7,11 +7,11 @@ import concurrent.futures
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from miles.services.trainer.ranks.collective_calls import EXIT, NOTHING, Command, Ranks
+from miles.services.trainer.ranks.collective_calls import EXIT, HEARTBEAT, Command, Ranks
 from miles.services.trainer.ranks.worker import RankWorker
 
 T = TypeVar("T")
-_IDLE_WORD_S = 60.0
+_HEARTBEAT_EVERY_S = 60.0
 
 
 class Leader:
@@ -25,18 +25,18 @@ class Leader:
 
     @property
     def world_size(self) -> int:
-        """Ranks that train together."""
+        """Number of ranks that train together."""
         return self._ranks.count
 
     @property
     def worker(self) -> RankWorker:
-        """Rank 0's own part."""
+        """Rank 0's own worker."""
         return self._worker
 
     async def run(self, command: Command, **local: Any) -> Any:
         """Run a command on all ranks and return rank 0's result; `local` goes to rank 0's `RankWorker.run` only.
 
-        Goes on to its end when the caller is cancelled.
+        Runs to its end even when the caller is cancelled.
         """
         result, _ = await self._in_thread(lambda: self._run(command, local))
         return result
@@ -50,14 +50,14 @@ class Leader:
         """Call something on this rank only, in turn with the commands."""
         return await self._in_thread(lambda: call(self._worker))
 
-    async def keep_in_touch(self) -> None:
-        """Let the other ranks know, for as long as this runs, that rank 0 is there."""
+    async def send_heartbeats(self) -> None:
+        """Tell the other ranks regularly that rank 0 is alive, until cancelled."""
         while True:
-            await asyncio.sleep(_IDLE_WORD_S)
-            await asyncio.get_running_loop().run_in_executor(self._thread, lambda: self._ranks.send(Command(NOTHING)))
+            await asyncio.sleep(_HEARTBEAT_EVERY_S)
+            await asyncio.get_running_loop().run_in_executor(self._thread, lambda: self._ranks.send(Command(HEARTBEAT)))
 
     def close(self, deadline_s: float) -> bool:
-        """Let the other ranks go; False when the running command did not end within so many seconds."""
+        """Have the other ranks exit; False when the running command has not ended after `deadline_s`."""
         if self._exit is None:
             self._exit = self._thread.submit(lambda: self._ranks.send(Command(EXIT)))
         return not concurrent.futures.wait([self._exit], timeout=deadline_s).not_done

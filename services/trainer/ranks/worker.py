@@ -1,7 +1,8 @@
-"""What one rank holds and does: the job's backend, and the commands that act on it, the same on every rank."""
+"""One rank's worker: it holds the job's backend and runs the commands on it, the same on every rank."""
 
 from __future__ import annotations
 
+import contextlib
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -10,10 +11,12 @@ import torch
 
 from miles.config import JobConfig
 from miles.queue.payload import decode_group
-from miles.services.trainer.backends.base import Progress, TrainerBackend, TrainerState
-from miles.services.trainer.checkpoint.state import WRITING, WRITTEN
+from miles.services.trainer.backends.protocol import TrainerBackend
+from miles.services.trainer.checkpoint.manager import WRITING, WRITTEN
+from miles.services.trainer.checkpoint.state import TrainerState
 from miles.services.trainer.ranks.abandoning import Abandonment, StepAbandonedError
 from miles.services.trainer.ranks.collective_calls import Command
+from miles.services.trainer.step.progress import Report
 from miles.types import SampleGroup
 from miles.weights.export_format import AS_TRAINED, ExportFormat, formatted_layout
 
@@ -34,14 +37,14 @@ class RankWorker:
         ranks: int = 1,
         share: Callable[[bool], bool] = lambda flag: flag,
     ) -> None:
-        """`share` gives every rank what rank 0 calls it with; collective."""
+        """`share` broadcasts rank 0's flag to every rank."""
         self.device = device
         self.rank = rank
         self._ranks = ranks
         self._share = share
         self._backend: TrainerBackend | None = None
         self._sender: WeightSender | None = None
-        """Of a rank other than 0; rank 0 has that of its publisher."""
+        """On ranks other than 0; rank 0 uses its publisher's."""
         self._saving: Saving | None = None
         """The checkpoint that is being written."""
         self._export_format: ExportFormat = AS_TRAINED
@@ -53,13 +56,13 @@ class RankWorker:
         command: Command,
         *,
         groups: Sequence[SampleGroup] | None = None,
-        report: Callable[[Progress], None] = lambda progress: None,
+        report: Report = lambda progress: None,
         abandonment: Abandonment | None = None,
         sender: WeightSender | None = None,
     ) -> Any:
-        """Carry out a command; rank 0 also gives what cannot be broadcast.
+        """Run a command; rank 0 also passes what cannot be broadcast.
 
-        Returns the state (start), the metrics or, for an abandoned step, None (train), the report for `exporting.merge`
+        Returns the state (start), the metrics or, for an abandoned step, None (train), the report for `export.merge`
         (export), or whether this rank's files of a checkpoint are written (save_progress).
         """
         arguments = command.arguments
@@ -92,20 +95,19 @@ class RankWorker:
         raise ValueError(f"no command is called {command.name!r}")
 
     def abandonment(self) -> Abandonment:
-        """With which a training step of all ranks can be left."""
+        """Make the means to abandon one training step on all ranks."""
         return Abandonment(self._share)
 
     def _train(
         self,
         step: int,
         groups: Sequence[SampleGroup],
-        report: Callable[[Progress], None],
+        report: Report,
         abandonment: Abandonment,
     ) -> Mapping[str, float] | None:
-        try:
+        with contextlib.suppress(StepAbandonedError):
             return self._loaded().train(step, groups, report, abandonment)
-        except StepAbandonedError:
-            return None
+        return None
 
     def _start(self, config_json: dict[str, Any], checkpoint_dir: pathlib.Path) -> TrainerState:
         self._stop()
@@ -121,18 +123,18 @@ class RankWorker:
         return state
 
     def endpoint(self, weightsync_address: str) -> Endpoint:
-        """What transports have to know of this rank."""
+        """This rank as transports see it."""
         from miles.weights.base import Endpoint
 
         return Endpoint(weightsync_address, self.device, self.rank, self._ranks)
 
     def layout(self) -> Layout:
-        """Of what will be sent."""
+        """Name, dtype and shape of each tensor that will be sent."""
         return formatted_layout(self._export_format, self._loaded().export_layout())
 
     @property
     def lora(self) -> policy_pb2.LoraAdapter | None:
-        """Set when what will be sent is an adapter."""
+        """Description of the adapter; None when full weights will be sent."""
         return self._loaded().lora
 
     def _export(self, command: Command, sender: WeightSender | None) -> bytes:

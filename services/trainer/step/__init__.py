@@ -1,4 +1,3 @@
-"""One training step, whatever holds the model: roles, log-probs, advantages, optimizer steps, what is recorded.
-
-Start at `training_step`.
+"""One training step on a rollout, the same for every backend: roles, log-probs, advantages, optimizer steps, samples
+logged. It never touches gRPC or checkpoints. Start at `training_step`.
 """

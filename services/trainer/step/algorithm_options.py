@@ -1,4 +1,4 @@
-"""The job's flags as the options that the algorithms take."""
+"""The job's flags as options of the algorithms."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def policy_iterations(config: JobConfig) -> int:
 
 
 def critic_iterations(config: JobConfig) -> int:
-    """The same of the critic."""
+    """Optimizer steps of the critic in the whole run; 0 likewise."""
     return (config.data.num_rollout or 0) * config.train.num_steps_per_rollout
 
 
@@ -74,6 +74,11 @@ def needs_critic(config: JobConfig) -> bool:
     return ESTIMATORS[config.algorithm.advantage_estimator].needs_values
 
 
+def trains_critic_only(config: JobConfig, number: int) -> bool:
+    """Whether rollout `number` trains the critic alone."""
+    return number < config.algorithm.num_critic_only_steps
+
+
 def needs_reference(config: JobConfig) -> bool:
     """Whether a KL term needs the reference model."""
     return config.algorithm.use_kl_loss or config.algorithm.kl_coef > 0
@@ -87,8 +92,8 @@ def teacher_folder(config: JobConfig) -> str | None:
 def needs_log_prob_pass(config: JobConfig) -> bool:
     """Whether the old policy's log-probabilities must be known before the first backward pass.
 
-    With one optimizer step per rollout they are those of the training pass itself, so that no pass of its own is
-    needed unless advantages or corrections of the whole batch are made from them.
+    With one optimizer step per rollout the training pass itself gives them, so that no separate pass is needed unless
+    advantages or corrections of the whole batch are computed from them.
     """
     algorithm = config.algorithm
     return (
@@ -103,7 +108,7 @@ def needs_log_prob_pass(config: JobConfig) -> bool:
 def zero_reward_is_zero_gradient(config: JobConfig) -> bool:
     """Whether a sample whose shaped reward is 0 adds nothing to the gradient.
 
-    So it is where advantages are the shaped rewards and no other term has a gradient.
+    That is so where advantages are the shaped rewards and no other term has a gradient.
     """
     algorithm = config.algorithm
     estimator = ESTIMATORS[algorithm.advantage_estimator]

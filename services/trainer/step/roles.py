@@ -1,10 +1,10 @@
-"""The models of a run. Each says one number of every response token; two of them learn from what comes of it.
+"""The models of a run and what a training step asks of each. They give one number per response token.
 
-| role | says | learns |
+| role | gives | trained |
 |---|---|---|
 | policy | log-probabilities | yes |
 | critic | values | yes |
-| reference, teacher, old actors | log-probabilities | no |
+| reference, teacher, old policies | log-probabilities | no |
 
 Dims: T response tokens of this rank's samples.
 """
@@ -19,36 +19,38 @@ from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 from miles.algorithms.losses import LossOutput
 from miles.algorithms.metrics import MetricSum
 from miles.algorithms.vocab_rows import TokenLogProbs
-from miles.services.trainer.backends.base import Progress
-from miles.services.trainer.batch.batch import OptimizerStepPlan, RolloutBatch
 from miles.services.trainer.batch.packing import MicroBatch
-from miles.services.trainer.step.old_policies import OldActors
+from miles.services.trainer.batch.rollout_batch import OptimizerStepPlan, RolloutBatch
+from miles.services.trainer.step.old_policies import OldPolicies
+from miles.services.trainer.step.progress import Report
 
 if TYPE_CHECKING:
     import torch
 
-Report = Callable[[Progress], None]
 OutputT = TypeVar("OutputT")
-"""What a learner gives for a micro-batch's R response tokens."""
+"""What a learner's forward pass gives for a micro-batch's R response tokens."""
 
 
-class Role(Protocol):
-    """Weights that say something of tokens. Every rank makes the same calls."""
+class LogProbRole(Protocol):
+    """Weights that give log-probabilities. Every rank makes the same calls."""
 
-    def evaluate(self, batch: RolloutBatch, report: Report) -> torch.Tensor:
-        """What they say of this rank's response tokens, without gradient; float32 [T]."""
+    def compute_log_probs(self, batch: RolloutBatch, report: Report) -> torch.Tensor:
+        """Log-probabilities of this rank's response tokens, without gradient; float32 [T]."""
+
+
+class Reference(LogProbRole, Protocol):
+    """A role that can be set to the policy's current weights."""
+
+    def follow(self) -> None:
+        """Take the policy's weights."""
 
 
 class Learner(abc.ABC, Generic[OutputT]):
-    """A role with an optimizer. Every rank makes the same calls."""
+    """A model with an optimizer. Every rank makes the same calls."""
 
     def __init__(self) -> None:
         self.iteration = 0
         """Optimizer steps taken."""
-
-    @abc.abstractmethod
-    def evaluate(self, batch: RolloutBatch, report: Report) -> torch.Tensor:
-        """As `Role.evaluate`."""
 
     @abc.abstractmethod
     def accumulate(
@@ -60,7 +62,7 @@ class Learner(abc.ABC, Generic[OutputT]):
     ) -> list[dict[str, MetricSum]]:
         """Add up the gradients of a step's micro-batches; returns their parts of the metrics.
 
-        `loss` gives a micro-batch's share of the step's loss, `report` is told how many micro-batches are done.
+        `loss` gives a micro-batch's share of the step's loss; `report` gets the number of micro-batches done.
         """
 
     @abc.abstractmethod
@@ -68,11 +70,11 @@ class Learner(abc.ABC, Generic[OutputT]):
         """Clip, step and clear the gradients; returns their norm before clipping."""
 
     @abc.abstractmethod
-    def discard(self) -> None:
-        """Forget gradients that were added up, and all else that `accumulate` left behind."""
+    def discard_gradients(self) -> None:
+        """Discard accumulated gradients and everything else that `accumulate` has kept."""
 
-    def settle(self) -> None:
-        """Call after a rollout's last step, before the weights are read, copied or replaced."""
+    def sync_weights(self) -> None:
+        """Complete weight updates; call after a rollout's last step, before weights are read, copied or replaced."""
 
     @property
     @abc.abstractmethod
@@ -80,20 +82,28 @@ class Learner(abc.ABC, Generic[OutputT]):
         """Of the last optimizer step."""
 
 
-class Reference(Role, Protocol):
-    """A role that becomes the policy as it is when asked to."""
+class PolicyLearner(Learner[TokenLogProbs]):
+    """The policy."""
 
-    def follow(self) -> None:
-        """Take the policy's weights."""
+    @abc.abstractmethod
+    def compute_log_probs(self, batch: RolloutBatch, report: Report) -> torch.Tensor:
+        """See `LogProbRole.compute_log_probs`."""
+
+
+class CriticLearner(Learner["torch.Tensor"]):
+    """The critic; its forward pass gives values, float32 [R]."""
+
+    @abc.abstractmethod
+    def compute_values(self, batch: RolloutBatch, report: Report) -> torch.Tensor:
+        """Values of this rank's response tokens, without gradient; float32 [T]."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Roles:
     """The models of one run; None for those that its configuration does not ask for. Backends narrow the types."""
 
-    policy: Learner[TokenLogProbs]
-    critic: Learner[torch.Tensor] | None = None
-    """Gives values, float32 [R]."""
+    policy: PolicyLearner
+    critic: CriticLearner | None = None
     reference: Reference | None = None
-    teacher: Role | None = None
-    old_actors: OldActors | None = None
+    teacher: LogProbRole | None = None
+    old_policies: OldPolicies | None = None

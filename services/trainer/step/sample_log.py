@@ -1,9 +1,9 @@
-"""Samples of each training step for people to look at.
+"""A log of some samples of each training step, for people to look at.
 
 Each rank writes its part of a step's first groups to RUN_DIR/samples/step_00000012.rank0.jsonl, a group a line:
 {"step", "group_id", "prompt", "label", "cut", "samples": [{"index", "response", "reward", "reward_parts", "status",
 "response_length", "weight_versions": [[version, start, end]], "log_prob_diff_mean", "log_prob_diff_max", "advantage",
-"cut"}]}. What was known of each token goes to step_00000012.rank0.tokens.jsonl beside it, a sample a line: {"group_id",
+"cut"}]}. Per-token metrics go to step_00000012.rank0.tokens.jsonl beside it, a sample a line: {"group_id",
 "index", "ids", "mask", "advantages", "train", "rollout", "skipped", "skipped_at"}, log-probabilities in nats; lists are
 empty for what is not known. The controller merges the ranks' parts when it is asked for them.
 """
@@ -26,15 +26,15 @@ FOLDER = "samples"
 MAX_TEXT_CHARS = 32_768
 """Longer prompts and responses are cut in the middle."""
 MAX_TOKENS = 4096
-"""Of longer responses, the numbers of so many tokens are kept: half from the beginning, half from the end."""
+"""Of longer responses, the metrics of this many tokens are kept: half from the start, half from the end."""
 _DIGITS = 4
-"""Decimals of numbers of tokens."""
+"""Decimals of per-token metrics."""
 _NAME = re.compile(r"step_(\d{8,})\.rank\d+(\.tokens)?\.jsonl")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class TokenNumbers:
-    """What a training step knew of a sample's response tokens; each [response_length]."""
+class TokenMetrics:
+    """Per-token metrics of a sample's response; each [response_length]."""
 
     mask: npt.NDArray[np.float32]
     advantages: npt.NDArray[np.float32]
@@ -43,7 +43,7 @@ class TokenNumbers:
 
 
 class SampleLog:
-    """One rank's files of a run. `groups` groups of each step are recorded; none with 0."""
+    """One rank's files of a run. `groups` groups of each step are logged; 0 logs none."""
 
     def __init__(self, run_dir: pathlib.Path, groups: int, rank: int, reward_key: str | None) -> None:
         self.groups = groups
@@ -51,23 +51,23 @@ class SampleLog:
         self._rank = rank
         self._reward_key = reward_key
 
-    def drop_from(self, step: int) -> None:
-        """Remove what an interrupted run recorded of this step and later ones: they will be taken anew."""
+    def discard_from(self, step: int) -> None:
+        """Discard what an interrupted run logged of this step and later ones: they will be taken again."""
         if self._folder.is_dir():
             for path in self._folder.iterdir():
                 match = _NAME.fullmatch(path.name)
                 if match and int(match[1]) >= step:
                     path.unlink(missing_ok=True)
 
-    def write(self, step: int, samples: Iterable[tuple[Sample, TokenNumbers | None]]) -> None:
-        """Record samples of a step; there are no numbers for one that was not trained on."""
+    def write(self, step: int, samples: Iterable[tuple[Sample, TokenMetrics | None]]) -> None:
+        """Log samples of a step; one that was not trained on has no metrics."""
         groups: dict[int, dict[str, Any]] = {}
         tokens: list[dict[str, Any]] = []
-        for sample, numbers in samples:
+        for sample, metrics in samples:
             if sample.group_id not in groups:
                 groups[sample.group_id] = _group(step, sample)
-            groups[sample.group_id]["samples"].append(self._sample(sample, numbers))
-            tokens.append(_tokens(sample, numbers))
+            groups[sample.group_id]["samples"].append(self._sample(sample, metrics))
+            tokens.append(_tokens(sample, metrics))
         if not groups:
             return
         self._folder.mkdir(parents=True, exist_ok=True)
@@ -76,14 +76,14 @@ class SampleLog:
         self._write(f"{name}.jsonl", [groups[group_id] for group_id in sorted(groups)])
 
     def _write(self, name: str, lines: Iterable[dict[str, Any]]) -> None:
-        """A file of JSON lines that is there whole or not at all."""
+        """Write a file of JSON lines that appears complete or not at all."""
         path = self._folder / name
         partial = path.with_suffix(".tmp")
         text = "".join(json.dumps(line, ensure_ascii=False, separators=(",", ":")) + "\n" for line in lines)
         partial.write_text(text, encoding="utf-8", errors="replace")
         partial.replace(path)
 
-    def _sample(self, sample: Sample, numbers: TokenNumbers | None) -> dict[str, Any]:
+    def _sample(self, sample: Sample, metrics: TokenMetrics | None) -> dict[str, Any]:
         response, cut = cut_text(sample.response)
         parts = sample.reward if isinstance(sample.reward, dict) else {}
         reward = parts.get(self._reward_key or "") if isinstance(sample.reward, dict) else sample.reward
@@ -95,26 +95,26 @@ class SampleLog:
             "status": sample.status.name,
             "response_length": sample.response_length,
             "weight_versions": [[span.version, span.start, span.end] for span in sample.weight_versions],
-            **summarise(numbers),
+            **summarise(metrics),
             "cut": cut,
         }
 
 
-def summarise(numbers: TokenNumbers | None) -> dict[str, float | None]:
+def summarise(metrics: TokenMetrics | None) -> dict[str, float | None]:
     """Mean and largest |trainer's - engine's log-probability| and mean advantage, over trained tokens."""
     summary: dict[str, float | None] = {"log_prob_diff_mean": None, "log_prob_diff_max": None, "advantage": None}
-    if numbers is None or not (trained := numbers.mask > 0).any():
+    if metrics is None or not (trained := metrics.mask > 0).any():
         return summary
-    summary["advantage"] = round(float(numbers.advantages[trained].mean()), 6)
-    if numbers.rollout_log_probs is not None:
-        difference = np.abs(numbers.train_log_probs - numbers.rollout_log_probs)[trained]
+    summary["advantage"] = round(float(metrics.advantages[trained].mean()), 6)
+    if metrics.rollout_log_probs is not None:
+        difference = np.abs(metrics.train_log_probs - metrics.rollout_log_probs)[trained]
         summary["log_prob_diff_mean"] = round(float(difference.mean()), 6)
         summary["log_prob_diff_max"] = round(float(difference.max()), 6)
     return {name: value if value is not None and np.isfinite(value) else None for name, value in summary.items()}
 
 
-def _tokens(sample: Sample, numbers: TokenNumbers | None) -> dict[str, Any]:
-    """What is known of each token of the response, without the middle of one that is too long."""
+def _tokens(sample: Sample, metrics: TokenMetrics | None) -> dict[str, Any]:
+    """Per-token metrics as a line of the log, without the middle of a long response."""
     length = sample.response_length
     half = MAX_TOKENS // 2
     skipped = max(0, length - 2 * half)
@@ -138,11 +138,11 @@ def _tokens(sample: Sample, numbers: TokenNumbers | None) -> dict[str, Any]:
         "skipped": skipped,
         "skipped_at": half if skipped else 0,
     }
-    if numbers is not None:
-        line["mask"] = kept((numbers.mask > 0).astype(np.uint8))
-        line["advantages"] = kept(numbers.advantages)
-        line["train"] = kept(numbers.train_log_probs)
-        line["rollout"] = kept(numbers.rollout_log_probs)
+    if metrics is not None:
+        line["mask"] = kept((metrics.mask > 0).astype(np.uint8))
+        line["advantages"] = kept(metrics.advantages)
+        line["train"] = kept(metrics.train_log_probs)
+        line["rollout"] = kept(metrics.rollout_log_probs)
     return line
 
 

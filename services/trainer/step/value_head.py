@@ -7,11 +7,11 @@ import pathlib
 import torch
 
 HEAD_NAME = "score.weight"
-"""What sequence classifiers of Transformers call it."""
+"""Its name in the sequence classifiers of Transformers."""
 
 
 class ValueHead(torch.nn.Module):
-    """The product with one row of weights, computed in float32 whatever type the weights and the hidden states have."""
+    """The product with one row of weights, computed in float32 whatever the dtype of the weights and hidden states."""
 
     def __init__(self, weight_1H: torch.Tensor) -> None:
         super().__init__()
@@ -25,7 +25,7 @@ class ValueHead(torch.nn.Module):
 def initial_weight(folder: str | pathlib.Path, hidden_size: int) -> torch.Tensor:
     """The folder's value head, float32 [1, H]; zeros where it has none.
 
-    Values of 0 make the first advantages those of the returns, and every layout of ranks starts alike. Raises
+    Zeros make the first advantages equal the returns, and are the same in every layout of ranks. Raises
     ValueError for a head of several rows.
     """
     from safetensors import safe_open

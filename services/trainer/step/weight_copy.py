@@ -1,4 +1,4 @@
-"""Copies of this rank's weights in host memory, and the model computing with one of them for a while."""
+"""Copies of this rank's weights in host memory, which can be swapped into the model."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
-    from miles.services.trainer.batch.batch import RolloutBatch
-    from miles.services.trainer.step.roles import Report
+    from miles.services.trainer.batch.rollout_batch import RolloutBatch
+    from miles.services.trainer.step.progress import Report
 
 Weights = Callable[[], Iterable[tuple[str, torch.Tensor]]]
 """Name and tensor of this rank's part of a model as it is now, in a fixed order."""
+ComputeLogProbs = Callable[["RolloutBatch", "Report"], torch.Tensor]
+"""As `LogProbRole.compute_log_probs`."""
 
 
 class WeightCopy:
@@ -30,8 +32,8 @@ class WeightCopy:
         self._wait()
 
     @contextlib.contextmanager
-    def in_place(self) -> Iterator[None]:
-        """Have the model compute with this copy; its own weights are back afterwards."""
+    def swapped_in(self) -> Iterator[None]:
+        """Have the model compute with this copy inside the block, and with its own weights again after it."""
         own = WeightCopy(self._weights)
         try:
             self.put()
@@ -56,17 +58,17 @@ class WeightCopy:
 
 
 class CopiedRole:
-    """Weights of the policy's shape that take its place while they are asked."""
+    """Weights of the policy's shape; to query them, they are swapped into the policy's model temporarily."""
 
-    def __init__(self, copy: WeightCopy, evaluate: Callable[[RolloutBatch, Report], torch.Tensor]) -> None:
-        """`evaluate` asks the policy's model, whatever its weights are."""
+    def __init__(self, copy: WeightCopy, compute_log_probs: ComputeLogProbs) -> None:
+        """`compute_log_probs` runs the policy's model with whatever weights it has."""
         self.copy = copy
-        self._evaluate = evaluate
+        self._compute_log_probs = compute_log_probs
 
-    def evaluate(self, batch: RolloutBatch, report: Report) -> torch.Tensor:
-        """See `Role.evaluate`."""
-        with self.copy.in_place():
-            return self._evaluate(batch, report)
+    def compute_log_probs(self, batch: RolloutBatch, report: Report) -> torch.Tensor:
+        """See `LogProbRole.compute_log_probs`."""
+        with self.copy.swapped_in():
+            return self._compute_log_probs(batch, report)
 
     def follow(self) -> None:
         """See `Reference.follow`."""

@@ -1,1 +1,1 @@
-"""FSDP2 over Hugging Face models."""
+"""The FSDP backend: Hugging Face models, sharded by FSDP2. Start at `backend`, then `model.build_roles`."""

@@ -1,8 +1,8 @@
-"""Checkpoints: PyTorch distributed checkpoints beside a JSON record, written whole or not at all.
+"""Checkpoints of the FSDP backend: PyTorch distributed checkpoints with a JSON record.
 
 DIR/step_00000012/          appears by rename, once everything in it is on disk
     .metadata, *.distcp     parameters, optimizer state and random states, readable with another number of ranks
-    trainer.json            `Record`
+    trainer.json            `CheckpointRecord`
 DIR/latest                  name of the newest checkpoint, for people and scripts; `newest` looks at the folders
 """
 
@@ -21,28 +21,33 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.tensor import DTensor
 
-from miles.services.trainer.backends.fsdp.model.model import named_weights
+from miles.services.trainer.backends.fsdp.model.sharded_model import named_weights
 from miles.services.trainer.backends.fsdp.optimizer import make_state
-from miles.services.trainer.checkpoint.background_save import Saving, empty_folder, failing_as_os_error, put_in_place
+from miles.services.trainer.checkpoint.background_save import (
+    Saving,
+    checkpoint_error_as_os_error,
+    empty_folder,
+    put_in_place,
+)
 from miles.services.trainer.checkpoint.random_state import random_state, set_random_state
-from miles.services.trainer.checkpoint.record import Record, read_record
-from miles.services.trainer.step.old_policies import OldActors
+from miles.services.trainer.checkpoint.record import CheckpointRecord, read_record
+from miles.services.trainer.step.old_policies import OldPolicies
 
 logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Trained:
-    """A model that learns."""
+    """A trained model and its optimizer."""
 
     model: torch.nn.Module
     optimizer: torch.optim.Optimizer | None
     """None to leave its state out."""
     trained_only: bool = False
-    """Whether parameters that are not trained stay out, as they come from elsewhere."""
+    """Whether to leave out frozen parameters, which are loaded from elsewhere."""
 
     def state(self) -> dict[str, Any]:
-        """What there is to save of the model."""
+        """The model's tensors to save."""
         state: dict[str, Any] = self.model.state_dict()
         if not self.trained_only:
             return state
@@ -51,13 +56,13 @@ class Trained:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Contents:
-    """What has tensors to save."""
+    """Everything whose tensors are saved."""
 
     policy: Trained
     critic: Trained | None = None
     reference: torch.nn.Module | None = None
     """None unless it changes during the run."""
-    old_actors: OldActors | None = None
+    old_policies: OldPolicies | None = None
 
     def trained(self) -> dict[tuple[str, str], Trained]:
         """By the names of a model and of its optimizer's state."""
@@ -65,18 +70,18 @@ class Contents:
         return found if self.critic is None else found | {("critic", "critic_optimizer"): self.critic}
 
 
-def save(directory: pathlib.Path, contents: Contents, record: Record) -> None:
+def save(directory: pathlib.Path, contents: Contents, record: CheckpointRecord) -> None:
     """Write a checkpoint to `directory`, replacing one of the same name; collective over ranks.
 
-    A crash at any moment leaves either no folder of that name, or the old one, or the new one whole.
+    A crash at any moment leaves no folder of that name, the old one, or the complete new one.
     """
     partial = empty_folder(directory)
-    with failing_as_os_error(directory):
+    with checkpoint_error_as_os_error(directory):
         state_dict_saver.save(_tensors(contents), checkpoint_id=partial)
     put_in_place(partial, directory, record)
 
 
-def begin(directory: pathlib.Path, contents: Contents, record: Record, group: dist.ProcessGroup) -> Saving:
+def begin(directory: pathlib.Path, contents: Contents, record: CheckpointRecord, group: dist.ProcessGroup) -> Saving:
     """As `save`, with a thread that writes copies of the tensors in host memory; collective over ranks.
 
     `group` has all ranks, works on host memory, and is used for nothing else until the checkpoint is complete.
@@ -86,14 +91,14 @@ def begin(directory: pathlib.Path, contents: Contents, record: Record, group: di
     assert isinstance(written, Future)
 
     def finish() -> None:
-        with failing_as_os_error(directory):
+        with checkpoint_error_as_os_error(directory):
             written.result()
         put_in_place(partial, directory, record)
 
     return Saving(written, finish)
 
 
-def load(directory: pathlib.Path, contents: Contents) -> Record:
+def load(directory: pathlib.Path, contents: Contents) -> CheckpointRecord:
     """Read a checkpoint into the models and the optimizer, and restore the random state; collective over ranks.
 
     Raises FileNotFoundError when it is incomplete and ValueError when the record cannot be read.
@@ -110,8 +115,8 @@ def load(directory: pathlib.Path, contents: Contents) -> Record:
     if contents.reference is not None and not is_there("reference"):
         logger.warning("%s has no reference; it starts from ref_load", directory)
         contents = dataclasses.replace(contents, reference=None)
-    if contents.old_actors is not None:
-        contents.old_actors.make_room(record.old_versions)
+    if contents.old_policies is not None:
+        contents.old_policies.make_room(record.old_versions)
     tensors = _tensors(contents)
     random_key = _random_key()
     if not is_there(random_key):
@@ -137,9 +142,9 @@ def _tensors(contents: Contents) -> dict[str, Any]:
             tensors[optimizer] = get_optimizer_state_dict(trained.model, trained.optimizer)
     if contents.reference is not None:
         tensors["reference"] = contents.reference.state_dict()
-    if contents.old_actors is not None:
+    if contents.old_policies is not None:
         weights = dict(named_weights(contents.policy.model))
-        for version, copy in contents.old_actors.copies.items():
+        for version, copy in contents.old_policies.copies.items():
             tensors[f"old_actor_{version}"] = {name: _like(weights[name], part) for name, part in copy.tensors.items()}
     return tensors
 

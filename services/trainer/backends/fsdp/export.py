@@ -1,7 +1,7 @@
-"""Sharded parameters made whole bucket by bucket: while one bucket is read, the next one is gathered.
+"""All-gather of sharded parameters for an export: while one bucket is read, the next one is gathered.
 
-Every rank gathers every bucket, so any of them can send it on, and none holds more than two at a time. Shards are
-converted before they travel.
+Every rank gathers every bucket, so any of them can send it, and none holds more than two at a time. Shards are
+converted before they are gathered.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor, Shard
 
-from miles.services.trainer.backends.fsdp.model.model import full_tensor
+from miles.services.trainer.backends.fsdp.model.sharded_model import full_tensor
 from miles.weights.bucketing import buckets
 
 _ALIGNMENT = 64
@@ -26,17 +26,17 @@ Allocate = Callable[[int], torch.Tensor]
 def gathered(
     weights: Iterable[tuple[str, torch.Tensor]], dtype: torch.dtype, bucket_bytes: int, allocate: Allocate
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Whole tensors by name, in the order of `weights`, floating-point ones as `dtype`; collective over ranks.
+    """Full tensors by name, in the order of `weights`, floating-point ones as `dtype`; collective over ranks.
 
-    A bucket takes tensors up to `bucket_bytes` bytes, or one that is larger. Its memory goes with its last tensor, so
-    whoever keeps none beyond the next keeps no more than two buckets alive. Tensors that no other rank has a part of
-    are yielded as they are.
+    A bucket takes tensors up to `bucket_bytes` bytes, or one that is larger. Its memory is freed with its last
+    tensor, so a reader that keeps no tensor beyond the next one keeps at most two buckets alive. Unsharded tensors are
+    yielded as they are.
     """
     pending: _Gather | None = None
     exported = (_Member(name, w, dtype if w.is_floating_point() else w.dtype) for name, w in weights)
     for members in buckets(exported, bucket_bytes):
         if pending is not None:
-            # The reader lets go of the bucket before only when it gets a tensor of this one.
+            # The reader frees the previous bucket only when it gets a tensor of this one.
             tensors = pending.finish()
             pending = None
             yield next(tensors)
@@ -58,7 +58,7 @@ class _Member:
 
     @property
     def shards(self) -> int:
-        """Equal parts, the last ones padded, that the gathered tensor consists of; 1 for one that is whole here."""
+        """Equal parts, the last ones padded, that the gathered tensor consists of; 1 for an unsharded one."""
         tensor = self.tensor
         if isinstance(tensor, DTensor) and tensor.device_mesh.size() > 1:
             return int(tensor.device_mesh.size())
@@ -71,12 +71,12 @@ class _Member:
 
     @property
     def nbytes(self) -> int:
-        """Size of the whole tensor as exported, in bytes."""
+        """Size of the full tensor as exported, in bytes."""
         return self.tensor.numel() * self.dtype.itemsize
 
 
 class _Gather:
-    """A bucket on its way. Gathering begins with the constructor."""
+    """A bucket that is being gathered, from the constructor on."""
 
     def __init__(self, members: list[_Member], allocate: Allocate) -> None:
         self._members = members
@@ -94,7 +94,7 @@ class _Gather:
             self._works.append(self._start(member, offset) if member.shards > 1 else None)
 
     def finish(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """The tensors, each as soon as it is whole."""
+        """The tensors, each as soon as it is complete."""
         for member, offset, work in zip(self._members, self._offsets, self._works, strict=True):
             if member.shards == 1:
                 yield member.name, _local(member.tensor).to(member.dtype)
@@ -110,7 +110,7 @@ class _Gather:
         return self._bucket[offset : offset + size].view(member.dtype)
 
     def _start(self, member: _Member, offset: int) -> dist.Work | None:
-        """Put this rank's part in its place and have the others' come to theirs."""
+        """Copy this rank's part into the bucket and start gathering the others'."""
         tensor, room = member.tensor, self._parts(member, offset)
         assert isinstance(tensor, DTensor)
         if tuple(tensor.placements) != (Shard(0),):

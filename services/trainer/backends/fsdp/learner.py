@@ -1,4 +1,7 @@
-"""Roles held as Hugging Face models under FSDP2. Dims: R response tokens of a micro-batch, T those of this rank."""
+"""Roles as Hugging Face models under FSDP2: how they are run and trained.
+
+Dims: R response tokens of a micro-batch, T those of this rank.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +14,9 @@ from torch.distributed.tensor import DTensor
 
 from miles.algorithms.losses import LossOutput
 from miles.algorithms.metrics import MetricSum
-from miles.services.trainer.backends.base import Progress
+from miles.algorithms.vocab_rows import TokenLogProbs
 from miles.services.trainer.backends.fsdp.lora.layers import without_adapters
-from miles.services.trainer.backends.fsdp.model.model import named_weights
+from miles.services.trainer.backends.fsdp.model.sharded_model import named_weights
 from miles.services.trainer.backends.fsdp.optimizer import (
     LossScale,
     build_optimizer,
@@ -21,10 +24,11 @@ from miles.services.trainer.backends.fsdp.optimizer import (
     set_learning_rate,
 )
 from miles.services.trainer.backends.fsdp.replay.step_routing import Routing
-from miles.services.trainer.batch.batch import OptimizerStepPlan, RolloutBatch
 from miles.services.trainer.batch.packing import MicroBatch
+from miles.services.trainer.batch.rollout_batch import OptimizerStepPlan, RolloutBatch
 from miles.services.trainer.step.learning_rate import learning_rate
-from miles.services.trainer.step.roles import Learner, OutputT, Report
+from miles.services.trainer.step.progress import Progress, Report
+from miles.services.trainer.step.roles import CriticLearner, Learner, OutputT, PolicyLearner
 
 if TYPE_CHECKING:
     from miles.config.sections.optimizer import OptimizerConfig
@@ -33,16 +37,16 @@ if TYPE_CHECKING:
 _OutputT_co = TypeVar("_OutputT_co", covariant=True)
 
 
-class Reading(Protocol[_OutputT_co]):
-    """What is read off a model for each response token."""
+class ForwardPass(Protocol[_OutputT_co]):
+    """One micro-batch through a model."""
 
     device: torch.device
 
-    def outputs(self, model: torch.nn.Module, micro_batch: MicroBatch) -> _OutputT_co:
-        """All that a loss needs."""
+    def for_loss(self, model: torch.nn.Module, micro_batch: MicroBatch) -> _OutputT_co:
+        """The forward output with all that a loss needs."""
 
-    def numbers(self, model: torch.nn.Module, micro_batch: MicroBatch) -> torch.Tensor:
-        """The one number that `Role.evaluate` gives; float32 [R]."""
+    def per_token(self, model: torch.nn.Module, micro_batch: MicroBatch) -> torch.Tensor:
+        """The log-probability or value of each response token alone; float32 [R]."""
 
 
 class FsdpLearner(Learner[OutputT]):
@@ -51,7 +55,7 @@ class FsdpLearner(Learner[OutputT]):
     def __init__(
         self,
         model: torch.nn.Module,
-        reading: Reading[OutputT],
+        forward: ForwardPass[OutputT],
         config: OptimizerConfig,
         total_iterations: int,
         *,
@@ -63,7 +67,7 @@ class FsdpLearner(Learner[OutputT]):
         self.model = model
         self.optimizer = build_optimizer(model, config)
         self.loss_scale = LossScale(dynamic=scale_loss)
-        self._reading = reading
+        self._forward = forward
         self._config = config
         self._total_iterations = total_iterations
         self._routing = routing
@@ -73,10 +77,6 @@ class FsdpLearner(Learner[OutputT]):
         """See `Learner.learning_rate`."""
         rate: float = self.optimizer.param_groups[0]["lr"]
         return rate
-
-    def evaluate(self, batch: RolloutBatch, report: Report) -> torch.Tensor:
-        """See `Role.evaluate`."""
-        return _evaluate(self.model, self._reading, batch, report, self._routing)
 
     def accumulate(
         self,
@@ -93,7 +93,7 @@ class FsdpLearner(Learner[OutputT]):
             if self._routing is not None:
                 self._routing.before(batch, micro_batch)
             with torch.set_grad_enabled(with_gradient):
-                outputs = self._reading.outputs(self.model, micro_batch)
+                outputs = self._forward.for_loss(self.model, micro_batch)
             result = loss(micro_batch, outputs)
             if with_gradient:
                 # FSDP averages gradients over ranks; the loss is this rank's share of the step's.
@@ -112,15 +112,34 @@ class FsdpLearner(Learner[OutputT]):
         self.iteration += 1
         return 0.0 if norm is None else norm
 
-    def discard(self) -> None:
-        """See `Learner.discard`."""
+    def discard_gradients(self) -> None:
+        """See `Learner.discard_gradients`."""
         self.optimizer.zero_grad(set_to_none=True)
+
+    def _per_token(self, batch: RolloutBatch, report: Report) -> torch.Tensor:
+        return _forward_batch(self.model, self._forward, batch, report, self._routing)
+
+
+class FsdpPolicy(FsdpLearner[TokenLogProbs], PolicyLearner):
+    """The policy."""
+
+    def compute_log_probs(self, batch: RolloutBatch, report: Report) -> torch.Tensor:
+        """See `LogProbRole.compute_log_probs`."""
+        return self._per_token(batch, report)
+
+
+class FsdpCritic(FsdpLearner[torch.Tensor], CriticLearner):
+    """The critic."""
+
+    def compute_values(self, batch: RolloutBatch, report: Report) -> torch.Tensor:
+        """See `CriticLearner.compute_values`."""
+        return self._per_token(batch, report)
 
 
 def local_weights(model: torch.nn.Module, *, trained_only: bool = False) -> list[tuple[str, torch.Tensor]]:
     """Name and this rank's part of every weight, or of those that are trained; writing to them changes the model.
 
-    Going through `state_dict` has FSDP let go of weights that it has gathered, which would be out of date.
+    Going through `state_dict` makes FSDP free the weights that it has gathered, which would be out of date.
     """
     chosen = [(name, w) for name, w in named_weights(model) if w.requires_grad or not trained_only]
     parts = [(name, weight.detach()) for name, weight in chosen]
@@ -128,16 +147,16 @@ def local_weights(model: torch.nn.Module, *, trained_only: bool = False) -> list
 
 
 class FrozenModel:
-    """A model of its own that does not learn."""
+    """A separate model that is not trained."""
 
-    def __init__(self, model: torch.nn.Module, reading: Reading[Any], policy: torch.nn.Module) -> None:
+    def __init__(self, model: torch.nn.Module, forward: ForwardPass[Any], policy: torch.nn.Module) -> None:
         self.model = model
-        self._reading = reading
+        self._forward = forward
         self._policy = policy
 
-    def evaluate(self, batch: RolloutBatch, report: Report) -> torch.Tensor:
-        """See `Role.evaluate`."""
-        return _evaluate(self.model, self._reading, batch, report, None)
+    def compute_log_probs(self, batch: RolloutBatch, report: Report) -> torch.Tensor:
+        """See `LogProbRole.compute_log_probs`."""
+        return _forward_batch(self.model, self._forward, batch, report, None)
 
     @torch.no_grad()
     def follow(self) -> None:
@@ -150,38 +169,39 @@ class FrozenModel:
 class AdaptedBase:
     """The reference of a policy of which adapters are trained: the same model with its adapters off."""
 
-    def __init__(self, model: torch.nn.Module, reading: Reading[Any], routing: Routing | None) -> None:
-        """`routing` is the policy's: the base routes freely."""
+    def __init__(self, model: torch.nn.Module, forward: ForwardPass[Any], routing: Routing | None) -> None:
+        """`routing` is the policy's; the base routes freely."""
         self.model = model
-        self._reading = reading
+        self._forward = forward
         self._routing = routing
 
-    def evaluate(self, batch: RolloutBatch, report: Report) -> torch.Tensor:
-        """See `Role.evaluate`."""
+    def compute_log_probs(self, batch: RolloutBatch, report: Report) -> torch.Tensor:
+        """See `LogProbRole.compute_log_probs`."""
         if self._routing is not None:
-            self._routing.let_go()
+            self._routing.choose_freely()
         with without_adapters(self.model):
-            return _evaluate(self.model, self._reading, batch, report, None)
+            return _forward_batch(self.model, self._forward, batch, report, None)
 
     def follow(self) -> None:
-        """Never asked for: ref_update_interval and adapters exclude each other."""
+        """Never called: ref_update_interval and adapters exclude each other."""
         raise RuntimeError("the base of an adapter does not change")
 
 
-def _evaluate(
-    model: torch.nn.Module, reading: Reading[Any], batch: RolloutBatch, report: Report, routing: Routing | None
+def _forward_batch(
+    model: torch.nn.Module, forward: ForwardPass[Any], batch: RolloutBatch, report: Report, routing: Routing | None
 ) -> torch.Tensor:
+    """The log-probability or value of each of this rank's response tokens, without gradient; float32 [T]."""
     micro_batches: Sequence[MicroBatch] = batch.log_prob_micro_batches
     if routing is not None and routing.keeps:  # by micro-batch, so it takes those of the training pass
         micro_batches = batch.micro_batches
-    result = torch.zeros(batch.packing.num_tokens, device=reading.device)
+    result = torch.zeros(batch.packing.num_tokens, device=forward.device)
     for done, micro_batch in enumerate(micro_batches):
         report(Progress("log_probs", done, len(micro_batches)))
         if routing is not None:
             routing.before(batch, micro_batch)
         with torch.no_grad():
-            numbers_R = reading.numbers(model, micro_batch)
-        result[batch.place(micro_batch).to(result.device)] = numbers_R
+            values_R = forward.per_token(model, micro_batch)
+        result[batch.token_indices(micro_batch).to(result.device)] = values_R
         if routing is not None:
             routing.after(micro_batch)
     return result

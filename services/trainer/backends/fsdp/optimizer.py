@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch.distributed.tensor import DTensor
 
+from miles.services.trainer.step.finite_gradient import not_finite
+
 if TYPE_CHECKING:
     from miles.config.sections.optimizer import OptimizerConfig
 
@@ -80,10 +82,7 @@ class LossScale:
                 self.value *= 2
             return total
         if not self.dynamic or self.value <= 1:
-            raise FloatingPointError(
-                f"the gradient's norm is {total}; the weights were left as they were. A lower lr, a smaller clip range "
-                "or train_dtype float32 may help; rewards and log-probabilities of this step are worth a look"
-            )
+            raise not_finite(total)
         self.value, self.good_steps = self.value / 2, 0
         return None
 

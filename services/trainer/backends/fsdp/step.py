@@ -10,9 +10,10 @@ import torch.distributed as dist
 
 from miles.algorithms.metrics import MetricSum, reduce_metrics
 from miles.services.trainer.backends.fsdp.replay.step_routing import Routing
-from miles.services.trainer.batch.batch import RolloutBatch
+from miles.services.trainer.batch.rollout_batch import RolloutBatch
+from miles.services.trainer.step.data_ranks import DataRanks
 from miles.services.trainer.step.roles import Roles
-from miles.services.trainer.step.training_step import DataRanks, RolloutTrainer
+from miles.services.trainer.step.training_step import RolloutTrainer
 
 if TYPE_CHECKING:
     from miles.config import JobConfig

@@ -1,1 +1,1 @@
-"""The Megatron-Core training backend."""
+"""The Megatron-Core backend, for models that need more than sharding. Start at `backend`, then `model.build_roles`."""

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from miles.services.trainer.backends.megatron.model.model import MegatronModel
+from miles.services.trainer.backends.megatron.model.build_model import MegatronModel
 
 Named = tuple[str, torch.Tensor]
 _EXPERT = re.compile(r"(?P<layer>.*\.mlp\.experts)\.(?P<expert>\d+)\.(?P<part>gate|up|down)_proj\.weight")
@@ -18,10 +18,10 @@ class Exporter:
     """Gathers one parameter after the other: no rank ever holds more of the model than its own part and one tensor."""
 
     def __init__(self, model: MegatronModel, dtype: torch.dtype, *, fuse_experts: bool) -> None:
-        """`fuse_experts` joins a layer's experts as transformers' modelling code holds them, and leaves out layers for
-        multi-token prediction, which it has none of.
+        """`fuse_experts` joins a layer's experts as transformers' modelling code holds them, and leaves out MTP layers,
+        which it does not have.
 
-        Collective: it goes through one export to learn what there will be.
+        Collective: it runs one export to learn the layout.
         """
         self._model = model
         self._dtype = dtype
@@ -47,10 +47,10 @@ class Exporter:
             self._model.chunks, cpu=False, show_progress=False, conversion_tasks=tasks
         )
         for name, tensor in weights:
-            whole = tensor.detach()
+            full = tensor.detach()
             if name in self._by_token:
-                whole = whole[: self._model.vocabulary]  # without what makes it divide over ranks
-            yield name, whole.to(self._dtype) if whole.is_floating_point() else whole
+                full = full[: self._model.vocabulary]  # without the padding that makes it divide over ranks
+            yield name, full.to(self._dtype) if full.is_floating_point() else full
 
 
 def join_experts(tensors: Iterable[Named]) -> Iterator[Named]:

@@ -1,4 +1,4 @@
-"""Roles held in Megatron-Core. Dims: T response tokens of this replica's samples."""
+"""Roles as Megatron-Core models: how they are run and trained. Dims: T response tokens of this replica's samples."""
 
 from __future__ import annotations
 
@@ -9,17 +9,18 @@ import torch
 
 from miles.algorithms.losses import LossOutput
 from miles.algorithms.metrics import MetricSum
-from miles.services.trainer.backends.base import Progress
-from miles.services.trainer.backends.megatron.model.model import MegatronModel
-from miles.services.trainer.backends.megatron.mtp.layers import PredictionTraining
+from miles.algorithms.vocab_rows import TokenLogProbs
+from miles.services.trainer.backends.megatron.model.build_model import MegatronModel
+from miles.services.trainer.backends.megatron.mtp.layers import MtpTraining
 from miles.services.trainer.backends.megatron.optimizer import MegatronOptimizer
-from miles.services.trainer.backends.megatron.parallel.groups import Place, from_last_stage
-from miles.services.trainer.backends.megatron.parallel.outputs import Reading
+from miles.services.trainer.backends.megatron.parallel.forward_output import ForwardOutput
+from miles.services.trainer.backends.megatron.parallel.groups import ParallelRank, from_last_stage
 from miles.services.trainer.backends.megatron.parallel.pipeline import Pipeline
 from miles.services.trainer.backends.megatron.replay.step_routing import Hooks, Routing
-from miles.services.trainer.batch.batch import OptimizerStepPlan, RolloutBatch
 from miles.services.trainer.batch.packing import MicroBatch
-from miles.services.trainer.step.roles import Learner, OutputT, Report
+from miles.services.trainer.batch.rollout_batch import OptimizerStepPlan, RolloutBatch
+from miles.services.trainer.step.progress import Progress, Report
+from miles.services.trainer.step.roles import CriticLearner, Learner, OutputT, PolicyLearner
 
 
 class MegatronLearner(Learner[OutputT]):
@@ -28,21 +29,21 @@ class MegatronLearner(Learner[OutputT]):
     def __init__(
         self,
         model: MegatronModel,
-        reading: Reading[OutputT],
+        output: ForwardOutput[OutputT],
         optimizer: MegatronOptimizer,
-        place: Place,
+        parallel: ParallelRank,
         device: torch.device,
         total_iterations: int,
         routing: Routing | None = None,
-        prediction: PredictionTraining | None = None,
+        mtp: MtpTraining | None = None,
     ) -> None:
         super().__init__()
         self.model = model
         self.optimizer = optimizer
-        self._reading = reading
-        self._place = place
+        self._output = output
+        self._parallel = parallel
         self._device = device
-        self._pipeline = Pipeline(model, place, device, prediction)
+        self._pipeline = Pipeline(model, parallel, device, mtp)
         self._total_iterations = total_iterations
         self._routing = routing
 
@@ -50,14 +51,6 @@ class MegatronLearner(Learner[OutputT]):
     def learning_rate(self) -> float:
         """See `Learner.learning_rate`."""
         return self.optimizer.rate
-
-    def evaluate(self, batch: RolloutBatch, report: Report) -> torch.Tensor:
-        """See `Role.evaluate`; routed as in training."""
-        return self._evaluate(batch, report, self._routing)
-
-    def evaluate_unrouted(self, batch: RolloutBatch, report: Report) -> torch.Tensor:
-        """The same with routers that choose for themselves: of weights that did not generate the samples."""
-        return self._evaluate(batch, report, None)
 
     def accumulate(
         self,
@@ -82,18 +75,18 @@ class MegatronLearner(Learner[OutputT]):
         self.iteration += 1
         return norm
 
-    def discard(self) -> None:
-        """See `Learner.discard`; collective."""
+    def discard_gradients(self) -> None:
+        """See `Learner.discard_gradients`; collective."""
         self.optimizer.clear()
-        self._pipeline.prediction_loss()
+        self._pipeline.take_mtp_loss()
 
-    def settle(self) -> None:
-        """See `Learner.settle`."""
-        self.optimizer.settle()
+    def sync_weights(self) -> None:
+        """See `Learner.sync_weights`."""
+        self.optimizer.gather_parameters()
 
-    def prediction_loss(self) -> dict[str, float]:
-        """See `Pipeline.prediction_loss`."""
-        return self._pipeline.prediction_loss()
+    def take_mtp_loss(self) -> dict[str, float]:
+        """See `Pipeline.take_mtp_loss`."""
+        return self._pipeline.take_mtp_loss()
 
     def _pass(
         self,
@@ -106,7 +99,7 @@ class MegatronLearner(Learner[OutputT]):
         def numbered_loss(number: int, outputs: OutputT) -> tuple[torch.Tensor, dict[str, MetricSum]]:
             report(done + number)
             if number >= len(micro_batches):
-                return self._reading.nothing(outputs), {}
+                return self._output.zero_loss(outputs), {}
             result = loss(micro_batches[number], outputs)
             return result.loss, result.metrics
 
@@ -114,7 +107,7 @@ class MegatronLearner(Learner[OutputT]):
         hooks: Hooks = {} if self._routing is None else self._routing.hooks(micro_batches, with_gradient=with_gradient)
         parts: list[dict[str, MetricSum]] = self._pipeline.run(
             micro_batches,
-            self._reading.outputs,
+            self._output.for_loss,
             numbered_loss,
             with_gradient=with_gradient,
             trained_tokens=trained_tokens,
@@ -124,21 +117,42 @@ class MegatronLearner(Learner[OutputT]):
             self._routing.finish()
         return parts
 
-    def _evaluate(self, batch: RolloutBatch, report: Report, routing: Routing | None) -> torch.Tensor:
+    def _per_token(self, batch: RolloutBatch, report: Report, routing: Routing | None) -> torch.Tensor:
+        """The log-probability or value of each of this replica's response tokens, without gradient; float32 [T]."""
         micro_batches: Sequence[MicroBatch] = batch.log_prob_micro_batches
         if routing is not None and routing.keeps:  # by micro-batch, so it takes those of the training pass
             micro_batches = batch.micro_batches
         result = torch.zeros(batch.packing.num_tokens, device=self._device)
 
-        def keep(number: int, numbers_R: torch.Tensor) -> tuple[torch.Tensor, Any]:
+        def keep(number: int, values_R: torch.Tensor) -> tuple[torch.Tensor, Any]:
             report(Progress("log_probs", min(number, len(micro_batches)), len(micro_batches)))
             if number < len(micro_batches):
-                result[batch.place(micro_batches[number]).to(result.device)] = numbers_R
-            return numbers_R.sum(), None
+                result[batch.token_indices(micro_batches[number]).to(result.device)] = values_R
+            return values_R.sum(), None
 
         hooks: Hooks = {} if routing is None else routing.hooks(micro_batches, with_gradient=False)
         with torch.no_grad():
-            self._pipeline.run(micro_batches, self._reading.numbers, keep, with_gradient=False, **hooks)
+            self._pipeline.run(micro_batches, self._output.per_token, keep, with_gradient=False, **hooks)
         if routing is not None:
             routing.finish()
-        return from_last_stage(result, self._place)
+        return from_last_stage(result, self._parallel)
+
+
+class MegatronPolicy(MegatronLearner[TokenLogProbs], PolicyLearner):
+    """The policy."""
+
+    def compute_log_probs(self, batch: RolloutBatch, report: Report) -> torch.Tensor:
+        """See `LogProbRole.compute_log_probs`; routed as in training."""
+        return self._per_token(batch, report, self._routing)
+
+    def compute_log_probs_unrouted(self, batch: RolloutBatch, report: Report) -> torch.Tensor:
+        """The same with routers that choose freely: for weights that did not generate the samples."""
+        return self._per_token(batch, report, None)
+
+
+class MegatronCritic(MegatronLearner[torch.Tensor], CriticLearner):
+    """The critic."""
+
+    def compute_values(self, batch: RolloutBatch, report: Report) -> torch.Tensor:
+        """See `CriticLearner.compute_values`."""
+        return self._per_token(batch, report, self._routing)

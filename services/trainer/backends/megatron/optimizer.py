@@ -1,4 +1,4 @@
-"""Megatron-Core's optimizer, with the schedule, clipping and refusals that every backend has."""
+"""Megatron-Core's optimizer, with the learning-rate schedule, clipping and errors that every backend has."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from miles.services.trainer.step.finite_gradient import not_finite
 from miles.services.trainer.step.learning_rate import learning_rate
 
 if TYPE_CHECKING:
     from miles.config.sections.megatron import MegatronConfig
     from miles.config.sections.optimizer import OptimizerConfig as OptimizerSettings
-    from miles.services.trainer.backends.megatron.model.model import MegatronModel
+    from miles.services.trainer.backends.megatron.model.build_model import MegatronModel
 
 
 class MegatronOptimizer:
@@ -48,7 +49,7 @@ class MegatronOptimizer:
         )
 
         def finalize(chunks: list[Any], num_tokens: torch.Tensor | None = None, **others: Any) -> None:
-            """Sum gradients over ranks and leave them so: the loss has been divided already."""
+            """Sum gradients over ranks without dividing them: the loss is divided already."""
             finalize_model_grads(chunks, None, **others)
 
         model.config.finalize_model_grads_func = finalize
@@ -66,13 +67,13 @@ class MegatronOptimizer:
         return rate
 
     def clear(self) -> None:
-        """Forget gradients."""
+        """Discard gradients."""
         for chunk in self._chunks:
             chunk.zero_grad_buffer()
         self.inner.zero_grad()
 
-    def settle(self) -> None:
-        """Gather updated parameters that are to be gathered during the next forward pass."""
+    def gather_parameters(self) -> None:
+        """All-gather updated parameters now, where that would overlap with the next forward pass."""
         for chunk in self._chunks if self._gathers_later else ():
             chunk.start_param_sync(force_sync=True)
 
@@ -88,9 +89,6 @@ class MegatronOptimizer:
         if not self.inner.prepare_grads():
             norm = float(self.inner.get_grad_norm())
             if not math.isfinite(norm):
-                raise FloatingPointError(
-                    f"the gradient's norm is {norm}; the weights were left as they were. A lower lr, a smaller clip "
-                    "range or train_dtype float32 may help; rewards and log-probabilities of this step are worth a look"
-                )
+                raise not_finite(norm)
         done, norm, _ = self.inner.step()
         return float(norm) if done and norm is not None else 0.0

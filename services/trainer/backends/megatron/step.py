@@ -10,10 +10,10 @@ import torch
 import torch.distributed as dist
 
 from miles.algorithms.metrics import MetricSum, reduce_metrics
-from miles.services.trainer.backends.megatron.model.build import MegatronRoles
-from miles.services.trainer.backends.megatron.parallel.groups import Place, from_last_stage
+from miles.services.trainer.backends.megatron.model.build_roles import MegatronRoles
+from miles.services.trainer.backends.megatron.parallel.groups import ParallelRank, from_last_stage
 from miles.services.trainer.backends.megatron.replay.step_routing import Routing
-from miles.services.trainer.batch.batch import RolloutBatch
+from miles.services.trainer.batch.rollout_batch import RolloutBatch
 from miles.services.trainer.step.training_step import RolloutTrainer
 
 if TYPE_CHECKING:
@@ -24,10 +24,15 @@ class MegatronTrainer(RolloutTrainer):
     """Replicas are spread over ranks; the last pipeline stage has the metrics."""
 
     def __init__(
-        self, config: JobConfig, roles: MegatronRoles, place: Place, routing: Routing | None, device: torch.device
+        self,
+        config: JobConfig,
+        roles: MegatronRoles,
+        parallel: ParallelRank,
+        routing: Routing | None,
+        device: torch.device,
     ) -> None:
-        super().__init__(config, roles, place.data, device)
-        self._place = place
+        super().__init__(config, roles, parallel.data, device)
+        self._parallel = parallel
         self._policy = roles.policy
         self._routing = routing
 
@@ -38,18 +43,18 @@ class MegatronTrainer(RolloutTrainer):
 
     def reduce(self, parts: Sequence[dict[str, MetricSum]]) -> dict[str, float]:
         """See `RolloutTrainer.reduce`."""
-        means = reduce_metrics(parts, self._data_ranks.group) if self._place.is_last_stage else {}
-        metrics = _share(means, self._place) | self._policy.prediction_loss()
-        return metrics if self._routing is None else metrics | self._routing.metrics(self._place)
+        means = reduce_metrics(parts, self._data_ranks.group) if self._parallel.is_last_stage else {}
+        metrics = _share(means, self._parallel) | self._policy.take_mtp_loss()
+        return metrics if self._routing is None else metrics | self._routing.metrics()
 
 
-def _share(metrics: dict[str, float], place: Place) -> dict[str, float]:
+def _share(metrics: dict[str, float], parallel: ParallelRank) -> dict[str, float]:
     """The last stage's metrics on every stage."""
-    if place.pipeline_size == 1:
+    if parallel.pipeline_size == 1:
         return metrics
-    device = "cuda" if dist.get_backend(place.pipeline_group) == "nccl" else "cpu"
+    device = "cuda" if dist.get_backend(parallel.pipeline_group) == "nccl" else "cpu"
     text = torch.frombuffer(bytearray(json.dumps(metrics).encode()), dtype=torch.uint8).to(device)
-    size = from_last_stage(torch.tensor([len(text)], device=device), place)
-    buffer = text if place.is_last_stage else torch.empty(int(size), dtype=torch.uint8, device=device)
-    shared: dict[str, float] = json.loads(from_last_stage(buffer, place).cpu().numpy().tobytes())
+    size = from_last_stage(torch.tensor([len(text)], device=device), parallel)
+    buffer = text if parallel.is_last_stage else torch.empty(int(size), dtype=torch.uint8, device=device)
+    shared: dict[str, float] = json.loads(from_last_stage(buffer, parallel).cpu().numpy().tobytes())
     return shared

@@ -20,7 +20,7 @@ from miles.services.controller.artifacts.metrics import MetricLog
 from miles.services.controller.artifacts.token_texts import token_texts
 from miles.services.controller.status import timeline
 from miles.services.controller.status.worker_activity import Activity, WorkerActivities
-from miles.services.trainer.step.sample_log import MAX_TEXT_CHARS, MAX_TOKENS, SampleLog, TokenNumbers
+from miles.services.trainer.step.sample_log import MAX_TEXT_CHARS, MAX_TOKENS, SampleLog, TokenMetrics
 from miles.telemetry import MetricsWriter
 from miles.types import Sample, SampleStatus, VersionSpan
 
@@ -88,9 +88,9 @@ def sample(group_id: int, index: int, reward: float | None, **changes: object) -
     return Sample(**{**fields, **changes})  # type: ignore[arg-type]
 
 
-def numbers(shift: float) -> TokenNumbers:
+def numbers(shift: float) -> TokenMetrics:
     log_probs = np.array([-1.0, -2.0, -3.0], np.float32)
-    return TokenNumbers(
+    return TokenMetrics(
         mask=np.array([1, 1, 0], np.float32),
         advantages=np.array([0.5, 0.5, 9.0], np.float32),
         train_log_probs=log_probs,
@@ -166,7 +166,7 @@ def test_a_page_token_that_no_page_ended_with_is_refused(tmp_path: pathlib.Path,
 
 def test_a_resumed_run_drops_samples_of_steps_to_be_taken_again(tmp_path: pathlib.Path) -> None:
     write_steps(tmp_path, steps=3)
-    SampleLog(tmp_path, 2, 0, None).drop_from(1)
+    SampleLog(tmp_path, 2, 0, None).discard_from(1)
     page, _ = sample_files.list_samples(tmp_path, sample_files.SampleFilter(), 99, "")
     assert {s.step for s in page} == {0}
 

@@ -6,8 +6,8 @@ import pathlib
 
 import pytest
 
-from miles.services.trainer.backends.base import METRICS_KEPT, TrainerState
 from miles.services.trainer.checkpoint.record import RECORD_FILE, newest
+from miles.services.trainer.checkpoint.state import METRICS_KEPT, TrainerState
 
 
 def write(folder: pathlib.Path, *names: str) -> None:

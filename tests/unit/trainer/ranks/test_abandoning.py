@@ -9,14 +9,15 @@ import pytest
 import torch
 from trainer_cases import job_config, random_groups, write_dense_model
 
-from miles.services.trainer.backends.base import Progress, TrainerState
 from miles.services.trainer.backends.fsdp.backend import FsdpBackend
+from miles.services.trainer.checkpoint.state import TrainerState
 from miles.services.trainer.ranks.abandoning import Abandonment, StepAbandonedError
+from miles.services.trainer.step.progress import Progress
 
 CASES: dict[str, dict[str, Any]] = {
     "reference": {"use_kl_loss": True, "kl_loss_coef": 0.1},
     "critic": {"advantage_estimator": "ppo", "critic_lr": 0.02, "num_steps_per_rollout": 2},
-    "old actors": {"keep_old_actor": True, "max_weight_staleness": 1},
+    "old policies": {"keep_old_actor": True, "max_weight_staleness": 1},
 }
 
 
@@ -80,7 +81,7 @@ def test_what_is_saved_after_an_abandoned_step_is_what_was_before_it(
     backend = FsdpBackend(job_config(dense, **CASES[case]), tmp_path / "checkpoints", torch.device("cpu"))
     backend.load()
     state = TrainerState()
-    for _ in backend.export():  # as engines get the version, so that it is kept as an old actor
+    for _ in backend.export():  # as engines get the version, so that it is kept as an old policy
         pass
     state.finish_step(backend.train(0, random_groups(0), lambda progress: None))
     for _ in backend.export():

@@ -1,4 +1,4 @@
-"""Kept old actors: which versions there are, what they say, and what a checkpoint brings back."""
+"""Old policies: which versions are kept, their log-probabilities, and what a checkpoint restores."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from trainer_cases import hf_log_probs, job_config, random_groups, train_recorde
 
 from miles.services.trainer.backends.fsdp import checkpoint
 from miles.services.trainer.backends.fsdp.backend import FsdpBackend
-from miles.services.trainer.batch.batch import build_batch, in_order
+from miles.services.trainer.batch.rollout_batch import build_batch, in_order
 from miles.services.trainer.checkpoint.record import folder_name
-from miles.services.trainer.step.old_policies import OldActors
+from miles.services.trainer.step.old_policies import OldPolicies
 from miles.types import Sample, SampleGroup, VersionSpan
 
 KEEP: dict[str, Any] = {"keep_old_actor": True, "max_weight_staleness": 2}
@@ -56,7 +56,7 @@ def generated_by(seed: int, versions: list[int]) -> list[SampleGroup]:
 
 def test_versions_are_kept_while_samples_of_them_may_come() -> None:
     weight = torch.zeros(1)
-    old = OldActors(lambda: [("w", weight)], lambda batch, report: weight.clone(), staleness=2)
+    old = OldPolicies(lambda: [("w", weight)], lambda batch, report: weight.clone(), staleness=2)
     seen = []
     for version in range(5):
         weight.fill_(version)
@@ -68,7 +68,7 @@ def test_versions_are_kept_while_samples_of_them_may_come() -> None:
 
 def test_only_published_versions_are_kept() -> None:
     weight = torch.zeros(1)
-    old = OldActors(lambda: [("w", weight)], lambda batch, report: weight.clone(), staleness=3)
+    old = OldPolicies(lambda: [("w", weight)], lambda batch, report: weight.clone(), staleness=3)
     seen = []
     for version in range(6):
         if version % 2 == 0:
@@ -103,21 +103,25 @@ def test_a_token_has_the_log_probability_of_the_version_that_generated_it(
     assert metrics["train/old_actor_ratio"] == pytest.approx(old / total)
     assert abs(by_version[0][0] - by_version[2][0]).max() > 0.01
     assert metrics["train/ppo_kl"] != 0  # the ratio is to the version that generated
-    assert sorted(backend._loaded.roles.old_actors.copies) == [1, 2]  # type: ignore[union-attr]
+    assert sorted(backend._loaded.roles.old_policies.copies) == [1, 2]  # type: ignore[union-attr]
 
 
 @pytest.mark.usefixtures("process_group")
-def test_asking_an_old_actor_leaves_the_policy_as_it_is(dense: pathlib.Path, tmp_path: pathlib.Path) -> None:
+def test_querying_an_old_policy_leaves_the_policy_unchanged(dense: pathlib.Path, tmp_path: pathlib.Path) -> None:
     backend = loaded(dense, tmp_path)
     roles = backend._loaded.roles
-    assert roles.old_actors is not None
+    assert roles.old_policies is not None
     groups = generated_by(0, [0])
     train_recorded(backend._loaded.trainer, groups)
     batch = build_batch(in_order(groups), job_config(dense, **KEEP), rank=0, ranks=1)
     before = {name: tensor.clone() for name, tensor in backend.export()}
     says, said, says_again = (
         ask(batch, lambda progress: None)
-        for ask in (roles.policy.evaluate, functools.partial(roles.old_actors.evaluate, 0), roles.policy.evaluate)
+        for ask in (
+            roles.policy.compute_log_probs,
+            functools.partial(roles.old_policies.compute_log_probs, 0),
+            roles.policy.compute_log_probs,
+        )
     )
     assert (says - said).abs().max() > 0.01
     assert says.equal(says_again)
@@ -125,7 +129,7 @@ def test_asking_an_old_actor_leaves_the_policy_as_it_is(dense: pathlib.Path, tmp
 
 
 @pytest.mark.usefixtures("process_group")
-def test_a_version_that_was_not_kept_is_known_from_the_engine(dense: pathlib.Path, tmp_path: pathlib.Path) -> None:
+def test_without_a_copy_the_engines_log_probabilities_are_used(dense: pathlib.Path, tmp_path: pathlib.Path) -> None:
     backend = loaded(dense, tmp_path)
     groups = generated_by(3, [4])
     metrics, known = train_recorded(backend._loaded.trainer, groups, 5)
@@ -136,7 +140,7 @@ def test_a_version_that_was_not_kept_is_known_from_the_engine(dense: pathlib.Pat
 
 
 @pytest.mark.usefixtures("process_group")
-def test_a_resumed_run_has_its_old_actors_bit_for_bit(dense: pathlib.Path, tmp_path: pathlib.Path) -> None:
+def test_a_resumed_run_has_its_old_policies_bit_for_bit(dense: pathlib.Path, tmp_path: pathlib.Path) -> None:
     first = loaded(dense, tmp_path)
     state = first.load()
     for version in range(2):

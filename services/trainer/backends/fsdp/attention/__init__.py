@@ -1,1 +1,1 @@
-"""Attention over a packed micro-batch of Hugging Face models. Start at `segments`."""
+"""Attention over a packed micro-batch of Hugging Face models. Start at `packed_attention`."""

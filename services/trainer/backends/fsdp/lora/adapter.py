@@ -1,4 +1,4 @@
-"""A policy of which an adapter is trained: how the configuration makes one, and how it leaves the trainer."""
+"""The adapter that is trained instead of the full policy: attached as configured, merged or written for export."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from miles.services.trainer.backends.fsdp.lora.layers import (
     load_adapters,
     named_adapters,
 )
-from miles.services.trainer.backends.fsdp.model.model import named_weights
+from miles.services.trainer.backends.fsdp.model.sharded_model import named_weights
 from miles.services.trainer.step import algorithm_options
 from miles.weights.adapters import peft_folder
 from miles.weights.adapters.lora import adapted_weights, adapter_names, base_checksum, merged, scale_of
@@ -35,14 +35,14 @@ _IDENTITY_DTYPE = torch.bfloat16
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Adapter:
-    """What is trained of a policy."""
+    """The trained adapter of a policy."""
 
     described: policy_pb2.LoraAdapter
-    """What engines have to know of it."""
+    """Its description for engines."""
     base: str
     """Folder of the base."""
     identity: str
-    """Of the base, in hex, whatever type it is held in: so a checkpoint can go on where another type is faster."""
+    """Of the base, in hex; the same for every dtype it is held in, so that a checkpoint can resume in another."""
 
     def write(self, folder: pathlib.Path, tensors: Mapping[str, torch.Tensor]) -> None:
         """Write it, in PEFT's form, to a new folder."""
@@ -52,7 +52,7 @@ class Adapter:
 
 
 def adapt(model: PreTrainedModel, config: JobConfig) -> Adapter:
-    """Give a model that was just loaded, and is not sharded yet, the adapters that are asked for; collective.
+    """Add the configured adapters to a model that was just loaded and is not sharded yet; collective.
 
     Raises ValueError for modules that cannot be adapted, or an adapter to start from that does not fit, and
     FileNotFoundError when that one is missing.
@@ -85,7 +85,7 @@ def adapt(model: PreTrainedModel, config: JobConfig) -> Adapter:
 
 
 def _checksums(model: PreTrainedModel, served: torch.dtype) -> dict[torch.dtype, bytes]:
-    """Of the base as engines hold it, and as a checkpoint knows it."""
+    """Checksums of the base by dtype: as engines hold it, and as checkpoints identify it."""
     types = dict.fromkeys((served, _IDENTITY_DTYPE))
     return {dtype: base_checksum(model.named_parameters(remove_duplicate=True), dtype) for dtype in types}
 
@@ -93,7 +93,7 @@ def _checksums(model: PreTrainedModel, served: torch.dtype) -> dict[torch.dtype,
 def merged_weights(model: torch.nn.Module, gather: Callable[[Weights], Iterator[tuple[str, torch.Tensor]]]) -> Weights:
     """Every weight of the policy by HF name with its adapter merged in, as engines make it; collective.
 
-    `gather` makes sharded tensors whole, in their order and in the dtype of the export.
+    `gather` all-gathers sharded tensors, in their order and in the dtype of the export.
     """
     adapters = dict(named_adapters(model))
     scales = {f"{name}.weight": m.scale for name, m in model.named_modules() if isinstance(m, LoraLinear)}
@@ -109,7 +109,7 @@ def merged_weights(model: torch.nn.Module, gather: Callable[[Weights], Iterator[
     factors: list[torch.Tensor] = []
     for name, tensor in gather(in_threes()):
         if name in adapters:
-            factors.append(tensor.clone())  # its bucket goes before the weight's has come
+            factors.append(tensor.clone())  # its bucket is freed before the weight's arrives
         elif name in scales:
             yield name, merged(tensor, factors[0], factors[1], scales[name])
             factors.clear()

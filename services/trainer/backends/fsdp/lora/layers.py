@@ -54,7 +54,7 @@ class LoraLinear(torch.nn.Module):
 
 
 class _MergedLinear(torch.autograd.Function):
-    """The merged weight is made anew in the backward pass, so that none is kept, and its gradient is never formed."""
+    """Merges the weight again in the backward pass instead of keeping it, and never forms its gradient."""
 
     @staticmethod
     def forward(
@@ -128,7 +128,7 @@ def select_layers(model: PreTrainedModel, targets: Sequence[str], excluded: Sequ
         chosen.difference_update(fitting)
     embedding = model.get_input_embeddings()
     if any(modules[name] is head and _weight(head) is _weight(embedding) for name in chosen):
-        faults.append("target_modules: the head shares its weight with the embedding, which an adapter would part")
+        faults.append("target_modules: the head shares its weight with the embedding, which an adapter would untie")
     if not chosen and not faults:
         faults.append("exclude_modules leaves no layer of target_modules")
     if faults:
@@ -146,7 +146,7 @@ def _weight(module: Any) -> Any:
 
 @contextlib.contextmanager
 def without_adapters(model: torch.nn.Module) -> Iterator[None]:
-    """Inside, the model is its base."""
+    """Inside the block, the model computes as its base."""
     layers = [module for module in model.modules() if isinstance(module, LoraLinear)]
     for layer in layers:
         layer.enabled = False
@@ -159,7 +159,8 @@ def without_adapters(model: torch.nn.Module) -> Iterator[None]:
 
 def named_adapters(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """A and B of every adapted layer by PEFT's names."""
-    state = model.state_dict(keep_vars=True)  # gives shards, even where a pass has left whole parameters in the modules
+    # Gives shards, even where a pass has left gathered parameters in the modules.
+    state = model.state_dict(keep_vars=True)
     for name, module in model.named_modules():
         if isinstance(module, LoraLinear):
             parts = (state[f"{name}.lora_A.weight"], state[f"{name}.lora_B.weight"])

@@ -7,7 +7,7 @@ import dataclasses
 import torch
 
 from miles.algorithms.log_probs import TokenLogProbs, token_log_probs
-from miles.services.trainer.backends.fsdp.attention.segments import AttentionPlan
+from miles.services.trainer.backends.fsdp.attention.packed_attention import AttentionPlan
 from miles.services.trainer.batch.packing import MicroBatch
 
 
@@ -25,7 +25,7 @@ class ForwardOptions:
     """Whether to use variable-length kernels; None where they run."""
 
 
-class LogProbs:
+class LogProbForward:
     """Log-probabilities, with entropies where the loss needs them."""
 
     def __init__(self, options: ForwardOptions, *, with_entropy: bool = False, entropy_requires_grad: bool = False):
@@ -33,27 +33,27 @@ class LogProbs:
         self._options = options
         self._entropy = {"with_entropy": with_entropy, "entropy_requires_grad": entropy_requires_grad}
 
-    def outputs(self, model: torch.nn.Module, micro_batch: MicroBatch) -> TokenLogProbs:
-        """See `Reading.outputs`."""
+    def for_loss(self, model: torch.nn.Module, micro_batch: MicroBatch) -> TokenLogProbs:
+        """See `ForwardPass.for_loss`."""
         return forward(model, micro_batch, self._options, **self._entropy)
 
-    def numbers(self, model: torch.nn.Module, micro_batch: MicroBatch) -> torch.Tensor:
-        """See `Reading.numbers`."""
+    def per_token(self, model: torch.nn.Module, micro_batch: MicroBatch) -> torch.Tensor:
+        """See `ForwardPass.per_token`."""
         return forward(model, micro_batch, self._options).log_probs_T
 
 
-class Values:
-    """What a model with a value head gives: it has one column of logits, and that is it."""
+class ValueForward:
+    """Values: the one column of logits of a model with a value head."""
 
     def __init__(self, options: ForwardOptions) -> None:
         self.device = options.device
         self._options = options
 
-    def outputs(self, model: torch.nn.Module, micro_batch: MicroBatch) -> torch.Tensor:
-        """See `Reading.outputs`; float32 [R]."""
+    def for_loss(self, model: torch.nn.Module, micro_batch: MicroBatch) -> torch.Tensor:
+        """See `ForwardPass.for_loss`; float32 [R]."""
         return _logits(model, micro_batch, self._options)[:, 0]
 
-    numbers = outputs
+    per_token = for_loss
 
 
 def forward(
@@ -77,7 +77,7 @@ def forward(
 
 
 def _logits(model: torch.nn.Module, micro_batch: MicroBatch, options: ForwardOptions) -> torch.Tensor:
-    """What the head gives on the rows that predict response tokens; [R, V]."""
+    """The head's output on the rows that predict response tokens; [R, V]."""
     device = options.device
     logits_RV: torch.Tensor = model(
         input_ids=torch.from_numpy(micro_batch.input_ids_T)[None].to(device),

@@ -52,7 +52,7 @@ class RoutingReplay:
         self._state = _State()
 
     def record(self) -> None:
-        """Keep the next forward's choice per layer, and replay it in further forwards until told otherwise."""
+        """Keep the next forward's choice per layer, and replay it in further forwards until the next call."""
         self._state = _State(recorded={})
 
     def recorded(self) -> torch.Tensor:
@@ -61,7 +61,7 @@ class RoutingReplay:
         return torch.stack([self._state.recorded[layer] for layer in range(self.num_layers)], dim=1)
 
     def replay(self, experts_TLK: torch.Tensor) -> None:
-        """Send rows to these experts until told otherwise; int64 [T, layers, K]."""
+        """Send rows to these experts until the next call; int64 [T, layers, K]."""
         layers, top_k = experts_TLK.shape[1:]
         expected = cast(_Router, self._routers[0][1]).top_k
         if (layers, top_k) != (self.num_layers, expected):

@@ -8,8 +8,8 @@ import torch
 
 from miles.algorithms.metrics import MetricSum
 from miles.services.trainer.backends.fsdp.replay.router import RoutingReplay
-from miles.services.trainer.batch.batch import RolloutBatch
 from miles.services.trainer.batch.packing import MicroBatch
+from miles.services.trainer.batch.rollout_batch import RolloutBatch
 from miles.services.trainer.batch.routing import rollout_routing
 
 if TYPE_CHECKING:
@@ -22,14 +22,14 @@ class Routing:
     def __init__(self, config: JobConfig, replay: RoutingReplay, device: torch.device) -> None:
         self._from_rollout = config.rollout.use_rollout_routing_replay
         self.keeps = config.algorithm.use_routing_replay
-        """Whether what one pass over a micro-batch chose is replayed in the next, which must have it too."""
+        """Whether the choice of one pass over a micro-batch is replayed in the next, which must have the same ones."""
         self._replay = replay
         self._device = device
         self._recorded: dict[int, torch.Tensor] = {}
         """Routing by identity of the micro-batch, within one rollout."""
 
     def begin(self) -> None:
-        """A new rollout."""
+        """Start a new rollout."""
         self._recorded.clear()
         self._replay.take_difference()
 
@@ -44,8 +44,8 @@ class Routing:
         else:
             self._replay.record()
 
-    def let_go(self) -> None:
-        """The forward passes until the next `before` are the model's own to route."""
+    def choose_freely(self) -> None:
+        """Let the model route the forward passes until the next `before` itself."""
         self._replay.choose_freely()
 
     def after(self, micro_batch: MicroBatch) -> None:

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 SHARD_BYTES = 5 * 10**9
-"""Weights per file."""
+"""Bytes of weights per file."""
 _SHARED = re.compile(r"model\.layers\.\d+\.(embed_tokens|shared_head\.head)\.weight")
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".safetensors.index.json", ".bin.index.json")
 
@@ -26,8 +26,7 @@ def write_hf_checkpoint(
 ) -> None:
     """Write `tensors` beside copies of `source`'s config and tokenizer; collective, rank 0 writes.
 
-    What `source` has and `tensors` lack, e.g. layers for multi-token prediction that the trainer left out, is copied as
-    it is, in `dtype`.
+    What `source` has and `tensors` lack, e.g. MTP layers that the trainer left out, is copied as it is, in `dtype`.
     """
     copies = _copies(source)
     writer = _Writer(directory, shard_bytes) if dist.get_rank() == 0 else None
@@ -51,7 +50,7 @@ def write_hf_checkpoint(
 
 
 def original_of(name: str) -> str | None:
-    """The tensor that a layer for multi-token prediction shares with the model and has under a name of its own."""
+    """The model's tensor that an MTP layer shares under another name; None for a tensor of its own."""
     match = _SHARED.fullmatch(name)
     if match is None:
         return None
@@ -69,7 +68,7 @@ class _Writer:
 
     @property
     def names(self) -> set[str]:
-        """Of everything added so far."""
+        """Names of everything added so far."""
         return {name for names in self._files for name in names} | set(self._pending)
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
@@ -110,7 +109,7 @@ def _set_dtype(path: pathlib.Path, dtype: torch.dtype) -> None:
 
 
 def _copies(source: pathlib.Path) -> dict[str, list[str]]:
-    """By name, the other names that the source has a tensor under."""
+    """By name, other names of the same tensor in the source."""
     found: dict[str, list[str]] = {}
     for name in _names(source):
         original = original_of(name)

@@ -1,8 +1,8 @@
-"""The optimizer's state in a checkpoint: out of any of Megatron-Core's optimizers, and back into another.
+"""The optimizer's state in a checkpoint: saved from any of Megatron-Core's optimizers, restored into any other.
 
-An optimizer has one part, or two where experts are spread over ranks: the rest and the experts. Tensors have global
-names and find their way by themselves. What is not a tensor is saved by part; of that, training changes the number of
-steps and the loss scale alone, the same in all parts, and everything else is of the run that goes on.
+An optimizer has one part, or two where experts are spread over ranks: the rest and the experts. Tensors are
+matched by global names. Everything else is saved by part; of that, only the number of steps and the loss scale, the
+same in all parts, are restored. The rest comes from the configuration of the resumed run.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ CONTENT = {
     "singleton_local_shards": False,
     "chained_optim_avoid_prefix": True,
 }
-"""How Megatron-Core is to lay out the state."""
+"""The layout of the state, for Megatron-Core."""
 
 
 def sharded_state(optimizer: Any, model: Mapping[str, Any], *, loading: bool) -> dict[Any, Any]:
@@ -30,7 +30,7 @@ def sharded_state(optimizer: Any, model: Mapping[str, Any], *, loading: bool) ->
 
 
 def master_prefix(optimizer: Any) -> str:
-    """What the names of parameters in float32 begin with; nothing where they are the model's own."""
+    """Prefix of the names of float32 parameters; empty where those are the model's own."""
     part = _parts(optimizer)[0]
     if _is_32_bit(part):
         return ""
@@ -38,7 +38,7 @@ def master_prefix(optimizer: Any) -> str:
 
 
 def rename(state: dict[Any, Any], old: str, new: str) -> None:
-    """Have tensors whose names begin with `old` looked for under names that begin with `new`; in place."""
+    """Look for tensors whose names begin with `old` under names that begin with `new`; changes `state`."""
     from megatron.core.dist_checkpointing.dict_utils import nested_values
     from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
@@ -48,7 +48,7 @@ def rename(state: dict[Any, Any], old: str, new: str) -> None:
 
 
 def restore(optimizer: Any, loaded: dict[Any, Any]) -> None:
-    """Put back what was loaded into `sharded_state`."""
+    """Restore an optimizer from what was loaded into `sharded_state`."""
     parts = _parts(optimizer)
     saved = [loaded, *(part for key, part in loaded.items() if isinstance(key, int))]
     step = next((step for part in saved if (step := _step(part)) is not None), 0.0)
@@ -62,7 +62,7 @@ def restore(optimizer: Any, loaded: dict[Any, Any]) -> None:
         if _is_distributed(part):
             _restore_distributed(part, state["param_state"], groups, step, rest)
         else:
-            _restore_whole(part, state, groups, step, rest)
+            _restore_unsharded(part, state, groups, step, rest)
 
 
 def _restore_distributed(part: Any, tensors: Any, groups: list[dict[str, Any]], step: float, rest: Any) -> None:
@@ -71,14 +71,16 @@ def _restore_distributed(part: Any, tensors: Any, groups: list[dict[str, Any]], 
     part.load_state_dict({"optimizer": {"param_groups": groups}, **rest})
     states = part.optimizer.state.values()
     for state in states:
-        state.pop("step", None)  # it is none of the tensors that the next line expects
+        state.pop("step", None)  # the next call does not expect it
     part.load_parameter_state_from_fully_reshardable(tensors)
     if _steps_are_in_states(part.optimizer):
         for state in states:
             state["step"] = torch.tensor(step)
 
 
-def _restore_whole(part: Any, state: Mapping[Any, Any], groups: list[dict[str, Any]], step: float, rest: Any) -> None:
+def _restore_unsharded(
+    part: Any, state: Mapping[Any, Any], groups: list[dict[str, Any]], step: float, rest: Any
+) -> None:
     loaded = state["state"] if _is_32_bit(part) else state["optimizer"]["state"]
     states = {key: dict(tensors) for key, tensors in loaded.items() if isinstance(key, int)}
     if _steps_are_in_states(part.optimizer):
@@ -116,7 +118,7 @@ def _steps_are_in_states(inner: Any) -> bool:
 
 
 def _make_state(inner: Any) -> None:
-    """Adam makes its state in the first step; a checkpoint is read into a state that is there."""
+    """Make the state that Adam would make in its first step, so that a checkpoint can be read into it."""
     for group in inner.param_groups:
         for parameter in group["params"]:
             if not inner.state[parameter]:
@@ -126,7 +128,7 @@ def _make_state(inner: Any) -> None:
 
 
 def _step(part: Mapping[Any, Any]) -> float | None:
-    """Steps taken, from wherever the kind of optimizer notes them; None where it notes none."""
+    """Steps taken, from wherever the kind of optimizer keeps them; None where it does not."""
     inner = part.get("optimizer", part)
     counts = [inner.get("state", {}).get("common_step"), *(g.get("step") for g in inner.get("param_groups", ()))]
     return next((float(count) for count in counts if count is not None), None)

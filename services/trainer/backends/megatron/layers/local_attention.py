@@ -21,7 +21,7 @@ Window = Callable[[Any, int], int | None]
 
 
 def usual_window(config: Any, layer_number: int) -> int | None:
-    """By Megatron-Core's settings."""
+    """The window of Megatron-Core's settings."""
     if not is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number):
         return None
     back: int = config.window_size[0]
@@ -65,13 +65,13 @@ class PackedAttention(MegatronModule):  # type: ignore[misc]
         lengths = [end - start for start, end in itertools.pairwise(starts)]
         size, rank = self._group.size(), self._group.rank()
         if size == 1:
-            out_LHD = self._whole_sequences(q_LHD, k_LKD, v_LKD, lengths)
+            out_LHD = self._full_sequences(q_LHD, k_LKD, v_LKD, lengths)
         else:
             out_LHD = self._parts_of_sequences(q_LHD, k_LKD, v_LKD, lengths, rank, size)
         out = out_LHD.flatten(1)
         return out.unsqueeze(1) if query.dim() == 4 else out
 
-    def _whole_sequences(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: list[int]) -> torch.Tensor:
+    def _full_sequences(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: list[int]) -> torch.Tensor:
         outs = []
         for part in zip(torch.split(q, lengths), torch.split(k, lengths), torch.split(v, lengths), strict=True):
             length = len(part[0])
@@ -83,7 +83,7 @@ class PackedAttention(MegatronModule):  # type: ignore[misc]
     def _parts_of_sequences(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: list[int], rank: int, size: int
     ) -> torch.Tensor:
-        """Every rank gathers all keys and values, and attends with the rows that it holds."""
+        """All-gather keys and values, and attend with the rows of this rank."""
         k, v = (gather_from_sequence_parallel_region(x.contiguous(), group=self._group) for x in (k, v))
         local = [length // size for length in lengths]
         keys_by_rank = [torch.split(part, local) for part in k.chunk(size)]

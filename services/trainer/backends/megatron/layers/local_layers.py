@@ -1,8 +1,8 @@
 """Layers for machines without TransformerEngine: Megatron-Core's own, with attention and norms in plain PyTorch.
 
 Megatron-Core's own attention takes neither packed sequences nor context parallelism, and its norm no sequence
-parallelism; its layer specs have slots for both. Some families have layers of their own, in TransformerEngine's parts
-alone: here they are put together of local ones, whose parameters have the same names.
+parallelism; its layer specs have slots for both. Some families define their layers only with
+TransformerEngine's parts; here they are built from local ones, with the same parameter names.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from miles.services.trainer.backends.megatron.layers.local_attention import Pack
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Parts:
-    """What a family's layers have in other ways than usual."""
+    """Where a family's layers differ from the usual ones."""
 
     window: Window = usual_window
     query_norm: Any = None
@@ -57,7 +57,7 @@ def _parts_like(spec: Any) -> Parts:
 
 
 def local_block_spec(config: Any, vp_stage: int | None = None, *, parts: Parts) -> Any:
-    """The spec of this stage's decoder layers, for a TransformerConfig. Raises ValueError for what they lack."""
+    """The spec of this stage's decoder layers, for a TransformerConfig. Raises ValueError for attention sinks."""
     if getattr(config, "softmax_type", "vanilla") != "vanilla":
         raise ValueError("attention sinks need TransformerEngine: install it, or train another model")
     block = get_gpt_decoder_block_spec(
@@ -68,13 +68,13 @@ def local_block_spec(config: Any, vp_stage: int | None = None, *, parts: Parts) 
         vp_stage=vp_stage,
     )
     layers = [
-        dataclasses.replace(spec, submodules=with_our_parts(spec.submodules, parts)) for spec in block.layer_specs
+        dataclasses.replace(spec, submodules=with_local_parts(spec.submodules, parts)) for spec in block.layer_specs
     ]
     return dataclasses.replace(block, layer_specs=layers, layer_norm=Norm)
 
 
-def with_our_parts(submodules: Any, parts: Parts) -> Any:
-    """The submodules with every norm and the core of attention replaced, and what else the family has of its own."""
+def with_local_parts(submodules: Any, parts: Parts) -> Any:
+    """The submodules with every norm, the core of attention and the family's own parts replaced by local ones."""
     changes: dict[str, Any] = {}
     for field in dataclasses.fields(submodules):
         value = getattr(submodules, field.name)
@@ -91,10 +91,10 @@ def with_our_parts(submodules: Any, parts: Parts) -> Any:
         elif isinstance(value, ModuleSpec) and dataclasses.is_dataclass(value.submodules):
             module = parts.attention if value.module is SelfAttention else value.module
             changes[field.name] = dataclasses.replace(
-                value, module=module, submodules=with_our_parts(value.submodules, parts)
+                value, module=module, submodules=with_local_parts(value.submodules, parts)
             )
         elif isinstance(value, functools.partial) and dataclasses.is_dataclass(value.keywords.get("submodules")):
-            inner = with_our_parts(value.keywords["submodules"], parts)
+            inner = with_local_parts(value.keywords["submodules"], parts)
             changes[field.name] = functools.partial(value, submodules=inner)
     return dataclasses.replace(submodules, **changes)
 
@@ -140,7 +140,7 @@ class NormedRowParallelLinear(RowParallelLinear):  # type: ignore[misc]
         self.post_layernorm = Norm(config, output_size, eps=config.layernorm_epsilon)
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Output and the bias that is still to be added, which there is not."""
+        """Output, and the bias left to add, which is None."""
         output, bias = super().forward(x)
         return self.post_layernorm(output), bias
 

@@ -1,4 +1,4 @@
-"""megatron-bridge, with names for what its layers are called without TransformerEngine."""
+"""megatron-bridge, extended by the parameter names of layers without TransformerEngine."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _GROUPED = ("mlp.experts.linear_fc1.weight*", "mlp.experts.linear_fc2.weight*")
 
 
 class LocalBridge(AutoBridge):  # type: ignore[misc]
-    """Knows experts that are computed one after the other wherever the family's bridge knows grouped ones."""
+    """Maps experts computed one by one wherever the family's bridge maps grouped ones."""
 
     @property
     def _model_bridge(self) -> Any:
@@ -30,7 +30,7 @@ class LocalBridge(AutoBridge):  # type: ignore[misc]
 
 
 def _single(grouped: Any) -> Any | None:
-    """The mapping of one expert's matrix; None for a kind that is another on disk."""
+    """The mapping of one expert's matrix; None for kinds of mapping that cannot be split by expert."""
     prefix, matrix = grouped.megatron_param.removesuffix(".weight*").rsplit(".", 1)
     name = f"{prefix}.local_experts.*.{matrix}.weight"
     if type(grouped) is GatedMLPMapping:

@@ -1,4 +1,4 @@
-"""The critic: the policy's architecture with a value head in the place of the output layer."""
+"""The critic: the policy's architecture with a value head instead of the output layer."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from miles.services.trainer.step.value_head import ValueHead, initial_weight
 
 
 class OutputValueHead(ValueHead):
-    """A value head that is called as Megatron-Core calls an output layer; on every tensor-parallel rank whole."""
+    """A value head with the interface of Megatron-Core's output layer; every tensor-parallel rank holds all of it."""
 
     def __init__(self, weight_1H: torch.Tensor, *, sequence_parallel: bool) -> None:
         super().__init__(weight_1H)
         self.sequence_parallel = sequence_parallel
-        # The gradient of each rank's rows is a part of the whole, which Megatron-Core adds up for such weights.
+        # Each rank's rows give a part of the gradient; Megatron-Core sums the parts for such weights.
         self.weight.sequence_parallel = sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, hidden: torch.Tensor, weight: None = None, **_: Any) -> tuple[torch.Tensor, None]:  # type: ignore[override]
@@ -25,7 +25,7 @@ class OutputValueHead(ValueHead):
         if self.sequence_parallel:
             from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 
-            # Every rank goes on to compute the same loss, so each takes its rows' gradient as it is.
+            # Every rank then computes the same loss, so each takes its rows' gradient unchanged.
             values = gather_from_sequence_parallel_region(values, tensor_parallel_output_grad=False)
         return values, None
 

@@ -1,7 +1,7 @@
-"""Layers for multi-token prediction (DeepSeek-V3, arXiv 2412.19437, section 2.2) behind the last layer of a model.
+"""MTP layers: multi-token prediction (DeepSeek-V3, arXiv 2412.19437, section 2.2) behind a model's last layer.
 
-megatron-bridge builds them of TransformerEngine's parts alone. Here they are added to a model that is built: they can
-have local layers then, and stay out of the way of passes that do not train them.
+megatron-bridge builds them of TransformerEngine's parts alone. Here they are added to a model that is already built,
+so they can be made of local layers and are skipped in passes that do not train them.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from miles.services.trainer.backends.megatron.parallel.rows import PADDING, Loca
 from miles.services.trainer.batch.packing import MicroBatch
 
 
-def add_prediction_layers(chunk: Any, count: int, *, with_engine: bool, trained: bool) -> None:
-    """Add `count` layers to a bare chunk, if it is the model's last; only `PredictionTraining` has them take part."""
+def add_mtp_layers(chunk: Any, count: int, *, with_engine: bool, trained: bool) -> None:
+    """Add `count` layers to a bare chunk, if it is the model's last; only `MtpTraining` enables them."""
     if not chunk.post_process:
         return
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_mtp_block_spec
@@ -32,26 +32,27 @@ def add_prediction_layers(chunk: Any, count: int, *, with_engine: bool, trained:
     layers = config.transformer_layer_spec(config, vp_stage=stage)
     spec = get_gpt_mtp_block_spec(config, layers, use_transformer_engine=with_engine, vp_stage=stage)
     if not with_engine:
-        from miles.services.trainer.backends.megatron.layers.local_layers import Parts, with_our_parts
+        from miles.services.trainer.backends.megatron.layers.local_layers import Parts, with_local_parts
 
         spec.layer_specs = [
-            dataclasses.replace(each, submodules=with_our_parts(each.submodules, Parts())) for each in spec.layer_specs
+            dataclasses.replace(each, submodules=with_local_parts(each.submodules, Parts()))
+            for each in spec.layer_specs
         ]
     device = next(chunk.parameters()).device
     chunk.mtp = MultiTokenPredictionBlock(config, spec, vp_stage=stage, pg_collection=chunk.pg_collection).to(device)
     chunk.mtp.requires_grad_(trained)
-    _take_part(chunk, None)
+    _set_layers(chunk, None)
 
 
-class PredictionTraining:
-    """Passes in which the layers take part, and their loss: the mean over trained tokens, of each layer alike.
+class MtpTraining:
+    """Training passes of the MTP layers, and their loss: the mean over trained tokens and layers.
 
-    They predict tokens of the responses from what the layers below have computed, whose gradient ends there, as that of
-    embeddings and output matrix does.
+    They predict response tokens from the hidden states of the layers below. No gradient flows into those layers, the
+    embeddings or the output matrix.
     """
 
     def __init__(self, chunks: Sequence[Any], count: int, weight: float, padding: int) -> None:
-        """`chunks` are bare; `weight` is that of the loss; the last `padding` local columns of logits are no tokens."""
+        """`chunks` are bare; `weight` is that of the loss; the last `padding` local columns of logits are padding."""
         self._chunks = [chunk for chunk in chunks if getattr(chunk, "mtp", None) is not None]
         self._count = count
         self._weight = weight
@@ -60,19 +61,19 @@ class PredictionTraining:
             chunk.compute_language_model_loss = _without(padding, chunk.compute_language_model_loss)
 
     @contextlib.contextmanager
-    def taking_part(self, num_tokens: int) -> Iterator[None]:
-        """During passes; `num_tokens` are the trained tokens of the optimizer step."""
+    def enabled(self, num_tokens: int) -> Iterator[None]:
+        """Enable the layers inside the block; `num_tokens` are the trained tokens of the optimizer step."""
         for chunk in self._chunks:
-            _take_part(chunk, self._count)
+            _set_layers(chunk, self._count)
             chunk.config.mtp_loss_scaling_factor = self._weight / max(num_tokens, 1)  # Megatron-Core adds up tokens
         try:
             yield
         finally:
             for chunk in self._chunks:
-                _take_part(chunk, None)
+                _set_layers(chunk, None)
 
-    def note(self) -> None:
-        """After a forward pass: keep its loss for `take_loss`."""
+    def add_loss(self) -> None:
+        """Add a forward pass's loss to those that `take_loss` returns; call after the pass."""
         from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
 
         tracker = MTPLossLoggingHelper.tracker
@@ -111,7 +112,7 @@ def response_rows(micro_batch: MicroBatch, rows: LocalRows) -> npt.NDArray[np.fl
     return np.where(rows.sources_L == PADDING, np.float32(0), mask_T[rows.sources_L])
 
 
-def _take_part(chunk: Any, count: int | None) -> None:
-    """With a number the output layer expects the states of so many layers, beside those of the last."""
+def _set_layers(chunk: Any, count: int | None) -> None:
+    """Enable so many MTP layers, whose hidden states the output layer then expects too; None disables them."""
     chunk.mtp_process = count is not None
     chunk.config.mtp_num_layers = count

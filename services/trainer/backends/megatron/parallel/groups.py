@@ -1,4 +1,4 @@
-"""Megatron-Core's process groups for a layout, and this rank's place in them."""
+"""Megatron-Core's process groups for a parallel layout, and this rank's coordinates in it."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 
-from miles.services.trainer.step.training_step import DataRanks
+from miles.services.trainer.step.data_ranks import DataRanks
 
 if TYPE_CHECKING:
     from miles.config.sections.megatron import MegatronConfig
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Place:
-    """This rank in the layout."""
+class ParallelRank:
+    """This rank's coordinates in the parallel layout, and its groups."""
 
     tensor_rank: int
     tensor_size: int
@@ -36,8 +36,8 @@ class Place:
         return self.pipeline_rank == self.pipeline_size - 1
 
 
-def initialize(layout: MegatronConfig, seed: int, timeout_minutes: int) -> Place:
-    """Make the groups out of the ranks of the default process group; collective. Replaces groups there are."""
+def initialize(layout: MegatronConfig, seed: int, timeout_minutes: int) -> ParallelRank:
+    """Make the groups out of the ranks of the default process group; collective. Replaces existing groups."""
     from megatron.core import parallel_state, tensor_parallel
 
     destroy()
@@ -52,7 +52,7 @@ def initialize(layout: MegatronConfig, seed: int, timeout_minutes: int) -> Place
     )
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
     replicas = parallel_state.get_data_parallel_world_size()
-    return Place(
+    return ParallelRank(
         tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
         tensor_size=parallel_state.get_tensor_model_parallel_world_size(),
         tensor_group=parallel_state.get_tensor_model_parallel_group(),
@@ -71,7 +71,7 @@ def initialize(layout: MegatronConfig, seed: int, timeout_minutes: int) -> Place
 
 
 def destroy() -> None:
-    """Take the groups down; collective.
+    """Destroy the groups; collective.
 
     Megatron-Core only forgets most of its groups. Each keeps threads (gloo) or buffers on the GPU (NCCL) until it is
     destroyed: after some jobs in one process, hundreds of threads that wake up a hundred times a second.
@@ -86,16 +86,16 @@ def destroy() -> None:
     parallel_state.destroy_model_parallel()
 
 
-def from_last_stage(values: torch.Tensor, place: Place) -> torch.Tensor:
-    """The last pipeline stage's tensor on every stage; the others give one of the same shape and type."""
-    if place.pipeline_size > 1:
-        last = dist.get_global_rank(place.pipeline_group, place.pipeline_size - 1)
-        dist.broadcast(values, src=last, group=place.pipeline_group)
+def from_last_stage(values: torch.Tensor, parallel: ParallelRank) -> torch.Tensor:
+    """The last pipeline stage's tensor on every stage; other stages pass one of the same shape and dtype."""
+    if parallel.pipeline_size > 1:
+        last = dist.get_global_rank(parallel.pipeline_group, parallel.pipeline_size - 1)
+        dist.broadcast(values, src=last, group=parallel.pipeline_group)
     return values
 
 
 class SumOverRanks(torch.autograd.Function):
-    """Sum over a group whose ranks all go on to compute the same loss: each gets its own part's gradient as it is."""
+    """Sum over a group whose ranks then all compute the same loss, so that the gradient passes through unchanged."""
 
     @staticmethod
     def forward(ctx: object, values: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:

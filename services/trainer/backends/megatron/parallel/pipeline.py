@@ -14,15 +14,15 @@ import numpy.typing as npt
 import torch
 import torch.distributed as dist
 
-from miles.services.trainer.backends.megatron.model.model import MegatronModel
-from miles.services.trainer.backends.megatron.mtp.layers import PredictionTraining, response_rows
-from miles.services.trainer.backends.megatron.parallel.groups import Place
+from miles.services.trainer.backends.megatron.model.build_model import MegatronModel
+from miles.services.trainer.backends.megatron.mtp.layers import MtpTraining, response_rows
+from miles.services.trainer.backends.megatron.parallel.groups import ParallelRank
 from miles.services.trainer.backends.megatron.parallel.rows import LocalRows, local_rows
 from miles.services.trainer.batch.packing import EMPTY, MicroBatch
 
 OutputT = TypeVar("OutputT")
 Read = Callable[[torch.Tensor, MicroBatch, LocalRows], OutputT]
-"""From the head's output [1, L, V] on a micro-batch's rows: what it says of the response tokens."""
+"""From the head's output [1, L, V] on a micro-batch's rows to the forward output for its response tokens."""
 Before = Callable[[int, int, LocalRows], None]
 """Called with chunk, number of the micro-batch and its rows, before the chunk's forward pass."""
 After = Callable[[int, int], None]
@@ -33,12 +33,12 @@ class Pipeline:
     """Runs forward passes, and backward passes where there is a gradient."""
 
     def __init__(
-        self, model: MegatronModel, place: Place, device: torch.device, prediction: PredictionTraining | None = None
+        self, model: MegatronModel, parallel: ParallelRank, device: torch.device, mtp: MtpTraining | None = None
     ) -> None:
-        """`prediction` trains layers for multi-token prediction, in passes that ask for it."""
+        """`mtp` trains MTP layers, in passes that ask for it."""
         self._model = model
-        self._prediction = prediction
-        self._place = place
+        self._mtp = mtp
+        self._parallel = parallel
         self._device = device
         self._chunk_of = {id(chunk): index for index, chunk in enumerate(model.chunks)}
 
@@ -53,16 +53,16 @@ class Pipeline:
         after: After | None = None,
         trained_tokens: int | None = None,
     ) -> list[Any]:
-        """What `loss` handed back for each micro-batch on the last stage, an empty list on others; collective.
+        """Return the data that `loss` gave for each micro-batch; an empty list before the last stage; collective.
 
-        `loss` takes the number of a micro-batch and what was read off it; it gives the loss and what to hand back.
-        Numbers beyond the micro-batches' are of those that fill up the schedule. With a gradient it is added to the
-        parameters' `main_grad`, summed over micro-batches and all ranks. With the `trained_tokens` of the optimizer
-        step, layers for multi-token prediction are trained where they should be.
+        `loss` takes the number of a micro-batch and its forward output, and gives the loss and any data to return.
+        Numbers beyond the micro-batches belong to empty ones that fill up the schedule. With a gradient, it is added to
+        the parameters' `main_grad`, summed over micro-batches and all ranks. With the `trained_tokens` of the optimizer
+        step, MTP layers are trained too where the configuration asks for it.
         """
         from megatron.core.pipeline_parallel import get_forward_backward_func
 
-        prediction = None if trained_tokens is None else self._prediction
+        mtp = None if trained_tokens is None else self._mtp
         padded = self._filled_up(micro_batches)
         rows = [self._local_rows(micro_batch) for micro_batch in padded]
 
@@ -70,10 +70,10 @@ class Pipeline:
             number, index = next(numbers), self._chunk_of[id(chunk)]
             if before is not None:
                 before(index, number, rows[number])
-            mask_L = response_rows(padded[number], rows[number]) if prediction is not None else None
+            mask_L = response_rows(padded[number], rows[number]) if mtp is not None else None
             output = self._forward(chunk, rows[number], mask_L)
-            if prediction is not None:
-                prediction.note()
+            if mtp is not None:
+                mtp.add_loss()
             if after is not None:
                 after(index, number)
 
@@ -88,8 +88,8 @@ class Pipeline:
         schedule = get_forward_backward_func()
         numbers = [iter(range(len(padded))) for _ in self._model.chunks]
         with contextlib.ExitStack() as stack:
-            if prediction is not None:
-                stack.enter_context(prediction.taking_part(trained_tokens or 0))
+            if mtp is not None:
+                stack.enter_context(mtp.enabled(trained_tokens or 0))
             collected: list[tuple[int, Any]] = schedule(
                 forward_step_func=forward_step,
                 data_iterator=numbers if len(numbers) > 1 else numbers[0],
@@ -103,20 +103,20 @@ class Pipeline:
 
     def _filled_up(self, micro_batches: Sequence[MicroBatch]) -> list[MicroBatch]:
         """The interleaved schedule takes a multiple of the stages."""
-        stages = self._place.pipeline_size if len(self._model.chunks) > 1 else 1
+        stages = self._parallel.pipeline_size if len(self._model.chunks) > 1 else 1
         return [*micro_batches, *[EMPTY] * (-len(micro_batches) % stages)]
 
     def _local_rows(self, micro_batch: MicroBatch) -> LocalRows:
-        place = self._place
-        multiple = place.tensor_size if self._model.config.sequence_parallel else 1
+        parallel = self._parallel
+        multiple = parallel.tensor_size if self._model.config.sequence_parallel else 1
         return local_rows(
-            micro_batch, context_rank=place.context_rank, context_size=place.context_size, multiple_of=multiple
+            micro_batch, context_rank=parallel.context_rank, context_size=parallel.context_size, multiple_of=multiple
         )
 
     def _average_balance(self, rows: Sequence[LocalRows]) -> None:
-        """Have the load-balancing loss of coming passes be a mean over their rows on all replicas; collective.
+        """Make the load-balancing loss of the next passes a mean over their rows on all replicas; collective.
 
-        Megatron-Core weighs it by rows, so as to divide it by tokens together with the main loss, which comes divided.
+        Megatron-Core weights it by rows and expects to divide it by tokens with the main loss, but ours already is.
         """
         from megatron.core import parallel_state
 
@@ -125,14 +125,14 @@ class Pipeline:
         dist.all_reduce(count, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
         config.moe_grad_scale_func = lambda: config.grad_scale_func(1 / count)
 
-    def prediction_loss(self) -> dict[str, float]:
-        """The metric of layers for multi-token prediction since the last call, where they are trained; collective."""
+    def take_mtp_loss(self) -> dict[str, float]:
+        """The metric of MTP layers since the last call, where they are trained; collective."""
         from megatron.core import parallel_state
 
-        if self._prediction is None:
+        if self._mtp is None:
             return {}
         group = parallel_state.get_data_parallel_group(with_context_parallel=True)
-        return {"train/mtp_loss": self._prediction.take_loss(group, self._device)}
+        return {"train/mtp_loss": self._mtp.take_loss(group, self._device)}
 
     def _forward(self, chunk: Any, rows: LocalRows, mask_L: npt.NDArray[np.float32] | None = None) -> torch.Tensor:
         """The head's output [1, L, V] on the last stage, else what the next stage takes."""

@@ -38,11 +38,11 @@ class LocalRows:
 def local_rows(micro_batch: MicroBatch, *, context_rank: int, context_size: int, multiple_of: int) -> LocalRows:
     """Cut a micro-batch whose samples do not share prompts. L is a multiple of `multiple_of`."""
     unit = 2 * context_size if context_size > 1 else 1
-    whole = unit * multiple_of
+    total_multiple = unit * multiple_of
     pieces = [_padded(np.arange(s.start, s.end), unit) for s in micro_batch.segments]
     rows = sum(len(piece) for piece in pieces)
-    if rows % whole:
-        pieces.append(np.full(whole - rows % whole, PADDING, np.int64))
+    if rows % total_multiple:
+        pieces.append(np.full(total_multiple - rows % total_multiple, PADDING, np.int64))
     sources = np.concatenate([_zigzag(piece, context_rank, context_size) for piece in pieces])
     present = sources != PADDING
     lengths = [len(piece) for piece in pieces]

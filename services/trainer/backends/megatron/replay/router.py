@@ -1,7 +1,7 @@
 """Experts chosen elsewhere, replayed in Megatron-Core's routers, for each micro-batch in flight.
 
-Megatron-Core asks a router's `RouterReplay` for its choice. Ours is told the rows' experts before a chunk's forward
-pass and keeps them for the backward pass, in which recomputed layers ask again: chunks run backward in the order in
+Megatron-Core asks a router's `RouterReplay` for its choice. Ours gets the rows' experts before a chunk's forward pass
+and keeps them for the backward pass, in which recomputed layers ask again: chunks run backward in the order in
 which they ran forward. Weights of the chosen experts come from the router's own logits, so it is trained.
 Dims: L local rows (this tensor-parallel rank's, with sequence parallelism), K experts per token.
 """
@@ -26,9 +26,9 @@ class LayerReplay(RouterReplay):  # type: ignore[misc]
     def __init__(self) -> None:
         super().__init__()
         self.prescribed: torch.Tensor | None = None
-        """int64 [L, K] of the forward pass that runs; None to choose freely."""
+        """int64 [L, K] for the current forward pass; None to choose freely."""
         self.kept: deque[torch.Tensor | None] = deque()
-        """What was prescribed in forward passes whose backward pass is to come."""
+        """What was prescribed in forward passes whose backward pass is still to run."""
         self.in_backward = False
         self.recording = False
         self.recorded: torch.Tensor | None = None
@@ -45,7 +45,7 @@ class LayerReplay(RouterReplay):  # type: ignore[misc]
         group_topk: int | None = None,
         default_compute_topk: Callable[..., Chosen] | None = None,
     ) -> Chosen:
-        """What the router calls to choose; scores are [L, experts]."""
+        """Called by the router to choose; scores are [L, experts]."""
         assert default_compute_topk is not None
         experts_LK = self.kept.popleft() if self.in_backward else self.prescribed
         if experts_LK is not None and self.in_backward:
@@ -68,7 +68,7 @@ class LayerReplay(RouterReplay):  # type: ignore[misc]
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Layer:
     index: int
-    """Among the mixture-of-experts layers of the whole model: dense layers do not count."""
+    """Index among the model's mixture-of-experts layers; dense layers do not count."""
     top_k: int
     replay: LayerReplay
 
@@ -96,7 +96,7 @@ class ModelReplay:
                     router.router_replay = LayerReplay()
                     layers.append(_Layer(order[layer.layer_number], router.topk, router.router_replay))
             self._chunks.append(layers)
-        # The library keeps every instance it ever made; these are told layer by layer.
+        # The library keeps every instance it ever made; ours are set layer by layer.
         RouterReplay.clear_global_router_replay_instances()
         self.num_layers = len(moe_layers)
 
@@ -108,13 +108,13 @@ class ModelReplay:
             layer.replay.prescribed = None if experts_LNK is None else experts_LNK[:, layer.index].contiguous()
 
     def record(self, chunk: int) -> None:
-        """Before a chunk's forward pass: let its layers choose, and note what."""
+        """Before a chunk's forward pass: let its layers choose, and keep their choice."""
         self.prescribe(chunk, None)
         for layer in self._chunks[chunk]:
             layer.replay.recording = True
 
     def recorded(self, chunk: int) -> dict[int, torch.Tensor]:
-        """After it: int64 [L, K] by mixture-of-experts layer."""
+        """After the forward pass: the choice, int64 [L, K] by mixture-of-experts layer."""
         found = {}
         for layer in self._chunks[chunk]:
             assert layer.replay.recorded is not None, "record() was not called before the forward pass"
@@ -123,7 +123,7 @@ class ModelReplay:
         return found
 
     def prescribe_layers(self, chunk: int, experts: dict[int, torch.Tensor]) -> None:
-        """As `prescribe`, with what `recorded` gave."""
+        """As `prescribe`, with the choice that `recorded` returned."""
         self.prescribe(chunk, None)
         for layer in self._chunks[chunk]:
             layer.replay.prescribed = experts[layer.index]
@@ -138,7 +138,7 @@ class ModelReplay:
                 layer.replay.in_backward = bool(layer.replay.kept)
 
     def finish(self) -> None:
-        """After a pass over micro-batches: forget every choice."""
+        """Clear every choice after a pass over micro-batches."""
         for layers in self._chunks:
             for layer in layers:
                 layer.replay.prescribed = None

@@ -9,11 +9,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from miles.services.trainer.backends.megatron.parallel.groups import Place
+from miles.services.trainer.backends.megatron.parallel.groups import ParallelRank
 from miles.services.trainer.backends.megatron.parallel.rows import PADDING, LocalRows
 from miles.services.trainer.backends.megatron.replay.router import ModelReplay
-from miles.services.trainer.batch.batch import RolloutBatch
 from miles.services.trainer.batch.packing import MicroBatch
+from miles.services.trainer.batch.rollout_batch import RolloutBatch
 from miles.services.trainer.batch.routing import rollout_routing
 
 if TYPE_CHECKING:
@@ -31,30 +31,36 @@ class Routing:
     """Replays the engine's choices (use_rollout_routing_replay), or those of the log-probability pass."""
 
     def __init__(
-        self, config: JobConfig, replay: ModelReplay, place: Place, device: torch.device, *, sequence_parallel: bool
+        self,
+        config: JobConfig,
+        replay: ModelReplay,
+        parallel: ParallelRank,
+        device: torch.device,
+        *,
+        sequence_parallel: bool,
     ) -> None:
         self._from_rollout = config.rollout.use_rollout_routing_replay
         self.keeps = config.algorithm.use_routing_replay
-        """Whether what one pass over a micro-batch chose is replayed in the next, which must have it too."""
+        """Whether the choice of one pass over a micro-batch is replayed in the next, which must have the same ones."""
         self._replay = replay
-        self._place = place
+        self._parallel = parallel
         self._device = device
-        self._parts = place.tensor_size if sequence_parallel else 1
+        self._parts = parallel.tensor_size if sequence_parallel else 1
         self._batch: RolloutBatch | None = None
         self._recorded: dict[tuple[int, int], dict[int, torch.Tensor]] = {}
-        """By chunk and identity of the micro-batch, within one rollout."""
+        """Choices by chunk and identity of the micro-batch, within one rollout."""
         self._different = 0.0
         self._counted = 0
 
     def begin(self, batch: RolloutBatch) -> None:
-        """A new rollout."""
+        """Start a new rollout."""
         self._batch = batch
         self._recorded.clear()
         self._different, self._counted = 0.0, 0
         self._replay.take_different()
 
     def hooks(self, micro_batches: Sequence[MicroBatch], *, with_gradient: bool) -> Hooks:
-        """What to call around the forward passes of these micro-batches."""
+        """Hooks around the forward passes of these micro-batches."""
 
         def before(chunk: int, number: int, rows: LocalRows) -> None:
             micro_batch = micro_batches[number] if number < len(micro_batches) else None
@@ -79,13 +85,13 @@ class Routing:
         return Hooks(before=before, after=after)
 
     def finish(self) -> None:
-        """After a pass over micro-batches."""
+        """Finish a pass over micro-batches."""
         different = self._replay.take_different()
         if different is not None:
             self._different += float(different)
         self._replay.finish()
 
-    def metrics(self, place: Place) -> dict[str, float]:
+    def metrics(self) -> dict[str, float]:
         """train/routing_difference: share of rows × layers that replay sent elsewhere than the router would have.
 
         Collective; the same on every rank.
@@ -110,7 +116,7 @@ class Routing:
         experts_LNK[~present_L] = torch.from_numpy(np.arange(routed_TNK.shape[2]))
         part = len(sources) // self._parts
         mine = (
-            slice(self._place.tensor_rank * part, (self._place.tensor_rank + 1) * part)
+            slice(self._parallel.tensor_rank * part, (self._parallel.tensor_rank + 1) * part)
             if self._parts > 1
             else slice(None)
         )

@@ -7,7 +7,7 @@ import torch
 from trainer_cases import random_groups
 
 from miles.services.trainer.backends.fsdp.attention import tiles
-from miles.services.trainer.backends.fsdp.attention.segments import AttentionPlan, packed_attention
+from miles.services.trainer.backends.fsdp.attention.packed_attention import AttentionPlan, packed_attention
 from miles.services.trainer.batch.packing import MicroBatch, pack
 from miles.types import Sample
 

@@ -13,11 +13,11 @@ from torch.nn.functional import linear
 from trainer_cases import job_config, random_groups, write_dense_model, write_moe_model
 
 from miles.services.rollout.engines.checkpoint_weights import read_weights
-from miles.services.trainer.backends.base import TrainerState
 from miles.services.trainer.backends.fsdp.backend import FsdpBackend
 from miles.services.trainer.backends.fsdp.learner import local_weights
 from miles.services.trainer.backends.fsdp.lora.layers import LoraLinear, select_layers
 from miles.services.trainer.checkpoint.record import folder_name
+from miles.services.trainer.checkpoint.state import TrainerState
 from miles.weights.adapters import lora, peft_folder
 
 pytestmark = pytest.mark.usefixtures("process_group")
@@ -218,14 +218,14 @@ def test_a_checkpoint_holds_the_adapter_alone_and_resumes_bit_for_bit(
     assert all(torch.equal(tensor, exported(first)[name]) for name, tensor in exported(second).items())
 
 
-def test_old_actors_are_kept_as_adapters(dense: pathlib.Path, tmp_path: pathlib.Path) -> None:
+def test_old_policies_are_kept_as_adapters(dense: pathlib.Path, tmp_path: pathlib.Path) -> None:
     changes = {"keep_old_actor": True, "max_weight_staleness": 1}
     backend = loaded(dense, **changes)
     groups = random_groups(1)
     backend.train(0, random_groups(0), lambda progress: None)
-    old_actors = backend._loaded.roles.old_actors
-    assert old_actors is not None
-    assert {name.split(".")[-2] for name in old_actors.copies[0].tensors} == {"lora_A", "lora_B"}
+    old_policies = backend._loaded.roles.old_policies
+    assert old_policies is not None
+    assert {name.split(".")[-2] for name in old_policies.copies[0].tensors} == {"lora_A", "lora_B"}
     backend.save(tmp_path / folder_name(1), TrainerState(step=1))
     resumed = loaded(dense, tmp_path, **changes)
     metrics, again = (dict(each.train(1, groups, lambda progress: None)) for each in (backend, resumed))

@@ -10,8 +10,8 @@ from trainer_cases import random_groups
 
 from miles.services.trainer.backends.megatron.export import join_experts
 from miles.services.trainer.backends.megatron.parallel.rows import PADDING, LocalRows, local_rows
-from miles.services.trainer.batch.batch import in_order
 from miles.services.trainer.batch.packing import EMPTY, MicroBatch, pack
+from miles.services.trainer.batch.rollout_batch import in_order
 
 
 def cut(micro_batch: MicroBatch, size: int, multiple: int) -> list[LocalRows]:

@@ -15,28 +15,28 @@ from collections.abc import Callable
 from typing import Any
 
 from miles.services.trainer.backends.megatron.checkpoint import optimizer_state
-from miles.services.trainer.backends.megatron.model.model import MegatronModel
+from miles.services.trainer.backends.megatron.model.build_model import MegatronModel
 from miles.services.trainer.checkpoint.background_save import (
     Saving,
+    checkpoint_error_as_os_error,
     empty_folder,
-    failing_as_os_error,
     in_thread,
     put_in_place,
 )
-from miles.services.trainer.checkpoint.record import Record, read_record
-from miles.services.trainer.step.old_policies import OldActors
+from miles.services.trainer.checkpoint.record import CheckpointRecord, read_record
+from miles.services.trainer.step.old_policies import OldPolicies
 from miles.services.trainer.step.weight_copy import WeightCopy
 
 _OPTIONAL = ("optimizer", "critic_optimizer", "reference", "critic")
 """Contents that a checkpoint may lack."""
 _CRITIC_PREFIX = "critic."
-"""What the names of its tensors begin with."""
+"""Prefix of the names of its tensors."""
 logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Contents:
-    """What has tensors to save."""
+    """Everything whose tensors are saved."""
 
     model: MegatronModel
     optimizer: Any | None
@@ -45,24 +45,24 @@ class Contents:
     """None unless it changes during the run."""
     critic: MegatronModel | None = None
     critic_optimizer: Any | None = None
-    old_actors: OldActors | None = None
+    old_policies: OldPolicies | None = None
 
 
-def save(directory: pathlib.Path, contents: Contents, record: Record) -> None:
+def save(directory: pathlib.Path, contents: Contents, record: CheckpointRecord) -> None:
     """Write a checkpoint to `directory`, replacing one of the same name; collective over ranks.
 
-    A crash at any moment leaves either no folder of that name, or the old one, or the new one whole.
+    A crash at any moment leaves no folder of that name, the old one, or the complete new one.
     """
     from megatron.core import dist_checkpointing
 
     partial = empty_folder(directory)
     tensors, metadata = _tensors(contents), _metadata(contents)
-    with failing_as_os_error(directory):
+    with checkpoint_error_as_os_error(directory):
         dist_checkpointing.save(tensors, str(partial), content_metadata=metadata)
     put_in_place(partial, directory, record)
 
 
-def begin(directory: pathlib.Path, contents: Contents, record: Record) -> Saving:
+def begin(directory: pathlib.Path, contents: Contents, record: CheckpointRecord) -> Saving:
     """As `save`, with a thread that writes copies of the tensors in host memory; collective over ranks."""
     from megatron.core import dist_checkpointing
 
@@ -76,7 +76,7 @@ def begin(directory: pathlib.Path, contents: Contents, record: Record) -> Saving
     )
 
     def finish() -> None:
-        with failing_as_os_error(directory):
+        with checkpoint_error_as_os_error(directory):
             for finalize in request.finalize_fns:
                 finalize()
         put_in_place(partial, directory, record)
@@ -85,7 +85,7 @@ def begin(directory: pathlib.Path, contents: Contents, record: Record) -> Saving
 
 
 def _writer(request: Any) -> Callable[[], None]:
-    """What writes this rank's files, once its tensors are in host memory that nothing else changes."""
+    """A function that writes this rank's files from copies of its tensors in host memory."""
     if request.async_fn is None:
         return lambda: None
     rank, buckets, results = request.async_fn_args
@@ -105,7 +105,7 @@ def _metadata(contents: Contents) -> dict[str, Any]:
     return {**optimizer_state.CONTENT, **kinds, **prefix}
 
 
-def load(directory: pathlib.Path, contents: Contents) -> Record:
+def load(directory: pathlib.Path, contents: Contents) -> CheckpointRecord:
     """Read a checkpoint, of any layout, into the model and the optimizer; collective over ranks.
 
     Raises FileNotFoundError when it is incomplete and ValueError when it is none of this backend.
@@ -119,8 +119,8 @@ def load(directory: pathlib.Path, contents: Contents) -> Record:
     if contents.critic is not None and not kinds.get("critic"):
         logger.warning("%s has no critic; it starts from critic_load", directory)
     absent: dict[str, Any] = dict.fromkeys(kind for kind in _OPTIONAL if not kinds.get(kind))
-    if contents.old_actors is not None:
-        contents.old_actors.make_room(record.old_versions)
+    if contents.old_policies is not None:
+        contents.old_policies.make_room(record.old_versions)
     _load_into(directory, dataclasses.replace(contents, **absent), contents, kinds.get("master_prefix", ""))
     return record
 
@@ -164,7 +164,7 @@ def _load_optimizer(
 
 
 def _load_masters(directory: pathlib.Path, model: MegatronModel, prefix: str) -> None:
-    """Take over what a 16-bit run held in float32: its parameters themselves were rounded; collective."""
+    """Read the float32 parameters of a 16-bit run, whose own parameters are rounded; collective."""
     from megatron.core import dist_checkpointing
 
     sharded = _sharded_model(model, "model")
@@ -198,7 +198,7 @@ def _tensors(contents: Contents) -> dict[str, Any]:
 
 
 def _sharded_critic(critic: MegatronModel, optimizer: Any | None) -> dict[str, Any]:
-    """The critic's tensors under keys of their own."""
+    """The critic's tensors, under keys of the critic."""
     from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
 
     sharded = _sharded_model(critic, "critic")
@@ -217,13 +217,13 @@ def _sharded_model(model: MegatronModel, name: str) -> dict[str, Any]:
 
 def _copies(contents: Contents) -> dict[str, WeightCopy]:
     """Copies of weights by the name under which they are saved."""
-    old = {} if contents.old_actors is None else contents.old_actors.copies
+    old = {} if contents.old_policies is None else contents.old_policies.copies
     copies = {f"old_actor_{version}_": copy for version, copy in old.items()}
     return copies if contents.reference is None else copies | {"reference": contents.reference}
 
 
 def _sharded_copy(model: MegatronModel, weights: WeightCopy, name: str) -> dict[str, Any]:
-    """A copy's tensors under keys of their own, in the layout of the model."""
+    """A copy's tensors, under keys of the copy, in the layout of the model."""
     from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
     from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
 

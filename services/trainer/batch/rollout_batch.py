@@ -1,4 +1,4 @@
-"""A rollout's samples as the trainer sees them: who is trained on, in which optimizer step, in which micro-batch."""
+"""A rollout's samples cut for training: which are trained on, in which optimizer step and micro-batch."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ class OptimizerStepPlan:
     micro_batches: tuple[MicroBatch, ...]
     """This rank's share; the same number on every rank."""
     observed: tuple[MicroBatch, ...]
-    """Samples of this rank that have no gradient and are only reported on; the same number on every rank."""
+    """Micro-batches of samples without gradient, run only for their metrics; the same number on every rank."""
 
     @property
     def all_micro_batches(self) -> tuple[MicroBatch, ...]:
-        """Both kinds, those with gradients last: after a pass without, FSDP keeps the parameters it has gathered, and
-        would go on computing with them when the optimizer has changed their shards."""
+        """Both kinds, those with gradients last: after a pass without gradient FSDP keeps the parameters it gathered
+        and would still use them once the optimizer has changed their shards."""
         return self.observed + self.micro_batches
 
 
@@ -55,15 +55,15 @@ class RolloutBatch:
 
     @property
     def micro_batches(self) -> list[MicroBatch]:
-        """Those of all optimizer steps, as they are trained on."""
+        """Micro-batches of all optimizer steps, in training order."""
         return [micro_batch for step in self.steps for micro_batch in step.all_micro_batches]
 
     def position(self, sample: int) -> int:
-        """Where among this rank's B samples a sample of the rollout is."""
+        """Position of a sample of the rollout among this rank's B samples."""
         return self._positions[sample]
 
-    def place(self, micro_batch: MicroBatch) -> torch.Tensor:
-        """Where the micro-batch's response tokens lie in T; int64 [R]."""
+    def token_indices(self, micro_batch: MicroBatch) -> torch.Tensor:
+        """Indices in T of the micro-batch's response tokens; int64 [R]."""
         starts = self.packing.cu_seqlens().tolist()
         firsts = [starts[self.position(i)] for i in micro_batch.samples]
         pieces = [

@@ -1,4 +1,4 @@
-"""The roles that a configuration asks for, as sharded models."""
+"""The configured roles, as sharded models."""
 
 from __future__ import annotations
 
@@ -9,15 +9,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from miles.algorithms.vocab_rows import TokenLogProbs
-from miles.services.trainer.backends.fsdp.learner import AdaptedBase, FrozenModel, FsdpLearner, local_weights
+from miles.services.trainer.backends.fsdp.learner import AdaptedBase, FrozenModel, FsdpCritic, FsdpPolicy, local_weights
 from miles.services.trainer.backends.fsdp.lora.adapter import Adapter, adapt
-from miles.services.trainer.backends.fsdp.model.forward import ForwardOptions, LogProbs, Values
-from miles.services.trainer.backends.fsdp.model.model import Precision, load_hf_model, put_value_head, shard
+from miles.services.trainer.backends.fsdp.model.forward import ForwardOptions, LogProbForward, ValueForward
+from miles.services.trainer.backends.fsdp.model.sharded_model import Precision, load_hf_model, put_value_head, shard
 from miles.services.trainer.backends.fsdp.replay.router import RoutingReplay
 from miles.services.trainer.backends.fsdp.replay.step_routing import Routing
 from miles.services.trainer.step import algorithm_options
-from miles.services.trainer.step.old_policies import OldActors
+from miles.services.trainer.step.old_policies import OldPolicies
 from miles.services.trainer.step.roles import Roles
 
 if TYPE_CHECKING:
@@ -30,15 +29,15 @@ if TYPE_CHECKING:
 class FsdpRoles(Roles):
     """See `Roles`."""
 
-    policy: FsdpLearner[TokenLogProbs]
-    critic: FsdpLearner[torch.Tensor] | None = None
+    policy: FsdpPolicy
+    critic: FsdpCritic | None = None
     reference: FrozenModel | AdaptedBase | None = None
     teacher: FrozenModel | None = None
-    old_actors: OldActors | None = None
+    old_policies: OldPolicies | None = None
     routing: Routing | None = None
-    """Of the policy, where it is prescribed."""
+    """Replay of the policy's routing; None where it routes freely."""
     adapter: Adapter | None = None
-    """What is trained of the policy; None for all of it."""
+    """The adapter that is trained; None when the whole policy is."""
 
 
 def build_roles(config: JobConfig, device: torch.device) -> FsdpRoles:
@@ -73,9 +72,9 @@ class _Builder:
         wants_replay = algorithm.use_routing_replay or config.rollout.use_rollout_routing_replay
         routing = Routing(config, RoutingReplay(model), self._device) if wants_replay else None
         self._shard(model, precision)
-        policy = FsdpLearner(
+        policy = FsdpPolicy(
             model,
-            LogProbs(
+            LogProbForward(
                 self._options,
                 with_entropy=algorithm.entropy_coef != 0 or algorithm.observe_training_entropy,
                 entropy_requires_grad=algorithm.entropy_coef != 0,
@@ -87,7 +86,7 @@ class _Builder:
         )
         reference: FrozenModel | AdaptedBase | None = None
         if algorithm_options.needs_reference(config) and adapter is not None:
-            reference = AdaptedBase(model, LogProbs(self._options), routing)
+            reference = AdaptedBase(model, LogProbForward(self._options), routing)
         elif algorithm_options.needs_reference(config):
             reference = self._frozen(config.checkpoint.ref_load or model_dir, model)
         folder = algorithm_options.teacher_folder(config)
@@ -95,28 +94,28 @@ class _Builder:
         critic = (
             self._critic(config.checkpoint.critic_load or model_dir) if algorithm_options.needs_critic(config) else None
         )
-        old_actors = None
+        old_policies = None
         if algorithm.keep_old_actor:
             weights = functools.partial(local_weights, model, trained_only=adapter is not None)
-            old_actors = OldActors(weights, policy.evaluate, config.rollout.max_weight_staleness)
+            old_policies = OldPolicies(weights, policy.compute_log_probs, config.rollout.max_weight_staleness)
         return FsdpRoles(
             policy=policy,
             critic=critic,
             reference=reference,
             teacher=teacher,
-            old_actors=old_actors,
+            old_policies=old_policies,
             routing=routing,
             adapter=adapter,
         )
 
-    def _critic(self, folder: str) -> FsdpLearner[torch.Tensor]:
+    def _critic(self, folder: str) -> FsdpCritic:
         config = self._config
         model = self._trainable(folder, self._precision)
         put_value_head(model, folder)
         self._shard(model, self._precision)
-        return FsdpLearner(
+        return FsdpCritic(
             model,
-            Values(self._options),
+            ValueForward(self._options),
             algorithm_options.critic_optimizer(config),
             algorithm_options.critic_iterations(config),
             scale_loss=self._precision.compute is torch.float16,
@@ -131,7 +130,7 @@ class _Builder:
         model = load_hf_model(folder, compute, gradient_checkpointing=False)
         model.requires_grad_(False)
         self._shard(model, Precision(compute, compute))
-        return FrozenModel(model, LogProbs(self._options), policy)
+        return FrozenModel(model, LogProbForward(self._options), policy)
 
     def _shard(self, model: PreTrainedModel, precision: Precision) -> None:
         shard(model, precision, self._device, cpu_offload=self._config.train.fsdp_cpu_offload)

@@ -1,4 +1,4 @@
-"""The policy and the reference: a Hugging Face model under FSDP2, and the names its weights have outside."""
+"""A Hugging Face model under FSDP2: loading and sharding it, and its weights by name."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from miles.services.trainer.backends.fsdp.attention import segments as attention
+from miles.services.trainer.backends.fsdp.attention import packed_attention as attention
 from miles.services.trainer.step.value_head import ValueHead, initial_weight
 
 if TYPE_CHECKING:
@@ -62,9 +62,9 @@ def load_hf_model(folder: str | pathlib.Path, dtype: torch.dtype, *, gradient_ch
 
 
 def put_value_head(model: PreTrainedModel, folder: str | pathlib.Path) -> None:
-    """Have a value head in the place of the head over the vocabulary: the model's logits are values then.
+    """Replace the vocabulary head with a value head, so that the model's logits are values.
 
-    Its weights are those of the folder, where it has any, on rank 0.
+    On rank 0 its weights are those of the folder, if it has any.
     """
     head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     hidden_size: int = head.weight.shape[1]
@@ -130,6 +130,6 @@ def named_weights(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
-    """The whole tensor on every rank; collective for a sharded one."""
+    """The full tensor on every rank; collective for a sharded one."""
     detached = tensor.detach()
     return detached.full_tensor() if isinstance(detached, DTensor) else detached

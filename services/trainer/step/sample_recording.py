@@ -1,4 +1,4 @@
-"""Which samples of a rollout this rank records, and what it knew of their tokens."""
+"""The samples of a rollout that this rank logs, with their per-token metrics."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING
 import numpy.typing as npt
 import torch
 
-from miles.services.trainer.batch.batch import RolloutBatch, is_trained
-from miles.services.trainer.step.sample_log import TokenNumbers
+from miles.services.trainer.batch.rollout_batch import RolloutBatch, is_trained
+from miles.services.trainer.step.sample_log import TokenMetrics
 from miles.types import Sample
 
 if TYPE_CHECKING:
     import numpy as np
 
 
-def recorded(
+def recorded_samples(
     batch: RolloutBatch,
     groups: int,
     rank: int,
@@ -25,7 +25,7 @@ def recorded(
     advantages_T: torch.Tensor,
     train_log_probs_T: torch.Tensor,
     rollout_log_probs_T: torch.Tensor | None,
-) -> Iterator[tuple[Sample, TokenNumbers | None]]:
+) -> Iterator[tuple[Sample, TokenMetrics | None]]:
     """This rank's samples of the rollout's first groups; rank 0 adds those that no rank trains on."""
     chosen = set(sorted({sample.group_id for sample in batch.samples})[:groups])
     starts = batch.packing.cu_seqlens().tolist()
@@ -39,7 +39,7 @@ def recorded(
         if sample.group_id in chosen:
             yield (
                 sample,
-                TokenNumbers(
+                TokenMetrics(
                     mask=piece(mask_T, position),
                     advantages=piece(advantages_T, position),
                     train_log_probs=piece(train_log_probs_T, position),

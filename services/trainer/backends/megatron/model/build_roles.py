@@ -1,4 +1,4 @@
-"""The roles that a configuration asks for, as this rank's parts of Megatron-Core models and copies of their weights."""
+"""The configured roles, as this rank's parts of Megatron-Core models and copies of their weights."""
 
 from __future__ import annotations
 
@@ -7,18 +7,17 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from miles.algorithms.vocab_rows import TokenLogProbs
 from miles.config.checks.model_layout import shape_differences
-from miles.services.trainer.backends.megatron.learner import MegatronLearner
-from miles.services.trainer.backends.megatron.model.model import MegatronModel, build_model, wants_replay
-from miles.services.trainer.backends.megatron.mtp.layers import PredictionTraining
+from miles.services.trainer.backends.megatron.learner import MegatronCritic, MegatronPolicy
+from miles.services.trainer.backends.megatron.model.build_model import MegatronModel, build_model, wants_replay
+from miles.services.trainer.backends.megatron.mtp.layers import MtpTraining
 from miles.services.trainer.backends.megatron.optimizer import MegatronOptimizer
-from miles.services.trainer.backends.megatron.parallel.groups import Place
-from miles.services.trainer.backends.megatron.parallel.outputs import LogProbs, ReadingOptions, Values
+from miles.services.trainer.backends.megatron.parallel.forward_output import LogProbOptions, LogProbOutput, ValueOutput
+from miles.services.trainer.backends.megatron.parallel.groups import ParallelRank
 from miles.services.trainer.backends.megatron.replay.router import ModelReplay, moe_layer_numbers
 from miles.services.trainer.backends.megatron.replay.step_routing import Routing
 from miles.services.trainer.step import algorithm_options
-from miles.services.trainer.step.old_policies import OldActors
+from miles.services.trainer.step.old_policies import OldPolicies
 from miles.services.trainer.step.roles import Roles
 from miles.services.trainer.step.weight_copy import CopiedRole, WeightCopy
 
@@ -30,79 +29,79 @@ if TYPE_CHECKING:
 class MegatronRoles(Roles):
     """See `Roles`."""
 
-    policy: MegatronLearner[TokenLogProbs]
-    critic: MegatronLearner[torch.Tensor] | None = None
+    policy: MegatronPolicy
+    critic: MegatronCritic | None = None
     reference: CopiedRole | None = None
     teacher: CopiedRole | None = None
-    old_actors: OldActors | None = None
+    old_policies: OldPolicies | None = None
     routing: Routing | None = None
-    """Of the policy, where it is prescribed."""
+    """Replay of the policy's routing; None where it routes freely."""
 
 
-def build_roles(config: JobConfig, place: Place, device: torch.device) -> MegatronRoles:
+def build_roles(config: JobConfig, parallel: ParallelRank, device: torch.device) -> MegatronRoles:
     """Build this rank's parts and load their weights; collective.
 
     Raises FileNotFoundError when there is no checkpoint and ValueError for a model that the bridge does not know.
     """
     compute = algorithm_options.DTYPES[config.train.train_dtype]
     algorithm = config.algorithm
-    model = build_model(config, place, compute)
+    model = build_model(config, parallel, compute)
     reference = (
         _weights_of(model, config, config.checkpoint.ref_load) if algorithm_options.needs_reference(config) else None
     )
     teacher_folder = algorithm_options.teacher_folder(config)
     teacher = None if teacher_folder is None else _weights_of(model, config, teacher_folder)
-    routing = _routing(config, model, place, device)
-    options = ReadingOptions(
+    routing = _routing(config, model, parallel, device)
+    options = LogProbOptions(
         temperature=config.rollout.rollout_temperature or 1.0,
         chunk_rows=config.train.log_probs_chunk_size if config.train.log_probs_chunk_size > 0 else None,
         with_entropy=algorithm.entropy_coef != 0 or algorithm.observe_training_entropy,
         entropy_requires_grad=algorithm.entropy_coef != 0,
     )
-    policy = MegatronLearner(
+    policy = MegatronPolicy(
         model,
-        LogProbs(model.vocabulary, place, options),
+        LogProbOutput(model.vocabulary, parallel, options),
         MegatronOptimizer(config.optimizer, config.megatron, model, compute),
-        place,
+        parallel,
         device,
         algorithm_options.policy_iterations(config),
         routing,
-        _prediction(config, model, place),
+        _mtp_training(config, model, parallel),
     )
-    old_actors = None
+    old_policies = None
     if algorithm.keep_old_actor:
-        old_actors = OldActors(model.parameters, policy.evaluate, config.rollout.max_weight_staleness)
+        old_policies = OldPolicies(model.parameters, policy.compute_log_probs, config.rollout.max_weight_staleness)
     return MegatronRoles(
         policy=policy,
-        critic=_critic(config, place, compute, device) if algorithm_options.needs_critic(config) else None,
-        reference=None if reference is None else CopiedRole(reference, policy.evaluate_unrouted),
-        teacher=None if teacher is None else CopiedRole(teacher, policy.evaluate_unrouted),
-        old_actors=old_actors,
+        critic=_critic(config, parallel, compute, device) if algorithm_options.needs_critic(config) else None,
+        reference=None if reference is None else CopiedRole(reference, policy.compute_log_probs_unrouted),
+        teacher=None if teacher is None else CopiedRole(teacher, policy.compute_log_probs_unrouted),
+        old_policies=old_policies,
         routing=routing,
     )
 
 
-def _critic(
-    config: JobConfig, place: Place, compute: torch.dtype, device: torch.device
-) -> MegatronLearner[torch.Tensor]:
+def _critic(config: JobConfig, parallel: ParallelRank, compute: torch.dtype, device: torch.device) -> MegatronCritic:
     folder = config.checkpoint.critic_load or str(config.rollout.hf_checkpoint)
-    model = build_model(config, place, compute, critic_from=folder)
+    model = build_model(config, parallel, compute, critic_from=folder)
     optimizer = MegatronOptimizer(algorithm_options.critic_optimizer(config), config.megatron, model, compute)
-    return MegatronLearner(model, Values(place), optimizer, place, device, algorithm_options.critic_iterations(config))
+    return MegatronCritic(
+        model, ValueOutput(parallel), optimizer, parallel, device, algorithm_options.critic_iterations(config)
+    )
 
 
 def _weights_of(model: MegatronModel, config: JobConfig, folder: str | None) -> WeightCopy:
-    """The weights of another folder; of the model itself where none is given.
+    """The weights of another folder; the model's own if none is given.
 
     Raises ValueError for a folder with a model of another shape.
     """
     if folder is None or folder == config.rollout.hf_checkpoint:
         return WeightCopy(model.parameters)
-    predicts = config.megatron.mtp_num_layers is not None
-    differences = shape_differences(str(config.rollout.hf_checkpoint), folder, with_prediction_layers=predicts)
+    has_mtp = config.megatron.mtp_num_layers is not None
+    differences = shape_differences(str(config.rollout.hf_checkpoint), folder, with_prediction_layers=has_mtp)
     if differences:
         raise ValueError(
-            f"the weights of {folder} cannot take the place of the policy's: {'; '.join(differences)}; give a model of "
+            f"the weights of {folder} do not fit the policy's model: {'; '.join(differences)}; give a model of "
             "the policy's shape, or train with fsdp"
         )
     policy = WeightCopy(model.parameters)
@@ -112,17 +111,17 @@ def _weights_of(model: MegatronModel, config: JobConfig, folder: str | None) -> 
     return other
 
 
-def _prediction(config: JobConfig, model: MegatronModel, place: Place) -> PredictionTraining | None:
+def _mtp_training(config: JobConfig, model: MegatronModel, parallel: ParallelRank) -> MtpTraining | None:
     layout = config.megatron
     if not layout.enable_mtp_training or layout.mtp_num_layers is None:
         return None
-    columns = -(-model.vocabulary // place.tensor_size)
-    padding = min(max(columns * (place.tensor_rank + 1) - model.vocabulary, 0), columns)
-    return PredictionTraining(model.bare_chunks, layout.mtp_num_layers, layout.mtp_loss_scaling_factor, padding=padding)
+    columns = -(-model.vocabulary // parallel.tensor_size)
+    padding = min(max(columns * (parallel.tensor_rank + 1) - model.vocabulary, 0), columns)
+    return MtpTraining(model.bare_chunks, layout.mtp_num_layers, layout.mtp_loss_scaling_factor, padding=padding)
 
 
-def _routing(config: JobConfig, model: MegatronModel, place: Place, device: torch.device) -> Routing | None:
+def _routing(config: JobConfig, model: MegatronModel, parallel: ParallelRank, device: torch.device) -> Routing | None:
     if not wants_replay(config):
         return None
     replay = ModelReplay(model.bare_chunks, moe_layer_numbers(model.config))
-    return Routing(config, replay, place, device, sequence_parallel=bool(model.config.sequence_parallel))
+    return Routing(config, replay, parallel, device, sequence_parallel=bool(model.config.sequence_parallel))

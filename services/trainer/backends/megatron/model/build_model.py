@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from miles.services.trainer.backends.megatron.model.critic import load_critic
-from miles.services.trainer.backends.megatron.mtp.layers import add_prediction_layers
-from miles.services.trainer.backends.megatron.parallel.groups import Place
+from miles.services.trainer.backends.megatron.mtp.layers import add_mtp_layers
+from miles.services.trainer.backends.megatron.parallel.groups import ParallelRank
 
 if TYPE_CHECKING:
     from miles.config import JobConfig
@@ -61,7 +61,12 @@ def uses_transformer_engine(config: JobConfig) -> bool:
 
 
 def build_model(
-    config: JobConfig, place: Place, compute: torch.dtype, *, wrap: bool = True, critic_from: str | None = None
+    config: JobConfig,
+    parallel: ParallelRank,
+    compute: torch.dtype,
+    *,
+    wrap: bool = True,
+    critic_from: str | None = None,
 ) -> MegatronModel:
     """Build this rank's part of the policy, or of a critic from a folder, and load its weights; collective.
 
@@ -80,7 +85,7 @@ def build_model(
     provider.perform_initialization = False
     load = functools.partial(_complete_and_load, bridge, config, critic_from)
     provider.register_pre_wrap_hook(load if critic_from is None else functools.partial(load_critic, load, critic_from))
-    _configure(provider, config, place, compute)
+    _configure(provider, config, parallel, compute)
     if critic_from is not None:
         provider.share_embeddings_and_output_weights = False
         provider.moe_enable_routing_replay = False
@@ -113,14 +118,14 @@ def _bridge(folder: pathlib.Path, *, with_engine: bool) -> Any:
 
 
 def _complete_and_load(bridge: Any, config: JobConfig, critic_from: str | None, chunks: list[Any]) -> list[Any]:
-    """Give the policy its layers for multi-token prediction; read a folder, by default the bridge's, into bare chunks.
+    """Add the policy's MTP layers; read a folder, by default the bridge's, into bare chunks.
 
     Raises ValueError for parameters that the bridge cannot fill.
     """
     layout = config.megatron
     if layout.mtp_num_layers is not None and critic_from is None:
         for chunk in chunks:
-            add_prediction_layers(
+            add_mtp_layers(
                 chunk,
                 layout.mtp_num_layers,
                 with_engine=uses_transformer_engine(config),
@@ -136,7 +141,7 @@ def _complete_and_load(bridge: Any, config: JobConfig, critic_from: str | None, 
     return chunks
 
 
-def _configure(provider: Any, config: JobConfig, place: Place, compute: torch.dtype) -> None:
+def _configure(provider: Any, config: JobConfig, parallel: ParallelRank, compute: torch.dtype) -> None:
     """Fill in the provider's fields, which are those of Megatron-Core's TransformerConfig and GPTModel."""
     from megatron.core.transformer.enums import AttnBackend
 
@@ -210,5 +215,5 @@ _NEEDS_TRANSFORMER_ENGINE = (
 
 
 def wants_replay(config: JobConfig) -> bool:
-    """Whether the routers' choices may be prescribed."""
+    """Whether the configuration replays routing, so that routers' choices are prescribed."""
     return config.algorithm.use_routing_replay or config.rollout.use_rollout_routing_replay

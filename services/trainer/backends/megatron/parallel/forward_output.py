@@ -1,0 +1,120 @@
+"""What a forward pass gives for each response token, from the last stage's output; complete on each of its ranks.
+
+Dims: R response tokens of a micro-batch, L local rows, V this rank's columns of the vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Protocol, TypeVar
+
+import torch
+
+from miles.algorithms.log_probs import TokenLogProbs, VocabShard, token_log_probs
+from miles.services.trainer.backends.megatron.parallel.groups import ParallelRank, SumOverRanks
+from miles.services.trainer.backends.megatron.parallel.rows import LocalRows
+from miles.services.trainer.batch.packing import MicroBatch
+
+OutputT = TypeVar("OutputT")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class LogProbOptions:
+    """How logits become log-probabilities."""
+
+    temperature: float
+    chunk_rows: int | None
+    with_entropy: bool = False
+    entropy_requires_grad: bool = False
+
+
+class ForwardOutput(Protocol[OutputT]):
+    """The forward output for a micro-batch's response tokens."""
+
+    def for_loss(self, output_1LV: torch.Tensor, micro_batch: MicroBatch, rows: LocalRows) -> OutputT:
+        """All that a loss needs, from the head's output."""
+
+    def per_token(self, output_1LV: torch.Tensor, micro_batch: MicroBatch, rows: LocalRows) -> torch.Tensor:
+        """The log-probability or value of each response token alone; float32 [R]."""
+
+    def zero_loss(self, outputs: OutputT) -> torch.Tensor:
+        """A loss of 0 that depends on the outputs, for a micro-batch without samples; 0-d."""
+
+
+class LogProbOutput:
+    """Log-probabilities, with entropies where the loss needs them."""
+
+    def __init__(self, vocabulary: int, parallel: ParallelRank, options: LogProbOptions) -> None:
+        """`vocabulary` counts tokens without padding."""
+        self._parallel = parallel
+        self._options = options
+        columns = -(-vocabulary // parallel.tensor_size)
+        first = parallel.tensor_rank * columns
+        self._shard = VocabShard(parallel.tensor_group, start=first) if parallel.tensor_size > 1 else None
+        self._columns = min(columns, vocabulary - first)
+
+    def for_loss(self, output_1LV: torch.Tensor, micro_batch: MicroBatch, rows: LocalRows) -> TokenLogProbs:
+        """See `ForwardOutput.for_loss`."""
+        return self._log_probs(output_1LV, micro_batch, rows, self._options)
+
+    def per_token(self, output_1LV: torch.Tensor, micro_batch: MicroBatch, rows: LocalRows) -> torch.Tensor:
+        """See `ForwardOutput.per_token`."""
+        plain = dataclasses.replace(self._options, with_entropy=False, entropy_requires_grad=False)
+        return self._log_probs(output_1LV, micro_batch, rows, plain).log_probs_T
+
+    def zero_loss(self, outputs: TokenLogProbs) -> torch.Tensor:
+        """See `ForwardOutput.zero_loss`."""
+        return outputs.log_probs_T.sum()
+
+    def _log_probs(
+        self, logits_1LV: torch.Tensor, micro_batch: MicroBatch, rows: LocalRows, options: LogProbOptions
+    ) -> TokenLogProbs:
+        device = logits_1LV.device
+        picked = logits_1LV[0].index_select(0, torch.from_numpy(rows.logit_rows).to(device))[:, : self._columns]
+        targets_R = torch.from_numpy(micro_batch.targets_R).to(device)
+        responses = torch.from_numpy(rows.responses).to(device)
+        local = token_log_probs(
+            picked,
+            targets_R[responses],
+            temperature=options.temperature,
+            with_entropy=options.with_entropy,
+            entropy_requires_grad=options.entropy_requires_grad,
+            shard=self._shard,
+            chunk_rows=options.chunk_rows,
+            overwrite_logits=self._columns == logits_1LV.shape[-1],
+        )
+        log_probs_R = all_responses(local.log_probs_T, responses, len(targets_R), self._parallel)
+        entropy = local.entropy_T
+        return TokenLogProbs(
+            log_probs_R, None if entropy is None else all_responses(entropy, responses, len(targets_R), self._parallel)
+        )
+
+
+class ValueOutput:
+    """Values, from a value head."""
+
+    def __init__(self, parallel: ParallelRank) -> None:
+        self._parallel = parallel
+
+    def for_loss(self, output_1LV: torch.Tensor, micro_batch: MicroBatch, rows: LocalRows) -> torch.Tensor:
+        """See `ForwardOutput.for_loss`; float32 [R]."""
+        device = output_1LV.device
+        values = output_1LV[0, :, 0].index_select(0, torch.from_numpy(rows.logit_rows).to(device))
+        return all_responses(
+            values, torch.from_numpy(rows.responses).to(device), len(micro_batch.targets_R), self._parallel
+        )
+
+    per_token = for_loss
+
+    def zero_loss(self, outputs: torch.Tensor) -> torch.Tensor:
+        """See `ForwardOutput.zero_loss`."""
+        return outputs.sum()
+
+
+def all_responses(values: torch.Tensor, responses: torch.Tensor, count: int, parallel: ParallelRank) -> torch.Tensor:
+    """All R response tokens' values, from those of this context-parallel rank at the indices `responses`."""
+    if parallel.context_size == 1:
+        return values
+    spread_R = values.new_zeros(count).index_put((responses,), values)
+    summed: torch.Tensor = SumOverRanks.apply(spread_R, parallel.context_group)  # type: ignore[no-untyped-call]
+    return summed

@@ -1,0 +1,83 @@
+"""The losses of one micro-batch in an optimizer step: the policy's and the critic's."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from miles.algorithms.losses import LossBatch, LossOutput, critic_loss, rl_loss
+from miles.algorithms.vocab_rows import TokenLogProbs
+from miles.services.trainer.batch.packing import MicroBatch
+from miles.services.trainer.batch.rollout_batch import OptimizerStepPlan, RolloutBatch
+from miles.services.trainer.step import algorithm_options
+from miles.services.trainer.step.preparation import TokenTensors
+
+if TYPE_CHECKING:
+    from miles.config import JobConfig
+
+
+class StepLosses:
+    """A micro-batch's share of an optimizer step's loss; sums over micro-batches and replicas give the step's loss."""
+
+    def __init__(self, config: JobConfig, device: torch.device) -> None:
+        self._config = config
+        self._device = device
+        self._loss_config = algorithm_options.loss_config(config)
+
+    def policy(
+        self,
+        batch: RolloutBatch,
+        step: OptimizerStepPlan,
+        tokens: TokenTensors,
+        micro_batch: MicroBatch,
+        outputs: TokenLogProbs,
+    ) -> LossOutput:
+        """The policy's loss; fills in `tokens.seen` when the training pass itself gives the old log-probabilities."""
+        where = batch.token_indices(micro_batch).to(self._device)
+        if tokens.train is None:
+            tokens.seen[where] = outputs.log_probs_T.detach()
+        members = [batch.position(i) for i in micro_batch.samples]
+        per_token = self._config.algorithm.calculate_per_token_loss
+        return rl_loss(
+            self._loss_config,
+            LossBatch(
+                packing=batch.packing.subset(members),
+                mask_T=tokens.mask[where],
+                advantages_T=tokens.advantages[where],
+                train_log_probs_T=None if tokens.train is None else tokens.train[where],
+                rollout_log_probs_T=None if tokens.rollout is None else tokens.rollout[where],
+                ref_log_probs_T=None if tokens.ref is None else tokens.ref[where],
+                opd_reverse_kl_T=None if tokens.opd_reverse_kl is None else tokens.opd_reverse_kl[where],
+                correction=None if tokens.correction is None else tokens.correction.take(batch.packing, members),
+                denominator=step.num_tokens if per_token else step.num_samples,
+            ),
+            outputs.log_probs_T,
+            outputs.entropy_T,
+        )
+
+    def critic(
+        self,
+        batch: RolloutBatch,
+        step: OptimizerStepPlan,
+        tokens: TokenTensors,
+        micro_batch: MicroBatch,
+        values_R: torch.Tensor,
+    ) -> LossOutput:
+        """The same for the critic."""
+        assert tokens.values is not None, "a critic learns from the values before its first step"
+        where = batch.token_indices(micro_batch).to(self._device)
+        algorithm = self._config.algorithm
+        return critic_loss(
+            LossBatch(
+                packing=batch.packing.subset([batch.position(i) for i in micro_batch.samples]),
+                mask_T=tokens.mask[where],
+                advantages_T=tokens.advantages[where],
+                denominator=step.num_tokens if algorithm.calculate_per_token_loss else step.num_samples,
+            ),
+            values_R,
+            tokens.values[where],
+            tokens.returns[where],
+            value_clip=algorithm.value_clip,
+            calculate_per_token_loss=algorithm.calculate_per_token_loss,
+        )
