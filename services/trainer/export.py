@@ -61,7 +61,7 @@ def send_share(
 
 
 def merge(pending: PendingVersion, reports: Sequence[bytes]) -> SendTimes:
-    """Merge every rank's checksums and handles into the pending version; a tensor that was not sent is a ManifestError."""
+    """Merge every rank's checksums and handles into the version; a tensor that was not sent raises ManifestError."""
     by_name = {descriptor.name: descriptor for descriptor in pending.descriptors}
     copy_s = checksum_s = 0.0
     written = 0
