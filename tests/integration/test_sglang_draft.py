@@ -13,7 +13,6 @@ from collections.abc import AsyncIterator
 import pytest
 import pytest_asyncio
 import torch
-from rollout_kit import job_config
 from sglang_kit import ON_GPU, have_sglang, largest_difference, options, reference_log_probs, respond, running
 from torch_engine_models import prompt_of, save_checkpoint, weights_of
 from weight_host import DRAFT, JOB, Host
@@ -21,7 +20,7 @@ from weight_host import DRAFT, JOB, Host
 from miles.rpc.gen import weightsync_pb2
 from miles.services.rollout.engines.sglang import SglangEngine
 from miles.services.rollout.engines.sglang.weights.checker import checksum
-from miles.services.rollout.job import RolloutJob
+from miles.services.rollout.serving.subscriptions import subscribe_draft
 from miles.weights.manifest import ChecksumMismatch
 
 pytestmark = [
@@ -62,16 +61,8 @@ async def test_a_draft_is_followed_and_the_policy_serves_on(
     host = Host(tmp_path)
     host.stream = DRAFT
     await host.start()
-    job = RolloutJob(
-        JOB,
-        job_config(folder / "0", rollout_backend="sglang"),
-        redis_url="",
-        weightsync_address=host.address,
-        reward_addresses={},
-        worker_id="rollout-0",
-    )
+    subscriber = await subscribe_draft(host.address, JOB, "rollout-0", draft)
     try:
-        await job._subscribe_draft(draft)
         tasks = [asyncio.create_task(respond(engine, prompt_of(9 + i, i), **LONG)) for i in range(4)]
         for version in (1, 2):
             await host.publish(version, weights_of(models[1]))
@@ -97,5 +88,5 @@ async def test_a_draft_is_followed_and_the_policy_serves_on(
             assert largest_difference(response, expected) < 1e-5
         assert await checksum(api, "target", 60.0) == before
     finally:
-        await job.close()
+        await subscriber.close()
         await host.close()

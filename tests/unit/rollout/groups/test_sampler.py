@@ -102,17 +102,22 @@ class Scene:
 
     def run(self, group: GroupLease, create: Callable[[GroupRequests], Sampler]) -> GroupRun:
         tools = dataclasses.replace(
-            self.tools, create_sampler=lambda leased: create(GroupRequests(self.engine, leased, record_experts=False))
+            self.tools, create_sampler=lambda leased: create(GroupRequests(self.engine, leased))
         )
         return GroupRun(group, tools)
 
-    async def partial(self, group_id: int, ready: Callable[[list[Sample]], bool]) -> list[Sample]:
-        """The stored samples of a group, once they are as wanted."""
+    async def stored(self, group_id: int) -> list[Sample]:
+        """The samples of a group that is stored to be resumed."""
+        partial = await self.tools.partials.load(group_id)
+        assert partial is not None
+        return list(partial.samples)
+
+    async def until_asked(self, samples: int) -> None:
+        """Wait until this many responses have ended their first turn."""
         async with asyncio.timeout(100):
-            while True:
-                stored = await self.tools.partials.load(group_id)
-                if stored is not None and ready(list(stored.samples)):
-                    return list(stored.samples)
+            while (stats := self.engine.stats()).running_requests + stats.waiting_requests or (  # noqa: ASYNC110
+                stats.generated_tokens < 6 * samples
+            ):
                 await asyncio.sleep(0.01)
 
 
@@ -142,15 +147,8 @@ async def scene(redis_url: str, job_id: str, tmp_path: pathlib.Path) -> AsyncIte
         yield Scene(engine, tools, tokenizer)
 
 
-def lease_of(job_id: str, group_id: int, attempt: int = 1, samples: int = 3) -> GroupLease:
-    return lease_from_proto(lease(job_id, group_id, attempt=attempt, samples=samples, **SAMPLING).lease)
-
-
-async def until_asked(scene: Scene, run: GroupRun, samples: int) -> None:
-    """Wait until every response of the run has ended its first turn."""
-    async with asyncio.timeout(100):
-        while scene.engine.stats().running_requests or scene.engine.stats().generated_tokens < 6 * samples:  # noqa: ASYNC110
-            await asyncio.sleep(0.01)
+def lease_of(job_id: str, group_id: int, attempt: int = 1) -> GroupLease:
+    return lease_from_proto(lease(job_id, group_id, attempt=attempt, samples=3, **SAMPLING).lease)
 
 
 async def test_a_group_of_two_requests_a_response_is_preempted_between_them_resumed_and_queued(
@@ -159,12 +157,12 @@ async def test_a_group_of_two_requests_a_response_is_preempted_between_them_resu
     never = asyncio.Event()
     run = scene.run(lease_of(job_id, 3), lambda requests: TwoTurns(requests, never))
     running = asyncio.create_task(run.run())
-    await until_asked(scene, run, 3)
+    await scene.until_asked(3)
     run.preempt()
     outcome = await running
     first_turns = scene.engine.stats().generated_tokens
     assert outcome == Preempted(saved_tokens=first_turns)
-    stored = await scene.partial(3, lambda samples: True)
+    stored = await scene.stored(3)
     assert [sample.status for sample in stored] == [SampleStatus.PENDING] * 3
     assert [sample.metadata["tool"] for sample in stored] == ["asked"] * 3
 
@@ -195,11 +193,11 @@ async def test_an_error_of_one_response_ends_the_others_and_keeps_what_they_have
     broken = asyncio.Event()
     run = scene.run(lease_of(job_id, 4), lambda requests: FirstFails(requests, broken))
     running = asyncio.create_task(run.run())
-    await until_asked(scene, run, 2)
+    await scene.until_asked(2)
     broken.set()
     outcome = await running
     assert outcome == Failed("RuntimeError: the tool is broken", retryable=True)
-    first, *others = await scene.partial(4, lambda samples: True)
+    first, *others = await scene.stored(4)
     assert first.response_length == 0
     assert all(sample.response_length >= 6 for sample in others)
     assert scene.engine.stats().running_requests == 0
