@@ -19,7 +19,7 @@ from miles.gateway.app import create_app
 from miles.gateway.config_policy import resolved_roots
 from miles.gateway.connection import Connection
 from miles.gateway.keys import KeyFile, KeyFileError
-from miles.gateway.options import GatewaySettings
+from miles.gateway.options import GatewayOptions
 from miles.rpc import ExitCode, ServiceExit, main
 
 KEYS_ENVIRONMENT = "MILES_KEYS_FILE"
@@ -53,7 +53,7 @@ def parse_flags(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def settings_of(flags: argparse.Namespace) -> GatewaySettings:
+def options_of(flags: argparse.Namespace) -> GatewayOptions:
     """Settings from the command line. Raises ServiceExit for a gateway that would be open to everybody."""
     host = flags.listen.rpartition(":")[0]
     if flags.keys_file is None and not is_loopback(host):
@@ -69,7 +69,7 @@ def settings_of(flags: argparse.Namespace) -> GatewaySettings:
             raise ServiceExit(ExitCode.BAD_CONFIG, str(error)) from error
     roots = resolved_roots(flags.allowed_root)
     runs_dir = resolved_roots([flags.runs_dir])[0] if flags.runs_dir else roots[0] / "runs" if roots else None
-    return GatewaySettings(
+    return GatewayOptions(
         controller=flags.controller,
         host=host,
         keys_file=None if flags.keys_file is None else pathlib.Path(flags.keys_file),
@@ -94,10 +94,10 @@ class _Server(uvicorn.Server):
 
 async def serve(flags: argparse.Namespace) -> None:
     """Serve until cancelled."""
-    settings = settings_of(flags)
+    options = options_of(flags)
     listener = listening_socket(flags.listen)
     config = uvicorn.Config(
-        create_app(settings),
+        create_app(options),
         http=Connection,
         ws="none",
         log_config=None,
@@ -109,7 +109,7 @@ async def serve(flags: argparse.Namespace) -> None:
         timeout_keep_alive=30,
     )
     server = _Server(config)
-    url = f"{'https' if flags.https_cert else 'http'}://{settings.host}:{listener.getsockname()[1]}"
+    url = f"{'https' if flags.https_cert else 'http'}://{options.host}:{listener.getsockname()[1]}"
     print(f"listening on {url}", flush=True)
     if flags.address_file is not None:
         partial = flags.address_file.with_suffix(".tmp")

@@ -12,7 +12,7 @@ from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
 from miles.config.checks.addresses import is_loopback
 from miles.gateway.keys import KeyFile, Scope
-from miles.gateway.options import GatewaySettings
+from miles.gateway.options import GatewayOptions
 from miles.gateway.problems import Problem
 from miles.gateway.rate_limit import RateLimit
 
@@ -47,10 +47,10 @@ LOCAL = Caller("local", Scope.ADMIN)
 class Gatekeeper:
     """Checks keys, scopes, the origin of requests without keys, and rate limits."""
 
-    def __init__(self, settings: GatewaySettings, now: Callable[[], float] = time.monotonic) -> None:
-        self._keys = None if settings.keys_file is None else KeyFile(settings.keys_file)
+    def __init__(self, options: GatewayOptions, now: Callable[[], float] = time.monotonic) -> None:
+        self._keys = None if options.keys_file is None else KeyFile(options.keys_file)
         self._now = now
-        self._limit = RateLimit(settings.requests_per_s, settings.burst)
+        self._limit = RateLimit(options.requests_per_s, options.burst)
         self._failures = RateLimit(_FAILURES_PER_S, _FAILURE_BURST)
 
     def admit(self, request: Request, presented: str | None, needed: Scope) -> Caller:

@@ -13,8 +13,8 @@ from typing import Any
 
 from miles.config.schema.catalog import Entry, passthroughs
 from miles.config.schema.faults import Fault
-from miles.gateway.config_schema import NAME_PATTERN, is_path, settings, type_faults
-from miles.gateway.options import GatewaySettings
+from miles.gateway.config_schema import NAME_PATTERN, is_path, job_settings, type_faults
+from miles.gateway.options import GatewayOptions
 
 _SLICE = re.compile(r"@\[[^\]]*\]$")
 """The rows of a data file: FILE@[a:b]."""
@@ -33,7 +33,7 @@ class Reviewed:
     """Keys with faults: nobody is to look at their values."""
 
 
-def review(body: Mapping[str, Any], policy: GatewaySettings, idempotency_key: str) -> Reviewed:
+def review(body: Mapping[str, Any], policy: GatewayOptions, idempotency_key: str) -> Reviewed:
     """Check a body against what this deployment allows, and fill in the run folder.
 
     The folder follows from the job's name and the idempotency key, so that the same submission always has the same one.
@@ -44,7 +44,7 @@ def review(body: Mapping[str, Any], policy: GatewaySettings, idempotency_key: st
     for key, value in list(flat.items()):
         if key in mistyped:
             continue
-        entry = settings().get(key)
+        entry = job_settings().get(key)
         if entry is not None and is_path(entry):
             flat[key], found = _confined(entry, value, policy)
             faults += found
@@ -57,7 +57,7 @@ def review(body: Mapping[str, Any], policy: GatewaySettings, idempotency_key: st
 
 
 def _name_and_run_dir(
-    flat: dict[str, Any], mistyped: set[str], policy: GatewaySettings, idempotency_key: str
+    flat: dict[str, Any], mistyped: set[str], policy: GatewayOptions, idempotency_key: str
 ) -> list[Fault]:
     name = flat.setdefault("name", _OWN_NAME)
     if "name" in mistyped:
@@ -76,7 +76,7 @@ def _name_and_run_dir(
     return []
 
 
-def _confined(entry: Entry, value: Any, policy: GatewaySettings) -> tuple[Any, list[Fault]]:
+def _confined(entry: Entry, value: Any, policy: GatewayOptions) -> tuple[Any, list[Fault]]:
     """The value with its paths made absolute, and the faults of those outside the roots."""
     if entry.kind is tuple:
         items = list(value)
@@ -89,7 +89,7 @@ def _confined(entry: Entry, value: Any, policy: GatewaySettings) -> tuple[Any, l
     return _confined_path(entry.key, value, policy)
 
 
-def _confined_path(key: str, text: str, policy: GatewaySettings) -> tuple[str, list[Fault]]:
+def _confined_path(key: str, text: str, policy: GatewayOptions) -> tuple[str, list[Fault]]:
     rows = _SLICE.search(text)
     path, suffix = (text[: rows.start()], rows[0]) if rows else (text, "")
     if not policy.allowed_roots:
@@ -106,7 +106,7 @@ def _confined_path(key: str, text: str, policy: GatewaySettings) -> tuple[str, l
     return str(absolute) + suffix, []
 
 
-def _allowed_module(entry: Entry, value: str, policy: GatewaySettings) -> list[Fault]:
+def _allowed_module(entry: Entry, value: str, policy: GatewayOptions) -> list[Fault]:
     assert entry.dotted_path is not None
     if value in entry.dotted_path.aliases:
         return []
@@ -122,7 +122,7 @@ def _allowed_module(entry: Entry, value: str, policy: GatewaySettings) -> list[F
     return [Fault(entry.key, value, "jobs may not load code from that module", remedy)]
 
 
-def _allowed_passthrough(key: str, value: Any, policy: GatewaySettings) -> list[Fault]:
+def _allowed_passthrough(key: str, value: Any, policy: GatewayOptions) -> list[Fault]:
     if not key.startswith(tuple(passthroughs())) or key in policy.allowed_passthrough:
         return []  # a key that does not exist is found where all names are known
     problem = "jobs may not give the engine this flag"

@@ -35,7 +35,7 @@ _JSON_TYPES: Mapping[type[Any], tuple[str, str]] = {
 
 
 @functools.cache
-def settings() -> Mapping[str, Entry]:
+def job_settings() -> Mapping[str, Entry]:
     """Every setting that a job may give, by key."""
     return {key: entry for key, entry in catalog().items() if key not in DEPLOYMENT}
 
@@ -55,7 +55,7 @@ def type_faults(body: Mapping[str, Any]) -> list[Fault]:
         if key in DEPLOYMENT:
             problem = "it belongs to the services that run already"
             faults.append(Fault(key, value, problem, "leave it out"))
-        elif key in settings() and value is not None and (wrong := _wrong_type(settings()[key], value)):
+        elif key in job_settings() and value is not None and (wrong := _wrong_type(job_settings()[key], value)):
             faults.append(Fault(key, value, wrong, "give one"))
     return faults
 
@@ -91,7 +91,7 @@ def _has_type(kind: type[Any], value: Any) -> bool:
 @functools.cache
 def body_schema() -> dict[str, Any]:
     """JSON schema of the body, made from the settings; combinations are checked beyond it."""
-    properties = {key: _property(entry) for key, entry in settings().items()}
+    properties = {key: _property(entry) for key, entry in job_settings().items()}
     properties["name"]["pattern"] = NAME_PATTERN
     return {
         "type": "object",

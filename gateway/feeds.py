@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 import grpc.aio
 
 from miles.gateway.cache import AnswerCache
-from miles.gateway.controller import Controller
+from miles.gateway.controller_client import ControllerClient
 from miles.gateway.event_ring import EventRing, Message, parse_id, pieces
 from miles.gateway.problems import Problem
 from miles.gateway.schemas import event_model
@@ -52,7 +52,7 @@ def encode(event: job_pb2.JobEvent) -> Message:
 class Feed:
     """Follows one job and keeps its newest events."""
 
-    def __init__(self, controller: Controller, job_id: str, on_state: Callable[[str], None]) -> None:
+    def __init__(self, controller: ControllerClient, job_id: str, on_state: Callable[[str], None]) -> None:
         """`on_state` is called with the job's id before watchers see that the job moved to another state."""
         self.job_id = job_id
         self.watchers = 0
@@ -170,7 +170,7 @@ def _resolve(waiter: asyncio.Future[bool], value: bool) -> None:
 class Feeds:
     """Feeds by job, opened for the first watcher and closed some time after the last."""
 
-    def __init__(self, controller: Controller, on_state: Callable[[str], None]) -> None:
+    def __init__(self, controller: ControllerClient, on_state: Callable[[str], None]) -> None:
         """`on_state` is called with the id of a job that moved to another state, before its watchers see that."""
         self._controller = controller
         self._on_state = on_state

@@ -7,7 +7,7 @@ import pathlib
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class GatewaySettings:
+class GatewayOptions:
     """Settings of one gateway process."""
 
     controller: str

@@ -7,9 +7,9 @@ import contextlib
 from collections.abc import Callable
 
 from miles.gateway.cache import AnswerCache
-from miles.gateway.controller import Controller
+from miles.gateway.controller_client import ControllerClient
 from miles.gateway.feeds import Feeds
-from miles.gateway.options import GatewaySettings
+from miles.gateway.options import GatewayOptions
 from miles.gateway.schemas import Job, Worker, worker_model
 from miles.rpc.gen import controller_pb2, job_pb2, records_pb2
 
@@ -23,12 +23,12 @@ METRICS_FOR_S = 1.0
 RUN_FOR_S = 1.0
 
 
-class Backend:
+class GatewayState:
     """One gateway's state. Use as an async context manager."""
 
-    def __init__(self, settings: GatewaySettings) -> None:
-        self.settings = settings
-        self.controller = Controller(settings.controller)
+    def __init__(self, options: GatewayOptions) -> None:
+        self.options = options
+        self.controller = ControllerClient(options.controller)
         self.feeds = Feeds(self.controller, self.forget)
         self._jobs: AnswerCache[tuple[job_pb2.Job, bytes]] = AnswerCache(JOB_FOR_S, renew_s=RENEW_S)
         self._workers: AnswerCache[list[controller_pb2.Worker]] = AnswerCache(WORKERS_FOR_S, renew_s=SLOW_RENEW_S)
@@ -36,7 +36,7 @@ class Backend:
         self._runs: AnswerCache[controller_pb2.DescribeRunResponse] = AnswerCache(RUN_FOR_S, renew_s=RENEW_S)
         self._tidying: asyncio.Task[None] | None = None
 
-    async def __aenter__(self) -> Backend:
+    async def __aenter__(self) -> GatewayState:
         self._tidying = asyncio.create_task(self.feeds.tidy(), name="closing idle feeds")
         return self
 

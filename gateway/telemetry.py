@@ -15,7 +15,7 @@ from miles.gateway.problems import Problem
 from miles.gateway.schemas import ENDED, JobState
 
 if TYPE_CHECKING:
-    from miles.gateway.state import Backend
+    from miles.gateway.state import GatewayState
 
 logger = logging.getLogger(__name__)
 
@@ -54,20 +54,20 @@ class Telemetry:
         self._requests.labels(method, route, str(status)).inc()
         self._latency.labels(method, route).observe(seconds)
 
-    async def exposition(self, backend: Backend) -> bytes:
+    async def exposition(self, gateway: GatewayState) -> bytes:
         """Everything in Prometheus' text format."""
 
         async def make() -> bytes:
-            await self._collect(backend)
+            await self._collect(gateway)
             return generate_latest(self._registry)
 
         return await self._expositions.get("all", make)
 
-    async def _collect(self, backend: Backend) -> None:
-        self._watchers.set(backend.feeds.watchers)
+    async def _collect(self, gateway: GatewayState) -> None:
+        self._watchers.set(gateway.feeds.watchers)
         try:
-            jobs = (await backend.controller.jobs([], 500, "")).jobs
-            workers = await backend.workers()
+            jobs = (await gateway.controller.jobs([], 500, "")).jobs
+            workers = await gateway.workers()
         except Problem:
             self._up.set(0)
             return

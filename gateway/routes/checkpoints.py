@@ -12,7 +12,7 @@ from pydantic import BaseModel, Field
 from starlette.responses import StreamingResponse
 
 from miles.gateway.auth import Reader
-from miles.gateway.controller import Controller
+from miles.gateway.controller_client import ControllerClient
 from miles.gateway.problems import Problem
 from miles.gateway.routes.common import Gateway, JobId, problems
 from miles.gateway.schemas import moment
@@ -105,7 +105,7 @@ def _head(checkpoint: records_pb2.Checkpoint, folder: str, file: records_pb2.Exp
 
 
 async def _archive(
-    controller: Controller, job_id: str, checkpoint: records_pb2.Checkpoint, heads: Sequence[bytes]
+    controller: ControllerClient, job_id: str, checkpoint: records_pb2.Checkpoint, heads: Sequence[bytes]
 ) -> AsyncIterator[bytes]:
     """A tar archive of the export's files, piece by piece: nothing is held as a whole."""
     for head, file in zip(heads, checkpoint.hf_files, strict=True):

@@ -10,7 +10,7 @@ from fastapi import Depends, Path, Query, Request
 
 from miles.gateway.auth import Caller
 from miles.gateway.problems import KINDS, MEDIA_TYPE, Problem, ProblemDocument
-from miles.gateway.state import Backend
+from miles.gateway.state import GatewayState
 
 JobId = Annotated[
     str, Path(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$", description="Id of the job", examples=["sums-1f0c2a9b"])
@@ -20,15 +20,15 @@ Cursor = Annotated[
 ]
 
 
-async def _backend(request: Request) -> Backend:  # a plain function would be run in a thread
-    backend: Backend = request.app.state.backend
-    return backend
+async def _gateway(request: Request) -> GatewayState:  # a plain function would be run in a thread
+    gateway: GatewayState = request.app.state.gateway
+    return gateway
 
 
-Gateway = Annotated[Backend, Depends(_backend)]
+Gateway = Annotated[GatewayState, Depends(_gateway)]
 
 
-async def check_own(gateway: Backend, caller: Caller, job_id: str) -> None:
+async def check_own(gateway: GatewayState, caller: Caller, job_id: str) -> None:
     """Raise Problem when the caller may not act on this job, or there is none."""
     job = await gateway.job(job_id)
     if not caller.may_change(job.submitted_by):

@@ -67,18 +67,18 @@ async def watch_job(
 ) -> StreamingResponse:
     """The job's history, then what happens, as server-sent events, until the job has ended."""
     await gateway.job(job_id)
-    settings = gateway.settings
-    if gateway.feeds.watchers >= settings.max_watchers:
+    options = gateway.options
+    if gateway.feeds.watchers >= options.max_watchers:
         raise Problem(
             "too-many-watchers",
-            f"{settings.max_watchers} event streams are open; close some, or try again later",
+            f"{options.max_watchers} event streams are open; close some, or try again later",
             headers={"Retry-After": "10"},
         )
     events = gateway.feeds.events(
         job_id,
         last_event_id or after,
-        heartbeat_s=settings.heartbeat_s,
-        end_s=time.monotonic() + settings.stream_s,
+        heartbeat_s=options.heartbeat_s,
+        end_s=time.monotonic() + options.stream_s,
         follow=follow,
     )
     # Proxies must neither keep events back nor keep them for others.

@@ -95,7 +95,7 @@ async def submit_job(
 
 async def _checked(gateway: Gateway, body: dict[str, Any], request_id: str) -> dict[str, Any]:
     """The configuration to submit. Raises a Problem that lists all of its faults."""
-    reviewed = review(body, gateway.settings, request_id)
+    reviewed = review(body, gateway.options, request_id)
     others = await gateway.controller.check_config(json.dumps(reviewed.flat), sorted(reviewed.refused))
     faults = [
         *reviewed.faults,

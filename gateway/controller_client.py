@@ -30,7 +30,7 @@ CHECK_S = 60.0
 T = TypeVar("T")
 
 
-class Controller:
+class ControllerClient:
     """Calls to one controller. Every failure is raised as Problem."""
 
     def __init__(self, address: str) -> None:
