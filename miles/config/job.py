@@ -15,8 +15,8 @@ from miles.config.rules import check
 from miles.config.schema.catalog import SECTIONS, catalog, passthroughs
 from miles.config.schema.derivation import derive
 from miles.config.schema.faults import ConfigError, Fault, faults_of, unknown_name
+from miles.config.schema.flat_settings import FlatSettings
 from miles.config.schema.section import Section
-from miles.config.schema.settings import Settings
 from miles.config.sections.algorithm import AlgorithmConfig
 from miles.config.sections.checkpoint import CheckpointConfig
 from miles.config.sections.cluster import ClusterConfig
@@ -137,7 +137,7 @@ class Examination:
     """A flat object sorted by section, with what follows from it and what is wrong with it."""
 
     sections: Mapping[str, Section]
-    settings: Settings
+    settings: FlatSettings
     faults: Sequence[Fault]
 
 
@@ -154,7 +154,7 @@ def examine(flat: Mapping[str, Any], refused: Collection[str] = ()) -> Examinati
         faults += section_faults
         invalid |= {fault.field for fault in section_faults}
     given = {key for keys in by_section.values() for key in keys}
-    settings = Settings(_values(sections), given=given, invalid=invalid)
+    settings = FlatSettings(_values(sections), given=given, invalid=invalid)
     faults += derive(settings)
     faults += check(settings)
     return Examination(sections, settings, faults)

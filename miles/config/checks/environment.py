@@ -15,7 +15,7 @@ from miles.config.job import JobConfig
 from miles.config.rules.registry import Rule, run_rules
 from miles.config.schema.catalog import catalog
 from miles.config.schema.faults import Fault
-from miles.config.schema.settings import Settings
+from miles.config.schema.flat_settings import FlatSettings
 
 _DATA_SUFFIXES = (".jsonl", ".ndjson", ".parquet")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
@@ -25,25 +25,25 @@ _WEIGHT_PATTERNS = ("*.safetensors", "*.bin")
 def check_environment(config: JobConfig) -> list[Fault]:
     """Every fault of the configuration on this machine. Opens files and tries ports; starts and writes nothing."""
     flat = config.to_flat()
-    return environment_faults(Settings(flat, given=flat, invalid=()))
+    return environment_faults(FlatSettings(flat, given=flat, invalid=()))
 
 
-def environment_faults(settings: Settings) -> list[Fault]:
+def environment_faults(settings: FlatSettings) -> list[Fault]:
     """The same for settings that need not be free of other faults."""
     return run_rules(_CHECKS, settings)
 
 
-def file_faults(settings: Settings) -> list[Fault]:
+def file_faults(settings: FlatSettings) -> list[Fault]:
     """The part of it that concerns files and functions: all there is to check for services that run already."""
     return run_rules(_FILE_CHECKS, settings)
 
 
-def deployment_faults(settings: Settings) -> list[Fault]:
+def deployment_faults(settings: FlatSettings) -> list[Fault]:
     """The part of it that concerns services: all there is to check before there is a job."""
     return run_rules(_DEPLOYMENT_CHECKS, settings)
 
 
-def _models(s: Settings) -> Iterator[Fault]:
+def _models(s: FlatSettings) -> Iterator[Fault]:
     if not s.hf_checkpoint:
         return  # a rule reports it
     yield from _model_folder("hf_checkpoint", s.hf_checkpoint)
@@ -62,7 +62,7 @@ def _models(s: Settings) -> Iterator[Fault]:
         yield from _chat_template(pathlib.Path(s.hf_checkpoint))
 
 
-def _adapter(s: Settings) -> Iterator[Fault]:
+def _adapter(s: FlatSettings) -> Iterator[Fault]:
     if s.lora_adapter_path is None:
         return
     for name in ("adapter_config.json", "adapter_model.safetensors"):
@@ -102,7 +102,7 @@ def _read_json(path: pathlib.Path) -> dict[str, object]:
     return content if isinstance(content, dict) else {}
 
 
-def _data_files(s: Settings) -> Iterator[Fault]:
+def _data_files(s: FlatSettings) -> Iterator[Fault]:
     if s.prompt_data:
         yield from _data_file("prompt_data", s.prompt_data, s.input_key, s.label_key)
     for path in (s.eval_prompt_data or ())[1::2]:
@@ -143,7 +143,7 @@ def _columns(key: str, path: pathlib.Path, input_key: str, label_key: str | None
             yield Fault(prefix + name, column, f"{path} has no such column", f"set it to one of {columns}")
 
 
-def _folders(s: Settings) -> Iterator[Fault]:
+def _folders(s: FlatSettings) -> Iterator[Fault]:
     if s.load is not None and not os.path.isdir(s.load):
         yield Fault("load", s.load, "there is no such folder", "give a folder of checkpoints, or leave it out")
     for key in ("run_dir", "save", "save_hf"):
@@ -158,7 +158,7 @@ def _folders(s: Settings) -> Iterator[Fault]:
             yield Fault(key, path, f"{existing} is not writable", "choose another place")
 
 
-def _functions(s: Settings) -> Iterator[Fault]:
+def _functions(s: FlatSettings) -> Iterator[Fault]:
     for key, entry in catalog().items():
         path = getattr(s, key)
         if entry.dotted_path is not None and path is not None and path not in entry.dotted_path.aliases:
@@ -167,7 +167,7 @@ def _functions(s: Settings) -> Iterator[Fault]:
                 yield Fault(key, path, problem, "check the name, and that its folder is on PYTHONPATH")
 
 
-def _ports(s: Settings) -> Iterator[Fault]:
+def _ports(s: FlatSettings) -> Iterator[Fault]:
     try:
         socket.getaddrinfo(s.host, None)
     except OSError:
@@ -184,7 +184,7 @@ def _ports(s: Settings) -> Iterator[Fault]:
         yield Fault("gateway_port", s.gateway_port, problem, "choose another one, or 0 for any free one")
 
 
-def _access_files(s: Settings) -> Iterator[Fault]:
+def _access_files(s: FlatSettings) -> Iterator[Fault]:
     for key in ("gateway_keys_file", "tls_cert", "tls_key", "tls_ca"):
         path = getattr(s, key)
         if path is not None and not os.access(path, os.R_OK):
@@ -205,7 +205,7 @@ def _why_not_bindable(host: str, port: int) -> str | None:
     return None
 
 
-def _devices(s: Settings) -> Iterator[Fault]:
+def _devices(s: FlatSettings) -> Iterator[Fault]:
     if s.actor_num_nodes > 1:
         problem = "one machine starts the trainer's processes of one node"
         yield Fault("actor_num_nodes", s.actor_num_nodes, problem, "set it to 1")

@@ -8,12 +8,12 @@ from collections.abc import Iterator
 from typing import Any
 
 from miles.config.schema.faults import Fault
-from miles.config.schema.settings import Settings
+from miles.config.schema.flat_settings import FlatSettings
 
 _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 
-def layout_faults(s: Settings) -> Iterator[Fault]:
+def layout_faults(s: FlatSettings) -> Iterator[Fault]:
     """Every size that does not divide what it splits; nothing where the model cannot be read."""
     if s.train_backend != "megatron" or not s.hf_checkpoint:
         return
@@ -65,7 +65,7 @@ def _model_config(folder: str) -> dict[str, Any]:
     return {**model, **model.get("text_config", {})} if isinstance(model, dict) else {}
 
 
-def _tensor_faults(s: Settings, model: dict[str, Any]) -> Iterator[Fault]:
+def _tensor_faults(s: FlatSettings, model: dict[str, Any]) -> Iterator[Fault]:
     size = s.tensor_model_parallel_size
     heads = model.get("num_attention_heads")
     groups = model.get("num_key_value_heads", heads)
@@ -90,7 +90,7 @@ def _tensor_faults(s: Settings, model: dict[str, Any]) -> Iterator[Fault]:
         yield Fault("tensor_model_parallel_size", size, problem, "set it to 1, or train on GPUs with TransformerEngine")
 
 
-def _pipeline_faults(s: Settings, model: dict[str, Any]) -> Iterator[Fault]:
+def _pipeline_faults(s: FlatSettings, model: dict[str, Any]) -> Iterator[Fault]:
     layers, stages = model.get("num_hidden_layers"), s.pipeline_model_parallel_size
     virtual = s.num_virtual_stages_per_pipeline_rank or 1
     if not layers:
@@ -103,14 +103,14 @@ def _pipeline_faults(s: Settings, model: dict[str, Any]) -> Iterator[Fault]:
         yield Fault("num_virtual_stages_per_pipeline_rank", virtual, problem, "choose one that does")
 
 
-def _prediction_faults(s: Settings, model: dict[str, Any]) -> Iterator[Fault]:
+def _prediction_faults(s: FlatSettings, model: dict[str, Any]) -> Iterator[Fault]:
     layers = model.get("num_nextn_predict_layers") or 0
     if s.mtp_num_layers is not None and s.mtp_num_layers != layers:
         problem = f"the model has {layers} layers for multi-token prediction"
         yield Fault("mtp_num_layers", s.mtp_num_layers, problem, f"set it to {layers}" if layers else "leave it out")
 
 
-def _expert_faults(s: Settings, model: dict[str, Any]) -> Iterator[Fault]:
+def _expert_faults(s: FlatSettings, model: dict[str, Any]) -> Iterator[Fault]:
     experts = next((model[key] for key in _EXPERT_COUNTS if model.get(key)), 0)
     size, tensor = s.expert_model_parallel_size, s.expert_tensor_parallel_size
     if not experts:

@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterable, Iterator
 
 from miles.config.schema.catalog import catalog
 from miles.config.schema.faults import Fault
-from miles.config.schema.settings import Settings, UnusableSetting
+from miles.config.schema.flat_settings import FlatSettings, UnusableSetting
 
-Rule = Callable[[Settings], Iterator[Fault]]
+Rule = Callable[[FlatSettings], Iterator[Fault]]
 RULES: list[Rule] = []
 
 
@@ -18,12 +18,12 @@ def rule(function: Rule) -> Rule:
     return function
 
 
-def check(settings: Settings) -> list[Fault]:
+def check(settings: FlatSettings) -> list[Fault]:
     """Every fault that every registered rule finds."""
     return run_rules(RULES, settings)
 
 
-def run_rules(rules: Iterable[Rule], settings: Settings) -> list[Fault]:
+def run_rules(rules: Iterable[Rule], settings: FlatSettings) -> list[Fault]:
     """Every fault that these rules find. A rule ends at a setting that is itself at fault, which is reported anyway."""
     faults: list[Fault] = []
     for each in rules:
@@ -35,7 +35,7 @@ def run_rules(rules: Iterable[Rule], settings: Settings) -> list[Fault]:
     return faults
 
 
-def needs(s: Settings, key: str, switch: str) -> Iterator[Fault]:
+def needs(s: FlatSettings, key: str, switch: str) -> Iterator[Fault]:
     """The fault of a setting that does nothing because a switch is off."""
     if getattr(s, key) != catalog()[key].default and not getattr(s, switch):
         yield Fault(key, getattr(s, key), f"it does nothing without {switch}", f"turn {switch} on, or leave {key} out")

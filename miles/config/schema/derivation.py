@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from miles.config.schema.catalog import SECTIONS
 from miles.config.schema.faults import Fault
-from miles.config.schema.settings import Settings, UnusableSetting
+from miles.config.schema.flat_settings import FlatSettings, UnusableSetting
 from miles.precision.number_types import AUTO
 
 _FALLBACKS = {
@@ -23,13 +23,13 @@ _FALLBACKS = {
     "eps_clip_high": "eps_clip",
     "log_probs_max_tokens_per_gpu": "max_tokens_per_gpu",
 }
-"""Settings that, when not given, are the same as another."""
+"""FlatSettings that, when not given, are the same as another."""
 
 _SEARCHED = 10_000
 """How far around a number that does not divide another one is looked for one that does."""
 
 
-def derive(settings: Settings) -> list[Fault]:
+def derive(settings: FlatSettings) -> list[Fault]:
     """Fill in every derived setting; return the faults that make that impossible."""
     faults: list[Fault] = []
     for step in _STEPS:
@@ -44,7 +44,7 @@ def derive(settings: Settings) -> list[Fault]:
 
 @functools.cache
 def _always_filled() -> frozenset[str]:
-    """Settings that have no default of their own, so that some step must fill them in."""
+    """FlatSettings that have no default of their own, so that some step must fill them in."""
     return frozenset(
         key
         for section in SECTIONS.values()
@@ -53,7 +53,7 @@ def _always_filled() -> frozenset[str]:
     )
 
 
-def _batch_sizes(s: Settings) -> list[Fault]:
+def _batch_sizes(s: FlatSettings) -> list[Fault]:
     """rollout_batch_size × n_samples_per_prompt = global_batch_size × num_steps_per_rollout."""
     names = ("rollout_batch_size", "n_samples_per_prompt", "global_batch_size", "num_steps_per_rollout")
     prompts, samples, batch, steps = (s.given(name) and getattr(s, name) for name in names)
@@ -105,7 +105,7 @@ def _above(numbers: list[int], bound: int) -> list[int]:
     return [number for number in numbers if number > bound] or [0]
 
 
-def _fallbacks(s: Settings) -> list[Fault]:
+def _fallbacks(s: FlatSettings) -> list[Fault]:
     for key, source in _FALLBACKS.items():
         try:
             if not s.given(key):
@@ -115,13 +115,13 @@ def _fallbacks(s: Settings) -> list[Fault]:
     return []
 
 
-def _run_dir(s: Settings) -> list[Fault]:
+def _run_dir(s: FlatSettings) -> list[Fault]:
     if not s.given("run_dir"):
         s.fill("run_dir", f"runs/{s.name}")
     return []
 
 
-def _bounds(s: Settings) -> list[Fault]:
+def _bounds(s: FlatSettings) -> list[Fault]:
     if not s.given("tis_lower_bound"):
         s.fill("tis_lower_bound", 1 / s.tis_upper_bound)
     if not s.given("rs_lower_bound"):
@@ -131,19 +131,19 @@ def _bounds(s: Settings) -> list[Fault]:
     return []
 
 
-def _evaluation_alone(s: Settings) -> list[Fault]:
+def _evaluation_alone(s: FlatSettings) -> list[Fault]:
     if s.num_rollout == 0 and s.eval_prompt_data and not s.given("eval_interval"):
         s.fill("eval_interval", 1)
     return []
 
 
-def _train_dtype(s: Settings) -> list[Fault]:
+def _train_dtype(s: FlatSettings) -> list[Fault]:
     if not s.given("train_dtype"):
         s.fill("train_dtype", "float16" if s.fp16 else AUTO)
     return []
 
 
-def _backend(s: Settings) -> list[Fault]:
+def _backend(s: FlatSettings) -> list[Fault]:
     if not s.given("share_prompts"):
         s.fill("share_prompts", s.train_backend == "fsdp")
     if not s.given("expert_tensor_parallel_size"):
@@ -151,7 +151,7 @@ def _backend(s: Settings) -> list[Fault]:
     return []
 
 
-def _models(s: Settings) -> list[Fault]:
+def _models(s: FlatSettings) -> list[Fault]:
     if not s.given("ref_load") and (s.use_kl_loss or s.kl_coef):
         s.fill("ref_load", s.hf_checkpoint)
     if not s.given("critic_load") and s.advantage_estimator == "ppo":
@@ -161,7 +161,7 @@ def _models(s: Settings) -> list[Fault]:
     return []
 
 
-def _staleness(s: Settings) -> list[Fault]:
+def _staleness(s: FlatSettings) -> list[Fault]:
     """The smallest bound that what is asked for needs."""
     try:
         if not s.given("max_weight_staleness"):
@@ -172,7 +172,7 @@ def _staleness(s: Settings) -> list[Fault]:
     return []
 
 
-def _engine(s: Settings) -> list[Fault]:
+def _engine(s: FlatSettings) -> list[Fault]:
     if not s.given("max_running_requests") and s.rollout_backend == "torch":
         s.fill("max_running_requests", 64)
     if not s.given("offload_rollout"):
@@ -180,7 +180,7 @@ def _engine(s: Settings) -> list[Fault]:
     return []
 
 
-_STEPS: tuple[Callable[[Settings], list[Fault]], ...] = (
+_STEPS: tuple[Callable[[FlatSettings], list[Fault]], ...] = (
     _batch_sizes,
     _staleness,
     _engine,

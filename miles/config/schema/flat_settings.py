@@ -12,7 +12,7 @@ class UnusableSetting(Exception):
     """A rule asked for a setting that is itself at fault; the rule cannot say anything about it."""
 
 
-class Settings:
+class FlatSettings:
     """Every setting as an attribute. Reading one whose own value was refused raises UnusableSetting."""
 
     def __init__(self, values: dict[str, Any], *, given: Collection[str], invalid: Collection[str]) -> None:
