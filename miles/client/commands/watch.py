@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from miles.client.commands.common import END_CODES, Output, parser, run
-from miles.launcher.watch import RunView
+from miles.launcher.run_view import RunView
 from miles.rpc.exit_codes import ExitCode
 from miles.rpc.gen import job_pb2
 

@@ -1,21 +1,21 @@
-"""What to say while a run is being stopped, and when to give it up: rules without I/O and without a clock."""
+"""What to print while a run is being stopped, and when to stop waiting: pure rules, without I/O or a clock."""
 
 from __future__ import annotations
 
 import dataclasses
 
 REPEAT_S = 10.0
-"""How often to say again what is waited for."""
+"""How often to repeat what the run waits for."""
 _NOTHING_TRAINED = frozenset({"queued", "starting", "loading", "recovering", "ending", "ended"})
-"""Phases in which the trainer holds nothing that could still be saved."""
+"""Phases in which the trainer has no unsaved steps."""
 _SAVING = "saving"
 _LEAVING = "the trainer to leave the step between two micro-batches"
-"""What the run waits for in a training step once it is asked to stop."""
+"""What the run waits for in a training step when it is asked to stop."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Moment:
-    """A run as the controller describes it."""
+class RunSnapshot:
+    """The state of a run as the controller describes it."""
 
     phase: str
     waiting_for: str
@@ -34,67 +34,67 @@ class Moment:
         return self.step > (self.saved_step or 0)
 
 
-class Stopping:
-    """Told at short intervals how a run stands, says what a person should read, and when to wait no longer."""
+class StopProgress:
+    """Gets the state of a run at short intervals, and returns what to print and whether the time limit has passed."""
 
     def __init__(self, limit_s: float, now_s: float) -> None:
         """`limit_s` bounds everything but the writing of the checkpoint, whose limit the controller knows."""
         self._limit_s = limit_s
-        self._looked_s = self._said_s = now_s
+        self._updated_s = self._printed_s = now_s
         self._spent_s = {False: 0.0, True: 0.0}
         """By whether the checkpoint was being written."""
         self._saving = False
-        self._moment: Moment | None = None
+        self._run: RunSnapshot | None = None
         self._answered = True
-        self._said = ""
-        """What was waited for when something was said last."""
+        self._printed = ""
+        """What the run waited for when something was printed last."""
 
-    def look(self, now_s: float, moment: Moment | None) -> str:
-        """What to print now, if anything; `moment` is None when the controller does not answer."""
-        self._spent_s[self._saving] += now_s - self._looked_s
-        self._looked_s = now_s
-        self._answered = moment is not None
-        self._saving = moment is not None and moment.phase == _SAVING
-        self._moment = moment or self._moment
-        first, before, subject = not self._said, self._said, self._subject
-        if not first and subject == before and now_s - self._said_s < REPEAT_S:
+    def update(self, now_s: float, run: RunSnapshot | None) -> str:
+        """Return what to print now, if anything; `run` is None when the controller does not answer."""
+        self._spent_s[self._saving] += now_s - self._updated_s
+        self._updated_s = now_s
+        self._answered = run is not None
+        self._saving = run is not None and run.phase == _SAVING
+        self._run = run or self._run
+        first, before, subject = not self._printed, self._printed, self._subject
+        if not first and subject == before and now_s - self._printed_s < REPEAT_S:
             return ""
-        self._said, self._said_s = subject, now_s
+        self._printed, self._printed_s = subject, now_s
         if first:
-            return f"stopping: {self._wait_from_now()}{self._then()}. {self._second_time()}"
+            return f"stopping: {self._wait_from_now()}{self._then()}. {self._second_interrupt()}"
         return f"still stopping: {self._wait_from_now()}"
 
     @property
-    def gives_up(self) -> bool:
-        """Whether the limit of what is waited for has passed."""
+    def timed_out(self) -> bool:
+        """Whether the limit of what the run waits for has passed."""
         return self._left_s <= 0
 
     @property
     def loses_steps(self) -> bool:
-        """Whether steps are lost, as far as is known, when the run ends as it is."""
-        return self._moment is None or self._moment.lost
+        """Whether ending the run now loses steps, as far as is known."""
+        return self._run is None or self._run.lost
 
-    def last_words(self) -> str:
-        """What to print when the limit has passed."""
+    def timeout_message(self) -> str:
+        """Return what to print when the limit has passed."""
         waited_s = self._spent_s[self._saving]
         end = "the run ends without saving" if self.loses_steps else "the run ends"
-        return f"gave up after {waited_s:.0f} s of waiting for {self._what()}: {end}. {self.resume()}"
+        return f"gave up after {waited_s:.0f} s of waiting for {self._what()}: {end}. {self.resume_hint()}"
 
-    def resume(self) -> str:
-        """From where the same command goes on."""
-        moment = self._moment
-        if moment is None:
+    def resume_hint(self) -> str:
+        """Return where the same command resumes."""
+        run = self._run
+        if run is None:
             return "The same command goes on from the newest checkpoint"
-        if not moment.saved_step:
+        if not run.saved_step:
             start = "The same command starts from the beginning"
         else:
-            start = f"The same command goes on from step {moment.saved_step}"
-        return f"{start}; {_loss(moment)}" if moment.lost else start
+            start = f"The same command goes on from step {run.saved_step}"
+        return f"{start}; {_loss(run)}" if run.lost else start
 
     @property
     def _limit_now_s(self) -> float:
-        if self._saving and self._moment is not None:
-            return max(self._moment.save_limit_s, self._limit_s)
+        if self._saving and self._run is not None:
+            return max(self._run.save_limit_s, self._limit_s)
         return self._limit_s
 
     @property
@@ -103,61 +103,61 @@ class Stopping:
 
     @property
     def _subject(self) -> str:
-        """What is waited for, without how long."""
-        if self._moment is None or not self._answered:
+        """What the run waits for, without how long."""
+        if self._run is None or not self._answered:
             return "the controller"
-        return f"{self._moment.phase} {self._moment.step} {self._moment.waiting_for or _LEAVING}"
+        return f"{self._run.phase} {self._run.step} {self._run.waiting_for or _LEAVING}"
 
     def _wait_from_now(self) -> str:
         return f"waiting for {self._what()}, at most {max(0.0, self._left_s):.0f} s"
 
     def _what(self) -> str:
-        moment = self._moment
-        if moment is None:
+        run = self._run
+        if run is None:
             return "the controller, which does not answer"
         if not self._answered:
-            return f"the controller, which does not answer; it was {_doing(moment)}"
-        since = f"{moment.for_s:.0f} s"
-        match moment.phase:
+            return f"the controller, which does not answer; it was {_activity(run)}"
+        since = f"{run.for_s:.0f} s"
+        match run.phase:
             case "training":
-                return f"training step {moment.step + 1}, which began {since} ago ({moment.waiting_for or _LEAVING})"
+                return f"training step {run.step + 1}, which began {since} ago ({run.waiting_for or _LEAVING})"
             case "saving":
-                return f"the checkpoint of step {moment.step}, whose writing began {since} ago"
+                return f"the checkpoint of step {run.step}, whose writing began {since} ago"
             case "collecting" | "paused":
-                return f"the run to stop {_doing(moment)}"
+                return f"the run to stop {_activity(run)}"
             case _:
-                return f"{moment.waiting_for or 'the run to go on'} ({moment.phase} for {since})"
+                return f"{run.waiting_for or 'the run to go on'} ({run.phase} for {since})"
 
     def _then(self) -> str:
-        """What comes after what is waited for now."""
-        moment = self._moment
-        if moment is None or moment.phase in _NOTHING_TRAINED or moment.phase == _SAVING:
+        """What follows what the run waits for now."""
+        run = self._run
+        if run is None or run.phase in _NOTHING_TRAINED or run.phase == _SAVING:
             return ""
-        queued = " (its samples stay in the queue)" if moment.phase == "training" else ""
-        if moment.saved_step == moment.step:
-            return f"{queued}; step {moment.step} is saved"
-        written = f"then the checkpoint of step {moment.step} is written, at most {moment.save_limit_s:.0f} s"
+        queued = " (its samples stay in the queue)" if run.phase == "training" else ""
+        if run.saved_step == run.step:
+            return f"{queued}; step {run.step} is saved"
+        written = f"then the checkpoint of step {run.step} is written, at most {run.save_limit_s:.0f} s"
         return f"{queued}; {written}"
 
-    def _second_time(self) -> str:
+    def _second_interrupt(self) -> str:
         at_once = "Ctrl-C again stops at once"
-        if self._moment is None:
+        if self._run is None:
             return f"{at_once} without saving"
-        if self._moment.lost:
-            return f"{at_once} without saving: {_loss(self._moment)}"
+        if self._run.lost:
+            return f"{at_once} without saving: {_loss(self._run)}"
         return f"{at_once}: no finished step is lost"
 
 
-def _doing(moment: Moment) -> str:
-    step = moment.step + 1
+def _activity(run: RunSnapshot) -> str:
+    step = run.step + 1
     return {
         "training": f"training step {step}",
         "collecting": f"collecting samples for step {step}",
         "paused": f"being paused before step {step}",
-    }.get(moment.phase, moment.phase)
+    }.get(run.phase, run.phase)
 
 
-def _loss(moment: Moment) -> str:
-    if not moment.saved_step:
-        return f"all {moment.step} steps are lost" if moment.step > 1 else "the one step taken is lost"
-    return f"steps after {moment.saved_step} are lost"
+def _loss(run: RunSnapshot) -> str:
+    if not run.saved_step:
+        return f"all {run.step} steps are lost" if run.step > 1 else "the one step taken is lost"
+    return f"steps after {run.saved_step} are lost"
