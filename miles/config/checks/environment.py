@@ -1,7 +1,8 @@
-"""What can be checked on this machine before anything starts: files, functions, ports, devices."""
+"""Checks of a configuration on this machine: files, functions, ports, devices."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pathlib
@@ -10,6 +11,7 @@ from collections.abc import Iterator
 
 from miles.config.checks.device import visible_gpus
 from miles.config.checks.dotted_path import why_not_importable
+from miles.config.checks.json_file import read_json_object
 from miles.config.checks.model_layout import layout_faults, shape_differences
 from miles.config.job import JobConfig
 from miles.config.rules.registry import Rule, run_rules
@@ -23,23 +25,23 @@ _WEIGHT_PATTERNS = ("*.safetensors", "*.bin")
 
 
 def check_environment(config: JobConfig) -> list[Fault]:
-    """Every fault of the configuration on this machine. Opens files and tries ports; starts and writes nothing."""
+    """Return every fault of a configuration on this machine. Opens files and tries ports, but writes nothing."""
     flat = config.to_flat()
     return environment_faults(FlatSettings(flat, given=flat, invalid=()))
 
 
 def environment_faults(settings: FlatSettings) -> list[Fault]:
-    """The same for settings that need not be free of other faults."""
+    """Do the same for settings that may have other faults."""
     return run_rules(_CHECKS, settings)
 
 
 def file_faults(settings: FlatSettings) -> list[Fault]:
-    """The part of it that concerns files and functions: all there is to check for services that run already."""
+    """Check files and functions only: what matters for a job on services that are already running."""
     return run_rules(_FILE_CHECKS, settings)
 
 
 def deployment_faults(settings: FlatSettings) -> list[Fault]:
-    """The part of it that concerns services: all there is to check before there is a job."""
+    """Check access, ports and devices only: what matters before there is a job."""
     return run_rules(_DEPLOYMENT_CHECKS, settings)
 
 
@@ -53,8 +55,8 @@ def _models(s: FlatSettings) -> Iterator[Fault]:
             continue
         yield from _model_folder(key, folder)
         critic = key == "critic_load"
-        predicts = s.mtp_num_layers is not None and not critic
-        differences = shape_differences(s.hf_checkpoint, folder, with_head=not critic, with_prediction_layers=predicts)
+        with_mtp = s.mtp_num_layers is not None and not critic
+        differences = shape_differences(s.hf_checkpoint, folder, with_head=not critic, with_mtp=with_mtp)
         if s.train_backend == "megatron" and differences:
             problem = f"train_backend = megatron holds it in the shape of hf_checkpoint, and {differences[0]}"
             yield Fault(key, folder, problem, "give a model of that shape, or train with fsdp")
@@ -89,17 +91,9 @@ def _chat_template(folder: pathlib.Path) -> Iterator[Fault]:
     if (folder / "chat_template.jinja").is_file() or (folder / "chat_template.json").is_file():
         return
     settings = folder / "tokenizer_config.json"
-    if not settings.is_file() or "chat_template" not in _read_json(settings):
+    if not settings.is_file() or "chat_template" not in read_json_object(settings):
         problem = f"the tokenizer in {folder} has no chat template"
         yield Fault("apply_chat_template", True, problem, "set chat_template_path, or leave it out")
-
-
-def _read_json(path: pathlib.Path) -> dict[str, object]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
 
 
 def _data_files(s: FlatSettings) -> Iterator[Fault]:
@@ -130,10 +124,9 @@ def _data_file(key: str, spec: str, input_key: str, label_key: str | None) -> It
 def _columns(key: str, path: pathlib.Path, input_key: str, label_key: str | None) -> Iterator[Fault]:
     with path.open("rb") as file:
         first = next((line for line in file if line.strip()), b"")
-    try:
+    row = None
+    with contextlib.suppress(ValueError):
         row = json.loads(first)
-    except ValueError:
-        row = None
     if not isinstance(row, dict):
         yield Fault(key, str(path), "its first line is not a JSON object", "write one JSON object a line")
         return

@@ -1,4 +1,4 @@
-"""Rules about who can reach a run: the gateway and the encryption of connections."""
+"""Rules about access to a run: the gateway and TLS."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rules about advantages, losses and importance sampling: what excludes what, and what would do nothing."""
+"""Rules about advantages, losses and importance sampling: contradictions, and settings without effect."""
 
 from __future__ import annotations
 

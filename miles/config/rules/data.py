@@ -1,4 +1,4 @@
-"""Rules about what a run consumes: model, prompts, lengths, sampling, rewards, evaluation."""
+"""Rules about the inputs of a run: model, prompts, lengths, sampling, rewards, evaluation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rules about the inference engine and the devices it shares."""
+"""Rules about the inference engine and its devices."""
 
 from __future__ import annotations
 

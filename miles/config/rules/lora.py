@@ -1,4 +1,4 @@
-"""Rules about training adapters."""
+"""Rules about LoRA training."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rules about the layout of the Megatron-Core backend, as far as they need no model; see `environment` for those."""
+"""Rules about the layout of the Megatron-Core backend; `checks.model_layout` has those that need the model."""
 
 from __future__ import annotations
 
@@ -70,14 +70,14 @@ def layout_settings_have_an_effect(s: FlatSettings) -> Iterator[Fault]:
 
 
 @rule
-def prediction_layers_are_held_to_be_trained(s: FlatSettings) -> Iterator[Fault]:
+def mtp_layers_are_loaded_to_be_trained(s: FlatSettings) -> Iterator[Fault]:
     yield from needs(s, "mtp_loss_scaling_factor", "enable_mtp_training")
     if s.enable_mtp_training and s.mtp_num_layers is None:
         problem = "mtp_num_layers is not set"
         yield Fault("enable_mtp_training", True, problem, "set mtp_num_layers to how many the model has")
     for key, part in (("pipeline_model_parallel_size", "the model"), ("context_parallel_size", "each sequence")):
         if s.enable_mtp_training and getattr(s, key) > 1:
-            problem = f"layers for multi-token prediction are trained where a rank has all of {part}"
+            problem = f"MTP layers are trained only where a rank has all of {part}"
             yield Fault("enable_mtp_training", True, problem, f"set {key} to 1")
 
 

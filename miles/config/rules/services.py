@@ -1,4 +1,4 @@
-"""Rules about the run itself: names, addresses, ports, devices, paths of functions."""
+"""Rules about services: names, addresses, ports, devices, function paths, transports."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rules about the trainer: micro-batches, ranks, schedule, checkpoints."""
+"""Rules about the trainer: micro-batches, ranks, learning-rate schedule, checkpoints."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ def micro_batches_are_cut_one_way(s: FlatSettings) -> Iterator[Fault]:
 @rule
 def batch_divides_over_ranks(s: FlatSettings) -> Iterator[Fault]:
     if s.actor_num_gpus_per_node is None:
-        return  # known once the device is
+        return  # it depends on the device, which is not resolved yet
     ranks = s.actor_num_nodes * s.actor_num_gpus_per_node
     what = "actor_num_nodes × actor_num_gpus_per_node"
     if s.train_backend == "megatron":
         ranks //= s.tensor_model_parallel_size * s.pipeline_model_parallel_size * s.context_parallel_size
         what = "the number of replicas (actor_num_nodes × actor_num_gpus_per_node / tensor / pipeline / context size)"
     if not ranks:
-        return  # the layout has more ranks than there are, which is a fault of its own
+        return  # the layout needs more ranks than there are, which another rule reports
     if s.global_batch_size % ranks:
         problem = f"{what} = {ranks} does not divide it"
         yield Fault("global_batch_size", s.global_batch_size, problem, f"make it a multiple of {ranks}")

@@ -1,4 +1,4 @@
-"""Fills in the settings that follow from others."""
+"""Derives settings that are not given from others."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from miles.config.schema.catalog import SECTIONS
 from miles.config.schema.faults import Fault
-from miles.config.schema.flat_settings import FlatSettings, UnusableSetting
+from miles.config.schema.flat_settings import FlatSettings, InvalidSetting
 from miles.precision.number_types import AUTO
 
 _FALLBACKS = {
@@ -23,28 +23,28 @@ _FALLBACKS = {
     "eps_clip_high": "eps_clip",
     "log_probs_max_tokens_per_gpu": "max_tokens_per_gpu",
 }
-"""FlatSettings that, when not given, are the same as another."""
+"""Settings that default to another setting."""
 
 _SEARCHED = 10_000
-"""How far around a number that does not divide another one is looked for one that does."""
+"""How far from a number that does not divide another one to search for one that does."""
 
 
 def derive(settings: FlatSettings) -> list[Fault]:
-    """Fill in every derived setting; return the faults that make that impossible."""
+    """Fill in every derived setting; return the faults that prevent it."""
     faults: list[Fault] = []
     for step in _STEPS:
         try:
             faults += step(settings)
-        except UnusableSetting:
+        except InvalidSetting:
             continue
-    # What could not be filled in, because what it follows from is at fault, is as unusable as that.
+    # A setting that could not be derived, because its sources are invalid, is invalid too.
     settings.refuse(*(key for key in _always_filled() if settings.is_empty(key)))
     return faults
 
 
 @functools.cache
 def _always_filled() -> frozenset[str]:
-    """FlatSettings that have no default of their own, so that some step must fill them in."""
+    """Return the settings without a default, which some step must fill in."""
     return frozenset(
         key
         for section in SECTIONS.values()
@@ -92,7 +92,7 @@ def _mismatch(generated: int, trained: int) -> Fault | None:
 
 
 def _share(total: int, divisor: int, product: str, name: str) -> tuple[int, Fault | None]:
-    """total / divisor, or the fault that it is not whole."""
+    """Return total / divisor, or a fault when it is not an integer."""
     if total % divisor == 0:
         return total // divisor, None
     nearby = [d for d in range(max(1, divisor - _SEARCHED), divisor + _SEARCHED) if total % d == 0]
@@ -107,10 +107,11 @@ def _above(numbers: list[int], bound: int) -> list[int]:
 
 def _fallbacks(s: FlatSettings) -> list[Fault]:
     for key, source in _FALLBACKS.items():
-        try:
-            if not s.given(key):
-                s.fill(key, getattr(s, source))
-        except UnusableSetting:
+        if not s.is_valid(key) or s.given(key):
+            continue
+        if s.is_valid(source):
+            s.fill(key, getattr(s, source))
+        else:
             s.refuse(key)
     return []
 
@@ -162,13 +163,10 @@ def _models(s: FlatSettings) -> list[Fault]:
 
 
 def _staleness(s: FlatSettings) -> list[Fault]:
-    """The smallest bound that what is asked for needs."""
-    try:
-        if not s.given("max_weight_staleness"):
-            batches = -(-(s.over_sampling_batch_size or 1) // s.rollout_batch_size)
-            s.fill("max_weight_staleness", max(batches, s.update_weights_interval, 2 if s.partial_rollout else 1) - 1)
-    except UnusableSetting:
-        s.refuse("max_weight_staleness")
+    """Derive the smallest bound that the other settings need."""
+    if not s.given("max_weight_staleness"):
+        batches = -(-(s.over_sampling_batch_size or 1) // s.rollout_batch_size)
+        s.fill("max_weight_staleness", max(batches, s.update_weights_interval, 2 if s.partial_rollout else 1) - 1)
     return []
 
 

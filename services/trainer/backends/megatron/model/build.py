@@ -99,7 +99,7 @@ def _weights_of(model: MegatronModel, config: JobConfig, folder: str | None) -> 
     if folder is None or folder == config.rollout.hf_checkpoint:
         return WeightCopy(model.parameters)
     predicts = config.megatron.mtp_num_layers is not None
-    differences = shape_differences(str(config.rollout.hf_checkpoint), folder, with_prediction_layers=predicts)
+    differences = shape_differences(str(config.rollout.hf_checkpoint), folder, with_mtp=predicts)
     if differences:
         raise ValueError(
             f"the weights of {folder} cannot take the place of the policy's: {'; '.join(differences)}; give a model of "
