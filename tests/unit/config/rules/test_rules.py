@@ -1,0 +1,466 @@
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from config_cases import MINIMAL, faults_for
+
+from miles.config import ConfigError, JobConfig
+from miles.config.job import examine
+from miles.config.rules import RULES
+from miles.config.rules.registry import Rule
+from miles.config.schema.catalog import catalog
+
+SGLANG = {"rollout_backend": "sglang"}
+
+RULE_CASES: list[tuple[dict[str, Any], str]] = [
+    ({"hf_checkpoint": None}, "hf_checkpoint is not set, and a run needs a model"),
+    ({"prompt_data": None}, "prompt_data is not set, and training needs prompts"),
+    ({"num_rollout": None}, "num_rollout is not set, and neither is num_epoch"),
+    ({"rollout_max_response_len": None}, "rollout_max_response_len is not set, and neither is rollout_max_context_len"),
+    ({"rollout_max_context_len": 16}, "rollout_max_response_len = 16, but prompt and response share"),
+    (
+        {"eval_min_new_tokens": 20, "eval_interval": 1, "eval_prompt_data": ["a", "b"]},
+        "eval_min_new_tokens = 20, but eval_max_response_len = 16; lower it",
+    ),
+    ({"rollout_top_k": 0}, "rollout_top_k = 0, but no token would be left"),
+    (
+        {"chat_template_path": "x.jinja"},
+        "chat_template_path = x.jinja, but it does nothing without apply_chat_template",
+    ),
+    ({"custom_rm_path": "a.b"}, "rm_type = math, but custom_rm_path = a.b scores in its place"),
+    ({"rm_type": None}, "rm_type is not set, and neither are custom_rm_path and reward_service"),
+    ({"gateway_host": "0.0.0.0"}, "gateway_host = 0.0.0.0, but other machines can reach that"),
+    ({"gateway": False, "gateway_port": 8000}, "gateway_port = 8000, but it does nothing without gateway"),
+    ({"tls_cert": "c.pem"}, "tls_key is not set, and tls_cert is no use without its key"),
+    ({"tls_mutual": True}, "tls_ca is not set, and tls_mutual must know whose certificates to accept"),
+    ({"group_rm": True}, "group_rm = true, but rm_type = math scores samples one by one"),
+    ({"reward_service": ["h:1"]}, "reward_service = h:1, but it has no name before ="),
+    ({"reward_service": ["a=h"]}, "reward_service = a=h, but h is not HOST:PORT"),
+    ({"reward_service": ["a=h:0"]}, "reward_service = a=h:0, but 0 is not a port from 1 to 65535"),
+    ({"reward_service": ["a=h:1", "a=h:2"]}, "reward_service = a=h:2, but a is named twice"),
+    ({"reward_service": ["default=h:1"]}, "reward_service = default=h:1, but rm_type is the default already"),
+    ({"eval_interval": 5}, "eval_interval = 5, but eval_prompt_data is not set"),
+    ({"num_rollout": 0}, "num_rollout = 0, but without eval_prompt_data there is nothing to do"),
+    ({"eval_prompt_data": ["a", "b"]}, 'eval_prompt_data = ["a", "b"], but without eval_interval'),
+    (
+        {"num_rollout": 0, "eval_prompt_data": ["a", "b"], "skip_eval_before_train": True},
+        "skip_eval_before_train = true, but that evaluation is all there is",
+    ),
+    ({"eval_interval": 1, "eval_prompt_data": ["a"]}, "names and files alternate and these are 1"),
+    (
+        {"eval_interval": 1, "eval_prompt_data": ["a", "b", "a", "c"]},
+        "eval_prompt_data = a, but it names two data sets",
+    ),
+    ({"eval_interval": 1, "eval_prompt_data": ["a/b", "b"]}, "eval_prompt_data = a/b, but its metric is eval/NAME"),
+    (
+        {"over_sampling_batch_size": 3},
+        "over_sampling_batch_size = 3, but a batch of rollout_batch_size = 8 would never",
+    ),
+    (
+        {"over_sampling_batch_size": 24, "max_weight_staleness": 1},
+        "rollout_batch_size × (max_weight_staleness + 1) = 16; lower it, or set max_weight_staleness to 2",
+    ),
+    (
+        {"update_weights_interval": 3, "max_weight_staleness": 1},
+        "update_weights_interval = 3, but the engines' weights get 2 steps old",
+    ),
+    (
+        {"partial_rollout": True, "max_weight_staleness": 0},
+        "partial_rollout = true, but with max_weight_staleness = 0 every response is of one version",
+    ),
+    ({"use_dynamic_batch_size": True}, "use_dynamic_batch_size = true, but max_tokens_per_gpu is not set"),
+    (
+        {"use_dynamic_batch_size": True, "max_tokens_per_gpu": 99, "micro_batch_size": 2},
+        "micro_batch_size = 2, but use_dynamic_batch_size cuts micro-batches by tokens",
+    ),
+    ({"max_tokens_per_gpu": 99}, "max_tokens_per_gpu = 99, but it does nothing without use_dynamic_batch_size"),
+    ({"actor_num_gpus_per_node": 5}, "global_batch_size = 32, but actor_num_nodes × actor_num_gpus_per_node = 5"),
+    (
+        {"actor_num_gpus_per_node": 4, "micro_batch_size": 3},
+        "micro_batch_size = 3, but each of 4 replicas gets 8 sample",
+    ),
+    (
+        {"train_backend": "megatron", "gradient_checkpointing": True},
+        "gradient_checkpointing = true, but train_backend = megatron does not have it; set recompute_granularity",
+    ),
+    (
+        {"tensor_model_parallel_size": 2},
+        "tensor_model_parallel_size = 2, but train_backend = fsdp does not have it; set train_backend to megatron",
+    ),
+    (
+        {"train_backend": "megatron", "actor_num_gpus_per_node": 4, "tensor_model_parallel_size": 3},
+        "tensor_model_parallel_size × pipeline_model_parallel_size × context_parallel_size = 3, but it does not divide",
+    ),
+    (
+        {"train_backend": "megatron", "actor_num_gpus_per_node": 4, "expert_model_parallel_size": 8},
+        "expert_tensor_parallel_size × expert_model_parallel_size × pipeline_model_parallel_size = 8, but it does not",
+    ),
+    (
+        {"train_backend": "megatron", "sequence_parallel": True},
+        "sequence_parallel = true, but tensor_model_parallel_size = 1 leaves nothing to split",
+    ),
+    (
+        {"train_backend": "megatron", "num_virtual_stages_per_pipeline_rank": 2},
+        "num_virtual_stages_per_pipeline_rank = 2, but pipeline_model_parallel_size = 1 has no stages to cut",
+    ),
+    (
+        {"train_backend": "megatron", "overlap_param_gather": True},
+        "overlap_param_gather = true, but it works with use_distributed_optimizer and overlap_grad_reduce alone",
+    ),
+    (
+        {
+            "train_backend": "megatron",
+            "moe_token_dispatcher_type": "allgather",
+            "pipeline_model_parallel_size": 2,
+        },
+        "moe_token_dispatcher_type = allgather, but micro-batches of changing length go through pipeline stages with",
+    ),
+    (
+        {"train_backend": "megatron", "enable_mtp_training": True},
+        "enable_mtp_training = true, but mtp_num_layers is not set",
+    ),
+    (
+        {
+            "train_backend": "megatron",
+            "enable_mtp_training": True,
+            "mtp_num_layers": 1,
+            "actor_num_gpus_per_node": 2,
+            "context_parallel_size": 2,
+        },
+        "enable_mtp_training = true, but MTP layers are trained only where a rank has all of each",
+    ),
+    (
+        {"train_backend": "megatron", "mtp_loss_scaling_factor": 0.5},
+        "mtp_loss_scaling_factor = 0.5, but it does nothing without enable_mtp_training",
+    ),
+    (
+        {"train_backend": "megatron", "recompute_granularity": "full", "recompute_method": "uniform"},
+        "recompute_num_layers is not set, and recompute_granularity = full needs it",
+    ),
+    (
+        {"train_backend": "megatron", "transformer_impl": "transformer_engine", "device": "cpu"},
+        "transformer_impl = transformer_engine, but TransformerEngine needs a GPU; set it to local or auto",
+    ),
+    ({"target_modules": "q_proj"}, "target_modules = q_proj, but it does nothing without lora_rank"),
+    ({"lora_rank": 8, "lora_dropout": 0.1}, "lora_dropout = 0.1, but the engine has no dropout"),
+    ({"lora_rank": 8, "train_backend": "megatron"}, "lora_rank = 8, but train_backend = megatron trains no adapters"),
+    (
+        {"lora_rank": 8, "train_dtype": "float32", "rollout_dtype": "bfloat16"},
+        "train_dtype = float32, but adapters are merged in the type that both sides compute in, and rollout_dtype =",
+    ),
+    (
+        {"lora_rank": 8, "fp16": True},
+        "rollout_dtype = auto; make the two the same (train_dtype follows from fp16)",
+    ),
+    (
+        {"lora_rank": 8, "use_kl_loss": True, "ref_load": "other"},
+        "ref_load = other, but with lora_rank the reference is the policy without its adapter",
+    ),
+    (
+        {**SGLANG, "lora_rank": 8, "rollout_engine_weights": "distributed", "update_weight_transfer_mode": "broadcast"},
+        "rollout_engine_weights = distributed, but with lora_rank = 8 the rollout service merges adapters",
+    ),
+    ({"lora_rank": 8, "target_modules": "q_proj,"}, "target_modules = q_proj,, but it has an empty name"),
+    ({"log_probs_chunk_size": 0}, "log_probs_chunk_size = 0, but it must be a number of rows"),
+    ({"train_env_vars": {"RANK": "0"}}, 'train_env_vars = {"RANK": "0"}, but RANK is set for each rank'),
+    ({"fp16": True, "train_dtype": "float32"}, "fp16 = true, but train_dtype = float32 says otherwise"),
+    ({"min_lr": 1.0}, "min_lr = 1.0, but lr = 1e-06 is below it"),
+    ({"lr_warmup_iters": 2, "lr_warmup_fraction": 0.1}, "lr_warmup_iters = 2, but lr_warmup_fraction = 0.1"),
+    ({"lr_warmup_iters": 9, "lr_decay_iters": 9}, "lr_warmup_iters = 9, but lr_decay_iters = 9 includes the warm-up"),
+    ({"save_hf": "hf/{step}"}, "save_hf = hf/{step}, but {rollout_id} is its only placeholder"),
+    ({"n_samples_per_prompt": 1}, "n_samples_per_prompt = 1, but grpo compares the samples of a prompt"),
+    (
+        {"kl_coef": 0.1, "use_kl_loss": True, "kl_loss_coef": 0.1, "advantage_estimator": "reinforce_plus_plus"},
+        "kl_coef = 0.1, but kl_loss_coef = 0.1 applies the KL a second time",
+    ),
+    ({"kl_coef": 0.1}, "kl_coef = 0.1, but grpo takes no KL in the reward"),
+    ({"kl_loss_coef": 0.1}, "kl_loss_coef = 0.1, but it does nothing without use_kl_loss"),
+    ({"ref_update_interval": 3}, "ref_update_interval = 3, but there is no reference"),
+    ({"gamma": 0.9}, "gamma = 0.9, but grpo does not discount"),
+    ({"keep_old_actor": True}, "keep_old_actor = true, but with max_weight_staleness = 0 every response"),
+    (
+        {"keep_old_actor": True, "max_weight_staleness": 1, "use_rollout_logprobs": True},
+        "keep_old_actor = true, but use_rollout_logprobs already",
+    ),
+    (
+        {"keep_old_actor": True, "max_weight_staleness": 1, "use_routing_replay": True},
+        "keep_old_actor = true, but use_routing_replay replays",
+    ),
+    ({"opd_kl_coef": 0.5}, "opd_kl_coef = 0.5, but it does nothing without use_opd"),
+    ({"use_opd": True}, "opd_type is not set, and use_opd does not say where its teacher is"),
+    ({"use_opd": True, "opd_type": "sglang"}, "opd_type = sglang, but no server is asked"),
+    ({"use_opd": True, "opd_type": "megatron"}, "opd_teacher_load is not set, and use_opd needs a teacher"),
+    ({"lambd": 0.9}, "lambd = 0.9, but advantage_estimator = grpo has no critic"),
+    ({"critic_lr": 1e-5}, "critic_lr = 1e-05, but advantage_estimator = grpo has no critic"),
+    ({"critic_load": "rm"}, "critic_load = rm, but advantage_estimator = grpo has no critic"),
+    (
+        {"advantage_estimator": "ppo", "num_critic_only_steps": 10},
+        "num_critic_only_steps = 10, but num_rollout = 10 leaves none",
+    ),
+    (
+        {"advantage_estimator": "ppo", "min_lr": 1e-6, "lr": 1e-5, "critic_lr": 1e-7},
+        "min_lr = 1e-06, but critic_lr = 1e-07 is below it",
+    ),
+    (
+        {"advantage_estimator": "ppo", "lr_decay_iters": 5, "critic_lr_warmup_iters": 5},
+        "critic_lr_warmup_iters = 5, but lr_decay_iters = 5 includes",
+    ),
+    ({"use_rollout_logprobs": True, "use_tis": True}, "use_tis = true, but use_rollout_logprobs already takes"),
+    ({"use_icepop": True, "use_tis": True}, "use_icepop = true, but use_tis corrects the same gap"),
+    ({"use_mis": True}, "use_mis = true, but neither use_tis nor use_rs is on"),
+    ({"use_rs": True}, "use_rs = true, but it does nothing without use_mis"),
+    ({"use_tis": True, "tis_clip_low": 2.0}, "tis_clip_low = 2.0, but it is not below tis_clip = 2"),
+    ({"tis_clip": 3.0}, "tis_clip = 3.0, but it only goes with use_tis or use_icepop, without use_mis"),
+    ({"use_tis": True, "tis_mode": "clip"}, "tis_mode = clip, but it only goes with use_mis with use_tis"),
+    ({"rs_upper_bound": 5}, "rs_upper_bound = 5.0, but it only goes with use_mis with use_rs"),
+    ({"tis_lower_bound": 0.1}, "tis_lower_bound = 0.1, but it only goes with use_mis with use_tis"),
+    ({"opsm_delta": 0.1}, "opsm_delta = 0.1, but it does nothing without use_opsm"),
+    ({"name": "a/b"}, "name = a/b, but the run's folder is named after it"),
+    ({"redis_url": "localhost:6379"}, "redis_url = localhost:6379, but it must begin with redis://"),
+    ({"controller_port": 99, "reward_port": 99}, "reward_port = 99, but controller_port is the same"),
+    (
+        {"controller_port": 99, "rollout_port": 98, "rollout_num_workers": 2},
+        "controller_port = 99, but rollout services",
+    ),
+    ({"rollout_port": 65535, "rollout_num_workers": 2}, "rollout_port = 65535, but rollout_num_workers = 2 services"),
+    ({"device": "cpu", "distributed_backend": "nccl"}, "distributed_backend = nccl, but device = cpu"),
+    ({"dynamic_sampling_filter_path": "f"}, "dynamic_sampling_filter_path = f, but it must name a module and"),
+    (
+        {"sglang_mem_fraction_static": 0.8},
+        "sglang_mem_fraction_static = 0.8, but rollout_backend = torch has no SGLang servers; set rollout_backend to",
+    ),
+    ({"rollout_num_gpus": 2}, "rollout_num_gpus = 2, but rollout_backend = torch has no SGLang servers"),
+    ({"colocate": True}, "colocate = true, but rollout_backend = torch has no SGLang servers, and no other engine"),
+    (
+        {**SGLANG, "sglang_tp_size": 2},
+        "sglang_tp_size = 2, but the rollout service sets this flag itself; set rollout_num_gpus_per_engine",
+    ),
+    (
+        {**SGLANG, "sglang_dp_size": 2},
+        "sglang_dp_size = 2, but SGLang takes new weights into one copy of the model alone; set rollout_num_gpus",
+    ),
+    (
+        {**SGLANG, "rollout_num_gpus": 3, "rollout_num_gpus_per_engine": 2},
+        "rollout_num_gpus = 3, but rollout_num_gpus_per_engine × rollout_num_workers = 2 does not divide it; set it to",
+    ),
+    (
+        {**SGLANG, "rollout_external_engine_addrs": ["http://a:1"]},
+        "rollout_external_engine_addrs = http://a:1, but it is no address; write it like host:30000",
+    ),
+    (
+        {**SGLANG, "rollout_external_engine_addrs": ["a:1"], "rollout_num_workers": 2},
+        "rollout_external_engine_addrs = 1, but rollout_num_workers = 2 services need one each",
+    ),
+    (
+        {**SGLANG, "rollout_engine_weights_dir": "x"},
+        "rollout_engine_weights_dir = x, but it does nothing without rollout_engine_weights = disk",
+    ),
+    (
+        {**SGLANG, "rollout_engine_weights": "distributed"},
+        "rollout_engine_weights = distributed, but update_weight_transfer_mode = auto brings weights to the rollout",
+    ),
+    (
+        {
+            **SGLANG,
+            "rollout_engine_weights": "distributed",
+            "update_weight_transfer_mode": "broadcast",
+            "colocate": True,
+        },
+        "rollout_engine_weights = distributed, but NCCL connects no two processes on one GPU",
+    ),
+    (
+        {**SGLANG, "colocate": True, "max_weight_staleness": 1},
+        "colocate = true, but max_weight_staleness = 1 has engines and trainer work at once",
+    ),
+    (
+        {**SGLANG, "rollout_weight_format": "fp8_block"},
+        "rollout_weight_format = fp8_block, but rollout_backend = sglang takes weights in rollout_dtype alone",
+    ),
+    (
+        {"lora_rank": 4, "rollout_weight_format": "fp8_block"},
+        "rollout_weight_format = fp8_block, but lora_rank = 4 sends adapters",
+    ),
+    ({"extra_high_precision_layers_hf": ["q"]}, 'extra_high_precision_layers_hf = ["q"], but rollout_weight_format ='),
+    ({"tb_experiment_name": "x"}, "tb_experiment_name = x, but it does nothing without use_tensorboard"),
+    (
+        {"update_weight_transfer_mode": "disk_delta"},
+        "update_weight_transfer_mode = disk_delta, but update_weight_disk_dir is not set",
+    ),
+    (
+        {"update_weight_transfer_mode": "cuda_ipc", "device": "cpu"},
+        "update_weight_transfer_mode = cuda_ipc, but device is cpu",
+    ),
+]
+
+
+def test_the_minimal_configuration_is_valid() -> None:
+    assert faults_for() == []
+
+
+@pytest.mark.parametrize(("changes", "expected"), RULE_CASES, ids=[expected[:50] for _, expected in RULE_CASES])
+def test_a_rule_finds_its_fault(changes: dict[str, Any], expected: str) -> None:
+    faults = faults_for(**changes)
+    assert len(faults) == 1
+    assert expected in faults[0]
+    assert "; " in faults[0], "a remedy is named"
+
+
+def test_every_rule_has_a_case() -> None:
+    settings = [examine(MINIMAL | changes).settings for changes, _ in RULE_CASES]
+
+    def fires(rule: Rule) -> bool:
+        return any(list(rule(each)) for each in settings)
+
+    assert [rule.__name__ for rule in RULES if not fires(rule)] == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"lr": "fast"}, "lr = fast, but it must be a number; give one"),
+        ({"lr": True}, "lr = true, but it must be a number, not a switch; correct it"),
+        ({"lr": float("nan")}, "lr = NaN, but it must be a finite number; give one"),
+        ({"lr": -1}, "lr = -1, but it must be at least 0; raise it"),
+        ({"num_rollout": 1.5}, "num_rollout = 1.5, but it must be a whole number; give one"),
+        ({"rollout_temperature": 0}, "rollout_temperature = 0, but it must be above 0; raise it"),
+        ({"rollout_top_p": 1.5}, "rollout_top_p = 1.5, but it must be at most 1; lower it"),
+        ({"eps_clip": 1}, "eps_clip = 1, but it must be below 1; lower it"),
+        ({"controller_port": 70000}, "controller_port = 70000, but it must be at most 65535; lower it"),
+        ({"use_tis": "maybe"}, "use_tis = maybe, but it must be true or false; give one of them"),
+        ({"name": 7}, "name = 7, but it must be text; put it in quotes"),
+        ({"rollout_stop": {"a": 1}}, 'rollout_stop = {"a": 1}, but it must be a list; give a list'),
+        ({"rollout_stop_token_ids": ["x"]}, "rollout_stop_token_ids = x, but it must be a whole number; give one"),
+        (
+            {"train_env_vars": "[1]"},
+            'train_env_vars = [1], but it must be an object; give one, e.g. {"key": "value"}',
+        ),
+        (
+            {"kl_loss_type": "k3_low_var"},
+            "kl_loss_type = k3_low_var, but it must be one of k1, k2, k3, low_var_kl; did you mean low_var_kl?",
+        ),
+        (
+            {"train_backend": "megatronn"},
+            "train_backend = megatronn, but it must be one of fsdp, megatron; did you mean megatron?",
+        ),
+        (
+            {"rollout_batchsize": 3},
+            "rollout_batchsize = 3, but there is no such setting; did you mean rollout_batch_size?",
+        ),
+        (
+            {"use_dynamic": True},
+            "use_dynamic = true, but there is no such setting; did you mean use_dynamic_batch_size?",
+        ),
+        ({"qqq": 1}, "qqq = 1, but there is no such setting; `miles config docs` lists them all"),
+        ({"sglang_": 1}, "sglang_ = 1, but there is no such setting; did you mean sglang_server_concurrency?"),
+    ],
+)
+def test_a_value_of_the_wrong_kind_is_refused(changes: dict[str, Any], expected: str) -> None:
+    assert expected in faults_for(**changes)
+
+
+def test_malformed_json_is_refused_with_its_place() -> None:
+    (fault,) = faults_for(train_env_vars="{'A': 1}")
+    assert fault.startswith("train_env_vars = {'A': 1}, but it is not JSON (Expecting property name")
+
+
+def test_ten_faults_are_all_listed_at_once() -> None:
+    wrong = {
+        "hf_checkpoint": None,
+        "learning_rate": 1,
+        "rollout_top_p": 2,
+        "advantage_estimator": "gpro",
+        "global_batch_size": 5,
+        "kl_loss_coef": 1.0,
+        "use_dynamic_batch_size": True,
+        "reward_service": ["nowhere"],
+        "controller_port": -1,
+        "dynamic_sampling_filter_path": "f",
+        "num_rollout": "many",
+    }
+    with pytest.raises(ConfigError) as error:
+        JobConfig.from_flat(MINIMAL | wrong)
+    fields = {fault.field for fault in error.value.faults}
+    assert fields >= (set(wrong) - {"global_batch_size"}) | {"rollout_batch_size × n_samples_per_prompt"}
+    lines = str(error.value).splitlines()
+    assert lines[0] == f"{len(error.value.faults)} faults in the configuration:"
+    assert len(lines) == 1 + len(error.value.faults)
+    assert all(fault.problem and fault.remedy for fault in error.value.faults)
+    assert json.loads(json.dumps([fault.to_json() for fault in error.value.faults]))[0].keys() == {
+        "field",
+        "value",
+        "problem",
+        "remedy",
+    }
+
+
+def test_a_faulty_setting_does_not_set_off_the_rules_that_read_it() -> None:
+    assert faults_for(rollout_batch_size="x") == ["rollout_batch_size = x, but it must be a whole number; give one"]
+    assert faults_for(hf_checkpoint=3) == ["hf_checkpoint = 3, but it must be text; put it in quotes"]
+
+
+def test_none_means_not_given() -> None:
+    everything = dict.fromkeys(catalog(), None) | MINIMAL
+    assert JobConfig.from_flat(everything) == JobConfig.from_flat(MINIMAL)
+
+
+def test_a_configuration_cannot_be_changed_in_place() -> None:
+    config = JobConfig.from_flat(MINIMAL)
+    with pytest.raises(ValueError, match="frozen"):
+        config.optimizer.lr = 1.0  # type: ignore[misc]
+    assert config.replace(lr=1.0).optimizer.lr == 1.0
+    with pytest.raises(ConfigError, match="lr = -1"):
+        config.replace(lr=-1)
+
+
+def test_settings_that_are_not_given_follow_others() -> None:
+    config = JobConfig.from_flat(
+        MINIMAL
+        | {"rollout_temperature": 0.5, "label_key": "answer", "eps_clip": 0.1, "use_kl_loss": True, "name": "try-1"}
+    )
+    assert config.eval.eval_temperature == 0.5
+    assert config.eval.eval_label_key == "answer"
+    assert config.eval.eval_max_response_len == 16
+    assert config.algorithm.eps_clip_high == 0.1
+    assert config.checkpoint.ref_load == "model"
+    assert config.services.run_dir == "runs/try-1"
+    assert config.algorithm.tis_lower_bound == 0.5
+    assert JobConfig.from_flat(MINIMAL | {"eps_clip_high": 0.3}).algorithm.eps_clip_high == 0.3
+
+
+def test_rollouts_come_from_epochs_when_they_are_not_given() -> None:
+    config = JobConfig.from_flat(MINIMAL | {"num_rollout": None, "num_epoch": 3})
+    assert config.rollouts(dataset_size=20) == 7
+    assert JobConfig.from_flat(MINIMAL).rollouts(dataset_size=20) == 10
+
+
+def test_the_device_decides_ranks_and_backend_unless_they_are_given() -> None:
+    config = JobConfig.from_flat(MINIMAL)
+    with pytest.raises(ValueError, match="resolve"):
+        _ = config.cluster.trainer_world_size
+    assert config.resolve("cpu").cluster.trainer_world_size == 1
+    assert config.resolve("cpu").cluster.distributed_backend == "gloo"
+    assert config.resolve("cuda").cluster.trainer_world_size == 8
+    assert config.resolve("cuda").cluster.distributed_backend == "nccl"
+    given = config.replace(actor_num_gpus_per_node=2, distributed_backend="gloo", device="cuda").resolve("cpu")
+    assert (given.cluster.trainer_world_size, given.cluster.distributed_backend) == (2, "gloo")
+    with pytest.raises(ConfigError, match="actor_num_nodes × actor_num_gpus_per_node = 8 does not divide it"):
+        config.replace(rollout_batch_size=9, global_batch_size=36, num_steps_per_rollout=1).resolve("cuda")
+
+
+def test_tensorboard_follows_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TENSORBOARD_DIR", "/boards")
+    config = JobConfig.from_flat(MINIMAL | {"use_tensorboard": True})
+    assert config.telemetry.tb_project_name is None
+    assert config.resolve("cpu").telemetry.tb_project_name == "/boards"
+    assert config.replace(tb_project_name="mine").resolve("cpu").telemetry.tb_project_name == "mine"
+    assert config.replace(use_tensorboard=False).resolve("cpu").telemetry.tb_project_name is None
+
+
+@pytest.mark.parametrize("key", sorted(catalog()))
+def test_any_one_faulty_setting_is_all_that_is_reported(key: str) -> None:
+    """Also where the machine is known, so that rules on ranks and batches run."""
+    resolved = MINIMAL | {"device": "cpu", "actor_num_gpus_per_node": 2}
+    faults = examine(resolved | {key: object()}).faults
+    assert key in [fault.field for fault in faults]
