@@ -6,11 +6,10 @@ import pathlib
 
 import psutil
 import pytest
+from chaos_runs import Start, assert_same_run, finish, kill, tiny_command
 from whole_runs import Run
 
 from miles.rpc import ExitCode
-
-from .conftest import Start, assert_same_run, finish, kill, tiny_command
 
 pytestmark = pytest.mark.chaos
 

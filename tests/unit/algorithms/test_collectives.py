@@ -1,5 +1,6 @@
 """Two real gloo processes give what one process gives over all of the data."""
 
+import os
 import pathlib
 import subprocess
 import sys
@@ -140,7 +141,10 @@ def worker(rank: int, folder: str) -> None:
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     folder = tmp_path_factory.mktemp("gloo")
-    processes = [subprocess.Popen([sys.executable, __file__, str(rank), str(folder)]) for rank in range(WORLD)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}  # this file imports from tests/support
+    processes = [
+        subprocess.Popen([sys.executable, __file__, str(rank), str(folder)], env=environment) for rank in range(WORLD)
+    ]
     try:
         assert [process.wait(timeout=120) for process in processes] == [0] * WORLD
     finally:
