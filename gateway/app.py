@@ -20,7 +20,7 @@ from miles.gateway.telemetry import RequestLog, Telemetry
 
 
 def create_app(options: GatewayOptions) -> FastAPI:
-    """The application for these options; it connects to the controller when it starts."""
+    """Build the application; it connects to the controller when it starts."""
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -34,7 +34,7 @@ def create_app(options: GatewayOptions) -> FastAPI:
         version=__version__,
         description=openapi.DESCRIPTION,
         lifespan=lifespan,
-        docs_url=None,  # the usual page loads its scripts from elsewhere
+        docs_url=None,  # the usual page loads its scripts from other sites
         redoc_url=None,
         middleware=[
             Middleware(RequestLog, telemetry=telemetry),

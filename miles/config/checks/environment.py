@@ -106,10 +106,10 @@ def _data_files(s: FlatSettings) -> Iterator[Fault]:
 
 
 def _data_file(key: str, spec: str, input_key: str, label_key: str | None) -> Iterator[Fault]:
-    from miles.data import DataError, parse_source
+    from miles.data import DataError, parse_file_slice
 
     try:
-        path = parse_source(spec).path
+        path = parse_file_slice(spec).path
     except DataError:
         yield Fault(key, spec, "its slice is malformed", "write FILE@[start:end]")
         return
