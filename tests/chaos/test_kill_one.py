@@ -1,4 +1,4 @@
-"""Any one process is killed, or all of them: the run goes on, and ends with the weights of one that nobody touched."""
+"""One process is killed, or all of them: the run ends with the weights of an undisturbed one."""
 
 from __future__ import annotations
 

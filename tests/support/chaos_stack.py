@@ -1,4 +1,4 @@
-"""Every service on this machine without a job, jobs on them one after another, and what must hold of each."""
+"""All services on this machine without a job, jobs that run on them, and assertions about each job."""
 
 from __future__ import annotations
 
