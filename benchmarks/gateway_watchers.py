@@ -1,4 +1,4 @@
-"""Many watchers of one running job: how long GET /v1/jobs/{id} takes, and what the run loses by them.
+"""Many watchers of one running job: latency of GET /v1/jobs/{id}, and the slowdown of the run.
 
     python -m examples.tiny.make
     python -m benchmarks.gateway_watchers --model .cache/tiny/dense

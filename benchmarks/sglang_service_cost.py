@@ -1,4 +1,4 @@
-"""CPU time that a response costs on its way out of SGLang, by process: with our engine and without.
+"""CPU time per response from SGLang, by process: with our engine and without.
 
     MILES_TEST_SGLANG=.venv-sglang/bin/python python -m benchmarks.sglang_service_cost
     MILES_TEST_SGLANG=.venv-sglang/bin/python python -m benchmarks.sglang_service_cost --cases moe-routing --tokens 2048

@@ -1,4 +1,4 @@
-"""A cluster of thousands of rollouts in which only the controller is real.
+"""Simulation of thousands of rollouts with a real controller.
 
     python -m benchmarks.simulate plan                     # throughput and staleness against the number of rollouts
     python -m benchmarks.simulate controller               # groups per second that one controller can handle

@@ -1,4 +1,4 @@
-"""How fast a new version of the weights reaches an engine by each transport, and how long generation stands still.
+"""Latency of a weight update by each transport, and its pause time.
 
 Runs the weightsync service, an engine process that swaps tensors without copying, and a trainer, and prints one table:
 per size, the time and rate of each stage, beside a plain memory copy of the same bytes and safetensors files written

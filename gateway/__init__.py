@@ -1,4 +1,4 @@
-"""The REST API and web page: keys, limits, jobs, and reading what runs left.
+"""The REST API and web page: API keys, limits, jobs, and reading results of runs.
 
-It has no logic of training and never touches Redis. Start at `app`.
+It has no training logic and never touches Redis. Start at `app`.
 """

@@ -19,42 +19,48 @@ from miles.gateway.app import create_app
 from miles.gateway.config_policy import resolved_roots
 from miles.gateway.connection import Connection
 from miles.gateway.keys import KeyFile, KeyFileError
-from miles.gateway.options import GatewaySettings
+from miles.gateway.options import GatewayOptions
 from miles.rpc import ExitCode, ServiceExit, main
 
 KEYS_ENVIRONMENT = "MILES_KEYS_FILE"
 _STOP_GRACE_S = 3
 _UNREAD_MS = 60_000
-"""A client that takes nothing of what is sent to it for so long is gone, or holds a connection and nothing else."""
+"""How long a client may leave sent data unread before its connection is closed, in milliseconds."""
 
 
 def parse_flags(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """The gateway's command line."""
+    """Parse the gateway's command line."""
     parser = argparse.ArgumentParser(prog="python -m miles.gateway", description=__doc__)
     add = parser.add_argument
     add("--listen", default="127.0.0.1:8000", metavar="HOST:PORT", help="where to listen; port 0 picks a free one")
-    add("--controller", required=True, metavar="HOST:PORT", help="controller to serve")
-    keys = "file of API keys, made by `miles keys create`; without one only this machine is served, and needs no key"
+    add("--controller", required=True, metavar="HOST:PORT", help="address of the controller")
+    keys = "file of API keys, made by `miles keys create`; without it only this machine is served, without keys"
     add("--keys-file", type=pathlib.Path, default=os.environ.get(KEYS_ENVIRONMENT), metavar="FILE", help=keys)
-    roots = "folder below which files named by jobs must lie; repeatable; without one, jobs can name no files"
+    roots = "folder that must contain all files named by jobs; repeatable; without one, jobs can name no files"
     add("--allowed-root", action="append", default=[], metavar="DIR", help=roots)
-    add("--runs-dir", metavar="DIR", help="where run folders are made; default: runs below the first allowed root")
+    add("--runs-dir", metavar="DIR", help="folder for run folders; default: runs below the first allowed root")
     modules = "module or package from which jobs may load functions; repeatable; without one, none"
     add("--allowed-module", action="append", default=[], metavar="MODULE", help=modules)
-    flags = "setting passed through to an engine, e.g. sglang_mem_fraction_static, that jobs may give; repeatable"
+    flags = "engine setting that jobs may give, e.g. sglang_mem_fraction_static; repeatable"
     add("--allowed-flag", action="append", default=[], metavar="NAME", help=flags)
-    add("--max-body-bytes", type=int, default=1 << 20, metavar="N", help="largest request body, in bytes")
-    add("--rate-limit", type=float, default=200.0, metavar="N", help="requests a second for each key")
-    stream = "end event streams after so long, in seconds; readers come back by themselves"
+    add("--max-body-bytes", type=int, default=1 << 20, metavar="N", help="maximum size of a request body, in bytes")
+    add(
+        "--rate-limit",
+        type=float,
+        default=200.0,
+        metavar="N",
+        help="maximum number of requests per second for each key",
+    )
+    stream = "maximum duration of an event stream, in seconds; readers reconnect by themselves"
     add("--stream-seconds", type=float, default=3600.0, metavar="N", help=stream)
-    add("--https-cert", metavar="FILE", help="certificate chain for HTTPS, PEM")
-    add("--https-key", metavar="FILE", help="its private key, PEM")
-    add("--address-file", type=pathlib.Path, help="write the address served on, as http://HOST:PORT, to this file")
+    add("--https-cert", metavar="FILE", help="certificate chain for HTTPS (PEM)")
+    add("--https-key", metavar="FILE", help="private key for HTTPS (PEM)")
+    add("--address-file", type=pathlib.Path, help="file to write the gateway's address to, as http://HOST:PORT")
     return parser.parse_args(arguments)
 
 
-def settings_of(flags: argparse.Namespace) -> GatewaySettings:
-    """Settings from the command line. Raises ServiceExit for a gateway that would be open to everybody."""
+def options_of(flags: argparse.Namespace) -> GatewayOptions:
+    """Build the options from the command line. Raises ServiceExit for a gateway that would be open to everybody."""
     host = flags.listen.rpartition(":")[0]
     if flags.keys_file is None and not is_loopback(host):
         raise ServiceExit(
@@ -69,7 +75,7 @@ def settings_of(flags: argparse.Namespace) -> GatewaySettings:
             raise ServiceExit(ExitCode.BAD_CONFIG, str(error)) from error
     roots = resolved_roots(flags.allowed_root)
     runs_dir = resolved_roots([flags.runs_dir])[0] if flags.runs_dir else roots[0] / "runs" if roots else None
-    return GatewaySettings(
+    return GatewayOptions(
         controller=flags.controller,
         host=host,
         keys_file=None if flags.keys_file is None else pathlib.Path(flags.keys_file),
@@ -85,7 +91,7 @@ def settings_of(flags: argparse.Namespace) -> GatewaySettings:
 
 
 class _Server(uvicorn.Server):
-    """A server whose process handles signals as every service does."""
+    """A server that leaves signals to `miles.rpc.main`, as every service does."""
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -94,10 +100,10 @@ class _Server(uvicorn.Server):
 
 async def serve(flags: argparse.Namespace) -> None:
     """Serve until cancelled."""
-    settings = settings_of(flags)
+    options = options_of(flags)
     listener = listening_socket(flags.listen)
     config = uvicorn.Config(
-        create_app(settings),
+        create_app(options),
         http=Connection,
         ws="none",
         log_config=None,
@@ -109,14 +115,14 @@ async def serve(flags: argparse.Namespace) -> None:
         timeout_keep_alive=30,
     )
     server = _Server(config)
-    url = f"{'https' if flags.https_cert else 'http'}://{settings.host}:{listener.getsockname()[1]}"
+    url = f"{'https' if flags.https_cert else 'http'}://{options.host}:{listener.getsockname()[1]}"
     print(f"listening on {url}", flush=True)
     if flags.address_file is not None:
         partial = flags.address_file.with_suffix(".tmp")
         partial.write_text(url)
         partial.replace(flags.address_file)
     allow_many_connections()
-    # What was made until here stays. Collections that looked at all of it again would be pauses of some 0.1 s.
+    # Objects created so far are permanent. Collections that scanned them again would pause for about 0.1 s.
     gc.collect()
     gc.freeze()
     serving = asyncio.ensure_future(server.serve([listener]))
@@ -129,14 +135,14 @@ async def serve(flags: argparse.Namespace) -> None:
 
 
 def listening_socket(address: str) -> socket.socket:
-    """A socket that listens on host:port. Raises ServiceExit when it cannot."""
+    """Open a socket that listens on host:port. Raises ServiceExit when that is not possible."""
     host, _, port = address.rpartition(":")
     name = host.strip("[]")
     try:
         family, _, _, _, where = socket.getaddrinfo(name, int(port), type=socket.SOCK_STREAM)[0]
         listener = socket.create_server(where[:2], family=family, backlog=2048)
-        # Connections inherit it. asyncio does not set it by itself on a socket that was made elsewhere, and without it
-        # an answer's body waits for the other side to acknowledge its head: 40 ms.
+        # Connections inherit it. asyncio does not set it on sockets that it has not created, and without it the body of
+        # an answer waits 40 ms for the client to acknowledge the head.
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux
             listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _UNREAD_MS)
@@ -147,7 +153,7 @@ def listening_socket(address: str) -> socket.socket:
 
 
 def allow_many_connections() -> None:
-    """Let the process have as many open files as it may: each watcher is one."""
+    """Raise the limit of open files to its maximum: each watcher is one."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 

@@ -1,4 +1,4 @@
-"""Who asks, and whether they may."""
+"""Authentication and authorisation of requests."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
 from miles.config.checks.addresses import is_loopback
 from miles.gateway.keys import KeyFile, Scope
-from miles.gateway.options import GatewaySettings
+from miles.gateway.options import GatewayOptions
 from miles.gateway.problems import Problem
 from miles.gateway.rate_limit import RateLimit
 
 _FAILURES_PER_S = 0.2
 _FAILURE_BURST = 20
-"""Wrong keys that one address may present at once; after that, one every five seconds."""
+"""Wrong keys that one address may send in a burst; after that, one every five seconds."""
 
 bearer = HTTPBearer(
     auto_error=False,
@@ -30,37 +30,37 @@ bearer = HTTPBearer(
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Caller:
-    """Who asks."""
+    """The authenticated caller of a request."""
 
     name: str
     scope: Scope
 
     def may_change(self, submitted_by: str) -> bool:
-        """Whether the caller may act on a job of this submitter."""
+        """Return whether the caller may act on a job of this submitter."""
         return self.scope is Scope.ADMIN or (self.scope.includes(Scope.SUBMIT) and submitted_by == self.name)
 
 
 LOCAL = Caller("local", Scope.ADMIN)
-"""Whoever asks from this machine, where the gateway has no keys."""
+"""The caller from this machine when the gateway has no keys."""
 
 
 class Gatekeeper:
-    """Checks keys, scopes, the origin of requests without keys, and rate limits."""
+    """Checks API keys, scopes, rate limits, and without keys the origin of requests."""
 
-    def __init__(self, settings: GatewaySettings, now: Callable[[], float] = time.monotonic) -> None:
-        self._keys = None if settings.keys_file is None else KeyFile(settings.keys_file)
+    def __init__(self, options: GatewayOptions, now: Callable[[], float] = time.monotonic) -> None:
+        self._keys = None if options.keys_file is None else KeyFile(options.keys_file)
         self._now = now
-        self._limit = RateLimit(settings.requests_per_s, settings.burst)
+        self._limit = RateLimit(options.requests_per_s, options.burst)
         self._failures = RateLimit(_FAILURES_PER_S, _FAILURE_BURST)
 
     def admit(self, request: Request, presented: str | None, needed: Scope) -> Caller:
-        """The caller of a request. Raises Problem."""
+        """Return the caller of a request. Raises Problem when it is refused."""
         caller = self._local(request) if self._keys is None else self._keyed(self._keys, request, presented)
         wait_s = self._limit.take(caller.name, self._now())
         if wait_s > 0:
             raise Problem(
                 "too-many-requests",
-                f"{caller.name} asks faster than this gateway allows; wait {wait_s:.2f} s, or follow /events",
+                f"{caller.name} sends more requests than this gateway allows; wait {wait_s:.2f} s, or follow /events",
                 headers={"Retry-After": str(max(1, round(wait_s)))},
             )
         if not caller.scope.includes(needed):
@@ -97,7 +97,7 @@ class Gatekeeper:
         return Caller(key.name, key.scope)
 
     def _local(self, request: Request) -> Caller:
-        """Serve this machine alone, and no web page of another site that runs in a browser on it."""
+        """Accept requests from this machine only, and none that a browser sends for a page of another site."""
         address = request.client.host if request.client else ""
         host = request.headers.get("host", "")
         origin = request.headers.get("origin")
@@ -113,7 +113,7 @@ class Gatekeeper:
 
 
 def _host_name(host: str) -> str:
-    """The name in a Host header, without its port."""
+    """Return the name in a Host header, without its port."""
     if host.startswith("["):
         return host.partition("]")[0] + "]"
     return host.rpartition(":")[0] if ":" in host else host

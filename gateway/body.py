@@ -1,4 +1,4 @@
-"""Bodies of requests: limited in size, JSON, text that UTF-8 can hold."""
+"""Request bodies: limits their size, and parses them as JSON that UTF-8 can encode."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from miles.gateway.problems import Problem
 
 
 async def read_json(request: Request) -> dict[str, Any]:
-    """The JSON object in a request's body. Raises Problem."""
+    """Return the JSON object in a request's body. Raises Problem."""
     media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if media_type != "application/json":
         raise Problem("unsupported-media-type", "send JSON with the header `Content-Type: application/json`")
     content = await request.body()
     try:
         body = json.loads(content, parse_constant=_refuse_constant)
-        json.dumps(body, ensure_ascii=False).encode()  # a lone surrogate is no text
+        json.dumps(body, ensure_ascii=False).encode()  # fails for a lone surrogate
     except RecursionError:
         raise Problem("malformed-body", "the body is nested too deeply; send one flat JSON object") from None
     except ValueError as error:
         raise Problem("malformed-body", f"the body is not JSON ({error}); send one JSON object") from None
     if not isinstance(body, dict):
-        raise Problem("malformed-body", "the body is no JSON object; send setting names with their values")
+        raise Problem("malformed-body", "the body is not a JSON object; send setting names with their values")
     return body
 
 
@@ -34,7 +34,7 @@ def _refuse_constant(name: str) -> NoReturn:
 
 
 class BodyLimit:
-    """ASGI middleware that refuses bodies above a size, whether announced or not."""
+    """ASGI middleware that refuses bodies above a size, whether or not it is announced."""
 
     def __init__(self, app: ASGIApp, max_bytes: int) -> None:
         self._app = app

@@ -1,4 +1,4 @@
-"""Answers that many ask for at once, asked for once."""
+"""A short-lived cache that answers concurrent requests for the same thing with one call."""
 
 from __future__ import annotations
 
@@ -15,30 +15,30 @@ T = TypeVar("T")
 
 @dataclasses.dataclass(slots=True, eq=False)
 class _Kept(Generic[T]):
-    """An answer, or one in the making."""
+    """A cached answer, or one that is being fetched."""
 
     answer: asyncio.Future[T]
     made_s: float = 0.0
     successor: asyncio.Future[T] | None = None
-    """The answer that will take its place."""
+    """The answer that will replace it."""
 
 
 class AnswerCache(Generic[T]):
-    """Keeps answers for a short time; callers that come while one is being made wait for it.
+    """Caches answers for a short time; callers wait for an answer that is being fetched already.
 
-    One that grows old is made anew while callers still get it, so that they wait only after a time without any. An
-    answer made before `forget` is never given to a caller that came after it. Errors are not kept.
+    An ageing answer is renewed in the background while callers still get it. An answer from before `forget` is never
+    returned to a later caller. Errors are not cached.
     """
 
     def __init__(self, keep_s: float, *, renew_s: float = math.inf, size: int = 1024) -> None:
-        """Answers are given until they are `keep_s` old, and made anew when one is given that is `renew_s` old."""
+        """Answers are valid for `keep_s` seconds, and renewed when one older than `renew_s` seconds is returned."""
         self._keep_s = keep_s
         self._renew_s = renew_s
         self._size = size
         self._kept: collections.OrderedDict[Hashable, _Kept[T]] = collections.OrderedDict()
 
     async def get(self, key: Hashable, make: Callable[[], Awaitable[T]]) -> T:
-        """The answer for a key; `make` is called when there is none that is fresh."""
+        """Return the answer for a key; call `make` when there is no valid one."""
         kept = self._kept.get(key)
         if kept is not None:
             if not kept.answer.done():
@@ -46,7 +46,7 @@ class AnswerCache(Generic[T]):
             age_s = time.monotonic() - kept.made_s
             if age_s < self._keep_s:
                 if age_s >= self._renew_s and kept.successor is None:
-                    self._succeed(key, kept, make)
+                    self._renew(key, kept, make)
                 return kept.answer.result()
             if kept.successor is not None:
                 return await asyncio.shield(kept.successor)
@@ -54,19 +54,19 @@ class AnswerCache(Generic[T]):
         self._kept.move_to_end(key)
         while len(self._kept) > self._size:
             self._kept.popitem(last=False)
-        made.answer.add_done_callback(lambda done: self._settle(key, made, done))
+        made.answer.add_done_callback(lambda done: self._store(key, made, done))
         return await asyncio.shield(made.answer)
 
     def forget(self, key: Hashable) -> None:
-        """Make the next call ask again."""
+        """Remove the answer for a key, so that the next call fetches it again."""
         self._kept.pop(key, None)
 
-    def _succeed(self, key: Hashable, kept: _Kept[T], make: Callable[[], Awaitable[T]]) -> None:
+    def _renew(self, key: Hashable, kept: _Kept[T], make: Callable[[], Awaitable[T]]) -> None:
         kept.successor = asyncio.ensure_future(make())
-        kept.successor.add_done_callback(lambda done: self._settle(key, kept, done))
+        kept.successor.add_done_callback(lambda done: self._store(key, kept, done))
 
-    def _settle(self, key: Hashable, kept: _Kept[T], done: asyncio.Future[T]) -> None:
-        """An answer or a successor is made, or is not: whoever waits for it has it or its error."""
+    def _store(self, key: Hashable, kept: _Kept[T], done: asyncio.Future[T]) -> None:
+        """Cache an answer or a successor that has been fetched; remove an answer that has failed."""
         failed = done.cancelled() or done.exception() is not None
         kept.successor = None
         if self._kept.get(key) is not kept:

@@ -1,4 +1,4 @@
-"""What a job's configuration may name on this deployment: files below the roots, functions of allowed modules."""
+"""The policy for configurations of jobs: files below allowed roots, functions of allowed modules, allowed flags."""
 
 from __future__ import annotations
 
@@ -13,30 +13,30 @@ from typing import Any
 
 from miles.config.schema.catalog import Entry, passthroughs
 from miles.config.schema.faults import Fault
-from miles.gateway.config_schema import NAME_PATTERN, is_path, settings, type_faults
-from miles.gateway.options import GatewaySettings
+from miles.gateway.config_schema import NAME_PATTERN, is_path, job_settings, type_faults
+from miles.gateway.options import GatewayOptions
 
 _SLICE = re.compile(r"@\[[^\]]*\]$")
 """The rows of a data file: FILE@[a:b]."""
-_OWN_NAME = "job"
-"""Name of a job that has none."""
+_DEFAULT_NAME = "job"
+"""Name of a job that gives none."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Reviewed:
-    """A body as it is to be checked and submitted further."""
+    """A reviewed body, to be checked by the controller and submitted."""
 
     flat: dict[str, Any]
-    """With absolute paths, and a run folder."""
+    """The settings, with absolute paths and a run folder."""
     faults: list[Fault]
     refused: frozenset[str]
-    """Keys with faults: nobody is to look at their values."""
+    """Keys with faults, whose values are not used any further."""
 
 
-def review(body: Mapping[str, Any], policy: GatewaySettings, idempotency_key: str) -> Reviewed:
-    """Check a body against what this deployment allows, and fill in the run folder.
+def review(body: Mapping[str, Any], policy: GatewayOptions, idempotency_key: str) -> Reviewed:
+    """Check a body against the policy, and fill in the run folder.
 
-    The folder follows from the job's name and the idempotency key, so that the same submission always has the same one.
+    The folder is derived from the job's name and the idempotency key, so that a repeated submission has the same one.
     """
     flat = {key: value for key, value in body.items() if value is not None}
     faults = type_faults(flat)
@@ -44,7 +44,7 @@ def review(body: Mapping[str, Any], policy: GatewaySettings, idempotency_key: st
     for key, value in list(flat.items()):
         if key in mistyped:
             continue
-        entry = settings().get(key)
+        entry = job_settings().get(key)
         if entry is not None and is_path(entry):
             flat[key], found = _confined(entry, value, policy)
             faults += found
@@ -57,9 +57,9 @@ def review(body: Mapping[str, Any], policy: GatewaySettings, idempotency_key: st
 
 
 def _name_and_run_dir(
-    flat: dict[str, Any], mistyped: set[str], policy: GatewaySettings, idempotency_key: str
+    flat: dict[str, Any], mistyped: set[str], policy: GatewayOptions, idempotency_key: str
 ) -> list[Fault]:
-    name = flat.setdefault("name", _OWN_NAME)
+    name = flat.setdefault("name", _DEFAULT_NAME)
     if "name" in mistyped:
         return []
     if not re.fullmatch(NAME_PATTERN, name):
@@ -76,8 +76,8 @@ def _name_and_run_dir(
     return []
 
 
-def _confined(entry: Entry, value: Any, policy: GatewaySettings) -> tuple[Any, list[Fault]]:
-    """The value with its paths made absolute, and the faults of those outside the roots."""
+def _confined(entry: Entry, value: Any, policy: GatewayOptions) -> tuple[Any, list[Fault]]:
+    """Return the value with absolute paths, and the faults of paths outside the roots."""
     if entry.kind is tuple:
         items = list(value)
         faults: list[Fault] = []
@@ -89,7 +89,7 @@ def _confined(entry: Entry, value: Any, policy: GatewaySettings) -> tuple[Any, l
     return _confined_path(entry.key, value, policy)
 
 
-def _confined_path(key: str, text: str, policy: GatewaySettings) -> tuple[str, list[Fault]]:
+def _confined_path(key: str, text: str, policy: GatewayOptions) -> tuple[str, list[Fault]]:
     rows = _SLICE.search(text)
     path, suffix = (text[: rows.start()], rows[0]) if rows else (text, "")
     if not policy.allowed_roots:
@@ -97,7 +97,7 @@ def _confined_path(key: str, text: str, policy: GatewaySettings) -> tuple[str, l
         return text, [Fault(key, text, "this gateway lets jobs name no files", remedy)]
     roots = ", ".join(map(str, policy.allowed_roots))
     try:
-        # Links are followed here, and what is passed on has none left.
+        # Links are resolved here, so that the path that is passed on has none.
         absolute = pathlib.Path(os.path.realpath(policy.allowed_roots[0] / path))
     except (OSError, ValueError) as error:
         return text, [Fault(key, text, f"it cannot be a path ({error})", f"give a path below {roots}")]
@@ -106,7 +106,7 @@ def _confined_path(key: str, text: str, policy: GatewaySettings) -> tuple[str, l
     return str(absolute) + suffix, []
 
 
-def _allowed_module(entry: Entry, value: str, policy: GatewaySettings) -> list[Fault]:
+def _allowed_module(entry: Entry, value: str, policy: GatewayOptions) -> list[Fault]:
     assert entry.dotted_path is not None
     if value in entry.dotted_path.aliases:
         return []
@@ -122,13 +122,13 @@ def _allowed_module(entry: Entry, value: str, policy: GatewaySettings) -> list[F
     return [Fault(entry.key, value, "jobs may not load code from that module", remedy)]
 
 
-def _allowed_passthrough(key: str, value: Any, policy: GatewaySettings) -> list[Fault]:
+def _allowed_passthrough(key: str, value: Any, policy: GatewayOptions) -> list[Fault]:
     if not key.startswith(tuple(passthroughs())) or key in policy.allowed_passthrough:
-        return []  # a key that does not exist is found where all names are known
+        return []  # the controller reports unknown keys
     problem = "jobs may not give the engine this flag"
     return [Fault(key, value, problem, f"leave it out, or have the gateway started with --allowed-flag {key}")]
 
 
 def resolved_roots(folders: list[str]) -> tuple[pathlib.Path, ...]:
-    """Allowed roots, absolute and without links."""
+    """Return the allowed roots as absolute paths without links."""
     return tuple(pathlib.Path(os.path.realpath(folder)) for folder in folders)

@@ -1,4 +1,4 @@
-"""The body of a job submission: which settings it may have and of which JSON types."""
+"""The schema of a job submission: its settings and their JSON types."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ DEPLOYMENT = frozenset(
         *("device", "distributed_backend", "distributed_timeout_minutes", "host", "redis_url", "train_env_vars"),
     }
 )
-"""Settings of the processes that run already: a job cannot choose them."""
+"""Settings of the running services, which a job cannot change."""
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
-"""Names become folder names."""
+"""Names of jobs, which become folder names."""
 _INT64 = 2**63
 _JSON_TYPES: Mapping[type[Any], tuple[str, str]] = {
     bool: ("boolean", "true or false"),
@@ -35,27 +35,27 @@ _JSON_TYPES: Mapping[type[Any], tuple[str, str]] = {
 
 
 @functools.cache
-def settings() -> Mapping[str, Entry]:
-    """Every setting that a job may give, by key."""
+def job_settings() -> Mapping[str, Entry]:
+    """Return every setting that a job may give, by key."""
     return {key: entry for key, entry in catalog().items() if key not in DEPLOYMENT}
 
 
 def is_path(entry: Entry) -> bool:
-    """Whether the setting's value names a file or folder."""
+    """Return whether the setting's value names a file or folder."""
     return any(word in entry.metavar.split() for word in ("DIR", "FILE"))
 
 
 def type_faults(body: Mapping[str, Any]) -> list[Fault]:
-    """Values whose JSON type is not the setting's, and settings that a job cannot give.
+    """Return faults of values with the wrong JSON type, and of settings that a job cannot give.
 
-    A REST body has JSON's types, so that "3" is no number here, although it is one on a command line.
+    In a REST body "3" is not a number, although it is one on a command line.
     """
     faults = []
     for key, value in body.items():
         if key in DEPLOYMENT:
             problem = "it belongs to the services that run already"
             faults.append(Fault(key, value, problem, "leave it out"))
-        elif key in settings() and value is not None and (wrong := _wrong_type(settings()[key], value)):
+        elif key in job_settings() and value is not None and (wrong := _wrong_type(job_settings()[key], value)):
             faults.append(Fault(key, value, wrong, "give one"))
     return faults
 
@@ -90,8 +90,8 @@ def _has_type(kind: type[Any], value: Any) -> bool:
 
 @functools.cache
 def body_schema() -> dict[str, Any]:
-    """JSON schema of the body, made from the settings; combinations are checked beyond it."""
-    properties = {key: _property(entry) for key, entry in settings().items()}
+    """Return the JSON schema of the body; the controller checks combinations of settings."""
+    properties = {key: _property(entry) for key, entry in job_settings().items()}
     properties["name"]["pattern"] = NAME_PATTERN
     return {
         "type": "object",
@@ -130,7 +130,7 @@ def _limits(schema: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _field_schema(entry: Entry) -> dict[str, Any]:
-    """Limits that the field's annotation has, found below any `anyOf`."""
+    """Return the schema of a field, with the limits below any `anyOf`."""
     schema = _section_schema(entry.section)["properties"][entry.key]
     merged = dict(schema)
     for option in schema.get("anyOf", ()):
@@ -144,7 +144,7 @@ def _section_schema(section: str) -> dict[str, Any]:
 
 
 def example_body() -> dict[str, Any]:
-    """A configuration as an example."""
+    """Return an example configuration."""
     return {
         "name": "sums",
         "hf_checkpoint": "models/smollm2",
@@ -161,5 +161,5 @@ def example_body() -> dict[str, Any]:
 
 
 def fault_documents(faults: Sequence[Fault]) -> list[dict[str, Any]]:
-    """Faults as a problem document lists them."""
+    """Return faults as a problem document lists them."""
     return [fault.to_json() for fault in faults]

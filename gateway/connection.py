@@ -1,4 +1,4 @@
-"""One client's connection: bounded in what a client may send before it is known, and problem documents for bad HTTP."""
+"""HTTP connections with limits on unfinished requests, and problem documents for malformed HTTP."""
 
 from __future__ import annotations
 
@@ -11,14 +11,13 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from miles.gateway.problems import MEDIA_TYPE
 
 HEAD_S = 20.0
-"""How long a client may take from connecting, or from the first byte of a request, to the end of its headers."""
+"""Time from connecting, or from the first byte of a request, to the end of its headers, in seconds."""
 HEAD_BYTES = 64 << 10
-"""Longest request line and headers."""
+"""Maximum size of request line and headers."""
 
 
 class Connection(HttpToolsProtocol):
-    """HTTP/1.1 as uvicorn speaks it. Anybody can connect, so nobody may hold a connection, or memory, with half a
-    request."""
+    """uvicorn's HTTP/1.1 protocol, with limits: anybody can connect, so unfinished requests must not hold resources."""
 
     head_s = HEAD_S
 
@@ -27,46 +26,46 @@ class Connection(HttpToolsProtocol):
         self._head_bytes = 0
         self._in_head = True
         self._begun = False
-        """Whether the first byte of any request has come."""
-        self._late: asyncio.TimerHandle | None = None
+        """Whether the first byte of a request has arrived."""
+        self._timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self._late = self.loop.call_later(self.head_s, self._give_up)
+        self._timer = self.loop.call_later(self.head_s, self._time_out)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._no_longer_late()
+        self._stop_timer()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
         if self._in_head:
             self._head_bytes += len(data)
-            if self._head_bytes > HEAD_BYTES + len(data):  # what came before this is all of an unfinished head
+            if self._head_bytes > HEAD_BYTES + len(data):  # earlier data belongs to an unfinished head
                 self._refuse(431, "Request Header Fields Too Large", f"at most {HEAD_BYTES} bytes are accepted")
                 return
         super().data_received(data)
 
     def on_message_begin(self) -> None:
         self._begun, self._in_head, self._head_bytes = True, True, 0
-        if self._late is None:
-            self._late = self.loop.call_later(self.head_s, self._give_up)
+        if self._timer is None:
+            self._timer = self.loop.call_later(self.head_s, self._time_out)
         super().on_message_begin()
 
     def on_headers_complete(self) -> None:
         self._in_head = False
-        self._no_longer_late()
+        self._stop_timer()
         super().on_headers_complete()
 
     def send_400_response(self, msg: str) -> None:
-        self._refuse(400, "Bad Request", "what was sent is not HTTP/1.1")
+        self._refuse(400, "Bad Request", "the request is not HTTP/1.1")
 
-    def _no_longer_late(self) -> None:
-        if self._late is not None:
-            self._late.cancel()
-            self._late = None
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
 
-    def _give_up(self) -> None:
-        self._late = None
+    def _time_out(self) -> None:
+        self._timer = None
         if self.transport.is_closing():
             return
         if self._begun:
@@ -75,7 +74,7 @@ class Connection(HttpToolsProtocol):
             self.transport.close()
 
     def _refuse(self, status: int, title: str, detail: str) -> None:
-        """Answer and close; there is no request yet that the application could answer."""
+        """Answer and close the connection; there is no request yet for the application."""
         body = json.dumps({"type": "about:blank", "title": title, "status": status, "detail": detail}).encode()
         head = (
             f"HTTP/1.1 {status} {title}\r\nContent-Type: {MEDIA_TYPE}\r\nContent-Length: {len(body)}\r\n"

@@ -1,4 +1,4 @@
-"""A job's newest events, ready to be sent: a pure structure, bounded in count and bytes."""
+"""The newest events of a job, encoded: a pure ring buffer, bounded in count and bytes."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from collections.abc import Iterator, Sequence
 EventId = tuple[int, int]
 
 PIECE_BYTES = 64 << 10
-"""About how much is handed to a connection at once. One that is not read keeps this, and not all that it missed."""
+"""About how much a connection gets at once, which bounds the memory of one whose client does not read."""
 
 
 def parse_id(event_id: str) -> EventId:
-    """An event id as numbers that can be compared; raises ValueError."""
+    """Return an event id as comparable numbers. Raises ValueError."""
     first, dash, second = event_id.partition("-")
     if not dash:
         raise ValueError(event_id)
@@ -22,7 +22,7 @@ def parse_id(event_id: str) -> EventId:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Message:
-    """One event, ready to be sent."""
+    """One encoded event."""
 
     id: EventId
     event_id: str
@@ -31,7 +31,7 @@ class Message:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Piece:
-    """Consecutive events as one string of bytes, and the id of the last one."""
+    """Consecutive encoded events, with the id of the last one."""
 
     data: bytes
     id: EventId
@@ -39,7 +39,7 @@ class Piece:
 
 
 def pieces(messages: Sequence[Message], limit_bytes: int = PIECE_BYTES) -> Iterator[Piece]:
-    """The messages in pieces of at most `limit_bytes`, or of one message that is longer."""
+    """Yield the messages in pieces of at most `limit_bytes`, or of one longer message."""
     first = 0
     while first < len(messages):
         end, size = first + 1, len(messages[first].data)
@@ -59,9 +59,9 @@ class EventRing:
         self._size_bytes = size_bytes
         self._messages: list[Message] = []
         self._held_bytes = 0
-        self._whole = False
+        self._complete = False
         self._made: tuple[EventId, Piece] | None = None
-        """The piece made last and the event it follows: most readers are at the same place."""
+        """The last piece built and the event before it: most readers are at the same position."""
 
     @property
     def newest_id(self) -> str:
@@ -69,29 +69,29 @@ class EventRing:
         return self._messages[-1].event_id if self._messages else ""
 
     def begins_with(self, first: Message) -> None:
-        """Take note of the job's very first event: when it is the oldest here, nothing came before it."""
-        self._whole = bool(self._messages) and self._messages[0].id == first.id
+        """Note the job's very first event: when it is the oldest in the ring, the ring is complete."""
+        self._complete = bool(self._messages) and self._messages[0].id == first.id
 
     def append(self, message: Message) -> None:
         """Add the next event."""
         self._messages.append(message)
         self._held_bytes += len(message.data)
         self._made = None
-        dropped = 0
-        while len(self._messages) - dropped > 1 and (
-            len(self._messages) - dropped > self._count or self._held_bytes > self._size_bytes
+        discarded = 0
+        while len(self._messages) - discarded > 1 and (
+            len(self._messages) - discarded > self._count or self._held_bytes > self._size_bytes
         ):
-            self._held_bytes -= len(self._messages[dropped].data)
-            dropped += 1
-        del self._messages[:dropped]
-        self._whole = self._whole and not dropped
+            self._held_bytes -= len(self._messages[discarded].data)
+            discarded += 1
+        del self._messages[:discarded]
+        self._complete = self._complete and not discarded
 
     def reaches(self, cursor: EventId) -> bool:
-        """Whether every event after this one is here."""
-        return self._whole or (bool(self._messages) and self._messages[0].id <= cursor)
+        """Return whether the ring has every event after this one."""
+        return self._complete or (bool(self._messages) and self._messages[0].id <= cursor)
 
     def after(self, cursor: EventId) -> Piece | None:
-        """The events after one that `reaches`, up to a piece; None when there is none."""
+        """Return the next piece of events after `cursor`, which the ring must `reach`; None when there is none."""
         if self._made is not None and self._made[0] == cursor:
             return self._made[1]
         first = bisect.bisect_right(self._messages, cursor, key=lambda message: message.id)
@@ -102,4 +102,4 @@ class EventRing:
 
 
 _MOST_IN_PIECE = 256
-"""Events that are looked at for one piece."""
+"""Maximum number of events in one piece."""

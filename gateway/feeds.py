@@ -1,4 +1,4 @@
-"""Events of jobs for many watchers: one stream from the controller for each job, however many follow it."""
+"""Event feeds of jobs: one stream from the controller per job, for any number of watchers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 import grpc.aio
 
 from miles.gateway.cache import AnswerCache
-from miles.gateway.controller import Controller
+from miles.gateway.controller_client import ControllerClient
 from miles.gateway.event_ring import EventRing, Message, parse_id, pieces
 from miles.gateway.problems import Problem
 from miles.gateway.schemas import event_model
@@ -21,57 +21,58 @@ from miles.rpc.gen import controller_pb2, job_pb2
 logger = logging.getLogger(__name__)
 
 RING = 2000
-"""Newest events of a job that are kept at hand."""
+"""Number of newest events of a job that are kept in memory."""
 RING_BYTES = 8 << 20
 PAGE = 250
 _PAGES = 16
-"""Pages of older history that are kept for a moment: those who ask for one mostly ask for the same."""
+"""Cached pages of older events: watchers mostly request the same ones."""
 _IDLE_S = 30.0
-"""A feed that nobody follows for so long is closed."""
+"""Time without watchers after which a feed is closed."""
 _RETRY_S = 0.5
 _WATCHER_S = 0.004
 _LONGEST_S = 1.0
-"""Watchers are woken at most once in `_WATCHER_S` for each of them, up to `_LONGEST_S`: however fast events come,
-sending them to hundreds takes about a hundredth of a core."""
+"""Watchers are notified at most once per `_WATCHER_S` × number of watchers, up to `_LONGEST_S`: at any rate of events,
+sending them to hundreds of watchers takes about a hundredth of a core."""
 _WOKEN_AT_ONCE = 16
-"""Watchers are woken so many at a time, spread over half of that wait: one burst for all would take a core for some
-milliseconds, or for many more where others want it too, and every request would wait for its end."""
+"""Watchers woken at a time. The batches are spread over half of that interval: waking all at once would occupy a core
+for milliseconds, and longer on a busy machine, while every request waits."""
 
 END = b'event: end\ndata: {"type":"end"}\n\n'
-"""Last message of a stream whose job has ended: nothing follows, so the reader need not come back."""
+"""Last message of a stream whose job has ended: the reader need not reconnect."""
 ALIVE = b": alive\n\n"
 
 
 def encode(event: job_pb2.JobEvent) -> Message:
-    """An event as server-sent event."""
+    """Encode an event as server-sent event."""
     model = event_model(event)
     data = f"id: {event.event_id}\nevent: {model.type}\ndata: {model.model_dump_json()}\n\n".encode()
     return Message(parse_id(event.event_id), event.event_id, data)
 
 
 class Feed:
-    """Follows one job and keeps its newest events."""
+    """Follows the events of one job and keeps the newest ones."""
 
-    def __init__(self, controller: Controller, job_id: str, on_state: Callable[[str], None]) -> None:
-        """`on_state` is called with the job's id before watchers see that the job moved to another state."""
+    def __init__(self, controller: ControllerClient, job_id: str, on_state: Callable[[str], None]) -> None:
+        """`on_state` is called with the job's id before watchers see a change of its state."""
         self.job_id = job_id
         self.watchers = 0
         self.unused_since_s = time.monotonic()
         self.ring = EventRing(RING, RING_BYTES)
         self.ended = False
-        """The job has ended and every event is here."""
+        """Whether the job has ended and all of its events have arrived."""
         self.failure: Problem | None = None
-        """Why this feed cannot go on at all."""
+        """Why the feed cannot continue; None while it can."""
         self.changes = 0
-        """How often watchers were told of news."""
+        """How often watchers were notified."""
         self._controller = controller
         self._on_state = on_state
         self._waiting: set[asyncio.Future[bool]] = set()
-        self._told_s = 0.0
-        self._telling: asyncio.TimerHandle | None = None
+        self._notified_s = 0.0
+        self._notifying: asyncio.TimerHandle | None = None
         self._to_wake: collections.deque[asyncio.Future[bool]] = collections.deque()
         self._waking: asyncio.TimerHandle | None = None
         self._task = asyncio.create_task(self._follow(), name=f"events of {job_id}")
+        self._task.add_done_callback(lambda _: self._notify(at_once=True))
 
     async def close(self) -> None:
         self._task.cancel()
@@ -79,11 +80,11 @@ class Feed:
 
     @property
     def closed(self) -> bool:
-        """Whether nothing new will come."""
+        """Whether no events will follow."""
         return self._task.done()
 
     async def changed(self, seen: int, timeout_s: float) -> bool:
-        """True once `changes` is no longer `seen`, False after the timeout."""
+        """Return True once `changes` differs from `seen`, False after the timeout."""
         if self.changes != seen:
             return True
         loop = asyncio.get_running_loop()
@@ -97,62 +98,59 @@ class Feed:
             self._waiting.discard(waiter)
 
     async def _follow(self) -> None:
-        try:
-            while not self.ended:
-                newest = self.ring.newest_id
-                request = controller_pb2.WatchJobRequest(
-                    job_id=self.job_id, after_event_id=newest, newest=0 if newest else RING
-                )
-                try:
-                    async for response in self._controller.watch(request):
-                        self._take(response.event)
-                    self.ended = True
-                except grpc.aio.AioRpcError as error:
-                    if error.code() is grpc.StatusCode.NOT_FOUND:
-                        self.failure = Problem("unknown-job", error.details() or "the job is gone")
-                        return
-                    logger.info("events of %s: %s; trying again", self.job_id, error.details())
-                    await asyncio.sleep(_RETRY_S)
-        finally:
-            self._tell(at_once=True)
+        while not self.ended:
+            newest = self.ring.newest_id
+            request = controller_pb2.WatchJobRequest(
+                job_id=self.job_id, after_event_id=newest, newest=0 if newest else RING
+            )
+            try:
+                async for response in self._controller.watch(request):
+                    self._take(response.event)
+                self.ended = True
+            except grpc.aio.AioRpcError as error:
+                if error.code() is grpc.StatusCode.NOT_FOUND:
+                    self.failure = Problem("unknown-job", error.details() or "the job no longer exists")
+                    return
+                logger.info("events of %s: %s; trying again", self.job_id, error.details())
+                await asyncio.sleep(_RETRY_S)
 
     def _take(self, event: job_pb2.JobEvent) -> None:
         self.ring.append(encode(event))
         if event.HasField("state_changed"):
-            # The record was written with the event, so what is read from now on has the new state.
+            # The record was written with the event, so reads from now on return the new state.
             self._on_state(self.job_id)
-            self._tell(at_once=True)
+            self._notify(at_once=True)
         else:
-            self._notify()
+            self._notify_soon()
 
-    def _notify(self) -> None:
-        """Tell watchers of news: now, or soon together with what comes until then."""
-        if self._telling is not None:
+    def _notify_soon(self) -> None:
+        """Notify watchers now, or soon together with events that arrive until then."""
+        if self._notifying is not None:
             return
-        wait_s = self._told_s + self._apart_s() - time.monotonic()
+        wait_s = self._notified_s + self._interval_s() - time.monotonic()
         if wait_s <= 0:
-            self._tell()
+            self._notify()
         else:
-            self._telling = asyncio.get_running_loop().call_later(wait_s, self._tell)
+            self._notifying = asyncio.get_running_loop().call_later(wait_s, self._notify)
 
-    def _apart_s(self) -> float:
-        """Shortest time between two times that watchers are told of news."""
+    def _interval_s(self) -> float:
+        """Return the shortest time between two notifications of watchers."""
         return min(_LONGEST_S, self.watchers * _WATCHER_S)
 
-    def _tell(self, *, at_once: bool = False) -> None:
-        if self._telling is not None:
-            self._telling.cancel()
-            self._telling = None
-        self._told_s = time.monotonic()
+    def _notify(self, *, at_once: bool = False) -> None:
+        if self._notifying is not None:
+            self._notifying.cancel()
+            self._notifying = None
+        self._notified_s = time.monotonic()
         self.changes += 1
         self._to_wake.extend(self._waiting)
         self._waiting.clear()
         if at_once or self._waking is None:
             turns = math.ceil(len(self._to_wake) / _WOKEN_AT_ONCE)
-            self._wake(0.0 if at_once or not turns else self._apart_s() / 2 / turns)
+            self._wake(0.0 if at_once or not turns else self._interval_s() / 2 / turns)
 
     def _wake(self, pause_s: float) -> None:
-        """Wake some watchers, and the others a pause later; without one, after whatever else is to be done by then."""
+        """Wake some watchers, and the next ones after a pause; with a pause of 0, after other pending callbacks."""
         if self._waking is not None:
             self._waking.cancel()
             self._waking = None
@@ -168,10 +166,10 @@ def _resolve(waiter: asyncio.Future[bool], value: bool) -> None:
 
 
 class Feeds:
-    """Feeds by job, opened for the first watcher and closed some time after the last."""
+    """Feeds by job: opened for the first watcher, and closed some time after the last has left."""
 
-    def __init__(self, controller: Controller, on_state: Callable[[str], None]) -> None:
-        """`on_state` is called with the id of a job that moved to another state, before its watchers see that."""
+    def __init__(self, controller: ControllerClient, on_state: Callable[[str], None]) -> None:
+        """`on_state` is called with a job's id before watchers see a change of its state."""
         self._controller = controller
         self._on_state = on_state
         self._feeds: dict[str, Feed] = {}
@@ -185,7 +183,7 @@ class Feeds:
         self._feeds.clear()
 
     async def tidy(self) -> None:
-        """Close feeds that nobody follows, until cancelled."""
+        """Close feeds without watchers, until cancelled."""
         while True:
             await asyncio.sleep(_IDLE_S / 4)
             now = time.monotonic()
@@ -197,20 +195,21 @@ class Feeds:
     async def events(
         self, job_id: str, after: str, *, heartbeat_s: float, end_s: float, follow: bool = True
     ) -> AsyncIterator[bytes]:
-        """A job's events after the given one, as server-sent events, until the job or `end_s` (monotonic) has ended."""
+        """Yield a job's events after the given one, as server-sent events, until the job has ended or `end_s`
+        (monotonic)."""
         feed = self._open(job_id)
         feed.watchers += 1
         self.watchers += 1
         try:
             cursor, event_id = (parse_id(after), after) if after else ((0, 0), "")
             while True:
-                seen, ended, closed = feed.changes, feed.ended, feed.closed  # before looking: nothing new is missed
+                seen, ended, closed = feed.changes, feed.ended, feed.closed  # read first, so that no event is missed
                 piece = feed.ring.after(cursor) if feed.ring.reaches(cursor) else None
                 if piece is not None:
                     yield piece.data
                     cursor, event_id = piece.id, piece.event_id
                     continue
-                # Without following, what is at hand may not be all yet.
+                # Without following, the ring may not have all events yet.
                 page = [] if feed.ring.reaches(cursor) and follow else await self._page(job_id, event_id)
                 if page and not event_id:
                     feed.ring.begins_with(page[0])
@@ -223,7 +222,7 @@ class Feeds:
                     yield END
                     return
                 if closed or not follow or time.monotonic() >= end_s:
-                    return  # a feed that ended with its job unended failed, or the gateway stops: readers come back
+                    return  # the feed has failed, or the gateway stops: readers reconnect
                 if not await feed.changed(seen, min(heartbeat_s, max(0.0, end_s - time.monotonic()))):
                     yield ALIVE
         finally:
@@ -234,7 +233,7 @@ class Feeds:
     def _open(self, job_id: str) -> Feed:
         feed = self._feeds.get(job_id)
         if feed is None or feed.closed:
-            # A job that had ended may have been resumed since: a new feed finds out.
+            # A job that had ended may have been resumed: a new feed follows it.
             feed = self._feeds[job_id] = Feed(self._controller, job_id, self._on_state)
         return feed
 
@@ -244,5 +243,5 @@ class Feeds:
 
         page = await self._pages.get((job_id, after), read)
         if len(page) < PAGE:
-            self._pages.forget((job_id, after))  # more may have come since
+            self._pages.forget((job_id, after))  # more events may have arrived since
         return page

@@ -1,7 +1,7 @@
-"""API keys in a file: only their hashes, each with a name and scopes.
+"""API keys in a file, which has only their hashes, each with a name and a scope.
 
-A key is `mk_ID_SECRET`, where the secret is 256 random bits. A secret of that length cannot be guessed from its
-SHA-256, so a slow password hash would add nothing but time to every request.
+A key is `mk_ID_SECRET` with 256 random bits. A secret of that length cannot be guessed from its SHA-256, so a slow
+password hash would only slow down every request.
 """
 
 from __future__ import annotations
@@ -29,44 +29,44 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,63}")
 
 
 class Scope(enum.StrEnum):
-    """What a key may do; each includes those before it."""
+    """What a key may do; each scope includes those before it."""
 
     READ = "read"
-    """See everything."""
+    """Read everything."""
     SUBMIT = "submit"
     """Submit jobs, and act on those it submitted."""
     ADMIN = "admin"
     """Act on every job."""
 
     def includes(self, other: Scope) -> bool:
-        """Whether this scope allows what `other` allows."""
+        """Return whether this scope allows everything that `other` allows."""
         order = list(Scope)
         return order.index(self) >= order.index(other)
 
 
 class KeyFileError(ValueError):
-    """The key file cannot be read as one."""
+    """The file is not a valid key file."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ApiKey:
-    """A key as the file has it."""
+    """A key, as stored in the file."""
 
     key_id: str
     name: str
     scope: Scope
     hash: str
-    """SHA-256 of the whole key, in hexadecimal."""
+    """SHA-256 of the key, in hexadecimal."""
     created_unix_s: int
     expires_unix_s: int | None = None
 
     def expired(self, now_unix_s: float) -> bool:
-        """Whether its time is over."""
+        """Return whether the key has expired."""
         return self.expires_unix_s is not None and now_unix_s >= self.expires_unix_s
 
 
 class KeyFile:
-    """Reads and changes a file of keys; readers see changes within a second."""
+    """A file of keys; readers see changes within a second."""
 
     def __init__(self, path: pathlib.Path) -> None:
         self._path = path
@@ -75,22 +75,22 @@ class KeyFile:
         self._looked_s = float("-inf")
 
     def verify(self, presented: str) -> ApiKey | None:
-        """The key that this text is, or None; also None while the file cannot be read."""
+        """Return the key with this text, or None; also None while the file cannot be read."""
         match = _KEY.fullmatch(presented)
         if match is None:
             return None
         self._refresh()
         key = self._keys.get(match[1])
-        # A comparison also for an unknown id, so that the time taken does not tell which ids exist.
+        # Also compare for an unknown id, so that the time does not reveal which ids exist.
         same = hmac.compare_digest(_hash(presented), key.hash if key else "0" * 64)
         return key if key is not None and same and not key.expired(time.time()) else None
 
     def list(self) -> list[ApiKey]:
-        """Every key, oldest first."""
+        """Return every key, oldest first."""
         return sorted(_read(self._path).values(), key=lambda key: (key.created_unix_s, key.key_id))
 
     def create(self, name: str, scope: Scope, lifetime_s: float | None = None) -> tuple[ApiKey, str]:
-        """Add a key; returns it with its text, which is kept nowhere. Raises ValueError for a name that is taken."""
+        """Add a key; return it with its text, which is not stored. Raises ValueError for a name that is taken."""
         if not NAME.fullmatch(name):
             raise ValueError(f"name {name!r} must be letters, digits and ._@-, at most 64 of them")
         key_id = secrets.token_hex(4)
@@ -127,22 +127,20 @@ class KeyFile:
         except FileNotFoundError:
             self._stamp, self._keys = None, {}
         except (KeyFileError, OSError) as error:
-            # A key that was valid before may be what somebody has tried to take out.
+            # No key stays valid: the change that broke the file may have revoked one.
             logger.error("no API key is valid until the file can be read: %s", error)
             self._stamp, self._keys = None, {}
 
     @contextlib.contextmanager
     def _changing(self) -> Iterator[dict[str, ApiKey]]:
-        """The keys to change; written back in one piece at the end, by one process at a time."""
+        """Yield the keys to change; write them back atomically, one process at a time."""
         self._path.parent.mkdir(parents=True, exist_ok=True)
         lock = os.open(self._path.with_suffix(".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
+        with os.fdopen(lock, "r+b"):
             fcntl.flock(lock, fcntl.LOCK_EX)
             keys = _read(self._path)
             yield keys
             _write(self._path, keys.values())
-        finally:
-            os.close(lock)
         self._looked_s = float("-inf")
 
 

@@ -1,4 +1,4 @@
-"""`miles keys create|list|revoke`: the API keys of a gateway."""
+"""`miles keys create|list|revoke`: manages the API keys of a gateway."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _DAY_S = 86_400
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Change or list the keys in a file; return the exit code."""
+    """Create, list or revoke keys; return the exit code."""
     flags = _parse(arguments)
     keys = KeyFile(flags.keys_file)
     try:
@@ -42,14 +42,14 @@ def main(arguments: Sequence[str]) -> int:
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="miles keys", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    create = commands.add_parser("create", help="make a key and print it; it is shown this once")
-    create.add_argument("name", help="whose it is")
-    scopes = "read: see everything; submit: also submit jobs and act on one's own; admin: act on all jobs"
+    create = commands.add_parser("create", help="create a key and print it; it is shown only once")
+    create.add_argument("name", help="name of the key's owner")
+    scopes = "read: read everything; submit: also submit jobs and act on them; admin: act on all jobs"
     create.add_argument("--scope", choices=[scope.value for scope in Scope], default=Scope.READ.value, help=scopes)
-    create.add_argument("--days", type=float, help="how long it is valid; default: until it is revoked")
-    commands.add_parser("list", help="which keys there are")
-    revoke = commands.add_parser("revoke", help="make a key invalid")
-    revoke.add_argument("name", help="its name or id")
+    create.add_argument("--days", type=float, help="days until the key expires; default: never")
+    commands.add_parser("list", help="list all keys")
+    revoke = commands.add_parser("revoke", help="revoke a key")
+    revoke.add_argument("name", help="name or id of the key")
     default = os.environ.get(KEYS_ENVIRONMENT)
     for command in commands.choices.values():
         command.add_argument(
@@ -58,7 +58,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
             default=default,
             required=default is None,
             metavar="FILE",
-            help=f"the file that the gateway reads; default: ${KEYS_ENVIRONMENT}",
+            help=f"key file of the gateway; default: ${KEYS_ENVIRONMENT}",
         )
         command.add_argument("--json", action="store_true", help="print JSON")
     flags = parser.parse_args(arguments)

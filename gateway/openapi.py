@@ -1,4 +1,4 @@
-"""The OpenAPI document: as the framework makes it, with our error documents in place of its own."""
+"""The OpenAPI document: that of the framework, with problem documents instead of its own errors."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ DESCRIPTION = """Submit, watch and steer reinforcement-learning jobs.
 A job's configuration is one flat object with the names of the command line's flags. Errors are problem documents
 (RFC 9457); those of a configuration list every fault with what to change. Lists are read page by page with
 `cursor = next_cursor`. Where the gateway was started with API keys, send `Authorization: Bearer KEY`; the scopes are
-`read` (see everything), `submit` (submit jobs and act on one's own) and `admin` (act on every job)."""
+`read` (read everything), `submit` (submit jobs and act on one's own) and `admin` (act on every job)."""
 
 _TAGS = [
     {"name": "jobs", "description": "Submit jobs and act on them"},
     {"name": "events", "description": "What happens to a job, as it happens"},
-    {"name": "metrics", "description": "Numbers over training steps"},
-    {"name": "samples", "description": "What was sampled and trained on"},
-    {"name": "checkpoints", "description": "What was saved"},
-    {"name": "versions", "description": "Versions of the weights, and which engine holds which"},
+    {"name": "metrics", "description": "Per-step metrics"},
+    {"name": "samples", "description": "Samples that were trained on"},
+    {"name": "checkpoints", "description": "Saved checkpoints"},
+    {"name": "versions", "description": "Versions of the weights, and what each engine holds"},
     {"name": "workers", "description": "Processes that serve jobs"},
-    {"name": "logs", "description": "What those processes write"},
+    {"name": "logs", "description": "Logs of those processes"},
     {"name": "health", "description": "The gateway itself"},
 ]
 
 
 def install(app: FastAPI) -> None:
-    """Have the app serve this document at /openapi.json."""
+    """Make the app serve this document at /openapi.json."""
 
     def document() -> dict[str, Any]:
         if app.openapi_schema is None:
@@ -48,7 +48,7 @@ def _corrected(document: dict[str, Any]) -> dict[str, Any]:
     schemas = document["components"]["schemas"]
     for name in ("HTTPValidationError", "ValidationError"):
         schemas.pop(name, None)
-    for model in (StateEvent, MetricsEvent, LogEvent, EndEvent):  # what the data of a server-sent event holds
+    for model in (StateEvent, MetricsEvent, LogEvent, EndEvent):  # the data of server-sent events
         schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
         schemas |= schema.pop("$defs", {})
         schemas[model.__name__] = schema
@@ -62,7 +62,7 @@ def _corrected(document: dict[str, Any]) -> dict[str, Any]:
 def _correct_response(operation: dict[str, Any], status: str, response: dict[str, Any]) -> None:
     content = response.get("content", {})
     if int(status) < 400:
-        if "application/json" in content and len(content) > 1:  # a stream or a file, not what a model describes
+        if "application/json" in content and len(content) > 1:  # a stream or a file, which no model describes
             del content["application/json"]
         return
     problem = content.get(MEDIA_TYPE)

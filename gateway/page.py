@@ -1,4 +1,4 @@
-"""The web page: files that a browser loads as they are."""
+"""Serves the static files of the web page."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from starlette.types import Scope
 
 FOLDER = pathlib.Path(__file__).with_name("web")
 _HEADERS = {"Cache-Control": "no-cache"}
-"""A browser asks whether a file has changed before it uses its copy: the page fits the gateway that serves it."""
+"""Browsers revalidate cached files, so that the page always matches the gateway that serves it."""
 
 
 class _Files(StaticFiles):
@@ -25,7 +25,7 @@ class _Files(StaticFiles):
 
 
 def install(app: FastAPI) -> None:
-    """Serve the page at / and what it consists of below /static. It holds nothing of any job, so it needs no key."""
+    """Serve the page at / and its files below /static. They contain no data of jobs, so they need no key."""
 
     @app.get("/", include_in_schema=False)
     async def page() -> FileResponse:

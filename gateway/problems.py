@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 MEDIA_TYPE = "application/problem+json"
 
 KINDS: Mapping[str, tuple[int, str]] = {
-    "malformed-body": (400, "The body is not what it should be"),
+    "malformed-body": (400, "The body is malformed"),
     "missing-key": (401, "An API key is needed"),
     "unknown-key": (401, "The API key is not valid"),
     "not-local": (403, "Only this machine is served"),
@@ -30,9 +30,9 @@ KINDS: Mapping[str, tuple[int, str]] = {
     "unknown-job": (404, "There is no such job"),
     "unknown-cursor": (404, "There is no such page"),
     "not-found": (404, "There is nothing here"),
-    "method-not-allowed": (405, "The method does not go with this address"),
+    "method-not-allowed": (405, "The method is not allowed at this address"),
     "not-possible-now": (409, "The job's state does not allow this"),
-    "conflict": (409, "Something else has that place"),
+    "conflict": (409, "The request conflicts with an existing resource"),
     "body-too-large": (413, "The body is too large"),
     "unsupported-media-type": (415, "The body must be JSON"),
     "invalid-config": (422, "The configuration has faults"),
@@ -40,7 +40,7 @@ KINDS: Mapping[str, tuple[int, str]] = {
     "key-reused": (422, "The idempotency key belongs to another request"),
     "too-many-requests": (429, "Too many requests"),
     "too-many-watchers": (503, "Too many event streams"),
-    "internal": (500, "Something failed that should not"),
+    "internal": (500, "Unexpected error"),
     "controller-failed": (502, "The controller could not answer"),
     "controller-away": (503, "The controller does not answer"),
 }
@@ -48,11 +48,11 @@ KINDS: Mapping[str, tuple[int, str]] = {
 
 
 class FaultDocument(BaseModel):
-    """One thing that is wrong with a request."""
+    """One fault of a request."""
 
     field: str = Field(description="Key of the setting, or place in the request", examples=["rollout_batch_size"])
     value: Any = Field(default=None, description="What was given", examples=[-1])
-    problem: str = Field(description="Why that cannot be", examples=["it must be above 0"])
+    problem: str = Field(description="Why it is refused", examples=["it must be above 0"])
     remedy: str = Field(description="What to do about it", examples=["raise it"])
 
 
@@ -60,7 +60,7 @@ class ProblemDocument(BaseModel):
     """A problem document (RFC 9457)."""
 
     type: str = Field(
-        description="Address that says more about this kind of problem", examples=["/problems/unknown-job"]
+        description="Address of the description of this kind of problem", examples=["/problems/unknown-job"]
     )
     title: str = Field(examples=["There is no such job"])
     status: int = Field(examples=[404])
@@ -68,9 +68,7 @@ class ProblemDocument(BaseModel):
         description="What happened and what to do", examples=["no job 'a'; list the jobs to see their ids"]
     )
     instance: str | None = Field(default=None, description="Path of the request", examples=["/v1/jobs/a"])
-    faults: list[FaultDocument] | None = Field(
-        default=None, description="Everything that is wrong, when it is several things"
-    )
+    faults: list[FaultDocument] | None = Field(default=None, description="Every fault of the request")
 
 
 class Problem(Exception):
@@ -95,7 +93,7 @@ class Problem(Exception):
         return KINDS[self.kind][0]
 
     def response(self, instance: str | None = None) -> Response:
-        """The problem document."""
+        """Return the problem document as response."""
         status, title = KINDS[self.kind]
         return _response(f"/problems/{self.kind}", title, status, self.detail, instance, self.faults, self.headers)
 
@@ -114,13 +112,13 @@ def _response(
         body["instance"] = instance
     if faults is not None:
         body["faults"] = [dict(fault) for fault in faults]
-    # Bytes of a body that cannot be text in UTF-8 (lone surrogates) come back escaped.
+    # Text that UTF-8 cannot encode (lone surrogates) is returned escaped.
     content = json.dumps(body, ensure_ascii=True, default=str).encode()
     return Response(content, status, headers=dict(headers or {}), media_type=MEDIA_TYPE)
 
 
 def install(app: FastAPI, routers: Sequence[APIRouter]) -> None:
-    """Answer every error of the app with a problem document; `routers` are all that it has."""
+    """Answer every error of the app with a problem document; `routers` are all of its routers."""
 
     @app.exception_handler(Problem)
     async def on_problem(request: Request, problem: Problem) -> Response:
@@ -138,7 +136,7 @@ def install(app: FastAPI, routers: Sequence[APIRouter]) -> None:
             detail = f"nothing is at {path}; /openapi.json lists what there is"
             return Problem("not-found", detail).response(path)
         if error.status_code == 405:
-            # What is served beside the API, the page, is only read.
+            # The web page, beside the API, is read-only.
             allowed = ", ".join(_allowed_methods(routers, request) or ("GET", "HEAD"))
             detail = f"{request.method} {path} is not possible; possible: {allowed}"
             return Problem("method-not-allowed", detail, headers={"Allow": allowed}).response(path)
@@ -148,13 +146,13 @@ def install(app: FastAPI, routers: Sequence[APIRouter]) -> None:
     @app.exception_handler(Exception)
     async def on_failure(request: Request, error: Exception) -> Response:
         logger.error("%s %s failed", request.method, request.url.path, exc_info=error)
-        # Nothing else adds headers to this answer.
+        # The middleware does not add headers to this answer.
         problem = Problem("internal", "the gateway's log says what failed", headers=HEADERS)
         return problem.response(request.url.path)
 
 
 def faults_detail(faults: Sequence[Mapping[str, Any]]) -> str:
-    """How many faults there are, and the first."""
+    """Return the number of faults and the first one."""
     return _count(faults)
 
 

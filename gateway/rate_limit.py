@@ -1,4 +1,4 @@
-"""Token buckets: a pure rule, told the time."""
+"""Token-bucket rate limits: a pure rule without a clock."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class _Bucket:
 
 
 class RateLimit:
-    """`per_s` requests a second for each name, and up to `burst` at once after a rest."""
+    """Allows `per_s` requests per second for each name, with bursts of up to `burst`."""
 
     def __init__(self, per_s: float, burst: int, names: int = 10_000) -> None:
         self._per_s = per_s
@@ -22,7 +22,7 @@ class RateLimit:
         self._buckets: collections.OrderedDict[str, _Bucket] = collections.OrderedDict()
 
     def take(self, name: str, now_s: float) -> float:
-        """Count a request; returns 0, or how many seconds too early it came, in which case it counts for nothing."""
+        """Count a request and return 0, or return the seconds to wait, in which case it is not counted."""
         bucket = self._buckets.get(name)
         if bucket is None:
             bucket = self._buckets[name] = _Bucket(self._burst, now_s)

@@ -1,4 +1,4 @@
-"""Jobs, events and workers as the REST API shows them."""
+"""Schemas of jobs, events and workers in the REST API."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from miles.telemetry.redaction import redact, redact_config
 
 
 class JobState(enum.StrEnum):
-    """Where a job is in its life."""
+    """The state of a job."""
 
     QUEUED = "queued"
     STARTING = "starting"
@@ -36,7 +36,7 @@ class JobState(enum.StrEnum):
 
 
 ENDED = frozenset({JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELLED, JobState.STOPPED})
-"""States in which nothing happens to a job any more, unless it is resumed."""
+"""Final states, which only resuming leaves."""
 
 
 class JobEntry(BaseModel):
@@ -46,7 +46,7 @@ class JobEntry(BaseModel):
     name: str = Field(description="The setting `name`", examples=["sums"])
     state: JobState
     policy_version: int = Field(description="Training steps done", examples=[12])
-    num_rollout: int = Field(description="Steps the job takes in all; 0 until that is known", examples=[100])
+    num_rollout: int = Field(description="Number of steps of the job; 0 until it is known", examples=[100])
     submitted_at: datetime.datetime
     started_at: datetime.datetime | None = Field(default=None, description="When it first ran")
     ended_at: datetime.datetime | None = None
@@ -62,7 +62,7 @@ class Job(JobEntry):
     """A job with its configuration and results."""
 
     config: dict[str, Any] = Field(
-        description="Every setting with its value; secrets are blotted out", examples=[{"rollout_batch_size": 16}]
+        description="Every setting with its value; secrets are redacted", examples=[{"rollout_batch_size": 16}]
     )
     summary: dict[str, Any] = Field(
         description="Results so far: steps, wall_s, tokens_per_s, time_share, eval.before, eval.after, checkpoint, "
@@ -77,7 +77,7 @@ class Job(JobEntry):
 
 @functools.lru_cache(maxsize=64)
 def _shown_config(config_json: str) -> dict[str, Any]:
-    """A configuration without secrets. It is the same at every step of a job, and long."""
+    """Return a configuration without secrets; cached, because it is long and never changes."""
     return redact_config(json.loads(config_json or "{}"))
 
 
@@ -99,19 +99,19 @@ class StateEvent(BaseModel):
 
 
 class MetricsEvent(BaseModel):
-    """Numbers of one training step."""
+    """Metrics of one training step."""
 
     type: Literal["metrics"] = "metrics"
     id: str
     time: datetime.datetime
     step: int = Field(description="Training step, from 0")
     values: dict[str, float | None] = Field(
-        description="Value by metric name; null when it is no finite number", examples=[{"train/loss": 0.12}]
+        description="Value by metric name; null when it is not finite", examples=[{"train/loss": 0.12}]
     )
 
 
 class LogEvent(BaseModel):
-    """Something a person may want to know."""
+    """A log message for people."""
 
     type: Literal["log"] = "log"
     id: str
@@ -131,7 +131,7 @@ Event = StateEvent | MetricsEvent | LogEvent
 
 
 class Version(BaseModel):
-    """What an engine serves of a stream of weights."""
+    """The version of a weight stream that an engine serves."""
 
     stream: Literal["policy", "draft"]
     state: Literal["empty", "serving", "prefetched", "quarantined"]
@@ -148,11 +148,11 @@ class Worker(BaseModel):
         description="stuck: sends heartbeats without progress; quarantined: out of routing until it holds verified "
         "weights; lost: sends no heartbeats"
     )
-    activity: str = Field(description="What it is doing", examples=["generating"])
-    load: dict[str, float] = Field(description="Load numbers by name", examples=[{"running_requests": 12}])
+    activity: str = Field(description="Current activity", examples=["generating"])
+    load: dict[str, float] = Field(description="Load by name", examples=[{"running_requests": 12}])
     progress: int = Field(description="Work done so far in its own unit: tokens, samples, micro-batches")
     version: int | None = Field(default=None, description="Version of the policy it holds; null when it holds none")
-    versions: list[Version] = Field(description="What it serves as an engine, per stream of weights")
+    versions: list[Version] = Field(description="Versions it serves as an engine, per weight stream")
     address: str = Field(description="Where its gRPC server listens", examples=["127.0.0.1:50061"])
     gpus: int
     info: dict[str, Any] = Field(examples=[{"pid": 4711, "host": "node-1"}])
@@ -167,7 +167,7 @@ class WorkerList(BaseModel):
 
 
 def event_model(event: job_pb2.JobEvent) -> Event:
-    """An event as the API shows it."""
+    """Convert an event to its schema."""
     head: dict[str, Any] = {"id": event.event_id, "time": moment(event.unix_ns)}
     match event.WhichOneof("kind"):
         case "state_changed":
@@ -183,7 +183,7 @@ def event_model(event: job_pb2.JobEvent) -> Event:
 
 
 def worker_model(worker: controller_pb2.Worker, policy_version: int | None) -> Worker:
-    """A worker as the API shows it; `policy_version` is that of the job it trains, if it is a trainer."""
+    """Convert a worker to its schema; `policy_version` is that of its job, for a trainer."""
     versions = [
         Version(
             stream=_lower(policy_pb2.WeightStream.Name(held.stream), "WEIGHT_STREAM_"),  # type: ignore[arg-type]
@@ -213,13 +213,13 @@ def worker_model(worker: controller_pb2.Worker, policy_version: int | None) -> W
 
 
 def moment(unix_ns: int) -> datetime.datetime:
-    """A time, to the microsecond."""
+    """Convert a time, to the microsecond."""
     seconds, rest = divmod(unix_ns, 1_000_000_000)
     return datetime.datetime.fromtimestamp(seconds, datetime.UTC).replace(microsecond=rest // 1000)
 
 
 def finite(value: float) -> float | None:
-    """The value, or None for what JSON cannot say."""
+    """Return the value, or None when it is not finite, which JSON cannot express."""
     return value if value - value == 0.0 else None
 
 

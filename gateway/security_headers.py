@@ -1,4 +1,4 @@
-"""Headers that tell browsers to be careful."""
+"""Security headers of all answers."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _TRANSPORT = "max-age=31536000; includeSubDomains"
 
 
 class SecurityHeaders:
-    """ASGI middleware that adds the headers to every answer; answers of the API are not to be stored either."""
+    """ASGI middleware that adds security headers to every answer, and forbids caching of the API's answers."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app

@@ -1,4 +1,4 @@
-"""Numbers for Prometheus, and one log line a request."""
+"""Prometheus metrics of the gateway, and its request log."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from miles.gateway.problems import Problem
 from miles.gateway.schemas import ENDED, JobState
 
 if TYPE_CHECKING:
-    from miles.gateway.state import Backend
+    from miles.gateway.state import GatewayState
 
 logger = logging.getLogger(__name__)
 
@@ -25,7 +25,7 @@ _LATENCIES_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0, 2.5, 10
 
 
 class Telemetry:
-    """The gateway's own counts, and jobs and workers as gauges that are read when asked for."""
+    """Counters of the gateway, and gauges of jobs and workers that are read on demand."""
 
     def __init__(self) -> None:
         registry = self._registry = CollectorRegistry()
@@ -45,29 +45,29 @@ class Telemetry:
             "miles_job_step", "Training steps done by a job that has not ended", ["job"], registry=registry
         )
         self._workers = Gauge("miles_workers", "Workers by kind and health", ["kind", "health"], registry=registry)
-        self._load = Gauge("miles_worker_load", "Load numbers of workers", ["worker", "name"], registry=registry)
+        self._load = Gauge("miles_worker_load", "Load of workers, by name", ["worker", "name"], registry=registry)
         self._version = Gauge("miles_worker_version", "Policy version a worker holds", ["worker"], registry=registry)
         self._expositions: AnswerCache[bytes] = AnswerCache(_EXPOSITION_FOR_S)
 
     def answered(self, method: str, route: str, status: int, seconds: float) -> None:
-        """A request was answered."""
+        """Count an answered request."""
         self._requests.labels(method, route, str(status)).inc()
         self._latency.labels(method, route).observe(seconds)
 
-    async def exposition(self, backend: Backend) -> bytes:
-        """Everything in Prometheus' text format."""
+    async def exposition(self, gateway: GatewayState) -> bytes:
+        """Return all metrics in the Prometheus text format."""
 
         async def make() -> bytes:
-            await self._collect(backend)
+            await self._collect(gateway)
             return generate_latest(self._registry)
 
         return await self._expositions.get("all", make)
 
-    async def _collect(self, backend: Backend) -> None:
-        self._watchers.set(backend.feeds.watchers)
+    async def _collect(self, gateway: GatewayState) -> None:
+        self._watchers.set(gateway.feeds.watchers)
         try:
-            jobs = (await backend.controller.jobs([], 500, "")).jobs
-            workers = await backend.workers()
+            jobs = (await gateway.controller.jobs([], 500, "")).jobs
+            workers = await gateway.workers()
         except Problem:
             self._up.set(0)
             return
@@ -90,9 +90,9 @@ class Telemetry:
 
 
 class RequestLog:
-    """ASGI middleware: counts each request, and writes a line for those that change something or fail.
+    """ASGI middleware: counts every request, and logs those that change something or fail.
 
-    A line has method, path, status, time and caller. Headers, queries and bodies may hold secrets and stay out of it.
+    A log line has method, path, status, time and caller, but no headers, queries and bodies, which may have secrets.
     """
 
     def __init__(self, app: ASGIApp, telemetry: Telemetry) -> None:
@@ -117,7 +117,7 @@ class RequestLog:
         try:
             await self._app(scope, receive, noting)
         except Exception:
-            if not status:  # what answers it with 500 is outside of this
+            if not status:  # the answer with status 500 is sent outside of this middleware
                 self._note(scope, 500, time.monotonic() - began)
             raise
 

@@ -1,4 +1,4 @@
-"""The `miles` command: a word for each thing to do, each in a module that is imported when it is asked for."""
+"""The `miles` command: dispatches to its subcommands, whose modules are imported on demand."""
 
 from __future__ import annotations
 
@@ -12,29 +12,32 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "serve": ("miles.launcher.serve", "start every service on this machine and wait for jobs"),
     "submit": ("miles.client.commands.submit", "submit a job to a gateway"),
     "list": ("miles.client.commands.list", "jobs, newest first"),
-    "show": ("miles.client.commands.show", "one job: where it stands, its results, its settings"),
-    "watch": ("miles.client.commands.watch", "follow a job until it ends"),
-    "pause": (f"{_JOB}:pause", "hold a job; its workers stay loaded"),
-    "resume": (f"{_JOB}:resume", "let a job go on that was paused, stopped or failed"),
-    "stop": (f"{_JOB}:stop", "save a job and end it, so that it can be resumed"),
+    "show": ("miles.client.commands.show", "one job: its state, results and settings"),
+    "watch": ("miles.client.commands.watch", "watch a job until it ends"),
+    "pause": (f"{_JOB}:pause", "pause a job; its workers stay loaded"),
+    "resume": (f"{_JOB}:resume", "resume a job that was paused, was stopped or has failed"),
+    "stop": (f"{_JOB}:stop", "save a checkpoint and end the job; it can be resumed"),
     "cancel": (f"{_JOB}:cancel", "end a job for good, without saving"),
-    "checkpoint": (f"{_JOB}:checkpoint", "save a job and let it go on"),
-    "checkpoints": ("miles.client.commands.checkpoints", "what a job saved; --download STEP fetches it"),
-    "metrics": ("miles.client.commands.metrics", "numbers of a job over its steps"),
-    "samples": ("miles.client.commands.samples", "what a job sampled and trained on"),
-    "workers": ("miles.client.commands.workers", "processes that serve jobs, with health, load and version held"),
-    "versions": ("miles.client.commands.versions", "versions of a job's weights, and which engine holds which"),
+    "checkpoint": (f"{_JOB}:checkpoint", "save a checkpoint and continue the job"),
+    "checkpoints": ("miles.client.commands.checkpoints", "checkpoints of a job; --download STEP downloads one"),
+    "metrics": ("miles.client.commands.metrics", "per-step metrics of a job"),
+    "samples": ("miles.client.commands.samples", "samples that a job trained on"),
+    "workers": ("miles.client.commands.workers", "worker processes, with health, load and weight version"),
+    "versions": ("miles.client.commands.versions", "versions of a job's weights, and what each engine holds"),
     "logs": ("miles.client.commands.logs", "logs of the services"),
-    "keys": ("miles.gateway.keys_command", "make, list and revoke API keys of a gateway"),
-    "convert": ("miles.services.trainer.convert", "weights between Hugging Face and Megatron-Core checkpoints"),
-    "config": ("miles.launcher.config_command", "the reference page of all settings, and what a command line comes to"),
+    "keys": ("miles.gateway.keys_command", "create, list and revoke API keys of a gateway"),
+    "convert": ("miles.services.trainer.convert", "convert weights between Hugging Face and Megatron-Core checkpoints"),
+    "config": (
+        "miles.launcher.config_command",
+        "reference page of all settings, and the configuration of a command line",
+    ),
 }
-"""Module, or module:function, and help text by command. The function (`main` by default) takes the remaining words and
-returns the exit code."""
+"""Module, or module:function, and help text by command. The function (`main` by default) takes the remaining arguments
+and returns the exit code."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command that the first argument names with the rest; return its exit code."""
+    """Run the command that the first argument names; return its exit code."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not words or words[0] in ("-h", "--help"):
         print(_usage())
@@ -57,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _usage() -> str:
     lines = ["usage: miles COMMAND ...", ""]
     lines += [f"  {name:<13}{text}" for name, (_, text) in COMMANDS.items()]
-    return "\n".join([*lines, "", "`miles COMMAND --help` says more."])
+    return "\n".join([*lines, "", "`miles COMMAND --help` shows its arguments."])
 
 
 if __name__ == "__main__":

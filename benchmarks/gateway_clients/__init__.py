@@ -1,1 +1,1 @@
-"""Clients of a gateway as processes that cost little themselves: plain sockets, no HTTP library, no event loop."""
+"""Gateway clients as processes with little overhead: plain sockets, no HTTP library, no event loop."""

@@ -1,4 +1,4 @@
-"""Asks for one path again and again over one connection; prints how long each answer took, as one JSON line.
+"""Requests one path repeatedly over one connection; prints the latency of each answer as one JSON line.
 
 Each entry is [seconds until the answer's last byte was in this machine's network stack, seconds until this process had
 read it]. The first is the time of the kernel (SO_TIMESTAMPING, software, on reception), so that it does not grow when

@@ -1,4 +1,4 @@
-"""Many event streams in one process, told on standard input what to do, one JSON object a line.
+"""Many event streams in one process, controlled by JSON lines on standard input.
 
 {"open": PATH} opens all streams of that path, {"close": true} closes them; the answer to each says how many are open
 and what was read since the last one. When the other side has ended every stream, a line says when.

@@ -1,1 +1,1 @@
-"""Benchmarks that need a GPU; each is one command that ends in a table."""
+"""Benchmarks that need a GPU; each is one command that prints a table."""

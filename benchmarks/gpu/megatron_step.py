@@ -1,4 +1,4 @@
-"""Training steps of the megatron backend beside the fsdp one, on the same model and rollout.
+"""Training steps of the megatron backend compared with the fsdp backend, on the same model and rollout.
 
     python -m benchmarks.gpu.megatron_step --kind moe
     torchrun --nproc-per-node 2 -m benchmarks.gpu.megatron_step --kind moe --flags expert_model_parallel_size=2

@@ -1,4 +1,4 @@
-"""Random models of a size, made on the spot, with a byte tokenizer."""
+"""Random models of a given size, created on the fly, with a byte tokenizer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Weights from a trainer's GPU to an engine's: each stage of cuda_ipc and of NCCL beside a plain copy on the device.
+"""Weight transfer from a trainer's GPU to an engine's: stages of cuda_ipc and NCCL, and a plain device copy.
 
     python -m benchmarks.gpu.weight_transports
     python -m benchmarks.gpu.weight_transports --gigabytes 1 4 8 --transports cuda_ipc broadcast

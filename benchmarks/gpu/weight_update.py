@@ -1,4 +1,4 @@
-"""How long new weights keep an SGLang engine standing, by where they come from, against copies on the device.
+"""Pause time of an SGLang engine in a weight update, by source of the weights, compared with device copies.
 
     python -m benchmarks.gpu.weight_update
 

@@ -1,1 +1,1 @@
-"""A cluster in which only the controller is real."""
+"""A simulated cluster around a real controller."""

@@ -1,4 +1,4 @@
-"""Rollouts, a trainer and weight sync that do nothing but let time pass, for a real controller over real gRPC."""
+"""Fake rollouts, trainer and weight sync, which only wait, for a real controller over real gRPC."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""The REST API, one file per resource."""
+"""The routes of the REST API, one file per resource. Start at `jobs`; `common` has what they share."""

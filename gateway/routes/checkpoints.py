@@ -1,4 +1,4 @@
-"""Checkpoints of a job, and their export as a download."""
+"""Routes of a job's checkpoints, and of the download of their exports."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pydantic import BaseModel, Field
 from starlette.responses import StreamingResponse
 
 from miles.gateway.auth import Reader
-from miles.gateway.controller import Controller
+from miles.gateway.controller_client import ControllerClient
 from miles.gateway.problems import Problem
 from miles.gateway.routes.common import Gateway, JobId, problems
 from miles.gateway.schemas import moment
@@ -24,19 +24,19 @@ _BLOCK = tarfile.BLOCKSIZE
 
 
 class ExportFile(BaseModel):
-    """A file of a checkpoint in Hugging Face form."""
+    """A file of a checkpoint in Hugging Face format."""
 
     name: str = Field(examples=["model.safetensors"])
     size_bytes: int
 
 
 class Checkpoint(BaseModel):
-    """What was saved after a step."""
+    """A checkpoint."""
 
     step: int = Field(description="Training steps done when it was saved")
     saved_at: datetime.datetime
-    state_bytes: int = Field(description="Size of the training state; 0 when only the export is there")
-    hf_files: list[ExportFile] = Field(description="The weights in Hugging Face form; empty when not exported")
+    state_bytes: int = Field(description="Size of the training state; 0 when only the export exists")
+    hf_files: list[ExportFile] = Field(description="The weights in Hugging Face format; empty when not exported")
 
 
 class CheckpointList(BaseModel):
@@ -81,7 +81,7 @@ async def list_checkpoints(gateway: Gateway, caller: Reader, job_id: JobId) -> C
 async def download_checkpoint(
     gateway: Gateway, caller: Reader, job_id: JobId, step: Annotated[int, Path(ge=0, le=2**53)]
 ) -> StreamingResponse:
-    """The checkpoint of a step in Hugging Face form, as a tar archive that is made while it is sent."""
+    """The checkpoint of a step in Hugging Face format, as a tar archive that is built while it is sent."""
     checkpoints = await gateway.controller.checkpoints(job_id)
     found = next((checkpoint for checkpoint in checkpoints if checkpoint.step == step), None)
     if found is None or not found.hf_files:
@@ -97,7 +97,7 @@ async def download_checkpoint(
 
 
 def _head(checkpoint: records_pb2.Checkpoint, folder: str, file: records_pb2.ExportFile) -> bytes:
-    """What stands before a file in the archive: one block, or three for a long name."""
+    """Return the header of a file in the archive: one block, or three for a long name."""
     entry = tarfile.TarInfo(f"{folder}/{file.name}")
     entry.size = file.size_bytes
     entry.mtime = checkpoint.saved_unix_ns // 1_000_000_000
@@ -105,9 +105,9 @@ def _head(checkpoint: records_pb2.Checkpoint, folder: str, file: records_pb2.Exp
 
 
 async def _archive(
-    controller: Controller, job_id: str, checkpoint: records_pb2.Checkpoint, heads: Sequence[bytes]
+    controller: ControllerClient, job_id: str, checkpoint: records_pb2.Checkpoint, heads: Sequence[bytes]
 ) -> AsyncIterator[bytes]:
-    """A tar archive of the export's files, piece by piece: nothing is held as a whole."""
+    """Yield a tar archive of the export's files, piece by piece, without holding a full file in memory."""
     for head, file in zip(heads, checkpoint.hf_files, strict=True):
         yield head
         sent = 0

@@ -1,4 +1,4 @@
-"""What the routes of all resources share."""
+"""Shared parts of all routes: parameters, checks, and the description of errors."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fastapi import Depends, Path, Query, Request
 
 from miles.gateway.auth import Caller
 from miles.gateway.problems import KINDS, MEDIA_TYPE, Problem, ProblemDocument
-from miles.gateway.state import Backend
+from miles.gateway.state import GatewayState
 
 JobId = Annotated[
     str, Path(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$", description="Id of the job", examples=["sums-1f0c2a9b"])
@@ -20,16 +20,16 @@ Cursor = Annotated[
 ]
 
 
-async def _backend(request: Request) -> Backend:  # a plain function would be run in a thread
-    backend: Backend = request.app.state.backend
-    return backend
+async def _gateway(request: Request) -> GatewayState:  # async: a plain function would run in a thread
+    gateway: GatewayState = request.app.state.gateway
+    return gateway
 
 
-Gateway = Annotated[Backend, Depends(_backend)]
+Gateway = Annotated[GatewayState, Depends(_gateway)]
 
 
-async def check_own(gateway: Backend, caller: Caller, job_id: str) -> None:
-    """Raise Problem when the caller may not act on this job, or there is none."""
+async def check_own(gateway: GatewayState, caller: Caller, job_id: str) -> None:
+    """Raise Problem when the caller may not act on this job, or when it does not exist."""
     job = await gateway.job(job_id)
     if not caller.may_change(job.submitted_by):
         raise Problem(
@@ -41,7 +41,7 @@ async def check_own(gateway: Backend, caller: Caller, job_id: str) -> None:
 
 @contextlib.contextmanager
 def renamed(kind: str, to: str) -> Iterator[None]:
-    """Raise a problem of one kind, that a call inside ends with, as another."""
+    """Raise problems of one kind inside the block as another kind."""
     try:
         yield
     except Problem as problem:
@@ -49,7 +49,7 @@ def renamed(kind: str, to: str) -> Iterator[None]:
 
 
 def problems(*kinds: str) -> dict[int | str, dict[str, Any]]:
-    """The problem documents that an operation can answer with, for its description."""
+    """Describe the problem documents that an operation can answer with."""
     described: dict[int | str, dict[str, Any]] = {}
     for kind in (*kinds, *_ANYWHERE):
         status, title = KINDS[kind]

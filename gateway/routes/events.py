@@ -1,4 +1,4 @@
-"""A job's events as they happen."""
+"""Route of a job's events."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _EVENT = {
     "type": "object",
     "description": "One event of the stream",
     "properties": {
-        "id": {"type": "string", "description": "To go on after this event: send it as Last-Event-ID"},
+        "id": {"type": "string", "description": "To continue after this event, send it as Last-Event-ID"},
         "event": {"enum": ["state", "metrics", "log", "end"]},
         "data": {
             "type": "string",
@@ -47,7 +47,7 @@ _EXAMPLE = (
     responses={
         200: {
             "description": "Server-sent events named state, metrics and log, whose data is an Event; a last one named "
-            "end when the job has ended. Comments come in between while nothing happens.",
+            "end when the job has ended. Comments are sent while there are no events.",
             "content": {"text/event-stream": {"schema": _EVENT, "example": _EXAMPLE}},
         },
         **problems("unknown-job", "too-many-watchers"),
@@ -61,27 +61,27 @@ async def watch_job(
         str, Header(pattern=_EVENT_ID, description="Only events after this one; browsers send it by themselves")
     ] = "",
     after: Annotated[
-        str, Query(pattern=_EVENT_ID, description="The same, for a first request; the header goes before")
+        str, Query(pattern=_EVENT_ID, description="The same, for a first request; the header takes precedence")
     ] = "",
-    follow: Annotated[bool, Query(description="Go on with events as they happen")] = True,
+    follow: Annotated[bool, Query(description="Continue with events as they happen")] = True,
 ) -> StreamingResponse:
-    """The job's history, then what happens, as server-sent events, until the job has ended."""
+    """The job's past events, then new ones as they happen, as server-sent events, until the job has ended."""
     await gateway.job(job_id)
-    settings = gateway.settings
-    if gateway.feeds.watchers >= settings.max_watchers:
+    options = gateway.options
+    if gateway.feeds.watchers >= options.max_watchers:
         raise Problem(
             "too-many-watchers",
-            f"{settings.max_watchers} event streams are open; close some, or try again later",
+            f"{options.max_watchers} event streams are open; close some, or try again later",
             headers={"Retry-After": "10"},
         )
     events = gateway.feeds.events(
         job_id,
         last_event_id or after,
-        heartbeat_s=settings.heartbeat_s,
-        end_s=time.monotonic() + settings.stream_s,
+        heartbeat_s=options.heartbeat_s,
+        end_s=time.monotonic() + options.stream_s,
         follow=follow,
     )
-    # Proxies must neither keep events back nor keep them for others.
+    # Proxies must neither buffer nor cache events.
     return StreamingResponse(
         events, media_type="text/event-stream", headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
     )

@@ -1,4 +1,4 @@
-"""Whether the gateway lives, whether it can serve, and its own numbers."""
+"""Routes of liveness, readiness, Prometheus metrics, and descriptions of problems."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ router = APIRouter(tags=["health"])
 
 
 class Health(BaseModel):
-    """The gateway answers."""
+    """The gateway is alive."""
 
     status: Literal["ok"] = "ok"
 
 
 class Readiness(BaseModel):
-    """The gateway can serve: the controller answers."""
+    """The gateway is ready: the controller answers."""
 
     status: Literal["ok"] = "ok"
-    workers: int = Field(description="Workers that the controller knows to be good")
+    workers: int = Field(description="Number of healthy workers")
 
 
 @router.get("/healthz", response_model=Health, operation_id="getHealth")
 async def healthz() -> Health:
-    """Whether the gateway lives. Needs no key."""
+    """Whether the gateway is alive. Needs no key."""
     return Health()
 
 
@@ -51,7 +51,7 @@ _AWAY = {
 
 @router.get("/readyz", response_model=Readiness, operation_id="getReadiness", responses=_AWAY)  # type: ignore[arg-type]
 async def readyz(gateway: Gateway) -> Readiness:
-    """Whether the gateway can serve: the controller answers. Needs no key."""
+    """Whether the gateway is ready: the controller answers. Needs no key."""
     workers = await gateway.workers()
     return Readiness(workers=sum(worker.health == "good" for worker in workers))
 
@@ -66,15 +66,15 @@ async def readyz(gateway: Gateway) -> Readiness:
     },
 )
 async def prometheus(request: Request, gateway: Gateway, caller: Reader) -> Response:
-    """Numbers of the gateway, of jobs and of workers for Prometheus."""
+    """Metrics of the gateway, of jobs and of workers for Prometheus."""
     telemetry: Telemetry = request.app.state.telemetry
     return Response(await telemetry.exposition(gateway), media_type=CONTENT_TYPE)
 
 
 @router.get("/problems/{kind}", include_in_schema=False)
 async def describe_problem(kind: str) -> PlainTextResponse:
-    """What a kind of problem is, in a sentence: where the `type` of a problem document leads."""
+    """A sentence about a kind of problem, at the address in the `type` of a problem document."""
     if kind not in KINDS:
         raise Problem("not-found", f"there is no kind of problem named {kind!r}")
     status, title = KINDS[kind]
-    return PlainTextResponse(f"{title} (status {status}). docs/gateway.md says more.\n")
+    return PlainTextResponse(f"{title} (status {status}). See docs/gateway.md.\n")

@@ -1,4 +1,4 @@
-"""Jobs: submit, list, show, act."""
+"""Routes of jobs: submit, list, show, and act on them."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _LINKS = {
         *("getStatus", "listLogs", "pauseJob", "resumeJob", "stopJob", "cancelJob", "checkpointJob"),
     )
 }
-"""What can be done with a job that was submitted, for programs that read the OpenAPI document."""
+"""Operations on a submitted job, for programs that read the OpenAPI document."""
 _BODY = {
     "requestBody": {
         "required": True,
@@ -55,7 +55,7 @@ _BODY = {
     operation_id="submitJob",
     openapi_extra=_BODY,
     responses={
-        200: {"model": Job, "description": "The job that an earlier request with the same key made", "links": _LINKS},
+        200: {"model": Job, "description": "The job of an earlier request with the same key", "links": _LINKS},
         201: {"model": Job, "description": "The job", "links": _LINKS},
         204: {"description": "A dry run found no fault"},
         **problems(
@@ -71,7 +71,7 @@ async def submit_job(
     key: Key = None,
     dry_run: Annotated[bool, Query(description="Check the configuration and store nothing: answers 204")] = False,
 ) -> Any:
-    """Submit a job: the settings of the command line as one flat object. Everything that is wrong with it is listed."""
+    """Submit a job: the settings of the command line as one flat object. All of its faults are listed."""
     body = await read_json(request)
     request_id = f"rest:{caller.name}:{key}" if key else ""
     flat = await _checked(gateway, body, request_id)
@@ -94,8 +94,8 @@ async def submit_job(
 
 
 async def _checked(gateway: Gateway, body: dict[str, Any], request_id: str) -> dict[str, Any]:
-    """The configuration to submit. Raises a Problem that lists all of its faults."""
-    reviewed = review(body, gateway.settings, request_id)
+    """Return the configuration to submit. Raises a Problem that lists all of its faults."""
+    reviewed = review(body, gateway.options, request_id)
     others = await gateway.controller.check_config(json.dumps(reviewed.flat), sorted(reviewed.refused))
     faults = [
         *reviewed.faults,
@@ -128,16 +128,16 @@ async def get_job(gateway: Gateway, caller: Reader, job_id: JobId) -> Response:
 
 
 _ACTIONS = {
-    "pause": (controller_pb2.JOB_ACTION_PAUSE, "Hold the job once what runs has ended; its workers stay loaded."),
+    "pause": (controller_pb2.JOB_ACTION_PAUSE, "Pause the job after its current activity; its workers stay loaded."),
     "resume": (
         controller_pb2.JOB_ACTION_RESUME,
-        "Let a paused job go on; take up one that failed or was stopped from its newest checkpoint.",
+        "Continue a paused job, or resume one that failed or was stopped from its newest checkpoint.",
     ),
     "stop": (controller_pb2.JOB_ACTION_STOP, "Save a checkpoint and end the job, so that it can be resumed."),
     "cancel": (controller_pb2.JOB_ACTION_CANCEL, "End the job for good, without saving."),
     "checkpoint": (
         controller_pb2.JOB_ACTION_CHECKPOINT,
-        "Save a checkpoint and go on: after the current step, or now when the job is paused.",
+        "Save a checkpoint and continue: after the current step, or now when the job is paused.",
     ),
 }
 
@@ -166,7 +166,7 @@ for _name, (_action, _description) in _ACTIONS.items():
 async def _act(
     gateway: Gateway, caller: Caller, job_id: str, action: controller_pb2.JobAction.ValueType, key: str | None
 ) -> Job:
-    """Have an action taken up; the answer is the job as it is then, which need not be where the action leads."""
+    """Request an action; return the job as it is now, which may be before the action has taken effect."""
     await check_own(gateway, caller, job_id)
     operation = f"rest:{caller.name}:{key}" if key else ""
     with renamed("conflict", "key-reused"):

@@ -1,4 +1,4 @@
-"""Logs of the processes that serve a job."""
+"""Routes of the logs of the processes that serve a job."""
 
 from __future__ import annotations
 
@@ -31,18 +31,18 @@ class LogList(BaseModel):
 
 
 class LogText(BaseModel):
-    """A piece of a log: whole lines, with secrets blotted out."""
+    """Part of a log: complete lines, with secrets redacted."""
 
     name: str
     text: str
-    offset: int = Field(description="Where the text begins, in bytes")
-    next_offset: int = Field(description="Where to go on reading, in bytes")
+    offset: int = Field(description="Start of the text, in bytes")
+    next_offset: int = Field(description="Where to continue reading, in bytes")
     size_bytes: int = Field(description="Size of the log now")
 
 
 @router.get("/{job_id}/logs", response_model=LogList, operation_id="listLogs", responses=problems("unknown-job"))
 async def list_logs(gateway: Gateway, caller: Reader, job_id: JobId) -> LogList:
-    """Logs of the services that serve the job, one a process: what they wrote while the job ran."""
+    """Logs of the services that serve the job, one per process, restricted to the time while the job ran."""
     return LogList(
         logs=[
             LogFile(name=file.name, size_bytes=file.size_bytes, modified_at=moment(file.modified_unix_ns))
@@ -63,11 +63,11 @@ async def read_log(
     job_id: JobId,
     name: Annotated[str, Path(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$", examples=["rollout-0"])],
     offset: Annotated[
-        int | None, Query(ge=0, le=2**53, description="Where to begin, in bytes; without it, the end of the log")
+        int | None, Query(ge=0, le=2**53, description="Where to start, in bytes; without it, the end of the log")
     ] = None,
-    limit: Annotated[int, Query(ge=1, le=1 << 20, description="At most so many bytes")] = 64 << 10,
+    limit: Annotated[int, Query(ge=1, le=1 << 20, description="Maximum number of bytes")] = 64 << 10,
 ) -> LogText:
-    """A piece of a log. To follow it, ask again with offset = next_offset."""
+    """Part of a log. To follow it, request again with offset = next_offset."""
     await gateway.job(job_id)
     request = records_pb2.ReadLogRequest(job_id=job_id, name=name, offset_bytes=offset, limit_bytes=limit)
     with renamed("unknown-job", "not-found"):

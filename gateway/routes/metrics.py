@@ -1,4 +1,4 @@
-"""Numbers of a job over its steps, and which activity went on when."""
+"""Routes of a job's per-step metrics and of its timeline of activities."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Name = Annotated[str, Query(min_length=1, max_length=200, pattern=r"^[^\x00-\x1f
 
 
 class Series(BaseModel):
-    """One metric over steps. The three lists are equally long."""
+    """One metric over training steps. The three lists have the same length."""
 
     name: str = Field(examples=["rollout/raw_reward"])
     steps: list[int] = Field(description="Training steps, ascending", examples=[[0, 1, 2]])
@@ -34,29 +34,29 @@ class Series(BaseModel):
 
 
 class MetricSet(BaseModel):
-    """Series that were asked for."""
+    """The requested metrics."""
 
     series: list[Series]
     names: list[str] = Field(description="Every metric the job has", examples=[["rollout/raw_reward", "train/loss"]])
-    newest_step: int | None = Field(default=None, description="Newest step with any number; null before the first")
+    newest_step: int | None = Field(default=None, description="Newest step with metrics; null before the first")
 
 
 class Span(BaseModel):
-    """A stretch of time in which one activity went on."""
+    """The time span of one activity."""
 
-    worker: str | None = Field(default=None, description="Worker that was at it; null: the run as a whole")
+    worker: str | None = Field(default=None, description="Worker with this activity; null for the run as a whole")
     activity: str = Field(
         description="Of the run: generate, train or sync. Of a worker: generate, score, load, train, export, save or "
         "activate",
         examples=["train"],
     )
-    step: int = Field(description="Training step that was current when it ended")
+    step: int = Field(description="Current training step when it ended")
     start_unix_s: float
     end_unix_s: float
 
 
 class Timeline(BaseModel):
-    """Activities by the time they ended. Activities may overlap."""
+    """Activities in the order in which they ended. They may overlap."""
 
     spans: list[Span]
 
@@ -68,15 +68,17 @@ async def get_metrics(
     job_id: JobId,
     name: Annotated[
         list[Name] | None,
-        Query(max_length=100, description="Metrics to return, by name or as `beginning*`; all when none is named"),
+        Query(max_length=100, description="Metrics to return, by name or as `prefix*`; all when none is given"),
     ] = None,
     start: Annotated[int, Query(ge=0, le=_MAX_STEP, description="First training step")] = 0,
     end: Annotated[
         int | None, Query(ge=0, le=_MAX_STEP, description="Last training step, included; the newest when not given")
     ] = None,
-    step: Annotated[int, Query(ge=1, le=1_000_000, description="One value for so many training steps: their mean")] = 1,
+    step: Annotated[
+        int, Query(ge=1, le=1_000_000, description="Return one mean value for this many training steps")
+    ] = 1,
 ) -> Response:
-    """Metrics over a range of training steps."""
+    """Per-step metrics over a range of training steps."""
     request = records_pb2.ListMetricsRequest(
         job_id=job_id, names=sorted(set(name or ())), first_step=start, stride=step
     )
@@ -110,9 +112,9 @@ async def get_timeline(
     caller: Reader,
     job_id: JobId,
     after_unix_s: Annotated[float, Query(ge=0, le=1e12, description="Only spans that end after this time")] = 0.0,
-    limit: Annotated[int, Query(ge=1, le=10_000, description="At most so many, the newest")] = 1000,
+    limit: Annotated[int, Query(ge=1, le=10_000, description="Maximum number, of the newest")] = 1000,
 ) -> Timeline:
-    """Which activity of the run, and of each worker, went on when."""
+    """The activities of the run and of each worker over time."""
     request = records_pb2.ListActivityRequest(job_id=job_id, after_unix_s=after_unix_s, limit=limit)
     return Timeline(
         spans=[

@@ -1,4 +1,4 @@
-"""Samples that a job trained on."""
+"""Routes of the samples that a job trained on."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ router = APIRouter(prefix="/v1/jobs", tags=["samples"])
 
 
 class VersionSpan(BaseModel):
-    """Which version of the weights sampled the response tokens from `start` up to `end`."""
+    """The version of the weights that generated the response tokens from `start` to `end` − 1."""
 
     version: int
     start: int
@@ -26,7 +26,7 @@ class VersionSpan(BaseModel):
 
 
 class LogProbDiff(BaseModel):
-    """|trainer's - engine's log-probability| over trained tokens: how far engine and trainer disagree."""
+    """The mismatch |trainer's − engine's log-probability| over trained tokens."""
 
     mean: float
     max: float
@@ -36,32 +36,32 @@ class Sample(BaseModel):
     """A sample as a training step saw it."""
 
     step: int = Field(description="Training step, from 0")
-    group_id: int = Field(description="Samples of the same prompt have the same")
+    group_id: int = Field(description="Group of the samples of one prompt")
     index: int = Field(description="Place within the group")
     prompt: str | list[dict[str, Any]] = Field(description="Text, or chat messages", examples=["1 + 2 ="])
     response: str = Field(examples=[" 3"])
-    label: str | None = Field(default=None, description="What the reward compared with", examples=["3"])
+    label: str | None = Field(default=None, description="Reference answer for the reward", examples=["3"])
     reward: float | None = Field(default=None, description="The number trained on; null when it was not scored")
     reward_parts: dict[str, float] = Field(description="The reward's parts, when it has several")
     status: Literal["unspecified", "pending", "completed", "truncated", "aborted", "failed"]
     response_length: int = Field(description="Tokens of the response")
-    versions: list[VersionSpan] = Field(description="Which weights sampled which tokens")
+    versions: list[VersionSpan] = Field(description="Which version of the weights generated which tokens")
     log_prob_diff: LogProbDiff | None = Field(default=None, description="Null when one side is not known")
     advantage: float | None = Field(default=None, description="Mean over trained tokens; null when not trained on")
-    cut: bool = Field(description="Prompt or response was too long to be kept whole")
+    cut: bool = Field(description="Prompt or response was too long to be recorded completely")
 
 
 class TokenTable(BaseModel):
-    """What was known of each token of a response: lists as long as `ids`, or empty when it was not known."""
+    """Per-token values of a response: lists as long as `ids`, or empty when they are not known."""
 
     ids: list[int]
-    texts: list[str] = Field(description="Text of each token; empty for one whose text is only complete with the next")
+    texts: list[str] = Field(description="Text of each token; empty for one whose text is completed by the next")
     train_log_probs: list[float | None] = Field(description="The trainer's log-probabilities, in nats")
     rollout_log_probs: list[float | None] = Field(description="The engine's log-probabilities, in nats")
     advantages: list[float | None]
     mask: list[int] = Field(description="1 for tokens that were trained on, 0 for others")
     skipped: int = Field(description="Tokens left out in the middle of a long response")
-    skipped_at: int = Field(description="How many tokens of the lists come before those left out")
+    skipped_at: int = Field(description="Number of tokens in the lists before those left out")
 
 
 class SampleDetail(Sample):
@@ -71,7 +71,7 @@ class SampleDetail(Sample):
 
 
 class SamplePage(BaseModel):
-    """A page of samples, newest step first. It may be short, even empty, with more pages to come."""
+    """A page of samples, newest step first. It may be short or empty although more pages follow."""
 
     samples: list[Sample]
     next_cursor: str | None = Field(default=None, description="Cursor of the next page; null on the last")

@@ -1,4 +1,4 @@
-"""What a job's run does now, and what it waits for."""
+"""Route of the current state of a job's run."""
 
 from __future__ import annotations
 
@@ -17,35 +17,35 @@ router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
 
 
 class RunningGroup(BaseModel):
-    """A group in the hands of a worker."""
+    """A group that a worker is generating."""
 
     group_id: int
     worker: str = Field(description="Worker that generates it", examples=["rollout-0"])
-    attempt: int = Field(description="Number of this lease of the group; more than the first means it came back")
-    since: datetime.datetime | None = Field(default=None, description="When the worker got it")
-    evaluation: bool = Field(description="Of an evaluation; numbered apart from groups of training")
+    attempt: int = Field(description="Number of this lease of the group; above 1 the group was leased before")
+    since: datetime.datetime | None = Field(default=None, description="When it was leased to the worker")
+    evaluation: bool = Field(description="Whether it belongs to an evaluation, whose groups are numbered separately")
 
 
 class ReadyGroup(BaseModel):
-    """A group that is finished and waits to be trained on."""
+    """A finished group that waits for training."""
 
     group_id: int
     oldest_version: int = Field(description="Oldest version among its tokens")
 
 
-class WorkerDoing(BaseModel):
-    """What a worker does for the job, or waits for."""
+class WorkerActivity(BaseModel):
+    """The current activity of a worker for the job, or what it waits for."""
 
     worker: str = Field(examples=["trainer-0"])
-    activity: str | None = Field(default=None, description="What it does; null while it waits", examples=["train"])
+    activity: str | None = Field(default=None, description="Current activity; null while it waits", examples=["train"])
     waiting_for: str | None = Field(
-        default=None, description="What it waits for; null while it does something", examples=["groups of step 3"]
+        default=None, description="What it waits for; null while it has an activity", examples=["groups of step 3"]
     )
     since: datetime.datetime
 
 
 class RunStatus(BaseModel):
-    """A job's run as it is now."""
+    """The current state of a job's run."""
 
     phase: str = Field(
         description="queued, starting, loading, collecting, training, publishing, evaluating, saving, paused, "
@@ -56,23 +56,23 @@ class RunStatus(BaseModel):
         default=None, description="What it waits for", examples=["4 of 16 groups of step 3"]
     )
     since: datetime.datetime
-    step: int = Field(description="Training step that is current, from 0")
+    step: int = Field(description="Current training step, from 0")
     active_version: int | None = Field(default=None, description="Version that engines serve; null before the first")
-    newest_version: int = Field(description="Version that the trainer handed over last")
-    batch_size: int = Field(description="Groups that a training step takes")
+    newest_version: int = Field(description="Newest version that the trainer published")
+    batch_size: int = Field(description="Groups per training step")
     running: list[RunningGroup] = Field(description="Groups being generated")
     ready: list[ReadyGroup] = Field(description="Groups that wait to be trained on")
-    pending: int = Field(description="Groups that came back unfinished and wait for a worker")
-    training: int = Field(description="Groups that the trainer works on")
+    pending: int = Field(description="Preempted groups that wait for a worker")
+    training: int = Field(description="Groups in the current training step")
     consumed: int = Field(description="Groups trained on so far")
-    holds: list[str] = Field(description="Why no group is handed out, if there are reasons beside the staleness bound")
-    workers: list[WorkerDoing]
+    holds: list[str] = Field(description="Reasons, other than the staleness bound, why no group is leased")
+    workers: list[WorkerActivity]
     jobs_ahead: int = Field(description="Jobs that run before this one")
 
 
 @router.get("/{job_id}/status", response_model=RunStatus, operation_id="getStatus", responses=problems("unknown-job"))
 async def get_status(gateway: Gateway, caller: Reader, job_id: JobId) -> RunStatus:
-    """What the run and each of its workers do or wait for, since when, and which groups are where."""
+    """The current activity of the run and of each worker, what they wait for, and the state of the groups."""
     run = await gateway.run(job_id)
     return RunStatus(
         phase=run.phase,
@@ -103,8 +103,8 @@ def _running(group: controller_pb2.RunningGroup) -> RunningGroup:
     )
 
 
-def _doing(worker: controller_pb2.WorkerActivity) -> WorkerDoing:
-    return WorkerDoing(
+def _doing(worker: controller_pb2.WorkerActivity) -> WorkerActivity:
+    return WorkerActivity(
         worker=worker.worker_id,
         activity=worker.activity or None,
         waiting_for=redact(worker.waiting_for) or None,

@@ -1,4 +1,4 @@
-"""Versions of a job's weights: which there are, and which engine holds which."""
+"""Routes of the versions of a job's weights, and of the version that each engine holds."""
 
 from __future__ import annotations
 
@@ -26,39 +26,45 @@ class WeightVersion(BaseModel):
     version: int = Field(description="Training step after which it was published", examples=[12])
     state: Literal["allocated", "prepared", "activating", "active", "retired", "failed"]
     size_bytes: int = Field(description="Size of the weights")
-    written_bytes: int = Field(description="What the trainer wrote for it; less than the size where only changes are")
+    written_bytes: int = Field(
+        description="Bytes that the trainer wrote; less than the size when it wrote only changes"
+    )
     active_at: datetime.datetime | None = Field(default=None, description="When engines began to serve it")
-    transports: list[str] = Field(description="Ways to get it, the best first", examples=[["shared_memory"]])
+    transports: list[str] = Field(
+        description="Transports by which it is available, the best first", examples=[["shared_memory"]]
+    )
     stage_s: dict[str, float] = Field(
         description="Seconds the trainer took over each stage", examples=[{"allocate": 0.01, "copy": 0.4}]
     )
 
 
 class EngineWeights(BaseModel):
-    """What an engine holds."""
+    """The weights that an engine holds."""
 
     engine: str = Field(examples=["rollout-0"])
     stream: Stream
     state: Literal["empty", "serving", "prefetched", "quarantined"]
-    attached: bool = Field(description="Whether it follows the weight-sync service now")
+    attached: bool = Field(description="Whether it is connected to the weight-sync service")
     version: int | None = Field(default=None, description="Version it serves; null when it must not serve")
-    since: datetime.datetime | None = Field(default=None, description="Since when it serves that, or is quarantined")
+    since: datetime.datetime | None = Field(
+        default=None, description="Since when it serves that version, or is quarantined"
+    )
     size_bytes: int = Field(description="Size of what it serves")
     transport: str | None = Field(default=None, description="How it got its last version")
-    stage_s: dict[str, float] = Field(description="Seconds its last order of each kind took")
-    pause_s: float = Field(description="Seconds that its last swap kept generation standing")
+    stage_s: dict[str, float] = Field(description="Seconds that its last order of each kind took")
+    pause_s: float = Field(description="Pause time of its last swap: how long generation stood still, in seconds")
     last_error: str | None = None
 
 
 class VersionList(BaseModel):
-    """Versions whose bytes are held, oldest first, and engines."""
+    """Versions that are stored, oldest first, and engines."""
 
     versions: list[WeightVersion]
     engines: list[EngineWeights]
 
 
 class CheckResult(BaseModel):
-    """What a comparison of served bytes found."""
+    """The result of comparing the engines' weights with the trainer's."""
 
     version: int = Field(description="The active version")
     equal: int = Field(description="Engines that hold exactly what the trainer sent")
@@ -73,7 +79,7 @@ class CheckResult(BaseModel):
     responses=problems("unknown-job", "not-possible-now"),
 )
 async def list_versions(gateway: Gateway, caller: Reader, job_id: JobId) -> VersionList:
-    """Versions of the weights, and which engine holds which since when."""
+    """Versions of the weights, and the version that each engine holds since when."""
     answer = await gateway.controller.versions(job_id)
     return VersionList(
         versions=[_version(version) for version in answer.versions],
@@ -88,9 +94,9 @@ async def list_versions(gateway: Gateway, caller: Reader, job_id: JobId) -> Vers
     responses=problems("unknown-job", "not-possible-now"),
 )
 async def check_versions(gateway: Gateway, caller: Submitter, job_id: JobId) -> CheckResult:
-    """Have every engine compare the bytes it serves with those that the trainer sent; one that differs is quarantined.
+    """Make every engine compare its weights with those that the trainer sent; engines that differ are quarantined.
 
-    Not possible while a version is on its way to the engines.
+    Not possible while a weight update is in progress.
     """
     await check_own(gateway, caller, job_id)
     answer = await gateway.controller.check_versions(job_id)

@@ -1,4 +1,4 @@
-"""Workers: who they are, whether they work, what they hold."""
+"""Routes of workers: health, load and weight version of every worker process."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ router = APIRouter(prefix="/v1", tags=["workers"])
 
 @router.get("/workers", response_model=WorkerList, operation_id="listWorkers", responses=problems())
 async def list_workers(gateway: Gateway, caller: Reader) -> WorkerList:
-    """All workers: rollouts, trainers, reward and weight-sync services, with health, load and version held."""
+    """All workers: rollouts, trainers, reward and weight-sync services, with health, load and weight version."""
     return WorkerList(workers=await gateway.workers())
 
 
@@ -24,7 +24,7 @@ async def list_workers(gateway: Gateway, caller: Reader) -> WorkerList:
     responses=problems("unknown-job"),
 )
 async def list_job_workers(gateway: Gateway, caller: Reader, job_id: JobId) -> WorkerList:
-    """Workers that serve the job, those lost lately too; none when it waits or has ended."""
+    """Workers that serve the job, including recently lost ones; none when it is queued or has ended."""
     state = JobState.of((await gateway.job(job_id)).state)
     if state in ENDED or state is JobState.QUEUED:
         return WorkerList(workers=[])

@@ -1,4 +1,7 @@
-"""Reinforcement-learning algorithms as pure functions on tensors; docs/algorithms.md is the tour."""
+"""Reinforcement-learning algorithms as pure functions on tensors; see docs/algorithms.md.
+
+They know no model, service or configuration file. Start at `losses` and `advantages`.
+"""
 
 from miles.algorithms.advantages import Advantages, compute_advantages, reverse_kl_to_teacher, shape_rewards
 from miles.algorithms.aggregation import aggregate, token_weights

@@ -1,4 +1,4 @@
-"""From rewards to the advantages and returns of every token, for the whole batch before its optimizer steps."""
+"""Advantages and returns of every token from rewards, for the whole batch before its optimizer steps."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Advantages:
-    """What the losses need; float32 [T] each."""
+    """Advantages, returns and KL terms of a batch; float32 [T] each."""
 
     advantages_T: torch.Tensor
     returns_T: torch.Tensor
     """Targets of the value loss; the estimator's returns, never whitened."""
     kl_T: torch.Tensor
-    """KL to the reference that went into the reward; 0 unless kl_coef is set, and where a masked token has none."""
+    """KL to the reference in the reward; 0 unless kl_coef is set, and at masked tokens without a finite one."""
     opd_reverse_kl_T: torch.Tensor | None
     """log p_student - log p_teacher; None without on-policy distillation."""
 
@@ -34,7 +34,7 @@ class Advantages:
 def shape_rewards(
     config: AdvantageConfig, rewards_B: torch.Tensor | Sequence[float], group_ids_B: torch.Tensor | Sequence[Hashable]
 ) -> torch.Tensor:
-    """Normalise rewards within each prompt group as the estimator asks for; see `shape_groups`.
+    """Normalise rewards within each prompt group as the estimator requires; see `shape_groups`.
 
     Needs every sample of each group, so it runs where all rewards are known, before samples go to their ranks.
     """
@@ -54,7 +54,7 @@ def compute_advantages(
     Args:
         config: which estimator and how.
         batch: this rank's samples.
-        group: data-parallel group to whiten over; every rank calls, also one without samples.
+        group: data-parallel group to whiten over; every rank must call, also one without samples.
 
     Raises:
         KeyError: unknown estimator.

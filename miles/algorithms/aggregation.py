@@ -1,4 +1,4 @@
-"""From per-token losses to one number, so that micro-batches and ranks add up to the mean of one process.
+"""Aggregation of per-token losses, so that micro-batches and ranks add up to the mean of one process.
 
 The loss of a micro-batch is a sum divided by a denominator of the whole optimizer step. Adding the losses (and so the
 gradients) of all micro-batches of all data-parallel ranks gives what one process would compute over all samples.
@@ -21,7 +21,7 @@ def token_weights(
     keep_T: torch.Tensor | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:
-    """Weight of each token in the numerator of the loss, [T]; 0 where masked or rejected.
+    """Return the weight of each token in the numerator of the loss, [T]; 0 where masked or rejected.
 
     Args:
         mask_T: tokens that count.
@@ -54,10 +54,10 @@ def aggregate(
     mask_sums_B: torch.Tensor | None = None,
     keep_T: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Sum of weighted token values over `denominator`, 0-d; see `token_weights`.
+    """Return the sum of weighted token values over `denominator`, 0-d; see `token_weights`.
 
     Args:
-        values_T: per token; what stands at masked tokens is ignored.
+        values_T: per token; values at masked tokens are ignored.
         mask_T: tokens that count.
         packing: of the tokens.
         denominator: rollouts of the whole optimizer step over all ranks; with `per_token` its unmasked tokens. None:

@@ -1,9 +1,8 @@
-"""Correcting for the difference between the rollout engine's log-probs and the trainer's, of the same policy.
+"""Corrections of the mismatch between the log-probs of rollout engine and trainer, for the same policy.
 
-A correction gives each token a weight, which multiplies its policy loss, and says which tokens to leave out of the
-loss; see also `mis`. It has no gradient, and it is known before the first optimizer step: computed once for a rank's
-whole batch (with the data-parallel group, for what is normalised over the batch) and then taken apart into
-micro-batches with `Correction.take`.
+A correction has a weight for each token, which multiplies its policy loss, and the tokens to reject; see also `mis`. It
+has no gradient, and is computed once for a rank's whole batch before the first optimizer step (with the data-parallel
+group, for normalisation over the batch), and then split into micro-batches with `Correction.take`.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Correction:
-    """Weights, rejections and what to report of them, [T] each."""
+    """Weights, rejections and metrics, [T] each."""
 
     weights_T: torch.Tensor | None
     """Multiplies the policy loss; None means 1."""
@@ -33,7 +32,7 @@ class Correction:
     """Per-token metrics by name, averaged like a loss without rejection."""
 
     def take(self, packing: Packing, samples: Sequence[int]) -> Correction:
-        """The correction of some of the packed samples."""
+        """Return the correction of some of the packed samples."""
         return Correction(
             None if self.weights_T is None else packing.take(self.weights_T, samples),
             None if self.keep_T is None else packing.take(self.keep_T, samples),
@@ -42,7 +41,7 @@ class Correction:
 
 
 class CorrectionMethod(Protocol):
-    """Something that computes a correction: the options classes here, or a user's own."""
+    """A method that computes a correction: one of the classes here, or a user's own."""
 
     def __call__(
         self,
@@ -52,7 +51,7 @@ class CorrectionMethod(Protocol):
         packing: Packing,
         group: dist.ProcessGroup | None = None,
     ) -> Correction:
-        """Log-probs are 0 where masked; `group` is the data-parallel group, all of whose ranks call."""
+        """Log-probs are 0 where masked; `group` is the data-parallel group, all of whose ranks must call."""
 
 
 def compute_correction(
@@ -64,7 +63,7 @@ def compute_correction(
     packing: Packing,
     group: dist.ProcessGroup | None = None,
 ) -> Correction:
-    """Run `method` without gradient, on log-probs of any float dtype that may hold anything at masked tokens."""
+    """Run `method` without gradient, on log-probs of any float dtype, whose values at masked tokens are ignored."""
     packing.check(train_log_probs_T=train_log_probs_T, rollout_log_probs_T=rollout_log_probs_T, mask_T=mask_T)
     with torch.no_grad():
         return method(

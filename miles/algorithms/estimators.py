@@ -1,8 +1,7 @@
 """Advantage estimators.
 
-An estimator is one function from an `AdvantageBatch` to per-token advantages and returns, registered by name together
-with how it wants rewards shaped within a prompt group, the policy loss it goes with, and whether its advantages are
-always whitened:
+An estimator is a function from an `AdvantageBatch` to per-token advantages and returns. It is registered by name with
+its reward shaping within a prompt group, its policy loss, and whether its advantages are always whitened:
 
     @register_estimator("mine", shaping=standardize)
     def mine(config, batch, kl_T):
@@ -31,7 +30,7 @@ from miles.algorithms.scan import discounted_suffix_sums
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AdvantageConfig:
-    """How rewards become advantages. Field names are the names of the flags."""
+    """Options of advantage estimation, named like the flags."""
 
     advantage_estimator: str = "grpo"
     rewards_normalization: bool = True
@@ -47,7 +46,7 @@ class AdvantageConfig:
     kl_coef: float = 0.0
     """Weight of the KL penalty in the reward; excludes a KL loss."""
     kl_loss_type: str = "k1"
-    """Which estimate of the KL (`KlType`)."""
+    """Estimator of the KL (`KlType`)."""
     use_opd: bool = False
     """On-policy distillation: subtract the reverse KL to a teacher from the advantages."""
     opd_kl_coef: float = 1.0
@@ -56,7 +55,7 @@ class AdvantageConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AdvantageBatch:
-    """What is known of the samples before the first optimizer step; all log-probs at the rollout temperature."""
+    """The samples of a rank before the first optimizer step; all log-probs are at the rollout temperature."""
 
     packing: Packing
     mask_T: torch.Tensor
@@ -84,7 +83,7 @@ class Estimator:
     function: EstimatorFunction
     shaping: RewardShaping
     policy_loss: str
-    """Name of the policy loss it goes with."""
+    """Name of its policy loss."""
     whiten: bool
     """Advantages are whitened whether or not normalize_advantages is set."""
     needs_values: bool

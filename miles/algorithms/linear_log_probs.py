@@ -1,9 +1,9 @@
-"""Log-probs and entropies straight from hidden states: the head's matmul and the softmax a chunk of rows at a time.
+"""Log-probs and entropies from hidden states: matmul of the head and softmax, one chunk of rows at a time.
 
-The logits of the whole micro-batch never exist. The matmul runs in the dtype of the hidden states, as the head itself
-would, and its result is upcast. The backward pass computes logits again, a block of the vocabulary at a time for all
-rows: each block's part of the head's gradient is then written once and complete, and what is accumulated over blocks
-is the hidden states' gradient, which is far smaller.
+The logits of the whole micro-batch never exist. The matmul runs in the dtype of the hidden states, as in the head
+itself, and its result is upcast. The backward pass recomputes logits for a block of the vocabulary and all rows at a
+time: each block of the head's gradient is written once, and only the hidden states' gradient, which is far smaller, is
+accumulated over blocks.
 """
 
 from __future__ import annotations
@@ -81,9 +81,9 @@ def linear_token_log_probs(
         chunk_rows = rows_of(CHUNK_ELEMENTS, weight_VD.shape[0], weight_VD.device)
     rows = max(MIN_ROWS, chunk_rows)
     with torch.autocast(device_type, enabled=False):
-        settings = _Settings(temperature, with_entropy, shard, rows)
+        options = _Options(temperature, with_entropy, shard, rows)
         log_probs_T, entropy_T = _LinearTokenLogProbs.apply(  # type: ignore[no-untyped-call]
-            hidden_TD, weight_VD, tokens_T.long(), settings
+            hidden_TD, weight_VD, tokens_T.long(), options
         )
     if not with_entropy:
         return TokenLogProbs(log_probs_T, None)
@@ -91,7 +91,7 @@ def linear_token_log_probs(
 
 
 @dataclasses.dataclass(frozen=True)
-class _Settings:
+class _Options:
     temperature: float
     with_entropy: bool
     shard: VocabShard | None
@@ -111,20 +111,20 @@ class _LinearTokenLogProbs(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden_TD: torch.Tensor, weight_VD: torch.Tensor, tokens_T: torch.Tensor, settings: _Settings
+        ctx: Any, hidden_TD: torch.Tensor, weight_VD: torch.Tensor, tokens_T: torch.Tensor, options: _Options
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        shard = settings.shard
+        shard = options.shard
         columns_T = tokens_T if shard is None else tokens_T - shard.first_token(weight_VD.shape[0])
-        stats = RowStats.empty(hidden_TD, len(hidden_TD), with_entropy=settings.with_entropy, with_norm=True)
-        for rows in chunks(len(hidden_TD), settings.chunk_rows):
-            x_CV = scaled(_chunk_logits(hidden_TD[rows], weight_VD), settings.temperature)
+        stats = RowStats.empty(hidden_TD, len(hidden_TD), with_entropy=options.with_entropy, with_norm=True)
+        for rows in chunks(len(hidden_TD), options.chunk_rows):
+            x_CV = scaled(_chunk_logits(hidden_TD[rows], weight_VD), options.temperature)
             stats.fill(rows, x_CV, columns_T[rows], whole=shard is None)
         log_probs_T, entropy_T, log_norm_T = stats.log_probs_T, stats.entropy_T, stats.log_sum_T
         assert log_norm_T is not None
         if shard is not None:
             log_probs_T, entropy_T, log_weight_T = combine_shards(stats, shard.group)
             log_norm_T = log_norm_T - log_weight_T
-        ctx.settings = settings
+        ctx.options = options
         ctx.save_for_backward(hidden_TD, weight_VD, columns_T, log_probs_T, entropy_T, stats.max_T, log_norm_T)
         ctx.set_materialize_grads(False)
         return log_probs_T, log_probs_T.new_empty(0) if entropy_T is None else entropy_T
@@ -134,19 +134,19 @@ class _LinearTokenLogProbs(torch.autograd.Function):
         ctx: Any, grad_log_probs_T: torch.Tensor | None, grad_entropy_T: torch.Tensor | None
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None]:
         hidden_TD, weight_VD, columns_T, log_probs_T, entropy_T, max_T, log_norm_T = ctx.saved_tensors
-        settings: _Settings = ctx.settings
+        options: _Options = ctx.options
         if grad_log_probs_T is None and grad_entropy_T is None:
             return None, None, None, None
         grad_log_probs_T, grad_entropy_T = upstream_gradients(
-            grad_log_probs_T, grad_entropy_T, log_probs_T, settings.temperature
+            grad_log_probs_T, grad_entropy_T, log_probs_T, options.temperature
         )
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         grad_hidden_TD = torch.zeros_like(hidden_TD, dtype=log_probs_T.dtype) if needs_hidden else None
         grad_weight_VD = torch.empty_like(weight_VD) if needs_weight else None
         vocab = weight_VD.shape[0]
-        block = max(MIN_BLOCK, settings.chunk_rows * vocab // max(len(hidden_TD), 1))
+        block = max(MIN_BLOCK, options.chunk_rows * vocab // max(len(hidden_TD), 1))
         for columns in chunks(vocab, block):
-            log_p_TC = scaled(F.linear(hidden_TD, weight_VD[columns]), settings.temperature)
+            log_p_TC = scaled(F.linear(hidden_TD, weight_VD[columns]), options.temperature)
             log_p_TC = log_p_TC.sub_(max_T[:, None]).sub_(log_norm_T[:, None])
             here_T = columns_T - columns.start
             grad_TC = gradient_of_scores(log_p_TC, here_T, entropy_T, grad_log_probs_T, grad_entropy_T)
@@ -155,8 +155,8 @@ class _LinearTokenLogProbs(torch.autograd.Function):
                 torch.mm(grad_TC.t(), hidden_TD, out=grad_weight_VD[columns])
             if grad_hidden_TD is not None:
                 _add_product(grad_hidden_TD, grad_TC, weight_VD[columns])
-        if grad_hidden_TD is not None and settings.shard is not None:
-            dist.all_reduce(grad_hidden_TD, op=dist.ReduceOp.SUM, group=settings.shard.group)
+        if grad_hidden_TD is not None and options.shard is not None:
+            dist.all_reduce(grad_hidden_TD, op=dist.ReduceOp.SUM, group=options.shard.group)
         return (None if grad_hidden_TD is None else grad_hidden_TD.to(hidden_TD.dtype)), grad_weight_VD, None, None
 
 

@@ -1,8 +1,8 @@
-"""Log-probs of given tokens, and entropies, from logits: a chunk of rows at a time, whole or vocabulary-parallel.
+"""Log-probs of given tokens, and entropies, from logits: one chunk of rows at a time, also vocabulary-parallel.
 
-Only one chunk of rows is ever held in float32, forward and backward; the gradient is written chunk by chunk in the
-logits' dtype. A row's log-prob depends on that row alone, not on how many rows are in the call or how they are
-chunked: with an undivided vocabulary it is what `torch.log_softmax` gives for the row, bit for bit.
+Only one chunk of rows is held in float32, forward and backward; the gradient is written chunk by chunk in the logits'
+dtype. A row's log-prob depends only on that row, not on the number of rows or chunks: with an unsharded vocabulary it
+equals `torch.log_softmax` of the row, bit for bit.
 """
 
 from __future__ import annotations
@@ -62,15 +62,15 @@ def token_log_probs(
         raise ValueError(f"need logits [T, V] and tokens [T], got {tuple(logits_TV.shape)} and {tuple(tokens_T.shape)}")
     check_temperature(temperature)
     rows = rows_of(CHUNK_ELEMENTS, logits_TV.shape[1], logits_TV.device) if chunk_rows is None else chunk_rows
-    settings = _Settings(temperature, with_entropy, shard, rows, overwrite_logits)
-    log_probs_T, entropy_T = _TokenLogProbs.apply(logits_TV, tokens_T.long(), settings)  # type: ignore[no-untyped-call]
+    options = _Options(temperature, with_entropy, shard, rows, overwrite_logits)
+    log_probs_T, entropy_T = _TokenLogProbs.apply(logits_TV, tokens_T.long(), options)  # type: ignore[no-untyped-call]
     if not with_entropy:
         return TokenLogProbs(log_probs_T, None)
     return TokenLogProbs(log_probs_T, entropy_T if entropy_requires_grad else entropy_T.detach())
 
 
 @dataclasses.dataclass(frozen=True)
-class _Settings:
+class _Options:
     temperature: float
     with_entropy: bool
     shard: VocabShard | None
@@ -83,19 +83,19 @@ class _TokenLogProbs(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, logits_TV: torch.Tensor, tokens_T: torch.Tensor, settings: _Settings
+        ctx: Any, logits_TV: torch.Tensor, tokens_T: torch.Tensor, options: _Options
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        shard = settings.shard
+        shard = options.shard
         columns_T = tokens_T if shard is None else tokens_T - shard.first_token(logits_TV.shape[1])
         stats = RowStats.empty(
-            logits_TV, len(logits_TV), with_entropy=settings.with_entropy, with_norm=shard is not None
+            logits_TV, len(logits_TV), with_entropy=options.with_entropy, with_norm=shard is not None
         )
-        for rows in chunks(len(logits_TV), settings.chunk_rows):
-            stats.fill(rows, scaled(logits_TV[rows], settings.temperature), columns_T[rows], whole=shard is None)
+        for rows in chunks(len(logits_TV), options.chunk_rows):
+            stats.fill(rows, scaled(logits_TV[rows], options.temperature), columns_T[rows], whole=shard is None)
         log_probs_T, entropy_T, log_weight_T = stats.log_probs_T, stats.entropy_T, None
         if shard is not None:
             log_probs_T, entropy_T, log_weight_T = combine_shards(stats, shard.group)
-        ctx.settings = settings
+        ctx.options = options
         ctx.save_for_backward(logits_TV, columns_T, log_probs_T, entropy_T, log_weight_T)
         ctx.set_materialize_grads(False)
         return log_probs_T, log_probs_T.new_empty(0) if entropy_T is None else entropy_T
@@ -105,15 +105,15 @@ class _TokenLogProbs(torch.autograd.Function):
         ctx: Any, grad_log_probs_T: torch.Tensor | None, grad_entropy_T: torch.Tensor | None
     ) -> tuple[torch.Tensor | None, None, None]:
         logits_TV, columns_T, log_probs_T, entropy_T, log_weight_T = ctx.saved_tensors
-        settings: _Settings = ctx.settings
+        options: _Options = ctx.options
         if grad_log_probs_T is None and grad_entropy_T is None:
             return None, None, None
         grad_log_probs_T, grad_entropy_T = upstream_gradients(
-            grad_log_probs_T, grad_entropy_T, log_probs_T, settings.temperature
+            grad_log_probs_T, grad_entropy_T, log_probs_T, options.temperature
         )
-        grad_TV = logits_TV.detach() if settings.overwrite_logits else torch.empty_like(logits_TV)
-        for rows in chunks(len(logits_TV), settings.chunk_rows):
-            log_p_CV = torch.log_softmax(scaled(logits_TV[rows], settings.temperature), dim=-1)
+        grad_TV = logits_TV.detach() if options.overwrite_logits else torch.empty_like(logits_TV)
+        for rows in chunks(len(logits_TV), options.chunk_rows):
+            log_p_CV = torch.log_softmax(scaled(logits_TV[rows], options.temperature), dim=-1)
             if log_weight_T is not None:
                 log_p_CV.add_(log_weight_T[rows, None])
             grad_TV[rows] = gradient_of_scores(

@@ -1,6 +1,6 @@
-"""Composed losses of one micro-batch: reinforcement learning, critic, supervised fine-tuning.
+"""Losses of one micro-batch: reinforcement learning, critic, supervised fine-tuning.
 
-Each returns a loss that is a part of the optimizer step's (see `aggregation`) and metrics as sums and counts.
+Each returns its part of the optimizer step's loss (see `aggregation`), and metrics as sums and counts.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from miles.algorithms.policy_losses import ClipConfig, PolicyTerms, bounded_exp,
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LossConfig(ClipConfig):
-    """What the policy is trained on. Field names are the names of the flags where there is one."""
+    """Options of the policy's loss, named like the flags where there is one."""
 
     policy_loss: str = "ppo_clip"
-    """Registered policy loss; an estimator names the one it goes with."""
+    """Registered policy loss; each estimator names its own."""
     calculate_per_token_loss: bool = False
     """Mean over the step's tokens rather than over its rollouts."""
     loss_length: float | None = None
@@ -49,7 +49,7 @@ class LossConfig(ClipConfig):
     correction: CorrectionMethod | None = None
     """Train/rollout correction of the policy loss; None: off."""
     get_mismatch_metrics: bool = False
-    """Report how far train and rollout log-probs are apart; never changes the loss."""
+    """Report the mismatch of train and rollout log-probs; never changes the loss."""
 
     def __post_init__(self) -> None:
         ClipConfig.__post_init__(self)
@@ -59,7 +59,7 @@ class LossConfig(ClipConfig):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LossBatch:
-    """The response tokens of a micro-batch. What stands at masked tokens is ignored throughout."""
+    """The response tokens of a micro-batch. Values at masked tokens are ignored."""
 
     packing: Packing
     mask_T: torch.Tensor
@@ -107,7 +107,7 @@ class _Reducer:
     def total(
         self, values_T: torch.Tensor, keep_T: torch.Tensor | None = None, constant_length: float | None = None
     ) -> torch.Tensor:
-        """The numerator: what `aggregate` gives for a denominator of 1."""
+        """Return the numerator: `aggregate` with a denominator of 1."""
         return aggregate(
             values_T,
             self._mask_T,
@@ -120,7 +120,7 @@ class _Reducer:
         )
 
     def loss(self, total: torch.Tensor) -> torch.Tensor:
-        """A numerator over the step's denominator."""
+        """Divide a numerator by the step's denominator."""
         return total / self._denominator
 
     def report(self, name: str, total: torch.Tensor) -> None:
@@ -137,8 +137,8 @@ def rl_loss(
 ) -> LossOutput:
     """Policy loss, masked (OPSM) and corrected (TIS, IcePop, MIS), minus the entropy bonus, plus the KL loss.
 
-    Rejected tokens leave the numerators of all three terms; dropped sequences (OPSM) and a correction's weights concern
-    the policy loss alone.
+    Rejected tokens leave the numerators of all three terms; masked sequences (OPSM) and a correction's weights affect
+    only the policy loss.
 
     Args:
         config: what to compute.

@@ -104,7 +104,7 @@ class MaskedImportanceSampling:
         return Correction(weights_T, keep_T, metrics)
 
     def _bound(self, ratio_T: torch.Tensor, metrics: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Weights, and which tokens the mode keeps."""
+        """Return the weights, and which tokens the mode keeps."""
         low, high = self.tis_bounds
         metrics["mis_tis_weight_before_bound"] = ratio_T
         everything_T = torch.ones_like(ratio_T, dtype=torch.bool)
@@ -125,7 +125,7 @@ class MaskedImportanceSampling:
     def _accepted(
         self, log_ratio_T: torch.Tensor, mask_T: torch.Tensor, packing: Packing, metrics: dict[str, torch.Tensor]
     ) -> torch.Tensor:
-        """Which tokens rejection sampling and the veto leave."""
+        """Return which tokens rejection sampling and the veto accept."""
         low, high = self.rs_bounds
         ratio_T = bounded_exp(at_level(log_ratio_T, mask_T, packing, self.rs_level))
         metrics["mis_rs_fraction_low"] = as_float(ratio_T < low)
@@ -166,7 +166,7 @@ def at_level(log_ratio_T: torch.Tensor, mask_T: torch.Tensor, packing: Packing, 
 def mismatch_metrics(
     train_log_probs_T: torch.Tensor, rollout_log_probs_T: torch.Tensor, mask_T: torch.Tensor, packing: Packing
 ) -> dict[str, torch.Tensor]:
-    """How far the trainer's log-probs are from the rollout's, per token; sequence-level ones repeat over the sequence.
+    """Compute per-token metrics of the mismatch; sequence-level values repeat over the sequence.
 
     Perplexities of both, log_ppl_diff = log(train ppl / rollout ppl), kl = rollout - train log-prob, k3_kl =
     rho - log rho - 1, chi2 = E[rho^2] - 1 with rho = p_train / p_rollout over tokens (chi2_token) or the whole sequence

@@ -1,7 +1,7 @@
-"""How the response tokens of several samples lie in one flat tensor.
+"""Packed tensors: the response tokens of several samples in one flat tensor.
 
-Every formula of this package is written once, for packed tensors: the tokens of all samples one after the other in a
-tensor of shape [T], with a `Packing` that says where each sample begins. Suffixes: `_T` packed tokens, `_B` one entry
+All formulas of this package work on packed tensors: the tokens of all samples in sequence in a tensor of shape [T],
+with a `Packing` that has the length of each sample. Suffixes: `_T` packed tokens, `_B` one entry
 a sample, `_BT` padded (one row a sample, filled from the left).
 """
 
@@ -23,14 +23,14 @@ def as_float(x: torch.Tensor) -> torch.Tensor:
 def keep_where(mask: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """`x` where `mask` is set and 0 elsewhere, in float32 (float64 stays).
 
-    What stands at masked positions never matters, NaN and infinities included, neither forward nor backward.
+    Values at masked positions, also NaN and infinities, affect neither the forward nor the backward pass.
     """
     return torch.where(mask.bool(), as_float(x), 0.0)
 
 
 @dataclasses.dataclass(frozen=True)
 class Packing:
-    """Lengths of the samples that lie one after the other in a packed tensor."""
+    """Lengths of the consecutive samples in a packed tensor."""
 
     lengths: tuple[int, ...]
     """Tokens of each sample; 0 is allowed."""

@@ -1,4 +1,4 @@
-"""Algorithms by name. Registering one function adds one algorithm."""
+"""Registries of algorithms by name."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ T = TypeVar("T")
 
 
 class Registry(Generic[T]):
-    """A name table that refuses duplicates and names the alternatives when a look-up fails."""
+    """A table by name that refuses duplicates, and lists the names when a look-up fails."""
 
     def __init__(self, kind: str) -> None:
-        """`kind` is what the entries are, for messages."""
+        """`kind` names the entries in messages."""
         self._kind = kind
         self._entries: dict[str, T] = {}
 

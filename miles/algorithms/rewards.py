@@ -1,4 +1,4 @@
-"""Reward post-processing within each prompt group, before training. Works on one number a sample."""
+"""Reward shaping within each prompt group, before training; one number per sample."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable, Hashable, Sequence
 import torch
 
 RewardShaping = Callable[[torch.Tensor], torch.Tensor]
-"""Maps the float64 rewards of one group, [n], to what the estimator is given for them, [n]."""
+"""Maps the float64 rewards of one group, [n], to the estimator's input, [n]."""
 
 STD_EPSILON = 1e-6
 

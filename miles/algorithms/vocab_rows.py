@@ -1,6 +1,6 @@
-"""Arithmetic on rows of logits, whole or this rank's columns of them: softmax statistics and gradients.
+"""Softmax statistics and gradients of rows of logits, complete or this rank's columns.
 
-The two ways to score tokens, from logits and from hidden states, are made of these.
+Shared by the two ways to score tokens, from logits and from hidden states.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class TokenLogProbs:
 
     log_probs_T: torch.Tensor
     entropy_T: torch.Tensor | None
-    """Of the whole distribution at each position; None unless asked for."""
+    """Of the full distribution at each position; None unless requested."""
 
 
 def check_temperature(temperature: float) -> None:
@@ -64,10 +64,10 @@ def scaled(logits_CV: torch.Tensor, temperature: float) -> torch.Tensor:
 
 @dataclasses.dataclass(frozen=True)
 class RowStats:
-    """What one rank knows of each row, relative to the softmax over its own columns.
+    """Statistics of each row from one rank, relative to the softmax over its own columns.
 
-    The tensors are allocated once and filled chunk by chunk: small results kept from between two large temporaries
-    would pin the heap, and memory would grow with every chunk.
+    The tensors are allocated once and filled chunk by chunk: small tensors allocated between two large temporaries
+    would fragment the heap, and memory would grow with every chunk.
     """
 
     log_probs_T: torch.Tensor
@@ -79,7 +79,7 @@ class RowStats:
 
     @classmethod
     def empty(cls, logits_like: torch.Tensor, rows: int, *, with_entropy: bool, with_norm: bool) -> RowStats:
-        """Room for `rows` rows of logits of this dtype and device."""
+        """Allocate statistics for `rows` rows of logits of this dtype and device."""
         dtype = torch.float64 if logits_like.dtype == torch.float64 else torch.float32
         log_probs_T = torch.empty(rows, dtype=dtype, device=logits_like.device)
         norms = (torch.empty_like(log_probs_T), torch.empty_like(log_probs_T)) if with_norm else (None, None)
@@ -92,7 +92,7 @@ class RowStats:
             rows: which rows the chunk holds.
             x_CV: float32 or float64.
             columns_C: column of each row's token, outside [0, V) where another rank has it.
-            whole: the columns are the whole vocabulary, so every token must be among them.
+            whole: the columns are the full vocabulary, which contains every token.
         """
         log_softmax_CV = torch.log_softmax(x_CV, dim=-1)
         if self.max_T is not None and self.log_sum_T is not None:
@@ -117,7 +117,7 @@ def row_entropy(log_softmax_CV: torch.Tensor) -> torch.Tensor:
 
 
 def combine_shards(stats: RowStats, group: dist.ProcessGroup) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
-    """Whole-vocabulary log-probs and entropies, and the log weight of this rank's columns.
+    """Return full-vocabulary log-probs and entropies, and the log weight of this rank's columns.
 
     With Z_r the sum of exp over rank r's columns and w_r = Z_r / sum Z, a token's log-prob is its local one plus
     log w_r, and the entropy is sum_r w_r (H_r - log w_r). A token that no rank has gets -inf.

@@ -1,4 +1,4 @@
-"""Calls to a gateway."""
+"""Client of a gateway: one method per operation of the REST API."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from miles.client.events import parse_events
 DEFAULT_URL = "http://127.0.0.1:8000"
 URL_ENVIRONMENT, KEY_ENVIRONMENT = "MILES_URL", "MILES_API_KEY"
 _SILENCE_S = 60.0
-"""An event stream says at least every 15 s that it lives."""
+"""How long an event stream may be silent; the gateway sends a comment every 15 s."""
 _RETRY_S = 1.0
 _RETRIES = 5
-"""Times that a request is sent when the controller is away for a moment."""
-_PASSING = frozenset({"controller-away", "too-many-requests", "too-many-watchers"})
-"""Refusals that are over in a moment."""
+"""How often a request is sent while the controller is unreachable."""
+_TRANSIENT = frozenset({"controller-away", "too-many-requests", "too-many-watchers"})
+"""Problems that pass by themselves."""
 _WATCH_RETRIES = 30
-"""Times that a watcher tries to reach a gateway again."""
+"""How often a watcher reconnects without getting an event."""
 
 Json = dict[str, Any]
 
@@ -35,8 +35,8 @@ Json = dict[str, Any]
 class MilesClient:
     """One gateway. Use as a context manager, or call `close`.
 
-    Every method raises MilesError when the gateway refuses, GatewayUnreachableError when nothing answers, and
-    UnexpectedAnswerError when what answers is no gateway. What they return has the shapes of the OpenAPI document.
+    Every method raises MilesError when the gateway refuses the request, GatewayUnreachableError when nothing answers,
+    and UnexpectedAnswerError when the answer is not a gateway's. Return values are those of the OpenAPI document.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class MilesClient:
         timeout_s: float = 30.0,
         verify: bool | str = True,
     ) -> None:
-        """`url` and `api_key` default to $MILES_URL and $MILES_API_KEY; `verify` may name a file of authorities."""
+        """`url` and `api_key` default to $MILES_URL and $MILES_API_KEY; `verify` may be a file of CA certificates."""
         self.url = (url or os.environ.get(URL_ENVIRONMENT) or DEFAULT_URL).rstrip("/")
         key = api_key or os.environ.get(KEY_ENVIRONMENT)
         headers = {"Authorization": f"Bearer {key}"} if key else {}
@@ -66,32 +66,32 @@ class MilesClient:
         self.close()
 
     def submit(self, config: Mapping[str, Any], *, idempotency_key: str | None = None) -> Json:
-        """Submit a job and return it. A lost answer is asked for again, so that there is one job."""
+        """Submit a job and return it. Retries use the same idempotency key, so there is one job."""
         key = {"Idempotency-Key": idempotency_key or uuid.uuid4().hex}
         return self._repeat("POST", "/v1/jobs", json=dict(config), headers=key)
 
     def check(self, config: Mapping[str, Any]) -> None:
-        """Have a configuration checked; raises MilesError with every fault."""
+        """Check a configuration without submitting it. Raises MilesError with every fault."""
         self._send("POST", "/v1/jobs", json=dict(config), params={"dry_run": True})
 
     def jobs(self, states: Sequence[str] = (), *, page_size: int = 100) -> Iterator[Json]:
-        """Jobs, newest first."""
+        """Yield jobs, newest first."""
         yield from self._pages("/v1/jobs", "jobs", {"state": list(states), "limit": page_size})
 
     def job(self, job_id: str) -> Json:
-        """One job."""
+        """Return one job."""
         return self._get(f"/v1/jobs/{job_id}")
 
     def pause(self, job_id: str) -> Json:
-        """Hold a job."""
+        """Pause a job."""
         return self.act(job_id, "pause")
 
     def resume(self, job_id: str) -> Json:
-        """Let a job go on that was paused, stopped or failed."""
+        """Resume a job that was paused, was stopped or has failed."""
         return self.act(job_id, "resume")
 
     def stop(self, job_id: str) -> Json:
-        """Save a job and end it."""
+        """Save a checkpoint and end the job."""
         return self.act(job_id, "stop")
 
     def cancel(self, job_id: str) -> Json:
@@ -99,16 +99,16 @@ class MilesClient:
         return self.act(job_id, "cancel")
 
     def checkpoint(self, job_id: str) -> Json:
-        """Save a job and go on."""
+        """Save a checkpoint and continue."""
         return self.act(job_id, "checkpoint")
 
     def act(self, job_id: str, action: str) -> Json:
-        """Have an action taken up: pause, resume, stop, cancel or checkpoint."""
+        """Request an action: pause, resume, stop, cancel or checkpoint."""
         key = {"Idempotency-Key": uuid.uuid4().hex}
         return self._repeat("POST", f"/v1/jobs/{job_id}/{action}", headers=key)
 
     def watch(self, job_id: str, *, after: str | None = None, follow: bool = True) -> Iterator[Json]:
-        """A job's events until it has ended; goes on after the last one seen when the connection breaks."""
+        """Yield a job's events until it has ended; after a lost connection, continue after the last one seen."""
         last, failures = after, 0
         while True:
             try:
@@ -121,21 +121,21 @@ class MilesClient:
                 if not follow:
                     return
             except (GatewayUnreachableError, MilesError) as error:
-                away = not isinstance(error, MilesError) or error.kind in _PASSING
+                transient = not isinstance(error, MilesError) or error.kind in _TRANSIENT
                 failures += 1
-                if not away or failures > _WATCH_RETRIES:
+                if not transient or failures > _WATCH_RETRIES:
                     raise
                 time.sleep(_RETRY_S)
 
     def metrics(
         self, job_id: str, names: Sequence[str] = (), *, start: int = 0, end: int | None = None, step: int = 1
     ) -> Json:
-        """Series of metrics over training steps; a name may end in `*`."""
+        """Return per-step metrics; a name may end in `*`."""
         wanted: Json = {"name": list(names), "start": start, "step": step}
         return self._get(f"/v1/jobs/{job_id}/metrics", wanted | ({} if end is None else {"end": end}))
 
     def timeline(self, job_id: str, *, after_unix_s: float = 0.0, limit: int = 1000) -> list[Json]:
-        """Which activity went on when."""
+        """Return the activities of the run and its workers over time."""
         answer = self._get(f"/v1/jobs/{job_id}/timeline", {"after_unix_s": after_unix_s, "limit": limit})
         return list(answer["spans"])
 
@@ -148,25 +148,25 @@ class MilesClient:
         max_reward: float | None = None,
         page_size: int = 100,
     ) -> Iterator[Json]:
-        """Samples that were trained on, newest step first."""
+        """Yield samples that were trained on, newest step first."""
         filters = {"step": step, "min_reward": min_reward, "max_reward": max_reward}
         wanted = {"limit": page_size, **{name: value for name, value in filters.items() if value is not None}}
         yield from self._pages(f"/v1/jobs/{job_id}/samples", "samples", wanted)
 
     def sample(self, job_id: str, step: int, group_id: int, index: int) -> Json:
-        """One sample with what is known of each token of its response."""
+        """Return one sample with per-token values of its response."""
         return self._get(f"/v1/jobs/{job_id}/samples/{step}/{group_id}/{index}")
 
     def status(self, job_id: str) -> Json:
-        """What a job's run and workers do or wait for now, and which groups are where."""
+        """Return the current activity of a job's run and workers, what they wait for, and the state of its groups."""
         return self._get(f"/v1/jobs/{job_id}/status")
 
     def checkpoints(self, job_id: str) -> list[Json]:
-        """Checkpoints, newest first."""
+        """Return checkpoints, newest first."""
         return list(self._get(f"/v1/jobs/{job_id}/checkpoints")["checkpoints"])
 
     def download(self, job_id: str, step: int, path: str | os.PathLike[str]) -> int:
-        """Write the Hugging Face export of a step to a file, as a tar archive; returns its size in bytes."""
+        """Download the Hugging Face export of a step as a tar archive; return its size in bytes."""
         written = 0
         target = pathlib.Path(path)
         partial = target.with_name(target.name + ".part")
@@ -177,23 +177,23 @@ class MilesClient:
         return written
 
     def workers(self, job_id: str | None = None) -> list[Json]:
-        """All workers, or those that serve a job."""
+        """Return all workers, or those that serve a job."""
         return list(self._get(f"/v1/jobs/{job_id}/workers" if job_id else "/v1/workers")["workers"])
 
     def versions(self, job_id: str) -> Json:
-        """Versions of a job's weights, and the engines that hold them."""
+        """Return the versions of a job's weights, and the version that each engine holds."""
         return self._get(f"/v1/jobs/{job_id}/versions")
 
     def check_versions(self, job_id: str) -> Json:
-        """Have engines compare what they serve with what the trainer sent."""
+        """Make every engine compare its weights with those that the trainer sent."""
         return self._repeat("POST", f"/v1/jobs/{job_id}/versions/check")
 
     def logs(self, job_id: str) -> list[Json]:
-        """Log files of the services."""
+        """Return the log files of the services."""
         return list(self._get(f"/v1/jobs/{job_id}/logs")["logs"])
 
     def read_log(self, job_id: str, name: str, *, offset: int | None = None, limit: int = 64 << 10) -> Json:
-        """A piece of a log: its end, or from an offset on."""
+        """Return part of a log: its end, or from an offset on."""
         wanted = {"limit": limit} | ({} if offset is None else {"offset": offset})
         return self._get(f"/v1/jobs/{job_id}/logs/{name}", wanted)
 
@@ -208,21 +208,19 @@ class MilesClient:
         return self._repeat("GET", path, params=params)
 
     def _repeat(self, method: str, path: str, **options: Any) -> Json:
-        """Send a request that may be sent twice; the controller may be away for a moment."""
+        """Send an idempotent request; retry while the controller is unreachable."""
         for attempt in range(_RETRIES):
             try:
-                return _decoded(self._send(method, path, **options))
+                return _json_object(self._send(method, path, **options))
             except MilesError as error:
-                if error.kind not in _PASSING or attempt == _RETRIES - 1:
+                if error.kind not in _TRANSIENT or attempt == _RETRIES - 1:
                     raise
                 time.sleep(_RETRY_S)
         raise AssertionError("the last attempt returns or raises")
 
     def _send(self, method: str, path: str, **options: Any) -> httpx.Response:
-        try:
+        with self._transport_errors():
             answer = self._http.request(method, path, **options)
-        except httpx.TransportError as error:
-            raise self._unreachable(error) from error
         _check(answer)
         return answer
 
@@ -234,42 +232,45 @@ class MilesClient:
 
     @contextlib.contextmanager
     def _open(self, path: str, **options: Any) -> Iterator[httpx.Response]:
-        """A response to be read piece by piece."""
+        """Open a response that is read piece by piece."""
         timeout = httpx.Timeout(_SILENCE_S, connect=self._http.timeout.connect)
-        try:
-            with self._http.stream("GET", path, timeout=timeout, **options) as answer:
-                if answer.is_error:
-                    answer.read()
-                _check(answer)
-                yield answer
-        except httpx.TransportError as error:
-            raise self._unreachable(error) from error
+        with self._transport_errors(), self._http.stream("GET", path, timeout=timeout, **options) as answer:
+            if answer.is_error:
+                answer.read()
+            _check(answer)
+            yield answer
 
-    def _unreachable(self, error: httpx.TransportError) -> GatewayUnreachableError:
-        reason = str(error) or type(error).__name__
-        return GatewayUnreachableError(
-            f"no gateway answers at {self.url} ({reason}); check the address (--url or ${URL_ENVIRONMENT})"
-        )
+    @contextlib.contextmanager
+    def _transport_errors(self) -> Iterator[None]:
+        """Raise errors of the connection as GatewayUnreachableError."""
+        try:
+            yield
+        except httpx.TransportError as error:
+            reason = str(error) or type(error).__name__
+            raise GatewayUnreachableError(
+                f"no gateway answers at {self.url} ({reason}); check the address (--url or ${URL_ENVIRONMENT})"
+            ) from error
 
 
 def _check(answer: httpx.Response) -> None:
-    """Raise the problem that an answer is, if it is one."""
+    """Raise MilesError when the answer is a problem document."""
     if not answer.is_error:
         return
-    try:
-        problem = answer.json()
-    except ValueError:
-        problem = None
+    problem = _json(answer)
     if not isinstance(problem, dict) or "type" not in problem:
-        raise UnexpectedAnswerError(f"{answer.url} answered {answer.status_code}, and not as a gateway does")
+        raise UnexpectedAnswerError(f"{answer.url} answered {answer.status_code}, but not as a gateway does")
     raise MilesError(problem)
 
 
-def _decoded(answer: httpx.Response) -> Json:
-    try:
-        decoded = answer.json()
-    except ValueError:
-        decoded = None
+def _json(answer: httpx.Response) -> Any:
+    """Decode an answer; None when it is not JSON."""
+    with contextlib.suppress(ValueError):
+        return answer.json()
+    return None
+
+
+def _json_object(answer: httpx.Response) -> Json:
+    decoded = _json(answer)
     if not isinstance(decoded, dict):
         raise UnexpectedAnswerError(f"{answer.url} answered with something other than a JSON object")
     return decoded

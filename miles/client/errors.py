@@ -1,4 +1,4 @@
-"""What can go wrong between a client and a gateway."""
+"""Errors of the client."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 class MilesError(RuntimeError):
-    """The gateway refused a request, and says why."""
+    """The gateway refused a request; the problem document says why."""
 
     def __init__(self, problem: Mapping[str, Any]) -> None:
         self.problem = dict(problem)
@@ -16,7 +16,7 @@ class MilesError(RuntimeError):
 
     @property
     def kind(self) -> str:
-        """What went wrong, e.g. `invalid-config`; docs/gateway.md lists the kinds."""
+        """Kind of the problem, e.g. `invalid-config`; docs/gateway.md lists the kinds."""
         return str(self.problem.get("type", "")).rpartition("/")[2]
 
     @property
@@ -26,11 +26,11 @@ class MilesError(RuntimeError):
 
     @property
     def faults(self) -> list[dict[str, Any]]:
-        """Everything that is wrong, when it is several things: field, value, problem, remedy."""
+        """Every fault of the request: field, value, problem, remedy."""
         return list(self.problem.get("faults") or [])
 
     def describe(self) -> str:
-        """Title and detail, or every fault on a line of its own."""
+        """Return title and detail, or one line per fault."""
         title = str(self.problem.get("title", "the gateway refused"))
         if not self.faults:
             return f"{title}: {self.problem.get('detail', '')}"
@@ -43,4 +43,4 @@ class GatewayUnreachableError(ConnectionError):
 
 
 class UnexpectedAnswerError(RuntimeError):
-    """What answered is not a gateway."""
+    """The answer is not a gateway's."""

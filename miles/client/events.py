@@ -1,4 +1,4 @@
-"""Server-sent events, read line by line."""
+"""Parser of server-sent events."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ class ServerEvent:
 
 
 def parse_events(lines: Iterable[str]) -> Iterator[ServerEvent]:
-    """Events of a stream (WHATWG HTML, server-sent events, section 9.2.6); comments are left out.
+    """Parse the events of a stream (WHATWG HTML, server-sent events, section 9.2.6); skip comments.
 
-    An event that the end of the stream cuts short is not an event.
+    An incomplete event at the end of the stream is skipped.
     """
     name, data, last_id = "", list[str](), ""
     for line in lines:

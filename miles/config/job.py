@@ -1,4 +1,4 @@
-"""The configuration of a job: every section, built from and spelled as one flat object."""
+"""The configuration of a job: all sections, built from one flat object of settings."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from miles.config.rules import check
 from miles.config.schema.catalog import SECTIONS, catalog, passthroughs
 from miles.config.schema.derivation import derive
 from miles.config.schema.faults import ConfigError, Fault, faults_of, unknown_name
+from miles.config.schema.flat_settings import FlatSettings
 from miles.config.schema.section import Section
-from miles.config.schema.settings import Settings
 from miles.config.sections.algorithm import AlgorithmConfig
 from miles.config.sections.checkpoint import CheckpointConfig
 from miles.config.sections.cluster import ClusterConfig
@@ -39,8 +39,8 @@ from miles.precision.number_types import AUTO
 class JobConfig(BaseModel):
     """All settings of a job, checked against each other. Immutable.
 
-    Outside the process the configuration is one flat object whose keys are the field names below the sections; the
-    command line, YAML files and the REST body are three spellings of it, and None means that a key is not given.
+    Outside the process a configuration is one flat object whose keys are the field names of all sections; the command
+    line, YAML files and REST bodies have the same keys. None means that a key is not given.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -64,10 +64,9 @@ class JobConfig(BaseModel):
 
     @classmethod
     def from_flat(cls, flat: Mapping[str, Any]) -> Self:
-        """Check a flat object, fill in what follows from the rest, and build the configuration.
+        """Check a flat object, derive what is not given, and build the configuration.
 
-        Touches nothing outside the object: `check_environment` looks at files and ports. Raises ConfigError with every
-        fault at once.
+        Looks at nothing else: `check_environment` checks files and ports. Raises ConfigError with every fault.
         """
         examination = examine(flat)
         if examination.faults:
@@ -80,7 +79,7 @@ class JobConfig(BaseModel):
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Self:
-        """The same from JSON text, such as a request's body. Raises ConfigError also when that is no JSON object."""
+        """Do the same with JSON text, such as a request's body. Raises ConfigError if it is not a JSON object."""
         try:
             flat = json.loads(text)
         except ValueError as error:
@@ -92,30 +91,30 @@ class JobConfig(BaseModel):
         return cls.from_flat(flat)
 
     def to_flat(self) -> dict[str, Any]:
-        """Every key with its value, made of JSON's types alone; `from_flat` gives back an equal configuration."""
+        """Return every key with its value, in JSON types only; `from_flat` rebuilds an equal configuration."""
         flat = {key: _plain(getattr(getattr(self, entry.section), key)) for key, entry in catalog().items()}
         for prefix, (section, field) in passthroughs().items():
             flat |= {prefix + name: value for name, value in getattr(getattr(self, section), field).items()}
         return flat
 
     def replace(self, **changes: Any) -> Self:
-        """The configuration with some keys changed, checked anew. Raises ConfigError."""
+        """Return the configuration with some keys changed, checked again. Raises ConfigError."""
         return type(self).from_flat(self.to_flat() | changes)
 
     def resolve(self, device: Literal["cpu", "cuda"] | None = None) -> Self:
-        """Fill in what depends on the machine: `device`, ranks per node, the process group's backend, $TENSORBOARD_DIR.
+        """Fill in what depends on the machine: `device`, ranks per node, process group backend, $TENSORBOARD_DIR.
 
         Args:
             device: What `auto` means; None looks at this machine.
 
-        Raises ConfigError when the result does not hold together, e.g. when a batch does not divide over the ranks.
+        Raises ConfigError when the result is inconsistent, e.g. when a batch does not divide over the ranks.
         """
         return type(self).from_flat(resolved(self.to_flat(), device))
 
     def with_types(self, *keys: str) -> Self:
-        """The configuration as it is, for a worker that computes in the number types of these settings.
+        """Return the configuration itself, for a worker that computes in the number types of these settings.
 
-        Raises ConfigError while one is open: they are decided once for a whole run, from what its workers are fast in.
+        Raises ConfigError while one is `auto`: the controller decides them once per run, by the speed of its workers.
         """
         flat = self.to_flat()
         problem, remedy = "it is decided when a run starts, before its workers are", "name a type"
@@ -125,7 +124,7 @@ class JobConfig(BaseModel):
         return self
 
     def rollouts(self, dataset_size: int) -> int:
-        """Rollouts of the run: num_rollout, or as many full batches as num_epoch passes over the data set hold."""
+        """Return the rollouts of the run: num_rollout, or the full batches in num_epoch passes over the data set."""
         if self.data.num_rollout is not None:
             return self.data.num_rollout
         assert self.data.num_epoch is not None, "a rule requires one of the two"
@@ -134,17 +133,17 @@ class JobConfig(BaseModel):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Examination:
-    """A flat object sorted by section, with what follows from it and what is wrong with it."""
+    """A flat object by section, with its derived settings and its faults."""
 
     sections: Mapping[str, Section]
-    settings: Settings
+    settings: FlatSettings
     faults: Sequence[Fault]
 
 
 def examine(flat: Mapping[str, Any], refused: Collection[str] = ()) -> Examination:
-    """Check a flat object as far as its faults allow: what one field has wrong does not hide what others have.
+    """Check a flat object and collect all faults: a fault of one field does not hide those of others.
 
-    Keys that are `refused` for reasons of the caller's own count as at fault, so that no rule builds on them.
+    Keys that the caller has `refused` count as invalid, so that no rule uses them.
     """
     by_section, faults = _distribute(flat)
     sections: dict[str, Section] = {}
@@ -154,14 +153,14 @@ def examine(flat: Mapping[str, Any], refused: Collection[str] = ()) -> Examinati
         faults += section_faults
         invalid |= {fault.field for fault in section_faults}
     given = {key for keys in by_section.values() for key in keys}
-    settings = Settings(_values(sections), given=given, invalid=invalid)
+    settings = FlatSettings(_values(sections), given=given, invalid=invalid)
     faults += derive(settings)
     faults += check(settings)
     return Examination(sections, settings, faults)
 
 
 def resolved(flat: Mapping[str, Any], device: Literal["cpu", "cuda"] | None = None) -> dict[str, Any]:
-    """A flat object with what depends on the machine filled in where it is not given; see `JobConfig.resolve`."""
+    """Fill in what depends on the machine where it is not given; see `JobConfig.resolve`."""
     asked = flat.get("device") or "auto"
     actual = asked if asked != "auto" else device or detect_device()
     on_cpu = actual == "cpu"
@@ -175,7 +174,7 @@ def resolved(flat: Mapping[str, Any], device: Literal["cpu", "cuda"] | None = No
 
 
 def _distribute(flat: Mapping[str, Any]) -> tuple[dict[str, dict[str, Any]], list[Fault]]:
-    """Sort the keys of a flat object by section. Keys without a value count as not given."""
+    """Sort the keys of a flat object by section. Keys whose value is None count as not given."""
     known, prefixes = catalog(), passthroughs()
     by_section: dict[str, dict[str, Any]] = {name: {} for name in SECTIONS}
     faults = []
@@ -194,7 +193,7 @@ def _distribute(flat: Mapping[str, Any]) -> tuple[dict[str, dict[str, Any]], lis
 
 
 def _validate(model: type[Section], given: Mapping[str, Any]) -> tuple[Section, list[Fault]]:
-    """Build a section; fields that are wrong are reported and left at their defaults."""
+    """Build a section; invalid fields are reported and keep their defaults."""
     try:
         return model(**given), []
     except ValidationError as error:

@@ -11,8 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 from miles.data.errors import DataError, Faults
-from miles.data.records import read_records
-from miles.data.rows import PromptFields, Row, parse_row
+from miles.data.file_rows import read_rows
+from miles.data.prompt_fields import PromptFields, PromptRow, parse_row
 from miles.data.template import PromptTemplate
 from miles.types import Prompt
 
@@ -23,15 +23,15 @@ log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class PromptRecord:
-    """One prompt, ready to be sampled from."""
+    """One prompt with its tokens, label and metadata."""
 
     prompt: Prompt
-    """As the file has it."""
+    """The prompt as in the file."""
     tokens: npt.NDArray[np.int32]
-    """What the model reads; int32, shape (tokens,), read-only."""
+    """The rendered and tokenised prompt; int32, shape (tokens,), read-only."""
     label: str | None
     metadata: dict[str, Any]
-    """The row's metadata, with the prompt's tools, if any, under "tools"."""
+    """The row's metadata, with tools, if any, under "tools"."""
 
 
 class PromptSet(Sequence[PromptRecord]):
@@ -39,9 +39,9 @@ class PromptSet(Sequence[PromptRecord]):
 
     def __init__(self, source: str, records: Sequence[PromptRecord], num_rows: int) -> None:
         self.source = source
-        """The file, with its slice, as given."""
+        """The file and slice, as given."""
         self.num_rows = num_rows
-        """Rows read, of which some may have been left out for their length."""
+        """Rows read, including prompts that were skipped for their length."""
         self._records = list(records)
 
     def __len__(self) -> int:
@@ -60,28 +60,28 @@ def load_prompts(
 ) -> PromptSet:
     """Read `source` (`file` or `file@[start:end]`) into a prompt set.
 
-    Prompts of more than `max_prompt_len` tokens are left out. Raises DataError listing the faults of the file, or when
+    Prompts of more than `max_prompt_len` tokens are skipped. Raises DataError listing the faults of the file, or when
     no prompt is short enough.
     """
     fields = fields or PromptFields()
-    records = read_records(source)
-    rows: list[Row] = []
+    file_rows = read_rows(source)
+    rows: list[PromptRow] = []
     texts: list[str] = []
     faults = Faults()
-    for record in records:
+    for file_row in file_rows:
         try:
-            row = parse_row(record.values, fields)
+            row = parse_row(file_row.values, fields)
             text = template.render(row.prompt, row.tools)
         except DataError as error:
-            faults.add(f"{record.where}: {error}")
+            faults.add(f"{file_row.where}: {error}")
         else:
             rows.append(row)
             texts.append(text)
     faults.check()
     tokens = template.tokenize(texts)
-    for record, ids in zip(records, tokens, strict=True):
+    for file_row, ids in zip(file_rows, tokens, strict=True):
         if not len(ids):
-            faults.add(f"{record.where}: the prompt has no tokens")
+            faults.add(f"{file_row.where}: the prompt has no tokens")
     faults.check()
     prompts = [
         PromptRecord(row.prompt, ids, row.label, row.metadata)

@@ -1,4 +1,4 @@
-"""The data source of a run: a prompt set, its order, and how far the run has got in it."""
+"""The data source of a run: a prompt set, its order, and the run's position in it."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ if TYPE_CHECKING:
 
 
 class PromptSource:
-    """Hands out prompt groups in order. `prompt` and `group` are pure; the cursor is the one thing that moves."""
+    """Returns prompt groups in order. `prompt` and `group` are pure; only the cursor changes."""
 
     def __init__(self, prompts: PromptSet, *, seed: int = 0, shuffle: bool = False) -> None:
         self.prompts = prompts
         self.order = PromptOrder(len(prompts), seed=seed, shuffle=shuffle)
         self.cursor = 0
-        """Next group id to hand out."""
+        """The next group id."""
 
     def __len__(self) -> int:
         return len(self.prompts)
 
     def prompt(self, group_id: int) -> PromptRecord:
-        """The prompt of a group."""
+        """Return the prompt of a group."""
         return self.prompts[self.order.index(group_id)]
 
     def group(self, job_id: str, group_id: int, n_samples: int) -> SampleGroup:
-        """The group's samples before generation: PENDING, with prompt, prompt tokens, label and metadata."""
+        """Return a group before generation: PENDING samples with prompt, prompt tokens, label and metadata."""
         record = self.prompt(group_id)
         samples = [
             Sample(
@@ -49,11 +49,11 @@ class PromptSource:
         return SampleGroup(job_id, group_id, samples)
 
     def num_groups(self, num_epoch: int) -> int:
-        """Groups in `num_epoch` passes over the prompts."""
+        """Return the number of groups in `num_epoch` passes over the prompts."""
         return self.order.num_groups(num_epoch)
 
     def take(self, count: int) -> range:
-        """The next `count` group ids; moves the cursor past them."""
+        """Return the next `count` group ids, and move the cursor past them."""
         if count < 0:
             raise ValueError(f"count = {count}; cannot take fewer than 0 groups")
         taken = range(self.cursor, self.cursor + count)
@@ -61,7 +61,7 @@ class PromptSource:
         return taken
 
     def save(self) -> dict[str, Any]:
-        """The cursor and what gives it meaning, as JSON."""
+        """Return the cursor and the parameters of the order, as JSON."""
         return {
             "next_group_id": self.cursor,
             "num_prompts": self.order.num_prompts,
@@ -70,7 +70,7 @@ class PromptSource:
         }
 
     def restore(self, saved: Mapping[str, Any]) -> None:
-        """Go on where `save` was called; DataError when the order is not the one the cursor was saved in."""
+        """Restore a saved cursor. Raises DataError when it was saved in another order."""
         changed = [f"{key} was {saved.get(key)}, is {now}" for key, now in self.save().items()
                    if key != "next_group_id" and saved.get(key) != now]  # fmt: skip
         if changed:
@@ -82,9 +82,9 @@ class PromptSource:
 
 
 def train_source(config: JobConfig, tokenizer: Any | None = None) -> PromptSource:
-    """The data source that a job's configuration describes; DataError when its prompts cannot be used.
+    """Build the training data source of a configuration. Raises DataError when its prompts cannot be used.
 
-    `tokenizer` saves loading hf_checkpoint's again.
+    Without `tokenizer`, that of hf_checkpoint is loaded.
     """
     if config.data.prompt_data is None:
         raise DataError("prompt_data is not set; give a .jsonl or .parquet file")
@@ -99,7 +99,7 @@ def train_source(config: JobConfig, tokenizer: Any | None = None) -> PromptSourc
 
 
 def eval_sources(config: JobConfig, tokenizer: Any | None = None) -> dict[str, PromptSource]:
-    """The evaluation sets by name, each in file order; empty when none is configured."""
+    """Build the evaluation sets by name, each in file order; empty when none is configured."""
     pairs = config.eval.eval_prompt_data or ()
     if not pairs:
         return {}
@@ -113,7 +113,7 @@ def eval_sources(config: JobConfig, tokenizer: Any | None = None) -> dict[str, P
 
 
 def prompt_template(config: JobConfig, tokenizer: Any | None = None) -> PromptTemplate:
-    """How the job's prompts become tokens."""
+    """Build the template that turns the job's prompts into tokens."""
     if tokenizer is None:
         if config.rollout.hf_checkpoint is None:
             raise DataError("hf_checkpoint is not set; its tokenizer is needed to read prompts")
@@ -126,6 +126,6 @@ def _fields(config: JobConfig, input_key: str, label_key: str | None) -> PromptF
 
 
 def _prompt_limit(max_prompt_len: int | None, max_context_len: int | None) -> int | None:
-    """The longest prompt to keep: it must leave room in the context for at least one token."""
+    """Return the maximum prompt length, which leaves room in the context for at least one token."""
     limits = [max_prompt_len, None if max_context_len is None else max_context_len - 1]
     return min((limit for limit in limits if limit is not None), default=None)

@@ -1,4 +1,4 @@
-"""Prompts to tokens: the tokenizer of a checkpoint and its chat template."""
+"""Rendering and tokenisation of prompts, with a checkpoint's tokenizer and chat template."""
 
 from __future__ import annotations
 
@@ -44,11 +44,11 @@ def load_tokenizer(hf_checkpoint: str, chat_template_path: str | None = None) ->
 
 @dataclasses.dataclass(frozen=True)
 class PromptTemplate:
-    """How prompts become tokens.
+    """Turns prompts into tokens.
 
     With `apply_chat_template`, messages are rendered with the tokenizer's chat template and a generation prompt; plain
-    text counts as one user message. Without, plain text is taken as it is. No special tokens are added either way: a
-    template, or the text itself, holds those the model wants.
+    text counts as one user message. Without it, plain text is used unchanged. No special tokens are added: the template
+    or the text itself must contain those that the model needs.
     """
 
     tokenizer: Any
@@ -66,7 +66,7 @@ class PromptTemplate:
             )
 
     def render(self, prompt: Prompt, tools: Sequence[Mapping[str, Any]] | None = None) -> str:
-        """The text that the model reads; DataError when the prompt does not suit the template."""
+        """Render a prompt to text. Raises DataError when the prompt does not fit the template."""
         if not self.apply_chat_template:
             if isinstance(prompt, str):
                 return prompt
@@ -77,12 +77,12 @@ class PromptTemplate:
             text = self.tokenizer.apply_chat_template(
                 messages, tools=list(tools) if tools else None, tokenize=False, **arguments
             )
-        except Exception as error:  # a template is a program of the user's: anything may come out of it
+        except Exception as error:  # a template is user code, which can fail in any way
             raise DataError(f"the chat template failed: {type(error).__name__}: {error}") from error
         return str(text)
 
     def tokenize(self, texts: Sequence[str]) -> list[npt.NDArray[np.int32]]:
-        """Token ids of each rendered text; int32, shape (tokens,), read-only."""
+        """Return the token ids of each rendered text; int32, shape (tokens,), read-only."""
         tokens: list[npt.NDArray[np.int32]] = []
         for first in range(0, len(texts), _BATCH):
             encoded = self.tokenizer(

@@ -1,8 +1,9 @@
-"""All services of a run as processes of this machine."""
+"""Redis and every service of a run as supervised processes of this machine."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import fcntl
 import importlib.util
@@ -16,8 +17,9 @@ from typing import TYPE_CHECKING
 
 from miles.cores import WAIT_VARIABLE
 from miles.launcher.plan import ProcessPlan, plan_controller, plan_gateway, plan_workers
-from miles.launcher.process import ProcessGivenUpError, SupervisedProcess
-from miles.launcher.restarts import RestartPolicy
+from miles.launcher.process import ProcessFailedError, SupervisedProcess
+from miles.launcher.restart_policy import RestartPolicy
+from miles.launcher.tasks import cancel
 from miles.queue import RedisServer, RedisStartError
 from miles.rpc.exit_codes import ExitCode, ServiceExit
 from miles.rpc.server import WATCHED_PID_ENVIRONMENT
@@ -31,21 +33,22 @@ _CONTROLLER_START_S = 120.0
 _STOP_GRACE_S = 15.0
 _REDIS_CHECK_S = 0.5
 _RESTARTS_IN_A_DRILL = 30
-_ADDRESSED = ("weightsync_port", "reward_port")
+_PINNED_PORTS = ("weightsync_port", "reward_port")
+"""Ports of services that others know by address, so that they must be the same after a restart."""
 _GATEWAY_NEEDS = ("fastapi", "httptools", "prometheus_client", "uvicorn")
 """Packages of the extra `gateway`: a run without them has no REST API."""
-_CALM_THREADS = {WAIT_VARIABLE: "PASSIVE", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
-"""Threads of one process must not spin while those of another work on the same cores; nothing is fetched from a hub."""
+_QUIET_ENVIRONMENT = {WAIT_VARIABLE: "PASSIVE", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+"""Waiting threads do not spin on cores that other processes need, and nothing is downloaded from a hub."""
 
 
 class LocalCluster:
     """Redis and every service of a run, started, watched and stopped together.
 
-    Use as an async context manager; `failed` is done when a process was given up.
+    Use as an async context manager; `failed` gets the error of a process that is not restarted any more.
     """
 
     def __init__(self, config: JobConfig, *, every_reward: bool = False) -> None:
-        """`every_reward` offers all built-in rewards instead of the configuration's, for jobs to come."""
+        """With `every_reward` all built-in rewards are served, for later jobs, and not just the configured one."""
         self._config = config
         self._every_reward = every_reward
         self.run_dir = pathlib.Path(config.services.run_dir)
@@ -61,11 +64,10 @@ class LocalCluster:
 
     async def __aenter__(self) -> LocalCluster:
         self._lock = _lock_run_dir(self.run_dir)
-        try:
+        async with contextlib.AsyncExitStack() as undo:
+            undo.push_async_callback(self.stop)
             await self._start()
-        except BaseException:
-            await self.stop()
-            raise
+            undo.pop_all()
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -73,32 +75,34 @@ class LocalCluster:
 
     async def _start(self) -> None:
         if not self.redis_url:
-            self.redis = RedisServer(self.run_dir / "redis")
-            starting = asyncio.ensure_future(asyncio.to_thread(self.redis.start, take_over=True))
-            try:
-                await asyncio.shield(starting)
-            except RedisStartError as error:
-                raise ServiceExit(ExitCode.REDIS_UNREACHABLE, str(error)) from error
-            except asyncio.CancelledError:
-                await asyncio.wait([starting])  # a thread cannot be cancelled: what it starts is to be stopped
-                raise
-            self.redis_url = self.redis.url
-            self._tasks.append(asyncio.create_task(self._watch_redis(self.redis)))
+            await self._start_redis()
         await self._start_controller()
-        # These are known to others by address, so they must come back where they were when they start again.
-        addressed = {key: getattr(self._config.services, key) or free_port() for key in _ADDRESSED}
-        config = self._config.replace(**addressed)
+        pinned = {key: getattr(self._config.services, key) or free_port() for key in _PINNED_PORTS}
+        config = self._config.replace(**pinned)
         for plan in plan_workers(
             config, self.controller_address, master_port=free_port(), every_reward=self._every_reward
         ):
             self._launch(plan)
         self._start_gateway()
 
+    async def _start_redis(self) -> None:
+        self.redis = RedisServer(self.run_dir / "redis")
+        starting = asyncio.ensure_future(asyncio.to_thread(self.redis.start, take_over=True))
+        try:
+            await asyncio.shield(starting)
+        except RedisStartError as error:
+            raise ServiceExit(ExitCode.REDIS_UNREACHABLE, str(error)) from error
+        except asyncio.CancelledError:
+            await asyncio.wait([starting])  # a thread cannot be cancelled, and what it starts must be stopped
+            raise
+        self.redis_url = self.redis.url
+        self._tasks.append(asyncio.create_task(self._watch_redis(self.redis)))
+
     def _start_gateway(self) -> None:
         if not self._config.gateway.gateway:
             return
-        if lacking := [name for name in _GATEWAY_NEEDS if importlib.util.find_spec(name) is None]:
-            logger.warning("no web page and no REST API: pip install 'miles[gateway]' (%s missing)", ", ".join(lacking))
+        if missing := [name for name in _GATEWAY_NEEDS if importlib.util.find_spec(name) is None]:
+            logger.warning("no web page and no REST API: pip install 'miles[gateway]' (%s missing)", ", ".join(missing))
             return
         config = self._config.replace(gateway_port=self._config.gateway.gateway_port or free_port())
         plan = plan_gateway(config, self.controller_address)
@@ -109,11 +113,11 @@ class LocalCluster:
     async def _start_controller(self) -> None:
         address_file = self.run_dir / "controller.address"
         address_file.unlink(missing_ok=True)
-        tell_address = ("--address-file", str(address_file))
         plan = plan_controller(self._config, self.redis_url)
-        process = self._launch(dataclasses.replace(plan, command=(*plan.command, *tell_address)))
+        command = (*plan.command, "--address-file", str(address_file))
+        process = self._launch(dataclasses.replace(plan, command=command))
         self.controller_address = await self._controller_address(address_file)
-        # Should it have to start again, it must come back where the workers look for it.
+        # A restarted controller must listen where the workers look for it.
         pinned = self._config.replace(controller_port=int(self.controller_address.rpartition(":")[2]))
         process.command = plan_controller(pinned, self.redis_url).command
 
@@ -123,13 +127,13 @@ class LocalCluster:
         return [*(["redis"] if self.redis is not None else []), *self.processes]
 
     def pid(self, name: str) -> int | None:
-        """Process id of a service; None while it does not run."""
+        """Process id of a service; None while it is not running."""
         if name == "redis":
             return None if self.redis is None else self.redis.pid
         return self.processes[name].pid
 
     def kill(self, name: str) -> bool:
-        """End a service as a crash would; it is started again. False when it does not run now."""
+        """Kill a service as a crash would; it is restarted. Returns False when it is not running."""
         if name != "redis":
             return self.processes[name].crash()
         pid = self.pid(name)
@@ -143,9 +147,7 @@ class LocalCluster:
         await asyncio.gather(*(process.stop(_STOP_GRACE_S) for process in workers))
         if "controller" in self.processes:
             await self.processes["controller"].stop(_STOP_GRACE_S)
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await cancel(*self._tasks)
         if self.redis is not None:
             await asyncio.to_thread(self.redis.stop)
         if self._lock is not None:
@@ -156,9 +158,9 @@ class LocalCluster:
         process = SupervisedProcess(
             plan.name,
             plan.command,
-            {**os.environ, **_CALM_THREADS, **plan.environment, WATCHED_PID_ENVIRONMENT: str(os.getpid())},
+            {**os.environ, **_QUIET_ENVIRONMENT, **plan.environment, WATCHED_PID_ENVIRONMENT: str(os.getpid())},
             self.run_dir / "logs" / f"{plan.name}.log",
-            _policy(self._config),
+            _restart_policy(self._config),
         )
         self.processes[plan.name] = process
         self._tasks.append(asyncio.create_task(self._supervise(process)))
@@ -167,9 +169,9 @@ class LocalCluster:
     async def _supervise(self, process: SupervisedProcess) -> None:
         try:
             await process.run()
-        except ProcessGivenUpError as error:
+        except ProcessFailedError as error:
             if process.name == "gateway":
-                logger.warning("%s\nthe run goes on without web page and REST API", error)
+                logger.warning("%s\nthe run continues without web page and REST API", error)
             elif not self.failed.done():
                 self.failed.set_exception(error)
 
@@ -187,21 +189,21 @@ class LocalCluster:
         )
 
     async def _watch_redis(self, server: RedisServer) -> None:
-        """Start Redis again when it ends by itself; its append-only file brings everything back."""
+        """Restart Redis when it ends by itself; its append-only file restores everything."""
         while True:
             await asyncio.sleep(_REDIS_CHECK_S)
             if server.pid is None:
-                logger.warning("redis ended; starting it again")
+                logger.warning("redis ended; restarting it")
                 try:
                     await asyncio.to_thread(server.start, take_over=True)
                 except RedisStartError as error:
                     if not self.failed.done():
-                        self.failed.set_exception(ProcessGivenUpError(str(error), int(ExitCode.REDIS_UNREACHABLE)))
+                        self.failed.set_exception(ProcessFailedError(str(error), int(ExitCode.REDIS_UNREACHABLE)))
                     return
 
 
-def _policy(config: JobConfig) -> RestartPolicy:
-    # In a drill a service may end because another one was killed, as often as that happens.
+def _restart_policy(config: JobConfig) -> RestartPolicy:
+    # In a drill a service may end each time that another one is killed.
     return RestartPolicy() if config.services.chaos is None else RestartPolicy(limit=_RESTARTS_IN_A_DRILL)
 
 

@@ -1,4 +1,4 @@
-"""`miles config`: the reference page, and what a command line comes to."""
+"""`miles config`: writes the reference page of all settings, and prints the configuration of a command line."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from miles.config.schema.faults import ConfigError
 from miles.launcher.dry_run import checked_config, describe_run
 
 BAD_CONFIG = 2
-"""Exit code, as in `miles.rpc.ExitCode`, which is not imported for what it brings along."""
+"""`miles.rpc.ExitCode.BAD_CONFIG`; not imported, because that would import gRPC too."""
 
 
 def main(arguments: Sequence[str]) -> int:
     """Run `miles config …`; return its exit code."""
     parser = argparse.ArgumentParser(prog="miles config", description=__doc__, allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
-    docs = commands.add_parser("docs", help="write the reference page of every setting")
-    docs.add_argument("--out", type=pathlib.Path, metavar="FILE", help="write it there instead of printing it")
-    docs.add_argument("--check", action="store_true", help="only say whether FILE is what would be written")
-    commands.add_parser("show", help="check a command line and print the settings it comes to", add_help=False)
+    docs = commands.add_parser("docs", help="write the reference page of all settings")
+    docs.add_argument("--out", type=pathlib.Path, metavar="FILE", help="file to write instead of printing the page")
+    docs.add_argument("--check", action="store_true", help="only check whether FILE is up to date")
+    commands.add_parser("show", help="check a command line and print the resulting settings", add_help=False)
     known, rest = parser.parse_known_args(arguments)
     if known.command == "show":
         return _show(rest)

@@ -1,7 +1,8 @@
-"""Prints a plan in place of carrying it out."""
+"""The dry run: checks a configuration and describes every process that would be started."""
 
 from __future__ import annotations
 
+import importlib.util
 import shlex
 from collections.abc import Sequence
 from typing import Any
@@ -17,7 +18,7 @@ from miles.precision.number_types import decide, slow_type, slowdown_key
 
 
 def checked_config(line: CommandLine) -> JobConfig:
-    """The configuration, resolved for this machine and checked on it. Raises ConfigError with every fault at once."""
+    """Resolve the configuration for this machine and check it there. Raises ConfigError with every fault."""
     flat = resolved(line.flat)
     examination = examine(flat)
     faults = line.merge([*examination.faults, *environment_faults(examination.settings)])
@@ -27,7 +28,7 @@ def checked_config(line: CommandLine) -> JobConfig:
 
 
 def describe_run(config: JobConfig) -> str:
-    """Every process of the run as a YAML list: name, command, environment, settings."""
+    """Describe every process of the run as YAML: name, command, environment, settings."""
     plans = plan_run(config)
     external = {f"reward service {name}": address for name, address in config.reward.service_addresses.items()}
     if config.services.redis_url is not None:
@@ -42,18 +43,18 @@ def describe_run(config: JobConfig) -> str:
 
 
 def number_types_here(config: JobConfig) -> str:
-    """What trainer and engines would compute in if both were on this machine, and why; with a warning of slow types.
+    """Describe the number types of trainer and engines if both ran on this machine, with a warning of slow types.
 
-    Imports PyTorch and times a product unless there is nothing to find out.
+    Imports PyTorch and times a matrix product, unless both types are float32 anyway.
     """
     asked = config.train.train_dtype, config.rollout.rollout_dtype
     types = decide(*asked, {})
     if types.train_dtype == types.rollout_dtype == "float32":
         return str(types)
-    try:
-        from miles.precision.speed import worker_speed
-    except ModuleNotFoundError:  # a controller's installation
+    if importlib.util.find_spec("torch") is None:  # an installation for the controller alone
         return "decided when the run starts, by what its workers are fast in"
+    from miles.precision.speed import worker_speed
+
     speed = worker_speed(config.services.device)
     types = decide(*asked, {"this machine": speed.get(slowdown_key("bfloat16"))})
     warnings = (

@@ -1,4 +1,4 @@
-"""Every process of a run on one machine: what it is called, how it is started, and which settings it reads."""
+"""The processes of a run on one machine: name, command, environment, and the settings that each reads."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from miles.config.schema.catalog import catalog
 from miles.cores import THREADS_VARIABLE, share_of, usable_cores
 
 UNKNOWN_ADDRESS = "(known once started)"
-"""Stands for what a plan that was made beforehand cannot know."""
+"""Placeholder for an address that is known only once its service has started."""
 
 _SECTIONS_READ: Mapping[str, tuple[str, ...]] = {
     "redis": (),
@@ -43,7 +43,7 @@ _SECTIONS_READ: Mapping[str, tuple[str, ...]] = {
 _TENSOR_KINDS = ("rollout", "trainer")
 
 _KEEP_MEMORY = {"arena_max": 1, "mmap_max": 0, "trim_threshold": 1 << 40, "top_pad": 64 << 20, "hugetlb": 1}
-"""Settings of glibc's malloc: one heap, which grows by 64 MiB, never gives memory back, and asks for huge pages."""
+"""Settings of glibc's malloc: one heap, which grows by 64 MiB, never returns memory, and asks for huge pages."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -56,13 +56,13 @@ class ProcessPlan:
     """redis, controller, weightsync, reward, rollout, trainer or gateway."""
     command: tuple[str, ...]
     environment: Mapping[str, str]
-    """Variables to set beside those that are inherited."""
+    """Variables to set in addition to the inherited ones."""
     config: Mapping[str, Any]
-    """The settings that the process reads, by key. A service gets the whole configuration when a job starts on it."""
+    """The settings that the process reads, by key. A service gets the full configuration when a job starts on it."""
 
 
 def plan_redis(config: JobConfig) -> ProcessPlan | None:
-    """The run's own Redis server; None when redis_url names another."""
+    """Plan the run's own Redis server; None when redis_url names another one."""
     if config.services.redis_url is not None:
         return None
     command = ("redis-server", "--dir", f"{config.services.run_dir}/redis", "--appendonly", "yes")
@@ -70,14 +70,14 @@ def plan_redis(config: JobConfig) -> ProcessPlan | None:
 
 
 def plan_controller(config: JobConfig, redis_url: str) -> ProcessPlan:
-    """The controller."""
+    """Plan the controller."""
     arguments = ("--listen", _listen(config, "controller_port"), "--redis-url", redis_url)
     logs = ("--log-dir", f"{config.services.run_dir}/logs")
     return _plan(config, "controller", "controller", (*_module("controller"), *logs, *arguments))
 
 
 def plan_gateway(config: JobConfig, controller: str) -> ProcessPlan | None:
-    """The REST API; None when the configuration wants none."""
+    """Plan the gateway; None when it is turned off."""
     gateway = config.gateway
     if not gateway.gateway:
         return None
@@ -95,13 +95,13 @@ def plan_gateway(config: JobConfig, controller: str) -> ProcessPlan | None:
 def plan_workers(
     config: JobConfig, controller: str, *, master_port: int = 0, every_reward: bool = False
 ) -> list[ProcessPlan]:
-    """Every process that attaches to the controller.
+    """Plan every process that attaches to the controller.
 
     Args:
         config: resolved for a device.
         controller: host:port of the controller.
-        master_port: free port on which the trainer's ranks meet; 0 when it is not known yet.
-        every_reward: have the reward service offer all built-in rewards, for jobs to come.
+        master_port: free port for the rendezvous of the trainer's ranks; 0 when it is not known yet.
+        every_reward: serve all built-in rewards, for later jobs.
     """
     weightsync = _weightsync_flags(config)
     plans = [_worker(config, "weightsync", "weightsync", "weightsync_port", controller, extra=weightsync)]
@@ -116,7 +116,7 @@ def plan_workers(
 
 
 def plan_run(config: JobConfig) -> list[ProcessPlan]:
-    """All processes in the order in which they start, with addresses left open that are only known later."""
+    """Plan all processes, in the order in which they start, with placeholders for addresses that are not known yet."""
     redis = plan_redis(config)
     controller = plan_controller(config, config.services.redis_url or UNKNOWN_ADDRESS)
     port = config.services.controller_port
@@ -138,7 +138,7 @@ def _worker(
 
 
 def _trainer(config: JobConfig, controller: str, master_port: int) -> ProcessPlan:
-    """The trainer: one process, or torchrun with one for each rank, which ends them all when one of them ends."""
+    """Plan the trainer: one process, or torchrun with one per rank, which ends all ranks when one of them ends."""
     cluster, ranks = config.cluster, _local_ranks(config)
     extra = [
         *("--device", config.services.device),
@@ -148,8 +148,8 @@ def _trainer(config: JobConfig, controller: str, master_port: int) -> ProcessPla
     plan = _worker(config, "trainer-0", "trainer", "trainer_port", controller, extra=extra)
     if ranks > 1:
         module, arguments = plan.command[1:3], plan.command[3:]
-        meeting = ("--master-addr", config.services.host, "--master-port", str(master_port or UNKNOWN_ADDRESS))
-        torchrun = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), *meeting)
+        rendezvous = ("--master-addr", config.services.host, "--master-port", str(master_port or UNKNOWN_ADDRESS))
+        torchrun = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), *rendezvous)
         plan = dataclasses.replace(plan, command=(*torchrun, *module, *arguments))
     return dataclasses.replace(
         plan, environment={**plan.environment, **config.train.train_env_vars, **tls_environment(config)}
@@ -161,7 +161,7 @@ def _local_ranks(config: JobConfig) -> int:
 
 
 def _rollout_device(config: JobConfig, index: int) -> list[str]:
-    """The GPUs after the trainer's, or from the first on when they are shared; begins again when there are too few."""
+    """Choose a service's GPUs: after the trainer's, or from the first when shared; wrap around when too few."""
     if config.services.device != "cuda":
         return ["--device", config.services.device]
     rollout, services = config.rollout, config.cluster.rollout_num_workers
@@ -175,7 +175,7 @@ def _rollout_device(config: JobConfig, index: int) -> list[str]:
 
 
 def _engine_addresses(config: JobConfig, index: int) -> list[str]:
-    """The running engines of a rollout service: every so manieth of those there are."""
+    """Return the external engines of one rollout service; they are distributed round-robin."""
     addresses = (config.rollout.rollout_external_engine_addrs or ())[index :: config.cluster.rollout_num_workers]
     return ["--engine-addrs", *addresses] if addresses else []
 
@@ -220,11 +220,11 @@ def _plan(config: JobConfig, name: str, kind: str, command: tuple[str, ...]) -> 
 
 
 def _thread_environment(config: JobConfig, kind: str) -> dict[str, str]:
-    """Variables that share out this machine's cores; none where the user has set them.
+    """Return variables that divide this machine's cores among processes; none where the user has set them.
 
-    Processes of a kind compute at the same time and have a part each. Trainer and engines do not share with each other:
-    they take turns or, in an asynchronous run, one waits for the other most of the time, and whoever is behind should
-    have every core. The reward service has a worker process for each core.
+    Processes of one kind compute at the same time, so they share the cores. Trainer and engines do not share with each
+    other: they take turns or, in an asynchronous run, one waits for the other most of the time, and the slower one
+    should have every core. The reward service has a worker process per core.
     """
     if THREADS_VARIABLE in os.environ:
         return {}
@@ -237,10 +237,10 @@ def _thread_environment(config: JobConfig, kind: str) -> dict[str, str]:
 
 
 def cpu_memory_environment() -> dict[str, str]:
-    """Variables that have a process keep the memory of freed tensors; none where the user has set them.
+    """Return variables that make a process keep the memory of freed tensors; none where the user has set them.
 
-    Otherwise every large tensor comes fresh from the kernel, which fills it with zeros a page at a time: a third of a
-    small model's training step. With tensors on a GPU there is nothing to gain.
+    Otherwise the kernel allocates and zeroes the pages of every large tensor anew, which takes a third of a small
+    model's training step. It makes no difference for tensors on a GPU.
     """
     if "GLIBC_TUNABLES" in os.environ:
         return {}
@@ -248,7 +248,7 @@ def cpu_memory_environment() -> dict[str, str]:
 
 
 def tls_environment(config: JobConfig) -> dict[str, str]:
-    """Variables that have a process encrypt its gRPC connections as the configuration says."""
+    """Return the variables that encrypt a process's gRPC connections as configured."""
     tls = config.tls
     named = {"CERT": tls.tls_cert, "KEY": tls.tls_key, "CA": tls.tls_ca, "MUTUAL": "1" if tls.tls_mutual else None}
     return {f"MILES_TLS_{name}": value for name, value in named.items() if value is not None}

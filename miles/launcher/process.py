@@ -1,4 +1,4 @@
-"""One supervised child process."""
+"""A supervised child process: started, restarted when it ends by itself, and stopped."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ import signal
 import time
 from collections.abc import Mapping, Sequence
 
-from miles.launcher.restarts import RestartPolicy
-from miles.rpc.exit_codes import HELP, ExitCode
+from miles.launcher.restart_policy import RestartPolicy
+from miles.rpc.exit_codes import HELP
 
 logger = logging.getLogger(__name__)
 
 _LOG_TAIL_LINES = 15
 
 
-class ProcessGivenUpError(RuntimeError):
-    """A process kept ending, or ended for a cause that a restart cannot remove."""
+class ProcessFailedError(RuntimeError):
+    """A process is not restarted any more: it kept ending, or ended for a cause that a restart cannot remove."""
 
     def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)
@@ -30,10 +30,10 @@ class ProcessGivenUpError(RuntimeError):
 
 @dataclasses.dataclass(slots=True)
 class SupervisedProcess:
-    """Runs a command until told to stop; starts it again when it ends by itself.
+    """Runs a command until it is stopped; restarts it when it ends by itself.
 
-    The child gets a session of its own, so that Ctrl-C in the terminal reaches the launcher alone, and its output goes
-    to a log file.
+    The child gets its own session, so that Ctrl-C in the terminal reaches only the launcher. Its output goes to a log
+    file.
     """
 
     name: str
@@ -48,11 +48,11 @@ class SupervisedProcess:
 
     @property
     def pid(self) -> int | None:
-        """Process id while it runs."""
+        """Process id; None while it is not running."""
         return self._process.pid if self._process is not None and self._process.returncode is None else None
 
     async def run(self) -> None:
-        """Keep the process running until `stop`; raises `ProcessGivenUpError`."""
+        """Keep the process running until `stop`; raises `ProcessFailedError` when it is not restarted any more."""
         while not self._stopping.is_set():
             code = await self._run_once()
             if self._stopping.is_set():
@@ -63,17 +63,17 @@ class SupervisedProcess:
             else:
                 delay_s = self.policy.delay_after(code, time.monotonic())
             if delay_s is None:
-                raise ProcessGivenUpError(self._obituary(code), code)
-            logger.warning("%s ended with %s; starting it again in %.1f s", self.name, describe(code), delay_s)
+                raise ProcessFailedError(self._failure(code), code)
+            logger.warning("%s ended with %s; restarting it in %.1f s", self.name, describe(code), delay_s)
             self.restarts += 1
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(delay_s):
                     await self._stopping.wait()
 
     def crash(self) -> bool:
-        """Kill the process and its children; it starts again, and the end does not count against it.
+        """Kill the process and its children; it is restarted, and the restart does not count towards the limit.
 
-        False when it does not run now.
+        Returns False when it is not running.
         """
         pid = self.pid
         if pid is None or self._stopping.is_set():
@@ -84,17 +84,17 @@ class SupervisedProcess:
         return True
 
     async def stop(self, grace_s: float) -> None:
-        """Ask the process to end; kill it and its children when it does not within the grace."""
+        """Ask the process to end; kill it and its children when it does not end within the grace period."""
         self._stopping.set()
         process = self._process
         if process is None or process.returncode is not None:
             return
         with contextlib.suppress(ProcessLookupError):
             process.terminate()
-        try:
+        with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(grace_s):
                 await process.wait()
-        except TimeoutError:
+        if process.returncode is None:
             logger.warning("%s did not end within %g s of SIGTERM; killing it", self.name, grace_s)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
@@ -113,17 +113,15 @@ class SupervisedProcess:
             )
         return await self._process.wait()
 
-    def _obituary(self, code: int) -> str:
+    def _failure(self, code: int) -> str:
         tail = self.log_path.read_text(errors="replace").strip().splitlines()[-_LOG_TAIL_LINES:]
         lines = "\n".join(f"    {line}" for line in tail)
-        return f"{self.name} ended with {describe(code)} and was given up. The end of {self.log_path}:\n{lines}"
+        return f"{self.name} ended with {describe(code)} and is not restarted. The end of {self.log_path}:\n{lines}"
 
 
 def describe(exit_code: int) -> str:
-    """An exit code in words."""
+    """Describe an exit code for people."""
     if exit_code < 0:
         return f"signal {signal.Signals(-exit_code).name}"
-    try:
-        return f"exit code {exit_code} ({HELP[ExitCode(exit_code)]})"
-    except ValueError:
-        return f"exit code {exit_code}"
+    meaning = next((f" ({text})" for code, text in HELP.items() if code == exit_code), "")
+    return f"exit code {exit_code}{meaning}"

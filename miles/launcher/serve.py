@@ -1,4 +1,4 @@
-"""`miles serve`: every service on this machine, without a job; jobs come over the REST API."""
+"""`miles serve`: starts every service on this machine without a job; jobs are submitted over the REST API."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from miles.config.command.flags import parse_command_line
 from miles.config.job import examine, resolved
 from miles.config.schema.catalog import catalog
 from miles.config.schema.faults import Fault
-from miles.launcher.attend import attend
 from miles.launcher.cluster import LocalCluster
 from miles.launcher.drill.drill import drill_of, recovery_table
 from miles.launcher.plan import tls_environment
-from miles.launcher.process import ProcessGivenUpError
-from miles.launcher.stopping.interrupts import Interrupts, cancel_this_task, leave_nothing_running
-from miles.rpc.exit_codes import ExitCode, ServiceExit
+from miles.launcher.program import print_error, run_program
+from miles.launcher.run_on_cluster import run_on_cluster
+from miles.launcher.stopping.interrupts import Interrupts, cancel_this_task
+from miles.rpc.exit_codes import ExitCode
 
 SECTIONS = ("services", "cluster", "gateway", "tls")
-"""Sections whose settings concern services rather than a job."""
+"""Sections whose settings belong to services rather than to a job."""
 _OF_SERVICES = frozenset({"custom_rm_path", "group_rm", "train_env_vars"})
-"""Settings of other sections that do."""
+"""Settings of other sections that belong to services."""
 _USAGE = """usage: miles serve [--config FILE] [FLAGS]
 
 Starts Redis, the controller, rollouts, trainer, reward and weight-sync services and the gateway on this machine, and
@@ -48,24 +48,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         config = service_config(line.flat, line.faults)
     except ConfigError as error:
-        console.print(str(error), style="red", markup=False, soft_wrap=True)
+        print_error(console, error)
         return ExitCode.BAD_CONFIG
     logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[RichHandler(console=console)])
-    try:
-        asyncio.run(_serve(config, console))
-    except ServiceExit as error:
-        console.print(str(error), style="red", markup=False, soft_wrap=True)
-        return error.code
-    except ProcessGivenUpError as error:
-        console.print(str(error), style="red", markup=False, soft_wrap=True)
-        return ExitCode.WORKER_FAILED
-    finally:
-        leave_nothing_running()
-    return ExitCode.OK
+    return run_program(_serve(config, console), console)
 
 
 def service_config(flat: dict[str, Any], faults: Sequence[Fault] = ()) -> JobConfig:
-    """A configuration of services alone; what only a job decides has stand-ins. Raises ConfigError with every fault."""
+    """Build a configuration of services, with placeholders for jobs' settings. Raises ConfigError with all faults."""
     known = catalog()
     found = list(faults)
     for key, value in flat.items():
@@ -74,7 +64,7 @@ def service_config(flat: dict[str, Any], faults: Sequence[Fault] = ()) -> JobCon
     given = {"name": "serve", **{key: value for key, value in flat.items() if key not in {f.field for f in found}}}
     settings = resolved(given)
     ranks = int(settings.get("actor_num_nodes") or 1) * int(settings["actor_num_gpus_per_node"])
-    stand_ins: dict[str, Any] = {
+    placeholders: dict[str, Any] = {
         "hf_checkpoint": "(each job's)",
         "prompt_data": "(each job's)",
         "num_rollout": 1,
@@ -83,7 +73,7 @@ def service_config(flat: dict[str, Any], faults: Sequence[Fault] = ()) -> JobCon
         "rollout_max_response_len": 1,
         **({} if given.get("custom_rm_path") else {"rm_type": "exact_match"}),
     }
-    complete = stand_ins | settings
+    complete = placeholders | settings
     examination = examine(complete)
     found += examination.faults
     found += deployment_faults(examination.settings)
@@ -92,15 +82,12 @@ def service_config(flat: dict[str, Any], faults: Sequence[Fault] = ()) -> JobCon
     return JobConfig.from_flat(complete)
 
 
-async def _serve(config: JobConfig, console: Console) -> None:
+async def _serve(config: JobConfig, console: Console) -> ExitCode:
     os.environ.update(tls_environment(config))
     stopping = asyncio.Event()
-    interrupts = Interrupts(cancel_this_task(console))
-    try:
+    with Interrupts(cancel_this_task(console)) as interrupts:
         await _serve_until(stopping, interrupts, config, console)
-    except asyncio.CancelledError:
-        if not interrupts.came:
-            raise
+    return ExitCode.OK
 
 
 async def _serve_until(stopping: asyncio.Event, interrupts: Interrupts, config: JobConfig, console: Console) -> None:
@@ -109,12 +96,12 @@ async def _serve_until(stopping: asyncio.Event, interrupts: Interrupts, config: 
         console.print(f"{where}controller {cluster.controller_address}, folder {cluster.run_dir}", soft_wrap=True)
         interrupts.on_first = stopping.set
         drill = drill_of(config, cluster, with_job=False)
-        await attend(stopping.wait(), cluster, drill)
+        await run_on_cluster(stopping.wait(), cluster, drill)
         if drill is not None:
             console.print(recovery_table(drill.recoveries))
         console.print(
-            "stopping all processes; the next start in the same folder takes up jobs that run from their newest "
-            "checkpoints. Ctrl-C again kills what still runs",
+            "stopping all processes; the next start in the same folder resumes running jobs from their newest "
+            "checkpoints. Ctrl-C again kills the processes that are left",
             soft_wrap=True,
         )
 

@@ -1,4 +1,4 @@
-"""Number types: what a machine computes fast in, and what a run computes in. Knows no service and no model.
+"""Number types: which ones a machine is fast in, and which ones a run uses.
 
-Start with `number_types`, the decision; `speed` measures what it decides by and is the only file that needs PyTorch.
+It knows no service and no model. Start at `number_types`, the decision; `speed` measures, and alone needs PyTorch.
 """

@@ -1,4 +1,4 @@
-"""Which number types a run computes in, where its configuration leaves that open."""
+"""Decides the number types of a run where its configuration has `auto`."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from collections.abc import Mapping
 
 AUTO = "auto"
 KEPT_WITHIN = 1.5
-"""A run that goes on keeps the type it had unless the other is faster by more than this."""
+"""A resumed run keeps its type unless the other one is faster by more than this factor."""
 SLOW = 1.25
-"""From which factor on a worker counts as slow in a type that was chosen."""
+"""Factor above which a worker counts as slow in the chosen type."""
 _ENGINE_TYPES = ("bfloat16", "float32")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class NumberTypes:
-    """What trainer and engines of a run compute in, and why."""
+    """The number types of trainer and engines of a run, and the reason."""
 
     train_dtype: str
     rollout_dtype: str
     reason: str
-    """Empty where the configuration says both."""
+    """Empty when the configuration has both."""
 
     def __str__(self) -> str:
         types = f"the trainer computes in {self.train_dtype}, engines in {self.rollout_dtype}"
@@ -30,17 +30,17 @@ class NumberTypes:
 def decide(
     train_dtype: str, rollout_dtype: str, slowdowns: Mapping[str, float | None], before: str | None = None
 ) -> NumberTypes:
-    """Fill in what is `auto`: the type that the other side was given, or else the one that every worker is fast in.
+    """Decide types that are `auto`: the type of the other side if given, else the one in which all workers are fast.
 
-    Trainer and engines compute the same log-probabilities only in the same type, so one that is open follows one that
-    is given. float16 is a type of the trainer alone.
+    Trainer and engines compute the same log-probabilities only in the same type, so `auto` follows a given type. Only
+    the trainer supports float16.
 
     Args:
         train_dtype: "auto", "float32", "bfloat16" or "float16".
         rollout_dtype: "auto", "float32" or "bfloat16".
-        slowdowns: By worker, the time of a bfloat16 product over that of a float32 one; None for one that has
-            bfloat16 units, or engines elsewhere, and is not timed.
-        before: What the engines computed in before the run was interrupted.
+        slowdowns: By worker, the time of a bfloat16 product over that of a float32 one; None for a worker that
+            is not timed, because it has bfloat16 units or runs elsewhere.
+        before: The engines' type before the run was interrupted.
     """
     if AUTO not in (train_dtype, rollout_dtype):
         return NumberTypes(train_dtype, rollout_dtype, "")
@@ -53,7 +53,7 @@ def decide(
 
 
 def slow_type(worker: str, dtype: str, slowdown: float | None) -> str | None:
-    """A warning that a type is slow on a worker, by how much and what to do; None when it is not."""
+    """Return a warning that a type is slow on a worker, with factor and remedy; None when it is not slow."""
     if slowdown is None or slowdown <= SLOW:
         return None
     return (
@@ -63,7 +63,7 @@ def slow_type(worker: str, dtype: str, slowdown: float | None) -> str | None:
 
 
 def slowdown_key(dtype: str) -> str:
-    """Under which a worker that registers tells the time of a product in this type over that in float32."""
+    """Return the key under which a worker registers the time of a product in this type over that in float32."""
     return f"{dtype}_slowdown"
 
 

@@ -1,4 +1,4 @@
-"""How fast this machine multiplies matrices of 16-bit numbers, compared with float32."""
+"""Measures how fast this machine multiplies 16-bit matrices, compared with float32."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ import torch
 from miles.precision.number_types import slowdown_key
 
 _SIZES = (384, 1024)
-"""Rows and columns. The small product takes a tenth of a second at worst, on processors that are slow in a type. Where
-it leaves the matter open the large one decides, which is bound by arithmetic on many cores too."""
+"""Rows and columns. The small product takes at most a tenth of a second, also on processors that are slow in a type.
+When it is not conclusive the large one decides, which is compute-bound on many cores too."""
 _CLEAR = 3.0
 _FEWEST, _MOST, _ENOUGH_S = 3, 20, 0.3
 
 
 def cpu_slowdown(dtype: torch.dtype) -> float:
-    """Time of a matrix product in `dtype` over that of the same in float32, on the CPU; above 1 `dtype` is the slower.
+    """Return the time of a matrix product in `dtype` over that in float32, on the CPU; above 1 `dtype` is slower.
 
-    Processors without instructions for a type convert in software and are 2 to 50 times slower; asking which
-    instructions there are would miss what oneDNN was told not to use (ONEDNN_MAX_CPU_ISA).
+    Processors without instructions for a type convert in software and are 2 to 50 times slower. Checking the CPU's
+    features instead would miss those that oneDNN was told not to use (ONEDNN_MAX_CPU_ISA).
     """
     for size in _SIZES:
         slowdown = _slowdown(dtype, size)
@@ -29,7 +29,7 @@ def cpu_slowdown(dtype: torch.dtype) -> float:
 
 
 def _slowdown(dtype: torch.dtype, size: int) -> float:
-    """Takes the fastest of many runs in turn, so that other work on the machine hardly shows."""
+    """Compare the fastest of many alternating runs, so that other work on the machine has little influence."""
     generator = torch.Generator().manual_seed(0)
     left, right = (torch.randn(size, size, generator=generator) for _ in range(2))
     pairs = [(left, right), (left.to(dtype), right.to(dtype))]
@@ -48,10 +48,10 @@ def _slowdown(dtype: torch.dtype, size: int) -> float:
 
 
 def worker_speed(device: str) -> dict[str, float]:
-    """What a worker tells the controller, for `number_types.decide`; nothing on a GPU that computes in bfloat16 itself.
+    """Return the ratios a worker registers, for `number_types.decide`; nothing on a GPU with bfloat16 units.
 
     Args:
-        device: What the worker computes on: "auto", "cpu", "cuda" or "cuda:1".
+        device: The worker's device: "auto", "cpu", "cuda" or "cuda:1".
     """
     if device != "cpu" and torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False):
         return {}

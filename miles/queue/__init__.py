@@ -1,4 +1,7 @@
-"""The sample queue on Redis: finished groups to the trainer, half-finished ones to whoever resumes them."""
+"""The sample queue on Redis: finished groups for the trainer, half-finished ones for the rollouts that resume them.
+
+It knows nothing of training and decides nothing. Start at `groups` (`GroupQueue`).
+"""
 
 from miles.queue.client import connect, connect_async
 from miles.queue.errors import (

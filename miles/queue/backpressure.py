@@ -1,4 +1,4 @@
-"""Waiting for a Redis that is full or away instead of losing what was to be written."""
+"""Retries writes while Redis is full or unreachable, so that nothing is lost."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from miles.queue.errors import QueueFull
 log = logging.getLogger(__name__)
 
 TRANSIENT = (ConnectionError, TimeoutError, BusyLoadingError)
-"""What a Redis that restarts raises; the client has tried several times by then."""
+"""Errors of a Redis that restarts; the client has retried several times by then."""
 
 _FIRST_PAUSE_S = 0.05
 _LAST_PAUSE_S = 2.0
@@ -22,14 +22,14 @@ _T = TypeVar("_T")
 
 
 def is_out_of_memory(error: ResponseError) -> bool:
-    """True for a refusal by `maxmemory` with noeviction, also when it comes out of a script."""
+    """Return whether Redis refused a write because of `maxmemory`, also inside a script."""
     return isinstance(error, OutOfMemoryError) or "OOM command not allowed" in str(error)
 
 
 async def until_written(write: Callable[[], Awaitable[_T]], what: str, nbytes: int, deadline_s: float) -> _T:
-    """Do `write`, which must be idempotent, again and again while Redis has no memory for it or is away.
+    """Call `write`, which must be idempotent, until it succeeds; retry while Redis is out of memory or unreachable.
 
-    After `deadline_s` seconds raises QueueFull, or the connection's error; every other error at once.
+    Raises QueueFull, or the connection's error, after `deadline_s` seconds; any other error at once.
     """
     loop = asyncio.get_running_loop()
     started = loop.time()
@@ -38,12 +38,12 @@ async def until_written(write: Callable[[], Awaitable[_T]], what: str, nbytes: i
         try:
             return await write()
         except (ResponseError, *TRANSIENT) as error:
-            away = isinstance(error, TRANSIENT)
-            if not away and not (isinstance(error, ResponseError) and is_out_of_memory(error)):
+            unreachable = isinstance(error, TRANSIENT)
+            if not unreachable and not (isinstance(error, ResponseError) and is_out_of_memory(error)):
                 raise
             waited_s = loop.time() - started
             if waited_s >= deadline_s:
-                if away:
+                if unreachable:
                     raise
                 raise QueueFull(
                     f"Redis had no memory for {what} ({nbytes} bytes) for {waited_s:.0f} s; raise its maxmemory, "

@@ -1,4 +1,4 @@
-"""Connections to Redis, with the checks that a queue which may lose nothing needs."""
+"""Connections to Redis, after checks that the server cannot lose queued groups."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from miles.queue.errors import RedisUnsuitable
 log = logging.getLogger(__name__)
 
 MINIMUM_VERSION = (6, 2)
-"""GETEX, and XPENDING from an exclusive start, appeared here."""
+"""The first version with GETEX and with exclusive ranges in XPENDING."""
 
 CONNECT_DEADLINE_S = 30.0
 RETRIES = 8
-"""Attempts after the first, with up to 2 s between two: a server that restarts within about 10 s goes unnoticed."""
+"""Retries, up to 2 s apart: callers do not notice a server that restarts within about 10 s."""
 
 _CONNECTIONS = 32
 _POOL_WAIT_S = 120.0
@@ -59,7 +59,7 @@ async def connect_async(url: str, *, deadline_s: float = CONNECT_DEADLINE_S) -> 
             async with redis.asyncio.Redis.from_url(url, **_options(), retry=AsyncRetry(NoBackoff(), 0)) as probe:
                 check_server(await probe.info(), url)
             retry = AsyncRetry(ExponentialWithJitterBackoff(cap=2.0, base=0.05), RETRIES)
-            # Blocking: hundreds of groups may want a connection at once, and the default pool refuses the 101st.
+            # Blocking: hundreds of groups may need a connection at once, and the default pool refuses the 101st.
             pool = redis.asyncio.BlockingConnectionPool.from_url(
                 url, **_options(), retry=retry, max_connections=_CONNECTIONS, timeout=_POOL_WAIT_S
             )
@@ -71,7 +71,7 @@ async def connect_async(url: str, *, deadline_s: float = CONNECT_DEADLINE_S) -> 
 
 
 def check_server(info: Mapping[str, Any], url: str) -> None:
-    """Refuse a server that is too old or may evict keys; warn of one that forgets everything when it restarts.
+    """Refuse a server that is too old or may evict keys; warn of one that loses its data when it restarts.
 
     `info` is the answer to INFO. Raises RedisUnsuitable.
     """

@@ -1,4 +1,4 @@
-"""The reading side of the group stream: which entries this consumer has seen, and their payloads until taken."""
+"""The consumer of the group stream: an index of the entries it has read, with payloads until they are taken."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _READ_COUNT = 16
-"""Entries per read: at 1 MiB each, what one answer may weigh."""
+"""Entries per read, which bounds the size of an answer: an entry has up to 1 MiB."""
 
 _PENDING_PAGE = 1000
 _RECOVER_EVERY_S = 5.0
 _MAX_DEAD = 100
-"""Dead letters kept: with their payloads, so that they cannot fill the server."""
+"""Dead letters that are kept; they include payloads and must not fill the server."""
 
 Fields = dict[bytes, bytes]
 
@@ -38,9 +38,9 @@ Fields = dict[bytes, bytes]
 class _Entry:
     entry_id: str
     fields: Fields | None
-    """None once taken: the payload is read from Redis again if it is asked for again."""
+    """None once taken; the payload is then read from Redis again on demand."""
     blob: bytes | None = None
-    """What was fetched of a payload that lies outside the entry."""
+    """The fetched payload, when it is stored outside the entry."""
 
 
 class GroupConsumer:
@@ -60,24 +60,24 @@ class GroupConsumer:
         self._recovered_at: float | None = None
 
     def held(self, group_ids: AbstractSet[int]) -> list[int]:
-        """Those of the groups whose entries have been read, ascending."""
+        """Return those of the groups whose entries have been read, ascending."""
         return sorted(self._entries.keys() & group_ids)
 
     def forget(self, group_ids: Iterable[int]) -> None:
-        """Drop acknowledged groups from the index."""
+        """Remove acknowledged groups from the index."""
         for group_id in group_ids:
             self._entries.pop(group_id, None)
 
     def forget_all(self) -> None:
-        """Drop the index."""
+        """Clear the index."""
         self._entries.clear()
         self._recovered_at = None
 
     async def read(self, block_s: float) -> None:
-        """Index new entries, waiting up to `block_s` seconds for one.
+        """Index new entries; wait up to `block_s` seconds for one.
 
-        First, and from time to time when nothing new comes, also looks for pending entries it does not know: its own
-        of an earlier life or of an answer that was lost, and those of consumers that died.
+        The first call, and later ones while nothing new arrives, also look for pending entries that are not indexed:
+        those delivered to an earlier process of the same name or in a lost answer, and those of dead consumers.
         """
         now = asyncio.get_running_loop().time()
         try:
@@ -92,11 +92,13 @@ class GroupConsumer:
         except ResponseError as error:
             if not str(error).startswith("NOGROUP"):
                 raise
-            log.warning("the consumer group of %s is gone (Redis lost its data?); creating it again", self._keys.groups)
+            log.warning(
+                "the consumer group of %s is missing (did Redis lose its data?); creating it again", self._keys.groups
+            )
             self.forget_all()
 
     async def fetch(self, group_ids: Iterable[int]) -> None:
-        """Get the blobs of groups that are `held` from Redis, all at once; `take` uses them."""
+        """Fetch the blobs of `held` groups from Redis, all at once, for `take`."""
         entries = [self._entries[group_id] for group_id in group_ids]
         blobs = [entry for entry in entries if entry.fields is not None and b"blob" in entry.fields]
         outcomes = await asyncio.gather(*map(self._fetch, blobs), return_exceptions=True)
@@ -105,9 +107,9 @@ class GroupConsumer:
                 raise error
 
     async def take(self, group_id: int) -> tuple[str, SampleGroup] | None:
-        """Entry id and group of a group that is `held`; None when the entry is gone from Redis.
+        """Return entry id and group of a `held` group; None when the entry was deleted from Redis.
 
-        Raises UnreadableGroups after moving an entry that cannot be decoded to the dead-letter stream.
+        An entry that cannot be decoded is moved to the dead-letter stream, and UnreadableGroups is raised.
         """
         entry = self._entries[group_id]
         if entry.fields is None:
@@ -132,7 +134,7 @@ class GroupConsumer:
         return entry.entry_id, group
 
     async def peek(self, entry_id: str) -> tuple[str, SampleGroup] | None:
-        """Entry id and group of any entry; None when it is gone or cannot be decoded."""
+        """Return entry id and group of any entry; None when it was deleted or cannot be decoded."""
         found: Any = await self._redis.xrange(self._keys.groups, entry_id, entry_id)
         if not found:
             return None
@@ -176,7 +178,7 @@ class GroupConsumer:
         return bool(entries)
 
     async def _recover(self) -> None:
-        # Ids first: this consumer may hold thousands of entries between two checkpoints, nearly all of them known.
+        # Ids first: this consumer may have thousands of pending entries, nearly all of them indexed.
         known = {entry.entry_id for entry in self._entries.values()}
         start = "-"
         while True:
@@ -190,7 +192,7 @@ class GroupConsumer:
                 if item["consumer"].decode() != self._name and item["time_since_delivered"] >= self._dead_after_ms
             ]
             if orphans:
-                # The idle time again: a consumer that touched an entry meanwhile keeps it.
+                # With the idle time: a consumer that has touched an entry since then keeps it.
                 mine += await self._redis.xclaim(
                     *(self._keys.groups, CONSUMER_GROUP, self._name, self._dead_after_ms, orphans), justid=True
                 )
@@ -206,21 +208,20 @@ class GroupConsumer:
         if found:
             await self._index(found)
         else:
-            # Deleted while pending, by a trainer that died between two commands of another client.
+            # Deleted while pending, by another client that died before it acknowledged the entry.
             await self._redis.xack(self._keys.groups, CONSUMER_GROUP, entry_id)
 
     async def _index(self, entries: list[tuple[bytes, Fields]]) -> None:
         for raw_id, fields in entries:
             entry_id = raw_id.decode()
-            try:
-                group_id = int(fields[b"group_id"])
-            except (KeyError, ValueError) as error:
+            group_id = fields.get(b"group_id", b"")
+            if group_id.isdigit():
+                self._entries.setdefault(int(group_id), _Entry(entry_id, fields))
+            else:
                 log.error(
                     "entry %s of %s has no group_id; moving it to %s", entry_id, self._keys.groups, self._keys.dead
                 )
-                await self._bury(entry_id, "", f"field group_id: {error!r}")
-                continue
-            self._entries.setdefault(group_id, _Entry(entry_id, fields))
+                await self._bury(entry_id, "", f"field group_id: {group_id!r} is not a number")
 
     async def _bury(self, entry_id: str, group_id: str, reason: str) -> None:
         await self._bury_script(

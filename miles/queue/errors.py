@@ -1,4 +1,4 @@
-"""What can go wrong between a producer, Redis and the trainer."""
+"""Errors of the sample queue."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ class RedisStartError(RuntimeError):
 
 
 class QueueFull(TimeoutError):
-    """Redis had no memory for a group until the deadline; the group is not queued."""
+    """Redis was out of memory until the deadline; the group is not queued."""
 
 
 class Fenced(RuntimeError):
-    """The lease under which a result came is over: the work was, or will be, given to another worker."""
+    """The worker lease under which a result was sent has ended; the work goes to another worker."""
 
 
 class MissingGroups(TimeoutError):

@@ -1,4 +1,4 @@
-"""The stream of finished groups between rollouts and the trainer: at least once, idempotent per group id."""
+"""The stream of finished groups from rollouts to the trainer: at-least-once delivery, idempotent per group id."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
 BLOB_TTL_S = 30 * 24 * 3600
-"""How long a blob outlives the last time its entry was put or read, in seconds: bounds what forgotten jobs hold."""
+"""How long a blob is kept after its entry was last put or read, in seconds; bounds the memory of forgotten jobs."""
 
 _UPLOAD_TTL_S = 3600
-"""How long a blob lives before an entry refers to it: bounds what a producer leaves that dies in between."""
+"""How long a blob is kept before an entry refers to it, in seconds, in case its producer dies in between."""
 
 _NO_LEASE = 1 << 53
 """Above every lease number."""
 
-_FETCHED_AT_ONCE = 4
-"""Blobs on their way at the same time: one is parsed while the others come."""
+_CONCURRENT_FETCHES = 4
+"""Blobs that are fetched at the same time: one is parsed while the others arrive."""
 
 _ACKNOWLEDGE_BATCH = 256
-"""Groups acknowledged by one script call: bounds how long Redis stands still."""
+"""Groups acknowledged by one script call, which blocks Redis."""
 
 
 class GroupQueue:
@@ -59,9 +59,9 @@ class GroupQueue:
         inline_limit: int = INLINE_LIMIT,
         blob_ttl_s: int = BLOB_TTL_S,
     ) -> None:
-        """`consumer` names the reader: a restarted one with the same name goes on with its own entries at once, and
-        takes over those of other names after they have lain untouched for `dead_after_s` seconds. Payloads above
-        `inline_limit` bytes become blobs that live `blob_ttl_s` seconds after their last use."""
+        """`consumer` names the reader. A restarted reader with the same name gets its own pending entries at once, and
+        those of other names once they have been idle for `dead_after_s` seconds. Payloads above `inline_limit` bytes
+        become blobs, which are kept `blob_ttl_s` seconds after their last use."""
         self._redis = redis
         self._keys = JobKeys(job_id)
         self._inline_limit = inline_limit
@@ -86,8 +86,8 @@ class GroupQueue:
         """Queue a group and return its entry's id; a group that is already queued keeps its first entry.
 
         `oldest_version` is read from the samples when not given. Waits while Redis is out of memory or
-        away; after `deadline_s` seconds of that raises QueueFull or the connection's error. Raises Fenced, and queues
-        nothing, when `holder`'s lease is over.
+        unreachable, and raises QueueFull or the connection's error after `deadline_s` seconds. Raises Fenced, and
+        queues nothing, when `holder`'s lease has ended.
         """
         payload = encode_group(group)
         oldest = (group.oldest_version or 0) if oldest_version is None else oldest_version
@@ -104,7 +104,7 @@ class GroupQueue:
         return await until_written(write, f"group {group.group_id}", len(payload), deadline_s)
 
     async def _send_put(self, commands: list[Command], nbytes: int) -> tuple[bytes, bytes]:
-        """What PUT returns, after whatever goes before it."""
+        """Send the commands, of which PUT is the last, and return what PUT returns."""
         while True:
             try:
                 state, entry_id = (await self._pipeliner.run(commands, nbytes))[-1]
@@ -114,7 +114,7 @@ class GroupQueue:
             except ResponseError as error:
                 if len(commands) == 1 or not is_out_of_memory(error):
                     raise
-                # There is no room for the blob. It takes none to say that the group is queued, or the lease over.
+                # There is no room for the blob; none is needed if the group is queued or the lease has ended.
                 answer = await self._send_put(commands[-1:], 0)
                 if answer[0] == b"no-blob":
                     raise
@@ -129,7 +129,7 @@ class GroupQueue:
         blob_key = self._keys.blob(blob_hash)
         keys += (self._keys.blob_refs, blob_key)
         return [
-            # NX: a blob that is there has an entry, whose longer time to live must stay.
+            # NX: an existing blob has an entry, and must keep its longer time to live.
             ("SET", blob_key, payload, "EX", _UPLOAD_TTL_S, "NX"),
             ("EVALSHA", self._put.sha, len(keys), *keys, *stamp, blob_hash, self._blob_ttl_s),
         ]
@@ -137,7 +137,7 @@ class GroupQueue:
     async def drop(
         self, group_id: int, reason: str, *, holder: Holder | None = None, deadline_s: float = 600.0
     ) -> bool:
-        """Note that a group was dropped for good, until `acknowledge`; False when it is in the queue already.
+        """Record that a group was dropped for good, until `acknowledge`; return False when it is queued already.
 
         Waits and raises as `put` does.
         """
@@ -149,25 +149,25 @@ class GroupQueue:
             )
             return answer
 
-        state = await until_written(write, f"the end of group {group_id}", 0, deadline_s)
+        state = await until_written(write, f"the drop of group {group_id}", 0, deadline_s)
         if state == b"fenced":
             raise _fenced(group_id, holder)
         return state == b"dropped"
 
     async def dropped(self) -> dict[int, str]:
-        """Groups that were dropped and not acknowledged, with the reasons."""
+        """Return the groups that were dropped and not acknowledged, with the reasons."""
         records: Any = await self._redis.hgetall(self._keys.dropped)
         return {int(group_id): reason.decode(errors="replace") for group_id, reason in records.items()}
 
     async def why_dropped(self, group_id: int) -> str | None:
-        """The reason why a group was dropped; None when it was not."""
+        """Return the reason why a group was dropped; None when it was not."""
         reason: Any = await self._redis.hget(self._keys.dropped, str(group_id))
         return None if reason is None else reason.decode(errors="replace")
 
     async def fence(self, worker_id: str, lease_number: int, *, deadline_s: float = 60.0) -> None:
-        """Take no results from leases of a worker (`*`: of any worker) with smaller numbers than this one.
+        """Refuse results of a worker's leases (`*`: of all workers') with smaller numbers than this one.
 
-        While Redis is away, waits up to `deadline_s` seconds before it raises the connection's error.
+        While Redis is unreachable, waits up to `deadline_s` seconds before it raises the connection's error.
         """
 
         async def write() -> None:
@@ -177,25 +177,25 @@ class GroupQueue:
 
     async def wait_until_answering(self, deadline_s: float) -> None:
         """Return once Redis answers; after `deadline_s` seconds raises the connection's error."""
-        await until_written(self._redis.ping, "a sign of life", 0, deadline_s)
+        await until_written(self._redis.ping, "a ping", 0, deadline_s)
 
     async def begin_life(self) -> int:
-        """Count one more time that a controller takes the job up; returns how many there were, from 1."""
+        """Count another controller process that takes up the job; return how many there were, from 1."""
         return int(await self._begin_life(keys=[self._keys.lives]))
 
     async def collect(self, group_ids: Iterable[int], deadline_s: float) -> dict[int, tuple[str, SampleGroup]]:
         """Wait until all these groups are queued; return (entry id, group) by group id, in the order asked for.
 
-        The entries stay pending until `acknowledge`; collecting a group again returns it again. Groups that were read
-        but not asked for are kept for later calls. Raises MissingGroups after `deadline_s` seconds, and
-        UnreadableGroups at once when an entry cannot be decoded.
+        Entries stay pending until `acknowledge`, so a group can be collected again. Groups that were read but not
+        asked for are kept for later calls. Raises MissingGroups after `deadline_s` seconds, and UnreadableGroups at
+        once when an entry cannot be decoded.
         """
         wanted = list(dict.fromkeys(group_ids))
         loop = asyncio.get_running_loop()
         deadline = loop.time() + deadline_s
         collected: dict[int, tuple[str, SampleGroup]] = {}
         missing = set(wanted)
-        away = ""
+        outage = ""
         while True:
             left_s = deadline - loop.time()
             try:
@@ -205,8 +205,8 @@ class GroupQueue:
                 if left_s > 0 or await self._take_held(missing, collected):
                     continue
             except TRANSIENT as error:
-                # Redis restarts: what was read and not acknowledged is there again afterwards.
-                away = f"; Redis was away: {error}"
+                # Redis restarts, and has all unacknowledged entries afterwards.
+                outage = f"; Redis was unreachable: {error}"
                 log.warning("collecting groups of job %s: %s", self._keys.job_id, error)
                 await asyncio.sleep(max(0.0, min(left_s, 1.0)))
                 if left_s > 0:
@@ -214,13 +214,13 @@ class GroupQueue:
             still_missing = [group_id for group_id in wanted if group_id in missing]
             raise MissingGroups(
                 f"groups {_abbreviate(still_missing)} of job {self._keys.job_id} did not appear in the queue within "
-                f"{deadline_s:.0f} s ({len(collected)} of {len(wanted)} did){away}",
+                f"{deadline_s:.0f} s ({len(collected)} of {len(wanted)} did){outage}",
                 still_missing,
             )
 
     async def _take_held(self, missing: set[int], collected: dict[int, tuple[str, SampleGroup]]) -> bool:
-        """Move groups whose entries were read from `missing` to `collected`; True when none is missing any more."""
-        for batch in _batches(self._consumer.held(missing), _FETCHED_AT_ONCE):
+        """Move groups whose entries were read from `missing` to `collected`; return whether none is missing."""
+        for batch in _batches(self._consumer.held(missing), _CONCURRENT_FETCHES):
             await self._consumer.fetch(batch)
             for group_id in batch:
                 taken = await self._consumer.take(group_id)
@@ -230,18 +230,19 @@ class GroupQueue:
         return not missing
 
     async def acknowledge(self, ids: Iterable[int | str], *, deadline_s: float = 60.0) -> int:
-        """Forget groups for good: entry, payload and index record, or the note that they were dropped.
+        """Delete groups for good: entry, payload and index record, or the record that they were dropped.
 
-        Returns how many were still queued.
-
-        `ids` are group ids (int) or entry ids (str, as returned by `put` and `collect`). While Redis is away, waits up
-        to `deadline_s` seconds before it raises the connection's error.
+        Returns how many were still queued. `ids` are group ids (int) or entry ids (str, as returned by `put` and
+        `collect`). While Redis is unreachable, waits up to `deadline_s` seconds, then raises the connection's error.
         """
         pairs = await self._resolve(list(ids))
         removed = 0
         for batch in _batches(pairs, _ACKNOWLEDGE_BATCH):
             removed += await until_written(
-                functools.partial(self._acknowledge_batch, batch), f"the end of {len(batch)} groups", 0, deadline_s
+                functools.partial(self._acknowledge_batch, batch),
+                f"the acknowledgement of {len(batch)} groups",
+                0,
+                deadline_s,
             )
             self._consumer.forget(group_id for group_id, _ in batch)
         return removed
@@ -255,26 +256,26 @@ class GroupQueue:
         )
 
     async def outstanding(self) -> list[Outstanding]:
-        """Every entry that was not acknowledged, by ascending group id, without payloads."""
+        """Return every unacknowledged entry, without its payload, by ascending group id."""
         records: Any = await self._redis.hgetall(self._keys.index)
         return sorted(
             (Outstanding.parse(group_id, record) for group_id, record in records.items()), key=lambda o: o.group_id
         )
 
     async def find(self, group_id: int) -> tuple[str, SampleGroup] | None:
-        """Entry id and group of one queued group, without consuming it; None when it is not queued or unreadable."""
+        """Return entry id and group of a queued group without consuming it; None when not queued or unreadable."""
         record: Any = await self._redis.hget(self._keys.index, str(group_id))
         return None if record is None else await self._consumer.peek(record.split(b" ", 1)[0].decode())
 
     async def dead_letters(self, limit: int = 100) -> list[dict[str, bytes]]:
-        """The newest entries that could not be decoded, newest first, with `dead_reason`, `dead_group_id`, ..."""
+        """Return the newest undecodable entries, newest first, with `dead_reason`, `dead_group_id`, ..."""
         entries: Any = await self._redis.xrevrange(self._keys.dead, count=limit)
         return [{name.decode(errors="replace"): value for name, value in fields.items()} for _, fields in entries]
 
     async def drop_job(self) -> None:
-        """Delete everything of the job, partial trajectories and dead letters included; refuse new entries."""
+        """Delete everything of the job, also partial trajectories and dead letters, and refuse new entries."""
         keys = self._keys
-        # First the fence, which outlives the job: a worker that wakes up later must not queue anything.
+        # First the fence, which outlives the job: a worker that resumes later must not queue anything.
         await self.fence("*", _NO_LEASE)
         await self._redis.expire(keys.fences, BLOB_TTL_S)
         await self._redis.unlink(keys.groups, keys.index, keys.blob_refs, keys.dead, keys.dropped, keys.lives)
@@ -290,7 +291,7 @@ class GroupQueue:
         self._consumer.forget_all()
 
     async def _resolve(self, ids: list[int | str]) -> list[tuple[int, str]]:
-        """Pairs (group id, entry id or '') for the acknowledge script; entry ids that are gone already drop out."""
+        """Return pairs (group id, entry id or '') for the acknowledge script, without entries that no longer exist."""
         entries = [entry_id for entry_id in ids if isinstance(entry_id, str)]
         known = {entry.entry_id: entry.group_id for entry in await self.outstanding()} if entries else {}
         pairs = [(group_id, "") for group_id in ids if isinstance(group_id, int)]

@@ -1,4 +1,4 @@
-"""Names of every Redis key the queue uses. All of them start with the job's prefix."""
+"""Names of all Redis keys of the queue; each starts with the job's prefix."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class JobKeys:
 
     @property
     def index(self) -> str:
-        """Hash from group id to what `IndexRecord` holds: which entries exist, without their payloads."""
+        """Hash from group id to an `Outstanding` record: which entries exist, without their payloads."""
         return f"{self.prefix}group_index"
 
     @property
@@ -53,22 +53,22 @@ class JobKeys:
         return f"{self.prefix}blob:"
 
     def blob(self, content_hash: str) -> str:
-        """Payload that is too big for a stream entry."""
+        """A payload that is too big for a stream entry."""
         return f"{self.blob_prefix}{content_hash}"
 
     @property
     def dropped(self) -> str:
-        """Hash from the id of a group that was dropped for good to the reason."""
+        """Hash from the id of a dropped group to the reason."""
         return f"{self.prefix}group_dropped"
 
     @property
     def fences(self) -> str:
-        """Hash from worker id, or `*` for all workers, to the smallest lease number whose results are taken."""
+        """Hash from worker id, or `*` for all workers, to the smallest lease number whose results are accepted."""
         return f"{self.prefix}fences"
 
     @property
     def lives(self) -> str:
-        """Counter of the times that a controller took the job up."""
+        """Counter of the controller processes that took up the job."""
         return f"{self.prefix}lives"
 
     @property

@@ -1,4 +1,4 @@
-"""Half-finished groups, kept for whoever leases them next."""
+"""Store of half-finished groups, for the rollout that leases them next."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from miles.types import SampleGroup
 
 PARTIAL_TTL_S = 30 * 24 * 3600
-"""How long a half-finished group is kept, in seconds; without it the group starts over, which is correct but slower."""
+"""How long a half-finished group is kept, in seconds; after that the group starts over, which is correct but slower."""
 
 
 class PartialStore:
@@ -28,10 +28,10 @@ class PartialStore:
         self._save = redis.register_script(SAVE_PARTIAL)
 
     async def save(self, group_id: int, group: SampleGroup, *, attempt: int = 0, deadline_s: float = 60.0) -> bool:
-        """Store a group, in place of an earlier one of the same or an earlier attempt.
+        """Store a group; it replaces one of the same or an earlier attempt.
 
-        Returns False when a later attempt has stored one, which stays. Waits while Redis is out of
-        memory or away; after `deadline_s` seconds of that raises QueueFull or the connection's error.
+        Returns False when a later attempt has stored one, which is kept. Waits while Redis is out of memory or
+        unreachable, and raises QueueFull or the connection's error after `deadline_s` seconds.
         """
         payload = encode_group(group)
 
@@ -41,10 +41,10 @@ class PartialStore:
         return bool(await until_written(write, f"partial group {group_id}", len(payload), deadline_s))
 
     async def load(self, group_id: int) -> SampleGroup | None:
-        """The stored group, or None. Raises ValueError when it cannot be decoded."""
+        """Return the stored group, or None. Raises ValueError when it cannot be decoded."""
         payload: Any = await self._redis.hget(self._keys.partial(group_id), "group")
         return None if payload is None else decode_group(payload)
 
     async def delete(self, group_id: int) -> None:
-        """Forget a group; does nothing when there is none."""
+        """Delete a group; do nothing when there is none."""
         await self._redis.unlink(self._keys.partial(group_id))

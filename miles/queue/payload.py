@@ -1,4 +1,4 @@
-"""Bytes of a group as Redis holds them, and the record that describes an entry without them."""
+"""Groups as bytes in Redis, and the record that describes a queue entry without its payload."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from miles.types import SampleGroup
 
 INLINE_LIMIT = 1 << 20
-"""Largest payload kept in a stream entry, in bytes; a bigger one becomes a blob."""
+"""Largest payload in a stream entry, in bytes; a bigger one becomes a blob."""
 
 REDIS_STRING_LIMIT = 512 << 20
 """Largest value Redis takes by default (proto-max-bulk-len), in bytes."""
@@ -50,7 +50,7 @@ def content_hash(payload: bytes) -> str:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Holder:
-    """Who has leased a group: a worker, under the number of its own lease at the controller."""
+    """The holder of a group lease: a worker, with the number of its own lease at the controller."""
 
     worker_id: str
     lease_number: int

@@ -1,4 +1,4 @@
-"""Commands that are given at the same time travel to Redis together."""
+"""Sends Redis commands of concurrent callers in one round trip."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ Command = tuple[Any, ...]
 """Name and arguments."""
 
 _TOGETHER_BYTES = 64 << 10
-"""Commands with so little in them share a round trip; bigger ones take as long anyway, and go side by side."""
+"""Commands up to this size share a round trip; bigger ones are sent concurrently."""
 _MAX_TOGETHER = 64
 
 
 class Pipeliner:
-    """Sends commands at once when nothing is under way, else with those that come meanwhile, in the order given."""
+    """Sends commands at once when no round trip is in progress, else together in the next one, in the order given."""
 
     def __init__(self, redis: redis.asyncio.Redis) -> None:
         self._redis = redis
@@ -29,10 +29,10 @@ class Pipeliner:
         self._sender: asyncio.Task[None] | None = None
 
     async def run(self, commands: Sequence[Command], nbytes: int) -> list[Any]:
-        """The answers to these commands, which hold about `nbytes` bytes. Raises what Redis answers with an error.
+        """Send commands of about `nbytes` bytes and return the answers. Raises the first answer that is an error.
 
-        They are executed one after the other, also when one fails, with others of other callers between them; a lost
-        connection repeats all of them, so they must be idempotent.
+        They are executed in order, also after one fails, possibly with commands of other callers between them. They
+        must be idempotent: all of them are repeated when the connection is lost.
         """
         if nbytes > _TOGETHER_BYTES:
             answers = await self._send(commands)
@@ -54,7 +54,7 @@ class Pipeliner:
                 batch = [self._waiting.popleft() for _ in range(min(_MAX_TOGETHER, len(self._waiting)))]
                 try:
                     answers = iter(await self._send([command for commands, _ in batch for command in commands]))
-                except Exception as error:  # whatever it is, it is for those whose commands these are
+                except Exception as error:  # any error belongs to the callers of these commands
                     for _, future in batch:
                         if not future.done():
                             future.set_exception(error)
@@ -64,7 +64,7 @@ class Pipeliner:
                     if not future.done():
                         future.set_result(own)
         finally:
-            # Also when the task is cancelled: nobody must wait for ever.
+            # Also when the task is cancelled: no caller may wait for ever.
             self._sender = None
             for _, future in (*batch, *self._waiting):
                 future.cancel()

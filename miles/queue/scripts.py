@@ -1,9 +1,8 @@
 """The Lua scripts of the queue: each is one atomic change of the stream, its index and its blobs.
 
-Redis refuses the first write of a script with OOM when it is full, and lets a script that has begun to write finish. So
-`PUT` begins with XADD, which may be refused. The scripts that free memory, or that add a few bytes without which nobody
-could go on to free any, begin with a write that is never refused: XACK, HDEL or PERSIST, whether it finds anything or
-not.
+A full Redis refuses the first write of a script with OOM, but lets a script finish that has begun to write. So `PUT`
+begins with XADD, which may be refused. Scripts that free memory, or write the few bytes that are needed before memory
+can be freed, begin with a write that is never refused: XACK, HDEL or PERSIST, even if it changes nothing.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ local before = tonumber(redis.call('HGET', KEYS[1], ARGV[1]) or 0)
 if tonumber(ARGV[2]) > before then redis.call('HSET', KEYS[1], ARGV[1], ARGV[2]) end
 return 1
 """
-"""Take nothing more from leases of a worker with smaller numbers."""
+"""Refuse results of a worker's leases with smaller numbers from now on."""
 
 PUT = (
     _FENCED
@@ -44,7 +43,7 @@ end
 return {'new', entry}
 """
 )
-"""Add a group once. Returns (state, entry id); the state is new, known, fenced, or no-blob when that has expired."""
+"""Add a group once. Returns (state, entry id); the state is new, known, fenced, or no-blob (the blob has expired)."""
 
 DROP = (
     _FENCED
@@ -57,14 +56,14 @@ redis.call('HSETNX', KEYS[2], ARGV[1], ARGV[2])
 return 'dropped'
 """
 )
-"""Note that a group is never going to be queued. Returns dropped, fenced, or queued when it is in the queue already."""
+"""Record that a group will never be queued. Returns dropped, fenced, or queued (it is in the queue already)."""
 
 BEGIN_LIFE = """
 -- KEYS lives
 redis.call('PERSIST', KEYS[1])
 return redis.call('INCR', KEYS[1])
 """
-"""Count a life of the controller. Returns how many there were."""
+"""Count a controller process that takes up the job. Returns how many there were."""
 
 CREATE_GROUP = """
 -- KEYS stream ; ARGV consumer_group
@@ -73,7 +72,7 @@ local answer = redis.pcall('XGROUP', 'CREATE', KEYS[1], ARGV[1], '0', 'MKSTREAM'
 if answer.err and not string.find(answer.err, 'BUSYGROUP') then return redis.error_reply(answer.err) end
 return 1
 """
-"""Create the consumer group, from the first entry on, unless there is one."""
+"""Create the consumer group, starting at the first entry, unless it exists."""
 
 _RELEASE_BLOB = """
 local function release(refs, blob_prefix, hash)
@@ -103,7 +102,7 @@ end
 return removed
 """
 )
-"""Forget groups for good. An entry id of '' means whichever entry the group has. Returns how many were there."""
+"""Delete groups for good. An entry id of '' means the group's current entry. Returns how many existed."""
 
 BURY = (
     _RELEASE_BLOB

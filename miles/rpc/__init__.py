@@ -1,4 +1,7 @@
-"""gRPC as the services use it: servers, channels, attachments, exit codes; generated stubs in `miles.rpc.gen`."""
+"""gRPC for all services: servers, channels, worker attachments, exit codes; generated stubs are in `miles.rpc.gen`.
+
+It knows the controller's contract of attachments and no other. Start at `server`.
+"""
 
 from miles.rpc.attachment import WorkerAttachment
 from miles.rpc.channel import connect, connect_blocking, connected, wait_ready

@@ -1,4 +1,4 @@
-"""A worker's attachment to the controller: registration, heartbeats, and the lease they keep alive."""
+"""A worker's attachment to the controller: registration, heartbeats, and the worker lease that they renew."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ logger = logging.getLogger(__name__)
 
 _RETRY_S = 0.5
 _LONGEST_BEAT_S = 2.0
-"""Between heartbeats, which also tell how far the worker is."""
+"""Longest time between heartbeats, which also report the worker's progress."""
 
 
 class WorkerAttachment:
-    """Keeps one worker known to the controller for as long as `run` runs; survives a restart of the controller.
+    """Keeps a worker attached to the controller while `run` runs, also when the controller restarts.
 
-    `heartbeat` is called before each beat and says what the worker is doing; its `sequence` is filled in here.
+    `heartbeat` is called before each heartbeat and returns the worker's activity; `sequence` is filled in here.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class WorkerAttachment:
         info: dict[str, str | int | float] | None = None,
         advertise: str | None = None,
     ) -> None:
-        """`address` is where the worker listens, and `advertise` where it is reached, as of `reachable_address`."""
+        """The worker listens on `address` and is reached at `advertise`; see `reachable_address`."""
         self._controller_address = controller_address
         self._heartbeat = heartbeat
         self._lease_ttl_s = 3.0

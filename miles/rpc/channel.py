@@ -1,4 +1,4 @@
-"""Client channels with the options that the servers expect."""
+"""Client channels with the options that our servers expect."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ RECONNECT_OPTIONS: list[tuple[str, int]] = [
 
 
 def connect(address: str) -> grpc.aio.Channel:
-    """An asyncio channel to host:port, encrypted as `tls` says; it connects on first use and reconnects by itself."""
+    """Open an asyncio channel to host:port, encrypted as `tls` says; it connects on first use and reconnects."""
     options = [*KEEPALIVE_OPTIONS, *RECONNECT_OPTIONS]
     if (tls := TlsFiles.from_environment()) is None:
         return grpc.aio.insecure_channel(address, options=options)
@@ -29,20 +29,18 @@ def connect(address: str) -> grpc.aio.Channel:
 
 @contextlib.contextmanager
 def connected(address: str) -> Iterator[grpc.aio.Channel]:
-    """`connect`, for one of very many channels of a process, and for a caller who ends the calls made on it.
+    """Open a channel as `connect` does, for processes with thousands of channels; the caller ends the calls on it.
 
-    grpc.aio closes a channel by looking into the frames of every task of the event loop, for calls to cancel: for
-    thousands of channels with a task each, that would hold up the loop for minutes.
+    When grpc.aio closes a channel, it looks for calls to cancel in the frames of every task of the event loop. With
+    thousands of channels and a task for each, that would block the loop for minutes.
     """
     channel = connect(address)
-    try:
+    with contextlib.closing(channel._channel):
         yield channel
-    finally:
-        channel._channel.close()
 
 
 def connect_blocking(address: str) -> grpc.Channel:
-    """A blocking channel to host:port, for code outside an event loop."""
+    """Open a blocking channel to host:port, for code outside an event loop."""
     options = [*KEEPALIVE_OPTIONS, *RECONNECT_OPTIONS]
     if (tls := TlsFiles.from_environment()) is None:
         return grpc.insecure_channel(address, options=options)
@@ -50,7 +48,7 @@ def connect_blocking(address: str) -> grpc.Channel:
 
 
 async def wait_ready(channel: grpc.aio.Channel, what: str, deadline_s: float) -> None:
-    """Return once the channel is connected; raise `TimeoutError` naming `what` after the deadline."""
+    """Wait until the channel is connected; raise TimeoutError, which names `what`, after the deadline."""
     try:
         async with asyncio.timeout(deadline_s):
             await channel.channel_ready()

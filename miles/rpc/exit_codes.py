@@ -1,4 +1,4 @@
-"""Exit codes: one per cause, with what to do about it."""
+"""Exit codes: one per cause, with a help text."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class ExitCode(enum.IntEnum):
 
 HELP: dict[ExitCode, str] = {
     ExitCode.OK: "Done.",
-    ExitCode.INTERNAL: "An error nobody foresaw; the traceback is in the log.",
+    ExitCode.INTERNAL: "Unexpected error; the traceback is in the log.",
     ExitCode.BAD_CONFIG: "The configuration has faults; each is listed with its remedy.",
     ExitCode.PORT_IN_USE: "A port is taken; choose another one, or 0 for any free one.",
     ExitCode.REDIS_UNREACHABLE: "Redis does not answer; check --redis-url and that the server runs.",
@@ -39,7 +39,7 @@ HELP: dict[ExitCode, str] = {
     ExitCode.REFUSED: "The gateway refused the request; the message says what to do.",
     ExitCode.MODEL_UNUSABLE: "The model folder is missing or incomplete; see the message for what is missing.",
     ExitCode.DATA_UNUSABLE: "The prompt data cannot be used; see the message for the file and line.",
-    ExitCode.WORKER_FAILED: "A service kept failing and was given up; its log says why.",
+    ExitCode.WORKER_FAILED: "A service kept failing and was not restarted any more; its log says why.",
     ExitCode.JOB_FAILED: "The job ended with an error; the message and the logs say why.",
     ExitCode.JOB_CANCELLED: "The job was cancelled.",
     ExitCode.RUN_DIR_BUSY: "Another process is running in the same run folder; stop it or choose another --name.",
@@ -54,7 +54,7 @@ HELP: dict[ExitCode, str] = {
 
 
 class ServiceExit(Exception):
-    """Ends a program with `code`; the message is for the person who reads the log."""
+    """Ends a program with `code`; the message is for the operator."""
 
     def __init__(self, code: ExitCode, message: str) -> None:
         super().__init__(message)

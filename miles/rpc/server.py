@@ -1,4 +1,4 @@
-"""A gRPC server as every service runs it: health, reflection, keepalive, and an orderly end."""
+"""The gRPC server of every service: health, reflection, keepalive, and graceful shutdown."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ KEEPALIVE_OPTIONS: list[tuple[str, int]] = [
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
 ]
 STOP_LIMIT_S = 60.0
-"""How long an orderly end may take before the process ends all the same."""
+"""How long a graceful shutdown may take before the process is ended."""
 WATCHED_PID_ENVIRONMENT = "MILES_EXIT_WITH"
 
 
@@ -41,7 +41,7 @@ async def start_server(
     """Start a server for the servicers that `register` adds; return it and the host:port it listens on.
 
     `address` is host:port; port 0 picks a free one. Connections are encrypted when `tls` finds certificates. Raises
-    `ServiceExit` when the port or the certificates cannot be had.
+    `ServiceExit` when the port is taken or the certificates cannot be read.
     """
     server = grpc.aio.server(options=[*KEEPALIVE_OPTIONS, ("grpc.so_reuseport", 0)])
     register(server)
@@ -69,8 +69,8 @@ async def start_server(
 async def run_until_signal(serve: Callable[[], Awaitable[None]]) -> None:
     """Run `serve` until it returns or SIGINT/SIGTERM cancels it, then let it clean up.
 
-    With a process id in MILES_EXIT_WITH, the end of that process counts as such a signal, so that a launcher that is
-    killed leaves nothing running.
+    With a process id in MILES_EXIT_WITH, the end of that process counts as a signal, so that a killed launcher leaves
+    nothing running.
     """
     task = asyncio.ensure_future(serve())
     loop = asyncio.get_running_loop()
@@ -79,11 +79,11 @@ async def run_until_signal(serve: Callable[[], Awaitable[None]]) -> None:
     def stop() -> None:
         nonlocal asked_to_stop
         if not asked_to_stop:
-            loop.call_later(STOP_LIMIT_S, give_up)
+            loop.call_later(STOP_LIMIT_S, end_process)
         asked_to_stop = True
         task.cancel()
 
-    def give_up() -> None:
+    def end_process() -> None:
         logger.error("the service did not end within %g s of being asked to; ending it", STOP_LIMIT_S)
         os._exit(int(ExitCode.INTERNAL))
 
@@ -102,7 +102,7 @@ async def run_until_signal(serve: Callable[[], Awaitable[None]]) -> None:
 
 
 def _watch_process(loop: asyncio.AbstractEventLoop, on_end: Callable[[], None]) -> int | None:
-    """Call `on_end` when the process named in MILES_EXIT_WITH ends; return the descriptor that tells."""
+    """Call `on_end` when the process of MILES_EXIT_WITH ends; return the watched descriptor."""
     pid = os.environ.get(WATCHED_PID_ENVIRONMENT)
     if pid is None:
         return None

@@ -1,4 +1,4 @@
-"""Ends a call with a gRPC status, in a way that a type checker understands."""
+"""Aborts a call with a gRPC status, typed so that a checker knows that it does not return."""
 
 from __future__ import annotations
 
@@ -9,6 +9,6 @@ import grpc.aio
 
 
 async def abort(context: grpc.aio.ServicerContext[Any, Any], code: grpc.StatusCode, details: str) -> NoReturn:
-    """Send the status and raise what ends the handler."""
+    """Send the status and end the handler."""
     await context.abort(code, details)
     raise AssertionError("abort raises")

@@ -1,8 +1,8 @@
-"""TLS for gRPC, from files that environment variables name: the same for every service and client of a process.
+"""TLS for gRPC from files named by environment variables, the same for every server and client of a process.
 
-MILES_TLS_CERT and MILES_TLS_KEY are the chain and key that servers show, and clients too with MILES_TLS_MUTUAL=1;
-MILES_TLS_CA holds the authorities to trust; MILES_TLS_SERVER_NAME is the name to expect in servers' certificates in
-place of the address that was connected to. With none of the first three, connections are not encrypted.
+MILES_TLS_CERT and MILES_TLS_KEY are the certificate chain and private key of servers, and with MILES_TLS_MUTUAL=1 of
+clients too; MILES_TLS_CA has the trusted CA certificates; MILES_TLS_SERVER_NAME is the name to expect in servers'
+certificates instead of the address connected to. With none of the first three, connections are not encrypted.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ MUTUAL, SERVER_NAME = "MILES_TLS_MUTUAL", "MILES_TLS_SERVER_NAME"
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class TlsFiles:
-    """What to encrypt with. Built by `from_environment`; files are read when credentials are made."""
+    """The files of certificates and keys. Built by `from_environment`; read when credentials are made."""
 
     cert: str | None
     key: str | None
@@ -32,7 +32,7 @@ class TlsFiles:
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] | None = None) -> TlsFiles | None:
-        """The files that the environment names, or None when connections are not encrypted. Raises ServiceExit."""
+        """Read the environment; return None when connections are not encrypted. Raises ServiceExit."""
         values = os.environ if environment is None else environment
         cert, key, ca = (values.get(name) or None for name in (CERT, KEY, CA))
         if cert is None and key is None and ca is None:
@@ -45,27 +45,27 @@ class TlsFiles:
         return cls(cert, key, ca, mutual, values.get(SERVER_NAME) or None)
 
     def to_environment(self) -> dict[str, str]:
-        """The variables that say this."""
+        """Return the environment variables for these files."""
         named = {CERT: self.cert, KEY: self.key, CA: self.ca, SERVER_NAME: self.server_name}
         return {name: value for name, value in named.items() if value} | ({MUTUAL: "1"} if self.mutual else {})
 
     def server_credentials(self) -> grpc.ServerCredentials:
-        """Credentials of a server. Raises ServiceExit when there is no certificate or it cannot be read."""
+        """Build a server's credentials. Raises ServiceExit when there is no certificate or it cannot be read."""
         if self.cert is None or self.key is None:
-            raise ServiceExit(ExitCode.BAD_CONFIG, f"{CA} alone does for clients; a server needs {CERT} and {KEY}")
+            raise ServiceExit(ExitCode.BAD_CONFIG, f"{CA} alone is enough for clients; a server needs {CERT} and {KEY}")
         pair = (_read(KEY, self.key), _read(CERT, self.cert))
         authorities = _read(CA, self.ca) if self.mutual and self.ca else None
         return grpc.ssl_server_credentials([pair], authorities, require_client_auth=self.mutual)
 
     def channel_credentials(self) -> grpc.ChannelCredentials:
-        """Credentials of a client. Raises ServiceExit when a file cannot be read."""
+        """Build a client's credentials. Raises ServiceExit when a file cannot be read."""
         authorities = _read(CA, self.ca) if self.ca else None
         if not self.mutual or self.cert is None or self.key is None:
             return grpc.ssl_channel_credentials(authorities)
         return grpc.ssl_channel_credentials(authorities, _read(KEY, self.key), _read(CERT, self.cert))
 
     def channel_options(self) -> list[tuple[str, str]]:
-        """Options of a client's channel."""
+        """Return the options of a client's channel."""
         return [("grpc.ssl_target_name_override", self.server_name)] if self.server_name else []
 
 

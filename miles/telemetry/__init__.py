@@ -1,4 +1,4 @@
-"""Where the numbers of a run go."""
+"""Metrics of a run, and redaction of secrets. It collects nothing itself. Start at `metrics`."""
 
 from miles.telemetry.metrics import MetricsWriter, read_metrics
 

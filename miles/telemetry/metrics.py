@@ -1,4 +1,4 @@
-"""Metrics of a run as JSON lines and, on request, for TensorBoard."""
+"""Writes the metrics of a run as JSON lines and, optionally, for TensorBoard."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from typing import Any
 class MetricsWriter:
     """Appends one line per step to `metrics.jsonl`: {"step": int, "unix_s": float, name: value, ...}.
 
-    A run that resumes at `first_step` first drops the lines of that step and later ones: they will be written again.
+    A run that resumes at `first_step` first deletes the lines of that step and later ones, which it will write again.
     """
 
     def __init__(self, path: pathlib.Path, first_step: int = 0, tensorboard_dir: pathlib.Path | None = None) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _drop_from(path, first_step)
+        _delete_from(path, first_step)
         self._file = path.open("a", encoding="utf-8")
         self._tensorboard: Any = None
         if tensorboard_dir is not None:
@@ -45,7 +45,7 @@ class MetricsWriter:
 
 
 def read_metrics(path: pathlib.Path) -> Iterator[dict[str, Any]]:
-    """The lines of a metrics file; a last line that was cut short by a crash is left out."""
+    """Yield the lines of a metrics file, without a last line that a crash has truncated."""
     if not path.exists():
         return
     with path.open(encoding="utf-8") as file:
@@ -54,7 +54,7 @@ def read_metrics(path: pathlib.Path) -> Iterator[dict[str, Any]]:
                 yield json.loads(line)
 
 
-def _drop_from(path: pathlib.Path, first_step: int) -> None:
+def _delete_from(path: pathlib.Path, first_step: int) -> None:
     lines = list(read_metrics(path))
     if not lines:
         path.unlink(missing_ok=True)

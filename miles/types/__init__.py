@@ -1,6 +1,6 @@
-"""What travels between services, as plain Python: dataclasses over numpy arrays.
+"""Samples and groups as plain Python: dataclasses over numpy arrays.
 
-Importing this package needs numpy and nothing more; `miles.types.convert` adds protobuf.
+Importing this package needs only numpy; `convert` and `wire` add protobuf. Start at `sample`.
 """
 
 from miles.types.errors import MalformedMessage

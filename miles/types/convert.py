@@ -1,6 +1,6 @@
-"""Samples to and from their protos, without loss.
+"""Lossless conversion of samples to and from protobuf messages.
 
-Arrays that come in are read-only views of the received bytes; arrays that go out are copied once into bytes.
+Decoded arrays are read-only views of the received bytes; encoded arrays are copied once.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _DTYPES: dict[int, np.dtype[Any]] = {
     pb.DTYPE_INT8: np.dtype("<i1"),
     pb.DTYPE_BOOL: np.dtype("?"),
 }
-"""The types numpy can hold; bfloat16 and float8 travel as weights, never in an Array."""
+"""The data types of arrays; bfloat16 and float8 occur only in weights, never in an Array."""
 _DTYPE_NUMBERS = {dtype: number for number, dtype in _DTYPES.items()}
 
 ARRAYS: tuple[tuple[Any, tuple[np.dtype[Any], ...], int], ...] = (
@@ -65,7 +65,7 @@ def _fill_array(message: pb.Array, array: npt.NDArray[Any], path: str) -> None:
     little_endian = array.dtype.newbyteorder("<")
     number = _DTYPE_NUMBERS.get(little_endian)
     if number is None:
-        raise MalformedMessage(path, f"dtype {array.dtype} cannot travel; allowed: {_names(_DTYPES.values())}")
+        raise MalformedMessage(path, f"dtype {array.dtype} cannot be sent; allowed: {_names(_DTYPES.values())}")
     message.data = array.astype(little_endian, copy=False).tobytes()
     message.dtype = cast("pb.DType.ValueType", number)
     message.shape.extend(array.shape)
@@ -77,7 +77,7 @@ def array_from_proto(
     """Decode an array as a read-only view of its bytes.
 
     `dtypes` and `ndim`, when given, are what is allowed. Raises MalformedMessage when the message has another type or
-    number of dimensions, or when its bytes are not those of its shape.
+    number of dimensions, or when its bytes do not match its shape.
     """
     dtype = _DTYPES.get(message.dtype)
     if dtype is None or (dtypes is not None and dtype not in dtypes):
@@ -139,7 +139,7 @@ def reward_to_proto(reward: Reward) -> pb.Reward:
 
 
 def reward_from_proto(message: pb.Reward, path: str = "reward") -> Reward:
-    """Decode a reward; MalformedMessage when it is empty. Whether it is finite is for `check_sample` to say."""
+    """Decode a reward; MalformedMessage when it is empty. `check_sample` checks that it is finite."""
     kind = message.WhichOneof("kind")
     if kind is None:
         raise MalformedMessage(path, "set neither value nor named; leave the reward absent until scored")
@@ -147,7 +147,7 @@ def reward_from_proto(message: pb.Reward, path: str = "reward") -> Reward:
 
 
 def json_to_text(value: Any, path: str) -> str:
-    """Encode a JSON value; MalformedMessage for what JSON cannot hold without loss."""
+    """Encode a JSON value; MalformedMessage for one that JSON cannot represent without loss."""
     try:
         _check_json(value, path)
         text = _ENCODER.encode(value)
@@ -165,7 +165,7 @@ def json_from_text(text: str, path: str) -> Any:
     """Decode strict JSON (no NaN, no infinity, no lone surrogates); MalformedMessage when it is not."""
     try:
         value = _DECODER.decode(text)
-        if "\\u" in text:  # an escape may stand for half a character
+        if "\\u" in text:  # an escape may be a lone surrogate
             json.dumps(value, ensure_ascii=False).encode()
     except RecursionError as error:
         raise MalformedMessage(path, "nested too deeply for JSON") from error
@@ -210,7 +210,7 @@ def encode_fields(sample: Sample, message: pb.Sample) -> None:
 
 
 def _encode_sample(sample: Sample, message: pb.Sample, path: str) -> None:
-    """Write a checked sample into an empty message, in place: copying one with its arrays costs as much again."""
+    """Write a checked sample into an empty message, in place: copying a message doubles the cost."""
     try:
         encode_fields(sample, message)
         for name, _, _ in ARRAYS:
@@ -277,17 +277,17 @@ def _decode_metadata(text: str) -> dict[str, Any]:
 
 
 def _check_json(value: Any, path: str) -> None:
-    """Refuse what json.dumps would change silently: keys that are not text, and tuples."""
+    """Refuse values that json.dumps would change silently: keys that are not text, and tuples."""
     if isinstance(value, dict):
         for key, entry in value.items():
             if not isinstance(key, str):
-                raise MalformedMessage(path, f"key {key!r} is not text; JSON would make it so")
+                raise MalformedMessage(path, f"key {key!r} is not text; JSON would convert it")
             _check_json(entry, path)
     elif isinstance(value, list):
         for entry in value:
             _check_json(entry, path)
     elif isinstance(value, tuple):
-        raise MalformedMessage(path, "holds a tuple, which JSON would make a list")
+        raise MalformedMessage(path, "holds a tuple, which JSON would convert to a list")
 
 
 def _refuse_constant(name: str) -> Any:
@@ -303,7 +303,7 @@ def _finite_float(text: str) -> float:
 
 _ENCODER = json.JSONEncoder(allow_nan=False, ensure_ascii=False, separators=(",", ":"))
 _DECODER = json.JSONDecoder(parse_constant=_refuse_constant, parse_float=_finite_float)
-"""Made once: json.dumps and json.loads with options make one for each call, which costs more than a small object."""
+"""Created once: json.dumps and json.loads with options create one per call, which costs more than a small object."""
 
 
 def _names(dtypes: Iterable[npt.DTypeLike]) -> str:

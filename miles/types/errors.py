@@ -1,10 +1,10 @@
-"""The error of a message that breaks its contract."""
+"""The error of a message that violates its contract."""
 
 from __future__ import annotations
 
 
 class MalformedMessage(ValueError):
-    """A message, or the object it is made from, breaks its contract.
+    """A message, or the object that it encodes, violates its contract.
 
     `field` is the path of the offending field from the outermost message, e.g. `samples[2].rollout_log_probs`.
     """
@@ -15,7 +15,7 @@ class MalformedMessage(ValueError):
         self.problem = problem
 
     def within(self, path: str) -> MalformedMessage:
-        """The same error as seen from an outer message, where `path` leads to the one it is about."""
+        """Return the same error with the field's path prefixed by `path`, the place of its message in an outer one."""
         return MalformedMessage(path + self.field, self.problem)
 
     def __str__(self) -> str:

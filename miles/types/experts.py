@@ -1,4 +1,4 @@
-"""Expert indices in the narrowest type that holds them."""
+"""Expert indices in the narrowest data type that holds them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ MAX_EXPERTS = 65536
 
 
 def expert_dtype(num_experts: int) -> np.dtype[Any]:
-    """Type of routed-expert indices: uint8 up to 256 experts, uint16 up to 65536; ValueError outside [1, 65536]."""
+    """Return the type of expert indices: uint8 up to 256 experts, uint16 up to 65536; else raise ValueError."""
     if not 1 <= num_experts <= MAX_EXPERTS:
         raise ValueError(f"num_experts = {num_experts}; allowed: 1 to {MAX_EXPERTS}")
     return np.dtype("<u1" if num_experts <= 256 else "<u2")

@@ -1,4 +1,4 @@
-"""The number of a reward that counts."""
+"""Selects the number of a reward that is trained on."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from miles.types.sample import Reward
 
 
 class RewardKeyError(ValueError):
-    """A reward has parts and the configuration does not say which one counts."""
+    """A reward has several parts and the configured key names none of them."""
 
 
 def reward_number(reward: Reward, key: str | None) -> float:
-    """The number of a reward: itself, or its part `key`. Raises RewardKeyError."""
+    """Return the number of a reward: itself, or its part `key`. Raises RewardKeyError."""
     if not isinstance(reward, dict):
         return float(reward)
     if key is None or key not in reward:

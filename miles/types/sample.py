@@ -1,4 +1,4 @@
-"""The sample and the group of samples: what one rollout produces and one training step consumes.
+"""The sample and the group of samples, which rollouts produce and training steps consume.
 
 Fields carry the names and meanings of `Sample` and `SampleGroup` in protos/miles/v1/sample.proto.
 """
@@ -23,10 +23,10 @@ Reward: TypeAlias = float | dict[str, float]
 
 
 class SampleStatus(enum.Enum):
-    """How far a sample has got."""
+    """The state of a sample."""
 
     PENDING = "pending"
-    """Not generated yet, or generated in part and waiting to be resumed."""
+    """Not generated yet, or partly generated and waiting to be resumed."""
     COMPLETED = "completed"
     """Ended by a stop token or a stop string."""
     TRUNCATED = "truncated"
@@ -48,22 +48,22 @@ class VersionSpan:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class SpeculativeStats:
-    """What speculative decoding did for one sample."""
+    """Statistics of speculative decoding for one sample."""
 
     accepted_draft_tokens: int = 0
     proposed_draft_tokens: int = 0
     verify_count: int = 0
-    """Verification forwards of the policy."""
+    """Verification passes of the policy."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class PrefixCacheStats:
-    """What the prefix cache saved for one sample."""
+    """Statistics of the prefix cache for one sample."""
 
     cached_tokens: int = 0
     """Prompt tokens whose keys and values were reused."""
     prompt_tokens: int = 0
-    """Prompt tokens in all."""
+    """All prompt tokens."""
 
 
 def _no_tokens() -> npt.NDArray[np.int32]:
@@ -74,9 +74,9 @@ def _no_tokens() -> npt.NDArray[np.int32]:
 class Sample:
     """One trajectory: a prompt and one response to it.
 
-    A sample is born PENDING with the prompt's tokens, `response_length` 0 and no spans. An interrupted one is PENDING
-    with a response so far, to which all per-response-token fields refer. A FAILED one may hold anything up to a full
-    response, and usually no reward. `miles.types.check_sample` enforces what is said here.
+    A new sample is PENDING with the prompt's tokens, `response_length` 0 and no spans. A preempted one is PENDING with
+    a partial response, to which all per-response-token fields refer. A FAILED one may have any part of a response, and
+    usually no reward. `miles.types.check_sample` enforces this.
     """
 
     group_id: int
@@ -84,7 +84,7 @@ class Sample:
     index: int
     """Position within the group, from 0."""
     prompt: Prompt
-    """The prompt as the user gave it; `tokens` holds what the model saw."""
+    """The prompt as given by the user; `tokens` has its tokens."""
     tokens: npt.NDArray[np.int32] = dataclasses.field(default_factory=_no_tokens)
     """Prompt then response; int32, shape (tokens,)."""
     response_length: int = 0
@@ -106,7 +106,7 @@ class Sample:
     rollout_routed_experts: npt.NDArray[np.integer[Any]] | None = None
     """Experts chosen while sampling; uint8 or uint16, shape (tokens - 1, moe_layers, top_k)."""
     weight_versions: tuple[VersionSpan, ...] = ()
-    """Which version produced which response tokens: contiguous, ascending, covering the response."""
+    """The version that produced each response token: contiguous, ascending spans that cover the response."""
     speculative: SpeculativeStats | None = None
     prefix_cache: PrefixCacheStats | None = None
     teacher_log_probs: npt.NDArray[np.float32] | None = None
@@ -155,7 +155,7 @@ def _same(left: Any, right: Any) -> bool:
 
 @dataclasses.dataclass(slots=True)
 class SampleGroup:
-    """The samples of one prompt: what is leased, queued, filtered and trained on as a whole."""
+    """The samples of one prompt, which are leased, queued, filtered and trained on together."""
 
     job_id: str
     """Job that owns the group."""

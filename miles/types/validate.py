@@ -1,4 +1,4 @@
-"""What must hold of a sample, whichever way it crosses the wire."""
+"""Validation of samples and groups, when they are encoded and decoded."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ _INT32, _FLOAT32 = np.dtype(np.int32), np.dtype(np.float32)
 _UINT8, _UINT16 = np.dtype(np.uint8), np.dtype(np.uint16)
 _NUMBERS = (float, int, np.floating, np.integer)
 _JOINED_ENTRIES = 16_384
-"""Arrays with so few entries in all are looked through as one: for short ones the calls cost more than a copy."""
+"""Arrays with up to this many entries in total are checked as one: for short ones the calls cost more than a copy."""
 
 
 def check_group(group: SampleGroup, path: str = "") -> None:
-    """Raise MalformedMessage unless the group and all its samples hold what sample.proto says of them.
+    """Raise MalformedMessage unless the group and all its samples satisfy sample.proto.
 
     `path` prefixes field names, for a group inside another message; end it with a dot.
     """
@@ -46,7 +46,7 @@ def check_group(group: SampleGroup, path: str = "") -> None:
 
 
 def check_sample(sample: Sample, path: str = "") -> None:
-    """Raise MalformedMessage, naming the first offending field, unless the sample holds what sample.proto says."""
+    """Raise MalformedMessage that names the first invalid field, unless the sample satisfies sample.proto."""
     try:
         _check_form(sample)
         _check_values(sample)
@@ -55,7 +55,7 @@ def check_sample(sample: Sample, path: str = "") -> None:
 
 
 def _check_form(sample: Sample) -> None:
-    """Everything but the entries of arrays, which `_check_values` looks at."""
+    """Check everything except the entries of arrays, which `_check_values` checks."""
     _check_unsigned(sample.group_id, UINT64_MAX, "group_id")
     _check_unsigned(sample.index, UINT32_MAX, "index")
     _check_prompt(sample.prompt, "prompt")
@@ -91,7 +91,7 @@ def _check_arrays(sample: Sample) -> None:
 
 
 def _values_hold(samples: Sequence[Sample]) -> bool:
-    """Whether `_check_values` has nothing to say of any of them, found out with few calls."""
+    """Return whether `_check_values` would accept all samples, with few calls."""
     return (
         all(block.min(initial=0) >= 0 for block in _blocks([sample.tokens for sample in samples]))
         and all(
@@ -112,7 +112,7 @@ def _blocks(arrays: Sequence[npt.NDArray[Any]]) -> Sequence[npt.NDArray[Any]]:
 
 
 def _check_values(sample: Sample) -> None:
-    """The entries of the arrays, whose form is right."""
+    """Check the entries of arrays whose form is valid."""
     if (at := _first(sample.tokens < 0)) is not None:
         raise MalformedMessage("tokens", f"token {at} is {sample.tokens[at]}; token ids are not negative")
     if (mask := sample.loss_mask) is not None and (at := _first(mask > 1)) is not None:

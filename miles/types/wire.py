@@ -1,8 +1,8 @@
-"""Groups to and from the bytes of a `SampleGroup` message.
+"""Serialisation of groups as `SampleGroup` messages.
 
-Arrays are written behind the fields that protobuf has serialised, with one copy of them; the order of fields is free on
-the wire, so any protobuf reads the result. Protobuf itself copies them several times, into a buffer that grows as it
-goes, which takes 15 times as long for groups of megabytes.
+Arrays are appended to the fields that protobuf has serialised, with a single copy; fields may be in any order on the
+wire, so every protobuf implementation reads the result. Protobuf itself copies arrays several times into a growing
+buffer, which takes 15 times as long for groups of megabytes.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ def group_to_bytes(group: SampleGroup) -> bytes:
 
 
 def group_from_bytes(payload: bytes) -> SampleGroup:
-    """Parse and check a group, whoever serialised it.
+    """Parse and check a group, by whatever implementation it was serialised.
 
-    Raises MalformedMessage when a field is wrong, and ValueError for bytes that are no such message.
+    Raises MalformedMessage when a field is wrong, and ValueError for bytes that are not a SampleGroup message.
     """
     message = pb.SampleGroup()
     try:
@@ -68,7 +68,7 @@ def _add_sample(parts: list[Any], sample: Sample) -> None:
 
 @functools.lru_cache(maxsize=4096)
 def _array_head(name: str, dtype: np.dtype[Any], shape: tuple[int, ...]) -> bytes:
-    """What stands before the bytes of an array that is a field of a sample."""
+    """Return the bytes before the data of an array field of a sample."""
     empty = array_to_proto(np.empty(0, dtype))
     nbytes = math.prod(shape) * dtype.itemsize
     before = pb.Array(dtype=empty.dtype, shape=shape).SerializeToString() + _tag(pb.Array, "data") + _varint(nbytes)
@@ -80,7 +80,7 @@ def _tag(message: type[Message], field: str) -> bytes:
 
 
 def _varint(number: int) -> bytes:
-    """A number in base 128, least significant digit first; all but the last have their top bit set."""
+    """Encode a number in base 128, least significant digit first; the top bit marks all digits but the last."""
     digits = bytearray()
     while number > 0x7F:
         digits.append(number & 0x7F | 0x80)

@@ -1,4 +1,4 @@
-"""Asynchronous jobs in all their modes, and rollouts that freeze, come, go and are killed, on one set of services."""
+"""Asynchronous jobs in all modes, and rollouts that freeze, join, leave and are killed, on the same services."""
 
 from __future__ import annotations
 

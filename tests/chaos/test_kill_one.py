@@ -1,4 +1,4 @@
-"""Any one process is killed, or all of them: the run goes on, and ends with the weights of one that nobody touched."""
+"""One process is killed, or all of them: the run ends with the weights of an undisturbed one."""
 
 from __future__ import annotations
 
@@ -6,11 +6,10 @@ import pathlib
 
 import psutil
 import pytest
+from chaos_runs import Start, assert_same_run, finish, kill, tiny_command
 from whole_runs import Run
 
 from miles.rpc import ExitCode
-
-from .conftest import Start, assert_same_run, finish, kill, tiny_command
 
 pytestmark = pytest.mark.chaos
 

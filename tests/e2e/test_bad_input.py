@@ -1,4 +1,4 @@
-"""Mistakes users make: one clear message, a distinct exit code, nothing half-started."""
+"""User errors: one clear message, a distinct exit code, and nothing is left running."""
 
 from __future__ import annotations
 

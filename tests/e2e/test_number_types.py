@@ -1,4 +1,4 @@
-"""A run that leaves its number types open chooses them, says so, and goes on where another machine chose otherwise."""
+"""A run with automatic number types chooses and reports them, and can be resumed on a machine that differs."""
 
 from __future__ import annotations
 

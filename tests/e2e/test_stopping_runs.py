@@ -1,4 +1,4 @@
-"""Ctrl-C: the first one stops a run in order and says so, the second one at once; what hangs is given up."""
+"""Ctrl-C: the first stops a run in order and reports it, the second kills it; there is a limit for hanging runs."""
 
 from __future__ import annotations
 

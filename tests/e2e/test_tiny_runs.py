@@ -1,4 +1,4 @@
-"""Whole runs of tiny models: they learn, the same way every time, through crashes and interruptions."""
+"""Whole runs of tiny models: they learn, reproducibly, also through crashes and interruptions."""
 
 from __future__ import annotations
 

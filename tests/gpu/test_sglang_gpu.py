@@ -1,4 +1,4 @@
-"""SGLang servers on a GPU: log-probabilities, weights by handles of GPU memory, pauses, and memory given back."""
+"""SGLang servers on a GPU: log-probabilities, weights by GPU memory handles, pauses, and released memory."""
 
 from __future__ import annotations
 

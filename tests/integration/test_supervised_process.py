@@ -13,8 +13,8 @@ import time
 import psutil
 import pytest
 
-from miles.launcher.process import ProcessGivenUpError, SupervisedProcess
-from miles.launcher.restarts import RestartPolicy
+from miles.launcher.process import ProcessFailedError, SupervisedProcess
+from miles.launcher.restart_policy import RestartPolicy
 from miles.rpc import ExitCode
 from miles.rpc.server import WATCHED_PID_ENVIRONMENT
 
@@ -46,14 +46,14 @@ async def test_a_killed_process_is_started_again(tmp_path: pathlib.Path) -> None
 
 async def test_a_process_that_keeps_ending_is_given_up_with_the_end_of_its_log(tmp_path: pathlib.Path) -> None:
     process = supervised(tmp_path, "print('my last words', flush=True); raise SystemExit(7)")
-    with pytest.raises(ProcessGivenUpError, match=r"exit code 7(.|\n)*my last words"):
+    with pytest.raises(ProcessFailedError, match=r"exit code 7(.|\n)*my last words"):
         await process.run()
     assert process.restarts == 3
 
 
 async def test_a_hopeless_cause_is_not_tried_again(tmp_path: pathlib.Path) -> None:
     process = supervised(tmp_path, f"raise SystemExit({int(ExitCode.PORT_IN_USE)})")
-    with pytest.raises(ProcessGivenUpError, match="choose another"):
+    with pytest.raises(ProcessFailedError, match="choose another"):
         await process.run()
     assert process.restarts == 0
 

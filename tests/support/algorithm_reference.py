@@ -1,4 +1,4 @@
-"""Straight-line float64 forms of the formulas, one sample and one token at a time, to compare the package with."""
+"""Reference formulas in float64, one sample and one token at a time, to compare the package with."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Certificates for tests of encryption."""
+"""Certificates for tests of TLS."""
 
 from __future__ import annotations
 

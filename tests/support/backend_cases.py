@@ -1,4 +1,4 @@
-"""A few optimizer steps with a trainer backend over any number of ranks, and what came of them."""
+"""A few optimizer steps of a trainer backend over any number of ranks, and their results."""
 
 from __future__ import annotations
 

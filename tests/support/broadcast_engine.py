@@ -1,4 +1,4 @@
-"""An engine that meets its end in the middle of a broadcast: after a few buckets it does what it is told to do."""
+"""An engine that misbehaves in the middle of a broadcast, after a few buckets, as it is told to."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A trainer of one rank that offers a version and does nothing more until its stdin ends; `next` offers another one."""
+"""A one-rank trainer that offers a version until its stdin ends; `next` offers another one."""
 
 from __future__ import annotations
 

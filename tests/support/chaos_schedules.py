@@ -16,7 +16,7 @@ MODES: tuple[dict[str, Any], ...] = (
 )
 """Synchronous, and two kinds of asynchronous jobs."""
 RECOVERIES = pytest.StashKey[list[list[Recovery]]]()
-"""What came of each kill schedule."""
+"""The recoveries of each kill schedule."""
 
 
 async def run_schedules(stack: Stack, seeds: range, config: pytest.Config) -> None:
@@ -25,7 +25,7 @@ async def run_schedules(stack: Stack, seeds: range, config: pytest.Config) -> No
     untouched.assert_every_group_was_trained_once()
     for seed in seeds:
         mode = MODES[seed % len(MODES)]
-        ended = await _struck(stack, seed, mode, untouched.seconds / 3)
+        ended = await _run_with_kills(stack, seed, mode, untouched.seconds / 3)
         config.stash[RECOVERIES].append(ended.recoveries)
         try:
             ended.assert_every_group_was_trained_once()
@@ -35,8 +35,8 @@ async def run_schedules(stack: Stack, seeds: range, config: pytest.Config) -> No
             raise AssertionError(f"schedule {seed} in {ended.run_dir}: {error}") from error
 
 
-async def _struck(stack: Stack, seed: int, mode: dict[str, Any], mean_pause_s: float) -> Ended:
-    """A job that was hit at least once: again with shorter pauses while the first blow comes too late."""
+async def _run_with_kills(stack: Stack, seed: int, mode: dict[str, Any], mean_pause_s: float) -> Ended:
+    """A job in which at least one service was killed: again with shorter pauses while the first kill comes too late."""
     while True:
         ended = await stack.run_through(seed, mean_pause_s, f"seed-{seed}-pause-{mean_pause_s:.3f}", **mode)
         if ended.kills:

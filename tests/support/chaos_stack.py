@@ -1,4 +1,4 @@
-"""Every service on this machine without a job, jobs on them one after another, and what must hold of each."""
+"""All services on this machine without a job, jobs that run on them, and assertions about each job."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ import grpc.aio
 import numpy as np
 from safetensors.numpy import load_file
 
-from miles.launcher.attend import attend
 from miles.launcher.cluster import LocalCluster
 from miles.launcher.drill.drill import Drill, Recovery
-from miles.launcher.main import watch_job
+from miles.launcher.job_client import JobClient
+from miles.launcher.run_on_cluster import run_on_cluster
 from miles.launcher.serve import service_config
 from miles.rpc import connect
 from miles.rpc.gen import controller_pb2, controller_pb2_grpc, job_pb2
@@ -27,8 +27,8 @@ from miles.rpc.gen import controller_pb2, controller_pb2_grpc, job_pb2
 JOB_LIMIT_S = 800.0
 WAIT_S = 200.0
 STEPS, BATCH = 6, 4
-STRIKES = 3
-"""Of a drill, at most."""
+ROUNDS = 3
+"""Rounds of a drill, at most."""
 _AWAY = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.UNKNOWN, grpc.StatusCode.INTERNAL)
 
 
@@ -116,7 +116,7 @@ class RunningJob:
             while True:
                 try:
                     submitted = await stub.SubmitJob(request, wait_for_ready=True, timeout=WAIT_S)
-                    return await watch_job(stub, submitted.job.job_id, False, self._on_event)
+                    return await JobClient(stub, submitted.job.job_id).watch(False, self._on_event)
                 except grpc.aio.AioRpcError as error:
                     if error.code() not in _AWAY:
                         raise
@@ -162,11 +162,11 @@ class Stack:
         return await self.start(name, **changes).end()
 
     async def run_through(self, seed: int, mean_pause_s: float, name: str, **changes: Any) -> Ended:
-        """The same while a drill goes on, of few strikes: without end it could hit before each checkpoint."""
+        """The same during a drill of few rounds: an endless one could hit before each checkpoint."""
         job = self.start(name, **changes)
         drill = Drill(self.cluster, seed, mean_pause_s)
         job.listen(drill.on_event)
-        ended = await attend(job.end(), self.cluster, drill, STRIKES)
+        ended = await run_on_cluster(job.end(), self.cluster, drill, ROUNDS)
         return dataclasses.replace(ended, kills=drill.kills, recoveries=drill.recoveries)
 
     async def workers(self) -> dict[str, controller_pb2.Worker]:
@@ -196,6 +196,6 @@ async def until(done: Callable[[], bool], what: str) -> None:
 async def stack(model: pathlib.Path, folder: pathlib.Path) -> AsyncIterator[Stack]:
     """All services with two rollouts, for a model that lies in a folder."""
     settings = {"run_dir": str(folder / "serve"), "device": "cpu", "gateway": False, "rollout_num_workers": 2}
-    # `chaos`: services may end often without being given up; the drills are the tests' own.
+    # `chaos`: services may end often and are still restarted; the drills are the tests' own.
     async with LocalCluster(service_config({**settings, "chaos": 0}), every_reward=True) as cluster:
         yield Stack(cluster, model, folder)

@@ -1,4 +1,4 @@
-"""A folder with what a configuration names."""
+"""A folder with the files that a configuration names."""
 
 from __future__ import annotations
 

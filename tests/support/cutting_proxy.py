@@ -1,4 +1,4 @@
-"""A TCP proxy that cuts connections after so many bytes, for tests of transfers that go on."""
+"""A TCP proxy that cuts connections after a number of bytes, for tests of resumed transfers."""
 
 from __future__ import annotations
 

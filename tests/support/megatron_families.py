@@ -1,4 +1,4 @@
-"""Converts a tiny model of each family to Megatron-Core and back, and prints what came of it as JSON lines."""
+"""Converts a tiny model of each family to Megatron-Core and back, and prints the results as JSON lines."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tiny checkpoints, an SGLang engine that serves them, and what Hugging Face says of the same tokens."""
+"""Tiny checkpoints, an SGLang engine that serves them, and Hugging Face's results for the same tokens."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A tokenizer of one token a character, saved as a checkpoint would hold it."""
+"""A tokenizer with one token per character, saved in a checkpoint."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The weightsync service in the test's own process, and engines that hold tensors; for tests of weight transports."""
+"""The weightsync service in the test's process, and engines that hold tensors; for tests of transports."""
 
 from __future__ import annotations
 

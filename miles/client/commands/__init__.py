@@ -1,1 +1,1 @@
-"""The parts of the `miles` command that talk to a gateway, one module a word."""
+"""The subcommands of `miles` that talk to a gateway, one module each. Start at `common`."""

@@ -16,28 +16,30 @@ if TYPE_CHECKING:
 
 
 def pause(arguments: Sequence[str]) -> int:
-    """Hold a job."""
-    return _act("pause", "Hold a job once what runs has ended; its workers stay loaded.", arguments)
+    """Pause a job; return the exit code."""
+    return _act("pause", "Pause a job after its current activity; its workers stay loaded.", arguments)
 
 
 def resume(arguments: Sequence[str]) -> int:
-    """Let a job go on."""
-    return _act("resume", "Let a paused job go on; take up a stopped or failed one from its checkpoint.", arguments)
+    """Resume a job; return the exit code."""
+    return _act(
+        "resume", "Continue a paused job, or resume a stopped or failed one from its newest checkpoint.", arguments
+    )
 
 
 def stop(arguments: Sequence[str]) -> int:
-    """Save a job and end it."""
+    """Stop a job; return the exit code."""
     return _act("stop", "Save a checkpoint and end the job, so that it can be resumed.", arguments)
 
 
 def cancel(arguments: Sequence[str]) -> int:
-    """End a job."""
+    """Cancel a job; return the exit code."""
     return _act("cancel", "End a job for good, without saving.", arguments)
 
 
 def checkpoint(arguments: Sequence[str]) -> int:
-    """Save a job."""
-    return _act("checkpoint", "Save a checkpoint after the current step and go on.", arguments)
+    """Save a checkpoint; return the exit code."""
+    return _act("checkpoint", "Save a checkpoint after the current step and continue.", arguments)
 
 
 def _act(action: str, description: str, arguments: Sequence[str]) -> int:
@@ -47,7 +49,7 @@ def _act(action: str, description: str, arguments: Sequence[str]) -> int:
             output.json(job)
         else:
             name = escape(job["id"])
-            output.console.print(f"{action} of {name} is taken up; it is {state_text(job['state'])} now")
+            output.console.print(f"{action} of {name} was accepted; it is {state_text(job['state'])} now")
         return ExitCode.OK
 
     return one_job(action, description, arguments, carry_out)

@@ -1,4 +1,4 @@
-"""`miles checkpoints JOB`: what a job saved, and a way to fetch it."""
+"""`miles checkpoints JOB`: lists a job's checkpoints, or downloads one."""
 
 from __future__ import annotations
 
@@ -20,8 +20,10 @@ def main(arguments: Sequence[str]) -> int:
     """List checkpoints or download one; return the exit code."""
     made = parser("checkpoints", "Checkpoints of a job.")
     made.add_argument("job", help="id of the job")
-    made.add_argument("--download", type=int, metavar="STEP", help="fetch the Hugging Face export of this step (tar)")
-    made.add_argument("--out", type=pathlib.Path, metavar="FILE", help="where to; default: JOB-stepSTEP.tar")
+    made.add_argument(
+        "--download", type=int, metavar="STEP", help="download the Hugging Face export of this step (tar)"
+    )
+    made.add_argument("--out", type=pathlib.Path, metavar="FILE", help="file to write; default: JOB-stepSTEP.tar")
     return run(made.parse_args(arguments), _run)
 
 

@@ -1,9 +1,10 @@
-"""What all commands share: flags, the console, and errors as exit codes."""
+"""Shared parts of all commands: flags, output, and exit codes of errors."""
 
 from __future__ import annotations
 
 import argparse
 import datetime
+import importlib.util
 import json
 import pathlib
 import sys
@@ -23,7 +24,7 @@ END_CODES: Mapping[str, ExitCode] = {
     "cancelled": ExitCode.JOB_CANCELLED,
     "stopped": ExitCode.INTERRUPTED,
 }
-"""Exit code of a command that follows a job, by the state in which the job ended."""
+"""Exit code of a command that watches a job, by the state in which the job ended."""
 
 STYLES: Mapping[str, str] = {
     "running": "green",
@@ -43,29 +44,31 @@ STYLES: Mapping[str, str] = {
 
 
 def parser(command: str, description: str) -> argparse.ArgumentParser:
-    """A parser with the flags that every command has."""
+    """Build a parser with the flags of every command."""
     made = argparse.ArgumentParser(prog=f"miles {command}", description=description)
     made.add_argument("--url", help="address of the gateway; default: $MILES_URL, else http://127.0.0.1:8000")
     key = "file that holds the API key; default: the key in $MILES_API_KEY"
     made.add_argument("--key-file", type=pathlib.Path, metavar="FILE", help=key)
-    made.add_argument("--ca", metavar="FILE", help="authorities to trust for https, PEM; default: those of the system")
+    made.add_argument(
+        "--ca", metavar="FILE", help="CA certificates to trust for https (PEM); default: those of the system"
+    )
     made.add_argument("--json", action="store_true", help="print JSON")
     return made
 
 
 class Output:
-    """Prints for people, or JSON for programs."""
+    """Prints text for people, or JSON for programs."""
 
     def __init__(self, as_json: bool) -> None:
         self.as_json = as_json
         self.console = Console(highlight=False)
 
     def json(self, value: Any) -> None:
-        """One JSON value on a line."""
+        """Print a JSON value on one line."""
         print(json.dumps(value, ensure_ascii=False), flush=True)
 
     def error(self, text: str) -> None:
-        """Something went wrong, on standard error."""
+        """Print an error to standard error."""
         Console(stderr=True, highlight=False).print(text, style="red", markup=False, soft_wrap=True)
 
 
@@ -73,13 +76,13 @@ Action = Callable[["MilesClient", argparse.Namespace, Output], int]
 
 
 def run(flags: argparse.Namespace, action: Action) -> int:
-    """Connect and act; errors become messages and exit codes."""
+    """Connect to the gateway and run `action`; turn errors into messages and exit codes."""
     output = Output(flags.json)
-    try:
-        from miles.client import GatewayUnreachableError, MilesClient, MilesError, UnexpectedAnswerError
-    except ModuleNotFoundError as error:
-        output.error(f"{error.name} is not installed; pip install 'miles[client]'")
+    if importlib.util.find_spec("httpx") is None:
+        output.error("httpx is not installed; pip install 'miles[client]'")
         return ExitCode.INTERNAL
+    from miles.client import GatewayUnreachableError, MilesClient, MilesError, UnexpectedAnswerError
+
     key = None
     if flags.key_file is not None:
         try:
@@ -104,19 +107,19 @@ def run(flags: argparse.Namespace, action: Action) -> int:
 
 
 def state_text(state: str) -> str:
-    """A state or health in its colour, for rich."""
+    """Format a state or health in its colour, for rich."""
     return f"[{STYLES.get(state, 'white')}]{state}[/]"
 
 
 def moment(text: str | None) -> str:
-    """A time of the API in local time, to the second."""
+    """Format a time of the API in local time, to the second."""
     if not text:
         return ""
     return datetime.datetime.fromisoformat(text).astimezone().strftime("%Y-%m-%d %H:%M:%S")
 
 
 def size_text(size: float) -> str:
-    """A number of bytes for people."""
+    """Format a number of bytes for people."""
     for unit in ("B", "KiB", "MiB"):
         if size < 1024:
             return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
@@ -125,7 +128,7 @@ def size_text(size: float) -> str:
 
 
 def steps_text(job: Mapping[str, Any]) -> str:
-    """Steps done of all."""
+    """Format the steps done and the steps in all."""
     return f"{job['policy_version']}/{job['num_rollout'] or '?'}"
 
 

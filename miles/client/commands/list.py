@@ -1,4 +1,4 @@
-"""`miles list`: jobs, newest first."""
+"""`miles list`: lists jobs, newest first."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def main(arguments: Sequence[str]) -> int:
     """List jobs; return the exit code."""
     made = parser("list", "Jobs, newest first.")
     made.add_argument("--state", action="append", default=[], help="only jobs in this state; repeatable")
-    made.add_argument("--limit", type=int, default=20, metavar="N", help="at most so many")
+    made.add_argument("--limit", type=int, default=20, metavar="N", help="largest number of jobs to list")
     return run(made.parse_args(arguments), _list)
 
 

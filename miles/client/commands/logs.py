@@ -1,4 +1,4 @@
-"""`miles logs JOB [NAME]`: logs of the services."""
+"""`miles logs JOB [NAME]`: lists or prints the logs of the services."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ _POLL_S = 1.0
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Print a log, or which there are; return the exit code."""
-    made = parser("logs", "The end of a service's log; without a name, which logs there are.")
+    """Print a log, or list the logs; return the exit code."""
+    made = parser("logs", "Print the end of a service's log; without a name, list the logs.")
     made.add_argument("job", help="id of the job")
     made.add_argument("name", nargs="?", help="name of the service, e.g. rollout-0")
-    made.add_argument("-f", "--follow", action="store_true", help="go on with what is written, until the job has ended")
-    made.add_argument("--bytes", type=int, default=16 << 10, metavar="N", help="how much of the end to print")
+    made.add_argument("-f", "--follow", action="store_true", help="keep printing new lines until the job has ended")
+    made.add_argument("--bytes", type=int, default=16 << 10, metavar="N", help="bytes to print from the end")
     return run(made.parse_args(arguments), _print)
 
 

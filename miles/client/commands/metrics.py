@@ -1,4 +1,4 @@
-"""`miles metrics JOB [NAME ...]`: numbers of a job over its steps."""
+"""`miles metrics JOB [NAME ...]`: prints per-step metrics of a job."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ if TYPE_CHECKING:
 
 def main(arguments: Sequence[str]) -> int:
     """Print metrics; return the exit code."""
-    made = parser("metrics", "Numbers of a job over its training steps; without names, which there are.")
+    made = parser("metrics", "Print per-step metrics of a job; without names, list the metrics.")
     made.add_argument("job", help="id of the job")
-    made.add_argument("name", nargs="*", help="metric, or the beginning of some as 'train/*'")
+    made.add_argument("name", nargs="*", help="name of a metric, or a prefix such as 'train/*'")
     made.add_argument("--start", type=int, default=0, metavar="STEP", help="first training step")
     made.add_argument("--end", type=int, metavar="STEP", help="last training step")
     made.add_argument(
-        "--step", type=int, default=1, metavar="N", help="one value, the mean, for so many training steps"
+        "--step", type=int, default=1, metavar="N", help="print one mean value for every N training steps"
     )
     return run(made.parse_args(arguments), _print)
 

@@ -1,4 +1,4 @@
-"""`miles samples JOB`: what a job sampled and trained on."""
+"""`miles samples JOB`: lists samples that a job trained on."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ _SHOWN_CHARS = 400
 def main(arguments: Sequence[str]) -> int:
     """List samples; return the exit code."""
     made = parser(
-        "samples", "Samples that a job trained on, newest step first; a few groups of each step are recorded."
+        "samples", "List samples that a job trained on, newest step first; a few groups of each step are recorded."
     )
     made.add_argument("job", help="id of the job")
     made.add_argument("--step", type=int, help="only samples of this training step")
     made.add_argument("--min-reward", type=float, help="only samples with at least this reward")
     made.add_argument("--max-reward", type=float, help="only samples with at most this reward")
-    made.add_argument("--limit", type=int, default=20, metavar="N", help="at most so many")
+    made.add_argument("--limit", type=int, default=20, metavar="N", help="largest number of samples to list")
     return run(made.parse_args(arguments), _list)
 
 

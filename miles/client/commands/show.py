@@ -1,4 +1,4 @@
-"""`miles show JOB`: where a job stands, its results, its settings."""
+"""`miles show JOB`: prints a job's state, results and settings."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 def main(arguments: Sequence[str]) -> int:
     """Show a job; return the exit code."""
-    made = parser("show", "Where a job stands, its results, and the settings that differ from their defaults.")
+    made = parser("show", "Print a job's state, its results, and the settings that differ from their defaults.")
     made.add_argument("job", help="id of the job")
     return run(made.parse_args(arguments), _show)
 

@@ -1,4 +1,4 @@
-"""`miles submit`: a configuration from files and flags, as train.py takes it, to a gateway."""
+"""`miles submit`: submits a job to a gateway, with the flags and files that train.py takes."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ def main(arguments: Sequence[str]) -> int:
     """Submit a job; return the exit code."""
     made = parser(
         "submit",
-        "Submit a job. Every flag of train.py is one here (--config FILE, --lr 1e-6; `miles config docs` lists them). "
-        "Paths are those of the machine that trains; relative ones are taken from the gateway's first allowed root.",
+        "Submit a job. All flags of train.py are accepted (--config FILE, --lr 1e-6; `miles config docs` lists them). "
+        "Paths are on the machine that trains; relative paths start at the gateway's first allowed root.",
     )
     made.allow_abbrev = False
-    key = "submitting again with the same key makes no second job; default: a new one"
+    key = "key of this submission: repeating it with the same key makes no second job; default: a random key"
     made.add_argument("--idempotency-key", metavar="TEXT", help=key)
-    made.add_argument("--check", action="store_true", help="only have the configuration checked")
-    made.add_argument("--watch", action="store_true", help="follow the job until it ends")
+    made.add_argument("--check", action="store_true", help="only check the configuration")
+    made.add_argument("--watch", action="store_true", help="watch the job until it ends")
     flags, words = made.parse_known_args(arguments)
     output = Output(flags.json)
     try:
@@ -48,14 +48,14 @@ def main(arguments: Sequence[str]) -> int:
         if output.as_json:
             output.json(job)
         else:
-            output.console.print(f"job {job['id']} is {job['state']}; follow it with: miles watch {job['id']}")
+            output.console.print(f"job {job['id']} is {job['state']}; watch it with: miles watch {job['id']}")
         return follow(client, job["id"], output) if flags.watch else ExitCode.OK
 
     return run(flags, submit)
 
 
 def typed_settings(words: Sequence[str]) -> dict[str, Any]:
-    """The settings that flags and files give, each of its JSON type. Raises ConfigError with every fault."""
+    """Return the settings of flags and files, each with its JSON type. Raises ConfigError with every fault."""
     line = parse_command_line(words)
     flat = line.config().to_flat()
     return {key: flat[key] for key in line.flat if key in flat}

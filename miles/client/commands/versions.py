@@ -1,4 +1,4 @@
-"""`miles versions JOB`: versions of the weights, and which engine holds which since when."""
+"""`miles versions JOB`: lists versions of the weights and what each engine holds, or checks the engines."""
 
 from __future__ import annotations
 
@@ -19,12 +19,14 @@ if TYPE_CHECKING:
 
 def main(arguments: Sequence[str]) -> int:
     """List versions and engines, or check engines; return the exit code."""
-    made = parser("versions", "Versions of a job's weights: bytes, seconds per stage, and what each engine holds.")
+    made = parser(
+        "versions", "List versions of a job's weights with size and seconds per stage, and what each engine holds."
+    )
     made.add_argument("job", help="id of the job")
     made.add_argument(
         "--check",
         action="store_true",
-        help="have every engine compare the bytes it serves with those that the trainer sent; fails when one differs",
+        help="make every engine compare its weights with those that the trainer sent; fail if one differs",
     )
     return run(made.parse_args(arguments), _run)
 
@@ -36,9 +38,7 @@ def _run(client: MilesClient, flags: argparse.Namespace, output: Output) -> int:
         output.json(answer)
         return code
     if flags.check:
-        found = (
-            f"version {answer['version']}: {answer['equal']} engines hold what was sent, {answer['quarantined']} do not"
-        )
+        found = f"version {answer['version']}: {answer['equal']} engines are equal, {answer['quarantined']} are not"
         output.console.print(found, markup=False)
     else:
         output.console.print(_versions(answer))

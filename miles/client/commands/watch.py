@@ -1,4 +1,4 @@
-"""`miles watch JOB`: the live view of a job."""
+"""`miles watch JOB`: shows a live view of a job until it ends."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from miles.client.commands.common import END_CODES, Output, parser, run
-from miles.launcher.watch import RunView
+from miles.launcher.run_view import RunView
 from miles.rpc.exit_codes import ExitCode
 from miles.rpc.gen import job_pb2
 
@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Follow a job; return the exit code, which says how it ended."""
-    made = parser("watch", "Follow a job until it ends. The exit code says how: 0 succeeded, 31 failed, 32 cancelled.")
+    """Watch a job; return the exit code, which says how it ended."""
+    made = parser("watch", "Watch a job until it ends. The exit code says how: 0 succeeded, 31 failed, 32 cancelled.")
     made.add_argument("job", help="id of the job")
-    made.add_argument("--after", metavar="ID", help="only events after this one")
+    made.add_argument("--after", metavar="ID", help="show only events after this one")
     return run(made.parse_args(arguments), lambda client, flags, output: follow(client, flags.job, output, flags.after))
 
 
@@ -42,7 +42,7 @@ def follow(client: MilesClient, job_id: str, output: Output, after: str | None =
 
 
 def to_proto(event: Mapping[str, Any]) -> job_pb2.JobEvent:
-    """An event of the API as the live view takes it."""
+    """Convert an event of the API to the message that the live view takes."""
     made = job_pb2.JobEvent(event_id=event["id"])
     match event["type"]:
         case "state":

@@ -1,4 +1,4 @@
-"""`miles workers [JOB]`: processes that serve jobs."""
+"""`miles workers [JOB]`: lists the worker processes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 
 def main(arguments: Sequence[str]) -> int:
     """List workers; return the exit code."""
-    made = parser("workers", "Rollouts, trainers, reward and weight-sync services, with health, load and version held.")
+    made = parser(
+        "workers", "List rollout, trainer, reward and weight-sync workers, with health, load and weight version."
+    )
     made.add_argument("job", nargs="?", help="only workers that serve this job")
     return run(made.parse_args(arguments), _list)
 

@@ -1,4 +1,4 @@
-"""What can be checked on this machine before anything starts: files, functions, ports, devices.
+"""Checks of a configuration on this machine, before anything starts: files, functions, ports, devices.
 
-Nothing here knows a flag's spelling. Start at `environment`.
+They start and write nothing. Start at `environment`.
 """

@@ -1,15 +1,15 @@
-"""Addresses of this machine."""
+"""Tells loopback addresses from others."""
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 
 
 def is_loopback(host: str) -> bool:
-    """Whether an address or host name is one that only this machine can reach."""
+    """Return whether only this machine can reach an address or host name."""
     if host == "localhost":
         return True
-    try:
+    with contextlib.suppress(ValueError):
         return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return False
+    return False

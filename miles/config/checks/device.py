@@ -1,7 +1,8 @@
-"""Which device this machine computes on, found out without importing PyTorch."""
+"""The device that this machine computes on, found without importing PyTorch."""
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import os
 import pathlib
@@ -9,7 +10,7 @@ from typing import Literal
 
 
 def visible_gpus() -> int:
-    """NVIDIA GPUs that this process may use."""
+    """Return the number of NVIDIA GPUs that this process may use."""
     present = len(list(pathlib.Path("/dev").glob("nvidia[0-9]*")))
     allowed = os.environ.get("CUDA_VISIBLE_DEVICES")
     if allowed is None:
@@ -18,9 +19,8 @@ def visible_gpus() -> int:
 
 
 def detect_device() -> Literal["cpu", "cuda"]:
-    """cuda when there is a GPU and the installed PyTorch is not a CPU build, else cpu."""
-    try:
+    """Return cuda when there is a GPU and PyTorch is installed and not a CPU build, else cpu."""
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         cpu_build = importlib.metadata.version("torch").endswith("+cpu")
-    except importlib.metadata.PackageNotFoundError:
-        cpu_build = True
-    return "cuda" if visible_gpus() and not cpu_build else "cpu"
+        return "cuda" if visible_gpus() and not cpu_build else "cpu"
+    return "cpu"

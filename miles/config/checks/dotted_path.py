@@ -1,4 +1,4 @@
-"""Whether a dotted path leads to something, found out without running the module it is in."""
+"""Checks whether a dotted path names something, without running its module."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pathlib
 
 
 def why_not_importable(path: str) -> str | None:
-    """Why `package.module.name` cannot be imported, or None when it seems to be there.
+    """Return why `package.module.name` cannot be imported, or None when it seems to exist.
 
     Parent packages are imported, as Python must to find a module; the module itself is only parsed.
     """
@@ -17,7 +17,7 @@ def why_not_importable(path: str) -> str | None:
         spec = importlib.util.find_spec(module)
     except ImportError as error:
         return f"its module cannot be found ({error})"
-    except Exception as error:  # a parent package is the user's code, which can fail in any way
+    except Exception as error:  # a parent package is user code, which can fail in any way
         return f"importing its package failed ({type(error).__name__}: {error})"
     if spec is None:
         return f"there is no module {module}"
@@ -32,7 +32,7 @@ def why_not_importable(path: str) -> str | None:
 
 
 def _bound_names(node: ast.AST) -> list[str]:
-    """Names that a statement binds; nested ones count too, which is generous."""
+    """Return the names that a statement binds; nested ones are included, which accepts too much."""
     match node:
         case ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name) | ast.ClassDef(name=name):
             return [name]

@@ -1,7 +1,8 @@
-"""What can be checked on this machine before anything starts: files, functions, ports, devices."""
+"""Checks of a configuration on this machine: files, functions, ports, devices."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pathlib
@@ -10,12 +11,13 @@ from collections.abc import Iterator
 
 from miles.config.checks.device import visible_gpus
 from miles.config.checks.dotted_path import why_not_importable
+from miles.config.checks.json_file import read_json_object
 from miles.config.checks.model_layout import layout_faults, shape_differences
 from miles.config.job import JobConfig
 from miles.config.rules.registry import Rule, run_rules
 from miles.config.schema.catalog import catalog
 from miles.config.schema.faults import Fault
-from miles.config.schema.settings import Settings
+from miles.config.schema.flat_settings import FlatSettings
 
 _DATA_SUFFIXES = (".jsonl", ".ndjson", ".parquet")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
@@ -23,27 +25,27 @@ _WEIGHT_PATTERNS = ("*.safetensors", "*.bin")
 
 
 def check_environment(config: JobConfig) -> list[Fault]:
-    """Every fault of the configuration on this machine. Opens files and tries ports; starts and writes nothing."""
+    """Return every fault of a configuration on this machine. Opens files and tries ports, but writes nothing."""
     flat = config.to_flat()
-    return environment_faults(Settings(flat, given=flat, invalid=()))
+    return environment_faults(FlatSettings(flat, given=flat, invalid=()))
 
 
-def environment_faults(settings: Settings) -> list[Fault]:
-    """The same for settings that need not be free of other faults."""
+def environment_faults(settings: FlatSettings) -> list[Fault]:
+    """Do the same for settings that may have other faults."""
     return run_rules(_CHECKS, settings)
 
 
-def file_faults(settings: Settings) -> list[Fault]:
-    """The part of it that concerns files and functions: all there is to check for services that run already."""
+def file_faults(settings: FlatSettings) -> list[Fault]:
+    """Check files and functions only: what matters for a job on services that are already running."""
     return run_rules(_FILE_CHECKS, settings)
 
 
-def deployment_faults(settings: Settings) -> list[Fault]:
-    """The part of it that concerns services: all there is to check before there is a job."""
+def deployment_faults(settings: FlatSettings) -> list[Fault]:
+    """Check access, ports and devices only: what matters before there is a job."""
     return run_rules(_DEPLOYMENT_CHECKS, settings)
 
 
-def _models(s: Settings) -> Iterator[Fault]:
+def _models(s: FlatSettings) -> Iterator[Fault]:
     if not s.hf_checkpoint:
         return  # a rule reports it
     yield from _model_folder("hf_checkpoint", s.hf_checkpoint)
@@ -53,8 +55,8 @@ def _models(s: Settings) -> Iterator[Fault]:
             continue
         yield from _model_folder(key, folder)
         critic = key == "critic_load"
-        predicts = s.mtp_num_layers is not None and not critic
-        differences = shape_differences(s.hf_checkpoint, folder, with_head=not critic, with_prediction_layers=predicts)
+        with_mtp = s.mtp_num_layers is not None and not critic
+        differences = shape_differences(s.hf_checkpoint, folder, with_head=not critic, with_mtp=with_mtp)
         if s.train_backend == "megatron" and differences:
             problem = f"train_backend = megatron holds it in the shape of hf_checkpoint, and {differences[0]}"
             yield Fault(key, folder, problem, "give a model of that shape, or train with fsdp")
@@ -62,7 +64,7 @@ def _models(s: Settings) -> Iterator[Fault]:
         yield from _chat_template(pathlib.Path(s.hf_checkpoint))
 
 
-def _adapter(s: Settings) -> Iterator[Fault]:
+def _adapter(s: FlatSettings) -> Iterator[Fault]:
     if s.lora_adapter_path is None:
         return
     for name in ("adapter_config.json", "adapter_model.safetensors"):
@@ -89,20 +91,12 @@ def _chat_template(folder: pathlib.Path) -> Iterator[Fault]:
     if (folder / "chat_template.jinja").is_file() or (folder / "chat_template.json").is_file():
         return
     settings = folder / "tokenizer_config.json"
-    if not settings.is_file() or "chat_template" not in _read_json(settings):
+    if not settings.is_file() or "chat_template" not in read_json_object(settings):
         problem = f"the tokenizer in {folder} has no chat template"
         yield Fault("apply_chat_template", True, problem, "set chat_template_path, or leave it out")
 
 
-def _read_json(path: pathlib.Path) -> dict[str, object]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
-def _data_files(s: Settings) -> Iterator[Fault]:
+def _data_files(s: FlatSettings) -> Iterator[Fault]:
     if s.prompt_data:
         yield from _data_file("prompt_data", s.prompt_data, s.input_key, s.label_key)
     for path in (s.eval_prompt_data or ())[1::2]:
@@ -112,10 +106,10 @@ def _data_files(s: Settings) -> Iterator[Fault]:
 
 
 def _data_file(key: str, spec: str, input_key: str, label_key: str | None) -> Iterator[Fault]:
-    from miles.data import DataError, parse_source
+    from miles.data import DataError, parse_file_slice
 
     try:
-        path = parse_source(spec).path
+        path = parse_file_slice(spec).path
     except DataError:
         yield Fault(key, spec, "its slice is malformed", "write FILE@[start:end]")
         return
@@ -130,10 +124,9 @@ def _data_file(key: str, spec: str, input_key: str, label_key: str | None) -> It
 def _columns(key: str, path: pathlib.Path, input_key: str, label_key: str | None) -> Iterator[Fault]:
     with path.open("rb") as file:
         first = next((line for line in file if line.strip()), b"")
-    try:
+    row = None
+    with contextlib.suppress(ValueError):
         row = json.loads(first)
-    except ValueError:
-        row = None
     if not isinstance(row, dict):
         yield Fault(key, str(path), "its first line is not a JSON object", "write one JSON object a line")
         return
@@ -143,7 +136,7 @@ def _columns(key: str, path: pathlib.Path, input_key: str, label_key: str | None
             yield Fault(prefix + name, column, f"{path} has no such column", f"set it to one of {columns}")
 
 
-def _folders(s: Settings) -> Iterator[Fault]:
+def _folders(s: FlatSettings) -> Iterator[Fault]:
     if s.load is not None and not os.path.isdir(s.load):
         yield Fault("load", s.load, "there is no such folder", "give a folder of checkpoints, or leave it out")
     for key in ("run_dir", "save", "save_hf"):
@@ -158,7 +151,7 @@ def _folders(s: Settings) -> Iterator[Fault]:
             yield Fault(key, path, f"{existing} is not writable", "choose another place")
 
 
-def _functions(s: Settings) -> Iterator[Fault]:
+def _functions(s: FlatSettings) -> Iterator[Fault]:
     for key, entry in catalog().items():
         path = getattr(s, key)
         if entry.dotted_path is not None and path is not None and path not in entry.dotted_path.aliases:
@@ -167,7 +160,7 @@ def _functions(s: Settings) -> Iterator[Fault]:
                 yield Fault(key, path, problem, "check the name, and that its folder is on PYTHONPATH")
 
 
-def _ports(s: Settings) -> Iterator[Fault]:
+def _ports(s: FlatSettings) -> Iterator[Fault]:
     try:
         socket.getaddrinfo(s.host, None)
     except OSError:
@@ -184,7 +177,7 @@ def _ports(s: Settings) -> Iterator[Fault]:
         yield Fault("gateway_port", s.gateway_port, problem, "choose another one, or 0 for any free one")
 
 
-def _access_files(s: Settings) -> Iterator[Fault]:
+def _access_files(s: FlatSettings) -> Iterator[Fault]:
     for key in ("gateway_keys_file", "tls_cert", "tls_key", "tls_ca"):
         path = getattr(s, key)
         if path is not None and not os.access(path, os.R_OK):
@@ -205,7 +198,7 @@ def _why_not_bindable(host: str, port: int) -> str | None:
     return None
 
 
-def _devices(s: Settings) -> Iterator[Fault]:
+def _devices(s: FlatSettings) -> Iterator[Fault]:
     if s.actor_num_nodes > 1:
         problem = "one machine starts the trainer's processes of one node"
         yield Fault("actor_num_nodes", s.actor_num_nodes, problem, "set it to 1")

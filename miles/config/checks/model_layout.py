@@ -1,20 +1,20 @@
-"""Whether a layout of the Megatron-Core backend divides the model of a Hugging Face folder."""
+"""Checks whether the parallel layout of the Megatron-Core backend fits the model of a Hugging Face folder."""
 
 from __future__ import annotations
 
-import json
 import pathlib
 from collections.abc import Iterator
 from typing import Any
 
+from miles.config.checks.json_file import read_json_object
 from miles.config.schema.faults import Fault
-from miles.config.schema.settings import Settings
+from miles.config.schema.flat_settings import FlatSettings
 
 _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 
-def layout_faults(s: Settings) -> Iterator[Fault]:
-    """Every size that does not divide what it splits; nothing where the model cannot be read."""
+def layout_faults(s: FlatSettings) -> Iterator[Fault]:
+    """Yield a fault for each parallel size that does not fit the model; nothing when the model cannot be read."""
     if s.train_backend != "megatron" or not s.hf_checkpoint:
         return
     model = _model_config(s.hf_checkpoint)
@@ -22,7 +22,7 @@ def layout_faults(s: Settings) -> Iterator[Fault]:
         yield from _tensor_faults(s, model)
         yield from _pipeline_faults(s, model)
         yield from _expert_faults(s, model)
-        yield from _prediction_faults(s, model)
+        yield from _mtp_faults(s, model)
 
 
 _SHAPE = (
@@ -40,32 +40,26 @@ _SHAPE = (
 )
 
 
-def shape_differences(
-    folder: str, other: str, *, with_head: bool = True, with_prediction_layers: bool = False
-) -> list[str]:
-    """How the model of another Hugging Face folder has other tensors, in words; nothing where one cannot be read.
+def shape_differences(folder: str, other: str, *, with_head: bool = True, with_mtp: bool = False) -> list[str]:
+    """Describe how the tensors of two Hugging Face models differ; nothing when one cannot be read.
 
-    Without its head it does not matter whether that is tied to the embeddings. Layers for multi-token prediction count
-    where they are held.
+    Without the head it does not matter whether it is tied to the embeddings. MTP layers count when `with_mtp` is set.
     """
     models = [_model_config(each) for each in (folder, other)]
     if not all(models):
-        return []  # reported where folders are checked
+        return []  # reported by the check of folders
     one, two = models
     keys = [key for key in _SHAPE if with_head or key != "tie_word_embeddings"]
-    keys += ["num_nextn_predict_layers"] if with_prediction_layers else []
+    keys += ["num_nextn_predict_layers"] if with_mtp else []
     return [f"{key} is {two.get(key)} instead of {one.get(key)}" for key in keys if one.get(key) != two.get(key)]
 
 
 def _model_config(folder: str) -> dict[str, Any]:
-    try:
-        model = json.loads((pathlib.Path(folder) / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return {**model, **model.get("text_config", {})} if isinstance(model, dict) else {}
+    model = read_json_object(pathlib.Path(folder) / "config.json")
+    return {**model, **model.get("text_config", {})}
 
 
-def _tensor_faults(s: Settings, model: dict[str, Any]) -> Iterator[Fault]:
+def _tensor_faults(s: FlatSettings, model: dict[str, Any]) -> Iterator[Fault]:
     size = s.tensor_model_parallel_size
     heads = model.get("num_attention_heads")
     groups = model.get("num_key_value_heads", heads)
@@ -90,7 +84,7 @@ def _tensor_faults(s: Settings, model: dict[str, Any]) -> Iterator[Fault]:
         yield Fault("tensor_model_parallel_size", size, problem, "set it to 1, or train on GPUs with TransformerEngine")
 
 
-def _pipeline_faults(s: Settings, model: dict[str, Any]) -> Iterator[Fault]:
+def _pipeline_faults(s: FlatSettings, model: dict[str, Any]) -> Iterator[Fault]:
     layers, stages = model.get("num_hidden_layers"), s.pipeline_model_parallel_size
     virtual = s.num_virtual_stages_per_pipeline_rank or 1
     if not layers:
@@ -103,14 +97,14 @@ def _pipeline_faults(s: Settings, model: dict[str, Any]) -> Iterator[Fault]:
         yield Fault("num_virtual_stages_per_pipeline_rank", virtual, problem, "choose one that does")
 
 
-def _prediction_faults(s: Settings, model: dict[str, Any]) -> Iterator[Fault]:
+def _mtp_faults(s: FlatSettings, model: dict[str, Any]) -> Iterator[Fault]:
     layers = model.get("num_nextn_predict_layers") or 0
     if s.mtp_num_layers is not None and s.mtp_num_layers != layers:
-        problem = f"the model has {layers} layers for multi-token prediction"
+        problem = f"the model has {layers} MTP layers"
         yield Fault("mtp_num_layers", s.mtp_num_layers, problem, f"set it to {layers}" if layers else "leave it out")
 
 
-def _expert_faults(s: Settings, model: dict[str, Any]) -> Iterator[Fault]:
+def _expert_faults(s: FlatSettings, model: dict[str, Any]) -> Iterator[Fault]:
     experts = next((model[key] for key in _EXPERT_COUNTS if model.get(key)), 0)
     size, tensor = s.expert_model_parallel_size, s.expert_tensor_parallel_size
     if not experts:

@@ -1,4 +1,4 @@
-"""The configuration as text: the command line, YAML files, and the reference page.
+"""The configuration as text: command line, YAML files, and reference page.
 
-No setting is checked against another here. Start at `flags`.
+Settings are not checked against each other here. Start at `flags`.
 """

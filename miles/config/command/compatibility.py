@@ -1,4 +1,4 @@
-"""Where a flag that other systems have too differs from what their recipes may rely on."""
+"""Flags whose defaults or choices differ from those of slime and miles recipes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ DIFFERENT_DEFAULTS: Mapping[str, str] = {
     "tis_lower_bound": "1 / tis_upper_bound, which is 0.5 as elsewhere until tis_upper_bound changes",
     "use_rs": "off until asked for, and a flag instead of a key in a file of its own",
 }
-"""Why the default is another, by key."""
+"""How the default differs, by key."""
 
 DIFFERENT_CHOICES: Mapping[str, str] = {
     "qkv_format": "thd",
@@ -30,4 +30,4 @@ DIFFERENT_CHOICES: Mapping[str, str] = {
     "rs_level": "token, sequence and geometric",
     "tis_mode": "truncate, clip and mask",
 }
-"""What can be chosen, by key, where that is not the list of choices known elsewhere."""
+"""The possible values, by key, where they differ from those elsewhere."""

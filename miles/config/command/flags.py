@@ -1,4 +1,4 @@
-"""The command line: flags made from the models, and files of the same keys below them."""
+"""The command line: flags generated from the models, and `--config` files with the same keys."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ OWN_FLAGS: Mapping[str, str] = {
     "--dry-run": "",
     "--help": "",
 }
-"""Flags that are no settings, with what they take."""
+"""Flags that are not settings, with the placeholders of their values."""
 
 
 @dataclasses.dataclass(slots=True)
 class CommandLine:
-    """A command line, taken apart but not yet checked."""
+    """A parsed command line that is not checked yet."""
 
     flat: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """Settings by key; those of files first, then those of flags."""
+    """Settings by key; flags override files."""
     dry_run: bool = False
     help: bool = False
     faults: list[Fault] = dataclasses.field(default_factory=list)
@@ -39,7 +39,7 @@ class CommandLine:
         return JobConfig.from_flat(self.flat)
 
     def merge(self, faults: Sequence[Fault]) -> list[Fault]:
-        """The faults of flags and files, then these, less those that only follow from a flag read wrongly."""
+        """Return the faults of flags and files, and then `faults` without those of misread flags."""
         misread = {fault.field for fault in self.faults}
         return [*self.faults, *(fault for fault in faults if fault.field not in misread)]
 
@@ -69,7 +69,7 @@ def parse_command_line(argv: Sequence[str]) -> CommandLine:
 
 
 def to_command_line(flat: Mapping[str, Any]) -> list[str]:
-    """Flags that say the same as a flat object; settings at their defaults are left out."""
+    """Return the command line of a flat object, without settings at their defaults."""
     return [word for key, entry in catalog().items() for word in _words(entry, flat.get(key))]
 
 
@@ -86,13 +86,13 @@ def _words(entry: Entry, value: Any) -> list[str]:
 
 
 def opposite(flag: str) -> str:
-    """The flag that undoes a switch, e.g. one that a file turned on."""
+    """Return the flag that turns a switch off, e.g. one that a file turned on."""
     return "--no-" + flag.removeprefix("--")
 
 
 @functools.cache
 def _known_flags() -> Mapping[str, tuple[Entry, bool]]:
-    """Entry of each flag, and for switches the value that it gives."""
+    """Return the entry of each flag and, for switches, the value that it sets."""
     flags = {}
     for entry in catalog().values():
         flags[entry.flag] = (entry, not entry.negated)
@@ -102,9 +102,9 @@ def _known_flags() -> Mapping[str, tuple[Entry, bool]]:
 
 
 def _scan(argv: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
-    """Each flag with the words that follow it up to the next; words before the first flag come with an empty flag.
+    """Yield each flag with the words up to the next flag; words before the first have an empty flag.
 
-    `--flag=value` takes that value alone, which may then begin with dashes.
+    `--flag=value` takes that value alone, which may begin with dashes.
     """
     flag, open_ended = "", True
     values: list[str] = []

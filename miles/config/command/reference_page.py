@@ -1,4 +1,4 @@
-"""The reference page and the help text, written from the models."""
+"""The reference page docs/configuration.md and the help text, generated from the models."""
 
 from __future__ import annotations
 
@@ -15,48 +15,46 @@ _INTRODUCTION = """\
 
 # Configuration
 
-A setting has one name in three spellings: the flag `--rollout-batch-size 64`, the line `rollout_batch_size: 64` of a
-YAML file, and the key `"rollout_batch_size"` of a REST body. Files and bodies are flat. A name that does not exist is
-refused, with the nearest one that does.
+A setting has the same name everywhere: as the flag `--rollout-batch-size 64`, as the line `rollout_batch_size: 64` in a
+YAML file, and as the key `"rollout_batch_size"` in a REST body. Files and bodies are flat. An unknown name is refused,
+and the nearest known one is suggested.
 
-- `--config FILE` reads a YAML file. It can be repeated; a later file wins over an earlier one, and a flag over files.
-- `--dry-run` prints every process that would run, with its command line and its settings, and starts nothing.
-- A switch is given alone: `--use-kl-loss`. Every switch has an opposite with `--no-` in front, to undo what a file
-  says.
-- A switch called `--disable-…` turns off the setting whose name is given below it; files and bodies use that name.
-- A list takes several values, `--rollout-stop a b`, and grows when its flag is repeated. In a file it is a YAML list.
-- A JSON setting takes a JSON object in quotes; in a file it is a mapping.
-- `--flag=value` gives a value that begins with two dashes.
-- `null` in a file or body means the same as leaving the setting out.
+- `--config FILE` reads a YAML file. It is repeatable; a later file overrides an earlier one, and flags override files.
+- `--dry-run` prints every process that would be started, with its command line and settings, and starts nothing.
+- A switch takes no value: `--use-kl-loss`. Its opposite has the prefix `--no-` and overrides a file.
+- A switch `--disable-…` turns off the setting named below it; files and bodies use the name of the setting.
+- A list takes several values, `--rollout-stop a b`; a repeated flag appends. In a file it is a YAML list.
+- A JSON setting takes a quoted JSON object; in a file it is a mapping.
+- `--flag=value` allows a value that begins with two dashes.
+- `null` in a file or body is the same as leaving the setting out.
 
-A value shown as → is filled in when it is not given. Four settings are tied together:
-`rollout_batch_size × n_samples_per_prompt = global_batch_size × num_steps_per_rollout`. What is missing is filled in;
-four that do not agree are refused.
+A default shown as → is derived when the setting is not given. Four settings depend on each other:
+`rollout_batch_size × n_samples_per_prompt = global_batch_size × num_steps_per_rollout`. Missing ones are derived;
+values that contradict each other are refused.
 
-Everything that is wrong with a configuration is reported at once: the setting, its value, why that cannot be, and what
-to do about it.
+All faults of a configuration are reported at once: the setting, its value, the problem, and the remedy.
 """
 
 _PASSTHROUGH = """\
-Flags that begin with `{flag}` go to a program with flags of its own. An engine that has none refuses them.
+Flags that begin with `{flag}` are passed to the engine under its own names. An engine without such flags refuses them.
 """
 
 _COMPATIBILITY = """\
-## Recipes from elsewhere
+## Recipes of other systems
 
-Names, types and defaults are those that slime and miles recipes use. A flag whose feature is not there yet is unknown
-here, not ignored. These defaults differ:
+Names, types and defaults are those of slime and miles recipes. A flag whose feature is not implemented is refused, not
+ignored. These defaults differ:
 
 {differences}
 
-These can be set to other values than there:
+The possible values of these differ:
 
 {choices}
 """
 
 
 def reference_page() -> str:
-    """docs/configuration.md."""
+    """Return the text of docs/configuration.md."""
     parts = [_INTRODUCTION]
     for section, model in SECTIONS.items():
         parts.append(f"## {section.capitalize()}\n\n{(model.__doc__ or '').strip()}\n")
@@ -71,10 +69,8 @@ def reference_page() -> str:
 
 
 def help_text() -> str:
-    """What `--help` prints: every flag by section."""
-    parts = [
-        "A switch is undone with --no- in front. --config FILE reads settings from YAML; --dry-run starts nothing."
-    ]
+    """Return what `--help` prints: every flag by section."""
+    parts = ["The prefix --no- turns a switch off. --config FILE reads settings from YAML; --dry-run starts nothing."]
     for section in SECTIONS:
         parts.append(f"\n{section}:")
         for entry in _entries(section):

@@ -1,4 +1,4 @@
-"""YAML files of settings: one flat mapping, each key once."""
+"""Reads YAML files of settings: one flat mapping in which every key is unique."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from miles.config.schema.faults import Fault
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
-    """Refuses a key that comes twice, of which YAML would silently keep the last."""
+    """Refuses duplicate keys, of which YAML would silently keep the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen: set[str] = set()
@@ -27,15 +27,13 @@ class _UniqueKeyLoader(yaml.SafeLoader):
 
 
 def read_file(path: str) -> tuple[dict[str, Any], list[Fault]]:
-    """The settings of a YAML (or JSON) file, and what is wrong with the file itself."""
+    """Return the settings of a YAML (or JSON) file, and the faults of the file itself."""
     try:
-        text = pathlib.Path(path).read_text(encoding="utf-8")
+        content = yaml.load(pathlib.Path(path).read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
     except OSError as error:
         return {}, [Fault("--config", path, f"it cannot be read ({error.strerror})", "check the path")]
     except UnicodeDecodeError:
         return {}, [Fault("--config", path, "it is not UTF-8 text", "give a YAML file")]
-    try:
-        content = yaml.load(text, Loader=_UniqueKeyLoader)
     except yaml.YAMLError as error:
         return {}, [Fault("--config", path, f"it is not YAML: {' '.join(str(error).split())}", "correct it")]
     if content is None:

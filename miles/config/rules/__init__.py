@@ -1,4 +1,7 @@
-"""Rules that cross fields, each a small function registered in `RULES`; one file per kind of question."""
+"""Rules that relate several settings, each a small function in `RULES`; one file per subject.
+
+They look at settings alone; `checks` looks at the machine. Start at `registry`.
+"""
 
 from miles.config.rules import access, algorithm, asynchrony, data, engine, lora, megatron, services, train
 from miles.config.rules.registry import RULES, Rule, check

@@ -1,4 +1,4 @@
-"""Rules about who can reach a run: the gateway and the encryption of connections."""
+"""Rules about access to a run: the gateway and TLS."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from miles.config.checks.addresses import is_loopback
 from miles.config.rules.registry import needs, rule
 from miles.config.schema.faults import Fault
-from miles.config.schema.settings import Settings
+from miles.config.schema.flat_settings import FlatSettings
 
 
 @rule
-def gateway_is_not_open_to_everybody(s: Settings) -> Iterator[Fault]:
+def gateway_is_not_open_to_everybody(s: FlatSettings) -> Iterator[Fault]:
     if s.gateway and not is_loopback(s.gateway_host) and s.gateway_keys_file is None:
         problem = "other machines can reach that, and there are no API keys"
         remedy = "make some with `miles keys create` and set gateway_keys_file, or leave gateway_host out"
@@ -19,13 +19,13 @@ def gateway_is_not_open_to_everybody(s: Settings) -> Iterator[Fault]:
 
 
 @rule
-def gateway_settings_need_the_gateway(s: Settings) -> Iterator[Fault]:
+def gateway_settings_need_the_gateway(s: FlatSettings) -> Iterator[Fault]:
     for key in ("gateway_host", "gateway_port", "gateway_keys_file", "gateway_allowed_root", "gateway_allowed_module"):
         yield from needs(s, key, "gateway")
 
 
 @rule
-def certificate_and_key_go_together(s: Settings) -> Iterator[Fault]:
+def certificate_and_key_go_together(s: FlatSettings) -> Iterator[Fault]:
     if s.tls_cert is not None and s.tls_key is None:
         yield Fault("tls_key", None, "tls_cert is no use without its key", "set it to the key's file")
     if s.tls_key is not None and s.tls_cert is None:
@@ -35,7 +35,7 @@ def certificate_and_key_go_together(s: Settings) -> Iterator[Fault]:
 
 
 @rule
-def mutual_tls_needs_an_authority(s: Settings) -> Iterator[Fault]:
+def mutual_tls_needs_an_authority(s: FlatSettings) -> Iterator[Fault]:
     if s.tls_mutual and s.tls_ca is None:
         yield Fault(
             "tls_ca", None, "tls_mutual must know whose certificates to accept", "set it to the authority's file"

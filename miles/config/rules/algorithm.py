@@ -1,4 +1,4 @@
-"""Rules about advantages, losses and importance sampling: what excludes what, and what would do nothing."""
+"""Rules about advantages, losses and importance sampling: contradictions, and settings without effect."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from miles.config.rules.registry import needs, rule
 from miles.config.schema.catalog import catalog
 from miles.config.schema.faults import Fault
-from miles.config.schema.settings import Settings
+from miles.config.schema.flat_settings import FlatSettings
 
 _COMPARES_SAMPLES = ("grpo", "gspo", "cispo", "dr_grpo", "rloo", "reinforce_plus_plus_baseline")
 _PLAIN = ("tis_clip", "tis_clip_low")
@@ -20,7 +20,7 @@ _SAME_AS_THE_POLICY = {"critic_lr": "lr", "critic_load": "hf_checkpoint"}
 
 
 @rule
-def comparing_estimators_get_several_samples(s: Settings) -> Iterator[Fault]:
+def comparing_estimators_get_several_samples(s: FlatSettings) -> Iterator[Fault]:
     compares = s.advantage_estimator in _COMPARES_SAMPLES and s.rewards_normalization and not s.use_opd
     if compares and s.n_samples_per_prompt == 1 and s.num_rollout != 0:
         problem = f"{s.advantage_estimator} compares the samples of a prompt, so every advantage would be 0"
@@ -28,7 +28,7 @@ def comparing_estimators_get_several_samples(s: Settings) -> Iterator[Fault]:
 
 
 @rule
-def kl_is_applied_once(s: Settings) -> Iterator[Fault]:
+def kl_is_applied_once(s: FlatSettings) -> Iterator[Fault]:
     if s.kl_coef and s.kl_loss_coef:
         problem = f"kl_loss_coef = {s.kl_loss_coef:g} applies the KL a second time"
         yield Fault("kl_coef", s.kl_coef, problem, "set one of them to 0")
@@ -38,7 +38,7 @@ def kl_is_applied_once(s: Settings) -> Iterator[Fault]:
 
 
 @rule
-def kl_loss_settings_need_the_kl_loss(s: Settings) -> Iterator[Fault]:
+def kl_loss_settings_need_the_kl_loss(s: FlatSettings) -> Iterator[Fault]:
     yield from needs(s, "kl_loss_coef", "use_kl_loss")
     yield from needs(s, "use_unbiased_kl", "use_kl_loss")
     if s.ref_update_interval is not None and not (s.use_kl_loss or s.kl_coef):
@@ -47,7 +47,7 @@ def kl_loss_settings_need_the_kl_loss(s: Settings) -> Iterator[Fault]:
 
 
 @rule
-def discount_is_used(s: Settings) -> Iterator[Fault]:
+def discount_is_used(s: FlatSettings) -> Iterator[Fault]:
     if s.gamma != 1 and s.advantage_estimator not in _DISCOUNTS:
         problem = f"{s.advantage_estimator} does not discount"
         remedy = f"leave it out, or set advantage_estimator to {' or '.join(_DISCOUNTS)}"
@@ -55,7 +55,7 @@ def discount_is_used(s: Settings) -> Iterator[Fault]:
 
 
 @rule
-def critic_settings_need_a_critic(s: Settings) -> Iterator[Fault]:
+def critic_settings_need_a_critic(s: FlatSettings) -> Iterator[Fault]:
     if s.advantage_estimator == "ppo":
         if s.num_rollout and s.num_critic_only_steps >= s.num_rollout:
             problem = f"num_rollout = {s.num_rollout} leaves none to train the policy on"
@@ -71,7 +71,7 @@ def critic_settings_need_a_critic(s: Settings) -> Iterator[Fault]:
 
 
 @rule
-def distillation_has_a_teacher(s: Settings) -> Iterator[Fault]:
+def distillation_has_a_teacher(s: FlatSettings) -> Iterator[Fault]:
     for key in ("opd_type", "opd_kl_coef", "opd_teacher_load"):
         yield from needs(s, key, "use_opd")
     if not s.use_opd:
@@ -86,7 +86,7 @@ def distillation_has_a_teacher(s: Settings) -> Iterator[Fault]:
 
 
 @rule
-def old_log_probs_come_from_one_place(s: Settings) -> Iterator[Fault]:
+def old_log_probs_come_from_one_place(s: FlatSettings) -> Iterator[Fault]:
     if s.keep_old_actor and s.use_rollout_logprobs:
         problem = "use_rollout_logprobs already takes the engine's log-probabilities as the old ones"
         yield Fault("keep_old_actor", True, problem, "leave one of them out")
@@ -96,7 +96,7 @@ def old_log_probs_come_from_one_place(s: Settings) -> Iterator[Fault]:
 
 
 @rule
-def corrections_do_not_pile_up(s: Settings) -> Iterator[Fault]:
+def corrections_do_not_pile_up(s: FlatSettings) -> Iterator[Fault]:
     corrections = [key for key in ("use_tis", "use_mis", "use_icepop") if getattr(s, key)]
     if s.use_rollout_logprobs:
         for key in corrections:
@@ -111,7 +111,7 @@ def corrections_do_not_pile_up(s: Settings) -> Iterator[Fault]:
 
 
 @rule
-def importance_bounds_are_ordered(s: Settings) -> Iterator[Fault]:
+def importance_bounds_are_ordered(s: FlatSettings) -> Iterator[Fault]:
     pairs = (("tis_clip_low", "tis_clip"), ("tis_lower_bound", "tis_upper_bound"), ("rs_lower_bound", "rs_upper_bound"))
     for low, high in pairs:
         if getattr(s, low) >= getattr(s, high):
@@ -120,7 +120,7 @@ def importance_bounds_are_ordered(s: Settings) -> Iterator[Fault]:
 
 
 @rule
-def bounds_belong_to_a_correction(s: Settings) -> Iterator[Fault]:
+def bounds_belong_to_a_correction(s: FlatSettings) -> Iterator[Fault]:
     plain = (s.use_tis and not s.use_mis) or s.use_icepop
     levels = s.use_mis and s.use_tis
     rejection = s.use_mis and s.use_rs
@@ -141,5 +141,5 @@ def bounds_belong_to_a_correction(s: Settings) -> Iterator[Fault]:
 
 
 @rule
-def opsm_settings_need_opsm(s: Settings) -> Iterator[Fault]:
+def opsm_settings_need_opsm(s: FlatSettings) -> Iterator[Fault]:
     yield from needs(s, "opsm_delta", "use_opsm")

@@ -6,11 +6,11 @@ from collections.abc import Iterator
 
 from miles.config.rules.registry import rule
 from miles.config.schema.faults import Fault
-from miles.config.schema.settings import Settings
+from miles.config.schema.flat_settings import FlatSettings
 
 
 @rule
-def a_batch_can_fill(s: Settings) -> Iterator[Fault]:
+def a_batch_can_fill(s: FlatSettings) -> Iterator[Fault]:
     begun, prompts = s.over_sampling_batch_size, s.rollout_batch_size
     if begun is not None and begun < prompts:
         problem = f"a batch of rollout_batch_size = {prompts} would never be complete"
@@ -18,7 +18,7 @@ def a_batch_can_fill(s: Settings) -> Iterator[Fault]:
 
 
 @rule
-def surplus_is_trained_on_in_time(s: Settings) -> Iterator[Fault]:
+def surplus_is_trained_on_in_time(s: FlatSettings) -> Iterator[Fault]:
     begun, room = s.over_sampling_batch_size, s.rollout_batch_size * (s.max_weight_staleness + 1)
     if begun is not None and begun > room:
         problem = (
@@ -30,7 +30,7 @@ def surplus_is_trained_on_in_time(s: Settings) -> Iterator[Fault]:
 
 
 @rule
-def weights_are_published_in_time(s: Settings) -> Iterator[Fault]:
+def weights_are_published_in_time(s: FlatSettings) -> Iterator[Fault]:
     interval, bound = s.update_weights_interval, s.max_weight_staleness
     if interval > bound + 1:
         problem = f"the engines' weights get {interval - 1} steps old and max_weight_staleness = {bound} forbids it"
@@ -38,7 +38,7 @@ def weights_are_published_in_time(s: Settings) -> Iterator[Fault]:
 
 
 @rule
-def interrupted_responses_may_be_stale(s: Settings) -> Iterator[Fault]:
+def interrupted_responses_may_be_stale(s: FlatSettings) -> Iterator[Fault]:
     for key in ("partial_rollout", "mask_offpolicy_in_partial_rollout", "keep_old_actor"):
         if getattr(s, key) and s.max_weight_staleness == 0:
             problem = "with max_weight_staleness = 0 every response is of one version"

@@ -1,4 +1,4 @@
-"""Rules about what a run consumes: model, prompts, lengths, sampling, rewards, evaluation."""
+"""Rules about the inputs of a run: model, prompts, lengths, sampling, rewards, evaluation."""
 
 from __future__ import annotations
 
@@ -7,37 +7,37 @@ from collections.abc import Iterator
 
 from miles.config.rules.registry import needs, rule
 from miles.config.schema.faults import Fault
-from miles.config.schema.settings import Settings
+from miles.config.schema.flat_settings import FlatSettings
 from miles.config.sections.reward import parse_reward_service
 
 
 @rule
-def model_is_given(s: Settings) -> Iterator[Fault]:
+def model_is_given(s: FlatSettings) -> Iterator[Fault]:
     if not s.hf_checkpoint:
         yield Fault("hf_checkpoint", s.hf_checkpoint, "a run needs a model", "set it to a Hugging Face folder")
 
 
 @rule
-def prompts_are_given(s: Settings) -> Iterator[Fault]:
+def prompts_are_given(s: FlatSettings) -> Iterator[Fault]:
     if not s.prompt_data and s.num_rollout != 0:
         yield Fault("prompt_data", s.prompt_data, "training needs prompts", "set it to a JSONL or Parquet file")
 
 
 @rule
-def run_has_an_end(s: Settings) -> Iterator[Fault]:
+def run_has_an_end(s: FlatSettings) -> Iterator[Fault]:
     if s.num_rollout is None and s.num_epoch is None:
         yield Fault("num_rollout", None, "neither is num_epoch", "set one of them, so that the run has an end")
 
 
 @rule
-def responses_have_a_limit(s: Settings) -> Iterator[Fault]:
+def responses_have_a_limit(s: FlatSettings) -> Iterator[Fault]:
     if s.rollout_max_response_len is None and s.rollout_max_context_len is None:
         problem = "neither is rollout_max_context_len"
         yield Fault("rollout_max_response_len", None, problem, "set one of them, so that responses end")
 
 
 @rule
-def lengths_fit_the_context(s: Settings) -> Iterator[Fault]:
+def lengths_fit_the_context(s: FlatSettings) -> Iterator[Fault]:
     context = s.rollout_max_context_len
     if context is None:
         return
@@ -49,27 +49,27 @@ def lengths_fit_the_context(s: Settings) -> Iterator[Fault]:
 
 
 @rule
-def minimum_is_below_the_maximum(s: Settings) -> Iterator[Fault]:
+def minimum_is_below_the_maximum(s: FlatSettings) -> Iterator[Fault]:
     least, most = s.eval_min_new_tokens, s.eval_max_response_len
     if least is not None and most is not None and least > most:
         yield Fault("eval_min_new_tokens", least, f"eval_max_response_len = {most}", "lower it")
 
 
 @rule
-def top_k_is_a_count_or_minus_one(s: Settings) -> Iterator[Fault]:
+def top_k_is_a_count_or_minus_one(s: FlatSettings) -> Iterator[Fault]:
     for key in ("rollout_top_k", "eval_top_k"):
         if getattr(s, key) == 0 and s.given(key):
             yield Fault(key, 0, "no token would be left to sample", "set it to -1 for all tokens, or to a count")
 
 
 @rule
-def template_settings_need_the_template(s: Settings) -> Iterator[Fault]:
+def template_settings_need_the_template(s: FlatSettings) -> Iterator[Fault]:
     yield from needs(s, "chat_template_path", "apply_chat_template")
     yield from needs(s, "apply_chat_template_kwargs", "apply_chat_template")
 
 
 @rule
-def one_reward_is_given(s: Settings) -> Iterator[Fault]:
+def one_reward_is_given(s: FlatSettings) -> Iterator[Fault]:
     if s.rm_type and s.custom_rm_path:
         problem = f"custom_rm_path = {s.custom_rm_path} scores in its place"
         yield Fault("rm_type", s.rm_type, problem, "leave one of them out")
@@ -83,14 +83,14 @@ def one_reward_is_given(s: Settings) -> Iterator[Fault]:
 
 
 @rule
-def groups_are_scored_by_a_function(s: Settings) -> Iterator[Fault]:
+def groups_are_scored_by_a_function(s: FlatSettings) -> Iterator[Fault]:
     if s.group_rm and s.rm_type:
         problem = f"rm_type = {s.rm_type} scores samples one by one"
         yield Fault("group_rm", True, problem, "leave it out, or use custom_rm_path")
 
 
 @rule
-def reward_services_are_well_formed(s: Settings) -> Iterator[Fault]:
+def reward_services_are_well_formed(s: FlatSettings) -> Iterator[Fault]:
     names: set[str] = set()
     for spec in s.reward_service:
         try:
@@ -107,7 +107,7 @@ def reward_services_are_well_formed(s: Settings) -> Iterator[Fault]:
 
 
 @rule
-def evaluation_has_data(s: Settings) -> Iterator[Fault]:
+def evaluation_has_data(s: FlatSettings) -> Iterator[Fault]:
     if s.eval_interval is not None and not s.eval_prompt_data:
         problem = "eval_prompt_data is not set"
         yield Fault("eval_interval", s.eval_interval, problem, "set eval_prompt_data to NAME FILE, or leave it out")
@@ -123,7 +123,7 @@ def evaluation_has_data(s: Settings) -> Iterator[Fault]:
 
 
 @rule
-def evaluation_data_come_in_pairs(s: Settings) -> Iterator[Fault]:
+def evaluation_data_come_in_pairs(s: FlatSettings) -> Iterator[Fault]:
     data = s.eval_prompt_data or ()
     if len(data) % 2:
         problem = f"names and files alternate and these are {len(data)}"

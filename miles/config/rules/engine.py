@@ -1,4 +1,4 @@
-"""Rules about the inference engine and the devices it shares."""
+"""Rules about the inference engine and its devices."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from miles.config.rules.registry import rule
 from miles.config.schema.catalog import catalog
 from miles.config.schema.faults import Fault
-from miles.config.schema.settings import Settings
+from miles.config.schema.flat_settings import FlatSettings
 from miles.engine_spec import ENGINE_SPECS, engine_spec
 
 _OURS: Mapping[str, str] = {
@@ -48,7 +48,7 @@ _SGLANG_ALONE = (
 
 
 @rule
-def sglang_has_its_settings_to_itself(s: Settings) -> Iterator[Fault]:
+def sglang_has_its_settings_to_itself(s: FlatSettings) -> Iterator[Fault]:
     engine = engine_spec(s.rollout_backend)
     if engine.runs_servers:
         return
@@ -65,14 +65,14 @@ def sglang_has_its_settings_to_itself(s: Settings) -> Iterator[Fault]:
 
 
 @rule
-def sglang_flags_are_said_once(s: Settings) -> Iterator[Fault]:
+def sglang_flags_are_said_once(s: FlatSettings) -> Iterator[Fault]:
     for name, value in s.sglang_args.items():
         if name in _OURS:
             yield Fault(f"sglang_{name}", value, "the rollout service sets this flag itself", _OURS[name])
 
 
 @rule
-def data_parallel_replicas_are_engines(s: Settings) -> Iterator[Fault]:
+def data_parallel_replicas_are_engines(s: FlatSettings) -> Iterator[Fault]:
     copies = s.sglang_args.get("dp_size", s.sglang_args.get("data_parallel_size", 1))
     if str(copies) != "1" and not s.sglang_args.get("enable_dp_attention"):
         problem = "SGLang takes new weights into one copy of the model alone"
@@ -81,7 +81,7 @@ def data_parallel_replicas_are_engines(s: Settings) -> Iterator[Fault]:
 
 
 @rule
-def engines_divide_over_services(s: Settings) -> Iterator[Fault]:
+def engines_divide_over_services(s: FlatSettings) -> Iterator[Fault]:
     gpus, share = s.rollout_num_gpus, s.rollout_num_gpus_per_engine * s.rollout_num_workers
     if gpus is not None and gpus % share:
         problem = f"rollout_num_gpus_per_engine × rollout_num_workers = {share} does not divide it"
@@ -89,7 +89,7 @@ def engines_divide_over_services(s: Settings) -> Iterator[Fault]:
 
 
 @rule
-def external_engines_are_addresses(s: Settings) -> Iterator[Fault]:
+def external_engines_are_addresses(s: FlatSettings) -> Iterator[Fault]:
     addresses = s.rollout_external_engine_addrs
     if addresses is None:
         return
@@ -105,14 +105,14 @@ def external_engines_are_addresses(s: Settings) -> Iterator[Fault]:
 
 
 @rule
-def files_need_the_disk_path(s: Settings) -> Iterator[Fault]:
+def files_need_the_disk_path(s: FlatSettings) -> Iterator[Fault]:
     if s.rollout_engine_weights_dir is not None and s.rollout_engine_weights != "disk":
         problem = "it does nothing without rollout_engine_weights = disk"
         yield Fault("rollout_engine_weights_dir", s.rollout_engine_weights_dir, problem, "leave it out")
 
 
 @rule
-def servers_take_part_in_broadcasts(s: Settings) -> Iterator[Fault]:
+def servers_take_part_in_broadcasts(s: FlatSettings) -> Iterator[Fault]:
     if not engine_spec(s.rollout_backend).runs_servers or s.rollout_engine_weights != "distributed":
         return
     if s.update_weight_transfer_mode != "broadcast":
@@ -127,7 +127,7 @@ def servers_take_part_in_broadcasts(s: Settings) -> Iterator[Fault]:
 
 
 @rule
-def quantised_weights_go_to_an_engine_that_takes_them(s: Settings) -> Iterator[Fault]:
+def quantised_weights_go_to_an_engine_that_takes_them(s: FlatSettings) -> Iterator[Fault]:
     if s.rollout_weight_format == "as_trained":
         key = "extra_high_precision_layers_hf"
         if s.extra_high_precision_layers_hf:
@@ -145,7 +145,7 @@ def quantised_weights_go_to_an_engine_that_takes_them(s: Settings) -> Iterator[F
 
 
 @rule
-def taking_turns_is_synchronous(s: Settings) -> Iterator[Fault]:
+def taking_turns_is_synchronous(s: FlatSettings) -> Iterator[Fault]:
     for key in ("colocate", "offload_rollout"):
         if getattr(s, key) and s.max_weight_staleness:
             problem = f"max_weight_staleness = {s.max_weight_staleness} has engines and trainer work at once"

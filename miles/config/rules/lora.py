@@ -1,4 +1,4 @@
-"""Rules about training adapters."""
+"""Rules about LoRA training."""
 
 from __future__ import annotations
 
@@ -6,32 +6,32 @@ from collections.abc import Iterator
 
 from miles.config.rules.registry import needs, rule
 from miles.config.schema.faults import Fault
-from miles.config.schema.settings import Settings
+from miles.config.schema.flat_settings import FlatSettings
 from miles.precision.number_types import decide
 
 
 @rule
-def adapter_settings_need_a_rank(s: Settings) -> Iterator[Fault]:
+def adapter_settings_need_a_rank(s: FlatSettings) -> Iterator[Fault]:
     for key in ("lora_alpha", "target_modules", "exclude_modules", "lora_adapter_path"):
         yield from needs(s, key, "lora_rank")
 
 
 @rule
-def adapters_drop_nothing(s: Settings) -> Iterator[Fault]:
+def adapters_drop_nothing(s: FlatSettings) -> Iterator[Fault]:
     if s.lora_dropout:
         problem = "the engine has no dropout, so that the trainer would compute another function than was sampled from"
         yield Fault("lora_dropout", s.lora_dropout, problem, "set it to 0, or leave it out")
 
 
 @rule
-def adapters_are_trained_by_fsdp(s: Settings) -> Iterator[Fault]:
+def adapters_are_trained_by_fsdp(s: FlatSettings) -> Iterator[Fault]:
     if s.lora_rank and s.train_backend != "fsdp":
         problem = f"train_backend = {s.train_backend} trains no adapters"
         yield Fault("lora_rank", s.lora_rank, problem, "set train_backend to fsdp, or lora_rank to 0")
 
 
 @rule
-def adapters_are_merged_in_one_type(s: Settings) -> Iterator[Fault]:
+def adapters_are_merged_in_one_type(s: FlatSettings) -> Iterator[Fault]:
     types = decide(s.train_dtype, s.rollout_dtype, {})
     if s.lora_rank and types.train_dtype != types.rollout_dtype:
         problem = f"adapters are merged in the type that both sides compute in, and rollout_dtype = {s.rollout_dtype}"
@@ -40,7 +40,7 @@ def adapters_are_merged_in_one_type(s: Settings) -> Iterator[Fault]:
 
 
 @rule
-def the_reference_of_an_adapter_is_its_base(s: Settings) -> Iterator[Fault]:
+def the_reference_of_an_adapter_is_its_base(s: FlatSettings) -> Iterator[Fault]:
     if not s.lora_rank:
         return
     problem = "with lora_rank the reference is the policy without its adapter"
@@ -51,7 +51,7 @@ def the_reference_of_an_adapter_is_its_base(s: Settings) -> Iterator[Fault]:
 
 
 @rule
-def modules_are_named(s: Settings) -> Iterator[Fault]:
+def modules_are_named(s: FlatSettings) -> Iterator[Fault]:
     for key in ("target_modules", "exclude_modules"):
         value = getattr(s, key)
         if value is not None and not all(name.strip() for name in value.split(",")):

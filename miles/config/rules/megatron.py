@@ -1,4 +1,4 @@
-"""Rules about the layout of the Megatron-Core backend, as far as they need no model; see `environment` for those."""
+"""Rules about the layout of the Megatron-Core backend; `checks.model_layout` has those that need the model."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from miles.config.rules.registry import needs, rule
 from miles.config.schema.catalog import catalog
 from miles.config.schema.faults import Fault
-from miles.config.schema.settings import Settings
+from miles.config.schema.flat_settings import FlatSettings
 
 _FSDP_ALONE = {
     "gradient_checkpointing": "set recompute_granularity instead",
@@ -18,7 +18,7 @@ _FSDP_ALONE = {
 
 
 @rule
-def settings_belong_to_the_backend(s: Settings) -> Iterator[Fault]:
+def settings_belong_to_the_backend(s: FlatSettings) -> Iterator[Fault]:
     if s.train_backend == "megatron":
         for key, remedy in _FSDP_ALONE.items():
             value = getattr(s, key)
@@ -35,7 +35,7 @@ def settings_belong_to_the_backend(s: Settings) -> Iterator[Fault]:
 
 
 @rule
-def layout_divides_ranks(s: Settings) -> Iterator[Fault]:
+def layout_divides_ranks(s: FlatSettings) -> Iterator[Fault]:
     if s.train_backend != "megatron" or s.actor_num_gpus_per_node is None:
         return
     ranks = s.actor_num_nodes * s.actor_num_gpus_per_node
@@ -51,7 +51,7 @@ def layout_divides_ranks(s: Settings) -> Iterator[Fault]:
 
 
 @rule
-def layout_settings_have_an_effect(s: Settings) -> Iterator[Fault]:
+def layout_settings_have_an_effect(s: FlatSettings) -> Iterator[Fault]:
     if s.train_backend != "megatron":
         return
     if s.sequence_parallel and s.tensor_model_parallel_size == 1:
@@ -70,19 +70,19 @@ def layout_settings_have_an_effect(s: Settings) -> Iterator[Fault]:
 
 
 @rule
-def prediction_layers_are_held_to_be_trained(s: Settings) -> Iterator[Fault]:
+def mtp_layers_are_loaded_to_be_trained(s: FlatSettings) -> Iterator[Fault]:
     yield from needs(s, "mtp_loss_scaling_factor", "enable_mtp_training")
     if s.enable_mtp_training and s.mtp_num_layers is None:
         problem = "mtp_num_layers is not set"
         yield Fault("enable_mtp_training", True, problem, "set mtp_num_layers to how many the model has")
     for key, part in (("pipeline_model_parallel_size", "the model"), ("context_parallel_size", "each sequence")):
         if s.enable_mtp_training and getattr(s, key) > 1:
-            problem = f"layers for multi-token prediction are trained where a rank has all of {part}"
+            problem = f"MTP layers are trained only where a rank has all of {part}"
             yield Fault("enable_mtp_training", True, problem, f"set {key} to 1")
 
 
 @rule
-def recomputation_is_complete(s: Settings) -> Iterator[Fault]:
+def recomputation_is_complete(s: FlatSettings) -> Iterator[Fault]:
     full = s.recompute_granularity == "full"
     for key in ("recompute_method", "recompute_num_layers"):
         value = getattr(s, key)
@@ -93,7 +93,7 @@ def recomputation_is_complete(s: Settings) -> Iterator[Fault]:
 
 
 @rule
-def layers_fit_the_device(s: Settings) -> Iterator[Fault]:
+def layers_fit_the_device(s: FlatSettings) -> Iterator[Fault]:
     if s.train_backend == "megatron" and s.transformer_impl == "transformer_engine" and s.device == "cpu":
         problem = "TransformerEngine needs a GPU"
         yield Fault("transformer_impl", s.transformer_impl, problem, "set it to local or auto")

@@ -1,4 +1,4 @@
-"""Rules about the run itself: names, addresses, ports, devices, paths of functions."""
+"""Rules about services: names, addresses, ports, devices, function paths, transports."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from collections.abc import Iterator
 from miles.config.rules.registry import needs, rule
 from miles.config.schema.catalog import catalog
 from miles.config.schema.faults import Fault
-from miles.config.schema.settings import Settings
+from miles.config.schema.flat_settings import FlatSettings
 
 _PORTS = ("controller_port", "weightsync_port", "trainer_port", "reward_port", "gateway_port")
 
 
 @rule
-def name_can_be_a_folder(s: Settings) -> Iterator[Fault]:
+def name_can_be_a_folder(s: FlatSettings) -> Iterator[Fault]:
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", s.name):
         yield Fault(
             "name", s.name, "the run's folder is named after it", "use letters, digits, dots, dashes, underscores"
@@ -22,14 +22,14 @@ def name_can_be_a_folder(s: Settings) -> Iterator[Fault]:
 
 
 @rule
-def redis_url_is_an_address(s: Settings) -> Iterator[Fault]:
+def redis_url_is_an_address(s: FlatSettings) -> Iterator[Fault]:
     if s.redis_url is not None and not re.match(r"(redis|rediss|unix)://.", s.redis_url):
         problem = "it must begin with redis://, rediss:// or unix://"
         yield Fault("redis_url", s.redis_url, problem, "write it like redis://host:6379/0")
 
 
 @rule
-def ports_are_apart(s: Settings) -> Iterator[Fault]:
+def ports_are_apart(s: FlatSettings) -> Iterator[Fault]:
     taken: dict[int, str] = {}
     for key in _PORTS:
         port = getattr(s, key)
@@ -48,7 +48,7 @@ def ports_are_apart(s: Settings) -> Iterator[Fault]:
 
 
 @rule
-def process_group_fits_the_device(s: Settings) -> Iterator[Fault]:
+def process_group_fits_the_device(s: FlatSettings) -> Iterator[Fault]:
     if s.distributed_backend == "nccl" and s.device == "cpu":
         yield Fault(
             "distributed_backend", "nccl", "device = cpu and NCCL needs GPUs", "set it to gloo, or leave it out"
@@ -56,7 +56,7 @@ def process_group_fits_the_device(s: Settings) -> Iterator[Fault]:
 
 
 @rule
-def dotted_paths_are_well_formed(s: Settings) -> Iterator[Fault]:
+def dotted_paths_are_well_formed(s: FlatSettings) -> Iterator[Fault]:
     for key, entry in catalog().items():
         if entry.dotted_path is None:
             continue
@@ -66,13 +66,13 @@ def dotted_paths_are_well_formed(s: Settings) -> Iterator[Fault]:
 
 
 @rule
-def tensorboard_settings_need_tensorboard(s: Settings) -> Iterator[Fault]:
+def tensorboard_settings_need_tensorboard(s: FlatSettings) -> Iterator[Fault]:
     yield from needs(s, "tb_project_name", "use_tensorboard")
     yield from needs(s, "tb_experiment_name", "use_tensorboard")
 
 
 @rule
-def changes_of_weights_have_a_folder(s: Settings) -> Iterator[Fault]:
+def changes_of_weights_have_a_folder(s: FlatSettings) -> Iterator[Fault]:
     if s.update_weight_transfer_mode == "disk_delta" and s.update_weight_disk_dir is None:
         problem = "update_weight_disk_dir is not set"
         yield Fault(
@@ -81,6 +81,6 @@ def changes_of_weights_have_a_folder(s: Settings) -> Iterator[Fault]:
 
 
 @rule
-def gpu_memory_is_shared_on_gpus(s: Settings) -> Iterator[Fault]:
+def gpu_memory_is_shared_on_gpus(s: FlatSettings) -> Iterator[Fault]:
     if s.update_weight_transfer_mode == "cuda_ipc" and s.device == "cpu":
         yield Fault("update_weight_transfer_mode", "cuda_ipc", "device is cpu", "use auto, or broadcast")

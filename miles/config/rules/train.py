@@ -1,4 +1,4 @@
-"""Rules about the trainer: micro-batches, ranks, schedule, checkpoints."""
+"""Rules about the trainer: micro-batches, ranks, learning-rate schedule, checkpoints."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from collections.abc import Iterator
 
 from miles.config.rules.registry import needs, rule
 from miles.config.schema.faults import Fault
-from miles.config.schema.settings import Settings
+from miles.config.schema.flat_settings import FlatSettings
 
 _SET_BY_THE_LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 @rule
-def micro_batches_are_cut_one_way(s: Settings) -> Iterator[Fault]:
+def micro_batches_are_cut_one_way(s: FlatSettings) -> Iterator[Fault]:
     if s.use_dynamic_batch_size and s.max_tokens_per_gpu is None:
         problem = "max_tokens_per_gpu is not set"
         yield Fault("use_dynamic_batch_size", True, problem, "set max_tokens_per_gpu to the tokens of a micro-batch")
@@ -25,16 +25,16 @@ def micro_batches_are_cut_one_way(s: Settings) -> Iterator[Fault]:
 
 
 @rule
-def batch_divides_over_ranks(s: Settings) -> Iterator[Fault]:
+def batch_divides_over_ranks(s: FlatSettings) -> Iterator[Fault]:
     if s.actor_num_gpus_per_node is None:
-        return  # known once the device is
+        return  # it depends on the device, which is not resolved yet
     ranks = s.actor_num_nodes * s.actor_num_gpus_per_node
     what = "actor_num_nodes × actor_num_gpus_per_node"
     if s.train_backend == "megatron":
         ranks //= s.tensor_model_parallel_size * s.pipeline_model_parallel_size * s.context_parallel_size
         what = "the number of replicas (actor_num_nodes × actor_num_gpus_per_node / tensor / pipeline / context size)"
     if not ranks:
-        return  # the layout has more ranks than there are, which is a fault of its own
+        return  # the layout needs more ranks than there are, which another rule reports
     if s.global_batch_size % ranks:
         problem = f"{what} = {ranks} does not divide it"
         yield Fault("global_batch_size", s.global_batch_size, problem, f"make it a multiple of {ranks}")
@@ -45,27 +45,27 @@ def batch_divides_over_ranks(s: Settings) -> Iterator[Fault]:
 
 
 @rule
-def log_prob_chunks_are_a_count_or_minus_one(s: Settings) -> Iterator[Fault]:
+def log_prob_chunks_are_a_count_or_minus_one(s: FlatSettings) -> Iterator[Fault]:
     if s.log_probs_chunk_size == 0 or s.log_probs_chunk_size < -1:
         problem = "it must be a number of rows, or -1 for no chunks"
         yield Fault("log_probs_chunk_size", s.log_probs_chunk_size, problem, "set it to 1024 or to -1")
 
 
 @rule
-def environment_leaves_ranks_alone(s: Settings) -> Iterator[Fault]:
+def environment_leaves_ranks_alone(s: FlatSettings) -> Iterator[Fault]:
     for name in sorted(set(s.train_env_vars) & set(_SET_BY_THE_LAUNCHER)):
         problem = f"{name} is set for each rank by its launcher"
         yield Fault("train_env_vars", s.train_env_vars, problem, f"leave {name} out")
 
 
 @rule
-def compute_type_is_one(s: Settings) -> Iterator[Fault]:
+def compute_type_is_one(s: FlatSettings) -> Iterator[Fault]:
     if s.fp16 and s.train_dtype != "float16":
         yield Fault("fp16", True, f"train_dtype = {s.train_dtype} says otherwise", "leave one of them out")
 
 
 @rule
-def schedule_rises_and_falls(s: Settings) -> Iterator[Fault]:
+def schedule_rises_and_falls(s: FlatSettings) -> Iterator[Fault]:
     for key in ("min_lr", "lr_warmup_init"):
         for rate in ("lr", "critic_lr") if s.critic_lr not in (None, s.lr) else ("lr",):
             if s.given(key) and getattr(s, key) > getattr(s, rate):
@@ -83,7 +83,7 @@ def schedule_rises_and_falls(s: Settings) -> Iterator[Fault]:
 
 
 @rule
-def save_hf_has_no_other_placeholder(s: Settings) -> Iterator[Fault]:
+def save_hf_has_no_other_placeholder(s: FlatSettings) -> Iterator[Fault]:
     if s.save_hf is None:
         return
     try:

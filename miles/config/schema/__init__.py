@@ -1,4 +1,4 @@
-"""What a configuration is made of: the base of sections, the table of all fields, derived settings and faults.
+"""The parts of a configuration: base class of sections, catalog of all fields, derived settings, faults.
 
 No setting is defined here; `sections` has those. Start at `section`.
 """

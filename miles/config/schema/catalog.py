@@ -1,4 +1,4 @@
-"""Every field of every section in one table: what the command line, the reference page and the checks are made from."""
+"""The catalog of all fields of all sections, from which command line, reference page and checks are generated."""
 
 from __future__ import annotations
 
@@ -57,12 +57,12 @@ SECTIONS: Mapping[str, type[Section]] = {
     "gateway": GatewayConfig,
     "tls": TlsConfig,
 }
-"""Section by its name on `JobConfig`, in the order of the reference page."""
+"""Sections by their names in `JobConfig`, in the order of the reference page."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Entry:
-    """One field: its key in YAML and REST, its flag, and what both mean."""
+    """One field: its key in YAML and REST, its flag, and its meaning."""
 
     key: str
     flag: str
@@ -77,14 +77,14 @@ class Entry:
     derived: str | None
     help: str
     negated: bool
-    """The flag switches the field off."""
+    """Whether the flag turns the field off."""
     dotted_path: DottedPath | None
     """Set when the value names a Python object."""
 
 
 @functools.cache
 def catalog() -> Mapping[str, Entry]:
-    """Every field by its key, in the order of the sections."""
+    """Return all fields by key, in the order of the sections."""
     return {
         key: _entry(section, key, field)
         for section, model in SECTIONS.items()
@@ -95,7 +95,7 @@ def catalog() -> Mapping[str, Entry]:
 
 @functools.cache
 def passthroughs() -> Mapping[str, tuple[str, str]]:
-    """Section and field that collect the keys with a prefix, by prefix."""
+    """Return the section and field that collect keys with a prefix, by prefix."""
     found: dict[str, tuple[str, str]] = {}
     for section, model in SECTIONS.items():
         for key, field in model.model_fields.items():

@@ -1,4 +1,4 @@
-"""Fills in the settings that follow from others."""
+"""Derives settings that are not given from others."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from miles.config.schema.catalog import SECTIONS
 from miles.config.schema.faults import Fault
-from miles.config.schema.settings import Settings, UnusableSetting
+from miles.config.schema.flat_settings import FlatSettings, InvalidSetting
 from miles.engine_spec import engine_spec
 from miles.precision.number_types import AUTO
 
@@ -24,28 +24,28 @@ _FALLBACKS = {
     "eps_clip_high": "eps_clip",
     "log_probs_max_tokens_per_gpu": "max_tokens_per_gpu",
 }
-"""Settings that, when not given, are the same as another."""
+"""Settings that default to another setting."""
 
 _SEARCHED = 10_000
-"""How far around a number that does not divide another one is looked for one that does."""
+"""How far from a number that does not divide another one to search for one that does."""
 
 
-def derive(settings: Settings) -> list[Fault]:
-    """Fill in every derived setting; return the faults that make that impossible."""
+def derive(settings: FlatSettings) -> list[Fault]:
+    """Fill in every derived setting; return the faults that prevent it."""
     faults: list[Fault] = []
     for step in _STEPS:
         try:
             faults += step(settings)
-        except UnusableSetting:
+        except InvalidSetting:
             continue
-    # What could not be filled in, because what it follows from is at fault, is as unusable as that.
+    # A setting that could not be derived, because its sources are invalid, is invalid too.
     settings.refuse(*(key for key in _always_filled() if settings.is_empty(key)))
     return faults
 
 
 @functools.cache
 def _always_filled() -> frozenset[str]:
-    """Settings that have no default of their own, so that some step must fill them in."""
+    """Return the settings without a default, which some step must fill in."""
     return frozenset(
         key
         for section in SECTIONS.values()
@@ -54,7 +54,7 @@ def _always_filled() -> frozenset[str]:
     )
 
 
-def _batch_sizes(s: Settings) -> list[Fault]:
+def _batch_sizes(s: FlatSettings) -> list[Fault]:
     """rollout_batch_size × n_samples_per_prompt = global_batch_size × num_steps_per_rollout."""
     names = ("rollout_batch_size", "n_samples_per_prompt", "global_batch_size", "num_steps_per_rollout")
     prompts, samples, batch, steps = (s.given(name) and getattr(s, name) for name in names)
@@ -93,7 +93,7 @@ def _mismatch(generated: int, trained: int) -> Fault | None:
 
 
 def _share(total: int, divisor: int, product: str, name: str) -> tuple[int, Fault | None]:
-    """total / divisor, or the fault that it is not whole."""
+    """Return total / divisor, or a fault when it is not an integer."""
     if total % divisor == 0:
         return total // divisor, None
     nearby = [d for d in range(max(1, divisor - _SEARCHED), divisor + _SEARCHED) if total % d == 0]
@@ -106,23 +106,24 @@ def _above(numbers: list[int], bound: int) -> list[int]:
     return [number for number in numbers if number > bound] or [0]
 
 
-def _fallbacks(s: Settings) -> list[Fault]:
+def _fallbacks(s: FlatSettings) -> list[Fault]:
     for key, source in _FALLBACKS.items():
-        try:
-            if not s.given(key):
-                s.fill(key, getattr(s, source))
-        except UnusableSetting:
+        if not s.is_valid(key) or s.given(key):
+            continue
+        if s.is_valid(source):
+            s.fill(key, getattr(s, source))
+        else:
             s.refuse(key)
     return []
 
 
-def _run_dir(s: Settings) -> list[Fault]:
+def _run_dir(s: FlatSettings) -> list[Fault]:
     if not s.given("run_dir"):
         s.fill("run_dir", f"runs/{s.name}")
     return []
 
 
-def _bounds(s: Settings) -> list[Fault]:
+def _bounds(s: FlatSettings) -> list[Fault]:
     if not s.given("tis_lower_bound"):
         s.fill("tis_lower_bound", 1 / s.tis_upper_bound)
     if not s.given("rs_lower_bound"):
@@ -132,19 +133,19 @@ def _bounds(s: Settings) -> list[Fault]:
     return []
 
 
-def _evaluation_alone(s: Settings) -> list[Fault]:
+def _evaluation_alone(s: FlatSettings) -> list[Fault]:
     if s.num_rollout == 0 and s.eval_prompt_data and not s.given("eval_interval"):
         s.fill("eval_interval", 1)
     return []
 
 
-def _train_dtype(s: Settings) -> list[Fault]:
+def _train_dtype(s: FlatSettings) -> list[Fault]:
     if not s.given("train_dtype"):
         s.fill("train_dtype", "float16" if s.fp16 else AUTO)
     return []
 
 
-def _backend(s: Settings) -> list[Fault]:
+def _backend(s: FlatSettings) -> list[Fault]:
     if not s.given("share_prompts"):
         s.fill("share_prompts", s.train_backend == "fsdp")
     if not s.given("expert_tensor_parallel_size"):
@@ -152,7 +153,7 @@ def _backend(s: Settings) -> list[Fault]:
     return []
 
 
-def _models(s: Settings) -> list[Fault]:
+def _models(s: FlatSettings) -> list[Fault]:
     if not s.given("ref_load") and (s.use_kl_loss or s.kl_coef):
         s.fill("ref_load", s.hf_checkpoint)
     if not s.given("critic_load") and s.advantage_estimator == "ppo":
@@ -162,18 +163,15 @@ def _models(s: Settings) -> list[Fault]:
     return []
 
 
-def _staleness(s: Settings) -> list[Fault]:
-    """The smallest bound that what is asked for needs."""
-    try:
-        if not s.given("max_weight_staleness"):
-            batches = -(-(s.over_sampling_batch_size or 1) // s.rollout_batch_size)
-            s.fill("max_weight_staleness", max(batches, s.update_weights_interval, 2 if s.partial_rollout else 1) - 1)
-    except UnusableSetting:
-        s.refuse("max_weight_staleness")
+def _staleness(s: FlatSettings) -> list[Fault]:
+    """Derive the smallest bound that the other settings need."""
+    if not s.given("max_weight_staleness"):
+        batches = -(-(s.over_sampling_batch_size or 1) // s.rollout_batch_size)
+        s.fill("max_weight_staleness", max(batches, s.update_weights_interval, 2 if s.partial_rollout else 1) - 1)
     return []
 
 
-def _engine(s: Settings) -> list[Fault]:
+def _engine(s: FlatSettings) -> list[Fault]:
     if not s.given("max_running_requests"):
         s.fill("max_running_requests", engine_spec(s.rollout_backend).default_max_running_requests)
     if not s.given("offload_rollout"):
@@ -181,7 +179,7 @@ def _engine(s: Settings) -> list[Fault]:
     return []
 
 
-_STEPS: tuple[Callable[[Settings], list[Fault]], ...] = (
+_STEPS: tuple[Callable[[FlatSettings], list[Fault]], ...] = (
     _batch_sizes,
     _staleness,
     _engine,

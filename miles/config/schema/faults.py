@@ -1,4 +1,4 @@
-"""What is wrong with a configuration, said all at once."""
+"""Faults of a configuration, which are reported all at once."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pydantic_core import ErrorDetails
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Fault:
-    """One thing that is wrong: which field, its value, why that cannot be, and the way out."""
+    """One fault: the field, its value, the problem, and the remedy."""
 
     field: str
     value: Any
@@ -27,12 +27,12 @@ class Fault:
         return f"{self.field} = {show(self.value)}, but {self.problem}; {self.remedy}"
 
     def to_json(self) -> dict[str, Any]:
-        """The fault as a JSON object, for the REST API."""
+        """Return the fault as a JSON object, for the REST API."""
         return dataclasses.asdict(self)
 
 
 class ConfigError(ValueError):
-    """A configuration was refused. `faults` lists everything that is wrong with it."""
+    """A configuration was refused; `faults` lists all of its faults."""
 
     def __init__(self, faults: Sequence[Fault]) -> None:
         self.faults = tuple(faults)
@@ -41,12 +41,12 @@ class ConfigError(ValueError):
 
 
 def show(value: Any) -> str:
-    """A value as a person would write it in YAML."""
+    """Format a value as a person would write it in YAML."""
     return value if isinstance(value, str) and value else json.dumps(value, ensure_ascii=False, default=str)
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
-    """The known name that this one was most likely meant to be, or None when nothing is close."""
+    """Return the known name that is most similar to this one, or None when none is close."""
     names = list(known)
     beginnings = [candidate for candidate in names if candidate.startswith(name)]
     matches = beginnings if len(beginnings) == 1 else difflib.get_close_matches(name, names, n=1, cutoff=0.6)
@@ -54,7 +54,7 @@ def nearest(name: str, known: Iterable[str]) -> str | None:
 
 
 def unknown_name(name: str, value: Any, known: Iterable[str], what: str) -> Fault:
-    """The fault of a key or flag that does not exist, with the nearest one that does."""
+    """Return the fault of an unknown key or flag, with the nearest known one."""
     suggestion = nearest(name, known)
     remedy = f"did you mean {suggestion}?" if suggestion else "`miles config docs` lists them all"
     return Fault(name or show(name), value, f"there is no such {what}", remedy)
@@ -72,7 +72,7 @@ _PROBLEMS = {
 
 
 def faults_of(error: ValidationError) -> list[Fault]:
-    """What pydantic found, field by field, in the wording of every other fault."""
+    """Convert pydantic's errors to faults, field by field."""
     return [_fault_of(details) for details in error.errors(include_url=False)]
 
 

@@ -1,4 +1,4 @@
-"""The base of every section of the configuration, and the notes a field can carry about its flag."""
+"""The base class of sections, and the annotations of fields about their flags."""
 
 from __future__ import annotations
 
@@ -13,41 +13,41 @@ from pydantic.fields import FieldInfo
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Negated:
-    """The field is switched off by this flag; the field's own name is still its key in YAML and REST."""
+    """This flag turns the field off; in YAML and REST the key is the field's own name."""
 
     flag: str
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Metavar:
-    """What the flag's value looks like, for the help text."""
+    """Placeholder of the flag's value in the help text."""
 
     text: str
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Derived:
-    """Where the value comes from when it is not given."""
+    """What the value is derived from when it is not given."""
 
     source: str
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Passthrough:
-    """The field collects every key with this prefix (in flat spelling), for a program that has flags of its own."""
+    """The field collects every flat key with this prefix, to be passed to an engine under its own names."""
 
     prefix: str
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class DottedPath:
-    """The field names a Python object as `package.module.name`, or by one of these names, which lead elsewhere."""
+    """The field names a Python object as `package.module.name`, or by one of these aliases."""
 
     aliases: tuple[str, ...] = ()
 
 
 def derived() -> Any:
-    """Default of a field that `JobConfig.from_flat` fills in when it is not given, so that readers never see None."""
+    """Default of a field that `JobConfig.from_flat` derives when it is not given, so that readers never see None."""
     return Field(default=None)
 
 
@@ -60,7 +60,7 @@ Port = Annotated[int, Field(ge=0, le=65535)]
 
 
 class Section(BaseModel):
-    """One concern of the configuration. Immutable; built by `JobConfig.from_flat`, never from nested input."""
+    """One section of the configuration. Immutable; built by `JobConfig.from_flat`, never from nested input."""
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False, validate_default=False
@@ -69,7 +69,7 @@ class Section(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _accept_spellings(cls, value: Any, info: ValidationInfo) -> Any:
-        """Read what the command line can only say as text, and refuse what YAML can say by mistake."""
+        """Convert text of the command line, and refuse likely mistakes in YAML."""
         assert info.field_name is not None
         kind = base_type(cls.model_fields[info.field_name])
         if kind is dict and isinstance(value, str):
@@ -80,19 +80,19 @@ class Section(BaseModel):
         if kind in (int, float) and isinstance(value, bool):
             raise ValueError("it must be a number, not a switch")
         if kind is tuple and value in ([], ()):
-            return cls.model_fields[info.field_name].default  # an empty list and no list are the same
+            return cls.model_fields[info.field_name].default  # an empty list is the same as no list
         if kind is tuple and isinstance(value, str | int) and not isinstance(value, bool):
             return (value,)
         return value
 
 
 def note(field: FieldInfo, kind: type[Any]) -> Any:
-    """The note of this class that the field carries, or None."""
+    """Return the field's annotation of this class, or None."""
     return next((item for item in field.metadata if isinstance(item, kind)), None)
 
 
 def base_type(field: FieldInfo) -> type[Any]:
-    """bool, int, float, str, tuple or dict: what the field holds, apart from None and limits."""
+    """Return the field's type without None and limits: bool, int, float, str, tuple or dict."""
     annotation: Any = field.annotation
     while True:
         origin = typing.get_origin(annotation)
@@ -109,7 +109,7 @@ def base_type(field: FieldInfo) -> type[Any]:
 
 
 def element_type(field: FieldInfo) -> type[Any]:
-    """What a tuple field holds: int or str."""
+    """Return the element type of a tuple field: int or str."""
     annotation: Any = field.annotation
     while typing.get_origin(annotation) is not tuple:
         annotation = next(arg for arg in typing.get_args(annotation) if arg is not type(None))
@@ -120,7 +120,7 @@ def element_type(field: FieldInfo) -> type[Any]:
 
 
 def choices(field: FieldInfo) -> tuple[str, ...]:
-    """The values a field is limited to; empty when it is not."""
+    """Return the values that a field is limited to; empty when it is not limited."""
     annotation: Any = field.annotation
     if typing.get_origin(annotation) is typing.Literal:
         return typing.get_args(annotation)

@@ -1,4 +1,4 @@
-"""The settings themselves, one section a file.
+"""The settings themselves, one section per file.
 
-A section never reads another; what crosses sections is a rule in `rules`.
+A section never reads another; relations between sections are in `rules`.
 """

@@ -1,4 +1,4 @@
-"""How many processes a run has and how its trainer's ranks find each other."""
+"""The number of processes of a run, and the trainer's process group."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ class ClusterConfig(Section):
     """Processes and devices."""
 
     actor_num_nodes: Positive = 1
-    """Nodes the trainer runs on."""
+    """Number of nodes of the trainer."""
 
     actor_num_gpus_per_node: Annotated[Positive | None, Derived("8 on CUDA, 1 on CPU")] = None
-    """Trainer processes per node; each holds one GPU, or none when the device is the CPU."""
+    """Number of trainer processes per node, with one GPU each, or none on the CPU."""
 
     rollout_num_workers: Positive = 1
-    """Rollout services, one inference engine each."""
+    """Number of rollout services, with one inference engine each."""
 
     colocate: bool = False
-    """Trainer and engines share GPUs: they take turns."""
+    """Run trainer and engines on the same GPUs, in turns."""
 
     offload_rollout: Annotated[bool, Derived("on with colocate")] = derived()
-    """Free the engines' memory (weights, key-value cache) while the trainer works."""
+    """Release the engines' memory (weights, KV cache) while the trainer works."""
 
     distributed_backend: Annotated[Literal["nccl", "gloo"] | None, Derived("nccl on CUDA, gloo on CPU")] = None
     """Backend of the trainer's process group."""
 
     distributed_timeout_minutes: Positive = 10
-    """How long a collective of the trainer may take, in minutes."""
+    """Timeout of the trainer's collectives, in minutes."""
 
     @property
     def trainer_world_size(self) -> int:

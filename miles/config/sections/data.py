@@ -1,4 +1,4 @@
-"""Where prompts come from and how many make a rollout."""
+"""The prompt data set and the size of a rollout."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ class DataConfig(Section):
     """The prompt data set and the size of a rollout."""
 
     prompt_data: Annotated[str | None, Metavar("FILE")] = None
-    """JSONL or Parquet file of prompts; `FILE@[a:b]` takes rows a up to b. Required."""
+    """JSONL or Parquet file of prompts, of which `FILE@[a:b]` takes rows a to b − 1; required."""
 
     input_key: str = "input"
-    """Column of the prompt: text, or a list of chat messages."""
+    """Column with the prompt: text, or a list of chat messages."""
 
     label_key: str | None = None
-    """Column of the reference answer, for rewards."""
+    """Column with the reference answer, for rewards."""
 
     metadata_key: str = "metadata"
-    """Column of an object that goes with the sample to its reward."""
+    """Column with an object that is passed to the reward."""
 
     tool_key: str = "tools"
-    """Column of tool descriptions, for the chat template."""
+    """Column with tool descriptions, for the chat template."""
 
     apply_chat_template: bool = False
     """Render prompts with the tokenizer's chat template."""
@@ -34,18 +34,18 @@ class DataConfig(Section):
     """Variables for the chat template, a JSON object."""
 
     chat_template_path: Annotated[str | None, Metavar("FILE")] = None
-    """Jinja file to use as chat template in place of the tokenizer's."""
+    """Jinja file to use as chat template instead of the tokenizer's."""
 
     num_rollout: Annotated[NonNegative | None, Derived("num_epoch and the size of the data set")] = None
-    """Rollouts of the run, which are its training steps; 0 only evaluates."""
+    """Number of rollouts, which is the number of training steps; 0 only evaluates."""
 
     num_epoch: Positive | None = None
-    """Passes over the data set, in place of num_rollout."""
+    """Number of passes over the data set, instead of num_rollout."""
 
     rollout_batch_size: Annotated[
         Positive, Derived("global_batch_size × num_steps_per_rollout / n_samples_per_prompt")
     ] = derived()
-    """Prompts per rollout. Required unless the other three batch sizes give it."""
+    """Number of prompts per rollout; required unless it follows from the other three batch sizes."""
 
     n_samples_per_prompt: Positive = 1
-    """Responses per prompt."""
+    """Number of responses per prompt."""

@@ -1,4 +1,4 @@
-"""When and on what the policy is evaluated."""
+"""Evaluation: when, on which data sets, and with which sampling."""
 
 from __future__ import annotations
 
@@ -19,46 +19,46 @@ from miles.config.schema.section import (
 
 
 class EvalConfig(Section):
-    """Evaluation; sampling settings that are not given are those of the rollout."""
+    """Evaluation; sampling settings default to those of the rollout."""
 
     eval_interval: Annotated[Positive | None, Derived("1 when num_rollout is 0")] = None
-    """Rollouts between evaluations; without it nothing is evaluated."""
+    """Number of rollouts between evaluations; not given never evaluates."""
 
     eval_prompt_data: Annotated[tuple[str, ...] | None, Metavar("NAME FILE")] = None
-    """Data sets to evaluate on: a name and a file, and so on in pairs."""
+    """Data sets to evaluate on, as pairs of a name and a file."""
 
     skip_eval_before_train: bool = False
-    """Leave out the evaluation of the initial weights."""
+    """Skip the evaluation of the initial weights."""
 
     n_samples_per_eval_prompt: Positive = 1
-    """Responses per prompt."""
+    """Number of responses per evaluation prompt."""
 
     eval_temperature: Annotated[NonNegativeFloat, Derived("rollout_temperature")] = derived()
     """Sampling temperature; 0 is greedy."""
 
     eval_top_p: Annotated[Probability, Derived("rollout_top_p")] = derived()
-    """Probability mass of the most likely tokens that are sampled from."""
+    """Nucleus (top-p) sampling: probability mass of the most likely tokens to sample from."""
 
     eval_top_k: Annotated[int, Field(ge=-1), Derived("rollout_top_k")] = derived()
-    """Number of most likely tokens that are sampled from; -1 is all."""
+    """Top-k sampling: number of the most likely tokens to sample from; -1 means all."""
 
     eval_max_response_len: Annotated[Positive | None, Derived("rollout_max_response_len")] = None
-    """Limit of a response, in tokens."""
+    """Maximum length of a response, in tokens."""
 
     eval_max_prompt_len: Annotated[Positive | None, Derived("rollout_max_prompt_len")] = None
-    """Prompts longer than this are left out, in tokens."""
+    """Maximum length of a prompt, in tokens; longer ones are skipped."""
 
     eval_min_new_tokens: NonNegative | None = None
-    """Tokens before which a response cannot end."""
+    """Minimum length of a response, in tokens."""
 
     eval_input_key: Annotated[str, Derived("input_key")] = derived()
-    """Column of the prompt."""
+    """Column with the prompt."""
 
     eval_label_key: Annotated[str | None, Derived("label_key")] = None
-    """Column of the reference answer."""
+    """Column with the reference answer."""
 
     @property
     def datasets(self) -> dict[str, str]:
-        """File of each evaluation data set, by name."""
+        """The file of each evaluation data set, by name."""
         data = self.eval_prompt_data or ()
         return dict(zip(data[::2], data[1::2], strict=True))

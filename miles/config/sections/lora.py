@@ -1,4 +1,4 @@
-"""Training low-rank adapters instead of the whole policy."""
+"""LoRA: training low-rank adapters instead of all weights."""
 
 from __future__ import annotations
 
@@ -8,24 +8,24 @@ from miles.config.schema.section import Derived, Metavar, NonNegative, NonNegati
 
 
 class LoraConfig(Section):
-    """LoRA (fsdp). Modules are named as for PEFT: whole names or their last parts, separated by commas."""
+    """LoRA (fsdp). Modules are named as in PEFT: full names or their last parts, separated by commas."""
 
     lora_rank: NonNegative = 0
-    """Rank of the adapters; 0 trains the whole policy."""
+    """Rank of the adapters; 0 trains all weights instead."""
 
     lora_alpha: Positive = 16
-    """Adapters add lora_alpha / lora_rank * B * A to each weight."""
+    """LoRA alpha: an adapter adds lora_alpha / lora_rank * B * A to its weight."""
 
     lora_dropout: NonNegativeFloat = 0.0
-    """Must be 0: the log-probabilities of a response come from the same function as the response itself."""
+    """Must be 0: with dropout the trainer would not compute the function that the engine sampled from."""
 
     target_modules: Annotated[
         str | None, Derived("what lora_adapter_path adapts, else all-linear"), Metavar("NAME,NAME,...")
     ] = None
-    """Linear layers to adapt, like q_proj,v_proj; all-linear is every one of them but the head."""
+    """Linear layers to adapt, e.g. q_proj,v_proj; all-linear adapts all of them except the head."""
 
     exclude_modules: Annotated[str | None, Metavar("NAME,NAME,...")] = None
-    """Linear layers to leave out."""
+    """Linear layers not to adapt."""
 
     lora_adapter_path: Annotated[str | None, Metavar("DIR")] = None
-    """PEFT folder of the adapter to start from; its rank and alpha must be lora_rank and lora_alpha."""
+    """PEFT folder of the adapter to start from, whose rank and alpha must equal lora_rank and lora_alpha."""

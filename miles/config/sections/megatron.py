@@ -1,4 +1,4 @@
-"""How the Megatron-Core backend spreads the model; the names are Megatron's."""
+"""Parallel layout and options of the Megatron-Core backend, under Megatron's names."""
 
 from __future__ import annotations
 
@@ -8,71 +8,71 @@ from miles.config.schema.section import Derived, NonNegativeFloat, Positive, Pos
 
 
 class MegatronConfig(Section):
-    """Layout of the model over ranks and how it is computed, for train_backend megatron."""
+    """Parallel layout and computation of the model, for train_backend megatron."""
 
     tensor_model_parallel_size: Positive = 1
-    """Ranks that split each matrix."""
+    """Tensor-parallel size: ranks that split each matrix."""
 
     pipeline_model_parallel_size: Positive = 1
-    """Stages of consecutive layers."""
+    """Pipeline-parallel size: stages of consecutive layers."""
 
     num_virtual_stages_per_pipeline_rank: Positive | None = None
-    """Pieces that each stage is cut into, for an interleaved schedule."""
+    """Virtual stages per pipeline stage, for the interleaved schedule."""
 
     context_parallel_size: Positive = 1
-    """Ranks that split each sequence."""
+    """Context-parallel size: ranks that split each sequence."""
 
     expert_model_parallel_size: Positive = 1
-    """Ranks that split the experts of a layer; taken out of the data-parallel ranks."""
+    """Expert-parallel size: data-parallel ranks that split the experts of a layer."""
 
     expert_tensor_parallel_size: Annotated[
         Positive, Derived("1 when expert_model_parallel_size is above 1, else tensor_model_parallel_size")
     ] = derived()
-    """Ranks that split each expert's matrices."""
+    """Expert tensor-parallel size: ranks that split each expert's matrices."""
 
     sequence_parallel: bool = False
-    """Split activations outside matrix products over the tensor-parallel ranks."""
+    """Sequence parallelism: split activations outside matrix products over the tensor-parallel ranks."""
 
     use_distributed_optimizer: bool = False
-    """Split the optimizer's state over the data-parallel ranks."""
+    """Shard the optimizer state over the data-parallel ranks."""
 
     overlap_grad_reduce: bool = False
-    """Reduce gradients while the backward pass goes on."""
+    """Overlap the reduction of gradients with the backward pass."""
 
     overlap_param_gather: bool = False
-    """Gather updated parameters while the next forward pass goes on; needs use_distributed_optimizer."""
+    """Overlap the all-gather of updated parameters with the forward pass; requires use_distributed_optimizer."""
 
     transformer_impl: Literal["auto", "transformer_engine", "local"] = "auto"
-    """Layers of TransformerEngine, or Megatron-Core's own with plain PyTorch attention; `auto` is the first where it is
-    installed."""
+    """Implementation of layers: TransformerEngine, or Megatron-Core's own with PyTorch attention (local); `auto` uses
+    TransformerEngine where it is installed."""
 
     attention_backend: Literal["auto", "flash", "fused", "unfused"] = "auto"
     """Attention kernels of TransformerEngine."""
 
     moe_token_dispatcher_type: Literal["alltoall", "allgather"] = "alltoall"
-    """How tokens travel to their experts."""
+    """How tokens are sent to their experts."""
 
     moe_aux_loss_coeff: NonNegativeFloat = 0.0
-    """Weight of the load-balancing loss."""
+    """Coefficient of the load-balancing loss of mixture-of-experts layers."""
 
     mtp_num_layers: Positive | None = None
-    """Layers for multi-token prediction that the model has and the trainer is to hold; not given leaves them out, and
-    Hugging Face folders get those of hf_checkpoint."""
+    """Number of the model's MTP (multi-token prediction) layers to load; not given loads none, and exports contain
+    those of hf_checkpoint."""
 
     enable_mtp_training: bool = False
-    """Train them too, on the same tokens; neither embeddings nor the other layers get a gradient of it."""
+    """Train the MTP layers on the same tokens, without gradients to the embeddings and the other layers."""
 
     mtp_loss_scaling_factor: PositiveFloat = 0.2
-    """Weight of their loss."""
+    """Coefficient of the MTP loss."""
 
     recompute_granularity: Literal["full", "selective"] | None = None
-    """Recompute whole layers in the backward pass, or only what recompute_modules names."""
+    """Activation recomputation in the backward pass: whole layers (full), or recompute_modules (selective)."""
 
     recompute_method: Literal["uniform", "block"] | None = None
-    """Which layers: uniform takes runs of recompute_num_layers, block the first recompute_num_layers of a stage."""
+    """Which layers to recompute: uniform groups of recompute_num_layers, or a block of the first ones of each stage."""
 
     recompute_num_layers: Positive | None = None
-    """See recompute_method."""
+    """Number of layers of recompute_method."""
 
     recompute_modules: tuple[str, ...] = ("core_attn",)
-    """Parts of a layer to recompute with granularity selective."""
+    """Parts of a layer to recompute with recompute_granularity selective."""

@@ -1,4 +1,4 @@
-"""How responses are scored."""
+"""Rewards: how responses are scored."""
 
 from __future__ import annotations
 
@@ -15,38 +15,39 @@ class RewardConfig(Section):
     """Built-in reward."""
 
     custom_rm_path: Annotated[str | None, DottedPath(), Metavar("MODULE.NAME")] = None
-    """Async function that scores a sample, in place of rm_type."""
+    """Async function that scores a sample, instead of rm_type."""
 
     reward_service: Annotated[tuple[str, ...], Metavar("NAME=HOST:PORT")] = ()
-    """Reward services that run elsewhere; the one named default scores samples that name none. Repeatable."""
+    """Address of a reward service that runs elsewhere; the one named default scores samples without a name;
+    repeatable."""
 
     reward_key: str | None = None
-    """Which number to train on, when a reward has several."""
+    """Name of the number to train on, when a reward has several."""
 
     eval_reward_key: Annotated[str | None, Derived("reward_key")] = None
-    """The same for evaluation."""
+    """Name of the number to evaluate with, when a reward has several."""
 
     group_rm: bool = False
     """Score the samples of a prompt together."""
 
     reward_timeout_s: PositiveFloat = 60.0
-    """How long one call may take, in seconds."""
+    """Timeout of a reward call, in seconds."""
 
     reward_retries: NonNegative = 2
-    """How often a failed call is repeated."""
+    """Number of retries of a failed reward call."""
 
     reward_failure_policy: Literal["retry", "drop"] = "retry"
-    """When a sample could not be scored: generate its group again, or leave the sample out of training (the group too
-    when none of its samples has a reward)."""
+    """What to do when a sample cannot be scored: generate its group again (retry), or train without the sample (drop; a
+    group without any reward is discarded)."""
 
     @property
     def service_addresses(self) -> dict[str, str]:
-        """host:port of each reward service that runs elsewhere, by name."""
+        """The host:port of each external reward service, by name."""
         return dict(parse_reward_service(spec) for spec in self.reward_service)
 
 
 def parse_reward_service(spec: str) -> tuple[str, str]:
-    """Split NAME=HOST:PORT into name and address. Raises ValueError saying which part is wrong."""
+    """Split NAME=HOST:PORT into name and address. Raises ValueError that names the wrong part."""
     name, equals, address = spec.partition("=")
     host, colon, port = address.rpartition(":")
     if not equals or not re.fullmatch(r"[\w.-]+", name):

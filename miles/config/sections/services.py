@@ -1,4 +1,4 @@
-"""The run's name and folder, where its services listen, and on what they compute."""
+"""The run's name, folder, addresses and device."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ class ServicesConfig(Section):
     """Names, addresses and the device."""
 
     name: str = "miles"
-    """Name of the run, for people; its folder is named after it."""
+    """Name of the run and of its folder."""
 
     run_dir: Annotated[str, Derived("runs/NAME"), Metavar("DIR")] = derived()
-    """Folder of everything the run writes: logs, metrics, checkpoints."""
+    """Folder for all files of the run: logs, metrics, checkpoints."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """What trainer and engines compute on; `auto` is CUDA where there is a GPU that PyTorch can use."""
+    """Device of trainer and engines; `auto` is CUDA where PyTorch can use a GPU."""
 
     host: str = "127.0.0.1"
-    """Address on which every service listens."""
+    """Address that every service listens on."""
 
     redis_url: Annotated[str | None, Derived("a server of the run's own"), Metavar("URL")] = None
-    """Redis that holds queue, leases and job records: redis://, rediss:// or unix://."""
+    """Redis server for queue, leases and job records: redis://, rediss:// or unix://."""
 
     controller_port: Port = 0
     """Port of the controller; 0 picks a free one."""
@@ -38,15 +38,15 @@ class ServicesConfig(Section):
     """Port of the built-in reward service; 0 picks a free one."""
 
     rollout_port: Port = 0
-    """Port of the first rollout service, the others count up from it; 0 picks free ones."""
+    """Port of the first rollout service, with consecutive ports for the others; 0 picks free ones."""
 
     stop_timeout: PositiveFloat = 120.0
-    """How long train.py waits after Ctrl-C for the run to come to a stop, in seconds; what hangs longer is given up and
-    the run ends without saving. Writing the checkpoint does not count: it has 30 minutes of its own."""
+    """Time that train.py waits after Ctrl-C for the run to stop, in seconds, before it ends without saving; writing the
+    checkpoint does not count and has its own limit of 30 minutes."""
 
     chaos: Annotated[int | None, Metavar("SEED")] = None
-    """A drill: kill -9 services of the run, Redis included, one by one or all at once, at moments that follow from this
-    seed, and print how long each takes to come back. The run must end as it would have without."""
+    """Run a recovery drill with this seed: kill services of the run, including Redis, one by one or all at once, at
+    random moments, and print how long each takes to recover."""
 
     chaos_interval_s: PositiveFloat = 30.0
-    """Mean time in a drill from one recovery to the next kill, in seconds. Leave time for a checkpoint in between."""
+    """Mean time in a drill between a recovery and the next kill, in seconds; leave time for a checkpoint in between."""

@@ -1,4 +1,4 @@
-"""Where metrics go, beside the run's own metrics.jsonl, which is always written."""
+"""Metric sinks in addition to metrics.jsonl, which is always written."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ class TelemetryConfig(Section):
     """Write metrics for TensorBoard."""
 
     tb_project_name: Annotated[str | None, Derived("$TENSORBOARD_DIR, else RUN_DIR/tensorboard"), Metavar("DIR")] = None
-    """Folder of TensorBoard's files."""
+    """Folder for TensorBoard files."""
 
     tb_experiment_name: Annotated[str | None, Derived("name")] = None
     """Name of the run in TensorBoard."""
 
     log_samples_per_step: NonNegative = 4
-    """Prompts of each step whose samples are recorded for people to look at; 0 records none."""
+    """Number of prompts per step whose samples are recorded for inspection; 0 records none."""

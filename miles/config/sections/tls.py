@@ -1,4 +1,4 @@
-"""Encryption between services."""
+"""TLS between services."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from miles.config.schema.section import Metavar, Section
 
 
 class TlsConfig(Section):
-    """TLS for every gRPC connection of a run; docs/security.md says more."""
+    """TLS for every gRPC connection of a run; see docs/security.md."""
 
     tls_cert: Annotated[str | None, Metavar("FILE")] = None
-    """Certificate chain that every service shows, PEM. It must name the addresses on which services listen."""
+    """Certificate chain of all services (PEM), which must name the addresses that they listen on."""
 
     tls_key: Annotated[str | None, Metavar("FILE")] = None
-    """Its private key, PEM."""
+    """Private key of the certificate (PEM)."""
 
     tls_ca: Annotated[str | None, Metavar("FILE")] = None
-    """Certificates of the authorities to trust, PEM; without it, those of the system."""
+    """Trusted CA certificates (PEM); defaults to those of the system."""
 
     tls_mutual: bool = False
-    """Have clients show the certificate too, and refuse those without one that tls_ca vouches for."""
+    """Mutual TLS: require clients to have a certificate signed by tls_ca."""

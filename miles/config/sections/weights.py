@@ -1,4 +1,4 @@
-"""How new weights reach the engines."""
+"""Weight updates: how new weights reach the engines."""
 
 from __future__ import annotations
 
@@ -8,46 +8,47 @@ from miles.config.schema.section import Metavar, Positive, PositiveFloat, Sectio
 
 
 class WeightsConfig(Section):
-    """Publication of weights."""
+    """Weight updates of the engines."""
 
     update_weight_transfer_mode: Literal[
         "auto", "shared_memory", "disk_delta", "grpc_chunks", "broadcast", "cuda_ipc"
     ] = "auto"
-    """Transport: shared_memory maps a file of this host, without a copy; disk_delta writes what changed to
-    update_weight_disk_dir; grpc_chunks streams through the weight-sync service. auto gives each engine the first of
-    these that it can use. broadcast sends from the trainer's ranks to the engines, by NCCL between GPUs and by gloo
+    """Transport of weights: shared_memory maps a file of this host without a copy; disk_delta writes changes to
+    update_weight_disk_dir; grpc_chunks streams through the weight-sync service; auto gives each engine the first of
+    these that it can use; broadcast sends from the trainer's ranks to the engines, by NCCL between GPUs and gloo
     between CPUs; cuda_ipc shares GPU memory within a node."""
 
     update_weight_disk_dir: Annotated[str | None, Metavar("DIR")] = None
-    """Folder on storage that the weight-sync service, trainers and engines share, for engines on other hosts."""
+    """Folder on storage shared by weight-sync service, trainers and engines, for engines on other hosts
+    (disk_delta)."""
 
     update_weight_delta_encoding: Literal["xor", "overwrite"] = "xor"
-    """disk_delta: write new bytes XOR old ones, or the positions and values of the elements that changed."""
+    """disk_delta: encode changes as new XOR old bytes, or as positions and values of changed elements."""
 
     update_weight_full_interval: Positive = 10
-    """disk_delta: every so many versions one is written whole, for engines that come without an earlier one."""
+    """disk_delta: number of versions between full ones, which engines without an earlier version load."""
 
     weight_lease_s: PositiveFloat = 300.0
-    """How long an engine that hears nothing from the weight-sync service may go on serving, in seconds; then it leaves
-    routing until it has loaded the current version."""
+    """Time that an engine may keep serving without contact to the weight-sync service, in seconds; then it is
+    quarantined until it has loaded the current version."""
 
     update_weight_buffer_size: Positive = 512 << 20
-    """Size of the buckets in which weights are gathered and sent, in bytes; each rank of the trainer holds two of them
-    beside its own part of the model."""
+    """Size of the buckets in which weights are all-gathered and sent, in bytes; each trainer rank needs memory for two
+    buckets."""
 
     rollout_weight_format: Literal["as_trained", "fp8_block"] = "as_trained"
-    """What engines get: weights in rollout_dtype, or FP8 values with a scale for each block of 128 × 128 (matrices but
-    embeddings, head and routers; torch engine, which computes with what they stand for)."""
+    """Format of published weights: rollout_dtype (as_trained), or FP8 with a scale per block of 128 × 128 for all
+    matrices except embeddings, head and routers (fp8_block; torch engine, which dequantises them)."""
 
     extra_high_precision_layers_hf: tuple[str, ...] = ()
-    """Parts of names of further weights that fp8_block leaves in rollout_dtype."""
+    """Parts of the names of further weights that fp8_block keeps in rollout_dtype."""
 
     update_weights_interval: Positive = 1
-    """Training steps from one publication of the weights to the next; evaluation gets its version in any case."""
+    """Number of training steps between weight updates; evaluation always gets its exact version."""
 
     pause_generation_mode: Literal["retract", "in_place", "abort"] = "retract"
-    """What an update does to responses under way: retract computes their keys and values anew, in_place keeps those of
-    the old weights, abort hands them back, to be resumed by any rollout."""
+    """What a weight update does to running requests: retract recomputes their KV cache, in_place keeps it, and abort
+    preempts them, to be resumed by any rollout."""
 
     check_weight_update_equal: bool = False
-    """After each update, compare what every engine holds with what the trainer sent."""
+    """After each update, compare the weights of every engine with those that the trainer sent."""

@@ -1,1 +1,1 @@
-"""Kills services of a running cluster on purpose, and measures how long each takes to come back. Start at `drill`."""
+"""Kills services of a running cluster on purpose, and measures how long each takes to recover. Start at `drill`."""

@@ -1,4 +1,4 @@
-"""A drill: kill services of a running cluster as a crash would, and measure how long each takes to come back."""
+"""A drill: kills services of a running cluster as crashes would, and measures how long each takes to recover."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ import redis.asyncio
 import redis.exceptions
 from rich.table import Table
 
-from miles.launcher.drill.schedule import Blow, ChaosSchedule, Strike
+from miles.launcher.drill.schedule import ChaosSchedule, Kill, KillRound
 from miles.rpc import ExitCode, ServiceExit, connect
 from miles.rpc.gen import controller_pb2, controller_pb2_grpc, job_pb2
 
@@ -31,26 +31,26 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 RECOVERY_LIMIT_S = 300.0
-"""How long a service that was killed may take to come back, and the job then to take a step."""
+"""How long a killed service may take to recover, and the job then to finish a step."""
 SEVERAL, EVERYTHING = "several at once", "everything at once"
-_LOOK_EVERY_S = 0.1
+_POLL_S = 0.1
 _ANSWER_S = 5.0
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Recovery:
-    """What came of one kill, or of one strike."""
+    """How long the recovery from one kill, or from one round, took."""
 
     what: str
-    """The service; SEVERAL or EVERYTHING for strikes that hit more than one."""
+    """The service; SEVERAL or EVERYTHING for rounds that killed more than one."""
     back_s: float | None = None
-    """From the kill until the service answered again."""
+    """Time from the kill until the service answered again."""
     step_s: float | None = None
-    """From the strike until the job had taken a step that began or ended after it; None when it had no step left."""
+    """Time from the round until the job had finished another step; None for a single service, and without a job."""
 
 
 class Drill:
-    """Carries out a schedule on a cluster. `on_event` is to be told of the job's events, if there is a job."""
+    """Carries out a schedule on a cluster. Pass the events of the job, if there is one, to `on_event`."""
 
     def __init__(self, cluster: LocalCluster, seed: int, mean_pause_s: float, *, with_job: bool = True) -> None:
         self.recoveries: list[Recovery] = []
@@ -61,60 +61,60 @@ class Drill:
         self._last_step_ns = 0
         self._stepped = asyncio.Event()
         self._known: dict[str, set[str]] = {}
-        """Incarnations of each worker that are not to be taken for one that came back."""
+        """Incarnations of each worker from before its kill, which do not count as recovered."""
         self._controller_answered = False
 
     def on_event(self, event: job_pb2.JobEvent) -> None:
-        """The job's next event."""
+        """Note the job's next event."""
         if event.WhichOneof("kind") == "metrics" and "perf/step_time" in event.metrics.values:
             self._last_step_ns = event.unix_ns
             self._stepped.set()
 
-    async def run(self, strikes: int | None = None) -> None:
-        """Strike after strike, or so many, until cancelled. Raises ServiceExit when something does not come back."""
-        for _ in itertools.count() if strikes is None else range(strikes):
-            strike = self._schedule.next()
-            await asyncio.sleep(strike.pause_s)
-            await self.carry_out(strike)
+    async def run(self, rounds: int | None = None) -> None:
+        """Run `rounds` rounds, or rounds without end until cancelled. Raises ServiceExit when a service stays away."""
+        for _ in itertools.count() if rounds is None else range(rounds):
+            kill_round = self._schedule.next()
+            await asyncio.sleep(kill_round.pause_s)
+            await self.carry_out(kill_round)
 
-    async def carry_out(self, strike: Strike) -> None:
-        """Kill, and wait until all that was killed is back and the job goes on."""
-        last_blow_s: dict[str, float] = {}
+    async def carry_out(self, kill_round: KillRound) -> None:
+        """Kill, and wait until all killed services have recovered and the job has finished another step."""
+        last_kill_s: dict[str, float] = {}
         hit: set[str] = set()
-        for blow in strike.blows:
-            await asyncio.sleep(blow.after_s)
-            killed = await self._strike(blow)
+        for kill in kill_round.kills:
+            await asyncio.sleep(kill.after_s)
+            killed = await self._kill(kill)
             hit |= killed
-            last_blow_s |= dict.fromkeys(killed, time.monotonic())
+            last_kill_s |= dict.fromkeys(killed, time.monotonic())
         began_s, began_ns = time.monotonic(), time.time_ns()
         if not hit:
             return
-        await self._until_back(last_blow_s)
+        await self._until_back(last_kill_s)
         if self._with_job:
             await self._until_step(began_ns)
             what = hit.copy().pop() if len(hit) == 1 else EVERYTHING if hit == set(self._cluster.services) else SEVERAL
             self.recoveries.append(Recovery(what, step_s=time.monotonic() - began_s))
 
-    async def _strike(self, blow: Blow) -> set[str]:
+    async def _kill(self, kill: Kill) -> set[str]:
         for worker in await self._workers():
             self._known.setdefault(worker.registration.worker_id, set()).add(worker.registration.incarnation)
-        killed = {name for name in blow.victims if self._cluster.kill(name)}
+        killed = {name for name in kill.victims if self._cluster.kill(name)}
         self.kills += len(killed)
-        logger.warning("drill: killed %s", ", ".join(sorted(killed)) or "nothing, as nothing of it was running")
+        logger.warning("drill: killed %s", ", ".join(sorted(killed)) or "nothing: none of the services was running")
         return killed
 
     async def _until_back(self, killed_s: dict[str, float]) -> None:
-        """Note for each service when it answers again; `killed_s` is when it was killed."""
+        """Record when each service answers again; `killed_s` has the time of its last kill."""
         missing = set(killed_s)
         end = time.monotonic() + RECOVERY_LIMIT_S
         while missing:
             if time.monotonic() > end:
-                problem = f"{', '.join(sorted(missing))} did not come back within {RECOVERY_LIMIT_S:g} s of the drill"
+                problem = f"{', '.join(sorted(missing))} did not recover within {RECOVERY_LIMIT_S:g} s of the drill"
                 raise ServiceExit(ExitCode.WORKER_FAILED, problem)
             for name in await self._answering(missing):
                 self.recoveries.append(Recovery(name, back_s=time.monotonic() - killed_s[name]))
                 missing.remove(name)
-            await asyncio.sleep(_LOOK_EVERY_S)
+            await asyncio.sleep(_POLL_S)
 
     async def _until_step(self, since_ns: int) -> None:
         try:
@@ -127,7 +127,7 @@ class Drill:
             raise ServiceExit(ExitCode.WORKER_FAILED, problem) from None
 
     async def _answering(self, names: Iterable[str]) -> set[str]:
-        """Those of the services that serve again."""
+        """Return those of the services that answer again."""
         found = set()
         alive = {worker.registration.worker_id for worker in await self._workers() if self._is_new(worker)}
         for name in names:
@@ -146,7 +146,7 @@ class Drill:
         return found
 
     async def _workers(self) -> list[controller_pb2.Worker]:
-        """Workers that are attached; none while the controller is away."""
+        """Return the attached workers; none while the controller does not answer."""
         self._controller_answered = False
         try:
             async with connect(self._cluster.controller_address) as channel:
@@ -165,34 +165,29 @@ class Drill:
 
 
 def drill_of(config: JobConfig, cluster: LocalCluster, *, with_job: bool = True) -> Drill | None:
-    """The drill that the configuration asks for, if it does."""
+    """Return the configured drill, or None."""
     seed = config.services.chaos
     return None if seed is None else Drill(cluster, seed, config.services.chaos_interval_s, with_job=with_job)
 
 
 async def _redis_answers(url: str) -> bool:
-    client = redis.asyncio.Redis.from_url(url, socket_timeout=1.0, retry=None)
-    try:
-        return bool(await client.ping())
-    except redis.exceptions.RedisError:
-        return False
-    finally:
-        with contextlib.suppress(redis.exceptions.RedisError):
-            await client.aclose()
+    with contextlib.suppress(redis.exceptions.RedisError):
+        async with redis.asyncio.Redis.from_url(url, socket_timeout=1.0, retry=None) as client:
+            return bool(await client.ping())
+    return False
 
 
 async def _listens(url: str) -> bool:
     parts = urllib.parse.urlsplit(url)
-    try:
+    with contextlib.suppress(OSError):
         _, writer = await asyncio.open_connection(parts.hostname, parts.port)
-    except OSError:
-        return False
-    writer.close()
-    return True
+        writer.close()
+        return True
+    return False
 
 
 def recovery_table(recoveries: Iterable[Recovery]) -> Table:
-    """Seconds per service until it answered again, and until the job had taken its next step when only it was hit."""
+    """Build a table of seconds until each service answered again, and until the job had finished its next step."""
     table = Table(title="Recovery after kill -9, in seconds")
     table.add_column("killed")
     for heading in ("kills", "back: median", "longest", "next step: median", "longest"):

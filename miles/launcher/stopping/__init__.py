@@ -1,4 +1,4 @@
-"""How a run ends when its user asks: what is waited for, what is said meanwhile, and what is killed in the end.
+"""Stopping a run on Ctrl-C: what it waits for, what it prints meanwhile, and what it kills in the end.
 
-Start at `rules`.
+Start at `stop_progress`, the rules; `stop_run` carries them out.
 """

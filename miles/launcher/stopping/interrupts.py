@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: the first one stops the program in order, the second one ends everything at once."""
+"""Ctrl-C and SIGTERM: the first stops the program in order, the second kills everything at once."""
 
 from __future__ import annotations
 
@@ -25,20 +25,27 @@ _SHOW_CURSOR = "\x1b[?25h"
 class Interrupts:
     """Handles both signals from its creation to the end of the process.
 
-    The handlers belong to the process rather than to the event loop, which may hang, or have been closed already.
+    Used as a context manager, it ends the block quietly when a signal has cancelled the task. The handlers belong to
+    the process and not to the event loop, which may hang, or be closed already.
     """
 
     def __init__(self, on_first: Callable[[], object]) -> None:
         """Call in the event loop; `on_first` is called there."""
         self.on_first = on_first
-        """What the first signal sets going; may be replaced as the program goes on."""
+        """Called on the first signal; may be replaced as the program goes on."""
         self.came = False
         self.last_words = "stopped at once"
-        """What to print when the second one comes."""
+        """What to print on the second signal."""
         self._loop = asyncio.get_running_loop()
         self._first_s = 0.0
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._handle)
+
+    def __enter__(self) -> Interrupts:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> bool:
+        return self.came and kind is not None and issubclass(kind, asyncio.CancelledError)
 
     def _handle(self, number: int, frame: types.FrameType | None) -> None:
         now_s = time.monotonic()
@@ -51,7 +58,7 @@ class Interrupts:
 
 
 def cancel_this_task(console: Console) -> Callable[[], None]:
-    """For `Interrupts`, while services start: give up what the calling task is about to do."""
+    """Return what `Interrupts` calls while services start: it cancels the task that called this function."""
     task = asyncio.current_task()
     assert task is not None
 
@@ -63,7 +70,7 @@ def cancel_this_task(console: Console) -> Callable[[], None]:
 
 
 def end_at_once(code: ExitCode, last_words: str) -> NoReturn:
-    """Kill everything that this process has started, and leave. Works at any moment, in a signal handler too."""
+    """Kill every process that this one has started, and exit. Works at any moment, also in a signal handler."""
     _ignore_signals()
     with contextlib.suppress(RuntimeError):  # a print that the signal has interrupted holds the stream
         sys.stdout.flush()
@@ -75,9 +82,10 @@ def end_at_once(code: ExitCode, last_words: str) -> NoReturn:
 
 
 def leave_nothing_running() -> None:
-    """The last thing that a program does: a signal that comes from now on must not make its end look like a failure.
+    """Ignore signals and kill the processes that are left: the last thing that a program does.
 
-    Processes are left only when a signal came while a start that had failed was being cleared away.
+    A signal that comes now must not look like a failure. Processes are left only when a signal interrupted the cleanup
+    after a failed start.
     """
     _ignore_signals()
     kill_descendants(KILL_S)

@@ -1,4 +1,4 @@
-"""Everything that this process has started, and what that has started in turn, killed at once."""
+"""Kills all descendants of this process at once."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import signal
 import time
 
 KILL_S = 2.0
-"""How long killed processes may take to go."""
-_LOOK_EVERY_S = 0.02
+"""How long killed processes may take to end."""
+_POLL_S = 0.02
 
 
 def kill_descendants(limit_s: float) -> None:
-    """Kill every descendant, whatever session it is in; returns when all are gone, or after the limit.
+    """Kill every descendant, in any session; return when all have ended, or after the limit.
 
-    They are stopped first: one that is killed earlier than its child would leave us without a way to find the child.
+    All are stopped (SIGSTOP) first: a child whose parent is killed before it could not be found any more.
     """
     end = time.monotonic() + limit_s
     found: set[int] = set()
@@ -27,11 +27,11 @@ def kill_descendants(limit_s: float) -> None:
         found = {pid for pid in found if _runs(_state_and_parent(pid)[0])}
         if not found or time.monotonic() > end:
             return
-        time.sleep(_LOOK_EVERY_S)
+        time.sleep(_POLL_S)
 
 
 def _descendants(root: int) -> set[int]:
-    """Processes below another one that run."""
+    """Return the running descendants of a process."""
     parents: dict[int, int] = {}
     for name in os.listdir("/proc"):
         if name.isdigit():
@@ -46,13 +46,12 @@ def _descendants(root: int) -> set[int]:
 
 
 def _state_and_parent(pid: int) -> tuple[str, int]:
-    """Letter of the state and id of the parent; an empty state when there is no such process."""
-    try:
+    """Return the letter of the state and the id of the parent; an empty state when there is no such process."""
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
         with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
             fields = file.read().rpartition(")")[2].split()  # the name before it may have any character
-    except (FileNotFoundError, ProcessLookupError):
-        return "", 0
-    return fields[0], int(fields[1])
+        return fields[0], int(fields[1])
+    return "", 0
 
 
 def _runs(state: str) -> bool:

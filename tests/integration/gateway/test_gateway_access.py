@@ -17,7 +17,7 @@ from gateway_stack import REPOSITORY, Stack, problem
 
 from miles.gateway.app import create_app
 from miles.gateway.keys import KeyFile, Scope
-from miles.gateway.options import GatewaySettings
+from miles.gateway.options import GatewayOptions
 
 OPEN = {"/healthz", "/readyz"}
 
@@ -152,7 +152,7 @@ def test_answers_have_security_headers(http: httpx.Client) -> None:
 
 
 async def test_what_fails_in_the_gateway_is_told_counted_and_careful() -> None:
-    app = create_app(GatewaySettings(controller="127.0.0.1:1"))
+    app = create_app(GatewayOptions(controller="127.0.0.1:1"))
 
     @app.get("/fails")
     async def fail() -> None:
@@ -172,8 +172,8 @@ async def test_what_fails_in_the_gateway_is_told_counted_and_careful() -> None:
 
 
 async def test_requests_beyond_the_rate_are_told_when_to_come_back(stack: Stack) -> None:
-    settings = GatewaySettings(controller=stack.controller.address, requests_per_s=0.5, burst=3)
-    app = create_app(settings)
+    options = GatewayOptions(controller=stack.controller.address, requests_per_s=0.5, burst=3)
+    app = create_app(options)
     transport = httpx.ASGITransport(app, client=("127.0.0.1", 5))
     async with (
         app.router.lifespan_context(app),
@@ -186,7 +186,7 @@ async def test_requests_beyond_the_rate_are_told_when_to_come_back(stack: Stack)
 
 
 async def test_guessing_keys_is_slowed_down(stack: Stack, tmp_path: pathlib.Path) -> None:
-    app = create_app(GatewaySettings(controller=stack.controller.address, keys_file=tmp_path / "none.json"))
+    app = create_app(GatewayOptions(controller=stack.controller.address, keys_file=tmp_path / "none.json"))
     transport = httpx.ASGITransport(app, client=("10.0.0.9", 5))
     async with app.router.lifespan_context(app), httpx.AsyncClient(transport=transport, base_url="http://gw") as c:
         wrong = {"Authorization": "Bearer mk_00000000_" + "a" * 43}
@@ -195,7 +195,7 @@ async def test_guessing_keys_is_slowed_down(stack: Stack, tmp_path: pathlib.Path
 
 
 async def test_without_keys_other_machines_are_not_served(stack: Stack) -> None:
-    app = create_app(GatewaySettings(controller=stack.controller.address))
+    app = create_app(GatewayOptions(controller=stack.controller.address))
     transport = httpx.ASGITransport(app, client=("10.0.0.9", 5))
     async with (
         app.router.lifespan_context(app),

@@ -1,4 +1,4 @@
-"""Places in megatron-core 0.19.2 that hold on GPUs alone, set right for the CPU. For tests alone."""
+"""Fixes of megatron-core 0.19.2 where it assumes a GPU. For tests alone."""
 
 from __future__ import annotations
 

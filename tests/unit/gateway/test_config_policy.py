@@ -12,26 +12,26 @@ from hypothesis import strategies as st
 
 from miles.config.schema.catalog import catalog
 from miles.gateway.config_policy import review
-from miles.gateway.config_schema import DEPLOYMENT, body_schema, is_path, settings
-from miles.gateway.options import GatewaySettings
+from miles.gateway.config_schema import DEPLOYMENT, body_schema, is_path, job_settings
+from miles.gateway.options import GatewayOptions
 
 
 @pytest.fixture
-def policy(tmp_path: pathlib.Path) -> GatewaySettings:
+def policy(tmp_path: pathlib.Path) -> GatewayOptions:
     (tmp_path / "root").mkdir()
     root = (tmp_path / "root").resolve()
-    return GatewaySettings(
+    return GatewayOptions(
         controller="c:1", allowed_roots=(root,), runs_dir=root / "runs", allowed_modules=("team.rewards",)
     )
 
 
-def faults(policy: GatewaySettings, **body: Any) -> dict[str, str]:
+def faults(policy: GatewayOptions, **body: Any) -> dict[str, str]:
     return {fault.field: fault.problem for fault in review(body, policy, "").faults}
 
 
-def test_every_setting_that_names_files_is_confined(policy: GatewaySettings) -> None:
+def test_every_setting_that_names_files_is_confined(policy: GatewayOptions) -> None:
     """Also those that are added later: a name that sounds like a file must be known as one."""
-    for key, entry in settings().items():
+    for key, entry in job_settings().items():
         sounds = key.endswith(("_path", "_dir", "_file", "load", "save", "_checkpoint", "_data", "save_hf"))
         if entry.kind in (str, tuple) and sounds and entry.dotted_path is None:
             assert is_path(entry), f"{key} needs Metavar('FILE') or Metavar('DIR')"
@@ -41,37 +41,37 @@ def test_every_setting_that_names_files_is_confined(policy: GatewaySettings) -> 
 
 
 @pytest.mark.parametrize("path", ["/etc/passwd", "../secret", "a/../../b", "/", "~root", "//etc/passwd"])
-def test_a_path_outside_the_roots_is_refused(policy: GatewaySettings, path: str) -> None:
+def test_a_path_outside_the_roots_is_refused(policy: GatewayOptions, path: str) -> None:
     found = faults(policy, prompt_data=path)
     assert ("prompt_data" in found) == (path != "~root")
 
 
-def test_a_path_inside_becomes_absolute_and_keeps_its_rows(policy: GatewaySettings) -> None:
+def test_a_path_inside_becomes_absolute_and_keeps_its_rows(policy: GatewayOptions) -> None:
     reviewed = review({"prompt_data": "d/../t.jsonl@[0:8]", "eval_prompt_data": ["a", "x/e.jsonl"]}, policy, "")
     root = policy.allowed_roots[0]
     assert reviewed.flat["prompt_data"] == f"{root}/t.jsonl@[0:8]"
     assert reviewed.flat["eval_prompt_data"] == ["a", f"{root}/x/e.jsonl"]
 
 
-def test_a_link_that_leads_outside_is_refused(policy: GatewaySettings, tmp_path: pathlib.Path) -> None:
+def test_a_link_that_leads_outside_is_refused(policy: GatewayOptions, tmp_path: pathlib.Path) -> None:
     (policy.allowed_roots[0] / "link").symlink_to(tmp_path)
     assert "outside" in faults(policy, hf_checkpoint="link/model")["hf_checkpoint"]
 
 
-def test_a_folder_that_begins_like_a_root_is_outside(policy: GatewaySettings) -> None:
+def test_a_folder_that_begins_like_a_root_is_outside(policy: GatewayOptions) -> None:
     assert "hf_checkpoint" in faults(policy, hf_checkpoint=f"{policy.allowed_roots[0]}-other/model")
 
 
 @given(st.text(max_size=40))
 def test_whatever_the_path_it_ends_below_a_root_or_is_refused(path: str) -> None:
     root = pathlib.Path("/srv/data")
-    policy = GatewaySettings(controller="c:1", allowed_roots=(root,), runs_dir=root)
+    policy = GatewayOptions(controller="c:1", allowed_roots=(root,), runs_dir=root)
     reviewed = review({"chat_template_path": path}, policy, "")
     if "chat_template_path" not in reviewed.refused:
         assert pathlib.Path(reviewed.flat["chat_template_path"]).is_relative_to(root)
 
 
-def test_without_roots_no_file_can_be_named(policy: GatewaySettings) -> None:
+def test_without_roots_no_file_can_be_named(policy: GatewayOptions) -> None:
     closed = dataclasses.replace(policy, allowed_roots=(), runs_dir=None)
     assert set(faults(closed, hf_checkpoint="m")) == {"hf_checkpoint", "run_dir"}
 
@@ -87,24 +87,24 @@ def test_without_roots_no_file_can_be_named(policy: GatewaySettings) -> None:
         ("score", False),
     ],
 )
-def test_functions_come_from_allowed_modules_only(policy: GatewaySettings, path: str, allowed: bool) -> None:
+def test_functions_come_from_allowed_modules_only(policy: GatewayOptions, path: str, allowed: bool) -> None:
     assert ("custom_rm_path" not in faults(policy, custom_rm_path=path)) == allowed
 
 
-def test_built_in_functions_are_always_allowed(policy: GatewaySettings) -> None:
-    for key, entry in settings().items():
+def test_built_in_functions_are_always_allowed(policy: GatewayOptions) -> None:
+    for key, entry in job_settings().items():
         if entry.dotted_path is not None:
             for alias in entry.dotted_path.aliases:
                 assert key not in faults(policy, **{key: alias})
 
 
-def test_flags_passed_through_must_be_allowed(policy: GatewaySettings) -> None:
+def test_flags_passed_through_must_be_allowed(policy: GatewayOptions) -> None:
     assert "sglang_port" in faults(policy, sglang_port=1)
     allowing = dataclasses.replace(policy, allowed_passthrough=("sglang_port",))
     assert "sglang_port" not in faults(allowing, sglang_port=1)
 
 
-def test_the_same_submission_has_the_same_run_folder(policy: GatewaySettings) -> None:
+def test_the_same_submission_has_the_same_run_folder(policy: GatewayOptions) -> None:
     folders = [review({"name": "a"}, policy, key).flat["run_dir"] for key in ("k", "k", "other", "", "")]
     assert folders[0] == folders[1]
     assert len(set(folders)) == 4
@@ -112,13 +112,13 @@ def test_the_same_submission_has_the_same_run_folder(policy: GatewaySettings) ->
 
 
 @pytest.mark.parametrize("name", ["../up", "a/b", "", ".", "..", "a b", "x" * 65, "é"])
-def test_a_name_that_is_no_folder_name_is_refused(policy: GatewaySettings, name: str) -> None:
+def test_a_name_that_is_no_folder_name_is_refused(policy: GatewayOptions, name: str) -> None:
     reviewed = review({"name": name}, policy, "")
     assert "name" in reviewed.refused
     assert "run_dir" not in reviewed.flat
 
 
-def test_settings_of_the_deployment_are_refused(policy: GatewaySettings) -> None:
+def test_settings_of_the_deployment_are_refused(policy: GatewayOptions) -> None:
     assert {"host", "redis_url", "controller_port", "gateway_port", "tls_key", "train_env_vars"} <= DEPLOYMENT
     for key in DEPLOYMENT:
         assert "services that run already" in faults(policy, **{key: "x"})[key]
@@ -139,11 +139,11 @@ def test_settings_of_the_deployment_are_refused(policy: GatewaySettings) -> None
         ({"input_key": "a\0b"}, "it must not contain a zero byte"),
     ],
 )
-def test_values_have_the_types_of_json(policy: GatewaySettings, body: dict[str, Any], problem: str) -> None:
+def test_values_have_the_types_of_json(policy: GatewayOptions, body: dict[str, Any], problem: str) -> None:
     assert faults(policy, **body)[next(iter(body))] == problem
 
 
-def test_a_whole_number_may_be_written_with_a_point_and_null_is_not_given(policy: GatewaySettings) -> None:
+def test_a_whole_number_may_be_written_with_a_point_and_null_is_not_given(policy: GatewayOptions) -> None:
     reviewed = review({"num_rollout": 2.0, "lr": 1, "input_key": None}, policy, "")
     assert reviewed.faults == []
     assert "input_key" not in reviewed.flat

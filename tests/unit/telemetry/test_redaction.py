@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from miles.config.schema.catalog import catalog
-from miles.telemetry.redaction import BLOT, RedactingFormatter, redact, redact_config
+from miles.telemetry.redaction import REDACTED, RedactingFormatter, redact, redact_config
 
 SECRET = "Zx9" * 12
 
@@ -36,7 +36,7 @@ SECRET = "Zx9" * 12
 def test_secrets_in_text_are_blotted_out(text: str) -> None:
     for clean in (redact(text), redact(f"before {text} after")):
         assert SECRET not in clean
-        assert BLOT in clean
+        assert REDACTED in clean
     assert redact(redact(text)) == redact(text)
 
 
@@ -62,7 +62,7 @@ def test_any_text_can_be_redacted_and_once_is_enough(text: str) -> None:
 
 
 def test_a_long_line_is_redacted_in_good_time() -> None:
-    assert redact("a" * 200_000 + f" password={SECRET}").endswith(BLOT)
+    assert redact("a" * 200_000 + f" password={SECRET}").endswith(REDACTED)
     redact("http://" * 20_000)
     redact("api_key" * 20_000)
 
@@ -81,13 +81,13 @@ def test_settings_that_hold_secrets_are_blotted_out() -> None:
     assert SECRET not in str(clean)
     assert clean["lr"] == 1e-6
     assert clean["input_key"] == "prompt"
-    assert clean["train_env_vars"] == {"WANDB_API_KEY": BLOT, "A": BLOT}
+    assert clean["train_env_vars"] == {"WANDB_API_KEY": REDACTED, "A": REDACTED}
     assert clean["nothing"] is None
 
 
 def test_no_ordinary_setting_is_blotted_out() -> None:
     flat = dict.fromkeys(catalog(), "value")
-    assert [key for key, value in redact_config(flat).items() if value == BLOT] == []
+    assert [key for key, value in redact_config(flat).items() if value == REDACTED] == []
 
 
 def test_log_lines_and_tracebacks_are_redacted() -> None:

@@ -81,7 +81,7 @@ def test_every_size_that_does_not_divide_is_named_at_once(tmp_path: pathlib.Path
             {"tensor_model_parallel_size": 2},
             "tensor_model_parallel_size = 2, but megatron-bridge 0.6.2 has no gradient over ranks of",
         ),
-        (DENSE, {"mtp_num_layers": 1}, "mtp_num_layers = 1, but the model has 0 layers for multi-token prediction"),
+        (DENSE, {"mtp_num_layers": 1}, "mtp_num_layers = 1, but the model has 0 MTP layers"),
     ],
 )
 def test_a_layout_that_does_not_fit_says_why(
@@ -112,5 +112,5 @@ def test_layers_that_predict_ahead_count_where_they_are_held(tmp_path: pathlib.P
         (tmp_path / name / "config.json").write_text(json.dumps(DENSE | layers))
     folders = str(tmp_path / "policy"), str(tmp_path / "teacher")
     assert shape_differences(*folders) == []
-    held = shape_differences(*folders, with_prediction_layers=True)
+    held = shape_differences(*folders, with_mtp=True)
     assert held == ["num_nextn_predict_layers is None instead of 1"]

@@ -98,7 +98,7 @@ def _weights_of(model: MegatronModel, config: JobConfig, folder: str | None) -> 
     if folder is None or folder == config.rollout.hf_checkpoint:
         return WeightCopy(model.parameters)
     has_mtp = config.megatron.mtp_num_layers is not None
-    differences = shape_differences(str(config.rollout.hf_checkpoint), folder, with_prediction_layers=has_mtp)
+    differences = shape_differences(str(config.rollout.hf_checkpoint), folder, with_mtp=has_mtp)
     if differences:
         raise ValueError(
             f"the weights of {folder} do not fit the policy's model: {'; '.join(differences)}; give a model of "

@@ -1,9 +1,10 @@
-"""The gateway's side of the controller: calls, and their failures as problems."""
+"""Client of the controller: one method per call; failures are raised as problems."""
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import AsyncIterator, Awaitable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Iterator, Sequence
 from typing import TypeVar
 
 import grpc
@@ -23,15 +24,15 @@ from miles.rpc.gen import (
 logger = logging.getLogger(__name__)
 
 ANSWER_S = 10.0
-"""How long the controller may take to answer."""
+"""Deadline of calls to the controller, in seconds."""
 CHECK_S = 60.0
-"""How long it may take to look at the files that a configuration names."""
+"""Deadline of calls that read files or ask engines, in seconds."""
 
 T = TypeVar("T")
 
 
-class Controller:
-    """Calls to one controller. Every failure is raised as Problem."""
+class ControllerClient:
+    """Calls to one controller. Every failure is raised as Problem, except those of `watch`."""
 
     def __init__(self, address: str) -> None:
         self.address = address
@@ -43,13 +44,13 @@ class Controller:
         await self._channel.close()
 
     async def check_config(self, config_json: str, refused: Sequence[str]) -> Sequence[controller_pb2.ConfigFault]:
-        """What is wrong with a configuration, beside the keys that were refused already."""
+        """Return the faults of a configuration, except those of keys that were refused already."""
         request = controller_pb2.CheckConfigRequest(config_json=config_json, refused_keys=refused)
         answer: controller_pb2.CheckConfigResponse = await _call(self._jobs.CheckConfig(request, timeout=CHECK_S))
         return answer.faults
 
     async def submit(self, request: controller_pb2.SubmitJobRequest) -> controller_pb2.SubmitJobResponse:
-        """Store a job."""
+        """Submit a job."""
         return await _call(self._jobs.SubmitJob(request, timeout=ANSWER_S))
 
     async def job(self, job_id: str) -> job_pb2.Job:
@@ -59,7 +60,7 @@ class Controller:
         return answer.job
 
     async def run(self, job_id: str) -> controller_pb2.DescribeRunResponse:
-        """What a job's run does now."""
+        """Return the current state of a job's run."""
         return await _call(self._jobs.DescribeRun(controller_pb2.DescribeRunRequest(job_id=job_id), timeout=ANSWER_S))
 
     async def jobs(
@@ -76,7 +77,7 @@ class Controller:
         return answer.job
 
     def watch(self, request: controller_pb2.WatchJobRequest) -> AsyncIterator[controller_pb2.WatchJobResponse]:
-        """A job's events as they happen; raises AioRpcError as it comes."""
+        """Yield a job's events as they happen. Raises AioRpcError."""
         stream: AsyncIterator[controller_pb2.WatchJobResponse] = self._jobs.WatchJob(request)
         return stream
 
@@ -92,7 +93,7 @@ class Controller:
         return await _call(self._jobs.ListJobVersions(request, timeout=ANSWER_S))
 
     async def check_versions(self, job_id: str) -> weightsync_pb2.CheckEnginesResponse:
-        """Have a job's engines compare what they serve with what the trainer sent."""
+        """Make a job's engines compare their weights with those that the trainer sent."""
         request = controller_pb2.CheckJobVersionsRequest(job_id=job_id)
         return await _call(self._jobs.CheckJobVersions(request, timeout=CHECK_S))
 
@@ -103,7 +104,7 @@ class Controller:
         return answer.events
 
     async def metrics(self, request: records_pb2.ListMetricsRequest) -> records_pb2.ListMetricsResponse:
-        """Series of metrics."""
+        """Return per-step metrics."""
         return await _call(self._records.ListMetrics(request, timeout=ANSWER_S))
 
     async def samples(self, request: records_pb2.ListSamplesRequest) -> records_pb2.ListSamplesResponse:
@@ -111,11 +112,11 @@ class Controller:
         return await _call(self._records.ListSamples(request, timeout=ANSWER_S))
 
     async def sample(self, request: records_pb2.GetSampleRequest) -> records_pb2.GetSampleResponse:
-        """One sample, token by token."""
+        """Return one sample with per-token values."""
         return await _call(self._records.GetSample(request, timeout=CHECK_S))
 
     async def activity(self, request: records_pb2.ListActivityRequest) -> Sequence[records_pb2.ActivitySpan]:
-        """Which activity went on when."""
+        """Return activities over time."""
         answer: records_pb2.ListActivityResponse = await _call(self._records.ListActivity(request, timeout=ANSWER_S))
         return answer.spans
 
@@ -128,13 +129,11 @@ class Controller:
         return answer.checkpoints
 
     async def read_export(self, job_id: str, step: int, name: str) -> AsyncIterator[bytes]:
-        """The bytes of a file of an export, in pieces."""
+        """Yield the bytes of a file of an export, in pieces."""
         request = records_pb2.ReadExportRequest(job_id=job_id, step=step, name=name)
-        try:
+        with _errors_as_problems():
             async for piece in self._records.ReadExport(request):
                 yield piece.data
-        except grpc.aio.AioRpcError as error:
-            raise as_problem(error) from error
 
     async def logs(self, job_id: str) -> Sequence[records_pb2.LogFile]:
         """Log files."""
@@ -143,13 +142,19 @@ class Controller:
         return answer.files
 
     async def read_log(self, request: records_pb2.ReadLogRequest) -> records_pb2.ReadLogResponse:
-        """A piece of a log."""
+        """Return part of a log."""
         return await _call(self._records.ReadLog(request, timeout=ANSWER_S))
 
 
 async def _call(answer: Awaitable[T]) -> T:
-    try:
+    with _errors_as_problems():
         return await answer
+
+
+@contextlib.contextmanager
+def _errors_as_problems() -> Iterator[None]:
+    try:
+        yield
     except grpc.aio.AioRpcError as error:
         raise as_problem(error) from error
 
@@ -164,10 +169,10 @@ _AWAY = frozenset({grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDE
 
 
 def as_problem(error: grpc.aio.AioRpcError) -> Problem:
-    """The problem that a failed call is."""
+    """Return the problem document of a failed call."""
     if error.code() in _AWAY:
         logger.warning("the controller does not answer: %s: %s", error.code().name, error.details())
-        detail = "the controller does not answer; it may be starting again, so try once more in a moment"
+        detail = "the controller does not answer; it may be restarting, so try again in a moment"
         return Problem("controller-away", detail, headers={"Retry-After": "1"})
     if (kind := _KINDS.get(error.code())) is not None:
         return Problem(kind, error.details() or kind)

@@ -1,4 +1,4 @@
-"""What a finished run shows: a table of accuracy before and after, and a reward curve."""
+"""Summary of a finished run: a table of evaluation results before and after, and a reward curve."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ CURVE_NAME = "reward.png"
 
 
 def print_summary(console: Console, summary: dict[str, Any], run_dir: pathlib.Path) -> None:
-    """Print evaluation before and after, where time went, and where the results are."""
+    """Print evaluation results before and after, how the time was spent, and where the results are."""
     evaluation = summary.get("eval", {})
     before, after = evaluation.get("before", {}), evaluation.get("after", {})
     if before or after:
@@ -64,7 +64,7 @@ def plot_reward(metrics_path: pathlib.Path, image_path: pathlib.Path) -> None:
 
 
 def evaluation_points(lines: Sequence[Mapping[str, Any]], name: str) -> list[tuple[float, float]]:
-    """(steps trained, score) of each evaluation called `name`, e.g. eval/sort; the one before training is at 0."""
+    """Return (steps trained, score) of each evaluation `name`, e.g. eval/sort; the one before training is at 0."""
     version = f"{name}/weight_version"
     return [(line.get(version, line["step"] + 1), line[name]) for line in lines if line.get(name) is not None]
 

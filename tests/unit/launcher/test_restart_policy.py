@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from miles.launcher.restarts import RestartPolicy
+from miles.launcher.restart_policy import RestartPolicy
 from miles.rpc import ExitCode
 
 

@@ -4,7 +4,7 @@ import io
 
 from rich.console import Console
 
-from miles.launcher.watch import RunView
+from miles.launcher.run_view import RunView
 from miles.rpc.gen import job_pb2
 
 

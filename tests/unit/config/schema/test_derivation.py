@@ -1,6 +1,8 @@
-"""rollout_batch_size × n_samples_per_prompt = global_batch_size × num_steps_per_rollout."""
+"""Derived settings: the four batch sizes, and the staleness bound."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import pytest
 from config_cases import BATCH_SIZES, MINIMAL, faults_for
@@ -90,3 +92,20 @@ def test_sizes_that_do_not_divide_are_refused(given: dict[str, int], fault: str)
 def test_a_huge_product_is_refused_quickly() -> None:
     (fault,) = faults_for(rollout_batch_size=10**9 + 7, n_samples_per_prompt=10**6 + 3, global_batch_size=2**40)
     assert fault.endswith("global_batch_size = 1099511627776 does not divide it; choose one that does")
+
+
+@pytest.mark.parametrize(
+    ("given", "staleness"),
+    [
+        ({}, 0),
+        ({"max_weight_staleness": 2}, 2),
+        ({"over_sampling_batch_size": 8}, 0),
+        ({"over_sampling_batch_size": 9}, 1),
+        ({"over_sampling_batch_size": 17}, 2),
+        ({"over_sampling_batch_size": 9, "max_weight_staleness": 3}, 3),
+        ({"update_weights_interval": 3}, 2),
+        ({"partial_rollout": True}, 1),
+    ],
+)
+def test_the_bound_is_the_smallest_that_the_rest_needs(given: dict[str, Any], staleness: int) -> None:
+    assert JobConfig.from_flat(MINIMAL | given).rollout.max_weight_staleness == staleness

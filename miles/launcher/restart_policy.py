@@ -1,4 +1,4 @@
-"""When a process that ended is started again: a pure rule."""
+"""When a process that has ended is restarted: a pure rule."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import dataclasses
 
 from miles.rpc.exit_codes import ExitCode
 
-_HOPELESS = frozenset(
+_PERMANENT = frozenset(
     {
         ExitCode.BAD_CONFIG,
         ExitCode.PORT_IN_USE,
@@ -15,12 +15,12 @@ _HOPELESS = frozenset(
         ExitCode.DATA_UNUSABLE,
     }
 )
-"""Causes that another start cannot remove."""
+"""Exit codes of causes that a restart cannot remove."""
 
 
 @dataclasses.dataclass(slots=True)
 class RestartPolicy:
-    """Restarts with growing delays; gives up after `limit` ends within `window_s`."""
+    """Restarts with growing delays, and no more after `limit` ends within `window_s`."""
 
     limit: int = 5
     window_s: float = 300.0
@@ -29,8 +29,8 @@ class RestartPolicy:
     _ends_s: list[float] = dataclasses.field(default_factory=list)
 
     def delay_after(self, exit_code: int, now_s: float) -> float | None:
-        """Seconds to wait before the next start, or None to give up. `exit_code` is negative for a signal."""
-        if exit_code in _HOPELESS:
+        """Return the seconds until the next start, or None for no restart. `exit_code` is negative for a signal."""
+        if exit_code in _PERMANENT:
             return None
         self._ends_s = [end for end in self._ends_s if end > now_s - self.window_s] + [now_s]
         if len(self._ends_s) > self.limit:

@@ -1,4 +1,4 @@
-"""A view of all settings by key, for rules that cross sections."""
+"""All settings by key, in one namespace over the sections, for derivation and rules."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Any
 from miles.config.schema.section import Section
 
 
-class UnusableSetting(Exception):
-    """A rule asked for a setting that is itself at fault; the rule cannot say anything about it."""
+class InvalidSetting(Exception):
+    """A rule read a setting whose value is invalid, so that the rule cannot be applied."""
 
 
-class Settings:
-    """Every setting as an attribute. Reading one whose own value was refused raises UnusableSetting."""
+class FlatSettings:
+    """Every setting as an attribute. Reading an invalid one raises InvalidSetting."""
 
     def __init__(self, values: dict[str, Any], *, given: Collection[str], invalid: Collection[str]) -> None:
         self._values = values
@@ -24,26 +24,30 @@ class Settings:
         if key.startswith("_") or key not in self._values:
             raise AttributeError(f"there is no setting {key}")
         if key in self._invalid:
-            raise UnusableSetting(key)
+            raise InvalidSetting(key)
         return self._values[key]
 
     def given(self, key: str) -> bool:
-        """Whether the user set it. Raises UnusableSetting when what he set was refused."""
+        """Return whether the user set it. Raises InvalidSetting when the value is invalid."""
         getattr(self, key)
         return key in self._given
 
+    def is_valid(self, key: str) -> bool:
+        """Return whether it may be read."""
+        return key not in self._invalid
+
     def is_empty(self, key: str) -> bool:
-        """Whether it has no value, neither given nor filled in."""
+        """Return whether it has no value, neither given nor derived."""
         return self._values[key] is None
 
     def fill(self, key: str, value: Any) -> None:
-        """Give a setting its derived value."""
+        """Set a derived value."""
         self._values[key] = value
 
     def refuse(self, *keys: str) -> None:
-        """Mark settings as at fault, so that no later rule builds on them."""
+        """Mark settings as invalid, so that no later rule uses them."""
         self._invalid.update(keys)
 
     def of(self, section: Section) -> dict[str, Any]:
-        """The values of a section's fields."""
+        """Return the values of a section's fields."""
         return {key: self._values[key] for key in type(section).model_fields}

@@ -1,4 +1,4 @@
-"""The fields of a prompt, out of a row of a file."""
+"""Reads the fields of a prompt from a row of a file."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from miles.types import Prompt
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class PromptFields:
-    """Which columns hold what."""
+    """The columns of a prompt's fields."""
 
     input_key: str = "input"
     """Text, or a list of chat messages. Every row has it."""
@@ -26,8 +26,8 @@ class PromptFields:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Row:
-    """What a row says of its prompt."""
+class PromptRow:
+    """A row's prompt, with label, metadata and tools."""
 
     prompt: Prompt
     label: str | None
@@ -35,8 +35,8 @@ class Row:
     tools: list[dict[str, Any]] | None
 
 
-def parse_row(values: Mapping[str, Any], fields: PromptFields) -> Row:
-    """Pick and check the fields of one row; DataError names the column, what it holds and what is allowed."""
+def parse_row(values: Mapping[str, Any], fields: PromptFields) -> PromptRow:
+    """Read and check the fields of one row. Raises DataError that names the column, its content and what is allowed."""
     tools = _tools(values.get(fields.tool_key), fields.tool_key)
     metadata = _metadata(values.get(fields.metadata_key), fields.metadata_key)
     if tools:
@@ -44,7 +44,9 @@ def parse_row(values: Mapping[str, Any], fields: PromptFields) -> Row:
     label = (
         None if fields.label_key is None else _label(_required(values, fields.label_key, "label_key"), fields.label_key)
     )
-    return Row(_prompt(_required(values, fields.input_key, "input_key"), fields.input_key), label, metadata, tools)
+    return PromptRow(
+        _prompt(_required(values, fields.input_key, "input_key"), fields.input_key), label, metadata, tools
+    )
 
 
 def _required(values: Mapping[str, Any], key: str, option: str) -> Any:
@@ -76,7 +78,7 @@ def _prompt(value: Any, key: str) -> Prompt:
 
 
 def _label(value: Any, key: str) -> str | None:
-    """Text as it is, null as None, anything else as its JSON text (42 becomes "42")."""
+    """Return text unchanged, null as None, and anything else as its JSON text (42 becomes "42")."""
     if value is None:
         return None
     if isinstance(value, str):

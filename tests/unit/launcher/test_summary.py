@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pathlib
 
-from miles.launcher.report import evaluation_points, plot_reward
+from miles.launcher.summary import evaluation_points, plot_reward
 from miles.telemetry import MetricsWriter, read_metrics
 
 

@@ -1,4 +1,4 @@
-"""The live view of a run in a terminal, from the job's events."""
+"""Live view of a run in a terminal, from the job's events."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ _SHOWN = (
 
 
 def forecast(step_s: float, steps_left: int) -> str:
-    """How long the rest of a run will take if every step takes as long as one of `step_s` seconds did."""
+    """Estimate how long the rest of a run takes if every step takes `step_s` seconds."""
     left_s = step_s * steps_left
     left = f"{left_s:.0f} s" if left_s < 120 else f"{left_s / 60:.0f} minutes"
     return f"a step takes about {step_s:.1f} s on this machine: about {left} for the {steps_left} that are left"
 
 
 class RunView:
-    """Prints one line per step and keeps a bar with the time left below them."""
+    """Prints one line per step, above a progress bar with the time left."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -45,7 +45,7 @@ class RunView:
         self._task = self._progress.add_task("starting", total=None, left="")
         self._first: tuple[int, float] | None = None
         self._evaluated = False
-        """Whether an evaluation has ended since the last step, so that the next one is longer than others."""
+        """Whether an evaluation has ended since the last step, which makes the next step longer than others."""
         self._has_forecast = False
 
     def __enter__(self) -> RunView:

@@ -1,4 +1,4 @@
-"""Rows of a JSONL or Parquet file, each with the place it came from."""
+"""Reads rows of a JSONL or Parquet file, each with its place in the file."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ _SLICE = re.compile(r"^(?P<path>.+)@\[(?P<start>-?\d*):(?P<end>-?\d*)\]$", re.DO
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Record:
-    """One row."""
+class FileRow:
+    """One row of a file."""
 
     where: str
     """File and line (JSONL) or row (Parquet), counted from 1, for error messages."""
@@ -24,15 +24,15 @@ class Record:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Source:
-    """A file and the rows to take of it, as given in `file@[start:end]`."""
+class FileSlice:
+    """A file and a slice of its rows, as in `file@[start:end]`."""
 
     path: pathlib.Path
     start: int | None = None
     end: int | None = None
 
     def bounds(self, num_rows: int) -> tuple[int, int]:
-        """First row and one past the last, of a file with `num_rows`; DataError when the slice is out of range."""
+        """Return the first row and the end of the slice in `num_rows` rows. Raises DataError when out of range."""
         start = 0 if self.start is None else self.start + num_rows * (self.start < 0)
         end = num_rows if self.end is None else self.end + num_rows * (self.end < 0)
         if num_rows == 0:
@@ -46,24 +46,24 @@ class Source:
         return start, end
 
 
-def parse_source(text: str) -> Source:
+def parse_file_slice(text: str) -> FileSlice:
     """Split `file@[start:end]`; both bounds may be left out or negative, as in a Python slice."""
     if match := _SLICE.match(text):
         start, end = (None if match[name] in ("", "-") else int(match[name]) for name in ("start", "end"))
         if "-" not in (match["start"], match["end"]):
-            return Source(pathlib.Path(match["path"]).expanduser(), start, end)
+            return FileSlice(pathlib.Path(match["path"]).expanduser(), start, end)
     if "@[" in text and not pathlib.Path(text).expanduser().exists():
         raise DataError(f"{text}: not a slice; write FILE@[start:end], e.g. prompts.jsonl@[0:1000]")
-    return Source(pathlib.Path(text).expanduser())
+    return FileSlice(pathlib.Path(text).expanduser())
 
 
-def read_records(text: str) -> list[Record]:
-    """Read the rows of a file named as in `parse_source`.
+def read_rows(text: str) -> list[FileRow]:
+    """Read the rows of a file named as in `parse_file_slice`.
 
     Raises DataError for a missing or empty file, a slice out of range, an unknown file type, or rows that are not
     JSON objects (all such rows of the slice at once, with their line numbers).
     """
-    source = parse_source(text)
+    source = parse_file_slice(text)
     if not source.path.exists():
         raise DataError(f"prompt file {source.path} does not exist (working directory: {pathlib.Path.cwd()})")
     if not source.path.is_file():
@@ -77,11 +77,11 @@ def read_records(text: str) -> list[Record]:
             raise DataError(f"{source.path}: unknown file type {suffix or '(none)'}; allowed: .jsonl, .parquet")
 
 
-def _read_jsonl(source: Source) -> list[Record]:
+def _read_jsonl(source: FileSlice) -> list[FileRow]:
     with source.path.open("rb") as file:
         lines = [(number, line) for number, line in enumerate(file, 1) if line.strip(b" \t\r\n\xef\xbb\xbf")]
     start, end = source.bounds(len(lines))
-    records = []
+    rows = []
     faults = Faults()
     for number, line in lines[start:end]:
         where = f"{source.path}, line {number}"
@@ -95,14 +95,14 @@ def _read_jsonl(source: Source) -> list[Record]:
             faults.add(f"{where}: not JSON: {error}")
         else:
             if isinstance(values, dict):
-                records.append(Record(where, values))
+                rows.append(FileRow(where, values))
             else:
                 faults.add(f"{where}: a JSON {type(values).__name__}; expected an object")
     faults.check()
-    return records
+    return rows
 
 
-def _read_parquet(source: Source) -> list[Record]:
+def _read_parquet(source: FileSlice) -> list[FileRow]:
     try:
         import pyarrow as pa
         import pyarrow.parquet as pq
@@ -114,4 +114,4 @@ def _read_parquet(source: Source) -> list[Record]:
         raise DataError(f"{source.path} is not a readable Parquet file: {error}") from error
     start, end = source.bounds(table.num_rows)
     rows = table.slice(start, end - start).to_pylist()
-    return [Record(f"{source.path}, row {number}", row) for number, row in enumerate(rows, start + 1)]
+    return [FileRow(f"{source.path}, row {number}", row) for number, row in enumerate(rows, start + 1)]

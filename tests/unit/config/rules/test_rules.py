@@ -129,7 +129,7 @@ RULE_CASES: list[tuple[dict[str, Any], str]] = [
             "actor_num_gpus_per_node": 2,
             "context_parallel_size": 2,
         },
-        "enable_mtp_training = true, but layers for multi-token prediction are trained where a rank has all of each",
+        "enable_mtp_training = true, but MTP layers are trained only where a rank has all of each",
     ),
     (
         {"train_backend": "megatron", "mtp_loss_scaling_factor": 0.5},
