@@ -4,7 +4,6 @@ They know no model, service or configuration file. Start at `losses` and `advant
 """
 
 from miles.algorithms.advantages import Advantages, compute_advantages, reverse_kl_to_teacher, shape_rewards
-from miles.algorithms.aggregation import aggregate, token_weights
 from miles.algorithms.corrections import (
     Correction,
     CorrectionMethod,
@@ -16,6 +15,7 @@ from miles.algorithms.estimators import ESTIMATORS, AdvantageBatch, AdvantageCon
 from miles.algorithms.kl import approximate_kl
 from miles.algorithms.linear_log_probs import linear_token_log_probs
 from miles.algorithms.log_probs import token_log_probs
+from miles.algorithms.loss_aggregation import aggregate, token_weights
 from miles.algorithms.losses import LossBatch, LossConfig, LossOutput, critic_loss, rl_loss, sft_loss, value_loss
 from miles.algorithms.metrics import MetricSum, reduce_metrics
 from miles.algorithms.mis import MaskedImportanceSampling, mismatch_metrics

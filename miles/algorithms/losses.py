@@ -9,13 +9,13 @@ import dataclasses
 
 import torch
 
-from miles.algorithms.aggregation import aggregate
 from miles.algorithms.corrections import (
     Correction,
     CorrectionMethod,
     compute_correction,
 )
 from miles.algorithms.kl import approximate_kl
+from miles.algorithms.loss_aggregation import aggregate
 from miles.algorithms.metrics import MetricSum
 from miles.algorithms.mis import mismatch_metrics
 from miles.algorithms.packing import Packing, as_float, keep_where

@@ -5,17 +5,17 @@ It knows nothing of training and decides nothing. Start at `groups` (`GroupQueue
 
 from miles.queue.client import connect, connect_async
 from miles.queue.errors import (
-    Fenced,
     MissingGroups,
     QueueFull,
     RedisStartError,
     RedisUnsuitable,
     UnreadableGroups,
 )
+from miles.queue.fencing import Fenced, Holder
 from miles.queue.groups import GroupQueue
 from miles.queue.keys import JobKeys
 from miles.queue.partial import PartialStore
-from miles.queue.payload import Holder, Outstanding
+from miles.queue.payload import Outstanding
 from miles.queue.server import RedisServer
 
 __all__ = [

@@ -15,10 +15,6 @@ class QueueFull(TimeoutError):
     """Redis was out of memory until the deadline; the group is not queued."""
 
 
-class Fenced(RuntimeError):
-    """The worker lease under which a result was sent has ended; the work goes to another worker."""
-
-
 class MissingGroups(TimeoutError):
     """Groups that did not appear in the queue until the deadline."""
 

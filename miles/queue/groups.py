@@ -12,11 +12,12 @@ from redis.exceptions import NoScriptError, ResponseError
 
 from miles.queue.backpressure import TRANSIENT, is_out_of_memory, until_written
 from miles.queue.consumer import GroupConsumer
-from miles.queue.errors import Fenced, MissingGroups
+from miles.queue.errors import MissingGroups
+from miles.queue.fencing import FENCE, Fenced, Holder, stamp
 from miles.queue.keys import CONSUMER_GROUP, JobKeys
-from miles.queue.payload import INLINE_LIMIT, Holder, Outstanding, content_hash, encode_group
+from miles.queue.payload import INLINE_LIMIT, Outstanding, content_hash, encode_group
 from miles.queue.pipelining import Command, Pipeliner
-from miles.queue.scripts import ACKNOWLEDGE, BEGIN_LIFE, DROP, FENCE, PUT
+from miles.queue.scripts import ACKNOWLEDGE, BEGIN_LIFE, DROP, PUT
 
 if TYPE_CHECKING:
     import redis.asyncio
@@ -97,7 +98,7 @@ class GroupQueue:
             while True:
                 state, entry_id = await self._send_put(commands, len(payload))
                 if state == b"fenced":
-                    raise _fenced(group.group_id, holder)
+                    raise Fenced(group.group_id, holder)
                 if state != b"no-blob":
                     return entry_id.decode()
 
@@ -122,16 +123,16 @@ class GroupQueue:
 
     def _put_commands(self, group_id: int, numbers: str, payload: bytes, holder: Holder | None) -> list[Command]:
         keys = [self._keys.groups, self._keys.index, self._keys.fences]
-        stamp = (*_stamp(holder), group_id, numbers)
+        arguments = (*stamp(holder), group_id, numbers)
         if len(payload) <= self._inline_limit:
-            return [("EVALSHA", self._put.sha, len(keys), *keys, *stamp, payload)]
+            return [("EVALSHA", self._put.sha, len(keys), *keys, *arguments, payload)]
         blob_hash = content_hash(payload)
         blob_key = self._keys.blob(blob_hash)
         keys += (self._keys.blob_refs, blob_key)
         return [
             # NX: an existing blob has an entry, and must keep its longer time to live.
             ("SET", blob_key, payload, "EX", _UPLOAD_TTL_S, "NX"),
-            ("EVALSHA", self._put.sha, len(keys), *keys, *stamp, blob_hash, self._blob_ttl_s),
+            ("EVALSHA", self._put.sha, len(keys), *keys, *arguments, blob_hash, self._blob_ttl_s),
         ]
 
     async def drop(
@@ -145,13 +146,13 @@ class GroupQueue:
         async def write() -> bytes:
             answer: bytes = await self._drop(
                 keys=[self._keys.index, self._keys.dropped, self._keys.fences],
-                args=[group_id, reason, *_stamp(holder)],
+                args=[group_id, reason, *stamp(holder)],
             )
             return answer
 
         state = await until_written(write, f"the drop of group {group_id}", 0, deadline_s)
         if state == b"fenced":
-            raise _fenced(group_id, holder)
+            raise Fenced(group_id, holder)
         return state == b"dropped"
 
     async def dropped(self) -> dict[int, str]:
@@ -296,17 +297,6 @@ class GroupQueue:
         known = {entry.entry_id: entry.group_id for entry in await self.outstanding()} if entries else {}
         pairs = [(group_id, "") for group_id in ids if isinstance(group_id, int)]
         return pairs + [(known[entry_id], entry_id) for entry_id in entries if entry_id in known]
-
-
-def _stamp(holder: Holder | None) -> tuple[str, int | str]:
-    return ("", "") if holder is None else (holder.worker_id, holder.lease_number)
-
-
-def _fenced(group_id: int, holder: Holder | None) -> Fenced:
-    assert holder is not None
-    return Fenced(
-        f"group {group_id}: lease {holder.lease_number} of {holder.worker_id} is over; its results are refused"
-    )
 
 
 def _batches(items: list[_T], size: int) -> Iterator[list[_T]]:

@@ -49,14 +49,6 @@ def content_hash(payload: bytes) -> str:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Holder:
-    """The holder of a group lease: a worker, with the number of its own lease at the controller."""
-
-    worker_id: str
-    lease_number: int
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
 class Outstanding:
     """An entry of the stream without its payload, as the index hash keeps it."""
 

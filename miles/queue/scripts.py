@@ -7,25 +7,10 @@ can be freed, begin with a write that is never refused: XACK, HDEL or PERSIST, e
 
 from __future__ import annotations
 
-_FENCED = """
-local function fenced(fences, worker, number)
-  if number == '' then return false end
-  local own, all = redis.call('HGET', fences, worker) or 0, redis.call('HGET', fences, '*') or 0
-  return tonumber(number) < math.max(tonumber(own), tonumber(all))
-end
-"""
-
-FENCE = """
--- KEYS fences ; ARGV worker_id, lease_number
-redis.call('HDEL', KEYS[1], '')
-local before = tonumber(redis.call('HGET', KEYS[1], ARGV[1]) or 0)
-if tonumber(ARGV[2]) > before then redis.call('HSET', KEYS[1], ARGV[1], ARGV[2]) end
-return 1
-"""
-"""Refuse results of a worker's leases with smaller numbers from now on."""
+from miles.queue.fencing import IS_FENCED
 
 PUT = (
-    _FENCED
+    IS_FENCED
     + """
 -- KEYS stream, index, fences ; of a group whose payload is a blob also blob_refs, blob
 -- ARGV worker_id, lease_number, group_id, 'attempt oldest_version bytes', payload ; of a blob its hash, blob_ttl_s
@@ -46,7 +31,7 @@ return {'new', entry}
 """Add a group once. Returns (state, entry id); the state is new, known, fenced, or no-blob (the blob has expired)."""
 
 DROP = (
-    _FENCED
+    IS_FENCED
     + """
 -- KEYS index, dropped, fences ; ARGV group_id, reason, worker_id, lease_number
 redis.call('HDEL', KEYS[2], '')
