@@ -48,6 +48,8 @@ def mixed(sample):
         case "hang":
             while True: pass
         case "sleep": time.sleep(1.5)
+        case "wait":
+            while not os.path.exists("go"): time.sleep(0.02)
         case "named": return {"a": 1.0, "b": 0.5}
         case "scored": return Scored(1.0, {"pid": os.getpid()})
         case "loop": return asyncio.run(asyncio.sleep(0, 1.0))
@@ -205,14 +207,15 @@ async def test_a_hung_reward_is_killed_at_its_deadline_and_blocks_nobody(start: 
         assert not psutil.pid_exists(before.metadata["pid"])
 
 
-async def test_a_slow_reward_does_not_hold_up_others(start: Start) -> None:
+async def test_a_slow_reward_does_not_hold_up_others(start: Start, tmp_path: pathlib.Path) -> None:
     service = start("--custom-rm-path", "user_rewards.mixed", "--workers", "2")
     async with RewardClient({"default": service.address}) as client:
         await client.score(answers("4", "4"))
-        slow = asyncio.create_task(client.score(answers("sleep")))
+        slow = asyncio.create_task(client.score(answers("wait")))
         await asyncio.sleep(0.2)
         assert await client.score(answers(*["4"] * 20)) == [ScoreOutcome(reward=1.0)] * 20
         assert not slow.done()
+        (tmp_path / "go").touch()
         assert await slow == [ScoreOutcome(reward=1.0)]
 
 
@@ -255,15 +258,17 @@ async def test_an_async_function_that_blocks_is_killed_and_its_neighbours_are_sc
         assert kinds == {1: "reward", 2: "error", 3: "reward"}
 
 
-async def test_answers_come_in_the_order_they_finish(start: Start) -> None:
+async def test_answers_come_in_the_order_they_finish(start: Start, tmp_path: pathlib.Path) -> None:
     service = start("--custom-rm-path", "user_rewards.mixed", "--workers", "2")
     async with connect(service.address) as channel:
         stream = reward_pb2_grpc.RewardServiceStub(channel).Score()
-        for request_id, response in [(1, "sleep"), (2, "4"), (3, "4")]:
+        for request_id, response in [(1, "wait"), (2, "4"), (3, "4")]:
             samples = [sample_to_proto(answer(response))]
             await stream.write(reward_pb2.ScoreRequest(request_id=request_id, samples=samples))
         await stream.done_writing()
-        assert [response.request_id async for response in stream] == [2, 3, 1]
+        assert [(await stream.read()).request_id for _ in range(2)] == [2, 3]
+        (tmp_path / "go").touch()
+        assert (await stream.read()).request_id == 1
 
 
 async def test_a_malformed_sample_is_refused_and_the_stream_goes_on(start: Start) -> None:
