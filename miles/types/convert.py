@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from miles.rpc.gen import sample_pb2 as pb
-from miles.types.errors import MalformedMessage
+from miles.types.errors import MalformedMessage, prefixed
 from miles.types.sample import (
     PrefixCacheStats,
     Prompt,
@@ -211,21 +211,17 @@ def encode_fields(sample: Sample, message: pb.Sample) -> None:
 
 def _encode_sample(sample: Sample, message: pb.Sample, path: str) -> None:
     """Write a checked sample into an empty message, in place: copying a message doubles the cost."""
-    try:
+    with prefixed(path):
         encode_fields(sample, message)
         for name, _, _ in ARRAYS:
             array = getattr(sample, name)
             if array is not None:
                 _fill_array(getattr(message, name), array, name)
-    except MalformedMessage as error:
-        raise error.within(path) from None
 
 
 def _decode_sample(message: pb.Sample, path: str) -> Sample:
-    try:
+    with prefixed(path):
         return _decode(message)
-    except MalformedMessage as error:
-        raise error.within(path) from error.__cause__
 
 
 def _decode(message: pb.Sample) -> Sample:

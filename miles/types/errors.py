@@ -14,9 +14,21 @@ class MalformedMessage(ValueError):
         self.field = field
         self.problem = problem
 
-    def within(self, path: str) -> MalformedMessage:
-        """Return the same error with the field's path prefixed by `path`, the place of its message in an outer one."""
-        return MalformedMessage(path + self.field, self.problem)
-
     def __str__(self) -> str:
         return f"{self.field}: {self.problem}"
+
+
+class prefixed:
+    """Context in which the fields that a MalformedMessage names are prefixed by `path`, the place of their message."""
+
+    __slots__ = ("_path",)
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        if isinstance(error, MalformedMessage):
+            raise MalformedMessage(self._path + error.field, error.problem) from error.__cause__

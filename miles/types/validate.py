@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from miles.types.errors import MalformedMessage
+from miles.types.errors import MalformedMessage, prefixed
 from miles.types.sample import Reward, Sample, SampleGroup, SampleStatus, VersionSpan
 
 UINT32_MAX = 2**32 - 1
@@ -31,14 +31,12 @@ def check_group(group: SampleGroup, path: str = "") -> None:
     _check_unsigned(group.group_id, UINT64_MAX, path + "group_id")
     previous = -1
     for i, sample in enumerate(group.samples):
-        try:
+        with prefixed(f"{path}samples[{i}]."):
             _check_form(sample)
             if sample.group_id != group.group_id:
                 raise MalformedMessage("group_id", f"{sample.group_id}, but the group's is {group.group_id}")
             if sample.index <= previous:
                 raise MalformedMessage("index", f"{sample.index} after {previous}; samples are in order of index")
-        except MalformedMessage as error:
-            raise error.within(f"{path}samples[{i}].") from None
         previous = sample.index
     if not _values_hold(group.samples):
         for i, sample in enumerate(group.samples):
@@ -47,11 +45,9 @@ def check_group(group: SampleGroup, path: str = "") -> None:
 
 def check_sample(sample: Sample, path: str = "") -> None:
     """Raise MalformedMessage that names the first invalid field, unless the sample satisfies sample.proto."""
-    try:
+    with prefixed(path):
         _check_form(sample)
         _check_values(sample)
-    except MalformedMessage as error:
-        raise error.within(path) from None
 
 
 def _check_form(sample: Sample) -> None:
@@ -154,7 +150,7 @@ def _check_dtype(array: Any, dtypes: Sequence[np.dtype[Any]], ndim: int, path: s
 def _check_spans(spans: Sequence[VersionSpan], length: int) -> None:
     covered = 0
     for i, span in enumerate(spans):
-        try:
+        with prefixed(f"weight_versions[{i}]."):
             _check_unsigned(span.version, UINT64_MAX, "version")
             _check_unsigned(span.start, UINT32_MAX, "start")
             _check_unsigned(span.end, UINT32_MAX, "end")
@@ -162,8 +158,6 @@ def _check_spans(spans: Sequence[VersionSpan], length: int) -> None:
                 raise MalformedMessage("start", f"{span.start}; expected {covered}, where the span before it ended")
             if span.end <= span.start:
                 raise MalformedMessage("end", f"{span.end}; expected more than start = {span.start}")
-        except MalformedMessage as error:
-            raise error.within(f"weight_versions[{i}].") from None
         covered = span.end
     if covered != length:
         raise MalformedMessage("weight_versions", f"cover {covered} response tokens, but response_length is {length}")

@@ -16,7 +16,7 @@ from google.protobuf.message import DecodeError, Message
 
 from miles.rpc.gen import sample_pb2 as pb
 from miles.types.convert import ARRAYS, array_to_proto, encode_fields, group_from_proto
-from miles.types.errors import MalformedMessage
+from miles.types.errors import prefixed
 from miles.types.validate import check_group
 
 if TYPE_CHECKING:
@@ -31,10 +31,8 @@ def group_to_bytes(group: SampleGroup) -> bytes:
     check_group(group)
     parts: list[Any] = [pb.SampleGroup(job_id=group.job_id, group_id=group.group_id).SerializeToString()]
     for i, sample in enumerate(group.samples):
-        try:
+        with prefixed(f"samples[{i}]."):
             _add_sample(parts, sample)
-        except MalformedMessage as error:
-            raise error.within(f"samples[{i}].") from None
     return b"".join(parts)
 
 
