@@ -129,10 +129,10 @@ def work_engine(args: argparse.Namespace, routing: bool) -> None:
 
 async def _work_engine(args: argparse.Namespace, routing: bool) -> None:
     from miles.config import JobConfig
-    from miles.services.rollout.engines import configured_engine
     from miles.services.rollout.engines.base import GenerationRequest, SamplingParams
     from miles.services.rollout.engines.checkpoint_weights import read_weights
-    from miles.services.rollout.groups.trajectory import Piece
+    from miles.services.rollout.engines.registry import configured_engine
+    from miles.services.rollout.groups.partial_response import Piece
 
     folder = pathlib.Path(tempfile.mkdtemp(prefix="throughput-"))
     config = JobConfig.from_flat(service_config(args, routing, folder))

@@ -74,7 +74,7 @@ async def under_way(engine: SglangEngine, count: int) -> list[asyncio.Task[int]]
 
 
 async def load(engine: SglangEngine, version: int, weights: Weights, mode: PauseMode) -> float:
-    """One update as the rollout service makes it; the seconds that decoding stood still."""
+    """One update as the rollout service makes it; its pause time in seconds."""
     began = time.perf_counter()
     if mode is PauseMode.IN_PLACE:
         return await engine.load_weights(version, weights)

@@ -52,7 +52,7 @@ class EngineWeights(BaseModel):
     size_bytes: int = Field(description="Size of what it serves")
     transport: str | None = Field(default=None, description="How it got its last version")
     stage_s: dict[str, float] = Field(description="Seconds that its last order of each kind took")
-    pause_s: float = Field(description="Pause time of its last swap: how long generation stood still, in seconds")
+    pause_s: float = Field(description="Pause time of its last swap: time without generation, in seconds")
     last_error: str | None = None
 
 

@@ -14,7 +14,7 @@ from miles.queue.errors import (
 from miles.queue.fencing import Fenced, Holder
 from miles.queue.groups import GroupQueue
 from miles.queue.keys import JobKeys
-from miles.queue.partial import PartialStore
+from miles.queue.partial_store import PartialStore
 from miles.queue.payload import Outstanding
 from miles.queue.server import RedisServer
 

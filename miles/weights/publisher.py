@@ -16,8 +16,8 @@ from miles.weights import manifest as manifests
 from miles.weights.base import Endpoint, SendTimes, WeightTransport
 from miles.weights.bucketing import buckets, check_exhausted
 from miles.weights.dtypes import wire_dtype
-from miles.weights.reach import usable_transports
 from miles.weights.registry import create_transport
+from miles.weights.usable_transports import usable_transports
 
 if TYPE_CHECKING:
     from miles.rpc.gen.weightsync_pb2 import DeltaEncoding, TransportKind

@@ -20,9 +20,9 @@ from miles.weights.adapters.merging import AdapterBase
 from miles.weights.base import Endpoint, WeightReceiver
 from miles.weights.engine_weights import EngineWeights, WeightTarget
 from miles.weights.manifest import ManifestError
-from miles.weights.reach import usable_transports
 from miles.weights.registry import create_transport
 from miles.weights.serving_lease import ServingLease
+from miles.weights.usable_transports import usable_transports
 
 if TYPE_CHECKING:
     from miles.rpc.gen.weightsync_pb2 import TransportKind

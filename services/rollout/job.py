@@ -13,11 +13,11 @@ from miles.queue import GroupQueue, PartialStore, connect_async
 from miles.rpc.gen import rollout_pb2
 from miles.services.rollout.engines.base import PauseMode, RolloutEngine
 from miles.services.rollout.groups.filters import load_filter
+from miles.services.rollout.groups.group_run import GroupTools
 from miles.services.rollout.groups.messages import GroupLease
 from miles.services.rollout.groups.requests import GroupRequests
-from miles.services.rollout.groups.runner import GroupTools
-from miles.services.rollout.groups.running import RunningGroups
-from miles.services.rollout.groups.sampler import Sampler, SingleTurnSampler
+from miles.services.rollout.groups.response_sampler import Sampler, SingleTurnSampler
+from miles.services.rollout.groups.running_groups import RunningGroups
 from miles.services.rollout.groups.scoring import JobRewards
 from miles.services.rollout.serving.readiness import Serving
 from miles.services.rollout.serving.subscriptions import subscribe_draft, subscribe_policy
@@ -140,7 +140,7 @@ class RolloutJob:
 
     def _create_engine(self) -> RolloutEngine:
         # In a thread: importing an engine imports torch, which takes seconds.
-        from miles.services.rollout.engines import configured_engine
+        from miles.services.rollout.engines.registry import configured_engine
 
         return configured_engine(
             self.config, device=self._device, name=self._worker_id, engine_addresses=self._engine_addresses

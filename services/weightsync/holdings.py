@@ -9,12 +9,12 @@ import pathlib
 from collections.abc import Callable, Collection
 
 from miles.rpc.gen import policy_pb2, weightsync_pb2
-from miles.services.weightsync import topology
+from miles.services.weightsync import transport_choice
 from miles.services.weightsync.chunk_table import ChunkTable
 from miles.services.weightsync.folders import FULL_EVERY, Folder, FolderStore
 from miles.services.weightsync.segments import Segment, SegmentStore
 from miles.services.weightsync.store import HoldingRecord, StateStore
-from miles.services.weightsync.topology import Placement
+from miles.services.weightsync.transport_choice import Placement
 from miles.services.weightsync.version import UnknownVersion
 from miles.weights.transports.grpc_chunks.chunks import CHUNK_BYTES
 
@@ -138,12 +138,12 @@ class Holdings:
 
     def transports(self, publication_id: int) -> list[weightsync_pb2.TransportKind.ValueType]:
         """Transports by which engines can get a publication, the best first."""
-        return topology.transports_of(self._of[publication_id].placement)
+        return transport_choice.transports_of(self._of[publication_id].placement)
 
     def handle_for(self, publication_id: int, usable: Collection[int]) -> weightsync_pb2.TransportHandle:
         """The handle for an engine to get a publication by the best transport that it can use."""
         holding = self._of[publication_id]
-        kind = topology.transport_for(holding.placement, usable)
+        kind = transport_choice.transport_for(holding.placement, usable)
         for handle in holding.handles:
             if handle.kind == kind:
                 return handle

@@ -12,7 +12,7 @@ import grpc.aio
 from miles.rpc import abort
 from miles.rpc.gen import policy_pb2
 from miles.services.weightsync.segments import OutOfMemory
-from miles.services.weightsync.topology import NoTransport
+from miles.services.weightsync.transport_choice import NoTransport
 from miles.services.weightsync.version import Refused, UnknownVersion
 from miles.weights import manifest as manifests
 

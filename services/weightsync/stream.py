@@ -12,7 +12,7 @@ from collections.abc import Collection
 from typing import Any
 
 from miles.rpc.gen import policy_pb2, weightsync_pb2
-from miles.services.weightsync import messages, snapshot, topology
+from miles.services.weightsync import messages, snapshot, transport_choice
 from miles.services.weightsync.actions import Action, Disconnect, Ended, EngineChanged, Free, Outcome, Send
 from miles.services.weightsync.chunk_table import ChunkTable
 from miles.services.weightsync.engine import Engine, Order, OrderKind
@@ -92,7 +92,7 @@ class StreamRuntime:
         async with self._allocating:
             trainer = frozenset(request.usable) or _LOCAL
             attached = [self._usable.get(e.engine_id, _LOCAL) for e in self.machine.engines.values() if e.session]
-            placement = topology.place(request.transport, trainer, attached, folders=self._has_folders)
+            placement = transport_choice.place(request.transport, trainer, attached, folders=self._has_folders)
             version, actions = self.machine.allocate(request.version.version, request.nbytes, _now())
             self._apply(actions)
             publication_id = version.publication_id

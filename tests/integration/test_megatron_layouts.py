@@ -389,7 +389,7 @@ def test_a_checkpoint_goes_on_in_another_layout(spread: pathlib.Path, name: str)
     assert weights < 1e-5
 
 
-def prediction_layers(file: pathlib.Path) -> dict[str, torch.Tensor]:
+def mtp_layers(file: pathlib.Path) -> dict[str, torch.Tensor]:
     return {name: tensor for name, tensor in load_file(file).items() if name.startswith("model.layers.4.")}
 
 
@@ -400,8 +400,8 @@ def test_layers_for_multi_token_prediction_learn_and_leave_the_rest_alone(result
     # Samples without advantage are trained on too, so that micro-batches are others and sums are rounded otherwise.
     assert max(float((without[name] - rest[name]).abs().max()) for name in without) < 1e-6
     untrained = ("embed_tokens.weight", "shared_head.head.weight", "e_score_correction_bias")
-    before = prediction_layers(results / "predicting" / "model.safetensors")
-    after = prediction_layers(results / "learning" / "hf" / "model.safetensors")
+    before = mtp_layers(results / "predicting" / "model.safetensors")
+    after = mtp_layers(results / "learning" / "hf" / "model.safetensors")
     assert before.keys() == after.keys()
     assert not any(torch.equal(before[name], after[name]) for name in before if not name.endswith(untrained))
 
@@ -410,8 +410,8 @@ def test_layers_for_multi_token_prediction_learn_and_leave_the_rest_alone(result
 def test_layers_for_multi_token_prediction_that_are_not_trained_stay_as_they_are(
     spread: pathlib.Path, name: str
 ) -> None:
-    before = prediction_layers(spread / "predicting" / "model.safetensors")
-    after = prediction_layers(spread / name / "hf" / "model.safetensors")
+    before = mtp_layers(spread / "predicting" / "model.safetensors")
+    after = mtp_layers(spread / name / "hf" / "model.safetensors")
     assert before.keys() == after.keys()
     shared = ("embed_tokens.weight", "shared_head.head.weight")
     assert all(torch.equal(before[name], after[name]) for name in before if not name.endswith(shared))
@@ -419,7 +419,7 @@ def test_layers_for_multi_token_prediction_that_are_not_trained_stay_as_they_are
 
 @pytest.mark.parametrize("name", often_or_slow(["learning-sp", "learning-dp2", "learning-tp2-ep2"]))
 def test_layers_for_multi_token_prediction_learn_the_same_in_every_layout(spread: pathlib.Path, name: str) -> None:
-    one, several = (prediction_layers(spread / part / "hf" / "model.safetensors") for part in ("learning", name))
+    one, several = (mtp_layers(spread / part / "hf" / "model.safetensors") for part in ("learning", name))
     assert max(float((one[name] - several[name]).abs().max()) for name in one) < 1e-5
 
 

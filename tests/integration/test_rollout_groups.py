@@ -19,8 +19,8 @@ from transformers import AutoTokenizer
 
 from miles.queue import GroupQueue, PartialStore, connect_async
 from miles.rpc.gen import rollout_pb2
-from miles.services.rollout.groups import partial as partial_groups
-from miles.services.rollout.groups.trajectory import FINISHED
+from miles.services.rollout.groups import partial_group
+from miles.services.rollout.groups.partial_response import FINISHED
 from miles.types import Sample, SampleGroup, SampleStatus, VersionSpan
 from miles.types.convert import group_from_proto
 
@@ -400,7 +400,7 @@ async def test_what_a_lease_that_is_over_has_generated_is_refused_and_kept(
 async def test_responses_that_have_ended_outlive_a_worker_that_is_killed(
     redis_url: str, rewards: str, job_id: str, folder: pathlib.Path, stores: Stores, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(partial_groups, "SAVE_EVERY_S", 0.0)
+    monkeypatch.setattr(partial_group, "SAVE_EVERY_S", 0.0)
     request = lease(job_id, 3, **LONG)
     request.lease.sampling[0].max_new_tokens = request.lease.sampling[0].min_new_tokens = 5
     async with rollout_service(redis_url) as killed:

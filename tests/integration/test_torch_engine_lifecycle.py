@@ -18,8 +18,8 @@ from torch_engine_models import (
     weights_of,
 )
 
-from miles.services.rollout.engines import create_engine
 from miles.services.rollout.engines.base import EngineFailed, FinishReason, GenerationRequest, PauseMode, SamplingParams
+from miles.services.rollout.engines.registry import create_engine
 from miles.services.rollout.engines.torch import TorchEngine
 from miles.services.rollout.engines.torch.model.architecture import UnsupportedModel
 from miles.services.rollout.engines.torch.model.parameters import WeightMismatch

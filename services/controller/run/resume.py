@@ -15,7 +15,7 @@ from miles.services.controller.clients import deadlines
 from miles.services.controller.clients.calls import WorkerFailedError
 from miles.services.controller.clients.trainer import TrainerClient
 from miles.services.controller.run.admission import Admission
-from miles.services.controller.run.fencing import fence_earlier_controllers
+from miles.services.controller.run.set_fences import fence_earlier_controllers
 from miles.services.controller.run.state import LOADING, PREEMPTED, RunState
 from miles.services.controller.status.step_metrics import RESPONSE_TOKENS
 

@@ -14,7 +14,7 @@ from miles.services.controller.clients.rollout import RolloutClient
 from miles.services.controller.jobs import number_types
 from miles.services.controller.jobs.context import JobContext
 from miles.services.controller.run.alerts import RunAlerts
-from miles.services.controller.run.fencing import fence_earlier_leases, fence_lost_worker
+from miles.services.controller.run.set_fences import fence_earlier_leases, fence_lost_worker
 from miles.services.controller.tasks import cancel, cancelled_at_end
 from miles.services.controller.workers.registry import AttachedWorker, WorkerRegistry
 from miles.services.controller.workers.reward_addresses import RewardAddresses

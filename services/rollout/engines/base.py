@@ -1,4 +1,7 @@
-"""The interface of an inference engine: what the rollout service asks of it, and nothing else."""
+"""The interface of an inference engine: what the rollout service asks of it, and nothing else.
+
+What else a new engine needs is in `registry`.
+"""
 
 from __future__ import annotations
 

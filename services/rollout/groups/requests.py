@@ -8,7 +8,7 @@ import itertools
 
 from miles.services.rollout.engines.base import GenerationRequest, RolloutEngine
 from miles.services.rollout.groups.messages import GroupLease
-from miles.services.rollout.groups.trajectory import Piece, experts_start, extend
+from miles.services.rollout.groups.partial_response import Piece, experts_start, extend
 from miles.types import Sample, SampleStatus
 
 _serials = itertools.count()

@@ -22,7 +22,7 @@ from miles.services.trainer.checkpoint.random_state import random_state, set_ran
 from miles.services.trainer.ranks.abandoning import Abandonment, StepAbandonedError
 from miles.services.trainer.step import algorithm_options
 from miles.services.trainer.step.data_ranks import DataRanks
-from miles.services.trainer.step.losses import StepLosses
+from miles.services.trainer.step.micro_batch_losses import StepLosses
 from miles.services.trainer.step.preparation import Preparation, TokenTensors
 from miles.services.trainer.step.progress import Progress, Report
 from miles.services.trainer.step.roles import Learner, OutputT, Roles

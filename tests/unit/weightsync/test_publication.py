@@ -66,7 +66,7 @@ class Scene:
         self.actions += self.machine.report(name, engine.session, order.order_id, error, 0.5, 0.25, self.now())
         return order
 
-    def settle(self, *names: str) -> None:
+    def finish_orders(self, *names: str) -> None:
         """These engines answer until nothing is left to answer."""
         while busy := [name for name in names if self.machine.engines[name].in_flight is not None]:
             self.answer(busy[0])
@@ -98,7 +98,7 @@ class Scene:
         for name in names:
             self.connect(name)
         self.activate(number, f"activate {number}", min_engines=len(names))
-        self.settle(*names)
+        self.finish_orders(*names)
         self.actions.clear()
 
 
@@ -184,12 +184,12 @@ def test_a_failed_order_quarantines_and_the_next_good_version_readmits(failing: 
     told = [action.order.kind for action in scene.actions if isinstance(action, Send) and action.engine_id == "b"]
     assert told == [QUARANTINE], "it is told to stop, and nothing else"
     assert scene.state("b") is EngineState.QUARANTINED
-    scene.settle("a")
+    scene.finish_orders("a")
     outcome = scene.outcome()
     assert (outcome.ok, outcome.engines, outcome.quarantined) == (True, 1, 1)
     scene.publish(2)
     scene.activate(2, "second", min_engines=2)
-    scene.settle("a", "b")
+    scene.finish_orders("a", "b")
     assert scene.outcome().engines == 2
     assert scene.state("b") is EngineState.SERVING
 
@@ -208,7 +208,7 @@ def test_a_quarantined_engine_is_loaded_again_after_a_pause_that_doubles() -> No
             scene.wait(wake - scene.time_s)
         pauses.append(scene.time_s - began)
     assert pauses == [5, 10, 20, 40, 40]
-    scene.settle("b")
+    scene.finish_orders("b")
     assert scene.state("b") is EngineState.SERVING
 
 
@@ -224,7 +224,7 @@ def test_engines_go_back_to_the_active_version_when_an_activation_fails() -> Non
     scene.wait(10)
     assert not scene.outcome().ok
     assert scene.machine.versions[2].state is VersionState.FAILED
-    scene.settle("a", "b")
+    scene.finish_orders("a", "b")
     assert scene.machine.engines["a"].held == scene.machine.engines["b"].held == 1
 
 
@@ -247,7 +247,7 @@ def test_an_engine_that_does_not_answer_is_quarantined_at_the_deadline() -> None
     late = scene.answer("b")
     assert (late.kind, session) == (PREFETCH, scene.machine.engines["b"].session)
     assert scene.state("b") is EngineState.QUARANTINED, "a late answer earns nothing"
-    scene.settle("b")
+    scene.finish_orders("b")
     assert scene.state("b") is EngineState.SERVING
 
 
@@ -318,7 +318,7 @@ def test_repeating_an_operation_does_nothing_more() -> None:
     scene.actions.clear()
     scene.activate(0, "op")
     assert scene.actions == []
-    scene.settle("a")
+    scene.finish_orders("a")
     assert scene.outcome().ok
     scene.activate(0, "op")
     assert scene.actions == []
@@ -331,7 +331,7 @@ def test_another_operation_for_the_same_version_shares_the_outcome() -> None:
     scene.connect("a")
     scene.activate(0, "first")
     scene.activate(0, "second")
-    scene.settle("a")
+    scene.finish_orders("a")
     ended = [action for action in scene.actions if isinstance(action, Ended)]
     assert [action.operation_ids for action in ended] == [("first", "second")]
 
@@ -347,7 +347,7 @@ def test_an_activation_of_another_version_takes_over() -> None:
     first = scene.outcome()
     assert not first.ok
     assert "version 2 is to be activated instead" in first.error
-    scene.settle("a")
+    scene.finish_orders("a")
     assert scene.outcome().ok
     assert scene.machine.engines["a"].held == 3
 
@@ -358,7 +358,7 @@ def test_a_number_published_again_is_another_publication() -> None:
     scene.publish(5)
     scene.activate(5, "activate 5")
     assert scene.open("a") is PREFETCH, "the operation id belonged to the former publication"
-    scene.settle("a")
+    scene.finish_orders("a")
     assert scene.machine.engines["a"].held == 2
 
 
@@ -367,7 +367,7 @@ def test_going_back_to_an_older_number_works() -> None:
     scene.serving(8, "a")
     scene.publish(5)
     scene.activate(5)
-    scene.settle("a")
+    scene.finish_orders("a")
     assert scene.outcome().ok
     assert scene.machine.versions[scene.machine.active or 0].number == 5
 
@@ -397,7 +397,7 @@ def test_bytes_are_freed_once_every_engine_has_let_go() -> None:
     scene.serving(0, "a", "b")
     scene.publish(1)
     scene.activate(1, min_engines=2)
-    scene.settle("a")
+    scene.finish_orders("a")
     scene.answer("b")
     scene.answer("a")
     scene.answer("b")
@@ -455,7 +455,7 @@ def test_a_failed_version_can_be_activated_again() -> None:
     assert not scene.outcome().ok
     scene.connect("a")
     scene.activate(0, "again")
-    scene.settle("a")
+    scene.finish_orders("a")
     assert scene.outcome().ok
 
 
@@ -495,7 +495,7 @@ def test_a_restored_machine_carries_on() -> None:
     assert scene.state("a") is EngineState.SERVING
     assert scene.state("b") is EngineState.QUARANTINED, "a restart does not readmit"
     scene.activate(1, "op", min_engines=2)
-    scene.settle("a", "b")
+    scene.finish_orders("a", "b")
     assert scene.machine.engines["a"].held == scene.machine.engines["b"].held == 2
     assert not [free for free in scene.freed() if free.reusable], "who maps what was forgotten"
 

@@ -7,7 +7,7 @@ import pytest
 
 from miles.config import JobConfig
 from miles.engine_spec import ENGINE_SPECS
-from miles.services.rollout.engines import configured_engine, create_engine
+from miles.services.rollout.engines.registry import configured_engine, create_engine
 
 MINIMAL: dict[str, Any] = {
     "prompt_data": "p.jsonl",

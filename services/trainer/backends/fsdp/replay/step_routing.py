@@ -9,8 +9,8 @@ import torch
 from miles.algorithms.metrics import MetricSum
 from miles.services.trainer.backends.fsdp.replay.router import RoutingReplay
 from miles.services.trainer.batch.packing import MicroBatch
+from miles.services.trainer.batch.replayed_experts import rollout_routing
 from miles.services.trainer.batch.rollout_batch import RolloutBatch
-from miles.services.trainer.batch.routing import rollout_routing
 
 if TYPE_CHECKING:
     from miles.config import JobConfig

@@ -13,8 +13,8 @@ from miles.services.trainer.backends.megatron.parallel.groups import ParallelRan
 from miles.services.trainer.backends.megatron.parallel.rows import PADDING, LocalRows
 from miles.services.trainer.backends.megatron.replay.router import ModelReplay
 from miles.services.trainer.batch.packing import MicroBatch
+from miles.services.trainer.batch.replayed_experts import rollout_routing
 from miles.services.trainer.batch.rollout_batch import RolloutBatch
-from miles.services.trainer.batch.routing import rollout_routing
 
 if TYPE_CHECKING:
     from miles.config import JobConfig

@@ -11,6 +11,7 @@ from miles.algorithms.vocab_rows import TokenLogProbs
 from miles.services.trainer.batch.packing import MicroBatch
 from miles.services.trainer.batch.rollout_batch import OptimizerStepPlan, RolloutBatch
 from miles.services.trainer.step import algorithm_options
+from miles.services.trainer.step.loss_denominator import loss_denominator
 from miles.services.trainer.step.preparation import TokenTensors
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ class StepLosses:
                 ref_log_probs_T=None if tokens.ref is None else tokens.ref[where],
                 opd_reverse_kl_T=None if tokens.opd_reverse_kl is None else tokens.opd_reverse_kl[where],
                 correction=None if tokens.correction is None else tokens.correction.take(batch.packing, members),
-                denominator=step.num_tokens if per_token else step.num_samples,
+                denominator=loss_denominator(step, per_token=per_token),
             ),
             outputs.log_probs_T,
             outputs.entropy_T,
@@ -73,7 +74,7 @@ class StepLosses:
                 packing=batch.packing.subset([batch.position(i) for i in micro_batch.samples]),
                 mask_T=tokens.mask[where],
                 advantages_T=tokens.advantages[where],
-                denominator=step.num_tokens if algorithm.calculate_per_token_loss else step.num_samples,
+                denominator=loss_denominator(step, per_token=algorithm.calculate_per_token_loss),
             ),
             values_R,
             tokens.values[where],

@@ -7,8 +7,8 @@ import logging
 from collections.abc import Callable
 
 from miles.queue import Holder
+from miles.services.rollout.groups.group_run import GroupRun, GroupTools
 from miles.services.rollout.groups.messages import GroupLease, Outcome, Purpose
-from miles.services.rollout.groups.runner import GroupRun, GroupTools
 
 log = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ from redis.exceptions import RedisError
 
 from miles.queue import PartialStore, QueueFull
 from miles.services.rollout.groups.messages import GroupLease
-from miles.services.rollout.groups.trajectory import (
+from miles.services.rollout.groups.partial_response import (
     FINISHED,
     cut_to_limit,
     is_rolled_back,

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from miles.services.rollout.engines.base import FinishReason, GenerationDelta, GenerationResult
-from miles.services.rollout.groups.trajectory import (
+from miles.services.rollout.groups.partial_response import (
     Piece,
     cut_to_limit,
     experts_start,

@@ -13,7 +13,7 @@ from miles.rpc.gen.weightsync_pb2 import (
     TRANSPORT_KIND_SHARED_MEMORY,
     TRANSPORT_KIND_UNSPECIFIED,
 )
-from miles.services.weightsync.topology import NoTransport, Placement, place, transport_for, transports_of
+from miles.services.weightsync.transport_choice import NoTransport, Placement, place, transport_for, transports_of
 
 AUTO, MAP, DISK, CHUNKS = (
     TRANSPORT_KIND_UNSPECIFIED,

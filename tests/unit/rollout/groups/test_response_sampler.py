@@ -18,10 +18,10 @@ from transformers import AutoTokenizer
 from miles.queue import GroupQueue, PartialStore, connect_async
 from miles.reward_sdk import RewardClient
 from miles.services.rollout.engines.torch import TorchEngine
+from miles.services.rollout.groups.group_run import GroupRun, GroupTools
 from miles.services.rollout.groups.messages import Failed, Finished, GroupLease, Preempted, lease_from_proto
 from miles.services.rollout.groups.requests import GroupRequests
-from miles.services.rollout.groups.runner import GroupRun, GroupTools
-from miles.services.rollout.groups.sampler import Sampler
+from miles.services.rollout.groups.response_sampler import Sampler
 from miles.services.rollout.groups.scoring import JobRewards
 from miles.services.rollout.serving.version_gate import VersionGate
 from miles.types import Sample, SampleStatus

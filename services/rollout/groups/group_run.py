@@ -14,11 +14,11 @@ from miles.queue import Fenced, GroupQueue, Holder, PartialStore
 from miles.rpc.gen import rollout_pb2
 from miles.services.rollout.groups.filters import FilterError, GroupFilter, apply_filter
 from miles.services.rollout.groups.messages import Failed, Finished, GroupLease, Outcome, Preempted
-from miles.services.rollout.groups.partial import PartialGroup
-from miles.services.rollout.groups.sampler import Sampler
+from miles.services.rollout.groups.partial_group import PartialGroup
+from miles.services.rollout.groups.partial_response import FINISHED, mask_older_versions
+from miles.services.rollout.groups.response_sampler import Sampler
 from miles.services.rollout.groups.scoring import GroupScoring, JobRewards, RewardFailed
 from miles.services.rollout.groups.stats import group_stats
-from miles.services.rollout.groups.trajectory import FINISHED, mask_older_versions
 from miles.services.rollout.serving.version_gate import VersionGate, VersionPassed
 from miles.services.rollout.tasks import cancelled_on_exit
 from miles.types import SampleGroup, SampleStatus
