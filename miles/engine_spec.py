@@ -28,8 +28,6 @@ class EngineSpec:
     adapter_base_on_device: bool
     """Whether the rollout service keeps the weights that adapters are merged into on the engine's device; otherwise in
     host memory, because the servers need their GPU to themselves."""
-    serves_drafts: bool
-    """Whether it may have a draft model whose weights are versioned apart from the policy's."""
     frees_memory: bool
     """Whether `release_memory` frees its weights and cache, so that it can take turns with the trainer on a GPU."""
     default_max_running_requests: int | None
@@ -44,7 +42,6 @@ ENGINE_SPECS: Mapping[EngineName, EngineSpec] = types.MappingProxyType(
             weight_formats=frozenset({"as_trained", "fp8_block"}),
             fused_experts=True,
             adapter_base_on_device=True,
-            serves_drafts=False,
             frees_memory=False,
             default_max_running_requests=64,
         ),
@@ -54,7 +51,6 @@ ENGINE_SPECS: Mapping[EngineName, EngineSpec] = types.MappingProxyType(
             weight_formats=frozenset({"as_trained"}),
             fused_experts=False,
             adapter_base_on_device=False,
-            serves_drafts=True,
             frees_memory=True,
             default_max_running_requests=None,
         ),

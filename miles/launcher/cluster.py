@@ -19,10 +19,10 @@ from miles.cores import WAIT_VARIABLE
 from miles.launcher.plan import ProcessPlan, plan_controller, plan_gateway, plan_workers
 from miles.launcher.process import ProcessFailedError, SupervisedProcess
 from miles.launcher.restart_policy import RestartPolicy
-from miles.launcher.tasks import cancel
 from miles.queue import RedisServer, RedisStartError
 from miles.rpc.exit_codes import ExitCode, ServiceExit
 from miles.rpc.server import WATCHED_PID_ENVIRONMENT
+from miles.tasks import cancel
 
 if TYPE_CHECKING:
     from miles.config import JobConfig

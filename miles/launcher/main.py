@@ -31,9 +31,9 @@ from miles.launcher.stopping.interrupts import Interrupts, cancel_this_task
 from miles.launcher.stopping.stop_progress import RunSnapshot
 from miles.launcher.stopping.stop_run import stop_run
 from miles.launcher.summary import CURVE_NAME, plot_reward, print_summary
-from miles.launcher.tasks import cancelled_at_exit
 from miles.rpc import ExitCode, ServiceExit, connect
 from miles.rpc.gen import controller_pb2, controller_pb2_grpc, job_pb2
+from miles.tasks import cancelled_at_end
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -122,7 +122,7 @@ async def _run_job(
             watching = asyncio.create_task(client.watch(not submitted.created, show))
             limit_s = config.services.stop_timeout
             stopping = asyncio.create_task(_stop_when_asked(asked, client, limit_s, console, interrupts))
-            async with cancelled_at_exit(watching, stopping):
+            async with cancelled_at_end(watching, stopping):
                 ended, _ = await asyncio.wait({watching, stopping}, return_when=asyncio.FIRST_COMPLETED)
                 for task in ended:
                     job = task.result()

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from miles.launcher.cluster import LocalCluster
 from miles.launcher.drill.drill import Drill
-from miles.launcher.tasks import cancelled_at_exit
+from miles.tasks import cancelled_at_end
 
 T = TypeVar("T")
 
@@ -24,7 +24,7 @@ async def run_on_cluster(
     working = asyncio.create_task(work)
     drilling = [] if drill is None else [asyncio.create_task(drill.run(rounds))]
     watched: set[asyncio.Future[Any]] = {working, cluster.failed, *drilling}
-    async with cancelled_at_exit(working, *drilling):
+    async with cancelled_at_end(working, *drilling):
         while not working.done():
             ended, watched = await asyncio.wait(watched, return_when=asyncio.FIRST_COMPLETED)
             if working not in ended:

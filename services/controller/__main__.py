@@ -22,8 +22,8 @@ from miles.services.controller.jobs.runner import JobRunner
 from miles.services.controller.jobs.scheduler import JobScheduler
 from miles.services.controller.jobs.store import JobStore
 from miles.services.controller.service import ControllerServicer
-from miles.services.controller.tasks import cancelled_at_end
 from miles.services.controller.workers.registry import WorkerRegistry
+from miles.tasks import cancelled_at_end
 
 logger = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ import time
 from collections.abc import AsyncGenerator, Coroutine
 from typing import Any
 
-from miles.services.rollout.tasks import cancelled_on_exit
+from miles.tasks import cancelled_at_end
 
 REPORT_EVERY_S = 60.0
 
@@ -18,7 +18,7 @@ async def report_stage(
     """Run `work`, yielding a progress report at its start and then regularly, since callers take silence for a hang."""
     began = time.monotonic()
     task = asyncio.create_task(work)
-    async with cancelled_on_exit(task):
+    async with cancelled_at_end(task):
         yield stage
         while not (await asyncio.wait({task}, timeout=every_s))[0]:
             yield f"{stage}, for {time.monotonic() - began:.0f} s now"

@@ -12,8 +12,8 @@ from miles.rpc.gen import policy_pb2, trainer_pb2, trainer_pb2_grpc
 from miles.services.controller.clients import deadlines
 from miles.services.controller.clients.calls import WorkerFailedError, WorkerLostError, call, stream
 from miles.services.controller.jobs.context import JobContext
-from miles.services.controller.tasks import cancelled_at_end
 from miles.services.controller.workers.registry import AttachedWorker
+from miles.tasks import cancelled_at_end
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")

@@ -7,9 +7,9 @@ import dataclasses
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
+from miles.change_signal import ChangeSignal
 from miles.rpc.gen import controller_pb2
-from miles.services.controller.change_signal import ChangeSignal
-from miles.services.controller.tasks import cancelled_at_end
+from miles.tasks import cancelled_at_end
 
 T = TypeVar("T")
 

@@ -20,8 +20,8 @@ from miles.services.controller.jobs.controls import JobControls
 from miles.services.controller.jobs.resources import Supply, lacking
 from miles.services.controller.jobs.runner import JobRunner
 from miles.services.controller.jobs.store import ENDED, JobStore
-from miles.services.controller.tasks import cancelled_at_end
 from miles.services.controller.workers.registry import WorkerRegistry
+from miles.tasks import cancelled_at_end
 
 logger = logging.getLogger(__name__)
 

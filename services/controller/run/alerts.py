@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
-from miles.services.controller.change_signal import ChangeSignal
+from miles.change_signal import ChangeSignal
 
 
 class RunAlerts:

@@ -8,8 +8,8 @@ import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
+from miles.change_signal import ChangeSignal
 from miles.rpc.gen import controller_pb2, rollout_pb2
-from miles.services.controller.change_signal import ChangeSignal
 from miles.services.controller.clients.calls import WorkerFailedError
 from miles.services.controller.clients.rollout import RolloutClient
 from miles.services.controller.run.admission import Admission
@@ -20,10 +20,10 @@ from miles.services.controller.run.group_leases import GroupLease
 from miles.services.controller.run.rollout_workers import RolloutWorkers
 from miles.services.controller.status.activity import ActivityClock
 from miles.services.controller.status.worker_activity import WorkerActivities
-from miles.services.controller.tasks import cancelled_at_end
 from miles.services.controller.workers.load_balance import LoadBalance
 from miles.services.controller.workers.registry import WorkerRegistry
 from miles.services.controller.workers.reward_addresses import DEFAULT
+from miles.tasks import cancelled_at_end
 
 if TYPE_CHECKING:
     from miles.queue import GroupQueue

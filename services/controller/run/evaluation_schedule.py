@@ -10,7 +10,7 @@ from miles.services.controller.jobs.context import JobContext
 from miles.services.controller.jobs.history import JobHistory
 from miles.services.controller.run.dispatcher import Dispatcher
 from miles.services.controller.run.evaluation import Evaluation
-from miles.services.controller.tasks import cancel
+from miles.tasks import cancel
 
 if TYPE_CHECKING:
     from miles.data import PromptSource
@@ -81,7 +81,7 @@ class EvaluationSchedule:
     async def cancel(self) -> None:
         """Cancel a running evaluation."""
         if self._task is not None:
-            await cancel([self._task])
+            await cancel(self._task)
             self._task = None
         self._dispatcher.end_evaluation()
 

@@ -14,7 +14,7 @@ from miles.services.controller.jobs.context import JobContext
 from miles.services.controller.run.rollout_workers import RolloutWorkers
 from miles.services.controller.status.activity import ActivityClock
 from miles.services.controller.status.worker_activity import WorkerActivities
-from miles.services.controller.tasks import cancel
+from miles.tasks import cancel
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +68,7 @@ class Publisher:
     async def cancel(self) -> None:
         """Forget an activation that runs; the next export replaces it."""
         if self._activation is not None:
-            await cancel([self._activation])
+            await cancel(self._activation)
             self._activation = None
 
     async def _activate(self, version: int) -> None:
@@ -91,7 +91,7 @@ class Publisher:
                     calls.add(asyncio.create_task(self._call(version, alive)))
             done.pop().result()
         finally:
-            await cancel(calls)
+            await cancel(*calls)
 
     async def _call(self, version: int, alive: frozenset[str]) -> None:
         await self._weightsync.activate(

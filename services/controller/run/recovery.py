@@ -18,7 +18,7 @@ from miles.services.controller.run.loop import RunLoop
 from miles.services.controller.run.release_workers import release_workers
 from miles.services.controller.run.setup import RunSetup
 from miles.services.controller.run.state import RunState
-from miles.services.controller.tasks import cancel
+from miles.tasks import cancel
 
 _RECOVERY_PAUSE_S = 0.5
 _MAX_RECOVERIES_WITHOUT_A_STEP = 8
@@ -35,7 +35,7 @@ async def run_to_end(setup: RunSetup) -> None:
         await run.evaluations.cancel()
         run.dispatcher.stop_admitting()
         rollouts = run.rollouts.all()
-        await cancel([dispatching])
+        await cancel(dispatching)
         run.status.enter("ending", "every worker to release the job")
         await release_workers(run.context, run.registry, rollouts, run.weightsync)
         run.activities.close()

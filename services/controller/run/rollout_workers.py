@@ -15,9 +15,9 @@ from miles.services.controller.jobs import number_types
 from miles.services.controller.jobs.context import JobContext
 from miles.services.controller.run.alerts import RunAlerts
 from miles.services.controller.run.set_fences import fence_earlier_leases, fence_lost_worker
-from miles.services.controller.tasks import cancel, cancelled_at_end
 from miles.services.controller.workers.registry import AttachedWorker, WorkerRegistry
 from miles.services.controller.workers.reward_addresses import RewardAddresses
+from miles.tasks import cancel, cancelled_at_end
 
 if TYPE_CHECKING:
     from miles.queue import GroupQueue
@@ -87,7 +87,7 @@ class RolloutWorkers:
                         self._alerts.watch(task)
                 await self._registry.wait_for_change(1.0)
         finally:
-            await cancel(list(self._tasks.values()))
+            await cancel(*self._tasks.values())
 
     async def _serve(self, worker: AttachedWorker, listener: RolloutListener) -> None:
         """Work with one worker until its worker lease or its stream ends."""

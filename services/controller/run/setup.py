@@ -6,8 +6,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from miles.change_signal import ChangeSignal
 from miles.rpc.gen import controller_pb2, rollout_pb2
-from miles.services.controller.change_signal import ChangeSignal
 from miles.services.controller.clients.weightsync import WeightSyncClient
 from miles.services.controller.jobs import number_types
 from miles.services.controller.jobs.context import JobContext

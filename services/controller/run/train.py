@@ -11,7 +11,7 @@ from miles.services.controller.clients.trainer import StepAbandonedError, Traine
 from miles.services.controller.jobs.controls import JobControls
 from miles.services.controller.run.admission import Batch
 from miles.services.controller.status.run_status import RunStatus
-from miles.services.controller.tasks import cancelled_at_end
+from miles.tasks import cancelled_at_end
 
 
 async def train_unless_ended(

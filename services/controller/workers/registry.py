@@ -8,8 +8,8 @@ import dataclasses
 import time
 from collections.abc import Sequence
 
+from miles.change_signal import ChangeSignal
 from miles.rpc.gen import controller_pb2
-from miles.services.controller.change_signal import ChangeSignal
 from miles.services.controller.workers.worker_leases import WorkerLeases
 
 _REMEMBERED_S = 600.0

@@ -20,7 +20,7 @@ from miles.services.rollout.groups.response_sampler import Sampler
 from miles.services.rollout.groups.scoring import GroupScoring, JobRewards, RewardFailed
 from miles.services.rollout.groups.stats import group_stats
 from miles.services.rollout.serving.version_gate import VersionGate, VersionPassed
-from miles.services.rollout.tasks import cancelled_on_exit
+from miles.tasks import cancelled_at_end
 from miles.types import SampleGroup, SampleStatus
 from miles.types.validate import check_group
 
@@ -140,7 +140,7 @@ class GroupRun:
         """Generate all responses at once. Raises _RunPreempted unless every one of them ended by itself."""
         tasks = [asyncio.create_task(self._respond(i)) for i in range(len(self._partial.samples))]
         preempted = asyncio.create_task(self._preempted.wait())
-        async with cancelled_on_exit(preempted, *tasks):
+        async with cancelled_at_end(preempted, *tasks):
             pending: set[asyncio.Task[Any]] = {preempted, *tasks}
             while preempted in pending and len(pending) > 1 and not _errors(tasks):
                 _, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
@@ -203,7 +203,7 @@ class GroupRun:
         """The result of `work`; when the run is preempted first, cancels it and raises _RunPreempted."""
         task = asyncio.create_task(work)
         preempted = asyncio.create_task(self._preempted.wait())
-        async with cancelled_on_exit(task, preempted):
+        async with cancelled_at_end(task, preempted):
             await asyncio.wait({task, preempted}, return_when=asyncio.FIRST_COMPLETED)
             if task.done():
                 return task.result()

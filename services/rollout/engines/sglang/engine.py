@@ -8,6 +8,7 @@ import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from miles.change_signal import ChangeSignal
 from miles.engine_spec import EngineSpec, engine_spec
 from miles.rpc.gen import weightsync_pb2
 from miles.services.rollout.engines.base import (
@@ -18,7 +19,6 @@ from miles.services.rollout.engines.base import (
     PauseMode,
 )
 from miles.services.rollout.engines.sglang.background import BackgroundCalls
-from miles.services.rollout.engines.sglang.change_signal import ChangeSignal
 from miles.services.rollout.engines.sglang.errors import ServerRefused
 from miles.services.rollout.engines.sglang.options import SglangOptions
 from miles.services.rollout.engines.sglang.requests.dispatcher import Dispatcher, ServedModel
@@ -51,7 +51,7 @@ class SglangEngine:
         self._options = options
         self._changed = ChangeSignal()
         count = len(options.addresses) or options.engines
-        self._replicas = [Replica(options, i, self._catch_up, self._changed.fire) for i in range(count)]
+        self._replicas = [Replica(options, i, self._catch_up, self._changed.notify) for i in range(count)]
         self._servers = ServerGroup(self._replicas, self._changed, options.start_timeout_s)
         self._loader = WeightLoader(options, self._servers)
         self._background = BackgroundCalls()
@@ -242,7 +242,7 @@ class SglangEngine:
     async def _catch_up(self, replica: Replica) -> None:
         async with self._lock:
             caught_up = await self._loader.catch_up(replica, paused=self._pause_mode is not None)
-        self._changed.fire()
+        self._changed.notify()
         if not caught_up:
             self._background.start(self._catch_up_later(replica))
 
@@ -257,4 +257,4 @@ class SglangEngine:
                     await self._loader.catch_up(replica, paused=self._pause_mode is not None)
                 except (EngineFailed, ServerRefused) as error:
                     replica.mark_lost(f"it could not catch up: {error}")
-            self._changed.fire()
+            self._changed.notify()

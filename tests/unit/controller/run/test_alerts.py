@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from miles.services.controller.change_signal import ChangeSignal
+from miles.change_signal import ChangeSignal
 from miles.services.controller.run.alerts import RunAlerts
 
 

@@ -9,6 +9,7 @@ import itertools
 import uuid
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 
+from miles.change_signal import ChangeSignal
 from miles.services.rollout.engines.base import (
     EngineFailed,
     EngineStats,
@@ -19,7 +20,6 @@ from miles.services.rollout.engines.base import (
 )
 from miles.services.rollout.engines.request_checks import check_request
 from miles.services.rollout.engines.sglang.background import BackgroundCalls
-from miles.services.rollout.engines.sglang.change_signal import ChangeSignal
 from miles.services.rollout.engines.sglang.options import SglangOptions
 from miles.services.rollout.engines.sglang.requests.busy_clock import BusyClock
 from miles.services.rollout.engines.sglang.requests.payload import STREAM_INTERVAL, to_payload
@@ -89,7 +89,7 @@ class Dispatcher:
     def let_go(self) -> None:
         """Give the waiting requests to servers again."""
         self.held = False
-        self._changed.fire()
+        self._changed.notify()
 
     @contextlib.contextmanager
     def holding(self) -> Iterator[None]:
@@ -99,7 +99,7 @@ class Dispatcher:
             yield
         finally:
             self.held = before
-            self._changed.fire()
+            self._changed.notify()
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationDelta, None]:
         """See `SglangEngine.generate`."""
@@ -123,7 +123,7 @@ class Dispatcher:
             self._clock.set(bool(self._active))
             if (replica := active.replica) is not None:
                 replica.running -= 1
-                self._changed.fire()
+                self._changed.notify()
                 if not ended and replica.version is not None:
                     self._background.start(replica.abort(active.rid))
 
@@ -136,7 +136,7 @@ class Dispatcher:
             active.aborted = True
             if active.replica is not None:
                 calls.append(active.replica.abort(active.rid))
-        self._changed.fire()
+        self._changed.notify()
         for outcome in await asyncio.gather(*calls, return_exceptions=True):
             if isinstance(outcome, BaseException) and not isinstance(outcome, EngineFailed):
                 raise outcome

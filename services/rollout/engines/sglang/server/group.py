@@ -6,8 +6,8 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Sequence
 
+from miles.change_signal import ChangeSignal
 from miles.services.rollout.engines.base import EngineFailed
-from miles.services.rollout.engines.sglang.change_signal import ChangeSignal
 from miles.services.rollout.engines.sglang.errors import ServerRefused
 from miles.services.rollout.engines.sglang.server.replica import Replica
 

@@ -8,8 +8,8 @@ from collections.abc import AsyncIterator
 import pytest
 from aiohttp import web
 
+from miles.change_signal import ChangeSignal
 from miles.services.rollout.engines.sglang import SglangOptions
-from miles.services.rollout.engines.sglang.change_signal import ChangeSignal
 from miles.services.rollout.engines.sglang.errors import ServerRefused
 from miles.services.rollout.engines.sglang.server import replica
 from miles.services.rollout.engines.sglang.server.group import ServerGroup

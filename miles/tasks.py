@@ -1,10 +1,10 @@
-"""Ends tasks with the block that needs them."""
+"""Asyncio tasks that must not outlive the code that started them."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Collection
+from collections.abc import AsyncIterator
 from typing import Any
 
 
@@ -14,11 +14,11 @@ async def cancelled_at_end(*tasks: asyncio.Task[Any]) -> AsyncIterator[None]:
     try:
         yield
     finally:
-        await cancel(tasks)
+        await cancel(*tasks)
 
 
-async def cancel(tasks: Collection[asyncio.Task[Any]]) -> None:
-    """Cancel tasks and return once all have ended, however they ended."""
+async def cancel(*tasks: asyncio.Task[Any]) -> None:
+    """Cancel tasks and return once all have ended; their errors are not raised."""
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
