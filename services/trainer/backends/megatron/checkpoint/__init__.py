@@ -1,4 +1,4 @@
 """Checkpoints of Megatron-Core, which any layout can read, and Hugging Face folders written from them.
 
-Start at `checkpoint`.
+Start at `torch_dist`.
 """
