@@ -44,7 +44,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True)
     create = commands.add_parser("create", help="create a key and print it; it is shown only once")
     create.add_argument("name", help="name of the key's owner")
-    scopes = "read: read everything; submit: also submit jobs and act on them; admin: act on all jobs"
+    scopes = "read: read everything; submit: also submit jobs and act on one's own; admin: act on all jobs"
     create.add_argument("--scope", choices=[scope.value for scope in Scope], default=Scope.READ.value, help=scopes)
     create.add_argument("--days", type=float, help="days until the key expires; default: never")
     commands.add_parser("list", help="list all keys")

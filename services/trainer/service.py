@@ -92,6 +92,7 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServiceServicer):
         async with self._exclusive("stopping"):
             job = self._job
             if job is not None and job.job_id == request.job_id:
+                self._started = None
                 async with errors_as_status(context):
                     await job.discard()
         return trainer_pb2.TrainerStopJobResponse()

@@ -6,6 +6,7 @@ stopped and resumed has several stretches.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import pathlib
 
@@ -51,9 +52,9 @@ class LogSpans:
         return {path.stem: path.stat().st_size for path in self._log_dir.glob("*.log")}
 
     def _read(self) -> list[dict[str, dict[str, int] | None]]:
-        if not self._path.exists():
-            return []
-        stretches: list[dict[str, dict[str, int] | None]] = json.loads(self._path.read_text())
+        stretches: list[dict[str, dict[str, int] | None]] = []
+        with contextlib.suppress(FileNotFoundError):
+            stretches = json.loads(self._path.read_text())
         return stretches
 
     def _write(self, stretches: list[dict[str, dict[str, int] | None]]) -> None:

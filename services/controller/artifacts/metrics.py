@@ -35,10 +35,12 @@ class MetricLog:
 
     def refresh(self) -> None:
         """Read what was written since the last call; all of it when the file was replaced."""
-        if not self._path.exists():
+        try:
+            opened = self._path.open("rb")
+        except FileNotFoundError:
             self._forget()
             return
-        with self._path.open("rb") as file:
+        with opened as file:
             state = os.fstat(file.fileno())
             if (state.st_dev, state.st_ino) != self._file or state.st_size < self._offset:
                 self._forget()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import pathlib
 import time
@@ -52,9 +53,8 @@ class TimelineWriter:
 def read_timeline(path: pathlib.Path, after_unix_s: float, limit: int) -> list[records_pb2.ActivitySpan]:
     """Return the newest spans that end after a time, oldest first, reading only the file's end."""
     limit = min(limit or DEFAULT_LIMIT, MAX_LIMIT)
-    if not path.exists():
-        return []
-    with path.open("rb") as file:
+    start, lines = 0, [b""]
+    with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
         size = file.seek(0, 2)
         start = max(0, size - limit * _LINE_BYTES)
         file.seek(start)
