@@ -37,6 +37,8 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.gateway_clients.processes import answer_of, client_command, open_streams, tell, watching
+from benchmarks.gateway_clients.usage import SERVING, Usage
 from miles.client import GatewayUnreachableError, MilesClient
 from miles.launcher.cluster import free_port
 
@@ -45,8 +47,6 @@ START_S = 120.0
 FIRST_STEPS = 5
 """Steps before the first measurement."""
 POLL_S = 0.05
-SERVING = {"gateway": "miles.gateway", "controller": "miles.services.controller", "redis": "redis-server"}
-"""Processes that watchers are served by, and a word of their command lines."""
 TARGET_S = 0.05
 WIDTH = 150
 """Columns of the table, also where the output goes to a file."""
@@ -203,37 +203,6 @@ def count_steps(answer: dict[str, Any], stretches: Sequence[Stretch]) -> None:
         raise RuntimeError("steps are longer than stretches; give more --seconds, or have the machine do nothing else")
 
 
-class Usage:
-    """CPU seconds of the processes that serve watchers, and of the clients."""
-
-    def __init__(self, services: psutil.Process, watchers: subprocess.Popen[str]) -> None:
-        children = services.children(recursive=True)
-        self._serving = {
-            name: [child for child in children if any(word in part for part in child.cmdline())]
-            for name, word in SERVING.items()
-        }
-        self._clients = [psutil.Process(watchers.pid)]
-        self._ended_s = 0.0
-
-    def add(self, client: subprocess.Popen[str]) -> None:
-        """Count another client too."""
-        self._clients.append(psutil.Process(client.pid))
-
-    def remove_last(self) -> None:
-        """The client added last is about to end."""
-        self._ended_s += _cpu_s(self._clients.pop())
-
-    def seconds(self) -> dict[str, float]:
-        """CPU seconds so far by name."""
-        used = {name: sum(map(_cpu_s, processes)) for name, processes in self._serving.items()}
-        return used | {"load generator": self._ended_s + sum(map(_cpu_s, self._clients))}
-
-
-def _cpu_s(process: psutil.Process) -> float:
-    times = process.cpu_times()
-    return float(times.user + times.system)
-
-
 @contextlib.contextmanager
 def serving(folder: pathlib.Path, model: pathlib.Path) -> Iterator[tuple[str, psutil.Process]]:
     """Every service on this machine; yields the gateway's address and the process that started them."""
@@ -309,20 +278,6 @@ def job_config(model: pathlib.Path) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def watching(url: str, count: int) -> Iterator[subprocess.Popen[str]]:
-    """A process for the event streams, of a session of its own."""
-    command = [*client_command("watchers", url), "--count", str(count)]
-    process = subprocess.Popen(
-        command, cwd=REPOSITORY, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
-    )
-    try:
-        yield process
-    finally:
-        process.kill()
-        process.wait()
-
-
-@contextlib.contextmanager
 def polling(url: str, job_id: str, usage: Usage, measured: Measured) -> Iterator[None]:
     """A process that asks for the job's record meanwhile."""
     command = [*client_command("poller", url), "--path", f"/v1/jobs/{job_id}", "--every-s", str(POLL_S)]
@@ -337,37 +292,6 @@ def polling(url: str, job_id: str, usage: Usage, measured: Measured) -> Iterator
     finally:
         process.kill()
         process.wait()
-
-
-def client_command(name: str, url: str) -> list[str]:
-    """How a client of the gateway is started."""
-    parsed = httpx.URL(url)
-    module = f"benchmarks.gateway_clients.{name}"
-    return [sys.executable, "-m", module, "--host", parsed.host, "--port", str(parsed.port)]
-
-
-def open_streams(url: str, job_id: str, watchers: subprocess.Popen[str]) -> None:
-    """Open every stream after the newest event: who has watched so far has its history."""
-    newest = re.findall(r"^id: (\S+)$", httpx.get(f"{url}/v1/jobs/{job_id}/events?follow=false", timeout=60).text, re.M)
-    tell(watchers, {"open": f"/v1/jobs/{job_id}/events?after={newest[-1]}"})
-
-
-def tell(process: subprocess.Popen[str], order: dict[str, Any]) -> dict[str, Any]:
-    """Give an order and return the answer."""
-    assert process.stdin is not None
-    process.stdin.write(json.dumps(order) + "\n")
-    process.stdin.flush()
-    return answer_of(process)
-
-
-def answer_of(process: subprocess.Popen[str]) -> dict[str, Any]:
-    """The next line that a client prints. Raises RuntimeError when it has ended."""
-    assert process.stdout is not None
-    line = process.stdout.readline()
-    if not line:
-        raise RuntimeError("the process of the watchers has ended; what it wrote above says why")
-    answer: dict[str, Any] = json.loads(line)
-    return answer
 
 
 def share_within(url: str, seconds: float) -> float:

@@ -24,15 +24,14 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from benchmarks.gpu.models import TINY_VOCABULARY, write_checkpoint
+from benchmarks.gpu.rollout_client import PROMPT_TOKENS, START_DEADLINE_S, one_response, rollout_service
 
 CASES = {"dense": ("dense", False), "moe": ("moe", False), "moe-routing": ("moe", True)}
 """Model, and whether routed experts are recorded."""
-PROMPT_TOKENS = 64
-START_DEADLINE_S = 400.0
 ROUND_DEADLINE_S = 180.0
 WARM_UP_TOKENS = 32
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
@@ -161,25 +160,6 @@ async def _work_engine(args: argparse.Namespace, routing: bool) -> None:
         await engine.close()
 
 
-@contextlib.asynccontextmanager
-async def rollout_service(device: str) -> AsyncIterator[str]:
-    """A rollout service that stands alone; yields its address."""
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "miles.services.rollout", "--device", device), stdout=asyncio.subprocess.PIPE
-    )
-    assert process.stdout is not None
-    try:
-        while line := await asyncio.wait_for(process.stdout.readline(), START_DEADLINE_S):
-            if line.startswith(b"listening on "):
-                break
-        else:
-            raise RuntimeError("the rollout service ended before it listened")
-        yield line.decode().split()[-1]
-    finally:
-        process.terminate()
-        await process.wait()
-
-
 def service_config(args: argparse.Namespace, routing: bool, folder: pathlib.Path) -> dict[str, Any]:
     """A job whose engine is like the bare one."""
     return {
@@ -201,31 +181,6 @@ def service_config(args: argparse.Namespace, routing: bool, folder: pathlib.Path
         **({"rollout_engine_python": args.python} if args.python else {}),
         **{f"sglang_{name}": value for name, value in server_flags(args).items()},
     }
-
-
-async def one_response(stub: Any, prompt: list[int], tokens: int, routing: bool) -> int:
-    """Stream one response; how many tokens it has."""
-    import numpy as np
-
-    from miles.rpc.gen import rollout_pb2
-    from miles.types.convert import array_from_proto, array_to_proto
-
-    sampling = rollout_pb2.SamplingParams(
-        temperature=1.0, top_p=1.0, top_k=-1, max_new_tokens=tokens, min_new_tokens=tokens
-    )
-    request = rollout_pb2.GenerateRequest(
-        job_id="bench",
-        tokens=array_to_proto(np.asarray(prompt, np.int32)),
-        sampling=sampling,
-        return_routed_experts=routing,
-    )
-    count = 0
-    async for message in stub.Generate(request):
-        log_probs = array_from_proto(message.log_probs, "log_probs", dtypes=(np.float32,), ndim=1)
-        count += len(log_probs)
-        if routing and message.HasField("finished"):
-            assert message.finished.routed_experts.shape[0] == PROMPT_TOKENS + count - 1
-    return count
 
 
 WORK = {"bare": work_bare, "service": work_service, "engine": work_engine}

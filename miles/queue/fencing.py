@@ -1,6 +1,7 @@
 """Fences: results under a worker lease that has ended are refused, in the same atomic change that would store them.
 
-The controller sets a worker's fence when its lease ends. `PUT` and `DROP` in `scripts` ask `IS_FENCED` first.
+The controller sets a worker's fence when its lease ends (`services/controller/run/set_fences.py`). `PUT` and `DROP` in
+`scripts` ask `IS_FENCED` first.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Dynamic sampling: filters that drop scored groups before the queue (DAPO, arXiv:2503.14476, section 3.2)."""
+"""Dynamic sampling: filters that drop scored groups before the queue (DAPO, arXiv:2503.14476, section 3.2).
+
+A filter decides; `group_run` carries it out.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The `Sampler` protocol, behind which the responses of a group are generated, and its single-turn case."""
+"""The `Sampler` protocol, behind which the responses of a group are generated, and its single-turn case.
+
+`RolloutJob` chooses the sampler of each group.
+"""
 
 from __future__ import annotations
 
