@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import itertools
 import os
 import pathlib
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 import pytest_asyncio
 import torch
-from broadcast_kit import Published, publish, transport
+from broadcast_kit import PATIENT, QUICK, Published, publish, transport
 from sglang_kit import ON_GPU, have_sglang, largest_difference, options, reference_log_probs, respond, running
 from torch_engine_models import prompt_of, save_checkpoint, weights_of
 from weight_host import JOB, POLICY, Host
@@ -26,7 +27,7 @@ from miles.services.rollout.engines.sglang.weights.broadcast_member import Serve
 from miles.weights import SubscriberState, WeightSubscriber
 from miles.weights.base import Endpoint
 from miles.weights.check import check_weight_update_equal
-from miles.weights.transports.collective.group import Watch
+from miles.weights.transports.collective.group import Timing, Watch
 from miles.weights.transports.collective.transport import CollectiveTransport
 
 pytestmark = [
@@ -59,12 +60,12 @@ async def engine(folder: pathlib.Path, models: Models) -> AsyncIterator[SglangEn
 
 
 @pytest.fixture
-def rank() -> Iterator[Callable[[], CollectiveTransport]]:
+def rank() -> Iterator[Callable[..., CollectiveTransport]]:
     """Makes trainer ranks that are gone after the test."""
     made: list[CollectiveTransport] = []
 
-    def make() -> CollectiveTransport:
-        made.append(transport())
+    def make(timing: Timing = QUICK) -> CollectiveTransport:
+        made.append(transport(timing=timing))
         return made[-1]
 
     yield make
@@ -107,9 +108,10 @@ class Interrupted(ServerMember):
 
 
 async def test_servers_take_the_bytes_of_two_ranks_and_keep_their_groups(
-    engine: SglangEngine, models: Models, rank: Callable[[], CollectiveTransport]
+    engine: SglangEngine, models: Models, rank: Callable[..., CollectiveTransport]
 ) -> None:
-    ranks = [rank(), rank()]
+    patient = dataclasses.replace(PATIENT, gather_s=3.0)  # one broadcast to both servers, however late one asks
+    ranks = [rank(patient), rank(patient)]
     for version in (1, 2, 3):
         published = publish(ranks, version, weights_of(models[version % 2]), BUCKET_BYTES)
         assert len(published[0].collective.buckets) > 4

@@ -21,6 +21,7 @@ QUICK = Timing(gather_s=0.2, linger_s=0.5, connect_s=1.0, patience_s=5.0, deadli
 
 
 PATIENT = dataclasses.replace(QUICK, linger_s=30.0)
+"""Waits for engines that are expected, however busy the machine is."""
 
 
 def transport(device: str = "cpu", timing: Timing = QUICK) -> CollectiveTransport:
