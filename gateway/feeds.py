@@ -17,6 +17,7 @@ from miles.gateway.event_ring import EventRing, Message, parse_id, pieces
 from miles.gateway.problems import Problem
 from miles.gateway.schemas import event_model
 from miles.rpc.gen import controller_pb2, job_pb2
+from miles.tasks import cancel
 
 logger = logging.getLogger(__name__)
 
@@ -75,8 +76,7 @@ class Feed:
         self._task.add_done_callback(lambda _: self._notify(at_once=True))
 
     async def close(self) -> None:
-        self._task.cancel()
-        await asyncio.gather(self._task, return_exceptions=True)
+        await cancel(self._task)
 
     @property
     def closed(self) -> bool:

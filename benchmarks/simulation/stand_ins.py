@@ -23,6 +23,7 @@ from miles.rpc.gen import (
     weightsync_pb2,
     weightsync_pb2_grpc,
 )
+from miles.tasks import cancelled_at_end
 
 PROGRESS_S = 1.0
 """As a real rollout reports."""
@@ -170,11 +171,9 @@ async def stand_ins(controller: str, rollouts: int, service: Rollouts, trainer: 
         stub = controller_pb2_grpc.ControllerServiceStub(channel)
         tasks = [asyncio.create_task(_attach(stub, name, kind, address)) for name, kind in kinds.items()]
         try:
-            yield
+            async with cancelled_at_end(*tasks):
+                yield
         finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
             await server.stop(0)
 
 

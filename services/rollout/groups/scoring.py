@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
+from miles.tasks import cancel
 from miles.types import Sample, SampleStatus
 
 if TYPE_CHECKING:
@@ -103,9 +104,7 @@ class GroupScoring:
 
     async def aclose(self) -> None:
         """Cancel what is still being scored."""
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await cancel(*self._tasks)
 
     async def _score(self, position: int) -> None:
         self._apply(position, await self._rewards.score_one(self._samples[position]))

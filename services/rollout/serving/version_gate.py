@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 
+from miles.change_signal import ChangeSignal
+
 
 class VersionPassed(RuntimeError):
     """The engine already serves a later version than the one asked for."""
@@ -15,7 +17,7 @@ class VersionGate:
     def __init__(self) -> None:
         self.version: int | None = None
         """Version the gate is open at; None while it is closed and nothing may be generated."""
-        self._changed = asyncio.Event()
+        self._changed = ChangeSignal()
 
     def open(self, version: int) -> None:
         """Let groups be generated with `version`, in place of the version before."""
@@ -27,8 +29,7 @@ class VersionGate:
 
     def _set(self, version: int | None) -> None:
         self.version = version
-        self._changed.set()
-        self._changed = asyncio.Event()
+        self._changed.notify()
 
     async def wait(self, minimum: int | None, exact: int | None, deadline_s: float) -> int:
         """Wait until the gate is open at a version of at least `minimum` that equals `exact`, if given; return it.
