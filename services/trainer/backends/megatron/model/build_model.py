@@ -176,6 +176,7 @@ def _configure(provider: Any, config: JobConfig, parallel: ParallelRank, compute
         "moe_router_dtype": "fp32",
         "moe_router_fusion": False,  # the fused router chooses before replay could
         "cross_entropy_loss_fusion": False,
+        "gradient_accumulation_fusion": False,  # the head would need an extension of APEX, which no package brings
         "deterministic_mode": False,
         "mtp_num_layers": None,  # they are added when the rest is built
         "mtp_enabled": False,
@@ -184,7 +185,9 @@ def _configure(provider: Any, config: JobConfig, parallel: ParallelRank, compute
     }
     if layout.num_virtual_stages_per_pipeline_rank:
         values |= {"overlap_p2p_comm": True, "batch_p2p_comm": False}
-    if not with_engine:
+    if with_engine:
+        values |= _fused_kernels(provider)
+    else:
         if getattr(provider, "multi_latent_attention", False) and layout.tensor_model_parallel_size > 1:
             raise ValueError("multi-head latent attention needs TransformerEngine for tensor_model_parallel_size > 1")
         values |= dict.fromkeys(_NEEDS_TRANSFORMER_ENGINE, False)
@@ -201,11 +204,28 @@ def _configure(provider: Any, config: JobConfig, parallel: ParallelRank, compute
         provider.attention_backend = AttnBackend[layout.attention_backend]
 
 
+def _fused_kernels(provider: Any) -> dict[str, bool]:
+    """Settings of kernels that some families' providers leave off, where the model has what they compute.
+
+    Without a fused kernel, rotary embeddings of packed sequences wait for the GPU and launch some kernels for every
+    sequence of every layer.
+    """
+    latent = bool(getattr(provider, "multi_latent_attention", False))
+    experts = provider.num_moe_experts is not None
+    fused = {"bias_dropout_fusion": not (experts and provider.add_bias_linear)}
+    if provider.position_embedding_type == "rope" and not latent:
+        fused["apply_rope_fusion"] = True
+    if provider.gated_linear_unit and provider.activation_func is torch.nn.functional.silu:
+        fused["bias_activation_fusion"] = True
+    if experts:
+        fused |= {"moe_grouped_gemm": True, "moe_permute_fusion": True}
+    return fused
+
+
 _NEEDS_TRANSFORMER_ENGINE = (
     "apply_rope_fusion",
     "bias_activation_fusion",
     "bias_dropout_fusion",
-    "gradient_accumulation_fusion",
     "masked_softmax_fusion",
     "moe_grouped_gemm",
     "moe_permute_fusion",

@@ -11,23 +11,18 @@ from miles.services.trainer.step.value_head import ValueHead, initial_weight
 
 
 class OutputValueHead(ValueHead):
-    """A value head with the interface of Megatron-Core's output layer; every tensor-parallel rank holds all of it."""
+    """A value head with the interface of Megatron-Core's output layer; every tensor-parallel rank holds all of it.
+
+    `response_logits` calls it with the rows of all ranks, so that each rank has its whole gradient.
+    """
 
     def __init__(self, weight_1H: torch.Tensor, *, sequence_parallel: bool) -> None:
         super().__init__(weight_1H)
         self.sequence_parallel = sequence_parallel
-        # Each rank's rows give a part of the gradient; Megatron-Core sums the parts for such weights.
-        self.weight.sequence_parallel = sequence_parallel  # type: ignore[attr-defined]
 
-    def forward(self, hidden: torch.Tensor, weight: None = None, **_: Any) -> tuple[torch.Tensor, None]:  # type: ignore[override]
-        """[rows of this rank, 1, H] to the values of all rows, [L, 1, 1]."""
-        values = super().forward(hidden)
-        if self.sequence_parallel:
-            from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
-
-            # Every rank then computes the same loss, so each takes its rows' gradient unchanged.
-            values = gather_from_sequence_parallel_region(values, tensor_parallel_output_grad=False)
-        return values, None
+    def forward(self, hidden: torch.Tensor, weight: None = None) -> tuple[torch.Tensor, None]:  # type: ignore[override]
+        """[R, 1, H] to values, float32 [R, 1, 1]."""
+        return super().forward(hidden), None
 
 
 def load_critic(load: Callable[[list[Any]], Any], folder: str, chunks: list[Any]) -> list[Any]:

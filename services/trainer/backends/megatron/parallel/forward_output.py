@@ -1,6 +1,7 @@
 """What a forward pass gives for each response token, from the last stage's output; complete on each of its ranks.
 
-Dims: R response tokens of a micro-batch, L local rows, V this rank's columns of the vocabulary.
+Dims: R response tokens of a micro-batch (in the head's output: those of this context-parallel rank), V this rank's
+columns of the vocabulary.
 """
 
 from __future__ import annotations
@@ -29,12 +30,12 @@ class LogProbOptions:
 
 
 class ForwardOutput(Protocol[OutputT]):
-    """The forward output for a micro-batch's response tokens."""
+    """The forward output for a micro-batch's response tokens, from the head's output on the rows that predict them."""
 
-    def for_loss(self, output_1LV: torch.Tensor, micro_batch: MicroBatch, rows: LocalRows) -> OutputT:
-        """All that a loss needs, from the head's output."""
+    def for_loss(self, output_1RV: torch.Tensor, micro_batch: MicroBatch, rows: LocalRows) -> OutputT:
+        """All that a loss needs."""
 
-    def per_token(self, output_1LV: torch.Tensor, micro_batch: MicroBatch, rows: LocalRows) -> torch.Tensor:
+    def per_token(self, output_1RV: torch.Tensor, micro_batch: MicroBatch, rows: LocalRows) -> torch.Tensor:
         """The log-probability or value of each response token alone; float32 [R]."""
 
     def zero_loss(self, outputs: OutputT) -> torch.Tensor:
@@ -53,35 +54,35 @@ class LogProbOutput:
         self._shard = VocabShard(parallel.tensor_group, start=first) if parallel.tensor_size > 1 else None
         self._columns = min(columns, vocabulary - first)
 
-    def for_loss(self, output_1LV: torch.Tensor, micro_batch: MicroBatch, rows: LocalRows) -> TokenLogProbs:
+    def for_loss(self, output_1RV: torch.Tensor, micro_batch: MicroBatch, rows: LocalRows) -> TokenLogProbs:
         """See `ForwardOutput.for_loss`."""
-        return self._log_probs(output_1LV, micro_batch, rows, self._options)
+        return self._log_probs(output_1RV, micro_batch, rows, self._options)
 
-    def per_token(self, output_1LV: torch.Tensor, micro_batch: MicroBatch, rows: LocalRows) -> torch.Tensor:
+    def per_token(self, output_1RV: torch.Tensor, micro_batch: MicroBatch, rows: LocalRows) -> torch.Tensor:
         """See `ForwardOutput.per_token`."""
         plain = dataclasses.replace(self._options, with_entropy=False, entropy_requires_grad=False)
-        return self._log_probs(output_1LV, micro_batch, rows, plain).log_probs_T
+        return self._log_probs(output_1RV, micro_batch, rows, plain).log_probs_T
 
     def zero_loss(self, outputs: TokenLogProbs) -> torch.Tensor:
         """See `ForwardOutput.zero_loss`."""
         return outputs.log_probs_T.sum()
 
     def _log_probs(
-        self, logits_1LV: torch.Tensor, micro_batch: MicroBatch, rows: LocalRows, options: LogProbOptions
+        self, logits_1RV: torch.Tensor, micro_batch: MicroBatch, rows: LocalRows, options: LogProbOptions
     ) -> TokenLogProbs:
-        device = logits_1LV.device
-        picked = logits_1LV[0].index_select(0, torch.from_numpy(rows.logit_rows).to(device))[:, : self._columns]
+        device = logits_1RV.device
+        logits_RV = logits_1RV[0, :, : self._columns]
         targets_R = torch.from_numpy(micro_batch.targets_R).to(device)
         responses = torch.from_numpy(rows.responses).to(device)
         local = token_log_probs(
-            picked,
+            logits_RV,
             targets_R[responses],
             temperature=options.temperature,
             with_entropy=options.with_entropy,
             entropy_requires_grad=options.entropy_requires_grad,
             shard=self._shard,
             chunk_rows=options.chunk_rows,
-            overwrite_logits=self._columns == logits_1LV.shape[-1],
+            overwrite_logits=True,
         )
         log_probs_R = all_responses(local.log_probs_T, responses, len(targets_R), self._parallel)
         entropy = local.entropy_T
@@ -96,13 +97,10 @@ class ValueOutput:
     def __init__(self, parallel: ParallelRank) -> None:
         self._parallel = parallel
 
-    def for_loss(self, output_1LV: torch.Tensor, micro_batch: MicroBatch, rows: LocalRows) -> torch.Tensor:
+    def for_loss(self, output_1RV: torch.Tensor, micro_batch: MicroBatch, rows: LocalRows) -> torch.Tensor:
         """See `ForwardOutput.for_loss`; float32 [R]."""
-        device = output_1LV.device
-        values = output_1LV[0, :, 0].index_select(0, torch.from_numpy(rows.logit_rows).to(device))
-        return all_responses(
-            values, torch.from_numpy(rows.responses).to(device), len(micro_batch.targets_R), self._parallel
-        )
+        responses = torch.from_numpy(rows.responses).to(output_1RV.device)
+        return all_responses(output_1RV[0, :, 0], responses, len(micro_batch.targets_R), self._parallel)
 
     per_token = for_loss
 

@@ -1,6 +1,6 @@
 """A list of micro-batches through this rank's part of the model, by Megatron-Core's pipeline schedules.
 
-Dims: L local rows, V columns of the head on this rank.
+Dims: L local rows, R those of them that predict response tokens, V columns of the head on this rank.
 """
 
 from __future__ import annotations
@@ -17,12 +17,13 @@ import torch.distributed as dist
 from miles.services.trainer.backends.megatron.model.build_model import MegatronModel
 from miles.services.trainer.backends.megatron.mtp.layers import MtpTraining, response_rows
 from miles.services.trainer.backends.megatron.parallel.groups import ParallelRank
+from miles.services.trainer.backends.megatron.parallel.response_head import response_logits
 from miles.services.trainer.backends.megatron.parallel.rows import LocalRows, local_rows
 from miles.services.trainer.batch.packing import EMPTY, MicroBatch
 
 OutputT = TypeVar("OutputT")
 Read = Callable[[torch.Tensor, MicroBatch, LocalRows], OutputT]
-"""From the head's output [1, L, V] on a micro-batch's rows to the forward output for its response tokens."""
+"""From the head's output [1, R, V] to the forward output for a micro-batch's response tokens."""
 Before = Callable[[int, int, LocalRows], None]
 """Called with chunk, number of the micro-batch and its rows, before the chunk's forward pass."""
 After = Callable[[int, int], None]
@@ -77,8 +78,8 @@ class Pipeline:
             if after is not None:
                 after(index, number)
 
-            def finish(logits_1LV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, Any]:
-                value, data = loss(number, read(logits_1LV, padded[number], rows[number]))
+            def finish(output_1RV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, Any]:
+                value, data = loss(number, read(output_1RV, padded[number], rows[number]))
                 return value, torch.ones((), dtype=torch.int, device=self._device), (number, data)
 
             return output, finish
@@ -135,7 +136,7 @@ class Pipeline:
         return {"train/mtp_loss": self._mtp.take_loss(group, self._device)}
 
     def _forward(self, chunk: Any, rows: LocalRows, mask_L: npt.NDArray[np.float32] | None = None) -> torch.Tensor:
-        """The head's output [1, L, V] on the last stage, else what the next stage takes."""
+        """The head's output [1, R, V] on the last stage, else what the next stage takes."""
         from megatron.core.packed_seq_params import PackedSeqParams
 
         device = self._device
@@ -148,6 +149,7 @@ class Pipeline:
             cu_seqlens_kv_padded=starts,
             max_seqlen_q=rows.max_seqlen,
             max_seqlen_kv=rows.max_seqlen,
+            pad_between_seqs=False,  # padding rows count as a sequence's; telling so spares a comparison per layer
         )
         output: torch.Tensor = chunk(
             input_ids=torch.from_numpy(rows.input_ids_L)[None].to(device),
@@ -155,6 +157,8 @@ class Pipeline:
             attention_mask=None,
             packed_seq_params=packed,
             loss_mask=None if mask_L is None else torch.from_numpy(mask_L)[None].to(device),
+            output_processor=response_logits,
+            output_processor_context=torch.from_numpy(rows.logit_rows).to(device),
             **({"fp32_output": False} if self._model.config.bf16 or self._model.config.fp16 else {}),
         )
         return output
