@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from miles.services.trainer.backends.megatron.model.critic import load_critic
+from miles.services.trainer.backends.megatron.model.data_parallel import data_parallel
 from miles.services.trainer.backends.megatron.mtp.layers import add_mtp_layers
 from miles.services.trainer.backends.megatron.parallel.groups import ParallelRank
 
@@ -72,7 +73,6 @@ def build_model(
 
     Raises FileNotFoundError when there is no checkpoint and ValueError for a model that the bridge does not know.
     """
-    from megatron.core.distributed import DistributedDataParallelConfig
     from megatron.core.transformer.module import Float16Module
 
     folder = pathlib.Path(str(config.rollout.hf_checkpoint))
@@ -91,20 +91,14 @@ def build_model(
         provider.moe_enable_routing_replay = False
     provider.finalize()
     chunks = provider.provide_distributed_model(
-        ddp_config=DistributedDataParallelConfig(
-            grad_reduce_in_fp32=True,
-            overlap_grad_reduce=config.megatron.overlap_grad_reduce,
-            overlap_param_gather=config.megatron.overlap_param_gather,
-            use_distributed_optimizer=config.megatron.use_distributed_optimizer,
-        )
-        if wrap
-        else None,
-        wrap_with_ddp=wrap,
+        wrap_with_ddp=False,
         fp16=compute is torch.float16,
         bf16=compute is torch.bfloat16,
         use_cpu_initialization=config.services.device == "cpu",
         mixed_precision_wrapper=Float16Module,
     )
+    if wrap:
+        chunks = data_parallel(chunks, config.megatron)
     return MegatronModel(bridge, provider, chunks, provider.vocab_size)
 
 
@@ -174,7 +168,7 @@ def _configure(provider: Any, config: JobConfig, parallel: ParallelRank, compute
         "moe_router_bias_update_rate": 0.0,  # the router's bias belongs to pre-training
         "moe_enable_routing_replay": wants_replay(config),
         "moe_router_dtype": "fp32",
-        "moe_router_fusion": False,  # the fused router chooses before replay could
+        "moe_router_fusion": with_engine and not wants_replay(config),  # it chooses before replay could
         "cross_entropy_loss_fusion": False,
         "gradient_accumulation_fusion": False,  # the head would need an extension of APEX, which no package brings
         "deterministic_mode": False,
