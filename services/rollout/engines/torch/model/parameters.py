@@ -12,7 +12,7 @@ class WeightMismatch(ValueError):
 
 
 class Parameters:
-    """A model's parameters and persistent buffers by Hugging Face name; tied ones count once, under their first name."""
+    """A model's parameters and persistent buffers by Hugging Face name; tied ones count once, by their first name."""
 
     def __init__(self, model: torch.nn.Module, device: torch.device) -> None:
         self._device = device
