@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import pathlib
-import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
@@ -22,9 +22,11 @@ from miles.services.trainer.backends.fsdp.model.build_roles import FsdpRoles, bu
 from miles.services.trainer.backends.fsdp.model.sharded_model import full_tensor, named_weights
 from miles.services.trainer.backends.fsdp.step import FsdpTrainer
 from miles.services.trainer.checkpoint.background_save import Saving
+from miles.services.trainer.checkpoint.hf_files import write_hf_checkpoint
 from miles.services.trainer.checkpoint.record import CheckpointRecord, check_base
 from miles.services.trainer.checkpoint.state import TrainerState
 from miles.services.trainer.step import algorithm_options
+from miles.weights.naming.published import PublishedTensors, published_tensors, refuse_misfits
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -32,10 +34,16 @@ if TYPE_CHECKING:
     from miles.config import JobConfig
 
 
+Layout = Sequence[tuple[str, torch.dtype, tuple[int, ...]]]
+
+
 @dataclasses.dataclass(frozen=True)
 class _Parts(LoadedParts):
     roles: FsdpRoles
     trainer: FsdpTrainer
+    published: PublishedTensors
+    layout: Layout
+    """Of an export, in its order."""
 
     @property
     def policy(self) -> PreTrainedModel:
@@ -45,9 +53,6 @@ class _Parts(LoadedParts):
 class FsdpBackend(BaseBackend[_Parts]):
     """Trains a Hugging Face model that is sharded over all ranks of the default process group.
 
-    What `export` yields has the names of the model's own `state_dict()`, a tied tensor once under its first name. In
-    mixture-of-experts models of transformers 5 the experts of a layer are one fused three-dimensional parameter; an
-    engine that runs the same modelling code takes it as it is. `save_hf` writes the names of the checkpoint format.
     With `lora_rank` the policy is a frozen base and an adapter, and `export` yields the adapter alone.
     """
 
@@ -67,28 +72,42 @@ class FsdpBackend(BaseBackend[_Parts]):
         """Memory for a bucket of an export, uint8 (nbytes,)."""
         return torch.empty(nbytes, dtype=torch.uint8, device=self._device)
 
-    def export_layout(self) -> Sequence[tuple[str, torch.dtype, tuple[int, ...]]]:
+    def export_layout(self) -> Layout:
         """See `TrainerBackend.export_layout`."""
-        dtype = algorithm_options.DTYPES[self._config.rollout.rollout_dtype]
-        return [
-            (name, dtype if tensor.is_floating_point() else tensor.dtype, tuple(tensor.shape))
-            for name, tensor in self._exported_weights()
-        ]
+        return self._loaded.layout
 
     def _build(self) -> _Parts:
+        published = published_tensors(self._config)  # first: it refuses a model before anything is loaded
         roles = build_roles(self._config, self._device)
-        return _Parts(roles, FsdpTrainer(self._config, roles, roles.routing, self._device))
+        trainer = FsdpTrainer(self._config, roles, roles.routing, self._device)
+        policy = cast("PreTrainedModel", roles.policy.model)
+        exported = (
+            named_adapters(policy)
+            if roles.adapter is not None
+            else published.from_module(_empty(named_weights(policy)))
+        )
+        layout = [(name, self._dtype_of(published, name, t.dtype), tuple(t.shape)) for name, t in exported]
+        if roles.adapter is None:
+            refuse_misfits(published, {name: shape for name, _, shape in layout}, "the model has")
+        return _Parts(roles, trainer, published, layout)
 
     def _export(self) -> Iterator[tuple[str, torch.Tensor]]:
-        return self._gathered(self._exported_weights())
-
-    def _exported_weights(self) -> Iterable[tuple[str, torch.Tensor]]:
         parts = self._loaded
-        return named_weights(parts.policy) if parts.roles.adapter is None else named_adapters(parts.policy)
+        if parts.roles.adapter is not None:
+            return self._gathered(named_adapters(parts.policy))
+        return parts.published.from_module(self._gathered(named_weights(parts.policy)))
 
     def _gathered(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
-        dtype = algorithm_options.DTYPES[self._config.rollout.rollout_dtype]
-        return gathered(weights, dtype, self._config.weights.update_weight_buffer_size, self.new_bucket)
+        dtype_of = functools.partial(self._dtype_of, self._loaded.published)
+        return gathered(weights, dtype_of, self._config.weights.update_weight_buffer_size, self.new_bucket)
+
+    def _dtype_of(self, published: PublishedTensors, name: str, held: torch.dtype) -> torch.dtype:
+        return published.model.exported_dtype(name, held, self._export_dtype)
+
+    @property
+    def _export_dtype(self) -> torch.dtype:
+        """The type in which weights are exported."""
+        return algorithm_options.DTYPES[self._config.rollout.rollout_dtype]
 
     def _save(self, directory: pathlib.Path, record: CheckpointRecord) -> None:
         checkpoint.save(directory, self._contents(), record)
@@ -110,19 +129,13 @@ class FsdpBackend(BaseBackend[_Parts]):
 
     def _write_hf(self, directory: pathlib.Path) -> None:
         """Merge an adapter in, and also write it by itself, in PEFT's form and in float32, to the folder `adapter`."""
-        first, policy, adapter = dist.get_rank() == 0, self._loaded.policy, self._loaded.roles.adapter
+        policy, adapter, tensors = self._loaded.policy, self._loaded.roles.adapter, self._loaded.published.model
         full = self._gathered(named_weights(policy)) if adapter is None else merged_weights(policy, self._gathered)
-        weights = {name: tensor.to("cpu", copy=True) for name, tensor in full if first}
+        source, dtype = pathlib.Path(str(self._config.rollout.hf_checkpoint)), self._export_dtype
+        write_hf_checkpoint(directory, source, tensors, tensors.conversion.to_checkpoint(full), dtype)
         adapters = {} if adapter is None else {name: full_tensor(part) for name, part in named_adapters(policy)}
-        if not first:
-            return
-        from transformers import AutoTokenizer
-
-        shutil.rmtree(directory, ignore_errors=True)
-        policy.save_pretrained(directory, state_dict=weights)
-        if adapter is not None:
+        if adapter is not None and dist.get_rank() == 0:
             adapter.write(directory / "adapter", adapters)
-        AutoTokenizer.from_pretrained(self._config.rollout.hf_checkpoint).save_pretrained(directory)
 
     def _destroy_groups(self) -> None:
         if self._save_group is not None:
@@ -164,3 +177,8 @@ class FsdpBackend(BaseBackend[_Parts]):
         """Identity of the weights that an adapter is trained on; empty when all of the policy is trained."""
         adapter = self._loaded.roles.adapter
         return "" if adapter is None else adapter.identity
+
+
+def _empty(weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Tensors like these without memory, and unsharded."""
+    return ((name, torch.empty(weight.shape, dtype=weight.dtype, device="meta")) for name, weight in weights)

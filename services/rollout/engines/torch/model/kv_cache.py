@@ -28,15 +28,17 @@ class KVCache:
         layers: int,
         kv_heads: int,
         head_dim: int,
+        value_dim: int | None = None,
         max_slots: int,
         max_length: int,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
+        """`value_dim`: elements of a head's values; None: as many as its keys have."""
         self._max_slots = max_slots
         self._max_length = round_up(max_length, LENGTH_MULTIPLE)
         self.keys_LSHDT = torch.zeros(layers, 0, kv_heads, head_dim, 0, dtype=dtype, device=device)
-        self.values_LSHTD = torch.zeros(layers, 0, kv_heads, 0, head_dim, dtype=dtype, device=device)
+        self.values_LSHTD = torch.zeros(layers, 0, kv_heads, 0, value_dim or head_dim, dtype=dtype, device=device)
 
     @property
     def slots(self) -> int:
@@ -70,7 +72,7 @@ class KVCache:
         keys = self.keys_LSHDT.new_zeros(layers, slots, heads, dim, length)
         keys[:, :old_slots, ..., :old_length] = self.keys_LSHDT
         self.keys_LSHDT = keys
-        values = self.values_LSHTD.new_zeros(layers, slots, heads, length, dim)
+        values = self.values_LSHTD.new_zeros(layers, slots, heads, length, self.values_LSHTD.shape[-1])
         values[:, :old_slots, :, :old_length] = self.values_LSHTD
         self.values_LSHTD = values
 
