@@ -29,6 +29,19 @@ class WorkerFailedError(RuntimeError):
     """A worker refused or failed; trying again cannot help."""
 
 
+class WeightsRefusedError(WorkerFailedError):
+    """No engine of the job can take the trainer's weights, whenever they are sent."""
+
+    def __init__(self, version: int | None, reason: str) -> None:
+        """`reason` is what each engine said."""
+        number = "the trainer's weights" if version is None else f"version {version} of the trainer's weights"
+        super().__init__(
+            f"no engine can take {number}, and trying again cannot help: {reason}. The engines build the model in "
+            "hf_checkpoint and take its names, shapes and rollout_dtype: give trainer and engines the same model (one "
+            "whose folder has changed must be put back), or choose another rollout_backend"
+        )
+
+
 async def call(awaitable: Awaitable[T], what: str, deadline_s: float) -> T:
     """Await a unary call. Raises WorkerLostError after a deadline or a lost connection, else WorkerFailedError."""
     return await _within(deadline_s, awaitable, what, "no answer within")

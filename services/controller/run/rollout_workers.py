@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from typing import TYPE_CHECKING, Protocol
 
 from miles.queue.backpressure import TRANSIENT
 from miles.rpc.gen import controller_pb2, rollout_pb2
 from miles.services.controller.clients import deadlines
-from miles.services.controller.clients.calls import WorkerFailedError, WorkerLostError
+from miles.services.controller.clients.calls import WeightsRefusedError, WorkerFailedError, WorkerLostError
 from miles.services.controller.clients.rollout import RolloutClient
 from miles.services.controller.jobs import number_types
 from miles.services.controller.jobs.context import JobContext
@@ -59,6 +60,8 @@ class RolloutWorkers:
         self._clients: dict[str, RolloutClient] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._generated_by_lost = 0
+        self._lost_s: dict[str, float] = {}
+        """When workers that had not refused the weights were lost, on the monotonic clock, by name."""
 
     @property
     def generated_tokens(self) -> int:
@@ -76,6 +79,23 @@ class RolloutWorkers:
     def get(self, worker_id: str) -> RolloutClient | None:
         """Return a worker's client."""
         return self._clients.get(worker_id)
+
+    def check(self) -> None:
+        """Raise WeightsRefusedError when the model of every worker cannot take the trainer's weights.
+
+        All engines of a job have the same model, but one worker of several may be set up wrongly. So one that refuses
+        is left out, with a warning, as long as there is another one: also one that is still loading the job, or that
+        was lost and may come back.
+        """
+        clients, now_s = self.all(), time.monotonic()
+        coming_back = any(
+            now_s - lost_s < deadlines.WORKERS_ATTACH_S
+            for worker_id, lost_s in self._lost_s.items()
+            if worker_id not in self._clients
+        )
+        if clients and not coming_back and all(client.refused_weights for client in clients):
+            reasons = "; ".join(f"{client.worker_id}: {client.out_of_routing}" for client in clients)
+            raise WeightsRefusedError(None, reasons)
 
     async def run(self, listener: RolloutListener) -> None:
         """Connect to all live rollouts, and to those that attach later, until cancelled."""
@@ -109,11 +129,24 @@ class RolloutWorkers:
         finally:
             self._generated_by_lost += client.progress.generated_tokens
             del self._clients[worker.worker_id], self._tasks[worker.worker_id]
+            if not client.refused_weights:
+                self._lost_s[worker.worker_id] = time.monotonic()
             listener.on_lost(client)
 
     async def _run_until_lost(self, client: RolloutClient, listener: RolloutListener) -> None:
         lost = asyncio.create_task(client.worker.lost.wait())
-        serving = asyncio.create_task(client.run_job(listener.on_response))
+        told = ""
+
+        def on_response(client: RolloutClient, response: rollout_pb2.RunResponse) -> None:
+            nonlocal told
+            if client.refused_weights and client.out_of_routing != told:
+                told = client.out_of_routing
+                self._alerts.warn(
+                    f"{client.worker_id} cannot take the weights and is out of the run until it is restarted: {told}"
+                )
+            listener.on_response(client, response)
+
+        serving = asyncio.create_task(client.run_job(on_response))
         try:
             async with cancelled_at_end(lost, serving):
                 await asyncio.wait({lost, serving}, return_when=asyncio.FIRST_COMPLETED)

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from miles.weights.base import WeightsRefused
+
 Shapes = Mapping[str, tuple[int, ...]]
 
 
@@ -74,7 +76,7 @@ def misfits(shapes: Shapes, tensors: Mapping[str, torch.Tensor], dtype: torch.dt
 
 
 def refuse(faults: Sequence[str], model: str) -> None:
-    """Raise ValueError with the first faults of weights for that model, if there are any."""
+    """Raise WeightsRefused with the first faults of weights for that model, if there are any."""
     if faults:
         more = f" and {len(faults) - 5} more" if len(faults) > 5 else ""
-        raise ValueError(f"the weights do not fit the {model}: {'; '.join(faults[:5])}{more}")
+        raise WeightsRefused(f"the weights do not fit the {model}: {'; '.join(faults[:5])}{more}")
