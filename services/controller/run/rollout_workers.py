@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Protocol
 from miles.queue.backpressure import TRANSIENT
 from miles.rpc.gen import controller_pb2, rollout_pb2
 from miles.services.controller.clients import deadlines
-from miles.services.controller.clients.calls import WeightsRefusedError, WorkerFailedError, WorkerLostError
+from miles.services.controller.clients.calls import WorkerFailedError, WorkerLostError
 from miles.services.controller.clients.rollout import RolloutClient
 from miles.services.controller.jobs import number_types
 from miles.services.controller.jobs.context import JobContext
 from miles.services.controller.run.alerts import RunAlerts
+from miles.services.controller.run.refusals import Refusals
 from miles.services.controller.run.set_fences import fence_earlier_leases, fence_lost_worker
 from miles.services.controller.workers.registry import AttachedWorker, WorkerRegistry
 from miles.services.controller.workers.reward_addresses import RewardAddresses
@@ -60,8 +61,7 @@ class RolloutWorkers:
         self._clients: dict[str, RolloutClient] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._generated_by_lost = 0
-        self._lost_s: dict[str, float] = {}
-        """When workers that had not refused the weights were lost, on the monotonic clock, by name."""
+        self._refusals = Refusals()
 
     @property
     def generated_tokens(self) -> int:
@@ -81,21 +81,9 @@ class RolloutWorkers:
         return self._clients.get(worker_id)
 
     def check(self) -> None:
-        """Raise WeightsRefusedError when the model of every worker cannot take the trainer's weights.
-
-        All engines of a job have the same model, but one worker of several may be set up wrongly. So one that refuses
-        is left out, with a warning, as long as there is another one: also one that is still loading the job, or that
-        was lost and may come back.
-        """
-        clients, now_s = self.all(), time.monotonic()
-        coming_back = any(
-            now_s - lost_s < deadlines.WORKERS_ATTACH_S
-            for worker_id, lost_s in self._lost_s.items()
-            if worker_id not in self._clients
-        )
-        if clients and not coming_back and all(client.refused_weights for client in clients):
-            reasons = "; ".join(f"{client.worker_id}: {client.out_of_routing}" for client in clients)
-            raise WeightsRefusedError(None, reasons)
+        """Raise WeightsRefusedError when no worker is left whose engine could take the trainer's weights."""
+        refusals = {c.worker_id: c.out_of_routing if c.refused_weights else "" for c in self.all()}
+        self._refusals.check(refusals, time.monotonic())
 
     async def run(self, listener: RolloutListener) -> None:
         """Connect to all live rollouts, and to those that attach later, until cancelled."""
@@ -130,7 +118,7 @@ class RolloutWorkers:
             self._generated_by_lost += client.progress.generated_tokens
             del self._clients[worker.worker_id], self._tasks[worker.worker_id]
             if not client.refused_weights:
-                self._lost_s[worker.worker_id] = time.monotonic()
+                self._refusals.lost(worker.worker_id, time.monotonic())
             listener.on_lost(client)
 
     async def _run_until_lost(self, client: RolloutClient, listener: RolloutListener) -> None:
