@@ -32,13 +32,12 @@ class WorkerFailedError(RuntimeError):
 class WeightsRefusedError(WorkerFailedError):
     """No engine of the job can take the trainer's weights, whenever they are sent."""
 
-    def __init__(self, version: int | None, reason: str) -> None:
+    def __init__(self, reason: str) -> None:
         """`reason` is what each engine said."""
-        number = "the trainer's weights" if version is None else f"version {version} of the trainer's weights"
         super().__init__(
-            f"no engine can take {number}, and trying again cannot help: {reason}. The engines build the model in "
-            "hf_checkpoint and take its names, shapes and rollout_dtype: give trainer and engines the same model (one "
-            "whose folder has changed must be put back), or choose another rollout_backend"
+            f"the engines cannot load the trainer's weights, and trying again cannot help: {reason}. An engine builds "
+            "the model in hf_checkpoint and takes its names, shapes and rollout_dtype: give trainer and engines the "
+            "same model (one whose folder has changed must be put back), or choose another rollout_backend"
         )
 
 

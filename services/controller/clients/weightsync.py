@@ -62,7 +62,7 @@ class WeightSyncClient:
                     if message.HasField("done"):
                         return
                     if message.HasField("refused"):
-                        raise WeightsRefusedError(version, message.refused.reason)
+                        raise WeightsRefusedError(message.refused.reason)
                     logger.debug("%s: %s", what, message.engine)
                     await on_engine(message.engine)
             except WeightsRefusedError:

@@ -30,4 +30,4 @@ class Refusals:
         if any(now_s - lost_s < deadlines.WORKERS_ATTACH_S for lost_s in gone):
             return
         if refusals and all(refusals.values()):
-            raise WeightsRefusedError(None, "; ".join(f"{name}: {words}" for name, words in refusals.items()))
+            raise WeightsRefusedError("; ".join(f"{name}: {words}" for name, words in refusals.items()))
