@@ -32,6 +32,8 @@ logger = logging.getLogger(__name__)
 _CONTROLLER_START_S = 120.0
 _STOP_GRACE_S = 15.0
 _REDIS_CHECK_S = 0.5
+_REDIS_OUTLIVES_S = 20.0
+"""How long Redis lives on when the launcher is killed: the services, which end then, store what they have."""
 _RESTARTS_IN_A_DRILL = 30
 _PINNED_PORTS = ("weightsync_port", "reward_port")
 """Ports of services that others know by address, so that they must be the same after a restart."""
@@ -86,7 +88,7 @@ class LocalCluster:
         self._start_gateway()
 
     async def _start_redis(self) -> None:
-        self.redis = RedisServer(self.run_dir / "redis")
+        self.redis = RedisServer(self.run_dir / "redis", outlives_s=_REDIS_OUTLIVES_S)
         starting = asyncio.ensure_future(asyncio.to_thread(self.redis.start, take_over=True))
         try:
             await asyncio.shield(starting)

@@ -20,6 +20,7 @@ from miles.config import ConfigError, JobConfig
 from miles.config.command.flags import parse_command_line
 from miles.config.command.reference_page import help_text
 from miles.launcher.cluster import LocalCluster
+from miles.launcher.console import RunConsole
 from miles.launcher.drill.drill import Drill, drill_of, recovery_table
 from miles.launcher.dry_run import checked_config, describe_run
 from miles.launcher.job_client import EXIT_CODES, JobClient
@@ -38,7 +39,7 @@ from miles.tasks import cancelled_at_end
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a training job on this machine from command-line flags; return the exit code."""
-    console = Console(highlight=False)
+    console = RunConsole()
     line = parse_command_line(sys.argv[1:] if arguments is None else arguments)
     if line.help:
         console.print(f"usage: train.py [--config FILE] [--dry-run] [FLAGS]\n\n{help_text()}", markup=False)

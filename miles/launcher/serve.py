@@ -20,6 +20,7 @@ from miles.config.job import examine, resolved
 from miles.config.schema.catalog import catalog
 from miles.config.schema.faults import Fault
 from miles.launcher.cluster import LocalCluster
+from miles.launcher.console import RunConsole
 from miles.launcher.drill.drill import drill_of, recovery_table
 from miles.launcher.plan import tls_environment
 from miles.launcher.program import print_error, run_program
@@ -40,7 +41,7 @@ keeps them running until Ctrl-C. Submit jobs with `miles submit`, or over the RE
 def main(arguments: Sequence[str] | None = None) -> int:
     """Serve until Ctrl-C or SIGTERM; return the exit code."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until there is something to stop
-    console = Console(highlight=False)
+    console = RunConsole()
     line = parse_command_line(sys.argv[1:] if arguments is None else arguments)
     if line.help:
         console.print(f"{_USAGE}\n\n{_flags_text()}", markup=False)

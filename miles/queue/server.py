@@ -19,6 +19,7 @@ import redis
 from redis.exceptions import RedisError
 
 from miles.queue.errors import RedisStartError
+from miles.queue.guard import EndGuard
 
 START_DEADLINE_S = 60.0
 STOP_DEADLINE_S = 30.0
@@ -59,13 +60,19 @@ class RedisServer:
         port: int | None = None,
         maxmemory_bytes: int = 0,
         appendfsync: Literal["always", "everysec", "no"] = "everysec",
+        outlives_s: float | None = None,
     ) -> None:
-        """`maxmemory_bytes` 0 means no limit. With `appendfsync` everysec a power cut may lose a second of writes."""
+        """`maxmemory_bytes` 0 means no limit. With `appendfsync` everysec a power cut may lose a second of writes.
+
+        `outlives_s`: how long the server lives on when this process is killed, in seconds; None means for good.
+        """
         self.data_dir = pathlib.Path(data_dir).absolute()
         self._tcp = port is not None
         self._port = port or 0
         self._maxmemory_bytes = maxmemory_bytes
         self._appendfsync = appendfsync
+        self._outlives_s = outlives_s
+        self._guard: EndGuard | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._socket_dir: str | None = None
         self._socket_path = ""
@@ -89,6 +96,7 @@ class RedisServer:
         if self.pid is not None:
             raise RedisStartError(f"the Redis server of {self.data_dir} already runs as process {self.pid}")
         self.data_dir.mkdir(parents=True, exist_ok=True)
+        self._stop_guard()  # of a server that has ended by itself
         with self._lock(deadline_s, take_over) as lock:
             self._choose_address()
             # The server inherits the lock and holds it until it ends, even when this process ends first.
@@ -101,6 +109,8 @@ class RedisServer:
                 pass_fds=(lock.fileno(),),
                 start_new_session=True,
             )
+            if self._outlives_s is not None:
+                self._guard = EndGuard(self._process.pid, self._outlives_s)
             (self.data_dir / "redis.url").write_text(f"{self.url}\n{self._process.pid}\n")
         with contextlib.ExitStack() as undo:
             undo.callback(self.kill)
@@ -110,6 +120,7 @@ class RedisServer:
 
     def stop(self, *, deadline_s: float = STOP_DEADLINE_S) -> None:
         """Shut down cleanly; kill the process when it does not end in time. Does nothing when not running."""
+        self._stop_guard()
         process = self._process
         if process is not None and process.poll() is None:
             _shut_down(self.url)
@@ -126,6 +137,7 @@ class RedisServer:
 
     def kill(self) -> None:
         """End the process at once, as a crash would."""
+        self._stop_guard()
         if self._process is not None and self._process.poll() is None:
             self._process.send_signal(signal.SIGKILL)
             self._process.wait()
@@ -207,6 +219,11 @@ class RedisServer:
         raise RedisStartError(
             f"redis-server did not answer for {deadline_s:.0f} s after its start ({problem}): {self._log_tail()}"
         )
+
+    def _stop_guard(self) -> None:
+        if self._guard is not None:
+            self._guard.stop()
+            self._guard = None
 
     def _log_tail(self) -> str:
         path = self.data_dir / "redis.log"

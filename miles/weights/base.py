@@ -24,6 +24,13 @@ import torch
 from miles.rpc.gen import policy_pb2, weightsync_pb2
 
 
+class WeightsRefused(ValueError):
+    """The engine's model cannot take these weights: wrong names, shapes, types or format. No retry and no restart help.
+
+    Whatever may pass (other bytes than announced, lost connections and servers, time, memory) is another error.
+    """
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class SendTimes:
     """Wall time that a send took, in seconds, by stage, and the bytes that it wrote."""

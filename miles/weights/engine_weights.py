@@ -15,7 +15,7 @@ import torch
 from miles.rpc.gen import policy_pb2, weightsync_pb2
 from miles.weights import manifest as manifests
 from miles.weights.adapters.merging import AdaptedWeights, AdapterBase
-from miles.weights.base import Endpoint, ReceivedWeights, WeightReceiver
+from miles.weights.base import Endpoint, ReceivedWeights, WeightReceiver, WeightsRefused
 from miles.weights.check import check_weight_update_equal
 from miles.weights.manifest import ManifestError
 
@@ -38,7 +38,7 @@ class WeightTarget(Protocol):
         """Where to put the weights; transports through host memory ignore it."""
 
     async def load_weights(self, version: int, tensors: Mapping[str, torch.Tensor]) -> float:
-        """Swap in a full set of weights; return the pause time, in seconds."""
+        """Swap in a full set of weights; return the pause time, in seconds. WeightsRefused when they do not fit."""
 
     async def weight_bytes(self) -> Mapping[str, torch.Tensor]:
         """The parameters as served, by HF name."""
@@ -160,5 +160,5 @@ class EngineWeights:
 
     def _adapter_base(self) -> AdapterBase:
         if self._base is None:
-            raise ManifestError("the version consists of an adapter, and this engine has no base to merge it into")
+            raise WeightsRefused("the version consists of an adapter, and this engine has no base to merge it into")
         return self._base

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 
+from miles.weights.base import WeightsRefused
 from miles.weights.export_format import Entry
 
 BLOCK = 128
@@ -73,7 +74,7 @@ def dequantise(values: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -
 def dequantise_weights(tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """Dequantise every pair of values and scales by name to one weight in `dtype`; return other tensors unchanged.
 
-    Raises ValueError naming scales without values, values without scales, and scales of another shape.
+    Raises WeightsRefused naming scales without values, values without scales, and scales of another shape.
     """
     scales = {name.removesuffix(SCALE_SUFFIX): t for name, t in tensors.items() if name.endswith(SCALE_SUFFIX)}
     faults = [f"{name}{SCALE_SUFFIX} has no values {name}" for name in scales if name not in tensors]
@@ -90,7 +91,7 @@ def dequantise_weights(tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) 
         else:
             weights[name] = dequantise(tensor, scales[name], dtype)
     if faults:
-        raise ValueError(f"FP8 weights do not pair up: {'; '.join(faults)}")
+        raise WeightsRefused(f"FP8 weights do not pair up: {'; '.join(faults)}")
     return weights
 
 

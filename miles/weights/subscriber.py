@@ -17,7 +17,7 @@ import grpc.aio
 from miles.rpc.channel import connect
 from miles.rpc.gen import policy_pb2, weightsync_pb2, weightsync_pb2_grpc
 from miles.weights.adapters.merging import AdapterBase
-from miles.weights.base import Endpoint, WeightReceiver
+from miles.weights.base import Endpoint, WeightReceiver, WeightsRefused
 from miles.weights.engine_weights import EngineWeights, WeightTarget
 from miles.weights.manifest import ManifestError
 from miles.weights.registry import create_transport
@@ -80,6 +80,8 @@ class WeightSubscriber:
         self.state = SubscriberState.EMPTY
         self.connected = False
         self.last_error = ""
+        self.refused = False
+        """Whether the target refused the last version that it was to load: no retry helps."""
         self.pause_s = 0.0
 
     @property
@@ -218,6 +220,7 @@ class WeightSubscriber:
         kind = order.WhichOneof("kind")
         try:
             if kind == "prefetch":
+                self.refused = False
                 await self._weights.prefetch(order.prefetch)
                 if self.state is SubscriberState.SERVING:
                     self._enter(SubscriberState.PREFETCHED)
@@ -238,6 +241,9 @@ class WeightSubscriber:
         except Exception as error:  # whatever an engine raises decides one thing: this order failed
             report.outcome = weightsync_pb2.ORDER_OUTCOME_FAILED
             report.error = f"{type(error).__name__}: {error}"
+            if isinstance(error, WeightsRefused):
+                self.refused = True
+                report.outcome, report.error = weightsync_pb2.ORDER_OUTCOME_REFUSED, str(error)
             logger.warning("engine %s failed to %s: %s", self._hello.engine_id, kind, report.error)
             if kind != "discard":
                 self._quarantine(report.error)

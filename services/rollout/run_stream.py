@@ -35,7 +35,7 @@ class RunStream:
         self._job = job
         self._outgoing: asyncio.Queue[rollout_pb2.RunResponse | None] = asyncio.Queue()
         self._ended = False
-        self._sent_capacity: int | None = None
+        self._sent: rollout_pb2.RunReady | None = None
 
     async def responses(
         self, requests: AsyncIterator[rollout_pb2.RunRequest]
@@ -44,14 +44,14 @@ class RunStream:
 
         Ends when `end` is called, or when the requests have ended and the groups they leased are preempted.
         """
-        self._send_capacity()
+        self._send_readiness()
         reader = asyncio.create_task(self._read(requests))
         reader.add_done_callback(lambda _: self.end())
         reporter = asyncio.create_task(self._report())
         with contextlib.ExitStack() as cleanup:
             cleanup.callback(reporter.cancel)
             cleanup.callback(reader.cancel)
-            cleanup.callback(self._job.listen(self._send_capacity))
+            cleanup.callback(self._job.listen(self._send_readiness))
             cleanup.callback(self.end)
             while (response := await self._outgoing.get()) is not None:
                 yield response
@@ -98,11 +98,15 @@ class RunStream:
             self._send(response)
             await asyncio.sleep(PROGRESS_INTERVAL_S)
 
-    def _send_capacity(self) -> None:
-        capacity = self._job.capacity_groups
-        if capacity != self._sent_capacity:
-            self._sent_capacity = capacity
-            ready = rollout_pb2.RunReady(capacity_groups=capacity)
+    def _send_readiness(self) -> None:
+        serving = self._job.serving
+        ready = rollout_pb2.RunReady(
+            capacity_groups=self._job.capacity_groups,
+            out_of_routing=serving.quarantine_reason,
+            refused_weights=serving.refused_weights,
+        )
+        if ready != self._sent:
+            self._sent = ready
             self._send(rollout_pb2.RunResponse(lease_number=self.lease_number, ready=ready))
 
     def _send(self, response: rollout_pb2.RunResponse) -> None:

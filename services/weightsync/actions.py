@@ -18,6 +18,8 @@ class Outcome:
     total_s: float
     pause_s: float
     error: str = ""
+    refused: bool = False
+    """Failed for good: no engine is left that could take the version."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

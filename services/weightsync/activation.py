@@ -49,6 +49,23 @@ class Activation:
         checked = not self.check_equal or engine.checked_by == self.operation_id
         return engine.serves(self.publication_id) and checked
 
+    def required(self, engines: Mapping[str, Engine]) -> int:
+        """Number of engines that have to serve the version.
+
+        All engines of a job have the same model, but one worker of several may be set up wrongly: engines that refuse
+        the version are left out, as long as there is another one.
+        """
+        if not any(engine.refused == self.publication_id for engine in engines.values()):
+            return self.min_engines
+        others = [e for e in engines.values() if e.session is not None and e.refused != self.publication_id]
+        return min(self.min_engines, max(1, len(others)))
+
+    def refused_by_all(self, engines: Mapping[str, Engine], late: bool) -> bool:
+        """Whether engines refuse the version and no other is left; one that is away counts until it is `late`."""
+        refusing = any(engine.refused == self.publication_id for engine in engines.values())
+        there = [engine for engine in engines.values() if engine.session is not None or not late]
+        return refusing and all(engine.refused == self.publication_id for engine in there)
+
     def serving(self, engines: Mapping[str, Engine]) -> int:
         """Number of complete engines, waited for or not."""
         return sum(self.complete(engine) for engine in engines.values())
@@ -65,7 +82,7 @@ class Activation:
         """Engines waited for that are not complete yet."""
         return [engines[name] for name in sorted(self.waited_for) if not self.complete(engines[name])]
 
-    def outcome(self, engines: Mapping[str, Engine], now_s: float, error: str) -> Outcome:
+    def outcome(self, engines: Mapping[str, Engine], now_s: float, error: str, refused: bool) -> Outcome:
         """How it ended; an error also says why each quarantined engine was quarantined."""
         serving = [engine for engine in engines.values() if engine.serves(self.publication_id)]
         faults = [f"{engine.engine_id}: {engine.last_error}" for engine in engines.values() if engine.quarantined]
@@ -77,4 +94,5 @@ class Activation:
             total_s=now_s - self.began_s,
             pause_s=max((engine.pause_s for engine in serving if engine.engine_id in self.swapped), default=0.0),
             error="; ".join([error, *faults]) if error else "",
+            refused=refused,
         )

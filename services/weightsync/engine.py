@@ -71,6 +71,8 @@ class Engine:
     """Activation for which it has compared its bytes."""
     quarantined: bool = False
     last_error: str = ""
+    refused: int | None = None
+    """Publication that its model cannot take: no retry helps, unless it attaches again, perhaps with another model."""
     failures: int = 0
     """Quarantines since the last successful swap, a count."""
     retry_at_s: float = 0.0
@@ -105,7 +107,7 @@ class Engine:
 
     def attach(self, session: int, held: tuple[int, int] | None, now: Now) -> None:
         """Begin a subscription; `held` is what it reports to serve: publication and version number."""
-        self.session, self.next_order_id = session, 1
+        self.session, self.next_order_id, self.refused = session, 1, None
         self.retry_at_s = min(self.retry_at_s, now.monotonic_s)
         self.since_unix_ns = now.unix_ns
         if held is not None:
@@ -145,7 +147,7 @@ class Engine:
     def swapped(self, publication_id: int, pause_s: float, now: Now) -> None:
         """Serve a publication: this ends a quarantine."""
         self.held, self.verified, self.pause_s = publication_id, None, pause_s
-        self.quarantined, self.last_error, self.failures = False, "", 0
+        self.quarantined, self.last_error, self.failures, self.refused = False, "", 0, None
         self.since_unix_ns = now.unix_ns
 
     def quarantine(self, reason: str, now: Now, limits: PublicationLimits) -> None:

@@ -46,6 +46,7 @@ def engine_status(
         attached=engine.session is not None,
         job_id=job_id,
         stage_s=engine.stage_s,
+        refused=engine.refused is not None,
     )
     if engine.held is not None and engine.held in versions:
         held = versions[engine.held]

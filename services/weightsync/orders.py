@@ -15,6 +15,8 @@ def next_order(
         return None
     if engine.quarantined and now.monotonic_s < engine.retry_at_s:
         return None
+    if target is not None and engine.refused == target:
+        return None
     if target is not None and engine.held != target:
         if engine.verified != target:
             return OrderKind.PREFETCH, target

@@ -8,7 +8,8 @@ the active one) by prefetch, then swap, one order at a time.
                                  `-> FAILED (the active version stays active, and engines are led back to it)
 
 During an activation no engine swaps before every engine has verified the bytes or is quarantined, and at least
-`min_engines` have: an activation that cannot succeed changes no engine.
+`min_engines` have: an activation that cannot succeed changes no engine. It fails at once, and for good, when every
+engine refuses the version: their model cannot take it.
 """
 
 from __future__ import annotations
@@ -148,9 +149,20 @@ class Publication:
         return actions + self._step(now)
 
     def report(
-        self, engine_id: str, session: int, order_id: int, error: str | None, elapsed_s: float, pause_s: float, now: Now
+        self,
+        engine_id: str,
+        session: int,
+        order_id: int,
+        error: str | None,
+        elapsed_s: float,
+        pause_s: float,
+        now: Now,
+        refused: bool = False,
     ) -> list[Action]:
-        """An engine answered an order; `error` None means done. Only the answer to its open order counts."""
+        """An engine answered an order; `error` None means done. Only the answer to its open order counts.
+
+        `refused`: its model cannot take the version, so that it is not ordered to load it again while it is attached.
+        """
         engine = self.engines.get(engine_id)
         if engine is None or (flight := engine.answered(session, order_id)) is None:
             return []
@@ -159,9 +171,10 @@ class Publication:
             engine.stage_s[flight.order.kind.value] = elapsed_s
         if flight.order.kind is OrderKind.DISCARD:
             self._forget_bytes(engine, flight.order.publication_id, clean=error is None)
-        elif flight.expired:
+        elif flight.expired and not refused:
             pass  # it is quarantined already, and starts over
         elif error is not None:
+            engine.refused = flight.order.publication_id if refused else engine.refused
             self._quarantine(engine, f"{flight.order}: {error}", now, actions)
         elif flight.order.publication_id in self.versions:
             self._complete(engine, flight.order, pause_s, now)
@@ -217,7 +230,8 @@ class Publication:
         activation = self.activation
         if activation is None:
             return
-        if not activation.swapping and activation.ready(self.engines) >= activation.min_engines:
+        required = activation.required(self.engines)
+        if not activation.swapping and activation.ready(self.engines) >= required:
             if now.monotonic_s >= activation.prefetch_deadline_s:
                 self._quarantine_late(activation.without_bytes(self.engines), now, actions)
             activation.swapping = not activation.without_bytes(self.engines)
@@ -227,14 +241,16 @@ class Publication:
             pending = [engine for engine in activation.pending(self.engines) if engine.in_flight is not None]
             self._quarantine_late(pending, now, actions)
         serving = activation.serving(self.engines)
-        enough = activation.swapping and serving >= activation.min_engines
-        if enough and (late or not activation.pending(self.engines)):
+        enough = activation.swapping and serving >= required
+        if activation.refused_by_all(self.engines, late):
+            self._end(now, actions, "no engine can take it", refused=True)
+        elif enough and (late or not activation.pending(self.engines)):
             self._end(now, actions)
         elif late:
             allowed_s = activation.deadline_s - activation.began_s
-            self._end(now, actions, f"{serving} of {activation.min_engines} engines serve it after {allowed_s:g} s")
+            self._end(now, actions, f"{serving} of {required} engines serve it after {allowed_s:g} s")
 
-    def _end(self, now: Now, actions: list[Action], error: str = "") -> None:
+    def _end(self, now: Now, actions: list[Action], error: str = "", refused: bool = False) -> None:
         """End the activation under way, if any; an error is why it failed."""
         activation, self.activation = self.activation, None
         if activation is None:
@@ -245,7 +261,7 @@ class Publication:
             self.active = version.publication_id
         elif version.publication_id != self.active:
             version.state = VersionState.FAILED
-        outcome = activation.outcome(self.engines, now.monotonic_s, error)
+        outcome = activation.outcome(self.engines, now.monotonic_s, error, refused)
         for operation_id in activation.operation_ids:
             self.outcomes.pop(operation_id, None)
             self.outcomes[operation_id] = outcome

@@ -107,7 +107,10 @@ class WeightSyncServicer(weightsync_pb2_grpc.WeightSyncServiceServicer):
     async def Activate(
         self, request: weightsync_pb2.ActivateRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[weightsync_pb2.ActivateResponse]:
-        """Bring every engine to a version; a failed activation ends with DEADLINE_EXCEEDED and says why."""
+        """Bring every engine to a version; a failed activation ends with DEADLINE_EXCEEDED and says why.
+
+        One that no engine can take ends with a message of its own: repeating it cannot help.
+        """
         version = request.version
         await check_version(version, context)
         if not request.operation_id or request.deadline_ms == 0:
@@ -126,6 +129,9 @@ class WeightSyncServicer(weightsync_pb2_grpc.WeightSyncServiceServicer):
             at_end.callback(stream.unwatch, events)
             while not isinstance(event := await events.get(), Outcome):
                 yield weightsync_pb2.ActivateResponse(engine=event)
+        if event.refused:
+            yield weightsync_pb2.ActivateResponse(refused=weightsync_pb2.ActivateRefused(reason=event.error))
+            return
         if not event.ok:
             text = f"activation of {manifests.describe(version)} failed: {event.error}"
             await abort(context, grpc.StatusCode.DEADLINE_EXCEEDED, text)

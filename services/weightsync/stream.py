@@ -204,8 +204,11 @@ class StreamRuntime:
         """Record an engine's answer to an order."""
         done = report.outcome == weightsync_pb2.ORDER_OUTCOME_DONE
         error = None if done else report.error or "it gave no reason"
+        refused = report.outcome == weightsync_pb2.ORDER_OUTCOME_REFUSED
         self._apply(
-            self.machine.report(engine_id, session, report.order_id, error, report.elapsed_s, report.pause_s, _now())
+            self.machine.report(
+                engine_id, session, report.order_id, error, report.elapsed_s, report.pause_s, _now(), refused
+            )
         )
 
     # -- answers ------------------------------------------------------------------------------------------------------

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pathlib
 from collections.abc import AsyncIterator, Callable, Iterator
 
-import grpc
 import pytest
 import sglang_kit
 import torch
@@ -16,11 +15,12 @@ from weight_host import JOB, POLICY, Host, raw
 from weightsync_processes import Engine, Lines, Service, digest
 
 from miles.queue import GroupQueue, connect_async
-from miles.rpc.gen import policy_pb2
+from miles.rpc.gen import policy_pb2, weightsync_pb2
 from miles.services.rollout.engines.checkpoint_weights import read_weights
 from miles.weights import SubscriberState, WeightSubscriber
 from miles.weights.adapters import lora, peft_folder
 from miles.weights.adapters.merging import AdapterBase
+from miles.weights.base import WeightsRefused
 
 RANK = 4
 Tensors = dict[str, torch.Tensor]
@@ -120,10 +120,13 @@ async def test_an_engine_without_the_trainers_base_never_serves(host: Host, tmp_
         subscriber = WeightSubscriber(host.address, JOB, "engine", POLICY, engine, base=wrong)
         await subscriber.start()
         await host.publish(1, adapter(base, 1), lora=described(base))
-        with pytest.raises(grpc.RpcError):
-            await host.activate(1, deadline_s=5)
+        words = "hf_checkpoint" if fault == "other base" else "no base to merge it into"
+        with pytest.raises(WeightsRefused, match=f"no engine can take it; engine: prefetch of version 1: .*{words}"):
+            await host.activate(1)
         assert subscriber.state is SubscriberState.QUARANTINED
-        assert ("hf_checkpoint" if fault == "other base" else "no base to merge it into") in subscriber.last_error
+        assert subscriber.refused
+        [status] = (await host.list()).engines
+        assert (status.state, status.refused) == (weightsync_pb2.ENGINE_STATE_QUARANTINED, True)
         assert engine.version is None
         await subscriber.close()
 

@@ -14,10 +14,10 @@ from trainer_process import TrainerProcess
 from weight_host import JOB, POLICY, Host, raw
 
 from miles.services.rollout.engines.checkpoint_weights import read_weights
-from miles.services.rollout.engines.torch.model.parameters import WeightMismatch
 from miles.weights import WeightSubscriber
 from miles.weights.export_format import formatted
 from miles.weights.fp8 import Fp8Blocks, dequantise_weights
+from miles.weights.manifest import ChecksumMismatch
 
 
 @pytest.fixture
@@ -63,7 +63,7 @@ async def test_a_served_weight_that_its_values_do_not_stand_for_is_named(tmp_pat
         name = "model.layers.0.self_attn.q_proj.weight"
         served = await engine._call(lambda: engine._started().generator.parameters.served, "reading")
         served[name][0, 0] += 1
-        with pytest.raises(WeightMismatch, match=name):
+        with pytest.raises(ChecksumMismatch, match=name):
             await engine.weight_bytes()
         with pytest.raises(ValueError, match="has no values"):
             await engine.load_weights(1, {n: t for n, t in sent.items() if n != name})

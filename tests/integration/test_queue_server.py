@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import pathlib
 import subprocess
+import sys
 
+import psutil
 import pytest
 from redis.exceptions import ConnectionError
 
@@ -81,3 +83,30 @@ def test_the_server_runs_in_a_process_of_its_own(tmp_path: pathlib.Path) -> None
     with RedisServer(tmp_path) as server:
         name = subprocess.run(["ps", "-o", "comm=", "-p", str(server.pid)], capture_output=True, text=True, check=True)
         assert "redis-server" in name.stdout
+
+
+def test_a_server_ends_with_a_process_that_is_killed_if_it_is_asked_to(tmp_path: pathlib.Path) -> None:
+    program = f"""
+import time
+from miles.queue import RedisServer
+server = RedisServer({str(tmp_path)!r}, outlives_s=0.2).start()
+server.kill()
+print(server.start().pid, flush=True)
+time.sleep(60)
+"""
+    starter = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    assert starter.stdout is not None
+    server = psutil.Process(int(starter.stdout.readline()))
+    family = psutil.Process(starter.pid).children(recursive=True)
+    assert len(family) == 2, "the server, and what waits for the end of its starter"
+    starter.kill()
+    starter.wait()
+    starter.stdout.close()
+    assert server in family
+    assert psutil.wait_procs(family, timeout=20)[1] == []
+
+
+def test_a_server_that_was_stopped_leaves_nothing_behind(tmp_path: pathlib.Path) -> None:
+    before = psutil.Process().children()
+    RedisServer(tmp_path, outlives_s=60.0).start().stop()
+    assert psutil.Process().children() == before

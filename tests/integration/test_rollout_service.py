@@ -227,13 +227,16 @@ async def test_weights_that_do_not_fit_quarantine_the_engine_until_good_ones_com
     publishing = asyncio.create_task(weights.publish(1, misfit))
     preempted = (await run.outcome()).preempted
     assert preempted.saved_tokens >= 20
-    await run.until(lambda: run.capacity == 0)
+    await run.until(lambda: run.ready.refused_weights)
+    assert run.capacity == 0
+    assert "do not fit" in run.ready.out_of_routing
     status = await rollout.stub.GetStatus(rollout_pb2.RolloutGetStatusRequest())
     assert "do not fit" in status.quarantine_reason
     assert not status.progress.HasField("version")
     await asyncio.gather(publishing, return_exceptions=True)
     await weights.publish(2, good)
     await run.until(lambda: run.capacity == 8)
+    assert (run.ready.refused_weights, run.ready.out_of_routing) == (False, "")
     await run.send(lease(job_id, 1, attempt=2, **LONG))
     finished = (await run.outcome()).finished
     assert (finished.stats.response_tokens, finished.oldest_version) == (800, 0)

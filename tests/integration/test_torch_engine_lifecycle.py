@@ -22,8 +22,8 @@ from miles.services.rollout.engines.base import EngineFailed, FinishReason, Gene
 from miles.services.rollout.engines.registry import create_engine
 from miles.services.rollout.engines.torch import TorchEngine
 from miles.services.rollout.engines.torch.model.architecture import UnsupportedModel
-from miles.services.rollout.engines.torch.model.parameters import WeightMismatch
 from miles.types import VersionSpan
+from miles.weights.base import WeightsRefused
 
 pytestmark = pytest.mark.engine
 
@@ -175,7 +175,7 @@ async def test_weights_that_do_not_fit_are_refused_before_anything_changed(tmp_p
         bad["model.layers.0.mlp.up_proj.weight"] = bad["model.layers.0.mlp.up_proj.weight"].bfloat16()
         bad["model.layers.9.mlp.up_proj.weight"] = torch.ones(1)
         del bad["model.layers.1.mlp.up_proj.weight"]
-        with pytest.raises(WeightMismatch) as refused:
+        with pytest.raises(WeightsRefused) as refused:
             await engine.load_weights(4, bad)
         for fault in ("norm.weight: shape (7,)", "dtype torch.bfloat16", "layers.9.mlp", "layers.1.mlp.up_proj"):
             assert fault in str(refused.value)

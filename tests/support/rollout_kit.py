@@ -96,6 +96,7 @@ class Run:
         self.call: Any = stub.Run()
         self.progress = rollout_pb2.RunProgress()
         self.capacity = -1
+        self.ready = rollout_pb2.RunReady()
 
     async def open(self, job_id: str, lease_number: int = 1) -> Run:
         opening = rollout_pb2.RunOpen(job_id=job_id, lease_number=lease_number)
@@ -118,7 +119,7 @@ class Run:
         if response.HasField("progress"):
             self.progress = response.progress
         if response.HasField("ready"):
-            self.capacity = response.ready.capacity_groups
+            self.ready, self.capacity = response.ready, response.ready.capacity_groups
         return response
 
     async def until(self, done: Any) -> None:

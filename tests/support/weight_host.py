@@ -17,7 +17,7 @@ from miles.rpc.gen import policy_pb2, weightsync_pb2, weightsync_pb2_grpc
 from miles.services.weightsync.service import SERVICE_NAME, WeightSyncServicer
 from miles.services.weightsync.timing import PublicationLimits
 from miles.weights import PublishResult, WeightPublisher
-from miles.weights.base import Endpoint
+from miles.weights.base import Endpoint, WeightsRefused
 
 POLICY = policy_pb2.WEIGHT_STREAM_POLICY
 DRAFT = policy_pb2.WEIGHT_STREAM_DRAFT
@@ -140,6 +140,8 @@ class Host:
             stub = weightsync_pb2_grpc.WeightSyncServiceStub(channel)
             async for response in stub.Activate(request, timeout=DEADLINE_S + 10):
                 last = response
+        if last.HasField("refused"):
+            raise WeightsRefused(last.refused.reason)
         return last.done
 
     async def check(self) -> weightsync_pb2.CheckEnginesResponse:

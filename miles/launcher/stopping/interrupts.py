@@ -72,13 +72,21 @@ def cancel_this_task(console: Console) -> Callable[[], None]:
 def end_at_once(code: ExitCode, last_words: str) -> NoReturn:
     """Kill every process that this one has started, and exit. Works at any moment, also in a signal handler."""
     _ignore_signals()
-    with contextlib.suppress(RuntimeError):  # a print that the signal has interrupted holds the stream
+    try:
+        _say(last_words)
+    finally:
+        kill_descendants(KILL_S)
+        os._exit(int(code))
+
+
+def _say(last_words: str) -> None:
+    """Print, past the buffers. Nobody may read any more: Ctrl-C also ends the program that output is piped to."""
+    with contextlib.suppress(RuntimeError, OSError, ValueError):  # RuntimeError: the signal has interrupted a print
         sys.stdout.flush()
-    if sys.stdout.isatty():  # the progress bar hides it
-        os.write(1, _SHOW_CURSOR.encode())
-    os.write(1, f"\n{last_words}\n".encode())
-    kill_descendants(KILL_S)
-    os._exit(int(code))
+    with contextlib.suppress(OSError, ValueError):
+        if sys.stdout.isatty():  # the progress bar hides it
+            os.write(1, _SHOW_CURSOR.encode())
+        os.write(1, f"\n{last_words}\n".encode())
 
 
 def leave_nothing_running() -> None:

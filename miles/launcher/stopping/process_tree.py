@@ -25,7 +25,8 @@ def kill_descendants(limit_s: float) -> None:
             found |= new
         _signal(found, signal.SIGKILL)
         found = {pid for pid in found if _runs(_state_and_parent(pid)[0])}
-        if not found or time.monotonic() > end:
+        # Another thread may have started one more meanwhile.
+        if time.monotonic() > end or not (found or _descendants(os.getpid())):
             return
         time.sleep(_POLL_S)
 

@@ -478,7 +478,7 @@ class RunResponse(_message.Message):
     """Worker lease number of the RunOpen this answers."""
     @_builtins.property
     def ready(self) -> Global___RunReady:
-        """The stream is ready for leases; sent again when its capacity changes."""
+        """The stream is ready for leases; sent again when one of its fields changes."""
 
     @_builtins.property
     def progress(self) -> Global___RunProgress:
@@ -523,16 +523,24 @@ class RunReady(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     CAPACITY_GROUPS_FIELD_NUMBER: _builtins.int
+    OUT_OF_ROUTING_FIELD_NUMBER: _builtins.int
+    REFUSED_WEIGHTS_FIELD_NUMBER: _builtins.int
     capacity_groups: _builtins.int
     """Groups the engine can usefully hold at once, a count."""
+    out_of_routing: _builtins.str
+    """Why the engine is out of routing; empty while it serves, and before its first weights."""
+    refused_weights: _builtins.bool
+    """Whether that is because its model cannot take the weights, so that no retry helps."""
     def __init__(
         self,
         *,
         capacity_groups: _builtins.int = ...,
+        out_of_routing: _builtins.str = ...,
+        refused_weights: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["capacity_groups", b"capacity_groups"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["capacity_groups", b"capacity_groups", "out_of_routing", b"out_of_routing", "refused_weights", b"refused_weights"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -117,7 +117,9 @@ class _OrderOutcomeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_OrderOut
     ORDER_OUTCOME_DONE: _OrderOutcome.ValueType  # 1
     """Carried out."""
     ORDER_OUTCOME_FAILED: _OrderOutcome.ValueType  # 2
-    """Not carried out; the engine is as it was, or quarantined."""
+    """Not carried out; the engine is as it was, or quarantined. Repeating the order may help."""
+    ORDER_OUTCOME_REFUSED: _OrderOutcome.ValueType  # 3
+    """Not carried out: the engine's model cannot take these weights (names, shapes, types, format). Repeating cannot help."""
 
 class OrderOutcome(_OrderOutcome, metaclass=_OrderOutcomeEnumTypeWrapper):
     """How an order ended."""
@@ -126,7 +128,9 @@ ORDER_OUTCOME_UNSPECIFIED: OrderOutcome.ValueType  # 0
 ORDER_OUTCOME_DONE: OrderOutcome.ValueType  # 1
 """Carried out."""
 ORDER_OUTCOME_FAILED: OrderOutcome.ValueType  # 2
-"""Not carried out; the engine is as it was, or quarantined."""
+"""Not carried out; the engine is as it was, or quarantined. Repeating the order may help."""
+ORDER_OUTCOME_REFUSED: OrderOutcome.ValueType  # 3
+"""Not carried out: the engine's model cannot take these weights (names, shapes, types, format). Repeating cannot help."""
 Global___OrderOutcome: _TypeAlias = OrderOutcome  # noqa: Y015
 
 class _VersionState:
@@ -875,6 +879,7 @@ class ActivateResponse(_message.Message):
 
     ENGINE_FIELD_NUMBER: _builtins.int
     DONE_FIELD_NUMBER: _builtins.int
+    REFUSED_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def engine(self) -> Global___EngineStatus:
         """An engine that has reached another stage."""
@@ -883,17 +888,22 @@ class ActivateResponse(_message.Message):
     def done(self) -> Global___ActivateDone:
         """Last message: the version is ACTIVE."""
 
+    @_builtins.property
+    def refused(self) -> Global___ActivateRefused:
+        """Last message: no engine is left that could serve the version."""
+
     def __init__(
         self,
         *,
         engine: Global___EngineStatus | None = ...,
         done: Global___ActivateDone | None = ...,
+        refused: Global___ActivateRefused | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["done", b"done", "engine", b"engine", "kind", b"kind"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["done", b"done", "engine", b"engine", "kind", b"kind", "refused", b"refused"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["done", b"done", "engine", b"engine", "kind", b"kind"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["done", b"done", "engine", b"engine", "kind", b"kind", "refused", b"refused"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["engine", "done"]  # noqa: Y015
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["engine", "done", "refused"]  # noqa: Y015
     _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
 
@@ -934,6 +944,28 @@ class ActivateDone(_message.Message):
 Global___ActivateDone: _TypeAlias = ActivateDone  # noqa: Y015
 
 @_typing.final
+class ActivateRefused(_message.Message):
+    """An activation that failed for good: engines refused the version, and repeating it cannot help."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REASON_FIELD_NUMBER: _builtins.int
+    reason: _builtins.str
+    """What each engine said."""
+    def __init__(
+        self,
+        *,
+        reason: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["reason", b"reason"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ActivateRefused: _TypeAlias = ActivateRefused  # noqa: Y015
+
+@_typing.final
 class EngineStatus(_message.Message):
     """An engine as the service sees it."""
 
@@ -972,6 +1004,7 @@ class EngineStatus(_message.Message):
     ATTACHED_FIELD_NUMBER: _builtins.int
     JOB_ID_FIELD_NUMBER: _builtins.int
     STAGE_S_FIELD_NUMBER: _builtins.int
+    REFUSED_FIELD_NUMBER: _builtins.int
     engine_id: _builtins.str
     """Name of the engine, the same over its restarts."""
     stream: _policy_pb2.WeightStream.ValueType
@@ -996,6 +1029,10 @@ class EngineStatus(_message.Message):
     """Whether it is attached now."""
     job_id: _builtins.str
     """Job whose weights it serves."""
+    refused: _builtins.bool
+    """Whether its model cannot take the version that it was to load: it is not ordered to load it again before it
+    attaches again.
+    """
     @_builtins.property
     def stage_s(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
         """Time the last order of each kind took, in seconds: prefetch, swap, check, discard."""
@@ -1016,10 +1053,11 @@ class EngineStatus(_message.Message):
         attached: _builtins.bool = ...,
         job_id: _builtins.str = ...,
         stage_s: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
+        refused: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_version", b"_version", "version", b"version"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_version", b"_version", "attached", b"attached", "engine_id", b"engine_id", "job_id", b"job_id", "last_error", b"last_error", "pause_s", b"pause_s", "prefetch_s", b"prefetch_s", "since_unix_ns", b"since_unix_ns", "stage_s", b"stage_s", "state", b"state", "stream", b"stream", "total_bytes", b"total_bytes", "transport", b"transport", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_version", b"_version", "attached", b"attached", "engine_id", b"engine_id", "job_id", b"job_id", "last_error", b"last_error", "pause_s", b"pause_s", "prefetch_s", b"prefetch_s", "refused", b"refused", "since_unix_ns", b"since_unix_ns", "stage_s", b"stage_s", "state", b"state", "stream", b"stream", "total_bytes", b"total_bytes", "transport", b"transport", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__version: _TypeAlias = _typing.Literal["version"]  # noqa: Y015
     _WhichOneofArgType__version: _TypeAlias = _typing.Literal["_version", b"_version"]  # noqa: Y015

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from miles.weights import manifest as manifests
+from miles.weights.base import WeightsRefused
 from miles.weights.dtypes import wire_dtype
 from miles.weights.manifest import ManifestError, checksum_threads
 
@@ -84,7 +85,7 @@ def base_checksum(tensors: Iterable[tuple[str, torch.Tensor]], dtype: torch.dtyp
 
 
 def check_fits(adapter: Mapping[str, torch.Tensor], base: Mapping[str, torch.Tensor], rank: int) -> None:
-    """Raise ManifestError, naming every fault, unless each A and B fits the weight that it adapts."""
+    """Raise WeightsRefused, naming every fault, unless each A and B fits the weight that it adapts."""
     faults = []
     for weight in adapted_weights(adapter):
         if weight not in base:
@@ -97,7 +98,7 @@ def check_fits(adapter: Mapping[str, torch.Tensor], base: Mapping[str, torch.Ten
             if adapter[name].dtype != base[weight].dtype:
                 faults.append(f"{name} is {adapter[name].dtype}, but its base is {base[weight].dtype}")
     if faults:
-        raise ManifestError(f"the adapter does not fit its base: {'; '.join(faults)}")
+        raise WeightsRefused(f"the adapter does not fit its base: {'; '.join(faults)}")
 
 
 def scale_of(lora: policy_pb2.LoraAdapter) -> float:

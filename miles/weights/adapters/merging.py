@@ -13,7 +13,7 @@ import torch
 from miles.rpc.gen import policy_pb2
 from miles.weights import manifest as manifests
 from miles.weights.adapters import lora
-from miles.weights.base import ReceivedWeights
+from miles.weights.base import ReceivedWeights, WeightsRefused
 from miles.weights.check import check_weight_update_equal
 from miles.weights.manifest import ChecksumMismatch
 
@@ -121,7 +121,7 @@ class AdapterBase:
 
     def _check_identity(self, manifest: policy_pb2.Manifest) -> None:
         if self._identity != manifest.lora.base_checksum:
-            raise ChecksumMismatch(
+            raise WeightsRefused(
                 f"{manifests.describe(manifest.version)} adapts weights {manifest.lora.base_checksum.hex()}, but this "
                 f"engine's hf_checkpoint holds {self._identity.hex()}; give trainer and engines the same model"
             )

@@ -6,6 +6,7 @@ import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from miles.weights.base import WeightsRefused
 from miles.weights.naming.contract import WeightContract, contract_of
 from miles.weights.naming.conversion import Named, Shapes
 from miles.weights.naming.model_tensors import ModelTensors, read_model_tensors
@@ -75,13 +76,13 @@ def misfits(expected: Shapes, found: Mapping[str, tuple[int, ...]]) -> list[str]
 
 
 def refuse(faults: Sequence[str], what: str) -> None:
-    """Raise ValueError with the first faults of weights for `what`, if there are any."""
+    """Raise WeightsRefused with the first faults of weights for `what`, if there are any."""
     if faults:
         more = f" and {len(faults) - 5} more" if len(faults) > 5 else ""
-        raise ValueError(f"the weights do not fit {what}: {'; '.join(faults[:5])}{more}")
+        raise WeightsRefused(f"the weights do not fit {what}: {'; '.join(faults[:5])}{more}")
 
 
 def refuse_misfits(published: PublishedTensors, found: Shapes, source: str) -> None:
-    """Raise ValueError when what `source` has is not what is to be published."""
+    """Raise WeightsRefused when what `source` has is not what is to be published."""
     faults = misfits(published.shapes, found)
     refuse(faults, f"the contract with the engines ({published.contract.form} form, {source} other tensors)")

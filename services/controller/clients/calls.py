@@ -29,6 +29,18 @@ class WorkerFailedError(RuntimeError):
     """A worker refused or failed; trying again cannot help."""
 
 
+class WeightsRefusedError(WorkerFailedError):
+    """No engine of the job can take the trainer's weights, whenever they are sent."""
+
+    def __init__(self, reason: str) -> None:
+        """`reason` is what each engine said."""
+        super().__init__(
+            f"the engines cannot load the trainer's weights, and trying again cannot help: {reason}. An engine builds "
+            "the model in hf_checkpoint and takes its names, shapes and rollout_dtype: give trainer and engines the "
+            "same model (one whose folder has changed must be put back), or choose another rollout_backend"
+        )
+
+
 async def call(awaitable: Awaitable[T], what: str, deadline_s: float) -> T:
     """Await a unary call. Raises WorkerLostError after a deadline or a lost connection, else WorkerFailedError."""
     return await _within(deadline_s, awaitable, what, "no answer within")

@@ -31,6 +31,10 @@ class RolloutClient:
         """Groups the worker can usefully run at once; 0 while it has no weights or is out of routing."""
         self.connected = False
         """Whether the worker has loaded the job and its work stream is open."""
+        self.out_of_routing = ""
+        """Why the engine serves nothing; empty while it serves, and before its first weights."""
+        self.refused_weights = False
+        """Whether that is because its model cannot take the trainer's weights."""
         self.progress = rollout_pb2.RunProgress()
         self._context = context
         self._weightsync_address = weightsync_address
@@ -55,6 +59,8 @@ class RolloutClient:
                     if response.HasField("ready"):
                         self.connected = True
                         self.capacity = response.ready.capacity_groups
+                        self.out_of_routing = response.ready.out_of_routing
+                        self.refused_weights = response.ready.refused_weights
                     elif response.HasField("progress"):
                         self.progress = response.progress
                     on_response(self, response)

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import logging
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 
 from miles.rpc import connect
 from miles.rpc.gen import policy_pb2, weightsync_pb2, weightsync_pb2_grpc
 from miles.services.controller.clients import deadlines
-from miles.services.controller.clients.calls import WorkerFailedError, WorkerLostError, call, stream
+from miles.services.controller.clients.calls import (
+    WeightsRefusedError,
+    WorkerFailedError,
+    WorkerLostError,
+    call,
+    stream,
+)
 from miles.services.controller.workers.registry import AttachedWorker
 
 logger = logging.getLogger(__name__)
@@ -28,9 +34,19 @@ class WeightSyncClient:
         self.address = worker.registration.address
 
     async def activate(
-        self, job_id: str, version: int, *, min_engines: int, wait_for: Sequence[str], check_equal: bool
+        self,
+        job_id: str,
+        version: int,
+        *,
+        min_engines: int,
+        wait_for: Sequence[str],
+        check_equal: bool,
+        on_engine: Callable[[weightsync_pb2.EngineStatus], Awaitable[None]],
     ) -> None:
-        """Activate a prepared version on every engine and wait for those named; WorkerLostError when too few did."""
+        """Activate a prepared version on every engine and wait for those named; `on_engine` gets their stages.
+
+        Raises WorkerLostError when too few did, and WeightsRefusedError when none ever will.
+        """
         request = weightsync_pb2.ActivateRequest(
             version=policy_pb2.WeightVersion(job_id=job_id, stream=policy_pb2.WEIGHT_STREAM_POLICY, version=version),
             operation_id=uuid.uuid4().hex,
@@ -45,7 +61,12 @@ class WeightSyncClient:
                 async for message in stream(stub.Activate(request), what, deadlines.ACTIVATE_S + 10):
                     if message.HasField("done"):
                         return
+                    if message.HasField("refused"):
+                        raise WeightsRefusedError(message.refused.reason)
                     logger.debug("%s: %s", what, message.engine)
+                    await on_engine(message.engine)
+            except WeightsRefusedError:
+                raise
             except WorkerFailedError as error:  # the run is loaded again, and publishes the version again
                 raise WorkerLostError(str(error)) from error
         raise WorkerLostError(f"{what}: the stream ended before the version was active")

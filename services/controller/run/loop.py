@@ -43,7 +43,7 @@ class RunLoop:
             while run.step < run.last:
                 await self._take_step(admission)
             await run.evaluations.wait_until_done(self._check)
-            await run.publisher.wait_until_active()
+            await run.publisher.wait_until_active(self._check)
         except JobStoppedError:
             await run.checkpoints.save(self._trainer, export_hf=False)
             await self._finish_evaluation()
@@ -139,5 +139,6 @@ class RunLoop:
         if self._run.controls.cancel or not stopping:
             self._run.controls.check()
         self._run.alerts.check()
+        self._run.rollouts.check()
         if self._trainer.lost:
             raise WorkerLostError("the trainer's worker lease has ended")

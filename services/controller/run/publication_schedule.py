@@ -48,10 +48,10 @@ class PublicationSchedule:
         elif self._evaluations.running:
             return
         self._status.enter("publishing", f"engines to load version {step}")
-        await self._publisher.export(trainer, step)
+        await self._publisher.export(trainer, step, check)
         self._overdue = False
         if self._synchronous:
-            await self._publisher.wait_until_active()
+            await self._publisher.wait_until_active(check)
 
     async def publish_overdue(self, trainer: TrainerClient, step: int, check: Callable[[], None]) -> None:
         """Publish what had to wait for an evaluation that has ended by now."""

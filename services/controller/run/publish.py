@@ -8,9 +8,12 @@ import time
 from asyncio import FIRST_COMPLETED
 from collections.abc import Callable
 
+from miles.rpc.gen import weightsync_pb2
 from miles.services.controller.clients.trainer import TrainerClient
 from miles.services.controller.clients.weightsync import WeightSyncClient
 from miles.services.controller.jobs.context import JobContext
+from miles.services.controller.run.load_faults import LoadFaults
+from miles.services.controller.run.report import RunReport
 from miles.services.controller.run.rollout_workers import RolloutWorkers
 from miles.services.controller.status.activity import ActivityClock
 from miles.services.controller.status.worker_activity import WorkerActivities
@@ -19,6 +22,8 @@ from miles.tasks import cancel
 logger = logging.getLogger(__name__)
 
 _LOOK_FOR_LOST_S = 1.0
+_CHECK_S = 0.5
+"""How often a wait looks for what ends it."""
 
 
 class Publisher:
@@ -31,6 +36,7 @@ class Publisher:
         rollouts: RolloutWorkers,
         clock: ActivityClock,
         activities: WorkerActivities,
+        report: RunReport,
         on_active: Callable[[int], None],
     ) -> None:
         self._context = context
@@ -38,32 +44,46 @@ class Publisher:
         self._rollouts = rollouts
         self._clock = clock
         self._activities = activities
+        self._report = report
         self._on_active = on_active
         self._activation: asyncio.Task[None] | None = None
         self.active: int | None = None
         """Version that engines serve; None before the first."""
         self.newest = 0
         """Version that was exported last, active or about to be."""
+        self.faults = LoadFaults()
+        """Of the version that is being activated."""
 
-    async def export(self, trainer: TrainerClient, version: int) -> None:
-        """Export a version, once the one before is active, and begin its activation."""
-        await self.wait_until_active()
+    async def export(self, trainer: TrainerClient, version: int, check: Callable[[], None]) -> None:
+        """Export a version, once the one before is active, and begin its activation.
+
+        `check` raises what ends the wait.
+        """
+        await self.wait_until_active(check)
         with self._clock.during("sync"), self._activities.during(trainer.worker_id, "export"):
             exported = await trainer.export(version)
         logger.info("version %d is prepared (%d bytes)", version, exported.total_bytes)
         self.newest = version
         self._activation = asyncio.create_task(self._activate(version))
 
-    async def wait_until_active(self) -> None:
-        """Wait until the version that was exported last is active; raise the error of a failed activation."""
-        if self._activation is not None:
-            await self._activation
-            self._activation = None
+    async def wait_until_active(self, check: Callable[[], None]) -> None:
+        """Wait until the version that was exported last is active; raise the error of a failed activation.
+
+        `check` raises what ends the wait; engines then go on loading.
+        """
+        if self._activation is None:
+            return
+        while not self._activation.done():
+            check()
+            await asyncio.wait({self._activation}, timeout=_CHECK_S)
+        await self._activation
+        self._activation = None
 
     async def check(self) -> None:
         """Raise the error of an activation that has failed; does not wait for one that runs."""
         if self._activation is not None and self._activation.done():
-            await self.wait_until_active()
+            await self._activation
+            self._activation = None
 
     async def cancel(self) -> None:
         """Forget an activation that runs; the next export replaces it."""
@@ -77,6 +97,7 @@ class Publisher:
             await self._activate_on_live_workers(version)
         logger.info("version %d is active after %.2f s", version, time.monotonic() - began)
         self.active = version
+        self.faults.clear()
         self._on_active(version)
 
     async def _activate_on_live_workers(self, version: int) -> None:
@@ -100,7 +121,12 @@ class Publisher:
             min_engines=max(1, (len(alive) + 1) // 2),  # a version that half of the engines cannot load is not fit
             wait_for=sorted(alive),
             check_equal=self._context.config.weights.check_weight_update_equal,
+            on_engine=lambda engine: self._note(version, engine),
         )
+
+    async def _note(self, version: int, engine: weightsync_pb2.EngineStatus) -> None:
+        if news := self.faults.note(version, engine):
+            await self._report.warn(news)
 
     def _alive(self) -> frozenset[str]:
         return frozenset(client.worker_id for client in self._rollouts.connected())

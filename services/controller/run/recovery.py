@@ -50,7 +50,8 @@ async def _run_with_recoveries(run: RunState) -> None:
             recoveries = recoveries + 1 if recovered_at == run.step else 1
             recovered_at = run.step
             if recoveries > _MAX_RECOVERIES_WITHOUT_A_STEP:
-                raise
+                tries = f"tried {recoveries} times from step {run.step}, without coming to the next one"
+                raise WorkerLostError(f"{error} ({tries})") from error
             await _recover(run, error)
 
 

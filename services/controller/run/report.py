@@ -27,11 +27,15 @@ class RunReport:
         logger.info("%s", text)
         await self._history.log(job_pb2.LOG_LEVEL_INFO, "controller", text)
 
+    async def warn(self, text: str) -> None:
+        """Write a line that a person should see."""
+        logger.warning("%s", text)
+        await self._history.log(job_pb2.LOG_LEVEL_WARNING, "controller", text)
+
     async def pass_on_warnings(self) -> None:
         """Write the warnings of the run's background tasks."""
         for warning in self._alerts.take_warnings():
-            logger.warning("%s", warning)
-            await self._history.log(job_pb2.LOG_LEVEL_WARNING, "controller", warning)
+            await self.warn(warning)
 
     async def save_summary(self, step: int, generated_tokens: int) -> None:
         """Bring the job's summary up to date and save it with the job's record."""

@@ -42,7 +42,7 @@ async def load(run: RunState, trainer: TrainerClient, check: Callable[[], None])
     admission = await _restore_admission(run, ready)
     run.dispatcher.admit(admission)
     run.step_began = time.monotonic()
-    await _publish_loaded_version(run, trainer)
+    await _publish_loaded_version(run, trainer, check)
     where = ready.checkpoint_dir or "the initial weights"
     await run.report.info(f"loaded {where} at step {ready.step}; {len(admission.ready)} groups in the queue")
     return admission
@@ -103,11 +103,11 @@ async def _restore_admission(run: RunState, ready: trainer_pb2.TrainerReady) -> 
     )
 
 
-async def _publish_loaded_version(run: RunState, trainer: TrainerClient) -> None:
+async def _publish_loaded_version(run: RunState, trainer: TrainerClient, check: Callable[[], None]) -> None:
     run.publications.reset()
     run.status.enter("loading", f"engines to load version {run.step}")
-    await run.publisher.export(trainer, run.step)
-    await run.publisher.wait_until_active()
+    await run.publisher.export(trainer, run.step, check)
+    await run.publisher.wait_until_active(check)
     if not run.loaded_before:  # time shares are those of the loop; loading models comes once
         run.clock.restart()
         run.loaded_before = True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from typing import TYPE_CHECKING, Protocol
 
 from miles.queue.backpressure import TRANSIENT
@@ -14,6 +15,7 @@ from miles.services.controller.clients.rollout import RolloutClient
 from miles.services.controller.jobs import number_types
 from miles.services.controller.jobs.context import JobContext
 from miles.services.controller.run.alerts import RunAlerts
+from miles.services.controller.run.refusals import Refusals
 from miles.services.controller.run.set_fences import fence_earlier_leases, fence_lost_worker
 from miles.services.controller.workers.registry import AttachedWorker, WorkerRegistry
 from miles.services.controller.workers.reward_addresses import RewardAddresses
@@ -59,6 +61,7 @@ class RolloutWorkers:
         self._clients: dict[str, RolloutClient] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._generated_by_lost = 0
+        self._refusals = Refusals()
 
     @property
     def generated_tokens(self) -> int:
@@ -76,6 +79,11 @@ class RolloutWorkers:
     def get(self, worker_id: str) -> RolloutClient | None:
         """Return a worker's client."""
         return self._clients.get(worker_id)
+
+    def check(self) -> None:
+        """Raise WeightsRefusedError when no worker is left whose engine could take the trainer's weights."""
+        refusals = {c.worker_id: c.out_of_routing if c.refused_weights else "" for c in self.all()}
+        self._refusals.check(refusals, time.monotonic())
 
     async def run(self, listener: RolloutListener) -> None:
         """Connect to all live rollouts, and to those that attach later, until cancelled."""
@@ -109,11 +117,24 @@ class RolloutWorkers:
         finally:
             self._generated_by_lost += client.progress.generated_tokens
             del self._clients[worker.worker_id], self._tasks[worker.worker_id]
+            if not client.refused_weights:
+                self._refusals.lost(worker.worker_id, time.monotonic())
             listener.on_lost(client)
 
     async def _run_until_lost(self, client: RolloutClient, listener: RolloutListener) -> None:
         lost = asyncio.create_task(client.worker.lost.wait())
-        serving = asyncio.create_task(client.run_job(listener.on_response))
+        told = ""
+
+        def on_response(client: RolloutClient, response: rollout_pb2.RunResponse) -> None:
+            nonlocal told
+            if client.refused_weights and client.out_of_routing != told:
+                told = client.out_of_routing
+                self._alerts.warn(
+                    f"{client.worker_id} cannot take the weights and is out of the run until it is restarted: {told}"
+                )
+            listener.on_response(client, response)
+
+        serving = asyncio.create_task(client.run_job(on_response))
         try:
             async with cancelled_at_end(lost, serving):
                 await asyncio.wait({lost, serving}, return_when=asyncio.FIRST_COMPLETED)

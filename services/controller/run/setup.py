@@ -88,7 +88,7 @@ class RunSetup:
             group = self._prompts.group(context.job_id, group_id, 1)
             return training_lease(config, group, attempt, version, max(version, publisher.newest))
 
-        publisher = Publisher(context, weightsync, rollouts, clock, activities, on_active)
+        publisher = Publisher(context, weightsync, rollouts, clock, activities, report, on_active)
         dispatcher = Dispatcher(
             rollouts, self._registry, self._queue, clock, activities, self._alerts, self._changed, make_lease
         )

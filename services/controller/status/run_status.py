@@ -15,6 +15,8 @@ from miles.services.controller.status.worker_activity import Activity, WorkerAct
 from miles.services.controller.workers.registry import AttachedWorker
 
 _TRAINER, _ROLLOUT = controller_pb2.WORKER_KIND_TRAINER, controller_pb2.WORKER_KIND_ROLLOUT
+_LOAD_PHASES = frozenset({"loading", "publishing", "collecting"})
+"""Phases in which a run may wait for engines to load a version."""
 _WAITS = {
     controller_pb2.WORKER_KIND_REWARD: "responses to score",
     controller_pb2.WORKER_KIND_WEIGHTSYNC: "the trainer's next weights",
@@ -76,6 +78,8 @@ class RunStatus:
         if self._dispatcher is not None:
             _add_groups(answer, self._dispatcher)
         answer.waiting_for = self._waiting_for or self._why_collecting(answer)
+        if self._phase in _LOAD_PHASES and self._publisher is not None and (faults := str(self._publisher.faults)):
+            answer.waiting_for = f"{answer.waiting_for}; {faults}"
         answer.workers.extend(self._worker(worker, answer) for worker in workers)
         return answer
 
@@ -113,7 +117,7 @@ class RunStatus:
         if dispatcher is None or client is None or not client.connected:
             return "the job to be loaded"
         if client.capacity == 0:
-            return "verified weights: it is out of routing or has none yet"
+            return f"verified weights: {client.out_of_routing or 'it has none yet'}"
         if dispatcher.holds:
             return "; ".join(dispatcher.holds)
         if dispatcher.admission is None:

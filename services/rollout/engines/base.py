@@ -163,7 +163,8 @@ class RolloutEngine(Protocol):
         """Swap in a full set of weights between two steps; return the pause time in seconds.
 
         `tensors` holds every HF parameter by name. The engine may keep the tensors themselves (zero copy); they stay
-        valid until the next call returns. Raises before anything changed if a name, shape or dtype does not match.
+        valid until the next call returns. Raises WeightsRefused before anything changed if a name, shape or dtype does
+        not match.
         """
 
     def create_receiver(self, kind: TransportKind.ValueType, endpoint: Endpoint) -> WeightReceiver:

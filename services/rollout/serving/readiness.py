@@ -36,6 +36,8 @@ class Serving:
         self.gate = VersionGate()
         self.quarantine_reason = ""
         """Why the engine is out of routing; empty while it may serve."""
+        self.refused_weights = False
+        """Whether that is because its model cannot take the weights, so that no retry helps."""
         self._engine = engine
         self._on_change = on_change
         self._pauses = Pauses()
@@ -95,7 +97,7 @@ class Serving:
             return
         if self.quarantine_reason:
             log.info("version %d ends the quarantine: %s", version, self.quarantine_reason)
-        self.quarantine_reason = ""
+        self.quarantine_reason, self.refused_weights = "", False
         self._pauses.loaded()
         self.gate.open(version)
         self._on_change()
@@ -104,11 +106,12 @@ class Serving:
         """The parameters as served, by HF name."""
         return await self._engine.weight_bytes()
 
-    def quarantine(self, reason: str) -> None:
-        """Leave routing until the next full load."""
-        if self.quarantine_reason:
+    def quarantine(self, reason: str, *, refused: bool = False) -> None:
+        """Leave routing until the next full load. The first reason counts, of each kind: `refused` or not."""
+        if self.quarantine_reason and refused == self.refused_weights:
             return
         log.warning("the engine leaves routing: %s", reason)
+        self.refused_weights = refused
         self._loaded_since_quarantine = False
         self.quarantine_reason = reason
         self.gate.close()

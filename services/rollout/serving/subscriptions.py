@@ -28,7 +28,7 @@ async def subscribe_policy(
 
     def on_change(state: SubscriberState) -> None:
         if state is SubscriberState.QUARANTINED:
-            serving.quarantine(f"weights: {subscriber.last_error}")
+            serving.quarantine(f"weights: {subscriber.last_error}", refused=subscriber.refused)
         elif subscriber.version is not None:
             serving.serve(subscriber.version)
 

@@ -57,14 +57,21 @@ class Scene:
     ) -> None:
         self.actions += self.machine.activate(number, operation, deadline_s, min_engines, check, self.now())
 
-    def answer(self, name: str, error: str | None = None) -> Order:
+    def answer(self, name: str, error: str | None = None, *, refused: bool = False) -> Order:
         """The engine answers its open order; returns that order."""
         engine = self.machine.engines[name]
         assert engine.in_flight is not None, f"{name} has nothing to answer"
         assert engine.session is not None
         order = engine.in_flight.order
-        self.actions += self.machine.report(name, engine.session, order.order_id, error, 0.5, 0.25, self.now())
+        self.actions += self.machine.report(name, engine.session, order.order_id, error, 0.5, 0.25, self.now(), refused)
         return order
+
+    def refuse(self, *names: str, at: OrderKind = OrderKind.SWAP) -> None:
+        """These engines answer until they get an order of this kind, which they refuse."""
+        while before := [name for name in names if self.open(name) not in (at, None)]:
+            self.answer(before[0])
+        for name in names:
+            self.answer(name, "lm_head.weight is missing", refused=True)
 
     def finish_orders(self, *names: str) -> None:
         """These engines answer until nothing is left to answer."""
@@ -509,3 +516,109 @@ def test_an_engine_that_stays_away_is_forgotten() -> None:
     assert "b" in scene.machine.engines
     scene.wait(3601)
     assert "b" not in scene.machine.engines
+
+
+@pytest.mark.parametrize("engines", [("a",), ("a", "b", "c")])
+@pytest.mark.parametrize("at", [PREFETCH, SWAP])
+def test_a_version_that_every_engine_refuses_fails_at_once_and_for_good(
+    engines: tuple[str, ...], at: OrderKind
+) -> None:
+    scene = Scene()
+    scene.publish(0)
+    for name in engines:
+        scene.connect(name)
+    scene.activate(0, deadline_s=100, min_engines=len(engines))
+    scene.refuse(*engines, at=at)
+    outcome = scene.outcome()
+    assert (outcome.ok, outcome.refused, outcome.total_s) == (False, True, 0.0)
+    words = "; ".join(f"{name}: {at.value} of version 0: lm_head.weight is missing" for name in engines)
+    assert outcome.error == f"no engine can take it; {words}"
+    assert scene.machine.versions[1].state is VersionState.FAILED
+
+
+def test_an_engine_that_refuses_is_left_out_while_others_serve() -> None:
+    scene = Scene()
+    scene.publish(0)
+    for name in ("a", "b", "c"):
+        scene.connect(name)
+    scene.activate(0, deadline_s=100, min_engines=2)
+    scene.refuse("a", "b", at=PREFETCH)
+    scene.finish_orders("c")
+    outcome = scene.outcome()
+    assert (outcome.ok, outcome.refused, outcome.engines, outcome.quarantined) == (True, False, 1, 2)
+    assert scene.state("a") is EngineState.QUARANTINED
+    assert scene.machine.engines["a"].last_error == "prefetch of version 0: lm_head.weight is missing"
+
+
+def test_what_was_refused_is_not_ordered_again_before_the_engine_attaches_again() -> None:
+    scene = Scene()
+    scene.serving(0, "a")
+    scene.connect("b")
+    scene.refuse("b", at=PREFETCH)
+    scene.wait(1000)
+    assert scene.open("b") is None
+    scene.connect("b")
+    scene.finish_orders("b")
+    assert scene.state("b") is EngineState.SERVING
+
+
+def test_a_newer_version_is_tried_by_an_engine_that_refused_the_one_before() -> None:
+    scene = Scene()
+    scene.serving(0, "a", "b")
+    scene.publish(1)
+    scene.activate(1, "second")
+    scene.refuse("b", at=PREFETCH)
+    scene.finish_orders("a")
+    assert scene.outcome().ok
+    scene.publish(2)
+    scene.activate(2, "third", min_engines=2)
+    scene.finish_orders("a", "b")
+    assert scene.outcome().ok
+    assert scene.state("b") is EngineState.SERVING
+
+
+@pytest.mark.parametrize("comes_back", [True, False])
+def test_an_engine_that_is_away_may_still_come_to_take_what_the_other_refuses(comes_back: bool) -> None:
+    scene = Scene()
+    scene.publish(0)
+    scene.connect("a")
+    scene.connect("b")
+    scene.activate(0, deadline_s=100, min_engines=1)
+    scene.disconnect("b")
+    scene.refuse("a", at=PREFETCH)
+    assert scene.machine.activation is not None
+    if comes_back:
+        scene.connect("b")
+        scene.finish_orders("b")
+        assert scene.outcome().ok
+    else:
+        scene.wait(100)
+        assert scene.outcome().refused
+
+
+def test_a_failure_that_may_pass_is_tried_again_beside_a_refusal() -> None:
+    scene = Scene()
+    scene.publish(0)
+    scene.connect("a")
+    scene.connect("b")
+    scene.activate(0, deadline_s=100, min_engines=1)
+    scene.answer("b", "the server died")
+    scene.refuse("a", at=PREFETCH)
+    assert scene.machine.activation is not None
+    scene.wait(5)
+    scene.finish_orders("b")
+    assert scene.outcome().ok
+
+
+def test_a_refusal_counts_also_when_it_comes_too_late() -> None:
+    scene = Scene()
+    scene.publish(0)
+    scene.connect("a")
+    scene.activate(0, deadline_s=10)
+    scene.wait(10)
+    assert not scene.outcome().refused
+    scene.activate(0, "again", deadline_s=10)
+    scene.answer("a", "lm_head.weight is missing", refused=True)
+    assert scene.outcome().refused
+    scene.activate(0, "third", deadline_s=10)
+    assert scene.outcome().refused

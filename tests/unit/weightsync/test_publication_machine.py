@@ -30,6 +30,8 @@ class FakeEngine:
     serves: int | None = None
     prefetched: int | None = None
     maps: set[int] = dataclasses.field(default_factory=set)
+    refused: set[int] = dataclasses.field(default_factory=set)
+    """In this session."""
     told_to_stop: bool = False
     stopped_by: int = 0
     last_order_id: int = 0
@@ -106,7 +108,7 @@ class Interleavings(RuleBasedStateMachine):
         if fresh:
             self.engines[name] = engine = FakeEngine(session=engine.session)
         self.sessions += 1
-        engine.orders, engine.last_order_id, engine.stopped_by = [], 0, 0
+        engine.orders, engine.last_order_id, engine.stopped_by, engine.refused = [], 0, 0, set()
         engine.session = self.sessions
         engine.prefetched = None  # whatever it is, no order of this session swaps it in before it prefetches again
         held = None if engine.told_to_stop else engine.serves
@@ -121,8 +123,12 @@ class Interleavings(RuleBasedStateMachine):
             session, engine.session, engine.orders = engine.session, None, []
             self.carry_out(self.machine.disconnect(name, session, self.now()))
 
-    @rule(name=st.sampled_from(ENGINES), fails=st.sampled_from([False, False, False, True]))
-    def answer(self, name: str, fails: bool) -> None:
+    @rule(
+        name=st.sampled_from(ENGINES),
+        fails=st.sampled_from([False, False, False, True]),
+        refuses=st.sampled_from([False, False, True]),
+    )
+    def answer(self, name: str, fails: bool, refuses: bool) -> None:
         engine = self.engines[name]
         if engine.session is None or not engine.orders:
             return
@@ -133,7 +139,10 @@ class Interleavings(RuleBasedStateMachine):
             assert believed.expired, "told to use bytes that are gone"
             fails = True
         error = self.execute(engine, order, fails)
-        self.carry_out(self.machine.report(name, engine.session, order.order_id, error, 0.1, 0.01, self.now()))
+        refuses = refuses and error is not None and order.kind in (OrderKind.PREFETCH, OrderKind.SWAP)
+        if refuses:
+            engine.refused.add(order.publication_id)
+        self.carry_out(self.machine.report(name, engine.session, order.order_id, error, 0.1, 0.01, self.now(), refuses))
         assert self.machine.report(name, engine.session, order.order_id, None, 0.1, 0.01, self.now()) == []
 
     @rule(name=st.sampled_from(ENGINES), order_id=st.integers(0, 50), session=st.integers(0, 50))
@@ -171,7 +180,7 @@ class Interleavings(RuleBasedStateMachine):
     def everybody_answers(self) -> None:
         for name in ENGINES:
             while self.engines[name].orders and self.engines[name].session is not None:
-                self.answer(name, fails=False)
+                self.answer(name, fails=False, refuses=False)
 
     # -- the world ----------------------------------------------------------------------------------------------------
 
@@ -226,11 +235,13 @@ class Interleavings(RuleBasedStateMachine):
         believed = self.machine.engines.get(action.engine_id)
         if engine.told_to_stop or (believed is not None and believed.quarantined):
             assert order.kind in (OrderKind.PREFETCH, OrderKind.SWAP), "a quarantined engine gets only a full load"
+        assert order.publication_id not in engine.refused, "ordered again to load what it refused"
         activation = self.machine.activation
         if order.kind is OrderKind.SWAP and activation is not None:
             ready = [n for n, e in self.engines.items() if order.publication_id in (e.prefetched, e.serves)]
             assert activation.waited_for <= set(ready), "a swap before everybody waited for has the bytes"
-            assert len(ready) >= activation.min_engines or activation.swapping
+            required = self.required(order.publication_id, activation.min_engines)
+            assert len(ready) >= required or activation.swapping
         engine.orders.append(order)
 
     def free(self, action: Free) -> None:
@@ -255,9 +266,22 @@ class Interleavings(RuleBasedStateMachine):
                 serving = [
                     e for e in self.engines.values() if e.session and not e.told_to_stop and e.serves == published
                 ]
-                assert len(serving) >= min_engines
+                assert len(serving) >= self.required(published, min_engines)
                 assert action.outcome.engines == len(serving)
                 assert self.machine.active == published
+            if action.outcome.refused:
+                refused = action.outcome.publication_id
+                assert not action.outcome.ok
+                assert any(refused in engine.refused for engine in self.engines.values())
+                willing = [e for e in self.engines.values() if e.session and refused not in e.refused]
+                assert not willing, "failed for good, with an engine left that could serve"
+
+    def required(self, publication_id: int, min_engines: int) -> int:
+        """Engines that must serve a version: those that refuse it are left out, as long as there is another one."""
+        if not any(publication_id in engine.refused for engine in self.engines.values()):
+            return min_engines
+        willing = [e for e in self.engines.values() if e.session and publication_id not in e.refused]
+        return min(min_engines, max(1, len(willing)))
 
     # -- promises -----------------------------------------------------------------------------------------------------
 
@@ -292,7 +316,8 @@ class Interleavings(RuleBasedStateMachine):
         assert self.machine.activation is None
         if active is not None and active not in self.corrupt:
             for engine in self.engines.values():
-                assert engine.session is None or (engine.serves == active and not engine.told_to_stop)
+                serves = engine.serves == active and not engine.told_to_stop
+                assert engine.session is None or serves or active in engine.refused
             newer = [p for p in self.machine.versions if p < active]
             assert newer == [], "older versions must be freed once everybody has moved on"
 

@@ -156,8 +156,8 @@ class SglangEngine:
         """Swap in a full set of weights between two steps; return the pause time in seconds.
 
         `tensors` are kept, to bring servers that restart to the same version; they must stay valid until the next call
-        returns. Raises ValueError before anything changed when they do not fit the model. Unless the caller has paused
-        the engine, requests continue in place, with the keys and values that they have.
+        returns. Raises WeightsRefused before anything changed when they do not fit the model. Unless the caller has
+        paused the engine, requests continue in place, with the keys and values that they have.
         """
         self._loader.check(tensors)
         async with self._lock:

@@ -11,6 +11,7 @@ from miles.rpc.gen import policy_pb2
 from miles.weights import manifest as manifests
 from miles.weights.adapters import lora
 from miles.weights.adapters.merging import AdapterBase
+from miles.weights.base import WeightsRefused
 from miles.weights.dtypes import wire_dtype
 from miles.weights.manifest import ChecksumMismatch, ManifestError
 
@@ -146,7 +147,7 @@ def test_an_adapter_for_another_base_is_refused() -> None:
     merging = AdapterBase(base(), torch.device("cpu"))
     tensors = adapter(5)
     other = {**base(), "model.norm.weight": torch.zeros(10).bfloat16()}
-    with pytest.raises(ChecksumMismatch, match="hf_checkpoint"):
+    with pytest.raises(WeightsRefused, match="hf_checkpoint"):
         merging.merge(Received(tensors), manifest_of(tensors, identity(other)))
 
 
@@ -156,7 +157,7 @@ def test_every_tensor_that_does_not_fit_is_named() -> None:
     a_name, b_name = lora.adapter_names("model.layers.0.q_proj.weight")
     tensors[a_name], tensors[b_name] = tensors[a_name][:, :3], tensors[b_name].float()
     tensors |= dict(zip(lora.adapter_names("model.x.weight"), (tensors[a_name], tensors[b_name]), strict=True))
-    with pytest.raises(ManifestError) as error:
+    with pytest.raises(WeightsRefused) as error:
         merging.merge(Received(tensors), manifest_of(tensors, identity(base())))
     for part in (f"{a_name} has shape", f"{b_name} is torch.float32", "model.x.weight is no weight"):
         assert part in str(error.value)

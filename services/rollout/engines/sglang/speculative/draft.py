@@ -38,7 +38,7 @@ class DraftModel:
     async def load_weights(self, version: int, tensors: Mapping[str, torch.Tensor]) -> float:
         """Swap in draft weights between two steps; return the pause time in seconds.
 
-        Raises ValueError before anything changed when the checkpoint has no such parameters.
+        Raises WeightsRefused before anything changed when the checkpoint has no such parameters.
         """
         faults = [
             f"{name} has shape {tuple(tensor.shape)}; the draft model's is {self._shapes.get(name, 'not there')}"

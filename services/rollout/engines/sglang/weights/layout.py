@@ -31,7 +31,7 @@ class ModelLayout:
     otherwise needs the weights under every name."""
 
     def refuse_misfits(self, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> None:
-        """Raise ValueError unless this is a full set of weights that were made for servers of `dtype`.
+        """Raise WeightsRefused unless this is a full set of weights that were made for servers of `dtype`.
 
         SGLang ignores unknown names and keeps old weights where none are sent: both would go unnoticed.
         """

@@ -27,6 +27,7 @@ from miles.services.rollout.engines.sglang.weights.layout import ModelLayout, re
 from miles.services.rollout.engines.sglang.weights.remote import RemoteWeights
 from miles.services.rollout.engines.sglang.weights.staging import StagedWeights
 from miles.services.rollout.engines.sglang.weights.update import WeightUpdate
+from miles.weights.base import WeightsRefused
 from miles.weights.manifest import ChecksumMismatch
 
 log = logging.getLogger(__name__)
@@ -74,7 +75,7 @@ class WeightLoader:
         self._selector, self._draft_algorithm = "target", algorithm
 
     def check(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Raise ValueError when these are not the tensors that the trainer is to publish."""
+        """Raise WeightsRefused when these are not the tensors that the trainer is to publish."""
         self._layout.refuse_misfits(tensors, self._dtype)
 
     async def load(self, version: int, tensors: Mapping[str, torch.Tensor], *, flush: bool) -> None:
@@ -242,7 +243,7 @@ class WeightLoader:
         unsent = self._layout.aliases.keys() - weights.keys()
         apart = unsent & set().union(*(checksum.names for checksum in found.values()))
         if apart and selector != "draft":
-            raise ValueError(
+            raise WeightsRefused(
                 f"SGLang keeps {', '.join(sorted(apart))} apart from what it is tied to, and a broadcast sends tied "
                 "parameters once; set rollout_engine_weights = tensor"
             )
