@@ -17,6 +17,8 @@ from miles.services.rollout.engines.sglang import SglangEngine, SglangOptions
 
 CPU_PYTHON = pathlib.Path(__file__).parent / "sglang_cpu" / "python"
 ON_GPU = torch.cuda.is_available()
+DTYPE = torch.bfloat16 if ON_GPU else torch.float32
+"""What engines compute in: SGLang's kernels for GPUs take 16-bit numbers alone."""
 CPU_FLAGS: dict[str, Any] = {
     "attention_backend": "torch_native",
     "max_total_tokens": 8192,
@@ -45,7 +47,7 @@ def options(folder: pathlib.Path, logs: pathlib.Path, **changes: Any) -> SglangO
     given: dict[str, Any] = {
         "hf_checkpoint": str(folder),
         "device": "cuda" if ON_GPU else "cpu",
-        "dtype": "float32",
+        "dtype": str(DTYPE).removeprefix("torch."),
         "max_running_requests": 16,
         "max_total_tokens": 500,
         "log_dir": logs,
