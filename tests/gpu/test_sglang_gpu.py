@@ -19,11 +19,12 @@ from sglang_kit import (
     Response,
     largest_difference,
     options,
+    published_weights,
     reference_log_probs,
     respond,
     running,
 )
-from torch_engine_models import prompt_of, save_checkpoint, weights_of
+from torch_engine_models import prompt_of, save_checkpoint
 
 from miles.rpc.gen import weightsync_pb2
 from miles.services.rollout.engines.base import PauseMode
@@ -66,7 +67,7 @@ class Policy:
 
     def weights(self, device: str = "cpu") -> dict[str, torch.Tensor]:
         """By name, each in memory of its own."""
-        return {name: tensor.to(device) for name, tensor in weights_of(self.model, DTYPE).items()}
+        return {name: tensor.to(device) for name, tensor in published_weights(self.model).items()}
 
     def difference(self, response: Response, prompt: Sequence[int], temperature: float = 1.0) -> float:
         """Largest difference of log-probabilities, with the engine's choice of experts: near ties fall either way."""
@@ -182,7 +183,7 @@ async def test_a_draft_is_swapped_under_load_and_the_policy_stays_as_it_is(
         "speculative_num_draft_tokens": 3,
     }
     async with running(options(folder / "0", folder / "logs", server_flags=flags)) as engine:
-        await engine.load_weights(5, together(weights_of(policy, DTYPE)))
+        await engine.load_weights(5, together(published_weights(policy)))
         draft = engine.draft
         assert draft is not None
         before = await checksum(engine.replicas[0].api, "target", 60.0)
@@ -190,7 +191,7 @@ async def test_a_draft_is_swapped_under_load_and_the_policy_stays_as_it_is(
         for version, model in enumerate((other, policy), start=1):
             tasks = [asyncio.create_task(respond(engine, prompt_of(9 + i, i), **LONG)) for i in range(4)]
             await asyncio.sleep(0.2)
-            await draft.load_weights(version, weights_of(model, DTYPE))
+            await draft.load_weights(version, published_weights(model))
             assert (draft.version, engine.version) == (version, 5)
             await draft.weight_bytes()
             for response in await asyncio.gather(*tasks):
