@@ -20,7 +20,8 @@ OWN = """--name --run-dir --device --host --redis-url --controller-port --weight
     --log-samples-per-step --no-gateway --gateway-host --gateway-port --gateway-keys-file --gateway-allowed-root
     --gateway-allowed-module --tls-cert --tls-key --tls-ca --tls-mutual
     --rollout-engine-python --rollout-engine-weights --rollout-engine-weights-dir
-    --rollout-weight-format --chaos --chaos-interval-s --stop-timeout --weight-lease-s --update-weight-full-interval"""
+    --rollout-weight-format --observe-rollout-routing
+    --chaos --chaos-interval-s --stop-timeout --weight-lease-s --update-weight-full-interval"""
 
 MEGATRON = """--tensor-model-parallel-size --pipeline-model-parallel-size --num-virtual-stages-per-pipeline-rank
     --context-parallel-size --expert-model-parallel-size --expert-tensor-parallel-size --sequence-parallel

@@ -217,7 +217,8 @@ class Dispatcher:
                 (0 <= start <= given, f"routed_experts_start is {start}; there are {given} input tokens"),
                 (
                     not request.return_routed_experts or self._experts is not None,
-                    "routed experts are not recorded: the model has none, or use_rollout_routing_replay is off",
+                    "routed experts are not recorded: the model has none, or neither use_rollout_routing_replay nor "
+                    "observe_rollout_routing is set",
                 ),
             ),
         )
