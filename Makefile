@@ -12,7 +12,7 @@ MEGATRON := megatron-core==0.19.2 megatron-bridge==0.6.2
 
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: run browser test test-engines test-all fuzz chaos same lint protos clean
+.PHONY: run browser test test-engines test-all test-gpu fuzz chaos same lint protos clean
 
 # Train a real model on this machine; ARGS adds flags, e.g. make run ARGS="--num-rollout 5".
 run: $(VENV)/.run
@@ -36,6 +36,11 @@ test-engines: $(VENV)/.megatron $(SGLANG_VENV)/.ready
 # critic, with a reward that is no number, and with a step that is abandoned or hangs when Ctrl-C comes.
 test-all: $(VENV)/.megatron $(SGLANG_VENV)/.ready browser
 	MILES_TEST_SGLANG=$(SGLANG_VENV)/bin/python $(PYTEST) -m "not gpu and not chaos"
+
+# Tests that need a GPU, in an environment that has SGLang, Megatron-Core and TransformerEngine (docs/megatron.md), e.g.
+# make test-gpu BIN=/opt/venv/bin. One after the other: they share the GPU. What needs two GPUs skips itself on one.
+test-gpu:
+	$(BIN)/python -m pytest --durations 25 -m gpu tests/gpu $(ARGS)
 
 # Property tests with new random examples, 20 times (TIMES) as many as elsewhere. What fails is kept in
 # tests/found_examples, and every later run of the tests replays it.

@@ -14,10 +14,12 @@ import argparse
 import json
 import os
 import pathlib
+import signal
 import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
@@ -31,24 +33,59 @@ GPU_FLAGS = (
 )
 CPU_FLAGS = ("--sglang-attention-backend", "torch_native", "--sglang-mem-fraction-static", "0.3")
 RUN_DEADLINE_S = 420.0
+STOP_S = 20.0
+OPTIONAL = {
+    "kl": "train/train_rollout_kl",
+    "routed_differently": "train/tokens_routed_differently",
+    "routing_difference": "train/routing_difference",
+    "reward": "rollout/reward",
+}
+"""Means over steps, of runs that have them."""
 
 
-def run(args: argparse.Namespace, layout: str, folder: pathlib.Path) -> dict[str, Any]:
-    """One run; what its metrics say."""
-    command = [sys.executable, "train.py", "--config", RECIPE, "--hf-checkpoint", args.model]
-    command += ["--device", args.device, "--rollout-backend", "sglang", "--run-dir", str(folder), "--no-gateway"]
-    command += ["--num-rollout", str(args.steps), "--lr-decay-iters", str(args.steps), "--actor-num-gpus-per-node", "1"]
-    command += [*(GPU_FLAGS if args.device == "cuda" else CPU_FLAGS), *LAYOUTS[layout], *args.more]
-    if args.python:
-        command += ["--rollout-engine-python", args.python]
+def engine_flags(device: str, python: str) -> list[str]:
+    """Flags of SGLang as the engine of a run."""
+    flags = ["--device", device, "--rollout-backend", "sglang", *(GPU_FLAGS if device == "cuda" else CPU_FLAGS)]
+    return [*flags, "--rollout-engine-python", python] if python else flags
+
+
+def run(args: argparse.Namespace, flags: Sequence[str], folder: pathlib.Path) -> dict[str, Any]:
+    """One run of the recipe with more flags; what its metrics say."""
+    recipe = ["--config", RECIPE, "--hf-checkpoint", args.model, "--actor-num-gpus-per-node", "1"]
+    recipe += ["--num-rollout", str(args.steps), "--lr-decay-iters", str(args.steps)]
+    deadline_s = getattr(args, "deadline", RUN_DEADLINE_S)
+    return train([*recipe, *engine_flags(args.device, args.python), *flags, *args.more], folder, deadline_s)
+
+
+def train(flags: Sequence[str], folder: pathlib.Path, deadline_s: float = RUN_DEADLINE_S) -> dict[str, Any]:
+    """Start train.py, its output in the folder, and stop it at the deadline; what its metrics say."""
+    command = [sys.executable, "train.py", *flags, "--run-dir", str(folder), "--no-gateway"]
     folder.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
     with (folder / "output.log").open("w") as log:
+        process = subprocess.Popen(command, cwd=REPOSITORY, stdout=log, stderr=log)
         try:
-            ended = subprocess.run(command, cwd=REPOSITORY, stdout=log, stderr=log, timeout=RUN_DEADLINE_S).returncode
+            ended = process.wait(deadline_s)
         except subprocess.TimeoutExpired:
-            ended = -1
-    result: dict[str, Any] = {"status": ended, "wall_s": time.monotonic() - began}
+            ended = _stopped(process)
+    return {"status": ended, "wall_s": time.monotonic() - began, **measured(folder)}
+
+
+def _stopped(process: subprocess.Popen[bytes]) -> int:
+    """Have a run stop at once, and its services with it, which hold the GPU; -1."""
+    for stop, wait_s in ((signal.SIGINT, 2.0), (signal.SIGINT, STOP_S), (signal.SIGKILL, STOP_S)):
+        process.send_signal(stop)
+        try:
+            process.wait(wait_s)
+            break
+        except subprocess.TimeoutExpired:
+            continue
+    return -1
+
+
+def measured(folder: pathlib.Path) -> dict[str, Any]:
+    """What the metrics of a run folder say; nothing before its first step."""
+    result: dict[str, Any] = {}
     metrics = folder / "metrics.jsonl"
     lines = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
     steps = [line for line in lines if "perf/step_time" in line]
@@ -64,6 +101,9 @@ def run(args: argparse.Namespace, layout: str, folder: pathlib.Path) -> dict[str
             / sum(line["perf/step_time"] for line in later),
             "abs_diff": statistics.mean(line["train/train_rollout_logprob_abs_diff"] for line in steps),
         }
+        for name, key in OPTIONAL.items():
+            if all(key in line for line in steps):
+                result[name] = statistics.mean(line[key] for line in steps)
     accuracy = [value for line in lines for key, value in line.items() if key == "eval/chain_sum"]
     if accuracy:
         result |= {"before": accuracy[0], "after": accuracy[-1]}
@@ -87,7 +127,7 @@ def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     results = {}
     for layout in args.layouts:
-        results[layout] = run(args, layout, (args.runs / layout).absolute())
+        results[layout] = run(args, LAYOUTS[layout], (args.runs / layout).absolute())
         print(layout, json.dumps(results[layout]), flush=True)
     columns = ("steps", "step_s", "rollout_s", "train_s", "sync_s", "tokens_per_s", "abs_diff", "before", "after")
     print("\n" + f"{'layout':<14}{'status':>7}{'wall_s':>8}" + "".join(f"{column:>13}" for column in columns))

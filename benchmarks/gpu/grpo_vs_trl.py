@@ -62,7 +62,7 @@ def main() -> None:
     args.more = ["--rollout-batch-size", str(args.prompts_per_step), "--n-samples-per-prompt", str(GROUP)]
     args.more += ["--rollout-max-response-len", str(MAX_NEW_TOKENS), "--lr", str(LEARNING_RATE)]
     args.more += ["--max-tokens-per-gpu", "16384", "--eval-interval", str(10 * args.steps)]
-    rows = {"miles": float(run(args, "side-by-side", (args.runs / "ours").absolute())["step_s"])}
+    rows = {"miles": float(run(args, (), (args.runs / "ours").absolute())["step_s"])}
     args.steps -= 1
     for micro_batch in args.micro_batches:
         rows[f"TRL, micro-batch {micro_batch}"] = trl_step_s(args, micro_batch)

@@ -19,6 +19,8 @@ from miles.weights.naming.rules import conversion_of
 
 CPU_PYTHON = pathlib.Path(__file__).parent / "sglang_cpu" / "python"
 ON_GPU = torch.cuda.is_available()
+DTYPE = torch.bfloat16 if ON_GPU else torch.float32
+"""What engines compute in: SGLang's kernels for GPUs take 16-bit numbers alone."""
 CPU_FLAGS: dict[str, Any] = {
     "attention_backend": "torch_native",
     "max_total_tokens": 8192,
@@ -47,7 +49,7 @@ def options(folder: pathlib.Path, logs: pathlib.Path, **changes: Any) -> SglangO
     given: dict[str, Any] = {
         "hf_checkpoint": str(folder),
         "device": "cuda" if ON_GPU else "cpu",
-        "dtype": "float32",
+        "dtype": str(DTYPE).removeprefix("torch."),
         "max_running_requests": 16,
         "max_total_tokens": 500,
         "log_dir": logs,
@@ -69,9 +71,10 @@ async def running(given: SglangOptions) -> AsyncIterator[SglangEngine]:
 
 
 def published_weights(model: Any) -> dict[str, torch.Tensor]:
-    """A model's weights as a trainer publishes them for SGLang."""
+    """A model's weights as a trainer publishes them for SGLang, in the type that engines compute in."""
     held = {name: tensor.detach() for name, tensor in once(model.state_dict(keep_vars=True)).items()}
-    return {name: tensor.clone() for name, tensor in conversion_of(model, held).to_checkpoint(held.items())}
+    converted = conversion_of(model, held).to_checkpoint(held.items())
+    return {name: tensor.to(DTYPE, copy=True) for name, tensor in converted}
 
 
 @dataclasses.dataclass

@@ -7,6 +7,7 @@ import importlib.metadata
 import pathlib
 import subprocess
 import sys
+import tomllib
 from typing import Any
 
 import pytest
@@ -46,6 +47,16 @@ def test_services_without_tensors_bring_no_torch(extra: str) -> None:
 
 def test_the_trainer_does_bring_torch() -> None:
     assert "torch" in closure("miles[trainer]")
+
+
+def test_megatron_on_a_gpu_brings_its_layers_and_attention() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    needs = [Requirement(text) for text in extras["trainer-megatron-gpu"]]
+    linux = {need.name for need in needs if need.marker is None or need.marker.evaluate({"sys_platform": "linux"})}
+    assert linux == {"miles", "flash-attn-4", "transformer-engine"}
+    [engine] = [need for need in needs if need.name == "transformer-engine"]
+    assert engine.extras == {"core-cu13", "pytorch"}
+    assert {extra for need in needs if need.name == "miles" for extra in need.extras} == {"trainer-megatron"}
 
 
 @pytest.mark.parametrize("package", ["miles.gateway", "miles.services.controller", "miles.services.reward"])

@@ -1,6 +1,6 @@
 """Which tokens the trainer's routers send elsewhere than the engine did.
 
-Forward hooks read what routers give to the layers behind them, so replayed and free routing are measured alike, and
+Hooks read what the experts of each layer are given, so replayed and free routing are measured alike, and
 nothing is changed. Counts stay on the device until they are asked for.
 
 Dims: T rows of the micro-batch, K experts per token.
@@ -12,25 +12,25 @@ from typing import Any
 
 import torch
 
-from miles.services.trainer.backends.fsdp.replay.router import check_experts, find_routers
+from miles.services.trainer.backends.fsdp.replay.moe_layers import check_experts, find_moe_layers
 
 
 class RoutingObserver:
-    """Compares the experts of one model's routers with expected ones, in chosen forward passes."""
+    """Compares the experts that one model's tokens go to with expected ones, in chosen forward passes."""
 
     def __init__(self, model: torch.nn.Module) -> None:
         """Hooks see what earlier hooks gave, so a model's `RoutingReplay` must be made first."""
-        self._routers = find_routers(model)
+        self._layers = find_moe_layers(model)
         self._expected: torch.Tensor | None = None
         self._different_T = torch.zeros(0, dtype=torch.bool)
         self._counts: list[torch.Tensor] = []
         self._rows = 0
-        for layer, (_, module) in enumerate(self._routers):
-            module.register_forward_hook(self._hook(layer))
+        for number, layer in enumerate(self._layers):
+            layer.experts.register_forward_pre_hook(self._hook(number))
 
     def expect(self, experts_TLK: torch.Tensor) -> None:
         """Compare the next forward pass with these experts, until `stop`; int64 [T, layers, K] on the device."""
-        check_experts(experts_TLK, self._routers)
+        check_experts(experts_TLK, self._layers)
         self._expected = experts_TLK
         self._different_T = torch.zeros(len(experts_TLK), dtype=torch.bool, device=experts_TLK.device)
 
@@ -48,12 +48,10 @@ class RoutingObserver:
         self._counts, self._rows = [], 0
         return different, rows
 
-    def _hook(self, layer: int) -> Any:
-        def compare(
-            module: torch.nn.Module, args: Any, output: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-        ) -> None:
+    def _hook(self, number: int) -> Any:
+        def compare(module: torch.nn.Module, args: Any) -> None:
             if self._expected is not None:
-                self._different_T |= differs(output[2], self._expected[:, layer])
+                self._different_T |= differs(args[1], self._expected[:, number])
 
         return compare
 

@@ -1,8 +1,8 @@
-"""Experts chosen elsewhere, replayed in the trainer's router.
+"""Experts chosen elsewhere, replayed in the trainer's model.
 
-A forward hook on each router of a mixture-of-experts layer replaces which experts a row goes to; their weights are
-still computed from this router's logits, so gradients flow into it. Because the hook runs in every forward of the
-router, replay also holds when gradient checkpointing recomputes a layer in the backward pass.
+Hooks in each mixture-of-experts layer replace which experts a row goes to; their weights are still computed from the
+layer's own logits, so gradients flow into its router. Because hooks run in every forward pass of the layer, replay also
+holds when gradient checkpointing recomputes it in the backward pass.
 
 Dims: T rows of the micro-batch, E experts, K experts per token.
 """
@@ -10,18 +10,11 @@ Dims: T rows of the micro-batch, E experts, K experts per token.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Any, Protocol, cast
+from typing import Any
 
 import torch
 
-
-class _Router(Protocol):
-    """What a supported router has beside its weights: it returns (logits [T, E], weights [T, K], experts [T, K])."""
-
-    top_k: int
-    num_experts: int
-    norm_topk_prob: bool
+from miles.services.trainer.backends.fsdp.replay.moe_layers import check_experts, find_moe_layers
 
 
 @dataclasses.dataclass(slots=True)
@@ -36,17 +29,20 @@ class RoutingReplay:
     """Record and replay of the routing of one model. Hooks are per instance, so a reference model is not touched."""
 
     def __init__(self, model: torch.nn.Module) -> None:
-        self._routers = find_routers(model)
+        self._layers = find_moe_layers(model)
+        self._logits: dict[int, torch.Tensor] = {}
+        """[T, E] by layer, between a gate's forward pass and its experts'."""
         self._state = _State()
         self._different: list[torch.Tensor] = []
         self._counted = 0
-        for layer, (_, module) in enumerate(self._routers):
-            module.register_forward_hook(self._hook(layer))
+        for number, layer in enumerate(self._layers):
+            layer.gate.register_forward_hook(self._keep_logits(number))
+            layer.experts.register_forward_pre_hook(self._replace(number))
 
     @property
     def num_layers(self) -> int:
         """Mixture-of-experts layers of the model."""
-        return len(self._routers)
+        return len(self._layers)
 
     def choose_freely(self) -> None:
         """Let the routers choose, in every forward anew."""
@@ -63,7 +59,7 @@ class RoutingReplay:
 
     def replay(self, experts_TLK: torch.Tensor) -> None:
         """Send rows to these experts until the next call; int64 [T, layers, K]."""
-        check_experts(experts_TLK, self._routers)
+        check_experts(experts_TLK, self._layers)
         self._state = _State(replayed=experts_TLK)
 
     def take_difference(self) -> tuple[float, int]:
@@ -78,55 +74,25 @@ class RoutingReplay:
         self._different.append(differs_T.sum())
         self._counted += len(differs_T)
 
-    def _hook(self, layer: int) -> Any:
-        def replace(
-            module: torch.nn.Module, args: Any, output: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-        ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
+    def _keep_logits(self, number: int) -> Any:
+        def keep(module: torch.nn.Module, args: Any, output: Any) -> None:
+            if self._state.replayed is not None or self._state.recorded is not None:
+                self._logits[number] = output[0] if isinstance(output, tuple) else output
+
+        return keep
+
+    def _replace(self, number: int) -> Any:
+        def replace(module: torch.nn.Module, args: Any) -> Any:
+            hidden, free_TK, weights_TK = args
             state = self._state
             if state.replayed is not None:
-                experts_TK = state.replayed[:, layer]
-                self._compare(output[2], experts_TK)
+                experts_TK = state.replayed[:, number]
+                self._compare(free_TK, experts_TK)
             elif state.recorded is not None:
-                experts_TK = state.recorded.setdefault(layer, output[2].detach())
+                experts_TK = state.recorded.setdefault(number, free_TK.detach())
             else:
                 return None
-            return _weigh(cast(_Router, module), output, experts_TK)
+            chosen_TK = self._layers[number].weigh(self._logits.pop(number), experts_TK)
+            return hidden, experts_TK, chosen_TK.to(weights_TK.dtype)
 
         return replace
-
-
-def _weigh(
-    router: _Router, output: tuple[torch.Tensor, torch.Tensor, torch.Tensor], experts_TK: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The router's output as if it had chosen `experts_TK`."""
-    logits_TE, weights_TK, _ = output
-    chosen_TK = torch.softmax(logits_TE, dim=-1, dtype=torch.float32).gather(1, experts_TK)
-    if router.norm_topk_prob:
-        chosen_TK = chosen_TK / chosen_TK.sum(dim=-1, keepdim=True)
-    return logits_TE, chosen_TK.to(weights_TK.dtype), experts_TK
-
-
-def find_routers(model: torch.nn.Module) -> list[tuple[str, torch.nn.Module]]:
-    """Name and module of every softmax top-k router, in layer order. Raises ValueError when there is none."""
-    routers = [
-        (name, module)
-        for name, module in model.named_modules()
-        if all(hasattr(module, attribute) for attribute in ("top_k", "num_experts", "norm_topk_prob", "weight"))
-    ]
-    if not routers:
-        raise ValueError(
-            f"{type(model).__name__} has no softmax top-k router, so there is no routing to replay or observe; "
-            "turn off use_routing_replay, use_rollout_routing_replay and observe_rollout_routing"
-        )
-    return routers
-
-
-def check_experts(experts_TLK: torch.Tensor, routers: Sequence[tuple[str, torch.nn.Module]]) -> None:
-    """Raise ValueError unless experts [T, layers, K] are of a model with these routers."""
-    layers, top_k = experts_TLK.shape[1:]
-    expected = cast(_Router, routers[0][1]).top_k
-    if (layers, top_k) != (len(routers), expected):
-        raise ValueError(
-            f"routing of {layers} layers and {top_k} experts per token does not fit a model with "
-            f"{len(routers)} mixture-of-experts layers and {expected} experts per token"
-        )

@@ -215,7 +215,7 @@ def test_replay_without_the_engines_routing_names_the_sample(moe: pathlib.Path) 
 
 
 def test_a_dense_model_has_no_routing_to_replay(dense: pathlib.Path) -> None:
-    with pytest.raises(ValueError, match="no softmax top-k router"):
+    with pytest.raises(ValueError, match="has no router whose choice"):
         loaded(dense, use_routing_replay=True)
 
 

@@ -101,5 +101,5 @@ def test_samples_without_the_engines_routing_are_named(moe: pathlib.Path) -> Non
 
 
 def test_a_dense_model_has_no_routing_to_observe(tmp_path: pathlib.Path) -> None:
-    with pytest.raises(ValueError, match="no softmax top-k router"):
+    with pytest.raises(ValueError, match="has no router whose choice"):
         trained(write_dense_model(tmp_path / "dense"), random_groups(1), observe_rollout_routing=True)

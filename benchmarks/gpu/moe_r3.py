@@ -1,0 +1,143 @@
+"""GRPO runs of an upcycled mixture of experts with SGLang on one GPU: with and without routing replay, both backends.
+
+    python -m examples.smollm2_chain_sum.prepare
+    python -m examples.smollm2_chain_sum.upcycle --model .cache/smollm2-135m-instruct --out .cache/smollm2-moe
+    python -m benchmarks.gpu.moe_r3 --model .cache/smollm2-moe
+
+The task is one-digit sums; engine and trainer share the GPU in turns (`--colocate`). The variant `quick-start` is the
+first command of the README with a Qwen3-MoE of random weights (0.4 B parameters), three steps long. Each run has a time
+limit of its own; what it wrote stays in the folder `--runs`, and the table is written there after every run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib.metadata
+import json
+import os
+import pathlib
+import shlex
+import subprocess
+import sys
+from typing import Any
+
+from benchmarks.gpu.grpo_run import LAYOUTS, REPOSITORY, engine_flags, run, train
+from benchmarks.gpu.models import write_checkpoint
+
+ONE_RANK = ("--tensor-model-parallel-size", "1", "--expert-model-parallel-size", "1")
+MEGATRON = ("--train-backend", "megatron", *ONE_RANK)
+VARIANTS: dict[str, tuple[str, ...]] = {
+    "megatron-r3": (*MEGATRON, "--use-rollout-routing-replay"),
+    "megatron-no-r3": (*MEGATRON, "--observe-rollout-routing"),
+    "fsdp-r3": ("--train-backend", "fsdp", "--use-rollout-routing-replay"),
+}
+QUICK_START = "quick-start"
+QUICK_STEPS = 3
+ROWS = {
+    "exit status": ("status", "{}"),
+    "steps": ("steps", "{}"),
+    "greedy accuracy before": ("before", "{:.3f}"),
+    "greedy accuracy after": ("after", "{:.3f}"),
+    "mean reward": ("reward", "{:.3f}"),
+    "mean difference of log-probs, trainer − engine, nats": ("abs_diff", "{:.5f}"),
+    "mean KL (k3) between engine and trainer": ("kl", "{:.2e}"),
+    "tokens routed differently": ("routed_differently", "{:.2%}"),
+    "tokens × layers that replay sent elsewhere": ("routing_difference", "{:.2%}"),
+    "median step, s": ("step_s", "{:.2f}"),
+    "of which generating, s": ("rollout_s", "{:.2f}"),
+    "of which training, s": ("train_s", "{:.2f}"),
+    "of which new weights, s": ("sync_s", "{:.2f}"),
+    "response tokens/s over all steps": ("tokens_per_s", "{:,.0f}"),
+    "wall time with start and evaluations, s": ("wall_s", "{:.0f}"),
+}
+PACKAGES = ("torch", "sglang", "transformers", "megatron-core", "megatron-bridge", "transformer-engine", "flash-attn")
+
+
+def hardware(device: str) -> str:
+    """What the runs were on."""
+    if device == "cpu":
+        return f"{os.cpu_count()} CPU cores"
+    asked = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
+    found = subprocess.run(asked, capture_output=True, text=True, check=True).stdout.splitlines()[0]
+    return f"one {found.replace(', ', ', driver ')}, {os.cpu_count()} CPU cores"
+
+
+def versions() -> str:
+    """Packages that decide the numbers."""
+    found = {name: _version(name) for name in PACKAGES}
+    return ", ".join(f"{name} {version}" for name, version in found.items() if version)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def table(results: dict[str, dict[str, Any]], device: str) -> str:
+    """Markdown: a column for each run."""
+    lines = [
+        f"{hardware(device)}; Python {sys.version.split()[0]}, {versions()}; {datetime.date.today()}:",
+        f"`python -m benchmarks.gpu.moe_r3 {shlex.join(sys.argv[1:])}`",
+        "",
+        "| | " + " | ".join(results) + " |",
+        "|---|" + "---|" * len(results),
+    ]
+    for title, (key, form) in ROWS.items():
+        cells = [form.format(result[key]) if key in result else "" for result in results.values()]
+        if any(cells):
+            lines.append(f"| {title} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def layout(args: argparse.Namespace) -> tuple[str, ...]:
+    """SGLang gives memory back on a GPU alone."""
+    return LAYOUTS["colocated"] if args.device == "cuda" else ()
+
+
+def quick_start(args: argparse.Namespace, folder: pathlib.Path) -> dict[str, Any]:
+    """The README's command with a Qwen3-MoE, on one GPU."""
+    kind = "moe" if args.device == "cuda" else "tiny-moe"
+    model = write_checkpoint(folder / "model", kind, weights=True)
+    prompts = REPOSITORY / "examples" / "smollm2_chain_sum" / "data" / "train.jsonl"
+    flags = ["--advantage-estimator", "grpo", "--hf-checkpoint", str(model), "--prompt-data", str(prompts)]
+    flags += ["--input-key", "prompt", "--label-key", "label", "--rm-type", "math"]
+    flags += ["--rollout-batch-size", "32", "--n-samples-per-prompt", "8", "--rollout-max-response-len", "64"]
+    flags += ["--num-rollout", str(QUICK_STEPS), "--actor-num-gpus-per-node", "1", *layout(args), *MEGATRON]
+    return train([*flags, *engine_flags(args.device, args.python), *args.more], folder, args.deadline)
+
+
+def main() -> None:
+    """Run what is asked for; print and write the table after each run."""
+    names = [*VARIANTS, QUICK_START]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=".cache/smollm2-moe", help="folder that upcycle.py wrote")
+    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=names)
+    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--deadline", type=float, default=180.0, help="seconds that each run may take")
+    parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
+    parser.add_argument("--python", default="", help="interpreter that has SGLang, when it is another one")
+    parser.add_argument("--runs", type=pathlib.Path, default=pathlib.Path("runs/moe-r3"), help="folder for runs")
+    parser.add_argument("more", nargs="*", help="more flags of train.py, after --")
+    args = parser.parse_args()
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # SGLang would count the shared expert among those that it routes to, which the trainer does not.
+    common = [*layout(args), "--sglang-disable-shared-experts-fusion", "--eval-interval", str(args.steps)]
+    results: dict[str, dict[str, Any]] = {}
+    for name in args.variants:
+        folder = (args.runs / name).absolute()
+        if name == QUICK_START:
+            results[name] = quick_start(args, folder)
+        else:
+            results[name] = run(args, [*common, *VARIANTS[name]], folder)
+        print(name, json.dumps(results[name]), flush=True)
+        (args.runs / "table.md").write_text(table(results, args.device))
+    print("\n" + table(results, args.device))
+    if any(result["status"] for result in results.values()):
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
