@@ -65,6 +65,7 @@ class Generator:
             layers=shape.layers,
             kv_heads=shape.kv_heads,
             head_dim=shape.head_dim,
+            value_dim=shape.value_dim,
             max_slots=options.max_running_requests,
             max_length=options.max_total_tokens,
             dtype=options.dtype,

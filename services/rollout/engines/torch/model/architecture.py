@@ -23,6 +23,9 @@ class ModelShape:
     heads: int
     kv_heads: int
     head_dim: int
+    """Of queries and keys."""
+    value_dim: int
+    """Of a head's values; smaller than its keys with latent attention (MLA)."""
     hidden_size: int
     intermediate_size: int
     vocabulary: int
@@ -51,11 +54,14 @@ def read_config(hf_checkpoint: str | pathlib.Path) -> Any:
 def model_shape(config: Any) -> ModelShape:
     """Sizes out of a configuration."""
     heads = int(config.num_attention_heads)
+    latent = getattr(config, "kv_lora_rank", None) is not None  # its head_dim is that of the rotated part alone
+    head_dim = config.qk_head_dim if latent else getattr(config, "head_dim", None) or config.hidden_size // heads
     return ModelShape(
         layers=int(config.num_hidden_layers),
         heads=heads,
         kv_heads=int(getattr(config, "num_key_value_heads", None) or heads),
-        head_dim=int(getattr(config, "head_dim", None) or config.hidden_size // heads),
+        head_dim=int(head_dim),
+        value_dim=int(config.v_head_dim if latent else head_dim),
         hidden_size=int(config.hidden_size),
         intermediate_size=int(getattr(config, "intermediate_size", None) or 4 * config.hidden_size),
         vocabulary=int(config.vocab_size),

@@ -103,7 +103,7 @@ def min_query_rows(shape: ModelShape, dtype: torch.dtype, device: torch.device) 
     query_BMD, keys_BDT, values_BTD = (
         random(batch, most, shape.head_dim),
         random(batch, shape.head_dim, length),
-        random(batch, length, shape.head_dim),
+        random(batch, length, shape.value_dim),
     )
     mask_T = torch.zeros(length, dtype=dtype, device=device)
     mask_T[written:] = -torch.inf
@@ -144,7 +144,7 @@ def dependent_shapes(
     sizes = {
         (shape.hidden_size, shape.heads * shape.head_dim),
         (shape.hidden_size, shape.kv_heads * shape.head_dim),
-        (shape.heads * shape.head_dim, shape.hidden_size),
+        (shape.heads * shape.value_dim, shape.hidden_size),
         (shape.hidden_size, shape.intermediate_size),
         (shape.intermediate_size, shape.hidden_size),
         (shape.hidden_size, min(shape.vocabulary, 4096)),
