@@ -11,6 +11,9 @@ from collections.abc import Mapping
 from typing import Literal
 
 EngineName = Literal["torch", "sglang"]
+WeightForm = Literal["module", "checkpoint"]
+"""How a model's tensors are named and cut: as transformers' modules hold them, a layer's experts in one tensor, or as
+the files of Hugging Face checkpoints do, each expert's matrices under names of their own."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,9 +25,15 @@ class EngineSpec:
     """Whether the model runs in server processes beside the rollout service, which settings start or attach."""
     weight_formats: frozenset[str]
     """Values of rollout_weight_format that it loads."""
-    fused_experts: bool
-    """Whether the trainer sends a layer's experts as one tensor, as transformers' models hold them; otherwise each
-    expert's matrices are sent under names of their own, as in checkpoints."""
+    weight_form: WeightForm
+    """Names and shapes in which it takes a model's tensors."""
+    mtp_drafts: frozenset[str]
+    """Speculative algorithms whose draft is made of the policy's own MTP layers, unless a draft model is given. MTP
+    layers are published for these alone."""
+    unties: frozenset[str]
+    """Types of models whose tied head it keeps apart from the embeddings, so that it needs the tensor by both names."""
+    experts_everywhere: frozenset[str]
+    """Types of models that it builds with experts in every layer, whatever their configuration says."""
     adapter_base_on_device: bool
     """Whether the rollout service keeps the weights that adapters are merged into on the engine's device; otherwise in
     host memory, because the servers need their GPU to themselves."""
@@ -40,7 +49,10 @@ ENGINE_SPECS: Mapping[EngineName, EngineSpec] = types.MappingProxyType(
             name="torch",
             runs_servers=False,
             weight_formats=frozenset({"as_trained", "fp8_block"}),
-            fused_experts=True,
+            weight_form="module",
+            mtp_drafts=frozenset(),
+            unties=frozenset(),
+            experts_everywhere=frozenset(),
             adapter_base_on_device=True,
             frees_memory=False,
             default_max_running_requests=64,
@@ -49,7 +61,10 @@ ENGINE_SPECS: Mapping[EngineName, EngineSpec] = types.MappingProxyType(
             name="sglang",
             runs_servers=True,
             weight_formats=frozenset({"as_trained"}),
-            fused_experts=False,
+            weight_form="checkpoint",
+            mtp_drafts=frozenset({"EAGLE", "NEXTN"}),
+            unties=frozenset({"glm4_moe", "minimax_m2", "qwen2_moe", "qwen3_moe"}),
+            experts_everywhere=frozenset({"qwen2_moe", "qwen3_moe"}),
             adapter_base_on_device=False,
             frees_memory=True,
             default_max_running_requests=None,

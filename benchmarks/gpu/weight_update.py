@@ -26,6 +26,7 @@ from benchmarks.gpu.sglang_throughput import CPU_FLAGS, GPU_FLAGS, prompts
 from miles.services.rollout.engines.base import GenerationRequest, PauseMode, SamplingParams
 from miles.services.rollout.engines.sglang import SglangEngine, SglangOptions
 from miles.services.rollout.engines.sglang.weights.layout import read_layout
+from miles.weights.naming.contract import WeightContract
 
 RUNNING = 64
 """Requests under way in the rounds with requests."""
@@ -34,7 +35,7 @@ Weights = Mapping[str, torch.Tensor]
 
 def random_weights(folder: pathlib.Path, device: str, seed: int) -> dict[str, torch.Tensor]:
     """A full set of parameters, by name, in one allocation, as a transport leaves them."""
-    shapes = read_layout(str(folder)).shapes
+    shapes = read_layout(str(folder), WeightContract(form="checkpoint")).shapes
     sizes = {name: -(-math.prod(shape) // 64) * 64 for name, shape in shapes.items()}
     torch.manual_seed(seed)
     flat = torch.empty(sum(sizes.values()), device=device, dtype=torch.bfloat16).normal_(std=0.02)

@@ -24,6 +24,8 @@ from miles.services.rollout.serving.subscriptions import subscribe_draft, subscr
 from miles.services.rollout.stages import report_stage
 
 if TYPE_CHECKING:
+    import torch
+
     from miles.config import JobConfig
     from miles.reward_sdk.client import RewardClient
     from miles.weights.adapters.merging import AdapterBase
@@ -163,10 +165,21 @@ class RolloutJob:
 
         from miles.services.rollout.engines.checkpoint_weights import read_weights
         from miles.weights.adapters.merging import AdapterBase
+        from miles.weights.naming.published import published_tensors
 
         rollout = self.config.rollout
+        published = published_tensors(self.config)
         device = self.engine.device if self.engine.spec.adapter_base_on_device else torch.device("cpu")
-        return AdapterBase(read_weights(str(rollout.hf_checkpoint), rollout.rollout_dtype), device)
+        weights = read_weights(str(rollout.hf_checkpoint), rollout.rollout_dtype)
+        return AdapterBase(weights, device, published.from_module)
+
+    def _read_weights(self) -> Mapping[str, torch.Tensor]:
+        from miles.services.rollout.engines.checkpoint_weights import read_weights
+        from miles.weights.naming.published import published_tensors
+
+        rollout = self.config.rollout
+        weights = read_weights(str(rollout.hf_checkpoint), rollout.rollout_dtype)
+        return dict(published_tensors(self.config).from_module(weights.items()))
 
     async def _subscribe_with_base(self) -> None:
         await self._subscribe(await asyncio.to_thread(self._read_base))
@@ -180,11 +193,7 @@ class RolloutJob:
             self._closing.push_async_callback(subscriber.close)
 
     async def _load_checkpoint(self) -> None:
-        from miles.services.rollout.engines.checkpoint_weights import read_weights
-
-        rollout = self.config.rollout
-        weights = await asyncio.to_thread(read_weights, str(rollout.hf_checkpoint), rollout.rollout_dtype)
-        await self.serving.load_weights(0, weights)
+        await self.serving.load_weights(0, await asyncio.to_thread(self._read_weights))
         self.serving.serve(0)
 
     def listen(self, listener: Callable[[], None]) -> Callable[[], None]:

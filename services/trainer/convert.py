@@ -73,7 +73,7 @@ def dist_to_hf(config: JobConfig, source: pathlib.Path, directory: pathlib.Path)
     model = _model(config)
     torch_dist.load_weights(found, model)
     out_type = algorithm_options.DTYPES[config.rollout.rollout_dtype]
-    exporter = Exporter(model, out_type, fuse_experts=False)
+    exporter = Exporter(model, out_type)
     source_folder = pathlib.Path(str(config.rollout.hf_checkpoint))
     replace_folder(directory, lambda new: write_hf_checkpoint(new, source_folder, exporter.tensors(), out_type))
 

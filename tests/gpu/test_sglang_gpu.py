@@ -10,8 +10,8 @@ import pytest
 import pytest_asyncio
 import torch
 from broadcast_kit import publish, transport
-from sglang_kit import GPU_FLAGS, largest_difference, options, reference_log_probs, respond, running
-from torch_engine_models import prompt_of, save_checkpoint, weights_of
+from sglang_kit import GPU_FLAGS, largest_difference, options, published_weights, reference_log_probs, respond, running
+from torch_engine_models import prompt_of, save_checkpoint
 
 from miles.rpc.gen import weightsync_pb2
 from miles.services.rollout.engines.base import PauseMode
@@ -55,7 +55,7 @@ async def engine(
 
 def on_gpu(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """The model's weights in one allocation, as a transport leaves them on the engine's GPU."""
-    tensors = weights_of(model)
+    tensors = published_weights(model)
     flat = torch.cat([tensor.flatten() for tensor in tensors.values()]).cuda()
     parts = flat.split([tensor.numel() for tensor in tensors.values()])
     return {name: part.view(tensor.shape) for (name, tensor), part in zip(tensors.items(), parts, strict=True)}
@@ -76,8 +76,8 @@ async def test_weights_in_gpu_memory_are_served(engine: SglangEngine, models: li
 async def test_weights_in_host_memory_and_apart_on_the_gpu_are_served(
     engine: SglangEngine, models: list[torch.nn.Module]
 ) -> None:
-    apart = {name: tensor.cuda() for name, tensor in weights_of(models[0]).items()}
-    for version, tensors in ((3, weights_of(models[0])), (4, weights_of(models[1])), (5, apart)):
+    apart = {name: tensor.cuda() for name, tensor in published_weights(models[0]).items()}
+    for version, tensors in ((3, published_weights(models[0])), (4, published_weights(models[1])), (5, apart)):
         await engine.load_weights(version, tensors)
         await engine.weight_bytes()
     response = await respond(engine, prompt_of(9))
@@ -140,7 +140,7 @@ async def test_a_draft_is_swapped_under_load_and_the_policy_stays_as_it_is(
         for version, model in enumerate((other, policy), start=1):
             tasks = [asyncio.create_task(respond(engine, prompt_of(9 + i, i), **LONG)) for i in range(4)]
             await asyncio.sleep(0.2)
-            await draft.load_weights(version, weights_of(model))
+            await draft.load_weights(version, published_weights(model))
             assert (draft.version, engine.version) == (version, 5)
             await draft.weight_bytes()
             for response in await asyncio.gather(*tasks):
@@ -164,7 +164,7 @@ async def test_weights_come_by_nccl_straight_into_a_server(
     async with running(given) as engine:
         receiver = engine.create_receiver(weightsync_pb2.TRANSPORT_KIND_COLLECTIVE, Endpoint(device=engine.device))
         for version, model in enumerate(models, start=1):
-            tensors = {name: tensor.to("cuda:1") for name, tensor in weights_of(model).items()}
+            tensors = {name: tensor.to("cuda:1") for name, tensor in published_weights(model).items()}
             published = publish([rank], version, tensors, 1 << 16)
             received = await asyncio.to_thread(receiver.receive, *published)
             await engine.load_weights(version, received.tensors)

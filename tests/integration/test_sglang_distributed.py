@@ -16,7 +16,16 @@ import pytest
 import pytest_asyncio
 import torch
 from broadcast_kit import PATIENT, QUICK, Published, publish, transport
-from sglang_kit import ON_GPU, have_sglang, largest_difference, options, reference_log_probs, respond, running
+from sglang_kit import (
+    ON_GPU,
+    have_sglang,
+    largest_difference,
+    options,
+    published_weights,
+    reference_log_probs,
+    respond,
+    running,
+)
 from torch_engine_models import prompt_of, save_checkpoint, weights_of
 from weight_host import JOB, POLICY, Host
 
@@ -200,7 +209,8 @@ async def test_every_rank_of_a_server_takes_weights_and_experts_come_once(
 ) -> None:
     monkeypatch.setenv("SGLANG_CPU_OMP_THREADS_BIND", "0|0")
     model = save_checkpoint(folder / "moe", "qwen3_moe", 3, initializer_range=0.1)
-    other = {name: tensor.flip(0).contiguous() for name, tensor in weights_of(model).items()}
+    weights = published_weights(model)
+    other = {name: tensor.flip(0).contiguous() for name, tensor in weights.items()}
     given = options(
         folder / "moe", folder / "logs", name="two", gpus_per_engine=2, routed_experts=True, weight_path="distributed"
     )
@@ -208,7 +218,7 @@ async def test_every_rank_of_a_server_takes_weights_and_experts_come_once(
     async with running(given) as engine:
         await engine.load_weights(0, other)
         await engine.weight_bytes()
-        await load(engine, publish([rank()], 1, weights_of(model), BUCKET_BYTES))
+        await load(engine, publish([rank()], 1, weights, BUCKET_BYTES))
         await engine.weight_bytes()
         response = await respond(engine, prompt, experts=True)
         assert largest_difference(response, reference_log_probs(model, prompt, response.tokens)) < 1e-5

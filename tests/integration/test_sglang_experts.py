@@ -11,8 +11,17 @@ import numpy.typing as npt
 import pytest
 import pytest_asyncio
 import torch
-from sglang_kit import ON_GPU, have_sglang, largest_difference, options, reference_log_probs, respond, running
-from torch_engine_models import prompt_of, save_checkpoint, weights_of
+from sglang_kit import (
+    ON_GPU,
+    have_sglang,
+    largest_difference,
+    options,
+    published_weights,
+    reference_log_probs,
+    respond,
+    running,
+)
+from torch_engine_models import prompt_of, save_checkpoint
 
 from miles.services.rollout.engines.base import FinishReason, PauseMode
 from miles.services.rollout.engines.sglang import SglangEngine
@@ -40,7 +49,7 @@ def model(folder: pathlib.Path) -> torch.nn.Module:
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def engine(folder: pathlib.Path, model: torch.nn.Module) -> AsyncIterator[SglangEngine]:
     async with running(options(folder / "model", folder / "logs", routed_experts=True)) as started:
-        await started.load_weights(0, weights_of(model))
+        await started.load_weights(0, published_weights(model))
         yield started
 
 
@@ -114,10 +123,11 @@ async def test_experts_survive_a_pause(engine: SglangEngine, model: torch.nn.Mod
 
 
 async def test_an_update_reaches_every_expert(engine: SglangEngine, model: torch.nn.Module) -> None:
-    other = {name: tensor.flip(0).contiguous() for name, tensor in weights_of(model).items()}
+    weights = published_weights(model)
+    other = {name: tensor.flip(0).contiguous() for name, tensor in weights.items()}
     await engine.load_weights(1, other)
     await engine.weight_bytes()
-    await engine.load_weights(2, weights_of(model))
+    await engine.load_weights(2, weights)
     await engine.weight_bytes()
     response = await respond(engine, prompt_of(7))
     assert largest_difference(response, reference_log_probs(model, prompt_of(7), response.tokens)) < 1e-5

@@ -52,7 +52,7 @@ def compare(folder: pathlib.Path) -> dict[str, Any]:
     with torch.no_grad():
         logits = Pipeline(model, parallel, DEVICE)._forward(model.chunks[0], rows)[0].float().cpu()
     source = {name: tensor.to(DTYPE).float() for name, tensor in load_file(folder / "model.safetensors").items()}
-    written = {name: tensor.cpu() for name, tensor in Exporter(model, torch.float32, fuse_experts=False).tensors()}
+    written = {name: tensor.cpu() for name, tensor in Exporter(model, torch.float32).tensors()}
     shared = {name: written[str(original_of(name))] for name in source.keys() - written.keys() if original_of(name)}
     back = {**written, **shared}
     same = source.keys() == back.keys() and all(torch.equal(source[name], back[name]) for name in source)

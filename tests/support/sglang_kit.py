@@ -14,6 +14,8 @@ import torch
 
 from miles.services.rollout.engines.base import GenerationRequest, GenerationResult, SamplingParams
 from miles.services.rollout.engines.sglang import SglangEngine, SglangOptions
+from miles.weights.naming.model_tensors import once
+from miles.weights.naming.rules import conversion_of
 
 CPU_PYTHON = pathlib.Path(__file__).parent / "sglang_cpu" / "python"
 ON_GPU = torch.cuda.is_available()
@@ -64,6 +66,12 @@ async def running(given: SglangOptions) -> AsyncIterator[SglangEngine]:
         yield engine
     finally:
         await engine.close()
+
+
+def published_weights(model: Any) -> dict[str, torch.Tensor]:
+    """A model's weights as a trainer publishes them for SGLang."""
+    held = {name: tensor.detach() for name, tensor in once(model.state_dict(keep_vars=True)).items()}
+    return {name: tensor.clone() for name, tensor in conversion_of(model, held).to_checkpoint(held.items())}
 
 
 @dataclasses.dataclass

@@ -6,7 +6,7 @@ version is complete by itself, also for an engine that joins late.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 
@@ -16,6 +16,8 @@ from miles.weights.adapters import lora
 from miles.weights.base import ReceivedWeights
 from miles.weights.check import check_weight_update_equal
 from miles.weights.manifest import ChecksumMismatch
+
+Publish = Callable[[Iterable[tuple[str, torch.Tensor]]], Iterator[tuple[str, torch.Tensor]]]
 
 
 class AdaptedWeights:
@@ -27,7 +29,7 @@ class AdaptedWeights:
 
     @property
     def tensors(self) -> Mapping[str, torch.Tensor]:
-        """Every weight by HF name; those without an adapter are the base's own."""
+        """Every weight as the engine takes it; those without an adapter are the base's own."""
         return self._tensors
 
     @property
@@ -44,10 +46,14 @@ class AdaptedWeights:
 class AdapterBase:
     """Merges adapters into one base, which is not changed. Not thread-safe."""
 
-    def __init__(self, base: Mapping[str, torch.Tensor], device: torch.device) -> None:
-        """`base` is every weight by HF name, tied ones once, all in the dtype that is served, on the CPU.
+    def __init__(
+        self, base: Mapping[str, torch.Tensor], device: torch.device, publish: Publish = lambda tensors: iter(tensors)
+    ) -> None:
+        """`base` is every weight in the module form, tied ones once, all in the dtype that is served, on the CPU.
 
-        Merged weights are put on `device`. Raises ValueError for weights of several dtypes. Hashes the base at once.
+        Merged weights are put on `device`, and `publish` converts them to the form in which the engine takes them:
+        adapters are trained in the module form, and so named. Raises ValueError for weights of several dtypes. Hashes
+        the base at once.
         """
         dtypes = {tensor.dtype for tensor in base.values()}
         if len(dtypes) != 1:
@@ -55,6 +61,7 @@ class AdapterBase:
         (self._dtype,) = dtypes
         self._device = device
         self._base = base
+        self._publish = publish
         self._identity = lora.base_checksum(base.items(), self._dtype)
         self._unadapted: dict[str, torch.Tensor] = {}
         """Weights without an adapter, on the device, by name."""
@@ -71,11 +78,11 @@ class AdapterBase:
         adapted = set(lora.adapted_weights(adapter.tensors))
         if not self._unadapted:
             self._unadapted = {name: t.to(self._device) for name, t in base.items() if name not in adapted}
-        full = {
-            name: self._merged(name, adapter.tensors, manifest.lora) if name in adapted else self._on_device(name)
+        full = (
+            (name, self._merged(name, adapter.tensors, manifest.lora) if name in adapted else self._on_device(name))
             for name in base
-        }
-        return AdaptedWeights(full, adapter)
+        )
+        return AdaptedWeights(dict(self._publish(full)), adapter)
 
     def check(
         self, manifest: policy_pb2.Manifest, received: AdaptedWeights, served: Mapping[str, torch.Tensor]
@@ -89,10 +96,15 @@ class AdapterBase:
         self._check_identity(manifest)
         base = self._base
         adapted = set(lora.adapted_weights(received.adapter))
-        faults = [f"{name} is not served" for name in base if name not in served]
-        for name in base.keys() & served.keys():
-            expected = self._merged(name, received.adapter, manifest.lora) if name in adapted else base[name]
-            if not _same_bytes(expected, served[name]):
+        full = (
+            (name, self._merged(name, received.adapter, manifest.lora) if name in adapted else base[name])
+            for name in base
+        )
+        faults = []
+        for name, expected in self._publish(full):
+            if name not in served:
+                faults.append(f"{name} is not served")
+            elif not _same_bytes(expected, served[name]):
                 faults.append(f"{name} has other bytes")
         if faults:
             more = f" and {len(faults) - 3} more" if len(faults) > 3 else ""

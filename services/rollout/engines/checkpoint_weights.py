@@ -9,14 +9,18 @@ if TYPE_CHECKING:
 
 
 def read_weights(hf_checkpoint: str, dtype: str) -> dict[str, torch.Tensor]:
-    """Read every parameter by name, tied ones once, in `dtype` ("float32" or "bfloat16"), to the CPU.
+    """Read all parameters and persistent buffers by name in the module form, tied ones once, to the CPU.
 
-    Uses transformers, because a checkpoint's files may name and split parameters differently from the model.
-    Raises OSError or ValueError when the folder has no weights that fit.
+    Floating-point ones have `dtype` ("float32" or "bfloat16"). Uses transformers, because a checkpoint's files may name
+    and split parameters differently from the model. Raises OSError or ValueError when the folder has no weights that
+    fit.
     """
     import torch
     from transformers import AutoModelForCausalLM
 
+    from miles.weights.naming.model_tensors import once
+
     kind = getattr(torch, dtype)
     model = AutoModelForCausalLM.from_pretrained(hf_checkpoint, dtype=kind)
-    return {name: parameter.detach().to(kind) for name, parameter in model.named_parameters(remove_duplicate=True)}
+    weights = once(model.state_dict(keep_vars=True))
+    return {name: w.detach().to(kind if w.is_floating_point() else w.dtype) for name, w in weights.items()}

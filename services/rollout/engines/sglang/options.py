@@ -8,6 +8,8 @@ import sys
 from collections.abc import Mapping
 from typing import Any, Literal
 
+from miles.weights.naming.contract import WeightContract
+
 WeightPath = Literal["tensor", "disk", "distributed"]
 
 
@@ -44,6 +46,8 @@ class SglangOptions:
     distributed makes it a member of the trainer's broadcasts; versions that are not broadcast go as tensors."""
     weight_dir: pathlib.Path | None = None
     """Folder for the files of the disk path."""
+    contract: WeightContract = dataclasses.field(default_factory=lambda: WeightContract(form="checkpoint"))
+    """Which tensors each version of the policy consists of."""
     bucket_bytes: int = 512 << 20
     """Most bytes of weights in one bucket."""
     random_seed: int = 42

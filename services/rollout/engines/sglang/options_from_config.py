@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from miles.config.checks.device import detect_device
+from miles.weights.naming.contract import contract_of
 
 if TYPE_CHECKING:
     from miles.config import JobConfig
@@ -35,6 +36,7 @@ def configured_options(
         "memory_saver": config.cluster.offload_rollout,
         "weight_path": rollout.rollout_engine_weights,
         "weight_dir": None if weight_dir is None else pathlib.Path(weight_dir),
+        "contract": contract_of(config),
         "bucket_bytes": config.weights.update_weight_buffer_size,
         "random_seed": rollout.rollout_seed,
         "log_dir": pathlib.Path(config.services.run_dir) / "logs",

@@ -25,6 +25,7 @@ from miles.services.trainer.checkpoint.background_save import Saving
 from miles.services.trainer.checkpoint.record import CheckpointRecord, check_base
 from miles.services.trainer.checkpoint.state import TrainerState
 from miles.services.trainer.step import algorithm_options
+from miles.weights.naming.published import PublishedTensors, published_tensors, refuse_misfits
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -32,10 +33,16 @@ if TYPE_CHECKING:
     from miles.config import JobConfig
 
 
+Layout = Sequence[tuple[str, torch.dtype, tuple[int, ...]]]
+
+
 @dataclasses.dataclass(frozen=True)
 class _Parts(LoadedParts):
     roles: FsdpRoles
     trainer: FsdpTrainer
+    published: PublishedTensors
+    layout: Layout
+    """Of an export, in its order."""
 
     @property
     def policy(self) -> PreTrainedModel:
@@ -45,9 +52,6 @@ class _Parts(LoadedParts):
 class FsdpBackend(BaseBackend[_Parts]):
     """Trains a Hugging Face model that is sharded over all ranks of the default process group.
 
-    What `export` yields has the names of the model's own `state_dict()`, a tied tensor once under its first name. In
-    mixture-of-experts models of transformers 5 the experts of a layer are one fused three-dimensional parameter; an
-    engine that runs the same modelling code takes it as it is. `save_hf` writes the names of the checkpoint format.
     With `lora_rank` the policy is a frozen base and an adapter, and `export` yields the adapter alone.
     """
 
@@ -67,24 +71,31 @@ class FsdpBackend(BaseBackend[_Parts]):
         """Memory for a bucket of an export, uint8 (nbytes,)."""
         return torch.empty(nbytes, dtype=torch.uint8, device=self._device)
 
-    def export_layout(self) -> Sequence[tuple[str, torch.dtype, tuple[int, ...]]]:
+    def export_layout(self) -> Layout:
         """See `TrainerBackend.export_layout`."""
-        dtype = algorithm_options.DTYPES[self._config.rollout.rollout_dtype]
-        return [
-            (name, dtype if tensor.is_floating_point() else tensor.dtype, tuple(tensor.shape))
-            for name, tensor in self._exported_weights()
-        ]
+        return self._loaded.layout
 
     def _build(self) -> _Parts:
+        published = published_tensors(self._config)  # first: it refuses a model before anything is loaded
         roles = build_roles(self._config, self._device)
-        return _Parts(roles, FsdpTrainer(self._config, roles, roles.routing, self._device))
+        trainer = FsdpTrainer(self._config, roles, roles.routing, self._device)
+        policy = cast("PreTrainedModel", roles.policy.model)
+        exported = (
+            named_adapters(policy)
+            if roles.adapter is not None
+            else published.from_module(_empty(named_weights(policy)))
+        )
+        dtype = algorithm_options.DTYPES[self._config.rollout.rollout_dtype]
+        layout = [(name, dtype if t.is_floating_point() else t.dtype, tuple(t.shape)) for name, t in exported]
+        if roles.adapter is None:
+            refuse_misfits(published, {name: shape for name, _, shape in layout}, "the model has")
+        return _Parts(roles, trainer, published, layout)
 
     def _export(self) -> Iterator[tuple[str, torch.Tensor]]:
-        return self._gathered(self._exported_weights())
-
-    def _exported_weights(self) -> Iterable[tuple[str, torch.Tensor]]:
         parts = self._loaded
-        return named_weights(parts.policy) if parts.roles.adapter is None else named_adapters(parts.policy)
+        if parts.roles.adapter is not None:
+            return self._gathered(named_adapters(parts.policy))
+        return parts.published.from_module(self._gathered(named_weights(parts.policy)))
 
     def _gathered(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
         dtype = algorithm_options.DTYPES[self._config.rollout.rollout_dtype]
@@ -164,3 +175,8 @@ class FsdpBackend(BaseBackend[_Parts]):
         """Identity of the weights that an adapter is trained on; empty when all of the policy is trained."""
         adapter = self._loaded.roles.adapter
         return "" if adapter is None else adapter.identity
+
+
+def _empty(weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Tensors like these without memory, and unsharded."""
+    return ((name, torch.empty(weight.shape, dtype=weight.dtype, device="meta")) for name, weight in weights)

@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from miles.engine_spec import engine_spec
 from miles.services.trainer.backends.base import BaseBackend, LoadedParts
 from miles.services.trainer.backends.megatron.checkpoint import torch_dist
 from miles.services.trainer.backends.megatron.checkpoint.hf_files import write_hf_checkpoint
@@ -19,6 +18,9 @@ from miles.services.trainer.backends.megatron.step import MegatronTrainer
 from miles.services.trainer.checkpoint.background_save import Saving
 from miles.services.trainer.checkpoint.record import CheckpointRecord
 from miles.services.trainer.step import algorithm_options
+from miles.weights.naming.published import PublishedTensors, published_tensors, refuse_misfits
+
+Layout = Sequence[tuple[str, torch.dtype, tuple[int, ...]]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,36 +29,37 @@ class _Parts(LoadedParts):
     trainer: MegatronTrainer
     parallel: groups.ParallelRank
     exporter: Exporter
+    published: PublishedTensors
+    layout: Layout
+    """Of an export, in its order."""
 
 
 class MegatronBackend(BaseBackend[_Parts]):
     """Trains a model in Megatron-Core, spread over all ranks of the default process group by the configured layout.
 
-    `export` yields the names of the Hugging Face checkpoint, complete on every rank; a layer's experts are joined
-    where the engine takes them as one tensor.
+    What `export` yields is complete on every rank.
     """
 
     lora = None
     """It trains no adapters."""
 
-    def export_layout(self) -> Sequence[tuple[str, torch.dtype, tuple[int, ...]]]:
+    def export_layout(self) -> Layout:
         """See `TrainerBackend.export_layout`."""
-        return self._loaded.exporter.layout
+        return self._loaded.layout
 
     def _build(self) -> _Parts:
         config = self._config
+        published = published_tensors(config)  # first: it refuses a model before anything is loaded
         parallel = groups.initialize(config.megatron, config.train.seed, config.cluster.distributed_timeout_minutes)
         roles = build_roles(config, parallel, self._device)
-        exporter = Exporter(
-            roles.policy.model,
-            algorithm_options.DTYPES[config.rollout.rollout_dtype],
-            fuse_experts=engine_spec(config.rollout.rollout_backend).fused_experts,
-        )
+        exporter = Exporter(roles.policy.model, algorithm_options.DTYPES[config.rollout.rollout_dtype])
+        layout = [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in _published(exporter, published)]
+        refuse_misfits(published, {name: shape for name, _, shape in layout}, "megatron-bridge exports")
         trainer = MegatronTrainer(config, roles, parallel, roles.routing, self._device)
-        return _Parts(roles, trainer, parallel, exporter)
+        return _Parts(roles, trainer, parallel, exporter, published, layout)
 
     def _export(self) -> Iterator[tuple[str, torch.Tensor]]:
-        return self._loaded.exporter.tensors()
+        return _published(self._loaded.exporter, self._loaded.published)
 
     def _save(self, directory: pathlib.Path, record: CheckpointRecord) -> None:
         torch_dist.save(directory, self._contents(), record)
@@ -68,7 +71,7 @@ class MegatronBackend(BaseBackend[_Parts]):
         return torch_dist.load(directory, self._contents())
 
     def _write_hf(self, directory: pathlib.Path) -> None:
-        tensors = self._loaded.exporter.tensors(fuse=False)
+        tensors = self._loaded.exporter.tensors()
         source = pathlib.Path(str(self._config.rollout.hf_checkpoint))
         write_hf_checkpoint(directory, source, tensors, algorithm_options.DTYPES[self._config.rollout.rollout_dtype])
 
@@ -91,3 +94,7 @@ class MegatronBackend(BaseBackend[_Parts]):
             critic=None if roles.critic is None else roles.critic.model,
             critic_optimizer=roles.critic.optimizer.inner if roles.critic is not None and saves_optimizers else None,
         )
+
+
+def _published(exporter: Exporter, published: PublishedTensors) -> Iterator[tuple[str, torch.Tensor]]:
+    return published.from_checkpoint(exporter.tensors(mtp=published.contract.mtp))

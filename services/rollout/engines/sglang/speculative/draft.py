@@ -7,10 +7,12 @@ import pathlib
 from collections.abc import Awaitable, Callable, Mapping
 from typing import TYPE_CHECKING
 
-from miles.services.rollout.engines.sglang.weights.layout import Shapes, refuse
+from miles.weights.naming.published import refuse
 
 if TYPE_CHECKING:
     import torch
+
+    from miles.weights.naming.conversion import Shapes
 
 _SHARED = ("embed_tokens.weight", "lm_head.weight")
 
@@ -43,7 +45,7 @@ class DraftModel:
             for name, tensor in tensors.items()
             if self._shapes and self._shapes.get(name) != tuple(tensor.shape)
         ]
-        refuse(faults, "draft model")
+        refuse(faults, "the draft model")
         self.version = None
         pause_s = await self._load(tensors)
         self.version, self._tensors = version, tensors

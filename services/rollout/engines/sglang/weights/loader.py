@@ -23,8 +23,7 @@ from miles.services.rollout.engines.sglang.weights import buckets, checker
 from miles.services.rollout.engines.sglang.weights.buckets import NamedTensor
 from miles.services.rollout.engines.sglang.weights.checker import Checksum, Selector
 from miles.services.rollout.engines.sglang.weights.files import write_files
-from miles.services.rollout.engines.sglang.weights.layout import ModelLayout, misfits, read_layout, refuse
-from miles.services.rollout.engines.sglang.weights.names import checkpoint_names
+from miles.services.rollout.engines.sglang.weights.layout import ModelLayout, read_layout
 from miles.services.rollout.engines.sglang.weights.remote import RemoteWeights
 from miles.services.rollout.engines.sglang.weights.staging import StagedWeights
 from miles.services.rollout.engines.sglang.weights.update import WeightUpdate
@@ -66,7 +65,7 @@ class WeightLoader:
     async def prepare(self) -> None:
         """Read the layout of the model's parameters."""
         buckets.share_by_name()
-        self._layout = await asyncio.to_thread(read_layout, self._options.hf_checkpoint)
+        self._layout = await asyncio.to_thread(read_layout, self._options.hf_checkpoint, self._options.contract)
         for replica in self._servers.replicas:
             replica.max_positions = self._layout.max_positions
 
@@ -75,8 +74,8 @@ class WeightLoader:
         self._selector, self._draft_algorithm = "target", algorithm
 
     def check(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Raise ValueError when these are not the model's parameters."""
-        refuse(misfits(self._layout.shapes, tensors, self._dtype), "model")
+        """Raise ValueError when these are not the tensors that the trainer is to publish."""
+        self._layout.refuse_misfits(tensors, self._dtype)
 
     async def load(self, version: int, tensors: Mapping[str, torch.Tensor], *, flush: bool) -> None:
         """Load a version into paused servers; with `flush`, also flush their caches.
@@ -195,7 +194,7 @@ class WeightLoader:
 
     def _named(self, tensors: Mapping[str, torch.Tensor]) -> list[NamedTensor]:
         aliases = self._layout.aliases.items()
-        return [*tensors.items(), *((alias, tensors[name]) for alias, name in aliases)]
+        return [*tensors.items(), *((alias, tensors[name]) for alias, name in aliases if alias not in tensors)]
 
     async def _push(
         self, replicas: Sequence[Replica], version: int | None, tensors: Mapping[str, torch.Tensor], selector: Selector
@@ -206,7 +205,7 @@ class WeightLoader:
         named = list(tensors.items()) if selector == "draft" else self._named(tensors)
         # Tensors in one allocation of a GPU are one bucket, which is not copied.
         limit = sys.maxsize if buckets.are_together(named) else self._options.bucket_bytes
-        parts = list(buckets.in_buckets(checkpoint_names(named), limit))
+        parts = list(buckets.in_buckets(named, limit))
         if self._options.weight_path == "disk" and selector != "draft":
             await self._push_files(replicas, version, parts)
             return
@@ -240,7 +239,8 @@ class WeightLoader:
             found[replica.name] = await checker.checksum(replica.api, selector, timeout_s)
 
         await self._servers.call_each(replicas, update, f"receive version {version} from the trainer")
-        apart = self._layout.aliases.keys() & set().union(*(checksum.names for checksum in found.values()))
+        unsent = self._layout.aliases.keys() - weights.keys()
+        apart = unsent & set().union(*(checksum.names for checksum in found.values()))
         if apart and selector != "draft":
             raise ValueError(
                 f"SGLang keeps {', '.join(sorted(apart))} apart from what it is tied to, and a broadcast sends tied "

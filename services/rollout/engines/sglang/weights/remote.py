@@ -11,7 +11,6 @@ import torch
 
 from miles.rpc import connect_blocking
 from miles.rpc.gen import policy_pb2, weightsync_pb2
-from miles.services.rollout.engines.sglang.weights.names import checkpoint_names
 from miles.weights import flat as flats
 from miles.weights import manifest as manifests
 from miles.weights.base import Endpoint
@@ -28,7 +27,7 @@ class BucketContents:
     """What one broadcast holds, in SGLang's terms: tensors one after the other, without gaps."""
 
     names: Sequence[str]
-    """Those of a checkpoint."""
+    """As published."""
     dtypes: Sequence[str]
     """Torch's names."""
     shapes: Sequence[Sequence[int]]
@@ -124,12 +123,10 @@ def _bucket_contents(descriptors: Sequence[policy_pb2.TensorDescriptor]) -> Buck
         if start % size:
             raise ManifestError(f"{descriptor.name!r} begins at byte {start} without gaps, no multiple of its {size}")
         start += descriptor.nbytes
-    # The parts of split experts are adjacent in the bucket, gate before up, in exactly this order.
-    parts = list(checkpoint_names((d.name, _without_memory(d)) for d in descriptors))
     return BucketContents(
-        [name for name, _ in parts],
-        [str(tensor.dtype).removeprefix("torch.") for _, tensor in parts],
-        [list(tensor.shape) for _, tensor in parts],
+        [descriptor.name for descriptor in descriptors],
+        [str(TORCH_DTYPE[descriptor.dtype]).removeprefix("torch.") for descriptor in descriptors],
+        [list(descriptor.shape) for descriptor in descriptors],
     )
 
 

@@ -59,7 +59,7 @@ def adapt(model: PreTrainedModel, config: JobConfig) -> Adapter:
     """
     lora, rank_0 = config.lora, dist.get_rank() == 0
     dtype = algorithm_options.DTYPES[config.rollout.rollout_dtype]
-    # The parameters, as an engine has them; rank 0 alone has their values yet.
+    # All weights, as an engine has them; rank 0 alone has their values yet.
     checksums = [_checksums(model, dtype) if rank_0 else {}]
     dist.broadcast_object_list(checksums, src=0)
     described = policy_pb2.LoraAdapter(rank=lora.lora_rank, alpha=lora.lora_alpha, base_checksum=checksums[0][dtype])
@@ -87,7 +87,7 @@ def adapt(model: PreTrainedModel, config: JobConfig) -> Adapter:
 def _checksums(model: PreTrainedModel, served: torch.dtype) -> dict[torch.dtype, bytes]:
     """Checksums of the base by dtype: as engines hold it, and as checkpoints identify it."""
     types = dict.fromkeys((served, _IDENTITY_DTYPE))
-    return {dtype: base_checksum(model.named_parameters(remove_duplicate=True), dtype) for dtype in types}
+    return {dtype: base_checksum(named_weights(model), dtype) for dtype in types}
 
 
 def merged_weights(model: torch.nn.Module, gather: Callable[[Weights], Iterator[tuple[str, torch.Tensor]]]) -> Weights:

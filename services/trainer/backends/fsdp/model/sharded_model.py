@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from miles.services.trainer.backends.fsdp.attention import packed_attention as attention
 from miles.services.trainer.step.value_head import ValueHead, initial_weight
+from miles.weights.naming.model_tensors import once
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -117,16 +118,8 @@ def decoder_layers(model: torch.nn.Module) -> list[torch.nn.Module]:
 
 
 def named_weights(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """What makes up the model's weights, by name: parameters and persistent buffers, a tied tensor once.
-
-    The names are those of `state_dict()`. For mixture-of-experts models of transformers 5 they name the fused
-    three-dimensional expert parameters, not the per-expert tensors of the files on disk.
-    """
-    seen: set[int] = set()
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        if id(tensor) not in seen:
-            seen.add(id(tensor))
-            yield name, tensor
+    """The model's weights by name in the module form: parameters and persistent buffers, tied ones once."""
+    yield from once(model.state_dict(keep_vars=True)).items()
 
 
 def full_tensor(tensor: torch.Tensor) -> torch.Tensor:

@@ -1,14 +1,12 @@
-"""Rows of a micro-batch over the ranks of a layout, and experts joined for export."""
+"""Rows of a micro-batch over the ranks of a layout."""
 
 from __future__ import annotations
 
 import numpy as np
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from trainer_cases import random_groups
 
-from miles.services.trainer.backends.megatron.export import join_experts
 from miles.services.trainer.backends.megatron.parallel.rows import PADDING, LocalRows, local_rows
 from miles.services.trainer.batch.packing import EMPTY, MicroBatch, pack
 from miles.services.trainer.batch.rollout_batch import in_order
@@ -56,28 +54,3 @@ def test_a_rank_without_work_still_has_rows() -> None:
     for part in cut(EMPTY, 2, 2):
         assert len(part.sources_L) == 4
         assert len(part.logit_rows) == 0
-
-
-def test_experts_of_a_layer_are_joined_gate_first() -> None:
-    torch.manual_seed(0)
-    single = {
-        f"model.layers.{layer}.mlp.experts.{expert}.{part}_proj.weight": torch.randn(
-            (8, 4) if part != "down" else (4, 8)
-        )
-        for layer in range(2)
-        for part in ("gate", "up", "down")
-        for expert in (1, 0, 2)
-    }
-    named = [("first", torch.zeros(1)), *single.items(), ("last", torch.zeros(1))]
-    joined = dict(join_experts(named))
-    assert list(joined) == [
-        "first",
-        *(f"model.layers.{layer}.mlp.experts.{part}" for layer in range(2) for part in ("gate_up_proj", "down_proj")),
-        "last",
-    ]
-    both = joined["model.layers.1.mlp.experts.gate_up_proj"]
-    assert both.shape == (3, 16, 4)
-    assert torch.equal(both[2, :8], single["model.layers.1.mlp.experts.2.gate_proj.weight"])
-    assert torch.equal(both[2, 8:], single["model.layers.1.mlp.experts.2.up_proj.weight"])
-    down = joined["model.layers.0.mlp.experts.down_proj"]
-    assert torch.equal(down[1], single["model.layers.0.mlp.experts.1.down_proj.weight"])

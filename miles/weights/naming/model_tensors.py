@@ -1,0 +1,86 @@
+"""Names and shapes of all tensors that a Hugging Face model has, from its config.json alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from miles.weights.naming.conversion import Conversion, Shapes
+from miles.weights.naming.rules import conversion_of
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ModelTensors:
+    """A model's parameters and persistent buffers."""
+
+    model_type: str
+    module: Shapes
+    """Shapes by name in the module form, tied tensors once."""
+    aliases: Mapping[str, str]
+    """Further names of tied tensors, each with the one in `module`; the same in both forms."""
+    mtp: Shapes
+    """Those of MTP layers, in the checkpoint form: transformers leaves them out of its models. Without the embeddings
+    and the head, which such layers share with the model."""
+    conversion: Conversion
+    """Between the forms."""
+    config: Any
+    """transformers' configuration of the text model."""
+
+
+def read_model_tensors(folder: str | pathlib.Path) -> ModelTensors:
+    """Read the tensors of the causal language model in a Hugging Face folder; its weights need not be there.
+
+    Raises OSError or ValueError when transformers has no such model of the folder's type, or cannot save it.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(folder)
+    build: Any = AutoModelForCausalLM.from_config
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        model = build(config)
+    model.tie_weights()
+    state = model.state_dict(keep_vars=True)
+    tensors = once(state)
+    first = {id(tensor): name for name, tensor in tensors.items()}
+    aliases = {name: first[id(tensor)] for name, tensor in state.items() if name not in tensors}
+    conversion = conversion_of(model, tensors)
+    module = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    text = config.get_text_config()
+    mtp = _prediction_layers(conversion.checkpoint_shapes(module), text)
+    return ModelTensors(str(config.model_type), module, aliases, mtp, conversion, text)
+
+
+def once(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A model's `state_dict(keep_vars=True)`, with each tied tensor under its first name alone."""
+    first: dict[int, str] = {}
+    return {name: tensor for name, tensor in state.items() if first.setdefault(id(tensor), name) == name}
+
+
+_SHARED_BY_MTP = re.compile(r"model\.layers\.\d+\.(embed_tokens|shared_head\.head)\.weight")
+
+
+def shared_by_mtp(name: str) -> str | None:
+    """The model's tensor that an MTP layer shares under another name; None for a tensor of its own."""
+    match = _SHARED_BY_MTP.fullmatch(name)
+    if match is None:
+        return None
+    return "lm_head.weight" if match[1] == "shared_head.head" else "model.embed_tokens.weight"
+
+
+def _prediction_layers(checkpoint: Shapes, config: Any) -> Shapes:
+    """Those of MTP layers as DeepSeek-V3 and GLM-4.5 have them: a decoder layer like the last, and what feeds it."""
+    count = int(getattr(config, "num_nextn_predict_layers", None) or 0)
+    layers, width = int(config.num_hidden_layers), int(config.hidden_size)
+    last = f"model.layers.{layers - 1}."
+    shapes: dict[str, tuple[int, ...]] = {}
+    for number in range(count):
+        own = f"model.layers.{layers + number}."
+        shapes |= {own + name.removeprefix(last): s for name, s in checkpoint.items() if name.startswith(last)}
+        shapes |= {f"{own}{name}.weight": (width,) for name in ("enorm", "hnorm", "shared_head.norm")}
+        shapes[f"{own}eh_proj.weight"] = (width, 2 * width)
+    return shapes
