@@ -21,8 +21,14 @@ TOP_K = 2
 _LATENT: dict[str, Any] = {
     "n_routed_experts": EXPERTS, "n_shared_experts": 1, "first_k_dense_replace": 1, "n_group": 2, "topk_group": 1,
     "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8,
-    "num_nextn_predict_layers": 0, "rope_interleave": True, "routed_scaling_factor": 2.5,
+    "num_nextn_predict_layers": 0, "rope_interleave": True, "routed_scaling_factor": 2.5, "moe_layer_freq": 1,
+    "topk_method": "noaux_tc", "scoring_func": "sigmoid",
+    "rope_parameters": {
+        "rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64,
+        "beta_fast": 32, "beta_slow": 1, "mscale": 1.0, "mscale_all_dim": 1.0,
+    },
 }  # fmt: skip
+"""With all that the configurations of real ones say and SGLang reads."""
 
 _GLM: dict[str, Any] = {
     "head_dim": 8, "n_routed_experts": EXPERTS, "n_shared_experts": 1, "first_k_dense_replace": 1, "n_group": 1,
@@ -75,6 +81,9 @@ def write_model(family: str, folder: pathlib.Path, seed: int = 0) -> pathlib.Pat
                 parameter.add_(torch.randn(parameter.shape) * 0.1)
             elif name.endswith("gate.weight"):
                 parameter.copy_(torch.randn(parameter.shape) * 0.3)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):  # what balances a router's experts is part of the weights
+                buffer.copy_(torch.randn(buffer.shape) * 0.1)
     model.save_pretrained(folder)
     for number in range(getattr(config, "num_nextn_predict_layers", 0)):
         _add_prediction_layer(folder, config, number)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.abc
 import importlib.util
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
@@ -30,6 +30,14 @@ def _after_host_pools(module: ModuleType) -> None:
     module.ALLOC_MEMORY_FUNCS["cpu"] = allocate  # pinning memory takes a GPU's driver
 
 
+def _after_latent_attention(module: ModuleType) -> None:
+    def absorbed(_attention: Any, _batch: Any) -> Any:
+        return module.AttnForwardMethod.MLA
+
+    # Plain attention reads keys and values from the cache, which holds latent ones; others prefill with full ones.
+    module.AttentionBackendRegistry.register("torch_native", absorbed)
+
+
 class _Finder(importlib.abc.MetaPathFinder):
     def __init__(self) -> None:
         self._busy = False
@@ -40,17 +48,22 @@ class _Finder(importlib.abc.MetaPathFinder):
         if fullname == "torchvision":
             sys.meta_path.remove(self)
             _before_torchvision()
-            sys.meta_path.insert(0, _HostPools())
+            sys.meta_path.insert(0, _AfterImports())
         return None
 
 
-class _HostPools(importlib.abc.MetaPathFinder):
+class _AfterImports(importlib.abc.MetaPathFinder):
+    """Calls what `_AFTER` has for a module once the module is imported."""
+
+    def __init__(self) -> None:
+        self._left = dict(_AFTER)
+
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname != "sglang.srt.mem_cache.pool_host.common":
+        after = self._left.pop(fullname, None)
+        if after is None:
             return None
-        sys.meta_path.remove(self)
         spec = importlib.util.find_spec(fullname)
         assert spec is not None
         assert spec.loader is not None
@@ -58,10 +71,14 @@ class _HostPools(importlib.abc.MetaPathFinder):
 
         def exec_module(module: ModuleType) -> None:
             run(module)
-            _after_host_pools(module)
+            after(module)
 
         spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec
 
 
+_AFTER: Mapping[str, Callable[[ModuleType], None]] = {
+    "sglang.srt.mem_cache.pool_host.common": _after_host_pools,
+    "sglang.srt.models.deepseek_common.attention_backend_handler": _after_latent_attention,
+}
 sys.meta_path.insert(0, _Finder())
