@@ -27,6 +27,7 @@ from miles.services.rollout.engines.sglang.server.probes import probe
 from miles.services.rollout.engines.sglang.weights.checker import checksum, drain_device
 from miles.services.rollout.engines.sglang.weights.files import write_files
 from miles.services.rollout.engines.sglang.weights.update import WeightUpdate
+from miles.weights.base import WeightsRefused
 from miles.weights.manifest import ChecksumMismatch
 
 pytestmark = [
@@ -196,7 +197,7 @@ async def test_weights_that_do_not_fit_are_refused_before_anything_changes(
         good | {"extra.weight": torch.zeros(1)},
         good | {name: torch.zeros(3)},
     ):
-        with pytest.raises(ValueError, match="do not fit the model"):
+        with pytest.raises(WeightsRefused, match="do not fit the model"):
             await engine.load_weights(99, bad)
     assert engine.version == version
     await engine.weight_bytes()

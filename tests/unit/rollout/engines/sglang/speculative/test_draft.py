@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from miles.services.rollout.engines.sglang.speculative.draft import DraftModel, own_parameters
+from miles.weights.base import WeightsRefused
 
 DRAFT = {"model.layers.0.w": torch.ones(2, 3), "model.embed_tokens.weight": torch.ones(8, 3)}
 POLICY_SHAPES = {"model.embed_tokens.weight": (8, 3), "model.layers.0.w": (2, 3)}
@@ -65,7 +66,7 @@ async def test_weights_of_another_model_are_refused_before_anything_changes(
 ) -> None:
     await draft.load_weights(7, DRAFT)
     for bad in ({**DRAFT, "x": torch.ones(1)}, {**DRAFT, "model.layers.0.w": torch.ones(3, 2)}):
-        with pytest.raises(ValueError, match="do not fit the draft model"):
+        with pytest.raises(WeightsRefused, match="do not fit the draft model"):
             await draft.load_weights(8, bad)
     assert draft.version == 7
     assert len(servers.loads) == 1
