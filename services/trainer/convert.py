@@ -62,10 +62,11 @@ def dist_to_hf(config: JobConfig, source: pathlib.Path, directory: pathlib.Path)
     """
     from miles.services.trainer.backends.base import replace_folder
     from miles.services.trainer.backends.megatron.checkpoint import torch_dist
-    from miles.services.trainer.backends.megatron.checkpoint.hf_files import write_hf_checkpoint
     from miles.services.trainer.backends.megatron.export import Exporter
+    from miles.services.trainer.checkpoint.hf_files import write_hf_checkpoint
     from miles.services.trainer.checkpoint.record import newest
     from miles.services.trainer.step import algorithm_options
+    from miles.weights.naming.model_tensors import read_model_tensors
 
     found = newest(source) or source
     if not (found / "metadata.json").is_file():
@@ -73,9 +74,12 @@ def dist_to_hf(config: JobConfig, source: pathlib.Path, directory: pathlib.Path)
     model = _model(config)
     torch_dist.load_weights(found, model)
     out_type = algorithm_options.DTYPES[config.rollout.rollout_dtype]
-    exporter = Exporter(model, out_type)
     source_folder = pathlib.Path(str(config.rollout.hf_checkpoint))
-    replace_folder(directory, lambda new: write_hf_checkpoint(new, source_folder, exporter.tensors(), out_type))
+    tensors = read_model_tensors(source_folder)
+    exporter = Exporter(model, tensors, out_type)
+    replace_folder(
+        directory, lambda new: write_hf_checkpoint(new, source_folder, tensors, exporter.tensors(), out_type)
+    )
 
 
 def _model(config: JobConfig) -> MegatronModel:

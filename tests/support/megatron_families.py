@@ -13,12 +13,12 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from trainer_cases import job_config
 
-from miles.services.trainer.backends.megatron.checkpoint.hf_files import original_of
 from miles.services.trainer.backends.megatron.export import Exporter
 from miles.services.trainer.backends.megatron.model.build_model import build_model
 from miles.services.trainer.backends.megatron.parallel import groups
 from miles.services.trainer.backends.megatron.parallel.pipeline import Pipeline
 from miles.services.trainer.backends.megatron.parallel.rows import LocalRows
+from miles.weights.naming.model_tensors import read_model_tensors, shared_by_mtp
 
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
@@ -52,8 +52,9 @@ def compare(folder: pathlib.Path) -> dict[str, Any]:
     with torch.no_grad():
         logits = Pipeline(model, parallel, DEVICE)._forward(model.chunks[0], rows)[0].float().cpu()
     source = {name: tensor.to(DTYPE).float() for name, tensor in load_file(folder / "model.safetensors").items()}
-    written = {name: tensor.cpu() for name, tensor in Exporter(model, torch.float32).tensors()}
-    shared = {name: written[str(original_of(name))] for name in source.keys() - written.keys() if original_of(name)}
+    exporter = Exporter(model, read_model_tensors(folder), torch.float32)
+    written = {name: tensor.cpu() for name, tensor in exporter.tensors()}
+    shared = {name: written[str(shared_by_mtp(name))] for name in source.keys() - written.keys() if shared_by_mtp(name)}
     back = {**written, **shared}
     same = source.keys() == back.keys() and all(torch.equal(source[name], back[name]) for name in source)
     return {"logits": float((logits - reference["logits"]).abs().max()), "weights_equal": same}

@@ -13,6 +13,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
+    DeepseekV3Config,
     LlamaConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
@@ -22,8 +23,9 @@ from transformers import (
 
 from miles.services.rollout.engines.base import GenerationRequest, GenerationResult, SamplingParams
 from miles.services.rollout.engines.torch import TorchEngine
+from miles.weights.naming.model_tensors import once
 
-FAMILIES = ("llama", "qwen2", "qwen3", "qwen3_moe")
+FAMILIES = ("llama", "qwen2", "qwen3", "qwen3_moe", "deepseek_v3")
 END_TOKEN = 256
 _SIZES = {
     "vocab_size": 320,
@@ -49,6 +51,13 @@ def tiny_config(family: str) -> Any:
         return Qwen2Config(**_SIZES, tie_word_embeddings=False)
     if family == "qwen3":
         return Qwen3Config(**_SIZES, tie_word_embeddings=True)
+    if family == "deepseek_v3":
+        return DeepseekV3Config(
+            **{**_SIZES, "num_key_value_heads": 6, "head_dim": 8, "first_k_dense_replace": 1},
+            qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=12, q_lora_rank=16, kv_lora_rank=16,
+            n_routed_experts=8, n_shared_experts=1, n_group=2, topk_group=1, num_experts_per_tok=2,
+            moe_intermediate_size=32,
+        )  # fmt: skip
     return Qwen3MoeConfig(
         **_SIZES,
         num_experts=8,
@@ -70,6 +79,9 @@ def save_checkpoint(folder: pathlib.Path, family: str, seed: int = 0, **changes:
         setattr(config, name, value)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     model.config._experts_implementation = "eager"
+    for name, buffer in model.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            buffer.normal_(std=0.3)
     model.save_pretrained(folder)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={char: i for i, char in enumerate(alphabet)}, merges=[]))
@@ -81,14 +93,9 @@ def save_checkpoint(folder: pathlib.Path, family: str, seed: int = 0, **changes:
 
 
 def weights_of(model: torch.nn.Module, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
-    """The model's weights by HF name, tied ones once, as a trainer would send them."""
-    seen: set[int] = set()
-    tensors = {}
-    for name, parameter in model.named_parameters(remove_duplicate=True):
-        if id(parameter) not in seen:
-            seen.add(id(parameter))
-            tensors[name] = parameter.detach().to(dtype).clone()
-    return tensors
+    """The model's weights by HF name, tied ones once, as a trainer would send them to this engine."""
+    held = once(model.state_dict(keep_vars=True))
+    return {name: tensor.detach().to(dtype).clone() for name, tensor in held.items()}
 
 
 @dataclasses.dataclass

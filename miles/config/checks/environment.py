@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 from miles.config.checks.device import visible_gpus
 from miles.config.checks.dotted_path import why_not_importable
+from miles.config.checks.engine_model import engine_faults
 from miles.config.checks.json_file import read_json_object
 from miles.config.checks.model_layout import layout_faults, shape_differences
 from miles.config.job import JobConfig
@@ -216,6 +217,7 @@ _FILE_CHECKS: tuple[Rule, ...] = (
     _models,
     _adapter,
     layout_faults,
+    engine_faults,
     _data_files,
     _folders,
     _functions,

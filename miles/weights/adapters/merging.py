@@ -56,6 +56,7 @@ class AdapterBase:
         the base at once.
         """
         dtypes = {tensor.dtype for tensor in base.values()}
+        dtypes = dtypes - {torch.float32} or dtypes  # a few tensors are in float32 whatever the type of the others
         if len(dtypes) != 1:
             raise ValueError(f"the base's weights are of {len(dtypes)} dtypes; read them as one")
         (self._dtype,) = dtypes

@@ -28,8 +28,16 @@ class ModelTensors:
     and the head, which such layers share with the model."""
     conversion: Conversion
     """Between the forms."""
+    float32: frozenset[str]
+    """Parts of names of tensors that are in float32 whatever the type of the others: what routers add to scores."""
     config: Any
     """transformers' configuration of the text model."""
+
+    def exported_dtype(self, name: str, held: torch.dtype, asked: torch.dtype) -> torch.dtype:
+        """The type in which a tensor is exported that the trainer holds as `held`, when `asked` is that of weights."""
+        if not held.is_floating_point:
+            return held
+        return torch.float32 if self.float32.intersection(name.split(".")) else asked
 
 
 def read_model_tensors(folder: str | pathlib.Path) -> ModelTensors:
@@ -52,7 +60,8 @@ def read_model_tensors(folder: str | pathlib.Path) -> ModelTensors:
     module = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     text = config.get_text_config()
     mtp = _prediction_layers(conversion.checkpoint_shapes(module), text)
-    return ModelTensors(str(config.model_type), module, aliases, mtp, conversion, text)
+    float32 = frozenset(model._keep_in_fp32_modules_strict or ())
+    return ModelTensors(str(config.model_type), module, aliases, mtp, conversion, float32, text)
 
 
 def once(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

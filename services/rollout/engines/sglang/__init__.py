@@ -9,7 +9,7 @@
 | weights/ | a version into all servers, as tensors, as files, or by the trainer's broadcast |
 | speculative/ | the draft model, whose weights are versioned apart |
 
-Start at `engine`. It never converts weights beyond what SGLang's loaders need to recognise them.
+Start at `engine`. It never converts weights: they are published in the form that SGLang's loaders know.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import pathlib
-import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
@@ -22,6 +22,7 @@ from miles.services.trainer.backends.fsdp.model.build_roles import FsdpRoles, bu
 from miles.services.trainer.backends.fsdp.model.sharded_model import full_tensor, named_weights
 from miles.services.trainer.backends.fsdp.step import FsdpTrainer
 from miles.services.trainer.checkpoint.background_save import Saving
+from miles.services.trainer.checkpoint.hf_files import write_hf_checkpoint
 from miles.services.trainer.checkpoint.record import CheckpointRecord, check_base
 from miles.services.trainer.checkpoint.state import TrainerState
 from miles.services.trainer.step import algorithm_options
@@ -85,8 +86,7 @@ class FsdpBackend(BaseBackend[_Parts]):
             if roles.adapter is not None
             else published.from_module(_empty(named_weights(policy)))
         )
-        dtype = algorithm_options.DTYPES[self._config.rollout.rollout_dtype]
-        layout = [(name, dtype if t.is_floating_point() else t.dtype, tuple(t.shape)) for name, t in exported]
+        layout = [(name, self._dtype_of(published, name, t.dtype), tuple(t.shape)) for name, t in exported]
         if roles.adapter is None:
             refuse_misfits(published, {name: shape for name, _, shape in layout}, "the model has")
         return _Parts(roles, trainer, published, layout)
@@ -98,8 +98,16 @@ class FsdpBackend(BaseBackend[_Parts]):
         return parts.published.from_module(self._gathered(named_weights(parts.policy)))
 
     def _gathered(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
-        dtype = algorithm_options.DTYPES[self._config.rollout.rollout_dtype]
-        return gathered(weights, dtype, self._config.weights.update_weight_buffer_size, self.new_bucket)
+        dtype_of = functools.partial(self._dtype_of, self._loaded.published)
+        return gathered(weights, dtype_of, self._config.weights.update_weight_buffer_size, self.new_bucket)
+
+    def _dtype_of(self, published: PublishedTensors, name: str, held: torch.dtype) -> torch.dtype:
+        return published.model.exported_dtype(name, held, self._export_dtype)
+
+    @property
+    def _export_dtype(self) -> torch.dtype:
+        """The type in which weights are exported."""
+        return algorithm_options.DTYPES[self._config.rollout.rollout_dtype]
 
     def _save(self, directory: pathlib.Path, record: CheckpointRecord) -> None:
         checkpoint.save(directory, self._contents(), record)
@@ -121,19 +129,13 @@ class FsdpBackend(BaseBackend[_Parts]):
 
     def _write_hf(self, directory: pathlib.Path) -> None:
         """Merge an adapter in, and also write it by itself, in PEFT's form and in float32, to the folder `adapter`."""
-        first, policy, adapter = dist.get_rank() == 0, self._loaded.policy, self._loaded.roles.adapter
+        policy, adapter, tensors = self._loaded.policy, self._loaded.roles.adapter, self._loaded.published.model
         full = self._gathered(named_weights(policy)) if adapter is None else merged_weights(policy, self._gathered)
-        weights = {name: tensor.to("cpu", copy=True) for name, tensor in full if first}
+        source, dtype = pathlib.Path(str(self._config.rollout.hf_checkpoint)), self._export_dtype
+        write_hf_checkpoint(directory, source, tensors, tensors.conversion.to_checkpoint(full), dtype)
         adapters = {} if adapter is None else {name: full_tensor(part) for name, part in named_adapters(policy)}
-        if not first:
-            return
-        from transformers import AutoTokenizer
-
-        shutil.rmtree(directory, ignore_errors=True)
-        policy.save_pretrained(directory, state_dict=weights)
-        if adapter is not None:
+        if adapter is not None and dist.get_rank() == 0:
             adapter.write(directory / "adapter", adapters)
-        AutoTokenizer.from_pretrained(self._config.rollout.hf_checkpoint).save_pretrained(directory)
 
     def _destroy_groups(self) -> None:
         if self._save_group is not None:

@@ -21,19 +21,21 @@ _ALIGNMENT = 64
 
 Allocate = Callable[[int], torch.Tensor]
 """Makes a bucket, uint8 (n,)."""
+DtypeOf = Callable[[str, torch.dtype], torch.dtype]
+"""The type in which a tensor of that name and type is exported."""
 
 
 def gathered(
-    weights: Iterable[tuple[str, torch.Tensor]], dtype: torch.dtype, bucket_bytes: int, allocate: Allocate
+    weights: Iterable[tuple[str, torch.Tensor]], dtype_of: DtypeOf, bucket_bytes: int, allocate: Allocate
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Full tensors by name, in the order of `weights`, floating-point ones as `dtype`; collective over ranks.
+    """Full tensors by name, in the order of `weights`, in the types that `dtype_of` says; collective over ranks.
 
     A bucket takes tensors up to `bucket_bytes` bytes, or one that is larger. Its memory is freed with its last
     tensor, so a reader that keeps no tensor beyond the next one keeps at most two buckets alive. Unsharded tensors are
     yielded as they are.
     """
     pending: _Gather | None = None
-    exported = (_Member(name, w, dtype if w.is_floating_point() else w.dtype) for name, w in weights)
+    exported = (_Member(name, w, dtype_of(name, w.dtype)) for name, w in weights)
     for members in buckets(exported, bucket_bytes):
         if pending is not None:
             # The reader frees the previous bucket only when it gets a tensor of this one.

@@ -10,12 +10,12 @@ import torch
 
 from miles.services.trainer.backends.base import BaseBackend, LoadedParts
 from miles.services.trainer.backends.megatron.checkpoint import torch_dist
-from miles.services.trainer.backends.megatron.checkpoint.hf_files import write_hf_checkpoint
 from miles.services.trainer.backends.megatron.export import Exporter
 from miles.services.trainer.backends.megatron.model.build_roles import MegatronRoles, build_roles
 from miles.services.trainer.backends.megatron.parallel import groups
 from miles.services.trainer.backends.megatron.step import MegatronTrainer
 from miles.services.trainer.checkpoint.background_save import Saving
+from miles.services.trainer.checkpoint.hf_files import write_hf_checkpoint
 from miles.services.trainer.checkpoint.record import CheckpointRecord
 from miles.services.trainer.step import algorithm_options
 from miles.weights.naming.published import PublishedTensors, published_tensors, refuse_misfits
@@ -52,7 +52,7 @@ class MegatronBackend(BaseBackend[_Parts]):
         published = published_tensors(config)  # first: it refuses a model before anything is loaded
         parallel = groups.initialize(config.megatron, config.train.seed, config.cluster.distributed_timeout_minutes)
         roles = build_roles(config, parallel, self._device)
-        exporter = Exporter(roles.policy.model, algorithm_options.DTYPES[config.rollout.rollout_dtype])
+        exporter = Exporter(roles.policy.model, published.model, algorithm_options.DTYPES[config.rollout.rollout_dtype])
         layout = [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in _published(exporter, published)]
         refuse_misfits(published, {name: shape for name, _, shape in layout}, "megatron-bridge exports")
         trainer = MegatronTrainer(config, roles, parallel, roles.routing, self._device)
@@ -71,9 +71,9 @@ class MegatronBackend(BaseBackend[_Parts]):
         return torch_dist.load(directory, self._contents())
 
     def _write_hf(self, directory: pathlib.Path) -> None:
-        tensors = self._loaded.exporter.tensors()
-        source = pathlib.Path(str(self._config.rollout.hf_checkpoint))
-        write_hf_checkpoint(directory, source, tensors, algorithm_options.DTYPES[self._config.rollout.rollout_dtype])
+        parts, rollout = self._loaded, self._config.rollout
+        source, dtype = pathlib.Path(str(rollout.hf_checkpoint)), algorithm_options.DTYPES[rollout.rollout_dtype]
+        write_hf_checkpoint(directory, source, parts.published.model, parts.exporter.tensors(), dtype)
 
     def _destroy_groups(self) -> None:
         groups.destroy()

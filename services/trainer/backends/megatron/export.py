@@ -8,16 +8,17 @@ from typing import Any
 import torch
 
 from miles.services.trainer.backends.megatron.model.build_model import MegatronModel
-
-Named = tuple[str, torch.Tensor]
+from miles.weights.naming.conversion import Named
+from miles.weights.naming.model_tensors import ModelTensors
 
 
 class Exporter:
     """Gathers one parameter after the other: no rank ever holds more of the model than its own part and one tensor."""
 
-    def __init__(self, model: MegatronModel, dtype: torch.dtype) -> None:
-        """Floating-point tensors are exported in `dtype`."""
+    def __init__(self, model: MegatronModel, tensors: ModelTensors, dtype: torch.dtype) -> None:
+        """`tensors` are those of the model's Hugging Face folder; weights are exported in `dtype`."""
         self._model = model
+        self._tensors = tensors
         self._dtype = dtype
         self._tasks: list[Any] = model.bridge.get_conversion_tasks(model.chunks)
         self._by_token = {
@@ -39,4 +40,4 @@ class Exporter:
             full = tensor.detach()
             if name in self._by_token:
                 full = full[: self._model.vocabulary]  # without the padding that makes it divide over ranks
-            yield name, full.to(self._dtype) if full.is_floating_point() else full
+            yield name, full.to(self._tensors.exported_dtype(name, full.dtype, self._dtype))

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import pathlib
 from collections.abc import Mapping
 
 import torch
 
+from miles.config.checks.engine_model import misbuilt
+from miles.config.checks.json_file import read_json_object
 from miles.engine_spec import engine_spec
 from miles.weights.naming.contract import WeightContract
 from miles.weights.naming.conversion import Shapes
@@ -45,14 +48,11 @@ def read_layout(hf_checkpoint: str, contract: WeightContract) -> ModelLayout:
     Raises OSError or ValueError when transformers has no causal language model of the checkpoint's type, or SGLang
     builds another one.
     """
+    problem = misbuilt(engine_spec("sglang"), read_json_object(pathlib.Path(hf_checkpoint) / "config.json"))
+    if problem is not None:
+        raise ValueError(f"{hf_checkpoint}: {problem}; set rollout_backend to torch")
     model = read_model_tensors(hf_checkpoint)
     config = model.config
-    dense = getattr(config, "mlp_only_layers", None) or getattr(config, "decoder_sparse_step", 1) != 1
-    if config.model_type in engine_spec("sglang").experts_everywhere and dense:
-        raise ValueError(
-            f"{hf_checkpoint}: mlp_only_layers or decoder_sparse_step make some layers dense, but SGLang gives every "
-            f"layer of a {config.model_type} experts; use rollout_backend = torch"
-        )
     return ModelLayout(
         PublishedTensors(model, contract).shapes,
         int(config.vocab_size),

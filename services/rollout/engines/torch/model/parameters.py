@@ -1,8 +1,8 @@
-"""The parameters of a model by name, swapped all at once."""
+"""The weights of a model by name, swapped all at once."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 
@@ -12,26 +12,26 @@ class WeightMismatch(ValueError):
 
 
 class Parameters:
-    """A model's parameters by Hugging Face name; tied ones count once, under the first of their names."""
+    """A model's parameters and persistent buffers by Hugging Face name; tied ones count once, by their first name."""
 
     def __init__(self, model: torch.nn.Module, device: torch.device) -> None:
         self._device = device
         self._places: dict[str, list[tuple[torch.nn.Module, str]]] = {}
-        self._expected: dict[str, torch.nn.Parameter] = {}
+        self._expected: dict[str, torch.Tensor] = {}
         self._alias: dict[str, str] = {}
         first_name: dict[int, str] = {}
         for module_name, module in model.named_modules():
-            for attribute, parameter in module.named_parameters(recurse=False):
+            for attribute, weight in _weights(module):
                 name = f"{module_name}.{attribute}" if module_name else attribute
-                first = first_name.setdefault(id(parameter), name)
+                first = first_name.setdefault(id(weight), name)
                 self._alias[name] = first
                 self._places.setdefault(first, []).append((module, attribute))
-                self._expected[first] = parameter
+                self._expected[first] = weight
         self._served: dict[str, torch.Tensor] = {}
 
     @property
     def names(self) -> list[str]:
-        """Names of the parameters, tied ones once."""
+        """Names of the weights, tied ones once."""
         return list(self._expected)
 
     @property
@@ -54,7 +54,8 @@ class Parameters:
             expected = self._expected[first]
             if tensor.shape != expected.shape:
                 faults.append(f"{name}: shape {tuple(tensor.shape)}, the model's is {tuple(expected.shape)}")
-            if tensor.dtype != expected.dtype:
+            # Which buffers are in float32, such as a router's correction bias, does not depend on the engine's dtype.
+            if tensor.dtype != expected.dtype and isinstance(expected, torch.nn.Parameter):
                 faults.append(f"{name}: dtype {tensor.dtype}, the engine serves {expected.dtype}")
             if first not in found or name == first:
                 found[first] = tensor
@@ -68,8 +69,16 @@ class Parameters:
         """Serve these tensors, which `check` returned, from now on; those on the model's own device are not copied."""
         for name, tensor in checked.items():
             served = tensor.detach().to(self._device)
-            parameter = torch.nn.Parameter(served, requires_grad=False)
+            is_parameter = isinstance(self._expected[name], torch.nn.Parameter)
+            weight = torch.nn.Parameter(served, requires_grad=False) if is_parameter else served
             for module, attribute in self._places[name]:
-                setattr(module, attribute, parameter)
-            self._expected[name] = parameter
+                setattr(module, attribute, weight)
+            self._expected[name] = weight
             self._served[name] = served
+
+
+def _weights(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """A module's own parameters and persistent buffers."""
+    yield from module.named_parameters(recurse=False)
+    passing = module._non_persistent_buffers_set
+    yield from ((name, buffer) for name, buffer in module.named_buffers(recurse=False) if name not in passing)

@@ -13,12 +13,22 @@ def make(max_slots: int = 8, max_length: int = 300) -> KVCache:
         layers=2,
         kv_heads=3,
         head_dim=4,
-        value_dim=4,
         max_slots=max_slots,
         max_length=max_length,
         dtype=torch.float32,
         device=torch.device("cpu"),
     )
+
+
+def test_values_may_be_of_another_width_than_keys() -> None:
+    sizes = {"layers": 1, "kv_heads": 2, "head_dim": 6, "value_dim": 4, "max_slots": 2, "max_length": 64}
+    cache = KVCache(**sizes, dtype=torch.float32, device=torch.device("cpu"))
+    cache.reserve(1, 3)
+    keys, values = torch.randn(1, 2, 6), torch.randn(1, 2, 4)
+    cache.write(0, torch.tensor([0]), torch.tensor([2]), keys, values)
+    cache.reserve(2, 64)
+    assert torch.equal(cache.keys_LSHDT[0, 0, ..., 2], keys[0])
+    assert torch.equal(cache.values_LSHTD[0, 0, :, 2], values[0])
 
 
 def test_room_grows_in_steps_of_64_positions_and_keeps_what_was_written() -> None:

@@ -4,31 +4,33 @@ from __future__ import annotations
 
 import json
 import pathlib
-import re
 import shutil
 from collections.abc import Iterable
 
 import torch
 import torch.distributed as dist
 
+from miles.weights.naming.model_tensors import ModelTensors, shared_by_mtp
+
 SHARD_BYTES = 5 * 10**9
 """Bytes of weights per file."""
-_SHARED = re.compile(r"model\.layers\.\d+\.(embed_tokens|shared_head\.head)\.weight")
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".safetensors.index.json", ".bin.index.json")
 
 
 def write_hf_checkpoint(
     directory: pathlib.Path,
     source: pathlib.Path,
+    model: ModelTensors,
     tensors: Iterable[tuple[str, torch.Tensor]],
     dtype: torch.dtype,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Write `tensors` beside copies of `source`'s config and tokenizer; collective, rank 0 writes.
 
-    What `source` has and `tensors` lack, e.g. MTP layers that the trainer left out, is copied as it is, in `dtype`.
+    `tensors` are those of `model`, which `source` holds too, in the checkpoint form and of weights in `dtype`. What
+    `source` has beyond them, e.g. MTP layers that the trainer left out, is copied in that type.
     """
-    copies = _copies(source)
+    copies = _copies(source, model)
     writer = _Writer(directory, shard_bytes) if dist.get_rank() == 0 else None
     if writer is not None:
         shutil.rmtree(directory, ignore_errors=True)
@@ -43,18 +45,10 @@ def write_hf_checkpoint(
             for copy in copies.get(name, ()):
                 writer.add(copy, tensor)
     if writer is not None:
-        for name, tensor in _kept(source, writer.names):
-            writer.add(name, tensor.to(dtype) if tensor.is_floating_point() else tensor)
+        for name, tensor in _kept(source, {*writer.names, *model.module, *model.aliases}):
+            writer.add(name, tensor.to(model.exported_dtype(name, tensor.dtype, dtype)))
         writer.finish()
     dist.barrier()
-
-
-def original_of(name: str) -> str | None:
-    """The model's tensor that an MTP layer shares under another name; None for a tensor of its own."""
-    match = _SHARED.fullmatch(name)
-    if match is None:
-        return None
-    return "lm_head.weight" if match[1] == "shared_head.head" else "model.embed_tokens.weight"
 
 
 class _Writer:
@@ -108,13 +102,13 @@ def _set_dtype(path: pathlib.Path, dtype: torch.dtype) -> None:
     path.write_text(json.dumps(config, indent=2))
 
 
-def _copies(source: pathlib.Path) -> dict[str, list[str]]:
+def _copies(source: pathlib.Path, model: ModelTensors) -> dict[str, list[str]]:
     """By name, other names of the same tensor in the source."""
     found: dict[str, list[str]] = {}
     for name in _names(source):
-        original = original_of(name)
+        original = shared_by_mtp(name)
         if original is not None:
-            found.setdefault(original, []).append(name)
+            found.setdefault(model.aliases.get(original, original), []).append(name)
     return found
 
 
@@ -126,12 +120,12 @@ def _names(source: pathlib.Path) -> Iterable[str]:
             yield from file.keys()
 
 
-def _kept(source: pathlib.Path, written: set[str]) -> Iterable[tuple[str, torch.Tensor]]:
-    """Tensors of the source's files that were not written."""
+def _kept(source: pathlib.Path, known: set[str]) -> Iterable[tuple[str, torch.Tensor]]:
+    """Tensors of the source's files beyond those known: written, or the model's under other names."""
     from safetensors import safe_open
 
     for path in sorted(source.glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118  (not a dict)
-                if name not in written:
+                if name not in known:
                     yield name, file.get_tensor(name)
