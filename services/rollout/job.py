@@ -149,7 +149,7 @@ class RolloutJob:
         )
 
     def _create_sampler(self, lease: GroupLease) -> Sampler:
-        record_experts = self.config.rollout.use_rollout_routing_replay
+        record_experts = self.config.rollout.records_routing
         return SingleTurnSampler(GroupRequests(self.engine, lease, record_experts=record_experts))
 
     def _connect_rewards(self) -> RewardClient:

@@ -76,7 +76,9 @@ def test_a_dense_model_learns_with_a_critic(services: MilesClient, tiny_dense: p
 
 
 def test_a_mixture_of_experts_learns_with_routing_replay(services: MilesClient, tiny_moe: pathlib.Path) -> None:
-    assert_learned(learn(services, tiny_moe, "experts", use_rollout_routing_replay=True))
+    run = learn(services, tiny_moe, "experts", use_rollout_routing_replay=True)
+    assert_learned(run)
+    assert all(step["train/tokens_routed_differently"] == 0 for step in run.metrics())
 
 
 def test_an_adapter_learns_over_updates_of_an_adapter_alone(services: MilesClient, tiny_dense: pathlib.Path) -> None:

@@ -75,6 +75,10 @@ LAYOUTS: dict[str, tuple[int, str, dict[str, Any]]] = {
     "replay-vpp": (2, "replay", {**VPP, **RECOMPUTE}),
     "replay-ep2": (2, "replay", {**EP2, **RECOMPUTE}),
     "replay-cp2": (2, "replay", CP2),
+    "observed-sp": (2, "observed", SP),
+    "observed-pp2": (2, "observed", PP2),
+    "observed-vpp": (2, "observed", {**VPP, **RECOMPUTE}),
+    "observed-cp2": (2, "observed", CP2),
     "latent-pp2": (2, "latent", {**PP2, **RECOMPUTE}),
     "latent-cp2": (2, "latent", CP2),
     "windows-sp": (2, "windows", SP),
@@ -101,6 +105,7 @@ LAYOUTS: dict[str, tuple[int, str, dict[str, Any]]] = {
     "dense-tp2-pp2": (4, "dense", {**TP2, **PP2}),
     "replay-tp2-pp2": (4, "replay", {**SP, **PP2}),
     "replay-tp2-ep2": (4, "replay", {**SP, **EP2, **DP2}),
+    "observed-tp2-pp2": (4, "observed", {**SP, **PP2}),
 }
 """Name: ranks, the case of one process that it must equal, and the layout."""
 OFTEN = (
@@ -111,6 +116,7 @@ OFTEN = (
     "replay-vpp",
     "replay-ep2",
     "replay-cp2",
+    "observed-vpp",
     "latent-pp2",
     "windows-sp",
     "local-global-cp2",
@@ -120,6 +126,7 @@ OFTEN = (
     "ppo-sp",
     "old-overlap",
     "replay-tp2-ep2",
+    "observed-tp2-pp2",
 )
 """Layouts that every change is tried on: each kind of parallelism, model and role at least once. Others are slow."""
 
@@ -127,19 +134,23 @@ OFTEN = (
 def case(name: str, base: str, folder: pathlib.Path, **flags: Any) -> dict[str, Any]:
     """What `backend_cases` is to run; `base` is a model, or what is done with one.
 
-    That is replay (of the moe model), ppo (of the tied one), old: old policies and a teacher (the dense one), or
-    learning: layers for multi-token prediction (of the model that has some).
+    That is replay or observed (routing of the moe model), ppo (of the tied one), old: old policies and a teacher (the
+    dense one), or learning: layers for multi-token prediction (of the model that has some).
     """
-    model = {"replay": "moe", "ppo": "tied", "old": "dense", "learning": "predicting"}.get(base, base)
+    model = {"replay": "moe", "observed": "moe", "ppo": "tied", "old": "dense", "learning": "predicting"}.get(
+        base, base
+    )
     replays = base in ("replay", "latent")
     routing = [EXPERTS, MOE_LAYERS[model], TOP_K] if replays else None
     training = {
+        "observed": {"observe_rollout_routing": True},
         "ppo": {**PPO, "critic_load": str(folder / "reward")},
         "old": {**OLD, "opd_teacher_load": str(folder / "teacher")},
     }.get(base, HELD.get(base, {}))
     settings = {**TRAINING, "train_backend": "megatron", **(REPLAY if replays else training), **flags}
     old = base == "old"
     found = {"name": name, "model": str(folder / model), "flags": settings, "routing": routing, "off_policy": old}
+    found["own_routing"] = base == "observed"
     return {**found, "seed": 0, "save_hf": True} if base in HELD else found
 
 
@@ -167,6 +178,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
             case("fsdp-tied", "tied", out, **fsdp),
             case("fsdp-moe", "moe", out, **fsdp),
             case("fsdp-replay", "replay", out, **fsdp, share_prompts=False),
+            case("fsdp-observed", "observed", out, **fsdp, share_prompts=False),
             case("fsdp-ppo", "ppo", out, **fsdp),
             case("fsdp-old", "old", out, **fsdp),
         ],
@@ -174,7 +186,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
         megatron=False,
     )
     run_cases([case(f"fsdp-{base}-dp2", base, out, **fsdp) for base in ("ppo", "old")], out, ranks=2, megatron=False)
-    alone = [case(name, name, out) for name in [*MODELS, "replay", "learning", "ppo", "old"]]
+    alone = [case(name, name, out) for name in [*MODELS, "replay", "observed", "learning", "ppo", "old"]]
     for base in ("ppo", "old"):
         alone.append({**case(f"{base}-saved", base, out, **DP2), "save_at": 2})
         alone.append(case(f"{base}-resumed", base, out, **DP2, load=str(out / f"{base}-saved" / "checkpoints")))
@@ -286,7 +298,7 @@ def worst_differences(out: pathlib.Path, left: str, right: str) -> tuple[float, 
     return max(metrics), max(float((weights[0][name] - weights[1][name]).abs().max()) for name in weights[0])
 
 
-@pytest.mark.parametrize("base", ["dense", "tied", "moe", "replay", "ppo", "old"])
+@pytest.mark.parametrize("base", ["dense", "tied", "moe", "replay", "observed", "ppo", "old"])
 def test_one_process_trains_as_the_fsdp_backend_does(results: pathlib.Path, base: str) -> None:
     metrics, weights = worst_differences(results, f"fsdp-{base}", base)
     assert metrics < 1e-4
@@ -312,6 +324,18 @@ def test_replay_sends_tokens_elsewhere_and_trains_the_router(results: pathlib.Pa
     routers = [name for name in after if name.endswith("mlp.gate.weight")]
     assert len(routers) == 4
     assert all((after[name] - before[name]).abs().max() > 1e-4 for name in routers)
+
+
+def test_the_share_of_tokens_that_go_elsewhere_than_in_the_engine_is_counted(results: pathlib.Path) -> None:
+    observed = json.loads((results / "observed.json").read_text())["metrics"]
+    assert abs(observed[0]["train/tokens_routed_differently"] - 0.2) < 0.01  # every fifth token's routing was changed
+    assert all(step["train/tokens_routed_differently"] > 0.2 for step in observed[1:])  # with weights of later steps
+    replayed = json.loads((results / "replay-tp2-ep2.json").read_text())["metrics"]
+    assert [step["train/tokens_routed_differently"] for step in replayed] == [0.0] * len(replayed)
+
+
+def test_observing_routing_changes_nothing(results: pathlib.Path) -> None:
+    assert worst_differences(results, "moe", "observed") == (0.0, 0.0)
 
 
 @pytest.mark.parametrize("name", ["dense", "moe", "dense-sp", "replay-tp2-ep2"])

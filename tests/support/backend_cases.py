@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
-from trainer_cases import job_config, random_groups
+from trainer_cases import divert, job_config, random_groups, set_own_routing
 
 from miles.services.trainer.backends.protocol import TrainerBackend
 from miles.services.trainer.ranks.abandoning import Abandonment, StepAbandonedError
@@ -27,9 +27,10 @@ def run_case(case: dict[str, Any], out: pathlib.Path) -> None:
     """Carry out a case on every rank; rank 0 writes `NAME.json` (metrics) and `NAME.safetensors` (exported weights).
 
     A case has: name, model (folder), flags (changes of the configuration), routing (experts, layers, top-k) or None,
-    and optionally seed (of every step's groups), steps, save_at, save_in_background (until the next step was taken),
-    save_hf, reward (of every sample), off_policy for samples of two versions, and abandon_at: at which of rank 0's
-    reports each step is left before it is taken; see `tests/integration/test_megatron_layouts.py`.
+    and optionally own_routing (samples have the routing of the folder's model, but for every fifth token), seed (of
+    every step's groups), steps, save_at, save_in_background (until the next step was taken), save_hf, reward (of every
+    sample), off_policy for samples of two versions, and abandon_at: at which of rank 0's reports each step is left
+    before it is taken; see `tests/integration/test_megatron_layouts.py`.
     """
     name, routing = case["name"], case.get("routing")
     config = job_config(
@@ -42,6 +43,9 @@ def run_case(case: dict[str, Any], out: pathlib.Path) -> None:
     ranks = Ranks() if "abandon_at" in case else None
     for step in range(state.step, case.get("steps", STEPS)):
         groups = random_groups(case.get("seed", step), routing=tuple(routing) if routing else None)
+        if case.get("own_routing"):
+            set_own_routing(pathlib.Path(case["model"]), groups)
+            divert(groups, every=5)
         for sample in (s for group in groups for s in group.samples):
             sample.reward = case.get("reward", sample.reward)
         if case.get("off_policy"):

@@ -145,3 +145,33 @@ def train_recorded(
             found[sample.group_id, sample.index] = numbers
 
     return trainer.train(step, groups, lambda progress: None, record), found
+
+
+def set_own_routing(model: pathlib.Path, groups: list[SampleGroup]) -> None:
+    """Give every sample the experts that the stock model chooses for it."""
+    from transformers import AutoModelForCausalLM
+
+    stock = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    # Beside Megatron-Core's CPU stand-ins from_pretrained leaves these buffers unset.
+    stock.model.rotary_emb = type(stock.model.rotary_emb)(stock.config)
+    for sample in (sample for group in groups for sample in group.samples):
+        tokens = torch.from_numpy(sample.tokens.astype(np.int64))
+        with torch.no_grad():
+            logits = stock(tokens[None, :-1], output_router_logits=True).router_logits
+        chosen = torch.stack([layer.softmax(-1).topk(2).indices for layer in logits], dim=1)
+        sample.rollout_routed_experts = chosen.numpy().astype(np.uint8)
+
+
+def divert(groups: list[SampleGroup], every: int) -> float:
+    """Change one expert, of one layer, of every n-th token that is trained with; returns their share."""
+    count = diverted = 0
+    for sample in (sample for group in groups for sample in group.samples):
+        experts = sample.rollout_routed_experts
+        assert experts is not None
+        for row in range(len(experts)):
+            if count % every == 0:
+                chosen = experts[row, count % experts.shape[1]]
+                chosen[0] = next(other for other in range(len(chosen) + 1) if other not in chosen)
+                diverted += 1
+            count += 1
+    return diverted / count

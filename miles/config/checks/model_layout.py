@@ -1,4 +1,4 @@
-"""Checks whether the parallel layout of the Megatron-Core backend fits the model of a Hugging Face folder."""
+"""Checks whether the model of a Hugging Face folder fits routing settings and Megatron-Core's parallel layout."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from miles.config.checks.json_file import read_json_object
 from miles.config.schema.faults import Fault
 from miles.config.schema.flat_settings import FlatSettings
 
-_EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
+_EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 
 def layout_faults(s: FlatSettings) -> Iterator[Fault]:
-    """Yield a fault for each parallel size that does not fit the model; nothing when the model cannot be read."""
-    if s.train_backend != "megatron" or not s.hf_checkpoint:
+    """Yield a fault for each setting that does not fit the model; nothing when the model cannot be read."""
+    if not s.hf_checkpoint or not (model := _model_config(s.hf_checkpoint)):
         return
-    model = _model_config(s.hf_checkpoint)
-    if model:
+    yield from _routing_faults(s, model)
+    if s.train_backend == "megatron":
         yield from _tensor_faults(s, model)
         yield from _pipeline_faults(s, model)
         yield from _expert_faults(s, model)
@@ -104,15 +104,24 @@ def _mtp_faults(s: FlatSettings, model: dict[str, Any]) -> Iterator[Fault]:
         yield Fault("mtp_num_layers", s.mtp_num_layers, problem, f"set it to {layers}" if layers else "leave it out")
 
 
+def _routing_faults(s: FlatSettings, model: dict[str, Any]) -> Iterator[Fault]:
+    if _experts(model):
+        return
+    for key in ("use_rollout_routing_replay", "observe_rollout_routing", "use_routing_replay"):
+        if getattr(s, key):
+            yield Fault(key, True, "the model has no experts", "leave it out")
+
+
+def _experts(model: dict[str, Any]) -> int:
+    return next((model[key] for key in _EXPERT_COUNTS if model.get(key)), 0)
+
+
 def _expert_faults(s: FlatSettings, model: dict[str, Any]) -> Iterator[Fault]:
-    experts = next((model[key] for key in _EXPERT_COUNTS if model.get(key)), 0)
+    experts = _experts(model)
     size, tensor = s.expert_model_parallel_size, s.expert_tensor_parallel_size
     if not experts:
         if size > 1:
             yield Fault("expert_model_parallel_size", size, "the model has no experts", "leave it out")
-        for key in ("use_rollout_routing_replay", "use_routing_replay"):
-            if getattr(s, key):
-                yield Fault(key, True, "the model has no experts", "leave it out")
         return
     if experts % size:
         problem = f"it does not divide the model's {experts} experts"

@@ -96,6 +96,16 @@ def old_log_probs_come_from_one_place(s: FlatSettings) -> Iterator[Fault]:
 
 
 @rule
+def routing_comes_from_one_place(s: FlatSettings) -> Iterator[Fault]:
+    if s.use_routing_replay and s.use_rollout_routing_replay:
+        problem = "use_rollout_routing_replay replays the engine's routing already"
+        yield Fault("use_routing_replay", True, problem, "leave one of them out")
+    if s.observe_rollout_routing and s.use_rollout_routing_replay:
+        problem = "use_rollout_routing_replay records and observes the engine's routing already"
+        yield Fault("observe_rollout_routing", True, problem, "leave one of them out")
+
+
+@rule
 def corrections_do_not_pile_up(s: FlatSettings) -> Iterator[Fault]:
     corrections = [key for key in ("use_tis", "use_mis", "use_icepop") if getattr(s, key)]
     if s.use_rollout_logprobs:

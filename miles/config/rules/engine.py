@@ -25,7 +25,7 @@ _OURS: Mapping[str, str] = {
     "context_length": "set rollout_max_context_len",
     "max_running_requests": "set max_running_requests",
     "enable_memory_saver": "set offload_rollout",
-    "enable_return_routed_experts": "set use_rollout_routing_replay",
+    "enable_return_routed_experts": "set use_rollout_routing_replay or observe_rollout_routing",
     "incremental_streaming_output": "leave it out",
     "skip_server_warmup": "leave it out",
     "skip_tokenizer_init": "leave it out",

@@ -129,5 +129,14 @@ class RolloutConfig(Section):
     use_rollout_routing_replay: bool = False
     """Train mixture-of-experts models with the routing of the engine (rollout routing replay)."""
 
+    observe_rollout_routing: bool = False
+    """Record the routing of the engine and report the share of tokens that the trainer routes differently
+    (train/tokens_routed_differently), without replaying it."""
+
     sglang_args: Annotated[dict[str, Any], Passthrough("sglang_")] = Field(default_factory=dict)
     """Flags of the SGLang servers, under SGLang's own names; those that follow from other settings are refused."""
+
+    @property
+    def records_routing(self) -> bool:
+        """Whether the engine records which experts it chooses."""
+        return self.use_rollout_routing_replay or self.observe_rollout_routing

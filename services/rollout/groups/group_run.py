@@ -66,7 +66,7 @@ class GroupRun:
         self._tools = tools
         self._holder = holder
         self._sampler = tools.create_sampler(lease)
-        record_experts = tools.config.rollout.use_rollout_routing_replay
+        record_experts = tools.config.rollout.records_routing
         self._partial = PartialGroup(lease, tools.job_id, tools.partials, record_experts=record_experts)
         self._scoring = GroupScoring(tools.rewards, self._partial.samples)
         self._preempted = asyncio.Event()

@@ -25,7 +25,7 @@ def rollout_routing(samples: Sequence[Sample], micro_batch: MicroBatch) -> torch
         if sample.rollout_routed_experts is None:
             raise ValueError(
                 f"sample {sample.index} of group {sample.group_id} has no rollout_routed_experts; with "
-                "use_rollout_routing_replay the engine must return them"
+                "use_rollout_routing_replay and observe_rollout_routing the engine must return them"
             )
         layers_and_experts = sample.rollout_routed_experts.shape[1:]
     assert layers_and_experts is not None, "an empty micro-batch has no routing"

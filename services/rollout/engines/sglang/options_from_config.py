@@ -32,7 +32,7 @@ def configured_options(
         "max_running_requests": rollout.max_running_requests,
         "max_total_tokens": rollout.rollout_max_context_len,
         "concurrency": rollout.sglang_server_concurrency,
-        "routed_experts": rollout.use_rollout_routing_replay,
+        "routed_experts": rollout.records_routing,
         "memory_saver": config.cluster.offload_rollout,
         "weight_path": rollout.rollout_engine_weights,
         "weight_dir": None if weight_dir is None else pathlib.Path(weight_dir),

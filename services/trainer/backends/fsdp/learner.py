@@ -91,9 +91,11 @@ class FsdpLearner(Learner[OutputT]):
             report(number)
             with_gradient = number >= len(step.observed)
             if self._routing is not None:
-                self._routing.before(batch, micro_batch)
+                self._routing.before(batch, micro_batch, training=True)
             with torch.set_grad_enabled(with_gradient):
                 outputs = self._forward.for_loss(self.model, micro_batch)
+            if self._routing is not None:
+                self._routing.after(micro_batch)
             result = loss(micro_batch, outputs)
             if with_gradient:
                 # FSDP averages gradients over ranks; the loss is this rank's share of the step's.
@@ -198,7 +200,7 @@ def _forward_batch(
     for done, micro_batch in enumerate(micro_batches):
         report(Progress("log_probs", done, len(micro_batches)))
         if routing is not None:
-            routing.before(batch, micro_batch)
+            routing.before(batch, micro_batch, training=False)
         with torch.no_grad():
             values_R = forward.per_token(model, micro_batch)
         result[batch.token_indices(micro_batch).to(result.device)] = values_R

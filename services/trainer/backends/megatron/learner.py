@@ -104,7 +104,11 @@ class MegatronLearner(Learner[OutputT]):
             return result.loss, result.metrics
 
         with_gradient = trained_tokens is not None
-        hooks: Hooks = {} if self._routing is None else self._routing.hooks(micro_batches, with_gradient=with_gradient)
+        hooks: Hooks = (
+            {}
+            if self._routing is None
+            else self._routing.hooks(micro_batches, with_gradient=with_gradient, training=True)
+        )
         parts: list[dict[str, MetricSum]] = self._pipeline.run(
             micro_batches,
             self._output.for_loss,
@@ -130,7 +134,7 @@ class MegatronLearner(Learner[OutputT]):
                 result[batch.token_indices(micro_batches[number]).to(result.device)] = values_R
             return values_R.sum(), None
 
-        hooks: Hooks = {} if routing is None else routing.hooks(micro_batches, with_gradient=False)
+        hooks: Hooks = {} if routing is None else routing.hooks(micro_batches, with_gradient=False, training=False)
         with torch.no_grad():
             self._pipeline.run(micro_batches, self._output.per_token, keep, with_gradient=False, **hooks)
         if routing is not None:

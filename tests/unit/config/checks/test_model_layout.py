@@ -60,7 +60,6 @@ def test_every_size_that_does_not_divide_is_named_at_once(tmp_path: pathlib.Path
     ("model", "changes", "expected"),
     [
         (DENSE, {"expert_model_parallel_size": 2}, "expert_model_parallel_size = 2, but the model has no experts"),
-        (DENSE, {"use_rollout_routing_replay": True}, "use_rollout_routing_replay = true, but the model has no"),
         (
             DENSE,
             {"pipeline_model_parallel_size": 2, "num_virtual_stages_per_pipeline_rank": 2},
@@ -90,6 +89,14 @@ def test_a_layout_that_does_not_fit_says_why(
     found = faults(tmp_path, model, **changes)
     assert len(found) == 1
     assert found[0].startswith(expected)
+
+
+@pytest.mark.parametrize("backend", ["fsdp", "megatron"])
+@pytest.mark.parametrize("key", ["use_rollout_routing_replay", "observe_rollout_routing", "use_routing_replay"])
+def test_a_model_without_experts_has_no_routing(tmp_path: pathlib.Path, backend: str, key: str) -> None:
+    found = faults(tmp_path, DENSE, train_backend=backend, **{key: True})
+    assert found == [f"{key} = true, but the model has no experts; leave it out"]
+    assert faults(tmp_path, EXPERTS, train_backend=backend, **{key: True}) == []
 
 
 def test_another_backend_has_no_layout(tmp_path: pathlib.Path) -> None:

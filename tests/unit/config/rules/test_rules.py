@@ -188,6 +188,14 @@ RULE_CASES: list[tuple[dict[str, Any], str]] = [
         {"keep_old_actor": True, "max_weight_staleness": 1, "use_routing_replay": True},
         "keep_old_actor = true, but use_routing_replay replays",
     ),
+    (
+        {"use_routing_replay": True, "use_rollout_routing_replay": True},
+        "use_routing_replay = true, but use_rollout_routing_replay replays the engine's routing already",
+    ),
+    (
+        {"observe_rollout_routing": True, "use_rollout_routing_replay": True},
+        "observe_rollout_routing = true, but use_rollout_routing_replay records and observes",
+    ),
     ({"opd_kl_coef": 0.5}, "opd_kl_coef = 0.5, but it does nothing without use_opd"),
     ({"use_opd": True}, "opd_type is not set, and use_opd does not say where its teacher is"),
     ({"use_opd": True, "opd_type": "sglang"}, "opd_type = sglang, but no server is asked"),

@@ -13,7 +13,6 @@ from miles.services.trainer.backends.fsdp.learner import AdaptedBase, FrozenMode
 from miles.services.trainer.backends.fsdp.lora.adapter import Adapter, adapt
 from miles.services.trainer.backends.fsdp.model.forward import ForwardOptions, LogProbForward, ValueForward
 from miles.services.trainer.backends.fsdp.model.sharded_model import Precision, load_hf_model, put_value_head, shard
-from miles.services.trainer.backends.fsdp.replay.router import RoutingReplay
 from miles.services.trainer.backends.fsdp.replay.step_routing import Routing
 from miles.services.trainer.step import algorithm_options
 from miles.services.trainer.step.old_policies import OldPolicies
@@ -35,7 +34,7 @@ class FsdpRoles(Roles):
     teacher: FrozenModel | None = None
     old_policies: OldPolicies | None = None
     routing: Routing | None = None
-    """Replay of the policy's routing; None where it routes freely."""
+    """Of the policy; None where it is neither replayed nor observed."""
     adapter: Adapter | None = None
     """The adapter that is trained; None when the whole policy is."""
 
@@ -69,8 +68,8 @@ class _Builder:
         )
         model = self._trainable(model_dir, precision)
         adapter = adapt(model, config) if config.lora.lora_rank else None
-        wants_replay = algorithm.use_routing_replay or config.rollout.use_rollout_routing_replay
-        routing = Routing(config, RoutingReplay(model), self._device) if wants_replay else None
+        has_routing = algorithm.use_routing_replay or config.rollout.records_routing
+        routing = Routing(config, model, self._device) if has_routing else None
         self._shard(model, precision)
         policy = FsdpPolicy(
             model,

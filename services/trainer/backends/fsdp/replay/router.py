@@ -10,6 +10,7 @@ Dims: T rows of the micro-batch, E experts, K experts per token.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, Protocol, cast
 
 import torch
@@ -62,13 +63,7 @@ class RoutingReplay:
 
     def replay(self, experts_TLK: torch.Tensor) -> None:
         """Send rows to these experts until the next call; int64 [T, layers, K]."""
-        layers, top_k = experts_TLK.shape[1:]
-        expected = cast(_Router, self._routers[0][1]).top_k
-        if (layers, top_k) != (self.num_layers, expected):
-            raise ValueError(
-                f"routing of {layers} layers and {top_k} experts per token cannot be replayed in a model with "
-                f"{self.num_layers} mixture-of-experts layers and {expected} experts per token"
-            )
+        check_experts(experts_TLK, self._routers)
         self._state = _State(replayed=experts_TLK)
 
     def take_difference(self) -> tuple[float, int]:
@@ -120,7 +115,18 @@ def find_routers(model: torch.nn.Module) -> list[tuple[str, torch.nn.Module]]:
     ]
     if not routers:
         raise ValueError(
-            f"{type(model).__name__} has no softmax top-k router, so there is no routing to replay; "
-            "turn off use_routing_replay and use_rollout_routing_replay"
+            f"{type(model).__name__} has no softmax top-k router, so there is no routing to replay or observe; "
+            "turn off use_routing_replay, use_rollout_routing_replay and observe_rollout_routing"
         )
     return routers
+
+
+def check_experts(experts_TLK: torch.Tensor, routers: Sequence[tuple[str, torch.nn.Module]]) -> None:
+    """Raise ValueError unless experts [T, layers, K] are of a model with these routers."""
+    layers, top_k = experts_TLK.shape[1:]
+    expected = cast(_Router, routers[0][1]).top_k
+    if (layers, top_k) != (len(routers), expected):
+        raise ValueError(
+            f"routing of {layers} layers and {top_k} experts per token does not fit a model with "
+            f"{len(routers)} mixture-of-experts layers and {expected} experts per token"
+        )

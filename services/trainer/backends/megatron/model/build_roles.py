@@ -14,6 +14,8 @@ from miles.services.trainer.backends.megatron.mtp.layers import MtpTraining
 from miles.services.trainer.backends.megatron.optimizer import MegatronOptimizer
 from miles.services.trainer.backends.megatron.parallel.forward_output import LogProbOptions, LogProbOutput, ValueOutput
 from miles.services.trainer.backends.megatron.parallel.groups import ParallelRank
+from miles.services.trainer.backends.megatron.replay.engine_rows import RowCutter
+from miles.services.trainer.backends.megatron.replay.observer import RoutingObserver
 from miles.services.trainer.backends.megatron.replay.router import ModelReplay, moe_layer_numbers
 from miles.services.trainer.backends.megatron.replay.step_routing import Routing
 from miles.services.trainer.step import algorithm_options
@@ -35,7 +37,7 @@ class MegatronRoles(Roles):
     teacher: CopiedRole | None = None
     old_policies: OldPolicies | None = None
     routing: Routing | None = None
-    """Replay of the policy's routing; None where it routes freely."""
+    """Of the policy; None where it is neither replayed nor observed."""
 
 
 def build_roles(config: JobConfig, parallel: ParallelRank, device: torch.device) -> MegatronRoles:
@@ -121,7 +123,10 @@ def _mtp_training(config: JobConfig, model: MegatronModel, parallel: ParallelRan
 
 
 def _routing(config: JobConfig, model: MegatronModel, parallel: ParallelRank, device: torch.device) -> Routing | None:
-    if not wants_replay(config):
+    if not (wants_replay(config) or config.rollout.records_routing):
         return None
-    replay = ModelReplay(model.bare_chunks, moe_layer_numbers(model.config))
-    return Routing(config, replay, parallel, device, sequence_parallel=bool(model.config.sequence_parallel))
+    layers = moe_layer_numbers(model.config)
+    replay = ModelReplay(model.bare_chunks, layers) if wants_replay(config) else None
+    observer = RoutingObserver(model.bare_chunks, layers, parallel) if config.rollout.records_routing else None
+    part, parts = (parallel.tensor_rank, parallel.tensor_size) if model.config.sequence_parallel else (0, 1)
+    return Routing(config, replay, observer, RowCutter(part, parts, len(layers), device))

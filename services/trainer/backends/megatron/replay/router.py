@@ -69,7 +69,6 @@ class LayerReplay(RouterReplay):  # type: ignore[misc]
 class _Layer:
     index: int
     """Index among the model's mixture-of-experts layers; dense layers do not count."""
-    top_k: int
     replay: LayerReplay
 
 
@@ -81,20 +80,12 @@ class ModelReplay:
 
         Raises ValueError when there are none.
         """
-        if not moe_layers:
-            raise ValueError(
-                "the model has no mixture-of-experts layers, so there is no routing to replay; "
-                "turn off use_routing_replay and use_rollout_routing_replay"
-            )
-        order = {number: index for index, number in enumerate(moe_layers)}
         self._chunks: list[list[_Layer]] = []
-        for chunk in chunks:
+        for routers in chunk_routers(chunks, moe_layers):
             layers = []
-            for layer in chunk.decoder.layers:
-                router = getattr(getattr(layer, "mlp", None), "router", None)
-                if router is not None:
-                    router.router_replay = LayerReplay()
-                    layers.append(_Layer(order[layer.layer_number], router.topk, router.router_replay))
+            for index, router in routers:
+                router.router_replay = LayerReplay()
+                layers.append(_Layer(index, router.router_replay))
             self._chunks.append(layers)
         # The library keeps every instance it ever made; ours are set layer by layer.
         RouterReplay.clear_global_router_replay_instances()
@@ -156,6 +147,26 @@ class ModelReplay:
     def layers_of(self, chunk: int) -> int:
         """Mixture-of-experts layers of a chunk."""
         return len(self._chunks[chunk])
+
+
+def chunk_routers(chunks: Sequence[Any], moe_layers: Sequence[int]) -> list[list[tuple[int, Any]]]:
+    """For each bare chunk its routers, with their indices among the model's mixture-of-experts layers.
+
+    `moe_layers` are the numbers (from 1) of all of them. Raises ValueError when there are none.
+    """
+    if not moe_layers:
+        raise ValueError(
+            "the model has no mixture-of-experts layers, so there is no routing to replay or observe; "
+            "turn off use_routing_replay, use_rollout_routing_replay and observe_rollout_routing"
+        )
+    order = {number: index for index, number in enumerate(moe_layers)}
+    found = []
+    for chunk in chunks:
+        routers = [
+            (layer.layer_number, getattr(getattr(layer, "mlp", None), "router", None)) for layer in chunk.decoder.layers
+        ]
+        found.append([(order[number], router) for number, router in routers if router is not None])
+    return found
 
 
 def moe_layer_numbers(config: Any) -> list[int]:

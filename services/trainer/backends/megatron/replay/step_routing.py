@@ -1,19 +1,18 @@
-"""Which routing each micro-batch of a rollout replays, and the share of tokens that would have gone elsewhere."""
+"""Which routing each micro-batch of a rollout replays, and how many tokens go elsewhere than in the engine."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, TypedDict
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
-from miles.services.trainer.backends.megatron.parallel.groups import ParallelRank
-from miles.services.trainer.backends.megatron.parallel.rows import PADDING, LocalRows
+from miles.services.trainer.backends.megatron.parallel.rows import LocalRows
+from miles.services.trainer.backends.megatron.replay.engine_rows import EngineRows, RowCutter
+from miles.services.trainer.backends.megatron.replay.observer import RoutingObserver
 from miles.services.trainer.backends.megatron.replay.router import ModelReplay
 from miles.services.trainer.batch.packing import MicroBatch
-from miles.services.trainer.batch.replayed_experts import rollout_routing
 from miles.services.trainer.batch.rollout_batch import RolloutBatch
 
 if TYPE_CHECKING:
@@ -28,52 +27,60 @@ class Hooks(TypedDict, total=False):
 
 
 class Routing:
-    """Replays the engine's choices (use_rollout_routing_replay), or those of the log-probability pass."""
+    """Replays the engine's choices (use_rollout_routing_replay) or those of the log-probability pass; observes them."""
 
     def __init__(
-        self,
-        config: JobConfig,
-        replay: ModelReplay,
-        parallel: ParallelRank,
-        device: torch.device,
-        *,
-        sequence_parallel: bool,
+        self, config: JobConfig, replay: ModelReplay | None, observer: RoutingObserver | None, cutter: RowCutter
     ) -> None:
+        """Without `replay` routers choose freely; without `observer` nothing is compared with the engine."""
         self._from_rollout = config.rollout.use_rollout_routing_replay
         self.keeps = config.algorithm.use_routing_replay
         """Whether the choice of one pass over a micro-batch is replayed in the next, which must have the same ones."""
         self._replay = replay
-        self._parallel = parallel
-        self._device = device
-        self._parts = parallel.tensor_size if sequence_parallel else 1
+        self._observer = observer
+        self._cutter = cutter
         self._batch: RolloutBatch | None = None
         self._recorded: dict[tuple[int, int], dict[int, torch.Tensor]] = {}
         """Choices by chunk and identity of the micro-batch, within one rollout."""
-        self._different = 0.0
+        self._different: list[torch.Tensor] = []
         self._counted = 0
 
     def begin(self, batch: RolloutBatch) -> None:
         """Start a new rollout."""
         self._batch = batch
         self._recorded.clear()
-        self._different, self._counted = 0.0, 0
-        self._replay.take_different()
+        self._different, self._counted = [], 0
+        if self._replay is not None:
+            self._replay.take_different()
+        if self._observer is not None:
+            self._observer.forget()
 
-    def hooks(self, micro_batches: Sequence[MicroBatch], *, with_gradient: bool) -> Hooks:
-        """Hooks around the forward passes of these micro-batches."""
+    def hooks(self, micro_batches: Sequence[MicroBatch], *, with_gradient: bool, training: bool) -> Hooks:
+        """Hooks around the forward passes of these micro-batches.
+
+        With `training` their tokens are compared with the engine's routing: in a rollout each is trained on once.
+        """
+        observer = self._observer if training else None
+        if observer is not None:
+            observer.begin_pass()
 
         def before(chunk: int, number: int, rows: LocalRows) -> None:
             micro_batch = micro_batches[number] if number < len(micro_batches) else None
             if micro_batch is None or micro_batch.is_empty:
-                self._replay.prescribe(chunk, None)
-            elif self._from_rollout:
-                self._prescribe(chunk, micro_batch, rows)
-            elif (chunk, id(micro_batch)) in self._recorded:
-                self._replay.prescribe_layers(chunk, self._recorded[chunk, id(micro_batch)])
-            else:
-                self._replay.record(chunk)
+                if self._replay is not None:
+                    self._replay.prescribe(chunk, None)
+                return
+            engine = self._engine_rows(micro_batch, rows) if self._from_rollout or observer is not None else None
+            if self._replay is not None:
+                self._set_replay(self._replay, chunk, micro_batch, engine)
+            if observer is not None and engine is not None:
+                observer.expect(number, engine)
 
         def after(chunk: int, number: int) -> None:
+            if observer is not None:
+                observer.stop()
+            if self._replay is None:
+                return
             micro_batch = micro_batches[number] if number < len(micro_batches) else None
             records = micro_batch is not None and not micro_batch.is_empty and not self._from_rollout
             if records and (chunk, id(micro_batch)) not in self._recorded:
@@ -86,40 +93,43 @@ class Routing:
 
     def finish(self) -> None:
         """Finish a pass over micro-batches."""
+        if self._replay is None:
+            return
         different = self._replay.take_different()
         if different is not None:
-            self._different += float(different)
+            self._different.append(different)
         self._replay.finish()
 
     def metrics(self) -> dict[str, float]:
-        """train/routing_difference: share of rows × layers that replay sent elsewhere than the router would have.
+        """The shares of rows × layers that replay sent elsewhere, and of tokens that went elsewhere than in the engine.
 
-        Collective; the same on every rank.
+        Collective; the same on every rank. Each rank counts its own rows; copies of them cancel out.
         """
-        if not self._from_rollout:
-            return {}
-        sums = torch.tensor([self._different, float(self._counted)], dtype=torch.float64, device=self._device)
-        dist.all_reduce(sums)  # each rank counts its own rows and layers; tensor-parallel copies cancel out
-        return {"train/routing_difference": float(sums[0] / sums[1].clamp_min(1))}
+        metrics = {}
+        if self._from_rollout:
+            different = torch.stack(self._different).sum() if self._different else None
+            metrics["train/routing_difference"] = self._share(different, self._counted)
+        if self._observer is not None:
+            metrics["train/tokens_routed_differently"] = self._share(*self._observer.take(self._cutter.device))
+        return {name: share for name, share in metrics.items() if share is not None}
 
-    def _prescribe(self, chunk: int, micro_batch: MicroBatch, rows: LocalRows) -> None:
+    def _share(self, different: torch.Tensor | None, counted: int) -> float | None:
+        """Share of all ranks' rows that differ; None when there are no rows."""
+        sums = torch.tensor([0.0, float(counted)], dtype=torch.float64, device=self._cutter.device)
+        if different is not None:
+            sums[0] = different
+        dist.all_reduce(sums)
+        return float(sums[0] / sums[1]) if sums[1] else None
+
+    def _set_replay(self, replay: ModelReplay, chunk: int, micro_batch: MicroBatch, engine: EngineRows | None) -> None:
+        if self._from_rollout and engine is not None:
+            replay.prescribe(chunk, engine.experts_LNK, engine.present_L)
+            self._counted += engine.count * replay.layers_of(chunk)
+        elif (chunk, id(micro_batch)) in self._recorded:
+            replay.prescribe_layers(chunk, self._recorded[chunk, id(micro_batch)])
+        else:
+            replay.record(chunk)
+
+    def _engine_rows(self, micro_batch: MicroBatch, rows: LocalRows) -> EngineRows:
         assert self._batch is not None, "begin() was not called"
-        routed_TNK = rollout_routing(self._batch.samples, micro_batch)
-        if routed_TNK.shape[1] != self._replay.num_layers:
-            raise ValueError(
-                f"the rollout's routing has {routed_TNK.shape[1]} layers, but the model {self._replay.num_layers} "
-                "mixture-of-experts layers; the engine must serve the model that is trained"
-            )
-        sources = torch.from_numpy(rows.sources_L)
-        present_L = sources != PADDING
-        experts_LNK = routed_TNK[sources]
-        experts_LNK[~present_L] = torch.from_numpy(np.arange(routed_TNK.shape[2]))
-        part = len(sources) // self._parts
-        mine = (
-            slice(self._parallel.tensor_rank * part, (self._parallel.tensor_rank + 1) * part)
-            if self._parts > 1
-            else slice(None)
-        )
-        counted_L = present_L[mine].to(self._device)
-        self._replay.prescribe(chunk, experts_LNK[mine].to(self._device), counted_L)
-        self._counted += int(present_L[mine].sum()) * self._replay.layers_of(chunk)
+        return self._cutter.cut(self._batch.samples, micro_batch, rows)

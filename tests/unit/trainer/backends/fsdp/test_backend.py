@@ -8,7 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from trainer_cases import hf_log_probs, job_config, random_groups, write_dense_model, write_moe_model
+from trainer_cases import (
+    hf_log_probs,
+    job_config,
+    random_groups,
+    set_own_routing,
+    write_dense_model,
+    write_moe_model,
+)
 
 from miles.services.trainer.backends.fsdp.backend import FsdpBackend
 from miles.services.trainer.checkpoint.record import folder_name
@@ -316,19 +323,6 @@ def test_every_combination_of_losses_trains_to_finite_numbers(dense: pathlib.Pat
     metrics = train(loaded(dense, **changes), random_groups(12))
     assert metrics["train/grad_norm"] > 0
     assert all(np.isfinite(value) for value in metrics.values())
-
-
-def set_own_routing(model: pathlib.Path, groups: list[SampleGroup]) -> None:
-    """Give every sample the experts that the stock model chooses for it."""
-    from transformers import AutoModelForCausalLM
-
-    stock = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
-    for sample in (sample for group in groups for sample in group.samples):
-        tokens = torch.from_numpy(sample.tokens.astype(np.int64))
-        with torch.no_grad():
-            logits = stock(tokens[None, :-1], output_router_logits=True).router_logits
-        chosen = torch.stack([layer.softmax(-1).topk(2).indices for layer in logits], dim=1)
-        sample.rollout_routed_experts = chosen.numpy().astype(np.uint8)
 
 
 def reference_step_with_routing(model: pathlib.Path, groups: list[SampleGroup]) -> dict[str, torch.Tensor]:
