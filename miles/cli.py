@@ -21,7 +21,10 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "checkpoint": (f"{_JOB}:checkpoint", "save a checkpoint and continue the job"),
     "checkpoints": ("miles.client.commands.checkpoints", "checkpoints of a job; --download STEP downloads one"),
     "metrics": ("miles.client.commands.metrics", "per-step metrics of a job"),
-    "samples": ("miles.client.commands.samples", "samples that a job trained on"),
+    "samples": (
+        "miles.client.commands.samples",
+        "samples that a job trained on; `samples check PATH` checks recorded ones",
+    ),
     "workers": ("miles.client.commands.workers", "worker processes, with health, load and weight version"),
     "versions": ("miles.client.commands.versions", "versions of a job's weights, and what each engine holds"),
     "logs": ("miles.client.commands.logs", "logs of the services"),

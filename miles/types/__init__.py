@@ -5,6 +5,7 @@ Importing this package needs only numpy; `convert` and `wire` add protobuf. Star
 
 from miles.types.errors import MalformedMessage
 from miles.types.experts import expert_dtype, narrow_experts
+from miles.types.faults import SampleFault, sample_faults
 from miles.types.rewards import RewardKeyError, reward_number
 from miles.types.sample import (
     Message,
@@ -27,6 +28,7 @@ __all__ = [
     "Reward",
     "RewardKeyError",
     "Sample",
+    "SampleFault",
     "SampleGroup",
     "SampleStatus",
     "SpeculativeStats",
@@ -36,4 +38,5 @@ __all__ = [
     "expert_dtype",
     "narrow_experts",
     "reward_number",
+    "sample_faults",
 ]

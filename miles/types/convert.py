@@ -109,7 +109,7 @@ def sample_to_proto(sample: Sample, path: str = "") -> pb.Sample:
 
 def sample_from_proto(message: pb.Sample, path: str = "") -> Sample:
     """Decode and check a sample. Raises MalformedMessage; `path` prefixes field names (end it with a dot)."""
-    sample = _decode_sample(message, path)
+    sample = decode_sample(message, path)
     check_sample(sample, path)
     return sample
 
@@ -125,7 +125,7 @@ def group_to_proto(group: SampleGroup, path: str = "") -> pb.SampleGroup:
 
 def group_from_proto(message: pb.SampleGroup, path: str = "") -> SampleGroup:
     """Decode and check a group. Raises MalformedMessage; `path` prefixes field names (end it with a dot)."""
-    samples = [_decode_sample(sample, f"{path}samples[{i}].") for i, sample in enumerate(message.samples)]
+    samples = [decode_sample(sample, f"{path}samples[{i}].") for i, sample in enumerate(message.samples)]
     group = SampleGroup(message.job_id, message.group_id, samples)
     check_group(group, path)
     return group
@@ -219,7 +219,8 @@ def _encode_sample(sample: Sample, message: pb.Sample, path: str) -> None:
                 _fill_array(getattr(message, name), array, name)
 
 
-def _decode_sample(message: pb.Sample, path: str) -> Sample:
+def decode_sample(message: pb.Sample, path: str = "") -> Sample:
+    """Decode a sample without `check_sample`. Raises MalformedMessage for what cannot be decoded."""
     with prefixed(path):
         return _decode(message)
 

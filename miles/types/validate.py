@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -52,38 +52,64 @@ def check_sample(sample: Sample, path: str = "") -> None:
 
 def _check_form(sample: Sample) -> None:
     """Check everything except the entries of arrays, which `_check_values` checks."""
+    for check in FORM_CHECKS:
+        check(sample)
+
+
+def _check_identity(sample: Sample) -> None:
     _check_unsigned(sample.group_id, UINT64_MAX, "group_id")
     _check_unsigned(sample.index, UINT32_MAX, "index")
+
+
+def _check_texts(sample: Sample) -> None:
     _check_prompt(sample.prompt, "prompt")
     _check_text(sample.response, "response")
     if sample.label is not None:
         _check_text(sample.label, "label")
+
+
+def _check_state(sample: Sample) -> None:
     if not isinstance(sample.status, SampleStatus):
         raise MalformedMessage("status", f"{sample.status!r} is not a SampleStatus")
     if not isinstance(sample.metadata, dict):
         raise MalformedMessage("metadata", f"a {type(sample.metadata).__name__}; expected a JSON object")
-    _check_arrays(sample)
-    _check_spans(sample.weight_versions, sample.response_length)
-    if sample.reward is not None:
-        _check_reward(sample.reward, "reward")
-    if sample.speculative is not None or sample.prefix_cache is not None:
-        _check_stats(sample)
 
 
-def _check_arrays(sample: Sample) -> None:
+def _check_tokens(sample: Sample) -> None:
     length = sample.response_length
     _check_dtype(sample.tokens, (_INT32,), 1, "tokens")
     _check_unsigned(length, UINT32_MAX, "response_length")
     if length > len(sample.tokens):
         raise MalformedMessage("response_length", f"{length}, but there are only {len(sample.tokens)} tokens")
+
+
+def _check_loss_mask(sample: Sample) -> None:
     if sample.loss_mask is not None:
-        _check_per_response(sample.loss_mask, _UINT8, length, "loss_mask")
+        _check_per_response(sample.loss_mask, _UINT8, sample.response_length, "loss_mask")
+
+
+def _check_rollout_log_probs(sample: Sample) -> None:
     if sample.rollout_log_probs is not None:
-        _check_per_response(sample.rollout_log_probs, _FLOAT32, length, "rollout_log_probs")
+        _check_per_response(sample.rollout_log_probs, _FLOAT32, sample.response_length, "rollout_log_probs")
+
+
+def _check_teacher_log_probs(sample: Sample) -> None:
     if sample.teacher_log_probs is not None:
-        _check_per_response(sample.teacher_log_probs, _FLOAT32, length, "teacher_log_probs")
+        _check_per_response(sample.teacher_log_probs, _FLOAT32, sample.response_length, "teacher_log_probs")
+
+
+def _check_routing(sample: Sample) -> None:
     if sample.rollout_routed_experts is not None:
         _check_experts(sample.rollout_routed_experts, len(sample.tokens), "rollout_routed_experts")
+
+
+def _check_versions(sample: Sample) -> None:
+    _check_spans(sample.weight_versions, sample.response_length)
+
+
+def _check_rewards(sample: Sample) -> None:
+    if sample.reward is not None:
+        _check_reward(sample.reward, "reward")
 
 
 def _values_hold(samples: Sequence[Sample]) -> bool:
@@ -109,14 +135,31 @@ def _blocks(arrays: Sequence[npt.NDArray[Any]]) -> Sequence[npt.NDArray[Any]]:
 
 def _check_values(sample: Sample) -> None:
     """Check the entries of arrays whose form is valid."""
+    for check in VALUE_CHECKS.values():
+        check(sample)
+
+
+def _check_token_values(sample: Sample) -> None:
     if (at := _first(sample.tokens < 0)) is not None:
         raise MalformedMessage("tokens", f"token {at} is {sample.tokens[at]}; token ids are not negative")
+
+
+def _check_mask_values(sample: Sample) -> None:
     if (mask := sample.loss_mask) is not None and (at := _first(mask > 1)) is not None:
         raise MalformedMessage("loss_mask", f"entry {at} is {mask[at]}; allowed: 0 and 1")
-    for name in ("rollout_log_probs", "teacher_log_probs"):
-        array = getattr(sample, name)
-        if array is not None and (at := _first(~np.isfinite(array))) is not None:
-            raise MalformedMessage(name, f"entry {at} is {array[at]}; log-probabilities are finite")
+
+
+def _check_rollout_values(sample: Sample) -> None:
+    _check_log_probs(sample.rollout_log_probs, "rollout_log_probs")
+
+
+def _check_teacher_values(sample: Sample) -> None:
+    _check_log_probs(sample.teacher_log_probs, "teacher_log_probs")
+
+
+def _check_log_probs(array: npt.NDArray[np.float32] | None, path: str) -> None:
+    if array is not None and (at := _first(~np.isfinite(array))) is not None:
+        raise MalformedMessage(path, f"entry {at} is {array[at]}; log-probabilities are finite")
 
 
 def _first(where: npt.NDArray[np.bool_]) -> int | None:
@@ -236,3 +279,26 @@ def _check_unsigned(value: Any, maximum: int, path: str) -> None:
         raise MalformedMessage(path, f"a {type(value).__name__}; expected an integer")
     if not 0 <= int(value) <= maximum:
         raise MalformedMessage(path, f"{value}; allowed: 0 to {maximum}")
+
+
+FORM_CHECKS: tuple[Callable[[Sample], None], ...] = (
+    _check_identity,
+    _check_texts,
+    _check_state,
+    _check_tokens,
+    _check_loss_mask,
+    _check_rollout_log_probs,
+    _check_teacher_log_probs,
+    _check_routing,
+    _check_versions,
+    _check_rewards,
+    _check_stats,
+)
+"""What `check_sample` checks first; each names the field."""
+VALUE_CHECKS: Mapping[str, Callable[[Sample], None]] = {
+    "tokens": _check_token_values,
+    "loss_mask": _check_mask_values,
+    "rollout_log_probs": _check_rollout_values,
+    "teacher_log_probs": _check_teacher_values,
+}
+"""What it checks then, of fields whose form is valid."""

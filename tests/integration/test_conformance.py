@@ -37,8 +37,8 @@ from weightsync_processes import Service
 
 from miles.rpc.gen import policy_pb2
 from miles.services.rollout.engines.base import RolloutEngine
-from miles.services.rollout.engines.sglang.weights.names import checkpoint_names
 from miles.weights import WeightSubscriber
+from miles.weights.naming.model_tensors import read_model_tensors
 
 FAMILIES = ("Qwen3", "Qwen3-MoE", "DeepSeek-V3", "GLM-4.5", "DeepSeek-V3, MTP", "GLM-4.5, MTP")
 BACKENDS = ("fsdp", "megatron")
@@ -161,7 +161,7 @@ async def test_an_engine_has_the_bytes_and_the_answers_of_the_trainer(
         await job.export(1)
         await activate(weightsync, job_id, 1, check_equal=True)
         saved = await job.save_hf()
-        check_bytes(stored(saved), stored(model(row.family)), await engine.weight_bytes())
+        check_bytes(model(row.family), saved, await engine.weight_bytes())
 
         greedy, drawn = await answers(engine, 0.0), await answers(engine, 1.0)
         assert [response.tokens for response in greedy] == greedy_tokens(saved, greedy)
@@ -179,14 +179,18 @@ async def activate(weightsync: Service, job_id: str, version: int, *, check_equa
     assert (done.engines, done.quarantined) == (1, 0)
 
 
-def check_bytes(
-    saved: Mapping[str, torch.Tensor], initial: Mapping[str, torch.Tensor], held: Mapping[str, torch.Tensor]
-) -> None:
-    """The engine holds what the trainer has: all of it but MTP layers, and not what it started from."""
-    held = dict(checkpoint_names(held.items()))
-    assert all(torch.equal(tensor.cpu(), saved[name]) for name, tensor in held.items())
-    layers = {name.split(".")[2] for name in held if name.startswith("model.layers.")}
-    left_out = {name.split(".")[2] for name in saved.keys() - held.keys()}
-    assert left_out.isdisjoint(layers)
+def check_bytes(untrained: pathlib.Path, saved: pathlib.Path, served: Mapping[str, torch.Tensor]) -> None:
+    """The engine holds what the trainer saved, all of it but MTP layers, and not what it started from."""
+    before, after = stored(untrained), stored(saved)
+    held = dict(read_model_tensors(untrained).conversion.to_checkpoint(served.items()))
+    assert all(torch.equal(tensor, after[name]) for name, tensor in held.items())
+    left_out = after.keys() - held.keys()
+    assert all(layer_of(name) > max(map(layer_of, held)) for name in left_out)
     trained = [name for name in held if not name.endswith("e_score_correction_bias")]
-    assert not any(torch.equal(initial[name], saved[name]) for name in trained)
+    assert not any(torch.equal(before[name], after[name]) for name in trained)
+
+
+def layer_of(name: str) -> int:
+    """Number of a tensor's layer; -1 outside of layers."""
+    parts = name.split(".")
+    return int(parts[2]) if parts[1] == "layers" else -1

@@ -1,4 +1,4 @@
-"""`miles samples JOB`: lists samples that a job trained on."""
+"""`miles samples JOB`: lists samples that a job trained on; `miles samples check PATH` checks them."""
 
 from __future__ import annotations
 
@@ -20,9 +20,15 @@ _SHOWN_CHARS = 400
 
 
 def main(arguments: Sequence[str]) -> int:
-    """List samples; return the exit code."""
+    """List samples, or check stored ones (`miles samples check`); return the exit code."""
+    if arguments[:1] == ["check"]:
+        from miles.client.commands import check_samples
+
+        return check_samples.main(arguments[1:])
     made = parser(
-        "samples", "List samples that a job trained on, newest step first; a few groups of each step are recorded."
+        "samples",
+        "List samples that a job trained on, newest step first; a few groups of each step are recorded. "
+        "`miles samples check PATH` checks recorded files instead.",
     )
     made.add_argument("job", help="id of the job")
     made.add_argument("--step", type=int, help="only samples of this training step")

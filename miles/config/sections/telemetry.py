@@ -21,3 +21,6 @@ class TelemetryConfig(Section):
 
     log_samples_per_step: NonNegative = 4
     """Number of prompts per step whose samples are recorded for inspection; 0 records none."""
+
+    log_whole_samples: bool = False
+    """Record those samples whole too, with prompt tokens and routed experts, for `miles samples check`."""

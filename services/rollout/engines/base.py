@@ -86,6 +86,8 @@ class GenerationResult:
     asked for."""
     speculative: SpeculativeStats | None = None
     """Counters of speculative decoding; None without it."""
+    retractions: int = 0
+    """How often the engine took the request's cache away by itself, for lack of memory, and computed it again."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

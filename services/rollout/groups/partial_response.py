@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from miles.services.rollout.engines.base import FinishReason, GenerationDelta, GenerationResult
-from miles.types import PrefixCacheStats, Sample, SampleStatus, SpeculativeStats, VersionSpan
-
-Experts = npt.NDArray[np.integer[Any]]
+from miles.services.rollout.engines.joining import add_speculative, join_experts, join_spans
+from miles.types import PrefixCacheStats, Sample, SampleStatus
 
 _STATUS = {
     FinishReason.STOP: SampleStatus.COMPLETED,
@@ -42,18 +38,20 @@ class Piece:
             self.result = delta.result
 
 
-def extend(sample: Sample, piece: Piece) -> Sample:
+def extend(sample: Sample, piece: Piece, *, with_experts: bool = False) -> Sample:
     """The sample with a finished piece appended; the response text is left for the caller to decode.
 
     After an aborted piece the sample is PENDING, to be resumed. Experts recorded earlier are kept, because a resumed
     request recomputes them, perhaps with later weights that were not sampled from; so the piece holds only the experts
-    of positions from `experts_start` on.
+    of positions from `experts_start` on. An aborted piece of which the engine lost them, although they are wanted
+    (`with_experts`), is left out: the response goes on from what was recorded.
     Raises ValueError for a piece without a result.
     """
     result = piece.result
     if result is None:
         raise ValueError(f"the engine ended the response of sample {sample.index} without a result")
-    if not piece.token_ids and result.reason is FinishReason.ABORT:
+    lost = with_experts and result.routed_experts is None
+    if result.reason is FinishReason.ABORT and (lost or not piece.token_ids):
         return dataclasses.replace(sample, status=SampleStatus.PENDING)
     new_tokens = np.asarray(piece.token_ids, np.int32)
     new_log_probs = np.asarray(piece.log_probs, np.float32)
@@ -73,51 +71,9 @@ def extend(sample: Sample, piece: Piece) -> Sample:
     )
 
 
-def join_spans(
-    before: Sequence[VersionSpan], added: Sequence[VersionSpan], response_length: int
-) -> tuple[VersionSpan, ...]:
-    """Append `added`, counted from 0, to `before`, which covers `response_length` tokens; merge equal neighbours."""
-    spans = list(before)
-    for span in added:
-        shifted = VersionSpan(span.version, span.start + response_length, span.end + response_length)
-        if shifted.start == shifted.end:
-            continue
-        if spans and spans[-1].version == shifted.version and spans[-1].end == shifted.start:
-            spans[-1] = VersionSpan(shifted.version, spans[-1].start, shifted.end)
-        else:
-            spans.append(shifted)
-    return tuple(spans)
-
-
 def experts_start(sample: Sample) -> int:
     """First position whose routed experts are not recorded."""
     return 0 if sample.rollout_routed_experts is None else len(sample.rollout_routed_experts)
-
-
-def join_experts(before: Experts | None, added: Experts | None) -> Experts | None:
-    """Concatenate the rows of `before` and `added`, both of shape (positions, moe_layers, top_k).
-
-    Raises ValueError when they are not of the same model.
-    """
-    if before is None or added is None or not len(before):
-        return added
-    if before.shape[1:] != added.shape[1:] or before.dtype != added.dtype:
-        raise ValueError(
-            f"routed experts so far have shape {before.shape} of {before.dtype}, but those of the resumed response "
-            f"{added.shape} of {added.dtype}"
-        )
-    return np.concatenate([before, added])
-
-
-def add_speculative(before: SpeculativeStats | None, added: SpeculativeStats | None) -> SpeculativeStats | None:
-    """Sum the statistics of two pieces; None when neither was decoded speculatively."""
-    if before is None or added is None:
-        return added or before
-    return SpeculativeStats(
-        accepted_draft_tokens=before.accepted_draft_tokens + added.accepted_draft_tokens,
-        proposed_draft_tokens=before.proposed_draft_tokens + added.proposed_draft_tokens,
-        verify_count=before.verify_count + added.verify_count,
-    )
 
 
 def without_response(sample: Sample) -> Sample:

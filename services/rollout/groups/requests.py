@@ -48,7 +48,7 @@ class GroupRequests:
             ended.callback(self._running.pop, request.request_id)
             async for delta in await ended.enter_async_context(contextlib.aclosing(self._engine.generate(request))):
                 piece.add(delta)
-        return extend(sample, piece)
+        return extend(sample, piece, with_experts=self._record_experts)
 
     async def abort(self) -> None:
         """End every request soon, each with the tokens it has, and make no more."""

@@ -59,6 +59,7 @@ class BaseBackend(abc.ABC, Generic[PartsT]):
             config.telemetry.log_samples_per_step,
             dist.get_rank(),
             config.reward.reward_key,
+            whole=config.telemetry.log_whole_samples,
         )
         self.loaded_from: pathlib.Path | None = None
         """Checkpoint that `load` read; None for the initial weights."""

@@ -5,7 +5,8 @@ Each rank writes its part of a step's first groups to RUN_DIR/samples/step_00000
 "response_length", "weight_versions": [[version, start, end]], "log_prob_diff_mean", "log_prob_diff_max", "advantage",
 "cut"}]}. Per-token metrics go to step_00000012.rank0.tokens.jsonl beside it, a sample a line: {"group_id",
 "index", "ids", "mask", "advantages", "train", "rollout", "skipped", "skipped_at"}, log-probabilities in nats; lists are
-empty for what is not known. The controller merges the ranks' parts when it is asked for them.
+empty for what is not known. With log_whole_samples the samples themselves are in step_00000012.rank0.groups.pb
+(`miles.types.stored`). The controller merges the ranks' parts when it is asked for them.
 """
 
 from __future__ import annotations
@@ -14,13 +15,14 @@ import dataclasses
 import json
 import pathlib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from miles.types import Prompt, Sample
+from miles.types import Prompt, Sample, SampleGroup
+from miles.types.stored import SUFFIX, write_groups
 
 FOLDER = "samples"
 MAX_TEXT_CHARS = 32_768
@@ -29,7 +31,7 @@ MAX_TOKENS = 4096
 """Of longer responses, the metrics of this many tokens are kept: half from the start, half from the end."""
 _DIGITS = 4
 """Decimals of per-token metrics."""
-_NAME = re.compile(r"step_(\d{8,})\.rank\d+(\.tokens)?\.jsonl")
+_NAME = re.compile(r"step_(\d{8,})\.rank\d+(?:(?:\.tokens)?\.jsonl|\.groups\.pb)")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -45,8 +47,12 @@ class TokenMetrics:
 class SampleLog:
     """One rank's files of a run. `groups` groups of each step are logged; 0 logs none."""
 
-    def __init__(self, run_dir: pathlib.Path, groups: int, rank: int, reward_key: str | None) -> None:
+    def __init__(
+        self, run_dir: pathlib.Path, groups: int, rank: int, reward_key: str | None, *, whole: bool = False
+    ) -> None:
+        """`whole`: samples are also written as they are, with prompt tokens and routed experts."""
         self.groups = groups
+        self._whole = whole
         self._folder = run_dir / FOLDER
         self._rank = rank
         self._reward_key = reward_key
@@ -63,7 +69,9 @@ class SampleLog:
         """Log samples of a step; one that was not trained on has no metrics."""
         groups: dict[int, dict[str, Any]] = {}
         tokens: list[dict[str, Any]] = []
+        members: dict[int, list[Sample]] = {}
         for sample, metrics in samples:
+            members.setdefault(sample.group_id, []).append(sample)
             if sample.group_id not in groups:
                 groups[sample.group_id] = _group(step, sample)
             groups[sample.group_id]["samples"].append(self._sample(sample, metrics))
@@ -72,6 +80,8 @@ class SampleLog:
             return
         self._folder.mkdir(parents=True, exist_ok=True)
         name = f"step_{step:08d}.rank{self._rank}"
+        if self._whole:
+            self._write_whole(f"{name}{SUFFIX}", members)
         self._write(f"{name}.tokens.jsonl", tokens)
         self._write(f"{name}.jsonl", [groups[group_id] for group_id in sorted(groups)])
 
@@ -81,6 +91,14 @@ class SampleLog:
         partial = path.with_suffix(".tmp")
         text = "".join(json.dumps(line, ensure_ascii=False, separators=(",", ":")) + "\n" for line in lines)
         partial.write_text(text, encoding="utf-8", errors="replace")
+        partial.replace(path)
+
+    def _write_whole(self, name: str, members: Mapping[int, list[Sample]]) -> None:
+        """Write this rank's samples of each group."""
+        path = self._folder / name
+        partial = path.with_suffix(".tmp")
+        ordered = {group_id: sorted(found, key=lambda s: s.index) for group_id, found in sorted(members.items())}
+        write_groups(partial, (SampleGroup("", group_id, found) for group_id, found in ordered.items()))
         partial.replace(path)
 
     def _sample(self, sample: Sample, metrics: TokenMetrics | None) -> dict[str, Any]:

@@ -140,6 +140,8 @@ class SglangEngine:
             self._dispatcher.held = True
             if mode is PauseMode.ABORT:
                 await self._dispatcher.abort_running()
+            elif mode is PauseMode.RETRACT:
+                await self._dispatcher.interrupt_recorded()
             await self._servers.pause("in_place" if mode is PauseMode.IN_PLACE else "retract")
             self._pause_mode = mode
 
@@ -197,6 +199,7 @@ class SglangEngine:
         """Free the servers' weights and caches until `resume` or the next load; running requests are retracted."""
         async with self._lock:
             self._dispatcher.held = True
+            await self._dispatcher.interrupt_recorded()
             await self._servers.pause("retract")
             await self._loader.release_memory()
             self._released = True

@@ -15,8 +15,6 @@ from miles.services.rollout.groups.partial_response import (
     extend,
     is_resumable,
     is_rolled_back,
-    join_experts,
-    join_spans,
     mask_older_versions,
     merge_partial,
     without_response,
@@ -114,29 +112,11 @@ def test_a_piece_needs_its_result_and_matching_log_probs() -> None:
         Piece().add(GenerationDelta([1, 2], [0.0]))
 
 
-def test_spans_shift_and_equal_neighbours_join() -> None:
-    before = (VersionSpan(1, 0, 2), VersionSpan(2, 2, 5))
-    assert join_spans(before, (VersionSpan(2, 0, 3), VersionSpan(4, 3, 4)), 5) == (
-        VersionSpan(1, 0, 2),
-        VersionSpan(2, 2, 8),
-        VersionSpan(4, 8, 9),
-    )
-    assert join_spans((), (VersionSpan(0, 0, 0), VersionSpan(1, 0, 1)), 0) == (VersionSpan(1, 0, 1),)
-
-
-def test_new_experts_follow_those_that_were_sampled_from() -> None:
-    before, added = np.zeros((3, 1, 1), np.uint8), np.ones((2, 1, 1), np.uint8)
-    joined = join_experts(before, added)
-    assert joined is not None
-    assert joined.ravel().tolist() == [0, 0, 0, 1, 1]
-    assert join_experts(None, added) is added
-
-
-def test_experts_of_another_model_are_refused() -> None:
-    with pytest.raises(ValueError, match="routed experts"):
-        join_experts(np.zeros((3, 2, 1), np.uint8), np.ones((5, 1, 1), np.uint8))
-    with pytest.raises(ValueError, match="routed experts"):
-        join_experts(np.zeros((3, 1, 1), np.uint16), np.ones((5, 1, 1), np.uint8))
+def test_a_piece_whose_routing_was_lost_is_left_out() -> None:
+    begun = extend(fresh(), piece_of(fresh(), [1, 2], [0, 0], FinishReason.ABORT), with_experts=True)
+    lost = piece_of(begun, [3, 4], [0, 1], FinishReason.ABORT, experts=False)
+    assert extend(begun, lost, with_experts=True) == begun
+    assert extend(begun, lost).response_length == 4  # nobody wants it
 
 
 def test_what_can_be_resumed() -> None:

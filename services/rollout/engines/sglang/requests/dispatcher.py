@@ -13,20 +13,19 @@ from miles.change_signal import ChangeSignal
 from miles.services.rollout.engines.base import (
     EngineFailed,
     EngineStats,
-    FinishReason,
     GenerationDelta,
     GenerationRequest,
-    GenerationResult,
 )
 from miles.services.rollout.engines.request_checks import check_request
 from miles.services.rollout.engines.sglang.background import BackgroundCalls
 from miles.services.rollout.engines.sglang.options import SglangOptions
 from miles.services.rollout.engines.sglang.requests.busy_clock import BusyClock
+from miles.services.rollout.engines.sglang.requests.continuation import Continuation, read_end_tokens
 from miles.services.rollout.engines.sglang.requests.payload import STREAM_INTERVAL, to_payload
 from miles.services.rollout.engines.sglang.requests.responses import ResponseDecoder
-from miles.services.rollout.engines.sglang.requests.routed_experts import read_expert_layout
 from miles.services.rollout.engines.sglang.requests.server_choice import Router
 from miles.services.rollout.engines.sglang.server.replica import Replica
+from miles.types.experts import read_expert_layout
 
 ABORT_DEADLINE_S = 60.0
 """How long a pause that aborts waits for requests to end."""
@@ -48,11 +47,13 @@ class _ActiveRequest:
     """A request that waits for a server or runs on one."""
 
     request: GenerationRequest
-    rid: str
+    rid: str = ""
     """Its id on the server. No other id begins with it, because SGLang aborts every request whose id begins so."""
     replica: Replica | None = None
     """The server that runs it; None while it waits."""
     aborted: bool = False
+    interrupted: bool = False
+    """Ended on its server for a pause; another request goes on with it."""
 
 
 class Dispatcher:
@@ -75,6 +76,7 @@ class Dispatcher:
         self._wanted_version = wanted_version
         self._on_waiting = on_waiting
         self._experts = read_expert_layout(options.hf_checkpoint) if options.routed_experts else None
+        self._end_tokens = read_end_tokens(options.hf_checkpoint)
         self._router = Router()
         self._active: dict[str, _ActiveRequest] = {}
         self._clock = BusyClock()
@@ -104,39 +106,50 @@ class Dispatcher:
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationDelta, None]:
         """See `SglangEngine.generate`."""
         self._check(request)
-        active = _ActiveRequest(request, next(self._rids))
+        active = _ActiveRequest(request)
+        response = Continuation(request, self._end_tokens)
         self._active[request.request_id] = active
         self._clock.set(True)
-        ended = False
         try:
-            if not await self._place(active):
-                ended = True
-                yield GenerationDelta([], [], GenerationResult(FinishReason.ABORT, ()))
-                return
-            async with contextlib.aclosing(self._deltas(active)) as deltas:
-                async for delta in deltas:
-                    ended = delta.result is not None
-                    self._generated_tokens += len(delta.token_ids)
-                    yield delta
+            goes_on = True
+            while goes_on:
+                goes_on = False
+                if not await self._place(active):
+                    yield GenerationDelta([], [], response.aborted())
+                    return
+                async with contextlib.aclosing(self._deltas(active, response.request)) as deltas:
+                    async for delta in deltas:
+                        self._generated_tokens += len(delta.token_ids)
+                        delta = response.add(delta)
+                        if delta.result is not None:
+                            self._leave(active)
+                            goes_on = active.interrupted and not active.aborted and response.goes_on(delta.result)
+                        yield dataclasses.replace(delta, result=None) if goes_on else delta
         finally:
             del self._active[request.request_id]
             self._clock.set(bool(self._active))
             if (replica := active.replica) is not None:
-                replica.running -= 1
-                self._changed.notify()
-                if not ended and replica.version is not None:
+                self._leave(active)
+                if replica.version is not None:
                     self._background.start(replica.abort(active.rid))
+
+    def _leave(self, active: _ActiveRequest) -> None:
+        """Note that no server runs the request any more."""
+        if active.replica is not None:
+            active.replica.running -= 1
+            active.replica = None
+            self._changed.notify()
 
     async def abort(self, request_ids: Sequence[str] | None) -> None:
         """End these requests (None: all) with the tokens they have."""
         chosen = list(self._active) if request_ids is None else [i for i in request_ids if i in self._active]
-        calls = []
         for request_id in chosen:
-            active = self._active[request_id]
-            active.aborted = True
-            if active.replica is not None:
-                calls.append(active.replica.abort(active.rid))
+            self._active[request_id].aborted = True
         self._changed.notify()
+        await self._abort_on_servers([self._active[request_id] for request_id in chosen])
+
+    async def _abort_on_servers(self, chosen: Sequence[_ActiveRequest]) -> None:
+        calls = [active.replica.abort(active.rid) for active in chosen if active.replica is not None]
         for outcome in await asyncio.gather(*calls, return_exceptions=True):
             if isinstance(outcome, BaseException) and not isinstance(outcome, EngineFailed):
                 raise outcome
@@ -147,13 +160,30 @@ class Dispatcher:
         Raises TimeoutError when some have not ended after `ABORT_DEADLINE_S`.
         """
         await self.abort([i for i, active in self._active.items() if active.replica is not None])
+        await self._ended(list(self._active.values()))
+
+    async def interrupt_recorded(self) -> None:
+        """End the requests that run on servers and record routing, and return once they have ended.
+
+        Each goes on with another request once nothing holds requests. Raises TimeoutError as `abort_running` does.
+        """
+        chosen = [a for a in self._active.values() if a.replica is not None and a.request.return_routed_experts]
+        for active in chosen:
+            active.interrupted = True
+        await self._abort_on_servers(chosen)
+        await self._ended(chosen)
+
+    async def _ended(self, chosen: Sequence[_ActiveRequest]) -> None:
+        def left() -> int:
+            return sum(active.replica is not None for active in chosen)
+
         try:
             async with asyncio.timeout(ABORT_DEADLINE_S):
-                while self._running():
+                while left():
                     await self._changed.wait()
         except TimeoutError:
-            left = self._running()
-            raise TimeoutError(f"waited {ABORT_DEADLINE_S:g} s for {left} requests to end after their abort") from None
+            message = f"waited {ABORT_DEADLINE_S:g} s for {left()} requests to end after their abort"
+            raise TimeoutError(message) from None
 
     def stats(self) -> EngineStats:
         """Counters as of now."""
@@ -171,7 +201,8 @@ class Dispatcher:
     async def _place(self, active: _ActiveRequest) -> bool:
         """Wait until a server has room and give it the request; False when the request was aborted meanwhile."""
         while not active.aborted:
-            self._on_waiting()
+            if not active.interrupted:
+                self._on_waiting()
             if not self.held:
                 candidates = [replica.candidate() for replica in self._replicas]
                 index = self._router.choose(candidates, active.request.group, self._wanted_version())
@@ -182,9 +213,12 @@ class Dispatcher:
             await self._changed.wait()
         return False
 
-    async def _deltas(self, active: _ActiveRequest) -> AsyncGenerator[GenerationDelta, None]:
-        request, replica = active.request, active.replica
+    async def _deltas(
+        self, active: _ActiveRequest, request: GenerationRequest
+    ) -> AsyncGenerator[GenerationDelta, None]:
+        replica = active.replica
         assert replica is not None
+        active.rid, active.interrupted = next(self._rids), False
         experts = self._experts if request.return_routed_experts else None
         decoder = ResponseDecoder(len(request.input_ids), experts, request.routed_experts_start)
         payload = to_payload(
@@ -197,7 +231,7 @@ class Dispatcher:
                 yield delta
                 if delta.result is not None:
                     return
-                if active.aborted:  # the abort reached the server before the request did
+                if active.aborted or active.interrupted:  # the abort reached the server before the request did
                     await replica.abort(active.rid)
         raise EngineFailed(f"SGLang at {replica.api.address} ended a response without a reason")
 

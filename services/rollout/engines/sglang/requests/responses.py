@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from miles.services.rollout.engines.base import EngineFailed, FinishReason, GenerationDelta, GenerationResult
-from miles.services.rollout.engines.sglang.requests.routed_experts import ExpertLayout, decode_experts
+from miles.services.rollout.engines.sglang.requests.routed_experts import decode_experts
 from miles.types import SpeculativeStats, VersionSpan
+from miles.types.experts import ExpertLayout
 
 LARGE = 1 << 20
 """Characters of routed experts from which decoding takes milliseconds."""
@@ -17,6 +18,8 @@ _REASONS = {"stop": FinishReason.STOP, "length": FinishReason.LENGTH, "abort": F
 
 class ResponseDecoder:
     """Decodes one response, event by event.
+
+    A response whose experts the server has lost or overwritten ends with the reason ABORT and without them.
 
     A server may send only an event's new tokens or all tokens so far, and it repeats some when it aborts a waiting
     request; `completion_tokens` is always the total, so the new ones are the last of an event.
@@ -55,17 +58,23 @@ class ResponseDecoder:
         reason = _REASONS.get(str(finish.get("type")))
         if reason is None:
             raise EngineFailed(f"SGLang ended a response for an unknown reason: {finish}")
+        spans, retractions = version_spans(meta, self._received), int(meta.get("num_retractions") or 0)
+        # Retracted requests are computed again, and their experts recorded again: with whose weights is not said.
+        lost = self._experts is not None and retractions > 0 and len(spans) > 1
         return GenerationResult(
-            reason=reason,
-            weight_versions=version_spans(meta, self._received),
+            reason=FinishReason.ABORT if lost else reason,
+            weight_versions=spans,
             cached_prompt_tokens=int(meta.get("cached_tokens") or 0),
-            routed_experts=self._routed_experts(meta),
+            routed_experts=None if lost else self._routed_experts(meta, reason),
             speculative=_speculative(meta),
+            retractions=retractions,
         )
 
-    def _routed_experts(self, meta: Mapping[str, Any]) -> Any:
+    def _routed_experts(self, meta: Mapping[str, Any], reason: FinishReason) -> Any:
         encoded = meta.get("routed_experts")
         if self._experts is None or (encoded is None and not self._received):
+            return None
+        if encoded is None and reason is FinishReason.ABORT:  # it was retracted, so that nothing holds them
             return None
         if encoded is None:
             raise EngineFailed("SGLang sent no routed experts: was it started with --enable-return-routed-experts?")

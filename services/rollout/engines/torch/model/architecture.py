@@ -23,15 +23,20 @@ class ModelShape:
     heads: int
     kv_heads: int
     head_dim: int
-    """Of queries and keys."""
-    value_dim: int
-    """Of a head's values; smaller than its keys with latent attention (MLA)."""
+    """Elements of a head's queries and keys."""
     hidden_size: int
     intermediate_size: int
     vocabulary: int
     max_positions: int
     experts: int = 0
     """Routed experts of a mixture-of-experts layer; 0 in a dense model."""
+    latent_value_dim: int | None = None
+    """Elements of a head's values in multi-head latent attention, where they are not as many as those of its keys."""
+
+    @property
+    def value_dim(self) -> int:
+        """Elements of a head's values."""
+        return self.head_dim if self.latent_value_dim is None else self.latent_value_dim
 
 
 def read_config(hf_checkpoint: str | pathlib.Path) -> Any:
@@ -54,19 +59,19 @@ def read_config(hf_checkpoint: str | pathlib.Path) -> Any:
 def model_shape(config: Any) -> ModelShape:
     """Sizes out of a configuration."""
     heads = int(config.num_attention_heads)
-    latent = getattr(config, "kv_lora_rank", None) is not None  # its head_dim is that of the rotated part alone
-    head_dim = config.qk_head_dim if latent else getattr(config, "head_dim", None) or config.hidden_size // heads
+    latent = getattr(config, "kv_lora_rank", None) is not None
+    key_dim = int(config.qk_nope_head_dim) + int(config.qk_rope_head_dim) if latent else 0
     return ModelShape(
         layers=int(config.num_hidden_layers),
         heads=heads,
         kv_heads=int(getattr(config, "num_key_value_heads", None) or heads),
-        head_dim=int(head_dim),
-        value_dim=int(config.v_head_dim if latent else head_dim),
+        head_dim=key_dim or int(getattr(config, "head_dim", None) or config.hidden_size // heads),
         hidden_size=int(config.hidden_size),
         intermediate_size=int(getattr(config, "intermediate_size", None) or 4 * config.hidden_size),
         vocabulary=int(config.vocab_size),
         max_positions=int(config.max_position_embeddings),
         experts=next((int(count) for name in _EXPERT_COUNTS if (count := getattr(config, name, None))), 0),
+        latent_value_dim=int(config.v_head_dim) if latent else None,
     )
 
 

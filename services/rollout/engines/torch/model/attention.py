@@ -75,7 +75,7 @@ def slot_attention(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attend from query (1, heads, tokens, head dim) through the cache; returns (1, tokens, heads, value dim)."""
+    """Attend from query (1, heads, tokens, head dim) through the cache; returns (1, tokens, heads, head dim)."""
     step: AttentionStep | None = kwargs.get(STEP_ARGUMENT)
     if step is None:
         raise NotImplementedError(f"{type(module).__name__} got no {STEP_ARGUMENT}: its model drops unknown arguments")
@@ -96,13 +96,13 @@ def slot_attention(
         parts.append(_prefill(query_NHD, step, step.prefill, layer, scale))
     padding = query_NHD.shape[0] - tokens
     if padding:
-        parts.append(query_NHD.new_zeros(padding, query_NHD.shape[1], value.shape[-1]))
+        parts.append(query_NHD.new_zeros(padding, *parts[0].shape[1:]))
     output_NHD = parts[0] if len(parts) == 1 else torch.cat(parts)
     return output_NHD[None], None
 
 
 def _decode(query_NHD: torch.Tensor, step: AttentionStep, rows: DecodeRows, layer: int, scale: float) -> torch.Tensor:
-    """Output (rows, heads, value dim) of the decoding tokens. S slots, K kv heads, G heads a kv head, T positions."""
+    """Output (rows, heads, head dim) of the decoding tokens. S slots, K kv heads, G heads a kv head, T positions."""
     query_SHD = query_NHD[: rows.rows]
     if rows.slots_N is not None:
         query_SHD = query_SHD.new_zeros(rows.slots, *query_SHD.shape[1:]).index_copy_(0, rows.slots_N, query_SHD)
@@ -114,12 +114,12 @@ def _decode(query_NHD: torch.Tensor, step: AttentionStep, rows: DecodeRows, laye
     if group < step.min_queries:
         query_SKGD = torch.nn.functional.pad(query_SKGD, (0, 0, 0, step.min_queries - group))
     output_SKGD = _attend(query_SKGD, keys_SKDT, values_SKTD, rows.mask_S11T, scale)
-    output_SHD = output_SKGD[:, :, :group].flatten(1, 2)
+    output_SHD = output_SKGD[:, :, :group].reshape(*query_SHD.shape[:2], output_SKGD.shape[-1])
     return output_SHD if rows.slots_N is None else output_SHD[rows.slots_N]
 
 
 def _prefill(query_NHD: torch.Tensor, step: AttentionStep, rows: PrefillRows, layer: int, scale: float) -> torch.Tensor:
-    """Output (prompt tokens, heads, value dim) of the prompt chunks, in packed order."""
+    """Output (prompt tokens, heads, head dim) of the prompt chunks, in packed order."""
     keys_CKDT = step.cache.keys_LSHDT[layer, rows.slots_C, ..., : rows.length]
     values_CKTD = step.cache.values_LSHTD[layer, rows.slots_C, :, : rows.length]
     chunks, kv_heads = keys_CKDT.shape[:2]
@@ -129,8 +129,9 @@ def _prefill(query_NHD: torch.Tensor, step: AttentionStep, rows: PrefillRows, la
     query_CKRD = query_CQKGD.permute(0, 2, 3, 1, 4).reshape(chunks, kv_heads, group * queries, dim)
     mask_C1RT = rows.mask_C11QT.expand(-1, -1, group, -1, -1).flatten(2, 3)
     output_CKRD = _attend(query_CKRD, keys_CKDT, values_CKTD, mask_C1RT, scale)
-    output_CQKGD = output_CKRD.view(chunks, kv_heads, group, queries, -1).permute(0, 3, 1, 2, 4)
-    return output_CQKGD[rows.chunk_N, rows.query_N].flatten(1, 2)
+    dim = output_CKRD.shape[-1]
+    output_CQKGD = output_CKRD.view(chunks, kv_heads, group, queries, dim).permute(0, 3, 1, 2, 4)
+    return output_CQKGD[rows.chunk_N, rows.query_N].reshape(rows.chunk_N.shape[0], kv_heads * group, dim)
 
 
 def _attend(

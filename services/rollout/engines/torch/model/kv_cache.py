@@ -16,7 +16,7 @@ def round_up(value: int, multiple: int) -> int:
 
 
 class KVCache:
-    """Keys (layers, slots, kv heads, head dim, positions) and values (layers, slots, kv heads, positions, value dim).
+    """Keys (layers, slots, kv heads, head dim, positions) and values (layers, slots, kv heads, positions, head dim).
 
     The key of position p always lies at index p. Room for slots and positions grows on demand, by doubling, up to
     `max_slots` and `max_length`. Unwritten places hold zeros, never NaN, because a masked weight of 0 multiplies them.
@@ -28,7 +28,7 @@ class KVCache:
         layers: int,
         kv_heads: int,
         head_dim: int,
-        value_dim: int,
+        value_dim: int | None = None,
         max_slots: int,
         max_length: int,
         dtype: torch.dtype,
@@ -38,7 +38,7 @@ class KVCache:
         self._max_slots = max_slots
         self._max_length = round_up(max_length, LENGTH_MULTIPLE)
         self.keys_LSHDT = torch.zeros(layers, 0, kv_heads, head_dim, 0, dtype=dtype, device=device)
-        self.values_LSHTD = torch.zeros(layers, 0, kv_heads, 0, value_dim, dtype=dtype, device=device)
+        self.values_LSHTD = torch.zeros(layers, 0, kv_heads, 0, value_dim or head_dim, dtype=dtype, device=device)
 
     @property
     def slots(self) -> int:
@@ -68,11 +68,11 @@ class KVCache:
         self._grow(new_slots, new_length)
 
     def _grow(self, slots: int, length: int) -> None:
-        layers, old_slots, heads, head_dim, old_length = self.keys_LSHDT.shape
-        keys = self.keys_LSHDT.new_zeros(layers, slots, heads, head_dim, length)
+        layers, old_slots, heads, dim, old_length = self.keys_LSHDT.shape
+        keys = self.keys_LSHDT.new_zeros(layers, slots, heads, dim, length)
         keys[:, :old_slots, ..., :old_length] = self.keys_LSHDT
         self.keys_LSHDT = keys
-        values = self.values_LSHTD.new_zeros(layers, slots, heads, length, self.values_LSHTD.shape[4])
+        values = self.values_LSHTD.new_zeros(layers, slots, heads, length, self.values_LSHTD.shape[-1])
         values[:, :old_slots, :, :old_length] = self.values_LSHTD
         self.values_LSHTD = values
 

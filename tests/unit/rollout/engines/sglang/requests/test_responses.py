@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 
 from miles.services.rollout.engines.base import EngineFailed, FinishReason
 from miles.services.rollout.engines.sglang.requests.responses import ResponseDecoder, version_spans
-from miles.services.rollout.engines.sglang.requests.routed_experts import ExpertLayout, decode_experts, expert_layout
+from miles.services.rollout.engines.sglang.requests.routed_experts import decode_experts
 from miles.types import SpeculativeStats, VersionSpan
+from miles.types.experts import ExpertLayout, expert_layout
 
 
 def event(tokens: list[int], total: int, finish: str | None = None, **meta: Any) -> dict[str, Any]:
@@ -57,6 +58,33 @@ def test_an_abort_in_the_waiting_queue_repeats_no_token() -> None:
     assert (delta.token_ids, delta.log_probs) == ([], [])
     assert delta.result is not None
     assert delta.result.reason is FinishReason.ABORT
+
+
+LAYOUT = ExpertLayout(layers=1, moe_layers=(0,), top_k=1, experts=4)
+
+
+def two_versions() -> list[dict[str, Any]]:
+    return [{"version": "3", "start": 0, "end": 1}, {"version": "4", "start": 1, "end": 2}]
+
+
+def test_an_abort_of_a_retracted_request_has_lost_its_experts() -> None:
+    delta = ResponseDecoder(1, LAYOUT).decode(event([1, 2], 2, "abort", num_retractions=1))
+    assert delta.result is not None
+    assert (delta.result.reason, delta.result.routed_experts, delta.result.retractions) == (FinishReason.ABORT, None, 1)
+
+
+def test_experts_that_another_version_recorded_again_are_not_taken() -> None:
+    given = {"routed_experts": encoded(np.zeros((2, 1, 1), np.int32)), "weight_versions": two_versions()}
+    whole = ResponseDecoder(1, LAYOUT).decode(event([1, 2], 2, "stop", **given)).result
+    assert whole is not None
+    assert whole.reason is FinishReason.STOP
+    assert whole.routed_experts is not None
+    again = ResponseDecoder(1, LAYOUT).decode(event([1, 2], 2, "stop", num_retractions=1, **given)).result
+    assert again is not None
+    assert (again.reason, again.routed_experts) == (FinishReason.ABORT, None)
+    unrecorded = ResponseDecoder(1).decode(event([1, 2], 2, "stop", num_retractions=1, **given)).result
+    assert unrecorded is not None
+    assert unrecorded.reason is FinishReason.STOP
 
 
 @pytest.mark.parametrize(

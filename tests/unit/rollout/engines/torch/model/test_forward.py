@@ -58,15 +58,12 @@ def test_logits_equal_those_of_whole_sequences(padding: RowPadding, queries: int
         num_attention_heads=6,
         num_key_value_heads=2,
         head_dim=8,
-        value_dim=8,
         initializer_range=0.3,
     )
     plain = LlamaForCausalLM(config).eval()
     slotted = AutoModelForCausalLM.from_config(copy.deepcopy(config), attn_implementation=ATTENTION_NAME).eval()
     slotted.load_state_dict(plain.state_dict())
-    cache = KVCache(
-        layers=2, kv_heads=2, head_dim=8, value_dim=8, max_slots=4, max_length=200, dtype=torch.float32, device=CPU
-    )
+    cache = KVCache(layers=2, kv_heads=2, head_dim=8, max_slots=4, max_length=200, dtype=torch.float32, device=CPU)
     forward = Forward(slotted, cache, dtype=torch.float32, device=CPU, padding=Padding(padding, padding, queries, 30))
     scheduler = Scheduler(4, 30)
     prompts = [[1, 2, 3], list(range(45)), [1, 2, 3], list(range(20)), [7]]

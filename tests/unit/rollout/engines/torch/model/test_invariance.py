@@ -21,7 +21,6 @@ SHAPE = ModelShape(
     heads=6,
     kv_heads=2,
     head_dim=16,
-    value_dim=16,
     hidden_size=96,
     intermediate_size=128,
     vocabulary=320,

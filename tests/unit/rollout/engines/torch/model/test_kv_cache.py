@@ -13,7 +13,6 @@ def make(max_slots: int = 8, max_length: int = 300) -> KVCache:
         layers=2,
         kv_heads=3,
         head_dim=4,
-        value_dim=4,
         max_slots=max_slots,
         max_length=max_length,
         dtype=torch.float32,
