@@ -123,8 +123,7 @@ def main() -> None:
     parser.add_argument("more", nargs="*", help="more flags of train.py, after --")
     args = parser.parse_args()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    # SGLang would count the shared expert among those that it routes to, which the trainer does not.
-    common = [*layout(args), "--sglang-disable-shared-experts-fusion", "--eval-interval", str(args.steps)]
+    common = [*layout(args), "--eval-interval", str(args.steps)]
     results: dict[str, dict[str, Any]] = {}
     for name in args.variants:
         folder = (args.runs / name).absolute()

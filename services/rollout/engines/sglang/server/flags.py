@@ -37,6 +37,8 @@ def command(options: SglangOptions, index: int, port: int, max_positions: int) -
         arguments += ["--max-running-requests", str(options.max_running_requests)]
     if options.routed_experts:
         arguments += ["--enable-return-routed-experts"]
+        if options.on_gpu:  # a fused shared expert would count among those that a token is routed to
+            arguments += ["--disable-shared-experts-fusion"]
     if options.memory_saver:
         arguments += ["--enable-memory-saver"]
     return [*arguments, *passed_through(options.server_flags)]
