@@ -99,12 +99,13 @@ def layout(args: argparse.Namespace) -> tuple[str, ...]:
 
 def quick_start(args: argparse.Namespace, folder: pathlib.Path) -> dict[str, Any]:
     """The README's command with a Qwen3-MoE, on one GPU."""
-    kind = "moe" if args.device == "cuda" else "tiny-moe"
+    kind, prompts, samples, length = ("moe", 32, 8, 64) if args.device == "cuda" else ("tiny-moe", 4, 2, 8)
     model = write_checkpoint(folder / "model", kind, weights=True)
-    prompts = REPOSITORY / "examples" / "smollm2_chain_sum" / "data" / "train.jsonl"
-    flags = ["--advantage-estimator", "grpo", "--hf-checkpoint", str(model), "--prompt-data", str(prompts)]
+    data = REPOSITORY / "examples" / "smollm2_chain_sum" / "data" / "train.jsonl"
+    flags = ["--advantage-estimator", "grpo", "--hf-checkpoint", str(model), "--prompt-data", str(data)]
     flags += ["--input-key", "prompt", "--label-key", "label", "--rm-type", "math"]
-    flags += ["--rollout-batch-size", "32", "--n-samples-per-prompt", "8", "--rollout-max-response-len", "64"]
+    flags += ["--rollout-batch-size", str(prompts), "--n-samples-per-prompt", str(samples)]
+    flags += ["--rollout-max-response-len", str(length)]
     flags += ["--num-rollout", str(QUICK_STEPS), "--actor-num-gpus-per-node", "1", *layout(args), *MEGATRON]
     return train([*flags, *engine_flags(args.device, args.python), *args.more], folder, args.deadline)
 
