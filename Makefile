@@ -12,7 +12,7 @@ MEGATRON := megatron-core==0.19.2 megatron-bridge==0.6.2
 
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: run browser test test-engines test-all test-gpu fuzz chaos same lint protos clean
+.PHONY: run browser test test-engines test-all test-gpu conformance fuzz chaos same lint protos clean
 
 # Train a real model on this machine; ARGS adds flags, e.g. make run ARGS="--num-rollout 5".
 run: $(VENV)/.run
@@ -21,7 +21,7 @@ run: $(VENV)/.run
 
 # JOBS test processes share the cores; the tests of a file stay together, and share what they start.
 test: $(VENV)/.dev browser
-	$(PYTEST) -m "not engine and not gpu and not chaos and not slow"
+	$(PYTEST) -m "not engine and not gpu and not chaos and not slow and not conformance"
 
 # Chromium for the tests of the web page, installed where it is missing and can be.
 browser:
@@ -31,11 +31,16 @@ browser:
 test-engines: $(VENV)/.megatron $(SGLANG_VENV)/.ready
 	MILES_TEST_SGLANG=$(SGLANG_VENV)/bin/python $(PYTEST) -m "engine and not slow"
 
-# Those two and what they leave out, because it takes long and rarely breaks: 23 more parallel layouts of Megatron-Core
+# Those two and what they leave out, because it takes long and rarely breaks: all of conformance, 23 more parallel layouts of Megatron-Core
 # and 6 more to go on in, checkpoints of it written in the background or read by another optimizer; whole runs with a
 # critic, with a reward that is no number, and with a step that is abandoned or hangs when Ctrl-C comes.
 test-all: $(VENV)/.megatron $(SGLANG_VENV)/.ready browser
 	MILES_TEST_SGLANG=$(SGLANG_VENV)/bin/python $(PYTEST) -m "not gpu and not chaos"
+
+# Each trainer with each engine, family of models and transport of weights: that engines hold the trainer's bytes and give
+# its answers. test-engines has a diagonal of them, test-all all. ARGS selects, e.g. make conformance ARGS="-k GLM".
+conformance: $(VENV)/.megatron $(SGLANG_VENV)/.ready
+	MILES_TEST_SGLANG=$(SGLANG_VENV)/bin/python $(BIN)/python -m pytest -m conformance --durations 25 $(ARGS)
 
 # Tests that need a GPU, in an environment that has SGLang, Megatron-Core and TransformerEngine (docs/megatron.md), e.g.
 # make test-gpu BIN=/opt/venv/bin. One after the other: they share the GPU. What needs two GPUs skips itself on one.

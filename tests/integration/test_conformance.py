@@ -40,7 +40,7 @@ from miles.services.rollout.engines.base import RolloutEngine
 from miles.weights import WeightSubscriber
 from miles.weights.naming.model_tensors import read_model_tensors
 
-FAMILIES = ("Qwen3", "Qwen3-MoE", "DeepSeek-V3", "GLM-4.5", "DeepSeek-V3, MTP", "GLM-4.5, MTP")
+FAMILIES = ("Qwen3", "Qwen3-MoE", "MiniMax-M2", "DeepSeek-V3", "DeepSeek-V3, MTP", "GLM-4.5", "GLM-4.5, MTP")
 BACKENDS = ("fsdp", "megatron")
 ENGINES = ("torch", "sglang")
 COMBINATIONS = [
@@ -49,9 +49,11 @@ COMBINATIONS = [
 ]
 DIAGONAL = {
     Combination("fsdp", "torch", "Qwen3", "disk_delta"),
-    Combination("megatron", "torch", "Qwen3", "shared_memory"),
+    Combination("fsdp", "torch", "GLM-4.5", "broadcast"),
+    Combination("megatron", "torch", "GLM-4.5, MTP", "disk_delta"),
     Combination("fsdp", "sglang", "Qwen3-MoE", "shared_memory"),
-    Combination("megatron", "sglang", "Qwen3", "broadcast"),
+    Combination("megatron", "sglang", "Qwen3-MoE", "broadcast"),
+    Combination("megatron", "sglang", "DeepSeek-V3, MTP", "shared_memory"),
 }
 
 pytestmark = [

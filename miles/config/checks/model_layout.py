@@ -1,8 +1,9 @@
-"""Checks whether the model of a Hugging Face folder fits routing settings and Megatron-Core's parallel layout."""
+"""Checks whether the model of a Hugging Face folder fits its name, routing settings and Megatron-Core's layout."""
 
 from __future__ import annotations
 
 import pathlib
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,6 +18,7 @@ def layout_faults(s: FlatSettings) -> Iterator[Fault]:
     """Yield a fault for each setting that does not fit the model; nothing when the model cannot be read."""
     if not s.hf_checkpoint or not (model := _model_config(s.hf_checkpoint)):
         return
+    yield from _family_faults(s, model)
     yield from _routing_faults(s, model)
     if s.train_backend == "megatron":
         yield from _tensor_faults(s, model)
@@ -102,6 +104,15 @@ def _mtp_faults(s: FlatSettings, model: dict[str, Any]) -> Iterator[Fault]:
     if s.mtp_num_layers is not None and s.mtp_num_layers != layers:
         problem = f"the model has {layers} MTP layers"
         yield Fault("mtp_num_layers", s.mtp_num_layers, problem, f"set it to {layers}" if layers else "leave it out")
+
+
+def _family_faults(s: FlatSettings, model: dict[str, Any]) -> Iterator[Fault]:
+    """Names begin with a family as types do, whatever follows: qwen3-30b-a3b is a qwen3_moe."""
+    families = [re.match("[a-z]*", str(name).lower()) for name in (s.model_name, model.get("model_type"))]
+    name, found = (match[0] if match else "" for match in families)
+    if s.model_name is not None and name != found:
+        problem = f"hf_checkpoint {s.hf_checkpoint} is a {model.get('model_type')}"
+        yield Fault("model_name", s.model_name, problem, "name its family, choose its folder, or leave the name out")
 
 
 def _routing_faults(s: FlatSettings, model: dict[str, Any]) -> Iterator[Fault]:

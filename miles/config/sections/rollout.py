@@ -30,6 +30,10 @@ class RolloutConfig(Section):
     hf_checkpoint: Annotated[str | None, Metavar("DIR")] = None
     """Hugging Face folder with tokenizer, model config and initial weights; required."""
 
+    model_name: str | None = None
+    """Name that begins with the family of hf_checkpoint, e.g. qwen3-30b-a3b, to be sure of the folder; weights are
+    converted as its config.json says, with a name or without."""
+
     rollout_backend: EngineName = "torch"
     """Inference engine: torch runs inside the rollout service, sglang uses one or several SGLang servers."""
 

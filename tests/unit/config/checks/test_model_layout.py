@@ -121,3 +121,14 @@ def test_layers_that_predict_ahead_count_where_they_are_held(tmp_path: pathlib.P
     assert shape_differences(*folders) == []
     held = shape_differences(*folders, with_mtp=True)
     assert held == ["num_nextn_predict_layers is None instead of 1"]
+
+
+@pytest.mark.parametrize("name", ["qwen3-30b-a3b", "Qwen3-235B", None])
+def test_a_name_of_the_models_family_fits_it(tmp_path: pathlib.Path, name: str | None) -> None:
+    assert faults(tmp_path, {**EXPERTS, "model_type": "qwen3_moe"}, model_name=name) == []
+
+
+def test_a_name_of_another_family_is_refused(tmp_path: pathlib.Path) -> None:
+    (fault,) = faults(tmp_path, {**EXPERTS, "model_type": "qwen3_moe"}, model_name="deepseekv3")
+    assert fault.startswith("model_name = deepseekv3, but hf_checkpoint ")
+    assert "is a qwen3_moe" in fault

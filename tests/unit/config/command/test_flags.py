@@ -128,3 +128,39 @@ def test_help_and_dry_run_are_noticed() -> None:
     line = parse_command_line(["--help", "--dry-run"])
     assert line.help
     assert line.dry_run
+
+
+SPECULATING = """--sglang-speculative-algorithm EAGLE --sglang-speculative-num-steps 3 --sglang-speculative-eagle-topk 1
+    --sglang-speculative-num-draft-tokens 4 --sglang-enable-draft-weights-cpu-backup
+    --sglang-speculative-draft-model-path /draft"""
+STACK = ("--train-backend", "megatron", "--rollout-backend", "sglang")
+
+
+@pytest.mark.parametrize(
+    ("recipe", "expected"),
+    [
+        (
+            "--advantage-estimator grpo --model-name qwen3-30b-a3b --rollout-batch-size 512 --n-samples-per-prompt 8",
+            {"model_name": "qwen3-30b-a3b", "rollout_batch_size": 512, "n_samples_per_prompt": 8},
+        ),
+        (
+            "--actor-num-gpus-per-node 8 --rollout-num-gpus 8 --tensor-model-parallel-size 8 "
+            "--expert-model-parallel-size 4 --num-rollout 3000",
+            {"rollout_num_gpus": 8, "tensor_model_parallel_size": 8, "expert_model_parallel_size": 4},
+        ),
+        (SPECULATING, {"sglang_speculative_algorithm": "EAGLE", "sglang_speculative_num_steps": "3"}),
+        (
+            "--mtp-num-layers 1 --enable-mtp-training --mtp-loss-scaling-factor 0.2",
+            {"mtp_num_layers": 1, "enable_mtp_training": True, "mtp_loss_scaling_factor": 0.2},
+        ),
+        (
+            "--actor-num-nodes 1 --actor-num-gpus-per-node 8 --rollout-num-gpus 8 --rollout-num-gpus-per-engine 2 "
+            "--colocate",
+            {"actor_num_gpus_per_node": 8, "rollout_num_gpus_per_engine": 2, "colocate": True},
+        ),
+    ],
+    ids=["quick start", "experts", "speculation", "mtp", "cluster"],
+)
+def test_the_flags_of_recipes_are_taken_with_their_stack(recipe: str, expected: dict[str, object]) -> None:
+    flat = config(*STACK, *recipe.split()).to_flat()
+    assert {key: flat[key] for key in expected} == expected
