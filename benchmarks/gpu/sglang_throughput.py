@@ -129,18 +129,16 @@ def work_engine(args: argparse.Namespace, routing: bool) -> None:
 async def _work_engine(args: argparse.Namespace, routing: bool) -> None:
     from miles.config import JobConfig
     from miles.services.rollout.engines.base import GenerationRequest, SamplingParams
-    from miles.services.rollout.engines.checkpoint_weights import read_weights
+    from miles.services.rollout.engines.checkpoint_weights import read_published
     from miles.services.rollout.engines.registry import configured_engine
     from miles.services.rollout.groups.partial_response import Piece
-    from miles.weights.naming.published import published_tensors
 
     folder = pathlib.Path(tempfile.mkdtemp(prefix="throughput-"))
     config = JobConfig.from_flat(service_config(args, routing, folder))
     engine = configured_engine(config, device=args.device, name="bench")
     await engine.start()
     try:
-        weights = published_tensors(config).from_module(read_weights(args.model, "bfloat16").items())
-        await engine.load_weights(0, dict(weights))
+        await engine.load_weights(0, read_published(config))
         say({"ready": True})
         loop = asyncio.get_running_loop()
         while line := await loop.run_in_executor(None, sys.stdin.readline):

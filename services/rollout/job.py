@@ -24,8 +24,6 @@ from miles.services.rollout.serving.subscriptions import subscribe_draft, subscr
 from miles.services.rollout.stages import report_stage
 
 if TYPE_CHECKING:
-    import torch
-
     from miles.config import JobConfig
     from miles.reward_sdk.client import RewardClient
     from miles.weights.adapters.merging import AdapterBase
@@ -173,14 +171,6 @@ class RolloutJob:
         weights = read_weights(str(rollout.hf_checkpoint), rollout.rollout_dtype)
         return AdapterBase(weights, device, published.from_module)
 
-    def _read_weights(self) -> Mapping[str, torch.Tensor]:
-        from miles.services.rollout.engines.checkpoint_weights import read_weights
-        from miles.weights.naming.published import published_tensors
-
-        rollout = self.config.rollout
-        weights = read_weights(str(rollout.hf_checkpoint), rollout.rollout_dtype)
-        return dict(published_tensors(self.config).from_module(weights.items()))
-
     async def _subscribe_with_base(self) -> None:
         await self._subscribe(await asyncio.to_thread(self._read_base))
 
@@ -193,7 +183,9 @@ class RolloutJob:
             self._closing.push_async_callback(subscriber.close)
 
     async def _load_checkpoint(self) -> None:
-        await self.serving.load_weights(0, await asyncio.to_thread(self._read_weights))
+        from miles.services.rollout.engines.checkpoint_weights import read_published
+
+        await self.serving.load_weights(0, await asyncio.to_thread(read_published, self.config))
         self.serving.serve(0)
 
     def listen(self, listener: Callable[[], None]) -> Callable[[], None]:

@@ -101,18 +101,21 @@ async def test_a_server_without_room_computes_responses_again_and_their_routing_
         np.testing.assert_array_equal(experts_of(response), reference_experts(model, [*prompt, *response.tokens]))
 
 
+@pytest.mark.parametrize("pauses", [[PauseMode.RETRACT], [PauseMode.IN_PLACE, PauseMode.RETRACT]])
 async def test_tokens_from_before_an_update_keep_the_routing_that_they_were_sampled_with(
-    engine: SglangEngine, model: torch.nn.Module, newer: torch.nn.Module
+    engine: SglangEngine, model: torch.nn.Module, newer: torch.nn.Module, pauses: list[PauseMode]
 ) -> None:
-    await engine.load_weights(1, weights_of(model))
+    version = (engine.version or 0) + 1
+    await engine.load_weights(version, weights_of(model))
     begun = await begin(engine, 1)
-    await engine.pause(PauseMode.RETRACT)
-    await engine.load_weights(2, weights_of(newer))
+    for mode in pauses:
+        await engine.pause(mode)
+    await engine.load_weights(version + 1, weights_of(newer))
     await engine.resume()
     for prompt, task in begun:
         response = await task
         old, new = response.result.weight_versions
-        assert (old, new) == (VersionSpan(1, 0, old.end), VersionSpan(2, old.end, LENGTH))
+        assert (old, new) == (VersionSpan(version, 0, old.end), VersionSpan(version + 1, old.end, LENGTH))
         assert (response.result.reason, len(response.tokens)) == (FinishReason.LENGTH, LENGTH)
         ids = [*prompt, *response.tokens]
         known = len(prompt) + old.end - 1  # rows that were computed before the update
@@ -131,19 +134,20 @@ async def test_what_is_computed_again_with_other_weights_is_given_up(
     engine: SglangEngine, model: torch.nn.Module, newer: torch.nn.Module
 ) -> None:
     """An update in place keeps requests on the server, which then runs out of room and overwrites their routing."""
-    await engine.load_weights(3, weights_of(model))
+    version = (engine.version or 0) + 1
+    await engine.load_weights(version, weights_of(model))
     begun = await begin(engine, 2)
-    await engine.load_weights(4, weights_of(newer))
+    await engine.load_weights(version + 1, weights_of(newer))
     lost = 0
     for prompt, task in begun:
         response = await task
         first = response.result.weight_versions[0]
-        if first.version == 3 and response.result.retractions:
+        if first.version == version and response.result.retractions:
             assert (response.result.reason, response.result.routed_experts) == (FinishReason.ABORT, None)
             lost += 1
             continue
         assert response.result.reason is FinishReason.LENGTH
-        weights = model if first.version == 3 else newer
+        weights = model if first.version == version else newer
         known = len(prompt) + first.end - 1
         expected = reference_experts(weights, [*prompt, *response.tokens])
         np.testing.assert_array_equal(experts_of(response)[:known], expected[:known])

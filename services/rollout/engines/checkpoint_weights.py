@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import pathlib
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
+
+    from miles.config import JobConfig
+    from miles.weights.naming.model_tensors import ModelTensors
 
 
 def read_weights(hf_checkpoint: str, dtype: str) -> dict[str, torch.Tensor]:
@@ -25,3 +30,29 @@ def read_weights(hf_checkpoint: str, dtype: str) -> dict[str, torch.Tensor]:
     weights = once(model.state_dict(keep_vars=True))
     tensors = read_model_tensors(hf_checkpoint)
     return {name: w.detach().to(tensors.exported_dtype(name, w.dtype, kind)) for name, w in weights.items()}
+
+
+def read_published(config: JobConfig) -> dict[str, torch.Tensor]:
+    """Read the weights of a job's hf_checkpoint as its trainer would publish them. Raises like `read_weights`."""
+    import torch
+
+    from miles.weights.naming.published import published_tensors
+
+    published, rollout = published_tensors(config), config.rollout
+    weights = read_weights(str(rollout.hf_checkpoint), rollout.rollout_dtype)
+    found = dict(published.from_module(weights.items()))
+    if published.contract.mtp:
+        dtype = getattr(torch, rollout.rollout_dtype)
+        found |= _mtp_weights(pathlib.Path(str(rollout.hf_checkpoint)), published.model, dtype)
+    return found
+
+
+def _mtp_weights(folder: pathlib.Path, model: ModelTensors, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
+    """The MTP layers of a folder, which transformers does not read."""
+    from safetensors import safe_open
+
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            for name in model.mtp.keys() & file.keys():
+                tensor = file.get_tensor(name)
+                yield name, tensor.to(model.exported_dtype(name, tensor.dtype, dtype))

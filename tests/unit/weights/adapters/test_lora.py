@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import pytest
 import torch
@@ -140,6 +140,26 @@ def test_an_engine_serves_its_base_with_the_adapter_merged_in() -> None:
             expected = lora.merged(weights[f"{layer}.weight"], a_RI, b_OR, 8.0 / RANK)
             assert torch.equal(received.tensors[f"{layer}.weight"], expected)
         assert received.tensors["model.norm.weight"] is weights["model.norm.weight"]
+
+
+def test_merged_weights_are_served_and_checked_in_the_form_that_the_engine_takes() -> None:
+    def publish(tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, tensor in tensors:
+            yield from ((f"{part}.{name}", half) for part, half in enumerate(tensor.chunk(2)))
+
+    weights, tensors = base(), adapter(5)
+    manifest = manifest_of(tensors, identity(weights))
+    whole = AdapterBase(weights, torch.device("cpu")).merge(Received(tensors), manifest).tensors
+    merging = AdapterBase(weights, torch.device("cpu"), publish)
+    received = merging.merge(Received(tensors), manifest)
+    assert received.tensors.keys() == {f"{part}.{name}" for name in weights for part in (0, 1)}
+    for name, tensor in whole.items():
+        assert torch.equal(torch.cat([received.tensors[f"{part}.{name}"] for part in (0, 1)]), tensor)
+    served = {name: tensor.clone() for name, tensor in received.tensors.items()}
+    merging.check(manifest, received, served)
+    served[f"1.{LAYERS[0]}.weight"].view(-1)[0] += 1
+    with pytest.raises(ChecksumMismatch, match=f"1\\.{LAYERS[0]}\\.weight has other bytes"):
+        merging.check(manifest, received, served)
 
 
 def test_an_adapter_for_another_base_is_refused() -> None:
