@@ -96,7 +96,7 @@ def packed_attention(
 ) -> tuple[torch.Tensor, None]:
     """Attention of a packed micro-batch.
 
-    query [1, H, T, D], key and value [1, K, T, D]; returns [1, T, H, D] and no weights. Raises ValueError without a
+    query [1, H, T, D], key [1, K, T, D], value [1, K, T, V]; returns [1, T, H, V] and no weights. Raises ValueError without a
     plan, and for kinds of attention that it does not compute (soft caps, sinks).
     """
     if attention_plan is None:
