@@ -5,7 +5,8 @@ row's slot is its position. Blocks of about the same size lie together in a tile
 plain matrix products, in the order and the number type of an engine that decodes over slots of a key/value cache: where
 the matrix library treats each row alike, the result is the engine's bit for bit.
 
-Dims: T rows, H query heads, K key/value heads, G = H / K, D head size, V that of values, B blocks of a tile, S slots of all tiles.
+Dims: T rows, H query heads, K key/value heads, G = H / K, D head size, V that of values, B blocks of a tile, S slots
+of all tiles.
 """
 
 from __future__ import annotations
