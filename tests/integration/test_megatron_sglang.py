@@ -1,4 +1,7 @@
-"""What the megatron backend publishes for SGLang is what SGLang servers take, for mixtures of experts."""
+"""What the megatron backend publishes for SGLang is what SGLang servers take, for mixtures of experts.
+
+DeepSeek-V3 is not among them: on a CPU SGLang builds it with scaled rotary embeddings alone, which the tiny model lacks.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,6 @@ pytestmark = [
     "family",
     [
         "Qwen3-MoE",
-        pytest.param("DeepSeek-V3, MTP", marks=pytest.mark.slow),
         pytest.param("GLM-4.5, MTP", marks=pytest.mark.slow),
         pytest.param("MiniMax-M2", marks=pytest.mark.slow),
     ],
