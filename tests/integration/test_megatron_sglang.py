@@ -1,6 +1,6 @@
 """What the megatron backend publishes for SGLang is what SGLang servers take, for mixtures of experts.
 
-DeepSeek-V3 is not among them: on a CPU SGLang builds it with scaled rotary embeddings alone, which the tiny model lacks.
+DeepSeek-V3 is not among them: on a CPU SGLang builds it with scaled rotary embeddings alone, and the tiny one has none.
 """
 
 from __future__ import annotations
