@@ -28,7 +28,7 @@ pytestmark = [
     pytest.mark.asyncio(loop_scope="module"),
 ]
 TOP_K = 2
-LENGTH = 100
+REQUESTS, LENGTH = 4, 100
 SLOTS = 300
 """Room for two whole responses and a half."""
 
@@ -51,13 +51,15 @@ def newer(folder: pathlib.Path, model: torch.nn.Module) -> torch.nn.Module:
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def engine(folder: pathlib.Path, model: torch.nn.Module) -> AsyncIterator[SglangEngine]:
-    # It takes two more requests beside two that run as if those would stay short, so that it runs out of room.
     flags = {**CPU_FLAGS, "max_total_tokens": SLOTS, "schedule_conservativeness": 0.01, "stream_interval": 4}
     given = options(
         folder / "model", folder / "logs", routed_experts=True, server_flags=flags, max_total_tokens=SLOTS // 2
     )
-    async with running(given) as started:
-        yield started
+    with pytest.MonkeyPatch.context() as patch:
+        # It takes requests as if their responses would stay short, so that it runs out of room.
+        patch.setenv("SGLANG_CLIP_MAX_NEW_TOKENS_ESTIMATION", "16")
+        async with running(given) as started:
+            yield started
 
 
 def reference_experts(model: torch.nn.Module, ids: Sequence[int]) -> npt.NDArray[np.uint8]:
@@ -76,16 +78,15 @@ def experts_of(response: Response) -> npt.NDArray[np.uint8]:
 Begun = tuple[list[int], asyncio.Task[Response]]
 
 
-async def begin(engine: SglangEngine, pairs: int) -> list[Begun]:
-    """Prompts and running requests, two after two, whose responses are all `LENGTH` long."""
+async def begin(engine: SglangEngine, count: int) -> list[Begun]:
+    """Prompts and running requests, whose responses are all `LENGTH` long and have begun."""
     found: list[Begun] = []
-    for pair in range(pairs):
-        events = [asyncio.Event(), asyncio.Event()]
-        for i, event in enumerate(events):
-            prompt = prompt_of(9 + i, 2 * pair + i)
-            asked = respond(engine, prompt, experts=True, begun=event, max_new_tokens=LENGTH, min_new_tokens=LENGTH)
-            found.append((prompt, asyncio.create_task(asked)))
-        await asyncio.gather(*(event.wait() for event in events))
+    events = [asyncio.Event() for _ in range(count)]
+    for i, event in enumerate(events):
+        prompt = prompt_of(9 + i, i)
+        asked = respond(engine, prompt, experts=True, begun=event, max_new_tokens=LENGTH, min_new_tokens=LENGTH)
+        found.append((prompt, asyncio.create_task(asked)))
+    await asyncio.gather(*(event.wait() for event in events))
     return found
 
 
@@ -93,7 +94,7 @@ async def test_a_server_without_room_computes_responses_again_and_their_routing_
     engine: SglangEngine, model: torch.nn.Module
 ) -> None:
     await engine.load_weights(0, weights_of(model))
-    begun = await begin(engine, 2)
+    begun = await begin(engine, REQUESTS)
     responses = await asyncio.gather(*(task for _, task in begun))
     assert max(response.result.retractions for response in responses) > 0
     for (prompt, _), response in zip(begun, responses, strict=True):
@@ -107,7 +108,7 @@ async def test_tokens_from_before_an_update_keep_the_routing_that_they_were_samp
 ) -> None:
     version = (engine.version or 0) + 1
     await engine.load_weights(version, weights_of(model))
-    begun = await begin(engine, 1)
+    begun = await begin(engine, 2)
     for mode in pauses:
         await engine.pause(mode)
     await engine.load_weights(version + 1, weights_of(newer))
@@ -136,7 +137,7 @@ async def test_what_is_computed_again_with_other_weights_is_given_up(
     """An update in place keeps requests on the server, which then runs out of room and overwrites their routing."""
     version = (engine.version or 0) + 1
     await engine.load_weights(version, weights_of(model))
-    begun = await begin(engine, 2)
+    begun = await begin(engine, REQUESTS)
     await engine.load_weights(version + 1, weights_of(newer))
     lost = 0
     for prompt, task in begun:
