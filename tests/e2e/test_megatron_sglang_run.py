@@ -20,7 +20,7 @@ pytestmark = [
     pytest.mark.skipif(ON_GPU or not have_sglang(), reason="needs SGLang for the CPU: make test-engines"),
     needs_megatron,
 ]
-STEPS = 20
+STEPS = 12
 Start = Callable[[list[str], pathlib.Path], Run]
 
 QUICK_START = {
@@ -69,7 +69,7 @@ def test_a_mixture_of_experts_learns_with_routing_replay(
     summary, metrics = run.summary(), run.metrics()
     assert summary["steps"] == STEPS
     assert summary["eval"]["before"]["sort"] < 0.4
-    assert summary["eval"]["after"]["sort"] > summary["eval"]["before"]["sort"] + 0.2, run.output()
+    assert summary["eval"]["after"]["sort"] > summary["eval"]["before"]["sort"] + 0.3, run.output()
     assert metrics[0]["train/pg_clipfrac"] == 0
     # The trainer computes with the experts that the engine chose, so that it finds the engine's probabilities.
     assert max(line["train/train_rollout_logprob_abs_diff"] for line in metrics) < 1e-4

@@ -14,6 +14,7 @@ from serving_cluster import serving, wait_for
 from whole_runs import Records, Run, left_of, recipe, runs_of_test, settings
 
 from miles.client import MilesClient
+from miles.client.commands import check_samples
 from miles.rpc import ExitCode
 
 STEPS = 24
@@ -76,8 +77,10 @@ def test_a_dense_model_learns_with_a_critic(services: MilesClient, tiny_dense: p
 
 
 def test_a_mixture_of_experts_learns_with_routing_replay(services: MilesClient, tiny_moe: pathlib.Path) -> None:
-    run = learn(services, tiny_moe, "experts", use_rollout_routing_replay=True)
+    run = learn(services, tiny_moe, "experts", use_rollout_routing_replay=True, log_whole_samples=True)
     assert_learned(run)
+    stored = [str(run.run_dir), "--hf-checkpoint", str(tiny_moe / "model"), "--needs-routing"]
+    assert check_samples.main(stored) == ExitCode.OK
     assert all(step["train/tokens_routed_differently"] == 0 for step in run.metrics())
 
 

@@ -52,7 +52,7 @@ def table(results: dict[str, dict[str, Any]]) -> str:
         if "error" in found:
             rows.append(f"| {family} | no: {WITHOUT_ENGINE[family]} | |")
         else:
-            rows.append(f"| {family} | within 1e-5 | {'bit for bit' if found['weights_equal'] else 'no'} |")
+            rows.append(f"| {family} | within 2e-5 | {'bit for bit' if found['weights_equal'] else 'no'} |")
     return "\n".join(rows)
 
 
@@ -62,7 +62,7 @@ def test_a_family_has_the_same_logits_and_gets_its_weights_back(
 ) -> None:
     found = results[folder_of(family)]
     assert "error" not in found, found
-    assert found["logits"] < 1e-5
+    assert found["logits"] < 2e-5
     assert found["weights_equal"]
 
 

@@ -28,7 +28,7 @@ pytestmark = [
     pytest.mark.asyncio(loop_scope="module"),
 ]
 TOP_K = 2
-LENGTH = 100
+REQUESTS, LENGTH = 4, 100
 SLOTS = 300
 """Room for two whole responses and a half."""
 
@@ -51,13 +51,15 @@ def newer(folder: pathlib.Path, model: torch.nn.Module) -> torch.nn.Module:
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def engine(folder: pathlib.Path, model: torch.nn.Module) -> AsyncIterator[SglangEngine]:
-    # It takes two more requests beside two that run as if those would stay short, so that it runs out of room.
     flags = {**CPU_FLAGS, "max_total_tokens": SLOTS, "schedule_conservativeness": 0.01, "stream_interval": 4}
     given = options(
         folder / "model", folder / "logs", routed_experts=True, server_flags=flags, max_total_tokens=SLOTS // 2
     )
-    async with running(given) as started:
-        yield started
+    with pytest.MonkeyPatch.context() as patch:
+        # It takes requests as if their responses would stay short, so that it runs out of room.
+        patch.setenv("SGLANG_CLIP_MAX_NEW_TOKENS_ESTIMATION", "16")
+        async with running(given) as started:
+            yield started
 
 
 def reference_experts(model: torch.nn.Module, ids: Sequence[int]) -> npt.NDArray[np.uint8]:
@@ -76,16 +78,15 @@ def experts_of(response: Response) -> npt.NDArray[np.uint8]:
 Begun = tuple[list[int], asyncio.Task[Response]]
 
 
-async def begin(engine: SglangEngine, pairs: int) -> list[Begun]:
-    """Prompts and running requests, two after two, whose responses are all `LENGTH` long."""
+async def begin(engine: SglangEngine, count: int) -> list[Begun]:
+    """Prompts and running requests, whose responses are all `LENGTH` long and have begun."""
     found: list[Begun] = []
-    for pair in range(pairs):
-        events = [asyncio.Event(), asyncio.Event()]
-        for i, event in enumerate(events):
-            prompt = prompt_of(9 + i, 2 * pair + i)
-            asked = respond(engine, prompt, experts=True, begun=event, max_new_tokens=LENGTH, min_new_tokens=LENGTH)
-            found.append((prompt, asyncio.create_task(asked)))
-        await asyncio.gather(*(event.wait() for event in events))
+    events = [asyncio.Event() for _ in range(count)]
+    for i, event in enumerate(events):
+        prompt = prompt_of(9 + i, i)
+        asked = respond(engine, prompt, experts=True, begun=event, max_new_tokens=LENGTH, min_new_tokens=LENGTH)
+        found.append((prompt, asyncio.create_task(asked)))
+    await asyncio.gather(*(event.wait() for event in events))
     return found
 
 
@@ -93,7 +94,7 @@ async def test_a_server_without_room_computes_responses_again_and_their_routing_
     engine: SglangEngine, model: torch.nn.Module
 ) -> None:
     await engine.load_weights(0, weights_of(model))
-    begun = await begin(engine, 2)
+    begun = await begin(engine, REQUESTS)
     responses = await asyncio.gather(*(task for _, task in begun))
     assert max(response.result.retractions for response in responses) > 0
     for (prompt, _), response in zip(begun, responses, strict=True):
@@ -101,18 +102,21 @@ async def test_a_server_without_room_computes_responses_again_and_their_routing_
         np.testing.assert_array_equal(experts_of(response), reference_experts(model, [*prompt, *response.tokens]))
 
 
+@pytest.mark.parametrize("pauses", [[PauseMode.RETRACT], [PauseMode.IN_PLACE, PauseMode.RETRACT]])
 async def test_tokens_from_before_an_update_keep_the_routing_that_they_were_sampled_with(
-    engine: SglangEngine, model: torch.nn.Module, newer: torch.nn.Module
+    engine: SglangEngine, model: torch.nn.Module, newer: torch.nn.Module, pauses: list[PauseMode]
 ) -> None:
-    await engine.load_weights(1, weights_of(model))
-    begun = await begin(engine, 1)
-    await engine.pause(PauseMode.RETRACT)
-    await engine.load_weights(2, weights_of(newer))
+    version = (engine.version or 0) + 1
+    await engine.load_weights(version, weights_of(model))
+    begun = await begin(engine, 2)
+    for mode in pauses:
+        await engine.pause(mode)
+    await engine.load_weights(version + 1, weights_of(newer))
     await engine.resume()
     for prompt, task in begun:
         response = await task
         old, new = response.result.weight_versions
-        assert (old, new) == (VersionSpan(1, 0, old.end), VersionSpan(2, old.end, LENGTH))
+        assert (old, new) == (VersionSpan(version, 0, old.end), VersionSpan(version + 1, old.end, LENGTH))
         assert (response.result.reason, len(response.tokens)) == (FinishReason.LENGTH, LENGTH)
         ids = [*prompt, *response.tokens]
         known = len(prompt) + old.end - 1  # rows that were computed before the update
@@ -131,19 +135,20 @@ async def test_what_is_computed_again_with_other_weights_is_given_up(
     engine: SglangEngine, model: torch.nn.Module, newer: torch.nn.Module
 ) -> None:
     """An update in place keeps requests on the server, which then runs out of room and overwrites their routing."""
-    await engine.load_weights(3, weights_of(model))
-    begun = await begin(engine, 2)
-    await engine.load_weights(4, weights_of(newer))
+    version = (engine.version or 0) + 1
+    await engine.load_weights(version, weights_of(model))
+    begun = await begin(engine, REQUESTS)
+    await engine.load_weights(version + 1, weights_of(newer))
     lost = 0
     for prompt, task in begun:
         response = await task
         first = response.result.weight_versions[0]
-        if first.version == 3 and response.result.retractions:
+        if first.version == version and response.result.retractions:
             assert (response.result.reason, response.result.routed_experts) == (FinishReason.ABORT, None)
             lost += 1
             continue
         assert response.result.reason is FinishReason.LENGTH
-        weights = model if first.version == 3 else newer
+        weights = model if first.version == version else newer
         known = len(prompt) + first.end - 1
         expected = reference_experts(weights, [*prompt, *response.tokens])
         np.testing.assert_array_equal(experts_of(response)[:known], expected[:known])

@@ -75,14 +75,15 @@ def misfits(expected: Shapes, found: Mapping[str, tuple[int, ...]]) -> list[str]
     return faults
 
 
-def refuse(faults: Sequence[str], what: str) -> None:
-    """Raise WeightsRefused with the first faults of weights for `what`, if there are any."""
+def refuse(faults: Sequence[str], what: str, expected: str = "") -> None:
+    """Raise WeightsRefused with the first faults of weights for `what`, if there are any, and what was expected."""
     if faults:
         more = f" and {len(faults) - 5} more" if len(faults) > 5 else ""
-        raise WeightsRefused(f"the weights do not fit {what}: {'; '.join(faults[:5])}{more}")
+        raise WeightsRefused(f"the weights do not fit {what}: {'; '.join(faults[:5])}{more}{expected}")
 
 
 def refuse_misfits(published: PublishedTensors, found: Shapes, source: str) -> None:
     """Raise WeightsRefused when what `source` has is not what is to be published."""
     faults = misfits(published.shapes, found)
-    refuse(faults, f"the contract with the engines ({published.contract.form} form, {source} other tensors)")
+    expected = f"; {source} other tensors than the engines take in the {published.contract.form} form"
+    refuse(faults, "the engines", expected)

@@ -139,8 +139,10 @@ class SglangEngine:
         async with self._lock:
             self._dispatcher.held = True
             if mode is PauseMode.ABORT:
+                await self._run_again_to_end()
                 await self._dispatcher.abort_running()
             elif mode is PauseMode.RETRACT:
+                await self._run_again_to_end()
                 await self._dispatcher.interrupt_recorded()
             await self._servers.pause("in_place" if mode is PauseMode.IN_PLACE else "retract")
             self._pause_mode = mode
@@ -199,10 +201,16 @@ class SglangEngine:
         """Free the servers' weights and caches until `resume` or the next load; running requests are retracted."""
         async with self._lock:
             self._dispatcher.held = True
+            await self._run_again_to_end()
             await self._dispatcher.interrupt_recorded()
             await self._servers.pause("retract")
             await self._loader.release_memory()
             self._released = True
+
+    async def _run_again_to_end(self) -> None:
+        """Let requests of a pause in place end: a server ends none while it is paused."""
+        if self._pause_mode is PauseMode.IN_PLACE and self._dispatcher.stats().running_requests:
+            await self._servers.resume()
 
     def stats(self) -> EngineStats:
         """Counters as of now."""

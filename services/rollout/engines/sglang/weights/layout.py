@@ -39,7 +39,7 @@ class ModelLayout:
         for name, tensor in tensors.items():
             if tensor.dtype != dtype and tensor.is_floating_point() and tensor.dtype != torch.float32:
                 faults.append(f"{name} is {tensor.dtype} instead of {dtype}")
-        refuse(faults, f"the model, whose tensors SGLang takes in the {self.form} form")
+        refuse(faults, "the model", f"; SGLang takes its tensors in the {self.form} form")
 
 
 def read_layout(hf_checkpoint: str, contract: WeightContract) -> ModelLayout:

@@ -96,8 +96,8 @@ def packed_attention(
 ) -> tuple[torch.Tensor, None]:
     """Attention of a packed micro-batch.
 
-    query [1, H, T, D], key and value [1, K, T, D]; returns [1, T, H, D] and no weights. Raises ValueError without a
-    plan, and for kinds of attention that it does not compute (soft caps, sinks).
+    query [1, H, T, D], key [1, K, T, D], value [1, K, T, V]; returns [1, T, H, V] and no weights. Raises ValueError
+    without a plan, and for kinds of attention that it does not compute (soft caps, sinks).
     """
     if attention_plan is None:
         raise ValueError("packed attention needs the micro-batch's plan: pass attention_plan= to the model's forward")

@@ -5,7 +5,8 @@ row's slot is its position. Blocks of about the same size lie together in a tile
 plain matrix products, in the order and the number type of an engine that decodes over slots of a key/value cache: where
 the matrix library treats each row alike, the result is the engine's bit for bit.
 
-Dims: T rows, H query heads, K key/value heads, G = H / K, D head size, B blocks of a tile, S slots of all tiles.
+Dims: T rows, H query heads, K key/value heads, G = H / K, D head size, V that of values, B blocks of a tile, S slots
+of all tiles.
 """
 
 from __future__ import annotations
@@ -76,27 +77,28 @@ def fits_tiles(segments: Sequence[Segment]) -> bool:
 
 
 def attend_tiles(
-    plan: TilePlan, q_THD: torch.Tensor, k_TKD: torch.Tensor, v_TKD: torch.Tensor, scale: float
+    plan: TilePlan, q_THD: torch.Tensor, k_TKD: torch.Tensor, v_TKV: torch.Tensor, scale: float
 ) -> torch.Tensor:
-    """softmax(q k scale) v over what each row may see; [T, H, D]."""
+    """softmax(q k scale) v over what each row may see; [T, H, V]."""
     kv_heads, dim = k_TKD.shape[1:]
+    value_dim = v_TKV.shape[2]
     group = q_THD.shape[1] // kv_heads
     q_S = torch.split(_to_slots(q_THD, plan.queries), [tile.blocks * tile.queries for tile in plan.tiles])
     sizes = [tile.blocks * tile.keys for tile in plan.tiles]
-    k_S, v_S = (torch.split(_to_slots(x, plan.keys), sizes) for x in (k_TKD, v_TKD))
+    k_S, v_S = (torch.split(_to_slots(x, plan.keys), sizes) for x in (k_TKD, v_TKV))
     outs = []
     for tile, q, k, v in zip(plan.tiles, q_S, k_S, v_S, strict=True):
         q_BKGLD = q.view(tile.blocks, tile.queries, kv_heads, group, dim).permute(0, 2, 3, 1, 4)
         k_BKDM = k.view(tile.blocks, tile.keys, kv_heads, dim).permute(0, 2, 3, 1)
-        v_BKMD = v.view(tile.blocks, tile.keys, kv_heads, dim).transpose(1, 2)
+        v_BKMV = v.view(tile.blocks, tile.keys, kv_heads, value_dim).transpose(1, 2)
         scores_BKRM = torch.matmul(q_BKGLD.reshape(tile.blocks, kv_heads, group * tile.queries, dim), k_BKDM) * scale
         scores_BKGLM = scores_BKRM.view(tile.blocks, kv_heads, group, tile.queries, tile.keys)
         weights_BKGLM = scores_BKGLM.masked_fill(tile.hidden_B11LM, -torch.inf).softmax(-1)
-        out_BKRD = torch.matmul(weights_BKGLM.flatten(2, 3), v_BKMD)
-        out_BLKGD = out_BKRD.view(tile.blocks, kv_heads, group, tile.queries, dim).permute(0, 3, 1, 2, 4)
-        outs.append(out_BLKGD.reshape(-1, q_THD.shape[1], dim))
-    out_THD: torch.Tensor = _FromSlots.apply(torch.cat(outs), plan.queries)  # type: ignore[no-untyped-call]
-    return out_THD
+        out_BKRV = torch.matmul(weights_BKGLM.flatten(2, 3), v_BKMV)
+        out_BLKGV = out_BKRV.view(tile.blocks, kv_heads, group, tile.queries, value_dim).permute(0, 3, 1, 2, 4)
+        outs.append(out_BLKGV.reshape(-1, q_THD.shape[1], value_dim))
+    out_THV: torch.Tensor = _FromSlots.apply(torch.cat(outs), plan.queries)  # type: ignore[no-untyped-call]
+    return out_THV
 
 
 class _ToSlots(torch.autograd.Function):

@@ -12,13 +12,15 @@ from miles.services.trainer.batch.packing import MicroBatch, pack
 from miles.types import Sample
 
 HEADS, KV_HEADS, SIZE = 4, 2, 8
+VALUE_SIZE = 6
+"""Of a head's values; latent attention has smaller ones than keys."""
 SAMPLES: list[Sample] = [sample for group in random_groups(5, range(5)) for sample in group.samples]
 
 
 def reference(
     micro_batch: MicroBatch, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, window: int | None
 ) -> torch.Tensor:
-    """softmax(q k / sqrt(d)) v row by row over the rows it may see; [1, T, H, D]."""
+    """softmax(q k / sqrt(d)) v row by row over the rows it may see; [1, T, H, V]."""
     rows = []
     key, value = (x[0].repeat_interleave(HEADS // KV_HEADS, 0) for x in (key, value))
     for segment in micro_batch.segments:
@@ -42,8 +44,8 @@ def test_rows_attend_to_their_own_sample_alone(
     plan = AttentionPlan(micro_batch, torch.device("cpu"), torch.float32)
     assert plan.use_tiles is use_tiles
     query, key, value = (
-        torch.randn(1, heads, micro_batch.num_rows, SIZE, dtype=torch.float64, requires_grad=True)
-        for heads in (HEADS, KV_HEADS, KV_HEADS)
+        torch.randn(1, heads, micro_batch.num_rows, size, dtype=torch.float64, requires_grad=True)
+        for heads, size in ((HEADS, SIZE), (KV_HEADS, SIZE), (KV_HEADS, VALUE_SIZE))
     )
     out, _ = packed_attention(
         torch.nn.Identity(), query, key, value, None, SIZE**-0.5, sliding_window=window, attention_plan=plan
