@@ -22,7 +22,7 @@ import subprocess
 import sys
 from typing import Any
 
-from benchmarks.gpu.grpo_run import LAYOUTS, REPOSITORY, engine_flags, run, train
+from benchmarks.gpu.grpo_run import LAYOUTS, engine_flags, run, train
 from benchmarks.gpu.models import write_checkpoint
 
 ONE_RANK = ("--tensor-model-parallel-size", "1", "--expert-model-parallel-size", "1")
@@ -101,7 +101,9 @@ def quick_start(args: argparse.Namespace, folder: pathlib.Path) -> dict[str, Any
     """The README's command with a Qwen3-MoE, on one GPU."""
     kind, prompts, samples, length = ("moe", 32, 8, 64) if args.device == "cuda" else ("tiny-moe", 4, 2, 8)
     model = write_checkpoint(folder / "model", kind, weights=True)
-    data = REPOSITORY / "examples" / "smollm2_chain_sum" / "data" / "train.jsonl"
+    data = folder / "prompts.jsonl"  # plain text: the model's tokenizer has no chat template
+    sums = [{"prompt": f"{a} + {b} = ", "label": str(a + b)} for a in range(8) for b in range(8)]
+    data.write_text("".join(json.dumps(line) + "\n" for line in sums))
     flags = ["--advantage-estimator", "grpo", "--hf-checkpoint", str(model), "--prompt-data", str(data)]
     flags += ["--input-key", "prompt", "--label-key", "label", "--rm-type", "math"]
     flags += ["--rollout-batch-size", str(prompts), "--n-samples-per-prompt", str(samples)]

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from trainer_cases import job_config
 
 from miles.services.trainer.backends.megatron.export import Exporter
-from miles.services.trainer.backends.megatron.model.build_model import build_model
+from miles.services.trainer.backends.megatron.model.build_model import MegatronModel, build_model
 from miles.services.trainer.backends.megatron.parallel import groups
 from miles.services.trainer.backends.megatron.parallel.pipeline import Pipeline
 from miles.services.trainer.backends.megatron.parallel.rows import LocalRows
@@ -41,16 +41,12 @@ def compare(folder: pathlib.Path) -> dict[str, Any]:
         run_dir=str(folder / "run"),
     )
     parallel = groups.initialize(config.megatron, 1, 10)
+    reference = load_file(folder / "reference.safetensors")
     try:
         model = build_model(config, parallel, DTYPE)
+        logits = _logits(model, parallel, reference["tokens"].numpy())
     except (ValueError, RuntimeError, AttributeError, TypeError, NotImplementedError, AssertionError) as error:
         return {"error": f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"}
-    reference = load_file(folder / "reference.safetensors")
-    tokens, count = reference["tokens"].numpy(), len(reference["tokens"])
-    everything = np.arange(count)
-    rows = LocalRows(everything, tokens, everything, np.array([0, count], np.int32), count, everything, everything)
-    with torch.no_grad():
-        logits = Pipeline(model, parallel, DEVICE)._forward(model.chunks[0], rows)[0].float().cpu()
     source = {name: tensor.to(DTYPE).float() for name, tensor in load_file(folder / "model.safetensors").items()}
     exporter = Exporter(model, read_model_tensors(folder), torch.float32)
     written = {name: tensor.cpu() for name, tensor in exporter.tensors()}
@@ -58,6 +54,15 @@ def compare(folder: pathlib.Path) -> dict[str, Any]:
     back = {**written, **shared}
     same = source.keys() == back.keys() and all(torch.equal(source[name], back[name]) for name in source)
     return {"logits": float((logits - reference["logits"]).abs().max()), "weights_equal": same}
+
+
+def _logits(model: MegatronModel, parallel: groups.ParallelRank, tokens: Any) -> torch.Tensor:
+    """Of every token; float32 on the CPU."""
+    everything = np.arange(len(tokens))
+    ends = np.array([0, len(tokens)], np.int32)
+    rows = LocalRows(everything, tokens, everything, ends, len(tokens), everything, everything)
+    with torch.no_grad():
+        return Pipeline(model, parallel, DEVICE)._forward(model.chunks[0], rows)[0].float().cpu()
 
 
 def main(root: str) -> None:

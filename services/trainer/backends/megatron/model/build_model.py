@@ -11,6 +11,7 @@ import torch
 
 from miles.services.trainer.backends.megatron.model.critic import load_critic
 from miles.services.trainer.backends.megatron.model.data_parallel import data_parallel
+from miles.services.trainer.backends.megatron.model.transformer_engine import choose_kernels, uses_transformer_engine
 from miles.services.trainer.backends.megatron.mtp.layers import add_mtp_layers
 from miles.services.trainer.backends.megatron.parallel.groups import ParallelRank
 
@@ -49,18 +50,6 @@ class MegatronModel:
         return found
 
 
-def uses_transformer_engine(config: JobConfig) -> bool:
-    """Whether layers are TransformerEngine's. Raises ValueError when it is asked for and not installed."""
-    from megatron.core.extensions.transformer_engine import HAVE_TE
-
-    asked = config.megatron.transformer_impl
-    if asked == "transformer_engine" and not HAVE_TE:
-        raise ValueError(
-            "transformer_impl = transformer_engine, but it is not installed; install it, or set it to local"
-        )
-    return bool(HAVE_TE) and asked != "local"
-
-
 def build_model(
     config: JobConfig,
     parallel: ParallelRank,
@@ -80,7 +69,10 @@ def build_model(
         raise FileNotFoundError(
             f"no model in {folder}: there is no config.json; set hf_checkpoint to a Hugging Face folder"
         )
-    bridge = _bridge(folder, with_engine=uses_transformer_engine(config))
+    with_engine = uses_transformer_engine(config)
+    if with_engine:
+        choose_kernels()
+    bridge = _bridge(folder, with_engine=with_engine)
     provider = bridge.to_megatron_provider(load_weights=False)
     provider.perform_initialization = False
     load = functools.partial(_complete_and_load, bridge, config, critic_from)

@@ -1,0 +1,44 @@
+"""Whether a model's layers are TransformerEngine's, and which of its kernels they use."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+from typing import TYPE_CHECKING
+
+import torch
+
+from miles.config.checks.json_file import read_json_object
+
+if TYPE_CHECKING:
+    from miles.config import JobConfig
+
+LOCAL_ONLY = {"gemma2": "megatron-bridge's soft-capped attention for its layers takes no packed sequences"}
+"""Model types whose layers are Megatron-Core's own even where TransformerEngine is installed, each with the reason."""
+
+HOPPER = (9, 0)
+
+
+def uses_transformer_engine(config: JobConfig) -> bool:
+    """Whether layers are TransformerEngine's. Raises ValueError when it is asked for and cannot be used."""
+    from megatron.core.extensions.transformer_engine import HAVE_TE
+
+    asked = config.megatron.transformer_impl
+    if asked == "local":
+        return False
+    kind = read_json_object(pathlib.Path(str(config.rollout.hf_checkpoint)) / "config.json").get("model_type")
+    problem = LOCAL_ONLY.get(str(kind)) if HAVE_TE else "it is not installed"
+    if problem is not None and asked == "transformer_engine":
+        way_out = "install it, or set it to local" if not HAVE_TE else "set it to local"
+        raise ValueError(f"transformer_impl = transformer_engine, but {problem}; {way_out}")
+    return problem is None
+
+
+def choose_kernels() -> None:
+    """Have TransformerEngine multiply a layer's experts in one kernel, on GPUs for which it has one.
+
+    By default it launches a product for each expert on several streams, which took 2.5 times as long a step on an H200
+    (benchmarks/results/h200.md). A user's own setting is kept.
+    """
+    if torch.cuda.is_available() and torch.cuda.get_device_capability() == HOPPER:
+        os.environ.setdefault("NVTE_USE_CUTLASS_GROUPED_GEMM", "1")
