@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
@@ -14,7 +15,11 @@ if TYPE_CHECKING:
 
 
 class Sized(Protocol):
-    """A tensor descriptor, or anything else with a size in bytes."""
+    """A tensor descriptor, or anything else with a name and a size in bytes."""
+
+    @property
+    def name(self) -> str:
+        """The tensor's name."""
 
     @property
     def nbytes(self) -> int:
@@ -23,13 +28,23 @@ class Sized(Protocol):
 
 S = TypeVar("S", bound=Sized)
 
+_LOADED_TOGETHER = re.compile(r"(.+)\.(?:q_a_proj|q_a_layernorm|q_b_proj|kv_a_proj_with_mqa)\.")
+"""The two low-rank projections of latent attention (DeepSeek-V3) and what lies between them. SGLang joins them in one
+parameter, for which it needs both in one call, and silently leaves the old weights when it gets one alone."""
+
 
 def buckets(tensors: Iterable[S], bucket_bytes: int) -> Iterator[list[S]]:
-    """Split tensors into consecutive lists of at most `bucket_bytes` each; a larger tensor gets a list of its own."""
+    """Split tensors into consecutive lists of at most `bucket_bytes` each; a larger tensor gets a list of its own.
+
+    Neighbours that engines load together stay in one list, whatever their size.
+    """
     bucket: list[S] = []
     size = 0
+    attention = None
     for tensor in tensors:
-        if bucket and size + tensor.nbytes > bucket_bytes:
+        match = _LOADED_TOGETHER.match(tensor.name)
+        previous, attention = attention, None if match is None else match[1]
+        if bucket and size + tensor.nbytes > bucket_bytes and (attention is None or attention != previous):
             yield bucket
             bucket, size = [], 0
         bucket.append(tensor)

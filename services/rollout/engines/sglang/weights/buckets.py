@@ -15,6 +15,8 @@ from multiprocessing.reduction import ForkingPickler
 
 import torch
 
+from miles.weights.bucketing import buckets
+
 NamedTensor = tuple[str, torch.Tensor]
 
 _ALIGNMENT = 64
@@ -23,17 +25,19 @@ FORMAT = "flattened_bucket"
 
 
 def in_buckets(tensors: Iterable[NamedTensor], limit_bytes: int) -> Iterator[list[NamedTensor]]:
-    """Split into lists of consecutive tensors that fit the limit; a tensor that exceeds it is alone."""
-    bucket: list[NamedTensor] = []
-    size = 0
-    for name, tensor in tensors:
-        if bucket and size + tensor.nbytes > limit_bytes:
-            yield bucket
-            bucket, size = [], 0
-        bucket.append((name, tensor))
-        size += tensor.nbytes
-    if bucket:
-        yield bucket
+    """Split into lists as `buckets` does."""
+    for members in buckets((_Member(name, tensor) for name, tensor in tensors), limit_bytes):
+        yield [(member.name, member.tensor) for member in members]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Member:
+    name: str
+    tensor: torch.Tensor
+
+    @property
+    def nbytes(self) -> int:
+        return self.tensor.nbytes
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
