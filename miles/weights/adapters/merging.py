@@ -70,8 +70,7 @@ class AdapterBase:
     def merge(self, adapter: ReceivedWeights, manifest: policy_pb2.Manifest) -> AdaptedWeights:
         """Merge an adapter into the base: the full weights of a version.
 
-        Raises ChecksumMismatch when the engine's base is not the trainer's, and ManifestError when the adapter does not
-        fit it.
+        Raises WeightsRefused when the engine's base is not the trainer's, or the adapter does not fit it.
         """
         self._check_identity(manifest)
         base = self._base
@@ -93,8 +92,8 @@ class AdapterBase:
         Base and adapter are hashed again, and merged again.
         """
         check_weight_update_equal(manifest, received.adapter)
-        self._identity = lora.base_checksum(self._base.items(), self._dtype)
-        self._check_identity(manifest)
+        if lora.base_checksum(self._base.items(), self._dtype) != self._identity:
+            raise ChecksumMismatch("the weights that adapters are merged into have changed in this process's memory")
         base = self._base
         adapted = set(lora.adapted_weights(received.adapter))
         full = (

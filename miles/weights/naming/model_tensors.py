@@ -43,10 +43,15 @@ class ModelTensors:
 def read_model_tensors(folder: str | pathlib.Path) -> ModelTensors:
     """Read the tensors of the causal language model in a Hugging Face folder; its weights need not be there.
 
-    Raises OSError or ValueError when transformers has no such model of the folder's type, or cannot save it.
+    Raises FileNotFoundError for a folder without config.json, and OSError or ValueError when transformers has no such
+    model of the folder's type, or cannot save it.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    if not (pathlib.Path(folder) / "config.json").is_file():
+        raise FileNotFoundError(
+            f"no model in {folder}: there is no config.json; set hf_checkpoint to a Hugging Face folder"
+        )
     config = AutoConfig.from_pretrained(folder)
     build: Any = AutoModelForCausalLM.from_config
     with torch.random.fork_rng(devices=[]), torch.device("meta"):

@@ -211,7 +211,7 @@ class TorchEngine:
         """Swap in a full set of weights between two steps; return the pause time in seconds.
 
         On CPU the tensors themselves are served, with no copy. Running requests keep their keys and values unless they
-        were retracted before. Raises WeightMismatch before anything changed if a name, shape or dtype does not match.
+        were retracted before. Raises WeightsRefused before anything changed if a name, shape or dtype does not match.
 
         FP8 weights are dequantised first, while decoding continues.
         """
@@ -231,7 +231,7 @@ class TorchEngine:
     async def weight_bytes(self) -> Mapping[str, torch.Tensor]:
         """The parameters as served, by HF name, tied ones once; empty before the first `load_weights`.
 
-        Those that arrived as FP8 values and scales are returned so; raises WeightMismatch when the served weights are
+        Those that arrived as FP8 values and scales are returned so; raises WeightsRefused when the served weights are
         not their dequantised values.
         """
         generator = self._started().generator

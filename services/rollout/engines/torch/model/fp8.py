@@ -6,8 +6,8 @@ from collections.abc import Mapping
 
 import torch
 
-from miles.services.rollout.engines.torch.model.parameters import WeightMismatch
 from miles.weights.fp8 import SCALE_SUFFIX, dequantise_weights
+from miles.weights.manifest import ChecksumMismatch
 
 
 def quantised_part(tensors: Mapping[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
@@ -21,12 +21,12 @@ def as_received(
 ) -> dict[str, torch.Tensor]:
     """The served weights by name, with FP8 values and scales in place of the weights that were dequantised from them.
 
-    Raises WeightMismatch when a served weight is not, bit for bit, the dequantised one.
+    Raises ChecksumMismatch when a served weight is not, bit for bit, the dequantised one.
     """
     dequantised = dequantise_weights(quantised, dtype)
     wrong = [name for name, weight in dequantised.items() if name not in served or not _same(weight, served[name])]
     if wrong:
-        raise WeightMismatch(f"not what their FP8 values and scales stand for: {', '.join(wrong[:3])}")
+        raise ChecksumMismatch(f"not what their FP8 values and scales stand for: {', '.join(wrong[:3])}")
     return {**{name: weight for name, weight in served.items() if name not in dequantised}, **quantised}
 
 

@@ -6,9 +6,7 @@ from collections.abc import Iterator, Mapping
 
 import torch
 
-
-class WeightMismatch(ValueError):
-    """The weights do not fit the model; lists every fault."""
+from miles.weights.base import WeightsRefused
 
 
 class Parameters:
@@ -42,7 +40,7 @@ class Parameters:
     def check(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Check names, shapes and dtypes; return the tensors by the names used here.
 
-        A tied parameter may come under either name or both. Raises WeightMismatch naming all faults.
+        A tied parameter may come under either name or both. Raises WeightsRefused naming all faults.
         """
         faults: list[str] = []
         found: dict[str, torch.Tensor] = {}
@@ -62,7 +60,7 @@ class Parameters:
         faults += [f"{name}: missing" for name in self._expected if name not in found]
         if faults:
             shown = "; ".join(faults[:20]) + ("; ..." if len(faults) > 20 else "")
-            raise WeightMismatch(f"weights do not fit, {len(faults)} faults: {shown}")
+            raise WeightsRefused(f"weights do not fit, {len(faults)} faults: {shown}")
         return found
 
     def swap(self, checked: Mapping[str, torch.Tensor]) -> None:
