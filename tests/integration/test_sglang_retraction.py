@@ -14,8 +14,18 @@ import numpy.typing as npt
 import pytest
 import pytest_asyncio
 import torch
-from sglang_kit import CPU_FLAGS, ON_GPU, Response, have_sglang, options, reference_log_probs, respond, running
-from torch_engine_models import prompt_of, save_checkpoint, weights_of
+from sglang_kit import (
+    CPU_FLAGS,
+    ON_GPU,
+    Response,
+    have_sglang,
+    options,
+    published_weights,
+    reference_log_probs,
+    respond,
+    running,
+)
+from torch_engine_models import prompt_of, save_checkpoint
 
 from miles.services.rollout.engines.base import FinishReason, PauseMode
 from miles.services.rollout.engines.sglang import SglangEngine
@@ -93,7 +103,7 @@ async def begin(engine: SglangEngine, count: int) -> list[Begun]:
 async def test_a_server_without_room_computes_responses_again_and_their_routing_fits(
     engine: SglangEngine, model: torch.nn.Module
 ) -> None:
-    await engine.load_weights(0, weights_of(model))
+    await engine.load_weights(0, published_weights(model))
     begun = await begin(engine, REQUESTS)
     responses = await asyncio.gather(*(task for _, task in begun))
     assert max(response.result.retractions for response in responses) > 0
@@ -107,11 +117,11 @@ async def test_tokens_from_before_an_update_keep_the_routing_that_they_were_samp
     engine: SglangEngine, model: torch.nn.Module, newer: torch.nn.Module, pauses: list[PauseMode]
 ) -> None:
     version = (engine.version or 0) + 1
-    await engine.load_weights(version, weights_of(model))
+    await engine.load_weights(version, published_weights(model))
     begun = await begin(engine, 2)
     for mode in pauses:
         await engine.pause(mode)
-    await engine.load_weights(version + 1, weights_of(newer))
+    await engine.load_weights(version + 1, published_weights(newer))
     await engine.resume()
     for prompt, task in begun:
         response = await task
@@ -136,9 +146,9 @@ async def test_what_is_computed_again_with_other_weights_is_given_up(
 ) -> None:
     """An update in place keeps requests on the server, which then runs out of room and overwrites their routing."""
     version = (engine.version or 0) + 1
-    await engine.load_weights(version, weights_of(model))
+    await engine.load_weights(version, published_weights(model))
     begun = await begin(engine, REQUESTS)
-    await engine.load_weights(version + 1, weights_of(newer))
+    await engine.load_weights(version + 1, published_weights(newer))
     lost = 0
     for prompt, task in begun:
         response = await task
