@@ -85,6 +85,7 @@ def test_without_replay_rounding_in_the_engine_sends_tokens_elsewhere(
         tiny_moe,
         tmp_path / "run",
         num_rollout=1,
+        rollout_batch_size=8,
         rollout_dtype="bfloat16",
         observe_rollout_routing=True,
     )

@@ -14,6 +14,7 @@ from miles.rpc import ExitCode
 Start = Callable[[list[str], pathlib.Path], Run]
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_from_a_machine_that_chose_another_type(
     start_run: Start, tiny_dense: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
