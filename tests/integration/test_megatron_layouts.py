@@ -109,26 +109,18 @@ LAYOUTS: dict[str, tuple[int, str, dict[str, Any]]] = {
 }
 """Name: ranks, the case of one process that it must equal, and the layout."""
 OFTEN = (
-    "dense-sp",
     "dense-dp2",
     "tied-pp2",
-    "moe-ep2",
     "replay-vpp",
-    "replay-ep2",
     "replay-cp2",
-    "observed-vpp",
     "latent-pp2",
-    "windows-sp",
     "local-global-cp2",
     "whole-norms-ep2",
-    "predicting-pp2",
     "learning-tp2-ep2",
     "ppo-sp",
     "old-overlap",
-    "replay-tp2-ep2",
-    "observed-tp2-pp2",
 )
-"""Layouts that every change is tried on: each kind of parallelism, model and role at least once. Others are slow."""
+"""Layouts that every change is tried on: each kind of parallelism and each role at least once. Others are slow."""
 
 
 def case(name: str, base: str, folder: pathlib.Path, **flags: Any) -> dict[str, Any]:
@@ -264,7 +256,7 @@ RESUMED = {
     for name, layout in {"dp2": {}, "sp": SP, "pp2": PP2, "ep2": EP2}.items()
 }
 
-RESUMED_OFTEN = ("distributed-sp", "plain-ep2")
+RESUMED_OFTEN = ("distributed-sp",)
 
 
 def often_or_slow(names: Iterable[str]) -> list[Any]:
