@@ -16,7 +16,7 @@ from collections.abc import Callable
 import torch
 
 from miles.algorithms.kl import LOG_RATIO_BOUND
-from miles.algorithms.packing import Packing, keep_where
+from miles.algorithms.packing import Packing, keep_log_probs, keep_where
 from miles.algorithms.registry import Registry
 
 
@@ -108,8 +108,8 @@ def policy_loss(
     inputs = PolicyInputs(
         packing=packing,
         mask_T=mask_T.bool(),
-        log_probs_T=keep_where(mask_T, log_probs_T),
-        old_log_probs_T=keep_where(mask_T, old_log_probs_T.detach()),
+        log_probs_T=keep_log_probs(mask_T, log_probs_T),
+        old_log_probs_T=keep_log_probs(mask_T, old_log_probs_T.detach()),
         advantages_T=keep_where(mask_T, advantages_T.detach()),
     )
     return POLICY_LOSSES[name](config, inputs)
