@@ -32,7 +32,11 @@ class ClipConfig:
     """Dual clip: where the advantage is negative the loss is at most -eps_clip_c * A; None: off."""
 
     def __post_init__(self) -> None:
-        if self.eps_clip_c is not None and self.eps_clip_c <= 1:
+        for name in ("eps_clip", "eps_clip_high"):
+            value = getattr(self, name)
+            if value is not None and not value >= 0:
+                raise ValueError(f"{name} is {value}; it must be at least 0")
+        if self.eps_clip_c is not None and not self.eps_clip_c > 1:
             raise ValueError(f"eps_clip_c is {self.eps_clip_c}; it must be greater than 1, or None for no dual clip")
 
     @property
