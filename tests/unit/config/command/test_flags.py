@@ -74,11 +74,11 @@ def test_a_wrong_flag_is_refused_with_a_way_out(flags: list[str], expected: str)
 def test_faults_of_flags_files_and_values_come_together(tmp_path: pathlib.Path) -> None:
     file = tmp_path / "job.yaml"
     file.write_text("rollout_top_p: 3\nlearning_rate: 1\n")
-    assert [line.split(" ")[0] for line in faults("--config", str(file), "--lrr", "1", "--eps-clip", "2")] == [
+    assert [line.split(" ")[0] for line in faults("--config", str(file), "--lrr", "1", "--gamma", "2")] == [
         "--lrr",
         "learning_rate",
         "rollout_top_p",
-        "eps_clip",
+        "gamma",
     ]
 
 
