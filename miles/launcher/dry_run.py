@@ -21,7 +21,9 @@ def checked_config(line: CommandLine) -> JobConfig:
     """Resolve the configuration for this machine and check it there. Raises ConfigError with every fault."""
     flat = resolved(line.flat)
     examination = examine(flat)
-    faults = line.merge([*examination.faults, *environment_faults(examination.settings)])
+    wrong = {fault.field for fault in examination.faults}
+    here = [fault for fault in environment_faults(examination.settings) if fault.field not in wrong]
+    faults = line.merge([*examination.faults, *here])
     if faults:
         raise ConfigError(faults)
     return JobConfig.from_flat(flat)
