@@ -73,8 +73,8 @@ def reference_page() -> str:
     return "\n".join(parts)
 
 
-def help_text() -> str:
-    """Return what `--help` prints: every flag by section."""
+def help_text(width: int | None) -> str:
+    """Return what `--help` prints: every flag by section, in lines of `width` columns; None breaks no line."""
     parts = [
         "--no-… turns a switch off, and leaves out any other setting that a file has.\n"
         "--config FILE reads settings from YAML; --dry-run starts nothing."
@@ -85,8 +85,16 @@ def help_text() -> str:
             default = _default(entry)
             text = entry.help + (f" [{default}]" if default else "")
             parts.append(f"  {entry.flag} {entry.metavar}".rstrip())
-            parts.append(textwrap.fill(text, width=100, initial_indent=" " * 6, subsequent_indent=" " * 6))
+            parts.append(wrapped(text, width, indent=6))
     return "\n".join(parts) + "\n"
+
+
+def wrapped(text: str, width: int | None, indent: int = 0) -> str:
+    """Return a paragraph with lines of at most `width` columns; on one line without a limit."""
+    space = " " * indent
+    if width is None:
+        return space + text
+    return textwrap.fill(text, max(20, width), initial_indent=space, subsequent_indent=space)
 
 
 def _entries(section: str) -> list[Entry]:
