@@ -104,9 +104,9 @@ def read_file(path: str) -> tuple[dict[str, Any], list[Fault]]:
     return {key: value for key, value in content.items() if isinstance(key, str)}, faults
 
 
-def write_text(document: Mapping[str, Any], width: int = 120) -> str:
-    """Return a document as YAML that `read_file` reads as it was."""
-    text: str = yaml.dump(document, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=width)
+def write_text(document: Mapping[str, Any]) -> str:
+    """Return a document as YAML that `read_file` reads as it was, without a break in any line."""
+    text: str = yaml.dump(document, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=float("inf"))
     return text
 
 
