@@ -17,6 +17,7 @@ SGLANG = {"rollout_backend": "sglang"}
 RULE_CASES: list[tuple[dict[str, Any], str]] = [
     ({"hf_checkpoint": None}, "hf_checkpoint is not set, and a run needs a model"),
     ({"prompt_data": None}, "prompt_data is not set, and training needs prompts"),
+    ({"load": "$NOWHERE/x"}, "load = $NOWHERE/x, but ~ and $NAME are expanded by a shell alone; write the whole path"),
     ({"num_rollout": None}, "num_rollout is not set, and neither is num_epoch"),
     ({"rollout_max_response_len": None}, "rollout_max_response_len is not set, and neither is rollout_max_context_len"),
     ({"rollout_max_context_len": 16}, "rollout_max_response_len = 16, but prompt and response share"),
@@ -513,6 +514,7 @@ def test_ten_faults_are_all_listed_at_once() -> None:
         "value",
         "problem",
         "remedy",
+        "message",
     }
 
 
