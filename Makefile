@@ -12,7 +12,7 @@ MEGATRON := megatron-core==0.19.2 megatron-bridge==0.6.2
 
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: run browser test test-engines test-all test-gpu conformance fuzz chaos same lint protos clean
+.PHONY: run browser test test-engines test-all test-gpu conformance fuzz chaos soak same lint protos clean
 
 # Train a real model on this machine; ARGS adds flags, e.g. make run ARGS="--num-rollout 5".
 run: $(VENV)/.run
@@ -60,6 +60,16 @@ fuzz: $(VENV)/.dev
 # the schedules alone, e.g. make chaos SEEDS=86-99.
 chaos: $(VENV)/.dev
 	$(if $(SEEDS),MILES_CHAOS_SEEDS=$(SEEDS)) $(BIN)/python -m pytest -m chaos $(if $(SEEDS),tests/chaos/test_random_schedules.py)
+
+# Jobs at random over REST on one `miles serve`, paused, stopped, resumed, cancelled and broken on purpose, while processes
+# are killed and frozen; ends after MINUTES with a table of what the services used. SEED chooses the schedule, DIR keeps
+# everything that is needed to understand a failure, e.g. make soak MINUTES=30 SEED=7 DIR=/data/soak. make chaos has 10
+# minutes of it.
+MINUTES ?= 120
+SEED ?= 1
+soak: $(VENV)/.dev
+	MILES_SOAK_MINUTES=$(MINUTES) MILES_SOAK_SEED=$(SEED) $(if $(DIR),MILES_SOAK_DIR=$(DIR)) \
+	$(BIN)/python -m pytest -m chaos -s tests/chaos/test_soak.py
 
 # Proves that what changed since BEFORE changes no bit of four short runs with fixed seeds: their metrics, samples and
 # final weights. E.g. make same BEFORE=main, before and after files were moved; takes about seven minutes on two cores.

@@ -182,7 +182,15 @@ class GroupQueue:
 
     async def begin_life(self) -> int:
         """Count another controller process that takes up the job; return how many there were, from 1."""
-        return int(await self._begin_life(keys=[self._keys.lives]))
+        return int(await self._begin_life(keys=self._keys.lasting))
+
+    async def retire(self) -> None:
+        """Keep what is queued of a job that has ended only as long as its blobs, unless another life begins."""
+        await until_written(self._expire_lasting, f"the time to live of job {self._keys.job_id}", 0, 60.0)
+
+    async def _expire_lasting(self) -> None:
+        for key in self._keys.lasting:
+            await self._redis.expire(key, self._blob_ttl_s)
 
     async def collect(self, group_ids: Iterable[int], deadline_s: float) -> dict[int, tuple[str, SampleGroup]]:
         """Wait until all these groups are queued; return (entry id, group) by group id, in the order asked for.
@@ -279,7 +287,7 @@ class GroupQueue:
         # First the fence, which outlives the job: a worker that resumes later must not queue anything.
         await self.fence("*", _NO_LEASE)
         await self._redis.expire(keys.fences, BLOB_TTL_S)
-        await self._redis.unlink(keys.groups, keys.index, keys.blob_refs, keys.dead, keys.dropped, keys.lives)
+        await self._redis.unlink(*(key for key in keys.lasting if key != keys.fences))
         for prefix in (keys.blob_prefix, keys.partial_prefix):
             batch: list[Any] = []
             async for key in self._redis.scan_iter(match=f"{prefix}*", count=1000):

@@ -77,6 +77,11 @@ class JobKeys:
         return f"{self.prefix}dead"
 
     @property
+    def lasting(self) -> tuple[str, ...]:
+        """Every key without a time to live of its own while the job has not ended; `lives` first."""
+        return (self.lives, self.groups, self.index, self.blob_refs, self.dead, self.dropped, self.fences)
+
+    @property
     def partial_prefix(self) -> str:
         """What the key of a half-finished group starts with; its group id follows."""
         return f"{self.prefix}partial:"

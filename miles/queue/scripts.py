@@ -44,11 +44,11 @@ return 'dropped'
 """Record that a group will never be queued. Returns dropped, fenced, or queued (it is in the queue already)."""
 
 BEGIN_LIFE = """
--- KEYS lives
-redis.call('PERSIST', KEYS[1])
+-- KEYS lives, then every other key of the job that was given a time to live when it ended
+for i = 1, #KEYS do redis.call('PERSIST', KEYS[i]) end
 return redis.call('INCR', KEYS[1])
 """
-"""Count a controller process that takes up the job. Returns how many there were."""
+"""Count a controller process that takes up the job, and keep what is queued. Returns how many there were."""
 
 CREATE_GROUP = """
 -- KEYS stream ; ARGV consumer_group

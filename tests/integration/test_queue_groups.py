@@ -402,3 +402,21 @@ async def test_a_dropped_group_is_remembered_until_it_is_acknowledged(queue: Gro
     assert await queue.why_dropped(2) is None
     assert await queue.acknowledge([1, 2]) == 1
     assert await queue.dropped() == {}
+
+
+async def test_what_an_ended_job_has_queued_expires_unless_it_is_taken_up_again(
+    queue: GroupQueue, client: redis.asyncio.Redis, job_id: str, make_group: MakeGroup
+) -> None:
+    await queue.begin_life()
+    await queue.fence("rollout-0", 3)
+    await queue.drop(9, "zero_std_0")
+    for group in (make_group(1), make_group(2, response_tokens=2000)):
+        await queue.put(group, attempt=1)
+    keys = [key async for key in client.scan_iter(match=f"{JobKeys(job_id).prefix}*")]
+    assert {key.decode() for key in keys} >= {JobKeys(job_id).groups, JobKeys(job_id).index, JobKeys(job_id).blob_refs}
+    await queue.retire()
+    assert [key for key in keys if await client.ttl(key) < 0] == []
+    assert await queue.begin_life() == 2
+    lasting = [key for key in keys if key.decode() in JobKeys(job_id).lasting]
+    assert [key for key in lasting if await client.ttl(key) != -1] == []
+    assert [entry.group_id for entry in await queue.outstanding()] == [1, 2]

@@ -11,6 +11,8 @@ import json
 import pathlib
 
 NAME = "log_spans.json"
+_OF_NO_JOB = frozenset({"gateway"})
+"""Logs of services that never work for one job alone: their lines name whatever job a request was about."""
 
 Span = tuple[int, int]
 """Beginning and end of a stretch, in bytes."""
@@ -40,6 +42,8 @@ class LogSpans:
         """Return the job's stretches of a log that is `size` bytes long; all of it when the logs are the job's own."""
         if self._own:
             return [(0, size)]
+        if name in _OF_NO_JOB:
+            return []
         spans = []
         for stretch in self._read():
             begin = min((stretch["begin"] or {}).get(name, 0), size)

@@ -101,6 +101,11 @@ class JobRunner:
         except JobCancelledError:
             await queue.drop_job()
             raise
+        except TRANSIENT:
+            raise
+        except Exception:
+            await queue.retire()  # it was stopped or failed, and may be resumed
+            raise
         finally:
             self.status = None
         await queue.drop_job()

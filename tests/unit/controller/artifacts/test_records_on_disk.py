@@ -392,3 +392,16 @@ def test_a_log_is_cut_to_the_times_when_the_job_ran(tmp_path: pathlib.Path) -> N
     assert read(offset=4) == ("two\nthree\n", 14, 14)
     assert read(offset=8, limit=5) == ("three", 13, 14)
     assert [(log.name, log.size_bytes) for log in log_files.list_logs(logs, spans)] == [("a", 14), ("b", 13)]
+
+
+def test_the_log_of_the_gateway_is_of_no_job_unless_it_is_the_runs_own(tmp_path: pathlib.Path) -> None:
+    logs, run_dir = tmp_path / "logs", tmp_path / "run"
+    logs.mkdir()
+    spans = LogSpans(run_dir, logs)
+    spans.begin()
+    for name in ("gateway", "rollout-0"):
+        (logs / f"{name}.log").write_text("POST /v1/jobs/other-1f0c2a9b/cancel\n")
+    assert [log.name for log in log_files.list_logs(logs, spans)] == ["rollout-0"]
+    assert log_files.read_log(logs, spans, "gateway", 0, 0).text == ""
+    own = LogSpans(tmp_path, logs)
+    assert [log.name for log in log_files.list_logs(logs, own)] == ["gateway", "rollout-0"]

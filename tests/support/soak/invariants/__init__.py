@@ -1,0 +1,1 @@
+"""What must hold of a soak, one idea a file: functions and small trackers that return faults."""
