@@ -312,7 +312,7 @@ def test_training_is_the_same_bit_for_bit_when_repeated_with_two_threads(dense: 
     [
         {"advantage_estimator": "gspo", "observe_training_entropy": True},
         {"advantage_estimator": "reinforce_plus_plus", "kl_coef": 0.05},
-        {"advantage_estimator": "dr_grpo", "use_opsm": True},
+        {"advantage_estimator": "dr_grpo", "use_opsm": True, "num_steps_per_rollout": 2},
         {"advantage_estimator": "cispo", "use_tis": True, "num_steps_per_rollout": 2},
         {"advantage_estimator": "rloo", "use_icepop": True, "calculate_per_token_loss": True},
         {"use_mis": True, "use_tis": True, "use_rs": True, "get_mismatch_metrics": True, "entropy_coef": 0.01},
