@@ -66,7 +66,7 @@ class Soak:
             self._tick()
             if self._records.now_s >= next_s:
                 self._carry_out(self._schedule.choose(self._view()))
-                next_s = self._records.now_s + self._schedule.pause_s()
+                next_s = self._records.now_s + self._schedule.pause_s() * self.troubles.pace
             if self._records.now_s >= sweep_s:
                 self._sweep.run(list(self.jobs.values()), self.troubles.kills, calm=self.troubles.calm)
                 sweep_s = self._records.now_s + SWEEP_EVERY_S
