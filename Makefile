@@ -31,10 +31,11 @@ browser:
 test-engines: $(VENV)/.megatron $(SGLANG_VENV)/.ready
 	MILES_TEST_SGLANG=$(SGLANG_VENV)/bin/python $(PYTEST) -m "engine and not slow"
 
-# Those two and what they leave out, because it takes long and rarely breaks: all of conformance, 23 more parallel layouts
-# of Megatron-Core and 6 more to go on in, checkpoints of it written in the background or read by another optimizer;
-# whole runs with a critic, with a reward that is no number, that go on in other number types, whose restarted engine
-# has another model, and with a step that is abandoned or hangs when Ctrl-C comes.
+# Those two and what they leave out, because it takes long and rarely breaks: all of conformance, 34 more parallel layouts
+# of Megatron-Core and 7 more to go on in, checkpoints of it written in the background or read by another optimizer;
+# SGLang's servers with weights of two ranks; whole runs with a critic, with a reward that is no number, without routing
+# replay, that go on in other number types, whose services are killed at random, whose restarted engine has another model,
+# and with a step that is abandoned or hangs when Ctrl-C comes.
 test-all: $(VENV)/.megatron $(SGLANG_VENV)/.ready browser
 	MILES_TEST_SGLANG=$(SGLANG_VENV)/bin/python $(PYTEST) -m "not gpu and not chaos"
 

@@ -10,10 +10,10 @@ import pathlib
 import sys
 from collections.abc import Sequence
 
-from rich.console import Console
 from rich.table import Table
 
 from miles.gateway.keys import ApiKey, KeyFile, KeyFileError, Scope
+from miles.launcher.console import HelpFormatter, RunConsole
 from miles.rpc.exit_codes import ExitCode
 
 KEYS_ENVIRONMENT = "MILES_KEYS_FILE"
@@ -40,7 +40,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="miles keys", description=__doc__)
+    parser = argparse.ArgumentParser(prog="miles keys", description=__doc__, formatter_class=HelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     create = commands.add_parser("create", help="create a key and print it; it is shown only once")
     create.add_argument("name", help="name of the key's owner")
@@ -87,7 +87,7 @@ def _list(keys: KeyFile, flags: argparse.Namespace) -> int:
     table = Table("id", "name", "scope", "made", "expires")
     for key in found:
         table.add_row(key["id"], key["name"], key["scope"], key["created_at"], key["expires_at"] or "never")
-    Console(highlight=False).print(table)
+    RunConsole().print(table)
     return ExitCode.OK
 
 

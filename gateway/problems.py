@@ -15,6 +15,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from starlette.routing import Match
 
+from miles.config.schema.faults import Fault
 from miles.gateway.security_headers import HEADERS
 
 logger = logging.getLogger(__name__)
@@ -54,6 +55,9 @@ class FaultDocument(BaseModel):
     value: Any = Field(default=None, description="What was given", examples=[-1])
     problem: str = Field(description="Why it is refused", examples=["it must be above 0"])
     remedy: str = Field(description="What to do about it", examples=["raise it"])
+    message: str = Field(
+        description="All of it in one sentence", examples=["rollout_batch_size = -1, but it must be above 0; raise it"]
+    )
 
 
 class ProblemDocument(BaseModel):
@@ -157,14 +161,13 @@ def faults_detail(faults: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _count(faults: Sequence[Mapping[str, Any]]) -> str:
-    first = faults[0]
-    text = f"{first['field']}: {first['problem']}; {first['remedy']}"
+    text = faults[0]["message"]
     return text if len(faults) == 1 else f"{len(faults)} faults, all listed in `faults`; the first is {text}"
 
 
 def _fault(details: Mapping[str, Any]) -> dict[str, Any]:
     place = ".".join(str(part) for part in details["loc"])
-    return {"field": place, "value": details.get("input"), "problem": details["msg"], "remedy": "correct it"}
+    return Fault(place, details.get("input"), details["msg"], "correct it").to_json()
 
 
 def _allowed_methods(routers: Sequence[APIRouter], request: Request) -> list[str]:

@@ -10,7 +10,7 @@ import torch
 
 from miles.algorithms.estimators import ESTIMATORS, AdvantageBatch, AdvantageConfig
 from miles.algorithms.kl import approximate_kl
-from miles.algorithms.packing import as_float
+from miles.algorithms.packing import LOWEST_LOG_PROB, as_float
 from miles.algorithms.rewards import keep_rewards, shape_groups, standardize, subtract_mean
 from miles.algorithms.whitening import masked_whiten
 
@@ -79,18 +79,20 @@ def compute_advantages(
 
 def reverse_kl_to_teacher(student_log_probs_T: torch.Tensor, teacher_log_probs_T: torch.Tensor) -> torch.Tensor:
     """Single-sample estimate of KL(student || teacher) on the student's own tokens: log p_student - log p_teacher."""
-    return as_float(student_log_probs_T) - as_float(teacher_log_probs_T)
+    return _possible(student_log_probs_T) - _possible(teacher_log_probs_T)
 
 
 def _reward_kl(config: AdvantageConfig, batch: AdvantageBatch) -> torch.Tensor:
     if config.kl_coef == 0:
         return torch.zeros(batch.packing.num_tokens, device=batch.mask_T.device)
-    kl_T = approximate_kl(
-        _required(batch.old_log_probs_T, "old_log_probs_T", "kl_coef"),
-        _required(batch.ref_log_probs_T, "ref_log_probs_T", "kl_coef"),
-        config.kl_loss_type,
-    )
+    old_T = _required(batch.old_log_probs_T, "old_log_probs_T", "kl_coef")
+    ref_T = _required(batch.ref_log_probs_T, "ref_log_probs_T", "kl_coef")
+    kl_T = approximate_kl(_possible(old_T), _possible(ref_T), config.kl_loss_type)
     return torch.where(batch.mask_T.bool() | kl_T.isfinite(), kl_T, 0.0)
+
+
+def _possible(log_probs_T: torch.Tensor) -> torch.Tensor:
+    return as_float(log_probs_T).clamp_min(LOWEST_LOG_PROB)
 
 
 def _required(x_T: torch.Tensor | None, name: str, flag: str) -> torch.Tensor:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
-from miles.algorithms.packing import Packing, as_float, keep_where
+from miles.algorithms.packing import Packing, as_float, keep_log_probs
 from miles.algorithms.policy_losses import bounded_exp
 
 if TYPE_CHECKING:
@@ -67,8 +67,8 @@ def compute_correction(
     packing.check(train_log_probs_T=train_log_probs_T, rollout_log_probs_T=rollout_log_probs_T, mask_T=mask_T)
     with torch.no_grad():
         return method(
-            keep_where(mask_T, train_log_probs_T),
-            keep_where(mask_T, rollout_log_probs_T),
+            keep_log_probs(mask_T, train_log_probs_T),
+            keep_log_probs(mask_T, rollout_log_probs_T),
             mask_T.bool(),
             packing,
             group,

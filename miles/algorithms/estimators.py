@@ -63,7 +63,8 @@ class AdvantageBatch:
     rewards_B: torch.Tensor
     """Rewards as `shape_rewards` returns them."""
     old_log_probs_T: torch.Tensor | None = None
-    """Of the policy that generated the tokens; needed for kl_coef and use_opd."""
+    """Of the policy that generated the tokens: the trainer's, or with use_rollout_logprobs the engine's; needed for
+    kl_coef and use_opd."""
     ref_log_probs_T: torch.Tensor | None = None
     """Of the reference policy; needed for kl_coef."""
     teacher_log_probs_T: torch.Tensor | None = None

@@ -14,8 +14,8 @@ LOG_RATIO_BOUND = 20.0
 """Log ratios are clamped to this before they are exponentiated: e^20 = 4.9e8 is far outside any trust region."""
 
 _LOW_VAR_KL_BOUND = 10.0
-_FLOAT32_EXP_BOUND = 80.0
-"""exp(80) = 5.5e34 still fits float32."""
+_EXP_BOUND = 40.0
+"""Bound of the exponents of k3 and of its importance ratio; their product, up to e^80 = 5.5e34, still fits float32."""
 
 
 def approximate_kl(
@@ -26,7 +26,7 @@ def approximate_kl(
 ) -> torch.Tensor:
     """KL of each token, in nats, with x = log_probs - base_log_probs.
 
-    k1: x. k2: x^2 / 2. k3: e^-x - 1 + x. low_var_kl: k3 with x clamped to +-20 and the result to +-10.
+    k1: x. k2: x^2 / 2. k3: e^-x - 1 + x, x at least -40. low_var_kl: k3 with x clamped to +-20 and the result to +-10.
 
     With `old_log_probs` the estimate is unbiased for tokens sampled from the old policy: multiplied by
     exp(log_probs - old_log_probs) (DeepSeek-V3.2, section 3.1), gradient included, before low_var_kl's last clamp.
@@ -49,14 +49,13 @@ def approximate_kl(
     elif kl_type == "k2":
         kl = x.square() / 2
     elif kl_type in ("k3", "low_var_kl"):
-        if kl_type == "low_var_kl":
-            x = x.clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)
+        x = x.clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND) if kl_type == "low_var_kl" else x.clamp_min(-_EXP_BOUND)
         kl = torch.expm1(-x) + x
     else:
         raise ValueError(f"unknown kl_loss_type {kl_type!r}; choose from {', '.join(get_args(KlType))}")
     if old_log_probs is not None:
         log_ratio = as_float(log_probs) - as_float(old_log_probs)
-        kl = kl * log_ratio.clamp(-_FLOAT32_EXP_BOUND, _FLOAT32_EXP_BOUND).exp()
+        kl = kl * log_ratio.clamp(-_EXP_BOUND, _EXP_BOUND).exp()
     if kl_type == "low_var_kl":
         kl = kl.clamp(-_LOW_VAR_KL_BOUND, _LOW_VAR_KL_BOUND)
     return kl

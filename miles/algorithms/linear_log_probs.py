@@ -119,13 +119,15 @@ class _LinearTokenLogProbs(torch.autograd.Function):
         for rows in chunks(len(hidden_TD), options.chunk_rows):
             x_CV = scaled(_chunk_logits(hidden_TD[rows], weight_VD), options.temperature)
             stats.fill(rows, x_CV, columns_T[rows], whole=shard is None)
-        log_probs_T, entropy_T, log_norm_T = stats.log_probs_T, stats.entropy_T, stats.log_sum_T
+        log_probs_T, entropy_T, max_T, log_norm_T = stats.log_probs_T, stats.entropy_T, stats.max_T, stats.log_sum_T
+        assert max_T is not None
         assert log_norm_T is not None
         if shard is not None:
             log_probs_T, entropy_T, log_weight_T = combine_shards(stats, shard.group)
             log_norm_T = log_norm_T - log_weight_T
+            max_T = torch.where(log_weight_T == -torch.inf, 0.0, max_T)  # -inf - -inf would be NaN
         ctx.options = options
-        ctx.save_for_backward(hidden_TD, weight_VD, columns_T, log_probs_T, entropy_T, stats.max_T, log_norm_T)
+        ctx.save_for_backward(hidden_TD, weight_VD, columns_T, log_probs_T, entropy_T, max_T, log_norm_T)
         ctx.set_materialize_grads(False)
         return log_probs_T, log_probs_T.new_empty(0) if entropy_T is None else entropy_T
 

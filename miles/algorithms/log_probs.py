@@ -115,7 +115,8 @@ class _TokenLogProbs(torch.autograd.Function):
         for rows in chunks(len(logits_TV), options.chunk_rows):
             log_p_CV = torch.log_softmax(scaled(logits_TV[rows], options.temperature), dim=-1)
             if log_weight_T is not None:
-                log_p_CV.add_(log_weight_T[rows, None])
+                log_weight_C1 = log_weight_T[rows, None]
+                log_p_CV.add_(log_weight_C1).masked_fill_(log_weight_C1 == -torch.inf, -torch.inf)
             grad_TV[rows] = gradient_of_scores(
                 log_p_CV,
                 columns_T[rows],

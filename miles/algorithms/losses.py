@@ -18,7 +18,7 @@ from miles.algorithms.kl import approximate_kl
 from miles.algorithms.loss_aggregation import aggregate
 from miles.algorithms.metrics import MetricSum
 from miles.algorithms.mis import mismatch_metrics
-from miles.algorithms.packing import Packing, as_float, keep_where
+from miles.algorithms.packing import Packing, as_float, keep_log_probs, keep_where
 from miles.algorithms.policy_losses import ClipConfig, PolicyTerms, bounded_exp, opsm_drop, policy_loss
 
 
@@ -31,7 +31,8 @@ class LossConfig(ClipConfig):
     calculate_per_token_loss: bool = False
     """Mean over the step's tokens rather than over its rollouts."""
     loss_length: float | None = None
-    """dr_grpo: the constant every sample's token sum is divided by, e.g. the response length limit."""
+    """dr_grpo: the constant every sample's token sum is divided by, e.g. the response length limit; a mean over tokens
+    (calculate_per_token_loss) has no use for it."""
     entropy_coef: float = 0.0
     """Weight of the entropy bonus."""
     use_kl_loss: bool = False
@@ -113,7 +114,7 @@ class _Reducer:
             self._mask_T,
             self._packing,
             denominator=1,
-            per_token=self._per_token and constant_length is None,
+            per_token=self._per_token,
             constant_length=constant_length,
             mask_sums_B=self._mask_sums_B,
             keep_T=keep_T,
@@ -152,11 +153,13 @@ def rl_loss(
     """
     _check(config, batch, log_probs_T, entropy_T)
     reducer = _Reducer(batch, config.calculate_per_token_loss)
-    new_T = keep_where(batch.mask_T, log_probs_T)
-    train_T = new_T.detach() if batch.train_log_probs_T is None else keep_where(batch.mask_T, batch.train_log_probs_T)
+    new_T = keep_log_probs(batch.mask_T, log_probs_T)
+    train_T = new_T.detach()
+    if batch.train_log_probs_T is not None:
+        train_T = keep_log_probs(batch.mask_T, batch.train_log_probs_T)
     old_T = train_T
     if config.use_rollout_logprobs:
-        old_T = keep_where(
+        old_T = keep_log_probs(
             batch.mask_T, _required(batch.rollout_log_probs_T, "rollout_log_probs_T", "use_rollout_logprobs")
         )
     advantages_T = keep_where(batch.mask_T, batch.advantages_T)
@@ -231,7 +234,7 @@ def _correction(config: LossConfig, batch: LossBatch, train_T: torch.Tensor) -> 
 
 
 def _reference_kl(config: LossConfig, batch: LossBatch, new_T: torch.Tensor, old_T: torch.Tensor) -> torch.Tensor:
-    ref_T = keep_where(batch.mask_T, _required(batch.ref_log_probs_T, "ref_log_probs_T", "use_kl_loss"))
+    ref_T = keep_log_probs(batch.mask_T, _required(batch.ref_log_probs_T, "ref_log_probs_T", "use_kl_loss"))
     return approximate_kl(new_T, ref_T, config.kl_loss_type, old_T if config.use_unbiased_kl else None)
 
 
@@ -252,12 +255,12 @@ def _report_mismatch(
     correction: Correction | None,
 ) -> None:
     if batch.rollout_log_probs_T is not None:
-        rollout_T = keep_where(batch.mask_T, batch.rollout_log_probs_T)
+        rollout_T = keep_log_probs(batch.mask_T, batch.rollout_log_probs_T)
         reducer.report_tokens("train_rollout_logprob_abs_diff", (train_T - rollout_T).abs())
         reducer.report_tokens("train_rollout_kl", approximate_kl(rollout_T, train_T, "low_var_kl"))
     metrics_T = dict(correction.metrics_T) if correction else {}
     if config.get_mismatch_metrics:
-        rollout_T = keep_where(
+        rollout_T = keep_log_probs(
             batch.mask_T, _required(batch.rollout_log_probs_T, "rollout_log_probs_T", "get_mismatch_metrics")
         )
         metrics_T |= mismatch_metrics(train_T, rollout_T, batch.mask_T.bool(), batch.packing)
@@ -320,7 +323,7 @@ def sft_loss(batch: LossBatch, log_probs_T: torch.Tensor, *, calculate_per_token
     """Negative log-likelihood of the unmasked tokens; of `batch` only layout, mask and denominators are read."""
     batch.packing.check(mask_T=batch.mask_T, log_probs_T=log_probs_T)
     reducer = _Reducer(batch, calculate_per_token_loss)
-    total = -reducer.total(log_probs_T)
+    total = -reducer.total(keep_log_probs(batch.mask_T, log_probs_T))
     reducer.report("loss", total)
     return LossOutput(reducer.loss(total), reducer.metrics)
 

@@ -23,6 +23,7 @@ MisLevel = Literal["token", "sequence", "geometric"]
 MisMode = Literal["truncate", "clip", "mask"]
 
 _SMALLEST_MEAN_WEIGHT = 1e-8
+_LARGEST_LOG_PPL = 80.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -163,6 +164,11 @@ def at_level(log_ratio_T: torch.Tensor, mask_T: torch.Tensor, packing: Packing, 
     return packing.expand(packing.mean(log_ratio_T, mask_T))
 
 
+def _perplexity(mean_log_prob_B: torch.Tensor) -> torch.Tensor:
+    """exp of the negative mean log-prob, at most e^80, which fits float32."""
+    return (-mean_log_prob_B).clamp(max=_LARGEST_LOG_PPL).exp()
+
+
 def mismatch_metrics(
     train_log_probs_T: torch.Tensor, rollout_log_probs_T: torch.Tensor, mask_T: torch.Tensor, packing: Packing
 ) -> dict[str, torch.Tensor]:
@@ -180,12 +186,12 @@ def mismatch_metrics(
     sequence_log_ratio_B = packing.sum(keep_where(mask_T, log_ratio_T))
     per_sequence = {
         "mis_training_log_ppl": -train_mean_B,
-        "mis_training_ppl": (-train_mean_B).exp(),
+        "mis_training_ppl": _perplexity(train_mean_B),
         "mis_rollout_log_ppl": -rollout_mean_B,
-        "mis_rollout_ppl": (-rollout_mean_B).exp(),
+        "mis_rollout_ppl": _perplexity(rollout_mean_B),
         "mis_log_ppl_diff": difference_B,
         "mis_log_ppl_abs_diff": difference_B.abs(),
-        "mis_ppl_ratio": difference_B.exp(),
+        "mis_ppl_ratio": _perplexity(-difference_B),
         "mis_chi2_token": packing.mean(ratio_T.square(), mask_T) - 1,
         "mis_chi2_seq": bounded_exp(sequence_log_ratio_B).square() - 1,
     }

@@ -28,6 +28,18 @@ def keep_where(mask: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     return torch.where(mask.bool(), as_float(x), 0.0)
 
 
+LOWEST_LOG_PROB = -1e4
+"""Log-probs below it count as this much: far below every log-prob of a token that was sampled."""
+
+
+def keep_log_probs(mask: torch.Tensor, log_probs: torch.Tensor) -> torch.Tensor:
+    """`keep_where` of log-probs; -inf, of a token that is impossible, counts as `LOWEST_LOG_PROB` without gradient.
+
+    So losses and ratios stay finite: the difference of two infinities would be NaN.
+    """
+    return keep_where(mask, log_probs).clamp_min(LOWEST_LOG_PROB)
+
+
 @dataclasses.dataclass(frozen=True)
 class Packing:
     """Lengths of the consecutive samples in a packed tensor."""

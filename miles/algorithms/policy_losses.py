@@ -16,7 +16,7 @@ from collections.abc import Callable
 import torch
 
 from miles.algorithms.kl import LOG_RATIO_BOUND
-from miles.algorithms.packing import Packing, keep_where
+from miles.algorithms.packing import Packing, keep_log_probs, keep_where
 from miles.algorithms.registry import Registry
 
 
@@ -32,7 +32,11 @@ class ClipConfig:
     """Dual clip: where the advantage is negative the loss is at most -eps_clip_c * A; None: off."""
 
     def __post_init__(self) -> None:
-        if self.eps_clip_c is not None and self.eps_clip_c <= 1:
+        for name in ("eps_clip", "eps_clip_high"):
+            value = getattr(self, name)
+            if value is not None and not value >= 0:
+                raise ValueError(f"{name} is {value}; it must be at least 0")
+        if self.eps_clip_c is not None and not self.eps_clip_c > 1:
             raise ValueError(f"eps_clip_c is {self.eps_clip_c}; it must be greater than 1, or None for no dual clip")
 
     @property
@@ -108,8 +112,8 @@ def policy_loss(
     inputs = PolicyInputs(
         packing=packing,
         mask_T=mask_T.bool(),
-        log_probs_T=keep_where(mask_T, log_probs_T),
-        old_log_probs_T=keep_where(mask_T, old_log_probs_T.detach()),
+        log_probs_T=keep_log_probs(mask_T, log_probs_T),
+        old_log_probs_T=keep_log_probs(mask_T, old_log_probs_T.detach()),
         advantages_T=keep_where(mask_T, advantages_T.detach()),
     )
     return POLICY_LOSSES[name](config, inputs)

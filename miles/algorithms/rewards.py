@@ -10,6 +10,8 @@ RewardShaping = Callable[[torch.Tensor], torch.Tensor]
 """Maps the float64 rewards of one group, [n], to the estimator's input, [n]."""
 
 STD_EPSILON = 1e-6
+LARGEST_REWARD = 1e37
+"""What every shaping keeps within float32."""
 
 
 def keep_rewards(rewards: torch.Tensor) -> torch.Tensor:
@@ -18,14 +20,14 @@ def keep_rewards(rewards: torch.Tensor) -> torch.Tensor:
 
 
 def subtract_mean(rewards: torch.Tensor) -> torch.Tensor:
-    """r - mean. A group of one gives 0."""
-    return rewards - rewards.mean()
+    """r - mean; exactly 0 in a group of one or without spread, where a rounded mean may differ from every reward."""
+    return rewards - (rewards[0] if _all_equal(rewards) else rewards.mean())
 
 
 def standardize(rewards: torch.Tensor) -> torch.Tensor:
     """(r - mean) / (unbiased std + 1e-6) (GRPO, 2402.03300); not divided in a group of one sample or without spread."""
     centred = subtract_mean(rewards)
-    if len(rewards) < 2 or bool((rewards == rewards[0]).all()):
+    if _all_equal(rewards):
         return centred
     return centred / (rewards.std(correction=1) + STD_EPSILON)
 
@@ -37,6 +39,10 @@ def subtract_leave_one_out_mean(rewards: torch.Tensor) -> torch.Tensor:
     """
     n = len(rewards)
     return subtract_mean(rewards) * (n / max(n - 1, 1))
+
+
+def _all_equal(rewards: torch.Tensor) -> bool:
+    return bool((rewards == rewards[0]).all())
 
 
 def shape_groups(
@@ -53,15 +59,16 @@ def shape_groups(
         float32 [B] on the CPU, in the order given.
 
     Raises:
-        ValueError: lengths differ, or a reward is not finite.
+        ValueError: lengths differ, or a reward is not finite, or larger than `LARGEST_REWARD`.
     """
     rewards = torch.as_tensor(rewards_B, dtype=torch.float64, device="cpu").reshape(-1)
     ids = group_ids_B.tolist() if isinstance(group_ids_B, torch.Tensor) else list(group_ids_B)
     if len(ids) != len(rewards):
         raise ValueError(f"{len(rewards)} rewards but {len(ids)} group ids")
-    bad = (~rewards.isfinite()).nonzero().flatten().tolist()
+    bad = (~(rewards.abs() <= LARGEST_REWARD)).nonzero().flatten().tolist()
     if bad:
-        raise ValueError(f"reward of sample {bad[0]} is {rewards[bad[0]].item()}; drop failed samples before training")
+        problem = f"reward of sample {bad[0]} is {rewards[bad[0]].item()}"
+        raise ValueError(f"{problem}; drop failed samples before training, and scale rewards beyond {LARGEST_REWARD:g}")
     members: dict[Hashable, list[int]] = {}
     for i, group_id in enumerate(ids):
         members.setdefault(group_id, []).append(i)

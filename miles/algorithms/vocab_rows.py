@@ -13,6 +13,9 @@ import torch.distributed as dist
 
 from miles.algorithms.packing import as_float
 
+_LOWEST_LOG_P = -1e4
+"""Below it p is 0 in every dtype (exp(-746) is 0 in float64), so that p log p is 0 whatever log p is."""
+
 
 @dataclasses.dataclass(frozen=True)
 class VocabShard:
@@ -98,7 +101,11 @@ class RowStats:
         if self.max_T is not None and self.log_sum_T is not None:
             max_C, argmax_C = x_CV.max(dim=-1)
             self.max_T[rows] = max_C
-            self.log_sum_T[rows] = -log_softmax_CV.gather(-1, argmax_C[:, None]).squeeze(-1)
+            log_sum_C = -log_softmax_CV.gather(-1, argmax_C[:, None]).squeeze(-1)
+            impossible_C = max_C == -torch.inf  # no token of this shard, as where a padded vocabulary's logits are -inf
+            self.log_sum_T[rows] = torch.where(impossible_C, 0.0, log_sum_C)
+            if not whole:
+                log_softmax_CV.masked_fill_(impossible_C[:, None], -torch.inf)  # not NaN
         if whole:
             self.log_probs_T[rows] = log_softmax_CV.gather(-1, columns_C[:, None]).squeeze(-1)
         else:
@@ -112,7 +119,7 @@ class RowStats:
 def row_entropy(log_softmax_CV: torch.Tensor) -> torch.Tensor:
     """-sum p log p of each row, where p log p is 0 for p = 0. Overwrites its argument."""
     p_CV = log_softmax_CV.exp()
-    log_softmax_CV.clamp_min_(torch.finfo(log_softmax_CV.dtype).min)
+    log_softmax_CV.clamp_min_(_LOWEST_LOG_P)
     return -p_CV.mul_(log_softmax_CV).sum(dim=-1)
 
 
@@ -134,7 +141,7 @@ def combine_shards(stats: RowStats, group: dist.ProcessGroup) -> tuple[torch.Ten
     dist.all_reduce(log_probs_T, op=dist.ReduceOp.MAX, group=group)
     if stats.entropy_T is None:
         return log_probs_T, None, log_weight_T
-    entropy_T = log_weight_T.exp() * (stats.entropy_T - log_weight_T)
+    entropy_T = log_weight_T.exp() * (stats.entropy_T - log_weight_T.clamp_min(_LOWEST_LOG_P))
     dist.all_reduce(entropy_T, op=dist.ReduceOp.SUM, group=group)
     return log_probs_T, entropy_T, log_weight_T
 
@@ -155,7 +162,7 @@ def gradient_of_scores(
     if grad_entropy_C is None or entropy_C is None:
         grad_CV.mul_(-grad_log_probs_C[:, None])
     else:
-        log_p_CV.clamp_min_(torch.finfo(log_p_CV.dtype).min)  # p log p is 0 for p = 0
+        log_p_CV.clamp_min_(_LOWEST_LOG_P)  # p log p is 0 for p = 0, times any upstream gradient
         constant_C = -grad_log_probs_C - grad_entropy_C * entropy_C
         torch.addcmul(constant_C[:, None], log_p_CV, -grad_entropy_C[:, None], out=log_p_CV)
         grad_CV.mul_(log_p_CV)

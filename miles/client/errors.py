@@ -26,7 +26,7 @@ class MilesError(RuntimeError):
 
     @property
     def faults(self) -> list[dict[str, Any]]:
-        """Every fault of the request: field, value, problem, remedy."""
+        """Every fault of the request: field, value, problem, remedy, and all four in one sentence (message)."""
         return list(self.problem.get("faults") or [])
 
     def describe(self) -> str:
@@ -34,7 +34,7 @@ class MilesError(RuntimeError):
         title = str(self.problem.get("title", "the gateway refused"))
         if not self.faults:
             return f"{title}: {self.problem.get('detail', '')}"
-        lines = [f"  {fault['field']}: {fault['problem']}; {fault['remedy']}" for fault in self.faults]
+        lines = [f"  {fault['message']}" for fault in self.faults]
         return "\n".join([f"{title}:", *lines])
 
 

@@ -185,7 +185,7 @@ def _distribute(flat: Mapping[str, Any]) -> tuple[dict[str, dict[str, Any]], lis
             continue
         prefix = next((prefix for prefix in prefixes if key.startswith(prefix) and key != prefix), None)
         if prefix is None:
-            faults.append(unknown_name(key, value, known, "setting"))
+            faults.append(unknown_name(key, "null" if value is None else value, known, "setting"))
         elif value is not None:
             section, field = prefixes[prefix]
             by_section[section].setdefault(field, {})[key.removeprefix(prefix)] = value

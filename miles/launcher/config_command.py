@@ -7,11 +7,11 @@ import pathlib
 import sys
 from collections.abc import Sequence
 
-import yaml
-
 from miles.config.command.flags import parse_command_line
 from miles.config.command.reference_page import help_text, reference_page
+from miles.config.command.yaml_files import write_text
 from miles.config.schema.faults import ConfigError
+from miles.launcher.console import HelpFormatter, help_width
 from miles.launcher.dry_run import checked_config, describe_run
 
 BAD_CONFIG = 2
@@ -20,7 +20,9 @@ BAD_CONFIG = 2
 
 def main(arguments: Sequence[str]) -> int:
     """Run `miles config …`; return its exit code."""
-    parser = argparse.ArgumentParser(prog="miles config", description=__doc__, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        prog="miles config", description=__doc__, allow_abbrev=False, formatter_class=HelpFormatter
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     docs = commands.add_parser("docs", help="write the reference page of all settings")
     docs.add_argument("--out", type=pathlib.Path, metavar="FILE", help="file to write instead of printing the page")
@@ -51,7 +53,7 @@ def _docs(out: pathlib.Path | None, *, check: bool) -> int:
 def _show(arguments: Sequence[str]) -> int:
     line = parse_command_line(arguments)
     if line.help:
-        print("usage: miles config show [--dry-run] [FLAGS]\n\n" + help_text(), end="")
+        print("usage: miles config show [--dry-run] [FLAGS]\n\n" + help_text(help_width()), end="")
         return 0
     try:
         config = checked_config(line)
@@ -61,5 +63,5 @@ def _show(arguments: Sequence[str]) -> int:
     if line.dry_run:
         print(describe_run(config), end="")
     else:
-        print(yaml.safe_dump(config.to_flat(), sort_keys=False, allow_unicode=True), end="")
+        print(write_text(config.to_flat()), end="")
     return 0

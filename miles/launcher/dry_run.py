@@ -4,42 +4,47 @@ from __future__ import annotations
 
 import importlib.util
 import shlex
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
-
-import yaml
 
 from miles.config.checks.environment import environment_faults
 from miles.config.command.flags import CommandLine
+from miles.config.command.yaml_files import write_text
 from miles.config.job import JobConfig, examine, resolved
+from miles.config.schema.catalog import catalog
 from miles.config.schema.faults import ConfigError
 from miles.launcher.plan import ProcessPlan, plan_run
 from miles.precision.number_types import decide, slow_type, slowdown_key
+from miles.telemetry.redaction import REDACTED, redact, redact_config
 
 
 def checked_config(line: CommandLine) -> JobConfig:
     """Resolve the configuration for this machine and check it there. Raises ConfigError with every fault."""
     flat = resolved(line.flat)
     examination = examine(flat)
-    faults = line.merge([*examination.faults, *environment_faults(examination.settings)])
+    wrong = {fault.field for fault in examination.faults}
+    here = [fault for fault in environment_faults(examination.settings) if fault.field not in wrong]
+    faults = line.merge([*examination.faults, *here])
     if faults:
         raise ConfigError(faults)
     return JobConfig.from_flat(flat)
 
 
 def describe_run(config: JobConfig) -> str:
-    """Describe every process of the run as YAML: name, command, environment, settings."""
+    """Describe the run as YAML: every process with its command and environment, and the settings off their defaults."""
     plans = plan_run(config)
     external = {f"reward service {name}": address for name, address in config.reward.service_addresses.items()}
     if config.services.redis_url is not None:
         external["redis"] = config.services.redis_url
     document: dict[str, Any] = {
-        "processes": [_described(plan, plans) for plan in plans],
+        "processes": [_described(plan, secret=config.train.train_env_vars) for plan in plans],
+        "settings": _settings_read(plans),
+        "other settings": "at their defaults; `miles config show` prints all",
         "number types": number_types_here(config),
     }
     if external:
         document["runs elsewhere"] = external
-    return yaml.safe_dump(document, sort_keys=False, allow_unicode=True, width=120)
+    return redact(write_text(document))
 
 
 def number_types_here(config: JobConfig) -> str:
@@ -64,11 +69,21 @@ def number_types_here(config: JobConfig) -> str:
     return "; ".join([str(types), *filter(None, warnings)])
 
 
-def _described(plan: ProcessPlan, plans: Sequence[ProcessPlan]) -> dict[str, Any]:
+def _described(plan: ProcessPlan, secret: Collection[str]) -> dict[str, Any]:
     described: dict[str, Any] = {"name": plan.name, "command": shlex.join(plan.command)}
     if plan.environment:
-        described["environment"] = dict(plan.environment)
-    first = next(other for other in plans if other.config == plan.config)
-    if plan.config:
-        described["config"] = dict(plan.config) if first is plan else f"as {first.name}"
+        described["environment"] = {
+            name: REDACTED if name in secret else value for name, value in plan.environment.items()
+        }
     return described
+
+
+def _settings_read(plans: Sequence[ProcessPlan]) -> dict[str, Any]:
+    """Return what the processes read, given or derived, as far as it is not the default."""
+    read = {key: value for plan in plans for key, value in plan.config.items()}
+    settings = {}
+    for key, entry in catalog().items():
+        default = list(entry.default) if isinstance(entry.default, tuple) else entry.default
+        if key in read and read[key] not in (None, default):
+            settings[key] = read[key]
+    return redact_config(settings)

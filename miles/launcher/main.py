@@ -14,13 +14,12 @@ from typing import NoReturn
 
 import grpc.aio
 from rich.console import Console
-from rich.logging import RichHandler
 
 from miles.config import ConfigError, JobConfig
 from miles.config.command.flags import parse_command_line
 from miles.config.command.reference_page import help_text
 from miles.launcher.cluster import LocalCluster
-from miles.launcher.console import RunConsole
+from miles.launcher.console import LogLines, RunConsole, help_width
 from miles.launcher.drill.drill import Drill, drill_of, recovery_table
 from miles.launcher.dry_run import checked_config, describe_run
 from miles.launcher.job_client import EXIT_CODES, JobClient
@@ -42,7 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console = RunConsole()
     line = parse_command_line(sys.argv[1:] if arguments is None else arguments)
     if line.help:
-        console.print(f"usage: train.py [--config FILE] [--dry-run] [FLAGS]\n\n{help_text()}", markup=False)
+        usage = "usage: train.py [--config FILE] [--dry-run] [FLAGS]"
+        console.print(f"{usage}\n\n{help_text(help_width())}", markup=False, end="")
         return ExitCode.OK
     try:
         config = checked_config(line)
@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         print_error(console, error)
         return ExitCode.BAD_CONFIG
-    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[RichHandler(console=console)])
+    logging.basicConfig(level=logging.INFO, handlers=[LogLines(console)])
     return run_program(_run(config, console), console)
 
 

@@ -7,6 +7,7 @@ import time
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from miles.launcher.console import plain
 from miles.rpc.gen import job_pb2
 
 _SHOWN = (
@@ -57,16 +58,18 @@ class RunView:
 
     def show(self, event: job_pb2.JobEvent, num_rollout: int) -> None:
         """Show one event."""
+        if num_rollout:
+            self._progress.update(self._task, total=num_rollout)
         kind = event.WhichOneof("kind")
         if kind == "metrics":
             self._show_metrics(event.metrics, num_rollout)
         elif kind == "state_changed":
             state = job_pb2.JobState.Name(event.state_changed.state).removeprefix("JOB_STATE_").lower()
             self._progress.update(self._task, description=state)
-            self._console.print(f"[bold]{state}[/bold]: {event.state_changed.reason}", highlight=False)
+            self._console.print(f"[bold]{state}[/bold]: {plain(event.state_changed.reason)}", highlight=False)
         elif kind == "log":
             style = {job_pb2.LOG_LEVEL_WARNING: "yellow", job_pb2.LOG_LEVEL_ERROR: "red"}.get(event.log.level, "dim")
-            self._console.print(event.log.text, style=style, highlight=False, markup=False)
+            self._console.print(event.log.text, style=style, highlight=False, markup=False, soft_wrap=True)
 
     def _show_metrics(self, metrics: job_pb2.Metrics, num_rollout: int) -> None:
         values = metrics.values
@@ -93,4 +96,4 @@ class RunView:
         if done > self._first[0]:
             seconds = (now - self._first[1]) / (done - self._first[0]) * (num_rollout - done)
             left = f"left {int(seconds) // 60}:{int(seconds) % 60:02d}"
-        self._progress.update(self._task, completed=done, total=num_rollout, left=left)
+        self._progress.update(self._task, completed=done, left=left)

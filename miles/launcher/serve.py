@@ -11,16 +11,16 @@ from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
-from rich.logging import RichHandler
 
 from miles.config import ConfigError, JobConfig
 from miles.config.checks.environment import deployment_faults
 from miles.config.command.flags import parse_command_line
+from miles.config.command.reference_page import wrapped
 from miles.config.job import examine, resolved
 from miles.config.schema.catalog import catalog
 from miles.config.schema.faults import Fault
 from miles.launcher.cluster import LocalCluster
-from miles.launcher.console import RunConsole
+from miles.launcher.console import LogLines, RunConsole, help_width
 from miles.launcher.drill.drill import drill_of, recovery_table
 from miles.launcher.plan import tls_environment
 from miles.launcher.program import print_error, run_program
@@ -32,10 +32,11 @@ SECTIONS = ("services", "cluster", "gateway", "tls")
 """Sections whose settings belong to services rather than to a job."""
 _OF_SERVICES = frozenset({"custom_rm_path", "group_rm", "train_env_vars"})
 """Settings of other sections that belong to services."""
-_USAGE = """usage: miles serve [--config FILE] [FLAGS]
-
-Starts Redis, the controller, rollouts, trainer, reward and weight-sync services and the gateway on this machine, and
-keeps them running until Ctrl-C. Submit jobs with `miles submit`, or over the REST API."""
+_USAGE = (
+    "usage: miles serve [--config FILE] [FLAGS]",
+    "Starts Redis, the controller, rollouts, trainer, reward and weight-sync services and the gateway on this machine, "
+    "and keeps them running until Ctrl-C. Submit jobs with `miles submit`, or over the REST API.",
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -44,14 +45,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console = RunConsole()
     line = parse_command_line(sys.argv[1:] if arguments is None else arguments)
     if line.help:
-        console.print(f"{_USAGE}\n\n{_flags_text()}", markup=False)
+        usage = "\n\n".join(wrapped(paragraph, help_width()) for paragraph in _USAGE)
+        console.print(f"{usage}\n\n{_flags_text()}", markup=False)
         return ExitCode.OK
     try:
         config = service_config(line.flat, line.faults)
     except ConfigError as error:
         print_error(console, error)
         return ExitCode.BAD_CONFIG
-    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[RichHandler(console=console)])
+    logging.basicConfig(level=logging.INFO, handlers=[LogLines(console)])
     return run_program(_serve(config, console), console)
 
 
@@ -112,5 +114,5 @@ def _flags_text() -> str:
     for entry in catalog().values():
         if entry.section in SECTIONS or entry.key in _OF_SERVICES:
             lines.append(f"  {entry.flag} {entry.metavar}".rstrip())
-            lines.append(f"      {entry.help}")
+            lines.append(wrapped(entry.help, help_width(), indent=6))
     return "\n".join(lines)

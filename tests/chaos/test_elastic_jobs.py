@@ -206,5 +206,6 @@ async def test_what_is_finished_beyond_a_batch_is_kept(services: Stack) -> None:
     assert max(line["rollout/fully_async/queue_size"] for line in ended.steps()) > 0
 
 
+@pytest.mark.slow
 async def test_jobs_survive_random_kills(services: Stack, pytestconfig: pytest.Config) -> None:
     await run_schedules(services, range(2), pytestconfig)

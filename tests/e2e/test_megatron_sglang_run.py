@@ -76,6 +76,7 @@ def test_a_mixture_of_experts_learns_with_routing_replay(
     assert {line["train/tokens_routed_differently"] for line in metrics} == {0}
 
 
+@pytest.mark.slow
 def test_without_replay_rounding_in_the_engine_sends_tokens_elsewhere(
     start_run: Start, tiny_moe: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:

@@ -202,8 +202,8 @@ async def put_groups(redis_url: str, job_id: str, seed: int, group_ids: range) -
     ("ranks", "transport", "dtype"),
     [
         (1, "auto", "float32"),
-        pytest.param(2, "broadcast", "bfloat16", marks=pytest.mark.engine),
-        pytest.param(2, "grpc_chunks", "float32", marks=[pytest.mark.engine, pytest.mark.slow]),
+        pytest.param(2, "broadcast", "bfloat16", marks=[pytest.mark.engine, pytest.mark.slow]),
+        pytest.param(2, "grpc_chunks", "float32", marks=pytest.mark.engine),
     ],
 )
 async def test_what_a_trainer_learns_reaches_engines_as_an_adapter(

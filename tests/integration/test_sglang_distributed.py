@@ -116,6 +116,7 @@ class Interrupted(ServerMember):
         super()._call(path, body, watch)
 
 
+@pytest.mark.slow
 async def test_servers_take_the_bytes_of_two_ranks_and_keep_their_groups(
     engine: SglangEngine, models: Models, rank: Callable[..., CollectiveTransport]
 ) -> None:

@@ -6,6 +6,8 @@ import { number, percent } from "./format.js";
 
 const GRID_ALPHA = 0.55;
 const SMOOTHING = 0.85;
+const RANGE_PADDING = 0.1;
+const NOTHING = 1e-24;
 
 /** Which metrics a chart shows; one whose metrics are not there says how to get them. */
 export const CHARTS = [
@@ -168,7 +170,7 @@ export class Chart {
     const options = {
       ...this.size(), series: [{}, ...series], legend: { show: false }, padding: [10, 14, 0, 0],
       bands: stack ? lines.slice(1).map((_, i) => ({ series: [i + 2, i + 1] })) : [],
-      scales: { x: { time: false, range: stepRange }, y: stack ? { range: [0, 1] } : {} },
+      scales: { x: { time: false, range: stepRange }, y: { range: stack ? [0, 1] : valueRange } },
       axes: [{ ...axis, size: 28, incrs: WHOLE }, { ...axis, size: 54, values: (_, ticks) => ticks.map((tick) => (stack ? percent(tick) : number(tick))) }],
       cursor: { sync: { key: "steps" }, drag: { x: true, y: false }, points: { size: 7 } },
       hooks: { setCursor: [() => this.describe(lines)] },
@@ -202,6 +204,12 @@ export class Chart {
 function stepRange(plot, low, high) {
   const steps = plot.data[0];
   return steps.length < 2 ? [(steps[0] ?? 0) - 0.5, (steps[0] ?? 0) + 0.5] : [low, high];
+}
+
+/** The axis of values: 0 to 1 for a curve that is 0 throughout. */
+export function valueRange(plot, low, high) {
+  if (low === null || low === undefined) return [null, null];
+  return Math.max(Math.abs(low), Math.abs(high)) < NOTHING ? [0, 1] : uPlot.rangeNum(low, high, RANGE_PADDING, true);
 }
 
 const WHOLE = [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000, 100000];

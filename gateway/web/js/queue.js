@@ -59,13 +59,14 @@ export function queueTab(panel, data) {
   }
 
   function updateVersions(run) {
-    const held = data.ended ? [] : data.workers.flatMap((worker) => worker.versions.map((version) => ({ worker, version })));
+    const held = data.ended || run.phase === "queued" ? [] : data.workers.flatMap((worker) => worker.versions.map((version) => ({ worker, version })));
+    const newest = newestVersion(run, held.map(({ version }) => version));
     versionsTable.hidden = !held.length;
     noEngines.hidden = held.length > 0;
     compare.hidden = !held.length;
-    setText(published, run.active_version === null ? "" : `active ${run.active_version}, newest ${run.newest_version}`);
+    setText(published, run.active_version === null ? "" : `active ${run.active_version}, newest ${newest}`);
     reconcile(versions, held, ({ worker, version }) => `${worker.id} ${version.stream}`, () => h("tr", {}, h("th", { scope: "row" }), h("td"), h("td"), h("td", { class: "num" }), h("td", { class: "num" }), h("td", { class: "dim" })), (row, { worker, version }) => {
-      const texts = [worker.id, version.stream, version.state, version.version ?? "–", version.version === null || version.stream !== "policy" ? "–" : run.newest_version - version.version, version.last_error ?? ""];
+      const texts = [worker.id, version.stream, version.state, version.version ?? "–", versionsBehind(run, newest, version), version.last_error ?? ""];
       texts.forEach((text, i) => setText(row.children[i], text));
     });
   }
@@ -74,6 +75,17 @@ export function queueTab(panel, data) {
   data.addEventListener("workers", update);
   update();
   return { go: update };
+}
+
+/** The newest version there is: an engine may have been asked later than the run, and hold one that the run did not know. */
+export function newestVersion(run, held) {
+  const versions = held.filter((each) => each.stream === "policy" && each.version !== null).map((each) => each.version);
+  return run.active_version === null ? run.newest_version : Math.max(run.newest_version, ...versions);
+}
+
+/** How many versions an engine is behind; before the first version is served, engines hold another job's, if any. */
+export function versionsBehind(run, newest, held) {
+  return held.version === null || held.stream !== "policy" || run.active_version === null ? "–" : newest - held.version;
 }
 
 function summaryText(run, running) {

@@ -6,9 +6,8 @@ import argparse
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from rich.markup import escape
-
 from miles.client.commands.common import Output, one_job, state_text
+from miles.launcher.console import plain
 from miles.rpc.exit_codes import ExitCode
 
 if TYPE_CHECKING:
@@ -48,7 +47,7 @@ def _act(action: str, description: str, arguments: Sequence[str]) -> int:
         if output.as_json:
             output.json(job)
         else:
-            name = escape(job["id"])
+            name = plain(job["id"])
             output.console.print(f"{action} of {name} was accepted; it is {state_text(job['state'])} now")
         return ExitCode.OK
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from miles.launcher.console import HelpFormatter
 from miles.rpc.exit_codes import ExitCode
 from miles.types import Sample, SampleFault, SampleStatus, VersionSpan, sample_faults
 from miles.types.convert import decode_sample
@@ -29,7 +30,9 @@ Found = tuple[str, list[SampleFault]]
 
 def main(arguments: Sequence[str]) -> int:
     """Check samples; return the exit code: 0 when all of them fit, 1 with faults, 2 when there are none to check."""
-    made = argparse.ArgumentParser(prog="miles samples check", description=__doc__, allow_abbrev=False)
+    made = argparse.ArgumentParser(
+        prog="miles samples check", description=__doc__, allow_abbrev=False, formatter_class=HelpFormatter
+    )
     made.add_argument("paths", nargs="+", type=pathlib.Path, metavar="PATH", help="run folders, or files of samples")
     made.add_argument(
         "--hf-checkpoint", metavar="DIR", help="model that was trained: experts are checked against its config.json"

@@ -11,8 +11,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-
+from miles.launcher.console import HelpFormatter, RunConsole
 from miles.rpc.exit_codes import ExitCode
 
 if TYPE_CHECKING:
@@ -45,7 +44,7 @@ STYLES: Mapping[str, str] = {
 
 def parser(command: str, description: str) -> argparse.ArgumentParser:
     """Build a parser with the flags of every command."""
-    made = argparse.ArgumentParser(prog=f"miles {command}", description=description)
+    made = argparse.ArgumentParser(prog=f"miles {command}", description=description, formatter_class=HelpFormatter)
     made.add_argument("--url", help="address of the gateway; default: $MILES_URL, else http://127.0.0.1:8000")
     key = "file that holds the API key; default: the key in $MILES_API_KEY"
     made.add_argument("--key-file", type=pathlib.Path, metavar="FILE", help=key)
@@ -61,7 +60,7 @@ class Output:
 
     def __init__(self, as_json: bool) -> None:
         self.as_json = as_json
-        self.console = Console(highlight=False)
+        self.console = RunConsole()
 
     def json(self, value: Any) -> None:
         """Print a JSON value on one line."""
@@ -69,7 +68,7 @@ class Output:
 
     def error(self, text: str) -> None:
         """Print an error to standard error."""
-        Console(stderr=True, highlight=False).print(text, style="red", markup=False, soft_wrap=True)
+        RunConsole(stderr=True).print(text, style="red", markup=False)
 
 
 Action = Callable[["MilesClient", argparse.Namespace, Output], int]

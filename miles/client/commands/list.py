@@ -7,10 +7,10 @@ import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from rich.markup import escape
 from rich.table import Table
 
 from miles.client.commands.common import Output, moment, parser, run, state_text, steps_text
+from miles.launcher.console import plain
 from miles.rpc.exit_codes import ExitCode
 
 if TYPE_CHECKING:
@@ -34,12 +34,12 @@ def _list(client: MilesClient, flags: argparse.Namespace, output: Output) -> int
     for job in jobs:
         error = (job["error"] or "").splitlines()
         table.add_row(
-            escape(job["id"]),
+            plain(job["id"]),
             state_text(job["state"]),
             steps_text(job),
             moment(job["submitted_at"]),
-            escape(job["submitted_by"]),
-            escape(error[0][:80] if error else ""),
+            plain(job["submitted_by"]),
+            plain(error[0][:80] if error else ""),
         )
     output.console.print(table)
     return ExitCode.OK

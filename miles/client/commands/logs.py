@@ -7,10 +7,10 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from rich.markup import escape
 from rich.table import Table
 
 from miles.client.commands.common import END_CODES, Output, moment, parser, run, size_text
+from miles.launcher.console import plain
 from miles.rpc.exit_codes import ExitCode
 
 if TYPE_CHECKING:
@@ -61,6 +61,6 @@ def _list(client: MilesClient, flags: argparse.Namespace, output: Output) -> int
         return ExitCode.OK
     table = Table("log", "size", "written")
     for log in logs:
-        table.add_row(escape(log["name"]), size_text(log["size_bytes"]), moment(log["modified_at"]))
+        table.add_row(plain(log["name"]), size_text(log["size_bytes"]), moment(log["modified_at"]))
     output.console.print(table)
     return ExitCode.OK

@@ -6,10 +6,10 @@ import argparse
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from rich.markup import escape
 from rich.table import Table
 
 from miles.client.commands.common import Output, parser, run
+from miles.launcher.console import plain
 from miles.rpc.exit_codes import ExitCode
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def _print(client: MilesClient, flags: argparse.Namespace, output: Output) -> in
         columns = {
             series["name"]: dict(zip(series["steps"], series["values"], strict=True)) for series in found["series"]
         }
-        table = Table("step", *map(escape, columns))
+        table = Table("step", *map(plain, columns))
         for step in sorted({step for values in columns.values() for step in values}):
             cells = [values.get(step) for values in columns.values()]
             table.add_row(str(step), *("" if value is None else f"{value:.5g}" for value in cells))

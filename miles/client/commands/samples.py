@@ -7,10 +7,10 @@ import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from rich.markup import escape
 from rich.table import Table
 
 from miles.client.commands.common import Output, parser, run
+from miles.launcher.console import plain
 from miles.rpc.exit_codes import ExitCode
 
 if TYPE_CHECKING:
@@ -56,8 +56,8 @@ def _list(client: MilesClient, flags: argparse.Namespace, output: Output) -> int
         table.add_row(
             str(sample["step"]),
             f"{sample['group_id']}.{sample['index']}",
-            escape(_short(_prompt_text(sample["prompt"]))),
-            escape(_short(sample["response"])),
+            plain(_short(_prompt_text(sample["prompt"]))),
+            plain(_short(sample["response"])),
             "" if sample["reward"] is None else f"{sample['reward']:g}",
             " ".join(dict.fromkeys(str(span["version"]) for span in sample["versions"])),
             "" if difference is None else f"{difference['mean']:.1e}",

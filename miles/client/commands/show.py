@@ -7,11 +7,11 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from rich.markup import escape
 from rich.table import Table
 
 from miles.client.commands.common import Output, moment, parser, run, state_text, steps_text
-from miles.config.schema.catalog import catalog
+from miles.config.given import given_settings
+from miles.launcher.console import plain
 from miles.rpc.exit_codes import ExitCode
 
 if TYPE_CHECKING:
@@ -31,24 +31,22 @@ def _show(client: MilesClient, flags: argparse.Namespace, output: Output) -> int
         output.json(job)
         return ExitCode.OK
     table = Table(show_header=False, box=None)
-    table.add_row("job", escape(job["id"]))
+    table.add_row("job", plain(job["id"]))
     table.add_row("state", state_text(job["state"]))
     table.add_row("steps", steps_text(job))
+    table.add_row("device", plain(str(job["config"].get("device", ""))))
     for key in ("submitted_at", "started_at", "ended_at"):
         table.add_row(key.removesuffix("_at"), moment(job[key]))
-    table.add_row("submitted by", escape(job["submitted_by"] or "the command line"))
+    table.add_row("submitted by", plain(job["submitted_by"] or "the command line"))
     if job["error"]:
-        table.add_row("error", f"[red]{escape(job['error'])}[/]")
+        table.add_row("error", f"[red]{plain(job['error'])}[/]")
     for name, value in _flattened(job["summary"]):
-        table.add_row(name, escape(value))
+        table.add_row(name, plain(value))
     output.console.print(table)
     output.console.print("\nsettings that differ from their defaults:", style="bold")
     settings = Table(show_header=False, box=None)
-    known = catalog()
-    for key, value in sorted(job["config"].items()):
-        default = known[key].default if key in known else None
-        if value not in (None, default) and value != (list(default) if isinstance(default, tuple) else default):
-            settings.add_row(key, escape(json.dumps(value, ensure_ascii=False)))
+    for key, value in sorted(given_settings(job["config"]).items()):
+        settings.add_row(key, plain(json.dumps(value, ensure_ascii=False)))
     output.console.print(settings)
     return ExitCode.OK
 

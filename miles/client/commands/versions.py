@@ -6,10 +6,10 @@ import argparse
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from rich.markup import escape
 from rich.table import Table
 
 from miles.client.commands.common import Output, moment, parser, run, size_text, state_text
+from miles.launcher.console import plain
 from miles.rpc.exit_codes import ExitCode
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ def _engines(answer: Json) -> Table:
     )
     for engine in answer["engines"]:
         table.add_row(
-            escape(engine["engine"]),
+            plain(engine["engine"]),
             engine["stream"],
             state_text(engine["state"]) + ("" if engine["attached"] else " (away)"),
             "" if engine["version"] is None else str(engine["version"]),
@@ -76,7 +76,7 @@ def _engines(answer: Json) -> Table:
             size_text(engine["size_bytes"]),
             engine["transport"] or "",
             _stages({**engine["stage_s"], "pause": engine["pause_s"]}),
-            escape(engine["last_error"] or ""),
+            plain(engine["last_error"] or ""),
         )
     return table
 

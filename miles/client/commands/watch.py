@@ -29,7 +29,7 @@ def follow(client: MilesClient, job_id: str, output: Output, after: str | None =
         for event in client.watch(job_id, after=after):
             output.json(event)
     else:
-        num_rollout = 0
+        num_rollout = client.job(job_id)["num_rollout"]
         with RunView(output.console) as view:
             for event in client.watch(job_id, after=after):
                 if event["type"] == "metrics" and not num_rollout:

@@ -6,10 +6,10 @@ import argparse
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from rich.markup import escape
 from rich.table import Table
 
 from miles.client.commands.common import Output, moment, parser, run, state_text
+from miles.launcher.console import plain
 from miles.rpc.exit_codes import ExitCode
 
 if TYPE_CHECKING:
@@ -33,15 +33,15 @@ def _list(client: MilesClient, flags: argparse.Namespace, output: Output) -> int
     table = Table("worker", "kind", "health", "activity", "version", "load", "progress", "seen", "address")
     for worker in workers:
         table.add_row(
-            escape(worker["id"]),
+            plain(worker["id"]),
             worker["kind"],
             state_text(worker["health"]),
-            escape(worker["activity"]),
+            plain(worker["activity"]),
             "" if worker["version"] is None else str(worker["version"]),
-            escape(", ".join(f"{name} {value:g}" for name, value in worker["load"].items())),
+            plain(", ".join(f"{name} {value:g}" for name, value in worker["load"].items())),
             str(worker["progress"]),
             moment(worker["last_seen_at"]),
-            escape(worker["address"]),
+            plain(worker["address"]),
         )
     output.console.print(table)
     return ExitCode.OK

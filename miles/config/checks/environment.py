@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import pathlib
+import re
 import socket
 from collections.abc import Iterator
 
@@ -78,6 +79,12 @@ def _adapter(s: FlatSettings) -> Iterator[Fault]:
 def _model_folder(key: str, path: str) -> Iterator[Fault]:
     folder = pathlib.Path(path)
     if not folder.is_dir():
+        if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", path):  # a folder by a relative path, or a model of the hub
+            problem = "there is no such folder, and models of the Hugging Face hub are not fetched"
+            name = folder.name
+            remedy = f"check the path, or `hf download {path} --local-dir {name}` and give {name}"
+            yield Fault(key, path, problem, remedy)
+            return
         yield Fault(key, path, "there is no such folder", "give a folder with a Hugging Face checkpoint")
         return
     if not (folder / "config.json").is_file():

@@ -11,7 +11,7 @@ from typing import Any
 from miles.config.command.yaml_files import read_file
 from miles.config.job import JobConfig, examine
 from miles.config.schema.catalog import Entry, catalog, passthroughs
-from miles.config.schema.faults import ConfigError, Fault, unknown_name
+from miles.config.schema.faults import ConfigError, Fault, nearest, unknown_name
 
 OWN_FLAGS: Mapping[str, str] = {
     "--config": "FILE",
@@ -45,23 +45,26 @@ class CommandLine:
 
 
 def parse_command_line(argv: Sequence[str]) -> CommandLine:
-    """Read flags and the files that `--config` names; a flag wins over a file, a later file over an earlier one.
+    """Read flags and the files that `--config` names; a flag wins over a file, and what comes later over the earlier.
 
     Faults are collected, not raised, so that `CommandLine.config` can list them with those of the values.
     """
     line = CommandLine()
     settings: dict[str, Any] = {}
-    for flag, values in _scan(argv):
+    for flag, values in _scan(["--help" if word == "-h" else word for word in argv]):
         if not flag:
-            line.faults += [
-                Fault(value, "", "it belongs to no flag", "put its flag in front of it") for value in values
-            ]
+            dashed = [word for word in values if word.startswith("-")]  # what follows them is their value
+            line.faults += [_stray_word(word) for word in dashed or values]
         elif flag in OWN_FLAGS:
             _take_own_flag(line, flag, values)
         elif flag in _known_flags():
             _take_setting(settings, line.faults, flag, values)
+        elif flag in _unsetting_flags():
+            _unset(settings, line.faults, flag, values)
         elif (key := flag[2:].replace("-", "_")).startswith(tuple(passthroughs())):
             settings[key] = values[0] if len(values) == 1 else list(values) or True
+        elif (key := key.removeprefix("no_")).startswith(tuple(passthroughs())):
+            settings[key] = None
         else:
             line.faults.append(unknown_name(flag, " ".join(values) or True, [*_known_flags(), *OWN_FLAGS], "flag"))
     line.flat |= settings
@@ -99,6 +102,29 @@ def _known_flags() -> Mapping[str, tuple[Entry, bool]]:
         if entry.kind is bool:
             flags[opposite(entry.flag)] = (entry, entry.negated)
     return flags
+
+
+@functools.cache
+def _unsetting_flags() -> Mapping[str, Entry]:
+    """Return the entry that each flag `--no-…` of a setting with a value leaves out."""
+    return {opposite(entry.flag): entry for entry in catalog().values() if entry.kind is not bool}
+
+
+def _unset(settings: dict[str, Any], faults: list[Fault], flag: str, values: Sequence[str]) -> None:
+    entry = _unsetting_flags()[flag]
+    if values:
+        remedy = f"write {flag} alone, or {entry.flag} {entry.metavar}"
+        faults.append(Fault(entry.key, " ".join(values), f"{flag} takes no value", remedy))
+    settings[entry.key] = None
+
+
+def _stray_word(word: str) -> Fault:
+    """Return the fault of a word without a flag in front of it, which may be a flag with one dash."""
+    if not word.startswith("-"):
+        return Fault(word, "", "it belongs to no flag", "put its flag in front of it")
+    meant = nearest(word, _known_flags())
+    remedy = f"did you mean {meant}?" if meant else "write flags with two dashes"
+    return Fault(word, "", "it is no flag", remedy)
 
 
 def _scan(argv: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
@@ -148,7 +174,7 @@ def _take_setting(settings: dict[str, Any], faults: list[Fault], flag: str, valu
     elif not values:
         faults.append(Fault(entry.key, "", f"{flag} takes a value", f"write {flag} {entry.metavar}"))
     elif entry.kind is tuple:
-        settings[entry.key] = [*settings.get(entry.key, []), *values]
+        settings[entry.key] = [*(settings.get(entry.key) or []), *values]
     elif len(values) > 1:
         faults.append(Fault(entry.key, " ".join(values), f"{flag} takes one value", "quote it, or give one"))
     else:

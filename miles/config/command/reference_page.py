@@ -20,13 +20,18 @@ YAML file, and as the key `"rollout_batch_size"` in a REST body. Files and bodie
 and the nearest known one is suggested.
 
 - `--config FILE` reads a YAML file. It is repeatable; a later file overrides an earlier one, and flags override files.
+  Plain words are read as on the command line: `1e-6` is a number, `yes` and `no` are values of a switch.
 - `--dry-run` prints every process that would be started, with its command line and settings, and starts nothing.
 - A switch takes no value: `--use-kl-loss`. Its opposite has the prefix `--no-` and overrides a file.
 - A switch `--disable-…` turns off the setting named below it; files and bodies use the name of the setting.
-- A list takes several values, `--rollout-stop a b`; a repeated flag appends. In a file it is a YAML list.
+- A list takes several values, `--rollout-stop a b`; a repeated flag appends. In a file it is a YAML list. Of another
+  flag that is given twice, the last one counts.
+- `--no-…` leaves out a setting that has a value, whatever a file says: `--no-rm-type`, `--no-save`.
 - A JSON setting takes a quoted JSON object; in a file it is a mapping.
 - `--flag=value` allows a value that begins with two dashes.
-- `null` in a file or body is the same as leaving the setting out.
+- `null` in a file or body is the same as leaving the setting out, also where an earlier file has a value.
+- Whole numbers may be written as 1000, 1_000 or 1e3; `4k` is refused. `~` and `$NAME` in paths are expanded by a shell
+  alone, and refused here.
 
 A default shown as → is derived when the setting is not given. Four settings depend on each other:
 `rollout_batch_size × n_samples_per_prompt = global_batch_size × num_steps_per_rollout`. Missing ones are derived;
@@ -68,17 +73,28 @@ def reference_page() -> str:
     return "\n".join(parts)
 
 
-def help_text() -> str:
-    """Return what `--help` prints: every flag by section."""
-    parts = ["The prefix --no- turns a switch off. --config FILE reads settings from YAML; --dry-run starts nothing."]
+def help_text(width: int | None) -> str:
+    """Return what `--help` prints: every flag by section, in lines of `width` columns; None breaks no line."""
+    parts = [
+        "--no-… turns a switch off, and leaves out any other setting that a file has.\n"
+        "--config FILE reads settings from YAML; --dry-run starts nothing."
+    ]
     for section in SECTIONS:
         parts.append(f"\n{section}:")
         for entry in _entries(section):
             default = _default(entry)
             text = entry.help + (f" [{default}]" if default else "")
             parts.append(f"  {entry.flag} {entry.metavar}".rstrip())
-            parts.append(textwrap.fill(text, width=100, initial_indent=" " * 6, subsequent_indent=" " * 6))
+            parts.append(wrapped(text, width, indent=6))
     return "\n".join(parts) + "\n"
+
+
+def wrapped(text: str, width: int | None, indent: int = 0) -> str:
+    """Return a paragraph with lines of at most `width` columns; on one line without a limit."""
+    space = " " * indent
+    if width is None:
+        return space + text
+    return textwrap.fill(text, max(20, width), initial_indent=space, subsequent_indent=space)
 
 
 def _entries(section: str) -> list[Entry]:

@@ -13,6 +13,7 @@ _COMPARES_SAMPLES = ("grpo", "gspo", "cispo", "dr_grpo", "rloo", "reinforce_plus
 _PLAIN = ("tis_clip", "tis_clip_low")
 _WEIGHTS = ("tis_level", "tis_mode", "tis_lower_bound", "tis_upper_bound", "tis_batch_normalize")
 _REJECTION = ("rs_level", "rs_lower_bound", "rs_upper_bound", "rs_veto_threshold")
+_STANDARDISES = ("grpo", "gspo", "cispo")
 _TAKES_KL_IN_THE_REWARD = ("reinforce_plus_plus", "reinforce_plus_plus_baseline", "ppo")
 _DISCOUNTS = ("reinforce_plus_plus", "ppo")
 _OF_THE_CRITIC = ("lambd", "value_clip", "num_critic_only_steps", "critic_lr_warmup_iters", "critic_lr", "critic_load")
@@ -21,10 +22,47 @@ _SAME_AS_THE_POLICY = {"critic_lr": "lr", "critic_load": "hf_checkpoint"}
 
 @rule
 def comparing_estimators_get_several_samples(s: FlatSettings) -> Iterator[Fault]:
-    compares = s.advantage_estimator in _COMPARES_SAMPLES and s.rewards_normalization and not s.use_opd
+    has_teacher = s.use_opd and s.opd_kl_coef > 0
+    compares = s.advantage_estimator in _COMPARES_SAMPLES and s.rewards_normalization and not has_teacher
     if compares and s.n_samples_per_prompt == 1 and s.num_rollout != 0:
         problem = f"{s.advantage_estimator} compares the samples of a prompt, so every advantage would be 0"
         yield Fault("n_samples_per_prompt", 1, problem, "set it to 2 or more")
+
+
+@rule
+def reward_normalisation_is_the_estimators(s: FlatSettings) -> Iterator[Fault]:
+    estimator = s.advantage_estimator
+    if not s.rewards_normalization and estimator not in _COMPARES_SAMPLES:
+        problem = f"{estimator} takes rewards as they are"
+        yield Fault("rewards_normalization", False, problem, "leave disable_rewards_normalization out")
+    if not s.grpo_std_normalization and estimator not in _STANDARDISES:
+        problem = f"{estimator} divides by no standard deviation"
+        yield Fault("grpo_std_normalization", False, problem, "leave disable_grpo_std_normalization out")
+    elif not s.grpo_std_normalization and not s.rewards_normalization:
+        problem = "disable_rewards_normalization leaves rewards as they are"
+        yield Fault("grpo_std_normalization", False, problem, "leave one of them out")
+
+
+@rule
+def dr_grpo_is_normalised_by_the_response_limit_alone(s: FlatSettings) -> Iterator[Fault]:
+    if s.advantage_estimator != "dr_grpo":
+        return
+    grpo = "leave it out, or set advantage_estimator to grpo with disable_grpo_std_normalization"
+    if s.calculate_per_token_loss:
+        problem = "dr_grpo divides sums of tokens by the response limit, not by their number"
+        yield Fault("calculate_per_token_loss", True, problem, grpo)
+    if s.normalize_advantages:
+        problem = "dr_grpo divides by no standard deviation, as whitening does"
+        yield Fault("normalize_advantages", True, problem, grpo)
+
+
+@rule
+def clipping_has_an_effect(s: FlatSettings) -> Iterator[Fault]:
+    if s.eps_clip >= 1 and s.advantage_estimator != "cispo":
+        problem = f"it sets no lower bound, which {s.advantage_estimator} needs"
+        yield Fault("eps_clip", s.eps_clip, problem, "lower it; only cispo goes without")
+    if s.eps_clip_c is not None and s.advantage_estimator == "cispo":
+        yield Fault("eps_clip_c", s.eps_clip_c, "cispo has no dual clip", "leave it out, or set eps_clip_high")
 
 
 @rule
@@ -151,5 +189,22 @@ def bounds_belong_to_a_correction(s: FlatSettings) -> Iterator[Fault]:
 
 
 @rule
+def truncation_has_no_lower_bound(s: FlatSettings) -> Iterator[Fault]:
+    if not (s.use_mis and s.use_tis) or s.tis_mode != "truncate" or s.tis_lower_bound == 1 / s.tis_upper_bound:
+        return
+    if not s.use_rs or s.rs_lower_bound != s.tis_lower_bound:
+        problem = "tis_mode = truncate bounds weights above alone"
+        yield Fault("tis_lower_bound", s.tis_lower_bound, problem, "set tis_mode to clip or mask, or leave it out")
+
+
+@rule
 def opsm_settings_need_opsm(s: FlatSettings) -> Iterator[Fault]:
     yield from needs(s, "opsm_delta", "use_opsm")
+
+
+@rule
+def opsm_compares_with_an_older_policy(s: FlatSettings) -> Iterator[Fault]:
+    if s.use_opsm and s.num_steps_per_rollout == 1 and not (s.use_rollout_logprobs or s.keep_old_actor):
+        problem = "in the only step of a rollout the old policy is the one being trained, so that no sequence has moved"
+        remedy = "raise num_steps_per_rollout, or turn use_rollout_logprobs or keep_old_actor on"
+        yield Fault("use_opsm", True, problem, remedy)

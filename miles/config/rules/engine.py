@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator, Mapping
 
 from miles.config.rules.registry import rule
+from miles.config.rules.sampling import is_flag
 from miles.config.schema.catalog import catalog
 from miles.config.schema.faults import Fault
 from miles.config.schema.flat_settings import FlatSettings
@@ -67,8 +68,9 @@ def sglang_has_its_settings_to_itself(s: FlatSettings) -> Iterator[Fault]:
 @rule
 def sglang_flags_are_said_once(s: FlatSettings) -> Iterator[Fault]:
     for name, value in s.sglang_args.items():
-        if name in _OURS:
-            yield Fault(f"sglang_{name}", value, "the rollout service sets this flag itself", _OURS[name])
+        ours = next((flag for flag in _OURS if is_flag(name, flag)), None)
+        if ours is not None:
+            yield Fault(f"sglang_{name}", value, "the rollout service sets this flag itself", _OURS[ours])
 
 
 @rule

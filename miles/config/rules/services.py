@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 
@@ -26,6 +27,19 @@ def redis_url_is_an_address(s: FlatSettings) -> Iterator[Fault]:
     if s.redis_url is not None and not re.match(r"(redis|rediss|unix)://.", s.redis_url):
         problem = "it must begin with redis://, rediss:// or unix://"
         yield Fault("redis_url", s.redis_url, problem, "write it like redis://host:6379/0")
+
+
+@rule
+def paths_are_written_out(s: FlatSettings) -> Iterator[Fault]:
+    for key, entry in catalog().items():
+        if not {"DIR", "FILE"} & set(entry.metavar.split()):
+            continue
+        value = getattr(s, key)
+        for path in (value,) if isinstance(value, str) else value or ():
+            if path.startswith("~") or re.search(r"\$\w|\$\{", path):
+                written = os.path.expandvars(os.path.expanduser(path))
+                remedy = f"write {written}" if written != path else "write the whole path"
+                yield Fault(key, path, "~ and $NAME are expanded by a shell alone", remedy)
 
 
 @rule

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from pydantic import ValidationError
-from pydantic_core import ErrorDetails
+from pydantic_core import ErrorDetails, PydanticCustomError
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -27,8 +27,12 @@ class Fault:
         return f"{self.field} = {show(self.value)}, but {self.problem}; {self.remedy}"
 
     def to_json(self) -> dict[str, Any]:
-        """Return the fault as a JSON object, for the REST API."""
-        return dataclasses.asdict(self)
+        """Return the fault as a JSON object, for the REST API: `message` is the whole sentence.
+
+        `problem` is shown beside the setting's name, so it says too when the setting has no value.
+        """
+        problem = f"it is not set, and {self.problem}" if self.value is None else self.problem
+        return {**dataclasses.asdict(self), "problem": problem, "message": str(self)}
 
 
 class ConfigError(ValueError):
@@ -40,21 +44,38 @@ class ConfigError(ValueError):
         super().__init__("\n".join([f"{count} in the configuration:", *(f"  {fault}" for fault in self.faults)]))
 
 
+_SHOWN_CHARS = 300
+
+
 def show(value: Any) -> str:
-    """Format a value as a person would write it in YAML."""
-    return value if isinstance(value, str) and value else json.dumps(value, ensure_ascii=False, default=str)
+    """Format a value as a person would write it in YAML, on one line; the middle of a long one is left out."""
+    plain = isinstance(value, str) and value and value.isprintable()
+    text = str(value) if plain else json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= _SHOWN_CHARS else f"{text[: _SHOWN_CHARS // 2]} … {text[-_SHOWN_CHARS // 2 :]}"
+
+
+def misspelt(problem: str, remedy: str) -> PydanticCustomError:
+    """Return the error for a validator to raise that becomes a fault with this problem and remedy."""
+    return PydanticCustomError("miles", "{problem}", {"problem": problem, "remedy": remedy})
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
-    """Return the known name that is most similar to this one, or None when none is close."""
+    """Return the known name that is most similar to this one, or None when none is close. Dashes are underscores."""
     names = list(known)
-    beginnings = [candidate for candidate in names if candidate.startswith(name)]
-    matches = beginnings if len(beginnings) == 1 else difflib.get_close_matches(name, names, n=1, cutoff=0.6)
-    return matches[0] if matches else None
+    plain = {candidate.lstrip("-").replace("-", "_"): candidate for candidate in names}
+    wanted = name.lstrip("-").replace("-", "_")
+    beginnings = [candidate for candidate in plain if candidate == wanted] or [
+        candidate for candidate in plain if candidate.startswith(wanted)
+    ]
+    matches = beginnings if len(beginnings) == 1 else difflib.get_close_matches(wanted, plain, n=1, cutoff=0.6)
+    return plain[matches[0]] if matches else None
 
 
 def unknown_name(name: str, value: Any, known: Iterable[str], what: str) -> Fault:
     """Return the fault of an unknown key or flag, with the nearest known one."""
+    if isinstance(value, dict) and value:
+        grouped = f"there is no such {what}, and settings are in no groups"
+        return Fault(name or show(name), value, grouped, "write its keys by themselves")
     suggestion = nearest(name, known)
     remedy = f"did you mean {suggestion}?" if suggestion else "`miles config docs` lists them all"
     return Fault(name or show(name), value, f"there is no such {what}", remedy)
@@ -99,6 +120,10 @@ def _fault_of(details: ErrorDetails) -> Fault:
             return Fault(field, value, f"it must be one of {', '.join(allowed)}", remedy)
         case "value_error":
             return Fault(field, value, str(limits["error"]), "correct it")
+        case "miles":
+            return Fault(field, value, limits["problem"], limits["remedy"])
         case kind:
             problem, remedy = _PROBLEMS.get(kind.split("_")[0], (details["msg"], "correct it"))
+            if len(details["loc"]) > 1 and isinstance(value, str) and "," in value:
+                remedy = "separate values by spaces, not commas"
             return Fault(field, value, problem, remedy)

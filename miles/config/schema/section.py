@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import typing
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 from pydantic.fields import FieldInfo
+
+from miles.config.schema.faults import misspelt
+
+_NOTHING = frozenset({"none", "null"})
+"""What people write for no value. Text it would be the name of a folder, or of a column."""
+_THOUSANDS = re.compile(r"(\d+)\s*([kKmM])")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -71,12 +78,23 @@ class Section(BaseModel):
     def _accept_spellings(cls, value: Any, info: ValidationInfo) -> Any:
         """Convert text of the command line, and refuse likely mistakes in YAML."""
         assert info.field_name is not None
-        kind = base_type(cls.model_fields[info.field_name])
+        field = cls.model_fields[info.field_name]
+        kind = base_type(field)
+        if isinstance(value, str) and value.strip().lower() in _NOTHING and field.default in (None, ()):
+            flag = "--no-" + info.field_name.replace("_", "-")
+            raise misspelt(f"{value} is text here", f"to leave it out, write {flag}, or null in a file")
+        if kind is str and value == "" and field.default is None:
+            raise misspelt("it is empty", "give one, or leave it out")
+        if kind is int and isinstance(value, str):
+            return _whole_number(value)
+        if kind is int and isinstance(value, int) and abs(value) >= 2**63:
+            raise misspelt("it must fit into 64 bits", "lower it" if value > 0 else "raise it")
         if kind is dict and isinstance(value, str):
             try:
                 return json.loads(value)
             except json.JSONDecodeError as error:
-                raise ValueError(f"it is not JSON ({error})") from error
+                remedy = """write it in quotes, like '{"key": "value"}'"""
+                raise misspelt(f"it is not JSON ({error})", remedy) from error
         if kind in (int, float) and isinstance(value, bool):
             raise ValueError("it must be a number, not a switch")
         if kind is tuple and value in ([], ()):
@@ -84,6 +102,20 @@ class Section(BaseModel):
         if kind is tuple and isinstance(value, str | int) and not isinstance(value, bool):
             return (value,)
         return value
+
+
+def _whole_number(text: str) -> int | str:
+    """Convert 1e3 as well as 1000 and 1_000; other text is returned as it is, to be refused."""
+    if match := _THOUSANDS.fullmatch(text.strip()):
+        decimal, binary = (int(match[1]) * base ** (1 + (match[2] in "mM")) for base in (1000, 1024))
+        raise misspelt("it must be a whole number without a unit", f"write {decimal} or {binary}")
+    try:
+        number = float(text)
+    except ValueError:
+        return text
+    if number.is_integer() and abs(number) >= 2**63:
+        raise misspelt("it must fit into 64 bits", "lower it" if number > 0 else "raise it")
+    return int(number) if number.is_integer() and "e" in text.lower() else text
 
 
 def note(field: FieldInfo, kind: type[Any]) -> Any:

@@ -35,7 +35,8 @@ class AlgorithmConfig(Section):
     """Divide rewards by the standard deviation of the prompt's group (grpo, gspo, cispo)."""
 
     normalize_advantages: bool = False
-    """Whiten advantages over the whole batch."""
+    """Whiten advantages over the whole batch (not with dr_grpo); reinforce_plus_plus and reinforce_plus_plus_baseline
+    always do."""
 
     gamma: Annotated[float, Field(ge=0, le=1)] = 1.0
     """Discount factor per token."""
@@ -53,16 +54,16 @@ class AlgorithmConfig(Section):
     """Loss to minimise."""
 
     calculate_per_token_loss: bool = False
-    """Average the loss over the tokens of the step instead of over samples."""
+    """Average the loss over the tokens of the step instead of over samples (not with dr_grpo)."""
 
-    eps_clip: Annotated[float, Field(ge=0, lt=1)] = 0.2
-    """Clip the probability ratio below at 1 − eps_clip."""
+    eps_clip: NonNegativeFloat = 0.2
+    """Clip the probability ratio below at 1 − eps_clip; 1 or more sets no lower bound (cispo)."""
 
     eps_clip_high: Annotated[NonNegativeFloat, Derived("eps_clip")] = derived()
     """Clip the probability ratio above at 1 + eps_clip_high."""
 
     eps_clip_c: Annotated[float, Field(gt=1)] | None = None
-    """Upper bound of the ratio for negative advantages (dual clip); not given turns it off."""
+    """Upper bound of the ratio for negative advantages (dual clip; not with cispo); not given turns it off."""
 
     kl_coef: NonNegativeFloat = 0.0
     """Coefficient of the KL penalty in the reward; cannot be combined with kl_loss_coef."""
@@ -103,7 +104,7 @@ class AlgorithmConfig(Section):
     """Correct the mismatch between engine and trainer by truncated importance sampling (TIS)."""
 
     tis_clip: PositiveFloat = 2.0
-    """Upper bound of the importance weight (use_tis, use_icepop)."""
+    """Upper bound of the importance weight (use_tis, use_icepop); 5e8 or more sets none."""
 
     tis_clip_low: NonNegativeFloat = 0.0
     """Lower bound of the importance weight (use_tis, use_icepop)."""
@@ -120,8 +121,8 @@ class AlgorithmConfig(Section):
     tis_mode: Literal["truncate", "clip", "mask"] = "truncate"
     """use_mis: bound weights above (truncate) or on both sides (clip), or reject tokens outside the bounds (mask)."""
 
-    tis_lower_bound: Annotated[PositiveFloat, Derived("1 / tis_upper_bound")] = derived()
-    """use_mis: lower bound of a weight."""
+    tis_lower_bound: Annotated[NonNegativeFloat, Derived("1 / tis_upper_bound")] = derived()
+    """use_mis: lower bound of a weight (tis_mode clip and mask); 0 sets none."""
 
     tis_upper_bound: PositiveFloat = 2.0
     """use_mis: upper bound of a weight."""
@@ -135,8 +136,8 @@ class AlgorithmConfig(Section):
     rs_level: Level = "token"
     """use_mis: level of rejection; same values as tis_level."""
 
-    rs_lower_bound: Annotated[PositiveFloat, Derived("tis_lower_bound")] = derived()
-    """use_mis: reject ratios below this bound."""
+    rs_lower_bound: Annotated[NonNegativeFloat, Derived("tis_lower_bound")] = derived()
+    """use_mis: reject ratios below this bound; 0 rejects none."""
 
     rs_upper_bound: Annotated[PositiveFloat, Derived("tis_upper_bound")] = derived()
     """use_mis: reject ratios above this bound."""

@@ -120,17 +120,33 @@ def lease_from_proto(message: rollout_pb2.GroupLease) -> GroupLease:
     for i, sample in enumerate(group.samples):
         if sample.prompt_length == 0:
             raise MalformedMessage(f"group.samples[{i}].tokens", "no prompt tokens")
+    sampling = tuple(sampling_from_proto(entry, f"sampling[{i}]") for i, entry in enumerate(message.sampling))
+    if purpose is Purpose.TRAIN:
+        for i, entry in enumerate(message.sampling):
+            _check_scored_as_drawn(entry, f"sampling[{i}]")
     return GroupLease(
         group_id=message.group_id,
         attempt=message.attempt,
         purpose=purpose,
         group=group,
-        sampling=tuple(sampling_from_proto(entry, f"sampling[{i}]") for i, entry in enumerate(message.sampling)),
+        sampling=sampling,
         skip_special_tokens=tuple(entry.skip_special_tokens for entry in message.sampling),
         min_version=message.min_version if message.HasField("min_version") else None,
         exact_version=message.exact_version if message.HasField("exact_version") else None,
         newest_version=message.newest_version if message.HasField("newest_version") else None,
     )
+
+
+def _check_scored_as_drawn(message: rollout_pb2.SamplingParams, path: str) -> None:
+    """Training scores tokens under the full distribution at the temperature, so they must be drawn from it."""
+    checks = (
+        ("temperature", message.temperature > 0, "above 0"),
+        ("top_p", message.top_p == 1, "1"),
+        ("top_k", message.top_k == -1, "-1"),
+    )
+    for name, valid, allowed in checks:
+        if not valid:
+            raise MalformedMessage(f"{path}.{name}", f"{getattr(message, name)}; allowed in training: {allowed}")
 
 
 def outcome_to_proto(

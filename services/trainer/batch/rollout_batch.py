@@ -26,6 +26,8 @@ class OptimizerStepPlan:
 
     num_samples: int
     """Samples of the step on all ranks, untrained ones included: the denominator of the loss."""
+    num_trained: int
+    """Those of them that are trained on."""
     num_tokens: int
     """Trained tokens of the step on all ranks."""
     micro_batches: tuple[MicroBatch, ...]
@@ -143,6 +145,7 @@ def build_batch(
         plans.append(
             OptimizerStepPlan(
                 num_samples=size,
+                num_trained=len(trained),
                 num_tokens=sum(int(response_mask(samples[i]).sum()) for i in trained),
                 micro_batches=cut([i for i in trained if i not in without_gradient]) or (EMPTY,),
                 observed=cut([i for i in trained if i in without_gradient]),

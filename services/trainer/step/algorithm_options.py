@@ -96,13 +96,8 @@ def needs_log_prob_pass(config: JobConfig) -> bool:
     advantages or corrections of the whole batch are computed from them.
     """
     algorithm = config.algorithm
-    return (
-        config.train.num_steps_per_rollout > 1
-        or algorithm.kl_coef > 0
-        or algorithm.use_mis
-        or algorithm.use_opd
-        or algorithm.keep_old_actor
-    )
+    in_advantages = (algorithm.kl_coef > 0 or algorithm.use_opd) and not algorithm.use_rollout_logprobs
+    return config.train.num_steps_per_rollout > 1 or in_advantages or algorithm.use_mis or algorithm.keep_old_actor
 
 
 def zero_reward_is_zero_gradient(config: JobConfig) -> bool:

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+
+import torch
+
+from miles.algorithms.metrics import MetricSum
 from miles.services.trainer.batch.rollout_batch import OptimizerStepPlan
 
 
@@ -12,3 +17,15 @@ def loss_denominator(step: OptimizerStepPlan, *, per_token: bool) -> int:
     to what one process would compute; see `miles.algorithms.loss_aggregation`.
     """
     return step.num_tokens if per_token else step.num_samples
+
+
+def untrained_counts(
+    parts: Iterable[Mapping[str, MetricSum]], step: OptimizerStepPlan, *, per_token: bool
+) -> dict[str, MetricSum]:
+    """What samples that are not trained on add to the step's metrics: nothing to the sums, one each to the counts.
+
+    The means are then over the samples that `loss_denominator` counts, and train/loss is the loss that was minimised.
+    One data-parallel rank adds this; `parts` are its micro-batches' metrics.
+    """
+    untrained = 0 if per_token else step.num_samples - step.num_trained
+    return {name: MetricSum(torch.zeros_like(sum_.total), untrained) for part in parts for name, sum_ in part.items()}

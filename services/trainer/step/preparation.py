@@ -89,7 +89,7 @@ class Preparation:
                 packing=batch.packing,
                 mask_T=mask,
                 rewards_B=rewards_N[list(batch.mine)].to(device),
-                old_log_probs_T=train,
+                old_log_probs_T=self._behind_advantages(train, rollout, mask),
                 ref_log_probs_T=ref,
                 teacher_log_probs_T=teacher,
                 values_T=values,
@@ -132,6 +132,17 @@ class Preparation:
             [samples[i].group_id for i in scored],
         )
         return shaped
+
+    def _behind_advantages(
+        self, train_T: torch.Tensor | None, rollout_T: torch.Tensor | None, mask_T: torch.Tensor
+    ) -> torch.Tensor | None:
+        """The old policy's log-probabilities [T] that KL terms of advantages are computed from.
+
+        The engine has none of masked tokens that it did not sample: NaN there, where the reward's KL leaves it out.
+        """
+        if not self._config.algorithm.use_rollout_logprobs:
+            return train_T
+        return None if rollout_T is None else torch.where(mask_T.bool(), rollout_T, torch.nan)
 
     def _old_log_probs(
         self, number: int, batch: RolloutBatch, rollout_T: torch.Tensor | None, mask_T: torch.Tensor, report: Report

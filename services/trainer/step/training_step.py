@@ -22,6 +22,7 @@ from miles.services.trainer.checkpoint.random_state import random_state, set_ran
 from miles.services.trainer.ranks.abandoning import Abandonment, StepAbandonedError
 from miles.services.trainer.step import algorithm_options
 from miles.services.trainer.step.data_ranks import DataRanks
+from miles.services.trainer.step.loss_denominator import untrained_counts
 from miles.services.trainer.step.micro_batch_losses import StepLosses
 from miles.services.trainer.step.preparation import Preparation, TokenTensors
 from miles.services.trainer.step.progress import Progress, Report
@@ -159,6 +160,7 @@ class RolloutTrainer(abc.ABC):
         norms: dict[str, list[float]] = {training.prefix: [] for training in passes}
         count = len(batch.micro_batches) * len(passes)
         done = 0
+        per_token = self._config.algorithm.calculate_per_token_loss
         for step in batch.steps:
             for training in passes:
                 before = done
@@ -167,7 +169,10 @@ class RolloutTrainer(abc.ABC):
                     report(Progress("forward_backward", min(before + number, count), count))
 
                 loss = functools.partial(training.loss, batch, step, tokens)
-                parts += training.learner.accumulate(batch, step, loss, report_done)
+                own = training.learner.accumulate(batch, step, loss, report_done)
+                parts += own
+                if self._data_ranks.rank == 0:
+                    parts.append(untrained_counts(own, step, per_token=per_token))
                 done += len(step.all_micro_batches)
                 report(Progress("optimizer", done, count))
                 if not any(norms.values()):

@@ -102,9 +102,16 @@ def train(samples: list[int], group: dist.ProcessGroup | None, estimator: str, p
 CASES = [(estimator, per_token) for estimator in ("grpo", "reinforce_plus_plus", "ppo") for per_token in (False, True)]
 
 
-def score(rank: int, group: dist.ProcessGroup | None) -> dict[str, torch.Tensor]:
-    """Log-probs, entropies and gradients with this rank's columns of the vocabulary, or with all of them."""
+def score(rank: int, group: dist.ProcessGroup | None, *, forbidden: bool = False) -> dict[str, torch.Tensor]:
+    """Log-probs, entropies and gradients with this rank's columns of the vocabulary, or with all of them.
+
+    With `forbidden`, some rows forbid some or all of the tokens of rank 1, as the logits of a padded vocabulary do.
+    """
     everything = data()
+    if forbidden:
+        everything["tokens_T"] %= 6
+        everything["logits_TV"][:5, 6:] = -torch.inf
+        everything["logits_TV"][5:10, 7:] = -torch.inf
     shard = None if group is None else VocabShard(group)
     columns = slice(None) if group is None else slice(6 * rank, 6 * rank + 6)
     logits_TV = everything["logits_TV"][:, columns].clone().requires_grad_()
@@ -129,6 +136,7 @@ def worker(rank: int, folder: str) -> None:
     results: dict[str, object] = {
         "train": [train(SAMPLES[rank], group, *case) for case in CASES],
         "score": score(rank, group),
+        "forbidden": score(rank, group, forbidden=True),
         # Rank 0 has nothing, then nobody has anything.
         "lonely": masked_whiten(torch.tensor([1.0, 3.0][: 2 * rank]), torch.ones(2)[: 2 * rank], group),
         "empty": masked_whiten(torch.ones(1), torch.zeros(1), group),
@@ -180,6 +188,18 @@ def test_a_divided_vocabulary_gives_the_same_log_probs_entropies_and_gradients(r
             torch.testing.assert_close(part[name], whole[name], atol=2e-6, rtol=1e-5)
         torch.testing.assert_close(part["grad_logits"], whole["grad_logits"][:, columns], atol=2e-6, rtol=1e-5)
         torch.testing.assert_close(part["grad_weight"], whole["grad_weight"][columns], atol=2e-6, rtol=1e-5)
+
+
+def test_a_rank_all_of_whose_tokens_are_forbidden_changes_nothing(ranks: list[dict]) -> None:
+    whole = score(0, None, forbidden=True)
+    assert all(whole[name].isfinite().all() for name in ("logits_log_probs", "logits_entropy", "grad_logits"))
+    for rank, results in enumerate(ranks):
+        part = results["forbidden"]
+        for name in ("logits_log_probs", "logits_entropy"):
+            torch.testing.assert_close(part[name], whole[name], atol=2e-6, rtol=1e-5)
+        columns = slice(6 * rank, 6 * rank + 6)
+        torch.testing.assert_close(part["grad_logits"], whole["grad_logits"][:, columns], atol=2e-6, rtol=1e-5)
+    assert ranks[1]["forbidden"]["grad_logits"][:5].abs().max() == 0
 
 
 def test_a_rank_without_tokens_takes_part_in_whitening(ranks: list[dict]) -> None:

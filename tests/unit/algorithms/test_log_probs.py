@@ -137,6 +137,31 @@ def test_forbidden_tokens_have_no_probability_and_no_gradient() -> None:
     assert grad_TV[:, 12].abs().max() == 0
 
 
+@pytest.mark.parametrize("upstream", [0.5, 1.5, -3.0, 1e6])
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_forbidden_tokens_have_no_gradient_whatever_the_upstream_one(
+    dtype: torch.dtype, temperature: float, upstream: float
+) -> None:
+    logits_TV = torch.tensor([[0.0, 1.0, -torch.inf, 2.0]], dtype=dtype, requires_grad=True)
+    scored = token_log_probs(logits_TV, torch.tensor([1]), with_entropy=True, temperature=temperature)
+    (upstream * scored.entropy_T.sum()).backward()
+    fewer_TV = torch.tensor([[0.0, 1.0, 2.0]], dtype=torch.float64, requires_grad=True)
+    log_p_TV = (fewer_TV / temperature).log_softmax(-1)
+    (-upstream * (log_p_TV.exp() * log_p_TV).sum()).backward()
+    assert logits_TV.grad[0, 2] == 0
+    actual = logits_TV.grad[0, [0, 1, 3]].double()
+    torch.testing.assert_close(actual, fewer_TV.grad[0], rtol=1e-5 if dtype != torch.bfloat16 else 2**-7, atol=1e-6)
+
+
+def test_an_impossible_token_has_minus_infinity_and_a_finite_gradient() -> None:
+    logits_TV = torch.tensor([[0.0, -torch.inf, 1.0]], requires_grad=True)
+    scored = token_log_probs(logits_TV, torch.tensor([1]), with_entropy=True)
+    assert scored.log_probs_T.tolist() == [-torch.inf]
+    scored.log_probs_T.sum().backward()
+    assert logits_TV.grad.isfinite().all()
+
+
 def test_extreme_logits_stay_finite() -> None:
     logits_TV = torch.tensor([[1e4, -1e4, 0.0], [-1e30, 1e30, 0.0]], requires_grad=True)
     scored = token_log_probs(logits_TV, torch.tensor([0, 1]), with_entropy=True, temperature=0.1)

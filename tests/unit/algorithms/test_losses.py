@@ -54,6 +54,47 @@ def case(mask_T: torch.Tensor = MASK_T, drift: float = 0.3, seed: int = 0) -> Ca
     return Case(logits_TV.requires_grad_(), tokens_T, batch)
 
 
+IMPOSSIBLE = {
+    "by the trainer now": ("log_probs_T",),
+    "by the trainer before": ("train_log_probs_T",),
+    "by the trainer now and before": ("log_probs_T", "train_log_probs_T"),
+    "by the engine": ("rollout_log_probs_T",),
+    "by all": ("log_probs_T", "train_log_probs_T", "rollout_log_probs_T", "ref_log_probs_T"),
+    "by the reference": ("ref_log_probs_T",),
+}
+
+
+@pytest.mark.parametrize("impossible", IMPOSSIBLE.values(), ids=IMPOSSIBLE)
+@pytest.mark.parametrize("policy", ["ppo_clip", "gspo", "cispo", "dr_grpo"])
+@pytest.mark.parametrize("kl_type", ["k1", "k2", "k3", "low_var_kl"])
+def test_a_token_that_is_impossible_leaves_loss_and_gradient_finite(
+    policy: str, kl_type: str, impossible: tuple[str, ...]
+) -> None:
+    config = LossConfig(
+        policy_loss=policy,
+        loss_length=8.0,
+        use_kl_loss=True,
+        kl_loss_coef=0.1,
+        kl_loss_type=kl_type,
+        use_unbiased_kl=kl_type == "k3",
+        use_opsm=True,
+        correction=MaskedImportanceSampling(tis_level="sequence", rs_veto_threshold=1e-4),
+        get_mismatch_metrics=True,
+    )
+    batch = case().batch
+    names = ("train_log_probs_T", "rollout_log_probs_T", "ref_log_probs_T")
+    columns = {name: getattr(batch, name).detach().clone() for name in names}
+    columns["log_probs_T"] = columns["train_log_probs_T"] + 0.1
+    for name in impossible:
+        columns[name][1] = -torch.inf
+    new_T = columns.pop("log_probs_T").requires_grad_()
+    output = rl_loss(config, dataclasses.replace(batch, **columns), new_T)
+    output.loss.backward()
+    assert output.loss.isfinite()
+    assert new_T.grad.isfinite().all()
+    assert [name for name, metric in output.metrics.items() if not metric.total.isfinite()] == []
+
+
 def run(config: LossConfig, data: Case) -> tuple[LossOutput, torch.Tensor]:
     """Loss, and gradient of the logits."""
     scored = token_log_probs(data.logits_TV, data.tokens_T, temperature=0.9, with_entropy=True, chunk_rows=4)

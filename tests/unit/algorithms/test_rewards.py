@@ -48,6 +48,21 @@ def test_groups_of_one_and_groups_without_spread_give_zero(estimator: str) -> No
     assert shape(estimator, [0.3, 0.1, 0.1, 0.1], [5, 6, 6, 6]) == pytest.approx([0, 0, 0, 0], abs=1e-9)
 
 
+@pytest.mark.parametrize("reward", [0.1, 0.7, -1 / 3])
+@pytest.mark.parametrize("estimator", ["grpo", "dr_grpo", "rloo", "reinforce_plus_plus_baseline"])
+@pytest.mark.parametrize("n", [1, 2, 3, 7])
+def test_a_group_without_spread_gives_zero_and_not_the_rounding_of_its_mean(
+    estimator: str, reward: float, n: int
+) -> None:
+    assert shape(estimator, [reward] * n, [0] * n) == [0.0] * n
+
+
+@pytest.mark.parametrize("reward", [float("nan"), float("inf"), -float("inf"), 1e300, -1e38])
+def test_rewards_that_float32_does_not_hold_are_refused_by_name(reward: float) -> None:
+    with pytest.raises(ValueError, match="reward of sample 1 is"):
+        shape("ppo", [1.0, reward], [0, 0])
+
+
 @given(st.lists(st.tuples(finite, st.integers(0, 3)), min_size=1, max_size=12))
 def test_any_grouping_matches_the_reference(pairs: list[tuple[float, int]]) -> None:
     rewards, ids = [p[0] for p in pairs], [p[1] for p in pairs]

@@ -74,13 +74,23 @@ def test_dry_run_lists_every_process_and_leaves_nothing_behind(
     assert names[:4] == ["redis", "controller", "weightsync", "reward-0"]
     assert names[4:] == ["rollout-0", "rollout-1", "trainer-0", "gateway"]
     processes = {process["name"]: process for process in described["processes"]}
-    assert processes["rollout-1"]["config"] == "as rollout-0"
-    assert processes["rollout-0"]["config"]["rollout_temperature"] == 1.0
+    assert "rollout_temperature" not in described["settings"]
+    assert described["settings"]["rm_type"] == "math"
     assert "torch.distributed.run --nproc-per-node 2" in processes["trainer-0"]["command"]
-    assert processes["trainer-0"]["config"]["global_batch_size"] == 32
-    assert processes["trainer-0"]["config"]["distributed_backend"] == "gloo"
+    assert described["settings"]["global_batch_size"] == 32
+    assert described["settings"]["distributed_backend"] == "gloo"
     assert described["runs elsewhere"] == {"reward service code": "h:9"}
     assert sorted(files.rglob("*")) == before
+
+
+def test_dry_run_fits_on_a_screen_or_two_and_tells_no_secret(
+    files: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = to_command_line(MINIMAL | {"device": "cpu", "redis_url": "redis://:hunter2@h:1/0"})
+    assert cli.main(["config", "show", "--dry-run", *flags, "--train-env-vars", '{"WANDB_KEY": "hunter3"}']) == 0
+    printed = capsys.readouterr().out
+    assert len(printed.splitlines()) < 80
+    assert "hunter" not in printed
 
 
 def test_dry_run_starts_no_process_and_opens_no_connection(files: pathlib.Path) -> None:

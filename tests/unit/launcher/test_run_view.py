@@ -37,3 +37,13 @@ def test_after_the_only_step_nothing_is_forecast() -> None:
     with RunView(Console(file=output, width=200)) as view:
         view.show(step(0, 1.0), 1)
     assert "on this machine" not in output.getvalue()
+
+
+def test_the_progress_bar_has_its_end_as_soon_as_it_is_known() -> None:
+    output = io.StringIO()
+    started = job_pb2.JobEvent(state_changed=job_pb2.JobStateChanged(state=job_pb2.JOB_STATE_RUNNING, reason="a [b]"))
+    with RunView(Console(file=output, width=200)) as view:
+        view.show(started, 40)
+    shown = output.getvalue()
+    assert "running: a [b]" in shown
+    assert " 0/40 " in shown

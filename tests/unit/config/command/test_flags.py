@@ -56,6 +56,31 @@ def test_a_repeated_list_grows_and_a_repeated_value_is_replaced() -> None:
         (["--use-tis", "1"], "use_tis = 1, but --use-tis is a switch; write --use-tis alone, or --no-use-tis"),
         (["--lr"], 'lr = "", but --lr takes a value; write --lr FLOAT'),
         (["--lr", "1", "2"], "lr = 1 2, but --lr takes one value; quote it, or give one"),
+        (["--use-tis=False"], "use_tis = False, but --use-tis is a switch; write --use-tis alone, or --no-use-tis"),
+        (["--no-save", "x"], "save = x, but --no-save takes no value; write --no-save alone, or --save DIR"),
+        (
+            ["--save", "none"],
+            "save = none, but none is text here; to leave it out, write --no-save, or null in a file",
+        ),
+        (
+            ["--rm-type", "None"],
+            "rm_type = None, but None is text here; to leave it out, write --no-rm-type, or null in a file",
+        ),
+        (["--save="], 'save = "", but it is empty; give one, or leave it out'),
+        (["-lr", "3"], '-lr = "", but it is no flag; did you mean --lr?'),
+        (
+            ["--rollout_batch_size", "3"],
+            "--rollout_batch_size = 3, but there is no such flag; did you mean --rollout-batch-size?",
+        ),
+        (["--tp", "3"], "--tp = 3, but there is no such flag; `miles config docs` lists them all"),
+        (["--seed", "4k"], "seed = 4k, but it must be a whole number without a unit; write 4000 or 4096"),
+        (["--seed", "1e30"], "seed = 1e30, but it must fit into 64 bits; lower it"),
+        (["--seed", "1.5"], "seed = 1.5, but it must be a whole number; give one"),
+        (["--lr", "nan"], "lr = nan, but it must be a finite number; give one"),
+        (
+            ["--rollout-stop-token-ids", "1,2"],
+            "rollout_stop_token_ids = 1,2, but it must be a whole number; separate values by spaces, not commas",
+        ),
         (["--lr=1", "2"], '2 = "", but it belongs to no flag; put its flag in front of it'),
         (["--config"], '--config = "", but it takes one FILE; give one'),
         (["--dry-run", "now"], "--dry-run = now, but it is a switch; leave its value out"),
@@ -71,14 +96,35 @@ def test_a_wrong_flag_is_refused_with_a_way_out(flags: list[str], expected: str)
     assert faults(*flags) == [expected]
 
 
+def test_a_setting_of_a_file_can_be_left_out_on_the_command_line(tmp_path: pathlib.Path) -> None:
+    file = tmp_path / "job.yaml"
+    file.write_text("rm_type: math\nsave: there\nsglang_mem_fraction_static: 0.5\n")
+    read = config(
+        *("--config", str(file), "--no-rm-type", "--no-save", "--no-sglang-mem-fraction-static"),
+        *("--reward-service", "default=h:1"),
+    )
+    assert (read.reward.rm_type, read.checkpoint.save, read.rollout.sglang_args) == (None, None, {})
+    again = parse_command_line(["--no-save", "--save", "here"])
+    assert again.flat == {"save": "here"}
+
+
+@pytest.mark.parametrize("spelling", ["1000", "1_000", "1e3", "1E3", " 1000 "])
+def test_whole_numbers_are_read_as_people_write_them(spelling: str) -> None:
+    assert config("--seed", spelling).train.seed == 1000
+
+
+def test_a_short_flag_for_help_is_help() -> None:
+    assert parse_command_line(["-h"]).help
+
+
 def test_faults_of_flags_files_and_values_come_together(tmp_path: pathlib.Path) -> None:
     file = tmp_path / "job.yaml"
     file.write_text("rollout_top_p: 3\nlearning_rate: 1\n")
-    assert [line.split(" ")[0] for line in faults("--config", str(file), "--lrr", "1", "--eps-clip", "2")] == [
+    assert [line.split(" ")[0] for line in faults("--config", str(file), "--lrr", "1", "--gamma", "2")] == [
         "--lrr",
         "learning_rate",
         "rollout_top_p",
-        "eps_clip",
+        "gamma",
     ]
 
 

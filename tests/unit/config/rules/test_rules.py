@@ -17,6 +17,7 @@ SGLANG = {"rollout_backend": "sglang"}
 RULE_CASES: list[tuple[dict[str, Any], str]] = [
     ({"hf_checkpoint": None}, "hf_checkpoint is not set, and a run needs a model"),
     ({"prompt_data": None}, "prompt_data is not set, and training needs prompts"),
+    ({"load": "$NOWHERE/x"}, "load = $NOWHERE/x, but ~ and $NAME are expanded by a shell alone; write the whole path"),
     ({"num_rollout": None}, "num_rollout is not set, and neither is num_epoch"),
     ({"rollout_max_response_len": None}, "rollout_max_response_len is not set, and neither is rollout_max_context_len"),
     ({"rollout_max_context_len": 16}, "rollout_max_response_len = 16, but prompt and response share"),
@@ -225,6 +226,62 @@ RULE_CASES: list[tuple[dict[str, Any], str]] = [
     ({"rs_upper_bound": 5}, "rs_upper_bound = 5.0, but it only goes with use_mis with use_rs"),
     ({"tis_lower_bound": 0.1}, "tis_lower_bound = 0.1, but it only goes with use_mis with use_tis"),
     ({"opsm_delta": 0.1}, "opsm_delta = 0.1, but it does nothing without use_opsm"),
+    ({"use_opsm": True}, "use_opsm = true, but in the only step of a rollout the old policy is the one being trained"),
+    (
+        {"use_mis": True, "use_tis": True, "tis_lower_bound": 0.1},
+        "tis_lower_bound = 0.1, but tis_mode = truncate bounds weights above alone",
+    ),
+    ({"eps_clip": 1.0}, "eps_clip = 1.0, but it sets no lower bound, which grpo needs"),
+    (
+        {"advantage_estimator": "cispo", "eps_clip_c": 3.0},
+        "eps_clip_c = 3.0, but cispo has no dual clip",
+    ),
+    (
+        {"advantage_estimator": "dr_grpo", "calculate_per_token_loss": True},
+        "calculate_per_token_loss = true, but dr_grpo divides sums of tokens by the response limit",
+    ),
+    (
+        {"advantage_estimator": "dr_grpo", "normalize_advantages": True},
+        "normalize_advantages = true, but dr_grpo divides by no standard deviation",
+    ),
+    (
+        {"advantage_estimator": "ppo", "rewards_normalization": False},
+        "rewards_normalization = false, but ppo takes rewards as they are",
+    ),
+    (
+        {"advantage_estimator": "rloo", "grpo_std_normalization": False},
+        "grpo_std_normalization = false, but rloo divides by no standard deviation",
+    ),
+    (
+        {"rewards_normalization": False, "grpo_std_normalization": False},
+        "grpo_std_normalization = false, but disable_rewards_normalization leaves rewards as they are",
+    ),
+    (
+        {
+            "n_samples_per_prompt": 1,
+            "use_opd": True,
+            "opd_type": "megatron",
+            "opd_teacher_load": "t",
+            "opd_kl_coef": 0,
+        },
+        "n_samples_per_prompt = 1, but grpo compares the samples of a prompt",
+    ),
+    ({"rollout_top_p": 0.95, "eval_top_p": 0.7}, "rollout_top_p = 0.95, but log-probabilities are of the full"),
+    ({"rollout_top_k": 50}, "rollout_top_k = 50, but log-probabilities are of the full distribution"),
+    ({"rollout_temperature": 1e-9}, "rollout_temperature = 1e-09, but logits divided by it lose the precision"),
+    ({"eval_temperature": 1e-9}, "eval_temperature = 1e-09, but logits divided by it lose the precision"),
+    (
+        {**SGLANG, "sglang_preferred_sampling_params": {"logit_bias": {"1": 5}}},
+        "sglang_preferred_sampling_params = {",
+    ),
+    (
+        {**SGLANG, "sglang_enable_custom_logit_processor": True},
+        "sglang_enable_custom_logit_processor = true, but requests name no logit processor",
+    ),
+    (
+        {**SGLANG, "sglang_speculative_accept_threshold_acc": 0.8},
+        "sglang_speculative_accept_threshold_acc = 0.8, but below 1 drafts are accepted",
+    ),
     ({"name": "a/b"}, "name = a/b, but the run's folder is named after it"),
     ({"redis_url": "localhost:6379"}, "redis_url = localhost:6379, but it must begin with redis://"),
     ({"controller_port": 99, "reward_port": 99}, "reward_port = 99, but controller_port is the same"),
@@ -315,6 +372,63 @@ def test_a_rule_finds_its_fault(changes: dict[str, Any], expected: str) -> None:
     assert "; " in faults[0], "a remedy is named"
 
 
+ALLOWED: dict[str, dict[str, Any]] = {
+    "cispo without a lower bound": {"advantage_estimator": "cispo", "eps_clip": 1.0, "eps_clip_high": 4.0},
+    "cispo with a bound far below 0": {"advantage_estimator": "cispo", "eps_clip": 1000},
+    "gspo's narrow clipping": {"advantage_estimator": "gspo", "eps_clip": 3e-4, "eps_clip_high": 4e-4},
+    "clip higher": {"eps_clip": 0.2, "eps_clip_high": 0.28, "calculate_per_token_loss": True},
+    "group mean and batch standard deviation": {"grpo_std_normalization": False, "normalize_advantages": True},
+    "importance sampling without an upper bound": {"use_tis": True, "tis_clip": 1e9},
+    "rejection without a lower bound": {"use_mis": True, "use_rs": True, "rs_lower_bound": 0, "rs_upper_bound": 5},
+    "weights without a lower bound": {"use_mis": True, "use_tis": True, "tis_mode": "mask", "tis_lower_bound": 0},
+    "rejection by the bound of weights": {
+        "use_mis": True,
+        "use_tis": True,
+        "use_rs": True,
+        "tis_lower_bound": 0.1,
+    },
+    "masking of every sequence that moved": {"use_opsm": True, "opsm_delta": 0, "num_steps_per_rollout": 2},
+    "rloo of two": {"advantage_estimator": "rloo", "n_samples_per_prompt": 2},
+    "a single sample of a teacher's student": {
+        "n_samples_per_prompt": 1,
+        "use_opd": True,
+        "opd_type": "megatron",
+        "opd_teacher_load": "t",
+    },
+    "a single sample as it is scored": {"n_samples_per_prompt": 1, "rewards_normalization": False},
+    "evaluation from a nucleus": {
+        "eval_prompt_data": ["a", "b"],
+        "eval_interval": 1,
+        "eval_top_p": 0.7,
+        "eval_top_k": 20,
+        "eval_temperature": 0,
+    },
+    "nothing but evaluation, from a nucleus": {
+        "num_rollout": 0,
+        "eval_prompt_data": ["a", "b"],
+        "rollout_top_p": 0.7,
+        "rollout_top_k": 20,
+    },
+    "speculative decoding that keeps the distribution": {**SGLANG, "sglang_speculative_accept_threshold_acc": 1.0},
+}
+
+
+@pytest.mark.parametrize("changes", ALLOWED.values(), ids=ALLOWED)
+def test_what_papers_and_evaluations_need_can_be_set(changes: dict[str, Any]) -> None:
+    assert faults_for(**changes) == []
+
+
+@pytest.mark.parametrize("name", ["tp", "model-path", "tensor_parallel", "preferred-sampling", "enable_memory"])
+def test_sglangs_other_spellings_of_a_refused_flag_are_refused_too(name: str) -> None:
+    (fault,) = faults_for(**SGLANG, **{f"sglang_{name}": "1"})
+    assert fault.startswith(f"sglang_{name} = 1, but")
+
+
+def test_a_run_of_epochs_trains_and_so_samples_from_the_full_distribution() -> None:
+    (fault,) = faults_for(num_rollout=None, num_epoch=1, rollout_top_p=0.9)
+    assert fault.startswith("rollout_top_p = 0.9")
+
+
 def test_every_rule_has_a_case() -> None:
     settings = [examine(MINIMAL | changes).settings for changes, _ in RULE_CASES]
 
@@ -334,7 +448,7 @@ def test_every_rule_has_a_case() -> None:
         ({"num_rollout": 1.5}, "num_rollout = 1.5, but it must be a whole number; give one"),
         ({"rollout_temperature": 0}, "rollout_temperature = 0, but it must be above 0; raise it"),
         ({"rollout_top_p": 1.5}, "rollout_top_p = 1.5, but it must be at most 1; lower it"),
-        ({"eps_clip": 1}, "eps_clip = 1, but it must be below 1; lower it"),
+        ({"eps_clip": -0.1}, "eps_clip = -0.1, but it must be at least 0; raise it"),
         ({"controller_port": 70000}, "controller_port = 70000, but it must be at most 65535; lower it"),
         ({"use_tis": "maybe"}, "use_tis = maybe, but it must be true or false; give one of them"),
         ({"name": 7}, "name = 7, but it must be text; put it in quotes"),
@@ -400,6 +514,7 @@ def test_ten_faults_are_all_listed_at_once() -> None:
         "value",
         "problem",
         "remedy",
+        "message",
     }
 
 

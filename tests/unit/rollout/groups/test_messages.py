@@ -65,6 +65,17 @@ def test_bad_sampling_is_refused_by_field(field: str, value: object) -> None:
         sampling_from_proto(sampling(**{field: value}))
 
 
+@pytest.mark.parametrize(("field", "value"), [("temperature", 0.0), ("top_p", 0.9), ("top_k", 5)])
+def test_training_takes_no_tokens_drawn_from_another_distribution_than_they_are_scored_under(
+    make_group: MakeGroup, field: str, value: float
+) -> None:
+    lease = message(make_group(3), sampling=[sampling(), sampling(**{field: value})])
+    with pytest.raises(MalformedMessage, match=rf"^sampling\[1\]\.{field}: .*allowed in training"):
+        lease_from_proto(lease)
+    lease.purpose = rollout_pb2.GROUP_PURPOSE_EVAL
+    assert getattr(lease_from_proto(lease).sampling[1], field) == pytest.approx(value)
+
+
 def test_malformed_leases_are_refused_by_field(make_group: MakeGroup) -> None:
     group = make_group(3)
     for field, bad in {

@@ -11,6 +11,24 @@ STREAM_INTERVAL = 256
 that the server re-queued, which return only what was streamed. Each event costs every process that it passes as much as
 some dozen tokens."""
 _SEEDS = 1 << 63
+_PLAIN: dict[str, Any] = {
+    "min_p": 0.0,
+    "repetition_penalty": 1.0,
+    "frequency_penalty": 0.0,
+    "presence_penalty": 0.0,
+    "logit_bias": None,
+    "ignore_eos": False,
+    "regex": None,
+    "json_schema": None,
+    "ebnf": None,
+    "structural_tag": None,
+    "stop_regex": None,
+    "custom_params": None,
+    "beam_width": None,
+    "n": 1,
+}
+"""All else that changes what is drawn, which a server's own preferences would otherwise set: tokens are scored as drawn
+from the full distribution at the temperature."""
 
 
 def to_payload(
@@ -32,11 +50,7 @@ def to_payload(
         "temperature": sampling.temperature,
         "top_p": sampling.top_p,
         "top_k": sampling.top_k,
-        # What a checkpoint's generation_config.json would otherwise set.
-        "min_p": 0.0,
-        "repetition_penalty": 1.0,
-        "frequency_penalty": 0.0,
-        "presence_penalty": 0.0,
+        **_PLAIN,
         "stop": list(sampling.stop) or None,
         "stop_token_ids": list(sampling.stop_token_ids) or None,
         "skip_special_tokens": False,

@@ -43,6 +43,10 @@ def _open_log(path: pathlib.Path | None) -> IO[bytes]:
     return path.open("ab")
 
 
+_SCORES_AS_DRAWN = {"SGLANG_RETURN_ORIGINAL_LOGPROB": "false", "SGLANG_SIMULATE_ACC_LEN": "-1"}
+"""Whatever the environment says: log-probs are at the sampling temperature, and drafts are verified."""
+
+
 class ServerProcess:
     """One server process and the processes it starts, which form a process group and end together."""
 
@@ -59,7 +63,7 @@ class ServerProcess:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, "PYTHONUNBUFFERED": "1"},
+                env={**os.environ, "PYTHONUNBUFFERED": "1", **_SCORES_AS_DRAWN},
                 start_new_session=True,
             )
         return cls(process, log_path)

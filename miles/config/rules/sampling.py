@@ -1,0 +1,66 @@
+"""Rules about how tokens are drawn: training scores them under the full distribution at the sampling temperature."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from miles.config.rules.registry import rule
+from miles.config.schema.faults import Fault
+from miles.config.schema.flat_settings import FlatSettings
+
+_LOWEST_TEMPERATURE = 1e-3
+"""Logits divided by less lose what float32 can tell apart; below 1e-6 SGLang is greedy."""
+_CUT = (
+    "log-probabilities are of the full distribution, while samples would come from a cut one, "
+    "so that importance ratios would be wrong"
+)
+_LOSSY_ACCEPTANCE = ("speculative_accept_threshold_single", "speculative_accept_threshold_acc")
+
+
+@rule
+def nucleus_is_for_evaluation(s: FlatSettings) -> Iterator[Fault]:
+    if s.num_rollout != 0 and s.rollout_top_p != 1:
+        yield Fault("rollout_top_p", s.rollout_top_p, _CUT, "set it to 1; eval_top_p may be lower")
+
+
+@rule
+def top_k_is_for_evaluation(s: FlatSettings) -> Iterator[Fault]:
+    if s.num_rollout != 0 and s.rollout_top_k > 0:
+        yield Fault("rollout_top_k", s.rollout_top_k, _CUT, "set it to -1; eval_top_k may be a count")
+
+
+@rule
+def temperatures_can_be_scored(s: FlatSettings) -> Iterator[Fault]:
+    if s.rollout_temperature < _LOWEST_TEMPERATURE:
+        problem = "logits divided by it lose the precision that log-probabilities need"
+        remedy = f"set it to {_LOWEST_TEMPERATURE:g} or more; eval_temperature = 0 evaluates greedily"
+        yield Fault("rollout_temperature", s.rollout_temperature, problem, remedy)
+    elif 0 < s.eval_temperature < _LOWEST_TEMPERATURE:
+        problem = "logits divided by it lose the precision that sampling needs"
+        remedy = f"set it to 0 for greedy, or to {_LOWEST_TEMPERATURE:g} or more"
+        yield Fault("eval_temperature", s.eval_temperature, problem, remedy)
+
+
+@rule
+def requests_alone_say_how_to_sample(s: FlatSettings) -> Iterator[Fault]:
+    for name, value in s.sglang_args.items():
+        if is_flag(name, "preferred_sampling_params"):
+            problem = "requests say all sampling parameters themselves"
+            yield Fault(f"sglang_{name}", value, problem, "use rollout_* and eval_* settings")
+        if is_flag(name, "enable_custom_logit_processor"):
+            problem = "requests name no logit processor: training would not know what it changed"
+            yield Fault(f"sglang_{name}", value, problem, "leave it out")
+
+
+@rule
+def speculative_decoding_keeps_the_distribution(s: FlatSettings) -> Iterator[Fault]:
+    for name, value in s.sglang_args.items():
+        lossy = any(is_flag(name, flag) for flag in _LOSSY_ACCEPTANCE) and str(value) not in ("1", "1.0")
+        if s.num_rollout != 0 and lossy:
+            problem = "below 1 drafts are accepted that the policy would not sample as often as its scores say"
+            yield Fault(f"sglang_{name}", value, problem, "leave it out")
+
+
+def is_flag(name: str, flag: str) -> bool:
+    """Whether SGLang takes `name` for `flag`: dashes count as underscores, and a beginning will do."""
+    return flag.startswith(name.replace("-", "_"))
