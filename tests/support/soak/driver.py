@@ -17,6 +17,7 @@ from soak.schedule import STRIKES, Act, Action, Look, Nothing, ShareFolder, Soak
 from soak.stack import SoakStack, wait_until
 from soak.sweep import Sweep
 from soak.troubles import Troubles, strikeable
+from soak.watcher import Watcher
 
 START_S = 400.0
 SWEEP_EVERY_S = 30.0
@@ -48,10 +49,12 @@ class Soak:
     def run(self, minutes: float) -> str:
         """Soak for so long, let all jobs end, and return the table of figures."""
         wait_until(self._stack.ready, START_S, "the services to start")
-        self._records.note("ready")
+        self.troubles.measured(self._records.now_s)
+        self._records.note("ready", pace=round(self.troubles.pace, 1))
         with Sampler(self._stack, self._records) as sampler:
             self._loop(self._records.now_s + 60 * minutes)
             self._wind_down()
+        self._stop()
         found = trends(sampler.readings)
         for fault in bounds.growth_faults(found):
             self._records.violation("bounds", fault)
@@ -63,7 +66,7 @@ class Soak:
             self._tick()
             if self._records.now_s >= next_s:
                 self._carry_out(self._schedule.choose(self._view()))
-                next_s = self._records.now_s + self._schedule.pause_s()
+                next_s = self._records.now_s + self._schedule.pause_s() * self.troubles.pace
             if self._records.now_s >= sweep_s:
                 self._sweep.run(list(self.jobs.values()), self.troubles.kills, calm=self.troubles.calm)
                 sweep_s = self._records.now_s + SWEEP_EVERY_S
@@ -84,6 +87,13 @@ class Soak:
         last_end_s = max((job.ended_s or 0.0 for job in self.jobs.values()), default=0.0)
         wait_until(lambda: self._records.now_s > last_end_s + 100.0, 400.0, "what ended jobs leave to go")
         self._sweep.run(list(self.jobs.values()), self.troubles.kills, calm=True)
+
+    def _stop(self) -> None:
+        """Ctrl-C: `miles serve` ends well, and nothing of it stays."""
+        code = self._stack.stop(kill=False)
+        if code != 0:
+            self._records.violation("services", f"miles serve ended with {code} after SIGTERM")
+        self._sweep.after_stop()
 
     def _view(self) -> View:
         jobs = tuple(job.view for job in self.jobs.values())
@@ -130,7 +140,8 @@ class Soak:
             return
         if recipe.refused:
             self._records.violation("outcome", f"{kind} was accepted: {answer['id']}")
-        self.jobs[number] = SoakJob(number, kind, answer["id"], config)
+        watcher = Watcher(self._stack.gateway_url, answer["id"])
+        self.jobs[number] = SoakJob(number, kind, answer["id"], config, watcher)
         self._records.note("submitted", number=number, id=answer["id"])
 
     def _act(self, job: SoakJob, name: str) -> None:
@@ -168,19 +179,34 @@ class Soak:
             if stepped or not job.open:
                 self._moved_s = self._records.now_s
         if job.open:
+            job.watcher.follow()
             self._follow_open(job)
         elif not job.checked:
             self._progress.forget(job.number)
+            if self._still_watched(job):
+                return
             for fault in outcome.outcome_faults(job.recipe, state, entry["error"] or "", job.asked):
                 self._records.violation("outcome", f"job {job.id}: {fault}")
             look(job, self.rest, self._records)
             job.checked = True
+
+    def _still_watched(self, job: SoakJob) -> bool:
+        """Whether the watcher of an ended job has not heard of the end yet, which it must soon."""
+        late_s = self._records.now_s - (job.ended_s or 0.0) - progress.EXPLAIN_S * self.troubles.pace
+        if job.watcher.finished or not self.troubles.calm:
+            return not job.watcher.finished
+        if late_s > 0:
+            self._records.violation(
+                "streams", f"the watcher of {job.id} does not hear of its end: {job.watcher.ids[-3:]}"
+            )
+        return late_s <= 0
 
     def _follow_open(self, job: SoakJob) -> None:
         """Have a job that stands still explain itself, and end one that cannot work."""
         status = self.rest.get(f"/v1/jobs/{job.id}/status")
         mark = (job.state, job.steps, status["phase"], status["jobs_ahead"], status["consumed"])
         still_s = self._progress.observe(job.number, self._records.now_s, mark, calm=self.troubles.calm)
+        still_s /= self.troubles.pace
         if job.state in ("queued", "paused"):
             waits = progress.explanation(status)
             if job.state == "queued" and still_s > progress.EXPLAIN_S and not waits:

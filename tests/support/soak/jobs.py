@@ -8,6 +8,7 @@ from typing import Any
 
 from soak.recipes import RECIPES, Recipe
 from soak.schedule import JobView
+from soak.watcher import Watcher
 
 ENDED = frozenset({"succeeded", "failed", "cancelled", "stopped"})
 
@@ -21,6 +22,7 @@ class SoakJob:
     """Name of its recipe."""
     id: str
     body: dict[str, Any]
+    watcher: Watcher
     state: str = "queued"
     steps: int = 0
     asked: set[str] = dataclasses.field(default_factory=set)

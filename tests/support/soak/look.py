@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from soak.invariants import isolation, steps
+from soak.invariants import isolation, steps, streams
 from soak.jobs import SoakJob
 from soak.records import Records
 from soak.rest import Rest
@@ -21,7 +21,8 @@ def look(job: SoakJob, rest: Rest, records: Records) -> None:
     document = rest.get(f"/v1/jobs/{job.id}")
     ended = document["state"] == job.state and not job.open
     for part in _PARTS:
-        if part != "versions" or not ended:
+        # A queued job's status may name those before it; an ended job's engines hold no versions.
+        if (part, ended) != ("versions", True) and (part, job.state) != ("status", "queued"):
             faults += isolation.text_faults(number, part, rest.text(f"/v1/jobs/{job.id}/{part}"))
     metrics = rest.get(f"/v1/jobs/{job.id}/metrics", name="perf/step_time")
     faults += isolation.text_faults(number, "metrics", str(metrics["names"]))
@@ -34,6 +35,8 @@ def look(job: SoakJob, rest: Rest, records: Records) -> None:
     faults += steps.group_faults((sample["step"], sample["group_id"], sample["index"]) for sample in samples)
     events = rest.text(f"/v1/jobs/{job.id}/events", follow="false")
     faults += isolation.event_faults(number, re.findall(r"^data: (.*)$", events, re.MULTILINE))
+    if ended:
+        faults += streams.stream_faults(job.watcher.ids, re.findall(r"^id: (.*)$", events, re.MULTILINE))
     for log in rest.get(f"/v1/jobs/{job.id}/logs")["logs"]:
         text = rest.get(f"/v1/jobs/{job.id}/logs/{log['name']}", offset=0, limit=1 << 18)["text"]
         faults += isolation.text_faults(number, f"log {log['name']}", text)

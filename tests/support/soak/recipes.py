@@ -28,6 +28,8 @@ class Recipe:
     """It succeeds unless it is stopped or cancelled; otherwise it fails or waits, and says why."""
     refused: bool = False
     """It is refused when it is submitted."""
+    may_succeed: bool = False
+    """It may succeed, too: what is broken may not be needed."""
     because: str = ""
     """What the error or the status of a job that cannot work must match."""
 
@@ -66,7 +68,7 @@ RECIPES: Mapping[str, Recipe] = {
     ),
     "broken-model": Recipe({"hf_checkpoint": "broken"}, good=False, because="model|safetensors"),
     "all-dropped": Recipe({"dynamic_sampling_filter_path": FILTER}, good=False, because="drop|zero_std"),
-    "broken-folder": Recipe(good=False, because=r"metrics\.jsonl|log_spans|checkpoints|folder"),
+    "broken-folder": Recipe(good=False, may_succeed=True, because=r"metrics\.jsonl|log_spans|checkpoints|folder"),
 }
 """By name. What a change cannot say (labels, folders, addresses) `body` fills in."""
 

@@ -12,6 +12,8 @@ import httpx
 from soak.records import Records
 
 TIMEOUT_S = 90.0
+DEADLINE_S = 9.0
+"""The gateway gives the controller 10 s; an answer that took so long came from a machine that is too busy."""
 REFUSALS = frozenset({404, 409, 422})
 """Codes that a request may ask for by what it asks."""
 
@@ -66,7 +68,9 @@ class Rest:
         self._records.refused(method=method, path=path, code=code, body=answer.text[:600])
         if code in allowed:
             return answer
-        if code == 503 and (controller_before or self._troubled("controller")):
+        if code == 503 and (
+            controller_before or self._troubled("controller") or answer.elapsed.total_seconds() > DEADLINE_S
+        ):
             raise Away
         self._records.violation("rest", f"{method} {path} answered {code}: {answer.text[:400]}")
         raise Away

@@ -18,6 +18,8 @@ _FREEZE_S = (2.0, 12.0)
 _LONG_FREEZE_S = (24.0, 32.0)
 """Longer than a worker's lease."""
 _LONG_FREEZES = 0.25
+_REMEMBERED = 6
+"""Of the jobs that have ended, so many newest are still acted on and looked at."""
 _ENDED = frozenset({"succeeded", "failed", "cancelled", "stopped"})
 
 
@@ -160,14 +162,15 @@ class SoakSchedule:
         return mixed
 
     def _act(self, view: View) -> Action:
-        choices = [(job, action, weight) for job in view.jobs for action, weight in _ACTIONS.get(job.state, {}).items()]
+        near = [job for i, job in enumerate(view.jobs) if job.state not in _ENDED or i >= len(view.jobs) - _REMEMBERED]
+        choices = [(job, action, weight) for job in near for action, weight in _ACTIONS.get(job.state, {}).items()]
         if not choices:
             return Nothing()
         job, action, _ = self._random.choices(choices, [weight for _, _, weight in choices])[0]
         return Act(job.number, action)
 
     def _look(self, view: View) -> Action:
-        return Look(self._random.choice(view.jobs[-6:]).number)
+        return Look(self._random.choice(view.jobs[-_REMEMBERED:]).number)
 
     def _killable(self, now_s: float) -> list[str]:
         for times in self._kills_s.values():
@@ -192,10 +195,10 @@ class SoakSchedule:
 
 
 _ACTIONS: dict[str, dict[str, float]] = {
-    "queued": {"cancel": 0.5, "stop": 0.5},
-    "starting": {"pause": 0.3, "stop": 0.3, "cancel": 0.3},
-    "running": {"pause": 3.0, "checkpoint": 2.0, "stop": 1.5, "cancel": 0.5},
-    "recovering": {"pause": 0.5, "stop": 0.5, "cancel": 0.3, "checkpoint": 0.3},
+    "queued": {"cancel": 0.1, "stop": 0.1},
+    "starting": {"pause": 0.4, "stop": 0.2, "cancel": 0.1},
+    "running": {"pause": 3.0, "checkpoint": 2.5, "stop": 1.0, "cancel": 0.2},
+    "recovering": {"pause": 0.5, "stop": 0.3, "cancel": 0.1, "checkpoint": 0.3},
     "paused": {"resume": 8.0, "checkpoint": 1.0, "stop": 1.0, "cancel": 0.5},
     "stopped": {"resume": 1.5},
     "failed": {"resume": 0.2},

@@ -16,6 +16,7 @@ import psutil
 
 from miles.launcher.cluster import free_port
 from miles.queue import RedisServer
+from miles.rpc.server import WATCHED_PID_ENVIRONMENT
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[3]
 SERVICES = ("controller", "gateway", "reward-0", "rollout-0", "trainer-0", "weightsync")
@@ -148,6 +149,7 @@ class SoakStack:
         return {
             **os.environ,
             _MARK: self._id,
+            WATCHED_PID_ENVIRONMENT: str(os.getpid()),
             "TMPDIR": str(self.temporary),
             "COLUMNS": "1000",
             "PYTHONPATH": str(REPOSITORY),

@@ -15,10 +15,12 @@ import redis
 from soak.invariants import isolation, leftovers, services
 from soak.jobs import SoakJob
 from soak.records import Records
-from soak.stack import SERVED_REWARD, SoakStack
+from soak.stack import SERVED_REWARD, SoakStack, wait_until
 
 GRACE_S = 90.0
 """How long after a job's end what it used may still be there."""
+STOPPED_S = 30.0
+"""How long processes may take to end after `miles serve` has."""
 SHARED_MEMORY = pathlib.Path("/dev/shm")
 
 
@@ -46,6 +48,19 @@ class Sweep:
             faults += services.end_faults(self._stack.serve_log.read_text(errors="replace"), kills)
         for fault in faults:
             self._records.violation("sweep", fault)
+
+    def after_stop(self) -> None:
+        """Check that `miles serve`, which has ended, left no process, temporary file or shared memory."""
+        with contextlib.suppress(TimeoutError):
+            wait_until(lambda: not self._stray_processes(), STOPPED_S, "processes to end")
+        faults = [f"process {pid} outlived miles serve: {line}" for pid, line in self._stray_processes().items()]
+        faults += [f"{path} was left in the temporary folder" for path in self._stack.temporary.rglob("*")]
+        for path in SHARED_MEMORY.glob("miles-weights-*.lock"):
+            with contextlib.suppress(FileNotFoundError):
+                if f'"{self._stack.folder}/' in path.read_text(errors="replace"):
+                    faults.append(f"{path} was left in shared memory")
+        for fault in faults:
+            self._records.violation("stopped", fault)
 
     def _redis(self, client: Any, jobs: Sequence[SoakJob], gone: Sequence[SoakJob]) -> list[str]:
         keys = [key.decode(errors="replace") for key in client.scan_iter(count=1000)]

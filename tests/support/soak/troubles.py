@@ -6,6 +6,7 @@ import signal
 from collections import Counter
 from collections.abc import Iterable
 
+from soak.invariants.progress import pace_of
 from soak.records import Records
 from soak.schedule import Action, Freeze, Kill, Restart
 from soak.stack import SERVED_REWARD, SERVICES, SoakStack
@@ -22,6 +23,8 @@ class Troubles:
     def __init__(self, stack: SoakStack, records: Records) -> None:
         self.kills: Counter[str] = Counter()
         self.strikes: Counter[str] = Counter()
+        self.pace = 1.0
+        """How many times longer things take on this machine than on an idle one: the slowest start so far."""
         self._stack = stack
         self._records = records
         self._struck: set[str] = set()
@@ -67,6 +70,7 @@ class Troubles:
             if self._records.now_s >= until_s:
                 self._stack.signal(name, signal.SIGCONT)
                 del self._thaw_s[name]
+                self._since_s = self._records.now_s
         if self._stack.launcher_ended is not None:
             end = self._stack.serve_log.read_text(errors="replace")[-3000:]
             self._records.violation("services", f"miles serve ended by itself ({self._stack.launcher_ended}): {end}")
@@ -75,15 +79,22 @@ class Troubles:
         if self.calm or self._thaw_s:
             return False
         if not self._stack.ready():
-            if self._records.now_s > self._since_s + BACK_S:
-                what = f"{sorted(self._struck)} were struck, and not all services were back {BACK_S:g} s later"
+            if self._records.now_s > self._since_s + BACK_S * self.pace:
+                after_s = self._records.now_s - self._since_s
+                what = f"{sorted(self._struck)} were struck, and not all services were back {after_s:.0f} s later"
                 self._records.violation("services", what)
                 self._since_s = self._records.now_s
             return False
-        self._records.note("back", services=sorted(self._struck), after_s=round(self._records.now_s - self._since_s, 1))
+        after_s = self._records.now_s - self._since_s
+        self.measured(after_s)
+        self._records.note("back", services=sorted(self._struck), after_s=round(after_s, 1), pace=round(self.pace, 1))
         self._before, self._over_s = frozenset(self._struck), self._records.now_s
         self._struck.clear()
         return True
+
+    def measured(self, start_s: float) -> None:
+        """Note how long services took to start."""
+        self.pace = max(self.pace, pace_of(start_s))
 
     def _note(self, how: str, names: Iterable[str]) -> None:
         hit = list(names)

@@ -7,7 +7,7 @@ import pathlib
 
 import pytest
 from soak.figures import Reading, Trend, read_csv, slope_within, table, trends
-from soak.invariants import bounds, isolation, leftovers, outcome, progress, services, steps
+from soak.invariants import bounds, isolation, leftovers, outcome, progress, services, steps, streams
 from soak.recipes import RECIPES, Places, body, marker, mentions
 
 GOOD, BAD = RECIPES["sync"], RECIPES["broken-model"]
@@ -25,6 +25,7 @@ GOOD, BAD = RECIPES["sync"], RECIPES["broken-model"]
         (BAD, "failed", "unexpected error", set(), False),
         (BAD, "succeeded", "", set(), False),
         (BAD, "cancelled", "", {"cancel"}, True),
+        (RECIPES["broken-folder"], "succeeded", "", set(), True),
     ],
 )
 def test_jobs_may_end_as_expected_or_asked_for(
@@ -110,6 +111,12 @@ def test_time_without_progress_counts_only_while_all_services_are_well() -> None
     assert followed.observe(1, 40, ("running", 0), calm=False) == 0
     assert followed.observe(1, 45, ("running", 0), calm=True) == 5
     assert followed.observe(1, 50, ("running", 1), calm=True) == 0
+
+
+def test_a_watcher_must_have_every_event_once_and_in_order() -> None:
+    assert not streams.stream_faults(["1-0", "1-1"], ["1-0", "1-1"])
+    for watched in (["1-0"], ["1-1", "1-0"], ["1-0", "1-0", "1-1"]):
+        assert streams.stream_faults(watched, ["1-0", "1-1"])
 
 
 def test_what_a_job_waits_for_is_read_from_the_text_and_the_list() -> None:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 EXPLAIN_S = 90.0
-"""Time without progress after which the status must say what the job waits for."""
+"""Time without progress (on an idle machine, as all here) after which the status must say what the job waits for."""
 LINGER_S = 150.0
 """Time without progress after which a job that cannot work is cancelled; by then it must have said why."""
 HANG_S = 420.0
@@ -41,7 +41,18 @@ class Progress:
         self._still.pop(number, None)
 
 
+IDLE_START_S = 15.0
+"""How long services take to start on an idle machine of two slow cores."""
+MOST_PACE = 6.0
+
+
+def pace_of(start_s: float) -> float:
+    """How many times longer things take on this machine than on an idle one, given how long a start took."""
+    return min(MOST_PACE, max(1.0, start_s / IDLE_START_S))
+
+
 def explanation(status: Mapping[str, Any]) -> str:
     """What a job's status says it waits for: the text, and the list of waits where there is one."""
     waits = status.get("waits") or []
-    return "; ".join(filter(None, [str(status.get("waiting_for") or ""), *map(str, waits)]))
+    said = [status.get("waiting_for"), *(part for wait in waits for part in (wait.get("what"), wait.get("detail")))]
+    return "; ".join(str(part) for part in said if part)
