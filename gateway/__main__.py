@@ -14,7 +14,14 @@ from collections.abc import Iterator, Sequence
 
 import uvicorn
 
-from miles.config.checks.addresses import is_loopback
+from miles.addresses import (
+    address_argument,
+    is_loopback,
+    join_address,
+    listen_argument,
+    split_address,
+    stands_for_every_interface,
+)
 from miles.gateway.app import create_app
 from miles.gateway.config_policy import resolved_roots
 from miles.gateway.connection import Connection
@@ -32,8 +39,9 @@ def parse_flags(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the gateway's command line."""
     parser = argparse.ArgumentParser(prog="python -m miles.gateway", description=__doc__)
     add = parser.add_argument
-    add("--listen", default="127.0.0.1:8000", metavar="HOST:PORT", help="where to listen; port 0 picks a free one")
-    add("--controller", required=True, metavar="HOST:PORT", help="address of the controller")
+    where = "where to listen; port 0 picks a free one"
+    add("--listen", default="127.0.0.1:8000", type=listen_argument, metavar="HOST:PORT", help=where)
+    add("--controller", required=True, type=address_argument, metavar="HOST:PORT", help="address of the controller")
     keys = "file of API keys, made by `miles keys create`; without it only this machine is served, without keys"
     add("--keys-file", type=pathlib.Path, default=os.environ.get(KEYS_ENVIRONMENT), metavar="FILE", help=keys)
     roots = "folder that must contain all files named by jobs; repeatable; without one, jobs can name no files"
@@ -61,7 +69,7 @@ def parse_flags(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 def options_of(flags: argparse.Namespace) -> GatewayOptions:
     """Build the options from the command line. Raises ServiceExit for a gateway that would be open to everybody."""
-    host = flags.listen.rpartition(":")[0]
+    host = split_address(flags.listen)[0]
     if flags.keys_file is None and not is_loopback(host):
         raise ServiceExit(
             ExitCode.BAD_CONFIG,
@@ -115,7 +123,7 @@ async def serve(flags: argparse.Namespace) -> None:
         timeout_keep_alive=30,
     )
     server = _Server(config)
-    url = f"{'https' if flags.https_cert else 'http'}://{options.host}:{listener.getsockname()[1]}"
+    url = f"{'https' if flags.https_cert else 'http'}://{join_address(options.host, listener.getsockname()[1])}"
     print(f"listening on {url}", flush=True)
     if flags.address_file is not None:
         partial = flags.address_file.with_suffix(".tmp")
@@ -136,11 +144,11 @@ async def serve(flags: argparse.Namespace) -> None:
 
 def listening_socket(address: str) -> socket.socket:
     """Open a socket that listens on host:port. Raises ServiceExit when that is not possible."""
-    host, _, port = address.rpartition(":")
-    name = host.strip("[]")
+    host, port = split_address(address)
     try:
-        family, _, _, _, where = socket.getaddrinfo(name, int(port), type=socket.SOCK_STREAM)[0]
-        listener = socket.create_server(where[:2], family=family, backlog=2048)
+        family, _, _, _, where = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        both = family == socket.AF_INET6 and stands_for_every_interface(host) and socket.has_dualstack_ipv6()
+        listener = socket.create_server(where, family=family, backlog=2048, dualstack_ipv6=both)
         # Connections inherit it. asyncio does not set it on sockets that it has not created, and without it the body of
         # an answer waits 40 ms for the client to acknowledge the head.
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)

@@ -8,7 +8,6 @@ import os
 import pathlib
 import shutil
 import signal
-import socket
 import subprocess
 import tempfile
 import time
@@ -18,6 +17,7 @@ from typing import BinaryIO, Literal
 import redis
 from redis.exceptions import RedisError
 
+from miles.addresses import free_port
 from miles.queue.errors import RedisStartError
 from miles.queue.guard import EndGuard
 
@@ -164,7 +164,7 @@ class RedisServer:
 
     def _choose_address(self) -> None:
         if self._tcp:
-            self._port = self._port or _free_port()
+            self._port = self._port or free_port()
             return
         if self._socket_path:
             return  # clients know it by now
@@ -242,9 +242,3 @@ def _shut_down(url: str) -> None:
     client = redis.Redis.from_url(url, protocol=2, retry=None, socket_timeout=STOP_DEADLINE_S)
     with contextlib.closing(client), contextlib.suppress(RedisError):
         client.shutdown(nosave=True)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

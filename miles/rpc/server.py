@@ -14,6 +14,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1._async import HealthServicer
 from grpc_reflection.v1alpha import reflection
 
+from miles.addresses import is_taken, join_address, split_address, why_not_bindable
 from miles.rpc.exit_codes import ExitCode, ServiceExit
 from miles.rpc.tls import TlsFiles
 from miles.telemetry.redaction import RedactingFormatter
@@ -52,18 +53,24 @@ async def start_server(
     )
     tls = TlsFiles.from_environment()
     credentials = None if tls is None else tls.server_credentials()
+    host, wanted = split_address(address)
+    where = join_address(host, wanted)
     try:
-        port = (
-            server.add_insecure_port(address) if credentials is None else server.add_secure_port(address, credentials)
-        )
+        port = server.add_insecure_port(where) if credentials is None else server.add_secure_port(where, credentials)
     except RuntimeError as error:
-        raise ServiceExit(
-            ExitCode.PORT_IN_USE, f"cannot listen on {address}: the port is taken; choose another or use port 0"
-        ) from error
+        raise _cannot_listen(host, wanted) from error
     await server.start()
     for name in ("", *service_names):
         await health.set(name, health_pb2.HealthCheckResponse.SERVING)
-    return server, f"{address.rpartition(':')[0]}:{port}"
+    return server, join_address(host, port)
+
+
+def _cannot_listen(host: str, port: int) -> ServiceExit:
+    where, cause = join_address(host, port), why_not_bindable(host, port)
+    if cause is not None and not is_taken(cause):
+        return ServiceExit(ExitCode.BAD_CONFIG, f"cannot listen on {where}: {cause.strerror}; give another --listen")
+    problem = f"cannot listen on {where}: the port is taken; choose another or use port 0"
+    return ServiceExit(ExitCode.PORT_IN_USE, problem)
 
 
 async def run_until_signal(serve: Callable[[], Awaitable[None]]) -> None:

@@ -4,8 +4,8 @@ import subprocess
 
 from config_cases import MINIMAL
 
+from miles.addresses import free_port
 from miles.config import JobConfig
-from miles.launcher.cluster import free_port
 from miles.launcher.plan import plan_run, plan_workers
 
 

@@ -9,6 +9,7 @@ import pathlib
 import socket
 from collections.abc import Iterator
 
+from miles.addresses import join_address, why_not_bindable
 from miles.config.checks.device import visible_gpus
 from miles.config.checks.dotted_path import why_not_importable
 from miles.config.checks.engine_model import engine_faults
@@ -161,21 +162,34 @@ def _functions(s: FlatSettings) -> Iterator[Fault]:
                 yield Fault(key, path, problem, "check the name, and that its folder is on PYTHONPATH")
 
 
+def _hosts(s: FlatSettings) -> Iterator[Fault]:
+    for key in ("gateway_host", "host"):
+        if not s.is_valid(key) or (key == "gateway_host" and not s.gateway):
+            continue
+        host = getattr(s, key)
+        if (error := why_not_bindable(host, 0)) is not None:
+            s.refuse(key)
+            unknown = isinstance(error, socket.gaierror)
+            problem = "it cannot be resolved" if unknown else f"it cannot be listened on ({error.strerror})"
+            yield Fault(key, host, problem, "give a name or address of this machine")
+
+
 def _ports(s: FlatSettings) -> Iterator[Fault]:
-    try:
-        socket.getaddrinfo(s.host, None)
-    except OSError:
-        yield Fault("host", s.host, "it cannot be resolved", "give a name or address of this machine")
-        return
     wanted = [(key, getattr(s, key)) for key in ("controller_port", "weightsync_port", "trainer_port", "reward_port")]
     if s.rollout_port:
         beyond = min(s.rollout_port + s.rollout_num_workers, 65536)
         wanted += [("rollout_port", port) for port in range(s.rollout_port, beyond)]
     for key, port in wanted:
-        if port and (problem := _why_not_bindable(s.host, port)):
-            yield Fault(key, port, problem, "choose another one, or 0 for any free one")
-    if s.gateway and s.gateway_port and (problem := _why_not_bindable(s.gateway_host, s.gateway_port)):
-        yield Fault("gateway_port", s.gateway_port, problem, "choose another one, or 0 for any free one")
+        if port:
+            yield from _port(key, s.host, port)
+    if s.gateway and s.gateway_port:
+        yield from _port("gateway_port", s.gateway_host, s.gateway_port)
+
+
+def _port(key: str, host: str, port: int) -> Iterator[Fault]:
+    if (error := why_not_bindable(host, port)) is not None:
+        problem = f"{join_address(host, port)} cannot be listened on ({error.strerror})"
+        yield Fault(key, port, problem, "choose another one, or 0 for any free one")
 
 
 def _access_files(s: FlatSettings) -> Iterator[Fault]:
@@ -186,17 +200,6 @@ def _access_files(s: FlatSettings) -> Iterator[Fault]:
     for path in s.gateway_allowed_root:
         if not os.path.isdir(path):
             yield Fault("gateway_allowed_root", path, "there is no such folder", "give a folder")
-
-
-def _why_not_bindable(host: str, port: int) -> str | None:
-    family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    with socket.socket(family, kind, protocol) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a port in TIME_WAIT is free to a server
-        try:
-            probe.bind(address)
-        except OSError as error:
-            return f"{host}:{port} cannot be listened on ({error.strerror})"
-    return None
 
 
 def _devices(s: FlatSettings) -> Iterator[Fault]:
@@ -212,7 +215,7 @@ def _devices(s: FlatSettings) -> Iterator[Fault]:
         yield Fault("actor_num_gpus_per_node", wanted, f"this machine has {gpus}", f"set it to at most {gpus}")
 
 
-_DEPLOYMENT_CHECKS: tuple[Rule, ...] = (_access_files, _ports, _devices)
+_DEPLOYMENT_CHECKS: tuple[Rule, ...] = (_access_files, _hosts, _ports, _devices)
 _FILE_CHECKS: tuple[Rule, ...] = (
     _models,
     _adapter,

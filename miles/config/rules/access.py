@@ -4,10 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from miles.config.checks.addresses import is_loopback
+from miles.addresses import is_loopback, why_not_host
 from miles.config.rules.registry import needs, rule
 from miles.config.schema.faults import Fault
 from miles.config.schema.flat_settings import FlatSettings
+
+
+@rule
+def gateway_host_is_a_host(s: FlatSettings) -> Iterator[Fault]:
+    if (problem := why_not_host(s.gateway_host)) is not None:
+        yield Fault("gateway_host", s.gateway_host, problem, "give a name or address of this machine")
+        s.refuse("gateway_host")
 
 
 @rule
