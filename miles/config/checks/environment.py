@@ -9,7 +9,7 @@ import pathlib
 import socket
 from collections.abc import Iterator
 
-from miles.addresses import join_address, why_not_bindable
+from miles.addresses import join_address, why_not_bindable, why_not_host
 from miles.config.checks.device import visible_gpus
 from miles.config.checks.dotted_path import why_not_importable
 from miles.config.checks.engine_model import engine_faults
@@ -167,7 +167,9 @@ def _hosts(s: FlatSettings) -> Iterator[Fault]:
         if not s.is_valid(key) or (key == "gateway_host" and not s.gateway):
             continue
         host = getattr(s, key)
-        if (error := why_not_bindable(host, 0)) is not None:
+        if why_not_host(host) is not None:
+            s.refuse(key)  # a rule reports it
+        elif (error := why_not_bindable(host, 0)) is not None:
             s.refuse(key)
             unknown = isinstance(error, socket.gaierror)
             problem = "it cannot be resolved" if unknown else f"it cannot be listened on ({error.strerror})"

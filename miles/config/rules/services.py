@@ -33,7 +33,6 @@ def redis_url_is_an_address(s: FlatSettings) -> Iterator[Fault]:
 def host_is_a_host(s: FlatSettings) -> Iterator[Fault]:
     if (problem := why_not_host(s.host)) is not None:
         yield Fault("host", s.host, problem, "give a name or address of this machine")
-        s.refuse("host")
 
 
 @rule

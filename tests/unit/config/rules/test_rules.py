@@ -258,7 +258,7 @@ RULE_CASES: list[tuple[dict[str, Any], str]] = [
     ),
     (
         {**SGLANG, "rollout_external_engine_addrs": ["http://a:1"]},
-        "rollout_external_engine_addrs = http://a:1, but it begins with http://: leave that out; write it like host:30000",
+        "rollout_external_engine_addrs = http://a:1, but it begins with http://: leave that out",
     ),
     (
         {**SGLANG, "rollout_external_engine_addrs": ["a:1"], "rollout_num_workers": 2},
