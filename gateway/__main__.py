@@ -17,11 +17,13 @@ import uvicorn
 from miles.addresses import (
     address_argument,
     is_loopback,
+    is_taken,
     join_address,
     listen_argument,
     split_address,
     stands_for_every_interface,
 )
+from miles.certificates import why_not_pair
 from miles.gateway.app import create_app
 from miles.gateway.config_policy import resolved_roots
 from miles.gateway.connection import Connection
@@ -76,6 +78,10 @@ def options_of(flags: argparse.Namespace) -> GatewayOptions:
             f"--listen {flags.listen} is open to other machines, and there are no API keys; make one with "
             "`miles keys create NAME --keys-file FILE` and give --keys-file FILE, or listen on 127.0.0.1",
         )
+    if (flags.https_cert is None) != (flags.https_key is None):
+        raise ServiceExit(ExitCode.BAD_CONFIG, "--https-cert and --https-key go together: give both, or neither")
+    if flags.https_cert is not None and (problem := why_not_pair(flags.https_cert, flags.https_key)) is not None:
+        raise ServiceExit(ExitCode.BAD_CONFIG, f"--https-cert, --https-key: {problem}")
     if flags.keys_file is not None:
         try:
             KeyFile(pathlib.Path(flags.keys_file)).list()
@@ -156,8 +162,11 @@ def listening_socket(address: str) -> socket.socket:
             listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _UNREAD_MS)
         return listener
     except OSError as error:
-        problem = f"cannot listen on {address} ({error.strerror}); choose another port, or port 0 for any free one"
-        raise ServiceExit(ExitCode.PORT_IN_USE, problem) from error
+        if is_taken(error):
+            problem = f"cannot listen on {address}: the port is taken; choose another, or port 0 for any free one"
+            raise ServiceExit(ExitCode.PORT_IN_USE, problem) from error
+        problem = f"cannot listen on {address}: {error.strerror}; give another --listen"
+        raise ServiceExit(ExitCode.BAD_CONFIG, problem) from error
 
 
 def allow_many_connections() -> None:

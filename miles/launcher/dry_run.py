@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import shlex
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import yaml
@@ -15,6 +15,8 @@ from miles.config.job import JobConfig, examine, resolved
 from miles.config.schema.faults import ConfigError
 from miles.launcher.plan import ProcessPlan, plan_run
 from miles.precision.number_types import decide, slow_type, slowdown_key
+from miles.redis_url import without_password
+from miles.telemetry.redaction import REDACTED, redact, redact_config
 
 
 def checked_config(line: CommandLine) -> JobConfig:
@@ -32,9 +34,9 @@ def describe_run(config: JobConfig) -> str:
     plans = plan_run(config)
     external = {f"reward service {name}": address for name, address in config.reward.service_addresses.items()}
     if config.services.redis_url is not None:
-        external["redis"] = config.services.redis_url
+        external["redis"] = without_password(config.services.redis_url)
     document: dict[str, Any] = {
-        "processes": [_described(plan, plans) for plan in plans],
+        "processes": [_described(plan, plans, frozenset(config.train.train_env_vars)) for plan in plans],
         "number types": number_types_here(config),
     }
     if external:
@@ -64,11 +66,13 @@ def number_types_here(config: JobConfig) -> str:
     return "; ".join([str(types), *filter(None, warnings)])
 
 
-def _described(plan: ProcessPlan, plans: Sequence[ProcessPlan]) -> dict[str, Any]:
-    described: dict[str, Any] = {"name": plan.name, "command": shlex.join(plan.command)}
+def _described(plan: ProcessPlan, plans: Sequence[ProcessPlan], secret: Collection[str]) -> dict[str, Any]:
+    """Describe a process without the secrets in its command, environment and settings; `secret` names variables."""
+    described: dict[str, Any] = {"name": plan.name, "command": redact(shlex.join(plan.command))}
     if plan.environment:
-        described["environment"] = dict(plan.environment)
+        shown = redact_config(plan.environment)
+        described["environment"] = {name: REDACTED if name in secret else value for name, value in shown.items()}
     first = next(other for other in plans if other.config == plan.config)
     if plan.config:
-        described["config"] = dict(plan.config) if first is plan else f"as {first.name}"
+        described["config"] = redact_config(plan.config) if first is plan else f"as {first.name}"
     return described

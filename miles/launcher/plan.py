@@ -14,6 +14,7 @@ from miles.config.checks.device import visible_gpus
 from miles.config.job import JobConfig
 from miles.config.schema.catalog import catalog
 from miles.cores import THREADS_VARIABLE, share_of, usable_cores
+from miles.redis_url import REDIS_URL_VARIABLE
 
 UNKNOWN_ADDRESS = "(known once started)"
 """Placeholder for an address that is known only once its service has started."""
@@ -72,9 +73,10 @@ def plan_redis(config: JobConfig) -> ProcessPlan | None:
 
 def plan_controller(config: JobConfig, redis_url: str) -> ProcessPlan:
     """Plan the controller."""
-    arguments = ("--listen", _listen(config, "controller_port"), "--redis-url", redis_url)
+    arguments = ("--listen", _listen(config, "controller_port"))
     logs = ("--log-dir", f"{config.services.run_dir}/logs")
-    return _plan(config, "controller", "controller", (*_module("controller"), *logs, *arguments))
+    plan = _plan(config, "controller", "controller", (*_module("controller"), *logs, *arguments))
+    return dataclasses.replace(plan, environment={**plan.environment, REDIS_URL_VARIABLE: redis_url})
 
 
 def plan_gateway(config: JobConfig, controller: str) -> ProcessPlan | None:

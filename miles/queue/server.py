@@ -12,6 +12,7 @@ import subprocess
 import tempfile
 import time
 import types
+import urllib.parse
 from typing import BinaryIO, Literal
 
 import redis
@@ -80,7 +81,9 @@ class RedisServer:
     @property
     def url(self) -> str:
         """Address for `connect`; known once started."""
-        return f"redis://127.0.0.1:{self._port}/0" if self._tcp else f"unix://{self._socket_path}?db=0"
+        return (
+            f"redis://127.0.0.1:{self._port}/0" if self._tcp else f"unix://{urllib.parse.quote(self._socket_path)}?db=0"
+        )
 
     @property
     def pid(self) -> int | None:

@@ -114,8 +114,11 @@ async def serve(arguments: argparse.Namespace, ranks: Ranks, worker: RankWorker)
         stack.push_async_callback(_release_ranks, leader)  # last: even if the checkpoint fails, the other ranks wait
         stack.push_async_callback(servicer.close)
         stack.push_async_callback(server.stop, _STOP_GRACE_S)
-        tasks = [asyncio.create_task(leader.send_heartbeats(), name="heartbeats to the other ranks")]
-        if arguments.controller:
+        heartbeats = asyncio.create_task(leader.send_heartbeats(), name="heartbeats to the other ranks")
+        stack.callback(heartbeats.cancel)
+        if arguments.controller is None:
+            await asyncio.Event().wait()
+        else:
             attachment = WorkerAttachment(
                 arguments.controller,
                 worker_id=arguments.worker_id,
@@ -126,10 +129,7 @@ async def serve(arguments: argparse.Namespace, ranks: Ranks, worker: RankWorker)
                 num_gpus=ranks.count if worker.device.type == "cuda" else 0,
                 info={"ranks": ranks.count, "device": worker.device.type, **speed},
             )
-            tasks.append(asyncio.create_task(attachment.run(), name="controller attachment"))
-        for task in tasks:
-            stack.callback(task.cancel)
-        await asyncio.shield(server.wait_for_termination())  # once cancelled, it would make stop() fail too
+            await attachment.run()
 
 
 async def _release_ranks(leader: Leader) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
 import pathlib
 import sys
 
@@ -90,19 +89,18 @@ async def serve(arguments: argparse.Namespace) -> None:
     server, address = await start_server(register, arguments.listen, [SERVICE_NAME])
     print(f"listening on {address}", flush=True)
     try:
-        async with contextlib.AsyncExitStack() as stack:
-            if arguments.controller:
-                attachment = WorkerAttachment(
-                    arguments.controller,
-                    worker_id=arguments.worker_id,
-                    advertise=arguments.advertise,
-                    kind=controller_pb2.WORKER_KIND_WEIGHTSYNC,
-                    address=address,
-                    heartbeat=servicer.heartbeat,
-                )
-                task = asyncio.create_task(attachment.run(), name="controller attachment")
-                stack.callback(task.cancel)
-            await asyncio.shield(server.wait_for_termination())  # once cancelled, it would make stop() fail too
+        if arguments.controller is None:
+            await asyncio.Event().wait()
+            return
+        attachment = WorkerAttachment(
+            arguments.controller,
+            worker_id=arguments.worker_id,
+            advertise=arguments.advertise,
+            kind=controller_pb2.WORKER_KIND_WEIGHTSYNC,
+            address=address,
+            heartbeat=servicer.heartbeat,
+        )
+        await attachment.run()
     finally:
         servicer.close()
         await server.stop(_STOP_GRACE_S)

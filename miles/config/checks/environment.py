@@ -10,6 +10,7 @@ import socket
 from collections.abc import Iterator
 
 from miles.addresses import join_address, why_not_bindable, why_not_host
+from miles.certificates import why_not_authorities, why_not_pair
 from miles.config.checks.device import visible_gpus
 from miles.config.checks.dotted_path import why_not_importable
 from miles.config.checks.engine_model import engine_faults
@@ -202,6 +203,13 @@ def _access_files(s: FlatSettings) -> Iterator[Fault]:
     for path in s.gateway_allowed_root:
         if not os.path.isdir(path):
             yield Fault("gateway_allowed_root", path, "there is no such folder", "give a folder")
+    tls = {key: getattr(s, key) for key in ("tls_cert", "tls_key", "tls_ca")}
+    if any(path is not None and not os.access(path, os.R_OK) for path in tls.values()):
+        return
+    if s.tls_cert and s.tls_key and (problem := why_not_pair(s.tls_cert, s.tls_key)) is not None:
+        yield Fault("tls_key", s.tls_key, problem, "give a certificate and its own key, as PEM files")
+    if s.tls_ca and (problem := why_not_authorities(s.tls_ca)) is not None:
+        yield Fault("tls_ca", s.tls_ca, problem, "give a PEM file of certificates")
 
 
 def _devices(s: FlatSettings) -> Iterator[Fault]:

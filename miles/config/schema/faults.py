@@ -11,6 +11,8 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
+from miles.telemetry.redaction import redact_config
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Fault:
@@ -24,11 +26,16 @@ class Fault:
     def __str__(self) -> str:
         if self.value is None:
             return f"{self.field} is not set, and {self.problem}; {self.remedy}"
-        return f"{self.field} = {show(self.value)}, but {self.problem}; {self.remedy}"
+        return f"{self.field} = {show(self.shown_value)}, but {self.problem}; {self.remedy}"
+
+    @property
+    def shown_value(self) -> Any:
+        """The value without the secrets in it."""
+        return redact_config({self.field: self.value})[self.field]
 
     def to_json(self) -> dict[str, Any]:
         """Return the fault as a JSON object, for the REST API."""
-        return dataclasses.asdict(self)
+        return {**dataclasses.asdict(self), "value": self.shown_value}
 
 
 class ConfigError(ValueError):
