@@ -35,11 +35,13 @@ from miles.launcher.summary import CURVE_NAME, plot_reward, print_summary
 from miles.redis_url import without_password
 from miles.rpc import ExitCode, ServiceExit, connect
 from miles.rpc.gen import controller_pb2, controller_pb2_grpc, job_pb2
+from miles.standard_streams import outlive_readers
 from miles.tasks import cancelled_at_end
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a training job on this machine from command-line flags; return the exit code."""
+    outlive_readers()
     console = RunConsole()
     line = parse_command_line(sys.argv[1:] if arguments is None else arguments)
     if line.help:

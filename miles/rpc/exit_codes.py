@@ -28,6 +28,7 @@ class ExitCode(enum.IntEnum):
     RUN_DIR_BUSY = 33
     NOT_SAVED = 34
     INTERRUPTED = 130
+    OUTPUT_CLOSED = 141
 
 
 HELP: dict[ExitCode, str] = {
@@ -53,6 +54,7 @@ HELP: dict[ExitCode, str] = {
         "Stopped by Ctrl-C or SIGTERM, but the last steps could not be saved; the message says what hung. The same "
         "command resumes the run from its newest checkpoint."
     ),
+    ExitCode.OUTPUT_CLOSED: "Nobody reads the output any more.",
     ExitCode.INTERRUPTED: (
         "Stopped by Ctrl-C or SIGTERM, with the state saved unless a second one came; the same command resumes the run."
     ),

@@ -164,7 +164,7 @@ RULE_CASES: list[tuple[dict[str, Any], str]] = [
     ),
     ({"lora_rank": 8, "target_modules": "q_proj,"}, "target_modules = q_proj,, but it has an empty name"),
     ({"log_probs_chunk_size": 0}, "log_probs_chunk_size = 0, but it must be a number of rows"),
-    ({"train_env_vars": {"RANK": "0"}}, 'train_env_vars = {"RANK": "0"}, but RANK is set for each rank'),
+    ({"train_env_vars": {"RANK": "0"}}, 'train_env_vars = {"RANK": "[redacted]"}, but RANK is set for each rank'),
     ({"fp16": True, "train_dtype": "float32"}, "fp16 = true, but train_dtype = float32 says otherwise"),
     ({"min_lr": 1.0}, "min_lr = 1.0, but lr = 1e-06 is below it"),
     ({"lr_warmup_iters": 2, "lr_warmup_fraction": 0.1}, "lr_warmup_iters = 2, but lr_warmup_fraction = 0.1"),
