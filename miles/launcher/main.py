@@ -10,7 +10,7 @@ import os
 import pathlib
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import grpc.aio
 from rich.console import Console
@@ -31,13 +31,16 @@ from miles.launcher.stopping.interrupts import Interrupts, cancel_this_task
 from miles.launcher.stopping.stop_progress import RunSnapshot
 from miles.launcher.stopping.stop_run import stop_run
 from miles.launcher.summary import CURVE_NAME, plot_reward, print_summary
+from miles.redis_url import without_password
 from miles.rpc import ExitCode, ServiceExit, connect
 from miles.rpc.gen import controller_pb2, controller_pb2_grpc, job_pb2
+from miles.standard_streams import outlive_readers
 from miles.tasks import cancelled_at_end
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a training job on this machine from command-line flags; return the exit code."""
+    outlive_readers()
     console = RunConsole()
     line = parse_command_line(sys.argv[1:] if arguments is None else arguments)
     if line.help:
@@ -99,7 +102,7 @@ async def _run_job(
         stub = controller_pb2_grpc.ControllerServiceStub(channel)
         # A run folder has one job: the same command again resumes it, or shows how it ended.
         request = controller_pb2.SubmitJobRequest(
-            request_id=f"run:{config.services.name}", config_json=json.dumps(config.to_flat())
+            request_id=f"run:{config.services.name}", config_json=json.dumps(stored_settings(config))
         )
         try:
             submitted = await stub.SubmitJob(request, wait_for_ready=True, timeout=60.0)
@@ -129,6 +132,13 @@ async def _run_job(
                     job = task.result()
         stopped = job.state == job_pb2.JOB_STATE_STOPPED
         return _End(job, await client.describe_run() if stopped else None)
+
+
+def stored_settings(config: JobConfig) -> dict[str, Any]:
+    """Return the job's settings as they are stored and shown: the controller knows the password of Redis already."""
+    flat = config.to_flat()
+    url = flat["redis_url"]
+    return {**flat, "redis_url": None if url is None else without_password(url)}
 
 
 async def _stop_when_asked(

@@ -27,6 +27,7 @@ from miles.launcher.program import print_error, run_program
 from miles.launcher.run_on_cluster import run_on_cluster
 from miles.launcher.stopping.interrupts import Interrupts, cancel_this_task
 from miles.rpc.exit_codes import ExitCode
+from miles.standard_streams import outlive_readers
 
 SECTIONS = ("services", "cluster", "gateway", "tls")
 """Sections whose settings belong to services rather than to a job."""
@@ -42,6 +43,7 @@ _USAGE = (
 def main(arguments: Sequence[str] | None = None) -> int:
     """Serve until Ctrl-C or SIGTERM; return the exit code."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until there is something to stop
+    outlive_readers()
     console = RunConsole()
     line = parse_command_line(sys.argv[1:] if arguments is None else arguments)
     if line.help:

@@ -7,6 +7,7 @@ from miles.queue.client import connect, connect_async
 from miles.queue.errors import (
     MissingGroups,
     QueueFull,
+    RedisRefused,
     RedisStartError,
     RedisUnsuitable,
     UnreadableGroups,
@@ -27,6 +28,7 @@ __all__ = [
     "Outstanding",
     "PartialStore",
     "QueueFull",
+    "RedisRefused",
     "RedisServer",
     "RedisStartError",
     "RedisUnsuitable",

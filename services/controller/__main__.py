@@ -6,13 +6,16 @@ import argparse
 import asyncio
 import contextlib
 import logging
+import os
 import pathlib
 
 import grpc.aio
 import redis.exceptions
 
-from miles.queue import RedisUnsuitable, connect_async
+from miles.addresses import listen_argument
+from miles.queue import RedisRefused, RedisUnsuitable, connect_async
 from miles.queue.backpressure import TRANSIENT
+from miles.redis_url import REDIS_URL_VARIABLE, redis_url_argument
 from miles.rpc import ExitCode, ServiceExit, main, start_server
 from miles.rpc.gen.controller_pb2_grpc import add_ControllerServiceServicer_to_server
 from miles.rpc.gen.records_pb2_grpc import add_RecordsServiceServicer_to_server
@@ -31,19 +34,31 @@ logger = logging.getLogger(__name__)
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m miles.services.controller", description=__doc__)
-    parser.add_argument("--listen", default="127.0.0.1:50050", help="host:port to serve on; port 0 picks one")
-    parser.add_argument("--redis-url", required=True, help="redis:// or unix:// address of the job records and queues")
+    where = "host:port to serve on; port 0 picks one"
+    parser.add_argument("--listen", default="127.0.0.1:50050", type=listen_argument, help=where)
+    redis_help = (
+        "redis://, rediss:// or unix:// address of the job records and queues; default: $MILES_REDIS_URL, which keeps "
+        "a password out of the list of processes"
+    )
+    parser.add_argument(
+        "--redis-url", type=redis_url_argument, default=os.environ.get(REDIS_URL_VARIABLE), help=redis_help
+    )
     parser.add_argument(
         "--log-dir", type=pathlib.Path, help="folder of the services' logs; default: logs in each job's run folder"
     )
     parser.add_argument("--address-file", type=pathlib.Path, help="write the host:port served on to this file")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if arguments.redis_url is None:
+        parser.error(f"set {REDIS_URL_VARIABLE}, or give --redis-url")
+    return arguments
 
 
 async def serve(arguments: argparse.Namespace) -> None:
     """Serve until cancelled."""
     try:
         client = await connect_async(arguments.redis_url)
+    except RedisRefused as error:
+        raise ServiceExit(ExitCode.REDIS_REFUSED, str(error)) from error
     except RedisUnsuitable as error:
         raise ServiceExit(ExitCode.REDIS_UNSUITABLE, str(error)) from error
     except redis.exceptions.ConnectionError as error:

@@ -146,7 +146,7 @@ def test_files_that_cannot_be_read_are_named() -> None:
     files = TlsFiles.from_environment({CERT: "/none/c.pem", KEY: "/none/k.pem"})
     assert files is not None
     assert TlsFiles.from_environment(files.to_environment()) == files
-    with pytest.raises(ServiceExit, match=r"/none/k\.pem cannot be read"):
+    with pytest.raises(ServiceExit, match=r"/none/c\.pem cannot be read"):
         files.server_credentials()
     only_authority = TlsFiles.from_environment({CA: "/none/ca.pem"})
     assert only_authority is not None

@@ -10,6 +10,8 @@ import re
 import socket
 from collections.abc import Iterator
 
+from miles.addresses import join_address, why_not_bindable, why_not_host
+from miles.certificates import why_not_authorities, why_not_pair
 from miles.config.checks.device import visible_gpus
 from miles.config.checks.dotted_path import why_not_importable
 from miles.config.checks.engine_model import engine_faults
@@ -168,21 +170,36 @@ def _functions(s: FlatSettings) -> Iterator[Fault]:
                 yield Fault(key, path, problem, "check the name, and that its folder is on PYTHONPATH")
 
 
+def _hosts(s: FlatSettings) -> Iterator[Fault]:
+    for key in ("gateway_host", "host"):
+        if not s.is_valid(key) or (key == "gateway_host" and not s.gateway):
+            continue
+        host = getattr(s, key)
+        if why_not_host(host) is not None:
+            s.refuse(key)  # a rule reports it
+        elif (error := why_not_bindable(host, 0)) is not None:
+            s.refuse(key)
+            unknown = isinstance(error, socket.gaierror)
+            problem = "it cannot be resolved" if unknown else f"it cannot be listened on ({error.strerror})"
+            yield Fault(key, host, problem, "give a name or address of this machine")
+
+
 def _ports(s: FlatSettings) -> Iterator[Fault]:
-    try:
-        socket.getaddrinfo(s.host, None)
-    except OSError:
-        yield Fault("host", s.host, "it cannot be resolved", "give a name or address of this machine")
-        return
     wanted = [(key, getattr(s, key)) for key in ("controller_port", "weightsync_port", "trainer_port", "reward_port")]
     if s.rollout_port:
         beyond = min(s.rollout_port + s.rollout_num_workers, 65536)
         wanted += [("rollout_port", port) for port in range(s.rollout_port, beyond)]
     for key, port in wanted:
-        if port and (problem := _why_not_bindable(s.host, port)):
-            yield Fault(key, port, problem, "choose another one, or 0 for any free one")
-    if s.gateway and s.gateway_port and (problem := _why_not_bindable(s.gateway_host, s.gateway_port)):
-        yield Fault("gateway_port", s.gateway_port, problem, "choose another one, or 0 for any free one")
+        if port:
+            yield from _port(key, s.host, port)
+    if s.gateway and s.gateway_port:
+        yield from _port("gateway_port", s.gateway_host, s.gateway_port)
+
+
+def _port(key: str, host: str, port: int) -> Iterator[Fault]:
+    if (error := why_not_bindable(host, port)) is not None:
+        problem = f"{join_address(host, port)} cannot be listened on ({error.strerror})"
+        yield Fault(key, port, problem, "choose another one, or 0 for any free one")
 
 
 def _access_files(s: FlatSettings) -> Iterator[Fault]:
@@ -193,17 +210,13 @@ def _access_files(s: FlatSettings) -> Iterator[Fault]:
     for path in s.gateway_allowed_root:
         if not os.path.isdir(path):
             yield Fault("gateway_allowed_root", path, "there is no such folder", "give a folder")
-
-
-def _why_not_bindable(host: str, port: int) -> str | None:
-    family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    with socket.socket(family, kind, protocol) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a port in TIME_WAIT is free to a server
-        try:
-            probe.bind(address)
-        except OSError as error:
-            return f"{host}:{port} cannot be listened on ({error.strerror})"
-    return None
+    tls = {key: getattr(s, key) for key in ("tls_cert", "tls_key", "tls_ca")}
+    if any(path is not None and not os.access(path, os.R_OK) for path in tls.values()):
+        return
+    if s.tls_cert and s.tls_key and (problem := why_not_pair(s.tls_cert, s.tls_key)) is not None:
+        yield Fault("tls_key", s.tls_key, problem, "give a certificate and its own key, as PEM files")
+    if s.tls_ca and (problem := why_not_authorities(s.tls_ca)) is not None:
+        yield Fault("tls_ca", s.tls_ca, problem, "give a PEM file of certificates")
 
 
 def _devices(s: FlatSettings) -> Iterator[Fault]:
@@ -219,7 +232,7 @@ def _devices(s: FlatSettings) -> Iterator[Fault]:
         yield Fault("actor_num_gpus_per_node", wanted, f"this machine has {gpus}", f"set it to at most {gpus}")
 
 
-_DEPLOYMENT_CHECKS: tuple[Rule, ...] = (_access_files, _ports, _devices)
+_DEPLOYMENT_CHECKS: tuple[Rule, ...] = (_access_files, _hosts, _ports, _devices)
 _FILE_CHECKS: tuple[Rule, ...] = (
     _models,
     _adapter,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Literal
 
+from miles.addresses import why_not_address
 from miles.config.schema.section import Derived, DottedPath, Metavar, NonNegative, PositiveFloat, Section
 
 
@@ -49,11 +50,8 @@ class RewardConfig(Section):
 def parse_reward_service(spec: str) -> tuple[str, str]:
     """Split NAME=HOST:PORT into name and address. Raises ValueError that names the wrong part."""
     name, equals, address = spec.partition("=")
-    host, colon, port = address.rpartition(":")
     if not equals or not re.fullmatch(r"[\w.-]+", name):
         raise ValueError("it has no name before =")
-    if not colon or not host:
-        raise ValueError(f"{address or 'the address'} is not HOST:PORT")
-    if not port.isascii() or not port.isdigit() or not 0 < int(port) <= 65535:
-        raise ValueError(f"{port or 'the port'} is not a port from 1 to 65535")
+    if (problem := why_not_address(address)) is not None:
+        raise ValueError(problem)
     return name, address

@@ -173,12 +173,9 @@ def test_plans_carry_addresses_once_they_are_known() -> None:
         | {"controller_port": 7000, "rollout_port": 7100, "rollout_num_workers": 3, "rm_type": None}
         | {"custom_rm_path": "a.b", "group_rm": True, "train_env_vars": {"A": "1"}}
     ).resolve("cpu")
-    assert plan_controller(config, "redis://r").command[-4:] == (
-        "--listen",
-        "127.0.0.1:7000",
-        "--redis-url",
-        "redis://r",
-    )
+    controller = plan_controller(config, "redis://:secret@r")
+    assert controller.command[-2:] == ("--listen", "127.0.0.1:7000")
+    assert controller.environment["MILES_REDIS_URL"] == "redis://:secret@r"  # not in the list of processes
     plans = {plan.name: plan for plan in plan_workers(config, "c:1", master_port=77)}
     assert [plans[f"rollout-{i}"].command[4] for i in range(3)] == [f"127.0.0.1:{7100 + i}" for i in range(3)]
     assert all(plan.command[5:7] == ("--controller", "c:1") for plan in plans.values())
@@ -240,3 +237,18 @@ def test_importing_the_configuration_stays_light() -> None:
     program = "import sys, miles.config; print(*{'torch', 'transformers', 'redis', 'grpc', 'numpy'} & set(sys.modules))"
     ran = subprocess.run([sys.executable, "-c", program], check=True, timeout=60, capture_output=True, text=True)
     assert ran.stdout.strip() == ""
+
+
+def test_no_secret_is_in_the_dry_run_the_stored_job_or_a_fault() -> None:
+    from miles.config.schema.faults import Fault
+    from miles.launcher.dry_run import describe_run
+    from miles.launcher.main import stored_settings
+
+    given = {"redis_url": "redis://:hunter2@r:1/3", "train_env_vars": {"WANDB": "hunter2"}, "train_dtype": "float32"}
+    config = JobConfig.from_flat(MINIMAL | given | {"rollout_dtype": "float32"}).resolve("cpu")
+    assert "hunter2" not in describe_run(config)
+    assert stored_settings(config)["redis_url"] == "redis://r:1/3"
+    for key in ("redis_url", "train_env_vars"):
+        fault = Fault(key, given[key], "it is wrong", "correct it")
+        assert "hunter2" not in f"{fault} {fault.to_json()}"
+        assert "it is wrong" in str(fault)

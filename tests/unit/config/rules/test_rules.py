@@ -38,7 +38,7 @@ RULE_CASES: list[tuple[dict[str, Any], str]] = [
     ({"tls_mutual": True}, "tls_ca is not set, and tls_mutual must know whose certificates to accept"),
     ({"group_rm": True}, "group_rm = true, but rm_type = math scores samples one by one"),
     ({"reward_service": ["h:1"]}, "reward_service = h:1, but it has no name before ="),
-    ({"reward_service": ["a=h"]}, "reward_service = a=h, but h is not HOST:PORT"),
+    ({"reward_service": ["a=h"]}, "reward_service = a=h, but it has no port: write h:9000"),
     ({"reward_service": ["a=h:0"]}, "reward_service = a=h:0, but 0 is not a port from 1 to 65535"),
     ({"reward_service": ["a=h:1", "a=h:2"]}, "reward_service = a=h:2, but a is named twice"),
     ({"reward_service": ["default=h:1"]}, "reward_service = default=h:1, but rm_type is the default already"),
@@ -165,7 +165,7 @@ RULE_CASES: list[tuple[dict[str, Any], str]] = [
     ),
     ({"lora_rank": 8, "target_modules": "q_proj,"}, "target_modules = q_proj,, but it has an empty name"),
     ({"log_probs_chunk_size": 0}, "log_probs_chunk_size = 0, but it must be a number of rows"),
-    ({"train_env_vars": {"RANK": "0"}}, 'train_env_vars = {"RANK": "0"}, but RANK is set for each rank'),
+    ({"train_env_vars": {"RANK": "0"}}, 'train_env_vars = {"RANK": "[redacted]"}, but RANK is set for each rank'),
     ({"fp16": True, "train_dtype": "float32"}, "fp16 = true, but train_dtype = float32 says otherwise"),
     ({"min_lr": 1.0}, "min_lr = 1.0, but lr = 1e-06 is below it"),
     ({"lr_warmup_iters": 2, "lr_warmup_fraction": 0.1}, "lr_warmup_iters = 2, but lr_warmup_fraction = 0.1"),
@@ -283,6 +283,9 @@ RULE_CASES: list[tuple[dict[str, Any], str]] = [
         "sglang_speculative_accept_threshold_acc = 0.8, but below 1 drafts are accepted",
     ),
     ({"name": "a/b"}, "name = a/b, but the run's folder is named after it"),
+    ({"host": "127.0.0.1:5000"}, "host = 127.0.0.1:5000, but it has a port: leave :5000 out"),
+    ({"gateway_host": "http://localhost"}, "gateway_host = http://localhost, but it begins with http://"),
+    ({"redis_url": "redis://h:x"}, "redis_url = redis://h:x, but x is not a port from 1 to 65535"),
     ({"redis_url": "localhost:6379"}, "redis_url = localhost:6379, but it must begin with redis://"),
     ({"controller_port": 99, "reward_port": 99}, "reward_port = 99, but controller_port is the same"),
     (
@@ -312,7 +315,7 @@ RULE_CASES: list[tuple[dict[str, Any], str]] = [
     ),
     (
         {**SGLANG, "rollout_external_engine_addrs": ["http://a:1"]},
-        "rollout_external_engine_addrs = http://a:1, but it is no address; write it like host:30000",
+        "rollout_external_engine_addrs = http://a:1, but it begins with http://: leave that out",
     ),
     (
         {**SGLANG, "rollout_external_engine_addrs": ["a:1"], "rollout_num_workers": 2},
