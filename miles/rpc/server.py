@@ -17,6 +17,7 @@ from grpc_reflection.v1alpha import reflection
 from miles.rpc.exit_codes import ExitCode, ServiceExit
 from miles.rpc.tls import TlsFiles
 from miles.telemetry.redaction import RedactingFormatter
+from miles.threads import guard_threads
 
 logger = logging.getLogger(__name__)
 
@@ -72,8 +73,9 @@ async def run_until_signal(serve: Callable[[], Awaitable[None]]) -> None:
     With a process id in MILES_EXIT_WITH, the end of that process counts as a signal, so that a killed launcher leaves
     nothing running.
     """
-    task = asyncio.ensure_future(serve())
     loop = asyncio.get_running_loop()
+    guard_threads(loop)
+    task = asyncio.ensure_future(serve())
     asked_to_stop = False
 
     def stop() -> None:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from miles.cores import limit_threads
 from miles.rpc import ExitCode, WorkerAttachment, main, start_server
 from miles.rpc.advertise import add_advertise_flag
+from miles.tasks import until_end
 
 if TYPE_CHECKING:
     from miles.services.trainer.ranks.collective_calls import Ranks
@@ -124,7 +125,7 @@ async def serve(arguments: argparse.Namespace, ranks: Ranks, worker: RankWorker)
             tasks.append(asyncio.create_task(attachment.run(), name="controller attachment"))
         for task in tasks:
             stack.callback(task.cancel)
-        await asyncio.shield(server.wait_for_termination())  # once cancelled, it would make stop() fail too
+        await until_end(server.wait_for_termination(), *tasks)
 
 
 async def _release_ranks(leader: Leader) -> None:

@@ -16,6 +16,7 @@ from miles.rpc.gen import controller_pb2, weightsync_pb2_grpc
 from miles.services.weightsync.segments import default_directory
 from miles.services.weightsync.service import SERVICE_NAME, WeightSyncServicer
 from miles.services.weightsync.timing import PublicationLimits
+from miles.tasks import until_end
 
 _STOP_GRACE_S = 2.0
 
@@ -86,6 +87,7 @@ async def serve(arguments: argparse.Namespace) -> None:
     print(f"listening on {address}", flush=True)
     try:
         async with contextlib.AsyncExitStack() as stack:
+            tasks: list[asyncio.Task[None]] = []
             if arguments.controller:
                 attachment = WorkerAttachment(
                     arguments.controller,
@@ -97,7 +99,8 @@ async def serve(arguments: argparse.Namespace) -> None:
                 )
                 task = asyncio.create_task(attachment.run(), name="controller attachment")
                 stack.callback(task.cancel)
-            await asyncio.shield(server.wait_for_termination())  # once cancelled, it would make stop() fail too
+                tasks.append(task)
+            await until_end(server.wait_for_termination(), *tasks)
     finally:
         servicer.close()
         await server.stop(_STOP_GRACE_S)

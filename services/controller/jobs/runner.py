@@ -71,7 +71,7 @@ class JobRunner:
             state, reason = job_pb2.JOB_STATE_FAILED, str(error)
         except TRANSIENT:
             raise  # without Redis nothing can be recorded; the job is resumed once it is back
-        except Exception as error:
+        except Exception as error:  # whatever it is, the others of this controller go on
             logger.exception("job %s failed with an unexpected error", job.job_id)
             state, reason = job_pb2.JOB_STATE_FAILED, f"{type(error).__name__}: {error}"
         finally:

@@ -6,13 +6,14 @@ import functools
 import pathlib
 import shutil
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from typing import Any
 
 import torch.distributed as dist
 
 from miles.services.trainer.checkpoint.errors import writing
 from miles.services.trainer.checkpoint.record import CheckpointRecord, complete
+from miles.threads import Threads
 
 
 class Saving:
@@ -77,7 +78,7 @@ def _on_first_rank(act: Callable[[], None]) -> None:
 
 def in_thread(write: Callable[[], Any]) -> Future[Any]:
     """Run a function in a thread of its own."""
-    pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+    pool = Threads(1, thread_name_prefix="checkpoint")
     written = pool.submit(write)
     pool.shutdown(wait=False)
     return written
