@@ -23,6 +23,7 @@ from miles.launcher.console import LogLines, RunConsole, help_width
 from miles.launcher.drill.drill import Drill, drill_of, recovery_table
 from miles.launcher.dry_run import checked_config, describe_run
 from miles.launcher.job_client import EXIT_CODES, JobClient
+from miles.launcher.job_words import end_words, resumption
 from miles.launcher.plan import tls_environment
 from miles.launcher.program import print_error, run_program
 from miles.launcher.run_on_cluster import run_on_cluster
@@ -93,6 +94,8 @@ class _End:
     job: job_pb2.Job
     snapshot: RunSnapshot | None = None
     """State of a run that was stopped; None when it was not, or when the controller does not answer."""
+    not_applied: Sequence[str] = ()
+    """Settings that differ from those with which the job had ended before."""
 
 
 async def _run_job(
@@ -112,10 +115,10 @@ async def _run_job(
         interrupts.on_first = asked.set
         job: job_pb2.Job = submitted.job
         client = JobClient(stub, job.job_id)
-        if not submitted.created:
-            console.print(f"job {job.job_id} exists in this run folder; resuming it")
+        if (words := resumption(submitted)) is not None:
+            console.print(words, markup=False, soft_wrap=True)
         if job.state == job_pb2.JOB_STATE_SUCCEEDED:
-            return _End(job)
+            return _End(job, not_applied=list(submitted.changes))
         with RunView(console) as view:
 
             def show(event: job_pb2.JobEvent, num_rollout: int) -> None:
@@ -151,6 +154,11 @@ async def _stop_when_asked(
 def _report(end: _End, run_dir: pathlib.Path, console: Console) -> ExitCode:
     job = end.job
     code = EXIT_CODES[job.state]
+    if end.not_applied:
+        problem = f"the run in {run_dir} has taken all of its {job.policy_version} steps, with other settings"
+        remedy = f"raise num_rollout above {job.policy_version} to go on with the new ones, or choose another name"
+        console.print(f"{problem} ({', '.join(end.not_applied)}); {remedy}", style="red", markup=False, soft_wrap=True)
+        return ExitCode.BAD_CONFIG
     if code is ExitCode.OK:
         plot_reward(run_dir / "metrics.jsonl", run_dir / CURVE_NAME)
         print_summary(console, json.loads(job.summary_json), run_dir)
@@ -162,7 +170,6 @@ def _report(end: _End, run_dir: pathlib.Path, console: Console) -> ExitCode:
     elif code is ExitCode.INTERRUPTED:
         console.print(f"stopped at step {job.policy_version}; the same command resumes the run in {run_dir}")
     else:
-        state = job_pb2.JobState.Name(job.state).removeprefix("JOB_STATE_").lower()
-        console.print(f"the job has {state}: {job.error}", style="red", markup=False, soft_wrap=True)
+        console.print(end_words(job), style="red", markup=False, soft_wrap=True)
         console.print(f"logs: {run_dir / 'logs'}", soft_wrap=True)
     return code

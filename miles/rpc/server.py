@@ -19,6 +19,7 @@ from miles.rpc.exit_codes import ExitCode, ServiceExit
 from miles.rpc.tls import TlsFiles
 from miles.standard_streams import outlive_readers
 from miles.telemetry.redaction import RedactingFormatter
+from miles.threads import guard_threads
 
 logger = logging.getLogger(__name__)
 
@@ -82,8 +83,9 @@ async def run_until_signal(serve: Callable[[], Awaitable[None]]) -> None:
     With a process id in MILES_EXIT_WITH, the end of that process counts as a signal, so that a killed launcher leaves
     nothing running.
     """
-    task = asyncio.ensure_future(serve())
     loop = asyncio.get_running_loop()
+    guard_threads(loop)
+    task = asyncio.ensure_future(serve())
     asked_to_stop = False
 
     def stop() -> None:

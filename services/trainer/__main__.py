@@ -17,6 +17,7 @@ from miles.addresses import address_argument, listen_argument
 from miles.cores import limit_threads
 from miles.rpc import ExitCode, WorkerAttachment, main, start_server
 from miles.rpc.advertise import add_advertise_flag
+from miles.tasks import until_end
 
 if TYPE_CHECKING:
     from miles.services.trainer.ranks.collective_calls import Ranks
@@ -114,11 +115,8 @@ async def serve(arguments: argparse.Namespace, ranks: Ranks, worker: RankWorker)
         stack.push_async_callback(_release_ranks, leader)  # last: even if the checkpoint fails, the other ranks wait
         stack.push_async_callback(servicer.close)
         stack.push_async_callback(server.stop, _STOP_GRACE_S)
-        heartbeats = asyncio.create_task(leader.send_heartbeats(), name="heartbeats to the other ranks")
-        stack.callback(heartbeats.cancel)
-        if arguments.controller is None:
-            await asyncio.Event().wait()
-        else:
+        tasks = [asyncio.create_task(leader.send_heartbeats(), name="heartbeats to the other ranks")]
+        if arguments.controller:
             attachment = WorkerAttachment(
                 arguments.controller,
                 worker_id=arguments.worker_id,
@@ -129,7 +127,10 @@ async def serve(arguments: argparse.Namespace, ranks: Ranks, worker: RankWorker)
                 num_gpus=ranks.count if worker.device.type == "cuda" else 0,
                 info={"ranks": ranks.count, "device": worker.device.type, **speed},
             )
-            await attachment.run()
+            tasks.append(asyncio.create_task(attachment.run(), name="controller attachment"))
+        for task in tasks:
+            stack.callback(task.cancel)
+        await until_end(server.wait_for_termination(), *tasks)
 
 
 async def _release_ranks(leader: Leader) -> None:

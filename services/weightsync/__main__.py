@@ -16,6 +16,7 @@ from miles.rpc.gen import controller_pb2, weightsync_pb2_grpc
 from miles.services.weightsync.segments import default_directory
 from miles.services.weightsync.service import SERVICE_NAME, WeightSyncServicer
 from miles.services.weightsync.timing import PublicationLimits
+from miles.tasks import until_end
 
 _STOP_GRACE_S = 2.0
 
@@ -89,18 +90,21 @@ async def serve(arguments: argparse.Namespace) -> None:
     server, address = await start_server(register, arguments.listen, [SERVICE_NAME])
     print(f"listening on {address}", flush=True)
     try:
-        if arguments.controller is None:
-            await asyncio.Event().wait()
-            return
-        attachment = WorkerAttachment(
-            arguments.controller,
-            worker_id=arguments.worker_id,
-            advertise=arguments.advertise,
-            kind=controller_pb2.WORKER_KIND_WEIGHTSYNC,
-            address=address,
-            heartbeat=servicer.heartbeat,
-        )
-        await attachment.run()
+        async with contextlib.AsyncExitStack() as stack:
+            tasks: list[asyncio.Task[None]] = []
+            if arguments.controller:
+                attachment = WorkerAttachment(
+                    arguments.controller,
+                    worker_id=arguments.worker_id,
+                    advertise=arguments.advertise,
+                    kind=controller_pb2.WORKER_KIND_WEIGHTSYNC,
+                    address=address,
+                    heartbeat=servicer.heartbeat,
+                )
+                task = asyncio.create_task(attachment.run(), name="controller attachment")
+                stack.callback(task.cancel)
+                tasks.append(task)
+            await until_end(server.wait_for_termination(), *tasks)
     finally:
         servicer.close()
         await server.stop(_STOP_GRACE_S)

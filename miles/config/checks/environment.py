@@ -12,6 +12,7 @@ from collections.abc import Iterator
 
 from miles.addresses import join_address, why_not_bindable, why_not_host
 from miles.certificates import why_not_authorities, why_not_pair
+from miles.checkpoint_folder import NoCheckpointError, newest, same_folder, to_load
 from miles.config.checks.device import visible_gpus
 from miles.config.checks.dotted_path import why_not_importable
 from miles.config.checks.engine_model import engine_faults
@@ -147,8 +148,7 @@ def _columns(key: str, path: pathlib.Path, input_key: str, label_key: str | None
 
 
 def _folders(s: FlatSettings) -> Iterator[Fault]:
-    if s.load is not None and not os.path.isdir(s.load):
-        yield Fault("load", s.load, "there is no such folder", "give a folder of checkpoints, or leave it out")
+    yield from _checkpoint_to_load(s)
     for key in ("run_dir", "save", "save_hf"):
         path = getattr(s, key)
         if path is None:
@@ -159,6 +159,21 @@ def _folders(s: FlatSettings) -> Iterator[Fault]:
             yield Fault(key, path, f"{existing} is not a folder", "choose another place")
         elif not os.access(existing, os.W_OK | os.X_OK):
             yield Fault(key, path, f"{existing} is not writable", "choose another place")
+
+
+def _checkpoint_to_load(s: FlatSettings) -> Iterator[Fault]:
+    if s.load is None:
+        return
+    load, own = pathlib.Path(s.load), pathlib.Path(s.save or pathlib.Path(s.run_dir or ".") / "checkpoints")
+    try:
+        if not same_folder(load, own) and newest(own).checkpoint is None:
+            to_load(load)
+        elif load.exists() and not load.is_dir():
+            yield Fault("load", s.load, "it is a file", "give a folder of checkpoints, or leave it out")
+    except NoCheckpointError as error:
+        yield Fault("load", s.load, error.problem, error.remedy)
+    except OSError as error:
+        yield Fault("load", s.load, f"it cannot be read ({error})", "check its permissions")
 
 
 def _functions(s: FlatSettings) -> Iterator[Fault]:

@@ -8,22 +8,14 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from miles.checkpoint_folder import RECORD_FILE, step_of
 from miles.rpc.gen import records_pb2
 from miles.services.controller.errors import NotFoundError
 
 CHUNK_BYTES = 1 << 20
-_STATE_FOLDER = re.compile(r"step_(\d{8,})")
-_STATE_RECORD = "trainer.json"
-"""Written last: a folder that has it is complete."""
 _EXPORT_RECORD = "config.json"
 _STEP = "{rollout_id}"
 """Stands for the step in the setting save_hf."""
-
-
-def step_of(folder: str) -> int | None:
-    """Return the training steps that a checkpoint covers, by its folder's name; None for another folder."""
-    match = _STATE_FOLDER.fullmatch(pathlib.Path(folder).name)
-    return None if match is None else int(match[1])
 
 
 class UnknownFileError(NotFoundError):
@@ -48,7 +40,7 @@ class CheckpointFiles:
         for step, folder in self._state_folders():
             checkpoint = found.setdefault(step, records_pb2.Checkpoint(step=step))
             checkpoint.state_bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-            checkpoint.saved_unix_ns = (folder / _STATE_RECORD).stat().st_mtime_ns
+            checkpoint.saved_unix_ns = (folder / RECORD_FILE).stat().st_mtime_ns
         for step, folder in self._export_folders():
             checkpoint = found.setdefault(step, records_pb2.Checkpoint(step=step))
             checkpoint.hf_files.extend(_files(folder))
@@ -67,9 +59,9 @@ class CheckpointFiles:
         if not self._states.is_dir():
             return
         for path in self._states.iterdir():
-            match = _STATE_FOLDER.fullmatch(path.name)
-            if match and (path / _STATE_RECORD).is_file():
-                yield int(match[1]), path
+            step = step_of(path)
+            if step is not None and (path / RECORD_FILE).is_file():
+                yield step, path
 
     def _export_folders(self) -> Iterator[tuple[int, pathlib.Path]]:
         parts = self._export_template.split(_STEP)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 from collections.abc import AsyncIterable, Coroutine, Sequence
 from typing import Any, TypeVar
@@ -71,6 +72,7 @@ class TrainerClient:
             redis_url=self._context.redis_url,
             weightsync_address=self._weightsync_address,
             run_dir=str(self._context.run_dir),
+            data_json=json.dumps(self._context.data),
         )
         messages: AsyncIterable[trainer_pb2.TrainerStartJobResponse] = self._stub.StartJob(request)
         async for message in stream(messages, "trainer start", deadlines.START_JOB_SILENCE_S):

@@ -10,13 +10,13 @@ import pathlib
 
 import redis.asyncio
 
+from miles.checkpoint_folder import step_of
 from miles.config import ConfigError, JobConfig
 from miles.data import DataError, PromptSource, eval_sources, train_source
 from miles.data.template import load_tokenizer
 from miles.queue import GroupQueue
 from miles.queue.backpressure import TRANSIENT
 from miles.rpc.gen import job_pb2
-from miles.services.controller.artifacts.checkpoints import step_of
 from miles.services.controller.artifacts.log_spans import LogSpans
 from miles.services.controller.clients.calls import WorkerFailedError, WorkerLostError
 from miles.services.controller.jobs.context import JobContext
@@ -71,7 +71,7 @@ class JobRunner:
             state, reason = job_pb2.JOB_STATE_FAILED, str(error)
         except TRANSIENT:
             raise  # without Redis nothing can be recorded; the job is resumed once it is back
-        except Exception as error:
+        except Exception as error:  # whatever it is, the others of this controller go on
             logger.exception("job %s failed with an unexpected error", job.job_id)
             state, reason = job_pb2.JOB_STATE_FAILED, f"{type(error).__name__}: {error}"
         finally:
@@ -90,11 +90,13 @@ class JobRunner:
                 f"{context.config.data.rollout_batch_size}; lower rollout_batch_size or raise num_epoch"
             )
         # The number of steps fixes the learning-rate schedule, so every worker must know it.
-        context = dataclasses.replace(context, config=context.config.replace(num_rollout=num_rollout))
+        config = context.config.replace(num_rollout=num_rollout)
+        context = dataclasses.replace(context, config=config, data=prompts.identity())
         history.job.num_rollout = num_rollout
         await history.save()
         queue = GroupQueue(self._redis, context.job_id, consumer="controller")
         try:
+            await queue.reopen(self._registry.first_lease_number)
             setup = RunSetup(context, history, controls, self._registry, queue, prompts, eval_sets)
             self.status = setup.status
             await run_to_end(setup)

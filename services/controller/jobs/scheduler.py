@@ -12,8 +12,8 @@ import logging
 import time
 from typing import Any
 
+from miles.checkpoint_folder import step_of
 from miles.rpc.gen import controller_pb2, job_pb2
-from miles.services.controller.artifacts.checkpoints import step_of
 from miles.services.controller.clients import deadlines
 from miles.services.controller.errors import ConflictError, NotPossibleNowError
 from miles.services.controller.jobs.controls import JobControls

@@ -28,6 +28,7 @@ async def run_to_end(setup: RunSetup) -> None:
     """Run until every step is done; raises what the user asked for, or what went wrong for good."""
     run = await setup.connect()
     dispatching = asyncio.create_task(run.dispatcher.run())
+    run.alerts.watch(dispatching)
     try:
         await _run_with_recoveries(run)
     finally:

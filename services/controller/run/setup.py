@@ -114,6 +114,7 @@ class RunSetup:
             publications=PublicationSchedule(config, last, publisher, evaluations, status),
             evaluations=evaluations,
             checkpoints=Checkpoints(config, history, self._controls, status, clock, activities, report, rollouts),
+            prompts=self._prompts,
         )
 
     async def _choose_number_types(self) -> None:

@@ -17,8 +17,8 @@ from trainer_cases import (
     write_moe_model,
 )
 
+from miles.checkpoint_folder import folder_name
 from miles.services.trainer.backends.fsdp.backend import FsdpBackend
-from miles.services.trainer.checkpoint.record import folder_name
 from miles.types import SampleGroup, SampleStatus
 
 pytestmark = pytest.mark.usefixtures("process_group")
