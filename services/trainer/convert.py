@@ -15,6 +15,8 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from miles.ownership.contents import names_in
+
 if TYPE_CHECKING:
     from miles.config import JobConfig
     from miles.services.trainer.backends.megatron.model.build_model import MegatronModel
@@ -29,6 +31,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     from miles.services.trainer.ranks.process_group import join
 
+    options.save = options.save.resolve()
+    try:
+        require_empty(options.save)  # on every rank before the first one can write
+        require_empty(_partial(options.save))
+    except ValueError as error:
+        print(f"miles convert: {error}", file=sys.stderr)
+        return 1
     join(options.device, None, 30)
     try:
         if options.direction == "hf-to-dist":
@@ -60,7 +69,8 @@ def dist_to_hf(config: JobConfig, source: pathlib.Path, directory: pathlib.Path)
 
     Tensors of the model's folder that are not converted, e.g. MTP layers, are copied.
     """
-    from miles.services.trainer.backends.base import replace_folder
+    import torch.distributed as dist
+
     from miles.services.trainer.backends.megatron.checkpoint import torch_dist
     from miles.services.trainer.backends.megatron.export import Exporter
     from miles.services.trainer.checkpoint.hf_files import write_hf_checkpoint
@@ -77,9 +87,22 @@ def dist_to_hf(config: JobConfig, source: pathlib.Path, directory: pathlib.Path)
     source_folder = pathlib.Path(str(config.rollout.hf_checkpoint))
     tensors = read_model_tensors(source_folder)
     exporter = Exporter(model, tensors, out_type)
-    replace_folder(
-        directory, lambda new: write_hf_checkpoint(new, source_folder, tensors, exporter.tensors(), out_type)
-    )
+    partial = _partial(directory)
+    write_hf_checkpoint(partial, source_folder, tensors, exporter.tensors(), out_type)
+    if dist.get_rank() == 0:
+        partial.rename(directory)
+    dist.barrier()
+
+
+def require_empty(directory: pathlib.Path) -> None:
+    """Raise ValueError unless a conversion can be written to a folder without touching what is there."""
+    if directory.exists() and (not directory.is_dir() or names_in(directory)):
+        raise ValueError(f"{directory} exists already; give a folder that is empty or does not exist yet, or remove it")
+
+
+def _partial(directory: pathlib.Path) -> pathlib.Path:
+    """Where a folder is written before it gets its name."""
+    return directory.with_name(f".{directory.name}.miles-partial")
 
 
 def _model(config: JobConfig) -> MegatronModel:

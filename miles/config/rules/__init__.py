@@ -3,7 +3,7 @@
 They look at settings alone; `checks` looks at the machine. Start at `registry`.
 """
 
-from miles.config.rules import access, algorithm, asynchrony, data, engine, lora, megatron, services, train
+from miles.config.rules import access, algorithm, asynchrony, data, engine, lora, megatron, paths, services, train
 from miles.config.rules.registry import RULES, Rule, check
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "engine",
     "lora",
     "megatron",
+    "paths",
     "services",
     "train",
 ]

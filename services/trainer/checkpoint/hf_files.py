@@ -10,6 +10,7 @@ from collections.abc import Iterable
 import torch
 import torch.distributed as dist
 
+from miles.ownership import owner_file
 from miles.weights.naming.model_tensors import ModelTensors, shared_by_mtp
 
 SHARD_BYTES = 5 * 10**9
@@ -25,7 +26,7 @@ def write_hf_checkpoint(
     dtype: torch.dtype,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Write `tensors` beside copies of `source`'s config and tokenizer; collective, rank 0 writes.
+    """Write `tensors` beside copies of `source`'s config and tokenizer to a new folder; collective, rank 0 writes.
 
     `tensors` are those of `model`, which `source` holds too, in the checkpoint form and of weights in `dtype`. What
     `source` has beyond them, e.g. MTP layers that the trainer left out, is copied in that type.
@@ -33,10 +34,9 @@ def write_hf_checkpoint(
     copies = _copies(source, model)
     writer = _Writer(directory, shard_bytes) if dist.get_rank() == 0 else None
     if writer is not None:
-        shutil.rmtree(directory, ignore_errors=True)
-        directory.mkdir(parents=True)
+        directory.mkdir(parents=True, exist_ok=True)
         for path in source.iterdir():
-            if path.is_file() and not path.name.endswith(_WEIGHTS):
+            if path.is_file() and not path.name.endswith(_WEIGHTS) and path.name != owner_file.NAME:
                 shutil.copyfile(path, directory / path.name)
         _set_dtype(directory / "config.json", dtype)
     for name, tensor in tensors:  # gathering is collective
