@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import os
+import pathlib
 import stat
+from typing import BinaryIO, TextIO
 
 
 def regular(path: str, flags: int) -> int:
@@ -14,3 +16,24 @@ def regular(path: str, flags: int) -> int:
         os.close(descriptor)
         raise OSError(errno.EINVAL, "it is not a regular file", path)
     return descriptor
+
+
+def open_to_append(path: pathlib.Path) -> TextIO:
+    """Open a text file to append to it; makes it. Raises OSError."""
+    return open(path, "a", encoding="utf-8", opener=regular)
+
+
+def open_to_read(path: pathlib.Path) -> BinaryIO:
+    """Open a file to read its bytes. Raises OSError."""
+    return open(path, "rb", opener=regular)
+
+
+def replace_file(path: pathlib.Path, text: str) -> None:
+    """Write a file that is complete or the old one, also after a power cut. Raises OSError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".tmp")
+    with open(partial, "w", encoding="utf-8", opener=regular) as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)

@@ -11,6 +11,7 @@ _PERMANENT = frozenset(
         ExitCode.BAD_CONFIG,
         ExitCode.PORT_IN_USE,
         ExitCode.REDIS_UNSUITABLE,
+        ExitCode.REDIS_IN_USE,
         ExitCode.MODEL_UNUSABLE,
         ExitCode.DATA_UNUSABLE,
     }

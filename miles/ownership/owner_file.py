@@ -15,7 +15,7 @@ import socket
 import uuid
 from typing import Literal, get_args
 
-from miles.regular_files import regular
+from miles.regular_files import open_to_read
 
 NAME = ".miles-owner.json"
 FORMAT = 1
@@ -66,7 +66,7 @@ def read_owner(folder: pathlib.Path) -> Owner | None:
     """Return whose a folder is; None when it does not say. Raises FolderTakenError when that cannot be read."""
     path = folder / NAME
     try:
-        with open(path, "rb", opener=regular) as file:
+        with open_to_read(path) as file:
             data = json.loads(file.read(_MAX_BYTES))
         if data["format"] != FORMAT:
             raise ValueError(f"its format is {data['format']!r}, and {FORMAT} is known")
@@ -113,3 +113,9 @@ def run_of(run_dir: pathlib.Path, job_id: str = "") -> Owner:
     if owner.kind != "run":
         raise FolderTakenError(f"run_dir = {run_dir}, but that is {owner}; choose another run_dir")
     return owner
+
+
+def mark_services(folder: pathlib.Path) -> None:
+    """Mark a folder as that of services, so that no job takes it as its run folder; one that is marked stays so."""
+    if read_owner(folder) is None:
+        write_owner(folder, new_owner("services", uuid.uuid4().hex, folder))

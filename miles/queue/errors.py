@@ -7,6 +7,10 @@ class RedisUnsuitable(RuntimeError):
     """The server answers but cannot hold the queue without losing groups."""
 
 
+class RedisInUse(RuntimeError):
+    """Another controller holds this Redis."""
+
+
 class RedisStartError(RuntimeError):
     """The bundled server did not start or did not stop."""
 

@@ -17,6 +17,7 @@ class ExitCode(enum.IntEnum):
     CONTROLLER_UNREACHABLE = 13
     GATEWAY_UNREACHABLE = 14
     REFUSED = 15
+    REDIS_IN_USE = 16
     MODEL_UNUSABLE = 20
     DATA_UNUSABLE = 21
     WORKER_FAILED = 30
@@ -37,12 +38,13 @@ HELP: dict[ExitCode, str] = {
     ExitCode.CONTROLLER_UNREACHABLE: "The controller does not answer; check its address and log.",
     ExitCode.GATEWAY_UNREACHABLE: "The gateway does not answer; check --url and that it runs.",
     ExitCode.REFUSED: "The gateway refused the request; the message says what to do.",
+    ExitCode.REDIS_IN_USE: "Another controller uses this Redis; stop it, or give each a server or database of its own.",
     ExitCode.MODEL_UNUSABLE: "The model folder is missing or incomplete; see the message for what is missing.",
     ExitCode.DATA_UNUSABLE: "The prompt data cannot be used; see the message for the file and line.",
     ExitCode.WORKER_FAILED: "A service kept failing and was not restarted any more; its log says why.",
     ExitCode.JOB_FAILED: "The job ended with an error; the message and the logs say why.",
     ExitCode.JOB_CANCELLED: "The job was cancelled.",
-    ExitCode.RUN_DIR_BUSY: "Another process is running in the same run folder; stop it or choose another --name.",
+    ExitCode.RUN_DIR_BUSY: "Another run has the run folder, save or save_hf; stop it or choose another folder.",
     ExitCode.NOT_SAVED: (
         "Stopped by Ctrl-C or SIGTERM, but the last steps could not be saved; the message says what hung. The same "
         "command resumes the run from its newest checkpoint."

@@ -53,7 +53,9 @@ class ControllerServicer(controller_pb2_grpc.ControllerServiceServicer):
             config = JobConfig.from_json(request.config_json).resolve()
             flat = config.to_flat()
             record = new_job(flat, config.data.num_rollout or 0, request.submitted_by)
-            job, created = await self._store.submit(record, request.request_id)
+            job, created = await self._store.submit(record, request.request_id, is_run=not request.only_new)
+            if created is False and job.state in RESUMABLE and not request.only_new:
+                await self._store.refuse_shared(record)
         differs = json.loads(job.config_json) != json.loads(json.dumps(flat))
         if job.state in RESUMABLE and not created and not request.only_new:
             # Submitting an interrupted job again resumes it from its newest checkpoint.

@@ -8,6 +8,8 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from miles.ownership import owner_file
+from miles.ownership.place import STEP, stepless
 from miles.rpc.gen import records_pb2
 from miles.services.controller.errors import NotFoundError
 
@@ -16,8 +18,6 @@ _STATE_FOLDER = re.compile(r"step_(\d{8,})")
 _STATE_RECORD = "trainer.json"
 """Written last: a folder that has it is complete."""
 _EXPORT_RECORD = "config.json"
-_STEP = "{rollout_id}"
-"""Stands for the step in the setting save_hf."""
 
 
 def step_of(folder: str) -> int | None:
@@ -40,7 +40,8 @@ class CheckpointFiles:
         """`settings` is the job's flat configuration."""
         run_dir = pathlib.Path(settings["run_dir"])
         self._states = pathlib.Path(settings.get("save") or run_dir / "checkpoints")
-        self._export_template = settings.get("save_hf") or str(run_dir / "hf" / _STEP)
+        save_hf = settings.get("save_hf")
+        self._export_template = stepless(save_hf) if save_hf else str(run_dir / "hf" / STEP)
 
     def find(self) -> list[records_pb2.Checkpoint]:
         """Return every checkpoint, newest first."""
@@ -72,7 +73,7 @@ class CheckpointFiles:
                 yield int(match[1]), path
 
     def _export_folders(self) -> Iterator[tuple[int, pathlib.Path]]:
-        parts = self._export_template.split(_STEP)
+        parts = self._export_template.split(STEP)
         if len(parts) == 1:
             return  # every export replaces the one before; its step is not written anywhere
         pattern = "*".join(glob.escape(part) for part in parts)
@@ -89,7 +90,7 @@ def _files(folder: pathlib.Path) -> list[records_pb2.ExportFile]:
     return [
         records_pb2.ExportFile(name=path.name, size_bytes=path.stat().st_size)
         for path in sorted(folder.iterdir())
-        if path.is_file() and not path.is_symlink()
+        if path.is_file() and not path.is_symlink() and path.name != owner_file.NAME
     ]
 
 
