@@ -10,6 +10,7 @@ import grpc
 import grpc.aio
 
 from miles.config import JobConfig
+from miles.ownership.overlap import OUTPUTS
 from miles.rpc import abort
 from miles.rpc.gen import controller_pb2, controller_pb2_grpc, job_pb2, weightsync_pb2
 from miles.services.controller.clients.weightsync import WeightSyncClient
@@ -34,6 +35,9 @@ class ControllerServicer(controller_pb2_grpc.ControllerServiceServicer):
         self, request: controller_pb2.CheckConfigRequest, context: grpc.aio.ServicerContext
     ) -> controller_pb2.CheckConfigResponse:
         faults = await asyncio.to_thread(check_config, request.config_json, frozenset(request.refused_keys))
+        if any(fault.field in OUTPUTS for fault in faults):
+            async with ending_call(context):  # that a job writes there now says more than whose the folder is
+                await self._store.refuse_shared(job_pb2.Job(config_json=request.config_json), but_its_own=True)
         return controller_pb2.CheckConfigResponse(
             faults=[
                 controller_pb2.ConfigFault(

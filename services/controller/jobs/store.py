@@ -131,10 +131,14 @@ class JobStore:
                 await asyncio.to_thread(refuse_earlier, job)
             return await self._store_new(job, "" if is_run else request_id)
 
-    async def refuse_shared(self, job: job_pb2.Job) -> None:
-        """Raise SharedFolderError when a job that has not ended has an output folder in common with this one."""
-        if _run_dir(job):
-            await asyncio.to_thread(refuse_shared, job, await self.live())
+    async def refuse_shared(self, job: job_pb2.Job, *, but_its_own: bool = False) -> None:
+        """Raise SharedFolderError when a job that has not ended has an output folder in common with this one.
+
+        `but_its_own` leaves out one in the same run folder: it may be this job, submitted before.
+        """
+        if own := _run_dir(job):
+            live = [other for other in await self.live() if not (but_its_own and _run_dir(other) == own)]
+            await asyncio.to_thread(refuse_shared, job, live)
 
     async def live(self) -> list[job_pb2.Job]:
         """Return every job that has not ended."""
@@ -280,7 +284,7 @@ class JobStore:
 def _run_dir(job: job_pb2.Job) -> str:
     """Absolute path of the job's run folder, without links; empty when the record names none."""
     run_dir = json.loads(job.config_json).get("run_dir")
-    return os.path.realpath(run_dir) if run_dir else ""
+    return os.path.realpath(run_dir) if isinstance(run_dir, str) and run_dir and "\0" not in run_dir else ""
 
 
 def check_event_id(after_event_id: str) -> None:
