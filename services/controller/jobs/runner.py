@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator
 import redis.asyncio
 
 from miles.config import ConfigError, JobConfig
-from miles.data import DataError, PromptSource, eval_sources, train_source
+from miles.data import DataError, PromptSource, eval_sources, parse_file_slice, train_source
 from miles.data.template import load_tokenizer
 from miles.ownership.claim import claimed
 from miles.queue import GroupQueue
@@ -155,5 +155,8 @@ def _saved(history: JobHistory) -> str:
 
 def _read_data(config: JobConfig) -> tuple[PromptSource, dict[str, PromptSource]]:
     assert config.rollout.hf_checkpoint is not None, "a rule requires it"
+    for text in (config.data.prompt_data or "", *(config.eval.eval_prompt_data or ())[1::2]):
+        if not (path := parse_file_slice(text).path).is_file():  # before the seconds that a tokenizer takes
+            raise DataError(f"{path}: there is no such file")
     tokenizer = load_tokenizer(config.rollout.hf_checkpoint, config.data.chat_template_path)
     return train_source(config, tokenizer), eval_sources(config, tokenizer)
