@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import datetime
 import fcntl
 import importlib.util
 import logging
@@ -213,13 +214,18 @@ def _restart_policy(config: JobConfig) -> RestartPolicy:
 
 
 def _lock_run_dir(run_dir: pathlib.Path) -> int:
-    run_dir.mkdir(parents=True, exist_ok=True)
+    pathlib.Path(os.path.realpath(run_dir)).mkdir(parents=True, exist_ok=True)  # also where a link leads to
     descriptor = os.open(run_dir / "run.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
+        who = os.read(descriptor, 1000).decode(errors="replace").strip()
         os.close(descriptor)
         raise ServiceExit(
-            ExitCode.RUN_DIR_BUSY, f"another run is going on in {run_dir}; stop it, or choose another --name"
+            ExitCode.RUN_DIR_BUSY,
+            f"another run is going on in {run_dir}{f' ({who})' if who else ''}; stop it, or choose another --name",
         ) from None
+    os.truncate(descriptor, 0)
+    since = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    os.write(descriptor, f"process id {os.getpid()} on {socket.gethostname()}, since {since}\n".encode())
     return descriptor

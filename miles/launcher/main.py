@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
+import grpc
 import grpc.aio
 from rich.console import Console
 
@@ -110,7 +111,9 @@ async def _run_job(
         try:
             submitted = await stub.SubmitJob(request, wait_for_ready=True, timeout=60.0)
         except grpc.aio.AioRpcError as error:
-            raise ServiceExit(ExitCode.CONTROLLER_UNREACHABLE, f"submitting the job: {error.details()}") from error
+            taken = error.code() is grpc.StatusCode.ALREADY_EXISTS
+            code = ExitCode.RUN_DIR_BUSY if taken else ExitCode.CONTROLLER_UNREACHABLE
+            raise ServiceExit(code, f"submitting the job: {error.details()}") from error
         asked = asyncio.Event()
         interrupts.on_first = asked.set
         job: job_pb2.Job = submitted.job

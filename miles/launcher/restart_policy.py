@@ -14,6 +14,7 @@ _PERMANENT = frozenset(
         ExitCode.REDIS_REFUSED,
         ExitCode.TLS_FAILED,
         ExitCode.NOT_A_CONTROLLER,
+        ExitCode.REDIS_IN_USE,
         ExitCode.MODEL_UNUSABLE,
         ExitCode.DATA_UNUSABLE,
     }

@@ -26,6 +26,7 @@ from miles.launcher.plan import tls_environment
 from miles.launcher.program import print_error, run_program
 from miles.launcher.run_on_cluster import run_on_cluster
 from miles.launcher.stopping.interrupts import Interrupts, cancel_this_task
+from miles.ownership.owner_file import mark_services
 from miles.rpc.exit_codes import ExitCode
 from miles.standard_streams import outlive_readers
 
@@ -97,6 +98,7 @@ async def _serve(config: JobConfig, console: Console) -> ExitCode:
 
 async def _serve_until(stopping: asyncio.Event, interrupts: Interrupts, config: JobConfig, console: Console) -> None:
     async with LocalCluster(config, every_reward=config.reward.custom_rm_path is None) as cluster:
+        mark_services(cluster.run_dir)
         where = f"web page and REST API {cluster.gateway_url}, " if cluster.gateway_url else ""
         console.print(f"{where}controller {cluster.controller_address}, folder {cluster.run_dir}", soft_wrap=True)
         interrupts.on_first = stopping.set

@@ -7,6 +7,7 @@ from miles.queue.client import connect, connect_async
 from miles.queue.errors import (
     MissingGroups,
     QueueFull,
+    RedisInUse,
     RedisRefused,
     RedisStartError,
     RedisUnsuitable,
@@ -17,6 +18,7 @@ from miles.queue.groups import GroupQueue
 from miles.queue.keys import JobKeys
 from miles.queue.partial_store import PartialStore
 from miles.queue.payload import Outstanding
+from miles.queue.redis_lease import RedisLease
 from miles.queue.server import RedisServer
 
 __all__ = [
@@ -28,6 +30,8 @@ __all__ = [
     "Outstanding",
     "PartialStore",
     "QueueFull",
+    "RedisInUse",
+    "RedisLease",
     "RedisRefused",
     "RedisServer",
     "RedisStartError",

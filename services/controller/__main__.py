@@ -13,7 +13,7 @@ import grpc.aio
 import redis.exceptions
 
 from miles.addresses import listen_argument
-from miles.queue import RedisRefused, RedisUnsuitable, connect_async
+from miles.queue import RedisInUse, RedisLease, RedisRefused, RedisUnsuitable, connect_async
 from miles.queue.backpressure import TRANSIENT
 from miles.redis_url import REDIS_URL_VARIABLE, redis_url_argument
 from miles.rpc import ExitCode, ServiceExit, main, start_server
@@ -29,6 +29,8 @@ from miles.services.controller.workers.registry import WorkerRegistry
 from miles.tasks import cancelled_at_end
 
 logger = logging.getLogger(__name__)
+
+_CHECK_RECORDS_S = 2.0
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -64,6 +66,13 @@ async def serve(arguments: argparse.Namespace) -> None:
     except redis.exceptions.ConnectionError as error:
         raise ServiceExit(ExitCode.REDIS_UNREACHABLE, str(error)) from error
     store = JobStore(client)
+    try:
+        lease = await RedisLease.acquire(client)
+        await store.check_keys()
+    except RedisInUse as error:
+        raise ServiceExit(ExitCode.REDIS_IN_USE, str(error)) from error
+    except RedisUnsuitable as error:
+        raise ServiceExit(ExitCode.REDIS_UNSUITABLE, str(error)) from error
     registry = WorkerRegistry(first_lease_number=await store.first_lease_number())
     runner = JobRunner(store, registry, client, arguments.redis_url, arguments.log_dir)
     scheduler = JobScheduler(store, runner, registry)
@@ -79,14 +88,19 @@ async def serve(arguments: argparse.Namespace) -> None:
     if arguments.address_file is not None:
         write_address(arguments.address_file, address)
     logger.info("controller listens on %s", address)
-    tasks = [asyncio.create_task(scheduler.run()), asyncio.create_task(_expire_leases(registry))]
+    working = (scheduler.run(), _expire_leases(registry), lease.keep(), _notice_emptied(store))
+    tasks = [asyncio.create_task(each) for each in working]
     try:
         async with cancelled_at_end(*tasks):
             await asyncio.gather(*tasks)
     except TRANSIENT as error:
         raise ServiceExit(ExitCode.REDIS_UNREACHABLE, f"Redis was lost: {error}") from error
+    except RedisInUse as error:
+        raise ServiceExit(ExitCode.REDIS_IN_USE, str(error)) from error
     finally:
         await server.stop(grace=1.0)
+        with contextlib.suppress(*TRANSIENT):
+            await lease.release()
         with contextlib.suppress(redis.exceptions.ConnectionError):
             await client.aclose()
 
@@ -96,6 +110,18 @@ def write_address(path: pathlib.Path, address: str) -> None:
     partial = path.with_suffix(".tmp")
     partial.write_text(address)
     partial.replace(path)
+
+
+async def _notice_emptied(store: JobStore) -> None:
+    """Raise ServiceExit when the job records are deleted from under this process: nobody would see its jobs again."""
+    while True:
+        await asyncio.sleep(_CHECK_RECORDS_S)
+        if await store.is_emptied():
+            raise ServiceExit(
+                ExitCode.REDIS_UNSUITABLE,
+                "Redis was emptied, or restarted without its data: the records and queues of all jobs are gone; start "
+                "again, and submit the jobs again: they go on from the newest checkpoints in their run folders",
+            )
 
 
 async def _expire_leases(registry: WorkerRegistry) -> None:

@@ -11,8 +11,9 @@ import grpc.aio
 
 from miles.config import JobConfig
 from miles.config.resume_rules import changes
+from miles.ownership.overlap import OUTPUTS
 from miles.rpc import abort
-from miles.rpc.gen import controller_pb2, controller_pb2_grpc, weightsync_pb2
+from miles.rpc.gen import controller_pb2, controller_pb2_grpc, job_pb2, weightsync_pb2
 from miles.services.controller.clients.weightsync import WeightSyncClient
 from miles.services.controller.errors import NotPossibleNowError, ending_call
 from miles.services.controller.jobs.config_check import check_config
@@ -36,6 +37,9 @@ class ControllerServicer(controller_pb2_grpc.ControllerServiceServicer):
         self, request: controller_pb2.CheckConfigRequest, context: grpc.aio.ServicerContext
     ) -> controller_pb2.CheckConfigResponse:
         faults = await asyncio.to_thread(check_config, request.config_json, frozenset(request.refused_keys))
+        if any(fault.field in OUTPUTS for fault in faults):
+            async with ending_call(context):  # that a job writes there now says more than whose the folder is
+                await self._store.refuse_shared(job_pb2.Job(config_json=request.config_json), but_its_own=True)
         return controller_pb2.CheckConfigResponse(
             faults=[
                 controller_pb2.ConfigFault(
@@ -55,11 +59,12 @@ class ControllerServicer(controller_pb2_grpc.ControllerServiceServicer):
             config = JobConfig.from_json(request.config_json).resolve()
             flat = config.to_flat()
             record = new_job(flat, config.data.num_rollout or 0, request.submitted_by)
-            job, created = await self._store.submit(record, request.request_id)
-        was, now = json.loads(job.config_json), json.loads(json.dumps(flat))
-        resumed = not created and not request.only_new and may_go_on(job, now, self._scheduler.running)
-        if resumed:
-            await self._store.put(job, go_on_with(job, now))
+            job, created = await self._store.submit(record, request.request_id, is_run=not request.only_new)
+            was, now = json.loads(job.config_json), json.loads(json.dumps(flat))
+            resumed = not created and not request.only_new and may_go_on(job, now, self._scheduler.running)
+            if resumed:
+                await self._store.refuse_shared(record)
+                await self._store.put(job, go_on_with(job, now))
         self._scheduler.wake()
         return controller_pb2.SubmitJobResponse(
             job=job, created=created, differs=was != now, changes=map(str, changes(was, now)), resumed=resumed

@@ -11,9 +11,12 @@ from __future__ import annotations
 
 import argparse
 import pathlib
+import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
+
+from miles.ownership.contents import names_in
 
 if TYPE_CHECKING:
     from miles.config import JobConfig
@@ -29,6 +32,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     from miles.services.trainer.ranks.process_group import join
 
+    options.save = options.save.resolve()
+    try:
+        require_empty(options.save)  # on every rank before the first one can write
+        require_empty(_partial(options.save))
+    except ValueError as error:
+        print(f"miles convert: {error}", file=sys.stderr)
+        return 1
     join(options.device, None, 30)
     try:
         if options.direction == "hf-to-dist":
@@ -64,8 +74,9 @@ def dist_to_hf(
     Tensors of the model's folder that are not converted, e.g. MTP layers, are copied. Without `chat_template` it is
     that of the run, as the checkpoint records it.
     """
+    import torch.distributed as dist
+
     from miles.checkpoint_folder import to_load
-    from miles.services.trainer.backends.base import replace_folder
     from miles.services.trainer.backends.megatron.checkpoint import torch_dist
     from miles.services.trainer.backends.megatron.export import Exporter
     from miles.services.trainer.checkpoint.errors import reading, writing
@@ -89,13 +100,14 @@ def dist_to_hf(
     source_folder = pathlib.Path(str(config.rollout.hf_checkpoint))
     tensors = read_model_tensors(source_folder)
     exporter = Exporter(model, tensors, out_type)
-    with writing(directory):
-        replace_folder(
-            directory,
-            lambda new: write_hf_checkpoint(
-                new, source_folder, tensors, exporter.tensors(), out_type, chat_template=template
-            ),
-        )
+    partial = _partial(directory)
+    with writing(directory, partial):
+        if dist.get_rank() == 0:
+            shutil.rmtree(partial, ignore_errors=True)  # of a conversion that was interrupted
+        write_hf_checkpoint(partial, source_folder, tensors, exporter.tensors(), out_type, chat_template=template)
+        if dist.get_rank() == 0:
+            partial.rename(directory)
+    dist.barrier()
 
 
 def _recorded_template(settings: Mapping[str, Any]) -> pathlib.Path | None:
@@ -107,6 +119,17 @@ def _recorded_template(settings: Mapping[str, Any]) -> pathlib.Path | None:
             "--chat-template-path"
         )
     return None if path is None else pathlib.Path(path)
+
+
+def require_empty(directory: pathlib.Path) -> None:
+    """Raise ValueError unless a conversion can be written to a folder without touching what is there."""
+    if directory.exists() and (not directory.is_dir() or names_in(directory)):
+        raise ValueError(f"{directory} exists already; give a folder that is empty or does not exist yet, or remove it")
+
+
+def _partial(directory: pathlib.Path) -> pathlib.Path:
+    """Where a folder is written before it gets its name."""
+    return directory.with_name(f".{directory.name}.miles-partial")
 
 
 def _model(config: JobConfig) -> MegatronModel:

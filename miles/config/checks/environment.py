@@ -18,7 +18,9 @@ from miles.config.checks.dotted_path import why_not_importable
 from miles.config.checks.engine_model import engine_faults
 from miles.config.checks.json_file import read_json_object
 from miles.config.checks.model_layout import layout_faults, shape_differences
+from miles.config.checks.outputs import output_faults
 from miles.config.job import JobConfig
+from miles.config.rules.paths import unusable_paths
 from miles.config.rules.registry import Rule, run_rules
 from miles.config.schema.catalog import catalog
 from miles.config.schema.faults import Fault
@@ -37,17 +39,22 @@ def check_environment(config: JobConfig) -> list[Fault]:
 
 def environment_faults(settings: FlatSettings) -> list[Fault]:
     """Do the same for settings that may have other faults."""
-    return run_rules(_CHECKS, settings)
+    return _run(_CHECKS, settings)
 
 
 def file_faults(settings: FlatSettings) -> list[Fault]:
     """Check files and functions only: what matters for a job on services that are already running."""
-    return run_rules(_FILE_CHECKS, settings)
+    return _run(_FILE_CHECKS, settings)
 
 
 def deployment_faults(settings: FlatSettings) -> list[Fault]:
     """Check access, ports and devices only: what matters before there is a job."""
-    return run_rules(_DEPLOYMENT_CHECKS, settings)
+    return _run(_DEPLOYMENT_CHECKS, settings)
+
+
+def _run(checks: tuple[Rule, ...], settings: FlatSettings) -> list[Fault]:
+    settings.refuse(*unusable_paths(settings))  # a rule reports them, and file functions raise errors of their own
+    return run_rules(checks, settings)
 
 
 def _models(s: FlatSettings) -> Iterator[Fault]:
@@ -147,20 +154,6 @@ def _columns(key: str, path: pathlib.Path, input_key: str, label_key: str | None
             yield Fault(prefix + name, column, f"{path} has no such column", f"set it to one of {columns}")
 
 
-def _folders(s: FlatSettings) -> Iterator[Fault]:
-    yield from _checkpoint_to_load(s)
-    for key in ("run_dir", "save", "save_hf"):
-        path = getattr(s, key)
-        if path is None:
-            continue
-        absolute = pathlib.Path(path).absolute()
-        existing = next(folder for folder in (absolute, *absolute.parents) if folder.exists())
-        if not existing.is_dir():
-            yield Fault(key, path, f"{existing} is not a folder", "choose another place")
-        elif not os.access(existing, os.W_OK | os.X_OK):
-            yield Fault(key, path, f"{existing} is not writable", "choose another place")
-
-
 def _checkpoint_to_load(s: FlatSettings) -> Iterator[Fault]:
     if s.load is None:
         return
@@ -254,7 +247,8 @@ _FILE_CHECKS: tuple[Rule, ...] = (
     layout_faults,
     engine_faults,
     _data_files,
-    _folders,
+    _checkpoint_to_load,
+    output_faults,
     _functions,
 )
 _CHECKS: tuple[Rule, ...] = (*_FILE_CHECKS, *_DEPLOYMENT_CHECKS)

@@ -9,13 +9,13 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from miles.checkpoint_folder import RECORD_FILE, step_of
+from miles.ownership import owner_file
+from miles.ownership.place import STEP, stepless
 from miles.rpc.gen import records_pb2
 from miles.services.controller.errors import NotFoundError
 
 CHUNK_BYTES = 1 << 20
 _EXPORT_RECORD = "config.json"
-_STEP = "{rollout_id}"
-"""Stands for the step in the setting save_hf."""
 
 
 class UnknownFileError(NotFoundError):
@@ -32,7 +32,8 @@ class CheckpointFiles:
         """`settings` is the job's flat configuration."""
         run_dir = pathlib.Path(settings["run_dir"])
         self._states = pathlib.Path(settings.get("save") or run_dir / "checkpoints")
-        self._export_template = settings.get("save_hf") or str(run_dir / "hf" / _STEP)
+        save_hf = settings.get("save_hf")
+        self._export_template = stepless(save_hf) if save_hf else str(run_dir / "hf" / STEP)
 
     def find(self) -> list[records_pb2.Checkpoint]:
         """Return every checkpoint, newest first."""
@@ -64,7 +65,7 @@ class CheckpointFiles:
                 yield step, path
 
     def _export_folders(self) -> Iterator[tuple[int, pathlib.Path]]:
-        parts = self._export_template.split(_STEP)
+        parts = self._export_template.split(STEP)
         if len(parts) == 1:
             return  # every export replaces the one before; its step is not written anywhere
         pattern = "*".join(glob.escape(part) for part in parts)
@@ -81,7 +82,7 @@ def _files(folder: pathlib.Path) -> list[records_pb2.ExportFile]:
     return [
         records_pb2.ExportFile(name=path.name, size_bytes=path.stat().st_size)
         for path in sorted(folder.iterdir())
-        if path.is_file() and not path.is_symlink()
+        if path.is_file() and not path.is_symlink() and path.name != owner_file.NAME
     ]
 
 

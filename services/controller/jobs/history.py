@@ -9,9 +9,11 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+from miles.regular_files import replace_file
 from miles.rpc.gen import job_pb2
 from miles.services.controller.jobs.context import JobContext
-from miles.services.controller.jobs.store import ENDED, JobStore
+from miles.services.controller.jobs.records import ENDED
+from miles.services.controller.jobs.store import JobStore
 from miles.services.controller.status import timeline
 from miles.services.controller.status.timeline import TimelineWriter
 from miles.telemetry import MetricsWriter, read_metrics
@@ -75,14 +77,13 @@ class JobHistory:
         await self.save(job_pb2.JobEvent(job_id=self.job.job_id, state_changed=changed))
 
     async def save(self, event: job_pb2.JobEvent | None = None) -> None:
-        """Write the record to Redis, with an event that belongs to it, and the summary to the run folder."""
+        """Write the record to Redis, with an event that belongs to it, and then the summary to the run folder.
+
+        Raises OSError when the run folder cannot be written; the record is stored by then.
+        """
         self.job.summary_json = json.dumps(self.summary)
         await self._store.put(self.job, event)
-        path = self._context.run_dir / SUMMARY_NAME
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".tmp")
-        partial.write_text(json.dumps(self.summary, indent=2) + "\n")
-        partial.replace(path)
+        replace_file(self._context.run_dir / SUMMARY_NAME, json.dumps(self.summary, indent=2) + "\n")
 
     def close(self) -> None:
         """Close the files of metrics and activity."""

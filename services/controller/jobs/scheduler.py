@@ -17,9 +17,10 @@ from miles.rpc.gen import controller_pb2, job_pb2
 from miles.services.controller.clients import deadlines
 from miles.services.controller.errors import ConflictError, NotPossibleNowError
 from miles.services.controller.jobs.controls import JobControls
+from miles.services.controller.jobs.records import ENDED, is_unreadable
 from miles.services.controller.jobs.resources import Supply, lacking
 from miles.services.controller.jobs.runner import JobRunner
-from miles.services.controller.jobs.store import ENDED, JobStore
+from miles.services.controller.jobs.store import JobStore
 from miles.services.controller.workers.registry import WorkerRegistry
 from miles.tasks import cancelled_at_end
 
@@ -135,7 +136,10 @@ class JobScheduler:
     async def _control_ended(self, job: job_pb2.Job, action: controller_pb2.JobAction.ValueType) -> job_pb2.Job:
         if (action, job.state) in _ALREADY_DONE:
             return job
+        if is_unreadable(job):
+            raise NotPossibleNowError(job.error)
         if action == controller_pb2.JOB_ACTION_RESUME and job.state in RESUMABLE:
+            await self._store.refuse_shared(job)
             job.error, job.ended_unix_ns = "", 0
             await self._move(
                 job, job_pb2.JOB_STATE_QUEUED, "resumed by the user; it goes on from its newest checkpoint"
@@ -165,13 +169,7 @@ class JobScheduler:
 
     async def _waiting(self) -> list[job_pb2.Job]:
         """Return the jobs that have not ended and do not run, in the order in which they are considered."""
-        waiting: list[job_pb2.Job] = []
-        token = ""
-        while True:
-            page, token = await self._store.list(page_token=token)
-            waiting += [job for job in page if job.state not in ENDED and job.job_id != self.running]
-            if not token:
-                break
+        waiting = [job for job in await self._store.live() if job.job_id != self.running]
         # Interrupted jobs are ahead of queued ones; each in order of submission.
         return sorted(waiting, key=lambda job: (job.state == job_pb2.JOB_STATE_QUEUED, job.submitted_unix_ns))
 
@@ -191,7 +189,12 @@ class JobScheduler:
             return ""
         supply = _supply(self._registry)
         starting_up = time.monotonic() - self._began_s < _START_UP_S and not supply.trainer_ranks
-        return "" if starting_up else lacking(json.loads(job.config_json), supply)
+        if starting_up:
+            return ""
+        try:
+            return lacking(json.loads(job.config_json), supply)
+        except (ValueError, LookupError, TypeError):
+            return ""  # its settings are not complete: it fails by itself when it runs
 
     async def _report_wait(self, job: job_pb2.Job, reason: str) -> None:
         wait = self._waits[job.job_id]

@@ -9,7 +9,6 @@ import functools
 import gc
 import logging
 import pathlib
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
@@ -17,8 +16,9 @@ import torch
 import torch.distributed as dist
 
 from miles.config.resume_rules import recorded
+from miles.ownership.export import ExportFolder
 from miles.services.trainer.batch.rollout_batch import RolloutBatch
-from miles.services.trainer.checkpoint.background_save import Saving
+from miles.services.trainer.checkpoint.background_save import Saving, on_first_rank
 from miles.services.trainer.checkpoint.choice import check_settings, choose
 from miles.services.trainer.checkpoint.errors import reading, writing
 from miles.services.trainer.checkpoint.record import CheckpointRecord, read_record
@@ -119,9 +119,8 @@ class BaseBackend(abc.ABC, Generic[PartsT]):
 
     def save_hf(self, directory: pathlib.Path) -> None:
         """See `TrainerBackend.save_hf`; the files' tensors have the rollout's dtype."""
-        with writing(directory):
-            replace_folder(directory, self._write_hf)
-        dist.barrier()
+        run_dir, pattern = pathlib.Path(self._config.services.run_dir), self._config.checkpoint.save_hf
+        replace_export(ExportFolder(directory, run_dir, pattern), self._write_hf)
 
     def close(self) -> None:
         """Free the model. The backend can `load` again."""
@@ -217,13 +216,13 @@ class BaseBackend(abc.ABC, Generic[PartsT]):
         return self._parts
 
 
-def replace_folder(directory: pathlib.Path, write: Callable[[pathlib.Path], None]) -> None:
-    """Have `write` fill a new folder, then replace `directory` with it, so that readers see a complete one.
+def replace_export(export: ExportFolder, write: Callable[[pathlib.Path], None]) -> None:
+    """Have `write` fill a new folder, then put it in the place of the export, so that readers see a complete one.
 
-    `write` is collective; only rank 0 touches the files.
+    Collective; rank 0 touches the files. Raises OSError on all ranks: FolderTakenError on rank 0 when the place is not
+    the run's to write.
     """
-    partial = directory.with_name(directory.name + ".tmp")
-    write(partial)
-    if dist.get_rank() == 0:
-        shutil.rmtree(directory, ignore_errors=True)
-        partial.rename(directory)
+    on_first_rank(export.prepare)
+    with writing(export.folder, export.partial):
+        write(export.partial)
+        on_first_rank(export.complete)

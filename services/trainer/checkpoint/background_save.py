@@ -52,17 +52,17 @@ def empty_folder(directory: pathlib.Path) -> pathlib.Path:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
 
-    _on_first_rank(clear)
+    on_first_rank(clear)
     return partial
 
 
 def put_in_place(partial: pathlib.Path, directory: pathlib.Path, record: CheckpointRecord) -> None:
     """Complete a checkpoint when all ranks have written their files; collective."""
     dist.barrier()
-    _on_first_rank(functools.partial(complete, partial, directory, record))
+    on_first_rank(functools.partial(complete, partial, directory, record))
 
 
-def _on_first_rank(act: Callable[[], None]) -> None:
+def on_first_rank(act: Callable[[], None]) -> None:
     """Run something on rank 0 while the others wait; its OSError is raised on all."""
     error: OSError | None = None
     if dist.get_rank() == 0:

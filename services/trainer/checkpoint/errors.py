@@ -32,10 +32,10 @@ def reading(directory: pathlib.Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def writing(directory: pathlib.Path) -> Iterator[None]:
+def writing(directory: pathlib.Path, partial: pathlib.Path | None = None) -> Iterator[None]:
     """Raise OSError that names the checkpoint or export for whatever its writers raise.
 
-    Rank 0 removes what was written, which may have filled the disk.
+    Rank 0 removes what was written, which may have filled the disk: `partial`, by default that of a checkpoint.
     """
     try:
         yield
@@ -43,7 +43,7 @@ def writing(directory: pathlib.Path) -> Iterator[None]:
         raise
     except BaseException as error:
         if dist.get_rank() == 0:
-            shutil.rmtree(directory.with_name(directory.name + ".tmp"), ignore_errors=True)
+            shutil.rmtree(partial or directory.with_name(directory.name + ".tmp"), ignore_errors=True)
         raise OSError(f"{directory} could not be written ({cause_of(error)}); older ones are as they were") from error
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 import torch
 import torch.distributed as dist
 
+from miles.ownership import owner_file
 from miles.services.trainer.checkpoint.errors import cause_of
 from miles.weights.naming.model_tensors import ModelTensors, shared_by_mtp
 
@@ -34,7 +35,7 @@ def write_hf_checkpoint(
     chat_template: pathlib.Path | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Write `tensors` beside copies of `source`'s config and tokenizer; collective, rank 0 writes.
+    """Write `tensors` beside copies of `source`'s config and tokenizer to a new folder; collective, rank 0 writes.
 
     `tensors` are those of `model`, which `source` holds too, in the checkpoint form and of weights in `dtype`. What
     `source` has beyond them, e.g. MTP layers that the trainer left out, is copied in that type. `chat_template`, a
@@ -86,10 +87,9 @@ class _Writing:
     def copy_files(self, chat_template: pathlib.Path | None) -> None:
         """Copy everything that is no weight, and set what training has set."""
         self._copies = _copies(self._source, self._model)
-        shutil.rmtree(self._directory, ignore_errors=True)
-        self._directory.mkdir(parents=True)
+        self._directory.mkdir(parents=True, exist_ok=True)
         for path in self._source.iterdir():
-            if path.is_file() and not path.name.endswith(_WEIGHTS):
+            if path.is_file() and not path.name.endswith(_WEIGHTS) and path.name != owner_file.NAME:
                 shutil.copyfile(path, self._directory / path.name)
             elif path.is_dir() and not path.name.startswith(".") and not (path / "config.json").is_file():
                 _copy_code(path, self._directory / path.name)

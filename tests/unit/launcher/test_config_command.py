@@ -34,6 +34,14 @@ def test_a_stale_reference_page_is_noticed(tmp_path: pathlib.Path, capsys: pytes
     assert "is not up to date" in capsys.readouterr().err
 
 
+def test_another_file_is_not_written_over(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    other = tmp_path / "train.py"
+    other.write_text("print()")
+    assert cli.main(["config", "docs", "--out", str(other)]) == 1
+    assert other.read_text() == "print()"
+    assert "something else than this page" in capsys.readouterr().err
+
+
 def test_show_prints_settings_that_read_back(files: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["config", "show", *to_command_line(MINIMAL), "--device", "cpu", "--lr", "3e-5"]) == 0
     printed = yaml.safe_load(capsys.readouterr().out)

@@ -170,6 +170,12 @@ RULE_CASES: list[tuple[dict[str, Any], str]] = [
     ({"min_lr": 1.0}, "min_lr = 1.0, but lr = 1e-06 is below it"),
     ({"lr_warmup_iters": 2, "lr_warmup_fraction": 0.1}, "lr_warmup_iters = 2, but lr_warmup_fraction = 0.1"),
     ({"lr_warmup_iters": 9, "lr_decay_iters": 9}, "lr_warmup_iters = 9, but lr_decay_iters = 9 includes the warm-up"),
+    ({"save": "a\0b"}, "save = a\0b, but it has a NUL byte"),
+    ({"run_dir": "x" * 256}, "but it is too long for a path; give a path, or leave it out"),
+    ({"load": ""}, "but it is empty; give a path, or leave it out"),
+    ({"prompt_data": "\ud800.jsonl"}, "but it has characters that no file name has"),
+    ({"use_tensorboard": True, "tb_experiment_name": "../x"}, "tb_experiment_name = ../x, but it names a folder below"),
+    ({"save_hf": "hf/{rollout_id:/>9}"}, "but {rollout_id} is its only placeholder"),
     ({"save_hf": "hf/{step}"}, "save_hf = hf/{step}, but {rollout_id} is its only placeholder"),
     ({"n_samples_per_prompt": 1}, "n_samples_per_prompt = 1, but grpo compares the samples of a prompt"),
     (
