@@ -64,7 +64,11 @@ async def serve(arguments: argparse.Namespace) -> None:
     if arguments.address_file is not None:
         write_address(arguments.address_file, address)
     logger.info("controller listens on %s", address)
-    tasks = [asyncio.create_task(scheduler.run()), asyncio.create_task(_expire_leases(registry))]
+    tasks = [
+        asyncio.create_task(scheduler.run()),
+        asyncio.create_task(scheduler.tell_waits()),
+        asyncio.create_task(_expire_leases(registry)),
+    ]
     try:
         async with cancelled_at_end(*tasks):
             await asyncio.gather(*tasks)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from rich.markup import escape
 from rich.table import Table
 
-from miles.client.commands.common import Output, moment, parser, run, state_text, steps_text
+from miles.client.commands.common import Output, moment, parser, run, state_text, steps_text, wait_text
 from miles.config.schema.catalog import catalog
 from miles.rpc.exit_codes import ExitCode
 
@@ -37,6 +38,9 @@ def _show(client: MilesClient, flags: argparse.Namespace, output: Output) -> int
     for key in ("submitted_at", "started_at", "ended_at"):
         table.add_row(key.removesuffix("_at"), moment(job[key]))
     table.add_row("submitted by", escape(job["submitted_by"] or "the command line"))
+    now = datetime.datetime.now(datetime.UTC)
+    for number, wait in enumerate(job["waits"]):
+        table.add_row("" if number else "waits for", escape(wait_text(wait, now)))
     if job["error"]:
         table.add_row("error", f"[red]{escape(job['error'])}[/]")
     for name, value in _flattened(job["summary"]):

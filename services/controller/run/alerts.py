@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 
 from miles.change_signal import ChangeSignal
+from miles.services.controller.run.repeated_warnings import RepeatedWarnings
 
 
 class RunAlerts:
@@ -15,10 +16,12 @@ class RunAlerts:
         self._changed = changed
         self._failure: Exception | None = None
         self._warnings: list[str] = []
+        self._repeated = RepeatedWarnings()
 
     def warn(self, text: str) -> None:
-        """Note something that a person should know."""
-        self._warnings.append(text)
+        """Note something that a person should know; what repeats becomes one line with a count."""
+        if line := self._repeated.note(text):
+            self._warnings.append(line)
 
     def fail(self, error: Exception) -> None:
         """Note an error that has to end the job."""

@@ -62,7 +62,11 @@ async def _run_once(run: RunState) -> None:
     if warning := number_types.warning_of(worker, run.config.train.train_dtype):
         run.alerts.warn(warning)
     async with contextlib.aclosing(TrainerClient(worker, run.context, run.weightsync.address)) as trainer:
-        await RunLoop(run, trainer).run()
+        run.status.trainer = trainer
+        try:
+            await RunLoop(run, trainer).run()
+        finally:
+            run.status.trainer = None
 
 
 async def _recover(run: RunState, error: Exception) -> None:
