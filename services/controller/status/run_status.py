@@ -13,7 +13,7 @@ from miles.services.controller.clients.trainer import TrainerClient
 from miles.services.controller.run.dispatcher import Dispatcher
 from miles.services.controller.run.publish import Publisher
 from miles.services.controller.run.rollout_workers import RolloutWorkers
-from miles.services.controller.status.run_waits import LoadingWorker, RolloutFacts, RunFacts, waits_of
+from miles.services.controller.status.run_waits import READING, LoadingWorker, RolloutFacts, RunFacts, waits_of
 from miles.services.controller.status.waits import Wait, WaitLog, wait_from_proto
 from miles.services.controller.status.worker_activity import Activity, WorkerActivities
 from miles.services.controller.workers.registry import AttachedWorker, WorkerRegistry
@@ -44,7 +44,7 @@ class RunStatus:
         self._rollouts: RolloutWorkers | None = None
         self._dispatcher: Dispatcher | None = None
         self._publisher: Publisher | None = None
-        self._phase, self._waiting_for = "starting", "the data to be read"
+        self._phase, self._waiting_for = "starting", READING
         self._since_unix_ns = time.time_ns()
 
     def connect(self, rollouts: RolloutWorkers, dispatcher: Dispatcher, publisher: Publisher) -> None:

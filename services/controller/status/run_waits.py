@@ -15,6 +15,8 @@ SILENT_S = 6.0
 """A worker that has sent no heartbeat for so long is named: three were due."""
 _ROWS = 4
 """So many of several equal things are named."""
+READING = "the data to be read"
+"""What a run waits for at its very beginning."""
 _START_OR_STOP = "no bound: start one, or stop the job"
 
 
@@ -183,7 +185,8 @@ def what_the_phase_waits_for(run: RunFacts) -> Iterator[Wait]:
     """What the run loop waits for, whatever its parts say."""
     if not run.waiting_for and run.phase != "training":
         return
-    limit_s, ending, patience_s = _PHASES.get(run.phase, (None, "no bound: stop the job", UNUSUAL_S))
+    usual = (None, _STOP, UNUSUAL_S)
+    limit_s, ending, patience_s = usual if run.waiting_for == READING else _PHASES.get(run.phase, usual)
     waiting_for = run.waiting_for
     if run.phase == "training":
         waiting_for = run.waiting_for or "the trainer to take the step"
