@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 
 from miles.change_signal import ChangeSignal
-from miles.services.controller.run.repeated_warnings import RepeatedWarnings
+from miles.telemetry.repeated_warnings import RepeatedWarnings
 
 
 class RunAlerts:
@@ -22,6 +22,10 @@ class RunAlerts:
         """Note something that a person should know; what repeats becomes one line with a count."""
         if line := self._repeated.note(text):
             self._warnings.append(line)
+
+    def report(self, text: str) -> None:
+        """Note something that a person should know every time: the caller repeats it seldom."""
+        self._warnings.append(text)
 
     def fail(self, error: Exception) -> None:
         """Note an error that has to end the job."""

@@ -19,6 +19,7 @@ from miles.services.controller.run.equal_rewards import EqualRewards
 from miles.services.controller.run.evaluation import Evaluation
 from miles.services.controller.run.failed_groups import FailedGroups
 from miles.services.controller.run.group_leases import GroupLease
+from miles.services.controller.run.preempted_groups import PreemptedGroups
 from miles.services.controller.run.rollout_workers import RolloutWorkers
 from miles.services.controller.status.activity import ActivityClock
 from miles.services.controller.status.run_waits import EvaluationFacts
@@ -70,6 +71,7 @@ class Dispatcher:
         self._holds: set[str] = set()
         self._balance = LoadBalance()
         self._failed = FailedGroups()
+        self._preempted = PreemptedGroups()
         self.dropped = dropped
         self._equal_rewards = equal_rewards
         self._dropped: dict[int, str] = {}
@@ -164,7 +166,7 @@ class Dispatcher:
         """Lease no more groups of the evaluation and preempt those that run."""
         if self._evaluation is not None:
             for warning in self._evaluation.warnings:
-                self._alerts.warn(warning)
+                self._alerts.report(warning)
             self._preempt(self._evaluation.leases, _EVAL)
             self._evaluation = None
             self._watch_activity()
@@ -262,6 +264,7 @@ class Dispatcher:
         if self._admission is None:
             return
         self._failed.finish(message.group_id)
+        self._preempted.finish(message.group_id)
         if message.verdict == rollout_pb2.FILTER_VERDICT_DROP:
             if self._admission.drop(message.group_id, message.attempt):
                 self._note_drop(message)
@@ -269,14 +272,14 @@ class Dispatcher:
             self._failed.accept()
             self.dropped.keep()
             if warning := self._equal_rewards.note(message.example if message.HasField("example") else None):
-                self._alerts.warn(warning)
+                self._alerts.report(warning)
             if not self._admission.leases:
                 self._clock.move("generate", "reward", message.stats.reward_s)
 
     def _note_drop(self, message: rollout_pb2.GroupFinished) -> None:
         logger.debug("group %d dropped: %s", message.group_id, message.reason)
         if self.dropped.drop(message.reason, message.example if message.HasField("example") else None):
-            self._alerts.warn(self.dropped.describe())
+            self._alerts.report(self.dropped.describe())
         if self.dropped.too_many:
             self._alerts.fail(WorkerFailedError(self.dropped.failure()))
 
@@ -307,8 +310,12 @@ class Dispatcher:
         if message.purpose == _EVAL:
             if self._evaluation is not None:
                 self._evaluation.requeue(message.group_id, message.attempt)
-        elif self._admission is not None:
-            self._admission.requeue(message.group_id, message.attempt)
+        elif (
+            self._admission is not None
+            and self._admission.requeue(message.group_id, message.attempt)
+            and (warning := self._preempted.preempt(message.group_id, message.saved_tokens))
+        ):
+            self._alerts.warn(warning)
 
     def _watch_activity(self) -> None:
         leased = bool(self.training_leases) or bool(self._evaluation and self._evaluation.leases)

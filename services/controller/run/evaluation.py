@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from miles.rpc.gen import rollout_pb2
+from miles.services.controller.clients.calls import WorkerFailedError
 from miles.services.controller.run.group_leases import GroupLease, GroupLeases
 from miles.services.controller.run.lease_messages import evaluation_lease
 from miles.services.controller.status.run_waits import EvaluationFacts
@@ -99,7 +100,7 @@ class Evaluation:
                 name, _ = self._prompts[group_id]
                 times = self._failures[group_id]
                 self._done.set_exception(
-                    RuntimeError(f"evaluation on {name}: prompt {group_id} failed {times} times; last: {error}")
+                    WorkerFailedError(f"evaluation on {name}: prompt {group_id} failed {times} times; last: {error}")
                 )
 
     def requeue(self, group_id: int, attempt: int) -> None:

@@ -70,6 +70,7 @@ async def _run_once(run: RunState) -> None:
 
 
 async def _recover(run: RunState, error: Exception) -> None:
+    run.status.enter("recovering", f"Redis to answer, after {error}")
     await run.queue.wait_until_answering(deadlines.REDIS_S)
     await run.history.state(job_pb2.JOB_STATE_RECOVERING, str(error))
     run.status.enter("recovering", f"what was lost: {error}")

@@ -93,6 +93,8 @@ class RunStatus:
         answer.workers.extend(self._worker(worker, answer) for worker in workers)
         self._note_waits(answer.waiting_for)
         answer.waits.extend(wait.to_proto() for wait in self._wait_log.waits)
+        if answer.waits and answer.phase == "collecting" and answer.waits[0].what != answer.waiting_for:
+            answer.waiting_for = f"{answer.waiting_for}; {answer.waits[0].what}"  # which says why it has to
         return answer
 
     @property

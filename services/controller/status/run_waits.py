@@ -182,8 +182,8 @@ def the_evaluation(run: RunFacts) -> Iterator[Wait]:
 
 
 def what_the_phase_waits_for(run: RunFacts) -> Iterator[Wait]:
-    """What the run loop waits for, whatever its parts say."""
-    if not run.waiting_for and run.phase != "training":
+    """What the run loop waits for, unless its workers say it better."""
+    if (not run.waiting_for and run.phase != "training") or (run.phase == "loading" and run.loading):
         return
     usual = (None, _STOP, UNUSUAL_S)
     limit_s, ending, patience_s = usual if run.waiting_for == READING else _PHASES.get(run.phase, usual)

@@ -21,6 +21,7 @@ from miles.services.rollout.groups.scoring import GroupScoring, JobRewards, Rewa
 from miles.services.rollout.groups.stats import group_stats, rewards_are_equal, scored_example
 from miles.services.rollout.serving.version_gate import VersionGate, VersionPassed
 from miles.tasks import cancelled_at_end
+from miles.telemetry.repeated_warnings import RepeatedWarnings
 from miles.types import SampleGroup, SampleStatus
 from miles.types.validate import check_group
 
@@ -55,6 +56,8 @@ class GroupTools:
     queue: GroupQueue
     partials: PartialStore
     group_filter: GroupFilter | None = None
+    repeated: RepeatedWarnings = dataclasses.field(default_factory=RepeatedWarnings)
+    """Of failures, so that the log does not repeat them."""
 
 
 class GroupRun:
@@ -96,7 +99,8 @@ class GroupRun:
         except (FilterError, ValueError) as error:
             return Failed(f"{type(error).__name__}: {error}", retryable=False)
         except Exception as error:  # whatever an engine, Redis or the network raises: this attempt failed
-            log.warning("group %d: %s: %s", self.lease.group_id, type(error).__name__, error, exc_info=error)
+            if line := self._tools.repeated.note(f"group {self.lease.group_id}: {type(error).__name__}: {error}"):
+                log.warning("%s", line, exc_info=error)
             await self._partial.save()
             return Failed(f"{type(error).__name__}: {error}")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from miles.services.controller.run.repeated_warnings import RepeatedWarnings
+from miles.telemetry.repeated_warnings import RepeatedWarnings
 
 
 def test_six_hundred_failures_of_one_kind_are_three_lines_with_a_count() -> None:
