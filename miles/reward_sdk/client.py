@@ -178,7 +178,7 @@ class _Service:
                     await self._stub.Describe(reward_pb2.DescribeRequest(), timeout=_WATCH_S)
                 except grpc.aio.AioRpcError as error:
                     if error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
-                        self.fail(f"it cannot be reached: {error.details()}")
+                        self.fail(f"it cannot be reached: {(error.details() or '').rpartition('last error: ')[2]}")
 
     async def close(self) -> None:
         """End the stream and the connection; running requests fail."""
@@ -275,7 +275,10 @@ class RewardClient:
                 f"no reward service is named {name!r} (known: {known}); add --reward-service {name}=HOST:PORT"
             )
         if name not in self._services:
-            self._services[name] = _Service(name, self._addresses[name])
+            address = self._addresses[name]
+            # A default that is also a service with a name of its own is known by that.
+            own = (known for known, where in self._addresses.items() if where == address and known != DEFAULT_SERVICE)
+            self._services[name] = _Service(next(own, name), address)
         return self._services[name]
 
     async def close(self) -> None:

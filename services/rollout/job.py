@@ -205,7 +205,12 @@ class RolloutJob:
             generated_tokens=stats.generated_tokens,
             busy_s=stats.busy_s,
             version=self.serving.gate.version,
-            waits=[*reward_waits(self._rewards.waits(), self._rewards.patience_s), *queue_waits(self._queue.waiting)],
+            waits=[
+                *reward_waits(
+                    self._rewards.waits(), self._rewards.patience_s, self.config.reward.reward_failure_policy
+                ),
+                *queue_waits(self._queue.waiting),
+            ],
         )
 
     async def close(self) -> None:

@@ -109,9 +109,9 @@ class RunStatus:
 
     def _note_waits(self, waiting_for: str) -> None:
         now_s = time.time()
-        self._wait_log.note(waits_of(self._facts(waiting_for)), now_s)
+        self._wait_log.note(waits_of(self._facts(waiting_for, now_s)), now_s)
 
-    def _facts(self, waiting_for: str) -> RunFacts:
+    def _facts(self, waiting_for: str, now_s: float) -> RunFacts:
         registry = self._registry
         clients = self._rollouts.all() if self._rollouts is not None else []
         trainer, dispatcher = self.trainer, self._dispatcher
@@ -121,6 +121,7 @@ class RunStatus:
             phase=self._phase,
             waiting_for=waiting_for,
             since_s=self._since_unix_ns / 1e9,
+            now_s=now_s,
             silent_s={worker.worker_id: registry.silent_s(worker.worker_id) for worker in registry.everyone()},
             lease_s=registry.ttl_s,
             loading=tuple(_loading([trainer] if trainer is not None else []) + _loading(clients)),

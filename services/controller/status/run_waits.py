@@ -62,6 +62,7 @@ class RunFacts:
     phase: str
     waiting_for: str
     since_s: float
+    now_s: float
     silent_s: Mapping[str, float] = dataclasses.field(default_factory=dict)
     """How long each attached worker has sent no heartbeat, in seconds."""
     lease_s: float = 0.0
@@ -95,8 +96,9 @@ def workers_that_are_silent(run: RunFacts) -> Iterator[Wait]:
         if silent_s >= SILENT_S:
             yield Wait(
                 f"a heartbeat of {worker_id}",
-                f"the last came {duration(silent_s)} ago: its process is stopped, hangs, or its machine is overloaded",
-                limit_s=max(0.0, run.lease_s - silent_s),
+                "its process is stopped, hangs, or its machine is overloaded",
+                since_s=run.now_s - silent_s,
+                limit_s=run.lease_s,
                 ending="its worker lease ends and others do its work",
                 patience_s=0.0,
             )
@@ -152,7 +154,8 @@ def engines_that_fail_to_load(run: RunFacts) -> Iterator[Wait]:
 def what_rollouts_wait_for(run: RunFacts) -> Iterator[Wait]:
     """Rewards and the queue, as the rollouts say."""
     for rollout in run.rollouts:
-        yield from rollout.waits
+        for wait in rollout.waits:  # it reports them when they are worth a word
+            yield dataclasses.replace(wait, patience_s=1.0)
 
 
 def groups_that_a_filter_keeps(run: RunFacts) -> Iterator[Wait]:

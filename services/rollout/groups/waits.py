@@ -14,12 +14,19 @@ if TYPE_CHECKING:
 
 _SLOW_S = 10.0
 """A reward that takes longer is worth a word; a failed call always is."""
+_ENDINGS = {
+    "retry": "their groups are generated again, 5 times at most (reward_failure_policy retry)",
+    "drop": "they are left out of training (reward_failure_policy drop)",
+}
 
 
 def reward_waits(
-    services: Iterable[ServiceWait], patience_s: float, now_s: float | None = None
+    services: Iterable[ServiceWait], patience_s: float, failure_policy: str, now_s: float | None = None
 ) -> Iterator[job_pb2.Wait]:
-    """Describe reward services that samples wait for, unless they answer as usual. Times are Unix seconds."""
+    """Describe reward services that samples wait for, unless they answer as usual. Times are Unix seconds.
+
+    `patience_s` is how long a sample waits; `failure_policy` is the setting that decides about it then.
+    """
     now_s = time.time() if now_s is None else now_s
     for service in services:
         if not service.error and now_s - service.since_unix_s < _SLOW_S:
@@ -30,7 +37,7 @@ def reward_waits(
             detail=f"{service.error}{times}" if service.error else "it has not answered yet",
             since_unix_ns=int(service.since_unix_s * 1e9),
             gives_up_unix_ns=int((service.since_unix_s + patience_s) * 1e9),
-            ending="reward_failure_policy then decides about the samples",
+            ending=_ENDINGS[failure_policy],
             samples=service.samples,
         )
 

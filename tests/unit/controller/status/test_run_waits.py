@@ -19,7 +19,7 @@ from miles.services.controller.status.waits import UNUSUAL_S, Wait
 NOW = 1000.0
 WORKING = RolloutFacts("rollout-0", connected=True, capacity=4)
 COLLECTING = RunFacts(
-    "collecting", "4 of 4 groups of step 0", NOW, rollouts=(WORKING,), wanted_rollouts=1, lease_s=20.0
+    "collecting", "4 of 4 groups of step 0", NOW, NOW, rollouts=(WORKING,), wanted_rollouts=1, lease_s=20.0
 )
 
 
@@ -36,7 +36,7 @@ def test_a_run_that_works_waits_for_its_groups_alone() -> None:
 def test_a_worker_that_is_stopped_is_named_before_its_lease_ends() -> None:
     silent, _ = run(silent_s={"rollout-0": 7.0, "trainer-0": 1.0})
     assert silent.what == "a heartbeat of rollout-0"
-    assert (silent.limit_s, silent.patience_s) == (13.0, 0.0)
+    assert (silent.since_s, silent.gives_up_s, silent.patience_s) == (NOW - 7.0, NOW + 13.0, 0.0)
 
 
 @pytest.mark.parametrize(

@@ -12,11 +12,11 @@ LABEL = "reward service 'mine' at host:1"
 def test_a_service_that_fails_is_reported_at_once_and_a_slow_one_later() -> None:
     failing = ServiceWait(LABEL, 4, 1000.0, "it cannot be reached: Connection refused", 3)
     slow = ServiceWait("reward service 'slow' at host:2", 1, 1000.0, "", 0)
-    [wait] = reward_waits([failing, slow], 180.0, now_s=1001.0)
+    [wait] = reward_waits([failing, slow], 180.0, "retry", now_s=1001.0)
     assert (wait.what, wait.samples) == (LABEL, 4)
     assert wait.detail == "it cannot be reached: Connection refused (3 times)"
     assert wait.gives_up_unix_ns == int(1180e9)
-    assert [wait.what for wait in reward_waits([failing, slow], 180.0, now_s=1011.0)] == [LABEL, slow.service]
+    assert [wait.what for wait in reward_waits([failing, slow], 180.0, "drop", now_s=1011.0)] == [LABEL, slow.service]
 
 
 def test_groups_that_redis_does_not_take_are_one_wait() -> None:
