@@ -12,6 +12,7 @@ import logging
 import os
 import pathlib
 import signal
+import socket
 import time
 from typing import TYPE_CHECKING
 

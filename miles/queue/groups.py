@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from redis.exceptions import NoScriptError, ResponseError
 
-from miles.queue.backpressure import TRANSIENT, is_out_of_memory, until_written
+from miles.queue.backpressure import TRANSIENT, WriteWait, is_out_of_memory, until_written
 from miles.queue.consumer import GroupConsumer
 from miles.queue.errors import MissingGroups
 from miles.queue.fencing import FENCE, Fenced, Holder, stamp
@@ -74,6 +74,8 @@ class GroupQueue:
         self._begin_life = redis.register_script(BEGIN_LIFE)
         self._reopen = redis.register_script(REOPEN)
         self._acknowledge = redis.register_script(ACKNOWLEDGE)
+        self.waiting: dict[str, WriteWait] = {}
+        """Groups that Redis does not take now, and drops of groups, by what they are."""
         self._consumer = GroupConsumer(redis, self._keys, consumer, dead_after_s=dead_after_s, blob_ttl_s=blob_ttl_s)
 
     async def put(
@@ -103,7 +105,7 @@ class GroupQueue:
                 if state != b"no-blob":
                     return entry_id.decode()
 
-        return await until_written(write, f"group {group.group_id}", len(payload), deadline_s)
+        return await until_written(write, f"group {group.group_id}", len(payload), deadline_s, self.waiting)
 
     async def _send_put(self, commands: list[Command], nbytes: int) -> tuple[bytes, bytes]:
         """Send the commands, of which PUT is the last, and return what PUT returns."""
@@ -151,7 +153,7 @@ class GroupQueue:
             )
             return answer
 
-        state = await until_written(write, f"the drop of group {group_id}", 0, deadline_s)
+        state = await until_written(write, f"the drop of group {group_id}", 0, deadline_s, self.waiting)
         if state == b"fenced":
             raise Fenced(group_id, holder)
         return state == b"dropped"

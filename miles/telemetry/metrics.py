@@ -20,12 +20,21 @@ MAX_LINE_BYTES = 16 << 20
 class MetricsWriter:
     """Appends one line per step to `metrics.jsonl`: {"step": int, "unix_s": float, name: value, ...}.
 
-    A run that resumes at `first_step` first deletes the lines of that step and later ones, which it will write again.
+    The line of an evaluation has the version that was evaluated as its step: the step that trains that version. A run
+    that resumes at `first_step` first deletes the lines of that step and later ones, which it will write again.
     """
 
-    def __init__(self, path: pathlib.Path, first_step: int = 0, tensorboard_dir: pathlib.Path | None = None) -> None:
+    def __init__(
+        self,
+        path: pathlib.Path,
+        first_step: int = 0,
+        tensorboard_dir: pathlib.Path | None = None,
+        *,
+        keep_evaluation: bool = False,
+    ) -> None:
+        """`keep_evaluation`: keep the line of the evaluation of version `first_step`."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        _delete_from(path, first_step)
+        _delete_from(path, first_step, keep_evaluation)
         self._file = open_to_append(path)
         self._tensorboard: Any = None
         if tensorboard_dir is not None:
@@ -80,7 +89,15 @@ def _is_number(value: object) -> bool:
     return value is None or (isinstance(value, int | float) and abs(value) <= sys.float_info.max)
 
 
-def _delete_from(path: pathlib.Path, first_step: int) -> None:
+_EVALUATION = ("eval/", "passrate/")
+_NOT_MEASURED = frozenset({"step", "unix_s"})
+
+
+def _is_evaluation(line: Mapping[str, Any]) -> bool:
+    return all(name.startswith(_EVALUATION) for name in line if name not in _NOT_MEASURED)
+
+
+def _delete_from(path: pathlib.Path, first_step: int, keep_evaluation: bool) -> None:
     lines = list(read_metrics(path))
     if not lines:
         path.unlink(missing_ok=True)
@@ -88,7 +105,8 @@ def _delete_from(path: pathlib.Path, first_step: int) -> None:
     kept = path.with_suffix(".tmp")
     with kept.open("w", encoding="utf-8") as file:
         for line in lines:
-            if line["step"] < first_step:
+            kept_evaluation = keep_evaluation and line["step"] == first_step and _is_evaluation(line)
+            if line["step"] < first_step or kept_evaluation:
                 file.write(json.dumps(line) + "\n")
         file.flush()
         os.fsync(file.fileno())

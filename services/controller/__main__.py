@@ -88,7 +88,7 @@ async def serve(arguments: argparse.Namespace) -> None:
     if arguments.address_file is not None:
         write_address(arguments.address_file, address)
     logger.info("controller listens on %s", address)
-    working = (scheduler.run(), _expire_leases(registry), lease.keep(), _notice_emptied(store))
+    working = (scheduler.run(), scheduler.tell_waits(), _expire_leases(registry), lease.keep(), _notice_emptied(store))
     tasks = [asyncio.create_task(each) for each in working]
     try:
         async with cancelled_at_end(*tasks):

@@ -74,7 +74,9 @@ class ControllerServicer(controller_pb2_grpc.ControllerServiceServicer):
         self, request: controller_pb2.GetJobRequest, context: grpc.aio.ServicerContext
     ) -> controller_pb2.GetJobResponse:
         async with ending_call(context):
-            return controller_pb2.GetJobResponse(job=await self._store.get(request.job_id))
+            job = await self._store.get(request.job_id)
+        job.waits.extend(self._scheduler.waits(job))
+        return controller_pb2.GetJobResponse(job=job)
 
     async def ListJobs(
         self, request: controller_pb2.ListJobsRequest, context: grpc.aio.ServicerContext
@@ -82,6 +84,8 @@ class ControllerServicer(controller_pb2_grpc.ControllerServiceServicer):
         size = min(request.page_size or 100, 1000)
         async with ending_call(context):
             jobs, token = await self._store.list(frozenset(request.states), size, request.page_token)
+        for job in jobs:
+            job.waits.extend(self._scheduler.waits(job))
         return controller_pb2.ListJobsResponse(jobs=jobs, next_page_token=token)
 
     async def ControlJob(

@@ -123,7 +123,7 @@ async def test_a_worker_attaches_over_mutual_tls(authority: Authority, use: Call
         heartbeat=controller_pb2.WorkerHeartbeat,
     )
     attached = asyncio.create_task(attachment.run())
-    (worker,) = await registry.require(controller_pb2.WORKER_KIND_ROLLOUT, 1, 10)
+    (worker,) = await registry.require(controller_pb2.WORKER_KIND_ROLLOUT, "a rollout", 10, lambda worker: True)
     assert worker.worker_id == "rollout-0"
     attached.cancel()
     await asyncio.gather(attached, return_exceptions=True)

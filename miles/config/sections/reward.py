@@ -19,8 +19,8 @@ class RewardConfig(Section):
     """Async function that scores a sample, instead of rm_type."""
 
     reward_service: Annotated[tuple[str, ...], Metavar("NAME=HOST:PORT")] = ()
-    """Address of a reward service that runs elsewhere; the one named default scores samples without a name;
-    repeatable."""
+    """Address of a reward service that runs elsewhere; repeatable. The one named default scores samples without a name,
+    as does the only one when neither rm_type nor custom_rm_path is given."""
 
     reward_key: str | None = None
     """Name of the number to train on, when a reward has several."""
@@ -45,6 +45,13 @@ class RewardConfig(Section):
     def service_addresses(self) -> dict[str, str]:
         """The host:port of each external reward service, by name."""
         return dict(parse_reward_service(spec) for spec in self.reward_service)
+
+    def addresses_with_default(self) -> dict[str, str]:
+        """The same with a default where they name one: the only service, when nothing else scores, has no choice."""
+        addresses = self.service_addresses
+        if len(addresses) == 1 and not (self.rm_type or self.custom_rm_path):
+            return {"default": next(iter(addresses.values())), **addresses}
+        return addresses
 
 
 def parse_reward_service(spec: str) -> tuple[str, str]:

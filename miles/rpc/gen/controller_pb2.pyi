@@ -843,6 +843,7 @@ class DescribeRunResponse(_message.Message):
     JOBS_AHEAD_FIELD_NUMBER: _builtins.int
     SAVED_STEP_FIELD_NUMBER: _builtins.int
     SAVE_LIMIT_S_FIELD_NUMBER: _builtins.int
+    WAITS_FIELD_NUMBER: _builtins.int
     phase: _builtins.str
     """What the run does, e.g. "collecting", "training", "queued", "ended"."""
     waiting_for: _builtins.str
@@ -885,6 +886,10 @@ class DescribeRunResponse(_message.Message):
     def workers(self) -> _containers.RepeatedCompositeFieldContainer[Global___WorkerActivity]:
         """What each attached worker does or waits for, by its id."""
 
+    @_builtins.property
+    def waits(self) -> _containers.RepeatedCompositeFieldContainer[_job_pb2.Wait]:
+        """Everything that the job waits for, the most telling first."""
+
     def __init__(
         self,
         *,
@@ -905,10 +910,11 @@ class DescribeRunResponse(_message.Message):
         jobs_ahead: _builtins.int = ...,
         saved_step: _builtins.int | None = ...,
         save_limit_s: _builtins.float = ...,
+        waits: _abc.Iterable[_job_pb2.Wait] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_active_version", b"_active_version", "_saved_step", b"_saved_step", "active_version", b"active_version", "saved_step", b"saved_step"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_active_version", b"_active_version", "_saved_step", b"_saved_step", "active_version", b"active_version", "batch_size", b"batch_size", "consumed", b"consumed", "holds", b"holds", "jobs_ahead", b"jobs_ahead", "newest_version", b"newest_version", "pending", b"pending", "phase", b"phase", "ready", b"ready", "running", b"running", "save_limit_s", b"save_limit_s", "saved_step", b"saved_step", "since_unix_ns", b"since_unix_ns", "step", b"step", "training", b"training", "waiting_for", b"waiting_for", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_active_version", b"_active_version", "_saved_step", b"_saved_step", "active_version", b"active_version", "batch_size", b"batch_size", "consumed", b"consumed", "holds", b"holds", "jobs_ahead", b"jobs_ahead", "newest_version", b"newest_version", "pending", b"pending", "phase", b"phase", "ready", b"ready", "running", b"running", "save_limit_s", b"save_limit_s", "saved_step", b"saved_step", "since_unix_ns", b"since_unix_ns", "step", b"step", "training", b"training", "waiting_for", b"waiting_for", "waits", b"waits", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__active_version: _TypeAlias = _typing.Literal["active_version"]  # noqa: Y015
     _WhichOneofArgType__active_version: _TypeAlias = _typing.Literal["_active_version", b"_active_version"]  # noqa: Y015

@@ -21,6 +21,8 @@ from miles.telemetry.redaction import redact
 
 SUMMARY_NAME = "summary.json"
 METRICS_NAME = "metrics.jsonl"
+LAST_EVALUATED = "last_evaluated_version"
+"""Key in a job's summary: the newest version whose evaluation is recorded."""
 
 
 class JobHistory:
@@ -35,7 +37,10 @@ class JobHistory:
         self.timeline = TimelineWriter(context.run_dir / timeline.NAME)
 
     def open_metrics(self, first_step: int) -> None:
-        """Begin to write metrics at a step; discards what an interrupted run wrote of it and of later ones."""
+        """Begin to write metrics at a step; discards what an interrupted run wrote of it and of later ones.
+
+        The evaluation of the version that the step begins with stays: it is not repeated.
+        """
         if self._writer is not None:
             self._writer.close()
         telemetry, run_dir = self._context.config.telemetry, self._context.run_dir
@@ -44,6 +49,7 @@ class JobHistory:
             run_dir / METRICS_NAME,
             first_step,
             tensorboard / (telemetry.tb_experiment_name or self.job.name) if telemetry.use_tensorboard else None,
+            keep_evaluation=self.summary.get(LAST_EVALUATED, -1) >= first_step,
         )
 
     def recorded_steps(self, name: str) -> set[int]:

@@ -27,11 +27,15 @@ from miles.services.controller.jobs.context import JobContext
 from miles.services.controller.jobs.controls import JobCancelledError, JobControls, JobStoppedError
 from miles.services.controller.jobs.history import JobHistory
 from miles.services.controller.jobs.records import ENDED
+from miles.services.controller.jobs.reward_services import check_reward_services
 from miles.services.controller.jobs.store import JobStore
 from miles.services.controller.run.recovery import run_to_end
 from miles.services.controller.run.setup import RunSetup
 from miles.services.controller.status.run_status import RunStatus
+from miles.services.controller.status.tell_waits import tell_waits
+from miles.services.controller.status.worker_activity import WorkerActivities
 from miles.services.controller.workers.registry import WorkerRegistry
+from miles.tasks import cancelled_at_end
 from miles.telemetry.redaction import redact
 
 logger = logging.getLogger(__name__)
@@ -55,7 +59,7 @@ class JobRunner:
         self._redis_url = redis_url
         self._log_dir = log_dir
         self.status: RunStatus | None = None
-        """What the current run does; None before its data is read."""
+        """What the current run does; None while there is none."""
 
     async def run(self, job: job_pb2.Job, controls: JobControls) -> None:
         """Run the job until it has ended. Cancellation leaves the record as it is, so that the job can be resumed.
@@ -115,7 +119,30 @@ class JobRunner:
         await self._store.put(job, job_pb2.JobEvent(job_id=job.job_id, state_changed=changed))
 
     async def _run(self, context: JobContext, history: JobHistory, controls: JobControls) -> None:
+        activities = WorkerActivities(history.timeline.add)
+        status = RunStatus(activities, self._registry, context.config.cluster.rollout_num_workers)
+        self.status = status
+        telling = asyncio.create_task(tell_waits(status, history, context.config.data.rollout_batch_size))
+        try:
+            async with cancelled_at_end(telling):
+                await self._run_described(context, history, controls, activities, status)
+        finally:
+            self.status = None
+
+    async def _run_described(
+        self,
+        context: JobContext,
+        history: JobHistory,
+        controls: JobControls,
+        activities: WorkerActivities,
+        status: RunStatus,
+    ) -> None:
         prompts, eval_sets = await asyncio.to_thread(_read_data, context.config)
+        for source in (prompts, *eval_sets.values()):
+            if skipped := source.prompts.num_rows - len(source):
+                text = f"{source.prompts.source}: {skipped} of {source.prompts.num_rows} prompts are too long, left out"
+                await history.log(job_pb2.LOG_LEVEL_WARNING, "controller", text)
+        check_reward_services(context.config, (prompts, *eval_sets.values()))
         num_rollout = context.config.rollouts(len(prompts))
         if num_rollout == 0 and context.config.data.num_rollout is None:
             raise DataError(
@@ -130,8 +157,7 @@ class JobRunner:
         queue = GroupQueue(self._redis, context.job_id, consumer="controller")
         try:
             await queue.reopen(self._registry.first_lease_number)
-            setup = RunSetup(context, history, controls, self._registry, queue, prompts, eval_sets)
-            self.status = setup.status
+            setup = RunSetup(context, history, controls, self._registry, queue, prompts, eval_sets, activities, status)
             await run_to_end(setup)
         except JobCancelledError:
             await queue.drop_job()
@@ -141,8 +167,6 @@ class JobRunner:
         except Exception:
             await queue.retire()  # it was stopped or failed, and may be resumed
             raise
-        finally:
-            self.status = None
         await queue.drop_job()
 
 
