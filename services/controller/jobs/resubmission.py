@@ -8,7 +8,7 @@ from typing import Any
 
 from miles.config.resume_rules import changes
 from miles.rpc.gen import job_pb2
-from miles.services.controller.jobs.store import ENDED
+from miles.services.controller.jobs.records import ENDED
 
 
 def may_go_on(job: job_pb2.Job, settings: Mapping[str, Any], running: str | None) -> bool:
