@@ -15,6 +15,7 @@ _WEIGHTS = ("tis_level", "tis_mode", "tis_lower_bound", "tis_upper_bound", "tis_
 _REJECTION = ("rs_level", "rs_lower_bound", "rs_upper_bound", "rs_veto_threshold")
 _STANDARDISES = ("grpo", "gspo", "cispo")
 _TAKES_KL_IN_THE_REWARD = ("reinforce_plus_plus", "reinforce_plus_plus_baseline", "ppo")
+_WHITENS = ("reinforce_plus_plus", "reinforce_plus_plus_baseline")
 _DISCOUNTS = ("reinforce_plus_plus", "ppo")
 _OF_THE_CRITIC = ("lambd", "value_clip", "num_critic_only_steps", "critic_lr_warmup_iters", "critic_lr", "critic_load")
 _SAME_AS_THE_POLICY = {"critic_lr": "lr", "critic_load": "hf_checkpoint"}
@@ -27,6 +28,15 @@ def comparing_estimators_get_several_samples(s: FlatSettings) -> Iterator[Fault]
     if compares and s.n_samples_per_prompt == 1 and s.num_rollout != 0:
         problem = f"{s.advantage_estimator} compares the samples of a prompt, so every advantage would be 0"
         yield Fault("n_samples_per_prompt", 1, problem, "set it to 2 or more")
+
+
+@rule
+def whitening_has_several_samples(s: FlatSettings) -> Iterator[Fault]:
+    whitens = s.normalize_advantages or s.advantage_estimator in _WHITENS
+    differ = s.advantage_estimator == "ppo" or s.gamma != 1 or s.kl_coef or s.use_opd
+    if whitens and not differ and s.rollout_batch_size * s.n_samples_per_prompt == 1 and s.num_rollout != 0:
+        problem = "whitening compares the samples of a batch, so every advantage would be 0"
+        yield Fault("rollout_batch_size", 1, problem, "set it or n_samples_per_prompt to 2 or more")
 
 
 @rule

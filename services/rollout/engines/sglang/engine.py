@@ -19,7 +19,7 @@ from miles.services.rollout.engines.base import (
     PauseMode,
 )
 from miles.services.rollout.engines.sglang.background import BackgroundCalls
-from miles.services.rollout.engines.sglang.errors import ServerRefused
+from miles.services.rollout.engines.sglang.errors import ServerRefused, ServerUnstartable
 from miles.services.rollout.engines.sglang.options import SglangOptions
 from miles.services.rollout.engines.sglang.requests.dispatcher import Dispatcher, ServedModel
 from miles.services.rollout.engines.sglang.server import flags
@@ -107,8 +107,13 @@ class SglangEngine:
             await asyncio.gather(*(replica.start() for replica in self._replicas))
             api, timeout_s = self._replicas[0].api, self._options.call_timeout_s
             info, server = await api.get("/model_info", timeout_s), await api.get("/server_info", timeout_s)
+            attached, given = bool(self._options.addresses), self._options.server_flags
+            if attached and (lossy := flags.lossy_acceptance(server)):
+                raise ServerUnstartable(
+                    f"{self._options.addresses[0]} runs with {lossy}, so that tokens are sampled more often than their "
+                    "log-probabilities say; start it without"
+                )
             undo.pop_all()
-        attached, given = bool(self._options.addresses), self._options.server_flags
         self._find_draft(server if attached else given)
         longest = int(server.get("max_req_input_len") or self._loader.max_positions - flags.SPARE_TOKENS)
         self._dispatcher.model = ServedModel(

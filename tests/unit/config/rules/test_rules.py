@@ -237,6 +237,10 @@ RULE_CASES: list[tuple[dict[str, Any], str]] = [
         {"use_mis": True, "use_tis": True, "tis_lower_bound": 0.1},
         "tis_lower_bound = 0.1, but tis_mode = truncate bounds weights above alone",
     ),
+    (
+        {"advantage_estimator": "reinforce_plus_plus", "rollout_batch_size": 1, "n_samples_per_prompt": 1},
+        "rollout_batch_size = 1, but whitening compares the samples of a batch",
+    ),
     ({"eps_clip": 1.0}, "eps_clip = 1.0, but it sets no lower bound, which grpo needs"),
     (
         {"advantage_estimator": "cispo", "eps_clip_c": 3.0},

@@ -11,6 +11,8 @@ from miles.services.rollout.engines.sglang.options import SglangOptions
 DRAFT_ALGORITHMS = ("EAGLE", "EAGLE3", "STANDALONE")
 """Speculative algorithms whose draft model has weights of its own."""
 
+ACCEPTANCE_THRESHOLDS = ("speculative_accept_threshold_single", "speculative_accept_threshold_acc")
+
 SPARE_TOKENS = 6
 """Tokens of its context that SGLang reserves: it refuses a longer input and truncates a longer response."""
 
@@ -66,6 +68,12 @@ def has_draft_weights(flags: Mapping[str, Any]) -> bool:
     """Whether a server with these flags has a draft model whose weights are not the policy's own."""
     algorithm = str(flags.get("speculative_algorithm") or "").upper()
     return algorithm in DRAFT_ALGORITHMS and flags.get("speculative_draft_model_path") is not None
+
+
+def lossy_acceptance(flags: Mapping[str, Any]) -> str:
+    """Which flags have speculative decoding accept tokens that the policy would sample less often; "" when none has."""
+    values = {name: flags.get(name) for name in ACCEPTANCE_THRESHOLDS}
+    return ", ".join(f"{name} = {value}" for name, value in values.items() if value is not None and float(value) != 1)
 
 
 def is_deterministic(flags: Mapping[str, Any]) -> bool:

@@ -55,7 +55,7 @@ class _Builder:
         self._options = ForwardOptions(
             device=device,
             compute=compute,
-            temperature=config.rollout.rollout_temperature or 1.0,
+            temperature=config.rollout.rollout_temperature,
             chunk_rows=config.train.log_probs_chunk_size if config.train.log_probs_chunk_size > 0 else None,
             varlen={"auto": None, "varlen": True, "sdpa": False}[config.train.attn_implementation],
         )

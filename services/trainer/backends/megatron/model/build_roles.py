@@ -55,7 +55,7 @@ def build_roles(config: JobConfig, parallel: ParallelRank, device: torch.device)
     teacher = None if teacher_folder is None else _weights_of(model, config, teacher_folder)
     routing = _routing(config, model, parallel, device)
     options = LogProbOptions(
-        temperature=config.rollout.rollout_temperature or 1.0,
+        temperature=config.rollout.rollout_temperature,
         chunk_rows=config.train.log_probs_chunk_size if config.train.log_probs_chunk_size > 0 else None,
         with_entropy=algorithm.entropy_coef != 0 or algorithm.observe_training_entropy,
         entropy_requires_grad=algorithm.entropy_coef != 0,

@@ -46,10 +46,15 @@ class LogProbOutput:
     """Log-probabilities, with entropies where the loss needs them."""
 
     def __init__(self, vocabulary: int, parallel: ParallelRank, options: LogProbOptions) -> None:
-        """`vocabulary` counts tokens without padding."""
+        """`vocabulary` counts tokens without padding. Raises ValueError when a rank would have none of them."""
         self._parallel = parallel
         self._options = options
         columns = -(-vocabulary // parallel.tensor_size)
+        if (parallel.tensor_size - 1) * columns >= vocabulary:
+            raise ValueError(
+                f"tensor_model_parallel_size = {parallel.tensor_size} leaves ranks without any of the model's "
+                f"{vocabulary} tokens; lower it"
+            )
         first = parallel.tensor_rank * columns
         self._shard = VocabShard(parallel.tensor_group, start=first) if parallel.tensor_size > 1 else None
         self._columns = min(columns, vocabulary - first)

@@ -11,6 +11,7 @@ from miles.services.rollout.engines.sglang.server.flags import (
     command,
     has_draft_weights,
     is_deterministic,
+    lossy_acceptance,
     passed_through,
 )
 
@@ -94,3 +95,10 @@ def test_a_draft_model_of_its_own_is_known() -> None:
     assert not has_draft_weights({})
     assert is_deterministic({"enable_deterministic_inference": True})
     assert not is_deterministic({})
+
+
+def test_a_server_that_accepts_drafts_too_often_is_known_by_its_flags() -> None:
+    single, acc = "speculative_accept_threshold_single", "speculative_accept_threshold_acc"
+    assert lossy_acceptance({}) == lossy_acceptance({single: 1.0, acc: 1}) == lossy_acceptance({single: None}) == ""
+    assert lossy_acceptance({single: 0.5, acc: 1.0}) == f"{single} = 0.5"
+    assert lossy_acceptance({single: 0.5, acc: "0.9"}) == f"{single} = 0.5, {acc} = 0.9"
