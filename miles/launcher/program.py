@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
+import logging
+from collections.abc import Coroutine, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -11,6 +12,9 @@ from rich.console import Console
 from miles.launcher.process import ProcessFailedError
 from miles.launcher.stopping.interrupts import leave_nothing_running
 from miles.rpc.exit_codes import ExitCode, ServiceExit
+from miles.telemetry.redaction import redact
+
+logger = logging.getLogger(__name__)
 
 
 def run_program(program: Coroutine[Any, Any, ExitCode], console: Console) -> ExitCode:
@@ -25,6 +29,15 @@ def run_program(program: Coroutine[Any, Any, ExitCode], console: Console) -> Exi
         return ExitCode.WORKER_FAILED
     finally:
         leave_nothing_running()
+
+
+def warn_of_secrets(arguments: Sequence[str]) -> None:
+    """Warn of a password, key or token on the command line, which every user of the machine can read."""
+    line = " ".join(arguments)
+    if redact(line) != line:
+        logger.warning(
+            "everybody on this machine can read the secret in this command line; write the setting into a --config file"
+        )
 
 
 def print_error(console: Console, error: Exception | str) -> None:
