@@ -12,9 +12,11 @@ _OF_ANOTHER_LAUNCHER = re.compile(
     r"|MASTER_ADDR|MASTER_PORT|TORCHELASTIC_\w+|TORCH_NCCL_ASYNC_ERROR_HANDLING)"
 )
 """Variables that torchrun or a batch script sets for its own ranks: ours would wait for ranks that nobody starts."""
+_FATAL = frozenset({"PYTHONOPTIMIZE", "PYTHONWARNINGS"})
+"""transformers reads docstrings, which PYTHONOPTIMIZE=2 removes, and libraries warn of each other."""
 
 
 def inherited(environment: Mapping[str, str]) -> dict[str, str]:
     """Return the variables of a process that this one starts."""
-    kept = {name: value for name, value in environment.items() if not _OF_ANOTHER_LAUNCHER.fullmatch(name)}
-    return without_proxy_for_loopback(kept)
+    dropped = {name for name in environment if name in _FATAL or _OF_ANOTHER_LAUNCHER.fullmatch(name)}
+    return without_proxy_for_loopback({name: value for name, value in environment.items() if name not in dropped})

@@ -10,6 +10,7 @@ from typing import Any
 from rich.console import Console
 
 from miles.launcher.process import ProcessFailedError
+from miles.launcher.restart_policy import PERMANENT
 from miles.launcher.stopping.interrupts import leave_nothing_running
 from miles.rpc.exit_codes import ExitCode, ServiceExit
 from miles.telemetry.redaction import redact
@@ -26,7 +27,7 @@ def run_program(program: Coroutine[Any, Any, ExitCode], console: Console) -> Exi
         return error.code
     except ProcessFailedError as error:
         print_error(console, error)
-        return ExitCode.WORKER_FAILED
+        return ExitCode(error.exit_code) if error.exit_code in PERMANENT else ExitCode.WORKER_FAILED
     finally:
         leave_nothing_running()
 

@@ -13,6 +13,7 @@ from miles.proxies import without_proxy_for_loopback
 
 def test_variables_of_another_launcher_do_not_reach_our_ranks() -> None:
     leftovers = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "3", "MASTER_ADDR": "node-0", "TORCHELASTIC_RUN_ID": "x"}
+    leftovers |= {"PYTHONOPTIMIZE": "2", "PYTHONWARNINGS": "error"}
     kept = {"PATH": "/bin", "MY_RANK": "1", "OMP_NUM_THREADS": "2"}
     assert inherited(leftovers | kept).items() >= kept.items()
     assert not inherited(leftovers | kept).keys() & leftovers.keys()
