@@ -8,7 +8,6 @@ import contextlib
 import gc
 import os
 import pathlib
-import resource
 import socket
 from collections.abc import Iterator, Sequence
 
@@ -135,7 +134,6 @@ async def serve(flags: argparse.Namespace) -> None:
         partial = flags.address_file.with_suffix(".tmp")
         partial.write_text(url)
         partial.replace(flags.address_file)
-    allow_many_connections()
     # Objects created so far are permanent. Collections that scanned them again would pause for about 0.1 s.
     gc.collect()
     gc.freeze()
@@ -167,12 +165,6 @@ def listening_socket(address: str) -> socket.socket:
             raise ServiceExit(ExitCode.PORT_IN_USE, problem) from error
         problem = f"cannot listen on {address}: {error.strerror}; give another --listen"
         raise ServiceExit(ExitCode.BAD_CONFIG, problem) from error
-
-
-def allow_many_connections() -> None:
-    """Raise the limit of open files to its maximum: each watcher is one."""
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 if __name__ == "__main__":

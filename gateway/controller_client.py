@@ -20,6 +20,7 @@ from miles.rpc.gen import (
     records_pb2_grpc,
     weightsync_pb2,
 )
+from miles.rpc.refusals import cause
 
 logger = logging.getLogger(__name__)
 
@@ -170,6 +171,9 @@ _AWAY = frozenset({grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDE
 
 def as_problem(error: grpc.aio.AioRpcError) -> Problem:
     """Return the problem document of a failed call."""
+    if (never := cause(error.code(), error.details() or "")) is not None:
+        logger.error("the controller cannot be used: %s (%s)", never[1], error.details())
+        return Problem("controller-failed", f"the controller cannot be used: {never[1]}")
     if error.code() in _AWAY:
         logger.warning("the controller does not answer: %s: %s", error.code().name, error.details())
         detail = "the controller does not answer; it may be restarting, so try again in a moment"

@@ -7,6 +7,7 @@ import json
 import os
 import pathlib
 import time
+import urllib.parse
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
@@ -14,8 +15,10 @@ from typing import Any, Self
 
 import httpx
 
+from miles.addresses import is_loopback
 from miles.client.errors import GatewayUnreachableError, MilesError, UnexpectedAnswerError
 from miles.client.events import parse_events
+from miles.telemetry.redaction import redact
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 URL_ENVIRONMENT, KEY_ENVIRONMENT = "MILES_URL", "MILES_API_KEY"
@@ -51,7 +54,14 @@ class MilesClient:
         self.url = (url or os.environ.get(URL_ENVIRONMENT) or DEFAULT_URL).rstrip("/")
         key = api_key or os.environ.get(KEY_ENVIRONMENT)
         headers = {"Authorization": f"Bearer {key}"} if key else {}
-        self._http = httpx.Client(base_url=self.url, headers=headers, timeout=timeout_s, verify=verify)
+        # A proxy of the environment is for the way out of this machine.
+        local = is_loopback(urllib.parse.urlsplit(self.url).hostname or "")
+        try:
+            self._http = httpx.Client(
+                base_url=self.url, headers=headers, timeout=timeout_s, verify=verify, trust_env=not local
+            )
+        except (ImportError, ValueError) as error:
+            raise GatewayUnreachableError(f"the proxy of the environment cannot be used: {error}") from error
 
     def close(self) -> None:
         """Close connections."""
@@ -248,7 +258,7 @@ class MilesClient:
         except httpx.TransportError as error:
             reason = str(error) or type(error).__name__
             raise GatewayUnreachableError(
-                f"no gateway answers at {self.url} ({reason}); check the address (--url or ${URL_ENVIRONMENT})"
+                f"no gateway answers at {redact(self.url)} ({reason}); check the address (--url or ${URL_ENVIRONMENT})"
             ) from error
 
 

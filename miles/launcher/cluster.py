@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from miles.addresses import free_port, join_address, reachable_here, split_address
 from miles.cores import WAIT_VARIABLE
+from miles.launcher.inherited import inherited
 from miles.launcher.plan import ProcessPlan, plan_controller, plan_gateway, plan_workers
 from miles.launcher.process import ProcessFailedError, SupervisedProcess
 from miles.launcher.restart_policy import RestartPolicy
@@ -165,7 +166,12 @@ class LocalCluster:
         process = SupervisedProcess(
             plan.name,
             plan.command,
-            {**os.environ, **_QUIET_ENVIRONMENT, **plan.environment, WATCHED_PID_ENVIRONMENT: str(os.getpid())},
+            {
+                **inherited(os.environ),
+                **_QUIET_ENVIRONMENT,
+                **plan.environment,
+                WATCHED_PID_ENVIRONMENT: str(os.getpid()),
+            },
             self.run_dir / "logs" / f"{plan.name}.log",
             _restart_policy(self._config),
         )

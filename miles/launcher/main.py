@@ -26,7 +26,7 @@ from miles.launcher.dry_run import checked_config, describe_run
 from miles.launcher.job_client import EXIT_CODES, JobClient
 from miles.launcher.job_words import end_words, resumption
 from miles.launcher.plan import tls_environment
-from miles.launcher.program import print_error, run_program
+from miles.launcher.program import print_error, run_program, warn_of_secrets
 from miles.launcher.run_on_cluster import run_on_cluster
 from miles.launcher.run_view import RunView
 from miles.launcher.stopping.interrupts import Interrupts, cancel_this_task
@@ -43,8 +43,9 @@ from miles.tasks import cancelled_at_end
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a training job on this machine from command-line flags; return the exit code."""
     outlive_readers()
+    words = sys.argv[1:] if arguments is None else arguments
     console = RunConsole()
-    line = parse_command_line(sys.argv[1:] if arguments is None else arguments)
+    line = parse_command_line(words)
     if line.help:
         usage = "usage: train.py [--config FILE] [--dry-run] [FLAGS]"
         console.print(f"{usage}\n\n{help_text(help_width())}", markup=False, end="")
@@ -58,6 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print_error(console, error)
         return ExitCode.BAD_CONFIG
     logging.basicConfig(level=logging.INFO, handlers=[LogLines(console)])
+    warn_of_secrets(words)
     return run_program(_run(config, console), console)
 
 

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
+import logging
+from collections.abc import Coroutine, Sequence
 from typing import Any
 
 from rich.console import Console
 
 from miles.launcher.process import ProcessFailedError
+from miles.launcher.restart_policy import PERMANENT
 from miles.launcher.stopping.interrupts import leave_nothing_running
 from miles.rpc.exit_codes import ExitCode, ServiceExit
+from miles.telemetry.redaction import redact
+
+logger = logging.getLogger(__name__)
 
 
 def run_program(program: Coroutine[Any, Any, ExitCode], console: Console) -> ExitCode:
@@ -22,9 +27,18 @@ def run_program(program: Coroutine[Any, Any, ExitCode], console: Console) -> Exi
         return error.code
     except ProcessFailedError as error:
         print_error(console, error)
-        return ExitCode.WORKER_FAILED
+        return ExitCode(error.exit_code) if error.exit_code in PERMANENT else ExitCode.WORKER_FAILED
     finally:
         leave_nothing_running()
+
+
+def warn_of_secrets(arguments: Sequence[str]) -> None:
+    """Warn of a password, key or token on the command line, which every user of the machine can read."""
+    line = " ".join(arguments)
+    if redact(line) != line:
+        logger.warning(
+            "everybody on this machine can read the secret in this command line; write the setting into a --config file"
+        )
 
 
 def print_error(console: Console, error: Exception | str) -> None:

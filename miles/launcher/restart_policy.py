@@ -6,7 +6,7 @@ import dataclasses
 
 from miles.rpc.exit_codes import ExitCode
 
-_PERMANENT = frozenset(
+PERMANENT = frozenset(
     {
         ExitCode.BAD_CONFIG,
         ExitCode.PORT_IN_USE,
@@ -34,7 +34,7 @@ class RestartPolicy:
 
     def delay_after(self, exit_code: int, now_s: float) -> float | None:
         """Return the seconds until the next start, or None for no restart. `exit_code` is negative for a signal."""
-        if exit_code in _PERMANENT:
+        if exit_code in PERMANENT:
             return None
         self._ends_s = [end for end in self._ends_s if end > now_s - self.window_s] + [now_s]
         if len(self._ends_s) > self.limit:

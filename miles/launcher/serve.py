@@ -23,7 +23,7 @@ from miles.launcher.cluster import LocalCluster
 from miles.launcher.console import LogLines, RunConsole, help_width
 from miles.launcher.drill.drill import drill_of, recovery_table
 from miles.launcher.plan import tls_environment
-from miles.launcher.program import print_error, run_program
+from miles.launcher.program import print_error, run_program, warn_of_secrets
 from miles.launcher.run_on_cluster import run_on_cluster
 from miles.launcher.stopping.interrupts import Interrupts, cancel_this_task
 from miles.ownership.owner_file import mark_services
@@ -45,8 +45,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Serve until Ctrl-C or SIGTERM; return the exit code."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until there is something to stop
     outlive_readers()
+    words = sys.argv[1:] if arguments is None else arguments
     console = RunConsole()
-    line = parse_command_line(sys.argv[1:] if arguments is None else arguments)
+    line = parse_command_line(words)
     if line.help:
         usage = "\n\n".join(wrapped(paragraph, help_width()) for paragraph in _USAGE)
         console.print(f"{usage}\n\n{_flags_text()}", markup=False)
@@ -57,6 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print_error(console, error)
         return ExitCode.BAD_CONFIG
     logging.basicConfig(level=logging.INFO, handlers=[LogLines(console)])
+    warn_of_secrets(words)
     return run_program(_serve(config, console), console)
 
 

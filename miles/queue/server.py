@@ -173,7 +173,7 @@ class RedisServer:
             return  # clients know it by now
         path = str(self.data_dir / "redis.sock")
         if len(path.encode()) > _UNIX_PATH_LIMIT:
-            self._socket_dir = tempfile.mkdtemp(prefix="miles-redis-")
+            self._socket_dir = _socket_dir()
             path = os.path.join(self._socket_dir, "redis.sock")
         self._socket_path = path
 
@@ -238,6 +238,14 @@ class RedisServer:
         if self._socket_dir is not None:
             shutil.rmtree(self._socket_dir, ignore_errors=True)
             self._socket_dir, self._socket_path = None, ""
+
+
+def _socket_dir() -> str:
+    """Make a folder whose path is short enough for a socket in it. Raises RedisStartError."""
+    for parent in dict.fromkeys((tempfile.gettempdir(), "/tmp", "/dev/shm")):
+        if len(parent.encode()) <= _UNIX_PATH_LIMIT - 40 and os.access(parent, os.W_OK | os.X_OK):
+            return tempfile.mkdtemp(prefix="miles-redis-", dir=parent)
+    raise RedisStartError("there is no folder for the socket of Redis: set TMPDIR to one with a short path")
 
 
 def _shut_down(url: str) -> None:

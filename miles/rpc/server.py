@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import resource
 import signal
 from collections.abc import Awaitable, Callable, Sequence
 
@@ -75,6 +76,12 @@ def _cannot_listen(host: str, port: int) -> ServiceExit:
     return ServiceExit(ExitCode.PORT_IN_USE, problem)
 
 
+def _allow_many_files() -> None:
+    """Raise the limit of open files to its maximum: each connection is one."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
 async def run_until_signal(serve: Callable[[], Awaitable[None]]) -> None:
     """Run `serve` until it returns or SIGINT, SIGTERM or SIGHUP cancels it, then let it clean up.
 
@@ -141,6 +148,7 @@ def _watch_process(loop: asyncio.AbstractEventLoop, on_end: Callable[[], None]) 
 def main(serve: Callable[[], Awaitable[None]]) -> None:
     """Run a service as a program: logging, signals, exit codes."""
     outlive_readers()
+    _allow_many_files()
     handler = logging.StreamHandler()
     handler.setFormatter(RedactingFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logging.basicConfig(level=logging.INFO, handlers=[handler])

@@ -11,8 +11,9 @@ from collections.abc import Iterator
 import grpc
 import pytest
 from authority import Authority
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from miles.rpc import ExitCode, ServiceExit, WorkerAttachment, start_server
+from miles.rpc import ExitCode, ServiceExit, WorkerAttachment, connect, start_server
 from miles.rpc.gen import controller_pb2
 from miles.rpc.refusals import cause
 from miles.rpc.tls import CA, CERT, KEY, MUTUAL, SERVER_NAME
@@ -101,3 +102,16 @@ async def test_a_host_of_another_machine_is_not_called_a_taken_port() -> None:
     with pytest.raises(ServiceExit, match="Cannot assign requested address") as ended:
         await start_server(lambda server: None, "192.0.2.1:0", [])
     assert ended.value.code is ExitCode.BAD_CONFIG
+
+
+@pytest.mark.parametrize("variable", ["http_proxy", "https_proxy", "grpc_proxy"])
+async def test_services_reach_each_other_without_a_proxy(monkeypatch: pytest.MonkeyPatch, variable: str) -> None:
+    for name in ("no_proxy", "NO_PROXY", "no_grpc_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv(variable, "http://127.0.0.1:9")
+    server, address = await start_server(lambda server: None, "127.0.0.1:0", [])
+    async with connect(address) as channel:
+        stub = health_pb2_grpc.HealthStub(channel)
+        answer = await stub.Check(health_pb2.HealthCheckRequest(), timeout=60, wait_for_ready=True)
+    assert answer.status == health_pb2.HealthCheckResponse.SERVING
+    await server.stop(None)

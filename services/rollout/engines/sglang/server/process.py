@@ -13,6 +13,8 @@ import sys
 from collections.abc import Sequence
 from typing import IO
 
+from miles.proxies import without_proxy_for_loopback
+
 log = logging.getLogger(__name__)
 
 _DIE_WITH_PARENT = """
@@ -55,7 +57,7 @@ class ServerProcess:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, "PYTHONUNBUFFERED": "1", **_SCORES_AS_DRAWN},
+                env={**without_proxy_for_loopback(os.environ), "PYTHONUNBUFFERED": "1", **_SCORES_AS_DRAWN},
                 start_new_session=True,
             )
         return cls(process, log_path)
