@@ -115,4 +115,7 @@ def _saved(history: JobHistory) -> str:
 def _read_data(config: JobConfig) -> tuple[PromptSource, dict[str, PromptSource]]:
     assert config.rollout.hf_checkpoint is not None, "a rule requires it"
     tokenizer = load_tokenizer(config.rollout.hf_checkpoint, config.data.chat_template_path)
-    return train_source(config, tokenizer), eval_sources(config, tokenizer)
+    eval_sets = eval_sources(config, tokenizer)
+    if config.data.prompt_data is None:  # a rule requires it unless the run only evaluates
+        return next(iter(eval_sets.values())), eval_sets
+    return train_source(config, tokenizer), eval_sets

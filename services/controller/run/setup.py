@@ -76,7 +76,7 @@ class RunSetup:
             self._queue,
             self._alerts,
             weightsync.address,
-            await self._workers.reward_addresses(config.reward.reward_service),
+            await self._workers.reward_addresses(config.reward),
         )
 
         def on_active(version: int) -> None:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from miles.rpc.gen import controller_pb2
 from miles.services.controller.clients import deadlines
 from miles.services.controller.jobs.controls import JobControls
 from miles.services.controller.status.run_status import RunStatus
 from miles.services.controller.workers.registry import AttachedWorker, WorkerRegistry
-from miles.services.controller.workers.reward_addresses import DEFAULT, RewardAddresses
+from miles.services.controller.workers.reward_addresses import RewardAddresses
+
+if TYPE_CHECKING:
+    from miles.config.sections.reward import RewardConfig
 
 
 class RequiredWorkers:
@@ -27,10 +31,10 @@ class RequiredWorkers:
             self._status.enter("starting", f"a {name} worker to attach")
         return await self._controls.unless_ended(self._registry.require(kind, 1, deadlines.WORKERS_ATTACH_S))
 
-    async def reward_addresses(self, named: Sequence[str]) -> RewardAddresses:
-        """Return the user's reward services (NAME=HOST:PORT), and built-in ones unless one of those is the default."""
-        addresses = dict(service.split("=", 1) for service in named)
-        if DEFAULT in addresses:
+    async def reward_addresses(self, reward: RewardConfig) -> RewardAddresses:
+        """Return the user's reward services, and this cluster's workers if rm_type or custom_rm_path needs them."""
+        addresses = reward.service_addresses
+        if not (reward.rm_type or reward.custom_rm_path):
             return RewardAddresses(addresses)
         workers = await self.wait_for(controller_pb2.WORKER_KIND_REWARD)
         return RewardAddresses(addresses, tuple(worker.registration.address for worker in workers))
