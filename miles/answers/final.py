@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-_THINKING_ENDS = ("</think>", "</thinking>", "</thought>", "[/THINK]", "\u25c1/think\u25b7", "<|channel|>final<|message|>")
+_THINKING_ENDS = (
+    "</think>",
+    "</thinking>",
+    "</thought>",
+    "[/THINK]",
+    "\u25c1/think\u25b7",
+    "<|channel|>final<|message|>",
+)
 _THINKING_BEGINS = ("<think>", "<thinking>", "<thought>", "[THINK]", "\u25c1think\u25b7")
 
 

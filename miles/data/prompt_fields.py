@@ -168,4 +168,6 @@ def _encodable(text: str, key: str) -> None:
 
 def _kind(value: Any) -> str:
     names = {dict: "an object", list: "a list", str: "text", bool: "a boolean", type(None): "null"}
-    return names.get(type(value), "a number" if isinstance(value, int | float | Decimal) else f"a {type(value).__name__}")
+    return names.get(
+        type(value), "a number" if isinstance(value, int | float | Decimal) else f"a {type(value).__name__}"
+    )

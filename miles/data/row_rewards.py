@@ -29,7 +29,9 @@ def check_reward(row: PromptRow, config: RewardConfig) -> None:
     chosen = row.metadata.get(REWARD_KEY, config.rm_type)
     if chosen not in get_args(BuiltinReward):
         names = ", ".join(get_args(BuiltinReward))
-        raise DataError(f"its metadata has {REWARD_KEY} {chosen!r:.100}, which is no built-in reward; there are {names}")
+        raise DataError(
+            f"its metadata has {REWARD_KEY} {chosen!r:.100}, which is no built-in reward; there are {names}"
+        )
     if fault := label_fault(chosen, row.label):
         raise DataError(fault)
 

@@ -13,11 +13,11 @@ from typing import Any, TypeAlias
 
 import grpc.aio
 
+from miles.reward_names import DEFAULT_SERVICE, SERVICE_KEY
 from miles.reward_sdk.answers import Answers
 from miles.rpc import connect
 from miles.rpc.gen import reward_pb2, reward_pb2_grpc
 from miles.types import MalformedMessage, Reward, Sample
-from miles.reward_names import DEFAULT_SERVICE, SERVICE_KEY
 from miles.types.convert import json_from_text, reward_from_proto, sample_to_proto
 
 logger = logging.getLogger(__name__)

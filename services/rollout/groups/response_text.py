@@ -19,9 +19,7 @@ def response_decoder(tokenizer: Any, end_tokens: Collection[int]) -> Callable[[S
     def decode(tokens: Sequence[int], skip_special_tokens: bool) -> str:
         text_tokens = list(tokens[:-1] if len(tokens) and tokens[-1] in ends else tokens)
         return str(
-            tokenizer.decode(
-                text_tokens, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
-            )
+            tokenizer.decode(text_tokens, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False)
         )
 
     return decode

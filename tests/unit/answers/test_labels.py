@@ -89,7 +89,9 @@ def test_numbers_are_equal_however_they_are_written(one: str, other: str) -> Non
     assert left.equals(right)
 
 
-@pytest.mark.parametrize(("one", "other"), [("10000000", "10000001"), ("1e-7", "2e-7"), ("18.90", "18.91"), ("5", "-5")])
+@pytest.mark.parametrize(
+    ("one", "other"), [("10000000", "10000001"), ("1e-7", "2e-7"), ("18.90", "18.91"), ("5", "-5")]
+)
 def test_other_numbers_are_not_equal(one: str, other: str) -> None:
     left, right = read_quantity(one), read_quantity(other)
     assert left is not None
@@ -104,7 +106,14 @@ def test_what_is_no_number_is_not_read_as_one(text: str) -> None:
 
 @pytest.mark.parametrize(
     ("number", "text"),
-    [("1E-5", "0.00001"), ("2E+16", "20000000000000000"), ("18.50", "18.5"), ("100", "100"), ("-0.0", "0"), ("-1.5", "-1.5")],
+    [
+        ("1E-5", "0.00001"),
+        ("2E+16", "20000000000000000"),
+        ("18.50", "18.5"),
+        ("100", "100"),
+        ("-0.0", "0"),
+        ("-1.5", "-1.5"),
+    ],
 )
 def test_numbers_are_written_in_full(number: str, text: str) -> None:
     assert plain_decimal(Decimal(number)) == text

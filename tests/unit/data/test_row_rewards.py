@@ -6,12 +6,13 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from config_cases import MINIMAL
 
+from miles.config import JobConfig
 from miles.config.sections.reward import RewardConfig
 from miles.data import DataError, eval_sources, train_source
 from miles.data.prompt_fields import PromptRow
 from miles.data.row_rewards import check_reward
-from test_source import config_of
 
 BUILT_IN = RewardConfig(rm_type="last_number")
 OUTSIDE = RewardConfig(reward_service=("mine=h:1",))
@@ -34,7 +35,12 @@ def row(label: str | None, **metadata: Any) -> PromptRow:
         (BUILT_IN, "3", {"rm_type": 3}, "rm_type 3, which is no built-in reward"),
         (BUILT_IN, "3", {"reward_service": "mine"}, "add --reward-service mine=HOST:PORT"),
         (BOTH, None, {}, "there is no label"),
-        (OUTSIDE, "3", {}, "no reward scores it: its metadata names no reward_service, and none of mine is the default"),
+        (
+            OUTSIDE,
+            "3",
+            {},
+            "no reward scores it: its metadata names no reward_service, and none of mine is the default",
+        ),
         (CUSTOM, "3", {"reward_service": "mine"}, "the reward_service 'mine', which is none of default"),
     ],
 )
@@ -67,15 +73,8 @@ def test_training_and_evaluation_sets_name_the_lines_of_unreadable_labels(
     checkpoint: str, write_jsonl: Callable[..., str]
 ) -> None:
     bad = write_jsonl({"input": "q", "label": 3}, {"input": "q", "label": "none"}, {"input": "q", "label": None})
-    config = config_of(
-        checkpoint,
-        prompt_data=bad,
-        label_key="label",
-        eval_interval=1,
-        eval_prompt_data=["a", bad],
-        custom_rm_path=None,
-        rm_type="last_number",
-    )
+    changes = {"prompt_data": bad, "label_key": "label", "eval_interval": 1, "eval_prompt_data": ["a", bad]}
+    config = JobConfig.from_flat(MINIMAL | changes | {"hf_checkpoint": checkpoint, "rm_type": "last_number"})
     for read in (train_source, eval_sources):
         with pytest.raises(DataError) as caught:
             read(config)

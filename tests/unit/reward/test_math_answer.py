@@ -80,7 +80,9 @@ def test_it_refuses_a_label_without_an_expression(label: str | None) -> None:
 
 
 @pytest.mark.parametrize(
-    "call", [lambda: bool(9 ** (9**9)), lambda: bool(bytearray(8 << 30)), lambda: bool(1 // 0)], ids=["time", "memory", "error"]
+    "call",
+    [lambda: bool(9 ** (9**9)), lambda: bool(bytearray(8 << 30)), lambda: bool(1 // 0)],
+    ids=["time", "memory", "error"],
 )
 def test_a_call_that_asks_for_too_much_or_fails_has_no_result(call: Callable[[], bool]) -> None:
     assert bounded(call, 1) is None
