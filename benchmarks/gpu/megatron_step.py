@@ -88,7 +88,8 @@ def job_config(args: argparse.Namespace, backend: str, model: pathlib.Path, devi
     flags = dict(flag.split("=", 1) for flag in args.flags) if backend == "megatron" else {}
     return JobConfig.from_flat(
         {
-            "hf_checkpoint": str(model), "prompt_data": "prompts.jsonl", "rm_type": "exact_match", "num_rollout": 100,
+            "hf_checkpoint": str(model), "prompt_data": "prompts.jsonl", "label_key": "label",
+            "rm_type": "exact_match", "num_rollout": 100,
             "rollout_batch_size": args.groups, "n_samples_per_prompt": args.samples,
             "rollout_max_response_len": args.response, "lr": 1e-6, "use_dynamic_batch_size": True,
             "max_tokens_per_gpu": args.micro_batch, "device": device.type, "train_backend": backend,

@@ -165,6 +165,7 @@ def service_config(args: argparse.Namespace, routing: bool, folder: pathlib.Path
     return {
         "hf_checkpoint": args.model,
         "prompt_data": "none.jsonl",
+        "label_key": "label",
         "num_rollout": 1,
         "rollout_batch_size": 8,
         "n_samples_per_prompt": 8,

@@ -6,9 +6,11 @@ import dataclasses
 import json
 import pathlib
 import re
+from decimal import Decimal
 from typing import Any
 
 from miles.data.errors import DataError, Faults
+from miles.data.parquet_values import column_values, json_value
 
 _SLICE = re.compile(r"^(?P<path>.+)@\[(?P<start>-?\d*):(?P<end>-?\d*)\]$", re.DOTALL)
 
@@ -20,7 +22,7 @@ class FileRow:
     where: str
     """File and line (JSONL) or row (Parquet), counted from 1, for error messages."""
     values: dict[str, Any]
-    """Value by column name, as JSON."""
+    """Value by column name, as JSON; a number with decimals at the top is a Decimal, exactly as in the file."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -80,18 +82,20 @@ def read_rows(text: str) -> list[FileRow]:
 def _read_jsonl(source: FileSlice) -> list[FileRow]:
     with source.path.open("rb") as file:
         lines = [(number, line) for number, line in enumerate(file, 1) if line.strip(b" \t\r\n\xef\xbb\xbf")]
+    if lines:
+        _refuse_other_formats(source.path, lines[0][1])
     start, end = source.bounds(len(lines))
     rows = []
     faults = Faults()
     for number, line in lines[start:end]:
         where = f"{source.path}, line {number}"
         try:
-            values = json.loads(line.rstrip().decode("utf-8-sig" if number == 1 else "utf-8"))
+            values = _parse_line(line.rstrip().decode("utf-8-sig" if number == 1 else "utf-8"))
         except RecursionError:
             faults.add(f"{where}: nested too deeply")
         except json.JSONDecodeError as error:
             faults.add(f"{where}: not JSON: {error.msg} at column {error.colno}")
-        except ValueError as error:  # not UTF-8, or a number with too many digits
+        except ValueError as error:  # not UTF-8, a key that occurs twice, or a number with too many digits
             faults.add(f"{where}: not JSON: {error}")
         else:
             if isinstance(values, dict):
@@ -100,6 +104,38 @@ def _read_jsonl(source: FileSlice) -> list[FileRow]:
                 faults.add(f"{where}: a JSON {type(values).__name__}; expected an object")
     faults.check()
     return rows
+
+
+def _refuse_other_formats(path: pathlib.Path, first_line: bytes) -> None:
+    """Raise DataError for files that are no lines of JSON at all, instead of a fault for each of their lines."""
+    problem = None
+    if first_line.startswith(b"\x1f\x8b"):
+        problem = "it is compressed with gzip; unpack it (gunzip)"
+    elif first_line.startswith((b"PAR1", b"\x28\xb5\x2f\xfd", b"PK\x03\x04")):
+        problem = "it is a binary file; give Parquet files the ending .parquet, and unpack archives"
+    elif first_line.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in first_line:
+        problem = "it is not UTF-8 but probably UTF-16; save it as UTF-8"
+    elif first_line.strip() == b"[" or first_line.lstrip(b"\xef\xbb\xbf \t").startswith(b"[{"):
+        problem = "it is one JSON array; write each row as an object on a line of its own (jq -c '.[]')"
+    if problem is not None:
+        raise DataError(f"{path} has no JSON object in each line: {problem}")
+
+
+def _parse_line(text: str) -> Any:
+    """Parse JSON; numbers with decimals are floats, but in the values of the object itself they are Decimals."""
+    values = json.loads(text, parse_float=Decimal, object_pairs_hook=_object)
+    if not isinstance(values, dict):
+        return values
+    return {key: value if isinstance(value, Decimal) else json_value(value) for key, value in values.items()}
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"the key {twice!r} occurs twice in one object")
+    return values
 
 
 def _read_parquet(source: FileSlice) -> list[FileRow]:
@@ -113,5 +149,11 @@ def _read_parquet(source: FileSlice) -> list[FileRow]:
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{source.path} is not a readable Parquet file: {error}") from error
     start, end = source.bounds(table.num_rows)
-    rows = table.slice(start, end - start).to_pylist()
-    return [FileRow(f"{source.path}, row {number}", row) for number, row in enumerate(rows, start + 1)]
+    part = table.slice(start, end - start)
+    columns = {field.name: column_values(part.column(i)) for i, field in enumerate(part.schema)}
+    if len(columns) < part.num_columns:
+        raise DataError(f"{source.path} has two columns of one name: {', '.join(part.column_names)}")
+    return [
+        FileRow(f"{source.path}, row {start + i + 1}", {name: values[i] for name, values in columns.items()})
+        for i in range(part.num_rows)
+    ]

@@ -5,10 +5,15 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping
+from decimal import Decimal
 from typing import Any
 
+from miles.answers.quantities import plain_decimal
 from miles.data.errors import DataError
-from miles.types import Prompt
+from miles.types import Message, Prompt
+
+_MAX_EXPONENT = 400
+"""Of ten, in a label that is a number; 64-bit floats end at 308."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -36,7 +41,11 @@ class PromptRow:
 
 
 def parse_row(values: Mapping[str, Any], fields: PromptFields) -> PromptRow:
-    """Read and check the fields of one row. Raises DataError that names the column, its content and what is allowed."""
+    """Read and check the fields of one row. Raises DataError that names the column, its content and what is allowed.
+
+    A key of messages, metadata or tools whose value is null counts as missing, as a Parquet file cannot tell the two
+    apart; only the content of a message that has none is null. JSON text is taken as it is.
+    """
     tools = _tools(values.get(fields.tool_key), fields.tool_key)
     metadata = _metadata(values.get(fields.metadata_key), fields.metadata_key)
     if tools:
@@ -58,7 +67,7 @@ def _required(values: Mapping[str, Any], key: str, option: str) -> Any:
 
 def _prompt(value: Any, key: str) -> Prompt:
     if isinstance(value, str):
-        if not value:
+        if not value.strip():
             raise DataError(f"{key!r} is empty text")
         _encodable(value, key)
         return value
@@ -71,16 +80,43 @@ def _prompt(value: Any, key: str) -> Prompt:
             raise DataError(f"{key!r}[{i}] is {_kind(message)}; a message is an object with role and content")
         if not isinstance(message.get("role"), str):
             raise DataError(f"{key!r}[{i}] has no role; its keys are {', '.join(map(repr, message)) or 'none'}")
-        if message.get("content") is None and not message.get("tool_calls"):
+        content = message.get("content")
+        if content is None and not message.get("tool_calls"):
             raise DataError(f"{key!r}[{i}] has neither content nor tool_calls")
-    _json(value, key)
-    return value
+        if not isinstance(content, str | list | None):
+            raise DataError(f"the content of {key!r}[{i}] is {_kind(content)}; expected text or a list of parts")
+    if not any(_says_something(message) for message in value):
+        raise DataError(f"{key!r} has no message with any text")
+    messages: list[Message] = [
+        message if "content" in message else message | {"content": None} for message in _without_nulls(value)
+    ]
+    _json(messages, key)
+    return messages
+
+
+def _says_something(message: Mapping[str, Any]) -> bool:
+    content = message.get("content")
+    return bool(message.get("tool_calls")) or bool(content.strip() if isinstance(content, str) else content)
+
+
+def _without_nulls(value: Any) -> Any:
+    """Return a JSON value without the keys of its objects that are null, at any depth; lists keep theirs."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
 def _label(value: Any, key: str) -> str | None:
-    """Return text unchanged, null as None, and anything else as its JSON text (42 becomes "42")."""
+    """Return text unchanged, null as None, and anything else as its JSON text (42 becomes "42").
+
+    Numbers are written in full and without trailing zeros: 1e-05 becomes "0.00001" and 3.0 becomes "3".
+    """
     if value is None:
         return None
+    if isinstance(value, Decimal):
+        if not value.is_finite() or abs(value.adjusted()) > _MAX_EXPONENT:
+            raise DataError(f"{key!r} is {value}; expected a finite number of up to {_MAX_EXPONENT} digits, or text")
+        return plain_decimal(value)
     if isinstance(value, str):
         _encodable(value, key)
         return value
@@ -88,8 +124,7 @@ def _label(value: Any, key: str) -> str | None:
 
 
 def _metadata(value: Any, key: str) -> dict[str, Any]:
-    if isinstance(value, str):
-        value = _from_json_text(value, key, "object")
+    value = _from_json_text(value, key, "object") if isinstance(value, str) else _without_nulls(value)
     if value is None:
         return {}
     if not isinstance(value, dict):
@@ -99,8 +134,7 @@ def _metadata(value: Any, key: str) -> dict[str, Any]:
 
 
 def _tools(value: Any, key: str) -> list[dict[str, Any]] | None:
-    if isinstance(value, str):
-        value = _from_json_text(value, key, "list")
+    value = _from_json_text(value, key, "list") if isinstance(value, str) else _without_nulls(value)
     if value is None:
         return None
     if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
@@ -134,4 +168,6 @@ def _encodable(text: str, key: str) -> None:
 
 def _kind(value: Any) -> str:
     names = {dict: "an object", list: "a list", str: "text", bool: "a boolean", type(None): "null"}
-    return names.get(type(value), "a number" if isinstance(value, int | float) else f"a {type(value).__name__}")
+    return names.get(
+        type(value), "a number" if isinstance(value, int | float | Decimal) else f"a {type(value).__name__}"
+    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, overload
 
 import numpy as np
@@ -56,12 +56,17 @@ class PromptSet(Sequence[PromptRecord]):
 
 
 def load_prompts(
-    source: str, template: PromptTemplate, fields: PromptFields | None = None, *, max_prompt_len: int | None = None
+    source: str,
+    template: PromptTemplate,
+    fields: PromptFields | None = None,
+    *,
+    max_prompt_len: int | None = None,
+    check: Callable[[PromptRow], None] | None = None,
 ) -> PromptSet:
     """Read `source` (`file` or `file@[start:end]`) into a prompt set.
 
-    Prompts of more than `max_prompt_len` tokens are skipped. Raises DataError listing the faults of the file, or when
-    no prompt is short enough.
+    Prompts of more than `max_prompt_len` tokens are skipped. `check` raises DataError for further rows that cannot be
+    used. Raises DataError listing the faults of the file, or when no prompt is short enough.
     """
     fields = fields or PromptFields()
     file_rows = read_rows(source)
@@ -71,6 +76,8 @@ def load_prompts(
     for file_row in file_rows:
         try:
             row = parse_row(file_row.values, fields)
+            if check is not None:
+                check(row)
             text = template.render(row.prompt, row.tools)
         except DataError as error:
             faults.add(f"{file_row.where}: {error}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,7 @@ import xxhash
 from miles.data.errors import DataError
 from miles.data.order import PromptOrder
 from miles.data.prompts import PromptFields, PromptRecord, PromptSet, load_prompts
+from miles.data.row_rewards import check_reward
 from miles.data.template import PromptTemplate, load_tokenizer
 from miles.types import Sample, SampleGroup
 
@@ -95,6 +97,7 @@ def train_source(config: JobConfig, tokenizer: Any | None = None) -> PromptSourc
         prompt_template(config, tokenizer),
         _fields(config, config.data.input_key, config.data.label_key),
         max_prompt_len=_prompt_limit(rollout.rollout_max_prompt_len, rollout.rollout_max_context_len),
+        check=functools.partial(check_reward, config=config.reward),
     )
     return PromptSource(prompts, seed=rollout.rollout_seed, shuffle=rollout.rollout_shuffle)
 
@@ -107,8 +110,9 @@ def eval_sources(config: JobConfig, tokenizer: Any | None = None) -> dict[str, P
     template = prompt_template(config, tokenizer)
     fields = _fields(config, config.eval.eval_input_key, config.eval.eval_label_key)
     limit = _prompt_limit(config.eval.eval_max_prompt_len, config.rollout.rollout_max_context_len)
+    check = functools.partial(check_reward, config=config.reward)
     return {
-        name: PromptSource(load_prompts(path, template, fields, max_prompt_len=limit))
+        name: PromptSource(load_prompts(path, template, fields, max_prompt_len=limit, check=check))
         for name, path in zip(pairs[::2], pairs[1::2], strict=True)
     }
 

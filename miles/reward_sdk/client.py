@@ -15,6 +15,7 @@ from typing import Any, TypeAlias
 import grpc
 import grpc.aio
 
+from miles.reward_names import DEFAULT_SERVICE, SERVICE_KEY
 from miles.reward_sdk.answers import Answers
 from miles.rpc import connect
 from miles.rpc.gen import reward_pb2, reward_pb2_grpc
@@ -24,8 +25,6 @@ from miles.types.convert import json_from_text, reward_from_proto, sample_to_pro
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_SERVICE = "default"
-"""Name of the service that scores samples which name none."""
 _BACK_OFF_S = 0.1
 _MAX_BACK_OFF_S = 2.0
 _WATCH_S = 1.0
@@ -265,7 +264,7 @@ class RewardClient:
         return [wait for service in self._services.values() if (wait := service.wait()) is not None]
 
     def _service(self, samples: Sequence[Sample]) -> _Service:
-        names = {str(sample.metadata.get("reward_service", DEFAULT_SERVICE)) for sample in samples}
+        names = {str(sample.metadata.get(SERVICE_KEY, DEFAULT_SERVICE)) for sample in samples}
         if len(names) > 1:
             raise _Unscored(f"the samples of one group name several reward services: {', '.join(sorted(names))}")
         [name] = names

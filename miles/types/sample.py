@@ -90,7 +90,7 @@ class Sample:
     response_length: int = 0
     """Response tokens at the end of `tokens`."""
     response: str = ""
-    """The response decoded to text."""
+    """The response decoded to text, without the end token; `tokens` has that too."""
     label: str | None = None
     """The reference answer, given to the reward."""
     reward: Reward | None = None

@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING
 from miles.queue import GroupQueue, PartialStore, connect_async
 from miles.rpc.gen import rollout_pb2
 from miles.services.rollout.engines.base import PauseMode, RolloutEngine
+from miles.services.rollout.engines.sglang.requests.continuation import read_end_tokens
 from miles.services.rollout.groups.filters import load_filter
 from miles.services.rollout.groups.group_run import GroupTools
 from miles.services.rollout.groups.messages import GroupLease
 from miles.services.rollout.groups.requests import GroupRequests
 from miles.services.rollout.groups.response_sampler import Sampler, SingleTurnSampler
+from miles.services.rollout.groups.response_text import response_decoder
 from miles.services.rollout.groups.running_groups import RunningGroups
 from miles.services.rollout.groups.scoring import JobRewards
 from miles.services.rollout.groups.waits import queue_waits, reward_waits
@@ -237,9 +239,4 @@ class RolloutJob:
 def _decoder(hf_checkpoint: str) -> Callable[[Sequence[int], bool], str]:
     from miles.data.template import load_tokenizer
 
-    tokenizer = load_tokenizer(hf_checkpoint)
-
-    def decode(token_ids: Sequence[int], skip_special_tokens: bool) -> str:
-        return str(tokenizer.decode(list(token_ids), skip_special_tokens=skip_special_tokens))
-
-    return decode
+    return response_decoder(load_tokenizer(hf_checkpoint), read_end_tokens(hf_checkpoint))

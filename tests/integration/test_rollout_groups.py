@@ -105,7 +105,7 @@ async def test_a_group_is_generated_scored_and_queued(
         response_tokens = sample.response_tokens.tolist()
         assert sample.status in FINISHED
         assert sample.prompt_tokens.tolist() == prompt_of(7, 3)
-        assert sample.response == tokenizer.decode(response_tokens)
+        assert sample.response == tokenizer.decode(response_tokens).removesuffix(tokenizer.eos_token)
         assert sample.metadata == {"scored": len(response_tokens)}
         assert sample.weight_versions == (VersionSpan(0, 0, len(response_tokens)),)
         assert sample.rollout_log_probs is not None

@@ -13,6 +13,7 @@ from miles.config.schema.catalog import Entry, catalog
 MINIMAL: dict[str, Any] = {
     "hf_checkpoint": "model",
     "prompt_data": "prompts.jsonl",
+    "label_key": "answer",
     "num_rollout": 10,
     "rollout_batch_size": 8,
     "n_samples_per_prompt": 4,

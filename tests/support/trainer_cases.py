@@ -66,7 +66,8 @@ def job_config(model: pathlib.Path, **changes: Any) -> JobConfig:
     """4 prompts × 4 samples in float32, one optimizer step, micro-batches of at most 64 rows."""
     return JobConfig.from_flat(
         {
-            "hf_checkpoint": str(model), "prompt_data": "prompts.jsonl", "rm_type": "exact_match", "num_rollout": 8,
+            "hf_checkpoint": str(model), "prompt_data": "prompts.jsonl", "label_key": "label",
+            "rm_type": "exact_match", "num_rollout": 8,
             "rollout_batch_size": 4, "n_samples_per_prompt": 4, "rollout_max_response_len": 12, "lr": 1e-2,
             "use_dynamic_batch_size": True, "max_tokens_per_gpu": 64, "train_dtype": "float32",
             "rollout_dtype": "float32", "device": "cpu", "actor_num_gpus_per_node": 1, "distributed_backend": "gloo",

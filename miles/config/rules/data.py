@@ -66,6 +66,14 @@ def top_k_is_a_count_or_minus_one(s: FlatSettings) -> Iterator[Fault]:
 def template_settings_need_the_template(s: FlatSettings) -> Iterator[Fault]:
     yield from needs(s, "chat_template_path", "apply_chat_template")
     yield from needs(s, "apply_chat_template_kwargs", "apply_chat_template")
+    yield from needs(s, "tool_key", "apply_chat_template")
+
+
+@rule
+def stop_strings_are_not_empty(s: FlatSettings) -> Iterator[Fault]:
+    if "" in (s.rollout_stop or ()):
+        problem = "empty text is in every response, which would end at its first token"
+        yield Fault("rollout_stop", list(s.rollout_stop), problem, "leave it out")
 
 
 @rule
@@ -80,6 +88,27 @@ def one_reward_is_given(s: FlatSettings) -> Iterator[Fault]:
             "neither are custom_rm_path and reward_service",
             "set one of them to score responses",
         )
+
+
+@rule
+def built_in_rewards_have_labels(s: FlatSettings) -> Iterator[Fault]:
+    if not s.rm_type:
+        return
+    problem = f"rm_type = {s.rm_type} compares responses with labels"
+    if s.prompt_data and s.label_key is None:
+        yield Fault("label_key", None, problem, "set it to the column with the reference answer")
+    if s.eval_prompt_data and s.eval_label_key is None and (s.label_key is not None or not s.prompt_data):
+        yield Fault("eval_label_key", None, problem, "set it to the column with the reference answer")
+
+
+@rule
+def reward_keys_name_parts_of_a_reward(s: FlatSettings) -> Iterator[Fault]:
+    if not s.rm_type or s.reward_service:
+        return
+    for key in ("reward_key", "eval_reward_key"):
+        if getattr(s, key) is not None and s.given(key):
+            problem = f"rm_type = {s.rm_type} gives a single number"
+            yield Fault(key, getattr(s, key), problem, "leave it out, or use custom_rm_path for named numbers")
 
 
 @rule

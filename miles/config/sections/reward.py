@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
 from miles.addresses import why_not_address
 from miles.config.schema.section import Derived, DottedPath, Metavar, NonNegative, PositiveFloat, Section
+from miles.reward_names import DEFAULT_SERVICE, REWARD_KEY, SERVICE_KEY
+
+BuiltinReward = Literal["exact_match", "last_number", "math"]
 
 
 class RewardConfig(Section):
     """Scoring: a built-in reward, a function, or services."""
 
-    rm_type: Literal["exact_match", "last_number", "math"] | None = None
+    rm_type: BuiltinReward | None = None
     """Built-in reward."""
 
     custom_rm_path: Annotated[str | None, DottedPath(), Metavar("MODULE.NAME")] = None
@@ -50,8 +54,23 @@ class RewardConfig(Section):
         """The same with a default where they name one: the only service, when nothing else scores, has no choice."""
         addresses = self.service_addresses
         if len(addresses) == 1 and not (self.rm_type or self.custom_rm_path):
-            return {"default": next(iter(addresses.values())), **addresses}
+            return {DEFAULT_SERVICE: next(iter(addresses.values())), **addresses}
         return addresses
+
+    def service_of(self, metadata: Mapping[str, Any]) -> str:
+        """The name of the service that scores a sample, by its metadata."""
+        return str(metadata.get(SERVICE_KEY, DEFAULT_SERVICE))
+
+    def reward_of(self, metadata: Mapping[str, Any]) -> str:
+        """The name of the reward that its service is asked for; empty means the service's own default.
+
+        Services from outside and a function of the user's have names of their own; rm_type names a built-in reward.
+        """
+        chosen = metadata.get(REWARD_KEY)
+        if isinstance(chosen, str):
+            return chosen
+        outside = self.service_of(metadata) in self.addresses_with_default() or self.custom_rm_path is not None
+        return "" if outside or self.rm_type is None else self.rm_type
 
 
 def parse_reward_service(spec: str) -> tuple[str, str]:

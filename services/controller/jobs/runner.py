@@ -27,7 +27,6 @@ from miles.services.controller.jobs.context import JobContext
 from miles.services.controller.jobs.controls import JobCancelledError, JobControls, JobStoppedError
 from miles.services.controller.jobs.history import JobHistory
 from miles.services.controller.jobs.records import ENDED
-from miles.services.controller.jobs.reward_services import check_reward_services
 from miles.services.controller.jobs.store import JobStore
 from miles.services.controller.run.recovery import run_to_end
 from miles.services.controller.run.setup import RunSetup
@@ -142,7 +141,6 @@ class JobRunner:
             if skipped := source.prompts.num_rows - len(source):
                 text = f"{source.prompts.source}: {skipped} of {source.prompts.num_rows} prompts are too long, left out"
                 await history.log(job_pb2.LOG_LEVEL_WARNING, "controller", text)
-        check_reward_services(context.config, (prompts, *eval_sets.values()))
         num_rollout = context.config.rollouts(len(prompts))
         if num_rollout == 0 and context.config.data.num_rollout is None:
             raise DataError(
@@ -190,4 +188,7 @@ def _read_data(config: JobConfig) -> tuple[PromptSource, dict[str, PromptSource]
         if not (path := parse_file_slice(text).path).is_file():  # before the seconds that a tokenizer takes
             raise DataError(f"{path}: there is no such file")
     tokenizer = load_tokenizer(config.rollout.hf_checkpoint, config.data.chat_template_path)
-    return train_source(config, tokenizer), eval_sources(config, tokenizer)
+    eval_sets = eval_sources(config, tokenizer)
+    if config.data.prompt_data is None:  # a rule requires it unless the run only evaluates
+        return next(iter(eval_sets.values())), eval_sets
+    return train_source(config, tokenizer), eval_sets

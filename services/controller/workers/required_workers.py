@@ -12,7 +12,7 @@ from miles.services.controller.jobs.controls import JobControls
 from miles.services.controller.jobs.resources import missing_reward, serves
 from miles.services.controller.status.run_status import RunStatus
 from miles.services.controller.workers.registry import AttachedWorker, WorkerRegistry
-from miles.services.controller.workers.reward_addresses import DEFAULT, RewardAddresses
+from miles.services.controller.workers.reward_addresses import RewardAddresses
 
 if TYPE_CHECKING:
     from miles.config.sections.reward import RewardConfig
@@ -32,10 +32,10 @@ class RequiredWorkers:
         return await self._require(kind, f"a {name} worker to attach", lambda worker: True)
 
     async def reward_addresses(self, reward: RewardConfig) -> RewardAddresses:
-        """Return the user's reward services, and the run's own where these do not score everything."""
+        """Return the user's reward services, and this cluster's workers if rm_type or custom_rm_path needs them."""
         addresses = reward.addresses_with_default()
         own = reward.rm_type or reward.custom_rm_path
-        if DEFAULT in addresses or own is None:
+        if own is None:
             return RewardAddresses(addresses)
         workers = await self._require(
             controller_pb2.WORKER_KIND_REWARD,

@@ -7,7 +7,7 @@ import re
 import zlib
 from collections.abc import Mapping
 
-DEFAULT = "default"
+from miles.reward_names import DEFAULT_SERVICE
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -25,4 +25,4 @@ class RewardAddresses:
             return dict(self.named)
         number = re.search(r"\d+$", worker_id)
         position = int(number[0]) if number else zlib.crc32(worker_id.encode())
-        return {DEFAULT: self.builtin[position % len(self.builtin)], **self.named}
+        return {DEFAULT_SERVICE: self.builtin[position % len(self.builtin)], **self.named}

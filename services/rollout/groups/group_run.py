@@ -51,7 +51,7 @@ class GroupTools:
     """Called once for each run of a group."""
     gate: VersionGate
     decode: Callable[[Sequence[int], bool], str]
-    """(response tokens, leave out special tokens) -> text."""
+    """(response tokens, leave out special tokens) -> text, without the token that ended the response."""
     rewards: JobRewards
     queue: GroupQueue
     partials: PartialStore

@@ -14,9 +14,6 @@ if TYPE_CHECKING:
     from miles.config.sections.reward import RewardConfig
     from miles.reward_sdk.client import ScoreOutcome
 
-REWARD_NAME_KEY = "rm_type"
-"""Metadata by which a sample chooses its reward within the service."""
-
 
 class RewardFailed(RuntimeError):
     """A sample could not be scored, and the configuration wants its group generated again."""
@@ -43,12 +40,12 @@ class JobRewards:
 
     async def score_one(self, sample: Sample) -> ScoreOutcome:
         """Score a sample on its own."""
-        [outcome] = await self._client.score([sample], reward=self._reward_name(sample))
+        [outcome] = await self._client.score([sample], reward=self._config.reward_of(sample.metadata))
         return outcome
 
     async def score_group(self, samples: Sequence[Sample]) -> list[ScoreOutcome]:
         """Score the samples of a prompt together; one outcome a sample, in order."""
-        return await self._client.score(samples, reward=self._reward_name(samples[0]), group=True)
+        return await self._client.score(samples, reward=self._config.reward_of(samples[0].metadata), group=True)
 
     def mark_failed(self, sample: Sample, error: str) -> Sample:
         """Mark a sample that could not be scored: it is never trained on, and its metadata says why.
@@ -61,15 +58,6 @@ class JobRewards:
         return dataclasses.replace(
             sample, status=SampleStatus.FAILED, reward=None, metadata=metadata, remove_sample=True
         )
-
-    def _reward_name(self, sample: Sample) -> str:
-        chosen = sample.metadata.get(REWARD_NAME_KEY)
-        if isinstance(chosen, str):
-            return chosen
-        # An outside service has its own names and its own default; rm_type names one of the built-in rewards.
-        service = str(sample.metadata.get("reward_service", "default"))
-        outside = service in self._config.service_addresses or self._config.custom_rm_path is not None
-        return "" if outside or self._config.rm_type is None else self._config.rm_type
 
 
 class GroupScoring:

@@ -25,7 +25,7 @@ def config_of(checkpoint: str, **flags: Any) -> JobConfig:
             "n_samples_per_prompt": 2,
             "global_batch_size": 4,
             "rollout_max_response_len": 8,
-            "rm_type": "math",
+            "custom_rm_path": "rewards.score",
         }
         | flags
     )

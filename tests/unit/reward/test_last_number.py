@@ -40,6 +40,18 @@ def answer(response: str, label: str | None) -> Sample:
         ("$-1,500", "-1500"),
         ("**42**", "42"),
         (r"\boxed{42}", "42"),
+        ("1e-5", "0.00001"),
+        ("about 2.5E3.", "2500"),
+        ("3e5x", "5"),
+        ("-$5.", "-5"),
+        ("12{,}345 and 12\u202f346", "12346"),
+        ("1/2", "0.5"),
+        ("-3/4.", "-0.75"),
+        (r"-\frac{1}{4}", "-0.25"),
+        ("2 1/2", "2.5"),
+        ("on 3/4/2024", "2024"),
+        ("1/0", "0"),
+        ("42 m2", "42"),
     ],
 )
 def test_the_last_number_of_free_text(text: str, number: str) -> None:
@@ -78,6 +90,14 @@ def test_last_number_compares_as_numbers() -> None:
     assert last_number(answer("it is 1,000", "1000")) == 1.0
     assert last_number(answer("3 is not 4", "3")) == 0.0
     assert last_number(answer("none", "3")) == 0.0
+
+
+def test_rewards_read_the_answer_behind_the_thinking() -> None:
+    assert last_number(answer("<think>so 3</think>It is 4.", "4")) == 1.0
+    assert last_number(answer("It is 4.</think>It is 3.", "4")) == 0.0
+    assert last_number(answer("<think>so 4", "4")) == 0.0
+    assert exact_match(answer("<think>so 3</think>\n4", "4")) == 1.0
+    assert exact_match(answer("<think>4", "4")) == 0.0
 
 
 @pytest.mark.parametrize("label", [None, "", "seven", "3 or 4"])

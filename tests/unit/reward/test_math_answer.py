@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import concurrent.futures
+from collections.abc import Callable
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from miles.services.reward.bounded import bounded
 from miles.services.reward.math_answer import math_answer
 from miles.types import Sample
 
@@ -24,6 +26,20 @@ def answer(response: str, label: str | None) -> Sample:
         ("It is 1,234.", "1234"),
         ("$\\sqrt{8}$", "2\\sqrt{2}"),
         ("$\\{1,2\\}$", "\\boxed{\\{2,1\\}}"),
+        (r"\boxed{18.90}", r"\$18.90"),
+        (r"\boxed{-\$32{,}348}", r"-\$32,348"),
+        (r"\boxed{4}. Wait: \boxed{3}", "3"),
+        (r"\boxed{4} or \boxed{3}", "3"),
+        (r"\boxed{2} and \boxed{1}", "1,2"),
+        (r"<think>\boxed{4}</think>The answer is 3.", "3"),
+        (r"\boxed{\text{True}}", "true"),
+        ("The answer is (B).", "B"),
+        (r"\boxed{\textbf{(B)}\ 5}", "(B)"),
+        ("The answer is Evelyn.", r"\text{Evelyn}"),
+        (r"\boxed{x=3}", "#### 3"),
+        (r"\boxed{1\times 10^{-5}}", "1e-05"),
+        (r"\boxed{10^\circ}", "10"),
+        (r"\boxed{(1,2]}", "(1, 2]"),
     ],
 )
 def test_equal_mathematics_scores_one(response: str, label: str) -> None:
@@ -31,7 +47,22 @@ def test_equal_mathematics_scores_one(response: str, label: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("response", "label"), [("\\boxed{41}", "42"), ("", "42"), ("I do not know", "42"), ("$\\frac{1}{0}$", "1")]
+    ("response", "label"),
+    [
+        ("\\boxed{41}", "42"),
+        ("", "42"),
+        ("I do not know", "42"),
+        ("$\\frac{1}{0}$", "1"),
+        (r"\boxed{3}. No: \boxed{4}", "3"),
+        (r"\boxed{3} but \boxed{3", "3"),
+        (r"\boxed{}", "3"),
+        (r"<think>\boxed{3}", "3"),
+        (r"\boxed{0.0000002}", "0.0000001"),
+        (r"\boxed{C}", "B"),
+        (r"\boxed{[1,2]}", "(1,2]"),
+        ("\\boxed{" + "9" * 10_000 + "}", "7"),
+        ("\\boxed{" * 10_000, "7"),
+    ],
 )
 def test_anything_else_scores_zero(response: str, label: str) -> None:
     assert math_answer(answer(response, label)) == 0.0
@@ -42,10 +73,21 @@ def test_it_works_on_other_threads_than_the_main_one() -> None:
         assert executor.submit(math_answer, answer("\\boxed{3}", "3")).result(timeout=60) == 1.0
 
 
-@pytest.mark.parametrize("label", [None, ""])
+@pytest.mark.parametrize("label", [None, "", "$$", "\\boxed{}"])
 def test_it_refuses_a_label_without_an_expression(label: str | None) -> None:
     with pytest.raises(ValueError, match="label"):
         math_answer(answer("3", label))
+
+
+@pytest.mark.parametrize(
+    "call",
+    [lambda: bool(9 ** (9**9)), lambda: bool(bytearray(8 << 30)), lambda: bool(1 // 0)],
+    ids=["time", "memory", "error"],
+)
+def test_a_call_that_asks_for_too_much_or_fails_has_no_result(call: Callable[[], bool]) -> None:
+    assert bounded(call, 1) is None
+    assert bounded(lambda: True, 1) is True
+    assert bounded(lambda: False, 1) is False
 
 
 MATHS = st.lists(
@@ -54,7 +96,7 @@ MATHS = st.lists(
 ).map("".join)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.one_of(st.text(max_size=60), MATHS))
 def test_any_response_is_scored_without_an_error(response: str) -> None:
     assert math_answer(answer(response, "7")) in (0.0, 1.0)

@@ -11,6 +11,7 @@ from miles.services.rollout.engines.registry import configured_engine, create_en
 
 MINIMAL: dict[str, Any] = {
     "prompt_data": "p.jsonl",
+    "label_key": "label",
     "num_rollout": 1,
     "rollout_batch_size": 8,
     "n_samples_per_prompt": 2,

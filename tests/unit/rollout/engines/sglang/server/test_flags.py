@@ -18,6 +18,7 @@ from miles.services.rollout.engines.sglang.server.flags import (
 MINIMAL: dict[str, Any] = {
     "hf_checkpoint": "m",
     "prompt_data": "p.jsonl",
+    "label_key": "label",
     "num_rollout": 1,
     "rollout_batch_size": 8,
     "n_samples_per_prompt": 2,

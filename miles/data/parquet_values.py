@@ -1,0 +1,91 @@
+"""Values of Parquet columns as JSON has them, so that a row is the same from either kind of file."""
+
+from __future__ import annotations
+
+import datetime
+import uuid
+from decimal import Decimal
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+
+def column_values(column: pa.ChunkedArray) -> list[Any]:
+    """Return a column's values as JSON; numbers with decimals are Decimals, in nested values floats.
+
+    Maps are objects, dates and times ISO 8601 text, and binary values text where they are UTF-8; what JSON cannot
+    express stays as it is.
+    """
+    values = column.to_pylist(maps_as_pydicts="lossy")
+    if _has_short_floats(column.type):
+        values = [_shortest(value, column.type) for value in values]
+    return [_top(value) for value in values]
+
+
+def json_value(value: Any) -> Any:
+    """Return a nested value as JSON has it."""
+    match value:
+        case dict():
+            return {_key(key): json_value(item) for key, item in value.items()}
+        case list() | tuple():
+            return [json_value(item) for item in value]
+        case Decimal():
+            return int(value) if value.as_tuple().exponent == 0 else float(value)
+        case datetime.date() | datetime.time():  # datetime too
+            return value.isoformat()
+        case uuid.UUID():
+            return str(value)
+        case bytes():
+            return _text(value)
+    return value
+
+
+def _top(value: Any) -> Any:
+    if isinstance(value, float):
+        return Decimal(repr(value))
+    return value if isinstance(value, Decimal) else json_value(value)
+
+
+def _key(key: Any) -> str:
+    plain = json_value(key)
+    return plain if isinstance(plain, str) else str(plain)
+
+
+def _text(value: bytes) -> str | bytes:
+    try:
+        return value.decode()
+    except UnicodeDecodeError:
+        return value
+
+
+def _has_short_floats(type_: pa.DataType) -> bool:
+    import pyarrow.types as kinds
+
+    if kinds.is_dictionary(type_):
+        return _has_short_floats(type_.value_type)
+    inner = [type_.field(i).type for i in range(type_.num_fields)]
+    return kinds.is_float32(type_) or kinds.is_float16(type_) or any(map(_has_short_floats, inner))
+
+
+def _shortest(value: Any, type_: pa.DataType) -> Any:
+    """Return the value with floats of 32 and 16 bits as short as they were written: 0.1 and not 0.10000000149011612."""
+    import pyarrow.types as kinds
+
+    if value is None:
+        return None
+    if kinds.is_float32(type_):
+        return float(str(np.float32(value)))
+    if kinds.is_float16(type_):
+        return float(str(np.float16(value)))
+    if kinds.is_dictionary(type_):
+        return _shortest(value, type_.value_type)
+    if kinds.is_struct(type_):
+        return {field.name: _shortest(value[field.name], field.type) for field in type_}
+    if kinds.is_map(type_):
+        return {key: _shortest(item, type_.item_type) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_shortest(item, type_.value_type) for item in value]
+    return value
