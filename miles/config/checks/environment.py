@@ -161,8 +161,6 @@ def _checkpoint_to_load(s: FlatSettings) -> Iterator[Fault]:
     try:
         if not same_folder(load, own) and newest(own).checkpoint is None:
             to_load(load)
-        elif load.exists() and not load.is_dir():
-            yield Fault("load", s.load, "it is a file", "give a folder of checkpoints, or leave it out")
     except NoCheckpointError as error:
         yield Fault("load", s.load, error.problem, error.remedy)
     except OSError as error:

@@ -149,7 +149,8 @@ class JobRunner:
             )
         # The number of steps fixes the learning-rate schedule, so every worker must know it.
         config = context.config.replace(num_rollout=num_rollout)
-        context = dataclasses.replace(context, config=config, data=prompts.identity())
+        data = await asyncio.to_thread(prompts.identity)
+        context = dataclasses.replace(context, config=config, data=data)
         history.job.num_rollout = num_rollout
         await history.save()
         queue = GroupQueue(self._redis, context.job_id, consumer="controller")

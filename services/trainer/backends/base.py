@@ -164,8 +164,10 @@ class BaseBackend(abc.ABC, Generic[PartsT]):
 
     def _fitting_record(self, directory: pathlib.Path) -> CheckpointRecord:
         record = read_record(directory)
-        own_format = (directory / "metadata.json").is_file()  # of Megatron-Core; records of version 1 do not say
-        check_settings(directory, record, self._config.to_flat(), "megatron" if own_format else "fsdp", self._say)
+        # Records of version 1 have no settings; Megatron-Core writes this file.
+        former = "megatron" if (directory / "metadata.json").is_file() else "fsdp"
+        backend = record.settings.get("train_backend", former)
+        check_settings(directory, record, self._config.to_flat(), backend, self._say)
         return record
 
     def _restore(self, record: CheckpointRecord) -> TrainerState:

@@ -27,7 +27,7 @@ def reading(directory: pathlib.Path) -> Iterator[None]:
     except (MisfitError, KeyboardInterrupt, GeneratorExit):
         raise
     except BaseException as error:
-        remedy = "copy the checkpoint again, or remove its folder to go on from an older one"
+        remedy = "resume with its own model, copy it again, or remove its folder to go on from an older one"
         raise ValueError(f"{directory} cannot be read ({cause_of(error)}); {remedy}") from error
 
 
@@ -42,9 +42,11 @@ def writing(directory: pathlib.Path, partial: pathlib.Path | None = None) -> Ite
     except (KeyboardInterrupt, GeneratorExit):
         raise
     except BaseException as error:
+        free_mb = shutil.disk_usage(next(each for each in directory.absolute().parents if each.is_dir())).free / 1e6
         if dist.get_rank() == 0:
             shutil.rmtree(partial or directory.with_name(directory.name + ".tmp"), ignore_errors=True)
-        raise OSError(f"{directory} could not be written ({cause_of(error)}); older ones are as they were") from error
+        why = f"{cause_of(error)}; the disk had {free_mb:.1f} MB free"
+        raise OSError(f"{directory} could not be written ({why}); older ones are as they were") from error
 
 
 def cause_of(error: BaseException) -> str:

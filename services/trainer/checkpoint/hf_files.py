@@ -20,8 +20,8 @@ _WEIGHTS = (
     *(".safetensors", ".bin", ".pt", ".pth", ".safetensors.index.json", ".bin.index.json"),
     *(".gguf", ".h5", ".msgpack", ".onnx", ".onnx_data", ".ot"),
 )
-_BESIDE_CODE = (".py", ".json", ".jinja", ".txt", ".model")
-"""What is copied of a source's folders: code, templates, vocabularies."""
+_IN_FOLDERS = (".py", ".jinja")
+"""What is copied of a source's folders: code and chat templates."""
 _TEMPLATE_FILE = "chat_template.jinja"
 
 
@@ -91,7 +91,7 @@ class _Writing:
         for path in self._source.iterdir():
             if path.is_file() and not path.name.endswith(_WEIGHTS) and path.name != owner_file.NAME:
                 shutil.copyfile(path, self._directory / path.name)
-            elif path.is_dir() and not path.name.startswith(".") and not (path / "config.json").is_file():
+            elif path.is_dir() and not path.name.startswith("."):
                 _copy_code(path, self._directory / path.name)
         set_dtype(self._directory / "config.json", self._dtype)
         if chat_template is not None:
@@ -182,10 +182,10 @@ def set_chat_template(folder: pathlib.Path, template: pathlib.Path) -> None:
 
 
 def _copy_code(source: pathlib.Path, target: pathlib.Path) -> None:
-    """Copy a folder's code, templates and vocabularies, with the folders below it."""
+    """Copy a folder's code and templates, with the folders below it."""
     for path in sorted(source.rglob("*")):
         hidden = any(part.startswith((".", "__pycache__")) for part in path.relative_to(source).parts)
-        if path.is_file() and path.suffix in _BESIDE_CODE and not hidden and not path.name.endswith(_WEIGHTS):
+        if path.is_file() and path.suffix in _IN_FOLDERS and not hidden:
             copy = target / path.relative_to(source)
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, copy)

@@ -17,6 +17,20 @@ def faults(**changes: Any) -> list[str]:
     return [str(fault) for fault in check_environment(JobConfig.from_flat(MINIMAL | changes))]
 
 
+def test_the_save_folder_may_be_loaded_from_before_it_exists(files: pathlib.Path) -> None:
+    assert faults(load="all/", save="./all") == []
+    assert faults(load=str(files / "run" / "checkpoints"), run_dir="run") == []
+    assert faults(load="others", save="all") != []
+
+
+def test_a_run_with_a_checkpoint_of_its_own_needs_no_other(files: pathlib.Path) -> None:
+    (files / "all" / "step_00000004").mkdir(parents=True)
+    (files / "all" / "step_00000004" / "trainer.json").write_text("{}")
+    assert faults(load="gone", save="all") == []
+    assert faults(load="all/step_00000004", save="new") == []
+    assert faults(load="all/step_00000005", save="new") != []
+
+
 def test_a_complete_environment_has_no_faults(files: pathlib.Path) -> None:
     assert faults(label_key="answer", prompt_data="prompts.jsonl@[0:1]", save="out/{rollout_id}") == []
 
@@ -52,6 +66,8 @@ def test_an_incomplete_model_is_noticed(files: pathlib.Path, missing: str, expec
             "lora_adapter_path = model, but adapter_config.json is missing in it",
         ),
         ({"load": "nowhere"}, "load = nowhere, but there is no such folder"),
+        ({"load": "model"}, "load = model, but it is a Hugging Face model, such as save_hf writes; give it as hf_che"),
+        ({"load": "prompts.jsonl"}, "load = prompts.jsonl, but it is a file"),
         ({"apply_chat_template": True}, "apply_chat_template = true, but the tokenizer in model has no chat template"),
         (
             {"apply_chat_template": True, "chat_template_path": "x.jinja"},

@@ -172,6 +172,7 @@ def test_changed_settings_are_refused_or_applied_by_name(model: pathlib.Path, co
 def test_a_checkpoint_of_the_other_backend_is_refused_with_the_way_out(
     model: pathlib.Path, copied: pathlib.Path
 ) -> None:
+    without_sizes(copied / folder_name(3))
     (copied / folder_name(3) / "metadata.json").write_text("{}")
     with pytest.raises(MisfitError, match="train_backend = megatron, and fsdp cannot read it"):
         backend(model, copied).load()
