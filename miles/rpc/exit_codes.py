@@ -17,6 +17,7 @@ class ExitCode(enum.IntEnum):
     CONTROLLER_UNREACHABLE = 13
     GATEWAY_UNREACHABLE = 14
     REFUSED = 15
+    MACHINE_UNSUITABLE = 16
     MODEL_UNUSABLE = 20
     DATA_UNUSABLE = 21
     WORKER_FAILED = 30
@@ -37,6 +38,7 @@ HELP: dict[ExitCode, str] = {
     ExitCode.CONTROLLER_UNREACHABLE: "The controller does not answer; check its address and log.",
     ExitCode.GATEWAY_UNREACHABLE: "The gateway does not answer; check --url and that it runs.",
     ExitCode.REFUSED: "The gateway refused the request; the message says what to do.",
+    ExitCode.MACHINE_UNSUITABLE: "`miles doctor` found what keeps a run from working; it says what to change.",
     ExitCode.MODEL_UNUSABLE: "The model folder is missing or incomplete; see the message for what is missing.",
     ExitCode.DATA_UNUSABLE: "The prompt data cannot be used; see the message for the file and line.",
     ExitCode.WORKER_FAILED: "A service kept failing and was not restarted any more; its log says why.",
