@@ -8,7 +8,7 @@ ARGS ?=
 JOBS ?= 2
 PYTEST = $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile --durations 25
 TIMES ?= 20
-MEGATRON := megatron-core==0.19.2 megatron-bridge==0.6.2
+MEGATRON := $(shell sed -n 's/^megatron = \[\(.*\)\]/\1/p' pyproject.toml | tr -d '",')
 
 export OMP_WAIT_POLICY := PASSIVE
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import errno
 import importlib
 import os
@@ -14,6 +15,7 @@ from miles.standard_streams import escape_unknown_characters, open_missing
 _JOB = "miles.client.commands.act"
 COMMANDS: Mapping[str, tuple[str, str]] = {
     "serve": ("miles.launcher.serve", "start every service on this machine and wait for jobs"),
+    "doctor": ("miles.doctor.command", "check this machine, and a configuration on it, before anything is started"),
     "submit": ("miles.client.commands.submit", "submit a job to a gateway"),
     "list": ("miles.client.commands.list", "jobs, newest first"),
     "show": ("miles.client.commands.show", "one job: its state, results and settings"),
@@ -58,7 +60,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(__version__)
         return 0
     if words[0] not in COMMANDS:
-        print(f"miles: there is no command {words[0]}\n\n{_usage()}", file=sys.stderr)
+        meant = difflib.get_close_matches(words[0], COMMANDS, n=1)
+        hint = f"; did you mean {meant[0]}?" if meant else ""
+        print(f"miles: there is no command {words[0]}{hint}\n\n{_usage()}", file=sys.stderr)
         return 2
     module, _, function = COMMANDS[words[0]][0].partition(":")
     handler = signal.signal(signal.SIGINT, signal.SIG_DFL)  # while modules load, Ctrl-C ends us without a traceback

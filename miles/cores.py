@@ -1,4 +1,4 @@
-"""The number of cores that this process may use, and how a run's processes share them."""
+"""The cores and memory that this process may use, and how a run's processes share the cores."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from collections.abc import Mapping
 THREADS_VARIABLE = "OMP_NUM_THREADS"
 """Environment variable that PyTorch, oneDNN and OpenBLAS read when they are loaded."""
 WAIT_VARIABLE = "OMP_WAIT_POLICY"
-_CGROUP_ROOT = pathlib.Path("/sys/fs/cgroup")
+CGROUP_ROOT = pathlib.Path("/sys/fs/cgroup")
 
 
 def usable_cores() -> int:
@@ -21,7 +21,7 @@ def usable_cores() -> int:
     which then wait for one another.
     """
     affinity = len(os.sched_getaffinity(0))
-    quota = cgroup_quota(_CGROUP_ROOT, _own_cgroups())
+    quota = cgroup_quota(CGROUP_ROOT, own_cgroups())
     return affinity if quota is None else max(1, min(affinity, math.ceil(quota)))
 
 
@@ -42,6 +42,17 @@ def cgroup_quota(root: pathlib.Path, cgroups: Mapping[str, str]) -> float | None
     return min(known, default=None)
 
 
+def cgroup_memory_limit(root: pathlib.Path, cgroups: Mapping[str, str]) -> int | None:
+    """Return the smallest memory limit, in bytes, of this process's cgroup and its parents; None without a limit."""
+    limits = []
+    if "" in cgroups:
+        limits += [_number_in(folder / "memory.max") for folder in _upwards(root, cgroups[""])]
+    for controllers, path in cgroups.items():
+        if "memory" in controllers.split(","):
+            limits += [_number_in(folder / "memory.limit_in_bytes") for folder in _upwards(root / controllers, path)]
+    return min((limit for limit in limits if limit is not None), default=None)
+
+
 def share_of(cores: int, processes: int) -> int:
     """Return the threads for each of several processes that compute at the same time."""
     return max(1, cores // max(1, processes))
@@ -56,7 +67,8 @@ def limit_threads() -> None:
     os.environ.setdefault(WAIT_VARIABLE, "PASSIVE")
 
 
-def _own_cgroups() -> dict[str, str]:
+def own_cgroups() -> dict[str, str]:
+    """Return the path of this process's cgroup by controller, as in /proc/self/cgroup; "" stands for version 2."""
     with contextlib.suppress(OSError):
         lines = pathlib.Path("/proc/self/cgroup").read_text().splitlines()
         return {controllers: path for _, controllers, path in (line.split(":", 2) for line in lines)}
@@ -67,6 +79,12 @@ def _upwards(mount: pathlib.Path, path: str) -> list[pathlib.Path]:
     """Return the folders of a cgroup and its parents. In a container the mount may be the cgroup itself."""
     folder = mount / path.lstrip("/")
     return [each for each in (folder, *folder.parents) if each == mount or mount in each.parents]
+
+
+def _number_in(file: pathlib.Path) -> int | None:
+    with contextlib.suppress(OSError, ValueError):
+        return int(file.read_text())  # no number: "max", without a limit
+    return None
 
 
 def _quota_v2(folder: pathlib.Path) -> float | None:

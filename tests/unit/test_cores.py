@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from miles.cores import cgroup_quota, share_of, usable_cores
+from miles.cores import cgroup_memory_limit, cgroup_quota, share_of, usable_cores
 
 
 def write(path: pathlib.Path, text: str) -> None:
@@ -54,3 +54,12 @@ def test_cores_are_those_of_the_affinity() -> None:
 @pytest.mark.parametrize(("cores", "processes", "expected"), [(2, 1, 2), (2, 2, 1), (2, 5, 1), (16, 3, 5), (4, 0, 4)])
 def test_processes_share_cores(cores: int, processes: int, expected: int) -> None:
     assert share_of(cores, processes) == expected
+
+
+def test_the_smallest_memory_limit_counts(tmp_path: pathlib.Path) -> None:
+    write(tmp_path / "jobs/memory.max", "4096\n")
+    write(tmp_path / "jobs/mine/memory.max", "max\n")
+    write(tmp_path / "memory/jobs/memory.limit_in_bytes", "8192\n")
+    assert cgroup_memory_limit(tmp_path, {"": "/jobs/mine"}) == 4096
+    assert cgroup_memory_limit(tmp_path, {"memory": "/jobs", "": "/elsewhere"}) == 8192
+    assert cgroup_memory_limit(tmp_path, {}) is None
