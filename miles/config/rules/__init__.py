@@ -3,7 +3,19 @@
 They look at settings alone; `checks` looks at the machine. Start at `registry`.
 """
 
-from miles.config.rules import access, algorithm, asynchrony, data, engine, lora, megatron, paths, services, train
+from miles.config.rules import (
+    access,
+    algorithm,
+    asynchrony,
+    data,
+    engine,
+    lora,
+    megatron,
+    paths,
+    services,
+    sizes,
+    train,
+)
 from miles.config.rules.registry import RULES, Rule, check
 
 __all__ = [
@@ -19,5 +31,6 @@ __all__ = [
     "megatron",
     "paths",
     "services",
+    "sizes",
     "train",
 ]
