@@ -68,7 +68,7 @@ class LocalCluster:
         self._lock: int | None = None
 
     async def __aenter__(self) -> LocalCluster:
-        self._lock = _lock_run_dir(self.run_dir)
+        self._lock = lock_run_dir(self.run_dir)
         async with contextlib.AsyncExitStack() as undo:
             undo.push_async_callback(self.stop)
             await self._start()
@@ -220,7 +220,8 @@ def _restart_policy(config: JobConfig) -> RestartPolicy:
     return RestartPolicy() if config.services.chaos is None else RestartPolicy(limit=_RESTARTS_IN_A_DRILL)
 
 
-def _lock_run_dir(run_dir: pathlib.Path) -> int:
+def lock_run_dir(run_dir: pathlib.Path) -> int:
+    """Lock a run folder, which is made, until the descriptor is closed. Raises ServiceExit with who has it."""
     pathlib.Path(os.path.realpath(run_dir)).mkdir(parents=True, exist_ok=True)  # also where a link leads to
     descriptor = os.open(run_dir / "run.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:

@@ -85,20 +85,31 @@ def read_owner(folder: pathlib.Path) -> Owner | None:
 def write_owner(folder: pathlib.Path, owner: Owner, *, replace: bool = False) -> Owner:
     """Write the file, once: when another process was quicker, return the owner that it wrote."""
     path, partial = folder / NAME, folder / f"{NAME}.{uuid.uuid4().hex[:8]}"
-    with partial.open("w", encoding="utf-8") as file:
-        json.dump({"format": FORMAT, **dataclasses.asdict(owner)}, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())  # a power cut must not leave an empty one
-    if replace:
-        partial.replace(path)
-        return owner
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            json.dump({"format": FORMAT, **dataclasses.asdict(owner)}, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())  # a power cut must not leave an empty one
+        if replace:
+            partial.replace(path)
+        elif not _appeared(partial, path):
+            return read_owner(folder) or owner
+    finally:
+        partial.unlink(missing_ok=True)
+    return owner
+
+
+def _appeared(partial: pathlib.Path, path: pathlib.Path) -> bool:
+    """Give a file its name unless that is taken; return whether it has it now."""
     try:
         os.link(partial, path)  # unlike a rename, it fails when the file exists
     except FileExistsError:
-        return read_owner(folder) or owner
-    finally:
-        partial.unlink()
-    return owner
+        return False
+    except OSError:  # a file system without hard links
+        if path.exists():
+            return False
+        partial.replace(path)
+    return True
 
 
 def run_of(run_dir: pathlib.Path, job_id: str = "") -> Owner:

@@ -10,6 +10,7 @@ import asyncio
 import dataclasses
 import datetime
 import json
+import logging
 import os
 import pathlib
 import socket
@@ -22,9 +23,13 @@ import redis.asyncio
 from miles.queue.backpressure import TRANSIENT
 from miles.queue.errors import RedisInUse
 
+logger = logging.getLogger(__name__)
+
 KEY = "miles:controller"
 TTL_S = 10.0
 _RENEW_S = 2.0
+WAIT_S = TTL_S + _RENEW_S
+"""Longer than a lease that is not renewed lasts."""
 _POLL_S = 0.25
 _HOLD = """
 -- KEYS controller ; ARGV mine, dead or '', ttl_ms
@@ -81,18 +86,24 @@ class RedisLease:
         self._mine = mine
 
     @classmethod
-    async def acquire(cls, client: redis.asyncio.Redis) -> RedisLease:
-        """Take the lease, when another one's has run out if need be. Raises RedisInUse when that lives on."""
+    async def acquire(cls, client: redis.asyncio.Redis, wait_s: float = WAIT_S) -> RedisLease:
+        """Take the lease, waiting for an owner that ends just now, or whose lease runs out.
+
+        Raises RedisInUse when it is still held after `wait_s`.
+        """
         lease = cls(client, json.dumps(dataclasses.asdict(RedisOwner.this_process())))
-        end = time.monotonic() + TTL_S + _RENEW_S
-        dead = ""
+        end = time.monotonic() + wait_s
+        dead, waiting = "", False
         while held := await lease._try(dead):
             owner = _parsed(held)
             if owner is not None and owner.is_dead:
                 dead = held
                 continue
-            if time.monotonic() > end or (owner is not None and owner.machine == _machine() != ""):
+            if time.monotonic() > end:
                 raise RedisInUse(_in_use(owner, held))
+            if not waiting:
+                logger.warning("waiting up to %g s for %s to end or to lose its lease", wait_s, owner or "its owner")
+                waiting = True
             await asyncio.sleep(_POLL_S)
         return lease
 

@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from miles.regular_files import open_to_append, open_to_read
+from miles.regular_files import open_to_append, open_to_read, regular
 
 MAX_LINE_BYTES = 16 << 20
 """Longer than the metrics of a step; a longer line was written by something else."""
@@ -103,7 +103,7 @@ def _delete_from(path: pathlib.Path, first_step: int, keep_evaluation: bool) -> 
         path.unlink(missing_ok=True)
         return
     kept = path.with_suffix(".tmp")
-    with kept.open("w", encoding="utf-8") as file:
+    with open(kept, "w", encoding="utf-8", opener=regular) as file:
         for line in lines:
             kept_evaluation = keep_evaluation and line["step"] == first_step and _is_evaluation(line)
             if line["step"] < first_step or kept_evaluation:

@@ -116,7 +116,11 @@ async def _notice_emptied(store: JobStore) -> None:
     """Raise ServiceExit when the job records are deleted from under this process: nobody would see its jobs again."""
     while True:
         await asyncio.sleep(_CHECK_RECORDS_S)
-        if await store.is_emptied():
+        try:
+            emptied = await store.is_emptied()
+        except TRANSIENT:
+            continue  # it restarts; the run waits for that
+        if emptied:
             raise ServiceExit(
                 ExitCode.REDIS_UNSUITABLE,
                 "Redis was emptied, or restarted without its data: the records and queues of all jobs are gone; start "

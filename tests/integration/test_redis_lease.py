@@ -31,7 +31,7 @@ async def client(tmp_path: pathlib.Path) -> AsyncIterator[redis.asyncio.Redis]:
 async def test_a_second_controller_is_refused_with_who_holds_it_and_since_when(client: redis.asyncio.Redis) -> None:
     first = await RedisLease.acquire(client)
     with pytest.raises(RedisInUse, match=rf"process id {os.getpid()} on \S+, since 20\d\d-"):
-        await RedisLease.acquire(client)
+        await RedisLease.acquire(client, wait_s=0.5)
     await first.release()
     second = await RedisLease.acquire(client)
     await first.release()  # not its own any more

@@ -55,6 +55,8 @@ def _reads(output: Output, inputs: list[tuple[str, Place, bool]]) -> str:
             return f"{key} is read from there"
         if is_kept and output.place.lies_in(place):
             return f"it lies in {place}, from which {key} is read"
+        if output.key == "run_dir" and is_kept and place.lies_in(locate(output.place.path / "hf")):
+            return f"{key} = {place} is an export in it, which the run would replace"
         if output.key == "save_hf" and place.lies_in(output.place):
             return f"{key} = {place} lies in it, and an export replaces the whole folder"
     return ""

@@ -14,6 +14,7 @@ from miles.config.rules import (
     paths,
     sampling,
     services,
+    sizes,
     train,
 )
 from miles.config.rules.registry import RULES, Rule, check
@@ -32,5 +33,6 @@ __all__ = [
     "paths",
     "sampling",
     "services",
+    "sizes",
     "train",
 ]

@@ -54,6 +54,14 @@ def test_an_export_never_takes_the_place_of_a_model_that_is_read(files: pathlib.
     assert "hf_checkpoint" in faults(save_hf=name)["save_hf"]
 
 
+def test_a_run_does_not_replace_the_export_that_it_starts_from(files: pathlib.Path) -> None:
+    (files / "runs" / "x" / "hf").mkdir(parents=True)
+    (files / "runs" / "x" / "run.lock").write_text("")
+    os.rename(files / "model", files / "runs" / "x" / "hf" / "5")
+    assert "hf_checkpoint" in faults(hf_checkpoint="runs/x/hf/5")["run_dir"]
+    assert faults(hf_checkpoint="runs/x/hf/5", run_dir="runs/y") == {}
+
+
 @pytest.mark.parametrize(
     ("save", "save_hf", "wrong"),
     [
