@@ -15,6 +15,7 @@ import grpc.aio
 from miles.rpc.advertise import reachable_address
 from miles.rpc.channel import connect
 from miles.rpc.gen import controller_pb2, controller_pb2_grpc
+from miles.telemetry.repeated_warnings import RepeatedWarnings
 
 logger = logging.getLogger(__name__)
 
@@ -59,13 +60,17 @@ class WorkerAttachment:
         """Attach, and attach again whenever the stream breaks, until cancelled."""
         async with connect(self._controller_address) as channel:
             stub = controller_pb2_grpc.ControllerServiceStub(channel)
+            failures = RepeatedWarnings()
             while True:
                 try:
                     async for response in stub.Attach(self._requests()):
                         self.lease_number = response.lease_number
                         self._lease_ttl_s = response.lease_ttl_ms / 1000
+                        failures = RepeatedWarnings()
                 except grpc.aio.AioRpcError as error:
-                    logger.info("attachment to %s broke (%s); retrying", self._controller_address, error.details())
+                    where = f"attachment to {self._controller_address}"
+                    if line := failures.note(f"{where} broke ({error.details()}); retrying"):
+                        logger.info("%s", line)
                 self.lease_number = None
                 await asyncio.sleep(_RETRY_S)
 

@@ -63,7 +63,10 @@ export function queueTab(panel, data) {
     versionsTable.hidden = !held.length;
     noEngines.hidden = held.length > 0;
     compare.hidden = !held.length;
-    setText(published, run.active_version === null ? "" : `active ${run.active_version}, newest ${run.newest_version}`);
+    // The status may be a second older than the workers: what an engine serves was published.
+    const served = held.filter(({ version }) => version.stream === "policy").map(({ version }) => version.version ?? 0);
+    const newest = Math.max(run.newest_version, ...served);
+    setText(published, run.active_version === null ? "" : `active ${run.active_version}, newest ${newest}`);
     reconcile(versions, held, ({ worker, version }) => `${worker.id} ${version.stream}`, () => h("tr", {}, h("th", { scope: "row" }), h("td"), h("td"), h("td", { class: "num" }), h("td", { class: "num" }), h("td", { class: "dim" })), (row, { worker, version }) => {
       const texts = [worker.id, version.stream, version.state, version.version ?? "–", version.version === null || version.stream !== "policy" ? "–" : run.newest_version - version.version, version.last_error ?? ""];
       texts.forEach((text, i) => setText(row.children[i], text));
