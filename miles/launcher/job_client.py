@@ -13,6 +13,7 @@ import grpc.aio
 from miles.launcher.stopping.stop_progress import RunSnapshot
 from miles.rpc.exit_codes import ExitCode
 from miles.rpc.gen import controller_pb2, controller_pb2_grpc, job_pb2
+from miles.telemetry.repeated_warnings import RepeatedWarnings
 
 logger = logging.getLogger(__name__)
 
@@ -47,9 +48,11 @@ class JobClient:
         `show` gets an event and the job's number of steps.
         """
         request = controller_pb2.WatchJobRequest(job_id=self._job_id, only_new=only_new)
+        failures = RepeatedWarnings()
         while True:
             try:
                 job = await self.get()
+                failures = RepeatedWarnings()
                 async for response in self._stub.WatchJob(request, wait_for_ready=True):
                     request = controller_pb2.WatchJobRequest(
                         job_id=self._job_id, after_event_id=response.event.event_id
@@ -61,7 +64,8 @@ class JobClient:
                 if job.state in EXIT_CODES:
                     return job
             except grpc.aio.AioRpcError as error:
-                logger.warning("the controller does not answer (%s); waiting for it", error.details())
+                if line := failures.note(f"the controller does not answer ({error.details()}); waiting for it"):
+                    logger.warning("%s", line)
                 await asyncio.sleep(_RETRY_S)
 
     async def describe_run(self) -> RunSnapshot | None:

@@ -16,6 +16,7 @@ from miles.rpc.advertise import reachable_address
 from miles.rpc.channel import connect
 from miles.rpc.gen import controller_pb2, controller_pb2_grpc
 from miles.rpc.refusals import Refusals
+from miles.telemetry.repeated_warnings import RepeatedWarnings
 
 logger = logging.getLogger(__name__)
 
@@ -62,20 +63,22 @@ class WorkerAttachment:
         Raises ServiceExit when the first attachment fails for a cause that waiting cannot mend.
         """
         refusals = Refusals(self._controller_address)
-        attached, said = False, ""
+        attached = False
         async with connect(self._controller_address) as channel:
             stub = controller_pb2_grpc.ControllerServiceStub(channel)
+            failures = RepeatedWarnings()
             while True:
                 try:
                     async for response in stub.Attach(self._requests()):
                         self.lease_number = response.lease_number
                         self._lease_ttl_s = response.lease_ttl_ms / 1000
-                        attached, said = True, ""
+                        attached, failures = True, RepeatedWarnings()
                 except grpc.aio.AioRpcError as error:
                     if not attached:
                         await refusals.judge(error)
-                    if said != (said := error.details() or error.code().name):
-                        logger.warning("not attached to %s (%s); trying again", self._controller_address, said)
+                    why = error.details() or error.code().name
+                    if line := failures.note(f"not attached to {self._controller_address} ({why}); trying again"):
+                        logger.warning("%s", line)
                 self.lease_number = None
                 await asyncio.sleep(_RETRY_S)
 

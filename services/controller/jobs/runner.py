@@ -31,7 +31,7 @@ from miles.services.controller.jobs.store import JobStore
 from miles.services.controller.run.recovery import run_to_end
 from miles.services.controller.run.setup import RunSetup
 from miles.services.controller.status.run_status import RunStatus
-from miles.services.controller.status.tell_waits import tell_waits
+from miles.services.controller.status.tell_waits import log_end, tell_waits
 from miles.services.controller.status.worker_activity import WorkerActivities
 from miles.services.controller.workers.registry import WorkerRegistry
 from miles.tasks import cancelled_at_end
@@ -122,6 +122,7 @@ class JobRunner:
         status = RunStatus(activities, self._registry, context.config.cluster.rollout_num_workers)
         self.status = status
         telling = asyncio.create_task(tell_waits(status, history, context.config.data.rollout_batch_size))
+        telling.add_done_callback(log_end)
         try:
             async with cancelled_at_end(telling):
                 await self._run_described(context, history, controls, activities, status)

@@ -12,6 +12,7 @@ import time
 from typing import Any, NoReturn
 
 from miles.checkpoint_folder import step_of
+from miles.queue.backpressure import TRANSIENT
 from miles.rpc.gen import controller_pb2, job_pb2
 from miles.services.controller.clients import deadlines
 from miles.services.controller.errors import ConflictError, NotPossibleNowError
@@ -97,18 +98,25 @@ class JobScheduler:
             await asyncio.sleep(_LOOK_S)
             if not self._waiting_ids and not self._woken:
                 continue
-            self._woken = False
-            waiting = await self._waiting()
-            self._waiting_ids = frozenset(job.job_id for job in waiting)
-            running = self.running
-            waits = {
-                job.job_id: waits_in_queue(self._lacks(job), number + (running is not None), running or "")
-                for number, job in enumerate(waiting)
-            }
-            for job_id, line in list(self._queue_waits.note(waits, time.time())):
-                logger.info("job %s waits: %s", job_id, line)
-                log = job_pb2.LogLine(level=job_pb2.LOG_LEVEL_WARNING, source="controller", text=line)
-                await self._store.add_event(job_pb2.JobEvent(job_id=job_id, log=log))
+            try:
+                await self._tell_waits()
+            except TRANSIENT as error:  # whoever runs a job waits for Redis too, and knows when to give up
+                logger.info("Redis is away: %s", error)
+                self._woken = True
+
+    async def _tell_waits(self) -> None:
+        self._woken = False
+        waiting = await self._waiting()
+        self._waiting_ids = frozenset(job.job_id for job in waiting)
+        running = self.running
+        waits = {
+            job.job_id: waits_in_queue(self._lacks(job), number + (running is not None), running or "")
+            for number, job in enumerate(waiting)
+        }
+        for job_id, line in list(self._queue_waits.note(waits, time.time())):
+            logger.info("job %s waits: %s", job_id, line)
+            log = job_pb2.LogLine(level=job_pb2.LOG_LEVEL_WARNING, source="controller", text=line)
+            await self._store.add_event(job_pb2.JobEvent(job_id=job_id, log=log))
 
     def wake(self) -> None:
         """A job was submitted."""

@@ -70,7 +70,7 @@ class Dispatcher:
         self._evaluation: Evaluation | None = None
         self._holds: set[str] = set()
         self._balance = LoadBalance()
-        self._failed = FailedGroups()
+        self.failed = FailedGroups()
         self._preempted = PreemptedGroups()
         self.dropped = dropped
         self._equal_rewards = equal_rewards
@@ -263,13 +263,13 @@ class Dispatcher:
             return
         if self._admission is None:
             return
-        self._failed.finish(message.group_id)
+        self.failed.finish(message.group_id)
         self._preempted.finish(message.group_id)
         if message.verdict == rollout_pb2.FILTER_VERDICT_DROP:
             if self._admission.drop(message.group_id, message.attempt):
                 self._note_drop(message)
         elif self._admission.accept(message.group_id, message.attempt, message.oldest_version):
-            self._failed.accept()
+            self.failed.accept()
             self.dropped.keep()
             if warning := self._equal_rewards.note(message.example if message.HasField("example") else None):
                 self._alerts.report(warning)
@@ -295,14 +295,14 @@ class Dispatcher:
             return
         if self._admission is None:
             return
-        if self._failed.may_retry(message.group_id, message.retryable):
+        if self.failed.may_retry(message.group_id, message.retryable, message.error):
             if self._admission.requeue(message.group_id, message.attempt):
                 self._alerts.warn(f"group {message.group_id} failed and is retried: {message.error}")
         elif self._admission.drop(message.group_id, message.attempt):
             self._dropped[message.group_id] = message.error
             self._alerts.warn(f"group {message.group_id} dropped after a failure: {message.error}")
-            if self._failed.drop(message.group_id):
-                count = self._failed.dropped_in_a_row
+            if self.failed.drop(message.group_id):
+                count = self.failed.dropped_in_a_row
                 problem = f"{count} groups in a row failed and were dropped; the last: {message.error}"
                 self._alerts.fail(WorkerFailedError(problem))
 

@@ -9,6 +9,8 @@ from miles.services.controller.run.examples import describe_example
 
 _FEWEST_TOLD = 8
 """So many groups dropped in a row are told first, or a batch if that is more."""
+UNSCORED = "no sample could be scored"
+"""How the reason of a group without any reward begins."""
 _MOST_REASONS = 8
 """Further reasons are counted as one."""
 _SHOWN_REASONS = 3
@@ -78,9 +80,11 @@ class DroppedGroups:
 
     def failure(self) -> str:
         """Say why the job fails, and what to do about it."""
-        remedy = "take prompts and a reward for which the responses of one prompt get different rewards"
-        if self._filter:
-            remedy += ", leave dynamic_sampling_filter_path out"
+        if all(reason.startswith(UNSCORED) for reason in self._reasons):
+            remedy = "mend the reward"
+        else:
+            remedy = "take prompts and a reward for which the responses of one prompt get different rewards"
+            remedy += ", leave dynamic_sampling_filter_path out" if self._filter else ""
         return (
             f"{self.describe()}. Nothing would be trained on: {remedy}, or raise dynamic_sampling_max_dropped_batches "
             "(0: no limit)"

@@ -51,6 +51,8 @@ class Publisher:
         """Version that engines serve; None before the first."""
         self.newest = 0
         """Version that was exported last, active or about to be."""
+        self._loading: dict[str, weightsync_pb2.EngineStatus] = {}
+        """What engines said last of the version that is being activated, by name."""
         self.faults = LoadFaults()
         """Of the version that is being activated."""
 
@@ -98,6 +100,7 @@ class Publisher:
         logger.info("version %d is active after %.2f s", version, time.monotonic() - began)
         self.active = version
         self.faults.clear()
+        self._loading.clear()
         self._on_active(version)
 
     async def _activate_on_live_workers(self, version: int) -> None:
@@ -124,7 +127,21 @@ class Publisher:
             on_engine=lambda engine: self._note(version, engine),
         )
 
+    def engines_behind(self) -> str:
+        """Name the engines that do not serve the newest version yet, with their states; empty when all do."""
+        if self.active == self.newest:
+            return ""
+        known = {client.worker_id: "no word yet" for client in self._rollouts.connected()}
+        for name, engine in self._loading.items():
+            known[name] = weightsync_pb2.EngineState.Name(engine.state).removeprefix("ENGINE_STATE_").lower()
+            if engine.HasField("version"):
+                known[name] += f" version {engine.version}"
+            if engine.state == weightsync_pb2.ENGINE_STATE_SERVING and engine.version == self.newest:
+                del known[name]
+        return ", ".join(f"{name} ({state})" for name, state in sorted(known.items()))
+
     async def _note(self, version: int, engine: weightsync_pb2.EngineStatus) -> None:
+        self._loading[engine.engine_id] = engine
         if news := self.faults.note(version, engine):
             await self._report.warn(news)
 

@@ -9,10 +9,13 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 
 from miles.services.controller.clients import deadlines
+from miles.services.controller.run.failed_groups import MAX_DROPPED_IN_A_ROW
 from miles.services.controller.status.waits import UNUSUAL_S, USUAL_S, Wait, duration, merged
 
 SILENT_S = 6.0
 """A worker that has sent no heartbeat for so long is named: three were due."""
+_PUBLISHING_S = 60.0
+"""Loading a version is a part of the work; a load that takes longer is told."""
 _ROWS = 4
 """So many of several equal things are named."""
 READING = "the data to be read"
@@ -74,6 +77,12 @@ class RunFacts:
     """How often the lease of each rollout that is not attached now has ended."""
     load_faults: str = ""
     """What engines say that fail to load the version."""
+    version: int = 0
+    """Version that the trainer exported last."""
+    engines_behind: str = ""
+    """Engines that do not serve it yet, with what they say."""
+    failing: str = ""
+    """What is said of groups while nothing but failures comes back; empty otherwise."""
     dropped: str = ""
     """What is said of groups that a filter drops; empty while some are kept."""
     dropped_limit: int = 0
@@ -148,6 +157,28 @@ def engines_that_fail_to_load(run: RunFacts) -> Iterator[Wait]:
             "engines to load the version",
             run.load_faults,
             ending="a run that comes back nine times to one step without taking it fails",
+        )
+
+
+def engines_that_are_behind(run: RunFacts) -> Iterator[Wait]:
+    """A version is published while the trainer goes on; who does not serve it yet is named."""
+    if run.engines_behind and not run.load_faults:
+        yield Wait(
+            f"engines to load version {run.version}",
+            run.engines_behind,
+            limit_s=deadlines.ACTIVATE_S,
+            ending="the run loads its newest checkpoint",
+            patience_s=_PUBLISHING_S,
+        )
+
+
+def groups_that_do_not_fail(run: RunFacts) -> Iterator[Wait]:
+    """Nothing comes of groups that all fail."""
+    if run.failing:
+        yield Wait(
+            "a group that does not fail",
+            run.failing,
+            ending=f"a group is dropped after 5 attempts, and the job fails at {MAX_DROPPED_IN_A_ROW} in a row",
         )
 
 
@@ -227,7 +258,9 @@ _RULES: tuple[Rule, ...] = (
     engines_that_serve_nothing,
     engines_that_fail_to_load,
     what_rollouts_wait_for,
+    groups_that_do_not_fail,
     groups_that_a_filter_keeps,
+    engines_that_are_behind,
     the_evaluation,
     what_the_phase_waits_for,
 )

@@ -16,6 +16,12 @@ logger = logging.getLogger(__name__)
 _LOOK_S = 1.0
 
 
+def log_end(task: asyncio.Task[NoReturn]) -> None:
+    """Log the error with which nobody tells of waits any more; the run goes on."""
+    if not task.cancelled() and (error := task.exception()) is not None:
+        logger.error("what the run waits for is not told any more", exc_info=error)
+
+
 async def tell_waits(status: RunStatus, history: JobHistory, batch_size: int) -> NoReturn:
     """Write what the run waits for once it has waited for a while, and again at growing intervals, until cancelled."""
     while True:

@@ -138,6 +138,6 @@ class WaitLog:
             if now_s < noted.due_s:
                 continue
             noted.told = True
-            age_s = max(noted.wait.patience_s, now_s - noted.since_s)
+            age_s = max(UNUSUAL_S, noted.wait.patience_s, now_s - noted.since_s)
             noted.due_s = now_s + min(age_s * (_GROWTH - 1), _LONGEST_SILENCE_S)
             yield f"waiting for {sentence(noted.wait, now_s)}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from miles.rpc.gen import rollout_pb2
-from miles.services.controller.run.dropped_groups import DroppedGroups
+from miles.services.controller.run.dropped_groups import UNSCORED, DroppedGroups
 
 FILTER = "my.filters.check_reward_nonzero_std"
 EXAMPLE = rollout_pb2.ScoredExample(prompt="12>", response="7", label="none", rewards=[0.0, 0.0])
@@ -29,6 +29,14 @@ def test_the_job_fails_with_filter_reason_and_sample_when_so_many_batches_are_dr
     failure = dropped.failure()
     assert all(part in failure for part in (FILTER, "zero_std_0 (7), zero_std_1 (1)", "rewards 0, 0", "'12>'"))
     assert "dynamic_sampling_max_dropped_batches" in failure
+
+
+def test_groups_that_nothing_could_score_are_not_blamed_on_the_prompts() -> None:
+    dropped = DroppedGroups(1, None, 2)
+    for _ in range(2):
+        dropped.drop(f"{UNSCORED}: KeyError: 'total'", rollout_pb2.ScoredExample(prompt="1+1="))
+    assert "e.g. no reward for prompt '1+1='" in dropped.failure()
+    assert "mend the reward" in dropped.failure()
 
 
 def test_a_group_that_is_kept_begins_the_count_again() -> None:

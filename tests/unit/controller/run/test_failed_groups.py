@@ -23,6 +23,16 @@ def test_a_group_that_finished_starts_over() -> None:
     assert failed.may_retry(7, retryable=True)
 
 
+def test_failures_in_a_row_are_described_until_a_group_finishes() -> None:
+    failed = FailedGroups()
+    for group_id in range(4):
+        assert failed.describe() == ""
+        failed.may_retry(group_id, retryable=True, error=f"no answer for {group_id}")
+    assert failed.describe() == "the last 4 attempts at groups failed, the last with: no answer for 3"
+    failed.finish(9)
+    assert failed.describe() == ""
+
+
 def test_the_job_fails_after_many_drops_in_a_row() -> None:
     failed = FailedGroups()
     assert not any(failed.drop(group_id) for group_id in range(31))

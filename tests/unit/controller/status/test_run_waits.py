@@ -90,6 +90,16 @@ def test_engines_that_cannot_serve_or_load_are_named() -> None:
     assert second.detail == "rollout-0 has failed 2 times"
 
 
+def test_engines_that_do_not_serve_the_newest_version_are_named() -> None:
+    wait = run(version=4, engines_behind="rollout-1 (prefetched version 3)")[0]
+    assert (wait.what, wait.detail) == ("engines to load version 4", "rollout-1 (prefetched version 3)")
+    assert wait.limit_s is not None
+
+
+def test_groups_that_all_fail_are_said() -> None:
+    assert run(failing="the last 9 attempts failed")[0].detail == "the last 9 attempts failed"
+
+
 @pytest.mark.parametrize(
     "phase",
     [
