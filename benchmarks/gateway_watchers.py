@@ -39,8 +39,8 @@ from rich.table import Table
 
 from benchmarks.gateway_clients.processes import answer_of, client_command, open_streams, tell, watching
 from benchmarks.gateway_clients.usage import SERVING, Usage
+from miles.addresses import free_port
 from miles.client import GatewayUnreachableError, MilesClient
-from miles.launcher.cluster import free_port
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
 START_S = 120.0

@@ -14,7 +14,16 @@ from collections.abc import Iterator, Sequence
 
 import uvicorn
 
-from miles.config.checks.addresses import is_loopback
+from miles.addresses import (
+    address_argument,
+    is_loopback,
+    is_taken,
+    join_address,
+    listen_argument,
+    split_address,
+    stands_for_every_interface,
+)
+from miles.certificates import why_not_pair
 from miles.gateway.app import create_app
 from miles.gateway.config_policy import resolved_roots
 from miles.gateway.connection import Connection
@@ -32,8 +41,9 @@ def parse_flags(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the gateway's command line."""
     parser = argparse.ArgumentParser(prog="python -m miles.gateway", description=__doc__)
     add = parser.add_argument
-    add("--listen", default="127.0.0.1:8000", metavar="HOST:PORT", help="where to listen; port 0 picks a free one")
-    add("--controller", required=True, metavar="HOST:PORT", help="address of the controller")
+    where = "where to listen; port 0 picks a free one"
+    add("--listen", default="127.0.0.1:8000", type=listen_argument, metavar="HOST:PORT", help=where)
+    add("--controller", required=True, type=address_argument, metavar="HOST:PORT", help="address of the controller")
     keys = "file of API keys, made by `miles keys create`; without it only this machine is served, without keys"
     add("--keys-file", type=pathlib.Path, default=os.environ.get(KEYS_ENVIRONMENT), metavar="FILE", help=keys)
     roots = "folder that must contain all files named by jobs; repeatable; without one, jobs can name no files"
@@ -61,13 +71,17 @@ def parse_flags(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 def options_of(flags: argparse.Namespace) -> GatewayOptions:
     """Build the options from the command line. Raises ServiceExit for a gateway that would be open to everybody."""
-    host = flags.listen.rpartition(":")[0]
+    host = split_address(flags.listen)[0]
     if flags.keys_file is None and not is_loopback(host):
         raise ServiceExit(
             ExitCode.BAD_CONFIG,
             f"--listen {flags.listen} is open to other machines, and there are no API keys; make one with "
             "`miles keys create NAME --keys-file FILE` and give --keys-file FILE, or listen on 127.0.0.1",
         )
+    if (flags.https_cert is None) != (flags.https_key is None):
+        raise ServiceExit(ExitCode.BAD_CONFIG, "--https-cert and --https-key go together: give both, or neither")
+    if flags.https_cert is not None and (problem := why_not_pair(flags.https_cert, flags.https_key)) is not None:
+        raise ServiceExit(ExitCode.BAD_CONFIG, f"--https-cert, --https-key: {problem}")
     if flags.keys_file is not None:
         try:
             KeyFile(pathlib.Path(flags.keys_file)).list()
@@ -115,7 +129,7 @@ async def serve(flags: argparse.Namespace) -> None:
         timeout_keep_alive=30,
     )
     server = _Server(config)
-    url = f"{'https' if flags.https_cert else 'http'}://{options.host}:{listener.getsockname()[1]}"
+    url = f"{'https' if flags.https_cert else 'http'}://{join_address(options.host, listener.getsockname()[1])}"
     print(f"listening on {url}", flush=True)
     if flags.address_file is not None:
         partial = flags.address_file.with_suffix(".tmp")
@@ -136,11 +150,11 @@ async def serve(flags: argparse.Namespace) -> None:
 
 def listening_socket(address: str) -> socket.socket:
     """Open a socket that listens on host:port. Raises ServiceExit when that is not possible."""
-    host, _, port = address.rpartition(":")
-    name = host.strip("[]")
+    host, port = split_address(address)
     try:
-        family, _, _, _, where = socket.getaddrinfo(name, int(port), type=socket.SOCK_STREAM)[0]
-        listener = socket.create_server(where[:2], family=family, backlog=2048)
+        family, _, _, _, where = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        both = family == socket.AF_INET6 and stands_for_every_interface(host) and socket.has_dualstack_ipv6()
+        listener = socket.create_server(where, family=family, backlog=2048, dualstack_ipv6=both)
         # Connections inherit it. asyncio does not set it on sockets that it has not created, and without it the body of
         # an answer waits 40 ms for the client to acknowledge the head.
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -148,8 +162,11 @@ def listening_socket(address: str) -> socket.socket:
             listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _UNREAD_MS)
         return listener
     except OSError as error:
-        problem = f"cannot listen on {address} ({error.strerror}); choose another port, or port 0 for any free one"
-        raise ServiceExit(ExitCode.PORT_IN_USE, problem) from error
+        if is_taken(error):
+            problem = f"cannot listen on {address}: the port is taken; choose another, or port 0 for any free one"
+            raise ServiceExit(ExitCode.PORT_IN_USE, problem) from error
+        problem = f"cannot listen on {address}: {error.strerror}; give another --listen"
+        raise ServiceExit(ExitCode.BAD_CONFIG, problem) from error
 
 
 def allow_many_connections() -> None:

@@ -10,7 +10,7 @@ from typing import Annotated
 from fastapi import Request, Security
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
-from miles.config.checks.addresses import is_loopback
+from miles.addresses import is_loopback
 from miles.gateway.keys import KeyFile, Scope
 from miles.gateway.options import GatewayOptions
 from miles.gateway.problems import Problem

@@ -15,9 +15,13 @@ from miles.config.schema.catalog import Entry, passthroughs
 from miles.config.schema.faults import Fault
 from miles.gateway.config_schema import NAME_PATTERN, is_path, job_settings, type_faults
 from miles.gateway.options import GatewayOptions
+from miles.ownership.overlap import OUTPUTS
+from miles.ownership.place import locate, locate_pattern
 
-_SLICE = re.compile(r"@\[[^\]]*\]$")
+_SLICE = re.compile(r"@\[[^\]/]*\]$")
 """The rows of a data file: FILE@[a:b]."""
+_WITH_ROWS = ("prompt_data", "eval_prompt_data")
+"""Settings whose files may be given with rows; in another one they would be part of the path."""
 _DEFAULT_NAME = "job"
 """Name of a job that gives none."""
 
@@ -47,7 +51,7 @@ def review(body: Mapping[str, Any], policy: GatewayOptions, idempotency_key: str
         entry = job_settings().get(key)
         if entry is not None and is_path(entry):
             flat[key], found = _confined(entry, value, policy)
-            faults += found
+            faults += found or _writes_a_root(key, flat[key], policy)
         elif entry is not None and entry.dotted_path is not None:
             faults += _allowed_module(entry, value, policy)
         elif entry is None:
@@ -90,7 +94,7 @@ def _confined(entry: Entry, value: Any, policy: GatewayOptions) -> tuple[Any, li
 
 
 def _confined_path(key: str, text: str, policy: GatewayOptions) -> tuple[str, list[Fault]]:
-    rows = _SLICE.search(text)
+    rows = _SLICE.search(text) if key in _WITH_ROWS else None
     path, suffix = (text[: rows.start()], rows[0]) if rows else (text, "")
     if not policy.allowed_roots:
         remedy = "start the gateway with --allowed-root FOLDER"
@@ -104,6 +108,20 @@ def _confined_path(key: str, text: str, policy: GatewayOptions) -> tuple[str, li
     if not any(absolute.is_relative_to(root) for root in policy.allowed_roots):
         return text, [Fault(key, text, "it lies outside the folders that jobs may use", f"give a path below {roots}")]
     return str(absolute) + suffix, []
+
+
+def _writes_a_root(key: str, value: Any, policy: GatewayOptions) -> list[Fault]:
+    """A job may not have for itself what is everybody's: an allowed root, the folder of runs, or one above them."""
+    if key not in OUTPUTS or not isinstance(value, str):
+        return []
+    try:
+        place = locate_pattern(value) if key == "save_hf" else locate(value)
+    except ValueError:
+        return []  # the controller reports it
+    everybodys = [*policy.allowed_roots, *([policy.runs_dir] if policy.runs_dir is not None else [])]
+    if any(locate(root).lies_in(place) for root in everybodys):
+        return [Fault(key, value, "other jobs use that folder too", "give a folder of its own below it")]
+    return []
 
 
 def _allowed_module(entry: Entry, value: str, policy: GatewayOptions) -> list[Fault]:

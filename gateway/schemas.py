@@ -39,6 +39,34 @@ ENDED = frozenset({JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELLED, JobS
 """Final states, which only resuming leaves."""
 
 
+class Wait(BaseModel):
+    """One thing that a job waits for."""
+
+    what: str = Field(description="What it waits for", examples=["reward service 'math' at scores:9300"])
+    detail: str | None = Field(
+        default=None, description="What is known of it", examples=["it cannot be reached: Connection refused"]
+    )
+    since: datetime.datetime
+    gives_up_at: datetime.datetime | None = Field(
+        default=None, description="When waiting ends by itself; null when it has no bound"
+    )
+    ending: str | None = Field(
+        default=None, description="What happens then or, without a bound, how to end it", examples=["the job fails"]
+    )
+    samples: int = Field(default=0, description="Samples that wait; 0 where they are not counted")
+
+    @classmethod
+    def of(cls, wait: job_pb2.Wait) -> Wait:
+        return cls(
+            what=redact(wait.what),
+            detail=redact(wait.detail) or None,
+            since=moment(wait.since_unix_ns),
+            gives_up_at=moment(wait.gives_up_unix_ns) if wait.gives_up_unix_ns else None,
+            ending=wait.ending or None,
+            samples=wait.samples,
+        )
+
+
 class JobEntry(BaseModel):
     """A job in a list."""
 
@@ -52,6 +80,7 @@ class JobEntry(BaseModel):
     ended_at: datetime.datetime | None = None
     submitted_by: str = Field(description="Name of the API key that submitted it", examples=["alice"])
     error: str | None = Field(default=None, description="Why it failed and what to do about it")
+    waits: list[Wait] = Field(description="What it waits for, the most telling first; empty once it has ended")
 
     @classmethod
     def of(cls, job: job_pb2.Job) -> JobEntry:
@@ -235,6 +264,7 @@ def _entry(job: job_pb2.Job) -> dict[str, Any]:
         "ended_at": moment(job.ended_unix_ns) if job.ended_unix_ns else None,
         "submitted_by": job.submitted_by,
         "error": redact(job.error) or None,
+        "waits": [Wait.of(wait) for wait in job.waits],
     }
 
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
+import os
 import signal
 import sys
 from collections.abc import Mapping, Sequence
+
+from miles.standard_streams import escape_unknown_characters, open_missing
 
 _JOB = "miles.client.commands.act"
 COMMANDS: Mapping[str, tuple[str, str]] = {
@@ -38,6 +42,9 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
 """Module, or module:function, and help text by command. The function (`main` by default) takes the remaining arguments
 and returns the exit code."""
 
+_INTERNAL, _OUTPUT_CLOSED = 1, 141
+"""Exit codes of `miles.rpc.exit_codes`, whose import takes longer than `miles --help` should."""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command that the first argument names; return its exit code."""
@@ -57,7 +64,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     handler = signal.signal(signal.SIGINT, signal.SIG_DFL)  # while modules load, Ctrl-C ends us without a traceback
     command = getattr(importlib.import_module(module), function or "main")
     signal.signal(signal.SIGINT, handler)
-    return int(command(words[1:]))
+    open_missing()
+    escape_unknown_characters()
+    try:
+        code = int(command(words[1:]))
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # `miles list | head`
+        _discard_output()
+        return _OUTPUT_CLOSED
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EIO):
+            raise
+        _discard_output()
+        print(f"miles: the output cannot be written: {error.strerror}", file=sys.stderr)
+        return _INTERNAL
+
+
+def _discard_output() -> None:
+    """Have the interpreter's last flush go nowhere."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    os.close(nowhere)
 
 
 def _usage() -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable
 from typing import Any
 
 
@@ -15,6 +15,19 @@ async def cancelled_at_end(*tasks: asyncio.Task[Any]) -> AsyncIterator[None]:
         yield
     finally:
         await cancel(*tasks)
+
+
+async def until_end(end: Awaitable[object], *tasks: asyncio.Task[Any]) -> None:
+    """Wait for the end of a service, which is not cancelled with this; raise the error of a task that fails before.
+
+    A task that ends without an error is not waited for.
+    """
+    ending = asyncio.ensure_future(end)
+    running: set[asyncio.Future[Any]] = {ending, *tasks}
+    while not ending.done():
+        ended, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+        for each in ended:
+            each.result()
 
 
 async def cancel(*tasks: asyncio.Task[Any]) -> None:

@@ -100,6 +100,8 @@ def prepare_model(cache: pathlib.Path) -> pathlib.Path:
     with locked(cache / f"{MODEL}.lock"):
         if is_intact(target):
             return target
+        if target.exists() and not (target / CHECKSUMS).is_file():
+            raise PrepareError(f"{target} was not made by this program; move it, or choose another --cache")
         for leftover in [target, *cache.glob(f"{MODEL}.tmp-*")]:  # broken, or of a run that was killed
             shutil.rmtree(leftover, ignore_errors=True)
         with tempfile.TemporaryDirectory(prefix=f"{MODEL}.tmp-", dir=cache) as scratch:

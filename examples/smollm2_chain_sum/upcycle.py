@@ -107,6 +107,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--router-std", type=float, default=0.02, help="standard deviation of the routers' weights")
     parser.add_argument("--seed", type=int, default=0, help="of the routers' weights")
     args = parser.parse_args(arguments)
+    if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
+        parser.error(f"{args.out} exists already; give a folder that is empty or does not exist yet")
     dense = AutoModelForCausalLM.from_pretrained(args.model, dtype="auto")
     model = upcycle(dense, args.experts, args.experts_per_token, router_std=args.router_std, seed=args.seed)
     model.save_pretrained(args.out)

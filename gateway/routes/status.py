@@ -9,7 +9,7 @@ from pydantic import BaseModel, Field
 
 from miles.gateway.auth import Reader
 from miles.gateway.routes.common import Gateway, JobId, problems
-from miles.gateway.schemas import moment
+from miles.gateway.schemas import Wait, moment
 from miles.rpc.gen import controller_pb2
 from miles.telemetry.redaction import redact
 
@@ -67,6 +67,7 @@ class RunStatus(BaseModel):
     consumed: int = Field(description="Groups trained on so far")
     holds: list[str] = Field(description="Reasons, other than the staleness bound, why no group is leased")
     workers: list[WorkerActivity]
+    waits: list[Wait] = Field(description="Everything that it waits for, the most telling first")
     jobs_ahead: int = Field(description="Jobs that run before this one")
 
 
@@ -89,6 +90,7 @@ async def get_status(gateway: Gateway, caller: Reader, job_id: JobId) -> RunStat
         consumed=run.consumed,
         holds=list(run.holds),
         workers=[_doing(worker) for worker in run.workers],
+        waits=[Wait.of(wait) for wait in run.waits],
         jobs_ahead=run.jobs_ahead,
     )
 

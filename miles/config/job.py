@@ -82,7 +82,7 @@ class JobConfig(BaseModel):
         """Do the same with JSON text, such as a request's body. Raises ConfigError if it is not a JSON object."""
         try:
             flat = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ConfigError([Fault("config", "", f"it is not JSON ({error})", "send a JSON object")]) from error
         if not isinstance(flat, dict):
             raise ConfigError(

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+import json
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
+
+import xxhash
 
 from miles.data.errors import DataError
 from miles.data.order import PromptOrder
@@ -24,13 +27,15 @@ class PromptSource:
         self.order = PromptOrder(len(prompts), seed=seed, shuffle=shuffle)
         self.cursor = 0
         """The next group id."""
+        self.first_group = 0
+        """The group that has the first prompt of the order."""
 
     def __len__(self) -> int:
         return len(self.prompts)
 
     def prompt(self, group_id: int) -> PromptRecord:
         """Return the prompt of a group."""
-        return self.prompts[self.order.index(group_id)]
+        return self.prompts[self.order.index(group_id - self.first_group)]
 
     def group(self, job_id: str, group_id: int, n_samples: int) -> SampleGroup:
         """Return a group before generation: PENDING samples with prompt, prompt tokens, label and metadata."""
@@ -60,25 +65,21 @@ class PromptSource:
         self.cursor += count
         return taken
 
-    def save(self) -> dict[str, Any]:
-        """Return the cursor and the parameters of the order, as JSON."""
+    def begin_at(self, group_id: int) -> None:
+        """Give the first prompt of the order to this group; earlier groups have none. The cursor moves there."""
+        self.first_group = self.cursor = group_id
+
+    def identity(self) -> dict[str, Any]:
+        """Return what the prompt of a group depends on, and the name of the source, as JSON."""
         return {
-            "next_group_id": self.cursor,
-            "num_prompts": self.order.num_prompts,
+            "source": self.prompts.source,
+            "rows": self.prompts.num_rows,
+            "prompts": len(self.prompts),
+            "digest": _digest(record.prompt for record in self.prompts),
+            "answers": _digest((record.label, record.metadata) for record in self.prompts),
             "rollout_seed": self.order.seed,
             "rollout_shuffle": self.order.shuffle,
         }
-
-    def restore(self, saved: Mapping[str, Any]) -> None:
-        """Restore a saved cursor. Raises DataError when it was saved in another order."""
-        changed = [f"{key} was {saved.get(key)}, is {now}" for key, now in self.save().items()
-                   if key != "next_group_id" and saved.get(key) != now]  # fmt: skip
-        if changed:
-            raise DataError(f"{self.prompts.source}: the saved position belongs to another order: {'; '.join(changed)}")
-        cursor = saved.get("next_group_id")
-        if not isinstance(cursor, int) or isinstance(cursor, bool) or cursor < 0:
-            raise DataError(f"{self.prompts.source}: saved next_group_id is {cursor!r}; expected an integer from 0")
-        self.cursor = cursor
 
 
 def train_source(config: JobConfig, tokenizer: Any | None = None) -> PromptSource:
@@ -129,3 +130,11 @@ def _prompt_limit(max_prompt_len: int | None, max_context_len: int | None) -> in
     """Return the maximum prompt length, which leaves room in the context for at least one token."""
     limits = [max_prompt_len, None if max_context_len is None else max_context_len - 1]
     return min((limit for limit in limits if limit is not None), default=None)
+
+
+def _digest(parts: Iterable[Any]) -> str:
+    """XXH3-128 of a sequence of JSON values, in hex."""
+    digest = xxhash.xxh3_128()
+    for part in parts:
+        digest.update(json.dumps(part, sort_keys=True, default=str).encode() + b"\n")
+    return digest.hexdigest()

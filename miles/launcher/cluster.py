@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import datetime
 import fcntl
 import importlib.util
 import logging
@@ -15,6 +16,7 @@ import socket
 import time
 from typing import TYPE_CHECKING
 
+from miles.addresses import free_port, join_address, reachable_here, split_address
 from miles.cores import WAIT_VARIABLE
 from miles.launcher.plan import ProcessPlan, plan_controller, plan_gateway, plan_workers
 from miles.launcher.process import ProcessFailedError, SupervisedProcess
@@ -79,10 +81,11 @@ class LocalCluster:
         if not self.redis_url:
             await self._start_redis()
         await self._start_controller()
-        pinned = {key: getattr(self._config.services, key) or free_port() for key in _PINNED_PORTS}
+        host = self._config.services.host
+        pinned = {key: getattr(self._config.services, key) or free_port(host) for key in _PINNED_PORTS}
         config = self._config.replace(**pinned)
         for plan in plan_workers(
-            config, self.controller_address, master_port=free_port(), every_reward=self._every_reward
+            config, self.controller_address, master_port=free_port(host), every_reward=self._every_reward
         ):
             self._launch(plan)
         self._start_gateway()
@@ -103,14 +106,16 @@ class LocalCluster:
     def _start_gateway(self) -> None:
         if not self._config.gateway.gateway:
             return
+        host = self._config.gateway.gateway_host
         if missing := [name for name in _GATEWAY_NEEDS if importlib.util.find_spec(name) is None]:
             logger.warning("no web page and no REST API: pip install 'miles[gateway]' (%s missing)", ", ".join(missing))
             return
-        config = self._config.replace(gateway_port=self._config.gateway.gateway_port or free_port())
+        config = self._config.replace(gateway_port=self._config.gateway.gateway_port or free_port(host))
         plan = plan_gateway(config, self.controller_address)
         assert plan is not None
         self._launch(plan)
-        self.gateway_url = f"http://{config.gateway.gateway_host}:{config.gateway.gateway_port}"
+        own = reachable_here(join_address(config.gateway.gateway_host, config.gateway.gateway_port))
+        self.gateway_url = f"http://{own}"
 
     async def _start_controller(self) -> None:
         address_file = self.run_dir / "controller.address"
@@ -120,7 +125,7 @@ class LocalCluster:
         process = self._launch(dataclasses.replace(plan, command=command))
         self.controller_address = await self._controller_address(address_file)
         # A restarted controller must listen where the workers look for it.
-        pinned = self._config.replace(controller_port=int(self.controller_address.rpartition(":")[2]))
+        pinned = self._config.replace(controller_port=split_address(self.controller_address)[1])
         process.command = plan_controller(pinned, self.redis_url).command
 
     @property
@@ -183,7 +188,7 @@ class LocalCluster:
             if self.failed.done():
                 self.failed.result()
             if address_file.exists():
-                return address_file.read_text()
+                return reachable_here(address_file.read_text())
             await asyncio.sleep(0.05)
         raise ServiceExit(
             ExitCode.CONTROLLER_UNREACHABLE,
@@ -210,20 +215,18 @@ def _restart_policy(config: JobConfig) -> RestartPolicy:
 
 
 def _lock_run_dir(run_dir: pathlib.Path) -> int:
-    run_dir.mkdir(parents=True, exist_ok=True)
+    pathlib.Path(os.path.realpath(run_dir)).mkdir(parents=True, exist_ok=True)  # also where a link leads to
     descriptor = os.open(run_dir / "run.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
+        who = os.read(descriptor, 1000).decode(errors="replace").strip()
         os.close(descriptor)
         raise ServiceExit(
-            ExitCode.RUN_DIR_BUSY, f"another run is going on in {run_dir}; stop it, or choose another --name"
+            ExitCode.RUN_DIR_BUSY,
+            f"another run is going on in {run_dir}{f' ({who})' if who else ''}; stop it, or choose another --name",
         ) from None
+    os.truncate(descriptor, 0)
+    since = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    os.write(descriptor, f"process id {os.getpid()} on {socket.gethostname()}, since {since}\n".encode())
     return descriptor
-
-
-def free_port() -> int:
-    """A loopback port that was free a moment ago."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

@@ -43,6 +43,9 @@ def _docs(out: pathlib.Path | None, *, check: bool) -> int:
     if out is None:
         print(page, end="")
     elif not check:
+        if out.exists() and not (out.is_file() and out.read_bytes().startswith(page.splitlines()[0].encode())):
+            print(f"{out} is something else than this page; choose another file, or remove it", file=sys.stderr)
+            return 1
         out.write_text(page, encoding="utf-8")
     elif not out.is_file() or out.read_text(encoding="utf-8") != page:
         print(f"{out} is not up to date: run `miles config docs --out {out}`", file=sys.stderr)

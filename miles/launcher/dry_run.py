@@ -15,6 +15,7 @@ from miles.config.schema.catalog import catalog
 from miles.config.schema.faults import ConfigError
 from miles.launcher.plan import ProcessPlan, plan_run
 from miles.precision.number_types import decide, slow_type, slowdown_key
+from miles.redis_url import without_password
 from miles.telemetry.redaction import REDACTED, redact, redact_config
 
 
@@ -35,7 +36,7 @@ def describe_run(config: JobConfig) -> str:
     plans = plan_run(config)
     external = {f"reward service {name}": address for name, address in config.reward.service_addresses.items()}
     if config.services.redis_url is not None:
-        external["redis"] = config.services.redis_url
+        external["redis"] = without_password(config.services.redis_url)
     document: dict[str, Any] = {
         "processes": [_described(plan, secret=config.train.train_env_vars) for plan in plans],
         "settings": _settings_read(plans),
@@ -70,11 +71,11 @@ def number_types_here(config: JobConfig) -> str:
 
 
 def _described(plan: ProcessPlan, secret: Collection[str]) -> dict[str, Any]:
-    described: dict[str, Any] = {"name": plan.name, "command": shlex.join(plan.command)}
+    """Describe a process without the secrets in its command and environment; `secret` names variables."""
+    described: dict[str, Any] = {"name": plan.name, "command": redact(shlex.join(plan.command))}
     if plan.environment:
-        described["environment"] = {
-            name: REDACTED if name in secret else value for name, value in plan.environment.items()
-        }
+        shown = redact_config(plan.environment)
+        described["environment"] = {name: REDACTED if name in secret else value for name, value in shown.items()}
     return described
 
 

@@ -10,8 +10,9 @@ import os
 import pathlib
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
+import grpc
 import grpc.aio
 from rich.console import Console
 
@@ -23,6 +24,7 @@ from miles.launcher.console import LogLines, RunConsole, help_width
 from miles.launcher.drill.drill import Drill, drill_of, recovery_table
 from miles.launcher.dry_run import checked_config, describe_run
 from miles.launcher.job_client import EXIT_CODES, JobClient
+from miles.launcher.job_words import end_words, resumption
 from miles.launcher.plan import tls_environment
 from miles.launcher.program import print_error, run_program
 from miles.launcher.run_on_cluster import run_on_cluster
@@ -31,13 +33,16 @@ from miles.launcher.stopping.interrupts import Interrupts, cancel_this_task
 from miles.launcher.stopping.stop_progress import RunSnapshot
 from miles.launcher.stopping.stop_run import stop_run
 from miles.launcher.summary import CURVE_NAME, plot_reward, print_summary
+from miles.redis_url import without_password
 from miles.rpc import ExitCode, ServiceExit, connect
 from miles.rpc.gen import controller_pb2, controller_pb2_grpc, job_pb2
+from miles.standard_streams import outlive_readers
 from miles.tasks import cancelled_at_end
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a training job on this machine from command-line flags; return the exit code."""
+    outlive_readers()
     console = RunConsole()
     line = parse_command_line(sys.argv[1:] if arguments is None else arguments)
     if line.help:
@@ -90,6 +95,8 @@ class _End:
     job: job_pb2.Job
     snapshot: RunSnapshot | None = None
     """State of a run that was stopped; None when it was not, or when the controller does not answer."""
+    not_applied: Sequence[str] = ()
+    """Settings that differ from those with which the job had ended before."""
 
 
 async def _run_job(
@@ -99,20 +106,22 @@ async def _run_job(
         stub = controller_pb2_grpc.ControllerServiceStub(channel)
         # A run folder has one job: the same command again resumes it, or shows how it ended.
         request = controller_pb2.SubmitJobRequest(
-            request_id=f"run:{config.services.name}", config_json=json.dumps(config.to_flat())
+            request_id=f"run:{config.services.name}", config_json=json.dumps(stored_settings(config))
         )
         try:
             submitted = await stub.SubmitJob(request, wait_for_ready=True, timeout=60.0)
         except grpc.aio.AioRpcError as error:
-            raise ServiceExit(ExitCode.CONTROLLER_UNREACHABLE, f"submitting the job: {error.details()}") from error
+            taken = error.code() is grpc.StatusCode.ALREADY_EXISTS
+            code = ExitCode.RUN_DIR_BUSY if taken else ExitCode.CONTROLLER_UNREACHABLE
+            raise ServiceExit(code, f"submitting the job: {error.details()}") from error
         asked = asyncio.Event()
         interrupts.on_first = asked.set
         job: job_pb2.Job = submitted.job
         client = JobClient(stub, job.job_id)
-        if not submitted.created:
-            console.print(f"job {job.job_id} exists in this run folder; resuming it")
+        if (words := resumption(submitted)) is not None:
+            console.print(words, markup=False, soft_wrap=True)
         if job.state == job_pb2.JOB_STATE_SUCCEEDED:
-            return _End(job)
+            return _End(job, not_applied=list(submitted.changes))
         with RunView(console) as view:
 
             def show(event: job_pb2.JobEvent, num_rollout: int) -> None:
@@ -131,6 +140,13 @@ async def _run_job(
         return _End(job, await client.describe_run() if stopped else None)
 
 
+def stored_settings(config: JobConfig) -> dict[str, Any]:
+    """Return the job's settings as they are stored and shown: the controller knows the password of Redis already."""
+    flat = config.to_flat()
+    url = flat["redis_url"]
+    return {**flat, "redis_url": None if url is None else without_password(url)}
+
+
 async def _stop_when_asked(
     asked: asyncio.Event, client: JobClient, limit_s: float, console: Console, interrupts: Interrupts
 ) -> NoReturn:
@@ -141,6 +157,11 @@ async def _stop_when_asked(
 def _report(end: _End, run_dir: pathlib.Path, console: Console) -> ExitCode:
     job = end.job
     code = EXIT_CODES[job.state]
+    if end.not_applied:
+        problem = f"the run in {run_dir} has taken all of its {job.policy_version} steps, with other settings"
+        remedy = f"raise num_rollout above {job.policy_version} to go on with the new ones, or choose another name"
+        console.print(f"{problem} ({', '.join(end.not_applied)}); {remedy}", style="red", markup=False, soft_wrap=True)
+        return ExitCode.BAD_CONFIG
     if code is ExitCode.OK:
         plot_reward(run_dir / "metrics.jsonl", run_dir / CURVE_NAME)
         print_summary(console, json.loads(job.summary_json), run_dir)
@@ -152,7 +173,6 @@ def _report(end: _End, run_dir: pathlib.Path, console: Console) -> ExitCode:
     elif code is ExitCode.INTERRUPTED:
         console.print(f"stopped at step {job.policy_version}; the same command resumes the run in {run_dir}")
     else:
-        state = job_pb2.JobState.Name(job.state).removeprefix("JOB_STATE_").lower()
-        console.print(f"the job has {state}: {job.error}", style="red", markup=False, soft_wrap=True)
+        console.print(end_words(job), style="red", markup=False, soft_wrap=True)
         console.print(f"logs: {run_dir / 'logs'}", soft_wrap=True)
     return code

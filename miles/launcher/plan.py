@@ -9,10 +9,12 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from miles.addresses import join_address, reachable_here, split_address
 from miles.config.checks.device import visible_gpus
 from miles.config.job import JobConfig
 from miles.config.schema.catalog import catalog
 from miles.cores import THREADS_VARIABLE, share_of, usable_cores
+from miles.redis_url import REDIS_URL_VARIABLE
 
 UNKNOWN_ADDRESS = "(known once started)"
 """Placeholder for an address that is known only once its service has started."""
@@ -71,9 +73,10 @@ def plan_redis(config: JobConfig) -> ProcessPlan | None:
 
 def plan_controller(config: JobConfig, redis_url: str) -> ProcessPlan:
     """Plan the controller."""
-    arguments = ("--listen", _listen(config, "controller_port"), "--redis-url", redis_url)
+    arguments = ("--listen", _listen(config, "controller_port"))
     logs = ("--log-dir", f"{config.services.run_dir}/logs")
-    return _plan(config, "controller", "controller", (*_module("controller"), *logs, *arguments))
+    plan = _plan(config, "controller", "controller", (*_module("controller"), *logs, *arguments))
+    return dataclasses.replace(plan, environment={**plan.environment, REDIS_URL_VARIABLE: redis_url})
 
 
 def plan_gateway(config: JobConfig, controller: str) -> ProcessPlan | None:
@@ -81,7 +84,13 @@ def plan_gateway(config: JobConfig, controller: str) -> ProcessPlan | None:
     gateway = config.gateway
     if not gateway.gateway:
         return None
-    command = [sys.executable, "-m", "miles.gateway", "--listen", f"{gateway.gateway_host}:{gateway.gateway_port}"]
+    command = [
+        sys.executable,
+        "-m",
+        "miles.gateway",
+        "--listen",
+        join_address(gateway.gateway_host, gateway.gateway_port),
+    ]
     command += ["--controller", controller, "--runs-dir", str(pathlib.Path(config.services.run_dir).parent)]
     if gateway.gateway_keys_file is not None:
         command += ["--keys-file", gateway.gateway_keys_file]
@@ -120,7 +129,7 @@ def plan_run(config: JobConfig) -> list[ProcessPlan]:
     redis = plan_redis(config)
     controller = plan_controller(config, config.services.redis_url or UNKNOWN_ADDRESS)
     port = config.services.controller_port
-    address = f"{config.services.host}:{port}" if port else UNKNOWN_ADDRESS
+    address = join_address(config.services.host, port) if port else UNKNOWN_ADDRESS
     gateway = plan_gateway(config, address)
     return [
         *([redis] if redis else []),
@@ -148,12 +157,16 @@ def _trainer(config: JobConfig, controller: str, master_port: int) -> ProcessPla
     plan = _worker(config, "trainer-0", "trainer", "trainer_port", controller, extra=extra)
     if ranks > 1:
         module, arguments = plan.command[1:3], plan.command[3:]
-        rendezvous = ("--master-addr", config.services.host, "--master-port", str(master_port or UNKNOWN_ADDRESS))
+        rendezvous = ("--master-addr", _rendezvous_host(config), "--master-port", str(master_port or UNKNOWN_ADDRESS))
         torchrun = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), *rendezvous)
         plan = dataclasses.replace(plan, command=(*torchrun, *module, *arguments))
     return dataclasses.replace(
         plan, environment={**plan.environment, **config.train.train_env_vars, **tls_environment(config)}
     )
+
+
+def _rendezvous_host(config: JobConfig) -> str:
+    return split_address(reachable_here(join_address(config.services.host, 0)))[0]
 
 
 def _local_ranks(config: JobConfig) -> int:
@@ -202,7 +215,7 @@ def _reward_flags(config: JobConfig) -> list[str]:
 
 def _listen(config: JobConfig, port_key: str, offset: int = 0) -> str:
     port = getattr(config.services, port_key) if port_key else 0
-    return f"{config.services.host}:{port + offset if port else 0}"
+    return join_address(config.services.host, port + offset if port else 0)
 
 
 def _module(kind: str) -> tuple[str, ...]:

@@ -11,6 +11,10 @@ _PERMANENT = frozenset(
         ExitCode.BAD_CONFIG,
         ExitCode.PORT_IN_USE,
         ExitCode.REDIS_UNSUITABLE,
+        ExitCode.REDIS_REFUSED,
+        ExitCode.TLS_FAILED,
+        ExitCode.NOT_A_CONTROLLER,
+        ExitCode.REDIS_IN_USE,
         ExitCode.MODEL_UNUSABLE,
         ExitCode.DATA_UNUSABLE,
     }

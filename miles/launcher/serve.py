@@ -26,7 +26,9 @@ from miles.launcher.plan import tls_environment
 from miles.launcher.program import print_error, run_program
 from miles.launcher.run_on_cluster import run_on_cluster
 from miles.launcher.stopping.interrupts import Interrupts, cancel_this_task
+from miles.ownership.owner_file import mark_services
 from miles.rpc.exit_codes import ExitCode
+from miles.standard_streams import outlive_readers
 
 SECTIONS = ("services", "cluster", "gateway", "tls")
 """Sections whose settings belong to services rather than to a job."""
@@ -42,6 +44,7 @@ _USAGE = (
 def main(arguments: Sequence[str] | None = None) -> int:
     """Serve until Ctrl-C or SIGTERM; return the exit code."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until there is something to stop
+    outlive_readers()
     console = RunConsole()
     line = parse_command_line(sys.argv[1:] if arguments is None else arguments)
     if line.help:
@@ -95,6 +98,7 @@ async def _serve(config: JobConfig, console: Console) -> ExitCode:
 
 async def _serve_until(stopping: asyncio.Event, interrupts: Interrupts, config: JobConfig, console: Console) -> None:
     async with LocalCluster(config, every_reward=config.reward.custom_rm_path is None) as cluster:
+        mark_services(cluster.run_dir)
         where = f"web page and REST API {cluster.gateway_url}, " if cluster.gateway_url else ""
         console.print(f"{where}controller {cluster.controller_address}, folder {cluster.run_dir}", soft_wrap=True)
         interrupts.on_first = stopping.set

@@ -7,6 +7,8 @@ from miles.queue.client import connect, connect_async
 from miles.queue.errors import (
     MissingGroups,
     QueueFull,
+    RedisInUse,
+    RedisRefused,
     RedisStartError,
     RedisUnsuitable,
     UnreadableGroups,
@@ -16,6 +18,7 @@ from miles.queue.groups import GroupQueue
 from miles.queue.keys import JobKeys
 from miles.queue.partial_store import PartialStore
 from miles.queue.payload import Outstanding
+from miles.queue.redis_lease import RedisLease
 from miles.queue.server import RedisServer
 
 __all__ = [
@@ -27,6 +30,9 @@ __all__ = [
     "Outstanding",
     "PartialStore",
     "QueueFull",
+    "RedisInUse",
+    "RedisLease",
+    "RedisRefused",
     "RedisServer",
     "RedisStartError",
     "RedisUnsuitable",

@@ -7,6 +7,14 @@ class RedisUnsuitable(RuntimeError):
     """The server answers but cannot hold the queue without losing groups."""
 
 
+class RedisRefused(RuntimeError):
+    """The server refuses us, or is no Redis server; waiting does not help."""
+
+
+class RedisInUse(RuntimeError):
+    """Another controller holds this Redis."""
+
+
 class RedisStartError(RuntimeError):
     """The bundled server did not start or did not stop."""
 

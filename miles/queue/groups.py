@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from redis.exceptions import NoScriptError, ResponseError
 
-from miles.queue.backpressure import TRANSIENT, is_out_of_memory, until_written
+from miles.queue.backpressure import TRANSIENT, WriteWait, is_out_of_memory, until_written
 from miles.queue.consumer import GroupConsumer
 from miles.queue.errors import MissingGroups
 from miles.queue.fencing import FENCE, Fenced, Holder, stamp
 from miles.queue.keys import CONSUMER_GROUP, JobKeys
 from miles.queue.payload import INLINE_LIMIT, Outstanding, content_hash, encode_group
 from miles.queue.pipelining import Command, Pipeliner
-from miles.queue.scripts import ACKNOWLEDGE, BEGIN_LIFE, DROP, PUT
+from miles.queue.scripts import ACKNOWLEDGE, BEGIN_LIFE, DROP, PUT, REOPEN
 
 if TYPE_CHECKING:
     import redis.asyncio
@@ -72,7 +72,10 @@ class GroupQueue:
         self._drop = redis.register_script(DROP)
         self._fence = redis.register_script(FENCE)
         self._begin_life = redis.register_script(BEGIN_LIFE)
+        self._reopen = redis.register_script(REOPEN)
         self._acknowledge = redis.register_script(ACKNOWLEDGE)
+        self.waiting: dict[str, WriteWait] = {}
+        """Groups that Redis does not take now, and drops of groups, by what they are."""
         self._consumer = GroupConsumer(redis, self._keys, consumer, dead_after_s=dead_after_s, blob_ttl_s=blob_ttl_s)
 
     async def put(
@@ -102,7 +105,7 @@ class GroupQueue:
                 if state != b"no-blob":
                     return entry_id.decode()
 
-        return await until_written(write, f"group {group.group_id}", len(payload), deadline_s)
+        return await until_written(write, f"group {group.group_id}", len(payload), deadline_s, self.waiting)
 
     async def _send_put(self, commands: list[Command], nbytes: int) -> tuple[bytes, bytes]:
         """Send the commands, of which PUT is the last, and return what PUT returns."""
@@ -150,7 +153,7 @@ class GroupQueue:
             )
             return answer
 
-        state = await until_written(write, f"the drop of group {group_id}", 0, deadline_s)
+        state = await until_written(write, f"the drop of group {group_id}", 0, deadline_s, self.waiting)
         if state == b"fenced":
             raise Fenced(group_id, holder)
         return state == b"dropped"
@@ -288,16 +291,27 @@ class GroupQueue:
         await self.fence("*", _NO_LEASE)
         await self._redis.expire(keys.fences, BLOB_TTL_S)
         await self._redis.unlink(*(key for key in keys.lasting if key != keys.fences))
-        for prefix in (keys.blob_prefix, keys.partial_prefix):
-            batch: list[Any] = []
-            async for key in self._redis.scan_iter(match=f"{prefix}*", count=1000):
-                batch.append(key)
-                if len(batch) == 1000:
-                    await self._redis.unlink(*batch)
-                    batch.clear()
-            if batch:
-                await self._redis.unlink(*batch)
+        await self._unlink_all(keys.blob_prefix)
+        await self._unlink_all(keys.partial_prefix)
         self._consumer.forget_all()
+
+    async def reopen(self, lease_number: int) -> None:
+        """Take entries again, from worker leases of this number on, if the job was dropped: it begins once more."""
+        await self._reopen(keys=[self._keys.fences], args=[_NO_LEASE, lease_number])
+
+    async def forget_partials(self) -> None:
+        """Delete the job's partial trajectories: their groups begin afresh."""
+        await self._unlink_all(self._keys.partial_prefix)
+
+    async def _unlink_all(self, prefix: str) -> None:
+        batch: list[Any] = []
+        async for key in self._redis.scan_iter(match=f"{prefix}*", count=1000):
+            batch.append(key)
+            if len(batch) == 1000:
+                await self._redis.unlink(*batch)
+                batch.clear()
+        if batch:
+            await self._redis.unlink(*batch)
 
     async def _resolve(self, ids: list[int | str]) -> list[tuple[int, str]]:
         """Return pairs (group id, entry id or '') for the acknowledge script, without entries that no longer exist."""

@@ -43,6 +43,14 @@ return 'dropped'
 )
 """Record that a group will never be queued. Returns dropped, fenced, or queued (it is in the queue already)."""
 
+REOPEN = """
+-- KEYS fences ; ARGV closed, lease_number
+redis.call('PERSIST', KEYS[1])
+if redis.call('HGET', KEYS[1], '*') == ARGV[1] then redis.call('HSET', KEYS[1], '*', ARGV[2]) end
+return 1
+"""
+"""Take entries again of a job whose queue was dropped, under leases from a number on."""
+
 BEGIN_LIFE = """
 -- KEYS lives, then every other key of the job that was given a time to live when it ended
 for i = 1, #KEYS do redis.call('PERSIST', KEYS[i]) end

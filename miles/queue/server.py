@@ -8,16 +8,17 @@ import os
 import pathlib
 import shutil
 import signal
-import socket
 import subprocess
 import tempfile
 import time
 import types
+import urllib.parse
 from typing import BinaryIO, Literal
 
 import redis
 from redis.exceptions import RedisError
 
+from miles.addresses import free_port
 from miles.queue.errors import RedisStartError
 from miles.queue.guard import EndGuard
 
@@ -80,7 +81,9 @@ class RedisServer:
     @property
     def url(self) -> str:
         """Address for `connect`; known once started."""
-        return f"redis://127.0.0.1:{self._port}/0" if self._tcp else f"unix://{self._socket_path}?db=0"
+        return (
+            f"redis://127.0.0.1:{self._port}/0" if self._tcp else f"unix://{urllib.parse.quote(self._socket_path)}?db=0"
+        )
 
     @property
     def pid(self) -> int | None:
@@ -164,7 +167,7 @@ class RedisServer:
 
     def _choose_address(self) -> None:
         if self._tcp:
-            self._port = self._port or _free_port()
+            self._port = self._port or free_port()
             return
         if self._socket_path:
             return  # clients know it by now
@@ -242,9 +245,3 @@ def _shut_down(url: str) -> None:
     client = redis.Redis.from_url(url, protocol=2, retry=None, socket_timeout=STOP_DEADLINE_S)
     with contextlib.closing(client), contextlib.suppress(RedisError):
         client.shutdown(nosave=True)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

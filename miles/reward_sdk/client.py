@@ -8,14 +8,17 @@ import dataclasses
 import itertools
 import logging
 import math
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
+import grpc
 import grpc.aio
 
 from miles.reward_sdk.answers import Answers
 from miles.rpc import connect
 from miles.rpc.gen import reward_pb2, reward_pb2_grpc
+from miles.tasks import cancel
 from miles.types import MalformedMessage, Reward, Sample
 from miles.types.convert import json_from_text, reward_from_proto, sample_to_proto
 
@@ -25,6 +28,8 @@ DEFAULT_SERVICE = "default"
 """Name of the service that scores samples which name none."""
 _BACK_OFF_S = 0.1
 _MAX_BACK_OFF_S = 2.0
+_WATCH_S = 1.0
+"""How often a service that cannot be reached is asked why."""
 
 _Call: TypeAlias = "grpc.aio.StreamStreamCall[reward_pb2.ScoreRequest, reward_pb2.ScoreResponse]"
 
@@ -38,6 +43,21 @@ class ScoreOutcome:
     """Why there is no reward; the sample is to be marked FAILED."""
     metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """To be merged into the sample's metadata."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ServiceWait:
+    """Samples that wait for one reward service."""
+
+    service: str
+    """Its name and address."""
+    samples: int
+    since_unix_s: float
+    """When the first of them was sent."""
+    error: str
+    """Words of the last failed attempt; empty when there was none since the last answer."""
+    failures: int
+    """Failed attempts since the last answer, a count."""
 
 
 class _Unscored(Exception):
@@ -101,6 +121,12 @@ class _Service:
         self._stub = reward_pb2_grpc.RewardServiceStub(self._channel)
         self._stream: _Stream | None = None
         self._ids = itertools.count(1)
+        self._pending: dict[int, tuple[int, float]] = {}
+        """Samples, and since when they wait in seconds since the Unix epoch, of each request that is not answered."""
+        self._watching: asyncio.Task[None] | None = None
+        self._error = ""
+        """Words of the last failure, as long as nothing was answered since."""
+        self._failures = 0
 
     async def ask(self, request: reward_pb2.ScoreRequest, timeout_s: float) -> reward_pb2.ScoreResponse:
         """Make one attempt, connecting included. Raises _Unanswered when there is no answer within `timeout_s`."""
@@ -115,8 +141,49 @@ class _Service:
         except TimeoutError:
             raise _Unanswered(f"no answer in {timeout_s:g} s; connection {self._channel.get_state().name}") from None
 
+    @contextlib.contextmanager
+    def waiting(self, samples: int) -> Iterator[None]:
+        """Samples wait for the service inside the block."""
+        key = next(self._ids)
+        self._pending[key] = (samples, time.time())
+        if self._watching is None or self._watching.done():
+            self._watching = asyncio.create_task(self._watch())
+        try:
+            yield
+        finally:
+            del self._pending[key]
+
+    def fail(self, error: str) -> None:
+        """Note a failed attempt."""
+        self._error = error
+        self._failures += 1
+
+    def succeed(self) -> None:
+        """Note an answer."""
+        self._error, self._failures = "", 0
+
+    def wait(self) -> ServiceWait | None:
+        """Return how many samples wait for the service; None when none does."""
+        if not self._pending:
+            return None
+        samples, since_s = zip(*self._pending.values(), strict=True)
+        return ServiceWait(self.label, sum(samples), min(since_s), self._error, self._failures)
+
+    async def _watch(self) -> None:
+        """While samples wait and there is no connection, find out why: a stream that waits for one does not say it."""
+        while self._pending:
+            await asyncio.sleep(_WATCH_S)
+            if self._pending and self._channel.get_state() is not grpc.ChannelConnectivity.READY:
+                try:
+                    await self._stub.Describe(reward_pb2.DescribeRequest(), timeout=_WATCH_S)
+                except grpc.aio.AioRpcError as error:
+                    if error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
+                        self.fail(f"it cannot be reached: {(error.details() or '').rpartition('last error: ')[2]}")
+
     async def close(self) -> None:
         """End the stream and the connection; running requests fail."""
+        if self._watching is not None:
+            await cancel(self._watching)
         if self._stream is not None:
             await self._stream.close()
         await self._channel.close()
@@ -165,7 +232,8 @@ class RewardClient:
         try:
             service = self._service(samples)
             request = reward_pb2.ScoreRequest(reward=reward, group=group, samples=map(_to_proto, samples))
-            response = await self._ask(service, request)
+            with service.waiting(len(samples)):
+                response = await self._ask(service, request)
             if len(response.scores) != len(samples):
                 raise _Unscored(f"{service.label} gave {len(response.scores)} scores for {len(samples)} samples")
         except (_Unscored, MalformedMessage) as error:
@@ -176,13 +244,25 @@ class RewardClient:
         attempts = self._retries + 1
         for attempt in itertools.count(1):
             try:
-                return await service.ask(request, self._timeout_s)
+                response = await service.ask(request, self._timeout_s)
+                service.succeed()
+                return response
             except _Unanswered as error:
+                service.fail(str(error))
                 if attempt == attempts:
                     within = f"{attempts} attempt{'s' * (attempts > 1)} of up to {self._timeout_s:g} s"
                     raise _Unanswered(f"{service.label} did not score within {within}: {error}") from error
             await asyncio.sleep(min(_MAX_BACK_OFF_S, _BACK_OFF_S * 2 ** (attempt - 1)))
         raise AssertionError("unreachable")
+
+    @property
+    def patience_s(self) -> float:
+        """How long a sample waits at most, in seconds."""
+        return self._timeout_s * (self._retries + 1)
+
+    def waits(self) -> list[ServiceWait]:
+        """Return the services that samples wait for now."""
+        return [wait for service in self._services.values() if (wait := service.wait()) is not None]
 
     def _service(self, samples: Sequence[Sample]) -> _Service:
         names = {str(sample.metadata.get("reward_service", DEFAULT_SERVICE)) for sample in samples}
@@ -195,7 +275,10 @@ class RewardClient:
                 f"no reward service is named {name!r} (known: {known}); add --reward-service {name}=HOST:PORT"
             )
         if name not in self._services:
-            self._services[name] = _Service(name, self._addresses[name])
+            address = self._addresses[name]
+            # A default that is also a service with a name of its own is known by that.
+            own = (known for known, where in self._addresses.items() if where == address and known != DEFAULT_SERVICE)
+            self._services[name] = _Service(next(own, name), address)
         return self._services[name]
 
     async def close(self) -> None:

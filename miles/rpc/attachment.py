@@ -15,6 +15,7 @@ import grpc.aio
 from miles.rpc.advertise import reachable_address
 from miles.rpc.channel import connect
 from miles.rpc.gen import controller_pb2, controller_pb2_grpc
+from miles.rpc.refusals import Refusals
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +57,12 @@ class WorkerAttachment:
         )
 
     async def run(self) -> None:
-        """Attach, and attach again whenever the stream breaks, until cancelled."""
+        """Attach, and attach again whenever the stream breaks, until cancelled.
+
+        Raises ServiceExit when the first attachment fails for a cause that waiting cannot mend.
+        """
+        refusals = Refusals(self._controller_address)
+        attached, said = False, ""
         async with connect(self._controller_address) as channel:
             stub = controller_pb2_grpc.ControllerServiceStub(channel)
             while True:
@@ -64,8 +70,12 @@ class WorkerAttachment:
                     async for response in stub.Attach(self._requests()):
                         self.lease_number = response.lease_number
                         self._lease_ttl_s = response.lease_ttl_ms / 1000
+                        attached, said = True, ""
                 except grpc.aio.AioRpcError as error:
-                    logger.info("attachment to %s broke (%s); retrying", self._controller_address, error.details())
+                    if not attached:
+                        await refusals.judge(error)
+                    if said != (said := error.details() or error.code().name):
+                        logger.warning("not attached to %s (%s); trying again", self._controller_address, said)
                 self.lease_number = None
                 await asyncio.sleep(_RETRY_S)
 

@@ -17,11 +17,13 @@ RECONNECT_OPTIONS: list[tuple[str, int]] = [
     ("grpc.min_reconnect_backoff_ms", 200),
     ("grpc.max_reconnect_backoff_ms", 5_000),
 ]
+_NO_PROXY: list[tuple[str, int]] = [("grpc.enable_http_proxy", 0)]
+"""A proxy of the environment leads out of the cluster; services reach each other without one."""
 
 
 def connect(address: str) -> grpc.aio.Channel:
     """Open an asyncio channel to host:port, encrypted as `tls` says; it connects on first use and reconnects."""
-    options = [*KEEPALIVE_OPTIONS, *RECONNECT_OPTIONS]
+    options = [*KEEPALIVE_OPTIONS, *RECONNECT_OPTIONS, *_NO_PROXY]
     if (tls := TlsFiles.from_environment()) is None:
         return grpc.aio.insecure_channel(address, options=options)
     return grpc.aio.secure_channel(address, tls.channel_credentials(), options=[*options, *tls.channel_options()])
@@ -41,7 +43,7 @@ def connected(address: str) -> Iterator[grpc.aio.Channel]:
 
 def connect_blocking(address: str) -> grpc.Channel:
     """Open a blocking channel to host:port, for code outside an event loop."""
-    options = [*KEEPALIVE_OPTIONS, *RECONNECT_OPTIONS]
+    options = [*KEEPALIVE_OPTIONS, *RECONNECT_OPTIONS, *_NO_PROXY]
     if (tls := TlsFiles.from_environment()) is None:
         return grpc.insecure_channel(address, options=options)
     return grpc.secure_channel(address, tls.channel_credentials(), options=[*options, *tls.channel_options()])

@@ -14,9 +14,12 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1._async import HealthServicer
 from grpc_reflection.v1alpha import reflection
 
+from miles.addresses import is_taken, join_address, split_address, why_not_bindable
 from miles.rpc.exit_codes import ExitCode, ServiceExit
 from miles.rpc.tls import TlsFiles
+from miles.standard_streams import outlive_readers
 from miles.telemetry.redaction import RedactingFormatter
+from miles.threads import guard_threads
 
 logger = logging.getLogger(__name__)
 
@@ -52,28 +55,37 @@ async def start_server(
     )
     tls = TlsFiles.from_environment()
     credentials = None if tls is None else tls.server_credentials()
+    host, wanted = split_address(address)
+    where = join_address(host, wanted)
     try:
-        port = (
-            server.add_insecure_port(address) if credentials is None else server.add_secure_port(address, credentials)
-        )
+        port = server.add_insecure_port(where) if credentials is None else server.add_secure_port(where, credentials)
     except RuntimeError as error:
-        raise ServiceExit(
-            ExitCode.PORT_IN_USE, f"cannot listen on {address}: the port is taken; choose another or use port 0"
-        ) from error
+        raise _cannot_listen(host, wanted) from error
     await server.start()
     for name in ("", *service_names):
         await health.set(name, health_pb2.HealthCheckResponse.SERVING)
-    return server, f"{address.rpartition(':')[0]}:{port}"
+    return server, join_address(host, port)
+
+
+def _cannot_listen(host: str, port: int) -> ServiceExit:
+    where, cause = join_address(host, port), why_not_bindable(host, port)
+    if cause is not None and not is_taken(cause):
+        return ServiceExit(ExitCode.BAD_CONFIG, f"cannot listen on {where}: {cause.strerror}; give another --listen")
+    problem = f"cannot listen on {where}: the port is taken; choose another or use port 0"
+    return ServiceExit(ExitCode.PORT_IN_USE, problem)
 
 
 async def run_until_signal(serve: Callable[[], Awaitable[None]]) -> None:
-    """Run `serve` until it returns or SIGINT/SIGTERM cancels it, then let it clean up.
+    """Run `serve` until it returns or SIGINT, SIGTERM or SIGHUP cancels it, then let it clean up.
+
+    A hangup is ignored where it was at the start (`nohup`).
 
     With a process id in MILES_EXIT_WITH, the end of that process counts as a signal, so that a killed launcher leaves
     nothing running.
     """
-    task = asyncio.ensure_future(serve())
     loop = asyncio.get_running_loop()
+    guard_threads(loop)
+    task = asyncio.ensure_future(serve())
     asked_to_stop = False
 
     def stop() -> None:
@@ -87,7 +99,7 @@ async def run_until_signal(serve: Callable[[], Awaitable[None]]) -> None:
         logger.error("the service did not end within %g s of being asked to; ending it", STOP_LIMIT_S)
         os._exit(int(ExitCode.INTERNAL))
 
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in stop_signals():
         loop.add_signal_handler(number, stop)
     watched = _watch_process(loop, stop)
     try:
@@ -99,6 +111,12 @@ async def run_until_signal(serve: Callable[[], Awaitable[None]]) -> None:
         if watched is not None:
             loop.remove_reader(watched)
             os.close(watched)
+
+
+def stop_signals() -> list[signal.Signals]:
+    """Return the signals that ask a program to stop: a hangup too, unless it is ignored (`nohup`)."""
+    hangup = [] if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else [signal.SIGHUP]
+    return [signal.SIGINT, signal.SIGTERM, *hangup]
 
 
 def _watch_process(loop: asyncio.AbstractEventLoop, on_end: Callable[[], None]) -> int | None:
@@ -122,6 +140,7 @@ def _watch_process(loop: asyncio.AbstractEventLoop, on_end: Callable[[], None]) 
 
 def main(serve: Callable[[], Awaitable[None]]) -> None:
     """Run a service as a program: logging, signals, exit codes."""
+    outlive_readers()
     handler = logging.StreamHandler()
     handler.setFormatter(RedactingFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logging.basicConfig(level=logging.INFO, handlers=[handler])

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 
 import grpc
 
+from miles.certificates import why_not_authorities, why_not_pair
 from miles.rpc.exit_codes import ExitCode, ServiceExit
 
 CERT, KEY, CA = "MILES_TLS_CERT", "MILES_TLS_KEY", "MILES_TLS_CA"
@@ -53,24 +54,31 @@ class TlsFiles:
         """Build a server's credentials. Raises ServiceExit when there is no certificate or it cannot be read."""
         if self.cert is None or self.key is None:
             raise ServiceExit(ExitCode.BAD_CONFIG, f"{CA} alone is enough for clients; a server needs {CERT} and {KEY}")
-        pair = (_read(KEY, self.key), _read(CERT, self.cert))
-        authorities = _read(CA, self.ca) if self.mutual and self.ca else None
+        pair = _read_pair(self.cert, self.key)
+        authorities = self._authorities() if self.mutual else None
         return grpc.ssl_server_credentials([pair], authorities, require_client_auth=self.mutual)
 
     def channel_credentials(self) -> grpc.ChannelCredentials:
         """Build a client's credentials. Raises ServiceExit when a file cannot be read."""
-        authorities = _read(CA, self.ca) if self.ca else None
+        authorities = self._authorities()
         if not self.mutual or self.cert is None or self.key is None:
             return grpc.ssl_channel_credentials(authorities)
-        return grpc.ssl_channel_credentials(authorities, _read(KEY, self.key), _read(CERT, self.cert))
+        return grpc.ssl_channel_credentials(authorities, *_read_pair(self.cert, self.key))
+
+    def _authorities(self) -> bytes | None:
+        if self.ca is None:
+            return None
+        if (problem := why_not_authorities(self.ca)) is not None:
+            raise ServiceExit(ExitCode.BAD_CONFIG, f"{CA}: {problem}")
+        return pathlib.Path(self.ca).read_bytes()
 
     def channel_options(self) -> list[tuple[str, str]]:
         """Return the options of a client's channel."""
         return [("grpc.ssl_target_name_override", self.server_name)] if self.server_name else []
 
 
-def _read(variable: str, path: str) -> bytes:
-    try:
-        return pathlib.Path(path).read_bytes()
-    except OSError as error:
-        raise ServiceExit(ExitCode.BAD_CONFIG, f"{variable}={path} cannot be read: {error.strerror}") from error
+def _read_pair(cert: str, key: str) -> tuple[bytes, bytes]:
+    """Return the contents of the key and of its certificate."""
+    if (problem := why_not_pair(cert, key)) is not None:
+        raise ServiceExit(ExitCode.BAD_CONFIG, f"{CERT}, {KEY}: {problem}")
+    return pathlib.Path(key).read_bytes(), pathlib.Path(cert).read_bytes()

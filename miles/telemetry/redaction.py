@@ -10,9 +10,13 @@ from typing import Any
 REDACTED = "[redacted]"
 
 _PATTERNS: tuple[tuple[re.Pattern[str], str], ...] = (
-    # user:password@ in a URL
+    # user:password@ in a URL; that of Redis ends at the last @, whatever was not written as %XX
     (
-        re.compile(r"(?P<keep>\b[a-z][a-z0-9+.-]{1,20}://[^\s:/@]{0,256}:)[^\s/@]{1,1024}(?=@)", re.I),
+        re.compile(r"(?P<keep>\b(?:rediss?|unix)://[^\s:/@]{0,256}:)[^\s\"']{1,1024}(?=@)", re.I),
+        rf"\g<keep>{REDACTED}",
+    ),
+    (
+        re.compile(r"(?P<keep>\b[a-z][a-z0-9+.-]{1,20}://[^\s:/@]{0,256}:)[^\s/\"']{1,1024}(?=@)", re.I),
         rf"\g<keep>{REDACTED}",
     ),
     (re.compile(r"(?P<keep>\b(?:bearer|basic)\s+)[\w.~+/=-]{8,}", re.I), rf"\g<keep>{REDACTED}"),

@@ -6,13 +6,16 @@ import argparse
 import asyncio
 import contextlib
 import logging
+import os
 import pathlib
 
 import grpc.aio
 import redis.exceptions
 
-from miles.queue import RedisUnsuitable, connect_async
+from miles.addresses import listen_argument
+from miles.queue import RedisInUse, RedisLease, RedisRefused, RedisUnsuitable, connect_async
 from miles.queue.backpressure import TRANSIENT
+from miles.redis_url import REDIS_URL_VARIABLE, redis_url_argument
 from miles.rpc import ExitCode, ServiceExit, main, start_server
 from miles.rpc.gen.controller_pb2_grpc import add_ControllerServiceServicer_to_server
 from miles.rpc.gen.records_pb2_grpc import add_RecordsServiceServicer_to_server
@@ -27,28 +30,49 @@ from miles.tasks import cancelled_at_end
 
 logger = logging.getLogger(__name__)
 
+_CHECK_RECORDS_S = 2.0
+
 
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m miles.services.controller", description=__doc__)
-    parser.add_argument("--listen", default="127.0.0.1:50050", help="host:port to serve on; port 0 picks one")
-    parser.add_argument("--redis-url", required=True, help="redis:// or unix:// address of the job records and queues")
+    where = "host:port to serve on; port 0 picks one"
+    parser.add_argument("--listen", default="127.0.0.1:50050", type=listen_argument, help=where)
+    redis_help = (
+        "redis://, rediss:// or unix:// address of the job records and queues; default: $MILES_REDIS_URL, which keeps "
+        "a password out of the list of processes"
+    )
+    parser.add_argument(
+        "--redis-url", type=redis_url_argument, default=os.environ.get(REDIS_URL_VARIABLE), help=redis_help
+    )
     parser.add_argument(
         "--log-dir", type=pathlib.Path, help="folder of the services' logs; default: logs in each job's run folder"
     )
     parser.add_argument("--address-file", type=pathlib.Path, help="write the host:port served on to this file")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if arguments.redis_url is None:
+        parser.error(f"set {REDIS_URL_VARIABLE}, or give --redis-url")
+    return arguments
 
 
 async def serve(arguments: argparse.Namespace) -> None:
     """Serve until cancelled."""
     try:
         client = await connect_async(arguments.redis_url)
+    except RedisRefused as error:
+        raise ServiceExit(ExitCode.REDIS_REFUSED, str(error)) from error
     except RedisUnsuitable as error:
         raise ServiceExit(ExitCode.REDIS_UNSUITABLE, str(error)) from error
     except redis.exceptions.ConnectionError as error:
         raise ServiceExit(ExitCode.REDIS_UNREACHABLE, str(error)) from error
     store = JobStore(client)
+    try:
+        lease = await RedisLease.acquire(client)
+        await store.check_keys()
+    except RedisInUse as error:
+        raise ServiceExit(ExitCode.REDIS_IN_USE, str(error)) from error
+    except RedisUnsuitable as error:
+        raise ServiceExit(ExitCode.REDIS_UNSUITABLE, str(error)) from error
     registry = WorkerRegistry(first_lease_number=await store.first_lease_number())
     runner = JobRunner(store, registry, client, arguments.redis_url, arguments.log_dir)
     scheduler = JobScheduler(store, runner, registry)
@@ -64,14 +88,19 @@ async def serve(arguments: argparse.Namespace) -> None:
     if arguments.address_file is not None:
         write_address(arguments.address_file, address)
     logger.info("controller listens on %s", address)
-    tasks = [asyncio.create_task(scheduler.run()), asyncio.create_task(_expire_leases(registry))]
+    working = (scheduler.run(), scheduler.tell_waits(), _expire_leases(registry), lease.keep(), _notice_emptied(store))
+    tasks = [asyncio.create_task(each) for each in working]
     try:
         async with cancelled_at_end(*tasks):
             await asyncio.gather(*tasks)
     except TRANSIENT as error:
         raise ServiceExit(ExitCode.REDIS_UNREACHABLE, f"Redis was lost: {error}") from error
+    except RedisInUse as error:
+        raise ServiceExit(ExitCode.REDIS_IN_USE, str(error)) from error
     finally:
         await server.stop(grace=1.0)
+        with contextlib.suppress(*TRANSIENT):
+            await lease.release()
         with contextlib.suppress(redis.exceptions.ConnectionError):
             await client.aclose()
 
@@ -81,6 +110,18 @@ def write_address(path: pathlib.Path, address: str) -> None:
     partial = path.with_suffix(".tmp")
     partial.write_text(address)
     partial.replace(path)
+
+
+async def _notice_emptied(store: JobStore) -> None:
+    """Raise ServiceExit when the job records are deleted from under this process: nobody would see its jobs again."""
+    while True:
+        await asyncio.sleep(_CHECK_RECORDS_S)
+        if await store.is_emptied():
+            raise ServiceExit(
+                ExitCode.REDIS_UNSUITABLE,
+                "Redis was emptied, or restarted without its data: the records and queues of all jobs are gone; start "
+                "again, and submit the jobs again: they go on from the newest checkpoints in their run folders",
+            )
 
 
 async def _expire_leases(registry: WorkerRegistry) -> None:

@@ -10,12 +10,15 @@ import grpc
 import grpc.aio
 
 from miles.config import JobConfig
+from miles.config.resume_rules import changes
+from miles.ownership.overlap import OUTPUTS
 from miles.rpc import abort
 from miles.rpc.gen import controller_pb2, controller_pb2_grpc, job_pb2, weightsync_pb2
 from miles.services.controller.clients.weightsync import WeightSyncClient
 from miles.services.controller.errors import NotPossibleNowError, ending_call
 from miles.services.controller.jobs.config_check import check_config
-from miles.services.controller.jobs.scheduler import RESUMABLE, JobScheduler
+from miles.services.controller.jobs.resubmission import go_on_with, may_go_on
+from miles.services.controller.jobs.scheduler import JobScheduler
 from miles.services.controller.jobs.store import JobStore, check_event_id, new_job
 from miles.services.controller.status.worker_overview import WorkerOverview
 from miles.services.controller.workers.registry import AttachedWorker, WorkerRegistry
@@ -34,6 +37,9 @@ class ControllerServicer(controller_pb2_grpc.ControllerServiceServicer):
         self, request: controller_pb2.CheckConfigRequest, context: grpc.aio.ServicerContext
     ) -> controller_pb2.CheckConfigResponse:
         faults = await asyncio.to_thread(check_config, request.config_json, frozenset(request.refused_keys))
+        if any(fault.field in OUTPUTS for fault in faults):
+            async with ending_call(context):  # that a job writes there now says more than whose the folder is
+                await self._store.refuse_shared(job_pb2.Job(config_json=request.config_json), but_its_own=True)
         return controller_pb2.CheckConfigResponse(
             faults=[
                 controller_pb2.ConfigFault(
@@ -53,21 +59,24 @@ class ControllerServicer(controller_pb2_grpc.ControllerServiceServicer):
             config = JobConfig.from_json(request.config_json).resolve()
             flat = config.to_flat()
             record = new_job(flat, config.data.num_rollout or 0, request.submitted_by)
-            job, created = await self._store.submit(record, request.request_id)
-        differs = json.loads(job.config_json) != json.loads(json.dumps(flat))
-        if job.state in RESUMABLE and not created and not request.only_new:
-            # Submitting an interrupted job again resumes it from its newest checkpoint.
-            job.state, job.error, job.ended_unix_ns = job_pb2.JOB_STATE_QUEUED, "", 0
-            job.config_json = json.dumps(flat)
-            await self._store.put(job)
+            job, created = await self._store.submit(record, request.request_id, is_run=not request.only_new)
+            was, now = json.loads(job.config_json), json.loads(json.dumps(flat))
+            resumed = not created and not request.only_new and may_go_on(job, now, self._scheduler.running)
+            if resumed:
+                await self._store.refuse_shared(record)
+                await self._store.put(job, go_on_with(job, now))
         self._scheduler.wake()
-        return controller_pb2.SubmitJobResponse(job=job, created=created, differs=differs)
+        return controller_pb2.SubmitJobResponse(
+            job=job, created=created, differs=was != now, changes=map(str, changes(was, now)), resumed=resumed
+        )
 
     async def GetJob(
         self, request: controller_pb2.GetJobRequest, context: grpc.aio.ServicerContext
     ) -> controller_pb2.GetJobResponse:
         async with ending_call(context):
-            return controller_pb2.GetJobResponse(job=await self._store.get(request.job_id))
+            job = await self._store.get(request.job_id)
+        job.waits.extend(self._scheduler.waits(job))
+        return controller_pb2.GetJobResponse(job=job)
 
     async def ListJobs(
         self, request: controller_pb2.ListJobsRequest, context: grpc.aio.ServicerContext
@@ -75,6 +84,8 @@ class ControllerServicer(controller_pb2_grpc.ControllerServiceServicer):
         size = min(request.page_size or 100, 1000)
         async with ending_call(context):
             jobs, token = await self._store.list(frozenset(request.states), size, request.page_token)
+        for job in jobs:
+            job.waits.extend(self._scheduler.waits(job))
         return controller_pb2.ListJobsResponse(jobs=jobs, next_page_token=token)
 
     async def ControlJob(

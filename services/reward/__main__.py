@@ -6,6 +6,7 @@ import argparse
 import asyncio
 from collections.abc import Sequence
 
+from miles.addresses import address_argument, listen_argument
 from miles.reward_sdk import start_reward_server
 from miles.reward_sdk.scorer import Scorer
 from miles.rpc import ExitCode, ServiceExit, WorkerAttachment, main
@@ -20,7 +21,8 @@ def parse_flags(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         prog="python -m miles.services.reward", description="Scores samples for rollout services."
     )
     add = parser.add_argument
-    add("--listen", default="127.0.0.1:0", metavar="HOST:PORT", help="where to listen; port 0 picks a free one")
+    where = "where to listen; port 0 picks a free one"
+    add("--listen", default="127.0.0.1:0", type=listen_argument, metavar="HOST:PORT", help=where)
     builtin = f"built-in rewards to serve, of {', '.join(BUILTIN)}; default: all, or none beside a custom one"
     add("--rewards", nargs="*", metavar="NAME", help=builtin)
     custom = "a Python function, fn(sample) -> float or dict of floats, blocking or async; it is the default reward"
@@ -28,7 +30,8 @@ def parse_flags(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--group-rm", action="store_true", help="the custom function takes the samples of one prompt, returns a list")
     add("--workers", type=int, default=0, help="worker processes at most; 0 means one a core")
     add_advertise_flag(parser)
-    add("--controller", metavar="HOST:PORT", help="controller to attach to; without it the service stands alone")
+    controller = "controller to attach to; without it the service stands alone"
+    add("--controller", type=address_argument, metavar="HOST:PORT", help=controller)
     add("--worker-id", default="reward-0", help="name of this worker, kept over its restarts")
     flags = parser.parse_args(arguments)
     if flags.rewards is None:

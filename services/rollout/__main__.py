@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 from collections.abc import Sequence
 
+from miles.addresses import address_argument, listen_argument
 from miles.cores import limit_threads
 from miles.rpc import WorkerAttachment, main, start_server
 from miles.rpc.advertise import add_advertise_flag
@@ -23,13 +24,16 @@ def parse_flags(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         description="Generates and scores responses; finished groups go into the sample queue of their job.",
     )
     add = parser.add_argument
-    add("--listen", default="127.0.0.1:0", metavar="HOST:PORT", help="where to listen; port 0 picks a free one")
+    where = "where to listen; port 0 picks a free one"
+    add("--listen", default="127.0.0.1:0", type=listen_argument, metavar="HOST:PORT", help=where)
     add_advertise_flag(parser)
-    add("--controller", metavar="HOST:PORT", help="controller to attach to; without it the service stands alone")
+    controller = "controller to attach to; without it the service stands alone"
+    add("--controller", type=address_argument, metavar="HOST:PORT", help=controller)
     add("--worker-id", default="rollout-0", help="name of this worker, kept over its restarts")
     add("--device", help="device of engines: auto, cpu, cuda, cuda:1, ...; default: the one the job is configured with")
     add("--num-gpus", type=int, default=0, help="GPUs this worker holds, reported to the controller")
-    add("--engine-addrs", nargs="+", default=[], metavar="HOST:PORT", help="SGLang servers of this worker")
+    engines = "SGLang servers of this worker"
+    add("--engine-addrs", type=address_argument, nargs="+", default=[], metavar="HOST:PORT", help=engines)
     return parser.parse_args(arguments)
 
 

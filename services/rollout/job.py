@@ -19,6 +19,7 @@ from miles.services.rollout.groups.requests import GroupRequests
 from miles.services.rollout.groups.response_sampler import Sampler, SingleTurnSampler
 from miles.services.rollout.groups.running_groups import RunningGroups
 from miles.services.rollout.groups.scoring import JobRewards
+from miles.services.rollout.groups.waits import queue_waits, reward_waits
 from miles.services.rollout.serving.readiness import Serving
 from miles.services.rollout.serving.subscriptions import subscribe_draft, subscribe_policy
 from miles.services.rollout.stages import report_stage
@@ -113,14 +114,16 @@ class RolloutJob:
         mode = PauseMode(self.config.weights.pause_generation_mode)
         self.serving = Serving(self.engine, self._on_serving_change, update_mode=mode)
         yield "connecting to rewards and weights"
+        self._rewards = self._connect_rewards()
+        self._queue = GroupQueue(redis, self.job_id)
         tools = GroupTools(
             job_id=self.job_id,
             config=self.config,
             create_sampler=self._create_sampler,
             gate=self.serving.gate,
             decode=decode,
-            rewards=JobRewards(self._connect_rewards(), self.config.reward),
-            queue=GroupQueue(redis, self.job_id),
+            rewards=JobRewards(self._rewards, self.config.reward),
+            queue=self._queue,
             partials=PartialStore(redis, self.job_id),
             group_filter=group_filter,
         )
@@ -202,6 +205,12 @@ class RolloutJob:
             generated_tokens=stats.generated_tokens,
             busy_s=stats.busy_s,
             version=self.serving.gate.version,
+            waits=[
+                *reward_waits(
+                    self._rewards.waits(), self._rewards.patience_s, self.config.reward.reward_failure_policy
+                ),
+                *queue_waits(self._queue.waiting),
+            ],
         )
 
     async def close(self) -> None:

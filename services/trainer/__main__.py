@@ -13,9 +13,11 @@ import sys
 import threading
 from typing import TYPE_CHECKING
 
+from miles.addresses import address_argument, listen_argument
 from miles.cores import limit_threads
 from miles.rpc import ExitCode, WorkerAttachment, main, start_server
 from miles.rpc.advertise import add_advertise_flag
+from miles.tasks import until_end
 
 if TYPE_CHECKING:
     from miles.services.trainer.ranks.collective_calls import Ranks
@@ -35,10 +37,14 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
         description="Trains one job at a time. Started by torchrun, rank 0 serves and the other ranks follow it.",
     )
     parser.add_argument(
-        "--listen", default="127.0.0.1:0", metavar="HOST:PORT", help="where rank 0 serves; port 0 picks a free one"
+        "--listen",
+        default="127.0.0.1:0",
+        type=listen_argument,
+        metavar="HOST:PORT",
+        help="where rank 0 serves; port 0 picks a free one",
     )
     add_advertise_flag(parser)
-    parser.add_argument("--controller", metavar="HOST:PORT", help="controller to register with")
+    parser.add_argument("--controller", type=address_argument, metavar="HOST:PORT", help="controller to register with")
     parser.add_argument("--worker-id", default="trainer", help="name to register under")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="what to compute on")
     parser.add_argument(
@@ -124,7 +130,7 @@ async def serve(arguments: argparse.Namespace, ranks: Ranks, worker: RankWorker)
             tasks.append(asyncio.create_task(attachment.run(), name="controller attachment"))
         for task in tasks:
             stack.callback(task.cancel)
-        await asyncio.shield(server.wait_for_termination())  # once cancelled, it would make stop() fail too
+        await until_end(server.wait_for_termination(), *tasks)
 
 
 async def _release_ranks(leader: Leader) -> None:

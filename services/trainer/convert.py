@@ -11,9 +11,12 @@ from __future__ import annotations
 
 import argparse
 import pathlib
+import shutil
 import sys
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from miles.ownership.contents import names_in
 
 if TYPE_CHECKING:
     from miles.config import JobConfig
@@ -29,13 +32,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     from miles.services.trainer.ranks.process_group import join
 
+    options.save = options.save.resolve()
+    try:
+        require_empty(options.save)  # on every rank before the first one can write
+        require_empty(_partial(options.save))
+    except ValueError as error:
+        print(f"miles convert: {error}", file=sys.stderr)
+        return 1
     join(options.device, None, 30)
     try:
         if options.direction == "hf-to-dist":
             hf_to_dist(_job_config(options), options.save)
         else:
-            dist_to_hf(_job_config(options), options.load, options.save)
-    except (FileNotFoundError, ValueError) as error:
+            dist_to_hf(_job_config(options), options.load, options.save, options.chat_template_path)
+    except (OSError, ValueError) as error:
         print(f"miles convert: {error}", file=sys.stderr)
         return 1
     finally:
@@ -45,41 +55,81 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def hf_to_dist(config: JobConfig, directory: pathlib.Path) -> None:
     """Write the model's weights as a checkpoint of step 0 below `directory`; collective."""
+    from miles.checkpoint_folder import folder_name
     from miles.services.trainer.backends.megatron.checkpoint import torch_dist
-    from miles.services.trainer.checkpoint.record import CheckpointRecord, digest, folder_name
+    from miles.services.trainer.checkpoint.record import CheckpointRecord
     from miles.services.trainer.checkpoint.state import TrainerState
 
     model = _model(config)
-    record = CheckpointRecord(state=TrainerState(), iteration=0, world_size=1, config_digest=digest(config))
+    record = CheckpointRecord(state=TrainerState(), iteration=0, world_size=1, settings={})
     contents = torch_dist.Contents(model=model, optimizer=None, reference=None)
     torch_dist.save(directory / folder_name(0), contents, record)
 
 
-def dist_to_hf(config: JobConfig, source: pathlib.Path, directory: pathlib.Path) -> None:
+def dist_to_hf(
+    config: JobConfig, source: pathlib.Path, directory: pathlib.Path, chat_template: pathlib.Path | None = None
+) -> None:
     """Write a checkpoint's weights as a Hugging Face folder; `source` is one or a folder of them; collective.
 
-    Tensors of the model's folder that are not converted, e.g. MTP layers, are copied.
+    Tensors of the model's folder that are not converted, e.g. MTP layers, are copied. Without `chat_template` it is
+    that of the run, as the checkpoint records it.
     """
-    from miles.services.trainer.backends.base import replace_folder
+    import torch.distributed as dist
+
+    from miles.checkpoint_folder import to_load
     from miles.services.trainer.backends.megatron.checkpoint import torch_dist
     from miles.services.trainer.backends.megatron.export import Exporter
+    from miles.services.trainer.checkpoint.errors import reading, writing
     from miles.services.trainer.checkpoint.hf_files import write_hf_checkpoint
-    from miles.services.trainer.checkpoint.record import newest
+    from miles.services.trainer.checkpoint.record import read_record
     from miles.services.trainer.step import algorithm_options
     from miles.weights.naming.model_tensors import read_model_tensors
 
-    found = newest(source) or source
-    if not (found / "metadata.json").is_file():
-        raise FileNotFoundError(f"there is no checkpoint in {source}; give a folder that `save` wrote")
+    found = to_load(source)
+    checkpoint = found.checkpoint
+    assert checkpoint is not None, "to_load raises"
+    if found.passed_over:
+        print(f"passed over {found.words()}", file=sys.stderr)
+    if not (checkpoint / "metadata.json").is_file():
+        raise ValueError(f"{checkpoint} was saved with train_backend fsdp; use the export that its run wrote (save_hf)")
+    template = chat_template or _recorded_template(read_record(checkpoint).settings)
     model = _model(config)
-    torch_dist.load_weights(found, model)
+    with reading(checkpoint):
+        torch_dist.load_weights(checkpoint, model)
     out_type = algorithm_options.DTYPES[config.rollout.rollout_dtype]
     source_folder = pathlib.Path(str(config.rollout.hf_checkpoint))
     tensors = read_model_tensors(source_folder)
     exporter = Exporter(model, tensors, out_type)
-    replace_folder(
-        directory, lambda new: write_hf_checkpoint(new, source_folder, tensors, exporter.tensors(), out_type)
-    )
+    partial = _partial(directory)
+    with writing(directory, partial):
+        if dist.get_rank() == 0:
+            shutil.rmtree(partial, ignore_errors=True)  # of a conversion that was interrupted
+        write_hf_checkpoint(partial, source_folder, tensors, exporter.tensors(), out_type, chat_template=template)
+        if dist.get_rank() == 0:
+            partial.rename(directory)
+    dist.barrier()
+
+
+def _recorded_template(settings: Mapping[str, Any]) -> pathlib.Path | None:
+    """The Jinja file that a checkpoint's run rendered prompts with; None for the tokenizer's own template."""
+    path = settings.get("chat_template_path")
+    if path is not None and not pathlib.Path(path).expanduser().is_file():
+        raise FileNotFoundError(
+            f"the checkpoint was trained with chat_template_path = {path}, which is not there; give the file as "
+            "--chat-template-path"
+        )
+    return None if path is None else pathlib.Path(path)
+
+
+def require_empty(directory: pathlib.Path) -> None:
+    """Raise ValueError unless a conversion can be written to a folder without touching what is there."""
+    if directory.exists() and (not directory.is_dir() or names_in(directory)):
+        raise ValueError(f"{directory} exists already; give a folder that is empty or does not exist yet, or remove it")
+
+
+def _partial(directory: pathlib.Path) -> pathlib.Path:
+    """Where a folder is written before it gets its name."""
+    return directory.with_name(f".{directory.name}.miles-partial")
 
 
 def _model(config: JobConfig) -> MegatronModel:
@@ -127,6 +177,9 @@ def _parser() -> argparse.ArgumentParser:
     to_dist = directions.add_parser("hf-to-dist", help="Hugging Face folder to a checkpoint that `load` takes")
     to_hf = directions.add_parser("dist-to-hf", help="checkpoint of the megatron backend to a Hugging Face folder")
     to_hf.add_argument("--load", type=pathlib.Path, required=True, metavar="DIR", help="checkpoint, or folder of them")
+    to_hf.add_argument(
+        "--chat-template-path", type=pathlib.Path, metavar="FILE", help="chat template (default: that of the run)"
+    )
     for each in (to_dist, to_hf):
         each.add_argument(
             "--hf-checkpoint", type=pathlib.Path, required=True, metavar="DIR", help="model, with config and tokenizer"

@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import logging
 import pathlib
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from miles.config import JobConfig
 from miles.queue import GroupQueue, connect_async
@@ -62,6 +62,8 @@ class Job:
         self.state = state
         self.loaded_from = leader.worker.loaded_from
         """Checkpoint that the job was loaded from; None for the initial weights."""
+        self.notes = list(leader.worker.notes)
+        """What a person should know of how it was loaded."""
         self.is_discarded = False
         self._leader = leader
         self._config = config
@@ -89,13 +91,18 @@ class Job:
         run_dir: pathlib.Path,
         redis_url: str,
         weightsync_address: str,
+        data: Mapping[str, Any],
     ) -> Job:
-        """Load the job on every rank, from its newest checkpoint or the initial weights."""
+        """Load the job on every rank, from its newest checkpoint or the initial weights.
+
+        `data` is the identity of its prompts; empty when there are none.
+        """
         folder = checkpoint_dir(config, run_dir)
         arguments = {"config": config.to_flat(), "checkpoint_dir": str(folder)}
         state: TrainerState = await leader.run(Command("start", arguments))
         client = await connect_async(redis_url)
         job = cls(leader, job_id, config, run_dir, client, weightsync_address, state)
+        await job._take_data(data)
         if job.loaded_from is not None:  # a crash between a checkpoint and its acknowledgement leaves entries behind
             await job._acknowledge_consumed()
         return job
@@ -196,6 +203,16 @@ class Job:
         self._checkpoints.consumed(consumed)
         self.state.finish_step({**metrics, **rollout_metrics(groups, self._config.reward.reward_key)})
         return True
+
+    async def _take_data(self, data: Mapping[str, Any]) -> None:
+        """Go on with these prompts; groups of former ones that are left in the queue are not trained on."""
+        known = [*(entry.group_id for entry in await self._queue.outstanding()), *await self._queue.dropped()]
+        began = self.state.data_begins_at
+        if words := self.state.take_data(data, max((group_id + 1 for group_id in known), default=0)):
+            logger.warning("%s", words)
+            self.notes.append(words)
+        if self.state.data_begins_at != began:
+            await self._queue.forget_partials()
 
     async def _acknowledge_consumed(self) -> None:
         """Acknowledge queue entries of groups that the loaded checkpoint covers."""

@@ -210,6 +210,7 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServiceServicer):
             pathlib.Path(request.run_dir),
             request.redis_url,
             request.weightsync_address,
+            json.loads(request.data_json or "{}"),
         )
         return job
 
@@ -280,4 +281,6 @@ def _ready(job: Job) -> trainer_pb2.TrainerReady:
         consumed_below=job.state.consumed_below,
         consumed_group_ids=sorted(job.state.consumed_group_ids),
         checkpoint_dir=str(job.loaded_from or ""),
+        data_begins_at=job.state.data_begins_at,
+        notes=job.notes,
     )

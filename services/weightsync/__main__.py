@@ -10,12 +10,14 @@ import sys
 
 import grpc.aio
 
+from miles.addresses import address_argument, listen_argument
 from miles.rpc import WorkerAttachment, main, start_server
 from miles.rpc.advertise import add_advertise_flag
 from miles.rpc.gen import controller_pb2, weightsync_pb2_grpc
 from miles.services.weightsync.segments import default_directory
 from miles.services.weightsync.service import SERVICE_NAME, WeightSyncServicer
 from miles.services.weightsync.timing import PublicationLimits
+from miles.tasks import until_end
 
 _STOP_GRACE_S = 2.0
 
@@ -27,7 +29,11 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
         description="Keeps the versions of the weights and brings every engine to the active one.",
     )
     parser.add_argument(
-        "--listen", default="127.0.0.1:0", metavar="HOST:PORT", help="where to serve; port 0 picks a free one"
+        "--listen",
+        default="127.0.0.1:0",
+        type=listen_argument,
+        metavar="HOST:PORT",
+        help="where to serve; port 0 picks a free one",
     )
     parser.add_argument(
         "--state-dir",
@@ -60,7 +66,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
         help="keep the bytes on an orderly stop too, for a restart in the middle of a run; needs --state-dir",
     )
     add_advertise_flag(parser)
-    parser.add_argument("--controller", metavar="HOST:PORT", help="controller to register with")
+    parser.add_argument("--controller", type=address_argument, metavar="HOST:PORT", help="controller to register with")
     parser.add_argument("--worker-id", default="weightsync", help="name to register under")
     options = parser.parse_args(arguments)
     if options.serving_lease_s <= 0:
@@ -86,6 +92,7 @@ async def serve(arguments: argparse.Namespace) -> None:
     print(f"listening on {address}", flush=True)
     try:
         async with contextlib.AsyncExitStack() as stack:
+            tasks: list[asyncio.Task[None]] = []
             if arguments.controller:
                 attachment = WorkerAttachment(
                     arguments.controller,
@@ -97,7 +104,8 @@ async def serve(arguments: argparse.Namespace) -> None:
                 )
                 task = asyncio.create_task(attachment.run(), name="controller attachment")
                 stack.callback(task.cancel)
-            await asyncio.shield(server.wait_for_termination())  # once cancelled, it would make stop() fail too
+                tasks.append(task)
+            await until_end(server.wait_for_termination(), *tasks)
     finally:
         servicer.close()
         await server.stop(_STOP_GRACE_S)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import concurrent.futures
 import mmap
 import pathlib
 from collections.abc import Iterable, Sequence
 
 from miles.rpc.gen import policy_pb2, weightsync_pb2
 from miles.services.weightsync.version import Refused
+from miles.threads import Threads
 from miles.weights import manifest as manifests
 from miles.weights.transports.grpc_chunks import chunks as chunking
 
@@ -100,7 +100,7 @@ class ChunkTable:
 
     def _cut(self) -> list[weightsync_pb2.ChunkDescriptor]:
         with (
-            concurrent.futures.ThreadPoolExecutor(manifests.checksum_threads()) as pool,
+            Threads(manifests.checksum_threads()) as pool,
             memoryview(self._memory) as data,
         ):
             return chunking.cut(data, 0, chunking.CHUNK_BYTES, pool)

@@ -4,9 +4,9 @@ import subprocess
 
 from config_cases import MINIMAL
 
+from miles.addresses import free_port
 from miles.config import JobConfig
-from miles.launcher.cluster import free_port
-from miles.launcher.plan import plan_run, plan_workers
+from miles.launcher.plan import plan_gateway, plan_run, plan_workers
 
 
 def test_services_get_the_flags_that_they_have() -> None:
@@ -15,6 +15,9 @@ def test_services_get_the_flags_that_they_have() -> None:
     plans = {plan.kind: plan for plan in plan_run(config) if plan.kind != "redis"}
     assert set(plans) == {"controller", "weightsync", "reward", "rollout", "trainer", "gateway"}
     plans |= {plan.kind: plan for plan in plan_workers(config, "127.0.0.1:1", master_port=free_port())}
+    gateway = plan_gateway(config, "127.0.0.1:1")
+    assert gateway is not None
+    plans["gateway"] = gateway
     for plan in plans.values():
         module = len(plan.command) - 1 - plan.command[::-1].index("-m")
         ran = subprocess.run([*plan.command, "--help"], capture_output=True, text=True, timeout=400)

@@ -123,7 +123,7 @@ async def test_a_worker_attaches_over_mutual_tls(authority: Authority, use: Call
         heartbeat=controller_pb2.WorkerHeartbeat,
     )
     attached = asyncio.create_task(attachment.run())
-    (worker,) = await registry.require(controller_pb2.WORKER_KIND_ROLLOUT, 1, 10)
+    (worker,) = await registry.require(controller_pb2.WORKER_KIND_ROLLOUT, "a rollout", 10, lambda worker: True)
     assert worker.worker_id == "rollout-0"
     attached.cancel()
     await asyncio.gather(attached, return_exceptions=True)
@@ -146,7 +146,7 @@ def test_files_that_cannot_be_read_are_named() -> None:
     files = TlsFiles.from_environment({CERT: "/none/c.pem", KEY: "/none/k.pem"})
     assert files is not None
     assert TlsFiles.from_environment(files.to_environment()) == files
-    with pytest.raises(ServiceExit, match=r"/none/k\.pem cannot be read"):
+    with pytest.raises(ServiceExit, match=r"/none/c\.pem cannot be read"):
         files.server_credentials()
     only_authority = TlsFiles.from_environment({CA: "/none/ca.pem"})
     assert only_authority is not None

@@ -17,9 +17,9 @@ from trainer_cases import job_config, random_groups, write_dense_model, write_mo
 from trainer_process import TrainerProcess
 from weightsync_processes import Service
 
+from miles.checkpoint_folder import newest
 from miles.queue import GroupQueue, connect_async
 from miles.rpc.gen import trainer_pb2
-from miles.services.trainer.checkpoint.record import newest
 
 
 @pytest.fixture
@@ -214,7 +214,7 @@ def test_training_goes_on_while_a_checkpoint_is_written_and_the_next_one_waits(
     assert second.checkpoint_dir == str(checkpoints / "step_00000001")
     assert not set(queued(redis_url, job_id)) & set(range(4))
     trainer.stop_job(job_id)
-    assert newest(checkpoints) == checkpoints / "step_00000002"
+    assert newest(checkpoints).checkpoint == checkpoints / "step_00000002"
     assert queued(redis_url, job_id) == list(range(8, 12))
 
 
@@ -229,7 +229,7 @@ def test_an_orderly_end_waits_for_the_checkpoint(
     trainers[0].save(job_id, in_background=True)
     trainers[0].process.terminate()
     assert trainers[0].process.wait(60) == 0
-    assert newest(tmp_path / "run" / "checkpoints") == tmp_path / "run" / "checkpoints" / "step_00000001"
+    assert newest(tmp_path / "run" / "checkpoints").checkpoint == tmp_path / "run" / "checkpoints" / "step_00000001"
     assert queued(redis_url, job_id) == []
 
 

@@ -15,8 +15,8 @@ from typing import Any
 import psutil
 import pytest
 
+from miles.addresses import free_port
 from miles.client import GatewayUnreachableError, MilesClient, MilesError
-from miles.launcher.cluster import free_port
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 START_S = 400.0

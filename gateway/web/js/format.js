@@ -56,6 +56,15 @@ export function since(when) {
   return Math.max(0, (Date.now() - Date.parse(when)) / 1000);
 }
 
+/** What a job waits for, since when, and how that ends. */
+export function waitText(wait) {
+  const counted = wait.samples ? ` (${plural(wait.samples, "sample")} waiting)` : "";
+  const detail = wait.detail ? `: ${wait.detail}` : "";
+  const left = wait.gives_up_at ? `; gives up in ${duration(Math.max(0, (Date.parse(wait.gives_up_at) - Date.now()) / 1000))}` : "";
+  const ending = wait.ending ? `; ${wait.ending}` : "";
+  return `${wait.what}, for ${duration(since(wait.since))}${counted}${detail}${left}${ending}`;
+}
+
 export function plural(count, word) {
   return `${count.toLocaleString("en")} ${word}${count === 1 ? "" : "s"}`;
 }

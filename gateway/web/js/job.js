@@ -4,8 +4,8 @@ import { follow, get, job as path, post } from "./api.js";
 import { confirm } from "./dialogs.js";
 import { Curves, NAMES } from "./charts.js";
 import { configTab } from "./config.js";
-import { announce, every, h, setText, toast } from "./dom.js";
-import { ENDED, duration, moment, number, signed, since } from "./format.js";
+import { announce, every, h, reconcile, setText, toast } from "./dom.js";
+import { ENDED, duration, moment, number, signed, since, waitText } from "./format.js";
 import { overviewTab } from "./overview.js";
 import { stateBadge, tabs, updateBadge } from "./parts.js";
 import { queueTab } from "./queue.js";
@@ -145,6 +145,7 @@ function makeHead(data, refresh) {
   const badge = stateBadge("…");
   const about = h("p", { class: "dim small" });
   const now = h("p", { class: "now", hidden: true });
+  const waits = h("ul", { class: "waits small dim", "aria-label": "What the job waits for", hidden: true });
   const trouble = h("p", { class: "notice", data: { tone: "bad" }, hidden: true });
   const bar = h("progress", { max: 1, value: 0, "aria-label": "Steps done" });
   const figures = h("dl", { class: "figures" });
@@ -154,7 +155,7 @@ function makeHead(data, refresh) {
   const element = h("div", { class: "head" },
     h("nav", { class: "small", "aria-label": "Where this is" }, h("a", { href: "#/jobs" }, "Jobs"), " / ", h("span", { class: "dim mono" }, data.id)),
     h("div", { class: "row" }, title, badge, h("span", { class: "grow" }), h("div", { class: "buttons" }, [...buttons.values()], copy)),
-    about, trouble, now, bar, figures);
+    about, trouble, now, waits, bar, figures);
 
   async function act(action) {
     if (QUESTIONS[action] && !(await confirm(...QUESTIONS[action], { danger: action === "cancel" }))) return;
@@ -179,11 +180,14 @@ function makeHead(data, refresh) {
     bar.max = Math.max(1, job.num_rollout);
     bar.value = job.policy_version;
     now.hidden = data.ended;
-    const waits = status.waiting_for ? `, waits for ${status.waiting_for}` : "";
+    const waitsFor = status.waiting_for ? `, waits for ${status.waiting_for}` : "";
     const seconds = since(status.since);
     const slow = Boolean(status.waiting_for) && seconds > LONG_S;
     now.dataset.tone = slow ? "warn" : "";
-    setText(now, `${status.phase}${waits}, for ${duration(seconds)}`);
+    setText(now, `${status.phase}${waitsFor}, for ${duration(seconds)}`);
+    const others = data.ended ? [] : status.waits.filter((wait) => wait.detail || wait.what !== status.waiting_for);
+    waits.hidden = !others.length;
+    reconcile(waits, others, (wait) => wait.what, () => h("li", {}), (row, wait) => setText(row, waitText(wait)));
     const shown = figureTexts(job, curves);
     if (figures.children.length !== shown.length) figures.replaceChildren(...shown.map(([name]) => h("div", {}, h("dt", {}, name), h("dd", { class: "num" }, h("b", {}), h("small", {})))));
     shown.forEach(([name, value, note], i) => {

@@ -2,7 +2,7 @@
 
 import { get, job as path } from "./api.js";
 import { announce, every, h, reconcile, setText, svg } from "./dom.js";
-import { ENDED, duration, moment, number, plural, since } from "./format.js";
+import { ENDED, duration, moment, number, plural, since, waitText } from "./format.js";
 import { empty, segments, stateBadge, tableBox, updateBadge } from "./parts.js";
 
 const FILTERS = {
@@ -11,6 +11,7 @@ const FILTERS = {
   ended: [...ENDED],
 };
 const CURVES = 15;
+const LONG_S = 60;
 
 export function jobsView(main) {
   let filter = "all";
@@ -77,10 +78,11 @@ export function jobsView(main) {
     row.state = stateBadge(job.state);
     row.bar = h("progress", { max: 1, value: 0, "aria-label": `Progress of ${job.name}` });
     row.steps = h("span", { class: "small dim num" });
+    row.waits = h("div", { class: "small dim", hidden: true });
     row.curve = h("div", { class: "sparkline" });
     row.took = h("td", { class: "num dim" });
     row.append(
-      h("td", {}, h("a", { class: "job-name", href: `#/jobs/${job.id}` }, job.name), h("div", { class: "small dim mono" }, job.id)),
+      h("td", {}, h("a", { class: "job-name", href: `#/jobs/${job.id}` }, job.name), h("div", { class: "small dim mono" }, job.id), row.waits),
       h("td", {}, row.state),
       h("td", { class: "progress-cell" }, row.bar, row.steps),
       h("td", {}, row.curve),
@@ -96,13 +98,21 @@ export function jobsView(main) {
     row.bar.max = Math.max(1, job.num_rollout);
     row.bar.value = job.policy_version;
     setText(row.steps, job.num_rollout ? `${job.policy_version} of ${job.num_rollout} steps` : "not started");
+    const told = toldWaits(job);
+    row.waits.hidden = !told.length;
+    setText(row.waits, told.length ? `waits for ${told[0].what}` : "");
     const end = job.ended_at ? Date.parse(job.ended_at) / 1000 : Date.now() / 1000;
     setText(row.took, job.started_at ? duration(end - Date.parse(job.started_at) / 1000) : ENDED.has(job.state) ? "–" : `waits ${duration(since(job.submitted_at))}`);
-    row.title = job.error ?? "";
+    row.title = job.error ?? told.map((wait) => waitText(wait)).join("\n");
   }
 
   const stop = every(2000, refresh);
   return { close: stop };
+}
+
+/** What a queued job waits for at once, and what any other has waited for unusually long. */
+function toldWaits(job) {
+  return job.waits.filter((wait) => job.state === "queued" || since(wait.since) > LONG_S);
 }
 
 function sparkline(values) {

@@ -30,6 +30,9 @@ def main(arguments: Sequence[str]) -> int:
 def _run(client: MilesClient, flags: argparse.Namespace, output: Output) -> int:
     if flags.download is not None:
         path = flags.out or pathlib.Path(f"{flags.job}-step{flags.download}.tar")
+        if path.exists():
+            output.error(f"{path} exists already; give another file with --out, or remove it")
+            return ExitCode.BAD_CONFIG
         size = client.download(flags.job, flags.download, path)
         if output.as_json:
             output.json({"path": str(path), "size_bytes": size})

@@ -126,6 +126,21 @@ def size_text(size: float) -> str:
     return f"{size:.1f} GiB"
 
 
+def wait_text(wait: Mapping[str, Any], now: datetime.datetime) -> str:
+    """Say what a job waits for, since when, and how that ends."""
+    counted = f" ({wait['samples']} samples waiting)" if wait["samples"] else ""
+    detail = f": {wait['detail']}" if wait["detail"] else ""
+    end = f"; {wait['ending']}" if wait["ending"] else ""
+    if wait["gives_up_at"]:
+        end = f"; gives up in {_length(datetime.datetime.fromisoformat(wait['gives_up_at']) - now)}{end}"
+    return f"{wait['what']} for {_length(now - datetime.datetime.fromisoformat(wait['since']))}{counted}{detail}{end}"
+
+
+def _length(span: datetime.timedelta) -> str:
+    seconds = max(0.0, span.total_seconds())
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
+
+
 def steps_text(job: Mapping[str, Any]) -> str:
     """Format the steps done and the steps in all."""
     return f"{job['policy_version']}/{job['num_rollout'] or '?'}"

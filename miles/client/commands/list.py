@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 import itertools
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
@@ -30,7 +30,7 @@ def _list(client: MilesClient, flags: argparse.Namespace, output: Output) -> int
     if output.as_json:
         output.json(jobs)
         return ExitCode.OK
-    table = Table("job", "state", "steps", "submitted", "by", "error")
+    table = Table("job", "state", "steps", "submitted", "by", "error or wait")
     for job in jobs:
         error = (job["error"] or "").splitlines()
         table.add_row(
@@ -39,7 +39,11 @@ def _list(client: MilesClient, flags: argparse.Namespace, output: Output) -> int
             steps_text(job),
             moment(job["submitted_at"]),
             plain(job["submitted_by"]),
-            plain(error[0][:80] if error else ""),
+            plain(error[0][:80] if error else _first_wait(job)),
         )
     output.console.print(table)
     return ExitCode.OK
+
+
+def _first_wait(job: Mapping[str, Any]) -> str:
+    return f"waits for {job['waits'][0]['what']}" if job["waits"] else ""

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from miles.client.commands.common import Output, moment, parser, run, state_text, steps_text
+from miles.client.commands.common import Output, moment, parser, run, state_text, steps_text, wait_text
 from miles.config.given import given_settings
 from miles.launcher.console import plain
 from miles.rpc.exit_codes import ExitCode
@@ -38,6 +39,9 @@ def _show(client: MilesClient, flags: argparse.Namespace, output: Output) -> int
     for key in ("submitted_at", "started_at", "ended_at"):
         table.add_row(key.removesuffix("_at"), moment(job[key]))
     table.add_row("submitted by", plain(job["submitted_by"] or "the command line"))
+    now = datetime.datetime.now(datetime.UTC)
+    for number, wait in enumerate(job["waits"]):
+        table.add_row("" if number else "waits for", plain(wait_text(wait, now)))
     if job["error"]:
         table.add_row("error", f"[red]{plain(job['error'])}[/]")
     for name, value in _flattened(job["summary"]):

@@ -10,12 +10,17 @@ import re
 import socket
 from collections.abc import Iterator
 
+from miles.addresses import join_address, why_not_bindable, why_not_host
+from miles.certificates import why_not_authorities, why_not_pair
+from miles.checkpoint_folder import NoCheckpointError, newest, same_folder, to_load
 from miles.config.checks.device import visible_gpus
 from miles.config.checks.dotted_path import why_not_importable
 from miles.config.checks.engine_model import engine_faults
 from miles.config.checks.json_file import read_json_object
 from miles.config.checks.model_layout import layout_faults, shape_differences
+from miles.config.checks.outputs import output_faults
 from miles.config.job import JobConfig
+from miles.config.rules.paths import unusable_paths
 from miles.config.rules.registry import Rule, run_rules
 from miles.config.schema.catalog import catalog
 from miles.config.schema.faults import Fault
@@ -34,17 +39,22 @@ def check_environment(config: JobConfig) -> list[Fault]:
 
 def environment_faults(settings: FlatSettings) -> list[Fault]:
     """Do the same for settings that may have other faults."""
-    return run_rules(_CHECKS, settings)
+    return _run(_CHECKS, settings)
 
 
 def file_faults(settings: FlatSettings) -> list[Fault]:
     """Check files and functions only: what matters for a job on services that are already running."""
-    return run_rules(_FILE_CHECKS, settings)
+    return _run(_FILE_CHECKS, settings)
 
 
 def deployment_faults(settings: FlatSettings) -> list[Fault]:
     """Check access, ports and devices only: what matters before there is a job."""
-    return run_rules(_DEPLOYMENT_CHECKS, settings)
+    return _run(_DEPLOYMENT_CHECKS, settings)
+
+
+def _run(checks: tuple[Rule, ...], settings: FlatSettings) -> list[Fault]:
+    settings.refuse(*unusable_paths(settings))  # a rule reports them, and file functions raise errors of their own
+    return run_rules(checks, settings)
 
 
 def _models(s: FlatSettings) -> Iterator[Fault]:
@@ -144,19 +154,19 @@ def _columns(key: str, path: pathlib.Path, input_key: str, label_key: str | None
             yield Fault(prefix + name, column, f"{path} has no such column", f"set it to one of {columns}")
 
 
-def _folders(s: FlatSettings) -> Iterator[Fault]:
-    if s.load is not None and not os.path.isdir(s.load):
-        yield Fault("load", s.load, "there is no such folder", "give a folder of checkpoints, or leave it out")
-    for key in ("run_dir", "save", "save_hf"):
-        path = getattr(s, key)
-        if path is None:
-            continue
-        absolute = pathlib.Path(path).absolute()
-        existing = next(folder for folder in (absolute, *absolute.parents) if folder.exists())
-        if not existing.is_dir():
-            yield Fault(key, path, f"{existing} is not a folder", "choose another place")
-        elif not os.access(existing, os.W_OK | os.X_OK):
-            yield Fault(key, path, f"{existing} is not writable", "choose another place")
+def _checkpoint_to_load(s: FlatSettings) -> Iterator[Fault]:
+    if s.load is None:
+        return
+    load, own = pathlib.Path(s.load), pathlib.Path(s.save or pathlib.Path(s.run_dir or ".") / "checkpoints")
+    try:
+        if not same_folder(load, own) and newest(own).checkpoint is None:
+            to_load(load)
+        elif load.exists() and not load.is_dir():
+            yield Fault("load", s.load, "it is a file", "give a folder of checkpoints, or leave it out")
+    except NoCheckpointError as error:
+        yield Fault("load", s.load, error.problem, error.remedy)
+    except OSError as error:
+        yield Fault("load", s.load, f"it cannot be read ({error})", "check its permissions")
 
 
 def _functions(s: FlatSettings) -> Iterator[Fault]:
@@ -168,21 +178,36 @@ def _functions(s: FlatSettings) -> Iterator[Fault]:
                 yield Fault(key, path, problem, "check the name, and that its folder is on PYTHONPATH")
 
 
+def _hosts(s: FlatSettings) -> Iterator[Fault]:
+    for key in ("gateway_host", "host"):
+        if not s.is_valid(key) or (key == "gateway_host" and not s.gateway):
+            continue
+        host = getattr(s, key)
+        if why_not_host(host) is not None:
+            s.refuse(key)  # a rule reports it
+        elif (error := why_not_bindable(host, 0)) is not None:
+            s.refuse(key)
+            unknown = isinstance(error, socket.gaierror)
+            problem = "it cannot be resolved" if unknown else f"it cannot be listened on ({error.strerror})"
+            yield Fault(key, host, problem, "give a name or address of this machine")
+
+
 def _ports(s: FlatSettings) -> Iterator[Fault]:
-    try:
-        socket.getaddrinfo(s.host, None)
-    except OSError:
-        yield Fault("host", s.host, "it cannot be resolved", "give a name or address of this machine")
-        return
     wanted = [(key, getattr(s, key)) for key in ("controller_port", "weightsync_port", "trainer_port", "reward_port")]
     if s.rollout_port:
         beyond = min(s.rollout_port + s.rollout_num_workers, 65536)
         wanted += [("rollout_port", port) for port in range(s.rollout_port, beyond)]
     for key, port in wanted:
-        if port and (problem := _why_not_bindable(s.host, port)):
-            yield Fault(key, port, problem, "choose another one, or 0 for any free one")
-    if s.gateway and s.gateway_port and (problem := _why_not_bindable(s.gateway_host, s.gateway_port)):
-        yield Fault("gateway_port", s.gateway_port, problem, "choose another one, or 0 for any free one")
+        if port:
+            yield from _port(key, s.host, port)
+    if s.gateway and s.gateway_port:
+        yield from _port("gateway_port", s.gateway_host, s.gateway_port)
+
+
+def _port(key: str, host: str, port: int) -> Iterator[Fault]:
+    if (error := why_not_bindable(host, port)) is not None:
+        problem = f"{join_address(host, port)} cannot be listened on ({error.strerror})"
+        yield Fault(key, port, problem, "choose another one, or 0 for any free one")
 
 
 def _access_files(s: FlatSettings) -> Iterator[Fault]:
@@ -193,17 +218,13 @@ def _access_files(s: FlatSettings) -> Iterator[Fault]:
     for path in s.gateway_allowed_root:
         if not os.path.isdir(path):
             yield Fault("gateway_allowed_root", path, "there is no such folder", "give a folder")
-
-
-def _why_not_bindable(host: str, port: int) -> str | None:
-    family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    with socket.socket(family, kind, protocol) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a port in TIME_WAIT is free to a server
-        try:
-            probe.bind(address)
-        except OSError as error:
-            return f"{host}:{port} cannot be listened on ({error.strerror})"
-    return None
+    tls = {key: getattr(s, key) for key in ("tls_cert", "tls_key", "tls_ca")}
+    if any(path is not None and not os.access(path, os.R_OK) for path in tls.values()):
+        return
+    if s.tls_cert and s.tls_key and (problem := why_not_pair(s.tls_cert, s.tls_key)) is not None:
+        yield Fault("tls_key", s.tls_key, problem, "give a certificate and its own key, as PEM files")
+    if s.tls_ca and (problem := why_not_authorities(s.tls_ca)) is not None:
+        yield Fault("tls_ca", s.tls_ca, problem, "give a PEM file of certificates")
 
 
 def _devices(s: FlatSettings) -> Iterator[Fault]:
@@ -219,14 +240,15 @@ def _devices(s: FlatSettings) -> Iterator[Fault]:
         yield Fault("actor_num_gpus_per_node", wanted, f"this machine has {gpus}", f"set it to at most {gpus}")
 
 
-_DEPLOYMENT_CHECKS: tuple[Rule, ...] = (_access_files, _ports, _devices)
+_DEPLOYMENT_CHECKS: tuple[Rule, ...] = (_access_files, _hosts, _ports, _devices)
 _FILE_CHECKS: tuple[Rule, ...] = (
     _models,
     _adapter,
     layout_faults,
     engine_faults,
     _data_files,
-    _folders,
+    _checkpoint_to_load,
+    output_faults,
     _functions,
 )
 _CHECKS: tuple[Rule, ...] = (*_FILE_CHECKS, *_DEPLOYMENT_CHECKS)

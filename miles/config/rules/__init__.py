@@ -3,7 +3,19 @@
 They look at settings alone; `checks` looks at the machine. Start at `registry`.
 """
 
-from miles.config.rules import access, algorithm, asynchrony, data, engine, lora, megatron, sampling, services, train
+from miles.config.rules import (
+    access,
+    algorithm,
+    asynchrony,
+    data,
+    engine,
+    lora,
+    megatron,
+    paths,
+    sampling,
+    services,
+    train,
+)
 from miles.config.rules.registry import RULES, Rule, check
 
 __all__ = [
@@ -17,6 +29,7 @@ __all__ = [
     "engine",
     "lora",
     "megatron",
+    "paths",
     "sampling",
     "services",
     "train",

@@ -4,14 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from miles.config.checks.addresses import is_loopback
+from miles.addresses import is_loopback, why_not_host
 from miles.config.rules.registry import needs, rule
 from miles.config.schema.faults import Fault
 from miles.config.schema.flat_settings import FlatSettings
 
 
 @rule
+def gateway_host_is_a_host(s: FlatSettings) -> Iterator[Fault]:
+    if (problem := why_not_host(s.gateway_host)) is not None:
+        yield Fault("gateway_host", s.gateway_host, problem, "give a name or address of this machine")
+
+
+@rule
 def gateway_is_not_open_to_everybody(s: FlatSettings) -> Iterator[Fault]:
+    if why_not_host(s.gateway_host) is not None:
+        return  # another rule reports it
     if s.gateway and not is_loopback(s.gateway_host) and s.gateway_keys_file is None:
         problem = "other machines can reach that, and there are no API keys"
         remedy = "make some with `miles keys create` and set gateway_keys_file, or leave gateway_host out"

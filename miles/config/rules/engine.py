@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 
+from miles.addresses import why_not_address
 from miles.config.rules.registry import rule
 from miles.config.rules.sampling import is_flag
 from miles.config.schema.catalog import catalog
@@ -96,8 +96,8 @@ def external_engines_are_addresses(s: FlatSettings) -> Iterator[Fault]:
     if addresses is None:
         return
     for address in addresses:
-        if not re.fullmatch(r"[^\s/:]+:\d{1,5}", address):
-            yield Fault("rollout_external_engine_addrs", address, "it is no address", "write it like host:30000")
+        if (problem := why_not_address(address)) is not None:
+            yield Fault("rollout_external_engine_addrs", address, problem, "write it like host:30000")
     if len(addresses) < s.rollout_num_workers:
         problem = f"rollout_num_workers = {s.rollout_num_workers} services need one each"
         yield Fault("rollout_external_engine_addrs", len(addresses), problem, "lower rollout_num_workers")

@@ -6,10 +6,12 @@ import os
 import re
 from collections.abc import Iterator
 
+from miles.addresses import why_not_host
 from miles.config.rules.registry import needs, rule
 from miles.config.schema.catalog import catalog
 from miles.config.schema.faults import Fault
 from miles.config.schema.flat_settings import FlatSettings
+from miles.redis_url import why_not_redis_url
 
 _PORTS = ("controller_port", "weightsync_port", "trainer_port", "reward_port", "gateway_port")
 
@@ -24,8 +26,7 @@ def name_can_be_a_folder(s: FlatSettings) -> Iterator[Fault]:
 
 @rule
 def redis_url_is_an_address(s: FlatSettings) -> Iterator[Fault]:
-    if s.redis_url is not None and not re.match(r"(redis|rediss|unix)://.", s.redis_url):
-        problem = "it must begin with redis://, rediss:// or unix://"
+    if s.redis_url is not None and (problem := why_not_redis_url(s.redis_url)) is not None:
         yield Fault("redis_url", s.redis_url, problem, "write it like redis://host:6379/0")
 
 
@@ -40,6 +41,12 @@ def paths_are_written_out(s: FlatSettings) -> Iterator[Fault]:
                 written = os.path.expandvars(os.path.expanduser(path))
                 remedy = f"write {written}" if written != path else "write the whole path"
                 yield Fault(key, path, "~ and $NAME are expanded by a shell alone", remedy)
+
+
+@rule
+def host_is_a_host(s: FlatSettings) -> Iterator[Fault]:
+    if (problem := why_not_host(s.host)) is not None:
+        yield Fault("host", s.host, problem, "give a name or address of this machine")
 
 
 @rule

@@ -80,14 +80,3 @@ def schedule_rises_and_falls(s: FlatSettings) -> Iterator[Fault]:
     if s.lr_decay_iters is not None and s.critic_lr_warmup_iters >= s.lr_decay_iters:
         problem = f"lr_decay_iters = {s.lr_decay_iters} includes the warm-up"
         yield Fault("critic_lr_warmup_iters", s.critic_lr_warmup_iters, problem, "lower it, or raise lr_decay_iters")
-
-
-@rule
-def save_hf_has_no_other_placeholder(s: FlatSettings) -> Iterator[Fault]:
-    if s.save_hf is None:
-        return
-    try:
-        s.save_hf.format(rollout_id=0)
-    except (KeyError, IndexError, ValueError, AttributeError):
-        problem = "{rollout_id} is its only placeholder"
-        yield Fault("save_hf", s.save_hf, problem, "double other braces, as {{ and }}")

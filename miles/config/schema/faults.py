@@ -11,6 +11,8 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails, PydanticCustomError
 
+from miles.telemetry.redaction import redact_config
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Fault:
@@ -24,15 +26,20 @@ class Fault:
     def __str__(self) -> str:
         if self.value is None:
             return f"{self.field} is not set, and {self.problem}; {self.remedy}"
-        return f"{self.field} = {show(self.value)}, but {self.problem}; {self.remedy}"
+        return f"{self.field} = {show(self.shown_value)}, but {self.problem}; {self.remedy}"
+
+    @property
+    def shown_value(self) -> Any:
+        """The value without the secrets in it."""
+        return redact_config({self.field: self.value})[self.field]
 
     def to_json(self) -> dict[str, Any]:
-        """Return the fault as a JSON object, for the REST API: `message` is the whole sentence.
+        """Return the fault as a JSON object without secrets, for the REST API: `message` is the whole sentence.
 
         `problem` is shown beside the setting's name, so it says too when the setting has no value.
         """
         problem = f"it is not set, and {self.problem}" if self.value is None else self.problem
-        return {**dataclasses.asdict(self), "problem": problem, "message": str(self)}
+        return {**dataclasses.asdict(self), "value": self.shown_value, "problem": problem, "message": str(self)}
 
 
 class ConfigError(ValueError):

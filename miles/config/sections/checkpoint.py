@@ -11,7 +11,8 @@ class CheckpointConfig(Section):
     """Checkpoints."""
 
     load: Annotated[str | None, Derived("the save folder"), Metavar("DIR")] = None
-    """Folder of checkpoints to resume from the newest of; without a checkpoint the run starts from hf_checkpoint."""
+    """Checkpoint to start from, or a folder of which the newest is taken; the run's own checkpoints come first. Only
+    the save folder may hold none yet: the run then starts from hf_checkpoint."""
 
     save: Annotated[str | None, Derived("RUN_DIR/checkpoints"), Metavar("DIR")] = None
     """Folder for checkpoints."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Literal
 
+from miles.addresses import why_not_address
 from miles.config.schema.section import Derived, DottedPath, Metavar, NonNegative, PositiveFloat, Section
 
 
@@ -18,8 +19,8 @@ class RewardConfig(Section):
     """Async function that scores a sample, instead of rm_type."""
 
     reward_service: Annotated[tuple[str, ...], Metavar("NAME=HOST:PORT")] = ()
-    """Address of a reward service that runs elsewhere; the one named default scores samples without a name;
-    repeatable."""
+    """Address of a reward service that runs elsewhere; repeatable. The one named default scores samples without a name,
+    as does the only one when neither rm_type nor custom_rm_path is given."""
 
     reward_key: str | None = None
     """Name of the number to train on, when a reward has several."""
@@ -45,15 +46,19 @@ class RewardConfig(Section):
         """The host:port of each external reward service, by name."""
         return dict(parse_reward_service(spec) for spec in self.reward_service)
 
+    def addresses_with_default(self) -> dict[str, str]:
+        """The same with a default where they name one: the only service, when nothing else scores, has no choice."""
+        addresses = self.service_addresses
+        if len(addresses) == 1 and not (self.rm_type or self.custom_rm_path):
+            return {"default": next(iter(addresses.values())), **addresses}
+        return addresses
+
 
 def parse_reward_service(spec: str) -> tuple[str, str]:
     """Split NAME=HOST:PORT into name and address. Raises ValueError that names the wrong part."""
     name, equals, address = spec.partition("=")
-    host, colon, port = address.rpartition(":")
     if not equals or not re.fullmatch(r"[\w.-]+", name):
         raise ValueError("it has no name before =")
-    if not colon or not host:
-        raise ValueError(f"{address or 'the address'} is not HOST:PORT")
-    if not port.isascii() or not port.isdigit() or not 0 < int(port) <= 65535:
-        raise ValueError(f"{port or 'the port'} is not a port from 1 to 65535")
+    if (problem := why_not_address(address)) is not None:
+        raise ValueError(problem)
     return name, address

@@ -113,6 +113,10 @@ class RolloutConfig(Section):
     miles.rollout.filter_hub.dynamic_sampling_filters.check_reward_nonzero_std drops groups whose rewards are all
     equal."""
 
+    dynamic_sampling_max_dropped_batches: NonNegative = 16
+    """How many batches' worth of groups may be dropped in a row, with none kept between, before the job fails; 0 means
+    any number."""
+
     max_weight_staleness: Annotated[
         NonNegative, Derived("what over_sampling_batch_size, partial_rollout and update_weights_interval need, else 0")
     ] = derived()

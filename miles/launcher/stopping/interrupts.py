@@ -1,4 +1,7 @@
-"""Ctrl-C and SIGTERM: the first stops the program in order, the second kills everything at once."""
+"""Ctrl-C, SIGTERM and SIGHUP: the first stops the program in order, the second kills everything at once.
+
+A hangup is never the second, nor does it make one of the next: who closes a terminal sends several signals.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +19,7 @@ from rich.console import Console
 
 from miles.launcher.stopping.process_tree import KILL_S, kill_descendants
 from miles.rpc.exit_codes import ExitCode
+from miles.rpc.server import stop_signals
 
 _SAME_PRESS_S = 0.1
 """One press of Ctrl-C may come twice: from the terminal, and from a program around this one that passes it on."""
@@ -23,7 +27,7 @@ _SHOW_CURSOR = "\x1b[?25h"
 
 
 class Interrupts:
-    """Handles both signals from its creation to the end of the process.
+    """Handles the signals from its creation to the end of the process.
 
     Used as a context manager, it ends the block quietly when a signal has cancelled the task. The handlers belong to
     the process and not to the event loop, which may hang, or be closed already.
@@ -38,7 +42,9 @@ class Interrupts:
         """What to print on the second signal."""
         self._loop = asyncio.get_running_loop()
         self._first_s = 0.0
-        for number in (signal.SIGINT, signal.SIGTERM):
+        self._counted = False
+        """Whether a signal came after which the next one kills."""
+        for number in stop_signals():
             signal.signal(number, self._handle)
 
     def __enter__(self) -> Interrupts:
@@ -49,10 +55,13 @@ class Interrupts:
 
     def _handle(self, number: int, frame: types.FrameType | None) -> None:
         now_s = time.monotonic()
-        if self.came and now_s - self._first_s >= _SAME_PRESS_S:
-            end_at_once(ExitCode.INTERRUPTED, self.last_words)
+        if number != signal.SIGHUP:
+            if self._counted and now_s - self._first_s >= _SAME_PRESS_S:
+                end_at_once(ExitCode.INTERRUPTED, self.last_words)
+            if not self._counted:
+                self._counted, self._first_s = True, now_s
         if not self.came:
-            self.came, self._first_s = True, now_s
+            self.came = True
             if not self._loop.is_closed():
                 self._loop.call_soon_threadsafe(lambda: self.on_first())
 
@@ -100,5 +109,5 @@ def leave_nothing_running() -> None:
 
 
 def _ignore_signals() -> None:
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)

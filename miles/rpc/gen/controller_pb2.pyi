@@ -222,7 +222,8 @@ class SubmitJobRequest(_message.Message):
     """The configuration, a JSON object with the flag names as keys."""
     only_new: _builtins.bool
     """Return a job that the same request_id stored before as it is, also when it has ended. Without this, a job that
-    failed or was stopped is resumed with this configuration.
+    failed, was stopped or was cancelled is resumed with this configuration, and so is one that has taken every step
+    when this configuration asks for more.
     """
     submitted_by: _builtins.str
     """Who submits it: the name of an API key; empty for the command line of the machine itself."""
@@ -251,13 +252,21 @@ class SubmitJobResponse(_message.Message):
     JOB_FIELD_NUMBER: _builtins.int
     CREATED_FIELD_NUMBER: _builtins.int
     DIFFERS_FIELD_NUMBER: _builtins.int
+    CHANGES_FIELD_NUMBER: _builtins.int
+    RESUMED_FIELD_NUMBER: _builtins.int
     created: _builtins.bool
     """True when this request stored the job, false when it had been stored before."""
     differs: _builtins.bool
     """True when the job had been stored before with another configuration than this request has."""
+    resumed: _builtins.bool
+    """True when the job had been stored before and goes on with this request's configuration."""
     @_builtins.property
     def job(self) -> _job_pb2.Job:
         """The job as stored."""
+
+    @_builtins.property
+    def changes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The settings that differ and that matter to what is computed, as "num_rollout 1 → 2"."""
 
     def __init__(
         self,
@@ -265,10 +274,12 @@ class SubmitJobResponse(_message.Message):
         job: _job_pb2.Job | None = ...,
         created: _builtins.bool = ...,
         differs: _builtins.bool = ...,
+        changes: _abc.Iterable[_builtins.str] | None = ...,
+        resumed: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["job", b"job"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["created", b"created", "differs", b"differs", "job", b"job"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["changes", b"changes", "created", b"created", "differs", b"differs", "job", b"job", "resumed", b"resumed"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -832,6 +843,7 @@ class DescribeRunResponse(_message.Message):
     JOBS_AHEAD_FIELD_NUMBER: _builtins.int
     SAVED_STEP_FIELD_NUMBER: _builtins.int
     SAVE_LIMIT_S_FIELD_NUMBER: _builtins.int
+    WAITS_FIELD_NUMBER: _builtins.int
     phase: _builtins.str
     """What the run does, e.g. "collecting", "training", "queued", "ended"."""
     waiting_for: _builtins.str
@@ -874,6 +886,10 @@ class DescribeRunResponse(_message.Message):
     def workers(self) -> _containers.RepeatedCompositeFieldContainer[Global___WorkerActivity]:
         """What each attached worker does or waits for, by its id."""
 
+    @_builtins.property
+    def waits(self) -> _containers.RepeatedCompositeFieldContainer[_job_pb2.Wait]:
+        """Everything that the job waits for, the most telling first."""
+
     def __init__(
         self,
         *,
@@ -894,10 +910,11 @@ class DescribeRunResponse(_message.Message):
         jobs_ahead: _builtins.int = ...,
         saved_step: _builtins.int | None = ...,
         save_limit_s: _builtins.float = ...,
+        waits: _abc.Iterable[_job_pb2.Wait] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_active_version", b"_active_version", "_saved_step", b"_saved_step", "active_version", b"active_version", "saved_step", b"saved_step"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_active_version", b"_active_version", "_saved_step", b"_saved_step", "active_version", b"active_version", "batch_size", b"batch_size", "consumed", b"consumed", "holds", b"holds", "jobs_ahead", b"jobs_ahead", "newest_version", b"newest_version", "pending", b"pending", "phase", b"phase", "ready", b"ready", "running", b"running", "save_limit_s", b"save_limit_s", "saved_step", b"saved_step", "since_unix_ns", b"since_unix_ns", "step", b"step", "training", b"training", "waiting_for", b"waiting_for", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_active_version", b"_active_version", "_saved_step", b"_saved_step", "active_version", b"active_version", "batch_size", b"batch_size", "consumed", b"consumed", "holds", b"holds", "jobs_ahead", b"jobs_ahead", "newest_version", b"newest_version", "pending", b"pending", "phase", b"phase", "ready", b"ready", "running", b"running", "save_limit_s", b"save_limit_s", "saved_step", b"saved_step", "since_unix_ns", b"since_unix_ns", "step", b"step", "training", b"training", "waiting_for", b"waiting_for", "waits", b"waits", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__active_version: _TypeAlias = _typing.Literal["active_version"]  # noqa: Y015
     _WhichOneofArgType__active_version: _TypeAlias = _typing.Literal["_active_version", b"_active_version"]  # noqa: Y015

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x12miles/v1/job.proto\x12\x08miles.v1\"\x8e\x02\n\x03Job\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12!\n\x05state\x18\x03 \x01(\x0e\x32\x12.miles.v1.JobState\x12\x13\n\x0b\x63onfig_json\x18\x04 \x01(\t\x12\x16\n\x0epolicy_version\x18\x05 \x01(\x04\x12\x13\n\x0bnum_rollout\x18\x06 \x01(\x04\x12\x19\n\x11submitted_unix_ns\x18\x07 \x01(\x04\x12\x17\n\x0fstarted_unix_ns\x18\x08 \x01(\x04\x12\x15\n\rended_unix_ns\x18\t \x01(\x04\x12\r\n\x05\x65rror\x18\n \x01(\t\x12\x14\n\x0csummary_json\x18\x0b \x01(\t\x12\x14\n\x0csubmitted_by\x18\x0c \x01(\t\"\xc1\x01\n\x08JobEvent\x12\x10\n\x08\x65vent_id\x18\x01 \x01(\t\x12\x0e\n\x06job_id\x18\x02 \x01(\t\x12\x0f\n\x07unix_ns\x18\x03 \x01(\x04\x12\x32\n\rstate_changed\x18\x04 \x01(\x0b\x32\x19.miles.v1.JobStateChangedH\x00\x12$\n\x07metrics\x18\x05 \x01(\x0b\x32\x11.miles.v1.MetricsH\x00\x12 \n\x03log\x18\x06 \x01(\x0b\x32\x11.miles.v1.LogLineH\x00\x42\x06\n\x04kind\"D\n\x0fJobStateChanged\x12!\n\x05state\x18\x01 \x01(\x0e\x32\x12.miles.v1.JobState\x12\x0e\n\x06reason\x18\x02 \x01(\t\"u\n\x07Metrics\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12-\n\x06values\x18\x02 \x03(\x0b\x32\x1d.miles.v1.Metrics.ValuesEntry\x1a-\n\x0bValuesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"J\n\x07LogLine\x12!\n\x05level\x18\x01 \x01(\x0e\x32\x12.miles.v1.LogLevel\x12\x0e\n\x06source\x18\x02 \x01(\t\x12\x0c\n\x04text\x18\x03 \x01(\t*\xf9\x01\n\x08JobState\x12\x19\n\x15JOB_STATE_UNSPECIFIED\x10\x00\x12\x14\n\x10JOB_STATE_QUEUED\x10\x01\x12\x16\n\x12JOB_STATE_STARTING\x10\x02\x12\x15\n\x11JOB_STATE_RUNNING\x10\x03\x12\x14\n\x10JOB_STATE_PAUSED\x10\x04\x12\x18\n\x14JOB_STATE_RECOVERING\x10\x05\x12\x17\n\x13JOB_STATE_SUCCEEDED\x10\x06\x12\x14\n\x10JOB_STATE_FAILED\x10\x07\x12\x17\n\x13JOB_STATE_CANCELLED\x10\x08\x12\x15\n\x11JOB_STATE_STOPPED\x10\t*e\n\x08LogLevel\x12\x19\n\x15LOG_LEVEL_UNSPECIFIED\x10\x00\x12\x12\n\x0eLOG_LEVEL_INFO\x10\x01\x12\x15\n\x11LOG_LEVEL_WARNING\x10\x02\x12\x13\n\x0fLOG_LEVEL_ERROR\x10\x03\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x12miles/v1/job.proto\x12\x08miles.v1\"\xad\x02\n\x03Job\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12!\n\x05state\x18\x03 \x01(\x0e\x32\x12.miles.v1.JobState\x12\x13\n\x0b\x63onfig_json\x18\x04 \x01(\t\x12\x16\n\x0epolicy_version\x18\x05 \x01(\x04\x12\x13\n\x0bnum_rollout\x18\x06 \x01(\x04\x12\x19\n\x11submitted_unix_ns\x18\x07 \x01(\x04\x12\x17\n\x0fstarted_unix_ns\x18\x08 \x01(\x04\x12\x15\n\rended_unix_ns\x18\t \x01(\x04\x12\r\n\x05\x65rror\x18\n \x01(\t\x12\x14\n\x0csummary_json\x18\x0b \x01(\t\x12\x14\n\x0csubmitted_by\x18\x0c \x01(\t\x12\x1d\n\x05waits\x18\r \x03(\x0b\x32\x0e.miles.v1.Wait\"v\n\x04Wait\x12\x0c\n\x04what\x18\x01 \x01(\t\x12\x0e\n\x06\x64\x65tail\x18\x02 \x01(\t\x12\x15\n\rsince_unix_ns\x18\x03 \x01(\x04\x12\x18\n\x10gives_up_unix_ns\x18\x04 \x01(\x04\x12\x0e\n\x06\x65nding\x18\x05 \x01(\t\x12\x0f\n\x07samples\x18\x06 \x01(\r\"\xc1\x01\n\x08JobEvent\x12\x10\n\x08\x65vent_id\x18\x01 \x01(\t\x12\x0e\n\x06job_id\x18\x02 \x01(\t\x12\x0f\n\x07unix_ns\x18\x03 \x01(\x04\x12\x32\n\rstate_changed\x18\x04 \x01(\x0b\x32\x19.miles.v1.JobStateChangedH\x00\x12$\n\x07metrics\x18\x05 \x01(\x0b\x32\x11.miles.v1.MetricsH\x00\x12 \n\x03log\x18\x06 \x01(\x0b\x32\x11.miles.v1.LogLineH\x00\x42\x06\n\x04kind\"D\n\x0fJobStateChanged\x12!\n\x05state\x18\x01 \x01(\x0e\x32\x12.miles.v1.JobState\x12\x0e\n\x06reason\x18\x02 \x01(\t\"u\n\x07Metrics\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12-\n\x06values\x18\x02 \x03(\x0b\x32\x1d.miles.v1.Metrics.ValuesEntry\x1a-\n\x0bValuesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"J\n\x07LogLine\x12!\n\x05level\x18\x01 \x01(\x0e\x32\x12.miles.v1.LogLevel\x12\x0e\n\x06source\x18\x02 \x01(\t\x12\x0c\n\x04text\x18\x03 \x01(\t*\xf9\x01\n\x08JobState\x12\x19\n\x15JOB_STATE_UNSPECIFIED\x10\x00\x12\x14\n\x10JOB_STATE_QUEUED\x10\x01\x12\x16\n\x12JOB_STATE_STARTING\x10\x02\x12\x15\n\x11JOB_STATE_RUNNING\x10\x03\x12\x14\n\x10JOB_STATE_PAUSED\x10\x04\x12\x18\n\x14JOB_STATE_RECOVERING\x10\x05\x12\x17\n\x13JOB_STATE_SUCCEEDED\x10\x06\x12\x14\n\x10JOB_STATE_FAILED\x10\x07\x12\x17\n\x13JOB_STATE_CANCELLED\x10\x08\x12\x15\n\x11JOB_STATE_STOPPED\x10\t*e\n\x08LogLevel\x12\x19\n\x15LOG_LEVEL_UNSPECIFIED\x10\x00\x12\x12\n\x0eLOG_LEVEL_INFO\x10\x01\x12\x15\n\x11LOG_LEVEL_WARNING\x10\x02\x12\x13\n\x0fLOG_LEVEL_ERROR\x10\x03\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,20 +33,22 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_METRICS_VALUESENTRY']._loaded_options = None
   _globals['_METRICS_VALUESENTRY']._serialized_options = b'8\001'
-  _globals['_JOBSTATE']._serialized_start=767
-  _globals['_JOBSTATE']._serialized_end=1016
-  _globals['_LOGLEVEL']._serialized_start=1018
-  _globals['_LOGLEVEL']._serialized_end=1119
+  _globals['_JOBSTATE']._serialized_start=918
+  _globals['_JOBSTATE']._serialized_end=1167
+  _globals['_LOGLEVEL']._serialized_start=1169
+  _globals['_LOGLEVEL']._serialized_end=1270
   _globals['_JOB']._serialized_start=33
-  _globals['_JOB']._serialized_end=303
-  _globals['_JOBEVENT']._serialized_start=306
-  _globals['_JOBEVENT']._serialized_end=499
-  _globals['_JOBSTATECHANGED']._serialized_start=501
-  _globals['_JOBSTATECHANGED']._serialized_end=569
-  _globals['_METRICS']._serialized_start=571
-  _globals['_METRICS']._serialized_end=688
-  _globals['_METRICS_VALUESENTRY']._serialized_start=643
-  _globals['_METRICS_VALUESENTRY']._serialized_end=688
-  _globals['_LOGLINE']._serialized_start=690
-  _globals['_LOGLINE']._serialized_end=764
+  _globals['_JOB']._serialized_end=334
+  _globals['_WAIT']._serialized_start=336
+  _globals['_WAIT']._serialized_end=454
+  _globals['_JOBEVENT']._serialized_start=457
+  _globals['_JOBEVENT']._serialized_end=650
+  _globals['_JOBSTATECHANGED']._serialized_start=652
+  _globals['_JOBSTATECHANGED']._serialized_end=720
+  _globals['_METRICS']._serialized_start=722
+  _globals['_METRICS']._serialized_end=839
+  _globals['_METRICS_VALUESENTRY']._serialized_start=794
+  _globals['_METRICS_VALUESENTRY']._serialized_end=839
+  _globals['_LOGLINE']._serialized_start=841
+  _globals['_LOGLINE']._serialized_end=915
 # @@protoc_insertion_point(module_scope)

@@ -113,6 +113,7 @@ class Job(_message.Message):
     ERROR_FIELD_NUMBER: _builtins.int
     SUMMARY_JSON_FIELD_NUMBER: _builtins.int
     SUBMITTED_BY_FIELD_NUMBER: _builtins.int
+    WAITS_FIELD_NUMBER: _builtins.int
     job_id: _builtins.str
     """Unique id, also the prefix of every key the job owns."""
     name: _builtins.str
@@ -137,6 +138,10 @@ class Job(_message.Message):
     """Results at the end (eval.before, eval.after, ...), a JSON object; empty before."""
     submitted_by: _builtins.str
     """Who submitted it: the name of an API key; empty for the command line of the machine itself."""
+    @_builtins.property
+    def waits(self) -> _containers.RepeatedCompositeFieldContainer[Global___Wait]:
+        """What the job waits for now; filled in by answers, never stored."""
+
     def __init__(
         self,
         *,
@@ -152,14 +157,57 @@ class Job(_message.Message):
         error: _builtins.str = ...,
         summary_json: _builtins.str = ...,
         submitted_by: _builtins.str = ...,
+        waits: _abc.Iterable[Global___Wait] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["config_json", b"config_json", "ended_unix_ns", b"ended_unix_ns", "error", b"error", "job_id", b"job_id", "name", b"name", "num_rollout", b"num_rollout", "policy_version", b"policy_version", "started_unix_ns", b"started_unix_ns", "state", b"state", "submitted_by", b"submitted_by", "submitted_unix_ns", b"submitted_unix_ns", "summary_json", b"summary_json"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["config_json", b"config_json", "ended_unix_ns", b"ended_unix_ns", "error", b"error", "job_id", b"job_id", "name", b"name", "num_rollout", b"num_rollout", "policy_version", b"policy_version", "started_unix_ns", b"started_unix_ns", "state", b"state", "submitted_by", b"submitted_by", "submitted_unix_ns", b"submitted_unix_ns", "summary_json", b"summary_json", "waits", b"waits"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Job: _TypeAlias = Job  # noqa: Y015
+
+@_typing.final
+class Wait(_message.Message):
+    """One thing that is waited for."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WHAT_FIELD_NUMBER: _builtins.int
+    DETAIL_FIELD_NUMBER: _builtins.int
+    SINCE_UNIX_NS_FIELD_NUMBER: _builtins.int
+    GIVES_UP_UNIX_NS_FIELD_NUMBER: _builtins.int
+    ENDING_FIELD_NUMBER: _builtins.int
+    SAMPLES_FIELD_NUMBER: _builtins.int
+    what: _builtins.str
+    """What is waited for, in words, e.g. "reward service 'math' at host:9300"."""
+    detail: _builtins.str
+    """What is known of it, e.g. the words of the last error; may be empty."""
+    since_unix_ns: _builtins.int
+    """Since when, in nanoseconds since the Unix epoch."""
+    gives_up_unix_ns: _builtins.int
+    """When waiting ends by itself, in nanoseconds since the Unix epoch; 0 when it has no bound."""
+    ending: _builtins.str
+    """What happens then or, of a wait without a bound, how to end it."""
+    samples: _builtins.int
+    """Samples that wait, a count; 0 where they are not counted."""
+    def __init__(
+        self,
+        *,
+        what: _builtins.str = ...,
+        detail: _builtins.str = ...,
+        since_unix_ns: _builtins.int = ...,
+        gives_up_unix_ns: _builtins.int = ...,
+        ending: _builtins.str = ...,
+        samples: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["detail", b"detail", "ending", b"ending", "gives_up_unix_ns", b"gives_up_unix_ns", "samples", b"samples", "since_unix_ns", b"since_unix_ns", "what", b"what"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Wait: _TypeAlias = Wait  # noqa: Y015
 
 @_typing.final
 class JobEvent(_message.Message):

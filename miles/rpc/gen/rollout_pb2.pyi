@@ -8,6 +8,7 @@ from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from miles.rpc.gen import job_pb2 as _job_pb2
 from miles.rpc.gen import sample_pb2 as _sample_pb2
 import builtins as _builtins
 import sys
@@ -557,6 +558,7 @@ class RunProgress(_message.Message):
     GENERATED_TOKENS_FIELD_NUMBER: _builtins.int
     BUSY_S_FIELD_NUMBER: _builtins.int
     VERSION_FIELD_NUMBER: _builtins.int
+    WAITS_FIELD_NUMBER: _builtins.int
     running_requests: _builtins.int
     """Requests decoding now, a count."""
     waiting_requests: _builtins.int
@@ -567,6 +569,10 @@ class RunProgress(_message.Message):
     """Time spent generating, since the engine started, in seconds."""
     version: _builtins.int
     """Policy version the engine serves; absent before the first."""
+    @_builtins.property
+    def waits(self) -> _containers.RepeatedCompositeFieldContainer[_job_pb2.Wait]:
+        """What the worker's groups wait for outside the engine, e.g. a reward service."""
+
     def __init__(
         self,
         *,
@@ -575,10 +581,11 @@ class RunProgress(_message.Message):
         generated_tokens: _builtins.int = ...,
         busy_s: _builtins.float = ...,
         version: _builtins.int | None = ...,
+        waits: _abc.Iterable[_job_pb2.Wait] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_version", b"_version", "version", b"version"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_version", b"_version", "busy_s", b"busy_s", "generated_tokens", b"generated_tokens", "running_requests", b"running_requests", "version", b"version", "waiting_requests", b"waiting_requests"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_version", b"_version", "busy_s", b"busy_s", "generated_tokens", b"generated_tokens", "running_requests", b"running_requests", "version", b"version", "waiting_requests", b"waiting_requests", "waits", b"waits"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__version: _TypeAlias = _typing.Literal["version"]  # noqa: Y015
     _WhichOneofArgType__version: _TypeAlias = _typing.Literal["_version", b"_version"]  # noqa: Y015
@@ -601,6 +608,7 @@ class GroupFinished(_message.Message):
     OLDEST_VERSION_FIELD_NUMBER: _builtins.int
     STATS_FIELD_NUMBER: _builtins.int
     GROUP_FIELD_NUMBER: _builtins.int
+    EXAMPLE_FIELD_NUMBER: _builtins.int
     group_id: _builtins.int
     """The group of the lease."""
     attempt: _builtins.int
@@ -623,6 +631,10 @@ class GroupFinished(_message.Message):
     def group(self) -> _sample_pb2.SampleGroup:
         """The scored samples, for evaluation only."""
 
+    @_builtins.property
+    def example(self) -> Global___ScoredExample:
+        """One of its samples, when the group was dropped or its rewards are all equal; absent for evaluation."""
+
     def __init__(
         self,
         *,
@@ -635,14 +647,51 @@ class GroupFinished(_message.Message):
         oldest_version: _builtins.int = ...,
         stats: Global___GroupStats | None = ...,
         group: _sample_pb2.SampleGroup | None = ...,
+        example: Global___ScoredExample | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["group", b"group", "stats", b"stats"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["example", b"example", "group", b"group", "stats", b"stats"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "entry_id", b"entry_id", "group", b"group", "group_id", b"group_id", "oldest_version", b"oldest_version", "purpose", b"purpose", "reason", b"reason", "stats", b"stats", "verdict", b"verdict"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "entry_id", b"entry_id", "example", b"example", "group", b"group", "group_id", b"group_id", "oldest_version", b"oldest_version", "purpose", b"purpose", "reason", b"reason", "stats", b"stats", "verdict", b"verdict"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GroupFinished: _TypeAlias = GroupFinished  # noqa: Y015
+
+@_typing.final
+class ScoredExample(_message.Message):
+    """One scored sample of a group, cut short, to show to people."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROMPT_FIELD_NUMBER: _builtins.int
+    RESPONSE_FIELD_NUMBER: _builtins.int
+    LABEL_FIELD_NUMBER: _builtins.int
+    REWARDS_FIELD_NUMBER: _builtins.int
+    prompt: _builtins.str
+    """Prompt as text."""
+    response: _builtins.str
+    """Response as text."""
+    label: _builtins.str
+    """Label; empty when the sample has none."""
+    @_builtins.property
+    def rewards(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """Reward of each sample of the group that has one."""
+
+    def __init__(
+        self,
+        *,
+        prompt: _builtins.str = ...,
+        response: _builtins.str = ...,
+        label: _builtins.str = ...,
+        rewards: _abc.Iterable[_builtins.float] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["label", b"label", "prompt", b"prompt", "response", b"response", "rewards", b"rewards"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ScoredExample: _TypeAlias = ScoredExample  # noqa: Y015
 
 @_typing.final
 class GroupStats(_message.Message):

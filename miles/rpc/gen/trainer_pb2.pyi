@@ -69,6 +69,7 @@ class TrainerStartJobRequest(_message.Message):
     REDIS_URL_FIELD_NUMBER: _builtins.int
     WEIGHTSYNC_ADDRESS_FIELD_NUMBER: _builtins.int
     RUN_DIR_FIELD_NUMBER: _builtins.int
+    DATA_JSON_FIELD_NUMBER: _builtins.int
     job_id: _builtins.str
     """The job to load."""
     config_json: _builtins.str
@@ -79,6 +80,8 @@ class TrainerStartJobRequest(_message.Message):
     """host:port of the weight-sync service."""
     run_dir: _builtins.str
     """Folder of the job's run; checkpoints lie below it unless the configuration says otherwise."""
+    data_json: _builtins.str
+    """Identity of the prompts and of their order, a JSON object as docs/data.md describes it; empty when the job has none."""
     def __init__(
         self,
         *,
@@ -87,10 +90,11 @@ class TrainerStartJobRequest(_message.Message):
         redis_url: _builtins.str = ...,
         weightsync_address: _builtins.str = ...,
         run_dir: _builtins.str = ...,
+        data_json: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["config_json", b"config_json", "job_id", b"job_id", "redis_url", b"redis_url", "run_dir", b"run_dir", "weightsync_address", b"weightsync_address"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["config_json", b"config_json", "data_json", b"data_json", "job_id", b"job_id", "redis_url", b"redis_url", "run_dir", b"run_dir", "weightsync_address", b"weightsync_address"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -134,15 +138,23 @@ class TrainerReady(_message.Message):
     CONSUMED_BELOW_FIELD_NUMBER: _builtins.int
     CONSUMED_GROUP_IDS_FIELD_NUMBER: _builtins.int
     CHECKPOINT_DIR_FIELD_NUMBER: _builtins.int
+    DATA_BEGINS_AT_FIELD_NUMBER: _builtins.int
+    NOTES_FIELD_NUMBER: _builtins.int
     step: _builtins.int
     """Training steps that the loaded weights have seen; also their policy version."""
     consumed_below: _builtins.int
     """Every group with an id below this was trained on or dropped by the time of the checkpoint."""
     checkpoint_dir: _builtins.str
     """Folder of the checkpoint that was loaded; empty for the initial weights."""
+    data_begins_at: _builtins.int
+    """Group that has the first prompt of the data set; above 0 when the data set has changed since groups began."""
     @_builtins.property
     def consumed_group_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Groups at or above consumed_below that were trained on or dropped as well."""
+
+    @_builtins.property
+    def notes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """What a person should know of how the job was loaded, e.g. settings that differ from the checkpoint's."""
 
     def __init__(
         self,
@@ -151,10 +163,12 @@ class TrainerReady(_message.Message):
         consumed_below: _builtins.int = ...,
         consumed_group_ids: _abc.Iterable[_builtins.int] | None = ...,
         checkpoint_dir: _builtins.str = ...,
+        data_begins_at: _builtins.int = ...,
+        notes: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint_dir", b"checkpoint_dir", "consumed_below", b"consumed_below", "consumed_group_ids", b"consumed_group_ids", "step", b"step"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint_dir", b"checkpoint_dir", "consumed_below", b"consumed_below", "consumed_group_ids", b"consumed_group_ids", "data_begins_at", b"data_begins_at", "notes", b"notes", "step", b"step"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

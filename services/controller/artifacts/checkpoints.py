@@ -8,22 +8,14 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from miles.checkpoint_folder import RECORD_FILE, step_of
+from miles.ownership import owner_file
+from miles.ownership.place import STEP, stepless
 from miles.rpc.gen import records_pb2
 from miles.services.controller.errors import NotFoundError
 
 CHUNK_BYTES = 1 << 20
-_STATE_FOLDER = re.compile(r"step_(\d{8,})")
-_STATE_RECORD = "trainer.json"
-"""Written last: a folder that has it is complete."""
 _EXPORT_RECORD = "config.json"
-_STEP = "{rollout_id}"
-"""Stands for the step in the setting save_hf."""
-
-
-def step_of(folder: str) -> int | None:
-    """Return the training steps that a checkpoint covers, by its folder's name; None for another folder."""
-    match = _STATE_FOLDER.fullmatch(pathlib.Path(folder).name)
-    return None if match is None else int(match[1])
 
 
 class UnknownFileError(NotFoundError):
@@ -40,7 +32,8 @@ class CheckpointFiles:
         """`settings` is the job's flat configuration."""
         run_dir = pathlib.Path(settings["run_dir"])
         self._states = pathlib.Path(settings.get("save") or run_dir / "checkpoints")
-        self._export_template = settings.get("save_hf") or str(run_dir / "hf" / _STEP)
+        save_hf = settings.get("save_hf")
+        self._export_template = stepless(save_hf) if save_hf else str(run_dir / "hf" / STEP)
 
     def find(self) -> list[records_pb2.Checkpoint]:
         """Return every checkpoint, newest first."""
@@ -48,7 +41,7 @@ class CheckpointFiles:
         for step, folder in self._state_folders():
             checkpoint = found.setdefault(step, records_pb2.Checkpoint(step=step))
             checkpoint.state_bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-            checkpoint.saved_unix_ns = (folder / _STATE_RECORD).stat().st_mtime_ns
+            checkpoint.saved_unix_ns = (folder / RECORD_FILE).stat().st_mtime_ns
         for step, folder in self._export_folders():
             checkpoint = found.setdefault(step, records_pb2.Checkpoint(step=step))
             checkpoint.hf_files.extend(_files(folder))
@@ -67,12 +60,12 @@ class CheckpointFiles:
         if not self._states.is_dir():
             return
         for path in self._states.iterdir():
-            match = _STATE_FOLDER.fullmatch(path.name)
-            if match and (path / _STATE_RECORD).is_file():
-                yield int(match[1]), path
+            step = step_of(path)
+            if step is not None and (path / RECORD_FILE).is_file():
+                yield step, path
 
     def _export_folders(self) -> Iterator[tuple[int, pathlib.Path]]:
-        parts = self._export_template.split(_STEP)
+        parts = self._export_template.split(STEP)
         if len(parts) == 1:
             return  # every export replaces the one before; its step is not written anywhere
         pattern = "*".join(glob.escape(part) for part in parts)
@@ -89,7 +82,7 @@ def _files(folder: pathlib.Path) -> list[records_pb2.ExportFile]:
     return [
         records_pb2.ExportFile(name=path.name, size_bytes=path.stat().st_size)
         for path in sorted(folder.iterdir())
-        if path.is_file() and not path.is_symlink()
+        if path.is_file() and not path.is_symlink() and path.name != owner_file.NAME
     ]
 
 

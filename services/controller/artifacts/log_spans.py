@@ -6,16 +6,24 @@ stopped and resumed has several stretches.
 
 from __future__ import annotations
 
-import contextlib
 import json
+import logging
 import pathlib
+from typing import Any, TypeAlias
+
+from miles.regular_files import open_to_read, replace_file
+
+logger = logging.getLogger(__name__)
 
 NAME = "log_spans.json"
 _OF_NO_JOB = frozenset({"gateway"})
 """Logs of services that never work for one job alone: their lines name whatever job a request was about."""
+_MAX_BYTES = 16 << 20
 
 Span = tuple[int, int]
 """Beginning and end of a stretch, in bytes."""
+Stretch: TypeAlias = dict[str, dict[str, int] | None]
+"""Lengths of the logs when a stretch began and ended; None for an end that has not come."""
 
 
 class LogSpans:
@@ -53,16 +61,30 @@ class LogSpans:
         return spans
 
     def _sizes(self) -> dict[str, int]:
-        return {path.stem: path.stat().st_size for path in self._log_dir.glob("*.log")}
+        return {path.stem: path.stat().st_size for path in self._log_dir.glob("*.log") if path.is_file()}
 
-    def _read(self) -> list[dict[str, dict[str, int] | None]]:
-        stretches: list[dict[str, dict[str, int] | None]] = []
-        with contextlib.suppress(FileNotFoundError):
-            stretches = json.loads(self._path.read_text())
-        return stretches
+    def _read(self) -> list[Stretch]:
+        """Return the stretches; none when the file cannot be read, as after a power cut: the job can do without."""
+        try:
+            with open_to_read(self._path) as file:
+                stretches = json.loads(file.read(_MAX_BYTES))
+        except FileNotFoundError:
+            return []
+        except (OSError, ValueError, RecursionError) as error:
+            logger.warning("%s cannot be read (%s): earlier lines of the job's logs are not known", self._path, error)
+            return []
+        if isinstance(stretches, list) and all(map(_is_stretch, stretches)):
+            return stretches
+        logger.warning("%s holds something else: earlier lines of the job's logs are not known", self._path)
+        return []
 
-    def _write(self, stretches: list[dict[str, dict[str, int] | None]]) -> None:
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self._path.with_suffix(".tmp")
-        partial.write_text(json.dumps(stretches) + "\n")
-        partial.replace(self._path)
+    def _write(self, stretches: list[Stretch]) -> None:
+        replace_file(self._path, json.dumps(stretches) + "\n")
+
+
+def _is_stretch(value: Any) -> bool:
+    """Return whether this is {"begin": sizes, "end": sizes or null}."""
+    if not isinstance(value, dict) or not {"begin", "end"} <= set(value):
+        return False
+    sizes = [value["begin"], value["end"] or {}]
+    return all(isinstance(each, dict) and all(type(size) is int for size in each.values()) for each in sizes)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import json
 import math
 import os
 import pathlib
 from collections.abc import Iterable, Sequence
 
+from miles.regular_files import open_to_read
 from miles.rpc.gen import records_pb2
+from miles.telemetry.metrics import MAX_LINE_BYTES, parse_line
 
 
 @dataclasses.dataclass(slots=True)
@@ -36,8 +37,8 @@ class MetricLog:
     def refresh(self) -> None:
         """Read what was written since the last call; all of it when the file was replaced."""
         try:
-            opened = self._path.open("rb")
-        except FileNotFoundError:
+            opened = open_to_read(self._path)
+        except OSError:  # it is not there yet, or something else is in its place
             self._forget()
             return
         with opened as file:
@@ -46,11 +47,12 @@ class MetricLog:
                 self._forget()
                 self._file = (state.st_dev, state.st_ino)
             file.seek(self._offset)
-            for line in file:
-                if not line.endswith(b"\n"):
-                    break
+            while line := file.readline(MAX_LINE_BYTES):
+                if not line.endswith(b"\n") and len(line) < MAX_LINE_BYTES:
+                    break  # it is being written
                 self._offset += len(line)
-                self._add(json.loads(line))
+                if (parsed := parse_line(line)) is not None:
+                    self._add(parsed)
 
     @property
     def names(self) -> list[str]:

@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from miles.regular_files import open_to_read
 from miles.rpc.gen import records_pb2, sample_pb2
 from miles.services.controller.errors import BadPageToken, NotFoundError
 
@@ -85,12 +86,7 @@ def find_sample(run_dir: pathlib.Path, key: SampleKey) -> tuple[records_pb2.Samp
 
 
 def _find_tokens(path: pathlib.Path, group_id: int, index: int) -> dict[str, Any] | None:
-    if not path.exists():
-        return None
-    beginning = f'{{"group_id":{group_id},"index":{index},'
-    with path.open(encoding="utf-8") as lines:
-        found: dict[str, Any] | None = next((json.loads(line) for line in lines if line.startswith(beginning)), None)
-    return found
+    return next((line for line in _lines(path) if (line.get("group_id"), line.get("index")) == (group_id, index)), None)
 
 
 def _parse_token(token: str) -> SampleKey:
@@ -114,14 +110,28 @@ def _read_step(paths: list[pathlib.Path]) -> list[records_pb2.SampleRecord]:
 
 
 def _read_file(path: pathlib.Path) -> Iterator[records_pb2.SampleRecord]:
+    for group in _lines(path):
+        for sample in group.get("samples", ()):
+            try:
+                yield _to_record(group, sample)
+            except (KeyError, TypeError, ValueError):  # not what a trainer writes
+                continue
+
+
+def _lines(path: pathlib.Path) -> Iterator[dict[str, Any]]:
+    """Yield the lines of a file that are JSON objects; none when a run that resumed from an earlier step removed it."""
     try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:  # removed by a run that resumed from an earlier step
+        with open_to_read(path) as file:
+            data = file.read()
+    except OSError:
         return
-    for line in text.splitlines():
-        group = json.loads(line)
-        for sample in group["samples"]:
-            yield _to_record(group, sample)
+    for line in data.splitlines():
+        try:
+            parsed = json.loads(line)
+        except (ValueError, RecursionError):  # spoiled by a power cut
+            continue
+        if isinstance(parsed, dict):
+            yield parsed
 
 
 def _to_record(group: dict[str, Any], sample: dict[str, Any]) -> records_pb2.SampleRecord:

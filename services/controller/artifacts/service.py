@@ -18,8 +18,9 @@ from miles.services.controller.artifacts.checkpoints import CheckpointFiles
 from miles.services.controller.artifacts.log_spans import LogSpans
 from miles.services.controller.artifacts.metrics import MetricLog
 from miles.services.controller.artifacts.token_tables import TokenTables
-from miles.services.controller.errors import ending_call
+from miles.services.controller.errors import NotPossibleNowError, ending_call
 from miles.services.controller.jobs.history import METRICS_NAME
+from miles.services.controller.jobs.records import is_unreadable
 from miles.services.controller.jobs.store import JobStore, check_event_id
 from miles.services.controller.status import timeline
 
@@ -126,7 +127,10 @@ class RecordsServicer(records_pb2_grpc.RecordsServiceServicer):
 
     async def _settings(self, job_id: str, context: Context) -> dict[str, Any]:
         async with ending_call(context):
-            settings: dict[str, Any] = json.loads((await self._store.get(job_id)).config_json)
+            job = await self._store.get(job_id)
+            if is_unreadable(job):
+                raise NotPossibleNowError(job.error)
+            settings: dict[str, Any] = json.loads(job.config_json)
         return settings
 
     async def _run_dir(self, job_id: str, context: Context) -> pathlib.Path:

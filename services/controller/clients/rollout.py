@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncIterator, Callable
 
 from miles.rpc import connected
@@ -35,6 +36,10 @@ class RolloutClient:
         """Why the engine serves nothing; empty while it serves, and before its first weights."""
         self.refused_weights = False
         """Whether that is because its model cannot take the trainer's weights."""
+        self.stage = ""
+        """What the worker said last while it loads the job."""
+        self.loading_since_s: float | None = None
+        """When it was asked to load the job, in seconds since the Unix epoch; None while it does not load."""
         self.progress = rollout_pb2.RunProgress()
         self._context = context
         self._weightsync_address = weightsync_address
@@ -82,8 +87,11 @@ class RolloutClient:
             weightsync_address=self._weightsync_address,
             reward_addresses=self.reward_addresses,
         )
+        self.stage, self.loading_since_s = "", time.time()
         async for message in stream(stub.StartJob(request), f"{what} start", deadlines.START_JOB_SILENCE_S):
             logger.info("%s: %s", what, message.stage)
+            self.stage = message.stage
+        self.loading_since_s = None
 
     def lease(self, lease: rollout_pb2.GroupLease) -> None:
         """Lease a group to the worker."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
+import time
 from collections.abc import AsyncIterable, Coroutine, Sequence
 from typing import Any, TypeVar
 
@@ -32,6 +34,10 @@ class TrainerClient:
         self._weightsync_address = weightsync_address
         self._channel = connect(worker.registration.address)
         self._stub = trainer_pb2_grpc.TrainerServiceStub(self._channel)
+        self.stage = ""
+        """What the trainer said last of what it loads or trains."""
+        self.loading_since_s: float | None = None
+        """When it was asked to load the job, in seconds since the Unix epoch; None while it does not load."""
 
     @property
     def worker_id(self) -> str:
@@ -71,12 +77,16 @@ class TrainerClient:
             redis_url=self._context.redis_url,
             weightsync_address=self._weightsync_address,
             run_dir=str(self._context.run_dir),
+            data_json=json.dumps(self._context.data),
         )
         messages: AsyncIterable[trainer_pb2.TrainerStartJobResponse] = self._stub.StartJob(request)
+        self.stage, self.loading_since_s = "", time.time()
         async for message in stream(messages, "trainer start", deadlines.START_JOB_SILENCE_S):
             if message.HasField("ready"):
+                self.loading_since_s = None
                 return message.ready
             logger.info("trainer: %s", message.stage)
+            self.stage = message.stage
         raise WorkerLostError("trainer start: the stream ended before the trainer was ready")
 
     async def train(
@@ -97,11 +107,13 @@ class TrainerClient:
             deadline_ms=int(deadlines.GROUPS_IN_QUEUE_S * 1000),
         )
         messages: AsyncIterable[trainer_pb2.TrainResponse] = self._stub.Train(request)
+        self.stage = ""
         async for message in stream(messages, f"training step {step}", deadlines.TRAIN_SILENCE_S):
             if message.HasField("done"):
                 return message.done
             if message.phase == trainer_pb2.TRAIN_PHASE_ABANDONED:
                 raise StepAbandonedError(f"training step {step} was abandoned")
+            self.stage = _words(message)
         raise WorkerLostError(f"training step {step}: the stream ended before the step was done")
 
     async def abandon(self, step: int) -> bool:
@@ -132,3 +144,18 @@ class TrainerClient:
         """Release everything that the trainer holds of the job."""
         request = trainer_pb2.TrainerStopJobRequest(job_id=self._context.job_id)
         await call(self._stub.StopJob(request), "trainer stop", deadlines.STOP_JOB_S)
+
+
+_PHASES = {
+    trainer_pb2.TRAIN_PHASE_WAITING: "waiting for the step's groups to appear in the queue",
+    trainer_pb2.TRAIN_PHASE_LOG_PROBS: "computing log-probs",
+    trainer_pb2.TRAIN_PHASE_FORWARD_BACKWARD: "forward and backward passes",
+    trainer_pb2.TRAIN_PHASE_OPTIMIZER: "updating the parameters",
+}
+
+
+def _words(progress: trainer_pb2.TrainResponse) -> str:
+    phase = _PHASES.get(progress.phase, "")
+    if not progress.micro_batches:
+        return phase
+    return f"{phase}, {progress.micro_batches_done} of {progress.micro_batches} micro-batches done"

@@ -19,7 +19,7 @@ def check_config(config_json: str, refused: Collection[str]) -> list[Fault]:
     Settings that were `refused` already are not checked; faults that concern them are left out.
     """
     flat: Any = None
-    with contextlib.suppress(ValueError):
+    with contextlib.suppress(ValueError, RecursionError):
         flat = json.loads(config_json)
     if not isinstance(flat, dict):
         try:

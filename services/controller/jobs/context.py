@@ -6,7 +6,8 @@ import dataclasses
 import functools
 import json
 import pathlib
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from miles.config import JobConfig
@@ -21,6 +22,8 @@ class JobContext:
     redis_url: str
     run_dir: pathlib.Path
     """Folder of the run's metrics, summary and checkpoints."""
+    data: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """Identity of the prompts and their order (`PromptSource.identity`); empty before they are read."""
 
     @functools.cached_property
     def config_json(self) -> str:

@@ -9,9 +9,11 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+from miles.regular_files import replace_file
 from miles.rpc.gen import job_pb2
 from miles.services.controller.jobs.context import JobContext
-from miles.services.controller.jobs.store import ENDED, JobStore
+from miles.services.controller.jobs.records import ENDED
+from miles.services.controller.jobs.store import JobStore
 from miles.services.controller.status import timeline
 from miles.services.controller.status.timeline import TimelineWriter
 from miles.telemetry import MetricsWriter, read_metrics
@@ -19,6 +21,8 @@ from miles.telemetry.redaction import redact
 
 SUMMARY_NAME = "summary.json"
 METRICS_NAME = "metrics.jsonl"
+LAST_EVALUATED = "last_evaluated_version"
+"""Key in a job's summary: the newest version whose evaluation is recorded."""
 
 
 class JobHistory:
@@ -33,7 +37,10 @@ class JobHistory:
         self.timeline = TimelineWriter(context.run_dir / timeline.NAME)
 
     def open_metrics(self, first_step: int) -> None:
-        """Begin to write metrics at a step; discards what an interrupted run wrote of it and of later ones."""
+        """Begin to write metrics at a step; discards what an interrupted run wrote of it and of later ones.
+
+        The evaluation of the version that the step begins with stays: it is not repeated.
+        """
         if self._writer is not None:
             self._writer.close()
         telemetry, run_dir = self._context.config.telemetry, self._context.run_dir
@@ -42,6 +49,7 @@ class JobHistory:
             run_dir / METRICS_NAME,
             first_step,
             tensorboard / (telemetry.tb_experiment_name or self.job.name) if telemetry.use_tensorboard else None,
+            keep_evaluation=self.summary.get(LAST_EVALUATED, -1) >= first_step,
         )
 
     def recorded_steps(self, name: str) -> set[int]:
@@ -75,14 +83,13 @@ class JobHistory:
         await self.save(job_pb2.JobEvent(job_id=self.job.job_id, state_changed=changed))
 
     async def save(self, event: job_pb2.JobEvent | None = None) -> None:
-        """Write the record to Redis, with an event that belongs to it, and the summary to the run folder."""
+        """Write the record to Redis, with an event that belongs to it, and then the summary to the run folder.
+
+        Raises OSError when the run folder cannot be written; the record is stored by then.
+        """
         self.job.summary_json = json.dumps(self.summary)
         await self._store.put(self.job, event)
-        path = self._context.run_dir / SUMMARY_NAME
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".tmp")
-        partial.write_text(json.dumps(self.summary, indent=2) + "\n")
-        partial.replace(path)
+        replace_file(self._context.run_dir / SUMMARY_NAME, json.dumps(self.summary, indent=2) + "\n")
 
     def close(self) -> None:
         """Close the files of metrics and activity."""

@@ -40,7 +40,19 @@ def _lacking_reward(config: Mapping[str, Any], supply: Supply) -> str:
     name = config["rm_type"] or config["custom_rm_path"]
     if not name or any(service.startswith("default=") for service in config["reward_service"] or ()):
         return ""
-    names = {name, name.rpartition(".")[2]}  # a function is served under its own name
-    if any(not served or names.intersection(served) for served in supply.rewards):
+    if any(serves(served, name) for served in supply.rewards):
         return ""
-    return f"a reward worker that serves {name}"
+    return missing_reward(name)
+
+
+def serves(served: Collection[str], reward: str) -> bool:
+    """Return whether a reward worker that reports these names serves a reward; one that reports none serves any."""
+    return not served or reward in served or reward.rpartition(".")[2] in served  # a function has its own name
+
+
+def missing_reward(reward: str) -> str:
+    """Name a reward that no worker serves, and the way out."""
+    if "." not in reward:
+        return f"a reward worker that serves {reward}"
+    start = f"python -m miles.services.reward --custom-rm-path {reward} --controller HOST:PORT"
+    return f"a reward worker that serves {reward} (give miles serve --custom-rm-path {reward}, or start one: {start})"

@@ -3,30 +3,40 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import json
 import logging
 import pathlib
+import time
+from collections.abc import AsyncIterator
 
 import redis.asyncio
 
+from miles.checkpoint_folder import step_of
 from miles.config import ConfigError, JobConfig
-from miles.data import DataError, PromptSource, eval_sources, train_source
+from miles.data import DataError, PromptSource, eval_sources, parse_file_slice, train_source
 from miles.data.template import load_tokenizer
+from miles.ownership.claim import claimed
 from miles.queue import GroupQueue
 from miles.queue.backpressure import TRANSIENT
 from miles.rpc.gen import job_pb2
-from miles.services.controller.artifacts.checkpoints import step_of
 from miles.services.controller.artifacts.log_spans import LogSpans
 from miles.services.controller.clients.calls import WorkerFailedError, WorkerLostError
 from miles.services.controller.jobs.context import JobContext
 from miles.services.controller.jobs.controls import JobCancelledError, JobControls, JobStoppedError
 from miles.services.controller.jobs.history import JobHistory
+from miles.services.controller.jobs.records import ENDED
+from miles.services.controller.jobs.reward_services import check_reward_services
 from miles.services.controller.jobs.store import JobStore
 from miles.services.controller.run.recovery import run_to_end
 from miles.services.controller.run.setup import RunSetup
 from miles.services.controller.status.run_status import RunStatus
+from miles.services.controller.status.tell_waits import tell_waits
+from miles.services.controller.status.worker_activity import WorkerActivities
 from miles.services.controller.workers.registry import WorkerRegistry
+from miles.tasks import cancelled_at_end
+from miles.telemetry.redaction import redact
 
 logger = logging.getLogger(__name__)
 
@@ -49,12 +59,28 @@ class JobRunner:
         self._redis_url = redis_url
         self._log_dir = log_dir
         self.status: RunStatus | None = None
-        """What the current run does; None before its data is read."""
+        """What the current run does; None while there is none."""
 
     async def run(self, job: job_pb2.Job, controls: JobControls) -> None:
-        """Run the job until it has ended. Cancellation leaves the record as it is, so that the job can be resumed."""
-        config = JobConfig.from_flat(json.loads(job.config_json))
-        context = JobContext(job.job_id, config, self._redis_url, pathlib.Path(config.services.run_dir))
+        """Run the job until it has ended. Cancellation leaves the record as it is, so that the job can be resumed.
+
+        Whatever is wrong with its record, its folders or its data ends this job alone.
+        """
+        try:
+            config = JobConfig.from_flat(json.loads(job.config_json))
+            context = JobContext(job.job_id, config, self._redis_url, pathlib.Path(config.services.run_dir))
+            services, checkpoint = config.services, config.checkpoint
+            claim = claimed(services.run_dir, checkpoint.save, checkpoint.save_hf, checkpoint.load, job.job_id)
+            async with _in_thread(claim):
+                await self._run_to_end(job, context, controls)
+        except TRANSIENT:
+            raise  # without Redis nothing can be recorded; the job is resumed once it is back
+        except Exception as error:
+            logger.exception("job %s failed", job.job_id)
+            if job.state not in ENDED:
+                await self._fail(job, str(error) if isinstance(error, OSError | ConfigError) else f"{error!r}")
+
+    async def _run_to_end(self, job: job_pb2.Job, context: JobContext, controls: JobControls) -> None:
         history = JobHistory(self._store, job, context)
         spans = LogSpans(context.run_dir, self._log_dir or context.run_dir / "logs")
         await asyncio.to_thread(spans.begin)
@@ -70,7 +96,7 @@ class JobRunner:
             logger.exception("job %s failed", job.job_id)
             state, reason = job_pb2.JOB_STATE_FAILED, str(error)
         except TRANSIENT:
-            raise  # without Redis nothing can be recorded; the job is resumed once it is back
+            raise
         except Exception as error:
             logger.exception("job %s failed with an unexpected error", job.job_id)
             state, reason = job_pb2.JOB_STATE_FAILED, f"{type(error).__name__}: {error}"
@@ -78,11 +104,45 @@ class JobRunner:
             history.close()
         if state == job_pb2.JOB_STATE_FAILED:
             await history.log(job_pb2.LOG_LEVEL_ERROR, "controller", reason)
-        await asyncio.to_thread(spans.end)
+        try:
+            await asyncio.to_thread(spans.end)
+        except OSError as error:  # a job ends without its stretch of the logs, too
+            logger.warning("the end of job %s in the logs is not known: %s", job.job_id, error)
         await history.state(state, reason)
 
+    async def _fail(self, job: job_pb2.Job, reason: str) -> None:
+        """Record the end of a job whose run folder or record cannot be used: in Redis alone."""
+        job.state, job.error, job.ended_unix_ns = job_pb2.JOB_STATE_FAILED, redact(reason), time.time_ns()
+        line = job_pb2.LogLine(level=job_pb2.LOG_LEVEL_ERROR, source="controller", text=job.error)
+        await self._store.add_event(job_pb2.JobEvent(job_id=job.job_id, log=line))
+        changed = job_pb2.JobStateChanged(state=job.state, reason=job.error)
+        await self._store.put(job, job_pb2.JobEvent(job_id=job.job_id, state_changed=changed))
+
     async def _run(self, context: JobContext, history: JobHistory, controls: JobControls) -> None:
+        activities = WorkerActivities(history.timeline.add)
+        status = RunStatus(activities, self._registry, context.config.cluster.rollout_num_workers)
+        self.status = status
+        telling = asyncio.create_task(tell_waits(status, history, context.config.data.rollout_batch_size))
+        try:
+            async with cancelled_at_end(telling):
+                await self._run_described(context, history, controls, activities, status)
+        finally:
+            self.status = None
+
+    async def _run_described(
+        self,
+        context: JobContext,
+        history: JobHistory,
+        controls: JobControls,
+        activities: WorkerActivities,
+        status: RunStatus,
+    ) -> None:
         prompts, eval_sets = await asyncio.to_thread(_read_data, context.config)
+        for source in (prompts, *eval_sets.values()):
+            if skipped := source.prompts.num_rows - len(source):
+                text = f"{source.prompts.source}: {skipped} of {source.prompts.num_rows} prompts are too long, left out"
+                await history.log(job_pb2.LOG_LEVEL_WARNING, "controller", text)
+        check_reward_services(context.config, (prompts, *eval_sets.values()))
         num_rollout = context.config.rollouts(len(prompts))
         if num_rollout == 0 and context.config.data.num_rollout is None:
             raise DataError(
@@ -90,13 +150,14 @@ class JobRunner:
                 f"{context.config.data.rollout_batch_size}; lower rollout_batch_size or raise num_epoch"
             )
         # The number of steps fixes the learning-rate schedule, so every worker must know it.
-        context = dataclasses.replace(context, config=context.config.replace(num_rollout=num_rollout))
+        config = context.config.replace(num_rollout=num_rollout)
+        context = dataclasses.replace(context, config=config, data=prompts.identity())
         history.job.num_rollout = num_rollout
         await history.save()
         queue = GroupQueue(self._redis, context.job_id, consumer="controller")
         try:
-            setup = RunSetup(context, history, controls, self._registry, queue, prompts, eval_sets)
-            self.status = setup.status
+            await queue.reopen(self._registry.first_lease_number)
+            setup = RunSetup(context, history, controls, self._registry, queue, prompts, eval_sets, activities, status)
             await run_to_end(setup)
         except JobCancelledError:
             await queue.drop_job()
@@ -106,9 +167,15 @@ class JobRunner:
         except Exception:
             await queue.retire()  # it was stopped or failed, and may be resumed
             raise
-        finally:
-            self.status = None
         await queue.drop_job()
+
+
+@contextlib.asynccontextmanager
+async def _in_thread(manager: contextlib.AbstractContextManager[None]) -> AsyncIterator[None]:
+    """Enter a context in a thread: a disk may hang."""
+    with contextlib.ExitStack() as stack:
+        await asyncio.to_thread(stack.enter_context, manager)
+        yield
 
 
 def _saved(history: JobHistory) -> str:
@@ -119,5 +186,8 @@ def _saved(history: JobHistory) -> str:
 
 def _read_data(config: JobConfig) -> tuple[PromptSource, dict[str, PromptSource]]:
     assert config.rollout.hf_checkpoint is not None, "a rule requires it"
+    for text in (config.data.prompt_data or "", *(config.eval.eval_prompt_data or ())[1::2]):
+        if not (path := parse_file_slice(text).path).is_file():  # before the seconds that a tokenizer takes
+            raise DataError(f"{path}: there is no such file")
     tokenizer = load_tokenizer(config.rollout.hf_checkpoint, config.data.chat_template_path)
     return train_source(config, tokenizer), eval_sources(config, tokenizer)

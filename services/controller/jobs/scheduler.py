@@ -6,21 +6,23 @@ A job that a restart interrupted goes before all others: workers may still have 
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import json
 import logging
 import time
-from typing import Any
+from typing import Any, NoReturn
 
+from miles.checkpoint_folder import step_of
 from miles.rpc.gen import controller_pb2, job_pb2
-from miles.services.controller.artifacts.checkpoints import step_of
 from miles.services.controller.clients import deadlines
 from miles.services.controller.errors import ConflictError, NotPossibleNowError
 from miles.services.controller.jobs.controls import JobControls
+from miles.services.controller.jobs.queue_waits import QueueWaits, waits_in_queue
+from miles.services.controller.jobs.records import ENDED, is_unreadable
 from miles.services.controller.jobs.resources import Supply, lacking
 from miles.services.controller.jobs.runner import JobRunner
-from miles.services.controller.jobs.store import ENDED, JobStore
+from miles.services.controller.jobs.store import JobStore
 from miles.services.controller.workers.registry import WorkerRegistry
+from miles.services.controller.workers.required_workers import served_rewards
 from miles.tasks import cancelled_at_end
 
 logger = logging.getLogger(__name__)
@@ -28,15 +30,8 @@ logger = logging.getLogger(__name__)
 _START_UP_S = 60.0
 """For so long after the controller's start, until a trainer has attached, jobs do not wait for workers: these are
 starting too, and the data can be read meanwhile."""
-_REPORT_AFTER_S = 10.0
-"""A longer wait for workers is written to the job's history."""
-
-
-@dataclasses.dataclass(slots=True)
-class _Wait:
-    since_s: float
-    reason: str = ""
-    """What was written to the history last."""
+_LOOK_S = 1.0
+"""How often the queue is looked at for what its jobs wait for."""
 
 
 class OperationReusedError(ConflictError):
@@ -59,7 +54,11 @@ class JobScheduler:
         self._registry = registry
         self._submitted = asyncio.Event()
         self._controls: dict[str, JobControls] = {}
-        self._waits: dict[str, _Wait] = {}
+        self._queue_waits = QueueWaits()
+        self._waiting_ids: frozenset[str] = frozenset()
+        """Jobs in the queue when it was looked at last."""
+        self._woken = False
+        """Whether a job may have come into the queue since it was looked at."""
         self._began_s = time.monotonic()
         self.running: str | None = None
         """Id of the job that runs."""
@@ -70,27 +69,51 @@ class JobScheduler:
             config = json.loads(job.config_json)
             if (status := self._runner.status) is not None:
                 return status.describe(config["rollout_batch_size"], self._registry.everyone())
-            return _outside_of_run(
-                job, phase="starting", waiting_for="the data to be read", since_unix_ns=time.time_ns()
-            )
+            return _outside_of_run(job, phase="starting", since_unix_ns=time.time_ns())
         if job.state in ENDED:
             return _outside_of_run(job, phase="ended", since_unix_ns=job.ended_unix_ns)
         waiting = await self._waiting()
         ahead = next((number for number, other in enumerate(waiting) if other.job_id == job.job_id), 0)
         ahead += self.running is not None
-        lacks = self._why_wait(job)
-        reasons = [f"{ahead} job{'s' if ahead > 1 else ''} ahead of it"] if ahead else []
+        waits = waits_in_queue(self._lacks(job), ahead, self.running or "")
         return _outside_of_run(
             job,
             phase="queued",
-            waiting_for="; ".join([*reasons, *([lacks] if lacks else [])]),
+            waiting_for="; ".join(wait.what for wait in reversed(waits)),
             since_unix_ns=job.submitted_unix_ns,
             jobs_ahead=ahead,
+            waits=self.waits(job),
         )
+
+    def waits(self, job: job_pb2.Job) -> list[job_pb2.Wait]:
+        """Return what a job waits for, as it was seen within the last second."""
+        if job.job_id == self.running:
+            return [wait.to_proto() for wait in (self._runner.status.waits if self._runner.status is not None else ())]
+        return [wait.to_proto() for wait in self._queue_waits.of(job.job_id)]
+
+    async def tell_waits(self) -> NoReturn:
+        """Write to the histories of queued jobs what they wait for, also while another one runs, until cancelled."""
+        while True:
+            await asyncio.sleep(_LOOK_S)
+            if not self._waiting_ids and not self._woken:
+                continue
+            self._woken = False
+            waiting = await self._waiting()
+            self._waiting_ids = frozenset(job.job_id for job in waiting)
+            running = self.running
+            waits = {
+                job.job_id: waits_in_queue(self._lacks(job), number + (running is not None), running or "")
+                for number, job in enumerate(waiting)
+            }
+            for job_id, line in list(self._queue_waits.note(waits, time.time())):
+                logger.info("job %s waits: %s", job_id, line)
+                log = job_pb2.LogLine(level=job_pb2.LOG_LEVEL_WARNING, source="controller", text=line)
+                await self._store.add_event(job_pb2.JobEvent(job_id=job_id, log=log))
 
     def wake(self) -> None:
         """A job was submitted."""
         self._submitted.set()
+        self._woken = True
 
     async def run(self) -> None:
         """Run jobs until cancelled."""
@@ -135,7 +158,10 @@ class JobScheduler:
     async def _control_ended(self, job: job_pb2.Job, action: controller_pb2.JobAction.ValueType) -> job_pb2.Job:
         if (action, job.state) in _ALREADY_DONE:
             return job
+        if is_unreadable(job):
+            raise NotPossibleNowError(job.error)
         if action == controller_pb2.JOB_ACTION_RESUME and job.state in RESUMABLE:
+            await self._store.refuse_shared(job)
             job.error, job.ended_unix_ns = "", 0
             await self._move(
                 job, job_pb2.JOB_STATE_QUEUED, "resumed by the user; it goes on from its newest checkpoint"
@@ -165,45 +191,30 @@ class JobScheduler:
 
     async def _waiting(self) -> list[job_pb2.Job]:
         """Return the jobs that have not ended and do not run, in the order in which they are considered."""
-        waiting: list[job_pb2.Job] = []
-        token = ""
-        while True:
-            page, token = await self._store.list(page_token=token)
-            waiting += [job for job in page if job.state not in ENDED and job.job_id != self.running]
-            if not token:
-                break
+        waiting = [job for job in await self._store.live() if job.job_id != self.running]
         # Interrupted jobs are ahead of queued ones; each in order of submission.
         return sorted(waiting, key=lambda job: (job.state == job_pb2.JOB_STATE_QUEUED, job.submitted_unix_ns))
 
     async def _next(self) -> job_pb2.Job | None:
         waiting = await self._waiting()
-        self._waits = {job.job_id: self._waits.get(job.job_id, _Wait(time.monotonic())) for job in waiting}
-        for job in waiting:
-            reason = self._why_wait(job)
-            if not reason:
-                self._waits.pop(job.job_id, None)
-                return job
-            await self._report_wait(job, reason)
-        return None
+        self._waiting_ids = frozenset(job.job_id for job in waiting)
+        return next((job for job in waiting if not self._lacks(job)), None)
 
-    def _why_wait(self, job: job_pb2.Job) -> str:
+    def _lacks(self, job: job_pb2.Job) -> str:
         if job.state != job_pb2.JOB_STATE_QUEUED:
             return ""
         supply = _supply(self._registry)
         starting_up = time.monotonic() - self._began_s < _START_UP_S and not supply.trainer_ranks
-        return "" if starting_up else lacking(json.loads(job.config_json), supply)
-
-    async def _report_wait(self, job: job_pb2.Job, reason: str) -> None:
-        wait = self._waits[job.job_id]
-        if reason == wait.reason or time.monotonic() - wait.since_s < _REPORT_AFTER_S:
-            return
-        wait.reason = reason
-        line = job_pb2.LogLine(level=job_pb2.LOG_LEVEL_WARNING, source="controller", text=f"waiting for {reason}")
-        await self._store.add_event(job_pb2.JobEvent(job_id=job.job_id, log=line))
+        if starting_up:
+            return ""
+        try:
+            return lacking(json.loads(job.config_json), supply)
+        except (ValueError, LookupError, TypeError):
+            return ""  # its settings are not complete: it fails by itself when it runs
 
     async def _wait_for_change(self) -> None:
         """Return when a job was submitted or, while jobs wait for workers, when a worker may have attached."""
-        if not self._waits:
+        if not self._waiting_ids:
             await self._submitted.wait()
             return
         submitted = asyncio.create_task(self._submitted.wait())
@@ -241,12 +252,8 @@ def _supply(registry: WorkerRegistry) -> Supply:
         rollouts=len(registry.alive(controller_pb2.WORKER_KIND_ROLLOUT)),
         weightsyncs=len(registry.alive(controller_pb2.WORKER_KIND_WEIGHTSYNC)),
         trainer_ranks=tuple(int(_info(worker.registration).get("ranks", 0)) for worker in trainers),
-        rewards=tuple(_served(_info(worker.registration)) for worker in rewards),
+        rewards=tuple(served_rewards(worker.registration) for worker in rewards),
     )
-
-
-def _served(info: dict[str, str | int | float]) -> tuple[str, ...]:
-    return tuple(name.strip() for name in str(info.get("rewards", "")).split(",") if name.strip())
 
 
 def _info(registration: controller_pb2.WorkerRegistration) -> dict[str, str | int | float]:

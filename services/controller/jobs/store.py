@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
-import pathlib
+import os
 import re
 import time
 import uuid
@@ -12,8 +13,11 @@ from typing import Any
 
 import redis.asyncio
 
+from miles.queue import RedisUnsuitable
 from miles.rpc.gen import job_pb2
 from miles.services.controller.errors import BadPageToken, BadRequestError, ConflictError, NotFoundError
+from miles.services.controller.jobs.records import ENDED, read_record
+from miles.services.controller.jobs.shared_folders import refuse_earlier, refuse_shared
 
 _JOBS = "miles:jobs"
 """Sorted set of job ids by time of submission."""
@@ -43,10 +47,6 @@ _OPERATIONS_S = 7 * 24 * 3600
 """How long the idempotency keys of a job's actions are remembered after the last one."""
 _MAX_EVENTS = 200_000
 _WATCH_BLOCK_MS = 1_000
-
-ENDED = frozenset(
-    {job_pb2.JOB_STATE_SUCCEEDED, job_pb2.JOB_STATE_FAILED, job_pb2.JOB_STATE_CANCELLED, job_pb2.JOB_STATE_STOPPED}
-)
 
 
 def _job_key(job_id: str) -> str:
@@ -113,12 +113,55 @@ class JobStore:
         self._write_script = redis_client.register_script(_WRITE)
         self._operation_script = redis_client.register_script(_ADD_OPERATION)
         self._lease_number_script = redis_client.register_script(_FIRST_LEASE_NUMBER)
+        self._submitting = asyncio.Lock()
 
-    async def submit(self, job: job_pb2.Job, request_id: str) -> tuple[job_pb2.Job, bool]:
+    async def submit(self, job: job_pb2.Job, request_id: str, *, is_run: bool = False) -> tuple[job_pb2.Job, bool]:
         """Store a new job and return (job, True), or the one that `request_id` stored before and False.
 
-        Raises RunDirTakenError when another job has the run folder.
+        With `is_run` the run folder says which job it is: the same folder is the same job, and a request id that came
+        with another folder is another run's. Raises RunDirTakenError when another job has the run folder, and
+        SharedFolderError when one that has not ended has another folder in common.
         """
+        async with self._submitting:  # this controller alone writes here, one submission at a time
+            known = await self._known(job, request_id, is_run)
+            if known is not None:
+                return known, False
+            await self.refuse_shared(job)
+            if not (is_run and request_id):
+                await asyncio.to_thread(refuse_earlier, job)
+            return await self._store_new(job, "" if is_run else request_id)
+
+    async def refuse_shared(self, job: job_pb2.Job, *, but_its_own: bool = False) -> None:
+        """Raise SharedFolderError when a job that has not ended has an output folder in common with this one.
+
+        `but_its_own` leaves out one in the same run folder: it may be this job, submitted before.
+        """
+        if own := _run_dir(job):
+            live = [other for other in await self.live() if not (but_its_own and _run_dir(other) == own)]
+            await asyncio.to_thread(refuse_shared, job, live)
+
+    async def live(self) -> list[job_pb2.Job]:
+        """Return every job that has not ended."""
+        found: list[job_pb2.Job] = []
+        token = ""
+        while True:
+            page, token = await self.list(page_token=token)
+            found += [job for job in page if job.state not in ENDED]
+            if not token:
+                return found
+
+    async def _known(self, job: job_pb2.Job, request_id: str, is_run: bool) -> job_pb2.Job | None:
+        """Return the job that was submitted before by this request or, for a run, in this folder."""
+        if not request_id:
+            return None
+        job_id = await self._redis.hget(_REQUESTS, request_id)
+        known = None if job_id is None else await self.get(job_id.decode())
+        if known is not None and (not is_run or _run_dir(known) == _run_dir(job)):
+            return known
+        job_id = await self._redis.hget(_RUN_DIRS, _run_dir(job)) if is_run else None
+        return None if job_id is None else await self.get(job_id.decode())
+
+    async def _store_new(self, job: job_pb2.Job, request_id: str) -> tuple[job_pb2.Job, bool]:
         outcome, job_id = await self._redis.eval(
             _SUBMIT,
             4,
@@ -131,6 +174,20 @@ class JobStore:
             raise RunDirTakenError(_run_dir(job), job_id.decode())
         return job, True
 
+    async def check_keys(self) -> None:
+        """Raise RedisUnsuitable when another application has keys of these names."""
+        for key, kind in {_JOBS: b"zset", _REQUESTS: b"hash", _RUN_DIRS: b"hash", _LEASE_NUMBER: b"string"}.items():
+            found = await self._redis.type(key)
+            if found not in (b"none", kind):
+                problem = f"the key {key} in Redis is a {found.decode()} and not a {kind.decode()}"
+                raise RedisUnsuitable(
+                    f"{problem}: another application uses this database; choose another (redis://HOST/1)"
+                )
+
+    async def is_emptied(self) -> bool:
+        """Return whether what `first_lease_number` stored is gone: somebody has emptied Redis."""
+        return not await self._redis.exists(_LEASE_NUMBER)
+
     async def first_lease_number(self) -> int:
         """Return a worker lease number above all given before on this Redis, even if the clock was set back."""
         now_ms = time.time_ns() // 1_000_000
@@ -138,10 +195,10 @@ class JobStore:
 
     async def get(self, job_id: str) -> job_pb2.Job:
         """Return the job's record. Raises UnknownJobError."""
-        data = await self._redis.get(_job_key(job_id))
+        data = (await self._redis.mget([_job_key(job_id)]))[0]
         if data is None:
             raise UnknownJobError(job_id)
-        return job_pb2.Job.FromString(data)
+        return read_record(job_id, data)
 
     async def put(self, job: job_pb2.Job, event: job_pb2.JobEvent | None = None) -> None:
         """Replace the job's record and append an event, atomically."""
@@ -183,8 +240,8 @@ class JobStore:
             ids = [i.decode() for i in await self._redis.zrevrange(_JOBS, position, position + page_size - 1)]
             if not ids:
                 return jobs, ""
-            for data in await self._redis.mget([_job_key(job_id) for job_id in ids]):
-                job = job_pb2.Job.FromString(data)
+            records = await self._redis.mget([_job_key(job_id) for job_id in ids])
+            for job in map(read_record, ids, records):
                 position += 1
                 if states and job.state not in states:
                     continue
@@ -225,9 +282,9 @@ class JobStore:
 
 
 def _run_dir(job: job_pb2.Job) -> str:
-    """Absolute path of the job's run folder; empty when the record names none."""
+    """Absolute path of the job's run folder, without links; empty when the record names none."""
     run_dir = json.loads(job.config_json).get("run_dir")
-    return str(pathlib.Path(run_dir).absolute()) if run_dir else ""
+    return os.path.realpath(run_dir) if isinstance(run_dir, str) and run_dir and "\0" not in run_dir else ""
 
 
 def check_event_id(after_event_id: str) -> None:

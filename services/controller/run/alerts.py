@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 
 from miles.change_signal import ChangeSignal
+from miles.telemetry.repeated_warnings import RepeatedWarnings
 
 
 class RunAlerts:
@@ -15,9 +16,15 @@ class RunAlerts:
         self._changed = changed
         self._failure: Exception | None = None
         self._warnings: list[str] = []
+        self._repeated = RepeatedWarnings()
 
     def warn(self, text: str) -> None:
-        """Note something that a person should know."""
+        """Note something that a person should know; what repeats becomes one line with a count."""
+        if line := self._repeated.note(text):
+            self._warnings.append(line)
+
+    def report(self, text: str) -> None:
+        """Note something that a person should know every time: the caller repeats it seldom."""
         self._warnings.append(text)
 
     def fail(self, error: Exception) -> None:

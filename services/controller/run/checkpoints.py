@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from miles.checkpoint_folder import step_of
 from miles.config import JobConfig
 from miles.rpc.gen import trainer_pb2
-from miles.services.controller.artifacts.checkpoints import step_of
 from miles.services.controller.clients.trainer import TrainerClient
 from miles.services.controller.jobs.controls import JobControls
 from miles.services.controller.jobs.history import JobHistory

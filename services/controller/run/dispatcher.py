@@ -14,11 +14,15 @@ from miles.services.controller.clients.calls import WorkerFailedError
 from miles.services.controller.clients.rollout import RolloutClient
 from miles.services.controller.run.admission import Admission
 from miles.services.controller.run.alerts import RunAlerts
+from miles.services.controller.run.dropped_groups import DroppedGroups
+from miles.services.controller.run.equal_rewards import EqualRewards
 from miles.services.controller.run.evaluation import Evaluation
 from miles.services.controller.run.failed_groups import FailedGroups
 from miles.services.controller.run.group_leases import GroupLease
+from miles.services.controller.run.preempted_groups import PreemptedGroups
 from miles.services.controller.run.rollout_workers import RolloutWorkers
 from miles.services.controller.status.activity import ActivityClock
+from miles.services.controller.status.run_waits import EvaluationFacts
 from miles.services.controller.status.worker_activity import WorkerActivities
 from miles.services.controller.workers.load_balance import LoadBalance
 from miles.services.controller.workers.registry import WorkerRegistry
@@ -51,6 +55,8 @@ class Dispatcher:
         alerts: RunAlerts,
         changed: ChangeSignal,
         make_lease: LeaseMaker,
+        dropped: DroppedGroups,
+        equal_rewards: EqualRewards,
     ) -> None:
         self._rollouts = rollouts
         self._registry = registry
@@ -65,6 +71,9 @@ class Dispatcher:
         self._holds: set[str] = set()
         self._balance = LoadBalance()
         self._failed = FailedGroups()
+        self._preempted = PreemptedGroups()
+        self.dropped = dropped
+        self._equal_rewards = equal_rewards
         self._dropped: dict[int, str] = {}
         """Groups dropped for failures, with the reason, that the queue does not know yet."""
         self._leased_unix_ns: dict[tuple[bool, int], int] = {}
@@ -88,6 +97,10 @@ class Dispatcher:
     def holds(self) -> list[str]:
         """Why no training group is leased now, beside the rules of admission."""
         return sorted(self._holds)
+
+    def evaluation_facts(self) -> EvaluationFacts | None:
+        """Return how far the evaluation is that runs; None when none does."""
+        return None if self._evaluation is None else self._evaluation.facts()
 
     def running_groups(self) -> list[controller_pb2.RunningGroup]:
         """Describe every group that is leased: training groups, then those of the evaluation."""
@@ -152,6 +165,8 @@ class Dispatcher:
     def end_evaluation(self) -> None:
         """Lease no more groups of the evaluation and preempt those that run."""
         if self._evaluation is not None:
+            for warning in self._evaluation.warnings:
+                self._alerts.report(warning)
             self._preempt(self._evaluation.leases, _EVAL)
             self._evaluation = None
             self._watch_activity()
@@ -249,16 +264,27 @@ class Dispatcher:
         if self._admission is None:
             return
         self._failed.finish(message.group_id)
+        self._preempted.finish(message.group_id)
         if message.verdict == rollout_pb2.FILTER_VERDICT_DROP:
             if self._admission.drop(message.group_id, message.attempt):
-                logger.info("group %d dropped: %s", message.group_id, message.reason)
+                self._note_drop(message)
         elif self._admission.accept(message.group_id, message.attempt, message.oldest_version):
             self._failed.accept()
+            self.dropped.keep()
+            if warning := self._equal_rewards.note(message.example if message.HasField("example") else None):
+                self._alerts.report(warning)
             if not self._admission.leases:
                 self._clock.move("generate", "reward", message.stats.reward_s)
 
+    def _note_drop(self, message: rollout_pb2.GroupFinished) -> None:
+        logger.debug("group %d dropped: %s", message.group_id, message.reason)
+        if self.dropped.drop(message.reason, message.example if message.HasField("example") else None):
+            self._alerts.report(self.dropped.describe())
+        if self.dropped.too_many:
+            self._alerts.fail(WorkerFailedError(self.dropped.failure()))
+
     def _note_scoring(self, client: RolloutClient, seconds: float) -> None:
-        for worker in self._registry.at(client.reward_addresses[DEFAULT]):
+        for worker in self._registry.at(client.reward_addresses.get(DEFAULT, "")):
             if worker.registration.kind == controller_pb2.WORKER_KIND_REWARD:
                 self._activities.note(worker.worker_id, "score", seconds)
 
@@ -284,8 +310,12 @@ class Dispatcher:
         if message.purpose == _EVAL:
             if self._evaluation is not None:
                 self._evaluation.requeue(message.group_id, message.attempt)
-        elif self._admission is not None:
-            self._admission.requeue(message.group_id, message.attempt)
+        elif (
+            self._admission is not None
+            and self._admission.requeue(message.group_id, message.attempt)
+            and (warning := self._preempted.preempt(message.group_id, message.saved_tokens))
+        ):
+            self._alerts.warn(warning)
 
     def _watch_activity(self) -> None:
         leased = bool(self.training_leases) or bool(self._evaluation and self._evaluation.leases)

@@ -6,14 +6,16 @@ import asyncio
 import heapq
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from miles.rpc.gen import rollout_pb2
+from miles.services.controller.clients.calls import WorkerFailedError
 from miles.services.controller.run.group_leases import GroupLease, GroupLeases
 from miles.services.controller.run.lease_messages import evaluation_lease
+from miles.services.controller.status.run_waits import EvaluationFacts
 from miles.types import Sample, SampleGroup, SampleStatus, reward_number
 from miles.types.convert import group_from_proto
 
@@ -48,6 +50,9 @@ class Evaluation:
         self.leases = GroupLeases()
         """Groups being generated now."""
         self._failures: Counter[int] = Counter()
+        self._last_failure = ""
+        self.warnings: list[str] = []
+        """What people should know of the result; filled in when it is done."""
         self._attempts = [attempts_before] * len(self._prompts)
         self._results: dict[int, SampleGroup] = {}
         self._done: asyncio.Future[dict[str, float]] = asyncio.get_running_loop().create_future()
@@ -56,6 +61,10 @@ class Evaluation:
     def attempts(self) -> int:
         """The highest number of an attempt so far."""
         return max(self._attempts, default=0)
+
+    def facts(self) -> EvaluationFacts:
+        """Return how far it is."""
+        return EvaluationFacts(self.version, len(self._results), len(self._prompts), self._last_failure)
 
     async def wait(self) -> dict[str, float]:
         """Return the metrics once every group is finished."""
@@ -86,11 +95,12 @@ class Evaluation:
         if self.leases.end(group_id, attempt):
             heapq.heappush(self._pending, group_id)
             self._failures[group_id] += 1
+            self._last_failure = error
             if self._failures[group_id] >= _MAX_FAILURES and not self._done.done():
                 name, _ = self._prompts[group_id]
                 times = self._failures[group_id]
                 self._done.set_exception(
-                    RuntimeError(f"evaluation on {name}: prompt {group_id} failed {times} times; last: {error}")
+                    WorkerFailedError(f"evaluation on {name}: prompt {group_id} failed {times} times; last: {error}")
                 )
 
     def requeue(self, group_id: int, attempt: int) -> None:
@@ -111,6 +121,12 @@ class Evaluation:
             groups = [self._results[i] for i, (owner, _) in enumerate(self._prompts) if owner == name]
             rewards = [[_reward(sample, key) for sample in group.samples] for group in groups]
             samples = [sample for group in groups for sample in group.samples]
+            failed = [sample for sample in samples if sample.reward is None]
+            if failed:
+                self.warnings.append(_failed_words(name, failed, len(samples)))
+                metrics[f"eval/{name}/failed_ratio"] = len(failed) / len(samples)
+            if len(failed) == len(samples):
+                continue  # nothing was measured, and 0 would be taken for a measurement
             metrics[f"eval/{name}"] = float(np.mean([reward for group in rewards for reward in group]))
             metrics[f"eval/{name}/weight_version"] = float(self.version)
             metrics[f"eval/{name}/response_len/mean"] = float(np.mean([s.response_length for s in samples]))
@@ -127,6 +143,13 @@ class Evaluation:
 def _reward(sample: Sample, key: str | None) -> float:
     """A sample's reward; 0 for one that has none, because it failed."""
     return 0.0 if sample.reward is None else reward_number(sample.reward, key)
+
+
+def _failed_words(name: str, failed: Sequence[Sample], samples: int) -> str:
+    """Say how many samples have no reward, and why."""
+    error = failed[0].metadata.get("reward_error", "its reward failed")
+    counted = "it has no score" if len(failed) == samples else "they count as 0"
+    return f"evaluation on {name}: {len(failed)} of {samples} samples have no reward, {counted}; e.g. {error}"
 
 
 def pass_at_ks(samples: int) -> list[int]:

@@ -7,15 +7,13 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 from miles.services.controller.jobs.context import JobContext
-from miles.services.controller.jobs.history import JobHistory
+from miles.services.controller.jobs.history import LAST_EVALUATED, JobHistory
 from miles.services.controller.run.dispatcher import Dispatcher
 from miles.services.controller.run.evaluation import Evaluation
 from miles.tasks import cancel
 
 if TYPE_CHECKING:
     from miles.data import PromptSource
-
-_LAST_VERSION = "last_evaluated_version"
 
 
 class EvaluationSchedule:
@@ -50,7 +48,7 @@ class EvaluationSchedule:
     def due(self, version: int, last: int) -> bool:
         """Return whether a version has to be evaluated and was not; `last` is the job's last version."""
         interval = self._config.eval_interval
-        if interval is None or not self._datasets or self._history.summary.get(_LAST_VERSION, -1) >= version:
+        if interval is None or not self._datasets or self._history.summary.get(LAST_EVALUATED, -1) >= version:
             return False
         if version == 0:
             return not self._config.skip_eval_before_train
@@ -87,19 +85,19 @@ class EvaluationSchedule:
 
     def forget_after(self, version: int) -> None:
         """Evaluate versions after this one again: the job is back at it, and later ones will be other weights."""
-        if self._history.summary.get(_LAST_VERSION, -1) > version:
-            self._history.summary[_LAST_VERSION] = version
+        if self._history.summary.get(LAST_EVALUATED, -1) > version:
+            self._history.summary[LAST_EVALUATED] = version
 
     async def _evaluate(self, evaluation: Evaluation) -> None:
         metrics = await evaluation.wait()
         self._dispatcher.end_evaluation()
-        # Metrics of version v belong to step v - 1, whose training made it; those of the initial weights to step 0.
-        await self._history.metrics(max(0, evaluation.version - 1), metrics)
+        # Version v is the policy that step v samples with and trains; after the last step there is one more version.
+        await self._history.metrics(evaluation.version, metrics)
         summary = self._history.summary
         results = summary.setdefault("eval", {})
         scores = {name.removeprefix("eval/"): value for name, value in metrics.items() if name.count("/") == 1}
         results["after"] = scores
         if evaluation.version == 0:
             results["before"] = scores
-        summary[_LAST_VERSION] = evaluation.version
+        summary[LAST_EVALUATED] = evaluation.version
         await self._history.save()

@@ -42,8 +42,7 @@ class RunLoop:
         try:
             while run.step < run.last:
                 await self._take_step(admission)
-            await run.evaluations.wait_until_done(self._check)
-            await run.publisher.wait_until_active(self._check)
+            await self._finish_all()
         except JobStoppedError:
             await run.checkpoints.save(self._trainer, export_hf=False)
             await self._finish_evaluation()
@@ -126,6 +125,17 @@ class RunLoop:
             await run.checkpoints.save_if_asked(self._trainer)
         run.dispatcher.release_hold(PAUSED)
         await run.history.state(job_pb2.JOB_STATE_RUNNING, "resumed by the user")
+
+    async def _finish_all(self) -> None:
+        """After the last step, wait for what still runs: an evaluation, and engines that load the last version."""
+        run = self._run
+        if run.evaluations.running:
+            with run.status.during("evaluating", f"the evaluation of version {run.evaluations.version}"):
+                await run.evaluations.wait_until_done(self._check)
+        run.evaluations.check()
+        with run.status.during("publishing", f"engines to load version {run.step}"):
+            await run.publisher.wait_until_active(self._check)
+        await run.report.pass_on_warnings()
 
     async def _finish_evaluation(self) -> None:
         """Before a job stops, wait for a running evaluation, unless a resumed run repeats it."""

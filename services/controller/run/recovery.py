@@ -28,6 +28,7 @@ async def run_to_end(setup: RunSetup) -> None:
     """Run until every step is done; raises what the user asked for, or what went wrong for good."""
     run = await setup.connect()
     dispatching = asyncio.create_task(run.dispatcher.run())
+    run.alerts.watch(dispatching)
     try:
         await _run_with_recoveries(run)
     finally:
@@ -62,10 +63,15 @@ async def _run_once(run: RunState) -> None:
     if warning := number_types.warning_of(worker, run.config.train.train_dtype):
         run.alerts.warn(warning)
     async with contextlib.aclosing(TrainerClient(worker, run.context, run.weightsync.address)) as trainer:
-        await RunLoop(run, trainer).run()
+        run.status.trainer = trainer
+        try:
+            await RunLoop(run, trainer).run()
+        finally:
+            run.status.trainer = None
 
 
 async def _recover(run: RunState, error: Exception) -> None:
+    run.status.enter("recovering", f"Redis to answer, after {error}")
     await run.queue.wait_until_answering(deadlines.REDIS_S)
     await run.history.state(job_pb2.JOB_STATE_RECOVERING, str(error))
     run.status.enter("recovering", f"what was lost: {error}")

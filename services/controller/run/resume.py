@@ -7,9 +7,11 @@ the queue, and from the groups that live workers still generate.
 from __future__ import annotations
 
 import contextlib
+import pathlib
 import time
 from collections.abc import Callable
 
+from miles.checkpoint_folder import same_folder
 from miles.rpc.gen import trainer_pb2
 from miles.services.controller.clients import deadlines
 from miles.services.controller.clients.calls import WorkerFailedError
@@ -18,6 +20,18 @@ from miles.services.controller.run.admission import Admission
 from miles.services.controller.run.set_fences import fence_earlier_controllers
 from miles.services.controller.run.state import LOADING, PREEMPTED, RunState
 from miles.services.controller.status.step_metrics import RESPONSE_TOKENS
+
+
+class NothingLeftError(WorkerFailedError):
+    """The checkpoint that a run goes on from has as many steps as the run, or more."""
+
+    def __init__(self, checkpoint: str, step: int, last: int) -> None:
+        super().__init__(
+            f"{checkpoint or 'the run'} has taken {step} steps, and num_rollout = {last} counts those too, so that "
+            f"nothing is left to do; raise num_rollout above {step}, or give the checkpoint's export (save_hf) as "
+            "hf_checkpoint to count from 0"
+        )
+
 
 _ATTEMPTS_A_LIFE = 1 << 16
 """Leases of one group that the controller can number between two loads."""
@@ -29,6 +43,10 @@ async def load(run: RunState, trainer: TrainerClient, check: Callable[[], None])
     `check` raises what ends a wait.
     """
     ready = await _load_workers(run, trainer, check)
+    for note in ready.notes:
+        await run.report.warn(note)
+    _check_steps_left(run, ready)
+    run.prompts.begin_at(ready.data_begins_at)
     if run.publisher.active is not None and ready.step < run.publisher.newest:
         await _drain(run, check)
     run.move_to(ready.step)
@@ -57,6 +75,14 @@ async def _load_workers(run: RunState, trainer: TrainerClient, check: Callable[[
         check()
         await run.dispatcher.wait_for_change()
     return ready
+
+
+def _check_steps_left(run: RunState, ready: trainer_pb2.TrainerReady) -> None:
+    """Raise NothingLeftError for a run that was loaded beyond its end, or from another run's end."""
+    own = pathlib.Path(run.config.checkpoint.save or run.context.run_dir / "checkpoints")
+    from_elsewhere = bool(ready.checkpoint_dir) and not same_folder(pathlib.Path(ready.checkpoint_dir).parent, own)
+    if ready.step > run.last or (from_elsewhere and ready.step == run.last):
+        raise NothingLeftError(ready.checkpoint_dir, ready.step, run.last)
 
 
 async def _drain(run: RunState, check: Callable[[], None]) -> None:

@@ -16,6 +16,8 @@ from miles.services.controller.jobs.history import JobHistory
 from miles.services.controller.run.alerts import RunAlerts
 from miles.services.controller.run.checkpoints import Checkpoints
 from miles.services.controller.run.dispatcher import Dispatcher
+from miles.services.controller.run.dropped_groups import DroppedGroups
+from miles.services.controller.run.equal_rewards import EqualRewards
 from miles.services.controller.run.evaluation_schedule import EvaluationSchedule
 from miles.services.controller.run.lease_messages import training_lease
 from miles.services.controller.run.publication_schedule import PublicationSchedule
@@ -35,7 +37,7 @@ if TYPE_CHECKING:
 
 
 class RunSetup:
-    """Sets up one run. `status` describes it from the beginning."""
+    """Sets up one run."""
 
     def __init__(
         self,
@@ -46,7 +48,10 @@ class RunSetup:
         queue: GroupQueue,
         prompts: PromptSource,
         eval_sets: Mapping[str, PromptSource],
+        activities: WorkerActivities,
+        status: RunStatus,
     ) -> None:
+        """`status` describes the run; it began before the data was read."""
         self._context = context
         self._history = history
         self._controls = controls
@@ -55,9 +60,9 @@ class RunSetup:
         self._prompts = prompts
         self._eval_sets = eval_sets
         self._clock = ActivityClock(on_span=history.timeline.add)
-        self._activities = WorkerActivities(history.timeline.add)
-        self.status = RunStatus(self._activities)
-        self._workers = RequiredWorkers(registry, controls, self.status)
+        self._activities = activities
+        self._status = status
+        self._workers = RequiredWorkers(registry, controls, status)
         self._changed = ChangeSignal()
         self._alerts = RunAlerts(self._changed)
         self._report = RunReport(history, self._clock, self._alerts)
@@ -68,7 +73,7 @@ class RunSetup:
         weightsync = WeightSyncClient(services[0])
         if number_types.is_open(self._context.config):
             await self._choose_number_types()
-        context, config, history, status = self._context, self._context.config, self._history, self.status
+        context, config, history, status = self._context, self._context.config, self._history, self._status
         clock, activities, report = self._clock, self._activities, self._report
         rollouts = RolloutWorkers(
             context,
@@ -76,7 +81,7 @@ class RunSetup:
             self._queue,
             self._alerts,
             weightsync.address,
-            await self._workers.reward_addresses(config.reward.reward_service),
+            await self._workers.reward_addresses(config.reward),
         )
 
         def on_active(version: int) -> None:
@@ -90,7 +95,20 @@ class RunSetup:
 
         publisher = Publisher(context, weightsync, rollouts, clock, activities, report, on_active)
         dispatcher = Dispatcher(
-            rollouts, self._registry, self._queue, clock, activities, self._alerts, self._changed, make_lease
+            rollouts,
+            self._registry,
+            self._queue,
+            clock,
+            activities,
+            self._alerts,
+            self._changed,
+            make_lease,
+            DroppedGroups(
+                config.data.rollout_batch_size,
+                config.rollout.dynamic_sampling_filter_path,
+                config.rollout.dynamic_sampling_max_dropped_batches,
+            ),
+            EqualRewards(config.data.rollout_batch_size),
         )
         status.connect(rollouts, dispatcher, publisher)
         evaluations = EvaluationSchedule(context, history, dispatcher, self._eval_sets)
@@ -114,6 +132,7 @@ class RunSetup:
             publications=PublicationSchedule(config, last, publisher, evaluations, status),
             evaluations=evaluations,
             checkpoints=Checkpoints(config, history, self._controls, status, clock, activities, report, rollouts),
+            prompts=self._prompts,
         )
 
     async def _choose_number_types(self) -> None:

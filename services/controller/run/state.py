@@ -25,6 +25,7 @@ from miles.services.controller.workers.registry import WorkerRegistry
 from miles.services.controller.workers.required_workers import RequiredWorkers
 
 if TYPE_CHECKING:
+    from miles.data import PromptSource
     from miles.queue import GroupQueue
 
 LOADING, PREEMPTED, PAUSED = "loading", "a batch is complete", "paused by the user"
@@ -53,6 +54,7 @@ class RunState:
     publications: PublicationSchedule
     evaluations: EvaluationSchedule
     checkpoints: Checkpoints
+    prompts: PromptSource
     step: int = 0
     """Training steps taken, which is also the version of the trainer's weights."""
     step_began: float = 0.0

@@ -8,11 +8,15 @@ from contextlib import contextmanager
 
 from miles.rpc.gen import controller_pb2
 from miles.services.controller.clients import deadlines
+from miles.services.controller.clients.rollout import RolloutClient
+from miles.services.controller.clients.trainer import TrainerClient
 from miles.services.controller.run.dispatcher import Dispatcher
 from miles.services.controller.run.publish import Publisher
 from miles.services.controller.run.rollout_workers import RolloutWorkers
+from miles.services.controller.status.run_waits import READING, LoadingWorker, RolloutFacts, RunFacts, waits_of
+from miles.services.controller.status.waits import Wait, WaitLog, wait_from_proto
 from miles.services.controller.status.worker_activity import Activity, WorkerActivities
-from miles.services.controller.workers.registry import AttachedWorker
+from miles.services.controller.workers.registry import AttachedWorker, WorkerRegistry
 
 _TRAINER, _ROLLOUT = controller_pb2.WORKER_KIND_TRAINER, controller_pb2.WORKER_KIND_ROLLOUT
 _LOAD_PHASES = frozenset({"loading", "publishing", "collecting"})
@@ -26,15 +30,21 @@ _WAITS = {
 class RunStatus:
     """The run loop notes what it does (`enter`, `during`); `describe` adds what its parts know."""
 
-    def __init__(self, activities: WorkerActivities) -> None:
+    def __init__(self, activities: WorkerActivities, registry: WorkerRegistry, wanted_rollouts: int) -> None:
+        """`wanted_rollouts`: rollout workers that the job asks for."""
         self._activities = activities
+        self._registry = registry
+        self._wanted_rollouts = wanted_rollouts
+        self._wait_log = WaitLog()
+        self.trainer: TrainerClient | None = None
+        """The trainer that the run works with; None while there is none."""
         self.step = 0
         self.saved_step: int | None = None
         """Steps that the newest complete checkpoint covers."""
         self._rollouts: RolloutWorkers | None = None
         self._dispatcher: Dispatcher | None = None
         self._publisher: Publisher | None = None
-        self._phase, self._waiting_for = "starting", "the data to be read"
+        self._phase, self._waiting_for = "starting", READING
         self._since_unix_ns = time.time_ns()
 
     def connect(self, rollouts: RolloutWorkers, dispatcher: Dispatcher, publisher: Publisher) -> None:
@@ -81,7 +91,49 @@ class RunStatus:
         if self._phase in _LOAD_PHASES and self._publisher is not None and (faults := str(self._publisher.faults)):
             answer.waiting_for = f"{answer.waiting_for}; {faults}"
         answer.workers.extend(self._worker(worker, answer) for worker in workers)
+        self._note_waits(answer.waiting_for)
+        answer.waits.extend(wait.to_proto() for wait in self._wait_log.waits)
+        if answer.waits and answer.phase == "collecting" and answer.waits[0].what != answer.waiting_for:
+            answer.waiting_for = f"{answer.waiting_for}; {answer.waits[0].what}"  # which says why it has to
         return answer
+
+    @property
+    def waits(self) -> Sequence[Wait]:
+        """What the run waits for, as it was described last."""
+        return self._wait_log.waits
+
+    def wait_news(self, batch_size: int) -> list[str]:
+        """Return what people are to be told of what the run waits for; called about once a second."""
+        self.describe(batch_size, ())
+        return list(self._wait_log.news(time.time()))
+
+    def _note_waits(self, waiting_for: str) -> None:
+        now_s = time.time()
+        self._wait_log.note(waits_of(self._facts(waiting_for, now_s)), now_s)
+
+    def _facts(self, waiting_for: str, now_s: float) -> RunFacts:
+        registry = self._registry
+        clients = self._rollouts.all() if self._rollouts is not None else []
+        trainer, dispatcher = self.trainer, self._dispatcher
+        there = {client.worker_id for client in clients}
+        lost = [worker.worker_id for worker in registry.recently_lost() if worker.registration.kind == _ROLLOUT]
+        return RunFacts(
+            phase=self._phase,
+            waiting_for=waiting_for,
+            since_s=self._since_unix_ns / 1e9,
+            now_s=now_s,
+            silent_s={worker.worker_id: registry.silent_s(worker.worker_id) for worker in registry.everyone()},
+            lease_s=registry.ttl_s,
+            loading=tuple(_loading([trainer] if trainer is not None else []) + _loading(clients)),
+            rollouts=tuple(map(_rollout_facts, clients)),
+            wanted_rollouts=self._wanted_rollouts if self._rollouts is not None else 0,
+            lost={name: registry.times_lost(name) for name in lost if name not in there},
+            load_faults=str(self._publisher.faults) if self._publisher is not None else "",
+            dropped=dispatcher.dropped.describe() if dispatcher is not None and dispatcher.dropped.telling else "",
+            dropped_limit=dispatcher.dropped.limit if dispatcher is not None else 0,
+            evaluation=dispatcher.evaluation_facts() if dispatcher is not None else None,
+            trainer_said=trainer.stage if trainer is not None else "",
+        )
 
     def _why_collecting(self, answer: controller_pb2.DescribeRunResponse) -> str:
         if self._phase != "collecting":
@@ -125,6 +177,24 @@ class RunStatus:
         if run.phase == "collecting":
             return "more groups to be allowed by the staleness bound"
         return f"step {run.step} to be {'published' if run.phase == 'publishing' else 'trained'}: the staleness bound"
+
+
+def _loading(clients: Sequence[RolloutClient | TrainerClient]) -> list[LoadingWorker]:
+    return [
+        LoadingWorker(client.worker_id, client.stage, client.loading_since_s)
+        for client in clients
+        if client.loading_since_s is not None
+    ]
+
+
+def _rollout_facts(client: RolloutClient) -> RolloutFacts:
+    return RolloutFacts(
+        worker_id=client.worker_id,
+        connected=client.connected,
+        capacity=client.capacity,
+        out_of_routing=client.out_of_routing,
+        waits=tuple(map(wait_from_proto, client.progress.waits)) if client.connected else (),
+    )
 
 
 def _add_groups(answer: controller_pb2.DescribeRunResponse, dispatcher: Dispatcher) -> None:

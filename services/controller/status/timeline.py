@@ -8,6 +8,7 @@ import pathlib
 import time
 from typing import IO
 
+from miles.regular_files import open_to_append, open_to_read
 from miles.rpc.gen import records_pb2
 
 NAME = "timeline.jsonl"
@@ -31,7 +32,7 @@ class TimelineWriter:
         """Write one span, of a worker or of the run; times are those of the monotonic clock, in seconds."""
         if self._file is None:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = self._path.open("a", encoding="utf-8")
+            self._file = open_to_append(self._path)
         shift = self._unix_minus_monotonic
         line = {
             "activity": activity,
@@ -54,21 +55,26 @@ def read_timeline(path: pathlib.Path, after_unix_s: float, limit: int) -> list[r
     """Return the newest spans that end after a time, oldest first, reading only the file's end."""
     limit = min(limit or DEFAULT_LIMIT, MAX_LIMIT)
     start, lines = 0, [b""]
-    with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
+    with contextlib.suppress(OSError), open_to_read(path) as file:  # nothing, or no file, is there
         size = file.seek(0, 2)
         start = max(0, size - limit * _LINE_BYTES)
         file.seek(start)
         lines = file.read().split(b"\n")
     complete = lines[1 if start else 0 : -1]
-    spans = [json.loads(line) for line in complete[-limit:]]
-    return [
-        records_pb2.ActivitySpan(
+    spans = [_span(line) for line in complete[-limit:]]
+    return [span for span in spans if span is not None and span.end_unix_s > after_unix_s]
+
+
+def _span(line: bytes) -> records_pb2.ActivitySpan | None:
+    """Return the span of a line; None for one that a power cut has spoiled."""
+    try:
+        span = json.loads(line)
+        return records_pb2.ActivitySpan(
             activity=span["activity"],
             step=span["step"],
             start_unix_s=span["start"],
             end_unix_s=span["end"],
             worker_id=span.get("worker", ""),
         )
-        for span in spans
-        if span["end"] > after_unix_s
-    ]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None

@@ -6,7 +6,7 @@ import asyncio
 import collections
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from miles.change_signal import ChangeSignal
 from miles.rpc.gen import controller_pb2
@@ -59,6 +59,7 @@ class WorkerRegistry:
         """What `alive` returns, until a worker of the kind attaches or is lost."""
         self._by_address: collections.defaultdict[str, dict[str, AttachedWorker]] = collections.defaultdict(dict)
         self._lost: dict[str, AttachedWorker] = {}
+        self._times_lost: collections.Counter[str] = collections.Counter()
         self._changed = ChangeSignal()
         self.ttl_s = ttl_s
 
@@ -130,20 +131,34 @@ class WorkerRegistry:
         self._lost = {name: worker for name, worker in self._lost.items() if worker.last_seen_unix_ns > oldest}
         return [self._lost[name] for name in sorted(self._lost)]
 
+    def times_lost(self, worker_id: str) -> int:
+        """Return how many worker leases of a worker have ended since this process began, a count."""
+        return self._times_lost[worker_id]
+
+    def silent_s(self, worker_id: str) -> float:
+        """Return for how long an attached worker could have sent a heartbeat and did not, in seconds."""
+        lease = self._leases.get(worker_id)
+        return 0.0 if lease is None else max(0.0, self._listened_s + self.ttl_s - lease.expires_s)
+
     async def wait_for_change(self, timeout_s: float) -> None:
         """Return when a worker attached or was lost, or after the timeout."""
         await self._changed.wait(timeout_s)
 
     async def require(
-        self, kind: controller_pb2.WorkerKind.ValueType, count: int, deadline_s: float
+        self,
+        kind: controller_pb2.WorkerKind.ValueType,
+        what: str,
+        deadline_s: float,
+        suits: Callable[[AttachedWorker], bool],
     ) -> Sequence[AttachedWorker]:
-        """Wait until `count` workers of a kind are attached; `TimeoutError` says how many were."""
+        """Wait until a worker of a kind that suits is attached; return all of them. `TimeoutError` says `what` was
+        waited for."""
         end = time.monotonic() + deadline_s
-        while len(found := self.alive(kind)) < count:
+        while not (found := [worker for worker in self.alive(kind) if suits(worker)]):
             left = end - time.monotonic()
             if left <= 0:
-                name = controller_pb2.WorkerKind.Name(kind).removeprefix("WORKER_KIND_").lower()
-                raise TimeoutError(f"waited {deadline_s:g} s for {count} {name} worker(s); {len(found)} attached")
+                others = ", ".join(worker.worker_id for worker in self.everyone()) or "no worker"
+                raise TimeoutError(f"waited {deadline_s:g} s for {what}; attached: {others}")
             await self.wait_for_change(min(left, 1.0))
         return found
 
@@ -153,6 +168,7 @@ class WorkerRegistry:
             self._forget(worker)
             worker.lost.set()
             self._lost[worker_id] = worker
+            self._times_lost[worker_id] += 1
         return worker
 
     def _forget(self, worker: AttachedWorker) -> None:

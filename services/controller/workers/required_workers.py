@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 from miles.rpc.gen import controller_pb2
 from miles.services.controller.clients import deadlines
 from miles.services.controller.jobs.controls import JobControls
+from miles.services.controller.jobs.resources import missing_reward, serves
 from miles.services.controller.status.run_status import RunStatus
 from miles.services.controller.workers.registry import AttachedWorker, WorkerRegistry
 from miles.services.controller.workers.reward_addresses import DEFAULT, RewardAddresses
+
+if TYPE_CHECKING:
+    from miles.config.sections.reward import RewardConfig
 
 
 class RequiredWorkers:
@@ -22,15 +28,31 @@ class RequiredWorkers:
 
     async def wait_for(self, kind: controller_pb2.WorkerKind.ValueType) -> Sequence[AttachedWorker]:
         """Return the attached workers of a kind, at least one; raises as `JobControls.check`, and TimeoutError."""
-        if not self._registry.alive(kind):
-            name = controller_pb2.WorkerKind.Name(kind).removeprefix("WORKER_KIND_").lower()
-            self._status.enter("starting", f"a {name} worker to attach")
-        return await self._controls.unless_ended(self._registry.require(kind, 1, deadlines.WORKERS_ATTACH_S))
+        name = controller_pb2.WorkerKind.Name(kind).removeprefix("WORKER_KIND_").lower()
+        return await self._require(kind, f"a {name} worker to attach", lambda worker: True)
 
-    async def reward_addresses(self, named: Sequence[str]) -> RewardAddresses:
-        """Return the user's reward services (NAME=HOST:PORT), and built-in ones unless one of those is the default."""
-        addresses = dict(service.split("=", 1) for service in named)
-        if DEFAULT in addresses:
+    async def reward_addresses(self, reward: RewardConfig) -> RewardAddresses:
+        """Return the user's reward services, and the run's own where these do not score everything."""
+        addresses = reward.addresses_with_default()
+        own = reward.rm_type or reward.custom_rm_path
+        if DEFAULT in addresses or own is None:
             return RewardAddresses(addresses)
-        workers = await self.wait_for(controller_pb2.WORKER_KIND_REWARD)
+        workers = await self._require(
+            controller_pb2.WORKER_KIND_REWARD,
+            missing_reward(own),
+            lambda worker: serves(served_rewards(worker.registration), own),
+        )
         return RewardAddresses(addresses, tuple(worker.registration.address for worker in workers))
+
+    async def _require(
+        self, kind: controller_pb2.WorkerKind.ValueType, what: str, suits: Callable[[AttachedWorker], bool]
+    ) -> Sequence[AttachedWorker]:
+        if not any(map(suits, self._registry.alive(kind))):
+            self._status.enter("starting", what)
+        return await self._controls.unless_ended(self._registry.require(kind, what, deadlines.WORKERS_ATTACH_S, suits))
+
+
+def served_rewards(registration: controller_pb2.WorkerRegistration) -> tuple[str, ...]:
+    """Return the names of the rewards that a worker reports; none when it does not report them."""
+    info: dict[str, str | int | float] = json.loads(registration.info_json or "{}")
+    return tuple(name.strip() for name in str(info.get("rewards", "")).split(",") if name.strip())

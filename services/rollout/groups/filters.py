@@ -12,6 +12,7 @@ import inspect
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from miles.threads import only_exceptions
 from miles.types import Sample, reward_number
 
 if TYPE_CHECKING:
@@ -81,10 +82,11 @@ async def apply_filter(
     name = getattr(function, "__qualname__", repr(function))
     deadline = asyncio.timeout(deadline_s)
     try:
-        verdict = function(config, samples)
-        if inspect.isawaitable(verdict):
-            async with deadline:
-                verdict = await verdict
+        with only_exceptions():
+            verdict = function(config, samples)
+            if inspect.isawaitable(verdict):
+                async with deadline:
+                    verdict = await verdict
     except Exception as error:  # the user's code may raise anything
         if deadline.expired():
             raise FilterError(f"filter {name} gave no verdict within {deadline_s:g} s") from None

@@ -18,9 +18,10 @@ from miles.services.rollout.groups.partial_group import PartialGroup
 from miles.services.rollout.groups.partial_response import FINISHED, mask_older_versions
 from miles.services.rollout.groups.response_sampler import Sampler
 from miles.services.rollout.groups.scoring import GroupScoring, JobRewards, RewardFailed
-from miles.services.rollout.groups.stats import group_stats
+from miles.services.rollout.groups.stats import group_stats, rewards_are_equal, scored_example
 from miles.services.rollout.serving.version_gate import VersionGate, VersionPassed
 from miles.tasks import cancelled_at_end
+from miles.telemetry.repeated_warnings import RepeatedWarnings
 from miles.types import SampleGroup, SampleStatus
 from miles.types.validate import check_group
 
@@ -55,6 +56,8 @@ class GroupTools:
     queue: GroupQueue
     partials: PartialStore
     group_filter: GroupFilter | None = None
+    repeated: RepeatedWarnings = dataclasses.field(default_factory=RepeatedWarnings)
+    """Of failures, so that the log does not repeat them."""
 
 
 class GroupRun:
@@ -96,7 +99,8 @@ class GroupRun:
         except (FilterError, ValueError) as error:
             return Failed(f"{type(error).__name__}: {error}", retryable=False)
         except Exception as error:  # whatever an engine, Redis or the network raises: this attempt failed
-            log.warning("group %d: %s: %s", self.lease.group_id, type(error).__name__, error, exc_info=error)
+            if line := self._tools.repeated.note(f"group {self.lease.group_id}: {type(error).__name__}: {error}"):
+                log.warning("%s", line, exc_info=error)
             await self._partial.save()
             return Failed(f"{type(error).__name__}: {error}")
 
@@ -122,6 +126,8 @@ class GroupRun:
         done = Finished(stats, oldest_version=group.oldest_version or 0)
         if not lease.is_training:
             return dataclasses.replace(done, group=group)
+        if rewards_are_equal(samples, key):
+            done = dataclasses.replace(done, example=scored_example(samples, key))
         return await self._unless_preempted(self._filter_and_put(group, done))
 
     async def _earlier_outcome(self) -> Finished | None:
@@ -197,7 +203,8 @@ class GroupRun:
 
     async def _drop(self, done: Finished, reason: str) -> Finished:
         await self._tools.queue.drop(self.lease.group_id, reason, holder=self._holder)
-        return dataclasses.replace(done, keep=False, reason=reason)
+        example = scored_example(self._scoring.scored(), self._tools.config.reward.reward_key)
+        return dataclasses.replace(done, keep=False, reason=reason, example=example)
 
     async def _unless_preempted(self, work: Coroutine[Any, Any, _T]) -> _T:
         """The result of `work`; when the run is preempted first, cancels it and raises _RunPreempted."""

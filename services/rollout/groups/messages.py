@@ -60,6 +60,8 @@ class Finished:
     keep: bool = True
     reason: str = ""
     group: SampleGroup | None = None
+    example: rollout_pb2.ScoredExample | None = None
+    """One of its samples, when the group was dropped or its rewards are all equal."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -168,6 +170,7 @@ def outcome_to_proto(
                     oldest_version=outcome.oldest_version,
                     stats=outcome.stats,
                     group=None if outcome.group is None else group_to_proto(outcome.group),
+                    example=outcome.example,
                 )
             )
         case Failed():

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from miles.queue import Holder
 from miles.services.rollout.groups.group_run import GroupRun, GroupTools
-from miles.services.rollout.groups.messages import GroupLease, Outcome, Purpose
+from miles.services.rollout.groups.messages import Failed, GroupLease, Outcome, Purpose
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +33,7 @@ class RunningGroups:
         return [len(run.lease.group.samples) for run, _ in self._runs.values()]
 
     def start(self, lease: GroupLease, deliver: Deliver, lease_number: int) -> None:
-        """Begin a group; `deliver` gets its outcome, unless the run ends with a bug, which is logged.
+        """Begin a group; `deliver` gets its outcome, unless the run is cancelled.
 
         `lease_number` is that of the worker lease under which the group was handed out. If the same group still runs,
         that run is preempted first.
@@ -46,7 +46,12 @@ class RunningGroups:
             if before is not None:
                 before[0].preempt()
                 await asyncio.wait([before[1]])
-            deliver(lease, await run.run())
+            try:
+                outcome = await run.run()
+            except Exception as error:  # nobody would ever hear of the group again
+                log.exception("group %d ended with an error that is a bug", lease.group_id)
+                outcome = Failed(f"{type(error).__name__}: {error}")
+            deliver(lease, outcome)
 
         task = asyncio.create_task(run_after_earlier(), name=f"group {lease.group_id} of job {self._tools.job_id}")
         task.add_done_callback(lambda _: self._remove(key, run))

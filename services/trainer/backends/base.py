@@ -9,16 +9,19 @@ import functools
 import gc
 import logging
 import pathlib
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
 import torch.distributed as dist
 
+from miles.config.resume_rules import recorded
+from miles.ownership.export import ExportFolder
 from miles.services.trainer.batch.rollout_batch import RolloutBatch
-from miles.services.trainer.checkpoint.background_save import Saving
-from miles.services.trainer.checkpoint.record import CheckpointRecord, digest, newest
+from miles.services.trainer.checkpoint.background_save import Saving, on_first_rank
+from miles.services.trainer.checkpoint.choice import check_settings, choose
+from miles.services.trainer.checkpoint.errors import reading, writing
+from miles.services.trainer.checkpoint.record import CheckpointRecord, read_record
 from miles.services.trainer.checkpoint.state import TrainerState
 from miles.services.trainer.ranks.abandoning import Abandonment
 from miles.services.trainer.step.progress import Report
@@ -63,16 +66,26 @@ class BaseBackend(abc.ABC, Generic[PartsT]):
         )
         self.loaded_from: pathlib.Path | None = None
         """Checkpoint that `load` read; None for the initial weights."""
+        self.notes: list[str] = []
+        """What a person should know of how `load` went."""
 
     def load(self) -> TrainerState:
-        """Build everything. Raises FileNotFoundError for a missing model and ValueError for one that does not fit."""
+        """Build everything, and read a checkpoint if there is one.
+
+        Raises FileNotFoundError for a missing model or checkpoint, and ValueError for one that does not fit or cannot
+        be read.
+        """
+        self.notes.clear()
+        load = self._config.checkpoint.load
+        self.loaded_from = choose(self._checkpoint_dir, None if load is None else pathlib.Path(load), self._say)
+        record = None if self.loaded_from is None else self._fitting_record(self.loaded_from)
         torch.manual_seed(self._config.train.seed)
         if self._device.type == "cpu":
             torch.use_deterministic_algorithms(True)
             # A debugging aid that comes with the switch above and costs a sixth of the step.
             torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         self._parts = self._build()
-        state = self._restore()
+        state = TrainerState() if record is None else self._restore(record)
         if dist.get_rank() == 0:
             self._log.discard_from(state.step)
         return state
@@ -96,16 +109,18 @@ class BaseBackend(abc.ABC, Generic[PartsT]):
 
     def save(self, directory: pathlib.Path, state: TrainerState) -> None:
         """See `TrainerBackend.save`; a crash leaves the complete checkpoint or none."""
-        self._save(directory, self._record_of(state))
+        with writing(directory):
+            self._save(directory, self._record_of(state))
 
     def begin_save(self, directory: pathlib.Path, state: TrainerState) -> Saving:
         """See `TrainerBackend.begin_save`."""
-        return self._begin_save(directory, self._record_of(copy.deepcopy(state)))
+        with writing(directory):
+            return self._begin_save(directory, self._record_of(copy.deepcopy(state)))
 
     def save_hf(self, directory: pathlib.Path) -> None:
         """See `TrainerBackend.save_hf`; the files' tensors have the rollout's dtype."""
-        replace_folder(directory, self._write_hf)
-        dist.barrier()
+        run_dir, pattern = pathlib.Path(self._config.services.run_dir), self._config.checkpoint.save_hf
+        replace_export(ExportFolder(directory, run_dir, pattern), self._write_hf)
 
     def close(self) -> None:
         """Free the model. The backend can `load` again."""
@@ -132,8 +147,8 @@ class BaseBackend(abc.ABC, Generic[PartsT]):
         """Copy what a checkpoint holds and begin to write it."""
 
     @abc.abstractmethod
-    def _load_checkpoint(self, directory: pathlib.Path) -> CheckpointRecord:
-        """Read a checkpoint into the models and optimizers."""
+    def _load_checkpoint(self, directory: pathlib.Path, record: CheckpointRecord) -> None:
+        """Read a checkpoint into the models and optimizers, and say what it lacks."""
 
     @abc.abstractmethod
     def _write_hf(self, directory: pathlib.Path) -> None:
@@ -147,19 +162,25 @@ class BaseBackend(abc.ABC, Generic[PartsT]):
     def _recording_replica(self) -> int | None:
         """Number of this rank's replica, if this rank is the one that logs the replica's samples."""
 
-    def _restore(self) -> TrainerState:
-        self.loaded_from = newest(self._checkpoint_dir)
-        if self.loaded_from is None and self._config.checkpoint.load is not None:
-            self.loaded_from = newest(pathlib.Path(self._config.checkpoint.load))
-        if self.loaded_from is None:
-            return TrainerState()
-        record, roles = self._load_checkpoint(self.loaded_from), self._loaded.roles
+    def _fitting_record(self, directory: pathlib.Path) -> CheckpointRecord:
+        record = read_record(directory)
+        own_format = (directory / "metadata.json").is_file()  # of Megatron-Core; records of version 1 do not say
+        check_settings(directory, record, self._config.to_flat(), "megatron" if own_format else "fsdp", self._say)
+        return record
+
+    def _restore(self, record: CheckpointRecord) -> TrainerState:
+        assert self.loaded_from is not None, "there is a record"
+        with reading(self.loaded_from):
+            self._load_checkpoint(self.loaded_from, record)
+        roles = self._loaded.roles
         roles.policy.iteration = record.iteration
         if roles.critic is not None:
             roles.critic.iteration = record.critic_iteration
-        if record.config_digest != digest(self._config):
-            logger.warning("%s was saved under another configuration; resuming with the new one", self.loaded_from)
         return record.state
+
+    def _say(self, text: str) -> None:
+        logger.warning("%s", text)
+        self.notes.append(text)
 
     def _record_of(self, state: TrainerState) -> CheckpointRecord:
         roles = self._loaded.roles
@@ -167,7 +188,7 @@ class BaseBackend(abc.ABC, Generic[PartsT]):
             state=state,
             iteration=roles.policy.iteration,
             world_size=dist.get_world_size(),
-            config_digest=digest(self._config),
+            settings=recorded(self._config.to_flat()),
             old_versions=() if roles.old_policies is None else tuple(roles.old_policies.copies),
             critic_iteration=0 if roles.critic is None else roles.critic.iteration,
         )
@@ -183,19 +204,25 @@ class BaseBackend(abc.ABC, Generic[PartsT]):
         return self._config.algorithm.ref_update_interval is not None
 
     @property
+    def _chat_template(self) -> pathlib.Path | None:
+        """The Jinja file that prompts are rendered with; None for the tokenizer's own."""
+        path = self._config.data.chat_template_path
+        return None if path is None else pathlib.Path(path)
+
+    @property
     def _loaded(self) -> PartsT:
         if self._parts is None:
             raise RuntimeError("the trainer holds no model: call load() first")
         return self._parts
 
 
-def replace_folder(directory: pathlib.Path, write: Callable[[pathlib.Path], None]) -> None:
-    """Have `write` fill a new folder, then replace `directory` with it, so that readers see a complete one.
+def replace_export(export: ExportFolder, write: Callable[[pathlib.Path], None]) -> None:
+    """Have `write` fill a new folder, then put it in the place of the export, so that readers see a complete one.
 
-    `write` is collective; only rank 0 touches the files.
+    Collective; rank 0 touches the files. Raises OSError on all ranks: FolderTakenError on rank 0 when the place is not
+    the run's to write.
     """
-    partial = directory.with_name(directory.name + ".tmp")
-    write(partial)
-    if dist.get_rank() == 0:
-        shutil.rmtree(directory, ignore_errors=True)
-        partial.rename(directory)
+    on_first_rank(export.prepare)
+    with writing(export.folder, export.partial):
+        write(export.partial)
+        on_first_rank(export.complete)

@@ -23,6 +23,8 @@ class TrainerBackend(Protocol):
 
     loaded_from: pathlib.Path | None
     """Checkpoint that `load` read; None for the initial weights."""
+    notes: list[str]
+    """What a person should know of how `load` went."""
 
     def load(self) -> TrainerState:
         """Build the model and optimizer; load the newest checkpoint, or the initial weights (an empty state)."""

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import pathlib
 import shutil
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from collections.abc import Callable
+from concurrent.futures import Future, wait
 from typing import Any
 
 import torch.distributed as dist
-from torch.distributed.checkpoint.api import CheckpointException
 
+from miles.services.trainer.checkpoint.errors import writing
 from miles.services.trainer.checkpoint.record import CheckpointRecord, complete
+from miles.threads import Threads
 
 
 class Saving:
@@ -22,8 +22,9 @@ class Saving:
     A thread, not a process: it dies with the trainer, so nothing writes into a folder that a restarted trainer uses.
     """
 
-    def __init__(self, written: Future[Any], put_in_place: Callable[[], None]) -> None:
+    def __init__(self, directory: pathlib.Path, written: Future[Any], put_in_place: Callable[[], None]) -> None:
         """`put_in_place` is collective, is called after the writing, and raises on all ranks when it failed on one."""
+        self._directory = directory
         self._written = written
         self._put_in_place = put_in_place
 
@@ -38,8 +39,9 @@ class Saving:
     def finish(self) -> None:
         """Wait, then complete the checkpoint; collective. Raises OSError when a file could not be written."""
         self.wait()
-        self._put_in_place()
-        self._written.result()
+        with writing(self._directory):
+            self._put_in_place()
+            self._written.result()
 
 
 def empty_folder(directory: pathlib.Path) -> pathlib.Path:
@@ -50,17 +52,17 @@ def empty_folder(directory: pathlib.Path) -> pathlib.Path:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
 
-    _on_first_rank(clear)
+    on_first_rank(clear)
     return partial
 
 
 def put_in_place(partial: pathlib.Path, directory: pathlib.Path, record: CheckpointRecord) -> None:
     """Complete a checkpoint when all ranks have written their files; collective."""
     dist.barrier()
-    _on_first_rank(functools.partial(complete, partial, directory, record))
+    on_first_rank(functools.partial(complete, partial, directory, record))
 
 
-def _on_first_rank(act: Callable[[], None]) -> None:
+def on_first_rank(act: Callable[[], None]) -> None:
     """Run something on rank 0 while the others wait; its OSError is raised on all."""
     error: OSError | None = None
     if dist.get_rank() == 0:
@@ -76,16 +78,7 @@ def _on_first_rank(act: Callable[[], None]) -> None:
 
 def in_thread(write: Callable[[], Any]) -> Future[Any]:
     """Run a function in a thread of its own."""
-    pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+    pool = Threads(1, thread_name_prefix="checkpoint")
     written = pool.submit(write)
     pool.shutdown(wait=False)
     return written
-
-
-@contextlib.contextmanager
-def checkpoint_error_as_os_error(directory: pathlib.Path) -> Iterator[None]:
-    """Raise OSError for PyTorch's checkpoint error, which is not an Exception, so that callers can handle it."""
-    try:
-        yield
-    except CheckpointException as error:
-        raise OSError(f"{directory} could not be written: {error}") from error

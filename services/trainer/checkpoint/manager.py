@@ -7,8 +7,8 @@ import pathlib
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+from miles.checkpoint_folder import folder_name
 from miles.queue import GroupQueue
-from miles.services.trainer.checkpoint.record import folder_name
 from miles.services.trainer.checkpoint.state import TrainerState
 from miles.services.trainer.ranks.collective_calls import Command
 

@@ -3,27 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import os
 import pathlib
-import re
 import shutil
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import Any
 
+from miles.checkpoint_folder import LATEST_FILE, RECORD_FILE
+from miles.services.trainer.checkpoint.errors import MisfitError
 from miles.services.trainer.checkpoint.state import TrainerState
 
-if TYPE_CHECKING:
-    from miles.config import JobConfig
-
-RECORD_FILE = "trainer.json"
-LATEST_FILE = "latest"
-_NAME = re.compile(r"step_(\d{8,})(\.old)?")
-_WHERE_AND_HOW = (
-    *("run_dir", "host", "redis_url", "load", "save", "async_save", "name", "log_samples_per_step"),
-    "stop_timeout",
-)
-"""Settings that may differ between a run and its continuation without changing what is computed (ports too)."""
+VERSION = 2
+"""Of the record; one of a newer version may mean something that this code does not know."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -35,7 +27,8 @@ class CheckpointRecord:
     """Optimizer steps taken."""
     world_size: int
     """Ranks that wrote it."""
-    config_digest: str
+    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """Those that `resume_rules` compares with the run's; empty in records of version 1."""
     loss_scale: float = 1.0
     good_steps: int = 0
     """Steps since the loss scale last changed; see `LossScale`."""
@@ -48,38 +41,13 @@ class CheckpointRecord:
     """Identity of the weights that the saved adapter adapts, in hex; empty when the whole policy was saved."""
 
 
-def folder_name(step: int) -> str:
-    """Name of the checkpoint's folder after `step` training steps."""
-    return f"step_{step:08d}"
-
-
-def newest(directory: pathlib.Path) -> pathlib.Path | None:
-    """The complete checkpoint of the most steps below `directory`, or None.
-
-    One that was being replaced when the trainer died is found under its old name.
-    """
-    if not directory.is_dir():
-        return None
-    found = [
-        (int(match[1]), match[2] is None, path)
-        for path in directory.iterdir()
-        if (match := _NAME.fullmatch(path.name)) and (path / RECORD_FILE).is_file()
-    ]
-    return max(found)[2] if found else None
-
-
-def digest(config: JobConfig) -> str:
-    """SHA-256 of the settings that training depends on."""
-    flat = {
-        key: value for key, value in config.to_flat().items() if key not in _WHERE_AND_HOW and not key.endswith("_port")
-    }
-    return hashlib.sha256(json.dumps(flat, sort_keys=True).encode()).hexdigest()
-
-
 def complete(partial: pathlib.Path, directory: pathlib.Path, record: CheckpointRecord) -> None:
     """Write the record beside the tensors in `partial`, then rename that to `directory`; on one rank."""
-    (partial / RECORD_FILE).write_text(json.dumps(_to_json(record), indent=1))
-    _sync_tree(partial)
+    _sync_tree(partial)  # before sizes are read: other hosts may have written the files
+    sizes = {str(path.relative_to(partial)): path.stat().st_size for path in partial.rglob("*") if path.is_file()}
+    (partial / RECORD_FILE).write_text(json.dumps({**_to_json(record), "files": sizes}, indent=1))
+    _sync(partial / RECORD_FILE)
+    _sync(partial)
     if directory.exists():
         doomed = directory.with_name(directory.name + ".old")
         shutil.rmtree(doomed, ignore_errors=True)
@@ -96,30 +64,37 @@ def read_record(directory: pathlib.Path) -> CheckpointRecord:
     """Read the record of a checkpoint; raises FileNotFoundError or ValueError."""
     path = directory / RECORD_FILE
     try:
-        return _from_json(json.loads(path.read_text()))
+        data = dict(json.loads(path.read_text()))
+        version = int(data.get("version", 1))
+        record = _from_json(data) if version <= VERSION else None
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} cannot be read as a checkpoint's record: {error!r}") from error
+    if record is None:
+        problem = f"it was written by a newer installation (version {version}; this one knows up to {VERSION})"
+        raise ValueError(f"{path}: {problem}; resume with that installation, or start from its export (save_hf)")
+    return record
 
 
-def check_base(directory: pathlib.Path, base: str, former: str) -> None:
-    """Raise ValueError unless a checkpoint was saved on this base: an adapter only works on its own base.
+def check_base(directory: pathlib.Path, record: CheckpointRecord, base: str, former: str) -> None:
+    """Raise MisfitError unless a checkpoint was saved on this base: an adapter only works on its own base.
 
     `former` is the name of the same base in older checkpoints.
     """
-    saved = read_record(directory).base
+    saved = record.base
     if saved in (base, former):
         return
     holds = f"an adapter of base {saved}" if saved else "a whole policy"
     wanted = f"an adapter of base {base} (hf_checkpoint)" if base else "a whole policy (lora_rank is 0)"
-    raise ValueError(f"{directory} holds {holds}, but {wanted} is trained; resume with the settings it was saved under")
+    raise MisfitError(f"{directory} holds {holds}, but {wanted} is trained; resume as it was saved")
 
 
 def _to_json(record: CheckpointRecord) -> dict[str, Any]:
     return {
+        "version": VERSION,
         "state": record.state.to_json(),
         "iteration": record.iteration,
         "world_size": record.world_size,
-        "config_digest": record.config_digest,
+        "settings": dict(record.settings),
         "loss_scale": record.loss_scale,
         "good_steps": record.good_steps,
         "critic_iteration": record.critic_iteration,
@@ -130,11 +105,11 @@ def _to_json(record: CheckpointRecord) -> dict[str, Any]:
     }
 
 
-def _from_json(data: dict[str, Any]) -> CheckpointRecord:
+def _from_json(data: Mapping[str, Any]) -> CheckpointRecord:
     names = [
         field.name
         for field in dataclasses.fields(CheckpointRecord)
-        if field.name in data or field.default is dataclasses.MISSING  # what older checkpoints lack has a default
+        if field.name in data or field.name in ("state", "iteration", "world_size")  # the others have defaults
     ]
     fields = {name: data[name] for name in names}
     versions = tuple(int(version) for version in fields.pop("old_versions", ()))

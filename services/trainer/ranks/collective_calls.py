@@ -16,6 +16,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from miles.threads import only_exceptions
+
 logger = logging.getLogger(__name__)
 
 SILENCE_LIMIT = datetime.timedelta(minutes=30)
@@ -129,7 +131,8 @@ def follow(ranks: Ranks, run: Callable[[Command], object]) -> None:
         error: Exception | None = None
         result: object = None
         try:
-            result = run(command)
+            with only_exceptions():
+                result = run(command)
         except Exception as caught:
             logger.exception("rank %d: %s failed", ranks.rank, command.name)
             error = caught

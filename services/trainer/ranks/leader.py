@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from miles.services.trainer.ranks.collective_calls import EXIT, HEARTBEAT, Command, Ranks
 from miles.services.trainer.ranks.worker import RankWorker
+from miles.threads import Threads, only_exceptions
 
 T = TypeVar("T")
 _HEARTBEAT_EVERY_S = 60.0
@@ -20,7 +21,7 @@ class Leader:
     def __init__(self, ranks: Ranks, worker: RankWorker) -> None:
         self._ranks = ranks
         self._worker = worker
-        self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="trainer")
+        self._thread = Threads(1, thread_name_prefix="trainer")
         self._exit: concurrent.futures.Future[None] | None = None
 
     @property
@@ -70,7 +71,8 @@ class Leader:
         result: Any = None
         error: Exception | None = None
         try:
-            result = self._worker.run(command, **local)
+            with only_exceptions():
+                result = self._worker.run(command, **local)
         except Exception as caught:
             error = caught
         reports = self._ranks.agree(error, result if isinstance(result, bytes) else b"")

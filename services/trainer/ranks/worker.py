@@ -50,6 +50,8 @@ class RankWorker:
         self._export_format: ExportFormat = AS_TRAINED
         self.loaded_from: pathlib.Path | None = None
         """Checkpoint that the job was loaded from; None for the initial weights."""
+        self.notes: Sequence[str] = ()
+        """What a person should know of how the job was loaded."""
 
     def run(
         self,
@@ -118,7 +120,7 @@ class RankWorker:
         except BaseException:
             backend.close()
             raise
-        self._backend, self.loaded_from = backend, backend.loaded_from
+        self._backend, self.loaded_from, self.notes = backend, backend.loaded_from, tuple(backend.notes)
         self._export_format = _export_format(config)
         return state
 

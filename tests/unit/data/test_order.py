@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from miles.data import DataError, PromptOrder, PromptSource, PromptTemplate, load_prompts
+from miles.data import PromptOrder, PromptSource, PromptTemplate, load_prompts
 from miles.data.order import permutation
 from miles.types import SampleStatus
 from miles.types.convert import group_from_proto, group_to_proto
@@ -83,42 +83,23 @@ def make_source(tokenizer: Any, write_jsonl: Callable[..., str]) -> Callable[...
 MakeSource = Callable[..., PromptSource]
 
 
-def test_a_restored_cursor_goes_on_where_it_was(make_source: MakeSource) -> None:
-    whole = make_source(5)
-    expected = [whole.prompt(group).prompt for group in [*whole.take(7), *whole.take(9)]]
-
-    before = make_source(5)
-    prompts = [before.prompt(group).prompt for group in before.take(7)]
-    saved = json.loads(json.dumps(before.save()))
-    after = make_source(5)
-    after.restore(saved)
-    prompts += [after.prompt(group).prompt for group in after.take(9)]
-    assert prompts == expected
-    assert after.cursor == 16
-    assert after.save() == whole.save()
+def test_an_order_that_begins_at_a_later_group_gives_it_the_first_prompt(make_source: MakeSource) -> None:
+    whole, later = make_source(5), make_source(5)
+    later.begin_at(7)
+    assert [later.prompt(group).prompt for group in later.take(9)] == [whole.prompt(i).prompt for i in range(9)]
+    with pytest.raises(ValueError, match="count from 0"):
+        later.prompt(6)
 
 
-@pytest.mark.parametrize(
-    ("n", "seed", "shuffle", "change"),
-    [
-        (6, 0, True, "num_prompts was 5, is 6"),
-        (5, 1, True, "rollout_seed was 0, is 1"),
-        (5, 0, False, "rollout_shuffle was True, is False"),
-    ],
-)
-def test_a_cursor_of_another_order_is_refused(
-    make_source: MakeSource, n: int, seed: int, shuffle: bool, change: str
-) -> None:
-    saved = make_source(5).save()
-    with pytest.raises(DataError, match=change):
-        make_source(n, seed=seed, shuffle=shuffle).restore(saved)
-
-
-@pytest.mark.parametrize("cursor", [-1, None, "3", 1.5, True])
-def test_a_cursor_that_is_none_is_refused(make_source: MakeSource, cursor: Any) -> None:
-    source = make_source(5)
-    with pytest.raises(DataError, match="saved next_group_id is"):
-        source.restore(source.save() | {"next_group_id": cursor})
+def test_the_identity_of_prompts_follows_their_contents_and_order(make_source: MakeSource) -> None:
+    same = make_source(5).identity()
+    assert json.loads(json.dumps(same)) == make_source(5).identity() | {"source": same["source"]}
+    for other, key in (
+        (make_source(6), "digest"),
+        (make_source(5, seed=1), "rollout_seed"),
+        (make_source(5, shuffle=False), "rollout_shuffle"),
+    ):
+        assert other.identity()[key] != same[key]
 
 
 def test_a_group_holds_samples_that_wait_for_generation(make_source: MakeSource) -> None:

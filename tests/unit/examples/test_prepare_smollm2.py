@@ -58,20 +58,25 @@ def test_an_intact_checkpoint_is_kept_and_nothing_is_fetched(checkpoint: pathlib
     assert (checkpoint / "model.safetensors").read_bytes() == b"weights"
 
 
-@pytest.mark.parametrize("damage", ["changed", "missing", "no checksums", "empty checksums"])
+@pytest.mark.parametrize("damage", ["changed", "missing", "empty checksums"])
 def test_a_damaged_checkpoint_is_made_anew(checkpoint: pathlib.Path, no_index: pathlib.Path, damage: str) -> None:
     match damage:
         case "changed":
             (checkpoint / "model.safetensors").write_bytes(b"weightz")
         case "missing":
             (checkpoint / "config.json").unlink()
-        case "no checksums":
-            (checkpoint / prepare.CHECKSUMS).unlink()
         case "empty checksums":
             (checkpoint / prepare.CHECKSUMS).write_text("{}")
     with pytest.raises(prepare.PrepareError, match="could not download"):
         prepare.prepare_model(checkpoint.parent)
     assert not checkpoint.exists()
+
+
+def test_a_model_that_somebody_else_put_there_is_left_alone(checkpoint: pathlib.Path, no_index: pathlib.Path) -> None:
+    (checkpoint / prepare.CHECKSUMS).unlink()
+    with pytest.raises(prepare.PrepareError, match="was not made by this program"):
+        prepare.prepare_model(checkpoint.parent)
+    assert (checkpoint / "model.safetensors").read_bytes() == b"weights"
 
 
 def test_what_a_killed_conversion_left_is_removed(tmp_path: pathlib.Path, no_index: pathlib.Path) -> None:

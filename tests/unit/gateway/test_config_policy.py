@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import pathlib
 from typing import Any
 
@@ -156,3 +157,19 @@ def test_the_schema_describes_every_setting_a_job_can_give() -> None:
     assert properties["rollout_top_p"]["maximum"] == 1
     assert "null" in properties["lr"]["type"]
     assert all(described["description"] for described in properties.values())
+
+
+@pytest.mark.parametrize("path", [".", "./", "runs", "runs/../", "{rollout_id}/../runs"])
+def test_a_root_and_the_folder_of_runs_are_no_jobs_own(policy: GatewayOptions, path: str) -> None:
+    for key in ("run_dir", "save", "save_hf"):
+        assert faults(policy, **{key: path}) == {key: "other jobs use that folder too"}
+        assert faults(policy, **{key: f"{path}/mine"}) == {}
+    assert "load" not in faults(policy, load=path)
+
+
+def test_rows_of_a_data_file_are_no_way_out_of_the_roots(policy: GatewayOptions) -> None:
+    path = "x@[/../../../../etc]"
+    for key in ("save_hf", "run_dir", "prompt_data", "hf_checkpoint"):
+        flat = review({key: path}, policy, "")
+        inside = pathlib.Path(os.path.realpath(str(flat.flat[key]))).is_relative_to(policy.allowed_roots[0])
+        assert inside or "outside" in faults(policy, **{key: path})[key]

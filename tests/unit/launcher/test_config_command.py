@@ -34,6 +34,14 @@ def test_a_stale_reference_page_is_noticed(tmp_path: pathlib.Path, capsys: pytes
     assert "is not up to date" in capsys.readouterr().err
 
 
+def test_another_file_is_not_written_over(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    other = tmp_path / "train.py"
+    other.write_text("print()")
+    assert cli.main(["config", "docs", "--out", str(other)]) == 1
+    assert other.read_text() == "print()"
+    assert "something else than this page" in capsys.readouterr().err
+
+
 def test_show_prints_settings_that_read_back(files: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["config", "show", *to_command_line(MINIMAL), "--device", "cpu", "--lr", "3e-5"]) == 0
     printed = yaml.safe_load(capsys.readouterr().out)
@@ -173,12 +181,9 @@ def test_plans_carry_addresses_once_they_are_known() -> None:
         | {"controller_port": 7000, "rollout_port": 7100, "rollout_num_workers": 3, "rm_type": None}
         | {"custom_rm_path": "a.b", "group_rm": True, "train_env_vars": {"A": "1"}}
     ).resolve("cpu")
-    assert plan_controller(config, "redis://r").command[-4:] == (
-        "--listen",
-        "127.0.0.1:7000",
-        "--redis-url",
-        "redis://r",
-    )
+    controller = plan_controller(config, "redis://:secret@r")
+    assert controller.command[-2:] == ("--listen", "127.0.0.1:7000")
+    assert controller.environment["MILES_REDIS_URL"] == "redis://:secret@r"  # not in the list of processes
     plans = {plan.name: plan for plan in plan_workers(config, "c:1", master_port=77)}
     assert [plans[f"rollout-{i}"].command[4] for i in range(3)] == [f"127.0.0.1:{7100 + i}" for i in range(3)]
     assert all(plan.command[5:7] == ("--controller", "c:1") for plan in plans.values())
@@ -240,3 +245,18 @@ def test_importing_the_configuration_stays_light() -> None:
     program = "import sys, miles.config; print(*{'torch', 'transformers', 'redis', 'grpc', 'numpy'} & set(sys.modules))"
     ran = subprocess.run([sys.executable, "-c", program], check=True, timeout=60, capture_output=True, text=True)
     assert ran.stdout.strip() == ""
+
+
+def test_no_secret_is_in_the_dry_run_the_stored_job_or_a_fault() -> None:
+    from miles.config.schema.faults import Fault
+    from miles.launcher.dry_run import describe_run
+    from miles.launcher.main import stored_settings
+
+    given = {"redis_url": "redis://:hunter2@r:1/3", "train_env_vars": {"WANDB": "hunter2"}, "train_dtype": "float32"}
+    config = JobConfig.from_flat(MINIMAL | given | {"rollout_dtype": "float32"}).resolve("cpu")
+    assert "hunter2" not in describe_run(config)
+    assert stored_settings(config)["redis_url"] == "redis://r:1/3"
+    for key in ("redis_url", "train_env_vars"):
+        fault = Fault(key, given[key], "it is wrong", "correct it")
+        assert "hunter2" not in f"{fault} {fault.to_json()}"
+        assert "it is wrong" in str(fault)

@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from miles.answers.numbers import find_last_number
 from miles.services.reward.exact_match import exact_match
-from miles.services.reward.last_number import find_last_number, last_number
+from miles.services.reward.last_number import last_number
 from miles.types import Sample
 
 

@@ -22,3 +22,8 @@ from miles.rpc.advertise import reachable_address
 )
 def test_others_are_told_an_address_that_they_can_reach(bound: str, advertise: str | None, expected: str) -> None:
     assert reachable_address(bound, advertise, "127.0.0.1:9") == expected
+
+
+@pytest.mark.parametrize("advertise", ["::1", "[::1]"])
+def test_an_ipv6_host_gets_its_brackets(advertise: str) -> None:
+    assert reachable_address("[::]:50", advertise, "127.0.0.1:9") == "[::1]:50"

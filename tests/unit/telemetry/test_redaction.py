@@ -102,3 +102,13 @@ def test_log_lines_and_tracebacks_are_redacted() -> None:
         logger.exception("redis://:%s@h failed", SECRET)
     assert SECRET not in stream.getvalue()
     assert "ValueError" in stream.getvalue()
+
+
+@pytest.mark.parametrize("password", [SECRET, f"{SECRET}@x", f"{SECRET}/x", f"a#{SECRET}?b", f"%40{SECRET}"])
+@pytest.mark.parametrize("scheme", ["redis", "rediss", "unix"])
+def test_a_password_of_redis_is_hidden_however_it_is_written(scheme: str, password: str) -> None:
+    assert redact(f"cannot use {scheme}://me:{password}@host/0.") == f"cannot use {scheme}://me:{REDACTED}@host/0."
+
+
+def test_what_follows_a_password_in_quotes_stays() -> None:
+    assert redact(f'{{"a": "redis://:{SECRET}@h", "b": "c@d"}}') == f'{{"a": "redis://:{REDACTED}@h", "b": "c@d"}}'

@@ -153,14 +153,14 @@ class Group:
     def _apart(self, call: Callable[[], T], watch: Watch, what: str) -> T:
         """Run an uninterruptible call of torch in a thread; when a peer is lost, leave it to its own deadline."""
         results: list[T] = []
-        errors: list[Exception] = []
+        errors: list[BaseException] = []
         stream = torch.cuda.current_stream(self._device) if self._device.type == "cuda" else None
 
         def run() -> None:
             try:
                 with torch.cuda.stream(stream):
                     results.append(call())
-            except (RuntimeError, ValueError, OSError) as error:  # what torch raises when a peer does not come
+            except BaseException as error:  # what torch raises when a peer does not come, or anything else
                 errors.append(error)
 
         threading.Thread(target=run, name=f"join {self.name}", daemon=True).start()

@@ -15,6 +15,7 @@ import torch
 from miles.services.rollout.engines.base import EngineFailed, PauseMode
 from miles.services.rollout.engines.torch.generation.generator import Generator, GeneratorOptions
 from miles.services.rollout.engines.torch.generation.outbox import Delivery
+from miles.threads import only_exceptions
 
 logger = logging.getLogger(__name__)
 
@@ -113,7 +114,8 @@ class Worker:
             try:
                 if self._failure is not None and command != self.close:
                     raise EngineFailed("an earlier step of the engine failed") from self._failure
-                result = command()
+                with only_exceptions():
+                    result = command()
             except Exception as error:
                 future.set_exception(error)
             else:
@@ -123,7 +125,8 @@ class Worker:
     def _step(self) -> None:
         begin = time.perf_counter()
         try:
-            self.generator.step()
+            with only_exceptions():
+                self.generator.step()
         except Exception as error:
             logger.exception("a step of the engine failed")
             self._failure = error

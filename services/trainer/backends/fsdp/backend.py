@@ -117,22 +117,23 @@ class FsdpBackend(BaseBackend[_Parts]):
             self._save_group = dist.new_group(backend="gloo")
         return checkpoint.begin(directory, self._contents(), record, self._save_group)
 
-    def _load_checkpoint(self, directory: pathlib.Path) -> CheckpointRecord:
+    def _load_checkpoint(self, directory: pathlib.Path, record: CheckpointRecord) -> None:
         served = "" if self.lora is None else self.lora.base_checksum.hex()  # what older checkpoints call the base
-        check_base(directory, self._base, served)
-        record, roles = checkpoint.load(directory, self._contents()), self._loaded.roles
+        check_base(directory, record, self._base, served)
+        checkpoint.load(directory, self._contents(), record, self._say)
+        roles = self._loaded.roles
         roles.policy.loss_scale.value, roles.policy.loss_scale.good_steps = record.loss_scale, record.good_steps
         if roles.critic is not None and record.critic_iteration:
             roles.critic.loss_scale.value = record.critic_loss_scale
             roles.critic.loss_scale.good_steps = record.critic_good_steps
-        return record
 
     def _write_hf(self, directory: pathlib.Path) -> None:
         """Merge an adapter in, and also write it by itself, in PEFT's form and in float32, to the folder `adapter`."""
         policy, adapter, tensors = self._loaded.policy, self._loaded.roles.adapter, self._loaded.published.model
         full = self._gathered(named_weights(policy)) if adapter is None else merged_weights(policy, self._gathered)
         source, dtype = pathlib.Path(str(self._config.rollout.hf_checkpoint)), self._export_dtype
-        write_hf_checkpoint(directory, source, tensors, tensors.conversion.to_checkpoint(full), dtype)
+        full = tensors.conversion.to_checkpoint(full)
+        write_hf_checkpoint(directory, source, tensors, full, dtype, chat_template=self._chat_template)
         adapters = {} if adapter is None else {name: full_tensor(part) for name, part in named_adapters(policy)}
         if adapter is not None and dist.get_rank() == 0:
             adapter.write(directory / "adapter", adapters)

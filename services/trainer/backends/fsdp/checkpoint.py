@@ -9,8 +9,8 @@ DIR/latest                  name of the newest checkpoint, for people and script
 from __future__ import annotations
 
 import dataclasses
-import logging
 import pathlib
+from collections.abc import Mapping
 from concurrent.futures import Future
 from typing import Any
 
@@ -25,15 +25,14 @@ from miles.services.trainer.backends.fsdp.model.sharded_model import named_weigh
 from miles.services.trainer.backends.fsdp.optimizer import make_state
 from miles.services.trainer.checkpoint.background_save import (
     Saving,
-    checkpoint_error_as_os_error,
     empty_folder,
     put_in_place,
 )
+from miles.services.trainer.checkpoint.choice import Say
+from miles.services.trainer.checkpoint.errors import MisfitError
 from miles.services.trainer.checkpoint.random_state import random_state, set_random_state
-from miles.services.trainer.checkpoint.record import CheckpointRecord, read_record
+from miles.services.trainer.checkpoint.record import CheckpointRecord
 from miles.services.trainer.step.old_policies import OldPolicies
-
-logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -76,8 +75,7 @@ def save(directory: pathlib.Path, contents: Contents, record: CheckpointRecord) 
     A crash at any moment leaves no folder of that name, the old one, or the complete new one.
     """
     partial = empty_folder(directory)
-    with checkpoint_error_as_os_error(directory):
-        state_dict_saver.save(_tensors(contents), checkpoint_id=partial)
+    state_dict_saver.save(_tensors(contents), checkpoint_id=partial)
     put_in_place(partial, directory, record)
 
 
@@ -91,46 +89,86 @@ def begin(directory: pathlib.Path, contents: Contents, record: CheckpointRecord,
     assert isinstance(written, Future)
 
     def finish() -> None:
-        with checkpoint_error_as_os_error(directory):
-            written.result()
+        written.result()
         put_in_place(partial, directory, record)
 
-    return Saving(written, finish)
+    return Saving(directory, written, finish)
 
 
-def load(directory: pathlib.Path, contents: Contents) -> CheckpointRecord:
+def load(directory: pathlib.Path, contents: Contents, record: CheckpointRecord, say: Say) -> None:
     """Read a checkpoint into the models and the optimizer, and restore the random state; collective over ranks.
 
-    Raises FileNotFoundError when it is incomplete and ValueError when the record cannot be read.
+    Says what it lacks. Raises MisfitError for one of another model; PyTorch's readers raise anything.
     """
-    record = read_record(directory)
     available = FileSystemReader(directory).read_metadata().state_dict_metadata
-
-    def is_there(name: str) -> bool:
-        return any(key.startswith(f"{name}.") for key in available)
-
-    if contents.critic is not None and not is_there("critic"):
-        logger.warning("%s has no critic; it starts from critic_load", directory)
-        contents = dataclasses.replace(contents, critic=None)
-    if contents.reference is not None and not is_there("reference"):
-        logger.warning("%s has no reference; it starts from ref_load", directory)
-        contents = dataclasses.replace(contents, reference=None)
+    contents = _present(directory, contents, available, say)
     if contents.old_policies is not None:
         contents.old_policies.make_room(record.old_versions)
     tensors = _tensors(contents)
     random_key = _random_key()
-    if not is_there(random_key):
+    if not _is_there(random_key, available):
         del tensors[random_key]  # written by fewer ranks
+    for (model, _), trained in contents.trained().items():
+        _check_fit(directory, tensors[model], model, available, trained.trained_only)
     state_dict_loader.load(tensors, checkpoint_id=directory)
     for (model, optimizer), trained in contents.trained().items():
         trained.model.load_state_dict(tensors[model], strict=not trained.trained_only)
         if trained.optimizer is not None:
+            options = [{**group, "params": []} for group in trained.optimizer.param_groups]
             set_optimizer_state_dict(trained.model, trained.optimizer, tensors[optimizer])
+            for group, configured in zip(trained.optimizer.param_groups, options, strict=True):
+                group.update({**configured, "params": group["params"]})  # a changed decay or epsilon applies
     if contents.reference is not None:
         contents.reference.load_state_dict(tensors["reference"])
     if random_key in tensors:
         set_random_state(tensors[random_key])
-    return record
+
+
+def _is_there(name: str, available: Mapping[str, Any]) -> bool:
+    return any(key.startswith(f"{name}.") for key in available)
+
+
+def _present(directory: pathlib.Path, contents: Contents, available: Mapping[str, Any], say: Say) -> Contents:
+    """The part of `contents` that a checkpoint has; says what it lacks."""
+    if contents.critic is not None and not _is_there("critic", available):
+        say(f"{directory} has no critic; it starts from critic_load")
+        contents = dataclasses.replace(contents, critic=None)
+    if contents.reference is not None and not _is_there("reference", available):
+        say(f"{directory} has no reference; it starts from ref_load")
+        contents = dataclasses.replace(contents, reference=None)
+    policy, critic = contents.policy, contents.critic
+    if policy.optimizer is not None and not _is_there("optimizer", available):
+        say(f"{directory} has no optimizer state; the optimizer starts afresh, with the weights of the checkpoint")
+        policy = dataclasses.replace(policy, optimizer=None)
+    if critic is not None and critic.optimizer is not None and not _is_there("critic_optimizer", available):
+        say(f"{directory} has no optimizer state of the critic; its optimizer starts afresh")
+        critic = dataclasses.replace(critic, optimizer=None)
+    return dataclasses.replace(contents, policy=policy, critic=critic)
+
+
+def _check_fit(
+    directory: pathlib.Path,
+    tensors: Mapping[str, torch.Tensor],
+    model: str,
+    available: Mapping[str, Any],
+    some: bool,
+) -> None:
+    """Raise MisfitError unless a checkpoint has these tensors in these shapes, and no others unless `some`."""
+    saved = {key.removeprefix(f"{model}."): each for key, each in available.items() if key.startswith(f"{model}.")}
+    expected = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    shapes = {name: tuple(each.size) if hasattr(each, "size") else None for name, each in saved.items()}
+    lacks, extra = sorted(expected.keys() - shapes.keys()), sorted(shapes.keys() - expected.keys())
+    others = sorted(name for name in expected.keys() & shapes.keys() if expected[name] != shapes[name])
+    words = [
+        *(f"{name} has shape {shapes[name]} in it and {expected[name]} in the model" for name in others[:1]),
+        *([f"it lacks {lacks[0]} and {len(lacks) - 1} more"] if lacks else []),
+        *([f"it has {extra[0]} and {len(extra) - 1} more"] if extra and not some else []),
+    ]
+    if words:
+        raise MisfitError(
+            f"{directory} is of another {model} than this run's: {'; '.join(words)}; resume with the hf_checkpoint "
+            "and the adapter settings that it was saved under"
+        )
 
 
 def _tensors(contents: Contents) -> dict[str, Any]:

@@ -67,13 +67,14 @@ class MegatronBackend(BaseBackend[_Parts]):
     def _begin_save(self, directory: pathlib.Path, record: CheckpointRecord) -> Saving:
         return torch_dist.begin(directory, self._contents(), record)
 
-    def _load_checkpoint(self, directory: pathlib.Path) -> CheckpointRecord:
-        return torch_dist.load(directory, self._contents())
+    def _load_checkpoint(self, directory: pathlib.Path, record: CheckpointRecord) -> None:
+        torch_dist.load(directory, self._contents(), record, self._say)
 
     def _write_hf(self, directory: pathlib.Path) -> None:
         parts, rollout = self._loaded, self._config.rollout
         source, dtype = pathlib.Path(str(rollout.hf_checkpoint)), algorithm_options.DTYPES[rollout.rollout_dtype]
-        write_hf_checkpoint(directory, source, parts.published.model, parts.exporter.tensors(), dtype)
+        model, tensors = parts.published.model, parts.exporter.tensors()
+        write_hf_checkpoint(directory, source, model, tensors, dtype, chat_template=self._chat_template)
 
     def _destroy_groups(self) -> None:
         groups.destroy()

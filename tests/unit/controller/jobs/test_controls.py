@@ -6,8 +6,8 @@ import asyncio
 
 import pytest
 
+from miles.checkpoint_folder import step_of
 from miles.rpc.gen import controller_pb2
-from miles.services.controller.artifacts.checkpoints import step_of
 from miles.services.controller.jobs.controls import JobCancelledError, JobControls, JobStoppedError
 
 

@@ -27,7 +27,8 @@ def attach(registry: WorkerRegistry, name: str, kind: Any, **info: float) -> Att
 
 
 def workers_of(registry: WorkerRegistry) -> RequiredWorkers:
-    return RequiredWorkers(registry, JobControls(), RunStatus(WorkerActivities(lambda span: None)))
+    status = RunStatus(WorkerActivities(lambda *_: None), registry, 1)
+    return RequiredWorkers(registry, JobControls(), status)
 
 
 async def test_types_are_those_that_every_worker_is_fast_in_and_are_noted() -> None:

@@ -7,7 +7,7 @@ import asyncio
 from miles.rpc.gen import controller_pb2
 from miles.services.controller.status.run_status import RunStatus
 from miles.services.controller.status.worker_activity import WorkerActivities
-from miles.services.controller.workers.registry import AttachedWorker
+from miles.services.controller.workers.registry import AttachedWorker, WorkerRegistry
 
 
 def worker(worker_id: str, kind: controller_pb2.WorkerKind.ValueType) -> AttachedWorker:
@@ -22,7 +22,7 @@ ROLLOUT = worker("rollout-0", controller_pb2.WORKER_KIND_ROLLOUT)
 
 def test_a_worker_is_at_something_or_waits_for_something() -> None:
     activities = WorkerActivities(lambda *_: None)
-    status = RunStatus(activities)
+    status = RunStatus(activities, WorkerRegistry(), 1)
     status.step = 3
     status.enter("training")
     with activities.during("trainer-0", "train"):
@@ -38,7 +38,7 @@ def test_a_worker_is_at_something_or_waits_for_something() -> None:
 
 
 def test_a_phase_lasts_until_another_begins() -> None:
-    status = RunStatus(WorkerActivities(lambda *_: None))
+    status = RunStatus(WorkerActivities(lambda *_: None), WorkerRegistry(), 1)
     status.enter("collecting")
     since = status.describe(1, []).since_unix_ns
     status.enter("collecting")
@@ -51,7 +51,7 @@ def test_a_phase_lasts_until_another_begins() -> None:
 
 
 def test_what_a_phase_waits_for_may_change_while_it_lasts() -> None:
-    status = RunStatus(WorkerActivities(lambda *_: None))
+    status = RunStatus(WorkerActivities(lambda *_: None), WorkerRegistry(), 1)
     status.enter("training")
     before = status.describe(1, [])
     assert (before.waiting_for, before.HasField("saved_step")) == ("", False)

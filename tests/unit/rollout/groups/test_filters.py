@@ -15,7 +15,7 @@ from miles.services.rollout.groups.filters import (
     check_reward_nonzero_std,
     load_filter,
 )
-from miles.services.rollout.groups.stats import group_stats
+from miles.services.rollout.groups.stats import group_stats, rewards_are_equal, scored_example
 from miles.types import Reward, RewardKeyError, Sample, SampleGroup, SampleStatus, reward_number
 
 CONFIG: Any = SimpleNamespace(reward=SimpleNamespace(reward_key="a"))
@@ -103,6 +103,18 @@ def test_stats_are_sums_over_the_samples(scored: Scored) -> None:
     assert (stats.truncated, stats.failed, stats.reward_sum, stats.reward_square_sum) == (1, 1, 1.0, 5.0)
     assert (stats.generate_s, stats.reward_s) == (1.5, 0.5)
     assert group_stats([], None, generate_s=0, reward_s=0).samples == 0
+
+
+def test_a_group_shows_one_of_its_samples_cut_short(scored: Scored) -> None:
+    samples = scored([1.0, None, 1.0])
+    samples[0] = dataclasses.replace(samples[0], prompt="x" * 1000 + "?", response="y" * 1000 + "!", label="42")
+    example = scored_example(samples, None)
+    assert (example.prompt[-2:], example.response[-2:], example.label) == ("x?", "y!", "42")
+    assert len(example.prompt) == len(example.response) == 400
+    assert list(example.rewards) == [1.0, 1.0]
+    assert rewards_are_equal(samples, None)
+    assert not rewards_are_equal(scored([0.0, 1.0]), None)
+    assert not rewards_are_equal(scored([None, None]), None)
 
 
 def test_a_reward_with_parts_needs_a_key() -> None:

@@ -13,10 +13,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 from trainer_cases import hf_log_probs, job_config, random_groups, train_recorded, write_dense_model
 
+from miles.checkpoint_folder import folder_name
 from miles.services.trainer.backends.fsdp import checkpoint
 from miles.services.trainer.backends.fsdp.backend import FsdpBackend
 from miles.services.trainer.batch.rollout_batch import build_batch, in_order
-from miles.services.trainer.checkpoint.record import folder_name
 from miles.services.trainer.step.old_policies import OldPolicies
 from miles.types import Sample, SampleGroup, VersionSpan
 

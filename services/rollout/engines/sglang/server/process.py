@@ -8,7 +8,6 @@ import logging
 import os
 import pathlib
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -27,13 +26,6 @@ if os.getppid() == int(sys.argv[1]):
 _STOP_GRACE_S = 10.0
 _POLL_S, _LEFTOVER_POLLS = 0.1, 20
 _LOG_TAIL_BYTES = 3000
-
-
-def free_port() -> int:
-    """Find a port of the loopback device that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _open_log(path: pathlib.Path | None) -> IO[bytes]:

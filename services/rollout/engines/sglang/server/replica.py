@@ -9,6 +9,7 @@ import time
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
+from miles.addresses import free_port
 from miles.services.rollout.engines.base import EngineFailed
 from miles.services.rollout.engines.sglang.background import BackgroundCalls
 from miles.services.rollout.engines.sglang.errors import ServerRefused, ServerUnstartable
@@ -19,7 +20,7 @@ from miles.services.rollout.engines.sglang.requests.server_choice import Candida
 from miles.services.rollout.engines.sglang.server import flags
 from miles.services.rollout.engines.sglang.server.http_api import SglangApi
 from miles.services.rollout.engines.sglang.server.probes import Load, Probe
-from miles.services.rollout.engines.sglang.server.process import ServerProcess, free_port
+from miles.services.rollout.engines.sglang.server.process import ServerProcess
 from miles.services.rollout.engines.sglang.weights.broadcast_member import ServerMember
 from miles.services.rollout.engines.sglang.weights.checker import drain_device
 

@@ -17,6 +17,7 @@ from miles.services.rollout.engines.sglang.server.http_api import SglangApi
 from miles.services.rollout.engines.sglang.weights import buckets
 from miles.services.rollout.engines.sglang.weights.checker import Selector
 from miles.services.rollout.engines.sglang.weights.remote import BucketContents, RemoteWeights
+from miles.threads import Threads
 from miles.weights.transports.collective.group import BroadcastFailed, Timing, Watch
 from miles.weights.transports.collective.member import receive_from
 
@@ -44,7 +45,7 @@ class ServerMember:
         self._last = ""
         self._loop: asyncio.AbstractEventLoop
         self._answer: concurrent.futures.Future[dict[str, Any]] | None = None
-        self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="broadcast to SGLang")
+        self._thread = Threads(1, thread_name_prefix="broadcast to SGLang")
 
     async def receive(self, weights: RemoteWeights, version: str | None, selector: Selector) -> None:
         """Receive every bucket; the last one sets the server's version, unless that is None.

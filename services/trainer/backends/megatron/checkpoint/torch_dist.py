@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import logging
 import pathlib
 from collections.abc import Callable
 from typing import Any
@@ -18,12 +17,12 @@ from miles.services.trainer.backends.megatron.checkpoint import optimizer_state
 from miles.services.trainer.backends.megatron.model.build_model import MegatronModel
 from miles.services.trainer.checkpoint.background_save import (
     Saving,
-    checkpoint_error_as_os_error,
     empty_folder,
     in_thread,
     put_in_place,
 )
-from miles.services.trainer.checkpoint.record import CheckpointRecord, read_record
+from miles.services.trainer.checkpoint.choice import Say
+from miles.services.trainer.checkpoint.record import CheckpointRecord
 from miles.services.trainer.step.old_policies import OldPolicies
 from miles.services.trainer.step.weight_copy import WeightCopy
 
@@ -31,7 +30,6 @@ _OPTIONAL = ("optimizer", "critic_optimizer", "reference", "critic")
 """Contents that a checkpoint may lack."""
 _CRITIC_PREFIX = "critic."
 """Prefix of the names of its tensors."""
-logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -57,8 +55,7 @@ def save(directory: pathlib.Path, contents: Contents, record: CheckpointRecord) 
 
     partial = empty_folder(directory)
     tensors, metadata = _tensors(contents), _metadata(contents)
-    with checkpoint_error_as_os_error(directory):
-        dist_checkpointing.save(tensors, str(partial), content_metadata=metadata)
+    dist_checkpointing.save(tensors, str(partial), content_metadata=metadata)
     put_in_place(partial, directory, record)
 
 
@@ -76,12 +73,11 @@ def begin(directory: pathlib.Path, contents: Contents, record: CheckpointRecord)
     )
 
     def finish() -> None:
-        with checkpoint_error_as_os_error(directory):
-            for finalize in request.finalize_fns:
-                finalize()
+        for finalize in request.finalize_fns:
+            finalize()
         put_in_place(partial, directory, record)
 
-    return Saving(in_thread(_writer(request)), finish)
+    return Saving(directory, in_thread(_writer(request)), finish)
 
 
 def _writer(request: Any) -> Callable[[], None]:
@@ -105,24 +101,26 @@ def _metadata(contents: Contents) -> dict[str, Any]:
     return {**optimizer_state.CONTENT, **kinds, **prefix}
 
 
-def load(directory: pathlib.Path, contents: Contents) -> CheckpointRecord:
+def load(directory: pathlib.Path, contents: Contents, record: CheckpointRecord, say: Say) -> None:
     """Read a checkpoint, of any layout, into the model and the optimizer; collective over ranks.
 
-    Raises FileNotFoundError when it is incomplete and ValueError when it is none of this backend.
+    Says what it lacks. Readers of Megatron-Core and PyTorch raise anything.
     """
     from megatron.core import dist_checkpointing
 
-    record = read_record(directory)
-    if not dist_checkpointing.check_is_distributed_checkpoint(str(directory)):
-        raise ValueError(f"{directory} is not a checkpoint of the megatron backend; name another folder in load")
     kinds = dist_checkpointing.load_content_metadata(str(directory)) or {}
     if contents.critic is not None and not kinds.get("critic"):
-        logger.warning("%s has no critic; it starts from critic_load", directory)
+        say(f"{directory} has no critic; it starts from critic_load")
+    if contents.reference is not None and not kinds.get("reference"):
+        say(f"{directory} has no reference; it starts from ref_load")
+    if contents.optimizer is not None and not kinds.get("optimizer"):
+        say(f"{directory} has no optimizer state; the optimizer starts afresh, with the weights of the checkpoint")
+    if contents.critic_optimizer is not None and kinds.get("critic") and not kinds.get("critic_optimizer"):
+        say(f"{directory} has no optimizer state of the critic; its optimizer starts afresh")
     absent: dict[str, Any] = dict.fromkeys(kind for kind in _OPTIONAL if not kinds.get(kind))
     if contents.old_policies is not None:
         contents.old_policies.make_room(record.old_versions)
     _load_into(directory, dataclasses.replace(contents, **absent), contents, kinds.get("master_prefix", ""))
-    return record
 
 
 def _load_into(directory: pathlib.Path, saved: Contents, contents: Contents, master_prefix: str) -> None:

@@ -17,8 +17,8 @@ from trainer_cases import (
     write_moe_model,
 )
 
+from miles.checkpoint_folder import folder_name
 from miles.services.trainer.backends.fsdp.backend import FsdpBackend
-from miles.services.trainer.checkpoint.record import folder_name
 from miles.types import SampleGroup, SampleStatus
 
 pytestmark = pytest.mark.usefixtures("process_group")
@@ -312,7 +312,7 @@ def test_training_is_the_same_bit_for_bit_when_repeated_with_two_threads(dense: 
     [
         {"advantage_estimator": "gspo", "observe_training_entropy": True},
         {"advantage_estimator": "reinforce_plus_plus", "kl_coef": 0.05},
-        {"advantage_estimator": "dr_grpo", "use_opsm": True},
+        {"advantage_estimator": "dr_grpo", "use_opsm": True, "num_steps_per_rollout": 2},
         {"advantage_estimator": "cispo", "use_tis": True, "num_steps_per_rollout": 2},
         {"advantage_estimator": "rloo", "use_icepop": True, "calculate_per_token_loss": True},
         {"use_mis": True, "use_tis": True, "use_rs": True, "get_mismatch_metrics": True, "entropy_coef": 0.01},

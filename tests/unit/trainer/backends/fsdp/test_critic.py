@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from trainer_cases import hf_log_probs, job_config, random_groups, train_recorded, write_dense_model, write_moe_model
 
+from miles.checkpoint_folder import folder_name
 from miles.services.trainer.backends.fsdp.backend import FsdpBackend
-from miles.services.trainer.checkpoint.record import folder_name
 from miles.types import SampleGroup
 
 pytestmark = pytest.mark.usefixtures("process_group")

@@ -12,11 +12,11 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.nn.functional import linear
 from trainer_cases import job_config, random_groups, write_dense_model, write_moe_model
 
+from miles.checkpoint_folder import folder_name
 from miles.services.rollout.engines.checkpoint_weights import read_weights
 from miles.services.trainer.backends.fsdp.backend import FsdpBackend
 from miles.services.trainer.backends.fsdp.learner import local_weights
 from miles.services.trainer.backends.fsdp.lora.layers import LoraLinear, select_layers
-from miles.services.trainer.checkpoint.record import folder_name
 from miles.services.trainer.checkpoint.state import TrainerState
 from miles.weights.adapters import lora, peft_folder
 
