@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import logging
 import os
 import pathlib
 import uuid
@@ -23,6 +25,7 @@ from miles.services.controller.jobs.runner import JobRunner
 from miles.services.controller.jobs.scheduler import JobScheduler
 from miles.services.controller.jobs.store import JobStore, UnknownJobError, new_job
 from miles.services.controller.workers.registry import WorkerRegistry
+from miles.tasks import cancelled_at_end
 
 
 @pytest_asyncio.fixture
@@ -212,3 +215,19 @@ async def test_a_job_whose_settings_are_not_known_any_more_fails_by_itself(
     runner = JobRunner(store, WorkerRegistry(first_lease_number=1), client, "redis://none")
     await runner.run(job, JobControls())
     assert "setting_of_before" in (await store.get(job.job_id)).error
+
+
+async def test_what_a_queued_job_waits_for_is_in_its_history_and_not_in_the_log_of_the_job_that_runs(
+    client: redis.asyncio.Redis, store: JobStore, tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    queued, _ = await store.submit(record(tmp_path, "two"), "")
+    registry = WorkerRegistry(first_lease_number=1)
+    scheduler = JobScheduler(store, JobRunner(store, registry, client, "redis://none"), registry)
+    scheduler.running = "one-1f0c2a9b"
+    scheduler.wake()
+    async with cancelled_at_end(asyncio.create_task(scheduler.tell_waits())), asyncio.timeout(120):
+        while not (events := await store.events(queued.job_id, "", 10)):  # noqa: ASYNC110 (a task of the scheduler writes it)
+            await asyncio.sleep(0.1)
+    assert events[0].log.text.startswith("waiting for")
+    assert queued.job_id not in caplog.text

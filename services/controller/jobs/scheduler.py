@@ -114,7 +114,8 @@ class JobScheduler:
             for number, job in enumerate(waiting)
         }
         for job_id, line in list(self._queue_waits.note(waits, time.time())):
-            logger.info("job %s waits: %s", job_id, line)
+            if running is None:  # else the line would be in the log of the job that runs
+                logger.info("job %s waits: %s", job_id, line)
             log = job_pb2.LogLine(level=job_pb2.LOG_LEVEL_WARNING, source="controller", text=line)
             await self._store.add_event(job_pb2.JobEvent(job_id=job_id, log=log))
 

@@ -14,6 +14,8 @@ MARKER_DIGITS = 3
 """The prompts of job n begin with these digits of n."""
 PROMPTS = 64
 STEPS, BATCH = 5, 4
+_RUNS_NOW = re.compile(r"soak-\S+ runs now")
+"""A queued job says which one runs: nothing of that one's is in it."""
 MENTION = re.compile(r"soak-(\d{3})-[a-z-]+")
 """How a text mentions a job: the beginning of its name, its id and its folder."""
 FILTER = "miles.rollout.filter_hub.dynamic_sampling_filters.check_reward_nonzero_std"
@@ -143,4 +145,4 @@ def write_prompts(folder: pathlib.Path, number: int, name: str) -> pathlib.Path:
 
 def mentions(text: str) -> set[int]:
     """Numbers of the jobs that a text mentions."""
-    return {int(number) for number in MENTION.findall(text)}
+    return {int(number) for number in MENTION.findall(_RUNS_NOW.sub("", text))}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import threading
 from collections import Counter
 from collections.abc import Iterable
 
@@ -32,7 +33,7 @@ class Troubles:
         self._over_s = float("-inf")
         self._before: frozenset[str] = frozenset()
         """What was struck last, and is back."""
-        self._thaw_s: dict[str, float] = {}
+        self._frozen: set[str] = set()
 
     @property
     def calm(self) -> bool:
@@ -53,8 +54,10 @@ class Troubles:
                 self._note("kill", hit)
             case Freeze(name, seconds):
                 if self._stack.signal(name, signal.SIGSTOP):
-                    self._thaw_s[name] = self._records.now_s + seconds
+                    self._frozen.add(name)
                     self._note("freeze", [name])
+                    # A thread of its own: this one may wait for an answer of the frozen service meanwhile.
+                    threading.Timer(seconds, self._thaw, [name]).start()
             case Restart(kill):
                 self._note("restart by SIGKILL" if kill else "restart", ["launcher"])
                 code = self._stack.stop(kill=kill)
@@ -65,18 +68,13 @@ class Troubles:
                 raise AssertionError(f"{action} is no strike")
 
     def tick(self) -> bool:
-        """Continue what was frozen long enough, and look who is back; return whether a strike is over just now."""
-        for name, until_s in list(self._thaw_s.items()):
-            if self._records.now_s >= until_s:
-                self._stack.signal(name, signal.SIGCONT)
-                del self._thaw_s[name]
-                self._since_s = self._records.now_s
+        """Look who is back; return whether a strike is over just now."""
         if self._stack.launcher_ended is not None:
             end = self._stack.serve_log.read_text(errors="replace")[-3000:]
             self._records.violation("services", f"miles serve ended by itself ({self._stack.launcher_ended}): {end}")
             self._note("end by itself", ["launcher"])
         self._stack.start()
-        if self.calm or self._thaw_s:
+        if self.calm or self._frozen:
             return False
         if not self._stack.ready():
             if self._records.now_s > self._since_s + BACK_S * self.pace:
@@ -91,6 +89,11 @@ class Troubles:
         self._before, self._over_s = frozenset(self._struck), self._records.now_s
         self._struck.clear()
         return True
+
+    def _thaw(self, name: str) -> None:
+        self._stack.signal(name, signal.SIGCONT)
+        self._since_s = self._records.now_s
+        self._frozen.discard(name)
 
     def measured(self, start_s: float) -> None:
         """Note how long services took to start."""

@@ -60,6 +60,7 @@ def test_a_text_that_mentions_another_job_is_found() -> None:
     assert not isolation.text_faults(4, "log", own)
     assert "[5]" in isolation.text_faults(4, "log", f"{own}\nsoak-005-lora-00000000 too")[0]
     assert mentions(own) == {4}
+    assert not isolation.text_faults(4, "an event", "waiting for 1 job: soak-005-lora-00000000 runs now; no bound")
 
 
 def test_prompts_of_another_job_are_found() -> None:

@@ -8,7 +8,9 @@ from typing import Any
 
 from soak.recipes import marker, mentions
 
-ALLOWED_KEYS = ("miles:jobs", "miles:requests", "miles:run_dirs", "miles:lease_number")
+ALLOWED_KEYS = tuple(
+    f"miles:{name}" for name in ("jobs", "requests", "run_dirs", "lease_number", "controller", "connection_check")
+)
 """Keys of Redis that are not of one job."""
 
 

@@ -6,9 +6,9 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-EXPLAIN_S = 90.0
+EXPLAIN_S = 60.0
 """Time without progress (on an idle machine, as all here) after which the status must say what the job waits for."""
-LINGER_S = 150.0
+LINGER_S = 100.0
 """Time without progress after which a job that cannot work is cancelled; by then it must have said why."""
 HANG_S = 420.0
 """Time without progress after which a job that can work is taken for hanging."""
