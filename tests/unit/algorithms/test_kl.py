@@ -67,3 +67,17 @@ def test_equal_log_probs_have_no_kl() -> None:
 def test_an_unknown_estimate_is_refused_with_the_choices() -> None:
     with pytest.raises(ValueError, match="'k4'; choose from k1, k2, k3, low_var_kl"):
         approximate_kl(torch.zeros(1), torch.zeros(1), "k4")
+
+
+@pytest.mark.parametrize("unbiased", [False, True])
+@pytest.mark.parametrize("log_ratio", [-1e4, -100.0, 100.0, 1e4])
+def test_k3_far_from_the_reference_fits_float32_with_its_gradient(log_ratio: float, unbiased: bool) -> None:
+    new = torch.tensor([log_ratio], requires_grad=True)
+    kl = approximate_kl(new, torch.zeros(1), "k3", torch.zeros(1) if unbiased else None)
+    kl.sum().backward()
+    bounded = max(log_ratio, -40)
+    plain = math.exp(-bounded) - 1 + bounded
+    if unbiased:
+        plain *= math.exp(min(max(log_ratio, -40), 40))
+    assert kl.item() == pytest.approx(plain, rel=1e-5)
+    assert new.grad.isfinite().all()

@@ -437,3 +437,12 @@ def test_padded_rows_give_the_same_loss_and_gradient(name: str) -> None:
     output, padded_TV = run(config, padded)
     torch.testing.assert_close(output.loss, packed.loss, atol=1e-7, rtol=1e-6)
     torch.testing.assert_close(PACKING.pack(rows.unpack(padded_TV)), packed_TV, atol=1e-7, rtol=1e-6)
+
+
+def test_dr_grpo_is_divided_by_the_length_and_the_samples_or_is_a_mean_over_tokens() -> None:
+    advantages_T = torch.tensor([1.0] * 4 + [-3.0] * 4)
+    batch = LossBatch(packing=Packing((4, 4)), mask_T=torch.ones(8), advantages_T=advantages_T)
+    for per_token, denominator, divisor in ((False, 2.0, 10 * 2), (True, 8.0, 8)):
+        config = LossConfig(policy_loss="dr_grpo", loss_length=10.0, calculate_per_token_loss=per_token)
+        output = rl_loss(config, dataclasses.replace(batch, denominator=denominator), torch.zeros(8))
+        assert output.loss.item() == pytest.approx(-float(advantages_T.sum()) / divisor)

@@ -85,6 +85,23 @@ def test_cispo_by_hand() -> None:
     assert result.clipped_T.tolist() == [1, 1, 0, 0, 0]
 
 
+@pytest.mark.parametrize("eps_clip", [1.0, 1.5, 1000.0])
+def test_cispo_without_a_lower_bound_weights_by_the_ratio_itself_however_small(eps_clip: float) -> None:
+    config = ClipConfig(eps_clip=eps_clip, eps_clip_high=0.3)
+    ratios = [1e-6, 0.01, 0.5, 1.2, 4.0]
+    result = terms("cispo", [math.log(ratio) for ratio in ratios], [1.0] * 5, config)
+    expected = [-min(ratio, 1.3) * (math.log(ratio) - 1) for ratio in ratios]
+    kept = MASK_T.bool().tolist()
+    assert result.loss_T.tolist() == pytest.approx([x * m for x, m in zip(expected, kept, strict=True)], rel=1e-5)
+    assert result.clipped_T.tolist() == [0, 0, 0, 0, float(kept[4])]
+
+
+@pytest.mark.parametrize("bounds", [{"eps_clip": -0.1}, {"eps_clip": math.nan}, {"eps_clip_high": math.nan}])
+def test_clip_ranges_are_not_negative(bounds: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match="must be at least 0"):
+        ClipConfig(**bounds)
+
+
 def test_clipped_tokens_keep_a_gradient_in_cispo_and_lose_it_in_ppo() -> None:
     for name, expected in (("cispo", -1.3), ("ppo_clip", 0.0)):
         new_T = torch.tensor([math.log(2)], requires_grad=True)
