@@ -10,8 +10,12 @@ from miles.addresses import stands_for_every_interface, why_not_host
 REDIS_URL_VARIABLE = "MILES_REDIS_URL"
 """Environment variable of the controller: everybody on a machine can read command lines, and the URL has a password."""
 _SOCKET_PATH_BYTES = 107
-_PARAMETERS = frozenset({"db", "username", "password", "client_name", "socket_connect_timeout"})
-"""Besides ssl_...; every other parameter would replace a setting that the queue depends on, or is unknown."""
+_PARAMETERS = frozenset({"db", "username", "password", "client_name"})
+"""Every other parameter would replace a setting that the queue depends on, or is unknown."""
+_TLS_PARAMETERS = frozenset(
+    f"ssl_{name}"
+    for name in ("ca_certs", "ca_path", "cert_reqs", "certfile", "check_hostname", "ciphers", "keyfile", "password")
+)
 
 
 def why_not_redis_url(url: str) -> str | None:
@@ -72,7 +76,7 @@ def _why_not_server(parts: urllib.parse.SplitResult) -> str | None:
 
 def _why_not_query(parts: urllib.parse.SplitResult) -> str | None:
     for name, value in urllib.parse.parse_qsl(parts.query, keep_blank_values=True):
-        if name not in _PARAMETERS and not name.startswith("ssl_"):
+        if name not in _PARAMETERS | _TLS_PARAMETERS:
             return f"it has the parameter {name}: leave that out"
         if name.startswith("ssl_") and parts.scheme != "rediss":
             return f"it has the parameter {name}, which is of rediss://"

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import pathlib
+import re
 import time
 import urllib.parse
 import uuid
@@ -52,7 +53,11 @@ class MilesClient:
     ) -> None:
         """`url` and `api_key` default to $MILES_URL and $MILES_API_KEY; `verify` may be a file of CA certificates."""
         self.url = (url or os.environ.get(URL_ENVIRONMENT) or DEFAULT_URL).rstrip("/")
-        key = api_key or os.environ.get(KEY_ENVIRONMENT)
+        key = (api_key or os.environ.get(KEY_ENVIRONMENT) or "").strip()
+        if not re.fullmatch(r"[!-~]*", key):  # it would be shown in the error of the HTTP library
+            raise GatewayUnreachableError(
+                f"the API key has characters that no key has; check --key-file or ${KEY_ENVIRONMENT}"
+            )
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         # A proxy of the environment is for the way out of this machine.
         local = is_loopback(urllib.parse.urlsplit(self.url).hostname or "")

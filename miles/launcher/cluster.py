@@ -222,8 +222,12 @@ def _restart_policy(config: JobConfig) -> RestartPolicy:
 
 def lock_run_dir(run_dir: pathlib.Path) -> int:
     """Lock a run folder, which is made, until the descriptor is closed. Raises ServiceExit with who has it."""
-    pathlib.Path(os.path.realpath(run_dir)).mkdir(parents=True, exist_ok=True)  # also where a link leads to
-    descriptor = os.open(run_dir / "run.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        pathlib.Path(os.path.realpath(run_dir)).mkdir(parents=True, exist_ok=True)  # also where a link leads to
+        descriptor = os.open(run_dir / "run.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        problem = f"the run folder {run_dir} cannot be used ({error.strerror}); choose another --run-dir"
+        raise ServiceExit(ExitCode.BAD_CONFIG, problem) from error
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

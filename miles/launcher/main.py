@@ -26,7 +26,7 @@ from miles.launcher.dry_run import checked_config, describe_run
 from miles.launcher.job_client import EXIT_CODES, JobClient
 from miles.launcher.job_words import end_words, resumption
 from miles.launcher.plan import tls_environment
-from miles.launcher.program import print_error, run_program, warn_of_secrets
+from miles.launcher.program import print_error, run_program, warn_of_secrets, why_not_here
 from miles.launcher.run_on_cluster import run_on_cluster
 from miles.launcher.run_view import RunView
 from miles.launcher.stopping.interrupts import Interrupts, cancel_this_task
@@ -45,6 +45,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     outlive_readers()
     words = sys.argv[1:] if arguments is None else arguments
     console = RunConsole()
+    if (problem := why_not_here()) is not None:
+        print_error(console, problem)
+        return ExitCode.BAD_CONFIG
     line = parse_command_line(words)
     if line.help:
         usage = "usage: train.py [--config FILE] [--dry-run] [FLAGS]"

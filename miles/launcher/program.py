@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from collections.abc import Coroutine, Sequence
 from typing import Any
 
@@ -30,6 +31,15 @@ def run_program(program: Coroutine[Any, Any, ExitCode], console: Console) -> Exi
         return ExitCode(error.exit_code) if error.exit_code in PERMANENT else ExitCode.WORKER_FAILED
     finally:
         leave_nothing_running()
+
+
+def why_not_here() -> str | None:
+    """Return why no program can be started from the working directory, if so."""
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        return "the working directory was deleted; change to another one"
+    return None
 
 
 def warn_of_secrets(arguments: Sequence[str]) -> None:

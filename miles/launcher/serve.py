@@ -23,7 +23,7 @@ from miles.launcher.cluster import LocalCluster
 from miles.launcher.console import LogLines, RunConsole, help_width
 from miles.launcher.drill.drill import drill_of, recovery_table
 from miles.launcher.plan import tls_environment
-from miles.launcher.program import print_error, run_program, warn_of_secrets
+from miles.launcher.program import print_error, run_program, warn_of_secrets, why_not_here
 from miles.launcher.run_on_cluster import run_on_cluster
 from miles.launcher.stopping.interrupts import Interrupts, cancel_this_task
 from miles.ownership.owner_file import mark_services
@@ -47,6 +47,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     outlive_readers()
     words = sys.argv[1:] if arguments is None else arguments
     console = RunConsole()
+    if (problem := why_not_here()) is not None:
+        print_error(console, problem)
+        return ExitCode.BAD_CONFIG
     line = parse_command_line(words)
     if line.help:
         usage = "\n\n".join(wrapped(paragraph, help_width()) for paragraph in _USAGE)

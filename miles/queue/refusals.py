@@ -55,6 +55,8 @@ def why_never(error: Exception) -> str | None:
             return None
         case ResponseError() if not str(error).startswith(_PASSING):
             return str(error)
+    if type(error) is RedisError:  # of the client itself, about a parameter of the address
+        return str(error)
     return next(filter(None, map(_why_not_connected, _causes(error))), None)
 
 
@@ -64,7 +66,7 @@ class Patience:
     def __init__(self, url: str, deadline_s: float) -> None:
         self._shown = without_password(url)
         parts = urllib.parse.urlsplit(url)
-        self._in_the_clear = parts.scheme == "redis"
+        self._in_the_clear, self._encrypted = parts.scheme == "redis", parts.scheme == "rediss"
         self._place = urllib.parse.unquote(parts.hostname or ""), parts.port or 6379
         self._deadline_s = deadline_s
         self._began_s = time.monotonic()
@@ -78,6 +80,9 @@ class Patience:
         """
         if (problem := why_never(error)) is not None:
             raise RedisRefused(f"Redis at {self._shown} cannot be used: {problem}") from error
+        if self._encrypted and any(isinstance(cause, FileNotFoundError) for cause in _causes(error)):
+            problem = f"Redis at {self._shown} cannot be used: a file of its ssl_ parameters is not there"
+            raise RedisRefused(problem) from error
         self._closed += _CLOSED in str(error).lower() or "reset" in str(error).lower()
         if self._closed == 2 and self._in_the_clear and speaks_tls(*self._place):
             problem = f"Redis at {self._shown} cannot be used: it speaks TLS; write rediss://"

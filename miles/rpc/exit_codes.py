@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 
 
+@enum.unique
 class ExitCode(enum.IntEnum):
     """Process exit codes of every program of the project."""
 
@@ -17,10 +18,10 @@ class ExitCode(enum.IntEnum):
     CONTROLLER_UNREACHABLE = 13
     GATEWAY_UNREACHABLE = 14
     REFUSED = 15
-    REDIS_IN_USE = 16
-    REDIS_REFUSED = 17
-    TLS_FAILED = 18
-    NOT_A_CONTROLLER = 19
+    REDIS_REFUSED = 16
+    TLS_FAILED = 17
+    NOT_A_CONTROLLER = 18
+    REDIS_IN_USE = 19
     MODEL_UNUSABLE = 20
     DATA_UNUSABLE = 21
     MACHINE_UNSUITABLE = 22

@@ -8,6 +8,7 @@ import contextlib
 import logging
 import os
 import pathlib
+from typing import TYPE_CHECKING
 
 import grpc.aio
 import redis.exceptions
@@ -19,14 +20,10 @@ from miles.redis_url import REDIS_URL_VARIABLE, redis_url_argument
 from miles.rpc import ExitCode, ServiceExit, main, start_server
 from miles.rpc.gen.controller_pb2_grpc import add_ControllerServiceServicer_to_server
 from miles.rpc.gen.records_pb2_grpc import add_RecordsServiceServicer_to_server
-from miles.services.controller.artifacts.service import SERVICE_NAME as RECORDS_SERVICE_NAME
-from miles.services.controller.artifacts.service import RecordsServicer
-from miles.services.controller.jobs.runner import JobRunner
-from miles.services.controller.jobs.scheduler import JobScheduler
-from miles.services.controller.jobs.store import JobStore
-from miles.services.controller.service import ControllerServicer
-from miles.services.controller.workers.registry import WorkerRegistry
 from miles.tasks import cancelled_at_end
+
+if TYPE_CHECKING:
+    from miles.services.controller.workers.registry import WorkerRegistry
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +62,15 @@ async def serve(arguments: argparse.Namespace) -> None:
         raise ServiceExit(ExitCode.REDIS_UNSUITABLE, str(error)) from error
     except redis.exceptions.ConnectionError as error:
         raise ServiceExit(ExitCode.REDIS_UNREACHABLE, str(error)) from error
+    # Here, because they take seconds to load: what Redis says is said before.
+    from miles.services.controller.artifacts.service import SERVICE_NAME as RECORDS_SERVICE_NAME
+    from miles.services.controller.artifacts.service import RecordsServicer
+    from miles.services.controller.jobs.runner import JobRunner
+    from miles.services.controller.jobs.scheduler import JobScheduler
+    from miles.services.controller.jobs.store import JobStore
+    from miles.services.controller.service import ControllerServicer
+    from miles.services.controller.workers.registry import WorkerRegistry
+
     store = JobStore(client)
     try:
         lease = await RedisLease.acquire(client)

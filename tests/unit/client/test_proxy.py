@@ -43,6 +43,13 @@ def test_a_proxy_that_cannot_be_used_is_named(monkeypatch: pytest.MonkeyPatch) -
         MilesClient("http://gateway.example")
 
 
+@pytest.mark.parametrize("key", ["mk_ä", "two lines\nof it", "a key"])
+def test_a_key_that_can_be_none_is_refused_without_showing_it(key: str) -> None:
+    with pytest.raises(GatewayUnreachableError, match="the API key has characters") as refused:
+        MilesClient("http://127.0.0.1:9", key)
+    assert key not in str(refused.value)
+
+
 def test_a_password_in_the_gateways_address_is_not_shown() -> None:
     with MilesClient("http://me:hunter2@127.0.0.1:9") as client, pytest.raises(GatewayUnreachableError) as refused:
         client.workers()

@@ -53,6 +53,12 @@ async def test_what_waiting_cannot_mend_is_refused_with_the_cause(guarded: int, 
         connect(url.format(port=guarded), deadline_s=30)
 
 
+@pytest.mark.parametrize("parameter", ["ssl_ca_certs=/none", "ssl_cert_reqs=perhaps"])
+async def test_a_parameter_of_tls_that_cannot_work_is_refused(guarded: int, parameter: str) -> None:
+    with pytest.raises(RedisRefused, match=r"ssl_ parameters|perhaps"):
+        await connect_async(f"rediss://127.0.0.1:{guarded}?{parameter}", deadline_s=30)
+
+
 async def test_a_password_that_the_server_does_not_have_is_named(redis_server_without_password: str) -> None:
     with pytest.raises(RedisRefused, match="it has no password, and the address has one"):
         await connect_async(redis_server_without_password.replace("://", "://:pw@"), deadline_s=30)
