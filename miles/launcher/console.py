@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import io
 import logging
-import os
 import shutil
 import sys
 from typing import Any
@@ -48,11 +47,8 @@ class RunConsole(Console):
             super().print(**options)
 
     def on_broken_pipe(self) -> None:
-        """Write nothing more; what is written past the console goes nowhere."""
-        self.quiet = True
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, sys.stdout.fileno())
-        os.close(nowhere)
+        """Tell the program that nobody reads any more; launchers, which go on, never come here."""
+        raise BrokenPipeError
 
     def _print_table(self, table: Table) -> None:
         natural = Measurement.get(self, self.options.update(width=_ENDLESS, max_width=_ENDLESS), table).maximum

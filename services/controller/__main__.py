@@ -23,6 +23,7 @@ from miles.rpc.gen.records_pb2_grpc import add_RecordsServiceServicer_to_server
 from miles.tasks import cancelled_at_end
 
 if TYPE_CHECKING:
+    from miles.services.controller.jobs.store import JobStore
     from miles.services.controller.workers.registry import WorkerRegistry
 
 logger = logging.getLogger(__name__)

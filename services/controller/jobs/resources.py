@@ -19,8 +19,14 @@ class Supply:
     """Names that each reward worker serves; empty for one that does not report them."""
 
 
-def lacking(config: Mapping[str, Any], supply: Supply) -> str:
-    """Return what a job with this flat configuration waits for, in words; empty when it can run."""
+def lacking(config: Mapping[str, Any], supply: Supply, *, starting_up: bool = False) -> str:
+    """Return what a job with this flat configuration waits for, in words; empty when it can run.
+
+    While services are `starting_up`, workers that have not attached are not missed yet, but a reward that those which
+    have attached do not serve is.
+    """
+    if starting_up:
+        return _lacking_reward(config, supply) if supply.rewards else ""
     missing: list[str] = []
     wanted = config["rollout_num_workers"]
     if supply.rollouts < wanted:

@@ -60,6 +60,8 @@ class JobScheduler:
         """Jobs in the queue when it was looked at last."""
         self._woken = False
         """Whether a job may have come into the queue since it was looked at."""
+        self._started_up = False
+        """Whether a trainer has attached since the controller's start."""
         self._began_s = time.monotonic()
         self.running: str | None = None
         """Id of the job that runs."""
@@ -213,11 +215,10 @@ class JobScheduler:
         if job.state != job_pb2.JOB_STATE_QUEUED:
             return ""
         supply = _supply(self._registry)
-        starting_up = time.monotonic() - self._began_s < _START_UP_S and not supply.trainer_ranks
-        if starting_up:
-            return ""
+        self._started_up = self._started_up or bool(supply.trainer_ranks)
+        starting_up = time.monotonic() - self._began_s < _START_UP_S and not self._started_up
         try:
-            return lacking(json.loads(job.config_json), supply)
+            return lacking(json.loads(job.config_json), supply, starting_up=starting_up)
         except (ValueError, LookupError, TypeError):
             return ""  # its settings are not complete: it fails by itself when it runs
 

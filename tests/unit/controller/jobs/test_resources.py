@@ -44,6 +44,14 @@ def test_a_job_says_what_it_waits_for(changes: dict[str, Any], supply: dict[str,
     assert lacking(flat(**changes), dataclasses.replace(ENOUGH, **supply)) == reason
 
 
+def test_while_services_start_only_a_reward_that_will_not_come_is_missed() -> None:
+    assert lacking(flat(), Supply(), starting_up=True) == ""
+    custom = flat(rm_type=None, custom_rm_path="my.rewards.total")
+    missing = lacking(custom, Supply(rewards=(("math",),)), starting_up=True)
+    assert missing.startswith("a reward worker that serves my.rewards.total (give miles serve --custom-rm-path")
+    assert lacking(custom, Supply(rewards=(("total",),)), starting_up=True) == ""
+
+
 def test_a_job_with_reward_services_of_its_own_needs_no_worker_for_them() -> None:
     own = flat(rm_type=None, reward_service=["default=h:1"])
     assert lacking(own, dataclasses.replace(ENOUGH, rewards=())) == ""
