@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 from miles.change_signal import ChangeSignal
+from miles.reward_names import DEFAULT_SERVICE
 from miles.rpc.gen import controller_pb2, rollout_pb2
 from miles.services.controller.clients.calls import WorkerFailedError
 from miles.services.controller.clients.rollout import RolloutClient
@@ -22,7 +23,6 @@ from miles.services.controller.status.activity import ActivityClock
 from miles.services.controller.status.worker_activity import WorkerActivities
 from miles.services.controller.workers.load_balance import LoadBalance
 from miles.services.controller.workers.registry import WorkerRegistry
-from miles.services.controller.workers.reward_addresses import DEFAULT
 from miles.tasks import cancelled_at_end
 
 if TYPE_CHECKING:
@@ -258,7 +258,7 @@ class Dispatcher:
                 self._clock.move("generate", "reward", message.stats.reward_s)
 
     def _note_scoring(self, client: RolloutClient, seconds: float) -> None:
-        for worker in self._registry.at(client.reward_addresses[DEFAULT]):
+        for worker in self._registry.at(client.reward_addresses.get(DEFAULT_SERVICE, "")):
             if worker.registration.kind == controller_pb2.WORKER_KIND_REWARD:
                 self._activities.note(worker.worker_id, "score", seconds)
 
