@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from decimal import Decimal
 from fractions import Fraction
@@ -31,33 +32,34 @@ def find_last_number(text: str) -> Exact | None:
     """Return the last number in free text, exactly; None when there is none.
 
     Numbers are the digits 0-9 with an optional sign, separators of thousands (1,234 but not 1,2), decimals (2.50, .5)
-    and an exponent (1e-5), or a fraction of two of them (1/2, 2 1/2). A minus sign counts only where a number begins:
-    "3-4" ends with 4, "= -4" with -4. Expressions are not evaluated: "10^5" ends with 5.
+    and an exponent (1e-5), or fractions in lowest terms (1/2, 2 1/2). A minus sign counts only where a number begins:
+    "3-4" ends with 4, "= -4" with -4. Expressions are not evaluated: "10^5" ends with 5, "8/2" with 2.
     """
-    numbers = find_numbers(text)
+    numbers = find_numbers(text, divide=False)
     return numbers[-1] if numbers else None
 
 
-def find_numbers(text: str) -> list[Exact]:
-    """Return all numbers in free text, in order."""
+def find_numbers(text: str, *, divide: bool = True) -> list[Exact]:
+    """Return all numbers in free text, in order; with `divide`, fractions need not be in lowest terms."""
     text = _FRACTION.sub(r"\1\3/\2\4", re.sub(r"(?<=\d)\s*(?=\\[dtc]?frac)", " ", text))
     text = _THOUSANDS.sub(",", _SIGN_OF_MONEY.sub("", _POWER_OF_UNIT.sub(r"\1", text)))
-    return [number for found in _NUMBER.finditer(text) for number in _read(found)]
+    return [number for found in _NUMBER.finditer(text) for number in _read(found, divide)]
 
 
-def _read(found: re.Match[str]) -> list[Exact]:
+def _read(found: re.Match[str], divide: bool) -> list[Exact]:
     if found["decimal"] is not None:
         return [Decimal(_plain(found["sign"] + found["decimal"]))]
     sign = -1 if _plain(found["sign"]) == "-" else 1
     top, bottom = int(Decimal(_plain(found["top"]))), int(Decimal(found["bottom"]))
-    if bottom == 0:
-        return [Decimal(sign * top), Decimal(0)]
+    if bottom == 0 or not (divide or (bottom > 1 and math.gcd(top, bottom) == 1)):
+        whole = [] if found["whole"] is None else [Decimal(found["whole"])]
+        return [*whole, Decimal(top if whole else sign * top), Decimal(bottom)]
     if found["whole"] is None:
         return [sign * Fraction(top, bottom)]
-    whole = int(Decimal(found["whole"]))
+    before = int(Decimal(found["whole"]))
     if top < bottom:
-        return [sign * (whole + Fraction(top, bottom))]
-    return [Decimal(sign * whole), Fraction(top, bottom)]
+        return [sign * (before + Fraction(top, bottom))]
+    return [Decimal(sign * before), Fraction(top, bottom)]
 
 
 def _plain(text: str) -> str:

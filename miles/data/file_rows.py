@@ -150,7 +150,12 @@ def _read_parquet(source: FileSlice) -> list[FileRow]:
         raise DataError(f"{source.path} is not a readable Parquet file: {error}") from error
     start, end = source.bounds(table.num_rows)
     part = table.slice(start, end - start)
-    columns = {field.name: column_values(part.column(i)) for i, field in enumerate(part.schema)}
+    columns: dict[str, list[Any]] = {}
+    for name, column in zip(part.column_names, part.columns, strict=True):
+        try:
+            columns[name] = column_values(column)
+        except (pa.ArrowException, ValueError, OverflowError) as error:
+            raise DataError(f"{source.path}: the column {name!r} ({column.type}) cannot be read: {error}") from error
     if len(columns) < part.num_columns:
         raise DataError(f"{source.path} has two columns of one name: {', '.join(part.column_names)}")
     return [

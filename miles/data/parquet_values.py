@@ -19,6 +19,9 @@ def column_values(column: pa.ChunkedArray) -> list[Any]:
     Maps are objects, dates and times ISO 8601 text, and binary values text where they are UTF-8; what JSON cannot
     express stays as it is.
     """
+    known = _in_microseconds(column.type)
+    if known != column.type:
+        column = column.cast(known, safe=False)
     values = column.to_pylist(maps_as_pydicts="lossy")
     if _has_short_floats(column.type):
         values = [_shortest(value, column.type) for value in values]
@@ -59,6 +62,24 @@ def _text(value: bytes) -> str | bytes:
         return value.decode()
     except UnicodeDecodeError:
         return value
+
+
+def _in_microseconds(type_: pa.DataType) -> pa.DataType:
+    """Return the type with times of microseconds, which Python has, for those of nanoseconds."""
+    import pyarrow as pa
+    import pyarrow.types as kinds
+
+    if kinds.is_timestamp(type_) and type_.unit == "ns":
+        return pa.timestamp("us", type_.tz)
+    if kinds.is_time64(type_) and type_.unit == "ns":
+        return pa.time64("us")
+    if kinds.is_duration(type_) and type_.unit == "ns":
+        return pa.duration("us")
+    if kinds.is_list(type_):
+        return pa.list_(type_.value_field.with_type(_in_microseconds(type_.value_type)))
+    if kinds.is_struct(type_):
+        return pa.struct([field.with_type(_in_microseconds(field.type)) for field in type_])
+    return type_
 
 
 def _has_short_floats(type_: pa.DataType) -> bool:

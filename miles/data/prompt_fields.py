@@ -43,8 +43,8 @@ class PromptRow:
 def parse_row(values: Mapping[str, Any], fields: PromptFields) -> PromptRow:
     """Read and check the fields of one row. Raises DataError that names the column, its content and what is allowed.
 
-    A key of messages, metadata or tools whose value is null counts as missing, as a Parquet file cannot tell the two
-    apart; only the content of a message that has none is null. JSON text is taken as it is.
+    A key of messages, labels, metadata or tools whose value is null counts as missing, as a Parquet file cannot tell
+    the two apart; only the content of a message that has none is null. JSON text is taken as it is.
     """
     tools = _tools(values.get(fields.tool_key), fields.tool_key)
     metadata = _metadata(values.get(fields.metadata_key), fields.metadata_key)
@@ -120,7 +120,7 @@ def _label(value: Any, key: str) -> str | None:
     if isinstance(value, str):
         _encodable(value, key)
         return value
-    return _json(value, key)
+    return _json(_without_nulls(value), key)
 
 
 def _metadata(value: Any, key: str) -> dict[str, Any]:

@@ -85,6 +85,7 @@ def load_prompts(
             rows.append(row)
             texts.append(text)
     faults.check()
+    _warn_of_unused_tools(source, rows, texts, template)
     tokens = template.tokenize(texts)
     for file_row, ids in zip(file_rows, tokens, strict=True):
         if not len(ids):
@@ -105,3 +106,12 @@ def load_prompts(
         log.warning("%s: left out %d of %d prompts, longer than %s tokens",
                     source, len(rows) - len(prompts), len(rows), max_prompt_len)  # fmt: skip
     return PromptSet(source, prompts, len(rows))
+
+
+def _warn_of_unused_tools(
+    source: str, rows: Sequence[PromptRow], texts: Sequence[str], template: PromptTemplate
+) -> None:
+    """Warn when the first prompt with tools reads the same without them."""
+    first = next(((row, text) for row, text in zip(rows, texts, strict=True) if row.tools), None)
+    if first is not None and template.render(first[0].prompt) == first[1]:
+        log.warning("%s: the prompts do not show their tools; the chat template, if any, does not use them", source)

@@ -28,7 +28,7 @@ def check_reward(row: PromptRow, config: RewardConfig) -> None:
     if service in addresses or config.custom_rm_path is not None:
         return
     chosen = row.metadata.get(REWARD_KEY, config.rm_type)
-    if chosen not in get_args(BuiltinReward):
+    if not isinstance(chosen, str) or chosen not in get_args(BuiltinReward):
         names = ", ".join(get_args(BuiltinReward))
         raise DataError(
             f"its metadata has {REWARD_KEY} {chosen!r:.100}, which is no built-in reward; there are {names}"

@@ -12,6 +12,7 @@ import math_verify
 from miles.answers.quantities import plain_decimal
 
 _EXPONENT = re.compile(r"(?<![\w.\\])(\d+(?:\.\d+)?[eE][-+]?\d{1,2})(?!\w)")
+_ROOT = re.compile(r"\u221a\s*([0-9]+|[A-Za-z])")
 _SEPARATOR = re.compile(r"(?<=\d)(?:\{,\}|\\[,;!]|[\u2009\u202f\u00a0])(?=\d{3}(?!\d))")
 
 logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns of the timeouts that are off on purpose
@@ -36,8 +37,8 @@ def _in_math(text: str) -> str:
 
 
 def _clean(text: str) -> str:
-    """Take away what math-verify misreads: escaped dollar signs, thin spaces of thousands, exponents like 1e-5."""
-    text = _SEPARATOR.sub("", text.replace("\\$", ""))
+    """Take away what math-verify misreads: escaped dollar signs, thin spaces of thousands, √2, exponents like 1e-5."""
+    text = _ROOT.sub(r"\\sqrt{\1}", _SEPARATOR.sub("", text.replace("\\$", "")))
     return _EXPONENT.sub(lambda found: plain_decimal(Decimal(found[1])), text)
 
 

@@ -18,7 +18,7 @@ from miles.types import Sample
 _CPU_S = 5
 _MAX_ANSWER = 2000
 """Characters of an answer that may be an expression; longer ones are compared as numbers or text alone."""
-_STATED = re.compile(r"(?i:\banswer\b)[^\S\n]*(?i:is|=|:)[^\S\n]*:?[^\S\n]*(.+)")
+_STATED = re.compile(r"(?i:\b(?:answer|option|choice)\b)[^\S\n]*(?i:is|=|:)[^\S\n]*:?[^\S\n]*(.+)")
 _CHOICE = re.compile(r"\(?([A-J])(?:[).:].*|\s*)", re.DOTALL)
 _DRESSED = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|operatorname|mbox)\s*\{([^{}]*)\}")
 _LAYOUT = re.compile(r"\\(?:left|right|displaystyle|[,;!: ])|[\s{}]|\\?\$")
@@ -75,7 +75,7 @@ def _stated(wanted: str, text: str) -> bool:
 def _text(answer: str) -> str:
     """The answer as text that can be compared: without fonts, layout and case."""
     answer = _DRESSED.sub(r"\1", answer)
-    answer = re.sub(r"\\[dtc]frac", r"\\frac", answer).replace("\\dfrac", "\\frac")
+    answer = re.sub(r"\\[dtc]frac", r"\\frac", answer).replace("\\varnothing", "\\emptyset")
     return _LAYOUT.sub("", answer).strip(".*").casefold().replace("\u2212", "-")
 
 

@@ -72,6 +72,13 @@ def test_tools_reach_the_template_and_the_metadata(load: Load, tools: Any) -> No
     assert record.metadata == {"a": 1, "tools": [TOOL]}
 
 
+def test_tools_that_no_prompt_shows_are_said(load: Load, caplog: pytest.LogCaptureFixture) -> None:
+    load({"input": "hi", "tools": [TOOL]}, chat=True)
+    assert "do not show their tools" not in caplog.text
+    load({"input": "hi", "tools": [TOOL]})
+    assert "the prompts do not show their tools" in caplog.text
+
+
 def test_fields_come_from_the_columns_that_are_named(load: Load) -> None:
     fields = PromptFields("question", "answer", "extra", "functions")
     row = {"question": "q", "answer": "a", "extra": {"x": [1]}, "functions": [TOOL], "input": 3, "metadata": 4}
@@ -81,7 +88,18 @@ def test_fields_come_from_the_columns_that_are_named(load: Load) -> None:
 
 @pytest.mark.parametrize(
     ("label", "text"),
-    [("x", "x"), (42, "42"), (-1.5, "-1.5"), (True, "true"), (None, None), ([1, "é"], '[1, "é"]'), ("", "")],
+    [
+        ("x", "x"),
+        (42, "42"),
+        (-1.5, "-1.5"),
+        (1e-05, "0.00001"),
+        (3.0, "3"),
+        (True, "true"),
+        (None, None),
+        ([1, "é"], '[1, "é"]'),
+        ({"a": 1, "b": None}, '{"a": 1}'),
+        ("", ""),
+    ],
 )
 def test_a_label_becomes_text(load: Load, label: Any, text: str | None) -> None:
     (record,) = load({"input": "q", "answer": label}, fields=PromptFields(label_key="answer"))
@@ -102,6 +120,9 @@ FAULTS = [
     ({"input": 3}, {}, "'input' is a number; expected text or a list of messages"),
     ({"input": {"role": "user"}}, {}, "'input' is an object; expected text or a list of messages"),
     ({"input": ""}, {}, "'input' is empty text"),
+    ({"input": " \n"}, {}, "'input' is empty text"),
+    ({"input": [{"role": "user", "content": ""}]}, {}, "'input' has no message with any text"),
+    ({"input": [{"role": "user", "content": 3}]}, {}, "the content of 'input'[0] is a number; expected text or a list"),
     ({"input": []}, {}, "'input' is an empty list of messages"),
     ({"input": ["hi"]}, {}, "'input'[0] is text; a message is an object with role and content"),
     ({"input": [{"content": "hi"}]}, {}, "'input'[0] has no role; its keys are 'content'"),

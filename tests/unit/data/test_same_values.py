@@ -134,6 +134,14 @@ def test_a_label_that_is_no_finite_number_is_refused(tmp_path: pathlib.Path, num
         parse_row(read_rows(str(path))[0].values, FIELDS)
 
 
+def test_times_of_nanoseconds_are_read(tmp_path: pathlib.Path) -> None:
+    when = pa.array([1_700_000_000_123_456_789], pa.timestamp("ns"))
+    nested = pa.StructArray.from_arrays([when], ["at"])
+    pq.write_table(pa.table({"input": ["q"], "when": when, "nested": nested}), tmp_path / "rows.parquet")
+    [row] = read_rows(str(tmp_path / "rows.parquet"))
+    assert row.values["when"] == row.values["nested"]["at"] == "2023-11-14T22:13:20.123456"
+
+
 @pytest.mark.parametrize("column", [pa.array([float("nan")]), pa.array([datetime.timedelta(1)]), pa.array([b"\xff"])])
 def test_a_parquet_label_that_json_cannot_express_is_refused(tmp_path: pathlib.Path, column: pa.Array) -> None:
     pq.write_table(pa.table({"input": ["q"], "label": column}), tmp_path / "rows.parquet")

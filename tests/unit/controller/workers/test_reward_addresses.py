@@ -2,6 +2,14 @@
 
 from __future__ import annotations
 
+import pytest
+
+from miles.config.sections.reward import RewardConfig
+from miles.services.controller.jobs.controls import JobControls
+from miles.services.controller.status.run_status import RunStatus
+from miles.services.controller.status.worker_activity import WorkerActivities
+from miles.services.controller.workers.registry import WorkerRegistry
+from miles.services.controller.workers.required_workers import RequiredWorkers
 from miles.services.controller.workers.reward_addresses import RewardAddresses
 
 
@@ -20,3 +28,11 @@ def test_a_name_without_a_number_has_its_worker_too() -> None:
 
 def test_a_users_own_default_serves_all() -> None:
     assert RewardAddresses({"default": "own:1"}).of("rollout-3") == {"default": "own:1"}
+
+
+@pytest.mark.parametrize("name", ["default", "mine"])
+async def test_a_job_that_only_its_users_services_score_waits_for_no_reward_worker(name: str) -> None:
+    status = RunStatus(WorkerActivities(lambda *_: None))
+    workers = RequiredWorkers(WorkerRegistry(), JobControls(), status)
+    addresses = await workers.reward_addresses(RewardConfig(reward_service=(f"{name}=own:1",)))
+    assert addresses.of("rollout-0") == {name: "own:1"}
