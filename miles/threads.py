@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import contextlib
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any, ParamSpec, TypeVar
 
@@ -25,12 +26,17 @@ class EscapedError(RuntimeError):
 
 @contextlib.contextmanager
 def only_exceptions() -> Iterator[None]:
-    """Raise EscapedError for whatever is raised inside and is no Exception, apart from a cancellation."""
+    """Raise EscapedError for whatever is raised inside and is no Exception, apart from a cancellation.
+
+    A KeyboardInterrupt in the main thread is the user's, and stays one too.
+    """
     try:
         yield
     except (Exception, asyncio.CancelledError, GeneratorExit):
         raise
     except BaseException as error:
+        if isinstance(error, KeyboardInterrupt) and threading.current_thread() is threading.main_thread():
+            raise
         raise EscapedError(error) from error
 
 

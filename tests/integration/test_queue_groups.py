@@ -356,7 +356,7 @@ async def test_a_flushed_redis_is_set_up_again(tmp_path: pathlib.Path, job_id: s
         await client.aclose()
 
 
-async def test_dropping_a_job_leaves_other_jobs_alone(
+async def test_dropping_a_job_leaves_other_jobs_alone_until_it_is_taken_up_again(
     queue: GroupQueue, client: redis.asyncio.Redis, job_id: str, make_group: MakeGroup
 ) -> None:
     other = GroupQueue(client, f"{job_id}-2", inline_limit=10)
@@ -368,6 +368,15 @@ async def test_dropping_a_job_leaves_other_jobs_alone(
     assert await client.ttl(fences) > 0
     with pytest.raises(Fenced):
         await queue.put(make_group(2), attempt=1, holder=Holder("rollout-0", 1 << 52))
+    await queue.reopen(100)
+    with pytest.raises(Fenced):
+        await queue.put(make_group(2), attempt=1, holder=Holder("rollout-0", 99))
+    await queue.put(make_group(2), attempt=1, holder=Holder("rollout-0", 100))
+    assert await client.ttl(fences) == -1
+    await queue.reopen(50)
+    with pytest.raises(Fenced):
+        await queue.put(make_group(3), attempt=1, holder=Holder("rollout-0", 99))
+    await queue.drop_job()
     assert len(await other.outstanding()) == 1
     assert list(await other.collect([1], 5)) == [1]
     await other.drop_job()

@@ -46,9 +46,11 @@ async def test_to_thread_of_a_service_never_ends_its_event_loop() -> None:
         await asyncio.to_thread(sys.exit, 4)
 
 
-async def test_a_cancellation_stays_one() -> None:
-    with pytest.raises(asyncio.CancelledError), only_exceptions():
-        raise asyncio.CancelledError
+@pytest.mark.parametrize("error", [asyncio.CancelledError(), KeyboardInterrupt(), ValueError("x")])
+def test_a_cancellation_a_users_interrupt_and_an_exception_stay_as_they_are(error: BaseException) -> None:
+    with pytest.raises(type(error)) as caught, only_exceptions():
+        raise error
+    assert caught.value is error
 
 
 async def test_a_service_ends_with_the_error_of_a_task_that_it_cannot_do_without() -> None:

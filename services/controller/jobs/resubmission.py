@@ -25,6 +25,7 @@ def go_on_with(job: job_pb2.Job, settings: Mapping[str, Any]) -> job_pb2.JobEven
     """Give a job other settings, and queue it if it has ended; returns the event to record with it."""
     words = ", ".join(map(str, changes(json.loads(job.config_json), settings)))
     job.config_json = json.dumps(settings)
+    job.num_rollout = settings["num_rollout"] or 0  # num_epoch counts once the data is read
     if job.state not in ENDED:
         return None
     state = job_pb2.JobState.Name(job.state).removeprefix("JOB_STATE_").lower()

@@ -78,9 +78,14 @@ async def _load_workers(run: RunState, trainer: TrainerClient, check: Callable[[
 
 
 def _check_steps_left(run: RunState, ready: trainer_pb2.TrainerReady) -> None:
-    """Raise NothingLeftError for a run that was loaded beyond its end, or from another run's end."""
+    """Raise NothingLeftError for a run that was loaded beyond its end, or from another run's end.
+
+    One of no steps only evaluates what it loads.
+    """
     own = pathlib.Path(run.config.checkpoint.save or run.context.run_dir / "checkpoints")
     from_elsewhere = bool(ready.checkpoint_dir) and not same_folder(pathlib.Path(ready.checkpoint_dir).parent, own)
+    if run.last == 0:
+        return
     if ready.step > run.last or (from_elsewhere and ready.step == run.last):
         raise NothingLeftError(ready.checkpoint_dir, ready.step, run.last)
 

@@ -197,7 +197,9 @@ class BaseBackend(abc.ABC, Generic[PartsT]):
 
     def _record_samples(self, step: int, batch: RolloutBatch, **tokens: Any) -> None:
         replica = self._recording_replica()
-        if replica is not None:
+        if replica is None:
+            return
+        with writing(pathlib.Path(self._config.services.run_dir) / "samples"):
             self._log.write(step, recorded_samples(batch, self._log.groups, replica, **tokens))
 
     @property

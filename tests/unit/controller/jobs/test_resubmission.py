@@ -32,6 +32,7 @@ def test_a_job_that_ended_early_goes_on_with_the_settings_given(state: str) -> N
     event = go_on_with(record, {**SETTINGS, "lr": 1e-5})
     assert (record.state, record.error, record.ended_unix_ns) == (job_pb2.JOB_STATE_QUEUED, "", 0)
     assert json.loads(record.config_json)["lr"] == 1e-5
+    assert record.num_rollout == 2
     assert event is not None
     assert event.state_changed.reason.endswith("goes on from its newest checkpoint with lr 1e-06 → 1e-05")
 
