@@ -29,6 +29,7 @@ from miles.gateway.connection import Connection
 from miles.gateway.keys import KeyFile, KeyFileError
 from miles.gateway.options import GatewayOptions
 from miles.rpc import ExitCode, ServiceExit, main
+from miles.rpc.address_file import write_address
 
 KEYS_ENVIRONMENT = "MILES_KEYS_FILE"
 _STOP_GRACE_S = 3
@@ -131,9 +132,8 @@ async def serve(flags: argparse.Namespace) -> None:
     url = f"{'https' if flags.https_cert else 'http'}://{join_address(options.host, listener.getsockname()[1])}"
     print(f"listening on {url}", flush=True)
     if flags.address_file is not None:
-        partial = flags.address_file.with_suffix(".tmp")
-        partial.write_text(url)
-        partial.replace(flags.address_file)
+        write_address(flags.address_file, url)
+    allow_many_connections()
     # Objects created so far are permanent. Collections that scanned them again would pause for about 0.1 s.
     gc.collect()
     gc.freeze()

@@ -12,7 +12,7 @@ import shutil
 
 from miles.ownership.owner_file import NAME, FolderTakenError, new_owner, read_owner, run_of, write_owner
 from miles.ownership.place import Place, locate, locate_pattern
-from miles.ownership.rules import refusal_of_export
+from miles.ownership.rules import refusal
 
 
 class ExportFolder:
@@ -31,7 +31,7 @@ class ExportFolder:
         """Make `partial`, new and empty. Raises FolderTakenError when the place is not the run's to write."""
         run = run_of(self._run_dir)
         self._finish_interrupted(run.run)
-        if (found := refusal_of_export(self.folder, self._run_dir, self._pattern)) is not None:
+        if (found := refusal("export", self.folder, self._run_dir, pattern=self._pattern)) is not None:
             raise FolderTakenError(f"the export is not written: {found.problem}; {found.remedy}")
         if self.partial.exists():
             self._require_own(self.partial, run.run)

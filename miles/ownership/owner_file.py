@@ -113,7 +113,7 @@ def _appeared(partial: pathlib.Path, path: pathlib.Path) -> bool:
 
 
 def run_of(run_dir: pathlib.Path, job_id: str = "") -> Owner:
-    """Return the owner of a run folder, which is made and marked when it is new.
+    """Return the owner of a run folder, which is made and marked when it is new, or a copy of another one.
 
     Raises FolderTakenError for a folder of another kind, and OSError when it cannot be made.
     """
@@ -121,9 +121,20 @@ def run_of(run_dir: pathlib.Path, job_id: str = "") -> Owner:
     if owner is None:
         run_dir.mkdir(parents=True, exist_ok=True)
         owner = write_owner(run_dir, new_owner("run", uuid.uuid4().hex, run_dir, job_id))
+    elif is_copy(owner, run_dir):
+        owner = write_owner(run_dir, new_owner("run", uuid.uuid4().hex, run_dir, job_id), replace=True)
     if owner.kind != "run":
         raise FolderTakenError(f"run_dir = {run_dir}, but that is {owner}; choose another run_dir")
     return owner
+
+
+def is_copy(owner: Owner, run_dir: pathlib.Path) -> bool:
+    """Return whether a run folder was copied, with this file in it, from one that is still there: two runs, not one."""
+    original = pathlib.Path(owner.run_dir)
+    if owner.kind != "run" or not os.path.isdir(original) or original.samefile(run_dir):
+        return False
+    first = read_owner(original)
+    return first is not None and first.run == owner.run
 
 
 def mark_services(folder: pathlib.Path) -> None:

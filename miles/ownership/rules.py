@@ -13,7 +13,7 @@ from miles.ownership.contents import (
     strange_in_export,
     strange_in_run_dir,
 )
-from miles.ownership.owner_file import NAME, Kind, Owner, read_owner
+from miles.ownership.owner_file import NAME, Kind, Owner, is_copy, read_owner
 from miles.ownership.place import STEP, Place, locate_pattern
 
 
@@ -25,7 +25,9 @@ class Refusal:
     remedy: str
 
 
-def refusal(kind: Kind, folder: pathlib.Path, run_dir: pathlib.Path, load: str | None = None) -> Refusal | None:
+def refusal(
+    kind: Kind, folder: pathlib.Path, run_dir: pathlib.Path, load: str | None = None, pattern: Place | None = None
+) -> Refusal | None:
     """Return why the run of `run_dir` may not write a folder; None when it may.
 
     Args:
@@ -33,6 +35,7 @@ def refusal(kind: Kind, folder: pathlib.Path, run_dir: pathlib.Path, load: str |
         folder: without links.
         run_dir: the run folder, which may not exist yet.
         load: the folder that the run loads from: one of checkpoints that it names may be taken over.
+        pattern: of an export, the place that `folder` is one of.
 
     Raises FolderTakenError for an owner file that cannot be read, and OSError for a folder that cannot.
     """
@@ -43,7 +46,7 @@ def refusal(kind: Kind, folder: pathlib.Path, run_dir: pathlib.Path, load: str |
         return above
     owner = read_owner(folder)
     if owner is None:
-        strange = _strange(kind, folder, run_dir)
+        strange = _strange(kind, folder, run_dir, pattern)
         if not strange:
             return None
         return Refusal(f"{folder}: {strange}", "choose a folder that is empty or does not exist yet")
@@ -62,17 +65,9 @@ def export_refusal(pattern: str, run_dir: pathlib.Path) -> Refusal | None:
     """Do the same for every existing folder that save_hf stands for. Raises ValueError as `locate_pattern` does."""
     place = locate_pattern(pattern)
     for folder in existing(place):
-        if (found := refusal_of_export(folder, run_dir, place)) is not None:
+        if (found := refusal("export", folder, run_dir, pattern=place)) is not None:
             return found
     return _foreign_above(place.path, _run(run_dir))
-
-
-def refusal_of_export(folder: pathlib.Path, run_dir: pathlib.Path, pattern: Place) -> Refusal | None:
-    """Return why the run may not replace this folder, of those that `pattern` stands for, by an export."""
-    found = refusal("export", folder, run_dir)
-    if found is None or read_owner(folder) is not None or not folder.is_dir():
-        return found
-    return None if not strange_in_export(folder, run_dir, step_expression(pattern.path)) else found
 
 
 def existing(place: Place) -> list[pathlib.Path]:
@@ -104,14 +99,15 @@ def _way_out(kind: Kind, owner: Owner, folder: pathlib.Path) -> str:
 
 def _run(run_dir: pathlib.Path) -> str | None:
     owner = read_owner(run_dir)
-    return None if owner is None else owner.run
+    return None if owner is None or is_copy(owner, run_dir) else owner.run
 
 
-def _strange(kind: Kind, folder: pathlib.Path, run_dir: pathlib.Path) -> str:
-    if kind == "checkpoints":
-        same = folder == pathlib.Path(os.path.realpath(run_dir))
-        return strange_in_run_dir(folder) if same else strange_in_checkpoints(folder)
-    return strange_in_run_dir(folder) if kind == "run" else strange_in_export(folder, run_dir, None)
+def _strange(kind: Kind, folder: pathlib.Path, run_dir: pathlib.Path, pattern: Place | None) -> str:
+    if kind == "export":
+        return strange_in_export(folder, run_dir, None if pattern is None else step_expression(pattern.path))
+    if kind == "checkpoints" and folder != pathlib.Path(os.path.realpath(run_dir)):
+        return strange_in_checkpoints(folder)
+    return strange_in_run_dir(folder)
 
 
 def _foreign_above(folder: pathlib.Path, mine: str | None) -> Refusal | None:

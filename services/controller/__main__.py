@@ -18,6 +18,7 @@ from miles.queue import RedisInUse, RedisLease, RedisRefused, RedisUnsuitable, c
 from miles.queue.backpressure import TRANSIENT
 from miles.redis_url import REDIS_URL_VARIABLE, redis_url_argument
 from miles.rpc import ExitCode, ServiceExit, main, start_server
+from miles.rpc.address_file import write_address
 from miles.rpc.gen.controller_pb2_grpc import add_ControllerServiceServicer_to_server
 from miles.rpc.gen.records_pb2_grpc import add_RecordsServiceServicer_to_server
 from miles.tasks import cancelled_at_end
@@ -110,13 +111,6 @@ async def serve(arguments: argparse.Namespace) -> None:
             await lease.release()
         with contextlib.suppress(redis.exceptions.ConnectionError):
             await client.aclose()
-
-
-def write_address(path: pathlib.Path, address: str) -> None:
-    """Write an address file atomically."""
-    partial = path.with_suffix(".tmp")
-    partial.write_text(address)
-    partial.replace(path)
 
 
 async def _notice_emptied(store: JobStore) -> None:

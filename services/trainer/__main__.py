@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from miles.addresses import address_argument, listen_argument
 from miles.cores import limit_threads
 from miles.rpc import ExitCode, WorkerAttachment, main, start_server
+from miles.rpc.address_file import write_address
 from miles.rpc.advertise import add_advertise_flag
 from miles.tasks import until_end
 
@@ -108,9 +109,7 @@ async def serve(arguments: argparse.Namespace, ranks: Ranks, worker: RankWorker)
     )
     print(f"listening on {address}", flush=True)
     if arguments.address_file is not None:
-        partial = arguments.address_file.with_suffix(".tmp")
-        partial.write_text(address)
-        partial.replace(arguments.address_file)
+        write_address(arguments.address_file, address)
     async with contextlib.AsyncExitStack() as stack:
         stack.push_async_callback(_release_ranks, leader)  # last: even if the checkpoint fails, the other ranks wait
         stack.push_async_callback(servicer.close)

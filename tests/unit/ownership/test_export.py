@@ -7,7 +7,7 @@ import pathlib
 import pytest
 
 from miles.ownership.export import ExportFolder
-from miles.ownership.owner_file import NAME, FolderTakenError, read_owner
+from miles.ownership.owner_file import NAME, FolderTakenError, read_owner, run_of
 
 
 def export(directory: pathlib.Path, run_dir: pathlib.Path, text: str, *names: str) -> None:
@@ -74,6 +74,13 @@ def test_other_folders_are_refused_and_stay_as_they_are(tmp_path: pathlib.Path) 
         export(tmp_path / "second", tmp_path / "run", "new")
     assert contents(place) == {"notes.txt": "keep me"}
     assert contents(tmp_path / "second")["config.json"] == "theirs"
+
+
+def test_an_empty_folder_inside_of_another_run_is_refused_too(tmp_path: pathlib.Path) -> None:
+    run_of(tmp_path / "other")
+    (tmp_path / "other" / "hf").mkdir()
+    with pytest.raises(FolderTakenError, match="it lies in"):
+        export(tmp_path / "other" / "hf", tmp_path / "run", "new")
 
 
 def test_what_lies_where_the_export_is_written_is_not_deleted(tmp_path: pathlib.Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pathlib
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -26,6 +27,15 @@ def test_the_same_run_folder_is_the_same_run_even_when_it_has_moved(tmp_path: pa
     assert run_of(tmp_path / "moved", "job-2") == first
     assert first.job_id == "job-1"
     assert "" not in (first.host, first.since)
+
+
+def test_a_copy_of_a_run_folder_is_another_run(tmp_path: pathlib.Path) -> None:
+    first = run_of(tmp_path / "run")
+    shutil.copytree(tmp_path / "run", tmp_path / "copy")
+    copy = run_of(tmp_path / "copy")
+    assert copy.run != first.run
+    assert run_of(tmp_path / "copy") == copy
+    assert run_of(tmp_path / "run") == first
 
 
 def test_the_first_of_many_writers_owns_a_folder(tmp_path: pathlib.Path) -> None:
