@@ -3,7 +3,7 @@
 They look at settings alone; `checks` looks at the machine. Start at `registry`.
 """
 
-from miles.config.rules import access, algorithm, asynchrony, data, engine, lora, megatron, services, train
+from miles.config.rules import access, algorithm, asynchrony, data, effects, engine, lora, megatron, services, train
 from miles.config.rules.registry import RULES, Rule, check
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "asynchrony",
     "check",
     "data",
+    "effects",
     "engine",
     "lora",
     "megatron",
