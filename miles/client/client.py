@@ -29,6 +29,8 @@ _TRANSIENT = frozenset({"controller-away", "too-many-requests", "too-many-watche
 _WATCH_RETRIES = 30
 """How often a watcher reconnects without getting an event."""
 
+_REMEDY = f"check the address (--url or ${URL_ENVIRONMENT}): another server is there"
+
 Json = dict[str, Any]
 
 
@@ -47,11 +49,20 @@ class MilesClient:
         timeout_s: float = 30.0,
         verify: bool | str = True,
     ) -> None:
-        """`url` and `api_key` default to $MILES_URL and $MILES_API_KEY; `verify` may be a file of CA certificates."""
+        """`url` and `api_key` default to $MILES_URL and $MILES_API_KEY; `verify` may be a file of CA certificates.
+
+        Raises ValueError for an address, key or file that cannot be one.
+        """
         self.url = (url or os.environ.get(URL_ENVIRONMENT) or DEFAULT_URL).rstrip("/")
+        _check_address(self.url)
         key = api_key or os.environ.get(KEY_ENVIRONMENT)
+        if key and not (key.isascii() and key.isprintable()):
+            raise ValueError(f"the API key is not one line of ASCII; check --key-file or ${KEY_ENVIRONMENT}")
         headers = {"Authorization": f"Bearer {key}"} if key else {}
-        self._http = httpx.Client(base_url=self.url, headers=headers, timeout=timeout_s, verify=verify)
+        try:
+            self._http = httpx.Client(base_url=self.url, headers=headers, timeout=timeout_s, verify=verify)
+        except OSError as error:  # of the file, or of what is in it
+            raise ValueError(f"{verify} has no CA certificates ({error.strerror or error}); check --ca") from error
 
     def close(self) -> None:
         """Close connections."""
@@ -245,11 +256,21 @@ class MilesClient:
         """Raise errors of the connection as GatewayUnreachableError."""
         try:
             yield
-        except httpx.TransportError as error:
+        except httpx.RequestError as error:
             reason = str(error) or type(error).__name__
             raise GatewayUnreachableError(
                 f"no gateway answers at {self.url} ({reason}); check the address (--url or ${URL_ENVIRONMENT})"
             ) from error
+
+
+def _check_address(url: str) -> None:
+    """Raise ValueError for what is no address of an HTTP server."""
+    try:
+        parsed = httpx.URL(url)
+    except httpx.InvalidURL as error:
+        raise ValueError(f"{url} is no address ({error}); write it like {DEFAULT_URL}") from error
+    if parsed.scheme not in ("http", "https") or not parsed.host:
+        raise ValueError(f"{url} is no address of a gateway; write it like {DEFAULT_URL}")
 
 
 def _check(answer: httpx.Response) -> None:
@@ -258,7 +279,7 @@ def _check(answer: httpx.Response) -> None:
         return
     problem = _json(answer)
     if not isinstance(problem, dict) or "type" not in problem:
-        raise UnexpectedAnswerError(f"{answer.url} answered {answer.status_code}, but not as a gateway does")
+        raise UnexpectedAnswerError(f"{answer.url} answered {answer.status_code}, but not as a gateway does; {_REMEDY}")
     raise MilesError(problem)
 
 
@@ -272,5 +293,5 @@ def _json(answer: httpx.Response) -> Any:
 def _json_object(answer: httpx.Response) -> Json:
     decoded = _json(answer)
     if not isinstance(decoded, dict):
-        raise UnexpectedAnswerError(f"{answer.url} answered with something other than a JSON object")
+        raise UnexpectedAnswerError(f"{answer.url} answered with something other than a JSON object; {_REMEDY}")
     return decoded
