@@ -133,7 +133,6 @@ async def serve(flags: argparse.Namespace) -> None:
     print(f"listening on {url}", flush=True)
     if flags.address_file is not None:
         write_address(flags.address_file, url)
-    allow_many_connections()
     # Objects created so far are permanent. Collections that scanned them again would pause for about 0.1 s.
     gc.collect()
     gc.freeze()

@@ -33,6 +33,8 @@ _TRANSIENT = frozenset({"controller-away", "too-many-requests", "too-many-watche
 _WATCH_RETRIES = 30
 """How often a watcher reconnects without getting an event."""
 
+_REMEDY = f"check the address (--url or ${URL_ENVIRONMENT}): another server is there"
+
 Json = dict[str, Any]
 
 
@@ -51,13 +53,15 @@ class MilesClient:
         timeout_s: float = 30.0,
         verify: bool | str = True,
     ) -> None:
-        """`url` and `api_key` default to $MILES_URL and $MILES_API_KEY; `verify` may be a file of CA certificates."""
+        """`url` and `api_key` default to $MILES_URL and $MILES_API_KEY; `verify` may be a file of CA certificates.
+
+        Raises ValueError for an address, key or file that cannot be one.
+        """
         self.url = (url or os.environ.get(URL_ENVIRONMENT) or DEFAULT_URL).rstrip("/")
+        _check_address(self.url)
         key = (api_key or os.environ.get(KEY_ENVIRONMENT) or "").strip()
         if not re.fullmatch(r"[!-~]*", key):  # it would be shown in the error of the HTTP library
-            raise GatewayUnreachableError(
-                f"the API key has characters that no key has; check --key-file or ${KEY_ENVIRONMENT}"
-            )
+            raise ValueError(f"the API key is not one line of ASCII; check --key-file or ${KEY_ENVIRONMENT}")
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         # A proxy of the environment is for the way out of this machine.
         local = is_loopback(urllib.parse.urlsplit(self.url).hostname or "")
@@ -65,6 +69,8 @@ class MilesClient:
             self._http = httpx.Client(
                 base_url=self.url, headers=headers, timeout=timeout_s, verify=verify, trust_env=not local
             )
+        except OSError as error:  # of the file, or of what is in it
+            raise ValueError(f"{verify} has no CA certificates ({error.strerror or error}); check --ca") from error
         except (ImportError, ValueError) as error:
             raise GatewayUnreachableError(f"the proxy of the environment cannot be used: {error}") from error
 
@@ -260,11 +266,21 @@ class MilesClient:
         """Raise errors of the connection as GatewayUnreachableError."""
         try:
             yield
-        except httpx.TransportError as error:
+        except httpx.RequestError as error:
             reason = str(error) or type(error).__name__
             raise GatewayUnreachableError(
                 f"no gateway answers at {redact(self.url)} ({reason}); check the address (--url or ${URL_ENVIRONMENT})"
             ) from error
+
+
+def _check_address(url: str) -> None:
+    """Raise ValueError for what is no address of an HTTP server."""
+    try:
+        parsed = httpx.URL(url)
+    except httpx.InvalidURL as error:
+        raise ValueError(f"{url} is no address ({error}); write it like {DEFAULT_URL}") from error
+    if parsed.scheme not in ("http", "https") or not parsed.host:
+        raise ValueError(f"{url} is no address of a gateway; write it like {DEFAULT_URL}")
 
 
 def _check(answer: httpx.Response) -> None:
@@ -273,7 +289,7 @@ def _check(answer: httpx.Response) -> None:
         return
     problem = _json(answer)
     if not isinstance(problem, dict) or "type" not in problem:
-        raise UnexpectedAnswerError(f"{answer.url} answered {answer.status_code}, but not as a gateway does")
+        raise UnexpectedAnswerError(f"{answer.url} answered {answer.status_code}, but not as a gateway does; {_REMEDY}")
     raise MilesError(problem)
 
 
@@ -287,5 +303,5 @@ def _json(answer: httpx.Response) -> Any:
 def _json_object(answer: httpx.Response) -> Json:
     decoded = _json(answer)
     if not isinstance(decoded, dict):
-        raise UnexpectedAnswerError(f"{answer.url} answered with something other than a JSON object")
+        raise UnexpectedAnswerError(f"{answer.url} answered with something other than a JSON object; {_REMEDY}")
     return decoded

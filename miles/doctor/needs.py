@@ -67,7 +67,7 @@ def job_of(subject: Subject) -> Job | None:
     s = subject.settings
     steps = s.num_rollout or 0
     saves = (math.ceil(steps / s.save_interval) if s.save_interval else 1) if steps else 0
-    exports = 0 if s.save_hf is None else saves if "{" in s.save_hf else 1
+    exports = saves if "{" in (s.save_hf or "") else min(saves, 1)  # without save_hf, one at the end
     types = decide(s.train_dtype, s.rollout_dtype, {})
     undecided = s.train_dtype == s.rollout_dtype == AUTO and s.device == "cpu"  # where float32 is usual, and larger
     weight_bytes = 4 if undecided or types.rollout_dtype == "float32" else 2

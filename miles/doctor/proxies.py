@@ -6,7 +6,6 @@ import dataclasses
 import importlib.util
 import os
 import urllib.parse
-import urllib.request
 from collections.abc import Mapping, Sequence
 
 from miles.config.checks.addresses import is_loopback
@@ -56,10 +55,16 @@ def judge(facts: Proxies) -> list[Finding]:
     shown = redact(", ".join(f"{name}={value}" for name, value in facts.set.items()))
     found = []
     for what, host in facts.peers:
-        if not is_loopback(host) and not urllib.request.proxy_bypass_environment(host, {"no": facts.exempt}):
+        if not is_loopback(host) and not _is_exempt(host, facts.exempt):
             exempt = ",".join(filter(None, (facts.exempt, host)))
             found.append(warn(f"{what} at {host} would be reached through {shown}", f"export no_proxy={exempt}"))
     for name, value in facts.set.items():
         if value.startswith("socks") and not facts.has_socks:
             found.append(fail(f"{name} is a SOCKS proxy, which HTTP clients here cannot use", f"unset {name}"))
     return found or [ok(f"{shown}; nothing of the run goes through it, as loopback addresses never do")]
+
+
+def _is_exempt(host: str, exempt: str) -> bool:
+    """Return whether no_proxy names the host, a domain that it is in, or everything."""
+    names = [name.strip().lstrip(".") for name in exempt.split(",") if name.strip()]
+    return any(name in ("*", host) or host.endswith(f".{name}") for name in names)

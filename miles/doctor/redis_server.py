@@ -141,7 +141,7 @@ def _ask(url: str) -> RedisFacts:
 def _is_denied(client: redis.Redis, words: tuple[str, ...]) -> bool:
     """Return whether this user may not run a command; other refusals, as of a full server, are no matter of rights."""
     try:
-        client.execute_command(*words)
+        client.execute_command(*words)  # type: ignore[no-untyped-call]
     except NoPermissionError:
         return True
     except ResponseError:

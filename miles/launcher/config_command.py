@@ -11,7 +11,7 @@ from miles.config.command.flags import parse_command_line
 from miles.config.command.reference_page import help_text, reference_page
 from miles.config.command.yaml_files import write_text
 from miles.config.schema.faults import ConfigError
-from miles.launcher.console import HelpFormatter, help_width
+from miles.launcher.console import HelpFormatter, RunConsole, help_width
 from miles.launcher.dry_run import checked_config, describe_run
 
 BAD_CONFIG = 2
@@ -41,7 +41,7 @@ def main(arguments: Sequence[str]) -> int:
 def _docs(out: pathlib.Path | None, *, check: bool) -> int:
     page = reference_page()
     if out is None:
-        print(page, end="")
+        RunConsole().print(page, markup=False, end="")
     elif not check:
         if out.exists() and not (out.is_file() and out.read_bytes().startswith(page.splitlines()[0].encode())):
             print(f"{out} is something else than this page; choose another file, or remove it", file=sys.stderr)
@@ -56,15 +56,14 @@ def _docs(out: pathlib.Path | None, *, check: bool) -> int:
 def _show(arguments: Sequence[str]) -> int:
     line = parse_command_line(arguments)
     if line.help:
-        print("usage: miles config show [--dry-run] [FLAGS]\n\n" + help_text(help_width()), end="")
+        usage = "usage: miles config show [--dry-run] [FLAGS]"
+        RunConsole().print(f"{usage}\n\n{help_text(help_width())}", markup=False, end="")
         return 0
     try:
         config = checked_config(line)
     except ConfigError as error:
-        print(error, file=sys.stderr)
+        RunConsole(stderr=True).print(str(error), markup=False)
         return BAD_CONFIG
-    if line.dry_run:
-        print(describe_run(config), end="")
-    else:
-        print(write_text(config.to_flat()), end="")
+    text = describe_run(config) if line.dry_run else write_text(config.to_flat())
+    RunConsole().print(text, markup=False, end="")
     return 0

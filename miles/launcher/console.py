@@ -29,7 +29,7 @@ class RunConsole(Console):
     """
 
     def __init__(self, *, stderr: bool = False) -> None:
-        super().__init__(highlight=False, soft_wrap=True, stderr=stderr)
+        super().__init__(highlight=False, emoji=False, soft_wrap=True, stderr=stderr)
         stream = sys.stderr if stderr else sys.stdout
         if isinstance(stream, io.TextIOWrapper) and not self.encoding.startswith("utf"):
             stream.reconfigure(errors="replace")  # a locale of few letters costs letters, not the command

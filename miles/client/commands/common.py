@@ -94,7 +94,12 @@ def run(flags: argparse.Namespace, action: Action) -> int:
         output.error(f"--ca: {problem}")
         return ExitCode.BAD_CONFIG
     try:
-        with MilesClient(flags.url, key, verify=flags.ca or True) as client:
+        made = MilesClient(flags.url, key, verify=flags.ca or True)
+    except ValueError as error:
+        output.error(str(error))
+        return ExitCode.BAD_CONFIG
+    try:
+        with made as client:
             return action(client, flags, output)
     except MilesError as error:
         if flags.json:
@@ -104,6 +109,11 @@ def run(flags: argparse.Namespace, action: Action) -> int:
         return ExitCode.BAD_CONFIG if error.status == 422 else ExitCode.REFUSED
     except (GatewayUnreachableError, UnexpectedAnswerError) as error:
         output.error(str(error))
+        return ExitCode.GATEWAY_UNREACHABLE
+    except KeyError as error:  # in a JSON object of another server, or of a gateway of another version
+        output.error(
+            f"{made.url} answered without {error}, as no gateway of this version does; check the address (--url)"
+        )
         return ExitCode.GATEWAY_UNREACHABLE
     except KeyboardInterrupt:
         return ExitCode.INTERRUPTED

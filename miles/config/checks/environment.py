@@ -89,10 +89,11 @@ def _adapter(s: FlatSettings) -> Iterator[Fault]:
 def _model_folder(key: str, path: str) -> Iterator[Fault]:
     folder = pathlib.Path(path)
     if not folder.is_dir():
-        if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", path):  # a folder by a relative path, or a model of the hub
+        name_on_hub = path.removeprefix("https://huggingface.co/").rstrip("/")
+        if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name_on_hub):  # a relative path, or a model of the hub
             problem = "there is no such folder, and models of the Hugging Face hub are not fetched"
             name = folder.name
-            remedy = f"check the path, or `hf download {path} --local-dir {name}` and give {name}"
+            remedy = f"check the path, or `hf download {name_on_hub} --local-dir {name}` and give {name}"
             yield Fault(key, path, problem, remedy)
             return
         yield Fault(key, path, "there is no such folder", "give a folder with a Hugging Face checkpoint")

@@ -19,6 +19,8 @@ def layout_faults(s: FlatSettings) -> Iterator[Fault]:
     if not s.hf_checkpoint or not (model := _model_config(s.hf_checkpoint)):
         return
     yield from _family_faults(s, model)
+    yield from _length_faults(s, model)
+    yield from _engine_faults(s, model)
     yield from _routing_faults(s, model)
     if s.train_backend == "megatron":
         yield from _tensor_faults(s, model)
@@ -59,6 +61,32 @@ def shape_differences(folder: str, other: str, *, with_head: bool = True, with_m
 def _model_config(folder: str) -> dict[str, Any]:
     model = read_json_object(pathlib.Path(folder) / "config.json")
     return {**model, **model.get("text_config", {})}
+
+
+def _length_faults(s: FlatSettings, model: dict[str, Any]) -> Iterator[Fault]:
+    positions = _positions(model)
+    for key in ("rollout_max_context_len", "rollout_max_response_len", "rollout_max_prompt_len"):
+        length = getattr(s, key)
+        if positions and length is not None and length > positions:
+            problem = f"the model has {positions} positions (max_position_embeddings in its config.json)"
+            yield Fault(key, length, problem, "lower it")
+
+
+def _positions(model: dict[str, Any]) -> int:
+    """Return the longest sequence that a model is made for; 0 when its config does not say."""
+    positions = model.get("max_position_embeddings")
+    scaling = model.get("rope_scaling") or model.get("rope_parameters")
+    stretched = 0.0
+    if isinstance(scaling, dict) and isinstance(scaling.get("factor"), int | float):
+        stretched = scaling["factor"] * (scaling.get("original_max_position_embeddings") or positions or 0)
+    return max(positions if isinstance(positions, int) else 0, int(stretched))
+
+
+def _engine_faults(s: FlatSettings, model: dict[str, Any]) -> Iterator[Fault]:
+    size, heads = s.rollout_num_gpus_per_engine, model.get("num_attention_heads")
+    if s.rollout_backend == "sglang" and heads and heads % size:
+        problem = f"SGLang's tensor parallelism does not divide the model's {heads} attention heads by it"
+        yield Fault("rollout_num_gpus_per_engine", size, problem, "choose one that does")
 
 
 def _tensor_faults(s: FlatSettings, model: dict[str, Any]) -> Iterator[Fault]:

@@ -37,14 +37,12 @@ class _Loader(yaml.SafeLoader):
     depth = 0
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        event = self.peek_event()
+        event: Any = self.peek_event()  # type: ignore[no-untyped-call]
         if isinstance(event, yaml.AliasEvent) and not isinstance(self.anchors.get(event.anchor), yaml.ScalarNode):
-            raise yaml.composer.ComposerError(
-                None, None, f"*{event.anchor} stands for a list or mapping; write it out", event.start_mark
-            )
+            raise _refused(event, f"*{event.anchor} stands for a list or mapping; write it out")
         self.depth += 1
         if self.depth > _DEEPEST:
-            raise yaml.composer.ComposerError(None, None, "lists and mappings are nested too deep", event.start_mark)
+            raise _refused(event, "lists and mappings are nested too deep")
         node: yaml.Node | None = super().compose_node(parent, index)
         self.depth -= 1
         return node
@@ -65,6 +63,10 @@ class _Loader(yaml.SafeLoader):
 
     def construct_float(self, node: yaml.ScalarNode) -> float:
         return float(self.construct_scalar(node).replace(".inf", "inf").replace(".nan", "nan"))
+
+
+def _refused(event: Any, problem: str) -> yaml.MarkedYAMLError:
+    return yaml.MarkedYAMLError(problem=problem, problem_mark=event.start_mark)
 
 
 class _Dumper(yaml.SafeDumper):

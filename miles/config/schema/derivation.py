@@ -12,7 +12,7 @@ from miles.config.schema.flat_settings import FlatSettings, InvalidSetting
 from miles.engine_spec import engine_spec
 from miles.precision.number_types import AUTO
 
-_FALLBACKS = {
+FALLBACKS = {
     "eval_temperature": "rollout_temperature",
     "eval_top_p": "rollout_top_p",
     "eval_top_k": "rollout_top_k",
@@ -107,7 +107,7 @@ def _above(numbers: list[int], bound: int) -> list[int]:
 
 
 def _fallbacks(s: FlatSettings) -> list[Fault]:
-    for key, source in _FALLBACKS.items():
+    for key, source in FALLBACKS.items():
         if not s.is_valid(key) or s.given(key):
             continue
         if s.is_valid(source):

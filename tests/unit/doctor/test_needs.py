@@ -59,7 +59,8 @@ def test_the_formulas_follow_the_configuration(files: pathlib.Path) -> None:
     assert needs.trainer_memory(job(files, use_kl_loss=True)).bytes == 20_000_000
     assert needs.trainer_memory(job(files, lora_rank=8)).bytes == 4_000_000
     assert needs.engine_memory(job(files, train_dtype="bfloat16", rollout_num_workers=2)).bytes == 4_000_000
-    assert needs.disk(job(files, no_save_optim=True)).bytes == 4_000_000 + samples
+    assert needs.disk(job(files, no_save_optim=True)).bytes == 4_000_000 + 4_000_000 + samples
+    assert needs.disk(job(files, num_rollout=0, eval_prompt_data=["a", "b"])).bytes == 0
 
 
 def test_without_a_model_nothing_is_estimated(files: pathlib.Path) -> None:

@@ -139,5 +139,20 @@ def test_help_is_broken_once_at_the_terminals_width_and_never_in_a_pipe() -> Non
     assert len([line for line in texts if len(line) < 15]) < len(texts) / 5  # not one short line after each long one
 
 
+def test_a_locale_of_few_letters_costs_letters_and_not_the_command() -> None:
+    command = [sys.executable, "-m", "miles.cli", "config", "show", "--help"]
+    environment = {**os.environ, "PYTHONIOENCODING": "latin-1"}
+    said = subprocess.run(command, capture_output=True, env=environment, check=True).stdout.decode("latin-1")
+    assert "--rollout-batch-size INT" in said
+    assert "turns a switch off" in said
+
+
+def test_text_keeps_what_looks_like_markup_or_an_emoji() -> None:
+    console = RunConsole()
+    console.file = io.StringIO()
+    console.print("a:tram:b [red]", markup=False)
+    assert console.file.getvalue() == "a:tram:b [red]\n"
+
+
 def test_without_a_terminal_help_has_no_width() -> None:
     assert help_width() is None

@@ -52,6 +52,14 @@ def test_an_incomplete_model_is_noticed(files: pathlib.Path, missing: str, expec
     ("changes", "expected"),
     [
         ({"hf_checkpoint": "nowhere"}, "hf_checkpoint = nowhere, but there is no such folder"),
+        (
+            {"hf_checkpoint": "Qwen/Qwen3-0.6B"},
+            "hf_checkpoint = Qwen/Qwen3-0.6B, but there is no such folder, and models of the Hugging Face hub are not",
+        ),
+        (
+            {"hf_checkpoint": "https://huggingface.co/Qwen/Qwen3-0.6B"},
+            "check the path, or `hf download Qwen/Qwen3-0.6B --local-dir Qwen3-0.6B` and give Qwen3-0.6B",
+        ),
         ({"ref_load": "nowhere"}, "ref_load = nowhere, but there is no such folder"),
         (
             {"advantage_estimator": "ppo", "critic_load": "nowhere"},

@@ -38,6 +38,26 @@ def test_a_layout_that_divides_the_model_has_no_fault(
     assert faults(tmp_path, model, **changes) == []
 
 
+def test_lengths_beyond_the_models_positions_are_refused(tmp_path: pathlib.Path) -> None:
+    model = {**DENSE, "max_position_embeddings": 4096}
+    lengths = {"rollout_max_context_len": 5000, "rollout_max_response_len": 100}
+    assert faults(tmp_path, model, **lengths) == [
+        "rollout_max_context_len = 5000, but the model has 4096 positions (max_position_embeddings in its config.json);"
+        " lower it"
+    ]
+    stretched = {**model, "rope_scaling": {"factor": 4.0, "original_max_position_embeddings": 4096}}
+    assert faults(tmp_path, stretched, **lengths) == []
+    assert faults(tmp_path, DENSE, **lengths) == []
+
+
+def test_an_engine_whose_gpus_do_not_divide_the_heads_is_refused(tmp_path: pathlib.Path) -> None:
+    engine = {"rollout_backend": "sglang", "rollout_num_gpus_per_engine": 5}
+    assert faults(tmp_path, DENSE, **engine) == [
+        "rollout_num_gpus_per_engine = 5, but SGLang's tensor parallelism does not divide the model's 12 attention"
+        " heads by it; choose one that does"
+    ]
+
+
 def test_every_size_that_does_not_divide_is_named_at_once(tmp_path: pathlib.Path) -> None:
     found = faults(
         tmp_path,

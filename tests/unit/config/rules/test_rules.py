@@ -15,6 +15,51 @@ from miles.config.schema.catalog import catalog
 SGLANG = {"rollout_backend": "sglang"}
 
 RULE_CASES: list[tuple[dict[str, Any], str]] = [
+    ({"eval_temperature": 0.0}, "eval_temperature = 0.0, but nothing is evaluated without eval_prompt_data"),
+    ({"skip_eval_before_train": True}, "skip_eval_before_train = true, but nothing is evaluated without"),
+    ({"n_samples_per_eval_prompt": 4}, "n_samples_per_eval_prompt = 4, but nothing is evaluated without"),
+    (
+        {"num_rollout": 0, "eval_prompt_data": ["a", "b"], "save_interval": 3},
+        "save_interval = 3, but num_rollout = 0 trains nothing that could be saved; leave it out",
+    ),
+    (
+        {"log_whole_samples": True, "log_samples_per_step": 0},
+        "log_whole_samples = true, but log_samples_per_step = 0 records no samples",
+    ),
+    (
+        {"update_weight_delta_encoding": "overwrite"},
+        "update_weight_delta_encoding = overwrite, but no files are written without update_weight_disk_dir",
+    ),
+    (
+        {"update_weight_disk_dir": "d", "update_weight_transfer_mode": "shared_memory"},
+        "update_weight_disk_dir = d, but update_weight_transfer_mode = shared_memory writes no files",
+    ),
+    ({"chaos_interval_s": 3.0}, "chaos_interval_s = 3.0, but there is no drill without chaos"),
+    (
+        {**SGLANG, "rollout_external_engine_addrs": ["a:1"], "rollout_engine_python": "p"},
+        "rollout_engine_python = p, but rollout_external_engine_addrs names servers that run already",
+    ),
+    (
+        {**SGLANG, "rollout_external_engine_addrs": ["a:1"], "sglang_mem_fraction_static": 0.5},
+        "sglang_mem_fraction_static = 0.5, but rollout_external_engine_addrs names servers that run already",
+    ),
+    (
+        {**SGLANG, "rollout_external_engine_addrs": ["a:1", "a:1"]},
+        "rollout_external_engine_addrs = a:1, but it is named twice",
+    ),
+    (
+        {**SGLANG, "colocate": True, "rollout_num_gpus": 4, "actor_num_gpus_per_node": 2},
+        "rollout_num_gpus = 4, but colocate runs engines on the trainer's 2 GPUs",
+    ),
+    ({"attn_implementation": "varlen", "device": "cpu"}, "attn_implementation = varlen, but it needs CUDA and 16-bit"),
+    (
+        {"attn_implementation": "varlen", "train_dtype": "float32"},
+        "attn_implementation = varlen, but it needs CUDA and 16-bit numbers, and train_dtype is float32",
+    ),
+    ({"fsdp_cpu_offload": True, "device": "cpu"}, "fsdp_cpu_offload = true, but device is cpu"),
+    ({"run_dir": "model"}, "run_dir = model, but hf_checkpoint is the same folder"),
+    ({"save": "./model/"}, "save = ./model/, but hf_checkpoint is the same folder"),
+    ({"name": "a" * 300}, "name = "),
     ({"hf_checkpoint": None}, "hf_checkpoint is not set, and a run needs a model"),
     ({"prompt_data": None}, "prompt_data is not set, and training needs prompts"),
     ({"load": "$NOWHERE/x"}, "load = $NOWHERE/x, but ~ and $NAME are expanded by a shell alone; write the whole path"),

@@ -1,0 +1,119 @@
+"""Rules that refuse settings without an effect: somebody meant something by them that would not happen."""
+
+from __future__ import annotations
+
+import os.path
+from collections.abc import Iterator
+
+from miles.config.rules.registry import rule
+from miles.config.schema.catalog import catalog
+from miles.config.schema.derivation import FALLBACKS
+from miles.config.schema.faults import Fault
+from miles.config.schema.flat_settings import FlatSettings
+
+_LONGEST_NAME = 200
+"""Characters of a folder's name that file systems take, with room for what is appended."""
+_MODELS = ("hf_checkpoint", "ref_load", "critic_load", "opd_teacher_load", "lora_adapter_path")
+_EXTERNAL_ENGINES_HAVE = ("rollout_engine_python", "rollout_num_gpus_per_engine")
+
+
+def _without_effect(s: FlatSettings, key: str, why: str, remedy: str) -> Iterator[Fault]:
+    """Yield a fault when a setting was given, and not its default."""
+    value = getattr(s, key)
+    if s.given(key) and value is not False and value != catalog()[key].default:
+        yield Fault(key, value, why, remedy)
+
+
+@rule
+def evaluation_settings_need_data(s: FlatSettings) -> Iterator[Fault]:
+    if s.eval_prompt_data:
+        return
+    why, remedy = "nothing is evaluated without eval_prompt_data", "set eval_prompt_data to NAME FILE, or leave it out"
+    for key, entry in catalog().items():
+        if entry.section != "eval" or key in ("eval_interval", "eval_prompt_data"):
+            continue  # another rule reports them
+        if key not in FALLBACKS or getattr(s, key) != getattr(s, FALLBACKS[key]):  # else it may have been derived
+            yield from _without_effect(s, key, why, remedy)
+
+
+@rule
+def a_run_without_steps_saves_nothing(s: FlatSettings) -> Iterator[Fault]:
+    if s.num_rollout == 0:
+        for key in ("save", "save_interval", "save_hf", "async_save", "no_save_optim"):
+            yield from _without_effect(s, key, "num_rollout = 0 trains nothing that could be saved", "leave it out")
+
+
+@rule
+def whole_samples_are_samples(s: FlatSettings) -> Iterator[Fault]:
+    if s.log_samples_per_step == 0:
+        why = "log_samples_per_step = 0 records no samples"
+        yield from _without_effect(s, "log_whole_samples", why, "raise log_samples_per_step, or leave it out")
+
+
+@rule
+def changes_of_weights_are_written_by_one_transport(s: FlatSettings) -> Iterator[Fault]:
+    mode, folder = s.update_weight_transfer_mode, s.update_weight_disk_dir
+    why, remedy = f"update_weight_transfer_mode = {mode} writes no files", "set it to disk_delta, or leave this out"
+    if mode == "auto":
+        why, remedy = "no files are written without update_weight_disk_dir", "set that folder, or leave this out"
+    if mode == "disk_delta" or (mode == "auto" and folder is not None):
+        return
+    for key in ("update_weight_disk_dir", "update_weight_delta_encoding", "update_weight_full_interval"):
+        yield from _without_effect(s, key, why, remedy)
+
+
+@rule
+def drill_settings_need_a_drill(s: FlatSettings) -> Iterator[Fault]:
+    if s.chaos is None:
+        yield from _without_effect(
+            s, "chaos_interval_s", "there is no drill without chaos", "set chaos, or leave it out"
+        )
+
+
+@rule
+def external_engines_have_their_own_settings(s: FlatSettings) -> Iterator[Fault]:
+    addresses = s.rollout_external_engine_addrs
+    if addresses is None or s.rollout_backend != "sglang":
+        return
+    why = "rollout_external_engine_addrs names servers that run already"
+    for key in _EXTERNAL_ENGINES_HAVE:
+        yield from _without_effect(s, key, why, "give it to those servers, and leave it out")
+    for name, value in s.sglang_args.items():
+        yield Fault(f"sglang_{name}", value, why, "give it to those servers, and leave it out")
+    for address in sorted({each for each in addresses if addresses.count(each) > 1}):
+        yield Fault("rollout_external_engine_addrs", address, "it is named twice", "name each server once")
+
+
+@rule
+def engines_that_take_turns_use_the_trainers_gpus(s: FlatSettings) -> Iterator[Fault]:
+    gpus, per_node = s.rollout_num_gpus, s.actor_num_gpus_per_node
+    if s.colocate and gpus is not None and per_node is not None and gpus > s.actor_num_nodes * per_node:
+        problem = f"colocate runs engines on the trainer's {s.actor_num_nodes * per_node} GPUs"
+        yield Fault("rollout_num_gpus", gpus, problem, "lower it, or leave colocate out")
+
+
+@rule
+def kernels_fit_the_device(s: FlatSettings) -> Iterator[Fault]:
+    if s.train_backend != "fsdp":
+        return  # another rule reports them
+    if s.attn_implementation == "varlen" and (s.device == "cpu" or s.train_dtype == "float32"):
+        where = "device is cpu" if s.device == "cpu" else "train_dtype is float32"
+        yield Fault("attn_implementation", "varlen", f"it needs CUDA and 16-bit numbers, and {where}", "set it to auto")
+    if s.fsdp_cpu_offload and s.device == "cpu":
+        yield Fault("fsdp_cpu_offload", True, "device is cpu, so that all is there already", "leave it out")
+
+
+@rule
+def outputs_are_no_inputs(s: FlatSettings) -> Iterator[Fault]:
+    models = {os.path.abspath(path): key for key in _MODELS if (path := getattr(s, key)) is not None}
+    for key in ("run_dir", "save"):
+        path = getattr(s, key)
+        if path is not None and (model := models.get(os.path.abspath(path))):
+            yield Fault(key, path, f"{model} is the same folder", "give results a folder of their own")
+
+
+@rule
+def name_fits_into_a_folder(s: FlatSettings) -> Iterator[Fault]:
+    if len(s.name) > _LONGEST_NAME:
+        problem = f"the run's folder is named after it, and {len(s.name)} characters are too many"
+        yield Fault("name", s.name, problem, f"use at most {_LONGEST_NAME}")
