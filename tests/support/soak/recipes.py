@@ -68,7 +68,7 @@ RECIPES: Mapping[str, Recipe] = {
     "away-reward": Recipe(
         {"rm_type": None, "reward_service": "away", "reward_timeout_s": 5.0}, good=False, because="reward"
     ),
-    "broken-model": Recipe({"hf_checkpoint": "broken"}, good=False, because="model|safetensors"),
+    "broken-model": Recipe({"hf_checkpoint": "broken"}, good=False, because="broken-model"),
     "all-dropped": Recipe({"dynamic_sampling_filter_path": FILTER}, good=False, because="drop|zero_std"),
     "broken-folder": Recipe(good=False, may_succeed=True, because=r"metrics\.jsonl|log_spans|checkpoints|folder"),
 }
