@@ -113,7 +113,7 @@ def body(number: int, name: str, places: Places, **changes: Any) -> dict[str, An
 
 
 def break_folder(run_dir: pathlib.Path, number: int) -> None:
-    """Leave something in a run folder that a run cannot read or write."""
+    """Leave something in a run folder that no run has written, and that a run cannot read or write."""
     run_dir.mkdir(parents=True, exist_ok=True)
     match number % 3:
         case 0:
