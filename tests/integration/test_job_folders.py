@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 import pytest_asyncio
 import redis.asyncio
+import torch
+from weightsync_processes import Service
 
 from miles.config import JobConfig
 from miles.ownership.owner_file import NAME, new_owner, run_of, write_owner
@@ -215,6 +217,27 @@ async def test_a_job_whose_settings_are_not_known_any_more_fails_by_itself(
     runner = JobRunner(store, WorkerRegistry(first_lease_number=1), client, "redis://none")
     await runner.run(job, JobControls())
     assert "setting_of_before" in (await store.get(job.job_id)).error
+
+
+async def test_a_job_that_ends_before_it_is_connected_frees_the_weights_of_its_earlier_life(
+    client: redis.asyncio.Redis, store: JobStore, tmp_path: pathlib.Path
+) -> None:
+    job, _ = await store.submit(record(tmp_path, "gone-data"), "")
+    weights = tmp_path / "weights"
+    weights.mkdir()
+    service = Service(None, weights)
+    try:
+        service.publish(0, {"weight": torch.ones(4)}, job=job.job_id)
+        assert len(list(weights.glob(f"*{job.job_id}*"))) == 1
+        registry = WorkerRegistry(first_lease_number=1)
+        kind = controller_pb2.WORKER_KIND_WEIGHTSYNC
+        registration = controller_pb2.WorkerRegistration(worker_id="weightsync", kind=kind, address=service.address)
+        registry.attach(registration)
+        await JobRunner(store, registry, client, "redis://none").run(job, JobControls())
+        assert "none.jsonl" in (await store.get(job.job_id)).error
+        assert list(weights.glob(f"*{job.job_id}*")) == []
+    finally:
+        service.kill()
 
 
 async def test_what_a_queued_job_waits_for_is_in_its_history_and_not_in_the_log_of_the_job_that_runs(

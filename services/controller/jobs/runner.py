@@ -29,6 +29,7 @@ from miles.services.controller.jobs.history import JobHistory
 from miles.services.controller.jobs.records import ENDED
 from miles.services.controller.jobs.store import JobStore
 from miles.services.controller.run.recovery import run_to_end
+from miles.services.controller.run.release_workers import release_workers
 from miles.services.controller.run.setup import RunSetup
 from miles.services.controller.status.run_status import RunStatus
 from miles.services.controller.status.tell_waits import log_end, tell_waits
@@ -137,6 +138,32 @@ class JobRunner:
         activities: WorkerActivities,
         status: RunStatus,
     ) -> None:
+        queue = GroupQueue(self._redis, context.job_id, consumer="controller")
+        try:
+            try:
+                await self._run_on_queue(queue, context, history, controls, activities, status)
+            finally:
+                status.enter("ending", "every worker to release the job")
+                await release_workers(context, self._registry)
+        except JobCancelledError:
+            await queue.drop_job()
+            raise
+        except TRANSIENT:
+            raise
+        except Exception:
+            await queue.retire()  # it was stopped or failed, and may be resumed
+            raise
+        await queue.drop_job()
+
+    async def _run_on_queue(
+        self,
+        queue: GroupQueue,
+        context: JobContext,
+        history: JobHistory,
+        controls: JobControls,
+        activities: WorkerActivities,
+        status: RunStatus,
+    ) -> None:
         prompts, eval_sets = await asyncio.to_thread(_read_data, context.config)
         for source in (prompts, *eval_sets.values()):
             if skipped := source.prompts.num_rows - len(source):
@@ -154,20 +181,9 @@ class JobRunner:
         context = dataclasses.replace(context, config=config, data=data)
         history.job.num_rollout = num_rollout
         await history.save()
-        queue = GroupQueue(self._redis, context.job_id, consumer="controller")
-        try:
-            await queue.reopen(self._registry.first_lease_number)
-            setup = RunSetup(context, history, controls, self._registry, queue, prompts, eval_sets, activities, status)
-            await run_to_end(setup)
-        except JobCancelledError:
-            await queue.drop_job()
-            raise
-        except TRANSIENT:
-            raise
-        except Exception:
-            await queue.retire()  # it was stopped or failed, and may be resumed
-            raise
-        await queue.drop_job()
+        await queue.reopen(self._registry.first_lease_number)
+        setup = RunSetup(context, history, controls, self._registry, queue, prompts, eval_sets, activities, status)
+        await run_to_end(setup)
 
 
 @contextlib.asynccontextmanager

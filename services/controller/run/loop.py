@@ -71,6 +71,7 @@ class RunLoop:
             now = time.monotonic()
             times = StepTimes(began - run.step_began, trained - began, now - trained, now - run.step_began)
             run.step_began = now
+            run.history.job.policy_version = run.step
             ranks = self._config.cluster.trainer_world_size
             await run.history.metrics(step, step_metrics(done.metrics, batch, len(admission.ready), times, ranks))
         await self._after_step()

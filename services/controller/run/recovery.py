@@ -1,4 +1,4 @@
-"""Runs a job to its end: runs the loop again when a worker is lost, and releases the workers at the end.
+"""Runs a job to its end: runs the loop again when a worker is lost.
 
 A lost trainer, weight-sync service or Redis sends the loop back to loading (`resume`); rollouts work on meanwhile.
 """
@@ -15,7 +15,6 @@ from miles.services.controller.clients.calls import WorkerLostError
 from miles.services.controller.clients.trainer import TrainerClient
 from miles.services.controller.jobs import number_types
 from miles.services.controller.run.loop import RunLoop
-from miles.services.controller.run.release_workers import release_workers
 from miles.services.controller.run.setup import RunSetup
 from miles.services.controller.run.state import RunState
 from miles.tasks import cancel
@@ -35,10 +34,7 @@ async def run_to_end(setup: RunSetup) -> None:
         await run.publisher.cancel()
         await run.evaluations.cancel()
         run.dispatcher.stop_admitting()
-        rollouts = run.rollouts.all()
         await cancel(dispatching)
-        run.status.enter("ending", "every worker to release the job")
-        await release_workers(run.context, run.registry, rollouts, run.weightsync)
         run.activities.close()
 
 

@@ -16,23 +16,28 @@ from miles.services.controller.jobs.context import JobContext
 from miles.services.controller.workers.registry import AttachedWorker, WorkerRegistry
 
 
-async def release_workers(
-    context: JobContext, registry: WorkerRegistry, rollouts: Sequence[RolloutClient], weightsync: WeightSyncClient
-) -> None:
-    """Have every worker release the job, however it ended, so that the next job finds them free."""
-    trainers = registry.alive(controller_pb2.WORKER_KIND_TRAINER)
+async def release_workers(context: JobContext, registry: WorkerRegistry) -> None:
+    """Have every worker release the job, however it ended, so that the next job finds them free.
+
+    That includes what they have from an earlier life of the controller, if this one ends before it connects to any.
+    """
     await _call_all(
         [
-            *(client.stop_job() for client in rollouts),
-            *(_stop_trainer(worker, context, weightsync.address) for worker in trainers),
+            *(_stop_rollout(worker, context) for worker in registry.alive(controller_pb2.WORKER_KIND_ROLLOUT)),
+            *(_stop_trainer(worker, context) for worker in registry.alive(controller_pb2.WORKER_KIND_TRAINER)),
         ]
     )
     # Only then: until they have released the job, they may still read its weights.
-    await _call_all([weightsync.release_job(context.job_id)])
+    weightsyncs = registry.alive(controller_pb2.WORKER_KIND_WEIGHTSYNC)
+    await _call_all([WeightSyncClient(worker).release_job(context.job_id) for worker in weightsyncs])
 
 
-async def _stop_trainer(worker: AttachedWorker, context: JobContext, weightsync_address: str) -> None:
-    async with contextlib.aclosing(TrainerClient(worker, context, weightsync_address)) as trainer:
+async def _stop_rollout(worker: AttachedWorker, context: JobContext) -> None:
+    await RolloutClient(worker, context, weightsync_address="", reward_addresses={}).stop_job()
+
+
+async def _stop_trainer(worker: AttachedWorker, context: JobContext) -> None:
+    async with contextlib.aclosing(TrainerClient(worker, context, weightsync_address="")) as trainer:
         await trainer.stop_job()
 
 

@@ -11,6 +11,7 @@ import pathlib
 import shutil
 from collections.abc import Iterator
 
+import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
@@ -29,6 +30,18 @@ def reading(directory: pathlib.Path) -> Iterator[None]:
     except BaseException as error:
         remedy = "resume with its own model, copy it again, or remove its folder to go on from an older one"
         raise ValueError(f"{directory} cannot be read ({cause_of(error)}); {remedy}") from error
+
+
+@contextlib.contextmanager
+def reading_model(folder: pathlib.Path) -> Iterator[None]:
+    """Raise ValueError that names a model's folder for whatever its readers raise, unless memory has run out."""
+    try:
+        yield
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        remedy = "copy it again, or give a complete Hugging Face checkpoint"
+        raise ValueError(f"the model in {folder} cannot be read ({cause_of(error)}); {remedy}") from error
 
 
 @contextlib.contextmanager

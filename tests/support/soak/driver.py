@@ -206,6 +206,7 @@ class Soak:
         status = self.rest.get(f"/v1/jobs/{job.id}/status")
         mark = (job.state, job.steps, status["phase"], status["jobs_ahead"], status["consumed"])
         still_s = self._progress.observe(job.number, self._records.now_s, mark, calm=self.troubles.calm)
+        lingers_s = still_s / min(self.troubles.pace, 2.0)
         still_s /= self.troubles.pace
         if job.state in ("queued", "paused"):
             waits = progress.explanation(status)
@@ -214,7 +215,7 @@ class Soak:
             return
         if still_s > progress.EXPLAIN_S and not progress.explanation(status):
             self._records.violation("progress", f"job {job.id} stands still for {still_s:.0f} s and says nothing")
-        if not job.recipe.good and still_s > progress.LINGER_S:
+        if not job.recipe.good and lingers_s > progress.LINGER_S:
             self._end_lingering(job, status)
         elif still_s > progress.HANG_S and "cancel" not in job.asked:
             self._records.violation("progress", f"job {job.id} stands still for {still_s:.0f} s: {status}")

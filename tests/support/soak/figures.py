@@ -36,7 +36,7 @@ class Reading:
     files: int
     threads: int
     keys: int = 0
-    """Of Redis: how many it has."""
+    """Of Redis: how many it has without a time to live."""
 
 
 class Sampler:
@@ -82,7 +82,8 @@ class Sampler:
 
     def _redis(self) -> tuple[int, int]:
         with contextlib.closing(redis.Redis.from_url(self._stack.redis.url, socket_timeout=5.0)) as client:
-            return int(client.info("memory")["used_memory"]), int(client.dbsize())
+            counts = client.info("keyspace").get("db0", {"keys": 0, "expires": 0})
+            return int(client.info("memory")["used_memory"]), counts["keys"] - counts["expires"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -175,7 +176,7 @@ NAMES = {
     "rss_mb": "resident, MB",
     "files": "open files",
     "threads": "threads",
-    "keys": "keys",
+    "keys": "lasting keys",
 }
 
 

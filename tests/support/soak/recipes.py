@@ -68,7 +68,7 @@ RECIPES: Mapping[str, Recipe] = {
     "away-reward": Recipe(
         {"rm_type": None, "reward_service": "away", "reward_timeout_s": 5.0}, good=False, because="reward"
     ),
-    "broken-model": Recipe({"hf_checkpoint": "broken"}, good=False, because="model|safetensors"),
+    "broken-model": Recipe({"hf_checkpoint": "broken"}, good=False, because="broken-model"),
     "all-dropped": Recipe({"dynamic_sampling_filter_path": FILTER}, good=False, because="drop|zero_std"),
     "broken-folder": Recipe(good=False, may_succeed=True, because=r"metrics\.jsonl|log_spans|checkpoints|folder"),
 }
@@ -113,7 +113,7 @@ def body(number: int, name: str, places: Places, **changes: Any) -> dict[str, An
 
 
 def break_folder(run_dir: pathlib.Path, number: int) -> None:
-    """Leave something in a run folder that a run cannot read or write."""
+    """Leave something in a run folder that no run has written, and that a run cannot read or write."""
     run_dir.mkdir(parents=True, exist_ok=True)
     match number % 3:
         case 0:

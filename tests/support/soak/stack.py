@@ -14,7 +14,7 @@ from collections.abc import Mapping
 import httpx
 import psutil
 
-from miles.launcher.cluster import free_port
+from miles.addresses import free_port
 from miles.queue import RedisServer
 from miles.rpc.server import WATCHED_PID_ENVIRONMENT
 

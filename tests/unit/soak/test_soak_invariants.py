@@ -21,7 +21,7 @@ GOOD, BAD = RECIPES["sync"], RECIPES["broken-model"]
         (GOOD, "stopped", "", {"stop"}, True),
         (GOOD, "stopped", "", {"cancel"}, False),
         (GOOD, "cancelled", "", set(), False),
-        (BAD, "failed", "the model /m has no weights", set(), True),
+        (BAD, "failed", "the model in /m/broken-model cannot be read", set(), True),
         (BAD, "failed", "unexpected error", set(), False),
         (BAD, "succeeded", "", set(), False),
         (BAD, "cancelled", "", {"cancel"}, True),

@@ -14,6 +14,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.tensor import DTensor
 
 from miles.services.trainer.backends.fsdp.attention import packed_attention as attention
+from miles.services.trainer.checkpoint.errors import reading_model
 from miles.services.trainer.step.value_head import ValueHead, initial_weight
 from miles.weights.naming.model_tensors import once
 
@@ -33,7 +34,8 @@ def load_hf_model(folder: str | pathlib.Path, dtype: torch.dtype, *, gradient_ch
     """A causal language model of a Hugging Face folder, in `dtype`, with packed attention.
 
     Rank 0 reads its weights onto the CPU; the other ranks get a model without weights, which `shard` fills.
-    Raises FileNotFoundError when the folder is not there or is not a checkpoint.
+    Raises FileNotFoundError when the folder is not there or is not a checkpoint, and ValueError for one that cannot be
+    read.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -45,9 +47,10 @@ def load_hf_model(folder: str | pathlib.Path, dtype: torch.dtype, *, gradient_ch
     attention.register()
     model: PreTrainedModel
     if dist.get_rank() == 0:
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, attn_implementation=attention.PACKED_ATTENTION
-        )
+        with reading_model(folder):
+            model = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=dtype, attn_implementation=attention.PACKED_ATTENTION
+            )
     else:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]

@@ -208,3 +208,11 @@ def test_a_full_disk_is_named_and_costs_neither_the_older_checkpoint_nor_the_old
     assert {path: path.read_bytes() for path in (*old.iterdir(), *export.iterdir())} == kept
     assert not list(small_disk.glob("*.tmp"))
     assert backend(model, small_disk).load().step == 1
+
+
+def test_a_model_that_was_cut_short_is_named(model: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    cut = pathlib.Path(shutil.copytree(model, tmp_path / "cut"))
+    weights = cut / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(ValueError, match=rf"the model in {re.escape(str(cut))} cannot be read .*; copy it again"):
+        backend(cut, tmp_path / "checkpoints").load()
