@@ -8,7 +8,7 @@ import os
 import urllib.parse
 from collections.abc import Mapping, Sequence
 
-from miles.config.checks.addresses import is_loopback
+from miles.addresses import is_loopback
 from miles.config.sections.reward import parse_reward_service
 from miles.doctor.finding import Finding, fail, ok, warn
 from miles.doctor.subject import Subject

@@ -98,6 +98,9 @@ def run(flags: argparse.Namespace, action: Action) -> int:
     except ValueError as error:
         output.error(str(error))
         return ExitCode.BAD_CONFIG
+    except GatewayUnreachableError as error:
+        output.error(str(error))
+        return ExitCode.GATEWAY_UNREACHABLE
     try:
         with made as client:
             return action(client, flags, output)
