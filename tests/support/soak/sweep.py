@@ -21,6 +21,8 @@ GRACE_S = 90.0
 """How long after a job's end what it used may still be there."""
 STOPPED_S = 30.0
 """How long processes may take to end after `miles serve` has."""
+KEPT = "torchinductor_"
+"""PyTorch's own cache of a user, which later processes use again."""
 SHARED_MEMORY = pathlib.Path("/dev/shm")
 
 
@@ -54,7 +56,11 @@ class Sweep:
         with contextlib.suppress(TimeoutError):
             wait_until(lambda: not self._stray_processes(), STOPPED_S, "processes to end")
         faults = [f"process {pid} outlived miles serve: {line}" for pid, line in self._stray_processes().items()]
-        faults += [f"{path} was left in the temporary folder" for path in self._stack.temporary.rglob("*")]
+        faults += [
+            f"{path} was left in the temporary folder"
+            for path in self._stack.temporary.glob("*")
+            if not path.name.startswith(KEPT)
+        ]
         for path in SHARED_MEMORY.glob("miles-weights-*.lock"):
             with contextlib.suppress(FileNotFoundError):
                 if f'"{self._stack.folder}/' in path.read_text(errors="replace"):
