@@ -15,7 +15,7 @@ from miles.config.given import given_settings
         {},
         {"lr": 1e-5, "use_kl_loss": True},
         {"global_batch_size": 8, "eval_interval": 1, "eval_prompt_data": ["a", "b"], "eval_temperature": 0.0},
-        {"run_dir": "/elsewhere", "rollout_top_k": 5, "eps_clip": 0.3, "eps_clip_high": 0.28},
+        {"run_dir": "/elsewhere", "rollout_temperature": 0.5, "eps_clip": 0.3, "eps_clip_high": 0.28},
         {"max_weight_staleness": 2, "partial_rollout": True},
     ],
 )

@@ -12,7 +12,8 @@ from miles.config.schema.catalog import catalog
 
 PAGE = pathlib.Path(__file__).parents[3] / "docs" / "data.md"
 FLAT = {
-    "hf_checkpoint": "m", "prompt_data": "p.jsonl", "rm_type": "exact_match", "num_rollout": 2, "rollout_batch_size": 2,
+    "hf_checkpoint": "m", "prompt_data": "p.jsonl", "rm_type": "exact_match", "label_key": "label",
+    "num_rollout": 2, "rollout_batch_size": 2,
     "rollout_max_response_len": 4, "n_samples_per_prompt": 2,
 }  # fmt: skip
 

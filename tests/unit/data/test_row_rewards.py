@@ -18,6 +18,7 @@ BUILT_IN = RewardConfig(rm_type="last_number")
 OUTSIDE = RewardConfig(reward_service=("mine=h:1",))
 DEFAULT = RewardConfig(reward_service=("default=h:1",))
 BOTH = RewardConfig(rm_type="math", reward_service=("mine=h:1",))
+TWO = RewardConfig(reward_service=("mine=h:1", "yours=h:2"))
 CUSTOM = RewardConfig(custom_rm_path="rewards.score")
 
 
@@ -36,10 +37,10 @@ def row(label: str | None, **metadata: Any) -> PromptRow:
         (BUILT_IN, "3", {"reward_service": "mine"}, "add --reward-service mine=HOST:PORT"),
         (BOTH, None, {}, "there is no label"),
         (
-            OUTSIDE,
+            TWO,
             "3",
             {},
-            "no reward scores it: its metadata names no reward_service, and none of mine is the default",
+            "no reward scores it: its metadata names no reward_service, and none of mine, yours is the default",
         ),
         (CUSTOM, "3", {"reward_service": "mine"}, "the reward_service 'mine', which is none of default"),
     ],
@@ -57,6 +58,7 @@ def test_a_row_that_no_reward_can_score_is_refused(
     [
         (BUILT_IN, "3", {}),
         (BUILT_IN, "three", {"rm_type": "exact_match"}),
+        (OUTSIDE, None, {}),
         (OUTSIDE, None, {"reward_service": "mine", "rm_type": "of its own"}),
         (DEFAULT, None, {}),
         (BOTH, None, {"reward_service": "mine"}),

@@ -23,6 +23,7 @@ from miles.doctor.finding import Finding, Status, ok
 from miles.doctor.probe import torch_facts
 from miles.doctor.subject import Subject
 from miles.queue.server import server_binary
+from miles.rpc.exit_codes import ExitCode
 
 ROOT = pathlib.Path(__file__).parents[3]
 
@@ -213,7 +214,7 @@ def test_the_command_reports_without_pytorch_and_changes_nothing(files: pathlib.
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         check=False,
     )
-    assert (said.returncode, said.stderr) == (16, "")
+    assert (said.returncode, said.stderr) == (ExitCode.MACHINE_UNSUITABLE, "")
     report = json.loads(said.stdout)
     mine = [finding for finding in report["findings"] if finding["check"] == "configuration"]
     assert [(finding["status"], finding["found"]) for finding in mine] == [
@@ -235,4 +236,4 @@ def test_pytorch_says_what_it_is_and_how_fast_this_processor_is() -> None:
 
 def test_help_explains_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["doctor", "--help"]) == 0
-    assert "The exit code is 0 without a fail, else 16." in capsys.readouterr().out
+    assert "The exit code is 0 without a fail, else 22." in capsys.readouterr().out
