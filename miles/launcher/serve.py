@@ -82,7 +82,7 @@ def service_config(flat: dict[str, Any], faults: Sequence[Fault] = ()) -> JobCon
         "rollout_batch_size": ranks,
         "n_samples_per_prompt": 2,
         "rollout_max_response_len": 1,
-        **({} if given.get("custom_rm_path") else {"rm_type": "exact_match"}),
+        **({} if given.get("custom_rm_path") else {"rm_type": "exact_match", "label_key": "label"}),
     }
     complete = placeholders | settings
     examination = examine(complete)

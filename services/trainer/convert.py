@@ -10,8 +10,9 @@ not depend on them.
 from __future__ import annotations
 
 import argparse
+import functools
+import os
 import pathlib
-import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -74,11 +75,10 @@ def dist_to_hf(
     Tensors of the model's folder that are not converted, e.g. MTP layers, are copied. Without `chat_template` it is
     that of the run, as the checkpoint records it.
     """
-    import torch.distributed as dist
-
     from miles.checkpoint_folder import to_load
     from miles.services.trainer.backends.megatron.checkpoint import torch_dist
     from miles.services.trainer.backends.megatron.export import Exporter
+    from miles.services.trainer.checkpoint.background_save import on_first_rank
     from miles.services.trainer.checkpoint.errors import reading, writing
     from miles.services.trainer.checkpoint.hf_files import write_hf_checkpoint
     from miles.services.trainer.checkpoint.record import read_record
@@ -102,12 +102,8 @@ def dist_to_hf(
     exporter = Exporter(model, tensors, out_type)
     partial = _partial(directory)
     with writing(directory, partial):
-        if dist.get_rank() == 0:
-            shutil.rmtree(partial, ignore_errors=True)  # of a conversion that was interrupted
         write_hf_checkpoint(partial, source_folder, tensors, exporter.tensors(), out_type, chat_template=template)
-        if dist.get_rank() == 0:
-            partial.rename(directory)
-    dist.barrier()
+        on_first_rank(functools.partial(os.rename, partial, directory))
 
 
 def _recorded_template(settings: Mapping[str, Any]) -> pathlib.Path | None:
@@ -155,6 +151,7 @@ def _job_config(options: argparse.Namespace) -> JobConfig:
             "hf_checkpoint": str(options.hf_checkpoint),
             "prompt_data": "none.jsonl",
             "rm_type": "exact_match",
+            "label_key": "label",
             "num_rollout": 1,
             "rollout_batch_size": dist.get_world_size(),
             "rollout_max_response_len": 1,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os.path
 from collections.abc import Iterator
 
 from miles.config.rules.registry import rule
@@ -13,7 +12,6 @@ from miles.config.schema.flat_settings import FlatSettings
 
 _LONGEST_NAME = 200
 """Characters of a folder's name that file systems take, with room for what is appended."""
-_MODELS = ("hf_checkpoint", "ref_load", "critic_load", "opd_teacher_load", "lora_adapter_path")
 _EXTERNAL_ENGINES_HAVE = ("rollout_engine_python", "rollout_num_gpus_per_engine")
 
 
@@ -101,15 +99,6 @@ def kernels_fit_the_device(s: FlatSettings) -> Iterator[Fault]:
         yield Fault("attn_implementation", "varlen", f"it needs CUDA and 16-bit numbers, and {where}", "set it to auto")
     if s.fsdp_cpu_offload and s.device == "cpu":
         yield Fault("fsdp_cpu_offload", True, "device is cpu, so that all is there already", "leave it out")
-
-
-@rule
-def outputs_are_no_inputs(s: FlatSettings) -> Iterator[Fault]:
-    models = {os.path.abspath(path): key for key in _MODELS if (path := getattr(s, key)) is not None}
-    for key in ("run_dir", "save"):
-        path = getattr(s, key)
-        if path is not None and (model := models.get(os.path.abspath(path))):
-            yield Fault(key, path, f"{model} is the same folder", "give results a folder of their own")
 
 
 @rule

@@ -31,7 +31,7 @@ def top_k_is_for_evaluation(s: FlatSettings) -> Iterator[Fault]:
 
 @rule
 def temperatures_can_be_scored(s: FlatSettings) -> Iterator[Fault]:
-    if s.rollout_temperature < _LOWEST_TEMPERATURE:
+    if s.num_rollout != 0 and s.rollout_temperature < _LOWEST_TEMPERATURE:
         problem = "logits divided by it lose the precision that log-probabilities need"
         remedy = f"set it to {_LOWEST_TEMPERATURE:g} or more; eval_temperature = 0 evaluates greedily"
         yield Fault("rollout_temperature", s.rollout_temperature, problem, remedy)

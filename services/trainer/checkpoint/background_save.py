@@ -11,7 +11,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from miles.services.trainer.checkpoint.errors import writing
+from miles.services.trainer.checkpoint.errors import cause_of, writing
 from miles.services.trainer.checkpoint.record import CheckpointRecord, complete
 from miles.threads import Threads
 
@@ -63,14 +63,14 @@ def put_in_place(partial: pathlib.Path, directory: pathlib.Path, record: Checkpo
 
 
 def on_first_rank(act: Callable[[], None]) -> None:
-    """Run something on rank 0 while the others wait; its OSError is raised on all."""
-    error: OSError | None = None
+    """Run something on rank 0 while the others wait; its error is raised on all, on the others as an OSError."""
+    error: Exception | None = None
     if dist.get_rank() == 0:
         try:
             act()
-        except OSError as caught:
+        except Exception as caught:
             error = caught
-    outcome = [None if error is None else str(error)]
+    outcome = [None if error is None else cause_of(error)]
     dist.broadcast_object_list(outcome, src=0)
     if outcome[0] is not None:
         raise error or OSError(outcome[0])

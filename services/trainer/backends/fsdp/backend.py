@@ -21,7 +21,7 @@ from miles.services.trainer.backends.fsdp.lora.layers import named_adapters
 from miles.services.trainer.backends.fsdp.model.build_roles import FsdpRoles, build_roles
 from miles.services.trainer.backends.fsdp.model.sharded_model import full_tensor, named_weights
 from miles.services.trainer.backends.fsdp.step import FsdpTrainer
-from miles.services.trainer.checkpoint.background_save import Saving
+from miles.services.trainer.checkpoint.background_save import Saving, on_first_rank
 from miles.services.trainer.checkpoint.hf_files import write_hf_checkpoint
 from miles.services.trainer.checkpoint.record import CheckpointRecord, check_base
 from miles.services.trainer.checkpoint.state import TrainerState
@@ -135,8 +135,8 @@ class FsdpBackend(BaseBackend[_Parts]):
         full = tensors.conversion.to_checkpoint(full)
         write_hf_checkpoint(directory, source, tensors, full, dtype, chat_template=self._chat_template)
         adapters = {} if adapter is None else {name: full_tensor(part) for name, part in named_adapters(policy)}
-        if adapter is not None and dist.get_rank() == 0:
-            adapter.write(directory / "adapter", adapters)
+        if adapter is not None:
+            on_first_rank(functools.partial(adapter.write, directory / "adapter", adapters))
 
     def _destroy_groups(self) -> None:
         if self._save_group is not None:

@@ -57,8 +57,6 @@ RULE_CASES: list[tuple[dict[str, Any], str]] = [
         "attn_implementation = varlen, but it needs CUDA and 16-bit numbers, and train_dtype is float32",
     ),
     ({"fsdp_cpu_offload": True, "device": "cpu"}, "fsdp_cpu_offload = true, but device is cpu"),
-    ({"run_dir": "model"}, "run_dir = model, but hf_checkpoint is the same folder"),
-    ({"save": "./model/"}, "save = ./model/, but hf_checkpoint is the same folder"),
     ({"name": "a" * 210}, "name = "),
     ({"hf_checkpoint": None}, "hf_checkpoint is not set, and a run needs a model"),
     ({"prompt_data": None}, "prompt_data is not set, and training needs prompts"),
