@@ -75,8 +75,9 @@ def _waiting_for(run: Run) -> str:
         return ""
     with connect_blocking(address.read_text()) as channel:
         stub = controller_pb2_grpc.ControllerServiceStub(channel)
-        jobs = stub.ListJobs(controller_pb2.ListJobsRequest()).jobs
-        return "".join(stub.DescribeRun(controller_pb2.DescribeRunRequest(job_id=j.job_id)).waiting_for for j in jobs)
+        jobs = stub.ListJobs(controller_pb2.ListJobsRequest(), wait_for_ready=True).jobs
+        requests = [controller_pb2.DescribeRunRequest(job_id=job.job_id) for job in jobs]
+        return "".join(stub.DescribeRun(request, wait_for_ready=True).waiting_for for request in requests)
 
 
 def _wait(condition: Callable[[], bool]) -> None:

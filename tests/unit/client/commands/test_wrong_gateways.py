@@ -98,7 +98,8 @@ def test_files_that_hold_no_key_and_no_certificates_are_refused(
         assert said(capsys, "list", "--key-file", str(key))[0] == 2
     code, line = said(capsys, "list", "--ca", str(tmp_path / "none.pem"))
     assert code == 2
-    assert "check --ca" in line
+    assert line.startswith("--ca: ")
+    assert "cannot be read" in line
     code, line = said(capsys, "list", "--ca", str(key))
     assert code == 2
-    assert "has no CA certificates" in line
+    assert "has no PEM certificates" in line
