@@ -43,7 +43,7 @@ def tool(name: str, **properties: Any) -> dict[str, Any]:
 
 def test_tools_metadata_and_messages_lack_the_keys_of_their_neighbours(both: Both) -> None:
     call = {"type": "function", "function": {"name": "add", "arguments": {"x": 1}}}
-    rows = [
+    rows: list[dict[str, Any]] = [
         {
             "input": [{"role": "user", "content": "a"}, {"role": "assistant", "tool_calls": [call]}],
             "label": "1",
