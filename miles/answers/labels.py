@@ -9,7 +9,8 @@ from miles.answers.numbers import Exact, find_numbers
 
 _WORKED_SOLUTION = "####"
 """GSM8K's labels are a solution, these marks, and the answer."""
-_MATH = re.compile(r"\$\$(.*)\$\$|\$([^$]*)\$|\\\((.*)\\\)|\\\[(.*)\\\]", re.DOTALL)
+_MATH = re.compile(r"\$\$((?:(?!\$\$).)*)\$\$|\$([^$]*)\$|\\\(((?:(?!\\\)).)*)\\\)|\\\[((?:(?!\\\]).)*)\\\]", re.DOTALL)
+"""One pair of delimiters around everything: not `$$3$$ or $$4$$`."""
 
 
 def label_answer(label: str) -> str:

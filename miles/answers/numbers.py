@@ -41,9 +41,20 @@ def find_last_number(text: str) -> Exact | None:
 
 def find_numbers(text: str, *, divide: bool = True) -> list[Exact]:
     """Return all numbers in free text, in order; with `divide`, fractions need not be in lowest terms."""
+    return [number for found in _NUMBER.finditer(_plainly_written(text)) for number in _read(found, divide)]
+
+
+def read_number(text: str) -> Exact | None:
+    """Return the number that the whole text is; None when anything else is in it."""
+    found = _NUMBER.fullmatch(_plainly_written(text))
+    numbers = _read(found, divide=True) if found else []
+    return numbers[0] if len(numbers) == 1 else None
+
+
+def _plainly_written(text: str) -> str:
+    """Return the text with fractions as 1/2, commas between thousands, and without what hides a number or looks so."""
     text = _FRACTION.sub(r"\1\3/\2\4", re.sub(r"(?<=\d)\s*(?=\\[dtc]?frac)", " ", text))
-    text = _THOUSANDS.sub(",", _SIGN_OF_MONEY.sub("", _POWER_OF_UNIT.sub(r"\1", text)))
-    return [number for found in _NUMBER.finditer(text) for number in _read(found, divide)]
+    return _THOUSANDS.sub(",", _SIGN_OF_MONEY.sub("", _POWER_OF_UNIT.sub(r"\1", text)))
 
 
 def _read(found: re.Match[str], divide: bool) -> list[Exact]:

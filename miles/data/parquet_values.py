@@ -17,7 +17,7 @@ def column_values(column: pa.ChunkedArray) -> list[Any]:
     """Return a column's values as JSON; numbers with decimals are Decimals, in nested values floats.
 
     Maps are objects, dates and times ISO 8601 text, and binary values text where they are UTF-8; what JSON cannot
-    express stays as it is.
+    express stays as it is. A struct's null fields are left out: each row has the fields of all others, with null.
     """
     known = _in_microseconds(column.type)
     if known != column.type:
@@ -25,6 +25,8 @@ def column_values(column: pa.ChunkedArray) -> list[Any]:
     values = column.to_pylist(maps_as_pydicts="lossy")
     if _has_short_floats(column.type):
         values = [_shortest(value, column.type) for value in values]
+    if _has_struct(column.type):
+        values = [_without_nulls(value, column.type) for value in values]
     return [_top(value) for value in values]
 
 
@@ -109,4 +111,30 @@ def _shortest(value: Any, type_: pa.DataType) -> Any:
         return {key: _shortest(item, type_.item_type) for key, item in value.items()}
     if isinstance(value, list):
         return [_shortest(item, type_.value_type) for item in value]
+    return value
+
+
+def _has_struct(type_: pa.DataType) -> bool:
+    import pyarrow.types as kinds
+
+    if kinds.is_dictionary(type_):
+        return _has_struct(type_.value_type)
+    return kinds.is_struct(type_) or any(_has_struct(type_.field(i).type) for i in range(type_.num_fields))
+
+
+def _without_nulls(value: Any, type_: pa.DataType) -> Any:
+    """Return the value without the fields of structs that are null, at any depth; lists and maps keep theirs."""
+    import pyarrow.types as kinds
+
+    if value is None:
+        return None
+    if kinds.is_dictionary(type_):
+        return _without_nulls(value, type_.value_type)
+    if kinds.is_struct(type_):
+        present = [field for field in type_ if value[field.name] is not None]
+        return {field.name: _without_nulls(value[field.name], field.type) for field in present}
+    if kinds.is_map(type_):
+        return {key: _without_nulls(item, type_.item_type) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_without_nulls(item, type_.value_type) for item in value]
     return value

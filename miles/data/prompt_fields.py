@@ -43,8 +43,8 @@ class PromptRow:
 def parse_row(values: Mapping[str, Any], fields: PromptFields) -> PromptRow:
     """Read and check the fields of one row. Raises DataError that names the column, its content and what is allowed.
 
-    A key of messages, labels, metadata or tools whose value is null counts as missing, as a Parquet file cannot tell
-    the two apart; only the content of a message that has none is null. JSON text is taken as it is.
+    A key of a message that is null, such as `tool_calls`, counts as missing, and a message without content has the
+    content null. All other nulls stay: those in tools, metadata, labels and the arguments of tool calls.
     """
     tools = _tools(values.get(fields.tool_key), fields.tool_key)
     metadata = _metadata(values.get(fields.metadata_key), fields.metadata_key)
@@ -87,9 +87,7 @@ def _prompt(value: Any, key: str) -> Prompt:
             raise DataError(f"the content of {key!r}[{i}] is {_kind(content)}; expected text or a list of parts")
     if not any(_says_something(message) for message in value):
         raise DataError(f"{key!r} has no message with any text")
-    messages: list[Message] = [
-        message if "content" in message else message | {"content": None} for message in _without_nulls(value)
-    ]
+    messages: list[Message] = [_without_null_keys(message) for message in value]
     _json(messages, key)
     return messages
 
@@ -99,11 +97,9 @@ def _says_something(message: Mapping[str, Any]) -> bool:
     return bool(message.get("tool_calls")) or bool(content.strip() if isinstance(content, str) else content)
 
 
-def _without_nulls(value: Any) -> Any:
-    """Return a JSON value without the keys of its objects that are null, at any depth; lists keep theirs."""
-    if isinstance(value, dict):
-        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
-    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
+def _without_null_keys(message: Mapping[str, Any]) -> Message:
+    kept = {key: value for key, value in message.items() if value is not None}
+    return kept if "content" in kept else kept | {"content": None}
 
 
 def _label(value: Any, key: str) -> str | None:
@@ -120,11 +116,11 @@ def _label(value: Any, key: str) -> str | None:
     if isinstance(value, str):
         _encodable(value, key)
         return value
-    return _json(_without_nulls(value), key)
+    return _json(value, key)
 
 
 def _metadata(value: Any, key: str) -> dict[str, Any]:
-    value = _from_json_text(value, key, "object") if isinstance(value, str) else _without_nulls(value)
+    value = _from_json_text(value, key, "object") if isinstance(value, str) else value
     if value is None:
         return {}
     if not isinstance(value, dict):
@@ -134,7 +130,7 @@ def _metadata(value: Any, key: str) -> dict[str, Any]:
 
 
 def _tools(value: Any, key: str) -> list[dict[str, Any]] | None:
-    value = _from_json_text(value, key, "list") if isinstance(value, str) else _without_nulls(value)
+    value = _from_json_text(value, key, "list") if isinstance(value, str) else value
     if value is None:
         return None
     if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):

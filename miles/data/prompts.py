@@ -113,5 +113,11 @@ def _warn_of_unused_tools(
 ) -> None:
     """Warn when the first prompt with tools reads the same without them."""
     first = next(((row, text) for row, text in zip(rows, texts, strict=True) if row.tools), None)
-    if first is not None and template.render(first[0].prompt) == first[1]:
+    if first is None:
+        return
+    try:
+        without_tools = template.render(first[0].prompt)
+    except DataError:  # a template that cannot do without tools uses them
+        return
+    if without_tools == first[1]:
         log.warning("%s: the prompts do not show their tools; the chat template, if any, does not use them", source)

@@ -49,6 +49,12 @@ def test_the_last_box_counts(text: str, boxes: list[str] | None) -> None:
     assert last_boxes(text) == boxes
 
 
+def test_a_gap_of_any_length_between_boxes_is_read_in_linear_time() -> None:
+    gap = " $" * 200_000  # a pattern that goes back in it takes hours
+    assert last_boxes(rf"\boxed{{1}}{gap}\boxed{{2}}") == ["1", "2"]
+    assert last_boxes(rf"\boxed{{1}}{gap}x\boxed{{2}}") == ["2"]
+
+
 def test_boxes_of_any_depth_and_number_are_unpacked() -> None:
     depth = 5000
     assert last_boxes("\\boxed{" * depth + "3" + "}" * depth) == ["3"]

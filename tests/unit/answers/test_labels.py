@@ -23,6 +23,10 @@ from miles.answers.quantities import plain_decimal, read_quantity
         (r"\[x\]", "x"),
         ("$18.90", "$18.90"),
         (r"$1$ and $2$", r"$1$ and $2$"),
+        ("$$3$$ or $$4$$", "$$3$$ or $$4$$"),
+        (r"\(3\) and \(4\)", r"\(3\) and \(4\)"),
+        (r"\[3\], \[4\]", r"\[3\], \[4\]"),
+        (r"$$\(3\)$$", "3"),
         (r"\boxed{}", ""),
         ("$$", ""),
     ],
@@ -80,6 +84,13 @@ def test_labels_that_a_reward_cannot_read_are_faults() -> None:
         ("18 dollars", "18"),
         (r"5\text{ cm}", "5"),
         ("3.14159265", "3.1415927"),
+        ("2 million", "2000000"),
+        ("2.5 billion people", "2500000000"),
+        ("2 hundred thousand", "200,000"),
+        (r"3 \text{ dozen}", "36"),
+        ("3,", "3"),
+        (r"3\frac{1}{2}", "3.5"),
+        ("50%", "50 percent"),
     ],
 )
 def test_numbers_are_equal_however_they_are_written(one: str, other: str) -> None:
@@ -90,7 +101,17 @@ def test_numbers_are_equal_however_they_are_written(one: str, other: str) -> Non
 
 
 @pytest.mark.parametrize(
-    ("one", "other"), [("10000000", "10000001"), ("1e-7", "2e-7"), ("18.90", "18.91"), ("5", "-5")]
+    ("one", "other"),
+    [
+        ("10000000", "10000001"),
+        ("1e-7", "2e-7"),
+        ("18.90", "18.91"),
+        ("5", "-5"),
+        ("50%", "0.5%"),
+        ("5", ".5"),
+        ("3 1/2", "31/2"),
+        ("2 million", "2"),
+    ],
 )
 def test_other_numbers_are_not_equal(one: str, other: str) -> None:
     left, right = read_quantity(one), read_quantity(other)
@@ -99,7 +120,31 @@ def test_other_numbers_are_not_equal(one: str, other: str) -> None:
     assert not left.equals(right)
 
 
-@pytest.mark.parametrize("text", ["x+1", "2 theta", r"2\pi", "1,2", "10^6", "(3)", ""])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "x+1",
+        "2 theta",
+        r"2\pi",
+        "1,2",
+        "10^6",
+        "(3)",
+        "",
+        "3e",
+        "3/e",
+        "1/2e",
+        "1-",
+        "1 2",
+        "3 squared",
+        "5 factorial",
+        "101 binary",
+        "3 halves",
+        "5 or more",
+        "3 plus two",
+        "million",
+        "9" * 3000 + " million",
+    ],
+)
 def test_what_is_no_number_is_not_read_as_one(text: str) -> None:
     assert read_quantity(text) is None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import pathlib
 from collections.abc import Callable
 from typing import Any
@@ -79,6 +80,16 @@ def test_tools_that_no_prompt_shows_are_said(load: Load, caplog: pytest.LogCaptu
     assert "the prompts do not show their tools" in caplog.text
 
 
+def test_a_template_that_needs_tools_takes_rows_that_have_them(
+    tokenizer: Any, write_jsonl: Callable[..., str], caplog: pytest.LogCaptureFixture
+) -> None:
+    needy = copy.copy(tokenizer)
+    needy.chat_template = "T{{ tools | length }};U:{{ messages[0].content }};"
+    path = write_jsonl({"input": "hi", "tools": [TOOL]})
+    assert len(load_prompts(path, PromptTemplate(needy, apply_chat_template=True))) == 1
+    assert "do not show their tools" not in caplog.text
+
+
 def test_fields_come_from_the_columns_that_are_named(load: Load) -> None:
     fields = PromptFields("question", "answer", "extra", "functions")
     row = {"question": "q", "answer": "a", "extra": {"x": [1]}, "functions": [TOOL], "input": 3, "metadata": 4}
@@ -97,7 +108,7 @@ def test_fields_come_from_the_columns_that_are_named(load: Load) -> None:
         (True, "true"),
         (None, None),
         ([1, "é"], '[1, "é"]'),
-        ({"a": 1, "b": None}, '{"a": 1}'),
+        ({"a": 1, "b": None}, '{"a": 1, "b": null}'),
         ("", ""),
     ],
 )

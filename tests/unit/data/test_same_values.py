@@ -43,7 +43,7 @@ def tool(name: str, **properties: Any) -> dict[str, Any]:
 
 def test_tools_metadata_and_messages_lack_the_keys_of_their_neighbours(both: Both) -> None:
     call = {"type": "function", "function": {"name": "add", "arguments": {"x": 1}}}
-    rows = [
+    rows: list[dict[str, Any]] = [
         {
             "input": [{"role": "user", "content": "a"}, {"role": "assistant", "tool_calls": [call]}],
             "label": "1",
@@ -54,7 +54,7 @@ def test_tools_metadata_and_messages_lack_the_keys_of_their_neighbours(both: Bot
             "input": [{"role": "user", "name": "b", "content": "b"}],
             "label": None,
             "tools": [],
-            "metadata": {"hint": {"deep": None}, "source": "web", "level": None},
+            "metadata": {"source": "web"},
         },
     ]
     jsonl, parquet = both(rows)
@@ -64,7 +64,43 @@ def test_tools_metadata_and_messages_lack_the_keys_of_their_neighbours(both: Bot
         {"role": "user", "content": "a"},
         {"role": "assistant", "tool_calls": [call], "content": None},
     ]
-    assert jsonl[1].metadata == {"hint": {}, "source": "web"}
+    assert jsonl[1].metadata == {"source": "web"}
+
+
+def test_nulls_of_jsonl_stay_and_those_of_parquet_structs_do_not(both: Both) -> None:
+    call = {"type": "function", "function": {"name": "add", "arguments": {"x": None, "y": 1}}}
+    row = {
+        "input": [{"role": "user", "content": "a", "name": None}, {"role": "assistant", "tool_calls": [call]}],
+        "label": {"x": None, "y": 1},
+        "tools": [tool("add", x={"type": "integer", "default": None})],
+        "metadata": {"x": None, "list": [None]},
+    }
+    [jsonl], [parquet] = both([row])
+    assert jsonl.prompt == [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "tool_calls": [call], "content": None},
+    ]
+    assert jsonl.label == '{"x": null, "y": 1}'
+    assert jsonl.tools == row["tools"]
+    assert jsonl.metadata == {"x": None, "list": [None], "tools": jsonl.tools}
+    assert parquet.prompt[1]["tool_calls"][0]["function"]["arguments"] == {"y": 1}  # type: ignore[index]
+    assert parquet.label == '{"y": 1}'
+    assert parquet.tools == [tool("add", x={"type": "integer"})]
+    assert parquet.metadata == {"list": [None], "tools": parquet.tools}
+
+
+def test_a_message_key_that_is_null_is_missing_in_either_kind_of_file(both: Both) -> None:
+    jsonl, parquet = both([{"input": [{"role": "user", "content": "a", "tool_calls": None}], "label": "1"}])
+    assert jsonl == parquet
+    assert jsonl[0].prompt == [{"role": "user", "content": "a"}]
+
+
+def test_a_null_in_a_parquet_map_stays(both: Both) -> None:
+    column = pa.array([[("x", None), ("y", 1)]], pa.map_(pa.string(), pa.int64()))
+    row = {"input": "q", "label": "1", "metadata": {"x": None, "y": 1}}
+    jsonl, parquet = both([row], pa.table({"input": ["q"], "label": ["1"], "metadata": column}))
+    assert jsonl == parquet
+    assert jsonl[0].metadata == {"x": None, "y": 1}
 
 
 def test_json_text_keeps_its_nulls(both: Both) -> None:

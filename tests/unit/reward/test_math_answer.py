@@ -50,6 +50,63 @@ def test_equal_mathematics_scores_one(response: str, label: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("given", "label"),
+    [
+        (r"\frac12", r"\frac{1}{2}"),
+        (r"\dfrac{\sqrt{3}}2", r"\frac{\sqrt 3}{2}"),
+        (r"\left( 1, 2 \right)", "(1,2)"),
+        ("x^{2}", "x^2"),
+        ("No Solution", "no solution"),
+        ("5 PM", "5 pm"),
+        ("**East**.", r"\text{East}"),
+        ("2 million", "2000000"),
+        ("2000000", "2 million"),
+        ("18 eggs", "18"),
+        ("50%", "0.5"),
+        ("(b)", "(B)"),
+        ("B. 1+x", "B. x+1"),
+        ("B", "B. x+1"),
+        ("E. coli", "E. coli"),
+        ("3,4", r"\(3\) and \(4\)"),
+        ("4, 3", "$$3$$ or $$4$$"),
+        (r"\mathbb{R}^+", r"\mathbb{R}^{+}"),
+    ],
+)
+def test_an_answer_equals_the_label_however_it_is_written(given: str, label: str) -> None:
+    assert math_answer(answer(rf"so \boxed{{{given}}}.", label)) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (r"\frac{1}{12}", r"\frac{11}{2}"),
+        ("5", ".5"),
+        ("3 1/2", "31/2"),
+        ("x^{1}2", "x^{12}"),
+        ("1 2", "12"),
+        ("3 .5", "3.5"),
+        ("n", "N"),
+        ("AB", "ab"),
+        ("3e", "3"),
+        ("3/e", "3"),
+        ("1/2e", "1/2"),
+        ("1-", "1"),
+        ("2 million", "2"),
+        ("3 squared", "3"),
+        ("5 factorial", "5"),
+        ("101 binary", "101"),
+        ("50%", "0.5%"),
+        ("E. coli", "E. faecalis"),
+        ("B. 12", "B. 13"),
+        ("B. 12", "C. 12"),
+    ],
+)
+def test_answers_that_only_look_alike_are_not_equal(one: str, other: str) -> None:
+    assert math_answer(answer(rf"\boxed{{{one}}}", other)) == 0.0
+    assert math_answer(answer(rf"\boxed{{{other}}}", one)) == 0.0
+
+
+@pytest.mark.parametrize(
     ("response", "label"),
     [
         ("\\boxed{41}", "42"),
