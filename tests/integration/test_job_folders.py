@@ -125,6 +125,17 @@ async def test_a_run_folder_of_a_job_that_another_redis_knew_is_refused_to_a_new
     assert created
 
 
+async def test_a_run_folder_of_a_job_that_has_ended_is_refused_with_the_way_to_go_on(
+    store: JobStore, tmp_path: pathlib.Path
+) -> None:
+    first, _ = await store.submit(record(tmp_path, "one"), "rest:alice:1")
+    run_of(tmp_path / "one", first.job_id)
+    first.state = job_pb2.JOB_STATE_STOPPED
+    await store.put(first)
+    with pytest.raises(ConflictError, match=rf"job {first.job_id} has that folder; resume that job"):
+        await store.submit(record(tmp_path, "one"), "rest:alice:2")
+
+
 async def test_a_record_that_cannot_be_read_is_a_failed_job_beside_the_others(
     client: redis.asyncio.Redis, store: JobStore, tmp_path: pathlib.Path
 ) -> None:
