@@ -56,6 +56,8 @@ class JobScheduler:
         self._submitted = asyncio.Event()
         self._controls: dict[str, JobControls] = {}
         self._queue_waits = QueueWaits()
+        self._untold: list[tuple[str, str]] = []
+        """Lines that are not in the histories of their jobs yet, each with the job's id."""
         self._waiting_ids: frozenset[str] = frozenset()
         """Jobs in the queue when it was looked at last."""
         self._woken = False
@@ -115,11 +117,15 @@ class JobScheduler:
             job.job_id: waits_in_queue(self._lacks(job), number + (running is not None), running or "")
             for number, job in enumerate(waiting)
         }
-        for job_id, line in list(self._queue_waits.note(waits, time.time())):
+        for job_id, line in self._queue_waits.note(waits, time.time()):
             if running is None:  # else the line would be in the log of the job that runs
                 logger.info("job %s waits: %s", job_id, line)
+            self._untold.append((job_id, line))
+        while self._untold:
+            job_id, line = self._untold[0]
             log = job_pb2.LogLine(level=job_pb2.LOG_LEVEL_WARNING, source="controller", text=line)
             await self._store.add_event(job_pb2.JobEvent(job_id=job_id, log=log))
+            del self._untold[0]  # only now: without Redis, it is told later
 
     def wake(self) -> None:
         """A job was submitted."""
