@@ -14,6 +14,7 @@ from typing import Any
 import redis.asyncio
 
 from miles.queue import RedisUnsuitable
+from miles.queue.redis_lease import KEY as CONTROLLER
 from miles.rpc.gen import job_pb2
 from miles.services.controller.errors import BadPageToken, BadRequestError, ConflictError, NotFoundError
 from miles.services.controller.jobs.records import ENDED, read_record
@@ -186,7 +187,14 @@ class JobStore:
 
     async def check_keys(self) -> None:
         """Raise RedisUnsuitable when another application has keys of these names."""
-        for key, kind in {_JOBS: b"zset", _REQUESTS: b"hash", _RUN_DIRS: b"hash", _LEASE_NUMBER: b"string"}.items():
+        kinds = {
+            _JOBS: b"zset",
+            _REQUESTS: b"hash",
+            _RUN_DIRS: b"hash",
+            _LEASE_NUMBER: b"string",
+            CONTROLLER: b"string",
+        }
+        for key, kind in kinds.items():
             found = await self._redis.type(key)
             if found not in (b"none", kind):
                 problem = f"the key {key} in Redis is a {found.decode()} and not a {kind.decode()}"
