@@ -104,6 +104,13 @@ class _End:
     """Settings that differ from those with which the job had ended before."""
 
 
+REFUSALS = {
+    grpc.StatusCode.ALREADY_EXISTS: ExitCode.RUN_DIR_BUSY,
+    grpc.StatusCode.INVALID_ARGUMENT: ExitCode.BAD_CONFIG,
+}
+"""Exit codes for a job that the controller refuses."""
+
+
 async def _run_job(
     config: JobConfig, cluster: LocalCluster, console: Console, interrupts: Interrupts, drill: Drill | None
 ) -> _End:
@@ -116,8 +123,7 @@ async def _run_job(
         try:
             submitted = await stub.SubmitJob(request, wait_for_ready=True, timeout=60.0)
         except grpc.aio.AioRpcError as error:
-            taken = error.code() is grpc.StatusCode.ALREADY_EXISTS
-            code = ExitCode.RUN_DIR_BUSY if taken else ExitCode.CONTROLLER_UNREACHABLE
+            code = REFUSALS.get(error.code(), ExitCode.CONTROLLER_UNREACHABLE)
             raise ServiceExit(code, f"submitting the job: {error.details()}") from error
         asked = asyncio.Event()
         interrupts.on_first = asked.set

@@ -17,6 +17,10 @@ _NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
 """A file system without locks: the owner files must do."""
 
 
+class FolderBusyError(FolderTakenError):
+    """A folder that a run elsewhere writes now."""
+
+
 @contextlib.contextmanager
 def claimed(run_dir: str, save: str | None, save_hf: str | None, load: str | None, job_id: str) -> Iterator[None]:
     """Hold a run's folders: its run folder, its folder of checkpoints, and a look at the place of its exports.
@@ -61,7 +65,7 @@ def _locked(folder: pathlib.Path) -> Iterator[None]:
     except BlockingIOError:
         os.close(descriptor)
         owner = read_owner(folder)
-        raise FolderTakenError(
+        raise FolderBusyError(
             f"{folder} is {owner}, and another controller runs a job in it now; stop that one, or choose another folder"
         ) from None
     except OSError as error:

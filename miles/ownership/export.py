@@ -10,9 +10,9 @@ import os
 import pathlib
 import shutil
 
-from miles.ownership.owner_file import NAME, FolderTakenError, new_owner, read_owner, run_of, write_owner
+from miles.ownership.owner_file import NAME, FolderTakenError, marked_run, new_owner, read_owner, write_owner
 from miles.ownership.place import Place, locate, locate_pattern
-from miles.ownership.rules import refusal
+from miles.ownership.rules import Refusal, refusal
 
 
 class ExportFolder:
@@ -29,9 +29,9 @@ class ExportFolder:
 
     def prepare(self) -> None:
         """Make `partial`, new and empty. Raises FolderTakenError when the place is not the run's to write."""
-        run = run_of(self._run_dir)
+        run = marked_run(self._run_dir)
         self._finish_interrupted(run.run)
-        if (found := refusal("export", self.folder, self._run_dir, pattern=self._pattern)) is not None:
+        if (found := self._refusal(run.run)) is not None:
             raise FolderTakenError(f"the export is not written: {found.problem}; {found.remedy}")
         if self.partial.exists():
             self._require_own(self.partial, run.run)
@@ -41,7 +41,7 @@ class ExportFolder:
 
     def complete(self) -> None:
         """Put what was written to `partial` in its place."""
-        run = run_of(self._run_dir)
+        run = marked_run(self._run_dir)
         written = tuple(sorted(name for name in os.listdir(self.partial) if name != NAME))
         write_owner(self.partial, new_owner("export", run.run, self._run_dir, run.job_id, written), replace=True)
         if self.folder.exists():
@@ -49,6 +49,9 @@ class ExportFolder:
         self.partial.rename(self.folder)
         if self._old.exists():
             self._carry_over()
+
+    def _refusal(self, run: str) -> Refusal | None:
+        return refusal("export", self.folder, self._run_dir, pattern=self._pattern, run=run)
 
     def _finish_interrupted(self, run: str) -> None:
         if not self._old.exists():

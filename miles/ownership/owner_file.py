@@ -128,6 +128,15 @@ def run_of(run_dir: pathlib.Path, job_id: str = "") -> Owner:
     return owner
 
 
+def marked_run(run_dir: pathlib.Path) -> Owner:
+    """Do the same for a run that is under way: a folder that says whose it is stays as it is.
+
+    Mounts of one folder elsewhere can look like copies of it, so only what begins a run gives a copy another id.
+    """
+    owner = read_owner(run_dir)
+    return owner if owner is not None and owner.kind == "run" else run_of(run_dir)
+
+
 def is_copy(owner: Owner, run_dir: pathlib.Path) -> bool:
     """Return whether a run folder was copied, with this file in it, from one that is still there: two runs, not one."""
     original = pathlib.Path(owner.run_dir)

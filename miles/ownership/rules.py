@@ -26,7 +26,12 @@ class Refusal:
 
 
 def refusal(
-    kind: Kind, folder: pathlib.Path, run_dir: pathlib.Path, load: str | None = None, pattern: Place | None = None
+    kind: Kind,
+    folder: pathlib.Path,
+    run_dir: pathlib.Path,
+    load: str | None = None,
+    pattern: Place | None = None,
+    run: str | None = None,
 ) -> Refusal | None:
     """Return why the run of `run_dir` may not write a folder; None when it may.
 
@@ -36,12 +41,13 @@ def refusal(
         run_dir: the run folder, which may not exist yet.
         load: the folder that the run loads from: one of checkpoints that it names may be taken over.
         pattern: of an export, the place that `folder` is one of.
+        run: id of the run, where it is known; otherwise that of the run folder, unless that is a copy of another's.
 
     Raises FolderTakenError for an owner file that cannot be read, and OSError for a folder that cannot.
     """
     if folder.exists() and not folder.is_dir():
         return Refusal(f"{folder} is not a folder", "choose another place")
-    mine = _run(run_dir)
+    mine = run or _run(run_dir)
     if (above := _foreign_above(folder, mine)) is not None:
         return above
     owner = read_owner(folder)

@@ -7,6 +7,7 @@ takes over at once where it can see that the other is gone, and elsewhere when i
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import datetime
 import json
@@ -16,12 +17,14 @@ import pathlib
 import socket
 import time
 import uuid
-from typing import Any
+from collections.abc import AsyncIterator
+from typing import Any, NoReturn
 
 import redis.asyncio
 
 from miles.queue.backpressure import TRANSIENT
 from miles.queue.errors import RedisInUse
+from miles.tasks import cancelled_at_end
 
 logger = logging.getLogger(__name__)
 
@@ -107,7 +110,21 @@ class RedisLease:
             await asyncio.sleep(_POLL_S)
         return lease
 
-    async def keep(self) -> None:
+    @contextlib.asynccontextmanager
+    async def kept(self) -> AsyncIterator[asyncio.Task[NoReturn]]:
+        """Renew the lease until the end of the block, however that ends, and give it back then.
+
+        Yields the task that renews it, which fails with RedisInUse when another process has taken it.
+        """
+        keeping = asyncio.create_task(self.keep())
+        try:
+            async with cancelled_at_end(keeping):
+                yield keeping
+        finally:
+            with contextlib.suppress(*TRANSIENT):
+                await self.release()
+
+    async def keep(self) -> NoReturn:
         """Renew the lease until cancelled. Raises RedisInUse when another process has taken it meanwhile."""
         while True:
             await asyncio.sleep(_RENEW_S)

@@ -75,40 +75,38 @@ async def serve(arguments: argparse.Namespace) -> None:
 
     store = JobStore(client)
     try:
-        lease = await RedisLease.acquire(client)
         await store.check_keys()
-    except RedisInUse as error:
-        raise ServiceExit(ExitCode.REDIS_IN_USE, str(error)) from error
-    except RedisUnsuitable as error:
-        raise ServiceExit(ExitCode.REDIS_UNSUITABLE, str(error)) from error
-    registry = WorkerRegistry(first_lease_number=await store.first_lease_number())
-    runner = JobRunner(store, registry, client, arguments.redis_url, arguments.log_dir)
-    scheduler = JobScheduler(store, runner, registry)
-    servicer = ControllerServicer(store, scheduler, registry)
-    records = RecordsServicer(store, arguments.log_dir)
+        async with (await RedisLease.acquire(client)).kept() as keeping:
+            registry = WorkerRegistry(first_lease_number=await store.first_lease_number())
+            runner = JobRunner(store, registry, client, arguments.redis_url, arguments.log_dir)
+            scheduler = JobScheduler(store, runner, registry)
+            servicer = ControllerServicer(store, scheduler, registry)
+            records = RecordsServicer(store, arguments.log_dir)
 
-    def register(server: grpc.aio.Server) -> None:
-        add_ControllerServiceServicer_to_server(servicer, server)
-        add_RecordsServiceServicer_to_server(records, server)
+            def register(server: grpc.aio.Server) -> None:
+                add_ControllerServiceServicer_to_server(servicer, server)
+                add_RecordsServiceServicer_to_server(records, server)
 
-    names = ["miles.v1.ControllerService", RECORDS_SERVICE_NAME]
-    server, address = await start_server(register, arguments.listen, names)
-    if arguments.address_file is not None:
-        write_address(arguments.address_file, address)
-    logger.info("controller listens on %s", address)
-    working = (scheduler.run(), scheduler.tell_waits(), _expire_leases(registry), lease.keep(), _notice_emptied(store))
-    tasks = [asyncio.create_task(each) for each in working]
-    try:
-        async with cancelled_at_end(*tasks):
-            await asyncio.gather(*tasks)
+            names = ["miles.v1.ControllerService", RECORDS_SERVICE_NAME]
+            server, address = await start_server(register, arguments.listen, names)
+            try:
+                if arguments.address_file is not None:
+                    write_address(arguments.address_file, address)
+                logger.info("controller listens on %s", address)
+                working = (scheduler.run(), scheduler.tell_waits(), _expire_leases(registry), _notice_emptied(store))
+                tasks = [asyncio.create_task(each) for each in working]
+                async with cancelled_at_end(*tasks):
+                    # Shielded: the lease is kept until the scheduler has let its job go, and given back last.
+                    await asyncio.gather(*tasks, asyncio.shield(keeping))
+            finally:
+                await server.stop(grace=1.0)
     except TRANSIENT as error:
         raise ServiceExit(ExitCode.REDIS_UNREACHABLE, f"Redis was lost: {error}") from error
     except RedisInUse as error:
         raise ServiceExit(ExitCode.REDIS_IN_USE, str(error)) from error
+    except RedisUnsuitable as error:
+        raise ServiceExit(ExitCode.REDIS_UNSUITABLE, str(error)) from error
     finally:
-        await server.stop(grace=1.0)
-        with contextlib.suppress(*TRANSIENT):
-            await lease.release()
         with contextlib.suppress(redis.exceptions.ConnectionError):
             await client.aclose()
 

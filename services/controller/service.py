@@ -17,7 +17,6 @@ from miles.rpc.gen import controller_pb2, controller_pb2_grpc, job_pb2, weightsy
 from miles.services.controller.clients.weightsync import WeightSyncClient
 from miles.services.controller.errors import NotPossibleNowError, ending_call
 from miles.services.controller.jobs.config_check import check_config
-from miles.services.controller.jobs.resubmission import go_on_with, may_go_on
 from miles.services.controller.jobs.scheduler import JobScheduler
 from miles.services.controller.jobs.store import JobStore, check_event_id, new_job
 from miles.services.controller.status.worker_overview import WorkerOverview
@@ -60,11 +59,9 @@ class ControllerServicer(controller_pb2_grpc.ControllerServiceServicer):
             flat = config.to_flat()
             record = new_job(flat, config.data.num_rollout or 0, request.submitted_by)
             job, created = await self._store.submit(record, request.request_id, is_run=not request.only_new)
-            was, now = json.loads(job.config_json), json.loads(json.dumps(flat))
-            resumed = not created and not request.only_new and may_go_on(job, now, self._scheduler.running)
-            if resumed:
-                await self._store.refuse_shared(record)
-                await self._store.put(job, go_on_with(job, now))
+            was, now, resumed = json.loads(job.config_json), json.loads(json.dumps(flat)), False
+            if not created and not request.only_new:
+                job, resumed = await self._scheduler.go_on(job.job_id, now)
         self._scheduler.wake()
         return controller_pb2.SubmitJobResponse(
             job=job, created=created, differs=was != now, changes=map(str, changes(was, now)), resumed=resumed

@@ -62,6 +62,8 @@ class Job:
         self.state = state
         self.loaded_from = leader.worker.loaded_from
         """Checkpoint that the job was loaded from; None for the initial weights."""
+        self.loaded_step = state.step
+        """Steps that it had then."""
         self.notes = list(leader.worker.notes)
         """What a person should know of how it was loaded."""
         self.is_discarded = False

@@ -283,4 +283,5 @@ def _ready(job: Job) -> trainer_pb2.TrainerReady:
         checkpoint_dir=str(job.loaded_from or ""),
         data_begins_at=job.state.data_begins_at,
         notes=job.notes,
+        loaded_step=job.loaded_step,
     )

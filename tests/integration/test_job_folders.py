@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import pathlib
+import shutil
 import uuid
 from collections.abc import AsyncIterator
 from typing import Any
@@ -125,6 +126,17 @@ async def test_a_run_folder_of_a_job_that_another_redis_knew_is_refused_to_a_new
     assert created
 
 
+async def test_a_run_folder_of_a_job_that_has_ended_is_refused_with_the_way_to_go_on(
+    store: JobStore, tmp_path: pathlib.Path
+) -> None:
+    first, _ = await store.submit(record(tmp_path, "one"), "rest:alice:1")
+    run_of(tmp_path / "one", first.job_id)
+    first.state = job_pb2.JOB_STATE_STOPPED
+    await store.put(first)
+    with pytest.raises(ConflictError, match=rf"job {first.job_id} has that folder; resume that job"):
+        await store.submit(record(tmp_path, "one"), "rest:alice:2")
+
+
 async def test_a_record_that_cannot_be_read_is_a_failed_job_beside_the_others(
     client: redis.asyncio.Redis, store: JobStore, tmp_path: pathlib.Path
 ) -> None:
@@ -151,6 +163,10 @@ async def test_a_record_that_cannot_be_read_is_a_failed_job_beside_the_others(
 
 async def test_keys_of_another_application_are_refused(client: redis.asyncio.Redis, store: JobStore) -> None:
     await store.check_keys()
+    await client.rpush("miles:controller", "a list")
+    with pytest.raises(RedisUnsuitable, match="miles:controller in Redis is a list and not a string"):
+        await store.check_keys()
+    await client.delete("miles:controller")
     await client.set("miles:jobs", "a string")
     with pytest.raises(RedisUnsuitable, match="miles:jobs in Redis is a string and not a zset"):
         await store.check_keys()
@@ -235,6 +251,33 @@ async def test_a_job_that_ends_before_it_is_connected_frees_the_weights_of_its_e
         registry.attach(registration)
         await JobRunner(store, registry, client, "redis://none").run(job, JobControls())
         assert "none.jsonl" in (await store.get(job.job_id)).error
+        assert list(weights.glob(f"*{job.job_id}*")) == []
+    finally:
+        service.kill()
+
+
+async def test_a_job_keeps_what_workers_have_of_it_while_redis_is_away_and_frees_it_when_it_cannot_begin(
+    client: redis.asyncio.Redis, store: JobStore, tmp_path: pathlib.Path
+) -> None:
+    job, _ = await store.submit(record(tmp_path, "file"), "")
+    weights = tmp_path / "weights"
+    weights.mkdir()
+    service = Service(None, weights)
+    try:
+        service.publish(0, {"weight": torch.ones(4)}, job=job.job_id)
+        registry = WorkerRegistry(first_lease_number=1)
+        kind = controller_pb2.WORKER_KIND_WEIGHTSYNC
+        registration = controller_pb2.WorkerRegistration(worker_id="weightsync", kind=kind, address=service.address)
+        registry.attach(registration)
+        away = redis.asyncio.Redis(port=1)
+        with pytest.raises(redis.exceptions.ConnectionError):
+            await JobRunner(JobStore(away), registry, away, "redis://none").run(job, JobControls())
+        assert len(list(weights.glob(f"*{job.job_id}*"))) == 1
+        shutil.rmtree(tmp_path / "file")
+        file_above(tmp_path / "file")
+        job.state = job_pb2.JOB_STATE_QUEUED
+        await JobRunner(store, registry, client, "redis://none").run(job, JobControls())
+        assert (await store.get(job.job_id)).state == job_pb2.JOB_STATE_FAILED
         assert list(weights.glob(f"*{job.job_id}*")) == []
     finally:
         service.kill()

@@ -77,6 +77,17 @@ async def test_a_lease_that_ran_out_while_the_process_was_suspended_is_renewed(c
     keeping.cancel()
 
 
+async def test_it_is_given_back_however_its_block_ends(client: redis.asyncio.Redis) -> None:
+    async def fail() -> None:
+        async with (await RedisLease.acquire(client)).kept():
+            assert await client.exists(KEY)
+            raise OSError("the port is taken")
+
+    with pytest.raises(OSError, match="the port is taken"):
+        await fail()
+    assert not await client.exists(KEY)
+
+
 async def test_it_is_kept_on_a_full_redis(client: redis.asyncio.Redis) -> None:
     lease = await RedisLease.acquire(client)
     await client.set("filler", b"x" * (8 << 20))

@@ -112,7 +112,7 @@ def test_a_step_taken_before_is_answered_and_a_gap_is_refused(
         trainer.train(job_id, 1, [5, 6, 7, 8], deadline_ms=200)
     assert missing.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
     ready = trainer.start_job(job_id, config, redis_url, weightsync.address, tmp_path / "run")
-    assert (ready.step, ready.consumed_below) == (1, 5)
+    assert (ready.step, ready.consumed_below, ready.loaded_step) == (1, 5, 0)
 
 
 def test_a_step_is_abandoned_when_it_is_asked_for_and_while_it_runs_but_not_once_taken(

@@ -140,6 +140,7 @@ class TrainerReady(_message.Message):
     CHECKPOINT_DIR_FIELD_NUMBER: _builtins.int
     DATA_BEGINS_AT_FIELD_NUMBER: _builtins.int
     NOTES_FIELD_NUMBER: _builtins.int
+    LOADED_STEP_FIELD_NUMBER: _builtins.int
     step: _builtins.int
     """Training steps that the loaded weights have seen; also their policy version."""
     consumed_below: _builtins.int
@@ -148,6 +149,8 @@ class TrainerReady(_message.Message):
     """Folder of the checkpoint that was loaded; empty for the initial weights."""
     data_begins_at: _builtins.int
     """Group that has the first prompt of the data set; above 0 when the data set has changed since groups began."""
+    loaded_step: _builtins.int
+    """Training steps that the job had when it was loaded; below step when the trainer has kept it and taken steps since."""
     @_builtins.property
     def consumed_group_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Groups at or above consumed_below that were trained on or dropped as well."""
@@ -165,10 +168,11 @@ class TrainerReady(_message.Message):
         checkpoint_dir: _builtins.str = ...,
         data_begins_at: _builtins.int = ...,
         notes: _abc.Iterable[_builtins.str] | None = ...,
+        loaded_step: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint_dir", b"checkpoint_dir", "consumed_below", b"consumed_below", "consumed_group_ids", b"consumed_group_ids", "data_begins_at", b"data_begins_at", "notes", b"notes", "step", b"step"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint_dir", b"checkpoint_dir", "consumed_below", b"consumed_below", "consumed_group_ids", b"consumed_group_ids", "data_begins_at", b"data_begins_at", "loaded_step", b"loaded_step", "notes", b"notes", "step", b"step"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -108,10 +108,3 @@ class RolloutClient:
             stub = rollout_pb2_grpc.RolloutServiceStub(channel)
             request = rollout_pb2.ReleaseMemoryRequest(job_id=self._context.job_id)
             await call(stub.ReleaseMemory(request), f"rollout {self.worker_id} memory", deadlines.RELEASE_MEMORY_S)
-
-    async def stop_job(self) -> None:
-        """Release everything that the worker holds of the job."""
-        with connected(self.worker.registration.address) as channel:
-            stub = rollout_pb2_grpc.RolloutServiceStub(channel)
-            request = rollout_pb2.RolloutStopJobRequest(job_id=self._context.job_id)
-            await call(stub.StopJob(request), f"rollout {self.worker_id} stop", deadlines.STOP_JOB_S)

@@ -140,11 +140,6 @@ class TrainerClient:
         saving = call(self._stub.SaveCheckpoint(request), "checkpoint", deadlines.CHECKPOINT_S)
         return await self._while_alive(saving, "checkpoint")
 
-    async def stop_job(self) -> None:
-        """Release everything that the trainer holds of the job."""
-        request = trainer_pb2.TrainerStopJobRequest(job_id=self._context.job_id)
-        await call(self._stub.StopJob(request), "trainer stop", deadlines.STOP_JOB_S)
-
 
 _PHASES = {
     trainer_pb2.TRAIN_PHASE_WAITING: "waiting for the step's groups to appear in the queue",

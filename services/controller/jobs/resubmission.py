@@ -41,9 +41,9 @@ _HAD = {"cancelled": "been cancelled", "stopped": "been stopped"}
 def _asks_for_more(job: job_pb2.Job, settings: Mapping[str, Any]) -> bool:
     """Whether settings ask for more steps than a job that has taken every step of its own has taken.
 
-    How many passes over a data set are is known when it is read, so that other ones, or another set, count as more.
+    How many steps the passes over a data set are is known when it is read, so that more passes count as more.
     """
     if settings["num_rollout"] is not None:
         return int(settings["num_rollout"]) > job.policy_version
     was = json.loads(job.config_json)
-    return any(was[key] != settings[key] for key in ("num_epoch", "prompt_data"))
+    return (settings["num_epoch"] or 0) > (was["num_epoch"] or 0)

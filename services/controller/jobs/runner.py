@@ -8,6 +8,7 @@ import dataclasses
 import json
 import logging
 import pathlib
+import sys
 import time
 from collections.abc import AsyncIterator
 
@@ -17,7 +18,7 @@ from miles.checkpoint_folder import step_of
 from miles.config import ConfigError, JobConfig
 from miles.data import DataError, PromptSource, eval_sources, parse_file_slice, train_source
 from miles.data.template import load_tokenizer
-from miles.ownership.claim import claimed
+from miles.ownership.claim import FolderBusyError, claimed
 from miles.queue import GroupQueue
 from miles.queue.backpressure import TRANSIENT
 from miles.rpc.gen import job_pb2
@@ -39,6 +40,10 @@ from miles.tasks import cancelled_at_end
 from miles.telemetry.redaction import redact
 
 logger = logging.getLogger(__name__)
+
+_CLAIM_S = 60.0
+"""How long a job waits for folders in which another controller still runs one."""
+_CLAIM_AGAIN_S = 0.5
 
 
 class JobRunner:
@@ -69,16 +74,47 @@ class JobRunner:
         try:
             config = JobConfig.from_flat(json.loads(job.config_json))
             context = JobContext(job.job_id, config, self._redis_url, pathlib.Path(config.services.run_dir))
-            services, checkpoint = config.services, config.checkpoint
-            claim = claimed(services.run_dir, checkpoint.save, checkpoint.save_hf, checkpoint.load, job.job_id)
-            async with _in_thread(claim):
+            async with self._claimed(job, config, controls):
                 await self._run_to_end(job, context, controls)
         except TRANSIENT:
             raise  # without Redis nothing can be recorded; the job is resumed once it is back
         except Exception as error:
             logger.exception("job %s failed", job.job_id)
             if job.state not in ENDED:
-                await self._fail(job, str(error) if isinstance(error, OSError | ConfigError) else f"{error!r}")
+                await self._let_go(job.job_id)
+                await self._end(job, *_early_end(error))
+
+    @contextlib.asynccontextmanager
+    async def _claimed(self, job: job_pb2.Job, config: JobConfig, controls: JobControls) -> AsyncIterator[None]:
+        """Hold the job's folders; a controller that stops just now may need a while to give them back."""
+        services, checkpoint = config.services, config.checkpoint
+        end, told = time.monotonic() + _CLAIM_S, False
+        with contextlib.ExitStack() as held:
+            while True:
+                claim = claimed(services.run_dir, checkpoint.save, checkpoint.save_hf, checkpoint.load, job.job_id)
+                try:
+                    await asyncio.to_thread(held.enter_context, claim)  # in a thread: a disk may hang
+                    break
+                except FolderBusyError as error:
+                    if time.monotonic() > end:
+                        raise
+                    if not told:
+                        told = True
+                        logger.warning("job %s waits up to %g s: %s", job.job_id, _CLAIM_S, error)
+                        await self._log(job, job_pb2.LOG_LEVEL_WARNING, f"waiting up to {_CLAIM_S:g} s: {error}")
+                controls.check()
+                await controls.changed.wait(_CLAIM_AGAIN_S)
+            yield
+
+    async def _let_go(self, job_id: str) -> None:
+        """Free what a job has from an earlier life; it may be resumed. What fails here does not hide how it ended."""
+        try:
+            await release_workers(job_id, self._registry)
+            await GroupQueue(self._redis, job_id, consumer="controller").retire()
+        except TRANSIENT:
+            raise
+        except Exception:
+            logger.exception("not all of what job %s has in use was freed", job_id)
 
     async def _run_to_end(self, job: job_pb2.Job, context: JobContext, controls: JobControls) -> None:
         history = JobHistory(self._store, job, context)
@@ -86,7 +122,6 @@ class JobRunner:
         await asyncio.to_thread(spans.begin)
         state, reason = job_pb2.JOB_STATE_SUCCEEDED, "every step is done"
         try:
-            await history.state(job_pb2.JOB_STATE_STARTING, "reading the data, loading models")
             await self._run(context, history, controls)
         except JobStoppedError:
             state, reason = job_pb2.JOB_STATE_STOPPED, f"stopped by the user; {_saved(history)}"
@@ -110,13 +145,18 @@ class JobRunner:
             logger.warning("the end of job %s in the logs is not known: %s", job.job_id, error)
         await history.state(state, reason)
 
-    async def _fail(self, job: job_pb2.Job, reason: str) -> None:
+    async def _end(self, job: job_pb2.Job, state: job_pb2.JobState.ValueType, reason: str) -> None:
         """Record the end of a job whose run folder or record cannot be used: in Redis alone."""
-        job.state, job.error, job.ended_unix_ns = job_pb2.JOB_STATE_FAILED, redact(reason), time.time_ns()
-        line = job_pb2.LogLine(level=job_pb2.LOG_LEVEL_ERROR, source="controller", text=job.error)
-        await self._store.add_event(job_pb2.JobEvent(job_id=job.job_id, log=line))
-        changed = job_pb2.JobStateChanged(state=job.state, reason=job.error)
+        job.state, job.ended_unix_ns = state, time.time_ns()
+        if state == job_pb2.JOB_STATE_FAILED:
+            job.error = redact(reason)
+            await self._log(job, job_pb2.LOG_LEVEL_ERROR, reason)
+        changed = job_pb2.JobStateChanged(state=job.state, reason=redact(reason))
         await self._store.put(job, job_pb2.JobEvent(job_id=job.job_id, state_changed=changed))
+
+    async def _log(self, job: job_pb2.Job, level: job_pb2.LogLevel.ValueType, text: str) -> None:
+        line = job_pb2.LogLine(level=level, source="controller", text=redact(text))
+        await self._store.add_event(job_pb2.JobEvent(job_id=job.job_id, log=line))
 
     async def _run(self, context: JobContext, history: JobHistory, controls: JobControls) -> None:
         activities = WorkerActivities(history.timeline.add)
@@ -141,10 +181,12 @@ class JobRunner:
         queue = GroupQueue(self._redis, context.job_id, consumer="controller")
         try:
             try:
+                await history.state(job_pb2.JOB_STATE_STARTING, "reading the data, loading models")
                 await self._run_on_queue(queue, context, history, controls, activities, status)
             finally:
-                status.enter("ending", "every worker to release the job")
-                await release_workers(context, self._registry)
+                if not isinstance(sys.exception(), TRANSIENT):  # else it goes on later from what its workers hold
+                    status.enter("ending", "every worker to release the job")
+                    await release_workers(context.job_id, self._registry)
         except JobCancelledError:
             await queue.drop_job()
             raise
@@ -186,12 +228,13 @@ class JobRunner:
         await run_to_end(setup)
 
 
-@contextlib.asynccontextmanager
-async def _in_thread(manager: contextlib.AbstractContextManager[None]) -> AsyncIterator[None]:
-    """Enter a context in a thread: a disk may hang."""
-    with contextlib.ExitStack() as stack:
-        await asyncio.to_thread(stack.enter_context, manager)
-        yield
+def _early_end(error: Exception) -> tuple[job_pb2.JobState.ValueType, str]:
+    """Return how a job has ended that could not begin, and why."""
+    if isinstance(error, JobStoppedError):
+        return job_pb2.JOB_STATE_STOPPED, "stopped by the user before it began"
+    if isinstance(error, JobCancelledError):
+        return job_pb2.JOB_STATE_CANCELLED, "cancelled by the user"
+    return job_pb2.JOB_STATE_FAILED, str(error) if isinstance(error, OSError | ConfigError) else f"{error!r}"
 
 
 def _saved(history: JobHistory) -> str:

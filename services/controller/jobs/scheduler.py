@@ -9,6 +9,7 @@ import asyncio
 import json
 import logging
 import time
+from collections.abc import Mapping
 from typing import Any, NoReturn
 
 from miles.checkpoint_folder import step_of
@@ -20,6 +21,7 @@ from miles.services.controller.jobs.controls import JobControls
 from miles.services.controller.jobs.queue_waits import QueueWaits, waits_in_queue
 from miles.services.controller.jobs.records import ENDED, is_unreadable
 from miles.services.controller.jobs.resources import Supply, lacking
+from miles.services.controller.jobs.resubmission import go_on_with, may_go_on
 from miles.services.controller.jobs.runner import JobRunner
 from miles.services.controller.jobs.store import JobStore
 from miles.services.controller.workers.registry import WorkerRegistry
@@ -56,8 +58,12 @@ class JobScheduler:
         self._submitted = asyncio.Event()
         self._controls: dict[str, JobControls] = {}
         self._queue_waits = QueueWaits()
+        self._untold: list[tuple[str, str]] = []
+        """Lines that are not in the histories of their jobs yet, each with the job's id."""
         self._waiting_ids: frozenset[str] = frozenset()
         """Jobs in the queue when it was looked at last."""
+        self._deciding = asyncio.Lock()
+        """Held from reading a job's record until what follows is done: a start, or what a user asked."""
         self._woken = False
         """Whether a job may have come into the queue since it was looked at."""
         self._started_up = False
@@ -115,11 +121,15 @@ class JobScheduler:
             job.job_id: waits_in_queue(self._lacks(job), number + (running is not None), running or "")
             for number, job in enumerate(waiting)
         }
-        for job_id, line in list(self._queue_waits.note(waits, time.time())):
+        for job_id, line in self._queue_waits.note(waits, time.time()):
             if running is None:  # else the line would be in the log of the job that runs
                 logger.info("job %s waits: %s", job_id, line)
+            self._untold.append((job_id, line))
+        while self._untold:
+            job_id, line = self._untold[0]
             log = job_pb2.LogLine(level=job_pb2.LOG_LEVEL_WARNING, source="controller", text=line)
             await self._store.add_event(job_pb2.JobEvent(job_id=job_id, log=log))
+            del self._untold[0]  # only now: without Redis, it is told later
 
     def wake(self) -> None:
         """A job was submitted."""
@@ -130,17 +140,36 @@ class JobScheduler:
         """Run jobs until cancelled."""
         while True:
             self._submitted.clear()
-            job = await self._next()
+            async with self._deciding:
+                job = await self._next()
+                self.running = None if job is None else job.job_id
             if job is None:
                 await self._wait_for_change()
                 continue
             logger.info("running job %s", job.job_id)
-            paused = job.state == job_pb2.JOB_STATE_PAUSED  # before a restart of the controller
-            controls = self._controls.setdefault(job.job_id, JobControls(paused=paused))
-            self.running = job.job_id
-            await self._runner.run(job, controls)
-            self.running = None
-            del self._controls[job.job_id]
+            await self._runner.run(job, self._controls_of(job))
+            async with self._deciding:  # what came too late for this run must not end the next one
+                self.running = None
+                del self._controls[job.job_id]
+
+    def _controls_of(self, job: job_pb2.Job) -> JobControls:
+        paused = job.state == job_pb2.JOB_STATE_PAUSED  # before a restart of the controller
+        return self._controls.setdefault(job.job_id, JobControls(paused=paused))
+
+    async def go_on(self, job_id: str, settings: Mapping[str, Any]) -> tuple[job_pb2.Job, bool]:
+        """Let a job go on with the settings (flat) that its command was given again with, if it may.
+
+        Returns its record and whether it does. Raises SharedFolderError when another job has one of its folders now.
+        """
+        async with self._deciding:
+            job = await self._store.get(job_id)
+            if not may_go_on(job, settings, self.running):
+                return job, False
+            event = go_on_with(job, settings)
+            await self._store.refuse_shared(job)
+            await self._store.put(job, event)
+        self.wake()
+        return job, True
 
     async def control(self, job_id: str, action: controller_pb2.JobAction.ValueType, operation_id: str) -> job_pb2.Job:
         """Apply an action to a job; an operation that was applied before does nothing.
@@ -148,22 +177,23 @@ class JobScheduler:
         Raises UnknownJobError, OperationReusedError when the operation was another action, and NotPossibleNowError when
         the job's state rules the action out.
         """
-        before = await self._store.operation(job_id, operation_id) if operation_id else None
-        if before is not None and before != action:
-            raise OperationReusedError(job_id, before, action)
-        job = await self._store.get(job_id)
-        if before is None:
-            job = await self._apply(job, action)
-            if operation_id:
-                await self._store.add_operation(job_id, operation_id, action)
-        return job
+        async with self._deciding:
+            before = await self._store.operation(job_id, operation_id) if operation_id else None
+            if before is not None and before != action:
+                raise OperationReusedError(job_id, before, action)
+            job = await self._store.get(job_id)
+            if before is None:
+                job = await self._apply(job, action)
+                if operation_id:
+                    await self._store.add_operation(job_id, operation_id, action)
+            return job
 
     async def _apply(self, job: job_pb2.Job, action: controller_pb2.JobAction.ValueType) -> job_pb2.Job:
         if job.state in ENDED:
             return await self._control_ended(job, action)
         if job.state == job_pb2.JOB_STATE_QUEUED and job.job_id != self.running:
             return await self._control_queued(job, action)
-        self._controls.setdefault(job.job_id, JobControls()).apply(action)
+        self._controls_of(job).apply(action)
         return job
 
     async def _control_ended(self, job: job_pb2.Job, action: controller_pb2.JobAction.ValueType) -> job_pb2.Job:

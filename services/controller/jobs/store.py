@@ -14,6 +14,7 @@ from typing import Any
 import redis.asyncio
 
 from miles.queue import RedisUnsuitable
+from miles.queue.redis_lease import KEY as CONTROLLER
 from miles.rpc.gen import job_pb2
 from miles.services.controller.errors import BadPageToken, BadRequestError, ConflictError, NotFoundError
 from miles.services.controller.jobs.records import ENDED, read_record
@@ -102,7 +103,9 @@ class RunDirTakenError(ConflictError):
     """Another job has this run folder."""
 
     def __init__(self, run_dir: str, job_id: str) -> None:
-        super().__init__(f"run_dir = {run_dir}, but job {job_id} has that folder; choose another name or run_dir")
+        super().__init__(
+            f"run_dir = {run_dir}, but job {job_id} has that folder; resume that job, or choose another name or run_dir"
+        )
 
 
 class JobStore:
@@ -128,6 +131,7 @@ class JobStore:
                 return known, False
             await self.refuse_shared(job)
             if not (is_run and request_id):
+                await self._refuse_taken(job)
                 await asyncio.to_thread(refuse_earlier, job)
             return await self._store_new(job, "" if is_run else request_id)
 
@@ -139,6 +143,13 @@ class JobStore:
         if own := _run_dir(job):
             live = [other for other in await self.live() if not (but_its_own and _run_dir(other) == own)]
             await asyncio.to_thread(refuse_shared, job, live)
+
+    async def _refuse_taken(self, job: job_pb2.Job) -> None:
+        """Raise RunDirTakenError when a job that this Redis knows, ended or not, has the run folder."""
+        if own := _run_dir(job):
+            owner = await self._redis.hget(_RUN_DIRS, own)
+            if owner is not None:
+                raise RunDirTakenError(own, owner.decode())
 
     async def live(self) -> list[job_pb2.Job]:
         """Return every job that has not ended."""
@@ -176,7 +187,14 @@ class JobStore:
 
     async def check_keys(self) -> None:
         """Raise RedisUnsuitable when another application has keys of these names."""
-        for key, kind in {_JOBS: b"zset", _REQUESTS: b"hash", _RUN_DIRS: b"hash", _LEASE_NUMBER: b"string"}.items():
+        kinds = {
+            _JOBS: b"zset",
+            _REQUESTS: b"hash",
+            _RUN_DIRS: b"hash",
+            _LEASE_NUMBER: b"string",
+            CONTROLLER: b"string",
+        }
+        for key, kind in kinds.items():
             found = await self._redis.type(key)
             if found not in (b"none", kind):
                 problem = f"the key {key} in Redis is a {found.decode()} and not a {kind.decode()}"

@@ -289,12 +289,14 @@ class Dispatcher:
                 self._activities.note(worker.worker_id, "score", seconds)
 
     def _on_failed(self, message: rollout_pb2.GroupFailed) -> None:
+        self._leased_unix_ns.pop((message.purpose == _EVAL, message.group_id), None)
         if message.purpose == _EVAL:
             if self._evaluation is not None:
                 self._evaluation.fail(message.group_id, message.attempt, message.error)
             return
         if self._admission is None:
             return
+        self._preempted.finish(message.group_id)
         if self.failed.may_retry(message.group_id, message.retryable, message.error):
             if self._admission.requeue(message.group_id, message.attempt):
                 self._alerts.warn(f"group {message.group_id} failed and is retried: {message.error}")

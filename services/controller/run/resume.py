@@ -78,16 +78,23 @@ async def _load_workers(run: RunState, trainer: TrainerClient, check: Callable[[
 
 
 def _check_steps_left(run: RunState, ready: trainer_pb2.TrainerReady) -> None:
-    """Raise NothingLeftError for a run that was loaded beyond its end, or from another run's end.
-
-    One of no steps only evaluates what it loads.
-    """
     own = pathlib.Path(run.config.checkpoint.save or run.context.run_dir / "checkpoints")
-    from_elsewhere = bool(ready.checkpoint_dir) and not same_folder(pathlib.Path(ready.checkpoint_dir).parent, own)
-    if run.last == 0:
-        return
-    if ready.step > run.last or (from_elsewhere and ready.step == run.last):
+    if nothing_is_left(ready, run.last, own):
         raise NothingLeftError(ready.checkpoint_dir, ready.step, run.last)
+
+
+def nothing_is_left(ready: trainer_pb2.TrainerReady, last: int, own: pathlib.Path) -> bool:
+    """Return whether a run of `last` steps was loaded beyond its end, or from another run's end.
+
+    A run of no steps only evaluates what it loads, and one that has taken steps of its own since still has to end.
+
+    Args:
+        own: the run's folder of checkpoints.
+    """
+    if last == 0:
+        return False
+    from_elsewhere = bool(ready.checkpoint_dir) and not same_folder(pathlib.Path(ready.checkpoint_dir).parent, own)
+    return ready.step > last or (from_elsewhere and ready.step == ready.loaded_step == last)
 
 
 async def _drain(run: RunState, check: Callable[[], None]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pathlib
+import shutil
 
 import pytest
 
@@ -98,3 +99,12 @@ def test_an_export_through_a_link_is_written_to_the_folder_it_leads_to(tmp_path:
     export(tmp_path / "hf", tmp_path / "run", "new")
     assert (tmp_path / "hf").is_symlink()
     assert contents(tmp_path / "disk")["config.json"] == "new"
+
+
+def test_an_export_never_marks_the_run_folder_again_even_if_it_looks_like_a_copy(tmp_path: pathlib.Path) -> None:
+    run = run_of(tmp_path / "run")
+    export(tmp_path / "hf", tmp_path / "run", "old")
+    shutil.copytree(tmp_path / "run", tmp_path / "mounted")
+    export(tmp_path / "hf", tmp_path / "mounted", "new")
+    assert read_owner(tmp_path / "mounted") == run
+    assert contents(tmp_path / "hf")["config.json"] == "new"

@@ -43,12 +43,12 @@ def test_a_job_that_took_every_step_goes_on_when_more_are_asked_for() -> None:
         assert not may_go_on(job("SUCCEEDED"), {**SETTINGS, **less}, None)
 
 
-def test_more_passes_or_other_data_ask_for_more_steps() -> None:
-    epochs = {**SETTINGS, "num_rollout": None, "num_epoch": 1}
-    record = job("SUCCEEDED", num_rollout=None, num_epoch=1)
-    assert not may_go_on(record, epochs, None)
-    assert may_go_on(record, {**epochs, "num_epoch": 2}, None)
-    assert may_go_on(record, {**epochs, "prompt_data": "b.jsonl"}, None)
+def test_only_more_passes_ask_for_more_steps() -> None:
+    epochs = {**SETTINGS, "num_rollout": None, "num_epoch": 2}
+    record = job("SUCCEEDED", num_rollout=None, num_epoch=2)
+    assert may_go_on(record, {**epochs, "num_epoch": 3}, None)
+    for other in ({}, {"num_epoch": 1}, {"prompt_data": "b.jsonl"}):
+        assert not may_go_on(record, {**epochs, **other}, None)
 
 
 def test_an_interrupted_job_takes_the_settings_unless_it_runs_already() -> None:
