@@ -32,7 +32,8 @@ def test_a_users_own_default_serves_all() -> None:
 
 @pytest.mark.parametrize("name", ["default", "mine"])
 async def test_a_job_that_only_its_users_services_score_waits_for_no_reward_worker(name: str) -> None:
-    status = RunStatus(WorkerActivities(lambda *_: None))
-    workers = RequiredWorkers(WorkerRegistry(), JobControls(), status)
+    registry = WorkerRegistry()
+    status = RunStatus(WorkerActivities(lambda *_: None), registry, 1)
+    workers = RequiredWorkers(registry, JobControls(), status)
     addresses = await workers.reward_addresses(RewardConfig(reward_service=(f"{name}=own:1",)))
     assert addresses.of("rollout-0") == {name: "own:1"}
