@@ -32,7 +32,7 @@ class Packages:
     """Facts about installed packages."""
 
     pinned: Mapping[str, str]
-    """Versions that this project's metadata asks for exactly."""
+    """Versions that this project's metadata asks for exactly; none when it runs without being installed."""
     installed: Mapping[str, str | None]
     """Versions in this environment; None for a package that is not installed."""
     needed: Mapping[str, str]
@@ -45,7 +45,10 @@ class Packages:
 
 def look(subject: Subject) -> Packages:
     """Read the metadata of this environment, and of SGLang's if the configuration names another interpreter."""
-    pinned = pins(importlib.metadata.requires("miles") or ())
+    try:
+        pinned = pins(importlib.metadata.requires("miles") or ())
+    except importlib.metadata.PackageNotFoundError:
+        pinned = {}
     needed, engine_python = _needed(subject)
     installed = {name: _version(name) for name in {**pinned, **needed}}
     there = None if engine_python is None else _versions_of(engine_python)
@@ -73,6 +76,9 @@ def _needed(subject: Subject) -> tuple[dict[str, str], str | None]:
 def judge(facts: Packages) -> list[Finding]:
     """Compare what is installed with what was tested together."""
     found = [_missing(name, extra) for name, extra in facts.needed.items() if facts.installed.get(name) is None]
+    if not facts.pinned:
+        problem = "miles itself is not installed in this environment, so that versions cannot be compared"
+        return [*found, warn(problem, "pip install --editable . in the checkout")]
     found += _compare(facts.pinned, facts.installed, f"{sys.executable} -m pip install")
     if facts.engine_python is not None:
         found += _judge_engine(facts, facts.engine_python)

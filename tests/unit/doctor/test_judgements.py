@@ -209,6 +209,8 @@ def test_packages_of_other_versions_are_named_with_the_command_that_mends_them()
     assert packages.judge(other)[0].found == "/sgl/python does not run as a Python"
     other = dataclasses.replace(other, engine_installed={"sglang": "0.5.10", "torch": "2.13.0+cu130"})
     assert packages.judge(other)[0].change == "/sgl/python -m pip install sglang==0.5.21"
+    (found,) = packages.judge(packages.Packages({}, {}, {}))
+    assert (found.status, found.change) == ("warn", "pip install --editable . in the checkout")
 
 
 def test_a_clock_that_was_reset_and_a_locale_of_few_letters_are_noticed() -> None:
