@@ -17,6 +17,7 @@ from typing import Any, Self
 import httpx
 
 from miles.addresses import is_loopback
+from miles.certificates import why_not_authorities
 from miles.client.errors import GatewayUnreachableError, MilesError, UnexpectedAnswerError
 from miles.client.events import parse_events
 from miles.telemetry.redaction import redact
@@ -62,6 +63,8 @@ class MilesClient:
         key = (api_key or os.environ.get(KEY_ENVIRONMENT) or "").strip()
         if not re.fullmatch(r"[!-~]*", key):  # it would be shown in the error of the HTTP library
             raise ValueError(f"the API key is not one line of ASCII; check --key-file or ${KEY_ENVIRONMENT}")
+        if isinstance(verify, str) and (problem := why_not_authorities(verify)) is not None:
+            raise ValueError(f"--ca: {problem}")
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         # A proxy of the environment is for the way out of this machine.
         local = is_loopback(urllib.parse.urlsplit(self.url).hostname or "")
@@ -69,8 +72,6 @@ class MilesClient:
             self._http = httpx.Client(
                 base_url=self.url, headers=headers, timeout=timeout_s, verify=verify, trust_env=not local
             )
-        except OSError as error:  # of the file, or of what is in it
-            raise ValueError(f"{verify} has no CA certificates ({error.strerror or error}); check --ca") from error
         except (ImportError, ValueError) as error:
             raise GatewayUnreachableError(f"the proxy of the environment cannot be used: {error}") from error
 
@@ -278,9 +279,9 @@ def _check_address(url: str) -> None:
     try:
         parsed = httpx.URL(url)
     except httpx.InvalidURL as error:
-        raise ValueError(f"{url} is no address ({error}); write it like {DEFAULT_URL}") from error
+        raise ValueError(f"{redact(url)} is no address ({error}); write it like {DEFAULT_URL}") from error
     if parsed.scheme not in ("http", "https") or not parsed.host:
-        raise ValueError(f"{url} is no address of a gateway; write it like {DEFAULT_URL}")
+        raise ValueError(f"{redact(url)} is no address of a gateway; write it like {DEFAULT_URL}")
 
 
 def _check(answer: httpx.Response) -> None:

@@ -11,7 +11,6 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from miles.certificates import why_not_authorities
 from miles.launcher.console import HelpFormatter, RunConsole
 from miles.rpc.exit_codes import ExitCode
 
@@ -90,9 +89,6 @@ def run(flags: argparse.Namespace, action: Action) -> int:
         except OSError as error:
             output.error(f"--key-file {flags.key_file} cannot be read: {error.strerror}")
             return ExitCode.BAD_CONFIG
-    if flags.ca is not None and (problem := why_not_authorities(flags.ca)) is not None:
-        output.error(f"--ca: {problem}")
-        return ExitCode.BAD_CONFIG
     try:
         made = MilesClient(flags.url, key, verify=flags.ca or True)
     except ValueError as error:
