@@ -10,8 +10,6 @@ from miles.config.schema.derivation import FALLBACKS
 from miles.config.schema.faults import Fault
 from miles.config.schema.flat_settings import FlatSettings
 
-_LONGEST_NAME = 200
-"""Characters of a folder's name that file systems take, with room for what is appended."""
 _EXTERNAL_ENGINES_HAVE = ("rollout_engine_python", "rollout_num_gpus_per_engine")
 
 
@@ -99,10 +97,3 @@ def kernels_fit_the_device(s: FlatSettings) -> Iterator[Fault]:
         yield Fault("attn_implementation", "varlen", f"it needs CUDA and 16-bit numbers, and {where}", "set it to auto")
     if s.fsdp_cpu_offload and s.device == "cpu":
         yield Fault("fsdp_cpu_offload", True, "device is cpu, so that all is there already", "leave it out")
-
-
-@rule
-def name_fits_into_a_folder(s: FlatSettings) -> Iterator[Fault]:
-    if len(s.name) > _LONGEST_NAME:
-        problem = f"the run's folder is named after it, and {len(s.name)} characters are too many"
-        yield Fault("name", s.name, problem, f"use at most {_LONGEST_NAME}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 
 from miles.config.rules.registry import rule
@@ -21,6 +22,19 @@ def paths_can_be_paths(s: FlatSettings) -> Iterator[Fault]:
     for key, entry in catalog().items():
         if s.is_valid(key) and (bad := _first_bad(entry, getattr(s, key))) is not None:
             yield Fault(key, bad, _why_no_path(bad), "give a path, or leave it out")
+
+
+@rule
+def paths_are_written_out(s: FlatSettings) -> Iterator[Fault]:
+    for key, entry in catalog().items():
+        if not _names_paths(entry):
+            continue
+        value = getattr(s, key)
+        for path in (value,) if isinstance(value, str) else value or ():
+            if path.startswith("~") or re.search(r"\$\w|\$\{", path):
+                written = os.path.expandvars(os.path.expanduser(path))
+                remedy = f"write {written}" if written != path else "write the whole path"
+                yield Fault(key, path, "~ and $NAME are expanded by a shell alone", remedy)
 
 
 @rule
@@ -55,9 +69,13 @@ def _is_pattern(text: str) -> bool:
     return True
 
 
+def _names_paths(entry: Entry) -> bool:
+    return bool({"DIR", "FILE"} & set(entry.metavar.split()))
+
+
 def _first_bad(entry: Entry, value: object) -> str | None:
     """Return the first path of a setting that cannot be one."""
-    if not {"DIR", "FILE"} & set(entry.metavar.split()):
+    if not _names_paths(entry):
         return None
     return next((path for path in _paths(entry, value) if _why_no_path(path)), None)
 

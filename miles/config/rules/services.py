@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterator
 
@@ -14,6 +13,8 @@ from miles.config.schema.flat_settings import FlatSettings
 from miles.redis_url import why_not_redis_url
 
 _PORTS = ("controller_port", "weightsync_port", "trainer_port", "reward_port", "gateway_port")
+_LONGEST_NAME = 200
+"""Characters of a folder's name that file systems take, with room for what is appended."""
 
 
 @rule
@@ -25,22 +26,16 @@ def name_can_be_a_folder(s: FlatSettings) -> Iterator[Fault]:
 
 
 @rule
-def redis_url_is_an_address(s: FlatSettings) -> Iterator[Fault]:
-    if s.redis_url is not None and (problem := why_not_redis_url(s.redis_url)) is not None:
-        yield Fault("redis_url", s.redis_url, problem, "write it like redis://host:6379/0")
+def name_fits_into_a_folder(s: FlatSettings) -> Iterator[Fault]:
+    if len(s.name) > _LONGEST_NAME:
+        problem = f"the run's folder is named after it, and {len(s.name)} characters are too many"
+        yield Fault("name", s.name, problem, f"use at most {_LONGEST_NAME}")
 
 
 @rule
-def paths_are_written_out(s: FlatSettings) -> Iterator[Fault]:
-    for key, entry in catalog().items():
-        if not {"DIR", "FILE"} & set(entry.metavar.split()):
-            continue
-        value = getattr(s, key)
-        for path in (value,) if isinstance(value, str) else value or ():
-            if path.startswith("~") or re.search(r"\$\w|\$\{", path):
-                written = os.path.expandvars(os.path.expanduser(path))
-                remedy = f"write {written}" if written != path else "write the whole path"
-                yield Fault(key, path, "~ and $NAME are expanded by a shell alone", remedy)
+def redis_url_is_an_address(s: FlatSettings) -> Iterator[Fault]:
+    if s.redis_url is not None and (problem := why_not_redis_url(s.redis_url)) is not None:
+        yield Fault("redis_url", s.redis_url, problem, "write it like redis://host:6379/0")
 
 
 @rule
