@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 import os
 import pathlib
 import shutil
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 import pytest
@@ -235,40 +236,39 @@ async def test_a_job_whose_settings_are_not_known_any_more_fails_by_itself(
     assert "setting_of_before" in (await store.get(job.job_id)).error
 
 
-async def test_a_job_that_ends_before_it_is_connected_frees_the_weights_of_its_earlier_life(
-    client: redis.asyncio.Redis, store: JobStore, tmp_path: pathlib.Path
-) -> None:
-    job, _ = await store.submit(record(tmp_path, "gone-data"), "")
-    weights = tmp_path / "weights"
+@contextlib.contextmanager
+def weights_of_an_earlier_life(job: job_pb2.Job, folder: pathlib.Path) -> Iterator[tuple[WorkerRegistry, pathlib.Path]]:
+    """A registry with a weight sync service that holds a version of the job, and the folder of its segments."""
+    weights = folder / "weights"
     weights.mkdir()
     service = Service(None, weights)
     try:
         service.publish(0, {"weight": torch.ones(4)}, job=job.job_id)
-        assert len(list(weights.glob(f"*{job.job_id}*"))) == 1
         registry = WorkerRegistry(first_lease_number=1)
         kind = controller_pb2.WORKER_KIND_WEIGHTSYNC
         registration = controller_pb2.WorkerRegistration(worker_id="weightsync", kind=kind, address=service.address)
         registry.attach(registration)
+        yield registry, weights
+    finally:
+        service.kill()
+
+
+async def test_a_job_that_ends_before_it_is_connected_frees_the_weights_of_its_earlier_life(
+    client: redis.asyncio.Redis, store: JobStore, tmp_path: pathlib.Path
+) -> None:
+    job, _ = await store.submit(record(tmp_path, "gone-data"), "")
+    with weights_of_an_earlier_life(job, tmp_path) as (registry, weights):
+        assert len(list(weights.glob(f"*{job.job_id}*"))) == 1
         await JobRunner(store, registry, client, "redis://none").run(job, JobControls())
         assert "none.jsonl" in (await store.get(job.job_id)).error
         assert list(weights.glob(f"*{job.job_id}*")) == []
-    finally:
-        service.kill()
 
 
 async def test_a_job_keeps_what_workers_have_of_it_while_redis_is_away_and_frees_it_when_it_cannot_begin(
     client: redis.asyncio.Redis, store: JobStore, tmp_path: pathlib.Path
 ) -> None:
     job, _ = await store.submit(record(tmp_path, "file"), "")
-    weights = tmp_path / "weights"
-    weights.mkdir()
-    service = Service(None, weights)
-    try:
-        service.publish(0, {"weight": torch.ones(4)}, job=job.job_id)
-        registry = WorkerRegistry(first_lease_number=1)
-        kind = controller_pb2.WORKER_KIND_WEIGHTSYNC
-        registration = controller_pb2.WorkerRegistration(worker_id="weightsync", kind=kind, address=service.address)
-        registry.attach(registration)
+    with weights_of_an_earlier_life(job, tmp_path) as (registry, weights):
         away = redis.asyncio.Redis(port=1)
         with pytest.raises(redis.exceptions.ConnectionError):
             await JobRunner(JobStore(away), registry, away, "redis://none").run(job, JobControls())
@@ -279,8 +279,6 @@ async def test_a_job_keeps_what_workers_have_of_it_while_redis_is_away_and_frees
         await JobRunner(store, registry, client, "redis://none").run(job, JobControls())
         assert (await store.get(job.job_id)).state == job_pb2.JOB_STATE_FAILED
         assert list(weights.glob(f"*{job.job_id}*")) == []
-    finally:
-        service.kill()
 
 
 async def test_what_a_queued_job_waits_for_is_in_its_history_and_not_in_the_log_of_the_job_that_runs(
