@@ -34,6 +34,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "workers": ("miles.client.commands.workers", "worker processes, with health, load and weight version"),
     "versions": ("miles.client.commands.versions", "versions of a job's weights, and what each engine holds"),
     "logs": ("miles.client.commands.logs", "logs of the services"),
+    "trace": ("miles.telemetry.trace_command", "where the time of a traced step went"),
     "keys": ("miles.gateway.keys_command", "create, list and revoke API keys of a gateway"),
     "convert": ("miles.services.trainer.convert", "convert weights between Hugging Face and Megatron-Core checkpoints"),
     "config": (

@@ -18,6 +18,7 @@ from miles.queue.keys import CONSUMER_GROUP, JobKeys
 from miles.queue.payload import INLINE_LIMIT, Outstanding, content_hash, encode_group
 from miles.queue.pipelining import Command, Pipeliner
 from miles.queue.scripts import ACKNOWLEDGE, BEGIN_LIFE, DROP, PUT, REOPEN
+from miles.telemetry.tracing import traced
 
 if TYPE_CHECKING:
     import redis.asyncio
@@ -78,6 +79,7 @@ class GroupQueue:
         """Groups that Redis does not take now, and drops of groups, by what they are."""
         self._consumer = GroupConsumer(redis, self._keys, consumer, dead_after_s=dead_after_s, blob_ttl_s=blob_ttl_s)
 
+    @traced("put group")
     async def put(
         self,
         group: SampleGroup,
@@ -195,6 +197,7 @@ class GroupQueue:
         for key in self._keys.lasting:
             await self._redis.expire(key, self._blob_ttl_s)
 
+    @traced("collect groups")
     async def collect(self, group_ids: Iterable[int], deadline_s: float) -> dict[int, tuple[str, SampleGroup]]:
         """Wait until all these groups are queued; return (entry id, group) by group id, in the order asked for.
 

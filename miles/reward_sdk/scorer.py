@@ -11,6 +11,7 @@ from miles.reward_sdk import outcome
 from miles.reward_sdk.functions import RewardLoadError, Source
 from miles.reward_sdk.pool import ASYNC_CALLS_PER_WORKER, Described, WorkerDied, WorkerPool, WorkerProcess
 from miles.rpc.gen import reward_pb2, sample_pb2
+from miles.telemetry.tracing import traced
 
 DEFAULT_DEADLINE_S = 60.0
 """For requests that name no deadline."""
@@ -54,6 +55,7 @@ class Scorer:
         scorer.default = default or scorer.default
         return scorer
 
+    @traced("score a request")
     async def score(self, request: reward_pb2.ScoreRequest) -> list[reward_pb2.Score]:
         """Return a score or error score for each sample, in order, by the request's deadline."""
         deadline = time.monotonic() + (request.deadline_ms / 1000 or DEFAULT_DEADLINE_S)

@@ -6,7 +6,9 @@ import asyncio
 import json
 import logging
 import os
+import pathlib
 import platform
+import urllib.parse
 import uuid
 from collections.abc import AsyncIterator, Callable
 
@@ -17,6 +19,7 @@ from miles.rpc.channel import connect
 from miles.rpc.gen import controller_pb2, controller_pb2_grpc
 from miles.rpc.refusals import Refusals
 from miles.telemetry.repeated_warnings import RepeatedWarnings
+from miles.telemetry.tracing import write_spans
 
 logger = logging.getLogger(__name__)
 
@@ -73,6 +76,8 @@ class WorkerAttachment:
                         self.lease_number = response.lease_number
                         self._lease_ttl_s = response.lease_ttl_ms / 1000
                         attached, failures = True, RepeatedWarnings()
+                        if response.HasField("trace"):
+                            await self._write_trace(response.trace)
                 except grpc.aio.AioRpcError as error:
                     if not attached:
                         await refusals.judge(error)
@@ -81,6 +86,14 @@ class WorkerAttachment:
                         logger.warning("%s", line)
                 self.lease_number = None
                 await asyncio.sleep(_RETRY_S)
+
+    async def _write_trace(self, order: controller_pb2.TraceOrder) -> None:
+        name = urllib.parse.quote(self.registration.worker_id, safe="")
+        times = (order.begin_unix_ns, order.end_unix_ns)
+        try:
+            await asyncio.to_thread(write_spans, pathlib.Path(order.folder), name, *times)
+        except OSError as error:  # a trace is no reason to stop working
+            logger.warning("no trace is written to %s: %s", order.folder, error)
 
     async def _requests(self) -> AsyncIterator[controller_pb2.AttachRequest]:
         yield controller_pb2.AttachRequest(registration=self.registration)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 
 from miles.rpc.gen import policy_pb2, weightsync_pb2
+from miles.telemetry.tracing import traced
 from miles.weights import manifest as manifests
 from miles.weights.adapters.merging import AdaptedWeights, AdapterBase
 from miles.weights.base import Endpoint, ReceivedWeights, WeightReceiver, WeightsRefused
@@ -80,6 +81,7 @@ class EngineWeights:
         self.served: ReceivedVersion | None = None
         """None before the first swap, and while a swap is under way."""
 
+    @traced("prefetch weights")
     async def prefetch(self, order: weightsync_pb2.PrefetchOrder) -> None:
         """Receive and verify a version, and merge it if it is an adapter."""
         if self._prefetched is not None:
@@ -95,6 +97,7 @@ class EngineWeights:
             order.publication_id, order.manifest.version.version, order.manifest.checksum, received
         )
 
+    @traced("swap weights")
     async def swap(self, order: weightsync_pb2.SwapOrder) -> float:
         """Load the prefetched version; return the pause time, in seconds."""
         ready = self._prefetched
@@ -130,6 +133,7 @@ class EngineWeights:
         self._prefetched = None
         return True
 
+    @traced("release weights")
     async def wait_until_released(self, order: weightsync_pb2.DiscardOrder) -> None:
         """Return when the engine holds no tensor of a version any more; ManifestError when it does after a grace."""
         end = time.monotonic() + _RELEASE_GRACE_S

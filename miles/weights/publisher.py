@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from miles.rpc.gen import policy_pb2, weightsync_pb2
+from miles.telemetry.tracing import traced
 from miles.weights import manifest as manifests
 from miles.weights.base import Endpoint, SendTimes, WeightTransport
 from miles.weights.bucketing import buckets, check_exhausted
@@ -176,6 +177,7 @@ class WeightPublisher:
             check_exhausted(source)
             return self.finish(pending, times)
 
+    @traced("begin version")
     def begin(
         self, version: int, train_step: int, layout: Layout, lora: policy_pb2.LoraAdapter | None = None
     ) -> PendingVersion:
@@ -210,6 +212,7 @@ class WeightPublisher:
             lora=lora,
         )
 
+    @traced("announce version")
     def finish(self, pending: PendingVersion, times: SendTimes) -> PublishResult:
         """Seal and prepare a version whose descriptors carry every rank's checksums and whose handles are merged."""
         manifest = manifests.build(

@@ -116,9 +116,7 @@ class ControllerServicer(controller_pb2_grpc.ControllerServiceServicer):
             async for request in request_iterator:
                 if request.HasField("registration"):
                     worker = self._registry.attach(request.registration)
-                    yield controller_pb2.AttachResponse(
-                        lease_number=worker.lease_number, lease_ttl_ms=int(self._registry.ttl_s * 1000)
-                    )
+                    yield self._attached(worker)
                 elif worker is None:
                     await abort(context, grpc.StatusCode.FAILED_PRECONDITION, "heartbeat before registration")
                 elif not self._registry.beat(worker, request.heartbeat):
@@ -127,9 +125,17 @@ class ControllerServicer(controller_pb2_grpc.ControllerServiceServicer):
                         grpc.StatusCode.ABORTED,
                         f"worker lease {worker.lease_number} has ended; attach again for a new one",
                     )
+                while worker is not None and worker.traces:
+                    yield self._attached(worker, worker.traces.pop(0))
         finally:
             if worker is not None:
                 self._registry.detach(worker)
+
+    def _attached(
+        self, worker: AttachedWorker, trace: controller_pb2.TraceOrder | None = None
+    ) -> controller_pb2.AttachResponse:
+        ttl_ms = int(self._registry.ttl_s * 1000)
+        return controller_pb2.AttachResponse(lease_number=worker.lease_number, lease_ttl_ms=ttl_ms, trace=trace)
 
     async def ListWorkers(
         self, request: controller_pb2.ListWorkersRequest, context: grpc.aio.ServicerContext

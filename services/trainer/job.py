@@ -20,6 +20,7 @@ from miles.services.trainer.ranks.collective_calls import Command
 from miles.services.trainer.ranks.leader import Leader
 from miles.services.trainer.step.progress import Progress, Report
 from miles.services.trainer.step.rollout_metrics import rollout_metrics
+from miles.telemetry.tracing import traced
 from miles.types import SampleGroup
 
 if TYPE_CHECKING:
@@ -114,6 +115,7 @@ class Job:
         """The newest complete checkpoint."""
         return self._checkpoints.newest
 
+    @traced("train")
     async def train(self, request: StepRequest, report: Report) -> bool:
         """Wait for the groups and train on them; return False for a step that was abandoned.
 
@@ -142,6 +144,7 @@ class Job:
         """Take the next step even if it was to be abandoned."""
         self._step_to_abandon = None
 
+    @traced("publish")
     async def publish(self, version: int) -> PublishResult:
         """Export the weights as a version and hand it to the weight-sync service."""
         from miles.services.trainer.export import export_command, merge

@@ -21,6 +21,7 @@ from miles.services.weightsync.segments import SegmentStore
 from miles.services.weightsync.store import StateStore
 from miles.services.weightsync.stream import StreamRuntime, stream_key
 from miles.services.weightsync.timing import PublicationLimits
+from miles.telemetry.tracing import traced
 from miles.weights import manifest as manifests
 
 logger = logging.getLogger(__name__)
@@ -82,6 +83,7 @@ class WeightSyncServicer(weightsync_pb2_grpc.WeightSyncServiceServicer):
             load={"engines": sum(len(stream.machine.engines) for stream in self._streams.values())},
         )
 
+    @traced("allocate")
     async def Allocate(
         self, request: weightsync_pb2.AllocateRequest, context: grpc.aio.ServicerContext
     ) -> weightsync_pb2.AllocateResponse:
@@ -93,6 +95,7 @@ class WeightSyncServicer(weightsync_pb2_grpc.WeightSyncServiceServicer):
             return await self._stream(request.version.job_id, request.version.stream).allocate(request)
         raise AssertionError("abort raises")
 
+    @traced("prepare version")
     async def Prepare(
         self, request: weightsync_pb2.PrepareRequest, context: grpc.aio.ServicerContext
     ) -> weightsync_pb2.PrepareResponse:

@@ -16,6 +16,8 @@ from whole_runs import Records, Run, left_of, recipe, runs_of_test, settings
 from miles.client import MilesClient
 from miles.client.commands import check_samples
 from miles.rpc import ExitCode
+from miles.telemetry.trace_budget import budget
+from miles.telemetry.trace_files import read_trace
 
 STEPS = 24
 Start = Callable[[list[str], pathlib.Path], Run]
@@ -56,11 +58,33 @@ def assert_learned(run: Records) -> None:
     assert first["train/train_rollout_logprob_abs_diff"] < 1e-4
 
 
+def assert_traced(run_dir: pathlib.Path, step: int) -> None:
+    """The trace of a step has every part of a step, and the processes whose parts they are."""
+    trace = read_trace(run_dir, step)
+    assert list(trace.phases) == ["collect", "train", "publish"]
+    found = {(row.process, row.name): row.busy_s for row in budget(trace)}
+    assert {process for process, _ in found} == {"controller", "reward-0", "rollout-0", "trainer-0", "weightsync"}
+    for process, name, phase in (
+        ("rollout-0", "engine request", "collect"),
+        ("reward-0", "score a request", "collect"),
+        ("rollout-0", "put group", "collect"),
+        ("trainer-0", "collect groups", "train"),
+        ("trainer-0", "forward and backward", "train"),
+        ("trainer-0", "optimizer step", "train"),
+        ("trainer-0", "send weights", "publish"),
+        ("rollout-0", "swap weights", "publish"),
+    ):
+        assert found[process, name][phase] > 0, (process, name)
+
+
 def test_a_dense_model_learns(start_run: Start, tiny_dense: pathlib.Path, tmp_path: pathlib.Path) -> None:
     evaluation = {"eval_prompt_data": ["sort", tiny_dense / "eval.jsonl"], **EVALUATION}
-    run = start_run(recipe(tiny_dense, tmp_path / "run", num_rollout=STEPS, **evaluation), tmp_path / "run")
+    traced = {"trace_steps": [1, STEPS - 1], **evaluation}
+    run = start_run(recipe(tiny_dense, tmp_path / "run", num_rollout=STEPS, **traced), tmp_path / "run")
     assert run.wait() == ExitCode.OK, run.output()
     assert_learned(run)
+    assert_traced(run.run_dir, 1)
+    assert_traced(run.run_dir, STEPS - 1)
     assert (run.run_dir / "reward.png").stat().st_size > 0
     assert "on this machine: about" in run.log.read_text()
 

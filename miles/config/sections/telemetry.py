@@ -24,3 +24,6 @@ class TelemetryConfig(Section):
 
     log_whole_samples: bool = False
     """Record those samples whole too, with prompt tokens and routed experts, for `miles samples check`."""
+
+    trace_steps: Annotated[tuple[NonNegative, ...], Metavar("STEP ...")] = ()
+    """Steps of which a trace is written to RUN_DIR/traces: what each process did when. See `miles trace RUN_DIR`."""

@@ -641,23 +641,59 @@ class AttachResponse(_message.Message):
 
     LEASE_NUMBER_FIELD_NUMBER: _builtins.int
     LEASE_TTL_MS_FIELD_NUMBER: _builtins.int
+    TRACE_FIELD_NUMBER: _builtins.int
     lease_number: _builtins.int
     """Number of the worker lease; results that carry an older number are refused."""
     lease_ttl_ms: _builtins.int
     """How long the lease lasts after each heartbeat, in milliseconds."""
+    @_builtins.property
+    def trace(self) -> Global___TraceOrder:
+        """Has the worker write down what it did in a time; sent when that is asked for."""
+
     def __init__(
         self,
         *,
         lease_number: _builtins.int = ...,
         lease_ttl_ms: _builtins.int = ...,
+        trace: Global___TraceOrder | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["trace", b"trace"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["lease_number", b"lease_number", "lease_ttl_ms", b"lease_ttl_ms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["lease_number", b"lease_number", "lease_ttl_ms", b"lease_ttl_ms", "trace", b"trace"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___AttachResponse: _TypeAlias = AttachResponse  # noqa: Y015
+
+@_typing.final
+class TraceOrder(_message.Message):
+    """Has a worker write its spans of a time, of which it keeps the last ones in memory."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FOLDER_FIELD_NUMBER: _builtins.int
+    BEGIN_UNIX_NS_FIELD_NUMBER: _builtins.int
+    END_UNIX_NS_FIELD_NUMBER: _builtins.int
+    folder: _builtins.str
+    """Folder that all of the job's workers share; the worker writes its spans to a file there that has its name."""
+    begin_unix_ns: _builtins.int
+    """Begin of the time, in nanoseconds since the Unix epoch."""
+    end_unix_ns: _builtins.int
+    """End of the time, in nanoseconds since the Unix epoch."""
+    def __init__(
+        self,
+        *,
+        folder: _builtins.str = ...,
+        begin_unix_ns: _builtins.int = ...,
+        end_unix_ns: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["begin_unix_ns", b"begin_unix_ns", "end_unix_ns", b"end_unix_ns", "folder", b"folder"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TraceOrder: _TypeAlias = TraceOrder  # noqa: Y015
 
 @_typing.final
 class ListWorkersRequest(_message.Message):

@@ -28,6 +28,7 @@ from miles.services.controller.status.worker_activity import WorkerActivities
 from miles.services.controller.workers.load_balance import LoadBalance
 from miles.services.controller.workers.registry import WorkerRegistry
 from miles.tasks import cancelled_at_end
+from miles.telemetry.tracing import traced
 
 if TYPE_CHECKING:
     from miles.queue import GroupQueue
@@ -180,6 +181,7 @@ class Dispatcher:
 
     # -- leasing ------------------------------------------------------------------------------------------------------
 
+    @traced("lease groups")
     def lease_groups(self) -> None:
         """Lease groups while some may run and some worker has room: a few at once, the others soon."""
         for _ in range(_LEASES_AT_ONCE):
@@ -219,6 +221,7 @@ class Dispatcher:
 
     # -- what rollouts send -------------------------------------------------------------------------------------------
 
+    @traced("take in a response")
     def on_response(self, client: RolloutClient, response: rollout_pb2.RunResponse) -> None:
         """Take in a result or a new capacity, and lease what it makes possible."""
         kind = response.WhichOneof("kind")

@@ -23,6 +23,7 @@ from miles.services.controller.run.resume import load
 from miles.services.controller.run.state import PAUSED, PREEMPTED, RunState
 from miles.services.controller.run.train import train_unless_ended
 from miles.services.controller.status.step_metrics import StepTimes, step_metrics
+from miles.telemetry.tracing import span
 
 
 class RunLoop:
@@ -43,6 +44,7 @@ class RunLoop:
             while run.step < run.last:
                 await self._take_step(admission)
             await self._finish_all()
+            await run.traces.wait_until_written()
         except JobStoppedError:
             await run.checkpoints.save(self._trainer, export_hf=False)
             await self._finish_evaluation()
@@ -58,7 +60,7 @@ class RunLoop:
         if self._config.cluster.offload_rollout:
             await self._release_memory()
         run.status.enter("training")
-        with run.clock.during("train"), run.activities.during(self._trainer.worker_id, "train"):
+        with span("train call"), run.clock.during("train"), run.activities.during(self._trainer.worker_id, "train"):
             done = await train_unless_ended(self._trainer, batch, run.step, run.controls, run.status)
         run.checkpoints.note(done.checkpoint_dir)
         trained = time.monotonic()
@@ -70,11 +72,15 @@ class RunLoop:
         finally:  # a step that was taken is on record also when its publication fails
             now = time.monotonic()
             times = StepTimes(began - run.step_began, trained - began, now - trained, now - run.step_began)
+            phases = {"collect": (run.step_began, began), "train": (began, trained), "publish": (trained, now)}
             run.step_began = now
             run.history.job.policy_version = run.step
             ranks = self._config.cluster.trainer_world_size
-            await run.history.metrics(step, step_metrics(done.metrics, batch, len(admission.ready), times, ranks))
-        await self._after_step()
+            with span("write metrics"):
+                await run.history.metrics(step, step_metrics(done.metrics, batch, len(admission.ready), times, ranks))
+            await run.traces.note(step, phases)
+        with span("after step"):
+            await self._after_step()
 
     async def _next_batch(self, admission: Admission) -> Batch:
         run = self._run

@@ -18,6 +18,7 @@ from miles.services.controller.run.rollout_workers import RolloutWorkers
 from miles.services.controller.status.activity import ActivityClock
 from miles.services.controller.status.worker_activity import WorkerActivities
 from miles.tasks import cancel
+from miles.telemetry.tracing import traced
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +57,7 @@ class Publisher:
         self.faults = LoadFaults()
         """Of the version that is being activated."""
 
+    @traced("export call")
     async def export(self, trainer: TrainerClient, version: int, check: Callable[[], None]) -> None:
         """Export a version, once the one before is active, and begin its activation.
 
@@ -93,6 +95,7 @@ class Publisher:
             await cancel(self._activation)
             self._activation = None
 
+    @traced("activate call")
     async def _activate(self, version: int) -> None:
         began = time.monotonic()
         with self._clock.during("sync"), self._activities.during(self._weightsync.worker_id, "activate"):

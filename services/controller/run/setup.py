@@ -25,6 +25,7 @@ from miles.services.controller.run.publish import Publisher
 from miles.services.controller.run.report import RunReport
 from miles.services.controller.run.rollout_workers import RolloutWorkers
 from miles.services.controller.run.state import LOADING, PREEMPTED, RunState
+from miles.services.controller.run.step_traces import StepTraces
 from miles.services.controller.status.activity import ActivityClock
 from miles.services.controller.status.run_status import RunStatus
 from miles.services.controller.status.worker_activity import WorkerActivities
@@ -133,6 +134,7 @@ class RunSetup:
             evaluations=evaluations,
             checkpoints=Checkpoints(config, history, self._controls, status, clock, activities, report, rollouts),
             prompts=self._prompts,
+            traces=StepTraces(context.run_dir / "traces", config.telemetry.trace_steps, self._registry, report),
         )
 
     async def _choose_number_types(self) -> None:

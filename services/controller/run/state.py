@@ -18,6 +18,7 @@ from miles.services.controller.run.publication_schedule import PublicationSchedu
 from miles.services.controller.run.publish import Publisher
 from miles.services.controller.run.report import RunReport
 from miles.services.controller.run.rollout_workers import RolloutWorkers
+from miles.services.controller.run.step_traces import StepTraces
 from miles.services.controller.status.activity import ActivityClock
 from miles.services.controller.status.run_status import RunStatus
 from miles.services.controller.status.worker_activity import WorkerActivities
@@ -55,6 +56,7 @@ class RunState:
     evaluations: EvaluationSchedule
     checkpoints: Checkpoints
     prompts: PromptSource
+    traces: StepTraces
     step: int = 0
     """Training steps taken, which is also the version of the trainer's weights."""
     step_began: float = 0.0

@@ -30,6 +30,8 @@ class AttachedWorker:
     """Set when the worker lease ends, for whatever reason."""
     progress_unix_ns: int = 0
     """When its progress or activity last changed."""
+    traces: list[controller_pb2.TraceOrder] = dataclasses.field(default_factory=list)
+    """What it is to be told at its next heartbeat."""
 
     @property
     def worker_id(self) -> str:

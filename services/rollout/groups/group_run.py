@@ -22,6 +22,7 @@ from miles.services.rollout.groups.stats import group_stats, rewards_are_equal, 
 from miles.services.rollout.serving.version_gate import VersionGate, VersionPassed
 from miles.tasks import cancelled_at_end
 from miles.telemetry.repeated_warnings import RepeatedWarnings
+from miles.telemetry.tracing import traced
 from miles.types import SampleGroup, SampleStatus
 from miles.types.validate import check_group
 
@@ -104,6 +105,7 @@ class GroupRun:
             await self._partial.save()
             return Failed(f"{type(error).__name__}: {error}")
 
+    @traced("group", lambda run: run.lease.group_id)
     async def _work(self) -> Outcome:
         lease, tools = self.lease, self._tools
         if (known := await self._unless_preempted(self._earlier_outcome())) is not None:
@@ -130,6 +132,7 @@ class GroupRun:
             done = dataclasses.replace(done, example=scored_example(samples, key))
         return await self._unless_preempted(self._filter_and_put(group, done))
 
+    @traced("look for an earlier outcome")
     async def _earlier_outcome(self) -> Finished | None:
         """The outcome of an earlier attempt that queued or dropped the group, if its report was lost."""
         if not self.lease.is_training:
@@ -142,6 +145,7 @@ class GroupRun:
         stats = group_stats(group.samples, self._tools.config.reward.reward_key, generate_s=0.0, reward_s=0.0)
         return Finished(stats, oldest_version=group.oldest_version or 0, entry_id=entry_id)
 
+    @traced("generate")
     async def _generate(self) -> None:
         """Generate all responses at once. Raises _RunPreempted unless every one of them ended by itself."""
         tasks = [asyncio.create_task(self._respond(i)) for i in range(len(self._partial.samples))]
@@ -185,6 +189,7 @@ class GroupRun:
         if exact is not None and versions - {exact}:
             raise VersionPassed(f"versions {sorted(versions)} generated the group, not {exact} alone")
 
+    @traced("filter and queue")
     async def _filter_and_put(self, group: SampleGroup, done: Finished) -> Finished:
         tools = self._tools
         if all(sample.status is SampleStatus.FAILED for sample in group.samples):

@@ -16,6 +16,7 @@ from miles.services.rollout.groups.partial_response import (
     merge_partial,
     without_response,
 )
+from miles.telemetry.tracing import traced
 from miles.types import Sample, SampleGroup
 
 log = logging.getLogger(__name__)
@@ -45,6 +46,7 @@ class PartialGroup:
         """Positions of the samples whose response has not ended."""
         return [i for i, sample in enumerate(self.samples) if sample.status not in FINISHED]
 
+    @traced("look for a partial group")
     async def resume(self) -> int:
         """Continue from what is stored or leased; returns the newest version among its tokens, 0 if there are none."""
         stored = await self._load() if self._lease.is_training else {}

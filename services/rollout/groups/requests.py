@@ -9,6 +9,7 @@ import itertools
 from miles.services.rollout.engines.base import GenerationRequest, RolloutEngine
 from miles.services.rollout.groups.messages import GroupLease
 from miles.services.rollout.groups.partial_response import Piece, experts_start, extend
+from miles.telemetry.tracing import traced
 from miles.types import Sample, SampleStatus
 
 _serials = itertools.count()
@@ -25,6 +26,7 @@ class GroupRequests:
         self._running: dict[str, None] = {}  # in the order in which they began
         self._aborted = False
 
+    @traced("engine request")
     async def extend(self, position: int, sample: Sample) -> Sample:
         """Generate after the sample's tokens, in one request; returns the sample with what it generated.
 

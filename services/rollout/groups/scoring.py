@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from miles.tasks import cancel
+from miles.telemetry.tracing import traced
 from miles.types import Sample, SampleStatus
 
 if TYPE_CHECKING:
@@ -38,11 +39,13 @@ class JobRewards:
         """True when the samples of a prompt are scored together."""
         return self._config.group_rm
 
+    @traced("score")
     async def score_one(self, sample: Sample) -> ScoreOutcome:
         """Score a sample on its own."""
         [outcome] = await self._client.score([sample], reward=self._config.reward_of(sample.metadata))
         return outcome
 
+    @traced("score")
     async def score_group(self, samples: Sequence[Sample]) -> list[ScoreOutcome]:
         """Score the samples of a prompt together; one outcome a sample, in order."""
         return await self._client.score(samples, reward=self._config.reward_of(samples[0].metadata), group=True)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from miles.services.rollout.engines.base import EngineStats, PauseMode, RolloutEngine
 from miles.services.rollout.serving.pauses import Pauses, Step
 from miles.services.rollout.serving.version_gate import VersionGate
+from miles.telemetry.tracing import traced
 
 if TYPE_CHECKING:
     import torch
@@ -138,6 +139,7 @@ class Serving:
                 await self._engine.resume()
                 self._paused = False
 
+    @traced("release memory")
     async def release_memory(self) -> float:
         """Free the engine's memory until a resume or new weights; returns the time that took, in seconds."""
         started = time.monotonic()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 
 from miles.change_signal import ChangeSignal
+from miles.telemetry.tracing import traced
 
 
 class VersionPassed(RuntimeError):
@@ -31,6 +32,7 @@ class VersionGate:
         self.version = version
         self._changed.notify()
 
+    @traced("wait for a version")
     async def wait(self, minimum: int | None, exact: int | None, deadline_s: float) -> int:
         """Wait until the gate is open at a version of at least `minimum` that equals `exact`, if given; return it.
 

@@ -29,6 +29,7 @@ from miles.services.trainer.step.roles import Roles
 from miles.services.trainer.step.sample_log import SampleLog
 from miles.services.trainer.step.sample_recording import recorded_samples
 from miles.services.trainer.step.training_step import RolloutTrainer
+from miles.telemetry.tracing import traced
 from miles.types import SampleGroup
 
 if TYPE_CHECKING:
@@ -195,6 +196,7 @@ class BaseBackend(abc.ABC, Generic[PartsT]):
             critic_iteration=0 if roles.critic is None else roles.critic.iteration,
         )
 
+    @traced("record samples")
     def _record_samples(self, step: int, batch: RolloutBatch, **tokens: Any) -> None:
         replica = self._recording_replica()
         if replica is None:

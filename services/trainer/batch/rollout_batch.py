@@ -14,6 +14,7 @@ import torch
 from miles.algorithms.packing import Packing
 from miles.services.trainer.batch.balance import MicroBatchLimits, recut, schedule
 from miles.services.trainer.batch.packing import EMPTY, MicroBatch, pack
+from miles.telemetry.tracing import traced
 from miles.types import Sample, SampleGroup, SampleStatus, reward_number
 
 if TYPE_CHECKING:
@@ -113,6 +114,7 @@ def in_order(groups: Sequence[SampleGroup]) -> tuple[Sample, ...]:
     return tuple(s for group in ordered for s in sorted(group.samples, key=lambda s: s.index))
 
 
+@traced("build batch")
 def build_batch(
     samples: tuple[Sample, ...], config: JobConfig, rank: int, ranks: int, without_gradient: Collection[int] = ()
 ) -> RolloutBatch:

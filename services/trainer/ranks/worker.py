@@ -17,6 +17,7 @@ from miles.services.trainer.checkpoint.state import TrainerState
 from miles.services.trainer.ranks.abandoning import Abandonment, StepAbandonedError
 from miles.services.trainer.ranks.collective_calls import Command
 from miles.services.trainer.step.progress import Report
+from miles.telemetry.tracing import traced
 from miles.types import SampleGroup
 from miles.weights.export_format import AS_TRAINED, ExportFormat, formatted_layout
 
@@ -100,6 +101,7 @@ class RankWorker:
         """Make the means to abandon one training step on all ranks."""
         return Abandonment(self._share)
 
+    @traced("take step")
     def _train(
         self,
         step: int,
@@ -139,6 +141,7 @@ class RankWorker:
         """Description of the adapter; None when full weights will be sent."""
         return self._loaded().lora
 
+    @traced("send weights")
     def _export(self, command: Command, sender: WeightSender | None) -> bytes:
         from miles.services.trainer.export import send_share
         from miles.weights.publisher import WeightSender

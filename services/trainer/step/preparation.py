@@ -21,6 +21,7 @@ from miles.services.trainer.step import algorithm_options
 from miles.services.trainer.step.data_ranks import DataRanks
 from miles.services.trainer.step.progress import Report
 from miles.services.trainer.step.roles import LogProbRole, Roles
+from miles.telemetry.tracing import traced
 from miles.types import Sample, SampleStatus
 
 if TYPE_CHECKING:
@@ -60,6 +61,7 @@ class Preparation:
         self._data_ranks = data_ranks
         self._device = device
 
+    @traced("prepare")
     def prepare(
         self, number: int, batch: RolloutBatch, rewards_N: torch.Tensor, report: Report, abandonment: Abandonment
     ) -> TokenTensors:

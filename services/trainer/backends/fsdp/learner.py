@@ -29,6 +29,7 @@ from miles.services.trainer.batch.rollout_batch import OptimizerStepPlan, Rollou
 from miles.services.trainer.step.learning_rate import learning_rate
 from miles.services.trainer.step.progress import Progress, Report
 from miles.services.trainer.step.roles import CriticLearner, Learner, OutputT, PolicyLearner
+from miles.telemetry.tracing import traced
 
 if TYPE_CHECKING:
     from miles.config.sections.optimizer import OptimizerConfig
@@ -78,6 +79,7 @@ class FsdpLearner(Learner[OutputT]):
         rate: float = self.optimizer.param_groups[0]["lr"]
         return rate
 
+    @traced("forward and backward")
     def accumulate(
         self,
         batch: RolloutBatch,
@@ -103,6 +105,7 @@ class FsdpLearner(Learner[OutputT]):
             parts.append(result.metrics)
         return parts
 
+    @traced("optimizer step")
     def step(self) -> float:
         """See `Learner.step`; 0 for a step that float16 overflow skipped."""
         set_learning_rate(self.optimizer, learning_rate(self.iteration, self._config, self._total_iterations))
@@ -189,6 +192,7 @@ class AdaptedBase:
         raise RuntimeError("the base of an adapter does not change")
 
 
+@traced("log-probs")
 def _forward_batch(
     model: torch.nn.Module, forward: ForwardPass[Any], batch: RolloutBatch, report: Report, routing: Routing | None
 ) -> torch.Tensor:

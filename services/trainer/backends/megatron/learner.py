@@ -21,6 +21,7 @@ from miles.services.trainer.batch.packing import MicroBatch
 from miles.services.trainer.batch.rollout_batch import OptimizerStepPlan, RolloutBatch
 from miles.services.trainer.step.progress import Progress, Report
 from miles.services.trainer.step.roles import CriticLearner, Learner, OutputT, PolicyLearner
+from miles.telemetry.tracing import traced
 
 
 class MegatronLearner(Learner[OutputT]):
@@ -52,6 +53,7 @@ class MegatronLearner(Learner[OutputT]):
         """See `Learner.learning_rate`."""
         return self.optimizer.rate
 
+    @traced("forward and backward")
     def accumulate(
         self,
         batch: RolloutBatch,
@@ -69,6 +71,7 @@ class MegatronLearner(Learner[OutputT]):
                 done += len(micro_batches)
         return parts
 
+    @traced("optimizer step")
     def step(self) -> float:
         """See `Learner.step`; 0 for a step that float16 overflow skipped."""
         norm = self.optimizer.step(self.iteration, self._total_iterations)
