@@ -17,6 +17,7 @@ from miles.weights.base import Endpoint, SendTimes, WeightTransport
 from miles.weights.bucketing import buckets, check_exhausted
 from miles.weights.dtypes import wire_dtype
 from miles.weights.registry import create_transport
+from miles.weights.transports.names import checksum_kind
 from miles.weights.usable_transports import usable_transports
 
 if TYPE_CHECKING:
@@ -213,7 +214,8 @@ class WeightPublisher:
     def finish(self, pending: PendingVersion, times: SendTimes) -> PublishResult:
         """Seal and prepare a version whose descriptors carry every rank's checksums and whose handles are merged."""
         manifest = manifests.build(
-            pending.name, pending.descriptors, pending.total_bytes, pending.train_step, pending.lora
+            *(pending.name, pending.descriptors, pending.total_bytes, pending.train_step, pending.lora),
+            checksum_kind(handle.kind for handle in pending.handles),
         )
         for handle in pending.handles:
             self.sender.transport(handle.kind).seal(handle, manifest)
