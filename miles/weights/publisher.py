@@ -78,6 +78,8 @@ class PendingVersion:
     allocate_s: float
     lora: policy_pb2.LoraAdapter | None = None
     """Set when the tensors are an adapter's."""
+    usable: Sequence[TransportKind.ValueType] = ()
+    """Transports that the trainer can use."""
 
 
 class WeightSender:
@@ -152,6 +154,8 @@ class WeightPublisher:
         self._deadline_s = deadline_s
         self._bucket_bytes = bucket_bytes
         self.sender = WeightSender(endpoint)
+        self._usable: Sequence[TransportKind.ValueType] | None = None
+        """Transports that this process can use; None before the first version, and after one that failed."""
 
     def publish(
         self,
@@ -185,13 +189,13 @@ class WeightPublisher:
         descriptors, total_bytes = manifests.plan((name, wire_dtype(dtype), shape) for name, dtype, shape in layout)
         name = policy_pb2.WeightVersion(job_id=self._job_id, stream=self._stream, version=version)
         self.sender.trim(None)
-        described = self._stub.DescribeTransports(weightsync_pb2.DescribeTransportsRequest(), timeout=self._deadline_s)
+        usable, self._usable = self._usable or self._find_usable(), None
         answer = self._stub.Allocate(
             weightsync_pb2.AllocateRequest(
                 version=name,
                 transport=self._kind,
                 nbytes=total_bytes,
-                usable=usable_transports(described),
+                usable=usable,
                 delta_encoding=self._delta.encoding,
                 full_every=self._delta.full_every,
             ),
@@ -208,6 +212,7 @@ class WeightPublisher:
             live=live,
             began_s=began,
             allocate_s=time.monotonic() - began,
+            usable=usable,
             lora=lora,
         )
 
@@ -230,6 +235,7 @@ class WeightPublisher:
             ),
             timeout=self._deadline_s,
         )
+        self._usable = pending.usable
         return PublishResult(
             manifest=manifest,
             handles=tuple(pending.handles),
@@ -239,6 +245,10 @@ class WeightPublisher:
             total_s=time.monotonic() - pending.began_s,
             written_bytes=times.written_bytes,
         )
+
+    def _find_usable(self) -> Sequence[TransportKind.ValueType]:
+        described = self._stub.DescribeTransports(weightsync_pb2.DescribeTransportsRequest(), timeout=self._deadline_s)
+        return usable_transports(described)
 
     @contextlib.contextmanager
     def discarding_on_failure(self, pending: PendingVersion) -> Iterator[None]:
