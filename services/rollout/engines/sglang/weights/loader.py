@@ -94,7 +94,9 @@ class WeightLoader:
         flush: bool,
         staged: StagedWeights | None = None,
     ) -> None:
-        """Load a version into paused servers, from what `stage` made of it, if it did; `flush` also their caches.
+        """Load a version into paused servers, from what `stage` made of it, if it did.
+
+        `flush` also the caches of those that hold requests, which must not find what older weights computed.
 
         When this raises, no server counts as holding a version any more.
         """
@@ -111,10 +113,11 @@ class WeightLoader:
             await self._memory(replicas, "resume", ("kv_cache",))
             self._released = False
         elif flush:
-            await self._servers.call_each(replicas, lambda replica: replica.flush_cache(), "flush its cache")
+            holding = [replica for replica in replicas if not replica.holds_no_requests]
+            await self._servers.call_each(holding, lambda replica: replica.flush_cache(), "flush its cache")
         for replica in replicas:
             if replica.up:
-                replica.version = version
+                replica.hold(version)
 
     async def load_draft(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Load the draft model's weights into paused servers; if their memory is released, once it is restored."""
@@ -157,7 +160,7 @@ class WeightLoader:
             raise EngineFailed(str(error)) from error
         if not paused:
             await replica.resume()
-        replica.version = self.version
+        replica.hold(self.version)
         return True
 
     async def verify(self) -> Mapping[str, torch.Tensor]:
