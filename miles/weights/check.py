@@ -8,6 +8,7 @@ import torch
 
 from miles.rpc.gen import policy_pb2
 from miles.weights import manifest as manifests
+from miles.weights.block_sums import block_checksum
 from miles.weights.dtypes import TORCH_DTYPE
 from miles.weights.manifest import ChecksumMismatch
 
@@ -26,7 +27,7 @@ def check_weight_update_equal(manifest: policy_pb2.Manifest, served: Mapping[str
             faults.append(f"{descriptor.name} is not served")
             continue
         covered.add(tensor.data_ptr())
-        fault = _difference(descriptor, tensor)
+        fault = _difference(descriptor, tensor, manifest.checksum_kind)
         if fault:
             faults.append(f"{descriptor.name} {fault}")
     sent = {descriptor.name for descriptor in manifest.tensors}
@@ -42,10 +43,13 @@ def check_weight_update_equal(manifest: policy_pb2.Manifest, served: Mapping[str
         )
 
 
-def _difference(descriptor: policy_pb2.TensorDescriptor, tensor: torch.Tensor) -> str:
+def _difference(descriptor: policy_pb2.TensorDescriptor, tensor: torch.Tensor, kind: int) -> str:
     """How a served tensor differs from its descriptor; empty when it does not."""
     expected = TORCH_DTYPE[descriptor.dtype]
     if tensor.dtype != expected or tuple(tensor.shape) != tuple(descriptor.shape):
         return f"is {tensor.dtype} {tuple(tensor.shape)} instead of {expected} {tuple(descriptor.shape)}"
-    data = tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy().data
-    return "" if manifests.checksum(data) == descriptor.checksum else "has other bytes"
+    if kind == policy_pb2.CHECKSUM_KIND_BLOCK_SUMS:
+        found = block_checksum(tensor, descriptor.offset)
+    else:
+        found = manifests.checksum(tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy().data)
+    return "" if found == descriptor.checksum else "has other bytes"

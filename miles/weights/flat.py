@@ -12,6 +12,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from miles.rpc.gen import policy_pb2
 from miles.weights import manifest as manifests
+from miles.weights.block_sums import block_checksums
 from miles.weights.bucketing import buckets
 from miles.weights.dtypes import TORCH_DTYPE
 from miles.weights.manifest import ChecksumMismatch, ManifestError
@@ -39,7 +40,8 @@ def clear_gaps(flat: torch.Tensor, descriptors: Descriptors) -> None:
     """Zero the gaps that align tensors, so that no stale memory is sent."""
     base, end = descriptors[0].offset, descriptors[0].offset
     for descriptor in descriptors:
-        flat[end - base : descriptor.offset - base].zero_()
+        if descriptor.offset != end:
+            flat[end - base : descriptor.offset - base].zero_()
         end = descriptor.offset + descriptor.nbytes
 
 
@@ -51,10 +53,14 @@ def packed(flat: torch.Tensor, descriptors: Descriptors) -> torch.Tensor:
 
 
 def set_checksums(
-    flat: torch.Tensor, descriptors: Descriptors, base: int, threads: concurrent.futures.Executor
+    flat: torch.Tensor,
+    descriptors: Descriptors,
+    base: int,
+    threads: concurrent.futures.Executor,
+    kind: int = policy_pb2.CHECKSUM_KIND_UNSPECIFIED,
 ) -> None:
     """Set the checksum of each descriptor that has none."""
-    for descriptor, value in _checksums(flat, descriptors, base, threads):
+    for descriptor, value in _checksums(flat, descriptors, base, threads, kind):
         if not descriptor.checksum:
             descriptor.checksum = value
 
@@ -69,7 +75,7 @@ def verify(
     differing = [
         descriptor.name
         for base, descriptors in by_range(flats, manifest.tensors)
-        for descriptor, value in _checksums(flats[base], descriptors, base, threads)
+        for descriptor, value in _checksums(flats[base], descriptors, base, threads, manifest.checksum_kind)
         if value != descriptor.checksum
     ]
     if differing:
@@ -120,9 +126,12 @@ class FlatWeights:
 
 
 def _checksums(
-    flat: torch.Tensor, descriptors: Descriptors, base: int, threads: concurrent.futures.Executor
+    flat: torch.Tensor, descriptors: Descriptors, base: int, threads: concurrent.futures.Executor, kind: int
 ) -> Iterator[tuple[policy_pb2.TensorDescriptor, bytes]]:
-    """Each descriptor with the checksum of its bytes."""
+    """Each descriptor with the checksum of its bytes; for block sums, the gaps between them must be zero."""
+    if kind == policy_pb2.CHECKSUM_KIND_BLOCK_SUMS:
+        yield from zip(descriptors, block_checksums(flat, descriptors, base), strict=True)
+        return
     for batch in buckets(descriptors, _STAGING_BYTES):
         begin, length = extent(batch)
         data = _on_host(flat[begin - base : begin - base + length])

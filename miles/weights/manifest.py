@@ -19,6 +19,7 @@ from miles.rpc.gen import policy_pb2, sample_pb2
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
+    from miles.rpc.gen.policy_pb2 import ChecksumKind
     from miles.rpc.gen.sample_pb2 import DType
 
 ALIGNMENT = 64
@@ -91,10 +92,16 @@ def build(
     total_bytes: int,
     train_step: int,
     lora: policy_pb2.LoraAdapter | None = None,
+    checksum_kind: ChecksumKind.ValueType = policy_pb2.CHECKSUM_KIND_UNSPECIFIED,
 ) -> policy_pb2.Manifest:
     """Build a manifest of descriptors that have their checksums; `lora` is set when they are an adapter's tensors."""
     manifest = policy_pb2.Manifest(
-        version=version, total_bytes=total_bytes, train_step=train_step, created_unix_ns=time.time_ns(), lora=lora
+        version=version,
+        total_bytes=total_bytes,
+        train_step=train_step,
+        created_unix_ns=time.time_ns(),
+        lora=lora,
+        checksum_kind=checksum_kind,
     )
     manifest.tensors.extend(descriptors)
     manifest.checksum = manifest_checksum(manifest)
@@ -107,9 +114,11 @@ def manifest_checksum(manifest: policy_pb2.Manifest) -> bytes:
     u32 len(name), name in UTF-8, u32 dtype, u32 len(shape), u64 per dimension, u64 offset, the 16 checksum bytes.
 
     For an adapter, it begins with u32 rank, f64 alpha and the base's 16 checksum bytes, because the same tensors on
-    another base are different weights.
+    another base are different weights. Before all that comes the kind of checksum as u32, when it is not xxh3-128.
     """
     digest = Checksum()
+    if manifest.checksum_kind:
+        digest.update(struct.pack("<I", manifest.checksum_kind))
     if manifest.HasField("lora"):
         digest.update(struct.pack("<Id", manifest.lora.rank, manifest.lora.alpha) + manifest.lora.base_checksum)
     for tensor in manifest.tensors:
@@ -122,6 +131,8 @@ def manifest_checksum(manifest: policy_pb2.Manifest) -> bytes:
 
 def validate(manifest: policy_pb2.Manifest) -> None:
     """Raise ManifestError unless the manifest is complete, consistent, and matches its own checksum."""
+    if manifest.checksum_kind not in policy_pb2.ChecksumKind.values():
+        raise ManifestError(f"the checksums are of kind {manifest.checksum_kind}, which is unknown here; update it")
     end = 0
     names: set[str] = set()
     for tensor in manifest.tensors:

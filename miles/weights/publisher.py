@@ -18,6 +18,7 @@ from miles.weights.base import Endpoint, SendTimes, WeightTransport
 from miles.weights.bucketing import buckets, check_exhausted
 from miles.weights.dtypes import wire_dtype
 from miles.weights.registry import create_transport
+from miles.weights.transports.names import checksum_kind
 from miles.weights.usable_transports import usable_transports
 
 if TYPE_CHECKING:
@@ -78,6 +79,8 @@ class PendingVersion:
     allocate_s: float
     lora: policy_pb2.LoraAdapter | None = None
     """Set when the tensors are an adapter's."""
+    usable: Sequence[TransportKind.ValueType] = ()
+    """Transports that the trainer can use."""
 
 
 class WeightSender:
@@ -152,6 +155,8 @@ class WeightPublisher:
         self._deadline_s = deadline_s
         self._bucket_bytes = bucket_bytes
         self.sender = WeightSender(endpoint)
+        self._usable: Sequence[TransportKind.ValueType] | None = None
+        """Transports that this process can use; None before the first version, and after one that failed."""
 
     def publish(
         self,
@@ -186,13 +191,13 @@ class WeightPublisher:
         descriptors, total_bytes = manifests.plan((name, wire_dtype(dtype), shape) for name, dtype, shape in layout)
         name = policy_pb2.WeightVersion(job_id=self._job_id, stream=self._stream, version=version)
         self.sender.trim(None)
-        described = self._stub.DescribeTransports(weightsync_pb2.DescribeTransportsRequest(), timeout=self._deadline_s)
+        usable, self._usable = self._usable or self._find_usable(), None
         answer = self._stub.Allocate(
             weightsync_pb2.AllocateRequest(
                 version=name,
                 transport=self._kind,
                 nbytes=total_bytes,
-                usable=usable_transports(described),
+                usable=usable,
                 delta_encoding=self._delta.encoding,
                 full_every=self._delta.full_every,
             ),
@@ -209,6 +214,7 @@ class WeightPublisher:
             live=live,
             began_s=began,
             allocate_s=time.monotonic() - began,
+            usable=usable,
             lora=lora,
         )
 
@@ -216,7 +222,8 @@ class WeightPublisher:
     def finish(self, pending: PendingVersion, times: SendTimes) -> PublishResult:
         """Seal and prepare a version whose descriptors carry every rank's checksums and whose handles are merged."""
         manifest = manifests.build(
-            pending.name, pending.descriptors, pending.total_bytes, pending.train_step, pending.lora
+            *(pending.name, pending.descriptors, pending.total_bytes, pending.train_step, pending.lora),
+            checksum_kind(handle.kind for handle in pending.handles),
         )
         for handle in pending.handles:
             self.sender.transport(handle.kind).seal(handle, manifest)
@@ -231,6 +238,7 @@ class WeightPublisher:
             ),
             timeout=self._deadline_s,
         )
+        self._usable = pending.usable
         return PublishResult(
             manifest=manifest,
             handles=tuple(pending.handles),
@@ -240,6 +248,10 @@ class WeightPublisher:
             total_s=time.monotonic() - pending.began_s,
             written_bytes=times.written_bytes,
         )
+
+    def _find_usable(self) -> Sequence[TransportKind.ValueType]:
+        described = self._stub.DescribeTransports(weightsync_pb2.DescribeTransportsRequest(), timeout=self._deadline_s)
+        return usable_transports(described)
 
     @contextlib.contextmanager
     def discarding_on_failure(self, pending: PendingVersion) -> Iterator[None]:

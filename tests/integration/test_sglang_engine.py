@@ -220,6 +220,22 @@ async def test_an_update_in_place_keeps_requests_and_gives_new_ones_nothing_stal
         assert [span.version for span in response.result.weight_versions] == [old, version]
 
 
+async def test_a_version_with_the_number_of_another_finds_nothing_that_the_other_computed(
+    engine: SglangEngine, models: Models
+) -> None:
+    prompt = prompt_of(100, 7)
+    version = await serve(engine, models)
+    await respond(engine, prompt, max_new_tokens=4)
+    await engine.pause(PauseMode.RETRACT)
+    other = models[(version + 1) % 2]
+    await engine.load_weights(version, weights_of(other))
+    await engine.resume()
+    fresh = await respond(engine, prompt, max_new_tokens=20)
+    assert fresh.result.cached_prompt_tokens == 0
+    assert largest_difference(fresh, reference_log_probs(other, prompt, fresh.tokens)) < 1e-5
+    await engine.load_weights(version, weights_of(models[version % 2]))
+
+
 async def test_a_retracting_update_computes_requests_anew(engine: SglangEngine, models: Models) -> None:
     old = engine.version
     assert old is not None

@@ -15,6 +15,7 @@ from miles.weights.bucketing import buckets
 from miles.weights.dtypes import wire_dtype
 from miles.weights.transports.collective.group import Timing
 from miles.weights.transports.collective.transport import CollectiveTransport
+from miles.weights.transports.names import checksum_kind
 
 Published = tuple[weightsync_pb2.TransportHandle, policy_pb2.Manifest]
 QUICK = Timing(gather_s=0.2, linger_s=0.5, connect_s=1.0, patience_s=5.0, deadline_s=40.0)
@@ -45,7 +46,7 @@ def publish(
     for other in handles[1:]:
         handles[0].MergeFrom(other)
     version = policy_pb2.WeightVersion(job_id="job", stream=policy_pb2.WEIGHT_STREAM_POLICY, version=publication_id)
-    manifest = manifests.build(version, descriptors, total, publication_id)
+    manifest = manifests.build(version, descriptors, total, publication_id, checksum_kind=checksum_kind([kind]))
     ranks[0].seal(handles[0], manifest)
     return handles[0], manifest
 

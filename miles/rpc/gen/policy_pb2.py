@@ -25,21 +25,23 @@ _sym_db = _symbol_database.Default()
 from miles.rpc.gen import sample_pb2 as miles_dot_v1_dot_sample__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15miles/v1/policy.proto\x12\x08miles.v1\x1a\x15miles/v1/sample.proto\"X\n\rWeightVersion\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12&\n\x06stream\x18\x02 \x01(\x0e\x32\x16.miles.v1.WeightStream\x12\x0f\n\x07version\x18\x03 \x01(\x04\"\x81\x01\n\x10TensorDescriptor\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x1e\n\x05\x64type\x18\x02 \x01(\x0e\x32\x0f.miles.v1.DType\x12\r\n\x05shape\x18\x03 \x03(\x04\x12\x0e\n\x06offset\x18\x04 \x01(\x04\x12\x0e\n\x06nbytes\x18\x05 \x01(\x04\x12\x10\n\x08\x63hecksum\x18\x06 \x01(\x0c\"\x86\x02\n\x08Manifest\x12(\n\x07version\x18\x01 \x01(\x0b\x32\x17.miles.v1.WeightVersion\x12+\n\x07tensors\x18\x02 \x03(\x0b\x32\x1a.miles.v1.TensorDescriptor\x12\x13\n\x0btotal_bytes\x18\x03 \x01(\x04\x12\x10\n\x08\x63hecksum\x18\x04 \x01(\x0c\x12\x12\n\ntrain_step\x18\x05 \x01(\x04\x12\x17\n\x0f\x63reated_unix_ns\x18\x06 \x01(\x04\x12\x19\n\x0c\x62\x61se_version\x18\x07 \x01(\x04H\x00\x88\x01\x01\x12#\n\x04lora\x18\x08 \x01(\x0b\x32\x15.miles.v1.LoraAdapterB\x0f\n\r_base_version\"A\n\x0bLoraAdapter\x12\x0c\n\x04rank\x18\x01 \x01(\r\x12\r\n\x05\x61lpha\x18\x02 \x01(\x01\x12\x15\n\rbase_checksum\x18\x03 \x01(\x0c*`\n\x0cWeightStream\x12\x1d\n\x19WEIGHT_STREAM_UNSPECIFIED\x10\x00\x12\x18\n\x14WEIGHT_STREAM_POLICY\x10\x01\x12\x17\n\x13WEIGHT_STREAM_DRAFT\x10\x02\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15miles/v1/policy.proto\x12\x08miles.v1\x1a\x15miles/v1/sample.proto\"X\n\rWeightVersion\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12&\n\x06stream\x18\x02 \x01(\x0e\x32\x16.miles.v1.WeightStream\x12\x0f\n\x07version\x18\x03 \x01(\x04\"\x81\x01\n\x10TensorDescriptor\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x1e\n\x05\x64type\x18\x02 \x01(\x0e\x32\x0f.miles.v1.DType\x12\r\n\x05shape\x18\x03 \x03(\x04\x12\x0e\n\x06offset\x18\x04 \x01(\x04\x12\x0e\n\x06nbytes\x18\x05 \x01(\x04\x12\x10\n\x08\x63hecksum\x18\x06 \x01(\x0c\"\xb5\x02\n\x08Manifest\x12(\n\x07version\x18\x01 \x01(\x0b\x32\x17.miles.v1.WeightVersion\x12+\n\x07tensors\x18\x02 \x03(\x0b\x32\x1a.miles.v1.TensorDescriptor\x12\x13\n\x0btotal_bytes\x18\x03 \x01(\x04\x12\x10\n\x08\x63hecksum\x18\x04 \x01(\x0c\x12\x12\n\ntrain_step\x18\x05 \x01(\x04\x12\x17\n\x0f\x63reated_unix_ns\x18\x06 \x01(\x04\x12\x19\n\x0c\x62\x61se_version\x18\x07 \x01(\x04H\x00\x88\x01\x01\x12#\n\x04lora\x18\x08 \x01(\x0b\x32\x15.miles.v1.LoraAdapter\x12-\n\rchecksum_kind\x18\t \x01(\x0e\x32\x16.miles.v1.ChecksumKindB\x0f\n\r_base_version\"A\n\x0bLoraAdapter\x12\x0c\n\x04rank\x18\x01 \x01(\r\x12\r\n\x05\x61lpha\x18\x02 \x01(\x01\x12\x15\n\rbase_checksum\x18\x03 \x01(\x0c*`\n\x0cWeightStream\x12\x1d\n\x19WEIGHT_STREAM_UNSPECIFIED\x10\x00\x12\x18\n\x14WEIGHT_STREAM_POLICY\x10\x01\x12\x17\n\x13WEIGHT_STREAM_DRAFT\x10\x02*K\n\x0c\x43hecksumKind\x12\x1d\n\x19\x43HECKSUM_KIND_UNSPECIFIED\x10\x00\x12\x1c\n\x18\x43HECKSUM_KIND_BLOCK_SUMS\x10\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'miles.rpc.gen.policy_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_WEIGHTSTREAM']._serialized_start=612
-  _globals['_WEIGHTSTREAM']._serialized_end=708
+  _globals['_WEIGHTSTREAM']._serialized_start=659
+  _globals['_WEIGHTSTREAM']._serialized_end=755
+  _globals['_CHECKSUMKIND']._serialized_start=757
+  _globals['_CHECKSUMKIND']._serialized_end=832
   _globals['_WEIGHTVERSION']._serialized_start=58
   _globals['_WEIGHTVERSION']._serialized_end=146
   _globals['_TENSORDESCRIPTOR']._serialized_start=149
   _globals['_TENSORDESCRIPTOR']._serialized_end=278
   _globals['_MANIFEST']._serialized_start=281
-  _globals['_MANIFEST']._serialized_end=543
-  _globals['_LORAADAPTER']._serialized_start=545
-  _globals['_LORAADAPTER']._serialized_end=610
+  _globals['_MANIFEST']._serialized_end=590
+  _globals['_LORAADAPTER']._serialized_start=592
+  _globals['_LORAADAPTER']._serialized_end=657
 # @@protoc_insertion_point(module_scope)

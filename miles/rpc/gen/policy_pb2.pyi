@@ -42,6 +42,26 @@ WEIGHT_STREAM_DRAFT: WeightStream.ValueType  # 2
 """The draft model of speculative decoding."""
 Global___WeightStream: _TypeAlias = WeightStream  # noqa: Y015
 
+class _ChecksumKind:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _ChecksumKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ChecksumKind.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    CHECKSUM_KIND_UNSPECIFIED: _ChecksumKind.ValueType  # 0
+    """xxh3-128, big-endian (the canonical form)."""
+    CHECKSUM_KIND_BLOCK_SUMS: _ChecksumKind.ValueType  # 1
+    """Sums over blocks of 64 bytes, which a GPU computes in its own memory; see miles/weights/block_sums.py."""
+
+class ChecksumKind(_ChecksumKind, metaclass=_ChecksumKindEnumTypeWrapper):
+    """How the checksums of a manifest's tensors are computed."""
+
+CHECKSUM_KIND_UNSPECIFIED: ChecksumKind.ValueType  # 0
+"""xxh3-128, big-endian (the canonical form)."""
+CHECKSUM_KIND_BLOCK_SUMS: ChecksumKind.ValueType  # 1
+"""Sums over blocks of 64 bytes, which a GPU computes in its own memory; see miles/weights/block_sums.py."""
+Global___ChecksumKind: _TypeAlias = ChecksumKind  # noqa: Y015
+
 @_typing.final
 class WeightVersion(_message.Message):
     """Identifies one version of one model of one job."""
@@ -93,7 +113,7 @@ class TensorDescriptor(_message.Message):
     nbytes: _builtins.int
     """Length in bytes: product(shape) * size of dtype."""
     checksum: _builtins.bytes
-    """xxh3-128 of the tensor's bytes, 16 bytes big-endian (the canonical form)."""
+    """Of the tensor's bytes, 16 bytes; Manifest.checksum_kind says how it is computed."""
     @_builtins.property
     def shape(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Size of each dimension, outermost first, in elements."""
@@ -130,16 +150,21 @@ class Manifest(_message.Message):
     CREATED_UNIX_NS_FIELD_NUMBER: _builtins.int
     BASE_VERSION_FIELD_NUMBER: _builtins.int
     LORA_FIELD_NUMBER: _builtins.int
+    CHECKSUM_KIND_FIELD_NUMBER: _builtins.int
     total_bytes: _builtins.int
     """Size of the version's buffer, in bytes."""
     checksum: _builtins.bytes
-    """xxh3-128 over the tensors' names, dtypes, shapes, offsets and checksums in order, 16 bytes big-endian."""
+    """xxh3-128 over the kind of checksum, if one is set, and the tensors' names, dtypes, shapes, offsets and checksums in
+    order, 16 bytes big-endian.
+    """
     train_step: _builtins.int
     """Optimizer steps taken when the weights were exported, a count."""
     created_unix_ns: _builtins.int
     """When the export finished, in nanoseconds since the Unix epoch."""
     base_version: _builtins.int
     """Version a delta applies to; absent for a full version."""
+    checksum_kind: Global___ChecksumKind.ValueType
+    """How the tensors' checksums are computed."""
     @_builtins.property
     def version(self) -> Global___WeightVersion:
         """Which version this describes."""
@@ -163,10 +188,11 @@ class Manifest(_message.Message):
         created_unix_ns: _builtins.int = ...,
         base_version: _builtins.int | None = ...,
         lora: Global___LoraAdapter | None = ...,
+        checksum_kind: Global___ChecksumKind.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_base_version", b"_base_version", "base_version", b"base_version", "lora", b"lora", "version", b"version"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_base_version", b"_base_version", "base_version", b"base_version", "checksum", b"checksum", "created_unix_ns", b"created_unix_ns", "lora", b"lora", "tensors", b"tensors", "total_bytes", b"total_bytes", "train_step", b"train_step", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_base_version", b"_base_version", "base_version", b"base_version", "checksum", b"checksum", "checksum_kind", b"checksum_kind", "created_unix_ns", b"created_unix_ns", "lora", b"lora", "tensors", b"tensors", "total_bytes", b"total_bytes", "train_step", b"train_step", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__base_version: _TypeAlias = _typing.Literal["base_version"]  # noqa: Y015
     _WhichOneofArgType__base_version: _TypeAlias = _typing.Literal["_base_version", b"_base_version"]  # noqa: Y015

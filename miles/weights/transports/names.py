@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
-from miles.rpc.gen import weightsync_pb2
+from miles.rpc.gen import policy_pb2, weightsync_pb2
 
 if TYPE_CHECKING:
+    from miles.rpc.gen.policy_pb2 import ChecksumKind
     from miles.rpc.gen.weightsync_pb2 import DeltaEncoding, TransportKind
 
 TRANSPORT_OF_MODE: Mapping[str, TransportKind.ValueType] = {
@@ -25,3 +26,10 @@ ENCODING_OF_NAME: Mapping[str, DeltaEncoding.ValueType] = {
     "overwrite": weightsync_pb2.DELTA_ENCODING_OVERWRITE,
 }
 """By `update_weight_delta_encoding`."""
+
+
+def checksum_kind(transports: Iterable[int]) -> ChecksumKind.ValueType:
+    """How the checksums of a version are computed that is sent by these transports: where its bytes are."""
+    if set(transports) == {weightsync_pb2.TRANSPORT_KIND_CUDA_IPC}:
+        return policy_pb2.CHECKSUM_KIND_BLOCK_SUMS
+    return policy_pb2.CHECKSUM_KIND_UNSPECIFIED

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 from collections.abc import Mapping
+from typing import Any
 
 import pytest
 import torch
@@ -15,14 +16,18 @@ from miles.rpc.gen import policy_pb2
 from miles.weights import flat as flats
 from miles.weights import manifest as manifests
 from miles.weights.bucketing import buckets
+from miles.weights.check import check_weight_update_equal
 from miles.weights.dtypes import wire_dtype
 from miles.weights.manifest import ChecksumMismatch, ManifestError
 
 THREADS = concurrent.futures.ThreadPoolExecutor(2)
 
 
+KINDS = policy_pb2.ChecksumKind.values()
+
+
 def filled(
-    tensors: Mapping[str, torch.Tensor], bucket_bytes: int
+    tensors: Mapping[str, torch.Tensor], bucket_bytes: int, kind: Any = policy_pb2.CHECKSUM_KIND_UNSPECIFIED
 ) -> tuple[dict[int, torch.Tensor], policy_pb2.Manifest]:
     """The tensors in one flat tensor per bucket, and their manifest."""
     descriptors, total = manifests.plan((name, wire_dtype(t.dtype), t.shape) for name, t in tensors.items())
@@ -33,17 +38,18 @@ def filled(
         flats.clear_gaps(flat, bucket)
         for descriptor in bucket:
             flats.view(flat, descriptor, base).copy_(tensors[descriptor.name])
-        flats.set_checksums(flat, bucket, base, THREADS)
+        flats.set_checksums(flat, bucket, base, THREADS, kind)
         if nbytes:
             stretches[base] = flat
-    return stretches, manifests.build(policy_pb2.WeightVersion(job_id="job", version=1), descriptors, total, 0)
+    version = policy_pb2.WeightVersion(job_id="job", version=1)
+    return stretches, manifests.build(version, descriptors, total, 0, checksum_kind=kind)
 
 
 @settings(deadline=None, max_examples=30)
-@given(st.integers(1, 20_000), st.integers(1, 30))
-def test_tensors_are_found_again_whatever_the_buckets(bucket_bytes: int, count: int) -> None:
+@given(st.integers(1, 20_000), st.integers(1, 30), st.sampled_from(KINDS))
+def test_tensors_are_found_again_whatever_the_buckets(bucket_bytes: int, count: int, kind: int) -> None:
     tensors = random_tensors(count, count)
-    stretches, manifest = filled(tensors, bucket_bytes)
+    stretches, manifest = filled(tensors, bucket_bytes, kind)
     manifests.validate(manifest)
     flats.check_covered(manifest, ((base, flat.numel()) for base, flat in stretches.items()))
     flats.verify(stretches, manifest, "here", THREADS)
@@ -55,13 +61,25 @@ def test_tensors_are_found_again_whatever_the_buckets(bucket_bytes: int, count: 
 @given(st.data())
 @settings(deadline=None, max_examples=30)
 def test_a_changed_byte_of_a_tensor_is_noticed(data: st.DataObject) -> None:
-    stretches, manifest = filled(random_tensors(3, 6), 2000)
+    stretches, manifest = filled(random_tensors(3, 6), 2000, data.draw(st.sampled_from(KINDS)))
     victim = data.draw(st.sampled_from([tensor for tensor in manifest.tensors if tensor.nbytes]))
     byte = victim.offset + data.draw(st.integers(0, victim.nbytes - 1))
     base = max(start for start in stretches if start <= byte)
     stretches[base][byte - base] ^= data.draw(st.integers(1, 255))
     with pytest.raises(ChecksumMismatch, match=victim.name):
         flats.verify(stretches, manifest, "here", THREADS)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_served_tensors_are_compared_by_the_kind_of_checksum_that_the_manifest_names(kind: int) -> None:
+    tensors = random_tensors(5, 6)
+    _, manifest = filled(tensors, 2000, kind)
+    check_weight_update_equal(manifest, tensors)
+    name = next(tensor.name for tensor in manifest.tensors if tensor.nbytes)
+    tensors[name] = tensors[name].clone()
+    tensors[name].reshape(-1).view(torch.uint8)[0] ^= 1
+    with pytest.raises(ChecksumMismatch, match=name):
+        check_weight_update_equal(manifest, tensors)
 
 
 def test_packed_bytes_are_those_of_the_tensors_alone() -> None:

@@ -29,6 +29,9 @@ from miles.weights.transports.cuda_ipc.sharing import (
     share,
 )
 
+_AT_ONCE_BYTES = 64 << 20
+"""Tensors are copied in batches of about this size, each by few kernels; what they are converted from stays alive."""
+
 
 class CudaIpcTransport:
     """Implements WeightTransport between processes whose GPUs are in one node."""
@@ -51,16 +54,15 @@ class CudaIpcTransport:
         began = time.monotonic()
         base, nbytes = flats.extent(descriptors)
         if nbytes == 0:
-            flats.set_checksums(torch.empty(0, dtype=torch.uint8), descriptors, base, self._threads)
+            self._set_checksums(torch.empty(0, dtype=torch.uint8), descriptors, base)
             return SendTimes()
         bucket = self._bucket(nbytes)
         flat = bucket.flat
         flats.clear_gaps(flat, descriptors)
-        for descriptor, tensor in match_layout(descriptors, tensors):
-            flats.view(flat, descriptor, base).copy_(tensor, non_blocking=True)
+        _fill(flat, base, match_layout(descriptors, tensors))
         torch.cuda.current_stream(self._device).synchronize()
         copied = time.monotonic()
-        flats.set_checksums(flat, descriptors, base, self._threads)
+        self._set_checksums(flat, descriptors, base)
         self._staged.setdefault(handle.publication_id, []).append(bucket)
         handle.cuda_ipc.boot_id = boot_id()
         handle.cuda_ipc.buckets.append(encode_bucket(bucket.share, device_uuid(self._device), base, nbytes))
@@ -78,15 +80,17 @@ class CudaIpcTransport:
     def receive(self, handle: weightsync_pb2.TransportHandle, manifest: policy_pb2.Manifest) -> flats.FlatWeights:
         """Copy every bucket and verify every tensor."""
         manifests.validate(manifest)
-        flats.check_covered(manifest, ((bucket.offset, bucket.nbytes) for bucket in handle.cuda_ipc.buckets))
+        buckets = handle.cuda_ipc.buckets
+        flats.check_covered(manifest, ((bucket.offset, bucket.nbytes) for bucket in buckets))
         if handle.cuda_ipc.boot_id != boot_id():
             raise ManifestError("the weights are in GPU memory of another machine; use a transport between machines")
         flat = torch.empty(manifest.total_bytes, dtype=torch.uint8, device=self._device)
-        for bucket in handle.cuda_ipc.buckets:
+        for bucket in buckets:
             theirs = open_shared(decode_bucket(bucket, device_index(bucket.device_uuid)))
             flat[bucket.offset : bucket.offset + bucket.nbytes].copy_(theirs[: bucket.nbytes])
             torch.cuda.synchronize(theirs.device)
-        flats.verify({0: flat}, manifest, "GPU memory of the trainer", self._threads)
+        received = {bucket.offset: flat[bucket.offset : bucket.offset + bucket.nbytes] for bucket in buckets}
+        flats.verify(received, manifest, "GPU memory of the trainer", self._threads)
         return flats.FlatWeights({0: flat}, manifest.tensors)
 
     def trim(self, live: Collection[int] | None = None) -> None:
@@ -107,6 +111,9 @@ class CudaIpcTransport:
         self._staged.clear()
         self._threads.shutdown()
 
+    def _set_checksums(self, flat: torch.Tensor, descriptors: Sequence[policy_pb2.TensorDescriptor], base: int) -> None:
+        flats.set_checksums(flat, descriptors, base, self._threads, policy_pb2.CHECKSUM_KIND_BLOCK_SUMS)
+
     def _bucket(self, nbytes: int) -> SharedBucket:
         if spare := self._spare.get(nbytes):
             return spare.pop()
@@ -118,3 +125,19 @@ class CudaIpcTransport:
             for bucket in buckets:
                 bucket.free()
         self._spare.clear()
+
+
+def _fill(flat: torch.Tensor, base: int, tensors: Iterable[tuple[policy_pb2.TensorDescriptor, torch.Tensor]]) -> None:
+    """Copy tensors to their places in `flat`, whose first byte is the version's byte `base`; starts the copies only."""
+    places: list[torch.Tensor] = []
+    sources: list[torch.Tensor] = []
+    waiting = 0
+    for descriptor, tensor in tensors:
+        places.append(flats.view(flat, descriptor, base))
+        sources.append(tensor)
+        waiting += descriptor.nbytes
+        if waiting >= _AT_ONCE_BYTES:
+            torch._foreach_copy_(places, sources, non_blocking=True)
+            places, sources, waiting = [], [], 0
+    if places:
+        torch._foreach_copy_(places, sources, non_blocking=True)

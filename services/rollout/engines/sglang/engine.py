@@ -28,6 +28,7 @@ from miles.services.rollout.engines.sglang.server.replica import Replica
 from miles.services.rollout.engines.sglang.speculative.draft import DraftModel
 from miles.services.rollout.engines.sglang.weights.loader import WeightLoader
 from miles.services.rollout.engines.sglang.weights.remote import RemoteTransport
+from miles.tasks import cancelled_at_end
 from miles.weights.registry import create_transport
 
 if TYPE_CHECKING:
@@ -173,10 +174,13 @@ class SglangEngine:
             paused = self._pause_mode
             self._dispatcher.held = True
             began = time.monotonic()
-            if paused is None and not self._released:
-                await self._servers.pause("in_place")
+            staging = asyncio.create_task(self._loader.stage(tensors))
+            async with cancelled_at_end(staging):
+                if paused is None and not self._released:
+                    await self._servers.pause("in_place")
+                staged = await staging
             # In place, requests still need what the cache holds; new ones find nothing of older versions in it.
-            await self._loader.load(version, tensors, flush=paused not in (None, PauseMode.IN_PLACE))
+            await self._loader.load(version, tensors, flush=paused not in (None, PauseMode.IN_PLACE), staged=staged)
             self._released = False
             if paused is None:
                 await self._servers.resume()

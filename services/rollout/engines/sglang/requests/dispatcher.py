@@ -222,7 +222,7 @@ class Dispatcher:
         experts = self._experts if request.return_routed_experts else None
         decoder = ResponseDecoder(len(request.input_ids), experts, request.routed_experts_start)
         payload = to_payload(
-            request, active.rid, cache_key=f"v{replica.version}", seeded=self.model.seeded, interval=self._interval
+            request, active.rid, cache_key=replica.cache_key, seeded=self.model.seeded, interval=self._interval
         )
         async with contextlib.aclosing(replica.batches.generate(request.group, payload)) as events:
             async for event in events:

@@ -38,7 +38,7 @@ _LAST_RESTART_S = 60.0
 class Replica:
     """Keeps one managed server running, or one connection to an attached server.
 
-    `version` is set by the engine once the server holds it, and becomes None again when the server is lost.
+    `version` is set by `hold` once the server holds it, and becomes None again when the server is lost.
     """
 
     def __init__(
@@ -58,6 +58,7 @@ class Replica:
         self.max_positions = 0
         """Positions of the model; to be set before `start`."""
         self.version: int | None = None
+        self._loads = 0
         self.ranks = options.gpus_per_engine
         """Its tensor-parallel size; an attached server reports its own."""
         self.batches = Batches(self._generate, self._abort_soon)
@@ -93,6 +94,24 @@ class Replica:
     def up(self) -> bool:
         """Whether it is ready and answers."""
         return self._probe is not None and not self._lost.is_set()
+
+    @property
+    def cache_key(self) -> str:
+        """Of requests to its present weights: no others share it, not even those of a version with the same number."""
+        return f"v{self.version}.{self._loads}"
+
+    def hold(self, version: int) -> None:
+        """Note that the server holds a version now."""
+        self.version = version
+        self._loads += 1
+
+    @property
+    def holds_no_requests(self) -> bool:
+        """Whether nothing can find a prefix in its cache that was computed before new weights came.
+
+        Other services may have requests at an attached server.
+        """
+        return self.managed and not self.running
 
     def candidate(self) -> Candidate:
         """What the router needs to know of this server."""

@@ -48,6 +48,8 @@ class Bucket:
     """uint8, on the device of the tensors."""
     entries: Sequence[types.SimpleNamespace]
     """Position of each tensor: name, shape, dtype, start_idx, end_idx, numel (bytes), as SGLang reads them."""
+    in_place: bool
+    """Whether the buffer is the tensors' own memory, and no copy."""
 
     def serialized(self) -> str:
         """One reader's handle of the buffer. Each reader needs its own, and the bucket must outlive their reading."""
@@ -80,7 +82,7 @@ def _in_common(tensors: Sequence[NamedTensor]) -> Bucket | None:
             return None
         entries.append(_entry(name, tensor, start))
     flat = torch.empty(0, dtype=torch.uint8, device=tensors[0][1].device).set_(storage)
-    return Bucket(flat, entries)
+    return Bucket(flat, entries, in_place=True)
 
 
 def _copied(tensors: Sequence[NamedTensor]) -> Bucket:
@@ -99,7 +101,7 @@ def _copied(tensors: Sequence[NamedTensor]) -> Bucket:
             view.copy_(tensor.detach())
     if flat.is_cuda:
         torch.cuda.current_stream(flat.device).synchronize()
-    return Bucket(flat, entries)
+    return Bucket(flat, entries, in_place=False)
 
 
 def _entry(name: str, tensor: torch.Tensor, start: int) -> types.SimpleNamespace:

@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import logging
 import shutil
-import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,8 +18,8 @@ from miles.services.rollout.engines.sglang.options import SglangOptions
 from miles.services.rollout.engines.sglang.server.group import ServerGroup
 from miles.services.rollout.engines.sglang.server.replica import Replica
 from miles.services.rollout.engines.sglang.speculative.draft import own_parameters
-from miles.services.rollout.engines.sglang.weights import buckets, checker
-from miles.services.rollout.engines.sglang.weights.buckets import NamedTensor
+from miles.services.rollout.engines.sglang.weights import checker
+from miles.services.rollout.engines.sglang.weights.buckets import NamedTensor, share_by_name
 from miles.services.rollout.engines.sglang.weights.checker import Checksum, Selector
 from miles.services.rollout.engines.sglang.weights.files import write_files
 from miles.services.rollout.engines.sglang.weights.layout import ModelLayout, read_layout
@@ -65,7 +64,7 @@ class WeightLoader:
 
     async def prepare(self) -> None:
         """Read the layout of the model's parameters."""
-        buckets.share_by_name()
+        share_by_name()
         self._layout = await asyncio.to_thread(read_layout, self._options.hf_checkpoint, self._options.contract)
         for replica in self._servers.replicas:
             replica.max_positions = self._layout.max_positions
@@ -78,8 +77,26 @@ class WeightLoader:
         """Raise WeightsRefused when these are not the tensors that the trainer is to publish."""
         self._layout.refuse_misfits(tensors, self._dtype)
 
-    async def load(self, version: int, tensors: Mapping[str, torch.Tensor], *, flush: bool) -> None:
-        """Load a version into paused servers; with `flush`, also flush their caches.
+    async def stage(self, tensors: Mapping[str, torch.Tensor]) -> StagedWeights | None:
+        """Make ready what `load` hands to the servers, while they may still generate; None when there is nothing."""
+        if isinstance(tensors, RemoteWeights):
+            return None
+        staged = await asyncio.to_thread(self._staged, tensors, self._selector)
+        if self._options.weight_path != "disk":
+            await staged.stage()
+        return staged
+
+    async def load(
+        self,
+        version: int,
+        tensors: Mapping[str, torch.Tensor],
+        *,
+        flush: bool,
+        staged: StagedWeights | None = None,
+    ) -> None:
+        """Load a version into paused servers, from what `stage` made of it, if it did.
+
+        `flush` also the caches of those that hold requests, which must not find what older weights computed.
 
         When this raises, no server counts as holding a version any more.
         """
@@ -88,7 +105,7 @@ class WeightLoader:
             replica.version = None
         if self._released:
             await self._memory(replicas, "resume", ("weights",))
-        await self._push(replicas, version, tensors, self._selector)
+        await self._push(replicas, version, tensors, self._selector, staged)
         self.version, self.tensors = version, tensors
         if self._released:
             if self._draft:
@@ -96,10 +113,11 @@ class WeightLoader:
             await self._memory(replicas, "resume", ("kv_cache",))
             self._released = False
         elif flush:
-            await self._servers.call_each(replicas, lambda replica: replica.flush_cache(), "flush its cache")
+            holding = [replica for replica in replicas if not replica.holds_no_requests]
+            await self._servers.call_each(holding, lambda replica: replica.flush_cache(), "flush its cache")
         for replica in replicas:
             if replica.up:
-                replica.version = version
+                replica.hold(version)
 
     async def load_draft(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Load the draft model's weights into paused servers; if their memory is released, once it is restored."""
@@ -142,7 +160,7 @@ class WeightLoader:
             raise EngineFailed(str(error)) from error
         if not paused:
             await replica.resume()
-        replica.version = self.version
+        replica.hold(self.version)
         return True
 
     async def verify(self) -> Mapping[str, torch.Tensor]:
@@ -197,25 +215,32 @@ class WeightLoader:
         aliases = self._layout.aliases.items()
         return [*tensors.items(), *((alias, tensors[name]) for alias, name in aliases if alias not in tensors)]
 
+    def _staged(self, tensors: Mapping[str, torch.Tensor], selector: Selector) -> StagedWeights:
+        named = list(tensors.items()) if selector == "draft" else self._named(tensors)
+        return StagedWeights(named, self._options.bucket_bytes)
+
     async def _push(
-        self, replicas: Sequence[Replica], version: int | None, tensors: Mapping[str, torch.Tensor], selector: Selector
+        self,
+        replicas: Sequence[Replica],
+        version: int | None,
+        tensors: Mapping[str, torch.Tensor],
+        selector: Selector,
+        staged: StagedWeights | None = None,
     ) -> None:
         if isinstance(tensors, RemoteWeights):
             await self._push_remote(replicas, version, tensors, selector)
             return
-        named = list(tensors.items()) if selector == "draft" else self._named(tensors)
-        # Tensors in one allocation of a GPU are one bucket, which is not copied.
-        limit = sys.maxsize if buckets.are_together(named) else self._options.bucket_bytes
-        parts = list(buckets.in_buckets(named, limit))
+        if staged is None:
+            staged = self._staged(tensors, selector)
         if self._options.weight_path == "disk" and selector != "draft":
-            await self._push_files(replicas, version, parts)
+            await self._push_files(replicas, version, staged.parts)
             return
-        staged = StagedWeights(parts, len(replicas))
-        timeout_s = self._options.call_timeout_s
+        ready, timeout_s = staged, self._options.call_timeout_s
 
         async def update(replica: Replica) -> None:
-            await WeightUpdate(replica.api, version, selector, timeout_s).from_tensors(staged.buckets(), replica.ranks)
-            if self._options.on_gpu:
+            push = WeightUpdate(replica.api, version, selector, timeout_s)
+            await push.from_tensors(ready.buckets(len(replicas)), replica.ranks)
+            if ready.copied_on_gpu:
                 await checker.drain_device(replica.api, timeout_s)
 
         if selector == "draft":  # a server that refuses a draft serves the policy as before

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from typing import Any
 
 import pytest
 from aiohttp import web
@@ -114,13 +115,34 @@ async def test_a_scheduler_that_does_nothing_for_its_requests_is_noticed_behind_
     await attached.replica.close()
 
 
+def test_no_two_loads_share_a_key_of_the_cache_even_when_their_numbers_are_equal() -> None:
+    server = Replica(SglangOptions(hf_checkpoint="m", device="cpu"), 0, lambda _: asyncio.sleep(0), lambda: None)
+    keys = []
+    for version in (1, 2, 1, 1):
+        server.hold(version)
+        keys.append(server.cache_key)
+    assert len(set(keys)) == 4
+
+
+def test_only_a_server_of_this_service_without_requests_is_known_to_hold_none() -> None:
+    def replica_of(**options: Any) -> Replica:
+        given = SglangOptions(hf_checkpoint="m", device="cpu", **options)
+        return Replica(given, 0, lambda _: asyncio.sleep(0), lambda: None)
+
+    managed, shared = replica_of(), replica_of(addresses=("127.0.0.1:1",))
+    assert managed.holds_no_requests
+    assert not shared.holds_no_requests
+    managed.running = 1
+    assert not managed.holds_no_requests
+
+
 async def test_no_server_serves_the_noise_of_a_check_that_was_not_finished(front: Front) -> None:
     ready = asyncio.Queue[Replica]()
     options = SglangOptions(hf_checkpoint="m", device="cpu", addresses=(front.address,) * 2)
     replicas = [Replica(options, i, ready.put, lambda: None) for i in range(2)]
     for server in replicas:
         await server.start()
-        server.version = 3
+        server.hold(3)
     with pytest.raises(ServerRefused, match="not now"):
         await WeightLoader(options, ServerGroup(replicas, ChangeSignal(), 5.0)).verify()
     assert [server.version for server in replicas] == [None, None]
