@@ -9,8 +9,10 @@ bound; with --scale-batch the batch and the trainer grow with the rollouts, else
 
 `controller` starts a real controller process and Redis, and stand-ins for any number of rollouts over real gRPC. Each
 takes as long for a group as makes all of them finish --offered groups per second together, at least 0.2 s. It prints
-how many they did finish, what share of a processor the controller took for it, reports and heartbeats included, and its
-limit: the groups per second that would take a whole one. --profile FILE writes a cProfile of it.
+how long it took from the first rollout's being asked to load the job until all had work, and the CPU time of controller
+and stand-ins in it; how many groups they finished, what share of a processor each side took for it, reports and
+heartbeats included, and the controller's limit: the groups per second that would take a whole one. Beside that stands
+what grpc.aio alone takes for a lease and its answer on as many streams. --profile FILE writes a cProfile of it.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import dataclasses
 import json
 import os
 import pathlib
@@ -29,6 +32,7 @@ from collections.abc import AsyncIterator, Sequence
 
 import psutil
 
+from benchmarks.simulation.bare_streams import cpu_us_of_a_pair
 from benchmarks.simulation.lengths import Lengths
 from benchmarks.simulation.stand_ins import Rollouts, Trainer, stand_ins
 from benchmarks.simulation.virtual import Cluster, Simulation
@@ -39,6 +43,7 @@ from miles.rpc.server import WATCHED_PID_ENVIRONMENT
 
 _SAMPLES = 8
 _START_S = 60.0
+_CONNECT_S = 600.0
 
 
 # -- plan --------------------------------------------------------------------------------------------------------------
@@ -79,8 +84,8 @@ def plan(flags: argparse.Namespace) -> None:
 
 async def controller(flags: argparse.Namespace) -> None:
     """Print the table of every number of rollouts asked for."""
-    header = ("rollouts", "connected after s", "groups/s", "controller busy", "µs/group", "limit groups/s")
-    header = (*header, "mean staleness", "MiB of the controller")
+    header = ("rollouts", "connected after s", "CPU s: controller", "stand-ins", "groups/s", "busy: controller")
+    header = (*header, "stand-ins", "µs/group", "bare grpc.aio", "limit groups/s", "mean staleness", "MiB")
     table = Table(header)
     with tempfile.TemporaryDirectory() as folder:
         for rollouts in flags.rollouts:
@@ -97,20 +102,53 @@ async def _measure(folder: pathlib.Path, rollouts: int, flags: argparse.Namespac
             connect(address) as channel,
         ):
             stub = controller_pb2_grpc.ControllerServiceStub(channel)
-            began = time.monotonic()
             request = controller_pb2.SubmitJobRequest(config_json=json.dumps(_job(folder, rollouts * flags.slots)))
             await stub.SubmitJob(request, timeout=_START_S)
+            await groups.asked.wait()
+            connecting = _Stretch(process, groups)
             await _until_full(groups, rollouts)
-            connect_s = time.monotonic() - began
-            before, cpu_before, began = groups.finished, _cpu_s(process), time.monotonic()
+            connected = connecting.end()
+            running = _Stretch(process, groups)
             await asyncio.sleep(flags.seconds)
-            done, cpu_s, wall_s = groups.finished - before, _cpu_s(process) - cpu_before, time.monotonic() - began
+            ran = running.end()
             memory = process.memory_info().rss / 2**20
+    bare_us = await cpu_us_of_a_pair(rollouts, flags.seconds, groups.lease_bytes)
     staleness = _staleness(folder / "run" / "metrics.jsonl")
     return (
-        *(f"{rollouts}", f"{connect_s:.1f}", f"{done / wall_s:.0f}", f"{cpu_s / wall_s:.0%}"),
-        *(f"{cpu_s / max(1, done) * 1e6:.0f}", f"{done / cpu_s:.0f}", f"{staleness:.2f}", f"{memory:.0f}"),
+        *(f"{rollouts}", f"{connected.wall_s:.1f}", f"{connected.cpu_s:.1f}", f"{connected.stand_ins_s:.1f}"),
+        *(f"{ran.groups / ran.wall_s:.0f}", f"{ran.cpu_s / ran.wall_s:.0%}", f"{ran.stand_ins_s / ran.wall_s:.0%}"),
+        *(f"{ran.cpu_s / max(1, ran.groups) * 1e6:.0f}", f"{bare_us:.0f}", f"{ran.groups / ran.cpu_s:.0f}"),
+        *(f"{staleness:.2f}", f"{memory:.0f}"),
     )
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Took:
+    """What a stretch of time took. Times in seconds."""
+
+    wall_s: float
+    cpu_s: float
+    """CPU time of the controller."""
+    stand_ins_s: float
+    """CPU time of the stand-ins, which are this process."""
+    groups: int
+    """Groups finished in it."""
+
+
+class _Stretch:
+    """Measures from when it is made to `end`."""
+
+    def __init__(self, controller: psutil.Process, groups: Rollouts) -> None:
+        self._controller, self._groups = controller, groups
+        self._began = self._now()
+
+    def end(self) -> _Took:
+        """Return what it took until now."""
+        wall, cpu, own, groups = (now - then for now, then in zip(self._now(), self._began, strict=True))
+        return _Took(wall, cpu, own, int(groups))
+
+    def _now(self) -> tuple[float, float, float, float]:
+        return time.monotonic(), _cpu_s(self._controller), time.process_time(), self._groups.finished
 
 
 @contextlib.asynccontextmanager
@@ -138,10 +176,10 @@ async def _controller_process(
 
 
 async def _until_full(groups: Rollouts, rollouts: int) -> None:
-    end = time.monotonic() + 4 * _START_S
+    end = time.monotonic() + _CONNECT_S
     while groups.full < rollouts:
         if time.monotonic() > end:
-            raise TimeoutError(f"{groups.full} of {rollouts} rollouts had work after {4 * _START_S:g} s")
+            raise TimeoutError(f"{groups.full} of {rollouts} rollouts had work after {_CONNECT_S:g} s")
         await asyncio.sleep(0.1)
 
 

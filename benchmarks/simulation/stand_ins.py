@@ -1,4 +1,7 @@
-"""Fake rollouts, trainer and weight sync, which only wait, for a real controller over real gRPC."""
+"""Fake rollouts, trainer and weight sync, which only wait, for a real controller over real gRPC.
+
+Each rollout has an address of its own, so that the controller has a connection for each; one server listens at all.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ from typing import Any
 
 import grpc.aio
 
+from miles.addresses import split_address
 from miles.rpc import connect, start_server
 from miles.rpc.gen import (
     controller_pb2,
@@ -25,14 +29,11 @@ from miles.rpc.gen import (
 )
 from miles.tasks import cancelled_at_end
 
-PROGRESS_S = 1.0
-"""As a real rollout reports."""
-
 Context = Any
 
 
 class Rollouts(rollout_pb2_grpc.RolloutServiceServicer):
-    """Any number of rollouts at one address: each Run stream is one of them."""
+    """Any number of rollouts: each Run stream is one of them."""
 
     def __init__(self, slots: int, group_s: float) -> None:
         self._slots = slots
@@ -42,10 +43,15 @@ class Rollouts(rollout_pb2_grpc.RolloutServiceServicer):
         """Groups, all rollouts together."""
         self.full = 0
         """Rollouts that have had as many groups as they hold at once."""
+        self.lease_bytes = 0
+        """Size of the first lease."""
+        self.asked = asyncio.Event()
+        """Set once a rollout was asked to load the job."""
 
     async def StartJob(
         self, request: rollout_pb2.RolloutStartJobRequest, context: Context
     ) -> AsyncIterator[rollout_pb2.RolloutStartJobResponse]:
+        self.asked.set()
         yield rollout_pb2.RolloutStartJobResponse(stage="ready", ready=True)
 
     async def StopJob(
@@ -56,7 +62,8 @@ class Rollouts(rollout_pb2_grpc.RolloutServiceServicer):
     async def Run(self, requests: AsyncIterator[rollout_pb2.RunRequest], context: Context) -> None:  # type: ignore[override]
         loop = asyncio.get_running_loop()
         outgoing: asyncio.Queue[rollout_pb2.RunResponse] = asyncio.Queue()
-        number = (await anext(aiter(requests))).open.lease_number
+        opening = (await anext(aiter(requests))).open
+        number, progress_s = opening.lease_number, opening.progress_interval_ms / 1000
 
         def finish(group_id: int, attempt: int, version: int) -> None:
             self.finished += 1
@@ -73,9 +80,9 @@ class Rollouts(rollout_pb2_grpc.RolloutServiceServicer):
         async def read() -> None:
             leases = 0
             async for request in requests:
-                if request.HasField("lease"):
-                    lease = request.lease
+                for lease in request.leases.leases:
                     leases += 1
+                    self.lease_bytes = self.lease_bytes or lease.ByteSize()
                     self.full += leases == self._slots
                     # The first ones are under way already, so that from the beginning some end at any time.
                     seconds = self._group_s * (self._random.random() if leases <= self._slots else 1)
@@ -85,7 +92,7 @@ class Rollouts(rollout_pb2_grpc.RolloutServiceServicer):
             for count in itertools.count():
                 progress = rollout_pb2.RunProgress(running_requests=self._slots, generated_tokens=count)
                 outgoing.put_nowait(rollout_pb2.RunResponse(lease_number=number, progress=progress))
-                await asyncio.sleep(PROGRESS_S)
+                await asyncio.sleep(progress_s)
 
         ready = rollout_pb2.RunReady(capacity_groups=self._slots)
         outgoing.put_nowait(rollout_pb2.RunResponse(lease_number=number, ready=ready))
@@ -160,7 +167,8 @@ async def stand_ins(controller: str, rollouts: int, service: Rollouts, trainer: 
         trainer_pb2_grpc.add_TrainerServiceServicer_to_server(trainer, server)
         weightsync_pb2_grpc.add_WeightSyncServiceServicer_to_server(WeightSync(), server)
 
-    server, address = await start_server(register, "127.0.0.1:0", [])
+    server, address = await start_server(register, "0.0.0.0:0", [])
+    port = split_address(address)[1]
     kinds = {
         "weightsync": controller_pb2.WORKER_KIND_WEIGHTSYNC,
         "reward-0": controller_pb2.WORKER_KIND_REWARD,
@@ -169,12 +177,20 @@ async def stand_ins(controller: str, rollouts: int, service: Rollouts, trainer: 
     }
     async with connect(controller) as channel:
         stub = controller_pb2_grpc.ControllerServiceStub(channel)
-        tasks = [asyncio.create_task(_attach(stub, name, kind, address)) for name, kind in kinds.items()]
+        tasks = [
+            asyncio.create_task(_attach(stub, name, kind, loopback_address(place, port)))
+            for place, (name, kind) in enumerate(kinds.items())
+        ]
         try:
             async with cancelled_at_end(*tasks):
                 yield
         finally:
             await server.stop(0)
+
+
+def loopback_address(place: int, port: int) -> str:
+    """The address of one of up to 65,000 servers on this machine."""
+    return f"127.1.{place // 250}.{place % 250 + 1}:{port}"
 
 
 async def _attach(
@@ -191,15 +207,17 @@ async def _attach(
         info_json='{"ranks": 1, "rewards": "exact_match"}',
     )
 
+    interval_s = 2.0
+
     async def requests() -> AsyncIterator[controller_pb2.AttachRequest]:
         yield controller_pb2.AttachRequest(registration=registration)
         for sequence in itertools.count():
             beat = controller_pb2.WorkerHeartbeat(sequence=sequence, activity="generating", progress=sequence)
             yield controller_pb2.AttachRequest(heartbeat=beat)
-            await asyncio.sleep(2.0)
+            await asyncio.sleep(interval_s)
 
     while True:
         with contextlib.suppress(grpc.aio.AioRpcError):
-            async for _ in stub.Attach(requests()):
-                pass
+            async for response in stub.Attach(requests()):
+                interval_s = response.heartbeat_interval_ms / 1000
         await asyncio.sleep(0.5)

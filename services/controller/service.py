@@ -117,7 +117,9 @@ class ControllerServicer(controller_pb2_grpc.ControllerServiceServicer):
                 if request.HasField("registration"):
                     worker = self._registry.attach(request.registration)
                     yield controller_pb2.AttachResponse(
-                        lease_number=worker.lease_number, lease_ttl_ms=int(self._registry.ttl_s * 1000)
+                        lease_number=worker.lease_number,
+                        lease_ttl_ms=int(self._registry.ttl_s * 1000),
+                        heartbeat_interval_ms=int(self._registry.heartbeat_interval_s * 1000),
                     )
                 elif worker is None:
                     await abort(context, grpc.StatusCode.FAILED_PRECONDITION, "heartbeat before registration")

@@ -7,7 +7,7 @@ import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 
-from miles.rpc import connect
+from miles.rpc import connected
 from miles.rpc.gen import policy_pb2, weightsync_pb2, weightsync_pb2_grpc
 from miles.services.controller.clients import deadlines
 from miles.services.controller.clients.calls import (
@@ -100,5 +100,5 @@ class WeightSyncClient:
 
     @asynccontextmanager
     async def _stub(self) -> AsyncIterator[weightsync_pb2_grpc.WeightSyncServiceStub]:
-        async with connect(self.address) as channel:
+        with connected(self.address) as channel:
             yield weightsync_pb2_grpc.WeightSyncServiceStub(channel)
