@@ -1,4 +1,4 @@
-"""The orders that wait for one rollout. Leases that wait together are one message, which costs no more than one does."""
+"""Orders that wait for one rollout. Leases that wait together are one message, which costs no more than one does."""
 
 from __future__ import annotations
 
