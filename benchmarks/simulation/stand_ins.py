@@ -15,6 +15,7 @@ from typing import Any
 
 import grpc.aio
 
+from benchmarks.simulation.step_gaps import Moments
 from miles.addresses import split_address
 from miles.rpc import connect, start_server
 from miles.rpc.gen import (
@@ -35,7 +36,8 @@ Context = Any
 class Rollouts(rollout_pb2_grpc.RolloutServiceServicer):
     """Any number of rollouts: each Run stream is one of them."""
 
-    def __init__(self, slots: int, group_s: float) -> None:
+    def __init__(self, slots: int, group_s: float, moments: Moments) -> None:
+        self._moments = moments
         self._slots = slots
         self._group_s = group_s
         self._random = random.Random(0)
@@ -67,6 +69,7 @@ class Rollouts(rollout_pb2_grpc.RolloutServiceServicer):
 
         def finish(group_id: int, attempt: int, version: int) -> None:
             self.finished += 1
+            self._moments.note("finished")
             finished = rollout_pb2.GroupFinished(
                 group_id=group_id,
                 attempt=attempt,
@@ -81,6 +84,7 @@ class Rollouts(rollout_pb2_grpc.RolloutServiceServicer):
             leases = 0
             async for request in requests:
                 for lease in request.leases.leases:
+                    self._moments.note("leased")
                     leases += 1
                     self.lease_bytes = self.lease_bytes or lease.ByteSize()
                     self.full += leases == self._slots
@@ -108,8 +112,9 @@ class Rollouts(rollout_pb2_grpc.RolloutServiceServicer):
 class Trainer(trainer_pb2_grpc.TrainerServiceServicer):
     """Takes steps of a fixed time."""
 
-    def __init__(self, train_s: float) -> None:
+    def __init__(self, train_s: float, moments: Moments) -> None:
         self._train_s = train_s
+        self._moments = moments
 
     async def StartJob(
         self, request: trainer_pb2.TrainerStartJobRequest, context: Context
@@ -119,10 +124,12 @@ class Trainer(trainer_pb2_grpc.TrainerServiceServicer):
     async def Train(
         self, request: trainer_pb2.TrainRequest, context: Context
     ) -> AsyncIterator[trainer_pb2.TrainResponse]:
+        self._moments.note("train")
         await asyncio.sleep(self._train_s)
         done = trainer_pb2.TrainDone(
             step=request.step, metrics={"rollout/response_tokens": float(len(request.group_ids))}
         )
+        self._moments.note("trained")
         yield trainer_pb2.TrainResponse(phase=trainer_pb2.TRAIN_PHASE_DONE, done=done)
 
     async def AbandonStep(
@@ -131,6 +138,8 @@ class Trainer(trainer_pb2_grpc.TrainerServiceServicer):
         return trainer_pb2.AbandonStepResponse(abandoning=False)
 
     async def Export(self, request: trainer_pb2.ExportRequest, context: Context) -> trainer_pb2.ExportResponse:
+        self._moments.note("export")
+        self._moments.note("exported")
         return trainer_pb2.ExportResponse(total_bytes=1)
 
     async def SaveCheckpoint(
@@ -147,9 +156,14 @@ class Trainer(trainer_pb2_grpc.TrainerServiceServicer):
 class WeightSync(weightsync_pb2_grpc.WeightSyncServiceServicer):
     """Brings every version to every engine at once."""
 
+    def __init__(self, moments: Moments) -> None:
+        self._moments = moments
+
     async def Activate(
         self, request: weightsync_pb2.ActivateRequest, context: Context
     ) -> AsyncIterator[weightsync_pb2.ActivateResponse]:
+        self._moments.note("activate")
+        self._moments.note("active")
         yield weightsync_pb2.ActivateResponse(done=weightsync_pb2.ActivateDone(engines=len(request.wait_for)))
 
     async def ReleaseJob(
@@ -159,13 +173,15 @@ class WeightSync(weightsync_pb2_grpc.WeightSyncServiceServicer):
 
 
 @contextlib.asynccontextmanager
-async def stand_ins(controller: str, rollouts: int, service: Rollouts, trainer: Trainer) -> AsyncIterator[None]:
+async def stand_ins(
+    controller: str, rollouts: int, service: Rollouts, trainer: Trainer, weightsync: WeightSync
+) -> AsyncIterator[None]:
     """All of them, attached to a controller."""
 
     def register(server: grpc.aio.Server) -> None:
         rollout_pb2_grpc.add_RolloutServiceServicer_to_server(service, server)
         trainer_pb2_grpc.add_TrainerServiceServicer_to_server(trainer, server)
-        weightsync_pb2_grpc.add_WeightSyncServiceServicer_to_server(WeightSync(), server)
+        weightsync_pb2_grpc.add_WeightSyncServiceServicer_to_server(weightsync, server)
 
     server, address = await start_server(register, "0.0.0.0:0", [])
     port = split_address(address)[1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 from collections.abc import AsyncIterator
 
@@ -144,14 +145,16 @@ class ControllerServicer(controller_pb2_grpc.ControllerServiceServicer):
     ) -> weightsync_pb2.ListVersionsResponse:
         async with ending_call(context):
             await self._store.get(request.job_id)
-            return await self._weightsync().list_versions(request.job_id)
+            with contextlib.closing(self._weightsync()) as weightsync:
+                return await weightsync.list_versions(request.job_id)
 
     async def CheckJobVersions(
         self, request: controller_pb2.CheckJobVersionsRequest, context: grpc.aio.ServicerContext
     ) -> weightsync_pb2.CheckEnginesResponse:
         async with ending_call(context):
             await self._store.get(request.job_id)
-            return await self._weightsync().check_engines(request.job_id)
+            with contextlib.closing(self._weightsync()) as weightsync:
+                return await weightsync.check_engines(request.job_id)
 
     async def DescribeRun(
         self, request: controller_pb2.DescribeRunRequest, context: grpc.aio.ServicerContext

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from miles.rpc.gen import rollout_pb2
-from miles.services.controller.run.seeds import sample_seed
+from miles.services.controller.run.seeds import sample_seeds
 from miles.types import SampleGroup
 from miles.types.convert import pending_group_to_proto
 
@@ -73,7 +73,7 @@ def _lease(
         attempt=attempt,
         group=pending_group_to_proto(group),
         sampling=(sampling,),
-        seeds=[sample_seed(seed, stream, group.group_id, index) for index in range(samples)],
+        seeds=sample_seeds(seed, stream, group.group_id, samples),
     )
 
 

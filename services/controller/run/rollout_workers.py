@@ -92,16 +92,19 @@ class RolloutWorkers:
         """Connect to all live rollouts, and to those that attach later, until cancelled."""
         try:
             while True:
-                for worker in self._registry.alive(controller_pb2.WORKER_KIND_ROLLOUT):
-                    if worker.worker_id not in self._tasks:
-                        task = self._tasks[worker.worker_id] = asyncio.create_task(self._serve(worker, listener))
+                attached = self._registry.alive(controller_pb2.WORKER_KIND_ROLLOUT)
+                if new := [worker for worker in attached if worker.worker_id not in self._tasks]:
+                    fenced = asyncio.ensure_future(fence_earlier_leases(self._queue, new))
+                    for worker in new:
+                        task = asyncio.create_task(self._serve(worker, fenced, listener))
+                        self._tasks[worker.worker_id] = task
                         self._alerts.watch(task)
                 await self._registry.wait_for_change(1.0)
         finally:
             await cancel(*self._tasks.values())
 
-    async def _serve(self, worker: AttachedWorker, listener: RolloutListener) -> None:
-        """Work with one worker until its worker lease or its stream ends."""
+    async def _serve(self, worker: AttachedWorker, fenced: asyncio.Future[None], listener: RolloutListener) -> None:
+        """Work with one worker, from when it is `fenced` until its worker lease or its stream ends."""
         addresses = self._reward_addresses.of(worker.worker_id)
         client = self._clients[worker.worker_id] = RolloutClient(
             worker, self._context, self._weightsync_address, addresses, report_interval_s(len(self._tasks), 1.0)
@@ -109,7 +112,7 @@ class RolloutWorkers:
         if warning := number_types.warning_of(worker, self._context.config.rollout.rollout_dtype):
             self._alerts.warn(warning)
         try:
-            await fence_earlier_leases(self._queue, worker)
+            await asyncio.shield(fenced)
             await self._run_until_lost(client, listener)
             if worker.lost.is_set():
                 await fence_lost_worker(self._queue, worker)

@@ -7,7 +7,7 @@ from miles.config import JobConfig
 from miles.data import PromptSource
 from miles.data.prompts import PromptRecord, PromptSet
 from miles.services.controller.run.lease_messages import evaluation_lease, training_lease
-from miles.services.controller.run.seeds import sample_seed
+from miles.services.controller.run.seeds import sample_seeds
 from miles.services.rollout.groups.messages import lease_from_proto
 from tests.support.config_cases import MINIMAL
 
@@ -25,8 +25,7 @@ CONFIG = JobConfig.from_flat(GIVEN)
 def test_a_training_lease_gives_each_sample_its_index_and_seed() -> None:
     lease = lease_from_proto(training_lease(CONFIG, SOURCE.group("job", 7, 1), 2, 4, 5))
     assert lease.group == SOURCE.group("job", 7, 3)
-    seeds = [sample_seed(CONFIG.rollout.rollout_seed, "train", 7, index) for index in range(3)]
-    assert [each.seed for each in lease.sampling] == seeds
+    assert [each.seed for each in lease.sampling] == sample_seeds(CONFIG.rollout.rollout_seed, "train", 7, 3)
     assert {each.max_new_tokens for each in lease.sampling} == {16}
     assert (lease.attempt, lease.min_version, lease.newest_version, len(lease.skip_special_tokens)) == (2, 4, 5, 3)
 
@@ -43,7 +42,5 @@ def test_samples_of_a_lease_share_nothing_that_changes() -> None:
 def test_an_evaluation_lease_has_seeds_of_its_own(samples: int) -> None:
     config = JobConfig.from_flat(GIVEN | {"n_samples_per_eval_prompt": samples})
     lease = lease_from_proto(evaluation_lease(config, "set", SOURCE.group("job", 7, 1), 1, 3))
-    assert [each.seed for each in lease.sampling] == [
-        sample_seed(config.rollout.rollout_seed, "eval/set", 7, index) for index in range(samples)
-    ]
+    assert [each.seed for each in lease.sampling] == sample_seeds(config.rollout.rollout_seed, "eval/set", 7, samples)
     assert (lease.exact_version, len(lease.group.samples)) == (3, samples)
