@@ -1,4 +1,7 @@
-"""Fake rollouts, trainer and weight sync, which only wait, for a real controller over real gRPC."""
+"""Fake rollouts, trainer and weight sync, which only wait, for a real controller over real gRPC.
+
+Each rollout has an address of its own, so that the controller has a connection for each; one server listens at all.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,8 @@ from typing import Any
 
 import grpc.aio
 
+from benchmarks.simulation.step_gaps import Moments
+from miles.addresses import split_address
 from miles.rpc import connect, start_server
 from miles.rpc.gen import (
     controller_pb2,
@@ -25,16 +30,14 @@ from miles.rpc.gen import (
 )
 from miles.tasks import cancelled_at_end
 
-PROGRESS_S = 1.0
-"""As a real rollout reports."""
-
 Context = Any
 
 
 class Rollouts(rollout_pb2_grpc.RolloutServiceServicer):
-    """Any number of rollouts at one address: each Run stream is one of them."""
+    """Any number of rollouts: each Run stream is one of them."""
 
-    def __init__(self, slots: int, group_s: float) -> None:
+    def __init__(self, slots: int, group_s: float, moments: Moments) -> None:
+        self._moments = moments
         self._slots = slots
         self._group_s = group_s
         self._random = random.Random(0)
@@ -42,10 +45,15 @@ class Rollouts(rollout_pb2_grpc.RolloutServiceServicer):
         """Groups, all rollouts together."""
         self.full = 0
         """Rollouts that have had as many groups as they hold at once."""
+        self.lease_bytes = 0
+        """Size of the first lease."""
+        self.asked = asyncio.Event()
+        """Set once a rollout was asked to load the job."""
 
     async def StartJob(
         self, request: rollout_pb2.RolloutStartJobRequest, context: Context
     ) -> AsyncIterator[rollout_pb2.RolloutStartJobResponse]:
+        self.asked.set()
         yield rollout_pb2.RolloutStartJobResponse(stage="ready", ready=True)
 
     async def StopJob(
@@ -56,10 +64,12 @@ class Rollouts(rollout_pb2_grpc.RolloutServiceServicer):
     async def Run(self, requests: AsyncIterator[rollout_pb2.RunRequest], context: Context) -> None:  # type: ignore[override]
         loop = asyncio.get_running_loop()
         outgoing: asyncio.Queue[rollout_pb2.RunResponse] = asyncio.Queue()
-        number = (await anext(aiter(requests))).open.lease_number
+        opening = (await anext(aiter(requests))).open
+        number, progress_s = opening.lease_number, opening.progress_interval_ms / 1000
 
         def finish(group_id: int, attempt: int, version: int) -> None:
             self.finished += 1
+            self._moments.note("finished")
             finished = rollout_pb2.GroupFinished(
                 group_id=group_id,
                 attempt=attempt,
@@ -73,9 +83,10 @@ class Rollouts(rollout_pb2_grpc.RolloutServiceServicer):
         async def read() -> None:
             leases = 0
             async for request in requests:
-                if request.HasField("lease"):
-                    lease = request.lease
+                for lease in request.leases.leases:
+                    self._moments.note("leased")
                     leases += 1
+                    self.lease_bytes = self.lease_bytes or lease.ByteSize()
                     self.full += leases == self._slots
                     # The first ones are under way already, so that from the beginning some end at any time.
                     seconds = self._group_s * (self._random.random() if leases <= self._slots else 1)
@@ -85,7 +96,7 @@ class Rollouts(rollout_pb2_grpc.RolloutServiceServicer):
             for count in itertools.count():
                 progress = rollout_pb2.RunProgress(running_requests=self._slots, generated_tokens=count)
                 outgoing.put_nowait(rollout_pb2.RunResponse(lease_number=number, progress=progress))
-                await asyncio.sleep(PROGRESS_S)
+                await asyncio.sleep(progress_s)
 
         ready = rollout_pb2.RunReady(capacity_groups=self._slots)
         outgoing.put_nowait(rollout_pb2.RunResponse(lease_number=number, ready=ready))
@@ -101,8 +112,9 @@ class Rollouts(rollout_pb2_grpc.RolloutServiceServicer):
 class Trainer(trainer_pb2_grpc.TrainerServiceServicer):
     """Takes steps of a fixed time."""
 
-    def __init__(self, train_s: float) -> None:
+    def __init__(self, train_s: float, moments: Moments) -> None:
         self._train_s = train_s
+        self._moments = moments
 
     async def StartJob(
         self, request: trainer_pb2.TrainerStartJobRequest, context: Context
@@ -112,10 +124,12 @@ class Trainer(trainer_pb2_grpc.TrainerServiceServicer):
     async def Train(
         self, request: trainer_pb2.TrainRequest, context: Context
     ) -> AsyncIterator[trainer_pb2.TrainResponse]:
+        self._moments.note("train")
         await asyncio.sleep(self._train_s)
         done = trainer_pb2.TrainDone(
             step=request.step, metrics={"rollout/response_tokens": float(len(request.group_ids))}
         )
+        self._moments.note("trained")
         yield trainer_pb2.TrainResponse(phase=trainer_pb2.TRAIN_PHASE_DONE, done=done)
 
     async def AbandonStep(
@@ -124,6 +138,8 @@ class Trainer(trainer_pb2_grpc.TrainerServiceServicer):
         return trainer_pb2.AbandonStepResponse(abandoning=False)
 
     async def Export(self, request: trainer_pb2.ExportRequest, context: Context) -> trainer_pb2.ExportResponse:
+        self._moments.note("export")
+        self._moments.note("exported")
         return trainer_pb2.ExportResponse(total_bytes=1)
 
     async def SaveCheckpoint(
@@ -140,9 +156,14 @@ class Trainer(trainer_pb2_grpc.TrainerServiceServicer):
 class WeightSync(weightsync_pb2_grpc.WeightSyncServiceServicer):
     """Brings every version to every engine at once."""
 
+    def __init__(self, moments: Moments) -> None:
+        self._moments = moments
+
     async def Activate(
         self, request: weightsync_pb2.ActivateRequest, context: Context
     ) -> AsyncIterator[weightsync_pb2.ActivateResponse]:
+        self._moments.note("activate")
+        self._moments.note("active")
         yield weightsync_pb2.ActivateResponse(done=weightsync_pb2.ActivateDone(engines=len(request.wait_for)))
 
     async def ReleaseJob(
@@ -152,15 +173,18 @@ class WeightSync(weightsync_pb2_grpc.WeightSyncServiceServicer):
 
 
 @contextlib.asynccontextmanager
-async def stand_ins(controller: str, rollouts: int, service: Rollouts, trainer: Trainer) -> AsyncIterator[None]:
+async def stand_ins(
+    controller: str, rollouts: int, service: Rollouts, trainer: Trainer, weightsync: WeightSync
+) -> AsyncIterator[None]:
     """All of them, attached to a controller."""
 
     def register(server: grpc.aio.Server) -> None:
         rollout_pb2_grpc.add_RolloutServiceServicer_to_server(service, server)
         trainer_pb2_grpc.add_TrainerServiceServicer_to_server(trainer, server)
-        weightsync_pb2_grpc.add_WeightSyncServiceServicer_to_server(WeightSync(), server)
+        weightsync_pb2_grpc.add_WeightSyncServiceServicer_to_server(weightsync, server)
 
-    server, address = await start_server(register, "127.0.0.1:0", [])
+    server, address = await start_server(register, "0.0.0.0:0", [])
+    port = split_address(address)[1]
     kinds = {
         "weightsync": controller_pb2.WORKER_KIND_WEIGHTSYNC,
         "reward-0": controller_pb2.WORKER_KIND_REWARD,
@@ -169,12 +193,20 @@ async def stand_ins(controller: str, rollouts: int, service: Rollouts, trainer: 
     }
     async with connect(controller) as channel:
         stub = controller_pb2_grpc.ControllerServiceStub(channel)
-        tasks = [asyncio.create_task(_attach(stub, name, kind, address)) for name, kind in kinds.items()]
+        tasks = [
+            asyncio.create_task(_attach(stub, name, kind, loopback_address(place, port)))
+            for place, (name, kind) in enumerate(kinds.items())
+        ]
         try:
             async with cancelled_at_end(*tasks):
                 yield
         finally:
             await server.stop(0)
+
+
+def loopback_address(place: int, port: int) -> str:
+    """The address of one of up to 65,000 servers on this machine."""
+    return f"127.1.{place // 250}.{place % 250 + 1}:{port}"
 
 
 async def _attach(
@@ -191,15 +223,17 @@ async def _attach(
         info_json='{"ranks": 1, "rewards": "exact_match"}',
     )
 
+    interval_s = 2.0
+
     async def requests() -> AsyncIterator[controller_pb2.AttachRequest]:
         yield controller_pb2.AttachRequest(registration=registration)
         for sequence in itertools.count():
             beat = controller_pb2.WorkerHeartbeat(sequence=sequence, activity="generating", progress=sequence)
             yield controller_pb2.AttachRequest(heartbeat=beat)
-            await asyncio.sleep(2.0)
+            await asyncio.sleep(interval_s)
 
     while True:
         with contextlib.suppress(grpc.aio.AioRpcError):
-            async for _ in stub.Attach(requests()):
-                pass
+            async for response in stub.Attach(requests()):
+                interval_s = response.heartbeat_interval_ms / 1000
         await asyncio.sleep(0.5)

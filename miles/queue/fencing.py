@@ -18,13 +18,15 @@ end
 """Lua function: whether a lease number is smaller than the fence of its worker or of all workers."""
 
 FENCE = """
--- KEYS fences ; ARGV worker_id, lease_number
+-- KEYS fences ; ARGV worker_id, lease_number, ...
 redis.call('HDEL', KEYS[1], '')
-local before = tonumber(redis.call('HGET', KEYS[1], ARGV[1]) or 0)
-if tonumber(ARGV[2]) > before then redis.call('HSET', KEYS[1], ARGV[1], ARGV[2]) end
+for i = 1, #ARGV, 2 do
+  local before = tonumber(redis.call('HGET', KEYS[1], ARGV[i]) or 0)
+  if tonumber(ARGV[i + 1]) > before then redis.call('HSET', KEYS[1], ARGV[i], ARGV[i + 1]) end
+end
 return 1
 """
-"""Refuse results of a worker's leases with smaller numbers from now on."""
+"""Refuse results of each worker's leases with smaller numbers from now on."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from redis.exceptions import NoScriptError, ResponseError
@@ -171,15 +171,22 @@ class GroupQueue:
         return None if reason is None else reason.decode(errors="replace")
 
     async def fence(self, worker_id: str, lease_number: int, *, deadline_s: float = 60.0) -> None:
-        """Refuse results of a worker's leases (`*`: of all workers') with smaller numbers than this one.
+        """`fence_all` of one worker."""
+        await self.fence_all({worker_id: lease_number}, deadline_s=deadline_s)
+
+    async def fence_all(self, lease_numbers: Mapping[str, int], *, deadline_s: float = 60.0) -> None:
+        """Refuse results of each worker's leases (`*`: of all workers') with smaller numbers than its one here.
 
         While Redis is unreachable, waits up to `deadline_s` seconds before it raises the connection's error.
         """
+        arguments = [part for pair in lease_numbers.items() for part in pair]
 
         async def write() -> None:
-            await self._fence(keys=[self._keys.fences], args=[worker_id, lease_number])
+            await self._fence(keys=[self._keys.fences], args=arguments)
 
-        await until_written(write, f"the fence of {worker_id}", 0, deadline_s)
+        names = list(lease_numbers)
+        what = f"the fence of {names[0]}" if len(names) == 1 else f"the fences of {len(names)} workers"
+        await until_written(write, what, 0, deadline_s)
 
     async def wait_until_answering(self, deadline_s: float) -> None:
         """Return once Redis answers; after `deadline_s` seconds raises the connection's error."""

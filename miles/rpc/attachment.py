@@ -24,8 +24,8 @@ from miles.telemetry.tracing import write_spans
 logger = logging.getLogger(__name__)
 
 _RETRY_S = 0.5
-_LONGEST_BEAT_S = 2.0
-"""Longest time between heartbeats, which also report the worker's progress."""
+_BEAT_S = 2.0
+"""Time between heartbeats, which also report the worker's progress, unless the controller says another."""
 
 
 class WorkerAttachment:
@@ -49,7 +49,7 @@ class WorkerAttachment:
         """The worker listens on `address` and is reached at `advertise`; see `reachable_address`."""
         self._controller_address = controller_address
         self._heartbeat = heartbeat
-        self._lease_ttl_s = 3.0
+        self._lease_ttl_s, self._beat_s = 3.0, _BEAT_S
         self.lease_number: int | None = None
         self.registration = controller_pb2.WorkerRegistration(
             worker_id=worker_id,
@@ -75,6 +75,7 @@ class WorkerAttachment:
                     async for response in stub.Attach(self._requests()):
                         self.lease_number = response.lease_number
                         self._lease_ttl_s = response.lease_ttl_ms / 1000
+                        self._beat_s = response.heartbeat_interval_ms / 1000 or _BEAT_S
                         attached, failures = True, RepeatedWarnings()
                         if response.HasField("trace"):
                             await self._write_trace(response.trace)
@@ -103,4 +104,4 @@ class WorkerAttachment:
             sequence += 1
             heartbeat.sequence = sequence
             yield controller_pb2.AttachRequest(heartbeat=heartbeat)
-            await asyncio.sleep(min(self._lease_ttl_s / 3, _LONGEST_BEAT_S))
+            await asyncio.sleep(min(self._lease_ttl_s / 3, self._beat_s))

@@ -14,7 +14,7 @@ from miles.rpc.tls import TlsFiles
 
 RECONNECT_OPTIONS: list[tuple[str, int]] = [
     ("grpc.initial_reconnect_backoff_ms", 200),
-    ("grpc.min_reconnect_backoff_ms", 200),
+    ("grpc.min_reconnect_backoff_ms", 5_000),  # how long one attempt may take: a busy server answers late
     ("grpc.max_reconnect_backoff_ms", 5_000),
 ]
 _NO_PROXY: list[tuple[str, int]] = [("grpc.enable_http_proxy", 0)]

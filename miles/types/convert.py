@@ -123,6 +123,15 @@ def group_to_proto(group: SampleGroup, path: str = "") -> pb.SampleGroup:
     return message
 
 
+def pending_group_to_proto(group: SampleGroup) -> pb.SampleGroup:
+    """Encode a group of prompts, without responses, unchecked: whoever decodes it checks it."""
+    message = pb.SampleGroup(job_id=group.job_id, group_id=group.group_id)
+    for sample in group.samples:
+        encode_fields(sample, encoded := message.samples.add())
+        _fill_array(encoded.tokens, sample.tokens, "tokens")
+    return message
+
+
 def group_from_proto(message: pb.SampleGroup, path: str = "") -> SampleGroup:
     """Decode and check a group. Raises MalformedMessage; `path` prefixes field names (end it with a dot)."""
     samples = [decode_sample(sample, f"{path}samples[{i}].") for i, sample in enumerate(message.samples)]

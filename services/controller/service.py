@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 from collections.abc import AsyncIterator
 
@@ -134,8 +135,12 @@ class ControllerServicer(controller_pb2_grpc.ControllerServiceServicer):
     def _attached(
         self, worker: AttachedWorker, trace: controller_pb2.TraceOrder | None = None
     ) -> controller_pb2.AttachResponse:
-        ttl_ms = int(self._registry.ttl_s * 1000)
-        return controller_pb2.AttachResponse(lease_number=worker.lease_number, lease_ttl_ms=ttl_ms, trace=trace)
+        return controller_pb2.AttachResponse(
+            lease_number=worker.lease_number,
+            lease_ttl_ms=int(self._registry.ttl_s * 1000),
+            heartbeat_interval_ms=int(self._registry.heartbeat_interval_s * 1000),
+            trace=trace,
+        )
 
     async def ListWorkers(
         self, request: controller_pb2.ListWorkersRequest, context: grpc.aio.ServicerContext
@@ -148,14 +153,16 @@ class ControllerServicer(controller_pb2_grpc.ControllerServiceServicer):
     ) -> weightsync_pb2.ListVersionsResponse:
         async with ending_call(context):
             await self._store.get(request.job_id)
-            return await self._weightsync().list_versions(request.job_id)
+            with contextlib.closing(self._weightsync()) as weightsync:
+                return await weightsync.list_versions(request.job_id)
 
     async def CheckJobVersions(
         self, request: controller_pb2.CheckJobVersionsRequest, context: grpc.aio.ServicerContext
     ) -> weightsync_pb2.CheckEnginesResponse:
         async with ending_call(context):
             await self._store.get(request.job_id)
-            return await self._weightsync().check_engines(request.job_id)
+            with contextlib.closing(self._weightsync()) as weightsync:
+                return await weightsync.check_engines(request.job_id)
 
     async def DescribeRun(
         self, request: controller_pb2.DescribeRunRequest, context: grpc.aio.ServicerContext

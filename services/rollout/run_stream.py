@@ -30,8 +30,9 @@ class RunStream:
     `lease_number` is that of the worker lease under which the stream was opened.
     """
 
-    def __init__(self, job: RolloutJob, lease_number: int) -> None:
+    def __init__(self, job: RolloutJob, lease_number: int, progress_interval_s: float = PROGRESS_INTERVAL_S) -> None:
         self.lease_number = lease_number
+        self._progress_interval_s = progress_interval_s
         self._job = job
         self._outgoing: asyncio.Queue[rollout_pb2.RunResponse | None] = asyncio.Queue()
         self._ended = False
@@ -70,6 +71,9 @@ class RunStream:
             match request.WhichOneof("kind"):
                 case "lease":
                     self._lease(request.lease)
+                case "leases":
+                    for lease in request.leases.leases:
+                        self._lease(lease)
                 case "preempt":
                     preempt = request.preempt
                     purpose = next((p for p in Purpose if p.proto == preempt.purpose), None)
@@ -96,7 +100,7 @@ class RunStream:
         while True:
             response = rollout_pb2.RunResponse(lease_number=self.lease_number, progress=self._job.progress())
             self._send(response)
-            await asyncio.sleep(PROGRESS_INTERVAL_S)
+            await asyncio.sleep(self._progress_interval_s)
 
     def _send_readiness(self) -> None:
         serving = self._job.serving

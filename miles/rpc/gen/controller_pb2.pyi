@@ -641,11 +641,14 @@ class AttachResponse(_message.Message):
 
     LEASE_NUMBER_FIELD_NUMBER: _builtins.int
     LEASE_TTL_MS_FIELD_NUMBER: _builtins.int
+    HEARTBEAT_INTERVAL_MS_FIELD_NUMBER: _builtins.int
     TRACE_FIELD_NUMBER: _builtins.int
     lease_number: _builtins.int
     """Number of the worker lease; results that carry an older number are refused."""
     lease_ttl_ms: _builtins.int
     """How long the lease lasts after each heartbeat, in milliseconds."""
+    heartbeat_interval_ms: _builtins.int
+    """Time between two heartbeats, in milliseconds; 0 leaves it to the worker."""
     @_builtins.property
     def trace(self) -> Global___TraceOrder:
         """Has the worker write down what it did in a time; sent when that is asked for."""
@@ -655,11 +658,12 @@ class AttachResponse(_message.Message):
         *,
         lease_number: _builtins.int = ...,
         lease_ttl_ms: _builtins.int = ...,
+        heartbeat_interval_ms: _builtins.int = ...,
         trace: Global___TraceOrder | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["trace", b"trace"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["lease_number", b"lease_number", "lease_ttl_ms", b"lease_ttl_ms", "trace", b"trace"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["heartbeat_interval_ms", b"heartbeat_interval_ms", "lease_number", b"lease_number", "lease_ttl_ms", b"lease_ttl_ms", "trace", b"trace"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -251,6 +251,7 @@ class RunRequest(_message.Message):
     OPEN_FIELD_NUMBER: _builtins.int
     LEASE_FIELD_NUMBER: _builtins.int
     PREEMPT_FIELD_NUMBER: _builtins.int
+    LEASES_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def open(self) -> Global___RunOpen:
         """First message: which job this stream is for."""
@@ -263,22 +264,51 @@ class RunRequest(_message.Message):
     def preempt(self) -> Global___GroupPreempt:
         """A group to end early; its partial trajectories are stored."""
 
+    @_builtins.property
+    def leases(self) -> Global___GroupLeases:
+        """Several groups to generate."""
+
     def __init__(
         self,
         *,
         open: Global___RunOpen | None = ...,
         lease: Global___GroupLease | None = ...,
         preempt: Global___GroupPreempt | None = ...,
+        leases: Global___GroupLeases | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["kind", b"kind", "lease", b"lease", "open", b"open", "preempt", b"preempt"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["kind", b"kind", "lease", b"lease", "leases", b"leases", "open", b"open", "preempt", b"preempt"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["kind", b"kind", "lease", b"lease", "open", b"open", "preempt", b"preempt"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["kind", b"kind", "lease", b"lease", "leases", b"leases", "open", b"open", "preempt", b"preempt"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["open", "lease", "preempt"]  # noqa: Y015
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["open", "lease", "preempt", "leases"]  # noqa: Y015
     _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
 
 Global___RunRequest: _TypeAlias = RunRequest  # noqa: Y015
+
+@_typing.final
+class GroupLeases(_message.Message):
+    """Several leases in one message, which costs the same as one."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LEASES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def leases(self) -> _containers.RepeatedCompositeFieldContainer[Global___GroupLease]:
+        """In the order in which they were given."""
+
+    def __init__(
+        self,
+        *,
+        leases: _abc.Iterable[Global___GroupLease] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["leases", b"leases"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GroupLeases: _TypeAlias = GroupLeases  # noqa: Y015
 
 @_typing.final
 class RunOpen(_message.Message):
@@ -288,19 +318,23 @@ class RunOpen(_message.Message):
 
     JOB_ID_FIELD_NUMBER: _builtins.int
     LEASE_NUMBER_FIELD_NUMBER: _builtins.int
+    PROGRESS_INTERVAL_MS_FIELD_NUMBER: _builtins.int
     job_id: _builtins.str
     """The job; FAILED_PRECONDITION unless StartJob has loaded it."""
     lease_number: _builtins.int
     """Number of the worker lease, echoed in every result."""
+    progress_interval_ms: _builtins.int
+    """Time between two RunProgress messages, in milliseconds; 0 means one second."""
     def __init__(
         self,
         *,
         job_id: _builtins.str = ...,
         lease_number: _builtins.int = ...,
+        progress_interval_ms: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["job_id", b"job_id", "lease_number", b"lease_number"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["job_id", b"job_id", "lease_number", b"lease_number", "progress_interval_ms", b"progress_interval_ms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -378,6 +412,7 @@ class GroupLease(_message.Message):
     MIN_VERSION_FIELD_NUMBER: _builtins.int
     EXACT_VERSION_FIELD_NUMBER: _builtins.int
     NEWEST_VERSION_FIELD_NUMBER: _builtins.int
+    SEEDS_FIELD_NUMBER: _builtins.int
     group_id: _builtins.int
     """The group; equals group.group_id."""
     attempt: _builtins.int
@@ -400,7 +435,13 @@ class GroupLease(_message.Message):
 
     @_builtins.property
     def sampling(self) -> _containers.RepeatedCompositeFieldContainer[Global___SamplingParams]:
-        """One entry a sample, in the order of group.samples."""
+        """One entry a sample, in the order of group.samples; see `seeds`."""
+
+    @_builtins.property
+    def seeds(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Seeds of samples that differ in index and seed alone: sample i of the group is group.samples[0] with index i, and
+        its sampling is sampling[0] with seeds[i]. Empty means that group.samples and sampling have an entry a sample.
+        """
 
     def __init__(
         self,
@@ -413,10 +454,11 @@ class GroupLease(_message.Message):
         min_version: _builtins.int | None = ...,
         exact_version: _builtins.int | None = ...,
         newest_version: _builtins.int | None = ...,
+        seeds: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_exact_version", b"_exact_version", "_min_version", b"_min_version", "_newest_version", b"_newest_version", "exact_version", b"exact_version", "group", b"group", "min_version", b"min_version", "newest_version", b"newest_version"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_exact_version", b"_exact_version", "_min_version", b"_min_version", "_newest_version", b"_newest_version", "attempt", b"attempt", "exact_version", b"exact_version", "group", b"group", "group_id", b"group_id", "min_version", b"min_version", "newest_version", b"newest_version", "purpose", b"purpose", "sampling", b"sampling"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_exact_version", b"_exact_version", "_min_version", b"_min_version", "_newest_version", b"_newest_version", "attempt", b"attempt", "exact_version", b"exact_version", "group", b"group", "group_id", b"group_id", "min_version", b"min_version", "newest_version", b"newest_version", "purpose", b"purpose", "sampling", b"sampling", "seeds", b"seeds"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__exact_version: _TypeAlias = _typing.Literal["exact_version"]  # noqa: Y015
     _WhichOneofArgType__exact_version: _TypeAlias = _typing.Literal["_exact_version", b"_exact_version"]  # noqa: Y015
@@ -483,7 +525,7 @@ class RunResponse(_message.Message):
 
     @_builtins.property
     def progress(self) -> Global___RunProgress:
-        """Sent about once a second."""
+        """Sent as often as RunOpen asks."""
 
     @_builtins.property
     def finished(self) -> Global___GroupFinished:

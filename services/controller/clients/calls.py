@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterable, AsyncIterator, Awaitable
+import contextlib
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Iterator
 from typing import TypeVar
 
 import grpc
 import grpc.aio
+
+from miles.services.controller.clients.silence import SilenceWatch
 
 T = TypeVar("T")
 
@@ -43,22 +46,30 @@ class WeightsRefusedError(WorkerFailedError):
 
 async def call(awaitable: Awaitable[T], what: str, deadline_s: float) -> T:
     """Await a unary call. Raises WorkerLostError after a deadline or a lost connection, else WorkerFailedError."""
-    return await _within(deadline_s, awaitable, what, "no answer within")
+    with _worker_errors(what, f"no answer within {deadline_s:g} s"):
+        async with asyncio.timeout(deadline_s):
+            return await awaitable
 
 
 async def stream(messages: AsyncIterable[T], what: str, silence_s: float) -> AsyncIterator[T]:
     """Iterate a response stream; after `silence_s` without a message the worker counts as lost."""
     iterator = aiter(messages)
-    while (message := await _within(silence_s, anext(iterator, None), what, "no message for")) is not None:
-        yield message
+    silence = f"no message for {silence_s:g} s"
+    with contextlib.closing(SilenceWatch(silence_s)) as watch, _worker_errors(what, silence):
+        while True:
+            with watch:
+                message = await anext(iterator, None)
+            if message is None:
+                return
+            yield message
 
 
-async def _within(limit_s: float, awaitable: Awaitable[T], what: str, silence: str) -> T:
+@contextlib.contextmanager
+def _worker_errors(what: str, silence: str) -> Iterator[None]:
     try:
-        async with asyncio.timeout(limit_s):
-            return await awaitable
+        yield
     except TimeoutError:
-        raise WorkerLostError(f"{what}: {silence} {limit_s:g} s") from None
+        raise WorkerLostError(f"{what}: {silence}") from None
     except grpc.aio.AioRpcError as error:
         if error.code() in _LOST:
             raise WorkerLostError(f"{what}: {error.code().name}: {error.details()}") from error

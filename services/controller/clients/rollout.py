@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Callable
@@ -11,6 +10,7 @@ from miles.rpc import connected
 from miles.rpc.gen import rollout_pb2, rollout_pb2_grpc
 from miles.services.controller.clients import deadlines
 from miles.services.controller.clients.calls import call, stream
+from miles.services.controller.clients.orders import Orders
 from miles.services.controller.jobs.context import JobContext
 from miles.services.controller.workers.registry import AttachedWorker
 
@@ -26,8 +26,11 @@ class RolloutClient:
         context: JobContext,
         weightsync_address: str,
         reward_addresses: dict[str, str],
+        progress_interval_s: float,
     ) -> None:
+        """`progress_interval_s`: how often the worker is to report."""
         self.worker = worker
+        self.worker_id = worker.worker_id
         self.capacity = 0
         """Groups the worker can usefully run at once; 0 while it has no weights or is out of routing."""
         self.connected = False
@@ -44,11 +47,8 @@ class RolloutClient:
         self._context = context
         self._weightsync_address = weightsync_address
         self.reward_addresses = reward_addresses
-        self._orders: asyncio.Queue[rollout_pb2.RunRequest] = asyncio.Queue()
-
-    @property
-    def worker_id(self) -> str:
-        return self.worker.worker_id
+        self._progress_interval_s = progress_interval_s
+        self._orders = Orders()
 
     async def run_job(self, on_response: Callable[[RolloutClient, rollout_pb2.RunResponse], None]) -> None:
         """Start the job on the worker and pass on its responses, until the stream ends or breaks."""
@@ -61,12 +61,13 @@ class RolloutClient:
                 async for response in stream(run, what, deadlines.PROGRESS_SILENCE_S):
                     if response.lease_number != self.worker.lease_number:
                         continue
-                    if response.HasField("ready"):
+                    kind = response.WhichOneof("kind")
+                    if kind == "ready":
                         self.connected = True
                         self.capacity = response.ready.capacity_groups
                         self.out_of_routing = response.ready.out_of_routing
                         self.refused_weights = response.ready.refused_weights
-                    elif response.HasField("progress"):
+                    elif kind == "progress":
                         self.progress = response.progress
                     on_response(self, response)
             finally:
@@ -74,10 +75,14 @@ class RolloutClient:
                 self.connected, self.capacity = False, 0
 
     async def _requests(self) -> AsyncIterator[rollout_pb2.RunRequest]:
-        opening = rollout_pb2.RunOpen(job_id=self._context.job_id, lease_number=self.worker.lease_number)
+        opening = rollout_pb2.RunOpen(
+            job_id=self._context.job_id,
+            lease_number=self.worker.lease_number,
+            progress_interval_ms=int(self._progress_interval_s * 1000),
+        )
         yield rollout_pb2.RunRequest(open=opening)
         while True:
-            yield await self._orders.get()
+            yield await self._orders.next()
 
     async def _start_job(self, stub: rollout_pb2_grpc.RolloutServiceStub, what: str) -> None:
         request = rollout_pb2.RolloutStartJobRequest(
@@ -95,12 +100,11 @@ class RolloutClient:
 
     def lease(self, lease: rollout_pb2.GroupLease) -> None:
         """Lease a group to the worker."""
-        self._orders.put_nowait(rollout_pb2.RunRequest(lease=lease))
+        self._orders.add(lease)
 
     def preempt(self, group_id: int, attempt: int, purpose: rollout_pb2.GroupPurpose.ValueType) -> None:
         """Preempt a group on the worker, which stores its unfinished responses and returns the group."""
-        preempt = rollout_pb2.GroupPreempt(group_id=group_id, attempt=attempt, purpose=purpose)
-        self._orders.put_nowait(rollout_pb2.RunRequest(preempt=preempt))
+        self._orders.add(rollout_pb2.GroupPreempt(group_id=group_id, attempt=attempt, purpose=purpose))
 
     async def release_memory(self) -> None:
         """Free the memory of the worker's engine until it gets new weights."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import pathlib
@@ -12,6 +13,7 @@ from typing import Any
 from miles.regular_files import replace_file
 from miles.rpc.gen import job_pb2
 from miles.services.controller.jobs.context import JobContext
+from miles.services.controller.jobs.ordered_writes import OrderedWrites, Write
 from miles.services.controller.jobs.records import ENDED
 from miles.services.controller.jobs.store import JobStore
 from miles.services.controller.status import timeline
@@ -26,13 +28,17 @@ LAST_EVALUATED = "last_evaluated_version"
 
 
 class JobHistory:
-    """Writes one job's record and events to Redis, its metrics and summary to the run folder."""
+    """Writes one job's record and events to Redis, metrics and summary to the run folder, in the order of the calls.
+
+    What is written `later` takes no time of the caller's; `finish` waits for it and raises its errors.
+    """
 
     def __init__(self, store: JobStore, job: job_pb2.Job, context: JobContext) -> None:
         self.job = job
         self._store = store
         self._context = context
         self._writer: MetricsWriter | None = None
+        self._writes = OrderedWrites()
         self.summary: dict[str, Any] = json.loads(job.summary_json) if job.summary_json else {}
         self.timeline = TimelineWriter(context.run_dir / timeline.NAME)
 
@@ -57,17 +63,44 @@ class JobHistory:
         lines = read_metrics(self._context.run_dir / METRICS_NAME)
         return {line["step"] for line in lines if line.get(name) is not None}
 
+    async def make_room(self) -> None:
+        """Return once little is left to be written later, so that little is lost with this process."""
+        await self._writes.make_room()
+
+    async def finish(self) -> None:
+        """Return once everything is written; raise the first error of what was to be written later."""
+        await self._writes.finish()
+
     async def metrics(self, step: int, values: Mapping[str, float]) -> None:
         """Record metrics of a step."""
-        assert self._writer is not None
-        self._writer.write(step, values)
+        await self._writes.now(self._metrics(step, values))
+
+    def metrics_later(self, step: int, values: Mapping[str, float]) -> None:
+        """Record metrics of a step while the caller goes on."""
+        self._writes.later(self._metrics(step, values))
+
+    def _metrics(self, step: int, values: Mapping[str, float]) -> Write:
+        writer = self._writer
+        assert writer is not None
         event = job_pb2.JobEvent(job_id=self.job.job_id, metrics=job_pb2.Metrics(step=step, values=values))
-        await self._store.add_event(event)
+
+        async def write() -> None:
+            await asyncio.to_thread(writer.write, step, values)
+            await self._store.add_event(event)
+
+        return write
 
     async def log(self, level: job_pb2.LogLevel.ValueType, source: str, text: str) -> None:
         """Record a line for people."""
+        await self._writes.now(self._log(level, source, text))
+
+    def log_later(self, level: job_pb2.LogLevel.ValueType, source: str, text: str) -> None:
+        """Record a line for people while the caller goes on."""
+        self._writes.later(self._log(level, source, text))
+
+    def _log(self, level: job_pb2.LogLevel.ValueType, source: str, text: str) -> Write:
         line = job_pb2.LogLine(level=level, source=source, text=redact(text))
-        await self._store.add_event(job_pb2.JobEvent(job_id=self.job.job_id, log=line))
+        return lambda: self._store.add_event(job_pb2.JobEvent(job_id=self.job.job_id, log=line))
 
     async def state(self, state: job_pb2.JobState.ValueType, reason: str) -> None:
         """Move the job to a state; an ended job also gets its end time, error and summary file."""
@@ -87,9 +120,25 @@ class JobHistory:
 
         Raises OSError when the run folder cannot be written; the record is stored by then.
         """
+        await self._writes.now(self._save(event))
+
+    def save_later(self) -> None:
+        """Write the record and the summary as they are now, while the caller goes on."""
+        self._writes.later(self._save(None))
+
+    def _save(self, event: job_pb2.JobEvent | None) -> Write:
         self.job.summary_json = json.dumps(self.summary)
-        await self._store.put(self.job, event)
-        replace_file(self._context.run_dir / SUMMARY_NAME, json.dumps(self.summary, indent=2) + "\n")
+        record = job_pb2.Job()
+        record.CopyFrom(self.job)
+        summary = json.dumps(self.summary, indent=2) + "\n"
+
+        async def write() -> None:
+            await self._store.put(record, event)
+            await asyncio.to_thread(
+                replace_file, self._context.run_dir / SUMMARY_NAME, summary
+            )  # it waits for the disk
+
+        return write
 
     def close(self) -> None:
         """Close the files of metrics and activity."""

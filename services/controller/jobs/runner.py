@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator
 
 import redis.asyncio
 
+from miles import heap
 from miles.checkpoint_folder import step_of
 from miles.config import ConfigError, JobConfig
 from miles.data import DataError, PromptSource, eval_sources, parse_file_slice, train_source
@@ -122,7 +123,10 @@ class JobRunner:
         await asyncio.to_thread(spans.begin)
         state, reason = job_pb2.JOB_STATE_SUCCEEDED, "every step is done"
         try:
-            await self._run(context, history, controls)
+            try:
+                await self._run(context, history, controls)
+            finally:
+                await history.finish()
         except JobStoppedError:
             state, reason = job_pb2.JOB_STATE_STOPPED, f"stopped by the user; {_saved(history)}"
         except JobCancelledError:
@@ -225,7 +229,8 @@ class JobRunner:
         await history.save()
         await queue.reopen(self._registry.first_lease_number)
         setup = RunSetup(context, history, controls, self._registry, queue, prompts, eval_sets, activities, status)
-        await run_to_end(setup)
+        with heap.frozen():
+            await run_to_end(setup)
 
 
 def _early_end(error: Exception) -> tuple[job_pb2.JobState.ValueType, str]:

@@ -228,9 +228,14 @@ class Admission:
 
     # -- training -----------------------------------------------------------------------------------------------------
 
+    @property
+    def may_begin_step(self) -> bool:
+        """Whether enough groups are finished for a step, and none is under way; takes no time."""
+        return not self.training and len(self.ready) >= self.batch_size
+
     def begin_step(self) -> Batch | None:
         """Return the next step's groups for the trainer, or None while it has to wait for one of them."""
-        if self.training or len(self.ready) < self.batch_size or not self._may_leave_unfinished_behind():
+        if not self.may_begin_step or not self._may_leave_unfinished_behind():
             return None
         earliest = heapq.nsmallest(
             self.batch_size, self.ready, key=lambda group_id: (self._deadlines[group_id], group_id)

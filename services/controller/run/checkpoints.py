@@ -57,7 +57,7 @@ class Checkpoints:
         self.note(saved.checkpoint_dir)
         if saved.hf_dir:
             self._history.summary["hf_checkpoint"] = saved.hf_dir
-        await self._report.save_summary(self._status.step, self._rollouts.generated_tokens)
+        self._report.save_summary_later(self._status.step, self._rollouts.generated_tokens)
         what = f"the checkpoint of step {saved.step} begun" if in_background else f"saved {saved.checkpoint_dir}"
         await self._report.info(f"{what} in {saved.save_s:.1f} s")
 

@@ -240,7 +240,13 @@ class Dispatcher:
         elif kind == "preempted":
             self._on_preempted(response.preempted)
         self.lease_groups()
-        self._changed.notify()
+        if kind != "finished" or self._matters_to_the_loop():
+            self._changed.notify()
+
+    def _matters_to_the_loop(self) -> bool:
+        """Whether a finished group may be what somebody waits for: few of thousands a second are."""
+        admission = self._admission
+        return admission is None or not admission.leases or admission.may_begin_step
 
     def on_disconnected(self, client: RolloutClient) -> None:
         """Lease nothing more to a worker whose stream has ended."""

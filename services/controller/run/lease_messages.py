@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from miles.rpc.gen import rollout_pb2
-from miles.services.controller.run.seeds import sample_seed
+from miles.services.controller.run.seeds import sample_seeds
 from miles.types import SampleGroup
-from miles.types.convert import group_to_proto
+from miles.types.convert import pending_group_to_proto
 
 if TYPE_CHECKING:
     from miles.config import JobConfig
@@ -67,18 +67,14 @@ def _sampling(config: JobConfig) -> rollout_pb2.SamplingParams:
 def _lease(
     group: SampleGroup, attempt: int, sampling: rollout_pb2.SamplingParams, samples: int, seed: int, stream: str
 ) -> rollout_pb2.GroupLease:
-    """So many samples of one prompt, which differ in index and seed alone: encoded once and copied."""
-    lease = rollout_pb2.GroupLease(
-        group_id=group.group_id, attempt=attempt, group=group_to_proto(group), sampling=[sampling] * samples
+    """So many samples of one prompt, which differ in index and seed alone: the worker copies the first."""
+    return rollout_pb2.GroupLease(
+        group_id=group.group_id,
+        attempt=attempt,
+        group=pending_group_to_proto(group),
+        sampling=(sampling,),
+        seeds=sample_seeds(seed, stream, group.group_id, samples),
     )
-    first = lease.group.samples[0]
-    for index in range(1, samples):
-        sample = lease.group.samples.add()
-        sample.CopyFrom(first)
-        sample.index = index
-    for index, own in enumerate(lease.sampling):
-        own.seed = sample_seed(seed, stream, group.group_id, index)
-    return lease
 
 
 def _response_limit(max_response: int | None, max_context: int | None, prompt_tokens: int) -> int:

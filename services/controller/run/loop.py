@@ -70,14 +70,14 @@ class RunLoop:
         try:
             await run.publications.publish_if_due(self._trainer, run.step, self._check)
         finally:  # a step that was taken is on record also when its publication fails
+            await run.history.make_room()
             now = time.monotonic()
             times = StepTimes(began - run.step_began, trained - began, now - trained, now - run.step_began)
             phases = {"collect": (run.step_began, began), "train": (began, trained), "publish": (trained, now)}
             run.step_began = now
             run.history.job.policy_version = run.step
             ranks = self._config.cluster.trainer_world_size
-            with span("write metrics"):
-                await run.history.metrics(step, step_metrics(done.metrics, batch, len(admission.ready), times, ranks))
+            run.history.metrics_later(step, step_metrics(done.metrics, batch, len(admission.ready), times, ranks))
             await run.traces.note(step, phases)
         with span("after step"):
             await self._after_step()
@@ -92,7 +92,7 @@ class RunLoop:
             run.evaluations.check()
             await run.publications.publish_overdue(self._trainer, run.step, self._check)
             run.dispatcher.lease_groups()
-            await run.report.pass_on_warnings()
+            run.report.pass_on_warnings()
             await run.dispatcher.record_drops()
             if (batch := admission.begin_step()) is not None:
                 break
@@ -109,7 +109,7 @@ class RunLoop:
             run.evaluations.start(run.step)
         await run.checkpoints.save_if_asked(self._trainer, due=run.checkpoints.due(run.step, run.last))
         run.history.job.policy_version = run.step
-        await run.report.save_summary(run.step, run.rollouts.generated_tokens)
+        run.report.save_summary_later(run.step, run.rollouts.generated_tokens)
 
     async def _release_memory(self) -> None:
         """Free the engines' memory for the trainer until the next version; a lost engine holds none."""
@@ -142,7 +142,7 @@ class RunLoop:
         run.evaluations.check()
         with run.status.during("publishing", f"engines to load version {run.step}"):
             await run.publisher.wait_until_active(self._check)
-        await run.report.pass_on_warnings()
+        run.report.pass_on_warnings()
 
     async def _finish_evaluation(self) -> None:
         """Before a job stops, wait for a running evaluation, unless a resumed run repeats it."""

@@ -35,6 +35,7 @@ async def run_to_end(setup: RunSetup) -> None:
         await run.evaluations.cancel()
         run.dispatcher.stop_admitting()
         await cancel(dispatching)
+        run.weightsync.close()
         run.activities.close()
 
 

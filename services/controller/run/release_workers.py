@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Coroutine, Sequence
 from typing import Any
 
@@ -27,7 +28,7 @@ async def release_workers(job_id: str, registry: WorkerRegistry) -> None:
     )
     # Only then: until they have released the job, they may still read its weights.
     weightsyncs = registry.alive(controller_pb2.WORKER_KIND_WEIGHTSYNC)
-    await _call_all([WeightSyncClient(worker).release_job(job_id) for worker in weightsyncs])
+    await _call_all([_release_weights(worker, job_id) for worker in weightsyncs])
 
 
 async def _stop_rollout(worker: AttachedWorker, job_id: str) -> None:
@@ -41,6 +42,11 @@ async def _stop_trainer(worker: AttachedWorker, job_id: str) -> None:
     async with connect(worker.registration.address) as channel:
         stub = trainer_pb2_grpc.TrainerServiceStub(channel)
         await call(stub.StopJob(trainer_pb2.TrainerStopJobRequest(job_id=job_id)), "trainer stop", deadlines.STOP_JOB_S)
+
+
+async def _release_weights(worker: AttachedWorker, job_id: str) -> None:
+    with contextlib.closing(WeightSyncClient(worker)) as weightsync:
+        await weightsync.release_job(job_id)
 
 
 async def _call_all(calls: Sequence[Coroutine[Any, Any, None]]) -> None:

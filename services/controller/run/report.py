@@ -32,13 +32,14 @@ class RunReport:
         logger.warning("%s", text)
         await self._history.log(job_pb2.LOG_LEVEL_WARNING, "controller", text)
 
-    async def pass_on_warnings(self) -> None:
-        """Write the warnings of the run's background tasks."""
+    def pass_on_warnings(self) -> None:
+        """Write the warnings of the run's background tasks while the caller goes on."""
         for warning in self._alerts.take_warnings():
-            await self.warn(warning)
+            logger.warning("%s", warning)
+            self._history.log_later(job_pb2.LOG_LEVEL_WARNING, "controller", warning)
 
-    async def save_summary(self, step: int, generated_tokens: int) -> None:
-        """Bring the job's summary up to date and save it with the job's record."""
+    def save_summary_later(self, step: int, generated_tokens: int) -> None:
+        """Bring the job's summary up to date, and save it with the job's record while the caller goes on."""
         totals = self._clock.totals()
         summary = self._history.summary
         summary["steps"] = step
@@ -46,4 +47,4 @@ class RunReport:
         summary["time_share"] = {name: round(share, 4) for name, share in self._clock.shares().items()}
         if totals["generate"] > 0:
             summary["tokens_per_s"] = round(generated_tokens / totals["generate"], 1)
-        await self._history.save()
+        self._history.save_later()

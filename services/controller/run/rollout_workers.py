@@ -18,6 +18,7 @@ from miles.services.controller.run.alerts import RunAlerts
 from miles.services.controller.run.refusals import Refusals
 from miles.services.controller.run.set_fences import fence_earlier_leases, fence_lost_worker
 from miles.services.controller.workers.registry import AttachedWorker, WorkerRegistry
+from miles.services.controller.workers.report_intervals import report_interval_s
 from miles.services.controller.workers.reward_addresses import RewardAddresses
 from miles.tasks import cancel, cancelled_at_end
 
@@ -62,6 +63,8 @@ class RolloutWorkers:
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._generated_by_lost = 0
         self._refusals = Refusals()
+        self._refusing: set[str] = set()
+        """Workers that refuse the weights, by name."""
 
     @property
     def generated_tokens(self) -> int:
@@ -82,31 +85,34 @@ class RolloutWorkers:
 
     def check(self) -> None:
         """Raise WeightsRefusedError when no worker is left whose engine could take the trainer's weights."""
-        refusals = {c.worker_id: c.out_of_routing if c.refused_weights else "" for c in self.all()}
-        self._refusals.check(refusals, time.monotonic())
+        if len(self._refusing) == len(self._clients):  # asked after every group: not of each worker while one serves
+            self._refusals.check({c.worker_id: c.out_of_routing for c in self.all()}, time.monotonic())
 
     async def run(self, listener: RolloutListener) -> None:
         """Connect to all live rollouts, and to those that attach later, until cancelled."""
         try:
             while True:
-                for worker in self._registry.alive(controller_pb2.WORKER_KIND_ROLLOUT):
-                    if worker.worker_id not in self._tasks:
-                        task = self._tasks[worker.worker_id] = asyncio.create_task(self._serve(worker, listener))
+                attached = self._registry.alive(controller_pb2.WORKER_KIND_ROLLOUT)
+                if new := [worker for worker in attached if worker.worker_id not in self._tasks]:
+                    fenced = asyncio.ensure_future(fence_earlier_leases(self._queue, new))
+                    for worker in new:
+                        task = asyncio.create_task(self._serve(worker, fenced, listener))
+                        self._tasks[worker.worker_id] = task
                         self._alerts.watch(task)
                 await self._registry.wait_for_change(1.0)
         finally:
             await cancel(*self._tasks.values())
 
-    async def _serve(self, worker: AttachedWorker, listener: RolloutListener) -> None:
-        """Work with one worker until its worker lease or its stream ends."""
+    async def _serve(self, worker: AttachedWorker, fenced: asyncio.Future[None], listener: RolloutListener) -> None:
+        """Work with one worker, from when it is `fenced` until its worker lease or its stream ends."""
         addresses = self._reward_addresses.of(worker.worker_id)
         client = self._clients[worker.worker_id] = RolloutClient(
-            worker, self._context, self._weightsync_address, addresses
+            worker, self._context, self._weightsync_address, addresses, report_interval_s(len(self._tasks), 1.0)
         )
         if warning := number_types.warning_of(worker, self._context.config.rollout.rollout_dtype):
             self._alerts.warn(warning)
         try:
-            await fence_earlier_leases(self._queue, worker)
+            await asyncio.shield(fenced)
             await self._run_until_lost(client, listener)
             if worker.lost.is_set():
                 await fence_lost_worker(self._queue, worker)
@@ -116,6 +122,7 @@ class RolloutWorkers:
             self._alerts.fail(WorkerFailedError(f"Redis was away for {deadlines.FENCE_S:g} s: {error}"))
         finally:
             self._generated_by_lost += client.progress.generated_tokens
+            self._refusing.discard(worker.worker_id)
             del self._clients[worker.worker_id], self._tasks[worker.worker_id]
             if not client.refused_weights:
                 self._refusals.lost(worker.worker_id, time.monotonic())
@@ -127,6 +134,7 @@ class RolloutWorkers:
 
         def on_response(client: RolloutClient, response: rollout_pb2.RunResponse) -> None:
             nonlocal told
+            (self._refusing.add if client.refused_weights else self._refusing.discard)(client.worker_id)
             if client.refused_weights and client.out_of_routing != told:
                 told = client.out_of_routing
                 self._alerts.warn(

@@ -6,8 +6,10 @@ import struct
 
 import xxhash
 
+_PLACE = struct.Struct("<qQQ")
 
-def sample_seed(rollout_seed: int, stream: str, group_id: int, index: int) -> int:
-    """A 63-bit seed for sample `index` of a group; `stream` keeps training and evaluation sets apart."""
-    place = struct.pack("<qQQ", rollout_seed, group_id, index) + stream.encode()
-    return int(xxhash.xxh3_64_intdigest(place)) >> 1
+
+def sample_seeds(rollout_seed: int, stream: str, group_id: int, samples: int) -> list[int]:
+    """A 63-bit seed for each of a group's samples; `stream` keeps training and evaluation sets apart."""
+    pack, digest, name = _PLACE.pack, xxhash.xxh3_64_intdigest, stream.encode()
+    return [digest(pack(rollout_seed, group_id, index) + name) >> 1 for index in range(samples)]

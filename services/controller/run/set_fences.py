@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from miles.services.controller.clients import deadlines
@@ -15,9 +16,9 @@ if TYPE_CHECKING:
     from miles.services.controller.workers.registry import AttachedWorker
 
 
-async def fence_earlier_leases(queue: GroupQueue, worker: AttachedWorker) -> None:
-    """Refuse what earlier processes of a worker may still queue, before this one gets groups."""
-    await queue.fence(worker.worker_id, worker.lease_number, deadline_s=deadlines.FENCE_S)
+async def fence_earlier_leases(queue: GroupQueue, workers: Sequence[AttachedWorker]) -> None:
+    """Refuse what earlier processes of these workers may still queue, before these get groups."""
+    await queue.fence_all({worker.worker_id: worker.lease_number for worker in workers}, deadline_s=deadlines.FENCE_S)
 
 
 async def fence_lost_worker(queue: GroupQueue, worker: AttachedWorker) -> None:

@@ -87,9 +87,7 @@ class RunStatus:
                 answer.active_version = self._publisher.active
         if self._dispatcher is not None:
             _add_groups(answer, self._dispatcher)
-        answer.waiting_for = self._waiting_for or self._why_collecting(answer)
-        if self._phase in _LOAD_PHASES and self._publisher is not None and (faults := str(self._publisher.faults)):
-            answer.waiting_for = f"{answer.waiting_for}; {faults}"
+        answer.waiting_for = self._all_waiting_for(batch_size)
         answer.workers.extend(self._worker(worker, answer) for worker in workers)
         self._note_waits(answer.waiting_for)
         answer.waits.extend(wait.to_proto() for wait in self._wait_log.waits)
@@ -104,7 +102,7 @@ class RunStatus:
 
     def wait_news(self, batch_size: int) -> list[str]:
         """Return what people are to be told of what the run waits for; called about once a second."""
-        self.describe(batch_size, ())
+        self._note_waits(self._all_waiting_for(batch_size))
         return list(self._wait_log.news(time.time()))
 
     def _note_waits(self, waiting_for: str) -> None:
@@ -124,6 +122,7 @@ class RunStatus:
             now_s=now_s,
             silent_s={worker.worker_id: registry.silent_s(worker.worker_id) for worker in registry.everyone()},
             lease_s=registry.ttl_s,
+            heartbeat_interval_s=registry.heartbeat_interval_s,
             loading=tuple(_loading([trainer] if trainer is not None else []) + _loading(clients)),
             rollouts=tuple(map(_rollout_facts, clients)),
             wanted_rollouts=self._wanted_rollouts if self._rollouts is not None else 0,
@@ -138,14 +137,22 @@ class RunStatus:
             trainer_said=trainer.stage if trainer is not None else "",
         )
 
-    def _why_collecting(self, answer: controller_pb2.DescribeRunResponse) -> str:
+    def _all_waiting_for(self, batch_size: int) -> str:
+        """What the run waits for, in words; does not look at every group, which there are thousands of."""
+        waiting_for = self._waiting_for or self._why_collecting(batch_size)
+        if self._phase in _LOAD_PHASES and self._publisher is not None and (faults := str(self._publisher.faults)):
+            return f"{waiting_for}; {faults}"
+        return waiting_for
+
+    def _why_collecting(self, batch_size: int) -> str:
         if self._phase != "collecting":
             return ""
-        missing = max(0, answer.batch_size - len(answer.ready))
+        admission = self._dispatcher.admission if self._dispatcher is not None else None
+        missing = max(0, batch_size - (len(admission.ready) if admission is not None else 0))
         if not missing:
             return f"groups that step {self.step} may not leave behind"
         lonely = self._rollouts is not None and not self._rollouts.connected()
-        return f"{missing} of {answer.batch_size} groups of step {self.step}{'; no rollout is connected' * lonely}"
+        return f"{missing} of {batch_size} groups of step {self.step}{'; no rollout is connected' * lonely}"
 
     def _worker(self, worker: AttachedWorker, run: controller_pb2.DescribeRunResponse) -> controller_pb2.WorkerActivity:
         activity = self._activities.current(worker.worker_id)

@@ -12,8 +12,8 @@ from miles.services.controller.clients import deadlines
 from miles.services.controller.run.failed_groups import MAX_DROPPED_IN_A_ROW
 from miles.services.controller.status.waits import UNUSUAL_S, USUAL_S, Wait, duration, merged
 
-SILENT_S = 6.0
-"""A worker that has sent no heartbeat for so long is named: three were due."""
+SILENT_BEATS = 3
+"""A worker is named once so many of its heartbeats are overdue."""
 _PUBLISHING_S = 60.0
 """Loading a version is a part of the work; a load that takes longer is told."""
 _ROWS = 4
@@ -70,6 +70,7 @@ class RunFacts:
     """How long each attached worker has sent no heartbeat, in seconds."""
     lease_s: float = 0.0
     """With how much silence a worker lease ends."""
+    heartbeat_interval_s: float = 2.0
     loading: tuple[LoadingWorker, ...] = ()
     rollouts: tuple[RolloutFacts, ...] = ()
     wanted_rollouts: int = 0
@@ -100,17 +101,22 @@ def waits_of(run: RunFacts) -> list[Wait]:
 
 
 def workers_that_are_silent(run: RunFacts) -> Iterator[Wait]:
-    """A worker that is stopped or hangs sends no heartbeats."""
-    for worker_id, silent_s in sorted(run.silent_s.items()):
-        if silent_s >= SILENT_S:
-            yield Wait(
-                f"a heartbeat of {worker_id}",
-                "its process is stopped, hangs, or its machine is overloaded",
-                since_s=run.now_s - silent_s,
-                limit_s=run.lease_s,
-                ending="its worker lease ends and others do its work",
-                patience_s=0.0,
-            )
+    """A worker that is stopped or hangs sends no heartbeats; of many, one speaks for all."""
+    limit_s = SILENT_BEATS * run.heartbeat_interval_s
+    silent = {f"a heartbeat of {name}": s for name, s in sorted(run.silent_s.items()) if s >= limit_s}
+    detail = "its process is stopped, hangs, or its machine is overloaded"
+    if len(silent) > _ROWS:
+        detail = f"{len(silent)} of them send none: their machine or this one is overloaded, or the network is broken"
+        silent = {"heartbeats of workers": max(silent.values())}
+    for what, silent_s in silent.items():
+        yield Wait(
+            what,
+            detail,
+            since_s=run.now_s - silent_s,
+            limit_s=run.lease_s,
+            ending="its worker lease ends and others do its work",
+            patience_s=0.0,
+        )
 
 
 def rollouts_that_are_not_there(run: RunFacts) -> Iterator[Wait]:
@@ -129,14 +135,18 @@ def rollouts_that_are_not_there(run: RunFacts) -> Iterator[Wait]:
 
 
 def workers_that_load_the_job(run: RunFacts) -> Iterator[Wait]:
-    """A worker that loads a model says what it does."""
+    """A worker that loads a model says what it does; of many, one speaks for all."""
+    if not run.loading:
+        return
+    ending = f"it fails after {duration(deadlines.START_JOB_SILENCE_S)} without a word from it"
+    first = min(run.loading, key=lambda worker: worker.since_s)
+    if len(run.loading) > _ROWS:
+        said = f"{len(run.loading)} of them; {first.worker_id}: {first.stage or 'it has not answered yet'}"
+        yield Wait("workers to load the job", said, since_s=first.since_s, ending=ending)
+        return
     for worker in run.loading:
-        yield Wait(
-            f"{worker.worker_id} to load the job",
-            worker.stage or "it has not answered yet",
-            since_s=worker.since_s,
-            ending=f"it fails after {duration(deadlines.START_JOB_SILENCE_S)} without a word from it",
-        )
+        stage = worker.stage or "it has not answered yet"
+        yield Wait(f"{worker.worker_id} to load the job", stage, since_s=worker.since_s, ending=ending)
 
 
 def engines_that_serve_nothing(run: RunFacts) -> Iterator[Wait]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 
@@ -61,7 +62,8 @@ class WorkerOverview:
         now = time.monotonic()
         if now >= self._versions_until_s:
             self._versions_until_s = now + _VERSIONS_FOR_S
-            self._versions = await _ask(WeightSyncClient(services[0]), job_id)
+            with contextlib.closing(WeightSyncClient(services[0])) as weightsync:
+                self._versions = await _ask(weightsync, job_id)
         return self._versions
 
 

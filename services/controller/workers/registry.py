@@ -10,10 +10,14 @@ from collections.abc import Callable, Sequence
 
 from miles.change_signal import ChangeSignal
 from miles.rpc.gen import controller_pb2
+from miles.services.controller.workers.report_intervals import report_interval_s
 from miles.services.controller.workers.worker_leases import WorkerLeases
 
 _REMEMBERED_S = 600.0
 """How long a lost worker is still shown."""
+_SHORTEST_INTERVAL_S = 2.0
+"""Between two heartbeats."""
+_BEATS_IN_A_LEASE = 4
 _LONGEST_TICK_S = 1.5
 """Time between two calls of `expire` beyond this was not spent listening."""
 
@@ -32,10 +36,10 @@ class AttachedWorker:
     """When its progress or activity last changed."""
     traces: list[controller_pb2.TraceOrder] = dataclasses.field(default_factory=list)
     """What it is to be told at its next heartbeat."""
+    worker_id: str = dataclasses.field(init=False)
 
-    @property
-    def worker_id(self) -> str:
-        return self.registration.worker_id
+    def __post_init__(self) -> None:
+        self.worker_id = self.registration.worker_id  # read for every group; a message makes a new text each time
 
 
 class WorkerRegistry:
@@ -141,6 +145,12 @@ class WorkerRegistry:
         """Return for how long an attached worker could have sent a heartbeat and did not, in seconds."""
         lease = self._leases.get(worker_id)
         return 0.0 if lease is None else max(0.0, self._listened_s + self.ttl_s - lease.expires_s)
+
+    @property
+    def heartbeat_interval_s(self) -> float:
+        """How often each worker is to send a heartbeat, in seconds: several times within its lease."""
+        longest_s = self.ttl_s / _BEATS_IN_A_LEASE
+        return min(longest_s, report_interval_s(len(self._workers), _SHORTEST_INTERVAL_S))
 
     async def wait_for_change(self, timeout_s: float) -> None:
         """Return when a worker attached or was lost, or after the timeout."""

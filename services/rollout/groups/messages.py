@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import enum
 import math
+from collections.abc import Sequence
 
 from miles.rpc.gen import rollout_pb2
 from miles.services.rollout.engines.base import SamplingParams
@@ -122,21 +124,39 @@ def lease_from_proto(message: rollout_pb2.GroupLease) -> GroupLease:
     for i, sample in enumerate(group.samples):
         if sample.prompt_length == 0:
             raise MalformedMessage(f"group.samples[{i}].tokens", "no prompt tokens")
-    sampling = tuple(sampling_from_proto(entry, f"sampling[{i}]") for i, entry in enumerate(message.sampling))
+    sampling = [sampling_from_proto(entry, f"sampling[{i}]") for i, entry in enumerate(message.sampling)]
     if purpose is Purpose.TRAIN:
         for i, entry in enumerate(message.sampling):
             _check_scored_as_drawn(entry, f"sampling[{i}]")
+    skip_special_tokens = [entry.skip_special_tokens for entry in message.sampling]
+    if seeds := message.seeds:
+        if len(group.samples) != 1:
+            raise MalformedMessage("group.samples", f"{len(group.samples)} entries beside seeds; allowed: 1")
+        group, sampling = _copies(group, sampling[0], seeds)
+        skip_special_tokens *= len(seeds)
     return GroupLease(
         group_id=message.group_id,
         attempt=message.attempt,
         purpose=purpose,
         group=group,
-        sampling=sampling,
-        skip_special_tokens=tuple(entry.skip_special_tokens for entry in message.sampling),
+        sampling=tuple(sampling),
+        skip_special_tokens=tuple(skip_special_tokens),
         min_version=message.min_version if message.HasField("min_version") else None,
         exact_version=message.exact_version if message.HasField("exact_version") else None,
         newest_version=message.newest_version if message.HasField("newest_version") else None,
     )
+
+
+def _copies(
+    group: SampleGroup, sampling: SamplingParams, seeds: Sequence[int]
+) -> tuple[SampleGroup, list[SamplingParams]]:
+    """Return a group with a sample for each seed, all like its only one but for the index; and their parameters."""
+    first = group.samples[0]
+    samples = [
+        dataclasses.replace(first, index=i, prompt=copy.deepcopy(first.prompt), metadata=copy.deepcopy(first.metadata))
+        for i in range(len(seeds))
+    ]
+    return SampleGroup(group.job_id, group.group_id, samples), [dataclasses.replace(sampling, seed=s) for s in seeds]
 
 
 def _check_scored_as_drawn(message: rollout_pb2.SamplingParams, path: str) -> None:

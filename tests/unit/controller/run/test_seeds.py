@@ -7,7 +7,7 @@ import itertools
 import pytest
 
 from miles.services.controller.run.evaluation import pass_at_k, pass_at_ks
-from miles.services.controller.run.seeds import sample_seed
+from miles.services.controller.run.seeds import sample_seeds
 
 
 def test_pass_at_k_equals_counting_all_choices() -> None:
@@ -23,12 +23,12 @@ def test_pass_at_k_equals_counting_all_choices() -> None:
 
 def test_seeds_differ_by_place_and_are_stable() -> None:
     places = [
-        sample_seed(seed, stream, group, index)
+        place
         for seed in (0, 1)
         for stream in ("train", "eval/a")
         for group in range(20)
-        for index in range(8)
+        for place in sample_seeds(seed, stream, group, 8)
     ]
     assert len(set(places)) == len(places)
     assert all(0 <= seed < 2**63 for seed in places)
-    assert sample_seed(42, "train", 0, 0) == 2956597767704899084  # a run must resume with its seeds
+    assert sample_seeds(42, "train", 0, 1) == [2956597767704899084]  # a run must resume with its seeds

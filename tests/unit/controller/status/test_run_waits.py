@@ -65,6 +65,14 @@ def test_workers_that_load_say_what_they_do() -> None:
     assert all(wait.ending for wait in waits)
 
 
+def test_of_many_workers_that_load_or_are_silent_one_speaks_for_all() -> None:
+    loading = tuple(LoadingWorker(f"rollout-{i}", "downloading", NOW - i) for i in range(9))
+    silent, load, *_ = run(loading=loading, silent_s={f"rollout-{i}": 7.0 + i for i in range(9)})
+    assert (silent.what, silent.since_s) == ("heartbeats of workers", NOW - 15)
+    assert silent.detail.startswith("9 of them")
+    assert (load.what, load.detail) == ("workers to load the job", "9 of them; rollout-8: downloading")
+
+
 def test_a_reward_service_that_rollouts_wait_for_is_one_wait_with_all_samples() -> None:
     reward = Wait("reward service 'default' at h:1", "Connection refused", NOW, 180.0, "", samples=4)
     rollouts = tuple(RolloutFacts(f"rollout-{i}", connected=True, capacity=4, waits=(reward,)) for i in range(2))
