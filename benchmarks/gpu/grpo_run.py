@@ -113,7 +113,7 @@ def measured(folder: pathlib.Path) -> dict[str, Any]:
         for name, key in OPTIONAL.items():
             if all(key in line for line in steps):
                 result[name] = statistics.mean(line[key] for line in steps)
-    accuracy = [value for line in lines for key, value in line.items() if key == "eval/chain_sum"]
+    accuracy = [value for line in lines for key, value in line.items() if key in ("eval/chain_sum", "eval/counting")]
     if accuracy:
         result |= {"before": accuracy[0], "after": accuracy[-1]}
     summary = folder / "summary.json"
