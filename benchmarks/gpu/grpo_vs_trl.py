@@ -157,6 +157,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, nargs=2, default=(20, 12), help="of ours, short and ragged")
     parser.add_argument("--trl-steps", type=int, nargs=2, default=(10, 5), help="of each setting of TRL, likewise")
     parser.add_argument("--trl", type=Setting.parse, nargs="*", help="settings of TRL; none measures ours alone")
+    parser.add_argument("--ours", action=argparse.BooleanOptionalAction, default=True, help="measure our own run")
     parser.add_argument("--trl-attention", default="sdpa", help="TRL's attn_implementation")
     parser.add_argument("--trl-deadline", type=float, default=150.0, help="seconds that a setting of TRL may take")
     parser.add_argument("--deadline", type=float, default=300.0, help="seconds that a run of ours may take")
@@ -177,8 +178,10 @@ def main() -> None:
         found: dict[str, list[Step]] = {}
         stopped: dict[str, str] = {}
         settings = args.trl if args.trl is not None else [Setting.parse(text) for text in TRL_SETTINGS[case]]
-        found[OURS], shares, stopped[OURS] = ours(args, case, args.runs / case / "ours")
-        tell(case, OURS, found[OURS], stopped[OURS])
+        shares: dict[str, float] = {}
+        if args.ours:
+            found[OURS], shares, stopped[OURS] = ours(args, case, args.runs / case / "ours")
+            tell(case, OURS, found[OURS], stopped[OURS])
         for setting in settings:
             name = f"TRL {setting}"
             folder = args.runs / case / str(setting).replace(":", "-")
