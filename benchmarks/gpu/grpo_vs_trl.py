@@ -9,7 +9,8 @@ itself decides; the learning rate is low, so that they stay alike. Both sides ha
 (SmolLM2-135M-Instruct), prompts in the same order, group size, end token, largest length, rewards and learning rate,
 and compute in bfloat16 over float32 weights. TRL runs at several settings (`trl_run.py` says which), of which the best
 counts; one that runs out of memory is told and skipped. Medians of the steps but the first, with the range in brackets;
-the tokens of a step show that both sides did the same work. A run replaces what an earlier one left in its folder.
+the tokens of a step show that both sides did the same work; `GPU busy` is the driver's word. A run replaces what an
+earlier one left in its folder.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import subprocess
 import sys
 from typing import Any
 
+from benchmarks.gpu.gpu_busy import busy_share, watching
 from benchmarks.gpu.grpo_run import run, steps_of
 from benchmarks.gpu.step_shares import shares_text
 from benchmarks.gpu.tasks import REPOSITORY, TASKS
@@ -53,7 +55,8 @@ def ours(args: argparse.Namespace, case: str, folder: pathlib.Path) -> tuple[lis
     flags += ["--log-probs-chunk-size", "8192", "--no-save-optim"]
     steps = args.ours_steps[case]
     shutil.rmtree(folder, ignore_errors=True)
-    ran = run(argparse.Namespace(**{**vars(args), "steps": steps + 1}), flags, folder)
+    with watching(folder.with_suffix(".gpu")):
+        ran = run(argparse.Namespace(**{**vars(args), "steps": steps + 1}), flags, folder)
     found = [_our_step(line) for line in steps_of(folder)][1:]
     stopped = f"ended with status {ran['status']}; {folder / 'output.log'} says why" if ran["status"] else ""
     return found, ran.get("time_share") or {}, stopped
@@ -61,6 +64,7 @@ def ours(args: argparse.Namespace, case: str, folder: pathlib.Path) -> tuple[lis
 
 def _our_step(line: dict[str, Any]) -> Step:
     return {
+        "unix_s": line["unix_s"],
         "step_s": line["perf/step_time"],
         "generate_s": line["perf/rollout_time"],
         "train_s": line["perf/actor_train_time"],
@@ -85,7 +89,7 @@ def trl(args: argparse.Namespace, case: str, setting: Setting, folder: pathlib.P
     command += ["--max-new-tokens", str(args.max_new_tokens or task.max_new_tokens), "--lr", str(task.learning_rate)]
     command += ["--attention", args.trl_attention, "--out", str(out.absolute())]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    with log.open("w") as output:
+    with log.open("w") as output, watching(folder.with_suffix(".gpu")):
         try:
             code = subprocess.run(
                 [*command], cwd=REPOSITORY, env=environment, stdout=output, stderr=output, timeout=args.trl_deadline
@@ -104,8 +108,9 @@ def median(steps: list[Step], name: str) -> float:
     return statistics.median(step[name] for step in steps)
 
 
-def row(name: str, steps: list[Step], best_s: float) -> str:
-    """A row of the table."""
+def row(name: str, steps: list[Step], best_s: float, gpu: pathlib.Path) -> str:
+    """A row of the table; `gpu` has what the driver said of the GPU meanwhile."""
+    busy = busy_share(gpu, [(step["unix_s"] - step["step_s"], step["unix_s"]) for step in steps])
     seconds = [step["step_s"] for step in steps]
     middle = statistics.median(seconds)
     cells = [
@@ -119,6 +124,7 @@ def row(name: str, steps: list[Step], best_s: float) -> str:
         f"{median(steps, 'generate_s'):.3f}",
         f"{median(steps, 'train_s'):.3f}",
         f"{median(steps, 'sync_s'):.3f}" if "sync_s" in steps[0] else "",
+        f"{busy:.0%}" if busy is not None else "",
         f"{statistics.mean(step['reward'] for step in steps):.3f}",
         f"{best_s / middle:.2f} ×",
     ]
@@ -132,21 +138,42 @@ def tell(case: str, name: str, steps: list[Step], stopped: str) -> None:
 
 COLUMNS = (
     *("steps", "s a step", "samples a step", "samples/s", "response tokens a step", "longest", "tokens/s"),
-    *("generate, s", "train, s", "new weights, s", "reward", "vs best TRL"),
+    *("generate, s", "train, s", "new weights, s", "GPU busy", "reward", "vs best TRL"),
 )
 
 
-def table(found: dict[str, list[Step]], stopped: dict[str, str], shares: dict[str, float]) -> str:
+def table(
+    found: dict[str, list[Step]], stopped: dict[str, str], shares: dict[str, float], folders: dict[str, pathlib.Path]
+) -> str:
     """Markdown: a row for each side and setting, then what was skipped, and the shares of our time."""
     peers = [median(steps, "step_s") for name, steps in found.items() if name != OURS and steps]
     best_s = min(peers, default=float("nan"))
     lines = ["| | " + " | ".join(COLUMNS) + " |", "|---|" + "---|" * len(COLUMNS)]
-    lines += [row(name, steps, best_s) for name, steps in found.items() if steps]
+    lines += [row(name, steps, best_s, folders[name].with_suffix(".gpu")) for name, steps in found.items() if steps]
     skipped = {name: stopped[name] or "no step within the deadline" for name in found if not found[name]}
     lines += ["", *(f"{name}: {why}" for name, why in (stopped | skipped).items() if why)]
     if shares:
         lines += [f"time of {OURS}: {shares_text(shares)}"]
     return "\n".join(lines)
+
+
+def compare(args: argparse.Namespace, case: str, settings: list[Setting]) -> None:
+    """Measure a case, and print and write its table."""
+    found: dict[str, list[Step]] = {}
+    stopped: dict[str, str] = {}
+    shares: dict[str, float] = {}
+    folders = {OURS: args.runs / case / "ours"}
+    if args.ours:
+        found[OURS], shares, stopped[OURS] = ours(args, case, folders[OURS])
+        tell(case, OURS, found[OURS], stopped[OURS])
+    for setting in settings:
+        name = f"TRL {setting}"
+        folders[name] = args.runs / case / str(setting).replace(":", "-")
+        found[name], stopped[name] = trl(args, case, setting, folders[name])
+        tell(case, name, found[name], stopped[name])
+    text = table(found, stopped, shares, folders)
+    (args.runs / f"{case}.md").write_text(text + "\n")
+    print(f"\n{case}:\n\n{text}\n", flush=True)
 
 
 def main() -> None:
@@ -175,21 +202,8 @@ def main() -> None:
     args.runs = args.runs.absolute()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     for case in args.cases:
-        found: dict[str, list[Step]] = {}
-        stopped: dict[str, str] = {}
         settings = args.trl if args.trl is not None else [Setting.parse(text) for text in TRL_SETTINGS[case]]
-        shares: dict[str, float] = {}
-        if args.ours:
-            found[OURS], shares, stopped[OURS] = ours(args, case, args.runs / case / "ours")
-            tell(case, OURS, found[OURS], stopped[OURS])
-        for setting in settings:
-            name = f"TRL {setting}"
-            folder = args.runs / case / str(setting).replace(":", "-")
-            found[name], stopped[name] = trl(args, case, setting, folder)
-            tell(case, name, found[name], stopped[name])
-        text = table(found, stopped, shares)
-        (args.runs / f"{case}.md").write_text(text + "\n")
-        print(f"\n{case}:\n\n{text}\n", flush=True)
+        compare(args, case, settings)
 
 
 if __name__ == "__main__":

@@ -74,6 +74,7 @@ class StepWriter:
         self._synchronize()
         now = time.perf_counter()
         step = {
+            "unix_s": time.time(),
             "step_s": now - self._began,
             "generate_s": self._generated - self._began,
             "train_s": now - self._generated,
