@@ -83,13 +83,22 @@ def _stopped(process: subprocess.Popen[bytes]) -> int:
     return -1
 
 
+def metrics_of(folder: pathlib.Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics; none before its first."""
+    metrics = folder / "metrics.jsonl"
+    return [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
+
+
+def steps_of(folder: pathlib.Path) -> list[dict[str, Any]]:
+    """The metrics of a run's training steps."""
+    return [line for line in metrics_of(folder) if "perf/step_time" in line]
+
+
 def measured(folder: pathlib.Path) -> dict[str, Any]:
     """What the metrics of a run folder say; nothing before its first step."""
     result: dict[str, Any] = {}
-    metrics = folder / "metrics.jsonl"
-    lines = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
-    steps = [line for line in lines if "perf/step_time" in line]
-    if steps:
+    lines = metrics_of(folder)
+    if steps := steps_of(folder):
         later = steps[1:] or steps
         result |= {
             "steps": len(steps),
@@ -104,7 +113,7 @@ def measured(folder: pathlib.Path) -> dict[str, Any]:
         for name, key in OPTIONAL.items():
             if all(key in line for line in steps):
                 result[name] = statistics.mean(line[key] for line in steps)
-    accuracy = [value for line in lines for key, value in line.items() if key == "eval/chain_sum"]
+    accuracy = [value for line in lines for key, value in line.items() if key in ("eval/chain_sum", "eval/counting")]
     if accuracy:
         result |= {"before": accuracy[0], "after": accuracy[-1]}
     summary = folder / "summary.json"

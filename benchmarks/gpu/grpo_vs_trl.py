@@ -1,75 +1,209 @@
 """Samples per second of whole GRPO steps on one GPU: SGLang rollouts with the fsdp trainer, and TRL's GRPOTrainer.
 
     pip install 'miles[benchmarks]'
-    python -m benchmarks.gpu.grpo_vs_trl --model DIR
+    python -m benchmarks.gpu.grpo_vs_trl --model DIR                     # both cases
+    python -m benchmarks.gpu.grpo_vs_trl --model DIR --cases ragged --trl static:64 continuous:64
 
-Same model (SmolLM2-135M-Instruct), prompts, group size, lengths and learning rate; bfloat16 compute over float32
-weights. TRL generates with transformers' `generate`, at several micro-batch sizes, of which the best counts. Medians of
-the steps but the first.
+Case `short`: one-digit sums, 16 new tokens. Case `ragged`: counting from 1 to N, lengths up to 512 that the model
+itself decides; the learning rate is low, so that they stay alike. Both sides have the same model
+(SmolLM2-135M-Instruct), prompts in the same order, group size, end token, largest length, rewards and learning rate,
+and compute in bfloat16 over float32 weights. TRL runs at several settings (`trl_run.py` says which), of which the best
+counts; one that runs out of memory is told and skipped. Medians of the steps but the first, with the range in brackets;
+the tokens of a step show that both sides did the same work; `GPU busy` is the driver's word. A run replaces what an
+earlier one left in its folder.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import pathlib
+import shutil
 import statistics
 import subprocess
 import sys
+from typing import Any
 
-from benchmarks.gpu.grpo_run import REPOSITORY, run
-from benchmarks.grpo_step_vs_trl import GROUP, LEARNING_RATE, MAX_NEW_TOKENS, measure_trl
+from benchmarks.gpu.gpu_busy import busy_share, watching
+from benchmarks.gpu.grpo_run import run, steps_of
+from benchmarks.gpu.step_shares import shares_text
+from benchmarks.gpu.tasks import REPOSITORY, TASKS
+from benchmarks.gpu.trl_run import Setting
 
-RECIPE = REPOSITORY / "examples" / "smollm2_chain_sum"
-TRL_DEADLINE_S = 120.0
+CASES = {"short": "sums", "ragged": "counting"}
+TRL_SETTINGS = {
+    "short": ("static:256", "static:64", "continuous:256"),
+    "ragged": ("continuous:64", "static:64", "static:128", "static:256"),
+}
+OURS = "miles"
+
+Step = dict[str, float]
+"""Of one step: step_s, samples, response_tokens, longest, and its parts in seconds."""
 
 
-def trl_step_s(args: argparse.Namespace, micro_batch: int) -> float:
-    """Median step of TRL in a process of its own."""
-    command = [sys.executable, "-m", "benchmarks.gpu.grpo_vs_trl", "--model", args.model, "--steps", str(args.steps)]
-    command += ["--prompts-per-step", str(args.prompts_per_step), "--trl-micro-batch", str(micro_batch)]
-    ran = subprocess.run(command, cwd=REPOSITORY, check=True, stdout=subprocess.PIPE, text=True, timeout=TRL_DEADLINE_S)
-    times: list[float] = json.loads(ran.stdout.strip().splitlines()[-1])
-    return statistics.median(times)
+def ours(args: argparse.Namespace, case: str, folder: pathlib.Path) -> tuple[list[Step], dict[str, float], str]:
+    """Steps of our run but the first, the shares of its time, and what stopped it."""
+    task = TASKS[CASES[case]]
+    new_tokens = args.max_new_tokens or task.max_new_tokens
+    prompts = task.prompts(args.runs / case / "data")
+    flags = ["--prompt-data", str(prompts.absolute()), *task.flags, "--no-eval-interval"]
+    flags += ["--no-eval-prompt-data", "--no-eval-temperature"]
+    flags += ["--rollout-batch-size", str(args.prompts_per_step), "--n-samples-per-prompt", str(args.group)]
+    flags += ["--rollout-max-response-len", str(new_tokens), "--lr", str(task.learning_rate)]
+    flags += ["--lr-decay-style", "constant", "--max-tokens-per-gpu", str(args.max_tokens or task.max_tokens_per_gpu)]
+    flags += ["--log-probs-chunk-size", "8192", "--no-save-optim"]
+    steps = args.ours_steps[case]
+    shutil.rmtree(folder, ignore_errors=True)
+    with watching(folder.with_suffix(".gpu")):
+        ran = run(argparse.Namespace(**{**vars(args), "steps": steps + 1}), flags, folder)
+    found = [_our_step(line) for line in steps_of(folder)][1:]
+    stopped = f"ended with status {ran['status']}; {folder / 'output.log'} says why" if ran["status"] else ""
+    return found, ran.get("time_share") or {}, stopped
+
+
+def _our_step(line: dict[str, Any]) -> Step:
+    return {
+        "unix_s": line["unix_s"],
+        "step_s": line["perf/step_time"],
+        "generate_s": line["perf/rollout_time"],
+        "train_s": line["perf/actor_train_time"],
+        "sync_s": line["perf/update_weights_time"],
+        "samples": line["rollout/samples"],
+        "response_tokens": line["rollout/response_tokens"],
+        "longest": line.get("rollout/response_len/max", 0.0),
+        "reward": line["rollout/raw_reward"],
+    }
+
+
+def trl(args: argparse.Namespace, case: str, setting: Setting, folder: pathlib.Path) -> tuple[list[Step], str]:
+    """Steps of TRL but the first, of those that ended before the deadline; and what stopped it."""
+    task = TASKS[CASES[case]]
+    prompts = task.prompts(args.runs / case / "data")
+    out, log = folder / "steps.jsonl", folder / "output.log"
+    folder.mkdir(parents=True, exist_ok=True)
+    out.write_text("")
+    command = [sys.executable, "-m", "benchmarks.gpu.trl_run", "--model", args.model, "--task", CASES[case]]
+    command += ["--prompts", str(prompts), "--setting", str(setting), "--steps", str(args.trl_steps[case])]
+    command += ["--prompts-per-step", str(args.prompts_per_step), "--group", str(args.group), "--device", args.device]
+    command += ["--max-new-tokens", str(args.max_new_tokens or task.max_new_tokens), "--lr", str(task.learning_rate)]
+    command += ["--attention", args.trl_attention, "--out", str(out.absolute())]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    with log.open("w") as output, watching(folder.with_suffix(".gpu")):
+        try:
+            code = subprocess.run(
+                [*command], cwd=REPOSITORY, env=environment, stdout=output, stderr=output, timeout=args.trl_deadline
+            ).returncode
+        except subprocess.TimeoutExpired:
+            code = 0
+    stopped = ""
+    if code != 0:
+        text = log.read_text()
+        stopped = "out of memory" if "OutOfMemoryError" in text else f"failed: {text.strip().splitlines()[-1]:.80}"
+    return [json.loads(line) for line in out.read_text().splitlines()][1:], stopped
+
+
+def median(steps: list[Step], name: str) -> float:
+    """Median over steps."""
+    return statistics.median(step[name] for step in steps)
+
+
+def row(name: str, steps: list[Step], best_s: float, gpu: pathlib.Path) -> str:
+    """A row of the table; `gpu` has what the driver said of the GPU meanwhile."""
+    busy = busy_share(gpu, [(step["unix_s"] - step["step_s"], step["unix_s"]) for step in steps])
+    seconds = [step["step_s"] for step in steps]
+    middle = statistics.median(seconds)
+    cells = [
+        f"{len(steps)}",
+        f"{middle:.3f} ({min(seconds):.3f}–{max(seconds):.3f})",
+        f"{median(steps, 'samples'):.0f}",
+        f"{statistics.mean(step['samples'] for step in steps) / middle:,.1f}",
+        f"{statistics.mean(step['response_tokens'] for step in steps):,.0f}",
+        f"{max(step['longest'] for step in steps):.0f}",
+        f"{sum(step['response_tokens'] for step in steps) / sum(seconds):,.0f}",
+        f"{median(steps, 'generate_s'):.3f}",
+        f"{median(steps, 'train_s'):.3f}",
+        f"{median(steps, 'sync_s'):.3f}" if "sync_s" in steps[0] else "",
+        f"{busy:.0%}" if busy is not None else "",
+        f"{statistics.mean(step['reward'] for step in steps):.3f}",
+        f"{best_s / middle:.2f} ×",
+    ]
+    return f"| {name} | " + " | ".join(cells) + " |"
+
+
+def tell(case: str, name: str, steps: list[Step], stopped: str) -> None:
+    """Print what was measured as soon as it was."""
+    print(f"{case}, {name}: {[round(step['step_s'], 3) for step in steps]} s a step {stopped}", flush=True)
+
+
+COLUMNS = (
+    *("steps", "s a step", "samples a step", "samples/s", "response tokens a step", "longest", "tokens/s"),
+    *("generate, s", "train, s", "new weights, s", "GPU busy", "reward", "vs best TRL"),
+)
+
+
+def table(
+    found: dict[str, list[Step]], stopped: dict[str, str], shares: dict[str, float], folders: dict[str, pathlib.Path]
+) -> str:
+    """Markdown: a row for each side and setting, then what was skipped, and the shares of our time."""
+    peers = [median(steps, "step_s") for name, steps in found.items() if name != OURS and steps]
+    best_s = min(peers, default=float("nan"))
+    lines = ["| | " + " | ".join(COLUMNS) + " |", "|---|" + "---|" * len(COLUMNS)]
+    lines += [row(name, steps, best_s, folders[name].with_suffix(".gpu")) for name, steps in found.items() if steps]
+    skipped = {name: stopped[name] or "no step within the deadline" for name in found if not found[name]}
+    lines += ["", *(f"{name}: {why}" for name, why in (stopped | skipped).items() if why)]
+    if shares:
+        lines += [f"time of {OURS}: {shares_text(shares)}"]
+    return "\n".join(lines)
+
+
+def compare(args: argparse.Namespace, case: str, settings: list[Setting]) -> None:
+    """Measure a case, and print and write its table."""
+    found: dict[str, list[Step]] = {}
+    stopped: dict[str, str] = {}
+    shares: dict[str, float] = {}
+    folders = {OURS: args.runs / case / "ours"}
+    if args.ours:
+        found[OURS], shares, stopped[OURS] = ours(args, case, folders[OURS])
+        tell(case, OURS, found[OURS], stopped[OURS])
+    for setting in settings:
+        name = f"TRL {setting}"
+        folders[name] = args.runs / case / str(setting).replace(":", "-")
+        found[name], stopped[name] = trl(args, case, setting, folders[name])
+        tell(case, name, found[name], stopped[name])
+    text = table(found, stopped, shares, folders)
+    (args.runs / f"{case}.md").write_text(text + "\n")
+    print(f"\n{case}:\n\n{text}\n", flush=True)
 
 
 def main() -> None:
-    """Measure both and print the table."""
+    """Measure and print a table for each case."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="SmolLM2-135M-Instruct as a Hugging Face checkpoint")
-    parser.add_argument("--steps", type=int, default=10, help="steps measured")
+    parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES))
+    parser.add_argument("--steps", type=int, nargs=2, default=(20, 12), help="of ours, short and ragged")
+    parser.add_argument("--trl-steps", type=int, nargs=2, default=(10, 5), help="of each setting of TRL, likewise")
+    parser.add_argument("--trl", type=Setting.parse, nargs="*", help="settings of TRL; none measures ours alone")
+    parser.add_argument("--ours", action=argparse.BooleanOptionalAction, default=True, help="measure our own run")
+    parser.add_argument("--trl-attention", default="sdpa", help="TRL's attn_implementation")
+    parser.add_argument("--trl-deadline", type=float, default=150.0, help="seconds that a setting of TRL may take")
+    parser.add_argument("--deadline", type=float, default=300.0, help="seconds that a run of ours may take")
     parser.add_argument("--prompts-per-step", type=int, default=32)
-    parser.add_argument("--micro-batches", type=int, nargs="+", default=[256, 64])
-    parser.add_argument("--runs", type=pathlib.Path, default=pathlib.Path("runs/gpu-vs-trl"), help="folder of our run")
-    parser.add_argument("--trl-micro-batch", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--group", type=int, default=8, help="samples of a prompt")
+    parser.add_argument("--max-new-tokens", type=int, help="instead of the case's own")
+    parser.add_argument("--max-tokens", type=int, help="tokens of a micro-batch of ours, instead of the case's own")
+    parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
+    parser.add_argument("--python", default="", help="interpreter that has SGLang, when it is another one")
+    parser.add_argument("--runs", type=pathlib.Path, default=pathlib.Path("runs/gpu-vs-trl"), help="folder for runs")
+    parser.add_argument("more", nargs="*", help="more flags of train.py, after --")
     args = parser.parse_args()
-    if args.trl_micro_batch:
-        prompts, template = str(RECIPE / "data" / "train.jsonl"), str(RECIPE / "chat_template.jinja")
-        times = measure_trl(
-            args.model,
-            prompts,
-            template,
-            args.steps,
-            1,
-            args.trl_micro_batch,
-            prompts_per_step=args.prompts_per_step,
-            device="cuda",
-        )
-        print(json.dumps(times))
-        return
-    args.steps += 1
-    args.device, args.python = "cuda", ""
-    args.more = ["--rollout-batch-size", str(args.prompts_per_step), "--n-samples-per-prompt", str(GROUP)]
-    args.more += ["--rollout-max-response-len", str(MAX_NEW_TOKENS), "--lr", str(LEARNING_RATE)]
-    args.more += ["--max-tokens-per-gpu", "16384", "--eval-interval", str(10 * args.steps)]
-    rows = {"miles": float(run(args, (), (args.runs / "ours").absolute())["step_s"])}
-    args.steps -= 1
-    for micro_batch in args.micro_batches:
-        rows[f"TRL, micro-batch {micro_batch}"] = trl_step_s(args, micro_batch)
-    best = min(seconds for name, seconds in rows.items() if name != "miles")
-    print(f"{'':24}{'s/step':>10}{'samples/s':>12}{'vs best TRL':>13}")
-    for name, seconds in rows.items():
-        print(f"{name:24}{seconds:>10.3f}{args.prompts_per_step * GROUP / seconds:>12.1f}{best / seconds:>12.2f}x")
+    args.ours_steps = dict(zip(CASES, args.steps, strict=True))
+    args.trl_steps = dict(zip(CASES, args.trl_steps, strict=True))
+    args.runs = args.runs.absolute()
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    for case in args.cases:
+        settings = args.trl if args.trl is not None else [Setting.parse(text) for text in TRL_SETTINGS[case]]
+        compare(args, case, settings)
 
 
 if __name__ == "__main__":

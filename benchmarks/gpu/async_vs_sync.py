@@ -1,0 +1,118 @@
+"""The same job synchronous, one step off and fully asynchronous on one GPU, at long-tailed lengths.
+
+    python -m benchmarks.gpu.async_vs_sync --model DIR
+
+SmolLM2-135M-Instruct learns to count from 1 to N (`counting.py`) with GRPO, SGLang rollouts and the fsdp trainer side
+by side on the GPU. Every mode has the same seed, number of samples and learning rate. Asynchronous runs preempt what is
+unfinished when a batch is complete, resume it with the new weights (`--partial-rollout`), and correct for stale samples
+by truncated importance sampling (`--use-tis`). Speeds are of all steps but the first three, in which pipelines fill;
+rewards are means of a tenth of the run, as trained on, so of samples as stale as the mode allows; evaluations are
+greedy answers to 64 fixed questions. A run replaces what an earlier one left in its folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import pathlib
+import shutil
+import statistics
+from typing import Any
+
+from benchmarks.gpu import counting
+from benchmarks.gpu.grpo_run import run, steps_of
+from benchmarks.gpu.step_shares import shares_text
+
+MODES: dict[str, tuple[str, ...]] = {
+    "synchronous": ("--max-weight-staleness", "0"),
+    "one-step-off": ("--max-weight-staleness", "1"),
+    "asynchronous": ("--max-weight-staleness", "3", "--use-tis", "--partial-rollout"),
+}
+WARM_UP = 3
+MARKS = (10, 30, 50, 70, 100)
+"""Per cent of the run at which rewards are shown."""
+
+
+def flags_of(args: argparse.Namespace) -> list[str]:
+    """What every mode has."""
+    data = counting.write(args.runs / "data")
+    flags = ["--prompt-data", str(data / "train.jsonl"), "--eval-prompt-data", "counting", str(data / "eval.jsonl")]
+    flags += ["--no-rm-type", "--custom-rm-path", "benchmarks.gpu.counting.reward", "--no-save-optim"]
+    flags += ["--eval-interval", str(args.steps), "--rollout-batch-size", str(args.prompts_per_step)]
+    flags += ["--n-samples-per-prompt", str(args.group), "--rollout-max-response-len", str(args.max_new_tokens)]
+    flags += ["--lr", str(args.lr), "--max-tokens-per-gpu", str(args.max_tokens), "--log-probs-chunk-size", "8192"]
+    return [*flags, "--seed", str(args.seed), "--rollout-seed", str(args.seed), "--rollout-shuffle"]
+
+
+def figures(result: dict[str, Any], steps: list[dict[str, Any]]) -> dict[str, str]:
+    """A column of the table."""
+    later = steps[WARM_UP:] or steps
+    seconds = sum(step["perf/step_time"] for step in later)
+    ends = [max(1, round(len(steps) * mark / 100)) for mark in MARKS]
+    tenth = max(1, len(steps) // 10)
+    rewards = [statistics.mean(step["rollout/raw_reward"] for step in steps[max(0, end - tenth) : end]) for end in ends]
+    return {
+        "steps": f"{len(steps)}",
+        "samples trained on": f"{sum(step['rollout/samples'] for step in steps):.0f}",
+        "samples/s": f"{sum(step['rollout/samples'] for step in later) / seconds:.1f}",
+        "response tokens/s": f"{sum(step['rollout/response_tokens'] for step in later) / seconds:,.0f}",
+        "median step, s": f"{statistics.median(step['perf/step_time'] for step in later):.3f}",
+        "slowest step, s": f"{max(step['perf/step_time'] for step in later):.3f}",
+        "tokens a response, mean": f"{statistics.mean(step['rollout/response_len/mean'] for step in later):.0f}",
+        "longest": f"{max(step['rollout/response_len/max'] for step in later):.0f}",
+        "staleness, mean (largest)": f"{statistics.mean(s['rollout/fully_async/avg_staleness'] for s in later):.2f}"
+        f" ({max(step['rollout/fully_async/max_staleness'] for step in later):.0f})",
+        "difference of log-probs, nats": f"{result['abs_diff']:.4f}",
+        **{f"reward at {mark} %": f"{reward:.3f}" for mark, reward in zip(MARKS, rewards, strict=True)},
+        "evaluation before": f"{result['before']:.3f}" if "before" in result else "",
+        "after": f"{result['after']:.3f}" if "after" in result else "",
+        "wall time with start, s": f"{result['wall_s']:.0f}",
+    }
+
+
+def table(columns: dict[str, dict[str, str]]) -> str:
+    """Markdown: a column for each mode."""
+    names = next(iter(columns.values()))
+    lines = ["| | " + " | ".join(columns) + " |", "|---|" + "---|" * len(columns)]
+    lines += [f"| {name} | " + " | ".join(column[name] for column in columns.values()) + " |" for name in names]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Run each mode, and print the table after each."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="SmolLM2-135M-Instruct as a Hugging Face checkpoint")
+    parser.add_argument("--modes", nargs="+", default=list(MODES), choices=list(MODES))
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--prompts-per-step", type=int, default=16)
+    parser.add_argument("--group", type=int, default=8, help="samples of a prompt")
+    parser.add_argument("--max-new-tokens", type=int, default=512)
+    parser.add_argument("--max-tokens", type=int, default=131_072, help="tokens of a micro-batch of the trainer")
+    parser.add_argument("--lr", type=float, default=2e-5)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--deadline", type=float, default=240.0, help="seconds that a run may take")
+    parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
+    parser.add_argument("--python", default="", help="interpreter that has SGLang, when it is another one")
+    parser.add_argument("--runs", type=pathlib.Path, default=pathlib.Path("runs/gpu-async"), help="folder for runs")
+    parser.add_argument("more", nargs="*", help="more flags of train.py, after --")
+    args = parser.parse_args()
+    args.runs = args.runs.absolute()
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    flags = flags_of(args)
+    columns: dict[str, dict[str, str]] = {}
+    for mode in args.modes:
+        folder = args.runs / mode
+        shutil.rmtree(folder, ignore_errors=True)
+        result = run(args, [*flags, *MODES[mode]], folder)
+        steps = steps_of(folder)
+        if not steps:
+            print(f"{mode}: no step; {folder / 'output.log'} says why", flush=True)
+            continue
+        columns[mode] = figures(result, steps)
+        (args.runs / "table.md").write_text(table(columns) + "\n")
+        print(f"{mode}: status {result['status']}; {shares_text(result.get('time_share') or {})}", flush=True)
+        print(f"\n{table(columns)}\n", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,96 @@
+"""What the benchmarks against TRL and of asynchrony compute without a GPU: rewards, prompts, settings and tables."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import pathlib
+
+import pytest
+
+from benchmarks.gpu.counting import LAST, prompts, share_right
+from benchmarks.gpu.gpu_busy import busy_share
+from benchmarks.gpu.grpo_vs_trl import OURS, Step, table
+from benchmarks.gpu.step_shares import shares_text
+from benchmarks.gpu.tasks import TASKS
+from benchmarks.gpu.trl_run import Setting, StepWriter
+
+
+@pytest.mark.parametrize(
+    ("response", "last", "share"),
+    [
+        ("1, 2, 3, 4", 4, 1.0),
+        ("1, 2, 3", 4, 0.75),  # stops short
+        ("1, 2, 3, 4, 5, 6, 7, 8", 4, 0.5),  # does not stop
+        ("1, 2, 4, 3", 4, 0.5),  # right up to the first mistake
+        ("2, 3, 4", 4, 0.0),
+        ("one, two", 4, 0.0),
+        ("1" * 5000, 4, 0.0),  # more digits than Python converts
+    ],
+)
+def test_counting_is_rewarded_by_the_share_of_right_numbers(response: str, last: int, share: float) -> None:
+    assert share_right(response, last) == share
+
+
+def test_most_prompts_ask_for_short_answers_and_some_for_long_ones() -> None:
+    lasts = [int(json.loads(line)["label"]) for line in prompts(400, 7).splitlines()]
+    assert min(lasts) >= LAST[0]
+    assert max(lasts) <= LAST[1]
+    assert sum(last > 60 for last in lasts) >= 40
+    assert sorted(lasts)[200] < 30
+    assert prompts(400, 7) == prompts(400, 7) != prompts(400, 8)
+
+
+def test_a_setting_of_trl_is_read_as_it_is_written() -> None:
+    for text in ("static:64", "continuous:256", "static:64:bfloat16"):
+        assert str(Setting.parse(text)) == text
+    with pytest.raises(argparse.ArgumentTypeError, match="is paged, not one of static, continuous"):
+        Setting.parse("paged:64")
+
+
+def test_a_step_of_trl_is_written_with_its_tokens_and_parts(tmp_path: pathlib.Path) -> None:
+    out = tmp_path / "steps.jsonl"
+    writer = StepWriter(out, TASKS["sums"], lambda: None)
+    for _ in range(2):
+        rewards = writer.reward([[{"content": "3 + 4 = 7"}], "8"], [[1, 2, 3], [4]], ["7", "7"])
+        assert rewards == [1.0, 0.0]
+        writer.end_step()
+    steps = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [(step["samples"], step["response_tokens"], step["longest"]) for step in steps] == [(2, 4, 3)] * 2
+    for step in steps:
+        assert math.isclose(step["step_s"], step["generate_s"] + step["train_s"])
+
+
+def test_the_gpu_counts_as_busy_as_the_driver_said_within_the_steps(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "run.gpu"
+    assert busy_share(path, [(0.0, 10.0)]) is None
+    path.write_text("1.0,100\n2.0,50\n3.0,0\n9.0,100\n")
+    assert busy_share(path, [(1.0, 2.0), (3.0, 3.5)]) == 0.5
+    assert busy_share(path, [(4.0, 5.0)]) is None
+
+
+def step(seconds: float) -> Step:
+    """A step of so many seconds."""
+    parts = {"generate_s": 0.5, "train_s": 0.2, "samples": 4.0, "response_tokens": 40.0, "longest": 20.0}
+    return {"unix_s": 100.0, "step_s": seconds, "reward": 0.5, **parts}
+
+
+def test_the_best_setting_of_trl_is_what_the_others_are_compared_with(tmp_path: pathlib.Path) -> None:
+    found = {OURS: [step(1.0)], "TRL a": [step(4.0), step(5.0), step(3.0)], "TRL b": [step(8.0)], "TRL c": []}
+    folders = {name: tmp_path / name for name in found}
+    text = table(found, {"TRL c": "out of memory"}, {"generate": 0.5, "train": 0.3, "idle": 0.1}, folders)
+    ratios = {line.split(" |")[0][2:]: line.split(" | ")[-1] for line in text.splitlines() if line.startswith("| ")}
+    assert {name: ratios[name] for name in (OURS, "TRL a", "TRL b")} == {
+        OURS: "4.00 × |",
+        "TRL a": "1.00 × |",
+        "TRL b": "0.50 × |",
+    }
+    assert "TRL c: out of memory" in text
+    assert "neither generating nor training 20.0%" in text
+
+
+def test_neither_side_works_in_what_is_left_of_generating_and_training() -> None:
+    shares = {"generate": 0.6, "reward": 0.05, "train": 0.25, "sync": 0.08, "idle": 0.02}
+    assert shares_text(shares).endswith("; neither generating nor training 15.0%")
+    assert shares_text({"generate": 0.9, "train": 0.8}).endswith("neither generating nor training 0.0%")
