@@ -27,8 +27,8 @@ from miles.types.sample import (
 )
 from miles.types.validate import check_group, check_sample
 
-_STATUS_TO_PROTO = {status: pb.SampleStatus.Value(f"SAMPLE_STATUS_{status.name}") for status in SampleStatus}
-_STATUS_FROM_PROTO = {number: status for status, number in _STATUS_TO_PROTO.items()}
+STATUS_TO_PROTO = {status: pb.SampleStatus.Value(f"SAMPLE_STATUS_{status.name}") for status in SampleStatus}
+STATUS_FROM_PROTO = {number: status for status, number in STATUS_TO_PROTO.items()}
 
 _DTYPES: dict[int, np.dtype[Any]] = {
     pb.DTYPE_UINT8: np.dtype("<u1"),
@@ -134,6 +134,10 @@ def pending_group_to_proto(group: SampleGroup) -> pb.SampleGroup:
 
 def group_from_proto(message: pb.SampleGroup, path: str = "") -> SampleGroup:
     """Decode and check a group. Raises MalformedMessage; `path` prefixes field names (end it with a dot)."""
+    if message.HasField("columns"):
+        raise MalformedMessage(
+            f"{path}columns", "set without the size and checksum that end the bytes of stored groups"
+        )
     samples = [decode_sample(sample, f"{path}samples[{i}].") for i, sample in enumerate(message.samples)]
     group = SampleGroup(message.job_id, message.group_id, samples)
     check_group(group, path)
@@ -189,7 +193,7 @@ def encode_fields(sample: Sample, message: pb.Sample) -> None:
     message.index = sample.index
     message.response_length = sample.response_length
     message.response = sample.response
-    message.status = _STATUS_TO_PROTO[sample.status]
+    message.status = STATUS_TO_PROTO[sample.status]
     message.metadata_json = json_to_text(sample.metadata, "metadata") if sample.metadata else "{}"
     message.remove_sample = sample.remove_sample
     for span in sample.weight_versions:
@@ -235,7 +239,7 @@ def decode_sample(message: pb.Sample, path: str = "") -> Sample:
 
 
 def _decode(message: pb.Sample) -> Sample:
-    status = _STATUS_FROM_PROTO.get(message.status)
+    status = STATUS_FROM_PROTO.get(message.status)
     if status is None:
         raise MalformedMessage("status", f"unknown value {message.status}")
     sample = Sample(

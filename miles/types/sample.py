@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -37,8 +37,7 @@ class SampleStatus(enum.Enum):
     """Generation or scoring failed; metadata says why. Never trained on."""
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class VersionSpan:
+class VersionSpan(NamedTuple):
     """Policy `version` produced the response tokens [start, end)."""
 
     version: int

@@ -1,15 +1,12 @@
-"""Whole groups in a file: `SampleGroup` messages, each behind its length (8 bytes, little-endian)."""
+"""Whole groups in a file: as bytes like those in the sample queue, each behind its length (8 bytes, little-endian)."""
 
 from __future__ import annotations
 
 import pathlib
 from collections.abc import Iterable, Iterator
 
-from google.protobuf.message import DecodeError
-
-from miles.rpc.gen import sample_pb2 as pb
 from miles.types.sample import SampleGroup
-from miles.types.wire import group_to_bytes
+from miles.types.wire import group_from_bytes, group_to_bytes
 
 SUFFIX = ".groups.pb"
 _LENGTH_BYTES = 8
@@ -24,8 +21,8 @@ def write_groups(path: pathlib.Path, groups: Iterable[SampleGroup]) -> None:
             file.write(payload)
 
 
-def read_messages(path: pathlib.Path) -> Iterator[pb.SampleGroup]:
-    """The groups of a file as messages, not checked. Raises ValueError for a file that was cut or holds others."""
+def read_groups(path: pathlib.Path) -> Iterator[SampleGroup]:
+    """The groups of a file. Raises ValueError for a file that was cut, and for a group that cannot be read."""
     with path.open("rb") as file:
         number = 0
         while head := file.read(_LENGTH_BYTES):
@@ -33,10 +30,8 @@ def read_messages(path: pathlib.Path) -> Iterator[pb.SampleGroup]:
             left = path.stat().st_size - file.tell()
             if len(head) < _LENGTH_BYTES or size > left:
                 raise ValueError(f"group {number} of {path} needs {size} bytes, but {left} are left; the file is cut")
-            message = pb.SampleGroup()
             try:
-                message.ParseFromString(file.read(size))
-            except DecodeError as error:
-                raise ValueError(f"group {number} of {path} is not a SampleGroup message: {error}") from error
-            yield message
+                yield group_from_bytes(file.read(size))
+            except ValueError as error:
+                raise ValueError(f"group {number} of {path} cannot be read: {error}") from error
             number += 1

@@ -11,9 +11,7 @@ import numpy.typing as npt
 
 from miles.types.errors import MalformedMessage, prefixed
 from miles.types.sample import Reward, Sample, SampleGroup, SampleStatus, VersionSpan
-
-UINT32_MAX = 2**32 - 1
-UINT64_MAX = 2**64 - 1
+from miles.types.usual import UINT32_MAX, UINT64_MAX, is_usual
 
 _INT32, _FLOAT32 = np.dtype(np.int32), np.dtype(np.float32)
 _UINT8, _UINT16 = np.dtype(np.uint8), np.dtype(np.uint16)
@@ -31,6 +29,9 @@ def check_group(group: SampleGroup, path: str = "") -> None:
     _check_unsigned(group.group_id, UINT64_MAX, path + "group_id")
     previous = -1
     for i, sample in enumerate(group.samples):
+        if sample.group_id == group.group_id and is_usual(sample) and sample.index > previous:
+            previous = sample.index
+            continue
         with prefixed(f"{path}samples[{i}]."):
             _check_form(sample)
             if sample.group_id != group.group_id:

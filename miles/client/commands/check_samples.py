@@ -18,10 +18,8 @@ import numpy as np
 from miles.launcher.console import HelpFormatter
 from miles.rpc.exit_codes import ExitCode
 from miles.types import Sample, SampleFault, SampleStatus, VersionSpan, sample_faults
-from miles.types.convert import decode_sample
-from miles.types.errors import MalformedMessage
 from miles.types.experts import ExpertLayout, read_expert_layout
-from miles.types.stored import SUFFIX, read_messages
+from miles.types.stored import SUFFIX, read_groups
 
 FAULTY = 1
 Found = tuple[str, list[SampleFault]]
@@ -77,15 +75,10 @@ def _check(file: pathlib.Path, layout: ExpertLayout | None, *, needs_routing: bo
         yield from _check_log(file)
         return
     try:
-        for message in read_messages(file):
-            for stored in message.samples:
-                where = f"{file}: sample {stored.index} of group {message.group_id}"
-                try:
-                    sample = decode_sample(stored)
-                except MalformedMessage as error:
-                    yield where, [SampleFault(error.field, error.problem)]
-                else:
-                    yield where, sample_faults(sample, layout, needs_routing=needs_routing)
+        for group in read_groups(file):
+            for sample in group.samples:
+                where = f"{file}: sample {sample.index} of group {group.group_id}"
+                yield where, sample_faults(sample, layout, needs_routing=needs_routing)
     except ValueError as error:
         yield str(file), [SampleFault("file", str(error))]
 

@@ -437,13 +437,31 @@ class SampleGroup(_message.Message):
     JOB_ID_FIELD_NUMBER: _builtins.int
     GROUP_ID_FIELD_NUMBER: _builtins.int
     SAMPLES_FIELD_NUMBER: _builtins.int
+    COLUMNS_FIELD_NUMBER: _builtins.int
+    ARRAYS_FIELD_NUMBER: _builtins.int
+    ARRAYS_BYTES_FIELD_NUMBER: _builtins.int
+    CHECKSUM_FIELD_NUMBER: _builtins.int
     job_id: _builtins.str
     """Job that owns the group."""
     group_id: _builtins.int
     """Position of the prompt in the job's prompt order, from 0."""
+    arrays: _builtins.bytes
+    """Elements of the arrays of all samples, as in Array: tokens, rollout_log_probs and teacher_log_probs of those that have
+    them, then rollout_routed_experts, then loss_mask.
+    """
+    arrays_bytes: _builtins.int
+    """Size of arrays, in bytes, for readers that begin at the end."""
+    checksum: _builtins.int
+    """XXH3 (64 bits) of all bytes before this field."""
     @_builtins.property
     def samples(self) -> _containers.RepeatedCompositeFieldContainer[Global___Sample]:
         """In ascending order of Sample.index; each carries this group_id."""
+
+    @_builtins.property
+    def columns(self) -> Global___SampleColumns:
+        """In place of samples, where groups are stored: the same, field by field. The fields below come in this order and after
+        all others; miles/types/wire.py writes and reads them.
+        """
 
     def __init__(
         self,
@@ -451,11 +469,135 @@ class SampleGroup(_message.Message):
         job_id: _builtins.str = ...,
         group_id: _builtins.int = ...,
         samples: _abc.Iterable[Global___Sample] | None = ...,
+        columns: Global___SampleColumns | None = ...,
+        arrays: _builtins.bytes = ...,
+        arrays_bytes: _builtins.int = ...,
+        checksum: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["columns", b"columns"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["group_id", b"group_id", "job_id", b"job_id", "samples", b"samples"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["arrays", b"arrays", "arrays_bytes", b"arrays_bytes", "checksum", b"checksum", "columns", b"columns", "group_id", b"group_id", "job_id", b"job_id", "samples", b"samples"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___SampleGroup: _TypeAlias = SampleGroup  # noqa: Y015
+
+@_typing.final
+class SampleColumns(_message.Message):
+    """What the samples of a group are, apart from their arrays. One entry a sample, in order, where nothing else is said."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INDEX_FIELD_NUMBER: _builtins.int
+    TOKENS_FIELD_NUMBER: _builtins.int
+    RESPONSE_LENGTH_FIELD_NUMBER: _builtins.int
+    STATUS_FIELD_NUMBER: _builtins.int
+    HAS_FIELD_NUMBER: _builtins.int
+    PROMPT_FIELD_NUMBER: _builtins.int
+    RESPONSE_FIELD_NUMBER: _builtins.int
+    LABEL_FIELD_NUMBER: _builtins.int
+    METADATA_JSON_FIELD_NUMBER: _builtins.int
+    REWARD_FIELD_NUMBER: _builtins.int
+    NAMED_REWARDS_FIELD_NUMBER: _builtins.int
+    SPANS_FIELD_NUMBER: _builtins.int
+    SPAN_VERSION_FIELD_NUMBER: _builtins.int
+    SPAN_END_FIELD_NUMBER: _builtins.int
+    EXPERTS_FIELD_NUMBER: _builtins.int
+    SPECULATIVE_FIELD_NUMBER: _builtins.int
+    PREFIX_CACHE_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def index(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Sample.index."""
+
+    @_builtins.property
+    def tokens(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Prompt and response, in tokens."""
+
+    @_builtins.property
+    def response_length(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Sample.response_length, in tokens."""
+
+    @_builtins.property
+    def status(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Sample.status, a SampleStatus."""
+
+    @_builtins.property
+    def has(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """What the sample has: a sum of the numbers in miles/types/columns.py."""
+
+    @_builtins.property
+    def prompt(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Text, or JSON messages. A single entry holds for all samples; so for label and metadata_json."""
+
+    @_builtins.property
+    def response(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Sample.response."""
+
+    @_builtins.property
+    def label(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Sample.label of those that have one."""
+
+    @_builtins.property
+    def metadata_json(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Sample.metadata_json of those that have some."""
+
+    @_builtins.property
+    def reward(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """Sample.reward of those that have a single one."""
+
+    @_builtins.property
+    def named_rewards(self) -> _containers.RepeatedCompositeFieldContainer[Global___NamedRewards]:
+        """Sample.reward of those that have named ones."""
+
+    @_builtins.property
+    def spans(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Number of version spans."""
+
+    @_builtins.property
+    def span_version(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """VersionSpan.version of all spans of all samples. A span begins where the one before it ends."""
+
+    @_builtins.property
+    def span_end(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """VersionSpan.end of them, in tokens."""
+
+    @_builtins.property
+    def experts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """MoE layers and experts a token of those that have rollout_routed_experts: two entries a sample."""
+
+    @_builtins.property
+    def speculative(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """The fields of SpeculativeStats of those that have them: three entries a sample."""
+
+    @_builtins.property
+    def prefix_cache(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """The fields of PrefixCacheStats of those that have them: two entries a sample."""
+
+    def __init__(
+        self,
+        *,
+        index: _abc.Iterable[_builtins.int] | None = ...,
+        tokens: _abc.Iterable[_builtins.int] | None = ...,
+        response_length: _abc.Iterable[_builtins.int] | None = ...,
+        status: _abc.Iterable[_builtins.int] | None = ...,
+        has: _abc.Iterable[_builtins.int] | None = ...,
+        prompt: _abc.Iterable[_builtins.str] | None = ...,
+        response: _abc.Iterable[_builtins.str] | None = ...,
+        label: _abc.Iterable[_builtins.str] | None = ...,
+        metadata_json: _abc.Iterable[_builtins.str] | None = ...,
+        reward: _abc.Iterable[_builtins.float] | None = ...,
+        named_rewards: _abc.Iterable[Global___NamedRewards] | None = ...,
+        spans: _abc.Iterable[_builtins.int] | None = ...,
+        span_version: _abc.Iterable[_builtins.int] | None = ...,
+        span_end: _abc.Iterable[_builtins.int] | None = ...,
+        experts: _abc.Iterable[_builtins.int] | None = ...,
+        speculative: _abc.Iterable[_builtins.int] | None = ...,
+        prefix_cache: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["experts", b"experts", "has", b"has", "index", b"index", "label", b"label", "metadata_json", b"metadata_json", "named_rewards", b"named_rewards", "prefix_cache", b"prefix_cache", "prompt", b"prompt", "response", b"response", "response_length", b"response_length", "reward", b"reward", "span_end", b"span_end", "span_version", b"span_version", "spans", b"spans", "speculative", b"speculative", "status", b"status", "tokens", b"tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SampleColumns: _TypeAlias = SampleColumns  # noqa: Y015

@@ -13,8 +13,8 @@ import pytest
 from miles.cli import main
 from miles.services.trainer.step.sample_log import MAX_TOKENS, SampleLog, TokenMetrics
 from miles.types import Sample, SampleGroup, SampleStatus, VersionSpan
-from miles.types.stored import read_messages, write_groups
-from miles.types.wire import group_to_bytes
+from miles.types.convert import group_to_proto
+from miles.types.stored import read_groups, write_groups
 
 
 def sample(index: int, length: int = 3) -> Sample:
@@ -113,18 +113,30 @@ def test_a_fault_of_a_whole_sample_is_named(tmp_path: pathlib.Path, capsys: pyte
     assert [line.split(": ", 2)[1] for line in lines[:-1]] == ["sample 0 of group 7"] + ["sample 1 of group 7"] * 2
 
 
-def test_bytes_that_do_not_fit_their_shape_are_named(
+def test_samples_stored_one_message_each_are_read_and_their_faults_named(
     tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "step_00000000.rank0.groups.pb"
-    write_groups(file, [SampleGroup("", 7, [sample(0)])])
-    (message,) = read_messages(file)
-    message.samples[0].rollout_log_probs.shape[0] = 2
-    payload = message.SerializeToString()
-    file.write_bytes(len(payload).to_bytes(8, "little") + payload)
+    message = group_to_proto(SampleGroup("", 7, [sample(0)]))
+    for shape, expected in [(3, "1 samples in 1 files: no faults"), (2, f"{file}: file: group 0 of {file} cannot be")]:
+        message.samples[0].rollout_log_probs.shape[0] = shape
+        payload = message.SerializeToString()
+        file.write_bytes(len(payload).to_bytes(8, "little") + payload)
+        code, lines = check(capsys, file)
+        assert code == (shape != 3)
+        assert lines[0].startswith(expected)
+    assert "samples[0].rollout_log_probs: 12 bytes, but shape (2,)" in lines[0]
+
+
+def test_a_byte_that_changed_is_a_fault(run_dir: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = run_dir / "samples" / "step_00000004.rank0.groups.pb"
+    payload = bytearray(file.read_bytes())
+    payload[len(payload) // 2] ^= 1
+    file.write_bytes(payload)
     code, lines = check(capsys, file)
     assert code == 1
-    assert lines[0].startswith(f"{file}: sample 0 of group 7: rollout_log_probs: 12 bytes, but shape (2,)")
+    assert "group 0 of " in lines[0]
+    assert "checksum: " in lines[0]
 
 
 def test_a_file_that_was_cut_is_a_fault(run_dir: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -134,7 +146,7 @@ def test_a_file_that_was_cut_is_a_fault(run_dir: pathlib.Path, capsys: pytest.Ca
     assert code == 1
     assert "the file is cut" in lines[0]
     file.write_bytes((5).to_bytes(8, "little") + b"\xff" * 5)
-    assert "is not a SampleGroup message" in check(capsys, file)[1][0]
+    assert "not a SampleGroup message" in check(capsys, file)[1][0]
 
 
 def test_nothing_to_check_is_no_proof(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -155,5 +167,4 @@ def test_help_says_what_is_read(capsys: pytest.CaptureFixture[str]) -> None:
 def test_groups_are_stored_as_they_are(tmp_path: pathlib.Path) -> None:
     groups = [SampleGroup("job", 7, [sample(0), sample(1)]), SampleGroup("job", 8, [])]
     write_groups(tmp_path / "file", groups)
-    stored = [message.SerializeToString(deterministic=True) for message in read_messages(tmp_path / "file")]
-    assert [len(payload) for payload in stored] == [len(group_to_bytes(group)) for group in groups]
+    assert list(read_groups(tmp_path / "file")) == groups
