@@ -124,7 +124,7 @@ class GroupClient:
         first, self._next = self._next, self._next + len(prompts)
         leases = []
         for group_id, prompt in enumerate(prompts, first):
-            sample = Sample(group_id=group_id, prompt="p", tokens=np.asarray(prompt, np.int32), label="1")
+            sample = Sample(group_id=group_id, index=0, prompt="p", tokens=np.asarray(prompt, np.int32), label="1")
             lease = training_lease(self._config, SampleGroup(JOB, group_id, [sample]), 1, 0, 0)
             for sampling in lease.sampling if tokens else ():
                 sampling.max_new_tokens = tokens or 0
