@@ -319,7 +319,9 @@ def _messages(samples: Sequence[Sample], positions: Sequence[int]) -> Iterator[l
 
 
 def _to_proto(sample: Sample) -> Any:
-    return sample_to_proto(dataclasses.replace(sample, rollout_routed_experts=None))  # megabytes that no reward uses
+    if sample.rollout_routed_experts is not None:
+        sample = dataclasses.replace(sample, rollout_routed_experts=None)  # megabytes that no reward uses
+    return sample_to_proto(sample)
 
 
 def _outcome(score: reward_pb2.Score, label: str) -> ScoreOutcome:

@@ -15,6 +15,8 @@ MOST = 64
 """Requests in one POST."""
 _EACH = ("rid", "input_ids", "sampling_params", "extra_key")
 """Fields of which SGLang takes a list; all others apply to a whole batch."""
+_SHARED = ("sampling_params", "extra_key")
+"""Of those, fields that it also takes once for all."""
 
 Events = AsyncGenerator[dict[str, Any], None]
 
@@ -95,6 +97,10 @@ class _Part:
 
 def merged(payloads: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
     """One body for requests that differ only in the fields of which SGLang takes a list."""
+    first = payloads[0]
     if len(payloads) == 1:
-        return payloads[0]
-    return {**payloads[0], **{name: [payload[name] for payload in payloads] for name in _EACH}}
+        return first
+    lists = {name: [payload[name] for payload in payloads] for name in _EACH}
+    # SGLang takes one value of these for all, which is written and read once.
+    shared = {name: first[name] for name in _SHARED if all(value == first[name] for value in lists[name])}
+    return {**first, **lists, **shared}
