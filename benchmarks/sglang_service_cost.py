@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import pathlib
 import tempfile
 import time
@@ -27,11 +26,10 @@ from collections.abc import Sequence
 import psutil
 
 from benchmarks.gpu.models import write_checkpoint
-from benchmarks.gpu.sglang_throughput import CASES, REPOSITORY, WARM_UP_TOKENS, Worker
+from benchmarks.gpu.peers import START_DEADLINE_S, Peer, Workload
+from benchmarks.gpu.sglang_throughput import CASES
 
 PARTS = ("engine", "tokenizer", "detokenizer", "scheduler")
-CPU_PYTHON = REPOSITORY / "tests" / "support" / "sglang_cpu" / "python"
-START_DEADLINE_S = 400.0
 IDLE_S = 8.0
 """How long each process is watched doing nothing; what it spends then is taken off."""
 
@@ -42,13 +40,13 @@ def part_of(process: psutil.Process, bare: bool) -> str | None:
     if "sglang::scheduler" in title or "sglang::detokenizer" in title:
         return "scheduler" if "scheduler" in title else "detokenizer"
     if bare:
-        return "tokenizer" if "--worker bare" in title else None
+        return "tokenizer" if "benchmarks.gpu.peers bare" in title else None
     if "sglang.launch_server" in title:
         return "tokenizer"
-    return "engine" if "--worker engine" in title else None
+    return "engine" if "benchmarks.gpu.peers engine" in title else None
 
 
-def cpu_seconds(worker: Worker) -> dict[str, float]:
+def cpu_seconds(worker: Peer) -> dict[str, float]:
     """CPU time of each part so far, as the kernel's scheduler counts it: to the microsecond, unlike clock ticks."""
     bare = worker.name.endswith("bare")
     spent = dict.fromkeys(PARTS, 0.0)
@@ -60,26 +58,20 @@ def cpu_seconds(worker: Worker) -> dict[str, float]:
     return spent
 
 
-def measure(args: argparse.Namespace, kind: str, case: str, model: str, logs: pathlib.Path) -> dict[str, float]:
+def measure(args: argparse.Namespace, kind: str, name: str, load: Workload, logs: pathlib.Path) -> dict[str, float]:
     """CPU seconds of each part per 1000 tokens."""
-    worker = Worker(args, kind, case, model, logs)
+    worker = Peer(kind, name, load, logs)
     try:
-        if not worker.next(START_DEADLINE_S).get("ready"):
-            raise RuntimeError(f"{worker.name} did not start; see {logs}")
-        worker.measure(WARM_UP_TOKENS)
+        worker.next(START_DEADLINE_S)
+        worker.measure(load.tokens)
         before = cpu_seconds(worker)
         time.sleep(IDLE_S)
         idle = cpu_seconds(worker)
-        tokens, wall_s = 0, 0.0
-        for _ in range(args.rounds):
-            answer = worker.measure(args.tokens)
-            if "tokens" not in answer:
-                raise RuntimeError(f"{worker.name} ended; see {logs}")
-            tokens += answer["tokens"]
-            wall_s += answer["seconds"]
+        answers = [worker.measure(load.tokens) for _ in range(args.rounds)]
         after = cpu_seconds(worker)
     finally:
         worker.stop()
+    tokens, wall_s = sum(answer["tokens"] for answer in answers), sum(answer["seconds"] for answer in answers)
     idle_share = {part: (idle[part] - before[part]) / IDLE_S for part in PARTS}
     return {part: (after[part] - idle[part] - idle_share[part] * wall_s) / tokens * 1000 for part in PARTS}
 
@@ -101,18 +93,15 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--requests", type=int, default=64)
     add("--tokens", type=int, default=33)
     add("--rounds", type=int, default=2)
-    add("--python", default=str(CPU_PYTHON), help="interpreter that has SGLang")
+    add("--python", default="", help="interpreter that has SGLang; default: $MILES_TEST_SGLANG")
     add("--flags", default="{}", help="more SGLang flags, as a JSON object with underscores")
     add("--logs", type=pathlib.Path, help="folder for the processes' logs")
-    args = parser.parse_args(arguments)
-    args.device, args.group = "cpu", 1
-    return args
+    return parser.parse_args(arguments)
 
 
 def main() -> None:
     """Measure and print the table."""
     args = parse()
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     flags = json.loads(args.flags)
     print(f"{args.requests} requests x {args.tokens} tokens, log-probabilities on; CPU ms per 1000 tokens")
     print(
@@ -127,13 +116,19 @@ def main() -> None:
             size = "tiny-moe" if CASES[case][0] == "moe" else "tiny"
             model = str(write_checkpoint(pathlib.Path(folder) / size, size, weights=True))
             for way in args.ways:
-                kind, title = "bare", "bare"
-                if way != "bare":
-                    group, interval = (int(number) for number in way.split(":"))
-                    kind, title = "engine", f"{group}, every {interval}"
-                    args.group, args.flags = group, json.dumps(flags | {"stream_interval": interval})
-                print(row(case, title, measure(args, kind, case, model, logs), args.tokens), flush=True)
-            args.flags = json.dumps(flags)
+                samples, interval = (1, 256) if way == "bare" else map(int, way.split(":"))
+                load = Workload(
+                    model=model,
+                    groups=args.requests // samples,
+                    samples=samples,
+                    tokens=args.tokens,
+                    device="cpu",
+                    python=args.python,
+                    routing=CASES[case][1],
+                    flags=flags if way == "bare" else flags | {"stream_interval": interval},
+                )
+                kind, title = ("bare", "bare") if way == "bare" else ("engine", f"{samples}, every {interval}")
+                print(row(case, title, measure(args, kind, f"{case} {kind}", load, logs), args.tokens), flush=True)
 
 
 if __name__ == "__main__":

@@ -167,7 +167,7 @@ class GroupQueue:
 
     async def why_dropped(self, group_id: int) -> str | None:
         """Return the reason why a group was dropped; None when it was not."""
-        reason: Any = await self._redis.hget(self._keys.dropped, str(group_id))
+        reason = await self._pipeliner.hget(self._keys.dropped, str(group_id))
         return None if reason is None else reason.decode(errors="replace")
 
     async def fence(self, worker_id: str, lease_number: int, *, deadline_s: float = 60.0) -> None:
@@ -286,7 +286,7 @@ class GroupQueue:
 
     async def find(self, group_id: int) -> tuple[str, SampleGroup] | None:
         """Return entry id and group of a queued group without consuming it; None when not queued or unreadable."""
-        record: Any = await self._redis.hget(self._keys.index, str(group_id))
+        record = await self._pipeliner.hget(self._keys.index, str(group_id))
         return None if record is None else await self._consumer.peek(record.split(b" ", 1)[0].decode())
 
     async def dead_letters(self, limit: int = 100) -> list[dict[str, bytes]]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from miles.queue.backpressure import until_written
 from miles.queue.keys import JobKeys
 from miles.queue.payload import decode_group, encode_group
+from miles.queue.pipelining import Pipeliner
 from miles.queue.scripts import SAVE_PARTIAL
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ class PartialStore:
         self._redis = redis
         self._keys = JobKeys(job_id)
         self._ttl_s = ttl_s
+        self._pipeliner = Pipeliner(redis)
         self._save = redis.register_script(SAVE_PARTIAL)
 
     async def save(self, group_id: int, group: SampleGroup, *, attempt: int = 0, deadline_s: float = 60.0) -> bool:
@@ -42,7 +44,7 @@ class PartialStore:
 
     async def load(self, group_id: int) -> SampleGroup | None:
         """Return the stored group, or None. Raises ValueError when it cannot be decoded."""
-        payload: Any = await self._redis.hget(self._keys.partial(group_id), "group")
+        payload = await self._pipeliner.hget(self._keys.partial(group_id), "group")
         return None if payload is None else decode_group(payload)
 
     async def delete(self, group_id: int) -> None:

@@ -47,6 +47,11 @@ class Pipeliner:
                 raise answer
         return answers
 
+    async def hget(self, key: str, field: str) -> bytes | None:
+        """Return a field of a hash, None when it has none; many lookups at once cost hardly more than one."""
+        [value] = await self.run([("HGET", key, field)], 0)
+        return None if value is None else bytes(value)
+
     async def _send_waiting(self) -> None:
         batch: list[tuple[Sequence[Command], asyncio.Future[list[Any]]]] = []
         try:

@@ -27,6 +27,8 @@ logger = logging.getLogger(__name__)
 
 _BACK_OFF_S = 0.1
 _MAX_BACK_OFF_S = 2.0
+_MESSAGE_TOKENS = 1 << 16
+"""Most tokens of samples that share a message: about a megabyte. A sample that alone has more gets its own message."""
 _WATCH_S = 1.0
 """How often a service that cannot be reached is asked why."""
 
@@ -224,8 +226,15 @@ class RewardClient:
             return []
         if group:
             return await self._score(samples, reward, group=True)
-        outcomes = await asyncio.gather(*(self._score([sample], reward, group=False) for sample in samples))
-        return [outcome for [outcome] in outcomes]
+        by_service: dict[str, list[int]] = {}
+        for i, sample in enumerate(samples):
+            by_service.setdefault(_service_of(sample), []).append(i)
+        parts = [part for positions in by_service.values() for part in _messages(samples, positions)]
+        scored = await asyncio.gather(*(self._score([samples[i] for i in part], reward, group=False) for part in parts))
+        outcomes = {
+            i: found for part, each in zip(parts, scored, strict=True) for i, found in zip(part, each, strict=True)
+        }
+        return [outcomes[i] for i in range(len(samples))]
 
     async def _score(self, samples: Sequence[Sample], reward: str, *, group: bool) -> list[ScoreOutcome]:
         try:
@@ -235,7 +244,12 @@ class RewardClient:
                 response = await self._ask(service, request)
             if len(response.scores) != len(samples):
                 raise _Unscored(f"{service.label} gave {len(response.scores)} scores for {len(samples)} samples")
-        except (_Unscored, MalformedMessage) as error:
+        except MalformedMessage as error:
+            if len(samples) > 1 and not group:  # the others are not to blame
+                alone = await asyncio.gather(*(self._score([sample], reward, group=False) for sample in samples))
+                return [outcome for [outcome] in alone]
+            return [ScoreOutcome(error=str(error))] * len(samples)
+        except _Unscored as error:
             return [ScoreOutcome(error=str(error))] * len(samples)
         return [_outcome(score, service.label) for score in response.scores]
 
@@ -264,7 +278,7 @@ class RewardClient:
         return [wait for service in self._services.values() if (wait := service.wait()) is not None]
 
     def _service(self, samples: Sequence[Sample]) -> _Service:
-        names = {str(sample.metadata.get(SERVICE_KEY, DEFAULT_SERVICE)) for sample in samples}
+        names = {_service_of(sample) for sample in samples}
         if len(names) > 1:
             raise _Unscored(f"the samples of one group name several reward services: {', '.join(sorted(names))}")
         [name] = names
@@ -286,8 +300,28 @@ class RewardClient:
         self._services.clear()
 
 
+def _service_of(sample: Sample) -> str:
+    return str(sample.metadata.get(SERVICE_KEY, DEFAULT_SERVICE))
+
+
+def _messages(samples: Sequence[Sample], positions: Sequence[int]) -> Iterator[list[int]]:
+    """Split positions so that each part's samples fit well into a message."""
+    part: list[int] = []
+    tokens = 0
+    for position in positions:
+        tokens += len(samples[position].tokens)
+        if part and tokens > _MESSAGE_TOKENS:
+            yield part
+            part, tokens = [], len(samples[position].tokens)
+        part.append(position)
+    if part:
+        yield part
+
+
 def _to_proto(sample: Sample) -> Any:
-    return sample_to_proto(dataclasses.replace(sample, rollout_routed_experts=None))  # megabytes that no reward uses
+    if sample.rollout_routed_experts is not None:
+        sample = dataclasses.replace(sample, rollout_routed_experts=None)  # megabytes that no reward uses
+    return sample_to_proto(sample)
 
 
 def _outcome(score: reward_pb2.Score, label: str) -> ScoreOutcome:

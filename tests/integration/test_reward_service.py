@@ -322,7 +322,7 @@ async def test_a_rollout_asks_each_service_for_a_reward_it_has(start: Start, scr
     config = RewardConfig(rm_type="last_number", reward_service=(f"mine={own.address}",))
     async with RewardClient({"default": builtin.address, "mine": own.address}) as client:
         samples = [answer("= 4", reward_service="mine"), answer("= 4"), answer("= 4", rm_type="exact_match")]
-        outcomes = [await JobRewards(client, config).score_one(sample) for sample in samples]
+        outcomes = await JobRewards(client, config).score_each(samples)
         assert [outcome.reward for outcome in outcomes] == [3.0, 1.0, 0.0]
 
 

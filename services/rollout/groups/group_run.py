@@ -73,12 +73,13 @@ class GroupRun:
         record_experts = tools.config.rollout.records_routing
         self._partial = PartialGroup(lease, tools.job_id, tools.partials, record_experts=record_experts)
         self._scoring = GroupScoring(tools.rewards, self._partial.samples)
-        self._preempted = asyncio.Event()
+        self._preempted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._started = time.monotonic()
 
     def preempt(self) -> None:
         """End the run soon: abort its requests and store the responses so far for the next run of the group."""
-        self._preempted.set()
+        if not self._preempted.done():
+            self._preempted.set_result(None)
 
     async def run(self) -> Outcome:
         """Run to an outcome. Raises only on a bug or when it is cancelled."""
@@ -108,9 +109,9 @@ class GroupRun:
     @traced("group", lambda run: run.lease.group_id)
     async def _work(self) -> Outcome:
         lease, tools = self.lease, self._tools
-        if (known := await self._unless_preempted(self._earlier_outcome())) is not None:
+        known, resumed_version = await self._unless_preempted(self._earlier_runs())
+        if known is not None:
             return known
-        resumed_version = await self._unless_preempted(self._partial.resume())
         minimum = max(lease.min_version or 0, resumed_version)  # versions of a response ascend
         await self._unless_preempted(tools.gate.wait(minimum, lease.exact_version, VERSION_DEADLINE_S))
         await self._generate()
@@ -122,7 +123,8 @@ class GroupRun:
         if lease.is_training and tools.config.rollout.mask_offpolicy_in_partial_rollout:
             samples = [mask_older_versions(sample) for sample in samples]
         group = SampleGroup(tools.job_id, lease.group_id, samples)
-        check_group(group)
+        if not lease.is_training:
+            check_group(group)  # the queue checks what it is given
         key = tools.config.reward.reward_key if lease.is_training else tools.config.reward.eval_reward_key
         stats = group_stats(samples, key, generate_s=generated - self._started, reward_s=scored - generated)
         done = Finished(stats, oldest_version=group.oldest_version or 0)
@@ -132,14 +134,23 @@ class GroupRun:
             done = dataclasses.replace(done, example=scored_example(samples, key))
         return await self._unless_preempted(self._filter_and_put(group, done))
 
-    @traced("look for an earlier outcome")
+    @traced("look for earlier runs")
+    async def _earlier_runs(self) -> tuple[Finished | None, int]:
+        """What became of the group in earlier attempts: an outcome, or the version up to which its responses are.
+
+        All is asked for at once: groups that are leased together share a round trip to Redis.
+        """
+        return await asyncio.gather(self._earlier_outcome(), self._partial.resume())
+
     async def _earlier_outcome(self) -> Finished | None:
         """The outcome of an earlier attempt that queued or dropped the group, if its report was lost."""
         if not self.lease.is_training:
             return None
-        if (reason := await self._tools.queue.why_dropped(self.lease.group_id)) is not None:
+        queue, group_id = self._tools.queue, self.lease.group_id
+        reason, found = await asyncio.gather(queue.why_dropped(group_id), queue.find(group_id))
+        if reason is not None:
             return Finished(rollout_pb2.GroupStats(), keep=False, reason=reason)
-        if (found := await self._tools.queue.find(self.lease.group_id)) is None:
+        if found is None:
             return None
         entry_id, group = found
         stats = group_stats(group.samples, self._tools.config.reward.reward_key, generate_s=0.0, reward_s=0.0)
@@ -149,9 +160,9 @@ class GroupRun:
     async def _generate(self) -> None:
         """Generate all responses at once. Raises _RunPreempted unless every one of them ended by itself."""
         tasks = [asyncio.create_task(self._respond(i)) for i in range(len(self._partial.samples))]
-        preempted = asyncio.create_task(self._preempted.wait())
-        async with cancelled_at_end(preempted, *tasks):
-            pending: set[asyncio.Task[Any]] = {preempted, *tasks}
+        preempted = self._preempted
+        async with cancelled_at_end(*tasks):
+            pending: set[asyncio.Future[Any]] = {preempted, *tasks}
             while preempted in pending and len(pending) > 1 and not _errors(tasks):
                 _, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
                 await self._partial.save_ended()
@@ -159,7 +170,7 @@ class GroupRun:
                 await self._abort(tasks)
         for error in _errors(tasks):
             raise error
-        if self._preempted.is_set() or self._partial.unfinished:
+        if self._preempted.done() or self._partial.unfinished:
             raise _RunPreempted
 
     async def _respond(self, i: int) -> None:
@@ -214,9 +225,8 @@ class GroupRun:
     async def _unless_preempted(self, work: Coroutine[Any, Any, _T]) -> _T:
         """The result of `work`; when the run is preempted first, cancels it and raises _RunPreempted."""
         task = asyncio.create_task(work)
-        preempted = asyncio.create_task(self._preempted.wait())
-        async with cancelled_at_end(task, preempted):
-            await asyncio.wait({task, preempted}, return_when=asyncio.FIRST_COMPLETED)
+        async with cancelled_at_end(task):
+            await asyncio.wait({task, self._preempted}, return_when=asyncio.FIRST_COMPLETED)
             if task.done():
                 return task.result()
             raise _RunPreempted

@@ -37,6 +37,8 @@ class PartialGroup:
         self._job_id = job_id
         self._store = store
         self._record_experts = record_experts and lease.is_training
+        self._may_be_stored = False
+        """Whether there may be a stored copy."""
         self._saved_responses = 0
         """Responses that had ended when the group was last stored."""
         self._saved_s = time.monotonic()
@@ -65,7 +67,9 @@ class PartialGroup:
             partial = await self._store.load(self._lease.group_id)
         except ValueError as error:
             log.warning("group %d starts over: its stored responses are unreadable: %s", self._lease.group_id, error)
+            self._may_be_stored = True
             return {}
+        self._may_be_stored = partial is not None
         return {sample.index: sample for sample in partial.samples} if partial else {}
 
     async def save(self, deadline_s: float = SAVE_DEADLINE_S) -> int:
@@ -75,6 +79,7 @@ class PartialGroup:
             return 0
         group_id = self._lease.group_id
         group = SampleGroup(self._job_id, group_id, self.samples)
+        self._may_be_stored = True
         try:
             saved = await self._store.save(group_id, group, attempt=self._lease.attempt, deadline_s=deadline_s)
         except (QueueFull, RedisError, ValueError) as error:
@@ -90,5 +95,6 @@ class PartialGroup:
             self._saved_responses, self._saved_s = ended, time.monotonic()
 
     async def delete(self) -> None:
-        """Delete the stored copy."""
-        await self._store.delete(self._lease.group_id)
+        """Delete the stored copy, if there is one."""
+        if self._may_be_stored:
+            await self._store.delete(self._lease.group_id)

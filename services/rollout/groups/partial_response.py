@@ -112,6 +112,8 @@ def merge_partial(leased: Sample, stored: Sample | None, *, with_experts: bool) 
 
     The label is the lease's, and so are its metadata keys; further stored metadata and a stored reward stay.
     """
+    if stored is None and leased.status is SampleStatus.PENDING and not leased.response_length:
+        return leased
     for partial in (stored, leased):
         if partial is None or not np.array_equal(partial.prompt_tokens, leased.prompt_tokens):
             continue

@@ -45,11 +45,13 @@ class GroupRequests:
             group=f"{self._lease.purpose.value}-{self._lease.group_id}",
         )
         piece = Piece()
-        async with contextlib.AsyncExitStack() as ended:
-            self._running[request.request_id] = None
-            ended.callback(self._running.pop, request.request_id)
-            async for delta in await ended.enter_async_context(contextlib.aclosing(self._engine.generate(request))):
-                piece.add(delta)
+        self._running[request.request_id] = None
+        try:
+            async with contextlib.aclosing(self._engine.generate(request)) as deltas:
+                async for delta in deltas:
+                    piece.add(delta)
+        finally:
+            del self._running[request.request_id]
         return extend(sample, piece, with_experts=self._record_experts)
 
     async def abort(self) -> None:

@@ -14,12 +14,24 @@ def response_decoder(tokenizer: Any, end_tokens: Collection[int]) -> Callable[[S
     and stay.
     """
     special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
+    to_text = _decoder(tokenizer)
     ends = special.union(end_tokens, tokenizer.all_special_ids)
 
     def decode(tokens: Sequence[int], skip_special_tokens: bool) -> str:
         text_tokens = list(tokens[:-1] if len(tokens) and tokens[-1] in ends else tokens)
-        return str(
-            tokenizer.decode(text_tokens, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False)
-        )
+        return to_text(text_tokens, skip_special_tokens)
 
     return decode
+
+
+def _decoder(tokenizer: Any) -> Callable[[list[int], bool], str]:
+    """(tokens, leave out special tokens) -> text, without any change to spaces."""
+    from transformers import PreTrainedTokenizerFast
+
+    own = type(tokenizer)
+    if getattr(own, "decode", None) is PreTrainedTokenizerFast.decode and own._decode is PreTrainedTokenizerFast._decode:
+        backend = tokenizer.backend_tokenizer  # which `decode` calls, after checks that take longer than decoding
+        return lambda tokens, skip: str(backend.decode(tokens, skip_special_tokens=skip))
+    return lambda tokens, skip: str(
+        tokenizer.decode(tokens, skip_special_tokens=skip, clean_up_tokenization_spaces=False)
+    )

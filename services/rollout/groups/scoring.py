@@ -40,10 +40,18 @@ class JobRewards:
         return self._config.group_rm
 
     @traced("score")
-    async def score_one(self, sample: Sample) -> ScoreOutcome:
-        """Score a sample on its own."""
-        [outcome] = await self._client.score([sample], reward=self._config.reward_of(sample.metadata))
-        return outcome
+    async def score_each(self, samples: Sequence[Sample]) -> list[ScoreOutcome]:
+        """Score samples, each on its own; one outcome a sample, in order."""
+        names = [self._config.reward_of(sample.metadata) for sample in samples]
+        outcomes: dict[int, ScoreOutcome] = {}
+
+        async def score(name: str) -> None:
+            chosen = [i for i, other in enumerate(names) if other == name]
+            found = await self._client.score([samples[i] for i in chosen], reward=name)
+            outcomes.update(zip(chosen, found, strict=True))
+
+        await asyncio.gather(*(score(name) for name in dict.fromkeys(names)))
+        return [outcomes[i] for i in range(len(samples))]
 
     @traced("score")
     async def score_group(self, samples: Sequence[Sample]) -> list[ScoreOutcome]:
@@ -64,19 +72,26 @@ class JobRewards:
 
 
 class GroupScoring:
-    """Scores the samples of one group in place: each when its response has ended, or all together at the end."""
+    """Scores the samples of one group in place: each when its response has ended, or all together at the end.
+
+    Those that end at the same moment are asked for in one message.
+    """
 
     def __init__(self, rewards: JobRewards, samples: list[Sample]) -> None:
         self.errors: dict[int, str] = {}
         """Why the reward of a sample failed, by position."""
         self._rewards = rewards
         self._samples = samples
+        self._ended: list[int] = []
+        """Positions of the responses that ended in this round of the event loop."""
         self._tasks: list[asyncio.Task[None]] = []
 
     def begin(self, position: int) -> None:
         """Begin to score a response that has ended, unless it has a reward or waits for its group."""
         if self._samples[position].reward is None and not self._rewards.whole_groups:
-            self._tasks.append(asyncio.create_task(self._score(position)))
+            if not self._ended:
+                self._tasks.append(asyncio.create_task(self._score_ended()))
+            self._ended.append(position)
 
     async def finish(self) -> None:
         """Wait until every sample has its reward or its error."""
@@ -97,8 +112,12 @@ class GroupScoring:
         """Cancel what is still being scored."""
         await cancel(*self._tasks)
 
-    async def _score(self, position: int) -> None:
-        self._apply(position, await self._rewards.score_one(self._samples[position]))
+    async def _score_ended(self) -> None:
+        await asyncio.sleep(0)  # the others of one batch of events end now
+        positions, self._ended = self._ended, []
+        outcomes = await self._rewards.score_each([self._samples[i] for i in positions])
+        for position, outcome in zip(positions, outcomes, strict=True):
+            self._apply(position, outcome)
 
     def _apply(self, position: int, outcome: ScoreOutcome) -> None:
         if outcome.error is None:

@@ -31,6 +31,8 @@ class Continuation:
     @property
     def request(self) -> GenerationRequest:
         """The next request."""
+        if not self._tokens:
+            return self._first
         recorded = self._earlier.routed_experts
         return dataclasses.replace(
             self._first,

@@ -231,8 +231,6 @@ class Dispatcher:
                 yield delta
                 if delta.result is not None:
                     return
-                if active.aborted or active.interrupted:  # the abort reached the server before the request did
-                    await replica.abort(active.rid)
         raise EngineFailed(f"SGLang at {replica.api.address} ended a response without a reason")
 
     def _check(self, request: GenerationRequest) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from typing import Any
 
 import aiohttp
@@ -52,16 +52,19 @@ class SglangApi:
         """Call by GET. Raises like `post`."""
         return await self._call("GET", path, timeout_s, None)
 
-    async def generate(self, body: Mapping[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
+    async def generate(
+        self, body: Mapping[str, Any], on_accepted: Callable[[], None] = lambda: None
+    ) -> AsyncGenerator[dict[str, Any], None]:
         """The events of a streamed response. Raises ValueError for a request that the server rejects as faulty.
 
-        Read all of them: leaving a response before its end closes its connection.
+        `on_accepted` is called once the server has the request, so that it can be aborted. Read all events: leaving a response before its end closes its connection.
         """
         try:
             async with self._opened().post(self._url("/generate"), json=body) as response:
                 if response.status != 200:
                     raise ServerRefused("/generate", response.status, _message(await response.read()))
                 self._streams.add(response)
+                on_accepted()  # SGLang takes a request in, in the same step in which it begins the response
                 with contextlib.ExitStack() as stack:
                     stack.callback(self._streams.discard, response)
                     splitter, done = EventSplitter(), False

@@ -11,7 +11,6 @@ from typing import Any
 
 from miles.addresses import free_port
 from miles.services.rollout.engines.base import EngineFailed
-from miles.services.rollout.engines.sglang.background import BackgroundCalls
 from miles.services.rollout.engines.sglang.errors import ServerRefused, ServerUnstartable
 from miles.services.rollout.engines.sglang.options import SglangOptions
 from miles.services.rollout.engines.sglang.requests.batches import Batches, Events
@@ -61,7 +60,7 @@ class Replica:
         self._loads = 0
         self.ranks = options.gpus_per_engine
         """Its tensor-parallel size; an attached server reports its own."""
-        self.batches = Batches(self._generate, self._abort_soon)
+        self.batches = Batches(self._generate)
         """Generates responses; requests that arrive together share a POST."""
         self.member: ServerMember | None = None
         """Its membership in the trainer's broadcasts; None while it is not up."""
@@ -74,7 +73,6 @@ class Replica:
         self._lost: asyncio.Event = asyncio.Event()
         self._problem = ""
         self._exit_watch: asyncio.Task[None] | None = None
-        self._background = BackgroundCalls()
         self._paused = False
         self._progress_s = time.monotonic()
         """When its scheduler last made progress, or had nothing to do."""
@@ -145,11 +143,8 @@ class Replica:
         await self._end_once()
         self.batches.close()
 
-    def _generate(self, body: Mapping[str, Any]) -> Events:
-        return self.api.generate(body)  # a restart replaces `api`
-
-    def _abort_soon(self, rid: str) -> None:
-        self._background.start(self.abort(rid))
+    def _generate(self, body: Mapping[str, Any], on_accepted: Callable[[], None]) -> Events:
+        return self.api.generate(body, on_accepted)  # a restart replaces `api`
 
     def mark_lost(self, problem: str) -> None:
         """Treat the server as lost: its requests fail, and it is restarted or attached to again."""
@@ -278,5 +273,10 @@ class Replica:
         await self.api.post("/flush_cache", {}, self._options.call_timeout_s)
 
     async def abort(self, rid: str) -> None:
-        """End one request with the tokens it has."""
+        """End one request with the tokens it has. Raises EngineFailed when the server does not answer in time."""
+        try:
+            async with asyncio.timeout(ABORT_TIMEOUT_S):
+                await self.batches.until_accepted(rid)
+        except TimeoutError:
+            raise EngineFailed(f"waited {ABORT_TIMEOUT_S:g} s for {self.name} to take request {rid}") from None
         await self.api.post("/abort_request", {"rid": rid}, ABORT_TIMEOUT_S)

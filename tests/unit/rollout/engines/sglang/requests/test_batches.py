@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from typing import Any
 
 import pytest
@@ -15,13 +15,18 @@ class Server:
 
     def __init__(self) -> None:
         self.bodies: list[Mapping[str, Any]] = []
-        self.aborted: list[str] = []
+        self.takes = asyncio.Event()
+        self.takes.set()
         self.error: Exception | None = None
         self.goes_on = asyncio.Event()
         self.goes_on.set()
 
-    async def send(self, body: Mapping[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
+    async def send(
+        self, body: Mapping[str, Any], on_accepted: Callable[[], None]
+    ) -> AsyncGenerator[dict[str, Any], None]:
         self.bodies.append(body)
+        await self.takes.wait()
+        on_accepted()
         single = isinstance(body["rid"], str)
         inputs = [body["input_ids"]] if single else body["input_ids"]
         for count in range(max(map(len, inputs))):
@@ -46,7 +51,7 @@ def server() -> Server:
 
 @pytest.fixture
 def batches(server: Server) -> Batches:
-    return Batches(server.send, server.aborted.append)
+    return Batches(server.send)
 
 
 async def tokens(batches: Batches, group: str, body: dict[str, Any]) -> list[int]:
@@ -82,21 +87,32 @@ async def test_an_error_ends_all_that_have_not_ended(batches: Batches, server: S
     assert all(isinstance(outcome, EngineFailed) for outcome in outcomes)
 
 
-async def test_leaving_ends_a_request_whose_abort_came_too_early(batches: Batches, server: Server) -> None:
-    server.goes_on.clear()
-    stay = asyncio.create_task(tokens(batches, "g", payload("stay", [1, 2, 3])))
-    leave = asyncio.create_task(tokens(batches, "g", payload("leave", [4, 5, 6])))
-    gone = asyncio.create_task(tokens(batches, "g", payload("gone", [7])))
+async def test_an_abort_can_wait_until_the_server_has_the_request(batches: Batches, server: Server) -> None:
+    server.takes.clear()
+    asked = [asyncio.create_task(tokens(batches, "g", payload(f"r{i}", [i]))) for i in range(2)]
     await asyncio.sleep(0)
-    gone.cancel()
+    accepted = asyncio.create_task(batches.until_accepted("r1"))
     while not server.bodies:  # noqa: ASYNC110
         await asyncio.sleep(0)
-    leave.cancel()
-    await asyncio.gather(leave, gone, return_exceptions=True)
-    server.goes_on.set()
-    assert await stay == [1, 2, 3]
-    assert "leave" in server.aborted
-    assert "gone" not in server.aborted
+    for _ in range(10):
+        await asyncio.sleep(0)
+    assert not accepted.done()
+    server.takes.set()
+    await asyncio.wait_for(accepted, 10)
+    assert await asyncio.gather(*asked) == [[0], [1]]
+    await asyncio.wait_for(batches.until_accepted("r0"), 10)
+
+
+async def test_no_abort_waits_for_a_request_whose_server_is_lost(batches: Batches, server: Server) -> None:
+    server.takes.clear()
+    asked = asyncio.create_task(tokens(batches, "g", payload("r", [1])))
+    await asyncio.sleep(0)
+    accepted = asyncio.create_task(batches.until_accepted("r"))
+    while not server.bodies:  # noqa: ASYNC110
+        await asyncio.sleep(0)
+    batches.close()
+    await asyncio.wait_for(accepted, 10)
+    assert await asked == []
 
 
 async def test_nobody_waits_for_a_batch_that_is_given_up_before_it_begins(batches: Batches, server: Server) -> None:
