@@ -3,7 +3,8 @@
 A micro-batch is one packed sequence of T rows. Each sample gives its tokens but the last, which predicts nothing. With
 shared prompts, samples of one group whose prompts are equal hold the prompt's rows once: a prompt segment, then one
 segment per response that attends to the prompt and to itself. Positions go on from the prompt, so every row computes
-what it would compute in a sequence of its own; only the order of floating-point sums differs.
+what it would compute in a sequence of its own; only the order of floating-point sums differs. Prompts that the engine
+routed through different experts are not equal.
 """
 
 from __future__ import annotations
@@ -167,4 +168,10 @@ class _Rows:
 
 
 def _same_prompt(left: Sample, right: Sample) -> bool:
-    return left.group_id == right.group_id and np.array_equal(left.prompt_tokens, right.prompt_tokens)
+    """Whether the samples can hold their prompt once: one group, equal tokens, and equal routing where recorded."""
+    if left.group_id != right.group_id or not np.array_equal(left.prompt_tokens, right.prompt_tokens):
+        return False
+    routed, other = left.rollout_routed_experts, right.rollout_routed_experts
+    if routed is None or other is None:
+        return routed is other
+    return np.array_equal(routed[: left.prompt_length], other[: right.prompt_length])

@@ -77,6 +77,21 @@ def test_equal_prompts_of_different_groups_are_kept_apart() -> None:
     assert pack(samples, (0, 1), share_prompts=True).num_rows == 4
 
 
+def test_samples_whose_prompts_were_routed_differently_keep_their_own() -> None:
+    samples = [sample(0, index, [1, 2, 3], [4, 5]) for index in range(3)]
+    for one in samples:
+        one.rollout_routed_experts = np.zeros((4, 2, 1), np.uint8)
+        one.rollout_routed_experts[3] = one.index  # the response's routing may differ
+    assert pack(samples, (0, 1, 2), share_prompts=True).num_rows == 3 + 3
+    assert samples[1].rollout_routed_experts is not None
+    samples[1].rollout_routed_experts[2, 1] = 1
+    packed = pack(samples, (0, 1, 2), share_prompts=True)
+    assert packed.row_sources_T[:, 0].tolist() == [0] * 4 + [1] * 4 + [2] * 4
+    assert row_count(samples, (0, 1, 2), share_prompts=True) == packed.num_rows == 12
+    samples[1].rollout_routed_experts = None
+    assert pack(samples, (0, 1, 2), share_prompts=True).num_rows == 12
+
+
 def test_nothing_packs_into_the_empty_micro_batch() -> None:
     assert pack([], (), share_prompts=True) is EMPTY
     assert EMPTY.is_empty
