@@ -3,8 +3,9 @@
     pip install 'miles[benchmarks]'
     python -m benchmarks.grpo_step_vs_trl --model DIR --prompts FILE
 
-Both train with 8 prompts x 8 samples of at most 16 new tokens, bf16 compute over float32 weights. The first step of
-each is left out (it warms up); the table shows medians. TRL runs at several settings, of which the best counts.
+Both train with 8 prompts x 8 samples of at most 16 new tokens, over float32 weights, and compute in the type that is
+fast on the machine: bfloat16, or float32 where the processor lacks bfloat16 instructions. The first step of each is
+left out (it warms up); the table shows medians. TRL runs at several settings, of which the best counts.
 """
 
 from __future__ import annotations
@@ -70,6 +71,8 @@ def measure_trl(
     from transformers import AutoTokenizer, TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
 
+    from miles.precision.speed import cpu_slowdown
+
     torch.set_num_threads(threads)
     rows = [json.loads(line) for line in pathlib.Path(prompts).read_text().splitlines()]
     dataset = Dataset.from_list([{"prompt": row["prompt"], "label": row["label"]} for row in rows])
@@ -99,7 +102,7 @@ def measure_trl(
             learning_rate=LEARNING_RATE,
             temperature=1.0,
             beta=0.0,
-            bf16=True,
+            bf16=device != "cpu" or cpu_slowdown(torch.bfloat16) <= 1,
             use_cpu=device == "cpu",
             gradient_checkpointing=False,
             report_to=[],

@@ -115,7 +115,7 @@ class _LinearTokenLogProbs(torch.autograd.Function):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         shard = options.shard
         columns_T = tokens_T if shard is None else tokens_T - shard.first_token(weight_VD.shape[0])
-        stats = RowStats.empty(hidden_TD, len(hidden_TD), with_entropy=options.with_entropy, with_norm=True)
+        stats = RowStats.empty(hidden_TD, tokens_T.shape, with_entropy=options.with_entropy, with_norm=True)
         for rows in chunks(len(hidden_TD), options.chunk_rows):
             x_CV = scaled(_chunk_logits(hidden_TD[rows], weight_VD), options.temperature)
             stats.fill(rows, x_CV, columns_T[rows], whole=shard is None)

@@ -46,7 +46,8 @@ def token_log_probs(
 
     Args:
         logits_TV: [T, V], or [T, V / ranks] with `shard`; bfloat16, float16, float32 or float64.
-        tokens_T: token ids, any integer dtype, [T]; row t is scored at tokens_T[t].
+        tokens_T: token ids, any integer dtype, [T]; row t is scored at tokens_T[t]. [T, M] scores each row at M
+            tokens, and so gives log-probs [T, M]; not with `shard`.
         temperature: divides the logits, after the upcast to float32.
         with_entropy: also compute the entropy.
         entropy_requires_grad: False: the entropy is only observed.
@@ -58,7 +59,8 @@ def token_log_probs(
     Raises:
         ValueError: a shape does not fit or the temperature is not positive.
     """
-    if logits_TV.dim() != 2 or tokens_T.shape != logits_TV.shape[:1]:
+    fits = tokens_T.dim() == 1 or (tokens_T.dim() == 2 and shard is None)
+    if logits_TV.dim() != 2 or not fits or tokens_T.shape[:1] != logits_TV.shape[:1]:
         raise ValueError(f"need logits [T, V] and tokens [T], got {tuple(logits_TV.shape)} and {tuple(tokens_T.shape)}")
     check_temperature(temperature)
     rows = rows_of(CHUNK_ELEMENTS, logits_TV.shape[1], logits_TV.device) if chunk_rows is None else chunk_rows
@@ -88,7 +90,7 @@ class _TokenLogProbs(torch.autograd.Function):
         shard = options.shard
         columns_T = tokens_T if shard is None else tokens_T - shard.first_token(logits_TV.shape[1])
         stats = RowStats.empty(
-            logits_TV, len(logits_TV), with_entropy=options.with_entropy, with_norm=shard is not None
+            logits_TV, tokens_T.shape, with_entropy=options.with_entropy, with_norm=shard is not None
         )
         for rows in chunks(len(logits_TV), options.chunk_rows):
             stats.fill(rows, scaled(logits_TV[rows], options.temperature), columns_T[rows], whole=shard is None)

@@ -74,19 +74,22 @@ class RowStats:
     """
 
     log_probs_T: torch.Tensor
-    """At the token; -inf where the token is in another rank's columns."""
+    """At the token; -inf where the token is in another rank's columns. [T, M] where a row has several tokens."""
     entropy_T: torch.Tensor | None
     max_T: torch.Tensor | None
     log_sum_T: torch.Tensor | None
     """log sum exp(x - max), at least 0."""
 
     @classmethod
-    def empty(cls, logits_like: torch.Tensor, rows: int, *, with_entropy: bool, with_norm: bool) -> RowStats:
-        """Allocate statistics for `rows` rows of logits of this dtype and device."""
+    def empty(cls, logits_like: torch.Tensor, tokens: torch.Size, *, with_entropy: bool, with_norm: bool) -> RowStats:
+        """Allocate statistics for tokens [T] or [T, M] of T rows of logits of this dtype and device."""
         dtype = torch.float64 if logits_like.dtype == torch.float64 else torch.float32
-        log_probs_T = torch.empty(rows, dtype=dtype, device=logits_like.device)
-        norms = (torch.empty_like(log_probs_T), torch.empty_like(log_probs_T)) if with_norm else (None, None)
-        return cls(log_probs_T, torch.empty_like(log_probs_T) if with_entropy else None, *norms)
+
+        def allocate(*shape: int) -> torch.Tensor:
+            return torch.empty(shape, dtype=dtype, device=logits_like.device)
+
+        norms = (allocate(tokens[0]), allocate(tokens[0])) if with_norm else (None, None)
+        return cls(allocate(*tokens), allocate(tokens[0]) if with_entropy else None, *norms)
 
     def fill(self, rows: slice, x_CV: torch.Tensor, columns_C: torch.Tensor, *, whole: bool) -> None:
         """Compute the statistics of a chunk of scaled logits.
@@ -94,7 +97,7 @@ class RowStats:
         Args:
             rows: which rows the chunk holds.
             x_CV: float32 or float64.
-            columns_C: column of each row's token, outside [0, V) where another rank has it.
+            columns_C: column of each row's token, outside [0, V) where another rank has it; [C, M] for several tokens.
             whole: the columns are the full vocabulary, which contains every token.
         """
         log_softmax_CV = torch.log_softmax(x_CV, dim=-1)
@@ -107,7 +110,7 @@ class RowStats:
             if not whole:
                 log_softmax_CV.masked_fill_(impossible_C[:, None], -torch.inf)  # not NaN
         if whole:
-            self.log_probs_T[rows] = log_softmax_CV.gather(-1, columns_C[:, None]).squeeze(-1)
+            self.log_probs_T[rows] = log_softmax_CV.gather(-1, _several(columns_C)).view_as(columns_C)
         else:
             ours_C = (columns_C >= 0) & (columns_C < x_CV.shape[1])
             found_C = log_softmax_CV.gather(-1, torch.where(ours_C, columns_C, 0)[:, None]).squeeze(-1)
@@ -156,19 +159,28 @@ def gradient_of_scores(
     """Gradient of scaled logits whose log-softmax is `log_p_CV`, which is overwritten; a new tensor.
 
     d log p_k / d x_j = [j = k] - p_j and dH / d x_j = -p_j (log p_j + H), so with upstream gradients g and h:
-    [j = k] g - p_j (g + h H + h log p_j).
+    [j = k] g - p_j (g + h H + h log p_j). Rows with several tokens, [C, M], add up what each of them gives.
     """
     grad_CV = log_p_CV.exp()
+    columns_CM, at_token_CM = _several(columns_C), _several(grad_log_probs_C)
+    total_C = at_token_CM.sum(-1)
     if grad_entropy_C is None or entropy_C is None:
-        grad_CV.mul_(-grad_log_probs_C[:, None])
+        grad_CV.mul_(-total_C[:, None])
     else:
         log_p_CV.clamp_min_(_LOWEST_LOG_P)  # p log p is 0 for p = 0, times any upstream gradient
-        constant_C = -grad_log_probs_C - grad_entropy_C * entropy_C
+        constant_C = -total_C - grad_entropy_C * entropy_C
         torch.addcmul(constant_C[:, None], log_p_CV, -grad_entropy_C[:, None], out=log_p_CV)
         grad_CV.mul_(log_p_CV)
-    ours_C = (columns_C >= 0) & (columns_C < log_p_CV.shape[1])
-    at_token_C = torch.where(ours_C, grad_log_probs_C, 0.0)
-    return grad_CV.scatter_add_(-1, torch.where(ours_C, columns_C, 0)[:, None], at_token_C[:, None])
+    ours_CM = (columns_CM >= 0) & (columns_CM < log_p_CV.shape[1])
+    columns_CM, at_token_CM = torch.where(ours_CM, columns_CM, 0), torch.where(ours_CM, at_token_CM, 0.0)
+    for m in range(columns_CM.shape[1]):  # one by one: a row's tokens may be equal, and sums are in a fixed order
+        grad_CV.scatter_add_(-1, columns_CM[:, m, None], at_token_CM[:, m, None])
+    return grad_CV
+
+
+def _several(tokens_C: torch.Tensor) -> torch.Tensor:
+    """[C, M] from values of one token a row, [C], or of M."""
+    return tokens_C[:, None] if tokens_C.dim() == 1 else tokens_C
 
 
 def upstream_gradients(

@@ -72,4 +72,5 @@ class TrainConfig(Section):
     """Maximum number of tokens per micro-batch in passes that only compute log-probabilities."""
 
     share_prompts: Annotated[bool, Derived("on with fsdp, off with megatron")] = derived()
-    """Compute the prompt of a group's samples only once per micro-batch."""
+    """Compute what a group's samples have in common from the beginning, the prompt above all, only once per micro-batch
+    (fsdp)."""

@@ -1,6 +1,6 @@
 """Which rank trains on which samples, and in which micro-batch: pure functions of lengths, the same on every rank.
 
-Work is split into units: one sample, or with shared prompts a run of samples of one group that holds its prompt once.
+Work is split into units: one sample, or with shared prompts a run of samples of one group, which share rows.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import dataclasses
 import heapq
 from collections.abc import Sequence
 
-from miles.services.trainer.batch.packing import row_count
+from miles.services.trainer.batch.packing import RowCounter, row_count
 from miles.types import Sample
 
 
@@ -89,19 +89,21 @@ def _units(
         max_rows = min(max_rows, limits.max_rows)
     units: list[_Unit] = []
     run: list[int] = []
+    counter = RowCounter(share_prompts=True)
     for i in indices:
-        same_group = bool(run) and samples[run[-1]].group_id == samples[i].group_id
         fits = (
-            same_group
+            bool(run)
+            and samples[run[-1]].group_id == samples[i].group_id
             and (limits.max_rows is not None or len(run) < limits.max_samples)
-            and row_count(samples, [*run, i], share_prompts=True) <= max_rows
+            and counter.rows + counter.added_by(samples[i]) <= max_rows
         )
         if run and not fits:
-            units.append(_Unit(tuple(run), row_count(samples, run, share_prompts=True)))
-            run = []
+            units.append(_Unit(tuple(run), counter.rows))
+            run, counter = [], RowCounter(share_prompts=True)
         run.append(i)
+        counter.add(samples[i])
     if run:
-        units.append(_Unit(tuple(run), row_count(samples, run, share_prompts=True)))
+        units.append(_Unit(tuple(run), counter.rows))
     return units
 
 

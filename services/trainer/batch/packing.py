@@ -1,9 +1,10 @@
 """Samples to micro-batches: which rows a micro-batch has and what each row may attend to.
 
 A micro-batch is one packed sequence of T rows. Each sample gives its tokens but the last, which predicts nothing. With
-shared prompts, samples of one group whose prompts are equal hold the prompt's rows once: a prompt segment, then one
-segment per response that attends to the prompt and to itself. Positions go on from the prompt, so every row computes
-what it would compute in a sequence of its own; only the order of floating-point sums differs.
+shared prompts, rows that samples of one group have in common from the beginning are there once: the prompt, and as much
+of the responses as is equal. A sample is then the rows of others up to where it parts from them, and a segment of its
+own behind them. Positions go on from there, so every row computes what it would compute in a sequence of its own; only
+the order of floating-point sums differs. Rows that the engine routed through different experts are not equal.
 """
 
 from __future__ import annotations
@@ -14,20 +15,30 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
+from miles.services.trainer.batch.prefixes import longest_prefix
 from miles.types import Sample
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Segment:
-    """Rows [start, end) attend causally to themselves, and to all of [prefix_start, prefix_end) when that is not empty.
-
-    A prefix is a segment of its own, earlier in the micro-batch and without a prefix.
-    """
+    """Rows [start, end) attend causally to themselves, and to all rows of their prefix."""
 
     start: int
     end: int
-    prefix_start: int = 0
-    prefix_end: int = 0
+    prefix: tuple[tuple[int, int], ...] = ()
+    """Ranges of earlier rows, oldest first."""
+
+    @property
+    def rows(self) -> int:
+        return self.end - self.start
+
+    @property
+    def prefix_rows(self) -> int:
+        return sum(end - start for start, end in self.prefix)
+
+    def seen_rows(self) -> npt.NDArray[np.int64]:
+        """What the last row sees, oldest first: the prefix and the segment itself."""
+        return np.concatenate([np.arange(start, end) for start, end in (*self.prefix, (self.start, self.end))])
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -62,12 +73,12 @@ class MicroBatch:
 def pack(samples: Sequence[Sample], indices: Sequence[int], *, share_prompts: bool) -> MicroBatch:
     """Pack `samples[i] for i in indices` into one micro-batch.
 
-    Samples that share a prompt must be neighbours in `indices` to hold it once. Raises ValueError for a sample without
-    a prompt or without a response.
+    Samples of a group must be neighbours in `indices` to share rows. Raises ValueError for a sample without a prompt
+    or without a response.
     """
     rows = _Rows()
-    prompt_owner: int | None = None
-    prompt_segment = Segment(0, 0)
+    group: list[Sample] = []
+    group_rows: list[npt.NDArray[np.int64]] = []
     for index in indices:
         sample = samples[index]
         if sample.prompt_length < 1 or sample.response_length < 1:
@@ -75,32 +86,44 @@ def pack(samples: Sequence[Sample], indices: Sequence[int], *, share_prompts: bo
                 f"sample {sample.index} of group {sample.group_id} has {sample.prompt_length} prompt and "
                 f"{sample.response_length} response tokens; both must be at least 1"
             )
-        if not share_prompts:
-            segment = rows.append_segment(sample, index, 0, len(sample.tokens) - 1)
-            rows.append_response(sample, index, segment.start + sample.prompt_length - 1, segment.end)
-            continue
-        if prompt_owner is None or not _same_prompt(samples[prompt_owner], sample):
-            prompt_owner = index
-            prompt_segment = rows.append_segment(sample, index, 0, sample.prompt_length)
-        start = rows.count
-        if sample.response_length > 1:
-            rows.append_segment(sample, index, sample.prompt_length, len(sample.tokens) - 1, prompt_segment)
-        rows.append_response(sample, index, prompt_segment.end - 1, rows.count, start)
+        if not share_prompts or (group and group[0].group_id != sample.group_id):
+            group, group_rows = [], []
+        owner, common = longest_prefix(sample, group)
+        group.append(sample)
+        group_rows.append(rows.append(sample, index, group_rows[owner][:common] if common else _NO_ROWS))
     return rows.build()
 
 
 def row_count(samples: Sequence[Sample], indices: Sequence[int], *, share_prompts: bool) -> int:
     """Rows that `pack` would make of these samples, without packing them."""
-    total = 0
-    owner: int | None = None
+    counter = RowCounter(share_prompts=share_prompts)
     for index in indices:
-        sample = samples[index]
-        total += sample.response_length - 1
-        if not share_prompts or owner is None or not _same_prompt(samples[owner], sample):
-            owner = index
-            total += sample.prompt_length
-    return total
+        counter.add(samples[index])
+    return counter.rows
 
+
+class RowCounter:
+    """Rows of a micro-batch to which samples are added one by one."""
+
+    def __init__(self, *, share_prompts: bool) -> None:
+        self.rows = 0
+        self._share = share_prompts
+        self._group: list[Sample] = []
+
+    def added_by(self, sample: Sample) -> int:
+        """Rows that the sample would add."""
+        same_group = self._share and self._group and self._group[0].group_id == sample.group_id
+        return len(sample.tokens) - 1 - (longest_prefix(sample, self._group)[1] if same_group else 0)
+
+    def add(self, sample: Sample) -> None:
+        """Count the sample in."""
+        self.rows += self.added_by(sample)
+        if self._group and self._group[0].group_id != sample.group_id:
+            self._group = []
+        self._group.append(sample)
+
+
+_NO_ROWS = np.zeros(0, np.int64)
 
 EMPTY = MicroBatch(
     input_ids_T=np.zeros(1, np.int64),
@@ -128,27 +151,22 @@ class _Rows:
         self._logit_rows: list[npt.NDArray[np.int64]] = []
         self._targets: list[npt.NDArray[np.int64]] = []
 
-    def append_segment(
-        self, sample: Sample, index: int, first: int, last: int, prefix: Segment = Segment(0, 0)
-    ) -> Segment:
-        """Add tokens [first, last) of the sample as a segment."""
-        positions = np.arange(first, last, dtype=np.int64)
-        self._ids.append(sample.tokens[first:last].astype(np.int64))
-        self._positions.append(positions)
-        self._sources.append(np.stack([np.full(last - first, index, np.int64), positions], axis=1))
-        segment = Segment(self.count, self.count + last - first, prefix.start, prefix.end)
-        self._segments.append(segment)
-        self.count = segment.end
-        return segment
-
-    def append_response(
-        self, sample: Sample, index: int, first_row: int, end_row: int, rest: int | None = None
-    ) -> None:
-        """Note the rows that predict the response: `first_row`, then [rest, end_row), by default those that follow."""
-        rest = first_row + 1 if rest is None else rest
+    def append(self, sample: Sample, index: int, shared: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Add a sample whose first rows are there already; returns the rows of all its tokens but the last."""
+        first, last = len(shared), len(sample.tokens) - 1
+        own = np.arange(self.count, self.count + last - first, dtype=np.int64)
+        if len(own):
+            positions = np.arange(first, last, dtype=np.int64)
+            self._ids.append(sample.tokens[first:last].astype(np.int64))
+            self._positions.append(positions)
+            self._sources.append(np.stack([np.full(last - first, index, np.int64), positions], axis=1))
+            self._segments.append(Segment(self.count, self.count + len(own), _ranges(shared)))
+            self.count += len(own)
+        rows = np.concatenate([shared, own])
         self._samples.append(index)
-        self._logit_rows.append(np.concatenate([[first_row], np.arange(rest, end_row)]).astype(np.int64))
+        self._logit_rows.append(rows[sample.prompt_length - 1 :])
         self._targets.append(sample.response_tokens.astype(np.int64))
+        return rows
 
     def build(self) -> MicroBatch:
         if not self._samples:
@@ -166,5 +184,7 @@ class _Rows:
         )
 
 
-def _same_prompt(left: Sample, right: Sample) -> bool:
-    return left.group_id == right.group_id and np.array_equal(left.prompt_tokens, right.prompt_tokens)
+def _ranges(rows: npt.NDArray[np.int64]) -> tuple[tuple[int, int], ...]:
+    """Ascending rows as ranges without gaps."""
+    pieces = np.split(rows, np.flatnonzero(np.diff(rows) != 1) + 1) if len(rows) else []
+    return tuple((int(piece[0]), int(piece[-1]) + 1) for piece in pieces)

@@ -17,7 +17,8 @@ from miles.types import Sample
 def rollout_routing(samples: Sequence[Sample], micro_batch: MicroBatch) -> torch.Tensor:
     """The experts that the engine chose for each row of a micro-batch; int64 [T, layers, K] on CPU.
 
-    Rows of a shared prompt take the routing of the sample that gave the row. Raises ValueError for a sample without it.
+    Samples whose prompts were routed differently do not share its rows (see `pack`). Raises ValueError for a sample
+    without routing.
     """
     layers_and_experts: tuple[int, ...] | None = None
     for index in micro_batch.samples:

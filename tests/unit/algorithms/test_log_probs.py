@@ -53,6 +53,25 @@ def test_values_and_gradients_match_float64(temperature: float, dtype: torch.dty
 
 
 @pytest.mark.parametrize("with_entropy", [False, True])
+def test_a_row_scored_at_several_tokens_equals_rows_of_one_token_each(with_entropy: bool) -> None:
+    logits_TV, _ = example(rows=5, vocab=11)
+    tokens_TM = torch.tensor([[0, 3, 3], [1, 1, 1], [10, 0, 10], [4, 5, 6], [2, 0, 9]])
+    together_TV, apart_TV = (logits_TV.clone().requires_grad_() for _ in range(2))
+    together = token_log_probs(together_TV, tokens_TM, temperature=0.7, with_entropy=with_entropy, chunk_rows=2)
+    apart = token_log_probs(
+        apart_TV.repeat_interleave(3, 0), tokens_TM.flatten(), temperature=0.7, with_entropy=with_entropy
+    )
+    assert together.log_probs_T.flatten().tolist() == apart.log_probs_T.tolist()
+    weights_TM = torch.linspace(-1, 1, 15).view(5, 3)
+    losses = [(weights_TM * together.log_probs_T).sum(), (weights_TM.flatten() * apart.log_probs_T).sum()]
+    if together.entropy_T is not None and apart.entropy_T is not None:
+        losses[0] = losses[0] + (together.entropy_T[:, None] * weights_TM).sum()
+        losses[1] = losses[1] + (apart.entropy_T * weights_TM.flatten()).sum()
+    gradients = [torch.autograd.grad(loss, x)[0] for loss, x in zip(losses, (together_TV, apart_TV), strict=True)]
+    torch.testing.assert_close(*gradients, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("with_entropy", [False, True])
 def test_gradients_match_finite_differences(with_entropy: bool) -> None:
     logits_TV, tokens_T = example(rows=3, vocab=5, scale=1.0)
 

@@ -8,7 +8,7 @@ keyword argument `attention_plan` of the model's forward. Three ways to compute 
 - varlen: PyTorch's variable-length flash attention (CUDA, bfloat16 or float16);
 - segments: one call of scaled_dot_product_attention per segment, for samples whose scores would be too large to keep.
 
-Dims: T rows, H query heads, K key/value heads, D head size.
+Dims: T rows, S slots of keys, H query heads, K key/value heads, D head size.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from miles.services.trainer.backends.fsdp.attention.slots import Slots, slots_of, to_slots
 from miles.services.trainer.backends.fsdp.attention.tiles import TilePlan, attend_tiles, fits_tiles
 from miles.services.trainer.batch.packing import MicroBatch, Segment
 
@@ -34,8 +35,6 @@ class _Varlen:
     cu_k: torch.Tensor
     max_q: int
     max_k: int
-    key_rows: torch.Tensor | None
-    """Rows in key order; None when keys are in row order."""
 
 
 class AttentionPlan:
@@ -63,17 +62,21 @@ class AttentionPlan:
         return self._tiles[window]
 
     @functools.cached_property
+    def keys(self) -> Slots | None:
+        """The rows that each segment sees, segment after segment; None when those are all rows in order."""
+        if not any(segment.prefix for segment in self.segments):
+            return None
+        seen = np.concatenate([segment.seen_rows() for segment in self.segments])
+        return slots_of(seen, self.segments[-1].end, self.device)
+
+    @functools.cached_property
     def varlen(self) -> _Varlen:
         """Sequence bounds for variable-length kernels, whose causal mask is aligned at the lower right."""
-        q_lengths = [s.end - s.start for s in self.segments]
-        k_lengths = [s.end - s.start + s.prefix_end - s.prefix_start for s in self.segments]
-        key_rows = None
-        if any(s.prefix_end > s.prefix_start for s in self.segments):
-            pieces = [np.r_[s.prefix_start : s.prefix_end, s.start : s.end] for s in self.segments]
-            key_rows = torch.from_numpy(np.concatenate(pieces).astype(np.int64)).to(self.device)
+        q_lengths = [segment.rows for segment in self.segments]
+        k_lengths = [segment.prefix_rows + segment.rows for segment in self.segments]
         cu_q = torch.tensor([0, *np.cumsum(q_lengths)], dtype=torch.int32, device=self.device)
         cu_k = torch.tensor([0, *np.cumsum(k_lengths)], dtype=torch.int32, device=self.device)
-        return _Varlen(cu_q, cu_k, max(q_lengths), max(k_lengths), key_rows)
+        return _Varlen(cu_q, cu_k, max(q_lengths), max(k_lengths))
 
 
 def register() -> None:
@@ -104,41 +107,37 @@ def packed_attention(
     unknown = [name for name in ("softcap", "s_aux") if kwargs.get(name) is not None]
     if unknown:
         raise ValueError(f"packed attention does not do {' or '.join(unknown)}, which {type(module).__name__} asks for")
-    q_THD, k_TKD, v_TKD = (x[0].transpose(0, 1) for x in (query, key, value))
+    q_THD, k_SKD, v_SKD = (x[0].transpose(0, 1) for x in (query, key, value))
+    if attention_plan.keys is not None and not attention_plan.use_tiles:
+        k_SKD, v_SKD = (to_slots(x_TKD, attention_plan.keys) for x_TKD in (k_SKD, v_SKD))
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if attention_plan.use_varlen:
-        out_THD = _attend_varlen(attention_plan, q_THD, k_TKD, v_TKD, scale, sliding_window)
+        out_THD = _attend_varlen(attention_plan.varlen, q_THD, k_SKD, v_SKD, scale, sliding_window)
     elif attention_plan.use_tiles:
-        out_THD = attend_tiles(attention_plan.tiles(sliding_window), q_THD, k_TKD, v_TKD, scale)
+        out_THD = attend_tiles(attention_plan.tiles(sliding_window), q_THD, k_SKD, v_SKD, scale)
     else:
-        out_THD = _attend_segments(attention_plan.segments, q_THD, k_TKD, v_TKD, scale, sliding_window)
+        out_THD = _attend_segments(attention_plan.segments, q_THD, k_SKD, v_SKD, scale, sliding_window)
     return out_THD[None], None
 
 
 def _attend_segments(
     segments: Sequence[Segment],
     q_THD: torch.Tensor,
-    k_TKD: torch.Tensor,
-    v_TKD: torch.Tensor,
+    k_SKD: torch.Tensor,
+    v_SKD: torch.Tensor,
     scale: float,
     window: int | None,
 ) -> torch.Tensor:
-    lengths = [segment.end - segment.start for segment in segments]
-    number_by_start = {segment.start: number for number, segment in enumerate(segments)}
-    repeats = q_THD.shape[1] // k_TKD.shape[1]
-    k_THD, v_THD = (x.repeat_interleave(repeats, dim=1) for x in (k_TKD, v_TKD))
-    q, k, v = (torch.split(x, lengths) for x in (q_THD, k_THD, v_THD))
+    repeats = q_THD.shape[1] // k_SKD.shape[1]
+    k_SHD, v_SHD = (x.repeat_interleave(repeats, dim=1) for x in (k_SKD, v_SKD))
+    queries = torch.split(q_THD, [segment.rows for segment in segments])
+    lengths = [segment.prefix_rows + segment.rows for segment in segments]
     outs = []
-    for number, segment in enumerate(segments):
-        keys, values = k[number], v[number]
-        prefix = segment.prefix_end - segment.prefix_start
-        if prefix:
-            owner = number_by_start[segment.prefix_start]
-            keys, values = torch.cat([k[owner], keys]), torch.cat([v[owner], values])
+    for q_LHD, k_LHD, v_LHD in zip(queries, torch.split(k_SHD, lengths), torch.split(v_SHD, lengths), strict=True):
         mask = None
-        if prefix or (window is not None and window < len(keys)):
-            mask = _lower_right_mask(len(q[number]), len(keys), window, q_THD.device)
-        q_1HLD, k_1HLD, v_1HLD = (x.transpose(0, 1)[None] for x in (q[number], keys, values))
+        if len(q_LHD) < len(k_LHD) or (window is not None and window < len(k_LHD)):
+            mask = _lower_right_mask(len(q_LHD), len(k_LHD), window, q_THD.device)
+        q_1HLD, k_1HLD, v_1HLD = (x.transpose(0, 1)[None] for x in (q_LHD, k_LHD, v_LHD))
         out_1HLD = scaled_dot_product_attention(
             q_1HLD, k_1HLD, v_1HLD, attn_mask=mask, is_causal=mask is None, scale=scale
         )
@@ -147,29 +146,26 @@ def _attend_segments(
 
 
 def _attend_varlen(
-    plan: AttentionPlan,
+    bounds: _Varlen,
     q_THD: torch.Tensor,
-    k_TKD: torch.Tensor,
-    v_TKD: torch.Tensor,
+    k_SKD: torch.Tensor,
+    v_SKD: torch.Tensor,
     scale: float,
     window: int | None,
 ) -> torch.Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
-    bounds = plan.varlen
-    if bounds.key_rows is not None:
-        k_TKD, v_TKD = k_TKD[bounds.key_rows], v_TKD[bounds.key_rows]
     out = varlen_attn(
         q_THD.contiguous(),
-        k_TKD.contiguous(),
-        v_TKD.contiguous(),
+        k_SKD.contiguous(),
+        v_SKD.contiguous(),
         bounds.cu_q,
         bounds.cu_k,
         bounds.max_q,
         bounds.max_k,
         scale=scale,
         window_size=(-1 if window is None else window - 1, 0),
-        enable_gqa=q_THD.shape[1] != k_TKD.shape[1],
+        enable_gqa=q_THD.shape[1] != k_SKD.shape[1],
     )
     assert isinstance(out, torch.Tensor)
     return out

@@ -13,13 +13,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch.nn.functional import embedding_bag
 
+from miles.services.trainer.backends.fsdp.attention.slots import from_slots, slots_of, to_slots
 from miles.services.trainer.batch.packing import Segment
 
 QUERY_MULTIPLE = 16
@@ -41,18 +40,6 @@ class _Tile:
     """bool; True where the query slot may not attend to the key slot. Padded queries attend to every slot."""
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Gather:
-    """Which row is in each slot, and back. A row may be in several slots."""
-
-    row_of_slot_S: torch.Tensor
-    """int64; 0 in padded slots."""
-    slots_by_row: torch.Tensor
-    """int64; slots that hold row 0, then those of row 1, ...; padded slots are left out."""
-    starts_T: torch.Tensor
-    """int64; where each row's slots begin in `slots_by_row`."""
-
-
 class TilePlan:
     """Tiles of one micro-batch under one sliding window (None: full attention)."""
 
@@ -67,8 +54,8 @@ class TilePlan:
             keys.append(key_rows_BM.ravel())
             hidden = torch.from_numpy(hidden_BLM)[:, None, None].to(device)
             self.tiles.append(_Tile(len(members), query_rows_BL.shape[1], key_rows_BM.shape[1], hidden))
-        self.queries = _gather(np.concatenate(queries), rows, device)
-        self.keys = _gather(np.concatenate(keys), rows, device)
+        self.queries = slots_of(np.concatenate(queries), rows, device)
+        self.keys = slots_of(np.concatenate(keys), rows, device)
 
 
 def fits_tiles(segments: Sequence[Segment]) -> bool:
@@ -83,9 +70,9 @@ def attend_tiles(
     kv_heads, dim = k_TKD.shape[1:]
     value_dim = v_TKV.shape[2]
     group = q_THD.shape[1] // kv_heads
-    q_S = torch.split(_to_slots(q_THD, plan.queries), [tile.blocks * tile.queries for tile in plan.tiles])
+    q_S = torch.split(to_slots(q_THD, plan.queries), [tile.blocks * tile.queries for tile in plan.tiles])
     sizes = [tile.blocks * tile.keys for tile in plan.tiles]
-    k_S, v_S = (torch.split(_to_slots(x, plan.keys), sizes) for x in (k_TKD, v_TKV))
+    k_S, v_S = (torch.split(to_slots(x, plan.keys), sizes) for x in (k_TKD, v_TKV))
     outs = []
     for tile, q, k, v in zip(plan.tiles, q_S, k_S, v_S, strict=True):
         q_BKGLD = q.view(tile.blocks, tile.queries, kv_heads, group, dim).permute(0, 2, 3, 1, 4)
@@ -97,47 +84,7 @@ def attend_tiles(
         out_BKRV = torch.matmul(weights_BKGLM.flatten(2, 3), v_BKMV)
         out_BLKGV = out_BKRV.view(tile.blocks, kv_heads, group, tile.queries, value_dim).permute(0, 3, 1, 2, 4)
         outs.append(out_BLKGV.reshape(-1, q_THD.shape[1], value_dim))
-    out_THV: torch.Tensor = _FromSlots.apply(torch.cat(outs), plan.queries)  # type: ignore[no-untyped-call]
-    return out_THV
-
-
-class _ToSlots(torch.autograd.Function):
-    """Rows to slots; the gradient of a row is the sum over its slots."""
-
-    @staticmethod
-    def forward(ctx: Any, x_T: torch.Tensor, gather: _Gather) -> torch.Tensor:
-        ctx.gather = gather
-        return x_T.index_select(0, gather.row_of_slot_S)
-
-    @staticmethod
-    def backward(ctx: Any, grad_S: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return _sum_slots(grad_S, ctx.gather), None
-
-
-class _FromSlots(torch.autograd.Function):
-    """Query slots back to rows; padded slots get gradient 0."""
-
-    @staticmethod
-    def forward(ctx: Any, x_S: torch.Tensor, gather: _Gather) -> torch.Tensor:
-        ctx.gather = gather
-        return x_S.index_select(0, gather.slots_by_row)
-
-    @staticmethod
-    def backward(ctx: Any, grad_T: torch.Tensor) -> tuple[torch.Tensor, None]:
-        gather: _Gather = ctx.gather
-        grad_S = grad_T.new_zeros(len(gather.row_of_slot_S), *grad_T.shape[1:])
-        return grad_S.index_copy_(0, gather.slots_by_row, grad_T), None
-
-
-def _to_slots(x_T: torch.Tensor, gather: _Gather) -> torch.Tensor:
-    out_S: torch.Tensor = _ToSlots.apply(x_T, gather)  # type: ignore[no-untyped-call]
-    return out_S
-
-
-def _sum_slots(x_S: torch.Tensor, gather: _Gather) -> torch.Tensor:
-    """Sum over each row's slots, in a fixed order; [T, ...]."""
-    summed_T = embedding_bag(gather.slots_by_row, x_S.flatten(1), gather.starts_T, mode="sum")
-    return summed_T.view(-1, *x_S.shape[1:])
+    return from_slots(torch.cat(outs), plan.queries)
 
 
 def _buckets(segments: Sequence[Segment]) -> list[list[Segment]]:
@@ -150,9 +97,8 @@ def _buckets(segments: Sequence[Segment]) -> list[list[Segment]]:
 
 def _block_size(segment: Segment) -> tuple[int, int]:
     """L and M of a segment's block."""
-    queries = segment.end - segment.start
-    keys = queries + segment.prefix_end - segment.prefix_start
-    return _round_up(queries, QUERY_MULTIPLE), _round_up(keys, KEY_MULTIPLE)
+    keys = segment.prefix_rows + segment.rows
+    return _round_up(segment.rows, QUERY_MULTIPLE), _round_up(keys, KEY_MULTIPLE)
 
 
 def _tile_rows(
@@ -164,24 +110,12 @@ def _tile_rows(
     key_rows = np.full((len(segments), keys), -1, np.int64)
     hidden = np.zeros((len(segments), queries, keys), np.bool_)
     for b, segment in enumerate(segments):
-        seen = np.r_[segment.prefix_start : segment.prefix_end, segment.start : segment.end]
-        count, prefix = segment.end - segment.start, segment.prefix_end - segment.prefix_start
+        seen, count, prefix = segment.seen_rows(), segment.rows, segment.prefix_rows
         query_rows[b, :count] = seen[prefix:]
         key_rows[b, : len(seen)] = seen
         distance = np.arange(prefix, prefix + count)[:, None] - np.arange(keys)[None]
         hidden[b, :count] = distance < 0 if window is None else (distance < 0) | (distance >= window)
     return query_rows, key_rows, hidden
-
-
-def _gather(row_of_slot: npt.NDArray[np.int64], rows: int, device: torch.device) -> _Gather:
-    """From the row in each slot, -1 where padded."""
-    by_row = np.argsort(row_of_slot, kind="stable")[np.count_nonzero(row_of_slot < 0) :]
-    starts = np.searchsorted(row_of_slot[by_row], np.arange(rows))
-    return _Gather(
-        row_of_slot_S=torch.from_numpy(np.maximum(row_of_slot, 0)).to(device),
-        slots_by_row=torch.from_numpy(by_row).to(device),
-        starts_T=torch.from_numpy(starts.astype(np.int64)).to(device),
-    )
 
 
 def _round_up(value: int, multiple: int) -> int:

@@ -1,13 +1,16 @@
-"""One micro-batch through a model. Dims: T rows, R response tokens, V vocabulary."""
+"""One micro-batch through a model. Dims: T rows, R response tokens, U rows that predict them, V vocabulary."""
 
 from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from miles.algorithms.log_probs import TokenLogProbs, token_log_probs
 from miles.services.trainer.backends.fsdp.attention.packed_attention import AttentionPlan
+from miles.services.trainer.backends.fsdp.model.scored_rows import scored_rows
 from miles.services.trainer.batch.packing import MicroBatch
 
 
@@ -51,7 +54,7 @@ class ValueForward:
 
     def for_loss(self, model: torch.nn.Module, micro_batch: MicroBatch) -> torch.Tensor:
         """See `ForwardPass.for_loss`; float32 [R]."""
-        return _logits(model, micro_batch, self._options)[:, 0]
+        return _logits(model, micro_batch, self._options, micro_batch.logit_rows_R)[:, 0]
 
     per_token = for_loss
 
@@ -64,26 +67,33 @@ def forward(
     with_entropy: bool = False,
     entropy_requires_grad: bool = False,
 ) -> TokenLogProbs:
-    """Log-probabilities [R] of the micro-batch's response tokens; the head runs only on rows that predict them."""
-    return token_log_probs(
-        _logits(model, micro_batch, options),
-        torch.from_numpy(micro_batch.targets_R).to(options.device),
+    """Log-probabilities [R] of the micro-batch's response tokens; the head runs once on each row that predicts any."""
+    scored = scored_rows(micro_batch.logit_rows_R, micro_batch.targets_R)
+    outputs = token_log_probs(
+        _logits(model, micro_batch, options, scored.rows_U),
+        torch.from_numpy(scored.tokens_UM).to(options.device),
         temperature=options.temperature,
         with_entropy=with_entropy,
         entropy_requires_grad=entropy_requires_grad,
         chunk_rows=options.chunk_rows,
         overwrite_logits=True,
     )
+    log_probs_R = outputs.log_probs_T.flatten()[torch.from_numpy(scored.place_R).to(options.device)]
+    if outputs.entropy_T is None:
+        return TokenLogProbs(log_probs_R, None)
+    return TokenLogProbs(log_probs_R, outputs.entropy_T[torch.from_numpy(scored.row_R).to(options.device)])
 
 
-def _logits(model: torch.nn.Module, micro_batch: MicroBatch, options: ForwardOptions) -> torch.Tensor:
-    """The head's output on the rows that predict response tokens; [R, V]."""
+def _logits(
+    model: torch.nn.Module, micro_batch: MicroBatch, options: ForwardOptions, rows_U: npt.NDArray[np.int64]
+) -> torch.Tensor:
+    """The head's output on these rows; [U, V]."""
     device = options.device
-    logits_RV: torch.Tensor = model(
+    logits_UV: torch.Tensor = model(
         input_ids=torch.from_numpy(micro_batch.input_ids_T)[None].to(device),
         position_ids=torch.from_numpy(micro_batch.position_ids_T)[None].to(device),
-        logits_to_keep=torch.from_numpy(micro_batch.logit_rows_R).to(device),
+        logits_to_keep=torch.from_numpy(rows_U).to(device),
         attention_plan=AttentionPlan(micro_batch, device, options.compute, varlen=options.varlen),
         use_cache=False,
     ).logits[0]
-    return logits_RV
+    return logits_UV

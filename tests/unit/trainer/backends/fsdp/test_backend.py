@@ -84,6 +84,18 @@ def test_shared_prompts_give_the_gradient_of_separate_ones(family: str, request:
     assert_same(after_one_step(model, groups, share_prompts=True), after_one_step(model, groups, share_prompts=False))
 
 
+@pytest.mark.parametrize("family", ["dense", "moe"])
+def test_responses_that_begin_alike_give_the_gradient_of_separate_ones(
+    family: str, request: pytest.FixtureRequest
+) -> None:
+    model, groups = request.getfixturevalue(family), random_groups(2)
+    for first, *others in (group.samples for group in groups):
+        for other in others:
+            common = min(len(first.tokens), len(other.tokens)) - other.index % 3
+            other.tokens[:common] = first.tokens[:common]
+    assert_same(after_one_step(model, groups, share_prompts=True), after_one_step(model, groups, share_prompts=False))
+
+
 @pytest.mark.parametrize(
     "changes",
     [

@@ -1,0 +1,45 @@
+"""How many tokens a sample has in common, from its beginning, with others of its group."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from miles.types import Sample
+
+
+def longest_prefix(sample: Sample, others: Sequence[Sample]) -> tuple[int, int]:
+    """Which of the others begins like the sample for the longest, and for how many rows; (0, 0) when none does.
+
+    A row is every token but the last, which predicts nothing. Rows are alike when all tokens up to them are, and the
+    experts that the engine chose for them, where it recorded them.
+    """
+    found, longest = 0, 0
+    for number, other in enumerate(others):
+        end = min(len(sample.tokens), len(other.tokens)) - 1
+        if end <= longest or sample.tokens[longest] != other.tokens[longest]:
+            continue  # cannot be longer
+        common = _equal_entries(sample.tokens[:end], other.tokens[:end])
+        if common > longest:
+            common = _equally_routed(sample, other, common)
+        if common > longest:
+            found, longest = number, common
+    return found, longest
+
+
+def _equally_routed(sample: Sample, other: Sample, end: int) -> int:
+    """How many of the first `end` rows the engine sent to the same experts; all of them where it recorded none."""
+    routed, others = sample.rollout_routed_experts, other.rollout_routed_experts
+    if routed is None and others is None:
+        return end
+    if routed is None or others is None:
+        return 0
+    return _equal_entries(routed[:end], others[:end])
+
+
+def _equal_entries(left: npt.NDArray[np.integer], right: npt.NDArray[np.integer]) -> int:
+    """Length of the common beginning of two arrays of one shape."""
+    unlike = (left != right).reshape(len(left), -1).any(axis=1)
+    return int(unlike.argmax()) if unlike.any() else len(unlike)
