@@ -15,7 +15,7 @@ from miles.algorithms.corrections import (
     compute_correction,
 )
 from miles.algorithms.kl import approximate_kl
-from miles.algorithms.loss_aggregation import aggregate
+from miles.algorithms.loss_aggregation import token_weights
 from miles.algorithms.metrics import MetricSum
 from miles.algorithms.mis import mismatch_metrics
 from miles.algorithms.packing import Packing, as_float, keep_log_probs, keep_where
@@ -104,21 +104,28 @@ class _Reducer:
         self.count = float(self._mask_T.sum()) if per_token else float(rollouts)
         self._denominator = max(self.count if batch.denominator is None else batch.denominator, 1.0)
         self.metrics: dict[str, MetricSum] = {}
+        self._known_weights: dict[tuple[torch.dtype, float | None], torch.Tensor] = {}
 
     def total(
         self, values_T: torch.Tensor, keep_T: torch.Tensor | None = None, constant_length: float | None = None
     ) -> torch.Tensor:
-        """Return the numerator: `aggregate` with a denominator of 1."""
-        return aggregate(
-            values_T,
-            self._mask_T,
-            self._packing,
-            denominator=1,
-            per_token=self._per_token,
-            constant_length=constant_length,
-            mask_sums_B=self._mask_sums_B,
-            keep_T=keep_T,
-        )
+        """Return the numerator: `aggregate` with a denominator of 1. Rejected tokens keep their weight, times 0."""
+        kept_T = keep_where(self._mask_T if keep_T is None else self._mask_T & keep_T.bool(), values_T)
+        return (kept_T * self._weights(kept_T.dtype, constant_length)).sum()
+
+    def _weights(self, dtype: torch.dtype, constant_length: float | None) -> torch.Tensor:
+        """The tokens' weights, which all values but those of dr_grpo share; computed once."""
+        key = (dtype, constant_length)
+        if key not in self._known_weights:
+            self._known_weights[key] = token_weights(
+                self._mask_T,
+                self._packing,
+                per_token=self._per_token,
+                constant_length=constant_length,
+                mask_sums_B=self._mask_sums_B,
+                dtype=dtype,
+            )
+        return self._known_weights[key]
 
     def loss(self, total: torch.Tensor) -> torch.Tensor:
         """Divide a numerator by the step's denominator."""

@@ -11,8 +11,11 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
+
+from miles.algorithms.device_copies import to_device
 
 
 def as_float(x: torch.Tensor) -> torch.Tensor:
@@ -84,12 +87,13 @@ class Packing:
         return torch.split(x_T, list(self.lengths)) if self.lengths else ()
 
     def sum(self, x_T: torch.Tensor) -> torch.Tensor:
-        """Sum of each sample's tokens, [B].
+        """Sum of each sample's tokens, [B], in the type of `x_T` (int64 for integers).
 
-        Each sample is summed on its own, so its sum does not depend on its neighbours in the pack and is bitwise
-        reproducible on every device (a scatter-add would not be).
+        Each sample is summed on its own, one token after the other in float64, so its sum does not depend on its
+        neighbours in the pack and is bitwise reproducible on every device (a scatter-add would not be).
         """
-        return torch.stack([part.sum() for part in self.split(x_T)]) if self.lengths else x_T.new_zeros(0)
+        sums_B: torch.Tensor = _SumTokens.apply(x_T, self._on(x_T.device))  # type: ignore[no-untyped-call]
+        return sums_B
 
     def mean(self, x_T: torch.Tensor, mask_T: torch.Tensor) -> torch.Tensor:
         """Mean over each sample's unmasked tokens, [B]; 0 for a sample that has none."""
@@ -98,9 +102,8 @@ class Packing:
 
     def expand(self, x_B: torch.Tensor) -> torch.Tensor:
         """Repeat each sample's value over its tokens, [T]."""
-        if not self.lengths:
-            return x_B.new_zeros(0)
-        return torch.cat([x.expand(length) for x, length in zip(x_B.unbind(), self.lengths, strict=True)])
+        expanded_T: torch.Tensor = _RepeatOverTokens.apply(x_B, self._on(x_B.device))  # type: ignore[no-untyped-call]
+        return expanded_T
 
     def pack(self, x_BT: torch.Tensor) -> torch.Tensor:
         """Padded rows [B, max length or more, ...] to packed [T, ...]; padding is dropped."""
@@ -126,3 +129,62 @@ class Packing:
     def subset(self, samples: Sequence[int]) -> Packing:
         """The packing of what `take` returns."""
         return Packing(tuple(self.lengths[i] for i in samples))
+
+    def _on(self, device: torch.device) -> _Layout:
+        """The layout as tensors of a device, which are made once."""
+        if device not in self._layouts:
+            lengths_B = to_device(torch.tensor(self.lengths, dtype=torch.int64), device)
+            samples_B = torch.arange(self.num_samples, device=device)
+            samples_T = torch.repeat_interleave(samples_B, lengths_B, output_size=self.num_tokens)
+            self._layouts[device] = _Layout(lengths_B, samples_T)
+        return self._layouts[device]
+
+    @functools.cached_property
+    def _layouts(self) -> dict[torch.device, _Layout]:
+        return {}
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Layout:
+    """A packing on a device; int64."""
+
+    lengths_B: torch.Tensor
+    sample_T: torch.Tensor
+    """Which sample each token is of."""
+
+
+class _SumTokens(torch.autograd.Function):
+    """Sums within samples; the gradient of a token is its sample's."""
+
+    @staticmethod
+    def forward(ctx: Any, x_T: torch.Tensor, layout: _Layout) -> torch.Tensor:
+        ctx.layout = layout
+        return _sums(x_T, layout)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> tuple[torch.Tensor, None]:
+        (grad_B,) = gradients
+        return grad_B.index_select(0, ctx.layout.sample_T), None
+
+
+class _RepeatOverTokens(torch.autograd.Function):
+    """Repeats samples' values; the gradient of a sample is the sum over its tokens."""
+
+    @staticmethod
+    def forward(ctx: Any, x_B: torch.Tensor, layout: _Layout) -> torch.Tensor:
+        ctx.layout = layout
+        return x_B.index_select(0, layout.sample_T)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> tuple[torch.Tensor, None]:
+        (grad_T,) = gradients
+        return _sums(grad_T, ctx.layout), None
+
+
+def _sums(x_T: torch.Tensor, layout: _Layout) -> torch.Tensor:
+    dtype = x_T.dtype if x_T.is_floating_point() else torch.int64
+    if not len(layout.lengths_B):
+        return x_T.new_zeros(0, dtype=dtype)
+    # `unsafe` leaves out a check of the lengths that would wait for the GPU.
+    sums_B = torch.segment_reduce(x_T.double(), "sum", lengths=layout.lengths_B, unsafe=True)
+    return sums_B.to(dtype)

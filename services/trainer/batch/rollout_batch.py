@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
@@ -67,13 +68,15 @@ class RolloutBatch:
 
     def token_indices(self, micro_batch: MicroBatch) -> torch.Tensor:
         """Indices in T of the micro-batch's response tokens; int64 [R]."""
-        starts = self.packing.cu_seqlens().tolist()
-        firsts = [starts[self.position(i)] for i in micro_batch.samples]
-        pieces = [
-            torch.arange(first, first + self.samples[i].response_length)
-            for first, i in zip(firsts, micro_batch.samples, strict=True)
-        ]
-        return torch.cat(pieces) if pieces else torch.zeros(0, dtype=torch.int64)
+        firsts = [self._starts[self.position(i)] for i in micro_batch.samples]
+        lengths = [self.samples[i].response_length for i in micro_batch.samples]
+        before = np.cumsum([0, *lengths])[:-1]  # tokens of the micro-batch before each sample's
+        shifts = np.repeat(np.array(firsts, np.int64) - before, lengths)
+        return torch.from_numpy(shifts + np.arange(len(shifts)))
+
+    @functools.cached_property
+    def _starts(self) -> list[int]:
+        return [0, *itertools.accumulate(self.packing.lengths)]
 
     @functools.cached_property
     def _positions(self) -> dict[int, int]:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from miles.algorithms.device_copies import to_device
 from miles.algorithms.losses import LossBatch, LossOutput, critic_loss, rl_loss
 from miles.algorithms.vocab_rows import TokenLogProbs
 from miles.services.trainer.batch.packing import MicroBatch
@@ -35,7 +36,7 @@ class StepLosses:
         outputs: TokenLogProbs,
     ) -> LossOutput:
         """The policy's loss; fills in `tokens.seen` when the training pass itself gives the old log-probabilities."""
-        where = batch.token_indices(micro_batch).to(self._device)
+        where = to_device(batch.token_indices(micro_batch), self._device)
         if tokens.train is None:
             tokens.seen[where] = outputs.log_probs_T.detach()
         members = [batch.position(i) for i in micro_batch.samples]
@@ -67,7 +68,7 @@ class StepLosses:
     ) -> LossOutput:
         """The same for the critic."""
         assert tokens.values is not None, "a critic learns from the values before its first step"
-        where = batch.token_indices(micro_batch).to(self._device)
+        where = to_device(batch.token_indices(micro_batch), self._device)
         algorithm = self._config.algorithm
         return critic_loss(
             LossBatch(

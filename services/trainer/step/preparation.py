@@ -13,6 +13,7 @@ import torch
 
 from miles.algorithms.advantages import compute_advantages, shape_rewards
 from miles.algorithms.corrections import Correction, compute_correction
+from miles.algorithms.device_copies import to_device
 from miles.algorithms.estimators import AdvantageBatch
 from miles.algorithms.metrics import MetricSum
 from miles.services.trainer.batch.rollout_batch import RolloutBatch, trained_reward
@@ -70,9 +71,9 @@ class Preparation:
         Raises StepAbandonedError when `abandonment` is requested meanwhile.
         """
         config, device, group = self._config, self._device, self._data_ranks.group
-        mask = batch.masks().to(device)
+        mask = to_device(batch.masks(), device)
         rollout = batch.rollout_log_probs()
-        rollout = None if rollout is None else rollout.to(device)
+        rollout = None if rollout is None else to_device(rollout, device)
         roles = self._roles
 
         def log_probs_of(role: LogProbRole | None) -> torch.Tensor | None:
@@ -90,7 +91,7 @@ class Preparation:
             AdvantageBatch(
                 packing=batch.packing,
                 mask_T=mask,
-                rewards_B=rewards_N[list(batch.mine)].to(device),
+                rewards_B=to_device(rewards_N[list(batch.mine)], device),
                 old_log_probs_T=self._behind_advantages(train, rollout, mask),
                 ref_log_probs_T=ref,
                 teacher_log_probs_T=teacher,

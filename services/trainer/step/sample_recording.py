@@ -30,20 +30,23 @@ def recorded_samples(
     chosen = set(sorted({sample.group_id for sample in batch.samples})[:groups])
     starts = batch.packing.cu_seqlens().tolist()
 
-    def piece(values: torch.Tensor, position: int) -> npt.NDArray[np.float32]:
-        part: npt.NDArray[np.float32] = values[starts[position] : starts[position + 1]].detach().float().cpu().numpy()
-        return part
+    def on_host(values_T: torch.Tensor) -> npt.NDArray[np.float32]:
+        host: npt.NDArray[np.float32] = values_T.detach().float().cpu().numpy()
+        return host
 
+    host_mask_T, host_advantages_T, host_train_T = (on_host(x_T) for x_T in (mask_T, advantages_T, train_log_probs_T))
+    host_rollout_T = None if rollout_log_probs_T is None else on_host(rollout_log_probs_T)
     for position, index in enumerate(batch.mine):
         sample = batch.samples[index]
         if sample.group_id in chosen:
+            part = slice(starts[position], starts[position + 1])
             yield (
                 sample,
                 TokenMetrics(
-                    mask=piece(mask_T, position),
-                    advantages=piece(advantages_T, position),
-                    train_log_probs=piece(train_log_probs_T, position),
-                    rollout_log_probs=None if rollout_log_probs_T is None else piece(rollout_log_probs_T, position),
+                    mask=host_mask_T[part],
+                    advantages=host_advantages_T[part],
+                    train_log_probs=host_train_T[part],
+                    rollout_log_probs=None if host_rollout_T is None else host_rollout_T[part],
                 ),
             )
     if rank == 0:

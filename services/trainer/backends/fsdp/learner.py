@@ -1,4 +1,4 @@
-"""Roles as Hugging Face models under FSDP2: how they are run and trained.
+"""Roles as Hugging Face models: how they are run and trained.
 
 Dims: R response tokens of a micro-batch, T those of this rank.
 """
@@ -12,11 +12,13 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
+from miles.algorithms.device_copies import to_device
 from miles.algorithms.losses import LossOutput
 from miles.algorithms.metrics import MetricSum
 from miles.algorithms.vocab_rows import TokenLogProbs
 from miles.services.trainer.backends.fsdp.lora.layers import without_adapters
 from miles.services.trainer.backends.fsdp.model.sharded_model import named_weights
+from miles.services.trainer.backends.fsdp.model.working_weights import WorkingWeights
 from miles.services.trainer.backends.fsdp.optimizer import (
     LossScale,
     build_optimizer,
@@ -56,6 +58,7 @@ class FsdpLearner(Learner[OutputT]):
     def __init__(
         self,
         model: torch.nn.Module,
+        weights: WorkingWeights,
         forward: ForwardPass[OutputT],
         config: OptimizerConfig,
         total_iterations: int,
@@ -66,6 +69,7 @@ class FsdpLearner(Learner[OutputT]):
         """`scale_loss` keeps gradients inside the range of float16."""
         super().__init__()
         self.model = model
+        self.weights = weights
         self.optimizer = build_optimizer(model, config)
         self.loss_scale = LossScale(dynamic=scale_loss)
         self._forward = forward
@@ -89,21 +93,32 @@ class FsdpLearner(Learner[OutputT]):
     ) -> list[dict[str, MetricSum]]:
         """See `Learner.accumulate`."""
         parts = []
-        for number, micro_batch in enumerate(step.all_micro_batches):
-            report(number)
-            with_gradient = number >= len(step.observed)
-            if self._routing is not None:
-                self._routing.before(batch, micro_batch, training=True)
-            with torch.set_grad_enabled(with_gradient):
-                outputs = self._forward.for_loss(self.model, micro_batch)
-            if self._routing is not None:
-                self._routing.after(micro_batch)
-            result = loss(micro_batch, outputs)
-            if with_gradient:
-                # FSDP averages gradients over ranks; the loss is this rank's share of the step's.
-                torch.autograd.backward(result.loss * (dist.get_world_size() * self.loss_scale.value))
-            parts.append(result.metrics)
+        with self.weights.in_use():
+            for number, micro_batch in enumerate(step.all_micro_batches):
+                report(number)
+                with_gradient = number >= len(step.observed)
+                parts.append(self._accumulate(batch, micro_batch, loss, with_gradient=with_gradient))
         return parts
+
+    def _accumulate(
+        self,
+        batch: RolloutBatch,
+        micro_batch: MicroBatch,
+        loss: Callable[[MicroBatch, OutputT], LossOutput],
+        *,
+        with_gradient: bool,
+    ) -> dict[str, MetricSum]:
+        if self._routing is not None:
+            self._routing.before(batch, micro_batch, training=True)
+        with torch.set_grad_enabled(with_gradient):
+            outputs = self._forward.for_loss(self.model, micro_batch)
+        if self._routing is not None:
+            self._routing.after(micro_batch)
+        result = loss(micro_batch, outputs)
+        if with_gradient:
+            # FSDP averages gradients over ranks; the loss is this rank's share of the step's.
+            torch.autograd.backward(result.loss * (dist.get_world_size() * self.loss_scale.value))
+        return result.metrics
 
     @traced("optimizer step")
     def step(self) -> float:
@@ -122,7 +137,7 @@ class FsdpLearner(Learner[OutputT]):
         self.optimizer.zero_grad(set_to_none=True)
 
     def _per_token(self, batch: RolloutBatch, report: Report) -> torch.Tensor:
-        return _forward_batch(self.model, self._forward, batch, report, self._routing)
+        return _forward_batch(self.model, self.weights, self._forward, batch, report, self._routing)
 
 
 class FsdpPolicy(FsdpLearner[TokenLogProbs], PolicyLearner):
@@ -154,14 +169,17 @@ def local_weights(model: torch.nn.Module, *, trained_only: bool = False) -> list
 class FrozenModel:
     """A separate model that is not trained."""
 
-    def __init__(self, model: torch.nn.Module, forward: ForwardPass[Any], policy: torch.nn.Module) -> None:
+    def __init__(
+        self, model: torch.nn.Module, weights: WorkingWeights, forward: ForwardPass[Any], policy: torch.nn.Module
+    ) -> None:
         self.model = model
+        self._weights = weights
         self._forward = forward
         self._policy = policy
 
     def compute_log_probs(self, batch: RolloutBatch, report: Report) -> torch.Tensor:
         """See `LogProbRole.compute_log_probs`."""
-        return _forward_batch(self.model, self._forward, batch, report, None)
+        return _forward_batch(self.model, self._weights, self._forward, batch, report, None)
 
     @torch.no_grad()
     def follow(self) -> None:
@@ -174,9 +192,12 @@ class FrozenModel:
 class AdaptedBase:
     """The reference of a policy of which adapters are trained: the same model with its adapters off."""
 
-    def __init__(self, model: torch.nn.Module, forward: ForwardPass[Any], routing: Routing | None) -> None:
-        """`routing` is the policy's; the base routes freely."""
+    def __init__(
+        self, model: torch.nn.Module, weights: WorkingWeights, forward: ForwardPass[Any], routing: Routing | None
+    ) -> None:
+        """`weights` and `routing` are the policy's; the base routes freely."""
         self.model = model
+        self._weights = weights
         self._forward = forward
         self._routing = routing
 
@@ -185,7 +206,7 @@ class AdaptedBase:
         if self._routing is not None:
             self._routing.choose_freely()
         with without_adapters(self.model):
-            return _forward_batch(self.model, self._forward, batch, report, None)
+            return _forward_batch(self.model, self._weights, self._forward, batch, report, None)
 
     def follow(self) -> None:
         """Never called: ref_update_interval and adapters exclude each other."""
@@ -194,20 +215,25 @@ class AdaptedBase:
 
 @traced("log-probs")
 def _forward_batch(
-    model: torch.nn.Module, forward: ForwardPass[Any], batch: RolloutBatch, report: Report, routing: Routing | None
+    model: torch.nn.Module,
+    weights: WorkingWeights,
+    forward: ForwardPass[Any],
+    batch: RolloutBatch,
+    report: Report,
+    routing: Routing | None,
 ) -> torch.Tensor:
     """The log-probability or value of each of this rank's response tokens, without gradient; float32 [T]."""
     micro_batches: Sequence[MicroBatch] = batch.log_prob_micro_batches
     if routing is not None and routing.keeps:  # by micro-batch, so it takes those of the training pass
         micro_batches = batch.micro_batches
     result = torch.zeros(batch.packing.num_tokens, device=forward.device)
-    for done, micro_batch in enumerate(micro_batches):
-        report(Progress("log_probs", done, len(micro_batches)))
-        if routing is not None:
-            routing.before(batch, micro_batch, training=False)
-        with torch.no_grad():
+    with weights.in_use(), torch.no_grad():
+        for done, micro_batch in enumerate(micro_batches):
+            report(Progress("log_probs", done, len(micro_batches)))
+            if routing is not None:
+                routing.before(batch, micro_batch, training=False)
             values_R = forward.per_token(model, micro_batch)
-        result[batch.token_indices(micro_batch).to(result.device)] = values_R
-        if routing is not None:
-            routing.after(micro_batch)
+            result[to_device(batch.token_indices(micro_batch), result.device)] = values_R
+            if routing is not None:
+                routing.after(micro_batch)
     return result

@@ -72,8 +72,8 @@ class LossScale:
         skipping would not help.
         """
         gradients = [p.grad for p in _parameters(optimizer) if p.grad is not None]
-        for gradient in gradients if self.dynamic else ():
-            gradient.mul_(1 / self.value)
+        if self.dynamic:
+            torch._foreach_mul_(gradients, 1 / self.value)
         norm = torch.nn.utils.get_total_norm(gradients)
         total = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
         if math.isfinite(total):
@@ -94,5 +94,5 @@ def clip_gradients(optimizer: torch.optim.Optimizer, norm: float, max_norm: floa
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> list[torch.nn.Parameter]:
-    """What the optimizer updates: under FSDP, always the shards."""
+    """What the optimizer updates: the masters, or under FSDP always the shards."""
     return [p for group in optimizer.param_groups for p in group["params"]]

@@ -1,4 +1,4 @@
-"""The configured roles, as sharded models."""
+"""The configured roles, as models on their devices."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ import torch
 from miles.services.trainer.backends.fsdp.learner import AdaptedBase, FrozenModel, FsdpCritic, FsdpPolicy, local_weights
 from miles.services.trainer.backends.fsdp.lora.adapter import Adapter, adapt
 from miles.services.trainer.backends.fsdp.model.forward import ForwardOptions, LogProbForward, ValueForward
-from miles.services.trainer.backends.fsdp.model.sharded_model import Precision, load_hf_model, put_value_head, shard
+from miles.services.trainer.backends.fsdp.model.sharded_model import Precision, load_hf_model, place, put_value_head
+from miles.services.trainer.backends.fsdp.model.working_weights import WorkingWeights
 from miles.services.trainer.backends.fsdp.replay.step_routing import Routing
 from miles.services.trainer.step import algorithm_options
 from miles.services.trainer.step.old_policies import OldPolicies
@@ -40,7 +41,7 @@ class FsdpRoles(Roles):
 
 
 def build_roles(config: JobConfig, device: torch.device) -> FsdpRoles:
-    """Load and shard every model; collective. Raises FileNotFoundError for a folder without one."""
+    """Load and place every model; collective. Raises FileNotFoundError for a folder without one."""
     if config.rollout.hf_checkpoint is None:
         raise ValueError("hf_checkpoint is not set; it names the Hugging Face folder to start from")
     return _Builder(config, device).roles(config.rollout.hf_checkpoint)
@@ -70,9 +71,10 @@ class _Builder:
         adapter = adapt(model, config) if config.lora.lora_rank else None
         has_routing = algorithm.use_routing_replay or config.rollout.records_routing
         routing = Routing(config, model, self._device) if has_routing else None
-        self._shard(model, precision)
+        weights = self._place(model, precision)
         policy = FsdpPolicy(
             model,
+            weights,
             LogProbForward(
                 self._options,
                 with_entropy=algorithm.entropy_coef != 0 or algorithm.observe_training_entropy,
@@ -85,7 +87,7 @@ class _Builder:
         )
         reference: FrozenModel | AdaptedBase | None = None
         if algorithm_options.needs_reference(config) and adapter is not None:
-            reference = AdaptedBase(model, LogProbForward(self._options), routing)
+            reference = AdaptedBase(model, weights, LogProbForward(self._options), routing)
         elif algorithm_options.needs_reference(config):
             reference = self._frozen(config.checkpoint.ref_load or model_dir, model)
         folder = algorithm_options.teacher_folder(config)
@@ -95,8 +97,8 @@ class _Builder:
         )
         old_policies = None
         if algorithm.keep_old_actor:
-            weights = functools.partial(local_weights, model, trained_only=adapter is not None)
-            old_policies = OldPolicies(weights, policy.compute_log_probs, config.rollout.max_weight_staleness)
+            own = functools.partial(local_weights, model, trained_only=adapter is not None)
+            old_policies = OldPolicies(own, policy.compute_log_probs, config.rollout.max_weight_staleness)
         return FsdpRoles(
             policy=policy,
             critic=critic,
@@ -111,9 +113,10 @@ class _Builder:
         config = self._config
         model = self._trainable(folder, self._precision)
         put_value_head(model, folder)
-        self._shard(model, self._precision)
+        weights = self._place(model, self._precision)
         return FsdpCritic(
             model,
+            weights,
             ValueForward(self._options),
             algorithm_options.critic_optimizer(config),
             algorithm_options.critic_iterations(config),
@@ -128,8 +131,8 @@ class _Builder:
         compute = self._precision.compute
         model = load_hf_model(folder, compute, gradient_checkpointing=False)
         model.requires_grad_(False)
-        self._shard(model, Precision(compute, compute))
-        return FrozenModel(model, LogProbForward(self._options), policy)
+        weights = self._place(model, Precision(compute, compute))
+        return FrozenModel(model, weights, LogProbForward(self._options), policy)
 
-    def _shard(self, model: PreTrainedModel, precision: Precision) -> None:
-        shard(model, precision, self._device, cpu_offload=self._config.train.fsdp_cpu_offload)
+    def _place(self, model: PreTrainedModel, precision: Precision) -> WorkingWeights:
+        return place(model, precision, self._device, cpu_offload=self._config.train.fsdp_cpu_offload)

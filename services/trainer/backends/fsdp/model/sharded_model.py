@@ -1,4 +1,4 @@
-"""A Hugging Face model under FSDP2: loading and sharding it, and its weights by name."""
+"""A Hugging Face model, under FSDP2 where it is sharded: loading and placing it, and its weights by name."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.tensor import DTensor
 
 from miles.services.trainer.backends.fsdp.attention import packed_attention as attention
+from miles.services.trainer.backends.fsdp.model.working_weights import WorkingWeights
 from miles.services.trainer.checkpoint.errors import reading_model
 from miles.services.trainer.step.value_head import ValueHead, initial_weight
 from miles.weights.naming.model_tensors import once
@@ -33,7 +34,7 @@ class Precision:
 def load_hf_model(folder: str | pathlib.Path, dtype: torch.dtype, *, gradient_checkpointing: bool) -> PreTrainedModel:
     """A causal language model of a Hugging Face folder, in `dtype`, with packed attention.
 
-    Rank 0 reads its weights onto the CPU; the other ranks get a model without weights, which `shard` fills.
+    Rank 0 reads its weights onto the CPU; the other ranks get a model without weights, which `place` fills.
     Raises FileNotFoundError when the folder is not there or is not a checkpoint, and ValueError for one that cannot be
     read.
     """
@@ -77,11 +78,21 @@ def put_value_head(model: PreTrainedModel, folder: str | pathlib.Path) -> None:
     model.set_output_embeddings(ValueHead(weight_1H.to(head.weight.device)))  # type: ignore[no-untyped-call]
 
 
-def shard(model: PreTrainedModel, precision: Precision, device: torch.device, *, cpu_offload: bool) -> FSDPModule:
-    """Shard the model's parameters over the default process group, a unit per decoder layer plus one for the rest.
+def place(model: PreTrainedModel, precision: Precision, device: torch.device, *, cpu_offload: bool) -> WorkingWeights:
+    """Move the model to the device, or its shards to the ranks' devices.
 
-    Embeddings and head stay together in the root unit, so that tied weights are sharded once.
+    One rank holds plain parameters, unless they are to stay in host memory. Several shard them over the default process
+    group, a unit per decoder layer plus one for the rest: embeddings and head stay together, so that tied weights are
+    sharded once.
     """
+    if dist.get_world_size() == 1 and not cpu_offload:
+        torch.nn.Module.to(model, device)
+        return WorkingWeights.of(model, precision.compute)
+    _shard(model, precision, device, cpu_offload=cpu_offload)
+    return WorkingWeights.none(precision.compute)
+
+
+def _shard(model: PreTrainedModel, precision: Precision, device: torch.device, *, cpu_offload: bool) -> None:
     from torch.distributed.device_mesh import init_device_mesh
 
     home = torch.device("cpu") if cpu_offload else device
@@ -99,7 +110,6 @@ def shard(model: PreTrainedModel, precision: Precision, device: torch.device, *,
     sharded = fully_shard(model, mesh=mesh, mp_policy=policy, offload_policy=offload, reshard_after_forward=False)
     if not alone:
         _fill(sharded, weights, buffers, home)
-    return sharded
 
 
 def _fill(model: FSDPModule, weights: dict[str, Any], buffers: dict[str, torch.Tensor], home: torch.device) -> None:

@@ -13,6 +13,7 @@ from trainer_cases import hf_log_probs, job_config, random_groups, train_recorde
 
 from miles.checkpoint_folder import folder_name
 from miles.services.trainer.backends.fsdp.backend import FsdpBackend
+from miles.services.trainer.backends.fsdp.model.sharded_model import full_tensor
 from miles.types import SampleGroup
 
 pytestmark = pytest.mark.usefixtures("process_group")
@@ -53,7 +54,7 @@ def train(backend: FsdpBackend, groups: list[SampleGroup], step: int = 0) -> dic
 def critic_weights(backend: FsdpBackend) -> dict[str, torch.Tensor]:
     critic = backend._loaded.roles.critic
     assert critic is not None
-    return {name: p.detach().full_tensor().clone() for name, p in critic.model.named_parameters()}
+    return {name: full_tensor(p).clone() for name, p in critic.model.named_parameters()}
 
 
 def policy_weights(backend: FsdpBackend) -> dict[str, torch.Tensor]:

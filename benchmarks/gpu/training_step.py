@@ -1,0 +1,259 @@
+"""Training steps of the fsdp backend on one GPU, beside a bare loop of transformers and torch on the same rows.
+
+    python -m benchmarks.gpu.training_step
+    python -m benchmarks.gpu.training_step --response 480 --micro-batch 16384 --profile profiles
+    python -m benchmarks.gpu.training_step --device cpu --layers 2 --hidden 64 --vocabulary 1024 --steps 2
+
+The model has SmolLM2-135M's shape and random weights (`--hidden` and the like make another). A step trains on 256
+samples, 32 prompts × 8 responses. `ours` is what `TrainerBackend.train` takes; `bare` packs the same tokens into rows
+(every sample with its prompt), runs the model under bfloat16 autocast with flash attention where it is installed,
+takes the log-probabilities of the responses, and steps torch's fused AdamW. The table has, per variant, the median
+seconds of a step (the first two left out), the seconds of the first one, model FLOP/s as 6 × parameters × tokens over
+the peak of an H100 or H200, operations started on the GPU, and for how long it was busy with them, the last two from
+torch.profiler. `--profile DIR` also writes which operations took the time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import pathlib
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from benchmarks.gpu.models import write_tokenizer
+
+PEAK_FLOPS = 989e12
+"""Of an H100 SXM or an H200, bfloat16, without sparsity."""
+SKIPPED = 2
+GROUPS, SAMPLES = 32, 8
+PROFILED_ROWS = 45
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """One variant."""
+
+    name: str
+    step_s: float
+    first_s: float
+    tokens: int
+    launches: int
+    busy_s: float
+    memory_gb: float
+
+    def row(self, parameters: int) -> str:
+        """Its row of the table."""
+        mfu = 6 * parameters * self.tokens / self.step_s / PEAK_FLOPS
+        return (
+            f"| {self.name} | {self.tokens:,} | {self.step_s:.4f} | {self.first_s:.2f} | {mfu:.1%} | {self.launches} | "
+            f"{self.busy_s:.4f} | {self.memory_gb:.1f} |"
+        )
+
+
+HEADER = "| variant | tokens | step s | first step s | MFU | launches | GPU busy s | GB |\n" + "|---" * 8 + "|"
+
+
+def write_model(args: argparse.Namespace, folder: pathlib.Path) -> int:
+    """A Hugging Face folder of random weights; returns the number of parameters."""
+    import torch
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    heads = max(1, args.hidden // 64)
+    config = LlamaConfig(
+        vocab_size=args.vocabulary,
+        hidden_size=args.hidden,
+        intermediate_size=args.hidden * 8 // 3,
+        num_hidden_layers=args.layers,
+        num_attention_heads=heads,
+        num_key_value_heads=max(1, heads // 3),
+        head_dim=64,
+        max_position_embeddings=8192,
+        rope_theta=1e5,
+        tie_word_embeddings=True,
+        eos_token_id=args.vocabulary - 1,
+        bos_token_id=None,
+        pad_token_id=None,
+    )
+    torch.manual_seed(0)
+    model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.save_pretrained(folder)
+    write_tokenizer(folder, args.vocabulary)
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def rollout(args: argparse.Namespace) -> list[Any]:
+    """Random groups; responses have between half and all of `--response` tokens."""
+    from miles.types import Sample, SampleGroup, SampleStatus, VersionSpan
+
+    rng = np.random.default_rng(0)
+    made = []
+    for group_id in range(GROUPS):
+        prompt = rng.integers(3, args.vocabulary - 1, args.prompt).astype(np.int32)
+        members = []
+        for index in range(SAMPLES):
+            length = int(rng.integers(args.response // 2, args.response + 1))
+            response = rng.integers(3, args.vocabulary - 1, length).astype(np.int32)
+            members.append(
+                Sample(
+                    group_id=group_id,
+                    index=index,
+                    prompt="p",
+                    tokens=np.concatenate([prompt, response]),
+                    response_length=length,
+                    response="r",
+                    reward=float(index % 2),
+                    status=SampleStatus.COMPLETED,
+                    rollout_log_probs=np.full(length, -10.0, np.float32),
+                    weight_versions=(VersionSpan(0, 0, length),),
+                )
+            )
+        made.append(SampleGroup("job", group_id, members))
+    return made
+
+
+def ours(args: argparse.Namespace, name: str, flags: dict[str, Any], model: pathlib.Path, device: Any) -> Measured:
+    """Steps of the backend."""
+    from miles.config import JobConfig
+    from miles.services.trainer.ranks.worker import create_backend
+
+    config = JobConfig.from_flat(
+        {
+            "hf_checkpoint": str(model), "prompt_data": "prompts.jsonl", "label_key": "label",
+            "rm_type": "exact_match", "num_rollout": 100, "rollout_batch_size": GROUPS, "n_samples_per_prompt": SAMPLES,
+            "rollout_max_response_len": args.response, "lr": 1e-6, "use_dynamic_batch_size": True,
+            "max_tokens_per_gpu": args.micro_batch, "device": device.type, "train_backend": "fsdp",
+            "actor_num_gpus_per_node": 1, "run_dir": str(model / "run"),
+            "train_dtype": args.dtype, "rollout_dtype": args.dtype, **flags,
+        }
+    ).resolve(device.type)  # fmt: skip
+    groups = rollout(args)
+    trainer = create_backend(config, model / "checkpoints", device)
+    trainer.load()
+    steps = iter(range(1000))
+    try:
+        tokens = sum(len(sample.tokens) for group in groups for sample in group.samples)
+        return measure(args, name, tokens, lambda: trainer.train(next(steps), groups, lambda progress: None))
+    finally:
+        trainer.close()
+
+
+def bare(args: argparse.Namespace, model_dir: pathlib.Path, device: Any) -> Measured:
+    """Steps of a loop that knows nothing but the rows."""
+    import importlib.util
+
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    has_flash = device.type == "cuda" and importlib.util.find_spec("flash_attn") is not None
+    attention = "flash_attention_2" if has_flash else "sdpa"
+    model: Any = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32, attn_implementation=attention)
+    model.to(device).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
+    rows = [(sample.tokens, len(sample.tokens) - sample.response_length) for g in rollout(args) for sample in g.samples]
+    micro_batches: list[list[Any]] = [[]]
+    for row in rows:
+        if sum(len(tokens) for tokens, _ in [*micro_batches[-1], row]) > args.micro_batch:
+            micro_batches.append([])
+        micro_batches[-1].append(row)
+
+    def step() -> None:
+        for members in micro_batches:
+            ids = torch.from_numpy(np.concatenate([t for t, _ in members]).astype(np.int64))[None].to(device)
+            positions = torch.from_numpy(np.concatenate([np.arange(len(t)) for t, _ in members]))[None].to(device)
+            starts = np.cumsum([0, *(len(t) for t, _ in members)])
+            kept = [np.arange(s + p - 1, s + len(t) - 1) for s, (t, p) in zip(starts[:-1], members, strict=True)]
+            predicting = torch.from_numpy(np.concatenate(kept)).to(device)
+            with torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
+                out = model(input_ids=ids, position_ids=positions, logits_to_keep=predicting, use_cache=False)
+            targets = ids[0, predicting + 1]
+            loss = torch.nn.functional.cross_entropy(out.logits[0].float(), targets, reduction="sum") / len(rows)
+            loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return measure(args, f"bare, {attention}", sum(len(tokens) for tokens, _ in rows), step)
+
+
+def measure(args: argparse.Namespace, name: str, tokens: int, step: Callable[[], Any]) -> Measured:
+    """Time steps, then record one with torch.profiler."""
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+
+    on_gpu = torch.cuda.is_available()
+
+    def timed() -> float:
+        began = time.monotonic()
+        step()
+        if on_gpu:
+            torch.cuda.synchronize()
+        return time.monotonic() - began
+
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+    times = [timed() for _ in range(args.steps + SKIPPED)]
+    memory = torch.cuda.max_memory_allocated() if on_gpu else 0
+    with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]) as recorded:
+        profiled_s = timed()
+    events = recorded.key_averages()
+    on_device = [event for event in events if event.self_device_time_total > 0]
+    busy_s = sum(event.self_device_time_total for event in on_device) / 1e6
+    launches = sum(event.count for event in on_device if event.device_type != torch.autograd.DeviceType.CPU)
+    if args.profile:
+        text = f"{name}: a step of {profiled_s:.4f} s under the profiler; GPU busy for {busy_s:.4f} s\n"
+        for order in (["self_cuda_time_total"] if on_gpu else []) + ["self_cpu_time_total"]:
+            text += f"\nby {order}\n" + events.table(
+                sort_by=order, row_limit=PROFILED_ROWS, max_name_column_width=90, max_src_column_width=10
+            )
+        args.profile.mkdir(parents=True, exist_ok=True)
+        (args.profile / f"{tokens}-{name.replace(' ', '_').replace(',', '')}.txt").write_text(text)
+    return Measured(name, statistics.median(times[SKIPPED:]), times[0], tokens, launches, busy_s, memory / 1e9)
+
+
+def main() -> None:
+    """Measure and print."""
+    import torch
+    import torch.distributed as dist
+
+    from miles.services.trainer.ranks.process_group import join
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
+    parser.add_argument("--hidden", type=int, default=576)
+    parser.add_argument("--layers", type=int, default=30)
+    parser.add_argument("--vocabulary", type=int, default=49152)
+    parser.add_argument("--prompt", type=int, default=34)
+    parser.add_argument("--response", type=int, nargs="+", default=[22, 640], help="longest response")
+    parser.add_argument("--micro-batch", type=int, default=16384, help="tokens per micro-batch")
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--only", nargs="+", help="names of the variants to measure, and `bare`")
+    parser.add_argument(
+        "--profile", type=pathlib.Path, metavar="DIR", help="write which operations took the time there"
+    )
+    args = parser.parse_args()
+    device = join(args.device, None, 10)
+    variants: dict[str, dict[str, Any]] = {"ours": {}, "ours, separate prompts": {"share_prompts": False}}
+    name = torch.cuda.get_device_name() if device.type == "cuda" else device.type
+    with tempfile.TemporaryDirectory() as folder:
+        model = pathlib.Path(folder) / "model"
+        parameters = write_model(args, model)
+        print(f"{name}, {parameters / 1e6:.0f} M parameters, {GROUPS} × {SAMPLES} samples\n{HEADER}", flush=True)
+        for response in args.response:
+            args.response = response
+            for variant, flags in variants.items():
+                if not args.only or variant in args.only:
+                    print(ours(args, variant, flags, model, device).row(parameters), flush=True)
+            if not args.only or "bare" in args.only:
+                print(bare(args, model, device).row(parameters), flush=True)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

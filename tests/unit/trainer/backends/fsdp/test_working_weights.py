@@ -1,0 +1,130 @@
+"""Weights that are held in one type and computed with in another, where one process holds the model."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from miles.services.trainer.backends.fsdp.model.working_weights import WorkingWeights
+
+
+class Tied(torch.nn.Module):
+    """An embedding whose weight is the head's too, and a layer that is held in the type of the computation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding = torch.nn.Embedding(5, 4)
+        self.layer = torch.nn.Linear(4, 4, bias=False, dtype=torch.bfloat16)
+        self.norm = torch.nn.LayerNorm(4)
+        self.head = torch.nn.Linear(4, 5, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.head(self.norm(self.layer(self.embedding(ids))))
+        return logits
+
+
+@pytest.fixture
+def model() -> Tied:
+    return Tied()
+
+
+@pytest.fixture
+def weights(model: Tied) -> WorkingWeights:
+    return WorkingWeights.of(model, torch.bfloat16)
+
+
+def loss_of(model: Tied, *ids: int) -> torch.Tensor:
+    return model(torch.tensor(ids)).float().square().sum()
+
+
+def test_a_model_computes_in_one_type_and_holds_its_weights_in_another(model: Tied, weights: WorkingWeights) -> None:
+    masters = dict(model.named_parameters())
+    with weights.in_use():
+        assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+        assert model.embedding.weight.equal(masters["embedding.weight"].bfloat16())
+        assert model(torch.tensor([1])).dtype == torch.bfloat16
+    assert all(parameter is masters[name] for name, parameter in model.named_parameters())
+    assert model.embedding.weight.dtype == torch.float32
+
+
+def test_tied_weights_stay_tied_in_use(model: Tied, weights: WorkingWeights) -> None:
+    with weights.in_use():
+        assert model.head.weight is model.embedding.weight
+    assert model.head.weight is model.embedding.weight
+
+
+def test_a_weight_of_the_type_of_the_computation_is_used_itself(model: Tied, weights: WorkingWeights) -> None:
+    own = model.layer.weight
+    with weights.in_use():
+        assert model.layer.weight is own
+    assert set(weights.up_to_date()) == {model.embedding.weight, model.norm.weight, model.norm.bias}
+
+
+def test_gradients_of_micro_batches_add_up_in_the_masters_type(model: Tied, weights: WorkingWeights) -> None:
+    alone = []
+    for ids in ((1, 2, 3), (0, 4)):
+        with weights.in_use():
+            loss_of(model, *ids).backward()
+        assert model.norm.weight.grad is not None
+        alone.append(model.norm.weight.grad.clone())
+        model.zero_grad(set_to_none=True)
+    with weights.in_use():
+        loss_of(model, 1, 2, 3).backward()
+        loss_of(model, 0, 4).backward()
+    assert model.norm.weight.grad is not None
+    assert model.norm.weight.grad.dtype == torch.float32
+    assert model.norm.weight.grad.equal(alone[0] + alone[1])
+
+
+def test_gradients_go_on_adding_up_in_the_next_use_until_they_are_cleared(
+    model: Tied, weights: WorkingWeights
+) -> None:
+    for _ in range(2):
+        with weights.in_use():
+            loss_of(model, 1, 2).backward()
+    assert model.embedding.weight.grad is not None
+    twice = model.embedding.weight.grad.clone()
+    model.zero_grad(set_to_none=True)
+    with weights.in_use():
+        loss_of(model, 1, 2).backward()
+    assert twice.equal(2 * model.embedding.weight.grad)
+
+
+def test_the_next_use_computes_with_what_the_optimizer_made_of_the_masters(
+    model: Tied, weights: WorkingWeights
+) -> None:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
+    with weights.in_use():
+        loss_of(model, 1, 2).backward()
+    before = model.embedding.weight.detach().clone()
+    optimizer.step()
+    assert not model.embedding.weight.equal(before)
+    with weights.in_use():
+        assert model.embedding.weight.equal(next(iter(weights.up_to_date())).bfloat16())
+        assert not model.embedding.weight.equal(before.bfloat16())
+
+
+def test_frozen_weights_get_no_gradient(model: Tied) -> None:
+    model.embedding.requires_grad_(False)
+    weights = WorkingWeights.of(model, torch.bfloat16)
+    with weights.in_use():
+        loss_of(model, 1, 2).backward()
+    assert model.embedding.weight.grad is None
+    assert model.norm.weight.grad is not None
+
+
+def test_an_error_in_use_leaves_the_masters_in_the_model(model: Tied, weights: WorkingWeights) -> None:
+    master = model.embedding.weight
+    with pytest.raises(IndexError), weights.in_use():
+        model(torch.tensor([99]))
+    assert model.embedding.weight is master
+
+
+def test_a_model_that_computes_in_the_type_that_it_is_held_in_has_no_copies(model: Tied) -> None:
+    weights = WorkingWeights.of(model.bfloat16(), torch.bfloat16)
+    assert weights.up_to_date() == {}
+    with weights.in_use():
+        loss_of(model, 1, 2).backward()
+    assert model.embedding.weight.grad is not None
