@@ -5,6 +5,7 @@ Buffers are treated as flat little-endian bytes; nothing here needs torch.
 
 from __future__ import annotations
 
+import functools
 import math
 import struct
 import time
@@ -70,6 +71,14 @@ def plan(layout: Iterable[tuple[str, DType.ValueType, Sequence[int]]]) -> tuple[
 
     The size, in bytes, is at least 1, so that every version has a buffer. Raises ManifestError for a repeated name.
     """
+    entries = tuple((name, dtype, tuple(shape)) for name, dtype, shape in layout)
+    planned = policy_pb2.Manifest.FromString(_planned(entries))
+    return list(planned.tensors), planned.total_bytes
+
+
+@functools.lru_cache(maxsize=4)
+def _planned(layout: tuple[tuple[str, int, tuple[int, ...]], ...]) -> bytes:
+    """A serialised manifest with the descriptors: every version of a model has the same, and parsing is fast."""
     descriptors: list[policy_pb2.TensorDescriptor] = []
     names: set[str] = set()
     end = 0
@@ -83,7 +92,7 @@ def plan(layout: Iterable[tuple[str, DType.ValueType, Sequence[int]]]) -> tuple[
             policy_pb2.TensorDescriptor(name=name, dtype=dtype, shape=shape, offset=offset, nbytes=nbytes)
         )
         end = offset + nbytes
-    return descriptors, max(end, 1)
+    return policy_pb2.Manifest(tensors=descriptors, total_bytes=max(end, 1)).SerializeToString()
 
 
 def build(
@@ -121,11 +130,13 @@ def manifest_checksum(manifest: policy_pb2.Manifest) -> bytes:
         digest.update(struct.pack("<I", manifest.checksum_kind))
     if manifest.HasField("lora"):
         digest.update(struct.pack("<Id", manifest.lora.rank, manifest.lora.alpha) + manifest.lora.base_checksum)
+    pack, parts = struct.pack, []
     for tensor in manifest.tensors:
-        name = tensor.name.encode()
-        rank = len(tensor.shape)
-        digest.update(struct.pack("<I", len(name)) + name)
-        digest.update(struct.pack(f"<II{rank}QQ", tensor.dtype, rank, *tensor.shape, tensor.offset) + tensor.checksum)
+        name, shape = tensor.name.encode(), tensor.shape
+        size, rank = len(name), len(shape)
+        parts.append(pack(f"<I{size}sII{rank}QQ", size, name, tensor.dtype, rank, *shape, tensor.offset))
+        parts.append(tensor.checksum)
+    digest.update(b"".join(parts))
     return bytes(digest.digest())
 
 
@@ -136,20 +147,21 @@ def validate(manifest: policy_pb2.Manifest) -> None:
     end = 0
     names: set[str] = set()
     for tensor in manifest.tensors:
-        where = f"tensor {tensor.name!r}"
-        if not tensor.name or tensor.name in names:
-            raise ManifestError(f"{where} has an empty or repeated name")
-        names.add(tensor.name)
-        expected = math.prod(tensor.shape) * _dtype_bytes(tensor.name, tensor.dtype)
-        if tensor.nbytes != expected:
-            raise ManifestError(f"{where} declares {tensor.nbytes} bytes; its dtype and shape need {expected}")
-        if tensor.offset < end or tensor.offset % ALIGNMENT:
+        name, offset, nbytes = tensor.name, tensor.offset, tensor.nbytes
+        if not name or name in names:
+            raise ManifestError(f"tensor {name!r} has an empty or repeated name")
+        names.add(name)
+        expected = math.prod(tensor.shape) * _dtype_bytes(name, tensor.dtype)
+        if nbytes != expected:
+            raise ManifestError(f"tensor {name!r} declares {nbytes} bytes; its dtype and shape need {expected}")
+        if offset < end or offset % ALIGNMENT:
             raise ManifestError(
-                f"{where} starts at byte {tensor.offset}; it must start at a multiple of {ALIGNMENT} at or after {end}"
+                f"tensor {name!r} starts at byte {offset}; it must start at a multiple of {ALIGNMENT} at or after {end}"
             )
         if len(tensor.checksum) != CHECKSUM_BYTES:
-            raise ManifestError(f"{where} has a checksum of {len(tensor.checksum)} bytes instead of {CHECKSUM_BYTES}")
-        end = tensor.offset + tensor.nbytes
+            found = len(tensor.checksum)
+            raise ManifestError(f"tensor {name!r} has a checksum of {found} bytes instead of {CHECKSUM_BYTES}")
+        end = offset + nbytes
     if end > manifest.total_bytes:
         raise ManifestError(f"tensors end at byte {end}, past the buffer's {manifest.total_bytes} bytes")
     if manifest_checksum(manifest) != manifest.checksum:

@@ -42,7 +42,10 @@ class TrainerBackend(Protocol):
         """
 
     def export(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """The policy's parameters, or its adapter's, in a fixed order and the rollout's dtype; collective over ranks.
+        """The policy's parameters, or its adapter's, in the order of `export_layout`; collective over ranks.
+
+        Gathered ones have the layout's types. Others may have the type in which they are held, and are converted where
+        they are copied.
 
         Tensors are complete on every rank, on any device. A reader must keep none beyond the bucket that it is
         reading, so that a rank never holds more than two buckets of `update_weight_buffer_size` bytes.

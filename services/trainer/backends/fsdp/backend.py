@@ -14,7 +14,7 @@ import torch.distributed as dist
 from miles.rpc.gen import policy_pb2
 from miles.services.trainer.backends.base import BaseBackend, LoadedParts
 from miles.services.trainer.backends.fsdp import checkpoint
-from miles.services.trainer.backends.fsdp.export import gathered
+from miles.services.trainer.backends.fsdp.export import gathered, local_tensor
 from miles.services.trainer.backends.fsdp.learner import FsdpLearner
 from miles.services.trainer.backends.fsdp.lora.adapter import merged_weights
 from miles.services.trainer.backends.fsdp.lora.layers import named_adapters
@@ -95,7 +95,11 @@ class FsdpBackend(BaseBackend[_Parts]):
         parts = self._loaded
         if parts.roles.adapter is not None:
             return self._gathered(named_adapters(parts.policy))
-        return parts.published.from_module(self._gathered(named_weights(parts.policy)))
+        weights = named_weights(parts.policy)
+        if dist.get_world_size() == 1 and self._config.weights.rollout_weight_format == "as_trained":
+            # Nothing to gather, and transports convert while they copy: many tensors at once.
+            return parts.published.from_module((name, local_tensor(weight)) for name, weight in weights)
+        return parts.published.from_module(self._gathered(weights))
 
     def _gathered(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
         dtype_of = functools.partial(self._dtype_of, self._loaded.published)

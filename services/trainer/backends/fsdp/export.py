@@ -99,7 +99,7 @@ class _Gather:
         """The tensors, each as soon as it is complete."""
         for member, offset, work in zip(self._members, self._offsets, self._works, strict=True):
             if member.shards == 1:
-                yield member.name, _local(member.tensor).to(member.dtype)
+                yield member.name, local_tensor(member.tensor).to(member.dtype)
                 continue
             if work is not None:
                 work.wait()
@@ -120,13 +120,14 @@ class _Gather:
             return None
         rank = tensor.device_mesh.get_local_rank()
         mine = room[rank * member.part_elements : (rank + 1) * member.part_elements]
-        local = _local(tensor).reshape(-1)
+        local = local_tensor(tensor).reshape(-1)
         mine[: local.numel()].copy_(local)
         mine[local.numel() :].zero_()
         work: dist.Work = dist.all_gather_single(room, mine, group=tensor.device_mesh.get_group(), async_op=True)
         return work
 
 
-def _local(tensor: torch.Tensor) -> torch.Tensor:
+def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """This rank's part of a tensor; all of an unsharded one."""
     detached = tensor.detach()
     return detached.to_local() if isinstance(detached, DTensor) else detached

@@ -76,6 +76,15 @@ def lossy_acceptance(flags: Mapping[str, Any]) -> str:
     return ", ".join(f"{name} = {value}" for name, value in values.items() if value is not None and float(value) != 1)
 
 
+def may_compute_ahead(flags: Mapping[str, Any]) -> bool:
+    """Whether a server with these flags may still compute after it has processed the results of every step.
+
+    Others have nothing on their GPU then: the result of a step is there when the step has ended.
+    """
+    pipeline = int(flags.get("pp_size") or flags.get("pipeline_parallel_size") or 1) > 1
+    return pipeline or bool(flags.get("speculative_algorithm") or flags.get("enable_dp_attention"))
+
+
 def is_deterministic(flags: Mapping[str, Any]) -> bool:
     """Whether the server honours the seed of a request."""
     return bool(flags.get("enable_deterministic_inference"))

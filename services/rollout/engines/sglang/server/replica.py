@@ -105,10 +105,7 @@ class Replica:
 
     @property
     def holds_no_requests(self) -> bool:
-        """Whether nothing can find a prefix in its cache that was computed before new weights came.
-
-        Other services may have requests at an attached server.
-        """
+        """Whether it surely has no requests; others may have some at an attached server."""
         return self.managed and not self.running
 
     def candidate(self) -> Candidate:
@@ -259,7 +256,9 @@ class Replica:
         """Pause the scheduler between two steps: mode in_place or retract."""
         self._paused = True
         await self.api.post("/pause_generation", {"mode": mode}, self._options.call_timeout_s)
-        if self._options.on_gpu:
+        # To retract, a scheduler first waits for the step under way; an idle one has nothing left on its GPU then.
+        idle = mode == "retract" and self.holds_no_requests and not flags.may_compute_ahead(self._options.server_flags)
+        if self._options.on_gpu and not idle:
             await drain_device(self.api, self._options.call_timeout_s)
 
     async def resume(self) -> None:

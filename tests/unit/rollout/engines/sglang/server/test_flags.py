@@ -12,6 +12,7 @@ from miles.services.rollout.engines.sglang.server.flags import (
     has_draft_weights,
     is_deterministic,
     lossy_acceptance,
+    may_compute_ahead,
     passed_through,
 )
 
@@ -103,3 +104,20 @@ def test_a_server_that_accepts_drafts_too_often_is_known_by_its_flags() -> None:
     assert lossy_acceptance({}) == lossy_acceptance({single: 1.0, acc: 1}) == lossy_acceptance({single: None}) == ""
     assert lossy_acceptance({single: 0.5, acc: 1.0}) == f"{single} = 0.5"
     assert lossy_acceptance({single: 0.5, acc: "0.9"}) == f"{single} = 0.5, {acc} = 0.9"
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ({}, False),
+        ({"attention_backend": "triton", "pp_size": 1, "enable_dp_attention": False}, False),
+        ({"speculative_algorithm": "EAGLE"}, True),
+        ({"pp_size": 2}, True),
+        ({"pipeline_parallel_size": "2"}, True),
+        ({"enable_dp_attention": True}, True),
+    ],
+)
+def test_servers_that_may_compute_after_their_last_result_are_known_by_their_flags(
+    flags: dict[str, Any], expected: bool
+) -> None:
+    assert may_compute_ahead(flags) is expected
