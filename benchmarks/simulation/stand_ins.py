@@ -103,7 +103,11 @@ class Rollouts(rollout_pb2_grpc.RolloutServiceServicer):
         tasks = [asyncio.create_task(read()), asyncio.create_task(report())]
         try:
             while True:
-                await context.write(await outgoing.get())
+                several = [await outgoing.get()]
+                while not outgoing.empty():
+                    several.append(outgoing.get_nowait())
+                responses = rollout_pb2.RunResponses(responses=several)
+                await context.write(rollout_pb2.RunResponse(lease_number=number, several=responses))
         finally:
             for task in tasks:
                 task.cancel()

@@ -22,17 +22,20 @@ from miles.types import MalformedMessage
 log = logging.getLogger(__name__)
 
 PROGRESS_INTERVAL_S = 1.0
+_MESSAGE_BYTES = 1 << 20
+"""Responses are put together up to this size; scored groups of an evaluation may be long."""
 
 
 class RunStream:
     """Connects a job to the controller that leases groups to it, until either side ends the stream.
 
-    `lease_number` is that of the worker lease under which the stream was opened.
+    `opening` is its first message; `lease_number` that of the worker lease under which it was opened.
     """
 
-    def __init__(self, job: RolloutJob, lease_number: int, progress_interval_s: float = PROGRESS_INTERVAL_S) -> None:
-        self.lease_number = lease_number
-        self._progress_interval_s = progress_interval_s
+    def __init__(self, job: RolloutJob, opening: rollout_pb2.RunOpen) -> None:
+        self.lease_number = opening.lease_number
+        self._progress_interval_s = opening.progress_interval_ms / 1000 or PROGRESS_INTERVAL_S
+        self._together = opening.takes_several
         self._job = job
         self._outgoing: asyncio.Queue[rollout_pb2.RunResponse | None] = asyncio.Queue()
         self._ended = False
@@ -55,9 +58,24 @@ class RunStream:
             cleanup.callback(self._job.listen(self._send_readiness))
             cleanup.callback(self.end)
             while (response := await self._outgoing.get()) is not None:
-                yield response
+                yield self._with_what_waits(response) if self._together else response
             if reader.done():
                 reader.result()
+
+    def _with_what_waits(self, first: rollout_pb2.RunResponse) -> rollout_pb2.RunResponse:
+        """Return one message with a response and those behind it: groups often finish at the same step."""
+        several, nbytes = [first], first.ByteSize()
+        while nbytes < _MESSAGE_BYTES and not self._outgoing.empty():
+            if (response := self._outgoing.get_nowait()) is None:
+                self._outgoing.put_nowait(None)  # the end, for the next turn
+                break
+            several.append(response)
+            nbytes += response.ByteSize()
+        if len(several) == 1:
+            return first
+        return rollout_pb2.RunResponse(
+            lease_number=self.lease_number, several=rollout_pb2.RunResponses(responses=several)
+        )
 
     def end(self) -> None:
         """Send nothing more than what is queued already."""

@@ -21,7 +21,7 @@ from miles.rpc.gen import controller_pb2, rollout_pb2, rollout_pb2_grpc, sample_
 from miles.services.rollout.engines.base import FinishReason, GenerationDelta, GenerationRequest, PauseMode
 from miles.services.rollout.groups.messages import sampling_from_proto
 from miles.services.rollout.job import RolloutJob
-from miles.services.rollout.run_stream import PROGRESS_INTERVAL_S, RunStream
+from miles.services.rollout.run_stream import RunStream
 from miles.services.rollout.serving.pauses import PauseRefused
 from miles.types.convert import array_from_proto, array_to_proto
 
@@ -119,7 +119,7 @@ class RolloutServicer(rollout_pb2_grpc.RolloutServiceServicer):
         if before is not None:
             before.end()
             job.groups.preempt_all()
-        stream = RunStream(job, opening.lease_number, opening.progress_interval_ms / 1000 or PROGRESS_INTERVAL_S)
+        stream = RunStream(job, opening)
         self._streams[opening.job_id] = stream
         async with contextlib.AsyncExitStack() as cleanup:
             cleanup.callback(self._end_stream, job, stream)

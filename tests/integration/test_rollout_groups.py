@@ -131,6 +131,21 @@ async def test_a_group_that_is_queued_already_is_not_generated_again(
     assert rollout.generated == generated
 
 
+@pytest.mark.parametrize("takes_several", [True, False])
+async def test_outcomes_that_wait_together_are_one_message_to_those_who_take_several(
+    rollout: Rollout, rewards: str, job_id: str, folder: pathlib.Path, takes_several: bool
+) -> None:
+    await rollout.start_job(job_id, job_config(folder), rewards)
+    run = await rollout.run(job_id, takes_several=takes_several)
+    before = run.messages
+    malformed = [lease(job_id, group_id, temperature=-1).lease for group_id in range(5)]
+    await run.send(rollout_pb2.RunRequest(leases=rollout_pb2.GroupLeases(leases=malformed)))
+    outcomes = await run.outcomes(5)
+    assert sorted(outcomes) == list(range(5))
+    assert all(not outcome.failed.retryable for outcome in outcomes.values())
+    assert (run.messages - before < 5) == takes_several
+
+
 async def test_an_evaluation_group_comes_back_and_is_never_queued(
     rollout: Rollout, rewards: str, job_id: str, folder: pathlib.Path, stores: Stores
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import collections
 import contextlib
 import json
 import pathlib
@@ -97,9 +98,12 @@ class Run:
         self.progress = rollout_pb2.RunProgress()
         self.capacity = -1
         self.ready = rollout_pb2.RunReady()
+        self.messages = 0
+        """How many came, of one response or several."""
+        self._unread: collections.deque[rollout_pb2.RunResponse] = collections.deque()
 
-    async def open(self, job_id: str, lease_number: int = 1) -> Run:
-        opening = rollout_pb2.RunOpen(job_id=job_id, lease_number=lease_number)
+    async def open(self, job_id: str, lease_number: int = 1, *, takes_several: bool = True) -> Run:
+        opening = rollout_pb2.RunOpen(job_id=job_id, lease_number=lease_number, takes_several=takes_several)
         await self.call.write(rollout_pb2.RunRequest(open=opening))
         await self.until(lambda: self.capacity >= 0)
         return self
@@ -112,10 +116,14 @@ class Run:
         await self.send(rollout_pb2.RunRequest(preempt=rollout_pb2.GroupPreempt(group_id=group_id, attempt=attempt)))
 
     async def read(self) -> rollout_pb2.RunResponse | None:
-        """The next message; None at the end of the stream."""
-        response = await asyncio.wait_for(self.call.read(), DEADLINE_S)
-        if response is grpc.aio.EOF:
-            return None
+        """The next response; None at the end of the stream."""
+        if not self._unread:
+            message = await asyncio.wait_for(self.call.read(), DEADLINE_S)
+            if message is grpc.aio.EOF:
+                return None
+            self.messages += 1
+            self._unread.extend(message.several.responses or (message,))
+        response = self._unread.popleft()
         if response.HasField("progress"):
             self.progress = response.progress
         if response.HasField("ready"):
@@ -181,9 +189,9 @@ class Rollout:
         """Tokens generated so far."""
         return self.servicer.progress().generated_tokens
 
-    async def run(self, job_id: str, lease_number: int = 1) -> Run:
+    async def run(self, job_id: str, lease_number: int = 1, *, takes_several: bool = True) -> Run:
         """An open Run stream."""
-        return await Run(self.stub).open(job_id, lease_number)
+        return await Run(self.stub).open(job_id, lease_number, takes_several=takes_several)
 
 
 @contextlib.asynccontextmanager

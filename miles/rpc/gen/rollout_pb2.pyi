@@ -319,22 +319,26 @@ class RunOpen(_message.Message):
     JOB_ID_FIELD_NUMBER: _builtins.int
     LEASE_NUMBER_FIELD_NUMBER: _builtins.int
     PROGRESS_INTERVAL_MS_FIELD_NUMBER: _builtins.int
+    TAKES_SEVERAL_FIELD_NUMBER: _builtins.int
     job_id: _builtins.str
     """The job; FAILED_PRECONDITION unless StartJob has loaded it."""
     lease_number: _builtins.int
     """Number of the worker lease, echoed in every result."""
     progress_interval_ms: _builtins.int
     """Time between two RunProgress messages, in milliseconds; 0 means one second."""
+    takes_several: _builtins.bool
+    """Whether RunResponse.several may be sent."""
     def __init__(
         self,
         *,
         job_id: _builtins.str = ...,
         lease_number: _builtins.int = ...,
         progress_interval_ms: _builtins.int = ...,
+        takes_several: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["job_id", b"job_id", "lease_number", b"lease_number", "progress_interval_ms", b"progress_interval_ms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["job_id", b"job_id", "lease_number", b"lease_number", "progress_interval_ms", b"progress_interval_ms", "takes_several", b"takes_several"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -517,6 +521,7 @@ class RunResponse(_message.Message):
     FINISHED_FIELD_NUMBER: _builtins.int
     FAILED_FIELD_NUMBER: _builtins.int
     PREEMPTED_FIELD_NUMBER: _builtins.int
+    SEVERAL_FIELD_NUMBER: _builtins.int
     lease_number: _builtins.int
     """Worker lease number of the RunOpen this answers."""
     @_builtins.property
@@ -539,6 +544,10 @@ class RunResponse(_message.Message):
     def preempted(self) -> Global___GroupPreempted:
         """The group was ended early; its partial trajectories are stored."""
 
+    @_builtins.property
+    def several(self) -> Global___RunResponses:
+        """Several of the others, if RunOpen allows them."""
+
     def __init__(
         self,
         *,
@@ -548,16 +557,41 @@ class RunResponse(_message.Message):
         finished: Global___GroupFinished | None = ...,
         failed: Global___GroupFailed | None = ...,
         preempted: Global___GroupPreempted | None = ...,
+        several: Global___RunResponses | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["failed", b"failed", "finished", b"finished", "kind", b"kind", "preempted", b"preempted", "progress", b"progress", "ready", b"ready"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["failed", b"failed", "finished", b"finished", "kind", b"kind", "preempted", b"preempted", "progress", b"progress", "ready", b"ready", "several", b"several"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["failed", b"failed", "finished", b"finished", "kind", b"kind", "lease_number", b"lease_number", "preempted", b"preempted", "progress", b"progress", "ready", b"ready"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["failed", b"failed", "finished", b"finished", "kind", b"kind", "lease_number", b"lease_number", "preempted", b"preempted", "progress", b"progress", "ready", b"ready", "several", b"several"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["ready", "progress", "finished", "failed", "preempted"]  # noqa: Y015
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["ready", "progress", "finished", "failed", "preempted", "several"]  # noqa: Y015
     _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
 
 Global___RunResponse: _TypeAlias = RunResponse  # noqa: Y015
+
+@_typing.final
+class RunResponses(_message.Message):
+    """Several responses in one message, which costs the same as one."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RESPONSES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def responses(self) -> _containers.RepeatedCompositeFieldContainer[Global___RunResponse]:
+        """In the order in which they happened; each has its lease number."""
+
+    def __init__(
+        self,
+        *,
+        responses: _abc.Iterable[Global___RunResponse] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["responses", b"responses"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RunResponses: _TypeAlias = RunResponses  # noqa: Y015
 
 @_typing.final
 class RunReady(_message.Message):

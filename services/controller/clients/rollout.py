@@ -58,27 +58,32 @@ class RolloutClient:
             await self._start_job(stub, what)
             run = stub.Run(self._requests())
             try:
-                async for response in stream(run, what, deadlines.PROGRESS_SILENCE_S):
-                    if response.lease_number != self.worker.lease_number:
+                async for message in stream(run, what, deadlines.PROGRESS_SILENCE_S):
+                    if message.lease_number != self.worker.lease_number:
                         continue
-                    kind = response.WhichOneof("kind")
-                    if kind == "ready":
-                        self.connected = True
-                        self.capacity = response.ready.capacity_groups
-                        self.out_of_routing = response.ready.out_of_routing
-                        self.refused_weights = response.ready.refused_weights
-                    elif kind == "progress":
-                        self.progress = response.progress
-                    on_response(self, response)
+                    for response in message.several.responses or (message,):
+                        self._note(response)
+                        on_response(self, response)
             finally:
                 run.cancel()
                 self.connected, self.capacity = False, 0
+
+    def _note(self, response: rollout_pb2.RunResponse) -> None:
+        kind = response.WhichOneof("kind")
+        if kind == "ready":
+            self.connected = True
+            self.capacity = response.ready.capacity_groups
+            self.out_of_routing = response.ready.out_of_routing
+            self.refused_weights = response.ready.refused_weights
+        elif kind == "progress":
+            self.progress = response.progress
 
     async def _requests(self) -> AsyncIterator[rollout_pb2.RunRequest]:
         opening = rollout_pb2.RunOpen(
             job_id=self._context.job_id,
             lease_number=self.worker.lease_number,
             progress_interval_ms=int(self._progress_interval_s * 1000),
+            takes_several=True,
         )
         yield rollout_pb2.RunRequest(open=opening)
         while True:
