@@ -22,7 +22,7 @@ import statistics
 from benchmarks.gpu import counting
 from benchmarks.gpu.gpu_busy import busy_share, watching
 from benchmarks.gpu.grpo_run import measured, run, steps_of
-from benchmarks.gpu.step_shares import shares_text
+from benchmarks.gpu.step_shares import shares_of, shares_text, spans_of_steps
 
 MODES: dict[str, tuple[str, ...]] = {
     "synchronous": ("--max-weight-staleness", "0"),
@@ -51,8 +51,7 @@ def figures(folder: pathlib.Path) -> dict[str, str]:
     later = steps[WARM_UP:] or steps
     seconds = sum(step["perf/step_time"] for step in later)
     ends = [max(1, round(len(steps) * mark / 100)) for mark in MARKS]
-    spans = [(step["unix_s"] - step["perf/step_time"], step["unix_s"]) for step in later]
-    busy = busy_share(folder.with_name(f"{folder.name}.gpu"), spans)
+    busy = busy_share(folder.with_name(f"{folder.name}.gpu"), spans_of_steps(later))
     tenth = max(1, len(steps) // 10)
     rewards = [statistics.mean(step["rollout/raw_reward"] for step in steps[max(0, end - tenth) : end]) for end in ends]
     return {
@@ -80,7 +79,7 @@ def table(runs: pathlib.Path) -> str:
     names = next(iter(columns.values()), {})
     lines = ["| | " + " | ".join(columns) + " |", "|---|" + "---|" * len(columns)]
     lines += [f"| {name} | " + " | ".join(column[name] for column in columns.values()) + " |" for name in names]
-    shares = {mode: measured(runs / mode).get("time_share") or {} for mode in columns}
+    shares = {mode: shares_of(runs / mode, skip=WARM_UP) for mode in columns}
     lines += ["", *(f"time, {mode}: {shares_text(share)}" for mode, share in shares.items() if share)]
     return "\n".join(lines)
 

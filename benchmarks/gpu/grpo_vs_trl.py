@@ -26,8 +26,8 @@ import sys
 from typing import Any
 
 from benchmarks.gpu.gpu_busy import busy_share, watching
-from benchmarks.gpu.grpo_run import measured, run, steps_of
-from benchmarks.gpu.step_shares import shares_text
+from benchmarks.gpu.grpo_run import run, steps_of
+from benchmarks.gpu.step_shares import shares_of, shares_text
 from benchmarks.gpu.tasks import REPOSITORY, TASKS
 from benchmarks.gpu.trl_run import Setting
 
@@ -154,7 +154,7 @@ def table(folder: pathlib.Path, stopped: dict[str, str]) -> str:
         lines.append(row(shown, steps, best_s, folder / f"{name}.gpu"))
     none = {name: why or "no step within the deadline" for name, why in stopped.items() if why or name not in found}
     lines += ["", *(f"{name}: {why}" for name, why in none.items())]
-    if shares := measured(folder / OURS).get("time_share"):
+    if shares := shares_of(folder / OURS, skip=1):
         lines.append(f"time of {OURS}: {shares_text(shares)}")
     return "\n".join(lines)
 

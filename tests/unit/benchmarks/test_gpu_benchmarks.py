@@ -12,7 +12,7 @@ import pytest
 from benchmarks.gpu.counting import LAST, prompts, share_right
 from benchmarks.gpu.gpu_busy import busy_share
 from benchmarks.gpu.grpo_vs_trl import OURS, table
-from benchmarks.gpu.step_shares import shares_text
+from benchmarks.gpu.step_shares import IDLE, NEITHER, shares_of, shares_text
 from benchmarks.gpu.tasks import TASKS
 from benchmarks.gpu.trl_run import Setting, StepWriter
 
@@ -88,7 +88,6 @@ def put_ours(folder: pathlib.Path, *seconds: float) -> None:
     (folder / "output.log").write_text("")
     lines = [json.dumps({"perf/step_time": step_s, **parts, **times, **other}) for step_s in seconds]
     (folder / "metrics.jsonl").write_text("\n".join(lines))
-    (folder / "summary.json").write_text(json.dumps({"time_share": {"generate": 0.5, "train": 0.3, "idle": 0.1}}))
 
 
 def test_the_best_setting_of_trl_is_what_the_others_are_compared_with(tmp_path: pathlib.Path) -> None:
@@ -102,10 +101,21 @@ def test_the_best_setting_of_trl_is_what_the_others_are_compared_with(tmp_path: 
     assert ratios == {OURS: "4.00 |", "TRL static-64": "1.00 |", "TRL continuous-64": "0.50 |"}
     assert "static-256: out of memory" in text
     assert "static-128: no step within the deadline" in text
-    assert "neither generating nor training 20.0%" in text
 
 
-def test_neither_side_works_in_what_is_left_of_generating_and_training() -> None:
-    shares = {"generate": 0.6, "reward": 0.05, "train": 0.25, "sync": 0.08, "idle": 0.02}
-    assert shares_text(shares).endswith("; neither generating nor training 15.0%")
-    assert shares_text({"generate": 0.9, "train": 0.8}).endswith("neither generating nor training 0.0%")
+def test_shares_count_each_moment_of_the_steps_once(tmp_path: pathlib.Path) -> None:
+    steps = [{"unix_s": end, "perf/step_time": 10.0} for end in (110.0, 120.0, 130.0)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(json.dumps(step) for step in steps))
+    spans = [
+        {"activity": "generate", "start": 105.0, "end": 114.0},  # begins before the first step that counts
+        {"activity": "train", "start": 113.0, "end": 117.0},
+        {"activity": "sync", "start": 117.0, "end": 118.0},
+        {"activity": "sync", "start": 117.5, "end": 118.0},
+        {"activity": "generate", "start": 120.0, "end": 140.0},
+        {"activity": "train", "start": 119.0, "end": 120.0, "worker": "trainer-0"},  # a worker's own, not the run's
+    ]
+    (tmp_path / "timeline.jsonl").write_text("\n".join(json.dumps(span) for span in spans))
+    shares = shares_of(tmp_path, skip=1)
+    assert shares == pytest.approx({"generate": 0.7, "train": 0.2, "sync": 0.05, IDLE: 0.1, NEITHER: 0.15})
+    assert shares_of(tmp_path, skip=3) == {}
+    assert shares_text(shares).endswith("idle 10.0%, neither generating nor training 15.0%")
