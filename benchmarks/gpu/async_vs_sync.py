@@ -7,7 +7,8 @@ by side on the GPU. Every mode has the same seed, number of samples and learning
 unfinished when a batch is complete, resume it with the new weights (`--partial-rollout`), and correct for stale samples
 by truncated importance sampling (`--use-tis`). Speeds are of all steps but the first three, in which pipelines fill;
 rewards are means of a tenth of the run, as trained on, so of samples as stale as the mode allows; evaluations are
-greedy answers to 64 fixed questions. A run replaces what an earlier one left in its folder.
+greedy answers to 64 fixed questions. A run replaces what an earlier one left in its folder; the table shows every mode
+that was run there.
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ import os
 import pathlib
 import shutil
 import statistics
-from typing import Any
 
 from benchmarks.gpu import counting
-from benchmarks.gpu.grpo_run import run, steps_of
-from benchmarks.gpu.step_shares import shares_text
+from benchmarks.gpu.gpu_busy import busy_share, watching
+from benchmarks.gpu.grpo_run import measured, run, steps_of
+from benchmarks.gpu.step_shares import shares_of, shares_text, spans_of_steps
 
 MODES: dict[str, tuple[str, ...]] = {
     "synchronous": ("--max-weight-staleness", "0"),
@@ -44,11 +45,13 @@ def flags_of(args: argparse.Namespace) -> list[str]:
     return [*flags, "--seed", str(args.seed), "--rollout-seed", str(args.seed), "--rollout-shuffle"]
 
 
-def figures(result: dict[str, Any], steps: list[dict[str, Any]]) -> dict[str, str]:
-    """A column of the table."""
+def figures(folder: pathlib.Path) -> dict[str, str]:
+    """A column of the table, of a run that took a step."""
+    result, steps = measured(folder), steps_of(folder)
     later = steps[WARM_UP:] or steps
     seconds = sum(step["perf/step_time"] for step in later)
     ends = [max(1, round(len(steps) * mark / 100)) for mark in MARKS]
+    busy = busy_share(folder.with_name(f"{folder.name}.gpu"), spans_of_steps(later))
     tenth = max(1, len(steps) // 10)
     rewards = [statistics.mean(step["rollout/raw_reward"] for step in steps[max(0, end - tenth) : end]) for end in ends]
     return {
@@ -66,15 +69,18 @@ def figures(result: dict[str, Any], steps: list[dict[str, Any]]) -> dict[str, st
         **{f"reward at {mark} %": f"{reward:.3f}" for mark, reward in zip(MARKS, rewards, strict=True)},
         "evaluation before": f"{result['before']:.3f}" if "before" in result else "",
         "after": f"{result['after']:.3f}" if "after" in result else "",
-        "wall time with start, s": f"{result['wall_s']:.0f}",
+        "GPU busy, by its driver": f"{busy:.0%}" if busy is not None else "",
     }
 
 
-def table(columns: dict[str, dict[str, str]]) -> str:
-    """Markdown: a column for each mode."""
-    names = next(iter(columns.values()))
+def table(runs: pathlib.Path) -> str:
+    """Markdown: a column for each mode that took a step, of earlier calls too; then how its time was shared out."""
+    columns = {mode: figures(runs / mode) for mode in MODES if steps_of(runs / mode)}
+    names = next(iter(columns.values()), {})
     lines = ["| | " + " | ".join(columns) + " |", "|---|" + "---|" * len(columns)]
     lines += [f"| {name} | " + " | ".join(column[name] for column in columns.values()) + " |" for name in names]
+    shares = {mode: shares_of(runs / mode, skip=WARM_UP) for mode in columns}
+    lines += ["", *(f"time, {mode}: {shares_text(share)}" for mode, share in shares.items() if share)]
     return "\n".join(lines)
 
 
@@ -83,12 +89,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="SmolLM2-135M-Instruct as a Hugging Face checkpoint")
     parser.add_argument("--modes", nargs="+", default=list(MODES), choices=list(MODES))
-    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--prompts-per-step", type=int, default=16)
     parser.add_argument("--group", type=int, default=8, help="samples of a prompt")
     parser.add_argument("--max-new-tokens", type=int, default=512)
     parser.add_argument("--max-tokens", type=int, default=131_072, help="tokens of a micro-batch of the trainer")
-    parser.add_argument("--lr", type=float, default=2e-5)
+    parser.add_argument("--lr", type=float, default=1e-5)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--deadline", type=float, default=240.0, help="seconds that a run may take")
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
@@ -99,19 +105,14 @@ def main() -> None:
     args.runs = args.runs.absolute()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     flags = flags_of(args)
-    columns: dict[str, dict[str, str]] = {}
     for mode in args.modes:
         folder = args.runs / mode
         shutil.rmtree(folder, ignore_errors=True)
-        result = run(args, [*flags, *MODES[mode]], folder)
-        steps = steps_of(folder)
-        if not steps:
-            print(f"{mode}: no step; {folder / 'output.log'} says why", flush=True)
-            continue
-        columns[mode] = figures(result, steps)
-        (args.runs / "table.md").write_text(table(columns) + "\n")
-        print(f"{mode}: status {result['status']}; {shares_text(result.get('time_share') or {})}", flush=True)
-        print(f"\n{table(columns)}\n", flush=True)
+        with watching(folder.with_name(f"{mode}.gpu")):
+            result = run(args, [*flags, *MODES[mode]], folder)
+        found = table(args.runs)
+        (args.runs / "table.md").write_text(found + "\n")
+        print(f"{mode}: status {result['status']} after {result['wall_s']:.0f} s\n\n{found}\n", flush=True)
 
 
 if __name__ == "__main__":

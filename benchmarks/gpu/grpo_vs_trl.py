@@ -2,7 +2,7 @@
 
     pip install 'miles[benchmarks]'
     python -m benchmarks.gpu.grpo_vs_trl --model DIR                     # both cases
-    python -m benchmarks.gpu.grpo_vs_trl --model DIR --cases ragged --trl static:64 continuous:64
+    python -m benchmarks.gpu.grpo_vs_trl --model DIR --cases ragged --trl static-64 continuous-64
 
 Case `short`: one-digit sums, 16 new tokens. Case `ragged`: counting from 1 to N, lengths up to 512 that the model
 itself decides; the learning rate is low, so that they stay alike. Both sides have the same model
@@ -27,14 +27,14 @@ from typing import Any
 
 from benchmarks.gpu.gpu_busy import busy_share, watching
 from benchmarks.gpu.grpo_run import run, steps_of
-from benchmarks.gpu.step_shares import shares_text
+from benchmarks.gpu.step_shares import shares_of, shares_text
 from benchmarks.gpu.tasks import REPOSITORY, TASKS
 from benchmarks.gpu.trl_run import Setting
 
 CASES = {"short": "sums", "ragged": "counting"}
 TRL_SETTINGS = {
-    "short": ("static:256", "static:64", "continuous:256"),
-    "ragged": ("continuous:64", "static:64", "static:128", "static:256"),
+    "short": ("static-256", "static-64", "continuous-256"),
+    "ragged": ("continuous-64", "static-64", "static-128", "static-256"),
 }
 OURS = "miles"
 
@@ -42,8 +42,8 @@ Step = dict[str, float]
 """Of one step: step_s, samples, response_tokens, longest, and its parts in seconds."""
 
 
-def ours(args: argparse.Namespace, case: str, folder: pathlib.Path) -> tuple[list[Step], dict[str, float], str]:
-    """Steps of our run but the first, the shares of its time, and what stopped it."""
+def run_ours(args: argparse.Namespace, case: str, folder: pathlib.Path) -> str:
+    """Run ours into a folder; returns what stopped it, if anything did."""
     task = TASKS[CASES[case]]
     new_tokens = args.max_new_tokens or task.max_new_tokens
     prompts = task.prompts(args.runs / case / "data")
@@ -55,11 +55,9 @@ def ours(args: argparse.Namespace, case: str, folder: pathlib.Path) -> tuple[lis
     flags += ["--log-probs-chunk-size", "8192", "--no-save-optim"]
     steps = args.ours_steps[case]
     shutil.rmtree(folder, ignore_errors=True)
-    with watching(folder.with_suffix(".gpu")):
+    with watching(folder.with_name(f"{folder.name}.gpu")):
         ran = run(argparse.Namespace(**{**vars(args), "steps": steps + 1}), flags, folder)
-    found = [_our_step(line) for line in steps_of(folder)][1:]
-    stopped = f"ended with status {ran['status']}; {folder / 'output.log'} says why" if ran["status"] else ""
-    return found, ran.get("time_share") or {}, stopped
+    return f"ended with status {ran['status']}; {folder / 'output.log'} says why" if ran["status"] else ""
 
 
 def _our_step(line: dict[str, Any]) -> Step:
@@ -76,8 +74,8 @@ def _our_step(line: dict[str, Any]) -> Step:
     }
 
 
-def trl(args: argparse.Namespace, case: str, setting: Setting, folder: pathlib.Path) -> tuple[list[Step], str]:
-    """Steps of TRL but the first, of those that ended before the deadline; and what stopped it."""
+def run_trl(args: argparse.Namespace, case: str, setting: Setting, folder: pathlib.Path) -> str:
+    """Run TRL into a folder, at most until the deadline; returns what stopped it, unless that was the deadline."""
     task = TASKS[CASES[case]]
     prompts = task.prompts(args.runs / case / "data")
     out, log = folder / "steps.jsonl", folder / "output.log"
@@ -89,18 +87,25 @@ def trl(args: argparse.Namespace, case: str, setting: Setting, folder: pathlib.P
     command += ["--max-new-tokens", str(args.max_new_tokens or task.max_new_tokens), "--lr", str(task.learning_rate)]
     command += ["--attention", args.trl_attention, "--out", str(out.absolute())]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    with log.open("w") as output, watching(folder.with_suffix(".gpu")):
+    with log.open("w") as output, watching(folder.with_name(f"{folder.name}.gpu")):
         try:
             code = subprocess.run(
                 [*command], cwd=REPOSITORY, env=environment, stdout=output, stderr=output, timeout=args.trl_deadline
             ).returncode
         except subprocess.TimeoutExpired:
             code = 0
-    stopped = ""
-    if code != 0:
-        text = log.read_text()
-        stopped = "out of memory" if "OutOfMemoryError" in text else f"failed: {text.strip().splitlines()[-1]:.80}"
-    return [json.loads(line) for line in out.read_text().splitlines()][1:], stopped
+    if code == 0:
+        return ""
+    text = log.read_text()
+    return "out of memory" if "OutOfMemoryError" in text else f"failed: {text.strip().splitlines()[-1]:.80}"
+
+
+def measured_steps(folder: pathlib.Path) -> list[Step]:
+    """The steps of a run of either side but the first, which warms up."""
+    out = folder / "steps.jsonl"
+    if out.exists():
+        return [json.loads(line) for line in out.read_text().splitlines()][1:]
+    return [_our_step(line) for line in steps_of(folder)][1:]
 
 
 def median(steps: list[Step], name: str) -> float:
@@ -126,54 +131,53 @@ def row(name: str, steps: list[Step], best_s: float, gpu: pathlib.Path) -> str:
         f"{median(steps, 'sync_s'):.3f}" if "sync_s" in steps[0] else "",
         f"{busy:.0%}" if busy is not None else "",
         f"{statistics.mean(step['reward'] for step in steps):.3f}",
-        f"{best_s / middle:.2f} ×",
+        f"{best_s / middle:.2f}",
     ]
     return f"| {name} | " + " | ".join(cells) + " |"
 
 
-def tell(case: str, name: str, steps: list[Step], stopped: str) -> None:
-    """Print what was measured as soon as it was."""
-    print(f"{case}, {name}: {[round(step['step_s'], 3) for step in steps]} s a step {stopped}", flush=True)
-
-
 COLUMNS = (
     *("steps", "s a step", "samples a step", "samples/s", "response tokens a step", "longest", "tokens/s"),
-    *("generate, s", "train, s", "new weights, s", "GPU busy", "reward", "vs best TRL"),
+    *("generate, s", "train, s", "new weights, s", "GPU busy", "reward", "× best TRL"),
 )
 
 
-def table(
-    found: dict[str, list[Step]], stopped: dict[str, str], shares: dict[str, float], folders: dict[str, pathlib.Path]
-) -> str:
-    """Markdown: a row for each side and setting, then what was skipped, and the shares of our time."""
-    peers = [median(steps, "step_s") for name, steps in found.items() if name != OURS and steps]
+def table(folder: pathlib.Path, stopped: dict[str, str]) -> str:
+    """Markdown: a row for each run in the folder of a case, then what stopped some, and the shares of our time."""
+    found = {run.name: measured_steps(run) for run in sorted(folder.iterdir()) if (run / "output.log").exists()}
+    found = {name: steps for name in sorted(found, key=lambda name: (name != OURS, name)) if (steps := found[name])}
+    peers = [median(steps, "step_s") for name, steps in found.items() if name != OURS]
     best_s = min(peers, default=float("nan"))
     lines = ["| | " + " | ".join(COLUMNS) + " |", "|---|" + "---|" * len(COLUMNS)]
-    lines += [row(name, steps, best_s, folders[name].with_suffix(".gpu")) for name, steps in found.items() if steps]
-    skipped = {name: stopped[name] or "no step within the deadline" for name in found if not found[name]}
-    lines += ["", *(f"{name}: {why}" for name, why in (stopped | skipped).items() if why)]
-    if shares:
-        lines += [f"time of {OURS}: {shares_text(shares)}"]
+    for name, steps in found.items():
+        shown = name if name == OURS else f"TRL {name}"
+        lines.append(row(shown, steps, best_s, folder / f"{name}.gpu"))
+    none = {name: why or "no step within the deadline" for name, why in stopped.items() if why or name not in found}
+    lines += ["", *(f"{name}: {why}" for name, why in none.items())]
+    if shares := shares_of(folder / OURS, skip=1):
+        lines.append(f"time of {OURS}: {shares_text(shares)}")
     return "\n".join(lines)
 
 
 def compare(args: argparse.Namespace, case: str, settings: list[Setting]) -> None:
-    """Measure a case, and print and write its table."""
-    found: dict[str, list[Step]] = {}
+    """Measure a case, then print and write the table of all that its folder holds, of earlier calls too."""
+    folder = args.runs / case
     stopped: dict[str, str] = {}
-    shares: dict[str, float] = {}
-    folders = {OURS: args.runs / case / "ours"}
     if args.ours:
-        found[OURS], shares, stopped[OURS] = ours(args, case, folders[OURS])
-        tell(case, OURS, found[OURS], stopped[OURS])
+        stopped[OURS] = run_ours(args, case, folder / OURS)
+        print(f"{case}, {OURS}: {seconds_of(folder / OURS)} s a step {stopped[OURS]}", flush=True)
     for setting in settings:
-        name = f"TRL {setting}"
-        folders[name] = args.runs / case / str(setting).replace(":", "-")
-        found[name], stopped[name] = trl(args, case, setting, folders[name])
-        tell(case, name, found[name], stopped[name])
-    text = table(found, stopped, shares, folders)
+        name = str(setting)
+        stopped[name] = run_trl(args, case, setting, folder / name)
+        print(f"{case}, TRL {name}: {seconds_of(folder / name)} s a step {stopped[name]}", flush=True)
+    text = table(folder, stopped)
     (args.runs / f"{case}.md").write_text(text + "\n")
     print(f"\n{case}:\n\n{text}\n", flush=True)
+
+
+def seconds_of(folder: pathlib.Path) -> list[float]:
+    """How long each measured step took."""
+    return [round(step["step_s"], 3) for step in measured_steps(folder)]
 
 
 def main() -> None:
@@ -202,6 +206,7 @@ def main() -> None:
     args.runs = args.runs.absolute()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     for case in args.cases:
+        (args.runs / case).mkdir(parents=True, exist_ok=True)
         settings = args.trl if args.trl is not None else [Setting.parse(text) for text in TRL_SETTINGS[case]]
         compare(args, case, settings)
 

@@ -45,7 +45,7 @@ TASKS = {
         ("--no-rm-type", "--custom-rm-path", "benchmarks.gpu.counting.reward"),
         lambda folder: counting.write(folder) / "train.jsonl",
         512,
-        1e-6,
+        1e-7,
         131_072,
     ),
 }

@@ -1,6 +1,6 @@
 """Steps of TRL's GRPOTrainer in a process of its own, each written to a file as a JSON line when it ends.
 
-    python -m benchmarks.gpu.trl_run --model DIR --task sums --setting static:64 --steps 10 --out steps.jsonl
+    python -m benchmarks.gpu.trl_run --model DIR --task sums --setting static-64 --steps 10 --out steps.jsonl
 
 A setting is how TRL generates (`static`: transformers' `generate` on the whole batch; `continuous`: transformers'
 continuous batching) and how many samples a micro-batch has; a third part `bfloat16` holds the weights in bfloat16 too,
@@ -37,15 +37,15 @@ class Setting:
 
     @classmethod
     def parse(cls, text: str) -> Setting:
-        """Of MODE:MICRO_BATCH or MODE:MICRO_BATCH:DTYPE."""
-        mode, size, *weights = text.split(":")
+        """Of MODE-MICRO_BATCH or MODE-MICRO_BATCH-DTYPE."""
+        mode, size, *weights = text.split("-")
         if mode not in MODES:
             raise argparse.ArgumentTypeError(f"{text}: the way to generate is {mode}, not one of {', '.join(MODES)}")
         return cls(mode, int(size), *weights)
 
     def __str__(self) -> str:
-        more = "" if self.weights == "float32" else f":{self.weights}"
-        return f"{self.mode}:{self.micro_batch}{more}"
+        more = "" if self.weights == "float32" else f"-{self.weights}"
+        return f"{self.mode}-{self.micro_batch}{more}"
 
 
 class StepWriter:

@@ -11,8 +11,8 @@ import pytest
 
 from benchmarks.gpu.counting import LAST, prompts, share_right
 from benchmarks.gpu.gpu_busy import busy_share
-from benchmarks.gpu.grpo_vs_trl import OURS, Step, table
-from benchmarks.gpu.step_shares import shares_text
+from benchmarks.gpu.grpo_vs_trl import OURS, table
+from benchmarks.gpu.step_shares import IDLE, NEITHER, shares_of, shares_text
 from benchmarks.gpu.tasks import TASKS
 from benchmarks.gpu.trl_run import Setting, StepWriter
 
@@ -43,10 +43,10 @@ def test_most_prompts_ask_for_short_answers_and_some_for_long_ones() -> None:
 
 
 def test_a_setting_of_trl_is_read_as_it_is_written() -> None:
-    for text in ("static:64", "continuous:256", "static:64:bfloat16"):
+    for text in ("static-64", "continuous-256", "static-64-bfloat16"):
         assert str(Setting.parse(text)) == text
     with pytest.raises(argparse.ArgumentTypeError, match="is paged, not one of static, continuous"):
-        Setting.parse("paged:64")
+        Setting.parse("paged-64")
 
 
 def test_a_step_of_trl_is_written_with_its_tokens_and_parts(tmp_path: pathlib.Path) -> None:
@@ -70,27 +70,52 @@ def test_the_gpu_counts_as_busy_as_the_driver_said_within_the_steps(tmp_path: pa
     assert busy_share(path, [(4.0, 5.0)]) is None
 
 
-def step(seconds: float) -> Step:
-    """A step of so many seconds."""
-    parts = {"generate_s": 0.5, "train_s": 0.2, "samples": 4.0, "response_tokens": 40.0, "longest": 20.0}
-    return {"unix_s": 100.0, "step_s": seconds, "reward": 0.5, **parts}
+def put_trl(folder: pathlib.Path, *seconds: float) -> None:
+    """A run of TRL that took so long, a step that warms up included."""
+    parts = {"generate_s": 0.5, "train_s": 0.2, "samples": 4, "response_tokens": 40, "longest": 20, "reward": 0.5}
+    folder.mkdir()
+    (folder / "output.log").write_text("")
+    lines = [json.dumps({"unix_s": 100.0, "step_s": step_s, **parts}) for step_s in seconds]
+    (folder / "steps.jsonl").write_text("\n".join(lines))
+
+
+def put_ours(folder: pathlib.Path, *seconds: float) -> None:
+    """A run of the product that took so long, a step that warms up included."""
+    parts = {"rollout/samples": 4, "rollout/response_tokens": 40, "rollout/raw_reward": 0.5}
+    times = {"perf/rollout_time": 0.5, "perf/actor_train_time": 0.2, "perf/update_weights_time": 0.1}
+    other = {"rollout/response_len/max": 20, "train/train_rollout_logprob_abs_diff": 0.0, "unix_s": 100.0}
+    folder.mkdir()
+    (folder / "output.log").write_text("")
+    lines = [json.dumps({"perf/step_time": step_s, **parts, **times, **other}) for step_s in seconds]
+    (folder / "metrics.jsonl").write_text("\n".join(lines))
 
 
 def test_the_best_setting_of_trl_is_what_the_others_are_compared_with(tmp_path: pathlib.Path) -> None:
-    found = {OURS: [step(1.0)], "TRL a": [step(4.0), step(5.0), step(3.0)], "TRL b": [step(8.0)], "TRL c": []}
-    folders = {name: tmp_path / name for name in found}
-    text = table(found, {"TRL c": "out of memory"}, {"generate": 0.5, "train": 0.3, "idle": 0.1}, folders)
+    put_ours(tmp_path / OURS, 9.0, 1.0)
+    put_trl(tmp_path / "static-64", 9.0, 4.0, 5.0, 3.0)
+    put_trl(tmp_path / "continuous-64", 9.0, 8.0)
+    put_trl(tmp_path / "static-256", 9.0)
+    text = table(tmp_path, {"static-256": "out of memory", "static-128": ""})
     ratios = {line.split(" |")[0][2:]: line.split(" | ")[-1] for line in text.splitlines() if line.startswith("| ")}
-    assert {name: ratios[name] for name in (OURS, "TRL a", "TRL b")} == {
-        OURS: "4.00 × |",
-        "TRL a": "1.00 × |",
-        "TRL b": "0.50 × |",
-    }
-    assert "TRL c: out of memory" in text
-    assert "neither generating nor training 20.0%" in text
+    del ratios[""]
+    assert ratios == {OURS: "4.00 |", "TRL static-64": "1.00 |", "TRL continuous-64": "0.50 |"}
+    assert "static-256: out of memory" in text
+    assert "static-128: no step within the deadline" in text
 
 
-def test_neither_side_works_in_what_is_left_of_generating_and_training() -> None:
-    shares = {"generate": 0.6, "reward": 0.05, "train": 0.25, "sync": 0.08, "idle": 0.02}
-    assert shares_text(shares).endswith("; neither generating nor training 15.0%")
-    assert shares_text({"generate": 0.9, "train": 0.8}).endswith("neither generating nor training 0.0%")
+def test_shares_count_each_moment_of_the_steps_once(tmp_path: pathlib.Path) -> None:
+    steps = [{"unix_s": end, "perf/step_time": 10.0} for end in (110.0, 120.0, 130.0)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(json.dumps(step) for step in steps))
+    spans = [
+        {"activity": "generate", "start": 105.0, "end": 114.0},  # begins before the first step that counts
+        {"activity": "train", "start": 113.0, "end": 117.0},
+        {"activity": "sync", "start": 117.0, "end": 118.0},
+        {"activity": "sync", "start": 117.5, "end": 118.0},
+        {"activity": "generate", "start": 120.0, "end": 140.0},
+        {"activity": "train", "start": 119.0, "end": 120.0, "worker": "trainer-0"},  # a worker's own, not the run's
+    ]
+    (tmp_path / "timeline.jsonl").write_text("\n".join(json.dumps(span) for span in spans))
+    shares = shares_of(tmp_path, skip=1)
+    assert shares == pytest.approx({"generate": 0.7, "train": 0.2, "sync": 0.05, IDLE: 0.1, NEITHER: 0.15})
+    assert shares_of(tmp_path, skip=3) == {}
+    assert shares_text(shares).endswith("idle 10.0%, neither generating nor training 15.0%")
