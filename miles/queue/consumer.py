@@ -14,7 +14,7 @@ from redis.exceptions import ResponseError
 from miles.queue.errors import UnreadableGroups
 from miles.queue.keys import CONSUMER_GROUP, JobKeys
 from miles.queue.payload import content_hash, decode_group
-from miles.queue.scripts import BURY, CREATE_GROUP
+from miles.queue.scripts import BURY, CREATE_GROUP, READ
 
 if TYPE_CHECKING:
     import redis.asyncio
@@ -25,6 +25,12 @@ log = logging.getLogger(__name__)
 
 _READ_COUNT = 16
 """Entries per read, which bounds the size of an answer: an entry has up to 1 MiB."""
+_SHORT_ENTRY = 64 << 10
+"""Entries of up to this size on average are read joined, as many as _READ_BYTES hold; bigger ones cost more to copy."""
+_READ_BYTES = 1 << 20
+_MOST_JOINED = 128
+_ARRIVING_S = 0.001
+"""How long short entries that arrive one after the other are waited for, to be read together."""
 
 _PENDING_PAGE = 1000
 _RECOVER_EVERY_S = 5.0
@@ -56,6 +62,13 @@ class GroupConsumer:
         self._blob_ttl_s = blob_ttl_s
         self._bury_script = redis.register_script(BURY)
         self._create_group = redis.register_script(CREATE_GROUP)
+        self._read_joined = redis.register_script(READ)
+        self._mean_bytes = 0
+        """Of the entries that were read last; 0 before."""
+        self._ready = True
+        """Whether entries may lie ready, so that there is no need to wait for one."""
+        self._arriving = False
+        """Whether the last read brought fewer than it asked for."""
         self._entries: dict[int, _Entry] = {}
         self._recovered_at: float | None = None
 
@@ -90,7 +103,7 @@ class GroupConsumer:
                 await self._recover()
                 self._recovered_at = now
         except ResponseError as error:
-            if not str(error).startswith("NOGROUP"):
+            if "NOGROUP" not in str(error):
                 raise
             log.warning(
                 "the consumer group of %s is missing (did Redis lose its data?); creating it again", self._keys.groups
@@ -101,6 +114,8 @@ class GroupConsumer:
         """Fetch the blobs of `held` groups from Redis, all at once, for `take`."""
         entries = [self._entries[group_id] for group_id in group_ids]
         blobs = [entry for entry in entries if entry.fields is not None and b"blob" in entry.fields]
+        if not blobs:
+            return
         outcomes = await asyncio.gather(*map(self._fetch, blobs), return_exceptions=True)
         for error in outcomes:
             if error is not None:
@@ -166,14 +181,28 @@ class GroupConsumer:
         entry.blob = blob
 
     async def _read_new(self, block_s: float) -> bool:
-        answer: Any = await self._redis.xreadgroup(
-            CONSUMER_GROUP,
-            self._name,
-            {self._keys.groups: ">"},
-            count=_READ_COUNT,
-            block=max(1, int(block_s * 1000)),
-        )
-        entries = answer[0][1] if answer else []
+        """Index entries that lie ready, or else the first that come within `block_s` seconds; return if any did."""
+        entries: list[tuple[bytes, Fields]] = []
+        if self._ready and self._mean_bytes <= _SHORT_ENTRY:
+            if self._arriving:
+                await asyncio.sleep(min(block_s, _ARRIVING_S))
+            asked = min(_MOST_JOINED, _READ_BYTES // self._mean_bytes) if self._mean_bytes else _READ_COUNT
+            entries = _split(
+                *await self._read_joined(keys=[self._keys.groups], args=[CONSUMER_GROUP, self._name, asked])
+            )
+        if not entries:
+            asked = _READ_COUNT
+            answer: Any = await self._redis.xreadgroup(
+                CONSUMER_GROUP,
+                self._name,
+                {self._keys.groups: ">"},
+                count=asked,
+                block=max(1, int(block_s * 1000)),
+            )
+            entries = answer[0][1] if answer else []
+        self._ready, self._arriving = bool(entries), len(entries) < asked
+        if entries:
+            self._mean_bytes = sum(len(value) for _, fields in entries for value in fields.values()) // len(entries) + 1
         await self._index(entries)
         return bool(entries)
 
@@ -228,3 +257,17 @@ class GroupConsumer:
             keys=[self._keys.groups, self._keys.index, self._keys.blob_refs, self._keys.dead],
             args=[CONSUMER_GROUP, self._keys.blob_prefix, entry_id, group_id, reason, _MAX_DEAD],
         )
+
+
+def _split(sizes: bytes, values: bytes) -> list[tuple[bytes, Fields]]:
+    """Return the entries that the script `READ` has joined."""
+    entries = []
+    end = 0
+    for line in sizes.split(b";") if sizes else ():
+        entry_id, *lengths = line.split(b" ")
+        texts = []
+        for length in lengths:
+            begin, end = end, end + int(length)
+            texts.append(values[begin:end])
+        entries.append((entry_id, dict(zip(texts[::2], texts[1::2], strict=True))))
+    return entries

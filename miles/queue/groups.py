@@ -16,7 +16,7 @@ from miles.queue.errors import MissingGroups
 from miles.queue.fencing import FENCE, Fenced, Holder, stamp
 from miles.queue.keys import CONSUMER_GROUP, JobKeys
 from miles.queue.payload import INLINE_LIMIT, Outstanding, content_hash, encode_group
-from miles.queue.pipelining import Command, Pipeliner
+from miles.queue.pipelining import Call, Command, Pipeliner
 from miles.queue.scripts import ACKNOWLEDGE, BEGIN_LIFE, DROP, PUT, REOPEN
 from miles.telemetry.tracing import traced
 
@@ -101,7 +101,7 @@ class GroupQueue:
 
         async def write() -> str:
             while True:
-                state, entry_id = await self._send_put(commands, len(payload))
+                state, _, entry_id = (await self._send_put(commands, len(payload))).partition(b" ")
                 if state == b"fenced":
                     raise Fenced(group.group_id, holder)
                 if state != b"no-blob":
@@ -109,12 +109,12 @@ class GroupQueue:
 
         return await until_written(write, f"group {group.group_id}", len(payload), deadline_s, self.waiting)
 
-    async def _send_put(self, commands: list[Command], nbytes: int) -> tuple[bytes, bytes]:
+    async def _send_put(self, commands: list[Command], nbytes: int) -> bytes:
         """Send the commands, of which PUT is the last, and return what PUT returns."""
         while True:
             try:
-                state, entry_id = (await self._pipeliner.run(commands, nbytes))[-1]
-                return state, entry_id
+                answer: bytes = (await self._pipeliner.run(commands, nbytes))[-1]
+                return answer
             except NoScriptError:
                 await self._redis.script_load(PUT)
             except ResponseError as error:
@@ -122,22 +122,22 @@ class GroupQueue:
                     raise
                 # There is no room for the blob; none is needed if the group is queued or the lease has ended.
                 answer = await self._send_put(commands[-1:], 0)
-                if answer[0] == b"no-blob":
+                if answer == b"no-blob":
                     raise
                 return answer
 
     def _put_commands(self, group_id: int, numbers: str, payload: bytes, holder: Holder | None) -> list[Command]:
-        keys = [self._keys.groups, self._keys.index, self._keys.fences]
         arguments = (*stamp(holder), group_id, numbers)
+        keys: tuple[str, ...] = (self._keys.groups, self._keys.index, self._keys.fences)
         if len(payload) <= self._inline_limit:
-            return [("EVALSHA", self._put.sha, len(keys), *keys, *arguments, payload)]
+            return [Call(("EVALSHA", self._put.sha, len(keys), *keys), (*arguments, payload))]
         blob_hash = content_hash(payload)
         blob_key = self._keys.blob(blob_hash)
         keys += (self._keys.blob_refs, blob_key)
         return [
             # NX: an existing blob has an entry, and must keep its longer time to live.
             ("SET", blob_key, payload, "EX", _UPLOAD_TTL_S, "NX"),
-            ("EVALSHA", self._put.sha, len(keys), *keys, *arguments, blob_hash, self._blob_ttl_s),
+            Call(("EVALSHA", self._put.sha, len(keys), *keys), (*arguments, blob_hash, self._blob_ttl_s)),
         ]
 
     async def drop(

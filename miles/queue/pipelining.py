@@ -4,16 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import collections
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from redis.exceptions import ResponseError
 
 if TYPE_CHECKING:
     import redis.asyncio
 
-Command = tuple[Any, ...]
-"""Name and arguments."""
+
+class Call(NamedTuple):
+    """One call of a script that takes the arguments of several, one after the other, and returns a list of answers."""
+
+    script: tuple[Any, ...]
+    """Command, hash and keys: calls that share them are sent as one."""
+    arguments: tuple[Any, ...]
+
+
+Command = tuple[Any, ...] | Call
+"""Name and arguments; or a call, whose answer is the only one in the list that the script returns."""
 
 _TOGETHER_BYTES = 64 << 10
 """Commands up to this size share a round trip; bigger ones are sent concurrently."""
@@ -76,8 +85,42 @@ class Pipeliner:
             self._waiting.clear()
 
     async def _send(self, commands: Sequence[Command]) -> list[Any]:
+        joined = list(_joined(commands))
+        answers: list[Any] = []
+        for group, answer in zip(joined, await self._execute([_as_one(group) for group in joined]), strict=True):
+            if not isinstance(group[0], Call):
+                answers.append(answer)
+            elif isinstance(answer, ResponseError) and len(group) > 1:
+                # Perhaps of one of them, and the others have an answer.
+                alone = await self._execute([_as_one([command]) for command in group])
+                answers += [each if isinstance(each, ResponseError) else each[0] for each in alone]
+            else:
+                answers += [answer] if isinstance(answer, ResponseError) else answer
+        return answers
+
+    async def _execute(self, commands: Sequence[Sequence[Any]]) -> list[Any]:
         async with self._redis.pipeline(transaction=False) as pipeline:
             for command in commands:
                 pipeline.execute_command(*command)
             answers: list[Any] = await pipeline.execute(raise_on_error=False)
             return answers
+
+
+def _joined(commands: Sequence[Command]) -> Iterator[list[Command]]:
+    """Group calls of the same script that follow each other; every other command stays alone."""
+    group: list[Command] = []
+    for command in commands:
+        if group and not (isinstance(command, Call) and isinstance(group[0], Call) and command[0] == group[0][0]):
+            yield group
+            group = []
+        group.append(command)
+    if group:
+        yield group
+
+
+def _as_one(group: Sequence[Command]) -> Sequence[Any]:
+    """Return what is sent for calls of one script, or for a command."""
+    first = group[0]
+    if not isinstance(first, Call):
+        return first
+    return [*first.script, *(argument for call in group for argument in call[1])]

@@ -1,8 +1,9 @@
 """The Lua scripts of the queue: each is one atomic change of the stream, its index and its blobs.
 
 A full Redis refuses the first write of a script with OOM, but lets a script finish that has begun to write. So `PUT`
-begins with XADD, which may be refused. Scripts that free memory, or write the few bytes that are needed before memory
-can be freed, begin with a write that is never refused: XACK, HDEL or PERSIST, even if it changes nothing.
+begins with XADD, which may be refused; of several groups either none is added then, or all. Scripts that free memory,
+or write the few bytes that are needed before memory can be freed, begin with a write that is never refused: XACK, HDEL or
+PERSIST, even if it changes nothing.
 """
 
 from __future__ import annotations
@@ -13,22 +14,30 @@ PUT = (
     IS_FENCED
     + """
 -- KEYS stream, index, fences ; of a group whose payload is a blob also blob_refs, blob
--- ARGV worker_id, lease_number, group_id, 'attempt oldest_version bytes', payload ; of a blob its hash, blob_ttl_s
-if fenced(KEYS[3], ARGV[1], ARGV[2]) then return {'fenced', ''} end
-local known = redis.call('HGET', KEYS[2], ARGV[3])
-if known then return {'known', string.match(known, '^(%S+)')} end
+-- ARGV of each group: worker_id, lease_number, group_id, 'attempt oldest_version bytes', payload
+-- of one whose payload is a blob, alone: its hash as payload, then blob_ttl_s
 local refs, blob = KEYS[4], KEYS[5]
-if blob and redis.call('EXISTS', blob) == 0 then return {'no-blob', ''} end
-local entry = redis.call('XADD', KEYS[1], '*', 'group_id', ARGV[3], blob and 'blob' or 'group', ARGV[5])
-redis.call('HSET', KEYS[2], ARGV[3], entry .. ' ' .. ARGV[4] .. ' ' .. (blob and ARGV[5] or '-'))
-if blob then
-  redis.call('HINCRBY', refs, ARGV[5], 1)
-  redis.call('EXPIRE', blob, ARGV[6])
+local function put(worker, lease, group, numbers, payload)
+  if fenced(KEYS[3], worker, lease) then return 'fenced' end
+  local known = redis.call('HGET', KEYS[2], group)
+  if known then return 'known ' .. string.match(known, '^(%S+)') end
+  if blob and redis.call('EXISTS', blob) == 0 then return 'no-blob' end
+  local entry = redis.call('XADD', KEYS[1], '*', 'group_id', group, blob and 'blob' or 'group', payload)
+  redis.call('HSET', KEYS[2], group, entry .. ' ' .. numbers .. ' ' .. (blob and payload or '-'))
+  if blob then
+    redis.call('HINCRBY', refs, payload, 1)
+    redis.call('EXPIRE', blob, ARGV[6])
+  end
+  return 'new ' .. entry
 end
-return {'new', entry}
+local answers = {}
+for i = 1, #ARGV - 4, 5 do
+  answers[#answers + 1] = put(ARGV[i], ARGV[i + 1], ARGV[i + 2], ARGV[i + 3], ARGV[i + 4])
+end
+return answers
 """
 )
-"""Add a group once. Returns (state, entry id); the state is new, known, fenced, or no-blob (the blob has expired)."""
+"""Add groups, each once. Returns for each: new or known with the entry's id, fenced, or no-blob (it has expired)."""
 
 DROP = (
     IS_FENCED
@@ -66,6 +75,23 @@ if answer.err and not string.find(answer.err, 'BUSYGROUP') then return redis.err
 return 1
 """
 """Create the consumer group, starting at the first entry, unless it exists."""
+
+READ = """
+-- KEYS stream ; ARGV consumer_group, consumer, count
+local answer = redis.call('XREADGROUP', 'GROUP', ARGV[1], ARGV[2], 'COUNT', ARGV[3], 'STREAMS', KEYS[1], '>')
+local sizes, values = {}, {}
+for _, entry in ipairs(answer and answer[1][2] or {}) do
+  local line = {entry[1]}
+  for _, value in ipairs(entry[2]) do
+    line[#line + 1] = #value
+    values[#values + 1] = value
+  end
+  sizes[#sizes + 1] = table.concat(line, ' ')
+end
+return {table.concat(sizes, ';'), table.concat(values)}
+"""
+"""Read entries that lie ready. Returns for each entry its id and the sizes of its names and values, and all of these
+joined: one by one they cost the client several times as much."""
 
 _RELEASE_BLOB = """
 local function release(refs, blob_prefix, hash)

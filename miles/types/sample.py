@@ -152,7 +152,7 @@ def _same(left: Any, right: Any) -> bool:
     return bool(left == right)
 
 
-@dataclasses.dataclass(slots=True)
+@dataclasses.dataclass(slots=True, eq=False)
 class SampleGroup:
     """The samples of one prompt, which are leased, queued, filtered and trained on together."""
 
@@ -166,5 +166,11 @@ class SampleGroup:
     @property
     def oldest_version(self) -> int | None:
         """Oldest policy version that produced any token of the group; None without a response."""
-        versions = [sample.oldest_version for sample in self.samples]
-        return min((version for version in versions if version is not None), default=None)
+        return min((span.version for sample in self.samples for span in sample.weight_versions), default=None)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, SampleGroup):
+            return NotImplemented
+        return (self.job_id, self.group_id, self.samples) == (other.job_id, other.group_id, other.samples)
+
+    __hash__ = None  # type: ignore[assignment]  # mutable

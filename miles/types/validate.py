@@ -115,19 +115,15 @@ def _check_rewards(sample: Sample) -> None:
 
 def _values_hold(samples: Sequence[Sample]) -> bool:
     """Return whether `_check_values` would accept all samples, with few calls."""
-    return (
-        all(block.min(initial=0) >= 0 for block in _blocks([sample.tokens for sample in samples]))
-        and all(
-            block.max(initial=0) <= 1
-            for block in _blocks([sample.loss_mask for sample in samples if sample.loss_mask is not None])
-        )
-        and all(np.isfinite(block).all() for block in _blocks(_log_probs(samples)))
-    )
-
-
-def _log_probs(samples: Sequence[Sample]) -> list[npt.NDArray[Any]]:
-    pairs = ((sample.rollout_log_probs, sample.teacher_log_probs) for sample in samples)
-    return [array for pair in pairs for array in pair if array is not None]
+    for block in _blocks([sample.tokens for sample in samples]):
+        if block.min(initial=0) < 0:
+            return False
+    log_probs = [sample.rollout_log_probs for sample in samples] + [sample.teacher_log_probs for sample in samples]
+    for block in _blocks([array for array in log_probs if array is not None]):
+        if not np.isfinite(block).all():
+            return False
+    masks = [sample.loss_mask for sample in samples if sample.loss_mask is not None]
+    return all(block.max(initial=0) <= 1 for block in _blocks(masks))
 
 
 def _blocks(arrays: Sequence[npt.NDArray[Any]]) -> Sequence[npt.NDArray[Any]]:

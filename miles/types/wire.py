@@ -16,7 +16,7 @@ from miles.rpc.gen import sample_pb2 as pb
 from miles.types.columns import arrays_of, columns_of, samples_from
 from miles.types.convert import group_from_proto
 from miles.types.errors import MalformedMessage
-from miles.types.sample import SampleGroup
+from miles.types.sample import Sample, SampleGroup
 from miles.types.validate import check_group
 
 _FIXED64, _LENGTH_DELIMITED = 1, 2
@@ -25,20 +25,28 @@ _FIXED64, _LENGTH_DELIMITED = 1, 2
 
 def group_to_bytes(group: SampleGroup) -> bytes:
     """Serialise a group; equal groups give equal bytes. MalformedMessage when `check_group` refuses it."""
+    if isinstance(group, StoredGroup) and group.payload is not None:
+        return group.payload
     check_group(group)
-    message = pb.SampleGroup(job_id=group.job_id, group_id=group.group_id, columns=columns_of(group.samples))
+    fields = pb.SampleGroup(job_id=group.job_id, group_id=group.group_id).SerializeToString()
+    columns = columns_of(group.samples).SerializeToString(deterministic=True)
     arrays: list[Any] = arrays_of(group.samples)
     nbytes = sum([array.nbytes for array in arrays])
-    fields = message.SerializeToString(deterministic=True)
-    body = b"".join((fields, _ARRAYS, _varint(nbytes), *arrays, _ARRAYS_BYTES, _NUMBER.pack(nbytes), _CHECKSUM))
+    body = b"".join(
+        (
+            *(fields, _COLUMNS, _varint(len(columns)), columns),
+            *(_ARRAYS, _varint(nbytes), *arrays),
+            *(_ARRAYS_BYTES, _NUMBER.pack(nbytes), _CHECKSUM),
+        )
+    )
     return b"".join((body, _NUMBER.pack(_checksum(body))))
 
 
 def group_from_bytes(payload: bytes) -> SampleGroup:
     """Read a group that was written by `group_to_bytes`, or is a `SampleGroup` message with samples, which are checked.
 
-    Arrays are read-only. Raises MalformedMessage when a field is wrong, and ValueError for bytes that are not a
-    SampleGroup message.
+    Samples of the former are decoded when they are first asked for. Arrays are read-only. Raises MalformedMessage when
+    a field is wrong, and ValueError for bytes that are not a SampleGroup message.
     """
     if len(payload) < _END.size:
         return _from_message(payload)
@@ -46,11 +54,36 @@ def group_from_bytes(payload: bytes) -> SampleGroup:
     view = memoryview(payload)
     if _checksum(view[: -_NUMBER.size]) != checksum:
         return _from_message(payload)
-    end = len(payload) - _END.size
-    begin = end - nbytes
-    message = pb.SampleGroup.FromString(payload[: begin - len(_ARRAYS) - len(_varint(nbytes))])
-    samples = samples_from(message.group_id, message.columns, view[begin:end])
-    return SampleGroup(message.job_id, message.group_id, samples)
+    return StoredGroup(payload, nbytes)
+
+
+class StoredGroup(SampleGroup):
+    """A group as it was written, whose samples are decoded when they are first asked for."""
+
+    __slots__ = ("_begin", "_message", "_payload", "_samples")
+
+    def __init__(self, payload: bytes, arrays_bytes: int) -> None:
+        """Take bytes whose checksum is right."""
+        self._begin = len(payload) - _END.size - arrays_bytes
+        self._message = pb.SampleGroup.FromString(payload[: self._begin - len(_ARRAYS) - len(_varint(arrays_bytes))])
+        self._payload = payload
+        self._samples: list[Sample] | None = None
+        self.job_id = self._message.job_id
+        self.group_id = self._message.group_id
+
+    @property
+    def payload(self) -> bytes | None:
+        """The bytes that it was read from; None once something saw the samples, and may have changed them."""
+        return self._payload or None
+
+    @property
+    def samples(self) -> list[Sample]:  # type: ignore[override]  # as good as the attribute
+        """In order of `Sample.index`."""
+        if self._samples is None:
+            data = memoryview(self._payload)[self._begin : -_END.size]
+            self._samples = samples_from(self.group_id, self._message.columns, data)
+            self._payload, self._message = b"", pb.SampleGroup()  # arrays of experts keep what they view
+        return self._samples
 
 
 def _from_message(payload: bytes) -> SampleGroup:
@@ -79,8 +112,8 @@ def _varint(number: int) -> bytes:
 
 
 _checksum = xxhash.xxh3_64_intdigest
-_ARRAYS, _ARRAYS_BYTES = _tag("arrays", _LENGTH_DELIMITED), _tag("arrays_bytes", _FIXED64)
-_CHECKSUM = _tag("checksum", _FIXED64)
+_COLUMNS, _ARRAYS = _tag("columns", _LENGTH_DELIMITED), _tag("arrays", _LENGTH_DELIMITED)
+_ARRAYS_BYTES, _CHECKSUM = _tag("arrays_bytes", _FIXED64), _tag("checksum", _FIXED64)
 _NUMBER = struct.Struct("<Q")
 _END = struct.Struct("<cQcQ")
 """The last two fields, whose tags have one byte each."""

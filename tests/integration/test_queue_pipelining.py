@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import pathlib
 from collections.abc import AsyncIterator, Callable
+from typing import Any
 
 import pytest
 import redis.asyncio
 from redis.exceptions import ResponseError
 
 from miles.queue import GroupQueue, RedisServer, connect_async
-from miles.queue.pipelining import Pipeliner
+from miles.queue.pipelining import Call, Pipeliner
 from miles.types import SampleGroup
 
 
@@ -58,6 +59,32 @@ async def test_commands_that_cannot_be_sent_fail_for_all_who_sent_them_together(
     outcomes = await asyncio.gather(*together, return_exceptions=True)
     assert [type(outcome) for outcome in outcomes] == [UnicodeEncodeError, UnicodeEncodeError]
     assert await first == await later == [None]
+
+
+async def test_calls_of_a_script_are_sent_as_one_and_answered_apart(client: redis.asyncio.Redis, job_id: str) -> None:
+    script = """
+    local calls = redis.call('INCR', KEYS[1])
+    local answers = {}
+    for i = 1, #ARGV do
+      if ARGV[i] == '3' then return redis.error_reply('three') end
+      answers[i] = {tonumber(ARGV[i]), calls}
+    end
+    return answers
+    """
+    sha = await client.script_load(script)
+    pipeliner = Pipeliner(client)
+
+    async def numbers(*wanted: int) -> list[Any]:
+        calls = [pipeliner.run([Call(("EVALSHA", sha, 1, f"{job_id}:calls"), (number,))], 1) for number in wanted]
+        return await asyncio.gather(*calls, return_exceptions=True)
+
+    together = [answer[0] for answer in await numbers(0, 1, 2, 4)]
+    assert [number for number, _ in together] == [0, 1, 2, 4]
+    assert await client.getdel(f"{job_id}:calls") < b"4"
+    zero, three, five = await numbers(0, 3, 5)
+    assert (zero[0][0], five[0][0]) == (0, 5)
+    assert isinstance(three, ResponseError)
+    await client.delete(f"{job_id}:calls")
 
 
 async def test_one_who_does_not_wait_any_more_takes_nothing_from_the_others(

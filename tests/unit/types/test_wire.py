@@ -12,7 +12,7 @@ from sample_strategies import groups
 
 from miles.rpc.gen import sample_pb2 as pb
 from miles.types import MalformedMessage, Sample, SampleGroup, SampleStatus, VersionSpan
-from miles.types.convert import group_to_proto
+from miles.types.convert import group_from_proto, group_to_proto
 from miles.types.wire import group_from_bytes, group_to_bytes
 
 
@@ -100,6 +100,25 @@ def test_what_is_equal_in_all_samples_is_written_once_and_read_as_their_own() ->
     assert isinstance(one.prompt, list)
     one.prompt[0]["role"] = "system"
     assert (other.metadata, other.prompt) == (first.metadata, first.prompt)
+
+
+def test_samples_are_decoded_when_they_are_asked_for_and_the_bytes_passed_on_until_then() -> None:
+    wire = group_to_bytes(group_of())
+    group = group_from_bytes(wire)
+    assert (group.job_id, group.group_id) == ("job", 1)
+    assert group_to_bytes(group) is wire
+    assert group.samples is group.samples
+    group.samples[0].reward = 1.0
+    assert group_from_bytes(group_to_bytes(group)).samples[0].reward == 1.0
+
+
+def test_a_message_with_columns_is_refused_without_its_checksum() -> None:
+    message = pb.SampleGroup.FromString(group_to_bytes(group_of()))
+    message.ClearField("checksum")
+    with pytest.raises(MalformedMessage, match=r"^checksum: "):
+        group_from_bytes(message.SerializeToString())
+    with pytest.raises(MalformedMessage, match=r"^group\.columns: "):
+        group_from_proto(message, "group.")
 
 
 def test_a_fault_is_named_by_sample_and_field() -> None:
