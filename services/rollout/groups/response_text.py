@@ -29,7 +29,10 @@ def _decoder(tokenizer: Any) -> Callable[[list[int], bool], str]:
     from transformers import PreTrainedTokenizerFast
 
     own = type(tokenizer)
-    if getattr(own, "decode", None) is PreTrainedTokenizerFast.decode and own._decode is PreTrainedTokenizerFast._decode:
+    if (
+        getattr(own, "decode", None) is PreTrainedTokenizerFast.decode
+        and own._decode is PreTrainedTokenizerFast._decode
+    ):
         backend = tokenizer.backend_tokenizer  # which `decode` calls, after checks that take longer than decoding
         return lambda tokens, skip: str(backend.decode(tokens, skip_special_tokens=skip))
     return lambda tokens, skip: str(
