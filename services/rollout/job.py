@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import math
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
@@ -94,6 +95,10 @@ class RolloutJob:
                     log.info("job %s: %s", self.job_id, stage)
                     yield stage
             undo.pop_all()
+        # What a job holds from here on stays until its end. Collections of garbage would look through all of it, which
+        # takes as long as some dozen groups.
+        gc.collect()
+        gc.freeze()
 
     async def _start(self) -> AsyncGenerator[str, None]:
         rollout = self.config.rollout
@@ -219,6 +224,7 @@ class RolloutJob:
         """Preempt all groups, wait until they are stored, and release everything."""
         await self.groups.preempt_and_wait()
         await self._closing.aclose()
+        gc.unfreeze()
 
     def _on_serving_change(self) -> None:
         if self.serving.quarantine_reason:

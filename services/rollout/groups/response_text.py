@@ -28,11 +28,8 @@ def _decoder(tokenizer: Any) -> Callable[[list[int], bool], str]:
     """(tokens, leave out special tokens) -> text, without any change to spaces."""
     from transformers import PreTrainedTokenizerFast
 
-    own = type(tokenizer)
-    if (
-        getattr(own, "decode", None) is PreTrainedTokenizerFast.decode
-        and own._decode is PreTrainedTokenizerFast._decode
-    ):
+    own, usual = type(tokenizer), PreTrainedTokenizerFast
+    if issubclass(own, usual) and own.decode is usual.decode and own._decode is usual._decode:
         backend = tokenizer.backend_tokenizer  # which `decode` calls, after checks that take longer than decoding
         return lambda tokens, skip: str(backend.decode(tokens, skip_special_tokens=skip))
     return lambda tokens, skip: str(

@@ -57,7 +57,8 @@ class SglangApi:
     ) -> AsyncGenerator[dict[str, Any], None]:
         """The events of a streamed response. Raises ValueError for a request that the server rejects as faulty.
 
-        `on_accepted` is called once the server has the request, so that it can be aborted. Read all events: leaving a response before its end closes its connection.
+        `on_accepted` is called once the server has the request, so that it can be aborted. Read all events: leaving a
+        response before its end closes its connection.
         """
         try:
             async with self._opened().post(self._url("/generate"), json=body) as response:

@@ -128,3 +128,12 @@ async def test_nobody_waits_for_a_batch_that_is_given_up_before_it_begins(batche
 def test_one_request_is_sent_as_it_is() -> None:
     body = payload("r", [1])
     assert merged([body]) is body
+
+
+def test_what_all_requests_share_is_sent_once() -> None:
+    bodies = [payload(f"r{i}", [i]) | {"sampling_params": {"temperature": 1.0}} for i in range(3)]
+    body = merged(bodies)
+    assert (body["sampling_params"], body["extra_key"]) == ({"temperature": 1.0}, "v0")
+    assert (body["rid"], body["input_ids"]) == (["r0", "r1", "r2"], [[0], [1], [2]])
+    bodies[2]["sampling_params"] = {"temperature": 0.5}
+    assert [params["temperature"] for params in merged(bodies)["sampling_params"]] == [1.0, 1.0, 0.5]
