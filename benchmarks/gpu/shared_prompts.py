@@ -4,9 +4,10 @@
     python -m benchmarks.gpu.shared_prompts --model DIR --device cpu --groups 2 --lengths 8
 
 For each way to attend and each response length: seconds of forward and backward passes over all groups (median of
-rounds that alternate, in micro-batches of at most `--rows` rows), rows and memory; and the differences of
-log-probabilities and gradients. "repeat" is what the same computation gives when it is run again: 0 means repeatable.
-"unlike" is how far the two ways to attend are from one another without sharing, which tells rounding from error.
+rounds that alternate, in micro-batches of at most `--rows` rows; on a CPU, CPU time), rows and memory; and the
+differences of log-probabilities and gradients. "repeat" is what the same computation gives when it is run again: 0
+means repeatable. "unlike" is how far the two ways to attend are from one another without sharing, which tells rounding
+from error.
 """
 
 from __future__ import annotations
@@ -27,8 +28,6 @@ if TYPE_CHECKING:
 
 PROMPT = 40
 PROFILED_ROWS = 14
-ROUNDS = 4
-"""The first of them warms up."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,10 +101,12 @@ def _loss(log_probs_R: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
 
 
 def _now(device: torch.device) -> float:
+    """Seconds; on a CPU those of this process's threads, which other work on the machine changes little."""
     import torch
 
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+    if device.type != "cuda":
+        return time.process_time()
+    torch.cuda.synchronize()
     return time.perf_counter()
 
 
@@ -140,7 +141,7 @@ def measure(model: torch.nn.Module, vocabulary: int, args: argparse.Namespace) -
             samples = random_samples(args.groups, args.samples, response, vocabulary)
             name = f"{response} tokens, {'varlen' if varlen else 'sdpa'}"
             shared, separate = (micro_batches(samples, args.rows, share=share) for share in (True, False))
-            rounds = [[run(model, cut, args, varlen=varlen) for cut in (shared, separate)] for _ in range(ROUNDS)]
+            rounds = [[run(model, cut, args, varlen=varlen) for cut in (shared, separate)] for _ in range(args.rounds)]
             (together, apart), (again, _) = rounds[-2:]
             plain[varlen, response] = apart
             medians = [statistics.median(pair[way].seconds for pair in rounds[1:]) for way in (0, 1)]
@@ -162,6 +163,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=8, help="samples in a group")
     parser.add_argument("--lengths", type=int, nargs="+", default=[16, 512], help="response tokens")
     parser.add_argument("--rows", type=int, default=16384, help="rows of a micro-batch")
+    parser.add_argument("--rounds", type=int, default=4, help="at least 3; the first warms up")
     parser.add_argument("--profile", action="store_true", help="say which operations take the time")
     args = parser.parse_args()
     args.dtype = "bfloat16" if args.device == "cuda" else "float32"
