@@ -3,10 +3,11 @@
     python -m benchmarks.gpu.shared_prompts --model DIR
     python -m benchmarks.gpu.shared_prompts --model DIR --device cpu --groups 2 --lengths 8
 
-For each response length and each way to attend: seconds of forward and backward passes over all groups (median, in
-micro-batches of at most `--rows` rows) and the rows computed; once the differences of log-probabilities and gradients.
-"repeat" is what the same computation gives when it is run again: 0 means repeatable. "unlike" is how far the two ways
-to attend are from one another without sharing, which tells rounding from error.
+For each way to attend and each response length: seconds of forward and backward passes over all groups (median of
+rounds that alternate, in micro-batches of at most `--rows` rows; on a CPU, CPU time), rows and memory; and the
+differences of log-probabilities and gradients. "repeat" is what the same computation gives when it is run again: 0
+means repeatable. "unlike" is how far the two ways to attend are from one another without sharing, which tells rounding
+from error.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from miles.types import Sample
 
 PROMPT = 40
-REPEATS = 2
+PROFILED_ROWS = 14
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,10 +66,8 @@ def micro_batches(samples: list[Sample], rows: int, *, share: bool) -> list[Micr
     return [pack(samples, indices, share_prompts=share) for indices in cut]
 
 
-def run(
-    model: torch.nn.Module, batches: list[MicroBatch], args: argparse.Namespace, *, varlen: bool, repeats: int = REPEATS
-) -> Outcome:
-    """Forward and backward over the micro-batches, so many times after one that warms up."""
+def run(model: torch.nn.Module, batches: list[MicroBatch], args: argparse.Namespace, *, varlen: bool) -> Outcome:
+    """Forward and backward once over the micro-batches."""
     import torch
 
     from miles.services.trainer.backends.fsdp.model.forward import ForwardOptions, forward
@@ -77,22 +76,19 @@ def run(
     device = torch.device(args.device)
     options = ForwardOptions(device, getattr(torch, args.dtype), temperature=1.0, varlen=varlen)
     log_probs: dict[int, torch.Tensor] = {}
-    times = []
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    for _ in range(1 + repeats):
-        model.zero_grad(set_to_none=True)
-        began = _now(device)
-        for batch in batches:
-            log_probs_R = forward(model, batch, options).log_probs_T
-            torch.autograd.backward(_loss(log_probs_R, batch))
-            for sample, first, end in zip(batch.samples, batch.cu_responses, batch.cu_responses[1:], strict=False):
-                log_probs[sample] = log_probs_R.detach()[first:end]
-        times.append(_now(device) - began)
+    model.zero_grad(set_to_none=True)
+    began = _now(device)
+    for batch in batches:
+        log_probs_R = forward(model, batch, options).log_probs_T
+        torch.autograd.backward(_loss(log_probs_R, batch))
+        for sample, first, end in zip(batch.samples, batch.cu_responses, batch.cu_responses[1:], strict=False):
+            log_probs[sample] = log_probs_R.detach()[first:end]
+    seconds = _now(device) - began
     gradients = [full_tensor(p.grad).flatten().float().cpu() for p in model.parameters() if p.grad is not None]
     memory = torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else 0.0
-    rows = sum(batch.num_rows for batch in batches)
-    return Outcome(statistics.median(times[1:] or times), rows, log_probs, torch.cat(gradients), memory)
+    return Outcome(seconds, sum(batch.num_rows for batch in batches), log_probs, torch.cat(gradients), memory)
 
 
 def _loss(log_probs_R: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
@@ -105,10 +101,12 @@ def _loss(log_probs_R: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
 
 
 def _now(device: torch.device) -> float:
+    """Seconds; on a CPU those of this process's threads, which other work on the machine changes little."""
     import torch
 
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+    if device.type != "cuda":
+        return time.process_time()
+    torch.cuda.synchronize()
     return time.perf_counter()
 
 
@@ -122,6 +120,19 @@ def difference(left: Outcome, right: Outcome) -> str:
     return f"log-probs max {gaps.max():.2e} mean {gaps.mean():.2e}, gradient 1 - cosine {1 - cosine:.2e} max {far:.2e}"
 
 
+def profile(model: torch.nn.Module, batches: list[MicroBatch], args: argparse.Namespace, *, varlen: bool) -> str:
+    """Which operations take the time of one round."""
+    import torch
+    from torch.profiler import ProfilerActivity
+
+    on_gpu = args.device == "cuda"
+    kinds = [ProfilerActivity.CPU, ProfilerActivity.CUDA] if on_gpu else [ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=kinds) as recorded:
+        run(model, batches, args, varlen=varlen)
+    order = "self_device_time_total" if on_gpu else "self_cpu_time_total"
+    return str(recorded.key_averages().table(sort_by=order, row_limit=PROFILED_ROWS, max_name_column_width=60))
+
+
 def measure(model: torch.nn.Module, vocabulary: int, args: argparse.Namespace) -> None:
     """Print the rows of every way to attend and every response length."""
     plain: dict[tuple[bool, int], Outcome] = {}
@@ -130,13 +141,16 @@ def measure(model: torch.nn.Module, vocabulary: int, args: argparse.Namespace) -
             samples = random_samples(args.groups, args.samples, response, vocabulary)
             name = f"{response} tokens, {'varlen' if varlen else 'sdpa'}"
             shared, separate = (micro_batches(samples, args.rows, share=share) for share in (True, False))
-            together = run(model, shared, args, varlen=varlen)
-            apart = plain[varlen, response] = run(model, separate, args, varlen=varlen)
-            for way, outcome in (("shared", together), ("separate", apart)):
-                print(f"{name}, {way}: {outcome.seconds:.3f} s, {outcome.rows} rows, {outcome.memory_gb:.1f} GB")
-            print(f"{name}: {apart.seconds / together.seconds:.2f}x; {difference(together, apart)}")
-            again = run(model, shared, args, varlen=varlen, repeats=0)
+            rounds = [[run(model, cut, args, varlen=varlen) for cut in (shared, separate)] for _ in range(args.rounds)]
+            (together, apart), (again, _) = rounds[-2:]
+            plain[varlen, response] = apart
+            medians = [statistics.median(pair[way].seconds for pair in rounds[1:]) for way in (0, 1)]
+            for way, seconds, outcome in zip(("shared", "separate"), medians, rounds[-1], strict=True):
+                print(f"{name}, {way}: {seconds:.3f} s, {outcome.rows} rows, {outcome.memory_gb:.1f} GB")
+            print(f"{name}: {medians[1] / medians[0]:.2f}x; {difference(together, apart)}")
             print(f"{name}, repeat: {difference(together, again)}", flush=True)
+            for way, cut in (("shared", shared), ("separate", separate)) if args.profile else ():
+                print(f"{name}, {way}:\n{profile(model, cut, args, varlen=varlen)}", flush=True)
             if not varlen and (True, response) in plain:
                 print(f"{response} tokens, unlike: {difference(plain[True, response], apart)}", flush=True)
 
@@ -149,6 +163,8 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=8, help="samples in a group")
     parser.add_argument("--lengths", type=int, nargs="+", default=[16, 512], help="response tokens")
     parser.add_argument("--rows", type=int, default=16384, help="rows of a micro-batch")
+    parser.add_argument("--rounds", type=int, default=4, help="at least 3; the first warms up")
+    parser.add_argument("--profile", action="store_true", help="say which operations take the time")
     args = parser.parse_args()
     args.dtype = "bfloat16" if args.device == "cuda" else "float32"
 
