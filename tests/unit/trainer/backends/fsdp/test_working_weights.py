@@ -78,9 +78,7 @@ def test_gradients_of_micro_batches_add_up_in_the_masters_type(model: Tied, weig
     assert model.norm.weight.grad.equal(alone[0] + alone[1])
 
 
-def test_gradients_go_on_adding_up_in_the_next_use_until_they_are_cleared(
-    model: Tied, weights: WorkingWeights
-) -> None:
+def test_gradients_go_on_adding_up_in_the_next_use_until_they_are_cleared(model: Tied, weights: WorkingWeights) -> None:
     for _ in range(2):
         with weights.in_use():
             loss_of(model, 1, 2).backward()
