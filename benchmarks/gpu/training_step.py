@@ -5,19 +5,23 @@
     python -m benchmarks.gpu.training_step --device cpu --layers 2 --hidden 64 --vocabulary 1024 --steps 2
 
 The model has SmolLM2-135M's shape and random weights (`--hidden` and the like make another). A step trains on 256
-samples, 32 prompts × 8 responses. `ours` is what `TrainerBackend.train` takes; `bare` packs the same tokens into rows
-(every sample with its prompt), runs the model under bfloat16 autocast with flash attention where it is installed,
-takes the log-probabilities of the responses, and steps torch's fused AdamW. The table has, per variant, the median
-seconds of a step (the first two left out), the seconds of the first one, model FLOP/s as 6 × parameters × tokens over
-the peak of an H100 or H200, operations started on the GPU, and for how long it was busy with them, the last two from
-torch.profiler. `--profile DIR` also writes which operations took the time.
+samples, 32 prompts × 8 responses. `ours` is what `TrainerBackend.train` takes, `compiled` that with `torch_compile`.
+`bare` pads the same samples, sorted by length, to micro-batches of as many tokens, runs the stock model under bfloat16
+autocast with scaled_dot_product_attention, takes the log-probabilities of the responses, and steps torch's fused AdamW.
+The table has, per variant, the median seconds of a step (the first two left out), the seconds of the first one, model
+FLOP/s as 6 × parameters × tokens of the samples over the peak of an H100 or H200, operations started on the GPU, and
+for how long it was busy with them, the last two from torch.profiler. `--profile DIR` also writes which operations and
+which Python functions took the time.
 """
 
 from __future__ import annotations
 
 import argparse
+import cProfile
 import dataclasses
+import io
 import pathlib
+import pstats
 import statistics
 import tempfile
 import time
@@ -144,41 +148,41 @@ def ours(args: argparse.Namespace, name: str, flags: dict[str, Any], model: path
 
 
 def bare(args: argparse.Namespace, model_dir: pathlib.Path, device: Any) -> Measured:
-    """Steps of a loop that knows nothing but the rows."""
-    import importlib.util
-
+    """Steps of a loop that knows nothing but padded rows; causal attention needs no mask where padding is last."""
     import torch
     from transformers import AutoModelForCausalLM
 
-    has_flash = device.type == "cuda" and importlib.util.find_spec("flash_attn") is not None
-    attention = "flash_attention_2" if has_flash else "sdpa"
-    model: Any = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32, attn_implementation=attention)
+    model: Any = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32, attn_implementation="sdpa")
     model.to(device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
-    rows = [(sample.tokens, len(sample.tokens) - sample.response_length) for g in rollout(args) for sample in g.samples]
+    samples = sorted((s for group in rollout(args) for s in group.samples), key=lambda s: len(s.tokens))
     micro_batches: list[list[Any]] = [[]]
-    for row in rows:
-        if sum(len(tokens) for tokens, _ in [*micro_batches[-1], row]) > args.micro_batch:
+    for sample in samples:
+        if len(sample.tokens) * (len(micro_batches[-1]) + 1) > args.micro_batch:
             micro_batches.append([])
-        micro_batches[-1].append(row)
+        micro_batches[-1].append(sample)
+
+    def loss_of(members: list[Any]) -> Any:
+        longest = len(members[-1].tokens)
+        ids_BT = torch.from_numpy(np.stack([np.pad(s.tokens, (0, longest - len(s.tokens))) for s in members])).long()
+        trained_BT = torch.zeros_like(ids_BT, dtype=torch.bool)
+        for row, sample in enumerate(members):
+            trained_BT[row, len(sample.tokens) - sample.response_length : len(sample.tokens)] = True
+        ids_BT, trained_BT = ids_BT.to(device), trained_BT.to(device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
+            hidden_BTD = model.model(input_ids=ids_BT, use_cache=False).last_hidden_state
+            logits_RV = model.lm_head(hidden_BTD[:, :-1][trained_BT[:, 1:]])
+        targets_R = ids_BT[:, 1:][trained_BT[:, 1:]]
+        return torch.nn.functional.cross_entropy(logits_RV.float(), targets_R, reduction="sum") / len(samples)
 
     def step() -> None:
         for members in micro_batches:
-            ids = torch.from_numpy(np.concatenate([t for t, _ in members]).astype(np.int64))[None].to(device)
-            positions = torch.from_numpy(np.concatenate([np.arange(len(t)) for t, _ in members]))[None].to(device)
-            starts = np.cumsum([0, *(len(t) for t, _ in members)])
-            kept = [np.arange(s + p - 1, s + len(t) - 1) for s, (t, p) in zip(starts[:-1], members, strict=True)]
-            predicting = torch.from_numpy(np.concatenate(kept)).to(device)
-            with torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
-                out = model(input_ids=ids, position_ids=positions, logits_to_keep=predicting, use_cache=False)
-            targets = ids[0, predicting + 1]
-            loss = torch.nn.functional.cross_entropy(out.logits[0].float(), targets, reduction="sum") / len(rows)
-            loss.backward()
+            loss_of(members).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    return measure(args, f"bare, {attention}", sum(len(tokens) for tokens, _ in rows), step)
+    return measure(args, "bare", sum(len(sample.tokens) for sample in samples), step)
 
 
 def measure(args: argparse.Namespace, name: str, tokens: int, step: Callable[[], Any]) -> Measured:
@@ -212,8 +216,19 @@ def measure(args: argparse.Namespace, name: str, tokens: int, step: Callable[[],
                 sort_by=order, row_limit=PROFILED_ROWS, max_name_column_width=90, max_src_column_width=10
             )
         args.profile.mkdir(parents=True, exist_ok=True)
-        (args.profile / f"{tokens}-{name.replace(' ', '_').replace(',', '')}.txt").write_text(text)
+        file = args.profile / f"{tokens}-{name.replace(' ', '_').replace(',', '')}"
+        file.with_suffix(".txt").write_text(text)
+        file.with_suffix(".python.txt").write_text(python_profile(timed))
     return Measured(name, statistics.median(times[SKIPPED:]), times[0], tokens, launches, busy_s, memory / 1e9)
+
+
+def python_profile(step: Callable[[], Any]) -> str:
+    """Which Python functions one more step spends its time in."""
+    recorder = cProfile.Profile()
+    recorder.runcall(step)
+    text = io.StringIO()
+    pstats.Stats(recorder, stream=text).sort_stats("cumulative").print_stats(90)
+    return text.getvalue()
 
 
 def main() -> None:
@@ -233,13 +248,13 @@ def main() -> None:
     parser.add_argument("--micro-batch", type=int, default=16384, help="tokens per micro-batch")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
     parser.add_argument("--steps", type=int, default=5)
-    parser.add_argument("--only", nargs="+", help="names of the variants to measure, and `bare`")
+    parser.add_argument("--only", nargs="+", help="of ours, compiled, bare")
     parser.add_argument(
         "--profile", type=pathlib.Path, metavar="DIR", help="write which operations took the time there"
     )
     args = parser.parse_args()
     device = join(args.device, None, 10)
-    variants: dict[str, dict[str, Any]] = {"ours": {}, "ours, separate prompts": {"share_prompts": False}}
+    variants: dict[str, dict[str, Any]] = {"ours": {}, "compiled": {"torch_compile": True}}
     name = torch.cuda.get_device_name() if device.type == "cuda" else device.type
     with tempfile.TemporaryDirectory() as folder:
         model = pathlib.Path(folder) / "model"

@@ -67,6 +67,7 @@ _BY_SETTING: Mapping[str, Effect] = {
     "log_probs_max_tokens_per_gpu": Effect.FREE,
     "log_probs_chunk_size": Effect.FREE,
     "gradient_checkpointing": Effect.FREE,
+    "torch_compile": Effect.FREE,
     "fsdp_cpu_offload": Effect.FREE,
     "share_prompts": Effect.FREE,
     "reward_service": Effect.FREE,

@@ -8,7 +8,6 @@ import logging
 import os
 import pathlib
 import platform
-import urllib.parse
 import uuid
 from collections.abc import AsyncIterator, Callable
 
@@ -89,10 +88,9 @@ class WorkerAttachment:
                 await asyncio.sleep(_RETRY_S)
 
     async def _write_trace(self, order: controller_pb2.TraceOrder) -> None:
-        name = urllib.parse.quote(self.registration.worker_id, safe="")
         times = (order.begin_unix_ns, order.end_unix_ns)
         try:
-            await asyncio.to_thread(write_spans, pathlib.Path(order.folder), name, *times)
+            await asyncio.to_thread(write_spans, pathlib.Path(order.folder), self.registration.worker_id, *times)
         except OSError as error:  # a trace is no reason to stop working
             logger.warning("no trace is written to %s: %s", order.folder, error)
 

@@ -15,6 +15,7 @@ import os
 import pathlib
 import threading
 import time
+import urllib.parse
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any, TypeVar
@@ -90,16 +91,29 @@ def record(name: str, begin_ns: int, end_ns: int | None = None, detail: object =
 
 def spans_between(begin_ns: int, end_ns: int) -> list[Span]:
     """Return the recorded spans that overlap a time, in the order in which they ended."""
-    return [Span(*one) for one in tuple(_recorded) if one[1] < end_ns and one[2] > begin_ns]
+    return [Span(*one) for one in _copied() if one[1] < end_ns and one[2] > begin_ns]
+
+
+def _copied() -> tuple[_Recorded, ...]:
+    while True:
+        try:
+            return tuple(_recorded)
+        except RuntimeError:  # another thread has recorded meanwhile
+            continue
+
+
+def spans_file(folder: pathlib.Path, process: str) -> pathlib.Path:
+    """Return the file in a folder that has a process's spans; names may have any characters."""
+    return folder / f"{urllib.parse.quote(process, safe='')}.json"
 
 
 def write_spans(folder: pathlib.Path, process: str, begin_ns: int, end_ns: int) -> pathlib.Path:
-    """Write this process's spans of a time to `folder`/`process`.json, whole or not at all; return the file.
+    """Write this process's spans of a time to its file in the folder, whole or not at all; return the file.
 
     Raises OSError when that cannot be done.
     """
     spans = [dataclasses.astuple(one) for one in spans_between(begin_ns, end_ns)]
-    file = folder / f"{process}.json"
+    file = spans_file(folder, process)
     folder.mkdir(parents=True, exist_ok=True)
     partial = file.with_suffix(f".{os.getpid()}.partial")
     partial.write_text(json.dumps({"process": process, "pid": os.getpid(), "spans": spans}))

@@ -71,7 +71,16 @@ def test_float32_gives_the_gradient_of_the_cpu(tmp_path: pathlib.Path) -> None:
     assert_close(on_gpu, dict(backend.export()), 1e-4)
 
 
-@pytest.mark.parametrize("changes", [{}, {"gradient_checkpointing": True}, {"attn_implementation": "sdpa"}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"gradient_checkpointing": True},
+        {"attn_implementation": "sdpa"},
+        {"torch_compile": True},
+        {"torch_compile": True, "gradient_checkpointing": True},
+    ],
+)
 @pytest.mark.parametrize("share", [False, True])
 def test_bfloat16_stays_near_float32(tmp_path: pathlib.Path, share: bool, changes: dict[str, Any]) -> None:
     model, groups = write_dense_model(tmp_path / "model"), random_groups(2)

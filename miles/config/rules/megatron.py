@@ -11,6 +11,7 @@ from miles.config.schema.flat_settings import FlatSettings
 
 _FSDP_ALONE = {
     "gradient_checkpointing": "set recompute_granularity instead",
+    "torch_compile": "leave it out",
     "fsdp_cpu_offload": "leave it out",
     "share_prompts": "leave it out, or train with fsdp",
     "attn_implementation": "set attention_backend or transformer_impl instead",

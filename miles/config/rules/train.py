@@ -80,3 +80,24 @@ def schedule_rises_and_falls(s: FlatSettings) -> Iterator[Fault]:
     if s.lr_decay_iters is not None and s.critic_lr_warmup_iters >= s.lr_decay_iters:
         problem = f"lr_decay_iters = {s.lr_decay_iters} includes the warm-up"
         yield Fault("critic_lr_warmup_iters", s.critic_lr_warmup_iters, problem, "lower it, or raise lr_decay_iters")
+
+
+@rule
+def compiled_layers_are_dense_and_on_one_gpu(s: FlatSettings) -> Iterator[Fault]:
+    if not s.torch_compile or s.train_backend != "fsdp":
+        return  # another rule reports it with megatron
+    reads_routers = ("use_routing_replay", "use_rollout_routing_replay", "observe_rollout_routing")
+    replays = [key for key in reads_routers if getattr(s, key)]
+    ranks = None if s.actor_num_gpus_per_node is None else s.actor_num_nodes * s.actor_num_gpus_per_node
+    whys = {
+        "device is cpu": s.device == "cpu",
+        "train_dtype is float32": s.train_dtype == "float32",
+        "attn_implementation is sdpa, whose shape is another for every micro-batch": s.attn_implementation == "sdpa",
+        f"{ranks} GPUs shard each layer": ranks is not None and ranks > 1,
+        "fsdp_cpu_offload brings each layer to the GPU anew": s.fsdp_cpu_offload,
+        "lora_rank merges adapters in each layer": bool(s.lora_rank),
+        f"{' and '.join(replays)} works in the layers' routers": bool(replays),
+    }
+    for why, applies in whys.items():
+        if applies:
+            yield Fault("torch_compile", True, why, "leave it out")

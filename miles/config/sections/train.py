@@ -25,6 +25,10 @@ class TrainConfig(Section):
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass instead of storing them (fsdp)."""
 
+    torch_compile: bool = False
+    """Compile the decoder layers with torch.compile: fewer and larger kernels, after a first step that waits for the
+    compiler (fsdp, one CUDA GPU, 16-bit, dense models without adapters)."""
+
     fp16: bool = False
     """Same as train_dtype = float16."""
 

@@ -30,7 +30,7 @@ LAST_EVALUATED = "last_evaluated_version"
 class JobHistory:
     """Writes one job's record and events to Redis, metrics and summary to the run folder, in the order of the calls.
 
-    What is written `later` takes no time of the caller's; `finish` waits for it and raises its errors.
+    What is written `later` takes no time of the caller's; `make_room` and `finish` raise its errors.
     """
 
     def __init__(self, store: JobStore, job: job_pb2.Job, context: JobContext) -> None:
@@ -64,12 +64,19 @@ class JobHistory:
         return {line["step"] for line in lines if line.get(name) is not None}
 
     async def make_room(self) -> None:
-        """Return once little is left to be written later, so that little is lost with this process."""
+        """Return once little is left to be written later, so that little is lost with this process.
+
+        Raises the first error of what was to be written later.
+        """
         await self._writes.make_room()
 
     async def finish(self) -> None:
         """Return once everything is written; raise the first error of what was to be written later."""
         await self._writes.finish()
+
+    async def settle(self) -> None:
+        """Return once everything is written or has failed; errors are in the log alone."""
+        await self._writes.settle()
 
     async def metrics(self, step: int, values: Mapping[str, float]) -> None:
         """Record metrics of a step."""

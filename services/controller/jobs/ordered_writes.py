@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Awaitable, Callable
+
+logger = logging.getLogger(__name__)
 
 Write = Callable[[], Awaitable[None]]
 _MANY = 8
@@ -23,19 +26,34 @@ class OrderedWrites:
         await asyncio.shield(self._add(write))
 
     def later(self, write: Write) -> None:
-        """Write while the caller goes on; `finish` raises what the write raises."""
+        """Write while the caller goes on; `make_room` or `finish` raises what the write raises."""
         self._add(write).add_done_callback(self._note_error)
 
     async def make_room(self) -> None:
-        """Return once few writes wait; does not wait itself unless they take longer than whoever asks for them."""
+        """Return once few writes wait; does not wait itself unless they take longer than whoever asks for them.
+
+        Raises the first error of `later`, once.
+        """
         while len(self._waiting) > _MANY:
             await asyncio.wait(self._waiting, return_when=asyncio.FIRST_COMPLETED)
+        self._raise_noted()
 
     async def finish(self) -> None:
         """Return once everything is written; raise the first error of `later`, once."""
+        await self._settled()
+        self._raise_noted()
+
+    async def settle(self) -> None:
+        """Return once everything is written or has failed, for a caller who ends for another cause: the log has it."""
+        await self._settled()
+        self._error = None
+
+    async def _settled(self) -> None:
         if self._last is not None:
             await asyncio.wait({self._last})
             await asyncio.sleep(0)  # the callback that notes its error was scheduled before this task
+
+    def _raise_noted(self) -> None:
         error, self._error = self._error, None
         if error is not None:
             raise error
@@ -49,6 +67,7 @@ class OrderedWrites:
     def _note_error(self, task: asyncio.Task[None]) -> None:
         error = asyncio.CancelledError() if task.cancelled() else task.exception()
         if isinstance(error, Exception):
+            logger.warning("what was to be recorded could not be written: %s: %s", type(error).__name__, error)
             self._error = self._error or error
 
 

@@ -125,8 +125,10 @@ class JobRunner:
         try:
             try:
                 await self._run(context, history, controls)
-            finally:
-                await history.finish()
+            except Exception:  # why the job ends; what could not be recorded before must not take its place
+                await history.settle()
+                raise
+            await history.finish()
         except JobStoppedError:
             state, reason = job_pb2.JOB_STATE_STOPPED, f"stopped by the user; {_saved(history)}"
         except JobCancelledError:

@@ -44,13 +44,13 @@ class RunLoop:
             while run.step < run.last:
                 await self._take_step(admission)
             await self._finish_all()
-            await run.traces.wait_until_written()
         except JobStoppedError:
             await run.checkpoints.save(self._trainer, export_hf=False)
             await self._finish_evaluation()
             raise
         if run.step > 0:
             await run.checkpoints.save(self._trainer, export_hf=True)
+        await run.traces.wait_until_written()
 
     async def _take_step(self, admission: Admission) -> None:
         """Wait for a batch, train on it, publish the result; then what is due after the step."""

@@ -90,18 +90,21 @@ class RolloutWorkers:
 
     async def run(self, listener: RolloutListener) -> None:
         """Connect to all live rollouts, and to those that attach later, until cancelled."""
+        fences: set[asyncio.Task[None]] = set()
         try:
             while True:
                 attached = self._registry.alive(controller_pb2.WORKER_KIND_ROLLOUT)
                 if new := [worker for worker in attached if worker.worker_id not in self._tasks]:
-                    fenced = asyncio.ensure_future(fence_earlier_leases(self._queue, new))
+                    fenced = asyncio.create_task(fence_earlier_leases(self._queue, new))
+                    fences.add(fenced)
+                    fenced.add_done_callback(fences.discard)
                     for worker in new:
                         task = asyncio.create_task(self._serve(worker, fenced, listener))
                         self._tasks[worker.worker_id] = task
                         self._alerts.watch(task)
                 await self._registry.wait_for_change(1.0)
         finally:
-            await cancel(*self._tasks.values())
+            await cancel(*self._tasks.values(), *fences)
 
     async def _serve(self, worker: AttachedWorker, fenced: asyncio.Future[None], listener: RolloutListener) -> None:
         """Work with one worker, from when it is `fenced` until its worker lease or its stream ends."""

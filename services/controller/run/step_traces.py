@@ -6,16 +6,16 @@ import asyncio
 import json
 import pathlib
 import time
-import urllib.parse
 from collections.abc import Iterable, Mapping
 
 from miles.rpc.gen import controller_pb2
 from miles.services.controller.run.report import RunReport
 from miles.services.controller.workers.registry import WorkerRegistry
-from miles.telemetry.tracing import write_spans
+from miles.telemetry.trace_files import PHASES
+from miles.telemetry.tracing import spans_file, write_spans
 
 _OWN = "controller"
-_WRITTEN_DEADLINE_S = 10.0
+_WRITTEN_DEADLINE_S = 60.0
 """How long the end of a run waits for traces; workers hear of them at their next heartbeat."""
 _LOOK_S = 0.1
 
@@ -42,11 +42,15 @@ class StepTraces:
         parts = {name: [int(at_s * 1e9) + offset_ns for at_s in both] for name, both in phases.items()}
         begin_ns, end_ns = min(begin for begin, _ in parts.values()), max(end for _, end in parts.values())
         order = controller_pb2.TraceOrder(folder=str(folder), begin_unix_ns=begin_ns, end_unix_ns=end_ns)
-        await asyncio.to_thread(write_spans, folder, _OWN, begin_ns, end_ns)
-        (folder / "phases.json").write_text(json.dumps({"step": step, "phases": parts}))
+        try:
+            await asyncio.to_thread(write_spans, folder, _OWN, begin_ns, end_ns)
+            (folder / PHASES).write_text(json.dumps({"step": step, "phases": parts}))
+        except OSError as error:  # a trace is no reason to stop
+            await self._report.warn(f"no trace of step {step} is written: {error}")
+            return
         for worker in self._registry.everyone():
             worker.traces.append(order)
-            self._expected.add(folder / f"{urllib.parse.quote(worker.worker_id, safe='')}.json")
+            self._expected.add(spans_file(folder, worker.worker_id))
 
     async def wait_until_written(self) -> None:
         """Wait until every worker has written its part, or say which has not."""

@@ -140,7 +140,9 @@ class GroupRun:
 
         All is asked for at once: groups that are leased together share a round trip to Redis.
         """
-        return await asyncio.gather(self._earlier_outcome(), self._partial.resume())
+        outcome, resumed = asyncio.create_task(self._earlier_outcome()), asyncio.create_task(self._partial.resume())
+        async with cancelled_at_end(outcome, resumed):
+            return await outcome, await resumed
 
     async def _earlier_outcome(self) -> Finished | None:
         """The outcome of an earlier attempt that queued or dropped the group, if its report was lost."""

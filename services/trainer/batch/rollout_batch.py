@@ -69,7 +69,7 @@ class RolloutBatch:
     def token_indices(self, micro_batch: MicroBatch) -> torch.Tensor:
         """Indices in T of the micro-batch's response tokens; int64 [R]."""
         firsts = [self._starts[self.position(i)] for i in micro_batch.samples]
-        lengths = [self.samples[i].response_length for i in micro_batch.samples]
+        lengths = np.array([self.samples[i].response_length for i in micro_batch.samples], np.int64)
         before = np.cumsum([0, *lengths])[:-1]  # tokens of the micro-batch before each sample's
         shifts = np.repeat(np.array(firsts, np.int64) - before, lengths)
         return torch.from_numpy(shifts + np.arange(len(shifts)))

@@ -72,7 +72,7 @@ class LossScale:
         skipping would not help.
         """
         gradients = [p.grad for p in _parameters(optimizer) if p.grad is not None]
-        if self.dynamic:
+        if self.dynamic and gradients:
             torch._foreach_mul_(gradients, 1 / self.value)
         norm = torch.nn.utils.get_total_norm(gradients)
         total = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)

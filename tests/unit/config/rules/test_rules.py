@@ -139,6 +139,21 @@ RULE_CASES: list[tuple[dict[str, Any], str]] = [
         "gradient_checkpointing = true, but train_backend = megatron does not have it; set recompute_granularity",
     ),
     (
+        {"train_backend": "megatron", "torch_compile": True},
+        "torch_compile = true, but train_backend = megatron does not have it; leave it out",
+    ),
+    ({"torch_compile": True, "device": "cpu"}, "torch_compile = true, but device is cpu; leave it out"),
+    ({"torch_compile": True, "actor_num_gpus_per_node": 2}, "torch_compile = true, but 2 GPUs shard each layer"),
+    ({"torch_compile": True, "lora_rank": 8}, "torch_compile = true, but lora_rank merges adapters in each layer"),
+    (
+        {"torch_compile": True, "attn_implementation": "sdpa"},
+        "torch_compile = true, but attn_implementation is sdpa, whose shape is another for every micro-batch",
+    ),
+    (
+        {"torch_compile": True, "use_routing_replay": True},
+        "torch_compile = true, but use_routing_replay works in the layers' routers",
+    ),
+    (
         {"tensor_model_parallel_size": 2},
         "tensor_model_parallel_size = 2, but train_backend = fsdp does not have it; set train_backend to megatron",
     ),

@@ -85,3 +85,24 @@ async def test_whoever_asks_for_more_than_can_be_written_waits() -> None:
     disk.ready.set()
     await room
     assert len(disk.written) >= 12
+
+
+async def test_an_error_of_a_later_write_is_raised_where_the_next_is_asked_for() -> None:
+    writes, disk = OrderedWrites(), Disk()
+    writes.later(full)
+    await writes.now(disk.fast("b"))
+    await asyncio.sleep(0)
+    with pytest.raises(OSError, match="the disk is full"):
+        await writes.make_room()
+    await writes.make_room()
+
+
+async def test_who_ends_for_another_cause_has_what_failed_in_the_log_alone(caplog: pytest.LogCaptureFixture) -> None:
+    writes, disk = OrderedWrites(), Disk()
+    disk.ready.set()
+    writes.later(full)
+    writes.later(disk.slow("b"))
+    await writes.settle()
+    assert disk.written == ["b"]
+    assert "could not be written: OSError: the disk is full" in caplog.text
+    await writes.finish()

@@ -11,6 +11,7 @@ import torch
 
 from miles.services.trainer.backends.fsdp.learner import AdaptedBase, FrozenModel, FsdpCritic, FsdpPolicy, local_weights
 from miles.services.trainer.backends.fsdp.lora.adapter import Adapter, adapt
+from miles.services.trainer.backends.fsdp.model.compiled_layers import compile_layers
 from miles.services.trainer.backends.fsdp.model.forward import ForwardOptions, LogProbForward, ValueForward
 from miles.services.trainer.backends.fsdp.model.sharded_model import Precision, load_hf_model, place, put_value_head
 from miles.services.trainer.backends.fsdp.model.working_weights import WorkingWeights
@@ -135,4 +136,6 @@ class _Builder:
         return FrozenModel(model, weights, LogProbForward(self._options), policy)
 
     def _place(self, model: PreTrainedModel, precision: Precision) -> WorkingWeights:
+        if self._config.train.torch_compile:
+            compile_layers(model)
         return place(model, precision, self._device, cpu_offload=self._config.train.fsdp_cpu_offload)
