@@ -87,7 +87,7 @@ def with_observation(sample: Sample) -> Sample:
         response_length=length + new,
         loss_mask=np.concatenate([mask, np.zeros(new, np.uint8)]),
         rollout_log_probs=np.concatenate([sample.rollout_log_probs, np.zeros(new, np.float32)]),
-        weight_versions=(*spans, dataclasses.replace(last, end=length + new)),
+        weight_versions=(*spans, last._replace(end=length + new)),
         metadata={**sample.metadata, "tool": "answered"},
     )
 
