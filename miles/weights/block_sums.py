@@ -22,8 +22,8 @@ import torch
 from miles.rpc.gen import policy_pb2
 from miles.weights.manifest import ALIGNMENT
 
-_PIECE_BLOCKS = 1 << 20
-"""Blocks that are summed at once: 64 MB of weights, for which 128 MB are needed."""
+_PIECE_BLOCKS = 1 << 21
+"""Blocks that are summed at once: 128 MB of weights, for which 256 MB are needed."""
 _WORDS = ALIGNMENT // 4
 _MIX_A, _MIX_B = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9
 """Odd, with many bits set (splitmix64)."""

@@ -6,6 +6,7 @@ Buffers are treated as flat little-endian bytes; nothing here needs torch.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import struct
 import time
@@ -125,18 +126,18 @@ def manifest_checksum(manifest: policy_pb2.Manifest) -> bytes:
     For an adapter, it begins with u32 rank, f64 alpha and the base's 16 checksum bytes, because the same tensors on
     another base are different weights. Before all that comes the kind of checksum as u32, when it is not xxh3-128.
     """
+    return _checksum_over(_layout_of(manifest), manifest)
+
+
+def _checksum_over(layout: bytes, manifest: policy_pb2.Manifest) -> bytes:
+    """`manifest_checksum` of a manifest with this layout."""
     digest = Checksum()
     if manifest.checksum_kind:
         digest.update(struct.pack("<I", manifest.checksum_kind))
     if manifest.HasField("lora"):
         digest.update(struct.pack("<Id", manifest.lora.rank, manifest.lora.alpha) + manifest.lora.base_checksum)
-    pack, parts = struct.pack, []
-    for tensor in manifest.tensors:
-        name, shape = tensor.name.encode(), tensor.shape
-        size, rank = len(name), len(shape)
-        parts.append(pack(f"<I{size}sII{rank}QQ", size, name, tensor.dtype, rank, *shape, tensor.offset))
-        parts.append(tensor.checksum)
-    digest.update(b"".join(parts))
+    checksums = (tensor.checksum for tensor in manifest.tensors)
+    digest.update(b"".join(itertools.chain.from_iterable(zip(_packed(layout), checksums, strict=True))))
     return bytes(digest.digest())
 
 
@@ -144,28 +145,58 @@ def validate(manifest: policy_pb2.Manifest) -> None:
     """Raise ManifestError unless the manifest is complete, consistent, and matches its own checksum."""
     if manifest.checksum_kind not in policy_pb2.ChecksumKind.values():
         raise ManifestError(f"the checksums are of kind {manifest.checksum_kind}, which is unknown here; update it")
-    end = 0
-    names: set[str] = set()
-    for tensor in manifest.tensors:
-        name, offset, nbytes = tensor.name, tensor.offset, tensor.nbytes
-        if not name or name in names:
-            raise ManifestError(f"tensor {name!r} has an empty or repeated name")
-        names.add(name)
-        expected = math.prod(tensor.shape) * _dtype_bytes(name, tensor.dtype)
-        if nbytes != expected:
-            raise ManifestError(f"tensor {name!r} declares {nbytes} bytes; its dtype and shape need {expected}")
-        if offset < end or offset % ALIGNMENT:
-            raise ManifestError(
-                f"tensor {name!r} starts at byte {offset}; it must start at a multiple of {ALIGNMENT} at or after {end}"
-            )
-        if len(tensor.checksum) != CHECKSUM_BYTES:
-            found = len(tensor.checksum)
-            raise ManifestError(f"tensor {name!r} has a checksum of {found} bytes instead of {CHECKSUM_BYTES}")
-        end = offset + nbytes
+    layout = _layout_of(manifest)
+    end = _checked_end(layout)
     if end > manifest.total_bytes:
         raise ManifestError(f"tensors end at byte {end}, past the buffer's {manifest.total_bytes} bytes")
-    if manifest_checksum(manifest) != manifest.checksum:
+    for tensor in manifest.tensors:
+        if (found := len(tensor.checksum)) != CHECKSUM_BYTES:
+            raise ManifestError(f"tensor {tensor.name!r} has a checksum of {found} bytes instead of {CHECKSUM_BYTES}")
+    if _checksum_over(layout, manifest) != manifest.checksum:
         raise ChecksumMismatch(f"manifest of {describe(manifest.version)} does not match its own checksum")
+
+
+def _layout_of(manifest: policy_pb2.Manifest) -> bytes:
+    """A manifest's tensors without their checksums, serialised: the same for every version of a model.
+
+    What follows from it is kept from one version to the next, because hundreds of tensors take milliseconds.
+    """
+    layout = policy_pb2.Manifest(tensors=manifest.tensors)
+    for tensor in layout.tensors:
+        tensor.ClearField("checksum")
+    return layout.SerializeToString(deterministic=True)
+
+
+@functools.lru_cache(maxsize=4)
+def _packed(layout: bytes) -> tuple[bytes, ...]:
+    """What `manifest_checksum` hashes of each tensor before its checksum."""
+    parts = []
+    for tensor in policy_pb2.Manifest.FromString(layout).tensors:
+        name, shape = tensor.name.encode(), tensor.shape
+        size, rank = len(name), len(shape)
+        parts.append(struct.pack(f"<I{size}sII{rank}QQ", size, name, tensor.dtype, rank, *shape, tensor.offset))
+    return tuple(parts)
+
+
+@functools.lru_cache(maxsize=4)
+def _checked_end(layout: bytes) -> int:
+    """Check names, sizes and places of the tensors; return where the last one ends, in bytes."""
+    end = 0
+    names: set[str] = set()
+    for tensor in policy_pb2.Manifest.FromString(layout).tensors:
+        where = f"tensor {tensor.name!r}"
+        if not tensor.name or tensor.name in names:
+            raise ManifestError(f"{where} has an empty or repeated name")
+        names.add(tensor.name)
+        expected = math.prod(tensor.shape) * _dtype_bytes(tensor.name, tensor.dtype)
+        if tensor.nbytes != expected:
+            raise ManifestError(f"{where} declares {tensor.nbytes} bytes; its dtype and shape need {expected}")
+        if tensor.offset < end or tensor.offset % ALIGNMENT:
+            raise ManifestError(
+                f"{where} starts at byte {tensor.offset}; it must start at a multiple of {ALIGNMENT} at or after {end}"
+            )
+        end = tensor.offset + tensor.nbytes
+    return end
 
 
 def describe(version: policy_pb2.WeightVersion) -> str:

@@ -79,19 +79,21 @@ class CudaIpcTransport:
 
     def receive(self, handle: weightsync_pb2.TransportHandle, manifest: policy_pb2.Manifest) -> flats.FlatWeights:
         """Copy every bucket and verify every tensor."""
-        manifests.validate(manifest)
         buckets = handle.cuda_ipc.buckets
         flats.check_covered(manifest, ((bucket.offset, bucket.nbytes) for bucket in buckets))
         if handle.cuda_ipc.boot_id != boot_id():
             raise ManifestError("the weights are in GPU memory of another machine; use a transport between machines")
         flat = torch.empty(manifest.total_bytes, dtype=torch.uint8, device=self._device)
-        for bucket in buckets:
-            theirs = open_shared(decode_bucket(bucket, device_index(bucket.device_uuid)))
-            flat[bucket.offset : bucket.offset + bucket.nbytes].copy_(theirs[: bucket.nbytes])
-            torch.cuda.synchronize(theirs.device)
         received = {bucket.offset: flat[bucket.offset : bucket.offset + bucket.nbytes] for bucket in buckets}
+        opened = [open_shared(decode_bucket(bucket, device_index(bucket.device_uuid))) for bucket in buckets]
+        for bucket, theirs in zip(buckets, opened, strict=True):
+            received[bucket.offset].copy_(theirs[: bucket.nbytes], non_blocking=True)
+        manifests.validate(manifest)  # while the GPU copies
+        weights = flats.FlatWeights({0: flat}, manifest.tensors)
+        for theirs in opened:
+            torch.cuda.synchronize(theirs.device)
         flats.verify(received, manifest, "GPU memory of the trainer", self._threads)
-        return flats.FlatWeights({0: flat}, manifest.tensors)
+        return weights
 
     def trim(self, live: Collection[int] | None = None) -> None:
         """Keep the memory of versions that are not live for the next version, and free what it did not need."""
