@@ -9,7 +9,7 @@ CPU time, unlike wall time, changes little when other programs run; what the pro
 One row for each way: `bare` is sglang.Engine, where the process of the tokenizer is also that of the caller; the others
 are the engine of the rollout service with so many requests of a group, sent together, and so many tokens from one event
 of a stream to the next. Responses are short, as a scheduler without a GPU would drown the rest otherwise: what counts
-is the cost of a request with so many events. 33 tokens have nine events every 4 tokens, as 512 have every 64, and three
+is the cost of a request with so many events. 32 tokens have eight events every 4 tokens, as 512 have every 64, and two
 every 16, as 512 have every 256. The scheduler's share is the model's, and without meaning for the bare engine's, which
 polls.
 """
@@ -91,7 +91,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     ways = "bare, or requests of a group : tokens between events"
     add("--ways", nargs="+", default=["bare", "1:4", "1:16", "8:16"], help=ways)
     add("--requests", type=int, default=64)
-    add("--tokens", type=int, default=33)
+    add("--tokens", type=int, default=32)
     add("--rounds", type=int, default=2)
     add("--python", default="", help="interpreter that has SGLang; default: $MILES_TEST_SGLANG")
     add("--flags", default="{}", help="more SGLang flags, as a JSON object with underscores")

@@ -155,4 +155,5 @@ class GroupClient:
         response = await asyncio.wait_for(self._call.read(), GROUP_DEADLINE_S)
         if response is grpc.aio.EOF:
             raise RuntimeError("the rollout service ended the stream")
-        return response
+        message: rollout_pb2.RunResponse = response
+        return message

@@ -228,7 +228,8 @@ class GroupRun:
         """The result of `work`; when the run is preempted first, cancels it and raises _RunPreempted."""
         task = asyncio.create_task(work)
         async with cancelled_at_end(task):
-            await asyncio.wait({task, self._preempted}, return_when=asyncio.FIRST_COMPLETED)
+            either: set[asyncio.Future[Any]] = {task, self._preempted}
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
             if task.done():
                 return task.result()
             raise _RunPreempted
