@@ -2,8 +2,8 @@
 
 A full Redis refuses the first write of a script with OOM, but lets a script finish that has begun to write. So `PUT`
 begins with XADD, which may be refused; of several groups either none is added then, or all. Scripts that free memory,
-or write the few bytes that are needed before memory can be freed, begin with a write that is never refused: XACK, HDEL or
-PERSIST, even if it changes nothing.
+or write the few bytes that are needed before memory can be freed, begin with a write that is never refused: XACK, HDEL
+or PERSIST, even if it changes nothing.
 """
 
 from __future__ import annotations
