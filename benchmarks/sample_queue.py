@@ -3,15 +3,18 @@
     python -m benchmarks.sample_queue
 
 Rollout processes put groups, a few at a time each (--producers), while this process collects them as the trainer does,
-until the last is decoded. Beside it, the same bytes through XADD and XREADGROUP alone (redis-py, same server, same
-processes, as many at a time, taking turns), encoded before and not decoded. The two also differ in this: groups below
-64 KiB that a process puts at the same time share a round trip to Redis, as `GroupQueue` has them do, while each raw
-XADD has a round trip and a connection of its own. `of raw` therefore counts what sharing gains as ours; with
---producers 1 there is nothing to share.
+until the last is there and its checksum compared. Beside it, the same bytes through XADD and XREADGROUP alone
+(redis-py with its own parser, same server, same processes, as many at a time, taking turns), encoded before. The two
+also differ in this: groups below 64 KiB that a process puts at the same time share a call to Redis, as `GroupQueue` has
+them do, and those that lie ready are read joined, while each raw XADD has a round trip and a connection of its own, and
+raw entries are read 16 at a time. `of raw` therefore counts what that gains as ours; with --producers 1 there is
+nothing to share.
 
 `a step` is what a training step waits for when its groups lie ready: to collect them, beside reading the same bytes.
-The second table has what one group costs each process in processor time, which depends less on what else the machine
-does, and the bytes of one sample beside JSON with base64 int32 experts. Medians over --repeats.
+Samples are decoded when they are first asked for, by the thread that trains; `decoded, of raw` counts that too. The
+second table has what one group costs each process in processor time, which depends less on what else the machine does,
+in `decoding` what its samples cost the trainer beyond that, and the bytes of one sample beside JSON with base64 int32
+experts. Medians over --repeats.
 """
 
 from __future__ import annotations
@@ -163,19 +166,35 @@ class Cost:
     redis: float
 
 
-async def collect(client: redis.asyncio.Redis, groups: int) -> None:
+@dataclasses.dataclass(frozen=True, slots=True)
+class Step:
+    """What getting groups that lie ready took, in seconds."""
+
+    collected: float
+    decoded: float
+    """With the decoding of all samples."""
+    decoding: float
+    """Processor time of that alone."""
+
+
+M = TypeVar("M", Cost, Step)
+
+
+async def collect(client: redis.asyncio.Redis, groups: int) -> list[SampleGroup]:
     """Get all groups as the trainer does."""
     queue = GroupQueue(client, JOB)
     collected = await queue.collect(range(groups), 600)
     assert len(collected) == groups
+    return [group for _, group in collected.values()]
 
 
-async def read(client: redis.asyncio.Redis, groups: int) -> None:
-    """Get as many entries."""
+async def read(client: redis.asyncio.Redis, groups: int) -> list[SampleGroup]:
+    """Get as many entries, and decode none."""
     count = 0
     while count < groups:
         answer: Any = await client.xreadgroup("g", "c", {RAW_KEY: ">"}, count=16, block=1000)
         count += len(answer[0][1]) if answer else 0
+    return []
 
 
 class Bench:
@@ -202,13 +221,16 @@ class Bench:
         rollout_s = sum(seconds for _, seconds in await putting)
         return Cost(wall_s, rollout_s, trainer_s, self._redis_s() - redis_s)
 
-    async def step(self, mode: str, groups: int) -> float:
-        """Seconds to get groups that were put before."""
+    async def step(self, mode: str, groups: int) -> Step:
+        """Get groups that were put before."""
         await self._clear()
         await self.order(mode)
         began = time.perf_counter()
-        await (collect if mode == "queue" else read)(self._client, groups)
-        return time.perf_counter() - began
+        collected = await (collect if mode == "queue" else read)(self._client, groups)
+        collected_s, decoding = time.perf_counter() - began, time.process_time()
+        for group in collected:
+            _ = group.samples
+        return Step(collected_s, time.perf_counter() - began, time.process_time() - decoding)
 
     async def _clear(self) -> None:
         await GroupQueue(self._client, JOB).drop_job()
@@ -247,40 +269,43 @@ async def measure(bench: Bench, shape: Shape, repeats: int) -> tuple[list[str], 
     """The row of each table."""
     payload_bytes = sum(nbytes for nbytes, _ in await bench.order(shape))
     streams: dict[str, list[Cost]] = {"queue": [], "raw": []}
-    steps: dict[str, list[float]] = {"queue": [], "raw": []}
+    steps: dict[str, list[Step]] = {"queue": [], "raw": []}
     for _ in range(repeats):
         for mode in streams:
             streams[mode].append(await bench.stream(mode, shape.groups))
             steps[mode].append(await bench.step(mode, shape.groups))
     queue, raw = (_median(streams[mode]) for mode in streams)
-    queue_step, raw_step = (statistics.median(steps[mode]) for mode in steps)
+    queue_step, raw_step = (_median(steps[mode]) for mode in steps)
     sample = make_group(shape, 0).samples[0]
     wire = payload_bytes / shape.groups / shape.samples
     throughput = [
         *(shape.name, f"{payload_bytes / shape.groups / 2**20:.2f}"),
         *(f"{shape.groups / queue.wall:.0f}", f"{payload_bytes / queue.wall / 1e6:.0f}"),
         *(f"{shape.groups / raw.wall:.0f}", f"{raw.wall / queue.wall:.0%}"),
-        *(f"{shape.groups / queue_step:.0f}", f"{shape.groups / raw_step:.0f}", f"{raw_step / queue_step:.0%}"),
+        *(f"{shape.groups / queue_step.collected:.0f}", f"{shape.groups / raw_step.collected:.0f}"),
+        *(f"{raw_step.collected / queue_step.collected:.0%}", f"{raw_step.collected / queue_step.decoded:.0%}"),
     ]
     pairs = ((queue.rollout, raw.rollout), (queue.trainer, raw.trainer), (queue.redis, raw.redis))
     costs = [
         shape.name,
         *(f"{ours / shape.groups * 1e6:.0f} / {theirs / shape.groups * 1e6:.0f}" for ours, theirs in pairs),
+        f"{queue_step.decoding / shape.groups * 1e6:.0f}",
         *(f"{wire:,.0f}", f"{json_bytes(sample):,}", f"{wire / json_bytes(sample):.0%}"),
     ]
     return throughput, costs
 
 
-def _median(costs: Sequence[Cost]) -> Cost:
-    return Cost(*(statistics.median(getattr(cost, field.name) for cost in costs) for field in dataclasses.fields(Cost)))
+def _median(costs: Sequence[M]) -> M:
+    fields = dataclasses.fields(costs[0])
+    return type(costs[0])(*(statistics.median(getattr(cost, field.name) for cost in costs) for field in fields))
 
 
 THROUGHPUT = [
     *("group", "MiB", "groups/s", "MB/s", "raw groups/s", "of raw"),
-    *("a step: groups/s", "raw groups/s", "of raw"),
+    *("a step: groups/s", "raw groups/s", "of raw", "decoded, of raw"),
 ]
 COSTS = [
-    *("µs per group, ours / raw:", "rollout", "trainer", "Redis"),
+    *("µs per group, ours / raw:", "rollout", "trainer", "Redis", "decoding"),
     *("bytes/sample", "JSON bytes/sample", "of JSON"),
 ]
 
@@ -293,8 +318,8 @@ def show(rows: Sequence[Sequence[str]]) -> None:
     print()
 
 
-async def run(repeats: int, rollouts: int, producers: int) -> None:
-    """Measure every shape and print the tables."""
+async def run(shapes: Sequence[Shape], repeats: int, rollouts: int, producers: int) -> None:
+    """Measure shapes and print the tables."""
     with (
         tempfile.TemporaryDirectory() as folder,
         RedisServer(pathlib.Path(folder)) as server,
@@ -302,7 +327,7 @@ async def run(repeats: int, rollouts: int, producers: int) -> None:
     ):
         client = await connect_async(server.url)
         bench = Bench(server, client, pipes)
-        rows = [await measure(bench, shape, repeats) for shape in SHAPES]
+        rows = [await measure(bench, shape, repeats) for shape in shapes]
         await client.aclose()
     show([THROUGHPUT, *(throughput for throughput, _ in rows)])
     show([COSTS, *(costs for _, costs in rows)])
@@ -310,8 +335,11 @@ async def run(repeats: int, rollouts: int, producers: int) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    names = [shape.name for shape in SHAPES]
+    parser.add_argument("--shapes", nargs="+", choices=names, default=names, help="which to measure")
     parser.add_argument("--repeats", type=int, default=5, help="measurements per row; the median is shown")
     parser.add_argument("--rollouts", type=int, default=1, help="processes that put")
     parser.add_argument("--producers", type=int, default=4, help="groups that each puts at the same time")
     flags = parser.parse_args()
-    asyncio.run(run(flags.repeats, flags.rollouts, flags.producers))
+    shapes = [shape for shape in SHAPES if shape.name in flags.shapes]
+    asyncio.run(run(shapes, flags.repeats, flags.rollouts, flags.producers))

@@ -32,14 +32,12 @@ def group_to_bytes(group: SampleGroup) -> bytes:
     columns = columns_of(group.samples).SerializeToString(deterministic=True)
     arrays: list[Any] = arrays_of(group.samples)
     nbytes = sum([array.nbytes for array in arrays])
-    body = b"".join(
-        (
-            *(fields, _COLUMNS, _varint(len(columns)), columns),
-            *(_ARRAYS, _varint(nbytes), *arrays),
-            *(_ARRAYS_BYTES, _NUMBER.pack(nbytes), _CHECKSUM),
-        )
-    )
-    return b"".join((body, _NUMBER.pack(_checksum(body))))
+    begin = b"".join((fields, _COLUMNS, _varint(len(columns)), columns, _ARRAYS, _varint(nbytes)))
+    end = b"".join((_ARRAYS_BYTES, _NUMBER.pack(nbytes), _CHECKSUM))
+    checksum = xxhash.xxh3_64(begin)
+    for part in (*arrays, end):
+        checksum.update(part)
+    return b"".join((begin, *arrays, end, _NUMBER.pack(checksum.intdigest())))
 
 
 def group_from_bytes(payload: bytes) -> SampleGroup:
@@ -52,7 +50,7 @@ def group_from_bytes(payload: bytes) -> SampleGroup:
         return _from_message(payload)
     _, nbytes, _, checksum = _END.unpack_from(payload, len(payload) - _END.size)
     view = memoryview(payload)
-    if _checksum(view[: -_NUMBER.size]) != checksum:
+    if xxhash.xxh3_64_intdigest(view[: -_NUMBER.size]) != checksum:
         return _from_message(payload)
     return StoredGroup(payload, nbytes)
 
@@ -111,7 +109,6 @@ def _varint(number: int) -> bytes:
     return bytes(digits)
 
 
-_checksum = xxhash.xxh3_64_intdigest
 _COLUMNS, _ARRAYS = _tag("columns", _LENGTH_DELIMITED), _tag("arrays", _LENGTH_DELIMITED)
 _ARRAYS_BYTES, _CHECKSUM = _tag("arrays_bytes", _FIXED64), _tag("checksum", _FIXED64)
 _NUMBER = struct.Struct("<Q")
