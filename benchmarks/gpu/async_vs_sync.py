@@ -85,10 +85,10 @@ def table(runs: pathlib.Path) -> str:
 
 
 def main() -> None:
-    """Run each mode, and print the table after each."""
+    """Run each mode, then print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="SmolLM2-135M-Instruct as a Hugging Face checkpoint")
-    parser.add_argument("--modes", nargs="+", default=list(MODES), choices=list(MODES))
+    parser.add_argument("--modes", nargs="*", default=list(MODES), choices=list(MODES), help="none: show the table")
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--prompts-per-step", type=int, default=16)
     parser.add_argument("--group", type=int, default=8, help="samples of a prompt")
@@ -110,9 +110,10 @@ def main() -> None:
         shutil.rmtree(folder, ignore_errors=True)
         with watching(folder.with_name(f"{mode}.gpu")):
             result = run(args, [*flags, *MODES[mode]], folder)
-        found = table(args.runs)
-        (args.runs / "table.md").write_text(found + "\n")
-        print(f"{mode}: status {result['status']} after {result['wall_s']:.0f} s\n\n{found}\n", flush=True)
+        print(f"{mode}: status {result['status']} after {result['wall_s']:.0f} s", flush=True)
+    found = table(args.runs)
+    (args.runs / "table.md").write_text(found + "\n")
+    print(f"\n{found}", flush=True)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 
-_EVERY_MS = 100
+_EVERY_MS = 250
 
 
 @contextlib.contextmanager
