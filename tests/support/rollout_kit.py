@@ -41,7 +41,7 @@ def job_config(folder: pathlib.Path, **changes: Any) -> JobConfig:
             "device": "cpu",
             "max_running_requests": 8,
             "custom_rm_path": "rollout_rewards.by_label",
-            "reward_timeout_s": 5.0,
+            "reward_timeout_s": 60.0,
             "reward_retries": 1,
             "lr": 1e-5,
             **changes,
