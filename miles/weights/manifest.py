@@ -78,7 +78,7 @@ def plan(layout: Iterable[tuple[str, DType.ValueType, Sequence[int]]]) -> tuple[
 
 
 @functools.lru_cache(maxsize=4)
-def _planned(layout: tuple[tuple[str, int, tuple[int, ...]], ...]) -> bytes:
+def _planned(layout: tuple[tuple[str, DType.ValueType, tuple[int, ...]], ...]) -> bytes:
     """A serialised manifest with the descriptors: every version of a model has the same, and parsing is fast."""
     descriptors: list[policy_pb2.TensorDescriptor] = []
     names: set[str] = set()
