@@ -78,7 +78,8 @@ def forward(
         chunk_rows=options.chunk_rows,
         overwrite_logits=True,
     )
-    log_probs_R = outputs.log_probs_T.flatten()[torch.from_numpy(scored.place_R).to(options.device)]
+    places_R = torch.from_numpy(scored.place_R).to(options.device)
+    log_probs_R = outputs.log_probs_T.flatten().index_select(0, places_R)  # all different, so its gradient repeats
     if outputs.entropy_T is None:
         return TokenLogProbs(log_probs_R, None)
     return TokenLogProbs(log_probs_R, outputs.entropy_T[torch.from_numpy(scored.row_R).to(options.device)])
