@@ -50,17 +50,20 @@ class Measured:
     launches: int
     busy_s: float
     memory_gb: float
+    grad_norm: float | None
+    """Of the first step, before clipping; variants of ours must agree within the type's precision."""
 
     def row(self, parameters: int) -> str:
         """Its row of the table."""
         mfu = 6 * parameters * self.tokens / self.step_s / PEAK_FLOPS
         return (
             f"| {self.name} | {self.tokens:,} | {self.step_s:.4f} | {self.first_s:.2f} | {mfu:.1%} | {self.launches} | "
-            f"{self.busy_s:.4f} | {self.memory_gb:.1f} |"
+            f"{self.busy_s:.4f} | {self.memory_gb:.1f} | {'-' if self.grad_norm is None else f'{self.grad_norm:.5f}'} |"
         )
 
 
-HEADER = "| variant | tokens | step s | first step s | MFU | launches | GPU busy s | GB |\n" + "|---" * 8 + "|"
+COLUMNS = "variant", "tokens", "step s", "first step s", "MFU", "launches", "GPU busy s", "GB", "gradient norm"
+HEADER = f"| {' | '.join(COLUMNS)} |\n{'|---' * len(COLUMNS)}|"
 
 
 def write_model(args: argparse.Namespace, folder: pathlib.Path) -> int:
@@ -192,11 +195,15 @@ def measure(args: argparse.Namespace, name: str, tokens: int, step: Callable[[],
 
     on_gpu = torch.cuda.is_available()
 
+    norms: list[float] = []
+
     def timed() -> float:
         began = time.monotonic()
-        step()
+        metrics = step()
         if on_gpu:
             torch.cuda.synchronize()
+        if metrics is not None:
+            norms.append(metrics["train/grad_norm"])
         return time.monotonic() - began
 
     if on_gpu:
@@ -206,9 +213,10 @@ def measure(args: argparse.Namespace, name: str, tokens: int, step: Callable[[],
     with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]) as recorded:
         profiled_s = timed()
     events = recorded.key_averages()
-    on_device = [event for event in events if event.self_device_time_total > 0]
-    busy_s = sum(event.self_device_time_total for event in on_device) / 1e6
-    launches = sum(event.count for event in on_device if event.device_type != torch.autograd.DeviceType.CPU)
+    on_gpu_itself = (e for e in events if e.device_type != torch.autograd.DeviceType.CPU)
+    kernels = [event for event in on_gpu_itself if event.self_device_time_total > 0]
+    busy_s = sum(event.self_device_time_total for event in kernels) / 1e6
+    launches = sum(event.count for event in kernels)
     if args.profile:
         text = f"{name}: a step of {profiled_s:.4f} s under the profiler; GPU busy for {busy_s:.4f} s\n"
         for order in (["self_cuda_time_total"] if on_gpu else []) + ["self_cpu_time_total"]:
@@ -219,7 +227,8 @@ def measure(args: argparse.Namespace, name: str, tokens: int, step: Callable[[],
         file = args.profile / f"{tokens}-{name.replace(' ', '_').replace(',', '')}"
         file.with_suffix(".txt").write_text(text)
         file.with_suffix(".python.txt").write_text(python_profile(timed))
-    return Measured(name, statistics.median(times[SKIPPED:]), times[0], tokens, launches, busy_s, memory / 1e9)
+    median_s, norm = statistics.median(times[SKIPPED:]), norms[0] if norms else None
+    return Measured(name, median_s, times[0], tokens, launches, busy_s, memory / 1e9, norm)
 
 
 def python_profile(step: Callable[[], Any]) -> str:

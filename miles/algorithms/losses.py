@@ -9,13 +9,9 @@ import dataclasses
 
 import torch
 
-from miles.algorithms.corrections import (
-    Correction,
-    CorrectionMethod,
-    compute_correction,
-)
+from miles.algorithms.corrections import Correction, CorrectionMethod, compute_correction
 from miles.algorithms.kl import approximate_kl
-from miles.algorithms.loss_aggregation import token_weights
+from miles.algorithms.loss_reducer import LossReducer
 from miles.algorithms.metrics import MetricSum
 from miles.algorithms.mis import mismatch_metrics
 from miles.algorithms.packing import Packing, as_float, keep_log_probs, keep_where
@@ -92,54 +88,6 @@ class LossOutput:
     metrics: dict[str, MetricSum]
 
 
-class _Reducer:
-    """Aggregates per-token values of one micro-batch, for the loss and for metrics."""
-
-    def __init__(self, batch: LossBatch, per_token: bool) -> None:
-        self._mask_T = batch.mask_T.bool()
-        self._packing = batch.packing
-        self._mask_sums_B = batch.mask_sums_B
-        self._per_token = per_token
-        rollouts = batch.packing.num_samples if batch.num_rollouts is None else batch.num_rollouts
-        self.count = float(self._mask_T.sum()) if per_token else float(rollouts)
-        self._denominator = max(self.count if batch.denominator is None else batch.denominator, 1.0)
-        self.metrics: dict[str, MetricSum] = {}
-        self._known_weights: dict[tuple[torch.dtype, float | None], torch.Tensor] = {}
-
-    def total(
-        self, values_T: torch.Tensor, keep_T: torch.Tensor | None = None, constant_length: float | None = None
-    ) -> torch.Tensor:
-        """Return the numerator: `aggregate` with a denominator of 1. Rejected tokens keep their weight, times 0."""
-        kept_T = keep_where(self._mask_T if keep_T is None else self._mask_T & keep_T.bool(), values_T)
-        return (kept_T * self._weights(kept_T.dtype, constant_length)).sum()
-
-    def _weights(self, dtype: torch.dtype, constant_length: float | None) -> torch.Tensor:
-        """The tokens' weights, which all values but those of dr_grpo share; computed once."""
-        key = (dtype, constant_length)
-        if key not in self._known_weights:
-            self._known_weights[key] = token_weights(
-                self._mask_T,
-                self._packing,
-                per_token=self._per_token,
-                constant_length=constant_length,
-                mask_sums_B=self._mask_sums_B,
-                dtype=dtype,
-            )
-        return self._known_weights[key]
-
-    def loss(self, total: torch.Tensor) -> torch.Tensor:
-        """Divide a numerator by the step's denominator."""
-        return total / self._denominator
-
-    def report(self, name: str, total: torch.Tensor) -> None:
-        """Add metric train/name from its numerator."""
-        self.metrics[f"train/{name}"] = MetricSum(total.detach(), self.count)
-
-    def report_tokens(self, name: str, values_T: torch.Tensor) -> None:
-        """Add metric train/name, the mean of per-token values with no token rejected."""
-        self.report(name, self.total(values_T.detach()))
-
-
 def rl_loss(
     config: LossConfig, batch: LossBatch, log_probs_T: torch.Tensor, entropy_T: torch.Tensor | None = None
 ) -> LossOutput:
@@ -159,7 +107,7 @@ def rl_loss(
         ValueError: something the config needs is missing, or a shape does not fit the packing.
     """
     _check(config, batch, log_probs_T, entropy_T)
-    reducer = _Reducer(batch, config.calculate_per_token_loss)
+    reducer = LossReducer(batch, config.calculate_per_token_loss)
     new_T = keep_log_probs(batch.mask_T, log_probs_T)
     train_T = new_T.detach()
     if batch.train_log_probs_T is not None:
@@ -208,7 +156,7 @@ def rl_loss(
 def _drop_sequences(
     config: LossConfig,
     batch: LossBatch,
-    reducer: _Reducer,
+    reducer: LossReducer,
     loss_T: torch.Tensor,
     new_T: torch.Tensor,
     old_T: torch.Tensor,
@@ -245,7 +193,7 @@ def _reference_kl(config: LossConfig, batch: LossBatch, new_T: torch.Tensor, old
     return approximate_kl(new_T, ref_T, config.kl_loss_type, old_T if config.use_unbiased_kl else None)
 
 
-def _report_policy(batch: LossBatch, reducer: _Reducer, terms: PolicyTerms, keep_T: torch.Tensor | None) -> None:
+def _report_policy(batch: LossBatch, reducer: LossReducer, terms: PolicyTerms, keep_T: torch.Tensor | None) -> None:
     reducer.report("pg_clipfrac", reducer.total(terms.clipped_T, keep_T))
     reducer.report("ppo_kl", reducer.total(-terms.log_ratio_T.detach(), keep_T))
     reducer.report_tokens("ess_ratio", effective_sample_ratio(terms.log_ratio_T, batch.mask_T, batch.packing))
@@ -256,7 +204,7 @@ def _report_policy(batch: LossBatch, reducer: _Reducer, terms: PolicyTerms, keep
 def _report_mismatch(
     config: LossConfig,
     batch: LossBatch,
-    reducer: _Reducer,
+    reducer: LossReducer,
     train_T: torch.Tensor,
     terms: PolicyTerms,
     correction: Correction | None,
@@ -313,7 +261,7 @@ def critic_loss(
 ) -> LossOutput:
     """`value_loss` aggregated like a policy loss; of `batch` only layout, mask and denominators are read."""
     batch.packing.check(mask_T=batch.mask_T, values_T=values_T, old_values_T=old_values_T, returns_T=returns_T)
-    reducer = _Reducer(batch, calculate_per_token_loss)
+    reducer = LossReducer(batch, calculate_per_token_loss)
     loss_T, clipped_T = value_loss(
         keep_where(batch.mask_T, values_T),
         keep_where(batch.mask_T, old_values_T),
@@ -329,7 +277,7 @@ def critic_loss(
 def sft_loss(batch: LossBatch, log_probs_T: torch.Tensor, *, calculate_per_token_loss: bool = False) -> LossOutput:
     """Negative log-likelihood of the unmasked tokens; of `batch` only layout, mask and denominators are read."""
     batch.packing.check(mask_T=batch.mask_T, log_probs_T=log_probs_T)
-    reducer = _Reducer(batch, calculate_per_token_loss)
+    reducer = LossReducer(batch, calculate_per_token_loss)
     total = -reducer.total(keep_log_probs(batch.mask_T, log_probs_T))
     reducer.report("loss", total)
     return LossOutput(reducer.loss(total), reducer.metrics)

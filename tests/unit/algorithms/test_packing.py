@@ -60,3 +60,21 @@ def test_a_tensor_that_does_not_fit_is_named() -> None:
 def test_padded_rows_too_short_for_their_samples_are_refused() -> None:
     with pytest.raises(ValueError, match="cannot hold"):
         Packing((2, 3)).pack(torch.zeros(2, 2))
+
+
+def test_the_gradient_of_a_samples_sum_is_that_of_each_of_its_tokens_and_back() -> None:
+    packing = Packing((2, 0, 3))
+    x_T = torch.arange(5.0, requires_grad=True)
+    (packing.sum(x_T) * torch.tensor([1.0, 2.0, 3.0])).sum().backward()
+    assert x_T.grad is not None
+    assert x_T.grad.tolist() == [1.0, 1.0, 3.0, 3.0, 3.0]
+    x_B = torch.ones(3, requires_grad=True)
+    (packing.expand(x_B) * torch.arange(5.0)).sum().backward()
+    assert x_B.grad is not None
+    assert x_B.grad.tolist() == [1.0, 0.0, 9.0]
+
+
+def test_flags_are_counted_and_no_samples_have_no_sums() -> None:
+    assert Packing((2, 1)).sum(torch.tensor([True, True, False])).tolist() == [2, 0]
+    assert Packing(()).sum(torch.zeros(0)).shape == (0,)
+    assert Packing(()).expand(torch.zeros(0)).shape == (0,)
