@@ -23,22 +23,23 @@ class OrderedWrites:
         await asyncio.shield(self._add(write))
 
     def later(self, write: Write) -> None:
-        """Write while the caller goes on; `finish` raises what the write raises."""
+        """Write while the caller goes on; `check` and `finish` raise what the write raises."""
         self._add(write).add_done_callback(self._note_error)
 
-    async def make_room(self) -> None:
-        """Return once few writes wait; does not wait itself unless they take longer than whoever asks for them."""
+    async def check(self) -> None:
+        """Raise the first error of `later`, once. Waits only while many writes are left, which is seldom."""
         while len(self._waiting) > _MANY:
             await asyncio.wait(self._waiting, return_when=asyncio.FIRST_COMPLETED)
-
-    async def finish(self) -> None:
-        """Return once everything is written; raise the first error of `later`, once."""
-        if self._last is not None:
-            await asyncio.wait({self._last})
-            await asyncio.sleep(0)  # the callback that notes its error was scheduled before this task
         error, self._error = self._error, None
         if error is not None:
             raise error
+
+    async def finish(self) -> None:
+        """Return once everything is written; raise as `check`."""
+        if self._last is not None:
+            await asyncio.wait({self._last})
+            await asyncio.sleep(0)  # the callback that notes its error was scheduled before this task
+        await self.check()
 
     def _add(self, write: Write) -> asyncio.Task[None]:
         self._last = asyncio.create_task(_after(self._last, write))
