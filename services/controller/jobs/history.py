@@ -30,7 +30,7 @@ LAST_EVALUATED = "last_evaluated_version"
 class JobHistory:
     """Writes one job's record and events to Redis, metrics and summary to the run folder, in the order of the calls.
 
-    What is written `later` takes no time of the caller's; `make_room` and `finish` raise its errors.
+    What is written `later` takes no time of the caller's; `check` raises its errors, and `finish` waits for it too.
     """
 
     def __init__(self, store: JobStore, job: job_pb2.Job, context: JobContext) -> None:
@@ -63,12 +63,9 @@ class JobHistory:
         lines = read_metrics(self._context.run_dir / METRICS_NAME)
         return {line["step"] for line in lines if line.get(name) is not None}
 
-    async def make_room(self) -> None:
-        """Return once little is left to be written later, so that little is lost with this process.
-
-        Raises the first error of what was to be written later.
-        """
-        await self._writes.make_room()
+    async def check(self) -> None:
+        """Raise the first error of what was to be written later; waits only while much is left to be written."""
+        await self._writes.check()
 
     async def finish(self) -> None:
         """Return once everything is written; raise the first error of what was to be written later."""

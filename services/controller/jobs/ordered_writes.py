@@ -26,14 +26,11 @@ class OrderedWrites:
         await asyncio.shield(self._add(write))
 
     def later(self, write: Write) -> None:
-        """Write while the caller goes on; `make_room` or `finish` raises what the write raises."""
+        """Write while the caller goes on; `check` and `finish` raise what the write raises."""
         self._add(write).add_done_callback(self._note_error)
 
-    async def make_room(self) -> None:
-        """Return once few writes wait; does not wait itself unless they take longer than whoever asks for them.
-
-        Raises the first error of `later`, once.
-        """
+    async def check(self) -> None:
+        """Raise the first error of `later`, once. Waits only while many writes are left, which is seldom."""
         while len(self._waiting) > _MANY:
             await asyncio.wait(self._waiting, return_when=asyncio.FIRST_COMPLETED)
         self._raise_noted()

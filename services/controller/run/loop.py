@@ -70,7 +70,6 @@ class RunLoop:
         try:
             await run.publications.publish_if_due(self._trainer, run.step, self._check)
         finally:  # a step that was taken is on record also when its publication fails
-            await run.history.make_room()
             now = time.monotonic()
             times = StepTimes(began - run.step_began, trained - began, now - trained, now - run.step_began)
             phases = {"collect": (run.step_began, began), "train": (began, trained), "publish": (trained, now)}
@@ -90,6 +89,7 @@ class RunLoop:
             run.status.enter("collecting")
             await run.publisher.check()
             run.evaluations.check()
+            await run.history.check()
             await run.publications.publish_overdue(self._trainer, run.step, self._check)
             run.dispatcher.lease_groups()
             run.report.pass_on_warnings()

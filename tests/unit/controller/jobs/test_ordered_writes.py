@@ -45,13 +45,13 @@ async def test_writes_keep_the_order_in_which_they_were_asked_for() -> None:
     assert disk.written == ["a", "b", "c"]
 
 
-async def test_an_error_of_a_later_write_is_raised_once_where_writing_is_finished() -> None:
+async def test_an_error_of_a_later_write_is_raised_once_where_it_is_asked_for() -> None:
     writes, disk = OrderedWrites(), Disk()
     writes.later(full)
     writes.later(disk.fast("b"))
     await writes.now(disk.fast("c"))
     with pytest.raises(OSError, match="the disk is full"):
-        await writes.finish()
+        await writes.check()
     await writes.finish()
     assert disk.written == ["b", "c"]
 
@@ -79,22 +79,12 @@ async def test_whoever_asks_for_more_than_can_be_written_waits() -> None:
     writes, disk = OrderedWrites(), Disk()
     for number in range(20):
         writes.later(disk.slow(str(number)))
-    room = asyncio.create_task(writes.make_room())
+    room = asyncio.create_task(writes.check())
     await asyncio.sleep(0)
     assert not room.done()
     disk.ready.set()
     await room
     assert len(disk.written) >= 12
-
-
-async def test_an_error_of_a_later_write_is_raised_where_the_next_is_asked_for() -> None:
-    writes, disk = OrderedWrites(), Disk()
-    writes.later(full)
-    await writes.now(disk.fast("b"))
-    await asyncio.sleep(0)
-    with pytest.raises(OSError, match="the disk is full"):
-        await writes.make_room()
-    await writes.make_room()
 
 
 async def test_who_ends_for_another_cause_has_what_failed_in_the_log_alone(caplog: pytest.LogCaptureFixture) -> None:
