@@ -171,14 +171,15 @@ def main() -> None:
     import torch
     import torch.distributed as dist
 
-    from miles.services.trainer.backends.fsdp.model.sharded_model import Precision, load_hf_model, shard
+    from miles.services.trainer.backends.fsdp.model.sharded_model import Precision, load_hf_model, place
 
     device = torch.device(args.device, 0) if args.device == "cuda" else torch.device("cpu")
     backend = "cpu:gloo,cuda:nccl" if args.device == "cuda" else "gloo"
     dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     model = load_hf_model(args.model, torch.float32, gradient_checkpointing=False)
-    shard(model, Precision(torch.float32, getattr(torch, args.dtype)), device, cpu_offload=False)
-    measure(model, model.config.vocab_size, args)
+    weights = place(model, Precision(torch.float32, getattr(torch, args.dtype)), device, cpu_offload=False)
+    with weights.in_use():
+        measure(model, model.config.vocab_size, args)
     dist.destroy_process_group()
 
 

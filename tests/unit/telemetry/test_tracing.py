@@ -60,6 +60,6 @@ def test_a_process_keeps_only_its_last_spans() -> None:
     begin = time.time_ns() + 2 * 10**15
     for number in range(tracing.KEPT + 10):
         record("many", begin + number, begin + number + 1, detail=number)
-    kept = spans_between(begin, begin + 2 * tracing.KEPT)
-    assert len(kept) == tracing.KEPT
-    assert (kept[0].detail, kept[-1].detail) == ("10", str(tracing.KEPT + 9))
+    kept = [int(one.detail) for one in spans_between(begin, begin + 2 * tracing.KEPT)]
+    assert kept[-1] == tracing.KEPT + 9
+    assert kept[0] >= 10  # other threads may record meanwhile, and then fewer of these are kept

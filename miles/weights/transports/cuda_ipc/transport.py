@@ -13,6 +13,7 @@ from collections.abc import Collection, Iterable, Sequence
 import torch
 
 from miles.rpc.gen import policy_pb2, weightsync_pb2
+from miles.telemetry.tracing import span
 from miles.weights import flat as flats
 from miles.weights import manifest as manifests
 from miles.weights.base import Endpoint, SendTimes
@@ -56,13 +57,16 @@ class CudaIpcTransport:
         if nbytes == 0:
             self._set_checksums(torch.empty(0, dtype=torch.uint8), descriptors, base)
             return SendTimes()
-        bucket = self._bucket(nbytes)
-        flat = bucket.flat
-        flats.clear_gaps(flat, descriptors)
-        _fill(flat, base, match_layout(descriptors, tensors))
-        torch.cuda.current_stream(self._device).synchronize()
+        with span("start copying weights"):
+            bucket = self._bucket(nbytes)
+            flat = bucket.flat
+            flats.clear_gaps(flat, descriptors)
+            _fill(flat, base, match_layout(descriptors, tensors))
+        with span("wait for the GPU"):
+            torch.cuda.current_stream(self._device).synchronize()
         copied = time.monotonic()
-        self._set_checksums(flat, descriptors, base)
+        with span("checksum weights"):
+            self._set_checksums(flat, descriptors, base)
         self._staged.setdefault(handle.publication_id, []).append(bucket)
         handle.cuda_ipc.boot_id = boot_id()
         handle.cuda_ipc.buckets.append(encode_bucket(bucket.share, device_uuid(self._device), base, nbytes))

@@ -31,7 +31,7 @@ from miles.services.trainer.batch.rollout_batch import OptimizerStepPlan, Rollou
 from miles.services.trainer.step.learning_rate import learning_rate
 from miles.services.trainer.step.progress import Progress, Report
 from miles.services.trainer.step.roles import CriticLearner, Learner, OutputT, PolicyLearner
-from miles.telemetry.tracing import traced
+from miles.telemetry.tracing import span, traced
 
 if TYPE_CHECKING:
     from miles.config.sections.optimizer import OptimizerConfig
@@ -110,14 +110,16 @@ class FsdpLearner(Learner[OutputT]):
     ) -> dict[str, MetricSum]:
         if self._routing is not None:
             self._routing.before(batch, micro_batch, training=True)
-        with torch.set_grad_enabled(with_gradient):
+        with span("forward"), torch.set_grad_enabled(with_gradient):
             outputs = self._forward.for_loss(self.model, micro_batch)
         if self._routing is not None:
             self._routing.after(micro_batch)
-        result = loss(micro_batch, outputs)
+        with span("loss"):
+            result = loss(micro_batch, outputs)
         if with_gradient:
-            # FSDP averages gradients over ranks; the loss is this rank's share of the step's.
-            torch.autograd.backward(result.loss * (dist.get_world_size() * self.loss_scale.value))
+            with span("backward"):
+                # FSDP averages gradients over ranks; the loss is this rank's share of the step's.
+                torch.autograd.backward(result.loss * (dist.get_world_size() * self.loss_scale.value))
         return result.metrics
 
     @traced("optimizer step")

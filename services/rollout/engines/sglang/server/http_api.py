@@ -13,6 +13,7 @@ import aiohttp
 from miles.services.rollout.engines.base import EngineFailed
 from miles.services.rollout.engines.sglang.errors import ServerRefused
 from miles.services.rollout.engines.sglang.requests.events import DONE, EventSplitter
+from miles.telemetry.tracing import traced
 
 KEEP_ALIVE_S = 2.0
 """The server closes a connection that was idle for 5 s; a call sent at that moment would be lost."""
@@ -81,6 +82,7 @@ class SglangApi:
             raise EngineFailed(f"the SGLang server at {self.address} was lost: {error!r}") from error
         raise EngineFailed(f"the SGLang server at {self.address} ended a response without its end")
 
+    @traced("call SGLang", lambda _, method, path, *rest: path)
     async def _call(self, method: str, path: str, timeout_s: float, body: Mapping[str, Any] | None) -> dict[str, Any]:
         timeout = aiohttp.ClientTimeout(total=timeout_s)
         try:

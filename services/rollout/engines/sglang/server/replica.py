@@ -262,8 +262,12 @@ class Replica:
             await drain_device(self.api, self._options.call_timeout_s)
 
     async def resume(self) -> None:
-        """Resume the scheduler."""
-        await self.api.post("/continue_generation", {}, self._options.call_timeout_s)
+        """Resume the scheduler.
+
+        By default it would first give back to the driver what memory PyTorch keeps for the next step, which takes time
+        within the pause, and again when the next responses need that memory.
+        """
+        await self.api.post("/continue_generation", {"torch_empty_cache": False}, self._options.call_timeout_s)
         self._paused = False
         self.mark_progress()
 
