@@ -83,7 +83,7 @@ class Section(BaseModel):
         if isinstance(value, str) and value.strip().lower() in _NOTHING and field.default in (None, ()):
             flag = "--no-" + info.field_name.replace("_", "-")
             raise misspelt(f"{value} is text here", f"to leave it out, write {flag}, or null in a file")
-        if kind is str and value == "" and field.default is None:
+        if kind is str and value == "" and not choices(field):
             raise misspelt("it is empty", "give one, or leave it out")
         if kind is int and isinstance(value, str):
             return _whole_number(value)

@@ -246,6 +246,7 @@ RULE_CASES: list[tuple[dict[str, Any], str]] = [
     ({"save": "a\0b"}, 'save = "a\\u0000b", but it has a NUL byte'),
     ({"run_dir": "x" * 256}, "but it is too long for a path; give a path, or leave it out"),
     ({"load": ""}, "but it is empty; give one, or leave it out"),
+    ({"input_key": ""}, 'input_key = "", but it is empty; give one, or leave it out'),
     ({"prompt_data": "\ud800.jsonl"}, "but it has characters that no file name has"),
     ({"use_tensorboard": True, "tb_experiment_name": "../x"}, "tb_experiment_name = ../x, but it names a folder below"),
     ({"save_hf": "hf/{rollout_id:/>9}"}, "but {rollout_id} is its only placeholder"),

@@ -17,7 +17,7 @@ REFERENCE = list(csv.DictReader(pathlib.Path(__file__).with_name("reference_flag
 OWN = """--name --run-dir --device --host --redis-url --controller-port --weightsync-port --trainer-port --reward-port
     --rollout-port --rollout-num-workers --rollout-backend --rollout-dtype --max-running-requests --reward-service
     --reward-timeout-s --reward-retries --reward-failure-policy --use-icepop --use-mis --train-dtype --share-prompts
-    --log-samples-per-step --log-whole-samples --trace-steps
+    --log-samples-per-step --log-whole-samples --trace-steps --torch-compile
     --no-gateway --gateway-host --gateway-port --gateway-keys-file --gateway-allowed-root
     --gateway-allowed-module --tls-cert --tls-key --tls-ca --tls-mutual
     --rollout-engine-python --rollout-engine-weights --rollout-engine-weights-dir
