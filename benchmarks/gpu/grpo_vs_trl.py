@@ -4,6 +4,9 @@
     python -m benchmarks.gpu.grpo_vs_trl --model DIR                     # both cases
     python -m benchmarks.gpu.grpo_vs_trl --model DIR --cases ragged --trl static-64 continuous-64
 
+Ours runs synchronous, like TRL, and `one-step-off`: the next samples are generated while the trainer works, so they are
+of the weights before the last, corrected by truncated importance sampling.
+
 Case `short`: one-digit sums, 16 new tokens. Case `ragged`: counting from 1 to N, lengths up to 512 that the model
 itself decides; the learning rate is low, so that they stay alike. Both sides have the same model
 (SmolLM2-135M-Instruct), prompts in the same order, group size, end token, largest length, rewards and learning rate,
@@ -37,12 +40,21 @@ TRL_SETTINGS = {
     "ragged": ("continuous-64", "static-64", "static-128", "static-256"),
 }
 OURS = "miles"
+MODES: dict[str, tuple[str, ...]] = {
+    "synchronous": ("--max-weight-staleness", "0"),
+    "one-step-off": ("--max-weight-staleness", "1", "--use-tis"),
+}
 
 Step = dict[str, float]
 """Of one step: step_s, samples, response_tokens, longest, and its parts in seconds."""
 
 
-def run_ours(args: argparse.Namespace, case: str, folder: pathlib.Path) -> str:
+def folder_of(mode: str) -> str:
+    """Name of the folder of a run of ours."""
+    return OURS if mode == "synchronous" else f"{OURS}-{mode}"
+
+
+def run_ours(args: argparse.Namespace, case: str, mode: str, folder: pathlib.Path) -> str:
     """Run ours into a folder; returns what stopped it, if anything did."""
     task = TASKS[CASES[case]]
     new_tokens = args.max_new_tokens or task.max_new_tokens
@@ -52,7 +64,7 @@ def run_ours(args: argparse.Namespace, case: str, folder: pathlib.Path) -> str:
     flags += ["--rollout-batch-size", str(args.prompts_per_step), "--n-samples-per-prompt", str(args.group)]
     flags += ["--rollout-max-response-len", str(new_tokens), "--lr", str(task.learning_rate)]
     flags += ["--lr-decay-style", "constant", "--max-tokens-per-gpu", str(args.max_tokens or task.max_tokens_per_gpu)]
-    flags += ["--log-probs-chunk-size", "8192", "--no-save-optim"]
+    flags += ["--log-probs-chunk-size", "8192", "--no-save-optim", *MODES[mode]]
     steps = args.ours_steps[case]
     shutil.rmtree(folder, ignore_errors=True)
     with watching(folder.with_name(f"{folder.name}.gpu")):
@@ -145,17 +157,18 @@ COLUMNS = (
 def table(folder: pathlib.Path, stopped: dict[str, str]) -> str:
     """Markdown: a row for each run in the folder of a case, then what stopped some, and the shares of our time."""
     found = {run.name: measured_steps(run) for run in sorted(folder.iterdir()) if (run / "output.log").exists()}
-    found = {name: steps for name in sorted(found, key=lambda name: (name != OURS, name)) if (steps := found[name])}
-    peers = [median(steps, "step_s") for name, steps in found.items() if name != OURS]
+    ours = [folder_of(mode) for mode in MODES]
+    found = {name: steps for name in sorted(found, key=lambda name: (name not in ours, name)) if (steps := found[name])}
+    peers = [median(steps, "step_s") for name, steps in found.items() if name not in ours]
     best_s = min(peers, default=float("nan"))
     lines = ["| | " + " | ".join(COLUMNS) + " |", "|---|" + "---|" * len(COLUMNS)]
     for name, steps in found.items():
-        shown = name if name == OURS else f"TRL {name}"
+        shown = name if name in ours else f"TRL {name}"
         lines.append(row(shown, steps, best_s, folder / f"{name}.gpu"))
     none = {name: why or "no step within the deadline" for name, why in stopped.items() if why or name not in found}
     lines += ["", *(f"{name}: {why}" for name, why in none.items())]
-    if shares := shares_of(folder / OURS, skip=1):
-        lines.append(f"time of {OURS}: {shares_text(shares)}")
+    shares = {name: shares_of(folder / name, skip=1) for name in found if name in ours}
+    lines += [f"time of {name}: {shares_text(share)}" for name, share in shares.items() if share]
     return "\n".join(lines)
 
 
@@ -163,9 +176,10 @@ def compare(args: argparse.Namespace, case: str, settings: list[Setting]) -> Non
     """Measure a case, then print and write the table of all that its folder holds, of earlier calls too."""
     folder = args.runs / case
     stopped: dict[str, str] = {}
-    if args.ours:
-        stopped[OURS] = run_ours(args, case, folder / OURS)
-        print(f"{case}, {OURS}: {seconds_of(folder / OURS)} s a step {stopped[OURS]}", flush=True)
+    for mode in args.modes:
+        name = folder_of(mode)
+        stopped[name] = run_ours(args, case, mode, folder / name)
+        print(f"{case}, {name}: {seconds_of(folder / name)} s a step {stopped[name]}", flush=True)
     for setting in settings:
         name = str(setting)
         stopped[name] = run_trl(args, case, setting, folder / name)
@@ -188,7 +202,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, nargs=2, default=(20, 12), help="of ours, short and ragged")
     parser.add_argument("--trl-steps", type=int, nargs=2, default=(10, 5), help="of each setting of TRL, likewise")
     parser.add_argument("--trl", type=Setting.parse, nargs="*", help="settings of TRL; none measures ours alone")
-    parser.add_argument("--ours", action=argparse.BooleanOptionalAction, default=True, help="measure our own run")
+    parser.add_argument("--modes", nargs="*", default=list(MODES), choices=list(MODES), help="of ours; none: TRL alone")
     parser.add_argument("--trl-attention", default="sdpa", help="TRL's attn_implementation")
     parser.add_argument("--trl-deadline", type=float, default=150.0, help="seconds that a setting of TRL may take")
     parser.add_argument("--deadline", type=float, default=300.0, help="seconds that a run of ours may take")
