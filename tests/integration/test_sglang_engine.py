@@ -23,6 +23,8 @@ from torch_engine_models import END_TOKEN, prompt_of, save_checkpoint, weights_o
 
 from miles.services.rollout.engines.base import FinishReason, GenerationRequest, PauseMode, SamplingParams
 from miles.services.rollout.engines.sglang import SglangEngine
+from miles.services.rollout.engines.sglang.errors import ServerRefused
+from miles.services.rollout.engines.sglang.requests.payload import to_payload
 from miles.services.rollout.engines.sglang.server.probes import probe
 from miles.services.rollout.engines.sglang.weights.checker import checksum, drain_device
 from miles.services.rollout.engines.sglang.weights.files import write_files
@@ -146,6 +148,21 @@ async def test_requests_at_fault_are_refused_with_every_fault(engine: SglangEngi
     request = GenerationRequest("bad", [1, 9999], SamplingParams(max_new_tokens=1000, top_p=0.0))
     with pytest.raises(ValueError, match=r"9999.*exceed.*top_p"):
         await anext(engine.generate(request))
+
+
+async def test_a_request_that_sglang_refuses_ends_its_own_group_alone(engine: SglangEngine) -> None:
+    async def tokens(group: str, rid: str, prompt: list[int]) -> int:
+        request = GenerationRequest(rid, prompt, SamplingParams(max_new_tokens=4, min_new_tokens=4))
+        payload = to_payload(request, rid, cache_key="none", seeded=False)
+        events = [event async for event in engine.replicas[0].batches.generate(group, payload)]
+        return sum(len(event["output_ids"]) for event in events)
+
+    asked = [("g", prompt_of(8, 0)), ("g", prompt_of(9, 1)), ("h", prompt_of(100_000, 2)), ("h", prompt_of(7, 3))]
+    outcomes = await asyncio.gather(
+        *(tokens(group, f"refused-{i}", prompt) for i, (group, prompt) in enumerate(asked)), return_exceptions=True
+    )
+    assert outcomes[:2] == [4, 4]
+    assert all(isinstance(outcome, ValueError | ServerRefused) for outcome in outcomes[2:])
 
 
 async def test_samples_of_a_group_share_their_prompt(engine: SglangEngine) -> None:

@@ -1,18 +1,26 @@
 """Batches requests that arrive together into one POST: accepting a request costs as much as hundreds of its tokens.
 
-The samples of a group are requested at the same moment. In one POST they cost the server's front process half as much
-as one by one, and this process even less; each still has its own id, end and events.
+The samples of the groups of a step are requested at about the same moment. In one POST of 64 they cost the server's
+front process half as much as in eight of 8, this process too, and its scheduler begins with more of them at once. Each
+still has its own id, end and events.
 """
 
 from __future__ import annotations
 
 import asyncio
 import functools
+import logging
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from typing import Any
 
+from miles.services.rollout.engines.sglang.errors import ServerRefused
+
+logger = logging.getLogger(__name__)
+
 MOST = 64
 """Requests in one POST."""
+COLLECT_S = 0.001
+"""How long requests are collected; less than the server's front process takes for one."""
 _EACH = ("rid", "input_ids", "sampling_params", "extra_key")
 """Fields of which SGLang takes a list; all others apply to a whole batch."""
 _SHARED = ("sampling_params", "extra_key")
@@ -22,26 +30,33 @@ Events = AsyncGenerator[dict[str, Any], None]
 
 
 class Batches:
-    """Collects requests until the event loop has run all ready tasks, then sends those of a kind at once.
+    """Collects requests for a moment, then sends those of a kind at once.
 
-    Requests of different groups never share a POST: one that the server rejects ends its whole batch.
+    A server that rejects one request rejects its whole POST; the groups of such a POST are then sent one by one.
     """
 
     def __init__(self, send: Callable[[Mapping[str, Any], Callable[[], None]], Events]) -> None:
         """`send` posts a body, calls back once the server has it, and yields the events of its stream."""
         self._send = send
         self._waiting: dict[tuple[Any, ...], list[_Part]] = {}
+        self._flushing: asyncio.TimerHandle | None = None
         self._unaccepted: dict[str, _Part] = {}
         """By id: requests that the server does not have yet."""
         self._sending: set[asyncio.Task[None]] = set()
 
     async def generate(self, group: str, payload: Mapping[str, Any]) -> Events:
-        """The events of one request; raises what `send` raises. Leaving it early does not end the request."""
-        part = self._unaccepted[payload["rid"]] = _Part(payload)
-        if not self._waiting:
-            asyncio.get_running_loop().call_soon(self._flush)
-        shared = tuple((name, value) for name, value in payload.items() if name not in _EACH)
-        self._waiting.setdefault((group or id(part), shared), []).append(part)
+        """The events of one request; raises what `send` raises. Leaving it early does not end the request.
+
+        Requests of a group have its name; others have none.
+        """
+        part = self._unaccepted[payload["rid"]] = _Part(group, payload)
+        if self._flushing is None:
+            self._flushing = asyncio.get_running_loop().call_later(COLLECT_S, self._flush)
+        kind = tuple((name, value) for name, value in payload.items() if name not in _EACH)
+        collected = self._waiting.setdefault(kind, [])
+        collected.append(part)
+        if len(collected) == MOST:
+            self._start(self._waiting.pop(kind))
         while (event := await part.events.get()) is not None:
             if isinstance(event, BaseException):
                 raise event
@@ -58,41 +73,72 @@ class Batches:
             task.cancel()
 
     def _flush(self) -> None:
-        waiting, self._waiting = self._waiting, {}
-        for collected in waiting.values():
-            for start in range(0, len(collected), MOST):
-                parts = collected[start : start + MOST]
-                task = asyncio.create_task(self._send_batch(parts))
-                self._sending.add(task)
-                task.add_done_callback(functools.partial(self._end, parts))
+        waiting, self._waiting, self._flushing = self._waiting, {}, None
+        for parts in waiting.values():
+            self._start(parts)
+
+    def _start(self, parts: Sequence[_Part]) -> None:
+        task = asyncio.create_task(self._send_batch(parts))
+        for part in parts:
+            part.sender = task
+        self._sending.add(task)
+        task.add_done_callback(functools.partial(self._end, parts))
 
     async def _send_batch(self, parts: Sequence[_Part]) -> None:
         """Send a batch and pass on its events, to the end of the stream, so that its connection can be reused."""
-        async for event in self._send(merged([part.payload for part in parts]), lambda: self._accept(parts)):
-            parts[event.get("index", 0)].events.put_nowait(event)
+        heard = False
+        try:
+            async for event in self._send(merged([part.payload for part in parts]), lambda: self._accept(parts)):
+                heard = True
+                parts[event.get("index", 0)].events.put_nowait(event)
+        except (ValueError, ServerRefused) as error:
+            groups = _by_group(parts)
+            if heard or len(groups) == 1:
+                raise
+            logger.warning("SGLang refuses one of %d groups in a request, so each goes by itself: %s", len(groups), error)
+            for group in groups:
+                for part in group:
+                    part.send_again()
+                self._start(group)
 
     def _accept(self, parts: Sequence[_Part]) -> None:
         for part in parts:
-            self._unaccepted.pop(part.payload["rid"], None)
+            self._unaccepted.pop(part.rid, None)
             part.accepted.set()
 
     def _end(self, parts: Sequence[_Part], task: asyncio.Task[None]) -> None:
         """End every request of a batch, with its error if there was one; also when it was cancelled before sending."""
         self._sending.discard(task)
-        self._accept(parts)
         end = None if task.cancelled() else task.exception()
-        for part in parts:
+        ended = [part for part in parts if part.sender is task]
+        self._accept(ended)
+        for part in ended:
             part.events.put_nowait(end)
 
 
 class _Part:
     """One request of a batch."""
 
-    def __init__(self, payload: Mapping[str, Any]) -> None:
+    def __init__(self, group: str, payload: Mapping[str, Any]) -> None:
+        self.group = group or payload["rid"]
+        self.rid: str = payload["rid"]
         self.payload = payload
         self.events: asyncio.Queue[dict[str, Any] | BaseException | None] = asyncio.Queue()
         """Its events, then None or the error that ended it."""
         self.accepted = asyncio.Event()
+        self.sender: asyncio.Task[None] | None = None
+        """Sends it and passes on its events."""
+
+    def send_again(self) -> None:
+        """Give it a new id, as the server may not have done with the first; an abort of the first is one of both."""
+        self.payload = {**self.payload, "rid": f"{self.rid}-again"}
+
+
+def _by_group(parts: Sequence[_Part]) -> list[list[_Part]]:
+    groups: dict[str, list[_Part]] = {}
+    for part in parts:
+        groups.setdefault(part.group, []).append(part)
+    return list(groups.values())
 
 
 def merged(payloads: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from miles.services.rollout.engines.base import EngineFailed
+from miles.services.rollout.engines.sglang.errors import ServerRefused
 from miles.services.rollout.engines.sglang.requests.batches import MOST, Batches, merged
 
 
@@ -20,15 +21,20 @@ class Server:
         self.error: Exception | None = None
         self.goes_on = asyncio.Event()
         self.goes_on.set()
+        self.refused: list[int] = []
+        """Input that it refuses, with this error."""
+        self.refusal: Exception = ValueError()
 
     async def send(
         self, body: Mapping[str, Any], on_accepted: Callable[[], None]
     ) -> AsyncGenerator[dict[str, Any], None]:
         self.bodies.append(body)
         await self.takes.wait()
-        on_accepted()
         single = isinstance(body["rid"], str)
         inputs = [body["input_ids"]] if single else body["input_ids"]
+        if self.refused in inputs:
+            raise self.refusal
+        on_accepted()
         for count in range(max(map(len, inputs))):
             await self.goes_on.wait()
             for index, ids in enumerate(inputs):
@@ -67,12 +73,54 @@ async def test_a_group_is_one_post_and_each_gets_its_own_events(batches: Batches
     assert server.bodies[0]["stream"] is True
 
 
-async def test_what_differs_in_group_or_kind_or_comes_later_goes_apart(batches: Batches, server: Server) -> None:
+async def test_groups_of_a_moment_share_a_post_and_what_differs_in_kind_or_comes_later_goes_apart(
+    batches: Batches, server: Server
+) -> None:
     kinds = [("g", {}), ("h", {}), ("g", {"routed_experts_start_len": 3}), ("", {}), ("", {})]
     asked = [(group, payload(f"r{i}", [i], **more)) for i, (group, more) in enumerate(kinds)]
     assert await asyncio.gather(*(tokens(batches, *each) for each in asked)) == [[i] for i in range(5)]
     assert await tokens(batches, "g", payload("r5", [5])) == [5]
-    assert [body["rid"] for body in server.bodies] == [f"r{i}" for i in range(6)]
+    assert [body["rid"] for body in server.bodies] == [["r0", "r1", "r3", "r4"], "r2", "r5"]
+
+
+@pytest.mark.parametrize("refusal", [ValueError("too long"), ServerRefused("/generate", 400, "too long")])
+async def test_a_request_that_the_server_refuses_ends_its_own_group_alone(
+    batches: Batches, server: Server, refusal: Exception
+) -> None:
+    server.refused, server.refusal = [99], refusal
+    asked = [("g", [1]), ("g", [2]), ("h", [99]), ("h", [3]), ("", [4])]
+    outcomes = await asyncio.gather(
+        *(tokens(batches, group, payload(f"r{i}", ids)) for i, (group, ids) in enumerate(asked)),
+        return_exceptions=True,
+    )
+    assert outcomes == [[1], [2], refusal, refusal, [4]]
+    assert [body["rid"] for body in server.bodies] == [
+        [f"r{i}" for i in range(5)],
+        ["r0-again", "r1-again"],
+        ["r2-again", "r3-again"],
+        "r4-again",
+    ]
+
+
+async def test_an_abort_waits_until_a_request_that_is_sent_again_is_there(batches: Batches, server: Server) -> None:
+    server.refused, server.refusal = [99], ValueError("too long")
+    asked = [
+        asyncio.create_task(tokens(batches, group, payload(f"r{ids[0]}", ids)))
+        for group, ids in (("g", [1]), ("h", [99]))
+    ]
+    await asyncio.sleep(0)
+    accepted = asyncio.create_task(batches.until_accepted("r1"))
+    while not server.bodies:  # noqa: ASYNC110
+        await asyncio.sleep(0)
+    server.takes.clear()
+    while len(server.bodies) < 3:  # noqa: ASYNC110
+        await asyncio.sleep(0)
+    assert not accepted.done()
+    server.takes.set()
+    await asyncio.wait_for(accepted, 10)
+    assert await asked[0] == [1]
+    with pytest.raises(ValueError, match="too long"):
+        await asked[1]
 
 
 async def test_no_batch_is_larger_than_it_may_be(batches: Batches, server: Server) -> None:
@@ -116,12 +164,11 @@ async def test_no_abort_waits_for_a_request_whose_server_is_lost(batches: Batche
 
 
 async def test_nobody_waits_for_a_batch_that_is_given_up_before_it_begins(batches: Batches, server: Server) -> None:
-    waiting = asyncio.create_task(tokens(batches, "g", payload("r", [1])))
-    await asyncio.sleep(0)  # it is collected
-    await asyncio.sleep(0)  # its batch is made
+    waiting = [asyncio.create_task(tokens(batches, "g", payload(f"r{i}", [1]))) for i in range(MOST)]
+    await asyncio.sleep(0)  # the last one makes the batch
     batches.close()
     async with asyncio.timeout(10):
-        assert await waiting == []
+        assert await asyncio.gather(*waiting) == [[]] * MOST
     assert server.bodies == []
 
 
