@@ -5,21 +5,23 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
+import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 
-from miles.rpc.gen import policy_pb2, weightsync_pb2
+from miles.rpc.gen import policy_pb2, weightsource_pb2, weightsync_pb2
 from miles.telemetry.tracing import traced
 from miles.weights import manifest as manifests
 from miles.weights.base import Endpoint, SendTimes, WeightTransport
 from miles.weights.bucketing import buckets, check_exhausted
 from miles.weights.dtypes import wire_dtype
 from miles.weights.registry import create_transport
+from miles.weights.transports.cuda_ipc.probe import merge_opened, open_probes
 from miles.weights.transports.names import checksum_kind
-from miles.weights.usable_transports import usable_transports
+from miles.weights.usable_transports import fits_gpu_memory, usable_transports
 
 if TYPE_CHECKING:
     from miles.rpc.gen.weightsync_pb2 import DeltaEncoding, TransportKind
@@ -27,6 +29,9 @@ if TYPE_CHECKING:
 
 Layout = Sequence[tuple[str, torch.dtype, tuple[int, ...]]]
 """Name, dtype and shape of every tensor, in the order in which they will be sent."""
+
+OpenGpuMemory = Callable[[Sequence[weightsource_pb2.GpuMemoryProbe], torch.device], weightsource_pb2.OpenedGpuMemory]
+"""Finds out with which engines a trainer on this device can share GPU memory."""
 
 BUCKET_BYTES = 512 << 20
 """Default size of a bucket, in bytes."""
@@ -142,10 +147,12 @@ class WeightPublisher:
         endpoint: Endpoint | None = None,
         bucket_bytes: int = BUCKET_BYTES,
         delta: DeltaSettings | None = None,
+        open_gpu_memory: OpenGpuMemory = open_probes,
     ) -> None:
         """`stub` is a blocking one (over grpc.Channel); `deadline_s` bounds each call to the service, in seconds.
 
-        `transport` UNSPECIFIED lets the service choose, which knows what each engine can use.
+        `transport` UNSPECIFIED lets the service choose, which knows what each engine can use. `open_gpu_memory` finds
+        out, for `publish`, which engines this trainer can share GPU memory with.
         """
         self._delta = delta or DeltaSettings()
         self._stub = stub
@@ -154,9 +161,15 @@ class WeightPublisher:
         self._kind = transport
         self._deadline_s = deadline_s
         self._bucket_bytes = bucket_bytes
+        self._device = (endpoint or Endpoint()).device
         self.sender = WeightSender(endpoint)
         self._usable: Sequence[TransportKind.ValueType] | None = None
         """Transports that this process can use; None before the first version, and after one that failed."""
+        self._open_gpu_memory = open_gpu_memory
+        self._opened = weightsource_pb2.OpenedGpuMemory()
+        """Attached engines that can share GPU memory with every rank."""
+        self._tried: set[bytes] = set()
+        """Tokens of the engines for which that is known, whether they can or not."""
 
     def publish(
         self,
@@ -173,6 +186,8 @@ class WeightPublisher:
         was not activated and leaves one that was. Raises grpc.RpcError when the service refuses or does not answer in
         time, and OSError when there is no room for the bytes.
         """
+        if untried := self.untried_engines(layout):
+            self.opened(untried, [self._open_gpu_memory(untried, self._device)])
         pending = self.begin(version, train_step, layout, lora)
         with self.discarding_on_failure(pending):
             times = SendTimes()
@@ -181,6 +196,39 @@ class WeightPublisher:
                 times += self.sender.send(pending.handles, bucket, itertools.islice(source, len(bucket)))
             check_exhausted(source)
             return self.finish(pending, times)
+
+    @traced("look for engines")
+    def untried_engines(self, layout: Layout) -> list[weightsource_pb2.GpuMemoryProbe]:
+        """What engines share of their GPUs' memory, where it is not known yet whether every rank can open it.
+
+        Asks the service every time, because engines come and go between two versions; not if it must not choose a
+        transport, or if this trainer has no GPU. Engines whose GPU is too small for the version are left out. Call
+        `opened` with what is found out before `begin`.
+        """
+        if self._kind != weightsync_pb2.TRANSPORT_KIND_UNSPECIFIED or self._device.type != "cuda":
+            return []
+        described = self._describe()
+        attached = {probe.token for probe in described.gpu_memory}
+        self._tried &= attached
+        still = [token for token in self._opened.tokens if token in attached]
+        self._opened = weightsource_pb2.OpenedGpuMemory(tokens=still, gpu_nbytes=self._opened.gpu_nbytes)
+        nbytes = sum(math.prod(shape) * dtype.itemsize for _, dtype, shape in layout)
+        return [
+            probe
+            for probe in described.gpu_memory
+            if probe.token not in self._tried and fits_gpu_memory(nbytes, probe.gpu_nbytes)
+        ]
+
+    def opened(
+        self,
+        untried: Sequence[weightsource_pb2.GpuMemoryProbe],
+        reports: Sequence[weightsource_pb2.OpenedGpuMemory],
+    ) -> None:
+        """Take in what each rank has found out about these engines."""
+        found = merge_opened(reports)
+        self._tried |= {probe.token for probe in untried}
+        self._opened.tokens.extend(found.tokens)
+        self._opened.gpu_nbytes = found.gpu_nbytes or self._opened.gpu_nbytes
 
     @traced("begin version")
     def begin(
@@ -191,7 +239,7 @@ class WeightPublisher:
         descriptors, total_bytes = manifests.plan((name, wire_dtype(dtype), shape) for name, dtype, shape in layout)
         name = policy_pb2.WeightVersion(job_id=self._job_id, stream=self._stream, version=version)
         self.sender.trim(None)
-        usable, self._usable = self._usable or self._find_usable(), None
+        usable, self._usable = self._usable or usable_transports(self._describe()), None
         answer = self._stub.Allocate(
             weightsync_pb2.AllocateRequest(
                 version=name,
@@ -200,6 +248,7 @@ class WeightPublisher:
                 usable=usable,
                 delta_encoding=self._delta.encoding,
                 full_every=self._delta.full_every,
+                opened=self._opened,
             ),
             timeout=self._deadline_s,
         )
@@ -249,9 +298,12 @@ class WeightPublisher:
             written_bytes=times.written_bytes,
         )
 
-    def _find_usable(self) -> Sequence[TransportKind.ValueType]:
-        described = self._stub.DescribeTransports(weightsync_pb2.DescribeTransportsRequest(), timeout=self._deadline_s)
-        return usable_transports(described)
+    def _describe(self) -> weightsync_pb2.DescribeTransportsResponse:
+        request = weightsync_pb2.DescribeTransportsRequest(job_id=self._job_id, stream=self._stream)
+        described: weightsync_pb2.DescribeTransportsResponse = self._stub.DescribeTransports(
+            request, timeout=self._deadline_s
+        )
+        return described
 
     @contextlib.contextmanager
     def discarding_on_failure(self, pending: PendingVersion) -> Iterator[None]:

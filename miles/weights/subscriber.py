@@ -9,22 +9,25 @@ import logging
 import random
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable
 from typing import TYPE_CHECKING, cast
 
 import grpc.aio
 
 from miles.rpc.channel import connect
-from miles.rpc.gen import policy_pb2, weightsync_pb2, weightsync_pb2_grpc
+from miles.rpc.gen import policy_pb2, weightsource_pb2, weightsync_pb2, weightsync_pb2_grpc
 from miles.weights.adapters.merging import AdapterBase
 from miles.weights.base import Endpoint, WeightReceiver, WeightsRefused
 from miles.weights.engine_weights import EngineWeights, WeightTarget
 from miles.weights.manifest import ManifestError
 from miles.weights.registry import create_transport
 from miles.weights.serving_lease import ServingLease
+from miles.weights.transports.cuda_ipc.probe import SharedProbe, share_probe
 from miles.weights.usable_transports import usable_transports
 
 if TYPE_CHECKING:
+    import torch
+
     from miles.rpc.gen.weightsync_pb2 import TransportKind
 
 logger = logging.getLogger(__name__)
@@ -59,16 +62,19 @@ class WeightSubscriber:
         on_change: Callable[[SubscriberState], None] | None = None,
         create_receiver: Callable[[TransportKind.ValueType, Endpoint], WeightReceiver] = create_transport,
         base: AdapterBase | None = None,
+        share_gpu_memory: Callable[[torch.device, int], SharedProbe | None] = share_probe,
     ) -> None:
         """`address` is host:port of the service; `on_change` is called on the event loop after each change of state.
 
         `create_receiver` makes the engine's end of a transport. Versions that consist of an adapter are merged into
-        `base`; without one, they fail.
+        `base`; without one, they fail. `share_gpu_memory` shares a little memory of a GPU, for the trainer to open,
+        unless a version of so many bytes is too large for it.
         """
         self._address = address
         self._target = target
         self._on_change = on_change
         self._weights = EngineWeights(address, target, create_receiver, base)
+        self._share_gpu_memory = share_gpu_memory
         self._lease = ServingLease()
         self._hello = weightsync_pb2.EngineHello(job_id=job_id, engine_id=engine_id, stream=stream)
         self._quarantined_by = 0
@@ -147,17 +153,34 @@ class WeightSubscriber:
             )
             try:
                 described = await stub.DescribeTransports(
-                    weightsync_pb2.DescribeTransportsRequest(), timeout=_DESCRIBE_DEADLINE_S
+                    weightsync_pb2.DescribeTransportsRequest(job_id=self._hello.job_id, stream=self._hello.stream),
+                    timeout=_DESCRIBE_DEADLINE_S,
                 )
-                await self._subscribe(stub, await asyncio.to_thread(usable_transports, described))
+                usable = await asyncio.to_thread(usable_transports, described)
+                async with self._shared_gpu_memory(described.version_nbytes) as gpu_memory:
+                    await self._subscribe(stub, usable, gpu_memory)
             except grpc.aio.AioRpcError as error:
                 self.last_error = f"{error.code().name}: {error.details()}"
                 logger.info("weightsync at %s: %s; retrying in %.1f s", self._address, self.last_error, self._retry_s)
+
+    @contextlib.asynccontextmanager
+    async def _shared_gpu_memory(self, nbytes: int) -> AsyncGenerator[weightsource_pb2.GpuMemoryProbe | None, None]:
+        """Share a little memory of the engine's GPU meanwhile; None when it has no GPU, or cannot share."""
+        device = self._target.device
+        shared = await asyncio.to_thread(self._share_gpu_memory, device, nbytes) if device.type == "cuda" else None
+        if shared is None:
+            yield None
+            return
+        try:
+            yield shared.message
+        finally:
+            shared.free()
 
     async def _subscribe(
         self,
         stub: weightsync_pb2_grpc.WeightSyncServiceAsyncStub,
         usable: list[weightsync_pb2.TransportKind.ValueType],
+        gpu_memory: weightsource_pb2.GpuMemoryProbe | None,
     ) -> None:
         """Subscribe and follow the orders, until the subscription breaks.
 
@@ -169,6 +192,8 @@ class WeightSubscriber:
         call = stub.Subscribe()
         hello = self._hello_now()
         hello.usable.extend(usable)
+        if gpu_memory is not None:
+            hello.gpu_memory.CopyFrom(gpu_memory)
         await call.write(weightsync_pb2.SubscribeRequest(hello=hello))
         worker = asyncio.create_task(self._work(orders, call))
         self.connected = True

@@ -12,7 +12,7 @@ from miles.config import JobConfig
 from miles.queue import GroupQueue, connect_async
 from miles.queue.payload import encode_group
 from miles.rpc import connect_blocking
-from miles.rpc.gen import weightsync_pb2_grpc
+from miles.rpc.gen import weightsource_pb2, weightsync_pb2_grpc
 from miles.services.trainer.checkpoint.manager import CheckpointManager
 from miles.services.trainer.checkpoint.state import TrainerState
 from miles.services.trainer.ranks.abandoning import Abandonment
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     import redis.asyncio
 
     from miles.weights import PublishResult, WeightPublisher
+    from miles.weights.publisher import Layout
 
 logger = logging.getLogger(__name__)
 
@@ -150,9 +151,9 @@ class Job:
         from miles.services.trainer.export import export_command, merge
 
         publisher = self._publisher = self._publisher or self._new_publisher()
-        pending = await self._leader.alone(
-            lambda worker: publisher.begin(version, version, worker.layout(), worker.lora)
-        )
+        layout = await self._leader.alone(lambda worker: worker.layout())
+        await self._look_for_engines(publisher, layout)
+        pending = await self._leader.alone(lambda worker: publisher.begin(version, version, layout, worker.lora))
         with publisher.discarding_on_failure(pending):
             command = export_command(pending, self._weightsync_address, self._config.weights.update_weight_buffer_size)
             reports = await self._leader.gather(command, sender=publisher.sender)
@@ -223,6 +224,14 @@ class Job:
         """Acknowledge queue entries of groups that the loaded checkpoint covers."""
         entries = await self._queue.outstanding()
         await self._queue.acknowledge([e.group_id for e in entries if self.state.is_consumed(e.group_id)])
+
+    async def _look_for_engines(self, publisher: WeightPublisher, layout: Layout) -> None:
+        """Have all ranks find out whether they can share GPU memory with engines that have come since last time."""
+        untried = await self._leader.alone(lambda _: publisher.untried_engines(layout))
+        if untried:
+            command = Command("open_gpu_memory", payloads=tuple(probe.SerializeToString() for probe in untried))
+            reports = await self._leader.gather(command)
+            publisher.opened(untried, [weightsource_pb2.OpenedGpuMemory.FromString(report) for report in reports])
 
     def _new_publisher(self) -> WeightPublisher:
         from miles.weights import WeightPublisher

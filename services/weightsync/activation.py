@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 
 from miles.services.weightsync.actions import Outcome
 from miles.services.weightsync.engine import Engine
+
+_OUTCOMES_KEPT = 256
 
 
 @dataclasses.dataclass(slots=True)
@@ -66,6 +68,11 @@ class Activation:
         there = [engine for engine in engines.values() if engine.session is not None or not late]
         return refusing and all(engine.refused == self.publication_id for engine in there)
 
+    def out_of_reach_of_all(self, engines: Mapping[str, Engine]) -> bool:
+        """Whether there are engines, and none can get the version's bytes."""
+        number = self.publication_id
+        return bool(engines) and all(number in e.out_of_reach and e.held != number for e in engines.values())
+
     def serving(self, engines: Mapping[str, Engine]) -> int:
         """Number of complete engines, waited for or not."""
         return sum(self.complete(engine) for engine in engines.values())
@@ -96,3 +103,21 @@ class Activation:
             error="; ".join([error, *faults]) if error else "",
             refused=refused,
         )
+
+
+def able_to_load(publication_id: int, engines: Mapping[str, Engine], wait_for: Collection[str]) -> set[str]:
+    """Engines that an activation waits for: those named (none: all) that are attached and can load the version."""
+    return {
+        engine.engine_id
+        for engine in engines.values()
+        if engine.session is not None
+        and not engine.quarantined
+        and publication_id not in engine.out_of_reach
+        and (not wait_for or engine.engine_id in wait_for)
+    }
+
+
+def keep_outcome(known: Mapping[str, Outcome], operation_ids: Sequence[str], outcome: Outcome) -> dict[str, Outcome]:
+    """Outcomes by operation id, the newest last, with that of an activation that has ended; the oldest are dropped."""
+    others = {name: kept for name, kept in known.items() if name not in operation_ids}
+    return dict(list({**others, **dict.fromkeys(operation_ids, outcome)}.items())[-_OUTCOMES_KEPT:])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+from collections.abc import Iterable
 
 from miles.services.weightsync.timing import Now, PublicationLimits
 
@@ -73,6 +74,8 @@ class Engine:
     last_error: str = ""
     refused: int | None = None
     """Publication that its model cannot take: no retry helps, unless it attaches again, perhaps with another model."""
+    out_of_reach: set[int] = dataclasses.field(default_factory=set)
+    """Publications whose bytes it cannot get: they were put where the engines of that time could."""
     failures: int = 0
     """Quarantines since the last successful swap, a count."""
     retry_at_s: float = 0.0
@@ -103,11 +106,18 @@ class Engine:
         """Whether it serves the publication or could at once."""
         return self.session is not None and publication_id in (self.held, self.verified)
 
+    def due_s(self) -> float | None:
+        """When its order expires or its quarantine's next full load is due, on the monotonic clock; None: never."""
+        if self.in_flight is not None:
+            return None if self.in_flight.expired else self.in_flight.deadline_s
+        return self.retry_at_s if self.quarantined and self.session else None
+
     # -- how it changes -----------------------------------------------------------------------------------------------
 
-    def attach(self, session: int, held: tuple[int, int] | None, now: Now) -> None:
+    def attach(self, session: int, held: tuple[int, int] | None, now: Now, out_of_reach: Iterable[int] = ()) -> None:
         """Begin a subscription; `held` is what it reports to serve: publication and version number."""
         self.session, self.next_order_id, self.refused = session, 1, None
+        self.out_of_reach = set(out_of_reach)
         self.retry_at_s = min(self.retry_at_s, now.monotonic_s)
         self.since_unix_ns = now.unix_ns
         if held is not None:
@@ -143,6 +153,13 @@ class Engine:
             return ""
         flight.expired = True
         return f"no answer to {flight.order} within {flight.allowed_s:g} s"
+
+    def give_up(self) -> str:
+        """Mark the open order, if any, as expired; return what the engine was doing."""
+        if self.in_flight is None:
+            return "idle"
+        self.in_flight.expired = True
+        return f"busy with {self.in_flight.order}"
 
     def swapped(self, publication_id: int, pause_s: float, now: Now) -> None:
         """Serve a publication: this ends a quarantine."""

@@ -32,8 +32,12 @@ def engine_status(
     engine: Engine,
     versions: Mapping[int, Version],
     transport: weightsync_pb2.TransportKind.ValueType,
+    target: int | None,
 ) -> weightsync_pb2.EngineStatus:
-    """An engine as the service sees it; `transport` is that of its last prefetch."""
+    """An engine as the service sees it; `transport` is that of its last prefetch, `target` what it is led to."""
+    waits = ""
+    if target in engine.out_of_reach and target in versions and engine.held != target:
+        waits = f"waits for the version after {versions[target].number}, which is in GPU memory that it cannot open"
     status = weightsync_pb2.EngineStatus(
         engine_id=engine.engine_id,
         stream=stream,
@@ -41,7 +45,7 @@ def engine_status(
         since_unix_ns=engine.since_unix_ns,
         prefetch_s=engine.stage_s.get(OrderKind.PREFETCH.value, 0.0),
         pause_s=engine.pause_s,
-        last_error=engine.last_error,
+        last_error=engine.last_error or waits,
         transport=transport,
         attached=engine.session is not None,
         job_id=job_id,

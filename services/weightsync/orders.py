@@ -15,7 +15,7 @@ def next_order(
         return None
     if engine.quarantined and now.monotonic_s < engine.retry_at_s:
         return None
-    if target is not None and engine.refused == target:
+    if target is not None and (engine.refused == target or (target in engine.out_of_reach and engine.held != target)):
         return None
     if target is not None and engine.held != target:
         if engine.verified != target:

@@ -19,13 +19,11 @@ from collections.abc import Collection, Iterable
 from miles.services.weightsync import garbage
 from miles.services.weightsync import version as version_states
 from miles.services.weightsync.actions import Action, Disconnect, Ended, EngineChanged, Free, Outcome, Send
-from miles.services.weightsync.activation import Activation
+from miles.services.weightsync.activation import Activation, able_to_load, keep_outcome
 from miles.services.weightsync.engine import Engine, InFlight, Order, OrderKind
 from miles.services.weightsync.orders import next_order
 from miles.services.weightsync.timing import Now, PublicationLimits
 from miles.services.weightsync.version import Version, VersionState
-
-_OUTCOMES_KEPT = 256
 
 
 class Publication:
@@ -60,8 +58,15 @@ class Publication:
             self.active = None
         return self._step(now)
 
-    def prepare(self, publication_id: int, checksum: bytes, now: Now) -> list[Action]:
-        """The trainer has written every byte of an allocation. Idempotent; Refused for another manifest."""
+    def prepare(
+        self, publication_id: int, checksum: bytes, now: Now, out_of_reach: Collection[str] = ()
+    ) -> list[Action]:
+        """The trainer has written every byte of an allocation. Idempotent; Refused for another manifest.
+
+        `out_of_reach`: engines that cannot get them; they wait for the next version.
+        """
+        for engine_id in out_of_reach:
+            self.engines[engine_id].out_of_reach.add(publication_id)
         return self._step(now) if version_states.prepare(self.versions, publication_id, checksum) else []
 
     def activate(
@@ -98,13 +103,7 @@ class Publication:
             deadline_s=now.monotonic_s + deadline_s,
             min_engines=min_engines,
             check_equal=check_equal,
-            waited_for={
-                engine.engine_id
-                for engine in self.engines.values()
-                if engine.session is not None
-                and not engine.quarantined
-                and (not wait_for or engine.engine_id in wait_for)
-            },
+            waited_for=able_to_load(version.publication_id, self.engines, wait_for),
         )
         if version.publication_id != self.active:
             version.state = VersionState.ACTIVATING
@@ -123,15 +122,26 @@ class Publication:
 
     # -- the engines' events ------------------------------------------------------------------------------------------
 
-    def connect(self, engine_id: str, session: int, number: int | None, checksum: bytes, now: Now) -> list[Action]:
-        """An engine subscribed and reports what it serves. A version that is unknown here counts as nothing."""
+    def connect(
+        self,
+        engine_id: str,
+        session: int,
+        number: int | None,
+        checksum: bytes,
+        now: Now,
+        out_of_reach: Collection[int] = (),
+    ) -> list[Action]:
+        """An engine subscribed and reports what it serves. A version that is unknown here counts as nothing.
+
+        `out_of_reach`: publications whose bytes it cannot get.
+        """
         actions: list[Action] = []
         engine = self.engines.setdefault(engine_id, Engine(engine_id))
         if engine.session is not None:
             actions.append(Disconnect(engine_id, engine.session))
             self._detach(engine, now, actions)
         held = version_states.identify(self.versions, number, checksum)
-        engine.attach(session, None if held is None else (held.publication_id, held.number), now)
+        engine.attach(session, None if held is None else (held.publication_id, held.number), now, out_of_reach)
         if engine.quarantined:
             self._send(engine, OrderKind.QUARANTINE, None, actions, engine.last_error)
         actions.append(EngineChanged(engine_id))
@@ -198,10 +208,8 @@ class Publication:
 
     def wake_at_s(self) -> float | None:
         """When `tick` is due at the latest, on the monotonic clock; None when only an event can change anything."""
-        times = [e.in_flight.deadline_s for e in self.engines.values() if e.in_flight and not e.in_flight.expired]
-        times += [e.retry_at_s for e in self.engines.values() if e.quarantined and e.session and not e.in_flight]
-        if self.activation is not None:
-            times += [self.activation.prefetch_deadline_s, self.activation.deadline_s]
+        times = [] if self.activation is None else [self.activation.prefetch_deadline_s, self.activation.deadline_s]
+        times += [time for engine in self.engines.values() if (time := engine.due_s()) is not None]
         return min((time for time in times if time > self._now_s), default=None)
 
     # -- how state follows events -------------------------------------------------------------------------------------
@@ -246,6 +254,8 @@ class Publication:
             self._end(now, actions, "no engine can take it", refused=True)
         elif enough and (late or not activation.pending(self.engines)):
             self._end(now, actions)
+        elif activation.out_of_reach_of_all(self.engines):
+            self._end(now, actions, "no engine can open the GPU memory that it is in; publish it again")
         elif late:
             allowed_s = activation.deadline_s - activation.began_s
             self._end(now, actions, f"{serving} of {required} engines serve it after {allowed_s:g} s")
@@ -262,11 +272,7 @@ class Publication:
         elif version.publication_id != self.active:
             version.state = VersionState.FAILED
         outcome = activation.outcome(self.engines, now.monotonic_s, error, refused)
-        for operation_id in activation.operation_ids:
-            self.outcomes.pop(operation_id, None)
-            self.outcomes[operation_id] = outcome
-        while len(self.outcomes) > _OUTCOMES_KEPT:
-            del self.outcomes[next(iter(self.outcomes))]
+        self.outcomes = keep_outcome(self.outcomes, activation.operation_ids, outcome)
         actions.append(Ended(tuple(activation.operation_ids), outcome))
 
     def _order(self, engine: Engine, kind: OrderKind, publication_id: int, now: Now, actions: list[Action]) -> None:
@@ -309,10 +315,7 @@ class Publication:
 
     def _quarantine_late(self, engines: Iterable[Engine], now: Now, actions: list[Action]) -> None:
         for engine in engines:
-            activity = "idle"
-            if (flight := engine.in_flight) is not None:
-                activity, flight.expired = f"busy with {flight.order}", True
-            self._quarantine(engine, f"it was too slow for the activation: it was {activity}", now, actions)
+            self._quarantine(engine, f"it was too slow for the activation: it was {engine.give_up()}", now, actions)
 
     def _detach(self, engine: Engine, now: Now, actions: list[Action]) -> None:
         """End an engine's subscription: a failure if an order is open or an activation waits for the engine."""
@@ -334,6 +337,7 @@ class Publication:
     def _free(self, publication_id: int, actions: list[Action], reusable: bool) -> None:
         del self.versions[publication_id]
         for engine in self.engines.values():
+            engine.out_of_reach.discard(publication_id)
             if publication_id in engine.maps:
                 del engine.maps[publication_id]
                 reusable = False

@@ -199,7 +199,10 @@ class WeightSyncServicer(weightsync_pb2_grpc.WeightSyncServiceServicer):
     async def DescribeTransports(
         self, request: weightsync_pb2.DescribeTransportsRequest, context: grpc.aio.ServicerContext
     ) -> weightsync_pb2.DescribeTransportsResponse:
-        """Name the files by which a process finds out whether it shares memory or storage with this service."""
+        """Name the files by which a process finds out whether it shares memory or storage with this service.
+
+        Also pass on what the engines of a stream share of their GPUs' memory, for its trainer.
+        """
         files = {weightsync_pb2.TRANSPORT_KIND_SHARED_MEMORY: self._segments.probe}
         if self._folders.root is not None:
             files[weightsync_pb2.TRANSPORT_KIND_DISK_DELTA] = self._folders.probe
@@ -207,7 +210,11 @@ class WeightSyncServicer(weightsync_pb2_grpc.WeightSyncServiceServicer):
             weightsync_pb2.TransportProbe(kind=kind, path=str(path), token=path.read_text())
             for kind, path in files.items()
         ]
-        return weightsync_pb2.DescribeTransportsResponse(probes=probes)
+        described = weightsync_pb2.DescribeTransportsResponse(probes=probes)
+        if stream := self._streams.get(stream_key(request.job_id, request.stream)):
+            described.gpu_memory.extend(stream.gpu_memory())
+            described.version_nbytes = max((version.nbytes for version in stream.machine.versions.values()), default=0)
+        return described
 
     async def OfferChunks(
         self, request: weightsync_pb2.OfferChunksRequest, context: grpc.aio.ServicerContext

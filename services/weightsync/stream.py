@@ -9,7 +9,7 @@ import pathlib
 import time
 import uuid
 from collections.abc import Collection
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from miles.rpc.gen import policy_pb2, weightsync_pb2
 from miles.services.weightsync import messages, snapshot, transport_choice
@@ -18,6 +18,7 @@ from miles.services.weightsync.chunk_table import ChunkTable
 from miles.services.weightsync.engine import Engine, Order, OrderKind
 from miles.services.weightsync.folders import FolderStore
 from miles.services.weightsync.holdings import Holdings
+from miles.services.weightsync.links import LOCAL, Links
 from miles.services.weightsync.publication import Publication
 from miles.services.weightsync.segments import SegmentStore
 from miles.services.weightsync.store import StateStore
@@ -25,13 +26,14 @@ from miles.services.weightsync.timing import Now, PublicationLimits
 from miles.services.weightsync.version import Refused
 from miles.weights import manifest as manifests
 
+if TYPE_CHECKING:
+    from miles.rpc.gen import weightsource_pb2
+    from miles.services.weightsync.transport_choice import Placement
+
 logger = logging.getLogger(__name__)
 
 Event = weightsync_pb2.EngineStatus | Outcome
 """What watchers of an activation receive: engines' stages, then the outcome."""
-
-_LOCAL = frozenset({weightsync_pb2.TRANSPORT_KIND_SHARED_MEMORY})
-"""What a process that names no transports can use."""
 
 _sessions = itertools.count(1)
 
@@ -60,10 +62,9 @@ class StreamRuntime:
         self._store = store
         self._has_folders = folders.root is not None
         self.holdings = Holdings(self.key, store, segments, folders)
-        self._usable: dict[str, frozenset[int]] = {}
-        """Transports that each engine can use."""
-        self._used: dict[str, weightsync_pb2.TransportKind.ValueType] = {}
-        """Transport of each engine's last prefetch."""
+        self._links = Links()
+        self._placed: Placement | None = None
+        """How the last version is sent; None before the first."""
         self._subscriptions: dict[int, asyncio.Queue[weightsync_pb2.SubscribeResponse | None]] = {}
         self._watchers: dict[asyncio.Queue[Event], str] = {}
         self._timer: asyncio.TimerHandle | None = None
@@ -90,9 +91,12 @@ class StreamRuntime:
     async def allocate(self, request: weightsync_pb2.AllocateRequest) -> weightsync_pb2.AllocateResponse:
         """Reserve room for a version; raises OutOfMemory, NoTransport or Refused."""
         async with self._allocating:
-            trainer = frozenset(request.usable) or _LOCAL
-            attached = [self._usable.get(e.engine_id, _LOCAL) for e in self.machine.engines.values() if e.session]
-            placement = transport_choice.place(request.transport, trainer, attached, folders=self._has_folders)
+            trainer = frozenset(request.usable) or LOCAL
+            usable = [self._links.usable_for(name, request.opened, request.nbytes) for name in self._attached()]
+            placement = transport_choice.place(request.transport, trainer, usable, folders=self._has_folders)
+            if placement != self._placed:
+                logger.info("%s: weights go by %s", self.key, transport_choice.names(placement.kinds))
+                self._placed = placement
             version, actions = self.machine.allocate(request.version.version, request.nbytes, _now())
             self._apply(actions)
             publication_id = version.publication_id
@@ -115,7 +119,9 @@ class StreamRuntime:
         publication_id = self.holdings.find(request.handle, manifest.version.version)
         version = self.machine.versions[publication_id]
         self.holdings.check(publication_id, request)
-        actions = self.machine.prepare(publication_id, manifest.checksum, _now())
+        placement = self.holdings[publication_id].placement
+        beyond = [name for name in self._attached() if not self._links.reaches(name, placement, request.handle)]
+        actions = self.machine.prepare(publication_id, manifest.checksum, _now(), beyond)
         if version.written_bytes == 0:
             version.written_bytes, version.stage_s = request.written_bytes, dict(request.stage_s)
         self.holdings.complete(publication_id, request)
@@ -190,9 +196,10 @@ class StreamRuntime:
         session = next(_sessions)
         orders: asyncio.Queue[weightsync_pb2.SubscribeResponse | None] = asyncio.Queue()
         self._subscriptions[session] = orders
-        self._usable[hello.engine_id] = frozenset(hello.usable) or _LOCAL
+        self._links.attach(hello)
         number = hello.version if hello.HasField("version") else None
-        self._apply(self.machine.connect(hello.engine_id, session, number, hello.manifest_checksum, _now()))
+        beyond = [p for p in self.machine.versions if not self._reaches(hello.engine_id, p)]
+        self._apply(self.machine.connect(hello.engine_id, session, number, hello.manifest_checksum, _now(), beyond))
         return session, orders
 
     def unsubscribe(self, engine_id: str, session: int) -> None:
@@ -205,6 +212,10 @@ class StreamRuntime:
         done = report.outcome == weightsync_pb2.ORDER_OUTCOME_DONE
         error = None if done else report.error or "it gave no reason"
         refused = report.outcome == weightsync_pb2.ORDER_OUTCOME_REFUSED
+        engine = self.machine.engines.get(engine_id)
+        flight = None if engine is None else engine.in_flight
+        if error is not None and not refused and flight is not None and flight.order.kind is not OrderKind.DISCARD:
+            self._links.failed(engine_id)
         self._apply(
             self.machine.report(
                 engine_id, session, report.order_id, error, report.elapsed_s, report.pause_s, _now(), refused
@@ -226,8 +237,13 @@ class StreamRuntime:
 
     def engine_status(self, engine: Engine) -> weightsync_pb2.EngineStatus:
         """An engine as the wire shows it."""
-        transport = self._used.get(engine.engine_id, weightsync_pb2.TRANSPORT_KIND_UNSPECIFIED)
-        return messages.engine_status(self.job_id, self.stream, engine, self.machine.versions, transport)
+        transport = self._links.used(engine.engine_id)
+        versions, target = self.machine.versions, self.machine.target
+        return messages.engine_status(self.job_id, self.stream, engine, versions, transport, target)
+
+    def gpu_memory(self) -> list[weightsource_pb2.GpuMemoryProbe]:
+        """What the attached engines share of their GPUs' memory."""
+        return self._links.gpu_memory(self._attached())
 
     def close(self) -> None:
         """End every subscription and stop the timer."""
@@ -292,8 +308,8 @@ class StreamRuntime:
             case OrderKind.QUARANTINE:
                 return messages.quarantine_order(order)
             case OrderKind.PREFETCH:
-                handle = self.holdings.handle_for(order.publication_id, self._usable.get(engine_id, _LOCAL))
-                self._used[engine_id] = handle.kind
+                handle = self.holdings.handle_for(order.publication_id, self._links.usable(engine_id))
+                self._links.prefetches(engine_id, handle.kind)
                 return messages.prefetch_order(order, self._manifest(order.publication_id), handle)
             case OrderKind.CHECK:
                 return messages.check_order(order, self._manifest(order.publication_id))
@@ -301,6 +317,16 @@ class StreamRuntime:
                 return messages.swap_order(order, self._name(order.number))
             case OrderKind.DISCARD:
                 return messages.discard_order(order, self._name(order.number))
+
+    def _attached(self) -> list[str]:
+        return [engine.engine_id for engine in self.machine.engines.values() if engine.session is not None]
+
+    def _reaches(self, engine_id: str, publication_id: int) -> bool:
+        """Whether an engine may get a publication; `prepare` decides for those that are not complete."""
+        if publication_id not in self.holdings or self.holdings[publication_id].manifest is None:
+            return True
+        holding = self.holdings[publication_id]
+        return self._links.reaches(engine_id, holding.placement, holding.handles[0])
 
     def _manifest(self, publication_id: int) -> policy_pb2.Manifest:
         manifest = self.holdings[publication_id].manifest

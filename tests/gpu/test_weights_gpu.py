@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import pytest
 import torch
@@ -19,12 +19,13 @@ from torch_engine_models import prompt_of, respond, running_engine, save_checkpo
 from trainer_cases import write_dense_model, write_moe_model
 from weightsync_processes import JOB, Lines, Service, digest
 
-from miles.rpc.gen import policy_pb2
+from miles.rpc.gen import policy_pb2, weightsource_pb2, weightsync_pb2
 from miles.services.rollout.engines.base import PauseMode
 from miles.services.rollout.serving.readiness import Serving
 from miles.weights import WeightSubscriber
 from miles.weights.base import Endpoint
 from miles.weights.manifest import ManifestError, checksum
+from miles.weights.transports.cuda_ipc.probe import open_probes, share_probe
 from miles.weights.transports.cuda_ipc.transport import CudaIpcTransport
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
@@ -37,8 +38,8 @@ def start() -> Iterator[Callable[..., Lines]]:
     """Starts scripts of the tests that are killed in the end."""
     started: list[Lines] = []
 
-    def one(script: str, *arguments: object) -> Lines:
-        started.append(Lines([str(TESTS / script), *map(str, arguments)]))
+    def one(script: str, *arguments: object, environment: Mapping[str, str] | None = None) -> Lines:
+        started.append(Lines([str(TESTS / script), *map(str, arguments)], environment=environment))
         return started[-1]
 
     yield one
@@ -52,6 +53,12 @@ def weightsync(tmp_path: pathlib.Path) -> Iterator[Service]:
     service = Service(None, tmp_path / "shared")
     yield service
     service.kill()
+
+
+def probe_of(engine: Lines) -> weightsource_pb2.GpuMemoryProbe:
+    """What an engine's process shares."""
+    line = engine.wait_for(lambda line: line.startswith("probe "), "a probe")
+    return weightsource_pb2.GpuMemoryProbe.FromString(bytes.fromhex(line.split()[1]))
 
 
 def on_cpu(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -83,6 +90,47 @@ def test_a_version_that_the_trainer_has_taken_back_is_refused(
     trainer.kill()
     with pytest.raises(ManifestError):
         CudaIpcTransport(Endpoint(device=torch.device("cuda", 0))).receive(*published)
+
+
+@pytest.mark.parametrize("device", ["cuda:0", pytest.param("cuda:1", marks=two_gpus)])
+def test_a_trainer_reads_the_token_in_an_engines_gpu_memory(device: str, start: Callable[..., Lines]) -> None:
+    engine = start("support/gpu_probe.py", device)
+    probe = probe_of(engine)
+    trainer = torch.device("cuda", 0)
+    for _ in range(3):
+        opened = open_probes([probe], trainer)
+        assert list(opened.tokens) == [probe.token]
+    assert opened.gpu_nbytes == torch.cuda.get_device_properties(trainer).total_memory
+    stale = weightsource_pb2.GpuMemoryProbe.FromString(probe.SerializeToString())
+    stale.token = bytes(16)
+    assert not open_probes([stale], trainer).tokens, "the memory holds something else"
+    engine.send("free")
+    engine.wait_for(lambda line: line == "freed", "the end")
+    engine.kill()
+    assert not open_probes([probe], trainer).tokens, "nobody shares it any more"
+
+
+def test_expandable_segments_are_not_taken_for_memory_that_can_be_shared(start: Callable[..., Lines]) -> None:
+    engine = start(
+        "support/gpu_probe.py", "cuda:0", environment={"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+    )
+    try:
+        probe = probe_of(engine)
+    except AssertionError:
+        return  # it cannot be shared at all, which the engine says
+    assert not open_probes([probe], torch.device("cuda", 0)).tokens
+
+
+def test_what_an_engine_shares_is_freed_whether_somebody_has_opened_it_or_not() -> None:
+    device = torch.device("cuda", 0)
+    before = torch.cuda.memory_allocated(device)
+    for _ in range(1500):  # torch keeps count of shared memory in files of 10,000, and of events up to 1,000
+        shared = share_probe(device)
+        assert shared is not None
+        shared.free()
+        del shared
+    torch.cuda.ipc_collect()
+    assert torch.cuda.memory_allocated(device) == before
 
 
 @two_gpus
@@ -143,7 +191,7 @@ def test_two_ranks_gather_every_byte_by_nccl(
     assert ranks.process.wait(60) == 0
 
 
-@pytest.mark.parametrize("mode", ["cuda_ipc", pytest.param("broadcast", marks=two_gpus)])
+@pytest.mark.parametrize("mode", ["auto", "cuda_ipc", pytest.param("broadcast", marks=two_gpus)])
 @pytest.mark.parametrize(("family", "dtype"), [("llama", "float32"), ("qwen3_moe", "bfloat16")])
 async def test_the_torch_engine_serves_what_the_trainer_published(
     mode: str, family: str, dtype: str, tmp_path: pathlib.Path, weightsync: Service, start: Callable[..., Lines]
@@ -173,6 +221,9 @@ async def test_the_torch_engine_serves_what_the_trainer_published(
             assert {name: checksum(_bytes(tensor)) for name, tensor in served.items()} == {
                 name: checksum(_bytes(tensor)) for name, tensor in expected.items()
             }
+        if mode != "broadcast":
+            (status,) = (await asyncio.to_thread(weightsync.list)).engines
+            assert status.transport == weightsync_pb2.TRANSPORT_KIND_CUDA_IPC, "also when nobody asks for it"
         response = await respond(engine, prompt_of(12), max_new_tokens=8, min_new_tokens=8)
         assert len(response.tokens) == 8
         await subscriber.close()

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bmiles/v1/weightsource.proto\x12\x08miles.v1\"P\n\x10\x43ollectiveHandle\x12\x0f\n\x07\x62\x61\x63kend\x18\x01 \x01(\t\x12+\n\x07\x62uckets\x18\x02 \x03(\x0b\x32\x1a.miles.v1.CollectiveBucket\"B\n\x10\x43ollectiveBucket\x12\x0e\n\x06offset\x18\x01 \x01(\x04\x12\x0e\n\x06nbytes\x18\x02 \x01(\x04\x12\x0e\n\x06source\x18\x03 \x01(\t\"J\n\rCudaIpcHandle\x12(\n\x07\x62uckets\x18\x01 \x03(\x0b\x32\x17.miles.v1.CudaIpcBucket\x12\x0f\n\x07\x62oot_id\x18\x02 \x01(\t\"\xee\x01\n\rCudaIpcBucket\x12\x13\n\x0b\x64\x65vice_uuid\x18\x01 \x01(\t\x12\x15\n\rmemory_handle\x18\x02 \x01(\x0c\x12\x16\n\x0estorage_nbytes\x18\x03 \x01(\x04\x12\x16\n\x0estorage_offset\x18\x04 \x01(\x04\x12\x16\n\x0e\x63ounter_handle\x18\x05 \x01(\x0c\x12\x16\n\x0e\x63ounter_offset\x18\x06 \x01(\x04\x12\x14\n\x0c\x65vent_handle\x18\x07 \x01(\x0c\x12\x1b\n\x13\x65vent_sync_required\x18\x08 \x01(\x08\x12\x0e\n\x06offset\x18\t \x01(\x04\x12\x0e\n\x06nbytes\x18\n \x01(\x04\"\x8d\x01\n\x0bJoinRequest\x12$\n\x05hello\x18\x01 \x01(\x0b\x32\x13.miles.v1.JoinHelloH\x00\x12$\n\x05ready\x18\x02 \x01(\x0b\x32\x13.miles.v1.JoinReadyH\x00\x12*\n\x08received\x18\x03 \x01(\x0b\x32\x16.miles.v1.JoinReceivedH\x00\x42\x06\n\x04kind\"f\n\tJoinHello\x12\x16\n\x0epublication_id\x18\x01 \x01(\x04\x12\x0e\n\x06member\x18\x02 \x01(\t\x12\r\n\x05ranks\x18\x03 \x01(\r\x12\x0e\n\x06packed\x18\x04 \x01(\x08\x12\x12\n\ncompanions\x18\x05 \x03(\t\"\x0b\n\tJoinReady\"\x0e\n\x0cJoinReceived\"\xc4\x01\n\x0cJoinResponse\x12\'\n\x06ticket\x18\x01 \x01(\x0b\x32\x15.miles.v1.GroupTicketH\x00\x12+\n\x06\x62\x65gins\x18\x02 \x01(\x0b\x32\x19.miles.v1.BroadcastBeginsH\x00\x12\'\n\x04\x64one\x18\x03 \x01(\x0b\x32\x17.miles.v1.BroadcastDoneH\x00\x12-\n\x07\x61\x62orted\x18\x04 \x01(\x0b\x32\x1a.miles.v1.BroadcastAbortedH\x00\x42\x06\n\x04kind\"\x99\x01\n\x0bGroupTicket\x12\x12\n\ngroup_name\x18\x01 \x01(\t\x12\x16\n\x0emaster_address\x18\x02 \x01(\t\x12\x13\n\x0bmaster_port\x18\x03 \x01(\r\x12\x13\n\x0brank_offset\x18\x04 \x01(\r\x12\x12\n\nworld_size\x18\x05 \x01(\r\x12\x0f\n\x07\x62\x61\x63kend\x18\x06 \x01(\t\x12\x0f\n\x07members\x18\x07 \x03(\t\"\x11\n\x0f\x42roadcastBegins\"\x0f\n\rBroadcastDone\"\"\n\x10\x42roadcastAborted\x12\x0e\n\x06reason\x18\x01 \x01(\t2P\n\x13WeightSourceService\x12\x39\n\x04Join\x12\x15.miles.v1.JoinRequest\x1a\x16.miles.v1.JoinResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bmiles/v1/weightsource.proto\x12\x08miles.v1\"P\n\x10\x43ollectiveHandle\x12\x0f\n\x07\x62\x61\x63kend\x18\x01 \x01(\t\x12+\n\x07\x62uckets\x18\x02 \x03(\x0b\x32\x1a.miles.v1.CollectiveBucket\"B\n\x10\x43ollectiveBucket\x12\x0e\n\x06offset\x18\x01 \x01(\x04\x12\x0e\n\x06nbytes\x18\x02 \x01(\x04\x12\x0e\n\x06source\x18\x03 \x01(\t\"J\n\rCudaIpcHandle\x12(\n\x07\x62uckets\x18\x01 \x03(\x0b\x32\x17.miles.v1.CudaIpcBucket\x12\x0f\n\x07\x62oot_id\x18\x02 \x01(\t\"\xee\x01\n\rCudaIpcBucket\x12\x13\n\x0b\x64\x65vice_uuid\x18\x01 \x01(\t\x12\x15\n\rmemory_handle\x18\x02 \x01(\x0c\x12\x16\n\x0estorage_nbytes\x18\x03 \x01(\x04\x12\x16\n\x0estorage_offset\x18\x04 \x01(\x04\x12\x16\n\x0e\x63ounter_handle\x18\x05 \x01(\x0c\x12\x16\n\x0e\x63ounter_offset\x18\x06 \x01(\x04\x12\x14\n\x0c\x65vent_handle\x18\x07 \x01(\x0c\x12\x1b\n\x13\x65vent_sync_required\x18\x08 \x01(\x08\x12\x0e\n\x06offset\x18\t \x01(\x04\x12\x0e\n\x06nbytes\x18\n \x01(\x04\"\x83\x01\n\x0eGpuMemoryProbe\x12\x0f\n\x07\x62oot_id\x18\x01 \x01(\t\x12\'\n\x06memory\x18\x02 \x01(\x0b\x32\x17.miles.v1.CudaIpcBucket\x12\r\n\x05token\x18\x03 \x01(\x0c\x12\x14\n\x0cvisible_gpus\x18\x04 \x03(\t\x12\x12\n\ngpu_nbytes\x18\x05 \x01(\x04\"5\n\x0fOpenedGpuMemory\x12\x0e\n\x06tokens\x18\x01 \x03(\x0c\x12\x12\n\ngpu_nbytes\x18\x02 \x01(\x04\"\x8d\x01\n\x0bJoinRequest\x12$\n\x05hello\x18\x01 \x01(\x0b\x32\x13.miles.v1.JoinHelloH\x00\x12$\n\x05ready\x18\x02 \x01(\x0b\x32\x13.miles.v1.JoinReadyH\x00\x12*\n\x08received\x18\x03 \x01(\x0b\x32\x16.miles.v1.JoinReceivedH\x00\x42\x06\n\x04kind\"f\n\tJoinHello\x12\x16\n\x0epublication_id\x18\x01 \x01(\x04\x12\x0e\n\x06member\x18\x02 \x01(\t\x12\r\n\x05ranks\x18\x03 \x01(\r\x12\x0e\n\x06packed\x18\x04 \x01(\x08\x12\x12\n\ncompanions\x18\x05 \x03(\t\"\x0b\n\tJoinReady\"\x0e\n\x0cJoinReceived\"\xc4\x01\n\x0cJoinResponse\x12\'\n\x06ticket\x18\x01 \x01(\x0b\x32\x15.miles.v1.GroupTicketH\x00\x12+\n\x06\x62\x65gins\x18\x02 \x01(\x0b\x32\x19.miles.v1.BroadcastBeginsH\x00\x12\'\n\x04\x64one\x18\x03 \x01(\x0b\x32\x17.miles.v1.BroadcastDoneH\x00\x12-\n\x07\x61\x62orted\x18\x04 \x01(\x0b\x32\x1a.miles.v1.BroadcastAbortedH\x00\x42\x06\n\x04kind\"\x99\x01\n\x0bGroupTicket\x12\x12\n\ngroup_name\x18\x01 \x01(\t\x12\x16\n\x0emaster_address\x18\x02 \x01(\t\x12\x13\n\x0bmaster_port\x18\x03 \x01(\r\x12\x13\n\x0brank_offset\x18\x04 \x01(\r\x12\x12\n\nworld_size\x18\x05 \x01(\r\x12\x0f\n\x07\x62\x61\x63kend\x18\x06 \x01(\t\x12\x0f\n\x07members\x18\x07 \x03(\t\"\x11\n\x0f\x42roadcastBegins\"\x0f\n\rBroadcastDone\"\"\n\x10\x42roadcastAborted\x12\x0e\n\x06reason\x18\x01 \x01(\t2P\n\x13WeightSourceService\x12\x39\n\x04Join\x12\x15.miles.v1.JoinRequest\x1a\x16.miles.v1.JoinResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -39,24 +39,28 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CUDAIPCHANDLE']._serialized_end=265
   _globals['_CUDAIPCBUCKET']._serialized_start=268
   _globals['_CUDAIPCBUCKET']._serialized_end=506
-  _globals['_JOINREQUEST']._serialized_start=509
-  _globals['_JOINREQUEST']._serialized_end=650
-  _globals['_JOINHELLO']._serialized_start=652
-  _globals['_JOINHELLO']._serialized_end=754
-  _globals['_JOINREADY']._serialized_start=756
-  _globals['_JOINREADY']._serialized_end=767
-  _globals['_JOINRECEIVED']._serialized_start=769
-  _globals['_JOINRECEIVED']._serialized_end=783
-  _globals['_JOINRESPONSE']._serialized_start=786
-  _globals['_JOINRESPONSE']._serialized_end=982
-  _globals['_GROUPTICKET']._serialized_start=985
-  _globals['_GROUPTICKET']._serialized_end=1138
-  _globals['_BROADCASTBEGINS']._serialized_start=1140
-  _globals['_BROADCASTBEGINS']._serialized_end=1157
-  _globals['_BROADCASTDONE']._serialized_start=1159
-  _globals['_BROADCASTDONE']._serialized_end=1174
-  _globals['_BROADCASTABORTED']._serialized_start=1176
-  _globals['_BROADCASTABORTED']._serialized_end=1210
-  _globals['_WEIGHTSOURCESERVICE']._serialized_start=1212
-  _globals['_WEIGHTSOURCESERVICE']._serialized_end=1292
+  _globals['_GPUMEMORYPROBE']._serialized_start=509
+  _globals['_GPUMEMORYPROBE']._serialized_end=640
+  _globals['_OPENEDGPUMEMORY']._serialized_start=642
+  _globals['_OPENEDGPUMEMORY']._serialized_end=695
+  _globals['_JOINREQUEST']._serialized_start=698
+  _globals['_JOINREQUEST']._serialized_end=839
+  _globals['_JOINHELLO']._serialized_start=841
+  _globals['_JOINHELLO']._serialized_end=943
+  _globals['_JOINREADY']._serialized_start=945
+  _globals['_JOINREADY']._serialized_end=956
+  _globals['_JOINRECEIVED']._serialized_start=958
+  _globals['_JOINRECEIVED']._serialized_end=972
+  _globals['_JOINRESPONSE']._serialized_start=975
+  _globals['_JOINRESPONSE']._serialized_end=1171
+  _globals['_GROUPTICKET']._serialized_start=1174
+  _globals['_GROUPTICKET']._serialized_end=1327
+  _globals['_BROADCASTBEGINS']._serialized_start=1329
+  _globals['_BROADCASTBEGINS']._serialized_end=1346
+  _globals['_BROADCASTDONE']._serialized_start=1348
+  _globals['_BROADCASTDONE']._serialized_end=1363
+  _globals['_BROADCASTABORTED']._serialized_start=1365
+  _globals['_BROADCASTABORTED']._serialized_end=1399
+  _globals['_WEIGHTSOURCESERVICE']._serialized_start=1401
+  _globals['_WEIGHTSOURCESERVICE']._serialized_end=1481
 # @@protoc_insertion_point(module_scope)

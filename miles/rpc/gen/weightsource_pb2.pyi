@@ -163,6 +163,76 @@ class CudaIpcBucket(_message.Message):
 Global___CudaIpcBucket: _TypeAlias = CudaIpcBucket  # noqa: Y015
 
 @_typing.final
+class GpuMemoryProbe(_message.Message):
+    """A few bytes of GPU memory that an engine shares, so that a trainer can prove that it can open memory shared with it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BOOT_ID_FIELD_NUMBER: _builtins.int
+    MEMORY_FIELD_NUMBER: _builtins.int
+    TOKEN_FIELD_NUMBER: _builtins.int
+    VISIBLE_GPUS_FIELD_NUMBER: _builtins.int
+    GPU_NBYTES_FIELD_NUMBER: _builtins.int
+    boot_id: _builtins.str
+    """Boot id of the engine's kernel."""
+    token: _builtins.bytes
+    """Random, and new for each subscription."""
+    gpu_nbytes: _builtins.int
+    """Memory of the engine's GPU, used or not, in bytes."""
+    @_builtins.property
+    def memory(self) -> Global___CudaIpcBucket:
+        """The memory; it holds the token."""
+
+    @_builtins.property
+    def visible_gpus(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """UUIDs of the GPUs that the engine sees."""
+
+    def __init__(
+        self,
+        *,
+        boot_id: _builtins.str = ...,
+        memory: Global___CudaIpcBucket | None = ...,
+        token: _builtins.bytes = ...,
+        visible_gpus: _abc.Iterable[_builtins.str] | None = ...,
+        gpu_nbytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["memory", b"memory"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["boot_id", b"boot_id", "gpu_nbytes", b"gpu_nbytes", "memory", b"memory", "token", b"token", "visible_gpus", b"visible_gpus"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GpuMemoryProbe: _TypeAlias = GpuMemoryProbe  # noqa: Y015
+
+@_typing.final
+class OpenedGpuMemory(_message.Message):
+    """What a trainer has proven about its engines' GPU memory."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TOKENS_FIELD_NUMBER: _builtins.int
+    GPU_NBYTES_FIELD_NUMBER: _builtins.int
+    gpu_nbytes: _builtins.int
+    """Memory of the smallest GPU of the ranks, used or not, in bytes."""
+    @_builtins.property
+    def tokens(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
+        """Tokens of the engines that can share GPU memory with every rank of the trainer."""
+
+    def __init__(
+        self,
+        *,
+        tokens: _abc.Iterable[_builtins.bytes] | None = ...,
+        gpu_nbytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["gpu_nbytes", b"gpu_nbytes", "tokens", b"tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___OpenedGpuMemory: _TypeAlias = OpenedGpuMemory  # noqa: Y015
+
+@_typing.final
 class JoinRequest(_message.Message):
     """What an engine sends."""
 

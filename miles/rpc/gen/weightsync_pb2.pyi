@@ -307,12 +307,21 @@ class DescribeTransportsRequest(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    JOB_ID_FIELD_NUMBER: _builtins.int
+    STREAM_FIELD_NUMBER: _builtins.int
+    job_id: _builtins.str
+    """Job of the trainer or engine that asks."""
+    stream: _policy_pb2.WeightStream.ValueType
+    """Policy or draft."""
     def __init__(
         self,
+        *,
+        job_id: _builtins.str = ...,
+        stream: _policy_pb2.WeightStream.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["job_id", b"job_id", "stream", b"stream"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -325,18 +334,28 @@ class DescribeTransportsResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     PROBES_FIELD_NUMBER: _builtins.int
+    GPU_MEMORY_FIELD_NUMBER: _builtins.int
+    VERSION_NBYTES_FIELD_NUMBER: _builtins.int
+    version_nbytes: _builtins.int
+    """Size of the stream's largest version, in bytes; 0 before the first."""
     @_builtins.property
     def probes(self) -> _containers.RepeatedCompositeFieldContainer[Global___TransportProbe]:
         """A process that reads a probe's token in its file can use the probe's transport."""
+
+    @_builtins.property
+    def gpu_memory(self) -> _containers.RepeatedCompositeFieldContainer[_weightsource_pb2.GpuMemoryProbe]:
+        """GPU memory of the attached engines that share some."""
 
     def __init__(
         self,
         *,
         probes: _abc.Iterable[Global___TransportProbe] | None = ...,
+        gpu_memory: _abc.Iterable[_weightsource_pb2.GpuMemoryProbe] | None = ...,
+        version_nbytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["probes", b"probes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["gpu_memory", b"gpu_memory", "probes", b"probes", "version_nbytes", b"version_nbytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -670,6 +689,7 @@ class AllocateRequest(_message.Message):
     USABLE_FIELD_NUMBER: _builtins.int
     DELTA_ENCODING_FIELD_NUMBER: _builtins.int
     FULL_EVERY_FIELD_NUMBER: _builtins.int
+    OPENED_FIELD_NUMBER: _builtins.int
     transport: Global___TransportKind.ValueType
     """How its bytes are to reach the engines; UNSPECIFIED lets the service choose by what each engine can use."""
     nbytes: _builtins.int
@@ -686,6 +706,10 @@ class AllocateRequest(_message.Message):
     def usable(self) -> _containers.RepeatedScalarFieldContainer[Global___TransportKind.ValueType]:
         """Transports that the trainer can use; empty means SHARED_MEMORY."""
 
+    @_builtins.property
+    def opened(self) -> _weightsource_pb2.OpenedGpuMemory:
+        """The engines' GPU memory that the trainer can open; without it, the service does not choose CUDA_IPC."""
+
     def __init__(
         self,
         *,
@@ -695,10 +719,11 @@ class AllocateRequest(_message.Message):
         usable: _abc.Iterable[Global___TransportKind.ValueType] | None = ...,
         delta_encoding: Global___DeltaEncoding.ValueType = ...,
         full_every: _builtins.int = ...,
+        opened: _weightsource_pb2.OpenedGpuMemory | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["version", b"version"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["opened", b"opened", "version", b"version"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["delta_encoding", b"delta_encoding", "full_every", b"full_every", "nbytes", b"nbytes", "transport", b"transport", "usable", b"usable", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["delta_encoding", b"delta_encoding", "full_every", b"full_every", "nbytes", b"nbytes", "opened", b"opened", "transport", b"transport", "usable", b"usable", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1020,7 +1045,7 @@ class EngineStatus(_message.Message):
     pause_s: _builtins.float
     """Pause time of the last swap, in seconds."""
     last_error: _builtins.str
-    """Last failure; empty when there was none."""
+    """Last failure, or why the engine has to wait for a newer version; empty when there was none."""
     transport: Global___TransportKind.ValueType
     """Transport of the last prefetch; UNSPECIFIED before the first."""
     total_bytes: _builtins.int
@@ -1109,6 +1134,7 @@ class EngineHello(_message.Message):
     VERSION_FIELD_NUMBER: _builtins.int
     MANIFEST_CHECKSUM_FIELD_NUMBER: _builtins.int
     USABLE_FIELD_NUMBER: _builtins.int
+    GPU_MEMORY_FIELD_NUMBER: _builtins.int
     job_id: _builtins.str
     """Job whose weights it serves."""
     engine_id: _builtins.str
@@ -1123,6 +1149,10 @@ class EngineHello(_message.Message):
     def usable(self) -> _containers.RepeatedScalarFieldContainer[Global___TransportKind.ValueType]:
         """Transports that the engine can use; empty means SHARED_MEMORY."""
 
+    @_builtins.property
+    def gpu_memory(self) -> _weightsource_pb2.GpuMemoryProbe:
+        """GPU memory that the engine shares as long as it is subscribed; absent when it cannot."""
+
     def __init__(
         self,
         *,
@@ -1132,10 +1162,11 @@ class EngineHello(_message.Message):
         version: _builtins.int | None = ...,
         manifest_checksum: _builtins.bytes = ...,
         usable: _abc.Iterable[Global___TransportKind.ValueType] | None = ...,
+        gpu_memory: _weightsource_pb2.GpuMemoryProbe | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_version", b"_version", "version", b"version"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_version", b"_version", "gpu_memory", b"gpu_memory", "version", b"version"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_version", b"_version", "engine_id", b"engine_id", "job_id", b"job_id", "manifest_checksum", b"manifest_checksum", "stream", b"stream", "usable", b"usable", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_version", b"_version", "engine_id", b"engine_id", "gpu_memory", b"gpu_memory", "job_id", b"job_id", "manifest_checksum", b"manifest_checksum", "stream", b"stream", "usable", b"usable", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__version: _TypeAlias = _typing.Literal["version"]  # noqa: Y015
     _WhichOneofArgType__version: _TypeAlias = _typing.Literal["_version", b"_version"]  # noqa: Y015

@@ -65,8 +65,9 @@ class RankWorker:
     ) -> Any:
         """Run a command; rank 0 also passes what cannot be broadcast.
 
-        Returns the state (start), the metrics or, for an abandoned step, None (train), the report for `export.merge`
-        (export), or whether this rank's files of a checkpoint are written (save_progress).
+        Returns the state (start), the metrics or, for an abandoned step, None (train), which engines' GPU memory it can
+        open (open_gpu_memory), the report for `export.merge` (export), or whether this rank's files of a checkpoint are
+        written (save_progress).
         """
         arguments = command.arguments
         match command.name:
@@ -76,6 +77,8 @@ class RankWorker:
                 if groups is None:
                     groups = [decode_group(payload) for payload in command.payloads]
                 return self._train(arguments["step"], groups, report, abandonment or self.abandonment())
+            case "open_gpu_memory":
+                return self._open_gpu_memory(command.payloads)
             case "export":
                 return self._export(command, sender)
             case "save":
@@ -149,6 +152,13 @@ class RankWorker:
         if sender is None:
             sender = self._sender = self._sender or WeightSender(self.endpoint(command.arguments["address"]))
         return send_share(self._loaded(), sender, command, self.rank, self._ranks, self._export_format)
+
+    def _open_gpu_memory(self, probes: Sequence[bytes]) -> bytes:
+        from miles.rpc.gen import weightsource_pb2
+        from miles.weights.transports.cuda_ipc.probe import open_probes
+
+        engines = [weightsource_pb2.GpuMemoryProbe.FromString(probe) for probe in probes]
+        return open_probes(engines, self.device, self.rank).SerializeToString()
 
     def _stop(self) -> None:
         if self._sender is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import pytest
 
@@ -36,16 +37,19 @@ class Scene:
     def now(self) -> Now:
         return Now(self.time_s, int(self.time_s * 1e9))
 
-    def publish(self, number: int) -> int:
+    def publish(self, number: int, out_of_reach: Sequence[str] = ()) -> int:
         """Allocate and prepare; returns the publication id."""
         version, actions = self.machine.allocate(number, 64, self.now())
+        publication_id = version.publication_id
         self.actions += actions
-        self.actions += self.machine.prepare(version.publication_id, b"c%d" % version.publication_id, self.now())
-        return version.publication_id
+        self.actions += self.machine.prepare(publication_id, b"c%d" % publication_id, self.now(), out_of_reach)
+        return publication_id
 
-    def connect(self, name: str, number: int | None = None, checksum: bytes = b"") -> None:
+    def connect(
+        self, name: str, number: int | None = None, checksum: bytes = b"", out_of_reach: Sequence[int] = ()
+    ) -> None:
         self.sessions += 1
-        self.actions += self.machine.connect(name, self.sessions, number, checksum, self.now())
+        self.actions += self.machine.connect(name, self.sessions, number, checksum, self.now(), out_of_reach)
 
     def disconnect(self, name: str) -> None:
         session = self.machine.engines[name].session
@@ -622,3 +626,45 @@ def test_a_refusal_counts_also_when_it_comes_too_late() -> None:
     assert scene.outcome().refused
     scene.activate(0, "third", deadline_s=10)
     assert scene.outcome().refused
+
+
+def test_an_engine_that_cannot_get_a_version_is_not_waited_for_and_keeps_the_one_it_has() -> None:
+    scene = Scene()
+    scene.serving(0, "a", "b")
+    scene.publish(1, out_of_reach=["b"])
+    scene.activate(1)
+    scene.finish_orders("a")
+    assert scene.outcome().ok
+    assert scene.open("b") is None
+    assert scene.state("b") is EngineState.SERVING
+    scene.publish(2)
+    scene.activate(2, "next", min_engines=2)
+    scene.finish_orders("a", "b")
+    assert scene.outcome().engines == 2
+
+
+def test_an_engine_that_comes_late_is_not_ordered_to_load_what_it_cannot_get() -> None:
+    scene = Scene()
+    scene.serving(0, "a")
+    scene.connect("late", out_of_reach=[1])
+    scene.wait(100)
+    assert scene.open("late") is None
+    assert scene.state("late") is EngineState.EMPTY
+    scene.disconnect("late")
+    scene.connect("late")
+    assert scene.open("late") is PREFETCH, "it may have moved"
+
+
+def test_an_activation_that_no_engine_can_take_part_in_fails_at_once_and_may_be_repeated() -> None:
+    scene = Scene()
+    scene.connect("a")
+    scene.publish(0, out_of_reach=["a"])
+    scene.activate(0)
+    outcome = scene.outcome()
+    assert not outcome.ok
+    assert not outcome.refused
+    assert "publish it again" in outcome.error
+    scene.publish(0)
+    scene.activate(0, "again")
+    scene.finish_orders("a")
+    assert scene.outcome().ok

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from miles.rpc.gen.weightsync_pb2 import (
     TRANSPORT_KIND_COLLECTIVE,
+    TRANSPORT_KIND_CUDA_IPC,
     TRANSPORT_KIND_DISK_DELTA,
     TRANSPORT_KIND_GRPC_CHUNKS,
     TRANSPORT_KIND_SHARED_MEMORY,
@@ -22,6 +23,8 @@ AUTO, MAP, DISK, CHUNKS = (
     TRANSPORT_KIND_GRPC_CHUNKS,
 )
 HERE, ELSEWHERE, WITH_STORAGE = {MAP, CHUNKS}, {CHUNKS}, {DISK, CHUNKS}
+IPC = TRANSPORT_KIND_CUDA_IPC
+ON_GPU = {IPC, MAP, CHUNKS}
 
 
 @pytest.mark.parametrize(
@@ -38,6 +41,10 @@ HERE, ELSEWHERE, WITH_STORAGE = {MAP, CHUNKS}, {CHUNKS}, {DISK, CHUNKS}
         (WITH_STORAGE, [WITH_STORAGE, HERE], True, [CHUNKS, DISK], [DISK, MAP]),
         (WITH_STORAGE, [], True, [DISK], []),
         (ELSEWHERE, [WITH_STORAGE], True, [CHUNKS], [CHUNKS]),
+        (HERE, [ON_GPU], False, [IPC], [IPC]),
+        (ELSEWHERE, [ON_GPU, {IPC, CHUNKS}], True, [IPC], [IPC, IPC]),
+        (HERE, [ON_GPU, HERE], False, [MAP], [MAP, MAP]),
+        (HERE | {DISK}, [ON_GPU, WITH_STORAGE], True, [MAP, DISK], [MAP, DISK]),
     ],
 )
 def test_each_engine_gets_the_best_way_that_it_can_use(
@@ -48,17 +55,19 @@ def test_each_engine_gets_the_best_way_that_it_can_use(
     assert [transport_for(placement, usable) for usable in engines] == got
 
 
-usable_sets = st.sampled_from([HERE, ELSEWHERE, WITH_STORAGE, HERE | {DISK}])
+trainers = st.sampled_from([HERE, ELSEWHERE, WITH_STORAGE, HERE | {DISK}])
+usable_sets = st.sampled_from([HERE, ELSEWHERE, WITH_STORAGE, HERE | {DISK}, ON_GPU, {IPC, CHUNKS}])
 
 
 @settings(deadline=None)
-@given(usable_sets, st.lists(usable_sets, max_size=4), st.booleans())
+@given(trainers, st.lists(usable_sets, max_size=4), st.booleans())
 def test_the_trainer_can_send_what_is_chosen_and_every_engine_can_get_it(
     trainer: set[int], engines: list[set[int]], folders: bool
 ) -> None:
     placement = place(AUTO, trainer, engines, folders=folders)
     assert placement.kinds
-    assert set(placement.kinds) <= trainer
+    assert set(placement.kinds) <= trainer | {IPC}
+    assert IPC not in placement.kinds or placement.kinds == (IPC,), "the checksums of two kinds differ"
     for usable in engines:
         assert transport_for(placement, usable) in usable
 

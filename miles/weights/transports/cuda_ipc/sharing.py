@@ -79,7 +79,7 @@ def open_shared(share: Shared) -> torch.Tensor:
     try:
         storage = storages._new_shared_cuda(*share)
     except RuntimeError as error:
-        raise ManifestError(f"the trainer's GPU memory cannot be opened: {error}") from error
+        raise ManifestError(f"the other process's GPU memory cannot be opened: {error}") from error
     return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
 
 
@@ -94,7 +94,7 @@ def device_index(uuid: str) -> int:
         if device_uuid(torch.device("cuda", index)) == uuid:
             return index
     raise ManifestError(
-        f"the weights are on GPU {uuid}, which this process does not see; make it visible (CUDA_VISIBLE_DEVICES)"
+        f"the memory is of GPU {uuid}, which this process does not see; make it visible (CUDA_VISIBLE_DEVICES)"
     )
 
 
