@@ -1,10 +1,16 @@
-"""Length-prefixed frames between the service and its worker processes: uint32 little-endian length, then the bytes."""
+"""Length-prefixed frames between the service and its worker processes: uint32 little-endian length, then the bytes.
+
+A worker's answer begins with a float64 of how many seconds its function took; a `ScoreResponse` follows.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import struct
 
+from miles.rpc.gen import reward_pb2
+
+_SECONDS = struct.Struct("<d")
 _LENGTH = struct.Struct("<I")
 
 
@@ -20,3 +26,14 @@ async def read_frame(reader: asyncio.StreamReader) -> bytes | None:
 def write_frame(writer: asyncio.StreamWriter, payload: bytes) -> None:
     """Queue one frame for sending."""
     writer.write(_LENGTH.pack(len(payload)) + payload)
+
+
+def encode_answer(seconds: float, response: reward_pb2.ScoreResponse) -> bytes:
+    """The payload of an answer."""
+    return _SECONDS.pack(seconds) + response.SerializeToString()
+
+
+def decode_answer(payload: bytes) -> tuple[float, reward_pb2.ScoreResponse]:
+    """Seconds and scores of an answer."""
+    [seconds] = _SECONDS.unpack_from(payload)
+    return seconds, reward_pb2.ScoreResponse.FromString(memoryview(payload)[_SECONDS.size :])

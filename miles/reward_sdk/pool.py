@@ -1,218 +1,214 @@
-"""A pool of worker processes that grows on demand, kills processes that hang and replaces those that died."""
+"""A pool of worker processes that grows with the load, kills processes that hang and replaces those that died."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import dataclasses
-import json
+import collections
 import logging
-import os
-import signal
-import socket
-import sys
 import time
 from collections.abc import Sequence
-from typing import Any
 
-from miles.reward_sdk.answers import Answers
-from miles.reward_sdk.frames import read_frame, write_frame
 from miles.reward_sdk.functions import RewardLoadError, Source
+from miles.reward_sdk.growth import LOAD_S, workers_to_start
+from miles.reward_sdk.pace import Pace
+from miles.reward_sdk.worker_process import WorkerDied, WorkerProcess
 from miles.rpc.gen import reward_pb2
+from miles.tasks import cancel
 
 logger = logging.getLogger(__name__)
 
-_START_TIMEOUT_S = 120.0
-"""For importing the user's code, which may load a model."""
-_EXIT_TIMEOUT_S = 5.0
-"""For a process that has closed its socket to be gone."""
 _ASYNC_GRACE_S = 1.0
 """How long an asynchronous function may take to end after it was cancelled at its deadline."""
+_RETRY_S = 10.0
+"""How long after a failed start no further one is tried while there are workers."""
 ASYNC_CALLS_PER_WORKER = 256
 """Asynchronous calls that one worker process runs at once."""
 
 
-class WorkerDied(RuntimeError):
-    """The process that ran a call ended before answering."""
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Described:
-    """A function that a worker loaded, as the worker describes it."""
-
-    name: str
-    group: bool
-    is_async: bool
-
-
-class WorkerProcess:
-    """One worker process and the calls it runs."""
-
-    def __init__(
-        self,
-        process: asyncio.subprocess.Process,
-        reader: asyncio.StreamReader,
-        writer: asyncio.StreamWriter,
-        functions: Sequence[Described],
-    ) -> None:
-        self.functions = functions
-        self.calls = 0
-        self.alive = True
-        self._process = process
-        self._writer = writer
-        self._next_id = 0
-        self._answers: Answers[list[reward_pb2.Score]] = Answers()
-        self._reading = asyncio.create_task(self._read(reader))
-
-    @classmethod
-    async def start(cls, sources: Sequence[Source]) -> WorkerProcess:
-        """Start a process and wait until it has loaded the sources. Raises RewardLoadError when it cannot."""
-        ours, theirs = socket.socketpair()
-        with theirs:
-            descriptor = theirs.fileno()
-            described = json.dumps([dataclasses.asdict(source) for source in sources])
-            process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-m", "miles.reward_sdk.worker", str(descriptor), str(os.getpid()), described),
-                pass_fds=[descriptor],
-                stdin=asyncio.subprocess.DEVNULL,
-            )
-        reader, writer = await asyncio.open_connection(sock=ours)
-        try:
-            async with asyncio.timeout(_START_TIMEOUT_S):
-                frame = await read_frame(reader)
-        except TimeoutError:
-            frame = json.dumps({"error": f"loading took longer than {_START_TIMEOUT_S:g} s"}).encode()
-        dead = {"error": "the worker process ended while loading; its own output says why"}
-        hello: dict[str, Any] = json.loads(frame) if frame else dead
-        if "error" in hello:
-            writer.close()
-            _kill(process)
-            await process.wait()
-            raise RewardLoadError(hello["error"])
-        return cls(process, reader, writer, [Described(**fields) for fields in hello["functions"]])
-
-    async def call(self, request: reward_pb2.ScoreRequest) -> list[reward_pb2.Score]:
-        """Run one call, choosing its id. Raises WorkerDied when the process ends first."""
-        self._next_id += 1
-        request.request_id = self._next_id
-        payload = request.SerializeToString()
-        return await self._answers.ask(request.request_id, lambda: write_frame(self._writer, payload))
-
-    async def kill(self) -> None:
-        """End the process now; its calls raise `WorkerDied`."""
-        self.alive = False
-        _kill(self._process)
-        await self._reading
-
-    async def _read(self, reader: asyncio.StreamReader) -> None:
-        while (frame := await read_frame(reader)) is not None:
-            response = reward_pb2.ScoreResponse.FromString(frame)
-            self._answers.put(response.request_id, list(response.scores))
-        self.alive = False
-        self._writer.close()
-        try:
-            async with asyncio.timeout(_EXIT_TIMEOUT_S):
-                code = await self._process.wait()
-        except TimeoutError:
-            _kill(self._process)
-            code = await self._process.wait()
-        self._answers.fail(lambda: WorkerDied(f"the worker process ended with code {code}"))
-
-
-def _kill(process: asyncio.subprocess.Process) -> None:
-    # Not Process.kill: it polls, which can take the exit code from whoever waits for it.
-    if process.returncode is None:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(process.pid, signal.SIGKILL)
+class StillRunning(RuntimeError):
+    """A call has run for as long as its caller wanted to wait. It goes on, and keeps its process to its end."""
 
 
 class WorkerPool:
     """Worker processes for one kind of function: blocking ones (capacity 1 each) or asynchronous ones.
 
-    At most `size` processes run at once; they start when first needed. A call that outlives its deadline has its
-    process killed, and calls that shared the process with it are run again once.
+    At most `size` processes run at once: the first starts when it is needed, more in the background when calls have
+    waited for a while. A call takes whichever worker is free first. A call that outlives its deadline has its process
+    killed, and calls that shared the process with it are run again once.
     """
 
     def __init__(self, sources: Sequence[Source], *, size: int, capacity: int) -> None:
+        self._paces: collections.defaultdict[str, Pace] = collections.defaultdict(Pace)
         self._sources = sources
         self._size = size
         self._capacity = capacity
         self._workers: list[WorkerProcess] = []
-        self._slots = asyncio.Semaphore(size * capacity)
-        self._starting = asyncio.Lock()
+        self._waiting: collections.deque[tuple[float, asyncio.Future[WorkerProcess]]] = collections.deque()
+        """Calls that wait for a worker, in the order in which they get one, and since when (`time.monotonic()`)."""
+        self._starting: set[asyncio.Task[WorkerProcess]] = set()
+        self._load_counts_from = 0.0
+        """Waiting before this time, a `time.monotonic()`, shows nothing about the workers there are now."""
+        self._next_look: asyncio.TimerHandle | None = None
         self._running: set[asyncio.Task[list[reward_pb2.Score]]] = set()
+        self._closed = False
 
     def adopt(self, worker: WorkerProcess) -> None:
         """Add a worker that was started elsewhere with the same sources."""
         self._workers.append(worker)
 
-    async def score(self, request: reward_pb2.ScoreRequest, deadline: float) -> list[reward_pb2.Score]:
+    def shares(self, function: str, samples: int) -> list[slice]:
+        """Split so many samples of a request into calls: one each, or several for a blocking function that is fast."""
+        if self._capacity > 1:
+            return [slice(i, i + 1) for i in range(samples)]
+        return self._paces[function].shares(samples)
+
+    async def score(
+        self, request: reward_pb2.ScoreRequest, deadline: float, *, patience_s: float | None = None
+    ) -> list[reward_pb2.Score]:
         """Run one call by `deadline`, a `time.monotonic()`.
 
         Raises `TimeoutError` past the deadline, `WorkerDied` when the function ends its process, `RewardLoadError` when
-        no process can be started. Cancelling removes a call that waits; one that runs keeps its process to the end.
+        there is no process and none can be started, and `StillRunning` when the call has run for `patience_s` seconds.
+        Cancelling removes a call that waits; one that runs keeps its process to the end.
         """
-        try:
-            async with asyncio.timeout(deadline - time.monotonic()):
-                await self._slots.acquire()
-        except TimeoutError:
-            busy = f"{len(self._running)} calls ahead in {self._size} worker processes"
-            raise TimeoutError(f"waited to its deadline for a free worker ({busy})") from None
-        task = asyncio.create_task(self._run(request, deadline))
+        worker = await self._take_worker(deadline)
+        task = asyncio.create_task(self._run(worker, request, deadline))
         self._running.add(task)
         task.add_done_callback(self._finished)
+        if patience_s is not None:
+            await asyncio.wait({task}, timeout=patience_s)
+            if not task.done():
+                self._paces[request.reward].note(patience_s, len(request.samples))
+                raise StillRunning
         return await asyncio.shield(task)
 
     def _finished(self, task: asyncio.Task[list[reward_pb2.Score]]) -> None:
         self._running.discard(task)
-        self._slots.release()
         if not task.cancelled():
             task.exception()  # retrieved, as the caller may be gone
 
-    async def _run(self, request: reward_pb2.ScoreRequest, deadline: float) -> list[reward_pb2.Score]:
+    async def _run(
+        self, worker: WorkerProcess, request: reward_pb2.ScoreRequest, deadline: float
+    ) -> list[reward_pb2.Score]:
         attempts = 1 if self._capacity == 1 else 2  # a call that ran alone in a process that died has killed it
         while True:
             attempts -= 1
-            worker = await self._take_worker()
             try:
                 return await self._call(worker, request, deadline)
             except WorkerDied:
                 if not attempts:
                     raise
             finally:
-                worker.calls -= 1
+                self._give_back(worker)
+            worker = await self._take_worker(deadline)
 
     async def _call(
         self, worker: WorkerProcess, request: reward_pb2.ScoreRequest, deadline: float
     ) -> list[reward_pb2.Score]:
         left = deadline - time.monotonic()
         if left <= 0:
-            raise TimeoutError("waited to its deadline for a worker process to start")
+            raise TimeoutError("waited to its deadline for a free worker")
         request.deadline_ms = max(1, int(left * 1000))
         try:
             async with asyncio.timeout(left + (_ASYNC_GRACE_S if self._capacity > 1 else 0)):
-                return await worker.call(request)
+                answer = await worker.call(request)
         except TimeoutError:
             logger.warning("killing a worker process: reward %r did not end in %.3g s", request.reward, left)
-            await worker.kill()
+            worker.kill()
             raise TimeoutError(f"did not end in {left:.3g} s; its process was killed") from None
+        self._paces[request.reward].note(answer.seconds, len(request.samples))
+        return answer.scores
 
-    async def _take_worker(self) -> WorkerProcess:
-        """A worker with room for a call, which is counted; started if there is none."""
-        worker = self._free_worker()
-        if worker is None:
-            async with self._starting:
-                worker = self._free_worker() or await WorkerProcess.start(self._sources)
-            if worker not in self._workers:
-                self._workers.append(worker)
-        worker.calls += 1
-        return worker
+    async def _take_worker(self, deadline: float) -> WorkerProcess:
+        """Wait for a worker with room for a call, which is counted: the first that is free, becomes free or starts."""
+        if self._closed:
+            raise WorkerDied("the worker processes have ended")
+        worker = None if self._waiting else self._free_worker()
+        if worker is not None:
+            worker.calls += 1
+            return worker
+        future: asyncio.Future[WorkerProcess] = asyncio.get_running_loop().create_future()
+        self._waiting.append((time.monotonic(), future))
+        self._start_workers()
+        try:
+            async with asyncio.timeout(deadline - time.monotonic()):
+                return await future
+        except (TimeoutError, asyncio.CancelledError) as error:
+            if not future.cancelled():  # a worker came as the call stopped waiting
+                self._give_back(future.result())
+            if isinstance(error, asyncio.CancelledError):
+                raise
+            busy = f"{len(self._running)} calls run in {len(self._workers)} worker processes, {self._size} at most"
+            raise TimeoutError(f"waited to its deadline for a free worker ({busy})") from None
+
+    def _give_back(self, worker: WorkerProcess) -> None:
+        worker.calls -= 1
+        self._hand_out()
+
+    def _hand_out(self) -> None:
+        """Give free workers to the calls that wait."""
+        while self._waits() and (worker := self._free_worker()) is not None:
+            worker.calls += 1
+            self._waiting.popleft()[1].set_result(worker)
+        self._start_workers()
+
+    def _waits(self) -> bool:
+        """Whether a call waits; the first in the queue is one, as those that have stopped waiting are removed."""
+        while self._waiting and self._waiting[0][1].done():
+            self._waiting.popleft()
+        return bool(self._waiting)
 
     def _free_worker(self) -> WorkerProcess | None:
         self._workers = [worker for worker in self._workers if worker.alive]
         free = [worker for worker in self._workers if worker.calls < self._capacity]
         return min(free, key=lambda worker: worker.calls, default=None)
 
+    def _start_workers(self) -> None:
+        """Start workers if the load shows that they are needed, or look again when it may."""
+        if self._starting or self._closed or not self._waits() or len(self._workers) >= self._size:
+            return
+        waited_s = time.monotonic() - max(self._waiting[0][0], self._load_counts_from)
+        count = workers_to_start(
+            workers=len(self._workers),
+            waiting=sum(not future.done() for _, future in self._waiting),
+            waited_s=waited_s,
+            size=self._size,
+            capacity=self._capacity,
+        )
+        for _ in range(count):
+            task = asyncio.create_task(WorkerProcess.start(self._sources))
+            self._starting.add(task)
+            task.add_done_callback(self._started)
+        if not count and self._next_look is None:
+            self._next_look = asyncio.get_running_loop().call_later(LOAD_S - waited_s, self._look)
+
+    def _look(self) -> None:
+        self._next_look = None
+        self._start_workers()
+
+    def _started(self, task: asyncio.Task[WorkerProcess]) -> None:
+        self._starting.discard(task)
+        if task.cancelled():
+            return
+        self._load_counts_from = time.monotonic()
+        if (error := task.exception()) is None:
+            self._workers.append(task.result())
+        elif self._workers or self._starting:
+            self._load_counts_from += _RETRY_S
+            logger.warning("no further worker process could be started, %d go on: %s", len(self._workers), error)
+        else:
+            self._fail_waiting(RewardLoadError, str(error))
+        self._hand_out()
+
+    def _fail_waiting(self, kind: type[Exception], problem: str) -> None:
+        while self._waits():
+            self._waiting.popleft()[1].set_exception(kind(problem))
+
     async def close(self) -> None:
-        """Kill every worker process; running calls raise `WorkerDied`."""
-        await asyncio.gather(*(worker.kill() for worker in self._workers))
+        """Kill every worker process; calls that run or wait raise `WorkerDied`."""
+        self._closed = True
+        if self._next_look is not None:
+            self._next_look.cancel()
+        self._fail_waiting(WorkerDied, "the worker processes have ended")
+        await cancel(*self._starting)
+        await asyncio.gather(*(worker.close() for worker in self._workers))

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Sequence
 
 from miles.cores import usable_cores
 from miles.reward_sdk import outcome
 from miles.reward_sdk.functions import RewardLoadError, Source
-from miles.reward_sdk.pool import ASYNC_CALLS_PER_WORKER, Described, WorkerDied, WorkerPool, WorkerProcess
+from miles.reward_sdk.pool import ASYNC_CALLS_PER_WORKER, StillRunning, WorkerPool
+from miles.reward_sdk.worker_process import Described, WorkerDied, WorkerProcess
 from miles.rpc.gen import reward_pb2, sample_pb2
 from miles.telemetry.tracing import traced
 
@@ -17,6 +19,10 @@ DEFAULT_DEADLINE_S = 60.0
 """For requests that name no deadline."""
 _LATE_S = 0.2
 """How long past the deadline a pool may take to report what went wrong."""
+_PATIENCE_S = 0.1
+"""How long samples that share a call are waited for; they were expected to take a fiftieth of that."""
+_HUNG_S = 5.0
+"""When the process of such a call is killed if it has not ended: the slow sample has been called on its own since."""
 
 
 class Scorer:
@@ -78,18 +84,33 @@ class Scorer:
         elif function.group:
             return await self._call(function, request.samples, deadline)
         else:
-            calls = (self._call(function, [sample], deadline) for sample in request.samples)
+            shares = [request.samples[share] for share in self._pool(function).shares(name, len(request.samples))]
+            calls = (self._call_each(function, samples, deadline) for samples in shares)
             return [score for scores in await asyncio.gather(*calls) for score in scores]
         return [outcome.error_score(problem) for _ in request.samples]
+
+    def _pool(self, function: Described) -> WorkerPool:
+        return self._asynchronous if function.is_async else self._blocking
+
+    async def _call_each(
+        self, function: Described, samples: Sequence[sample_pb2.Sample], deadline: float
+    ) -> list[reward_pb2.Score]:
+        """Score samples independently: in one call, then each in its own if one is slow or ends the process."""
+        if len(samples) > 1:
+            request = reward_pb2.ScoreRequest(reward=function.name, samples=samples)
+            soon = min(deadline, time.monotonic() + _HUNG_S)
+            with contextlib.suppress(StillRunning, TimeoutError, WorkerDied, RewardLoadError):
+                return await self._pool(function).score(request, soon, patience_s=_PATIENCE_S)
+        calls = (self._call(function, [sample], deadline) for sample in samples)
+        return [score for scores in await asyncio.gather(*calls) for score in scores]
 
     async def _call(
         self, function: Described, samples: Sequence[sample_pb2.Sample], deadline: float
     ) -> list[reward_pb2.Score]:
-        pool = self._asynchronous if function.is_async else self._blocking
         request = reward_pb2.ScoreRequest(reward=function.name, samples=samples)
         try:
             async with asyncio.timeout(deadline + _LATE_S - time.monotonic()):
-                return await pool.score(request, deadline)
+                return await self._pool(function).score(request, deadline)
         except (TimeoutError, WorkerDied, RewardLoadError) as error:
             reason = str(error) or "did not end by its deadline"
         return [outcome.error_score(f"reward {function.name!r} {reason}: {outcome.sample_id(s)}") for s in samples]

@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import ctypes
+import dataclasses
 import inspect
 import json
 import os
@@ -20,11 +21,12 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from miles.reward_sdk import outcome
-from miles.reward_sdk.frames import read_frame, write_frame
+from miles.reward_sdk.frames import encode_answer, read_frame, write_frame
 from miles.reward_sdk.functions import RewardFunction, RewardLoadError, Source, load
 from miles.rpc.gen import reward_pb2, sample_pb2
 from miles.types.convert import sample_from_proto
@@ -39,12 +41,12 @@ class MainThread:
     """Runs calls on the thread that calls `run`, one after another."""
 
     def __init__(self) -> None:
-        self._jobs: queue.SimpleQueue[tuple[Callable[[], object], concurrent.futures.Future[object]]]
+        self._jobs: queue.SimpleQueue[tuple[Callable[[], list[object]], concurrent.futures.Future[list[object]]]]
         self._jobs = queue.SimpleQueue()
 
-    def submit(self, call: Callable[[], object]) -> concurrent.futures.Future[object]:
+    def submit(self, call: Callable[[], list[object]]) -> concurrent.futures.Future[list[object]]:
         """Queue a call."""
-        future: concurrent.futures.Future[object] = concurrent.futures.Future()
+        future: concurrent.futures.Future[list[object]] = concurrent.futures.Future()
         self._jobs.put((call, future))
         return future
 
@@ -54,7 +56,7 @@ class MainThread:
             call, future = self._jobs.get()
             try:
                 future.set_result(call())
-            except BaseException as error:  # SystemExit too: it ends the call, not the worker
+            except BaseException as error:
                 future.set_exception(error)
 
 
@@ -77,41 +79,99 @@ class Worker:
             task.add_done_callback(self._tasks.discard)
 
     async def _answer(self, request: reward_pb2.ScoreRequest) -> None:
-        scores = await self._score(self._functions[request.reward], request.samples, request.deadline_ms / 1000)
+        call = _Call(self._functions[request.reward], request.deadline_ms / 1000)
+        scores = await self._score(call, request.samples)
         response = reward_pb2.ScoreResponse(request_id=request.request_id, scores=scores)
-        write_frame(self._writer, response.SerializeToString())
+        write_frame(self._writer, encode_answer(call.seconds, response))
         await self._writer.drain()
 
-    async def _score(
-        self, function: RewardFunction, messages: Sequence[sample_pb2.Sample], deadline_s: float
-    ) -> list[reward_pb2.Score]:
-        """Score one sample or a group: unless the function hangs, every sample gets a score or an error score."""
+    async def _score(self, call: _Call, messages: Sequence[sample_pb2.Sample]) -> list[reward_pb2.Score]:
+        """Score samples, each on its own or as a group: unless the function hangs, each gets a score or an error."""
         subjects = [outcome.sample_id(message) for message in messages]
+        samples = [_decoded(message) for message in messages]
+        if call.function.group:
+            malformed = [sample for sample in samples if isinstance(sample, ValueError)]
+            if malformed:
+                problem = f"malformed {', '.join(subjects)}: {malformed[0]}"
+                return [outcome.error_score(problem)] * len(subjects)
+            [value] = await self._values(call, [samples])
+            if isinstance(value, _Raised):
+                return [call.error_score(value.error, subject) for subject in subjects]
+            return outcome.group_scores(call.function, value, subjects)
+        values = iter(await self._values(call, [sample for sample in samples if not isinstance(sample, ValueError)]))
+        return [
+            outcome.error_score(f"malformed {subject}: {sample}")
+            if isinstance(sample, ValueError)
+            else call.sample_score(next(values), subject)
+            for sample, subject in zip(samples, subjects, strict=True)
+        ]
+
+    async def _values(self, call: _Call, arguments: Sequence[Any]) -> list[object]:
+        """What the function returned for each argument, or `_Raised`."""
+        if call.function.is_async:
+            return await asyncio.gather(*(call.awaited(call.attempt(each)) for each in arguments))
+        ended = self._main_thread.submit(lambda: [call.attempt(each) for each in arguments])
+        return [await call.awaited(value) for value in await asyncio.wrap_future(ended)]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Raised:
+    """What a user's function raised: the sample's error, never the service's."""
+
+    error: BaseException
+
+
+class _Call:
+    """The calls of a function for one request."""
+
+    def __init__(self, function: RewardFunction, deadline_s: float) -> None:
+        self.function = function
+        self.seconds = 0.0
+        """How long they took."""
+        self._deadline_s = deadline_s
+
+    def attempt(self, argument: Any) -> object:
+        """Call the function."""
+        began = time.perf_counter()
         try:
-            samples = [sample_from_proto(message) for message in messages]
-        except ValueError as error:
-            return [outcome.error_score(f"malformed {', '.join(subjects)}: {error}")] * len(subjects)
+            return self.function.call(argument)
+        except BaseException as error:  # SystemExit too: it ends the call, not the worker
+            return _Raised(error)
+        finally:
+            self.seconds += time.perf_counter() - began
+
+    async def awaited(self, value: object) -> object:
+        """Wait for what the function returned; until the deadline, if the function is asynchronous."""
+        if not inspect.isawaitable(value):
+            return value
+        began = time.perf_counter()
         try:
-            value = await self._call(function, samples if function.group else samples[0], deadline_s)
-        except BaseException as error:  # a user's mistake becomes the sample's error, never the service's
-            reason = outcome.raised(function.name, error)
-            if isinstance(error, TimeoutError) and not str(error):  # the deadline's, not the function's own
-                reason = f"reward {function.name!r} was cancelled after {deadline_s:g} s"
-            return [outcome.error_score(f"{reason} on {subject}") for subject in subjects]
-        if function.group:
-            return outcome.group_scores(function, value, subjects)
-        return [outcome.sample_score(function, value, subjects[0])]
+            async with asyncio.timeout(self._deadline_s if self.function.is_async else None):
+                return await value
+        except BaseException as error:  # CancelledError too, which a user's function may raise
+            return _Raised(error)
+        finally:
+            self.seconds += time.perf_counter() - began
 
-    async def _call(self, function: RewardFunction, argument: Sample | list[Sample], deadline_s: float) -> object:
-        call: Callable[[], object] = lambda: function.call(argument)  # type: ignore[arg-type]  # noqa: E731
-        if function.is_async:
-            async with asyncio.timeout(deadline_s):
-                return await _awaited(call())
-        return await _awaited(await asyncio.wrap_future(self._main_thread.submit(call)))
+    def sample_score(self, value: object, subject: str) -> reward_pb2.Score:
+        """The score of a sample by what `attempt` or `awaited` returned."""
+        if isinstance(value, _Raised):
+            return self.error_score(value.error, subject)
+        return outcome.sample_score(self.function, value, subject)
+
+    def error_score(self, error: BaseException, subject: str) -> reward_pb2.Score:
+        """The error of a sample."""
+        reason = outcome.raised(self.function.name, error)
+        if isinstance(error, TimeoutError) and not str(error):  # the deadline's, not the function's own
+            reason = f"reward {self.function.name!r} was cancelled after {self._deadline_s:g} s"
+        return outcome.error_score(f"{reason} on {subject}")
 
 
-async def _awaited(value: object) -> object:
-    return await value if inspect.isawaitable(value) else value
+def _decoded(message: sample_pb2.Sample) -> Sample | ValueError:
+    try:
+        return sample_from_proto(message)
+    except ValueError as error:
+        return error
 
 
 def _die_with_parent(parent: int) -> None:

@@ -82,7 +82,8 @@ class Dispatcher:
         self._clock = BusyClock()
         self._generated_tokens = 0
         self._interval = int(options.server_flags.get("stream_interval") or STREAM_INTERVAL)
-        self._rids = (f"{options.name}-{uuid.uuid4().hex[:8]}-{i:012d}" for i in itertools.count())
+        name = f"{options.name}-{uuid.uuid4().hex[:8]}"
+        self._rids = (f"{name}-{i:012d}" for i in itertools.count())
         self.model = ServedModel(vocabulary=0, max_total_tokens=0, seeded=False)
         """To be set before the first request."""
         self.held = False
