@@ -36,9 +36,22 @@ class Segment:
     def prefix_rows(self) -> int:
         return sum(end - start for start, end in self.prefix)
 
+    @property
+    def seen(self) -> tuple[tuple[int, int], ...]:
+        """Ranges of what the last row sees, oldest first: the prefix and the segment itself."""
+        return (*self.prefix, (self.start, self.end))
+
     def seen_rows(self) -> npt.NDArray[np.int64]:
-        """What the last row sees, oldest first: the prefix and the segment itself."""
-        return np.concatenate([np.arange(start, end) for start, end in (*self.prefix, (self.start, self.end))])
+        """The rows of `seen`."""
+        return seen_rows((self,))
+
+
+def seen_rows(segments: Sequence[Segment]) -> npt.NDArray[np.int64]:
+    """What the last row of each segment sees, segment after segment."""
+    bounds = np.array([piece for segment in segments for piece in segment.seen], np.int64)
+    starts, lengths = bounds[:, 0], bounds[:, 1] - bounds[:, 0]
+    shifts = np.repeat(starts - (np.cumsum(lengths) - lengths), lengths)
+    return shifts + np.arange(len(shifts))
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -126,16 +139,17 @@ class RowCounter:
 _NO_ROWS = np.zeros(0, np.int64)
 
 EMPTY = MicroBatch(
-    input_ids_T=np.zeros(1, np.int64),
-    position_ids_T=np.zeros(1, np.int64),
-    segments=(Segment(0, 1),),
+    input_ids_T=np.zeros(2, np.int64),
+    position_ids_T=np.arange(2, dtype=np.int64),
+    segments=(Segment(0, 2),),
     samples=(),
     logit_rows_R=np.zeros(0, np.int64),
     targets_R=np.zeros(0, np.int64),
     cu_responses=(0,),
-    row_sources_T=np.zeros((1, 2), np.int64),
+    row_sources_T=np.zeros((2, 2), np.int64),
 )
-"""No samples, but one row of nothing: a rank without work must still take part in every layer's collectives."""
+"""No samples, but two rows of nothing: a rank without work must still take part in every layer's collectives. One row
+would be a case of its own to compilers."""
 
 
 class _Rows:

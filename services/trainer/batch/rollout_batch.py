@@ -14,7 +14,7 @@ import torch
 
 from miles.algorithms.packing import Packing
 from miles.services.trainer.batch.balance import MicroBatchLimits, recut, schedule
-from miles.services.trainer.batch.packing import EMPTY, MicroBatch, pack
+from miles.services.trainer.batch.packing import EMPTY, MicroBatch, pack, row_count
 from miles.telemetry.tracing import traced
 from miles.types import Sample, SampleGroup, SampleStatus, reward_number
 
@@ -36,6 +36,8 @@ class OptimizerStepPlan:
     """This rank's share; the same number on every rank."""
     observed: tuple[MicroBatch, ...]
     """Micro-batches of samples without gradient, run only for their metrics; the same number on every rank."""
+    joined: frozenset[int] = frozenset()
+    """Samples without gradient that are in `micro_batches` all the same, which spares passes of their own."""
 
     @property
     def all_micro_batches(self) -> tuple[MicroBatch, ...]:
@@ -56,6 +58,8 @@ class RolloutBatch:
     mine: tuple[int, ...]
     """Indices into `samples` of this rank's share, in packed order; B of them."""
     packing: Packing
+    share_prompts: bool
+    """Whether rows that samples have in common are in a micro-batch once."""
 
     @property
     def micro_batches(self) -> list[MicroBatch]:
@@ -81,6 +85,12 @@ class RolloutBatch:
     @functools.cached_property
     def _positions(self) -> dict[int, int]:
         return {sample: position for position, sample in enumerate(self.mine)}
+
+    def apart(self, micro_batch: MicroBatch, joined: Collection[int]) -> tuple[MicroBatch, MicroBatch]:
+        """The micro-batch's samples that are not joined, and those that are, in micro-batches of their own."""
+        kinds = ([i for i in micro_batch.samples if (i in joined) is joins] for joins in (False, True))
+        trained, observed = (pack(self.samples, indices, share_prompts=self.share_prompts) for indices in kinds)
+        return trained, observed
 
     def masks(self) -> torch.Tensor:
         """Loss masks; float32 [T] on CPU."""
@@ -119,11 +129,18 @@ def in_order(groups: Sequence[SampleGroup]) -> tuple[Sample, ...]:
 
 @traced("build batch")
 def build_batch(
-    samples: tuple[Sample, ...], config: JobConfig, rank: int, ranks: int, without_gradient: Collection[int] = ()
+    samples: tuple[Sample, ...],
+    config: JobConfig,
+    rank: int,
+    ranks: int,
+    without_gradient: Collection[int] = (),
+    joined_rows: int = 0,
 ) -> RolloutBatch:
     """Split the samples into optimizer steps, and cut this rank's share into micro-batches.
 
     `samples` are as `in_order` gives them, `without_gradient` indices of those whose gradient is known to be zero.
+    These have micro-batches of their own, or join the others where that takes no more micro-batches than the others
+    alone and they have at most `joined_rows` rows in an optimizer step.
     Every rank computes the same schedule from the same samples. Raises ValueError when they do not make up
     num_steps_per_rollout times global_batch_size.
     """
@@ -139,21 +156,31 @@ def build_batch(
     plans: list[OptimizerStepPlan] = []
     all_shares: list[list[int]] = [[] for _ in range(ranks)]
 
-    def cut(members: Sequence[int]) -> tuple[MicroBatch, ...]:
-        shares = schedule(samples, members, ranks, limits, share_prompts=train.share_prompts)
+    def scheduled(members: Sequence[int]) -> list[list[tuple[int, ...]]]:
+        return schedule(samples, members, ranks, limits, share_prompts=train.share_prompts)
+
+    def take(shares: Sequence[list[tuple[int, ...]]]) -> tuple[MicroBatch, ...]:
         for share, micro_batches in zip(all_shares, shares, strict=True):
             share.extend(i for indices in micro_batches for i in indices)
         return tuple(pack(samples, indices, share_prompts=train.share_prompts) for indices in shares[rank])
 
     for step in range(steps):
         trained = [i for i in range(step * size, (step + 1) * size) if is_trained(samples[i])]
+        idle = [i for i in trained if i in without_gradient]
+        own = scheduled([i for i in trained if i not in without_gradient])
+        joined: frozenset[int] = frozenset()
+        if idle and row_count(samples, idle, share_prompts=train.share_prompts) <= joined_rows:
+            together = scheduled(trained)
+            if len(together[rank]) <= max(1, len(own[rank])):
+                own, joined, idle = together, frozenset(idle), []
         plans.append(
             OptimizerStepPlan(
                 num_samples=size,
                 num_trained=len(trained),
                 num_tokens=sum(int(response_mask(samples[i]).sum()) for i in trained),
-                micro_batches=cut([i for i in trained if i not in without_gradient]) or (EMPTY,),
-                observed=cut([i for i in trained if i in without_gradient]),
+                micro_batches=take(own) or (EMPTY,),
+                observed=take(scheduled(idle)),
+                joined=joined,
             )
         )
     mine = tuple(all_shares[rank])
@@ -163,6 +190,7 @@ def build_batch(
         log_prob_micro_batches=_log_prob_micro_batches(samples, plans, all_shares, config, rank),
         mine=mine,
         packing=Packing(tuple(samples[i].response_length for i in mine)),
+        share_prompts=train.share_prompts,
     )
 
 

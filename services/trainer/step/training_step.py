@@ -51,6 +51,8 @@ class RolloutTrainer(abc.ABC):
 
     reports_together = False
     """Whether all ranks report at the same points, between two micro-batches, so that a step can be abandoned there."""
+    joined_rows = 0
+    """How many rows of samples without gradient may be computed with gradient; see `build_batch`."""
 
     def __init__(self, config: JobConfig, roles: Roles, data_ranks: DataRanks, device: torch.device) -> None:
         self.roles = roles
@@ -119,7 +121,8 @@ class RolloutTrainer(abc.ABC):
             if algorithm_options.zero_reward_is_zero_gradient(self._config)
             else ()
         )
-        batch = build_batch(samples, self._config, self._data_ranks.rank, self._data_ranks.count, frozenset(idle))
+        ranks = self._data_ranks
+        batch = build_batch(samples, self._config, ranks.rank, ranks.count, frozenset(idle), self.joined_rows)
         self.begin(batch)
         tokens = self._preparation.prepare(number, batch, rewards_N, report, abandonment)
         prepared = time.monotonic()

@@ -5,7 +5,7 @@ Dims: R response tokens of a micro-batch, T those of this rank.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
@@ -64,9 +64,11 @@ class FsdpLearner(Learner[OutputT]):
         total_iterations: int,
         *,
         scale_loss: bool,
+        one_graph: bool = False,
         routing: Routing | None = None,
     ) -> None:
-        """`scale_loss` keeps gradients inside the range of float16."""
+        """`scale_loss` keeps gradients inside the range of float16. `one_graph` runs micro-batches that are only
+        observed as those that are trained on, so that the model is not compiled once more."""
         super().__init__()
         self.model = model
         self.weights = weights
@@ -75,6 +77,7 @@ class FsdpLearner(Learner[OutputT]):
         self._forward = forward
         self._config = config
         self._total_iterations = total_iterations
+        self._one_graph = one_graph
         self._routing = routing
 
     @property
@@ -96,9 +99,33 @@ class FsdpLearner(Learner[OutputT]):
         with self.weights.in_use():
             for number, micro_batch in enumerate(step.all_micro_batches):
                 report(number)
-                with_gradient = number >= len(step.observed)
-                parts.append(self._accumulate(batch, micro_batch, loss, with_gradient=with_gradient))
+                observed = number < len(step.observed)
+                joins = not step.joined.isdisjoint(micro_batch.samples)
+                if joins:
+                    parts += self._accumulate_joined(batch, micro_batch, loss, step.joined)
+                else:
+                    parts.append(self._accumulate(batch, micro_batch, loss, with_gradient=not observed))
         return parts
+
+    def _accumulate_joined(
+        self,
+        batch: RolloutBatch,
+        micro_batch: MicroBatch,
+        loss: Callable[[MicroBatch, OutputT], LossOutput],
+        joined: Collection[int],
+    ) -> list[dict[str, MetricSum]]:
+        """Run a micro-batch that has samples without gradient. They leave it where a log-probability is not finite:
+        zero times what is behind that would be NaN in the gradient."""
+        result, outputs = self._run(batch, micro_batch, loss, with_gradient=True)
+        if bool(_all_finite(outputs)):
+            self._backward(result)
+            return [result.metrics]
+        del result, outputs
+        trained, idle = batch.apart(micro_batch, joined)
+        return [
+            self._accumulate(batch, idle, loss, with_gradient=False),
+            self._accumulate(batch, trained, loss, with_gradient=True),
+        ]
 
     def _accumulate(
         self,
@@ -108,19 +135,32 @@ class FsdpLearner(Learner[OutputT]):
         *,
         with_gradient: bool,
     ) -> dict[str, MetricSum]:
+        result, _ = self._run(batch, micro_batch, loss, with_gradient=with_gradient)
+        if with_gradient:
+            self._backward(result)
+        return result.metrics
+
+    def _run(
+        self,
+        batch: RolloutBatch,
+        micro_batch: MicroBatch,
+        loss: Callable[[MicroBatch, OutputT], LossOutput],
+        *,
+        with_gradient: bool,
+    ) -> tuple[LossOutput, OutputT]:
         if self._routing is not None:
             self._routing.before(batch, micro_batch, training=True)
-        with span("forward"), torch.set_grad_enabled(with_gradient):
+        with span("forward"), torch.set_grad_enabled(with_gradient or self._one_graph):
             outputs = self._forward.for_loss(self.model, micro_batch)
         if self._routing is not None:
             self._routing.after(micro_batch)
         with span("loss"):
-            result = loss(micro_batch, outputs)
-        if with_gradient:
-            with span("backward"):
-                # FSDP averages gradients over ranks; the loss is this rank's share of the step's.
-                torch.autograd.backward(result.loss * (dist.get_world_size() * self.loss_scale.value))
-        return result.metrics
+            return loss(micro_batch, outputs), outputs
+
+    @traced("backward")
+    def _backward(self, result: LossOutput) -> None:
+        # FSDP averages gradients over ranks; the loss is this rank's share of the step's.
+        torch.autograd.backward(result.loss * (dist.get_world_size() * self.loss_scale.value))
 
     @traced("optimizer step")
     def step(self) -> float:
@@ -156,6 +196,12 @@ class FsdpCritic(FsdpLearner[torch.Tensor], CriticLearner):
     def compute_values(self, batch: RolloutBatch, report: Report) -> torch.Tensor:
         """See `CriticLearner.compute_values`."""
         return self._per_token(batch, report)
+
+
+def _all_finite(outputs: TokenLogProbs | torch.Tensor) -> torch.Tensor:
+    """Whether every log-probability or value is; bool, 0-d. A row in which anything is infinite or NaN gives NaN."""
+    values_R = outputs.log_probs_T if isinstance(outputs, TokenLogProbs) else outputs
+    return values_R.detach().isfinite().all()
 
 
 def local_weights(model: torch.nn.Module, *, trained_only: bool = False) -> list[tuple[str, torch.Tensor]]:

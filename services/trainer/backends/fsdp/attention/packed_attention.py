@@ -22,9 +22,10 @@ import numpy as np
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from miles.algorithms.device_copies import to_device
 from miles.services.trainer.backends.fsdp.attention.slots import Slots, slots_of, to_slots
 from miles.services.trainer.backends.fsdp.attention.tiles import TilePlan, attend_tiles, fits_tiles
-from miles.services.trainer.batch.packing import MicroBatch, Segment
+from miles.services.trainer.batch.packing import MicroBatch, Segment, seen_rows
 
 PACKED_ATTENTION = "miles_packed"
 
@@ -34,7 +35,9 @@ class _Varlen:
     cu_q: torch.Tensor
     cu_k: torch.Tensor
     max_q: int
+    """Upper bound of a segment's rows; a power of two, so that few values occur. 1 would be a constant to compilers."""
     max_k: int
+    """The same of what a segment sees."""
 
 
 class AttentionPlan:
@@ -64,19 +67,25 @@ class AttentionPlan:
     @functools.cached_property
     def keys(self) -> Slots | None:
         """The rows that each segment sees, segment after segment; None when those are all rows in order."""
-        if not any(segment.prefix for segment in self.segments):
-            return None
-        seen = np.concatenate([segment.seen_rows() for segment in self.segments])
-        return slots_of(seen, self.segments[-1].end, self.device)
+        return self._key_slots() if any(segment.prefix for segment in self.segments) else None
+
+    def complete(self) -> None:
+        """Compute what layers would ask for, in a form that is the same for every micro-batch: the compiler traces a
+        layer once, and cannot trace this."""
+        self.keys = self.keys or self._key_slots()
+        self.varlen  # noqa: B018  (computed and kept)
+
+    def _key_slots(self) -> Slots:
+        return slots_of(seen_rows(self.segments), self.segments[-1].end, self.device)
 
     @functools.cached_property
     def varlen(self) -> _Varlen:
         """Sequence bounds for variable-length kernels, whose causal mask is aligned at the lower right."""
         q_lengths = [segment.rows for segment in self.segments]
         k_lengths = [segment.prefix_rows + segment.rows for segment in self.segments]
-        cu_q = torch.tensor([0, *np.cumsum(q_lengths)], dtype=torch.int32, device=self.device)
-        cu_k = torch.tensor([0, *np.cumsum(k_lengths)], dtype=torch.int32, device=self.device)
-        return _Varlen(cu_q, cu_k, max(q_lengths), max(k_lengths))
+        bounds = torch.from_numpy(np.cumsum([[0, *q_lengths], [0, *k_lengths]], axis=1).astype(np.int32))
+        cu_q, cu_k = to_device(bounds, self.device)
+        return _Varlen(cu_q, cu_k, _power_of_two(max(q_lengths)), _power_of_two(max(k_lengths)))
 
 
 def register() -> None:
@@ -169,6 +178,11 @@ def _attend_varlen(
     )
     assert isinstance(out, torch.Tensor)
     return out
+
+
+def _power_of_two(length: int) -> int:
+    """The smallest one that is at least the length, and 16."""
+    return 1 << (max(length, 16) - 1).bit_length()
 
 
 def _lower_right_mask(queries: int, keys: int, window: int | None, device: torch.device) -> torch.Tensor:

@@ -84,6 +84,7 @@ class _Builder:
             config.optimizer,
             algorithm_options.policy_iterations(config),
             scale_loss=self._precision.compute is torch.float16,
+            one_graph=config.train.torch_compile,
             routing=routing,
         )
         reference: FrozenModel | AdaptedBase | None = None

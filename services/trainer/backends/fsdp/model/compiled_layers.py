@@ -1,13 +1,23 @@
-"""Decoder layers compiled by torch.compile: one graph for all layers and any number of rows."""
+"""Decoder layers compiled by torch.compile: one graph for all layers and any number of rows.
+
+Nothing is compiled again once a training step has run: the graph holds for every micro-batch of two rows or more.
+Without that, a step that happens to look different waits some seconds for the compiler.
+"""
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
+import torch.fx.experimental._config as shape_config
 
 from miles.services.trainer.backends.fsdp.model.sharded_model import decoder_layers
+
+_OPTIONS: dict[str, Any] = {
+    "triton.mix_order_reduction": False,  # is chosen above 4096 rows, and guards that the others are as many
+    "shape_padding": False,  # pads products by the rows of the first micro-batch
+}
+"""Of the inductor backend: nothing that depends on the first micro-batch's size."""
 
 
 def compile_layers(model: torch.nn.Module, backend: Any = "inductor") -> None:
@@ -17,14 +27,12 @@ def compile_layers(model: torch.nn.Module, backend: Any = "inductor") -> None:
     """
     if any(hasattr(module, "experts") for module in model.modules()):
         raise ValueError(f"torch_compile is for dense models, and {type(model).__name__} has experts; leave it out")
+    # Sizes that are equal in the first micro-batch (rows and slots, where it shares no prompt) may differ later.
+    shape_config.use_duck_shape = False
     model.register_forward_pre_hook(_complete_plan, with_kwargs=True)
     for layer in decoder_layers(model):
-        layer.compile(dynamic=True, backend=backend)
+        layer.compile(dynamic=True, backend=backend, options=_OPTIONS if backend == "inductor" else None)
 
 
 def _complete_plan(module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-    """Have the attention plan compute now what it computes when first asked: the compiler cannot trace that."""
-    plan = kwargs["attention_plan"]
-    for name, member in vars(type(plan)).items():
-        if isinstance(member, functools.cached_property):
-            getattr(plan, name)
+    kwargs["attention_plan"].complete()

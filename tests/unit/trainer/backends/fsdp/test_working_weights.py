@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from miles.services.trainer.backends.fsdp.model import working_weights
 from miles.services.trainer.backends.fsdp.model.working_weights import WorkingWeights
 
 
@@ -136,3 +137,29 @@ def test_copies_hold_memory_only_while_they_are_in_use(model: Tied, weights: Wor
         copy = model.embedding.weight
         assert copy.untyped_storage().nbytes() > 0
     assert copy.untyped_storage().nbytes() == 0
+
+
+def test_gradients_are_cast_together_and_in_pieces_of_bounded_size(
+    model: Tied, weights: WorkingWeights, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cast: list[int] = []
+    foreach = torch._foreach_copy_
+
+    def counted(targets: list[torch.Tensor], sources: list[torch.Tensor]) -> None:
+        cast.append(len(sources))
+        foreach(targets, sources)
+
+    monkeypatch.setattr(torch, "_foreach_copy_", counted)
+    gradients = []
+    for limit in (2**20, 1):
+        monkeypatch.setattr(working_weights, "_CAST_BYTES", limit)
+        cast.clear()
+        with weights.in_use():
+            loss_of(model, 1, 2, 3).backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+        model.zero_grad(set_to_none=True)
+        masters = sum(parameter.dtype == torch.float32 for parameter in model.parameters())
+        assert cast == ([masters, masters] if limit > 1 else [masters, *[1] * masters])  # the first casts the weights
+    for together, one_by_one in zip(*gradients, strict=True):
+        assert together is not None
+        assert together.equal(one_by_one)
