@@ -19,8 +19,9 @@ DEFAULT_DEADLINE_S = 60.0
 """For requests that name no deadline."""
 _LATE_S = 0.2
 """How long past the deadline a pool may take to report what went wrong."""
-_PATIENCE_S = 0.1
-"""How long samples that share a call are waited for; they were expected to take a fiftieth of that."""
+_PATIENCE_S = 0.5
+"""How long samples that share a call are waited for. They were expected to take milliseconds; on a busy machine a process
+may not run for a while, though, and calling all of them again would make that worse."""
 _HUNG_S = 5.0
 """When the process of such a call is killed if it has not ended: the slow sample has been called on its own since."""
 
