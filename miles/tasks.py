@@ -34,4 +34,7 @@ async def cancel(*tasks: asyncio.Task[Any]) -> None:
     """Cancel tasks and return once all have ended; their errors are not raised."""
     for task in tasks:
         task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
+        if task.done() and not task.cancelled():
+            task.exception()  # retrieved, so that asyncio does not report it
+    if not all(task.done() for task in tasks):
+        await asyncio.gather(*tasks, return_exceptions=True)

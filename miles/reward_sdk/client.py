@@ -21,7 +21,7 @@ from miles.rpc import connect
 from miles.rpc.gen import reward_pb2, reward_pb2_grpc
 from miles.tasks import cancel
 from miles.types import MalformedMessage, Reward, Sample
-from miles.types.convert import json_from_text, reward_from_proto, sample_to_proto
+from miles.types.convert import encode_samples, json_from_text, reward_from_proto
 
 logger = logging.getLogger(__name__)
 
@@ -230,6 +230,8 @@ class RewardClient:
         for i, sample in enumerate(samples):
             by_service.setdefault(_service_of(sample), []).append(i)
         parts = [part for positions in by_service.values() for part in _messages(samples, positions)]
+        if len(parts) == 1:
+            return await self._score(samples, reward, group=False)
         scored = await asyncio.gather(*(self._score([samples[i] for i in part], reward, group=False) for part in parts))
         outcomes = {
             i: found for part, each in zip(parts, scored, strict=True) for i, found in zip(part, each, strict=True)
@@ -239,7 +241,8 @@ class RewardClient:
     async def _score(self, samples: Sequence[Sample], reward: str, *, group: bool) -> list[ScoreOutcome]:
         try:
             service = self._service(samples)
-            request = reward_pb2.ScoreRequest(reward=reward, group=group, samples=map(_to_proto, samples))
+            request = reward_pb2.ScoreRequest(reward=reward, group=group)
+            encode_samples([_without_experts(sample) for sample in samples], request.samples)
             with service.waiting(len(samples)):
                 response = await self._ask(service, request)
             if len(response.scores) != len(samples):
@@ -318,10 +321,10 @@ def _messages(samples: Sequence[Sample], positions: Sequence[int]) -> Iterator[l
         yield part
 
 
-def _to_proto(sample: Sample) -> Any:
-    if sample.rollout_routed_experts is not None:
-        sample = dataclasses.replace(sample, rollout_routed_experts=None)  # megabytes that no reward uses
-    return sample_to_proto(sample)
+def _without_experts(sample: Sample) -> Sample:
+    if sample.rollout_routed_experts is None:
+        return sample
+    return dataclasses.replace(sample, rollout_routed_experts=None)  # megabytes that no reward uses
 
 
 def _outcome(score: reward_pb2.Score, label: str) -> ScoreOutcome:

@@ -19,8 +19,9 @@ DEFAULT_DEADLINE_S = 60.0
 """For requests that name no deadline."""
 _LATE_S = 0.2
 """How long past the deadline a pool may take to report what went wrong."""
-_PATIENCE_S = 0.1
-"""How long samples that share a call are waited for; they were expected to take a fiftieth of that."""
+_PATIENCE_S = 0.5
+"""How long samples that share a call are waited for. They were expected to take milliseconds; but on a busy machine a
+process may stand still for a while, and calling all of them again would make that worse."""
 _HUNG_S = 5.0
 """When the process of such a call is killed if it has not ended: the slow sample has been called on its own since."""
 
@@ -85,6 +86,8 @@ class Scorer:
             return await self._call(function, request.samples, deadline)
         else:
             shares = [request.samples[share] for share in self._pool(function).shares(name, len(request.samples))]
+            if len(shares) == 1:
+                return await self._call_each(function, shares[0], deadline)
             calls = (self._call_each(function, samples, deadline) for samples in shares)
             return [score for scores in await asyncio.gather(*calls) for score in scores]
         return [outcome.error_score(problem) for _ in request.samples]

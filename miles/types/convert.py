@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -25,7 +25,7 @@ from miles.types.sample import (
     SpeculativeStats,
     VersionSpan,
 )
-from miles.types.validate import check_group, check_sample
+from miles.types.validate import check_group, check_sample, check_samples
 
 STATUS_TO_PROTO = {status: pb.SampleStatus.Value(f"SAMPLE_STATUS_{status.name}") for status in SampleStatus}
 STATUS_FROM_PROTO = {number: status for status, number in STATUS_TO_PROTO.items()}
@@ -105,6 +105,13 @@ def sample_to_proto(sample: Sample, path: str = "") -> pb.Sample:
     message = pb.Sample()
     _encode_sample(sample, message, path)
     return message
+
+
+def encode_samples(samples: Sequence[Sample], messages: Any) -> None:
+    """Append samples to a repeated field; MalformedMessage when `check_sample` refuses one of them."""
+    check_samples(samples)
+    for sample in samples:
+        _encode_sample(sample, messages.add(), "")
 
 
 def sample_from_proto(message: pb.Sample, path: str = "") -> Sample:

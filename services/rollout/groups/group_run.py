@@ -181,8 +181,8 @@ class GroupRun:
             async with contextlib.aclosing(self._sampler.respond(i, samples[i])) as grown:
                 async for sample in grown:
                     if sample.status in FINISHED:
-                        text = self._tools.decode(sample.response_tokens.tolist(), self.lease.skip_special_tokens[i])
-                        sample = dataclasses.replace(sample, response=text)
+                        tokens = sample.response_tokens.tolist()
+                        sample.response = self._tools.decode(tokens, self.lease.skip_special_tokens[i])
                     samples[i] = sample
         if samples[i].status in FINISHED:
             self._scoring.begin(i)

@@ -55,13 +55,12 @@ def extend(sample: Sample, piece: Piece, *, with_experts: bool = False) -> Sampl
         return dataclasses.replace(sample, status=SampleStatus.PENDING)
     new_tokens = np.asarray(piece.token_ids, np.int32)
     new_log_probs = np.asarray(piece.log_probs, np.float32)
-    before = sample.rollout_log_probs if sample.rollout_log_probs is not None else np.empty(0, np.float32)
-    mask = sample.loss_mask
+    before, mask = sample.rollout_log_probs, sample.loss_mask
     return dataclasses.replace(
         sample,
         tokens=np.concatenate([sample.tokens, new_tokens]),
         response_length=sample.response_length + len(new_tokens),
-        rollout_log_probs=np.concatenate([before, new_log_probs]),
+        rollout_log_probs=new_log_probs if before is None else np.concatenate([before, new_log_probs]),
         rollout_routed_experts=join_experts(sample.rollout_routed_experts, result.routed_experts),
         speculative=add_speculative(sample.speculative, result.speculative),
         weight_versions=join_spans(sample.weight_versions, result.weight_versions, sample.response_length),

@@ -43,6 +43,8 @@ class JobRewards:
     async def score_each(self, samples: Sequence[Sample]) -> list[ScoreOutcome]:
         """Score samples, each on its own; one outcome a sample, in order."""
         names = [self._config.reward_of(sample.metadata) for sample in samples]
+        if len(set(names)) == 1:
+            return await self._client.score(samples, reward=names[0])
         outcomes: dict[int, ScoreOutcome] = {}
 
         async def score(name: str) -> None:
@@ -121,11 +123,9 @@ class GroupScoring:
 
     def _apply(self, position: int, outcome: ScoreOutcome) -> None:
         if outcome.error is None:
-            self._samples[position] = apply_outcome(self._samples[position], outcome)
+            sample = self._samples[position]
+            sample.reward = outcome.reward
+            if outcome.metadata:
+                sample.metadata = {**sample.metadata, **outcome.metadata}
         else:
             self.errors[position] = outcome.error
-
-
-def apply_outcome(sample: Sample, outcome: ScoreOutcome) -> Sample:
-    """The sample with its reward and what the reward function added to its metadata."""
-    return dataclasses.replace(sample, reward=outcome.reward, metadata={**sample.metadata, **outcome.metadata})
