@@ -94,8 +94,10 @@ class RolloutBatch:
 
     def masks(self) -> torch.Tensor:
         """Loss masks; float32 [T] on CPU."""
+        if all(self.samples[i].loss_mask is None for i in self.mine):
+            return torch.ones(self.packing.num_tokens)
         masks = [response_mask(self.samples[i]) for i in self.mine]
-        return torch.from_numpy(np.concatenate(masks).astype(np.float32)) if masks else torch.zeros(0)
+        return torch.from_numpy(np.concatenate(masks).astype(np.float32))
 
     def token_versions(self, newest: int) -> torch.Tensor:
         """Version of the policy that generated each of this rank's response tokens; int64 [T] on CPU.

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 
 JOINED_WORK = 2 * 10**12
-"""Tokens × parameters of the policy. With gradient they take about 20 ms more than without on an H100, which is less than
-the CPU takes to start the kernels of one more forward pass of a model of thirty layers."""
+"""Tokens × parameters of the policy. With gradient they take about 20 ms more than without on an H100, which is less
+than the CPU takes to start the kernels of one more forward pass of a model of thirty layers."""
 
 
 class FsdpTrainer(RolloutTrainer):
