@@ -15,7 +15,7 @@ from miles.algorithms.loss_reducer import LossReducer
 from miles.algorithms.metrics import MetricSum
 from miles.algorithms.mis import mismatch_metrics
 from miles.algorithms.packing import Packing, as_float, keep_log_probs, keep_where
-from miles.algorithms.policy_losses import ClipConfig, PolicyTerms, bounded_exp, opsm_drop, policy_loss
+from miles.algorithms.policy_losses import POLICY_LOSSES, ClipConfig, PolicyInputs, PolicyTerms, bounded_exp, opsm_drop
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -107,6 +107,7 @@ def rl_loss(
         ValueError: something the config needs is missing, or a shape does not fit the packing.
     """
     _check(config, batch, log_probs_T, entropy_T)
+    batch = dataclasses.replace(batch, mask_T=batch.mask_T.bool())  # once for all that read it
     reducer = LossReducer(batch, config.calculate_per_token_loss)
     new_T = keep_log_probs(batch.mask_T, log_probs_T)
     train_T = new_T.detach()
@@ -118,14 +119,15 @@ def rl_loss(
             batch.mask_T, _required(batch.rollout_log_probs_T, "rollout_log_probs_T", "use_rollout_logprobs")
         )
     advantages_T = keep_where(batch.mask_T, batch.advantages_T)
-    terms = policy_loss(
-        config.policy_loss,
+    terms = POLICY_LOSSES[config.policy_loss](
         config,
-        packing=batch.packing,
-        mask_T=batch.mask_T,
-        log_probs_T=new_T,
-        old_log_probs_T=old_T,
-        advantages_T=advantages_T,
+        PolicyInputs(
+            packing=batch.packing,
+            mask_T=batch.mask_T,
+            log_probs_T=new_T,
+            old_log_probs_T=old_T.detach(),
+            advantages_T=advantages_T.detach(),
+        ),
     )
     pg_loss_T = _drop_sequences(config, batch, reducer, terms.loss_T, new_T, old_T, advantages_T)
     correction = _correction(config, batch, train_T)

@@ -39,8 +39,14 @@ def reduce_metrics(
     if not totals:
         return {}
     names = sorted(totals)
-    sums = torch.stack([torch.stack([v.double() for v in totals[name][0]]).sum() for name in names])
-    counts = torch.tensor([totals[name][1] for name in names], dtype=torch.float64, device=sums.device)
-    sums, counts = all_reduce_sum(torch.stack([sums, counts]), group)
+    parts_of = [totals[name][0] for name in names]
+    together = torch.stack([value for values in parts_of for value in values])
+    host = together.cpu().double()  # one transfer; a GPU would take a kernel for each of the operations that follow
+    sums = torch.stack([values.sum() for values in host.split([len(values) for values in parts_of])])
+    counts = torch.tensor([totals[name][1] for name in names], dtype=torch.float64)
+    reduced = torch.stack([sums, counts])
+    if group is not None:
+        reduced = all_reduce_sum(reduced.to(together.device), group).cpu()
+    sums, counts = reduced
     means = torch.where(counts > 0, sums / counts.clamp_min(torch.finfo(torch.float64).tiny), 0.0)
     return dict(zip(names, means.tolist(), strict=True))

@@ -26,10 +26,9 @@ def subtract_mean(rewards: torch.Tensor) -> torch.Tensor:
 
 def standardize(rewards: torch.Tensor) -> torch.Tensor:
     """(r - mean) / (unbiased std + 1e-6) (GRPO, 2402.03300); not divided in a group of one sample or without spread."""
-    centred = subtract_mean(rewards)
     if _all_equal(rewards):
-        return centred
-    return centred / (rewards.std(correction=1) + STD_EPSILON)
+        return rewards - rewards[0]
+    return (rewards - rewards.mean()) / (rewards.std(correction=1) + STD_EPSILON)
 
 
 def subtract_leave_one_out_mean(rewards: torch.Tensor) -> torch.Tensor:
@@ -42,7 +41,7 @@ def subtract_leave_one_out_mean(rewards: torch.Tensor) -> torch.Tensor:
 
 
 def _all_equal(rewards: torch.Tensor) -> bool:
-    return bool((rewards == rewards[0]).all())
+    return len(set(rewards.tolist())) == 1
 
 
 def shape_groups(
@@ -74,5 +73,8 @@ def shape_groups(
         members.setdefault(group_id, []).append(i)
     shaped = torch.empty_like(rewards)
     for indices in members.values():
-        shaped[indices] = shaping(rewards[indices])
+        first, last = indices[0], indices[-1]
+        adjacent = last - first + 1 == len(indices)  # a slice is much faster than a list
+        where = slice(first, last + 1) if adjacent else torch.tensor(indices)
+        shaped[where] = shaping(rewards[where])
     return shaped.float()

@@ -83,25 +83,27 @@ def _units(
     """Cut the samples, in their order, into units that fit a micro-batch, with enough of them to occupy every rank."""
     if not share_prompts:
         return [_Unit((i,), row_count(samples, (i,), share_prompts=False)) for i in indices]
-    total = row_count(samples, indices, share_prompts=True)
-    max_rows = max(1, total // ranks)
-    if limits.max_rows is not None:
-        max_rows = min(max_rows, limits.max_rows)
+    bounds = [] if limits.max_rows is None else [limits.max_rows]
+    if ranks > 1:
+        bounds.append(max(1, row_count(samples, indices, share_prompts=True) // ranks))
+    max_rows = min(bounds, default=None)
     units: list[_Unit] = []
     run: list[int] = []
     counter = RowCounter(share_prompts=True)
     for i in indices:
+        added = counter.added_by(samples[i])
         fits = (
             bool(run)
             and samples[run[-1]].group_id == samples[i].group_id
             and (limits.max_rows is not None or len(run) < limits.max_samples)
-            and counter.rows + counter.added_by(samples[i]) <= max_rows
+            and (max_rows is None or counter.rows + added <= max_rows)
         )
         if run and not fits:
             units.append(_Unit(tuple(run), counter.rows))
             run, counter = [], RowCounter(share_prompts=True)
+            added = counter.added_by(samples[i])
         run.append(i)
-        counter.add(samples[i])
+        counter.add(samples[i], added)
     if run:
         units.append(_Unit(tuple(run), counter.rows))
     return units

@@ -111,7 +111,7 @@ def row_count(samples: Sequence[Sample], indices: Sequence[int], *, share_prompt
     """Rows that `pack` would make of these samples, without packing them."""
     counter = RowCounter(share_prompts=share_prompts)
     for index in indices:
-        counter.add(samples[index])
+        counter.add(samples[index], counter.added_by(samples[index]))
     return counter.rows
 
 
@@ -128,9 +128,9 @@ class RowCounter:
         same_group = self._share and self._group and self._group[0].group_id == sample.group_id
         return len(sample.tokens) - 1 - (longest_prefix(sample, self._group)[1] if same_group else 0)
 
-    def add(self, sample: Sample) -> None:
-        """Count the sample in."""
-        self.rows += self.added_by(sample)
+    def add(self, sample: Sample, added: int) -> None:
+        """Count the sample in, which adds what `added_by` has said."""
+        self.rows += added
         if self._group and self._group[0].group_id != sample.group_id:
             self._group = []
         self._group.append(sample)
@@ -153,52 +153,59 @@ would be a case of its own to compilers."""
 
 
 class _Rows:
-    """A micro-batch under construction."""
+    """A micro-batch under construction. What many samples have is made of all at once: there are hundreds of them."""
 
     def __init__(self) -> None:
         self.count = 0
-        self._ids: list[npt.NDArray[np.int64]] = []
-        self._positions: list[npt.NDArray[np.int64]] = []
-        self._sources: list[npt.NDArray[np.int64]] = []
+        self._ids: list[npt.NDArray[np.integer]] = []
         self._segments: list[Segment] = []
+        self._sources: list[tuple[int, int]] = []
+        """Of each segment the sample that gave it, and the first row's position in that."""
         self._samples: list[int] = []
         self._logit_rows: list[npt.NDArray[np.int64]] = []
-        self._targets: list[npt.NDArray[np.int64]] = []
+        self._targets: list[npt.NDArray[np.integer]] = []
 
     def append(self, sample: Sample, index: int, shared: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """Add a sample whose first rows are there already; returns the rows of all its tokens but the last."""
         first, last = len(shared), len(sample.tokens) - 1
-        own = np.arange(self.count, self.count + last - first, dtype=np.int64)
-        if len(own):
-            positions = np.arange(first, last, dtype=np.int64)
-            self._ids.append(sample.tokens[first:last].astype(np.int64))
-            self._positions.append(positions)
-            self._sources.append(np.stack([np.full(last - first, index, np.int64), positions], axis=1))
-            self._segments.append(Segment(self.count, self.count + len(own), _ranges(shared)))
-            self.count += len(own)
-        rows = np.concatenate([shared, own])
+        rows = np.arange(self.count, self.count + last - first, dtype=np.int64)
+        if len(rows):
+            self._ids.append(sample.tokens[first:last])
+            self._sources.append((index, first))
+            self._segments.append(Segment(self.count, self.count + len(rows), _ranges(shared)))
+            self.count += len(rows)
+        if first:
+            rows = np.concatenate([shared, rows])
         self._samples.append(index)
         self._logit_rows.append(rows[sample.prompt_length - 1 :])
-        self._targets.append(sample.response_tokens.astype(np.int64))
+        self._targets.append(sample.response_tokens)
         return rows
 
     def build(self) -> MicroBatch:
         if not self._samples:
             return EMPTY
         lengths = [len(targets) for targets in self._targets]
+        rows = np.array([segment.rows for segment in self._segments])
+        sources = np.repeat(np.array(self._sources, np.int64), rows, axis=0)
+        sources[:, 1] += np.arange(self.count) - np.repeat(np.cumsum(rows) - rows, rows)
         return MicroBatch(
-            input_ids_T=np.concatenate(self._ids),
-            position_ids_T=np.concatenate(self._positions),
+            input_ids_T=np.concatenate(self._ids).astype(np.int64),
+            position_ids_T=sources[:, 1].copy(),
             segments=tuple(self._segments),
             samples=tuple(self._samples),
             logit_rows_R=np.concatenate(self._logit_rows),
-            targets_R=np.concatenate(self._targets),
+            targets_R=np.concatenate(self._targets).astype(np.int64),
             cu_responses=(0, *np.cumsum(lengths).tolist()),
-            row_sources_T=np.concatenate(self._sources),
+            row_sources_T=sources,
         )
 
 
 def _ranges(rows: npt.NDArray[np.int64]) -> tuple[tuple[int, int], ...]:
     """Ascending rows as ranges without gaps."""
-    pieces = np.split(rows, np.flatnonzero(np.diff(rows) != 1) + 1) if len(rows) else []
+    if not len(rows):
+        return ()
+    first, end = int(rows[0]), int(rows[-1]) + 1
+    if end - first == len(rows):
+        return ((first, end),)
+    pieces = np.split(rows, np.flatnonzero(np.diff(rows) != 1) + 1)
     return tuple((int(piece[0]), int(piece[-1]) + 1) for piece in pieces)

@@ -17,8 +17,11 @@ def longest_prefix(sample: Sample, others: Sequence[Sample]) -> tuple[int, int]:
     experts that the engine chose for them, where it recorded them.
     """
     found, longest = 0, 0
+    rows = len(sample.tokens) - 1
     for number, other in enumerate(others):
-        end = min(len(sample.tokens), len(other.tokens)) - 1
+        if longest == rows:
+            break
+        end = min(rows, len(other.tokens) - 1)
         if end <= longest or not _is_longer(sample, other, longest):
             continue
         common = _equal_entries(sample.tokens[:end], other.tokens[:end])
@@ -49,5 +52,8 @@ def _equally_routed(sample: Sample, other: Sample, end: int) -> int:
 
 def _equal_entries(left: npt.NDArray[np.integer], right: npt.NDArray[np.integer]) -> int:
     """Length of the common beginning of two arrays of one shape."""
-    unlike = (left != right).reshape(len(left), -1).any(axis=1)
-    return int(unlike.argmax()) if unlike.any() else len(unlike)
+    unlike = left != right
+    if unlike.ndim > 1:
+        unlike = unlike.reshape(len(left), -1).any(axis=1)
+    first = int(unlike.argmax()) if len(unlike) else 0
+    return first if len(unlike) and unlike[first] else len(unlike)

@@ -14,7 +14,7 @@ import torch
 
 from miles.algorithms.packing import Packing
 from miles.services.trainer.batch.balance import MicroBatchLimits, recut, schedule
-from miles.services.trainer.batch.packing import EMPTY, MicroBatch, pack, row_count
+from miles.services.trainer.batch.packing import EMPTY, MicroBatch, pack
 from miles.telemetry.tracing import traced
 from miles.types import Sample, SampleGroup, SampleStatus, reward_number
 
@@ -94,8 +94,10 @@ class RolloutBatch:
 
     def masks(self) -> torch.Tensor:
         """Loss masks; float32 [T] on CPU."""
+        if all(self.samples[i].loss_mask is None for i in self.mine):
+            return torch.ones(self.packing.num_tokens)
         masks = [response_mask(self.samples[i]) for i in self.mine]
-        return torch.from_numpy(np.concatenate(masks).astype(np.float32)) if masks else torch.zeros(0)
+        return torch.from_numpy(np.concatenate(masks).astype(np.float32))
 
     def token_versions(self, newest: int) -> torch.Tensor:
         """Version of the policy that generated each of this rank's response tokens; int64 [T] on CPU.
@@ -134,13 +136,13 @@ def build_batch(
     rank: int,
     ranks: int,
     without_gradient: Collection[int] = (),
-    joined_rows: int = 0,
+    joined_tokens: int = 0,
 ) -> RolloutBatch:
     """Split the samples into optimizer steps, and cut this rank's share into micro-batches.
 
     `samples` are as `in_order` gives them, `without_gradient` indices of those whose gradient is known to be zero.
     These have micro-batches of their own, or join the others where that takes no more micro-batches than the others
-    alone and they have at most `joined_rows` rows in an optimizer step.
+    alone and they have at most `joined_tokens` tokens in an optimizer step.
     Every rank computes the same schedule from the same samples. Raises ValueError when they do not make up
     num_steps_per_rollout times global_batch_size.
     """
@@ -169,7 +171,7 @@ def build_batch(
         idle = [i for i in trained if i in without_gradient]
         own = scheduled([i for i in trained if i not in without_gradient])
         joined: frozenset[int] = frozenset()
-        if idle and row_count(samples, idle, share_prompts=train.share_prompts) <= joined_rows:
+        if idle and sum(len(samples[i].tokens) for i in idle) <= joined_tokens:
             together = scheduled(trained)
             if len(together[rank]) <= max(1, len(own[rank])):
                 own, joined, idle = together, frozenset(idle), []
@@ -177,7 +179,7 @@ def build_batch(
             OptimizerStepPlan(
                 num_samples=size,
                 num_trained=len(trained),
-                num_tokens=sum(int(response_mask(samples[i]).sum()) for i in trained),
+                num_tokens=sum(_trained_tokens(samples[i]) for i in trained),
                 micro_batches=take(own) or (EMPTY,),
                 observed=take(scheduled(idle)),
                 joined=joined,
@@ -196,12 +198,11 @@ def build_batch(
 
 def is_trained(sample: Sample) -> bool:
     """Whether any token of the sample enters the loss."""
-    return (
-        sample.status is not SampleStatus.FAILED
-        and not sample.remove_sample
-        and sample.response_length > 0
-        and bool(response_mask(sample).any())
-    )
+    return sample.status is not SampleStatus.FAILED and not sample.remove_sample and _trained_tokens(sample) > 0
+
+
+def _trained_tokens(sample: Sample) -> int:
+    return sample.response_length if sample.loss_mask is None else int(sample.loss_mask.sum(dtype=np.int64))
 
 
 def response_mask(sample: Sample) -> npt.NDArray[np.uint8]:

@@ -28,4 +28,8 @@ def untrained_counts(
     One data-parallel rank adds this; `parts` are its micro-batches' metrics.
     """
     untrained = 0 if per_token else step.num_samples - step.num_trained
-    return {name: MetricSum(torch.zeros_like(sum_.total), untrained) for part in parts for name, sum_ in part.items()}
+    totals = {name: sum_.total for part in parts for name, sum_ in part.items()}
+    if not totals:
+        return {}
+    zero = torch.zeros_like(next(iter(totals.values())))
+    return {name: MetricSum(zero, untrained) for name in totals}

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import pathlib
 import re
 from collections.abc import Iterable, Mapping
@@ -143,7 +144,7 @@ def _tokens(sample: Sample, metrics: TokenMetrics | None) -> dict[str, Any]:
         chosen = values[-length:] if not skipped else np.concatenate([values[-length:][:half], values[-half:]])
         if not np.issubdtype(chosen.dtype, np.floating):
             return list(chosen.tolist())
-        return [round(value, _DIGITS) if np.isfinite(value) else None for value in chosen.tolist()]
+        return [round(value, _DIGITS) if math.isfinite(value) else None for value in chosen.tolist()]
 
     line = {
         "group_id": sample.group_id,

@@ -51,8 +51,8 @@ class RolloutTrainer(abc.ABC):
 
     reports_together = False
     """Whether all ranks report at the same points, between two micro-batches, so that a step can be abandoned there."""
-    joined_rows = 0
-    """How many rows of samples without gradient may be computed with gradient; see `build_batch`."""
+    joined_tokens = 0
+    """How many tokens of samples without gradient may be computed with gradient; see `build_batch`."""
 
     def __init__(self, config: JobConfig, roles: Roles, data_ranks: DataRanks, device: torch.device) -> None:
         self.roles = roles
@@ -122,7 +122,7 @@ class RolloutTrainer(abc.ABC):
             else ()
         )
         ranks = self._data_ranks
-        batch = build_batch(samples, self._config, ranks.rank, ranks.count, frozenset(idle), self.joined_rows)
+        batch = build_batch(samples, self._config, ranks.rank, ranks.count, frozenset(idle), self.joined_tokens)
         self.begin(batch)
         tokens = self._preparation.prepare(number, batch, rewards_N, report, abandonment)
         prepared = time.monotonic()

@@ -116,7 +116,8 @@ def packed_attention(
     unknown = [name for name in ("softcap", "s_aux") if kwargs.get(name) is not None]
     if unknown:
         raise ValueError(f"packed attention does not do {' or '.join(unknown)}, which {type(module).__name__} asks for")
-    q_THD, k_SKD, v_SKD = (x[0].transpose(0, 1) for x in (query, key, value))
+    # Unlike x[0], squeeze has a view for a gradient.
+    q_THD, k_SKD, v_SKD = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
     if attention_plan.keys is not None and not attention_plan.use_tiles:
         k_SKD, v_SKD = (to_slots(x_TKD, attention_plan.keys) for x_TKD in (k_SKD, v_SKD))
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling

@@ -13,6 +13,8 @@ import numpy.typing as npt
 import torch
 from torch.nn.functional import embedding_bag
 
+from miles.algorithms.device_copies import to_device
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Slots:
@@ -31,9 +33,9 @@ def slots_of(row_of_slot: npt.NDArray[np.int64], rows: int, device: torch.device
     by_row = np.argsort(row_of_slot, kind="stable")[np.count_nonzero(row_of_slot < 0) :]
     starts = np.searchsorted(row_of_slot[by_row], np.arange(rows))
     return Slots(
-        row_of_slot_S=torch.from_numpy(np.maximum(row_of_slot, 0)).to(device),
-        slots_by_row=torch.from_numpy(by_row).to(device),
-        starts_T=torch.from_numpy(starts.astype(np.int64)).to(device),
+        row_of_slot_S=to_device(torch.from_numpy(np.maximum(row_of_slot, 0)), device),
+        slots_by_row=to_device(torch.from_numpy(by_row), device),
+        starts_T=to_device(torch.from_numpy(starts.astype(np.int64)), device),
     )
 
 

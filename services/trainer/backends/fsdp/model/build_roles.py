@@ -8,11 +8,13 @@ import pathlib
 from typing import TYPE_CHECKING
 
 import torch
+import torch.distributed as dist
 
 from miles.services.trainer.backends.fsdp.learner import AdaptedBase, FrozenModel, FsdpCritic, FsdpPolicy, local_weights
 from miles.services.trainer.backends.fsdp.lora.adapter import Adapter, adapt
 from miles.services.trainer.backends.fsdp.model.compiled_layers import compile_layers
 from miles.services.trainer.backends.fsdp.model.forward import ForwardOptions, LogProbForward, ValueForward
+from miles.services.trainer.backends.fsdp.model.fused_norms import fuse_norms
 from miles.services.trainer.backends.fsdp.model.sharded_model import Precision, load_hf_model, place, put_value_head
 from miles.services.trainer.backends.fsdp.model.working_weights import WorkingWeights
 from miles.services.trainer.backends.fsdp.replay.step_routing import Routing
@@ -139,4 +141,6 @@ class _Builder:
     def _place(self, model: PreTrainedModel, precision: Precision) -> WorkingWeights:
         if self._config.train.torch_compile:
             compile_layers(model)
+        elif self._device.type == "cuda" and dist.get_world_size() == 1:  # other ranks have no weights to compare with
+            fuse_norms(model)
         return place(model, precision, self._device, cpu_offload=self._config.train.fsdp_cpu_offload)

@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from miles.algorithms.device_copies import to_device
 from miles.algorithms.log_probs import TokenLogProbs, token_log_probs
 from miles.services.trainer.backends.fsdp.attention.packed_attention import AttentionPlan
 from miles.services.trainer.backends.fsdp.model.scored_rows import scored_rows
@@ -23,7 +24,7 @@ class ForwardOptions:
     temperature: float
     """Divides the logits, as it did when the tokens were sampled."""
     chunk_rows: int | None = None
-    """Rows of logits worked on in float32 at a time; None for as many as make 64 MiB."""
+    """Rows of logits worked on in float32 at a time; None for as many as `CHUNK_ELEMENTS` says."""
     varlen: bool | None = None
     """Whether to use variable-length kernels; None where they run."""
 
@@ -71,18 +72,18 @@ def forward(
     scored = scored_rows(micro_batch.logit_rows_R, micro_batch.targets_R)
     outputs = token_log_probs(
         _logits(model, micro_batch, options, scored.rows_U),
-        torch.from_numpy(scored.tokens_UM).to(options.device),
+        to_device(torch.from_numpy(scored.tokens_UM), options.device),
         temperature=options.temperature,
         with_entropy=with_entropy,
         entropy_requires_grad=entropy_requires_grad,
         chunk_rows=options.chunk_rows,
         overwrite_logits=True,
     )
-    places_R = torch.from_numpy(scored.place_R).to(options.device)
+    places_R = to_device(torch.from_numpy(scored.place_R), options.device)
     log_probs_R = outputs.log_probs_T.flatten().index_select(0, places_R)  # all different, so its gradient repeats
     if outputs.entropy_T is None:
         return TokenLogProbs(log_probs_R, None)
-    return TokenLogProbs(log_probs_R, outputs.entropy_T[torch.from_numpy(scored.row_R).to(options.device)])
+    return TokenLogProbs(log_probs_R, outputs.entropy_T[to_device(torch.from_numpy(scored.row_R), options.device)])
 
 
 def _logits(
@@ -91,9 +92,9 @@ def _logits(
     """The head's output on these rows; [U, V]."""
     device = options.device
     logits_UV: torch.Tensor = model(
-        input_ids=torch.from_numpy(micro_batch.input_ids_T)[None].to(device),
-        position_ids=torch.from_numpy(micro_batch.position_ids_T)[None].to(device),
-        logits_to_keep=torch.from_numpy(rows_U).to(device),
+        input_ids=to_device(torch.from_numpy(micro_batch.input_ids_T)[None], device),
+        position_ids=to_device(torch.from_numpy(micro_batch.position_ids_T)[None], device),
+        logits_to_keep=to_device(torch.from_numpy(rows_U), device),
         attention_plan=AttentionPlan(micro_batch, device, options.compute, varlen=options.varlen),
         use_cache=False,
     ).logits[0]

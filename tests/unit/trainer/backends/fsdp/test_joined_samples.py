@@ -38,7 +38,7 @@ def groups_of_two_kinds() -> list[SampleGroup]:
 def after_one_step(
     model: pathlib.Path,
     groups: list[SampleGroup],
-    joined_rows: int,
+    joined_tokens: int,
     unknown: int | None = None,
     *,
     one_graph: bool = False,
@@ -53,17 +53,17 @@ def after_one_step(
     if unknown is not None:
         with torch.no_grad():
             backend._loaded.roles.policy.model.get_input_embeddings().weight[unknown] = torch.inf
-    backend._loaded.trainer.joined_rows = joined_rows
+    backend._loaded.trainer.joined_tokens = joined_tokens
     backend._loaded.roles.policy._one_graph = one_graph
     reports = []
     metrics = dict(backend.train(0, groups, reports.append))
     return metrics, {name: weight.clone() for name, weight in backend.export()}, reports[-1].micro_batches
 
 
-def batch(groups: list[SampleGroup], joined_rows: int, **changes: Any) -> RolloutBatch:
+def batch(groups: list[SampleGroup], joined_tokens: int, **changes: Any) -> RolloutBatch:
     idle = [i for i, sample in enumerate(in_order(groups)) if sample.group_id in (1, 3)]
     config = job_config(pathlib.Path("model"), **changes)
-    return build_batch(in_order(groups), config, 0, 1, idle, joined_rows)
+    return build_batch(in_order(groups), config, 0, 1, idle, joined_tokens)
 
 
 def test_joined_samples_leave_the_gradient_and_the_metrics_as_they_are(untied: pathlib.Path) -> None:
@@ -99,10 +99,10 @@ def test_samples_join_only_where_that_takes_no_more_micro_batches() -> None:
     assert len(trained) == 8
 
 
-def test_more_rows_than_may_join_are_run_apart() -> None:
+def test_more_tokens_than_may_join_are_run_apart() -> None:
     groups = groups_of_two_kinds()
-    rows = sum(part.num_rows for part in batch(groups, 0, max_tokens_per_gpu=4096).steps[0].observed)
-    below, exactly = (batch(groups, limit, max_tokens_per_gpu=4096).steps[0] for limit in (rows - 1, rows))
+    tokens = sum(len(sample.tokens) for sample in (*groups[1].samples, *groups[3].samples))
+    below, exactly = (batch(groups, limit, max_tokens_per_gpu=4096).steps[0] for limit in (tokens - 1, tokens))
     assert below.observed
     assert not exactly.observed
 
@@ -110,7 +110,7 @@ def test_more_rows_than_may_join_are_run_apart() -> None:
 def test_on_the_cpu_samples_without_advantage_are_run_apart(untied: pathlib.Path) -> None:
     backend = FsdpBackend(job_config(untied), untied / "checkpoints", torch.device("cpu"))
     backend.load()
-    assert backend._loaded.trainer.joined_rows == 0
+    assert backend._loaded.trainer.joined_tokens == 0
 
 
 def test_observing_samples_with_the_graph_of_training_changes_nothing(untied: pathlib.Path) -> None:
