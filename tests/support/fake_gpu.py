@@ -102,8 +102,9 @@ class FakeIpc:
     ) -> SendTimes:
         base, nbytes = flats.extent(descriptors)
         flat = torch.zeros(nbytes, dtype=torch.uint8)
-        for descriptor, tensor in match_layout(descriptors, tensors):
-            flats.view(flat, descriptor, base).copy_(tensor)
+        places = flats.views(flat, descriptors, base)
+        for place, (descriptor, tensor) in zip(places, match_layout(descriptors, tensors), strict=True):
+            place.copy_(tensor)
             descriptor.checksum = bytes(16)
         self._node.versions.setdefault(handle.publication_id, []).append(flat)
         handle.cuda_ipc.boot_id = self._node.name
