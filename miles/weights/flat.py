@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import bisect
 import concurrent.futures
+import functools
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -29,11 +31,34 @@ def extent(descriptors: Descriptors) -> tuple[int, int]:
     return begin, descriptors[-1].offset + descriptors[-1].nbytes - begin
 
 
-def view(flat: torch.Tensor, descriptor: policy_pb2.TensorDescriptor, base: int = 0) -> torch.Tensor:
-    """A tensor over its bytes of `flat`, uint8 (n,), whose first byte is the version's byte `base`."""
-    begin = descriptor.offset - base if descriptor.nbytes else 0
-    data = flat[begin : begin + descriptor.nbytes]
-    return data.view(TORCH_DTYPE[descriptor.dtype]).view(tuple(descriptor.shape))
+def views(flat: torch.Tensor, descriptors: Descriptors, base: int = 0) -> list[torch.Tensor]:
+    """Tensors over their bytes of `flat`, uint8 (n,), whose first byte is the version's byte `base`.
+
+    One call of torch a tensor, because a version has hundreds of them and they are made twice. ManifestError for a
+    tensor that is not all in `flat`.
+    """
+    made: list[torch.Tensor] = []
+    typed: dict[int, tuple[torch.Tensor, int, int]] = {}
+    end = flat.numel()
+    for descriptor in descriptors:
+        nbytes, dtype = descriptor.nbytes, descriptor.dtype
+        begin = descriptor.offset - base if nbytes else 0
+        if not 0 <= begin <= begin + nbytes <= end:
+            raise ManifestError(f"tensor {descriptor.name!r} is not in the {end} bytes from byte {base} on")
+        if dtype not in typed:
+            size = TORCH_DTYPE[dtype].itemsize
+            elements = flat[: end - end % size].view(TORCH_DTYPE[dtype])
+            typed[dtype] = elements, size, int(elements.storage_offset())
+        elements, size, start = typed[dtype]
+        shape = tuple(descriptor.shape)
+        made.append(elements.as_strided(shape, _strides(shape), start + begin // size))
+    return made
+
+
+@functools.lru_cache(maxsize=4096)
+def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Strides of a contiguous tensor, in elements."""
+    return tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
 
 
 def clear_gaps(flat: torch.Tensor, descriptors: Descriptors) -> None:
@@ -109,9 +134,9 @@ class FlatWeights:
         """`flats` are uint8 (n,) by the offset of their first byte, ascending; each holds complete tensors."""
         self._storages = [_storage_ref(flat) for flat in flats.values()]
         self._tensors = {
-            descriptor.name: view(flats[base], descriptor, base)
+            descriptor.name: tensor
             for base, members in by_range(flats, descriptors)
-            for descriptor in members
+            for descriptor, tensor in zip(members, views(flats[base], members, base), strict=True)
         }
 
     @property

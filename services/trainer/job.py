@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     import grpc
     import redis.asyncio
 
+    from miles.services.trainer.ranks.worker import RankWorker
     from miles.weights import PublishResult, WeightPublisher
     from miles.weights.publisher import Layout
 
@@ -151,8 +152,7 @@ class Job:
         from miles.services.trainer.export import export_command, merge
 
         publisher = self._publisher = self._publisher or self._new_publisher()
-        layout = await self._leader.alone(lambda worker: worker.layout())
-        await self._look_for_engines(publisher, layout)
+        layout = await self._look_for_engines(publisher)
         pending = await self._leader.alone(lambda worker: publisher.begin(version, version, layout, worker.lora))
         with publisher.discarding_on_failure(pending):
             command = export_command(pending, self._weightsync_address, self._config.weights.update_weight_buffer_size)
@@ -225,13 +225,22 @@ class Job:
         entries = await self._queue.outstanding()
         await self._queue.acknowledge([e.group_id for e in entries if self.state.is_consumed(e.group_id)])
 
-    async def _look_for_engines(self, publisher: WeightPublisher, layout: Layout) -> None:
-        """Have all ranks find out whether they can share GPU memory with engines that have come since last time."""
-        untried = await self._leader.alone(lambda _: publisher.untried_engines(layout))
+    async def _look_for_engines(self, publisher: WeightPublisher) -> Layout:
+        """Have all ranks find out whether they can share GPU memory with engines that have come since last time.
+
+        Returns the layout of what will be published.
+        """
+
+        def look(worker: RankWorker) -> tuple[Layout, Sequence[weightsource_pb2.GpuMemoryProbe]]:
+            layout = worker.layout()
+            return layout, publisher.untried_engines(layout)
+
+        layout, untried = await self._leader.alone(look)
         if untried:
             command = Command("open_gpu_memory", payloads=tuple(probe.SerializeToString() for probe in untried))
             reports = await self._leader.gather(command)
             publisher.opened(untried, [weightsource_pb2.OpenedGpuMemory.FromString(report) for report in reports])
+        return layout
 
     def _new_publisher(self) -> WeightPublisher:
         from miles.weights import WeightPublisher

@@ -22,6 +22,8 @@ from weightsync_processes import JOB, Lines, Service, digest
 from miles.rpc.gen import policy_pb2, weightsource_pb2, weightsync_pb2
 from miles.services.rollout.engines.base import PauseMode
 from miles.services.rollout.serving.readiness import Serving
+from miles.services.trainer.ranks.collective_calls import Command
+from miles.services.trainer.ranks.worker import RankWorker
 from miles.weights import WeightSubscriber
 from miles.weights.base import Endpoint
 from miles.weights.manifest import ManifestError, checksum
@@ -101,6 +103,10 @@ def test_a_trainer_reads_the_token_in_an_engines_gpu_memory(device: str, start: 
         opened = open_probes([probe], trainer)
         assert list(opened.tokens) == [probe.token]
     assert opened.gpu_nbytes == torch.cuda.get_device_properties(trainer).total_memory
+    command = Command("open_gpu_memory", payloads=(probe.SerializeToString(),))
+    for rank in range(2):
+        report = weightsource_pb2.OpenedGpuMemory.FromString(RankWorker(trainer, rank, 2).run(command))
+        assert report == opened, "a rank of the trainer's job finds the same"
     stale = weightsource_pb2.GpuMemoryProbe.FromString(probe.SerializeToString())
     stale.token = bytes(16)
     assert not open_probes([stale], trainer).tokens, "the memory holds something else"

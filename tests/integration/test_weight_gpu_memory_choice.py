@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import pathlib
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 
 import pytest
 import torch
@@ -26,11 +26,13 @@ async def host(tmp_path: pathlib.Path) -> AsyncIterator[Host]:
 
 
 @pytest.fixture
-def node(host: Host) -> FakeNode:
+def node(host: Host) -> Iterator[FakeNode]:
     """A node with a trainer."""
     made = FakeNode()
     made.trainer(host)
-    return made
+    yield made
+    for channel in made.channels:
+        channel.close()
 
 
 @pytest.fixture
@@ -101,7 +103,7 @@ async def test_one_engine_that_cannot_share_gpu_memory_sends_all_of_them_another
     await host.activate(0, min_engines=2)
     await other.close()
     started.remove(other)
-    await status(host, "near", lambda engine: engine.version == 0)
+    await status(host, "near", lambda engine: engine.HasField("version"))
     async with asyncio.timeout(DEADLINE_S):
         while len((await host.list()).engines) > 1:  # noqa: ASYNC110 — the service's state is what is waited for
             await asyncio.sleep(0.02)
@@ -125,6 +127,7 @@ async def test_a_version_that_is_large_for_the_gpu_goes_through_the_host(
     await start(host, small, "a", started)
     assert await publish(host, 0) == [MAP]
     assert small.tried == [], "it takes a context on the engine's GPU to find out"
+    small.channels[0].close()
 
 
 async def test_an_engine_that_comes_late_from_elsewhere_waits_for_the_next_version_and_says_so(
@@ -196,8 +199,9 @@ async def test_a_restarted_service_knows_where_its_versions_are(
     await host.activate(0)
     await host.stop()
     await host.start()
-    await status(host, "a", lambda engine: engine.attached and engine.version == 0)
+    await status(host, "a", lambda engine: engine.attached and engine.HasField("version"))
     assert engine.loads == [0]
+    node.trainer(host)  # a new connection: an old one may notice only with its next call that it has ended
     assert await publish(host, 1) == [IPC]
     await host.activate(1)
     assert engine.loads == [0, 1]

@@ -6,9 +6,11 @@ import dataclasses
 import itertools
 from collections.abc import Collection, Iterable, Sequence
 
+import grpc
 import torch
 from weight_host import JOB, POLICY, GatedEngine, Host
 
+from miles.rpc import connect_blocking
 from miles.rpc.gen import policy_pb2, weightsource_pb2, weightsync_pb2, weightsync_pb2_grpc
 from miles.weights import WeightPublisher, WeightSubscriber
 from miles.weights import flat as flats
@@ -48,6 +50,8 @@ class FakeNode:
         """Tokens, in the order in which a trainer tried to open them."""
         self.told: list[int] = []
         """Size of the versions, as each engine heard it when it subscribed."""
+        self.channels: list[grpc.Channel] = []
+        """One for each trainer, to close in the end."""
         self._numbers = itertools.count(1)
 
     def share(self, device: torch.device, version_nbytes: int) -> FakeProbe:
@@ -81,7 +85,8 @@ class FakeNode:
 
     def trainer(self, host: Host) -> WeightPublisher:
         """A trainer on the GPU of this node; `host.publish` uses it from now on."""
-        stub = weightsync_pb2_grpc.WeightSyncServiceStub(host._channel)
+        self.channels.append(connect_blocking(host.address))
+        stub = weightsync_pb2_grpc.WeightSyncServiceStub(self.channels[-1])
         publisher = WeightPublisher(stub, JOB, POLICY, endpoint=Endpoint(host.address, GPU), open_gpu_memory=self.open)
         publisher.sender._transports[IPC] = FakeIpc(self)
         host._publishers["UNSPECIFIED"] = publisher
@@ -102,8 +107,9 @@ class FakeIpc:
     ) -> SendTimes:
         base, nbytes = flats.extent(descriptors)
         flat = torch.zeros(nbytes, dtype=torch.uint8)
-        for descriptor, tensor in match_layout(descriptors, tensors):
-            flats.view(flat, descriptor, base).copy_(tensor)
+        places = flats.views(flat, descriptors, base)
+        for place, (descriptor, tensor) in zip(places, match_layout(descriptors, tensors), strict=True):
+            place.copy_(tensor)
             descriptor.checksum = bytes(16)
         self._node.versions.setdefault(handle.publication_id, []).append(flat)
         handle.cuda_ipc.boot_id = self._node.name

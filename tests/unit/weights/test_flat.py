@@ -36,8 +36,8 @@ def filled(
         base, nbytes = flats.extent(bucket)
         flat = torch.full((nbytes,), 255, dtype=torch.uint8)
         flats.clear_gaps(flat, bucket)
-        for descriptor in bucket:
-            flats.view(flat, descriptor, base).copy_(tensors[descriptor.name])
+        for descriptor, place in zip(bucket, flats.views(flat, bucket, base), strict=True):
+            place.copy_(tensors[descriptor.name])
         flats.set_checksums(flat, bucket, base, THREADS, kind)
         if nbytes:
             stretches[base] = flat
@@ -105,3 +105,29 @@ def test_memory_counts_as_free_only_when_nobody_holds_a_tensor() -> None:
     assert not weights.release()
     del held
     assert weights.release()
+
+
+@pytest.mark.parametrize("shape", [(), (0, 4), (3,), (2, 0, 5), (2, 3, 5), (1, 1, 7)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.uint8])
+def test_a_view_is_contiguous_and_begins_at_its_offset(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    descriptors, total = manifests.plan(
+        [("first", wire_dtype(torch.uint8), (3,)), ("second", wire_dtype(dtype), shape)]
+    )
+    flat = torch.zeros(64 + total + 1, dtype=torch.uint8)[64:]
+    tensor = flats.views(flat, descriptors)[1]
+    assert (tuple(tensor.shape), tensor.dtype, tensor.is_contiguous()) == (shape, dtype, True)
+    if tensor.numel():
+        tensor.fill_(1)
+        begin = descriptors[1].offset
+        filled_bytes = flat.nonzero().flatten()
+        assert begin <= int(filled_bytes.min())
+        assert int(filled_bytes.max()) < begin + descriptors[1].nbytes
+
+
+def test_a_tensor_beyond_the_flat_bytes_has_no_view() -> None:
+    descriptors, total = manifests.plan([("first", wire_dtype(torch.float32), (3,))])
+    storage = torch.zeros(total + 64, dtype=torch.uint8)
+    with pytest.raises(ManifestError, match="'first' is not in the 11 bytes from byte 0 on"):
+        flats.views(storage[:11], descriptors)
+    with pytest.raises(ManifestError, match="from byte 64 on"):
+        flats.views(storage[:12], descriptors, base=64)

@@ -58,8 +58,9 @@ class CollectiveTransport:
         flat = self.source.staged.buffer(nbytes)
         flats.clear_gaps(flat, descriptors)
         on_gpu = self._endpoint.device.type == "cuda"
-        for descriptor, tensor in match_layout(descriptors, tensors):
-            flats.view(flat, descriptor, base).copy_(tensor, non_blocking=on_gpu)
+        places = flats.views(flat, descriptors, base)
+        for place, (_, tensor) in zip(places, match_layout(descriptors, tensors), strict=True):
+            place.copy_(tensor, non_blocking=on_gpu)
         if on_gpu:
             torch.cuda.current_stream(self._endpoint.device).synchronize()
         copied = time.monotonic()

@@ -61,7 +61,7 @@ class CudaIpcTransport:
             bucket = self._bucket(nbytes)
             flat = bucket.flat
             flats.clear_gaps(flat, descriptors)
-            _fill(flat, base, match_layout(descriptors, tensors))
+            _fill(flat, base, descriptors, tensors)
         with span("wait for the GPU"):
             torch.cuda.current_stream(self._device).synchronize()
         copied = time.monotonic()
@@ -133,13 +133,19 @@ class CudaIpcTransport:
         self._spare.clear()
 
 
-def _fill(flat: torch.Tensor, base: int, tensors: Iterable[tuple[policy_pb2.TensorDescriptor, torch.Tensor]]) -> None:
+def _fill(
+    flat: torch.Tensor,
+    base: int,
+    descriptors: Sequence[policy_pb2.TensorDescriptor],
+    tensors: Iterable[tuple[str, torch.Tensor]],
+) -> None:
     """Copy tensors to their places in `flat`, whose first byte is the version's byte `base`; starts the copies only."""
     places: list[torch.Tensor] = []
     sources: list[torch.Tensor] = []
     waiting = 0
-    for descriptor, tensor in tensors:
-        places.append(flats.view(flat, descriptor, base))
+    matched = match_layout(descriptors, tensors)
+    for place, (descriptor, tensor) in zip(flats.views(flat, descriptors, base), matched, strict=True):
+        places.append(place)
         sources.append(tensor)
         waiting += descriptor.nbytes
         if waiting >= _AT_ONCE_BYTES:

@@ -107,7 +107,7 @@ def _copied(tensors: Sequence[NamedTensor]) -> Bucket:
 def _entry(name: str, tensor: torch.Tensor, start: int) -> types.SimpleNamespace:
     return types.SimpleNamespace(
         name=name,
-        shape=tensor.shape,
+        shape=tuple(tensor.shape),  # torch.Size takes as long to pickle as all the rest
         dtype=tensor.dtype,
         start_idx=start,
         end_idx=start + tensor.nbytes,

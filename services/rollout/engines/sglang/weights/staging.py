@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import sys
 from collections.abc import AsyncIterator, Sequence
 
 from miles.services.rollout.engines.sglang.weights.buckets import (
@@ -23,8 +22,8 @@ class StagedWeights:
     """
 
     def __init__(self, tensors: Sequence[NamedTensor], bucket_bytes: int) -> None:
-        self.parts: Sequence[Sequence[NamedTensor]] = list(
-            in_buckets(tensors, sys.maxsize if are_together(tensors) else bucket_bytes)
+        self.parts: Sequence[Sequence[NamedTensor]] = (
+            [tensors] if are_together(tensors) else list(in_buckets(tensors, bucket_bytes))
         )
         """The tensors of each bucket."""
         self.copied_on_gpu = False
