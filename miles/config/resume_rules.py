@@ -73,7 +73,6 @@ _BY_SETTING: Mapping[str, Effect] = {
     "reward_service": Effect.FREE,
     "rollout_num_gpus": Effect.FREE,
     "rollout_num_gpus_per_engine": Effect.FREE,
-    "rollout_engines_per_gpu": Effect.FREE,
     "rollout_external_engine_addrs": Effect.FREE,
     "rollout_engine_python": Effect.FREE,
     "rollout_engine_weights": Effect.FREE,

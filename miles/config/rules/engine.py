@@ -38,7 +38,6 @@ _OURS: Mapping[str, str] = {
 _SGLANG_ALONE = (
     "rollout_num_gpus",
     "rollout_num_gpus_per_engine",
-    "rollout_engines_per_gpu",
     "rollout_external_engine_addrs",
     "rollout_engine_python",
     "rollout_engine_weights",
@@ -89,19 +88,6 @@ def engines_divide_over_services(s: FlatSettings) -> Iterator[Fault]:
     if gpus is not None and gpus % share:
         problem = f"rollout_num_gpus_per_engine × rollout_num_workers = {share} does not divide it"
         yield Fault("rollout_num_gpus", gpus, problem, f"set it to {max(1, gpus // share) * share}")
-
-
-@rule
-def servers_on_one_gpu_have_bounded_caches(s: FlatSettings) -> Iterator[Fault]:
-    if s.rollout_engines_per_gpu == 1 or not engine_spec(s.rollout_backend).runs_servers:
-        return
-    if s.rollout_num_gpus_per_engine > 1:
-        problem = f"each server has {s.rollout_num_gpus_per_engine} GPUs (rollout_num_gpus_per_engine)"
-        yield Fault("rollout_engines_per_gpu", s.rollout_engines_per_gpu, problem, "leave one of the two out")
-    if not any(is_flag(name, "max_total_tokens") for name in s.sglang_args):
-        problem = "servers that start together on one GPU cannot tell how much memory the others will take"
-        remedy = "set sglang_max_total_tokens, the tokens in each server's cache"
-        yield Fault("rollout_engines_per_gpu", s.rollout_engines_per_gpu, problem, remedy)
 
 
 @rule

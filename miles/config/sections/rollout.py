@@ -38,14 +38,11 @@ class RolloutConfig(Section):
     """Inference engine: torch runs inside the rollout service, sglang uses one or several SGLang servers."""
 
     rollout_num_gpus: Positive | None = None
-    """Number of GPUs of all engines; divided by rollout_num_gpus_per_engine it is the number of SGLang servers (times
-    rollout_engines_per_gpu), which are spread evenly over the rollout services; not given means one for each."""
+    """Number of GPUs of all engines; divided by rollout_num_gpus_per_engine it is the number of SGLang servers, which
+    are spread evenly over the rollout services; not given means one server per service."""
 
     rollout_num_gpus_per_engine: Positive = 1
     """Number of GPUs of each SGLang server, which is its tensor-parallel size."""
-
-    rollout_engines_per_gpu: Positive = 1
-    """Number of SGLang servers that share each GPU: a small model keeps one server's Python busy and its GPU idle."""
 
     rollout_external_engine_addrs: Annotated[tuple[str, ...] | None, Metavar("HOST:PORT ...")] = None
     """Addresses of running SGLang servers to use instead of starting some, assigned round-robin to the rollout

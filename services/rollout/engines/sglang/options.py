@@ -25,8 +25,6 @@ class SglangOptions:
     """Servers to start; without effect when `addresses` are given."""
     gpus_per_engine: int = 1
     """Tensor-parallel size of one server."""
-    engines_per_gpu: int = 1
-    """Servers that share a GPU; more than one only where a server has one."""
     addresses: tuple[str, ...] = ()
     """host:port of running servers to attach to instead of starting any."""
     python: str = sys.executable
@@ -74,7 +72,3 @@ class SglangOptions:
     def first_gpu(self) -> int:
         """Index of the first server's first GPU."""
         return int(self.device.partition(":")[2] or 0)
-
-    def gpu_of(self, index: int) -> int:
-        """Index of the first GPU of server number `index`."""
-        return self.first_gpu + index // self.engines_per_gpu * self.gpus_per_engine

@@ -25,7 +25,6 @@ def configured_options(
         "device": detect_device() if device == "auto" else device,
         "dtype": rollout.rollout_dtype,
         "engines": engines_per_worker(config),
-        "engines_per_gpu": rollout.rollout_engines_per_gpu,
         "gpus_per_engine": rollout.rollout_num_gpus_per_engine,
         "addresses": tuple(engine_addresses),
         "python": rollout.rollout_engine_python or sys.executable,
@@ -48,7 +47,7 @@ def configured_options(
 
 def engines_per_worker(config: JobConfig) -> int:
     """SGLang servers that each rollout service starts."""
-    rollout, shared = config.rollout, config.rollout.rollout_engines_per_gpu
+    rollout = config.rollout
     if rollout.rollout_num_gpus is None:
-        return shared
-    return shared * rollout.rollout_num_gpus // rollout.rollout_num_gpus_per_engine // config.cluster.rollout_num_workers
+        return 1
+    return rollout.rollout_num_gpus // rollout.rollout_num_gpus_per_engine // config.cluster.rollout_num_workers

@@ -404,14 +404,6 @@ RULE_CASES: list[tuple[dict[str, Any], str]] = [
         "rollout_num_gpus = 3, but rollout_num_gpus_per_engine × rollout_num_workers = 2 does not divide it; set it to",
     ),
     (
-        {**SGLANG, "rollout_engines_per_gpu": 2},
-        "rollout_engines_per_gpu = 2, but servers that start together on one GPU cannot tell how much memory",
-    ),
-    (
-        {**SGLANG, "rollout_engines_per_gpu": 2, "rollout_num_gpus_per_engine": 2, "sglang_max_total_tokens": 9},
-        "rollout_engines_per_gpu = 2, but each server has 2 GPUs (rollout_num_gpus_per_engine)",
-    ),
-    (
         {**SGLANG, "rollout_external_engine_addrs": ["http://a:1"]},
         "rollout_external_engine_addrs = http://a:1, but it begins with http://: leave that out",
     ),

@@ -30,7 +30,7 @@ def command(options: SglangOptions, index: int, port: int, max_positions: int) -
     arguments += ["--skip-server-warmup", "--incremental-streaming-output"]
     arguments += ["--tp-size", str(options.gpus_per_engine)]
     if options.on_gpu:
-        arguments += ["--base-gpu-id", str(options.gpu_of(index))]
+        arguments += ["--base-gpu-id", str(options.first_gpu + index * options.gpus_per_engine)]
     else:
         arguments += ["--sleep-on-idle"]  # an idle scheduler would poll a core
     if options.max_total_tokens is not None and options.max_total_tokens + SPARE_TOKENS <= max_positions:

@@ -52,15 +52,6 @@ def test_engines_are_dealt_to_the_services() -> None:
     assert options_of(rollout_num_workers=4).engines == 1
 
 
-def test_several_servers_share_a_gpu() -> None:
-    shared = {"rollout_engines_per_gpu": 3, "sglang_max_total_tokens": 1000}
-    assert options_of(**shared).engines == 3
-    options = options_of(rollout_num_gpus=2, **shared)
-    assert options.engines == 6
-    assert [options.gpu_of(index) for index in range(6)] == [2, 2, 2, 3, 3, 3]
-    assert "--base-gpu-id 3" in words(options, index=5)
-
-
 def test_settings_become_flags() -> None:
     line = words(options_of(rollout_dtype="float32", max_running_requests=7, use_rollout_routing_replay=True))
     for flag in ("--dtype float32", "--max-running-requests 7", "--enable-return-routed-experts", "--model-path m"):
