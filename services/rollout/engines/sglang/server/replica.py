@@ -172,8 +172,8 @@ class Replica:
         if self._process is not None:
             self._exit_watch = asyncio.create_task(self._watch_exit(self._process), name=f"exit of {self.name}")
         if self.managed:
-            # What it has loaded stays: not to be searched for garbage again, for a tenth of a second each time. It
-            # would do that itself after the warm-up that it leaves out.
+            # So that its collector never searches what it has loaded, which stays. It would do that itself after the
+            # warm-up that it leaves out.
             await self.api.post("/freeze_gc", {}, self._options.call_timeout_s)
         self.member = ServerMember(self.api, self.ranks)
         log.info("%s is ready at %s after %.1f s", self.name, self.api.address, time.monotonic() - began)
