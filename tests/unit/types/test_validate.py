@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +19,7 @@ from miles.types import (
     SpeculativeStats,
     VersionSpan,
 )
-from miles.types.convert import array_to_proto, group_from_proto, group_to_proto
+from miles.types.convert import array_to_proto, encode_samples, group_from_proto, group_to_proto, sample_to_proto
 
 
 def whole_sample(index: int = 0) -> Sample:
@@ -189,3 +190,24 @@ def test_an_empty_array_with_impossible_dimensions_is_refused() -> None:
     sample.rollout_routed_experts.shape[:] = [0, 2**63, 2**63]
     with pytest.raises(MalformedMessage, match=r"samples\[0\]\.rollout_routed_experts\.shape: .* too large"):
         group_from_proto(message)
+
+
+@pytest.mark.parametrize(
+    ("field", "changes"),
+    [
+        ("tokens", {"tokens": np.array([1, 2, 3, -4, 5], np.int32)}),
+        ("rollout_log_probs", {"rollout_log_probs": np.array([0.0, np.nan], np.float32)}),
+        ("response_length", {"response_length": 9}),
+    ],
+)
+def test_one_malformed_sample_of_several_is_named_by_its_field(field: str, changes: dict[str, Any]) -> None:
+    samples = [dataclasses.replace(whole_sample(i), **(changes if i == 1 else {})) for i in range(3)]
+    with pytest.raises(MalformedMessage) as refused:
+        encode_samples(samples, pb.SampleGroup().samples)
+    assert refused.value.field == field
+
+
+def test_samples_that_are_encoded_together_are_those_that_are_encoded_one_by_one() -> None:
+    group = pb.SampleGroup()
+    encode_samples([whole_sample(i) for i in range(3)], group.samples)
+    assert list(group.samples) == [sample_to_proto(whole_sample(i)) for i in range(3)]
