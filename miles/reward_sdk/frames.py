@@ -36,4 +36,4 @@ def encode_answer(seconds: float, response: reward_pb2.ScoreResponse) -> bytes:
 def decode_answer(payload: bytes) -> tuple[float, reward_pb2.ScoreResponse]:
     """Seconds and scores of an answer."""
     [seconds] = _SECONDS.unpack_from(payload)
-    return seconds, reward_pb2.ScoreResponse.FromString(memoryview(payload)[_SECONDS.size :])
+    return seconds, reward_pb2.ScoreResponse.FromString(payload[_SECONDS.size :])

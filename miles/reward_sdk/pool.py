@@ -123,7 +123,7 @@ class WorkerPool:
         """Wait for a worker with room for a call, which is counted: the first that is free, becomes free or starts."""
         if self._closed:
             raise WorkerDied("the worker processes have ended")
-        worker = None if self._waiting else self._free_worker()
+        worker = None if self._waits() else self._free_worker()
         if worker is not None:
             worker.calls += 1
             return worker
@@ -134,7 +134,7 @@ class WorkerPool:
             async with asyncio.timeout(deadline - time.monotonic()):
                 return await future
         except (TimeoutError, asyncio.CancelledError) as error:
-            if not future.cancelled():  # a worker came as the call stopped waiting
+            if not future.cancelled() and future.exception() is None:  # a worker came as the call stopped waiting
                 self._give_back(future.result())
             if isinstance(error, asyncio.CancelledError):
                 raise
@@ -193,6 +193,8 @@ class WorkerPool:
         self._load_counts_from = time.monotonic()
         if (error := task.exception()) is None:
             self._workers.append(task.result())
+            if self._closed:  # it had started just before
+                task.result().kill()
         elif self._workers or self._starting:
             self._load_counts_from += _RETRY_S
             logger.warning("no further worker process could be started, %d go on: %s", len(self._workers), error)

@@ -7,7 +7,6 @@ import dataclasses
 import enum
 import math
 from collections.abc import Sequence
-from typing import Any
 
 from miles.rpc.gen import rollout_pb2
 from miles.services.rollout.engines.base import SamplingParams
@@ -154,14 +153,10 @@ def _copies(
     """Return a group with a sample for each seed, all like its only one but for the index; and their parameters."""
     first = group.samples[0]
     samples = [
-        dataclasses.replace(first, index=i, prompt=_copy(first.prompt), metadata=_copy(first.metadata))
+        dataclasses.replace(first, index=i, prompt=copy.deepcopy(first.prompt), metadata=copy.deepcopy(first.metadata))
         for i in range(len(seeds))
     ]
     return SampleGroup(group.job_id, group.group_id, samples), [dataclasses.replace(sampling, seed=s) for s in seeds]
-
-
-def _copy(value: Any) -> Any:
-    return copy.deepcopy(value) if value and not isinstance(value, str) else value
 
 
 def _check_scored_as_drawn(message: rollout_pb2.SamplingParams, path: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +19,8 @@ from miles.types import (
     SpeculativeStats,
     VersionSpan,
 )
-from miles.types.convert import array_to_proto, group_from_proto, group_to_proto
+from miles.types.convert import array_to_proto, encode_samples, group_from_proto, group_to_proto, sample_to_proto
+from miles.types.usual import is_usual
 
 
 def whole_sample(index: int = 0) -> Sample:
@@ -189,3 +191,34 @@ def test_an_empty_array_with_impossible_dimensions_is_refused() -> None:
     sample.rollout_routed_experts.shape[:] = [0, 2**63, 2**63]
     with pytest.raises(MalformedMessage, match=r"samples\[0\]\.rollout_routed_experts\.shape: .* too large"):
         group_from_proto(message)
+
+
+def usual_sample(index: int, **changes: Any) -> Sample:
+    """A sample of the form that most have, which is checked together with others."""
+    rare = {"rollout_routed_experts": None, "teacher_log_probs": None, "speculative": None, "reward": 1.0}
+    sample = dataclasses.replace(whole_sample(index), prompt="p", response="r", label="l", **rare)
+    assert is_usual(sample)
+    return dataclasses.replace(sample, **changes)
+
+
+@pytest.mark.parametrize(
+    ("field", "changes"),
+    [
+        ("tokens", {"tokens": np.array([1, 2, 3, -4, 5], np.int32)}),
+        ("rollout_log_probs", {"rollout_log_probs": np.array([0.0, np.nan], np.float32)}),
+        ("loss_mask", {"loss_mask": np.array([1, 2], np.uint8)}),
+        ("response_length", {"response_length": 9}),
+    ],
+)
+def test_one_malformed_sample_of_several_is_named_by_its_field(field: str, changes: dict[str, Any]) -> None:
+    samples = [usual_sample(0), usual_sample(1, **changes), usual_sample(2)]
+    with pytest.raises(MalformedMessage) as refused:
+        encode_samples(samples, pb.SampleGroup().samples)
+    assert refused.value.field == field
+
+
+def test_samples_that_are_encoded_together_are_those_that_are_encoded_one_by_one() -> None:
+    group = pb.SampleGroup()
+    samples = [usual_sample(0), whole_sample(1), usual_sample(2)]
+    encode_samples(samples, group.samples)
+    assert list(group.samples) == [sample_to_proto(sample) for sample in samples]
