@@ -9,7 +9,8 @@ The model has SmolLM2-135M's shape and random weights (`--hidden` and the like m
 samples, 32 prompts × 8 responses, each time on the next of four rollouts. `ours` is what `TrainerBackend.train` takes,
 `compiled` that with `torch_compile`. With `--flat` all rewards of so many groups are equal, as in most runs some are:
 their samples are computed with the others, or in `apart` in micro-batches of their own. The slowest step tells whether
-something was compiled again.
+something was compiled again. Two experiments have all layers in one graph, whose first step takes longer: `whole`, and
+`replayed`, which records a CUDA graph for each of the four sizes (`--steps 24`, so that most steps replay one).
 `bare` pads the same samples, sorted by length, to micro-batches of as many tokens, runs the stock model under bfloat16
 autocast with scaled_dot_product_attention, takes the log-probabilities of the responses, and steps torch's fused AdamW.
 The table has, per variant, the median seconds of a step and those of the slowest (the first two left out), the seconds
@@ -46,6 +47,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "apart": {},
     "compiled": {"torch_compile": True},
     "compiled apart": {"torch_compile": True},
+    "whole": {},
+    "replayed": {},
 }
 """Flags of each variant of ours."""
 PROFILED_ROWS = 45
@@ -169,6 +172,8 @@ def ours(args: argparse.Namespace, name: str, flags: dict[str, Any], model: path
     trainer.load()
     if "apart" in name:
         trainer._loaded.trainer.joined_tokens = 0
+    if name in ("whole", "replayed"):
+        compile_whole(trainer, cuda_graphs=name == "replayed")
     steps = iter(range(1000))
 
     def step() -> Any:
@@ -180,6 +185,16 @@ def ours(args: argparse.Namespace, name: str, flags: dict[str, Any], model: path
         return measure(args, name, tokens, step)
     finally:
         trainer.close()
+
+
+def compile_whole(trainer: Any, *, cuda_graphs: bool) -> None:
+    """Compile everything between token ids and the head as one graph: an experiment, not what the product does."""
+    from miles.services.trainer.backends.fsdp.model.compiled_layers import OPTIONS, prepare
+
+    policy = trainer._loaded.roles.policy
+    policy._one_graph = True
+    prepare(policy.model)
+    policy.model.model.compile(dynamic=True, options={**OPTIONS, "triton.cudagraphs": cuda_graphs})
 
 
 def bare(args: argparse.Namespace, model_dir: pathlib.Path, device: Any) -> Measured:
