@@ -2,16 +2,21 @@
 
     python -m benchmarks.gpu.training_step
     python -m benchmarks.gpu.training_step --response 480 --micro-batch 16384 --profile profiles
+    python -m benchmarks.gpu.training_step --response 22 --flat 12 --steps 12 --only apart ours compiled
     python -m benchmarks.gpu.training_step --device cpu --layers 2 --hidden 64 --vocabulary 1024 --steps 2
 
 The model has SmolLM2-135M's shape and random weights (`--hidden` and the like make another). A step trains on 256
-samples, 32 prompts × 8 responses. `ours` is what `TrainerBackend.train` takes, `compiled` that with `torch_compile`.
+samples, 32 prompts × 8 responses, each time on the next of four rollouts. `ours` is what `TrainerBackend.train` takes,
+`compiled` that with `torch_compile`. With `--flat` all rewards of so many groups are equal, as in most runs some are:
+their samples are computed with the others, or in `apart` in micro-batches of their own. The slowest step tells whether
+something was compiled again. Two experiments have all layers in one graph, whose first step takes longer: `whole`, and
+`replayed`, which records a CUDA graph for each of the four sizes (`--steps 24`, so that most steps replay one).
 `bare` pads the same samples, sorted by length, to micro-batches of as many tokens, runs the stock model under bfloat16
 autocast with scaled_dot_product_attention, takes the log-probabilities of the responses, and steps torch's fused AdamW.
-The table has, per variant, the median seconds of a step (the first two left out), the seconds of the first one, model
-FLOP/s as 6 × parameters × tokens of the samples over the peak of an H100 or H200, operations started on the GPU, and
-for how long it was busy with them, the last two from torch.profiler. `--profile DIR` also writes which operations and
-which Python functions took the time.
+The table has, per variant, the median seconds of a step and those of the slowest (the first two left out), the seconds
+of the first one, model FLOP/s as 6 × parameters × tokens of the samples over the peak of an H100 or H200, operations
+started on the GPU, and for how long it was busy with them, the last two from torch.profiler. `--profile DIR` also
+writes which operations and which Python functions took the time.
 """
 
 from __future__ import annotations
@@ -36,6 +41,16 @@ PEAK_FLOPS = 989e12
 """Of an H100 SXM or an H200, bfloat16, without sparsity."""
 SKIPPED = 2
 GROUPS, SAMPLES = 32, 8
+ROLLOUTS = 4
+VARIANTS: dict[str, dict[str, Any]] = {
+    "ours": {},
+    "apart": {},
+    "compiled": {"torch_compile": True},
+    "compiled apart": {"torch_compile": True},
+    "whole": {},
+    "replayed": {},
+}
+"""Flags of each variant of ours."""
 PROFILED_ROWS = 45
 
 
@@ -45,6 +60,7 @@ class Measured:
 
     name: str
     step_s: float
+    slowest_s: float
     first_s: float
     tokens: int
     launches: int
@@ -57,12 +73,24 @@ class Measured:
         """Its row of the table."""
         mfu = 6 * parameters * self.tokens / self.step_s / PEAK_FLOPS
         return (
-            f"| {self.name} | {self.tokens:,} | {self.step_s:.4f} | {self.first_s:.2f} | {mfu:.1%} | {self.launches} | "
+            f"| {self.name} | {self.tokens:,} | {self.step_s:.4f} | {self.slowest_s:.3f} | {self.first_s:.2f} | "
+            f"{mfu:.1%} | {self.launches} | "
             f"{self.busy_s:.4f} | {self.memory_gb:.1f} | {'-' if self.grad_norm is None else f'{self.grad_norm:.5f}'} |"
         )
 
 
-COLUMNS = "variant", "tokens", "step s", "first step s", "MFU", "launches", "GPU busy s", "GB", "gradient norm"
+COLUMNS = (
+    "variant",
+    "tokens",
+    "step s",
+    "slowest s",
+    "first step s",
+    "MFU",
+    "launches",
+    "GPU busy s",
+    "GB",
+    "gradient norm",
+)
 HEADER = f"| {' | '.join(COLUMNS)} |\n{'|---' * len(COLUMNS)}|"
 
 
@@ -94,11 +122,11 @@ def write_model(args: argparse.Namespace, folder: pathlib.Path) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def rollout(args: argparse.Namespace) -> list[Any]:
+def rollout(args: argparse.Namespace, seed: int = 0) -> list[Any]:
     """Random groups; responses have between half and all of `--response` tokens."""
     from miles.types import Sample, SampleGroup, SampleStatus, VersionSpan
 
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
     made = []
     for group_id in range(GROUPS):
         prompt = rng.integers(3, args.vocabulary - 1, args.prompt).astype(np.int32)
@@ -114,7 +142,7 @@ def rollout(args: argparse.Namespace) -> list[Any]:
                     tokens=np.concatenate([prompt, response]),
                     response_length=length,
                     response="r",
-                    reward=float(index % 2),
+                    reward=float(group_id >= args.flat and index % 2),
                     status=SampleStatus.COMPLETED,
                     rollout_log_probs=np.full(length, -10.0, np.float32),
                     weight_versions=(VersionSpan(0, 0, length),),
@@ -139,15 +167,34 @@ def ours(args: argparse.Namespace, name: str, flags: dict[str, Any], model: path
             "train_dtype": args.dtype, "rollout_dtype": args.dtype, **flags,
         }
     ).resolve(device.type)  # fmt: skip
-    groups = rollout(args)
-    trainer = create_backend(config, model / "checkpoints", device)
+    rollouts = [rollout(args, seed) for seed in range(ROLLOUTS)]
+    trainer: Any = create_backend(config, model / "checkpoints", device)
     trainer.load()
+    if "apart" in name:
+        trainer._loaded.trainer.joined_tokens = 0
+    if name in ("whole", "replayed"):
+        compile_whole(trainer, cuda_graphs=name == "replayed")
     steps = iter(range(1000))
+
+    def step() -> Any:
+        number = next(steps)
+        return trainer.train(number, rollouts[number % ROLLOUTS], lambda progress: None)
+
     try:
-        tokens = sum(len(sample.tokens) for group in groups for sample in group.samples)
-        return measure(args, name, tokens, lambda: trainer.train(next(steps), groups, lambda progress: None))
+        tokens = sum(len(sample.tokens) for group in rollouts[0] for sample in group.samples)
+        return measure(args, name, tokens, step)
     finally:
         trainer.close()
+
+
+def compile_whole(trainer: Any, *, cuda_graphs: bool) -> None:
+    """Compile everything between token ids and the head as one graph: an experiment, not what the product does."""
+    from miles.services.trainer.backends.fsdp.model.compiled_layers import OPTIONS, prepare
+
+    policy = trainer._loaded.roles.policy
+    policy._one_graph = True
+    prepare(policy.model)
+    policy.model.model.compile(dynamic=True, options={**OPTIONS, "triton.cudagraphs": cuda_graphs})
 
 
 def bare(args: argparse.Namespace, model_dir: pathlib.Path, device: Any) -> Measured:
@@ -228,7 +275,7 @@ def measure(args: argparse.Namespace, name: str, tokens: int, step: Callable[[],
         file.with_suffix(".txt").write_text(text)
         file.with_suffix(".python.txt").write_text(python_profile(timed))
     median_s, norm = statistics.median(times[SKIPPED:]), norms[0] if norms else None
-    return Measured(name, median_s, times[0], tokens, launches, busy_s, memory / 1e9, norm)
+    return Measured(name, median_s, max(times[SKIPPED:]), times[0], tokens, launches, busy_s, memory / 1e9, norm)
 
 
 def python_profile(step: Callable[[], Any]) -> str:
@@ -257,13 +304,13 @@ def main() -> None:
     parser.add_argument("--micro-batch", type=int, default=16384, help="tokens per micro-batch")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
     parser.add_argument("--steps", type=int, default=5)
-    parser.add_argument("--only", nargs="+", help="of ours, compiled, bare")
+    parser.add_argument("--flat", type=int, default=0, help="groups without advantage")
+    parser.add_argument("--only", nargs="+", default=["ours", "compiled", "bare"], choices=[*VARIANTS, "bare"])
     parser.add_argument(
         "--profile", type=pathlib.Path, metavar="DIR", help="write which operations took the time there"
     )
     args = parser.parse_args()
     device = join(args.device, None, 10)
-    variants: dict[str, dict[str, Any]] = {"ours": {}, "compiled": {"torch_compile": True}}
     name = torch.cuda.get_device_name() if device.type == "cuda" else device.type
     with tempfile.TemporaryDirectory() as folder:
         model = pathlib.Path(folder) / "model"
@@ -271,10 +318,10 @@ def main() -> None:
         print(f"{name}, {parameters / 1e6:.0f} M parameters, {GROUPS} × {SAMPLES} samples\n{HEADER}", flush=True)
         for response in args.response:
             args.response = response
-            for variant, flags in variants.items():
-                if not args.only or variant in args.only:
+            for variant, flags in VARIANTS.items():
+                if variant in args.only:
                     print(ours(args, variant, flags, model, device).row(parameters), flush=True)
-            if not args.only or "bare" in args.only:
+            if "bare" in args.only:
                 print(bare(args, model, device).row(parameters), flush=True)
     dist.destroy_process_group()
 

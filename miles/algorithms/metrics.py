@@ -40,9 +40,10 @@ def reduce_metrics(
         return {}
     names = sorted(totals)
     parts_of = [totals[name][0] for name in names]
-    together = torch.stack([value for values in parts_of for value in values])
+    flat = [value for values in parts_of for value in values]
+    together = torch.stack([value if value.dtype == torch.float32 else value.double() for value in flat])
     host = together.cpu().double()  # one transfer; a GPU would take a kernel for each of the operations that follow
-    sums = torch.stack([values.sum() for values in host.split([len(values) for values in parts_of])])
+    sums = torch.stack([values.sum() for values in torch.split(host, [len(values) for values in parts_of])])
     counts = torch.tensor([totals[name][1] for name in names], dtype=torch.float64)
     reduced = torch.stack([sums, counts])
     if group is not None:

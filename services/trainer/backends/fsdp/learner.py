@@ -198,7 +198,7 @@ class FsdpCritic(FsdpLearner[torch.Tensor], CriticLearner):
         return self._per_token(batch, report)
 
 
-def _all_finite(outputs: TokenLogProbs | torch.Tensor) -> torch.Tensor:
+def _all_finite(outputs: Any) -> torch.Tensor:
     """Whether every log-probability or value is; bool, 0-d. A row in which anything is infinite or NaN gives NaN."""
     values_R = outputs.log_probs_T if isinstance(outputs, TokenLogProbs) else outputs
     return values_R.detach().isfinite().all()

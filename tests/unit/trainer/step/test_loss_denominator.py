@@ -84,3 +84,10 @@ def test_the_split_over_ranks_does_not_change_a_mean(ranks: int) -> None:
             parts.append(untrained_counts(parts, step, per_token=False))
     assert reduce_metrics(parts) == {"train/loss": pytest.approx(12 / 9)}
     assert untrained_counts(parts, step, per_token=True)["train/loss"].count == 0
+
+
+def test_metrics_of_several_types_are_added_up_exactly() -> None:
+    large = 2**24 + 1  # not in float32
+    part = {"counted": MetricSum(torch.tensor(large), 1), "mean": MetricSum(torch.tensor(0.5), 2)}
+    assert reduce_metrics([part]) == {"counted": large, "mean": 0.25}
+    assert reduce_metrics([part, part]) == {"counted": large, "mean": 0.25}

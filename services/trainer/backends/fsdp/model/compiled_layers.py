@@ -13,7 +13,7 @@ import torch.fx.experimental._config as shape_config
 
 from miles.services.trainer.backends.fsdp.model.sharded_model import decoder_layers
 
-_OPTIONS: dict[str, Any] = {
+OPTIONS: dict[str, Any] = {
     "triton.mix_order_reduction": False,  # is chosen above 4096 rows, and guards that the others are as many
     "shape_padding": False,  # pads products by the rows of the first micro-batch
 }
@@ -27,11 +27,16 @@ def compile_layers(model: torch.nn.Module, backend: Any = "inductor") -> None:
     """
     if any(hasattr(module, "experts") for module in model.modules()):
         raise ValueError(f"torch_compile is for dense models, and {type(model).__name__} has experts; leave it out")
+    prepare(model)
+    for layer in decoder_layers(model):
+        layer.compile(dynamic=True, backend=backend, options=OPTIONS if backend == "inductor" else None)
+
+
+def prepare(model: torch.nn.Module) -> None:
+    """Have what is compiled of a model hold for every micro-batch."""
     # Sizes that are equal in the first micro-batch (rows and slots, where it shares no prompt) may differ later.
     shape_config.use_duck_shape = False
     model.register_forward_pre_hook(_complete_plan, with_kwargs=True)
-    for layer in decoder_layers(model):
-        layer.compile(dynamic=True, backend=backend, options=_OPTIONS if backend == "inductor" else None)
 
 
 def _complete_plan(module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> None:

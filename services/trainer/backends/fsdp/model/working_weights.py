@@ -77,7 +77,8 @@ class WorkingWeights:
     def _copy(self, master: torch.nn.Parameter, memory: torch.Tensor) -> torch.nn.Parameter:
         copy = torch.nn.Parameter(memory.view(master.shape), requires_grad=master.requires_grad)
         if copy.requires_grad:
-            copy.register_post_accumulate_grad_hook(functools.partial(self._take_gradient, master))
+            hook = functools.partial(self._take_gradient, master)
+            copy.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
         return copy
 
     def _take_gradient(self, master: torch.nn.Parameter, copy: torch.Tensor) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from miles.services.trainer.backends.fsdp.attention import packed_attention as attention
-from miles.services.trainer.backends.fsdp.model.compiled_layers import _OPTIONS, compile_layers
+from miles.services.trainer.backends.fsdp.model.compiled_layers import OPTIONS, compile_layers
 from miles.services.trainer.batch.packing import EMPTY, MicroBatch, pack
 from tests.support.trainer_cases import random_groups
 
@@ -67,7 +67,7 @@ def test_one_graph_serves_all_layers_and_all_micro_batches() -> None:
 
 
 def test_the_compilers_options_are_known_to_it() -> None:
-    torch.compile(torch.nn.Identity(), backend="inductor", options=_OPTIONS)
+    torch.compile(torch.nn.Identity(), backend="inductor", options=OPTIONS)
 
 
 def test_lengths_that_kernels_get_are_few_and_never_too_small() -> None:
