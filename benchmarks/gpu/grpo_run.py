@@ -29,7 +29,8 @@ GPU_FLAGS = (
     *("--sglang-attention-backend", "triton", "--sglang-sampling-backend", "pytorch"),
     *("--sglang-mem-fraction-static", "0.4", "--sglang-max-total-tokens", "200000"),
     *("--sglang-cuda-graph-bs-decode", "1", "16", "64", "128", "256"),
-    *("--sglang-disable-prefill-cuda-graph", "--sglang-log-level", "warning"),
+    *("--max-running-requests", "256"),  # more would be decoded without a CUDA graph
+    *("--sglang-disable-prefill-cuda-graph", "--sglang-log-level", "warning", "--sglang-sleep-on-idle"),
 )
 CPU_FLAGS = ("--sglang-attention-backend", "torch_native", "--sglang-mem-fraction-static", "0.3")
 RUN_DEADLINE_S = 420.0

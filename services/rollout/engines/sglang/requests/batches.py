@@ -95,7 +95,7 @@ class Batches:
             groups = _by_group(parts)
             if heard or len(groups) == 1:
                 raise
-            logger.warning("SGLang refuses one of %d groups in a request, so each goes by itself: %s", len(groups), error)
+            logger.warning("SGLang refuses one of %d groups, so each goes by itself: %s", len(groups), error)
             for group in groups:
                 for part in group:
                     part.send_again()
