@@ -10,9 +10,10 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
+from miles.services.rollout.engines.base import EngineFailed
 from miles.services.rollout.engines.sglang.errors import ServerRefused
 
 logger = logging.getLogger(__name__)
@@ -32,16 +33,25 @@ Events = AsyncGenerator[dict[str, Any], None]
 class Batches:
     """Collects requests for a moment, then sends those of a kind at once.
 
-    A server that rejects one request rejects its whole POST; the groups of such a POST are then sent one by one.
+    A server that refuses one request refuses its whole POST, or ends it. What has not begun of other groups is then sent
+    again, group by group; what has begun fails, and can be gone on with.
     """
 
-    def __init__(self, send: Callable[[Mapping[str, Any], Callable[[], None]], Events]) -> None:
-        """`send` posts a body, calls back once the server has it, and yields the events of its stream."""
+    def __init__(
+        self,
+        send: Callable[[Mapping[str, Any], Callable[[], None]], Events],
+        abort: Callable[[str], Awaitable[None]],
+    ) -> None:
+        """`send` posts a body, calls back once the server has it, and yields the events of its stream.
+
+        `abort` has the server end the request of an id.
+        """
         self._send = send
+        self._abort = abort
         self._waiting: dict[tuple[Any, ...], list[_Part]] = {}
         self._flushing: asyncio.TimerHandle | None = None
-        self._unaccepted: dict[str, _Part] = {}
-        """By id: requests that the server does not have yet."""
+        self._parts: dict[str, _Part] = {}
+        """By id: requests that have not ended."""
         self._sending: set[asyncio.Task[None]] = set()
 
     async def generate(self, group: str, payload: Mapping[str, Any]) -> Events:
@@ -49,7 +59,7 @@ class Batches:
 
         Requests of a group have its name; others have none.
         """
-        part = self._unaccepted[payload["rid"]] = _Part(group, payload)
+        part = self._parts[payload["rid"]] = _Part(group, payload)
         if self._flushing is None:
             self._flushing = asyncio.get_running_loop().call_later(COLLECT_S, self._flush)
         kind = tuple((name, value) for name, value in payload.items() if name not in _EACH)
@@ -62,10 +72,13 @@ class Batches:
                 raise event
             yield event
 
-    async def until_accepted(self, rid: str) -> None:
-        """Return once the server has this request, or will never have it; before that an abort of it is lost."""
-        if (part := self._unaccepted.get(rid)) is not None:
+    async def abort(self, rid: str) -> None:
+        """Have the server end a request: as soon as it has it, because before that an abort is lost."""
+        if (part := self._parts.get(rid)) is not None:
+            part.aborted = True
             await part.accepted.wait()
+            if rid in self._parts:
+                await self._abort(part.payload["rid"])
 
     def close(self) -> None:
         """Cancel the batches that are being sent."""
@@ -86,34 +99,44 @@ class Batches:
 
     async def _send_batch(self, parts: Sequence[_Part]) -> None:
         """Send a batch and pass on its events, to the end of the stream, so that its connection can be reused."""
-        heard = False
         try:
             async for event in self._send(merged([part.payload for part in parts]), lambda: self._accept(parts)):
-                heard = True
-                parts[event.get("index", 0)].events.put_nowait(event)
+                parts[event.get("index", 0)].take(event)
         except (ValueError, ServerRefused) as error:
             groups = _by_group(parts)
-            if heard or len(groups) == 1:
+            if len(groups) == 1:
                 raise
             logger.warning("SGLang refuses one of %d groups, so each goes by itself: %s", len(groups), error)
             for group in groups:
-                for part in group:
-                    part.send_again()
-                self._start(group)
+                if not any(part.heard for part in group):
+                    for part in group:
+                        part.send_again()
+                    self._start(group)
+            raise EngineFailed(f"SGLang ended responses that had begun with one that it refuses: {error}") from error
 
     def _accept(self, parts: Sequence[_Part]) -> None:
         for part in parts:
-            self._unaccepted.pop(part.rid, None)
             part.accepted.set()
+            if part.aborted and part.sent_again:  # the abort was of the first, or came between the two
+                task = asyncio.create_task(self._abort_again(part.payload["rid"]))
+                self._sending.add(task)
+                task.add_done_callback(self._sending.discard)
+
+    async def _abort_again(self, rid: str) -> None:
+        try:
+            await self._abort(rid)
+        except (EngineFailed, ServerRefused) as error:
+            logger.warning("request %s was to be ended, and runs to its own end: %s", rid, error)
 
     def _end(self, parts: Sequence[_Part], task: asyncio.Task[None]) -> None:
         """End every request of a batch, with its error if there was one; also when it was cancelled before sending."""
         self._sending.discard(task)
-        end = None if task.cancelled() else task.exception()
-        ended = [part for part in parts if part.sender is task]
-        self._accept(ended)
-        for part in ended:
-            part.events.put_nowait(end)
+        error = None if task.cancelled() else task.exception()
+        for part in parts:
+            if part.sender is task:
+                self._parts.pop(part.rid, None)
+                part.accepted.set()
+                part.events.put_nowait(None if part.finished else error)
 
 
 class _Part:
@@ -128,10 +151,19 @@ class _Part:
         self.accepted = asyncio.Event()
         self.sender: asyncio.Task[None] | None = None
         """Sends it and passes on its events."""
+        self.heard = self.finished = self.aborted = self.sent_again = False
+
+    def take(self, event: dict[str, Any]) -> None:
+        """Pass on an event."""
+        self.heard = True
+        self.finished = event["meta_info"].get("finish_reason") is not None
+        self.events.put_nowait(event)
 
     def send_again(self) -> None:
-        """Give it a new id, as the server may not have done with the first; an abort of the first is one of both."""
+        """Make it ready for another POST, with a new id: the server may not have done with the first."""
         self.payload = {**self.payload, "rid": f"{self.rid}-again"}
+        self.accepted.clear()
+        self.sent_again = True
 
 
 def _by_group(parts: Sequence[_Part]) -> list[list[_Part]]:

@@ -60,7 +60,7 @@ class Replica:
         self._loads = 0
         self.ranks = options.gpus_per_engine
         """Its tensor-parallel size; an attached server reports its own."""
-        self.batches = Batches(self._generate)
+        self.batches = Batches(self._generate, self._post_abort)
         """Generates responses; requests that arrive together share a POST."""
         self.member: ServerMember | None = None
         """Its membership in the trainer's broadcasts; None while it is not up."""
@@ -168,13 +168,10 @@ class Replica:
         async with contextlib.AsyncExitStack() as undo:
             undo.push_async_callback(self._end_once)
             await self._wait_until_ready()
+            await self._freeze_garbage()
             undo.pop_all()
         if self._process is not None:
             self._exit_watch = asyncio.create_task(self._watch_exit(self._process), name=f"exit of {self.name}")
-        if self.managed:
-            # So that its collector never searches what it has loaded, which stays. It would do that itself after the
-            # warm-up that it leaves out.
-            await self.api.post("/freeze_gc", {}, self._options.call_timeout_s)
         self.member = ServerMember(self.api, self.ranks)
         log.info("%s is ready at %s after %.1f s", self.name, self.api.address, time.monotonic() - began)
         self._probe = Probe(self.api.address, self._options.silence_timeout_s, self._observe, self.mark_lost)
@@ -198,6 +195,18 @@ class Replica:
         waited = f"waited {self._options.start_timeout_s:g} s for {self.name} to be ready: {problem}"
         tail = "" if self._process is None else "; " + self._process.log_tail()
         raise ServerUnstartable(waited + tail)
+
+    async def _freeze_garbage(self) -> None:
+        """Have a managed server's collector never search what it has loaded, which stays.
+
+        It would do that itself after the warm-up that it leaves out; without it, it is slower at times.
+        """
+        if not self.managed:
+            return
+        try:
+            await self.api.post("/freeze_gc", {}, self._options.call_timeout_s)
+        except (EngineFailed, ServerRefused) as error:
+            log.warning("%s does not freeze what it has loaded: %s", self.name, error)
 
     async def _end_once(self) -> None:
         self.version = None
@@ -283,7 +292,9 @@ class Replica:
         """End one request with the tokens it has. Raises EngineFailed when the server does not answer in time."""
         try:
             async with asyncio.timeout(ABORT_TIMEOUT_S):
-                await self.batches.until_accepted(rid)
+                await self.batches.abort(rid)
         except TimeoutError:
             raise EngineFailed(f"waited {ABORT_TIMEOUT_S:g} s for {self.name} to take request {rid}") from None
+
+    async def _post_abort(self, rid: str) -> None:
         await self.api.post("/abort_request", {"rid": rid}, ABORT_TIMEOUT_S)

@@ -21,6 +21,9 @@ class Server:
         self.error: Exception | None = None
         self.goes_on = asyncio.Event()
         self.goes_on.set()
+        self.aborted: list[str] = []
+        self.looks = asyncio.Event()
+        self.looks.set()
         self.refused: list[int] = []
         """Input that it refuses, with this error."""
         self.refusal: Exception = ValueError()
@@ -32,9 +35,10 @@ class Server:
         await self.takes.wait()
         single = isinstance(body["rid"], str)
         inputs = [body["input_ids"]] if single else body["input_ids"]
+        on_accepted()  # the real one, too, begins its answer before it looks at the requests
+        await self.looks.wait()
         if self.refused in inputs:
             raise self.refusal
-        on_accepted()
         for count in range(max(map(len, inputs))):
             await self.goes_on.wait()
             for index, ids in enumerate(inputs):
@@ -44,6 +48,9 @@ class Server:
                     yield event if single else event | {"index": index}
             if self.error is not None:
                 raise self.error
+
+    async def abort(self, rid: str) -> None:
+        self.aborted.append(rid)
 
 
 def payload(rid: str, ids: list[int], **more: Any) -> dict[str, Any]:
@@ -57,7 +64,7 @@ def server() -> Server:
 
 @pytest.fixture
 def batches(server: Server) -> Batches:
-    return Batches(server.send)
+    return Batches(server.send, server.abort)
 
 
 async def tokens(batches: Batches, group: str, body: dict[str, Any]) -> list[int]:
@@ -102,25 +109,56 @@ async def test_a_request_that_the_server_refuses_ends_its_own_group_alone(
     ]
 
 
-async def test_an_abort_waits_until_a_request_that_is_sent_again_is_there(batches: Batches, server: Server) -> None:
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(30):
+        while not condition():  # noqa: ASYNC110
+            await asyncio.sleep(0)
+
+
+async def test_an_abort_reaches_a_request_that_is_sent_again(batches: Batches, server: Server) -> None:
     server.refused, server.refusal = [99], ValueError("too long")
-    asked = [
-        asyncio.create_task(tokens(batches, group, payload(f"r{ids[0]}", ids)))
-        for group, ids in (("g", [1]), ("h", [99]))
-    ]
-    await asyncio.sleep(0)
-    accepted = asyncio.create_task(batches.until_accepted("r1"))
-    while not server.bodies:  # noqa: ASYNC110
-        await asyncio.sleep(0)
-    server.takes.clear()
-    while len(server.bodies) < 3:  # noqa: ASYNC110
-        await asyncio.sleep(0)
-    assert not accepted.done()
-    server.takes.set()
-    await asyncio.wait_for(accepted, 10)
+    server.looks.clear()
+    requests = [("g", payload("r1", [1])), ("h", payload("r99", [99]))]
+    asked = [asyncio.create_task(tokens(batches, *each)) for each in requests]
+    await until(lambda: bool(server.bodies))
+    await batches.abort("r1")  # the server has the first POST, and has not refused it yet
+    assert server.aborted == ["r1"]
+    server.looks.set()
     assert await asked[0] == [1]
+    await until(lambda: server.aborted == ["r1", "r1-again"])
     with pytest.raises(ValueError, match="too long"):
         await asked[1]
+
+
+async def test_an_abort_waits_until_a_request_that_is_sent_again_is_there(batches: Batches, server: Server) -> None:
+    server.refused, server.refusal = [99], ValueError("too long")
+    requests = [("g", payload("r1", [1])), ("h", payload("r99", [99]))]
+    asked = [asyncio.create_task(tokens(batches, *each)) for each in requests]
+    await until(lambda: bool(server.bodies))
+    server.takes.clear()
+    await until(lambda: len(server.bodies) == 3)
+    aborting = asyncio.create_task(batches.abort("r1"))
+    for _ in range(10):
+        await asyncio.sleep(0)
+    assert server.aborted == []
+    server.takes.set()
+    await asyncio.wait_for(aborting, 30)
+    assert "r1-again" in server.aborted
+    await asyncio.gather(*asked, return_exceptions=True)
+
+
+async def test_a_refusal_after_the_first_events_fails_what_has_begun_and_sends_the_rest_again(
+    batches: Batches, server: Server
+) -> None:
+    server.error = ValueError("too long")
+    asked = [("g", [1]), ("g", [2, 3]), ("h", [4])]
+    outcomes = await asyncio.gather(
+        *(tokens(batches, group, payload(f"r{i}", ids)) for i, (group, ids) in enumerate(asked)),
+        return_exceptions=True,
+    )
+    assert outcomes[0] == [1]  # it had ended
+    assert isinstance(outcomes[1], EngineFailed)
+    assert outcomes[2] == [4]
 
 
 async def test_no_batch_is_larger_than_it_may_be(batches: Batches, server: Server) -> None:
@@ -132,14 +170,15 @@ async def test_an_error_ends_all_that_have_not_ended(batches: Batches, server: S
     server.error = EngineFailed("lost")
     short, long = payload("short", [1]), payload("long", [1, 2])
     outcomes = await asyncio.gather(*(tokens(batches, "g", body) for body in (short, long)), return_exceptions=True)
-    assert all(isinstance(outcome, EngineFailed) for outcome in outcomes)
+    assert outcomes[0] == [1]
+    assert isinstance(outcomes[1], EngineFailed)
 
 
 async def test_an_abort_can_wait_until_the_server_has_the_request(batches: Batches, server: Server) -> None:
     server.takes.clear()
     asked = [asyncio.create_task(tokens(batches, "g", payload(f"r{i}", [i]))) for i in range(2)]
     await asyncio.sleep(0)
-    accepted = asyncio.create_task(batches.until_accepted("r1"))
+    accepted = asyncio.create_task(batches.abort("r1"))
     while not server.bodies:  # noqa: ASYNC110
         await asyncio.sleep(0)
     for _ in range(10):
@@ -148,14 +187,14 @@ async def test_an_abort_can_wait_until_the_server_has_the_request(batches: Batch
     server.takes.set()
     await asyncio.wait_for(accepted, 10)
     assert await asyncio.gather(*asked) == [[0], [1]]
-    await asyncio.wait_for(batches.until_accepted("r0"), 10)
+    await asyncio.wait_for(batches.abort("r0"), 10)
 
 
 async def test_no_abort_waits_for_a_request_whose_server_is_lost(batches: Batches, server: Server) -> None:
     server.takes.clear()
     asked = asyncio.create_task(tokens(batches, "g", payload("r", [1])))
     await asyncio.sleep(0)
-    accepted = asyncio.create_task(batches.until_accepted("r"))
+    accepted = asyncio.create_task(batches.abort("r"))
     while not server.bodies:  # noqa: ASYNC110
         await asyncio.sleep(0)
     batches.close()
