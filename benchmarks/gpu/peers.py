@@ -24,6 +24,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from benchmarks.gpu.workload import REPOSITORY, Workload, prompts
+from miles.cores import THREADS_VARIABLE, WAIT_VARIABLE, usable_cores
 
 START_DEADLINE_S = 400.0
 ROUND_DEADLINE_S = 180.0
@@ -138,7 +139,9 @@ class Peer:
         self.name = name
         interpreter = load.interpreter if kind == "bare" else sys.executable
         command = [interpreter, "-m", "benchmarks.gpu.peers", kind, json.dumps(dataclasses.asdict(load))]
-        environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false"}
+        # As a service sets them for its server too (`miles.cores`): threads that wait leave the cores to others.
+        threads = {THREADS_VARIABLE: str(usable_cores()), WAIT_VARIABLE: "PASSIVE"}
+        environment = {**os.environ, **threads, "TOKENIZERS_PARALLELISM": "false"}
         if load.device == "cpu" and load.python:
             environment["MILES_TEST_SGLANG"] = load.python
         self._log = (logs / f"{name.replace(' ', '-')}.log").open("w")
