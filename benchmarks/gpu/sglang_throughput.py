@@ -9,8 +9,8 @@ The two are `bare` and `service` of `benchmarks.gpu.peers`. The servers of all c
 anything is measured. Then one case after the other has short rounds that warm both up, and rounds that alternate
 between them. After each case its row is printed, with medians and, of the ratio, the smallest and largest of
 neighbouring rounds, and where the service's rounds went (as in `benchmarks.gpu.short_groups`). When `--deadline` nears,
-cases get fewer rounds: each gets its share of what is left. With `--profile`, further rounds of each case follow, in
-which the rollout service and SGLang's front process are sampled.
+cases get fewer rounds: each gets its share of what is left. With `--profile`, further rounds of each case follow after
+all, in which the rollout service and SGLang's front process are sampled.
 """
 
 from __future__ import annotations
@@ -160,8 +160,6 @@ def measure_all(cases: Sequence[Case], rounds: int, began: float, deadline: floa
             print(f"{case.name}: {error}", flush=True)
         if case.answers:
             print_case(case)
-        if case.load.profile:
-            sampled(case.service, case.load, PROFILED_ROUNDS)
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -195,9 +193,11 @@ def main() -> None:
         cases = [Case.start(case, load, args.logs) for case, load in loads.items()]
         try:
             measure_all(cases, args.rounds, began, began + args.deadline)
-        finally:
             size = f"{args.groups} groups x {args.samples} samples x {args.tokens} tokens"
             print(f"\n{size}, log-probabilities on, {args.device}; medians\n{table(cases)}", flush=True)
+            for case in cases if args.profile else ():
+                sampled(case.service, case.load, PROFILED_ROUNDS)
+        finally:
             stop_all([peer for case in cases for peer in case.peers])
 
 
