@@ -33,10 +33,9 @@ def is_usual(sample: Sample) -> bool:
         and type(length) is type(sample.group_id) is type(sample.index) is int
         and 0 <= sample.group_id <= UINT64_MAX
         and 0 <= sample.index <= UINT32_MAX
-        and type(sample.prompt) is type(sample.response) is str
-        and sample.prompt.isascii()
-        and sample.response.isascii()
-        and (label is None or (type(label) is str and label.isascii()))
+        and _is_text(sample.prompt)
+        and _is_text(sample.response)
+        and (label is None or _is_text(label))
         and type(sample.status) is SampleStatus
         and type(sample.metadata) is dict
         and (sample.reward is None or (type(sample.reward) is float and math.isfinite(sample.reward)))
@@ -57,6 +56,18 @@ def is_usual(sample: Sample) -> bool:
             or _is_cache(sample.prefix_cache.cached_tokens, sample.prefix_cache.prompt_tokens)
         )
     )
+
+
+def _is_text(text: object) -> bool:
+    if type(text) is not str:
+        return False
+    if text.isascii():
+        return True
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _is_mask(mask: object, length: int) -> bool:
