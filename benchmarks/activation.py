@@ -30,7 +30,7 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 from benchmarks.gpu.models import write_checkpoint
-from benchmarks.gpu.sglang_throughput import CPU_FLAGS, GPU_FLAGS
+from benchmarks.gpu.workload import CPU_FLAGS, GPU_FLAGS
 from miles.config import JobConfig
 from miles.queue import RedisServer
 from miles.rpc import connect

@@ -2,20 +2,25 @@
 
     python -m benchmarks.group_tail
     python -m benchmarks.group_tail --profile
+    python -m benchmarks.group_tail --tokens 256 --events routing
 
 32 groups of 8 samples of 16 tokens, whose responses all end at the same moment, as those of a batch on a GPU do. The
 groups run in this process, as in a rollout service, with a stand-in for the engine; reward service and Redis are real
 and have processes of their own. `last group`: from that moment until the last outcome is delivered. `this process`:
 what its event loop and gRPC's threads computed meanwhile. With `--profile`, the functions of the event loop follow.
+With `--events` each response also comes as the bytes of an event of SGLang, which is decoded: a plain one, or one with
+the routed experts of 8 layers, 4 of 32 a token.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import base64
 import contextlib
 import cProfile
 import dataclasses
+import json
 import pathlib
 import pstats
 import statistics
@@ -32,6 +37,8 @@ from miles.queue import GroupQueue, PartialStore, RedisServer, connect_async
 from miles.reward_sdk.client import RewardClient
 from miles.services.controller.run.lease_messages import training_lease
 from miles.services.rollout.engines.base import FinishReason, GenerationDelta, GenerationRequest, GenerationResult
+from miles.services.rollout.engines.sglang.requests.events import EventSplitter
+from miles.services.rollout.engines.sglang.requests.responses import ResponseDecoder
 from miles.services.rollout.groups.group_run import GroupTools
 from miles.services.rollout.groups.messages import Finished, GroupLease, Outcome, lease_from_proto, outcome_to_proto
 from miles.services.rollout.groups.requests import GroupRequests
@@ -40,18 +47,24 @@ from miles.services.rollout.groups.running_groups import RunningGroups
 from miles.services.rollout.groups.scoring import JobRewards
 from miles.services.rollout.serving.version_gate import VersionGate
 from miles.types import Sample, SampleGroup, VersionSpan
+from miles.types.experts import ExpertLayout
 
 JOB = "bench"
 PROMPT_TOKENS = 64
 WARM_UPS = 15
+PIECE_BYTES = 1 << 16
+"""Of a response's body that come at once."""
+LAYOUT = ExpertLayout(8, tuple(range(8)), 4, 32)
 
 
 class StandIn:
     """Ends every response when it is told to."""
 
-    def __init__(self, tokens: int) -> None:
+    def __init__(self, tokens: int, events: str) -> None:
         self.asked = 0
         self.end = asyncio.Event()
+        self._experts = LAYOUT if events == "routing" else None
+        self._event = event_of(tokens, self._experts) if events else b""
         self._delta = GenerationDelta(
             list(range(300, 300 + tokens)),
             [-1.0] * tokens,
@@ -62,10 +75,39 @@ class StandIn:
         """One delta, at the end."""
         self.asked += 1
         await self.end.wait()
-        yield self._delta
+        if not self._event:
+            yield self._delta
+            return
+        splitter = EventSplitter()
+        for begin in range(0, len(self._event), PIECE_BYTES):
+            for data in splitter.feed(self._event[begin : begin + PIECE_BYTES]):
+                decoder = ResponseDecoder(len(request.input_ids), self._experts)
+                yield await decoder.decode_apart(json.loads(data))
 
     async def abort(self, request_ids: Sequence[str]) -> None:
         """Never called."""
+
+
+def event_of(tokens: int, layout: ExpertLayout | None) -> bytes:
+    """The event with which SGLang ends a response, as it is sent."""
+    rng = np.random.default_rng(0)
+    ids = rng.integers(300, 30000, tokens).tolist()
+    meta = {
+        "id": "bench-00000000-000000000000",
+        "finish_reason": {"type": "length", "length": tokens},
+        "prompt_tokens": PROMPT_TOKENS,
+        "weight_version": "0",
+        "num_retractions": 0,
+        "output_token_logprobs": [[-float(x), i, None] for x, i in zip(rng.random(tokens) * 10, ids, strict=True)],
+        "completion_tokens": tokens,
+        "cached_tokens": PROMPT_TOKENS - 1,
+    }
+    if layout is not None:
+        shape = (PROMPT_TOKENS + tokens - 1, layout.layers, layout.top_k)
+        experts = rng.integers(0, layout.experts, shape, np.int32)
+        meta["routed_experts"] = base64.b64encode(experts.tobytes()).decode()
+    event = {"text": "word " * tokens, "output_ids": ids, "meta_info": meta, "index": 0}
+    return b"data: " + json.dumps(event, separators=(",", ":")).encode() + b"\n\n"
 
 
 def main() -> None:
@@ -76,6 +118,7 @@ def main() -> None:
     add("--samples", type=int, default=8)
     add("--tokens", type=int, default=16)
     add("--rounds", type=int, default=30)
+    add("--events", default="", choices=["", "plain", "routing"], help="decode each response from an event of SGLang")
     add("--profile", action="store_true")
     asyncio.run(measure(parser.parse_args()))
 
@@ -93,6 +136,8 @@ async def measure(args: argparse.Namespace) -> None:
             "rollout_max_response_len": args.tokens,
             "rm_type": "exact_match",
             "lr": 1e-6,
+            "rollout_backend": "sglang",
+            "use_rollout_routing_replay": args.events == "routing",
         }
     )
     took, computed = [], []
@@ -146,8 +191,12 @@ async def one_round(
     args: argparse.Namespace, config: JobConfig, tools: Any, number: int, profile: cProfile.Profile | None = None
 ) -> tuple[float, float]:
     """Run the groups of a round; returns seconds from the end of the responses on, and what this process computed."""
-    engine: Any = StandIn(args.tokens)
-    tools = dataclasses.replace(tools, create_sampler=lambda lease: SingleTurnSampler(GroupRequests(engine, lease)))
+    engine: Any = StandIn(args.tokens, args.events)
+    record_experts = args.events == "routing"
+    tools = dataclasses.replace(
+        tools,
+        create_sampler=lambda lease: SingleTurnSampler(GroupRequests(engine, lease, record_experts=record_experts)),
+    )
     groups = RunningGroups(tools, "bench", lambda: None)
     outcomes: list[Outcome] = []
     done = asyncio.Event()

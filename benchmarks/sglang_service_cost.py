@@ -26,8 +26,9 @@ from collections.abc import Sequence
 import psutil
 
 from benchmarks.gpu.models import write_checkpoint
-from benchmarks.gpu.peers import START_DEADLINE_S, Peer, Workload
+from benchmarks.gpu.peers import START_DEADLINE_S, Peer
 from benchmarks.gpu.sglang_throughput import CASES
+from benchmarks.gpu.workload import Workload
 
 PARTS = ("engine", "tokenizer", "detokenizer", "scheduler")
 IDLE_S = 8.0

@@ -14,114 +14,20 @@ import dataclasses
 import json
 import os
 import pathlib
-import random
 import statistics
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from benchmarks.gpu.models import TINY_VOCABULARY
+from benchmarks.gpu.workload import REPOSITORY, Workload, prompts
+from miles.cores import THREADS_VARIABLE, WAIT_VARIABLE, usable_cores
 
-REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
-SAMPLER = REPOSITORY / "benchmarks" / "gpu" / "sampler.py"
-CPU_PYTHON = REPOSITORY / "tests" / "support" / "sglang_cpu" / "python"
-PROMPT_TOKENS = 64
 START_DEADLINE_S = 400.0
 ROUND_DEADLINE_S = 180.0
-GPU_FLAGS = {
-    "attention_backend": "triton",
-    "sampling_backend": "pytorch",
-    "mem_fraction_static": 0.8,
-    "cuda_graph_bs_decode": [1, 8, 32, 64, 128, 256, 384, 512],
-    "disable_prefill_cuda_graph": True,
-    "log_level": "warning",
-}
-CPU_FLAGS = {"attention_backend": "torch_native", "mem_fraction_static": 0.3, "log_level": "warning"}
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Workload:
-    """What each peer answers, and with what."""
-
-    model: str
-    groups: int
-    samples: int
-    """Responses to each prompt."""
-    tokens: int
-    """Of the longest round; bounds the cache."""
-    device: str = "cuda"
-    python: str = ""
-    """Interpreter that has SGLang, when it is another one."""
-    routing: bool = False
-    """Whether routed experts are recorded."""
-    flags: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    """More SGLang flags, with underscores."""
-    profile: str = ""
-    """Folder for samples of the rollout service and of SGLang's front process; empty: none can be taken."""
-
-    @property
-    def dtype(self) -> str:
-        """What SGLang computes in."""
-        return "bfloat16" if self.device == "cuda" else "float32"
-
-    @property
-    def server_flags(self) -> dict[str, Any]:
-        """What all peers give SGLang."""
-        flags = dict(GPU_FLAGS if self.device == "cuda" else CPU_FLAGS)
-        room = self.groups * self.samples * (PROMPT_TOKENS + self.tokens + 16)
-        return {**flags, "max_total_tokens": room, **self.flags}
-
-    @property
-    def interpreter(self) -> str:
-        """The one that runs SGLang."""
-        return str(CPU_PYTHON) if self.device == "cpu" else self.python or sys.executable
-
-    @property
-    def samples_of(self) -> dict[str, pathlib.Path]:
-        """File of samples of each process that is sampled."""
-        names = ("rollout", "sglang") if self.profile else ()
-        return {name: pathlib.Path(self.profile).absolute() / f"{name}.samples" for name in names}
-
-    def job(self, folder: pathlib.Path) -> dict[str, Any]:
-        """A job whose engine is like the bare one."""
-        requests = self.groups * self.samples
-        python = self.interpreter
-        if self.profile:
-            python = str(pathlib.Path(self.profile).absolute() / "sglang-python")
-            pathlib.Path(python).write_text(
-                f'#!/bin/sh\nexec {self.interpreter} {SAMPLER} {self.samples_of["sglang"]} "$@"\n'
-            )
-            pathlib.Path(python).chmod(0o755)
-        return {
-            "hf_checkpoint": self.model,
-            "prompt_data": "none.jsonl",
-            "label_key": "label",
-            "num_rollout": 1,
-            "rollout_batch_size": self.groups,
-            "n_samples_per_prompt": self.samples,
-            "rollout_max_response_len": self.tokens,
-            "rm_type": "exact_match",
-            "rollout_backend": "sglang",
-            "rollout_dtype": self.dtype,
-            "rollout_engine_python": python,
-            "device": self.device,
-            "run_dir": str(folder),
-            "max_running_requests": requests,
-            "sglang_server_concurrency": requests,
-            "use_rollout_routing_replay": self.routing,
-            "lr": 1e-6,
-            **{f"sglang_{name}": value for name, value in self.server_flags.items()},
-        }
-
-
-def prompts(count: int) -> list[list[int]]:
-    """Random prompts without a common prefix, of tokens that every model has."""
-    rng = random.Random(0)
-    return [[rng.randrange(300, TINY_VOCABULARY - 1) for _ in range(PROMPT_TOKENS)] for _ in range(count)]
 
 
 def say(message: dict[str, Any]) -> None:
@@ -233,7 +139,9 @@ class Peer:
         self.name = name
         interpreter = load.interpreter if kind == "bare" else sys.executable
         command = [interpreter, "-m", "benchmarks.gpu.peers", kind, json.dumps(dataclasses.asdict(load))]
-        environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false"}
+        # As a service sets them for its server too (`miles.cores`): threads that wait leave the cores to others.
+        threads = {THREADS_VARIABLE: str(usable_cores()), WAIT_VARIABLE: "PASSIVE"}
+        environment = {**os.environ, **threads, "TOKENIZERS_PARALLELISM": "false"}
         if load.device == "cpu" and load.python:
             environment["MILES_TEST_SGLANG"] = load.python
         self._log = (logs / f"{name.replace(' ', '-')}.log").open("w")
@@ -247,6 +155,9 @@ class Peer:
             text=True,
         )
         self.pid = self._process.pid
+        self._began = time.monotonic()
+        self.started_s: float | None = None
+        """Seconds of its start; None until it has said something."""
         self._messages: list[dict[str, Any]] = []
         self._changed = threading.Condition()
         threading.Thread(target=self._read, daemon=True).start()
@@ -257,6 +168,7 @@ class Peer:
             with self._changed:
                 if line.startswith("@"):
                     self._messages.append(json.loads(line[1:]))
+                    self.started_s = self.started_s or time.monotonic() - self._began
                 else:
                     self._log.write(line)
                 self._changed.notify_all()
@@ -264,27 +176,39 @@ class Peer:
             self._messages.append({"ended": True})
             self._changed.notify_all()
 
+    def heard(self, deadline_s: float) -> bool:
+        """Whether it says something, or has ended, by then; `next` returns it."""
+        with self._changed:
+            return self._changed.wait_for(lambda: bool(self._messages), deadline_s)
+
     def next(self, deadline_s: float) -> dict[str, Any]:
         """What it says next. Raises RuntimeError when it has ended or says nothing in time."""
-        with self._changed:
-            self._changed.wait_for(lambda: bool(self._messages), deadline_s)
-            message = self._messages.pop(0) if self._messages else {"ended": True}
+        message = {"ended": True}
+        if self.heard(deadline_s):
+            with self._changed:
+                message = self._messages.pop(0)
         if "ended" in message:
             raise RuntimeError(f"{self.name} ended or was silent for {deadline_s:.0f} s; see {self._log.name}")
         return message
 
-    def measure(self, tokens: int) -> dict[str, Any]:
+    def measure(self, tokens: int, deadline_s: float = ROUND_DEADLINE_S) -> dict[str, Any]:
         """One round of responses of so many tokens at most: seconds, tokens and stages."""
         assert self._process.stdin is not None
         self._process.stdin.write(f"{tokens}\n")
         self._process.stdin.flush()
-        return self.next(ROUND_DEADLINE_S)
+        return self.next(deadline_s)
 
-    def stop(self) -> None:
-        """End it."""
+    def ask_to_end(self) -> None:
+        """Tell it that no round follows."""
         assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.close()
+
+    def stop(self) -> None:
+        """End it; one that still starts does not look for rounds, and is terminated."""
+        self.ask_to_end()
+        if self.started_s is None:
+            self._process.terminate()
         try:
             self._process.wait(30)
         except subprocess.TimeoutExpired:
@@ -313,9 +237,16 @@ def alternate(
                 print(f"{peer.name}: {answer['tokens']} tokens in {answer['seconds']:.3f} s", flush=True)
         then()
     finally:
-        for peer in peers:
-            peer.stop()
+        stop_all(peers)
     return answers
+
+
+def stop_all(peers: Sequence[Peer]) -> None:
+    """End peers, all at the same time."""
+    for peer in peers:
+        peer.ask_to_end()
+    for peer in peers:
+        peer.stop()
 
 
 if __name__ == "__main__":

@@ -16,7 +16,8 @@ from typing import Any
 import grpc.aio
 import numpy as np
 
-from benchmarks.gpu.peers import SAMPLER, START_DEADLINE_S
+from benchmarks.gpu.peers import START_DEADLINE_S
+from benchmarks.gpu.workload import SAMPLER
 from miles.addresses import free_port
 from miles.config import JobConfig
 from miles.queue import RedisServer

@@ -1,32 +1,42 @@
 """Tokens per second through the rollout service against bare `sglang.Engine`, on the same groups and settings.
 
-    python -m benchmarks.gpu.sglang_throughput
+    python -m benchmarks.gpu.sglang_throughput --tokens 256 --deadline 190
     python -m benchmarks.gpu.sglang_throughput --device cpu --python .venv-sglang/bin/python --groups 4 --tokens 32
 
 Random models (0.18 B dense, 0.4 B mixture of experts; on a CPU tiny ones) answer groups that are all there at once:
 random prompts of 64 tokens, 8 samples each, of a length that random models seldom end before, log-probabilities on.
-The two are `bare` and `service` of `benchmarks.gpu.peers`. Every server is started before anything is measured; rounds
-then alternate between all of them, one at work at a time, after a warm-up. The table has medians and, of the ratio, the
-smallest and largest of neighbouring rounds.
+The two are `bare` and `service` of `benchmarks.gpu.peers`. The servers of all cases start at the same time, before
+anything is measured. Then one case after the other has short rounds that warm both up, and rounds that alternate
+between them. After each case its row is printed, with medians and, of the ratio, the smallest and largest of
+neighbouring rounds, and where the service's rounds went (as in `benchmarks.gpu.short_groups`). When `--deadline` nears,
+cases get fewer rounds: each gets its share of what is left. With `--profile`, further rounds of each case follow after
+all, in which the rollout service and SGLang's front process are sampled.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import pathlib
 import statistics
 import tempfile
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from benchmarks.gpu.models import write_checkpoint
-from benchmarks.gpu.peers import CPU_FLAGS as CPU_FLAGS
-from benchmarks.gpu.peers import GPU_FLAGS as GPU_FLAGS
-from benchmarks.gpu.peers import Peer, Workload, alternate
-from benchmarks.gpu.peers import prompts as prompts
+from benchmarks.gpu.peers import Peer, stop_all
+from benchmarks.gpu.short_groups import row, sampled
+from benchmarks.gpu.workload import Workload
 
 CASES = {"dense": ("dense", False), "moe": ("moe", False), "moe-routing": ("moe", True)}
 """Model, and whether routed experts are recorded."""
+WARM_UP_TOKENS = 32
+WARM_UPS = 2
+STARTING_SHARE = 0.65
+"""Of the deadline: how long cases that have started wait for the others, whose start would disturb their rounds."""
+PROFILED_ROUNDS = 3
 
 
 def workload(args: argparse.Namespace, case: str, folder: pathlib.Path) -> Workload:
@@ -35,6 +45,12 @@ def workload(args: argparse.Namespace, case: str, folder: pathlib.Path) -> Workl
     size = kind if args.device == "cuda" else {"dense": "tiny", "moe": "tiny-moe"}[kind]
     if not (folder / size).exists():
         write_checkpoint(folder / size, size, weights=True)
+    requests = args.groups * args.samples
+    # Each size of a batch that is captured takes its time in every server.
+    graphs = {"cuda_graph_bs_decode": sorted({max(1, requests // 8), max(1, requests // 2), requests})}
+    profile = args.logs / f"{case}-profile" if args.profile else None
+    if profile is not None:
+        profile.mkdir(parents=True, exist_ok=True)
     return Workload(
         model=str(folder / size),
         groups=args.groups,
@@ -43,8 +59,107 @@ def workload(args: argparse.Namespace, case: str, folder: pathlib.Path) -> Workl
         device=args.device,
         python=args.python,
         routing=routing,
-        flags=json.loads(args.flags),
+        flags=(graphs if args.device == "cuda" else {}) | json.loads(args.flags),
+        profile="" if profile is None else str(profile),
     )
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Case:
+    """The two peers of a case, and what they said in every round."""
+
+    name: str
+    load: Workload
+    bare: Peer
+    service: Peer
+    answers: list[tuple[Mapping[str, Any], Mapping[str, Any]]] = dataclasses.field(default_factory=list)
+
+    @classmethod
+    def start(cls, name: str, load: Workload, logs: pathlib.Path) -> Case:
+        """Start both, without waiting for them."""
+        return cls(name, load, Peer("bare", f"{name} bare", load, logs), Peer("service", f"{name} service", load, logs))
+
+    @property
+    def peers(self) -> tuple[Peer, Peer]:
+        """Both, in the order in which they answer."""
+        return self.bare, self.service
+
+    def has_started(self, until: float) -> bool:
+        """Whether both have started, or ended, by then."""
+        return all(peer.heard(max(0.0, until - time.monotonic())) for peer in self.peers)
+
+    def measure(self, rounds: int, until: float) -> None:
+        """Wait until both have started, warm up, and take rounds as long as another one will have ended by `until`.
+
+        `until` is in seconds of the monotonic clock.
+        Raises RuntimeError when a peer ends, or would have to work beyond that.
+        """
+        for peer in self.peers:
+            peer.next(until - time.monotonic())
+            print(f"{peer.name} had started after {peer.started_s:.0f} s", flush=True)
+        warm_up = min(WARM_UP_TOKENS, self.load.tokens)
+        for _ in range(WARM_UPS):
+            for peer in self.peers:
+                peer.measure(warm_up, until - time.monotonic())
+        took_s = 0.0
+        while len(self.answers) < rounds and time.monotonic() + took_s < until:
+            began = time.monotonic()
+            bare, service = [peer.measure(self.load.tokens, until - time.monotonic()) for peer in self.peers]
+            self.answers.append((bare, service))
+            took_s = time.monotonic() - began
+            print(f"{self.name}: bare {rate(bare):.0f} tok/s, service {rate(service):.0f}", flush=True)
+
+    def row(self) -> str:
+        """Its line of the table."""
+        if not self.answers:
+            return f"{self.name:<14}{0:>7}"
+        bare, service = [[rate(answer) for answer in said] for said in zip(*self.answers, strict=True)]
+        shares = [ours / theirs for ours, theirs in zip(service, bare, strict=True)]
+        return (
+            f"{self.name:<14}{len(shares):>7}{statistics.median(bare):>12.0f}{statistics.median(service):>15.0f}"
+            f"{statistics.median(shares):>14.1%}{min(shares):>10.1%}{max(shares):>9.1%}"
+        )
+
+
+def rate(answer: Mapping[str, Any]) -> float:
+    """Tokens per second of a round."""
+    return float(answer["tokens"] / answer["seconds"])
+
+
+def table(cases: Sequence[Case]) -> str:
+    """The cases so far."""
+    heads = f"{'service/bare':>14}{'smallest':>10}{'largest':>9}"
+    lines = [f"{'case':<14}{'rounds':>7}{'bare tok/s':>12}{'service tok/s':>15}{heads}"]
+    return "\n".join(lines + [case.row() for case in cases])
+
+
+def print_case(case: Case) -> None:
+    """What is known of a case."""
+    print(f"\n{table([case])}\nms of its rounds{'':<12}{'median':>9}{'smallest':>10}{'largest':>9}")
+    for peer, said in zip(("bare", "service"), zip(*case.answers, strict=True), strict=True):
+        row(f"{peer}: all done", [each["seconds"] for each in said])
+        for stage in said[0].get("stages", ()):
+            row(f"  {stage}", [each["stages"][stage] for each in said])
+    print(flush=True)
+
+
+def measure_all(cases: Sequence[Case], rounds: int, began: float, deadline: float) -> None:
+    """Measure cases in turn, those first whose servers have started; prints errors, and goes on with the next case.
+
+    `began` and `deadline` are in seconds of the monotonic clock.
+    """
+    starting_until = began + STARTING_SHARE * (deadline - began)
+    starting = [case for case in cases if not case.has_started(starting_until)]
+    waiting = [case for case in cases if case not in starting] + starting
+    while waiting:
+        case = waiting.pop(0)
+        until = time.monotonic() + (deadline - time.monotonic()) / (len(waiting) + 1)
+        try:
+            case.measure(rounds, until)
+        except RuntimeError as error:
+            print(f"{case.name}: {error}", flush=True)
+        if case.answers:
+            print_case(case)
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -56,38 +171,34 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--samples", type=int, default=8)
     add("--tokens", type=int, default=512)
     add("--rounds", type=int, default=5)
+    add("--deadline", type=float, default=900.0, help="seconds after which what was measured is reported")
     add("--device", default="cuda", choices=["cuda", "cpu"])
     add("--python", default="", help="interpreter that has SGLang, when it is another one")
     add("--flags", default="{}", help="more SGLang flags, as a JSON object with underscores")
+    add("--profile", action="store_true", help="sample the rollout service and SGLang afterwards, into the logs")
     add("--logs", type=pathlib.Path, help="folder for the processes' logs")
     return parser.parse_args(arguments)
 
 
 def main() -> None:
-    """Measure and print the table."""
+    """Measure and print the tables."""
+    began = time.monotonic()
     args = parse()
     with tempfile.TemporaryDirectory(prefix="throughput-") as name:
         folder = pathlib.Path(name)
-        logs = args.logs or folder
-        logs.mkdir(parents=True, exist_ok=True)
+        args.logs = args.logs or folder
+        args.logs.mkdir(parents=True, exist_ok=True)
         loads = {case: workload(args, case, folder) for case in args.cases}
-        peers = [
-            Peer(kind, f"{case} {kind}", load, logs) for case, load in loads.items() for kind in ("bare", "service")
-        ]
-        answers = alternate(peers, args.tokens, args.rounds, warm_ups=1)
-    rates = {name: [each["tokens"] / each["seconds"] for each in said] for name, said in answers.items()}
-    print(
-        f"\n{args.groups} groups x {args.samples} samples x {args.tokens} tokens, log-probabilities on, {args.device}"
-    )
-    print(f"medians of {args.rounds} rounds")
-    print(f"{'case':<14}{'bare tok/s':>12}{'service tok/s':>15}{'service/bare':>14}{'smallest':>10}{'largest':>9}")
-    for case in args.cases:
-        bare, service = rates[f"{case} bare"], rates[f"{case} service"]
-        shares = [ours / theirs for ours, theirs in zip(service, bare, strict=True)]
-        print(
-            f"{case:<14}{statistics.median(bare):>12.0f}{statistics.median(service):>15.0f}"
-            f"{statistics.median(shares):>14.1%}{min(shares):>10.1%}{max(shares):>9.1%}"
-        )
+        print(f"models written after {time.monotonic() - began:.0f} s", flush=True)
+        cases = [Case.start(case, load, args.logs) for case, load in loads.items()]
+        try:
+            measure_all(cases, args.rounds, began, began + args.deadline)
+            size = f"{args.groups} groups x {args.samples} samples x {args.tokens} tokens"
+            print(f"\n{size}, log-probabilities on, {args.device}; medians\n{table(cases)}", flush=True)
+            for case in cases if args.profile else ():
+                sampled(case.service, case.load, PROFILED_ROUNDS)
+        finally:
+            stop_all([peer for case in cases for peer in case.peers])
 
 
 if __name__ == "__main__":

@@ -21,7 +21,8 @@ import tempfile
 import time
 
 from benchmarks.gpu.models import write_checkpoint
-from benchmarks.gpu.peers import WORK, Peer, Workload, alternate
+from benchmarks.gpu.peers import WORK, Peer, alternate
+from benchmarks.gpu.workload import Workload
 
 SAMPLED_ROUNDS = 20
 
@@ -72,13 +73,13 @@ def main() -> None:
             row(f"  {stage}", [each["stages"][stage] for each in said])
 
 
-def sampled(peer: Peer, load: Workload) -> None:
+def sampled(peer: Peer, load: Workload, rounds: int = SAMPLED_ROUNDS) -> None:
     """Rounds while the sampled processes are sampled."""
     switches = [pathlib.Path(f"{file}.on") for file in load.samples_of.values()]
     for switch in switches:
         switch.touch()
     time.sleep(0.1)
-    for _ in range(SAMPLED_ROUNDS if switches else 0):
+    for _ in range(rounds if switches else 0):
         peer.measure(load.tokens)
     for switch in switches:
         switch.unlink()

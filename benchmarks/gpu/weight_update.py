@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from benchmarks.gpu.models import write_checkpoint
-from benchmarks.gpu.sglang_throughput import CPU_FLAGS, GPU_FLAGS, prompts
+from benchmarks.gpu.workload import CPU_FLAGS, GPU_FLAGS, prompts
 from miles.services.rollout.engines.base import GenerationRequest, PauseMode, SamplingParams
 from miles.services.rollout.engines.sglang import SglangEngine, SglangOptions
 from miles.services.rollout.engines.sglang.weights.layout import read_layout

@@ -11,7 +11,8 @@ from miles.types.sample import Sample, SampleStatus
 UINT32_MAX = 2**32 - 1
 UINT64_MAX = 2**64 - 1
 
-_INT32, _FLOAT32, _UINT8 = np.dtype(np.int32), np.dtype(np.float32), np.dtype(np.uint8)
+_INT32, _FLOAT32 = np.dtype(np.int32), np.dtype(np.float32)
+_UINT8, _UINT16 = np.dtype(np.uint8), np.dtype(np.uint16)
 
 
 def is_usual(sample: Sample) -> bool:
@@ -32,10 +33,9 @@ def is_usual(sample: Sample) -> bool:
         and type(length) is type(sample.group_id) is type(sample.index) is int
         and 0 <= sample.group_id <= UINT64_MAX
         and 0 <= sample.index <= UINT32_MAX
-        and type(sample.prompt) is type(sample.response) is str
-        and sample.prompt.isascii()
-        and sample.response.isascii()
-        and (label is None or (type(label) is str and label.isascii()))
+        and _is_text(sample.prompt)
+        and _is_text(sample.response)
+        and (label is None or _is_text(label))
         and type(sample.status) is SampleStatus
         and type(sample.metadata) is dict
         and (sample.reward is None or (type(sample.reward) is float and math.isfinite(sample.reward)))
@@ -49,7 +49,7 @@ def is_usual(sample: Sample) -> bool:
         )
         and (sample.loss_mask is None or _is_mask(sample.loss_mask, length))
         and sample.teacher_log_probs is None
-        and sample.rollout_routed_experts is None
+        and (sample.rollout_routed_experts is None or _are_experts(sample.rollout_routed_experts, len(tokens)))
         and sample.speculative is None
         and (
             sample.prefix_cache is None
@@ -58,8 +58,29 @@ def is_usual(sample: Sample) -> bool:
     )
 
 
+def _is_text(text: object) -> bool:
+    if type(text) is not str:
+        return False
+    if text.isascii():
+        return True
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _is_mask(mask: object, length: int) -> bool:
     return type(mask) is np.ndarray and mask.dtype is _UINT8 and mask.shape == (length,)
+
+
+def _are_experts(experts: object, num_tokens: int) -> bool:
+    return (
+        type(experts) is np.ndarray
+        and (experts.dtype is _UINT8 or experts.dtype is _UINT16)
+        and experts.ndim == 3
+        and len(experts) == max(num_tokens - 1, 0)
+    )
 
 
 def _is_cache(cached: object, prompt: object) -> bool:

@@ -195,8 +195,8 @@ def test_an_empty_array_with_impossible_dimensions_is_refused() -> None:
 
 def usual_sample(index: int, **changes: Any) -> Sample:
     """A sample of the form that most have, which is checked together with others."""
-    rare = {"rollout_routed_experts": None, "teacher_log_probs": None, "speculative": None, "reward": 1.0}
-    sample = dataclasses.replace(whole_sample(index), prompt="p", response="r", label="l", **rare)
+    rare = {"teacher_log_probs": None, "speculative": None, "reward": 1.0}
+    sample = dataclasses.replace(whole_sample(index), prompt="p", response="né", label="l", **rare)
     assert is_usual(sample)
     return dataclasses.replace(sample, **changes)
 
@@ -208,6 +208,11 @@ def usual_sample(index: int, **changes: Any) -> Sample:
         ("rollout_log_probs", {"rollout_log_probs": np.array([0.0, np.nan], np.float32)}),
         ("loss_mask", {"loss_mask": np.array([1, 2], np.uint8)}),
         ("response_length", {"response_length": 9}),
+        ("response", {"response": "\ud800"}),
+        ("rollout_routed_experts", {"rollout_routed_experts": np.zeros((5, 2, 2), np.uint8)}),
+        ("rollout_routed_experts", {"rollout_routed_experts": np.zeros((4, 2), np.uint8)}),
+        ("rollout_routed_experts", {"rollout_routed_experts": np.zeros((4, 2, 2), np.int32)}),
+        ("rollout_routed_experts", {"rollout_routed_experts": [[[0]]] * 4}),
     ],
 )
 def test_one_malformed_sample_of_several_is_named_by_its_field(field: str, changes: dict[str, Any]) -> None:

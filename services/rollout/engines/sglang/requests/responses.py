@@ -47,12 +47,13 @@ class ResponseDecoder:
         entries = _last(meta.get("output_token_logprobs") or [], new, "log-probabilities")
         if [entry[1] for entry in entries] != ids:
             raise EngineFailed("SGLang's log-probabilities are of other tokens than its response")
-        if any(entry[0] is None for entry in entries):
+        log_probs = [entry[0] for entry in entries]
+        if None in log_probs:
             raise EngineFailed("SGLang's log-probabilities are no numbers: the weights hold NaN or infinity")
         self._received += new
         finish = meta.get("finish_reason")
         result = self._result(meta, finish) if finish is not None else None
-        return GenerationDelta(ids, [float(entry[0]) for entry in entries], result)
+        return GenerationDelta(ids, list(map(float, log_probs)), result)
 
     def _result(self, meta: Mapping[str, Any], finish: Mapping[str, Any]) -> GenerationResult:
         reason = _REASONS.get(str(finish.get("type")))

@@ -14,3 +14,11 @@ def test_events_come_out_whole_however_a_connection_cuts_them(texts: list[str], 
     splitter = EventSplitter()
     pieces = [stream[a:b] for a, b in zip([0, *cuts], [*cuts, len(stream)], strict=True)]
     assert [found for piece in pieces for found in splitter.feed(piece)] == wanted
+
+
+@given(cut=st.integers(0, 25))
+def test_a_single_newline_ends_no_event(cut: int) -> None:
+    stream = b"data: a\nb\n\ndata: \nc\n\n"
+    splitter = EventSplitter()
+    found = [each for piece in (stream[:cut], stream[cut:]) for each in splitter.feed(piece)]
+    assert found == [b"a\nb", b"\nc"]
