@@ -33,8 +33,8 @@ Events = AsyncGenerator[dict[str, Any], None]
 class Batches:
     """Collects requests for a moment, then sends those of a kind at once.
 
-    A server that refuses one request refuses its whole POST, or ends it. What has not begun of other groups is then sent
-    again, group by group; what has begun fails, and can be gone on with.
+    A server that refuses one request refuses its whole POST, or ends it. What has not begun of other groups is then
+    sent again, group by group; what has begun fails, and can be gone on with.
     """
 
     def __init__(
