@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import pathlib
+import time
 from collections.abc import AsyncIterator, Sequence
 
 import pytest
@@ -29,6 +30,7 @@ from miles.services.rollout.engines.sglang.server.probes import probe
 from miles.services.rollout.engines.sglang.weights.checker import checksum, drain_device
 from miles.services.rollout.engines.sglang.weights.files import write_files
 from miles.services.rollout.engines.sglang.weights.update import WeightUpdate
+from miles.telemetry.tracing import spans_between
 from miles.weights.base import WeightsRefused
 from miles.weights.manifest import ChecksumMismatch
 
@@ -182,6 +184,24 @@ async def test_an_update_is_served_and_proven(engine: SglangEngine, models: Mode
         assert largest_difference(response, expected) < 1e-5
         served = await engine.weight_bytes()
         assert served.keys() == weights_of(models[0]).keys()
+
+
+async def test_an_update_without_requests_is_three_calls(engine: SglangEngine, models: Models) -> None:
+    await respond(engine, prompt_of(20, 1))
+    for mode in (None, PauseMode.RETRACT):
+        began = time.time_ns()
+        if mode is not None:
+            await engine.pause(mode)
+        version = await serve(engine, models)
+        if mode is not None:
+            await engine.resume()
+        spans = spans_between(began, time.time_ns())
+        calls = [span.detail for span in spans if span.name == "call SGLang"]
+        assert calls == ["/begin_weight_update", "/update_weights_from_tensor", "/end_weight_update"]
+        response = await respond(engine, prompt_of(20, version))
+        assert [span.version for span in response.result.weight_versions] == [version]
+        expected = reference_log_probs(models[version % 2], prompt_of(20, version), response.tokens)
+        assert largest_difference(response, expected) < 1e-5
 
 
 async def test_a_checksum_of_nothing_waits_for_the_device(engine: SglangEngine) -> None:

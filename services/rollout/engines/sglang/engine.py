@@ -201,10 +201,8 @@ class SglangEngine:
         parameter that the first load missed, damaged or left behind makes the two differ. Raises ChecksumMismatch when
         they do.
         """
-        async with self._lock:
-            with self._dispatcher.holding():
-                async with self._paused_in_place(unless=self._pause_mode is not None):
-                    return await self._loader.verify()
+        async with self._lock, self._paused_in_place(unless=self._pause_mode is not None):
+            return await self._loader.verify()
 
     async def release_memory(self) -> None:
         """Free the servers' weights and caches until `resume` or the next load; running requests are retracted."""
@@ -212,7 +210,7 @@ class SglangEngine:
             self._dispatcher.held = True
             await self._run_again_to_end()
             await self._dispatcher.interrupt_recorded()
-            await self._servers.pause("retract")
+            await self._servers.pause("retract", always=True)  # a scheduler that is not paused uses its memory
             await self._loader.release_memory()
             self._released = True
 
@@ -249,15 +247,16 @@ class SglangEngine:
 
     @contextlib.asynccontextmanager
     async def _paused_in_place(self, *, unless: bool) -> AsyncGenerator[None, None]:
-        """Keep the schedulers paused, `unless` they are already; requests stay where they are."""
-        if unless:
-            yield
-            return
-        await self._servers.pause("in_place")
-        try:
-            yield
-        finally:
-            await self._servers.resume()
+        """Keep the servers paused, `unless` they are already; requests stay where they are, and new ones wait."""
+        with self._dispatcher.holding():
+            if unless:
+                yield
+                return
+            await self._servers.pause("in_place")
+            try:
+                yield
+            finally:
+                await self._servers.resume()
 
     async def _catch_up(self, replica: Replica) -> None:
         async with self._lock:

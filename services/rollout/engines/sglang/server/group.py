@@ -33,12 +33,12 @@ class ServerGroup:
             raise EngineFailed(f"waited {self._up_timeout_s:g} s for an SGLang server to be up") from None
         return up
 
-    async def pause(self, mode: str) -> None:
-        """Pause every scheduler: mode in_place or retract."""
-        await self.call_each(await self.up(), lambda replica: replica.pause(mode), "pause")
+    async def pause(self, mode: str, *, always: bool = False) -> None:
+        """Pause every server as `Replica.pause` does; no server may get a request meanwhile."""
+        await self.call_each(await self.up(), lambda replica: replica.pause(mode, always=always), "pause")
 
     async def resume(self) -> None:
-        """Resume every scheduler."""
+        """Resume every server."""
         await self.call_each(await self.up(), lambda replica: replica.resume(), "resume")
 
     async def call_each(

@@ -74,6 +74,8 @@ class Replica:
         self._problem = ""
         self._exit_watch: asyncio.Task[None] | None = None
         self._paused = False
+        self._scheduler_paused = False
+        """Whether its scheduler was told to pause, which one that has nothing to do need not be."""
         self._progress_s = time.monotonic()
         """When its scheduler last made progress, or had nothing to do."""
         self._reported_at = 0.0
@@ -154,7 +156,7 @@ class Replica:
 
     async def _start_once(self) -> None:
         self._lost = asyncio.Event()
-        self._paused = False
+        self._paused = self._scheduler_paused = False
         began = time.monotonic()
         if self.managed:
             port = free_port()
@@ -265,23 +267,31 @@ class Replica:
         if self.limit.limit != before:
             self._on_change()
 
-    async def pause(self, mode: str) -> None:
-        """Pause the scheduler between two steps: mode in_place or retract."""
+    async def pause(self, mode: str, *, always: bool = False) -> None:
+        """Have no step run until `resume`: mode in_place or retract. The caller gives it no request meanwhile.
+
+        A server that surely has no requests is not called, unless `always`: it runs no step without one. A step that it
+        had begun ahead for a response that has ended may still run, and nothing reads what it computes.
+        """
         self._paused = True
+        idle = self.holds_no_requests and not flags.may_compute_ahead(self._options.server_flags)
+        if idle and not always and not self._scheduler_paused:
+            return
+        self._scheduler_paused = True
         await self.api.post("/pause_generation", {"mode": mode}, self._options.call_timeout_s)
         # To retract, a scheduler first waits for the step under way; an idle one has nothing left on its GPU then.
-        idle = mode == "retract" and self.holds_no_requests and not flags.may_compute_ahead(self._options.server_flags)
-        if self._options.on_gpu and not idle:
+        if self._options.on_gpu and not (idle and mode == "retract"):
             await drain_device(self.api, self._options.call_timeout_s)
 
     async def resume(self) -> None:
-        """Resume the scheduler.
+        """Resume the scheduler, if it was told to pause.
 
         By default it would first give back to the driver what memory PyTorch keeps for the next step, which takes time
         within the pause, and again when the next responses need that memory.
         """
-        await self.api.post("/continue_generation", {"torch_empty_cache": False}, self._options.call_timeout_s)
-        self._paused = False
+        if self._scheduler_paused:
+            await self.api.post("/continue_generation", {"torch_empty_cache": False}, self._options.call_timeout_s)
+        self._paused = self._scheduler_paused = False
         self.mark_progress()
 
     async def flush_cache(self) -> None:

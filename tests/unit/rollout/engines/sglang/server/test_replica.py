@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -14,6 +15,7 @@ from miles.services.rollout.engines.sglang import SglangOptions
 from miles.services.rollout.engines.sglang.errors import ServerRefused
 from miles.services.rollout.engines.sglang.server import replica
 from miles.services.rollout.engines.sglang.server.group import ServerGroup
+from miles.services.rollout.engines.sglang.server.http_api import SglangApi
 from miles.services.rollout.engines.sglang.server.replica import Replica
 from miles.services.rollout.engines.sglang.weights.loader import WeightLoader
 
@@ -27,6 +29,12 @@ class Front:
         self.at = 0.0
         self.address = ""
         self.resets = 0
+        self.called: list[str] = []
+        """Calls that pause and resume its scheduler."""
+
+    async def control(self, request: web.Request) -> web.Response:
+        self.called.append(request.path)
+        return web.json_response({})
 
     async def info(self, request: web.Request) -> web.Response:
         return web.json_response({"tp_size": 4})
@@ -48,8 +56,8 @@ async def front() -> AsyncIterator[Front]:
     app = web.Application()
     app.router.add_get("/server_info", made.info)
     app.router.add_get("/v1/loads", made.loads)
-    app.router.add_post("/pause_generation", made.info)
-    app.router.add_post("/continue_generation", made.info)
+    app.router.add_post("/pause_generation", made.control)
+    app.router.add_post("/continue_generation", made.control)
     app.router.add_post("/weights_checker", made.check)
     runner = web.AppRunner(app)
     await runner.setup()
@@ -134,6 +142,56 @@ def test_only_a_server_of_this_service_without_requests_is_known_to_hold_none() 
     assert not shared.holds_no_requests
     managed.running = 1
     assert not managed.holds_no_requests
+
+
+@contextlib.asynccontextmanager
+async def managed(front: Front, **options: Any) -> AsyncIterator[Replica]:
+    """A server of this service, which is not started here but answers."""
+    made = Replica(SglangOptions(hf_checkpoint="m", device="cpu", **options), 0, lambda _: asyncio.sleep(0), list)
+    made.api = SglangApi(front.address)
+    await made.api.open()
+    yield made
+    await made.api.close()
+
+
+@pytest.mark.parametrize("mode", ["in_place", "retract"])
+async def test_a_scheduler_without_requests_is_not_told_to_pause(front: Front, mode: str) -> None:
+    async with managed(front) as server:
+        await server.pause(mode)
+        await server.resume()
+        assert not front.called
+        server.running = 1
+        await server.pause(mode)
+        server.running = 0
+        await server.resume()
+        assert front.called == ["/pause_generation", "/continue_generation"]
+        await server.pause(mode)
+        await server.resume()
+        assert len(front.called) == 2
+
+
+async def test_a_scheduler_is_told_to_pause_where_its_memory_is_taken_or_it_may_compute_without_requests(
+    front: Front,
+) -> None:
+    async with managed(front) as server:
+        await server.pause("in_place")
+        await server.pause("retract", always=True)
+        await server.pause("retract")  # it is paused: what it is told of is told again
+        await server.resume()
+        await server.resume()
+        assert front.called == ["/pause_generation", "/pause_generation", "/continue_generation"]
+    front.called.clear()
+    async with managed(front, server_flags={"speculative_algorithm": "NGRAM"}) as server:
+        await server.pause("retract")
+        await server.resume()
+        assert front.called == ["/pause_generation", "/continue_generation"]
+    front.called.clear()
+    attached = Attached(front)
+    await attached.replica.start()
+    await attached.replica.pause("retract")
+    await attached.replica.resume()
+    await attached.replica.close()
+    assert front.called == ["/pause_generation", "/continue_generation"], "others may have requests there"
 
 
 async def test_no_server_serves_the_noise_of_a_check_that_was_not_finished(front: Front) -> None:
