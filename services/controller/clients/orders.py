@@ -43,4 +43,5 @@ class Orders:
             nbytes += lease.ByteSize()
             if nbytes > _MESSAGE_BYTES:
                 break
-            message.leases.append(self._waiting.popleft())
+            self._waiting.popleft()
+            message.leases.append(lease)
