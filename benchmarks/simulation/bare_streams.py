@@ -35,7 +35,10 @@ async def cpu_us_of_a_pair(streams: int, seconds: float, lease_bytes: int) -> fl
     It has one connection and one lease under way for each stream, and does nothing else.
     """
     server, address = await start_server(
-        lambda server: rollout_pb2_grpc.add_RolloutServiceServicer_to_server(_Echo(), server), "0.0.0.0:0", []
+        lambda server: rollout_pb2_grpc.add_RolloutServiceServicer_to_server(_Echo(), server),
+        "0.0.0.0:0",
+        [],
+        bandwidth_probes=False,
     )
     try:
         command = [sys.executable, "-m", __name__, str(split_address(address)[1])]
@@ -53,7 +56,7 @@ async def _measure(port: int, streams: int, seconds: float, lease_bytes: int) ->
 
     async def exchange(place: int) -> None:
         nonlocal pairs
-        stub = rollout_pb2_grpc.RolloutServiceStub(connect(loopback_address(place, port)))
+        stub = rollout_pb2_grpc.RolloutServiceStub(connect(loopback_address(place, port), bandwidth_probes=False))
         call = stub.Run()
         with contextlib.suppress(asyncio.CancelledError):
             while True:

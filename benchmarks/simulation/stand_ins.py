@@ -187,7 +187,7 @@ async def stand_ins(
         trainer_pb2_grpc.add_TrainerServiceServicer_to_server(trainer, server)
         weightsync_pb2_grpc.add_WeightSyncServiceServicer_to_server(weightsync, server)
 
-    server, address = await start_server(register, "0.0.0.0:0", [])
+    server, address = await start_server(register, "0.0.0.0:0", [], bandwidth_probes=False)
     port = split_address(address)[1]
     kinds = {
         "weightsync": controller_pb2.WORKER_KIND_WEIGHTSYNC,

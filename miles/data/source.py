@@ -46,10 +46,10 @@ class PromptSource:
             Sample(
                 group_id=group_id,
                 index=index,
-                prompt=copy.deepcopy(record.prompt),
+                prompt=record.prompt if isinstance(record.prompt, str) else copy.deepcopy(record.prompt),
                 tokens=record.tokens,
                 label=record.label,
-                metadata=copy.deepcopy(record.metadata),
+                metadata=copy.deepcopy(record.metadata) if record.metadata else {},
             )
             for index in range(n_samples)
         ]

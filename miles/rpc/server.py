@@ -34,20 +34,30 @@ KEEPALIVE_OPTIONS: list[tuple[str, int]] = [
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
 ]
+NO_BANDWIDTH_PROBES: list[tuple[str, int]] = [("grpc.http2.bdp_probe", 0)]
+"""For whoever receives short messages on many connections. By default gRPC answers data that arrives with a ping, to
+learn how much it may let the sender send ahead, and the sender answers that: on a connection with a message now and
+then, each side takes a third of its CPU time for it. Bulk data over a long way needs the probes."""
 STOP_LIMIT_S = 60.0
 """How long a graceful shutdown may take before the process is ended."""
 WATCHED_PID_ENVIRONMENT = "MILES_EXIT_WITH"
 
 
 async def start_server(
-    register: Callable[[grpc.aio.Server], None], address: str, service_names: Sequence[str]
+    register: Callable[[grpc.aio.Server], None],
+    address: str,
+    service_names: Sequence[str],
+    *,
+    bandwidth_probes: bool = True,
 ) -> tuple[grpc.aio.Server, str]:
     """Start a server for the servicers that `register` adds; return it and the host:port it listens on.
 
-    `address` is host:port; port 0 picks a free one. Connections are encrypted when `tls` finds certificates. Raises
-    `ServiceExit` when the port is taken or the certificates cannot be read.
+    `address` is host:port; port 0 picks a free one. Connections are encrypted when `tls` finds certificates. Without
+    `bandwidth_probes`, what clients send is taken to be short messages. Raises `ServiceExit` when the port is taken or
+    the certificates cannot be read.
     """
-    server = grpc.aio.server(options=[*KEEPALIVE_OPTIONS, ("grpc.so_reuseport", 0)])
+    probes = [] if bandwidth_probes else NO_BANDWIDTH_PROBES
+    server = grpc.aio.server(options=[*KEEPALIVE_OPTIONS, *probes, ("grpc.so_reuseport", 0)])
     register(server)
     health = HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(health, server)

@@ -130,13 +130,12 @@ def group_to_proto(group: SampleGroup, path: str = "") -> pb.SampleGroup:
     return message
 
 
-def pending_group_to_proto(group: SampleGroup) -> pb.SampleGroup:
-    """Encode a group of prompts, without responses, unchecked: whoever decodes it checks it."""
-    message = pb.SampleGroup(job_id=group.job_id, group_id=group.group_id)
+def encode_pending_group(group: SampleGroup, message: pb.SampleGroup) -> None:
+    """Write a group of prompts, without responses, into an empty message; unchecked: whoever decodes it checks it."""
+    message.job_id, message.group_id = group.job_id, group.group_id
     for sample in group.samples:
         encode_fields(sample, encoded := message.samples.add())
         _fill_array(encoded.tokens, sample.tokens, "tokens")
-    return message
 
 
 def group_from_proto(message: pb.SampleGroup, path: str = "") -> SampleGroup:

@@ -88,7 +88,7 @@ async def serve(arguments: argparse.Namespace) -> None:
                 add_RecordsServiceServicer_to_server(records, server)
 
             names = ["miles.v1.ControllerService", RECORDS_SERVICE_NAME]
-            server, address = await start_server(register, arguments.listen, names)
+            server, address = await start_server(register, arguments.listen, names, bandwidth_probes=False)
             try:
                 if arguments.address_file is not None:
                     write_address(arguments.address_file, address)

@@ -43,7 +43,10 @@ async def serve(flags: argparse.Namespace) -> None:
     servicer = RolloutServicer(worker_id=flags.worker_id, device=flags.device, engine_addresses=flags.engine_addrs)
     name = rollout_pb2.DESCRIPTOR.services_by_name["RolloutService"].full_name
     server, address = await start_server(
-        lambda server: rollout_pb2_grpc.add_RolloutServiceServicer_to_server(servicer, server), flags.listen, [name]
+        lambda server: rollout_pb2_grpc.add_RolloutServiceServicer_to_server(servicer, server),
+        flags.listen,
+        [name],
+        bandwidth_probes=False,
     )
     print(f"listening on {address}", flush=True)
     async with contextlib.AsyncExitStack() as closing:

@@ -31,11 +31,17 @@ class Orders:
         first = self._waiting.popleft()
         if isinstance(first, rollout_pb2.GroupPreempt):
             return rollout_pb2.RunRequest(preempt=first)
-        leases, nbytes = [first], first.ByteSize()
+        request = rollout_pb2.RunRequest()
+        request.leases.leases.append(first)
+        if self._waiting:
+            self._add_leases(request.leases, first.ByteSize())
+        return request
+
+    def _add_leases(self, message: rollout_pb2.GroupLeases, nbytes: int) -> None:
+        """Move the leases that wait, up to the next order of another kind, into a message that has `nbytes` bytes."""
         while self._waiting and isinstance(lease := self._waiting[0], rollout_pb2.GroupLease):
             nbytes += lease.ByteSize()
             if nbytes > _MESSAGE_BYTES:
                 break
             self._waiting.popleft()
-            leases.append(lease)
-        return rollout_pb2.RunRequest(leases=rollout_pb2.GroupLeases(leases=leases))
+            message.leases.append(lease)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from miles.rpc.gen import rollout_pb2
 from miles.services.controller.run.seeds import sample_seeds
 from miles.types import SampleGroup
-from miles.types.convert import pending_group_to_proto
+from miles.types.convert import encode_pending_group
 
 if TYPE_CHECKING:
     from miles.config import JobConfig
@@ -21,16 +21,20 @@ def training_lease(
     `group` holds one sample, with the prompt of all of them.
     """
     rollout = config.rollout
-    sampling = _sampling(config)
-    sampling.temperature = rollout.rollout_temperature
-    sampling.top_p = rollout.rollout_top_p
-    sampling.top_k = rollout.rollout_top_k
-    sampling.max_new_tokens = _response_limit(
-        rollout.rollout_max_response_len, rollout.rollout_max_context_len, group.samples[0].prompt_length
-    )
-    lease = _lease(group, attempt, sampling, config.data.n_samples_per_prompt, rollout.rollout_seed, "train")
+    lease = _lease(group, attempt, config.data.n_samples_per_prompt, rollout.rollout_seed, "train")
     lease.purpose = rollout_pb2.GROUP_PURPOSE_TRAIN
     lease.min_version, lease.newest_version = version, newest_version
+    lease.sampling.add(
+        temperature=rollout.rollout_temperature,
+        top_p=rollout.rollout_top_p,
+        top_k=rollout.rollout_top_k,
+        max_new_tokens=_response_limit(
+            rollout.rollout_max_response_len, rollout.rollout_max_context_len, group.samples[0].prompt_length
+        ),
+        stop=rollout.rollout_stop or (),
+        stop_token_ids=rollout.rollout_stop_token_ids or (),
+        skip_special_tokens=rollout.rollout_skip_special_tokens,
+    )
     return lease
 
 
@@ -39,42 +43,34 @@ def evaluation_lease(
 ) -> rollout_pb2.GroupLease:
     """A lease of an evaluation group, generated with exactly `version`; `group` as for `training_lease`."""
     evaluation, rollout = config.eval, config.rollout
-    sampling = _sampling(config)
-    sampling.temperature = evaluation.eval_temperature
-    sampling.top_p = evaluation.eval_top_p
-    sampling.top_k = evaluation.eval_top_k
-    sampling.min_new_tokens = evaluation.eval_min_new_tokens or 0
-    sampling.max_new_tokens = _response_limit(
-        evaluation.eval_max_response_len, rollout.rollout_max_context_len, group.samples[0].prompt_length
-    )
-    samples = evaluation.n_samples_per_eval_prompt
-    lease = _lease(group, attempt, sampling, samples, rollout.rollout_seed, f"eval/{dataset}")
+    lease = _lease(group, attempt, evaluation.n_samples_per_eval_prompt, rollout.rollout_seed, f"eval/{dataset}")
     lease.purpose = rollout_pb2.GROUP_PURPOSE_EVAL
     lease.exact_version = version
-    return lease
-
-
-def _sampling(config: JobConfig) -> rollout_pb2.SamplingParams:
-    """What both kinds have in common."""
-    rollout = config.rollout
-    return rollout_pb2.SamplingParams(
+    lease.sampling.add(
+        temperature=evaluation.eval_temperature,
+        top_p=evaluation.eval_top_p,
+        top_k=evaluation.eval_top_k,
+        min_new_tokens=evaluation.eval_min_new_tokens or 0,
+        max_new_tokens=_response_limit(
+            evaluation.eval_max_response_len, rollout.rollout_max_context_len, group.samples[0].prompt_length
+        ),
         stop=rollout.rollout_stop or (),
         stop_token_ids=rollout.rollout_stop_token_ids or (),
         skip_special_tokens=rollout.rollout_skip_special_tokens,
     )
+    return lease
 
 
-def _lease(
-    group: SampleGroup, attempt: int, sampling: rollout_pb2.SamplingParams, samples: int, seed: int, stream: str
-) -> rollout_pb2.GroupLease:
-    """So many samples of one prompt, which differ in index and seed alone: the worker copies the first."""
-    return rollout_pb2.GroupLease(
-        group_id=group.group_id,
-        attempt=attempt,
-        group=pending_group_to_proto(group),
-        sampling=(sampling,),
-        seeds=sample_seeds(seed, stream, group.group_id, samples),
+def _lease(group: SampleGroup, attempt: int, samples: int, seed: int, stream: str) -> rollout_pb2.GroupLease:
+    """So many samples of one prompt, which differ in index and seed alone: the worker copies the first.
+
+    Its parts are written where they belong, because a message is copied into another.
+    """
+    lease = rollout_pb2.GroupLease(
+        group_id=group.group_id, attempt=attempt, seeds=sample_seeds(seed, stream, group.group_id, samples)
     )
+    encode_pending_group(group, lease.group)
+    return lease
 
 
 def _response_limit(max_response: int | None, max_context: int | None, prompt_tokens: int) -> int:
