@@ -32,8 +32,8 @@ class StillRunning(RuntimeError):
 class WorkerPool:
     """Worker processes for one kind of function: blocking ones (capacity 1 each) or asynchronous ones.
 
-    At most `size` processes run at once: the first starts when it is needed, more in the background when calls have
-    waited for a while. A call takes whichever worker is free first. A call that outlives its deadline has its process
+    At most `size` processes run at once, those included that were killed and have not ended: the first starts when it
+    is needed, more in the background when calls have waited for a while. A call takes whichever worker is free first. A call that outlives its deadline has its process
     killed, and calls that shared the process with it are run again once.
     """
 
@@ -43,6 +43,8 @@ class WorkerPool:
         self._size = size
         self._capacity = capacity
         self._workers: list[WorkerProcess] = []
+        """Also those that were killed, until their processes have ended: what they hold, such as the memory of a GPU, is
+        not free before."""
         self._waiting: collections.deque[tuple[float, asyncio.Future[WorkerProcess]]] = collections.deque()
         """Calls that wait for a worker, in the order in which they get one, and since when (`time.monotonic()`)."""
         self._starting: set[asyncio.Task[WorkerProcess]] = set()
@@ -55,6 +57,7 @@ class WorkerPool:
     def adopt(self, worker: WorkerProcess) -> None:
         """Add a worker that was started elsewhere with the same sources."""
         self._workers.append(worker)
+        worker.when_gone(self._gone)
 
     def shares(self, function: str, samples: int) -> list[slice]:
         """Split so many samples of a request into calls: one each, or several for a blocking function that is fast."""
@@ -159,20 +162,20 @@ class WorkerPool:
         return bool(self._waiting)
 
     def _free_worker(self) -> WorkerProcess | None:
-        self._workers = [worker for worker in self._workers if worker.alive]
-        free = [worker for worker in self._workers if worker.calls < self._capacity]
+        free = [worker for worker in self._workers if worker.alive and worker.calls < self._capacity]
         return min(free, key=lambda worker: worker.calls, default=None)
 
     def _start_workers(self) -> None:
         """Start workers if the load shows that they are needed, or look again when it may."""
         if self._starting or self._closed or not self._waits() or len(self._workers) >= self._size:
             return
+        alive = self._alive()
         waited_s = time.monotonic() - max(self._waiting[0][0], self._load_counts_from)
         count = workers_to_start(
-            workers=len(self._workers),
+            workers=alive,
             waiting=sum(not future.done() for _, future in self._waiting),
             waited_s=waited_s,
-            size=self._size,
+            size=self._size - (len(self._workers) - alive),
             capacity=self._capacity,
         )
         for _ in range(count):
@@ -181,6 +184,9 @@ class WorkerPool:
             task.add_done_callback(self._started)
         if not count and self._next_look is None:
             self._next_look = asyncio.get_running_loop().call_later(LOAD_S - waited_s, self._look)
+
+    def _alive(self) -> int:
+        return sum(worker.alive for worker in self._workers)
 
     def _look(self) -> None:
         self._next_look = None
@@ -192,15 +198,19 @@ class WorkerPool:
             return
         self._load_counts_from = time.monotonic()
         if (error := task.exception()) is None:
-            self._workers.append(task.result())
+            self.adopt(task.result())
             if self._closed:  # it had started just before
                 task.result().kill()
-        elif self._workers or self._starting:
+        elif self._alive() or self._starting:
             self._load_counts_from += _RETRY_S
-            logger.warning("no further worker process could be started, %d go on: %s", len(self._workers), error)
+            logger.warning("no further worker process could be started, %d go on: %s", self._alive(), error)
         else:
             self._fail_waiting(RewardLoadError, str(error))
         self._hand_out()
+
+    def _gone(self, worker: WorkerProcess) -> None:
+        self._workers.remove(worker)
+        self._start_workers()
 
     def _fail_waiting(self, kind: type[Exception], problem: str) -> None:
         while self._waits():

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import pathlib
+import signal
+import sys
 import time
 from collections.abc import AsyncIterator
 
@@ -35,6 +38,10 @@ def mixed(sample):
     match sample.response:
         case "die": os._exit(7)
         case "hang": time.sleep(3600)
+        case "fork and hang":
+            if not os.fork(): os.setsid()
+            (folder / f"forked-{os.getpid()}").touch()
+            time.sleep(3600)
         case "wait":
             (folder / f"runs-{os.getpid()}").touch()
             while not (folder / "go").exists(): time.sleep(0.005)
@@ -68,9 +75,9 @@ def sample(response: str, index: int = 0) -> sample_pb2.Sample:
     return sample_to_proto(Sample(group_id=7, index=index, prompt="p", response=response))
 
 
-def call(pool: WorkerPool, response: str) -> asyncio.Task[list[reward_pb2.Score]]:
+def call(pool: WorkerPool, response: str, deadline_s: float = DEADLINE_S) -> asyncio.Task[list[reward_pb2.Score]]:
     request = reward_pb2.ScoreRequest(reward="mixed", samples=[sample(response)])
-    return asyncio.create_task(pool.score(request, time.monotonic() + DEADLINE_S))
+    return asyncio.create_task(pool.score(request, time.monotonic() + deadline_s))
 
 
 async def until(path: pathlib.Path, pattern: str, count: int = 1) -> None:
@@ -148,6 +155,51 @@ async def test_a_caller_may_stop_waiting_for_a_call_that_runs_on(folder: pathlib
         assert not behind.done()
         (folder / "go").touch()
         assert (await behind)[0].HasField("reward")
+
+
+def exists(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+async def test_the_successor_of_a_killed_worker_starts_when_the_process_is_gone(folder: pathlib.Path) -> None:
+    async with pool_of(1) as pool:
+        [score] = await call(pool, "4")
+        killed: int = json.loads(score.metadata_json)["pid"]
+        starts: list[bool] = []
+        watching = True
+
+        def on_event(event: str, _: tuple[object, ...]) -> None:
+            if watching and event == "subprocess.Popen":
+                starts.append(exists(killed))
+
+        sys.addaudithook(on_event)
+        hung, behind = call(pool, "hang", 0.5), call(pool, "4")
+        with pytest.raises(TimeoutError, match="killed"):
+            await hung
+        [score] = await behind
+        watching = False
+        assert score.HasField("reward")
+        assert starts == [False]
+
+
+async def test_a_killed_worker_is_gone_though_a_process_that_it_forked_is_not(folder: pathlib.Path) -> None:
+    async with pool_of(1) as pool:
+        [score] = await call(pool, "4")
+        killed: int = json.loads(score.metadata_json)["pid"]
+        hung = call(pool, "fork and hang", 2.0)
+        behind = call(pool, "4")
+        try:
+            with pytest.raises(TimeoutError, match="killed"):
+                await hung
+            assert (await behind)[0].HasField("reward")
+        finally:
+            for path in folder.glob("forked-*"):
+                if (pid := int(path.name.removeprefix("forked-"))) != killed:
+                    os.kill(pid, signal.SIGKILL)
 
 
 async def test_calls_that_wait_end_with_the_pool(folder: pathlib.Path) -> None:
