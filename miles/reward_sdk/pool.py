@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import collections
 import logging
+import math
 import time
 from collections.abc import Sequence
 
@@ -43,8 +44,7 @@ class WorkerPool:
         self._size = size
         self._capacity = capacity
         self._workers: list[WorkerProcess] = []
-        """Also those that were killed, until their processes have ended: what they hold, such as the memory of a GPU, is
-        not free before."""
+        """Also those that were killed, until their processes have ended and what they hold is free, as GPU memory."""
         self._waiting: collections.deque[tuple[float, asyncio.Future[WorkerProcess]]] = collections.deque()
         """Calls that wait for a worker, in the order in which they get one, and since when (`time.monotonic()`)."""
         self._starting: set[asyncio.Task[WorkerProcess]] = set()
@@ -66,19 +66,25 @@ class WorkerPool:
         return self._paces[function].shares(samples)
 
     async def score(
-        self, request: reward_pb2.ScoreRequest, deadline: float, *, patience_s: float | None = None
+        self,
+        request: reward_pb2.ScoreRequest,
+        deadline: float,
+        *,
+        patience_s: float = math.inf,
+        run_s: float = math.inf,
     ) -> list[reward_pb2.Score]:
-        """Run one call by `deadline`, a `time.monotonic()`.
+        """Run one call by `deadline`, a `time.monotonic()`, and for `run_s` seconds at most once it has a worker.
 
-        Raises `TimeoutError` past the deadline, `WorkerDied` when the function ends its process, `RewardLoadError` when
-        there is no process and none can be started, and `StillRunning` when the call has run for `patience_s` seconds.
+        Raises `TimeoutError` past the deadline or `run_s`, `WorkerDied` when the function ends its process,
+        `RewardLoadError` when there is no process and none can be started, and `StillRunning` when the call has run for
+        `patience_s` seconds.
         Cancelling removes a call that waits; one that runs keeps its process to the end.
         """
         worker = await self._take_worker(deadline)
-        task = asyncio.create_task(self._run(worker, request, deadline))
+        task = asyncio.create_task(self._run(worker, request, deadline, run_s))
         self._running.add(task)
         task.add_done_callback(self._finished)
-        if patience_s is not None:
+        if patience_s < math.inf:
             await asyncio.wait({task}, timeout=patience_s)
             if not task.done():
                 self._paces[request.reward].note(patience_s, len(request.samples))
@@ -91,13 +97,13 @@ class WorkerPool:
             task.exception()  # retrieved, as the caller may be gone
 
     async def _run(
-        self, worker: WorkerProcess, request: reward_pb2.ScoreRequest, deadline: float
+        self, worker: WorkerProcess, request: reward_pb2.ScoreRequest, deadline: float, run_s: float
     ) -> list[reward_pb2.Score]:
         attempts = 1 if self._capacity == 1 else 2  # a call that ran alone in a process that died has killed it
         while True:
             attempts -= 1
             try:
-                return await self._call(worker, request, deadline)
+                return await self._call(worker, request, deadline, run_s)
             except WorkerDied:
                 if not attempts:
                     raise
@@ -106,9 +112,9 @@ class WorkerPool:
             worker = await self._take_worker(deadline)
 
     async def _call(
-        self, worker: WorkerProcess, request: reward_pb2.ScoreRequest, deadline: float
+        self, worker: WorkerProcess, request: reward_pb2.ScoreRequest, deadline: float, run_s: float
     ) -> list[reward_pb2.Score]:
-        left = deadline - time.monotonic()
+        left = min(deadline - time.monotonic(), run_s)
         if left <= 0:
             raise TimeoutError("waited to its deadline for a free worker")
         request.deadline_ms = max(1, int(left * 1000))

@@ -23,7 +23,8 @@ _PATIENCE_S = 0.5
 """How long samples that share a call are waited for. They were expected to take milliseconds; but on a busy machine a
 process may stand still for a while, and calling all of them again would make that worse."""
 _HUNG_S = 5.0
-"""When the process of such a call is killed if it has not ended: the slow sample has been called on its own since."""
+"""How long such a call may run, once it has a process, before that is killed. By then the slow sample has been called on
+its own."""
 
 
 class Scorer:
@@ -101,9 +102,8 @@ class Scorer:
         """Score samples independently: in one call, then each in its own if one is slow or ends the process."""
         if len(samples) > 1:
             request = reward_pb2.ScoreRequest(reward=function.name, samples=samples)
-            soon = min(deadline, time.monotonic() + _HUNG_S)
             with contextlib.suppress(StillRunning, TimeoutError, WorkerDied, RewardLoadError):
-                return await self._pool(function).score(request, soon, patience_s=_PATIENCE_S)
+                return await self._pool(function).score(request, deadline, patience_s=_PATIENCE_S, run_s=_HUNG_S)
         calls = (self._call(function, [sample], deadline) for sample in samples)
         return [score for scores in await asyncio.gather(*calls) for score in scores]
 

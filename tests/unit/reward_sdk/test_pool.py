@@ -202,6 +202,23 @@ async def test_a_killed_worker_is_gone_though_a_process_that_it_forked_is_not(fo
                     os.kill(pid, signal.SIGKILL)
 
 
+async def test_the_time_that_a_call_may_run_begins_when_it_has_a_worker(folder: pathlib.Path) -> None:
+    async with pool_of(1) as pool:
+        running = call(pool, "wait")
+        await until(folder, "runs-*")
+        request = reward_pb2.ScoreRequest(reward="mixed", samples=[sample("4")])
+        behind = asyncio.create_task(pool.score(request, time.monotonic() + DEADLINE_S, run_s=10))
+        hung = reward_pb2.ScoreRequest(reward="mixed", samples=[sample("hang")])
+        last = asyncio.create_task(pool.score(hung, time.monotonic() + DEADLINE_S, run_s=0.01))
+        await asyncio.sleep(0.1)  # longer than the last one may run
+        assert not last.done()
+        (folder / "go").touch()
+        [[one], [two]] = await asyncio.gather(running, behind)
+        assert one.metadata_json == two.metadata_json  # neither was killed
+        with pytest.raises(TimeoutError, match=r"did not end in 0.01 s; its process was killed"):
+            await last
+
+
 async def test_calls_that_wait_end_with_the_pool(folder: pathlib.Path) -> None:
     async with pool_of(1) as pool:
         calls = [call(pool, "wait"), call(pool, "4")]
