@@ -79,6 +79,8 @@ class Scorer:
 
     async def _score(self, name: str, request: reward_pb2.ScoreRequest, deadline: float) -> list[reward_pb2.Score]:
         function = self.functions.get(name)
+        if not request.samples:
+            return []
         if function is None:
             problem = f"this service has no reward {name!r}; it has {', '.join(self.functions)}"
         elif function.group and not request.group:

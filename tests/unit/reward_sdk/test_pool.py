@@ -246,3 +246,11 @@ async def test_a_sample_that_shares_a_call_harms_no_other(folder: pathlib.Path, 
         assert "sample 3 of group 7" in scores[3].error
     finally:
         await scorer.close()
+
+
+async def test_a_group_without_samples_has_no_scores(folder: pathlib.Path) -> None:
+    scorer = await Scorer.start([Source("pool_rewards.mixed", group=True)])
+    try:
+        assert await scorer.score(reward_pb2.ScoreRequest(group=True)) == []
+    finally:
+        await scorer.close()
