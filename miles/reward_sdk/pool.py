@@ -33,13 +33,15 @@ class StillRunning(RuntimeError):
 class WorkerPool:
     """Worker processes for one kind of function: blocking ones (capacity 1 each) or asynchronous ones.
 
-    At most `size` processes run at once, those included that were killed and have not ended: the first starts when it
-    is needed, more in the background when calls have waited for a while. A call takes whichever worker is free first. A call that outlives its deadline has its process
-    killed, and calls that shared the process with it are run again once.
+    At most `size` processes run at once, those included that were killed and have not ended. The first starts when it
+    is needed, more in the background when calls have waited for a while. A call takes whichever worker is free first.
+    A call that outlives its deadline has its process killed, and calls that shared the process with it are run again
+    once.
     """
 
     def __init__(self, sources: Sequence[Source], *, size: int, capacity: int) -> None:
-        self._paces: collections.defaultdict[str, Pace] = collections.defaultdict(Pace)
+        self.paces: collections.defaultdict[str, Pace] = collections.defaultdict(Pace)
+        """How fast each function is, by name."""
         self._sources = sources
         self._size = size
         self._capacity = capacity
@@ -63,7 +65,7 @@ class WorkerPool:
         """Split so many samples of a request into calls: one each, or several for a blocking function that is fast."""
         if self._capacity > 1:
             return [slice(i, i + 1) for i in range(samples)]
-        return self._paces[function].shares(samples)
+        return self.paces[function].shares(samples)
 
     async def score(
         self,
@@ -87,7 +89,7 @@ class WorkerPool:
         if patience_s < math.inf:
             await asyncio.wait({task}, timeout=patience_s)
             if not task.done():
-                self._paces[request.reward].note(patience_s, len(request.samples))
+                self.paces[request.reward].note(patience_s, len(request.samples))
                 raise StillRunning
         return await asyncio.shield(task)
 
@@ -125,7 +127,7 @@ class WorkerPool:
             logger.warning("killing a worker process: reward %r did not end in %.3g s", request.reward, left)
             worker.kill()
             raise TimeoutError(f"did not end in {left:.3g} s; its process was killed") from None
-        self._paces[request.reward].note(answer.seconds, len(request.samples))
+        self.paces[request.reward].note(answer.seconds, answer.calls)
         return answer.scores
 
     async def _take_worker(self, deadline: float) -> WorkerProcess:

@@ -23,8 +23,8 @@ _PATIENCE_S = 0.5
 """How long samples that share a call are waited for. They were expected to take milliseconds; but on a busy machine a
 process may stand still for a while, and calling all of them again would make that worse."""
 _HUNG_S = 5.0
-"""How long such a call may run, once it has a process, before that is killed. By then the slow sample has been called on
-its own."""
+"""How long such a call may run, once it has a process, before that is killed: the slow sample has been called on its
+own since."""
 
 
 class Scorer:

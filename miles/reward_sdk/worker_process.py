@@ -45,6 +45,8 @@ class Answer:
     """One a sample, in order."""
     seconds: float
     """How long the function took for all of them."""
+    calls: int
+    """How often the function was called: not for malformed samples, and once for a group."""
 
 
 class WorkerProcess:
@@ -123,8 +125,8 @@ class WorkerProcess:
 
     async def _read(self, reader: asyncio.StreamReader) -> None:
         while (frame := await read_frame(reader)) is not None:
-            seconds, response = decode_answer(frame)
-            self._answers.put(response.request_id, Answer(list(response.scores), seconds))
+            seconds, calls, response = decode_answer(frame)
+            self._answers.put(response.request_id, Answer(list(response.scores), seconds, calls))
         self.alive = False
         self._writer.close()
         try:

@@ -219,6 +219,17 @@ async def test_the_time_that_a_call_may_run_begins_when_it_has_a_worker(folder: 
             await last
 
 
+async def test_malformed_samples_do_not_make_a_function_look_fast(folder: pathlib.Path) -> None:
+    async with pool_of(1) as pool:
+        malformed = sample("4")
+        malformed.response_length = 99
+        request = reward_pb2.ScoreRequest(reward="mixed", samples=[malformed] * 1000)
+        before = pool.paces["mixed"].mean_s
+        scores = await pool.score(request, time.monotonic() + DEADLINE_S)
+        assert all("malformed" in score.error for score in scores)
+        assert pool.paces["mixed"].mean_s == before
+
+
 async def test_calls_that_wait_end_with_the_pool(folder: pathlib.Path) -> None:
     async with pool_of(1) as pool:
         calls = [call(pool, "wait"), call(pool, "4")]
