@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import collections
+import dataclasses
 import logging
 import math
 import time
@@ -28,6 +29,19 @@ ASYNC_CALLS_PER_WORKER = 256
 
 class StillRunning(RuntimeError):
     """A call has run for as long as its caller wanted to wait. It goes on, and keeps its process to its end."""
+
+
+@dataclasses.dataclass(slots=True)
+class _Call:
+    """A call of a function with samples of a request."""
+
+    request: reward_pb2.ScoreRequest
+    deadline: float
+    """A `time.monotonic()`."""
+    run_s: float
+    """How long it may run once it has a worker."""
+    noted: bool = False
+    """Whether its time is in the pace of its function already."""
 
 
 class WorkerPool:
@@ -79,17 +93,17 @@ class WorkerPool:
 
         Raises `TimeoutError` past the deadline or `run_s`, `WorkerDied` when the function ends its process,
         `RewardLoadError` when there is no process and none can be started, and `StillRunning` when the call has run for
-        `patience_s` seconds.
-        Cancelling removes a call that waits; one that runs keeps its process to the end.
+        `patience_s` seconds. Cancelling removes a call that waits; one that runs keeps its process to the end.
         """
         worker = await self._take_worker(deadline)
-        task = asyncio.create_task(self._run(worker, request, deadline, run_s))
+        call = _Call(request, deadline, run_s)
+        task = asyncio.create_task(self._run(worker, call))
         self._running.add(task)
         task.add_done_callback(self._finished)
         if patience_s < math.inf:
             await asyncio.wait({task}, timeout=patience_s)
             if not task.done():
-                self.paces[request.reward].note(patience_s, len(request.samples))
+                self._note(call, patience_s, len(request.samples))  # at once, for the requests that come meanwhile
                 raise StillRunning
         return await asyncio.shield(task)
 
@@ -98,25 +112,27 @@ class WorkerPool:
         if not task.cancelled():
             task.exception()  # retrieved, as the caller may be gone
 
-    async def _run(
-        self, worker: WorkerProcess, request: reward_pb2.ScoreRequest, deadline: float, run_s: float
-    ) -> list[reward_pb2.Score]:
+    def _note(self, call: _Call, seconds: float, samples: int) -> None:
+        if not call.noted:
+            call.noted = True
+            self.paces[call.request.reward].note(seconds, samples)
+
+    async def _run(self, worker: WorkerProcess, call: _Call) -> list[reward_pb2.Score]:
         attempts = 1 if self._capacity == 1 else 2  # a call that ran alone in a process that died has killed it
         while True:
             attempts -= 1
             try:
-                return await self._call(worker, request, deadline, run_s)
+                return await self._call(worker, call)
             except WorkerDied:
                 if not attempts:
                     raise
             finally:
                 self._give_back(worker)
-            worker = await self._take_worker(deadline)
+            worker = await self._take_worker(call.deadline)
 
-    async def _call(
-        self, worker: WorkerProcess, request: reward_pb2.ScoreRequest, deadline: float, run_s: float
-    ) -> list[reward_pb2.Score]:
-        left = min(deadline - time.monotonic(), run_s)
+    async def _call(self, worker: WorkerProcess, call: _Call) -> list[reward_pb2.Score]:
+        request = call.request
+        left = min(call.deadline - time.monotonic(), call.run_s)
         if left <= 0:
             raise TimeoutError("waited to its deadline for a free worker")
         request.deadline_ms = max(1, int(left * 1000))
@@ -126,8 +142,9 @@ class WorkerPool:
         except TimeoutError:
             logger.warning("killing a worker process: reward %r did not end in %.3g s", request.reward, left)
             worker.kill()
+            self._note(call, left, len(request.samples))
             raise TimeoutError(f"did not end in {left:.3g} s; its process was killed") from None
-        self.paces[request.reward].note(answer.seconds, answer.calls)
+        self._note(call, answer.seconds, answer.calls)
         return answer.scores
 
     async def _take_worker(self, deadline: float) -> WorkerProcess:

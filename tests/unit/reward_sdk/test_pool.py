@@ -230,6 +230,27 @@ async def test_malformed_samples_do_not_make_a_function_look_fast(folder: pathli
         assert pool.paces["mixed"].mean_s == before
 
 
+async def test_a_call_whose_caller_stopped_waiting_enters_the_pace_once(folder: pathlib.Path) -> None:
+    async with pool_of(1) as pool:
+        request = reward_pb2.ScoreRequest(reward="mixed", samples=[sample("wait")])
+        with pytest.raises(StillRunning):
+            await pool.score(request, time.monotonic() + DEADLINE_S, patience_s=0.01)
+        noted = pool.paces["mixed"].mean_s
+        (folder / "go").touch()
+        behind = reward_pb2.ScoreRequest(reward="mixed", samples=[sample("die")])
+        with pytest.raises(WorkerDied):  # gets the worker after the first call has ended, and has no time to note
+            await pool.score(behind, time.monotonic() + DEADLINE_S)
+        assert pool.paces["mixed"].mean_s == noted
+
+
+async def test_a_call_that_was_killed_enters_the_pace(folder: pathlib.Path) -> None:
+    async with pool_of(1) as pool:
+        before = pool.paces["mixed"].mean_s
+        with pytest.raises(TimeoutError, match="killed"):
+            await call(pool, "hang", 1.0)
+        assert pool.paces["mixed"].mean_s > before
+
+
 async def test_calls_that_wait_end_with_the_pool(folder: pathlib.Path) -> None:
     async with pool_of(1) as pool:
         calls = [call(pool, "wait"), call(pool, "4")]
