@@ -88,12 +88,16 @@ class Scorer:
         elif function.group:
             return await self._call(function, request.samples, deadline)
         else:
-            shares = [request.samples[share] for share in self._pool(function).shares(name, len(request.samples))]
+            shares = [request.samples[share] for share in self.shares(name, len(request.samples))]
             if len(shares) == 1:
                 return await self._call_each(function, shares[0], deadline)
             calls = (self._call_each(function, samples, deadline) for samples in shares)
             return [score for scores in await asyncio.gather(*calls) for score in scores]
         return [outcome.error_score(problem) for _ in request.samples]
+
+    def shares(self, name: str, samples: int) -> list[slice]:
+        """Which of so many samples of a request the function of this name would get in one call."""
+        return self._pool(self.functions[name]).shares(name, samples)
 
     def _pool(self, function: Described) -> WorkerPool:
         return self._asynchronous if function.is_async else self._blocking

@@ -35,6 +35,9 @@ if (folder / "loads slowly").exists():
     time.sleep(3600)
 
 def mixed(sample):
+    if sample.response in ("die", "hang"):
+        with (folder / f"{sample.response}-calls").open("a") as calls:
+            calls.write("x")
     match sample.response:
         case "die": os._exit(7)
         case "hang": time.sleep(3600)
@@ -260,22 +263,26 @@ async def test_calls_that_wait_end_with_the_pool(folder: pathlib.Path) -> None:
             await each
 
 
-@pytest.mark.parametrize(("bad", "told"), [("die", "code 7"), ("hang", "killed")])
-async def test_a_sample_that_shares_a_call_harms_no_other(folder: pathlib.Path, bad: str, told: str) -> None:
+@pytest.mark.parametrize(("bad", "told", "deadline_s"), [("die", "code 7", DEADLINE_S), ("hang", "killed", 12.0)])
+async def test_a_sample_that_shares_a_call_harms_no_other(
+    folder: pathlib.Path, bad: str, told: str, deadline_s: float
+) -> None:
     scorer = await Scorer.start(SOURCES, workers=3)
     try:
         slow = asyncio.create_task(scorer.score(reward_pb2.ScoreRequest(samples=[sample("wait")] * 3)))
         await until(folder, "runs-*", 3)  # workers enough for a hung call and its neighbours
         (folder / "go").touch()
         await slow
-        for _ in range(60):  # until the function is known to be fast
-            await scorer.score(reward_pb2.ScoreRequest(samples=[sample("4", i) for i in range(8)]))
+        async with asyncio.timeout(DEADLINE_S):
+            while len(scorer.shares("mixed", 8)) > 1:  # until the function is known to be fast
+                await scorer.score(reward_pb2.ScoreRequest(samples=[sample("4", i) for i in range(8)]))
         request = reward_pb2.ScoreRequest(samples=[sample(bad if i == 3 else "4", i) for i in range(8)])
-        request.deadline_ms = 4000
+        request.deadline_ms = int(deadline_s * 1000)
         scores = await scorer.score(request)
         assert [score.HasField("reward") for score in scores] == [i != 3 for i in range(8)]
         assert told in scores[3].error
         assert "sample 3 of group 7" in scores[3].error
+        assert len((folder / f"{bad}-calls").read_text()) == 2  # with the others, then alone
     finally:
         await scorer.close()
 
