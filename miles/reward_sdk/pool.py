@@ -28,7 +28,7 @@ ASYNC_CALLS_PER_WORKER = 256
 
 
 class StillRunning(RuntimeError):
-    """A call has run for as long as its caller wanted to wait. It goes on, and keeps its process to its end."""
+    """A call has run for as long as its caller wanted to wait. It goes on in its process until it ends or is killed."""
 
 
 @dataclasses.dataclass(slots=True)
