@@ -31,10 +31,15 @@ async def until_end(end: Awaitable[object], *tasks: asyncio.Task[Any]) -> None:
 
 
 async def cancel(*tasks: asyncio.Task[Any]) -> None:
-    """Cancel tasks and return once all have ended; their errors are not raised."""
+    """Cancel tasks and return once all have ended and what was to be called at their end has been.
+
+    Their errors are not raised.
+    """
     for task in tasks:
         task.cancel()
         if task.done() and not task.cancelled():
             task.exception()  # retrieved, so that asyncio does not report it
-    if not all(task.done() for task in tasks):
+    if all(task.done() for task in tasks):
+        await asyncio.sleep(0)  # the callbacks of one that has just ended are still to run
+    else:
         await asyncio.gather(*tasks, return_exceptions=True)

@@ -51,9 +51,11 @@ def sample(out: pathlib.Path) -> None:
             time.sleep(LOOK_S)
         signal.setitimer(signal.ITIMER_PROF, 0)
         spent = f"{time.perf_counter() - began:.3f} s, of which the process computed {time.process_time() - cpu:.3f} s"
-        lines = [f"{sum(own.values())} samples in {spent}", "own"]
-        lines += [f"{count:>7} {name}" for name, count in own.most_common(LINES)]
-        lines += ["all", *(f"{count:>7} {name}" for name, count in every.most_common(LINES))]
+        # Copied in one step each: a last signal may be on its way to the main thread, or be counted there right now.
+        own_then, every_then = collections.Counter(dict(own)), collections.Counter(dict(every))
+        lines = [f"{sum(own_then.values())} samples in {spent}", "own"]
+        lines += [f"{count:>7} {name}" for name, count in own_then.most_common(LINES)]
+        lines += ["all", *(f"{count:>7} {name}" for name, count in every_then.most_common(LINES))]
         out.write_text("\n".join(lines) + "\n")
 
 

@@ -1,6 +1,7 @@
 """Length-prefixed frames between the service and its worker processes: uint32 little-endian length, then the bytes.
 
-A worker's answer begins with a float64 of how many seconds its function took; a `ScoreResponse` follows.
+A worker's answer begins with a float64 of how many seconds its function took and a uint32 of how often it was called; a
+`ScoreResponse` follows.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import struct
 
 from miles.rpc.gen import reward_pb2
 
-_SECONDS = struct.Struct("<d")
+_SPENT = struct.Struct("<dI")
 _LENGTH = struct.Struct("<I")
 
 
@@ -28,12 +29,12 @@ def write_frame(writer: asyncio.StreamWriter, payload: bytes) -> None:
     writer.write(_LENGTH.pack(len(payload)) + payload)
 
 
-def encode_answer(seconds: float, response: reward_pb2.ScoreResponse) -> bytes:
+def encode_answer(seconds: float, calls: int, response: reward_pb2.ScoreResponse) -> bytes:
     """The payload of an answer."""
-    return _SECONDS.pack(seconds) + response.SerializeToString()
+    return _SPENT.pack(seconds, calls) + response.SerializeToString()
 
 
-def decode_answer(payload: bytes) -> tuple[float, reward_pb2.ScoreResponse]:
-    """Seconds and scores of an answer."""
-    [seconds] = _SECONDS.unpack_from(payload)
-    return seconds, reward_pb2.ScoreResponse.FromString(payload[_SECONDS.size :])
+def decode_answer(payload: bytes) -> tuple[float, int, reward_pb2.ScoreResponse]:
+    """Seconds, calls and scores of an answer."""
+    seconds, calls = _SPENT.unpack_from(payload)
+    return seconds, calls, reward_pb2.ScoreResponse.FromString(payload[_SPENT.size :])

@@ -7,6 +7,8 @@ import itertools
 _TOGETHER_S = 0.002
 """How long the samples of one call may take together. Handing over a call costs a tenth of that and more: little is
 gained with longer ones, whose samples other processes could share."""
+_MOST = 1024
+"""Samples of one call at most."""
 _UNKNOWN_S = 0.01
 """Assumed of a function at first."""
 _WEIGHT = 1 / 32
@@ -21,12 +23,13 @@ class Pace:
         """Seconds for one sample."""
 
     def note(self, seconds: float, samples: int) -> None:
-        """Note a call and how many samples it scored."""
-        self.mean_s += (seconds / samples - self.mean_s) * (1 - (1 - _WEIGHT) ** samples)
+        """Note a call and how many samples the function scored in it, which may be none."""
+        if samples:
+            self.mean_s += (seconds / samples - self.mean_s) * (1 - (1 - _WEIGHT) ** samples)
 
     def shares(self, samples: int) -> list[slice]:
         """Split a number of samples into calls of about equal size: one sample each unless the function is fast."""
-        most = max(1, int(_TOGETHER_S / self.mean_s))
+        most = max(1, int(_TOGETHER_S / max(self.mean_s, _TOGETHER_S / _MOST)))
         calls = -(-samples // most)
         bounds = [samples * i // calls for i in range(calls + 1)] if samples else [0]
         return [slice(begin, end) for begin, end in itertools.pairwise(bounds)]

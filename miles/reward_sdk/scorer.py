@@ -23,7 +23,8 @@ _PATIENCE_S = 0.5
 """How long samples that share a call are waited for. They were expected to take milliseconds; but on a busy machine a
 process may stand still for a while, and calling all of them again would make that worse."""
 _HUNG_S = 5.0
-"""When the process of such a call is killed if it has not ended: the slow sample has been called on its own since."""
+"""How long such a call may run, once it has a process, before that is killed: the slow sample has been called on its
+own since."""
 
 
 class Scorer:
@@ -78,6 +79,8 @@ class Scorer:
 
     async def _score(self, name: str, request: reward_pb2.ScoreRequest, deadline: float) -> list[reward_pb2.Score]:
         function = self.functions.get(name)
+        if not request.samples:
+            return []
         if function is None:
             problem = f"this service has no reward {name!r}; it has {', '.join(self.functions)}"
         elif function.group and not request.group:
@@ -85,12 +88,16 @@ class Scorer:
         elif function.group:
             return await self._call(function, request.samples, deadline)
         else:
-            shares = [request.samples[share] for share in self._pool(function).shares(name, len(request.samples))]
+            shares = [request.samples[share] for share in self.shares(name, len(request.samples))]
             if len(shares) == 1:
                 return await self._call_each(function, shares[0], deadline)
             calls = (self._call_each(function, samples, deadline) for samples in shares)
             return [score for scores in await asyncio.gather(*calls) for score in scores]
         return [outcome.error_score(problem) for _ in request.samples]
+
+    def shares(self, name: str, samples: int) -> list[slice]:
+        """Which of so many samples of a request the function of this name would get in one call."""
+        return self._pool(self.functions[name]).shares(name, samples)
 
     def _pool(self, function: Described) -> WorkerPool:
         return self._asynchronous if function.is_async else self._blocking
@@ -101,9 +108,8 @@ class Scorer:
         """Score samples independently: in one call, then each in its own if one is slow or ends the process."""
         if len(samples) > 1:
             request = reward_pb2.ScoreRequest(reward=function.name, samples=samples)
-            soon = min(deadline, time.monotonic() + _HUNG_S)
             with contextlib.suppress(StillRunning, TimeoutError, WorkerDied, RewardLoadError):
-                return await self._pool(function).score(request, soon, patience_s=_PATIENCE_S)
+                return await self._pool(function).score(request, deadline, patience_s=_PATIENCE_S, run_s=_HUNG_S)
         calls = (self._call(function, [sample], deadline) for sample in samples)
         return [score for scores in await asyncio.gather(*calls) for score in scores]
 

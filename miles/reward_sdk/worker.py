@@ -82,7 +82,7 @@ class Worker:
         call = _Call(self._functions[request.reward], request.deadline_ms / 1000)
         scores = await self._score(call, request.samples)
         response = reward_pb2.ScoreResponse(request_id=request.request_id, scores=scores)
-        write_frame(self._writer, encode_answer(call.seconds, response))
+        write_frame(self._writer, encode_answer(call.seconds, call.attempts, response))
         await self._writer.drain()
 
     async def _score(self, call: _Call, messages: Sequence[sample_pb2.Sample]) -> list[reward_pb2.Score]:
@@ -128,10 +128,13 @@ class _Call:
         self.function = function
         self.seconds = 0.0
         """How long they took."""
+        self.attempts = 0
+        """How many there were: malformed samples are not scored."""
         self._deadline_s = deadline_s
 
     def attempt(self, argument: Any) -> object:
         """Call the function."""
+        self.attempts += 1
         began = time.perf_counter()
         try:
             return self.function.call(argument)

@@ -10,7 +10,7 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from miles.reward_sdk.answers import Answers
@@ -45,6 +45,8 @@ class Answer:
     """One a sample, in order."""
     seconds: float
     """How long the function took for all of them."""
+    calls: int
+    """How often the function was called: not for malformed samples, and once for a group."""
 
 
 class WorkerProcess:
@@ -107,9 +109,14 @@ class WorkerProcess:
         return await self._answers.ask(request.request_id, lambda: write_frame(self._writer, payload))
 
     def kill(self) -> None:
-        """End the process now; its calls raise `WorkerDied`."""
+        """End the process now; its calls raise `WorkerDied` once it is gone."""
         self.alive = False
         _kill(self._process)
+        self._writer.transport.abort()  # a process that the function has forked may hold the other end open
+
+    def when_gone(self, done: Callable[[WorkerProcess], object]) -> None:
+        """Have a function called with this worker once its process has ended, by itself or killed."""
+        self._reading.add_done_callback(lambda _: done(self))
 
     async def close(self) -> None:
         """Kill the process and return once it is gone."""
@@ -118,8 +125,8 @@ class WorkerProcess:
 
     async def _read(self, reader: asyncio.StreamReader) -> None:
         while (frame := await read_frame(reader)) is not None:
-            seconds, response = decode_answer(frame)
-            self._answers.put(response.request_id, Answer(list(response.scores), seconds))
+            seconds, calls, response = decode_answer(frame)
+            self._answers.put(response.request_id, Answer(list(response.scores), seconds, calls))
         self.alive = False
         self._writer.close()
         try:

@@ -33,3 +33,14 @@ async def test_cancelled_tasks_have_ended_and_their_errors_are_not_reported() ->
     del ended, late
     await asyncio.sleep(0)
     assert reported == []
+
+
+async def test_the_callbacks_of_a_task_that_has_just_ended_have_run() -> None:
+    told: list[str] = []
+    ended = asyncio.create_task(asyncio.sleep(0))
+    ended.add_done_callback(lambda _: told.append("ended"))
+    while not ended.done():  # noqa: ASYNC110 (the very step after which its callbacks are due)
+        await asyncio.sleep(0)
+    assert told == []
+    await cancel(ended)
+    assert told == ["ended"]

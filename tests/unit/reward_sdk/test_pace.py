@@ -43,6 +43,19 @@ def test_a_call_of_many_samples_counts_as_much_as_their_calls_one_by_one() -> No
     assert together.mean_s == pytest.approx(alone.mean_s)
 
 
+def test_a_call_in_which_no_sample_was_scored_says_nothing() -> None:
+    pace = Pace()
+    pace.note(0.0, 0)
+    assert pace.mean_s == Pace().mean_s
+
+
+def test_a_function_that_takes_no_time_gets_a_limited_number_of_samples_at_once() -> None:
+    pace = Pace()
+    for _ in range(100):
+        pace.note(0.0, 1000)
+    assert sizes(pace, 2048) == [1024, 1024]
+
+
 def test_a_function_that_is_slow_at_times_gets_its_samples_one_by_one() -> None:
     pace = Pace()
     for i in range(1000):
