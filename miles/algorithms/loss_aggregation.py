@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from miles.algorithms.packing import Packing, keep_where
+from miles.algorithms.packing import Packing, as_float, keep_where
 
 
 def token_weights(
@@ -18,10 +18,9 @@ def token_weights(
     per_token: bool = False,
     constant_length: float | None = None,
     mask_sums_B: torch.Tensor | None = None,
-    keep_T: torch.Tensor | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:
-    """Return the weight of each token in the numerator of the loss, [T]; 0 where masked or rejected.
+    """Return the weight of each token in the numerator of the loss, [T]; 0 where masked.
 
     Args:
         mask_T: tokens that count.
@@ -30,16 +29,14 @@ def token_weights(
         constant_length: a token weighs 1 / this instead (Dr. GRPO).
         mask_sums_B: denominators in place of the samples' own mask sums, for rollouts that became several samples: the
             mask sum of the whole rollout.
-        keep_T: False for rejected tokens: they weigh 0, the denominators stay.
         dtype: of the result.
     """
-    kept_T = mask_T.bool() if keep_T is None else mask_T.bool() & keep_T.bool()
-    weights_T = kept_T.to(dtype)
+    weights_T = mask_T.bool().to(dtype)
     if per_token:
         return weights_T
     if constant_length is not None:
         return weights_T / constant_length
-    sums_B = packing.sum(mask_T.bool().to(dtype)) if mask_sums_B is None else mask_sums_B.to(weights_T)
+    sums_B = packing.sum(weights_T) if mask_sums_B is None else mask_sums_B.to(weights_T)
     return weights_T / packing.expand(sums_B.clamp_min(1))
 
 
@@ -65,18 +62,24 @@ def aggregate(
         per_token: see `token_weights`.
         constant_length: see `token_weights`.
         mask_sums_B: see `token_weights`.
-        keep_T: see `token_weights`.
+        keep_T: False for rejected tokens: their values count as 0, weights and denominators stay.
     """
-    kept_T = keep_where(mask_T if keep_T is None else mask_T.bool() & keep_T.bool(), values_T)
     weights_T = token_weights(
         mask_T,
         packing,
         per_token=per_token,
         constant_length=constant_length,
         mask_sums_B=mask_sums_B,
-        keep_T=keep_T,
-        dtype=kept_T.dtype,
+        dtype=as_float(values_T).dtype,
     )
     if denominator is None:
         denominator = float(mask_T.bool().sum()) if per_token else packing.num_samples
-    return (kept_T * weights_T).sum() / max(denominator, 1)
+    return weighted_sum(values_T, weights_T, mask_T, keep_T) / max(denominator, 1)
+
+
+def weighted_sum(
+    values_T: torch.Tensor, weights_T: torch.Tensor, mask_T: torch.Tensor, keep_T: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The numerator of `aggregate`, 0-d: the sum of what is neither masked nor rejected, by the weights of `mask_T`."""
+    kept_T = keep_where(mask_T if keep_T is None else mask_T.bool() & keep_T.bool(), values_T)
+    return (kept_T * weights_T).sum()

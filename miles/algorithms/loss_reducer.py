@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from miles.algorithms.loss_aggregation import token_weights
+from miles.algorithms.loss_aggregation import token_weights, weighted_sum
 from miles.algorithms.metrics import MetricSum
-from miles.algorithms.packing import keep_where
+from miles.algorithms.packing import as_float
 
 if TYPE_CHECKING:
     from miles.algorithms.losses import LossBatch
@@ -31,9 +31,9 @@ class LossReducer:
     def total(
         self, values_T: torch.Tensor, keep_T: torch.Tensor | None = None, constant_length: float | None = None
     ) -> torch.Tensor:
-        """Return the numerator: `aggregate` with a denominator of 1. Rejected tokens keep their weight, times 0."""
-        kept_T = keep_where(self._mask_T if keep_T is None else self._mask_T & keep_T.bool(), values_T)
-        return (kept_T * self._weights(kept_T.dtype, constant_length)).sum()
+        """Return the numerator of `aggregate`."""
+        weights_T = self._weights(as_float(values_T).dtype, constant_length)
+        return weighted_sum(values_T, weights_T, self._mask_T, keep_T)
 
     def _weights(self, dtype: torch.dtype, constant_length: float | None) -> torch.Tensor:
         """The tokens' weights, which all values but those of dr_grpo share; computed once."""

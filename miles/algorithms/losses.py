@@ -15,7 +15,7 @@ from miles.algorithms.loss_reducer import LossReducer
 from miles.algorithms.metrics import MetricSum
 from miles.algorithms.mis import mismatch_metrics
 from miles.algorithms.packing import Packing, as_float, keep_log_probs, keep_where
-from miles.algorithms.policy_losses import POLICY_LOSSES, ClipConfig, PolicyInputs, PolicyTerms, bounded_exp, opsm_drop
+from miles.algorithms.policy_losses import ClipConfig, PolicyInputs, PolicyTerms, bounded_exp, opsm_drop, policy_loss
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -109,27 +109,17 @@ def rl_loss(
     _check(config, batch, log_probs_T, entropy_T)
     batch = dataclasses.replace(batch, mask_T=batch.mask_T.bool())  # once for all that read it
     reducer = LossReducer(batch, config.calculate_per_token_loss)
-    new_T = keep_log_probs(batch.mask_T, log_probs_T)
-    train_T = new_T.detach()
-    if batch.train_log_probs_T is not None:
-        train_T = keep_log_probs(batch.mask_T, batch.train_log_probs_T)
-    old_T = train_T
-    if config.use_rollout_logprobs:
-        old_T = keep_log_probs(
-            batch.mask_T, _required(batch.rollout_log_probs_T, "rollout_log_probs_T", "use_rollout_logprobs")
-        )
-    advantages_T = keep_where(batch.mask_T, batch.advantages_T)
-    terms = POLICY_LOSSES[config.policy_loss](
-        config,
-        PolicyInputs(
-            packing=batch.packing,
-            mask_T=batch.mask_T,
-            log_probs_T=new_T,
-            old_log_probs_T=old_T.detach(),
-            advantages_T=advantages_T.detach(),
-        ),
+    inputs = PolicyInputs.of(
+        packing=batch.packing,
+        mask_T=batch.mask_T,
+        log_probs_T=log_probs_T,
+        old_log_probs_T=_old_log_probs(config, batch),
+        advantages_T=batch.advantages_T,
     )
-    pg_loss_T = _drop_sequences(config, batch, reducer, terms.loss_T, new_T, old_T, advantages_T)
+    new_T, old_T = inputs.log_probs_T, inputs.old_log_probs_T
+    train_T = _train_log_probs(config, batch, inputs)
+    terms = policy_loss(config.policy_loss, config, inputs)
+    pg_loss_T = _drop_sequences(config, inputs, reducer, terms.loss_T)
     correction = _correction(config, batch, train_T)
     keep_T = correction.keep_T if correction else None
     if correction and correction.weights_T is not None:
@@ -155,23 +145,33 @@ def rl_loss(
     return LossOutput(reducer.loss(loss_total), reducer.metrics)
 
 
+def _old_log_probs(config: LossConfig, batch: LossBatch) -> torch.Tensor | None:
+    """Of the policy that the ratio is taken against, as given; None: the one being trained."""
+    if config.use_rollout_logprobs:
+        return _required(batch.rollout_log_probs_T, "rollout_log_probs_T", "use_rollout_logprobs")
+    return batch.train_log_probs_T
+
+
+def _train_log_probs(config: LossConfig, batch: LossBatch, inputs: PolicyInputs) -> torch.Tensor:
+    """`LossBatch.train_log_probs_T` without gradient, 0 at masked tokens."""
+    if batch.train_log_probs_T is None:
+        return inputs.log_probs_T.detach()
+    if config.use_rollout_logprobs:
+        return keep_log_probs(inputs.mask_T, batch.train_log_probs_T)
+    return inputs.old_log_probs_T
+
+
 def _drop_sequences(
-    config: LossConfig,
-    batch: LossBatch,
-    reducer: LossReducer,
-    loss_T: torch.Tensor,
-    new_T: torch.Tensor,
-    old_T: torch.Tensor,
-    advantages_T: torch.Tensor,
+    config: LossConfig, inputs: PolicyInputs, reducer: LossReducer, loss_T: torch.Tensor
 ) -> torch.Tensor:
     if not config.use_opsm:
         return loss_T
     dropped_T = opsm_drop(
-        packing=batch.packing,
-        mask_T=batch.mask_T,
-        log_probs_T=new_T,
-        old_log_probs_T=old_T,
-        advantages_T=advantages_T,
+        packing=inputs.packing,
+        mask_T=inputs.mask_T,
+        log_probs_T=inputs.log_probs_T,
+        old_log_probs_T=inputs.old_log_probs_T,
+        advantages_T=inputs.advantages_T,
         delta=config.opsm_delta,
     )
     reducer.report_tokens("opsm_clipfrac", as_float(dropped_T))

@@ -47,7 +47,7 @@ class ClipConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PolicyInputs:
-    """Packed tokens; everything is 0 where `mask_T` is not set, and float32 (or float64)."""
+    """Packed tokens; everything is 0 where `mask_T` is not set, and float32 (or float64). See `of`."""
 
     packing: Packing
     mask_T: torch.Tensor
@@ -55,6 +55,41 @@ class PolicyInputs:
     """Of the policy being trained; the only one with a gradient."""
     old_log_probs_T: torch.Tensor
     advantages_T: torch.Tensor
+
+    @classmethod
+    def of(
+        cls,
+        *,
+        packing: Packing,
+        mask_T: torch.Tensor,
+        log_probs_T: torch.Tensor,
+        old_log_probs_T: torch.Tensor | None,
+        advantages_T: torch.Tensor,
+    ) -> PolicyInputs:
+        """From tensors of any float dtype; what they hold at masked tokens is ignored.
+
+        Args:
+            packing: of the tensors that follow, [T] each.
+            mask_T: 1 on tokens that are trained on, 0 elsewhere.
+            log_probs_T: of the policy being trained.
+            old_log_probs_T: of the policy that the ratio is taken against; None: the one being trained, as it is.
+            advantages_T: per token.
+
+        Raises:
+            ValueError: a shape does not fit the packing.
+        """
+        packing.check(
+            mask_T=mask_T, log_probs_T=log_probs_T, old_log_probs_T=old_log_probs_T, advantages_T=advantages_T
+        )
+        new_T = keep_log_probs(mask_T, log_probs_T)
+        old_T = new_T if old_log_probs_T is None else keep_log_probs(mask_T, old_log_probs_T)
+        return cls(
+            packing=packing,
+            mask_T=mask_T.bool(),
+            log_probs_T=new_T,
+            old_log_probs_T=old_T.detach(),
+            advantages_T=keep_where(mask_T, advantages_T).detach(),
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,39 +118,11 @@ def register_policy_loss(name: str) -> Callable[[PolicyLossFunction], PolicyLoss
     return register
 
 
-def policy_loss(
-    name: str,
-    config: ClipConfig,
-    *,
-    packing: Packing,
-    mask_T: torch.Tensor,
-    log_probs_T: torch.Tensor,
-    old_log_probs_T: torch.Tensor,
-    advantages_T: torch.Tensor,
-) -> PolicyTerms:
-    """Evaluate the policy loss registered as `name`.
+def policy_loss(name: str, config: ClipConfig, inputs: PolicyInputs) -> PolicyTerms:
+    """Evaluate the policy loss registered as `name`: ppo_clip, gspo, cispo, dr_grpo, or what else was registered.
 
-    Args:
-        name: ppo_clip, gspo, cispo, dr_grpo, or what else was registered.
-        config: clipping.
-        packing: of the tensors that follow, [T] each, any float dtype; what they hold at masked tokens is ignored.
-        mask_T: 1 on tokens that are trained on, 0 elsewhere.
-        log_probs_T: of the policy being trained.
-        old_log_probs_T: of the policy that the ratio is taken against.
-        advantages_T: per token.
-
-    Raises:
-        KeyError: unknown name.
-        ValueError: a shape does not fit the packing.
+    Raises KeyError for an unknown name.
     """
-    packing.check(mask_T=mask_T, log_probs_T=log_probs_T, old_log_probs_T=old_log_probs_T, advantages_T=advantages_T)
-    inputs = PolicyInputs(
-        packing=packing,
-        mask_T=mask_T.bool(),
-        log_probs_T=keep_log_probs(mask_T, log_probs_T),
-        old_log_probs_T=keep_log_probs(mask_T, old_log_probs_T.detach()),
-        advantages_T=keep_where(mask_T, advantages_T.detach()),
-    )
     return POLICY_LOSSES[name](config, inputs)
 
 

@@ -1,5 +1,6 @@
 import itertools
 import math
+from typing import Any
 
 import algorithm_reference as reference
 import pytest
@@ -21,6 +22,10 @@ MASK_T = torch.tensor([1, 1, 1, 1, 0])
 ASYMMETRIC = ClipConfig(eps_clip=0.2, eps_clip_high=0.3)
 
 
+def evaluate(name: str, config: ClipConfig, **columns: Any) -> PolicyTerms:
+    return policy_loss(name, config, PolicyInputs.of(**columns))
+
+
 def terms(
     name: str,
     log_ratio: list[float] | torch.Tensor,
@@ -30,7 +35,7 @@ def terms(
     mask_T: torch.Tensor = MASK_T,
 ) -> PolicyTerms:
     new_T = torch.as_tensor(log_ratio, dtype=torch.float32) - 1.0
-    return policy_loss(
+    return evaluate(
         name,
         config,
         packing=packing,
@@ -105,7 +110,7 @@ def test_clip_ranges_are_not_negative(bounds: dict[str, float]) -> None:
 def test_clipped_tokens_keep_a_gradient_in_cispo_and_lose_it_in_ppo() -> None:
     for name, expected in (("cispo", -1.3), ("ppo_clip", 0.0)):
         new_T = torch.tensor([math.log(2)], requires_grad=True)
-        policy_loss(
+        evaluate(
             name,
             ASYMMETRIC,
             packing=Packing((1,)),
@@ -125,7 +130,7 @@ def test_the_surrogate_matches_the_reference(dual: float | None, dtype: torch.dt
     config = ClipConfig(eps_clip=0.2, eps_clip_high=0.28, eps_clip_c=dual)
     packing, new_T, old_T = Packing((64,)), -torch.rand(64).to(dtype) * 4, -torch.rand(64).to(dtype) * 4
     advantages_T = torch.randn(64)
-    result = policy_loss(
+    result = evaluate(
         "ppo_clip",
         config,
         packing=packing,
@@ -152,7 +157,7 @@ def test_gradients_match_finite_differences(name: str) -> None:
     advantages_T = torch.randn(5, dtype=torch.float64)
 
     def loss(x_T: torch.Tensor) -> torch.Tensor:
-        return policy_loss(
+        return evaluate(
             name,
             ClipConfig(eps_clip=0.2, eps_clip_c=3.0),
             packing=PACKING,
@@ -175,7 +180,7 @@ def test_gradients_match_finite_differences(name: str) -> None:
 def test_huge_log_ratios_stay_finite(name: str, log_ratio: float) -> None:
     old_T = torch.zeros(1)
     new_T = torch.tensor([log_ratio], requires_grad=True)
-    loss = policy_loss(
+    loss = evaluate(
         name,
         ASYMMETRIC,
         packing=Packing((1,)),
@@ -193,7 +198,7 @@ def test_huge_log_ratios_stay_finite(name: str, log_ratio: float) -> None:
 @pytest.mark.parametrize("name", list(POLICY_LOSSES))
 def test_what_stands_at_masked_tokens_reaches_neither_loss_nor_gradient(name: str) -> None:
     new_T = torch.tensor([-1.0, torch.nan, -2.0, -torch.inf, -0.5], requires_grad=True)
-    result = policy_loss(
+    result = evaluate(
         name,
         ASYMMETRIC,
         packing=PACKING,

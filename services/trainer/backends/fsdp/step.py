@@ -34,11 +34,13 @@ class FsdpTrainer(RolloutTrainer):
         group = dist.group.WORLD if dist.get_world_size() > 1 else None
         super().__init__(config, roles, DataRanks(dist.get_rank(), dist.get_world_size(), group), device)
         self._routing = routing
-        # Elsewhere arithmetic takes the time, not the start of kernels; with several ranks, or routing that is kept by
-        # micro-batch, samples cannot be taken apart again (see FsdpLearner); float16 is where that would be needed.
-        half = config.train.train_dtype == "float16"
-        if device.type == "cuda" and group is None and routing is None and not half:
-            self.joined_tokens = JOINED_WORK // max(1, _parameters(roles))
+        self.joined_tokens = joinable_tokens(
+            device.type,
+            dist.get_world_size(),
+            config.train.train_dtype,
+            keeps_routing=routing is not None,
+            parameters=_parameters(roles),
+        )
 
     def begin(self, batch: RolloutBatch) -> None:
         """See `RolloutTrainer.begin`."""
@@ -50,6 +52,18 @@ class FsdpTrainer(RolloutTrainer):
         if self._routing is not None:
             parts = [*parts, self._routing.metrics()]
         return reduce_metrics(parts, self._data_ranks.group)
+
+
+def joinable_tokens(device_type: str, ranks: int, train_dtype: str, *, keeps_routing: bool, parameters: int) -> int:
+    """Tokens without gradient that an optimizer step may run with those that have one; 0 where they are run apart.
+
+    Only on one GPU: elsewhere arithmetic takes the time, not the start of kernels. With several ranks, or routing that
+    is kept by micro-batch, samples cannot be taken apart again (see `FsdpLearner`); float16 is where that would be
+    needed. `parameters` is the policy's number of them.
+    """
+    if device_type != "cuda" or ranks > 1 or keeps_routing or train_dtype == "float16":
+        return 0
+    return JOINED_WORK // max(1, parameters)
 
 
 def _parameters(roles: Roles) -> int:

@@ -26,7 +26,8 @@ def fuse_norms(model: torch.nn.Module) -> int:
     """Replace the model's RMS norms; returns how many. The model's weights must be there.
 
     Stock ones are a dozen small operations. A module is replaced if it is called RMSNorm, has nothing but a weight, and
-    gives the same numbers: in some models the factor is 1 + weight. Names and parameters stay.
+    computes the same formula: in some models the factor is 1 + weight. That is tried in the weight's type; in a 16-bit
+    one stock norms round twice, so numbers differ within its precision. Names and parameters stay.
     """
     found = [
         (parent, name, module)

@@ -60,18 +60,19 @@ class WorkingWeights:
     @contextlib.contextmanager
     def in_use(self) -> Iterator[None]:
         """Have the modules hold copies of the masters' present values inside the block; gradients are the masters'
-        after it. The copies have memory inside the block only."""
+        after it. The copies have memory inside the block only. An error in the block leaves out gradients that wait."""
         copies = self._copies
-        self._memory.resize_(self._nbytes)
-        if copies:
-            with torch.no_grad():
-                torch._foreach_copy_(list(copies.values()), list(copies))
-        self._put(copies)
         try:
+            self._memory.resize_(self._nbytes)
+            if copies:
+                with torch.no_grad():
+                    torch._foreach_copy_(list(copies.values()), list(copies))
+            self._put(copies)
             yield
+            self._cast_waiting()  # not after an error: it needs memory, which may be what the block ran out of
         finally:
+            self._waiting, self._waiting_bytes = {}, 0
             self._put({master: master for master in copies})
-            self._cast_waiting()
             self._memory.resize_(0)
 
     def _copy(self, master: torch.nn.Parameter, memory: torch.Tensor) -> torch.nn.Parameter:

@@ -10,6 +10,7 @@ import torch
 from trainer_cases import VOCAB, job_config, random_groups, write_dense_model
 
 from miles.services.trainer.backends.fsdp.backend import FsdpBackend
+from miles.services.trainer.backends.fsdp.step import JOINED_WORK, joinable_tokens
 from miles.services.trainer.batch.rollout_batch import RolloutBatch, build_batch, in_order
 from miles.types import SampleGroup
 
@@ -105,6 +106,27 @@ def test_more_tokens_than_may_join_are_run_apart() -> None:
     below, exactly = (batch(groups, limit, max_tokens_per_gpu=4096).steps[0] for limit in (tokens - 1, tokens))
     assert below.observed
     assert not exactly.observed
+
+
+@pytest.mark.parametrize(
+    ("device_type", "ranks", "train_dtype", "keeps_routing", "parameters", "tokens"),
+    [
+        ("cuda", 1, "bfloat16", False, 135 * 10**6, 14_814),
+        ("cuda", 1, "float32", False, 135 * 10**6, 14_814),
+        ("cuda", 1, "bfloat16", False, JOINED_WORK, 1),
+        ("cuda", 1, "bfloat16", False, JOINED_WORK + 1, 0),
+        ("cuda", 1, "bfloat16", False, 0, JOINED_WORK),
+        ("cuda", 1, "float16", False, 135 * 10**6, 0),
+        ("cuda", 1, "bfloat16", True, 135 * 10**6, 0),
+        ("cuda", 2, "bfloat16", False, 135 * 10**6, 0),
+        ("cpu", 1, "bfloat16", False, 135 * 10**6, 0),
+    ],
+)
+def test_samples_join_on_one_gpu_where_they_can_be_taken_apart_again_and_the_model_is_small(
+    device_type: str, ranks: int, train_dtype: str, keeps_routing: bool, parameters: int, tokens: int
+) -> None:
+    found = joinable_tokens(device_type, ranks, train_dtype, keeps_routing=keeps_routing, parameters=parameters)
+    assert found == tokens
 
 
 def test_on_the_cpu_samples_without_advantage_are_run_apart(untied: pathlib.Path) -> None:

@@ -122,6 +122,60 @@ def test_an_error_in_use_leaves_the_masters_in_the_model(model: Tied, weights: W
     assert model.embedding.weight is master
 
 
+def fail(*_: object, **__: object) -> None:
+    raise RuntimeError("out of memory")
+
+
+def fail_in_backward(_module: torch.nn.Module, _inputs: object, output: torch.Tensor) -> None:
+    output.register_hook(fail)
+
+
+def test_an_error_in_a_backward_pass_is_raised_itself_and_drops_the_gradients_that_wait(
+    model: Tied, weights: WorkingWeights, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = weights._copies[model.norm.weight]
+    failing = model.layer.register_forward_hook(fail_in_backward)  # the norm behind it has its gradient by then
+
+    def use() -> None:
+        with weights.in_use():
+            loss = loss_of(model, 1, 2)
+            no_memory.setattr(torch, "empty_like", lambda *_, **__: pytest.fail("gradients are cast after an error"))
+            loss.backward()
+
+    with monkeypatch.context() as no_memory, pytest.raises(RuntimeError, match="out of memory"):
+        use()
+    assert model.norm.weight is not copy
+    assert copy.untyped_storage().nbytes() == 0
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+    failing.remove()
+    gradients = []
+    for used in (weights, WorkingWeights.of(model, torch.bfloat16)):
+        with used.in_use():
+            loss_of(model, 3, 4).backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+        model.zero_grad(set_to_none=True)
+    for after, fresh in zip(*gradients, strict=True):
+        assert after is not None
+        assert after.equal(fresh)
+
+
+def test_gradients_that_cannot_be_cast_leave_the_masters_in_the_model(
+    model: Tied, weights: WorkingWeights, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    master = model.norm.weight
+
+    def use() -> None:
+        with weights.in_use():
+            loss_of(model, 1, 2).backward()
+            no_memory.setattr(torch, "empty_like", fail)
+
+    with monkeypatch.context() as no_memory, pytest.raises(RuntimeError, match="out of memory"):
+        use()
+    assert model.norm.weight is master
+    assert weights._copies[master].untyped_storage().nbytes() == 0
+
+
 def test_a_model_that_computes_in_the_type_that_it_is_held_in_has_no_copies(model: Tied) -> None:
     weights = WorkingWeights.of(model.bfloat16(), torch.bfloat16)
     own = dict(model.named_parameters())

@@ -38,6 +38,21 @@ def test_fused_norms_give_the_outputs_and_gradients_of_stock_ones(config: Any, n
         torch.testing.assert_close(right.grad, left.grad, rtol=1e-4, atol=1e-4, msg=name)
 
 
+def test_in_bfloat16_fused_norms_round_once_and_stay_within_its_precision_of_stock_ones() -> None:
+    torch.manual_seed(0)
+    stock: Any = AutoModelForCausalLM.from_config(LlamaConfig(**SIZES)).model.norm
+    torch.nn.init.normal_(stock.weight, 1.0, 0.3)
+    model = torch.nn.Sequential(copy.deepcopy(stock))
+    assert fuse_norms(model) == 1, "compared in float32"
+    stock, fused = stock.bfloat16(), model.bfloat16()
+    x = torch.randn(100, SIZES["hidden_size"]).bfloat16()
+    exact = FusedRMSNorm(torch.nn.Parameter(stock.weight.double()), stock.variance_epsilon)(x.double())
+    half_a_digit = torch.finfo(torch.bfloat16).eps / 2
+    torch.testing.assert_close(fused(x).double(), exact, rtol=1.01 * half_a_digit, atol=0)
+    assert not fused(x).equal(stock(x))
+    torch.testing.assert_close(fused(x).double(), stock(x).double(), rtol=4 * half_a_digit, atol=0)
+
+
 def test_the_norms_weight_is_the_one_that_is_trained() -> None:
     model: Any = AutoModelForCausalLM.from_config(LlamaConfig(**SIZES))
     weight = model.model.norm.weight
