@@ -58,6 +58,10 @@ class Links:
         if self.used(engine_id) == _CUDA_IPC:
             self._failed.add(engine_id)
 
+    def has_failed(self, engine_id: str) -> bool:
+        """Whether an engine could not load from GPU memory since it subscribed."""
+        return engine_id in self._failed
+
     def gpu_memory(self, engine_ids: Iterable[str]) -> list[weightsource_pb2.GpuMemoryProbe]:
         """What these engines share of their GPUs' memory, for trainers to open."""
         able = [engine_id for engine_id in engine_ids if engine_id not in self._failed]

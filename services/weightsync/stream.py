@@ -20,6 +20,7 @@ from miles.services.weightsync.folders import FolderStore
 from miles.services.weightsync.holdings import Holdings
 from miles.services.weightsync.links import LOCAL, Links
 from miles.services.weightsync.publication import Publication
+from miles.services.weightsync.reach import reached_by_none
 from miles.services.weightsync.segments import SegmentStore
 from miles.services.weightsync.store import StateStore
 from miles.services.weightsync.timing import Now, PublicationLimits
@@ -231,6 +232,7 @@ class StreamRuntime:
                 self._name(version.number),
                 version,
                 self.holdings.transports(version.publication_id) if version.publication_id in self.holdings else [],
+                self._is_lost(version.publication_id),
             )
             for version in self.machine.versions.values()
         ]
@@ -317,6 +319,14 @@ class StreamRuntime:
                 return messages.swap_order(order, self._name(order.number))
             case OrderKind.DISCARD:
                 return messages.discard_order(order, self._name(order.number))
+
+    def _is_lost(self, publication_id: int) -> bool:
+        """Whether a publication is active where no engine is left that can get it."""
+        if publication_id != self.machine.active or self.machine.activation or publication_id not in self.holdings:
+            return False
+        placement = self.holdings[publication_id].placement
+        chosen = not placement.fixed and weightsync_pb2.TRANSPORT_KIND_CUDA_IPC in placement.kinds
+        return chosen and reached_by_none(publication_id, self.machine.engines.values(), self._links.has_failed)
 
     def _attached(self) -> list[str]:
         return [engine.engine_id for engine in self.machine.engines.values() if engine.session is not None]

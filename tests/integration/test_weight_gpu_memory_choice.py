@@ -11,7 +11,10 @@ import torch
 from fake_gpu import IPC, FakeNode
 from weight_host import DEADLINE_S, JOB, POLICY, GatedEngine, Host, raw
 
-from miles.rpc.gen import weightsync_pb2
+from miles.rpc.gen import controller_pb2, weightsync_pb2
+from miles.services.controller.clients.calls import WorkerLostError
+from miles.services.controller.run.reach import watch_reach
+from miles.services.controller.workers.registry import AttachedWorker
 from miles.weights import SubscriberState, WeightSubscriber
 
 MAP = weightsync_pb2.TRANSPORT_KIND_SHARED_MEMORY
@@ -42,6 +45,12 @@ async def started() -> AsyncIterator[list[WeightSubscriber]]:
     yield made
     for subscriber in made:
         await subscriber.close()
+
+
+def attached_at(address: str) -> AttachedWorker:
+    """The service as the controller knows it."""
+    registration = controller_pb2.WorkerRegistration(worker_id="weightsync", address=address)
+    return AttachedWorker(registration, 1, controller_pb2.WorkerHeartbeat(), 0, asyncio.Event())
 
 
 async def start(host: Host, node: FakeNode, name: str, started: list[WeightSubscriber]) -> GatedEngine:
@@ -189,6 +198,43 @@ async def test_an_engine_that_fails_to_load_from_gpu_memory_gets_the_next_versio
     await started.pop().close()
     await start(host, node, "a", started)
     assert await publish(host, 2) == [IPC], "it has subscribed anew"
+
+
+async def test_a_version_that_engines_in_place_of_the_lost_ones_cannot_get_is_published_again(
+    host: Host, node: FakeNode, started: list[WeightSubscriber]
+) -> None:
+    await start(host, node, "a", started)
+    assert await publish(host, 0) == [IPC]
+    await host.activate(0)
+    watch = asyncio.create_task(watch_reach(attached_at(host.address), JOB, interval_s=0.05))
+    await started.pop().close()
+    assert [version.out_of_reach for version in (await host.list()).versions] == [False], "others may come"
+    engine = await start(host, FakeNode("another node"), "b", started)
+    with pytest.raises(
+        WorkerLostError, match="no engine that is attached can open the GPU memory that version 0 is in"
+    ):
+        await asyncio.wait_for(watch, DEADLINE_S)
+    assert await publish(host, 0) == [MAP]
+    await host.activate(0, DEADLINE_S - 1)
+    assert raw(engine.tensors) == raw({"w": torch.full((1000,), 0.0)})
+    assert not any(version.out_of_reach for version in (await host.list()).versions)
+
+
+async def test_a_version_that_the_only_engine_cannot_open_after_its_restart_is_out_of_reach(
+    host: Host, node: FakeNode, started: list[WeightSubscriber]
+) -> None:
+    await start(host, node, "a", started)
+    assert await publish(host, 0) == [IPC]
+    await host.activate(0)
+    await started.pop().close()
+    node.locked = True
+    await start(host, node, "a", started)
+    async with asyncio.timeout(DEADLINE_S):
+        while not any(version.out_of_reach for version in (await host.list()).versions):  # noqa: ASYNC110 — as above
+            await asyncio.sleep(0.02)
+    assert await publish(host, 0) == [MAP]
+    await host.activate(0, DEADLINE_S - 1)
+    assert started[-1].state is SubscriberState.SERVING
 
 
 async def test_a_restarted_service_knows_where_its_versions_are(
