@@ -668,3 +668,14 @@ def test_an_activation_that_no_engine_can_take_part_in_fails_at_once_and_may_be_
     scene.activate(0, "again")
     scene.finish_orders("a")
     assert scene.outcome().ok
+
+
+def test_engines_that_cannot_get_a_version_do_not_count_among_those_that_have_to_serve_it() -> None:
+    scene = Scene()
+    for name in ("near", "far", "farther"):
+        scene.connect(name)
+    scene.publish(0, out_of_reach=["far", "farther"])
+    scene.activate(0, min_engines=2)
+    scene.finish_orders("near")
+    outcome = scene.outcome()
+    assert (outcome.ok, outcome.engines) == (True, 1)
