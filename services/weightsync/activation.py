@@ -71,8 +71,9 @@ class Activation:
         return refusing and all(engine.refused == self.publication_id for engine in there)
 
     def out_of_reach_of_all(self, engines: Mapping[str, Engine]) -> bool:
-        """Whether there are engines, and none can get the version's bytes."""
-        return bool(engines) and all(_is_beyond(engine, self.publication_id) for engine in engines.values())
+        """Whether engines are attached, and none of those can get the version's bytes."""
+        attached = [engine for engine in engines.values() if engine.session is not None]
+        return bool(attached) and all(_is_beyond(engine, self.publication_id) for engine in attached)
 
     def serving(self, engines: Mapping[str, Engine]) -> int:
         """Number of complete engines, waited for or not."""
