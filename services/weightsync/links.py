@@ -12,6 +12,7 @@ from miles.weights.usable_transports import fits_gpu_memory
 if TYPE_CHECKING:
     from miles.rpc.gen import weightsource_pb2
     from miles.rpc.gen.weightsync_pb2 import TransportKind
+    from miles.services.weightsync.engine import Engine
 
 LOCAL = frozenset({weightsync_pb2.TRANSPORT_KIND_SHARED_MEMORY})
 """What a process that names no transports can use."""
@@ -51,12 +52,18 @@ class Links:
         self._used[engine_id] = kind
 
     def failed(self, engine_id: str) -> None:
-        """An engine could not load the version that it prefetched last.
+        """An engine could not prefetch the last version that it was ordered to, or did not do so in time.
 
         If that came from GPU memory, no further version is put there for it until it subscribes again.
         """
         if self.used(engine_id) == _CUDA_IPC:
             self._failed.add(engine_id)
+
+    def note_late(self, engines: Iterable[Engine]) -> None:
+        """Count those of the engines that hang in a prefetch as failed: opening GPU memory may hang."""
+        for engine in engines:
+            if engine.hangs_in_prefetch():
+                self.failed(engine.engine_id)
 
     def has_failed(self, engine_id: str) -> bool:
         """Whether an engine could not load from GPU memory since it subscribed."""

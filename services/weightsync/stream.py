@@ -214,14 +214,12 @@ class StreamRuntime:
         error = None if done else report.error or "it gave no reason"
         refused = report.outcome == weightsync_pb2.ORDER_OUTCOME_REFUSED
         engine = self.machine.engines.get(engine_id)
-        flight = None if engine is None else engine.in_flight
-        if error is not None and not refused and flight is not None and flight.order.kind is not OrderKind.DISCARD:
+        if engine is not None and engine.is_prefetching(session, report.order_id) and not (done or refused):
             self._links.failed(engine_id)
-        self._apply(
-            self.machine.report(
-                engine_id, session, report.order_id, error, report.elapsed_s, report.pause_s, _now(), refused
-            )
+        actions = self.machine.report(
+            engine_id, session, report.order_id, error, report.elapsed_s, report.pause_s, _now(), refused
         )
+        self._apply(actions)
 
     # -- answers ------------------------------------------------------------------------------------------------------
 
@@ -258,6 +256,7 @@ class StreamRuntime:
 
     def _apply(self, actions: list[Action]) -> None:
         """Make the new state durable, then act on it."""
+        self._links.note_late(self.machine.engines.values())
         self._store.save_stream(self.key, snapshot.save(self.machine))
         for action in actions:
             match action:
@@ -299,8 +298,7 @@ class StreamRuntime:
         wake_at_s = self.machine.wake_at_s()
         self._timer = None
         if wake_at_s is not None:
-            delay_s = max(0.0, wake_at_s - time.monotonic())
-            self._timer = asyncio.get_running_loop().call_later(delay_s, self._tick)
+            self._timer = asyncio.get_running_loop().call_later(max(0.0, wake_at_s - time.monotonic()), self._tick)
 
     def _tick(self) -> None:
         self._apply(self.machine.tick(_now()))

@@ -6,6 +6,7 @@ import asyncio
 import pathlib
 from collections.abc import AsyncIterator, Callable, Iterator
 
+import grpc.aio
 import pytest
 import torch
 from fake_gpu import IPC, FakeNode
@@ -198,6 +199,30 @@ async def test_an_engine_that_fails_to_load_from_gpu_memory_gets_the_next_versio
     await started.pop().close()
     await start(host, node, "a", started)
     assert await publish(host, 2) == [IPC], "it has subscribed anew"
+
+
+async def test_an_engine_that_hangs_while_it_opens_gpu_memory_gets_the_next_version_another_way(
+    host: Host, node: FakeNode, started: list[WeightSubscriber]
+) -> None:
+    await start(host, node, "a", started)
+    assert await publish(host, 0) == [IPC]
+    node.opens.clear()
+    with pytest.raises(grpc.aio.AioRpcError):
+        await host.activate(0, deadline_s=0.5)
+    assert await publish(host, 1) == [MAP]
+    node.opens.set()
+    await host.activate(1)
+
+
+async def test_an_engine_that_fails_after_it_has_copied_a_version_from_gpu_memory_goes_on_to_use_it(
+    host: Host, node: FakeNode, started: list[WeightSubscriber]
+) -> None:
+    engine = await start(host, node, "a", started)
+    assert await publish(host, 0) == [IPC]
+    engine.fails = 1
+    await host.activate(0)
+    assert engine.fails == 0, "it failed once, and loaded the version the second time"
+    assert await publish(host, 1) == [IPC]
 
 
 async def test_a_version_that_engines_in_place_of_the_lost_ones_cannot_get_is_published_again(

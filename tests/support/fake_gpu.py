@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import threading
 from collections.abc import Collection, Iterable, Sequence
 
 import grpc
 import torch
-from weight_host import JOB, POLICY, GatedEngine, Host
+from weight_host import DEADLINE_S, JOB, POLICY, GatedEngine, Host
 
 from miles.rpc import connect_blocking
 from miles.rpc.gen import policy_pb2, weightsource_pb2, weightsync_pb2, weightsync_pb2_grpc
@@ -46,6 +47,9 @@ class FakeNode:
         """Buckets by publication."""
         self.locked = False
         """Whether processes cannot open each other's memory."""
+        self.opens = threading.Event()
+        """Cleared, an engine that opens a trainer's memory hangs."""
+        self.opens.set()
         self.tried: list[bytes] = []
         """Tokens, in the order in which a trainer tried to open them."""
         self.told: list[int] = []
@@ -123,6 +127,7 @@ class FakeIpc:
         self._node.versions.pop(handle.publication_id, None)
 
     def receive(self, handle: weightsync_pb2.TransportHandle, manifest: policy_pb2.Manifest) -> flats.FlatWeights:
+        assert self._node.opens.wait(DEADLINE_S)
         if self._node.locked:
             raise ManifestError("the other process's GPU memory cannot be opened")
         theirs = self._node.versions[handle.publication_id]

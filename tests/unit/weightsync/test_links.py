@@ -10,6 +10,7 @@ from miles.rpc.gen.weightsync_pb2 import (
     TRANSPORT_KIND_GRPC_CHUNKS,
     TRANSPORT_KIND_SHARED_MEMORY,
 )
+from miles.services.weightsync.engine import Engine, InFlight, Order, OrderKind
 from miles.services.weightsync.links import Links
 from miles.services.weightsync.transport_choice import Placement
 from miles.weights.usable_transports import GPU_MEMORY_PARTS
@@ -82,3 +83,27 @@ def test_only_engines_of_the_node_that_see_all_gpus_of_a_version_reach_it() -> N
     mapped = weightsync_pb2.TransportHandle(kind=MAP)
     assert all(links.reaches(name, Placement((MAP,), fixed=False), mapped) for name in names)
     assert all(links.reaches(name, CONFIGURED, version) for name in names), "whoever configures it is told by the error"
+
+
+def test_only_an_order_to_prefetch_that_is_late_counts_as_a_failure_with_gpu_memory() -> None:
+    links = Links()
+    for name, kind, late in (
+        ("hangs", OrderKind.PREFETCH, True),
+        ("busy", OrderKind.PREFETCH, False),
+        ("slow swap", OrderKind.SWAP, True),
+    ):
+        links.attach(hello(name))
+        links.prefetches(name, IPC)
+        links.note_late([Engine(name, session=1, in_flight=InFlight(Order(1, kind, 1), 1.0, 1.0, expired=late))])
+    assert [name for name in ("hangs", "busy", "slow swap") if links.has_failed(name)] == ["hangs"]
+
+
+def test_only_the_answer_to_an_open_order_to_prefetch_is_one() -> None:
+    def engine(kind: OrderKind) -> Engine:
+        return Engine("a", session=3, in_flight=InFlight(Order(5, kind, 1), 1.0, 1.0))
+
+    assert engine(OrderKind.PREFETCH).is_prefetching(3, 5)
+    assert not engine(OrderKind.PREFETCH).is_prefetching(3, 4), "an earlier order"
+    assert not engine(OrderKind.PREFETCH).is_prefetching(2, 5), "an earlier subscription"
+    assert not engine(OrderKind.SWAP).is_prefetching(3, 5)
+    assert not Engine("a", session=3).is_prefetching(3, 5)
