@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from miles.rpc.gen import weightsync_pb2
 from miles.services.weightsync.transport_choice import Placement
-from miles.weights.usable_transports import fits_gpu_memory
+from miles.weights.usable_transports import engines_by_gpu, fits_gpu_memory
 
 if TYPE_CHECKING:
     from miles.rpc.gen import weightsource_pb2
@@ -74,13 +74,26 @@ class Links:
         able = [engine_id for engine_id in engine_ids if engine_id not in self._failed]
         return [self._gpu_memory[engine_id] for engine_id in able if engine_id in self._gpu_memory]
 
-    def usable_for(self, engine_id: str, opened: weightsource_pb2.OpenedGpuMemory, nbytes: int) -> frozenset[int]:
-        """Transports that an engine can use for a version of `nbytes` of a trainer that opened this GPU memory."""
-        for memory in self.gpu_memory([engine_id]):
-            fits = fits_gpu_memory(nbytes, min(memory.gpu_nbytes, opened.gpu_nbytes))
-            if fits and memory.token in opened.tokens:
-                return self.usable(engine_id) | {_CUDA_IPC}
-        return self.usable(engine_id)
+    def usable_for(
+        self, engine_ids: Iterable[str], opened: weightsource_pb2.OpenedGpuMemory, nbytes: int
+    ) -> list[frozenset[int]]:
+        """Transports that each of the attached engines can use for a version of `nbytes` bytes.
+
+        `opened`: the GPU memory that the trainer could open.
+        """
+        names = list(engine_ids)
+        by_gpu = engines_by_gpu(self.gpu_memory(names))
+        able = {
+            memory.token
+            for memory in self.gpu_memory(names)
+            if fits_gpu_memory(
+                nbytes, min(memory.gpu_nbytes, opened.gpu_nbytes), engines=by_gpu[memory.memory.device_uuid]
+            )
+        } & set(opened.tokens)
+        return [
+            self.usable(name) | {_CUDA_IPC for memory in self.gpu_memory([name]) if memory.token in able}
+            for name in names
+        ]
 
     def reaches(self, engine_id: str, placement: Placement, handle: weightsync_pb2.TransportHandle) -> bool:
         """Whether an engine may get a version that was placed like this; it may turn out not to.

@@ -93,7 +93,7 @@ class StreamRuntime:
         """Reserve room for a version; raises OutOfMemory, NoTransport or Refused."""
         async with self._allocating:
             trainer = frozenset(request.usable) or LOCAL
-            usable = [self._links.usable_for(name, request.opened, request.nbytes) for name in self._attached()]
+            usable = self._links.usable_for(self._attached(), request.opened, request.nbytes)
             placement = transport_choice.place(request.transport, trainer, usable, folders=self._has_folders)
             if placement != self._placed:
                 logger.info("%s: weights go by %s", self.key, transport_choice.names(placement.kinds))
