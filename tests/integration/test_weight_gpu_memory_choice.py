@@ -292,3 +292,16 @@ async def test_processes_without_a_gpu_neither_share_nor_open_gpu_memory(
     assert [handle.kind for handle in result.handles] == [MAP]
     await host.activate(0)
     assert not torch.cuda.is_initialized()
+
+
+async def test_an_engine_that_ends_while_it_shares_gpu_memory_leaves_none_behind(host: Host, node: FakeNode) -> None:
+    node.shares.clear()
+    subscriber, _ = node.engine(host, "a")
+    await subscriber.start()
+    assert await asyncio.to_thread(node.sharing.wait, DEADLINE_S)
+    closing = asyncio.create_task(subscriber.close())
+    for _ in range(10):  # it is cancelled meanwhile
+        await asyncio.sleep(0)
+    node.shares.set()
+    await closing
+    assert (node.freed, node.shared) == (1, {})

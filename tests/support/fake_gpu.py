@@ -33,6 +33,7 @@ class FakeProbe:
 
     def free(self) -> None:
         del self.node.shared[self.message.token]
+        self.node.freed += 1
 
 
 class FakeNode:
@@ -43,6 +44,8 @@ class FakeNode:
         self.gpu_nbytes = gpu_nbytes
         self.shared: dict[bytes, FakeProbe] = {}
         """Probes by token."""
+        self.freed = 0
+        """Probes that are shared no more, a count."""
         self.versions: dict[int, list[torch.Tensor]] = {}
         """Buckets by publication."""
         self.locked = False
@@ -50,6 +53,11 @@ class FakeNode:
         self.opens = threading.Event()
         """Cleared, an engine that opens a trainer's memory hangs."""
         self.opens.set()
+        self.shares = threading.Event()
+        """Cleared, an engine that is about to share memory takes its time."""
+        self.shares.set()
+        self.sharing = threading.Event()
+        """Set when an engine is about to."""
         self.tried: list[bytes] = []
         """Tokens, in the order in which a trainer tried to open them."""
         self.told: list[int] = []
@@ -61,6 +69,8 @@ class FakeNode:
     def share(self, device: torch.device, version_nbytes: int) -> FakeProbe:
         """What engines do when they subscribe."""
         self.told.append(version_nbytes)
+        self.sharing.set()
+        assert self.shares.wait(DEADLINE_S)
         token = f"{self.name} {next(self._numbers)}".encode()
         probe = weightsource_pb2.GpuMemoryProbe(
             boot_id=self.name, token=token, visible_gpus=["GPU-0"], gpu_nbytes=self.gpu_nbytes

@@ -89,8 +89,10 @@ def open_probes(
     mine = share_probe(device)
     if mine is None:
         return weightsource_pb2.OpenedGpuMemory()
-    found = [probe for probe in probes if suits(probe, mine.message) and (rank or _opens(probe))]
-    mine.free()
+    try:
+        found = [probe for probe in probes if suits(probe, mine.message) and (rank or _opens(probe))]
+    finally:
+        mine.free()
     return weightsource_pb2.OpenedGpuMemory(tokens=[probe.token for probe in found], gpu_nbytes=mine.message.gpu_nbytes)
 
 
