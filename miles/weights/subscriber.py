@@ -68,7 +68,7 @@ class WeightSubscriber:
 
         `create_receiver` makes the engine's end of a transport. Versions that consist of an adapter are merged into
         `base`; without one, they fail. `share_gpu_memory` shares a little memory of a GPU, for the trainer to open,
-        unless a version of so many bytes is too large for it.
+        unless a version of so many bytes is too large for it; 0 bytes: the size is unknown.
         """
         self._address = address
         self._target = target

@@ -136,7 +136,8 @@ async def test_a_version_that_is_large_for_the_gpu_goes_through_the_host(
     small.trainer(host)
     await start(host, small, "a", started)
     assert await publish(host, 0) == [MAP]
-    assert small.tried == [], "it takes a context on the engine's GPU to find out"
+    assert small.told == [0], "the engine had to share without knowing"
+    assert small.tried == [], "the trainer knows the size, and would take a context on the engine's GPU to find out"
     small.channels[0].close()
 
 
@@ -179,7 +180,7 @@ async def test_an_engine_that_restarts_on_the_node_loads_the_version_in_gpu_memo
     assert raw(engine.tensors) == raw({"w": torch.full((1000,), 0.0)})
     assert await publish(host, 1) == [IPC], "it has been tried again"
     assert len(node.tried) == 2
-    assert node.told == [0, 4000], "an engine on a large model would not have shared anything"
+    assert node.told == [0, 4000], "the size is unknown before the first version, and then keeps large models out"
 
 
 async def test_an_engine_that_fails_to_load_from_gpu_memory_gets_the_next_version_another_way(
