@@ -21,7 +21,7 @@ from miles.weights.dtypes import wire_dtype
 from miles.weights.registry import create_transport
 from miles.weights.transports.cuda_ipc.probe import merge_opened, open_probes
 from miles.weights.transports.names import checksum_kind
-from miles.weights.usable_transports import fits_gpu_memory, usable_transports
+from miles.weights.usable_transports import engines_by_gpu, fits_gpu_memory, usable_transports
 
 if TYPE_CHECKING:
     from miles.rpc.gen.weightsync_pb2 import DeltaEncoding, TransportKind
@@ -213,10 +213,12 @@ class WeightPublisher:
         still = [token for token in self._opened.tokens if token in attached]
         self._opened = weightsource_pb2.OpenedGpuMemory(tokens=still, gpu_nbytes=self._opened.gpu_nbytes)
         nbytes = sum(math.prod(shape) * dtype.itemsize for _, dtype, shape in layout)
+        by_gpu = engines_by_gpu(described.gpu_memory)
         return [
             probe
             for probe in described.gpu_memory
-            if probe.token not in self._tried and fits_gpu_memory(nbytes, probe.gpu_nbytes)
+            if probe.token not in self._tried
+            and fits_gpu_memory(nbytes, probe.gpu_nbytes, engines=by_gpu[probe.memory.device_uuid])
         ]
 
     def opened(

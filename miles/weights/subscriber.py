@@ -10,7 +10,7 @@ import random
 import sys
 import time
 from collections.abc import AsyncGenerator, Callable
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import grpc.aio
 
@@ -68,7 +68,7 @@ class WeightSubscriber:
 
         `create_receiver` makes the engine's end of a transport. Versions that consist of an adapter are merged into
         `base`; without one, they fail. `share_gpu_memory` shares a little memory of a GPU, for the trainer to open,
-        unless a version of so many bytes is too large for it.
+        unless a version of so many bytes is too large for it; 0 bytes: the size is unknown.
         """
         self._address = address
         self._target = target
@@ -167,14 +167,17 @@ class WeightSubscriber:
     async def _shared_gpu_memory(self, nbytes: int) -> AsyncGenerator[weightsource_pb2.GpuMemoryProbe | None, None]:
         """Share a little memory of the engine's GPU meanwhile; None when it has no GPU, or cannot share."""
         device = self._target.device
-        shared = await asyncio.to_thread(self._share_gpu_memory, device, nbytes) if device.type == "cuda" else None
-        if shared is None:
+        if device.type != "cuda":
             yield None
             return
+        sharing = asyncio.create_task(asyncio.to_thread(self._share_gpu_memory, device, nbytes))
         try:
-            yield shared.message
+            await _wait_through_cancellation(sharing)
+            shared = sharing.result()
+            yield None if shared is None else shared.message
         finally:
-            shared.free()
+            if (shared := sharing.result()) is not None:
+                shared.free()
 
     async def _subscribe(
         self,
@@ -295,8 +298,8 @@ class WeightSubscriber:
         return hello
 
 
-async def _wait_through_cancellation(worker: asyncio.Task[None]) -> None:
-    """Wait for a task even if the waiter is cancelled: an order is never left half done."""
+async def _wait_through_cancellation(worker: asyncio.Task[Any]) -> None:
+    """Wait for a task even if the waiter is cancelled: an order is never left half done, nor memory left shared."""
     cancelled = False
     while not worker.done():
         try:

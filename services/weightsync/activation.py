@@ -55,11 +55,13 @@ class Activation:
         """Number of engines that have to serve the version.
 
         All engines of a job have the same model, but one worker of several may be set up wrongly: engines that refuse
-        the version are left out, as long as there is another one.
+        the version are left out, as long as there is another one. So are those that cannot get its bytes.
         """
-        if not any(engine.refused == self.publication_id for engine in engines.values()):
+        number = self.publication_id
+        unable = {e.engine_id for e in engines.values() if e.refused == number or _is_beyond(e, number)}
+        if not unable:
             return self.min_engines
-        others = [e for e in engines.values() if e.session is not None and e.refused != self.publication_id]
+        others = [e for e in engines.values() if e.session is not None and e.engine_id not in unable]
         return min(self.min_engines, max(1, len(others)))
 
     def refused_by_all(self, engines: Mapping[str, Engine], late: bool) -> bool:
@@ -69,9 +71,9 @@ class Activation:
         return refusing and all(engine.refused == self.publication_id for engine in there)
 
     def out_of_reach_of_all(self, engines: Mapping[str, Engine]) -> bool:
-        """Whether there are engines, and none can get the version's bytes."""
-        number = self.publication_id
-        return bool(engines) and all(number in e.out_of_reach and e.held != number for e in engines.values())
+        """Whether engines are attached, and none of those can get the version's bytes."""
+        attached = [engine for engine in engines.values() if engine.session is not None]
+        return bool(attached) and all(_is_beyond(engine, self.publication_id) for engine in attached)
 
     def serving(self, engines: Mapping[str, Engine]) -> int:
         """Number of complete engines, waited for or not."""
@@ -103,6 +105,11 @@ class Activation:
             error="; ".join([error, *faults]) if error else "",
             refused=refused,
         )
+
+
+def _is_beyond(engine: Engine, publication_id: int) -> bool:
+    """Whether an engine that does not serve a publication cannot get its bytes either."""
+    return publication_id in engine.out_of_reach and engine.held != publication_id
 
 
 def able_to_load(publication_id: int, engines: Mapping[str, Engine], wait_for: Collection[str]) -> set[str]:

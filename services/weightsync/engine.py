@@ -112,6 +112,18 @@ class Engine:
             return None if self.in_flight.expired else self.in_flight.deadline_s
         return self.retry_at_s if self.quarantined and self.session else None
 
+    def is_prefetching(self, session: int, order_id: int) -> bool:
+        """Whether its open order is this one, and one to prefetch."""
+        flight = self.in_flight
+        if flight is None or self.session != session or flight.order.order_id != order_id:
+            return False
+        return flight.order.kind is OrderKind.PREFETCH
+
+    def hangs_in_prefetch(self) -> bool:
+        """Whether it has not answered an order to prefetch in time."""
+        flight = self.in_flight
+        return flight is not None and flight.expired and flight.order.kind is OrderKind.PREFETCH
+
     # -- how it changes -----------------------------------------------------------------------------------------------
 
     def attach(self, session: int, held: tuple[int, int] | None, now: Now, out_of_reach: Iterable[int] = ()) -> None:

@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING
 
 from miles.rpc.gen import weightsync_pb2
 from miles.services.weightsync.transport_choice import Placement
-from miles.weights.usable_transports import fits_gpu_memory
+from miles.weights.usable_transports import engines_by_gpu, fits_gpu_memory
 
 if TYPE_CHECKING:
     from miles.rpc.gen import weightsource_pb2
     from miles.rpc.gen.weightsync_pb2 import TransportKind
+    from miles.services.weightsync.engine import Engine
 
 LOCAL = frozenset({weightsync_pb2.TRANSPORT_KIND_SHARED_MEMORY})
 """What a process that names no transports can use."""
@@ -51,25 +52,48 @@ class Links:
         self._used[engine_id] = kind
 
     def failed(self, engine_id: str) -> None:
-        """An engine could not load the version that it prefetched last.
+        """An engine could not prefetch the last version that it was ordered to, or did not do so in time.
 
         If that came from GPU memory, no further version is put there for it until it subscribes again.
         """
         if self.used(engine_id) == _CUDA_IPC:
             self._failed.add(engine_id)
 
+    def note_late(self, engines: Iterable[Engine]) -> None:
+        """Count those of the engines that hang in a prefetch as failed: opening GPU memory may hang."""
+        for engine in engines:
+            if engine.hangs_in_prefetch():
+                self.failed(engine.engine_id)
+
+    def has_failed(self, engine_id: str) -> bool:
+        """Whether an engine could not load from GPU memory since it subscribed."""
+        return engine_id in self._failed
+
     def gpu_memory(self, engine_ids: Iterable[str]) -> list[weightsource_pb2.GpuMemoryProbe]:
         """What these engines share of their GPUs' memory, for trainers to open."""
         able = [engine_id for engine_id in engine_ids if engine_id not in self._failed]
         return [self._gpu_memory[engine_id] for engine_id in able if engine_id in self._gpu_memory]
 
-    def usable_for(self, engine_id: str, opened: weightsource_pb2.OpenedGpuMemory, nbytes: int) -> frozenset[int]:
-        """Transports that an engine can use for a version of `nbytes` of a trainer that opened this GPU memory."""
-        for memory in self.gpu_memory([engine_id]):
-            fits = fits_gpu_memory(nbytes, min(memory.gpu_nbytes, opened.gpu_nbytes))
-            if fits and memory.token in opened.tokens:
-                return self.usable(engine_id) | {_CUDA_IPC}
-        return self.usable(engine_id)
+    def usable_for(
+        self, engine_ids: Iterable[str], opened: weightsource_pb2.OpenedGpuMemory, nbytes: int
+    ) -> list[frozenset[int]]:
+        """Transports that each of the attached engines can use for a version of `nbytes` bytes.
+
+        `opened`: the GPU memory that the trainer could open.
+        """
+        names = list(engine_ids)
+        by_gpu = engines_by_gpu(self.gpu_memory(names))
+        able = {
+            memory.token
+            for memory in self.gpu_memory(names)
+            if fits_gpu_memory(
+                nbytes, min(memory.gpu_nbytes, opened.gpu_nbytes), engines=by_gpu[memory.memory.device_uuid]
+            )
+        } & set(opened.tokens)
+        return [
+            self.usable(name) | {_CUDA_IPC for memory in self.gpu_memory([name]) if memory.token in able}
+            for name in names
+        ]
 
     def reaches(self, engine_id: str, placement: Placement, handle: weightsync_pb2.TransportHandle) -> bool:
         """Whether an engine may get a version that was placed like this; it may turn out not to.

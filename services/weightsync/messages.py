@@ -13,8 +13,12 @@ def version_status(
     name: policy_pb2.WeightVersion,
     version: Version,
     transports: Sequence[weightsync_pb2.TransportKind.ValueType],
+    out_of_reach: bool,
 ) -> weightsync_pb2.VersionStatus:
-    """A version as `ListVersions` shows it; `transports` are those by which engines can get it."""
+    """A version as `ListVersions` shows it; `transports` are those by which engines can get it.
+
+    `out_of_reach`: it is active, and no engine that is attached serves it or can get it.
+    """
     return weightsync_pb2.VersionStatus(
         version=name,
         state=weightsync_pb2.VersionState.Value(f"VERSION_STATE_{version.state.value}"),
@@ -23,6 +27,7 @@ def version_status(
         transports=transports,
         written_bytes=version.written_bytes,
         stage_s=version.stage_s,
+        out_of_reach=out_of_reach,
     )
 
 

@@ -20,6 +20,7 @@ from miles.services.weightsync.folders import FolderStore
 from miles.services.weightsync.holdings import Holdings
 from miles.services.weightsync.links import LOCAL, Links
 from miles.services.weightsync.publication import Publication
+from miles.services.weightsync.reach import reached_by_none
 from miles.services.weightsync.segments import SegmentStore
 from miles.services.weightsync.store import StateStore
 from miles.services.weightsync.timing import Now, PublicationLimits
@@ -92,7 +93,7 @@ class StreamRuntime:
         """Reserve room for a version; raises OutOfMemory, NoTransport or Refused."""
         async with self._allocating:
             trainer = frozenset(request.usable) or LOCAL
-            usable = [self._links.usable_for(name, request.opened, request.nbytes) for name in self._attached()]
+            usable = self._links.usable_for(self._attached(), request.opened, request.nbytes)
             placement = transport_choice.place(request.transport, trainer, usable, folders=self._has_folders)
             if placement != self._placed:
                 logger.info("%s: weights go by %s", self.key, transport_choice.names(placement.kinds))
@@ -213,14 +214,12 @@ class StreamRuntime:
         error = None if done else report.error or "it gave no reason"
         refused = report.outcome == weightsync_pb2.ORDER_OUTCOME_REFUSED
         engine = self.machine.engines.get(engine_id)
-        flight = None if engine is None else engine.in_flight
-        if error is not None and not refused and flight is not None and flight.order.kind is not OrderKind.DISCARD:
+        if engine is not None and engine.is_prefetching(session, report.order_id) and not (done or refused):
             self._links.failed(engine_id)
-        self._apply(
-            self.machine.report(
-                engine_id, session, report.order_id, error, report.elapsed_s, report.pause_s, _now(), refused
-            )
+        actions = self.machine.report(
+            engine_id, session, report.order_id, error, report.elapsed_s, report.pause_s, _now(), refused
         )
+        self._apply(actions)
 
     # -- answers ------------------------------------------------------------------------------------------------------
 
@@ -231,6 +230,7 @@ class StreamRuntime:
                 self._name(version.number),
                 version,
                 self.holdings.transports(version.publication_id) if version.publication_id in self.holdings else [],
+                self._is_lost(version.publication_id),
             )
             for version in self.machine.versions.values()
         ]
@@ -256,6 +256,7 @@ class StreamRuntime:
 
     def _apply(self, actions: list[Action]) -> None:
         """Make the new state durable, then act on it."""
+        self._links.note_late(self.machine.engines.values())
         self._store.save_stream(self.key, snapshot.save(self.machine))
         for action in actions:
             match action:
@@ -297,8 +298,7 @@ class StreamRuntime:
         wake_at_s = self.machine.wake_at_s()
         self._timer = None
         if wake_at_s is not None:
-            delay_s = max(0.0, wake_at_s - time.monotonic())
-            self._timer = asyncio.get_running_loop().call_later(delay_s, self._tick)
+            self._timer = asyncio.get_running_loop().call_later(max(0.0, wake_at_s - time.monotonic()), self._tick)
 
     def _tick(self) -> None:
         self._apply(self.machine.tick(_now()))
@@ -317,6 +317,14 @@ class StreamRuntime:
                 return messages.swap_order(order, self._name(order.number))
             case OrderKind.DISCARD:
                 return messages.discard_order(order, self._name(order.number))
+
+    def _is_lost(self, publication_id: int) -> bool:
+        """Whether a publication is active where no engine is left that can get it."""
+        if publication_id != self.machine.active or self.machine.activation or publication_id not in self.holdings:
+            return False
+        placement = self.holdings[publication_id].placement
+        chosen = not placement.fixed and weightsync_pb2.TRANSPORT_KIND_CUDA_IPC in placement.kinds
+        return chosen and reached_by_none(publication_id, self.machine.engines.values(), self._links.has_failed)
 
     def _attached(self) -> list[str]:
         return [engine.engine_id for engine in self.machine.engines.values() if engine.session is not None]

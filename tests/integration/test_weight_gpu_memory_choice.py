@@ -6,12 +6,16 @@ import asyncio
 import pathlib
 from collections.abc import AsyncIterator, Callable, Iterator
 
+import grpc.aio
 import pytest
 import torch
 from fake_gpu import IPC, FakeNode
 from weight_host import DEADLINE_S, JOB, POLICY, GatedEngine, Host, raw
 
-from miles.rpc.gen import weightsync_pb2
+from miles.rpc.gen import controller_pb2, weightsync_pb2
+from miles.services.controller.clients.calls import WorkerLostError
+from miles.services.controller.run.reach import watch_reach
+from miles.services.controller.workers.registry import AttachedWorker
 from miles.weights import SubscriberState, WeightSubscriber
 
 MAP = weightsync_pb2.TRANSPORT_KIND_SHARED_MEMORY
@@ -42,6 +46,12 @@ async def started() -> AsyncIterator[list[WeightSubscriber]]:
     yield made
     for subscriber in made:
         await subscriber.close()
+
+
+def attached_at(address: str) -> AttachedWorker:
+    """The service as the controller knows it."""
+    registration = controller_pb2.WorkerRegistration(worker_id="weightsync", address=address)
+    return AttachedWorker(registration, 1, controller_pb2.WorkerHeartbeat(), 0, asyncio.Event())
 
 
 async def start(host: Host, node: FakeNode, name: str, started: list[WeightSubscriber]) -> GatedEngine:
@@ -126,7 +136,8 @@ async def test_a_version_that_is_large_for_the_gpu_goes_through_the_host(
     small.trainer(host)
     await start(host, small, "a", started)
     assert await publish(host, 0) == [MAP]
-    assert small.tried == [], "it takes a context on the engine's GPU to find out"
+    assert small.told == [0], "the engine had to share without knowing"
+    assert small.tried == [], "the trainer knows the size, and would take a context on the engine's GPU to find out"
     small.channels[0].close()
 
 
@@ -169,7 +180,7 @@ async def test_an_engine_that_restarts_on_the_node_loads_the_version_in_gpu_memo
     assert raw(engine.tensors) == raw({"w": torch.full((1000,), 0.0)})
     assert await publish(host, 1) == [IPC], "it has been tried again"
     assert len(node.tried) == 2
-    assert node.told == [0, 4000], "an engine on a large model would not have shared anything"
+    assert node.told == [0, 4000], "the size is unknown before the first version, and then keeps large models out"
 
 
 async def test_an_engine_that_fails_to_load_from_gpu_memory_gets_the_next_version_another_way(
@@ -189,6 +200,67 @@ async def test_an_engine_that_fails_to_load_from_gpu_memory_gets_the_next_versio
     await started.pop().close()
     await start(host, node, "a", started)
     assert await publish(host, 2) == [IPC], "it has subscribed anew"
+
+
+async def test_an_engine_that_hangs_while_it_opens_gpu_memory_gets_the_next_version_another_way(
+    host: Host, node: FakeNode, started: list[WeightSubscriber]
+) -> None:
+    await start(host, node, "a", started)
+    assert await publish(host, 0) == [IPC]
+    node.opens.clear()
+    with pytest.raises(grpc.aio.AioRpcError):
+        await host.activate(0, deadline_s=0.5)
+    assert await publish(host, 1) == [MAP]
+    node.opens.set()
+    await host.activate(1)
+
+
+async def test_an_engine_that_fails_after_it_has_copied_a_version_from_gpu_memory_goes_on_to_use_it(
+    host: Host, node: FakeNode, started: list[WeightSubscriber]
+) -> None:
+    engine = await start(host, node, "a", started)
+    assert await publish(host, 0) == [IPC]
+    engine.fails = 1
+    await host.activate(0)
+    assert engine.fails == 0, "it failed once, and loaded the version the second time"
+    assert await publish(host, 1) == [IPC]
+
+
+async def test_a_version_that_engines_in_place_of_the_lost_ones_cannot_get_is_published_again(
+    host: Host, node: FakeNode, started: list[WeightSubscriber]
+) -> None:
+    await start(host, node, "a", started)
+    assert await publish(host, 0) == [IPC]
+    await host.activate(0)
+    watch = asyncio.create_task(watch_reach(attached_at(host.address), JOB, interval_s=0.05))
+    await started.pop().close()
+    assert [version.out_of_reach for version in (await host.list()).versions] == [False], "others may come"
+    engine = await start(host, FakeNode("another node"), "b", started)
+    with pytest.raises(
+        WorkerLostError, match="no engine that is attached can open the GPU memory that version 0 is in"
+    ):
+        await asyncio.wait_for(watch, DEADLINE_S)
+    assert await publish(host, 0) == [MAP]
+    await host.activate(0, DEADLINE_S - 1)
+    assert raw(engine.tensors) == raw({"w": torch.full((1000,), 0.0)})
+    assert not any(version.out_of_reach for version in (await host.list()).versions)
+
+
+async def test_a_version_that_the_only_engine_cannot_open_after_its_restart_is_out_of_reach(
+    host: Host, node: FakeNode, started: list[WeightSubscriber]
+) -> None:
+    await start(host, node, "a", started)
+    assert await publish(host, 0) == [IPC]
+    await host.activate(0)
+    await started.pop().close()
+    node.locked = True
+    await start(host, node, "a", started)
+    async with asyncio.timeout(DEADLINE_S):
+        while not any(version.out_of_reach for version in (await host.list()).versions):  # noqa: ASYNC110 — as above
+            await asyncio.sleep(0.02)
+    assert await publish(host, 0) == [MAP]
+    await host.activate(0, DEADLINE_S - 1)
+    assert started[-1].state is SubscriberState.SERVING
 
 
 async def test_a_restarted_service_knows_where_its_versions_are(
@@ -221,3 +293,16 @@ async def test_processes_without_a_gpu_neither_share_nor_open_gpu_memory(
     assert [handle.kind for handle in result.handles] == [MAP]
     await host.activate(0)
     assert not torch.cuda.is_initialized()
+
+
+async def test_an_engine_that_ends_while_it_shares_gpu_memory_leaves_none_behind(host: Host, node: FakeNode) -> None:
+    node.shares.clear()
+    subscriber, _ = node.engine(host, "a")
+    await subscriber.start()
+    assert await asyncio.to_thread(node.sharing.wait, DEADLINE_S)
+    closing = asyncio.create_task(subscriber.close())
+    for _ in range(10):  # it is cancelled meanwhile
+        await asyncio.sleep(0)
+    node.shares.set()
+    await closing
+    assert (node.freed, node.shared) == (1, {})

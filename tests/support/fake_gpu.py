@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import threading
 from collections.abc import Collection, Iterable, Sequence
 
 import grpc
 import torch
-from weight_host import JOB, POLICY, GatedEngine, Host
+from weight_host import DEADLINE_S, JOB, POLICY, GatedEngine, Host
 
 from miles.rpc import connect_blocking
 from miles.rpc.gen import policy_pb2, weightsource_pb2, weightsync_pb2, weightsync_pb2_grpc
@@ -32,6 +33,7 @@ class FakeProbe:
 
     def free(self) -> None:
         del self.node.shared[self.message.token]
+        self.node.freed += 1
 
 
 class FakeNode:
@@ -42,10 +44,20 @@ class FakeNode:
         self.gpu_nbytes = gpu_nbytes
         self.shared: dict[bytes, FakeProbe] = {}
         """Probes by token."""
+        self.freed = 0
+        """Probes that are shared no more, a count."""
         self.versions: dict[int, list[torch.Tensor]] = {}
         """Buckets by publication."""
         self.locked = False
         """Whether processes cannot open each other's memory."""
+        self.opens = threading.Event()
+        """Cleared, an engine that opens a trainer's memory hangs."""
+        self.opens.set()
+        self.shares = threading.Event()
+        """Cleared, an engine that is about to share memory takes its time."""
+        self.shares.set()
+        self.sharing = threading.Event()
+        """Set when an engine is about to."""
         self.tried: list[bytes] = []
         """Tokens, in the order in which a trainer tried to open them."""
         self.told: list[int] = []
@@ -57,6 +69,8 @@ class FakeNode:
     def share(self, device: torch.device, version_nbytes: int) -> FakeProbe:
         """What engines do when they subscribe."""
         self.told.append(version_nbytes)
+        self.sharing.set()
+        assert self.shares.wait(DEADLINE_S)
         token = f"{self.name} {next(self._numbers)}".encode()
         probe = weightsource_pb2.GpuMemoryProbe(
             boot_id=self.name, token=token, visible_gpus=["GPU-0"], gpu_nbytes=self.gpu_nbytes
@@ -123,6 +137,7 @@ class FakeIpc:
         self._node.versions.pop(handle.publication_id, None)
 
     def receive(self, handle: weightsync_pb2.TransportHandle, manifest: policy_pb2.Manifest) -> flats.FlatWeights:
+        assert self._node.opens.wait(DEADLINE_S)
         if self._node.locked:
             raise ManifestError("the other process's GPU memory cannot be opened")
         theirs = self._node.versions[handle.publication_id]

@@ -38,10 +38,15 @@ class GatedEngine:
         self.loading = asyncio.Event()
         self.loads: list[int] = []
         self.tensors: Tensors = {}
+        self.fails = 0
+        """Loads that fail from now on, a count."""
 
     async def load_weights(self, version: int, tensors: Tensors) -> float:
         self.loading.set()
         await self.gate.wait()
+        if self.fails:
+            self.fails -= 1
+            raise RuntimeError("the engine's server has died")
         self.loads.append(version)
         self.version, self.tensors = version, tensors
         return 0.0

@@ -1485,6 +1485,7 @@ class VersionStatus(_message.Message):
     TRANSPORTS_FIELD_NUMBER: _builtins.int
     WRITTEN_BYTES_FIELD_NUMBER: _builtins.int
     STAGE_S_FIELD_NUMBER: _builtins.int
+    OUT_OF_REACH_FIELD_NUMBER: _builtins.int
     state: Global___VersionState.ValueType
     """Its state."""
     total_bytes: _builtins.int
@@ -1493,6 +1494,10 @@ class VersionStatus(_message.Message):
     """When it became ACTIVE, in nanoseconds since the Unix epoch; 0 before."""
     written_bytes: _builtins.int
     """Bytes written for it by the trainer, all transports together."""
+    out_of_reach: _builtins.bool
+    """Whether it is the active version, and of the attached engines none serves it and none can get its bytes: the trainer
+    has to publish it again, or a newer one.
+    """
     @_builtins.property
     def version(self) -> _policy_pb2.WeightVersion:
         """The version."""
@@ -1515,10 +1520,11 @@ class VersionStatus(_message.Message):
         transports: _abc.Iterable[Global___TransportKind.ValueType] | None = ...,
         written_bytes: _builtins.int = ...,
         stage_s: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
+        out_of_reach: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["version", b"version"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["active_unix_ns", b"active_unix_ns", "stage_s", b"stage_s", "state", b"state", "total_bytes", b"total_bytes", "transports", b"transports", "version", b"version", "written_bytes", b"written_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["active_unix_ns", b"active_unix_ns", "out_of_reach", b"out_of_reach", "stage_s", b"stage_s", "state", b"state", "total_bytes", b"total_bytes", "transports", b"transports", "version", b"version", "written_bytes", b"written_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

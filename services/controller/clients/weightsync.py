@@ -34,6 +34,7 @@ class WeightSyncClient:
     """
 
     def __init__(self, worker: AttachedWorker) -> None:
+        self.worker = worker
         self.worker_id = worker.worker_id
         self.address = worker.registration.address
         self._connection = contextlib.ExitStack()

@@ -19,10 +19,12 @@ from miles.services.controller.clients.calls import WorkerLostError
 from miles.services.controller.clients.trainer import TrainerClient
 from miles.services.controller.jobs.controls import JobStoppedError
 from miles.services.controller.run.admission import Admission, Batch
+from miles.services.controller.run.reach import watch_reach
 from miles.services.controller.run.resume import load
 from miles.services.controller.run.state import PAUSED, PREEMPTED, RunState
 from miles.services.controller.run.train import train_unless_ended
 from miles.services.controller.status.step_metrics import StepTimes, step_metrics
+from miles.tasks import cancel
 from miles.telemetry.tracing import span
 
 
@@ -33,6 +35,8 @@ class RunLoop:
         self._run = run
         self._config = run.config
         self._trainer = trainer
+        self._reach: asyncio.Task[None] | None = None
+        """Ends by an error when no engine can get the active version; None before the first is active."""
 
     async def run(self) -> None:
         """Take every step; raises what the user asked for, or what went wrong."""
@@ -40,6 +44,7 @@ class RunLoop:
         admission = await load(run, self._trainer, self._check)
         await run.history.state(job_pb2.JOB_STATE_RUNNING, f"at step {run.step}")
         await self._after_step()
+        self._reach = asyncio.create_task(watch_reach(run.weightsync.worker, run.context.job_id))
         try:
             while run.step < run.last:
                 await self._take_step(admission)
@@ -48,6 +53,8 @@ class RunLoop:
             await run.checkpoints.save(self._trainer, export_hf=False)
             await self._finish_evaluation()
             raise
+        finally:
+            await cancel(self._reach)
         if run.step > 0:
             await run.checkpoints.save(self._trainer, export_hf=True)
         await run.traces.wait_until_written()
@@ -157,5 +164,7 @@ class RunLoop:
             self._run.controls.check()
         self._run.alerts.check()
         self._run.rollouts.check()
+        if self._reach is not None and self._reach.done():
+            self._reach.result()
         if self._trainer.lost:
             raise WorkerLostError("the trainer's worker lease has ended")

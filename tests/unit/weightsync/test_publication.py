@@ -668,3 +668,26 @@ def test_an_activation_that_no_engine_can_take_part_in_fails_at_once_and_may_be_
     scene.activate(0, "again")
     scene.finish_orders("a")
     assert scene.outcome().ok
+
+
+def test_engines_that_cannot_get_a_version_do_not_count_among_those_that_have_to_serve_it() -> None:
+    scene = Scene()
+    for name in ("near", "far", "farther"):
+        scene.connect(name)
+    scene.publish(0, out_of_reach=["far", "farther"])
+    scene.activate(0, min_engines=2)
+    scene.finish_orders("near")
+    outcome = scene.outcome()
+    assert (outcome.ok, outcome.engines) == (True, 1)
+
+
+def test_engines_that_are_gone_do_not_hold_up_the_end_of_an_activation_that_nobody_attached_can_take_part_in() -> None:
+    scene = Scene()
+    scene.connect("gone")
+    scene.publish(0)
+    scene.activate(0)
+    scene.disconnect("gone")
+    assert scene.state("gone") is EngineState.QUARANTINED
+    assert scene.machine.activation is not None
+    scene.connect("far", out_of_reach=[1])
+    assert "publish it again" in scene.outcome().error
