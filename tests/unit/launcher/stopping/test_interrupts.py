@@ -11,8 +11,8 @@ import pytest
 
 PROGRAM = """
 import asyncio, signal, sys
-if "nohup" in sys.argv:
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+# Whatever the tests were started with: under nohup all that they start ignores hang-ups.
+signal.signal(signal.SIGHUP, signal.SIG_IGN if "nohup" in sys.argv else signal.SIG_DFL)
 from miles.launcher.stopping.interrupts import Interrupts
 async def run():
     stopped = asyncio.Event()
@@ -26,8 +26,8 @@ print("saved", flush=True)
 """
 SERVICE = """
 import asyncio, signal, sys
-if "nohup" in sys.argv:
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+# Whatever the tests were started with: under nohup all that they start ignores hang-ups.
+signal.signal(signal.SIGHUP, signal.SIG_IGN if "nohup" in sys.argv else signal.SIG_DFL)
 from miles.rpc import main
 async def serve():
     print("ready", flush=True)
