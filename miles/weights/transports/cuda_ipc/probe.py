@@ -55,8 +55,8 @@ def share_probe(device: torch.device, version_nbytes: int = 0) -> SharedProbe | 
     """Share a new token in the memory of a GPU.
 
     None when versions are too large to go there, for then a context on the GPU would take memory for nothing; and, with
-    a warning in the log, when memory cannot be shared from here. `version_nbytes` is 0 before the
-    first version, when the size is unknown: memory is then shared, so that a small model's first version can go there.
+    a warning in the log, when memory cannot be shared from here. `version_nbytes` is 0 before the first version, when
+    the size is unknown: memory is then shared, so that a small model's first version can go there.
     """
     token = secrets.token_bytes(_TOKEN_BYTES)
     try:
