@@ -1,8 +1,8 @@
 """Batches requests that arrive together into one POST: accepting a request costs as much as hundreds of its tokens.
 
-The samples of the groups of a step are requested at about the same moment. In one POST of 64 they cost this process half
-as much CPU time as in eight of 8 and the server's front process about a quarter less, and its scheduler begins with more
-of them at once. Each still has its own id, end and events.
+The samples of the groups of a step are requested at about the same moment. In one POST of 64 they cost this process
+half as much CPU time as in eight of 8, and the server's front process about a quarter less; its scheduler begins with
+more of them at once. Each still has its own id, end and events.
 """
 
 from __future__ import annotations
