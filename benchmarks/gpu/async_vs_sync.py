@@ -28,6 +28,7 @@ MODES: dict[str, tuple[str, ...]] = {
     "synchronous": ("--max-weight-staleness", "0"),
     "one-step-off": ("--max-weight-staleness", "1"),
     "asynchronous": ("--max-weight-staleness", "3", "--use-tis", "--partial-rollout"),
+    "in-flight": ("--max-weight-staleness", "3", "--use-tis", "--pause-generation-mode", "in_place"),
 }
 WARM_UP = 3
 MARKS = (10, 30, 50, 70, 100)

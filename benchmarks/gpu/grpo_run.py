@@ -26,10 +26,10 @@ REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 RECIPE = "examples/smollm2_chain_sum/config.yaml"
 LAYOUTS = {"side-by-side": (), "colocated": ("--colocate",)}
 GPU_FLAGS = (
-    *("--sglang-attention-backend", "triton", "--sglang-sampling-backend", "pytorch"),
+    *("--sglang-attention-backend", "fa3", "--sglang-sampling-backend", "pytorch"),
     *("--sglang-mem-fraction-static", "0.4", "--sglang-max-total-tokens", "200000"),
-    *("--sglang-cuda-graph-bs-decode", "1", "16", "64", "128", "256"),
-    *("--max-running-requests", "256"),  # more would be decoded without a CUDA graph
+    *("--sglang-cuda-graph-bs-decode", "1", "16", "64", "128", "256", "384", "512"),
+    *("--max-running-requests", "512"),  # more would be decoded without a CUDA graph
     *("--sglang-disable-prefill-cuda-graph", "--sglang-log-level", "warning", "--sglang-sleep-on-idle"),
 )
 CPU_FLAGS = ("--sglang-attention-backend", "torch_native", "--sglang-mem-fraction-static", "0.3")

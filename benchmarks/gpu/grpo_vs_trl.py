@@ -45,7 +45,7 @@ TRL_SETTINGS = {
 OURS = "miles"
 MODES: dict[str, tuple[str, ...]] = {
     "synchronous": ("--max-weight-staleness", "0"),
-    "one-step-off": ("--max-weight-staleness", "1", "--use-tis"),
+    "one-step-off": ("--max-weight-staleness", "1", "--use-tis", "--pause-generation-mode", "in_place"),
 }
 ON_GPU = {"short": ("--torch-compile", "--rollout-num-workers", "4"), "ragged": ("--torch-compile",)}
 
