@@ -30,6 +30,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from typing import Any
 
 import numpy as np
+import orjson
 
 from benchmarks.gpu.rollout_client import reward_service
 from miles.config import JobConfig
@@ -82,7 +83,7 @@ class StandIn:
         for begin in range(0, len(self._event), PIECE_BYTES):
             for data in splitter.feed(self._event[begin : begin + PIECE_BYTES]):
                 decoder = ResponseDecoder(len(request.input_ids), self._experts)
-                yield await decoder.decode_apart(json.loads(data))
+                yield await decoder.decode_apart(orjson.loads(data))
 
     async def abort(self, request_ids: Sequence[str]) -> None:
         """Never called."""

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 from collections.abc import AsyncGenerator, Callable, Mapping
 from typing import Any
 
 import aiohttp
+import orjson
 
 from miles.services.rollout.engines.base import EngineFailed
 from miles.services.rollout.engines.sglang.errors import ServerRefused
@@ -31,7 +31,9 @@ class SglangApi:
     async def open(self) -> None:
         """Open the connection pool, which belongs to the running event loop."""
         connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_S)
-        self._session = aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=None))
+        self._session = aiohttp.ClientSession(
+            connector=connector, timeout=aiohttp.ClientTimeout(total=None), json_serialize_bytes=orjson.dumps
+        )
 
     async def close(self) -> None:
         """Close every connection."""
@@ -95,7 +97,7 @@ class SglangApi:
             raise EngineFailed(f"the SGLang server at {self.address} was lost during {path}: {error!r}") from error
         if status != 200:
             raise ServerRefused(path, status, _message(content))
-        answer = json.loads(content) if content[:1] == b"{" else {}
+        answer = orjson.loads(content) if content[:1] == b"{" else {}
         if answer.get("success") is False:
             raise ServerRefused(path, status, _message(content))
         return dict(answer)
@@ -110,7 +112,7 @@ class SglangApi:
 
 
 def _event(data: bytes) -> dict[str, Any]:
-    event = json.loads(data)
+    event = orjson.loads(data)
     error = event.get("error")
     if error is None:
         return dict(event)
@@ -123,7 +125,7 @@ def _event(data: bytes) -> dict[str, Any]:
 def _message(content: bytes) -> str:
     """The message of an error answer."""
     try:
-        answer = json.loads(content)
+        answer = orjson.loads(content)
     except ValueError:
         return content[:500].decode(errors="replace")
     if isinstance(answer, dict):
