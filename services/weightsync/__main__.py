@@ -107,8 +107,11 @@ async def serve(arguments: argparse.Namespace) -> None:
                 tasks.append(task)
             await until_end(server.wait_for_termination(), *tasks)
     finally:
-        servicer.close()
-        await server.stop(_STOP_GRACE_S)
+        servicer.end_subscriptions()
+        try:
+            await server.stop(_STOP_GRACE_S)
+        finally:
+            servicer.close()
 
 
 if __name__ == "__main__":

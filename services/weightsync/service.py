@@ -66,10 +66,14 @@ class WeightSyncServicer(weightsync_pb2_grpc.WeightSyncServiceServicer):
         in_use = {path for stream in self._streams.values() for path in stream.holdings.folders_in_use()}
         self._folders.remove_unknown(folders, in_use)
 
-    def close(self) -> None:
-        """End subscriptions, and free the bytes unless they are to be kept."""
+    def end_subscriptions(self) -> None:
+        """End every subscription, so that the server can stop; other calls are still answered."""
         for stream in self._streams.values():
             stream.close()
+
+    def close(self) -> None:
+        """Free the bytes unless they are to be kept; no call is answered any more."""
+        self.end_subscriptions()
         self._segments.close(remove_all=not self._keep_bytes)
         self._folders.close(remove_all=not self._keep_bytes)
         self._store.close()

@@ -315,6 +315,23 @@ def test_an_orderly_stop_frees_the_bytes_unless_told_to_keep_them(
     assert restarted.states() == ({0: "PREPARED"} if keep else {})
 
 
+def test_calls_that_meet_an_orderly_stop_are_answered_or_refused(start: Callable[..., Service]) -> None:
+    service = start()
+
+    def allocate(job: int) -> grpc.Future:
+        policy = policy_pb2.WEIGHT_STREAM_POLICY
+        version = policy_pb2.WeightVersion(job_id=f"job/{job}", stream=policy, version=0)
+        return service.stub.Allocate.future(weightsync_pb2.AllocateRequest(version=version, nbytes=64), timeout=30)
+
+    calls = [allocate(job) for job in range(100)]
+    assert calls[0].code() is grpc.StatusCode.OK
+    service.process.terminate()
+    calls += [allocate(job) for job in range(100, 400)]
+    codes = {call.code() for call in calls}
+    assert service.process.wait(30) == 0
+    assert codes <= {grpc.StatusCode.OK, grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED}
+
+
 def test_a_version_that_does_not_fit_is_refused_with_the_way_out(service: Service) -> None:
     request = weightsync_pb2.AllocateRequest(
         version=policy_pb2.WeightVersion(job_id=JOB, stream=policy_pb2.WEIGHT_STREAM_POLICY, version=0),

@@ -151,7 +151,11 @@ class Scheduler:
                 self._slots[slot] = sequence
 
     def _compact(self) -> list[Move]:
-        """Move sequences from the highest KV slots into free lower ones, so that slots 0 to n - 1 are in use."""
+        """Move sequences from the highest KV slots into free lower ones, so that slots 0 to n - 1 are in use.
+
+        One that has computed nothing, as it waits for another to compute their prompt, just gets another slot: the
+        cache may have no room for its old one yet.
+        """
         moves = []
         free = deque(slot for slot, sequence in enumerate(self._slots) if sequence is None)
         while free:
@@ -160,7 +164,8 @@ class Scheduler:
                 free.pop()
                 continue
             slot = free.popleft()
-            moves.append(Move(last.slot, slot, last.computed))
+            if last.computed:
+                moves.append(Move(last.slot, slot, last.computed))
             last.slot = slot
             self._slots[slot] = last
         return moves

@@ -97,6 +97,21 @@ def test_long_prompts_are_computed_in_chunks_while_others_decode() -> None:
     assert scheduler.plan().decode == [short, long]
 
 
+def test_what_has_computed_nothing_changes_its_slot_without_a_move() -> None:
+    scheduler = Scheduler(8, 4)
+    short, owner, waits = sequence("a", [1, 2]), sequence("b", list(range(10))), sequence("c", list(range(10)))
+    for item in (short, owner, waits):
+        scheduler.add(item)
+    plan = scheduler.plan()
+    assert [chunk.sequence for chunk in plan.prefill] == [short, owner]
+    scheduler.remove(short)
+    plan = scheduler.plan()
+    assert (plan.moves, waits.slot, waits.computed) == ([], 0, 0)
+    scheduler.remove(waits)
+    plan = scheduler.plan()
+    assert [(move.source, move.target, move.length) for move in plan.moves] == [(1, 0, 6)]
+
+
 def test_keys_of_older_weights_are_not_shared() -> None:
     scheduler = Scheduler(8, 100)
     old = sequence("a", [1, 2, 3])
@@ -169,6 +184,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     def step(self) -> None:
         plan = self.scheduler.plan()
         for move in plan.moves:
+            assert 0 < move.length <= len(self.cache[move.source])
             self.cache[move.target] = self.cache[move.source][: move.length]
         for copy in plan.copies:
             self.cache[copy.target.slot] = self.cache[copy.source.slot][: copy.length]
