@@ -5,7 +5,8 @@
 SmolLM2-135M-Instruct learns to count from 1 to N (`counting.py`) with GRPO, SGLang rollouts and the fsdp trainer side
 by side on the GPU. Every mode has the same seed, number of samples and learning rate. Asynchronous runs preempt what is
 unfinished when a batch is complete, resume it with the new weights (`--partial-rollout`), and correct for stale samples
-by truncated importance sampling (`--use-tis`). Speeds are of all steps but the first three, in which pipelines fill;
+by truncated importance sampling (`--use-tis`); in `in-flight` ones unfinished answers go on through updates instead,
+with the keys and values that they have. Speeds are of all steps but the first three, in which pipelines fill;
 rewards are means of a tenth of the run, as trained on, so of samples as stale as the mode allows; evaluations are
 greedy answers to 64 fixed questions. A run replaces what an earlier one left in its folder; the table shows every mode
 that was run there.
