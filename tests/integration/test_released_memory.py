@@ -56,9 +56,7 @@ def test_two_megatron_ranks(tmp_path: pathlib.Path) -> None:
     megatron = {"train_backend": "megatron"}
     cases = [
         *pair("pp2", dense, {**EVERY_ROLE, **megatron, "pipeline_model_parallel_size": 2}),
-        *pair(
-            "dp2", dense, {**OLD, **megatron, "use_distributed_optimizer": True, "overlap_grad_reduce": True}
-        ),
+        *pair("dp2", dense, {**OLD, **megatron, "use_distributed_optimizer": True, "overlap_grad_reduce": True}),
         *pair("ep2", experts, {**megatron, "expert_model_parallel_size": 2, "train_dtype": "bfloat16"}),
     ]
     run_cases(cases, tmp_path, ranks=2)
