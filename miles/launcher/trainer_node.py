@@ -31,8 +31,8 @@ _LOOK_S = 1.0
 """Time between two attempts to reach node 0."""
 _CONNECT_S = 3.0
 _SAY_EVERY_S = 30.0
-_END_S = 10.0
-"""How long the ranks of this node may take to end after those of node 0, or after they were asked to."""
+_END_S = 60.0
+"""How long the ranks of this node may take to end after those of node 0: torchrun reports errors for seconds."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -59,6 +59,9 @@ class NodeKeeper:
         self._command = torchrun(node, ("-m", "miles.services.trainer", *flags, *trainer_flags))
         self._policy = RestartPolicy(limit=sys.maxsize)
         self._activity = "starting"
+        self._running = False
+        self._beats = 0
+        """Heartbeats while the ranks ran: they are this node's progress."""
 
     async def serve(self) -> None:
         """Run until the ranks end in order; raises what ends it for good."""
@@ -68,7 +71,7 @@ class NodeKeeper:
             worker_id=f"{self._worker_id}-node-{node.rank}",
             kind=controller_pb2.WORKER_KIND_TRAINER_NODE,
             address="0.0.0.0:0",  # nobody calls it; others are told this host's address
-            heartbeat=lambda: controller_pb2.WorkerHeartbeat(activity=self._activity),
+            heartbeat=self._heartbeat,
             info={"trainer": self._worker_id, "node": node.rank, "nodes": node.count, "ranks": node.ranks},
         )
         attached = asyncio.create_task(attachment.run(), name="controller attachment")
@@ -77,6 +80,10 @@ class NodeKeeper:
             ended, _ = await asyncio.wait({attached, keeping}, return_when=asyncio.FIRST_COMPLETED)
             for each in ended:
                 each.result()
+
+    def _heartbeat(self) -> controller_pb2.WorkerHeartbeat:
+        self._beats += self._running
+        return controller_pb2.WorkerHeartbeat(activity=self._activity, progress=self._beats)
 
     async def _keep(self) -> None:
         while True:
@@ -92,7 +99,8 @@ class NodeKeeper:
         """Run the ranks once, from the time when node 0 can be reached, and return torchrun's exit code."""
         reader, writer = await self._reach_first_node()
         try:
-            self._say(f"node {self._node.rank} of {self._node.count}: {' '.join(self._command)}")
+            logger.info("node %d of %d: %s", self._node.rank, self._node.count, " ".join(self._command))
+            self._activity, self._running = f"running {self._node.ranks} ranks", True
             process = await asyncio.create_subprocess_exec(
                 *self._command, env=self._environment(), stdin=asyncio.subprocess.DEVNULL, start_new_session=True
             )
@@ -105,6 +113,7 @@ class NodeKeeper:
                         self._say("node 0 has ended or cannot be reached; ending the ranks of this node")
                         await asyncio.wait({running}, timeout=_END_S)
             finally:
+                self._running = False
                 await _end(process)
             return await running
         finally:

@@ -38,7 +38,7 @@ class RequiredWorkers:
         if nodes > 1:  # a person may have to bring one back
             end = time.monotonic() + deadlines.NODES_ATTACH_S
             while not self._registry.alive(kind) and time.monotonic() < end:
-                self._status.enter("starting", _waiting_for_nodes(nodes, nodes_of_trainer(self._registry)))
+                self._status.enter("gathering", _waiting_for_nodes(nodes, nodes_of_trainer(self._registry)))
                 await self._controls.unless_ended(self._registry.wait_for_change(1.0))
         return (await self.wait_for(kind))[0]
 
