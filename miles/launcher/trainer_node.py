@@ -7,8 +7,10 @@ import asyncio
 import contextlib
 import logging
 import os
+import pathlib
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 
@@ -31,8 +33,8 @@ _LOOK_S = 1.0
 """Time between two attempts to reach node 0."""
 _CONNECT_S = 3.0
 _SAY_EVERY_S = 30.0
-_END_S = 60.0
-"""How long the ranks of this node may take to end after those of node 0: torchrun reports errors for seconds."""
+_END_S = 5.0
+"""How long the ranks of this node may take to end by themselves after those of node 0."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -56,7 +58,12 @@ class NodeKeeper:
         self._worker_id = worker_id
         self._silence_s = silence_s
         flags = ("--controller", controller, "--worker-id", worker_id, "--rank-timeout-s", f"{silence_s:g}")
-        self._command = torchrun(node, ("-m", "miles.services.trainer", *flags, *trainer_flags))
+        self._folder = tempfile.TemporaryDirectory(prefix="miles-trainer-node-")
+        self._ended = pathlib.Path(self._folder.name) / "ended"
+        """A file that the ranks write when the trainer ends in order. torchrun's exit code may come much later."""
+        self._command = torchrun(
+            node, ("-m", "miles.services.trainer", *flags, "--ended-file", str(self._ended), *trainer_flags)
+        )
         self._policy = RestartPolicy(limit=sys.maxsize)
         self._activity = "starting"
         self._running = False
@@ -88,7 +95,7 @@ class NodeKeeper:
     async def _keep(self) -> None:
         while True:
             code = await self._run_once()
-            if code == 0:
+            if code == 0 or self._ended.exists():
                 logger.info("the trainer has ended")
                 return
             delay_s = self._policy.delay_after(code, time.monotonic()) or 0.0
@@ -108,16 +115,21 @@ class NodeKeeper:
             gone = asyncio.create_task(_until_closed(reader))
             try:
                 async with cancelled_at_end(gone):
-                    await asyncio.wait({running, gone}, return_when=asyncio.FIRST_COMPLETED)
-                    if not running.done():
-                        self._say("node 0 has ended or cannot be reached; ending the ranks of this node")
-                        await asyncio.wait({running}, timeout=_END_S)
+                    await self._until_one_ends(running, gone)
             finally:
                 self._running = False
                 await _end(process)
             return await running
         finally:
             writer.close()
+
+    async def _until_one_ends(self, running: asyncio.Task[int], gone: asyncio.Task[None]) -> None:
+        """Return when the ranks have ended, or have to be ended because node 0 is gone or the trainer has ended."""
+        while not (running.done() or gone.done() or self._ended.exists()):
+            await asyncio.wait({running, gone}, timeout=_LOOK_S, return_when=asyncio.FIRST_COMPLETED)
+        end = time.monotonic() + _END_S
+        while not (running.done() or self._ended.exists()) and time.monotonic() < end:
+            await asyncio.wait({running}, timeout=_LOOK_S / 10)
 
     async def _reach_first_node(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         """Wait until node 0 serves the rendezvous; the connection, on which nothing is sent, breaks when it is gone.

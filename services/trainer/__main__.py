@@ -65,6 +65,9 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
         default=60,
         help="how long another rank's host may not be reached before this rank ends, in seconds (default: %(default)g)",
     )
+    parser.add_argument(
+        "--ended-file", type=pathlib.Path, help="ranks other than 0 write this file when the trainer has ended in order"
+    )
     parser.add_argument("--address-file", type=pathlib.Path, help="write the host:port served on to this file")
     return parser.parse_args(arguments)
 
@@ -88,6 +91,8 @@ def run(arguments: argparse.Namespace) -> None:
             main(lambda: serve(arguments, ranks, worker, connections))
         else:
             _follow(ranks, worker, connections)
+            if arguments.ended_file is not None:
+                arguments.ended_file.touch()
     finally:
         connections.close(orderly=False)
         dist.destroy_process_group()
