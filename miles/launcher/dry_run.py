@@ -13,7 +13,8 @@ from miles.config.command.yaml_files import write_text
 from miles.config.job import JobConfig, examine, resolved
 from miles.config.schema.catalog import catalog
 from miles.config.schema.faults import ConfigError
-from miles.launcher.plan import ProcessPlan, plan_run
+from miles.launcher.elsewhere import command_line, plan_elsewhere
+from miles.launcher.plan import ProcessPlan, controller_address, plan_run
 from miles.precision.number_types import decide, slow_type, slowdown_key
 from miles.redis_url import without_password
 from miles.telemetry.redaction import REDACTED, redact, redact_config
@@ -45,6 +46,9 @@ def describe_run(config: JobConfig) -> str:
     }
     if external:
         document["runs elsewhere"] = external
+    if elsewhere := plan_elsewhere(config, controller_address(config)):
+        secret = config.train.train_env_vars
+        document["start on other hosts"] = {plan.name: command_line(plan, secret) for plan in elsewhere}
     return redact(write_text(document))
 
 
