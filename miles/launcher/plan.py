@@ -114,8 +114,7 @@ def plan_workers(
     """
     weightsync = _weightsync_flags(config)
     plans = [_worker(config, "weightsync", "weightsync", "weightsync_port", controller, extra=weightsync)]
-    reward = config.reward
-    if reward.rm_type or reward.custom_rm_path:
+    if config.reward.scored_here:
         flags = [] if every_reward else _reward_flags(config)
         plans.append(_worker(config, "reward-0", "reward", "reward_port", controller, extra=flags))
     for i in range(config.cluster.rollout_num_workers):
@@ -209,7 +208,8 @@ def _reward_flags(config: JobConfig) -> list[str]:
     reward = config.reward
     if reward.rm_type:
         return ["--rewards", reward.rm_type]
-    assert reward.custom_rm_path is not None
+    if not reward.custom_rm_path:
+        return []  # all: rows name theirs
     return ["--custom-rm-path", reward.custom_rm_path, *(["--group-rm"] if reward.group_rm else [])]
 
 

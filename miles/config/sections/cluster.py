@@ -20,7 +20,7 @@ class ClusterConfig(Section):
     """Number of rollout services, with one inference engine each."""
 
     colocate: bool = False
-    """Run trainer and engines on the same GPUs, in turns."""
+    """Run trainer and engines on the same GPUs: in turns, or at once when offload_rollout is off."""
 
     offload_rollout: Annotated[bool, Derived("on with colocate")] = derived()
     """Release the engines' memory (weights, KV cache) while the trainer works."""
