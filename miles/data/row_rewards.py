@@ -28,7 +28,9 @@ def check_reward(row: PromptRow, config: RewardConfig) -> None:
         return
     chosen = row.metadata.get(REWARD_KEY, config.rm_type)
     if chosen is None:
-        raise DataError(f"no reward scores it: its metadata has no {REWARD_KEY}, and there is no default; set --rm-type")
+        raise DataError(
+            f"no reward scores it: its metadata has no {REWARD_KEY}, and there is no default; set --rm-type"
+        )
     if not isinstance(chosen, str) or chosen not in get_args(BuiltinReward):
         names = ", ".join(get_args(BuiltinReward))
         raise DataError(

@@ -136,4 +136,3 @@ def _kind(load: GpuLoad) -> object:
 def host_total(node: NodeLoad) -> str:
     """Say how much of a node's memory is taken."""
     return f"node {node.node}, host memory: about {size(node.peak)}"
-

@@ -24,8 +24,9 @@ from miles.rpc.exit_codes import ExitCode
 
 _USAGE = (
     "usage: miles plan [--json] [--assume-gpus N,N,...] [--config FILE] [FLAGS]",
-    "Takes train.py's flags and says which process starts on which node and GPUs, and what each takes of a GPU's memory, "
-    "of the host's and of the disk, with the formula of each figure. Starts nothing. A model's config.json will do.",
+    "Takes train.py's flags and says which process starts on which node and GPUs, and what each takes of a GPU's "
+    "memory, of the host's and of the disk, with the formula of each figure. Starts nothing, and needs no weights: a "
+    "model's config.json will do.",
     "--assume-gpus 8,8 plans for two nodes of 8 GPUs instead of this machine; 8x80GB says their memory too, which is "
     "141GB otherwise.",
     f"The exit code is 0 when everything fits, {ExitCode.MACHINE_UNSUITABLE:d} when something does not, and "

@@ -40,7 +40,9 @@ def layer_elements(shape: ModelShape, layer: int, layout: Layout, *, sequence_pa
     experts = 0
     if layer in shape.expert_layers:
         split += 4 * shape.shared_width
-        experts = shape.experts_per_token * (2 * hidden + 4 * shape.expert_width // layout.expert_tensor)
+        # Of this rank's part of the sequence each token goes to its experts, whose ranks all need its hidden states.
+        rows = layout.expert_tensor / (tensor if sequence_parallel else 1)
+        experts = int(shape.experts_per_token * rows * (2 * hidden + 4 * shape.expert_width // layout.expert_tensor))
         whole += 2 * shape.experts
     else:
         split += 4 * shape.width  # gate, up, the activation of the one, and its product with the other
@@ -80,7 +82,7 @@ def _logits(run: Run, shape: ModelShape, layout: Layout) -> list[Part]:
         Part(
             "logits",
             tokens * columns * run.train_bytes,
-            f"at most {tokens} rows × {columns} columns{split} × {run.train_bytes} bytes; their gradient takes their place",
+            f"at most {tokens} rows × {columns} columns{split} × {run.train_bytes} bytes; their gradient is put there too",
             When.TRAINING,
         ),
         Part(

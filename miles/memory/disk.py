@@ -27,5 +27,7 @@ def disk_part(run: Run) -> Part:
     checkpoint, export = trained * each, total * run.engine_bytes
     tokens = steps * s.log_samples_per_step * s.n_samples_per_prompt * (s.rollout_max_response_len or 0)
     samples = tokens * _SAMPLE_TOKEN_BYTES
-    formula = f"{saves} checkpoints × {size(checkpoint)} + {exports} exports × {size(export)} + {size(samples)} of samples"
+    formula = (
+        f"{saves} checkpoints × {size(checkpoint)} + {exports} exports × {size(export)} + {size(samples)} of samples"
+    )
     return Part("disk", saves * checkpoint + exports * export + samples, formula)

@@ -8,7 +8,12 @@ from miles.memory.parameters import key_value_elements, mtp_parameters
 from miles.memory.run import Run
 
 _MIB = 1 << 20
-_SGLANG_SIZES = ((20 << 10, 2048, 8, 8), (35 << 10, 4096, 48, 160), (60 << 10, 4096, 32, 160), (160 << 10, 8192, 256, 512))
+_SGLANG_SIZES = (
+    (20 << 10, 2048, 8, 8),
+    (35 << 10, 4096, 48, 160),
+    (60 << 10, 4096, 32, 160),
+    (160 << 10, 8192, 256, 512),
+)
 """MiB below which a GPU has these, of SGLang 0.5.21: tokens of a prefill chunk, and requests of the largest decoding
 graph with fewer than 4 GPUs and with more (arg_groups/memory_hook.py)."""
 _SGLANG_LARGEST = (16384, 512, 512)
@@ -46,7 +51,7 @@ def static_fraction(run: Run, gpu_bytes: int) -> float:
     reserved = 512 + 1.5 * max(2048, int(args.get("chunked_prefill_size") or chunk)) + 128 * gpus + 2 * batch
     if total > 60 << 10:
         reserved = max(reserved, 10 << 10)
-    return max(0.0, round(1 - reserved / total, 3))
+    return float(max(0.0, round(1 - reserved / total, 3)))
 
 
 def _draft(run: Run) -> int:
@@ -97,5 +102,7 @@ def _torch(run: Run) -> list[Part]:
         elements = shape.layers * shape.heads * (latent.nope_dim + latent.rope_dim + latent.value_dim)
     positions = -(-run.longest // 64) * 64
     count = requests * positions * elements * run.engine_bytes
-    formula = f"at most {requests} requests × {positions} positions × {number(elements)} elements × {run.engine_bytes} bytes"
+    formula = (
+        f"at most {requests} requests × {positions} positions × {number(elements)} elements × {run.engine_bytes} bytes"
+    )
     return [weights, Part("KV cache", count, formula, weights.when)]

@@ -96,7 +96,12 @@ def _gathered(run: Run) -> list[Part]:
     gathered = f"(embeddings and head of {number(root)} + 2 layers of {number(unit)}) × {each}"
     return [
         Part("gathered units", (root + 2 * unit) * each, gathered, When.TRAINING),
-        Part("gradients that are being reduced", reduced * (each + 4), f"{number(reduced)} × ({each} + 4 bytes)", When.TRAINING),
+        Part(
+            "gradients that are being reduced",
+            reduced * (each + 4),
+            f"{number(reduced)} × ({each} + 4 bytes)",
+            When.TRAINING,
+        ),
     ]
 
 
@@ -110,8 +115,9 @@ def _copies(run: Run) -> list[Part]:
         parts.append(Part("reading the model", total * each, formula, When.LOADING))
     if run.old_policies:
         copies = run.old_policies + 1
-        formula = f"({run.old_policies} versions + the own one while they are asked) × {number(total)} × {run.master_bytes}"
+        formula = (
+            f"({run.old_policies} versions + the own one while they are asked) × {number(total)} × {run.master_bytes}"
+        )
         size = copies * total * run.master_bytes // run.ranks
-        parts.append(Part("old policies", size, f"{formula} / {run.ranks} ranks"))
+        parts.append(Part("old policies", size, f"{formula} × {run.master_bytes} / {run.ranks} ranks"))
     return parts
-

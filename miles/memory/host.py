@@ -18,8 +18,6 @@ _CONTEXT = int(1.5 * (1 << 30))
 def versions_part(run: Run) -> Part:
     """Return what versions of the weights take in shared memory of a node: the one that is served and the next one."""
     count = run.policy.parameters.total
-    if run.settings.lora_rank:
-        return Part("versions of the weights", 2 * count * run.engine_bytes, f"2 bases × {number(count)} × {run.engine_bytes}")
     formula = f"2 versions × {number(count)} × {run.engine_bytes}"
     return Part("versions of the weights", 2 * count * run.engine_bytes, formula)
 

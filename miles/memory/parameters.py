@@ -44,13 +44,9 @@ class Parameters:
 
     def split(self, tensor: int, key_value_heads: int) -> Parameters:
         """Return what the largest of `tensor` ranks has of everything but experts, which are split otherwise."""
-        return dataclasses.replace(
-            self,
-            **{
-                kind: -(-getattr(self, kind) // tensor) for kind in ("embedding", "head", "attention", "dense", "shared")
-            },
-            key_values=-(-self.key_values // min(tensor, key_value_heads)),
-        )
+        kinds = ("embedding", "head", "attention", "dense", "shared")
+        split = {kind: -(-getattr(self, kind) // tensor) for kind in kinds}
+        return dataclasses.replace(self, **split, key_values=-(-self.key_values // min(tensor, key_value_heads)))
 
 
 def layer_parameters(shape: ModelShape, layer: int) -> Parameters:

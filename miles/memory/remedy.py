@@ -1,4 +1,4 @@
-"""Layouts that would fit, for one that does not: the smallest number of nodes, and the largest share that fits there."""
+"""Layouts and servers that would fit, for ones that do not."""
 
 from __future__ import annotations
 

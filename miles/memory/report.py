@@ -118,9 +118,7 @@ def _trainer_uses(run: Run, placement: Placement | None) -> list[Use]:
         node, gpu = places[rank] if on_gpu else (0, None)
         context = [host.context_part()] if on_gpu else []
         process = host.process_part("cuda" if on_gpu else "cpu")
-        uses.append(
-            Use("trainer-0", f"rank {rank}", node, gpu, tuple([*device, *context]), tuple([*own, process]))
-        )
+        uses.append(Use("trainer-0", f"rank {rank}", node, gpu, (*device, *context), (*own, process)))
     return uses
 
 
@@ -138,9 +136,7 @@ def _rollout_uses(run: Run, cluster: Cluster, placement: Placement | None) -> li
             parts = engine_parts(run, capacity, _resident(run, placement, place.node, gpu))
             parts += [] if servers else [host.context_part()]
             part = f"server {number // s.rollout_num_gpus_per_engine}" if servers else "engine"
-            uses.append(
-                Use(f"rollout-{service}", part, place.node, gpu, tuple(parts), (host.process_part("cuda"),))
-            )
+            uses.append(Use(f"rollout-{service}", part, place.node, gpu, tuple(parts), (host.process_part("cuda"),)))
     return uses
 
 

@@ -44,7 +44,7 @@ class Run:
     @property
     def ranks(self) -> int:
         """The trainer's processes."""
-        return self.settings.actor_num_nodes * (self.settings.actor_num_gpus_per_node or 1)
+        return int(self.settings.actor_num_nodes * (self.settings.actor_num_gpus_per_node or 1))
 
     @property
     def has_critic(self) -> bool:
@@ -74,7 +74,7 @@ class Run:
         """Tokens of a micro-batch on one rank."""
         s = self.settings
         longest = -(-self.longest // s.context_parallel_size)
-        return max(s.max_tokens_per_gpu, longest) if s.use_dynamic_batch_size else s.micro_batch_size * longest
+        return int(max(s.max_tokens_per_gpu, longest) if s.use_dynamic_batch_size else s.micro_batch_size * longest)
 
     @property
     def micro_batch_words(self) -> str:
@@ -110,7 +110,7 @@ def run_of(settings: FlatSettings | None) -> Run | None:
 
 
 def read_model(folder: str) -> Model | None:
-    """Return a folder's model by its config.json, or else by the headers of its weights; None if neither can be read."""
+    """Return a folder's model by its config.json, or else by its weights' headers; None if neither can be read."""
     config: dict[str, Any] = read_json_object(pathlib.Path(folder) / "config.json")
     if (shape := shape_of(config)) is not None:
         return Model(model_parameters(shape), shape)

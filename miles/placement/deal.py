@@ -80,11 +80,12 @@ def deal(nodes: Sequence[int], demand: Demand, *, rollout_nodes: int | None = No
         node: (list(range(taken.get(node, 0))) if demand.colocate else list(range(taken.get(node, 0), count)))
         for node, count in enumerate(nodes[:rollout_nodes])
     }
+    room = sum(map(len, free.values()))
     rollouts = []
     for _ in range(demand.services):
         node = next((node for node, left in free.items() if len(left) >= demand.service_gpus), None)
         if node is None:
-            raise _no_room(nodes, demand, sum(map(len, free.values())), rollout_nodes)
+            raise _no_room(nodes, demand, room, rollout_nodes)
         rollouts.append(Place(node, tuple(free[node][: demand.service_gpus])))
         del free[node][: demand.service_gpus]
     return Placement(trainer, tuple(rollouts))
@@ -110,22 +111,25 @@ def _no_room(nodes: Sequence[int], demand: Demand, free: int, rollout_nodes: int
         problem = f"a server's GPUs are on one node, and the largest has {_gpus(largest)}"
         elsewhere = "start the server over several nodes yourself and name it in rollout_external_engine_addrs"
         return NoRoomError("rollout_num_gpus_per_engine", demand.engine_gpus, problem, f"lower it, or {elsewhere}")
-    shared = f"colocate leaves them the trainer's {_gpus(free)}" if demand.colocate else ""
     if demand.rollout_gpus <= free:
         problem = f"each service's {_gpus(demand.service_gpus)} are on one node, and no node has as many left"
         most = max(1, largest // demand.engine_gpus) * demand.engine_gpus
-        services = -(-demand.rollout_gpus // most)
-        return NoRoomError("rollout_num_workers", demand.services, problem, f"set it to {max(services, 2)} or more")
+        services = max(2, -(-demand.rollout_gpus // most))
+        return NoRoomError("rollout_num_workers", demand.services, problem, f"set it to {services} or more")
+    by_service = demand.services > 1 and demand.service_gpus == 1
+    setting = "rollout_num_workers" if by_service else "rollout_num_gpus"
+    if demand.colocate:
+        problem = f"colocate leaves them the trainer's {_gpus(free)}"
+        return NoRoomError(setting, demand.rollout_gpus, problem, "lower it, or give the trainer more")
     trainers = demand.trainer_nodes * demand.trainer_gpus
-    left = f"the trainer's {trainers} leave {free} of the {sum(nodes)} GPUs"
+    problem = f"the trainer's {trainers} leave {free} of the {sum(nodes)} GPUs"
     if rollout_nodes is not None and rollout_nodes < len(nodes):
-        left = f"the trainer leaves {free} of this node's {_gpus(nodes[0])}"
-    remedy = "lower it, or raise actor_num_nodes" if demand.colocate else (
-        "turn colocate on so that they take turns, lower it or actor_num_gpus_per_node, use more nodes, or name servers "
-        "that run on others in rollout_external_engine_addrs"
+        problem = f"the trainer leaves {free} of this node's {_gpus(nodes[0])}"
+    remedy = (
+        "turn colocate on so that they share them (with --no-offload-rollout both at once), lower it or "
+        "actor_num_gpus_per_node, use more nodes, or name servers of other nodes in rollout_external_engine_addrs"
     )
-    setting = "rollout_num_gpus" if demand.services == 1 or demand.service_gpus > 1 else "rollout_num_workers"
-    return NoRoomError(setting, demand.rollout_gpus, shared or left, remedy)
+    return NoRoomError(setting, demand.rollout_gpus, problem, remedy)
 
 
 def _gpus(count: int) -> str:

@@ -109,7 +109,9 @@ def _model_folder(key: str, path: str) -> Iterator[Fault]:
     if not (folder / "config.json").is_file():
         yield Fault(key, path, "config.json is missing in it", "give a complete Hugging Face checkpoint")
     if not any(any(folder.glob(pattern)) for pattern in _WEIGHT_PATTERNS):
-        yield RunFault(key, path, "there are no weights in it (*.safetensors)", "give a complete Hugging Face checkpoint")
+        yield RunFault(
+            key, path, "there are no weights in it (*.safetensors)", "give a complete Hugging Face checkpoint"
+        )
     if key == "hf_checkpoint" and not any((folder / name).is_file() for name in _TOKENIZER_FILES):
         yield Fault(key, path, "there is no tokenizer in it (tokenizer.json)", "save the tokenizer there too")
 
@@ -148,9 +150,7 @@ def _data_file(s: FlatSettings, key: str, spec: str, input_key: str, label_key: 
         yield from _columns(s, key, path, input_key, label_key)
 
 
-def _columns(
-    s: FlatSettings, key: str, path: pathlib.Path, input_key: str, label_key: str | None
-) -> Iterator[Fault]:
+def _columns(s: FlatSettings, key: str, path: pathlib.Path, input_key: str, label_key: str | None) -> Iterator[Fault]:
     with path.open("rb") as file:
         first = next((line for line in file if line.strip()), b"")
     row = None

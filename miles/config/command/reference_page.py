@@ -78,7 +78,7 @@ def help_text(width: int | None) -> str:
     """Return what `--help` prints: every flag by section, in lines of `width` columns; None breaks no line."""
     parts = [
         "--no-… turns a switch off, and leaves out any other setting that a file has.\n"
-        "--config FILE reads settings from YAML; --dry-run starts nothing, and with --assume-gpus 8,8 plans for those GPUs."
+        "--config FILE reads settings from YAML; --dry-run starts nothing, and plans for --assume-gpus 8,8 if given."
     ]
     for section in SECTIONS:
         parts.append(f"\n{section}:")

@@ -17,8 +17,8 @@ class RewardConfig(Section):
     """Scoring: a built-in reward, a function, or services."""
 
     rm_type: BuiltinReward | None = None
-    """Built-in reward of rows whose metadata names none (as rm_type); without it, custom_rm_path and reward_service every
-    row has to name one."""
+    """Built-in reward of rows whose metadata names none (as rm_type); every row has to where custom_rm_path and
+    reward_service are not given either."""
 
     custom_rm_path: Annotated[str | None, DottedPath(), Metavar("MODULE.NAME")] = None
     """Async function that scores a sample, instead of rm_type."""

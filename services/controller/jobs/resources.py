@@ -57,7 +57,8 @@ def serves(served: Collection[str], reward: str) -> bool:
 
     An empty reward is whatever rows name.
     """
-    return not reward or not served or reward in served or reward.rpartition(".")[2] in served  # a function has its own name
+    own_name = reward.rpartition(".")[2]  # of a function
+    return not reward or not served or reward in served or own_name in served
 
 
 def missing_reward(reward: str) -> str:
