@@ -95,8 +95,13 @@ class Report:
 def trainer_parts(run: Run, stage: int = 0) -> tuple[list[Part], list[Part]]:
     """Return what a rank of the trainer takes on its device, and in host memory besides, without its process itself."""
     megatron = run.settings.train_backend == "megatron"
-    device, others = megatron_parts(run, stage) if megatron else fsdp_parts(run)
-    return [*device, *activation_parts(run, stage), host.buckets_part(run)], others
+    state, others = megatron_parts(run, stage) if megatron else fsdp_parts(run)
+    device = [*state, *activation_parts(run, stage), host.buckets_part(run)]
+    if not run.parks:
+        return device, others
+    moved = sum(part.bytes for part in state if part.when is When.ALWAYS and not part.name.endswith("gradients"))
+    parked = Part("parked trainer", moved, "weights and optimizer of a rank while the engines work, pinned")
+    return [dataclasses.replace(part, when=When.TRAINING) for part in device], [*others, parked]
 
 
 def report_of(run: Run, cluster: Cluster, placement: Placement | None) -> Report:

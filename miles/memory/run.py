@@ -47,6 +47,14 @@ class Run:
         return int(self.settings.actor_num_nodes * (self.settings.actor_num_gpus_per_node or 1))
 
     @property
+    def parks(self) -> bool:
+        """Whether the trainer moves to host memory while the engines work."""
+        s = self.settings
+        if s.offload_train is None:
+            return bool(s.colocate and s.device == "cuda" and not s.fsdp_cpu_offload)
+        return bool(s.offload_train and s.device == "cuda")
+
+    @property
     def has_critic(self) -> bool:
         """Whether a critic is trained beside the policy."""
         return bool(self.settings.advantage_estimator == "ppo")

@@ -28,8 +28,8 @@ def run_case(case: dict[str, Any], out: pathlib.Path) -> None:
 
     A case has: name, model (folder), flags (changes of the configuration), routing (experts, layers, top-k) or None,
     and optionally own_routing (samples have the routing of the folder's model, but for every fifth token), seed (of
-    every step's groups), steps, swap (everything is moved to host memory and back before each call; the bytes are in the
-    JSON file), save_at, save_in_background (until the next step was taken), save_hf, reward (of every
+    every step's groups), steps, swap (everything is moved to host memory and back before each call; the JSON file has
+    the bytes), save_at, save_in_background (until the next step was taken), save_hf, reward (of every
     sample), off_policy for samples of two versions, and abandon_at: at which of rank 0's reports each step is left
     before it is taken; see `tests/integration/test_megatron_layouts.py`.
     """
@@ -70,13 +70,16 @@ def run_case(case: dict[str, Any], out: pathlib.Path) -> None:
                 backend.save(folder, state)
     swap(case, backend, moved)
     weights = exported(backend)
+    by_rank: list[list[int]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(by_rank, moved)
     swap(case, backend, moved)
     layout = [[n, str(dtype), list(shape)] for n, dtype, shape in backend.export_layout()]
     if case.get("save_hf"):
         backend.save_hf(out / name / "hf")
     if dist.get_rank() == 0:
         save_file(weights, out / f"{name}.safetensors")
-        (out / f"{name}.json").write_text(json.dumps({"metrics": metrics, "layout": layout, "moved": moved}))
+        result = {"metrics": metrics, "layout": layout, "moved": moved, "moved_by_rank": by_rank}
+        (out / f"{name}.json").write_text(json.dumps(result))
     backend.close()
 
 

@@ -137,8 +137,11 @@ def quantised_weights_go_to_an_engine_that_takes_them(s: FlatSettings) -> Iterat
 
 @rule
 def taking_turns_is_synchronous(s: FlatSettings) -> Iterator[Fault]:
-    if s.offload_rollout and s.max_weight_staleness:
-        key = "colocate" if s.colocate and not s.given("offload_rollout") else "offload_rollout"
-        problem = f"max_weight_staleness = {s.max_weight_staleness} has engines and trainer work at once"
-        remedy = "set max_weight_staleness to 0, or leave it out"
-        yield Fault(key, True, problem, f"{remedy}; with --no-offload-rollout both keep their memory on the same GPUs")
+    shared = s.colocate and s.offload_rollout is False and s.offload_train is False
+    for key in ("colocate", "offload_rollout", "offload_train"):
+        if getattr(s, key) and s.max_weight_staleness and not shared:
+            problem = f"max_weight_staleness = {s.max_weight_staleness} has engines and trainer work at once"
+            remedy = "set max_weight_staleness to 0, or leave it out"
+            both = "; --colocate --no-offload-rollout --no-offload-train has both on the same GPUs at once"
+            yield Fault(key, True, problem, remedy + both)
+            return

@@ -99,19 +99,18 @@ class Parking:
     def _storages(
         self, tensors: Iterable[torch.Tensor], but: Iterable[torch.UntypedStorage]
     ) -> list[torch.UntypedStorage]:
-        """The storages of tensors on the device that have memory, each once."""
+        """The storages of tensors on the device that have memory of their own, each once: not mapped files."""
         known = {storage.data_ptr() for storage in but}
         found = []
         for tensor in tensors:
             storage = tensor.untyped_storage()
-            if storage.device.type == self._device.type and storage.nbytes() and storage.data_ptr() not in known:
+            own = storage.device.type == self._device.type and storage.nbytes() and storage.resizable()
+            if own and storage.data_ptr() not in known:
                 known.add(storage.data_ptr())
                 found.append(storage)
         return found
 
-    def _pieces(
-        self, sizes: Iterable[tuple[torch.UntypedStorage, int]]
-    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def _pieces(self, sizes: Iterable[tuple[torch.UntypedStorage, int]]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Each storage's bytes beside their place in host memory, in pieces, uint8; allocates chunks as needed."""
         chunk, start = 0, 0
         for storage, size in sizes:

@@ -1,5 +1,8 @@
+import pathlib
+
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from miles.services.trainer.backends.parking import _CHUNK_BYTES, Held, Parking
 
@@ -110,3 +113,11 @@ def test_repeats_do_nothing(times: int) -> None:
     parked = parking(tensor)
     assert [parked.park().nbytes for _ in range(times)] == [16, *[0] * (times - 1)]
     assert [parked.restore().nbytes for _ in range(times)] == [16, *[0] * (times - 1)]
+
+
+def test_a_mapped_file_stays_where_it_is(tmp_path: pathlib.Path) -> None:
+    save_file({"weight": torch.ones(8)}, tmp_path / "model.safetensors")
+    weight = load_file(tmp_path / "model.safetensors")["weight"]
+    parked = parking(weight)
+    assert parked.park().nbytes == 0
+    assert torch.equal(weight, torch.ones(8))
