@@ -82,7 +82,7 @@ def _logits(run: Run, shape: ModelShape, layout: Layout) -> list[Part]:
         Part(
             "logits",
             tokens * columns * run.train_bytes,
-            f"at most {tokens} rows × {columns} columns{split} × {run.train_bytes} bytes; their gradient is put there too",
+            f"at most {tokens} rows × {columns} columns{split} × {run.train_bytes} bytes; their gradient is there too",
             When.TRAINING,
         ),
         Part(

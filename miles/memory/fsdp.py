@@ -71,8 +71,9 @@ def _adapted(run: Run) -> list[Part]:
     base, shape = run.policy.parameters.total, run.policy.shape
     parts = [_shard("policy weights, frozen", run, base, run.train_bytes, f"{run.train_bytes} bytes")]
     if shape is not None:
-        count, each = adapter_parameters(shape, run.settings.lora_rank), 4 * _ADAPTER_BYTES
-        parts.append(_shard("adapter, gradients and optimizer", run, count, each, f"{each} bytes"))
+        count, each = adapter_parameters(shape, run.settings.lora_rank), _ADAPTER_BYTES
+        parts.append(_shard("adapter and optimizer", run, count, 3 * each, f"{3 * each} bytes"))
+        parts.append(_shard("adapter gradients", run, count, each, f"{each} bytes", When.TRAINING))
     return parts
 
 

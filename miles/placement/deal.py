@@ -2,13 +2,14 @@
 
 The trainer comes first: the first GPUs of the first nodes that have enough. Each rollout service gets consecutive GPUs
 of one node, because it starts its servers there: on the trainer's node while GPUs are left, else on the next. With
-`colocate` services share the trainer's GPUs, each another part of them.
+`colocate` services share the trainer's GPUs: each another part of them, or, of more services than there are parts, some
+the same.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -75,20 +76,33 @@ def deal(nodes: Sequence[int], demand: Demand, *, rollout_nodes: int | None = No
     Raises NoRoomError with the setting to change.
     """
     trainer = _trainer(nodes, demand)
-    taken = {place.node: len(place.gpus) for place in trainer}
-    free = {
-        node: (list(range(taken.get(node, 0))) if demand.colocate else list(range(taken.get(node, 0), count)))
-        for node, count in enumerate(nodes[:rollout_nodes])
-    }
-    room = sum(map(len, free.values()))
+    pool = _pool(nodes, demand, trainer, rollout_nodes)
+    free = {node: list(gpus) for node, gpus in pool.items()}
     rollouts = []
     for _ in range(demand.services):
-        node = next((node for node, left in free.items() if len(left) >= demand.service_gpus), None)
+        node = _with_room(free, demand)
+        if node is None and demand.colocate:
+            free = {node: list(gpus) for node, gpus in pool.items()}  # from the first GPU again
+            node = _with_room(free, demand)
         if node is None:
-            raise _no_room(nodes, demand, room, rollout_nodes)
+            raise _no_room(nodes, demand, sum(map(len, pool.values())), rollout_nodes)
         rollouts.append(Place(node, tuple(free[node][: demand.service_gpus])))
         del free[node][: demand.service_gpus]
     return Placement(trainer, tuple(rollouts))
+
+
+def _pool(
+    nodes: Sequence[int], demand: Demand, trainer: Sequence[Place], rollout_nodes: int | None
+) -> dict[int, Sequence[int]]:
+    """Return the GPUs by node that rollout services may have: those of the trainer, or all others."""
+    taken = {place.node: len(place.gpus) for place in trainer}
+    if demand.colocate:
+        return {node: range(taken.get(node, 0)) for node in range(len(nodes[:rollout_nodes]))}
+    return {node: range(taken.get(node, 0), count) for node, count in enumerate(nodes[:rollout_nodes])}
+
+
+def _with_room(free: Mapping[int, Sequence[int]], demand: Demand) -> int | None:
+    return next((node for node, left in free.items() if len(left) >= demand.service_gpus), None)
 
 
 def _trainer(nodes: Sequence[int], demand: Demand) -> tuple[Place, ...]:
@@ -119,14 +133,15 @@ def _no_room(nodes: Sequence[int], demand: Demand, free: int, rollout_nodes: int
     by_service = demand.services > 1 and demand.service_gpus == 1
     setting = "rollout_num_workers" if by_service else "rollout_num_gpus"
     if demand.colocate:
-        problem = f"colocate leaves them the trainer's {_gpus(free)}"
-        return NoRoomError(setting, demand.rollout_gpus, problem, "lower it, or give the trainer more")
+        problem = f"a service's {_gpus(demand.service_gpus)} are on one node, where colocate leaves the trainer's alone"
+        remedy = "raise rollout_num_workers, or lower it"
+        return NoRoomError("rollout_num_gpus", demand.rollout_gpus, problem, remedy)
     trainers = demand.trainer_nodes * demand.trainer_gpus
     problem = f"the trainer's {trainers} leave {free} of the {sum(nodes)} GPUs"
     if rollout_nodes is not None and rollout_nodes < len(nodes):
         problem = f"the trainer leaves {free} of this node's {_gpus(nodes[0])}"
     remedy = (
-        "turn colocate on so that they take turns on them, lower it or actor_num_gpus_per_node, use more nodes, or name "
+        "turn colocate on so that they take turns, lower it or actor_num_gpus_per_node, use more nodes, or name "
         "servers of other nodes in rollout_external_engine_addrs"
     )
     return NoRoomError(setting, demand.rollout_gpus, problem, remedy)

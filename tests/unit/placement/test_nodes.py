@@ -11,7 +11,8 @@ def test_gpus_are_given_node_by_node_with_or_without_their_memory() -> None:
     assert cluster.assumed
     assert cluster.gpus == 14
     h200, h100, other = (node.gpu_bytes for node in cluster.nodes)
-    assert h200 is not None and h100 is not None
+    assert h200 is not None
+    assert h100 is not None
     assert abs(h200 - 139.8 * GIB) < GIB  # as nvidia-smi shows an H200
     assert abs(h100 - 79.1 * GIB) < GIB
     assert other == 24 * GIB
