@@ -116,6 +116,32 @@ def test_a_checkpoint_resumes_on_the_gpu(tmp_path: pathlib.Path) -> None:
     assert_close(dict(first.export()), dict(second.export()), 1e-5)
 
 
+@pytest.mark.parametrize("changes", [{}, {"torch_compile": True}, {"lora_rank": 2}], ids=["plain", "compiled", "lora"])
+def test_a_trainer_that_has_left_the_gpu_goes_on_as_if_it_had_not(
+    tmp_path: pathlib.Path, changes: dict[str, Any]
+) -> None:
+    model = write_dense_model(tmp_path / "model", hidden_size=1024, intermediate_size=4096)
+    config = job_config(
+        model, device="cuda", distributed_backend="nccl", train_dtype="bfloat16", rollout_dtype="bfloat16", **changes
+    )
+    results = []
+    for leaves in (False, True):
+        backend = FsdpBackend(config, tmp_path / "checkpoints", CUDA)
+        backend.load()
+        for step in range(3):
+            backend.train(step, random_groups(step), lambda progress: None)
+            if leaves:
+                held = torch.cuda.memory_allocated()
+                moved = backend.release_memory()
+                assert moved.nbytes > 0.9 * (held - torch.cuda.memory_allocated())
+                assert torch.cuda.memory_allocated() < 0.05 * held
+                assert backend.restore_memory().nbytes == moved.nbytes
+        results.append({name: tensor.float().cpu() for name, tensor in backend.export()})
+        backend.close()
+    for name, tensor in results[0].items():
+        assert tensor.equal(results[1][name]), name
+
+
 def test_old_actors_resume_in_host_memory(tmp_path: pathlib.Path) -> None:
     keep = {"keep_old_actor": True, "max_weight_staleness": 1}
     config = job_config(write_dense_model(tmp_path / "model"), device="cuda", distributed_backend="nccl", **keep)
