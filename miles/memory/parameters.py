@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 from miles.memory.model import ModelShape
 
@@ -35,7 +36,7 @@ class Parameters:
 
     def values(self) -> tuple[int, ...]:
         """Return the numbers in the order of the fields."""
-        return dataclasses.astuple(self)
+        return tuple(getattr(self, field.name) for field in _FIELDS)
 
     @property
     def total(self) -> int:
@@ -49,6 +50,10 @@ class Parameters:
         return dataclasses.replace(self, **split, key_values=-(-self.key_values // min(tensor, key_value_heads)))
 
 
+_FIELDS = dataclasses.fields(Parameters)
+
+
+@functools.lru_cache(maxsize=4096)
 def layer_parameters(shape: ModelShape, layer: int) -> Parameters:
     """Return those of one decoder layer, counted from 0."""
     found = attention_parameters(shape) + Parameters(norms=shape.norms * shape.hidden)
