@@ -2,7 +2,7 @@
 
 Counted per token and layer, after Korthikanti et al. 2022 (Reducing Activation Recomputation in Large Transformer
 Models, arXiv 2205.05198), for layers with flash attention, gated MLPs and no dropout. Kernels' workspaces and what the
-allocator cannot use are not in it: of a large micro-batch expect up to a third more.
+allocator cannot use are not in it: expect up to a third more.
 """
 
 from __future__ import annotations
@@ -28,15 +28,22 @@ def activation_parts(run: Run, stage: int = 0) -> list[Part]:
     return [*parts, *_logits(run, shape, layout)] if stage == layout.pipeline - 1 else parts
 
 
-def layer_elements(shape: ModelShape, layer: int, layout: Layout, *, sequence_parallel: bool) -> int:
-    """Return the elements that one token leaves in one layer for the backward pass, on one rank."""
+def layer_elements(
+    shape: ModelShape, layer: int, layout: Layout, *, sequence_parallel: bool, norm_elements: int = 2
+) -> int:
+    """Return the elements that one token leaves in one layer for the backward pass, on one rank.
+
+    `norm_elements`: what a norm of one element leaves; its input and output where it is one kernel.
+    """
     hidden, tensor = shape.hidden, layout.tensor
-    whole = 2 * shape.norms * hidden  # input and output of each norm
+    whole = norm_elements * shape.norms * hidden
     if (latent := shape.latent) is not None:
-        whole += 2 * ((latent.query_rank or 0) + latent.key_value_rank + latent.rope_dim)
+        whole += norm_elements * ((latent.query_rank or 0) + latent.key_value_rank) + latent.rope_dim
         split = 2 * shape.heads * (latent.nope_dim + latent.rope_dim + latent.value_dim)
     else:
         split = 2 * shape.heads * shape.head_dim + 2 * shape.key_value_heads * shape.head_dim
+        if shape.query_key_norm is not None:
+            split += (norm_elements - 1) * (shape.heads + shape.key_value_heads) * shape.head_dim
     experts = 0
     if layer in shape.expert_layers:
         split += 4 * shape.shared_width
@@ -54,7 +61,10 @@ def _activations(run: Run, shape: ModelShape, layout: Layout, stage: int) -> Par
     megatron = s.train_backend == "megatron"
     sequence = bool(megatron and s.sequence_parallel and layout.tensor > 1)
     layers = stage_layers(shape, layout, stage)
-    elements = [layer_elements(shape, layer, layout, sequence_parallel=sequence) for layer in layers]
+    norm = 2 if megatron or _fuses_norms(run) else 3 if run.train_bytes == 4 else 4
+    elements = [
+        layer_elements(shape, layer, layout, sequence_parallel=sequence, norm_elements=norm) for layer in layers
+    ]
     flying = layout.pipeline - stage if megatron else 1
     virtual = 1 + (layout.pipeline - 1) / (layout.pipeline * layout.virtual) if layout.virtual > 1 else 1.0
     full = s.recompute_granularity == "full" if megatron else s.gradient_checkpointing
@@ -69,6 +79,11 @@ def _activations(run: Run, shape: ModelShape, layout: Layout, stage: int) -> Par
     times = "" if flying == 1 else f" × {flying} micro-batches in the pipeline"
     formula = f"{tokens} tokens ({run.micro_batch_words}) × {what} × {run.train_bytes} bytes{times}"
     return Part("activations", count, formula, When.TRAINING)
+
+
+def _fuses_norms(run: Run) -> bool:
+    """Return whether fsdp's norms are one kernel; others keep a float32 copy, and what is multiplied by the weight."""
+    return bool(run.settings.device == "cuda" and run.ranks == 1)
 
 
 def _logits(run: Run, shape: ModelShape, layout: Layout) -> list[Part]:

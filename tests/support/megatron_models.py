@@ -66,13 +66,13 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 """Family: the prefix of its classes in transformers, and what it sets besides the common sizes."""
 
 
-def config_of(family: str) -> Any:
-    """transformers' configuration of a family's tiny model."""
+def config_of(family: str, **sizes: int) -> Any:
+    """transformers' configuration of a family's tiny model, with other sizes where some are given."""
     import transformers
 
     prefix, changes = FAMILIES[family]
     text = "TextConfig" if prefix in ("Gemma3", "Llama4") else "Config"
-    return getattr(transformers, prefix + text)(**{**_COMMON, **changes})
+    return getattr(transformers, prefix + text)(**{**_COMMON, **changes, **sizes})
 
 
 def write_model(family: str, folder: pathlib.Path, seed: int = 0) -> pathlib.Path:
