@@ -24,7 +24,9 @@ from typing import Any
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 RECIPE = "examples/smollm2_chain_sum/config.yaml"
-LAYOUTS = {"side-by-side": (), "colocated": ("--colocate",)}
+SHARED = ("--colocate", "--no-offload-rollout", "--no-offload-train")
+"""Engine and trainer on the same GPUs at once."""
+LAYOUTS = {"side-by-side": SHARED, "colocated": ("--colocate", "--offload-rollout", "--offload-train")}
 GPU_FLAGS = (
     *("--sglang-attention-backend", "fa3", "--sglang-sampling-backend", "pytorch"),
     *("--sglang-mem-fraction-static", "0.4", "--sglang-max-total-tokens", "200000"),
@@ -55,7 +57,8 @@ def run(args: argparse.Namespace, flags: Sequence[str], folder: pathlib.Path) ->
     recipe = ["--config", RECIPE, "--hf-checkpoint", args.model, "--actor-num-gpus-per-node", "1"]
     recipe += ["--num-rollout", str(args.steps), "--lr-decay-iters", str(args.steps)]
     deadline_s = getattr(args, "deadline", RUN_DEADLINE_S)
-    return train([*recipe, *engine_flags(args.device, args.python), *flags, *args.more], folder, deadline_s)
+    shared = SHARED if args.device == "cuda" else ()
+    return train([*recipe, *engine_flags(args.device, args.python), *shared, *flags, *args.more], folder, deadline_s)
 
 
 def train(flags: Sequence[str], folder: pathlib.Path, deadline_s: float = RUN_DEADLINE_S) -> dict[str, Any]:

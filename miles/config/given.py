@@ -8,7 +8,7 @@ from typing import Any
 from miles.config.job import examine, resolved
 from miles.config.schema.catalog import catalog
 
-_LAST = ("global_batch_size", "rollout_batch_size")
+_LAST = ("global_batch_size", "rollout_batch_size", "n_samples_per_prompt")
 """Of the batch sizes, each of which follows from the others, these are what people give."""
 _OF_THE_MACHINE = frozenset({"device", "distributed_backend", "actor_num_gpus_per_node"})
 

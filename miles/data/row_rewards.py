@@ -20,14 +20,17 @@ def check_reward(row: PromptRow, config: RewardConfig) -> None:
     What a service of the user's wants of a row is not known here.
     """
     service = config.service_of(row.metadata)
-    own_default = config.rm_type is not None or config.custom_rm_path is not None
     addresses = config.addresses_with_default()
-    known = [*([DEFAULT_SERVICE] if own_default else []), *addresses]
+    known = [*([DEFAULT_SERVICE] if config.scored_here else []), *addresses]
     if service not in known:
         _refuse_service(row, service, known)
     if service in addresses or config.custom_rm_path is not None:
         return
     chosen = row.metadata.get(REWARD_KEY, config.rm_type)
+    if chosen is None:
+        raise DataError(
+            f"no reward scores it: its metadata has no {REWARD_KEY}, and there is no default; set --rm-type"
+        )
     if not isinstance(chosen, str) or chosen not in get_args(BuiltinReward):
         names = ", ".join(get_args(BuiltinReward))
         raise DataError(

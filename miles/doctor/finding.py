@@ -39,12 +39,3 @@ def warn(found: str, change: str) -> Finding:
 def fail(found: str, change: str) -> Finding:
     """Return a finding of something that does not work."""
     return Finding(Status.FAIL, found, change)
-
-
-def size(count: float) -> str:
-    """Format a number of bytes for people."""
-    for unit in ("bytes", "KiB", "MiB", "GiB"):
-        if abs(count) < 1024:
-            return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:.1f} TiB"

@@ -8,9 +8,11 @@ import pathlib
 import tempfile
 from collections.abc import Sequence
 
-from miles.doctor import needs
-from miles.doctor.finding import Finding, fail, ok, size, warn
+from miles.doctor.finding import Finding, fail, ok, warn
 from miles.doctor.subject import Subject
+from miles.memory.amount import Part, size
+from miles.memory.disk import disk_part
+from miles.memory.run import run_of
 
 _NETWORK = ("nfs", "cifs", "smb", "fuse.sshfs", "9p", "lustre", "gpfs", "ceph", "beegfs", "afs")
 _SPARE = 1 << 30
@@ -35,15 +37,15 @@ class Folder:
     free: int
     free_inodes: int
     """-1 where the file system has no fixed number of them."""
-    need: needs.Need | None
+    need: Part | None
     lasting: bool
     """Whether its files are results, which must outlive the container."""
 
 
 def look(subject: Subject) -> Sequence[Folder]:
     """Measure every folder that the run writes to."""
-    job = needs.job_of(subject)
-    disk = None if job is None else needs.disk(job)
+    run = run_of(subject.settings)
+    disk = None if run is None else disk_part(run)
     save, save_hf = subject.get("save"), subject.get("save_hf")
     deltas = subject.get("update_weight_disk_dir")
     found = [measure("--run-dir", str(subject.run_dir), disk if save is None else None, lasting=True)]
@@ -59,7 +61,7 @@ def look(subject: Subject) -> Sequence[Folder]:
     return [*found, *(measure(name, path) for name, path in own)]
 
 
-def measure(flag: str, path: str, need: needs.Need | None = None, *, lasting: bool = False) -> Folder:
+def measure(flag: str, path: str, need: Part | None = None, *, lasting: bool = False) -> Folder:
     """Gather the facts about one folder."""
     absolute = pathlib.Path(path).absolute()
     existing = next(each for each in (absolute, *absolute.parents) if each.exists())

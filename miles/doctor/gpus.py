@@ -8,13 +8,13 @@ import re
 from typing import Any
 
 from miles.config.checks.device import visible_gpus
-from miles.doctor import needs
-from miles.doctor.finding import Finding, fail, ok, size, warn
+from miles.doctor.finding import Finding, fail, ok, warn
 from miles.doctor.probe import torch_facts
 from miles.doctor.subject import Subject
-
-_FULL = 0.8
-"""Part of a GPU's memory that weights and optimizer may take: the rest is for activations and KV caches."""
+from miles.memory.amount import peak, size
+from miles.memory.host import context_part
+from miles.memory.report import trainer_parts
+from miles.memory.run import Run, run_of
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -28,7 +28,7 @@ class Gpus:
     wanted: bool
     """Whether the configuration computes on GPUs."""
     trainer_bytes: int | None = None
-    """Weights, gradients and optimizer for each of the trainer's ranks; None without a model."""
+    """What the largest of the trainer's ranks needs; None without a model."""
     trainer_formula: str = ""
 
 
@@ -37,16 +37,23 @@ def look(subject: Subject) -> Gpus:
     version = pathlib.Path("/proc/driver/nvidia/version")
     driver = re.search(r"\b\d{3}\.\d+(\.\d+)?\b", version.read_text()) if version.is_file() else None
     wanted = subject.get("device", "auto") == "cuda"
-    job = needs.job_of(subject) if wanted else None
-    need = None if job is None else needs.trainer_memory(job)
+    run = run_of(subject.settings) if wanted else None
+    needed, formula = (None, "") if run is None else _largest_rank(run)
     return Gpus(
         visible_gpus(),
         driver[0] if driver else None,
         torch_facts(),
         wanted,
-        None if job is None or need is None else need.bytes // job.trainer_ranks,
-        "" if job is None or need is None else f"{need.formula} / {job.trainer_ranks} ranks",
+        needed,
+        formula,
     )
+
+
+def _largest_rank(run: Run) -> tuple[int, str]:
+    """Return the most that a rank of any pipeline stage needs, and of what that consists."""
+    stages = range(run.settings.pipeline_model_parallel_size)
+    parts = max(([*trainer_parts(run, stage)[0], context_part()] for stage in stages), key=peak)
+    return peak(parts), ", ".join(f"{part.name} {size(part.bytes)}" for part in parts)
 
 
 def judge(facts: Gpus) -> list[Finding]:
@@ -83,8 +90,8 @@ def _judge_gpu(number: int, gpu: dict[str, Any], built_for: list[str], facts: Gp
     if (major, minor) < (8, 0):
         slow = f"GPU {number} ({gpu['name']}, {major}.{minor}) has no units for bfloat16"
         found.append(warn(slow, "--train-dtype float16 or float32"))
-    if facts.trainer_bytes is not None and facts.trainer_bytes > _FULL * gpu["bytes"]:
+    if facts.trainer_bytes is not None and facts.trainer_bytes > gpu["bytes"]:
         needed = f"each trainer rank needs about {size(facts.trainer_bytes)} ({facts.trainer_formula})"
-        change = "raise --actor-num-gpus-per-node, or use --fsdp-cpu-offload or --lora-rank 16"
+        change = "see `miles plan`; raise --actor-num-gpus-per-node, or use --fsdp-cpu-offload or --lora-rank 16"
         found.append(fail(f"{needed} and GPU {number} has {size(gpu['bytes'])}", change))
     return found

@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import resource
 
-from miles.doctor.finding import Finding, fail, ok, size, warn
+from miles.doctor.finding import Finding, fail, ok, warn
 from miles.doctor.subject import Subject
+from miles.memory.amount import size
 
 _FEW_FILES, _ENOUGH_FILES = 256, 4096
 """Open files: a process needs one for each connection, mapped version and log."""

@@ -8,9 +8,12 @@ import pathlib
 import re
 
 from miles.cores import CGROUP_ROOT, cgroup_memory_limit, own_cgroups
-from miles.doctor import needs
-from miles.doctor.finding import Finding, fail, ok, size, warn
+from miles.doctor.finding import Finding, fail, ok, warn
 from miles.doctor.subject import Subject
+from miles.memory.amount import Part, size
+from miles.memory.host import versions_part
+from miles.memory.least import least_host_memory
+from miles.memory.run import run_of
 
 _NARROW = 0.8
 """Part of the memory that weights and optimizer may take before activations and caches become a worry."""
@@ -26,7 +29,7 @@ class Memory:
     available: int
     limit: int | None
     """Of the cgroup."""
-    need: needs.Need | None
+    need: Part | None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -37,7 +40,7 @@ class Shared:
     total: int
     free: int
     writable: bool
-    need: needs.Need | None
+    need: Part | None
     required: bool
     """Whether the configuration names this transport, so that no other takes its place."""
 
@@ -45,14 +48,8 @@ class Shared:
 def look(subject: Subject) -> Memory:
     """Read /proc/meminfo and the cgroup's limit."""
     fields = dict(re.findall(r"(\w+):\s+(\d+) kB", pathlib.Path("/proc/meminfo").read_text()))
-    job = needs.job_of(subject)
-    need = None
-    if job is not None:
-        parts = [needs.engine_memory(job), needs.trainer_memory(job)]
-        if subject.get("device") == "cuda":
-            parts = [needs.Need(2 * job.parameters * job.weight_bytes, "2 versions of the weights on their way")]
-        formula = " + ".join(part.formula for part in parts)
-        need = needs.Need(sum(part.bytes for part in parts), formula)
+    run = run_of(subject.settings)
+    need = None if run is None else least_host_memory(run)
     limit = cgroup_memory_limit(CGROUP_ROOT, own_cgroups())
     return Memory(int(fields["MemTotal"]) << 10, int(fields["MemAvailable"]) << 10, limit, need)
 
@@ -77,7 +74,7 @@ def judge(facts: Memory) -> list[Finding]:
 
 def look_at_shared(subject: Subject, folder: str = "/dev/shm") -> Shared:
     """Measure the folder of shared memory."""
-    job = needs.job_of(subject)
+    run = run_of(subject.settings)
     mode = subject.get("update_weight_transfer_mode", "auto")
     if not os.path.isdir(folder):
         return Shared(folder, 0, 0, False, None, mode == "shared_memory")
@@ -87,7 +84,7 @@ def look_at_shared(subject: Subject, folder: str = "/dev/shm") -> Shared:
         measured.f_blocks * measured.f_frsize,
         measured.f_bavail * measured.f_frsize,
         os.access(folder, os.W_OK | os.X_OK),
-        needs.shared_memory(job) if job is not None and mode in ("auto", "shared_memory") else None,
+        versions_part(run) if run is not None and mode in ("auto", "shared_memory") else None,
         mode == "shared_memory",
     )
 

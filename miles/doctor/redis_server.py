@@ -11,8 +11,9 @@ from typing import Any
 import redis
 from redis.exceptions import AuthenticationError, NoPermissionError, RedisError, ResponseError
 
-from miles.doctor.finding import Finding, fail, ok, size, warn
+from miles.doctor.finding import Finding, fail, ok, warn
 from miles.doctor.subject import Subject
+from miles.memory.amount import size
 from miles.queue.client import MINIMUM_VERSION
 from miles.queue.errors import RedisStartError
 from miles.queue.server import server_binary

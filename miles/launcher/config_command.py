@@ -12,7 +12,7 @@ from miles.config.command.reference_page import help_text, reference_page
 from miles.config.command.yaml_files import write_text
 from miles.config.schema.faults import ConfigError
 from miles.launcher.console import HelpFormatter, RunConsole, help_width
-from miles.launcher.dry_run import checked_config, describe_run
+from miles.launcher.dry_run import checked_plan, describe_run
 
 BAD_CONFIG = 2
 """`miles.rpc.ExitCode.BAD_CONFIG`; not imported, because that would import gRPC too."""
@@ -60,10 +60,10 @@ def _show(arguments: Sequence[str]) -> int:
         RunConsole().print(f"{usage}\n\n{help_text(help_width())}", markup=False, end="")
         return 0
     try:
-        config = checked_config(line)
+        plan = checked_plan(line)
     except ConfigError as error:
         RunConsole(stderr=True).print(str(error), markup=False)
         return BAD_CONFIG
-    text = describe_run(config) if line.dry_run else write_text(config.to_flat())
+    text = describe_run(plan) if line.dry_run else write_text(plan.config.to_flat())
     RunConsole().print(text, markup=False, end="")
     return 0

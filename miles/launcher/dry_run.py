@@ -12,29 +12,42 @@ from miles.config.command.flags import CommandLine
 from miles.config.command.yaml_files import write_text
 from miles.config.job import JobConfig, examine, resolved
 from miles.config.schema.catalog import catalog
-from miles.config.schema.faults import ConfigError
+from miles.config.schema.faults import ConfigError, RunFault
 from miles.launcher.elsewhere import command_line, plan_elsewhere
+from miles.launcher.memory_view import memory_lines
+from miles.launcher.placement import placement_of
 from miles.launcher.plan import ProcessPlan, controller_address, plan_run
-from miles.precision.number_types import decide, slow_type, slowdown_key
+from miles.launcher.run_plan import RunPlan
+from miles.precision.number_types import NumberTypes, decide, slow_type, slowdown_key
 from miles.redis_url import without_password
 from miles.telemetry.redaction import REDACTED, redact, redact_config
 
 
 def checked_config(line: CommandLine) -> JobConfig:
     """Resolve the configuration for this machine and check it there. Raises ConfigError with every fault."""
-    flat = resolved(line.flat)
+    return checked_plan(line).config
+
+
+def checked_plan(line: CommandLine) -> RunPlan:
+    """Do the same for the cluster that is assumed, if one is; keep faults that only a run has."""
+    flat = resolved(line.flat, None if line.assumed is None else "cuda")
     examination = examine(flat)
     wrong = {fault.field for fault in examination.faults}
-    here = [fault for fault in environment_faults(examination.settings) if fault.field not in wrong]
-    faults = line.merge([*examination.faults, *here])
+    here = [fault for fault in environment_faults(examination.settings, line.assumed) if fault.field not in wrong]
+    missing = [fault for fault in here if line.assumed is not None and isinstance(fault, RunFault)]
+    faults = line.merge([*examination.faults, *(fault for fault in here if fault not in missing)])
     if faults:
         raise ConfigError(faults)
-    return JobConfig.from_flat(flat)
+    return RunPlan(JobConfig.from_flat(flat), line.assumed, tuple(missing))
 
 
-def describe_run(config: JobConfig) -> str:
-    """Describe the run as YAML: every process with its command and environment, and the settings off their defaults."""
-    plans = plan_run(config)
+def describe_run(plan: RunPlan) -> str:
+    """Describe the run as YAML: every process with its command and environment, and the settings off their defaults.
+
+    And what it takes of each GPU, and what is still missing for the run itself.
+    """
+    config = plan.config
+    plans = plan_run(config, placement_of(config, plan.assumed))
     external = {f"reward service {name}": address for name, address in config.reward.service_addresses.items()}
     if config.services.redis_url is not None:
         external["redis"] = without_password(config.services.redis_url)
@@ -42,8 +55,11 @@ def describe_run(config: JobConfig) -> str:
         "processes": [_described(plan, secret=config.train.train_env_vars) for plan in plans],
         "settings": _settings_read(plans),
         "other settings": "at their defaults; `miles config show` prints all",
-        "number types": number_types_here(config),
+        "number types": number_types_here(config) if plan.assumed is None else str(number_types_of(config)),
+        "memory per GPU and what starts where": memory_lines(plan),
     }
+    if plan.missing:
+        document["before it can run"] = [str(fault) for fault in plan.missing]
     if external:
         document["runs elsewhere"] = external
     if elsewhere := plan_elsewhere(config, controller_address(config)):
@@ -52,13 +68,18 @@ def describe_run(config: JobConfig) -> str:
     return redact(write_text(document))
 
 
+def number_types_of(config: JobConfig) -> NumberTypes:
+    """Return the number types of trainer and engines where both are fast in bfloat16, as on GPUs."""
+    return decide(config.train.train_dtype, config.rollout.rollout_dtype, {})
+
+
 def number_types_here(config: JobConfig) -> str:
     """Describe the number types of trainer and engines if both ran on this machine, with a warning of slow types.
 
     Imports PyTorch and times a matrix product, unless both types are float32 anyway.
     """
     asked = config.train.train_dtype, config.rollout.rollout_dtype
-    types = decide(*asked, {})
+    types = number_types_of(config)
     if types.train_dtype == types.rollout_dtype == "float32":
         return str(types)
     if importlib.util.find_spec("torch") is None:  # an installation for the controller alone
@@ -77,6 +98,8 @@ def number_types_here(config: JobConfig) -> str:
 def _described(plan: ProcessPlan, secret: Collection[str]) -> dict[str, Any]:
     """Describe a process without the secrets in its command and environment; `secret` names variables."""
     described: dict[str, Any] = {"name": plan.name, "command": redact(shlex.join(plan.command))}
+    if plan.node:
+        described["node"] = f"{plan.node}, where it is started by hand"
     if plan.environment:
         shown = redact_config(plan.environment)
         described["environment"] = {name: REDACTED if name in secret else value for name, value in shown.items()}

@@ -7,6 +7,7 @@ from collections.abc import Collection
 
 from miles.addresses import bare_host
 from miles.config.job import JobConfig
+from miles.launcher.placement import first_gpus
 from miles.launcher.plan import (
     ProcessPlan,
     engine_addresses,
@@ -52,6 +53,6 @@ def _rollout(config: JobConfig, index: int, controller: str) -> tuple[str, ...]:
     every_interface = "[::]:0" if ":" in bare_host(config.services.host) else "0.0.0.0:0"
     return (
         *("python", "-m", "miles.services.rollout", "--listen", every_interface, "--controller", controller),
-        *("--worker-id", f"rollout-{index}", "--device", config.services.device),
+        *("--worker-id", f"rollout-{index}", *first_gpus(config)),
         *engine_addresses(config, index),
     )

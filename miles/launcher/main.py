@@ -22,7 +22,7 @@ from miles.config.command.reference_page import help_text
 from miles.launcher.cluster import LocalCluster
 from miles.launcher.console import LogLines, RunConsole, help_width
 from miles.launcher.drill.drill import Drill, drill_of, recovery_table
-from miles.launcher.dry_run import checked_config, describe_run
+from miles.launcher.dry_run import checked_plan, describe_run
 from miles.launcher.job_client import EXIT_CODES, JobClient
 from miles.launcher.job_words import end_words, resumption
 from miles.launcher.plan import tls_environment
@@ -50,14 +50,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return ExitCode.BAD_CONFIG
     line = parse_command_line(words)
     if line.help:
-        usage = "usage: train.py [--config FILE] [--dry-run] [FLAGS]"
+        usage = "usage: train.py [--config FILE] [--dry-run [--assume-gpus N,N,...]] [FLAGS]"
         console.print(f"{usage}\n\n{help_text(help_width())}", markup=False, end="")
         return ExitCode.OK
     try:
-        config = checked_config(line)
+        plan = checked_plan(line)
         if line.dry_run:
-            console.print(describe_run(config), markup=False, soft_wrap=True)
+            console.print(describe_run(plan), markup=False, soft_wrap=True)
             return ExitCode.OK
+        config = plan.config
     except ConfigError as error:
         print_error(console, error)
         return ExitCode.BAD_CONFIG

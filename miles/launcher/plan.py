@@ -10,11 +10,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from miles.addresses import join_address, reachable_here, split_address
-from miles.config.checks.device import visible_gpus
 from miles.config.job import JobConfig
 from miles.config.schema.catalog import catalog
 from miles.cores import THREADS_VARIABLE, share_of, usable_cores
+from miles.launcher.placement import placement_of
 from miles.launcher.torchrun import Node, torchrun
+from miles.placement.deal import Placement
 from miles.redis_url import REDIS_URL_VARIABLE
 
 UNKNOWN_ADDRESS = "(known once started)"
@@ -62,6 +63,8 @@ class ProcessPlan:
     """Variables to set in addition to the inherited ones."""
     config: Mapping[str, Any]
     """The settings that the process reads, by key. A service gets the full configuration when a job starts on it."""
+    node: int = 0
+    """Number of the node it runs on; 0 is the launcher's."""
 
 
 def plan_redis(config: JobConfig) -> ProcessPlan | None:
@@ -102,27 +105,31 @@ def plan_gateway(config: JobConfig, controller: str) -> ProcessPlan | None:
     return _plan(config, "gateway", "gateway", tuple(command))
 
 
-def plan_workers(config: JobConfig, controller: str, *, every_reward: bool = False) -> list[ProcessPlan]:
+def plan_workers(
+    config: JobConfig, controller: str, *, every_reward: bool = False, placement: Placement | None = None
+) -> list[ProcessPlan]:
     """Plan every process of this machine that attaches to the controller; `elsewhere.py` plans those of others.
 
     Args:
         config: resolved for a device.
         controller: host:port of the controller.
         every_reward: serve all built-in rewards, for later jobs.
+        placement: who gets which GPUs; None: as they are dealt on this machine.
     """
     weightsync = _weightsync_flags(config)
     plans = [_worker(config, "weightsync", "weightsync", "weightsync_port", controller, extra=weightsync)]
-    reward = config.reward
-    if reward.rm_type or reward.custom_rm_path:
+    if config.reward.scored_here:
         flags = [] if every_reward else _reward_flags(config)
         plans.append(_worker(config, "reward-0", "reward", "reward_port", controller, extra=flags))
+    placement = placement or placement_of(config)
     for i in range(rollouts_here(config)):
-        extra = [*_rollout_device(config, i), *engine_addresses(config, i)]
-        plans.append(_worker(config, f"rollout-{i}", "rollout", "rollout_port", controller, offset=i, extra=extra))
+        extra = [*_rollout_device(config, i, placement), *engine_addresses(config, i)]
+        plan = _worker(config, f"rollout-{i}", "rollout", "rollout_port", controller, offset=i, extra=extra)
+        plans.append(dataclasses.replace(plan, node=placement.rollouts[i].node if placement is not None else 0))
     return [*plans, _trainer(config, controller)]
 
 
-def plan_run(config: JobConfig) -> list[ProcessPlan]:
+def plan_run(config: JobConfig, placement: Placement | None = None) -> list[ProcessPlan]:
     """Plan all processes, in the order in which they start, with placeholders for addresses that are not known yet."""
     redis = plan_redis(config)
     controller = plan_controller(config, config.services.redis_url or UNKNOWN_ADDRESS)
@@ -131,7 +138,7 @@ def plan_run(config: JobConfig) -> list[ProcessPlan]:
     return [
         *([redis] if redis else []),
         controller,
-        *plan_workers(config, address),
+        *plan_workers(config, address, placement=placement),
         *([gateway] if gateway else []),
     ]
 
@@ -187,18 +194,12 @@ def _local_ranks(config: JobConfig) -> int:
     return config.cluster.trainer_world_size // config.cluster.actor_num_nodes
 
 
-def _rollout_device(config: JobConfig, index: int) -> list[str]:
-    """Choose a service's GPUs: after the trainer's, or from the first when shared; wrap around when too few."""
-    if config.services.device != "cuda":
+def _rollout_device(config: JobConfig, index: int, placement: Placement | None) -> list[str]:
+    """Return the flags of a service's GPUs; of one whose engines run elsewhere, the first GPU for what it stages."""
+    if placement is None:
         return ["--device", config.services.device]
-    rollout, services = config.rollout, config.cluster.rollout_num_workers
-    gpus = (
-        rollout.rollout_num_gpus_per_engine
-        if rollout.rollout_num_gpus is None
-        else rollout.rollout_num_gpus // services
-    )
-    first = 0 if config.cluster.colocate else _local_ranks(config)
-    return ["--device", f"cuda:{(first + index * gpus) % max(1, visible_gpus())}", "--num-gpus", str(gpus)]
+    gpus = placement.rollouts[index].gpus
+    return ["--device", f"cuda:{gpus[0] if gpus else 0}", "--num-gpus", str(len(gpus))]
 
 
 def engine_addresses(config: JobConfig, index: int) -> list[str]:
@@ -223,7 +224,8 @@ def _reward_flags(config: JobConfig) -> list[str]:
     reward = config.reward
     if reward.rm_type:
         return ["--rewards", reward.rm_type]
-    assert reward.custom_rm_path is not None
+    if not reward.custom_rm_path:
+        return []  # all: rows name theirs
     return ["--custom-rm-path", reward.custom_rm_path, *(["--group-rm"] if reward.group_rm else [])]
 
 

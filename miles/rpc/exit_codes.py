@@ -48,7 +48,7 @@ HELP: dict[ExitCode, str] = {
     ExitCode.TLS_FAILED: "No TLS connection comes about; check certificates, authority and names on both sides.",
     ExitCode.NOT_A_CONTROLLER: "What listens at the controller's address is another program; check --controller.",
     ExitCode.REDIS_IN_USE: "Another controller uses this Redis; stop it, or give each a server or database of its own.",
-    ExitCode.MACHINE_UNSUITABLE: "`miles doctor` found what keeps a run from working; it says what to change.",
+    ExitCode.MACHINE_UNSUITABLE: "`miles doctor` or `miles plan` found what a run cannot do with; see its remedies.",
     ExitCode.MODEL_UNUSABLE: "The model folder is missing or incomplete; see the message for what is missing.",
     ExitCode.DATA_UNUSABLE: "The prompt data cannot be used; see the message for the file and line.",
     ExitCode.WORKER_FAILED: "A service kept failing and was not restarted any more; its log says why.",

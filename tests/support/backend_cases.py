@@ -70,13 +70,16 @@ def run_case(case: dict[str, Any], out: pathlib.Path) -> None:
                 backend.save(folder, state)
     swap(case, backend, moved)
     weights = exported(backend)
+    by_rank: list[list[int]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(by_rank, moved)
     swap(case, backend, moved)
     layout = [[n, str(dtype), list(shape)] for n, dtype, shape in backend.export_layout()]
     if case.get("save_hf"):
         backend.save_hf(out / name / "hf")
     if dist.get_rank() == 0:
         save_file(weights, out / f"{name}.safetensors")
-        (out / f"{name}.json").write_text(json.dumps({"metrics": metrics, "layout": layout, "moved": moved}))
+        result = {"metrics": metrics, "layout": layout, "moved": moved, "moved_by_rank": by_rank}
+        (out / f"{name}.json").write_text(json.dumps(result))
     backend.close()
 
 

@@ -66,15 +66,22 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 """Family: the prefix of its classes in transformers, and what it sets besides the common sizes."""
 
 
-def write_model(family: str, folder: pathlib.Path, seed: int = 0) -> pathlib.Path:
-    """A random model of a family with its tokenizer; float32."""
+def config_of(family: str, **sizes: int) -> Any:
+    """transformers' configuration of a family's tiny model, with other sizes where some are given."""
     import transformers
 
     prefix, changes = FAMILIES[family]
     text = "TextConfig" if prefix in ("Gemma3", "Llama4") else "Config"
+    return getattr(transformers, prefix + text)(**{**_COMMON, **changes, **sizes})
+
+
+def write_model(family: str, folder: pathlib.Path, seed: int = 0) -> pathlib.Path:
+    """A random model of a family with its tokenizer; float32."""
+    import transformers
+
     torch.manual_seed(seed)
-    config = getattr(transformers, prefix + text)(**{**_COMMON, **changes})
-    model = getattr(transformers, prefix + "ForCausalLM")(config)
+    config = config_of(family)
+    model = getattr(transformers, FAMILIES[family][0] + "ForCausalLM")(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim == 1:  # norms and biases, so that a swap of two of them shows

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import pathlib
@@ -13,18 +14,20 @@ from collections.abc import Iterator
 from miles.addresses import join_address, why_not_bindable, why_not_host
 from miles.certificates import why_not_authorities, why_not_pair
 from miles.checkpoint_folder import NoCheckpointError, newest, same_folder, to_load
-from miles.config.checks.device import visible_gpus
 from miles.config.checks.dotted_path import why_not_importable
 from miles.config.checks.engine_model import engine_faults
+from miles.config.checks.gpus import gpu_faults
 from miles.config.checks.json_file import read_json_object
 from miles.config.checks.model_layout import layout_faults, shape_differences
 from miles.config.checks.outputs import output_faults
+from miles.config.checks.rewards import reward_faults
 from miles.config.job import JobConfig
 from miles.config.rules.paths import unusable_paths
 from miles.config.rules.registry import Rule, run_rules
 from miles.config.schema.catalog import catalog
-from miles.config.schema.faults import Fault
+from miles.config.schema.faults import Fault, RunFault
 from miles.config.schema.flat_settings import FlatSettings
+from miles.placement.nodes import Cluster
 
 SERVICE_PORTS = ("controller_port", "weightsync_port", "trainer_port", "trainer_master_port", "reward_port")
 """Settings of ports of `host`, apart from those of rollout services."""
@@ -39,9 +42,14 @@ def check_environment(config: JobConfig) -> list[Fault]:
     return environment_faults(FlatSettings(flat, given=flat, invalid=()))
 
 
-def environment_faults(settings: FlatSettings) -> list[Fault]:
-    """Do the same for settings that may have other faults."""
-    return _run(_CHECKS, settings)
+def environment_faults(settings: FlatSettings, assumed: Cluster | None = None) -> list[Fault]:
+    """Do the same for settings that may have other faults.
+
+    This machine is no part of an assumed cluster: hosts and ports are not tried.
+    """
+    if assumed is None:
+        return _run(_CHECKS, settings)
+    return _run((*_FILE_CHECKS, functools.partial(gpu_faults, assumed=assumed)), settings)
 
 
 def file_faults(settings: FlatSettings) -> list[Fault]:
@@ -103,7 +111,9 @@ def _model_folder(key: str, path: str) -> Iterator[Fault]:
     if not (folder / "config.json").is_file():
         yield Fault(key, path, "config.json is missing in it", "give a complete Hugging Face checkpoint")
     if not any(any(folder.glob(pattern)) for pattern in _WEIGHT_PATTERNS):
-        yield Fault(key, path, "there are no weights in it (*.safetensors)", "give a complete Hugging Face checkpoint")
+        yield RunFault(
+            key, path, "there are no weights in it (*.safetensors)", "give a complete Hugging Face checkpoint"
+        )
     if key == "hf_checkpoint" and not any((folder / name).is_file() for name in _TOKENIZER_FILES):
         yield Fault(key, path, "there is no tokenizer in it (tokenizer.json)", "save the tokenizer there too")
 
@@ -119,14 +129,14 @@ def _chat_template(folder: pathlib.Path) -> Iterator[Fault]:
 
 def _data_files(s: FlatSettings) -> Iterator[Fault]:
     if s.prompt_data:
-        yield from _data_file("prompt_data", s.prompt_data, s.input_key, s.label_key)
+        yield from _data_file(s, "prompt_data", s.prompt_data, s.input_key, s.label_key)
     for path in (s.eval_prompt_data or ())[1::2]:
-        yield from _data_file("eval_prompt_data", path, s.eval_input_key, s.eval_label_key)
+        yield from _data_file(s, "eval_prompt_data", path, s.eval_input_key, s.eval_label_key)
     if s.chat_template_path and not os.path.isfile(s.chat_template_path):
         yield Fault("chat_template_path", s.chat_template_path, "there is no such file", "give a Jinja file")
 
 
-def _data_file(key: str, spec: str, input_key: str, label_key: str | None) -> Iterator[Fault]:
+def _data_file(s: FlatSettings, key: str, spec: str, input_key: str, label_key: str | None) -> Iterator[Fault]:
     from miles.data import DataError, parse_file_slice
 
     try:
@@ -139,10 +149,10 @@ def _data_file(key: str, spec: str, input_key: str, label_key: str | None) -> It
     elif not path.is_file():
         yield Fault(key, spec, "there is no such file", "give a JSONL or Parquet file")
     elif path.suffix.lower() != ".parquet":
-        yield from _columns(key, path, input_key, label_key)
+        yield from _columns(s, key, path, input_key, label_key)
 
 
-def _columns(key: str, path: pathlib.Path, input_key: str, label_key: str | None) -> Iterator[Fault]:
+def _columns(s: FlatSettings, key: str, path: pathlib.Path, input_key: str, label_key: str | None) -> Iterator[Fault]:
     with path.open("rb") as file:
         first = next((line for line in file if line.strip()), b"")
     row = None
@@ -155,6 +165,7 @@ def _columns(key: str, path: pathlib.Path, input_key: str, label_key: str | None
     for name, column in (("input_key", input_key), ("label_key", label_key)):
         if column is not None and column not in row:
             yield Fault(prefix + name, column, f"{path} has no such column", f"set it to one of {columns}")
+    yield from reward_faults(s, str(path), row)
 
 
 def _checkpoint_to_load(s: FlatSettings) -> Iterator[Fault]:
@@ -229,13 +240,7 @@ def _access_files(s: FlatSettings) -> Iterator[Fault]:
 
 
 def _devices(s: FlatSettings) -> Iterator[Fault]:
-    if s.device != "cuda":
-        return
-    gpus, wanted = visible_gpus(), s.actor_num_gpus_per_node or 8
-    if not gpus:
-        yield Fault("device", "cuda", "this machine has no GPU to use", "set it to cpu, or check CUDA_VISIBLE_DEVICES")
-    elif wanted > gpus:
-        yield Fault("actor_num_gpus_per_node", wanted, f"this machine has {gpus}", f"set it to at most {gpus}")
+    yield from gpu_faults(s)
 
 
 _DEPLOYMENT_CHECKS: tuple[Rule, ...] = (_access_files, _hosts, _ports, _devices)

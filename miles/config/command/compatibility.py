@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 DIFFERENT_DEFAULTS: Mapping[str, str] = {
-    "train_backend": "fsdp instead of megatron",
+    "train_backend": "fsdp instead of megatron, unless a setting of Megatron's is given",
+    "n_samples_per_prompt": "8 instead of 1 where an estimator compares them and one would give no gradient",
     "attn_implementation": "auto instead of flash_attention_2, which not every machine has",
     "lr": "1e-6 for every backend, also where fsdp alone had 2e-5",
     "actor_num_gpus_per_node": "8 on CUDA as elsewhere, but 1 on CPU",

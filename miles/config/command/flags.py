@@ -12,10 +12,12 @@ from miles.config.command.yaml_files import read_file
 from miles.config.job import JobConfig, examine
 from miles.config.schema.catalog import Entry, catalog, passthroughs
 from miles.config.schema.faults import ConfigError, Fault, nearest, unknown_name
+from miles.placement.nodes import Cluster, parse_cluster
 
 OWN_FLAGS: Mapping[str, str] = {
     "--config": "FILE",
     "--dry-run": "",
+    "--assume-gpus": "N,N,...",
     "--help": "",
 }
 """Flags that are not settings, with the placeholders of their values."""
@@ -28,6 +30,8 @@ class CommandLine:
     flat: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Settings by key; flags override files."""
     dry_run: bool = False
+    assumed: Cluster | None = None
+    """GPUs that --assume-gpus says there are."""
     help: bool = False
     faults: list[Fault] = dataclasses.field(default_factory=list)
 
@@ -44,10 +48,11 @@ class CommandLine:
         return [*self.faults, *(fault for fault in faults if fault.field not in misread)]
 
 
-def parse_command_line(argv: Sequence[str]) -> CommandLine:
+def parse_command_line(argv: Sequence[str], *, starts_nothing: bool = False) -> CommandLine:
     """Read flags and the files that `--config` names; a flag wins over a file, and what comes later over the earlier.
 
     Faults are collected, not raised, so that `CommandLine.config` can list them with those of the values.
+    `starts_nothing` allows GPUs that are assumed, as a dry run does.
     """
     line = CommandLine()
     settings: dict[str, Any] = {}
@@ -68,6 +73,11 @@ def parse_command_line(argv: Sequence[str]) -> CommandLine:
         else:
             line.faults.append(unknown_name(flag, " ".join(values) or True, [*_known_flags(), *OWN_FLAGS], "flag"))
     line.flat |= settings
+    if line.assumed is not None and not (line.dry_run or starts_nothing):
+        problem = "a run needs GPUs that are there"
+        line.faults.append(Fault("--assume-gpus", str(line.assumed), problem, "add --dry-run, or leave it out"))
+    if line.assumed is not None and line.flat.get("device") == "cpu":
+        line.faults.append(Fault("device", "cpu", "--assume-gpus says which GPUs there are", "leave one of them out"))
     return line
 
 
@@ -160,6 +170,11 @@ def _take_own_flag(line: CommandLine, flag: str, values: Sequence[str]) -> None:
         line.faults += faults
     elif flag == "--dry-run":
         line.dry_run = True
+    elif flag == "--assume-gpus":
+        try:
+            line.assumed = parse_cluster(values[0])
+        except ValueError as error:
+            line.faults.append(Fault(flag, values[0], str(error), "give the GPUs of each node"))
     else:
         line.help = True
 

@@ -22,6 +22,7 @@ and the nearest known one is suggested.
 - `--config FILE` reads a YAML file. It is repeatable; a later file overrides an earlier one, and flags override files.
   Plain words are read as on the command line: `1e-6` is a number, `yes` and `no` are values of a switch.
 - `--dry-run` prints every process that would be started, with its command line and settings, and starts nothing.
+  `--assume-gpus 8,8` plans it for two nodes of 8 GPUs instead of this machine (docs/machines.md).
 - A switch takes no value: `--use-kl-loss`. Its opposite has the prefix `--no-` and overrides a file.
 - A switch `--disable-…` turns off the setting named below it; files and bodies use the name of the setting.
 - A list takes several values, `--rollout-stop a b`; a repeated flag appends. In a file it is a YAML list. Of another
@@ -77,7 +78,7 @@ def help_text(width: int | None) -> str:
     """Return what `--help` prints: every flag by section, in lines of `width` columns; None breaks no line."""
     parts = [
         "--no-… turns a switch off, and leaves out any other setting that a file has.\n"
-        "--config FILE reads settings from YAML; --dry-run starts nothing."
+        "--config FILE reads settings from YAML; --dry-run starts nothing, and plans for --assume-gpus 8,8 if given."
     ]
     for section in SECTIONS:
         parts.append(f"\n{section}:")

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 
 from miles.config.rules.registry import needs, rule
 from miles.config.schema.catalog import catalog
+from miles.config.schema.derivation import COMPARES_SAMPLES, compares_samples
 from miles.config.schema.faults import Fault
 from miles.config.schema.flat_settings import FlatSettings
 
-_COMPARES_SAMPLES = ("grpo", "gspo", "cispo", "dr_grpo", "rloo", "reinforce_plus_plus_baseline")
 _PLAIN = ("tis_clip", "tis_clip_low")
 _WEIGHTS = ("tis_level", "tis_mode", "tis_lower_bound", "tis_upper_bound", "tis_batch_normalize")
 _REJECTION = ("rs_level", "rs_lower_bound", "rs_upper_bound", "rs_veto_threshold")
@@ -23,9 +23,7 @@ _SAME_AS_THE_POLICY = {"critic_lr": "lr", "critic_load": "hf_checkpoint"}
 
 @rule
 def comparing_estimators_get_several_samples(s: FlatSettings) -> Iterator[Fault]:
-    has_teacher = s.use_opd and s.opd_kl_coef > 0
-    compares = s.advantage_estimator in _COMPARES_SAMPLES and s.rewards_normalization and not has_teacher
-    if compares and s.n_samples_per_prompt == 1 and s.num_rollout != 0:
+    if s.n_samples_per_prompt == 1 and s.num_rollout != 0 and compares_samples(s):
         problem = f"{s.advantage_estimator} compares the samples of a prompt, so every advantage would be 0"
         yield Fault("n_samples_per_prompt", 1, problem, "set it to 2 or more")
 
@@ -42,7 +40,7 @@ def whitening_has_several_samples(s: FlatSettings) -> Iterator[Fault]:
 @rule
 def reward_normalisation_is_the_estimators(s: FlatSettings) -> Iterator[Fault]:
     estimator = s.advantage_estimator
-    if not s.rewards_normalization and estimator not in _COMPARES_SAMPLES:
+    if not s.rewards_normalization and estimator not in COMPARES_SAMPLES:
         problem = f"{estimator} takes rewards as they are"
         yield Fault("rewards_normalization", False, problem, "leave disable_rewards_normalization out")
     if not s.grpo_std_normalization and estimator not in _STANDARDISES:

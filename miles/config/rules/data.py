@@ -30,13 +30,6 @@ def run_has_an_end(s: FlatSettings) -> Iterator[Fault]:
 
 
 @rule
-def responses_have_a_limit(s: FlatSettings) -> Iterator[Fault]:
-    if s.rollout_max_response_len is None and s.rollout_max_context_len is None:
-        problem = "neither is rollout_max_context_len"
-        yield Fault("rollout_max_response_len", None, problem, "set one of them, so that responses end")
-
-
-@rule
 def lengths_fit_the_context(s: FlatSettings) -> Iterator[Fault]:
     context = s.rollout_max_context_len
     if context is None:
@@ -77,17 +70,10 @@ def stop_strings_are_not_empty(s: FlatSettings) -> Iterator[Fault]:
 
 
 @rule
-def one_reward_is_given(s: FlatSettings) -> Iterator[Fault]:
+def one_reward_is_the_default(s: FlatSettings) -> Iterator[Fault]:
     if s.rm_type and s.custom_rm_path:
         problem = f"custom_rm_path = {s.custom_rm_path} scores in its place"
         yield Fault("rm_type", s.rm_type, problem, "leave one of them out")
-    if not (s.rm_type or s.custom_rm_path or s.reward_service):
-        yield Fault(
-            "rm_type",
-            None,
-            "neither are custom_rm_path and reward_service",
-            "set one of them to score responses",
-        )
 
 
 @rule

@@ -8,6 +8,7 @@ from miles.addresses import why_not_address
 from miles.config.rules.registry import rule
 from miles.config.rules.sampling import is_flag
 from miles.config.schema.catalog import catalog
+from miles.config.schema.derivation import SGLANG_ALONE
 from miles.config.schema.faults import Fault
 from miles.config.schema.flat_settings import FlatSettings
 from miles.engine_spec import ENGINE_SPECS, engine_spec
@@ -35,18 +36,6 @@ _OURS: Mapping[str, str] = {
 }
 """SGLang's flags that follow from other settings, with what to do instead."""
 
-_SGLANG_ALONE = (
-    "rollout_num_gpus",
-    "rollout_num_gpus_per_engine",
-    "rollout_external_engine_addrs",
-    "rollout_engine_python",
-    "rollout_engine_weights",
-    "rollout_engine_weights_dir",
-    "rollout_health_check_timeout",
-    "sglang_server_concurrency",
-    "offload_rollout",
-)
-
 
 @rule
 def sglang_has_its_settings_to_itself(s: FlatSettings) -> Iterator[Fault]:
@@ -57,7 +46,7 @@ def sglang_has_its_settings_to_itself(s: FlatSettings) -> Iterator[Fault]:
     remedy = "set rollout_backend to sglang, or leave it out"
     for name, value in s.sglang_args.items():
         yield Fault(f"sglang_{name}", value, problem, remedy)
-    for key in _SGLANG_ALONE:
+    for key in SGLANG_ALONE:
         value = getattr(s, key)
         if value is not False and s.given(key) and value != catalog()[key].default:
             yield Fault(key, value, problem, remedy)
@@ -148,8 +137,11 @@ def quantised_weights_go_to_an_engine_that_takes_them(s: FlatSettings) -> Iterat
 
 @rule
 def taking_turns_is_synchronous(s: FlatSettings) -> Iterator[Fault]:
+    shared = s.colocate and s.offload_rollout is False and s.offload_train is False
     for key in ("colocate", "offload_rollout", "offload_train"):
-        if getattr(s, key) and s.max_weight_staleness:
+        if getattr(s, key) and s.max_weight_staleness and not shared:
             problem = f"max_weight_staleness = {s.max_weight_staleness} has engines and trainer work at once"
-            yield Fault(key, True, problem, "set max_weight_staleness to 0, or leave it out")
+            remedy = "set max_weight_staleness to 0, or leave it out"
+            both = "; --colocate --no-offload-rollout --no-offload-train has both on the same GPUs at once"
+            yield Fault(key, True, problem, remedy + both)
             return

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from miles.config.rules.registry import needs, rule
 from miles.config.schema.catalog import catalog
+from miles.config.schema.derivation import asks_for_megatron
 from miles.config.schema.faults import Fault
 from miles.config.schema.flat_settings import FlatSettings
 
@@ -27,12 +28,9 @@ def settings_belong_to_the_backend(s: FlatSettings) -> Iterator[Fault]:
                 yield Fault(key, value, "train_backend = megatron does not have it", remedy)
         return
     for key, entry in catalog().items():
-        if entry.section != "megatron" or key == "expert_tensor_parallel_size":
-            continue
-        value = getattr(s, key)
-        if value != entry.default:
+        if entry.section == "megatron" and asks_for_megatron(s, key):
             problem = f"train_backend = {s.train_backend} does not have it"
-            yield Fault(key, value, problem, "set train_backend to megatron, or leave it out")
+            yield Fault(key, getattr(s, key), problem, "set train_backend to megatron, or leave it out")
 
 
 @rule

@@ -6,7 +6,7 @@ import functools
 import typing
 from collections.abc import Callable
 
-from miles.config.schema.catalog import SECTIONS
+from miles.config.schema.catalog import SECTIONS, catalog
 from miles.config.schema.faults import Fault
 from miles.config.schema.flat_settings import FlatSettings, InvalidSetting
 from miles.engine_spec import engine_spec
@@ -26,6 +26,23 @@ FALLBACKS = {
 }
 """Settings that default to another setting."""
 
+COMPARES_SAMPLES = ("grpo", "gspo", "cispo", "dr_grpo", "rloo", "reinforce_plus_plus_baseline")
+"""Advantage estimators that compare the responses to a prompt."""
+SGLANG_ALONE = (
+    "rollout_num_gpus",
+    "rollout_num_gpus_per_engine",
+    "rollout_external_engine_addrs",
+    "rollout_engine_python",
+    "rollout_engine_weights",
+    "rollout_engine_weights_dir",
+    "rollout_health_check_timeout",
+    "sglang_server_concurrency",
+    "offload_rollout",
+)
+"""Settings that only an engine of SGLang's servers has."""
+
+_PROMPTS, _RESPONSES, _RESPONSE_TOKENS = 32, 8, 8192
+"""What public recipes of GRPO have most often."""
 _SEARCHED = 10_000
 """How far from a number that does not divide another one to search for one that does."""
 
@@ -58,6 +75,8 @@ def _batch_sizes(s: FlatSettings) -> list[Fault]:
     """rollout_batch_size × n_samples_per_prompt = global_batch_size × num_steps_per_rollout."""
     names = ("rollout_batch_size", "n_samples_per_prompt", "global_batch_size", "num_steps_per_rollout")
     prompts, samples, batch, steps = (s.given(name) and getattr(s, name) for name in names)
+    if not prompts and not batch:
+        prompts = _PROMPTS
     if not prompts and not (batch and steps):
         s.refuse("rollout_batch_size", "global_batch_size", "num_steps_per_rollout")
         return [Fault("rollout_batch_size", None, "a rollout needs a size", "set it to the prompts per rollout")]
@@ -67,10 +86,10 @@ def _batch_sizes(s: FlatSettings) -> list[Fault]:
     elif batch and steps and prompts:
         samples, fault = _share(batch * steps, prompts, "global_batch_size × num_steps_per_rollout", names[0])
     elif batch and steps:
-        samples = samples or s.n_samples_per_prompt
+        samples = samples or _samples(s)
         prompts, fault = _share(batch * steps, samples, "global_batch_size × num_steps_per_rollout", names[1])
     else:
-        samples = samples or s.n_samples_per_prompt
+        samples = samples or _samples(s)
         total, product = prompts * samples, "rollout_batch_size × n_samples_per_prompt"
         if batch:
             steps, fault = _share(total, batch, product, names[2])
@@ -83,6 +102,26 @@ def _batch_sizes(s: FlatSettings) -> list[Fault]:
     for name, value in zip(names, (prompts, samples, batch, steps), strict=True):
         s.fill(name, value)
     return []
+
+
+def compares_samples(s: FlatSettings) -> bool:
+    """Return whether a prompt with a single response has an advantage of 0."""
+    has_teacher = s.use_opd and s.opd_kl_coef > 0
+    return s.advantage_estimator in COMPARES_SAMPLES and s.rewards_normalization and not has_teacher
+
+
+def asks_for_megatron(s: FlatSettings, key: str) -> bool:
+    """Return whether a setting of the section Megatron has an effect that only Megatron-Core has."""
+    return _asks(s, key, 1 if key == "expert_tensor_parallel_size" else catalog()[key].default)
+
+
+def _asks(s: FlatSettings, key: str, nothing: object) -> bool:
+    """Return whether a setting was given, and not as the value that asks for nothing."""
+    return not s.is_valid(key) or (s.given(key) and getattr(s, key) not in (False, nothing))
+
+
+def _samples(s: FlatSettings) -> int:
+    return _RESPONSES if s.num_rollout != 0 and compares_samples(s) else 1
 
 
 def _mismatch(generated: int, trained: int) -> Fault | None:
@@ -139,6 +178,26 @@ def _evaluation_alone(s: FlatSettings) -> list[Fault]:
     return []
 
 
+def _lengths(s: FlatSettings) -> list[Fault]:
+    if not s.given("rollout_max_response_len") and s.rollout_max_context_len is None:
+        s.fill("rollout_max_response_len", _RESPONSE_TOKENS)
+    return []
+
+
+def _engine_name(s: FlatSettings) -> list[Fault]:
+    if not s.given("rollout_backend"):
+        asked = any(_asks(s, key, catalog()[key].default) for key in SGLANG_ALONE) or s.sglang_args
+        s.fill("rollout_backend", "sglang" if asked else "torch")
+    return []
+
+
+def _trainer_name(s: FlatSettings) -> list[Fault]:
+    if not s.given("train_backend"):
+        own = (key for key, entry in catalog().items() if entry.section == "megatron")
+        s.fill("train_backend", "megatron" if any(asks_for_megatron(s, key) for key in own) else "fsdp")
+    return []
+
+
 def _train_dtype(s: FlatSettings) -> list[Fault]:
     if not s.given("train_dtype"):
         s.fill("train_dtype", "float16" if s.fp16 else AUTO)
@@ -150,6 +209,8 @@ def _backend(s: FlatSettings) -> list[Fault]:
         s.fill("share_prompts", s.train_backend == "fsdp")
     if not s.given("expert_tensor_parallel_size"):
         s.fill("expert_tensor_parallel_size", 1 if s.expert_model_parallel_size > 1 else s.tensor_model_parallel_size)
+    if not s.given("sequence_parallel"):
+        s.fill("sequence_parallel", s.tensor_model_parallel_size > 1 and s.expert_model_parallel_size > 1)
     return []
 
 
@@ -182,7 +243,10 @@ def _engine(s: FlatSettings) -> list[Fault]:
 _STEPS: tuple[Callable[[FlatSettings], list[Fault]], ...] = (
     _batch_sizes,
     _staleness,
+    _trainer_name,
+    _engine_name,
     _engine,
+    _lengths,
     _fallbacks,
     _run_dir,
     _bounds,

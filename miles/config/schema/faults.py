@@ -42,6 +42,10 @@ class Fault:
         return {**dataclasses.asdict(self), "value": self.shown_value, "problem": problem, "message": str(self)}
 
 
+class RunFault(Fault):
+    """The fault of something that a run needs, and the plan of a run does not."""
+
+
 class ConfigError(ValueError):
     """A configuration was refused; `faults` lists all of its faults."""
 

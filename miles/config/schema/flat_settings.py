@@ -48,6 +48,10 @@ class FlatSettings:
         """Mark settings as invalid, so that no later rule uses them."""
         self._invalid.update(keys)
 
+    def changed(self, **values: Any) -> FlatSettings:
+        """Return these settings with others in their place; nothing is derived or checked."""
+        return FlatSettings(self._values | values, given=self._given | values.keys(), invalid=self._invalid)
+
     def of(self, section: Section) -> dict[str, Any]:
         """Return the values of a section's fields."""
         return {key: self._values[key] for key in type(section).model_fields}

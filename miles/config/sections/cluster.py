@@ -23,7 +23,7 @@ class ClusterConfig(Section):
     """How many of them are started by hand on other machines; the others run on this one."""
 
     colocate: bool = False
-    """Run trainer and engines on the same GPUs, in turns."""
+    """Run trainer and engines on the same GPUs: in turns, or at once when offload_rollout and offload_train are off."""
 
     offload_rollout: Annotated[bool, Derived("on with colocate")] = derived()
     """Release the engines' memory (weights, KV cache) while the trainer works."""

@@ -43,9 +43,11 @@ class DataConfig(Section):
     """Number of passes over the data set, instead of num_rollout."""
 
     rollout_batch_size: Annotated[
-        Positive, Derived("global_batch_size × num_steps_per_rollout / n_samples_per_prompt")
+        Positive, Derived("global_batch_size × num_steps_per_rollout / n_samples_per_prompt; 32 without these two")
     ] = derived()
-    """Number of prompts per rollout; required unless it follows from the other three batch sizes."""
+    """Number of prompts per rollout."""
 
-    n_samples_per_prompt: Positive = 1
+    n_samples_per_prompt: Annotated[
+        Positive, Derived("8 to train by an estimator that compares the responses to a prompt, else 1")
+    ] = derived()
     """Number of responses per prompt."""

@@ -30,7 +30,9 @@ class MegatronConfig(Section):
     ] = derived()
     """Expert tensor-parallel size: ranks that split each expert's matrices."""
 
-    sequence_parallel: bool = False
+    sequence_parallel: Annotated[
+        bool, Derived("on when tensor_model_parallel_size and expert_model_parallel_size are above 1")
+    ] = derived()
     """Sequence parallelism: split activations outside matrix products over the tensor-parallel ranks."""
 
     use_distributed_optimizer: bool = False

@@ -17,7 +17,8 @@ class RewardConfig(Section):
     """Scoring: a built-in reward, a function, or services."""
 
     rm_type: BuiltinReward | None = None
-    """Built-in reward."""
+    """Built-in reward of rows whose metadata names none (as rm_type); every row has to where custom_rm_path and
+    reward_service are not given either."""
 
     custom_rm_path: Annotated[str | None, DottedPath(), Metavar("MODULE.NAME")] = None
     """Async function that scores a sample, instead of rm_type."""
@@ -49,6 +50,11 @@ class RewardConfig(Section):
     def service_addresses(self) -> dict[str, str]:
         """The host:port of each external reward service, by name."""
         return dict(parse_reward_service(spec) for spec in self.reward_service)
+
+    @property
+    def scored_here(self) -> bool:
+        """Whether the run has a reward worker of its own, and not just services that run elsewhere."""
+        return bool(self.rm_type or self.custom_rm_path or not self.reward_service)
 
     def addresses_with_default(self) -> dict[str, str]:
         """The same with a default where they name one: the only service, when nothing else scores, has no choice."""

@@ -34,7 +34,9 @@ class RolloutConfig(Section):
     """Name that begins with the family of hf_checkpoint, e.g. qwen3-30b-a3b, to be sure of the folder; weights are
     converted as its config.json says, with a name or without."""
 
-    rollout_backend: EngineName = "torch"
+    rollout_backend: Annotated[
+        EngineName, Derived("sglang when a setting is given that its servers alone have, else torch")
+    ] = derived()
     """Inference engine: torch runs inside the rollout service, sglang uses one or several SGLang servers."""
 
     rollout_num_gpus: Positive | None = None
@@ -88,8 +90,8 @@ class RolloutConfig(Section):
     rollout_max_prompt_len: Positive | None = None
     """Maximum length of a prompt; longer ones are skipped when the data set is read."""
 
-    rollout_max_response_len: Positive | None = None
-    """Maximum length of a response; required unless rollout_max_context_len is given."""
+    rollout_max_response_len: Annotated[Positive | None, Derived("8192 without rollout_max_context_len")] = None
+    """Maximum length of a response."""
 
     rollout_stop: tuple[str, ...] | None = None
     """Stop strings."""

@@ -12,7 +12,9 @@ from miles.config.schema.section import Derived, Positive, Section, derived
 class TrainConfig(Section):
     """Training backend, precision, and the division of a rollout into optimizer steps and micro-batches."""
 
-    train_backend: Literal["fsdp", "megatron"] = "fsdp"
+    train_backend: Annotated[
+        Literal["fsdp", "megatron"], Derived("megatron when a setting of the section Megatron is given, else fsdp")
+    ] = derived()
     """Training backend."""
 
     seed: int = 1234

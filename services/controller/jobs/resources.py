@@ -58,8 +58,9 @@ def missing_nodes(lost: Collection[str], nodes: int) -> str:
 
 
 def _lacking_reward(config: Mapping[str, Any], supply: Supply) -> str:
-    name = config["rm_type"] or config["custom_rm_path"]
-    if not name or any(service.startswith("default=") for service in config["reward_service"] or ()):
+    services = config["reward_service"] or ()
+    name = config["rm_type"] or config["custom_rm_path"] or ""
+    if (services and not name) or any(service.startswith("default=") for service in services):
         return ""
     if any(serves(served, name) for served in supply.rewards):
         return ""
@@ -67,12 +68,18 @@ def _lacking_reward(config: Mapping[str, Any], supply: Supply) -> str:
 
 
 def serves(served: Collection[str], reward: str) -> bool:
-    """Return whether a reward worker that reports these names serves a reward; one that reports none serves any."""
-    return not served or reward in served or reward.rpartition(".")[2] in served  # a function has its own name
+    """Return whether a reward worker that reports these names serves a reward; one that reports none serves any.
+
+    An empty reward is whatever rows name.
+    """
+    own_name = reward.rpartition(".")[2]  # of a function
+    return not reward or not served or reward in served or own_name in served
 
 
 def missing_reward(reward: str) -> str:
     """Name a reward that no worker serves, and the way out."""
+    if not reward:
+        return "a reward worker"
     if "." not in reward:
         return f"a reward worker that serves {reward}"
     start = f"python -m miles.services.reward --custom-rm-path {reward} --controller HOST:PORT"

@@ -43,11 +43,11 @@ class RequiredWorkers:
         return (await self.wait_for(kind))[0]
 
     async def reward_addresses(self, reward: RewardConfig) -> RewardAddresses:
-        """Return the user's reward services, and this cluster's workers if rm_type or custom_rm_path needs them."""
+        """Return the user's reward services, and this cluster's workers if the run needs them."""
         addresses = reward.addresses_with_default()
-        own = reward.rm_type or reward.custom_rm_path
-        if own is None:
+        if not reward.scored_here:
             return RewardAddresses(addresses)
+        own = reward.rm_type or reward.custom_rm_path or ""
         workers = await self._require(
             controller_pb2.WORKER_KIND_REWARD,
             missing_reward(own),

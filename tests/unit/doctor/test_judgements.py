@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 
-from miles.doctor import folders, gpus, limits, memory, needs, packages, processor, proxies, redis_server, surroundings
+from miles.doctor import folders, gpus, limits, memory, packages, processor, proxies, redis_server, surroundings
 from miles.doctor.finding import Finding, Status
+from miles.memory.amount import Part
 
 GIB = 1 << 30
-NEED = needs.Need(8 * GIB, "a formula")
+NEED = Part("need", 8 * GIB, "a formula")
 H200: dict[str, Any] = {"name": "H200", "capability": [9, 0], "bytes": 139 * GIB}
 TORCH: dict[str, Any] = {
     "version": "2.13.0",
@@ -78,7 +79,7 @@ def test_processors(changes: dict[str, Any], status: str, text: str) -> None:
             "warn",
             "GPU 0 (H200, 7.5)",
         ),
-        ({"trainer_bytes": 130 * GIB}, "fail", "each trainer rank needs about 130.0 GiB"),
+        ({"trainer_bytes": 140 * GIB}, "fail", "each trainer rank needs about 140.0 GiB"),
     ],
 )
 def test_gpus(changes: dict[str, Any], status: str, text: str) -> None:
@@ -124,7 +125,7 @@ def test_shared_memory(facts: memory.Shared, status: str) -> None:
         ({"writable": False}, "fail", "may not write to /data"),
         ({"options": frozenset({"ro"})}, "fail", "mounted read-only"),
         ({"free_inodes": 0}, "fail", "no inode left"),
-        ({"need": needs.Need(200 * GIB, "a formula")}, "fail", "the run writes about 200.0 GiB (a formula)"),
+        ({"need": Part("disk", 200 * GIB, "a formula")}, "fail", "the run writes about 200.0 GiB (a formula)"),
         ({"free": 1000}, "warn", "1000 bytes free"),
         ({"kind": "nfs4"}, "warn", "a network file system"),
         ({"kind": "tmpfs"}, "warn", "which is memory"),

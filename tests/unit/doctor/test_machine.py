@@ -17,11 +17,12 @@ from config_cases import MINIMAL
 
 from miles import cli
 from miles.config.command.flags import CommandLine, to_command_line
-from miles.doctor import folders, memory, needs, packages, ports, proxies, redis_server
+from miles.doctor import folders, memory, packages, ports, proxies, redis_server
 from miles.doctor.checks import Check, run_checks
 from miles.doctor.finding import Finding, Status, ok
 from miles.doctor.probe import torch_facts
 from miles.doctor.subject import Subject
+from miles.memory.amount import Part
 from miles.queue.server import server_binary
 from miles.rpc.exit_codes import ExitCode
 
@@ -124,7 +125,7 @@ def test_a_host_of_another_machine_is_no_place_to_listen() -> None:
 
 
 def test_a_run_folder_in_memory_that_is_too_small_is_refused(small_disk: pathlib.Path) -> None:
-    need = needs.Need(1 << 30, "a formula")
+    need = Part("disk", 1 << 30, "a formula")
     (found,) = folders.judge([folders.measure("--run-dir", str(small_disk / "a" / "b"), need, lasting=True)])
     assert found.status is Status.FAIL
     assert "8.0 MiB free on tmpfs; the run writes about 1.0 GiB (a formula)" in found.found

@@ -15,7 +15,10 @@ from miles.config import JobConfig
 from miles.config.command.flags import to_command_line
 from miles.config.command.yaml_files import read_file
 from miles.launcher import plan
+from miles.launcher.placement import placement_of
 from miles.launcher.plan import plan_controller, plan_redis, plan_run, plan_workers
+from miles.placement.deal import NoRoomError
+from miles.placement.nodes import parse_cluster
 
 ROOT = pathlib.Path(__file__).parents[3]
 
@@ -199,11 +202,20 @@ def test_plans_carry_addresses_once_they_are_known() -> None:
     assert trainer.command[9:11] == ("-m", "miles.services.trainer")
 
 
-def test_rollouts_take_the_gpus_after_the_trainers(monkeypatch: pytest.MonkeyPatch) -> None:
-    config = JobConfig.from_flat(MINIMAL | {"actor_num_gpus_per_node": 2, "rollout_num_workers": 3}).resolve("cuda")
-    monkeypatch.setattr("miles.launcher.plan.visible_gpus", lambda: 4)
-    devices = [plan.command[-3] for plan in plan_workers(config, "c:1") if plan.kind == "rollout"]
-    assert devices == ["cuda:2", "cuda:3", "cuda:0"]
+def test_rollouts_take_the_gpus_after_the_trainers() -> None:
+    flat = MINIMAL | {"actor_num_gpus_per_node": 2, "rollout_num_workers": 2}
+
+    def devices(cluster: str, **changes: Any) -> list[tuple[int, str]]:
+        config = JobConfig.from_flat(flat | changes).resolve("cuda")
+        placement = placement_of(config, parse_cluster(cluster))
+        plans = plan_workers(config, "c:1", placement=placement)
+        return [(plan.node, plan.command[-3]) for plan in plans if plan.kind == "rollout"]
+
+    assert devices("4") == [(0, "cuda:2"), (0, "cuda:3")]
+    assert devices("3,1") == [(0, "cuda:2"), (1, "cuda:0")]
+    assert devices("2", colocate=True, offload_rollout=False) == [(0, "cuda:0"), (0, "cuda:1")]
+    with pytest.raises(NoRoomError, match="the trainer's 2 leave 1 of the 3 GPUs"):
+        devices("3")
 
 
 def test_example_configurations_are_valid() -> None:
@@ -253,10 +265,11 @@ def test_no_secret_is_in_the_dry_run_the_stored_job_or_a_fault() -> None:
     from miles.config.schema.faults import Fault
     from miles.launcher.dry_run import describe_run
     from miles.launcher.main import stored_settings
+    from miles.launcher.run_plan import RunPlan
 
     given = {"redis_url": "redis://:hunter2@r:1/3", "train_env_vars": {"WANDB": "hunter2"}, "train_dtype": "float32"}
     config = JobConfig.from_flat(MINIMAL | given | {"rollout_dtype": "float32"}).resolve("cpu")
-    assert "hunter2" not in describe_run(config)
+    assert "hunter2" not in describe_run(RunPlan(config))
     assert stored_settings(config)["redis_url"] == "redis://r:1/3"
     for key in ("redis_url", "train_env_vars"):
         fault = Fault(key, given[key], "it is wrong", "correct it")

@@ -66,6 +66,7 @@ def test_every_size_that_does_not_divide_is_named_at_once(tmp_path: pathlib.Path
         pipeline_model_parallel_size=4,
         expert_model_parallel_size=3,
         expert_tensor_parallel_size=4,
+        sequence_parallel=False,
     )
     assert [fault.split(",")[0] for fault in found] == [
         "tensor_model_parallel_size = 8",

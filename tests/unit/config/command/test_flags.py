@@ -86,7 +86,7 @@ def test_a_repeated_list_grows_and_a_repeated_value_is_replaced() -> None:
         (["--dry-run", "now"], "--dry-run = now, but it is a switch; leave its value out"),
         (["--rollout-top-p", "x"], "rollout_top_p = x, but it must be a number; give one"),
         (
-            ["--sglang-mem-fraction-static", "0.8"],
+            ["--rollout-backend", "torch", "--sglang-mem-fraction-static", "0.8"],
             "sglang_mem_fraction_static = 0.8, but rollout_backend = torch has no SGLang servers; set rollout_backend "
             "to sglang, or leave it out",
         ),

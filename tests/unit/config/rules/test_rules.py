@@ -63,7 +63,6 @@ RULE_CASES: list[tuple[dict[str, Any], str]] = [
     ({"prompt_data": None}, "prompt_data is not set, and training needs prompts"),
     ({"load": "$NOWHERE/x"}, "load = $NOWHERE/x, but ~ and $NAME are expanded by a shell alone; write the whole path"),
     ({"num_rollout": None}, "num_rollout is not set, and neither is num_epoch"),
-    ({"rollout_max_response_len": None}, "rollout_max_response_len is not set, and neither is rollout_max_context_len"),
     ({"rollout_max_context_len": 16}, "rollout_max_response_len = 16, but prompt and response share"),
     (
         {"eval_min_new_tokens": 20, "eval_interval": 1, "eval_prompt_data": ["a", "b"]},
@@ -75,7 +74,6 @@ RULE_CASES: list[tuple[dict[str, Any], str]] = [
         "chat_template_path = x.jinja, but it does nothing without apply_chat_template",
     ),
     ({"custom_rm_path": "a.b"}, "rm_type = math, but custom_rm_path = a.b scores in its place"),
-    ({"rm_type": None}, "rm_type is not set, and neither are custom_rm_path and reward_service"),
     ({"gateway_host": "0.0.0.0"}, "gateway_host = 0.0.0.0, but other machines can reach that"),
     ({"gateway": False, "gateway_port": 8000}, "gateway_port = 8000, but it does nothing without gateway"),
     ({"tls_cert": "c.pem"}, "tls_key is not set, and tls_cert is no use without its key"),
@@ -166,7 +164,7 @@ RULE_CASES: list[tuple[dict[str, Any], str]] = [
         "torch_compile = true, but use_routing_replay works in the layers' routers",
     ),
     (
-        {"tensor_model_parallel_size": 2},
+        {"train_backend": "fsdp", "tensor_model_parallel_size": 2},
         "tensor_model_parallel_size = 2, but train_backend = fsdp does not have it; set train_backend to megatron",
     ),
     (
@@ -398,10 +396,13 @@ RULE_CASES: list[tuple[dict[str, Any], str]] = [
     ({"device": "cpu", "distributed_backend": "nccl"}, "distributed_backend = nccl, but device = cpu"),
     ({"dynamic_sampling_filter_path": "f"}, "dynamic_sampling_filter_path = f, but it must name a module and"),
     (
-        {"sglang_mem_fraction_static": 0.8},
+        {"rollout_backend": "torch", "sglang_mem_fraction_static": 0.8},
         "sglang_mem_fraction_static = 0.8, but rollout_backend = torch has no SGLang servers; set rollout_backend to",
     ),
-    ({"rollout_num_gpus": 2}, "rollout_num_gpus = 2, but rollout_backend = torch has no SGLang servers"),
+    (
+        {"rollout_backend": "torch", "rollout_num_gpus": 2},
+        "rollout_num_gpus = 2, but rollout_backend = torch has no SGLang servers",
+    ),
     ({"colocate": True}, "colocate = true, but rollout_backend = torch has no SGLang servers, and no other engine"),
     (
         {**SGLANG, "sglang_tp_size": 2},

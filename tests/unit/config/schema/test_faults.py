@@ -22,16 +22,16 @@ def test_a_fault_of_a_missing_setting_is_whole_beside_its_name_and_as_a_sentence
     assert fault["message"] == (
         "num_rollout is not set, and neither is num_epoch; set one of them, so that the run has an end"
     )
-    (fault,) = faults({"rm_type": None})
-    assert fault["problem"] == "it is not set, and neither are custom_rm_path and reward_service"
+    (fault,) = faults({"prompt_data": None})
+    assert fault["problem"] == "it is not set, and training needs prompts"
 
 
 def test_a_refusal_over_rest_names_each_value() -> None:
-    document = {"title": "The configuration has faults", "faults": faults({"lr": -1, "rm_type": None})}
+    document = {"title": "The configuration has faults", "faults": faults({"lr": -1, "prompt_data": None})}
     assert MilesError(document).describe().splitlines() == [
         "The configuration has faults:",
         "  lr = -1, but it must be at least 0; raise it",
-        "  rm_type is not set, and neither are custom_rm_path and reward_service; set one of them to score responses",
+        "  prompt_data is not set, and training needs prompts; set it to a JSONL or Parquet file",
     ]
 
 

@@ -1,0 +1,55 @@
+"""Checks whether the GPUs that a run asks for are there, without two owners of one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from miles.config.checks.device import visible_gpus
+from miles.config.schema.faults import Fault
+from miles.config.schema.flat_settings import FlatSettings
+from miles.placement.deal import Demand, NoRoomError, deal
+from miles.placement.nodes import Cluster, local_cluster
+
+
+def demand_of(s: FlatSettings, cluster: Cluster) -> Demand:
+    """Return the GPUs of a cluster that a configuration asks for, which is resolved for CUDA.
+
+    Rollout services that are started elsewhere need none of this machine.
+    """
+    size, services = s.rollout_num_gpus_per_engine, s.rollout_num_workers
+    engines = 1 if s.rollout_num_gpus is None else max(1, s.rollout_num_gpus // size // services)
+    elsewhere = s.rollout_external_engine_addrs is not None
+    if not cluster.assumed:
+        services = max(0, services - s.rollout_workers_elsewhere)
+    return Demand(
+        trainer_nodes=s.actor_num_nodes,
+        trainer_gpus=s.actor_num_gpus_per_node or 8,
+        services=services,
+        engines=engines,
+        engine_gpus=0 if elsewhere else size,
+        colocate=s.colocate,
+    )
+
+
+def cluster_here(nodes: int) -> Cluster:
+    """Return this machine with the GPUs that this process sees, and other nodes like it."""
+    return local_cluster(visible_gpus(), nodes)
+
+
+def gpu_faults(s: FlatSettings, assumed: Cluster | None = None) -> Iterator[Fault]:
+    """Yield a fault when the GPUs do not suffice: those of this machine, or of the assumed cluster."""
+    if s.device != "cuda":
+        return
+    cluster = assumed or cluster_here(s.actor_num_nodes)
+    if not cluster.gpus:
+        yield Fault("device", "cuda", "this machine has no GPU to use", "set it to cpu, or check CUDA_VISIBLE_DEVICES")
+        return
+    try:
+        deal([node.gpus for node in cluster.nodes], demand_of(s, cluster), rollout_nodes=rollout_nodes(cluster))
+    except NoRoomError as error:
+        yield Fault(error.setting, error.value, error.problem, error.remedy)
+
+
+def rollout_nodes(cluster: Cluster) -> int | None:
+    """Return on how many nodes rollout services can be: a launcher starts its own node's alone, but any can attach."""
+    return None if cluster.assumed else 1

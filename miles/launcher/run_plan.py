@@ -1,0 +1,21 @@
+"""A configuration that was checked to be planned."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from miles.config.job import JobConfig
+from miles.config.schema.faults import RunFault
+from miles.placement.nodes import Cluster
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class RunPlan:
+    """What is planned, and for which machines."""
+
+    config: JobConfig
+    """Resolved for a device."""
+    assumed: Cluster | None = None
+    """Instead of this machine."""
+    missing: tuple[RunFault, ...] = ()
+    """What a run needs besides."""

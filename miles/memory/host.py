@@ -1,0 +1,58 @@
+"""Host memory besides processes' own: versions of the weights, Redis, buckets."""
+
+from __future__ import annotations
+
+from miles.memory.amount import Part, number
+from miles.memory.run import Run
+
+_TOKEN_BYTES = 4 + 4 + 1
+"""Of a queued token: its id, log-probability and mask."""
+_TEXT_BYTES = 4
+"""Of a token's text."""
+_PROCESS = {"cpu": 400 << 20, "cuda": 4 << 30}
+"""Resident memory of a Python process with PyTorch by itself: on GPUs CUDA's libraries and pinned buffers besides."""
+_CONTEXT = int(1.5 * (1 << 30))
+"""On a GPU: CUDA's context, kernels' code and NCCL's buffers of one process."""
+
+
+def versions_part(run: Run) -> Part:
+    """Return what versions of the weights take in shared memory of a node: the one that is served and the next one."""
+    count = run.policy.parameters.total
+    formula = f"2 versions × {number(count)} × {run.engine_bytes}"
+    return Part("versions of the weights", 2 * count * run.engine_bytes, formula)
+
+
+def buckets_part(run: Run) -> Part:
+    """Return the buckets in which a rank all-gathers weights to publish them."""
+    each = run.settings.update_weight_buffer_size
+    whole = run.policy.parameters.total * run.engine_bytes
+    return Part("buckets of weights", min(2 * each, 2 * whole), f"2 × update_weight_buffer_size = {each}")
+
+
+def queue_part(run: Run) -> Part:
+    """Return what Redis holds of finished groups: the batch that is trained on, and those ahead of it."""
+    s, shape = run.settings, run.policy.shape
+    samples = s.rollout_batch_size * s.n_samples_per_prompt * (s.max_weight_staleness + 2)
+    each, words = _TOKEN_BYTES + _TEXT_BYTES, f"{_TOKEN_BYTES + _TEXT_BYTES} bytes"
+    if shape is not None and shape.experts and (s.use_rollout_routing_replay or s.observe_rollout_routing):
+        number_bytes = 1 if shape.experts <= 256 else 2
+        routing = len(shape.expert_layers) * shape.experts_per_token * number_bytes
+        each += routing
+        words += f" + {routing} of routing in {len(shape.expert_layers)} layers"
+    formula = (
+        f"at most rollout_batch_size × n_samples_per_prompt × (max_weight_staleness + 2) = {samples} samples × "
+        f"{run.longest} tokens × ({words})"
+    )
+    return Part("finished groups", samples * run.longest * each, formula)
+
+
+def process_part(device: str) -> Part:
+    """Return what a Python process with PyTorch takes by itself, in host memory."""
+    kind = "cpu" if device == "cpu" else "cuda"
+    libraries = "Python and PyTorch" if kind == "cpu" else "Python, PyTorch, CUDA's libraries and pinned buffers"
+    return Part("process", _PROCESS[kind], f"an allowance for {libraries}")
+
+
+def context_part() -> Part:
+    """Return what a process takes on a GPU by itself."""
+    return Part("CUDA context", _CONTEXT, "an allowance for the context, kernels and NCCL's buffers")

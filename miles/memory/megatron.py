@@ -1,0 +1,140 @@
+"""The trainer's ranks with Megatron-Core: which parameters each pipeline stage has, and what they take.
+
+Weights are held in the type of the computation; gradients add up in float32 buffers that are not sharded; float32
+masters and Adam's two moments are sharded over replicas by the distributed optimizer alone (Megatron-LM,
+docs/source/api-guide/dist_optimizer.md: 6 + 12/d bytes a parameter for d replicas, instead of 18).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from miles.memory.amount import Part, number
+from miles.memory.model import ModelShape
+from miles.memory.parameters import Parameters, layer_parameters, mtp_parameters
+from miles.memory.run import Run
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Layout:
+    """Parallel sizes over `ranks` processes."""
+
+    ranks: int
+    tensor: int = 1
+    pipeline: int = 1
+    virtual: int = 1
+    context: int = 1
+    expert: int = 1
+    expert_tensor: int = 1
+    distributed_optimizer: bool = False
+
+    @property
+    def replicas(self) -> int:
+        """Ranks that share the optimizer's state of everything but experts: data- and context-parallel ones."""
+        return max(1, self.ranks // (self.tensor * self.pipeline))
+
+    @property
+    def expert_replicas(self) -> int:
+        """Ranks that share that of the same experts."""
+        return max(1, self.ranks // (self.expert_tensor * self.expert * self.pipeline))
+
+    def stage_of(self, rank: int) -> int:
+        """Return the pipeline stage of a rank: consecutive ranks are one stage."""
+        return rank // max(1, self.ranks // self.pipeline)
+
+
+def layout_of(run: Run) -> Layout:
+    """Return the layout that settings ask for."""
+    s = run.settings
+    return Layout(
+        ranks=run.ranks,
+        tensor=s.tensor_model_parallel_size,
+        pipeline=s.pipeline_model_parallel_size,
+        virtual=s.num_virtual_stages_per_pipeline_rank or 1,
+        context=s.context_parallel_size,
+        expert=s.expert_model_parallel_size,
+        expert_tensor=s.expert_tensor_parallel_size,
+        distributed_optimizer=s.use_distributed_optimizer,
+    )
+
+
+def stage_layers(shape: ModelShape, layout: Layout, stage: int) -> list[int]:
+    """Return the numbers of a stage's layers; virtual stages take turns."""
+    each = max(1, shape.layers // (layout.pipeline * layout.virtual))
+    starts = [(turn * layout.pipeline + stage) * each for turn in range(layout.virtual)]
+    return [layer for start in starts for layer in range(start, start + each)]
+
+
+def rank_parameters(shape: ModelShape, layout: Layout, stage: int, *, mtp_layers: int = 0) -> Parameters:
+    """Return the parameters on each rank of a stage, as the largest one has them."""
+    found = Parameters()
+    for layer in stage_layers(shape, layout, stage):
+        found += layer_parameters(shape, layer)
+    first, last = stage == 0, stage == layout.pipeline - 1
+    if first:
+        found += Parameters(embedding=_padded(shape, layout) * shape.hidden)
+    if last:
+        head = 0 if shape.tied and first else _padded(shape, layout) * shape.hidden
+        found += Parameters(head=head, norms=shape.hidden)
+        for _ in range(mtp_layers):
+            found += mtp_parameters(shape)
+    split = found.split(layout.tensor, shape.key_value_heads)
+    return dataclasses.replace(split, experts=-(-found.experts // (layout.expert * layout.expert_tensor)))
+
+
+def _padded(shape: ModelShape, layout: Layout) -> int:
+    return -(-shape.vocabulary // layout.tensor) * layout.tensor
+
+
+def megatron_parts(run: Run, stage: int) -> tuple[list[Part], list[Part]]:
+    """Return what a rank of a stage takes on its device, and in host memory besides."""
+    shape, layout, s = run.policy.shape, layout_of(run), run.settings
+    if shape is None:
+        return _by_count(run, layout), []
+    layers = s.mtp_num_layers or 0
+    own = rank_parameters(shape, layout, stage, mtp_layers=layers)
+    frozen = 0
+    if layers and not s.enable_mtp_training:
+        frozen = own.total - rank_parameters(shape, layout, stage).total
+    device = _trained("policy", run, layout, own, frozen)
+    if run.has_critic:
+        critic = dataclasses.replace(rank_parameters(dataclasses.replace(shape, tied=False), layout, stage), head=0)
+        device += _trained("critic", run, layout, critic, 0)
+    roles = [name for name, there in (("reference", run.has_reference), ("teacher", run.teacher)) if there]
+    copies = len(roles) + run.old_policies
+    host = []
+    if copies:
+        what = " + ".join([*roles, *([f"{run.old_policies} old policies"] if run.old_policies else [])])
+        formula = f"({what} + the own one while they are asked) × {number(own.total)} × {run.train_bytes}"
+        host.append(Part("weights that are swapped in", (copies + 1) * own.total * run.train_bytes, formula))
+    return device, host
+
+
+def _trained(name: str, run: Run, layout: Layout, own: Parameters, frozen: int) -> list[Part]:
+    each, trained = run.train_bytes, own.total - frozen
+    state = 8 if each == 4 else 12
+    experts, others = own.experts, trained - own.experts
+    replicas, expert_replicas = (layout.replicas, layout.expert_replicas) if layout.distributed_optimizer else (1, 1)
+    optimizer = others * state // replicas + experts * state // expert_replicas
+    kinds = "Adam's moments" if each == 4 else "float32 masters and Adam's moments"
+    formula = f"{number(trained)} × {state} bytes of {kinds}"
+    if layout.distributed_optimizer:
+        formula = f"{state} bytes of {kinds} × ({number(others)} / {replicas} replicas"
+        formula += f" + experts' {number(experts)} / {expert_replicas})" if experts else ")"
+    return [
+        Part(f"{name} weights", own.total * each, f"{words(own)} × {each} bytes"),
+        Part(f"{name} gradients", trained * 4, f"{number(trained)} × 4 bytes, in buffers that stay"),
+        Part(f"{name} optimizer", optimizer, formula),
+    ]
+
+
+def words(own: Parameters) -> str:
+    """Describe a rank's parameters."""
+    experts = f", of which experts' {number(own.experts)}," if own.experts else ""
+    return f"{number(own.total)} parameters of this rank{experts}"
+
+
+def _by_count(run: Run, layout: Layout) -> list[Part]:
+    """Return parts of a model whose shape is not known: split evenly."""
+    share = Parameters(dense=run.policy.parameters.total // (layout.tensor * layout.pipeline))
+    return _trained("policy", run, layout, share, 0)

@@ -1,0 +1,151 @@
+"""Deals GPU numbers to the trainer's ranks and the rollout services, so that no GPU has two owners.
+
+The trainer comes first: the first GPUs of the first nodes that have enough. Each rollout service gets consecutive GPUs
+of one node, because it starts its servers there: on the trainer's node while GPUs are left, else on the next. With
+`colocate` services share the trainer's GPUs: each another part of them, or, of more services than there are parts, some
+the same.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Demand:
+    """What a run asks for."""
+
+    trainer_nodes: int
+    trainer_gpus: int
+    """On each of the trainer's nodes."""
+    services: int
+    """Rollout services."""
+    engines: int
+    """Of each service."""
+    engine_gpus: int
+    """Of each engine: its tensor-parallel size; 0 for engines that run elsewhere."""
+    colocate: bool = False
+
+    @property
+    def service_gpus(self) -> int:
+        """Of each rollout service."""
+        return self.engines * self.engine_gpus
+
+    @property
+    def rollout_gpus(self) -> int:
+        """Of all rollout services."""
+        return self.services * self.service_gpus
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Place:
+    """GPUs of one node."""
+
+    node: int
+    gpus: tuple[int, ...]
+    """Their numbers there, consecutive."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Placement:
+    """What everybody gets."""
+
+    trainer: tuple[Place, ...]
+    """For each node of the trainer; a GPU for each rank."""
+    rollouts: tuple[Place, ...]
+    """For each rollout service; its engines take its GPUs in order."""
+
+
+class NoRoomError(ValueError):
+    """There are too few GPUs, or they are on the wrong nodes."""
+
+    def __init__(self, setting: str, value: int, problem: str, remedy: str) -> None:
+        super().__init__(f"{setting} = {value}, but {problem}; {remedy}")
+        self.setting, self.value, self.problem, self.remedy = setting, value, problem, remedy
+
+
+def deal(nodes: Sequence[int], demand: Demand, *, rollout_nodes: int | None = None) -> Placement:
+    """Return who gets which GPUs.
+
+    Args:
+        nodes: GPUs of each node.
+        demand: what is asked for.
+        rollout_nodes: how many nodes, from the first, rollout services can be started on; None: all.
+
+    Raises NoRoomError with the setting to change.
+    """
+    trainer = _trainer(nodes, demand)
+    pool = _pool(nodes, demand, trainer, rollout_nodes)
+    free = {node: list(gpus) for node, gpus in pool.items()}
+    rollouts = []
+    for _ in range(demand.services):
+        node = _with_room(free, demand)
+        if node is None and demand.colocate:
+            free = {node: list(gpus) for node, gpus in pool.items()}  # from the first GPU again
+            node = _with_room(free, demand)
+        if node is None:
+            raise _no_room(nodes, demand, sum(map(len, pool.values())), rollout_nodes)
+        rollouts.append(Place(node, tuple(free[node][: demand.service_gpus])))
+        del free[node][: demand.service_gpus]
+    return Placement(trainer, tuple(rollouts))
+
+
+def _pool(
+    nodes: Sequence[int], demand: Demand, trainer: Sequence[Place], rollout_nodes: int | None
+) -> dict[int, Sequence[int]]:
+    """Return the GPUs by node that rollout services may have: those of the trainer, or all others."""
+    taken = {place.node: len(place.gpus) for place in trainer}
+    if demand.colocate:
+        return {node: range(taken.get(node, 0)) for node in range(len(nodes[:rollout_nodes]))}
+    return {node: range(taken.get(node, 0), count) for node, count in enumerate(nodes[:rollout_nodes])}
+
+
+def _with_room(free: Mapping[int, Sequence[int]], demand: Demand) -> int | None:
+    return next((node for node, left in free.items() if len(left) >= demand.service_gpus), None)
+
+
+def _trainer(nodes: Sequence[int], demand: Demand) -> tuple[Place, ...]:
+    fitting = [node for node, count in enumerate(nodes) if count >= demand.trainer_gpus][: demand.trainer_nodes]
+    if not fitting:
+        problem = f"the largest node has {_gpus(max(nodes, default=0))}"
+        remedy = f"set it to at most {max(nodes, default=0)}, and raise actor_num_nodes"
+        raise NoRoomError("actor_num_gpus_per_node", demand.trainer_gpus, problem, remedy)
+    if len(fitting) < demand.trainer_nodes:
+        problem = f"nodes with {_gpus(demand.trainer_gpus)} are {len(fitting)} of {len(nodes)}"
+        raise NoRoomError(
+            "actor_num_nodes", demand.trainer_nodes, problem, f"set it to {len(fitting)}, or use more nodes"
+        )
+    return tuple(Place(node, tuple(range(demand.trainer_gpus))) for node in fitting)
+
+
+def _no_room(nodes: Sequence[int], demand: Demand, free: int, rollout_nodes: int | None) -> NoRoomError:
+    largest = max(nodes[:rollout_nodes])
+    if demand.engine_gpus > largest:
+        problem = f"a server's GPUs are on one node, and the largest has {_gpus(largest)}"
+        elsewhere = "start the server over several nodes yourself and name it in rollout_external_engine_addrs"
+        return NoRoomError("rollout_num_gpus_per_engine", demand.engine_gpus, problem, f"lower it, or {elsewhere}")
+    if demand.rollout_gpus <= free:
+        problem = f"each service's {_gpus(demand.service_gpus)} are on one node, and no node has as many left"
+        most = max(1, largest // demand.engine_gpus) * demand.engine_gpus
+        services = max(2, -(-demand.rollout_gpus // most))
+        return NoRoomError("rollout_num_workers", demand.services, problem, f"set it to {services} or more")
+    by_service = demand.services > 1 and demand.service_gpus == 1
+    setting = "rollout_num_workers" if by_service else "rollout_num_gpus"
+    if demand.colocate:
+        problem = f"a service's {_gpus(demand.service_gpus)} are on one node, where colocate leaves the trainer's alone"
+        remedy = "raise rollout_num_workers, or lower it"
+        return NoRoomError("rollout_num_gpus", demand.rollout_gpus, problem, remedy)
+    trainers = demand.trainer_nodes * demand.trainer_gpus
+    problem = f"the trainer's {trainers} leave {free} of the {sum(nodes)} GPUs"
+    if rollout_nodes is not None and rollout_nodes < len(nodes):
+        problem = f"the trainer leaves {free} of this node's {_gpus(nodes[0])}"
+    remedy = (
+        "turn colocate on so that they take turns, lower it or actor_num_gpus_per_node, start rollouts on other "
+        "machines (rollout_workers_elsewhere), or name servers there (rollout_external_engine_addrs)"
+    )
+    return NoRoomError(setting, demand.rollout_gpus, problem, remedy)
+
+
+def _gpus(count: int) -> str:
+    return "1 GPU" if count == 1 else f"{count} GPUs"
