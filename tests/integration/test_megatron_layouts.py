@@ -26,7 +26,7 @@ MODELS = {
     "latent": "DeepSeek-V3",
     "windows": "Gemma 2",
     "local-global": "Gemma 3",
-    "whole-norms": "MiniMax-M2",
+    "all-heads-norms": "MiniMax-M2",
     "predicting": "GLM-4.5, MTP",
 }
 HELD = {"predicting": {"mtp_num_layers": 1}, "learning": {"mtp_num_layers": 1, "enable_mtp_training": True}}
@@ -87,7 +87,9 @@ LAYOUTS: dict[str, tuple[int, str, dict[str, Any]]] = {
     "local-global-sp": (2, "local-global", SP),
     "local-global-pp2": (2, "local-global", PP2),
     "local-global-cp2": (2, "local-global", CP2),
-    "whole-norms-ep2": (2, "whole-norms", EP2),
+    "all-heads-norms-sp": (2, "all-heads-norms", SP),
+    "all-heads-norms-tp4": (4, "all-heads-norms", {**SP, "tensor_model_parallel_size": 4, **DP2, **RECOMPUTE}),
+    "all-heads-norms-tp2-ep2": (4, "all-heads-norms", {**SP, **EP2, **DP2}),
     "predicting-sp": (2, "predicting", SP),
     "learning-sp": (2, "learning", SP),
     "learning-dp2": (2, "learning", {}),
@@ -115,7 +117,7 @@ OFTEN = (
     "replay-cp2",
     "latent-pp2",
     "local-global-cp2",
-    "whole-norms-ep2",
+    "all-heads-norms-sp",
     "learning-tp2-ep2",
     "ppo-sp",
     "old-overlap",

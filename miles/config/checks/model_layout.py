@@ -108,9 +108,6 @@ def _tensor_faults(s: FlatSettings, model: dict[str, Any]) -> Iterator[Fault]:
     if groups and not latent and groups % size and size % groups:
         problem = f"it and the model's {groups} key/value heads do not divide each other"
         yield Fault("tensor_model_parallel_size", size, problem, "choose one that does")
-    if model.get("model_type") == "minimax_m2" and size > 1:
-        problem = "megatron-bridge 0.6.2 has no gradient over ranks of the model's norms of all heads at once"
-        yield Fault("tensor_model_parallel_size", size, problem, "set it to 1")
     if latent and size > 1 and (s.transformer_impl == "local" or s.device == "cpu"):
         problem = "multi-head latent attention is split over ranks by TransformerEngine's layers alone"
         yield Fault("tensor_model_parallel_size", size, problem, "set it to 1, or train on GPUs with TransformerEngine")
