@@ -40,7 +40,7 @@ from miles.services.rollout.engines.base import RolloutEngine
 from miles.weights import WeightSubscriber
 from miles.weights.naming.model_tensors import read_model_tensors
 
-FAMILIES = ("Qwen3", "Qwen3-MoE", "MiniMax-M2", "DeepSeek-V3", "DeepSeek-V3, MTP", "GLM-4.5", "GLM-4.5, MTP")
+FAMILIES = ("Qwen3", "Qwen3-MoE", "MiniMax-M2", "DeepSeek-V3", "DeepSeek-V3, MTP", "GLM-4.5", "GLM-4.5, MTP", "Llama", "Qwen2, Qwen2.5", "Qwen2-MoE", "GLM-4.7-Flash", "Gemma 2", "Gemma 3", "Gemma 3n", "Llama 4", "DeepSeek-V3.2")
 BACKENDS = ("fsdp", "megatron")
 ENGINES = ("torch", "sglang")
 COMBINATIONS = [

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from trainer_cases import VOCAB, write_tokenizer
 
-_COMMON: dict[str, Any] = {
+SIZES: dict[str, Any] = {
     "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 256, "initializer_range": 0.2, "bos_token_id": 1,
     "eos_token_id": 2, "tie_word_embeddings": False,
@@ -56,11 +56,12 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "DeepSeek-V3.2": (
         "DeepseekV32",
-        {**_EXPERTS, **_LATENT, "num_key_value_heads": 4, "index_n_heads": 2, "index_head_dim": 16, "index_topk": 16},
+        {**_EXPERTS, **_LATENT, "num_key_value_heads": 4, "num_experts": EXPERTS, "index_n_heads": 2, "index_head_dim": 16,
+         "index_topk": 64},
     ),
     "GLM-4.5": ("Glm4Moe", {**_EXPERTS, **_GLM}),
     "GLM-4.5, MTP": ("Glm4Moe", {**_EXPERTS, **_GLM, "num_nextn_predict_layers": 1}),
-    "GLM-4.7-Flash": ("Glm4MoeLite", {**_EXPERTS, **_LATENT, "num_key_value_heads": 4}),
+    "GLM-4.7-Flash": ("Glm4MoeLite", {**_EXPERTS, **_LATENT, "num_key_value_heads": 4, "rms_norm_eps": 1e-6}),
     "MiniMax-M2": (
         "MiniMaxM2",
         {"head_dim": 8, "num_local_experts": EXPERTS, "num_experts_per_tok": 2, "intermediate_size": 24},
@@ -91,7 +92,7 @@ def write_model(family: str, folder: pathlib.Path, seed: int = 0) -> pathlib.Pat
     prefix, changes = FAMILIES[family]
     text = "TextConfig" if prefix in ("Gemma3", "Gemma3n", "Llama4") else "Config"
     torch.manual_seed(seed)
-    config = getattr(transformers, prefix + text)(**{**_COMMON, **changes})
+    config = getattr(transformers, prefix + text)(**{**SIZES, **changes})
     model = getattr(transformers, prefix + "ForCausalLM")(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
