@@ -27,9 +27,10 @@ GROUPS = 4
 RESPONSE_TOKENS = 16
 PROMPTS = [[3 + (7 * group + 11 * place) % 90 for place in range(5 + 3 * group)] for group in range(GROUPS)]
 _MEGATRON: dict[str, Any] = {"train_backend": "megatron", "actor_num_gpus_per_node": 2}
+_TENSOR = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
 _LAYOUTS: dict[str, dict[str, Any]] = {
-    "Qwen3": {"tensor_model_parallel_size": 2, "sequence_parallel": True},
-    "Qwen3-MoE": {"tensor_model_parallel_size": 2, "sequence_parallel": True, "expert_model_parallel_size": 2},
+    **dict.fromkeys(("Qwen3", "Llama", "Qwen2, Qwen2.5", "Gemma 2", "Gemma 3"), _TENSOR),
+    **dict.fromkeys(("Qwen3-MoE", "MiniMax-M2"), {**_TENSOR, "expert_model_parallel_size": 2}),
 }
 """Of the families that are not spread by experts alone; two ranks each."""
 

@@ -1,4 +1,4 @@
-"""Tiny random models of the families that Megatron-Core trains, as Hugging Face folders."""
+"""Tiny random models of the families in docs/families.md, as Hugging Face folders."""
 
 from __future__ import annotations
 
@@ -56,8 +56,10 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "DeepSeek-V3.2": (
         "DeepseekV32",
-        {**_EXPERTS, **_LATENT, "num_key_value_heads": 4, "num_experts": EXPERTS, "index_n_heads": 2, "index_head_dim": 16,
-         "index_topk": 64},
+        {
+            **_EXPERTS, **_LATENT, "num_key_value_heads": 4, "num_experts": EXPERTS, "index_n_heads": 2,
+            "index_head_dim": 16, "index_topk": 64,
+        },
     ),
     "GLM-4.5": ("Glm4Moe", {**_EXPERTS, **_GLM}),
     "GLM-4.5, MTP": ("Glm4Moe", {**_EXPERTS, **_GLM, "num_nextn_predict_layers": 1}),
@@ -72,9 +74,9 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         "Gemma3n",
         {
             **_GEMMA, "num_hidden_layers": 5, "num_kv_shared_layers": 2, "vocab_size_per_layer_input": VOCAB,
-            "hidden_size_per_layer_input": 8, "laurel_rank": 4, "activation_sparsity_pattern": [0.5, 0.0, 0.0, 0.0, 0.0],
-            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"] + ["sliding_attention", "full_attention"],
-            "final_logit_softcapping": 3.0,
+            "hidden_size_per_layer_input": 8, "laurel_rank": 4, "final_logit_softcapping": 3.0,
+            "activation_sparsity_pattern": [0.5, 0.0, 0.0, 0.0, 0.0],
+            "layer_types": [f"{kind}_attention" for kind in ("sliding", "full", "sliding", "sliding", "full")],
         },
     ),
     "Llama 4": (
@@ -83,6 +85,11 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }  # fmt: skip
 """Family: the prefix of its classes in transformers, and what it sets besides the common sizes."""
+
+
+def architecture(family: str) -> str:
+    """The class that a family's config.json names."""
+    return FAMILIES[family][0] + "ForCausalLM"
 
 
 def write_model(family: str, folder: pathlib.Path, seed: int = 0) -> pathlib.Path:

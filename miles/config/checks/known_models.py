@@ -5,11 +5,16 @@ They are listed so that a dry run need not import them, and the service that che
 
 from __future__ import annotations
 
+
+def _names(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
 TRANSFORMERS = "transformers 5.12.1"
 MEGATRON_BRIDGE = "megatron-bridge 0.6.2"
 SGLANG = "SGLang 0.5.21"
 
-TYPES = frozenset(
+TYPES = _names(
     """
 afmoe apertus arcee aria_text bamba bart bert bert-generation big_bird bigbird_pegasus biogpt bitnet blenderbot
 blenderbot-small bloom blt camembert codegen cohere cohere2 cohere2_moe cpmant ctrl cwm data2vec-text dbrx
@@ -26,11 +31,11 @@ prophetnet qwen2 qwen2_moe qwen3 qwen3_5 qwen3_5_moe qwen3_5_moe_text qwen3_5_te
 recurrent_gemma reformer rembert roberta roberta-prelayernorm roc_bert roformer rwkv seed_oss smollm3 solar_open
 stablelm starcoder2 trocr vaultgemma whisper xglm xlm xlm-roberta xlm-roberta-xl xlnet xlstm xmod youtu zamba
 zamba2
-    """.split()
+    """
 )
 """Model types of which transformers has a causal language model."""
 
-BRIDGED = frozenset(
+BRIDGED = _names(
     """
 DeepseekV2ForCausalLM DeepseekV3ForCausalLM DeepseekV4ForCausalLM Exaone4ForCausalLM ExaoneMoeForCausalLM
 FalconH1ForCausalLM Gemma2ForCausalLM Gemma3ForCausalLM Gemma3ForConditionalGeneration Gemma4ForCausalLM
@@ -38,11 +43,11 @@ Gemma4ForConditionalGeneration GemmaForCausalLM Glm4MoeForCausalLM Glm4MoeLiteFo
 GptOssForCausalLM HYV3ForCausalLM LlamaForCausalLM MiniMaxM2ForCausalLM MistralForCausalLM NemotronForCausalLM
 NemotronHForCausalLM OlmoeForCausalLM Qwen2ForCausalLM Qwen3ForCausalLM Qwen3MoeForCausalLM Qwen3NextForCausalLM
 Qwen3_5ForCausalLM Qwen3_5MoeForCausalLM
-    """.split()
+    """
 )
 """Architectures among those that megatron-bridge converts."""
 
-SERVED = frozenset(
+SERVED = _names(
     """
 AfmoeForCausalLM ApertusForCausalLM ArceeForCausalLM Cohere2ForCausalLM Cohere2MoeForCausalLM CohereForCausalLM
 DbrxForCausalLM DeepseekV2ForCausalLM DeepseekV32ForCausalLM DeepseekV3ForCausalLM DeepseekV4ForCausalLM
@@ -59,7 +64,7 @@ MistralForCausalLM MixtralForCausalLM NemotronHForCausalLM OPTForCausalLM Olmo2F
 OlmoeForCausalLM PersimmonForCausalLM Phi3ForCausalLM PhiForCausalLM Qwen2ForCausalLM Qwen2MoeForCausalLM
 Qwen3ForCausalLM Qwen3MoeForCausalLM Qwen3NextForCausalLM Qwen3_5ForCausalLM Qwen3_5MoeForCausalLM
 StableLmForCausalLM Starcoder2ForCausalLM
-    """.split()
+    """
 )
 """Architectures among those that SGLang has an implementation of its own for. It runs others by transformers' own code,
 into which weights are not loaded as they are published."""

@@ -62,7 +62,7 @@ def why_not_fsdp(model: Model) -> str | None:
     if model["model_type"] == "gpt_oss":
         return "its attention has no sinks, which the model has"
     if others := sorted(set(model.get("layer_types") or ()) - _ATTENTION):
-        return f"it packs samples into one row, and the model's layers of type {others[0]} would carry one into the next"
+        return f"it packs samples into one row, and layers of type {others[0]} would carry one into the next"
     return None
 
 
@@ -73,6 +73,8 @@ def why_not_megatron(model: Model) -> str | None:
 
 def why_not_sglang(model: Model) -> str | None:
     """Why SGLang cannot serve it."""
+    if _architecture(model) == "Llama4ForCausalLM":
+        return f"{known_models.SGLANG} leaves out the experts when it loads a Llama4ForCausalLM"
     return _not_in(known_models.SERVED, f"{known_models.SGLANG} has no implementation of", model)
 
 

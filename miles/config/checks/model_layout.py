@@ -143,19 +143,20 @@ def _family_faults(s: FlatSettings, model: dict[str, Any]) -> Iterator[Fault]:
 
 
 def _routing_faults(s: FlatSettings, model: dict[str, Any]) -> Iterator[Fault]:
-    if _experts(model):
+    if expert_count(model):
         return
     for key in ("use_rollout_routing_replay", "observe_rollout_routing", "use_routing_replay"):
         if getattr(s, key):
             yield Fault(key, True, "the model has no experts", "leave it out")
 
 
-def _experts(model: dict[str, Any]) -> int:
+def expert_count(model: dict[str, Any]) -> int:
+    """Routed experts of a layer of the model with this config.json; 0 for a dense one."""
     return next((model[key] for key in _EXPERT_COUNTS if model.get(key)), 0)
 
 
 def _expert_faults(s: FlatSettings, model: dict[str, Any]) -> Iterator[Fault]:
-    experts = _experts(model)
+    experts = expert_count(model)
     size, tensor = s.expert_model_parallel_size, s.expert_tensor_parallel_size
     if not experts:
         if size > 1:

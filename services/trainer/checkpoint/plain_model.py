@@ -1,8 +1,8 @@
 """The text model of a Hugging Face folder as a folder of its own, with weights that are not quantised.
 
-The folders of DeepSeek-V3 and MiniMax-M2 are published with FP8 weights, and those of Gemma 3, Gemma 3n and Llama 4 have
-their text model inside of one that sees or hears. Trainers and engines take weights of a text model as they compute
-with them.
+The folders of DeepSeek-V3 and MiniMax-M2 are published with FP8 weights, and those of Gemma 3, Gemma 3n and Llama 4
+have their text model inside of one that sees or hears. Trainers and engines take the weights of a text model in a type
+that they compute in.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def plain_tensors(source: pathlib.Path, dtype: torch.dtype) -> Iterator[tuple[st
     """
     from safetensors import safe_open
 
-    files = [safe_open(path, framework="pt") for path in sorted(source.glob("*.safetensors"))]
+    files: list[Any] = [safe_open(path, framework="pt") for path in sorted(source.glob("*.safetensors"))]
     places = {name: file for file in files for name in file.keys()}  # noqa: SIM118  (not a dict)
     wrapped = any(_PART in name.split(".") for name in places)
     for name, file in places.items():

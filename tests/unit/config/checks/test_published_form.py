@@ -1,4 +1,4 @@
-"""Folders in the form in which they were published are refused before the start, with the command that converts them."""
+"""Folders in a form that cannot be trained are refused before the start, with the command that converts them."""
 
 from __future__ import annotations
 

@@ -142,8 +142,8 @@ def _refuse_others(module: torch.nn.Module, plan: AttentionPlan, arguments: dict
     longest = max(segment.prefix_rows + segment.rows for segment in plan.segments)
     if longest > chosen.shape[-1]:
         raise ValueError(
-            f"packed attention sees whole samples, and rows of a {type(module).__name__} only {chosen.shape[-1]} others "
-            f"in one of {longest}; set rollout_max_context_len to at most {chosen.shape[-1]}"
+            f"packed attention sees whole samples, and a row of {type(module).__name__} only {chosen.shape[-1]} of "
+            f"{longest} others; set rollout_max_context_len to at most {chosen.shape[-1]}"
         )
 
 
