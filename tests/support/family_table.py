@@ -10,7 +10,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from miles.config.checks.json_file import read_json_object
-from miles.config.checks.model_family import why_not_fsdp, why_not_megatron, why_not_sglang, why_not_torch
+from miles.config.checks.model_family import (
+    attention_limit,
+    why_not_fsdp,
+    why_not_megatron,
+    why_not_sglang,
+    why_not_torch,
+)
 from miles.config.checks.model_layout import expert_count
 
 TESTS = pathlib.Path(__file__).parents[1] / "integration"
@@ -67,6 +73,12 @@ MEGATRON_IF = {
     "GLM-4.7-Flash": "With `rms_norm_eps` 1e-6. With 1e-5, its default, Transformers norms latents with 1e-6 all the "
     "same, and Megatron-Core and SGLang do not: logits of the tiny model differ by 1e-4.",
 }
+LIMITS = {
+    "index_topk": "2048",
+    "attention_chunk_size": "8192",
+    "sliding_window": "4096 in Gemma 2, 1024 in Gemma 3 but for 512 in the two smallest, 512 in Gemma 3n",
+}
+"""As published."""
 NOT_ON_CPU = "SGLang implements it, but not on CPUs: it was not tried with a real server."
 
 
@@ -105,9 +117,9 @@ def _cells(row: Row, config: dict[str, Any], replayed: Mapping[str, bool], notes
         _yes(notes, why_not_fsdp(config), FSDP_IF.get(row.tiny)),
         _yes(notes, why_not_megatron(config), MEGATRON_IF.get(row.tiny)),
         _layouts(row.tiny),
-        _yes(notes, why_not_torch(config)),
+        _yes(notes, why_not_torch(config), _torch_if(config)),
         _yes(notes, why_not_sglang(config), yes="yes" if _served(row.tiny) else "not tried" + notes.mark(NOT_ON_CPU)),
-        _replay(config, replayed[row.tiny]),
+        _replay(row.tiny, config, replayed[row.tiny]),
     ]
 
 
@@ -118,14 +130,24 @@ def _yes(notes: Notes, problem: str | None, condition: str | None = None, yes: s
     return "no" + notes.mark(plain.replace("it has", "It has") + ".")
 
 
+def _torch_if(config: dict[str, Any]) -> str | None:
+    """Up to which length the torch engine's attention, which sees all tokens, is the model's."""
+    found = attention_limit(config)
+    return None if found is None else f"Where `rollout_max_context_len` is at most `{found[0]}` ({LIMITS[found[0]]})."
+
+
 def _layouts(family: str) -> str:
     """The splits in which it trains as in one process, of those that the tests of layouts have."""
     tests = runpy.run_path(str(TESTS / "test_megatron_layouts.py"))
-    bases = {name for name, model in tests["MODELS"].items() if model.split(", MTP")[0] == family}
-    bases |= {"replay", "observed"} if "moe" in bases else set()
+    bases = _bases(tests, family)
     keys = {key for _, base, layout in tests["LAYOUTS"].values() if base in bases for key in layout}
     splits = {"TP": "tensor_model", "EP": "expert_model", "PP": "pipeline_model", "CP": "context"}
     return ", ".join(short for short, key in splits.items() if f"{key}_parallel_size" in keys) or "-"
+
+
+def _bases(tests: Mapping[str, Any], family: str) -> set[str]:
+    bases = {name for name, model in tests["MODELS"].items() if model.split(", MTP")[0] == family}
+    return bases | ({"replay", "observed"} if "moe" in bases else set())
 
 
 def _served(family: str) -> bool:
@@ -134,8 +156,10 @@ def _served(family: str) -> bool:
     return any((row.family, row.engine) == (family, "sglang") for row in rows)
 
 
-def _replay(config: dict[str, Any], replayed: bool) -> str:
+def _replay(family: str, config: dict[str, Any], replayed: bool) -> str:
+    """In which backends; for megatron the tests of layouts say."""
     if not expert_count(config):
         return "dense"
-    able = [name for name, yes in (("fsdp", replayed), ("megatron", why_not_megatron(config) is None)) if yes]
-    return ", ".join(able) or "no"
+    tests = runpy.run_path(str(TESTS / "test_megatron_layouts.py"))
+    able = [("fsdp", replayed), ("megatron", bool(_bases(tests, family) & tests["MOE_LAYERS"].keys()))]
+    return ", ".join(name for name, yes in able if yes) or "no"

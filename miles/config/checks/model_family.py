@@ -40,6 +40,8 @@ def family_faults(s: FlatSettings) -> Iterator[Fault]:
         if (problem := reasons.get(chosen)) is not None:
             able = [name for name, reason in reasons.items() if reason is None]
             yield Fault(key, chosen, problem, f"set it to {able[0]}" if able else "give another model")
+    if s.rollout_backend == "torch" and engines["torch"] is None:
+        yield from _engine_length_faults(s, model)
     if s.train_backend == "fsdp" and trainers["fsdp"] is None:
         yield from _length_faults(s, model)
         yield from _routing_faults(s, model)
@@ -79,17 +81,20 @@ def why_not_sglang(model: Model) -> str | None:
 
 
 def why_not_torch(model: Model) -> str | None:
-    """Why the torch engine cannot: it has full attention alone."""
-    kind = str(model["model_type"])
-    windows = model.get("use_sliding_window", not kind.startswith("qwen"))
-    for key, what in (
-        ("sliding_window", "windowed" if windows else ""),
-        ("attention_chunk_size", "chunked"),
-        ("index_topk", "sparse"),
-    ):
-        if what and model.get(key):
-            return f"it has no {what} attention ({key} = {model[key]} in the model's config.json)"
+    """Why the torch engine cannot."""
+    if model["model_type"] == "gpt_oss":
+        return "its attention has no sinks, which the model has"
+    if others := sorted(set(model.get("layer_types") or ()) - _ATTENTION):
+        return f"it has no layers of type {others[0]}"
     return None
+
+
+def attention_limit(model: Model) -> tuple[str, int] | None:
+    """What in a config.json says how many tokens a row sees at most in some layers, and how many; None for all."""
+    windows = model.get("use_sliding_window", not str(model["model_type"]).startswith("qwen"))
+    keys = ("index_topk", "attention_chunk_size", *(("sliding_window",) if windows else ()))
+    found = [(key, int(model[key])) for key in keys if model.get(key)]
+    return min(found, key=lambda each: each[1], default=None)
 
 
 def _not_in(known: frozenset[str], problem: str, model: Model) -> str | None:
@@ -100,6 +105,20 @@ def _not_in(known: frozenset[str], problem: str, model: Model) -> str | None:
 
 def _architecture(model: Model) -> str:
     return str(next(iter(model.get("architectures") or ()), ""))
+
+
+def _engine_length_faults(s: FlatSettings, model: Model) -> Iterator[Fault]:
+    """The torch engine's attention sees all tokens, as a model's does up to a length."""
+    found = attention_limit(model)
+    longest = s.rollout_max_context_len or model.get("max_position_embeddings") or 2**31
+    if found is None or longest <= found[1]:
+        return
+    key, limit = found
+    problem = f"its attention sees all tokens, and some layers of the model {limit} at most ({key} in its config.json)"
+    remedy = f"set rollout_max_context_len to at most {limit}"
+    if why_not_sglang(model) is None:
+        remedy += ", or rollout_backend to sglang"
+    yield Fault("rollout_backend", "torch", problem, remedy)
 
 
 def _length_faults(s: FlatSettings, model: Model) -> Iterator[Fault]:

@@ -15,12 +15,13 @@ from miles.config.job import examine
 GEMMA3 = {"model_type": "gemma3_text", "architectures": ["Gemma3ForCausalLM"], "sliding_window": 512}
 LLAMA4 = {
     "model_type": "llama4_text", "architectures": ["Llama4ForCausalLM"], "attention_chunk_size": 8192,
-    "attn_temperature_tuning": 4, "floor_scale": 8192,
+    "attn_temperature_tuning": 4, "floor_scale": 8192, "max_position_embeddings": 131072,
 }  # fmt: skip
 SPARSE = {"model_type": "deepseek_v32", "architectures": ["DeepseekV32ForCausalLM"], "index_topk": 2048}
 QWEN2_MOE = {"model_type": "qwen2_moe", "architectures": ["Qwen2MoeForCausalLM"], "sliding_window": 4096}
-NO_LLAMA4 = "rollout_backend = sglang, but SGLang 0.5.21 leaves out the experts when it loads a Llama4ForCausalLM"
 SHORT = {"rollout_max_context_len": 2048, "rollout_max_response_len": 1024, "use_dynamic_batch_size": True}
+
+LLAMA4_RUN = {**SHORT, "max_tokens_per_gpu": 4096, "rollout_backend": "torch"}
 
 
 def faults(folder: pathlib.Path, model: dict[str, Any], **changes: Any) -> list[str]:
@@ -65,26 +66,32 @@ def faults(folder: pathlib.Path, model: dict[str, Any], **changes: Any) -> list[
         (
             GEMMA3,
             {"rollout_backend": "torch"},
-            "rollout_backend = torch, but it has no windowed attention (sliding_window = 512 in the model's",
+            "but its attention sees all tokens, and some layers of the model 512 at most (sliding_window in its config"
+            ".json); set rollout_max_context_len to at most 512, or rollout_backend to sglang",
         ),
         (
             LLAMA4,
-            {**SHORT, "max_tokens_per_gpu": 4096, "rollout_backend": "torch"},
-            "rollout_backend = torch, but it has no chunked attention (attention_chunk_size = 8192",
+            {**LLAMA4_RUN, "rollout_backend": "sglang"},
+            "SGLang 0.5.21 leaves out the experts when it loads a Llama4ForCausalLM; set it to torch",
+        ),
+        (
+            {"model_type": "jamba", "layer_types": ["full_attention", "mamba"]},
+            {"train_backend": "megatron", "rollout_backend": "torch"},
+            "rollout_backend = torch, but it has no layers of type mamba; set it to sglang",
         ),
         (
             LLAMA4,
-            {**SHORT, "max_tokens_per_gpu": 4096, "use_routing_replay": True},
+            {**LLAMA4_RUN, "use_routing_replay": True},
             "use_routing_replay = true, but a router that weighs what goes into the experts cannot be replayed",
         ),
         (
-            LLAMA4,
-            {**SHORT, "max_tokens_per_gpu": 4096, "rollout_max_context_len": 16384},
-            "rollout_max_context_len = 16384, but in longer samples rows of the model see chunks of 8192 alone",
+            SPARSE,
+            {"train_backend": "megatron", "rollout_max_context_len": 2048, "rollout_max_response_len": 1024},
+            "megatron-bridge 0.6.2 does not convert DeepseekV32ForCausalLM; set it to fsdp",
         ),
         (
             LLAMA4,
-            {**SHORT, "use_dynamic_batch_size": False, "micro_batch_size": 4},
+            {**LLAMA4_RUN, "use_dynamic_batch_size": False, "max_tokens_per_gpu": None, "micro_batch_size": 4},
             "micro_batch_size = 4, but micro-batches may have 8192 tokens, and this model's rows are scaled wrongly",
         ),
         (
@@ -103,17 +110,24 @@ def test_what_cannot_work_is_refused(
 
 
 def test_a_wide_micro_batch_of_a_model_with_scaled_rows_is_refused(tmp_path: pathlib.Path) -> None:
-    found = faults(tmp_path, LLAMA4, **SHORT, max_tokens_per_gpu=16384)
+    found = faults(tmp_path, LLAMA4, **{**LLAMA4_RUN, "max_tokens_per_gpu": 16384})
     assert {fault.split(" ")[0] for fault in found} == {"max_tokens_per_gpu", "log_probs_max_tokens_per_gpu"}
+
+
+def test_samples_longer_than_a_chunk_fit_neither_fsdp_nor_the_torch_engine(tmp_path: pathlib.Path) -> None:
+    engine, trainer = faults(tmp_path, LLAMA4, **{**LLAMA4_RUN, "rollout_max_context_len": 16384})
+    assert engine.endswith("set rollout_max_context_len to at most 8192")
+    assert trainer.startswith("rollout_max_context_len = 16384, but in longer samples rows of the model see chunks of")
 
 
 @pytest.mark.parametrize(
     ("model", "changes"),
     [
-        (LLAMA4, {**SHORT, "max_tokens_per_gpu": 4096}),
+        (LLAMA4, LLAMA4_RUN),
         (SPARSE, {**SHORT, "max_tokens_per_gpu": 16384}),
         (QWEN2_MOE, {"rollout_backend": "torch"}),
         (GEMMA3, {}),
+        (GEMMA3, {"rollout_backend": "torch", "rollout_max_context_len": 512, "rollout_max_response_len": 256}),
         ({"model_type": "minimax_m2", "architectures": ["MiniMaxM2ForCausalLM"]}, {"train_backend": "megatron"}),
         ({"model_type": "llama"}, {}),
         ({"model_type": "gemma3", "text_config": GEMMA3}, {"rollout_backend": "torch"}),  # refused for its form
