@@ -38,7 +38,10 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "logs": ("miles.client.commands.logs", "logs of the services"),
     "trace": ("miles.telemetry.trace_command", "where the time of a traced step went"),
     "keys": ("miles.gateway.keys_command", "create, list and revoke API keys of a gateway"),
-    "convert": ("miles.services.trainer.convert", "convert weights between Hugging Face and Megatron-Core checkpoints"),
+    "convert": (
+        "miles.services.trainer.convert",
+        "convert weights: published folders, Megatron-Core checkpoints",
+    ),
     "config": (
         "miles.launcher.config_command",
         "reference page of all settings, and the configuration of a command line",

@@ -1,10 +1,11 @@
 """`miles convert`: weights between Hugging Face folders and checkpoints of the megatron backend.
 
+    miles convert hf-to-hf --hf-checkpoint MODEL --save MODEL2      a text model whose weights are not quantised
     miles convert hf-to-dist --hf-checkpoint MODEL --save DIR       then --load DIR starts a job from it
     miles convert dist-to-hf --hf-checkpoint MODEL --load DIR --save MODEL2
 
-Runs in one process or under torchrun, which splits the model for conversion by the sizes given; what is written does
-not depend on them.
+The last two run in one process or under torchrun, which splits the model for conversion by the sizes given; what is
+written does not depend on them.
 """
 
 from __future__ import annotations
@@ -13,10 +14,13 @@ import argparse
 import functools
 import os
 import pathlib
+import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from miles.config.checks.json_file import read_json_object
+from miles.config.checks.published_form import why_not_plain
 from miles.ownership.contents import names_in
 
 if TYPE_CHECKING:
@@ -37,9 +41,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         require_empty(options.save)  # on every rank before the first one can write
         require_empty(_partial(options.save))
+        if options.direction != "hf-to-hf":
+            require_plain(options.hf_checkpoint)
     except ValueError as error:
         print(f"miles convert: {error}", file=sys.stderr)
         return 1
+    if options.direction == "hf-to-hf":
+        return _hf_to_hf(options)
     join(options.device, None, 30)
     try:
         if options.direction == "hf-to-dist":
@@ -51,6 +59,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     finally:
         dist.destroy_process_group()
+    return 0
+
+
+def _hf_to_hf(options: argparse.Namespace) -> int:
+    from miles.services.trainer.checkpoint.plain_model import write_plain_model
+    from miles.services.trainer.step import algorithm_options
+
+    partial = _partial(options.save)
+    try:
+        if not (options.hf_checkpoint / "config.json").is_file():
+            raise FileNotFoundError(f"no model in {options.hf_checkpoint}: there is no config.json")
+        write_plain_model(options.hf_checkpoint, partial, algorithm_options.DTYPES[options.dtype])
+        os.rename(partial, options.save)
+    except (OSError, ValueError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        print(f"miles convert: {error}", file=sys.stderr)
+        return 1
     return 0
 
 
@@ -123,6 +148,13 @@ def require_empty(directory: pathlib.Path) -> None:
         raise ValueError(f"{directory} exists already; give a folder that is empty or does not exist yet, or remove it")
 
 
+def require_plain(folder: pathlib.Path) -> None:
+    """Raise ValueError for a model that cannot be trained in the form in which it was published."""
+    problem = why_not_plain(read_json_object(folder / "config.json"))
+    if problem is not None:
+        raise ValueError(f"{folder} cannot be converted: {problem}; convert it with hf-to-hf first")
+
+
 def _partial(directory: pathlib.Path) -> pathlib.Path:
     """Where a folder is written before it gets its name."""
     return directory.with_name(f".{directory.name}.miles-partial")
@@ -169,20 +201,22 @@ def _job_config(options: argparse.Namespace) -> JobConfig:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="miles convert", description="Weights to and from the megatron backend.")
+    parser = argparse.ArgumentParser(prog="miles convert", description="Weights of models in other forms.")
     directions = parser.add_subparsers(dest="direction", required=True)
+    plain = directions.add_parser("hf-to-hf", help="text model of a folder, its weights not quantised, to another")
     to_dist = directions.add_parser("hf-to-dist", help="Hugging Face folder to a checkpoint that `load` takes")
     to_hf = directions.add_parser("dist-to-hf", help="checkpoint of the megatron backend to a Hugging Face folder")
     to_hf.add_argument("--load", type=pathlib.Path, required=True, metavar="DIR", help="checkpoint, or folder of them")
     to_hf.add_argument(
         "--chat-template-path", type=pathlib.Path, metavar="FILE", help="chat template (default: that of the run)"
     )
-    for each in (to_dist, to_hf):
+    for each in (plain, to_dist, to_hf):
         each.add_argument(
             "--hf-checkpoint", type=pathlib.Path, required=True, metavar="DIR", help="model, with config and tokenizer"
         )
         each.add_argument("--save", type=pathlib.Path, required=True, metavar="DIR", help="where to write")
         each.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="type of the weights")
+    for each in (to_dist, to_hf):
         each.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to convert")
         help_mtp = "number of the model's MTP (multi-token prediction) layers, to be converted too"
         each.add_argument("--mtp-num-layers", type=int, metavar="N", help=help_mtp)

@@ -41,11 +41,22 @@ from miles.weights import WeightSubscriber
 from miles.weights.naming.model_tensors import read_model_tensors
 
 FAMILIES = ("Qwen3", "Qwen3-MoE", "MiniMax-M2", "DeepSeek-V3", "DeepSeek-V3, MTP", "GLM-4.5", "GLM-4.5, MTP")
+FURTHER = {
+    "torch": ("Llama", "Qwen2, Qwen2.5", "Qwen2-MoE", "GLM-4.7-Flash"),
+    "sglang": ("Llama", "Qwen2, Qwen2.5", "GLM-4.7-Flash", "Gemma 2", "Gemma 3"),
+}
+"""By engine, families that go through one transport only."""
 BACKENDS = ("fsdp", "megatron")
 ENGINES = ("torch", "sglang")
 COMBINATIONS = [
     Combination(backend, engine, family, transport)
     for engine, family, backend, transport in itertools.product(ENGINES, FAMILIES, BACKENDS, TRANSPORTS)
+]
+COMBINATIONS += [
+    Combination(backend, engine, family, "shared_memory")
+    for engine, families in FURTHER.items()
+    for family, backend in itertools.product(families, BACKENDS)
+    if (backend, family) != ("megatron", "Qwen2-MoE")
 ]
 DIAGONAL = {
     Combination("fsdp", "torch", "Qwen3", "disk_delta"),

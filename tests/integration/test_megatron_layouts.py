@@ -26,12 +26,19 @@ MODELS = {
     "latent": "DeepSeek-V3",
     "windows": "Gemma 2",
     "local-global": "Gemma 3",
-    "whole-norms": "MiniMax-M2",
+    "all-heads-norms": "MiniMax-M2",
     "predicting": "GLM-4.5, MTP",
+    "biases": "Qwen2, Qwen2.5",
+    "head-norms": "Qwen3",
+    "sigmoid": "GLM-4.5",
+    "latent-glm": "GLM-4.7-Flash",
 }
+SELDOM = {"biases", "head-norms", "sigmoid", "latent-glm"}
+"""Models that slow tests alone use."""
 HELD = {"predicting": {"mtp_num_layers": 1}, "learning": {"mtp_num_layers": 1, "enable_mtp_training": True}}
 """Layers for multi-token prediction: held as they are, or trained."""
-MOE_LAYERS = {"moe": 4, "latent": 3}
+MOE_LAYERS = {"moe": 4, "latent": 3, "all-heads-norms": 4, "sigmoid": 3, "latent-glm": 3}
+"""Of the models whose routing is replayed."""
 TRAINING = {"adam_eps": 1e-3, "weight_decay": 0.1, "lr_warmup_iters": 1}
 REPLAY = {
     "use_rollout_routing_replay": True,
@@ -87,7 +94,19 @@ LAYOUTS: dict[str, tuple[int, str, dict[str, Any]]] = {
     "local-global-sp": (2, "local-global", SP),
     "local-global-pp2": (2, "local-global", PP2),
     "local-global-cp2": (2, "local-global", CP2),
-    "whole-norms-ep2": (2, "whole-norms", EP2),
+    "latent-ep2": (2, "latent", EP2),
+    "all-heads-norms-sp": (2, "all-heads-norms", SP),
+    "all-heads-norms-tp4": (4, "all-heads-norms", {**SP, "tensor_model_parallel_size": 4, **DP2, **RECOMPUTE}),
+    "all-heads-norms-tp2-ep2": (4, "all-heads-norms", {**SP, **EP2, **DP2}),
+    "all-heads-norms-pp2": (2, "all-heads-norms", PP2),
+    "biases-sp": (2, "biases", SP),
+    "biases-pp2": (2, "biases", PP2),
+    "head-norms-sp": (2, "head-norms", SP),
+    "head-norms-pp2": (2, "head-norms", PP2),
+    "sigmoid-sp": (2, "sigmoid", SP),
+    "sigmoid-ep2": (2, "sigmoid", EP2),
+    "latent-glm-pp2": (2, "latent-glm", PP2),
+    "latent-glm-ep2": (2, "latent-glm", EP2),
     "predicting-sp": (2, "predicting", SP),
     "learning-sp": (2, "learning", SP),
     "learning-dp2": (2, "learning", {}),
@@ -115,7 +134,7 @@ OFTEN = (
     "replay-cp2",
     "latent-pp2",
     "local-global-cp2",
-    "whole-norms-ep2",
+    "all-heads-norms-tp2-ep2",
     "learning-tp2-ep2",
     "ppo-sp",
     "old-overlap",
@@ -132,7 +151,7 @@ def case(name: str, base: str, folder: pathlib.Path, **flags: Any) -> dict[str, 
     model = {"replay": "moe", "observed": "moe", "ppo": "tied", "old": "dense", "learning": "predicting"}.get(
         base, base
     )
-    replays = base in ("replay", "latent")
+    replays = base == "replay" or base in MOE_LAYERS.keys() - {"moe"}
     routing = [EXPERTS, MOE_LAYERS[model], TOP_K] if replays else None
     training = {
         "observed": {"observe_rollout_routing": True},
@@ -178,7 +197,9 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
         megatron=False,
     )
     run_cases([case(f"fsdp-{base}-dp2", base, out, **fsdp) for base in ("ppo", "old")], out, ranks=2, megatron=False)
-    alone = [case(name, name, out) for name in [*MODELS, "replay", "observed", "learning", "ppo", "old"]]
+    alone = [
+        case(name, name, out) for name in [*(MODELS.keys() - SELDOM), "replay", "observed", "learning", "ppo", "old"]
+    ]
     for base in ("ppo", "old"):
         alone.append({**case(f"{base}-saved", base, out, **DP2), "save_at": 2})
         alone.append(case(f"{base}-resumed", base, out, **DP2, load=str(out / f"{base}-saved" / "checkpoints")))
@@ -199,7 +220,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 @pytest.fixture(scope="module")
 def more_results(results: pathlib.Path) -> pathlib.Path:
     """The same folder with what slow tests look at besides."""
-    begun = []
+    begun = [case(name, name, results) for name in SELDOM]
     for kind, flags in OPTIMIZERS.items():
         load = str(results / f"begun-{kind}" / "checkpoints")
         begun.append({**case(f"begun-{kind}", "moe", results, **flags), "save_at": 2, "save_in_background": True})

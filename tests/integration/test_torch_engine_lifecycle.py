@@ -299,12 +299,17 @@ async def test_closing_ends_running_requests(tmp_path: pathlib.Path) -> None:
             await engine.resume()
 
 
-async def test_a_model_with_windowed_attention_is_refused(tmp_path: pathlib.Path) -> None:
+async def test_sequences_longer_than_a_window_are_refused(tmp_path: pathlib.Path) -> None:
     from transformers import Qwen2Config
 
     save_checkpoint(tmp_path, "llama")
     Qwen2Config(use_sliding_window=True, sliding_window=16, max_window_layers=0).save_pretrained(tmp_path)
-    with pytest.raises(UnsupportedModel, match="sliding_attention"):
+    with pytest.raises(UnsupportedModel, match=r"sliding_window=16, .* set rollout_max_context_len to at most 16"):
+        await TorchEngine(tmp_path, device="cpu").start()
+    with pytest.raises(UnsupportedModel, match="sliding_window=16"):
+        await TorchEngine(tmp_path, device="cpu", max_total_tokens=17).start()
+    Qwen2Config(layer_types=["linear_attention"] * 32).save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedModel, match="layers of type linear_attention"):
         await TorchEngine(tmp_path, device="cpu").start()
 
 

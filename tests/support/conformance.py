@@ -27,10 +27,9 @@ GROUPS = 4
 RESPONSE_TOKENS = 16
 PROMPTS = [[3 + (7 * group + 11 * place) % 90 for place in range(5 + 3 * group)] for group in range(GROUPS)]
 _MEGATRON: dict[str, Any] = {"train_backend": "megatron", "actor_num_gpus_per_node": 2}
-_LAYOUTS: dict[str, dict[str, Any]] = {
-    "Qwen3": {"tensor_model_parallel_size": 2, "sequence_parallel": True},
-    "Qwen3-MoE": {"tensor_model_parallel_size": 2, "sequence_parallel": True, "expert_model_parallel_size": 2},
-}
+_TENSOR: dict[str, Any] = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
+_LAYOUTS = dict.fromkeys(("Qwen3", "Llama", "Qwen2, Qwen2.5", "Gemma 2", "Gemma 3"), _TENSOR)
+_LAYOUTS |= {family: {**_TENSOR, "expert_model_parallel_size": 2} for family in ("Qwen3-MoE", "MiniMax-M2")}
 """Of the families that are not spread by experts alone; two ranks each."""
 
 

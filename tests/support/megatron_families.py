@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file
-from trainer_cases import job_config
+from safetensors.torch import load_file, save_file
+from trainer_cases import VOCAB, job_config
 
 from miles.services.trainer.backends.megatron.export import Exporter
 from miles.services.trainer.backends.megatron.model.build_model import MegatronModel, build_model
@@ -26,7 +26,7 @@ DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
 
 
 def compare(folder: pathlib.Path) -> dict[str, Any]:
-    """Largest difference of logits from those in reference.safetensors, and whether all weights come back as they were.
+    """Largest difference of logits from those that `write_expected` wrote, and whether all weights come back.
 
     An `error` says why a family cannot be converted here.
     """
@@ -41,7 +41,7 @@ def compare(folder: pathlib.Path) -> dict[str, Any]:
         run_dir=str(folder / "run"),
     )
     parallel = groups.initialize(config.megatron, 1, 10)
-    reference = load_file(folder / "reference.safetensors")
+    reference = load_file(folder / "expected" / "logits.safetensors")
     try:
         model = build_model(config, parallel, DTYPE)
         logits = _logits(model, parallel, reference["tokens"].numpy())
@@ -54,6 +54,19 @@ def compare(folder: pathlib.Path) -> dict[str, Any]:
     back = {**written, **shared}
     same = source.keys() == back.keys() and all(torch.equal(source[name], back[name]) for name in source)
     return {"logits": float((logits - reference["logits"]).abs().max()), "weights_equal": same}
+
+
+def write_expected(folder: pathlib.Path) -> float:
+    """Write what `compare` compares with, transformers' logits; returns the largest."""
+    from transformers import AutoModelForCausalLM
+
+    tokens = torch.arange(3, 27) * 3 % VOCAB
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    with torch.no_grad():
+        logits = model(tokens[None]).logits[0]
+    (folder / "expected").mkdir()
+    save_file({"tokens": tokens, "logits": logits.contiguous()}, folder / "expected" / "logits.safetensors")
+    return float(logits.abs().max())
 
 
 def _logits(model: MegatronModel, parallel: groups.ParallelRank, tokens: Any) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Tiny random models of the families that Megatron-Core trains, as Hugging Face folders."""
+"""Tiny random models of the families in docs/families.md, as Hugging Face folders."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from trainer_cases import VOCAB, write_tokenizer
 
-_COMMON: dict[str, Any] = {
+SIZES: dict[str, Any] = {
     "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 256, "initializer_range": 0.2, "bos_token_id": 1,
     "eos_token_id": 2, "tie_word_embeddings": False,
@@ -43,6 +43,10 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "Llama": ("Llama", {}),
     "Llama, tied": ("Llama", {"tie_word_embeddings": True}),
     "Qwen2, Qwen2.5": ("Qwen2", {}),
+    "Qwen2-MoE": (
+        "Qwen2Moe",
+        {**_EXPERTS, "num_experts": EXPERTS, "shared_expert_intermediate_size": 24, "norm_topk_prob": False},
+    ),
     "Qwen3": ("Qwen3", {"head_dim": 8}),
     "Qwen3-MoE": ("Qwen3Moe", {**_EXPERTS, "head_dim": 8, "num_experts": EXPERTS, "norm_topk_prob": True}),
     "DeepSeek-V3": ("DeepseekV3", {**_EXPERTS, **_LATENT, "num_key_value_heads": 4}),
@@ -50,14 +54,31 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         "DeepseekV3",
         {**_EXPERTS, **_LATENT, "num_key_value_heads": 4, "num_nextn_predict_layers": 1},
     ),
+    "DeepSeek-V3.2": (
+        "DeepseekV32",
+        {
+            **_EXPERTS, **_LATENT, "num_key_value_heads": 4, "num_experts": EXPERTS, "index_n_heads": 2,
+            "index_head_dim": 16, "index_topk": 64,
+        },
+    ),
     "GLM-4.5": ("Glm4Moe", {**_EXPERTS, **_GLM}),
     "GLM-4.5, MTP": ("Glm4Moe", {**_EXPERTS, **_GLM, "num_nextn_predict_layers": 1}),
+    "GLM-4.7-Flash": ("Glm4MoeLite", {**_EXPERTS, **_LATENT, "num_key_value_heads": 4, "rms_norm_eps": 1e-6}),
     "MiniMax-M2": (
         "MiniMaxM2",
         {"head_dim": 8, "num_local_experts": EXPERTS, "num_experts_per_tok": 2, "intermediate_size": 24},
     ),
     "Gemma 2": ("Gemma2", {**_GEMMA, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0}),
     "Gemma 3": ("Gemma3", {**_GEMMA, "num_hidden_layers": 6}),
+    "Gemma 3n": (
+        "Gemma3n",
+        {
+            **_GEMMA, "num_hidden_layers": 5, "num_kv_shared_layers": 2, "vocab_size_per_layer_input": VOCAB,
+            "hidden_size_per_layer_input": 8, "laurel_rank": 4, "final_logit_softcapping": 3.0,
+            "activation_sparsity_pattern": [0.5, 0.0, 0.0, 0.0, 0.0],
+            "layer_types": [f"{kind}_attention" for kind in ("sliding", "full", "sliding", "sliding", "full")],
+        },
+    ),
     "Llama 4": (
         "Llama4",
         {"intermediate_size_mlp": 48, "head_dim": 8, "num_local_experts": EXPERTS, "num_experts_per_tok": 1},
@@ -71,8 +92,13 @@ def config_of(family: str, **sizes: int) -> Any:
     import transformers
 
     prefix, changes = FAMILIES[family]
-    text = "TextConfig" if prefix in ("Gemma3", "Llama4") else "Config"
-    return getattr(transformers, prefix + text)(**{**_COMMON, **changes, **sizes})
+    text = "TextConfig" if prefix in ("Gemma3", "Gemma3n", "Llama4") else "Config"
+    return getattr(transformers, prefix + text)(**{**SIZES, **changes, **sizes})
+
+
+def architecture(family: str) -> str:
+    """The class that a family's config.json names."""
+    return FAMILIES[family][0] + "ForCausalLM"
 
 
 def write_model(family: str, folder: pathlib.Path, seed: int = 0) -> pathlib.Path:
@@ -80,8 +106,7 @@ def write_model(family: str, folder: pathlib.Path, seed: int = 0) -> pathlib.Pat
     import transformers
 
     torch.manual_seed(seed)
-    config = config_of(family)
-    model = getattr(transformers, FAMILIES[family][0] + "ForCausalLM")(config)
+    model = getattr(transformers, architecture(family))(config_of(family))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim == 1:  # norms and biases, so that a swap of two of them shows

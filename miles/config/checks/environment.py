@@ -18,8 +18,10 @@ from miles.config.checks.dotted_path import why_not_importable
 from miles.config.checks.engine_model import engine_faults
 from miles.config.checks.gpus import gpu_faults
 from miles.config.checks.json_file import read_json_object
+from miles.config.checks.model_family import family_faults
 from miles.config.checks.model_layout import layout_faults, shape_differences
 from miles.config.checks.outputs import output_faults
+from miles.config.checks.published_form import form_faults
 from miles.config.checks.rewards import reward_faults
 from miles.config.job import JobConfig
 from miles.config.rules.paths import unusable_paths
@@ -247,6 +249,8 @@ _DEPLOYMENT_CHECKS: tuple[Rule, ...] = (_access_files, _hosts, _ports, _devices)
 _FILE_CHECKS: tuple[Rule, ...] = (
     _models,
     _adapter,
+    form_faults,
+    family_faults,
     layout_faults,
     engine_faults,
     _data_files,

@@ -108,9 +108,6 @@ def _tensor_faults(s: FlatSettings, model: dict[str, Any]) -> Iterator[Fault]:
     if groups and not latent and groups % size and size % groups:
         problem = f"it and the model's {groups} key/value heads do not divide each other"
         yield Fault("tensor_model_parallel_size", size, problem, "choose one that does")
-    if model.get("model_type") == "minimax_m2" and size > 1:
-        problem = "megatron-bridge 0.6.2 has no gradient over ranks of the model's norms of all heads at once"
-        yield Fault("tensor_model_parallel_size", size, problem, "set it to 1")
     if latent and size > 1 and (s.transformer_impl == "local" or s.device == "cpu"):
         problem = "multi-head latent attention is split over ranks by TransformerEngine's layers alone"
         yield Fault("tensor_model_parallel_size", size, problem, "set it to 1, or train on GPUs with TransformerEngine")
@@ -146,19 +143,20 @@ def _family_faults(s: FlatSettings, model: dict[str, Any]) -> Iterator[Fault]:
 
 
 def _routing_faults(s: FlatSettings, model: dict[str, Any]) -> Iterator[Fault]:
-    if _experts(model):
+    if expert_count(model):
         return
     for key in ("use_rollout_routing_replay", "observe_rollout_routing", "use_routing_replay"):
         if getattr(s, key):
             yield Fault(key, True, "the model has no experts", "leave it out")
 
 
-def _experts(model: dict[str, Any]) -> int:
+def expert_count(model: dict[str, Any]) -> int:
+    """Routed experts of a layer of the model with this config.json; 0 for a dense one."""
     return next((model[key] for key in _EXPERT_COUNTS if model.get(key)), 0)
 
 
 def _expert_faults(s: FlatSettings, model: dict[str, Any]) -> Iterator[Fault]:
-    experts = _experts(model)
+    experts = expert_count(model)
     size, tensor = s.expert_model_parallel_size, s.expert_tensor_parallel_size
     if not experts:
         if size > 1:

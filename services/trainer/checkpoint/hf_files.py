@@ -73,7 +73,7 @@ class _Writing:
         self._model = model
         self._dtype = dtype
         self._copies: dict[str, list[str]] = {}
-        self._writer = _Writer(directory, shard_bytes)
+        self._writer = ShardWriter(directory, shard_bytes)
         self.error: Exception | None = None
 
     def attempt(self, write: Callable[[], None]) -> None:
@@ -88,11 +88,7 @@ class _Writing:
         """Copy everything that is no weight, and set what training has set."""
         self._copies = _copies(self._source, self._model)
         self._directory.mkdir(parents=True, exist_ok=True)
-        for path in self._source.iterdir():
-            if path.is_file() and not path.name.endswith(_WEIGHTS) and path.name != owner_file.NAME:
-                shutil.copyfile(path, self._directory / path.name)
-            elif path.is_dir() and not path.name.startswith("."):
-                _copy_code(path, self._directory / path.name)
+        copy_other_files(self._source, self._directory)
         set_dtype(self._directory / "config.json", self._dtype)
         if chat_template is not None:
             set_chat_template(self._directory, chat_template)
@@ -110,8 +106,10 @@ class _Writing:
         self._writer.finish()
 
 
-class _Writer:
-    def __init__(self, directory: pathlib.Path, shard_bytes: int) -> None:
+class ShardWriter:
+    """Writes tensors, as they come, to a folder's safetensors files and their index."""
+
+    def __init__(self, directory: pathlib.Path, shard_bytes: int = SHARD_BYTES) -> None:
         self._directory = directory
         self._shard_bytes = shard_bytes
         self._pending: dict[str, torch.Tensor] = {}
@@ -125,6 +123,7 @@ class _Writer:
         return {name for names in self._files for name in names} | set(self._pending)
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
+        """Write a tensor, with the next file that is full."""
         size = tensor.numel() * tensor.element_size()
         if self._pending and self._pending_bytes + size > self._shard_bytes:
             self._write()
@@ -133,6 +132,7 @@ class _Writer:
         self._total += size
 
     def finish(self) -> None:
+        """Write what is left, and give the files their names."""
         self._write()
         count = len(self._files)
         names = [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
@@ -179,6 +179,15 @@ def set_chat_template(folder: pathlib.Path, template: pathlib.Path) -> None:
         if config.pop("chat_template", None) is not None:
             settings.write_text(json.dumps(config, indent=2, ensure_ascii=False), encoding="utf-8")
     shutil.copyfile(template.expanduser(), folder / _TEMPLATE_FILE)
+
+
+def copy_other_files(source: pathlib.Path, directory: pathlib.Path) -> None:
+    """Copy everything of a model's folder that is no weight: configuration, tokenizer, code."""
+    for path in source.iterdir():
+        if path.is_file() and not path.name.endswith(_WEIGHTS) and path.name != owner_file.NAME:
+            shutil.copyfile(path, directory / path.name)
+        elif path.is_dir() and not path.name.startswith("."):
+            _copy_code(path, directory / path.name)
 
 
 def _copy_code(source: pathlib.Path, target: pathlib.Path) -> None:

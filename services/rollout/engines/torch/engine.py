@@ -153,7 +153,7 @@ class TorchEngine:
     def _read_checkpoint(self) -> tuple[Any, PreTrainedTokenizerBase, tuple[int, ...]]:
         from transformers import AutoTokenizer
 
-        config = read_config(self._hf_checkpoint)
+        config = read_config(self._hf_checkpoint, self._max_total_tokens)
         tokenizer = AutoTokenizer.from_pretrained(self._hf_checkpoint)
         return config, tokenizer, end_token_ids(self._hf_checkpoint, config)
 

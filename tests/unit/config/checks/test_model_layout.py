@@ -96,11 +96,6 @@ def test_every_size_that_does_not_divide_is_named_at_once(tmp_path: pathlib.Path
             {"tensor_model_parallel_size": 2, "sequence_parallel": True, "device": "cpu"},
             "tensor_model_parallel_size = 2, but multi-head latent attention is split over ranks by",
         ),
-        (
-            {**DENSE, "model_type": "minimax_m2"},
-            {"tensor_model_parallel_size": 2},
-            "tensor_model_parallel_size = 2, but megatron-bridge 0.6.2 has no gradient over ranks of",
-        ),
         (DENSE, {"mtp_num_layers": 1}, "mtp_num_layers = 1, but the model has 0 MTP layers"),
     ],
 )

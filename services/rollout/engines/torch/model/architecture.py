@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 from transformers import AutoConfig, GenerationConfig
 
 _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
+
+
+_LIMITS = {
+    "sliding_attention": "sliding_window",
+    "chunked_attention": "attention_chunk_size",
+    "deepseek_sparse_attention": "index_topk",
+}
+"""By type of a layer, what says how many tokens its rows see at most; in shorter sequences its attention is full."""
 
 
 class UnsupportedModel(ValueError):
@@ -39,20 +48,31 @@ class ModelShape:
         return self.head_dim if self.latent_value_dim is None else self.latent_value_dim
 
 
-def read_config(hf_checkpoint: str | pathlib.Path) -> Any:
-    """The checkpoint's configuration; raises UnsupportedModel when the engine cannot run its architecture."""
+def read_config(hf_checkpoint: str | pathlib.Path, max_total_tokens: int | None = None) -> Any:
+    """The checkpoint's configuration.
+
+    Raises UnsupportedModel when the engine cannot run its architecture, or not for responses of so many tokens with
+    their prompts (None: as many as the model has positions).
+    """
     config = AutoConfig.from_pretrained(hf_checkpoint)
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedModel(f"{hf_checkpoint}: {config.model_type} is an encoder-decoder, not a causal LM")
     layer_types = set(getattr(config, "layer_types", None) or ["full_attention"])
-    if layer_types != {"full_attention"}:
+    if others := sorted(layer_types - {"full_attention", *_LIMITS}):
         raise UnsupportedModel(
-            f"{hf_checkpoint}: {config.model_type} has layers of type {', '.join(sorted(layer_types))}; "
-            "the torch engine runs full_attention layers only"
+            f"{hf_checkpoint}: {config.model_type} has layers of type {', '.join(others)}; the torch engine runs "
+            "layers with attention only"
         )
-    window = getattr(config, "sliding_window", None)
-    if window is not None and getattr(config, "use_sliding_window", True):
-        raise UnsupportedModel(f"{hf_checkpoint}: sliding_window={window}; the torch engine has no windowed attention")
+    if getattr(config, "use_sliding_window", True):
+        layer_types.add("sliding_attention")
+    longest = max_total_tokens or int(config.max_position_embeddings)
+    for key in sorted(_LIMITS[kind] for kind in layer_types & _LIMITS.keys()):
+        limit = getattr(config, key, None)
+        if limit and longest > limit:
+            raise UnsupportedModel(
+                f"{hf_checkpoint}: {key}={limit}, and the torch engine's attention sees all tokens; set "
+                f"rollout_max_context_len to at most {limit}, or take another engine"
+            )
     return config
 
 
@@ -67,12 +87,17 @@ def model_shape(config: Any) -> ModelShape:
         kv_heads=int(getattr(config, "num_key_value_heads", None) or heads),
         head_dim=key_dim or int(getattr(config, "head_dim", None) or config.hidden_size // heads),
         hidden_size=int(config.hidden_size),
-        intermediate_size=int(getattr(config, "intermediate_size", None) or 4 * config.hidden_size),
+        intermediate_size=_largest(getattr(config, "intermediate_size", None) or 4 * config.hidden_size),
         vocabulary=int(config.vocab_size),
         max_positions=int(config.max_position_embeddings),
         experts=next((int(count) for name in _EXPERT_COUNTS if (count := getattr(config, name, None))), 0),
         latent_value_dim=int(config.v_head_dim) if latent else None,
     )
+
+
+def _largest(sizes: int | Sequence[int]) -> int:
+    """The largest of the sizes that layers have (Gemma 3n has one for each), or the one of all."""
+    return int(sizes) if isinstance(sizes, int) else max(map(int, sizes))
 
 
 def end_token_ids(hf_checkpoint: str | pathlib.Path, config: Any) -> tuple[int, ...]:

@@ -20,7 +20,7 @@ ATTENTION_NAME = "miles_slots"
 STEP_ARGUMENT = "miles_step"
 """Keyword under which a forward pass carries its `AttentionStep` down to the attention layers."""
 
-_UNSUPPORTED = ("sliding_window", "softcap", "s_aux", "chunk_size")
+_UNSUPPORTED = ("s_aux",)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -73,9 +73,13 @@ def slot_attention(
     attention_mask: torch.Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
+    softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attend from query (1, heads, tokens, head dim) through the cache; returns (1, tokens, heads, head dim)."""
+    """Attend from query (1, heads, tokens, head dim) through the cache; returns (1, tokens, heads, head dim).
+
+    A soft cap c bounds scores to c tanh(score / c). Windows are not looked at: `read_config` refuses longer sequences.
+    """
     step: AttentionStep | None = kwargs.get(STEP_ARGUMENT)
     if step is None:
         raise NotImplementedError(f"{type(module).__name__} got no {STEP_ARGUMENT}: its model drops unknown arguments")
@@ -91,9 +95,9 @@ def slot_attention(
     )
     parts: list[torch.Tensor] = []
     if step.decode is not None:
-        parts.append(_decode(query_NHD, step, step.decode, layer, scale))
+        parts.append(_decode(query_NHD, step, step.decode, layer, scale, softcap))
     if step.prefill is not None:
-        parts.append(_prefill(query_NHD, step, step.prefill, layer, scale))
+        parts.append(_prefill(query_NHD, step, step.prefill, layer, scale, softcap))
     padding = query_NHD.shape[0] - tokens
     if padding:
         parts.append(query_NHD.new_zeros(padding, *parts[0].shape[1:]))
@@ -101,7 +105,9 @@ def slot_attention(
     return output_NHD[None], None
 
 
-def _decode(query_NHD: torch.Tensor, step: AttentionStep, rows: DecodeRows, layer: int, scale: float) -> torch.Tensor:
+def _decode(
+    query_NHD: torch.Tensor, step: AttentionStep, rows: DecodeRows, layer: int, scale: float, softcap: float | None
+) -> torch.Tensor:
     """Output (rows, heads, head dim) of the decoding tokens. S slots, K kv heads, G heads a kv head, T positions."""
     query_SHD = query_NHD[: rows.rows]
     if rows.slots_N is not None:
@@ -113,12 +119,14 @@ def _decode(query_NHD: torch.Tensor, step: AttentionStep, rows: DecodeRows, laye
     group = query_SKGD.shape[2]
     if group < step.min_queries:
         query_SKGD = torch.nn.functional.pad(query_SKGD, (0, 0, 0, step.min_queries - group))
-    output_SKGD = _attend(query_SKGD, keys_SKDT, values_SKTD, rows.mask_S11T, scale)
+    output_SKGD = _attend(query_SKGD, keys_SKDT, values_SKTD, rows.mask_S11T, scale, softcap)
     output_SHD = output_SKGD[:, :, :group].reshape(*query_SHD.shape[:2], output_SKGD.shape[-1])
     return output_SHD if rows.slots_N is None else output_SHD[rows.slots_N]
 
 
-def _prefill(query_NHD: torch.Tensor, step: AttentionStep, rows: PrefillRows, layer: int, scale: float) -> torch.Tensor:
+def _prefill(
+    query_NHD: torch.Tensor, step: AttentionStep, rows: PrefillRows, layer: int, scale: float, softcap: float | None
+) -> torch.Tensor:
     """Output (prompt tokens, heads, head dim) of the prompt chunks, in packed order."""
     keys_CKDT = step.cache.keys_LSHDT[layer, rows.slots_C, ..., : rows.length]
     values_CKTD = step.cache.values_LSHTD[layer, rows.slots_C, :, : rows.length]
@@ -128,16 +136,23 @@ def _prefill(query_NHD: torch.Tensor, step: AttentionStep, rows: PrefillRows, la
     group = query_CQKGD.shape[3]
     query_CKRD = query_CQKGD.permute(0, 2, 3, 1, 4).reshape(chunks, kv_heads, group * queries, dim)
     mask_C1RT = rows.mask_C11QT.expand(-1, -1, group, -1, -1).flatten(2, 3)
-    output_CKRD = _attend(query_CKRD, keys_CKDT, values_CKTD, mask_C1RT, scale)
+    output_CKRD = _attend(query_CKRD, keys_CKDT, values_CKTD, mask_C1RT, scale, softcap)
     dim = output_CKRD.shape[-1]
     output_CQKGD = output_CKRD.view(chunks, kv_heads, group, queries, dim).permute(0, 3, 1, 2, 4)
     return output_CQKGD[rows.chunk_N, rows.query_N].reshape(rows.chunk_N.shape[0], kv_heads * group, dim)
 
 
 def _attend(
-    query_BKRD: torch.Tensor, keys_BKDT: torch.Tensor, values_BKTD: torch.Tensor, mask: torch.Tensor, scale: float
+    query_BKRD: torch.Tensor,
+    keys_BKDT: torch.Tensor,
+    values_BKTD: torch.Tensor,
+    mask: torch.Tensor,
+    scale: float,
+    softcap: float | None,
 ) -> torch.Tensor:
     scores_BKRT = torch.matmul(query_BKRD, keys_BKDT)
+    if softcap is not None:
+        scores_BKRT, scale = torch.tanh(scores_BKRT * (scale / softcap)), softcap
     weights_BKRT = torch.add(mask, scores_BKRT, alpha=scale).softmax(-1)
     return torch.matmul(weights_BKRT, values_BKTD)
 

@@ -24,7 +24,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from miles.algorithms.device_copies import to_device
 from miles.services.trainer.backends.fsdp.attention.slots import Slots, slots_of, to_slots
-from miles.services.trainer.backends.fsdp.attention.tiles import TilePlan, attend_tiles, fits_tiles
+from miles.services.trainer.backends.fsdp.attention.tiles import TilePlan, attend_tiles, capped, fits_tiles
 from miles.services.trainer.batch.packing import MicroBatch, Segment, seen_rows
 
 PACKED_ATTENTION = "miles_packed"
@@ -55,7 +55,8 @@ class AttentionPlan:
                 f"attn_implementation varlen needs CUDA and 16-bit numbers, not {dtype} on {device.type}; set auto"
             )
         self.use_varlen = can_varlen if varlen is None else varlen
-        self.use_tiles = not self.use_varlen and fits_tiles(micro_batch.segments)
+        self.use_tiles = fits_tiles(micro_batch.segments)
+        """Where variable-length kernels are not used."""
         self._tiles: dict[int | None, TilePlan] = {}
 
     def tiles(self, window: int | None) -> TilePlan:
@@ -103,31 +104,47 @@ def packed_attention(
     attention_mask: torch.Tensor | None,
     scaling: float | None = None,
     sliding_window: int | None = None,
+    softcap: float | None = None,
     attention_plan: AttentionPlan | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attention of a packed micro-batch.
+    """Attention of a packed micro-batch; a soft cap c bounds scores to c tanh(score / c).
 
     query [1, H, T, D], key [1, K, T, D], value [1, K, T, V]; returns [1, T, H, V] and no weights. Raises ValueError
-    without a plan, and for kinds of attention that it does not compute (soft caps, sinks).
+    without a plan, and for kinds of attention that it does not compute: sinks, and samples that are longer than the
+    number of rows that an indexer chooses for each.
     """
     if attention_plan is None:
         raise ValueError("packed attention needs the micro-batch's plan: pass attention_plan= to the model's forward")
-    unknown = [name for name in ("softcap", "s_aux") if kwargs.get(name) is not None]
-    if unknown:
-        raise ValueError(f"packed attention does not do {' or '.join(unknown)}, which {type(module).__name__} asks for")
+    _refuse_others(module, attention_plan, kwargs)
+    use_varlen = attention_plan.use_varlen and softcap is None  # the kernel has no soft cap
+    use_tiles = not use_varlen and attention_plan.use_tiles
     # Unlike x[0], squeeze has a view for a gradient.
     q_THD, k_SKD, v_SKD = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
-    if attention_plan.keys is not None and not attention_plan.use_tiles:
+    if attention_plan.keys is not None and not use_tiles:
         k_SKD, v_SKD = (to_slots(x_TKD, attention_plan.keys) for x_TKD in (k_SKD, v_SKD))
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if attention_plan.use_varlen:
+    if use_varlen:
         out_THD = _attend_varlen(attention_plan.varlen, q_THD, k_SKD, v_SKD, scale, sliding_window)
-    elif attention_plan.use_tiles:
-        out_THD = attend_tiles(attention_plan.tiles(sliding_window), q_THD, k_SKD, v_SKD, scale)
+    elif use_tiles:
+        out_THD = attend_tiles(attention_plan.tiles(sliding_window), q_THD, k_SKD, v_SKD, scale, softcap)
     else:
-        out_THD = _attend_segments(attention_plan.segments, q_THD, k_SKD, v_SKD, scale, sliding_window)
+        out_THD = _attend_segments(attention_plan.segments, q_THD, k_SKD, v_SKD, scale, sliding_window, softcap)
     return out_THD[None], None
+
+
+def _refuse_others(module: torch.nn.Module, plan: AttentionPlan, arguments: dict[str, Any]) -> None:
+    if arguments.get("s_aux") is not None:
+        raise ValueError(f"packed attention does not do s_aux, which {type(module).__name__} asks for")
+    chosen: torch.Tensor | None = arguments.get("indices")  # by the indexer of DeepSeek-V3.2: all rows of short samples
+    if chosen is None:
+        return
+    longest = max(segment.prefix_rows + segment.rows for segment in plan.segments)
+    if longest > chosen.shape[-1]:
+        raise ValueError(
+            f"packed attention sees whole samples, and a row of {type(module).__name__} only {chosen.shape[-1]} of "
+            f"{longest} others; set rollout_max_context_len to at most {chosen.shape[-1]}"
+        )
 
 
 def _attend_segments(
@@ -137,6 +154,7 @@ def _attend_segments(
     v_SKD: torch.Tensor,
     scale: float,
     window: int | None,
+    softcap: float | None,
 ) -> torch.Tensor:
     repeats = q_THD.shape[1] // k_SKD.shape[1]
     k_SHD, v_SHD = (x.repeat_interleave(repeats, dim=1) for x in (k_SKD, v_SKD))
@@ -147,12 +165,29 @@ def _attend_segments(
         mask = None
         if len(q_LHD) < len(k_LHD) or (window is not None and window < len(k_LHD)):
             mask = _lower_right_mask(len(q_LHD), len(k_LHD), window, q_THD.device)
+        if softcap is not None:
+            seen_LM = _lower_right_mask(len(q_LHD), len(k_LHD), window, q_THD.device)
+            outs.append(_attend_capped(q_LHD, k_LHD, v_LHD, seen_LM, scale, softcap))
+            continue
         q_1HLD, k_1HLD, v_1HLD = (x.transpose(0, 1)[None] for x in (q_LHD, k_LHD, v_LHD))
         out_1HLD = scaled_dot_product_attention(
             q_1HLD, k_1HLD, v_1HLD, attn_mask=mask, is_causal=mask is None, scale=scale
         )
         outs.append(out_1HLD[0].transpose(0, 1))
     return torch.cat(outs)
+
+
+def _attend_capped(
+    q_LHD: torch.Tensor,
+    k_MHD: torch.Tensor,
+    v_MHD: torch.Tensor,
+    seen_LM: torch.Tensor,
+    scale: float,
+    softcap: float,
+) -> torch.Tensor:
+    scores_HLM = torch.matmul(q_LHD.transpose(0, 1), k_MHD.permute(1, 2, 0)) * scale
+    weights_HLM = capped(scores_HLM, softcap).masked_fill(~seen_LM, -torch.inf).softmax(-1)
+    return torch.matmul(weights_HLM, v_MHD.transpose(0, 1)).transpose(0, 1)
 
 
 def _attend_varlen(

@@ -63,10 +63,20 @@ def fits_tiles(segments: Sequence[Segment]) -> bool:
     return sum(_block_size(s)[0] * _block_size(s)[1] for s in segments) <= MAX_SCORES
 
 
+def capped(scores: torch.Tensor, softcap: float | None) -> torch.Tensor:
+    """Scores between -c and c for a soft cap c (Gemma 2, arXiv 2408.00118); unchanged without one."""
+    return scores if softcap is None else softcap * torch.tanh(scores / softcap)
+
+
 def attend_tiles(
-    plan: TilePlan, q_THD: torch.Tensor, k_TKD: torch.Tensor, v_TKV: torch.Tensor, scale: float
+    plan: TilePlan,
+    q_THD: torch.Tensor,
+    k_TKD: torch.Tensor,
+    v_TKV: torch.Tensor,
+    scale: float,
+    softcap: float | None = None,
 ) -> torch.Tensor:
-    """softmax(q k scale) v over what each row may see; [T, H, V]."""
+    """softmax(q k scale) v over what each row may see, scores capped first; [T, H, V]."""
     kv_heads, dim = k_TKD.shape[1:]
     value_dim = v_TKV.shape[2]
     group = q_THD.shape[1] // kv_heads
@@ -80,7 +90,7 @@ def attend_tiles(
         v_BKMV = v.view(tile.blocks, tile.keys, kv_heads, value_dim).transpose(1, 2)
         scores_BKRM = torch.matmul(q_BKGLD.reshape(tile.blocks, kv_heads, group * tile.queries, dim), k_BKDM) * scale
         scores_BKGLM = scores_BKRM.view(tile.blocks, kv_heads, group, tile.queries, tile.keys)
-        weights_BKGLM = scores_BKGLM.masked_fill(tile.hidden_B11LM, -torch.inf).softmax(-1)
+        weights_BKGLM = capped(scores_BKGLM, softcap).masked_fill(tile.hidden_B11LM, -torch.inf).softmax(-1)
         out_BKRV = torch.matmul(weights_BKGLM.flatten(2, 3), v_BKMV)
         out_BLKGV = out_BKRV.view(tile.blocks, kv_heads, group, tile.queries, value_dim).permute(0, 3, 1, 2, 4)
         outs.append(out_BLKGV.reshape(-1, q_THD.shape[1], value_dim))

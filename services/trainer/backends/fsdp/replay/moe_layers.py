@@ -2,7 +2,7 @@
 
 All of them call `experts(hidden, experts_TK, weights_TK)` with what the router chose from the logits that `gate` gives.
 Two kinds of routers are known: softmax over all experts (Qwen2-MoE, Qwen3-MoE, OLMoE), and sigmoid with a bias that
-decides who is chosen but not with which weight (DeepSeek-V3, GLM-4.5).
+decides who is chosen but not with which weight (DeepSeek-V3 and V3.2, GLM-4.5, MiniMax-M2).
 
 Dims: T rows, E experts, K experts per token.
 """
@@ -60,6 +60,8 @@ def _moe_layer(module: Any) -> MoeLayer | None:
     if hasattr(module, "route_tokens_to_experts") and hasattr(gate, "e_score_correction_bias"):
         scaling = float(module.routed_scaling_factor)
         return MoeLayer(gate, experts, int(module.top_k), True, bool(module.norm_topk_prob), scaling)
+    if hasattr(gate, "top_k") and hasattr(module, "e_score_correction_bias"):  # MiniMax-M2's scores add up to one
+        return MoeLayer(gate, experts, int(gate.top_k), True, True, 1.0)
     return None
 
 

@@ -22,6 +22,7 @@ from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import L2Norm
 
+from miles.services.trainer.backends.megatron.layers.all_heads_norm import key_norm, query_norm
 from miles.services.trainer.backends.megatron.layers.local_attention import PackedAttention, Window, usual_window
 
 
@@ -45,10 +46,10 @@ def local_spec_like(spec: Any) -> Callable[..., Any]:
 def _parts_like(spec: Any) -> Parts:
     from megatron.bridge.models.gemma.gemma2_provider import gemma2_layer_spec
     from megatron.bridge.models.gemma.gemma3_provider import Gemma3SelfAttention, gemma3_layer_spec
-    from megatron.bridge.models.minimax_m2.minimax_m2_provider import FullDimKNorm, FullDimQNorm, minimax_m2_layer_spec
+    from megatron.bridge.models.minimax_m2.minimax_m2_provider import minimax_m2_layer_spec
 
-    if spec is minimax_m2_layer_spec:  # norms over all heads at once
-        return Parts(query_norm=FullDimQNorm, key_norm=FullDimKNorm)
+    if spec is minimax_m2_layer_spec:
+        return Parts(query_norm=query_norm, key_norm=key_norm)
     if spec is gemma2_layer_spec:
         return Parts(window=_every_other_layer, norms_outputs=True)
     if spec is gemma3_layer_spec:

@@ -102,11 +102,9 @@ def build_model(
 
 
 def _bridge(folder: pathlib.Path, *, with_engine: bool) -> Any:
-    from megatron.bridge import AutoBridge
+    from miles.services.trainer.backends.megatron.model.bridge import LayerBridge, LocalBridge
 
-    from miles.services.trainer.backends.megatron.model.bridge import LocalBridge
-
-    kind = AutoBridge if with_engine else LocalBridge
+    kind = LayerBridge if with_engine else LocalBridge
     return kind.from_hf_pretrained(str(folder))
 
 
@@ -188,13 +186,23 @@ def _configure(provider: Any, config: JobConfig, parallel: ParallelRank, compute
     for name, value in values.items():
         if hasattr(provider, name):
             setattr(provider, name, value)
+    provider.transformer_layer_spec = _layer_spec(provider.transformer_layer_spec, with_engine=with_engine)
     if not with_engine:
-        from miles.services.trainer.backends.megatron.layers.local_layers import local_spec_like
-
-        provider.transformer_layer_spec = local_spec_like(provider.transformer_layer_spec)
         provider.attention_backend = AttnBackend.auto  # some families name one of TransformerEngine's
     elif layout.attention_backend != "auto":
         provider.attention_backend = AttnBackend[layout.attention_backend]
+
+
+def _layer_spec(spec: Any, *, with_engine: bool) -> Any:
+    """What makes the layers of a model whose provider makes them by `spec`."""
+    from megatron.bridge.models.minimax_m2.minimax_m2_provider import minimax_m2_layer_spec
+
+    from miles.services.trainer.backends.megatron.layers.all_heads_norm import with_all_heads_norms
+    from miles.services.trainer.backends.megatron.layers.local_layers import local_spec_like
+
+    if not with_engine:
+        return local_spec_like(spec)
+    return with_all_heads_norms(spec) if spec is minimax_m2_layer_spec else spec
 
 
 def _fused_kernels(provider: Any) -> dict[str, bool]:

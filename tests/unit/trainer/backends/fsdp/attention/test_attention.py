@@ -24,9 +24,14 @@ for sample, other in itertools.pairwise(SAMPLES):
 
 
 def reference(
-    micro_batch: MicroBatch, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, window: int | None
+    micro_batch: MicroBatch,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    window: int | None,
+    softcap: float | None,
 ) -> torch.Tensor:
-    """softmax(q k / sqrt(d)) v row by row over the rows it may see; [1, T, H, V]."""
+    """softmax(q k / sqrt(d)) v row by row over the rows it may see, scores capped; [1, T, H, V]."""
     rows = []
     key, value = (x[0].repeat_interleave(HEADS // KV_HEADS, 0) for x in (key, value))
     for segment in micro_batch.segments:
@@ -34,15 +39,16 @@ def reference(
             seen = [int(other) for other in segment.seen_rows() if other <= row]
             seen = seen[-window:] if window is not None else seen
             scores = torch.einsum("hd,htd->ht", query[0, :, row], key[:, seen]) * SIZE**-0.5
+            scores = scores if softcap is None else torch.tanh(scores / softcap) * softcap
             rows.append(torch.einsum("ht,htd->hd", scores.softmax(-1), value[:, seen]))
     return torch.stack(rows)[None]
 
 
-@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize(("window", "softcap"), [(None, None), (4, None), (None, 0.5), (4, 0.5)])
 @pytest.mark.parametrize("share", [False, True])
 @pytest.mark.parametrize("use_tiles", [True, False])
 def test_rows_attend_to_their_own_sample_alone(
-    use_tiles: bool, share: bool, window: int | None, monkeypatch: pytest.MonkeyPatch
+    use_tiles: bool, share: bool, window: int | None, softcap: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tiles, "MAX_SCORES", 2**21 if use_tiles else 0)
     torch.manual_seed(0)
@@ -54,9 +60,12 @@ def test_rows_attend_to_their_own_sample_alone(
         for heads, size in ((HEADS, SIZE), (KV_HEADS, SIZE), (KV_HEADS, VALUE_SIZE))
     )
     out, _ = packed_attention(
-        torch.nn.Identity(), query, key, value, None, SIZE**-0.5, sliding_window=window, attention_plan=plan
+        *(torch.nn.Identity(), query, key, value, None, SIZE**-0.5),
+        sliding_window=window,
+        softcap=softcap,
+        attention_plan=plan,
     )
-    expected = reference(micro_batch, query, key, value, window)
+    expected = reference(micro_batch, query, key, value, window, softcap)
     torch.testing.assert_close(out, expected)
     weights = torch.randn_like(out)
     gradients = torch.autograd.grad((out * weights).sum(), (query, key, value))
@@ -74,7 +83,10 @@ def test_a_model_that_is_called_without_a_plan_is_told_so() -> None:
 def test_attention_that_is_not_computed_here_is_refused() -> None:
     x = torch.zeros(1, 1, 1, 1)
     plan = AttentionPlan(pack(SAMPLES, (0,), share_prompts=False), torch.device("cpu"), torch.float32)
-    with pytest.raises(ValueError, match="softcap"):
-        packed_attention(torch.nn.Identity(), x, x, x, None, attention_plan=plan, softcap=30.0)
+    with pytest.raises(ValueError, match="does not do s_aux"):
+        packed_attention(torch.nn.Identity(), x, x, x, None, attention_plan=plan, s_aux=torch.zeros(1))
+    chosen = torch.zeros(1, 1, plan.segments[0].rows - 1)
+    with pytest.raises(ValueError, match=f"set rollout_max_context_len to at most {chosen.shape[-1]}"):
+        packed_attention(torch.nn.Identity(), x, x, x, None, attention_plan=plan, indices=chosen)
     with pytest.raises(ValueError, match="varlen needs CUDA"):
         AttentionPlan(pack(SAMPLES, (0,), share_prompts=False), torch.device("cpu"), torch.bfloat16, varlen=True)

@@ -13,8 +13,16 @@ from miles.services.trainer.backends.fsdp.replay.moe_layers import find_moe_laye
 from miles.services.trainer.backends.fsdp.replay.observer import RoutingObserver
 from miles.services.trainer.backends.fsdp.replay.router import RoutingReplay
 
-LAYERS = {"Qwen3-MoE": 4, "DeepSeek-V3": 3, "GLM-4.5": 3}
-"""Mixture-of-experts layers of each family's tiny model; the last two begin with a dense one."""
+LAYERS = {
+    "Qwen2-MoE": 4,
+    "Qwen3-MoE": 4,
+    "MiniMax-M2": 4,
+    "DeepSeek-V3": 3,
+    "DeepSeek-V3.2": 3,
+    "GLM-4.5": 3,
+    "GLM-4.7-Flash": 3,
+}
+"""Mixture-of-experts layers of each family's tiny model; the last four begin with a dense one."""
 TOKENS = torch.arange(3, 32)[None]
 
 
@@ -70,7 +78,8 @@ def test_another_choice_is_computed_and_trains_the_router(model: torch.nn.Module
         assert layer.experts.num_experts == EXPERTS
 
 
-def test_a_model_without_experts_is_refused(tmp_path: pathlib.Path) -> None:
-    model = AutoModelForCausalLM.from_pretrained(write_model("Llama", tmp_path))
-    with pytest.raises(ValueError, match="LlamaForCausalLM has no router"):
+@pytest.mark.parametrize(("family", "name"), [("Llama", "LlamaForCausalLM"), ("Llama 4", "Llama4ForCausalLM")])
+def test_a_model_without_a_known_router_is_refused(tmp_path: pathlib.Path, family: str, name: str) -> None:
+    model = AutoModelForCausalLM.from_pretrained(write_model(family, tmp_path))
+    with pytest.raises(ValueError, match=f"{name} has no router"):
         find_moe_layers(model)

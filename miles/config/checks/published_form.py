@@ -1,0 +1,56 @@
+"""Checks whether a Hugging Face folder holds a text model whose weights are not quantised.
+
+Many folders are published otherwise; `miles convert hf-to-hf` writes such a model from them.
+"""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from miles.config.checks.json_file import read_json_object
+from miles.config.schema.faults import Fault
+from miles.config.schema.flat_settings import FlatSettings
+
+FP8_BLOCKS: Mapping[str, Any] = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+"""What `quantization_config` says of the only quantised weights that can be converted."""
+_FOLDERS = ("hf_checkpoint", "ref_load", "critic_load", "opd_teacher_load")
+
+
+def form_faults(s: FlatSettings) -> Iterator[Fault]:
+    """Yield a fault for each folder in another form; nothing for one that cannot be read."""
+    seen: set[str] = set()
+    for key in _FOLDERS:
+        folder = getattr(s, key)
+        if not folder or folder in seen:
+            continue
+        seen.add(folder)
+        model = read_json_object(pathlib.Path(folder) / "config.json")
+        if (problem := why_not_plain(model)) is not None:
+            yield Fault(key, folder, problem, _way_out(model, folder))
+
+
+def why_not_plain(model: Mapping[str, Any]) -> str | None:
+    """What is wrong with the form of a model with this config.json; None when nothing is."""
+    quantised = model.get("quantization_config")
+    if isinstance(quantised, Mapping):
+        return (
+            f"its weights are quantised ({quantised.get('quant_method')}), and trainers and engines take them in "
+            "the type that they compute in"
+        )
+    text = model.get("text_config")
+    if isinstance(text, Mapping):
+        return (
+            f"it is a {model.get('model_type')}, of which the text model ({text.get('model_type')}) is a part, and "
+            "only text models are trained"
+        )
+    return None
+
+
+def _way_out(model: Mapping[str, Any], folder: str) -> str:
+    quantised = model.get("quantization_config")
+    if isinstance(quantised, Mapping) and any(quantised.get(key) != value for key, value in FP8_BLOCKS.items()):
+        return "give a folder with weights in 16 or 32 bits"
+    plain = pathlib.Path(folder).name + "-plain"
+    return f"`miles convert hf-to-hf --hf-checkpoint {folder} --save {plain}` and give {plain}"
