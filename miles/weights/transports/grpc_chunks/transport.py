@@ -60,6 +60,8 @@ class GrpcChunksTransport:
         handle: weightsync_pb2.TransportHandle,
         descriptors: Sequence[policy_pb2.TensorDescriptor],
         tensors: Iterable[tuple[str, torch.Tensor]],
+        *,
+        lasting: bool = False,
     ) -> SendTimes:
         """Offer the chunks of one bucket and upload those that the service lacks; resume after a disconnect."""
         if not descriptors:
