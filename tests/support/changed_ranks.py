@@ -106,7 +106,7 @@ def _take_place(pending: PendingVersion) -> None:
 def main(out: pathlib.Path, model: str, address: str, flags: dict[str, Any], steps: list[dict[str, Any]]) -> None:
     dist.init_process_group("gloo")
     trainer = Trainer(pathlib.Path(model), address, flags)
-    changed = trainer.backend._loaded.changed_exports
+    changed = trainer.backend._loaded.changed
     for number, step in enumerate(steps):
         trainer.change(step.get("share", 0.0), number)
         full = {name: tensor.detach().clone() for name, tensor in trainer.backend.export()}

@@ -45,7 +45,7 @@ class _Parts(LoadedParts):
     published: PublishedTensors
     layout: Layout
     """Of an export, in its order."""
-    changed_exports: ChangedExports = dataclasses.field(default_factory=ChangedExports)
+    changed: ChangedExports = dataclasses.field(default_factory=ChangedExports)
 
     @property
     def policy(self) -> PreTrainedModel:
@@ -110,7 +110,7 @@ class FsdpBackend(BaseBackend[_Parts]):
         def weights() -> Iterable[tuple[str, torch.Tensor]]:
             return named_weights(parts.policy) if parts.roles.adapter is None else named_adapters(parts.policy)
 
-        full = parts.changed_exports.export(
+        full = parts.changed.export(
             lambda: shards(weights(), dtype_of), lambda: self._gathered(weights()), buffer_size
         )
         return parts.published.from_module(full) if parts.roles.adapter is None else full

@@ -30,8 +30,8 @@ class ChangedParameters:
         """Rank 0: the last export. Its tensors are never written to, because transports may keep them too."""
         self._is_whole = False
         """Whether that one came to its end on this rank."""
-        self.gathered = 0
-        """Parameters that were gathered for the last export, a count."""
+        self.gathered_bytes = 0
+        """Bytes of the tensors that were gathered for the last export."""
 
     def export(self, tasks: Sequence[Any], gather: Gather) -> Iterator[Named]:
         """On rank 0, what `gather` yields of all tasks, in host memory; collective. Nobody may write to it.
@@ -40,7 +40,7 @@ class ChangedParameters:
         """
         chosen = self._agree(tasks)
         self._is_whole = False  # until the end, which an error may prevent
-        self.gathered = len(chosen)
+        self.gathered_bytes = 0
         at = done = -1
 
         def taken() -> Iterator[Any]:
@@ -53,6 +53,7 @@ class ChangedParameters:
             yield from self._kept_of(range(done + 1, at))
             done = at
             self._names[at].append(name)
+            self.gathered_bytes += tensor.nbytes
             if dist.get_rank() == 0:
                 full = torch.empty(tensor.shape, dtype=tensor.dtype)
                 self._full[name] = full.copy_(tensor)
