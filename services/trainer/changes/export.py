@@ -63,12 +63,14 @@ class ChangedExports:
     def _find_changes(self, shards: Iterable[Shard]) -> list[_Found] | None:
         """This rank's changes, or None when they take too much of its shards' bytes."""
         found: list[_Found] = []
-        total = changed = 0
-        for shard in shards:
-            each = _Found(shard, self._kept.update(shard))
-            total, changed = total + each.shard_bytes, changed + each.change.data.numel()
-            found.append(each)
-        return None if changed > WORTH_IT * total else found
+        room = WORTH_IT * self._kept.nbytes
+        for shard in shards:  # to the end in any case: reading them may be collective
+            if room < 0:
+                found.clear()
+                continue
+            found.append(_Found(shard, self._kept.update(shard)))
+            room -= found[-1].change.data.numel()
+        return None if room < 0 else found
 
     def _apply_changes(self, found: list[_Found], bucket_bytes: int) -> Iterator[Named]:
         self.gathered_bytes = total = 0
@@ -105,10 +107,6 @@ class _Found:
         self.nbytes = math.prod(shard.shape) * self.itemsize
         """Of the full tensor, so that all ranks make the same buckets."""
         self.change = change
-
-    @property
-    def shard_bytes(self) -> int:
-        return self.numel * self.itemsize
 
     @property
     def placed(self) -> PlacedChange:

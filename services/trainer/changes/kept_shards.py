@@ -43,7 +43,7 @@ class KeptShards:
     def update(self, shard: Shard) -> ShardChange:
         """Find what has changed of a shard that is kept, and keep it as it is now."""
         kept = self._of[shard.name]
-        change = find_change(kept.to(shard.elements.device, non_blocking=True), shard.elements)
+        change = find_change(kept, shard.elements)
         apply_change(change, kept)
         return change
 

@@ -110,9 +110,7 @@ class FsdpBackend(BaseBackend[_Parts]):
         def weights() -> Iterable[tuple[str, torch.Tensor]]:
             return named_weights(parts.policy) if parts.roles.adapter is None else named_adapters(parts.policy)
 
-        full = parts.changed.export(
-            lambda: shards(weights(), dtype_of), lambda: self._gathered(weights()), buffer_size
-        )
+        full = parts.changed.export(lambda: shards(weights(), dtype_of), lambda: self._gathered(weights()), buffer_size)
         return parts.published.from_module(full) if parts.roles.adapter is None else full
 
     def _gathered(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
