@@ -114,6 +114,18 @@ def shared_memory(job: Job) -> Need:
     return Need(2 * job.parameters * job.weight_bytes, f"2 versions × {_count(job.parameters)} × {job.weight_bytes}")
 
 
+def compared_versions(job: Job) -> Need:
+    """Return the host memory in which the trainer keeps what it compares the next version with (disk_delta).
+
+    Rank 0 has the last version; when there are more ranks, each keeps its shards besides.
+    """
+    copies = 1 if job.trainer_ranks == 1 else 2
+    what = "last version" if copies == 1 else "last version, on rank 0 and in shards,"
+    return Need(
+        copies * job.parameters * job.weight_bytes, f"{what} {copies} × {_count(job.parameters)} × {job.weight_bytes}"
+    )
+
+
 def disk(job: Job) -> Need:
     """Return what the run writes: checkpoints, exports and samples."""
     state = job.master_bytes * (3 if job.with_optimizer else 1)

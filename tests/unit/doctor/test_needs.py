@@ -8,7 +8,7 @@ from typing import Any
 from config_cases import MINIMAL
 
 from miles.config.command.flags import CommandLine
-from miles.doctor import needs
+from miles.doctor import memory, needs
 from miles.doctor.subject import Subject
 
 CONFIG = {
@@ -52,6 +52,8 @@ def test_the_formulas_follow_the_configuration(files: pathlib.Path) -> None:
     assert needs.trainer_memory(plain).bytes == 16_000_000
     assert needs.engine_memory(plain).bytes == 4_000_000
     assert needs.shared_memory(plain).bytes == 8_000_000
+    assert needs.compared_versions(plain).bytes == 4_000_000
+    assert needs.compared_versions(job(files, actor_num_gpus_per_node=2)).bytes == 8_000_000
     samples = 10 * 4 * 4 * 16 * 40
     assert needs.disk(plain).bytes == 4 * 12_000_000 + 4 * 4_000_000 + samples
     assert "4 checkpoints" in needs.disk(plain).formula
@@ -61,6 +63,19 @@ def test_the_formulas_follow_the_configuration(files: pathlib.Path) -> None:
     assert needs.engine_memory(job(files, train_dtype="bfloat16", rollout_num_workers=2)).bytes == 4_000_000
     assert needs.disk(job(files, no_save_optim=True)).bytes == 4_000_000 + 4_000_000 + samples
     assert needs.disk(job(files, num_rollout=0, eval_prompt_data=["a", "b"])).bytes == 0
+
+
+def test_versions_that_are_compared_count_where_changes_are_sent(files: pathlib.Path) -> None:
+    write_weights(files / "model", [1000, 1000])
+    line = {**MINIMAL, "device": "cpu", "update_weight_disk_dir": str(files)}
+    plain, changes = (
+        memory.look(Subject.of(CommandLine(flat={**line, "update_weight_transfer_mode": mode}))).need
+        for mode in ("auto", "disk_delta")
+    )
+    assert plain is not None
+    assert changes is not None
+    assert changes.bytes - plain.bytes == 4_000_000
+    assert "last version" in changes.formula
 
 
 def test_without_a_model_nothing_is_estimated(files: pathlib.Path) -> None:
