@@ -26,8 +26,8 @@ EXPORT = "export"
 
 _KEPT_BY_RANKS = (weightsync_pb2.TRANSPORT_KIND_COLLECTIVE, weightsync_pb2.TRANSPORT_KIND_CUDA_IPC)
 """Transports whose bytes stay with the trainer: each rank keeps its share. With others rank 0 sends every bucket."""
-_OF_CHANGES = (weightsync_pb2.TRANSPORT_KIND_DISK_DELTA,)
-"""Transports for which rank 0 keeps the last version anyway: where there are no others, it gathers changes alone."""
+_OF_CHANGES = (weightsync_pb2.TRANSPORT_KIND_DISK_DELTA, weightsync_pb2.TRANSPORT_KIND_GRPC_CHUNKS)
+"""Transports that send what changed: where there are no others, rank 0 also gathers no more than that."""
 
 
 def export_command(pending: PendingVersion, address: str, bucket_bytes: int) -> Command:

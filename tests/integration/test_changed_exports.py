@@ -50,12 +50,18 @@ async def host(tmp_path: pathlib.Path) -> AsyncIterator[Host]:
 
 
 async def publish(
-    host: Host, out: pathlib.Path, model: pathlib.Path, ranks: int, flags: Mapping[str, Any], steps: list[Any]
+    host: Host,
+    out: pathlib.Path,
+    model: pathlib.Path,
+    ranks: int,
+    flags: Mapping[str, Any],
+    steps: list[Any],
+    transport: str = "DISK_DELTA",
 ) -> list[dict[str, Any]]:
     """Have a trainer of so many ranks take the steps; returns what each took, with the weights as `weights`."""
     out.mkdir()
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    arguments = [str(SCRIPT), str(out), str(model), host.address, json.dumps(dict(flags)), json.dumps(steps)]
+    arguments = [str(SCRIPT), str(out), str(model), host.address, transport, json.dumps(dict(flags)), json.dumps(steps)]
     process = await asyncio.create_subprocess_exec(sys.executable, *torchrun, *arguments, env=ENVIRONMENT)
     assert await asyncio.wait_for(process.wait(), DEADLINE_S) == 0
     return [
@@ -110,17 +116,19 @@ async def test_a_few_per_cent_of_the_values_cost_a_few_per_cent_of_the_bytes(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("transport", ["DISK_DELTA", "GRPC_CHUNKS"])
 @pytest.mark.parametrize("flags", [BFLOAT16, {"rollout_dtype": "float32"}], ids=["bfloat16", "float32"])
 async def test_shards_of_uneven_sizes_and_experts_arrive_bit_for_bit(
-    host: Host, tmp_path: pathlib.Path, flags: Mapping[str, Any]
+    host: Host, tmp_path: pathlib.Path, flags: Mapping[str, Any], transport: str
 ) -> None:
     engine = RecordingEngine()
     subscriber = WeightSubscriber(host.address, JOB, "engine", POLICY, engine)
     await subscriber.start()
     model = write_moe_model(tmp_path / "model")
     steps = [{"version": version, "share": share} for version, share in enumerate([0.0, 0.03, 0.0, 0.3, 0.01, 0.001])]
-    took = await publish(host, tmp_path / "out", model, 3, flags, steps)
+    took = await publish(host, tmp_path / "out", model, 3, flags, steps, transport)
     for held, each in zip(engine.held, took, strict=True):
         assert raw(held) == raw(each["weights"])
     assert [each["gathered"] < 0.1 * each["total"] for each in took] == [False, True, True, False, True, True]
+    assert all(took[i]["written"] < 0.2 * took[i]["total"] + 20_000 for i in (1, 2, 4, 5)), "some kilobytes are headers"
     await subscriber.close()

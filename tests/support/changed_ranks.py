@@ -39,7 +39,7 @@ FULL_EVERY = 4
 class Trainer:
     """One rank's part of what the trainer service does to publish."""
 
-    def __init__(self, model: pathlib.Path, address: str, flags: dict[str, Any]) -> None:
+    def __init__(self, model: pathlib.Path, address: str, transport: str, flags: dict[str, Any]) -> None:
         self.ranks = Ranks()
         config = job_config(model, **{"update_weight_buffer_size": BUCKET_BYTES, **flags})
         self.backend = FsdpBackend(config, model / "checkpoints", torch.device("cpu"))
@@ -48,7 +48,8 @@ class Trainer:
         self.stub: Any = weightsync_pb2_grpc.WeightSyncServiceStub(connect_blocking(address))
         endpoint = Endpoint(address, rank=self.ranks.rank, world_size=self.ranks.count)
         self.publisher = WeightPublisher(
-            *(self.stub, JOB, policy_pb2.WEIGHT_STREAM_POLICY, weightsync_pb2.TRANSPORT_KIND_DISK_DELTA, DEADLINE_S),
+            *(self.stub, JOB, policy_pb2.WEIGHT_STREAM_POLICY),
+            *(weightsync_pb2.TransportKind.Value(f"TRANSPORT_KIND_{transport}"), DEADLINE_S),
             endpoint=endpoint,
             delta=DeltaSettings(full_every=FULL_EVERY),
         )
@@ -103,9 +104,11 @@ def _take_place(pending: PendingVersion) -> None:
     (pathlib.Path(pending.handles[0].disk_delta.partial_path) / f"part-{offset:012d}.safetensors").touch()
 
 
-def main(out: pathlib.Path, model: str, address: str, flags: dict[str, Any], steps: list[dict[str, Any]]) -> None:
+def main(
+    out: pathlib.Path, model: str, address: str, transport: str, flags: dict[str, Any], steps: list[dict[str, Any]]
+) -> None:
     dist.init_process_group("gloo")
-    trainer = Trainer(pathlib.Path(model), address, flags)
+    trainer = Trainer(pathlib.Path(model), address, transport, flags)
     changed = trainer.backend._loaded.changed
     for number, step in enumerate(steps):
         trainer.change(step.get("share", 0.0), number)
@@ -128,4 +131,4 @@ def main(out: pathlib.Path, model: str, address: str, flags: dict[str, Any], ste
 
 
 if __name__ == "__main__":
-    main(pathlib.Path(sys.argv[1]), *sys.argv[2:4], *map(json.loads, sys.argv[4:6]))
+    main(pathlib.Path(sys.argv[1]), *sys.argv[2:5], *map(json.loads, sys.argv[5:7]))
