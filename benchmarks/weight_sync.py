@@ -7,8 +7,8 @@ for each of `--changed`, in which this share of the values changed, in fresh pro
 
     python benchmarks/weight_sync.py --gigabytes 1 4 8 --repeats 5
 
-The trainer's tensors take an eighth of the size, as eight layers share each matrix: so 8 GB fit beside two versions in
-24 GB.
+From 4 GB on the trainer's tensors take an eighth of the size, as eight layers share each matrix: so 8 GB fit beside two
+versions in 24 GB. With grpc_chunks the service holds every version in shared memory, one for each of `--changed` too.
 """
 
 from __future__ import annotations
@@ -76,10 +76,11 @@ async def follow(address: str) -> None:
 def make_tensors(nbytes: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """As many tensors whatever the size: 32 layers of one matrix and two vectors, about nbytes in all.
 
-    Eight layers share each matrix: an eighth of the bytes, which from 1 GB on is still more than caches hold.
+    From 4 GB on eight layers share each matrix: an eighth of the bytes, which is still more than caches hold.
     """
+    sharing = 8 if nbytes > 2 * GB else 1
     rows = max(1, round(nbytes / (_LAYERS * 2048 * dtype.itemsize)))
-    matrices = [(torch.randn(rows, 2048) * 0.02).to(dtype) for _ in range(_LAYERS // 8)]
+    matrices = [(torch.randn(rows, 2048) * 0.02).to(dtype) for _ in range(_LAYERS // sharing)]
     tensors: dict[str, torch.Tensor] = {}
     for layer in range(_LAYERS):
         tensors[f"layers.{layer}.weight"] = matrices[layer % len(matrices)]
@@ -215,7 +216,7 @@ def publish_changes(address: str, kind: str, gigabytes: float, dtype: str, share
         endpoint=Endpoint(address=address),
     )
     layout = [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
-    for version, share in enumerate([None] if kind == "GRPC_CHUNKS" else [None, *shares]):
+    for version, share in enumerate([None, *shares]):
         if share is not None:
             change(tensors, share)
         result = publisher.publish(version, version, layout, tensors.items())
@@ -291,7 +292,7 @@ def main() -> None:
         "--disk-directory", type=pathlib.Path, default=None, help="shared storage (default: a temporary folder)"
     )
     parser.add_argument("--transports", nargs="+", default=TRANSPORTS, choices=TRANSPORTS)
-    parser.add_argument("--changed", type=float, nargs="+", default=[0.02], help="shares of the values, for disk_delta")
+    parser.add_argument("--changed", type=float, nargs="+", default=[0.02], help="shares of the values")
     parser.add_argument("--follow", metavar="HOST:PORT", help=argparse.SUPPRESS)
     parser.add_argument("--publish", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()

@@ -51,7 +51,7 @@ def look(subject: Subject) -> Memory:
         parts = [needs.engine_memory(job), needs.trainer_memory(job)]
         if subject.get("device") == "cuda":
             parts = [needs.Need(2 * job.parameters * job.weight_bytes, "2 versions of the weights on their way")]
-        if subject.get("update_weight_transfer_mode") == "disk_delta":
+        if subject.get("update_weight_transfer_mode") in ("disk_delta", "grpc_chunks"):
             parts.append(needs.compared_versions(job))
         formula = " + ".join(part.formula for part in parts)
         need = needs.Need(sum(part.bytes for part in parts), formula)

@@ -115,9 +115,10 @@ def shared_memory(job: Job) -> Need:
 
 
 def compared_versions(job: Job) -> Need:
-    """Return the host memory in which the trainer keeps what it compares the next version with (disk_delta).
+    """Return the host memory in which the trainer keeps what it compares the next version with.
 
-    Rank 0 has the last version; when there are more ranks, each keeps its shards besides.
+    That is for transports that send changes. Rank 0 has the last version; where there are more ranks, each keeps its
+    shards besides.
     """
     copies = 1 if job.trainer_ranks == 1 else 2
     what = "last version" if copies == 1 else "last version, on rank 0 and in shards,"

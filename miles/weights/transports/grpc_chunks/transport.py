@@ -21,11 +21,9 @@ from miles.rpc import connect_blocking
 from miles.rpc.gen import policy_pb2, weightsync_pb2, weightsync_pb2_grpc
 from miles.weights import manifest as manifests
 from miles.weights.base import ReceivedWeights, SendTimes
-from miles.weights.bucketing import match_layout
-from miles.weights.dtypes import TORCH_DTYPE
 from miles.weights.manifest import ManifestError, checksum_threads
 from miles.weights.transports.grpc_chunks.changes import find_change
-from miles.weights.transports.grpc_chunks.chunks import cut
+from miles.weights.transports.grpc_chunks.part import Part
 from miles.weights.transports.grpc_chunks.receiver import ChunkReceiver
 
 logger = logging.getLogger(__name__)
@@ -55,7 +53,7 @@ class GrpcChunksTransport:
         self._channels: dict[str, grpc.Channel] = {}
         self._threads = concurrent.futures.ThreadPoolExecutor(checksum_threads(), thread_name_prefix="weight-chunks")
         self._receiver = ChunkReceiver(self._threads)
-        self._kept: dict[int, _Part] = {}
+        self._kept: dict[int, Part] = {}
         """The parts of the last version, by offset."""
 
     def send(
@@ -70,10 +68,13 @@ class GrpcChunksTransport:
         if not descriptors:
             return SendTimes()
         began = time.monotonic()
-        part = _Part.of(descriptors, tensors, handle.grpc_chunks.chunk_bytes, self._threads)
+        tensors = list(tensors) if lasting else tensors
+        part = Part(descriptors, tensors, handle.grpc_chunks.chunk_bytes, self._threads)
         changes = self._changes(part)
         prepared_s = time.monotonic() - began
         sent = self._upload(handle, part, changes)
+        if isinstance(tensors, list) and lasting:
+            part.keep(tensors)
         return SendTimes(time.monotonic() - began - prepared_s, prepared_s, sent)
 
     def seal(self, handle: weightsync_pb2.TransportHandle, manifest: policy_pb2.Manifest) -> None:
@@ -128,7 +129,7 @@ class GrpcChunksTransport:
             channel.close()
         self._channels.clear()
 
-    def _changes(self, part: _Part) -> dict[int, tuple[bytes, bytes]]:
+    def _changes(self, part: Part) -> dict[int, tuple[bytes, bytes]]:
         """Ids of the chunks that this part's have replaced, and what has changed, by position; keeps the part."""
         before = self._kept.get(part.begin)
         self._kept[part.begin] = part
@@ -140,11 +141,12 @@ class GrpcChunksTransport:
             same = old_id == part.chunks[number].id
             return number, old_id, b"" if same else find_change(before.bytes(number), part.bytes(number))
 
+        before.restore()
         found = self._threads.map(change, range(len(part.chunks)))
         return {number: (old_id, data) for number, old_id, data in found if data}
 
     def _upload(
-        self, handle: weightsync_pb2.TransportHandle, part: _Part, changes: dict[int, tuple[bytes, bytes]]
+        self, handle: weightsync_pb2.TransportHandle, part: Part, changes: dict[int, tuple[bytes, bytes]]
     ) -> int:
         """Offer the chunks and upload those that are missing, as changes where they can be; return the bytes sent."""
         version, publication_id, chunks = handle.grpc_chunks.version, handle.publication_id, part.chunks
@@ -242,50 +244,6 @@ class Progress:
             at_end.callback(watcher.join)
             at_end.callback(done.set)
             yield
-
-
-class _Part:
-    """The bytes of one bucket, and the chunks that they are cut into."""
-
-    def __init__(self, begin: int, data: memoryview, chunks: Sequence[weightsync_pb2.ChunkDescriptor]) -> None:
-        self.begin = begin
-        """Offset in the version's buffer."""
-        self.chunks = chunks
-        self._data = data
-
-    @classmethod
-    def of(
-        cls,
-        descriptors: Sequence[policy_pb2.TensorDescriptor],
-        tensors: Iterable[tuple[str, torch.Tensor]],
-        chunk_bytes: int,
-        threads: concurrent.futures.Executor,
-    ) -> _Part:
-        """Copy and cut a bucket, and set its tensors' missing checksums."""
-        begin, last = descriptors[0].offset, descriptors[-1]
-        flat = torch.zeros(max(1, last.offset + last.nbytes - begin), dtype=torch.uint8)
-        for descriptor, tensor in match_layout(descriptors, tensors):
-            if descriptor.nbytes:
-                part = flat[descriptor.offset - begin : descriptor.offset - begin + descriptor.nbytes]
-                part.view(TORCH_DTYPE[descriptor.dtype]).view(tuple(descriptor.shape)).copy_(tensor)
-        data = memoryview(flat.numpy().data)
-        list(threads.map(lambda d: _set_checksum(d, data[d.offset - begin :][: d.nbytes]), descriptors))
-        return cls(begin, data, cut(data, begin, chunk_bytes, threads))
-
-    @property
-    def layout(self) -> list[tuple[int, int]]:
-        """Offset and length of each chunk."""
-        return [(chunk.offset, chunk.nbytes) for chunk in self.chunks]
-
-    def bytes(self, number: int) -> memoryview:
-        """The bytes of a chunk."""
-        chunk = self.chunks[number]
-        return self._data[chunk.offset - self.begin : chunk.offset - self.begin + chunk.nbytes]
-
-
-def _set_checksum(descriptor: policy_pb2.TensorDescriptor, data: memoryview) -> None:
-    if not descriptor.checksum:
-        descriptor.checksum = manifests.checksum(data)
 
 
 def _describe(error: grpc.RpcError | ConnectionError) -> str:
