@@ -2,13 +2,13 @@
 
 Runs the weightsync service, an engine process that swaps tensors without copying, and a trainer, and prints one table:
 per size, the time and rate of each stage, beside a plain memory copy of the same bytes and safetensors files written
-and read again. shared_memory: medians of several publications. disk_delta and grpc_chunks: one whole version and one in
-which 2 % of the values changed, in fresh processes.
+and read again. shared_memory: medians of several publications. disk_delta and grpc_chunks: one whole version and one
+for each of `--changed`, in which this share of the values changed, in fresh processes.
 
     python benchmarks/weight_sync.py --gigabytes 1 4 8 --repeats 5
 
-The trainer's tensors take an eighth of the size, as eight layers share each matrix: so 8 GB fit beside two versions in
-24 GB.
+From 4 GB on the trainer's tensors take an eighth of the size, as eight layers share each matrix: so 8 GB fit beside two
+versions in 24 GB. With grpc_chunks the service holds every version in shared memory, one for each of `--changed` too.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from rich.console import Console
@@ -76,10 +76,11 @@ async def follow(address: str) -> None:
 def make_tensors(nbytes: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """As many tensors whatever the size: 32 layers of one matrix and two vectors, about nbytes in all.
 
-    Eight layers share each matrix: an eighth of the bytes, which from 1 GB on is still more than caches hold.
+    From 4 GB on eight layers share each matrix: an eighth of the bytes, which is still more than caches hold.
     """
+    sharing = 8 if nbytes > 2 * GB else 1
     rows = max(1, round(nbytes / (_LAYERS * 2048 * dtype.itemsize)))
-    matrices = [(torch.randn(rows, 2048) * 0.02).to(dtype) for _ in range(_LAYERS // 8)]
+    matrices = [(torch.randn(rows, 2048) * 0.02).to(dtype) for _ in range(_LAYERS // sharing)]
     tensors: dict[str, torch.Tensor] = {}
     for layer in range(_LAYERS):
         tensors[f"layers.{layer}.weight"] = matrices[layer % len(matrices)]
@@ -205,8 +206,8 @@ def measure_shared_memory(arguments: argparse.Namespace, tensors: dict[str, torc
     return rows | {stage: statistics.median(run[stage] for run in runs[2:]) for stage in runs[0]}
 
 
-def publish_two(address: str, kind: str, gigabytes: float, dtype: str) -> None:
-    """The trainer process: a whole version, then one in which 2 % of the values changed; prints what each took."""
+def publish_changes(address: str, kind: str, gigabytes: float, dtype: str, shares: Sequence[float]) -> None:
+    """The trainer process: a whole version, then one for each share of the values; prints what each took."""
     tensors = make_tensors(int(gigabytes * GB), getattr(torch, dtype))
     publisher = WeightPublisher(
         weightsync_pb2_grpc.WeightSyncServiceStub(connect_blocking(address)),
@@ -215,9 +216,9 @@ def publish_two(address: str, kind: str, gigabytes: float, dtype: str) -> None:
         endpoint=Endpoint(address=address),
     )
     layout = [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
-    for version in range(1 if kind == "GRPC_CHUNKS" else 2):
-        if version:
-            change(tensors, 0.02)
+    for version, share in enumerate([None, *shares]):
+        if share is not None:
+            change(tensors, share)
         result = publisher.publish(version, version, layout, tensors.items())
         print(json.dumps({"total_s": result.total_s, "written_bytes": result.written_bytes}), flush=True)
 
@@ -229,12 +230,13 @@ def measure_in_processes(arguments: argparse.Namespace, kind: str, gigabytes: fl
     rows: dict[str, tuple[float, int]] = {}
     try:
         command = [sys.executable, __file__, "--publish", address, kind, "--gigabytes", str(gigabytes)]
-        trainer = subprocess.run([*command, "--dtype", arguments.dtype], stdout=subprocess.PIPE, text=True, check=True)
+        command += ["--dtype", arguments.dtype, "--changed", *map(str, arguments.changed)]
+        trainer = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
         published = [json.loads(line) for line in trainer.stdout.splitlines()]
         engine = subprocess.Popen([sys.executable, __file__, "--follow", address])
         stub = weightsync_pb2_grpc.WeightSyncServiceStub(connect_blocking(address))
         for version, sent in enumerate(published):
-            what = "2 % changed" if version else "whole"
+            what = f"{arguments.changed[version - 1]:.0%} changed" if version else "whole"
             name = policy_pb2.WeightVersion(job_id=JOB, stream=policy_pb2.WEIGHT_STREAM_POLICY, version=version)
             request = weightsync_pb2.ActivateRequest(
                 version=name, operation_id=what, deadline_ms=int(DEADLINE_S * 1000), min_engines=1
@@ -290,6 +292,7 @@ def main() -> None:
         "--disk-directory", type=pathlib.Path, default=None, help="shared storage (default: a temporary folder)"
     )
     parser.add_argument("--transports", nargs="+", default=TRANSPORTS, choices=TRANSPORTS)
+    parser.add_argument("--changed", type=float, nargs="+", default=[0.02], help="shares of the values")
     parser.add_argument("--follow", metavar="HOST:PORT", help=argparse.SUPPRESS)
     parser.add_argument("--publish", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -298,7 +301,7 @@ def main() -> None:
         return
     if arguments.publish:
         address, kind = arguments.publish
-        publish_two(address, kind, arguments.gigabytes[0], arguments.dtype)
+        publish_changes(address, kind, arguments.gigabytes[0], arguments.dtype, arguments.changed)
         return
     shared = pathlib.Path("/dev/shm")
     arguments.directory = arguments.directory or (shared if shared.is_dir() else pathlib.Path(tempfile.gettempdir()))

@@ -120,6 +120,7 @@ def _trainer_uses(run: Run, placement: Placement | None) -> list[Use]:
     for rank in range(run.ranks):
         device, others = by_stage[stage_of(rank)]
         own = [part for part in others if part.when is not When.LOADING or rank == 0]
+        own += [part for part in [host.compared_part(run, rank)] if part.bytes]
         node, gpu = places[rank] if on_gpu else (0, None)
         context = [host.context_part()] if on_gpu else []
         process = host.process_part("cuda" if on_gpu else "cpu")

@@ -81,8 +81,13 @@ class WeightTransport(WeightReceiver, Protocol):
         handle: weightsync_pb2.TransportHandle,
         descriptors: Sequence[policy_pb2.TensorDescriptor],
         tensors: Iterable[tuple[str, torch.Tensor]],
+        *,
+        lasting: bool = False,
     ) -> SendTimes:
         """Send one bucket of tensors, which come in the descriptors' order; set each descriptor's missing checksum.
+
+        `lasting` tensors are never written to, so that the transport may keep those in host memory without copying
+        them, and knows that one at the same place in memory as in the last version has not changed.
 
         The descriptors are consecutive in the version's layout; their offsets count from the start of the version's
         buffer. Buckets may come in any order and from any rank, each exactly once. Tensors of another dtype are

@@ -106,14 +106,19 @@ class WeightSender:
         handles: Sequence[weightsync_pb2.TransportHandle],
         bucket: Sequence[policy_pb2.TensorDescriptor],
         tensors: Iterable[tuple[str, torch.Tensor]],
+        *,
+        lasting: bool = False,
     ) -> SendTimes:
-        """Send one bucket by every handle's transport. With several, its tensors are first read into a list."""
+        """Send one bucket by every handle's transport. With several, its tensors are first read into a list.
+
+        `lasting`: see `WeightTransport.send`.
+        """
         if len(handles) > 1:
             tensors = list(tensors)
         times = SendTimes()
         with torch.no_grad():
             for handle in handles:
-                times += self.transport(handle.kind).send(handle, bucket, tensors)
+                times += self.transport(handle.kind).send(handle, bucket, tensors, lasting=lasting)
         return times
 
     def trim(self, live: Sequence[int] | None) -> None:

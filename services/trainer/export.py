@@ -26,6 +26,8 @@ EXPORT = "export"
 
 _KEPT_BY_RANKS = (weightsync_pb2.TRANSPORT_KIND_COLLECTIVE, weightsync_pb2.TRANSPORT_KIND_CUDA_IPC)
 """Transports whose bytes stay with the trainer: each rank keeps its share. With others rank 0 sends every bucket."""
+_OF_CHANGES = (weightsync_pb2.TRANSPORT_KIND_DISK_DELTA, weightsync_pb2.TRANSPORT_KIND_GRPC_CHUNKS)
+"""Transports that send what changed: where there are no others, rank 0 also gathers no more than that."""
 
 
 def export_command(pending: PendingVersion, address: str, bucket_bytes: int) -> Command:
@@ -46,11 +48,16 @@ def send_share(
     handles = [weightsync_pb2.TransportHandle.FromString(payload) for payload in command.payloads]
     if rank:
         sender.trim(command.arguments["live"])
-    tensors = backend.export()
+    to_first = ranks > 1 and all(handle.kind in _OF_CHANGES for handle in handles)
+    tensors = backend.export_to_first() if to_first else backend.export()
     try:
         layout = formatted_layout(export_format, backend.export_layout())
         converted = formatted(export_format, tensors)
-        return _send(layout, converted, sender, handles, command.arguments["bucket_bytes"], rank, ranks)
+        if to_first and rank:
+            collections.deque(converted, maxlen=0)
+            return _report([], SendTimes(), handles, rank)
+        bucket_bytes = command.arguments["bucket_bytes"]
+        return _send(layout, converted, sender, handles, bucket_bytes, rank, ranks, lasting=to_first)
     except BaseException:
         if rank:
             sender.discard(handles)
@@ -87,6 +94,8 @@ def _send(
     bucket_bytes: int,
     rank: int,
     ranks: int,
+    *,
+    lasting: bool,
 ) -> bytes:
     descriptors, _ = manifests.plan((name, wire_dtype(dtype), shape) for name, dtype, shape in layout)
     times = SendTimes()
@@ -95,13 +104,23 @@ def _send(
         part = itertools.islice(tensors, len(bucket))
         mine = [handle for handle in handles if rank == (index % ranks if handle.kind in _KEPT_BY_RANKS else 0)]
         if mine:
-            times += sender.send(mine, bucket, part)
+            times += sender.send(mine, bucket, part, lasting=lasting)
             sent += bucket
         else:
             collections.deque(part, maxlen=0)  # keeps not even the last tensor, which would keep its bucket alive
     extra, _ = next(tensors, ("", None))
     if extra:
         raise ManifestError(f"the export yields {extra!r} after the last tensor of its layout")
+    return _report(sent, times, handles, rank)
+
+
+def _report(
+    sent: Sequence[policy_pb2.TensorDescriptor],
+    times: SendTimes,
+    handles: Sequence[weightsync_pb2.TransportHandle],
+    rank: int,
+) -> bytes:
+    """What `merge` needs to know of the tensors that this rank has sent."""
     report = weightsync_pb2.PrepareRequest(
         manifest=policy_pb2.Manifest(tensors=sent),
         written_bytes=times.written_bytes,

@@ -11,6 +11,7 @@ from miles.services.weightsync.version import Refused
 from miles.threads import Threads
 from miles.weights import manifest as manifests
 from miles.weights.transports.grpc_chunks import chunks as chunking
+from miles.weights.transports.grpc_chunks.changes import apply_change
 
 
 class ChunkTable:
@@ -29,6 +30,8 @@ class ChunkTable:
         """By id: where the bytes of a chunk are."""
         self._placed: dict[int, bytes] = {}
         """By offset: the id of the chunk whose bytes are there."""
+        self._changes: dict[bytes, tuple[bytes, bytes]] = {}
+        """By id of a chunk that came as a change: its base's id and the change, for engines with the base."""
 
     # -- from the trainer ---------------------------------------------------------------------------------------------
 
@@ -59,6 +62,22 @@ class ChunkTable:
             raise Refused(f"the chunk at byte {chunk.offset} came with other bytes than its id says")
         self._put(chunk, data)
 
+    def has_base(self, chunk: weightsync_pb2.ChunkDescriptor, base_id: bytes) -> bool:
+        """Whether a change of that base to this chunk could be applied."""
+        return self._base(chunk, base_id) is not None
+
+    def put_change(self, chunk: weightsync_pb2.ChunkDescriptor, base_id: bytes, change: bytes) -> bool:
+        """Store a chunk as `put` does, made of its base; False when the base has been freed. Raises Refused."""
+        base = self._base(chunk, base_id)
+        if base is None:
+            return False
+        try:
+            self.put(chunk, apply_change(change, base))
+        except ValueError as error:
+            raise Refused(f"the chunk at byte {chunk.offset} came as a change that does not apply: {error}") from error
+        self._changes[chunk.id] = (base_id, change)
+        return True
+
     def covers(self, manifest: policy_pb2.Manifest) -> bool:
         """Whether every tensor's bytes have arrived."""
         spans = sorted((c.offset, c.offset + c.nbytes) for c in self._offered.values() if self._has(c))
@@ -87,10 +106,18 @@ class ChunkTable:
         chunk = self._listed[number]
         return self._memory[chunk.offset : chunk.offset + chunk.nbytes]
 
+    def change(self, number: int, held: bytes) -> bytes | None:
+        """What makes a chunk of the list of the one with the id `held`; None when that is not known."""
+        if not held or not 0 <= number < len(self._listed):
+            return None
+        base_id, change = self._changes.get(self._listed[number].id, (b"", b""))
+        return change if base_id == held else None
+
     def close(self) -> None:
         """Let go of a freed version's memory; it is unmapped when threads that read it are done."""
         self._mapping = None
         self._others.clear()
+        self._changes.clear()
 
     @property
     def _memory(self) -> mmap.mmap:
@@ -107,6 +134,12 @@ class ChunkTable:
 
     def _has(self, chunk: weightsync_pb2.ChunkDescriptor) -> bool:
         return self._placed.get(chunk.offset) == chunk.id
+
+    def _base(self, chunk: weightsync_pb2.ChunkDescriptor, base_id: bytes) -> bytes | None:
+        """The bytes of a chunk's base, from this version or another one."""
+        wanted = weightsync_pb2.ChunkDescriptor(offset=chunk.offset, nbytes=chunk.nbytes, id=base_id)
+        found = (table._find(wanted) for table in (*self._others, self))
+        return next((data for data in found if data is not None), None) if base_id else None
 
     def _find(self, chunk: weightsync_pb2.ChunkDescriptor) -> bytes | None:
         """The bytes of a chunk with the same id, verified; None when there is none."""

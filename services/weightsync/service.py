@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import logging
 import pathlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 
 import grpc
 import grpc.aio
@@ -228,7 +229,8 @@ class WeightSyncServicer(weightsync_pb2_grpc.WeightSyncServiceServicer):
         async with refusals_as_status(context, "upload", request.version):
             table = self._uploading(request.version, request.publication_id)
             missing = await asyncio.to_thread(table.offer, request.chunks)
-        return weightsync_pb2.OfferChunksResponse(missing=missing)
+            based = await asyncio.to_thread(_based, table, request, missing)
+        return weightsync_pb2.OfferChunksResponse(missing=missing, based=based)
 
     async def UploadChunks(
         self, requests: AsyncIterator[weightsync_pb2.UploadChunksRequest], context: grpc.aio.ServicerContext
@@ -241,8 +243,7 @@ class WeightSyncServicer(weightsync_pb2_grpc.WeightSyncServiceServicer):
                 await check_version(name, context)
             async with refusals_as_status(context, "upload", name):
                 table = table or self._uploading(name, request.publication_id)
-                await asyncio.to_thread(table.put, request.chunk, request.data)
-            chunks += 1
+                chunks += await asyncio.to_thread(_put, table, request)
         return weightsync_pb2.UploadChunksResponse(chunks=chunks)
 
     async def ListChunks(
@@ -263,9 +264,10 @@ class WeightSyncServicer(weightsync_pb2_grpc.WeightSyncServiceServicer):
         async with refusals_as_status(context, "send", request.version):
             table = self._downloading(request.version, request.publication_id)
             await asyncio.to_thread(table.listed)
-            for number in request.chunks:
-                data = await asyncio.to_thread(table.get, number)
-                yield weightsync_pb2.FetchChunksResponse(chunk=number, data=data)
+            for number, held in zip(request.chunks, request.held or itertools.repeat(b""), strict=False):
+                change = table.change(number, held)
+                data = await asyncio.to_thread(table.get, number) if change is None else change
+                yield weightsync_pb2.FetchChunksResponse(chunk=number, data=data, is_change=change is not None)
 
     async def ListVersions(
         self, request: weightsync_pb2.ListVersionsRequest, context: grpc.aio.ServicerContext
@@ -307,3 +309,19 @@ class WeightSyncServicer(weightsync_pb2_grpc.WeightSyncServiceServicer):
         if key not in self._streams:
             self._streams[key] = StreamRuntime(job_id, stream, self._store, self._segments, self._folders, self._limits)
         return self._streams[key]
+
+
+def _based(table: ChunkTable, request: weightsync_pb2.OfferChunksRequest, missing: Sequence[int]) -> list[int]:
+    """Positions of missing chunks that a change to a chunk of the service makes."""
+    bases = request.base_ids
+    return [
+        number for number in missing if number < len(bases) and table.has_base(request.chunks[number], bases[number])
+    ]
+
+
+def _put(table: ChunkTable, request: weightsync_pb2.UploadChunksRequest) -> int:
+    """Store a chunk that has come; return 1, or 0 when it came as a change of a chunk that is gone."""
+    if request.base_id:
+        return int(table.put_change(request.chunk, request.base_id, request.data))
+    table.put(request.chunk, request.data)
+    return 1

@@ -325,6 +325,15 @@ def test_a_layout_trains_as_one_process_does(spread: pathlib.Path, name: str) ->
     assert weights < 1e-5
 
 
+@pytest.mark.parametrize("name", often_or_slow(LAYOUTS))
+def test_only_parameters_that_changed_on_some_rank_are_gathered_again(spread: pathlib.Path, name: str) -> None:
+    said = json.loads((spread / f"{name}.json").read_text())
+    first, one, none = said["gathered"]
+    assert first == said["total"]
+    assert 0 < one < 0.6 * first
+    assert none == 0
+
+
 def test_recomputation_replays_the_same_routing(results: pathlib.Path) -> None:
     assert worst_differences(results, "replay", "recomputed") == (0.0, 0.0)
 

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import pathlib
 from collections.abc import AsyncIterator
 
 import pytest
 import torch
+from cutting_proxy import CuttingProxy
 from torch_engine_models import running_engine, save_checkpoint, weights_of
 from weight_host import DEADLINE_S, JOB, POLICY, GatedEngine, Host, raw
 
 from miles.rpc.gen import weightsync_pb2
 from miles.weights import WeightSubscriber
 from miles.weights.publisher import DeltaSettings
+from miles.weights.transports.grpc_chunks.transport import GrpcChunksTransport
 
 OVERWRITE = DeltaSettings(weightsync_pb2.DELTA_ENCODING_OVERWRITE, full_every=2)
 
@@ -85,6 +88,34 @@ async def test_chunks_that_a_side_has_already_are_not_sent_again(host: Host) -> 
     second = await host.publish(1, {**weights, "trained": torch.randn(1000)}, "GRPC_CHUNKS")
     assert first.written_bytes >= 16_004_000
     assert second.written_bytes < 6_000_000
+
+
+async def test_changed_chunks_travel_as_changes_to_the_service_and_to_engines_that_have_their_base(host: Host) -> None:
+    weights = {"w": torch.randn(6_000_000).bfloat16(), "norm": torch.ones(33)}
+    total = sum(tensor.nbytes for tensor in weights.values())
+    # The second engine comes with version 1; after version 2 the first one writes to its memory.
+    gets_much = [[True], [False, True], [False, False], [True, False]]
+    with CuttingProxy(host.address, cut_after=1 << 40, cuts=0) as proxy:
+        receivers = [GrpcChunksTransport(proxy.address) for _ in range(2)]
+        for version in range(4):
+            result = await host.publish(version, weights, "GRPC_CHUNKS", bucket_bytes=8_000_000)
+            assert result.written_bytes < 0.03 * total or version == 0
+            taken, held = [], []
+            for receiver in receivers[: 1 + version]:
+                proxy.restart(0)
+                received = await asyncio.to_thread(receiver.receive, result.handle, result.manifest)
+                assert raw(dict(received.tensors)) == raw(weights)
+                taken.append(proxy.bytes_to_client)
+                held.append(received)
+            assert [nbytes > 0.3 * total for nbytes in taken] == gets_much[version]
+            assert all(nbytes < 0.04 * total or nbytes > 0.3 * total for nbytes in taken)
+            if version == 2:
+                held[0].tensors["w"][:3_000_000] += 1
+            await host.activate(version, min_engines=0)
+            moved = torch.rand(6_000_000) < 0.01
+            weights = {**weights, "w": torch.where(moved, weights["w"] * 1.5, weights["w"])}
+        for receiver in receivers:
+            receiver.close()
 
 
 async def test_the_status_says_which_engine_holds_what_since_when_and_how_it_came(host: Host) -> None:

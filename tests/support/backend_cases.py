@@ -13,6 +13,7 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from trainer_cases import divert, job_config, random_groups, set_own_routing
 
+from miles.services.trainer.backends.fsdp.export import local_tensor
 from miles.services.trainer.backends.protocol import TrainerBackend
 from miles.services.trainer.ranks.abandoning import Abandonment, StepAbandonedError
 from miles.services.trainer.ranks.collective_calls import Ranks
@@ -76,10 +77,12 @@ def run_case(case: dict[str, Any], out: pathlib.Path) -> None:
     layout = [[n, str(dtype), list(shape)] for n, dtype, shape in backend.export_layout()]
     if case.get("save_hf"):
         backend.save_hf(out / name / "hf")
+    gathered = [export_changes(backend, last_rank_changes=changes) for changes in (False, True, False)]
     if dist.get_rank() == 0:
         save_file(weights, out / f"{name}.safetensors")
-        result = {"metrics": metrics, "layout": layout, "moved": moved, "moved_by_rank": by_rank}
-        (out / f"{name}.json").write_text(json.dumps(result))
+        swaps = {"moved": moved, "moved_by_rank": by_rank}
+        said = {"metrics": metrics, "layout": layout, "gathered": gathered, "total": sum(map(nbytes, weights.values()))}
+        (out / f"{name}.json").write_text(json.dumps(said | swaps))
     backend.close()
 
 
@@ -124,6 +127,26 @@ def device() -> torch.device:
 def exported(backend: TrainerBackend) -> dict[str, torch.Tensor]:
     """The exported weights by name; collective."""
     return {name: tensor.detach().cpu().clone().contiguous() for name, tensor in backend.export()}
+
+
+def export_changes(backend: Any, *, last_rank_changes: bool) -> int:
+    """Have rank 0 get the weights, and compare them with those that all ranks gather; return the bytes gathered."""
+    if last_rank_changes and dist.get_rank() == dist.get_world_size() - 1:
+        with torch.no_grad():
+            first: Any = next(iter(backend._loaded.roles.policy.model.parameters()))
+            weight = first[1] if isinstance(first, tuple) else first  # Megatron's come with their names
+            local_tensor(weight).view(-1)[:1] += 1.0
+    at_first = {name: tensor.clone() for name, tensor in backend.export_to_first()}
+    everywhere = exported(backend)
+    if dist.get_rank() == 0:
+        assert list(at_first) == list(everywhere)
+        assert all(at_first[name].to(tensor).equal(tensor) for name, tensor in everywhere.items())
+    gathered: int = backend._loaded.changed.gathered_bytes
+    return gathered
+
+
+def nbytes(tensor: torch.Tensor) -> int:
+    return tensor.nbytes
 
 
 def main(cases_file: str, out: str) -> None:

@@ -430,6 +430,7 @@ class OfferChunksRequest(_message.Message):
     VERSION_FIELD_NUMBER: _builtins.int
     PUBLICATION_ID_FIELD_NUMBER: _builtins.int
     CHUNKS_FIELD_NUMBER: _builtins.int
+    BASE_IDS_FIELD_NUMBER: _builtins.int
     publication_id: _builtins.int
     """The publication_id of the handle."""
     @_builtins.property
@@ -440,16 +441,23 @@ class OfferChunksRequest(_message.Message):
     def chunks(self) -> _containers.RepeatedCompositeFieldContainer[Global___ChunkDescriptor]:
         """Chunks of the part."""
 
+    @_builtins.property
+    def base_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
+        """For each chunk the id of one of the same length of which the trainer knows what has changed, empty without one; or
+        nothing at all.
+        """
+
     def __init__(
         self,
         *,
         version: _policy_pb2.WeightVersion | None = ...,
         publication_id: _builtins.int = ...,
         chunks: _abc.Iterable[Global___ChunkDescriptor] | None = ...,
+        base_ids: _abc.Iterable[_builtins.bytes] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["version", b"version"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunks", b"chunks", "publication_id", b"publication_id", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_ids", b"base_ids", "chunks", b"chunks", "publication_id", b"publication_id", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -462,18 +470,24 @@ class OfferChunksResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     MISSING_FIELD_NUMBER: _builtins.int
+    BASED_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def missing(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Positions in the request's list of chunks that have to be uploaded."""
+
+    @_builtins.property
+    def based(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Those of them of which the service has the base, so that a change is enough."""
 
     def __init__(
         self,
         *,
         missing: _abc.Iterable[_builtins.int] | None = ...,
+        based: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["missing", b"missing"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["based", b"based", "missing", b"missing"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -489,10 +503,13 @@ class UploadChunksRequest(_message.Message):
     PUBLICATION_ID_FIELD_NUMBER: _builtins.int
     CHUNK_FIELD_NUMBER: _builtins.int
     DATA_FIELD_NUMBER: _builtins.int
+    BASE_ID_FIELD_NUMBER: _builtins.int
     publication_id: _builtins.int
     """The publication_id of the handle; needed in the first message only."""
     data: _builtins.bytes
-    """Its bytes."""
+    """Its bytes; or, with a base, what makes it of that."""
+    base_id: _builtins.bytes
+    """Id of the chunk that has changed; empty when all bytes are sent."""
     @_builtins.property
     def version(self) -> _policy_pb2.WeightVersion:
         """Version that it belongs to; needed in the first message only."""
@@ -508,10 +525,11 @@ class UploadChunksRequest(_message.Message):
         publication_id: _builtins.int = ...,
         chunk: Global___ChunkDescriptor | None = ...,
         data: _builtins.bytes = ...,
+        base_id: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "version", b"version"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "data", b"data", "publication_id", b"publication_id", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_id", b"base_id", "chunk", b"chunk", "data", b"data", "publication_id", b"publication_id", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -519,7 +537,7 @@ Global___UploadChunksRequest: _TypeAlias = UploadChunksRequest  # noqa: Y015
 
 @_typing.final
 class UploadChunksResponse(_message.Message):
-    """Every chunk of the call has arrived."""
+    """The call is over; a change whose base has been freed meanwhile is left out, and its chunk is still missing."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -600,6 +618,7 @@ class FetchChunksRequest(_message.Message):
     VERSION_FIELD_NUMBER: _builtins.int
     PUBLICATION_ID_FIELD_NUMBER: _builtins.int
     CHUNKS_FIELD_NUMBER: _builtins.int
+    HELD_FIELD_NUMBER: _builtins.int
     publication_id: _builtins.int
     """The publication_id of the handle."""
     @_builtins.property
@@ -610,16 +629,23 @@ class FetchChunksRequest(_message.Message):
     def chunks(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Positions in the list of chunks."""
 
+    @_builtins.property
+    def held(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
+        """For each of them the id of a chunk of the same length that the engine has and can apply a change to, empty without
+        one; or nothing at all.
+        """
+
     def __init__(
         self,
         *,
         version: _policy_pb2.WeightVersion | None = ...,
         publication_id: _builtins.int = ...,
         chunks: _abc.Iterable[_builtins.int] | None = ...,
+        held: _abc.Iterable[_builtins.bytes] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["version", b"version"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunks", b"chunks", "publication_id", b"publication_id", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunks", b"chunks", "held", b"held", "publication_id", b"publication_id", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -633,19 +659,23 @@ class FetchChunksResponse(_message.Message):
 
     CHUNK_FIELD_NUMBER: _builtins.int
     DATA_FIELD_NUMBER: _builtins.int
+    IS_CHANGE_FIELD_NUMBER: _builtins.int
     chunk: _builtins.int
     """Its position in the list of chunks."""
     data: _builtins.bytes
-    """Its bytes."""
+    """Its bytes; or, when it is a change, what makes it of the chunk that the engine holds."""
+    is_change: _builtins.bool
+    """Whether it is a change."""
     def __init__(
         self,
         *,
         chunk: _builtins.int = ...,
         data: _builtins.bytes = ...,
+        is_change: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "data", b"data"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "data", b"data", "is_change", b"is_change"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

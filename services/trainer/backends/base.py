@@ -109,11 +109,13 @@ class BaseBackend(abc.ABC, Generic[PartsT]):
 
     def export(self) -> Iterator[tuple[str, torch.Tensor]]:
         """See `TrainerBackend.export`."""
-        if self._loaded.roles.old_policies is not None:
-            self._loaded.roles.old_policies.publish()
-        if self._config.cluster.colocate:
-            free_cached(self._device)  # a version that engines share would keep the large blocks it was put into
+        self._note_export()
         return self._export()
+
+    def export_to_first(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """See `TrainerBackend.export_to_first`."""
+        self._note_export()
+        return self._export_to_first()
 
     def save(self, directory: pathlib.Path, state: TrainerState) -> None:
         """See `TrainerBackend.save`; a crash leaves the complete checkpoint or none."""
@@ -158,6 +160,10 @@ class BaseBackend(abc.ABC, Generic[PartsT]):
         """Yield the weights that engines get."""
 
     @abc.abstractmethod
+    def _export_to_first(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield the weights that engines get on rank 0; gather what has changed since the last time."""
+
+    @abc.abstractmethod
     def _save(self, directory: pathlib.Path, record: CheckpointRecord) -> None:
         """Write a checkpoint."""
 
@@ -187,6 +193,12 @@ class BaseBackend(abc.ABC, Generic[PartsT]):
     @abc.abstractmethod
     def _recording_replica(self) -> int | None:
         """Number of this rank's replica, if this rank is the one that logs the replica's samples."""
+
+    def _note_export(self) -> None:
+        if self._loaded.roles.old_policies is not None:
+            self._loaded.roles.old_policies.publish()
+        if self._config.cluster.colocate:
+            free_cached(self._device)  # a version that engines share would keep the large blocks it was put into
 
     def _fitting_record(self, directory: pathlib.Path) -> CheckpointRecord:
         record = read_record(directory)

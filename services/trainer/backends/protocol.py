@@ -52,6 +52,13 @@ class TrainerBackend(Protocol):
         reading, so that a rank never holds more than two buckets of `update_weight_buffer_size` bytes.
         """
 
+    def export_to_first(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """The tensors of `export` in the layout's types, on rank 0 alone; collective: the others yield nothing.
+
+        Where it can, it gathers only what has changed since it was called last. The tensors are in host memory and are
+        never written to, so a reader may keep them.
+        """
+
     @property
     def lora(self) -> policy_pb2.LoraAdapter | None:
         """The adapter that an export consists of, by PEFT's names: its base and how to merge it. None for full weights.

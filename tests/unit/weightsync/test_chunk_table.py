@@ -13,6 +13,7 @@ from miles.rpc.gen import policy_pb2, sample_pb2, weightsync_pb2
 from miles.services.weightsync.chunk_table import ChunkTable
 from miles.services.weightsync.version import Refused
 from miles.weights import manifest as manifests
+from miles.weights.transports.grpc_chunks.changes import find_change
 from miles.weights.transports.grpc_chunks.chunks import cut
 
 
@@ -111,3 +112,45 @@ def test_a_version_is_complete_when_every_tensor_is_and_not_before(
             there |= set(range(chunk.offset, chunk.offset + chunk.nbytes))
     needed = {i for t in wanted.tensors for i in range(t.offset, t.offset + t.nbytes)}
     assert made.covers(wanted) == (needed <= there)
+
+
+def test_a_changed_chunk_is_made_of_its_base_and_goes_on_as_a_change(tmp_path: pathlib.Path) -> None:
+    old_data = bytes(range(200)) * 4
+    new_data = old_data[:150] + b"!" + old_data[151:]
+    old, new = chunks_of(old_data, 100), chunks_of(new_data, 100)
+    before = table(tmp_path, 800, name="before")
+    for number in before.offer(old):
+        before.put(old[number], old_data[old[number].offset :][:100])
+    after = table(tmp_path, 800, before, name="after")
+    assert after.offer(new) == [1]
+    base_id, change = old[1].id, find_change(old_data[100:200], new_data[100:200])
+    assert after.has_base(new[1], base_id)
+    assert not after.has_base(new[1], bytes(16))
+    assert after.put_change(new[1], base_id, change)
+    assert after.covers(manifest(800))
+    assert list(after.listed()) == new
+    assert after.get(1) == new_data[100:200]
+    assert after.change(1, base_id) == change
+    assert after.change(1, bytes(16)) is None, "the engine has another chunk"
+    assert after.change(0, old[0].id) is None, "nothing of it has changed"
+    assert after.change(8, base_id) is None
+    after.close()
+    assert after.change(1, base_id) is None
+
+
+def test_a_change_is_verified_and_needs_its_base(tmp_path: pathlib.Path) -> None:
+    old_data, new_data = bytes(100), bytes(98) + b"ab"
+    old, new = chunks_of(old_data, 100), chunks_of(new_data, 100)
+    before = table(tmp_path, 100, name="before")
+    before.offer(old)
+    before.put(old[0], old_data)
+    after = table(tmp_path, 100, before, name="after")
+    after.offer(new)
+    with pytest.raises(Refused, match="other bytes than its id says"):
+        after.put_change(new[0], old[0].id, find_change(old_data, bytes(98) + b"xy"))
+    with pytest.raises(Refused, match="does not apply"):
+        after.put_change(new[0], old[0].id, b"abc")
+    before.close()
+    assert not after.has_base(new[0], old[0].id)
+    assert not after.put_change(new[0], old[0].id, find_change(old_data, new_data)), "its base has been freed"
+    assert not after.covers(manifest(100))

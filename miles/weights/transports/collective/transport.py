@@ -51,6 +51,8 @@ class CollectiveTransport:
         handle: weightsync_pb2.TransportHandle,
         descriptors: Sequence[policy_pb2.TensorDescriptor],
         tensors: Iterable[tuple[str, torch.Tensor]],
+        *,
+        lasting: bool = False,
     ) -> SendTimes:
         """Keep a bucket in host memory for engines to ask for."""
         began = time.monotonic()

@@ -50,6 +50,8 @@ class CudaIpcTransport:
         handle: weightsync_pb2.TransportHandle,
         descriptors: Sequence[policy_pb2.TensorDescriptor],
         tensors: Iterable[tuple[str, torch.Tensor]],
+        *,
+        lasting: bool = False,
     ) -> SendTimes:
         """Copy a bucket into device memory kept for it and add its handle."""
         began = time.monotonic()

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import dataclasses
 import os
 import pathlib
 import shutil
 import time
 from collections.abc import Collection, Iterable, Sequence
 
-import numpy as np
 import torch
 
 from miles.rpc.gen import policy_pb2, weightsync_pb2
@@ -37,8 +37,8 @@ class DiskDeltaTransport:
 
     def __init__(self) -> None:
         self._threads = concurrent.futures.ThreadPoolExecutor(checksum_threads(), thread_name_prefix="weight-delta")
-        self._kept: dict[str, tuple[int, Bytes]] = {}
-        """By tensor: the publication it was sent in last, and its bytes."""
+        self._kept: dict[str, _Kept] = {}
+        """Tensors as they were sent last."""
         self._reader = FolderReader(self._threads)
 
     def send(
@@ -46,15 +46,18 @@ class DiskDeltaTransport:
         handle: weightsync_pb2.TransportHandle,
         descriptors: Sequence[policy_pb2.TensorDescriptor],
         tensors: Iterable[tuple[str, torch.Tensor]],
+        *,
+        lasting: bool = False,
     ) -> SendTimes:
         """Write one bucket as one file; a tensor whose bytes in the base are unknown is written raw."""
         began = time.monotonic()
         folder = pathlib.Path(handle.disk_delta.partial_path)
         folder.mkdir(parents=True, exist_ok=True)
         encoded = [
-            self._encode(handle, descriptor, tensor) for descriptor, tensor in match_layout(descriptors, tensors)
+            self._encode(handle, descriptor, tensor, lasting)
+            for descriptor, tensor in match_layout(descriptors, tensors)
         ]
-        stored = [_gather(*parts) for parts in encoded]
+        stored = [_gather(each) for each in encoded]
         encoding_s = time.monotonic() - began
         if not stored:
             return SendTimes(copy_s=encoding_s)
@@ -99,7 +102,7 @@ class DiskDeltaTransport:
     def trim(self, live: Collection[int] | None = None) -> None:
         """Forget the bytes of publications that can no longer be a base."""
         if live is not None:
-            self._kept = {name: kept for name, kept in self._kept.items() if kept[0] in live}
+            self._kept = {name: kept for name, kept in self._kept.items() if kept.publication_id in live}
 
     def close(self) -> None:
         """Forget all bytes."""
@@ -108,45 +111,76 @@ class DiskDeltaTransport:
         self._threads.shutdown()
 
     def _encode(
-        self, handle: weightsync_pb2.TransportHandle, descriptor: policy_pb2.TensorDescriptor, tensor: torch.Tensor
-    ) -> tuple[policy_pb2.TensorDescriptor, Encoding, Bytes, Checksum, list[concurrent.futures.Future[bytes]]]:
-        """Copy a tensor and begin to encode it on other threads."""
-        copy = torch.empty(tuple(descriptor.shape), dtype=TORCH_DTYPE[descriptor.dtype])
-        copy.copy_(tensor)
-        new: Bytes = copy.reshape(-1).view(torch.uint8).numpy()
+        self,
+        handle: weightsync_pb2.TransportHandle,
+        descriptor: policy_pb2.TensorDescriptor,
+        tensor: torch.Tensor,
+        lasting: bool,
+    ) -> _Encoded:
+        """Copy a tensor, unless it lasts, and begin to encode it on other threads."""
+        new = _bytes_of(tensor, descriptor, copied=not lasting)
         delta, itemsize = handle.disk_delta, DTYPE_BYTES[descriptor.dtype]
-        sent_in, old = self._kept.get(descriptor.name, (0, new[:0]))
-        self._kept[descriptor.name] = (handle.publication_id, new)
-        checksum = self._threads.submit(manifests.checksum, new.data)
-        if not delta.base_path or sent_in != delta.base_publication_id or old.size != new.size:
-            return descriptor, Encoding.RAW, new, checksum, []
+        before = self._kept.get(descriptor.name)
+        unchanged = before is not None and _same_memory(before.data, new)
+        checksum = before.checksum if before and unchanged else self._threads.submit(manifests.checksum, new.data)
+        self._kept[descriptor.name] = _Kept(handle.publication_id, new, checksum)
+        based = before is not None and delta.base_path and before.publication_id == delta.base_publication_id
+        if before is None or not based or before.data.size != new.size:
+            return _Encoded(descriptor, Encoding.RAW, new, checksum, [])
+        if unchanged:
+            return _Encoded(descriptor, Encoding.SAME, new, checksum, [])
         overwrite = delta.encoding == weightsync_pb2.DELTA_ENCODING_OVERWRITE
-        encoding = Encoding.OVERWRITE if overwrite else Encoding.XOR
+        encoding, old = Encoding.OVERWRITE if overwrite else Encoding.XOR, before.data
         frames = [
             self._threads.submit(encode, encoding, old[piece], new[piece], itemsize) for piece in pieces(new.size)
         ]
-        return descriptor, encoding, new, checksum, frames
+        return _Encoded(descriptor, encoding, new, checksum, frames)
 
 
-Checksum = concurrent.futures.Future[bytes]
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Kept:
+    """A tensor as it was sent last."""
+
+    publication_id: int
+    data: Bytes
+    checksum: concurrent.futures.Future[bytes]
 
 
-def _gather(
-    descriptor: policy_pb2.TensorDescriptor,
-    encoding: Encoding,
-    new: np.ndarray[tuple[int], np.dtype[np.uint8]],
-    checksum: Checksum,
-    encoded: list[concurrent.futures.Future[bytes]],
-) -> Stored:
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Encoded:
+    """A tensor that is being encoded on other threads."""
+
+    descriptor: policy_pb2.TensorDescriptor
+    encoding: Encoding
+    new: Bytes
+    checksum: concurrent.futures.Future[bytes]
+    frames: list[concurrent.futures.Future[bytes]]
+
+
+def _bytes_of(tensor: torch.Tensor, descriptor: policy_pb2.TensorDescriptor, *, copied: bool) -> Bytes:
+    """A tensor's bytes in the descriptor's type, copied where that is asked for or cannot be avoided."""
+    dtype = TORCH_DTYPE[descriptor.dtype]
+    if copied or tensor.device.type != "cpu" or tensor.dtype != dtype or not tensor.is_contiguous():
+        tensor = torch.empty(tuple(descriptor.shape), dtype=dtype).copy_(tensor)
+    data: Bytes = tensor.reshape(-1).view(torch.uint8).numpy()
+    return data
+
+
+def _same_memory(left: Bytes, right: Bytes) -> bool:
+    return left.size == right.size and left.ctypes.data == right.ctypes.data
+
+
+def _gather(encoded: _Encoded) -> Stored:
     """Wait for a tensor's encoding; return what to write."""
-    frames = [future.result() for future in encoded]
+    descriptor, encoding, new = encoded.descriptor, encoded.encoding, encoded.new
+    frames = [future.result() for future in encoded.frames]
     content: list[bytes] | list[memoryview] = frames
     size = sum(map(len, frames))
     if encoding is Encoding.RAW or size > _WORTH_IT * new.size:
         encoding, content, frames = Encoding.RAW, [new.data], []
     elif not size:
         encoding, content, frames = Encoding.SAME, [], []
-    value = checksum.result()
+    value = encoded.checksum.result()
     if not descriptor.checksum:
         descriptor.checksum = value
     return Stored(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import logging
 from collections.abc import Sequence
 
 from miles.rpc.gen import policy_pb2, weightsync_pb2
@@ -10,7 +11,10 @@ from miles.weights import manifest as manifests
 from miles.weights.base import ReceivedWeights
 from miles.weights.manifest import ChecksumMismatch, ManifestError
 from miles.weights.transports.grpc_chunks import chunks as chunking
+from miles.weights.transports.grpc_chunks.changes import apply_change
 from miles.weights.transports.memory import Buffer, BufferedWeights
+
+logger = logging.getLogger(__name__)
 
 
 class Transfer:
@@ -24,6 +28,8 @@ class Transfer:
         self.buffer = Buffer(manifest)
         self.chunks = chunks
         self._missing = dict.fromkeys(range(len(chunks)))
+        self._bases: dict[int, tuple[bytes, memoryview]] = {}
+        """By position: id and bytes of a chunk of the last version, which may have been written to."""
         _check(manifest, chunks)
 
     @property
@@ -41,6 +47,28 @@ class Transfer:
     def missing(self) -> list[int]:
         """Positions of the chunks that have not arrived yet."""
         return list(self._missing)
+
+    def offer_base(self, number: int, base_id: bytes, data: memoryview) -> None:
+        """Have a chunk that a change may be applied to."""
+        self._bases[number] = (base_id, data)
+
+    def held(self) -> list[bytes]:
+        """For each missing chunk the id of its base; empty without one."""
+        return [self._bases[number][0] if number in self._bases else b"" for number in self._missing]
+
+    def put_change(self, number: int, change: bytes) -> bool:
+        """Store a chunk that has arrived as a change; False, and its base is forgotten, when that makes other bytes."""
+        _, base = self._bases.pop(number, (b"", memoryview(b"")))
+        try:
+            self.put(number, apply_change(change, base))
+        except ValueError as error:  # ChecksumMismatch among them
+            logger.warning("chunk %d does not come of the last version's bytes: %s; it is sent in full", number, error)
+            return False
+        return True
+
+    def drop_bases(self) -> None:
+        """Let go of the last version."""
+        self._bases.clear()
 
     def put(self, number: int, data: bytes | memoryview) -> None:
         """Store a chunk that has arrived; ChecksumMismatch unless its bytes match its id."""
@@ -75,6 +103,7 @@ class ChunkReceiver:
         transfer = self._transfer = Transfer(publication_id, manifest, chunks)
         if self._last is not None:
             known = {chunk.id: chunk for chunk in self._last.chunks}
+            placed = {(chunk.offset, chunk.nbytes): chunk.id for chunk in self._last.chunks}
             memory = memoryview(self._last.buffer.memory)
             for number, chunk in enumerate(chunks):
                 old = known.get(chunk.id)
@@ -82,11 +111,14 @@ class ChunkReceiver:
                     with memory[old.offset : old.offset + old.nbytes] as data:
                         if manifests.checksum(data) == chunk.id:  # the engine may have written to it
                             transfer.put(number, data)
+                elif base_id := placed.get((chunk.offset, chunk.nbytes)):
+                    transfer.offer_base(number, base_id, memory[chunk.offset : chunk.offset + chunk.nbytes])
         return transfer
 
     def finish(self, transfer: Transfer, source: str) -> ReceivedWeights:
         """Verify a complete transfer; it becomes the last version."""
         self._transfer = None
+        transfer.drop_bases()
         transfer.buffer.verify(self._threads, source)
         self._last = transfer
         return BufferedWeights(transfer.buffer)

@@ -21,10 +21,9 @@ from miles.rpc import connect_blocking
 from miles.rpc.gen import policy_pb2, weightsync_pb2, weightsync_pb2_grpc
 from miles.weights import manifest as manifests
 from miles.weights.base import ReceivedWeights, SendTimes
-from miles.weights.bucketing import match_layout
-from miles.weights.dtypes import TORCH_DTYPE
 from miles.weights.manifest import ManifestError, checksum_threads
-from miles.weights.transports.grpc_chunks.chunks import cut
+from miles.weights.transports.grpc_chunks.changes import find_change
+from miles.weights.transports.grpc_chunks.part import Part
 from miles.weights.transports.grpc_chunks.receiver import ChunkReceiver
 
 logger = logging.getLogger(__name__)
@@ -54,29 +53,29 @@ class GrpcChunksTransport:
         self._channels: dict[str, grpc.Channel] = {}
         self._threads = concurrent.futures.ThreadPoolExecutor(checksum_threads(), thread_name_prefix="weight-chunks")
         self._receiver = ChunkReceiver(self._threads)
+        self._kept: dict[int, Part] = {}
+        """The parts of the last version, by offset."""
 
     def send(
         self,
         handle: weightsync_pb2.TransportHandle,
         descriptors: Sequence[policy_pb2.TensorDescriptor],
         tensors: Iterable[tuple[str, torch.Tensor]],
+        *,
+        lasting: bool = False,
     ) -> SendTimes:
         """Offer the chunks of one bucket and upload those that the service lacks; resume after a disconnect."""
         if not descriptors:
             return SendTimes()
         began = time.monotonic()
-        begin, last = descriptors[0].offset, descriptors[-1]
-        flat = torch.zeros(max(1, last.offset + last.nbytes - begin), dtype=torch.uint8)
-        for descriptor, tensor in match_layout(descriptors, tensors):
-            if descriptor.nbytes:
-                part = flat[descriptor.offset - begin : descriptor.offset - begin + descriptor.nbytes]
-                part.view(TORCH_DTYPE[descriptor.dtype]).view(tuple(descriptor.shape)).copy_(tensor)
-        data = memoryview(flat.numpy().data)
-        list(self._threads.map(lambda d: _set_checksum(d, data[d.offset - begin :][: d.nbytes]), descriptors))
-        chunks = cut(data, begin, handle.grpc_chunks.chunk_bytes, self._threads)
-        hashed_s = time.monotonic() - began
-        sent = self._upload(handle, chunks, data, begin)
-        return SendTimes(time.monotonic() - began - hashed_s, hashed_s, sent)
+        tensors = list(tensors) if lasting else tensors
+        part = Part(descriptors, tensors, handle.grpc_chunks.chunk_bytes, self._threads)
+        changes = self._changes(part)
+        prepared_s = time.monotonic() - began
+        sent = self._upload(handle, part, changes)
+        if isinstance(tensors, list) and lasting:
+            part.keep(tensors)
+        return SendTimes(time.monotonic() - began - prepared_s, prepared_s, sent)
 
     def seal(self, handle: weightsync_pb2.TransportHandle, manifest: policy_pb2.Manifest) -> None:
         """Nothing to do: Prepare checks that every chunk has arrived."""
@@ -102,11 +101,15 @@ class GrpcChunksTransport:
             request = weightsync_pb2.FetchChunksRequest(
                 version=manifest.version, publication_id=handle.publication_id, chunks=transfer.missing()
             )
+            request.held.extend(transfer.held())
             if request.chunks:
                 call = self._stub(address).FetchChunks(request)
                 with progress.watching(call):
                     for answer in call:
-                        transfer.put(answer.chunk, answer.data)
+                        if not answer.is_change:
+                            transfer.put(answer.chunk, answer.data)
+                        elif not transfer.put_change(answer.chunk, answer.data):
+                            continue
                         progress.note()
             if left := transfer.missing():
                 raise ConnectionError(f"the service ended the stream {len(left)} chunks early")
@@ -115,45 +118,63 @@ class GrpcChunksTransport:
         return self._receiver.finish(transfer, address)
 
     def trim(self, live: Collection[int] | None = None) -> None:
-        """Nothing is kept on the trainer's side."""
+        """Nothing to do: the last version is kept to tell what has changed, whether the service still has it or not."""
 
     def close(self) -> None:
         """Close the connections and forget what was received."""
         self._receiver.forget()
+        self._kept.clear()
         self._threads.shutdown()
         for channel in self._channels.values():
             channel.close()
         self._channels.clear()
 
+    def _changes(self, part: Part) -> dict[int, tuple[bytes, bytes]]:
+        """Ids of the chunks that this part's have replaced, and what has changed, by position; keeps the part."""
+        before = self._kept.get(part.begin)
+        self._kept[part.begin] = part
+        if before is None or before.layout != part.layout:
+            return {}
+
+        def change(number: int) -> tuple[int, bytes, bytes]:
+            old_id = before.chunks[number].id
+            same = old_id == part.chunks[number].id
+            return number, old_id, b"" if same else find_change(before.bytes(number), part.bytes(number))
+
+        before.restore()
+        found = self._threads.map(change, range(len(part.chunks)))
+        return {number: (old_id, data) for number, old_id, data in found if data}
+
     def _upload(
-        self,
-        handle: weightsync_pb2.TransportHandle,
-        chunks: Sequence[weightsync_pb2.ChunkDescriptor],
-        data: memoryview,
-        begin: int,
+        self, handle: weightsync_pb2.TransportHandle, part: Part, changes: dict[int, tuple[bytes, bytes]]
     ) -> int:
-        """Offer the chunks and upload those that are missing; return the bytes that were sent."""
-        version, publication_id = handle.grpc_chunks.version, handle.publication_id
+        """Offer the chunks and upload those that are missing, as changes where they can be; return the bytes sent."""
+        version, publication_id, chunks = handle.grpc_chunks.version, handle.publication_id, part.chunks
         offer = weightsync_pb2.OfferChunksRequest(version=version, publication_id=publication_id, chunks=chunks)
+        offer.base_ids.extend(changes[number][0] if number in changes else b"" for number in range(len(chunks)))
         sent = 0
 
-        def requests(missing: Iterable[int], progress: Progress) -> Iterator[weightsync_pb2.UploadChunksRequest]:
+        def requests(
+            missing: Iterable[int], based: Collection[int], progress: Progress
+        ) -> Iterator[weightsync_pb2.UploadChunksRequest]:
             nonlocal sent
             for number in missing:
-                chunk = chunks[number]
-                part = bytes(data[chunk.offset - begin : chunk.offset - begin + chunk.nbytes])
+                base_id, data = changes[number] if number in based else (b"", bytes(part.bytes(number)))
                 yield weightsync_pb2.UploadChunksRequest(
-                    version=version, publication_id=publication_id, chunk=chunk, data=part
+                    version=version, publication_id=publication_id, chunk=chunks[number], data=data, base_id=base_id
                 )
-                sent += chunk.nbytes
+                sent += len(data)
                 progress.note()
 
         def upload(progress: Progress) -> None:
-            missing = self._stub(self._address).OfferChunks(offer, timeout=CALL_DEADLINE_S).missing
-            if missing:
-                call = self._stub(self._address).UploadChunks.future(requests(missing, progress))
-                with progress.watching(call):
-                    call.result()
+            answer = self._stub(self._address).OfferChunks(offer, timeout=CALL_DEADLINE_S)
+            if not answer.missing:
+                return
+            call = self._stub(self._address).UploadChunks.future(requests(answer.missing, set(answer.based), progress))
+            with progress.watching(call):
+                arrived = call.result().chunks
+            if arrived < len(answer.missing):
+                raise ConnectionError(f"{len(answer.missing) - arrived} chunks are changes of chunks that are gone")
 
         self._retry(f"upload {len(chunks)} chunks of {manifests.describe(version)} to {self._address}", upload)
         return sent
@@ -223,11 +244,6 @@ class Progress:
             at_end.callback(watcher.join)
             at_end.callback(done.set)
             yield
-
-
-def _set_checksum(descriptor: policy_pb2.TensorDescriptor, data: memoryview) -> None:
-    if not descriptor.checksum:
-        descriptor.checksum = manifests.checksum(data)
 
 
 def _describe(error: grpc.RpcError | ConnectionError) -> str:

@@ -45,6 +45,8 @@ class SharedMemoryTransport:
         handle: weightsync_pb2.TransportHandle,
         descriptors: Sequence[policy_pb2.TensorDescriptor],
         tensors: Iterable[tuple[str, torch.Tensor]],
+        *,
+        lasting: bool = False,
     ) -> SendTimes:
         """Copy tensors into the file on several threads and hash each piece while it is still in cache.
 

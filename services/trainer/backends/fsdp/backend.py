@@ -14,7 +14,7 @@ import torch.distributed as dist
 from miles.rpc.gen import policy_pb2
 from miles.services.trainer.backends.base import BaseBackend, LoadedParts
 from miles.services.trainer.backends.fsdp import checkpoint
-from miles.services.trainer.backends.fsdp.export import gathered, local_tensor
+from miles.services.trainer.backends.fsdp.export import gathered, local_tensor, shards
 from miles.services.trainer.backends.fsdp.learner import FsdpLearner
 from miles.services.trainer.backends.fsdp.lora.adapter import merged_weights
 from miles.services.trainer.backends.fsdp.lora.layers import named_adapters
@@ -23,6 +23,7 @@ from miles.services.trainer.backends.fsdp.model.sharded_model import free_gather
 from miles.services.trainer.backends.fsdp.optimizer import state_tensors
 from miles.services.trainer.backends.fsdp.step import FsdpTrainer
 from miles.services.trainer.backends.parking import Held
+from miles.services.trainer.changes.export import ChangedExports
 from miles.services.trainer.checkpoint.background_save import Saving, on_first_rank
 from miles.services.trainer.checkpoint.hf_files import write_hf_checkpoint
 from miles.services.trainer.checkpoint.record import CheckpointRecord, check_base
@@ -46,6 +47,7 @@ class _Parts(LoadedParts):
     published: PublishedTensors
     layout: Layout
     """Of an export, in its order."""
+    changed: ChangedExports = dataclasses.field(default_factory=ChangedExports)
 
     @property
     def policy(self) -> PreTrainedModel:
@@ -102,6 +104,16 @@ class FsdpBackend(BaseBackend[_Parts]):
             # Nothing to gather, and transports convert while they copy: many tensors at once.
             return parts.published.from_module((name, local_tensor(weight)) for name, weight in weights)
         return parts.published.from_module(self._gathered(weights))
+
+    def _export_to_first(self) -> Iterator[tuple[str, torch.Tensor]]:
+        parts, buffer_size = self._loaded, self._config.weights.update_weight_buffer_size
+        dtype_of = functools.partial(self._dtype_of, parts.published)
+
+        def weights() -> Iterable[tuple[str, torch.Tensor]]:
+            return named_weights(parts.policy) if parts.roles.adapter is None else named_adapters(parts.policy)
+
+        full = parts.changed.export(lambda: shards(weights(), dtype_of), lambda: self._gathered(weights()), buffer_size)
+        return parts.published.from_module(full) if parts.roles.adapter is None else full
 
     def _gathered(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
         dtype_of = functools.partial(self._dtype_of, self._loaded.published)

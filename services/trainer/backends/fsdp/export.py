@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor, Shard
 
 from miles.services.trainer.backends.fsdp.model.sharded_model import full_tensor
+from miles.services.trainer.changes.kept_shards import Shard as RankShard
 from miles.weights.bucketing import buckets
 
 _ALIGNMENT = 64
@@ -125,6 +126,19 @@ class _Gather:
         mine[local.numel() :].zero_()
         work: dist.Work = dist.all_gather_single(room, mine, group=tensor.device_mesh.get_group(), async_op=True)
         return work
+
+
+def shards(weights: Iterable[tuple[str, torch.Tensor]], dtype_of: DtypeOf) -> Iterator[RankShard]:
+    """This rank's shards of the tensors that `gathered` yields, in its order; rank 0 has unsharded ones to itself."""
+    for name, tensor in weights:
+        member = _Member(name, tensor, dtype_of(name, tensor.dtype))
+        begin, elements = 0, local_tensor(tensor).reshape(-1)
+        if member.shards > 1 and isinstance(tensor, DTensor) and tuple(tensor.placements) == (Shard(0),):
+            begin = min(tensor.device_mesh.get_local_rank() * member.part_elements, tensor.numel())
+        else:
+            elements = full_tensor(tensor).reshape(-1) if member.shards > 1 else elements
+            elements = elements if dist.get_rank() == 0 else elements[:0]
+        yield RankShard(name, tuple(tensor.shape), begin, elements.to(member.dtype))
 
 
 def local_tensor(tensor: torch.Tensor) -> torch.Tensor:

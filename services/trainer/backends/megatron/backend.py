@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from miles.services.trainer.backends.base import BaseBackend, LoadedParts
+from miles.services.trainer.backends.megatron.changed_parameters import ChangedParameters
 from miles.services.trainer.backends.megatron.checkpoint import torch_dist
 from miles.services.trainer.backends.megatron.export import Exporter
 from miles.services.trainer.backends.megatron.model.build_roles import MegatronRoles, build_roles
@@ -33,6 +34,7 @@ class _Parts(LoadedParts):
     published: PublishedTensors
     layout: Layout
     """Of an export, in its order."""
+    changed: ChangedParameters = dataclasses.field(default_factory=ChangedParameters)
 
 
 class MegatronBackend(BaseBackend[_Parts]):
@@ -61,6 +63,11 @@ class MegatronBackend(BaseBackend[_Parts]):
 
     def _export(self) -> Iterator[tuple[str, torch.Tensor]]:
         return _published(self._loaded.exporter, self._loaded.published)
+
+    def _export_to_first(self) -> Iterator[tuple[str, torch.Tensor]]:
+        parts = self._loaded
+        tasks = parts.exporter.tasks(mtp=parts.published.contract.mtp)
+        return parts.published.from_checkpoint(parts.changed.export(tasks, parts.exporter.gathered))
 
     def _save(self, directory: pathlib.Path, record: CheckpointRecord) -> None:
         torch_dist.save(directory, self._contents(), record)

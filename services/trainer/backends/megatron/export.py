@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -29,10 +29,14 @@ class Exporter:
 
     def tensors(self, *, mtp: bool = True) -> Iterator[Named]:
         """Complete tensors on every rank, in a fixed order, with the model's MTP layers or without; collective."""
-        tasks = [task for task in self._tasks if mtp or task is None or not task.global_param_name.startswith("mtp.")]
-        return self._gathered(tasks)
+        return self.gathered(self.tasks(mtp=mtp))
 
-    def _gathered(self, tasks: list[Any]) -> Iterator[Named]:
+    def tasks(self, *, mtp: bool) -> list[Any]:
+        """megatron-bridge's tasks, each of which gathers one parameter; as many on every rank, in the same order."""
+        return [task for task in self._tasks if mtp or task is None or not task.global_param_name.startswith("mtp.")]
+
+    def gathered(self, tasks: Iterable[Any]) -> Iterator[Named]:
+        """What these tasks gather, the next task taken when the tensors of the last one have been; collective."""
         weights = self._model.bridge.export_hf_weights(
             self._model.chunks, cpu=False, show_progress=False, conversion_tasks=tasks
         )
