@@ -70,7 +70,7 @@ def run(arguments: argparse.Namespace) -> None:
         _exit_with(os.getppid())
     device = join(arguments.device, arguments.distributed_backend, arguments.distributed_timeout_minutes)
     ranks = Ranks()
-    worker = RankWorker(device, ranks.rank, ranks.count, ranks.share)
+    worker = RankWorker(device, ranks.rank, ranks.count, ranks.share, ranks.exchange)
     try:
         if ranks.rank == 0:
             main(lambda: serve(arguments, ranks, worker))
