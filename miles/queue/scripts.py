@@ -144,11 +144,22 @@ return 1
 """Move an entry to the dead-letter stream, so that its group can be put again."""
 
 SAVE_PARTIAL = """
--- KEYS partial ; ARGV attempt, payload, ttl_s
+-- KEYS partial ; ARGV attempt, ttl_s, 'all' or 'some', then pairs of field, payload
 local stored = redis.call('HGET', KEYS[1], 'attempt')
-if stored and tonumber(stored) > tonumber(ARGV[1]) then return 0 end
-redis.call('HSET', KEYS[1], 'attempt', ARGV[1], 'group', ARGV[2])
-redis.call('EXPIRE', KEYS[1], ARGV[3])
-return 1
+if stored and tonumber(stored) > tonumber(ARGV[1]) then return 'later' end
+if ARGV[3] == 'some' and stored ~= ARGV[1] then return 'incomplete' end
+local old = ARGV[3] == 'all' and redis.call('HKEYS', KEYS[1]) or {}
+redis.call('HSET', KEYS[1], 'attempt', ARGV[1])
+local written = {attempt = true}
+for i = 4, #ARGV, 2 do
+  redis.call('HSET', KEYS[1], ARGV[i], ARGV[i + 1])
+  written[ARGV[i]] = true
+end
+for _, field in ipairs(old) do
+  if not written[field] then redis.call('HDEL', KEYS[1], field) end
+end
+redis.call('EXPIRE', KEYS[1], ARGV[2])
+return 'stored'
 """
-"""Store a half-finished group unless a later attempt has stored one. Returns 1 when stored."""
+"""Store all samples of a half-finished group, or those that have changed since this attempt stored it. Returns stored,
+later (a later attempt has stored the group), or incomplete (some were given, but the others are not there)."""
