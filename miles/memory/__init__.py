@@ -1,0 +1,1 @@
+"""How much memory a run takes, from its sizes alone: pure functions of numbers."""
