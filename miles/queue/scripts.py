@@ -10,23 +10,35 @@ from __future__ import annotations
 
 from miles.queue.fencing import IS_FENCED
 
+_PIECES = """
+local function pieces(blob, name)
+  local keys = {blob}
+  for i = 1, tonumber(string.match(name, ':(%d+)$') or 1) - 1 do keys[#keys + 1] = blob .. '/' .. i end
+  return keys
+end
+"""
+"""The keys of a blob, from that of its first piece and its name; see `blobs`."""
+
 PUT = (
     IS_FENCED
+    + _PIECES
     + """
 -- KEYS stream, index, fences ; of a group whose payload is a blob also blob_refs, blob
 -- ARGV of each group: worker_id, lease_number, group_id, 'attempt oldest_version bytes', payload
--- of one whose payload is a blob, alone: its hash as payload, then blob_ttl_s
+-- of one whose payload is a blob, alone: its name as payload, then blob_ttl_s
 local refs, blob = KEYS[4], KEYS[5]
 local function put(worker, lease, group, numbers, payload)
   if fenced(KEYS[3], worker, lease) then return 'fenced' end
   local known = redis.call('HGET', KEYS[2], group)
   if known then return 'known ' .. string.match(known, '^(%S+)') end
-  if blob and redis.call('EXISTS', blob) == 0 then return 'no-blob' end
+  for _, piece in ipairs(blob and pieces(blob, payload) or {}) do
+    if redis.call('EXISTS', piece) == 0 then return 'no-blob' end
+  end
   local entry = redis.call('XADD', KEYS[1], '*', 'group_id', group, blob and 'blob' or 'group', payload)
   redis.call('HSET', KEYS[2], group, entry .. ' ' .. numbers .. ' ' .. (blob and payload or '-'))
   if blob then
     redis.call('HINCRBY', refs, payload, 1)
-    redis.call('EXPIRE', blob, ARGV[6])
+    for _, piece in ipairs(pieces(blob, payload)) do redis.call('EXPIRE', piece, ARGV[6]) end
   end
   return 'new ' .. entry
 end
@@ -93,14 +105,17 @@ return {table.concat(sizes, ';'), table.concat(values)}
 """Read entries that lie ready. Returns for each entry its id and the sizes of its names and values, and all of these
 joined: one by one they cost the client several times as much."""
 
-_RELEASE_BLOB = """
-local function release(refs, blob_prefix, hash)
-  if redis.call('HINCRBY', refs, hash, -1) <= 0 then
-    redis.call('HDEL', refs, hash)
-    redis.call('UNLINK', blob_prefix .. hash)
+_RELEASE_BLOB = (
+    _PIECES
+    + """
+local function release(refs, blob_prefix, name)
+  if redis.call('HINCRBY', refs, name, -1) <= 0 then
+    redis.call('HDEL', refs, name)
+    for _, piece in ipairs(pieces(blob_prefix .. name, name)) do redis.call('UNLINK', piece) end
   end
 end
 """
+)
 
 ACKNOWLEDGE = (
     _RELEASE_BLOB
