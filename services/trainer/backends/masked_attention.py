@@ -33,12 +33,12 @@ def attend_last_rows(
     size = max(MIN_BLOCK, MAX_SCORES // keys)
     before = keys - rows
     outs = []
-    for start in range(0, rows, size):
+    for start in reversed(range(0, rows, size)):  # the largest mask first: each later one fits into its memory
         end = min(start + size, rows)
         first = 0 if back is None else max(0, before + start - back)
         part = query[:, :, start:end], key[:, :, first : before + end], value[:, :, first : before + end]
         outs.append(checkpoint(_attend_block, attend, *part, back, use_reentrant=False, preserve_rng_state=False))
-    return torch.cat(outs, dim=2)
+    return torch.cat(outs[::-1], dim=2)
 
 
 def _attend_block(
