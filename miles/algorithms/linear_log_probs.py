@@ -56,7 +56,8 @@ def linear_token_log_probs(
     Args:
         hidden_TD: last hidden states at the positions that predict `tokens_T`, [T, D].
         weight_VD: the head's weight, [V, D] (the embedding where tied), or this rank's [V / ranks, D] with `shard`.
-        tokens_T: token ids, any integer dtype, [T].
+        tokens_T: token ids, any integer dtype, [T]; or [T, M] to score each row at M tokens, which gives log-probs
+            [T, M]; not with `shard`.
         temperature: divides the logits, after the upcast to float32.
         with_entropy: also compute the entropy.
         entropy_requires_grad: False: the entropy is only observed.
@@ -70,7 +71,8 @@ def linear_token_log_probs(
         raise ValueError(
             f"need hidden [T, D] and weight [V, D], got {tuple(hidden_TD.shape)} and {tuple(weight_VD.shape)}"
         )
-    if tokens_T.shape != hidden_TD.shape[:1]:
+    fits = tokens_T.dim() == 1 or (tokens_T.dim() == 2 and shard is None)
+    if not fits or tokens_T.shape[:1] != hidden_TD.shape[:1]:
         raise ValueError(f"need one token a row, got {tuple(tokens_T.shape)} for hidden {tuple(hidden_TD.shape)}")
     check_temperature(temperature)
     device_type = hidden_TD.device.type

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from redis.exceptions import ResponseError
 
+from miles.queue.blobs import fetch_blob, is_named
 from miles.queue.errors import UnreadableGroups
 from miles.queue.keys import CONSUMER_GROUP, JobKeys
-from miles.queue.payload import content_hash, decode_group
+from miles.queue.payload import decode_group
 from miles.queue.scripts import BURY, CREATE_GROUP, READ
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ class _Entry:
     entry_id: str
     fields: Fields | None
     """None once taken; the payload is then read from Redis again on demand."""
-    blob: bytes | None = None
+    blob: memoryview | None = None
     """The fetched payload, when it is stored outside the entry."""
 
 
@@ -159,7 +160,7 @@ class GroupConsumer:
             log.warning("entry %s of %s cannot be read: %s", entry_id, self._keys.groups, error)
             return None
 
-    async def _payload(self, entry: _Entry) -> bytes:
+    async def _payload(self, entry: _Entry) -> bytes | memoryview:
         fields = entry.fields or {}
         if b"group" in fields:
             return fields[b"group"]
@@ -167,18 +168,17 @@ class GroupConsumer:
             raise ValueError("the entry has neither a field `group` nor a field `blob`")
         if entry.blob is None:
             await self._fetch(entry)
-        blob_hash = fields[b"blob"].decode()
+        name = fields[b"blob"].decode()
         if entry.blob is None:
-            raise ValueError(f"its blob {blob_hash} is gone (expired or deleted)")
-        if content_hash(entry.blob) != blob_hash:
-            raise ValueError(f"its blob {blob_hash} has changed: content hash {content_hash(entry.blob)}")
+            raise ValueError(f"its blob {name} is gone (expired or deleted)")
+        if not is_named(name, entry.blob):
+            raise ValueError(f"its blob {name} has changed")
         return entry.blob
 
     async def _fetch(self, entry: _Entry) -> None:
         assert entry.fields is not None
-        key = self._keys.blob(entry.fields[b"blob"].decode())
-        blob: Any = await self._redis.getex(key, ex=self._blob_ttl_s)
-        entry.blob = blob
+        name = entry.fields[b"blob"].decode()
+        entry.blob = await fetch_blob(self._redis, self._keys.blob_prefix, name, self._blob_ttl_s)
 
     async def _read_new(self, block_s: float) -> bool:
         """Index entries that lie ready, or else the first that come within `block_s` seconds; return if any did."""

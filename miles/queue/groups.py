@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from redis.exceptions import NoScriptError, ResponseError
 
 from miles.queue.backpressure import TRANSIENT, WriteWait, is_out_of_memory, until_written
+from miles.queue.blobs import PIECE_BYTES, blob_name, piece_keys, pieces
 from miles.queue.consumer import GroupConsumer
 from miles.queue.errors import MissingGroups
 from miles.queue.fencing import FENCE, Fenced, Holder, stamp
 from miles.queue.keys import CONSUMER_GROUP, JobKeys
-from miles.queue.payload import INLINE_LIMIT, Outstanding, content_hash, encode_group
+from miles.queue.payload import INLINE_LIMIT, Outstanding, encode_group
 from miles.queue.pipelining import Call, Command, Pipeliner
 from miles.queue.scripts import ACKNOWLEDGE, BEGIN_LIFE, DROP, PUT, REOPEN
 from miles.telemetry.tracing import traced
@@ -113,7 +114,9 @@ class GroupQueue:
         """Send the commands, of which PUT is the last, and return what PUT returns."""
         while True:
             try:
-                answer: bytes = (await self._pipeliner.run(commands, nbytes))[-1]
+                for command in commands[:-2]:  # pieces of a blob, one at a time
+                    await self._pipeliner.run([command], PIECE_BYTES)
+                answer: bytes = (await self._pipeliner.run(commands[-2:], nbytes))[-1]
                 return answer
             except NoScriptError:
                 await self._redis.script_load(PUT)
@@ -131,13 +134,16 @@ class GroupQueue:
         keys: tuple[str, ...] = (self._keys.groups, self._keys.index, self._keys.fences)
         if len(payload) <= self._inline_limit:
             return [Call(("EVALSHA", self._put.sha, len(keys), *keys), (*arguments, payload))]
-        blob_hash = content_hash(payload)
-        blob_key = self._keys.blob(blob_hash)
-        keys += (self._keys.blob_refs, blob_key)
+        name = blob_name(payload)
+        blob_keys = piece_keys(self._keys.blob_prefix, name)
+        keys += (self._keys.blob_refs, blob_keys[0])
         return [
             # NX: an existing blob has an entry, and must keep its longer time to live.
-            ("SET", blob_key, payload, "EX", _UPLOAD_TTL_S, "NX"),
-            Call(("EVALSHA", self._put.sha, len(keys), *keys), (*arguments, blob_hash, self._blob_ttl_s)),
+            *(
+                ("SET", key, piece, "EX", _UPLOAD_TTL_S, "NX")
+                for key, piece in zip(blob_keys, pieces(payload, len(blob_keys)), strict=True)
+            ),
+            Call(("EVALSHA", self._put.sha, len(keys), *keys), (*arguments, name, self._blob_ttl_s)),
         ]
 
     async def drop(

@@ -44,17 +44,13 @@ class JobKeys:
 
     @property
     def blob_refs(self) -> str:
-        """Hash from blob hash to the number of entries that refer to it."""
+        """Hash from the name of a blob to the number of entries that refer to it."""
         return f"{self.prefix}blob_refs"
 
     @property
     def blob_prefix(self) -> str:
-        """What the key of a blob starts with; its content hash follows."""
+        """What the keys of a blob start with; `blobs` says what follows."""
         return f"{self.prefix}blob:"
-
-    def blob(self, content_hash: str) -> str:
-        """A payload that is too big for a stream entry."""
-        return f"{self.blob_prefix}{content_hash}"
 
     @property
     def dropped(self) -> str:

@@ -5,35 +5,21 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING
 
-import xxhash
-
 if TYPE_CHECKING:
     from miles.types import SampleGroup
 
 INLINE_LIMIT = 1 << 20
-"""Largest payload in a stream entry, in bytes; a bigger one becomes a blob."""
-
-REDIS_STRING_LIMIT = 512 << 20
-"""Largest value Redis takes by default (proto-max-bulk-len), in bytes."""
+"""Largest payload in a stream entry, in bytes; a bigger one becomes a blob (`blobs`)."""
 
 
 def encode_group(group: SampleGroup) -> bytes:
-    """Serialise a group as the `SampleGroup` message.
-
-    Raises ValueError when Redis could not hold it.
-    """
+    """Serialise a group as the `SampleGroup` message."""
     from miles.types.wire import group_to_bytes
 
-    payload = group_to_bytes(group)
-    if len(payload) > REDIS_STRING_LIMIT:
-        raise ValueError(
-            f"group {group.group_id} has {len(payload)} bytes and Redis holds at most {REDIS_STRING_LIMIT} "
-            "in one value; lower --n-samples-per-prompt or --rollout-max-response-len"
-        )
-    return payload
+    return group_to_bytes(group)
 
 
-def decode_group(payload: bytes) -> SampleGroup:
+def decode_group(payload: bytes | memoryview) -> SampleGroup:
     """Inverse of `encode_group`.
 
     Raises ValueError (`miles.types.MalformedMessage` when a field is wrong) for bytes that are not a valid group.
@@ -41,11 +27,6 @@ def decode_group(payload: bytes) -> SampleGroup:
     from miles.types.wire import group_from_bytes
 
     return group_from_bytes(payload)
-
-
-def content_hash(payload: bytes) -> str:
-    """xxh3-128 in hexadecimal: the name of a blob."""
-    return xxhash.xxh3_128_hexdigest(payload)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -10,23 +10,35 @@ from __future__ import annotations
 
 from miles.queue.fencing import IS_FENCED
 
+_PIECES = """
+local function pieces(blob, name)
+  local keys = {blob}
+  for i = 1, tonumber(string.match(name, ':(%d+)$') or 1) - 1 do keys[#keys + 1] = blob .. '/' .. i end
+  return keys
+end
+"""
+"""The keys of a blob, from that of its first piece and its name; see `blobs`."""
+
 PUT = (
     IS_FENCED
+    + _PIECES
     + """
 -- KEYS stream, index, fences ; of a group whose payload is a blob also blob_refs, blob
 -- ARGV of each group: worker_id, lease_number, group_id, 'attempt oldest_version bytes', payload
--- of one whose payload is a blob, alone: its hash as payload, then blob_ttl_s
+-- of one whose payload is a blob, alone: its name as payload, then blob_ttl_s
 local refs, blob = KEYS[4], KEYS[5]
 local function put(worker, lease, group, numbers, payload)
   if fenced(KEYS[3], worker, lease) then return 'fenced' end
   local known = redis.call('HGET', KEYS[2], group)
   if known then return 'known ' .. string.match(known, '^(%S+)') end
-  if blob and redis.call('EXISTS', blob) == 0 then return 'no-blob' end
+  for _, piece in ipairs(blob and pieces(blob, payload) or {}) do
+    if redis.call('EXISTS', piece) == 0 then return 'no-blob' end
+  end
   local entry = redis.call('XADD', KEYS[1], '*', 'group_id', group, blob and 'blob' or 'group', payload)
   redis.call('HSET', KEYS[2], group, entry .. ' ' .. numbers .. ' ' .. (blob and payload or '-'))
   if blob then
     redis.call('HINCRBY', refs, payload, 1)
-    redis.call('EXPIRE', blob, ARGV[6])
+    for _, piece in ipairs(pieces(blob, payload)) do redis.call('EXPIRE', piece, ARGV[6]) end
   end
   return 'new ' .. entry
 end
@@ -93,14 +105,17 @@ return {table.concat(sizes, ';'), table.concat(values)}
 """Read entries that lie ready. Returns for each entry its id and the sizes of its names and values, and all of these
 joined: one by one they cost the client several times as much."""
 
-_RELEASE_BLOB = """
-local function release(refs, blob_prefix, hash)
-  if redis.call('HINCRBY', refs, hash, -1) <= 0 then
-    redis.call('HDEL', refs, hash)
-    redis.call('UNLINK', blob_prefix .. hash)
+_RELEASE_BLOB = (
+    _PIECES
+    + """
+local function release(refs, blob_prefix, name)
+  if redis.call('HINCRBY', refs, name, -1) <= 0 then
+    redis.call('HDEL', refs, name)
+    for _, piece in ipairs(pieces(blob_prefix .. name, name)) do redis.call('UNLINK', piece) end
   end
 end
 """
+)
 
 ACKNOWLEDGE = (
     _RELEASE_BLOB
@@ -144,11 +159,22 @@ return 1
 """Move an entry to the dead-letter stream, so that its group can be put again."""
 
 SAVE_PARTIAL = """
--- KEYS partial ; ARGV attempt, payload, ttl_s
+-- KEYS partial ; ARGV attempt, ttl_s, 'all' or 'some', then pairs of field, payload
 local stored = redis.call('HGET', KEYS[1], 'attempt')
-if stored and tonumber(stored) > tonumber(ARGV[1]) then return 0 end
-redis.call('HSET', KEYS[1], 'attempt', ARGV[1], 'group', ARGV[2])
-redis.call('EXPIRE', KEYS[1], ARGV[3])
-return 1
+if stored and tonumber(stored) > tonumber(ARGV[1]) then return 'later' end
+if ARGV[3] == 'some' and stored ~= ARGV[1] then return 'incomplete' end
+local old = ARGV[3] == 'all' and redis.call('HKEYS', KEYS[1]) or {}
+redis.call('HSET', KEYS[1], 'attempt', ARGV[1])
+local written = {attempt = true}
+for i = 4, #ARGV, 2 do
+  redis.call('HSET', KEYS[1], ARGV[i], ARGV[i + 1])
+  written[ARGV[i]] = true
+end
+for _, field in ipairs(old) do
+  if not written[field] then redis.call('HDEL', KEYS[1], field) end
+end
+redis.call('EXPIRE', KEYS[1], ARGV[2])
+return 'stored'
 """
-"""Store a half-finished group unless a later attempt has stored one. Returns 1 when stored."""
+"""Store all samples of a half-finished group, or those that have changed since this attempt stored it. Returns stored,
+later (a later attempt has stored the group), or incomplete (some were given, but the others are not there)."""

@@ -40,7 +40,7 @@ def group_to_bytes(group: SampleGroup) -> bytes:
     return b"".join((begin, *arrays, end, _NUMBER.pack(checksum.intdigest())))
 
 
-def group_from_bytes(payload: bytes) -> SampleGroup:
+def group_from_bytes(payload: bytes | memoryview) -> SampleGroup:
     """Read a group that was written by `group_to_bytes`, or is a `SampleGroup` message with samples, which are checked.
 
     Samples of the former are decoded when they are first asked for. Arrays are read-only. Raises MalformedMessage when
@@ -60,10 +60,11 @@ class StoredGroup(SampleGroup):
 
     __slots__ = ("_begin", "_message", "_payload", "_samples")
 
-    def __init__(self, payload: bytes, arrays_bytes: int) -> None:
+    def __init__(self, payload: bytes | memoryview, arrays_bytes: int) -> None:
         """Take bytes whose checksum is right."""
         self._begin = len(payload) - _END.size - arrays_bytes
-        self._message = pb.SampleGroup.FromString(payload[: self._begin - len(_ARRAYS) - len(_varint(arrays_bytes))])
+        fields_end = self._begin - len(_ARRAYS) - len(_varint(arrays_bytes))
+        self._message = pb.SampleGroup.FromString(bytes(payload[:fields_end]))
         self._payload = payload
         self._samples: list[Sample] | None = None
         self.job_id = self._message.job_id
@@ -72,7 +73,7 @@ class StoredGroup(SampleGroup):
     @property
     def payload(self) -> bytes | None:
         """The bytes that it was read from; None once something saw the samples, and may have changed them."""
-        return self._payload or None
+        return bytes(self._payload) or None
 
     @property
     def samples(self) -> list[Sample]:  # type: ignore[override]  # as good as the attribute
@@ -84,10 +85,10 @@ class StoredGroup(SampleGroup):
         return self._samples
 
 
-def _from_message(payload: bytes) -> SampleGroup:
+def _from_message(payload: bytes | memoryview) -> SampleGroup:
     message = pb.SampleGroup()
     try:
-        message.ParseFromString(payload)
+        message.ParseFromString(bytes(payload))
     except DecodeError as error:
         raise ValueError(f"not a SampleGroup message: {error}") from error
     if message.HasField("columns"):

@@ -85,7 +85,7 @@ def run(arguments: argparse.Namespace) -> None:
     group = arguments.distributed_backend, arguments.distributed_timeout_minutes
     device, connections = join(arguments.device, *group, arguments.rank_timeout_s, _end_process)
     ranks = Ranks()
-    worker = RankWorker(device, ranks.rank, ranks.count, ranks.share)
+    worker = RankWorker(device, ranks.rank, ranks.count, ranks.share, ranks.exchange)
     try:
         if ranks.rank == 0:
             main(lambda: serve(arguments, ranks, worker, connections))

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 from miles.config import JobConfig
 from miles.queue import GroupQueue, connect_async
-from miles.queue.payload import encode_group
 from miles.rpc import connect_blocking
 from miles.rpc.gen import trainer_pb2, weightsource_pb2, weightsync_pb2_grpc
 from miles.services.trainer.checkpoint.manager import CheckpointManager
@@ -205,8 +204,7 @@ class Job:
         report(Progress("waiting", 0, len(request.group_ids)))
         collected = await self._queue.collect(request.group_ids, request.deadline_s)
         groups: list[SampleGroup] = [group for _, group in collected.values()]
-        payloads = tuple(encode_group(group) for group in groups) if self._leader.world_size > 1 else ()
-        command = Command("train", {"step": request.step}, payloads)
+        command = Command("train", {"step": request.step})
         try:
             metrics = await self._leader.run(command, groups=groups, report=report, abandonment=abandonment)
         except Exception:

@@ -19,6 +19,7 @@ from miles.queue import (
     UnreadableGroups,
     connect_async,
 )
+from miles.queue.blobs import PIECE_BYTES
 from miles.types import SampleGroup
 
 MakeGroup = Callable[..., SampleGroup]
@@ -194,6 +195,29 @@ async def test_a_lost_or_changed_blob_frees_its_group_to_be_put_again(
     assert await queue.outstanding() == []
     await queue.put(group, attempt=2)
     assert (await queue.collect([1], 5))[1][1] == group
+
+
+async def test_a_large_blob_is_stored_in_pieces_that_live_and_go_together(
+    queue: GroupQueue, client: redis.asyncio.Redis, job_id: str, make_group: MakeGroup
+) -> None:
+    group = make_group(1, response_tokens=20_000, experts=(60, 8))
+    prefix = JobKeys(job_id).blob_prefix
+    await queue.put(group, attempt=1)
+    [record] = await queue.outstanding()
+    keys = [key async for key in client.scan_iter(f"{prefix}*")]
+    assert len(keys) == -(-record.nbytes // PIECE_BYTES) == 3
+    assert {await client.strlen(key) <= PIECE_BYTES for key in keys} == {True}
+    assert len({await client.ttl(key) // 3600 for key in keys}) == 1
+    [(_, found)] = (await queue.collect([1], 30)).values()
+    assert found == group
+    assert not found.samples[0].tokens.flags.writeable
+    await client.delete(max(keys))
+    with pytest.raises(UnreadableGroups, match="is gone"):
+        await queue.collect([1], 5)
+    assert [key async for key in client.scan_iter(f"{prefix}*")] == []
+    await queue.put(group, attempt=2)
+    assert await queue.acknowledge([1]) == 1
+    assert [key async for key in client.scan_iter(f"{prefix}*")] == []
 
 
 async def test_a_blob_lives_longer_once_an_entry_refers_to_it(

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from miles.queue import Fenced, GroupQueue, Holder, JobKeys, connect_async
+from miles.queue.blobs import piece_keys
 from miles.types import Sample, SampleGroup, SampleStatus, VersionSpan
 
 T = TypeVar("T")
@@ -136,7 +137,8 @@ class Queue(RuleBasedStateMachine):
         references = self.do(self.client.hgetall(self.keys.blob_refs))
         assert sum(int(count) for count in references.values()) == sum(group_id % 2 for group_id in self.queued)
         for blob_hash in references:
-            assert self.do(self.client.exists(self.keys.blob(blob_hash.decode())))
+            keys = piece_keys(self.keys.blob_prefix, blob_hash.decode())
+            assert self.do(self.client.exists(*keys)) == len(keys)
 
     def teardown(self) -> None:
         self.do(self.trainer.acknowledge([*self.queued, *self.dropped]))

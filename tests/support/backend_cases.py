@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ from trainer_cases import divert, job_config, random_groups, set_own_routing
 
 from miles.services.trainer.backends.fsdp.export import local_tensor
 from miles.services.trainer.backends.protocol import TrainerBackend
+from miles.services.trainer.batch.rollout_batch import in_order
+from miles.services.trainer.batch.rollout_schedule import RolloutSchedule
 from miles.services.trainer.ranks.abandoning import Abandonment, StepAbandonedError
 from miles.services.trainer.ranks.collective_calls import Ranks
 from miles.services.trainer.ranks.worker import create_backend
@@ -42,7 +45,7 @@ def run_case(case: dict[str, Any], out: pathlib.Path) -> None:
     backend = create_backend(config, out / name / "checkpoints", device())
     state = backend.load()
     metrics, saving, moved = [], None, []
-    ranks = Ranks() if "abandon_at" in case else None
+    ranks = Ranks()
     for step in range(state.step, case.get("steps", STEPS)):
         groups = random_groups(case.get("seed", step), routing=tuple(routing) if routing else None)
         if case.get("own_routing"):
@@ -54,10 +57,11 @@ def run_case(case: dict[str, Any], out: pathlib.Path) -> None:
             exported(backend)  # as engines get each version
             for sample in (s for group in groups for s in group.samples):
                 sample.weight_versions = two_versions(sample.response_length, step)
-        if ranks is not None:
-            leave(backend, ranks, step, groups, case["abandon_at"])
+        handed, schedule = hand_out(backend, ranks, groups)
+        if "abandon_at" in case:
+            leave(backend, ranks, step, handed, schedule, case["abandon_at"])
         swap(case, backend, moved)
-        metrics.append(dict(backend.train(step, groups, lambda progress: None)))
+        metrics.append(dict(backend.train(step, handed, lambda progress: None, schedule=schedule)))
         state.finish_step({})
         if saving is not None:
             saving.finish()
@@ -93,7 +97,30 @@ def swap(case: dict[str, Any], backend: TrainerBackend, moved: list[int]) -> Non
         assert backend.restore_memory().nbytes == moved[-1]
 
 
-def leave(backend: TrainerBackend, ranks: Ranks, step: int, groups: list[SampleGroup], number: int) -> None:
+def hand_out(
+    backend: TrainerBackend, ranks: Ranks, groups: Sequence[SampleGroup]
+) -> tuple[Sequence[SampleGroup], RolloutSchedule | None]:
+    """As the trainer does: rank 0 has the groups, and every rank gets the routed experts of its own samples alone."""
+    if ranks.exchange is None:
+        return groups, None
+    handed, schedule = ranks.exchange.hand_out(groups if ranks.rank == 0 else None, backend)
+    had = [sample.rollout_routed_experts is not None for sample in in_order(groups)]
+    own = set(schedule.share(backend.replica))
+    for i, sample in enumerate(in_order(handed)):
+        experts = sample.rollout_routed_experts
+        assert experts is None or i in own or ranks.rank == 0
+        assert experts is not None or i not in own or not (ranks.rank and had[i])
+    return handed, schedule
+
+
+def leave(
+    backend: TrainerBackend,
+    ranks: Ranks,
+    step: int,
+    groups: Sequence[SampleGroup],
+    schedule: RolloutSchedule | None,
+    number: int,
+) -> None:
     """Begin a step and have rank 0 leave it at one of its reports, and with it the others."""
     abandonment = Abandonment(ranks.share)
     reports: list[Progress] = []
@@ -104,7 +131,7 @@ def leave(backend: TrainerBackend, ranks: Ranks, step: int, groups: list[SampleG
             assert abandonment.request()
 
     try:
-        backend.train(step, groups, report, abandonment)
+        backend.train(step, groups, report, abandonment, schedule)
     except StepAbandonedError:
         return
     raise AssertionError(f"step {step} was taken; rank {ranks.rank} reported {len(reports)} times")

@@ -106,7 +106,8 @@ def write_model(family: str, folder: pathlib.Path, seed: int = 0) -> pathlib.Pat
     import transformers
 
     torch.manual_seed(seed)
-    model = getattr(transformers, architecture(family))(config_of(family))
+    config = config_of(family)
+    model = getattr(transformers, architecture(family))(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim == 1:  # norms and biases, so that a swap of two of them shows

@@ -47,7 +47,7 @@ def batch_divides_over_ranks(s: FlatSettings) -> Iterator[Fault]:
 @rule
 def log_prob_chunks_are_a_count_or_minus_one(s: FlatSettings) -> Iterator[Fault]:
     if s.log_probs_chunk_size == 0 or s.log_probs_chunk_size < -1:
-        problem = "it must be a number of rows, or -1 for no chunks"
+        problem = "it must be a number of rows, or -1 to choose it by the device"
         yield Fault("log_probs_chunk_size", s.log_probs_chunk_size, problem, "set it to 1024 or to -1")
 
 

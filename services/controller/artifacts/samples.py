@@ -20,6 +20,8 @@ from miles.services.controller.errors import BadPageToken, NotFoundError
 FOLDER = "samples"
 MAX_STEPS_A_PAGE = 20
 """Steps read for one page: a filter that nothing passes must not read everything at once."""
+PAGE_BYTES = 16 << 20
+"""Size at which a page ends, also before it has as many samples as asked for: they must fit into a message."""
 _NAME = re.compile(r"step_(\d{8,})\.rank\d+\.jsonl")
 
 SampleKey = tuple[int, int, int]
@@ -55,11 +57,15 @@ class SampleFilter:
 def list_samples(
     run_dir: pathlib.Path, wanted: SampleFilter, page_size: int, page_token: str
 ) -> tuple[list[records_pb2.SampleRecord], str]:
-    """Return a page of samples, newest step first, and the next page's token (empty: none). Raises BadPageToken."""
+    """Return a page of samples, newest step first, and the next page's token (empty: none). Raises BadPageToken.
+
+    Long samples make a page of fewer than `page_size`.
+    """
     after = _parse_token(page_token) if page_token else None
     files = _files_by_step(run_dir / FOLDER)
     steps = sorted((s for s in files if wanted.step in (None, s) and (after is None or s <= after[0])), reverse=True)
     page: list[records_pb2.SampleRecord] = []
+    nbytes = 0
     for count, step in enumerate(steps):
         if count == MAX_STEPS_A_PAGE:
             return page, f"{step}..-1"
@@ -67,7 +73,8 @@ def list_samples(
             if after is not None and step == after[0] and (sample.group_id, sample.index) <= after[1:]:
                 continue
             if wanted.passes(sample):
-                if len(page) == page_size:
+                nbytes += sample.ByteSize()
+                if len(page) == page_size or (page and nbytes > PAGE_BYTES):
                     last = page[-1]
                     return page, f"{last.step}.{last.group_id}.{last.index}"
                 page.append(sample)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import heapq
 import math
 from collections import Counter
@@ -16,7 +17,7 @@ from miles.services.controller.clients.calls import WorkerFailedError
 from miles.services.controller.run.group_leases import GroupLease, GroupLeases
 from miles.services.controller.run.lease_messages import evaluation_lease
 from miles.services.controller.status.run_waits import EvaluationFacts
-from miles.types import Sample, SampleGroup, SampleStatus, reward_number
+from miles.types import Reward, Sample, SampleStatus, reward_number
 from miles.types.convert import group_from_proto
 
 if TYPE_CHECKING:
@@ -24,6 +25,23 @@ if TYPE_CHECKING:
     from miles.data import PromptSource
 
 _MAX_FAILURES = 5
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ScoredResponse:
+    """What metrics take of a sample; its tokens and texts would add up over a data set."""
+
+    reward: Reward | None
+    response_length: int
+    status: SampleStatus
+    error: str
+    """Why it has no reward."""
+
+    @classmethod
+    def of(cls, sample: Sample) -> ScoredResponse:
+        """Take it from a sample."""
+        error = str(sample.metadata.get("reward_error", "its reward failed"))
+        return cls(sample.reward, sample.response_length, sample.status, error)
 
 
 class Evaluation:
@@ -54,7 +72,7 @@ class Evaluation:
         self.warnings: list[str] = []
         """What people should know of the result; filled in when it is done."""
         self._attempts = [attempts_before] * len(self._prompts)
-        self._results: dict[int, SampleGroup] = {}
+        self._results: dict[int, list[ScoredResponse]] = {}
         self._done: asyncio.Future[dict[str, float]] = asyncio.get_running_loop().create_future()
 
     @property
@@ -86,7 +104,9 @@ class Evaluation:
     def finish(self, message: rollout_pb2.GroupFinished) -> None:
         """Take in a finished group; results of older attempts are ignored."""
         if self.leases.end(message.group_id, message.attempt):
-            self._results[message.group_id] = group_from_proto(message.group)
+            self._results[message.group_id] = [
+                ScoredResponse.of(sample) for sample in group_from_proto(message.group).samples
+            ]
             if len(self._results) == len(self._prompts) and not self._done.done():
                 self._done.set_result(self._metrics())
 
@@ -119,8 +139,8 @@ class Evaluation:
         names = list(dict.fromkeys(name for name, _ in self._prompts))
         for name in names:
             groups = [self._results[i] for i, (owner, _) in enumerate(self._prompts) if owner == name]
-            rewards = [[_reward(sample, key) for sample in group.samples] for group in groups]
-            samples = [sample for group in groups for sample in group.samples]
+            rewards = [[_reward(sample, key) for sample in group] for group in groups]
+            samples = [sample for group in groups for sample in group]
             failed = [sample for sample in samples if sample.reward is None]
             if failed:
                 self.warnings.append(_failed_words(name, failed, len(samples)))
@@ -140,16 +160,15 @@ class Evaluation:
         return metrics
 
 
-def _reward(sample: Sample, key: str | None) -> float:
+def _reward(sample: ScoredResponse, key: str | None) -> float:
     """A sample's reward; 0 for one that has none, because it failed."""
     return 0.0 if sample.reward is None else reward_number(sample.reward, key)
 
 
-def _failed_words(name: str, failed: Sequence[Sample], samples: int) -> str:
+def _failed_words(name: str, failed: Sequence[ScoredResponse], samples: int) -> str:
     """Say how many samples have no reward, and why."""
-    error = failed[0].metadata.get("reward_error", "its reward failed")
     counted = "it has no score" if len(failed) == samples else "they count as 0"
-    return f"evaluation on {name}: {len(failed)} of {samples} samples have no reward, {counted}; e.g. {error}"
+    return f"evaluation on {name}: {len(failed)} of {samples} samples have no reward, {counted}; e.g. {failed[0].error}"
 
 
 def pass_at_ks(samples: int) -> list[int]:

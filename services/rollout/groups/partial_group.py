@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from typing import Any
 
 from redis.exceptions import RedisError
 
@@ -17,7 +18,7 @@ from miles.services.rollout.groups.partial_response import (
     without_response,
 )
 from miles.telemetry.tracing import traced
-from miles.types import Sample, SampleGroup
+from miles.types import Reward, Sample, SampleGroup
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +40,8 @@ class PartialGroup:
         self._record_experts = record_experts and lease.is_training
         self._may_be_stored = False
         """Whether there may be a stored copy."""
+        self._stored: dict[int, tuple[Sample, Reward | None, dict[str, Any]]] = {}
+        """By position what was last stored of this attempt: the sample, and what scoring changes in it."""
         self._saved_responses = 0
         """Responses that had ended when the group was last stored."""
         self._saved_s = time.monotonic()
@@ -78,10 +81,18 @@ class PartialGroup:
         if not self._lease.is_training or not tokens:
             return 0
         group_id = self._lease.group_id
-        group = SampleGroup(self._job_id, group_id, self.samples)
+        group = SampleGroup(self._job_id, group_id, list(self.samples))
+        states = {i: (sample, sample.reward, sample.metadata) for i, sample in enumerate(group.samples)}
+        changed = [group.samples[i].index for i, state in states.items() if not _is_same(state, self._stored.get(i))]
         self._may_be_stored = True
         try:
-            saved = await self._store.save(group_id, group, attempt=self._lease.attempt, deadline_s=deadline_s)
+            saved = await self._store.save(
+                *(group_id, group),
+                attempt=self._lease.attempt,
+                changed=changed if self._stored else None,
+                deadline_s=deadline_s,
+            )
+            self._stored = states if saved else {}
         except (QueueFull, RedisError, ValueError) as error:
             log.warning("group %d: %d response tokens could not be stored: %s", group_id, tokens, error)
             return 0
@@ -98,3 +109,7 @@ class PartialGroup:
         """Delete the stored copy, if there is one."""
         if self._may_be_stored:
             await self._store.delete(self._lease.group_id)
+
+
+def _is_same(state: tuple[object, ...], stored: tuple[object, ...] | None) -> bool:
+    return stored is not None and all(now is before for now, before in zip(state, stored, strict=True))

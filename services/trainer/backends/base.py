@@ -19,6 +19,7 @@ from miles.config.resume_rules import recorded
 from miles.ownership.export import ExportFolder
 from miles.services.trainer.backends.parking import Held, Moved, Parking, free_cached
 from miles.services.trainer.batch.rollout_batch import RolloutBatch
+from miles.services.trainer.batch.rollout_schedule import RolloutSchedule
 from miles.services.trainer.checkpoint.background_save import Saving, on_first_rank
 from miles.services.trainer.checkpoint.choice import check_settings, choose
 from miles.services.trainer.checkpoint.errors import reading, writing
@@ -102,10 +103,20 @@ class BaseBackend(abc.ABC, Generic[PartsT]):
         groups: Sequence[SampleGroup],
         report: Report,
         abandonment: Abandonment | None = None,
+        schedule: RolloutSchedule | None = None,
     ) -> Mapping[str, float]:
         """See `TrainerBackend.train`."""
         record = functools.partial(self._record_samples, step) if self._log.groups else None
-        return self._loaded.trainer.train(step, groups, report, record, abandonment)
+        return self._loaded.trainer.train(step, groups, report, record, abandonment, schedule)
+
+    @property
+    def replica(self) -> int:
+        """See `TrainerBackend.replica`."""
+        return self._loaded.trainer.replica
+
+    def schedule(self, groups: Sequence[SampleGroup]) -> RolloutSchedule:
+        """See `TrainerBackend.schedule`."""
+        return self._loaded.trainer.schedule(groups)
 
     def export(self) -> Iterator[tuple[str, torch.Tensor]]:
         """See `TrainerBackend.export`."""

@@ -6,6 +6,7 @@ import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol
 
+from miles.services.trainer.batch.rollout_schedule import RolloutSchedule
 from miles.services.trainer.checkpoint.state import TrainerState
 from miles.services.trainer.step.progress import Report
 from miles.types import SampleGroup
@@ -36,10 +37,22 @@ class TrainerBackend(Protocol):
         groups: Sequence[SampleGroup],
         report: Report,
         abandonment: Abandonment | None = None,
+        schedule: RolloutSchedule | None = None,
     ) -> Mapping[str, float]:
         """Train on one rollout's groups and return metrics (`train/loss`, ...), the same on every rank.
 
-        Raises StepAbandonedError, with everything as it was before, when `abandonment` is requested in time.
+        With rank 0's `schedule`, this rank needs the routed experts of its own replica's samples only. Raises
+        StepAbandonedError, with everything as it was before, when `abandonment` is requested in time.
+        """
+
+    @property
+    def replica(self) -> int:
+        """The number of the replica whose samples this rank computes."""
+
+    def schedule(self, groups: Sequence[SampleGroup]) -> RolloutSchedule:
+        """Decide which replica trains on which samples of a rollout; not collective.
+
+        Raises ValueError when they are not as many as the configuration says.
         """
 
     def export(self) -> Iterator[tuple[str, torch.Tensor]]:

@@ -13,10 +13,10 @@ import numpy.typing as npt
 import torch
 
 from miles.algorithms.packing import Packing
-from miles.services.trainer.batch.balance import MicroBatchLimits, recut, schedule
 from miles.services.trainer.batch.packing import EMPTY, MicroBatch, pack
+from miles.services.trainer.batch.rollout_schedule import Cut, RolloutSchedule, is_trained, schedule_rollout
 from miles.telemetry.tracing import traced
-from miles.types import Sample, SampleGroup, SampleStatus, reward_number
+from miles.types import Sample, SampleGroup, reward_number
 
 if TYPE_CHECKING:
     from miles.config import JobConfig
@@ -51,7 +51,7 @@ class RolloutBatch:
     """One rollout's work on this rank. B: this rank's samples; T: their response tokens, sample after sample."""
 
     samples: tuple[Sample, ...]
-    """All samples of the rollout, by group id and index."""
+    """All samples of the rollout, by group id and index; those of other replicas may lack their routed experts."""
     steps: tuple[OptimizerStepPlan, ...]
     log_prob_micro_batches: tuple[MicroBatch, ...]
     """The same samples of this rank, cut for passes without gradients."""
@@ -138,71 +138,41 @@ def build_batch(
     without_gradient: Collection[int] = (),
     joined_tokens: int = 0,
 ) -> RolloutBatch:
-    """Split the samples into optimizer steps, and cut this rank's share into micro-batches.
+    """Schedule a rollout and cut this replica's share, on a rank that has all samples; see `schedule_rollout`."""
+    return cut_batch(samples, config, rank, schedule_rollout(samples, config, ranks, without_gradient, joined_tokens))
 
-    `samples` are as `in_order` gives them, `without_gradient` indices of those whose gradient is known to be zero.
-    These have micro-batches of their own, or join the others where that takes no more micro-batches than the others
-    alone and they have at most `joined_tokens` tokens in an optimizer step.
-    Every rank computes the same schedule from the same samples. Raises ValueError when they do not make up
-    num_steps_per_rollout times global_batch_size.
-    """
-    train = config.train
-    size, steps = train.global_batch_size, train.num_steps_per_rollout
-    if len(samples) != size * steps:
-        raise ValueError(
-            f"the rollout's groups hold {len(samples)} samples, but num_steps_per_rollout × global_batch_size = "
-            f"{steps} × {size} = {size * steps}"
+
+def cut_batch(samples: tuple[Sample, ...], config: JobConfig, rank: int, schedule: RolloutSchedule) -> RolloutBatch:
+    """Cut a replica's share of a rollout into micro-batches; other samples need not have their routed experts."""
+    share_prompts = config.train.share_prompts
+
+    def packed(cut: Cut) -> tuple[MicroBatch, ...]:
+        return tuple(pack(samples, indices, share_prompts=share_prompts) for indices in cut)
+
+    plans = [
+        OptimizerStepPlan(
+            num_samples=step.num_samples,
+            num_trained=step.num_trained,
+            num_tokens=step.num_tokens,
+            micro_batches=packed(step.micro_batches[rank]) or (EMPTY,),
+            observed=packed(step.observed[rank]),
+            joined=step.joined,
         )
-    tokens = _tokens_of_replica(config, train.max_tokens_per_gpu)
-    limits = MicroBatchLimits(train.micro_batch_size, tokens if train.use_dynamic_batch_size else None)
-    plans: list[OptimizerStepPlan] = []
-    all_shares: list[list[int]] = [[] for _ in range(ranks)]
-
-    def scheduled(members: Sequence[int]) -> list[list[tuple[int, ...]]]:
-        return schedule(samples, members, ranks, limits, share_prompts=train.share_prompts)
-
-    def take(shares: Sequence[list[tuple[int, ...]]]) -> tuple[MicroBatch, ...]:
-        for share, micro_batches in zip(all_shares, shares, strict=True):
-            share.extend(i for indices in micro_batches for i in indices)
-        return tuple(pack(samples, indices, share_prompts=train.share_prompts) for indices in shares[rank])
-
-    for step in range(steps):
-        trained = [i for i in range(step * size, (step + 1) * size) if is_trained(samples[i])]
-        idle = [i for i in trained if i in without_gradient]
-        own = scheduled([i for i in trained if i not in without_gradient])
-        joined: frozenset[int] = frozenset()
-        if idle and sum(len(samples[i].tokens) for i in idle) <= joined_tokens:
-            together = scheduled(trained)
-            if len(together[rank]) <= max(1, len(own[rank])):
-                own, joined, idle = together, frozenset(idle), []
-        plans.append(
-            OptimizerStepPlan(
-                num_samples=size,
-                num_trained=len(trained),
-                num_tokens=sum(_trained_tokens(samples[i]) for i in trained),
-                micro_batches=take(own) or (EMPTY,),
-                observed=take(scheduled(idle)),
-                joined=joined,
-            )
-        )
-    mine = tuple(all_shares[rank])
+        for step in schedule.steps
+    ]
+    cuts, mine = schedule.log_prob_micro_batches, schedule.share(rank)
     return RolloutBatch(
         samples=samples,
         steps=tuple(plans),
-        log_prob_micro_batches=_log_prob_micro_batches(samples, plans, all_shares, config, rank),
+        log_prob_micro_batches=(
+            tuple(micro_batch for plan in plans for micro_batch in plan.all_micro_batches)
+            if cuts is None
+            else packed(cuts[rank])
+        ),
         mine=mine,
         packing=Packing(tuple(samples[i].response_length for i in mine)),
-        share_prompts=train.share_prompts,
+        share_prompts=share_prompts,
     )
-
-
-def is_trained(sample: Sample) -> bool:
-    """Whether any token of the sample enters the loss."""
-    return sample.status is not SampleStatus.FAILED and not sample.remove_sample and _trained_tokens(sample) > 0
-
-
-def _trained_tokens(sample: Sample) -> int:
-    return sample.response_length if sample.loss_mask is None else int(sample.loss_mask.sum(dtype=np.int64))
 
 
 def response_mask(sample: Sample) -> npt.NDArray[np.uint8]:
@@ -224,25 +194,3 @@ def trained_reward(sample: Sample, reward_key: str | None) -> float:
         name = f"sample {sample.index} of group {sample.group_id}"
         raise ValueError(f"{name} has no reward; it must be scored, or its status FAILED")
     return reward_number(sample.reward, reward_key)
-
-
-def _tokens_of_replica(config: JobConfig, tokens_per_gpu: int | None) -> int | None:
-    """Context-parallel ranks share a micro-batch's tokens."""
-    return None if tokens_per_gpu is None else tokens_per_gpu * config.megatron.context_parallel_size
-
-
-def _log_prob_micro_batches(
-    samples: Sequence[Sample],
-    plans: Sequence[OptimizerStepPlan],
-    shares: Sequence[Sequence[int]],
-    config: JobConfig,
-    rank: int,
-) -> tuple[MicroBatch, ...]:
-    """Micro-batches for passes without gradients; the training ones unless a limit of their own is set."""
-    train = config.train
-    limit = train.log_probs_max_tokens_per_gpu
-    if not train.use_dynamic_batch_size or limit in (None, train.max_tokens_per_gpu):
-        return tuple(micro_batch for plan in plans for micro_batch in plan.all_micro_batches)
-    limits = MicroBatchLimits(1, _tokens_of_replica(config, limit))
-    cut = recut(samples, shares, limits, share_prompts=train.share_prompts)
-    return tuple(pack(samples, indices, share_prompts=train.share_prompts) for indices in cut[rank])

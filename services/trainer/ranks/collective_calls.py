@@ -17,6 +17,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from miles.services.trainer.ranks.buffers import as_tensor, broadcast_bytes
+from miles.services.trainer.ranks.sample_exchange import SampleExchange
 from miles.threads import only_exceptions
 
 logger = logging.getLogger(__name__)
@@ -55,26 +57,26 @@ class Ranks:
         self.rank = dist.get_rank()
         self.count = dist.get_world_size()
         self._group = dist.new_group(backend="gloo", timeout=SILENCE_LIMIT) if self.count > 1 else None
+        self.exchange = None if self._group is None else SampleExchange(self._group)
+        """How samples get from rank 0 to the others; None without others."""
 
     def send(self, command: Command) -> None:
         """Rank 0: have the other ranks run the command."""
         if self._group is None:
             return
-        header = {"name": command.name, "arguments": command.arguments, "sizes": [len(p) for p in command.payloads]}
-        self._broadcast(json.dumps(header).encode())
-        if command.payloads:
-            self._broadcast(b"".join(command.payloads))
+        header = {"name": command.name, "arguments": command.arguments, "payloads": len(command.payloads)}
+        with _connected():
+            broadcast_bytes(json.dumps(header).encode(), self._group)
+            for payload in command.payloads:
+                broadcast_bytes(payload, self._group)
 
     def receive(self) -> Command:
         """Other ranks: wait for a command. Raises RanksLostError when rank 0 is gone or silent for too long."""
-        header = json.loads(self._broadcast(b""))
-        payloads = []
-        if header["sizes"]:
-            data, start = self._broadcast(b""), 0
-            for size in header["sizes"]:
-                payloads.append(data[start : start + size])
-                start += size
-        return Command(header["name"], header["arguments"], tuple(payloads))
+        assert self._group is not None, "a rank alone sends itself nothing"
+        with _connected():
+            header = json.loads(broadcast_bytes(b"", self._group))
+            payloads = tuple(broadcast_bytes(b"", self._group) for _ in range(header["payloads"]))
+        return Command(header["name"], header["arguments"], payloads)
 
     def agree(self, error: BaseException | None, report: bytes = b"") -> list[bytes]:
         """Share this rank's outcome of a command; returns every rank's report.
@@ -102,19 +104,6 @@ class Ranks:
             dist.broadcast(shared, src=0, group=self._group)
         return bool(shared)
 
-    def _broadcast(self, data: bytes) -> bytes:
-        with _connected():
-            return self._broadcast_bytes(data)
-
-    def _broadcast_bytes(self, data: bytes) -> bytes:
-        size = torch.tensor([len(data)])
-        dist.broadcast(size, src=0, group=self._group)
-        buffer = torch.empty(int(size), dtype=torch.uint8)
-        if self.rank == 0:
-            buffer.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
-        dist.broadcast(buffer, src=0, group=self._group)
-        return data if self.rank == 0 else buffer.numpy().tobytes()
-
     def _gather(self, data: bytes) -> list[bytes]:
         with _connected():
             return self._gather_bytes(data)
@@ -125,7 +114,7 @@ class Ranks:
         longest = max(1, *(int(size) for size in sizes))
         mine = torch.zeros(longest, dtype=torch.uint8)
         if data:
-            mine[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+            mine[: len(data)] = as_tensor(data)
         buffers = [torch.empty_like(mine) for _ in range(self.count)]
         dist.all_gather(buffers, mine, group=self._group)
         return [b.numpy().tobytes()[: int(size)] for b, size in zip(buffers, sizes, strict=True)]

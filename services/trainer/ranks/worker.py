@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from miles.config import JobConfig
-from miles.queue.payload import decode_group
 from miles.services.trainer.backends.protocol import TrainerBackend
 from miles.services.trainer.checkpoint.manager import WRITING, WRITTEN
 from miles.services.trainer.checkpoint.state import TrainerState
 from miles.services.trainer.ranks import shared_folders
 from miles.services.trainer.ranks.abandoning import Abandonment, StepAbandonedError
 from miles.services.trainer.ranks.collective_calls import Command
+from miles.services.trainer.ranks.sample_exchange import SampleExchange
 from miles.services.trainer.step.progress import Report
 from miles.telemetry.tracing import traced
 from miles.types import SampleGroup
@@ -38,12 +38,14 @@ class RankWorker:
         rank: int = 0,
         ranks: int = 1,
         share: Callable[[bool], bool] = lambda flag: flag,
+        exchange: SampleExchange | None = None,
     ) -> None:
-        """`share` broadcasts rank 0's flag to every rank."""
+        """`share` broadcasts rank 0's flag to every rank, `exchange` hands out its samples; None for a rank alone."""
         self.device = device
         self.rank = rank
         self._ranks = ranks
         self._share = share
+        self._exchange = exchange
         self._backend: TrainerBackend | None = None
         self._sender: WeightSender | None = None
         """On ranks other than 0; rank 0 uses its publisher's."""
@@ -79,8 +81,6 @@ class RankWorker:
             case "start":
                 return self._start(arguments["config"], pathlib.Path(arguments["checkpoint_dir"]))
             case "train":
-                if groups is None:
-                    groups = [decode_group(payload) for payload in command.payloads]
                 return self._train(arguments["step"], groups, report, abandonment or self.abandonment())
             case "open_gpu_memory":
                 return self._open_gpu_memory(command.payloads)
@@ -115,13 +115,16 @@ class RankWorker:
     def _train(
         self,
         step: int,
-        groups: Sequence[SampleGroup],
+        groups: Sequence[SampleGroup] | None,
         report: Report,
         abandonment: Abandonment,
     ) -> Mapping[str, float] | None:
-        backend = self._at_hand()
+        backend, schedule = self._at_hand(), None
+        if self._exchange is not None:
+            groups, schedule = self._exchange.hand_out(groups, backend)
+        assert groups is not None, "rank 0 passes the groups that it has collected"
         with contextlib.suppress(StepAbandonedError):
-            metrics = backend.train(step, groups, report, abandonment)
+            metrics = backend.train(step, groups, report, abandonment, schedule)
             if self._restored_s:
                 metrics = {**metrics, "perf/onload_train_time": self._restored_s}
             self._restored_s = 0.0

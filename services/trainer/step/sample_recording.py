@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import numpy.typing as npt
 import torch
 
-from miles.services.trainer.batch.rollout_batch import RolloutBatch, is_trained
+from miles.services.trainer.batch.rollout_batch import RolloutBatch
+from miles.services.trainer.batch.rollout_schedule import is_trained
 from miles.services.trainer.step.sample_log import TokenMetrics
 from miles.types import Sample
 

@@ -17,7 +17,8 @@ import torch
 from miles.algorithms.losses import LossOutput
 from miles.algorithms.metrics import MetricSum
 from miles.services.trainer.batch.packing import MicroBatch
-from miles.services.trainer.batch.rollout_batch import OptimizerStepPlan, RolloutBatch, build_batch, in_order
+from miles.services.trainer.batch.rollout_batch import OptimizerStepPlan, RolloutBatch, cut_batch, in_order
+from miles.services.trainer.batch.rollout_schedule import RolloutSchedule, schedule_rollout
 from miles.services.trainer.checkpoint.random_state import random_state, set_random_state
 from miles.services.trainer.ranks.abandoning import Abandonment, StepAbandonedError
 from miles.services.trainer.step import algorithm_options
@@ -52,10 +53,12 @@ class RolloutTrainer(abc.ABC):
     reports_together = False
     """Whether all ranks report at the same points, between two micro-batches, so that a step can be abandoned there."""
     joined_tokens = 0
-    """How many tokens of samples without gradient may be computed with gradient; see `build_batch`."""
+    """How many tokens of samples without gradient may be computed with gradient; see `schedule_rollout`."""
 
     def __init__(self, config: JobConfig, roles: Roles, data_ranks: DataRanks, device: torch.device) -> None:
         self.roles = roles
+        self.replica = data_ranks.rank
+        """The number of the replica whose samples this rank computes."""
         self._config = config
         self._data_ranks = data_ranks
         self._preparation = Preparation(config, roles, data_ranks, device)
@@ -68,6 +71,14 @@ class RolloutTrainer(abc.ABC):
     def begin(self, batch: RolloutBatch) -> None:  # noqa: B027  (optional)
         """Called once before anything is computed on a rollout."""
 
+    def schedule(self, groups: Sequence[SampleGroup]) -> RolloutSchedule:
+        """Decide which replica trains on which samples; needs all of every sample, and no other rank."""
+        samples = in_order(groups)
+        idle: frozenset[int] = frozenset()
+        if algorithm_options.zero_reward_is_zero_gradient(self._config):
+            idle = frozenset(self._preparation.shaped_rewards(samples).eq(0).nonzero().flatten().tolist())
+        return schedule_rollout(samples, self._config, self._data_ranks.count, idle, self.joined_tokens)
+
     def train(
         self,
         number: int,
@@ -75,18 +86,22 @@ class RolloutTrainer(abc.ABC):
         report: Report,
         record: RecordSamples | None = None,
         abandonment: Abandonment | None = None,
+        schedule: RolloutSchedule | None = None,
     ) -> dict[str, float]:
         """Take the optimizer steps of one rollout; returns metrics by name, the same on every rank.
 
         `number` counts rollouts from 0, so it is the policy's version. `record` is called at the end with the tensors
-        of this rank's samples. Raises StepAbandonedError, with everything as it was, when `abandonment` is requested
+        of this rank's samples. `schedule` is what `schedule` gave on a rank that has all samples; without it, this
+        rank has them. Raises StepAbandonedError, with everything as it was, when `abandonment` is requested
         before the first optimizer step.
         """
         abandonment = abandonment or Abandonment()
         passes = self._passes(number)
         before = random_state()
         try:
-            return self._train(number, groups, passes, self._abandonable(report, abandonment), record, abandonment)
+            schedule = schedule or self.schedule(groups)
+            batch = cut_batch(in_order(groups), self._config, self.replica, schedule)
+            return self._train(number, batch, passes, self._abandonable(report, abandonment), record, abandonment)
         except StepAbandonedError:
             for training in passes:
                 training.learner.discard_gradients()
@@ -107,22 +122,14 @@ class RolloutTrainer(abc.ABC):
     def _train(
         self,
         number: int,
-        groups: Sequence[SampleGroup],
+        batch: RolloutBatch,
         passes: Sequence[_TrainingPass[Any]],
         report: Report,
         record: RecordSamples | None,
         abandonment: Abandonment,
     ) -> dict[str, float]:
         began = time.monotonic()
-        samples = in_order(groups)
-        rewards_N = self._preparation.shaped_rewards(samples)
-        idle = (
-            rewards_N.eq(0).nonzero().flatten().tolist()
-            if algorithm_options.zero_reward_is_zero_gradient(self._config)
-            else ()
-        )
-        ranks = self._data_ranks
-        batch = build_batch(samples, self._config, ranks.rank, ranks.count, frozenset(idle), self.joined_tokens)
+        rewards_N = self._preparation.shaped_rewards(batch.samples)
         self.begin(batch)
         tokens = self._preparation.prepare(number, batch, rewards_N, report, abandonment)
         prepared = time.monotonic()

@@ -2,12 +2,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from miles.queue import payload
-from miles.queue.payload import Outstanding, content_hash, decode_group, encode_group
+from miles.queue.payload import Outstanding, decode_group, encode_group
 from miles.types import SampleGroup
 
 
@@ -23,18 +21,6 @@ def test_arbitrary_bytes_decode_or_raise_value_error(data: bytes) -> None:
     except ValueError:
         return
     assert decode_group(encode_group(group)) == group
-
-
-def test_a_group_redis_cannot_hold_is_refused_with_its_size(
-    make_group: Callable[..., SampleGroup], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(payload, "REDIS_STRING_LIMIT", 100)
-    with pytest.raises(ValueError, match=r"group 3 has \d+ bytes and Redis holds at most 100"):
-        encode_group(make_group(3))
-
-
-def test_the_content_hash_is_xxh3_128() -> None:
-    assert content_hash(b"") == "99aa06d3014798d86001c324468d497f"
 
 
 def test_an_index_record_is_read_back() -> None:

@@ -118,6 +118,22 @@ def test_samples_of_all_ranks_are_merged_and_paged(tmp_path: pathlib.Path) -> No
     assert found == [(step, 10 * step + g, i) for step in (2, 1, 0) for g in (0, 1) for i in (0, 1)]
 
 
+def test_a_page_of_long_samples_ends_before_it_is_too_large_for_a_message(tmp_path: pathlib.Path) -> None:
+    long = "語" * 40_000
+    log = SampleLog(tmp_path, 1, 0, None)
+    samples = [dataclasses.replace(sample(0, i, 1.0), prompt=long, response=long) for i in range(100)]
+    log.write(0, [(each, None) for each in samples])
+    found, token, pages = [], "", 0
+    while pages == 0 or token:
+        page, token = sample_files.list_samples(tmp_path, sample_files.SampleFilter(), 1000, token)
+        assert page
+        assert sum(each.ByteSize() for each in page) <= sample_files.PAGE_BYTES
+        found += [each.index for each in page]
+        pages += 1
+    assert found == list(range(100))
+    assert pages > 1
+
+
 def test_samples_say_what_the_trainer_knew(tmp_path: pathlib.Path) -> None:
     log = SampleLog(tmp_path, 1, 0, "math")
     unscored = sample(1, 1, None)

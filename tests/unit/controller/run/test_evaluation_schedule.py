@@ -10,9 +10,9 @@ from config_cases import MINIMAL
 from miles.config import JobConfig
 from miles.rpc.gen import records_pb2
 from miles.services.controller.artifacts.metrics import MetricLog
-from miles.services.controller.run.evaluation import Evaluation
+from miles.services.controller.run.evaluation import Evaluation, ScoredResponse
 from miles.telemetry import MetricsWriter
-from miles.types import Sample, SampleGroup, SampleStatus
+from miles.types import Sample, SampleStatus
 
 
 def series(path: pathlib.Path, name: str) -> dict[int, float]:
@@ -63,7 +63,7 @@ def evaluation(rewards: list[float | None]) -> Evaluation:
         status = SampleStatus.FAILED if reward is None else SampleStatus.COMPLETED
         metadata = {} if reward is not None else {"reward_error": "no answer from host:1"}
         sample = Sample(group_id=group_id, index=0, prompt="1+1=", reward=reward, status=status, metadata=metadata)
-        made._results[group_id] = SampleGroup("job", group_id, [sample])
+        made._results[group_id] = [ScoredResponse.of(sample)]
     return made
 
 

@@ -25,6 +25,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from miles.algorithms.device_copies import to_device
 from miles.services.trainer.backends.fsdp.attention.slots import Slots, slots_of, to_slots
 from miles.services.trainer.backends.fsdp.attention.tiles import TilePlan, attend_tiles, capped, fits_tiles
+from miles.services.trainer.backends.masked_attention import attend_last_rows
 from miles.services.trainer.batch.packing import MicroBatch, Segment, seen_rows
 
 PACKED_ATTENTION = "miles_packed"
@@ -156,38 +157,46 @@ def _attend_segments(
     window: int | None,
     softcap: float | None,
 ) -> torch.Tensor:
-    repeats = q_THD.shape[1] // k_SKD.shape[1]
-    k_SHD, v_SHD = (x.repeat_interleave(repeats, dim=1) for x in (k_SKD, v_SKD))
+    shares_heads = q_THD.shape[1] != k_SKD.shape[1]
+    if shares_heads and (softcap is not None or q_THD.device.type != "cpu"):  # kernels that keep no scores want it too
+        repeats = q_THD.shape[1] // k_SKD.shape[1]
+        k_SKD, v_SKD = (x.repeat_interleave(repeats, dim=1) for x in (k_SKD, v_SKD))
+        shares_heads = False
+    attend = (
+        functools.partial(_attend, scale=scale, enable_gqa=shares_heads)
+        if softcap is None
+        else functools.partial(_attend_capped, scale=scale, softcap=softcap)
+    )
     queries = torch.split(q_THD, [segment.rows for segment in segments])
     lengths = [segment.prefix_rows + segment.rows for segment in segments]
     outs = []
-    for q_LHD, k_LHD, v_LHD in zip(queries, torch.split(k_SHD, lengths), torch.split(v_SHD, lengths), strict=True):
-        mask = None
-        if len(q_LHD) < len(k_LHD) or (window is not None and window < len(k_LHD)):
-            mask = _lower_right_mask(len(q_LHD), len(k_LHD), window, q_THD.device)
-        if softcap is not None:
-            seen_LM = _lower_right_mask(len(q_LHD), len(k_LHD), window, q_THD.device)
-            outs.append(_attend_capped(q_LHD, k_LHD, v_LHD, seen_LM, scale, softcap))
-            continue
-        q_1HLD, k_1HLD, v_1HLD = (x.transpose(0, 1)[None] for x in (q_LHD, k_LHD, v_LHD))
-        out_1HLD = scaled_dot_product_attention(
-            q_1HLD, k_1HLD, v_1HLD, attn_mask=mask, is_causal=mask is None, scale=scale
-        )
+    for part in zip(queries, torch.split(k_SKD, lengths), torch.split(v_SKD, lengths), strict=True):
+        q_1HLD, k_1KMD, v_1KMD = (x.transpose(0, 1)[None] for x in part)
+        rows, keys = q_1HLD.shape[2], k_1KMD.shape[2]
+        if softcap is None and rows == keys and (window is None or window >= keys):
+            out_1HLD = attend(q_1HLD, k_1KMD, v_1KMD, None)
+        else:
+            back = None if window is None else window - 1
+            out_1HLD = attend_last_rows(attend, q_1HLD, k_1KMD, v_1KMD, back)
         outs.append(out_1HLD[0].transpose(0, 1))
     return torch.cat(outs)
 
 
 def _attend_capped(
-    q_LHD: torch.Tensor,
-    k_MHD: torch.Tensor,
-    v_MHD: torch.Tensor,
-    seen_LM: torch.Tensor,
-    scale: float,
-    softcap: float,
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seen: torch.Tensor, *, scale: float, softcap: float
 ) -> torch.Tensor:
-    scores_HLM = torch.matmul(q_LHD.transpose(0, 1), k_MHD.permute(1, 2, 0)) * scale
-    weights_HLM = capped(scores_HLM, softcap).masked_fill(~seen_LM, -torch.inf).softmax(-1)
-    return torch.matmul(weights_HLM, v_MHD.transpose(0, 1)).transpose(0, 1)
+    """The same with soft-capped scores; as many heads of keys as of queries."""
+    scores = capped(torch.matmul(q, k.transpose(-1, -2)) * scale, softcap)
+    return torch.matmul(scores.masked_fill(~seen, -torch.inf).softmax(-1), v)
+
+
+def _attend(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seen: torch.Tensor | None, *, scale: float, enable_gqa: bool
+) -> torch.Tensor:
+    """One segment's attention; causal without `seen`."""
+    return scaled_dot_product_attention(
+        q, k, v, attn_mask=seen, is_causal=seen is None, scale=scale, enable_gqa=enable_gqa
+    )
 
 
 def _attend_varlen(
@@ -219,9 +228,3 @@ def _attend_varlen(
 def _power_of_two(length: int) -> int:
     """The smallest one that is at least the length, and 16."""
     return 1 << (max(length, 16) - 1).bit_length()
-
-
-def _lower_right_mask(queries: int, keys: int, window: int | None, device: torch.device) -> torch.Tensor:
-    """bool [queries, keys]; the last query sees every key, each earlier one a key less."""
-    mask = torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
-    return mask if window is None else mask.triu(keys - queries - window + 1)

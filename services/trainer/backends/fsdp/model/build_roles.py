@@ -15,6 +15,7 @@ from miles.services.trainer.backends.fsdp.lora.adapter import Adapter, adapt
 from miles.services.trainer.backends.fsdp.model.compiled_layers import compile_layers
 from miles.services.trainer.backends.fsdp.model.forward import ForwardOptions, LogProbForward, ValueForward
 from miles.services.trainer.backends.fsdp.model.fused_norms import fuse_norms
+from miles.services.trainer.backends.fsdp.model.scoring_head import put_scoring_head
 from miles.services.trainer.backends.fsdp.model.sharded_model import Precision, load_hf_model, place, put_value_head
 from miles.services.trainer.backends.fsdp.model.working_weights import WorkingWeights
 from miles.services.trainer.backends.fsdp.replay.step_routing import Routing
@@ -151,6 +152,7 @@ class _Builder:
         return FrozenModel(model, weights, LogProbForward(self._options), policy)
 
     def _place(self, model: PreTrainedModel, precision: Precision) -> WorkingWeights:
+        put_scoring_head(model)
         if self._config.train.torch_compile:
             compile_layers(model)
         elif self._device.type == "cuda" and dist.get_world_size() == 1:  # other ranks have no weights to compare with

@@ -12,6 +12,12 @@ from miles.algorithms.device_copies import to_device
 from miles.algorithms.log_probs import TokenLogProbs, token_log_probs
 from miles.services.trainer.backends.fsdp.attention.packed_attention import AttentionPlan
 from miles.services.trainer.backends.fsdp.model.scored_rows import scored_rows
+from miles.services.trainer.backends.fsdp.model.scoring_head import (
+    MAX_LOGIT_BYTES,
+    Scoring,
+    read_scores,
+    scoring_head,
+)
 from miles.services.trainer.batch.packing import MicroBatch
 
 
@@ -27,6 +33,8 @@ class ForwardOptions:
     """Rows of logits worked on in float32 at a time; None for as many as `CHUNK_ELEMENTS` says."""
     varlen: bool | None = None
     """Whether to use variable-length kernels; None where they run."""
+    logit_bytes: int = MAX_LOGIT_BYTES
+    """Size of logits above which they are never held in full, by models that allow it."""
 
 
 class LogProbForward:
@@ -55,7 +63,7 @@ class ValueForward:
 
     def for_loss(self, model: torch.nn.Module, micro_batch: MicroBatch) -> torch.Tensor:
         """See `ForwardPass.for_loss`; float32 [R]."""
-        return _logits(model, micro_batch, self._options, micro_batch.logit_rows_R)[:, 0]
+        return _head_output(model, micro_batch, self._options, micro_batch.logit_rows_R)[0, :, 0]
 
     per_token = for_loss
 
@@ -70,15 +78,22 @@ def forward(
 ) -> TokenLogProbs:
     """Log-probabilities [R] of the micro-batch's response tokens; the head runs once on each row that predicts any."""
     scored = scored_rows(micro_batch.logit_rows_R, micro_batch.targets_R)
-    outputs = token_log_probs(
-        _logits(model, micro_batch, options, scored.rows_U),
-        to_device(torch.from_numpy(scored.tokens_UM), options.device),
-        temperature=options.temperature,
-        with_entropy=with_entropy,
-        entropy_requires_grad=entropy_requires_grad,
-        chunk_rows=options.chunk_rows,
-        overwrite_logits=True,
-    )
+    tokens_UM = to_device(torch.from_numpy(scored.tokens_UM), options.device)
+    scoring = Scoring(tokens_UM, options.temperature, with_entropy, entropy_requires_grad, options.chunk_rows)
+    head = scoring_head(model, len(scored.rows_U), options.logit_bytes)
+    if head is not None:
+        with head.scoring(scoring):
+            outputs = read_scores(_head_output(model, micro_batch, options, scored.rows_U), scoring)
+    else:
+        outputs = token_log_probs(
+            _head_output(model, micro_batch, options, scored.rows_U)[0],
+            tokens_UM,
+            temperature=options.temperature,
+            with_entropy=with_entropy,
+            entropy_requires_grad=entropy_requires_grad,
+            chunk_rows=options.chunk_rows,
+            overwrite_logits=True,
+        )
     places_R = to_device(torch.from_numpy(scored.place_R), options.device)
     log_probs_R = outputs.log_probs_T.flatten().index_select(0, places_R)  # all different, so its gradient repeats
     if outputs.entropy_T is None:
@@ -86,16 +101,16 @@ def forward(
     return TokenLogProbs(log_probs_R, outputs.entropy_T[to_device(torch.from_numpy(scored.row_R), options.device)])
 
 
-def _logits(
+def _head_output(
     model: torch.nn.Module, micro_batch: MicroBatch, options: ForwardOptions, rows_U: npt.NDArray[np.int64]
 ) -> torch.Tensor:
-    """The head's output on these rows; [U, V]."""
+    """The head's output on these rows; [1, U, V], or what `ScoringHead` gives."""
     device = options.device
-    logits_UV: torch.Tensor = model(
+    output_1UV: torch.Tensor = model(
         input_ids=to_device(torch.from_numpy(micro_batch.input_ids_T)[None], device),
         position_ids=to_device(torch.from_numpy(micro_batch.position_ids_T)[None], device),
         logits_to_keep=to_device(torch.from_numpy(rows_U), device),
         attention_plan=AttentionPlan(micro_batch, device, options.compute, varlen=options.varlen),
         use_cache=False,
-    ).logits[0]
-    return logits_UV
+    ).logits
+    return output_1UV

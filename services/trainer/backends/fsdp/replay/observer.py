@@ -29,7 +29,7 @@ class RoutingObserver:
             layer.experts.register_forward_pre_hook(self._hook(number))
 
     def expect(self, experts_TLK: torch.Tensor) -> None:
-        """Compare the next forward pass with these experts, until `stop`; int64 [T, layers, K] on the device."""
+        """Compare the next forward pass with these experts, until `stop`; [T, layers, K] on the device."""
         check_experts(experts_TLK, self._layers)
         self._expected = experts_TLK
         self._different_T = torch.zeros(len(experts_TLK), dtype=torch.bool, device=experts_TLK.device)
@@ -51,7 +51,7 @@ class RoutingObserver:
     def _hook(self, number: int) -> Any:
         def compare(module: torch.nn.Module, args: Any) -> None:
             if self._expected is not None:
-                self._different_T |= differs(args[1], self._expected[:, number])
+                self._different_T |= differs(args[1], self._expected[:, number].long())
 
         return compare
 

@@ -15,14 +15,15 @@ from typing import Any
 import torch
 
 from miles.services.trainer.backends.fsdp.replay.moe_layers import check_experts, find_moe_layers
+from miles.services.trainer.backends.replayed_types import narrow
 
 
 @dataclasses.dataclass(slots=True)
 class _State:
     replayed: torch.Tensor | None = None
-    """int64 [T, layers, K]; None to let the routers choose."""
+    """[T, layers, K] of any integer type; None to let the routers choose."""
     recorded: dict[int, torch.Tensor] | None = None
-    """int64 [T, K] by layer: the first choice, which later forwards of the same micro-batch replay."""
+    """[T, K] by layer, as `narrow` keeps it: the first choice, which later forwards of the same micro-batch replay."""
 
 
 class RoutingReplay:
@@ -53,12 +54,12 @@ class RoutingReplay:
         self._state = _State(recorded={})
 
     def recorded(self) -> torch.Tensor:
-        """What was recorded; int64 [T, layers, K]."""
+        """What was recorded; [T, layers, K] as `narrow` keeps it."""
         assert self._state.recorded is not None, "record() was not called before the forward"
         return torch.stack([self._state.recorded[layer] for layer in range(self.num_layers)], dim=1)
 
     def replay(self, experts_TLK: torch.Tensor) -> None:
-        """Send rows to these experts until the next call; int64 [T, layers, K]."""
+        """Send rows to these experts until the next call; [T, layers, K] of any integer type."""
         check_experts(experts_TLK, self._layers)
         self._state = _State(replayed=experts_TLK)
 
@@ -86,10 +87,12 @@ class RoutingReplay:
             hidden, free_TK, weights_TK = args
             state = self._state
             if state.replayed is not None:
-                experts_TK = state.replayed[:, number]
+                experts_TK = state.replayed[:, number].long()
                 self._compare(free_TK, experts_TK)
             elif state.recorded is not None:
-                experts_TK = state.recorded.setdefault(number, free_TK.detach())
+                if number not in state.recorded:
+                    state.recorded[number] = narrow(free_TK.detach(), self._logits[number].shape[-1])
+                experts_TK = state.recorded[number].long()
             else:
                 return None
             chosen_TK = self._layers[number].weigh(self._logits.pop(number), experts_TK)

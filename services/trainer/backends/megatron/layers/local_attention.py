@@ -16,6 +16,8 @@ from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.utils import is_layer_window_attention
 
+from miles.services.trainer.backends.masked_attention import attend_last_rows
+
 Window = Callable[[Any, int], int | None]
 """From a TransformerConfig and the number of a layer (from 1): how many rows back its rows see; None for all."""
 
@@ -72,71 +74,58 @@ class PackedAttention(MegatronModule):  # type: ignore[misc]
         return out.unsqueeze(1) if query.dim() == 4 else out
 
     def _full_sequences(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: list[int]) -> torch.Tensor:
-        outs = []
-        for part in zip(torch.split(q, lengths), torch.split(k, lengths), torch.split(v, lengths), strict=True):
-            length = len(part[0])
-            plain = self._cap is None and (self._window is None or self._window >= length - 1)
-            positions = torch.arange(length, device=q.device)
-            outs.append(self._attend(*part, None if plain else self._seen(positions, positions)))
-        return torch.cat(outs)
+        parts = zip(torch.split(q, lengths), torch.split(k, lengths), torch.split(v, lengths), strict=True)
+        return torch.cat([self._last_rows(*part) for part in parts])
 
     def _parts_of_sequences(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: list[int], rank: int, size: int
     ) -> torch.Tensor:
-        """All-gather keys and values, and attend with the rows of this rank."""
+        """All-gather keys and values, and attend with this rank's two chunks of each sequence; see `rows`."""
         k, v = (gather_from_sequence_parallel_region(x.contiguous(), group=self._group) for x in (k, v))
-        local = [length // size for length in lengths]
-        keys_by_rank = [torch.split(part, local) for part in k.chunk(size)]
-        values_by_rank = [torch.split(part, local) for part in v.chunk(size)]
+        chunks = [length // (2 * size) for length in lengths for _ in range(2)]
+        queries = torch.split(q, chunks)
+        keys_by_rank, values_by_rank = ([torch.split(part, chunks) for part in x.chunk(size)] for x in (k, v))
         outs = []
-        for i, (part, length) in enumerate(zip(torch.split(q, local), lengths, strict=True)):
-            positions = [_positions(length, r, size, q.device) for r in range(size)]
-            seen_LM = self._seen(positions[rank], torch.cat(positions))
-            keys, values = (torch.cat([by_rank[i] for by_rank in x]) for x in (keys_by_rank, values_by_rank))
-            outs.append(self._attend(part, keys, values, seen_LM))
+        for i in range(len(lengths)):
+            keys, values = (
+                torch.cat([*(x[r][2 * i] for r in range(size)), *(x[r][2 * i + 1] for r in reversed(range(size)))])
+                for x in (keys_by_rank, values_by_rank)
+            )
+            for part, chunk in ((queries[2 * i], rank), (queries[2 * i + 1], 2 * size - 1 - rank)):
+                end = (chunk + 1) * len(part)
+                outs.append(self._last_rows(part, keys[:end], values[:end]))
         return torch.cat(outs)
 
-    def _seen(self, queries_L: torch.Tensor, keys_M: torch.Tensor) -> torch.Tensor:
-        """Which keys each query sees, by their positions in the sequence; bool [L, M]."""
-        back_LM = queries_L[:, None] - keys_M[None]
-        return (back_LM >= 0) if self._window is None else (back_LM >= 0) & (back_LM <= self._window)
+    def _last_rows(self, q_LHD: torch.Tensor, k_MKD: torch.Tensor, v_MKD: torch.Tensor) -> torch.Tensor:
+        """Causal attention of the last L of M rows; [L, H, D]."""
+        q, k, v = (x.transpose(0, 1)[None] for x in (q_LHD, k_MKD, v_MKD))
+        attend = self._attend if self._cap is None else self._attend_capped
+        sees_all = self._window is None or self._window >= len(k_MKD) - 1
+        if self._cap is None and sees_all and len(q_LHD) == len(k_MKD):
+            return self._attend(q, k, v, None)[0].transpose(0, 1)
+        return attend_last_rows(attend, q, k, v, self._window)[0].transpose(0, 1)
 
     def _attend(
-        self, q_LHD: torch.Tensor, k_MKD: torch.Tensor, v_MKD: torch.Tensor, seen_LM: torch.Tensor | None
+        self, q_1HLD: torch.Tensor, k_1KMD: torch.Tensor, v_1KMD: torch.Tensor, seen_LM: torch.Tensor | None
     ) -> torch.Tensor:
-        q, k, v = (x.transpose(0, 1)[None] for x in (q_LHD, k_MKD, v_MKD))
-        if self._cap is not None:
-            assert seen_LM is not None
-            return self._attend_capped(q[0], k[0], v[0], seen_LM, self._cap).transpose(0, 1)
-        out_1HLD = torch.nn.functional.scaled_dot_product_attention(
-            q,
-            k,
-            v,
+        """[1, H, L, D]; causal without `seen_LM`."""
+        return torch.nn.functional.scaled_dot_product_attention(
+            q_1HLD,
+            k_1KMD,
+            v_1KMD,
             attn_mask=seen_LM,
             is_causal=seen_LM is None,
             scale=self._scale,
-            enable_gqa=q_LHD.shape[1] != k_MKD.shape[1],
+            enable_gqa=q_1HLD.shape[1] != k_1KMD.shape[1],
         )
-        return out_1HLD[0].transpose(0, 1)
 
     def _attend_capped(
-        self, q_HLD: torch.Tensor, k_KMD: torch.Tensor, v_KMD: torch.Tensor, seen_LM: torch.Tensor, cap: float
+        self, q_1HLD: torch.Tensor, k_1KMD: torch.Tensor, v_1KMD: torch.Tensor, seen_LM: torch.Tensor
     ) -> torch.Tensor:
-        """Softmax in float32; [H, L, D]."""
-        shared = q_HLD.shape[0] // k_KMD.shape[0]
-        k_HMD, v_HMD = (x.repeat_interleave(shared, dim=0) for x in (k_KMD, v_KMD))
-        scores_HLM = cap * torch.tanh(q_HLD @ k_HMD.transpose(1, 2) * self._scale / cap)
-        weights_HLM = torch.softmax(scores_HLM.float().masked_fill(~seen_LM, -math.inf), dim=-1)
-        return weights_HLM.to(v_HMD.dtype) @ v_HMD
-
-
-def _positions(length: int, rank: int, size: int, device: torch.device) -> torch.Tensor:
-    """Positions in its sequence of the rows that a context-parallel rank holds; see `rows`."""
-    chunk = length // (2 * size)
-    back = 2 * size - 1 - rank
-    return torch.cat(
-        [
-            torch.arange(rank * chunk, (rank + 1) * chunk, device=device),
-            torch.arange(back * chunk, (back + 1) * chunk, device=device),
-        ]
-    )
+        """Softmax of capped scores in float32; [1, H, L, D]."""
+        assert self._cap is not None
+        shared = q_1HLD.shape[1] // k_1KMD.shape[1]
+        k_1HMD, v_1HMD = (x.repeat_interleave(shared, dim=1) for x in (k_1KMD, v_1KMD))
+        scores_1HLM = self._cap * torch.tanh(q_1HLD @ k_1HMD.transpose(2, 3) * self._scale / self._cap)
+        weights_1HLM = torch.softmax(scores_1HLM.float().masked_fill(~seen_LM, -math.inf), dim=-1)
+        return weights_1HLM.to(v_1HMD.dtype) @ v_1HMD

@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 
 from miles.services.trainer.backends.megatron.parallel.rows import PADDING, LocalRows
@@ -22,7 +21,7 @@ class EngineRows:
     """A micro-batch's routing, cut to this rank's rows."""
 
     experts_LNK: torch.Tensor
-    """int64; padding goes to experts 0, 1, …."""
+    """uint8 or uint16; padding goes to experts 0, 1, …."""
     present_L: torch.Tensor
     """bool; False for padding."""
     count: int
@@ -42,15 +41,13 @@ class RowCutter:
 
     def cut(self, samples: Sequence[Sample], micro_batch: MicroBatch, rows: LocalRows) -> EngineRows:
         """Raises ValueError for samples without routing, or with that of another model."""
-        routed_TNK = rollout_routing(samples, micro_batch)
-        if routed_TNK.shape[1] != self.num_layers:
+        size = len(rows.sources_L) // self.parts
+        sources_L = rows.sources_L[self.part * size : (self.part + 1) * size]
+        experts_LNK = rollout_routing(samples, micro_batch, sources_L)
+        if experts_LNK.shape[1] != self.num_layers:
             raise ValueError(
-                f"the rollout's routing has {routed_TNK.shape[1]} layers, but the model {self.num_layers} "
+                f"the rollout's routing has {experts_LNK.shape[1]} layers, but the model {self.num_layers} "
                 "mixture-of-experts layers; the engine must serve the model that is trained"
             )
-        size = len(rows.sources_L) // self.parts
-        sources_L = torch.from_numpy(rows.sources_L[self.part * size : (self.part + 1) * size])
-        present_L = sources_L != PADDING
-        experts_LNK = routed_TNK[sources_L]
-        experts_LNK[~present_L] = torch.from_numpy(np.arange(routed_TNK.shape[2]))
+        present_L = torch.from_numpy(sources_L != PADDING)
         return EngineRows(experts_LNK.to(self.device), present_L.to(self.device), int(present_L.sum()))

@@ -81,7 +81,7 @@ class RoutingObserver:
     def _hook(self, layer: int) -> Any:
         def compare(module: torch.nn.Module, args: Any, output: tuple[torch.Tensor, torch.Tensor]) -> None:
             if self._expected is not None:
-                self._current_L |= self._present_L & differs(output[1], self._expected[:, layer])
+                self._current_L |= self._present_L & differs(output[1], self._expected[:, layer].long())
 
         return compare
 

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from megatron.core.transformer.moe.router_replay import RouterReplay
 
+from miles.services.trainer.backends.replayed_types import narrow
+
 Chosen = tuple[torch.Tensor, torch.Tensor]
 """Scores and experts, [L, K]."""
 
@@ -26,7 +28,7 @@ class LayerReplay(RouterReplay):  # type: ignore[misc]
     def __init__(self) -> None:
         super().__init__()
         self.prescribed: torch.Tensor | None = None
-        """int64 [L, K] for the current forward pass; None to choose freely."""
+        """[L, K] of any integer type for the current forward pass; None to choose freely."""
         self.kept: deque[torch.Tensor | None] = deque()
         """What was prescribed in forward passes whose backward pass is still to run."""
         self.in_backward = False
@@ -47,7 +49,8 @@ class LayerReplay(RouterReplay):  # type: ignore[misc]
     ) -> Chosen:
         """Called by the router to choose; scores are [L, experts]."""
         assert default_compute_topk is not None
-        experts_LK = self.kept.popleft() if self.in_backward else self.prescribed
+        given_LK = self.kept.popleft() if self.in_backward else self.prescribed
+        experts_LK = None if given_LK is None else given_LK.long()
         if experts_LK is not None and self.in_backward:
             return scores.gather(1, experts_LK), experts_LK
         if experts_LK is not None:
@@ -55,7 +58,7 @@ class LayerReplay(RouterReplay):  # type: ignore[misc]
             return scores.gather(1, experts_LK), experts_LK
         chosen = default_compute_topk(scores, topk, num_groups, group_topk)
         if self.recording and not self.in_backward:
-            self.recorded = chosen[1].detach()
+            self.recorded = narrow(chosen[1].detach(), scores.shape[1])
         return chosen
 
     def _compare(self, free_LK: torch.Tensor, experts_LK: torch.Tensor) -> None:
@@ -92,11 +95,11 @@ class ModelReplay:
         self.num_layers = len(moe_layers)
 
     def prescribe(self, chunk: int, experts_LNK: torch.Tensor | None, counted_L: torch.Tensor | None = None) -> None:
-        """Before a chunk's forward pass: its rows' experts, int64 [L, all moe layers, K], or None to choose freely."""
+        """Before a chunk's forward pass: its rows' experts, [L, all moe layers, K], or None to choose freely."""
         for layer in self._chunks[chunk]:
             layer.replay.in_backward = False
             layer.replay.counted_L = counted_L
-            layer.replay.prescribed = None if experts_LNK is None else experts_LNK[:, layer.index].contiguous()
+            layer.replay.prescribed = None if experts_LNK is None else experts_LNK[:, layer.index]
 
     def record(self, chunk: int) -> None:
         """Before a chunk's forward pass: let its layers choose, and keep their choice."""
@@ -105,7 +108,7 @@ class ModelReplay:
             layer.replay.recording = True
 
     def recorded(self, chunk: int) -> dict[int, torch.Tensor]:
-        """After the forward pass: the choice, int64 [L, K] by mixture-of-experts layer."""
+        """After the forward pass: the choice, [L, K] by mixture-of-experts layer, as `narrow` keeps it."""
         found = {}
         for layer in self._chunks[chunk]:
             assert layer.replay.recorded is not None, "record() was not called before the forward pass"

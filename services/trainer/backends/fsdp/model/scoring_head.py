@@ -1,0 +1,107 @@
+"""A vocabulary head that can give the scores of tokens in place of logits, which it then never holds in full.
+
+Logits of 32k rows and 152k tokens are 10 GB in 16 bits, and as much is held of their gradient or computed over it. The
+scores need one chunk of rows at a time, and the backward pass one block of the vocabulary, whose logits are computed
+again (`miles.algorithms.linear_log_probs`). A row's log-probability comes from the same product as a logit.
+
+Dims: U rows, M tokens scored at each, V vocabulary, D hidden size.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from miles.algorithms.linear_log_probs import linear_token_log_probs
+from miles.algorithms.vocab_rows import TokenLogProbs
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+MAX_LOGIT_BYTES = 2 << 30
+"""Logits of a micro-batch up to this size are computed in full: the backward pass then has no product to repeat."""
+
+PLAIN_HEADS = frozenset(
+    {
+        *("llama", "mistral", "mixtral", "phi3", "smollm3", "olmo2", "olmoe"),
+        *("qwen2", "qwen3", "qwen2_moe", "qwen3_moe", "glm4", "glm4_moe", "deepseek_v3"),
+    }
+)
+"""Types of models that return what their head gives as it is; others scale or cap it."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Scoring:
+    """What to score."""
+
+    tokens_UM: torch.Tensor
+    temperature: float
+    with_entropy: bool
+    entropy_requires_grad: bool
+    chunk_rows: int | None
+
+
+class ScoringHead(torch.nn.Linear):
+    """A linear layer without bias."""
+
+    def __init__(self, weight: torch.nn.Parameter) -> None:
+        """Take over the weight, which other modules may share."""
+        super().__init__(weight.shape[1], weight.shape[0], bias=False, device="meta", dtype=weight.dtype)
+        self.weight = weight
+        self._scoring: Scoring | None = None
+
+    @contextlib.contextmanager
+    def scoring(self, scoring: Scoring) -> Iterator[None]:
+        """Have forward passes give scores meanwhile; see `read_scores`."""
+        self._scoring = scoring
+        try:
+            yield
+        finally:
+            self._scoring = None
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Logits [1, U, V] from hidden states [1, U, D]; or float32 [1, U, M], with entropies [1, U, M + 1]."""
+        asked = self._scoring
+        if asked is None:
+            return super().forward(input)
+        found = linear_token_log_probs(
+            input[0],
+            self.weight,
+            asked.tokens_UM,
+            temperature=asked.temperature,
+            with_entropy=asked.with_entropy,
+            entropy_requires_grad=asked.entropy_requires_grad,
+            chunk_rows=asked.chunk_rows,
+        )
+        if found.entropy_T is None:
+            return found.log_probs_T[None]
+        return torch.cat([found.log_probs_T, found.entropy_T[:, None]], dim=1)[None]
+
+
+def read_scores(output_1UX: torch.Tensor, scoring: Scoring) -> TokenLogProbs:
+    """Log-probabilities [U, M] and entropies [U] from what the head gave."""
+    log_probs_UX = output_1UX[0]
+    if not scoring.with_entropy:
+        return TokenLogProbs(log_probs_UX, None)
+    entropy_U = log_probs_UX[:, -1]
+    return TokenLogProbs(log_probs_UX[:, :-1], entropy_U if scoring.entropy_requires_grad else entropy_U.detach())
+
+
+def put_scoring_head(model: PreTrainedModel) -> None:
+    """Give the model such a head where its own is a plain layer whose output nothing changes."""
+    head: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    is_plain = getattr(head, "bias", None) is None and type(head) is torch.nn.Linear
+    if model.config.model_type in PLAIN_HEADS and is_plain:
+        model.set_output_embeddings(ScoringHead(head.weight))  # type: ignore[no-untyped-call]
+
+
+def scoring_head(model: torch.nn.Module, rows: int, limit_bytes: int) -> ScoringHead | None:
+    """The model's head, if it can give scores and logits of so many rows would be larger than the limit."""
+    head = getattr(model, "lm_head", None)
+    if not isinstance(head, ScoringHead) or rows * head.out_features * head.weight.element_size() <= limit_bytes:
+        return None
+    return head
