@@ -13,8 +13,8 @@ import numpy as np
 Data: TypeAlias = bytes | memoryview
 Numbers: TypeAlias = "np.ndarray[tuple[int], np.dtype[np.int64]]"
 
-_WORTH_IT = 0.8
-"""A change that is larger than this part of the chunk is not worth the work."""
+_WORTH_IT = 0.25
+"""A change larger than this part of its chunk is not sent as one, because the service keeps changes beside the chunks."""
 _LONGEST_STEP = 1 << 16
 _ENTRY_BYTES = 4
 
