@@ -1,7 +1,7 @@
 """Trainer and engine of a large model in turns on one GPU: what a swap takes, and how much memory each side gives back.
 
     python -m benchmarks.gpu.colocated
-    python -m benchmarks.gpu.colocated --variants fsdp megatron --steps 6 -- --sglang-mem-fraction-static 0.85
+    python -m benchmarks.gpu.colocated --variants fsdp megatron --steps 6 -- --sglang-mem-fraction-static 0.7
 
 A model of 2 B random weights (`benchmarks.gpu.models`) with AdamW: 8 GB of float32 masters, 16 GB of moments, and 8 GB
 of gradients in a step. The engine takes so much of the GPU for its cache that both do not fit at once. A swap is one
@@ -31,7 +31,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
 }
 GPU_FLAGS = (
     *("--colocate", "--sglang-attention-backend", "fa3", "--sglang-sampling-backend", "pytorch"),
-    *("--sglang-mem-fraction-static", "0.85", "--sglang-cuda-graph-bs-decode", "1", "64", "128", "256"),
+    *("--sglang-mem-fraction-static", "0.8", "--sglang-cuda-graph-bs-decode", "256"),
     *("--max-running-requests", "256", "--sglang-disable-prefill-cuda-graph"),
     *("--sglang-log-level", "info", "--sglang-sleep-on-idle"),
 )
@@ -101,7 +101,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--prompts", type=int, default=32, help="prompts a step, with 8 samples each")
     parser.add_argument("--tokens", type=int, default=256, help="tokens of a response at most")
-    parser.add_argument("--max-tokens", type=int, default=16384, help="tokens of a micro-batch")
+    parser.add_argument("--max-tokens", type=int, default=8192, help="tokens of a micro-batch")
     parser.add_argument("--deadline", type=float, default=240.0, help="seconds that each run may take")
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--python", default="", help="interpreter that has SGLang, when it is another one")

@@ -171,9 +171,9 @@ class Job:
         await self._leader.run(Command("save_hf", {"directory": str(hf_dir)}))
         return hf_dir
 
-    async def release_memory(self) -> trainer_pb2.TrainerReleaseMemoryResponse:
-        """Have every rank move what it holds on its device to host memory, until a call needs it."""
-        reports = await self._leader.gather(Command("release_memory"))
+    async def release_memory(self, *, state: bool) -> trainer_pb2.TrainerReleaseMemoryResponse:
+        """Have every rank free what its device keeps for the next step; with `state`, all until a call needs it."""
+        reports = await self._leader.gather(Command("release_memory", {"state": state}))
         parts = [trainer_pb2.TrainerReleaseMemoryResponse.FromString(report) for report in reports]
         return trainer_pb2.TrainerReleaseMemoryResponse(
             released_bytes=sum(part.released_bytes for part in parts), release_s=max(part.release_s for part in parts)

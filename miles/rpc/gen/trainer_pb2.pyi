@@ -536,16 +536,20 @@ class TrainerReleaseMemoryRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     JOB_ID_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
     job_id: _builtins.str
     """The job that holds it."""
+    state: _builtins.bool
+    """Move weights, gradients and optimizer to host memory too."""
     def __init__(
         self,
         *,
         job_id: _builtins.str = ...,
+        state: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["job_id", b"job_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["job_id", b"job_id", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -553,7 +557,7 @@ Global___TrainerReleaseMemoryRequest: _TypeAlias = TrainerReleaseMemoryRequest  
 
 @_typing.final
 class TrainerReleaseMemoryResponse(_message.Message):
-    """What each rank held is in host memory."""
+    """What was asked for is free."""
 
     DESCRIPTOR: _descriptor.Descriptor
 

@@ -122,8 +122,8 @@ class TrainerServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ReleaseMemory(self, request, context):
-        """Moves weights, gradients and optimizer from the GPUs to host memory, for engines that share them. The next call that
-        needs them moves them back. Idempotent.
+        """Frees GPU memory for engines that share it: what is kept for the next step, and, if asked for, weights, gradients and
+        optimizer, which go to host memory until the next call that needs them. Idempotent.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

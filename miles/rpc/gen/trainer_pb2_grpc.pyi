@@ -44,8 +44,8 @@ class TrainerServiceStub:
     SaveCheckpoint: _grpc.UnaryUnaryMultiCallable[_trainer_pb2.SaveCheckpointRequest, _trainer_pb2.SaveCheckpointResponse]
     """Writes a checkpoint; the queue entries that it covers are acknowledged when it is complete."""
     ReleaseMemory: _grpc.UnaryUnaryMultiCallable[_trainer_pb2.TrainerReleaseMemoryRequest, _trainer_pb2.TrainerReleaseMemoryResponse]
-    """Moves weights, gradients and optimizer from the GPUs to host memory, for engines that share them. The next call that
-    needs them moves them back. Idempotent.
+    """Frees GPU memory for engines that share it: what is kept for the next step, and, if asked for, weights, gradients and
+    optimizer, which go to host memory until the next call that needs them. Idempotent.
     """
     GetStatus: _grpc.UnaryUnaryMultiCallable[_trainer_pb2.TrainerGetStatusRequest, _trainer_pb2.TrainerGetStatusResponse]
     """The trainer's status; answered while it trains too."""
@@ -66,8 +66,8 @@ class TrainerServiceAsyncStub(TrainerServiceStub):
     SaveCheckpoint: _aio.UnaryUnaryMultiCallable[_trainer_pb2.SaveCheckpointRequest, _trainer_pb2.SaveCheckpointResponse]  # type: ignore[assignment]
     """Writes a checkpoint; the queue entries that it covers are acknowledged when it is complete."""
     ReleaseMemory: _aio.UnaryUnaryMultiCallable[_trainer_pb2.TrainerReleaseMemoryRequest, _trainer_pb2.TrainerReleaseMemoryResponse]  # type: ignore[assignment]
-    """Moves weights, gradients and optimizer from the GPUs to host memory, for engines that share them. The next call that
-    needs them moves them back. Idempotent.
+    """Frees GPU memory for engines that share it: what is kept for the next step, and, if asked for, weights, gradients and
+    optimizer, which go to host memory until the next call that needs them. Idempotent.
     """
     GetStatus: _aio.UnaryUnaryMultiCallable[_trainer_pb2.TrainerGetStatusRequest, _trainer_pb2.TrainerGetStatusResponse]  # type: ignore[assignment]
     """The trainer's status; answered while it trains too."""
@@ -127,8 +127,8 @@ class TrainerServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _trainer_pb2.TrainerReleaseMemoryRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_trainer_pb2.TrainerReleaseMemoryResponse, _abc.Awaitable[_trainer_pb2.TrainerReleaseMemoryResponse]]:
-        """Moves weights, gradients and optimizer from the GPUs to host memory, for engines that share them. The next call that
-        needs them moves them back. Idempotent.
+        """Frees GPU memory for engines that share it: what is kept for the next step, and, if asked for, weights, gradients and
+        optimizer, which go to host memory until the next call that needs them. Idempotent.
         """
 
     @_abc_1.abstractmethod

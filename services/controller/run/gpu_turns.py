@@ -46,6 +46,7 @@ class GpuTurns:
     ) -> None:
         self.exclusive = False
         """Whether whatever the trainer does has to be in its turn; `meet` finds out."""
+        self._shares_gpus = False
         self._config = config
         self._engines_leave = config.cluster.offload_rollout
         self._rollouts = rollouts
@@ -58,8 +59,8 @@ class GpuTurns:
     def meet(self, trainer: AttachedWorker) -> None:
         """The run works with this trainer from now on."""
         asked = self._config.cluster.offload_train
-        shares = self._config.cluster.colocate and not self._config.train.fsdp_cpu_offload
-        self.exclusive = (shares and trainer.registration.num_gpus > 0) if asked is None else asked
+        self._shares_gpus = self._config.cluster.colocate and trainer.registration.num_gpus > 0
+        self.exclusive = (self._shares_gpus and not self._config.train.fsdp_cpu_offload) if asked is None else asked
 
     def take_metrics(self) -> dict[str, float]:
         """Times and sizes of what moved since the last call."""
@@ -88,11 +89,12 @@ class GpuTurns:
         """Return once the trainer has left the GPUs; engines take memory when they need it."""
         if self._holder is _Holder.ENGINES:
             return
-        if self.exclusive:
+        if self.exclusive or self._shares_gpus:
             began = time.monotonic()
-            with self._status.waiting_for("the trainer to move its state to host memory"):
-                moved = await trainer.release_memory()
+            with self._status.waiting_for("the trainer to free memory for engines"):
+                moved = await trainer.release_memory(state=self.exclusive)
             self._note("train", began, moved.released_bytes)
+        if self.exclusive:
             self._rollouts.may_load.set()
             self._dispatcher.release_hold(TURN)
         self._holder = _Holder.ENGINES

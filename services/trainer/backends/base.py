@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from miles.config.resume_rules import recorded
 from miles.ownership.export import ExportFolder
-from miles.services.trainer.backends.parking import Held, Moved, Parking
+from miles.services.trainer.backends.parking import Held, Moved, Parking, free_cached
 from miles.services.trainer.batch.rollout_batch import RolloutBatch
 from miles.services.trainer.checkpoint.background_save import Saving, on_first_rank
 from miles.services.trainer.checkpoint.choice import check_settings, choose
@@ -111,6 +111,8 @@ class BaseBackend(abc.ABC, Generic[PartsT]):
         """See `TrainerBackend.export`."""
         if self._loaded.roles.old_policies is not None:
             self._loaded.roles.old_policies.publish()
+        if self._config.cluster.colocate:
+            free_cached(self._device)  # a version that engines share would keep the large blocks it was put into
         return self._export()
 
     def save(self, directory: pathlib.Path, state: TrainerState) -> None:
@@ -129,10 +131,10 @@ class BaseBackend(abc.ABC, Generic[PartsT]):
         replace_export(ExportFolder(directory, run_dir, pattern), self._write_hf)
 
     @traced("release memory")
-    def release_memory(self) -> Moved:
+    def release_memory(self, *, state: bool = True) -> Moved:
         """See `TrainerBackend.release_memory`."""
         self._before_release(self._loaded)
-        return self._host.park()
+        return self._host.park() if state else free_cached(self._device)
 
     @traced("restore memory")
     def restore_memory(self) -> Moved:

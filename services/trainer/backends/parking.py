@@ -72,9 +72,7 @@ class Parking:
         self._parked, self._emptied = sizes, [(storage, storage.nbytes()) for storage in emptied]
         for storage, _ in (*self._parked, *self._emptied):
             storage.resize_(0)
-        if self._device.type == "cuda":
-            gc.collect()  # tensors in reference cycles would keep their memory
-            torch.cuda.empty_cache()
+        free_cached(self._device)
         return Moved(self._nbytes, time.monotonic() - began)
 
     def restore(self) -> Moved:
@@ -128,6 +126,16 @@ class Parking:
     def _wait(self) -> None:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
+
+
+def free_cached(device: torch.device) -> Moved:
+    """Give back to the driver what PyTorch keeps for later tensors."""
+    if device.type != "cuda":
+        return Moved()
+    began, before = time.monotonic(), torch.cuda.memory_reserved(device)
+    gc.collect()  # tensors in reference cycles would keep their memory
+    torch.cuda.empty_cache()
+    return Moved(before - torch.cuda.memory_reserved(device), time.monotonic() - began)
 
 
 def _bytes_of(storage: torch.UntypedStorage) -> torch.Tensor:

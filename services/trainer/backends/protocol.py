@@ -74,10 +74,10 @@ class TrainerBackend(Protocol):
     def save_hf(self, directory: pathlib.Path) -> None:
         """Write the policy as a HF checkpoint with tokenizer and config."""
 
-    def release_memory(self) -> Moved:
-        """Move weights, gradients and optimizer from the device to host memory; no other call until `restore_memory`.
+    def release_memory(self, *, state: bool = True) -> Moved:
+        """Free what the device keeps for the next step.
 
-        Does nothing when that is done already.
+        With `state` weights, gradients and optimizer go to host memory too; then no other call until `restore_memory`.
         """
 
     def restore_memory(self) -> Moved:

@@ -99,7 +99,7 @@ class RankWorker:
             case "save_hf":
                 return self._at_hand().save_hf(pathlib.Path(arguments["directory"]))
             case "release_memory":
-                return self._release_memory()
+                return self._release_memory(state=arguments["state"])
             case "stop":
                 return self._stop()
         raise ValueError(f"no command is called {command.name!r}")
@@ -169,10 +169,10 @@ class RankWorker:
         engines = [weightsource_pb2.GpuMemoryProbe.FromString(probe) for probe in probes]
         return open_probes(engines, self.device, self.rank).SerializeToString()
 
-    def _release_memory(self) -> bytes:
+    def _release_memory(self, *, state: bool) -> bytes:
         from miles.rpc.gen import trainer_pb2
 
-        moved = self._loaded().release_memory()
+        moved = self._loaded().release_memory(state=state)
         message = trainer_pb2.TrainerReleaseMemoryResponse(released_bytes=moved.nbytes, release_s=moved.seconds)
         return message.SerializeToString()
 
