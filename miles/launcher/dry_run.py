@@ -28,13 +28,17 @@ def checked_config(line: CommandLine) -> JobConfig:
     return checked_plan(line).config
 
 
-def checked_plan(line: CommandLine) -> RunPlan:
-    """Do the same for the cluster that is assumed, if one is; keep faults that only a run has."""
+def checked_plan(line: CommandLine, *, only_planned: bool = False) -> RunPlan:
+    """Do the same for the cluster that is assumed, if one is.
+
+    What only a run needs is no fault of one that is `only_planned`, or for an assumed cluster, but kept with the plan.
+    """
     flat = resolved(line.flat, None if line.assumed is None else "cuda")
     examination = examine(flat)
     wrong = {fault.field for fault in examination.faults}
     here = [fault for fault in environment_faults(examination.settings, line.assumed) if fault.field not in wrong]
-    missing = [fault for fault in here if line.assumed is not None and isinstance(fault, RunFault)]
+    tolerant = only_planned or line.assumed is not None
+    missing = [fault for fault in here if tolerant and isinstance(fault, RunFault)]
     faults = line.merge([*examination.faults, *(fault for fault in here if fault not in missing)])
     if faults:
         raise ConfigError(faults)

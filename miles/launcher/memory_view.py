@@ -6,10 +6,11 @@ import dataclasses
 import itertools
 from collections.abc import Iterator, Sequence
 
-from miles.config.checks.gpus import cluster_here
+from miles.launcher.machine import cluster_here, host_bytes
 from miles.launcher.placement import placement_of, settings_of
 from miles.launcher.run_plan import RunPlan
 from miles.memory.amount import Part, peak, size
+from miles.memory.least import least_host_memory
 from miles.memory.remedy import fitting_layout, smallest_server
 from miles.memory.report import GpuLoad, NodeLoad, Report, report_of
 from miles.memory.run import Run, run_of
@@ -25,6 +26,18 @@ class Estimate:
     run: Run
     cluster: Cluster
     report: Report
+    host_bytes: int | None
+    """Host memory of the first node; None when it is not known."""
+
+    @property
+    def least(self) -> Part:
+        """What that node needs at least, whatever the lengths of samples."""
+        return least_host_memory(self.run)
+
+    @property
+    def fits(self) -> bool:
+        """Whether GPUs hold their shares, and the first node's memory the least."""
+        return self.report.fits and (self.host_bytes is None or self.least.bytes <= self.host_bytes)
 
 
 def estimate(plan: RunPlan) -> Estimate | None:
@@ -32,8 +45,10 @@ def estimate(plan: RunPlan) -> Estimate | None:
     run = run_of(settings_of(plan.config))
     if run is None:
         return None
-    cluster = plan.assumed or cluster_here(plan.config.cluster.actor_num_nodes)
-    return Estimate(run, cluster, report_of(run, cluster, placement_of(plan.config, plan.assumed)))
+    on_gpus, nodes = plan.config.services.device == "cuda", plan.config.cluster.actor_num_nodes
+    cluster = plan.assumed or (cluster_here(nodes) if on_gpus else Cluster(()))
+    host = None if plan.assumed is not None else host_bytes()
+    return Estimate(run, cluster, report_of(run, cluster, placement_of(plan.config, plan.assumed)), host)
 
 
 def memory_lines(plan: RunPlan) -> list[str]:
@@ -42,7 +57,7 @@ def memory_lines(plan: RunPlan) -> list[str]:
     if found is None:
         return [NO_MODEL]
     lines = [f"{title(group)}: {total(group[0])}" for group in groups(found.report)]
-    lines += [f"host memory of node {node.node}: about {size(node.peak)}" for node in found.report.nodes]
+    lines += [host_total(found, node) for node in found.report.nodes]
     return [*lines, *warnings(found), "`miles plan` with the same flags shows each part with its formula"]
 
 
@@ -91,6 +106,8 @@ def warnings(found: Estimate) -> list[str]:
 
 def _warnings(found: Estimate) -> Iterator[str]:
     run, cluster = found.run, found.cluster
+    if not found.fits and found.report.fits:
+        yield f"host memory does not suffice: the first node needs at least {size(found.least.bytes)}"
     unfit = [load for load in found.report.gpus if not load.fits]
     trainers = [load for load in unfit if _trains_too_much(load)]
     if trainers and (worst := max(trainers, key=lambda load: load.peak)).capacity is not None:
@@ -133,6 +150,7 @@ def _kind(load: GpuLoad) -> object:
     return load.node, load.capacity, tuple((use.process, use.device) for use in load.uses)
 
 
-def host_total(node: NodeLoad) -> str:
+def host_total(found: Estimate, node: NodeLoad) -> str:
     """Say how much of a node's memory is taken."""
-    return f"node {node.node}, host memory: about {size(node.peak)}"
+    there = "" if found.host_bytes is None or node.node else f" of {size(found.host_bytes)}"
+    return f"node {node.node}, host memory: at most about {size(node.peak)}{there}"

@@ -20,6 +20,7 @@ from miles.launcher.run_plan import RunPlan
 from miles.memory.amount import Part, When, peak, size
 from miles.memory.disk import disk_part
 from miles.memory.report import GpuLoad
+from miles.placement.deal import Placement
 from miles.rpc.exit_codes import ExitCode
 
 _USAGE = (
@@ -43,7 +44,7 @@ def main(arguments: Sequence[str]) -> int:
         console.print("\n\n".join(wrapped(paragraph, help_width()) for paragraph in _USAGE), markup=False)
         return ExitCode.OK
     try:
-        plan = checked_plan(line)
+        plan = checked_plan(line, only_planned=True)
     except ConfigError as error:
         print_error(console, error)
         return ExitCode.BAD_CONFIG
@@ -52,14 +53,15 @@ def main(arguments: Sequence[str]) -> int:
         console.print(json.dumps(as_json(plan, found), ensure_ascii=False), markup=False)
     else:
         console.print("\n".join(as_text(plan, found)), markup=False)
-    return ExitCode.OK if found is None or found.report.fits else ExitCode.MACHINE_UNSUITABLE
+    return ExitCode.OK if found is None or found.fits else ExitCode.MACHINE_UNSUITABLE
 
 
 def as_text(plan: RunPlan, found: Estimate | None) -> list[str]:
     """Return the lines of a plan."""
     lines = ["processes:"]
-    for process in plan_run(plan.config, placement_of(plan.config, plan.assumed)):
-        lines.append(f"  node {process.node}  {process.name}")
+    placement = placement_of(plan.config, plan.assumed)
+    for process in plan_run(plan.config, placement):
+        lines.append(f"  node {process.node}  {process.name}{gpus_of(process.name, placement)}")
     if found is None:
         return [*lines, "", f"memory: {NO_MODEL}"]
     for group in groups(found.report):
@@ -67,25 +69,45 @@ def as_text(plan: RunPlan, found: Estimate | None) -> list[str]:
         for use in group[0].uses:
             lines += _parts(use.device, f"{use.process} " if len(group[0].uses) > 1 else "")
     for node in found.report.nodes:
-        lines += ["", host_total(node), *_parts(node.parts)]
+        lines += ["", host_total(found, node), *_parts(node.parts)]
     lines += ["", "disk, until the run ends", *_parts([disk_part(found.run)])]
     lines += [""] + [f"warning: {text}" for text in warnings(found)]
     lines += [f"before it can run: {fault}" for fault in plan.missing]
     return lines if lines[-1] else lines[:-1]
 
 
+def gpus_of(name: str, placement: Placement | None) -> str:
+    """Say which GPUs a process of a plan has, if any."""
+    if placement is None:
+        return ""
+    places = placement.trainer if name.startswith("trainer") else ()
+    if name.startswith("rollout-"):
+        places = (placement.rollouts[int(name.removeprefix("rollout-"))],)
+    parts = [f"{gpu_span(place.gpus)} of node {place.node}" for place in places if place.gpus]
+    return f"  {', '.join(parts)}" if parts else ""
+
+
+def gpu_span(gpus: Sequence[int]) -> str:
+    """Name consecutive GPUs."""
+    return f"GPU {gpus[0]}" if len(gpus) == 1 else f"GPUs {gpus[0]} to {gpus[-1]}"
+
+
 def as_json(plan: RunPlan, found: Estimate | None) -> dict[str, Any]:
     """Return a plan as a JSON object; sizes are bytes."""
-    processes = plan_run(plan.config, placement_of(plan.config, plan.assumed))
+    placement = placement_of(plan.config, plan.assumed)
+    processes = plan_run(plan.config, placement)
     document: dict[str, Any] = {
         "processes": [{"name": each.name, "kind": each.kind, "node": each.node} for each in processes],
+        "placement": None if placement is None else dataclasses.asdict(placement),
         "before_it_can_run": [str(fault) for fault in plan.missing],
     }
     if found is None:
         return {**document, "fits": None, "gpus": [], "nodes": [], "warnings": [NO_MODEL]}
     return {
         **document,
-        "fits": found.report.fits,
+        "fits": found.fits,
+        "host_bytes": found.host_bytes,
+        "least_host_bytes": found.least.bytes,
         "gpus": [_gpu(load) for load in found.report.gpus],
         "nodes": [
             {"node": node.node, "peak": node.peak, "parts": list(map(dataclasses.asdict, node.parts))}

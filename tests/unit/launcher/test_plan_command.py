@@ -123,7 +123,18 @@ def test_a_plan_for_the_processor_adds_up_host_memory(files: pathlib.Path, capsy
     (files / "model" / "config.json").write_text(json.dumps({**sizes, "intermediate_size": 128}))
     assert cli.main(["plan", *flags]) == 0
     printed = capsys.readouterr().out
-    assert "node 0, host memory: about" in printed
+    assert "node 0, host memory: at most about" in printed
     assert "policy optimizer" in printed
     assert cli.main(["plan", "--help"]) == 0
     assert "--assume-gpus 8,8" in capsys.readouterr().out
+
+
+def test_a_plan_says_when_this_machine_has_too_little_memory(
+    deepseek: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["plan", *to_command_line(MINIMAL | {"device": "cpu"}), "--json"]) == 22
+    planned = json.loads(capsys.readouterr().out)
+    assert planned["least_host_bytes"] > 671_026_419_200 * 16 > planned["host_bytes"]
+    assert any("host memory does not suffice" in warning for warning in planned["warnings"])
+    assert planned["placement"] is None
+    assert any("there are no weights in it" in fault for fault in planned["before_it_can_run"])

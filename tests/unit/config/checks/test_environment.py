@@ -10,7 +10,10 @@ from config_cases import MINIMAL
 
 from miles.config import JobConfig
 from miles.config.checks.dotted_path import why_not_importable
-from miles.config.checks.environment import check_environment
+from miles.config.checks.environment import check_environment, environment_faults
+from miles.config.job import examine
+from miles.config.schema.faults import RunFault
+from miles.placement.nodes import parse_cluster
 
 
 def faults(**changes: Any) -> list[str]:
@@ -170,3 +173,25 @@ def test_a_built_in_filter_goes_by_its_usual_name(files: pathlib.Path) -> None:
     hub = "miles.rollout.filter_hub.dynamic_sampling_filters"
     assert faults(dynamic_sampling_filter_path=f"{hub}.check_reward_nonzero_std") == []
     assert len(faults(dynamic_sampling_filter_path=f"{hub}.another")) == 1
+
+
+def test_rows_name_their_reward_where_no_setting_does(files: pathlib.Path) -> None:
+    (fault,) = faults(rm_type=None)
+    assert fault.startswith(
+        "rm_type is not set, and neither are custom_rm_path and reward_service, and the first row of prompts.jsonl "
+        "names no reward; set one of them"
+    )
+    row = {"input": "2+2", "answer": "4", "metadata": {"rm_type": "math"}}
+    (files / "prompts.jsonl").write_text(json.dumps(row))
+    assert faults(rm_type=None) == []
+
+
+def test_gpus_that_do_not_suffice_are_noticed(files: pathlib.Path) -> None:
+    flat = MINIMAL | {"device": "cuda", "actor_num_gpus_per_node": 2, "rollout_num_workers": 3}
+    settings = examine(flat).settings
+    assert environment_faults(settings, parse_cluster("5")) == []
+    (fault,) = environment_faults(settings, parse_cluster("4"))
+    assert str(fault).startswith("rollout_num_workers = 3, but the trainer's 2 leave 2 of the 4 GPUs")
+    (files / "model" / "model.safetensors").unlink()
+    (fault,) = environment_faults(settings, parse_cluster("5"))
+    assert isinstance(fault, RunFault)

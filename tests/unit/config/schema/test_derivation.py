@@ -109,3 +109,39 @@ def test_a_huge_product_is_refused_quickly() -> None:
 )
 def test_the_bound_is_the_smallest_that_the_rest_needs(given: dict[str, Any], staleness: int) -> None:
     assert JobConfig.from_flat(MINIMAL | given).rollout.max_weight_staleness == staleness
+
+
+def test_a_recipe_may_leave_the_sizes_of_a_batch_and_of_responses_out() -> None:
+    assert sizes() == (32, 1, 32, 1)
+    config = JobConfig.from_flat(REST | {"advantage_estimator": "grpo", "rollout_max_response_len": None})
+    assert (config.data.rollout_batch_size, config.data.n_samples_per_prompt) == (32, 8)
+    assert config.rollout.rollout_max_response_len == 8192
+    config = JobConfig.from_flat(MINIMAL | {"rollout_max_response_len": None, "rollout_max_context_len": 64})
+    assert config.rollout.rollout_max_response_len is None
+
+
+@pytest.mark.parametrize(
+    ("given", "trainer", "engine"),
+    [
+        ({}, "fsdp", "torch"),
+        ({"tensor_model_parallel_size": 2}, "megatron", "torch"),
+        ({"tensor_model_parallel_size": 1, "sequence_parallel": False, "recompute_granularity": None}, "fsdp", "torch"),
+        ({"expert_tensor_parallel_size": 1}, "fsdp", "torch"),
+        ({"mtp_num_layers": 1}, "megatron", "torch"),
+        ({"rollout_num_gpus": 8}, "fsdp", "sglang"),
+        ({"rollout_num_gpus_per_engine": 1}, "fsdp", "torch"),
+        ({"sglang_mem_fraction_static": 0.5}, "fsdp", "sglang"),
+        ({"offload_rollout": False}, "fsdp", "torch"),
+    ],
+)
+def test_settings_that_one_backend_has_choose_it(given: dict[str, Any], trainer: str, engine: str) -> None:
+    config = JobConfig.from_flat(MINIMAL | given)
+    assert (config.train.train_backend, config.rollout.rollout_backend) == (trainer, engine)
+    assert JobConfig.from_flat(config.to_flat()) == config
+
+
+def test_experts_and_tensor_parallelism_bring_sequence_parallelism() -> None:
+    both = {"tensor_model_parallel_size": 2, "expert_model_parallel_size": 2}
+    assert JobConfig.from_flat(MINIMAL | both).megatron.sequence_parallel
+    assert not JobConfig.from_flat(MINIMAL | both | {"sequence_parallel": False}).megatron.sequence_parallel
+    assert not JobConfig.from_flat(MINIMAL | {"tensor_model_parallel_size": 2}).megatron.sequence_parallel
