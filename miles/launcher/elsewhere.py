@@ -48,10 +48,23 @@ def _trainer_node(config: JobConfig, rank: int, controller: str) -> tuple[str, .
     )
 
 
+def _gpus(config: JobConfig) -> list[str]:
+    """Return the flag for the GPUs of one rollout service, which are the first ones that its process sees."""
+    if config.services.device != "cuda":
+        return []
+    rollout, services = config.rollout, config.cluster.rollout_num_workers
+    each = (
+        rollout.rollout_num_gpus_per_engine
+        if rollout.rollout_num_gpus is None
+        else rollout.rollout_num_gpus // services
+    )
+    return ["--num-gpus", str(each)]
+
+
 def _rollout(config: JobConfig, index: int, controller: str) -> tuple[str, ...]:
     every_interface = "[::]:0" if ":" in bare_host(config.services.host) else "0.0.0.0:0"
     return (
         *("python", "-m", "miles.services.rollout", "--listen", every_interface, "--controller", controller),
-        *("--worker-id", f"rollout-{index}", "--device", config.services.device),
+        *("--worker-id", f"rollout-{index}", "--device", config.services.device, *_gpus(config)),
         *engine_addresses(config, index),
     )
