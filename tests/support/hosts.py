@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 import pytest
 
 _NETWORK = "10.203.77"
-_BECOME = 'hostname "$0" && exec "$@"'
+_BECOME = 'hostname "$0" && mount -t tmpfs tmpfs /dev/shm && exec "$@"'
 
 
 class Hosts:
@@ -27,8 +27,11 @@ class Hosts:
         return f"{_NETWORK}.{host + 1}"
 
     def on(self, host: int, command: Sequence[str]) -> list[str]:
-        """A command as it is run on a host. The host has a name, host-0 and so on, that cannot be resolved."""
-        enter = ["ip", "netns", "exec", self._names[host], "unshare", "--uts"]
+        """A command as it is run on a host, with shared memory of its own.
+
+        The host has a name, host-0 and so on, that cannot be resolved.
+        """
+        enter = ["ip", "netns", "exec", self._names[host], "unshare", "--uts", "--mount"]
         return [*enter, "sh", "-c", _BECOME, f"host-{host}", *command]
 
     def cut(self, host: int) -> None:
