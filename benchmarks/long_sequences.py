@@ -21,88 +21,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
-import numpy as np
-
+from benchmarks.long_samples import Measured, Sizes, make_group, measuring, tiny
 from miles.memory import sequences
-from miles.memory.sequences import Routing, SampleSize
-from miles.types import Sample, SampleGroup, SampleStatus, VersionSpan
+from miles.types import Sample, SampleGroup
 
-EXPERTS, HEADS, KV_HEADS, HEAD_SIZE = 128, 4, 2, 16
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Sizes:
-    """What a group has."""
-
-    samples: int
-    tokens: int
-    layers: int
-    top_k: int
-
-    @property
-    def sample(self) -> SampleSize:
-        """As the formulas take it."""
-        return SampleSize(256, self.tokens - 256, Routing(self.layers, self.top_k, EXPERTS))
-
-
-@dataclasses.dataclass(slots=True)
-class Measured:
-    """One row of the table."""
-
-    what: str
-    payload: int
-    said: int | None = None
-    peak: int = 0
-    seconds: float = 0.0
-
-
-def make_group(sizes: Sizes, group_id: int = 0) -> SampleGroup:
-    """Samples of one prompt with random tokens and routing."""
-    random = np.random.default_rng(group_id)
-    prompt = random.integers(0, 256, sizes.sample.prompt_tokens, np.int32)
-    length = sizes.sample.response_tokens
-    shape = (sizes.tokens - 1, sizes.layers, sizes.top_k)
-    samples = [
-        Sample(
-            group_id=group_id,
-            index=index,
-            prompt="a prompt",
-            tokens=np.concatenate([prompt, random.integers(0, 256, length, np.int32)]),
-            response_length=length,
-            response="word" * length,
-            reward=float(index % 2),
-            status=SampleStatus.COMPLETED,
-            rollout_log_probs=-random.random(length, np.float32),
-            rollout_routed_experts=random.integers(0, EXPERTS, shape, np.uint8),
-            weight_versions=(VersionSpan(0, 0, length),),
-        )
-        for index in range(sizes.samples)
-    ]
-    return SampleGroup("long", group_id, samples)
-
-
-def _tiny(sizes: Sizes) -> Sizes:
-    """For a first run, which imports and allocates what is not counted."""
-    return dataclasses.replace(sizes, tokens=300)
-
-
-def _status(field: str) -> int:
-    lines = pathlib.Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(field)) * 1024
-
-
-@contextmanager
-def measuring(row: Measured) -> Iterator[None]:
-    """Fill in peak and time."""
-    pathlib.Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
-    before, began = _status("VmRSS"), time.perf_counter()
-    yield
-    row.seconds = time.perf_counter() - began
-    row.peak = max(0, _status("VmHWM") - before)
+HEADS, KV_HEADS, HEAD_SIZE = 4, 2, 16
 
 
 def encode(sizes: Sizes) -> list[Measured]:
@@ -110,7 +36,7 @@ def encode(sizes: Sizes) -> list[Measured]:
     from miles.queue.payload import encode_group
 
     group = make_group(sizes)
-    encode_group(make_group(_tiny(sizes)))
+    encode_group(make_group(tiny(sizes)))
     row = Measured("group to payload", sizes.samples * sizes.sample.payload_bytes)
     row.said = row.payload
     with measuring(row):
@@ -138,7 +64,7 @@ def queue(sizes: Sizes) -> list[Measured]:
 
     async def run(url: str) -> list[Measured]:
         client = await connect_async(url)
-        warm_up = make_group(_tiny(sizes), group_id=1)
+        warm_up = make_group(tiny(sizes), group_id=1)
         await GroupQueue(client, "warm").put(warm_up, attempt=1)
         await GroupQueue(client, "warm").collect([1], 60)
         group = make_group(sizes)
@@ -226,7 +152,7 @@ def one_rank(sizes: Sizes) -> list[Measured]:
     exchange = Ranks().exchange
     assert exchange is not None
     backend: Any = Halves()
-    exchange.hand_out([make_group(_tiny(sizes))] if backend.replica == 0 else None, backend)
+    exchange.hand_out([make_group(tiny(sizes))] if backend.replica == 0 else None, backend)
     groups = [decode_group(encode_group(make_group(sizes)))] if backend.replica == 0 else None
     row = Measured(f"rank {backend.replica} gets its samples", half * sizes.sample.payload_bytes)
     if backend.replica:

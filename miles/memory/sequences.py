@@ -19,8 +19,9 @@ TOKEN_TENSORS = 7
 log-probability, and the log-probability that is recorded (`TokenTensors`)."""
 COLUMNS_BYTES = 512
 """Most that a sample's lengths, status and counters take in a payload."""
-SCORE_BYTES = 4 * 2**22 + 2**22
-"""Mask of a block of attention that needs one, as bool and as the kernel's numbers (`masked_attention.MAX_SCORES`)."""
+SCORE_BYTES = (4 + 2) * 2**22
+"""Mask of a block of attention that needs one: bool, two copies while it is made, and the kernel's numbers
+(`masked_attention.MAX_SCORES`)."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
