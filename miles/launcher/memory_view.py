@@ -109,7 +109,7 @@ def _warnings(found: Estimate) -> Iterator[str]:
     if not found.fits and found.report.fits:
         yield f"host memory does not suffice: the first node needs at least {size(found.least.bytes)}"
     unfit = [load for load in found.report.gpus if not load.fits]
-    trainers = [load for load in unfit if _trains_too_much(load)]
+    trainers = [load for load in unfit if _needs_too_much(load, "trainer")]
     if trainers and (worst := max(trainers, key=lambda load: load.peak)).capacity is not None:
         needed = peak(_own(worst, "trainer"))
         yield f"the trainer does not fit: a rank needs about {size(needed)} and a GPU has {size(worst.capacity)}"
@@ -119,17 +119,17 @@ def _warnings(found: Estimate) -> Iterator[str]:
             yield f"this would fit, on {layout[0]} nodes of {gpus} such GPUs: {layout[2]}"
         else:
             yield "no layout of up to 128 such nodes holds it with Megatron-Core"
-    engines = [load for load in unfit if any(use.process.startswith("rollout") for use in load.uses)]
+    engines = [load for load in unfit if _needs_too_much(load, "rollout")]
     if engines and (worst := max(engines, key=lambda load: load.peak)).capacity is not None:
         yield from _engine_warning(run, cluster, worst, worst.capacity)
+    if any(load not in trainers and load not in engines for load in unfit):
+        yield "engine and trainer do not fit on a GPU together: turn offload_rollout and offload_train on"
 
 
 def _engine_warning(run: Run, cluster: Cluster, load: GpuLoad, capacity: int) -> Iterator[str]:
-    weights = next((part for part in _own(load, "rollout") if part.name == "engine weights"), None)
-    if weights is None or weights.bytes < capacity - peak(_own(load, "trainer")):
-        yield "engine and trainer do not fit on a GPU together: turn offload_rollout on, or leave colocate out"
-        return
-    yield f"the engine does not fit: its weights take about {size(weights.bytes)} of each GPU ({weights.formula})"
+    parts = [part for part in _own(load, "rollout") if part.name in ("engine weights", "KV cache") and part.bytes]
+    what = " and ".join(f"{part.name} of {size(part.bytes)} ({part.formula})" for part in parts)
+    yield f"the engine does not fit on a GPU of {size(capacity)}: {what}"
     gpus = smallest_server(run, capacity) if run.settings.rollout_backend == "sglang" else None
     if gpus is not None and gpus <= max(node.gpus for node in cluster.nodes):
         yield f"a server of {gpus} such GPUs would hold it: --rollout-num-gpus-per-engine {gpus}"
@@ -138,8 +138,8 @@ def _engine_warning(run: Run, cluster: Cluster, load: GpuLoad, capacity: int) ->
         yield f"a server of {gpus} such GPUs would hold it: start it over several nodes yourself and {name}"
 
 
-def _trains_too_much(load: GpuLoad) -> bool:
-    return load.capacity is not None and peak(_own(load, "trainer")) > load.capacity
+def _needs_too_much(load: GpuLoad, process: str) -> bool:
+    return load.capacity is not None and peak(_own(load, process)) > load.capacity
 
 
 def _own(load: GpuLoad, process: str) -> list[Part]:

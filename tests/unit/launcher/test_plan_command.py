@@ -11,7 +11,7 @@ import yaml
 from config_cases import MINIMAL
 
 from miles import cli
-from miles.config.command.flags import to_command_line
+from miles.config.command.flags import parse_command_line, to_command_line
 from miles.launcher import main as launcher
 
 DEEPSEEK = pathlib.Path(__file__).parents[2] / "support/deepseek_v3.json"
@@ -104,7 +104,8 @@ def test_what_cannot_be_dealt_out_is_refused(
 def test_a_run_does_not_assume_its_gpus(files: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert launcher.main([*to_command_line(MINIMAL), "--assume-gpus", "1"]) == 2
     assert "--assume-gpus = 1 GPUs, but a run needs GPUs that are there; add --dry-run" in capsys.readouterr().out
-    assert cli.main(["doctor", *to_command_line(MINIMAL), "--assume-gpus", "1"]) != 0
+    assert [fault.field for fault in parse_command_line(["--assume-gpus", "1"]).faults] == ["--assume-gpus"]
+    assert parse_command_line(["--assume-gpus", "1"], starts_nothing=True).faults == []
 
 
 def test_colocated_engines_share_the_gpus_of_one_node(
@@ -138,3 +139,29 @@ def test_a_plan_says_when_this_machine_has_too_little_memory(
     assert any("host memory does not suffice" in warning for warning in planned["warnings"])
     assert planned["placement"] is None
     assert any("there are no weights in it" in fault for fault in planned["before_it_can_run"])
+
+
+@pytest.mark.parametrize(
+    ("cluster", "changes", "warning"),
+    [
+        ("2x24GiB", {}, ""),
+        ("2x24GiB", {"offload_rollout": False, "offload_train": False, "sglang_mem_fraction_static": 0.05},
+         "engine and trainer do not fit on a GPU together"),
+        ("2x3GiB", {}, "the engine does not fit on a GPU of 3.0 GiB: engine weights of 3."),
+    ],
+)  # fmt: skip
+def test_what_shares_a_gpu_is_judged_by_its_turns(
+    files: pathlib.Path, capsys: pytest.CaptureFixture[str], cluster: str, changes: dict[str, Any], warning: str
+) -> None:
+    sizes = {"hidden_size": 2048, "num_hidden_layers": 32, "vocab_size": 50_000, "num_attention_heads": 16}
+    (files / "model" / "config.json").write_text(json.dumps({**sizes, "intermediate_size": 6144}))
+    shared = {"colocate": True, "rollout_backend": "sglang", "rollout_num_gpus": 2, "actor_num_gpus_per_node": 2}
+    changes = {"gradient_checkpointing": True, **changes}
+    flags = [f"--{key.replace('_', '-')}={value}" for key, value in changes.items() if not isinstance(value, bool)]
+    flags += [
+        f"--{'' if value else 'no-'}{key.replace('_', '-')}" for key, value in changes.items() if value in (True, False)
+    ]
+    code = cli.main(["plan", *to_command_line(MINIMAL | shared), *flags, "--json", "--assume-gpus", cluster])
+    warnings = json.loads(capsys.readouterr().out)["warnings"]
+    assert code == (22 if warning else 0), warnings
+    assert any(text.startswith(warning) for text in warnings) if warning else not warnings
