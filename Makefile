@@ -31,7 +31,7 @@ browser:
 test-engines: $(VENV)/.megatron $(SGLANG_VENV)/.ready
 	MILES_TEST_SGLANG=$(SGLANG_VENV)/bin/python $(PYTEST) -m "engine and not slow"
 
-# Those two and what they leave out, because it takes long and rarely breaks: all of conformance, 34 more parallel layouts
+# Those two and what they leave out, because it takes long and rarely breaks: all of conformance, 46 more parallel layouts
 # of Megatron-Core and 7 more to go on in, checkpoints of it written in the background or read by another optimizer;
 # SGLang's servers with weights of two ranks; whole runs with a critic, with a reward that is no number, without routing
 # replay, that go on in other number types, whose services are killed at random, whose restarted engine has another model,

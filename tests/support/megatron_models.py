@@ -68,7 +68,13 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         "MiniMaxM2",
         {"head_dim": 8, "num_local_experts": EXPERTS, "num_experts_per_tok": 2, "intermediate_size": 24},
     ),
-    "Gemma 2": ("Gemma2", {**_GEMMA, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0}),
+    "Gemma 2": (
+        "Gemma2",
+        {
+            **_GEMMA, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0,
+            "hidden_act": "gelu_pytorch_tanh",  # which SGLang reads, and published ones have
+        },
+    ),
     "Gemma 3": ("Gemma3", {**_GEMMA, "num_hidden_layers": 6}),
     "Gemma 3n": (
         "Gemma3n",

@@ -77,6 +77,8 @@ def why_not_sglang(model: Model) -> str | None:
     """Why SGLang cannot serve it."""
     if _architecture(model) == "Llama4ForCausalLM":
         return f"{known_models.SGLANG} leaves out the experts when it loads a Llama4ForCausalLM"
+    if model["model_type"] == "gemma2" and not model.get("hidden_act"):
+        return f"{known_models.SGLANG} reads hidden_act, which its config.json lacks (published: gelu_pytorch_tanh)"
     return _not_in(known_models.SERVED, f"{known_models.SGLANG} has no implementation of", model)
 
 

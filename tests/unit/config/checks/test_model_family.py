@@ -44,6 +44,11 @@ def faults(folder: pathlib.Path, model: dict[str, Any], **changes: Any) -> list[
             "a MiniMaxM2ForCausalLM a minimax, which is another model in transformers; set model_type to minimax_m2",
         ),
         (
+            {"model_type": "gemma2", "architectures": ["Gemma2ForCausalLM"]},
+            {},
+            "reads hidden_act, which its config.json lacks (published: gelu_pytorch_tanh); set it to torch",
+        ),
+        (
             {"model_type": "smollm3", "architectures": ["SmolLM3ForCausalLM"]},
             {},
             "rollout_backend = sglang, but SGLang 0.5.21 has no implementation of SmolLM3ForCausalLM; set it to torch",
