@@ -14,7 +14,7 @@ Data: TypeAlias = bytes | memoryview
 Numbers: TypeAlias = "np.ndarray[tuple[int], np.dtype[np.int64]]"
 
 _WORTH_IT = 0.25
-"""A change larger than this part of its chunk is not sent as one, because the service keeps changes beside the chunks."""
+"""A change larger than this part of its chunk is not sent as one: the service keeps changes beside the chunks."""
 _LONGEST_STEP = 1 << 16
 _ENTRY_BYTES = 4
 
