@@ -89,7 +89,10 @@ def test_a_plan_that_does_not_fit_has_its_own_exit_code(
     ("flags", "refusal"),
     [
         ([*LARGE_MOE, "--assume-gpus", "8"], "rollout_num_gpus = 8, but the trainer's 8 leave 0 of the 8 GPUs; turn"),
-        ([*LARGE_MOE, "--assume-gpus", "4,4"], "actor_num_gpus_per_node = 8, but the largest node has 4 GPUs; set it"),
+        (
+            [*LARGE_MOE, "--assume-gpus", "4,4"],
+            "actor_num_gpus_per_node = 8, but node 0 has 4 GPUs; set it to at most 4",
+        ),
         ([*LARGE_MOE, "--assume-gpus", "some"], "--assume-gpus = some, but 'some' is not the number of a node's GPUs"),
         ([*LARGE_MOE, "--assume-gpus", "8,8", "--device", "cpu"], "device = cpu, but --assume-gpus says which GPUs"),
     ],
