@@ -1,9 +1,9 @@
 """Deals GPU numbers to the trainer's ranks and the rollout services, so that no GPU has two owners.
 
-The trainer comes first: the first GPUs of the first nodes, of which the launcher's is one. Each rollout service gets consecutive GPUs
-of one node, because it starts its servers there: on the trainer's node while GPUs are left, else on the next. With
-`colocate` services share the trainer's GPUs: each another part of them, or, of more services than there are parts, some
-the same.
+The trainer comes first: the first GPUs of the first nodes, of which the launcher's is one. Each rollout service gets
+consecutive GPUs of one node, because it starts its servers there: on the trainer's node while GPUs are left, else on
+the next. With `colocate` services share the trainer's GPUs: each another part of them, or, of more services than there
+are parts, some the same.
 """
 
 from __future__ import annotations
