@@ -7,6 +7,7 @@ driver averages over a fraction of a second, so short runs have a blurred edge.
 from __future__ import annotations
 
 import contextlib
+import os
 import pathlib
 import shutil
 import statistics
@@ -19,12 +20,22 @@ _EVERY_MS = 250
 
 
 @contextlib.contextmanager
-def watching(path: pathlib.Path) -> Iterator[None]:
-    """Write `unix seconds,per cent` into a file, line by line, as long as the block runs; without a driver nothing."""
+def watching(path: pathlib.Path, quantity: str = "utilization.gpu") -> Iterator[None]:
+    """Write `unix seconds,value` into a file, line by line, as long as the block runs; without a driver nothing.
+
+    `quantity` is nvidia-smi's: by default per cent of time; memory.used is in MiB.
+    """
     if shutil.which("nvidia-smi") is None:
         yield
         return
-    command = ["nvidia-smi", "--query-gpu=utilization.gpu", "--format=csv,noheader,nounits", f"-lms={_EVERY_MS}"]
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    command = [
+        "nvidia-smi",
+        *(["-i", chosen] if chosen else []),
+        f"--query-gpu={quantity}",
+        "--format=csv,noheader,nounits",
+        f"-lms={_EVERY_MS}",
+    ]
     path.parent.mkdir(parents=True, exist_ok=True)
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     thread = threading.Thread(target=_write, args=(process, path), daemon=True)

@@ -170,7 +170,8 @@ class RolloutServicer(rollout_pb2_grpc.RolloutServiceServicer):
         self, request: rollout_pb2.ReleaseMemoryRequest, context: Context
     ) -> rollout_pb2.ReleaseMemoryResponse:
         job = await self._job(request.job_id, context)
-        return rollout_pb2.ReleaseMemoryResponse(release_s=await job.serving.release_memory())
+        released, seconds = await job.serving.release_memory()
+        return rollout_pb2.ReleaseMemoryResponse(release_s=seconds, released_bytes=released)
 
     async def GetStatus(
         self, request: rollout_pb2.RolloutGetStatusRequest, context: Context

@@ -12,7 +12,7 @@ from miles.config import JobConfig
 from miles.queue import GroupQueue, connect_async
 from miles.queue.payload import encode_group
 from miles.rpc import connect_blocking
-from miles.rpc.gen import weightsource_pb2, weightsync_pb2_grpc
+from miles.rpc.gen import trainer_pb2, weightsource_pb2, weightsync_pb2_grpc
 from miles.services.trainer.checkpoint.manager import CheckpointManager
 from miles.services.trainer.checkpoint.state import TrainerState
 from miles.services.trainer.ranks.abandoning import Abandonment
@@ -173,6 +173,14 @@ class Job:
         hf_dir = pathlib.Path(template.format(rollout_id=step)) if template else self._run_dir / "hf" / str(step)
         await self._leader.run(Command("save_hf", {"directory": str(hf_dir)}))
         return hf_dir
+
+    async def release_memory(self, *, state: bool) -> trainer_pb2.TrainerReleaseMemoryResponse:
+        """Have every rank free what its device keeps for the next step; with `state`, all until a call needs it."""
+        reports = await self._leader.gather(Command("release_memory", {"state": state}))
+        parts = [trainer_pb2.TrainerReleaseMemoryResponse.FromString(report) for report in reports]
+        return trainer_pb2.TrainerReleaseMemoryResponse(
+            released_bytes=sum(part.released_bytes for part in parts), release_s=max(part.release_s for part in parts)
+        )
 
     async def discard(self) -> None:
         """Finish the checkpoint that is being written, then free everything held for the job on every rank."""

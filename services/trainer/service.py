@@ -174,6 +174,15 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServiceServicer):
             save_s=time.monotonic() - began,
         )
 
+    async def ReleaseMemory(
+        self, request: trainer_pb2.TrainerReleaseMemoryRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> trainer_pb2.TrainerReleaseMemoryResponse:
+        """See trainer.proto."""
+        async with self._exclusive("releasing memory"):
+            job = await self._held(request.job_id, context)
+            async with errors_as_status(context):
+                return await asyncio.shield(self._begin(job.release_memory(state=request.state)))
+
     async def GetStatus(
         self, request: trainer_pb2.TrainerGetStatusRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> trainer_pb2.TrainerGetStatusResponse:

@@ -89,6 +89,41 @@ def test_a_dense_model_learns(start_run: Start, tiny_dense: pathlib.Path, tmp_pa
     assert "on this machine: about" in run.log.read_text()
 
 
+def saved_steps(client: MilesClient, job_id: str) -> set[int]:
+    return {checkpoint["step"] for checkpoint in client.checkpoints(job_id)}
+
+
+def test_a_trainer_that_leaves_between_its_steps_trains_the_same(
+    services: MilesClient, tiny_dense: pathlib.Path
+) -> None:
+    """Through checkpoints, evaluations, and a checkpoint of a paused job."""
+    evaluation = {"eval_prompt_data": ["sort", str(tiny_dense / "eval.jsonl")], "eval_interval": 5}
+
+    def submitted(name: str, **changes: object) -> tuple[str, Records]:
+        config = settings(tiny_dense, name=name, num_rollout=10, save_interval=4, **evaluation, **changes)
+        config |= {key: str(config[key]) for key in ("hf_checkpoint", "prompt_data")}
+        job = services.submit(config)
+        return job["id"], Records(pathlib.Path(job["config"]["run_dir"]))
+
+    job_id, stays = submitted("stays")
+    wait_for(services, job_id, lambda job: job["state"] == "succeeded")
+    job_id, leaves = submitted("leaves", offload_train=True)
+    wait_for(services, job_id, lambda job: job["policy_version"] >= 1)
+    services.pause(job_id)
+    paused = wait_for(services, job_id, lambda job: job["state"] == "paused")
+    services.checkpoint(job_id)
+    wait_for(services, job_id, lambda _: paused["policy_version"] in saved_steps(services, job_id))
+    services.resume(job_id)
+    wait_for(services, job_id, lambda job: job["state"] == "succeeded")
+    for step, (one, other) in enumerate(zip(stays.metrics(), leaves.metrics(), strict=True)):
+        assert one["train/loss"] == other["train/loss"], step
+        assert ("perf/offload_train_time" in other, "perf/offload_train_time" in one) == (True, False)
+        assert other["perf/offload_train_gb"] > 0
+        assert other["perf/onload_train_time"] > 0
+    assert stays.summary()["eval"] == leaves.summary()["eval"]
+    assert all(np.array_equal(tensor, leaves.weights()[name]) for name, tensor in stays.weights().items())
+
+
 @pytest.mark.slow
 def test_a_dense_model_learns_with_a_critic(services: MilesClient, tiny_dense: pathlib.Path) -> None:
     ppo = {"advantage_estimator": "ppo", "critic_lr": 1e-3, "normalize_advantages": True, "num_critic_only_steps": 2}

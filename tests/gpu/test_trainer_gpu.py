@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import pathlib
 from collections.abc import Iterator
 from typing import Any
@@ -114,6 +115,34 @@ def test_a_checkpoint_resumes_on_the_gpu(tmp_path: pathlib.Path) -> None:
     for backend in (first, second):
         backend.train(1, random_groups(1), lambda progress: None)
     assert_close(dict(first.export()), dict(second.export()), 1e-5)
+
+
+@pytest.mark.parametrize("changes", [{}, {"torch_compile": True}, {"lora_rank": 2}], ids=["plain", "compiled", "lora"])
+def test_a_trainer_that_has_left_the_gpu_goes_on_as_if_it_had_not(
+    tmp_path: pathlib.Path, changes: dict[str, Any]
+) -> None:
+    model = write_dense_model(tmp_path / "model", hidden_size=1024, intermediate_size=4096)
+    config = job_config(
+        model, device="cuda", distributed_backend="nccl", train_dtype="bfloat16", rollout_dtype="bfloat16", **changes
+    )
+    results = []
+    for leaves in (False, True):
+        gc.collect()
+        others = torch.cuda.memory_allocated()
+        backend = FsdpBackend(config, tmp_path / "checkpoints", CUDA)
+        backend.load()
+        for step in range(3):
+            backend.train(step, random_groups(step), lambda progress: None)
+            if leaves:
+                held = torch.cuda.memory_allocated() - others
+                moved = backend.release_memory()
+                assert torch.cuda.memory_allocated() - others < 0.05 * held
+                assert moved.nbytes > 0.95 * held
+                assert backend.restore_memory().nbytes == moved.nbytes
+        results.append({name: tensor.float().cpu() for name, tensor in backend.export()})
+        backend.close()
+    for name, tensor in results[0].items():
+        assert tensor.equal(results[1][name]), name
 
 
 def test_old_actors_resume_in_host_memory(tmp_path: pathlib.Path) -> None:

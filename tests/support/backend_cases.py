@@ -28,7 +28,8 @@ def run_case(case: dict[str, Any], out: pathlib.Path) -> None:
 
     A case has: name, model (folder), flags (changes of the configuration), routing (experts, layers, top-k) or None,
     and optionally own_routing (samples have the routing of the folder's model, but for every fifth token), seed (of
-    every step's groups), steps, save_at, save_in_background (until the next step was taken), save_hf, reward (of every
+    every step's groups), steps, swap (everything is moved to host memory and back before each call; the JSON file has
+    the bytes), save_at, save_in_background (until the next step was taken), save_hf, reward (of every
     sample), off_policy for samples of two versions, and abandon_at: at which of rank 0's reports each step is left
     before it is taken; see `tests/integration/test_megatron_layouts.py`.
     """
@@ -39,7 +40,7 @@ def run_case(case: dict[str, Any], out: pathlib.Path) -> None:
     )
     backend = create_backend(config, out / name / "checkpoints", device())
     state = backend.load()
-    metrics, saving = [], None
+    metrics, saving, moved = [], None, []
     ranks = Ranks() if "abandon_at" in case else None
     for step in range(state.step, case.get("steps", STEPS)):
         groups = random_groups(case.get("seed", step), routing=tuple(routing) if routing else None)
@@ -54,25 +55,36 @@ def run_case(case: dict[str, Any], out: pathlib.Path) -> None:
                 sample.weight_versions = two_versions(sample.response_length, step)
         if ranks is not None:
             leave(backend, ranks, step, groups, case["abandon_at"])
+        swap(case, backend, moved)
         metrics.append(dict(backend.train(step, groups, lambda progress: None)))
         state.finish_step({})
         if saving is not None:
             saving.finish()
             saving = None
+        swap(case, backend, moved)
         if case.get("save_at") == step + 1:
             folder = out / name / "checkpoints" / f"step_{step + 1:08d}"
             if case.get("save_in_background"):
                 saving = backend.begin_save(folder, state)
             else:
                 backend.save(folder, state)
+    swap(case, backend, moved)
     weights = exported(backend)
+    swap(case, backend, moved)
     layout = [[n, str(dtype), list(shape)] for n, dtype, shape in backend.export_layout()]
     if case.get("save_hf"):
         backend.save_hf(out / name / "hf")
     if dist.get_rank() == 0:
         save_file(weights, out / f"{name}.safetensors")
-        (out / f"{name}.json").write_text(json.dumps({"metrics": metrics, "layout": layout}))
+        (out / f"{name}.json").write_text(json.dumps({"metrics": metrics, "layout": layout, "moved": moved}))
     backend.close()
+
+
+def swap(case: dict[str, Any], backend: TrainerBackend, moved: list[int]) -> None:
+    """Move everything to host memory and back, if the case asks for it, and note how many bytes."""
+    if case.get("swap"):
+        moved.append(backend.release_memory().nbytes)
+        assert backend.restore_memory().nbytes == moved[-1]
 
 
 def leave(backend: TrainerBackend, ranks: Ranks, step: int, groups: list[SampleGroup], number: int) -> None:

@@ -89,6 +89,12 @@ def engines_that_take_turns_use_the_trainers_gpus(s: FlatSettings) -> Iterator[F
 
 
 @rule
+def the_trainer_leaves_the_gpu_in_one_way(s: FlatSettings) -> Iterator[Fault]:
+    if s.offload_train and s.fsdp_cpu_offload:
+        yield Fault("offload_train", True, "fsdp_cpu_offload keeps all in host memory already", "leave one of them out")
+
+
+@rule
 def kernels_fit_the_device(s: FlatSettings) -> Iterator[Fault]:
     if s.train_backend != "fsdp":
         return  # another rule reports them

@@ -148,7 +148,7 @@ def quantised_weights_go_to_an_engine_that_takes_them(s: FlatSettings) -> Iterat
 
 @rule
 def taking_turns_is_synchronous(s: FlatSettings) -> Iterator[Fault]:
-    for key in ("colocate", "offload_rollout"):
+    for key in ("colocate", "offload_rollout", "offload_train"):
         if getattr(s, key) and s.max_weight_staleness:
             problem = f"max_weight_staleness = {s.max_weight_staleness} has engines and trainer work at once"
             yield Fault(key, True, problem, "set max_weight_staleness to 0, or leave it out")

@@ -28,6 +28,10 @@ class ClusterConfig(Section):
     offload_rollout: Annotated[bool, Derived("on with colocate")] = derived()
     """Release the engines' memory (weights, KV cache) while the trainer works."""
 
+    offload_train: Annotated[bool | None, Derived("on with colocate where the trainer has GPUs")] = None
+    """Move the trainer's weights, gradients and optimizer to pinned host memory while the engines work, and back for
+    each step. On a CPU it takes the same turns and frees nothing."""
+
     distributed_backend: Annotated[Literal["nccl", "gloo"] | None, Derived("nccl on CUDA, gloo on CPU")] = None
     """Backend of the trainer's process group."""
 

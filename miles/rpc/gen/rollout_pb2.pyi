@@ -1131,16 +1131,20 @@ class ReleaseMemoryResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     RELEASE_S_FIELD_NUMBER: _builtins.int
+    RELEASED_BYTES_FIELD_NUMBER: _builtins.int
     release_s: _builtins.float
     """How long it took, in seconds."""
+    released_bytes: _builtins.int
+    """Memory of the worker's GPUs that was freed, in bytes; 0 on a CPU."""
     def __init__(
         self,
         *,
         release_s: _builtins.float = ...,
+        released_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["release_s", b"release_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["release_s", b"release_s", "released_bytes", b"released_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -530,6 +530,58 @@ class SaveCheckpointResponse(_message.Message):
 Global___SaveCheckpointResponse: _TypeAlias = SaveCheckpointResponse  # noqa: Y015
 
 @_typing.final
+class TrainerReleaseMemoryRequest(_message.Message):
+    """Asks for the GPUs' memory."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    JOB_ID_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    job_id: _builtins.str
+    """The job that holds it."""
+    state: _builtins.bool
+    """Move weights, gradients and optimizer to host memory too."""
+    def __init__(
+        self,
+        *,
+        job_id: _builtins.str = ...,
+        state: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["job_id", b"job_id", "state", b"state"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TrainerReleaseMemoryRequest: _TypeAlias = TrainerReleaseMemoryRequest  # noqa: Y015
+
+@_typing.final
+class TrainerReleaseMemoryResponse(_message.Message):
+    """What was asked for is free."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RELEASED_BYTES_FIELD_NUMBER: _builtins.int
+    RELEASE_S_FIELD_NUMBER: _builtins.int
+    released_bytes: _builtins.int
+    """Memory that was freed, of all ranks together, in bytes; 0 when it was free already."""
+    release_s: _builtins.float
+    """Time that the slowest rank took, in seconds."""
+    def __init__(
+        self,
+        *,
+        released_bytes: _builtins.int = ...,
+        release_s: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["release_s", b"release_s", "released_bytes", b"released_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TrainerReleaseMemoryResponse: _TypeAlias = TrainerReleaseMemoryResponse  # noqa: Y015
+
+@_typing.final
 class TrainerGetStatusRequest(_message.Message):
     """A request for the trainer's status."""
 

@@ -64,6 +64,11 @@ class TrainerServiceStub:
                 request_serializer=miles_dot_v1_dot_trainer__pb2.SaveCheckpointRequest.SerializeToString,
                 response_deserializer=miles_dot_v1_dot_trainer__pb2.SaveCheckpointResponse.FromString,
                 _registered_method=True)
+        self.ReleaseMemory = channel.unary_unary(
+                '/miles.v1.TrainerService/ReleaseMemory',
+                request_serializer=miles_dot_v1_dot_trainer__pb2.TrainerReleaseMemoryRequest.SerializeToString,
+                response_deserializer=miles_dot_v1_dot_trainer__pb2.TrainerReleaseMemoryResponse.FromString,
+                _registered_method=True)
         self.GetStatus = channel.unary_unary(
                 '/miles.v1.TrainerService/GetStatus',
                 request_serializer=miles_dot_v1_dot_trainer__pb2.TrainerGetStatusRequest.SerializeToString,
@@ -116,6 +121,14 @@ class TrainerServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ReleaseMemory(self, request, context):
+        """Frees GPU memory for engines that share it: what is kept for the next step, and, if asked for, weights, gradients and
+        optimizer, which go to host memory until the next call that needs them. Idempotent.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def GetStatus(self, request, context):
         """The trainer's status; answered while it trains too.
         """
@@ -155,6 +168,11 @@ def add_TrainerServiceServicer_to_server(servicer, server):
                     servicer.SaveCheckpoint,
                     request_deserializer=miles_dot_v1_dot_trainer__pb2.SaveCheckpointRequest.FromString,
                     response_serializer=miles_dot_v1_dot_trainer__pb2.SaveCheckpointResponse.SerializeToString,
+            ),
+            'ReleaseMemory': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReleaseMemory,
+                    request_deserializer=miles_dot_v1_dot_trainer__pb2.TrainerReleaseMemoryRequest.FromString,
+                    response_serializer=miles_dot_v1_dot_trainer__pb2.TrainerReleaseMemoryResponse.SerializeToString,
             ),
             'GetStatus': grpc.unary_unary_rpc_method_handler(
                     servicer.GetStatus,
@@ -324,6 +342,33 @@ class TrainerService:
             '/miles.v1.TrainerService/SaveCheckpoint',
             miles_dot_v1_dot_trainer__pb2.SaveCheckpointRequest.SerializeToString,
             miles_dot_v1_dot_trainer__pb2.SaveCheckpointResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReleaseMemory(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/miles.v1.TrainerService/ReleaseMemory',
+            miles_dot_v1_dot_trainer__pb2.TrainerReleaseMemoryRequest.SerializeToString,
+            miles_dot_v1_dot_trainer__pb2.TrainerReleaseMemoryResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -43,6 +43,10 @@ class TrainerServiceStub:
     """Exports the current weights as a version and hands it to the weight-sync service, up to PREPARED."""
     SaveCheckpoint: _grpc.UnaryUnaryMultiCallable[_trainer_pb2.SaveCheckpointRequest, _trainer_pb2.SaveCheckpointResponse]
     """Writes a checkpoint; the queue entries that it covers are acknowledged when it is complete."""
+    ReleaseMemory: _grpc.UnaryUnaryMultiCallable[_trainer_pb2.TrainerReleaseMemoryRequest, _trainer_pb2.TrainerReleaseMemoryResponse]
+    """Frees GPU memory for engines that share it: what is kept for the next step, and, if asked for, weights, gradients and
+    optimizer, which go to host memory until the next call that needs them. Idempotent.
+    """
     GetStatus: _grpc.UnaryUnaryMultiCallable[_trainer_pb2.TrainerGetStatusRequest, _trainer_pb2.TrainerGetStatusResponse]
     """The trainer's status; answered while it trains too."""
 
@@ -61,6 +65,10 @@ class TrainerServiceAsyncStub(TrainerServiceStub):
     """Exports the current weights as a version and hands it to the weight-sync service, up to PREPARED."""
     SaveCheckpoint: _aio.UnaryUnaryMultiCallable[_trainer_pb2.SaveCheckpointRequest, _trainer_pb2.SaveCheckpointResponse]  # type: ignore[assignment]
     """Writes a checkpoint; the queue entries that it covers are acknowledged when it is complete."""
+    ReleaseMemory: _aio.UnaryUnaryMultiCallable[_trainer_pb2.TrainerReleaseMemoryRequest, _trainer_pb2.TrainerReleaseMemoryResponse]  # type: ignore[assignment]
+    """Frees GPU memory for engines that share it: what is kept for the next step, and, if asked for, weights, gradients and
+    optimizer, which go to host memory until the next call that needs them. Idempotent.
+    """
     GetStatus: _aio.UnaryUnaryMultiCallable[_trainer_pb2.TrainerGetStatusRequest, _trainer_pb2.TrainerGetStatusResponse]  # type: ignore[assignment]
     """The trainer's status; answered while it trains too."""
 
@@ -112,6 +120,16 @@ class TrainerServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_trainer_pb2.SaveCheckpointResponse, _abc.Awaitable[_trainer_pb2.SaveCheckpointResponse]]:
         """Writes a checkpoint; the queue entries that it covers are acknowledged when it is complete."""
+
+    @_abc_1.abstractmethod
+    def ReleaseMemory(
+        self,
+        request: _trainer_pb2.TrainerReleaseMemoryRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_trainer_pb2.TrainerReleaseMemoryResponse, _abc.Awaitable[_trainer_pb2.TrainerReleaseMemoryResponse]]:
+        """Frees GPU memory for engines that share it: what is kept for the next step, and, if asked for, weights, gradients and
+        optimizer, which go to host memory until the next call that needs them. Idempotent.
+        """
 
     @_abc_1.abstractmethod
     def GetStatus(

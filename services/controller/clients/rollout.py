@@ -111,9 +111,10 @@ class RolloutClient:
         """Preempt a group on the worker, which stores its unfinished responses and returns the group."""
         self._orders.add(rollout_pb2.GroupPreempt(group_id=group_id, attempt=attempt, purpose=purpose))
 
-    async def release_memory(self) -> None:
+    async def release_memory(self) -> rollout_pb2.ReleaseMemoryResponse:
         """Free the memory of the worker's engine until it gets new weights."""
         with connected(self.worker.registration.address) as channel:
             stub = rollout_pb2_grpc.RolloutServiceStub(channel)
             request = rollout_pb2.ReleaseMemoryRequest(job_id=self._context.job_id)
-            await call(stub.ReleaseMemory(request), f"rollout {self.worker_id} memory", deadlines.RELEASE_MEMORY_S)
+            what = f"rollout {self.worker_id} memory"
+            return await call(stub.ReleaseMemory(request), what, deadlines.RELEASE_MEMORY_S)

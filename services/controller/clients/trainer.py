@@ -132,6 +132,13 @@ class TrainerClient:
         what = f"export of version {version}"
         return await self._while_alive(call(self._stub.Export(request), what, deadlines.EXPORT_S), what)
 
+    async def release_memory(self, *, state: bool) -> trainer_pb2.TrainerReleaseMemoryResponse:
+        """Have the trainer free what it keeps for the next step on GPUs; with `state`, all until a call needs it."""
+        request = trainer_pb2.TrainerReleaseMemoryRequest(job_id=self._context.job_id, state=state)
+        what = "the trainer's memory"
+        releasing = call(self._stub.ReleaseMemory(request), what, deadlines.RELEASE_MEMORY_S)
+        return await self._while_alive(releasing, what)
+
     async def save(self, export_hf: bool, in_background: bool) -> trainer_pb2.SaveCheckpointResponse:
         """Write a checkpoint; one in the background is complete once the answer to a later call names it."""
         request = trainer_pb2.SaveCheckpointRequest(

@@ -43,11 +43,14 @@ class Checkpoints:
         interval = self._config.save_interval
         return interval is not None and 0 < step < last and step % interval == 0
 
-    async def save_if_asked(self, trainer: TrainerClient, *, due: bool = False) -> None:
-        """Save a checkpoint if the user has asked for one or one is due."""
-        if self._controls.checkpoint or due:
-            self._controls.checkpoint = False
-            await self.save(trainer, self._config.save_hf is not None, in_background=self._config.async_save)
+    def asked(self, step: int, last: int) -> bool:
+        """Return whether the user has asked for a checkpoint or one is due."""
+        return self._controls.checkpoint or self.due(step, last)
+
+    async def save_as_asked(self, trainer: TrainerClient) -> None:
+        """Save a checkpoint as configured; the user's wish is fulfilled."""
+        self._controls.checkpoint = False
+        await self.save(trainer, self._config.save_hf is not None, in_background=self._config.async_save)
 
     async def save(self, trainer: TrainerClient, export_hf: bool, in_background: bool = False) -> None:
         """Save a checkpoint; one in the background is noted when the trainer names it later."""

@@ -50,12 +50,13 @@ class RunLoop:
                 await self._take_step(admission)
             await self._finish_all()
         except JobStoppedError:
-            await run.checkpoints.save(self._trainer, export_hf=False)
-            await self._finish_evaluation()
+            await self._save_before_stopping()
             raise
         finally:
             await cancel(self._reach)
         if run.step > 0:
+            if run.turns.exclusive:
+                await run.turns.to_trainer(self._check)
             await run.checkpoints.save(self._trainer, export_hf=True)
         await run.traces.wait_until_written()
 
@@ -64,8 +65,7 @@ class RunLoop:
         run = self._run
         batch = await self._next_batch(admission)
         began = time.monotonic()
-        if self._config.cluster.offload_rollout:
-            await self._release_memory()
+        await run.turns.to_trainer(self._check)
         run.status.enter("training")
         with span("train call"), run.clock.during("train"), run.activities.during(self._trainer.worker_id, "train"):
             done = await train_unless_ended(self._trainer, batch, run.step, run.controls, run.status)
@@ -74,6 +74,8 @@ class RunLoop:
         admission.finish_step(batch)
         step = run.step
         run.move_to(step + 1)
+        if run.turns.exclusive:  # later it would be the engines' turn
+            await self._save_if_asked()
         try:
             await run.publications.publish_if_due(self._trainer, run.step, self._check)
         finally:  # a step that was taken is on record also when its publication fails
@@ -83,13 +85,18 @@ class RunLoop:
             run.step_began = now
             run.history.job.policy_version = run.step
             ranks = self._config.cluster.trainer_world_size
-            run.history.metrics_later(step, step_metrics(done.metrics, batch, len(admission.ready), times, ranks))
+            metrics = {
+                **step_metrics(done.metrics, batch, len(admission.ready), times, ranks),
+                **run.turns.take_metrics(),
+            }
+            run.history.metrics_later(step, metrics)
             await run.traces.note(step, phases)
         with span("after step"):
-            await self._after_step()
+            await self._after_step(save=not run.turns.exclusive)
 
     async def _next_batch(self, admission: Admission) -> Batch:
         run = self._run
+        await run.turns.to_engines(self._trainer)
         while True:
             self._check()
             await self._wait_while_paused()
@@ -109,24 +116,23 @@ class RunLoop:
             run.dispatcher.preempt()
         return batch
 
-    async def _after_step(self) -> None:
+    async def _after_step(self, *, save: bool = True) -> None:
         """Do what is due at a step, which may have been missed when the step was reached before."""
         run = self._run
         if run.evaluations.due(run.step, run.last):
             run.evaluations.start(run.step)
-        await run.checkpoints.save_if_asked(self._trainer, due=run.checkpoints.due(run.step, run.last))
+        if save:
+            await self._save_if_asked()
         run.history.job.policy_version = run.step
         run.report.save_summary_later(run.step, run.rollouts.generated_tokens)
 
-    async def _release_memory(self) -> None:
-        """Free the engines' memory for the trainer until the next version; a lost engine holds none."""
-        await self._run.evaluations.wait_until_done(self._check)
-        outcomes = await asyncio.gather(
-            *(client.release_memory() for client in self._run.rollouts.connected()), return_exceptions=True
-        )
-        for error in outcomes:
-            if error is not None and not isinstance(error, WorkerLostError):
-                raise error
+    async def _save_if_asked(self) -> None:
+        """Save a checkpoint if the user has asked for one or one is due."""
+        run = self._run
+        if run.checkpoints.asked(run.step, run.last):
+            if run.turns.exclusive:
+                await run.turns.to_trainer(self._check)
+            await run.checkpoints.save_as_asked(self._trainer)
 
     async def _wait_while_paused(self) -> None:
         run = self._run
@@ -136,7 +142,8 @@ class RunLoop:
         await run.history.state(job_pb2.JOB_STATE_PAUSED, "paused by the user")
         run.status.enter("paused", "the user to resume the job")
         while await run.controls.wait_while_paused():
-            await run.checkpoints.save_if_asked(self._trainer)
+            await self._save_if_asked()
+            await run.turns.to_engines(self._trainer)
         run.dispatcher.release_hold(PAUSED)
         await run.history.state(job_pb2.JOB_STATE_RUNNING, "resumed by the user")
 
@@ -150,6 +157,17 @@ class RunLoop:
         with run.status.during("publishing", f"engines to load version {run.step}"):
             await run.publisher.wait_until_active(self._check)
         run.report.pass_on_warnings()
+
+    async def _save_before_stopping(self) -> None:
+        run = self._run
+        if not run.turns.exclusive:
+            await run.checkpoints.save(self._trainer, export_hf=False)
+            await self._finish_evaluation()
+            return
+        await self._finish_evaluation()  # it needs the engines, and the checkpoint the trainer
+        await run.evaluations.cancel()
+        await run.turns.to_trainer(lambda: self._check(stopping=True))
+        await run.checkpoints.save(self._trainer, export_hf=False)
 
     async def _finish_evaluation(self) -> None:
         """Before a job stops, wait for a running evaluation, unless a resumed run repeats it."""

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 from asyncio import FIRST_COMPLETED
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 from miles.rpc.gen import weightsync_pb2
 from miles.services.controller.clients.trainer import TrainerClient
@@ -39,7 +39,9 @@ class Publisher:
         activities: WorkerActivities,
         report: RunReport,
         on_active: Callable[[int], None],
+        leave_to_engines: Callable[[TrainerClient], Awaitable[None]],
     ) -> None:
+        """`leave_to_engines` has the trainer free GPUs that the engines are about to load a version on."""
         self._context = context
         self._weightsync = weightsync
         self._rollouts = rollouts
@@ -47,6 +49,7 @@ class Publisher:
         self._activities = activities
         self._report = report
         self._on_active = on_active
+        self._leave_to_engines = leave_to_engines
         self._activation: asyncio.Task[None] | None = None
         self.active: int | None = None
         """Version that engines serve; None before the first."""
@@ -68,6 +71,7 @@ class Publisher:
             exported = await trainer.export(version)
         logger.info("version %d is prepared (%d bytes)", version, exported.total_bytes)
         self.newest = version
+        await self._leave_to_engines(trainer)
         self._activation = asyncio.create_task(self._activate(version))
 
     async def wait_until_active(self, check: Callable[[], None]) -> None:

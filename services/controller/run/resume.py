@@ -68,9 +68,11 @@ async def load(run: RunState, trainer: TrainerClient, check: Callable[[], None])
 
 
 async def _load_workers(run: RunState, trainer: TrainerClient, check: Callable[[], None]) -> trainer_pb2.TrainerReady:
+    await run.turns.to_trainer(check)
     run.status.enter("loading", "the trainer to load the model")
     with run.activities.during(trainer.worker_id, "load"):
         ready = await run.controls.unless_ended(trainer.start_job())
+    await run.turns.to_engines(trainer)
     run.status.enter("loading", "a rollout to load the model")
     while not run.rollouts.connected():
         check()
@@ -144,6 +146,7 @@ async def _restore_admission(run: RunState, ready: trainer_pb2.TrainerReady) -> 
 
 async def _publish_loaded_version(run: RunState, trainer: TrainerClient, check: Callable[[], None]) -> None:
     run.publications.reset()
+    await run.turns.to_trainer(check)
     run.status.enter("loading", f"engines to load version {run.step}")
     await run.publisher.export(trainer, run.step, check)
     await run.publisher.wait_until_active(check)

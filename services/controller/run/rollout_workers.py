@@ -65,6 +65,9 @@ class RolloutWorkers:
         self._refusals = Refusals()
         self._refusing: set[str] = set()
         """Workers that refuse the weights, by name."""
+        self.may_load = asyncio.Event()
+        """Set while workers may load the job; others wait."""
+        self.may_load.set()
 
     @property
     def generated_tokens(self) -> int:
@@ -116,6 +119,10 @@ class RolloutWorkers:
             self._alerts.warn(warning)
         try:
             await asyncio.shield(fenced)
+            if not self.may_load.is_set():
+                logger.info("%s waits for the trainer to leave the GPUs", worker.worker_id)
+                await self.may_load.wait()
+            client.loading_since_s = time.time()
             await self._run_until_lost(client, listener)
             if worker.lost.is_set():
                 await fence_lost_worker(self._queue, worker)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from miles.change_signal import ChangeSignal
 from miles.rpc.gen import controller_pb2, rollout_pb2
+from miles.services.controller.clients.trainer import TrainerClient
 from miles.services.controller.clients.weightsync import WeightSyncClient
 from miles.services.controller.jobs import number_types
 from miles.services.controller.jobs.context import JobContext
@@ -19,6 +20,7 @@ from miles.services.controller.run.dispatcher import Dispatcher
 from miles.services.controller.run.dropped_groups import DroppedGroups
 from miles.services.controller.run.equal_rewards import EqualRewards
 from miles.services.controller.run.evaluation_schedule import EvaluationSchedule
+from miles.services.controller.run.gpu_turns import GpuTurns
 from miles.services.controller.run.lease_messages import training_lease
 from miles.services.controller.run.publication_schedule import PublicationSchedule
 from miles.services.controller.run.publish import Publisher
@@ -94,7 +96,10 @@ class RunSetup:
             group = self._prompts.group(context.job_id, group_id, 1)
             return training_lease(config, group, attempt, version, max(version, publisher.newest))
 
-        publisher = Publisher(context, weightsync, rollouts, clock, activities, report, on_active)
+        async def leave_to_engines(trainer: TrainerClient) -> None:
+            await turns.to_engines(trainer)
+
+        publisher = Publisher(context, weightsync, rollouts, clock, activities, report, on_active, leave_to_engines)
         dispatcher = Dispatcher(
             rollouts,
             self._registry,
@@ -113,6 +118,7 @@ class RunSetup:
         )
         status.connect(rollouts, dispatcher, publisher)
         evaluations = EvaluationSchedule(context, history, dispatcher, self._eval_sets)
+        turns = GpuTurns(config, rollouts, dispatcher, evaluations, status)
         last = int(history.job.num_rollout)
         return RunState(
             context=context,
@@ -135,6 +141,7 @@ class RunSetup:
             checkpoints=Checkpoints(config, history, self._controls, status, clock, activities, report, rollouts),
             prompts=self._prompts,
             traces=StepTraces(context.run_dir / "traces", config.telemetry.trace_steps, self._registry, report),
+            turns=turns,
         )
 
     async def _choose_number_types(self) -> None:

@@ -14,6 +14,7 @@ from miles.services.controller.run.alerts import RunAlerts
 from miles.services.controller.run.checkpoints import Checkpoints
 from miles.services.controller.run.dispatcher import Dispatcher
 from miles.services.controller.run.evaluation_schedule import EvaluationSchedule
+from miles.services.controller.run.gpu_turns import GpuTurns
 from miles.services.controller.run.publication_schedule import PublicationSchedule
 from miles.services.controller.run.publish import Publisher
 from miles.services.controller.run.report import RunReport
@@ -57,6 +58,7 @@ class RunState:
     checkpoints: Checkpoints
     prompts: PromptSource
     traces: StepTraces
+    turns: GpuTurns
     step: int = 0
     """Training steps taken, which is also the version of the trainer's weights."""
     step_began: float = 0.0

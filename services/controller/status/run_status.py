@@ -71,6 +71,12 @@ class RunStatus:
         finally:
             self.enter(*before)
 
+    @contextmanager
+    def waiting_for(self, what: str) -> Iterator[None]:
+        """The run waits for something inside the block, in the phase that it is in."""
+        with self.during(self._phase, what):
+            yield
+
     def describe(self, batch_size: int, workers: Sequence[AttachedWorker]) -> controller_pb2.DescribeRunResponse:
         """Describe the run as it is now; `workers` are those that are attached."""
         answer = controller_pb2.DescribeRunResponse(

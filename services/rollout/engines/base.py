@@ -175,8 +175,11 @@ class RolloutEngine(Protocol):
     async def weight_bytes(self) -> Mapping[str, torch.Tensor]:
         """The parameters as served, by HF name, on CPU or device: for `check_weight_update_equal`."""
 
-    async def release_memory(self) -> None:
-        """Free what memory can be freed, retracting requests; the next load, `resume` or request allocates it again."""
+    async def release_memory(self) -> int:
+        """Free what memory can be freed, retracting requests; the next load, `resume` or request allocates it again.
+
+        Returns the bytes of GPU memory that were freed.
+        """
 
     def stats(self) -> EngineStats:
         """Counters as of now."""

@@ -140,12 +140,12 @@ class Serving:
                 self._paused = False
 
     @traced("release memory")
-    async def release_memory(self) -> float:
-        """Free the engine's memory until a resume or new weights; returns the time that took, in seconds."""
+    async def release_memory(self) -> tuple[int, float]:
+        """Free the engine's memory until a resume or new weights; returns bytes of GPU memory and seconds."""
         started = time.monotonic()
         async with self._order:
-            await self._engine.release_memory()
-        return time.monotonic() - started
+            released = await self._engine.release_memory()
+        return released, time.monotonic() - started
 
     def tick(self) -> None:
         """Quarantine an engine whose pause token has expired or that hangs; call about once a second."""

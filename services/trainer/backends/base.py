@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from miles.config.resume_rules import recorded
 from miles.ownership.export import ExportFolder
+from miles.services.trainer.backends.parking import Held, Moved, Parking, free_cached
 from miles.services.trainer.batch.rollout_batch import RolloutBatch
 from miles.services.trainer.checkpoint.background_save import Saving, on_first_rank
 from miles.services.trainer.checkpoint.choice import check_settings, choose
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
     from miles.config import JobConfig
 
 logger = logging.getLogger(__name__)
+
+_NOT_LOADED = "the trainer holds no model: call load() first"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +61,7 @@ class BaseBackend(abc.ABC, Generic[PartsT]):
         self._device = device
         self._checkpoint_dir = checkpoint_dir
         self._parts: PartsT | None = None
+        self._parking: Parking | None = None
         self._log = SampleLog(
             pathlib.Path(config.services.run_dir),
             config.telemetry.log_samples_per_step,
@@ -86,6 +90,7 @@ class BaseBackend(abc.ABC, Generic[PartsT]):
             # A debugging aid that comes with the switch above and costs a sixth of the step.
             torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         self._parts = self._build()
+        self._parking = Parking(self._held(self._parts), self._device)
         state = TrainerState() if record is None else self._restore(record)
         if dist.get_rank() == 0:
             self._log.discard_from(state.step)
@@ -106,6 +111,8 @@ class BaseBackend(abc.ABC, Generic[PartsT]):
         """See `TrainerBackend.export`."""
         if self._loaded.roles.old_policies is not None:
             self._loaded.roles.old_policies.publish()
+        if self._config.cluster.colocate:
+            free_cached(self._device)  # a version that engines share would keep the large blocks it was put into
         return self._export()
 
     def save(self, directory: pathlib.Path, state: TrainerState) -> None:
@@ -123,9 +130,20 @@ class BaseBackend(abc.ABC, Generic[PartsT]):
         run_dir, pattern = pathlib.Path(self._config.services.run_dir), self._config.checkpoint.save_hf
         replace_export(ExportFolder(directory, run_dir, pattern), self._write_hf)
 
+    @traced("release memory")
+    def release_memory(self, *, state: bool = True) -> Moved:
+        """See `TrainerBackend.release_memory`."""
+        self._before_release(self._loaded)
+        return self._host.park() if state else free_cached(self._device)
+
+    @traced("restore memory")
+    def restore_memory(self) -> Moved:
+        """See `TrainerBackend.restore_memory`."""
+        return self._host.restore()
+
     def close(self) -> None:
         """Free the model. The backend can `load` again."""
-        self._parts = None
+        self._parts = self._parking = None
         self._destroy_groups()
         gc.collect()
         if self._device.type == "cuda":
@@ -154,6 +172,13 @@ class BaseBackend(abc.ABC, Generic[PartsT]):
     @abc.abstractmethod
     def _write_hf(self, directory: pathlib.Path) -> None:
         """Write the policy to a new folder; collective, rank 0 writes."""
+
+    @abc.abstractmethod
+    def _held(self, parts: PartsT) -> Held:
+        """Everything that is held on the device between calls."""
+
+    def _before_release(self, parts: PartsT) -> None:
+        """Free what was gathered or kept for the next call."""
 
     @abc.abstractmethod
     def _destroy_groups(self) -> None:
@@ -216,9 +241,15 @@ class BaseBackend(abc.ABC, Generic[PartsT]):
         return None if path is None else pathlib.Path(path)
 
     @property
+    def _host(self) -> Parking:
+        if self._parking is None:
+            raise RuntimeError(_NOT_LOADED)
+        return self._parking
+
+    @property
     def _loaded(self) -> PartsT:
         if self._parts is None:
-            raise RuntimeError("the trainer holds no model: call load() first")
+            raise RuntimeError(_NOT_LOADED)
         return self._parts
 
 

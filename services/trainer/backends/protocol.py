@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     import torch
 
     from miles.rpc.gen import policy_pb2
+    from miles.services.trainer.backends.parking import Moved
     from miles.services.trainer.checkpoint.background_save import Saving
     from miles.services.trainer.ranks.abandoning import Abandonment
 
@@ -72,6 +73,15 @@ class TrainerBackend(Protocol):
 
     def save_hf(self, directory: pathlib.Path) -> None:
         """Write the policy as a HF checkpoint with tokenizer and config."""
+
+    def release_memory(self, *, state: bool = True) -> Moved:
+        """Free what the device keeps for the next step.
+
+        With `state` weights, gradients and optimizer go to host memory too; then no other call until `restore_memory`.
+        """
+
+    def restore_memory(self) -> Moved:
+        """Move them back, bit for bit; does nothing when they are there."""
 
     def close(self) -> None:
         """Free the model."""

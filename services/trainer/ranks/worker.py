@@ -54,6 +54,8 @@ class RankWorker:
         """Checkpoint that the job was loaded from; None for the initial weights."""
         self.notes: Sequence[str] = ()
         """What a person should know of how the job was loaded."""
+        self._restored_s = 0.0
+        """Time that moving memory back to the device has taken since the last step, in seconds."""
 
     def run(
         self,
@@ -68,7 +70,7 @@ class RankWorker:
 
         Returns the state (start), the metrics or, for an abandoned step, None (train), which engines' GPU memory it can
         open (open_gpu_memory), the report for `export.merge` (export), whether this rank's files of a checkpoint are
-        written (save_progress), or which folder this rank misses (look_for_folders).
+        written (save_progress), what was freed (release_memory), or which folder this rank misses (look_for_folders).
         """
         arguments = command.arguments
         match command.name:
@@ -85,12 +87,12 @@ class RankWorker:
             case "export":
                 return self._export(command, sender)
             case "save":
-                return self._loaded().save(
+                return self._at_hand().save(
                     pathlib.Path(arguments["directory"]), TrainerState.from_json(arguments["state"])
                 )
             case "begin_save":
                 state = TrainerState.from_json(arguments["state"])
-                self._saving = self._loaded().begin_save(pathlib.Path(arguments["directory"]), state)
+                self._saving = self._at_hand().begin_save(pathlib.Path(arguments["directory"]), state)
                 return None
             case "save_progress":
                 return WRITTEN if self._saving is None or self._saving.done() else WRITING
@@ -98,7 +100,9 @@ class RankWorker:
                 saving, self._saving = self._saving, None
                 return None if saving is None else saving.finish()
             case "save_hf":
-                return self._loaded().save_hf(pathlib.Path(arguments["directory"]))
+                return self._at_hand().save_hf(pathlib.Path(arguments["directory"]))
+            case "release_memory":
+                return self._release_memory(state=arguments["state"])
             case "stop":
                 return self._stop()
         raise ValueError(f"no command is called {command.name!r}")
@@ -115,8 +119,13 @@ class RankWorker:
         report: Report,
         abandonment: Abandonment,
     ) -> Mapping[str, float] | None:
+        backend = self._at_hand()
         with contextlib.suppress(StepAbandonedError):
-            return self._loaded().train(step, groups, report, abandonment)
+            metrics = backend.train(step, groups, report, abandonment)
+            if self._restored_s:
+                metrics = {**metrics, "perf/onload_train_time": self._restored_s}
+            self._restored_s = 0.0
+            return metrics
         return None
 
     def _start(self, config_json: dict[str, Any], checkpoint_dir: pathlib.Path) -> TrainerState:
@@ -154,7 +163,7 @@ class RankWorker:
 
         if sender is None:
             sender = self._sender = self._sender or WeightSender(self.endpoint(command.arguments["address"]))
-        return send_share(self._loaded(), sender, command, self.rank, self._ranks, self._export_format)
+        return send_share(self._at_hand(), sender, command, self.rank, self._ranks, self._export_format)
 
     def _open_gpu_memory(self, probes: Sequence[bytes]) -> bytes:
         from miles.rpc.gen import weightsource_pb2
@@ -162,6 +171,13 @@ class RankWorker:
 
         engines = [weightsource_pb2.GpuMemoryProbe.FromString(probe) for probe in probes]
         return open_probes(engines, self.device, self.rank).SerializeToString()
+
+    def _release_memory(self, *, state: bool) -> bytes:
+        from miles.rpc.gen import trainer_pb2
+
+        moved = self._loaded().release_memory(state=state)
+        message = trainer_pb2.TrainerReleaseMemoryResponse(released_bytes=moved.nbytes, release_s=moved.seconds)
+        return message.SerializeToString()
 
     def _stop(self) -> None:
         if self._sender is not None:
@@ -173,6 +189,13 @@ class RankWorker:
         if self._backend is not None:
             self._backend.close()
         self._backend = self.loaded_from = None
+        self._restored_s = 0.0
+
+    def _at_hand(self) -> TrainerBackend:
+        """The backend, with everything on its device."""
+        backend = self._loaded()
+        self._restored_s += backend.restore_memory().seconds
+        return backend
 
     def _loaded(self) -> TrainerBackend:
         if self._backend is None:

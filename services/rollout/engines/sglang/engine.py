@@ -204,15 +204,26 @@ class SglangEngine:
         async with self._lock, self._paused_in_place(unless=self._pause_mode is not None):
             return await self._loader.verify()
 
-    async def release_memory(self) -> None:
-        """Free the servers' weights and caches until `resume` or the next load; running requests are retracted."""
+    async def release_memory(self) -> int:
+        """Free the servers' weights and caches until `resume` or the next load; running requests are retracted.
+
+        Returns the bytes of memory that their GPUs have more; 0 for attached servers, whose GPUs are not known.
+        """
         async with self._lock:
             self._dispatcher.held = True
             await self._run_again_to_end()
             await self._dispatcher.interrupt_recorded()
             await self._servers.pause("retract", always=True)  # a scheduler that is not paused uses its memory
+            before = self._free_memory()
             await self._loader.release_memory()
             self._released = True
+            return max(0, self._free_memory() - before)
+
+    def _free_memory(self) -> int:
+        """Of the GPUs of the servers that were started here, in bytes."""
+        import torch
+
+        return sum(torch.cuda.mem_get_info(gpu)[0] for gpu in self._options.own_gpus)
 
     async def _run_again_to_end(self) -> None:
         """Let requests of a pause in place end: a server ends none while it is paused."""

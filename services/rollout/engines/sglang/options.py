@@ -69,6 +69,12 @@ class SglangOptions:
         return self.device.startswith("cuda")
 
     @property
+    def own_gpus(self) -> range:
+        """Indices of the GPUs of the servers that are started here; empty on a CPU and for attached servers."""
+        count = self.engines * self.gpus_per_engine if self.on_gpu and not self.addresses else 0
+        return range(self.first_gpu, self.first_gpu + count)
+
+    @property
     def first_gpu(self) -> int:
         """Index of the first server's first GPU."""
         return int(self.device.partition(":")[2] or 0)

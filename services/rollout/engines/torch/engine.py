@@ -240,8 +240,9 @@ class TorchEngine:
             return served
         return await asyncio.to_thread(as_received, served, self._quantised, self._dtype)
 
-    async def release_memory(self) -> None:
+    async def release_memory(self) -> int:
         """Free nothing: the weights belong to the transport, and the cache is small."""
+        return 0
 
     def stats(self) -> EngineStats:
         """Counters as of now."""

@@ -19,8 +19,10 @@ from miles.services.trainer.backends.fsdp.learner import FsdpLearner
 from miles.services.trainer.backends.fsdp.lora.adapter import merged_weights
 from miles.services.trainer.backends.fsdp.lora.layers import named_adapters
 from miles.services.trainer.backends.fsdp.model.build_roles import FsdpRoles, build_roles
-from miles.services.trainer.backends.fsdp.model.sharded_model import full_tensor, named_weights
+from miles.services.trainer.backends.fsdp.model.sharded_model import free_gathered, full_tensor, named_weights
+from miles.services.trainer.backends.fsdp.optimizer import state_tensors
 from miles.services.trainer.backends.fsdp.step import FsdpTrainer
+from miles.services.trainer.backends.parking import Held
 from miles.services.trainer.checkpoint.background_save import Saving, on_first_rank
 from miles.services.trainer.checkpoint.hf_files import write_hf_checkpoint
 from miles.services.trainer.checkpoint.record import CheckpointRecord, check_base
@@ -141,6 +143,19 @@ class FsdpBackend(BaseBackend[_Parts]):
         adapters = {} if adapter is None else {name: full_tensor(part) for name, part in named_adapters(policy)}
         if adapter is not None:
             on_first_rank(functools.partial(adapter.write, directory / "adapter", adapters))
+
+    def _held(self, parts: _Parts) -> Held:
+        def kept() -> Iterator[torch.Tensor]:
+            for model in parts.roles.models:
+                yield from (local_tensor(tensor) for tensor in (*model.parameters(), *model.buffers()))
+            for optimizer in parts.roles.optimizers:
+                yield from (local_tensor(tensor) for tensor in state_tensors(optimizer))
+
+        return Held(kept)
+
+    def _before_release(self, parts: _Parts) -> None:
+        for model in parts.roles.models:
+            free_gathered(model)
 
     def _destroy_groups(self) -> None:
         if self._save_group is not None:

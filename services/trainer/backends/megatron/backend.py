@@ -14,6 +14,7 @@ from miles.services.trainer.backends.megatron.export import Exporter
 from miles.services.trainer.backends.megatron.model.build_roles import MegatronRoles, build_roles
 from miles.services.trainer.backends.megatron.parallel import groups
 from miles.services.trainer.backends.megatron.step import MegatronTrainer
+from miles.services.trainer.backends.parking import Held
 from miles.services.trainer.checkpoint.background_save import Saving
 from miles.services.trainer.checkpoint.hf_files import write_hf_checkpoint
 from miles.services.trainer.checkpoint.record import CheckpointRecord
@@ -75,6 +76,21 @@ class MegatronBackend(BaseBackend[_Parts]):
         source, dtype = pathlib.Path(str(rollout.hf_checkpoint)), algorithm_options.DTYPES[rollout.rollout_dtype]
         model, tensors = parts.published.model, parts.exporter.tensors()
         write_hf_checkpoint(directory, source, model, tensors, dtype, chat_template=self._chat_template)
+
+    def _held(self, parts: _Parts) -> Held:
+        learners = [learner for learner in (parts.roles.policy, parts.roles.critic) if learner is not None]
+
+        def kept() -> Iterator[torch.Tensor]:
+            for learner in learners:
+                for chunk in learner.model.bare_chunks:
+                    yield from (*chunk.parameters(), *chunk.buffers())
+                yield from learner.optimizer.tensors()
+
+        def scratch() -> Iterator[torch.Tensor]:
+            for learner in learners:
+                yield from learner.model.gradient_buffers()
+
+        return Held(kept, scratch)
 
     def _destroy_groups(self) -> None:
         groups.destroy()

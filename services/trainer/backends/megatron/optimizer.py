@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -65,6 +66,14 @@ class MegatronOptimizer:
         """Learning rate of the last step."""
         rate: float = self.inner.param_groups[0]["lr"]
         return rate
+
+    def tensors(self) -> Iterator[torch.Tensor]:
+        """What it updates, master parameters or the model's own, and its state; none before the first step."""
+        for part in getattr(self.inner, "chained_optimizers", [self.inner]):
+            for group in part.optimizer.param_groups:
+                yield from group["params"]
+            for state in part.optimizer.state.values():
+                yield from (value for value in state.values() if isinstance(value, torch.Tensor))
 
     def clear(self) -> None:
         """Discard gradients."""

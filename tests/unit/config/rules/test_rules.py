@@ -57,6 +57,7 @@ RULE_CASES: list[tuple[dict[str, Any], str]] = [
         "attn_implementation = varlen, but it needs CUDA and 16-bit numbers, and train_dtype is float32",
     ),
     ({"fsdp_cpu_offload": True, "device": "cpu"}, "fsdp_cpu_offload = true, but device is cpu"),
+    ({"fsdp_cpu_offload": True, "offload_train": True}, "offload_train = true, but fsdp_cpu_offload keeps all in host"),
     ({"name": "a" * 210}, "name = "),
     ({"hf_checkpoint": None}, "hf_checkpoint is not set, and a run needs a model"),
     ({"prompt_data": None}, "prompt_data is not set, and training needs prompts"),

@@ -43,6 +43,9 @@ def command(options: SglangOptions, index: int, port: int, max_positions: int) -
             arguments += ["--disable-shared-experts-fusion"]
     if options.memory_saver:
         arguments += ["--enable-memory-saver"]
+        if has_draft_weights(options.server_flags) and "enable_draft_weights_cpu_backup" not in options.server_flags:
+            # Versions of the policy do not bring back the draft's weights, and of the draft there may never be one.
+            arguments += ["--enable-draft-weights-cpu-backup"]
     return [*arguments, *passed_through(options.server_flags)]
 
 

@@ -42,6 +42,18 @@ class FsdpRoles(Roles):
     adapter: Adapter | None = None
     """The adapter that is trained; None when the whole policy is."""
 
+    @property
+    def models(self) -> list[torch.nn.Module]:
+        """Every model that is held, trained or not, each once."""
+        learners = [learner.model for learner in (self.policy, self.critic) if learner is not None]
+        frozen = [role.model for role in (self.reference, self.teacher) if isinstance(role, FrozenModel)]
+        return [*learners, *frozen]
+
+    @property
+    def optimizers(self) -> list[torch.optim.Optimizer]:
+        """Of the models that are trained."""
+        return [learner.optimizer for learner in (self.policy, self.critic) if learner is not None]
+
 
 def build_roles(config: JobConfig, device: torch.device) -> FsdpRoles:
     """Load and place every model; collective. Raises FileNotFoundError for a folder without one."""

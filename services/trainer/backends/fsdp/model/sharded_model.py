@@ -135,6 +135,13 @@ def named_weights(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     yield from once(model.state_dict(keep_vars=True)).items()
 
 
+def free_gathered(model: torch.nn.Module) -> None:
+    """Free the parameters that FSDP has gathered and keeps for the next pass."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
     """The full tensor on every rank; collective for a sharded one."""
     detached = tensor.detach()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import pathlib
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -48,6 +49,12 @@ class MegatronModel:
             found += [(f"{index}.{name}", parameter) for name, parameter in chunk.named_parameters()]
             found += [(f"{index}.{name}", buffer) for name, buffer in chunk.named_buffers() if name in persistent]
         return found
+
+    def gradient_buffers(self) -> Iterator[torch.Tensor]:
+        """The memory in which gradients are added up."""
+        for chunk in self.chunks:
+            for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers):
+                yield buffer.grad_data
 
 
 def build_model(

@@ -61,6 +61,16 @@ def test_settings_become_flags() -> None:
     assert "--max-running-requests" not in words(options_of())
 
 
+def test_a_draft_outlives_the_memory_that_is_released() -> None:
+    draft = {"sglang_speculative_algorithm": "EAGLE", "sglang_speculative_draft_model_path": "draft"}
+    flag = "--enable-draft-weights-cpu-backup"
+    assert flag in words(options_of(colocate=True, **draft))
+    assert flag not in words(options_of(colocate=True))
+    assert flag not in words(options_of(**draft))
+    given = options_of(colocate=True, sglang_enable_draft_weights_cpu_backup=True, **draft)
+    assert words(given).count(flag) == 1
+
+
 def test_the_context_leaves_what_sglang_keeps_to_itself_but_never_exceeds_the_model() -> None:
     options = options_of(rollout_max_context_len=500)
     assert "--context-length 506" in words(options, max_positions=512)
