@@ -15,6 +15,7 @@ from miles.standard_streams import escape_unknown_characters, open_missing
 _JOB = "miles.client.commands.act"
 COMMANDS: Mapping[str, tuple[str, str]] = {
     "serve": ("miles.launcher.serve", "start every service on this machine and wait for jobs"),
+    "trainer-node": ("miles.launcher.trainer_node", "run the trainer's ranks on a node other than the first"),
     "doctor": ("miles.doctor.command", "check this machine, and a configuration on it, before anything is started"),
     "plan": ("miles.launcher.plan_command", "what starts where in a run, and the memory that each GPU needs for it"),
     "submit": ("miles.client.commands.submit", "submit a job to a gateway"),

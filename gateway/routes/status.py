@@ -48,8 +48,8 @@ class RunStatus(BaseModel):
     """The current state of a job's run."""
 
     phase: str = Field(
-        description="queued, starting, loading, collecting, training, publishing, evaluating, saving, paused, "
-        "recovering, ending or ended",
+        description="queued, starting, gathering, loading, collecting, training, publishing, evaluating, saving, "
+        "paused, recovering, ending or ended",
         examples=["collecting"],
     )
     waiting_for: str | None = Field(

@@ -9,11 +9,11 @@ import pathlib
 import socket
 from collections.abc import Sequence
 
+from miles.config.checks.environment import SERVICE_PORTS
 from miles.doctor.finding import Finding, fail, ok
 from miles.doctor.subject import Subject
 
 _LISTENING = "0A"
-_SERVICES = ("controller_port", "weightsync_port", "trainer_port", "reward_port")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -36,9 +36,9 @@ def look(subject: Subject) -> Sequence[Port]:
     if subject.settings is None:
         return []
     s = subject.settings
-    wanted = [(key, s.host, getattr(s, key)) for key in _SERVICES]
+    wanted = [(key, s.host, getattr(s, key)) for key in SERVICE_PORTS]
     if s.rollout_port:
-        beyond = min(s.rollout_port + s.rollout_num_workers, 65536)
+        beyond = min(s.rollout_port + s.rollout_num_workers - s.rollout_workers_elsewhere, 65536)
         wanted += [("rollout_port", s.host, number) for number in range(s.rollout_port, beyond)]
     if s.gateway:
         wanted.append(("gateway_port", s.gateway_host, s.gateway_port))

@@ -16,9 +16,16 @@ import socket
 import time
 from typing import TYPE_CHECKING
 
-from miles.addresses import free_port, join_address, reachable_here, split_address
-from miles.cores import WAIT_VARIABLE
-from miles.launcher.inherited import inherited
+from miles.addresses import (
+    free_port,
+    is_loopback,
+    join_address,
+    reachable_here,
+    split_address,
+    stands_for_every_interface,
+)
+from miles.launcher.elsewhere import command_line, plan_elsewhere
+from miles.launcher.inherited import QUIET_ENVIRONMENT, inherited
 from miles.launcher.plan import ProcessPlan, plan_controller, plan_gateway, plan_workers
 from miles.launcher.process import ProcessFailedError, SupervisedProcess
 from miles.launcher.restart_policy import RestartPolicy
@@ -38,12 +45,10 @@ _REDIS_CHECK_S = 0.5
 _REDIS_OUTLIVES_S = 20.0
 """How long Redis lives on when the launcher is killed: the services, which end then, store what they have."""
 _RESTARTS_IN_A_DRILL = 30
-_PINNED_PORTS = ("weightsync_port", "reward_port")
-"""Ports of services that others know by address, so that they must be the same after a restart."""
+_PINNED_PORTS = ("weightsync_port", "reward_port", "trainer_master_port")
+"""Ports that others know by address, so that they must be the same after a restart."""
 _GATEWAY_NEEDS = ("fastapi", "httptools", "prometheus_client", "uvicorn")
 """Packages of the extra `gateway`: a run without them has no REST API."""
-_QUIET_ENVIRONMENT = {WAIT_VARIABLE: "PASSIVE", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
-"""Waiting threads do not spin on cores that other processes need, and nothing is downloaded from a hub."""
 
 
 class LocalCluster:
@@ -85,14 +90,20 @@ class LocalCluster:
         host = self._config.services.host
         pinned = {key: getattr(self._config.services, key) or free_port(host) for key in _PINNED_PORTS}
         config = self._config.replace(**pinned)
-        for plan in plan_workers(
-            config, self.controller_address, master_port=free_port(host), every_reward=self._every_reward
-        ):
+        for plan in plan_workers(config, self.controller_address, every_reward=self._every_reward):
             self._launch(plan)
+        self._tell_elsewhere(config)
         self._start_gateway()
 
+    def _tell_elsewhere(self, config: JobConfig) -> None:
+        """Say what is to be started on other hosts, by hand; the run waits for it."""
+        for plan in plan_elsewhere(config, self.controller_address):
+            logger.info("start %s:\n    %s", plan.name, command_line(plan, config.train.train_env_vars))
+
     async def _start_redis(self) -> None:
-        self.redis = RedisServer(self.run_dir / "redis", outlives_s=_REDIS_OUTLIVES_S)
+        host = self._config.services.host
+        shared = None if is_loopback(host) or stands_for_every_interface(host) else host
+        self.redis = RedisServer(self.run_dir / "redis", outlives_s=_REDIS_OUTLIVES_S, host=shared)
         starting = asyncio.ensure_future(asyncio.to_thread(self.redis.start, take_over=True))
         try:
             await asyncio.shield(starting)
@@ -168,7 +179,7 @@ class LocalCluster:
             plan.command,
             {
                 **inherited(os.environ),
-                **_QUIET_ENVIRONMENT,
+                **QUIET_ENVIRONMENT,
                 **plan.environment,
                 WATCHED_PID_ENVIRONMENT: str(os.getpid()),
             },

@@ -13,9 +13,10 @@ from miles.config.command.yaml_files import write_text
 from miles.config.job import JobConfig, examine, resolved
 from miles.config.schema.catalog import catalog
 from miles.config.schema.faults import ConfigError, RunFault
+from miles.launcher.elsewhere import command_line, plan_elsewhere
 from miles.launcher.memory_view import memory_lines
 from miles.launcher.placement import placement_of
-from miles.launcher.plan import ProcessPlan, plan_run
+from miles.launcher.plan import ProcessPlan, controller_address, plan_run
 from miles.launcher.run_plan import RunPlan
 from miles.precision.number_types import NumberTypes, decide, slow_type, slowdown_key
 from miles.redis_url import without_password
@@ -50,7 +51,8 @@ def describe_run(plan: RunPlan) -> str:
     And what it takes of each GPU, and what is still missing for the run itself.
     """
     config = plan.config
-    plans = plan_run(config, placement_of(config, plan.assumed))
+    placement = placement_of(config, plan.assumed)
+    plans = plan_run(config, placement)
     external = {f"reward service {name}": address for name, address in config.reward.service_addresses.items()}
     if config.services.redis_url is not None:
         external["redis"] = without_password(config.services.redis_url)
@@ -65,6 +67,9 @@ def describe_run(plan: RunPlan) -> str:
         document["before it can run"] = [str(fault) for fault in plan.missing]
     if external:
         document["runs elsewhere"] = external
+    if elsewhere := plan_elsewhere(config, controller_address(config), placement):
+        secret = config.train.train_env_vars
+        document["start on other hosts"] = {plan.name: command_line(plan, secret) for plan in elsewhere}
     return redact(write_text(document))
 
 
@@ -99,7 +104,7 @@ def _described(plan: ProcessPlan, secret: Collection[str]) -> dict[str, Any]:
     """Describe a process without the secrets in its command and environment; `secret` names variables."""
     described: dict[str, Any] = {"name": plan.name, "command": redact(shlex.join(plan.command))}
     if plan.node:
-        described["node"] = f"{plan.node}, where it is started by hand"
+        described["node"] = f"{plan.node}, which is not the launcher's"
     if plan.environment:
         shown = redact_config(plan.environment)
         described["environment"] = {name: REDACTED if name in secret else value for name, value in shown.items()}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
+from miles.cores import WAIT_VARIABLE
 from miles.proxies import without_proxy_for_loopback
 
 _OF_ANOTHER_LAUNCHER = re.compile(
@@ -14,6 +15,8 @@ _OF_ANOTHER_LAUNCHER = re.compile(
 """Variables that torchrun or a batch script sets for its own ranks: ours would wait for ranks that nobody starts."""
 _FATAL = frozenset({"PYTHONOPTIMIZE", "PYTHONWARNINGS"})
 """transformers reads docstrings, which PYTHONOPTIMIZE=2 removes, and libraries warn of each other."""
+QUIET_ENVIRONMENT = {WAIT_VARIABLE: "PASSIVE", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+"""Waiting threads do not spin on cores that other processes need, and nothing is downloaded from a hub."""
 
 
 def inherited(environment: Mapping[str, str]) -> dict[str, str]:

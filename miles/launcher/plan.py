@@ -14,6 +14,7 @@ from miles.config.job import JobConfig
 from miles.config.schema.catalog import catalog
 from miles.cores import THREADS_VARIABLE, share_of, usable_cores
 from miles.launcher.placement import placement_of
+from miles.launcher.torchrun import Node, torchrun
 from miles.placement.deal import Placement
 from miles.redis_url import REDIS_URL_VARIABLE
 
@@ -105,19 +106,13 @@ def plan_gateway(config: JobConfig, controller: str) -> ProcessPlan | None:
 
 
 def plan_workers(
-    config: JobConfig,
-    controller: str,
-    *,
-    master_port: int = 0,
-    every_reward: bool = False,
-    placement: Placement | None = None,
+    config: JobConfig, controller: str, *, every_reward: bool = False, placement: Placement | None = None
 ) -> list[ProcessPlan]:
-    """Plan every process that attaches to the controller.
+    """Plan every process of this machine that attaches to the controller; `elsewhere.py` plans those of others.
 
     Args:
         config: resolved for a device.
         controller: host:port of the controller.
-        master_port: free port for the rendezvous of the trainer's ranks; 0 when it is not known yet.
         every_reward: serve all built-in rewards, for later jobs.
         placement: who gets which GPUs; None: as they are dealt on this machine.
     """
@@ -127,19 +122,18 @@ def plan_workers(
         flags = [] if every_reward else _reward_flags(config)
         plans.append(_worker(config, "reward-0", "reward", "reward_port", controller, extra=flags))
     placement = placement or placement_of(config)
-    for i in range(config.cluster.rollout_num_workers):
-        extra = [*_rollout_device(config, i, placement), *_engine_addresses(config, i)]
+    for i in range(rollouts_here(config)):
+        extra = [*_rollout_device(config, i, placement), *engine_addresses(config, i)]
         plan = _worker(config, f"rollout-{i}", "rollout", "rollout_port", controller, offset=i, extra=extra)
         plans.append(dataclasses.replace(plan, node=placement.rollouts[i].node if placement is not None else 0))
-    return [*plans, _trainer(config, controller, master_port)]
+    return [*plans, _trainer(config, controller)]
 
 
 def plan_run(config: JobConfig, placement: Placement | None = None) -> list[ProcessPlan]:
     """Plan all processes, in the order in which they start, with placeholders for addresses that are not known yet."""
     redis = plan_redis(config)
     controller = plan_controller(config, config.services.redis_url or UNKNOWN_ADDRESS)
-    port = config.services.controller_port
-    address = join_address(config.services.host, port) if port else UNKNOWN_ADDRESS
+    address = controller_address(config)
     gateway = plan_gateway(config, address)
     return [
         *([redis] if redis else []),
@@ -149,6 +143,12 @@ def plan_run(config: JobConfig, placement: Placement | None = None) -> list[Proc
     ]
 
 
+def controller_address(config: JobConfig) -> str:
+    """Return the controller's host:port, or a placeholder for one whose port is picked at its start."""
+    port = config.services.controller_port
+    return join_address(config.services.host, port) if port else UNKNOWN_ADDRESS
+
+
 def _worker(
     config: JobConfig, name: str, kind: str, port: str, controller: str, *, offset: int = 0, extra: Sequence[str] = ()
 ) -> ProcessPlan:
@@ -156,27 +156,38 @@ def _worker(
     return _plan(config, name, kind, (*_module(kind), *listen, *extra))
 
 
-def _trainer(config: JobConfig, controller: str, master_port: int) -> ProcessPlan:
+def _trainer(config: JobConfig, controller: str) -> ProcessPlan:
     """Plan the trainer: one process, or torchrun with one per rank, which ends all ranks when one of them ends."""
-    cluster, ranks = config.cluster, _local_ranks(config)
-    extra = [
-        *("--device", config.services.device),
-        *("--distributed-backend", str(cluster.distributed_backend)),
-        *("--distributed-timeout-minutes", str(cluster.distributed_timeout_minutes)),
-    ]
-    plan = _worker(config, "trainer-0", "trainer", "trainer_port", controller, extra=extra)
-    if ranks > 1:
-        module, arguments = plan.command[1:3], plan.command[3:]
-        rendezvous = ("--master-addr", _rendezvous_host(config), "--master-port", str(master_port or UNKNOWN_ADDRESS))
-        torchrun = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), *rendezvous)
-        plan = dataclasses.replace(plan, command=(*torchrun, *module, *arguments))
+    plan = _worker(config, "trainer-0", "trainer", "trainer_port", controller, extra=trainer_flags(config))
+    if config.cluster.trainer_world_size > 1:
+        plan = dataclasses.replace(plan, command=torchrun(trainer_node(config, 0), plan.command[1:]))
     return dataclasses.replace(
         plan, environment={**plan.environment, **config.train.train_env_vars, **tls_environment(config)}
     )
 
 
-def _rendezvous_host(config: JobConfig) -> str:
-    return split_address(reachable_here(join_address(config.services.host, 0)))[0]
+def trainer_flags(config: JobConfig) -> list[str]:
+    """Return the flags of all of the trainer's ranks."""
+    cluster = config.cluster
+    return [
+        *("--device", config.services.device),
+        *("--distributed-backend", str(cluster.distributed_backend)),
+        *("--distributed-timeout-minutes", str(cluster.distributed_timeout_minutes)),
+        *("--rank-timeout-s", f"{cluster.rank_timeout_s:g}"),
+    ]
+
+
+def trainer_node(config: JobConfig, rank: int) -> Node:
+    """Return one of the trainer's nodes. Node 0 is this machine, which serves the rendezvous."""
+    port = config.services.trainer_master_port or UNKNOWN_ADDRESS
+    host = split_address(reachable_here(join_address(config.services.host, 0)))[0]
+    master = join_address(host, 0).removesuffix("0") + str(port)
+    return Node(rank, config.cluster.actor_num_nodes, _local_ranks(config), master)
+
+
+def rollouts_here(config: JobConfig) -> int:
+    """Return the number of rollout services that this machine runs."""
+    return config.cluster.rollout_num_workers - config.cluster.rollout_workers_elsewhere
 
 
 def _local_ranks(config: JobConfig) -> int:
@@ -191,7 +202,7 @@ def _rollout_device(config: JobConfig, index: int, placement: Placement | None) 
     return ["--device", f"cuda:{gpus[0] if gpus else 0}", "--num-gpus", str(len(gpus))]
 
 
-def _engine_addresses(config: JobConfig, index: int) -> list[str]:
+def engine_addresses(config: JobConfig, index: int) -> list[str]:
     """Return the external engines of one rollout service; they are distributed round-robin."""
     addresses = (config.rollout.rollout_external_engine_addrs or ())[index :: config.cluster.rollout_num_workers]
     return ["--engine-addrs", *addresses] if addresses else []
@@ -248,7 +259,7 @@ def _thread_environment(config: JobConfig, kind: str) -> dict[str, str]:
         return {}
     at_once = {
         "trainer": _local_ranks(config),
-        "rollout": config.cluster.rollout_num_workers,
+        "rollout": rollouts_here(config),
         "reward": usable_cores(),
     }
     return {THREADS_VARIABLE: str(share_of(usable_cores(), at_once[kind]))} if kind in at_once else {}

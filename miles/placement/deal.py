@@ -139,8 +139,8 @@ def _no_room(nodes: Sequence[int], demand: Demand, free: int, rollout_nodes: int
     if rollout_nodes is not None and rollout_nodes < len(nodes):
         problem = f"the trainer leaves {free} of this node's {_gpus(nodes[0])}"
     remedy = (
-        "turn colocate on so that they take turns, lower it or actor_num_gpus_per_node, use more nodes, or name "
-        "servers of other nodes in rollout_external_engine_addrs"
+        "turn colocate on so that they take turns, lower it or actor_num_gpus_per_node, start some on other nodes "
+        "(rollout_workers_elsewhere), or name servers there in rollout_external_engine_addrs"
     )
     return NoRoomError(setting, demand.rollout_gpus, problem, remedy)
 

@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import os
 import pathlib
+import secrets
 import shutil
 import signal
 import subprocess
@@ -18,9 +19,10 @@ from typing import BinaryIO, Literal
 import redis
 from redis.exceptions import RedisError
 
-from miles.addresses import free_port
+from miles.addresses import LOOPBACK, bare_host, free_port, join_address
 from miles.queue.errors import RedisStartError
 from miles.queue.guard import EndGuard
+from miles.redis_url import without_password
 
 START_DEADLINE_S = 60.0
 STOP_DEADLINE_S = 30.0
@@ -50,8 +52,9 @@ def server_binary() -> str:
 class RedisServer:
     """A Redis server on this machine that stores its data in a folder and never evicts keys.
 
-    It answers on a unix socket, or on a loopback port when `port` is given (0 picks a free one). After a kill, a
-    start on the same folder restores everything that was written (append-only file).
+    It answers on a unix socket, on a loopback port when `port` is given (0 picks a free one), or, for other machines,
+    on a port of `host` with a password of its own. After a kill, a start on the same folder restores everything that
+    was written (append-only file).
     """
 
     def __init__(
@@ -59,6 +62,7 @@ class RedisServer:
         data_dir: pathlib.Path | str,
         *,
         port: int | None = None,
+        host: str | None = None,
         maxmemory_bytes: int = 0,
         appendfsync: Literal["always", "everysec", "no"] = "everysec",
         outlives_s: float | None = None,
@@ -68,8 +72,10 @@ class RedisServer:
         `outlives_s`: how long the server lives on when this process is killed, in seconds; None means for good.
         """
         self.data_dir = pathlib.Path(data_dir).absolute()
-        self._tcp = port is not None
+        self._tcp = port is not None or host is not None
         self._port = port or 0
+        self._host = bare_host(host or LOOPBACK)
+        self._password = "" if host is None else secrets.token_urlsafe(24)
         self._maxmemory_bytes = maxmemory_bytes
         self._appendfsync = appendfsync
         self._outlives_s = outlives_s
@@ -81,9 +87,10 @@ class RedisServer:
     @property
     def url(self) -> str:
         """Address for `connect`; known once started."""
-        return (
-            f"redis://127.0.0.1:{self._port}/0" if self._tcp else f"unix://{urllib.parse.quote(self._socket_path)}?db=0"
-        )
+        if not self._tcp:
+            return f"unix://{urllib.parse.quote(self._socket_path)}?db=0"
+        login = f":{self._password}@" if self._password else ""
+        return f"redis://{login}{join_address(self._host, self._port)}/0"
 
     @property
     def pid(self) -> int | None:
@@ -102,6 +109,7 @@ class RedisServer:
         self._stop_guard()  # of a server that has ended by itself
         with self._lock(deadline_s, take_over) as lock:
             self._choose_address()
+            _write_private(self._config_path, f"requirepass {self._password}\n" if self._password else "")
             # The server inherits the lock and holds it until it ends, even when this process ends first.
             self._process = subprocess.Popen(
                 [server_binary(), *self._arguments()],
@@ -114,7 +122,7 @@ class RedisServer:
             )
             if self._outlives_s is not None:
                 self._guard = EndGuard(self._process.pid, self._outlives_s)
-            (self.data_dir / "redis.url").write_text(f"{self.url}\n{self._process.pid}\n")
+            _write_private(self.data_dir / "redis.url", f"{self.url}\n{self._process.pid}\n")
         with contextlib.ExitStack() as undo:
             undo.callback(self.kill)
             self._wait_ready(deadline_s)
@@ -154,11 +162,16 @@ class RedisServer:
     ) -> None:
         self.stop()
 
+    @property
+    def _config_path(self) -> pathlib.Path:
+        return self.data_dir / "redis.conf"
+
     def _arguments(self) -> list[str]:
-        address = ["--port", str(self._port), "--bind", "127.0.0.1"]
+        address = ["--port", str(self._port), "--bind", self._host]
         if not self._tcp:
             address = ["--port", "0", "--unixsocket", self._socket_path, "--unixsocketperm", "700"]
         return [
+            str(self._config_path),  # with the password: every user of the machine can read command lines
             *address,
             *("--dir", str(self.data_dir), "--logfile", str(self.data_dir / "redis.log"), "--daemonize", "no"),
             *("--appendonly", "yes", "--appendfsync", self._appendfsync, "--save", ""),
@@ -167,7 +180,7 @@ class RedisServer:
 
     def _choose_address(self) -> None:
         if self._tcp:
-            self._port = self._port or free_port()
+            self._port = self._port or free_port(self._host)
             return
         if self._socket_path:
             return  # clients know it by now
@@ -190,7 +203,7 @@ class RedisServer:
                 if not take_over or time.monotonic() >= deadline:
                     lock.close()
                     raise RedisStartError(
-                        f"a Redis server (process {pid}, {url}) still runs on {self.data_dir}; "
+                        f"a Redis server (process {pid}, {without_password(url)}) still runs on {self.data_dir}; "
                         "stop it, or use its address"
                     ) from error
             if not asked and url:
@@ -238,6 +251,13 @@ class RedisServer:
         if self._socket_dir is not None:
             shutil.rmtree(self._socket_dir, ignore_errors=True)
             self._socket_dir, self._socket_path = None, ""
+
+
+def _write_private(path: pathlib.Path, text: str) -> None:
+    """Write a file that only this user can read."""
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600), "w") as file:
+        os.fchmod(file.fileno(), 0o600)
+        file.write(text)
 
 
 def _socket_dir() -> str:

@@ -22,7 +22,15 @@ def reachable_address(bound: str, advertise: str | None, peer: str) -> str:
     host, port = split_address(bound)
     if advertise is not None:
         return join_address(advertise, port) if why_not_host(advertise) is None else advertise
-    return join_address(_local_address(peer), port) if stands_for_every_interface(host) else bound
+    return join_address(local_address(*split_address(peer)), port) if stands_for_every_interface(host) else bound
+
+
+def local_address(host: str, port: int) -> str:
+    """Return this machine's address on the route to host and port. Connecting a datagram socket sends nothing."""
+    family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, kind, protocol) as probe:
+        probe.connect(address)
+        return str(probe.getsockname()[0])
 
 
 def _advertised(text: str) -> str:
@@ -30,12 +38,3 @@ def _advertised(text: str) -> str:
     if why_not_host(text) is None and not stands_for_every_interface(text):
         return text
     return address_argument(text)
-
-
-def _local_address(peer: str) -> str:
-    """Return this machine's address on the route to host:port. Connecting a datagram socket sends nothing."""
-    host, port = split_address(peer)
-    family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
-    with socket.socket(family, kind, protocol) as probe:
-        probe.connect(address)
-        return str(probe.getsockname()[0])

@@ -18,6 +18,7 @@ from miles.services.trainer.checkpoint.state import TrainerState
 from miles.services.trainer.ranks.abandoning import Abandonment
 from miles.services.trainer.ranks.collective_calls import Command
 from miles.services.trainer.ranks.leader import Leader
+from miles.services.trainer.ranks.shared_folders import check_shared_folders
 from miles.services.trainer.step.progress import Progress, Report
 from miles.services.trainer.step.rollout_metrics import rollout_metrics
 from miles.telemetry.tracing import traced
@@ -100,9 +101,11 @@ class Job:
     ) -> Job:
         """Load the job on every rank, from its newest checkpoint or the initial weights.
 
-        `data` is the identity of its prompts; empty when there are none.
+        `data` is the identity of its prompts; empty when there are none. Raises FileNotFoundError for a folder that one
+        of the ranks' hosts does not have.
         """
         folder = checkpoint_dir(config, run_dir)
+        await check_shared_folders(leader, config, folder)
         arguments = {"config": config.to_flat(), "checkpoint_dir": str(folder)}
         state: TrainerState = await leader.run(Command("start", arguments))
         client = await connect_async(redis_url)

@@ -11,10 +11,12 @@ from miles.launcher.plan import plan_gateway, plan_run, plan_workers
 
 def test_services_get_the_flags_that_they_have() -> None:
     """Every service's own parser accepts the command line that is planned for it."""
-    config = JobConfig.from_flat(MINIMAL | {"actor_num_gpus_per_node": 2, "rollout_num_workers": 2}).resolve("cpu")
+    config = JobConfig.from_flat(
+        MINIMAL | {"actor_num_gpus_per_node": 2, "rollout_num_workers": 2, "trainer_master_port": free_port()}
+    ).resolve("cpu")
     plans = {plan.kind: plan for plan in plan_run(config) if plan.kind != "redis"}
     assert set(plans) == {"controller", "weightsync", "reward", "rollout", "trainer", "gateway"}
-    plans |= {plan.kind: plan for plan in plan_workers(config, "127.0.0.1:1", master_port=free_port())}
+    plans |= {plan.kind: plan for plan in plan_workers(config, "127.0.0.1:1")}
     gateway = plan_gateway(config, "127.0.0.1:1")
     assert gateway is not None
     plans["gateway"] = gateway

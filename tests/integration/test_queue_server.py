@@ -8,7 +8,7 @@ import psutil
 import pytest
 from redis.exceptions import ConnectionError
 
-from miles.queue import RedisServer, RedisStartError, RedisUnsuitable, connect, connect_async
+from miles.queue import RedisRefused, RedisServer, RedisStartError, RedisUnsuitable, connect, connect_async
 
 
 def test_what_was_written_is_there_after_a_crash(tmp_path: pathlib.Path) -> None:
@@ -110,3 +110,22 @@ def test_a_server_that_was_stopped_leaves_nothing_behind(tmp_path: pathlib.Path)
     before = psutil.Process().children()
     RedisServer(tmp_path, outlives_s=60.0).start().stop()
     assert psutil.Process().children() == before
+
+
+def test_on_an_address_for_other_machines_it_has_a_password_that_no_command_line_shows(tmp_path: pathlib.Path) -> None:
+    with RedisServer(tmp_path, host="127.0.0.1") as server:
+        password, _, place = server.url.removeprefix("redis://:").partition("@")
+        client = connect(server.url)
+        client.set("key", "value")
+        client.close()
+        with pytest.raises(RedisRefused):
+            connect(f"redis://{place}")
+        assert server.pid is not None
+        assert password not in " ".join(psutil.Process(server.pid).cmdline())
+        assert (tmp_path / "redis.conf").stat().st_mode & 0o077 == 0
+        assert (tmp_path / "redis.url").stat().st_mode & 0o077 == 0
+        server.kill()
+        server.start()
+        client = connect(server.url)  # the same address, which clients know
+        assert client.get("key") == b"value"
+        client.close()

@@ -29,6 +29,8 @@ from miles.config.schema.faults import Fault, RunFault
 from miles.config.schema.flat_settings import FlatSettings
 from miles.placement.nodes import Cluster
 
+SERVICE_PORTS = ("controller_port", "weightsync_port", "trainer_port", "trainer_master_port", "reward_port")
+"""Settings of ports of `host`, apart from those of rollout services."""
 _DATA_SUFFIXES = (".jsonl", ".ndjson", ".parquet")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 _WEIGHT_PATTERNS = ("*.safetensors", "*.bin")
@@ -203,9 +205,9 @@ def _hosts(s: FlatSettings) -> Iterator[Fault]:
 
 
 def _ports(s: FlatSettings) -> Iterator[Fault]:
-    wanted = [(key, getattr(s, key)) for key in ("controller_port", "weightsync_port", "trainer_port", "reward_port")]
+    wanted = [(key, getattr(s, key)) for key in SERVICE_PORTS]
     if s.rollout_port:
-        beyond = min(s.rollout_port + s.rollout_num_workers, 65536)
+        beyond = min(s.rollout_port + s.rollout_num_workers - s.rollout_workers_elsewhere, 65536)
         wanted += [("rollout_port", port) for port in range(s.rollout_port, beyond)]
     for key, port in wanted:
         if port:
@@ -238,9 +240,6 @@ def _access_files(s: FlatSettings) -> Iterator[Fault]:
 
 
 def _devices(s: FlatSettings) -> Iterator[Fault]:
-    if s.actor_num_nodes > 1:
-        problem = "one machine starts the trainer's processes of one node"
-        yield Fault("actor_num_nodes", s.actor_num_nodes, problem, "set it to 1")
     yield from gpu_faults(s)
 
 

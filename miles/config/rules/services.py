@@ -12,7 +12,7 @@ from miles.config.schema.faults import Fault
 from miles.config.schema.flat_settings import FlatSettings
 from miles.redis_url import why_not_redis_url
 
-_PORTS = ("controller_port", "weightsync_port", "trainer_port", "reward_port", "gateway_port")
+_PORTS = ("controller_port", "weightsync_port", "trainer_port", "trainer_master_port", "reward_port", "gateway_port")
 _LONGEST_NAME = 200
 """Characters of a folder's name that file systems take, with room for what is appended."""
 

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from miles.config.schema.section import Derived, Positive, Section, derived
+from miles.config.schema.section import Derived, NonNegative, Positive, PositiveFloat, Section, derived
 
 
 class ClusterConfig(Section):
     """Processes and devices."""
 
     actor_num_nodes: Positive = 1
-    """Number of nodes of the trainer."""
+    """Number of nodes of the trainer. This machine is the first; `miles trainer-node` runs on each of the others."""
 
     actor_num_gpus_per_node: Annotated[Positive | None, Derived("8 on CUDA, 1 on CPU")] = None
     """Number of trainer processes per node, with one GPU each, or none on the CPU."""
 
     rollout_num_workers: Positive = 1
     """Number of rollout services, with one inference engine each."""
+
+    rollout_workers_elsewhere: NonNegative = 0
+    """How many of them are started by hand on other machines; the others run on this one."""
 
     colocate: bool = False
     """Run trainer and engines on the same GPUs: in turns, or at once when offload_rollout and offload_train are off."""
@@ -34,6 +37,10 @@ class ClusterConfig(Section):
 
     distributed_timeout_minutes: Positive = 10
     """Timeout of the trainer's collectives, in minutes."""
+
+    rank_timeout_s: PositiveFloat = 60.0
+    """Time after which a trainer rank whose host cannot be reached counts as lost, in seconds: the others end, are
+    started again and go on from the newest checkpoint once all are there."""
 
     @property
     def trainer_world_size(self) -> int:

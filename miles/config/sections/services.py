@@ -20,7 +20,7 @@ class ServicesConfig(Section):
     """Device of trainer and engines; `auto` is CUDA where PyTorch can use a GPU."""
 
     host: str = "127.0.0.1"
-    """Address that every service listens on."""
+    """Address that every service listens on. Services on other machines need one that they can reach."""
 
     redis_url: Annotated[str | None, Derived("a server of the run's own"), Metavar("URL")] = None
     """Redis server for queue, leases and job records: redis://, rediss:// or unix://."""
@@ -33,6 +33,10 @@ class ServicesConfig(Section):
 
     trainer_port: Port = 0
     """Port of the trainer's rank 0; 0 picks a free one."""
+
+    trainer_master_port: Port = 0
+    """Port of the rendezvous of the trainer's ranks; 0 picks a free one. With several nodes, one that is set lets the
+    commands of the other nodes be known before."""
 
     reward_port: Port = 0
     """Port of the built-in reward service; 0 picks a free one."""

@@ -6,7 +6,7 @@ import dataclasses
 
 REPEAT_S = 10.0
 """How often to repeat what the run waits for."""
-_NOTHING_TRAINED = frozenset({"queued", "starting", "loading", "recovering", "ending", "ended"})
+_NOTHING_TRAINED = frozenset({"queued", "starting", "gathering", "loading", "recovering", "ending", "ended"})
 """Phases in which the trainer has no unsaved steps."""
 _SAVING = "saving"
 _LEAVING = "the trainer to leave the step between two micro-batches"

@@ -75,6 +75,8 @@ class _WorkerKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_WorkerKind
     """RewardService."""
     WORKER_KIND_WEIGHTSYNC: _WorkerKind.ValueType  # 4
     """WeightSyncService."""
+    WORKER_KIND_TRAINER_NODE: _WorkerKind.ValueType  # 5
+    """None: it runs ranks of the trainer on a node other than the first."""
 
 class WorkerKind(_WorkerKind, metaclass=_WorkerKindEnumTypeWrapper):
     """Which service a worker offers."""
@@ -88,6 +90,8 @@ WORKER_KIND_REWARD: WorkerKind.ValueType  # 3
 """RewardService."""
 WORKER_KIND_WEIGHTSYNC: WorkerKind.ValueType  # 4
 """WeightSyncService."""
+WORKER_KIND_TRAINER_NODE: WorkerKind.ValueType  # 5
+"""None: it runs ranks of the trainer on a node other than the first."""
 Global___WorkerKind: _TypeAlias = WorkerKind  # noqa: Y015
 
 class _WorkerHealth:

@@ -1,6 +1,8 @@
 """How long the controller waits for what, in seconds. Each wait's error names it and its limit."""
 
 WORKERS_ATTACH_S = 300.0
+NODES_ATTACH_S = 86400.0
+"""How long a trainer of several nodes may be away in the middle of a run: a link or a machine has to be mended."""
 START_JOB_SILENCE_S = 600.0
 """Longest time between two messages of a worker that loads a model."""
 PROGRESS_SILENCE_S = 60.0

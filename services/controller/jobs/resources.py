@@ -15,6 +15,8 @@ class Supply:
     weightsyncs: int = 0
     trainer_ranks: Collection[int] = ()
     """Ranks of each trainer; 0 for one that does not report them."""
+    trainer_nodes: Collection[int] = ()
+    """Nodes, from 1 on, of which `miles trainer-node` runs the ranks."""
     rewards: Collection[Collection[str]] = ()
     """Names that each reward worker serves; empty for one that does not report them."""
 
@@ -23,23 +25,36 @@ def lacking(config: Mapping[str, Any], supply: Supply, *, starting_up: bool = Fa
     """Return what a job with this flat configuration waits for, in words; empty when it can run.
 
     While services are `starting_up`, workers that have not attached are not missed yet, but a reward that those which
-    have attached do not serve is.
+    have attached do not serve is. Those on other nodes are started by hand, and are missed at once.
     """
-    if starting_up:
+    nodes = config["actor_num_nodes"]
+    if starting_up and nodes == 1:
         return _lacking_reward(config, supply) if supply.rewards else ""
     missing: list[str] = []
     wanted = config["rollout_num_workers"]
     if supply.rollouts < wanted:
         missing.append(f"{wanted} rollout workers ({supply.rollouts} attached)")
-    ranks = config["actor_num_nodes"] * (config["actor_num_gpus_per_node"] or 1)
+    ranks = nodes * (config["actor_num_gpus_per_node"] or 1)
     if not any(have in (0, ranks) for have in supply.trainer_ranks):
         attached = ", ".join(map(str, supply.trainer_ranks)) or "no trainer"
-        missing.append(f"a trainer of {ranks} ranks ({attached} attached)")
+        missing.append(f"a trainer of {ranks} ranks ({attached} attached{_lacking_nodes(nodes, supply)})")
     if not supply.weightsyncs:
         missing.append("a weight-sync service")
     if reward := _lacking_reward(config, supply):
         missing.append(reward)
     return "; ".join(missing)
+
+
+def _lacking_nodes(nodes: int, supply: Supply) -> str:
+    """Name the trainer's nodes that are not there; empty when all are."""
+    lost = [str(node) for node in range(1, nodes) if node not in supply.trainer_nodes]
+    return f"; {missing_nodes(lost, nodes)}" if lost else ""
+
+
+def missing_nodes(lost: Collection[str], nodes: int) -> str:
+    """Say which of a trainer's nodes are missing, and the way out."""
+    names = f"node{'s' * (len(lost) > 1)} {', '.join(lost)} of {nodes}"
+    return f"{names} not there: start `miles trainer-node` as the launcher printed it"
 
 
 def _lacking_reward(config: Mapping[str, Any], supply: Supply) -> str:

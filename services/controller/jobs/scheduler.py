@@ -25,7 +25,7 @@ from miles.services.controller.jobs.resubmission import go_on_with, may_go_on
 from miles.services.controller.jobs.runner import JobRunner
 from miles.services.controller.jobs.store import JobStore
 from miles.services.controller.workers.registry import WorkerRegistry
-from miles.services.controller.workers.required_workers import served_rewards
+from miles.services.controller.workers.required_workers import nodes_of_trainer, served_rewards
 from miles.tasks import cancelled_at_end
 
 logger = logging.getLogger(__name__)
@@ -290,6 +290,7 @@ def _supply(registry: WorkerRegistry) -> Supply:
     rewards = registry.alive(controller_pb2.WORKER_KIND_REWARD)
     return Supply(
         rollouts=len(registry.alive(controller_pb2.WORKER_KIND_ROLLOUT)),
+        trainer_nodes=nodes_of_trainer(registry),
         weightsyncs=len(registry.alive(controller_pb2.WORKER_KIND_WEIGHTSYNC)),
         trainer_ranks=tuple(int(_info(worker.registration).get("ranks", 0)) for worker in trainers),
         rewards=tuple(served_rewards(worker.registration) for worker in rewards),

@@ -56,7 +56,7 @@ async def _run_with_recoveries(run: RunState) -> None:
 async def _run_once(run: RunState) -> None:
     """From loading to the end, unless a worker that the loop depends on is lost."""
     await run.workers.wait_for(controller_pb2.WORKER_KIND_WEIGHTSYNC)
-    worker = (await run.workers.wait_for(controller_pb2.WORKER_KIND_TRAINER))[0]
+    worker = await run.workers.trainer(run.config.cluster.actor_num_nodes)
     run.turns.meet(worker)
     if warning := number_types.warning_of(worker, run.config.train.train_dtype):
         run.alerts.warn(warning)

@@ -244,12 +244,13 @@ def what_the_phase_waits_for(run: RunFacts) -> Iterator[Wait]:
     )
 
 
-_BEFORE_ROLLOUTS = frozenset({"starting", "ending"})
+_BEFORE_ROLLOUTS = frozenset({"starting", "gathering", "ending"})
 _LOAD_PHASES = frozenset({"loading", "publishing", "collecting"})
 """Phases in which a run may wait for engines to load a version."""
 _STOP = "no bound: stop the job"
 _PHASES: Mapping[str, tuple[float | None, str, float]] = {
     "starting": (deadlines.WORKERS_ATTACH_S, "the job fails", UNUSUAL_S),
+    "gathering": (deadlines.NODES_ATTACH_S, "the job fails", UNUSUAL_S),
     "loading": (None, "no bound as long as workers report progress: stop the job", UNUSUAL_S),
     "recovering": (deadlines.REDIS_S, "the job fails", UNUSUAL_S),
     "collecting": (None, _STOP, USUAL_S),

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING
 
 from miles.rpc.gen import controller_pb2
 from miles.services.controller.clients import deadlines
 from miles.services.controller.jobs.controls import JobControls
-from miles.services.controller.jobs.resources import missing_reward, serves
+from miles.services.controller.jobs.resources import missing_nodes, missing_reward, serves
 from miles.services.controller.status.run_status import RunStatus
 from miles.services.controller.workers.registry import AttachedWorker, WorkerRegistry
 from miles.services.controller.workers.reward_addresses import RewardAddresses
@@ -31,6 +32,16 @@ class RequiredWorkers:
         name = controller_pb2.WorkerKind.Name(kind).removeprefix("WORKER_KIND_").lower()
         return await self._require(kind, f"a {name} worker to attach", lambda worker: True)
 
+    async def trainer(self, nodes: int) -> AttachedWorker:
+        """Return the trainer once it is attached; of several nodes, the status shows those that are not there."""
+        kind = controller_pb2.WORKER_KIND_TRAINER
+        if nodes > 1:  # a person may have to bring one back
+            end = time.monotonic() + deadlines.NODES_ATTACH_S
+            while not self._registry.alive(kind) and time.monotonic() < end:
+                self._status.enter("gathering", _waiting_for_nodes(nodes, nodes_of_trainer(self._registry)))
+                await self._controls.unless_ended(self._registry.wait_for_change(1.0))
+        return (await self.wait_for(kind))[0]
+
     async def reward_addresses(self, reward: RewardConfig) -> RewardAddresses:
         """Return the user's reward services, and this cluster's workers if the run needs them."""
         addresses = reward.addresses_with_default()
@@ -50,6 +61,18 @@ class RequiredWorkers:
         if not any(map(suits, self._registry.alive(kind))):
             self._status.enter("starting", what)
         return await self._controls.unless_ended(self._registry.require(kind, what, deadlines.WORKERS_ATTACH_S, suits))
+
+
+def _waiting_for_nodes(nodes: int, there: Collection[int]) -> str:
+    lost = [str(node) for node in range(1, nodes) if node not in there]
+    waiting = f"the trainer's {nodes} nodes"
+    return f"{waiting}: {missing_nodes(lost, nodes)}" if lost else f"the ranks of {waiting} to start"
+
+
+def nodes_of_trainer(registry: WorkerRegistry) -> frozenset[int]:
+    """Return the trainer's nodes, from 1 on, that are attached."""
+    attached = registry.alive(controller_pb2.WORKER_KIND_TRAINER_NODE)
+    return frozenset(int(json.loads(worker.registration.info_json)["node"]) for worker in attached)
 
 
 def served_rewards(registration: controller_pb2.WorkerRegistration) -> tuple[str, ...]:

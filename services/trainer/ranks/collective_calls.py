@@ -6,11 +6,12 @@ a failure on one rank is known to all.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -42,6 +43,10 @@ class RankFailedError(RuntimeError):
     """A command failed on a rank other than this one; the message says which and why."""
 
 
+class RanksLostError(RuntimeError):
+    """The ranks are not connected any more, so that nothing can be run on all of them."""
+
+
 class Ranks:
     """This process's rank among those that train together, and its connection to them."""
 
@@ -61,7 +66,7 @@ class Ranks:
             self._broadcast(b"".join(command.payloads))
 
     def receive(self) -> Command:
-        """Other ranks: wait for a command. Raises RuntimeError when rank 0 is gone or silent for too long."""
+        """Other ranks: wait for a command. Raises RanksLostError when rank 0 is gone or silent for too long."""
         header = json.loads(self._broadcast(b""))
         payloads = []
         if header["sizes"]:
@@ -74,7 +79,7 @@ class Ranks:
     def agree(self, error: BaseException | None, report: bytes = b"") -> list[bytes]:
         """Share this rank's outcome of a command; returns every rank's report.
 
-        Raises this rank's own error, or RankFailedError for that of another.
+        Raises this rank's own error, RankFailedError for that of another, or RanksLostError.
         """
         reports = [report]
         if self._group is not None:
@@ -93,10 +98,15 @@ class Ranks:
         if self._group is None:
             return flag
         shared = torch.tensor([flag])
-        dist.broadcast(shared, src=0, group=self._group)
+        with _connected():
+            dist.broadcast(shared, src=0, group=self._group)
         return bool(shared)
 
     def _broadcast(self, data: bytes) -> bytes:
+        with _connected():
+            return self._broadcast_bytes(data)
+
+    def _broadcast_bytes(self, data: bytes) -> bytes:
         size = torch.tensor([len(data)])
         dist.broadcast(size, src=0, group=self._group)
         buffer = torch.empty(int(size), dtype=torch.uint8)
@@ -106,6 +116,10 @@ class Ranks:
         return data if self.rank == 0 else buffer.numpy().tobytes()
 
     def _gather(self, data: bytes) -> list[bytes]:
+        with _connected():
+            return self._gather_bytes(data)
+
+    def _gather_bytes(self, data: bytes) -> list[bytes]:
         sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.count)]
         dist.all_gather(sizes, torch.tensor([len(data)]), group=self._group)
         longest = max(1, *(int(size) for size in sizes))
@@ -115,6 +129,15 @@ class Ranks:
         buffers = [torch.empty_like(mine) for _ in range(self.count)]
         dist.all_gather(buffers, mine, group=self._group)
         return [b.numpy().tobytes()[: int(size)] for b, size in zip(buffers, sizes, strict=True)]
+
+
+@contextlib.contextmanager
+def _connected() -> Iterator[None]:
+    """Raise RanksLostError for what a collective raises."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise RanksLostError(f"the connection to the other ranks broke: {error}") from error
 
 
 def follow(ranks: Ranks, run: Callable[[Command], object]) -> None:

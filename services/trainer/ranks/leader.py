@@ -7,7 +7,7 @@ import concurrent.futures
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from miles.services.trainer.ranks.collective_calls import EXIT, HEARTBEAT, Command, Ranks
+from miles.services.trainer.ranks.collective_calls import EXIT, HEARTBEAT, Command, Ranks, RanksLostError
 from miles.services.trainer.ranks.worker import RankWorker
 from miles.threads import Threads, only_exceptions
 
@@ -18,7 +18,9 @@ _HEARTBEAT_EVERY_S = 60.0
 class Leader:
     """Runs commands on every rank from a thread of its own."""
 
-    def __init__(self, ranks: Ranks, worker: RankWorker) -> None:
+    def __init__(self, ranks: Ranks, worker: RankWorker, on_lost: Callable[[str], None] = lambda reason: None) -> None:
+        """`on_lost` is called when ranks are lost in the middle of a command, before the caller hears of it."""
+        self._on_lost = on_lost
         self._ranks = ranks
         self._worker = worker
         self._thread = Threads(1, thread_name_prefix="trainer")
@@ -55,7 +57,7 @@ class Leader:
         """Tell the other ranks regularly that rank 0 is alive, until cancelled."""
         while True:
             await asyncio.sleep(_HEARTBEAT_EVERY_S)
-            await asyncio.get_running_loop().run_in_executor(self._thread, lambda: self._ranks.send(Command(HEARTBEAT)))
+            await self._in_thread(self._send_heartbeat)
 
     def close(self, deadline_s: float) -> bool:
         """Have the other ranks exit; False when the running command has not ended after `deadline_s`."""
@@ -63,10 +65,24 @@ class Leader:
             self._exit = self._thread.submit(lambda: self._ranks.send(Command(EXIT)))
         return not concurrent.futures.wait([self._exit], timeout=deadline_s).not_done
 
+    def _send_heartbeat(self) -> None:
+        try:
+            self._ranks.send(Command(HEARTBEAT))
+        except RanksLostError as lost:
+            self._on_lost(str(lost))
+            raise
+
     async def _in_thread(self, call: Callable[[], T]) -> T:
         return await asyncio.shield(asyncio.get_running_loop().run_in_executor(self._thread, call))
 
     def _run(self, command: Command, local: dict[str, Any]) -> tuple[Any, list[bytes]]:
+        try:
+            return self._run_on_all(command, local)
+        except RanksLostError as lost:
+            self._on_lost(str(lost))
+            raise
+
+    def _run_on_all(self, command: Command, local: dict[str, Any]) -> tuple[Any, list[bytes]]:
         self._ranks.send(command)
         result: Any = None
         error: Exception | None = None

@@ -14,6 +14,7 @@ from miles.queue.payload import decode_group
 from miles.services.trainer.backends.protocol import TrainerBackend
 from miles.services.trainer.checkpoint.manager import WRITING, WRITTEN
 from miles.services.trainer.checkpoint.state import TrainerState
+from miles.services.trainer.ranks import shared_folders
 from miles.services.trainer.ranks.abandoning import Abandonment, StepAbandonedError
 from miles.services.trainer.ranks.collective_calls import Command
 from miles.services.trainer.step.progress import Report
@@ -69,10 +70,12 @@ class RankWorker:
 
         Returns the state (start), the metrics or, for an abandoned step, None (train), which engines' GPU memory it can
         open (open_gpu_memory), the report for `export.merge` (export), whether this rank's files of a checkpoint are
-        written (save_progress), or what was freed (release_memory).
+        written (save_progress), what was freed (release_memory), or which folder this rank misses (look_for_folders).
         """
         arguments = command.arguments
         match command.name:
+            case shared_folders.LOOK:
+                return shared_folders.look(command)
             case "start":
                 return self._start(arguments["config"], pathlib.Path(arguments["checkpoint_dir"]))
             case "train":

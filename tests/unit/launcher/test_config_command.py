@@ -187,14 +187,16 @@ def test_plans_carry_addresses_once_they_are_known() -> None:
     controller = plan_controller(config, "redis://:secret@r")
     assert controller.command[-2:] == ("--listen", "127.0.0.1:7000")
     assert controller.environment["MILES_REDIS_URL"] == "redis://:secret@r"  # not in the list of processes
-    plans = {plan.name: plan for plan in plan_workers(config, "c:1", master_port=77)}
+    plans = {plan.name: plan for plan in plan_workers(config, "c:1")}
     assert [plans[f"rollout-{i}"].command[4] for i in range(3)] == [f"127.0.0.1:{7100 + i}" for i in range(3)]
     assert all(plan.command[5:7] == ("--controller", "c:1") for plan in plans.values())
     assert plans["reward-0"].command[-3:] == ("--custom-rm-path", "a.b", "--group-rm")
     assert plans["trainer-0"].environment["A"] == "1"
     assert plans["trainer-0"].command[1:3] == ("-m", "miles.services.trainer")
-    ranks = config.replace(actor_num_gpus_per_node=4, global_batch_size=None, rollout_batch_size=8)
-    trainer = plan_workers(ranks, "c:1", master_port=77)[-1]
+    ranks = config.replace(
+        trainer_master_port=77, actor_num_gpus_per_node=4, global_batch_size=None, rollout_batch_size=8
+    )
+    trainer = plan_workers(ranks, "c:1")[-1]
     assert trainer.command[1:5] == ("-m", "torch.distributed.run", "--nproc-per-node", "4")
     assert trainer.command[trainer.command.index("--master-port") + 1] == "77"
     assert trainer.command[9:11] == ("-m", "miles.services.trainer")

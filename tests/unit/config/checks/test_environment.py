@@ -111,7 +111,6 @@ def test_an_incomplete_model_is_noticed(files: pathlib.Path, missing: str, expec
             "custom_rm_path = reward.score, but there is no module reward",
         ),
         ({"host": "no-such-host.invalid"}, "host = no-such-host.invalid, but it cannot be resolved"),
-        ({"actor_num_nodes": 2}, "actor_num_nodes = 2, but one machine"),
     ],
 )
 def test_what_is_missing_is_named(files: pathlib.Path, changes: dict[str, Any], expected: str) -> None:

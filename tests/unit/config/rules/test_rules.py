@@ -128,6 +128,17 @@ RULE_CASES: list[tuple[dict[str, Any], str]] = [
         "micro_batch_size = 2, but use_dynamic_batch_size cuts micro-batches by tokens",
     ),
     ({"max_tokens_per_gpu": 99}, "max_tokens_per_gpu = 99, but it does nothing without use_dynamic_batch_size"),
+    ({"actor_num_nodes": 2}, "host = 127.0.0.1, but actor_num_nodes = 2 has services on other machines, and only this"),
+    ({"actor_num_nodes": 2, "host": "::"}, "host = ::, but actor_num_nodes = 2 has services on other machines, and it"),
+    (
+        {"rollout_num_workers": 2, "rollout_workers_elsewhere": 1},
+        "host = 127.0.0.1, but rollout_workers_elsewhere = 1 has services on other machines",
+    ),
+    (
+        {"rollout_workers_elsewhere": 2, "host": "10.0.0.1"},
+        "rollout_workers_elsewhere = 2, but rollout_num_workers = 1 counts those too",
+    ),
+    ({"trainer_master_port": 7000, "actor_num_gpus_per_node": 1}, "trainer_master_port = 7000, but one rank meets no"),
     ({"actor_num_gpus_per_node": 5}, "global_batch_size = 32, but actor_num_nodes × actor_num_gpus_per_node = 5"),
     (
         {"actor_num_gpus_per_node": 4, "micro_batch_size": 3},

@@ -15,6 +15,7 @@ from miles.config.schema.catalog import Entry, catalog
 REFERENCE = list(csv.DictReader(pathlib.Path(__file__).with_name("reference_flags.tsv").open(), delimiter="\t"))
 
 OWN = """--name --run-dir --device --host --redis-url --controller-port --weightsync-port --trainer-port --reward-port
+    --trainer-master-port --rank-timeout-s --rollout-workers-elsewhere
     --rollout-port --rollout-num-workers --rollout-backend --rollout-dtype --max-running-requests --reward-service
     --reward-timeout-s --reward-retries --reward-failure-policy --use-icepop --use-mis --train-dtype --share-prompts
     --log-samples-per-step --log-whole-samples --trace-steps --torch-compile

@@ -112,7 +112,7 @@ def test_groups_that_all_fail_are_said() -> None:
     "phase",
     [
         *("starting", "loading", "recovering", "collecting", "training", "publishing", "evaluating", "saving"),
-        *("paused", "ending"),
+        *("paused", "ending", "gathering"),
     ],
 )
 def test_every_phase_has_a_bound_or_says_how_to_end_it(phase: str) -> None:

@@ -1,0 +1,38 @@
+"""A folder that a host does not have, or has alone, is named."""
+
+from __future__ import annotations
+
+import pathlib
+import socket
+
+import pytest
+
+from miles.services.trainer.ranks import shared_folders
+from miles.services.trainer.ranks.collective_calls import Command
+
+
+def seen(checkpoints: pathlib.Path, **folders: pathlib.Path) -> str:
+    given = {key: str(folder) for key, folder in folders.items()}
+    arguments = {"checkpoints": str(checkpoints), "token": "left-by-rank-0", "folders": given}
+    return shared_folders.look(Command(shared_folders.LOOK, arguments)).decode()
+
+
+def test_a_host_that_has_everything_says_nothing(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "left-by-rank-0").touch()
+    assert seen(tmp_path, hf_checkpoint=tmp_path) == ""
+
+
+def test_a_model_that_is_not_on_every_host_is_named(tmp_path: pathlib.Path) -> None:
+    missing = seen(tmp_path, ref_load=tmp_path / "model")
+    assert missing.startswith(f"ref_load = {tmp_path}/model is no folder on {socket.gethostname()}")
+
+
+def test_checkpoints_in_a_folder_of_one_host_are_refused(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shared_folders, "_VISIBLE_S", 0.1)
+    found = seen(tmp_path, hf_checkpoint=tmp_path)
+    assert found.startswith(
+        f"the folder of checkpoints {tmp_path} on {socket.gethostname()} is not that of the trainer's"
+    )
+    assert "storage that all nodes share" in found
