@@ -51,7 +51,8 @@ def describe_run(plan: RunPlan) -> str:
     And what it takes of each GPU, and what is still missing for the run itself.
     """
     config = plan.config
-    plans = plan_run(config, placement_of(config, plan.assumed))
+    placement = placement_of(config, plan.assumed)
+    plans = plan_run(config, placement)
     external = {f"reward service {name}": address for name, address in config.reward.service_addresses.items()}
     if config.services.redis_url is not None:
         external["redis"] = without_password(config.services.redis_url)
@@ -66,7 +67,7 @@ def describe_run(plan: RunPlan) -> str:
         document["before it can run"] = [str(fault) for fault in plan.missing]
     if external:
         document["runs elsewhere"] = external
-    if elsewhere := plan_elsewhere(config, controller_address(config)):
+    if elsewhere := plan_elsewhere(config, controller_address(config), placement):
         secret = config.train.train_env_vars
         document["start on other hosts"] = {plan.name: command_line(plan, secret) for plan in elsewhere}
     return redact(write_text(document))
@@ -103,7 +104,7 @@ def _described(plan: ProcessPlan, secret: Collection[str]) -> dict[str, Any]:
     """Describe a process without the secrets in its command and environment; `secret` names variables."""
     described: dict[str, Any] = {"name": plan.name, "command": redact(shlex.join(plan.command))}
     if plan.node:
-        described["node"] = f"{plan.node}, where it is started by hand"
+        described["node"] = f"{plan.node}, which is not the launcher's"
     if plan.environment:
         shown = redact_config(plan.environment)
         described["environment"] = {name: REDACTED if name in secret else value for name, value in shown.items()}

@@ -16,11 +16,15 @@ from miles.launcher.plan import (
     trainer_flags,
     trainer_node,
 )
+from miles.placement.deal import Placement
 from miles.telemetry.redaction import REDACTED
 
 
-def plan_elsewhere(config: JobConfig, controller: str) -> list[ProcessPlan]:
-    """Plan what is started on other hosts; the name says where. `controller` is its host:port."""
+def plan_elsewhere(config: JobConfig, controller: str, placement: Placement | None = None) -> list[ProcessPlan]:
+    """Plan what is started on other hosts; the name says where. `controller` is its host:port.
+
+    With a `placement` of all services the nodes of rollouts are known too.
+    """
     environment = tls_environment(config)
     nodes = config.cluster.actor_num_nodes
     plans = []
@@ -28,10 +32,13 @@ def plan_elsewhere(config: JobConfig, controller: str) -> list[ProcessPlan]:
         name = f"the trainer's node {rank} of {nodes}"
         command = (*_trainer_node(config, rank, controller), *trainer_flags(config))
         variables = {**environment, **config.train.train_env_vars}
-        plans.append(ProcessPlan(name, "trainer", command, variables, {}))
+        plans.append(ProcessPlan(name, "trainer", command, variables, {}, node=rank))
     for index in range(rollouts_here(config), config.cluster.rollout_num_workers):
         command = _rollout(config, index, controller)
-        plans.append(ProcessPlan(f"rollout-{index}, on any host", "rollout", command, environment, {}))
+        known = placement is not None and index < len(placement.rollouts)
+        node = placement.rollouts[index].node if placement is not None and known else 0
+        name = f"rollout-{index}, on {f'node {node}' if known else 'any host'}"
+        plans.append(ProcessPlan(name, "rollout", command, environment, {}, node=node))
     return plans
 
 

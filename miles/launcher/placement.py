@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from miles.config.checks.gpus import cluster_here, demand_of, rollout_nodes
+from miles.config.checks.gpus import cluster_here, demand_of, on_nodes
 from miles.config.job import JobConfig
 from miles.config.schema.flat_settings import FlatSettings
 from miles.placement.deal import Placement, deal
@@ -15,7 +15,7 @@ def placement_of(config: JobConfig, assumed: Cluster | None = None) -> Placement
         return None
     cluster = assumed or cluster_here(config.cluster.actor_num_nodes)
     nodes = [node.gpus for node in cluster.nodes]
-    return deal(nodes, demand_of(settings_of(config), cluster), rollout_nodes=rollout_nodes(cluster))
+    return deal(nodes, demand_of(settings_of(config), cluster), rollout_nodes=on_nodes(cluster))
 
 
 def first_gpus(config: JobConfig) -> list[str]:

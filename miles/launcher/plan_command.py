@@ -12,9 +12,10 @@ from miles.config.command.reference_page import wrapped
 from miles.config.schema.faults import ConfigError
 from miles.launcher.console import RunConsole, help_width
 from miles.launcher.dry_run import checked_plan
+from miles.launcher.elsewhere import plan_elsewhere
 from miles.launcher.memory_view import NO_MODEL, Estimate, estimate, groups, host_total, title, total, warnings
 from miles.launcher.placement import placement_of
-from miles.launcher.plan import plan_run
+from miles.launcher.plan import ProcessPlan, controller_address, plan_run
 from miles.launcher.program import print_error
 from miles.launcher.run_plan import RunPlan
 from miles.memory.amount import Part, When, peak, size
@@ -60,7 +61,7 @@ def as_text(plan: RunPlan, found: Estimate | None) -> list[str]:
     """Return the lines of a plan."""
     lines = ["processes:"]
     placement = placement_of(plan.config, plan.assumed)
-    for process in plan_run(plan.config, placement):
+    for process in _processes(plan, placement):
         lines.append(f"  node {process.node}  {process.name}{gpus_of(process.name, placement)}")
     if found is None:
         return [*lines, "", f"memory: {NO_MODEL}"]
@@ -76,13 +77,19 @@ def as_text(plan: RunPlan, found: Estimate | None) -> list[str]:
     return lines if lines[-1] else lines[:-1]
 
 
+def _processes(plan: RunPlan, placement: Placement | None) -> list[ProcessPlan]:
+    elsewhere = plan_elsewhere(plan.config, controller_address(plan.config), placement)
+    return [*plan_run(plan.config, placement), *elsewhere]
+
+
 def gpus_of(name: str, placement: Placement | None) -> str:
     """Say which GPUs a process of a plan has, if any."""
     if placement is None:
         return ""
     places = placement.trainer if name.startswith("trainer") else ()
     if name.startswith("rollout-"):
-        places = (placement.rollouts[int(name.removeprefix("rollout-"))],)
+        number = int(name.removeprefix("rollout-").partition(",")[0])
+        places = placement.rollouts[number : number + 1]
     parts = [f"{gpu_span(place.gpus)} of node {place.node}" for place in places if place.gpus]
     return f"  {', '.join(parts)}" if parts else ""
 
@@ -95,7 +102,7 @@ def gpu_span(gpus: Sequence[int]) -> str:
 def as_json(plan: RunPlan, found: Estimate | None) -> dict[str, Any]:
     """Return a plan as a JSON object; sizes are bytes."""
     placement = placement_of(plan.config, plan.assumed)
-    processes = plan_run(plan.config, placement)
+    processes = _processes(plan, placement)
     document: dict[str, Any] = {
         "processes": [{"name": each.name, "kind": each.kind, "node": each.node} for each in processes],
         "placement": None if placement is None else dataclasses.asdict(placement),

@@ -20,8 +20,10 @@ def least_host_memory(run: Run) -> Part:
     s = run.settings
     device, others = trainer_state(run)
     if s.device == "cpu":
-        engines = 0 if s.rollout_external_engine_addrs is not None else s.rollout_num_workers
-        parts = [*((run.ranks, part) for part in device), (engines, weights_part(run))]
+        engines = s.rollout_num_workers - s.rollout_workers_elsewhere
+        engines = 0 if s.rollout_external_engine_addrs is not None else engines
+        ranks = s.actor_num_gpus_per_node or 1
+        parts = [*((ranks, part) for part in device), (engines, weights_part(run))]
     else:
         ranks = s.actor_num_gpus_per_node or 8
         parts = [(ranks, part) for part in others if part.when is not When.LOADING]

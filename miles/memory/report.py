@@ -121,7 +121,7 @@ def _trainer_uses(run: Run, placement: Placement | None) -> list[Use]:
         device, others = by_stage[stage_of(rank)]
         own = [part for part in others if part.when is not When.LOADING or rank == 0]
         own += [part for part in [host.compared_part(run, rank)] if part.bytes]
-        node, gpu = places[rank] if on_gpu else (0, None)
+        node, gpu = places[rank] if on_gpu else (rank // (run.settings.actor_num_gpus_per_node or 1), None)
         context = [host.context_part()] if on_gpu else []
         process = host.process_part("cuda" if on_gpu else "cpu")
         uses.append(Use("trainer-0", f"rank {rank}", node, gpu, (*device, *context), (*own, process)))
@@ -134,7 +134,8 @@ def _rollout_uses(run: Run, cluster: Cluster, placement: Placement | None) -> li
         return []
     if placement is None:
         process, device = host.process_part("cpu"), tuple(engine_parts(run))
-        return [Use(f"rollout-{i}", "engine", 0, None, device, (process,)) for i in range(s.rollout_num_workers)]
+        here = s.rollout_num_workers - s.rollout_workers_elsewhere
+        return [Use(f"rollout-{i}", "engine", 0, None, device, (process,)) for i in range(here)]
     servers, uses = s.rollout_backend == "sglang", []
     for service, place in enumerate(placement.rollouts):
         for number, gpu in enumerate(place.gpus):

@@ -1,9 +1,9 @@
 """Deals GPU numbers to the trainer's ranks and the rollout services, so that no GPU has two owners.
 
-The trainer comes first: the first GPUs of the first nodes that have enough. Each rollout service gets consecutive GPUs
-of one node, because it starts its servers there: on the trainer's node while GPUs are left, else on the next. With
-`colocate` services share the trainer's GPUs: each another part of them, or, of more services than there are parts, some
-the same.
+The trainer comes first: the first GPUs of the first nodes, of which the launcher's is one. Each rollout service gets
+consecutive GPUs of one node, because it starts its servers there: on the trainer's node while GPUs are left, else on
+the next. With `colocate` services share the trainer's GPUs: each another part of them, or, of more services than there
+are parts, some the same.
 """
 
 from __future__ import annotations
@@ -106,17 +106,15 @@ def _with_room(free: Mapping[int, Sequence[int]], demand: Demand) -> int | None:
 
 
 def _trainer(nodes: Sequence[int], demand: Demand) -> tuple[Place, ...]:
-    fitting = [node for node, count in enumerate(nodes) if count >= demand.trainer_gpus][: demand.trainer_nodes]
-    if not fitting:
-        problem = f"the largest node has {_gpus(max(nodes, default=0))}"
-        remedy = f"set it to at most {max(nodes, default=0)}, and raise actor_num_nodes"
-        raise NoRoomError("actor_num_gpus_per_node", demand.trainer_gpus, problem, remedy)
-    if len(fitting) < demand.trainer_nodes:
-        problem = f"nodes with {_gpus(demand.trainer_gpus)} are {len(fitting)} of {len(nodes)}"
-        raise NoRoomError(
-            "actor_num_nodes", demand.trainer_nodes, problem, f"set it to {len(fitting)}, or use more nodes"
-        )
-    return tuple(Place(node, tuple(range(demand.trainer_gpus))) for node in fitting)
+    count, own = demand.trainer_nodes, nodes[: demand.trainer_nodes]
+    if len(own) < count:
+        problem = f"there {'is 1 node' if len(nodes) == 1 else f'are {len(nodes)} nodes'}"
+        raise NoRoomError("actor_num_nodes", count, problem, f"set it to {len(nodes)}, or use more nodes")
+    small = next((node for node, gpus in enumerate(own) if gpus < demand.trainer_gpus), None)
+    if small is not None:
+        problem, remedy = f"node {small} has {_gpus(nodes[small])}", f"set it to at most {min(own)}"
+        raise NoRoomError("actor_num_gpus_per_node", demand.trainer_gpus, problem, f"{remedy}, and use more nodes")
+    return tuple(Place(node, tuple(range(demand.trainer_gpus))) for node in range(count))
 
 
 def _no_room(nodes: Sequence[int], demand: Demand, free: int, rollout_nodes: int | None) -> NoRoomError:
@@ -141,8 +139,8 @@ def _no_room(nodes: Sequence[int], demand: Demand, free: int, rollout_nodes: int
     if rollout_nodes is not None and rollout_nodes < len(nodes):
         problem = f"the trainer leaves {free} of this node's {_gpus(nodes[0])}"
     remedy = (
-        "turn colocate on so that they take turns, lower it or actor_num_gpus_per_node, start rollouts on other "
-        "machines (rollout_workers_elsewhere), or name servers there (rollout_external_engine_addrs)"
+        "turn colocate on so that they take turns, lower it or actor_num_gpus_per_node, start some on other nodes "
+        "(rollout_workers_elsewhere), or name servers there in rollout_external_engine_addrs"
     )
     return NoRoomError(setting, demand.rollout_gpus, problem, remedy)
 

@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from miles.config.checks.device import visible_gpus
-from miles.config.schema.faults import Fault
+from miles.config.schema.faults import Fault, RunFault
 from miles.config.schema.flat_settings import FlatSettings
 from miles.placement.deal import Demand, NoRoomError, deal
 from miles.placement.nodes import Cluster, local_cluster
 
 
 def demand_of(s: FlatSettings, cluster: Cluster) -> Demand:
-    """Return the GPUs of a cluster that a configuration asks for, which is resolved for CUDA.
+    """Return the GPUs that a configuration, resolved for CUDA, asks for.
 
-    Rollout services that are started elsewhere need none of this machine.
+    Rollouts of other machines have GPUs of their own; of an assumed cluster's these are known too.
     """
     size, services = s.rollout_num_gpus_per_engine, s.rollout_num_workers
     engines = 1 if s.rollout_num_gpus is None else max(1, s.rollout_num_gpus // size // services)
@@ -24,7 +24,7 @@ def demand_of(s: FlatSettings, cluster: Cluster) -> Demand:
     return Demand(
         trainer_nodes=s.actor_num_nodes,
         trainer_gpus=s.actor_num_gpus_per_node or 8,
-        services=services,
+        services=services if cluster.assumed else services - s.rollout_workers_elsewhere,
         engines=engines,
         engine_gpus=0 if elsewhere else size,
         colocate=s.colocate,
@@ -45,11 +45,18 @@ def gpu_faults(s: FlatSettings, assumed: Cluster | None = None) -> Iterator[Faul
         yield Fault("device", "cuda", "this machine has no GPU to use", "set it to cpu, or check CUDA_VISIBLE_DEVICES")
         return
     try:
-        deal([node.gpus for node in cluster.nodes], demand_of(s, cluster), rollout_nodes=rollout_nodes(cluster))
+        placement = deal([node.gpus for node in cluster.nodes], demand_of(s, cluster), rollout_nodes=on_nodes(cluster))
     except NoRoomError as error:
         yield Fault(error.setting, error.value, error.problem, error.remedy)
+        return
+    others = sum(place.node > 0 for place in placement.rollouts)
+    if cluster.assumed and others > s.rollout_workers_elsewhere:
+        problem = (
+            f"{others} of the rollout services are on other nodes than the launcher, where they are started by hand"
+        )
+        yield RunFault("rollout_workers_elsewhere", s.rollout_workers_elsewhere, problem, f"set it to {others}")
 
 
-def rollout_nodes(cluster: Cluster) -> int | None:
+def on_nodes(cluster: Cluster) -> int | None:
     """Return on how many nodes rollout services can be: a launcher starts its own node's alone, but any can attach."""
     return None if cluster.assumed else 1

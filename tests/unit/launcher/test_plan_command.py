@@ -56,12 +56,25 @@ def test_the_dry_run_of_a_large_moe_says_what_starts_where_and_that_it_does_not_
     missing = described["before it can run"]
     assert any("there are no weights in it" in fault for fault in missing)
     assert any(fault.startswith("rm_type is not set") for fault in missing)
+    assert any(fault.startswith("rollout_workers_elsewhere = 0, but 1 of the rollout services") for fault in missing)
+
+
+def test_rollouts_of_other_nodes_come_with_their_command(
+    deepseek: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    there = ["--rollout-workers-elsewhere", "1", "--host", "10.0.0.1", "--assume-gpus", "8,8"]
+    described = dry_run(capsys, *LARGE_MOE, *there)
+    assert "rollout-0" not in [process["name"] for process in described["processes"]]
+    assert "--worker-id rollout-0" in described["start on other hosts"]["rollout-0, on node 1"]
+    assert not any("rollout_workers_elsewhere" in fault for fault in described["before it can run"])
+    assert cli.main(["plan", *LARGE_MOE, *there]) == 22
+    assert "node 1  rollout-0, on node 1  GPUs 0 to 7 of node 1" in capsys.readouterr().out
 
 
 def test_the_layout_that_is_named_fits(deepseek: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
     lines = dry_run(capsys, *LARGE_MOE, "--assume-gpus", "8,8")["memory per GPU and what starts where"]
     named = next(line for line in lines if "this would fit" in line).partition(": ")[2].split()
-    flags = [*LARGE_MOE[4:], *named, "--rollout-external-engine-addrs", "a:1"]
+    flags = [*LARGE_MOE[4:], *named, "--rollout-external-engine-addrs", "a:1", "--host", "10.0.0.1"]
     flags = flags[: flags.index("--tensor-model-parallel-size")] + flags[flags.index("--prompt-data") :]
     assert cli.main(["plan", *flags, "--json", "--assume-gpus", ",".join(["8"] * 16)]) == 0
     planned = json.loads(capsys.readouterr().out)
@@ -89,7 +102,10 @@ def test_a_plan_that_does_not_fit_has_its_own_exit_code(
     ("flags", "refusal"),
     [
         ([*LARGE_MOE, "--assume-gpus", "8"], "rollout_num_gpus = 8, but the trainer's 8 leave 0 of the 8 GPUs; turn"),
-        ([*LARGE_MOE, "--assume-gpus", "4,4"], "actor_num_gpus_per_node = 8, but the largest node has 4 GPUs; set it"),
+        (
+            [*LARGE_MOE, "--assume-gpus", "4,4"],
+            "actor_num_gpus_per_node = 8, but node 0 has 4 GPUs; set it to at most 4",
+        ),
         ([*LARGE_MOE, "--assume-gpus", "some"], "--assume-gpus = some, but 'some' is not the number of a node's GPUs"),
         ([*LARGE_MOE, "--assume-gpus", "8,8", "--device", "cpu"], "device = cpu, but --assume-gpus says which GPUs"),
     ],

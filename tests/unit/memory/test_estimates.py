@@ -123,7 +123,7 @@ def test_ranks_hold_the_model_together(layout: Layout) -> None:
 
 
 def test_the_distributed_optimizer_shards_over_replicas_and_experts_over_theirs(tmp_path: pathlib.Path) -> None:
-    sizes = {"actor_num_nodes": 16, "actor_num_gpus_per_node": 8, "tensor_model_parallel_size": 8}
+    sizes = {"actor_num_nodes": 16, "actor_num_gpus_per_node": 8, "tensor_model_parallel_size": 8, "host": "10.0.0.1"}
     found = deepseek(tmp_path, **sizes, expert_model_parallel_size=64, use_distributed_optimizer=True)
     own = rank_parameters(found.policy.shape, Layout(128, tensor=8, expert=64, expert_tensor=1), 0)  # type: ignore[arg-type]
     assert own.experts == 58 * 256 * 3 * 7168 * 2048 // 64

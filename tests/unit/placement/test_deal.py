@@ -60,8 +60,8 @@ def test_the_trainer_comes_first_and_rollouts_follow_on_its_node_or_the_next() -
     assert placement.rollouts == (Place(1, tuple(range(8))),)
     placement = deal([8], demand(trainer_gpus=4, services=2, engines=1, engine_gpus=2))
     assert placement.rollouts == (Place(0, (4, 5)), Place(0, (6, 7)))
-    placement = deal([4, 8], demand(engines=4))
-    assert (placement.trainer[0].node, placement.rollouts) == (1, (Place(0, (0, 1, 2, 3)),))
+    placement = deal([4, 4, 8], demand(trainer_nodes=2, trainer_gpus=4))
+    assert ([place.node for place in placement.trainer], placement.rollouts) == ([0, 1], (Place(2, tuple(range(8))),))
 
 
 @pytest.mark.parametrize(
@@ -69,8 +69,9 @@ def test_the_trainer_comes_first_and_rollouts_follow_on_its_node_or_the_next() -
     [
         ([8], {}, None, "rollout_num_gpus = 8, but the trainer's 8 leave 0 of the 8 GPUs; turn colocate on"),
         ([8, 8], {}, 1, "rollout_num_gpus = 8, but the trainer leaves 0 of this node's 8 GPUs; turn colocate on"),
-        ([4], {}, None, "actor_num_gpus_per_node = 8, but the largest node has 4 GPUs; set it to at most 4"),
-        ([8, 4], {"trainer_nodes": 2}, None, "actor_num_nodes = 2, but nodes with 8 GPUs are 1 of 2; set it to 1"),
+        ([4], {}, None, "actor_num_gpus_per_node = 8, but node 0 has 4 GPUs; set it to at most 4, and use"),
+        ([8, 4], {"trainer_nodes": 2}, None, "actor_num_gpus_per_node = 8, but node 1 has 4 GPUs; set it to at most"),
+        ([8], {"trainer_nodes": 2}, None, "actor_num_nodes = 2, but there is 1 node; set it to 1, or use more nodes"),
         (
             [8, 8, 8],
             {"engines": 1, "engine_gpus": 16},
