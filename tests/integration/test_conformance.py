@@ -51,6 +51,7 @@ ENGINES = ("torch", "sglang")
 COMBINATIONS = [
     Combination(backend, engine, family, transport)
     for engine, family, backend, transport in itertools.product(ENGINES, FAMILIES, BACKENDS, TRANSPORTS)
+    if (engine, family) != ("sglang", "MiniMax-M2")  # its norms of queries and keys are kernels for GPUs
 ]
 COMBINATIONS += [
     Combination(backend, engine, family, "shared_memory")
