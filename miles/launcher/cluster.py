@@ -45,7 +45,7 @@ _REDIS_CHECK_S = 0.5
 _REDIS_OUTLIVES_S = 20.0
 """How long Redis lives on when the launcher is killed: the services, which end then, store what they have."""
 _RESTARTS_IN_A_DRILL = 30
-_PINNED_PORTS = ("weightsync_port", "reward_port", "trainer_master_port")
+_PINNED_PORTS = ("weightsync_port", "reward_port")
 """Ports that others know by address, so that they must be the same after a restart."""
 _GATEWAY_NEEDS = ("fastapi", "httptools", "prometheus_client", "uvicorn")
 """Packages of the extra `gateway`: a run without them has no REST API."""
@@ -88,7 +88,8 @@ class LocalCluster:
             await self._start_redis()
         await self._start_controller()
         host = self._config.services.host
-        pinned = {key: getattr(self._config.services, key) or free_port(host) for key in _PINNED_PORTS}
+        keys = [*_PINNED_PORTS, *(["trainer_master_port"] if self._config.cluster.trainer_world_size > 1 else [])]
+        pinned = {key: getattr(self._config.services, key) or free_port(host) for key in keys}
         config = self._config.replace(**pinned)
         for plan in plan_workers(config, self.controller_address, every_reward=self._every_reward):
             self._launch(plan)

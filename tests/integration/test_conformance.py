@@ -43,14 +43,15 @@ from miles.weights.naming.model_tensors import read_model_tensors
 FAMILIES = ("Qwen3", "Qwen3-MoE", "MiniMax-M2", "DeepSeek-V3", "DeepSeek-V3, MTP", "GLM-4.5", "GLM-4.5, MTP")
 FURTHER = {
     "torch": ("Llama", "Qwen2, Qwen2.5", "Qwen2-MoE", "GLM-4.7-Flash"),
-    "sglang": ("Llama", "Qwen2, Qwen2.5", "GLM-4.7-Flash", "Gemma 2", "Gemma 3"),
+    "sglang": ("Llama", "Qwen2, Qwen2.5", "GLM-4.7-Flash", "Gemma 3"),
 }
-"""By engine, families that go through one transport only."""
+"""By engine, families that go through one transport only. SGLang's attention for CPUs has no soft caps (Gemma 2)."""
 BACKENDS = ("fsdp", "megatron")
 ENGINES = ("torch", "sglang")
 COMBINATIONS = [
     Combination(backend, engine, family, transport)
     for engine, family, backend, transport in itertools.product(ENGINES, FAMILIES, BACKENDS, TRANSPORTS)
+    if (engine, family) != ("sglang", "MiniMax-M2")  # its norms of queries and keys are kernels for GPUs
 ]
 COMBINATIONS += [
     Combination(backend, engine, family, "shared_memory")

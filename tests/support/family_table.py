@@ -79,7 +79,7 @@ LIMITS = {
     "sliding_window": "4096 in Gemma 2, 1024 in Gemma 3 but for 512 in the two smallest, 512 in Gemma 3n",
 }
 """As published."""
-NOT_ON_CPU = "SGLang implements it, but not on CPUs: it was not tried with a real server."
+NOT_ON_CPU = "SGLang implements it with parts that are for GPUs alone, so no real server was tried."
 
 
 class Notes:

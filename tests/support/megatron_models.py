@@ -66,7 +66,10 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "GLM-4.7-Flash": ("Glm4MoeLite", {**_EXPERTS, **_LATENT, "num_key_value_heads": 4, "rms_norm_eps": 1e-6}),
     "MiniMax-M2": (
         "MiniMaxM2",
-        {"head_dim": 8, "num_local_experts": EXPERTS, "num_experts_per_tok": 2, "intermediate_size": 24},
+        {
+            "head_dim": 8, "num_local_experts": EXPERTS, "num_experts_per_tok": 2, "intermediate_size": 24,
+            "scoring_func": "sigmoid", "use_routing_bias": True, "use_qk_norm": True,  # which SGLang reads
+        },
     ),
     "Gemma 2": (
         "Gemma2",

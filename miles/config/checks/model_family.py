@@ -23,6 +23,12 @@ _OWN_TYPE = {"MiniMaxM2ForCausalLM": "minimax_m2"}
 _ATTENTION = {"full_attention", "sliding_attention", "chunked_attention", "deepseek_sparse_attention"}
 """Types of layers in which a row sees other rows through attention alone."""
 
+_READ_BY_SGLANG: Mapping[str, Mapping[str, str]] = {
+    "gemma2": {"hidden_act": "gelu_pytorch_tanh"},
+    "minimax_m2": {"scoring_func": "sigmoid", "use_routing_bias": "true", "use_qk_norm": "true"},
+}
+"""By type, what published models say in their config.json, and transformers does not by itself."""
+
 
 def family_faults(s: FlatSettings) -> Iterator[Fault]:
     """Yield a fault for each part that cannot take the model; nothing when its config.json cannot be read or names
@@ -77,8 +83,9 @@ def why_not_sglang(model: Model) -> str | None:
     """Why SGLang cannot serve it."""
     if _architecture(model) == "Llama4ForCausalLM":
         return f"{known_models.SGLANG} leaves out the experts when it loads a Llama4ForCausalLM"
-    if model["model_type"] == "gemma2" and not model.get("hidden_act"):
-        return f"{known_models.SGLANG} reads hidden_act, which its config.json lacks (published: gelu_pytorch_tanh)"
+    for key, published in _READ_BY_SGLANG.get(str(model["model_type"]), {}).items():
+        if key not in model:
+            return f"{known_models.SGLANG} reads {key}, which its config.json lacks (published: {published})"
     return _not_in(known_models.SERVED, f"{known_models.SGLANG} has no implementation of", model)
 
 

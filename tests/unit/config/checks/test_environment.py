@@ -52,6 +52,19 @@ def test_an_incomplete_model_is_noticed(files: pathlib.Path, missing: str, expec
 
 
 @pytest.mark.parametrize(
+    ("model", "expected"),
+    [
+        ({"model_type": "kimi_k9"}, "has no causal language model of type kimi_k9"),
+        ({"model_type": "deepseek_v3", "quantization_config": {"quant_method": "fp8"}}, "are quantised (fp8)"),
+    ],
+)
+def test_a_model_that_nothing_can_take_is_noticed(files: pathlib.Path, model: dict[str, Any], expected: str) -> None:
+    (files / "model" / "config.json").write_text(json.dumps(model))
+    (fault,) = environment_faults(examine(MINIMAL).settings)
+    assert expected in str(fault)
+
+
+@pytest.mark.parametrize(
     ("changes", "expected"),
     [
         ({"hf_checkpoint": "nowhere"}, "hf_checkpoint = nowhere, but there is no such folder"),

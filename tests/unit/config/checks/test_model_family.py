@@ -19,6 +19,10 @@ LLAMA4 = {
 }  # fmt: skip
 SPARSE = {"model_type": "deepseek_v32", "architectures": ["DeepseekV32ForCausalLM"], "index_topk": 2048}
 QWEN2_MOE = {"model_type": "qwen2_moe", "architectures": ["Qwen2MoeForCausalLM"], "sliding_window": 4096}
+MINIMAX = {
+    "model_type": "minimax_m2", "architectures": ["MiniMaxM2ForCausalLM"], "scoring_func": "sigmoid",
+    "use_routing_bias": True,
+}  # fmt: skip
 SHORT = {"rollout_max_context_len": 2048, "rollout_max_response_len": 1024, "use_dynamic_batch_size": True}
 
 LLAMA4_RUN = {**SHORT, "max_tokens_per_gpu": 4096, "rollout_backend": "torch"}
@@ -47,6 +51,11 @@ def faults(folder: pathlib.Path, model: dict[str, Any], **changes: Any) -> list[
             {"model_type": "gemma2", "architectures": ["Gemma2ForCausalLM"]},
             {},
             "reads hidden_act, which its config.json lacks (published: gelu_pytorch_tanh); set it to torch",
+        ),
+        (
+            MINIMAX,
+            {},
+            "SGLang 0.5.21 reads use_qk_norm, which its config.json lacks (published: true); set it to torch",
         ),
         (
             {"model_type": "smollm3", "architectures": ["SmolLM3ForCausalLM"]},
@@ -133,7 +142,7 @@ def test_samples_longer_than_a_chunk_fit_neither_fsdp_nor_the_torch_engine(tmp_p
         (QWEN2_MOE, {"rollout_backend": "torch"}),
         (GEMMA3, {}),
         (GEMMA3, {"rollout_backend": "torch", "rollout_max_context_len": 512, "rollout_max_response_len": 256}),
-        ({"model_type": "minimax_m2", "architectures": ["MiniMaxM2ForCausalLM"]}, {"train_backend": "megatron"}),
+        ({**MINIMAX, "use_qk_norm": True}, {"train_backend": "megatron"}),
         ({"model_type": "llama"}, {}),
         ({"model_type": "gemma3", "text_config": GEMMA3}, {"rollout_backend": "torch"}),  # refused for its form
         ({}, {}),
