@@ -118,6 +118,8 @@ class FakeIpc:
         handle: weightsync_pb2.TransportHandle,
         descriptors: Sequence[policy_pb2.TensorDescriptor],
         tensors: Iterable[tuple[str, torch.Tensor]],
+        *,
+        lasting: bool = False,
     ) -> SendTimes:
         base, nbytes = flats.extent(descriptors)
         flat = torch.zeros(nbytes, dtype=torch.uint8)
