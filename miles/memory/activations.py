@@ -14,6 +14,8 @@ from miles.memory.run import Run
 
 _CHUNK_ELEMENTS = {"cpu": 2**22, "cuda": 2**26}
 """Of logits in float32, as `miles.algorithms.log_probs` takes them at a time."""
+_MOST_LOGITS = 2 << 30
+"""Of larger ones fsdp computes scores chunk by chunk, where the model's head allows it."""
 _CHUNK_COPIES = 3
 """Of a chunk: scaled logits, their log-softmax, and the gradient."""
 
@@ -93,11 +95,13 @@ def _logits(run: Run, shape: ModelShape, layout: Layout) -> list[Part]:
     split = "" if layout.tensor == 1 else f" of {shape.vocabulary} / {layout.tensor} ranks"
     rows = s.log_probs_chunk_size if s.log_probs_chunk_size > 0 else max(1, _CHUNK_ELEMENTS[_device(run)] // columns)
     rows = min(rows, tokens)
+    bounded = shape.plain_head and s.train_backend == "fsdp"
+    most, bound = (_MOST_LOGITS, ", at most 2 GiB") if bounded else (tokens * columns * run.train_bytes, "")
     return [
         Part(
             "logits",
-            tokens * columns * run.train_bytes,
-            f"at most {tokens} rows × {columns} columns{split} × {run.train_bytes} bytes; their gradient is there too",
+            min(tokens * columns * run.train_bytes, most),
+            f"at most {tokens} rows × {columns} columns{split} × {run.train_bytes} bytes{bound}",
             When.TRAINING,
         ),
         Part(

@@ -18,6 +18,13 @@ _FOUR_NORMS = frozenset({"gemma2", "gemma3", "gemma3_text"})
 """Model types with norms before and after both parts of a layer."""
 _SCORE_BIAS = frozenset({"deepseek_v3", "glm4_moe", "minimax_m2"})
 """Model types whose routers add a bias to their scores."""
+PLAIN_HEADS = frozenset(
+    {
+        *("llama", "mistral", "mixtral", "phi3", "smollm3", "olmo2", "olmoe"),
+        *("qwen2", "qwen3", "qwen2_moe", "qwen3_moe", "glm4", "glm4_moe", "deepseek_v3"),
+    }
+)
+"""Model types of which fsdp never holds more than 2 GiB of logits."""
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 
@@ -67,6 +74,8 @@ class ModelShape:
     """Of a layer, each of `hidden` elements."""
     mtp_layers: int = 0
     """MTP layers that the folder's configuration names."""
+    plain_head: bool = False
+    """Whether the head's output is neither scaled nor capped."""
 
 
 def shape_of(config: Mapping[str, Any]) -> ModelShape | None:
@@ -98,6 +107,7 @@ def shape_of(config: Mapping[str, Any]) -> ModelShape | None:
         query_key_norm=_query_key_norm(model, kind),
         norms=4 if kind in _FOUR_NORMS else 2,
         mtp_layers=int(model.get("num_nextn_predict_layers") or 0),
+        plain_head=kind in PLAIN_HEADS,
     )
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from miles.config.checks.json_file import read_json_object
-from miles.config.schema.faults import Fault
+from miles.config.schema.faults import Fault, RunFault
 from miles.config.schema.flat_settings import FlatSettings
 
 FP8_BLOCKS: Mapping[str, Any] = {"quant_method": "fp8", "weight_block_size": [128, 128]}
@@ -28,7 +28,7 @@ def form_faults(s: FlatSettings) -> Iterator[Fault]:
         seen.add(folder)
         model = read_json_object(pathlib.Path(folder) / "config.json")
         if (problem := why_not_plain(model)) is not None:
-            yield Fault(key, folder, problem, _way_out(model, folder))
+            yield RunFault(key, folder, problem, _way_out(model, folder))
 
 
 def why_not_plain(model: Mapping[str, Any]) -> str | None:

@@ -19,12 +19,13 @@ from miles.memory.engines import engine_parts, static_fraction
 from miles.memory.host import queue_part, versions_part
 from miles.memory.least import least_host_memory
 from miles.memory.megatron import Layout, megatron_parts, rank_parameters, stage_layers
-from miles.memory.model import shape_of
+from miles.memory.model import PLAIN_HEADS, shape_of
 from miles.memory.parameters import model_parameters
 from miles.memory.remedy import fitting_layout, smallest_server
 from miles.memory.report import report_of, trainer_parts
 from miles.memory.run import Run, run_of
 from miles.placement.nodes import parse_cluster
+from miles.services.trainer.backends.fsdp.model import scoring_head
 
 DENSE = {
     "model_type": "llama", "hidden_size": 1000, "num_hidden_layers": 10, "vocab_size": 50_000,
@@ -259,3 +260,11 @@ def test_peaks_that_were_measured_on_a_gpu_are_met_within_a_tenth(
     )
     logits = scored * shape.vocabulary * 2 + 3 * 2**26 * 4
     assert (state + 2 * rows * kept + logits) / 1e9 == pytest.approx(measured, rel=0.1)
+
+
+def test_fsdp_bounds_logits_of_the_models_whose_head_allows_it(model: pathlib.Path) -> None:
+    assert PLAIN_HEADS == scoring_head.PLAIN_HEADS
+    long = {"actor_num_gpus_per_node": 1, "rollout_max_context_len": 100_000}
+    assert named(activation_parts(run(model, "cuda", **long)), "logits") == scoring_head.MAX_LOGIT_BYTES
+    (model / "config.json").write_text(json.dumps(DENSE | {"model_type": "gemma2"}))
+    assert named(activation_parts(run(model, "cuda", **long)), "logits") == 100_000 * 50_000 * 2
