@@ -12,7 +12,7 @@ import pytest
 from benchmarks.long_sequences import STAGES
 
 TOKENS = {"attention": 4096}
-OFTEN = ("queue", "ranks", "attention")
+OFTEN = ("queue", "ranks")
 SLACK_BYTES = 12_000_000
 """Memory that an allocator keeps, and messages of a few kilobytes."""
 

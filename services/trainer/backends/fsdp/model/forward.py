@@ -80,7 +80,7 @@ def forward(
     scored = scored_rows(micro_batch.logit_rows_R, micro_batch.targets_R)
     tokens_UM = to_device(torch.from_numpy(scored.tokens_UM), options.device)
     scoring = Scoring(tokens_UM, options.temperature, with_entropy, entropy_requires_grad, options.chunk_rows)
-    head = scoring_head(model, len(scored.rows_U), options.logit_bytes)
+    head = scoring_head(model, len(scored.rows_U), options.compute, options.logit_bytes)
     if head is not None:
         with head.scoring(scoring):
             outputs = read_scores(_head_output(model, micro_batch, options, scored.rows_U), scoring)

@@ -99,9 +99,9 @@ def put_scoring_head(model: PreTrainedModel) -> None:
         model.set_output_embeddings(ScoringHead(head.weight))  # type: ignore[no-untyped-call]
 
 
-def scoring_head(model: torch.nn.Module, rows: int, limit_bytes: int) -> ScoringHead | None:
-    """The model's head, if it can give scores and logits of so many rows would be larger than the limit."""
+def scoring_head(model: torch.nn.Module, rows: int, compute: torch.dtype, limit_bytes: int) -> ScoringHead | None:
+    """The model's head, if it can give scores and logits of so many rows, of this type, would exceed the limit."""
     head = getattr(model, "lm_head", None)
-    if not isinstance(head, ScoringHead) or rows * head.out_features * head.weight.element_size() <= limit_bytes:
+    if not isinstance(head, ScoringHead) or rows * head.out_features * compute.itemsize <= limit_bytes:
         return None
     return head
