@@ -16,7 +16,7 @@ _HEAD_NORMS = frozenset({"qwen3", "qwen3_moe", "gemma3", "gemma3_text"})
 """Model types with norms of each head's queries and keys."""
 _FOUR_NORMS = frozenset({"gemma2", "gemma3", "gemma3_text"})
 """Model types with norms before and after both parts of a layer."""
-_SCORE_BIAS = frozenset({"deepseek_v3", "glm4_moe", "minimax_m2"})
+_SCORE_BIAS = frozenset({"deepseek_v3", "deepseek_v32", "glm4_moe", "glm4_moe_lite", "minimax_m2"})
 """Model types whose routers add a bias to their scores."""
 PLAIN_HEADS = frozenset(
     {
@@ -38,6 +38,9 @@ class Latent:
     rope_dim: int
     nope_dim: int
     value_dim: int
+    index_heads: int = 0
+    """Of the indexer that chooses which tokens are attended to (DeepSeek-V3.2); 0: there is none."""
+    index_dim: int = 0
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -121,6 +124,8 @@ def _latent(model: Mapping[str, Any]) -> Latent | None:
         rope_dim=int(model["qk_rope_head_dim"]),
         nope_dim=int(model["qk_nope_head_dim"]),
         value_dim=int(model["v_head_dim"]),
+        index_heads=int(model.get("index_n_heads") or 0),
+        index_dim=int(model.get("index_head_dim") or 0),
     )
 
 

@@ -77,10 +77,12 @@ def attention_parameters(shape: ModelShape) -> Parameters:
         bias = shape.query_bias * (latent.key_value_rank + latent.rope_dim + (latent.query_rank or 0))
         up = (latent.query_rank or hidden) * heads * width
         up += latent.key_value_rank * heads * (latent.nope_dim + latent.value_dim)
+        index_width = latent.index_heads * latent.index_dim
+        index = (latent.query_rank or hidden) * index_width + hidden * (latent.index_dim + latent.index_heads)
         return Parameters(
-            attention=up + heads * latent.value_dim * hidden,
+            attention=up + heads * latent.value_dim * hidden + index * (index_width > 0),
             replicated=down + bias,
-            norms=latent.key_value_rank + (latent.query_rank or 0) + output_bias,
+            norms=latent.key_value_rank + (latent.query_rank or 0) + output_bias + 2 * latent.index_dim,
         )
     norms = {None: 0, "head": 2 * dim, "all": (heads + groups) * dim}[shape.query_key_norm]
     return Parameters(
