@@ -1,14 +1,10 @@
-"""Host memory besides processes' own: versions of the weights, Redis, buckets."""
+"""Host memory besides processes' own: versions of the weights, buckets."""
 
 from __future__ import annotations
 
 from miles.memory.amount import Part, number
 from miles.memory.run import Run
 
-_TOKEN_BYTES = 4 + 4 + 1
-"""Of a queued token: its id, log-probability and mask."""
-_TEXT_BYTES = 4
-"""Of a token's text."""
 _PROCESS = {"cpu": 400 << 20, "cuda": 4 << 30}
 """Resident memory of a Python process with PyTorch by itself: on GPUs CUDA's libraries and pinned buffers besides."""
 _CONTEXT = int(1.5 * (1 << 30))
@@ -41,23 +37,6 @@ def buckets_part(run: Run) -> Part:
     each = run.settings.update_weight_buffer_size
     whole = run.policy.parameters.total * run.engine_bytes
     return Part("buckets of weights", min(2 * each, 2 * whole), f"2 × update_weight_buffer_size = {each}")
-
-
-def queue_part(run: Run) -> Part:
-    """Return what Redis holds of finished groups: the batch that is trained on, and those ahead of it."""
-    s, shape = run.settings, run.policy.shape
-    samples = s.rollout_batch_size * s.n_samples_per_prompt * (s.max_weight_staleness + 2)
-    each, words = _TOKEN_BYTES + _TEXT_BYTES, f"{_TOKEN_BYTES + _TEXT_BYTES} bytes"
-    if shape is not None and shape.experts and (s.use_rollout_routing_replay or s.observe_rollout_routing):
-        number_bytes = 1 if shape.experts <= 256 else 2
-        routing = len(shape.expert_layers) * shape.experts_per_token * number_bytes
-        each += routing
-        words += f" + {routing} of routing in {len(shape.expert_layers)} layers"
-    formula = (
-        f"at most rollout_batch_size × n_samples_per_prompt × (max_weight_staleness + 2) = {samples} samples × "
-        f"{run.longest} tokens × ({words})"
-    )
-    return Part("finished groups", samples * run.longest * each, formula)
 
 
 def process_part(device: str) -> Part:

@@ -13,6 +13,7 @@ from miles.memory.engines import engine_parts
 from miles.memory.fsdp import fsdp_parts
 from miles.memory.megatron import layout_of, megatron_parts
 from miles.memory.run import Run
+from miles.memory.samples import queue_part, rank_samples_part, rollout_samples_part
 from miles.placement.deal import Placement
 from miles.placement.nodes import Cluster
 
@@ -121,6 +122,7 @@ def _trainer_uses(run: Run, placement: Placement | None) -> list[Use]:
         device, others = by_stage[stage_of(rank)]
         own = [part for part in others if part.when is not When.LOADING or rank == 0]
         own += [part for part in [host.compared_part(run, rank)] if part.bytes]
+        own.append(rank_samples_part(run, rank))
         node, gpu = places[rank] if on_gpu else (rank // (run.settings.actor_num_gpus_per_node or 1), None)
         context = [host.context_part()] if on_gpu else []
         process = host.process_part("cuda" if on_gpu else "cpu")
@@ -133,9 +135,9 @@ def _rollout_uses(run: Run, cluster: Cluster, placement: Placement | None) -> li
     if s.rollout_external_engine_addrs is not None:
         return []
     if placement is None:
-        process, device = host.process_part("cpu"), tuple(engine_parts(run))
+        held, device = (host.process_part("cpu"), rollout_samples_part(run)), tuple(engine_parts(run))
         here = s.rollout_num_workers - s.rollout_workers_elsewhere
-        return [Use(f"rollout-{i}", "engine", 0, None, device, (process,)) for i in range(here)]
+        return [Use(f"rollout-{i}", "engine", 0, None, device, held) for i in range(here)]
     servers, uses = s.rollout_backend == "sglang", []
     for service, place in enumerate(placement.rollouts):
         for number, gpu in enumerate(place.gpus):
@@ -143,7 +145,8 @@ def _rollout_uses(run: Run, cluster: Cluster, placement: Placement | None) -> li
             parts = engine_parts(run, capacity, _resident(run, placement, place.node, gpu))
             parts += [] if servers else [host.context_part()]
             part = f"server {number // s.rollout_num_gpus_per_engine}" if servers else "engine"
-            uses.append(Use(f"rollout-{service}", part, place.node, gpu, tuple(parts), (host.process_part("cuda"),)))
+            own = (host.process_part("cuda"), *([rollout_samples_part(run)] if number == 0 else []))
+            uses.append(Use(f"rollout-{service}", part, place.node, gpu, tuple(parts), own))
     return uses
 
 
@@ -182,7 +185,7 @@ def _nodes(run: Run, uses: Sequence[Use]) -> tuple[NodeLoad, ...]:
         if shared:
             together.append(host.versions_part(run))
         if node == 0 and run.settings.redis_url is None:
-            together.append(host.queue_part(run))
+            together.append(queue_part(run))
         loads.append(NodeLoad(node, tuple(together)))
     return tuple(loads)
 

@@ -16,7 +16,7 @@ from miles.memory.activations import activation_parts, layer_elements
 from miles.memory.amount import GIB, Part, When, number, peak, size
 from miles.memory.disk import disk_part
 from miles.memory.engines import engine_parts, static_fraction
-from miles.memory.host import queue_part, versions_part
+from miles.memory.host import versions_part
 from miles.memory.least import least_host_memory
 from miles.memory.megatron import Layout, megatron_parts, rank_parameters, stage_layers
 from miles.memory.model import PLAIN_HEADS, shape_of
@@ -24,6 +24,7 @@ from miles.memory.parameters import model_parameters
 from miles.memory.remedy import fitting_layout, smallest_server
 from miles.memory.report import report_of, trainer_parts
 from miles.memory.run import Run, run_of
+from miles.memory.samples import longest_sample, queue_part, rank_samples_part, rollout_samples_part
 from miles.placement.nodes import parse_cluster
 from miles.services.trainer.backends.fsdp.model import scoring_head
 
@@ -179,10 +180,22 @@ def test_the_torch_engine_keeps_keys_and_values_of_every_request(model: pathlib.
 
 def test_routing_is_queued_with_the_samples(tmp_path: pathlib.Path) -> None:
     replayed = {"use_rollout_routing_replay": True, "rollout_max_context_len": 32768}
-    plain, routed = queue_part(deepseek(tmp_path)), queue_part(deepseek(tmp_path, **replayed))
+    saved = {"save_interval": 1}
+    plain, routed = (queue_part(deepseek(tmp_path, **saved, **more)) for more in ({}, replayed))
+    assert queue_part(deepseek(tmp_path, num_rollout=99)).bytes == 50 * plain.bytes  # one checkpoint, at the end
     assert "of routing in 58 layers" in routed.formula
-    assert routed.bytes == 32 * 8 * 2 * 32768 * (13 + 58 * 8)  # one byte each: there are 256 experts
+    assert routed.bytes == 32 * 8 * 2 * longest_sample(deepseek(tmp_path, **replayed)).payload_bytes
+    assert routed.bytes > 32 * 8 * 2 * 32767 * 58 * 8  # one byte each: there are 256 experts
     assert plain.bytes < routed.bytes
+
+
+def test_ranks_and_rollouts_hold_their_share_of_long_samples(tmp_path: pathlib.Path) -> None:
+    replayed = {"use_rollout_routing_replay": True, "rollout_max_context_len": 32768, "rollout_num_workers": 4}
+    found = deepseek(tmp_path, **replayed)
+    sample = longest_sample(found)
+    first, other = (rank_samples_part(found, rank).bytes for rank in (0, 1))
+    assert first > 32 * 8 * sample.payload_bytes > other > 32 * sample.routing_bytes  # of 8 replicas
+    assert rollout_samples_part(found).bytes == (32 // 4 + 1) * 8 * sample.payload_bytes
 
 
 def test_what_a_machine_needs_at_least_and_writes(model: pathlib.Path) -> None:
