@@ -292,7 +292,7 @@ def main() -> None:
         "--disk-directory", type=pathlib.Path, default=None, help="shared storage (default: a temporary folder)"
     )
     parser.add_argument("--transports", nargs="+", default=TRANSPORTS, choices=TRANSPORTS)
-    parser.add_argument("--changed", type=float, nargs="*", default=[0.02], help="shares of the values; none: the whole version alone")
+    parser.add_argument("--changed", type=float, nargs="*", default=[0.02], help="shares of the values; or none")
     parser.add_argument("--follow", metavar="HOST:PORT", help=argparse.SUPPRESS)
     parser.add_argument("--publish", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
