@@ -35,9 +35,9 @@ def plan_elsewhere(config: JobConfig, controller: str, placement: Placement | No
         plans.append(ProcessPlan(name, "trainer", command, variables, {}, node=rank))
     for index in range(rollouts_here(config), config.cluster.rollout_num_workers):
         command = _rollout(config, index, controller)
-        known = placement is not None and index < len(placement.rollouts)
-        node = placement.rollouts[index].node if placement is not None and known else 0
-        name = f"rollout-{index}, on {f'node {node}' if known else 'any host'}"
+        places = () if placement is None else placement.rollouts[index : index + 1]
+        node = places[0].node if places else 0
+        name = f"rollout-{index}, on {f'node {node}' if places else 'any host'}"
         plans.append(ProcessPlan(name, "rollout", command, environment, {}, node=node))
     return plans
 

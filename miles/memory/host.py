@@ -18,18 +18,18 @@ def versions_part(run: Run) -> Part:
     return Part("versions of the weights", 2 * count * run.engine_bytes, formula)
 
 
-def compared_part(run: Run, rank: int) -> Part:
+def compared_parts(run: Run, rank: int) -> list[Part]:
     """Return what a trainer rank keeps of the last version where changes to it are sent: rank 0 all of it.
 
     Each of several ranks keeps its shards besides.
     """
+    if run.settings.update_weight_transfer_mode not in ("disk_delta", "grpc_chunks"):
+        return []
     count = run.policy.parameters.total * run.engine_bytes
     shards = -(-count // run.ranks) if run.ranks > 1 else 0
-    if run.settings.update_weight_transfer_mode not in ("disk_delta", "grpc_chunks"):
-        return Part("last version", 0, "no changes are sent")
     words = f"{number(run.policy.parameters.total)} × {run.engine_bytes}"
     formula = " + ".join([*([words] if rank == 0 else []), *([f"{words} / {run.ranks} ranks"] if shards else [])])
-    return Part("last version", (count if rank == 0 else 0) + shards, formula)
+    return [Part("last version", (count if rank == 0 else 0) + shards, formula)]
 
 
 def buckets_part(run: Run) -> Part:

@@ -28,7 +28,7 @@ def least_host_memory(run: Run) -> Part:
         ranks = s.actor_num_gpus_per_node or 8
         parts = [(ranks, part) for part in others if part.when is not When.LOADING]
         parts.append((1, host.versions_part(run)))
-    parts += [(1, host.compared_part(run, rank)) for rank in range(s.actor_num_gpus_per_node or 1)]
+    parts += [(1, part) for rank in range(s.actor_num_gpus_per_node or 1) for part in host.compared_parts(run, rank)]
     counted = [(count, part) for count, part in parts if count and part.bytes]
     words = (f"{f'{count} × ' if count > 1 else ''}{part.name}: {part.formula}" for count, part in counted)
     return Part("host memory", sum(count * part.bytes for count, part in counted), " + ".join(words))

@@ -10,8 +10,8 @@ from miles.memory import host
 from miles.memory.activations import activation_parts
 from miles.memory.amount import Part, When, peak
 from miles.memory.engines import engine_parts
-from miles.memory.fsdp import fsdp_parts
-from miles.memory.megatron import layout_of, megatron_parts
+from miles.memory.least import trainer_state
+from miles.memory.megatron import layout_of
 from miles.memory.run import Run
 from miles.memory.samples import queue_part, rank_samples_part, rollout_samples_part
 from miles.placement.deal import Placement
@@ -95,8 +95,7 @@ class Report:
 
 def trainer_parts(run: Run, stage: int = 0) -> tuple[list[Part], list[Part]]:
     """Return what a rank of the trainer takes on its device, and in host memory besides, without its process itself."""
-    megatron = run.settings.train_backend == "megatron"
-    state, others = megatron_parts(run, stage) if megatron else fsdp_parts(run)
+    state, others = trainer_state(run, stage)
     device = [*state, *activation_parts(run, stage), host.buckets_part(run)]
     if not run.parks:
         return device, others
@@ -121,8 +120,7 @@ def _trainer_uses(run: Run, placement: Placement | None) -> list[Use]:
     for rank in range(run.ranks):
         device, others = by_stage[stage_of(rank)]
         own = [part for part in others if part.when is not When.LOADING or rank == 0]
-        own += [part for part in [host.compared_part(run, rank)] if part.bytes]
-        own.append(rank_samples_part(run, rank))
+        own += [*host.compared_parts(run, rank), rank_samples_part(run, rank)]
         node, gpu = places[rank] if on_gpu else (rank // (run.settings.actor_num_gpus_per_node or 1), None)
         context = [host.context_part()] if on_gpu else []
         process = host.process_part("cuda" if on_gpu else "cpu")

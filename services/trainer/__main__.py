@@ -147,9 +147,8 @@ async def serve(arguments: argparse.Namespace, ranks: Ranks, worker: RankWorker,
     if arguments.address_file is not None:
         write_address(arguments.address_file, address)
     async with contextlib.AsyncExitStack() as stack:
-        stack.push_async_exit(
-            _release_ranks(leader, connections)
-        )  # last: even if the checkpoint fails, the other ranks wait
+        # Last: even if the checkpoint fails, the other ranks wait.
+        stack.push_async_exit(_release_ranks(leader, connections))
         stack.push_async_callback(servicer.close)
         stack.push_async_callback(server.stop, _STOP_GRACE_S)
         tasks = [asyncio.create_task(leader.send_heartbeats(), name="heartbeats to the other ranks")]

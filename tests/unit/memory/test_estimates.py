@@ -198,6 +198,16 @@ def test_ranks_and_rollouts_hold_their_share_of_long_samples(tmp_path: pathlib.P
     assert rollout_samples_part(found).bytes == (32 // 4 + 1) * 8 * sample.payload_bytes
 
 
+@pytest.mark.parametrize(("ranks", "copies"), [(1, 1), (2, 2)])
+def test_versions_that_are_compared_count_where_changes_are_sent(model: pathlib.Path, ranks: int, copies: int) -> None:
+    layout = {"actor_num_gpus_per_node": ranks, "update_weight_disk_dir": str(model)}
+    plain = least_host_memory(run(model, **layout))
+    found = run(model, **layout, update_weight_transfer_mode="disk_delta")
+    changes = least_host_memory(found)
+    assert changes.bytes - plain.bytes == copies * 4 * total(found)  # rank 0 has all of it, and each of two its shards
+    assert "last version" in changes.formula
+
+
 def test_what_a_machine_needs_at_least_and_writes(model: pathlib.Path) -> None:
     found = run(model, save_interval=3, save_hf="out/{rollout_id}")
     count = total(found)
