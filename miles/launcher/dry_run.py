@@ -11,6 +11,7 @@ from miles.config.checks.environment import environment_faults
 from miles.config.command.flags import CommandLine
 from miles.config.command.yaml_files import write_text
 from miles.config.job import JobConfig, examine, resolved
+from miles.config.notes import notes
 from miles.config.schema.catalog import catalog
 from miles.config.schema.faults import ConfigError, RunFault
 from miles.launcher.elsewhere import command_line, plan_elsewhere
@@ -42,7 +43,7 @@ def checked_plan(line: CommandLine, *, only_planned: bool = False) -> RunPlan:
     faults = line.merge([*examination.faults, *(fault for fault in here if fault not in missing)])
     if faults:
         raise ConfigError(faults)
-    return RunPlan(JobConfig.from_flat(flat), line.assumed, tuple(missing))
+    return RunPlan(JobConfig.from_flat(flat), line.assumed, tuple(missing), tuple(notes(examination.settings)))
 
 
 def describe_run(plan: RunPlan) -> str:
@@ -63,6 +64,8 @@ def describe_run(plan: RunPlan) -> str:
         "number types": number_types_here(config) if plan.assumed is None else str(number_types_of(config)),
         "memory per GPU and what starts where": memory_lines(plan),
     }
+    if plan.notes:
+        document["accepted with a note"] = [str(note) for note in plan.notes]
     if plan.missing:
         document["before it can run"] = [str(fault) for fault in plan.missing]
     if external:

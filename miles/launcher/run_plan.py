@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from miles.config.job import JobConfig
+from miles.config.notes import Note
 from miles.config.schema.faults import RunFault
 from miles.placement.nodes import Cluster
 
@@ -19,3 +20,5 @@ class RunPlan:
     """Instead of this machine."""
     missing: tuple[RunFault, ...] = ()
     """What a run needs besides."""
+    notes: tuple[Note, ...] = ()
+    """What becomes of settings that change nothing, or less than they seem to."""

@@ -17,6 +17,7 @@ from miles.config.rules import (
     sampling,
     services,
     sizes,
+    statements,
     train,
 )
 from miles.config.rules.registry import RULES, Rule, check
@@ -38,5 +39,6 @@ __all__ = [
     "sampling",
     "services",
     "sizes",
+    "statements",
     "train",
 ]

@@ -17,6 +17,7 @@ from miles.config.schema.section import (
     Negated,
     Passthrough,
     Section,
+    States,
     base_type,
     choices,
     element_type,
@@ -80,6 +81,8 @@ class Entry:
     """Whether the flag turns the field off."""
     dotted_path: DottedPath | None
     """Set when the value names a Python object."""
+    states: States | None
+    """Set when the setting changes nothing and states what is so."""
 
 
 @functools.cache
@@ -124,6 +127,7 @@ def _entry(section: str, key: str, field: FieldInfo) -> Entry:
         help=" ".join((field.description or "").split()),
         negated=negated is not None,
         dotted_path=note(field, DottedPath),
+        states=note(field, States),
     )
 
 

@@ -53,6 +53,15 @@ class DottedPath:
     aliases: tuple[str, ...] = ()
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class States:
+    """The setting changes nothing: it states what is so anyway. That value is accepted with a note, others refused."""
+
+    value: Any
+    because: str
+    """Why it is so, as a clause: "the softmax of attention is always computed in float32"."""
+
+
 def derived() -> Any:
     """Default of a field that `JobConfig.from_flat` derives when it is not given, so that readers never see None."""
     return Field(default=None)

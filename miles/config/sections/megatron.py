@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from miles.config.schema.section import Derived, NonNegativeFloat, Positive, PositiveFloat, Section, derived
+from miles.config.schema.section import Derived, NonNegativeFloat, Positive, PositiveFloat, Section, States, derived
 
 
 class MegatronConfig(Section):
@@ -50,6 +50,11 @@ class MegatronConfig(Section):
 
     attention_backend: Literal["auto", "flash", "fused", "unfused"] = "auto"
     """Attention kernels of TransformerEngine."""
+
+    attention_softmax_in_fp32: Annotated[
+        bool | None, States(True, "the softmax of attention is computed in float32")
+    ] = None
+    """Compute the softmax of attention in float32."""
 
     moe_token_dispatcher_type: Literal["alltoall", "allgather"] = "alltoall"
     """How tokens are sent to their experts."""

@@ -34,6 +34,10 @@ RULE_CASES: list[tuple[dict[str, Any], str]] = [
         {"update_weight_disk_dir": "d", "update_weight_transfer_mode": "shared_memory"},
         "update_weight_disk_dir = d, but update_weight_transfer_mode = shared_memory writes no files",
     ),
+    (
+        {"attention_softmax_in_fp32": False, "train_backend": "megatron"},
+        "attention_softmax_in_fp32 = false, but the softmax of attention is computed in float32; leave it out",
+    ),
     ({"chaos_interval_s": 3.0}, "chaos_interval_s = 3.0, but there is no drill without chaos"),
     (
         {**SGLANG, "rollout_external_engine_addrs": ["a:1"], "rollout_engine_python": "p"},

@@ -29,7 +29,7 @@ MEGATRON = """--tensor-model-parallel-size --pipeline-model-parallel-size --num-
     --context-parallel-size --expert-model-parallel-size --expert-tensor-parallel-size --sequence-parallel
     --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather --transformer-impl --attention-backend
     --moe-token-dispatcher-type --moe-aux-loss-coeff --recompute-granularity --recompute-method --recompute-num-layers
-    --recompute-modules"""
+    --recompute-modules --attention-softmax-in-fp32"""
 
 
 def entry_of(name: str) -> Entry:

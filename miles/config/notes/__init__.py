@@ -1,0 +1,8 @@
+"""Notes: what a dry run says about settings that are accepted and change nothing, or less than they seem to.
+
+A note is no fault. `registry` runs them, the other files have them by subject.
+"""
+
+from miles.config.notes import statements as statements
+from miles.config.notes.registry import Note as Note
+from miles.config.notes.registry import notes as notes
