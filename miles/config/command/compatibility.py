@@ -25,7 +25,7 @@ DIFFERENT_CHOICES: Mapping[str, str] = {
     "loss_type": "policy_loss",
     "lr_decay_style": "constant, linear and cosine",
     "optimizer": "adam",
-    "rm_type": "exact_match, last_number and math",
+    "rm_type": "exact_match, last_number, math, deepscaler and dapo",
     "update_weight_transfer_mode": "the transports by their names",
     "tis_level": "token, sequence and geometric",
     "rs_level": "token, sequence and geometric",

@@ -225,11 +225,15 @@ def _models(s: FlatSettings) -> list[Fault]:
 
 
 def _staleness(s: FlatSettings) -> list[Fault]:
-    """Derive the smallest bound that the other settings need."""
     if not s.given("max_weight_staleness"):
-        batches = -(-(s.over_sampling_batch_size or 1) // s.rollout_batch_size)
-        s.fill("max_weight_staleness", max(batches, s.update_weights_interval, 2 if s.partial_rollout else 1) - 1)
+        s.fill("max_weight_staleness", needed_staleness(s))
     return []
+
+
+def needed_staleness(s: FlatSettings) -> int:
+    """Return the smallest bound that the other settings need."""
+    batches = -(-(s.over_sampling_batch_size or 1) // s.rollout_batch_size)
+    return max(batches, s.update_weights_interval, 2 if s.partial_rollout else 1) - 1
 
 
 def _engine(s: FlatSettings) -> list[Fault]:

@@ -450,6 +450,10 @@ RULE_CASES: list[tuple[dict[str, Any], str]] = [
         "colocate = true, but max_weight_staleness = 1 has engines and trainer work at once",
     ),
     (
+        {**SGLANG, "offload_train": True, "partial_rollout": True, "max_weight_staleness": 2},
+        "offload_train = true, but max_weight_staleness = 2 has engines and trainer work at once",
+    ),
+    (
         {**SGLANG, "rollout_weight_format": "fp8_block"},
         "rollout_weight_format = fp8_block, but rollout_backend = sglang takes weights in rollout_dtype alone",
     ),
