@@ -102,7 +102,7 @@ class JobConfig(BaseModel):
         return type(self).from_flat(self.to_flat() | changes)
 
     def resolve(self, device: Literal["cpu", "cuda"] | None = None) -> Self:
-        """Fill in what depends on the machine: `device`, ranks per node, process group backend, $TENSORBOARD_DIR.
+        """Fill in what depends on the machine: `device`, ranks per node, process group backend, folders of trackers.
 
         Args:
             device: What `auto` means; None looks at this machine.
@@ -170,6 +170,8 @@ def resolved(flat: Mapping[str, Any], device: Literal["cpu", "cuda"] | None = No
     }
     if flat.get("use_tensorboard"):
         depends["tb_project_name"] = os.environ.get("TENSORBOARD_DIR") or None
+    if flat.get("use_mlflow"):
+        depends["mlflow_tracking_uri"] = os.environ.get("MLFLOW_TRACKING_URI") or None
     return {**flat, "device": actual, **{key: flat.get(key) or value for key, value in depends.items()}}
 
 

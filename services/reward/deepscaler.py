@@ -18,8 +18,8 @@ def deepscaler(sample: Sample) -> float:
     with neither, or without a box there, scores 0.0. Raises ValueError when the label holds nothing to compare with.
     """
     wanted = wanted_answer(sample, "deepscaler")
-    boxes = last_boxes(_behind_thinking(sample.response))
-    return float(bool(boxes) and same_answer(wanted, bare_math(boxes[-1])))
+    boxes = last_boxes(_behind_thinking(sample.response)) or []
+    return float(any(same_answer(wanted, bare_math(answer)) for answer in boxes[-1:]))
 
 
 def _behind_thinking(response: str) -> str:

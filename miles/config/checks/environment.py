@@ -23,6 +23,7 @@ from miles.config.checks.model_layout import layout_faults, shape_differences
 from miles.config.checks.outputs import output_faults
 from miles.config.checks.published_form import form_faults
 from miles.config.checks.rewards import reward_faults
+from miles.config.checks.trackers import tracker_faults
 from miles.config.job import JobConfig
 from miles.config.rules.paths import unusable_paths
 from miles.config.rules.registry import Rule, run_rules
@@ -256,6 +257,7 @@ _FILE_CHECKS: tuple[Rule, ...] = (
     _data_files,
     _checkpoint_to_load,
     output_faults,
+    tracker_faults,
     _functions,
 )
 _CHECKS: tuple[Rule, ...] = (*_FILE_CHECKS, *_DEPLOYMENT_CHECKS)

@@ -233,7 +233,7 @@ def _staleness(s: FlatSettings) -> list[Fault]:
 def needed_staleness(s: FlatSettings) -> int:
     """Return the smallest bound that the other settings need."""
     batches = -(-(s.over_sampling_batch_size or 1) // s.rollout_batch_size)
-    return max(batches, s.update_weights_interval, 2 if s.partial_rollout else 1) - 1
+    return max(int(batches), int(s.update_weights_interval), 2 if s.partial_rollout else 1) - 1
 
 
 def _engine(s: FlatSettings) -> list[Fault]:

@@ -15,3 +15,11 @@ def test_a_statement_that_is_true_is_noted_and_changes_nothing() -> None:
 
 def test_nothing_is_noted_of_what_was_not_given() -> None:
     assert notes(examine(MINIMAL).settings) == []
+
+
+def test_names_for_a_tracker_that_is_off_are_noted() -> None:
+    settings = examine({**MINIMAL, "wandb_project": "p", "wandb_key": "k"}).settings
+    assert [str(note) for note in notes(settings)] == [
+        "wandb_key = [redacted]: it does nothing without use_wandb",
+        "wandb_project = p: it does nothing without use_wandb",
+    ]

@@ -462,6 +462,8 @@ RULE_CASES: list[tuple[dict[str, Any], str]] = [
         "rollout_weight_format = fp8_block, but lora_rank = 4 sends adapters",
     ),
     ({"extra_high_precision_layers_hf": ["q"]}, 'extra_high_precision_layers_hf = ["q"], but rollout_weight_format ='),
+    ({"wandb_mode": "offline"}, "wandb_mode = offline, but it does nothing without use_wandb"),
+    ({"mlflow_run_name": "x"}, "mlflow_run_name = x, but it does nothing without use_mlflow"),
     ({"tb_experiment_name": "x"}, "tb_experiment_name = x, but it does nothing without use_tensorboard"),
     (
         {"update_weight_transfer_mode": "disk_delta"},
