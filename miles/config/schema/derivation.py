@@ -6,7 +6,8 @@ import functools
 import typing
 from collections.abc import Callable
 
-from miles.config.schema.catalog import SECTIONS, catalog
+from miles.config.schema.backend_choice import asks_of_engine, asks_of_trainer
+from miles.config.schema.catalog import SECTIONS
 from miles.config.schema.faults import Fault
 from miles.config.schema.flat_settings import FlatSettings, InvalidSetting
 from miles.engine_spec import engine_spec
@@ -28,18 +29,6 @@ FALLBACKS = {
 
 COMPARES_SAMPLES = ("grpo", "gspo", "cispo", "dr_grpo", "rloo", "reinforce_plus_plus_baseline")
 """Advantage estimators that compare the responses to a prompt."""
-SGLANG_ALONE = (
-    "rollout_num_gpus",
-    "rollout_num_gpus_per_engine",
-    "rollout_external_engine_addrs",
-    "rollout_engine_python",
-    "rollout_engine_weights",
-    "rollout_engine_weights_dir",
-    "rollout_health_check_timeout",
-    "sglang_server_concurrency",
-    "offload_rollout",
-)
-"""Settings that only an engine of SGLang's servers has."""
 
 _PROMPTS, _RESPONSES, _RESPONSE_TOKENS = 32, 8, 8192
 """What public recipes of GRPO have most often."""
@@ -110,16 +99,6 @@ def compares_samples(s: FlatSettings) -> bool:
     return s.advantage_estimator in COMPARES_SAMPLES and s.rewards_normalization and not has_teacher
 
 
-def asks_for_megatron(s: FlatSettings, key: str) -> bool:
-    """Return whether a setting of the section Megatron has an effect that only Megatron-Core has."""
-    return _asks(s, key, 1 if key == "expert_tensor_parallel_size" else catalog()[key].default)
-
-
-def _asks(s: FlatSettings, key: str, nothing: object) -> bool:
-    """Return whether a setting was given, and not as the value that asks for nothing."""
-    return not s.is_valid(key) or (s.given(key) and getattr(s, key) not in (False, nothing))
-
-
 def _samples(s: FlatSettings) -> int:
     return _RESPONSES if s.num_rollout != 0 and compares_samples(s) else 1
 
@@ -185,22 +164,22 @@ def _lengths(s: FlatSettings) -> list[Fault]:
 
 
 def _engine_name(s: FlatSettings) -> list[Fault]:
-    if not s.given("rollout_backend"):
-        asked = any(_asks(s, key, catalog()[key].default) for key in SGLANG_ALONE) or s.sglang_args
-        s.fill("rollout_backend", "sglang" if asked else "torch")
+    """Where the machine is not known, what every machine has: `miles.config.backends` knows it."""
+    if s.rollout_backend == "auto":
+        s.fill("rollout_backend", (asks_of_engine(s) or ("torch",))[0])
     return []
 
 
 def _trainer_name(s: FlatSettings) -> list[Fault]:
-    if not s.given("train_backend"):
-        own = (key for key, entry in catalog().items() if entry.section == "megatron")
-        s.fill("train_backend", "megatron" if any(asks_for_megatron(s, key) for key in own) else "fsdp")
+    """See `_engine_name`."""
+    if s.train_backend == "auto":
+        s.fill("train_backend", (asks_of_trainer(s) or ("fsdp",))[0])
     return []
 
 
 def _train_dtype(s: FlatSettings) -> list[Fault]:
     if not s.given("train_dtype"):
-        s.fill("train_dtype", "float16" if s.fp16 else AUTO)
+        s.fill("train_dtype", "float16" if s.fp16 else "bfloat16" if s.bf16 else AUTO)
     return []
 
 
@@ -211,6 +190,8 @@ def _backend(s: FlatSettings) -> list[Fault]:
         s.fill("expert_tensor_parallel_size", 1 if s.expert_model_parallel_size > 1 else s.tensor_model_parallel_size)
     if not s.given("sequence_parallel"):
         s.fill("sequence_parallel", s.tensor_model_parallel_size > 1 and s.expert_model_parallel_size > 1)
+    if not s.given("attention_backend") and s.use_flash_attn:
+        s.fill("attention_backend", "flash")
     return []
 
 

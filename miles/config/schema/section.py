@@ -62,6 +62,14 @@ class States:
     """Why it is so, as a clause: "the softmax of attention is always computed in float32"."""
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Ignored:
+    """The setting changes nothing, whatever its value is: every value is accepted, with a note."""
+
+    because: str
+    """Why it is of no consequence, as a clause."""
+
+
 def derived() -> Any:
     """Default of a field that `JobConfig.from_flat` derives when it is not given, so that readers never see None."""
     return Field(default=None)

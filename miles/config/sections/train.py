@@ -12,10 +12,9 @@ from miles.config.schema.section import Derived, Positive, Section, derived
 class TrainConfig(Section):
     """Training backend, precision, and the division of a rollout into optimizer steps and micro-batches."""
 
-    train_backend: Annotated[
-        Literal["fsdp", "megatron"], Derived("megatron when a setting of the section Megatron is given, else fsdp")
-    ] = derived()
-    """Training backend."""
+    train_backend: Literal["auto", "fsdp", "megatron"] = "auto"
+    """Training backend; auto takes the one that other settings ask for, and otherwise megatron on a machine with a
+    GPU, megatron-core and megatron-bridge, and fsdp elsewhere."""
 
     seed: int = 1234
     """Random seed of the trainer."""
@@ -34,8 +33,15 @@ class TrainConfig(Section):
     fp16: bool = False
     """Same as train_dtype = float16."""
 
+    bf16: bool = False
+    """Same as train_dtype = bfloat16."""
+
+    deterministic_mode: bool = False
+    """Compute with deterministic kernels on GPUs too, where PyTorch and TransformerEngine have some; others are warned
+    of in the trainer's log. On a CPU they always are."""
+
     train_dtype: Annotated[
-        Literal["auto", "bfloat16", "float16", "float32"], Derived("float16 with fp16, else auto")
+        Literal["auto", "bfloat16", "float16", "float32"], Derived("float16 with fp16, bfloat16 with bf16, else auto")
     ] = derived()
     """Data type in which the trainer computes, with gradients accumulated in float32; auto uses rollout_dtype, which is
     decided at the start of the run if it is auto too."""
