@@ -19,7 +19,7 @@ from miles.config.schema.catalog import SECTIONS, catalog, passthroughs
 from miles.config.schema.derivation import derive
 from miles.config.schema.faults import ConfigError, Fault, faults_of, unknown_name
 from miles.config.schema.flat_settings import FlatSettings
-from miles.config.schema.section import Section
+from miles.config.schema.section import Section, says_nothing
 from miles.config.sections.algorithm import AlgorithmConfig
 from miles.config.sections.architecture import ArchitectureConfig
 from miles.config.sections.attention import AttentionConfig
@@ -93,15 +93,12 @@ class JobConfig(BaseModel):
     @classmethod
     def from_json(cls, text: str | bytes) -> Self:
         """Do the same with JSON text, such as a request's body. Raises ConfigError if it is not a JSON object."""
-        try:
-            flat = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise ConfigError([Fault("config", "", f"it is not JSON ({error})", "send a JSON object")]) from error
-        if not isinstance(flat, dict):
-            raise ConfigError(
-                [Fault("config", flat, "it is not a JSON object", "send setting names with their values")]
-            )
-        return cls.from_flat(flat)
+        return cls.from_flat(_json_object(text))
+
+    @classmethod
+    def from_json_here(cls, text: str | bytes) -> Self:
+        """Do the same, resolved for this machine: with the backends that it has where none are named."""
+        return cls.from_flat(resolved(_json_object(text)))
 
     def to_flat(self) -> dict[str, Any]:
         """Return every key with its value, in JSON types only; `from_flat` rebuilds an equal configuration."""
@@ -217,6 +214,17 @@ def _read(
     return sections, FlatSettings(_values(sections), given=given, invalid=invalid), faults
 
 
+def _json_object(text: str | bytes) -> dict[str, Any]:
+    """Parse a JSON object. Raises ConfigError."""
+    try:
+        flat = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ConfigError([Fault("config", "", f"it is not JSON ({error})", "send a JSON object")]) from error
+    if not isinstance(flat, dict):
+        raise ConfigError([Fault("config", flat, "it is not a JSON object", "send setting names with their values")])
+    return flat
+
+
 def _distribute(flat: Mapping[str, Any]) -> tuple[dict[str, dict[str, Any]], list[Fault]]:
     """Sort the keys of a flat object by section. Keys whose value is None count as not given."""
     known, prefixes = catalog(), passthroughs()
@@ -224,8 +232,9 @@ def _distribute(flat: Mapping[str, Any]) -> tuple[dict[str, dict[str, Any]], lis
     faults = []
     for key, value in flat.items():
         if key in known:
-            if value is not None:
-                by_section[known[key].section][key] = value
+            section = known[key].section
+            if not says_nothing(SECTIONS[section].model_fields[key], value):
+                by_section[section][key] = value
             continue
         prefix = next((prefix for prefix in prefixes if key.startswith(prefix) and key != prefix), None)
         if prefix is None:

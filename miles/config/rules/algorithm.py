@@ -103,9 +103,6 @@ def discount_is_used(s: FlatSettings) -> Iterator[Fault]:
 @rule
 def critic_settings_need_a_critic(s: FlatSettings) -> Iterator[Fault]:
     if s.advantage_estimator == "ppo":
-        if s.num_rollout and s.num_critic_only_steps >= s.num_rollout:
-            problem = f"num_rollout = {s.num_rollout} leaves none to train the policy on"
-            yield Fault("num_critic_only_steps", s.num_critic_only_steps, problem, "lower it")
         return
     for key in _OF_THE_CRITIC:
         value = getattr(s, key)

@@ -53,9 +53,6 @@ def layout_divides_ranks(s: FlatSettings) -> Iterator[Fault]:
 def layout_settings_have_an_effect(s: FlatSettings) -> Iterator[Fault]:
     if s.train_backend != "megatron":
         return
-    if s.sequence_parallel and s.tensor_model_parallel_size == 1:
-        problem = "tensor_model_parallel_size = 1 leaves nothing to split"
-        yield Fault("sequence_parallel", True, problem, "leave it out, or raise tensor_model_parallel_size")
     if s.num_virtual_stages_per_pipeline_rank is not None and s.pipeline_model_parallel_size == 1:
         problem = "pipeline_model_parallel_size = 1 has no stages to cut"
         value = s.num_virtual_stages_per_pipeline_rank

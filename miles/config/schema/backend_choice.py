@@ -23,6 +23,8 @@ SGLANG_ALONE = (
     "offload_rollout",
 )
 """Settings that only an engine of SGLang's servers has."""
+_NOTHING = {"expert_tensor_parallel_size": 1}
+"""Values that ask for nothing, of settings whose default is derived."""
 
 
 def asks_for_megatron(s: FlatSettings, key: str) -> bool:
@@ -30,7 +32,7 @@ def asks_for_megatron(s: FlatSettings, key: str) -> bool:
     entry = catalog()[key]
     if entry.states is not None or entry.ignored is not None:
         return False
-    return _asks(s, key, 1 if key == "expert_tensor_parallel_size" else entry.default)
+    return _asks(s, key)
 
 
 def asks_of_trainer(s: FlatSettings) -> tuple[str, str] | None:
@@ -39,10 +41,10 @@ def asks_of_trainer(s: FlatSettings) -> tuple[str, str] | None:
         if entry.section in MEGATRON_ALONE and asks_for_megatron(s, key):
             return "megatron", f"{key} is a setting of Megatron's"
     for key in FSDP_ALONE:
-        if _asks(s, key, catalog()[key].default):
+        if _asks(s, key):
             return "fsdp", f"only fsdp has {key}"
     for key, entry in catalog().items():
-        if entry.section in (*MEGATRON_SAYS, *MEGATRON_ALONE) and s.is_valid(key) and _says(s, key):
+        if entry.section in (*MEGATRON_SAYS, *MEGATRON_ALONE) and _asks(s, key):
             return "megatron", f"{key} is a flag of Megatron's"
     return None
 
@@ -50,28 +52,22 @@ def asks_of_trainer(s: FlatSettings) -> tuple[str, str] | None:
 def asks_of_engine(s: FlatSettings) -> tuple[str, str] | None:
     """Return the engine that a setting asks for, and which does; None when any engine will do."""
     for key in SGLANG_ALONE:
-        if _asks(s, key, catalog()[key].default):
+        if _asks(s, key):
             return "sglang", f"only SGLang's servers have {key}"
     if s.sglang_args:
         return "sglang", f"sglang_{next(iter(s.sglang_args))} is a flag of SGLang's"
-    if s.colocate and not s.given("offload_rollout"):
+    if _asks(s, "colocate") and not (s.is_valid("offload_rollout") and s.given("offload_rollout")):
         return "sglang", "only SGLang's servers free their GPUs, as colocate has them do"
-    if s.rollout_weight_format != "as_trained":
+    if s.is_valid("rollout_weight_format") and s.rollout_weight_format != "as_trained":
         return "torch", "only torch takes rollout_weight_format"
     return None
 
 
-def _says(s: FlatSettings, key: str) -> bool:
-    """Return whether a setting was given that scripts for Megatron alone have; a switch that is off says nothing."""
-    entry = catalog()[key]
-    return s.given(key) and (entry.negated or getattr(s, key) not in (False, entry.default))
-
-
-def _asks(s: FlatSettings, key: str, nothing: object) -> bool:
+def _asks(s: FlatSettings, key: str) -> bool:
     """Return whether a setting was given, and not as the value that asks for nothing."""
     if not s.is_valid(key):
         return True
+    nothing = _NOTHING.get(key, catalog()[key].default)
     value = getattr(s, key)
-    if catalog()[key].negated:
-        return s.given(key) and value is not nothing
-    return s.given(key) and value not in (False, nothing)
+    off = value is False and not catalog()[key].negated
+    return s.given(key) and not off and value != nothing

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import pathlib
+import re
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from miles.config.schema.backend_choice import asks_of_engine, asks_of_trainer
 from miles.config.schema.catalog import SECTIONS
@@ -27,6 +29,17 @@ FALLBACKS = {
 }
 """Settings that default to another setting."""
 
+OTHER_NAMES: Mapping[str, Mapping[str, tuple[str, str]]] = {
+    "attn_implementation": dict.fromkeys(
+        ("flash_attention_2", "flash_attention_3"),
+        ("auto", "auto computes attention by PyTorch's own FlashAttention where it can, without that package"),
+    ),
+    "update_weight_transfer_mode": {
+        "p2p": ("auto", "there is no transport by Mooncake; auto takes the fastest one that the machines share"),
+        "disk-delta": ("disk_delta", "it is called disk_delta here"),
+    },
+}
+"""By setting, what a value of other systems becomes, and why."""
 COMPARES_SAMPLES = ("grpo", "gspo", "cispo", "dr_grpo", "rloo", "reinforce_plus_plus_baseline")
 """Advantage estimators that compare the responses to a prompt."""
 
@@ -58,6 +71,20 @@ def _always_filled() -> frozenset[str]:
         for key, field in section.model_fields.items()
         if field.default is None and type(None) not in typing.get_args(field.annotation)
     )
+
+
+def _other_names(s: FlatSettings) -> list[Fault]:
+    """Values of recipes that mean what another value is called here, or for which that stands in."""
+    for key, names in OTHER_NAMES.items():
+        if s.is_valid(key) and getattr(s, key) in names:
+            s.replace(key, *names[getattr(s, key)])
+    if s.is_valid("rm_type") and s.rm_type and s.custom_rm_path:
+        s.replace("rm_type", None, f"custom_rm_path = {s.custom_rm_path} scores in its place")
+    if s.eval_prompt_data and len(s.eval_prompt_data) == 1:
+        path = s.eval_prompt_data[0]
+        name = re.sub(r"[^\w.-]", "_", pathlib.PurePath(path.partition("@[")[0]).stem) or "eval"
+        s.replace("eval_prompt_data", (name, path), f"its only word is a file, and {name} the data set's name")
+    return []
 
 
 def _batch_sizes(s: FlatSettings) -> list[Fault]:
@@ -213,6 +240,20 @@ def _staleness(s: FlatSettings) -> list[Fault]:
     return []
 
 
+def _colocated_engines(s: FlatSettings) -> list[Fault]:
+    """Engines that take turns with the trainer have all of its GPUs, as far as one node has them."""
+    per_node, share = s.actor_num_gpus_per_node, s.rollout_num_gpus_per_engine * s.rollout_num_workers
+    if not s.colocate or per_node is None or s.rollout_external_engine_addrs is not None:
+        return []
+    gpus, asked = s.actor_num_nodes * per_node, s.rollout_num_gpus
+    whole = gpus // share * share
+    if asked is not None and asked > gpus and whole:
+        s.replace("rollout_num_gpus", whole, f"colocate runs engines on the trainer's {gpus} GPUs")
+    elif asked is None and s.rollout_backend == "sglang" and s.device == "cuda" and s.actor_num_nodes == 1 and whole:
+        s.fill("rollout_num_gpus", whole)
+    return []
+
+
 def _engine(s: FlatSettings) -> list[Fault]:
     if not s.given("max_running_requests"):
         s.fill("max_running_requests", engine_spec(s.rollout_backend).default_max_running_requests)
@@ -222,10 +263,12 @@ def _engine(s: FlatSettings) -> list[Fault]:
 
 
 _STEPS: tuple[Callable[[FlatSettings], list[Fault]], ...] = (
-    _batch_sizes,
-    _staleness,
     _trainer_name,
     _engine_name,
+    _other_names,
+    _batch_sizes,
+    _staleness,
+    _colocated_engines,
     _engine,
     _lengths,
     _fallbacks,

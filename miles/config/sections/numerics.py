@@ -48,12 +48,15 @@ class NumericsConfig(Section):
     """Same as attention_backend = flash."""
 
     cp_comm_type: Annotated[
-        tuple[str, ...] | None, States(("p2p",), "context-parallel ranks pass keys and values from one to the next")
+        tuple[str, ...] | None,
+        Ignored("the layers choose how context-parallel ranks exchange keys and values, with the same result"),
     ] = None
     """How context-parallel ranks exchange keys and values."""
 
-    allgather_cp: bool = False
-    """Cut sequences into one chunk for each context-parallel rank; only with a single one, where nothing is cut."""
+    allgather_cp: Annotated[
+        bool | None, Ignored("each context-parallel rank has two chunks of a sequence, with the same result")
+    ] = None
+    """Cut sequences into one chunk for each context-parallel rank."""
 
     enable_experimental: Annotated[
         bool | None, Ignored("it permits features of Megatron-Core, and none is on that needs permission")

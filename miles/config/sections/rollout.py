@@ -39,7 +39,9 @@ class RolloutConfig(Section):
     the one that other settings ask for, and otherwise sglang on a machine with a GPU where it is installed, and torch
     elsewhere."""
 
-    rollout_num_gpus: Positive | None = None
+    rollout_num_gpus: Annotated[
+        Positive | None, Derived("the trainer's GPUs, for SGLang servers on one node with colocate")
+    ] = None
     """Number of GPUs of all engines; divided by rollout_num_gpus_per_engine it is the number of SGLang servers, which
     are spread evenly over the rollout services; not given means one server per service."""
 

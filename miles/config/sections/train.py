@@ -19,9 +19,9 @@ class TrainConfig(Section):
     seed: int = 1234
     """Random seed of the trainer."""
 
-    attn_implementation: Literal["auto", "varlen", "sdpa"] = "auto"
-    """Attention over packed samples: varlen is variable-length flash attention (CUDA, 16-bit), sdpa runs everywhere,
-    and `auto` is varlen where it is supported."""
+    attn_implementation: Literal["auto", "varlen", "sdpa", "flash_attention_2", "flash_attention_3"] = "auto"
+    """Attention over packed samples (fsdp): varlen is variable-length flash attention (CUDA, 16-bit), sdpa runs
+    everywhere, and `auto` is varlen where it is supported, for which flash_attention_2 and flash_attention_3 stand."""
 
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass instead of storing them (fsdp)."""
