@@ -15,7 +15,7 @@ class Expected:
 
     key: str
     values: tuple[Any, ...]
-    """The first one is shown; the others mean the same of this model."""
+    """The first one is shown; the others mean the same of this model. None: the setting is of no consequence in it."""
 
 
 class HfConfig:

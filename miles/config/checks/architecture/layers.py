@@ -55,13 +55,10 @@ def _groups(model: HfConfig) -> Expected | None:
 
 
 def _head_width(model: HfConfig) -> Expected | None:
-    """Latent attention has widths of its own, and Megatron reads none of this."""
+    """Latent attention has widths of its own, beside which this one is of no consequence."""
     heads, width = model.find("num_attention_heads"), model.find("hidden_size")
     if model.is_latent:
-        found = model.find("qk_nope_head_dim", "head_dim")
-        others = tuple(model.value(name) for name in ("head_dim", "v_head_dim", "qk_head_dim"))
-        even = width[1] // heads[1] if heads and width else None
-        return None if found is None else Expected(found[0], (found[1], *others, even))
+        return Expected("kv_lora_rank", ())
     if (given := model.given("head_dim")) is not None:
         return Expected(given[0], (given[1],))
     if heads is None or width is None:
