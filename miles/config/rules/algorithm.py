@@ -164,6 +164,14 @@ def corrections_do_not_pile_up(s: FlatSettings) -> Iterator[Fault]:
 
 
 @rule
+def the_bound_of_a_weight_is_said_once(s: FlatSettings) -> Iterator[Fault]:
+    if s.tis_threshold is not None and s.tis_threshold != s.tis_clip:
+        yield Fault(
+            "tis_threshold", s.tis_threshold, f"tis_clip = {s.tis_clip:g} says otherwise", "leave one of them out"
+        )
+
+
+@rule
 def importance_bounds_are_ordered(s: FlatSettings) -> Iterator[Fault]:
     pairs = (("tis_clip_low", "tis_clip"), ("tis_lower_bound", "tis_upper_bound"), ("rs_lower_bound", "rs_upper_bound"))
     for low, high in pairs:

@@ -169,6 +169,8 @@ def _run_dir(s: FlatSettings) -> list[Fault]:
 
 
 def _bounds(s: FlatSettings) -> list[Fault]:
+    if s.tis_threshold is not None and not s.given("tis_clip"):
+        s.fill("tis_clip", s.tis_threshold)
     if not s.given("tis_lower_bound"):
         s.fill("tis_lower_bound", 1 / s.tis_upper_bound)
     if not s.given("rs_lower_bound"):

@@ -54,14 +54,15 @@ class HfConfig:
 
     def rope(self) -> list[dict[str, Any]]:
         """Return what is said of rotary positions, once for each kind of layer that has its own."""
-        for source in (self._keys, class_defaults(self.type)):
-            said = source.get("rope_parameters") or source.get("rope_scaling")
-            own = {key: source[key] for key in ("rope_theta", "partial_rotary_factor") if source.get(key) is not None}
-            kinds = [kind for kind in said.values() if isinstance(kind, Mapping)] if isinstance(said, Mapping) else []
-            parts = kinds or ([said] if isinstance(said, Mapping) else [])
-            if parts or own:
-                return [{**own, **part} for part in parts or [{}]]
-        return []
+        return _rope(self._keys) or _rope(class_defaults(self.type))
+
+
+def _rope(source: Mapping[str, Any]) -> list[dict[str, Any]]:
+    said = source.get("rope_parameters") or source.get("rope_scaling")
+    own = {key: source[key] for key in ("rope_theta", "partial_rotary_factor") if source.get(key) is not None}
+    kinds = [kind for kind in said.values() if isinstance(kind, Mapping)] if isinstance(said, Mapping) else []
+    parts = kinds or ([said] if isinstance(said, Mapping) else [])
+    return [{**own, **part} for part in parts or [{}]] if parts or own else []
 
 
 @functools.cache

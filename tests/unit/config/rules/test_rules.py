@@ -39,6 +39,10 @@ RULE_CASES: list[tuple[dict[str, Any], str]] = [
         {"spec": ["mine.layers", "get_spec"]},
         'spec = ["mine.layers", "get_spec"], but layers are built as the model\'s config.json says',
     ),
+    (
+        {"use_tis": True, "tis_threshold": 0.9, "tis_clip": 2.5},
+        "tis_threshold = 0.9, but tis_clip = 2.5 says otherwise; leave one of them out",
+    ),
     ({"bf16": True, "fp16": True}, "bf16 = true, but train_dtype = float16 says otherwise"),
     ({"chaos_interval_s": 3.0}, "chaos_interval_s = 3.0, but there is no drill without chaos"),
     (
