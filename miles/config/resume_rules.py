@@ -34,12 +34,17 @@ _BY_SECTION: Mapping[str, Effect] = {
     "train": Effect.APPLIED,
     "lora": Effect.REFUSED,
     "megatron": Effect.FREE,
+    "numerics": Effect.FREE,
+    "architecture": Effect.FREE,
+    "experts": Effect.FREE,
+    "attention": Effect.FREE,
     "optimizer": Effect.APPLIED,
     "weights": Effect.FREE,
     "checkpoint": Effect.FREE,
     "telemetry": Effect.FREE,
     "gateway": Effect.FREE,
     "tls": Effect.FREE,
+    "ci": Effect.FREE,
 }
 _BY_SETTING: Mapping[str, Effect] = {
     # What the tensors of a checkpoint are.
@@ -66,6 +71,7 @@ _BY_SETTING: Mapping[str, Effect] = {
     "max_tokens_per_gpu": Effect.FREE,
     "log_probs_max_tokens_per_gpu": Effect.FREE,
     "log_probs_chunk_size": Effect.FREE,
+    "deterministic_mode": Effect.FREE,
     "gradient_checkpointing": Effect.FREE,
     "torch_compile": Effect.FREE,
     "fsdp_cpu_offload": Effect.FREE,

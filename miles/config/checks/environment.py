@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from miles.addresses import join_address, why_not_bindable, why_not_host
 from miles.certificates import why_not_authorities, why_not_pair
 from miles.checkpoint_folder import NoCheckpointError, newest, same_folder, to_load
+from miles.config.checks.architecture.compare import architecture_faults
 from miles.config.checks.dotted_path import why_not_importable
 from miles.config.checks.engine_model import engine_faults
 from miles.config.checks.gpus import gpu_faults
@@ -253,6 +254,7 @@ _FILE_CHECKS: tuple[Rule, ...] = (
     form_faults,
     family_faults,
     layout_faults,
+    architecture_faults,
     engine_faults,
     _data_files,
     _checkpoint_to_load,

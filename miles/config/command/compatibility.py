@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 DIFFERENT_DEFAULTS: Mapping[str, str] = {
-    "train_backend": "fsdp instead of megatron, unless a setting of Megatron's is given",
+    "train_backend": "auto instead of megatron, which is megatron where it is installed or asked for",
     "n_samples_per_prompt": "8 instead of 1 where an estimator compares them and one would give no gradient",
     "attn_implementation": "auto instead of flash_attention_2, which not every machine has",
     "lr": "1e-6 for every backend, also where fsdp alone had 2e-5",
@@ -19,7 +19,8 @@ DIFFERENT_DEFAULTS: Mapping[str, str] = {
 
 DIFFERENT_CHOICES: Mapping[str, str] = {
     "qkv_format": "thd",
-    "attn_implementation": "auto, varlen and sdpa",
+    "attn_implementation": "auto, varlen, sdpa, flash_attention_2 and flash_attention_3",
+    "train_backend": "auto besides",
     "distributed_backend": "nccl and gloo",
     "advantage_estimator": "rloo, dr_grpo and cispo besides",
     "loss_type": "policy_loss",

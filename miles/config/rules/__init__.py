@@ -6,6 +6,7 @@ They look at settings alone; `checks` looks at the machine. Start at `registry`.
 from miles.config.rules import (
     access,
     algorithm,
+    architecture,
     asynchrony,
     data,
     effects,
@@ -27,6 +28,7 @@ __all__ = [
     "Rule",
     "access",
     "algorithm",
+    "architecture",
     "asynchrony",
     "check",
     "data",

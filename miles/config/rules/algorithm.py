@@ -103,9 +103,6 @@ def discount_is_used(s: FlatSettings) -> Iterator[Fault]:
 @rule
 def critic_settings_need_a_critic(s: FlatSettings) -> Iterator[Fault]:
     if s.advantage_estimator == "ppo":
-        if s.num_rollout and s.num_critic_only_steps >= s.num_rollout:
-            problem = f"num_rollout = {s.num_rollout} leaves none to train the policy on"
-            yield Fault("num_critic_only_steps", s.num_critic_only_steps, problem, "lower it")
         return
     for key in _OF_THE_CRITIC:
         value = getattr(s, key)
@@ -164,6 +161,14 @@ def corrections_do_not_pile_up(s: FlatSettings) -> Iterator[Fault]:
     if s.use_mis and not (s.use_tis or s.use_rs):
         yield Fault("use_mis", True, "neither use_tis nor use_rs is on, so it does nothing", "turn one of them on")
     yield from needs(s, "use_rs", "use_mis")
+
+
+@rule
+def the_bound_of_a_weight_is_said_once(s: FlatSettings) -> Iterator[Fault]:
+    if s.tis_threshold is not None and s.tis_threshold != s.tis_clip:
+        yield Fault(
+            "tis_threshold", s.tis_threshold, f"tis_clip = {s.tis_clip:g} says otherwise", "leave one of them out"
+        )
 
 
 @rule

@@ -7,8 +7,9 @@ from collections.abc import Iterator, Mapping
 from miles.addresses import why_not_address
 from miles.config.rules.registry import rule
 from miles.config.rules.sampling import is_flag
+from miles.config.schema.backend_choice import SGLANG_ALONE
 from miles.config.schema.catalog import catalog
-from miles.config.schema.derivation import SGLANG_ALONE, needed_staleness
+from miles.config.schema.derivation import needed_staleness
 from miles.config.schema.faults import Fault
 from miles.config.schema.flat_settings import FlatSettings
 from miles.engine_spec import ENGINE_SPECS, engine_spec

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from miles.config.rules.registry import needs, rule
+from miles.config.schema.backend_choice import MEGATRON_ALONE, asks_for_megatron
 from miles.config.schema.catalog import catalog
-from miles.config.schema.derivation import asks_for_megatron
 from miles.config.schema.faults import Fault
 from miles.config.schema.flat_settings import FlatSettings
 
@@ -28,7 +28,7 @@ def settings_belong_to_the_backend(s: FlatSettings) -> Iterator[Fault]:
                 yield Fault(key, value, "train_backend = megatron does not have it", remedy)
         return
     for key, entry in catalog().items():
-        if entry.section == "megatron" and asks_for_megatron(s, key):
+        if entry.section in MEGATRON_ALONE and asks_for_megatron(s, key):
             problem = f"train_backend = {s.train_backend} does not have it"
             yield Fault(key, getattr(s, key), problem, "set train_backend to megatron, or leave it out")
 
@@ -53,9 +53,6 @@ def layout_divides_ranks(s: FlatSettings) -> Iterator[Fault]:
 def layout_settings_have_an_effect(s: FlatSettings) -> Iterator[Fault]:
     if s.train_backend != "megatron":
         return
-    if s.sequence_parallel and s.tensor_model_parallel_size == 1:
-        problem = "tensor_model_parallel_size = 1 leaves nothing to split"
-        yield Fault("sequence_parallel", True, problem, "leave it out, or raise tensor_model_parallel_size")
     if s.num_virtual_stages_per_pipeline_rank is not None and s.pipeline_model_parallel_size == 1:
         problem = "pipeline_model_parallel_size = 1 has no stages to cut"
         value = s.num_virtual_stages_per_pipeline_rank

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from miles.config.rules.registry import needs, rule
+from miles.config.rules.registry import rule
 from miles.config.schema.faults import Fault
 from miles.config.schema.flat_settings import FlatSettings
 
@@ -16,12 +16,6 @@ def micro_batches_are_cut_one_way(s: FlatSettings) -> Iterator[Fault]:
     if s.use_dynamic_batch_size and s.max_tokens_per_gpu is None:
         problem = "max_tokens_per_gpu is not set"
         yield Fault("use_dynamic_batch_size", True, problem, "set max_tokens_per_gpu to the tokens of a micro-batch")
-    if s.use_dynamic_batch_size and s.micro_batch_size != 1:
-        problem = "use_dynamic_batch_size cuts micro-batches by tokens"
-        yield Fault("micro_batch_size", s.micro_batch_size, problem, "leave one of them out")
-    yield from needs(s, "max_tokens_per_gpu", "use_dynamic_batch_size")
-    if s.log_probs_max_tokens_per_gpu != s.max_tokens_per_gpu:
-        yield from needs(s, "log_probs_max_tokens_per_gpu", "use_dynamic_batch_size")
 
 
 @rule
@@ -60,8 +54,9 @@ def environment_leaves_ranks_alone(s: FlatSettings) -> Iterator[Fault]:
 
 @rule
 def compute_type_is_one(s: FlatSettings) -> Iterator[Fault]:
-    if s.fp16 and s.train_dtype != "float16":
-        yield Fault("fp16", True, f"train_dtype = {s.train_dtype} says otherwise", "leave one of them out")
+    for key, dtype in (("fp16", "float16"), ("bf16", "bfloat16")):
+        if getattr(s, key) and s.train_dtype != dtype:
+            yield Fault(key, True, f"train_dtype = {s.train_dtype} says otherwise", "leave one of them out")
 
 
 @rule

@@ -12,17 +12,16 @@ from miles.config.schema.section import Derived, Positive, Section, derived
 class TrainConfig(Section):
     """Training backend, precision, and the division of a rollout into optimizer steps and micro-batches."""
 
-    train_backend: Annotated[
-        Literal["fsdp", "megatron"], Derived("megatron when a setting of the section Megatron is given, else fsdp")
-    ] = derived()
-    """Training backend."""
+    train_backend: Literal["auto", "fsdp", "megatron"] = "auto"
+    """Training backend; auto takes the one that other settings ask for, and otherwise megatron on a machine with a
+    GPU, megatron-core and megatron-bridge, and fsdp elsewhere."""
 
     seed: int = 1234
     """Random seed of the trainer."""
 
-    attn_implementation: Literal["auto", "varlen", "sdpa"] = "auto"
-    """Attention over packed samples: varlen is variable-length flash attention (CUDA, 16-bit), sdpa runs everywhere,
-    and `auto` is varlen where it is supported."""
+    attn_implementation: Literal["auto", "varlen", "sdpa", "flash_attention_2", "flash_attention_3"] = "auto"
+    """Attention over packed samples (fsdp): varlen is variable-length flash attention (CUDA, 16-bit), sdpa runs
+    everywhere, and `auto` is varlen where it is supported, for which flash_attention_2 and flash_attention_3 stand."""
 
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass instead of storing them (fsdp)."""
@@ -34,8 +33,15 @@ class TrainConfig(Section):
     fp16: bool = False
     """Same as train_dtype = float16."""
 
+    bf16: bool = False
+    """Same as train_dtype = bfloat16."""
+
+    deterministic_mode: bool = False
+    """Compute with deterministic kernels on GPUs too, where PyTorch and TransformerEngine have some; others are warned
+    of in the trainer's log. On a CPU they always are."""
+
     train_dtype: Annotated[
-        Literal["auto", "bfloat16", "float16", "float32"], Derived("float16 with fp16, else auto")
+        Literal["auto", "bfloat16", "float16", "float32"], Derived("float16 with fp16, bfloat16 with bf16, else auto")
     ] = derived()
     """Data type in which the trainer computes, with gradients accumulated in float32; auto uses rollout_dtype, which is
     decided at the start of the run if it is auto too."""

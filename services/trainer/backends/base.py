@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from miles.config.resume_rules import recorded
 from miles.ownership.export import ExportFolder
+from miles.services.trainer.backends.determinism import choose_determinism
 from miles.services.trainer.backends.parking import Held, Moved, Parking, free_cached
 from miles.services.trainer.batch.rollout_batch import RolloutBatch
 from miles.services.trainer.batch.rollout_schedule import RolloutSchedule
@@ -86,10 +87,7 @@ class BaseBackend(abc.ABC, Generic[PartsT]):
         self.loaded_from = choose(self._checkpoint_dir, None if load is None else pathlib.Path(load), self._say)
         record = None if self.loaded_from is None else self._fitting_record(self.loaded_from)
         torch.manual_seed(self._config.train.seed)
-        if self._device.type == "cpu":
-            torch.use_deterministic_algorithms(True)
-            # A debugging aid that comes with the switch above and costs a sixth of the step.
-            torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+        choose_determinism(self._device, asked=self._config.train.deterministic_mode)
         self._parts = self._build()
         self._parking = Parking(self._held(self._parts), self._device)
         state = TrainerState() if record is None else self._restore(record)

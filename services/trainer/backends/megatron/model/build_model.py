@@ -18,6 +18,7 @@ from miles.services.trainer.backends.megatron.parallel.groups import ParallelRan
 
 if TYPE_CHECKING:
     from miles.config import JobConfig
+    from miles.config.sections.numerics import NumericsConfig
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -168,7 +169,7 @@ def _configure(provider: Any, config: JobConfig, parallel: ParallelRank, compute
         "moe_router_fusion": with_engine and not wants_replay(config),  # it chooses before replay could
         "cross_entropy_loss_fusion": False,
         "gradient_accumulation_fusion": False,  # the head would need an extension of APEX, which no package brings
-        "deterministic_mode": False,
+        "deterministic_mode": config.train.deterministic_mode,
         "mtp_num_layers": None,  # they are added when the rest is built
         "mtp_enabled": False,
         "mtp_detach_heads": True,
@@ -177,7 +178,7 @@ def _configure(provider: Any, config: JobConfig, parallel: ParallelRank, compute
     if layout.num_virtual_stages_per_pipeline_rank:
         values |= {"overlap_p2p_comm": True, "batch_p2p_comm": False}
     if with_engine:
-        values |= _fused_kernels(provider)
+        values |= _fused_kernels(provider) | _unwanted_kernels(config.numerics)
     else:
         if getattr(provider, "multi_latent_attention", False) and layout.tensor_model_parallel_size > 1:
             raise ValueError("multi-head latent attention needs TransformerEngine for tensor_model_parallel_size > 1")
@@ -221,6 +222,17 @@ def _fused_kernels(provider: Any) -> dict[str, bool]:
     if experts:
         fused |= {"moe_grouped_gemm": True, "moe_permute_fusion": True}
     return fused
+
+
+def _unwanted_kernels(numerics: NumericsConfig) -> dict[str, bool]:
+    """Settings of fused kernels that the configuration turns off."""
+    wanted = {
+        "apply_rope_fusion": numerics.apply_rope_fusion,
+        "bias_activation_fusion": numerics.bias_swiglu_fusion,
+        "bias_dropout_fusion": numerics.bias_dropout_fusion,
+        "masked_softmax_fusion": numerics.masked_softmax_fusion,
+    }
+    return {name: False for name, is_wanted in wanted.items() if not is_wanted}
 
 
 _NEEDS_TRANSFORMER_ENGINE = (
