@@ -11,10 +11,12 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from miles.config.checks.device import detect_device
+from miles.config.distribution import distribute
+from miles.config.notes.registry import Note
 from miles.config.rules import check
 from miles.config.schema.catalog import SECTIONS, catalog, passthroughs
 from miles.config.schema.derivation import derive
-from miles.config.schema.faults import ConfigError, Fault, faults_of, unknown_name
+from miles.config.schema.faults import ConfigError, Fault, faults_of
 from miles.config.schema.flat_settings import FlatSettings
 from miles.config.schema.section import Section
 from miles.config.sections.algorithm import AlgorithmConfig
@@ -138,6 +140,8 @@ class Examination:
     sections: Mapping[str, Section]
     settings: FlatSettings
     faults: Sequence[Fault]
+    notes: Sequence[Note] = ()
+    """What became of keys that are no settings here, but are taken."""
 
 
 def examine(flat: Mapping[str, Any], refused: Collection[str] = ()) -> Examination:
@@ -145,7 +149,8 @@ def examine(flat: Mapping[str, Any], refused: Collection[str] = ()) -> Examinati
 
     Keys that the caller has `refused` count as invalid, so that no rule uses them.
     """
-    by_section, faults = _distribute(flat)
+    distribution = distribute(flat)
+    by_section, faults = distribution.by_section, distribution.faults
     sections: dict[str, Section] = {}
     invalid: set[str] = set(refused)
     for name, model in SECTIONS.items():
@@ -156,7 +161,7 @@ def examine(flat: Mapping[str, Any], refused: Collection[str] = ()) -> Examinati
     settings = FlatSettings(_values(sections), given=given, invalid=invalid)
     faults += derive(settings)
     faults += check(settings)
-    return Examination(sections, settings, faults)
+    return Examination(sections, settings, faults, tuple(distribution.notes))
 
 
 def resolved(flat: Mapping[str, Any], device: Literal["cpu", "cuda"] | None = None) -> dict[str, Any]:
@@ -171,25 +176,6 @@ def resolved(flat: Mapping[str, Any], device: Literal["cpu", "cuda"] | None = No
     if flat.get("use_tensorboard"):
         depends["tb_project_name"] = os.environ.get("TENSORBOARD_DIR") or None
     return {**flat, "device": actual, **{key: flat.get(key) or value for key, value in depends.items()}}
-
-
-def _distribute(flat: Mapping[str, Any]) -> tuple[dict[str, dict[str, Any]], list[Fault]]:
-    """Sort the keys of a flat object by section. Keys whose value is None count as not given."""
-    known, prefixes = catalog(), passthroughs()
-    by_section: dict[str, dict[str, Any]] = {name: {} for name in SECTIONS}
-    faults = []
-    for key, value in flat.items():
-        if key in known:
-            if value is not None:
-                by_section[known[key].section][key] = value
-            continue
-        prefix = next((prefix for prefix in prefixes if key.startswith(prefix) and key != prefix), None)
-        if prefix is None:
-            faults.append(unknown_name(key, "null" if value is None else value, known, "setting"))
-        elif value is not None:
-            section, field = prefixes[prefix]
-            by_section[section].setdefault(field, {})[key.removeprefix(prefix)] = value
-    return by_section, faults
 
 
 def _validate(model: type[Section], given: Mapping[str, Any]) -> tuple[Section, list[Fault]]:

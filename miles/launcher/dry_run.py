@@ -43,7 +43,8 @@ def checked_plan(line: CommandLine, *, only_planned: bool = False) -> RunPlan:
     faults = line.merge([*examination.faults, *(fault for fault in here if fault not in missing)])
     if faults:
         raise ConfigError(faults)
-    return RunPlan(JobConfig.from_flat(flat), line.assumed, tuple(missing), tuple(notes(examination.settings)))
+    remarks = (*examination.notes, *notes(examination.settings))
+    return RunPlan(JobConfig.from_flat(flat), line.assumed, tuple(missing), remarks)
 
 
 def describe_run(plan: RunPlan) -> str:

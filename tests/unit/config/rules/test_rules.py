@@ -409,10 +409,6 @@ RULE_CASES: list[tuple[dict[str, Any], str]] = [
     ),
     ({"colocate": True}, "colocate = true, but rollout_backend = torch has no SGLang servers, and no other engine"),
     (
-        {**SGLANG, "sglang_tp_size": 2},
-        "sglang_tp_size = 2, but the rollout service sets this flag itself; set rollout_num_gpus_per_engine",
-    ),
-    (
         {**SGLANG, "sglang_dp_size": 2},
         "sglang_dp_size = 2, but SGLang takes new weights into one copy of the model alone; set rollout_num_gpus",
     ),
@@ -528,7 +524,7 @@ def test_what_papers_and_evaluations_need_can_be_set(changes: dict[str, Any]) ->
     assert faults_for(**changes) == []
 
 
-@pytest.mark.parametrize("name", ["tp", "model-path", "tensor_parallel", "preferred-sampling", "enable_memory"])
+@pytest.mark.parametrize("name", ["model-path", "model", "enable_memory", "nccl_init"])
 def test_sglangs_other_spellings_of_a_refused_flag_are_refused_too(name: str) -> None:
     (fault,) = faults_for(**SGLANG, **{f"sglang_{name}": "1"})
     assert fault.startswith(f"sglang_{name} = 1, but")
