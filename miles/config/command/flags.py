@@ -11,7 +11,8 @@ from typing import Any
 from miles.config.command.yaml_files import read_file
 from miles.config.job import JobConfig, examine
 from miles.config.schema.catalog import Entry, catalog, passthroughs
-from miles.config.schema.faults import ConfigError, Fault, nearest, unknown_name
+from miles.config.schema.faults import ConfigError, Fault, unknown_name
+from miles.config.schema.hints import nearest
 from miles.placement.nodes import Cluster, parse_cluster
 
 OWN_FLAGS: Mapping[str, str] = {

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from miles.config.notes.registry import Note
-from miles.config.schema.faults import Fault, nearest, show
+from miles.config.schema.faults import Fault, show
+from miles.config.schema.hints import nearest
 from miles.config.sglang import tables
 from miles.config.sglang.server_flags import ServerFlag, find, server_flags
 from miles.config.sglang.values import fault_of

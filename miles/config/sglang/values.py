@@ -6,7 +6,8 @@ import json
 import re
 from typing import Any
 
-from miles.config.schema.faults import Fault, nearest
+from miles.config.schema.faults import Fault
+from miles.config.schema.hints import nearest
 from miles.config.sglang.server_flags import ServerFlag
 
 _AMOUNT = re.compile(r"\d+(\.\d+)?(k|M|G|T|Ki|Mi|Gi|Ti)?")

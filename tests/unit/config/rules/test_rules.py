@@ -566,7 +566,7 @@ def test_every_rule_has_a_case() -> None:
         ),
         (
             {"kl_loss_type": "k3_low_var"},
-            "kl_loss_type = k3_low_var, but it must be one of k1, k2, k3, low_var_kl; did you mean low_var_kl?",
+            "kl_loss_type = k3_low_var, but it must be one of k1, k2, k3, low_var_kl; choose one of them",
         ),
         (
             {"train_backend": "megatronn"},
@@ -581,7 +581,7 @@ def test_every_rule_has_a_case() -> None:
             "use_dynamic = true, but there is no such setting; did you mean use_dynamic_batch_size?",
         ),
         ({"qqq": 1}, "qqq = 1, but there is no such setting; `miles config docs` lists them all"),
-        ({"sglang_": 1}, "sglang_ = 1, but there is no such setting; did you mean sglang_server_concurrency?"),
+        ({"sglang_": 1}, "sglang_ = 1, but there is no such setting; `miles config docs` lists them all"),
     ],
 )
 def test_a_value_of_the_wrong_kind_is_refused(changes: dict[str, Any], expected: str) -> None:
