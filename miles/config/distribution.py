@@ -11,6 +11,8 @@ from miles.config.schema.catalog import SECTIONS, catalog, passthroughs
 from miles.config.schema.faults import Fault, unknown_name
 from miles.config.sglang.taking import take
 from miles.engine_spec import ENGINE_SPECS
+from miles.upstream import table as upstream
+from miles.upstream.table import UpstreamFlag
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -32,6 +34,10 @@ def distribute(flat: Mapping[str, Any]) -> Distribution:
             if value is not None:
                 found.by_section[known[key].section][key] = value
             continue
+        if (row := upstream.find(key)) is not None:
+            if value is not None:
+                _take_upstream(found, row, key, value)
+            continue
         prefix = next((prefix for prefix in prefixes if key.startswith(prefix) and key != prefix), None)
         if prefix is None:
             found.faults.append(unknown_name(key, "null" if value is None else value, known, "setting"))
@@ -40,6 +46,14 @@ def distribute(flat: Mapping[str, Any]) -> Distribution:
     for prefix, flags in passed.items():
         _pass_through(found, prefix, flags)
     return found
+
+
+def _take_upstream(found: Distribution, row: UpstreamFlag, key: str, value: Any) -> None:
+    """Refuse a flag of miles or slime that is no setting here, or note that it has no effect."""
+    if row.taken == "refused":
+        found.faults.append(Fault(key, value, row.reason, row.remedy))
+    else:
+        found.notes.append(Note(key, value, f"it changes nothing: {row.reason}"))
 
 
 def _pass_through(found: Distribution, prefix: str, flags: Mapping[str, Any]) -> None:

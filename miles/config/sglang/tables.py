@@ -25,9 +25,6 @@ WITHOUT_EFFECT: Mapping[str, str] = {
     "remote_instance_weight_loader_ib_device": (
         "it is dropped, because weights reach servers as rollout_engine_weights says"
     ),
-    "router_policy": "there is no router: the rollout service sends each group to its least loaded server",
-    "router_port": "there is no router: the rollout service sends requests to its servers itself",
-    "router_request_timeout_secs": "there is no router: rollout_health_check_timeout says when a server counts as dead",
 }
 """Flags that are taken, change no result, and go no further; with what is done instead."""
 
@@ -58,14 +55,6 @@ REFUSED: Mapping[str, tuple[str, str]] = {
     "api_key": ("requests of the rollout service carry no key", "leave it out: servers listen on 127.0.0.1 alone"),
     "grpc_mode": ("the rollout service speaks HTTP with its servers", "leave it out"),
     "smg_grpc_mode": ("the rollout service speaks HTTP with its servers", "leave it out"),
-    "router_ip": (
-        "requests go to servers straight, and not through a router",
-        "name running servers with rollout_external_engine_addrs",
-    ),
-    "true_on_policy_contract": (
-        "it names a contract between kernels of another trainer",
-        "set sglang_rl_on_policy_target to fsdp, which has servers compute as Hugging Face's code does",
-    ),
 }
 """Flags that cannot be chosen: the problem and the remedy."""
 

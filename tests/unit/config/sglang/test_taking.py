@@ -99,9 +99,9 @@ def test_renamed_flags_and_those_without_effect_are_noted() -> None:
         "disable_prefill_cuda_graph": True,
     }
     assert [str(note) for note in examination.notes] == [
+        "sglang_router_policy = consistent_hashing: it changes nothing: there is no router: the rollout service sends "
+        "requests to its servers itself",
         'sglang_cuda_graph_bs = ["1", "2", "4"]: it is sglang_cuda_graph_bs_decode in this version of SGLang',
-        "sglang_router_policy = consistent_hashing: there is no router: the rollout service sends each group to its "
-        "least loaded server",
         "sglang_disable_piecewise_cuda_graph = true: it is sglang_disable_prefill_cuda_graph in this version of SGLang",
     ]
 
