@@ -13,13 +13,15 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from miles.config.backends import choose_backends
 from miles.config.checks.device import detect_device
 from miles.config.checks.own_address import own_address
+from miles.config.distribution import Distribution, distribute
+from miles.config.notes.registry import Note
 from miles.config.rules import check
 from miles.config.rules.nodes import reached_by_others
 from miles.config.schema.catalog import SECTIONS, catalog, passthroughs
 from miles.config.schema.derivation import derive
-from miles.config.schema.faults import ConfigError, Fault, faults_of, unknown_name
+from miles.config.schema.faults import ConfigError, Fault, faults_of
 from miles.config.schema.flat_settings import FlatSettings
-from miles.config.schema.section import Section, says_nothing
+from miles.config.schema.section import Section
 from miles.config.sections.algorithm import AlgorithmConfig
 from miles.config.sections.architecture import ArchitectureConfig
 from miles.config.sections.attention import AttentionConfig
@@ -150,6 +152,8 @@ class Examination:
     sections: Mapping[str, Section]
     settings: FlatSettings
     faults: Sequence[Fault]
+    notes: Sequence[Note] = ()
+    """What became of keys that are no settings here, but are taken."""
 
 
 def examine(flat: Mapping[str, Any], refused: Collection[str] = ()) -> Examination:
@@ -157,10 +161,10 @@ def examine(flat: Mapping[str, Any], refused: Collection[str] = ()) -> Examinati
 
     Keys that the caller has `refused` count as invalid, so that no rule uses them.
     """
-    sections, settings, faults = _read(flat, refused)
-    faults += derive(settings)
+    sections, settings, distribution = _read(flat, refused)
+    faults = [*distribution.faults, *derive(settings)]
     faults += check(settings)
-    return Examination(sections, settings, faults)
+    return Examination(sections, settings, faults, tuple(distribution.notes))
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -203,9 +207,10 @@ def resolution(flat: Mapping[str, Any], device: Literal["cpu", "cuda"] | None = 
 
 def _read(
     flat: Mapping[str, Any], refused: Collection[str] = ()
-) -> tuple[dict[str, Section], FlatSettings, list[Fault]]:
-    """Read the values of a flat object, each by itself."""
-    by_section, faults = _distribute(flat)
+) -> tuple[dict[str, Section], FlatSettings, Distribution]:
+    """Read the values of a flat object, each by itself; their faults are added to those of the keys."""
+    distribution = distribute(flat)
+    by_section, faults = distribution.by_section, distribution.faults
     sections: dict[str, Section] = {}
     invalid: set[str] = set(refused)
     for name, model in SECTIONS.items():
@@ -213,7 +218,7 @@ def _read(
         faults += section_faults
         invalid |= {fault.field for fault in section_faults}
     given = {key for keys in by_section.values() for key in keys}
-    return sections, FlatSettings(_values(sections), given=given, invalid=invalid), faults
+    return sections, FlatSettings(_values(sections), given=given, invalid=invalid), distribution
 
 
 def _json_object(text: str | bytes) -> dict[str, Any]:
@@ -225,26 +230,6 @@ def _json_object(text: str | bytes) -> dict[str, Any]:
     if not isinstance(flat, dict):
         raise ConfigError([Fault("config", flat, "it is not a JSON object", "send setting names with their values")])
     return flat
-
-
-def _distribute(flat: Mapping[str, Any]) -> tuple[dict[str, dict[str, Any]], list[Fault]]:
-    """Sort the keys of a flat object by section. Keys whose value is None count as not given."""
-    known, prefixes = catalog(), passthroughs()
-    by_section: dict[str, dict[str, Any]] = {name: {} for name in SECTIONS}
-    faults = []
-    for key, value in flat.items():
-        if key in known:
-            section = known[key].section
-            if not says_nothing(SECTIONS[section].model_fields[key], value):
-                by_section[section][key] = value
-            continue
-        prefix = next((prefix for prefix in prefixes if key.startswith(prefix) and key != prefix), None)
-        if prefix is None:
-            faults.append(unknown_name(key, "null" if value is None else value, known, "setting"))
-        elif value is not None:
-            section, field = prefixes[prefix]
-            by_section[section].setdefault(field, {})[key.removeprefix(prefix)] = value
-    return by_section, faults
 
 
 def _validate(model: type[Section], given: Mapping[str, Any]) -> tuple[Section, list[Fault]]:

@@ -44,8 +44,8 @@ def checked_plan(line: CommandLine, *, only_planned: bool = False) -> RunPlan:
     faults = line.merge([*examination.faults, *(fault for fault in here if fault not in missing)])
     if faults:
         raise ConfigError(faults)
-    config, said = JobConfig.from_flat(flat), tuple(notes(examination.settings))
-    return RunPlan(config, line.assumed, tuple(missing), tuple(found.chosen), said)
+    remarks = (*examination.notes, *notes(examination.settings))
+    return RunPlan(JobConfig.from_flat(flat), line.assumed, tuple(missing), tuple(found.chosen), remarks)
 
 
 def describe_run(plan: RunPlan) -> str:

@@ -85,7 +85,7 @@ def _positions(model: dict[str, Any]) -> int:
 def _engine_faults(s: FlatSettings, model: dict[str, Any]) -> Iterator[Fault]:
     size, heads = s.rollout_num_gpus_per_engine, model.get("num_attention_heads")
     if s.sglang_args.get("enable_dp_attention"):  # heads are split over the GPUs of one replica of the attention
-        size = max(1, size // int(s.sglang_args.get("dp_size") or s.sglang_args.get("data_parallel_size") or 1))
+        size = max(1, size // int(s.sglang_args.get("dp_size") or 1))
     if s.rollout_backend == "sglang" and heads and heads % size:
         problem = f"SGLang's tensor parallelism does not divide the model's {heads} attention heads by it"
         yield Fault("rollout_num_gpus_per_engine", s.rollout_num_gpus_per_engine, problem, "choose one that does")

@@ -8,6 +8,7 @@ DIFFERENT_DEFAULTS: Mapping[str, str] = {
     "train_backend": "auto instead of megatron, which is megatron where it is installed or asked for",
     "n_samples_per_prompt": "8 instead of 1 where an estimator compares them and one would give no gradient",
     "attn_implementation": "auto instead of flash_attention_2, which not every machine has",
+    "wandb_project": "none, also where fsdp alone had miles-fsdp",
     "lr": "1e-6 for every backend, also where fsdp alone had 2e-5",
     "actor_num_gpus_per_node": "8 on CUDA as elsewhere, but 1 on CPU",
     "distributed_backend": "nccl on CUDA as elsewhere, but gloo on CPU",

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import csv
 import json
-import pathlib
 from typing import Any
 
 import pytest
 
 from miles.config.command.compatibility import DIFFERENT_CHOICES, DIFFERENT_DEFAULTS
 from miles.config.schema.catalog import Entry, catalog
+from miles.upstream.table import UpstreamFlag, upstream_flags
 
-REFERENCE = list(csv.DictReader(pathlib.Path(__file__).with_name("reference_flags.tsv").open(), delimiter="\t"))
+SETTINGS = [row for row in upstream_flags() if not row.taken]
+REFERENCE = [row for row in SETTINGS if row.group != "megatron"]
+"""Rows whose default is known: of Megatron-LM's own flags it is that of the setting."""
 
 OWN = """--name --run-dir --device --host --redis-url --controller-port --weightsync-port --trainer-port --reward-port
     --trainer-master-port --rank-timeout-s --rollout-workers-elsewhere
@@ -26,11 +27,8 @@ OWN = """--name --run-dir --device --host --redis-url --controller-port --weight
     --chaos --chaos-interval-s --stop-timeout --weight-lease-s --update-weight-full-interval
     --tis-threshold"""
 
-MEGATRON = """--tensor-model-parallel-size --pipeline-model-parallel-size --num-virtual-stages-per-pipeline-rank
-    --context-parallel-size --expert-model-parallel-size --expert-tensor-parallel-size --sequence-parallel
-    --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather --transformer-impl --attention-backend
-    --moe-token-dispatcher-type --moe-aux-loss-coeff --recompute-granularity --recompute-method --recompute-num-layers
-    --recompute-modules --attention-softmax-in-fp32"""
+MEGATRON = """"""
+"""Megatron-LM's own flags that no script passes, so that the table has no row of them."""
 
 MEGATRON_NUMERICS = """--bf16 --accumulate-allreduce-grads-in-fp32 --hidden-dropout --attention-dropout
     --moe-router-dtype --no-rope-fusion --no-bias-swiglu-fusion --no-bias-dropout-fusion --no-masked-softmax-fusion
@@ -71,34 +69,42 @@ def parsed(text: str) -> Any:
         return text
 
 
-def test_every_flag_is_of_the_reference_or_our_own() -> None:
-    assert {entry.flag for entry in catalog().values()} == {entry_of(row["name"]).flag for row in REFERENCE} | set(
+def test_every_setting_is_an_upstream_flag_or_our_own() -> None:
+    upstream = {entry_of(row.flag).flag for row in SETTINGS}
+    assert {entry.flag for entry in catalog().values()} == upstream | set(
         OWN.split() + MEGATRON.split() + MEGATRON_NUMERICS.split() + MEGATRON_MODELS.split()
     )
 
 
-@pytest.mark.parametrize("row", REFERENCE, ids=[f"{i}{row['name']}" for i, row in enumerate(REFERENCE)])
-def test_kind_default_and_choices_are_those_of_the_reference(row: dict[str, str]) -> None:
-    entry = entry_of(row["name"])
-    kind = row["type"].split("(")[0].split()[0]
-    assert entry.kind is (tuple if "nargs" in row["type"] else {"flag": bool, "json": dict}.get(kind) or eval(kind))
+def test_every_upstream_flag_is_a_setting_or_has_a_reason_and_a_way_out() -> None:
+    names = {name for entry in catalog().values() for name in (entry.flag, entry.key)}
+    rows = upstream_flags()
+    assert [row.flag for row in rows if not row.taken and row.flag not in names] == [], "say why it is no setting"
+    assert [row.flag for row in rows if row.taken and row.flag in names] == [], "it is a setting: drop taken to remedy"
+    assert {row.taken for row in rows} == {"", "refused", "no effect"}
+    assert [row.flag for row in rows if bool(row.reason) != bool(row.taken)] == []
+    assert [row.flag for row in rows if bool(row.remedy) != (row.taken == "refused")] == []
+
+
+@pytest.mark.parametrize("row", REFERENCE, ids=[f"{i}{row.flag}" for i, row in enumerate(REFERENCE)])
+def test_kind_default_and_choices_are_those_of_the_table(row: UpstreamFlag) -> None:
+    entry = entry_of(row.flag)
+    kind = row.type.split("(")[0].split()[0]
+    assert entry.kind is (tuple if "nargs" in row.type else {"flag": bool, "json": dict}.get(kind) or eval(kind))
     if entry.element:
         assert entry.element.__name__ == kind
-    assert entry.negated == ("store_false" in row["type"])
-    if entry.ignored is None and parsed(row["default"]) != (
-        entry.default or (parsed(row["default"]) and entry.default)
-    ):
-        assert entry.key in DIFFERENT_DEFAULTS, f"{entry.flag}: {entry.default} instead of {row['default']}"
-    allowed = {choice for choice in (row["choices"] or "").split(",") if choice}
-    if set(entry.choices) != allowed:
-        assert entry.key in DIFFERENT_CHOICES, f"{entry.flag}: {entry.choices} instead of {allowed}"
+    assert entry.negated == ("store_false" in row.type)
+    if entry.ignored is None and parsed(row.default) != (entry.default or (parsed(row.default) and entry.default)):
+        assert entry.key in DIFFERENT_DEFAULTS, f"{entry.flag}: {entry.default} instead of {row.default}"
+    if set(entry.choices) != set(row.choices):
+        assert entry.key in DIFFERENT_CHOICES, f"{entry.flag}: {entry.choices} instead of {row.choices}"
 
 
 def test_listed_differences_are_differences() -> None:
     same = []
     for key in DIFFERENT_DEFAULTS:
-        rows = [row for row in REFERENCE if entry_of(row["name"]).key == key]
-        if all(parsed(row["default"]) == catalog()[key].default for row in rows):
+        rows = [row for row in REFERENCE if entry_of(row.flag).key == key]
+        if all(parsed(row.default) == catalog()[key].default for row in rows):
             same.append(key)
     assert same == []
 
