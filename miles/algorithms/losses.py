@@ -9,21 +9,29 @@ import dataclasses
 
 import torch
 
+from miles.algorithms import divergence_masks, sequence_losses, soft_losses  # noqa: F401  (they register their losses)
 from miles.algorithms.corrections import Correction, CorrectionMethod, compute_correction
 from miles.algorithms.kl import approximate_kl
 from miles.algorithms.loss_reducer import LossReducer
 from miles.algorithms.metrics import MetricSum
 from miles.algorithms.mis import mismatch_metrics
 from miles.algorithms.packing import Packing, as_float, keep_log_probs, keep_where
-from miles.algorithms.policy_losses import ClipConfig, PolicyInputs, PolicyTerms, bounded_exp, opsm_drop, policy_loss
+from miles.algorithms.policy_losses import (
+    PolicyInputs,
+    PolicyLossConfig,
+    PolicyTerms,
+    bounded_exp,
+    opsm_drop,
+    policy_loss,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LossConfig(ClipConfig):
+class LossConfig(PolicyLossConfig):
     """Options of the policy's loss, named like the flags where there is one."""
 
     policy_loss: str = "ppo_clip"
-    """Registered policy loss; each estimator names its own."""
+    """Registered policy loss."""
     calculate_per_token_loss: bool = False
     """Mean over the step's tokens rather than over its rollouts."""
     loss_length: float | None = None
@@ -49,7 +57,7 @@ class LossConfig(ClipConfig):
     """Report the mismatch of train and rollout log-probs; never changes the loss."""
 
     def __post_init__(self) -> None:
-        ClipConfig.__post_init__(self)
+        PolicyLossConfig.__post_init__(self)
         if self.policy_loss == "dr_grpo" and self.loss_length is None:
             raise ValueError("policy_loss dr_grpo needs loss_length, the constant to divide by (say the length limit)")
 
@@ -198,6 +206,8 @@ def _reference_kl(config: LossConfig, batch: LossBatch, new_T: torch.Tensor, old
 def _report_policy(batch: LossBatch, reducer: LossReducer, terms: PolicyTerms, keep_T: torch.Tensor | None) -> None:
     reducer.report("pg_clipfrac", reducer.total(terms.clipped_T, keep_T))
     reducer.report("ppo_kl", reducer.total(-terms.log_ratio_T.detach(), keep_T))
+    for name, values_T in terms.metrics_T.items():
+        reducer.report_tokens(name, values_T)
     reducer.report_tokens("ess_ratio", effective_sample_ratio(terms.log_ratio_T, batch.mask_T, batch.packing))
     if batch.opd_reverse_kl_T is not None:
         reducer.report_tokens("opd_reverse_kl", batch.opd_reverse_kl_T)
