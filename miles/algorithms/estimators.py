@@ -1,7 +1,7 @@
 """Advantage estimators.
 
 An estimator is a function from an `AdvantageBatch` to per-token advantages and returns. It is registered by name with
-its reward shaping within a prompt group, its policy loss, and whether its advantages are always whitened:
+its reward shaping within a prompt group, and whether its advantages are always whitened:
 
     @register_estimator("mine", shaping=standardize)
     def mine(config, batch, kl_T):
@@ -83,8 +83,6 @@ class Estimator:
 
     function: EstimatorFunction
     shaping: RewardShaping
-    policy_loss: str
-    """Name of its policy loss."""
     whiten: bool
     """Advantages are whitened whether or not normalize_advantages is set."""
     needs_values: bool
@@ -98,23 +96,22 @@ def register_estimator(
     name: str,
     *,
     shaping: RewardShaping = keep_rewards,
-    policy_loss: str = "ppo_clip",
     whiten: bool = False,
     needs_values: bool = False,
 ) -> Callable[[EstimatorFunction], EstimatorFunction]:
     """Register the decorated function under `name`; the parameters are the fields of `Estimator`."""
 
     def register(function: EstimatorFunction) -> EstimatorFunction:
-        ESTIMATORS.add(name, Estimator(function, shaping, policy_loss, whiten, needs_values))
+        ESTIMATORS.add(name, Estimator(function, shaping, whiten, needs_values))
         return function
 
     return register
 
 
 @register_estimator("grpo", shaping=standardize)
-@register_estimator("gspo", shaping=standardize, policy_loss="gspo")
-@register_estimator("cispo", shaping=standardize, policy_loss="cispo")
-@register_estimator("dr_grpo", shaping=subtract_mean, policy_loss="dr_grpo")
+@register_estimator("gspo", shaping=standardize)
+@register_estimator("cispo", shaping=standardize)
+@register_estimator("dr_grpo", shaping=subtract_mean)
 @register_estimator("rloo", shaping=subtract_leave_one_out_mean)
 def reward_on_every_token(
     config: AdvantageConfig, batch: AdvantageBatch, kl_T: torch.Tensor

@@ -1,6 +1,6 @@
 """Policy losses that give all tokens of a sequence one ratio, beside gspo.
 
-The value on each token is that of its sequence, as in gspo: the mean over a sample's tokens is then the sequence's loss.
+The value on each token is that of its sequence, as in gspo, so that a mean over a sample's tokens is the sequence's.
 """
 
 from __future__ import annotations

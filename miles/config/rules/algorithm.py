@@ -52,25 +52,13 @@ def reward_normalisation_is_the_estimators(s: FlatSettings) -> Iterator[Fault]:
 
 
 @rule
-def dr_grpo_is_normalised_by_the_response_limit_alone(s: FlatSettings) -> Iterator[Fault]:
+def dr_grpo_divides_by_no_standard_deviation(s: FlatSettings) -> Iterator[Fault]:
     if s.advantage_estimator != "dr_grpo":
         return
     grpo = "leave it out, or set advantage_estimator to grpo with disable_grpo_std_normalization"
-    if s.calculate_per_token_loss:
-        problem = "dr_grpo divides sums of tokens by the response limit, not by their number"
-        yield Fault("calculate_per_token_loss", True, problem, grpo)
     if s.normalize_advantages:
         problem = "dr_grpo divides by no standard deviation, as whitening does"
         yield Fault("normalize_advantages", True, problem, grpo)
-
-
-@rule
-def clipping_has_an_effect(s: FlatSettings) -> Iterator[Fault]:
-    if s.eps_clip >= 1 and s.advantage_estimator != "cispo":
-        problem = f"it sets no lower bound, which {s.advantage_estimator} needs"
-        yield Fault("eps_clip", s.eps_clip, problem, "lower it; only cispo goes without")
-    if s.eps_clip_c is not None and s.advantage_estimator == "cispo":
-        yield Fault("eps_clip_c", s.eps_clip_c, "cispo has no dual clip", "leave it out, or set eps_clip_high")
 
 
 @rule

@@ -54,16 +54,20 @@ class AlgorithmConfig(Section):
     """Loss to minimise."""
 
     calculate_per_token_loss: bool = False
-    """Average the loss over the tokens of the step instead of over samples (not with dr_grpo)."""
+    """Average the loss over the tokens of the step instead of over samples (not with dr_grpo and luspo)."""
 
-    eps_clip: NonNegativeFloat = 0.2
-    """Clip the probability ratio below at 1 − eps_clip; 1 or more sets no lower bound (cispo)."""
+    eps_clip: Annotated[NonNegativeFloat, Derived("policy_loss_type; 0.2 for ppo_clip, gspo, cispo, dr_grpo")] = (
+        derived()
+    )
+    """Clip the probability ratio below at 1 − eps_clip; 1 or more sets no lower bound (cispo). With gmpo the bound
+    of log ratios below, with dppo_tv and dppo_kl that of divergences."""
 
     eps_clip_high: Annotated[NonNegativeFloat, Derived("eps_clip")] = derived()
-    """Clip the probability ratio above at 1 + eps_clip_high."""
+    """Clip the probability ratio above at 1 + eps_clip_high; log ratios and divergences likewise."""
 
     eps_clip_c: Annotated[float, Field(gt=1)] | None = None
-    """Upper bound of the ratio for negative advantages (dual clip; not with cispo); not given turns it off."""
+    """Upper bound of the ratio for negative advantages (dual clip; ppo_clip, gspo, dr_grpo and luspo); not given
+    turns it off."""
 
     kl_coef: NonNegativeFloat = 0.0
     """Coefficient of the KL penalty in the reward; cannot be combined with kl_loss_coef."""

@@ -27,7 +27,7 @@ def advantage_config(config: JobConfig) -> AdvantageConfig:
 def loss_config(config: JobConfig) -> LossConfig:
     """Options of the loss."""
     return LossConfig(
-        policy_loss=ESTIMATORS[config.algorithm.advantage_estimator].policy_loss,
+        policy_loss=config.policy_loss.policy_loss_type,
         loss_length=config.rollout.rollout_max_response_len or config.rollout.rollout_max_context_len,
         correction=correction_method(config),
         **_shared_fields(LossConfig, config),
@@ -122,4 +122,5 @@ def zero_reward_is_zero_gradient(config: JobConfig) -> bool:
 def _shared_fields(options: type, config: JobConfig) -> dict[str, Any]:
     """Values of the flags that have the names of the options' fields."""
     names = {field.name for field in dataclasses.fields(options)}
-    return {name: value for name, value in config.algorithm.model_dump().items() if name in names}
+    values = config.algorithm.model_dump() | config.policy_loss.model_dump()
+    return {name: value for name, value in values.items() if name in names}

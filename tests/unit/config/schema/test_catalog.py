@@ -23,7 +23,9 @@ OWN = """--name --run-dir --device --host --redis-url --controller-port --weight
     --gateway-allowed-module --tls-cert --tls-key --tls-ca --tls-mutual
     --rollout-engine-python --rollout-engine-weights --rollout-engine-weights-dir
     --rollout-weight-format --observe-rollout-routing --dynamic-sampling-max-dropped-batches
-    --chaos --chaos-interval-s --stop-timeout --weight-lease-s --update-weight-full-interval"""
+    --chaos --chaos-interval-s --stop-timeout --weight-lease-s --update-weight-full-interval
+    --policy-loss-type --sapo-tau-pos --sapo-tau-neg --vespo-k-pos --vespo-lambda-pos --vespo-k-neg --vespo-lambda-neg
+    --dro-beta"""
 
 MEGATRON = """--tensor-model-parallel-size --pipeline-model-parallel-size --num-virtual-stages-per-pipeline-rank
     --context-parallel-size --expert-model-parallel-size --expert-tensor-parallel-size --sequence-parallel
