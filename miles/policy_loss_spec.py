@@ -42,6 +42,8 @@ class PolicyLossSpec:
     """Whether the loss reads eps_clip_c."""
     per_token: bool = True
     """Whether calculate_per_token_loss gives the loss that its name promises."""
+    penalises: bool = False
+    """Whether a sample without advantage has a gradient too."""
     settings: tuple[str, ...] = ()
     """Settings that this loss alone reads."""
 
@@ -64,7 +66,7 @@ POLICY_LOSS_SPECS: Mapping[str, PolicyLossSpec] = types.MappingProxyType(
             eps_clip=None,
             settings=("vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg"),
         ),
-        "dro": PolicyLossSpec(trust_region=True, eps_clip=None, settings=("dro_beta",)),
+        "dro": PolicyLossSpec(trust_region=True, eps_clip=None, penalises=True, settings=("dro_beta",)),
     }
 )
 """Every policy loss, by its name in policy_loss_type."""

@@ -22,7 +22,7 @@ DIFFERENT_CHOICES: Mapping[str, str] = {
     "qkv_format": "thd",
     "attn_implementation": "auto, varlen and sdpa",
     "distributed_backend": "nccl and gloo",
-    "advantage_estimator": "rloo, dr_grpo and cispo besides",
+    "advantage_estimator": "rloo, dr_grpo, cispo, maxrl, gdpo and optimal_token_baseline besides",
     "loss_type": "policy_loss",
     "lr_decay_style": "constant, linear and cosine",
     "optimizer": "adam",

@@ -27,7 +27,17 @@ FALLBACKS = {
 }
 """Settings that default to another setting."""
 
-COMPARES_SAMPLES = ("grpo", "gspo", "cispo", "dr_grpo", "rloo", "reinforce_plus_plus_baseline")
+COMPARES_SAMPLES = (
+    "grpo",
+    "gspo",
+    "cispo",
+    "dr_grpo",
+    "rloo",
+    "reinforce_plus_plus_baseline",
+    "maxrl",
+    "gdpo",
+    "optimal_token_baseline",
+)
 """Advantage estimators that compare the responses to a prompt."""
 SGLANG_ALONE = (
     "rollout_num_gpus",

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Literal
 
 from pydantic import Field
 
 from miles.config.schema.section import (
     Derived,
+    Metavar,
     Negated,
     NonNegative,
     NonNegativeFloat,
@@ -24,19 +26,32 @@ class AlgorithmConfig(Section):
     """Advantages and losses of a batch of scored samples; docs/algorithms.md has the formulas."""
 
     advantage_estimator: Literal[
-        "grpo", "gspo", "reinforce_plus_plus", "reinforce_plus_plus_baseline", "ppo", "rloo", "dr_grpo", "cispo"
+        "grpo",
+        "gspo",
+        "reinforce_plus_plus",
+        "reinforce_plus_plus_baseline",
+        "ppo",
+        "rloo",
+        "dr_grpo",
+        "cispo",
+        "maxrl",
+        "gdpo",
+        "optimal_token_baseline",
     ] = "grpo"
     """Advantage estimator; ppo also trains a critic."""
+
+    gdpo_rewards: Annotated[tuple[str, ...], Metavar("NAME=WEIGHT ...")] = ()
+    """Names of the numbers of a reward that gdpo normalises one by one, with their weights; NAME alone has weight 1."""
 
     rewards_normalization: Annotated[bool, Negated("--disable-rewards-normalization")] = True
     """Subtract the mean reward of the prompt's group."""
 
     grpo_std_normalization: Annotated[bool, Negated("--disable-grpo-std-normalization")] = True
-    """Divide rewards by the standard deviation of the prompt's group (grpo, gspo, cispo)."""
+    """Divide rewards by the standard deviation of the prompt's group (grpo, gspo, cispo, gdpo)."""
 
     normalize_advantages: bool = False
-    """Whiten advantages over the whole batch (not with dr_grpo); reinforce_plus_plus and reinforce_plus_plus_baseline
-    always do."""
+    """Whiten advantages over the whole batch (not with dr_grpo and gdpo); reinforce_plus_plus and
+    reinforce_plus_plus_baseline always do."""
 
     gamma: Annotated[float, Field(ge=0, le=1)] = 1.0
     """Discount factor per token."""
@@ -166,3 +181,22 @@ class AlgorithmConfig(Section):
 
     opsm_delta: NonNegativeFloat = 1e-4
     """Mean of old minus new log-probability above which use_opsm masks a sequence."""
+
+    @property
+    def gdpo_weights(self) -> dict[str, float]:
+        """The weight of each reward of gdpo, by name."""
+        return dict(parse_weighted(spec) for spec in self.gdpo_rewards)
+
+
+def parse_weighted(spec: str) -> tuple[str, float]:
+    """Split NAME=WEIGHT, or NAME, whose weight is 1. Raises ValueError that says what is wrong."""
+    name, equals, text = spec.partition("=")
+    if not name:
+        raise ValueError("it has no name before =")
+    try:
+        weight = float(text) if equals else 1.0
+    except ValueError:
+        raise ValueError("its weight is not a number") from None
+    if not math.isfinite(weight) or weight == 0:
+        raise ValueError("its weight must be a finite number, and not 0")
+    return name, weight

@@ -11,6 +11,7 @@ from miles.algorithms.corrections import CorrectionMethod, IcePop, TruncatedImpo
 from miles.algorithms.estimators import ESTIMATORS, AdvantageConfig, reward_on_every_token
 from miles.algorithms.losses import LossConfig
 from miles.algorithms.mis import MaskedImportanceSampling
+from miles.policy_loss_spec import POLICY_LOSS_SPECS
 
 if TYPE_CHECKING:
     from miles.config import JobConfig
@@ -21,7 +22,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 def advantage_config(config: JobConfig) -> AdvantageConfig:
     """Options of the advantage estimator."""
-    return AdvantageConfig(**_shared_fields(AdvantageConfig, config))
+    weights = tuple(config.algorithm.gdpo_weights.values())
+    return AdvantageConfig(reward_weights=weights, **_shared_fields(AdvantageConfig, config))
 
 
 def loss_config(config: JobConfig) -> LossConfig:
@@ -74,6 +76,11 @@ def needs_critic(config: JobConfig) -> bool:
     return ESTIMATORS[config.algorithm.advantage_estimator].needs_values
 
 
+def needs_squared_probs(config: JobConfig) -> bool:
+    """Whether the advantage estimator reads sums of squared probabilities."""
+    return ESTIMATORS[config.algorithm.advantage_estimator].needs_squared_probs
+
+
 def trains_critic_only(config: JobConfig, number: int) -> bool:
     """Whether rollout `number` trains the critic alone."""
     return number < config.algorithm.num_critic_only_steps
@@ -97,18 +104,21 @@ def needs_log_prob_pass(config: JobConfig) -> bool:
     """
     algorithm = config.algorithm
     in_advantages = (algorithm.kl_coef > 0 or algorithm.use_opd) and not algorithm.use_rollout_logprobs
+    in_advantages |= needs_squared_probs(config)
     return config.train.num_steps_per_rollout > 1 or in_advantages or algorithm.use_mis or algorithm.keep_old_actor
 
 
 def zero_reward_is_zero_gradient(config: JobConfig) -> bool:
     """Whether a sample whose shaped reward is 0 adds nothing to the gradient.
 
-    That is so where advantages are the shaped rewards and no other term has a gradient.
+    That is so where advantages are the shaped rewards, and neither the policy loss nor another term has a gradient
+    without them.
     """
     algorithm = config.algorithm
     estimator = ESTIMATORS[algorithm.advantage_estimator]
     return (
         estimator.function is reward_on_every_token
+        and not POLICY_LOSS_SPECS[config.policy_loss.policy_loss_type].penalises
         and not estimator.whiten
         and not algorithm.normalize_advantages
         and not algorithm.use_opd

@@ -12,6 +12,10 @@ from miles.config.rules import RULES
 from miles.config.rules.registry import Rule
 from miles.config.schema.catalog import catalog
 
+GDPO = {
+    "advantage_estimator": "gdpo", "gdpo_rewards": ["a", "b=0.5"], "reward_key": "a",
+    "rm_type": None, "custom_rm_path": "rewards.score",
+}  # fmt: skip
 SGLANG = {"rollout_backend": "sglang"}
 
 RULE_CASES: list[tuple[dict[str, Any], str]] = [
@@ -339,6 +343,22 @@ RULE_CASES: list[tuple[dict[str, Any], str]] = [
         "calculate_per_token_loss = true, but dr_grpo divides sums of tokens by the response limit",
     ),
     (
+        {"advantage_estimator": "maxrl", "rewards_normalization": False},
+        "rewards_normalization = false, but maxrl is a way to compare them",
+    ),
+    (
+        {"advantage_estimator": "optimal_token_baseline", "keep_old_actor": True, "max_weight_staleness": 1},
+        "keep_old_actor = true, but optimal_token_baseline takes the current policy's probabilities",
+    ),
+    ({"gdpo_rewards": ["a", "b"]}, "gdpo_rewards = a, but advantage_estimator = grpo takes one reward"),
+    ({**GDPO, "gdpo_rewards": ["a"]}, "gdpo_rewards = a, but gdpo adds up several rewards"),
+    ({**GDPO, "gdpo_rewards": ["a", "b=x"]}, "gdpo_rewards = b=x, but its weight is not a number; write NAME"),
+    ({**GDPO, "gdpo_rewards": ["a", "b=0"]}, "gdpo_rewards = b=0, but its weight must be a finite number"),
+    ({**GDPO, "gdpo_rewards": ["a", "=2"]}, "gdpo_rewards = =2, but it has no name before =; write NAME"),
+    ({**GDPO, "gdpo_rewards": ["a", "b", "a=2"]}, "gdpo_rewards = a, but it is named twice"),
+    ({**GDPO, "reward_key": None}, "reward_key is not set, and gdpo's rewards have several numbers"),
+    ({**GDPO, "normalize_advantages": True}, "normalize_advantages = true, but gdpo normalises over the batch already"),
+    (
         {"advantage_estimator": "gspo", "policy_loss_type": "sapo"},
         "policy_loss_type = sapo, but advantage_estimator = gspo names a policy loss already",
     ),
@@ -503,6 +523,8 @@ ALLOWED: dict[str, dict[str, Any]] = {
     "cispo without a lower bound": {"advantage_estimator": "cispo", "eps_clip": 1.0, "eps_clip_high": 4.0},
     "cispo with a bound far below 0": {"advantage_estimator": "cispo", "eps_clip": 1000},
     "gspo's narrow clipping": {"advantage_estimator": "gspo", "eps_clip": 3e-4, "eps_clip_high": 4e-4},
+    "several rewards with weights": GDPO,
+    "several centred rewards": {**GDPO, "grpo_std_normalization": False},
     "a wide bound of log ratios": {"policy_loss_type": "gmpo", "eps_clip": 1.2},
     "a loss beside its estimator's name": {"advantage_estimator": "rloo", "policy_loss_type": "gspo"},
     "an estimator's own loss": {"advantage_estimator": "cispo", "policy_loss_type": "cispo"},

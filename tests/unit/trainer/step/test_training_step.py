@@ -22,6 +22,13 @@ LOSSES: dict[str, dict[str, Any]] = {name: {"policy_loss_type": name} for name i
 LOSSES["dro"]["dro_beta"] = 0.1
 
 
+ESTIMATORS: dict[str, dict[str, Any]] = {
+    "maxrl": {},
+    "optimal_token_baseline": {},
+    "gdpo": {"gdpo_rewards": ["right", "short=0.5"], "reward_key": "right", "rm_type": None, "custom_rm_path": "a.b"},
+}
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     return write_dense_model(tmp_path_factory.mktemp("model"))
@@ -41,19 +48,32 @@ def groups_with_spread(seed: int) -> list[SampleGroup]:
     return groups
 
 
-@pytest.mark.parametrize("name", LOSSES)
-def test_every_policy_loss_makes_good_responses_likelier(model: pathlib.Path, name: str) -> None:
-    groups = groups_with_spread(61)
-    backend = loaded(model, **GRADIENT_STEPS, **LOSSES[name])
+def gain(backend: FsdpBackend, groups: list[SampleGroup]) -> float:
+    """How much likelier a rollout's training makes its responses, by their advantages."""
     metrics, before = train_recorded(backend._loaded.trainer, groups)
     assert all(np.isfinite(value) for value in metrics.values())
     assert metrics["train/grad_norm"] > 0
     _, after = train_recorded(backend._loaded.trainer, groups, 1)
-    gain = sum(
+    moved = [
         (numbers.advantages * (after[place].train_log_probs - numbers.train_log_probs)).mean()
         for place, numbers in before.items()
-    )
-    assert gain > 0
+    ]
+    return float(sum(moved))
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_every_policy_loss_makes_good_responses_likelier(model: pathlib.Path, name: str) -> None:
+    assert gain(loaded(model, **GRADIENT_STEPS, **LOSSES[name]), groups_with_spread(61)) > 0
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_estimators_that_compare_samples_in_other_ways_make_good_responses_likelier(
+    model: pathlib.Path, name: str
+) -> None:
+    groups = groups_with_spread(63)
+    for sample in (sample for group in groups for sample in group.samples if name == "gdpo"):
+        sample.reward = {"right": sample.reward, "short": -float(sample.response_length)}
+    assert gain(loaded(model, advantage_estimator=name, **GRADIENT_STEPS, **ESTIMATORS[name]), groups) > 0
 
 
 @pytest.mark.parametrize("name", LOSSES)
