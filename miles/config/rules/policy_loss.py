@@ -59,6 +59,18 @@ def losses_that_weigh_sequences_are_means_of_samples(s: FlatSettings) -> Iterato
 
 
 @rule
+def observation_tokens_are_known_by_their_mask(s: FlatSettings) -> Iterator[Fault]:
+    if not s.echo_loss_coef:
+        return
+    if s.mask_offpolicy_in_partial_rollout:
+        problem = "it masks tokens of the policy's own, which echo_loss_coef would take for observations"
+        yield Fault("mask_offpolicy_in_partial_rollout", True, problem, "leave one of them out")
+    if s.calculate_per_token_loss:
+        problem = "echo_loss_coef weighs a mean of samples' means"
+        yield Fault("calculate_per_token_loss", True, problem, "leave one of them out")
+
+
+@rule
 def vespo_has_one_ratio_to_the_engine(s: FlatSettings) -> Iterator[Fault]:
     for key in ("use_tis", "use_icepop"):
         if s.policy_loss_type == "vespo" and getattr(s, key):

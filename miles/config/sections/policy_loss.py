@@ -36,3 +36,7 @@ class PolicyLossConfig(Section):
 
     dro_beta: PositiveFloat | None = None
     """Weight of the squared log ratio (dro, which needs one)."""
+
+    echo_loss_coef: NonNegativeFloat = 0.0
+    """Weight of a cross-entropy loss on observation tokens, those of the response with a loss mask of 0 (ECHO, whose
+    paper has 0.05); 0 leaves it out."""

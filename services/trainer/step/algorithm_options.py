@@ -124,6 +124,7 @@ def zero_reward_is_zero_gradient(config: JobConfig) -> bool:
         and not algorithm.use_opd
         and algorithm.kl_coef == algorithm.entropy_coef == 0
         and not (algorithm.use_kl_loss and algorithm.kl_loss_coef)
+        and config.policy_loss.echo_loss_coef == 0
         and not config.megatron.enable_mtp_training
         and config.megatron.moe_aux_loss_coeff == 0
     )

@@ -369,6 +369,14 @@ RULE_CASES: list[tuple[dict[str, Any], str]] = [
         {"policy_loss_type": "vespo", "sapo_tau_neg": 2.0},
         "sapo_tau_neg = 2.0, but policy_loss_type = vespo does not read it; set policy_loss_type to sapo",
     ),
+    (
+        {"echo_loss_coef": 0.05, "calculate_per_token_loss": True},
+        "calculate_per_token_loss = true, but echo_loss_coef weighs a mean of samples' means",
+    ),
+    (
+        {"echo_loss_coef": 0.05, "partial_rollout": True, "mask_offpolicy_in_partial_rollout": True},
+        "mask_offpolicy_in_partial_rollout = true, but it masks tokens of the policy's own",
+    ),
     ({"policy_loss_type": "dro"}, "dro_beta is not set, and policy_loss_type = dro has no weight"),
     (
         {"policy_loss_type": "luspo", "calculate_per_token_loss": True},

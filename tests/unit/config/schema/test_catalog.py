@@ -25,7 +25,7 @@ OWN = """--name --run-dir --device --host --redis-url --controller-port --weight
     --rollout-weight-format --observe-rollout-routing --dynamic-sampling-max-dropped-batches
     --chaos --chaos-interval-s --stop-timeout --weight-lease-s --update-weight-full-interval
     --policy-loss-type --sapo-tau-pos --sapo-tau-neg --vespo-k-pos --vespo-lambda-pos --vespo-k-neg --vespo-lambda-neg
-    --dro-beta --gdpo-rewards"""
+    --dro-beta --echo-loss-coef --gdpo-rewards"""
 
 MEGATRON = """--tensor-model-parallel-size --pipeline-model-parallel-size --num-virtual-stages-per-pipeline-rank
     --context-parallel-size --expert-model-parallel-size --expert-tensor-parallel-size --sequence-parallel

@@ -88,3 +88,22 @@ def test_how_samples_are_cut_into_micro_batches_changes_nothing(model: pathlib.P
         torch.testing.assert_close(tensor, whole_weights[key], rtol=1e-5, atol=1e-5)
     own = {key: value for key, value in metrics.items() if key.startswith("train/")}
     assert own == pytest.approx({key: whole_metrics[key] for key in own}, rel=1e-4, abs=1e-6)
+
+
+def test_echo_learns_to_predict_observations_even_without_any_advantage(model: pathlib.Path) -> None:
+    groups = random_groups(64)
+    samples = [sample for group in groups for sample in group.samples]
+    for sample in samples:
+        sample.reward = 1.0
+        sample.loss_mask = np.ones(sample.response_length, np.uint8)
+        sample.loss_mask[1:4] = 0  # what a tool has said
+    backend = loaded(model, **GRADIENT_STEPS, echo_loss_coef=0.05)
+    metrics, before = train_recorded(backend._loaded.trainer, groups)
+    _, after = train_recorded(backend._loaded.trainer, groups, 1)
+    nlls, later = (
+        [-numbers.train_log_probs[numbers.mask == 0] for numbers in found.values()] for found in (before, after)
+    )
+    assert metrics["train/pg_loss"] == 0
+    assert metrics["train/loss"] == pytest.approx(0.05 * metrics["train/echo_loss"])
+    assert sum(x.mean() for x in later if len(x)) < sum(x.mean() for x in nlls if len(x))
+    assert 0 < metrics["train/echo_loss"] < sum(x.mean() for x in nlls if len(x)) / len(samples)
