@@ -36,6 +36,7 @@ from miles.config.sections.lora import LoraConfig
 from miles.config.sections.megatron import MegatronConfig
 from miles.config.sections.numerics import NumericsConfig
 from miles.config.sections.optimizer import OptimizerConfig
+from miles.config.sections.policy_loss import PolicyLossConfig
 from miles.config.sections.reward import RewardConfig
 from miles.config.sections.rollout import RolloutConfig
 from miles.config.sections.services import ServicesConfig
@@ -62,6 +63,7 @@ class JobConfig(BaseModel):
     reward: RewardConfig
     eval: EvalConfig
     algorithm: AlgorithmConfig
+    policy_loss: PolicyLossConfig
     train: TrainConfig
     lora: LoraConfig
     megatron: MegatronConfig

@@ -31,6 +31,7 @@ _BY_SECTION: Mapping[str, Effect] = {
     "reward": Effect.APPLIED,
     "eval": Effect.APPLIED,
     "algorithm": Effect.APPLIED,
+    "policy_loss": Effect.APPLIED,
     "train": Effect.APPLIED,
     "lora": Effect.REFUSED,
     "megatron": Effect.FREE,

@@ -13,6 +13,7 @@ DIFFERENT_DEFAULTS: Mapping[str, str] = {
     "actor_num_gpus_per_node": "8 on CUDA as elsewhere, but 1 on CPU",
     "distributed_backend": "nccl on CUDA as elsewhere, but gloo on CPU",
     "update_weight_transfer_mode": "auto instead of broadcast",
+    "eps_clip": "0.2 as elsewhere for the losses found there, and the papers' values for others",
     "tis_lower_bound": "1 / tis_upper_bound, which is 0.5 as elsewhere until tis_upper_bound changes",
     "use_rs": "off until asked for, and a flag instead of a key in a file of its own",
 }
@@ -23,7 +24,7 @@ DIFFERENT_CHOICES: Mapping[str, str] = {
     "attn_implementation": "auto, varlen, sdpa, flash_attention_2 and flash_attention_3",
     "train_backend": "auto besides",
     "distributed_backend": "nccl and gloo",
-    "advantage_estimator": "rloo, dr_grpo and cispo besides",
+    "advantage_estimator": "rloo, dr_grpo, cispo, maxrl, gdpo and optimal_token_baseline besides",
     "loss_type": "policy_loss",
     "lr_decay_style": "constant, linear and cosine",
     "optimizer": "adam",

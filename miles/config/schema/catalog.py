@@ -38,6 +38,7 @@ from miles.config.sections.lora import LoraConfig
 from miles.config.sections.megatron import MegatronConfig
 from miles.config.sections.numerics import NumericsConfig
 from miles.config.sections.optimizer import OptimizerConfig
+from miles.config.sections.policy_loss import PolicyLossConfig
 from miles.config.sections.reward import RewardConfig
 from miles.config.sections.rollout import RolloutConfig
 from miles.config.sections.services import ServicesConfig
@@ -54,6 +55,7 @@ SECTIONS: Mapping[str, type[Section]] = {
     "reward": RewardConfig,
     "eval": EvalConfig,
     "algorithm": AlgorithmConfig,
+    "policy_loss": PolicyLossConfig,
     "train": TrainConfig,
     "lora": LoraConfig,
     "megatron": MegatronConfig,

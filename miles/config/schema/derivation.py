@@ -13,6 +13,7 @@ from miles.config.schema.catalog import SECTIONS
 from miles.config.schema.faults import Fault
 from miles.config.schema.flat_settings import FlatSettings, InvalidSetting
 from miles.engine_spec import engine_spec
+from miles.policy_loss_spec import LOSS_OF_ESTIMATOR, POLICY_LOSS_SPECS
 from miles.precision.number_types import AUTO
 
 FALLBACKS = {
@@ -40,9 +41,21 @@ OTHER_NAMES: Mapping[str, Mapping[str, tuple[str, str]]] = {
     },
 }
 """By setting, what a value of other systems becomes, and why."""
-COMPARES_SAMPLES = ("grpo", "gspo", "cispo", "dr_grpo", "rloo", "reinforce_plus_plus_baseline")
+COMPARES_SAMPLES = (
+    "grpo",
+    "gspo",
+    "cispo",
+    "dr_grpo",
+    "rloo",
+    "reinforce_plus_plus_baseline",
+    "maxrl",
+    "gdpo",
+    "optimal_token_baseline",
+)
 """Advantage estimators that compare the responses to a prompt."""
 
+PLAIN_EPS_CLIP = 0.2
+"""eps_clip of losses that do not read it."""
 _PROMPTS, _RESPONSES, _RESPONSE_TOKENS = 32, 8, 8192
 """What public recipes of GRPO have most often."""
 _SEARCHED = 10_000
@@ -151,9 +164,22 @@ def _above(numbers: list[int], bound: int) -> list[int]:
     return [number for number in numbers if number > bound] or [0]
 
 
+def _policy_loss(s: FlatSettings) -> list[Fault]:
+    """Choose the loss, and clip as its paper does."""
+    if not s.given("policy_loss_type"):
+        s.fill("policy_loss_type", LOSS_OF_ESTIMATOR.get(s.advantage_estimator, "ppo_clip"))
+    spec = POLICY_LOSS_SPECS[s.policy_loss_type]
+    if not s.given("eps_clip"):
+        default = PLAIN_EPS_CLIP if spec.eps_clip is None else spec.eps_clip
+        if not s.given("eps_clip_high"):
+            s.fill("eps_clip_high", default if spec.eps_clip_high is None else spec.eps_clip_high)
+        s.fill("eps_clip", default)
+    return []
+
+
 def _fallbacks(s: FlatSettings) -> list[Fault]:
     for key, source in FALLBACKS.items():
-        if not s.is_valid(key) or s.given(key):
+        if not s.is_valid(key) or s.given(key) or not s.is_empty(key):
             continue
         if s.is_valid(source):
             s.fill(key, getattr(s, source))
@@ -277,6 +303,7 @@ _STEPS: tuple[Callable[[FlatSettings], list[Fault]], ...] = (
     _colocated_engines,
     _engine,
     _lengths,
+    _policy_loss,
     _fallbacks,
     _run_dir,
     _bounds,

@@ -89,6 +89,10 @@ class PolicyLearner(Learner[TokenLogProbs]):
     def compute_log_probs(self, batch: RolloutBatch, report: Report) -> torch.Tensor:
         """See `LogProbRole.compute_log_probs`."""
 
+    @abc.abstractmethod
+    def compute_log_probs_and_squares(self, batch: RolloutBatch, report: Report) -> torch.Tensor:
+        """The same and, from the same pass, the sum of squared probabilities of all tokens there; float32 [T, 2]."""
+
 
 class CriticLearner(Learner["torch.Tensor"]):
     """The critic; its forward pass gives values, float32 [R]."""

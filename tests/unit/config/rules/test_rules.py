@@ -12,6 +12,10 @@ from miles.config.rules import RULES
 from miles.config.rules.registry import Rule
 from miles.config.schema.catalog import catalog
 
+GDPO = {
+    "advantage_estimator": "gdpo", "gdpo_rewards": ["a", "b=0.5"], "reward_key": "a",
+    "rm_type": None, "custom_rm_path": "rewards.score",
+}  # fmt: skip
 SGLANG = {"rollout_backend": "sglang"}
 
 RULE_CASES: list[tuple[dict[str, Any], str]] = [
@@ -318,7 +322,7 @@ RULE_CASES: list[tuple[dict[str, Any], str]] = [
         {"advantage_estimator": "reinforce_plus_plus", "rollout_batch_size": 1, "n_samples_per_prompt": 1},
         "rollout_batch_size = 1, but whitening compares the samples of a batch",
     ),
-    ({"eps_clip": 1.0}, "eps_clip = 1.0, but it sets no lower bound, which grpo needs"),
+    ({"eps_clip": 1.0}, "eps_clip = 1.0, but it sets no lower bound, which ppo_clip needs"),
     (
         {"advantage_estimator": "cispo", "eps_clip_c": 3.0},
         "eps_clip_c = 3.0, but cispo has no dual clip",
@@ -327,6 +331,47 @@ RULE_CASES: list[tuple[dict[str, Any], str]] = [
         {"advantage_estimator": "dr_grpo", "calculate_per_token_loss": True},
         "calculate_per_token_loss = true, but dr_grpo divides sums of tokens by the response limit",
     ),
+    (
+        {"advantage_estimator": "maxrl", "rewards_normalization": False},
+        "rewards_normalization = false, but maxrl is a way to compare them",
+    ),
+    (
+        {"advantage_estimator": "optimal_token_baseline", "keep_old_actor": True, "max_weight_staleness": 1},
+        "keep_old_actor = true, but optimal_token_baseline takes the current policy's probabilities",
+    ),
+    ({"gdpo_rewards": ["a", "b"]}, "gdpo_rewards = a, but advantage_estimator = grpo takes one reward"),
+    ({**GDPO, "gdpo_rewards": ["a"]}, "gdpo_rewards = a, but gdpo adds up several rewards"),
+    ({**GDPO, "gdpo_rewards": ["a", "b=x"]}, "gdpo_rewards = b=x, but its weight is not a number; write NAME"),
+    ({**GDPO, "gdpo_rewards": ["a", "b=0"]}, "gdpo_rewards = b=0, but its weight must be a finite number"),
+    ({**GDPO, "gdpo_rewards": ["a", "=2"]}, "gdpo_rewards = =2, but it has no name before =; write NAME"),
+    ({**GDPO, "gdpo_rewards": ["a", "b", "a=2"]}, "gdpo_rewards = a, but it is named twice"),
+    ({**GDPO, "reward_key": None}, "reward_key is not set, and gdpo's rewards have several numbers"),
+    ({**GDPO, "normalize_advantages": True}, "normalize_advantages = true, but gdpo normalises over the batch already"),
+    (
+        {"advantage_estimator": "gspo", "policy_loss_type": "sapo"},
+        "policy_loss_type = sapo, but advantage_estimator = gspo names a policy loss already",
+    ),
+    ({"policy_loss_type": "sapo", "eps_clip": 0.2}, "eps_clip = 0.2, but sapo clips nothing"),
+    ({"policy_loss_type": "dppo_tv", "eps_clip": 1.0}, "eps_clip = 1.0, but it sets no lower bound, which dppo_tv"),
+    ({"policy_loss_type": "vespo", "eps_clip_c": 3.0}, "eps_clip_c = 3.0, but vespo has no dual clip; leave it out"),
+    (
+        {"policy_loss_type": "vespo", "sapo_tau_neg": 2.0},
+        "sapo_tau_neg = 2.0, but policy_loss_type = vespo does not read it; set policy_loss_type to sapo",
+    ),
+    (
+        {"echo_loss_coef": 0.05, "calculate_per_token_loss": True},
+        "calculate_per_token_loss = true, but echo_loss_coef weighs a mean of samples' means",
+    ),
+    (
+        {"echo_loss_coef": 0.05, "partial_rollout": True, "mask_offpolicy_in_partial_rollout": True},
+        "mask_offpolicy_in_partial_rollout = true, but it masks tokens of the policy's own",
+    ),
+    ({"policy_loss_type": "dro"}, "dro_beta is not set, and policy_loss_type = dro has no weight"),
+    (
+        {"policy_loss_type": "luspo", "calculate_per_token_loss": True},
+        "calculate_per_token_loss = true, but luspo weighs samples by their lengths already",
+    ),
+    ({"policy_loss_type": "vespo", "use_tis": True}, "use_tis = true, but vespo weighs sequences by one ratio"),
     (
         {"advantage_estimator": "dr_grpo", "normalize_advantages": True},
         "normalize_advantages = true, but dr_grpo divides by no standard deviation",
@@ -480,6 +525,13 @@ ALLOWED: dict[str, dict[str, Any]] = {
     "cispo without a lower bound": {"advantage_estimator": "cispo", "eps_clip": 1.0, "eps_clip_high": 4.0},
     "cispo with a bound far below 0": {"advantage_estimator": "cispo", "eps_clip": 1000},
     "gspo's narrow clipping": {"advantage_estimator": "gspo", "eps_clip": 3e-4, "eps_clip_high": 4e-4},
+    "several rewards with weights": GDPO,
+    "several centred rewards": {**GDPO, "grpo_std_normalization": False},
+    "a wide bound of log ratios": {"policy_loss_type": "gmpo", "eps_clip": 1.2},
+    "a loss beside its estimator's name": {"advantage_estimator": "rloo", "policy_loss_type": "gspo"},
+    "an estimator's own loss": {"advantage_estimator": "cispo", "policy_loss_type": "cispo"},
+    "sequences weighed from the engine on": {"policy_loss_type": "vespo", "use_rollout_logprobs": True},
+    "a soft penalty": {"policy_loss_type": "dro", "dro_beta": 0.05},
     "clip higher": {"eps_clip": 0.2, "eps_clip_high": 0.28, "calculate_per_token_loss": True},
     "group mean and batch standard deviation": {"grpo_std_normalization": False, "normalize_advantages": True},
     "importance sampling without an upper bound": {"use_tis": True, "tis_clip": 1e9},

@@ -25,7 +25,9 @@ OWN = """--name --run-dir --device --host --redis-url --controller-port --weight
     --rollout-engine-python --rollout-engine-weights --rollout-engine-weights-dir
     --rollout-weight-format --observe-rollout-routing --dynamic-sampling-max-dropped-batches
     --chaos --chaos-interval-s --stop-timeout --weight-lease-s --update-weight-full-interval
-    --tis-threshold"""
+    --tis-threshold
+    --policy-loss-type --sapo-tau-pos --sapo-tau-neg --vespo-k-pos --vespo-lambda-pos --vespo-k-neg --vespo-lambda-neg
+    --dro-beta --echo-loss-coef --gdpo-rewards"""
 
 MEGATRON = """"""
 """Megatron-LM's own flags that no script passes, so that the table has no row of them."""
