@@ -38,6 +38,44 @@ RULE_CASES: list[tuple[dict[str, Any], str]] = [
         {"attention_softmax_in_fp32": False, "train_backend": "megatron"},
         "attention_softmax_in_fp32 = false, but the softmax of attention is computed in float32; leave it out",
     ),
+    (
+        {"optimizer_cpu_offload": True, "train_backend": "fsdp"},
+        "optimizer_cpu_offload = true, but train_backend = fsdp does not have it; set train_backend to megatron, or "
+        "set fsdp_cpu_offload instead",
+    ),
+    ({"optimizer_cpu_offload": True, "device": "cpu"}, "optimizer_cpu_offload = true, but device is cpu, so that all"),
+    (
+        {"optimizer_cpu_offload": True, "use_precision_aware_optimizer": False},
+        "use_precision_aware_optimizer = false, but optimizer_cpu_offload has Adam hold the master parameters",
+    ),
+    (
+        {"use_precision_aware_optimizer": True, "device": "cpu"},
+        "use_precision_aware_optimizer = true, but it is TransformerEngine's Adam, which needs a GPU",
+    ),
+    (
+        {"use_precision_aware_optimizer": True, "use_distributed_optimizer": False},
+        "use_distributed_optimizer = false, but use_precision_aware_optimizer is in the distributed optimizer alone",
+    ),
+    (
+        {"use_precision_aware_optimizer": True, "train_dtype": "float32"},
+        "use_precision_aware_optimizer = true, but train_dtype = float32 has no master parameters",
+    ),
+    (
+        {"optimizer_offload_fraction": 0.5, "train_backend": "megatron"},
+        "optimizer_offload_fraction = 0.5, but it does nothing without optimizer_cpu_offload",
+    ),
+    (
+        {"overlap_cpu_optimizer_d2h_h2d": True, "train_backend": "megatron"},
+        "overlap_cpu_optimizer_d2h_h2d = true, but it does nothing without optimizer_cpu_offload",
+    ),
+    (
+        {"exp_avg_dtype": "bf16", "train_backend": "megatron"},
+        "exp_avg_dtype = bf16, but it does nothing without use_precision_aware_optimizer",
+    ),
+    (
+        {"exp_avg_sq_dtype": "bf16", "optimizer_cpu_offload": True},
+        "exp_avg_sq_dtype = bf16, but the CPU's Adam has moments in float32 alone",
+    ),
     ({"chaos_interval_s": 3.0}, "chaos_interval_s = 3.0, but there is no drill without chaos"),
     (
         {**SGLANG, "rollout_external_engine_addrs": ["a:1"], "rollout_engine_python": "p"},

@@ -29,7 +29,9 @@ MEGATRON = """--tensor-model-parallel-size --pipeline-model-parallel-size --num-
     --context-parallel-size --expert-model-parallel-size --expert-tensor-parallel-size --sequence-parallel
     --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather --transformer-impl --attention-backend
     --moe-token-dispatcher-type --moe-aux-loss-coeff --recompute-granularity --recompute-method --recompute-num-layers
-    --recompute-modules --attention-softmax-in-fp32"""
+    --recompute-modules --attention-softmax-in-fp32
+    --use-precision-aware-optimizer --main-grads-dtype --main-params-dtype --exp-avg-dtype --exp-avg-sq-dtype
+    --optimizer-cpu-offload --optimizer-offload-fraction --overlap-cpu-optimizer-d2h-h2d"""
 
 
 def entry_of(name: str) -> Entry:
