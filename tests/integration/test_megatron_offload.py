@@ -26,23 +26,34 @@ FLAGS = {
 }
 
 
+def assert_equal(out: pathlib.Path, *names: str) -> None:
+    here = load_file(out / "here.safetensors")
+    for name in names:
+        other = load_file(out / f"{name}.safetensors")
+        assert here.keys() == other.keys()
+        assert [key for key, tensor in here.items() if not tensor.equal(other[key])] == [], name
+
+
+def case(name: str, model: pathlib.Path, on_gpus: dict[str, Any], **more: Any) -> dict[str, Any]:
+    return {"name": name, "model": str(model), "flags": FLAGS, "on_gpus": on_gpus, "steps": 2, **more}
+
+
 def test_training_is_the_same_wherever_the_state_is(tmp_path: pathlib.Path) -> None:
     """Swapped out between calls too, and over a checkpoint from one place to the other."""
     model = write_model("Llama", tmp_path / "model")
+    resumed = [case("back", model, HALF, steps=1, save_at=1), case("back", model, {})]
+    run_cases([case("here", model, {}), case("there", model, OFFLOAD, swap=True), *resumed], tmp_path)
+    assert_equal(tmp_path, "there", "back")
 
-    def case(name: str, on_gpus: dict[str, Any], **more: Any) -> dict[str, Any]:
-        return {"name": name, "model": str(model), "flags": FLAGS, "on_gpus": on_gpus, "steps": 2, **more}
 
-    resumed = {"away": ({}, OFFLOAD), "back": (HALF, {}), "again": (OFFLOAD, HALF)}
-    cases = [case("here", {}), case("there", OFFLOAD, swap=True), case("half", HALF)]
-    for name, (first, second) in resumed.items():
-        cases += [case(name, first, steps=1, save_at=1), case(name, second)]
+@pytest.mark.slow
+def test_checkpoints_go_every_way(tmp_path: pathlib.Path) -> None:
+    model = write_model("Llama", tmp_path / "model")
+    cases = [case("here", model, {}), case("half", model, HALF)]
+    for name, (first, second) in {"away": ({}, OFFLOAD), "again": (OFFLOAD, HALF)}.items():
+        cases += [case(name, model, first, steps=1, save_at=1), case(name, model, second)]
     run_cases(cases, tmp_path)
-    here = load_file(tmp_path / "here.safetensors")
-    for name in ("there", "half", *resumed):
-        other = load_file(tmp_path / f"{name}.safetensors")
-        assert here.keys() == other.keys()
-        assert [key for key, tensor in here.items() if not tensor.equal(other[key])] == [], name
+    assert_equal(tmp_path, "half", "away", "again")
 
 
 @pytest.mark.slow
@@ -50,8 +61,7 @@ def test_two_replicas_of_experts(tmp_path: pathlib.Path) -> None:
     """Each holds the state of its share; an optimizer has two parts, for experts and for the rest."""
     model = write_model("Qwen3-MoE", tmp_path / "model")
     flags = {**FLAGS, "expert_model_parallel_size": 2}
-    case = {"model": str(model), "flags": flags, "steps": 2}
-    offloaded = {**case, "name": "there", "on_gpus": OFFLOAD}
-    run_cases([{**case, "name": "here"}, {**offloaded, "steps": 1, "save_at": 1}, offloaded], tmp_path, ranks=2)
-    here, there = (load_file(tmp_path / f"{name}.safetensors") for name in ("here", "there"))
-    assert [key for key, tensor in here.items() if not tensor.equal(there[key])] == []
+    here = case("here", model, {}, flags=flags)
+    first, second = (case("there", model, OFFLOAD, flags=flags, **more) for more in ({"steps": 1, "save_at": 1}, {}))
+    run_cases([here, first, second], tmp_path, ranks=2)
+    assert_equal(tmp_path, "there")
