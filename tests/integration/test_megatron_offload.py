@@ -52,8 +52,13 @@ def test_checkpoints_go_every_way(tmp_path: pathlib.Path) -> None:
     cases = [case("here", model, {}), case("half", model, HALF)]
     for name, (first, second) in {"away": ({}, OFFLOAD), "again": (OFFLOAD, HALF)}.items():
         cases += [case(name, model, first, steps=1, save_at=1), case(name, model, second)]
+    reset = {**FLAGS, "reset_optimizer_states": True}
+    cases += [case(name, model, place, flags=reset) for name, place in (("reset", {}), ("reset there", HALF))]
     run_cases(cases, tmp_path)
     assert_equal(tmp_path, "half", "away", "again")
+    here, one, two = (load_file(tmp_path / f"{name}.safetensors") for name in ("here", "reset", "reset there"))
+    assert all(tensor.equal(two[key]) for key, tensor in one.items())
+    assert not all(tensor.equal(one[key]) for key, tensor in here.items())
 
 
 @pytest.mark.slow

@@ -240,7 +240,9 @@ def _engine(s: FlatSettings) -> list[Fault]:
     if not s.given("max_running_requests"):
         s.fill("max_running_requests", engine_spec(s.rollout_backend).default_max_running_requests)
     if not s.given("offload_rollout"):
-        s.fill("offload_rollout", s.colocate)
+        s.fill("offload_rollout", s.colocate or s.offload)
+    if not s.given("offload_train") and s.offload:
+        s.fill("offload_train", True)
     return []
 
 

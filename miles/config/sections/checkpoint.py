@@ -21,6 +21,10 @@ class CheckpointConfig(Section):
     save_interval: Positive | None = None
     """Number of rollouts between checkpoints; not given saves only at the end."""
 
+    save_retain_interval: Positive | None = None
+    """Keep the checkpoints of every so many rollouts, and the newest one; others are deleted once a newer one is
+    complete. Not given keeps all."""
+
     async_save: bool = False
     """Write checkpoints in the background while training continues."""
 

@@ -87,6 +87,14 @@ class MegatronConfig(Section):
     ] = None
     """Compute the softmax of attention in float32."""
 
+    gradient_accumulation_fusion: Annotated[
+        bool | None, States(False, "products of the backward pass are added to float32 gradients by PyTorch")
+    ] = None
+    """Add gradients of weights to float32 buffers within the matrix product (APEX)."""
+
+    megatron_to_hf_mode: Literal["raw", "bridge"] = "raw"
+    """What converts weights between Megatron-Core and Hugging Face names; megatron-bridge does in either mode."""
+
     moe_token_dispatcher_type: Literal["alltoall", "allgather"] = "alltoall"
     """How tokens are sent to their experts."""
 

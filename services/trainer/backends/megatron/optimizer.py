@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from miles.services.trainer.step import adam_state
 from miles.services.trainer.step.finite_gradient import not_finite
 from miles.services.trainer.step.learning_rate import learning_rate
 
@@ -83,12 +84,21 @@ class MegatronOptimizer:
 
     def tensors(self) -> Iterator[torch.Tensor]:
         """What it updates, master parameters or the model's own, and its state; none before the first step."""
+        for each in self._optimizers():
+            for group in each.param_groups:
+                yield from group["params"]
+            for state in each.state.values():
+                yield from (value for value in state.values() if isinstance(value, torch.Tensor))
+
+    def reset(self) -> None:
+        """Set moments and the count of steps to 0."""
+        for each in self._optimizers():
+            adam_state.reset(each)
+
+    def _optimizers(self) -> Iterator[torch.optim.Optimizer]:
+        """PyTorch's, of dense parameters and of experts; one that offloads comes with its own for each device."""
         for part in getattr(self.inner, "chained_optimizers", [self.inner]):
-            for each in (part.optimizer, *getattr(part.optimizer, "sub_optimizers", ())):
-                for group in each.param_groups:
-                    yield from group["params"]
-                for state in each.state.values():
-                    yield from (value for value in state.values() if isinstance(value, torch.Tensor))
+            yield from (part.optimizer, *getattr(part.optimizer, "sub_optimizers", ()))
 
     def clear(self) -> None:
         """Discard gradients."""

@@ -15,3 +15,9 @@ def test_a_statement_that_is_true_is_noted_and_changes_nothing() -> None:
 
 def test_nothing_is_noted_of_what_was_not_given() -> None:
     assert notes(examine(MINIMAL).settings) == []
+
+
+def test_settings_that_change_nothing_are_noted() -> None:
+    given = {"megatron_to_hf_mode": "bridge", "skip_actor_forward_only": True, "balance_data": True, "finetune": True}
+    found = notes(examine({**MINIMAL, **given, "ref_load": "x", "train_backend": "megatron"}).settings)
+    assert {note.field for note in found} == {*given, "ref_load"}

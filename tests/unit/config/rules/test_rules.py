@@ -76,6 +76,33 @@ RULE_CASES: list[tuple[dict[str, Any], str]] = [
         {"exp_avg_sq_dtype": "bf16", "optimizer_cpu_offload": True},
         "exp_avg_sq_dtype = bf16, but the CPU's Adam has moments in float32 alone",
     ),
+    ({"balance_data": False}, "balance_data = false, but samples are dealt over data-parallel ranks by their tokens"),
+    (
+        {"gradient_accumulation_fusion": True, "train_backend": "megatron"},
+        "gradient_accumulation_fusion = true, but products of the backward pass are added to float32 gradients by PyT",
+    ),
+    (
+        {"ckpt_format": "torch", "train_backend": "megatron"},
+        "ckpt_format = torch, but checkpoints of the megatron backend are torch_dist, and others are not read",
+    ),
+    (
+        {"skip_actor_forward_only": True, "num_steps_per_rollout": 2},
+        "skip_actor_forward_only = true, but num_steps_per_rollout = 2 reads log-probabilities from before the first",
+    ),
+    (
+        {"skip_actor_forward_only": True, "kl_coef": 0.1, "advantage_estimator": "ppo"},
+        "skip_actor_forward_only = true, but kl_coef = 0.1 reads log-probabilities from before the first step",
+    ),
+    ({"save_retain_interval": 4}, "save_retain_interval = 4, but without save_interval there is one checkpoint"),
+    (
+        {"save_retain_interval": 4, "save_interval": 3},
+        "save_retain_interval = 4, but save_interval = 3 does not divide it; make it a multiple of 3",
+    ),
+    (
+        {**SGLANG, "offload": True, "offload_train": False},
+        "offload_train = false, but offload = true asks for it; leave one of them out",
+    ),
+    ({"offload": True}, "offload = true, but rollout_backend = torch has no SGLang servers; set rollout_backend to"),
     ({"chaos_interval_s": 3.0}, "chaos_interval_s = 3.0, but there is no drill without chaos"),
     (
         {**SGLANG, "rollout_external_engine_addrs": ["a:1"], "rollout_engine_python": "p"},
