@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from miles.config.rules.registry import rule
-from miles.config.schema.faults import Fault
+from miles.config.schema.faults import Fault, show
 from miles.config.schema.flat_settings import FlatSettings
 
 _SET_BY_THE_LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -36,6 +36,36 @@ def batch_divides_over_ranks(s: FlatSettings) -> Iterator[Fault]:
         share = s.global_batch_size // ranks
         problem = f"each of {ranks} replicas gets {share} samples a step, which it does not divide"
         yield Fault("micro_batch_size", s.micro_batch_size, problem, "choose one that does")
+
+
+@rule
+def skipping_the_log_prob_pass_is_possible(s: FlatSettings) -> Iterator[Fault]:
+    readers = [key for key in ("use_mis", "keep_old_actor") if getattr(s, key)]
+    if not s.use_rollout_logprobs:
+        readers += [key for key in ("kl_coef", "use_opd") if getattr(s, key)]
+    if s.num_steps_per_rollout > 1:
+        readers.append("num_steps_per_rollout")
+    if s.skip_actor_forward_only and readers:
+        problem = f"{readers[0]} = {show(getattr(s, readers[0]))} reads log-probabilities from before the first step"
+        yield Fault("skip_actor_forward_only", True, problem, "leave one of them out")
+
+
+@rule
+def retained_checkpoints_are_saved(s: FlatSettings) -> Iterator[Fault]:
+    every, saved = s.save_retain_interval, s.save_interval
+    if every is not None and saved is None:
+        problem = "without save_interval there is one checkpoint, at the end"
+        yield Fault("save_retain_interval", every, problem, "set save_interval, or leave it out")
+    elif every is not None and saved is not None and every % saved:
+        problem = f"save_interval = {saved} does not divide it"
+        yield Fault("save_retain_interval", every, problem, f"make it a multiple of {saved}")
+
+
+@rule
+def offloading_is_said_once(s: FlatSettings) -> Iterator[Fault]:
+    for key in ("offload_train", "offload_rollout"):
+        if s.offload and not getattr(s, key):
+            yield Fault(key, False, "offload = true asks for it", "leave one of them out")
 
 
 @rule

@@ -243,6 +243,10 @@ def _backend(s: FlatSettings) -> list[Fault]:
         s.fill("share_prompts", s.train_backend == "fsdp")
     if not s.given("expert_tensor_parallel_size"):
         s.fill("expert_tensor_parallel_size", 1 if s.expert_model_parallel_size > 1 else s.tensor_model_parallel_size)
+    if not s.given("use_precision_aware_optimizer"):
+        s.fill("use_precision_aware_optimizer", s.optimizer_cpu_offload)
+    if not s.given("use_distributed_optimizer"):
+        s.fill("use_distributed_optimizer", s.use_precision_aware_optimizer)
     if not s.given("sequence_parallel"):
         s.fill("sequence_parallel", s.tensor_model_parallel_size > 1 and s.expert_model_parallel_size > 1)
     if not s.given("attention_backend") and s.use_flash_attn:
@@ -290,7 +294,9 @@ def _engine(s: FlatSettings) -> list[Fault]:
     if not s.given("max_running_requests"):
         s.fill("max_running_requests", engine_spec(s.rollout_backend).default_max_running_requests)
     if not s.given("offload_rollout"):
-        s.fill("offload_rollout", s.colocate)
+        s.fill("offload_rollout", s.colocate or s.offload)
+    if not s.given("offload_train") and s.offload:
+        s.fill("offload_train", True)
     return []
 
 

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from miles.config.schema.section import Derived, Positive, Section, derived
+from miles.config.schema.section import Derived, Positive, Section, States, derived
 
 
 class TrainConfig(Section):
@@ -83,6 +83,18 @@ class TrainConfig(Section):
 
     log_probs_max_tokens_per_gpu: Annotated[Positive | None, Derived("max_tokens_per_gpu")] = None
     """Maximum number of tokens per micro-batch in passes that only compute log-probabilities."""
+
+    balance_data: Annotated[
+        bool | None, States(True, "samples are dealt over data-parallel ranks by their tokens (Karmarkar–Karp)")
+    ] = None
+    """Deal samples over data-parallel ranks so that each has nearly as many tokens."""
+
+    skip_actor_forward_only: bool = False
+    """State that old log-probabilities are those of the training pass, as they are with one optimizer step per
+    rollout."""
+
+    reset_optimizer_states: bool = False
+    """Set Adam's moments and its count of steps to 0 after each rollout."""
 
     share_prompts: Annotated[bool, Derived("on with fsdp, off with megatron")] = derived()
     """Compute what a group's samples have in common from the beginning, the prompt above all, only once per micro-batch

@@ -79,6 +79,10 @@ class MegatronLearner(Learner[OutputT]):
         self.iteration += 1
         return norm
 
+    def reset_optimizer(self) -> None:
+        """See `Learner.reset_optimizer`."""
+        self.optimizer.reset()
+
     def discard_gradients(self) -> None:
         """See `Learner.discard_gradients`; collective."""
         self.optimizer.clear()

@@ -149,3 +149,9 @@ def test_names_for_a_tracker_that_is_off_are_noted() -> None:
         "wandb_key = [redacted]: it does nothing without use_wandb",
         "wandb_project = p: it does nothing without use_wandb",
     ]
+
+
+def test_settings_that_change_nothing_are_noted() -> None:
+    given = {"megatron_to_hf_mode": "bridge", "skip_actor_forward_only": True, "balance_data": True, "finetune": True}
+    found = notes(examine({**MINIMAL, **given, "ref_load": "x", "train_backend": "megatron"}).settings)
+    assert {note.field for note in found} == {*given, "ref_load"}

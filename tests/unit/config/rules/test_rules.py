@@ -48,6 +48,71 @@ RULE_CASES: list[tuple[dict[str, Any], str]] = [
         "tis_threshold = 0.9, but tis_clip = 2.5 says otherwise; leave one of them out",
     ),
     ({"bf16": True, "fp16": True}, "bf16 = true, but train_dtype = float16 says otherwise"),
+    (
+        {"optimizer_cpu_offload": True, "train_backend": "fsdp"},
+        "optimizer_cpu_offload = true, but train_backend = fsdp does not have it; set train_backend to megatron, or "
+        "set fsdp_cpu_offload instead",
+    ),
+    ({"optimizer_cpu_offload": True, "device": "cpu"}, "optimizer_cpu_offload = true, but device is cpu, so that all"),
+    (
+        {"optimizer_cpu_offload": True, "use_precision_aware_optimizer": False},
+        "use_precision_aware_optimizer = false, but optimizer_cpu_offload has Adam hold the master parameters",
+    ),
+    (
+        {"use_precision_aware_optimizer": True, "device": "cpu"},
+        "use_precision_aware_optimizer = true, but it is TransformerEngine's Adam, which needs a GPU",
+    ),
+    (
+        {"use_precision_aware_optimizer": True, "use_distributed_optimizer": False},
+        "use_distributed_optimizer = false, but use_precision_aware_optimizer is in the distributed optimizer alone",
+    ),
+    (
+        {"use_precision_aware_optimizer": True, "train_dtype": "float32"},
+        "use_precision_aware_optimizer = true, but train_dtype = float32 has no master parameters",
+    ),
+    (
+        {"optimizer_offload_fraction": 0.5, "train_backend": "megatron"},
+        "optimizer_offload_fraction = 0.5, but it does nothing without optimizer_cpu_offload",
+    ),
+    (
+        {"overlap_cpu_optimizer_d2h_h2d": True, "train_backend": "megatron"},
+        "overlap_cpu_optimizer_d2h_h2d = true, but it does nothing without optimizer_cpu_offload",
+    ),
+    (
+        {"exp_avg_dtype": "bf16", "train_backend": "megatron"},
+        "exp_avg_dtype = bf16, but it does nothing without use_precision_aware_optimizer",
+    ),
+    (
+        {"exp_avg_sq_dtype": "bf16", "optimizer_cpu_offload": True},
+        "exp_avg_sq_dtype = bf16, but the CPU's Adam has moments in float32 alone",
+    ),
+    ({"balance_data": False}, "balance_data = false, but samples are dealt over data-parallel ranks by their tokens"),
+    (
+        {"gradient_accumulation_fusion": True, "train_backend": "megatron"},
+        "gradient_accumulation_fusion = true, but products of the backward pass are added to float32 gradients by PyT",
+    ),
+    (
+        {"ckpt_format": "torch", "train_backend": "megatron"},
+        "ckpt_format = torch, but checkpoints of the megatron backend are torch_dist, and others are not read",
+    ),
+    (
+        {"skip_actor_forward_only": True, "num_steps_per_rollout": 2},
+        "skip_actor_forward_only = true, but num_steps_per_rollout = 2 reads log-probabilities from before the first",
+    ),
+    (
+        {"skip_actor_forward_only": True, "kl_coef": 0.1, "advantage_estimator": "ppo"},
+        "skip_actor_forward_only = true, but kl_coef = 0.1 reads log-probabilities from before the first step",
+    ),
+    ({"save_retain_interval": 4}, "save_retain_interval = 4, but without save_interval there is one checkpoint"),
+    (
+        {"save_retain_interval": 4, "save_interval": 3},
+        "save_retain_interval = 4, but save_interval = 3 does not divide it; make it a multiple of 3",
+    ),
+    (
+        {**SGLANG, "offload": True, "offload_train": False},
+        "offload_train = false, but offload = true asks for it; leave one of them out",
+    ),
+    ({"offload": True}, "offload = true, but rollout_backend = torch has no SGLang servers; set rollout_backend to"),
     ({"chaos_interval_s": 3.0}, "chaos_interval_s = 3.0, but there is no drill without chaos"),
     (
         {**SGLANG, "rollout_external_engine_addrs": ["a:1"], "rollout_engine_python": "p"},

@@ -29,7 +29,8 @@ OWN = """--name --run-dir --device --host --redis-url --controller-port --weight
     --policy-loss-type --sapo-tau-pos --sapo-tau-neg --vespo-k-pos --vespo-lambda-pos --vespo-k-neg --vespo-lambda-neg
     --dro-beta --echo-loss-coef --gdpo-rewards"""
 
-MEGATRON = """"""
+MEGATRON = """--main-grads-dtype --main-params-dtype --exp-avg-dtype --exp-avg-sq-dtype --optimizer-offload-fraction
+    --gradient-accumulation-fusion --ckpt-format --auto-detect-ckpt-format"""
 """Megatron-LM's own flags that no script passes, so that the table has no row of them."""
 
 MEGATRON_NUMERICS = """--bf16 --accumulate-allreduce-grads-in-fp32 --hidden-dropout --attention-dropout
