@@ -19,7 +19,7 @@ from miles.services.trainer.ranks.collective_calls import Command
 from miles.services.trainer.ranks.leader import Leader
 from miles.services.trainer.ranks.shared_folders import check_shared_folders
 from miles.services.trainer.step.progress import Progress, Report
-from miles.services.trainer.step.rollout_metrics import rollout_metrics
+from miles.telemetry.rollout_metrics import rollout_metrics
 from miles.telemetry.tracing import traced
 from miles.types import SampleGroup
 

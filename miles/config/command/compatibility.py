@@ -12,6 +12,7 @@ DIFFERENT_DEFAULTS: Mapping[str, str] = {
     "actor_num_gpus_per_node": "8 on CUDA as elsewhere, but 1 on CPU",
     "distributed_backend": "nccl on CUDA as elsewhere, but gloo on CPU",
     "update_weight_transfer_mode": "auto instead of broadcast",
+    "rollout_health_check_interval": "1 second instead of 30: a probe also tells how much a server has to do",
     "tis_lower_bound": "1 / tis_upper_bound, which is 0.5 as elsewhere until tis_upper_bound changes",
     "use_rs": "off until asked for, and a flag instead of a key in a file of its own",
 }

@@ -19,7 +19,7 @@ def model_is_given(s: FlatSettings) -> Iterator[Fault]:
 
 @rule
 def prompts_are_given(s: FlatSettings) -> Iterator[Fault]:
-    if not s.prompt_data and s.num_rollout != 0:
+    if not s.prompt_data and s.num_rollout != 0 and not s.debug_train_only:
         yield Fault("prompt_data", s.prompt_data, "training needs prompts", "set it to a JSONL or Parquet file")
 
 

@@ -27,7 +27,9 @@ from miles.config.sections.algorithm import AlgorithmConfig
 from miles.config.sections.checkpoint import CheckpointConfig
 from miles.config.sections.cluster import ClusterConfig
 from miles.config.sections.data import DataConfig
+from miles.config.sections.debug import DebugConfig
 from miles.config.sections.eval import EvalConfig
+from miles.config.sections.fault_tolerance import FaultToleranceConfig
 from miles.config.sections.gateway import GatewayConfig
 from miles.config.sections.lora import LoraConfig
 from miles.config.sections.megatron import MegatronConfig
@@ -55,6 +57,8 @@ SECTIONS: Mapping[str, type[Section]] = {
     "weights": WeightsConfig,
     "checkpoint": CheckpointConfig,
     "telemetry": TelemetryConfig,
+    "debug": DebugConfig,
+    "fault_tolerance": FaultToleranceConfig,
     "gateway": GatewayConfig,
     "tls": TlsConfig,
 }

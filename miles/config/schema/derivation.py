@@ -35,7 +35,9 @@ SGLANG_ALONE = (
     "rollout_engine_python",
     "rollout_engine_weights",
     "rollout_engine_weights_dir",
+    "rollout_health_check_interval",
     "rollout_health_check_timeout",
+    "rollout_health_check_first_wait",
     "sglang_server_concurrency",
     "offload_rollout",
 )
@@ -178,6 +180,20 @@ def _evaluation_alone(s: FlatSettings) -> list[Fault]:
     return []
 
 
+def _dumps(s: FlatSettings) -> list[Fault]:
+    if not s.given("debug_train_only"):
+        s.fill("debug_train_only", s.load_debug_rollout_data is not None)
+    if s.dump_details is not None:
+        folder = s.dump_details.rstrip("/").replace("{", "{{").replace("}", "}}")
+        for key, name in (
+            ("save_debug_rollout_data", "rollout_data/{rollout_id}.pt"),
+            ("save_debug_train_data", "train_data/{rollout_id}_{rank}.pt"),
+        ):
+            if not s.given(key) and not (key == "save_debug_train_data" and s.debug_rollout_only):
+                s.fill(key, f"{folder}/{name}")
+    return []
+
+
 def _lengths(s: FlatSettings) -> list[Fault]:
     if not s.given("rollout_max_response_len") and s.rollout_max_context_len is None:
         s.fill("rollout_max_response_len", _RESPONSE_TOKENS)
@@ -251,6 +267,7 @@ _STEPS: tuple[Callable[[FlatSettings], list[Fault]], ...] = (
     _run_dir,
     _bounds,
     _evaluation_alone,
+    _dumps,
     _train_dtype,
     _backend,
     _models,

@@ -167,6 +167,12 @@ def test_a_root_and_the_folder_of_runs_are_no_jobs_own(policy: GatewayOptions, p
     assert "load" not in faults(policy, load=path)
 
 
+def test_dumps_of_a_job_are_in_its_own_folder(policy: GatewayOptions) -> None:
+    found = faults(policy, run_dir="runs/a", dump_details="runs/a/dump", save_debug_rollout_data="b/{rollout_id}.pt")
+    assert list(found) == ["save_debug_rollout_data"]
+    assert "dumps replace files" in found["save_debug_rollout_data"]
+
+
 def test_rows_of_a_data_file_are_no_way_out_of_the_roots(policy: GatewayOptions) -> None:
     path = "x@[/../../../../etc]"
     for key in ("save_hf", "run_dir", "prompt_data", "hf_checkpoint"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from miles.services.trainer.step.rollout_metrics import rollout_metrics
+from miles.telemetry.rollout_metrics import rollout_metrics
 from miles.types import Sample, SampleGroup, SampleStatus
 
 
