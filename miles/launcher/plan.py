@@ -225,10 +225,10 @@ def _weightsync_flags(config: JobConfig) -> list[str]:
 
 def _reward_flags(config: JobConfig) -> list[str]:
     reward = config.reward
-    if reward.rm_type:
+    if reward.rm_type and config.eval.eval_config is None:
         return ["--rewards", reward.rm_type]
     if not reward.custom_rm_path:
-        return []  # all: rows name theirs
+        return []  # all: rows or data sets name theirs
     return ["--custom-rm-path", reward.custom_rm_path, *(["--group-rm"] if reward.group_rm else [])]
 
 

@@ -5,14 +5,18 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
+from miles.telemetry.pass_at_k import pass_rates
 from miles.types import Sample, SampleGroup, SampleStatus, reward_number
 
 
-def rollout_metrics(groups: Sequence[SampleGroup], reward_key: str | None) -> dict[str, float]:
+def rollout_metrics(
+    groups: Sequence[SampleGroup], reward_key: str | None, *, with_pass_rates: bool = False
+) -> dict[str, float]:
     """`rollout/*` over the samples of one step.
 
     `rollout/zero_std/count` counts groups whose rewards are all equal (no learning signal), and
     `rollout/zero_std/count_R` those of them with reward R. Samples without a reward count as failed only.
+    With `with_pass_rates`, `passrate/pass@k` besides, over groups of which every sample has a reward.
     """
     samples = [sample for group in groups for sample in group.samples]
     lengths = [sample.response_length for sample in samples]
@@ -33,6 +37,8 @@ def rollout_metrics(groups: Sequence[SampleGroup], reward_key: str | None) -> di
     metrics |= {f"rollout/zero_std/count_{reward:g}": float(count) for reward, count in sorted(flat.items())}
     if rewards:
         metrics["rollout/raw_reward"] = sum(rewards) / len(rewards)
+    if with_pass_rates:
+        metrics |= pass_rates(by_group, max(len(group.samples) for group in groups), "passrate/")
     return metrics
 
 

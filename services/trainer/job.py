@@ -216,7 +216,8 @@ class Job:
         consumed = [*request.group_ids, *request.dropped_group_ids]
         self.state.consume(consumed)
         self._checkpoints.consumed(consumed)
-        self.state.finish_step({**metrics, **rollout_metrics(groups, self._config.reward.reward_key)})
+        key, passrate = self._config.reward.reward_key, self._config.telemetry.log_passrate
+        self.state.finish_step({**metrics, **rollout_metrics(groups, key, with_pass_rates=passrate)})
         return True
 
     async def _take_data(self, data: Mapping[str, Any]) -> None:

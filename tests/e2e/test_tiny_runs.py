@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pathlib
 import signal
 from collections.abc import Callable, Iterator
@@ -80,7 +81,16 @@ def assert_traced(run_dir: pathlib.Path, step: int) -> None:
 
 
 def test_a_dense_model_learns(start_run: Start, tiny_dense: pathlib.Path, tmp_path: pathlib.Path) -> None:
-    evaluation = {"eval_prompt_data": ["sort", tiny_dense / "eval.jsonl"], **EVALUATION}
+    data = {"path": str(tiny_dense / "eval.jsonl")}
+    short = {
+        **data,
+        "max_response_len": 3,
+        "temperature": 1.0,
+        "n_samples_per_eval_prompt": 2,
+        "rm_type": "last_number",
+    }
+    (tmp_path / "eval.yaml").write_text(json.dumps({"eval": {"datasets": {"sort": data, "short": short}}}))
+    evaluation = {"eval_config": tmp_path / "eval.yaml", "log_passrate": True, **EVALUATION}
     traced = {"trace_steps": [1, STEPS - 1], **evaluation}
     run = start_run(recipe(tiny_dense, tmp_path / "run", num_rollout=STEPS, **traced), tmp_path / "run")
     assert run.wait() == ExitCode.OK, run.output()
@@ -89,6 +99,14 @@ def test_a_dense_model_learns(start_run: Start, tiny_dense: pathlib.Path, tmp_pa
     assert_traced(run.run_dir, STEPS - 1)
     assert (run.run_dir / "reward.png").stat().st_size > 0
     assert "on this machine: about" in run.log.read_text()
+    lines = [json.loads(line) for line in (run.run_dir / "metrics.jsonl").read_text().splitlines()]
+    evaluated = next(line for line in lines if line.get("eval/short/weight_version") == STEPS)
+    assert evaluated["eval/short/response_len/mean"] == 3 < evaluated["eval/sort/response_len/mean"]
+    assert 0 == evaluated["eval/short"] <= evaluated["passrate/short/pass@2"]
+    assert "passrate/sort/pass@1" not in evaluated
+    assert [line["passrate/pass@1"] for line in run.metrics()] == pytest.approx(
+        [line["rollout/raw_reward"] for line in run.metrics()]
+    )
 
 
 def saved_steps(client: MilesClient, job_id: str) -> set[int]:

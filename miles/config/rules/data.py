@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
+from miles.config.eval_sets import evaluates
 from miles.config.rules.registry import needs, rule
 from miles.config.schema.faults import Fault
 from miles.config.schema.flat_settings import FlatSettings
@@ -83,7 +84,12 @@ def built_in_rewards_have_labels(s: FlatSettings) -> Iterator[Fault]:
     problem = f"rm_type = {s.rm_type} compares responses with labels"
     if s.prompt_data and s.label_key is None:
         yield Fault("label_key", None, problem, "set it to the column with the reference answer")
-    if s.eval_prompt_data and s.eval_label_key is None and (s.label_key is not None or not s.prompt_data):
+    if (
+        s.eval_prompt_data
+        and not s.eval_config
+        and s.eval_label_key is None
+        and (s.label_key is not None or not s.prompt_data)
+    ):
         yield Fault("eval_label_key", None, problem, "set it to the column with the reference answer")
 
 
@@ -123,18 +129,20 @@ def reward_services_are_well_formed(s: FlatSettings) -> Iterator[Fault]:
 
 @rule
 def evaluation_has_data(s: FlatSettings) -> Iterator[Fault]:
-    if s.eval_interval is not None and not s.eval_prompt_data:
+    if s.eval_interval is not None and not evaluates(s):
         problem = "eval_prompt_data is not set"
         yield Fault("eval_interval", s.eval_interval, problem, "set eval_prompt_data to NAME FILE, or leave it out")
-    if s.num_rollout == 0 and not s.eval_prompt_data:
+    if s.num_rollout == 0 and not evaluates(s):
         problem = "without eval_prompt_data there is nothing to do"
         yield Fault("num_rollout", 0, problem, "set eval_prompt_data to NAME FILE, or raise num_rollout")
     if s.num_rollout == 0 and s.skip_eval_before_train:
         problem = "that evaluation is all there is to do when num_rollout = 0"
         yield Fault("skip_eval_before_train", True, problem, "leave it out, or raise num_rollout")
-    if s.eval_prompt_data and s.eval_interval is None:
-        problem = "without eval_interval it is never evaluated on"
-        yield Fault("eval_prompt_data", list(s.eval_prompt_data), problem, "set eval_interval, or leave it out")
+    for key in ("eval_prompt_data", "eval_config"):
+        if (value := getattr(s, key)) and s.eval_interval is None:
+            problem = "without eval_interval it is never evaluated on"
+            shown = value if isinstance(value, str) else list(value)
+            yield Fault(key, shown, problem, "set eval_interval, or leave it out")
 
 
 @rule

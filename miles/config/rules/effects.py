@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from miles.config.eval_sets import evaluates
 from miles.config.rules.registry import rule
 from miles.config.schema.catalog import catalog
 from miles.config.schema.derivation import FALLBACKS
@@ -22,11 +23,11 @@ def _without_effect(s: FlatSettings, key: str, why: str, remedy: str) -> Iterato
 
 @rule
 def evaluation_settings_need_data(s: FlatSettings) -> Iterator[Fault]:
-    if s.eval_prompt_data:
+    if evaluates(s):
         return
     why, remedy = "nothing is evaluated without eval_prompt_data", "set eval_prompt_data to NAME FILE, or leave it out"
     for key, entry in catalog().items():
-        if entry.section != "eval" or key in ("eval_interval", "eval_prompt_data"):
+        if entry.section != "eval" or key in ("eval_interval", "eval_prompt_data", "eval_config"):
             continue  # another rule reports them
         if key not in FALLBACKS or getattr(s, key) != getattr(s, FALLBACKS[key]):  # else it may have been derived
             yield from _without_effect(s, key, why, remedy)

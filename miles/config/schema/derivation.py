@@ -175,7 +175,7 @@ def _bounds(s: FlatSettings) -> list[Fault]:
 
 
 def _evaluation_alone(s: FlatSettings) -> list[Fault]:
-    if s.num_rollout == 0 and s.eval_prompt_data and not s.given("eval_interval"):
+    if s.num_rollout == 0 and (s.eval_prompt_data or s.eval_config) and not s.given("eval_interval"):
         s.fill("eval_interval", 1)
     return []
 

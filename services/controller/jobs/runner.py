@@ -17,6 +17,7 @@ import redis.asyncio
 from miles import heap
 from miles.checkpoint_folder import step_of
 from miles.config import ConfigError, JobConfig
+from miles.config.eval_sets import eval_sets
 from miles.data import DataError, PromptSource, eval_sources, parse_file_slice, train_source
 from miles.data.template import load_tokenizer
 from miles.ownership.claim import FolderBusyError, claimed
@@ -259,11 +260,11 @@ def _read_data(config: JobConfig) -> tuple[PromptSource | None, dict[str, Prompt
     if not config.debug.has_engines:
         return None, {}
     assert config.rollout.hf_checkpoint is not None, "a rule requires it"
-    for text in (config.data.prompt_data or "", *(config.eval.eval_prompt_data or ())[1::2]):
+    for text in (config.data.prompt_data or "", *(each.path for each in eval_sets(config.to_flat()))):
         if not (path := parse_file_slice(text).path).is_file():  # before the seconds that a tokenizer takes
             raise DataError(f"{path}: there is no such file")
     tokenizer = load_tokenizer(config.rollout.hf_checkpoint, config.data.chat_template_path)
-    eval_sets = eval_sources(config, tokenizer)
+    sources = eval_sources(config, tokenizer)
     if config.data.prompt_data is None:  # a rule requires it unless the run only evaluates
-        return next(iter(eval_sets.values())), eval_sets
-    return train_source(config, tokenizer), eval_sets
+        return next(iter(sources.values())), sources
+    return train_source(config, tokenizer), sources

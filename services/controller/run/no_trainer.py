@@ -14,6 +14,7 @@ from miles.services.controller.run.queued_groups import queued_groups
 from miles.telemetry.rollout_metrics import rollout_metrics
 
 if TYPE_CHECKING:
+    from miles.config import JobConfig
     from miles.queue import GroupQueue
     from miles.services.controller.jobs.history import JobHistory
 
@@ -24,14 +25,15 @@ SUMMARY_KEY = "generated_only"
 class NoTrainer:
     """See `TrainerClient`, in whose place it stands."""
 
-    def __init__(self, queue: GroupQueue, history: JobHistory, reward_key: str | None) -> None:
+    def __init__(self, queue: GroupQueue, history: JobHistory, config: JobConfig) -> None:
         self.stage = ""
         self.loading_since_s: float | None = None
         self.worker_id = "no trainer"
         self.lost = False
         self._queue = queue
         self._history = history
-        self._reward_key = reward_key
+        self._reward_key = config.reward.reward_key
+        self._with_pass_rates = config.telemetry.log_passrate
 
     async def aclose(self) -> None:
         """It has no connection."""
@@ -54,7 +56,7 @@ class NoTrainer:
         if step < at.get("step", 0):
             raise WorkerFailedError(f"the metrics of step {step} were not kept")
         groups = await queued_groups(self._queue, group_ids)
-        metrics = rollout_metrics(groups, self._reward_key)
+        metrics = rollout_metrics(groups, self._reward_key, with_pass_rates=self._with_pass_rates)
         consumed = [*group_ids, *dropped]
         self._history.summary[SUMMARY_KEY] = _after(at, step + 1, consumed)
         await self._history.save()

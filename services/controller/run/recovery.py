@@ -69,7 +69,7 @@ async def _run_once(run: RunState) -> None:
 async def _trainer(run: RunState) -> Trainer:
     """Wait for the trainer, unless the run has none."""
     if not run.config.debug.has_trainer:
-        return NoTrainer(run.queue, run.history, run.config.reward.reward_key)
+        return NoTrainer(run.queue, run.history, run.config)
     worker = await run.workers.trainer(run.config.cluster.actor_num_nodes)
     run.turns.meet(worker)
     if warning := number_types.warning_of(worker, run.config.train.train_dtype):
