@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import pathlib
-import pickle
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -58,7 +57,9 @@ def _load(path: pathlib.Path) -> Any:
     try:
         with safe_globals([np.ndarray, np.dtype, rebuild, *kinds]):
             return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # a broken file can make it raise anything
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(
             f"{path} is no torch file of plain values ({reason}); save a dict of lists, numbers, texts and arrays"
