@@ -28,6 +28,7 @@ def demand_of(s: FlatSettings, cluster: Cluster) -> Demand:
         engines=engines,
         engine_gpus=0 if elsewhere else size,
         colocate=s.colocate and not s.debug_rollout_only,
+        rollout_gpus_of_node=s.num_gpus_per_node,
     )
 
 

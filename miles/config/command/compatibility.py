@@ -10,6 +10,7 @@ DIFFERENT_DEFAULTS: Mapping[str, str] = {
     "attn_implementation": "auto instead of flash_attention_2, which not every machine has",
     "lr": "1e-6 for every backend, also where fsdp alone had 2e-5",
     "actor_num_gpus_per_node": "8 on CUDA as elsewhere, but 1 on CPU",
+    "num_gpus_per_node": "those that the trainer leaves instead of 8",
     "distributed_backend": "nccl on CUDA as elsewhere, but gloo on CPU",
     "update_weight_transfer_mode": "auto instead of broadcast",
     "rollout_health_check_interval": "1 second instead of 30: a probe also tells how much a server has to do",
