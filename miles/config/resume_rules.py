@@ -43,6 +43,8 @@ _BY_SECTION: Mapping[str, Effect] = {
     "weights": Effect.FREE,
     "checkpoint": Effect.FREE,
     "telemetry": Effect.FREE,
+    "debug": Effect.FREE,
+    "fault_tolerance": Effect.FREE,
     "gateway": Effect.FREE,
     "tls": Effect.FREE,
     "ci": Effect.FREE,
@@ -64,6 +66,9 @@ _BY_SETTING: Mapping[str, Effect] = {
     "moe_aux_loss_coeff": Effect.APPLIED,
     "enable_mtp_training": Effect.APPLIED,
     "mtp_loss_scaling_factor": Effect.APPLIED,
+    # What is trained on, in a section about inspection.
+    "load_debug_rollout_data": Effect.APPLIED,
+    "load_debug_rollout_data_subsample": Effect.APPLIED,
     # Where and how, in sections about more than that; environments and addresses may hold secrets.
     "lora_adapter_path": Effect.FREE,
     "train_env_vars": Effect.FREE,
@@ -84,7 +89,9 @@ _BY_SETTING: Mapping[str, Effect] = {
     "rollout_engine_python": Effect.FREE,
     "rollout_engine_weights": Effect.FREE,
     "rollout_engine_weights_dir": Effect.FREE,
+    "rollout_health_check_interval": Effect.FREE,
     "rollout_health_check_timeout": Effect.FREE,
+    "rollout_health_check_first_wait": Effect.FREE,
     "sglang_server_concurrency": Effect.FREE,
     "max_running_requests": Effect.FREE,
 }

@@ -9,7 +9,8 @@ import os
 import pathlib
 import re
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from miles.addresses import join_address, why_not_bindable, why_not_host
 from miles.certificates import why_not_authorities, why_not_pair
@@ -25,14 +26,16 @@ from miles.config.checks.outputs import output_faults
 from miles.config.checks.published_form import form_faults
 from miles.config.checks.rewards import reward_faults
 from miles.config.checks.trackers import tracker_faults
+from miles.config.eval_sets import eval_sets
 from miles.config.job import JobConfig
 from miles.config.rules.paths import unusable_paths
 from miles.config.rules.registry import Rule, run_rules
 from miles.config.schema.catalog import catalog
-from miles.config.schema.faults import Fault, RunFault
+from miles.config.schema.faults import ConfigError, Fault, RunFault
 from miles.config.schema.flat_settings import FlatSettings
 from miles.megatron_checkpoint import is_foreign, tensors_of
 from miles.placement.nodes import Cluster
+from miles.reward_names import REWARD_KEY
 
 SERVICE_PORTS = ("controller_port", "weightsync_port", "trainer_port", "trainer_master_port", "reward_port")
 """Settings of ports of `host`, apart from those of rollout services."""
@@ -153,13 +156,25 @@ def _chat_template(folder: pathlib.Path) -> Iterator[Fault]:
 def _data_files(s: FlatSettings) -> Iterator[Fault]:
     if s.prompt_data:
         yield from _data_file(s, "prompt_data", s.prompt_data, s.input_key, s.label_key)
-    for path in (s.eval_prompt_data or ())[1::2]:
-        yield from _data_file(s, "eval_prompt_data", path, s.eval_input_key, s.eval_label_key)
+    try:
+        for each in eval_sets({key: getattr(s, key) for key in catalog()}):
+            key = "eval_prompt_data" if s.eval_config is None else "eval_config"
+            yield from _data_file(s, key, each.path, each.input_key, each.label_key, each.metadata)
+    except ConfigError as error:
+        yield from error.faults
     if s.chat_template_path and not os.path.isfile(s.chat_template_path):
         yield Fault("chat_template_path", s.chat_template_path, "there is no such file", "give a Jinja file")
 
 
-def _data_file(s: FlatSettings, key: str, spec: str, input_key: str, label_key: str | None) -> Iterator[Fault]:
+def _data_file(
+    s: FlatSettings,
+    key: str,
+    spec: str,
+    input_key: str,
+    label_key: str | None,
+    metadata: Mapping[str, Any] | None = None,
+) -> Iterator[Fault]:
+    """`metadata` is what each row gets besides its own."""
     from miles.data import DataError, parse_file_slice
 
     try:
@@ -172,10 +187,17 @@ def _data_file(s: FlatSettings, key: str, spec: str, input_key: str, label_key: 
     elif not path.is_file():
         yield Fault(key, spec, "there is no such file", "give a JSONL or Parquet file")
     elif path.suffix.lower() != ".parquet":
-        yield from _columns(s, key, path, input_key, label_key)
+        yield from _columns(s, key, path, input_key, label_key, metadata or {})
 
 
-def _columns(s: FlatSettings, key: str, path: pathlib.Path, input_key: str, label_key: str | None) -> Iterator[Fault]:
+def _columns(
+    s: FlatSettings,
+    key: str,
+    path: pathlib.Path,
+    input_key: str,
+    label_key: str | None,
+    metadata: Mapping[str, Any],
+) -> Iterator[Fault]:
     with path.open("rb") as file:
         first = next((line for line in file if line.strip()), b"")
     row = None
@@ -184,11 +206,12 @@ def _columns(s: FlatSettings, key: str, path: pathlib.Path, input_key: str, labe
     if not isinstance(row, dict):
         yield Fault(key, str(path), "its first line is not a JSON object", "write one JSON object a line")
         return
-    prefix, columns = "eval_" if key == "eval_prompt_data" else "", ", ".join(sorted(row))
+    prefix, columns = "eval_" if key.startswith("eval_") else "", ", ".join(sorted(row))
     for name, column in (("input_key", input_key), ("label_key", label_key)):
         if column is not None and column not in row:
             yield Fault(prefix + name, column, f"{path} has no such column", f"set it to one of {columns}")
-    yield from reward_faults(s, str(path), row)
+    if REWARD_KEY not in metadata:
+        yield from reward_faults(s, str(path), row)
 
 
 def _checkpoint_to_load(s: FlatSettings) -> Iterator[Fault]:

@@ -18,7 +18,9 @@ SGLANG_ALONE = (
     "rollout_engine_python",
     "rollout_engine_weights",
     "rollout_engine_weights_dir",
+    "rollout_health_check_interval",
     "rollout_health_check_timeout",
+    "rollout_health_check_first_wait",
     "sglang_server_concurrency",
     "offload_rollout",
 )

@@ -31,8 +31,10 @@ from miles.config.sections.checkpoint import CheckpointConfig
 from miles.config.sections.ci import CiConfig
 from miles.config.sections.cluster import ClusterConfig
 from miles.config.sections.data import DataConfig
+from miles.config.sections.debug import DebugConfig
 from miles.config.sections.eval import EvalConfig
 from miles.config.sections.experts import ExpertsConfig
+from miles.config.sections.fault_tolerance import FaultToleranceConfig
 from miles.config.sections.gateway import GatewayConfig
 from miles.config.sections.lora import LoraConfig
 from miles.config.sections.megatron import MegatronConfig
@@ -67,6 +69,8 @@ SECTIONS: Mapping[str, type[Section]] = {
     "weights": WeightsConfig,
     "checkpoint": CheckpointConfig,
     "telemetry": TelemetryConfig,
+    "debug": DebugConfig,
+    "fault_tolerance": FaultToleranceConfig,
     "gateway": GatewayConfig,
     "tls": TlsConfig,
     "ci": CiConfig,

@@ -207,8 +207,22 @@ def _bounds(s: FlatSettings) -> list[Fault]:
 
 
 def _evaluation_alone(s: FlatSettings) -> list[Fault]:
-    if s.num_rollout == 0 and s.eval_prompt_data and not s.given("eval_interval"):
+    if s.num_rollout == 0 and (s.eval_prompt_data or s.eval_config) and not s.given("eval_interval"):
         s.fill("eval_interval", 1)
+    return []
+
+
+def _dumps(s: FlatSettings) -> list[Fault]:
+    if not s.given("debug_train_only"):
+        s.fill("debug_train_only", s.load_debug_rollout_data is not None)
+    if s.dump_details is not None:
+        folder = s.dump_details.rstrip("/").replace("{", "{{").replace("}", "}}")
+        for key, name in (
+            ("save_debug_rollout_data", "rollout_data/{rollout_id}.pt"),
+            ("save_debug_train_data", "train_data/{rollout_id}_{rank}.pt"),
+        ):
+            if not s.given(key) and not (key == "save_debug_train_data" and s.debug_rollout_only):
+                s.fill(key, f"{folder}/{name}")
     return []
 
 
@@ -314,6 +328,7 @@ _STEPS: tuple[Callable[[FlatSettings], list[Fault]], ...] = (
     _run_dir,
     _bounds,
     _evaluation_alone,
+    _dumps,
     _train_dtype,
     _backend,
     _models,

@@ -11,6 +11,7 @@ from miles.config.schema.section import (
     DottedPath,
     Metavar,
     NonNegative,
+    NonNegativeFloat,
     Passthrough,
     Positive,
     PositiveFloat,
@@ -63,8 +64,15 @@ class RolloutConfig(Section):
     rollout_engine_weights_dir: Annotated[str | None, Metavar("DIR")] = None
     """Folder for the files of rollout_engine_weights = disk; defaults to the system's temporary folder."""
 
+    rollout_health_check_interval: PositiveFloat = 1.0
+    """Time between two probes of an SGLang server, in seconds; each also tells how much it has to do, by which its
+    share of the requests is limited."""
+
     rollout_health_check_timeout: PositiveFloat = 30.0
     """Time without an answer after which an SGLang server counts as dead and is restarted, in seconds."""
+
+    rollout_health_check_first_wait: NonNegativeFloat = 0.0
+    """Time between a server's start, once it is ready, and its first probe, in seconds."""
 
     sglang_server_concurrency: Positive = 512
     """Maximum number of concurrent requests to each SGLang server; fewer while its KV cache is nearly full."""

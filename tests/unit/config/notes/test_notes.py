@@ -35,13 +35,6 @@ NOTED: list[tuple[dict[str, Any], list[str]]] = [
         ],
     ),
     (
-        {"ci_load_grad_norm": "norms.pt"},
-        [
-            "ci_load_grad_norm = norms.pt: it changes nothing: train/grad_norm is compared with no file; it is in "
-            "metrics.jsonl"
-        ],
-    ),
-    (
         {"spec": ["miles_plugins.models.glm4", "get_glm_spec"]},
         [
             'spec = ["miles_plugins.models.glm4", "get_glm_spec"]: layers are built as the model\'s config.json says, '
@@ -133,7 +126,7 @@ def test_values_of_other_systems_become_those_of_here() -> None:
     assert config.weights.update_weight_transfer_mode == "auto"
     assert config.train.attn_implementation == "auto"
     assert config.reward.rm_type is None
-    assert config.eval.datasets == {"gsm_8k": "d/gsm 8k.parquet"}
+    assert config.eval.eval_prompt_data == ("gsm_8k", "d/gsm 8k.parquet")
     assert JobConfig.from_flat(config.to_flat()) == config
 
 

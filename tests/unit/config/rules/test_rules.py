@@ -114,6 +114,43 @@ RULE_CASES: list[tuple[dict[str, Any], str]] = [
         "offload_train = false, but offload = true asks for it; leave one of them out",
     ),
     ({"offload": True}, "offload = true, but rollout_backend = torch has no SGLang servers; set rollout_backend to"),
+    (
+        {"ft_components": ["rollout", "redis"]},
+        "ft_components = redis, but the parts that can be named are rollout and train",
+    ),
+    (
+        {"save_debug_rollout_data": "d/{rollout_id}_{rank}.pt"},
+        "save_debug_rollout_data = d/{rollout_id}_{rank}.pt, but it may hold the placeholders {rollout_id} alone",
+    ),
+    (
+        {"save_debug_rollout_data": "d/all.pt"},
+        "save_debug_rollout_data = d/all.pt, but every rollout has a file of its own; write {rollout_id} in its name",
+    ),
+    (
+        {"ci_save_grad_norm": "{rollout_id}.pt", "global_batch_size": 16},
+        "ci_save_grad_norm = {rollout_id}.pt, but a rollout has 2 steps; write {step_id} in its name",
+    ),
+    (
+        {"save_debug_train_data": "{rollout_id}.pt", "actor_num_gpus_per_node": 2},
+        "save_debug_train_data = {rollout_id}.pt, but every rank has a file of its own; write {rank} in its name",
+    ),
+    ({"debug_train_only": True}, "debug_train_only = true, but without load_debug_rollout_data there is nothing"),
+    (
+        {"debug_train_only": False, "load_debug_rollout_data": "{rollout_id}.pt"},
+        "debug_train_only = false, but load_debug_rollout_data starts no engines",
+    ),
+    (
+        {"debug_rollout_only": True, "load_debug_rollout_data": "{rollout_id}.pt"},
+        "debug_train_only = true, but debug_rollout_only has no trainer",
+    ),
+    (
+        {"num_rollout": None, "num_epoch": 1, "load_debug_rollout_data": "{rollout_id}.pt"},
+        "num_rollout is not set, and load_debug_rollout_data reads no prompts that num_epoch could count",
+    ),
+    (
+        {"load_debug_rollout_data_subsample": 0.5},
+        "load_debug_rollout_data_subsample = 0.5, but it does nothing without load_debug_rollout_data",
+    ),
     ({"chaos_interval_s": 3.0}, "chaos_interval_s = 3.0, but there is no drill without chaos"),
     (
         {**SGLANG, "rollout_external_engine_addrs": ["a:1"], "rollout_engine_python": "p"},

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from miles.config.command.compatibility import DIFFERENT_CHOICES, DIFFERENT_DEFAULTS
-from miles.config.schema.catalog import Entry, catalog
+from miles.config.schema.catalog import SECTIONS, Entry, catalog
 from miles.upstream.table import UpstreamFlag, upstream_flags
 
 SETTINGS = [row for row in upstream_flags() if not row.taken]
@@ -117,6 +117,8 @@ def test_every_setting_is_documented() -> None:
 
 
 def test_keys_and_flags_are_unique() -> None:
+    keys = [key for section in SECTIONS.values() for key in section.model_fields]
+    assert [key for key in keys if keys.count(key) > 1] == []
     flags = [entry.flag for entry in catalog().values()]
     assert len(set(flags)) == len(flags)
     opposites = ["--no-" + entry.flag[2:] for entry in catalog().values() if entry.kind is bool]
