@@ -25,6 +25,7 @@ from miles.config.sections.eval import EvalConfig
 from miles.config.sections.gateway import GatewayConfig
 from miles.config.sections.lora import LoraConfig
 from miles.config.sections.megatron import MegatronConfig
+from miles.config.sections.moe import MoeConfig
 from miles.config.sections.optimizer import OptimizerConfig
 from miles.config.sections.reward import RewardConfig
 from miles.config.sections.rollout import RolloutConfig
@@ -55,6 +56,7 @@ class JobConfig(BaseModel):
     train: TrainConfig
     lora: LoraConfig
     megatron: MegatronConfig
+    moe: MoeConfig
     optimizer: OptimizerConfig
     weights: WeightsConfig
     checkpoint: CheckpointConfig

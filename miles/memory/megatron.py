@@ -7,12 +7,14 @@ docs/source/api-guide/dist_optimizer.md: 6 + 12/d bytes a parameter for d replic
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 
 from miles.memory.amount import Part, number
 from miles.memory.model import ModelShape
 from miles.memory.parameters import Parameters, layer_parameters, mtp_parameters
 from miles.memory.run import Run
+from miles.pipeline_split import PipelineSplit, SplitError, split_of
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -27,6 +29,8 @@ class Layout:
     expert: int = 1
     expert_tensor: int = 1
     distributed_optimizer: bool = False
+    split: PipelineSplit | None = None
+    """Of layers over stages, where it is not even."""
 
     @property
     def replicas(self) -> int:
@@ -45,21 +49,26 @@ class Layout:
 
 def layout_of(run: Run) -> Layout:
     """Return the layout that settings ask for."""
-    s = run.settings
+    s, split, virtual = run.settings, split_of(run.settings), run.settings.num_virtual_stages_per_pipeline_rank or 1
+    with contextlib.suppress(SplitError):  # a check reports it
+        virtual = virtual if run.policy.shape is None else split.virtual_stages(run.policy.shape.layers)
     return Layout(
         ranks=run.ranks,
         tensor=s.tensor_model_parallel_size,
         pipeline=s.pipeline_model_parallel_size,
-        virtual=s.num_virtual_stages_per_pipeline_rank or 1,
+        virtual=virtual,
         context=s.context_parallel_size,
         expert=s.expert_model_parallel_size,
         expert_tensor=s.expert_tensor_parallel_size,
         distributed_optimizer=s.use_distributed_optimizer,
+        split=None if split.is_even else split,
     )
 
 
 def stage_layers(shape: ModelShape, layout: Layout, stage: int) -> list[int]:
-    """Return the numbers of a stage's layers; virtual stages take turns."""
+    """Return the numbers of a stage's layers; virtual stages take turns. A split that does not fit counts as even."""
+    with contextlib.suppress(SplitError):
+        return (layout.split or PipelineSplit(layout.pipeline, layout.virtual)).layers_of(stage, shape.layers)
     each = max(1, shape.layers // (layout.pipeline * layout.virtual))
     starts = [(turn * layout.pipeline + stage) * each for turn in range(layout.virtual)]
     return [layer for start in starts for layer in range(start, start + each)]

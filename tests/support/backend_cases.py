@@ -31,11 +31,11 @@ def run_case(case: dict[str, Any], out: pathlib.Path) -> None:
     """Carry out a case on every rank; rank 0 writes `NAME.json` (metrics) and `NAME.safetensors` (exported weights).
 
     A case has: name, model (folder), flags (changes of the configuration), routing (experts, layers, top-k) or None,
-    and optionally own_routing (samples have the routing of the folder's model, but for every fifth token), seed (of
-    every step's groups), steps, swap (everything is moved to host memory and back before each call; the JSON file has
-    the bytes), save_at, save_in_background (until the next step was taken), save_hf, reward (of every
-    sample), off_policy for samples of two versions, and abandon_at: at which of rank 0's reports each step is left
-    before it is taken; see `tests/integration/test_megatron_layouts.py`.
+    and optionally own_routing (samples have the routing of the folder's model, but for every fifth token, or as
+    divert_every says), seed (of every step's groups), steps, swap (everything is moved to host memory and back before
+    each call; the JSON file has the bytes), save_at, save_in_background (until the next step was taken), save_hf,
+    reward (of every sample), off_policy for samples of two versions, and abandon_at: at which of rank 0's reports each
+    step is left before it is taken; see `tests/integration/test_megatron_layouts.py`.
     """
     name, routing = case["name"], case.get("routing")
     config = job_config(
@@ -50,7 +50,8 @@ def run_case(case: dict[str, Any], out: pathlib.Path) -> None:
         groups = random_groups(case.get("seed", step), routing=tuple(routing) if routing else None)
         if case.get("own_routing"):
             set_own_routing(pathlib.Path(case["model"]), groups)
-            divert(groups, every=5)
+            if every := case.get("divert_every", 5):
+                divert(groups, every)
         for sample in (s for group in groups for s in group.samples):
             sample.reward = case.get("reward", sample.reward)
         if case.get("off_policy"):

@@ -16,6 +16,7 @@ from miles.certificates import why_not_authorities, why_not_pair
 from miles.checkpoint_folder import NoCheckpointError, newest, same_folder, to_load
 from miles.config.checks.dotted_path import why_not_importable
 from miles.config.checks.engine_model import engine_faults
+from miles.config.checks.expert_kernels import dispatcher_faults
 from miles.config.checks.gpus import gpu_faults
 from miles.config.checks.json_file import read_json_object
 from miles.config.checks.model_family import family_faults
@@ -252,6 +253,7 @@ _FILE_CHECKS: tuple[Rule, ...] = (
     form_faults,
     family_faults,
     layout_faults,
+    dispatcher_faults,
     engine_faults,
     _data_files,
     _checkpoint_to_load,

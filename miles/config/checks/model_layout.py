@@ -10,8 +10,20 @@ from typing import Any
 from miles.config.checks.json_file import read_json_object
 from miles.config.schema.faults import Fault
 from miles.config.schema.flat_settings import FlatSettings
+from miles.pipeline_split import SplitError, split_of
 
 _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+_OF_EXPERTS = (
+    "use_rollout_routing_replay",
+    "observe_rollout_routing",
+    "use_routing_replay",
+    "moe_aux_loss_coeff",
+    "moe_z_loss_coeff",
+    "moe_router_bias_update_rate",
+    "moe_router_freeze_gate",
+    "moe_shared_expert_overlap",
+)
+"""Settings that do nothing without experts."""
 
 
 def layout_faults(s: FlatSettings) -> Iterator[Fault]:
@@ -61,6 +73,12 @@ def shape_differences(folder: str, other: str, *, with_head: bool = True, with_m
 def _model_config(folder: str) -> dict[str, Any]:
     model = read_json_object(pathlib.Path(folder) / "config.json")
     return {**model, **model.get("text_config", {})}
+
+
+def layer_count(folder: str) -> int | None:
+    """Return the decoder's layers of a Hugging Face model, without those for MTP; None when it cannot be read."""
+    layers = _model_config(folder).get("num_hidden_layers")
+    return layers if isinstance(layers, int) else None
 
 
 def _length_faults(s: FlatSettings, model: dict[str, Any]) -> Iterator[Fault]:
@@ -114,16 +132,13 @@ def _tensor_faults(s: FlatSettings, model: dict[str, Any]) -> Iterator[Fault]:
 
 
 def _pipeline_faults(s: FlatSettings, model: dict[str, Any]) -> Iterator[Fault]:
-    layers, stages = model.get("num_hidden_layers"), s.pipeline_model_parallel_size
-    virtual = s.num_virtual_stages_per_pipeline_rank or 1
-    if not layers:
+    layers = model.get("num_hidden_layers")
+    if not isinstance(layers, int):
         return
-    if layers % stages:
-        problem = f"it does not divide the model's {layers} layers"
-        yield Fault("pipeline_model_parallel_size", stages, problem, "choose one that does")
-    elif layers % (stages * virtual):
-        problem = f"it does not divide the {layers // stages} layers of a stage"
-        yield Fault("num_virtual_stages_per_pipeline_rank", virtual, problem, "choose one that does")
+    try:
+        split_of(s).virtual_stages(layers)
+    except SplitError as error:
+        yield Fault(error.setting, error.value, error.problem, error.remedy)
 
 
 def _mtp_faults(s: FlatSettings, model: dict[str, Any]) -> Iterator[Fault]:
@@ -145,9 +160,9 @@ def _family_faults(s: FlatSettings, model: dict[str, Any]) -> Iterator[Fault]:
 def _routing_faults(s: FlatSettings, model: dict[str, Any]) -> Iterator[Fault]:
     if expert_count(model):
         return
-    for key in ("use_rollout_routing_replay", "observe_rollout_routing", "use_routing_replay"):
-        if getattr(s, key):
-            yield Fault(key, True, "the model has no experts", "leave it out")
+    for key in _OF_EXPERTS:
+        if value := getattr(s, key):
+            yield Fault(key, value, "the model has no experts", "leave it out")
 
 
 def expert_count(model: dict[str, Any]) -> int:

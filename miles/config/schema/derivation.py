@@ -110,8 +110,12 @@ def compares_samples(s: FlatSettings) -> bool:
     return s.advantage_estimator in COMPARES_SAMPLES and s.rewards_normalization and not has_teacher
 
 
+MEGATRON_SECTIONS = ("megatron", "moe")
+"""Sections whose settings only train_backend megatron has."""
+
+
 def asks_for_megatron(s: FlatSettings, key: str) -> bool:
-    """Return whether a setting of the section Megatron has an effect that only Megatron-Core has."""
+    """Return whether a setting of Megatron's sections has an effect that only Megatron-Core has."""
     return _asks(s, key, 1 if key == "expert_tensor_parallel_size" else catalog()[key].default)
 
 
@@ -193,7 +197,7 @@ def _engine_name(s: FlatSettings) -> list[Fault]:
 
 def _trainer_name(s: FlatSettings) -> list[Fault]:
     if not s.given("train_backend"):
-        own = (key for key, entry in catalog().items() if entry.section == "megatron")
+        own = (key for key, entry in catalog().items() if entry.section in MEGATRON_SECTIONS)
         s.fill("train_backend", "megatron" if any(asks_for_megatron(s, key) for key in own) else "fsdp")
     return []
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from miles.config.schema.section import Derived, NonNegativeFloat, Positive, PositiveFloat, Section, States, derived
+from miles.config.schema.section import Derived, Positive, PositiveFloat, Section, States, derived
 
 
 class MegatronConfig(Section):
@@ -18,6 +18,25 @@ class MegatronConfig(Section):
 
     num_virtual_stages_per_pipeline_rank: Positive | None = None
     """Virtual stages per pipeline stage, for the interleaved schedule."""
+
+    num_layers_per_virtual_pipeline_stage: Positive | None = None
+    """The same, given by the layers of each virtual stage."""
+
+    decoder_first_pipeline_num_layers: Positive | None = None
+    """Layers of the first pipeline stage; the others are split evenly over the other stages."""
+
+    decoder_last_pipeline_num_layers: Positive | None = None
+    """Layers of the last pipeline stage; the others are split evenly over the other stages."""
+
+    account_for_embedding_in_pipeline_split: bool = False
+    """Count the embeddings as a layer of the first pipeline stage, which then has one less."""
+
+    account_for_loss_in_pipeline_split: bool = False
+    """Count the head and the loss as a layer of the last pipeline stage, which then has one less."""
+
+    pipeline_model_parallel_layout: str | None = None
+    """Layers of each stage, first all first virtual stages, then all second ones: E (embeddings), t (a layer) and L
+    (head and loss), stages separated by |, with (…)*n and t*n for repetitions, e.g. `Et*3|(tt|)*2tL`."""
 
     context_parallel_size: Positive = 1
     """Context-parallel size: ranks that split each sequence."""
@@ -55,12 +74,6 @@ class MegatronConfig(Section):
         bool | None, States(True, "the softmax of attention is computed in float32")
     ] = None
     """Compute the softmax of attention in float32."""
-
-    moe_token_dispatcher_type: Literal["alltoall", "allgather"] = "alltoall"
-    """How tokens are sent to their experts."""
-
-    moe_aux_loss_coeff: NonNegativeFloat = 0.0
-    """Coefficient of the load-balancing loss of mixture-of-experts layers."""
 
     mtp_num_layers: Positive | None = None
     """Number of the model's MTP (multi-token prediction) layers to load; not given loads none, and exports contain

@@ -13,7 +13,8 @@ class TrainConfig(Section):
     """Training backend, precision, and the division of a rollout into optimizer steps and micro-batches."""
 
     train_backend: Annotated[
-        Literal["fsdp", "megatron"], Derived("megatron when a setting of the section Megatron is given, else fsdp")
+        Literal["fsdp", "megatron"],
+        Derived("megatron when a setting of the sections megatron or moe is given, else fsdp"),
     ] = derived()
     """Training backend."""
 

@@ -115,7 +115,7 @@ def zero_reward_is_zero_gradient(config: JobConfig) -> bool:
         and algorithm.kl_coef == algorithm.entropy_coef == 0
         and not (algorithm.use_kl_loss and algorithm.kl_loss_coef)
         and not config.megatron.enable_mtp_training
-        and config.megatron.moe_aux_loss_coeff == 0
+        and config.moe.moe_aux_loss_coeff == config.moe.moe_z_loss_coeff == config.moe.moe_router_bias_update_rate == 0
     )
 
 

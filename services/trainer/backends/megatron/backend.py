@@ -53,7 +53,7 @@ class MegatronBackend(BaseBackend[_Parts]):
     def _build(self) -> _Parts:
         config = self._config
         published = published_tensors(config)  # first: it refuses a model before anything is loaded
-        parallel = groups.initialize(config.megatron, config.train.seed, config.cluster.distributed_timeout_minutes)
+        parallel = groups.initialize(config)
         roles = build_roles(config, parallel, self._device)
         exporter = Exporter(roles.policy.model, published.model, algorithm_options.DTYPES[config.rollout.rollout_dtype])
         layout = [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in _published(exporter, published)]

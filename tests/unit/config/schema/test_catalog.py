@@ -29,7 +29,13 @@ MEGATRON = """--tensor-model-parallel-size --pipeline-model-parallel-size --num-
     --context-parallel-size --expert-model-parallel-size --expert-tensor-parallel-size --sequence-parallel
     --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather --transformer-impl --attention-backend
     --moe-token-dispatcher-type --moe-aux-loss-coeff --recompute-granularity --recompute-method --recompute-num-layers
-    --recompute-modules --attention-softmax-in-fp32"""
+    --recompute-modules --attention-softmax-in-fp32 --moe-grouped-gemm --moe-permute-fusion
+    --moe-flex-dispatcher-backend --moe-enable-deepep --moe-shared-expert-overlap --moe-router-dtype
+    --moe-router-fusion --moe-router-load-balancing-type --moe-z-loss-coeff --moe-router-bias-update-rate
+    --moe-router-freeze-gate --freeze-e-score-correction-bias --moe-token-drop-policy --moe-expert-capacity-factor
+    --moe-pad-expert-input-to-capacity --moe-input-jitter-eps --num-layers-per-virtual-pipeline-stage
+    --decoder-first-pipeline-num-layers --decoder-last-pipeline-num-layers --pipeline-model-parallel-layout
+    --account-for-embedding-in-pipeline-split --account-for-loss-in-pipeline-split"""
 
 
 def entry_of(name: str) -> Entry:

@@ -10,6 +10,7 @@ import torch
 from miles.config.checks.model_layout import shape_differences
 from miles.services.trainer.backends.megatron.learner import MegatronCritic, MegatronPolicy
 from miles.services.trainer.backends.megatron.model.build_model import MegatronModel, build_model, wants_replay
+from miles.services.trainer.backends.megatron.model.expert_bias import ExpertBias
 from miles.services.trainer.backends.megatron.mtp.layers import MtpTraining
 from miles.services.trainer.backends.megatron.optimizer import MegatronOptimizer
 from miles.services.trainer.backends.megatron.parallel.forward_output import LogProbOptions, LogProbOutput, ValueOutput
@@ -67,6 +68,7 @@ def build_roles(config: JobConfig, parallel: ParallelRank, device: torch.device)
         parallel,
         device,
         algorithm_options.policy_iterations(config),
+        ExpertBias(model.bare_chunks, config.moe.moe_router_bias_update_rate),
         routing,
         _mtp_training(config, model, parallel),
     )
@@ -88,7 +90,13 @@ def _critic(config: JobConfig, parallel: ParallelRank, compute: torch.dtype, dev
     model = build_model(config, parallel, compute, critic_from=folder)
     optimizer = MegatronOptimizer(algorithm_options.critic_optimizer(config), config.megatron, model, compute)
     return MegatronCritic(
-        model, ValueOutput(parallel), optimizer, parallel, device, algorithm_options.critic_iterations(config)
+        model,
+        ValueOutput(parallel),
+        optimizer,
+        parallel,
+        device,
+        algorithm_options.critic_iterations(config),
+        ExpertBias(model.bare_chunks, config.moe.moe_router_bias_update_rate),
     )
 
 
