@@ -85,7 +85,7 @@ def run_case(case: dict[str, Any], out: pathlib.Path) -> None:
     gathered = [export_changes(backend, last_rank_changes=changes) for changes in (False, True, False)]
     if dist.get_rank() == 0:
         save_file(weights, out / f"{name}.safetensors")
-        swaps = {"moved": moved, "moved_by_rank": by_rank}
+        swaps = {"moved": moved, "moved_by_rank": by_rank, "parameters": parameter_names(backend)}
         said = {"metrics": metrics, "layout": layout, "gathered": gathered, "total": sum(map(nbytes, weights.values()))}
         (out / f"{name}.json").write_text(json.dumps(said | swaps))
     backend.close()
@@ -171,6 +171,12 @@ def export_changes(backend: Any, *, last_rank_changes: bool) -> int:
         assert all(at_first[name].to(tensor).equal(tensor) for name, tensor in everywhere.items())
     gathered: int = backend._loaded.changed.gathered_bytes
     return gathered
+
+
+def parameter_names(backend: Any) -> list[str]:
+    """This rank's, where the backend names them (Megatron's does)."""
+    own = list(backend._loaded.roles.policy.model.parameters())
+    return [each[0] for each in own if isinstance(each, tuple)]
 
 
 def nbytes(tensor: torch.Tensor) -> int:

@@ -39,6 +39,7 @@ def layout_faults(s: FlatSettings) -> Iterator[Fault]:
         yield from _pipeline_faults(s, model)
         yield from _expert_faults(s, model)
         yield from _mtp_faults(s, model)
+        yield from _recomputation_faults(s, model)
 
 
 _SHAPE = (
@@ -146,6 +147,16 @@ def _mtp_faults(s: FlatSettings, model: dict[str, Any]) -> Iterator[Fault]:
     if s.mtp_num_layers is not None and s.mtp_num_layers != layers:
         problem = f"the model has {layers} MTP layers"
         yield Fault("mtp_num_layers", s.mtp_num_layers, problem, f"set it to {layers}" if layers else "leave it out")
+
+
+def _recomputation_faults(s: FlatSettings, model: dict[str, Any]) -> Iterator[Fault]:
+    if (
+        s.recompute_granularity == "selective"
+        and "mla_up_proj" in s.recompute_modules
+        and not model.get("kv_lora_rank")
+    ):
+        problem = "the model has no multi-head latent attention"
+        yield Fault("recompute_modules", "mla_up_proj", problem, "leave it out")
 
 
 def _family_faults(s: FlatSettings, model: dict[str, Any]) -> Iterator[Fault]:

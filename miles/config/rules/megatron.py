@@ -115,6 +115,31 @@ def recomputation_is_complete(s: FlatSettings) -> Iterator[Fault]:
             yield Fault(key, value, "it does nothing without recompute_granularity = full", "leave it out")
 
 
+_RECOMPUTABLE = ("core_attn", "layernorm", "mla_up_proj", "mlp", "moe", "moe_act", "shared_experts")
+"""Parts of a layer that Megatron-Core can recompute, of the layers that are known here."""
+
+
+@rule
+def recomputed_modules_are_parts_of_layers(s: FlatSettings) -> Iterator[Fault]:
+    modules = " ".join(s.recompute_modules)
+    if s.recompute_granularity != "selective" and s.recompute_modules != catalog()["recompute_modules"].default:
+        problem = "it does nothing without recompute_granularity = selective"
+        yield Fault("recompute_modules", modules, problem, "set that, or leave it out")
+    for name in s.recompute_modules:
+        if name not in _RECOMPUTABLE:
+            yield Fault("recompute_modules", name, "it is no part of a layer", f"choose of {', '.join(_RECOMPUTABLE)}")
+    if "moe_act" in s.recompute_modules and s.moe_grouped_gemm is False:
+        problem = "it is a part of grouped experts, and moe_grouped_gemm is off"
+        yield Fault("recompute_modules", "moe_act", problem, "leave one of them out")
+
+
+@rule
+def shapes_change_from_one_micro_batch_to_the_next(s: FlatSettings) -> Iterator[Fault]:
+    if s.cuda_graph_impl != "none":
+        problem = "a CUDA graph has fixed shapes, and micro-batches differ in length"
+        yield Fault("cuda_graph_impl", s.cuda_graph_impl, problem, "leave it out")
+
+
 @rule
 def layers_fit_the_device(s: FlatSettings) -> Iterator[Fault]:
     if s.train_backend == "megatron" and s.transformer_impl == "transformer_engine" and s.device == "cpu":

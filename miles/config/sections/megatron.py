@@ -96,3 +96,31 @@ class MegatronConfig(Section):
 
     recompute_modules: tuple[str, ...] = ("core_attn",)
     """Parts of a layer to recompute with recompute_granularity selective."""
+
+    cross_entropy_loss_fusion: Annotated[
+        bool | None, States(False, "losses are of log-probabilities, which Megatron-Core's cross entropy does not give")
+    ] = None
+    """Compute Megatron-Core's cross entropy in a fused kernel."""
+
+    overlap_moe_expert_parallel_comm: Annotated[
+        bool | None, States(False, "the schedule that overlaps it gives logits of all rows, not of responses alone")
+    ] = None
+    """Overlap communication of expert parallelism with other micro-batches."""
+
+    delay_wgrad_compute: Annotated[
+        bool | None, States(False, "it needs overlap_moe_expert_parallel_comm, which is not there")
+    ] = None
+    """Compute gradients of weights after those of activations."""
+
+    enable_cuda_graph: Annotated[
+        bool | None, States(False, "a CUDA graph has fixed shapes, and micro-batches differ in length")
+    ] = None
+    """Run layers as CUDA graphs of Megatron-Core."""
+
+    external_cuda_graph: Annotated[
+        bool | None, States(False, "a CUDA graph has fixed shapes, and micro-batches differ in length")
+    ] = None
+    """Run layers as CUDA graphs of TransformerEngine."""
+
+    cuda_graph_impl: Literal["none", "local", "transformer_engine", "full_iteration"] = "none"
+    """Kind of CUDA graphs; others than none are refused."""

@@ -60,7 +60,7 @@ class MoeConfig(Section):
     ] = None
     """Leave routers' per-expert bias as it is."""
 
-    moe_token_drop_policy: Literal["probs", "position"] = "probs"
+    moe_token_drop_policy: Literal["probs", "position"] | None = None
     """Which tokens to drop beyond an expert's capacity; none are dropped, because there is no capacity."""
 
     moe_expert_capacity_factor: float | None = None

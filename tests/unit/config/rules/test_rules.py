@@ -300,6 +300,27 @@ RULE_CASES: list[tuple[dict[str, Any], str]] = [
         "recompute_num_layers is not set, and recompute_granularity = full needs it",
     ),
     (
+        {"train_backend": "megatron", "recompute_modules": ["moe"]},
+        "recompute_modules = moe, but it does nothing without recompute_granularity = selective",
+    ),
+    (
+        {"train_backend": "megatron", "recompute_granularity": "selective", "recompute_modules": ["attn"]},
+        "recompute_modules = attn, but it is no part of a layer; choose of core_attn, layernorm",
+    ),
+    (
+        {
+            "train_backend": "megatron",
+            "recompute_granularity": "selective",
+            "recompute_modules": ["moe_act"],
+            "moe_grouped_gemm": False,
+        },
+        "recompute_modules = moe_act, but it is a part of grouped experts, and moe_grouped_gemm is off",
+    ),
+    (
+        {"train_backend": "megatron", "cuda_graph_impl": "local"},
+        "cuda_graph_impl = local, but a CUDA graph has fixed shapes, and micro-batches differ in length; leave it out",
+    ),
+    (
         {"train_backend": "megatron", "transformer_impl": "transformer_engine", "device": "cpu"},
         "transformer_impl = transformer_engine, but TransformerEngine needs a GPU; set it to local or auto",
     ),

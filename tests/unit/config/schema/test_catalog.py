@@ -35,7 +35,9 @@ MEGATRON = """--tensor-model-parallel-size --pipeline-model-parallel-size --num-
     --moe-router-freeze-gate --freeze-e-score-correction-bias --moe-token-drop-policy --moe-expert-capacity-factor
     --moe-pad-expert-input-to-capacity --moe-input-jitter-eps --num-layers-per-virtual-pipeline-stage
     --decoder-first-pipeline-num-layers --decoder-last-pipeline-num-layers --pipeline-model-parallel-layout
-    --account-for-embedding-in-pipeline-split --account-for-loss-in-pipeline-split"""
+    --account-for-embedding-in-pipeline-split --account-for-loss-in-pipeline-split
+    --cross-entropy-loss-fusion --overlap-moe-expert-parallel-comm --delay-wgrad-compute
+    --enable-cuda-graph --external-cuda-graph --cuda-graph-impl"""
 
 
 def entry_of(name: str) -> Entry:

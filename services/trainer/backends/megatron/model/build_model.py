@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from miles.config.notes.megatron import WITH_ENGINE_ALONE
 from miles.services.trainer.backends.megatron.model.critic import load_critic
 from miles.services.trainer.backends.megatron.model.data_parallel import data_parallel
 from miles.services.trainer.backends.megatron.model.expert_layers import (
@@ -172,7 +173,7 @@ def _configure(provider: Any, config: JobConfig, parallel: ParallelRank, compute
         "recompute_granularity": layout.recompute_granularity,
         "recompute_method": layout.recompute_method,
         "recompute_num_layers": layout.recompute_num_layers,
-        "recompute_modules": list(layout.recompute_modules),
+        "recompute_modules": _recomputed(config, with_engine=with_engine),
         "cross_entropy_loss_fusion": False,
         "gradient_accumulation_fusion": False,  # the head would need an extension of APEX, which no package brings
         "deterministic_mode": False,
@@ -199,6 +200,14 @@ def _configure(provider: Any, config: JobConfig, parallel: ParallelRank, compute
         provider.attention_backend = AttnBackend.auto  # some families name one of TransformerEngine's
     elif layout.attention_backend != "auto":
         provider.attention_backend = AttnBackend[layout.attention_backend]
+
+
+def _recomputed(config: JobConfig, *, with_engine: bool) -> list[str]:
+    """The parts of layers to recompute, without those that these layers cannot."""
+    unable = set() if with_engine else set(WITH_ENGINE_ALONE)
+    if not computes_grouped(config.moe, with_engine=with_engine):
+        unable.add("moe_act")
+    return [name for name in config.megatron.recompute_modules if name not in unable]
 
 
 def _layer_spec(spec: Any, *, with_engine: bool) -> Any:

@@ -16,7 +16,6 @@ def computes_grouped(moe: MoeConfig, *, with_engine: bool) -> bool:
 
 def expert_values(moe: MoeConfig, *, with_engine: bool, replays: bool) -> dict[str, Any]:
     """Values of the fields; `with_engine` for TransformerEngine's layers, `replays` where routing is prescribed."""
-    kind = moe.moe_router_load_balancing_type if moe.moe_aux_loss_coeff else "none"
     return {
         "moe_grouped_gemm": computes_grouped(moe, with_engine=with_engine),
         "moe_permute_fusion": with_engine and moe.moe_permute_fusion is not False,
@@ -26,7 +25,7 @@ def expert_values(moe: MoeConfig, *, with_engine: bool, replays: bool) -> dict[s
         "moe_router_dtype": None if moe.moe_router_dtype == "none" else moe.moe_router_dtype,
         # Fused kernels choose before replay could.
         "moe_router_fusion": with_engine and not replays and moe.moe_router_fusion is not False,
-        "moe_router_load_balancing_type": kind,
+        "moe_router_load_balancing_type": "aux_loss" if moe.moe_aux_loss_coeff else "none",
         "moe_aux_loss_coeff": moe.moe_aux_loss_coeff,
         "moe_z_loss_coeff": moe.moe_z_loss_coeff or None,
         "moe_router_bias_update_rate": 0.0,  # `expert_bias` moves it
