@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 
 from miles.memory.amount import Part, number
+from miles.memory.fsdp import adapter_parameters
 from miles.memory.model import ModelShape
 from miles.memory.parameters import Parameters, layer_parameters, mtp_parameters
 from miles.memory.run import Run
@@ -105,6 +106,9 @@ def megatron_parts(run: Run, stage: int) -> tuple[list[Part], list[Part]]:
     frozen = 0
     if layers and not s.enable_mtp_training:
         frozen = own.total - rank_parameters(shape, layout, stage).total
+    if s.lora_rank:
+        adapters = adapter_parameters(shape, s.lora_rank) // (layout.tensor * layout.pipeline)
+        frozen = max(0, own.total - adapters)
     device = _trained("policy", run, layout, own, frozen)
     if run.has_critic:
         critic = dataclasses.replace(rank_parameters(dataclasses.replace(shape, tied=False), layout, stage), head=0)

@@ -206,6 +206,24 @@ def test_two_gpus_train_as_one_does(tmp_path: pathlib.Path, layout: dict[str, An
     assert_trained_alike(tmp_path, "one", "two")
 
 
+@needs_engine
+def test_adapters_are_trained_beside_both_kinds_of_layers(tmp_path: pathlib.Path) -> None:
+    model = write_model("Llama", tmp_path / "model")
+    adapted = {"lora_rank": 4, "lora_alpha": 8, "rollout_dtype": "bfloat16"}
+    recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    run_cases(
+        [
+            case("local", model, transformer_impl="local", **adapted),
+            case("engine", model, **adapted),
+            case("recomputed", model, **adapted, **recompute),
+        ],
+        tmp_path,
+        megatron=False,
+    )
+    assert_trained_alike(tmp_path, "local", "engine")
+    assert_trained_alike(tmp_path, "engine", "recomputed", tolerance=0.01)
+
+
 @needs_two
 @needs_engine
 @needs_deepep

@@ -452,7 +452,11 @@ def test_a_checkpoint_goes_on_in_another_layout(spread: pathlib.Path, name: str)
 
 @pytest.mark.slow
 def test_parts_of_layers_are_recomputed_to_the_same(more_results: pathlib.Path) -> None:
-    parts = {"replay": ["core_attn", "moe", "layernorm"], "dense": ["core_attn", "mlp"], "latent": ["moe", "mla_up_proj"]}
+    parts = {
+        "replay": ["core_attn", "moe", "layernorm"],
+        "dense": ["core_attn", "mlp"],
+        "latent": ["moe", "mla_up_proj"],
+    }
     cases = [
         case(f"parts-{base}", base, more_results, recompute_granularity="selective", recompute_modules=names)
         for base, names in parts.items()

@@ -85,7 +85,8 @@ def run_case(case: dict[str, Any], out: pathlib.Path) -> None:
     gathered = [export_changes(backend, last_rank_changes=changes) for changes in (False, True, False)]
     if dist.get_rank() == 0:
         save_file(weights, out / f"{name}.safetensors")
-        swaps = {"moved": moved, "moved_by_rank": by_rank, "parameters": parameter_names(backend)}
+        swaps: dict[str, Any] = {"moved": moved, "moved_by_rank": by_rank, "parameters": parameter_names(backend)}
+        swaps["base"] = None if backend.lora is None else backend.lora.base_checksum.hex()
         said = {"metrics": metrics, "layout": layout, "gathered": gathered, "total": sum(map(nbytes, weights.values()))}
         (out / f"{name}.json").write_text(json.dumps(said | swaps))
     backend.close()

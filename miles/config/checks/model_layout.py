@@ -40,6 +40,7 @@ def layout_faults(s: FlatSettings) -> Iterator[Fault]:
         yield from _expert_faults(s, model)
         yield from _mtp_faults(s, model)
         yield from _recomputation_faults(s, model)
+        yield from _adapter_faults(s, model)
 
 
 _SHAPE = (
@@ -157,6 +158,13 @@ def _recomputation_faults(s: FlatSettings, model: dict[str, Any]) -> Iterator[Fa
     ):
         problem = "the model has no multi-head latent attention"
         yield Fault("recompute_modules", "mla_up_proj", problem, "leave it out")
+
+
+def _adapter_faults(s: FlatSettings, model: dict[str, Any]) -> Iterator[Fault]:
+    for what, there in (("experts", expert_count(model)), ("multi-head latent attention", model.get("kv_lora_rank"))):
+        if s.lora_rank and there:
+            problem = f"train_backend = megatron adapts no layers of a model with {what}"
+            yield Fault("lora_rank", s.lora_rank, problem, "train all weights, or train with fsdp")
 
 
 def _family_faults(s: FlatSettings, model: dict[str, Any]) -> Iterator[Fault]:

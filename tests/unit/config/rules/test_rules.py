@@ -326,7 +326,23 @@ RULE_CASES: list[tuple[dict[str, Any], str]] = [
     ),
     ({"target_modules": "q_proj"}, "target_modules = q_proj, but it does nothing without lora_rank"),
     ({"lora_rank": 8, "lora_dropout": 0.1}, "lora_dropout = 0.1, but the engine has no dropout"),
-    ({"lora_rank": 8, "train_backend": "megatron"}, "lora_rank = 8, but train_backend = megatron trains no adapters"),
+    (
+        {"lora_rank": 8, "train_backend": "megatron", "lora_adapter_path": "a"},
+        "lora_adapter_path = a, but train_backend = megatron with lora_rank does not take it: its layers have one A",
+    ),
+    (
+        {"lora_rank": 8, "train_backend": "megatron", "target_modules": "q_proj"},
+        "target_modules = q_proj, but q_proj, k_proj, v_proj are one matrix in Megatron-Core",
+    ),
+    (
+        {
+            "lora_rank": 1,
+            "train_backend": "megatron",
+            "tensor_model_parallel_size": 2,
+            "actor_num_gpus_per_node": 2,
+        },
+        "lora_rank = 1, but tensor_model_parallel_size = 2 does not divide it",
+    ),
     (
         {"lora_rank": 8, "train_dtype": "float32", "rollout_dtype": "bfloat16"},
         "train_dtype = float32, but adapters are merged in the type that both sides compute in, and rollout_dtype =",

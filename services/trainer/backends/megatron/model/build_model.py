@@ -136,6 +136,10 @@ def _complete_and_load(bridge: Any, config: JobConfig, critic_from: str | None, 
             "TransformerEngine and set transformer_impl to transformer_engine, or use train_backend fsdp"
         )
     bridge.load_hf_weights(chunks, hf_path=critic_from)
+    if config.lora.lora_rank and critic_from is None:
+        from miles.services.trainer.backends.megatron.lora.adapter import attach
+
+        attach(config.lora, config.train.seed, chunks)
     return chunks
 
 

@@ -9,6 +9,7 @@ import torch
 
 from miles.config.checks.model_layout import shape_differences
 from miles.services.trainer.backends.megatron.learner import MegatronCritic, MegatronPolicy
+from miles.services.trainer.backends.megatron.lora.base_role import AdaptedBase
 from miles.services.trainer.backends.megatron.model.build_model import MegatronModel, build_model, wants_replay
 from miles.services.trainer.backends.megatron.model.expert_bias import ExpertBias
 from miles.services.trainer.backends.megatron.mtp.layers import MtpTraining
@@ -34,7 +35,7 @@ class MegatronRoles(Roles):
 
     policy: MegatronPolicy
     critic: MegatronCritic | None = None
-    reference: CopiedRole | None = None
+    reference: CopiedRole | AdaptedBase | None = None
     teacher: CopiedRole | None = None
     old_policies: OldPolicies | None = None
     routing: Routing | None = None
@@ -49,9 +50,8 @@ def build_roles(config: JobConfig, parallel: ParallelRank, device: torch.device)
     compute = algorithm_options.DTYPES[config.train.train_dtype]
     algorithm = config.algorithm
     model = build_model(config, parallel, compute)
-    reference = (
-        _weights_of(model, config, config.checkpoint.ref_load) if algorithm_options.needs_reference(config) else None
-    )
+    wants_reference, adapted = algorithm_options.needs_reference(config), config.lora.lora_rank > 0
+    reference = _weights_of(model, config, config.checkpoint.ref_load) if wants_reference and not adapted else None
     teacher_folder = algorithm_options.teacher_folder(config)
     teacher = None if teacher_folder is None else _weights_of(model, config, teacher_folder)
     routing = _routing(config, model, parallel, device)
@@ -75,10 +75,11 @@ def build_roles(config: JobConfig, parallel: ParallelRank, device: torch.device)
     old_policies = None
     if algorithm.keep_old_actor:
         old_policies = OldPolicies(model.parameters, policy.compute_log_probs, config.rollout.max_weight_staleness)
+    base = AdaptedBase(policy) if wants_reference and adapted else None
     return MegatronRoles(
         policy=policy,
         critic=_critic(config, parallel, compute, device) if algorithm_options.needs_critic(config) else None,
-        reference=None if reference is None else CopiedRole(reference, policy.compute_log_probs_unrouted),
+        reference=base if reference is None else CopiedRole(reference, policy.compute_log_probs_unrouted),
         teacher=None if teacher is None else CopiedRole(teacher, policy.compute_log_probs_unrouted),
         old_policies=old_policies,
         routing=routing,
