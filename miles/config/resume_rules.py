@@ -39,6 +39,7 @@ _BY_SECTION: Mapping[str, Effect] = {
     "architecture": Effect.FREE,
     "experts": Effect.FREE,
     "attention": Effect.FREE,
+    "moe": Effect.FREE,
     "optimizer": Effect.APPLIED,
     "weights": Effect.FREE,
     "checkpoint": Effect.FREE,
@@ -53,6 +54,7 @@ _BY_SETTING: Mapping[str, Effect] = {
     # What the tensors of a checkpoint are.
     "train_backend": Effect.REFUSED,
     "mtp_num_layers": Effect.REFUSED,
+    "moe_router_freeze_gate": Effect.REFUSED,
     # The order of groups.
     "prompt_data": Effect.NEW_DATA,
     "input_key": Effect.NEW_DATA,
@@ -62,8 +64,12 @@ _BY_SETTING: Mapping[str, Effect] = {
     "ref_load": Effect.APPLIED,
     "critic_load": Effect.APPLIED,
     "opd_teacher_load": Effect.APPLIED,
-    # Losses, in a section about layouts.
+    # Losses and other parts of the computation, in sections about layouts.
     "moe_aux_loss_coeff": Effect.APPLIED,
+    "moe_z_loss_coeff": Effect.APPLIED,
+    "moe_router_load_balancing_type": Effect.APPLIED,
+    "moe_router_bias_update_rate": Effect.APPLIED,
+    "moe_router_dtype": Effect.APPLIED,
     "enable_mtp_training": Effect.APPLIED,
     "mtp_loss_scaling_factor": Effect.APPLIED,
     # What is trained on, in a section about inspection.

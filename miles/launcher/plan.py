@@ -37,6 +37,7 @@ _SECTIONS_READ: Mapping[str, tuple[str, ...]] = {
         "lora",
         "megatron",
         "numerics",
+        "moe",
         "optimizer",
         "weights",
         "checkpoint",

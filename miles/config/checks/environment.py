@@ -18,6 +18,7 @@ from miles.checkpoint_folder import NoCheckpointError, newest, same_folder, to_l
 from miles.config.checks.architecture.compare import architecture_faults
 from miles.config.checks.dotted_path import why_not_importable
 from miles.config.checks.engine_model import engine_faults
+from miles.config.checks.expert_kernels import dispatcher_faults
 from miles.config.checks.gpus import gpu_faults
 from miles.config.checks.json_file import read_json_object
 from miles.config.checks.model_family import family_faults
@@ -310,6 +311,7 @@ _FILE_CHECKS: tuple[Rule, ...] = (
     family_faults,
     layout_faults,
     architecture_faults,
+    dispatcher_faults,
     engine_faults,
     _data_files,
     _checkpoint_to_load,

@@ -8,6 +8,7 @@ from miles.config.notes import checkpoints as checkpoints
 from miles.config.notes import debug as debug
 from miles.config.notes import effects as effects
 from miles.config.notes import evaluation as evaluation
+from miles.config.notes import megatron as megatron
 from miles.config.notes import statements as statements
 from miles.config.notes import trackers as trackers
 from miles.config.notes import trainer as trainer

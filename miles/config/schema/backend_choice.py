@@ -5,7 +5,7 @@ from __future__ import annotations
 from miles.config.schema.catalog import catalog
 from miles.config.schema.flat_settings import FlatSettings
 
-MEGATRON_ALONE = ("megatron", "numerics")
+MEGATRON_ALONE = ("megatron", "moe", "numerics")
 """Sections of settings that only Megatron has. One that states what is so anyway is accepted by any trainer."""
 MEGATRON_SAYS = ("architecture", "experts", "attention")
 """Sections that only scripts for Megatron have, though any trainer accepts them."""

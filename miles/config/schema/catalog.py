@@ -38,6 +38,7 @@ from miles.config.sections.fault_tolerance import FaultToleranceConfig
 from miles.config.sections.gateway import GatewayConfig
 from miles.config.sections.lora import LoraConfig
 from miles.config.sections.megatron import MegatronConfig
+from miles.config.sections.moe import MoeConfig
 from miles.config.sections.numerics import NumericsConfig
 from miles.config.sections.optimizer import OptimizerConfig
 from miles.config.sections.policy_loss import PolicyLossConfig
@@ -65,6 +66,7 @@ SECTIONS: Mapping[str, type[Section]] = {
     "architecture": ArchitectureConfig,
     "experts": ExpertsConfig,
     "attention": AttentionConfig,
+    "moe": MoeConfig,
     "optimizer": OptimizerConfig,
     "weights": WeightsConfig,
     "checkpoint": CheckpointConfig,

@@ -148,3 +148,23 @@ def test_settings_that_change_nothing_are_noted() -> None:
     given = {"megatron_to_hf_mode": "bridge", "skip_actor_forward_only": True, "balance_data": True, "finetune": True}
     found = notes(examine({**MINIMAL, **given, "ref_load": "x", "train_backend": "megatron"}).settings)
     assert {note.field for note in found} == {*given, "ref_load"}
+
+
+def test_kernels_that_this_device_does_not_have_are_noted() -> None:
+    kernels = {"moe_grouped_gemm": True, "moe_permute_fusion": True, "attention_backend": "flash"}
+    found = notes(examine({**MINIMAL, "device": "cpu", "train_backend": "megatron", **kernels}).settings)
+    assert [note.field for note in found] == list(kernels)
+    assert str(found[0]) == (
+        "moe_grouped_gemm = true: it changes nothing here: it needs TransformerEngine, and device is cpu; layers "
+        "without it compute one expert after the other"
+    )
+    assert notes(examine({**MINIMAL, "device": "cuda", "train_backend": "megatron", **kernels}).settings) == []
+
+
+def test_a_policy_and_a_loss_that_do_nothing_are_noted() -> None:
+    nothing = {"moe_token_drop_policy": "probs", "moe_router_load_balancing_type": "seq_aux_loss"}
+    found = notes(examine({**MINIMAL, "train_backend": "megatron", **nothing}).settings)
+    assert [str(note) for note in found] == [
+        "moe_token_drop_policy = probs: it changes nothing: experts have no capacity, so no token is dropped",
+        "moe_router_load_balancing_type = seq_aux_loss: it changes nothing: moe_aux_loss_coeff is 0",
+    ]

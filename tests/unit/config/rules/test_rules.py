@@ -288,6 +288,20 @@ RULE_CASES: list[tuple[dict[str, Any], str]] = [
         "num_virtual_stages_per_pipeline_rank = 2, but pipeline_model_parallel_size = 1 has no stages to cut",
     ),
     (
+        {"train_backend": "megatron", "decoder_last_pipeline_num_layers": 2},
+        "decoder_last_pipeline_num_layers = 2, but pipeline_model_parallel_size = 1 has no stages to cut",
+    ),
+    (
+        {
+            "train_backend": "megatron",
+            "pipeline_model_parallel_size": 2,
+            "actor_num_gpus_per_node": 2,
+            "decoder_last_pipeline_num_layers": 2,
+            "account_for_loss_in_pipeline_split": True,
+        },
+        "account_for_loss_in_pipeline_split = true, but decoder_last_pipeline_num_layers splits the layers in another",
+    ),
+    (
         {"train_backend": "megatron", "overlap_param_gather": True},
         "overlap_param_gather = true, but it works with use_distributed_optimizer and overlap_grad_reduce alone",
     ),
@@ -297,7 +311,71 @@ RULE_CASES: list[tuple[dict[str, Any], str]] = [
             "moe_token_dispatcher_type": "allgather",
             "pipeline_model_parallel_size": 2,
         },
-        "moe_token_dispatcher_type = allgather, but micro-batches of changing length go through pipeline stages with",
+        "moe_token_dispatcher_type = allgather, but pipeline stages and expert-parallel ranks have micro-batches of",
+    ),
+    *(
+        ({"train_backend": "megatron", **changes}, message)
+        for changes, message in (
+            (
+                {"moe_router_load_balancing_type": "sinkhorn"},
+                "moe_router_load_balancing_type = sinkhorn, but it chooses other experts than the engine",
+            ),
+            (
+                {"moe_router_load_balancing_type": "seq_aux_loss", "moe_aux_loss_coeff": 0.01},
+                "moe_router_load_balancing_type = seq_aux_loss, but samples are packed",
+            ),
+            (
+                {"moe_router_load_balancing_type": "none", "moe_aux_loss_coeff": 0.01},
+                "moe_router_load_balancing_type = none, but the type none has no loss",
+            ),
+            (
+                {"moe_router_bias_update_rate": 0.1, "freeze_e_score_correction_bias": True},
+                "freeze_e_score_correction_bias = true, but moe_router_bias_update_rate moves it",
+            ),
+            ({"moe_expert_capacity_factor": 1.0}, "moe_expert_capacity_factor = 1.0, but engines drop no tokens"),
+            (
+                {"moe_pad_expert_input_to_capacity": True},
+                "moe_pad_expert_input_to_capacity = true, but experts have no capacity",
+            ),
+            ({"moe_input_jitter_eps": 0.1}, "moe_input_jitter_eps = 0.1, but old and new log-probabilities"),
+            (
+                {"moe_router_fusion": True, "use_routing_replay": True},
+                "moe_router_fusion = true, but fused kernels choose experts before use_routing_replay could",
+            ),
+            (
+                {"moe_token_dispatcher_type": "flex"},
+                "moe_token_dispatcher_type = flex, but expert_tensor_parallel_size × expert_model_parallel_size = 1",
+            ),
+            (
+                {
+                    "moe_token_dispatcher_type": "flex",
+                    "moe_router_dtype": "fp64",
+                    "actor_num_gpus_per_node": 2,
+                    "expert_model_parallel_size": 2,
+                },
+                "moe_router_dtype = fp64, but the kernels of flex send weights in float32",
+            ),
+            (
+                {"moe_token_dispatcher_type": "allgather", "moe_shared_expert_overlap": True},
+                "moe_shared_expert_overlap = true, but allgather leaves no time",
+            ),
+            (
+                {"moe_enable_deepep": True},
+                "moe_enable_deepep = true, but moe_token_dispatcher_type = alltoall does not use it",
+            ),
+            (
+                {"moe_flex_dispatcher_backend": "hybridep"},
+                "moe_flex_dispatcher_backend = hybridep, but moe_token_dispatcher_type = alltoall has no such kernels",
+            ),
+            (
+                {
+                    "moe_shared_expert_overlap": True,
+                    "recompute_granularity": "selective",
+                    "recompute_modules": ["shared_experts"],
+                },
+                "moe_shared_expert_overlap = true, but recompute_modules has shared_experts",
+            ),
+        )
     ),
     (
         {"train_backend": "megatron", "enable_mtp_training": True},
@@ -322,12 +400,49 @@ RULE_CASES: list[tuple[dict[str, Any], str]] = [
         "recompute_num_layers is not set, and recompute_granularity = full needs it",
     ),
     (
+        {"train_backend": "megatron", "recompute_modules": ["moe"]},
+        "recompute_modules = moe, but it does nothing without recompute_granularity = selective",
+    ),
+    (
+        {"train_backend": "megatron", "recompute_granularity": "selective", "recompute_modules": ["attn"]},
+        "recompute_modules = attn, but it is no part of a layer; choose of core_attn, layernorm",
+    ),
+    (
+        {
+            "train_backend": "megatron",
+            "recompute_granularity": "selective",
+            "recompute_modules": ["moe_act"],
+            "moe_grouped_gemm": False,
+        },
+        "recompute_modules = moe_act, but it is a part of grouped experts, and moe_grouped_gemm is off",
+    ),
+    (
+        {"train_backend": "megatron", "cuda_graph_impl": "local"},
+        "cuda_graph_impl = local, but a CUDA graph has fixed shapes, and micro-batches differ in length; leave it out",
+    ),
+    (
         {"train_backend": "megatron", "transformer_impl": "transformer_engine", "device": "cpu"},
         "transformer_impl = transformer_engine, but TransformerEngine needs a GPU; set it to local or auto",
     ),
     ({"target_modules": "q_proj"}, "target_modules = q_proj, but it does nothing without lora_rank"),
     ({"lora_rank": 8, "lora_dropout": 0.1}, "lora_dropout = 0.1, but the engine has no dropout"),
-    ({"lora_rank": 8, "train_backend": "megatron"}, "lora_rank = 8, but train_backend = megatron trains no adapters"),
+    (
+        {"lora_rank": 8, "train_backend": "megatron", "lora_adapter_path": "a"},
+        "lora_adapter_path = a, but train_backend = megatron with lora_rank does not take it: its layers have one A",
+    ),
+    (
+        {"lora_rank": 8, "train_backend": "megatron", "target_modules": "q_proj"},
+        "target_modules = q_proj, but q_proj, k_proj, v_proj are one matrix in Megatron-Core",
+    ),
+    (
+        {
+            "lora_rank": 1,
+            "train_backend": "megatron",
+            "tensor_model_parallel_size": 2,
+            "actor_num_gpus_per_node": 2,
+        },
+        "lora_rank = 1, but tensor_model_parallel_size = 2 does not divide it",
+    ),
     (
         {"lora_rank": 8, "train_dtype": "float32", "rollout_dtype": "bfloat16"},
         "train_dtype = float32, but adapters are merged in the type that both sides compute in, and rollout_dtype =",

@@ -30,7 +30,12 @@ OWN = """--name --run-dir --device --host --redis-url --controller-port --weight
     --dro-beta --echo-loss-coef --gdpo-rewards"""
 
 MEGATRON = """--main-grads-dtype --main-params-dtype --exp-avg-dtype --exp-avg-sq-dtype --optimizer-offload-fraction
-    --gradient-accumulation-fusion --ckpt-format --auto-detect-ckpt-format"""
+    --gradient-accumulation-fusion --ckpt-format --auto-detect-ckpt-format
+    --num-layers-per-virtual-pipeline-stage --account-for-embedding-in-pipeline-split
+    --account-for-loss-in-pipeline-split --pipeline-model-parallel-layout --cross-entropy-loss-fusion
+    --overlap-moe-expert-parallel-comm --delay-wgrad-compute --enable-cuda-graph --external-cuda-graph
+    --cuda-graph-impl --moe-shared-expert-overlap --moe-router-fusion --moe-z-loss-coeff
+    --moe-expert-capacity-factor --moe-pad-expert-input-to-capacity --moe-input-jitter-eps"""
 """Megatron-LM's own flags that no script passes, so that the table has no row of them."""
 
 MEGATRON_NUMERICS = """--bf16 --accumulate-allreduce-grads-in-fp32 --hidden-dropout --attention-dropout
