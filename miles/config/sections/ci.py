@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from miles.config.schema.section import Ignored, Metavar, Section
+from miles.config.schema.section import Ignored, Section
 
 _NOTHING = "a run has no checks of a test suite in it; compare its metrics instead"
 
 
 class CiConfig(Section):
-    """Checks that test suites of other systems turn on in a run. None is made here: tests look at metrics, logs and
-    checkpoints."""
+    """Checks that test suites of slime and miles turn on inside a run, and that are not made here."""
 
     ci_test: Annotated[bool | None, Ignored(_NOTHING)] = None
     """Make the checks of the test suite."""
@@ -24,16 +23,6 @@ class CiConfig(Section):
 
     ci_disable_weight_update_checker: Annotated[bool | None, Ignored(_NOTHING)] = None
     """Leave out the check that engines hold the trainer's weights."""
-
-    ci_save_grad_norm: Annotated[
-        str | None, Metavar("FILE"), Ignored("train/grad_norm is in every run's metrics.jsonl; no file is written")
-    ] = None
-    """Write the norm of each gradient to files."""
-
-    ci_load_grad_norm: Annotated[
-        str | None, Metavar("FILE"), Ignored("train/grad_norm is compared with no file; it is in metrics.jsonl")
-    ] = None
-    """Compare the norm of each gradient with those of such files."""
 
     ci_metric_checker_key: Annotated[str | None, Ignored("no metric makes a run fail; it is in metrics.jsonl")] = None
     """Metric of an evaluation that has to reach ci_metric_checker_threshold."""

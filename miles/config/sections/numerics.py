@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated
 
 from miles.config.schema.section import Ignored, Negated, NonNegative, Positive, Section, States
 
@@ -26,11 +26,6 @@ class NumericsConfig(Section):
         float | None, States(0.0, "nothing is dropped, so that trainer and engine compute the same function")
     ] = None
     """Dropout of attention."""
-
-    moe_router_dtype: Annotated[
-        Literal["fp32", "fp64"] | None, States("fp32", "routers of mixture-of-experts layers compute in float32")
-    ] = None
-    """Type in which routers compute."""
 
     apply_rope_fusion: Annotated[bool, Negated("--no-rope-fusion")] = True
     """Use the fused kernel of rotary positions, where layers are TransformerEngine's and have one."""

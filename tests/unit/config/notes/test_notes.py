@@ -35,13 +35,6 @@ NOTED: list[tuple[dict[str, Any], list[str]]] = [
         ],
     ),
     (
-        {"ci_load_grad_norm": "norms.pt"},
-        [
-            "ci_load_grad_norm = norms.pt: it changes nothing: train/grad_norm is compared with no file; it is in "
-            "metrics.jsonl"
-        ],
-    ),
-    (
         {"spec": ["miles_plugins.models.glm4", "get_glm_spec"]},
         [
             'spec = ["miles_plugins.models.glm4", "get_glm_spec"]: layers are built as the model\'s config.json says, '

@@ -33,7 +33,7 @@ MEGATRON = """--tensor-model-parallel-size --pipeline-model-parallel-size --num-
     --recompute-modules --attention-softmax-in-fp32"""
 
 MEGATRON_NUMERICS = """--bf16 --accumulate-allreduce-grads-in-fp32 --hidden-dropout --attention-dropout
-    --moe-router-dtype --no-rope-fusion --no-bias-swiglu-fusion --no-bias-dropout-fusion --no-masked-softmax-fusion
+    --no-rope-fusion --no-bias-swiglu-fusion --no-bias-dropout-fusion --no-masked-softmax-fusion
     --use-flash-attn --cp-comm-type --enable-experimental --no-check-for-nan-in-loss-and-grad --seq-length
     --ref-micro-batch-size"""
 

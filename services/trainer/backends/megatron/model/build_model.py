@@ -178,7 +178,7 @@ def _configure(provider: Any, config: JobConfig, parallel: ParallelRank, compute
     if layout.num_virtual_stages_per_pipeline_rank:
         values |= {"overlap_p2p_comm": True, "batch_p2p_comm": False}
     if with_engine:
-        values |= _fused_kernels(provider) | _unwanted_kernels(config.numerics)
+        values |= _fused_kernels(provider) | unwanted_kernels(config.numerics)
     else:
         if getattr(provider, "multi_latent_attention", False) and layout.tensor_model_parallel_size > 1:
             raise ValueError("multi-head latent attention needs TransformerEngine for tensor_model_parallel_size > 1")
@@ -224,7 +224,7 @@ def _fused_kernels(provider: Any) -> dict[str, bool]:
     return fused
 
 
-def _unwanted_kernels(numerics: NumericsConfig) -> dict[str, bool]:
+def unwanted_kernels(numerics: NumericsConfig) -> dict[str, bool]:
     """Settings of fused kernels that the configuration turns off."""
     wanted = {
         "apply_rope_fusion": numerics.apply_rope_fusion,
