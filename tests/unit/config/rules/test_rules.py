@@ -43,6 +43,7 @@ RULE_CASES: list[tuple[dict[str, Any], str]] = [
         {"use_tis": True, "tis_threshold": 0.9, "tis_clip": 2.5},
         "tis_threshold = 0.9, but tis_clip = 2.5 says otherwise; leave one of them out",
     ),
+    ({"tis_threshold": 0.9}, "tis_threshold = 0.9, but it only goes with use_tis or use_icepop, without use_mis"),
     ({"bf16": True, "fp16": True}, "bf16 = true, but train_dtype = float16 says otherwise"),
     ({"chaos_interval_s": 3.0}, "chaos_interval_s = 3.0, but there is no drill without chaos"),
     (
