@@ -239,6 +239,9 @@ def _staleness(s: FlatSettings) -> list[Fault]:
     if not s.given("max_weight_staleness"):
         batches = -(-(s.over_sampling_batch_size or 1) // s.rollout_batch_size)
         s.fill("max_weight_staleness", max(batches, s.update_weights_interval, 2 if s.partial_rollout else 1) - 1)
+    if s.max_weight_staleness == 0 and s.keep_old_actor:
+        why = "with max_weight_staleness = 0 every response is of the version that is trained, and no other is kept"
+        s.replace("keep_old_actor", False, why)
     return []
 
 

@@ -54,7 +54,7 @@ class NumericsConfig(Section):
     """Cut sequences into one chunk for each context-parallel rank."""
 
     enable_experimental: Annotated[
-        bool | None, Ignored("it permits features of Megatron-Core, and none is on that needs permission")
+        bool | None, Ignored("features of Megatron-Core that need permission are not used")
     ] = None
     """Permit experimental features of Megatron-Core."""
 

@@ -88,6 +88,13 @@ NOTED: list[tuple[dict[str, Any], list[str]]] = [
         ["rollout_num_gpus = 4: colocate runs engines on the trainer's 2 GPUs"],
     ),
     (
+        {"keep_old_actor": True},
+        [
+            "keep_old_actor = true: with max_weight_staleness = 0 every response is of the version that is trained, and "
+            "no other is kept"
+        ],
+    ),
+    (
         {"update_weight_transfer_mode": "p2p"},
         [
             "update_weight_transfer_mode = p2p: there is no transport by Mooncake; auto takes the fastest one that the "

@@ -268,7 +268,7 @@ RULE_CASES: list[tuple[dict[str, Any], str]] = [
     ({"kl_loss_coef": 0.1}, "kl_loss_coef = 0.1, but it does nothing without use_kl_loss"),
     ({"ref_update_interval": 3}, "ref_update_interval = 3, but there is no reference"),
     ({"gamma": 0.9}, "gamma = 0.9, but grpo does not discount"),
-    ({"keep_old_actor": True}, "keep_old_actor = true, but with max_weight_staleness = 0 every response"),
+    ({"partial_rollout": True, "max_weight_staleness": 0}, "partial_rollout = true, but with max_weight_staleness = 0"),
     (
         {"keep_old_actor": True, "max_weight_staleness": 1, "use_rollout_logprobs": True},
         "keep_old_actor = true, but use_rollout_logprobs already",
