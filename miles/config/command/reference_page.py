@@ -30,8 +30,8 @@ and the nearest known one is suggested.
 - `--no-…` leaves out a setting that has a value, whatever a file says: `--no-rm-type`, `--no-save`.
 - A JSON setting takes a quoted JSON object; in a file it is a mapping.
 - `--flag=value` allows a value that begins with two dashes.
-- `null` in a file or body is the same as leaving the setting out, also where an earlier file has a value. So is the text
-  None, of a flag too, for a setting that has no value by default.
+- `null` in a file or body is the same as leaving the setting out, also where an earlier file has a value. So is the
+  text None, of a flag too, for a setting that has no value by default.
 - Whole numbers may be written as 1000, 1_000 or 1e3; `4k` is refused. `~` and `$NAME` in paths are expanded by a shell
   alone, and refused here.
 
