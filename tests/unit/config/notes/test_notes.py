@@ -90,8 +90,8 @@ NOTED: list[tuple[dict[str, Any], list[str]]] = [
     (
         {"keep_old_actor": True},
         [
-            "keep_old_actor = true: with max_weight_staleness = 0 every response is of the version that is trained, and "
-            "no other is kept"
+            "keep_old_actor = true: with max_weight_staleness = 0 every response is of the version that is trained, "
+            "and no other is kept"
         ],
     ),
     (
