@@ -88,6 +88,14 @@ NOTED: list[tuple[dict[str, Any], list[str]]] = [
         ["rollout_num_gpus = 4: colocate runs engines on the trainer's 2 GPUs"],
     ),
     (
+        {"attention_backend": "flash", "transformer_impl": "local", **MEGATRON},
+        ["attention_backend = flash: with transformer_impl = local layers have PyTorch's kernels anyway"],
+    ),
+    (
+        {"apply_rope_fusion": False, "device": "cpu", **MEGATRON},
+        ["apply_rope_fusion = false: with device = cpu layers have PyTorch's kernels anyway"],
+    ),
+    (
         {"keep_old_actor": True},
         [
             "keep_old_actor = true: with max_weight_staleness = 0 every response is of the version that is trained, "
