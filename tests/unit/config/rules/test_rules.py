@@ -44,6 +44,15 @@ RULE_CASES: list[tuple[dict[str, Any], str]] = [
         "tis_threshold = 0.9, but tis_clip = 2.5 says otherwise; leave one of them out",
     ),
     ({"tis_threshold": 0.9}, "tis_threshold = 0.9, but it only goes with use_tis or use_icepop, without use_mis"),
+    (
+        {"hidden_dropout": 0.1},
+        "hidden_dropout = 0.1, but nothing is dropped, so that trainer and engine compute the same",
+    ),
+    ({"true_on_policy_mode": True}, "true_on_policy_mode = true, but kernels of trainer and engine are not the same"),
+    (
+        {"recompute_logprobs_via_prefill": True},
+        "recompute_logprobs_via_prefill = true, but log-probabilities are those",
+    ),
     ({"bf16": True, "fp16": True}, "bf16 = true, but train_dtype = float16 says otherwise"),
     ({"chaos_interval_s": 3.0}, "chaos_interval_s = 3.0, but there is no drill without chaos"),
     (
