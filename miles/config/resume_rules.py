@@ -44,7 +44,6 @@ _BY_SECTION: Mapping[str, Effect] = {
     "telemetry": Effect.FREE,
     "gateway": Effect.FREE,
     "tls": Effect.FREE,
-    "ci": Effect.FREE,
 }
 _BY_SETTING: Mapping[str, Effect] = {
     # What the tensors of a checkpoint are.

@@ -132,14 +132,14 @@ def test_dry_run_says_which_backends_were_chosen_and_what_changes_nothing(
     files: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     flags = [*to_command_line(MINIMAL), "--train-dtype", "float32", "--device", "cpu"]
-    assert cli.main(["config", "show", "--dry-run", *flags, "--gradient-checkpointing", "--seq-length", "4096"]) == 0
+    assert cli.main(["config", "show", "--dry-run", *flags, "--gradient-checkpointing", "--enable-experimental"]) == 0
     described = yaml.safe_load(capsys.readouterr().out)
     assert described["chosen here"] == [
         "train_backend = fsdp: only fsdp has gradient_checkpointing",
         "rollout_backend = torch: the device is a CPU",
     ]
     assert described["accepted with a note"] == [
-        "seq_length = 4096: it changes nothing: micro-batches are as long as their samples"
+        "enable_experimental = true: it changes nothing: features of Megatron-Core that need permission are not used"
     ]
     assert cli.main(["config", "show", "--dry-run", *flags, "--train-backend=fsdp", "--rollout-backend=torch"]) == 0
     assert "chosen here" not in yaml.safe_load(capsys.readouterr().out)

@@ -24,8 +24,11 @@ NOTED: list[tuple[dict[str, Any], list[str]]] = [
         ["attention_softmax_in_fp32 = true: it changes nothing: the softmax of attention is computed in float32"],
     ),
     (
-        {"seq_length": 4096},
-        ["seq_length = 4096: it changes nothing: micro-batches are as long as their samples"],
+        {"ref_micro_batch_size": 8},
+        [
+            "ref_micro_batch_size = 8: it changes nothing: the reference computes the policy's micro-batches, with the "
+            "same result"
+        ],
     ),
     (
         {"check_for_nan_in_loss_and_grad": False},

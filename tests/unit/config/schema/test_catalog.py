@@ -34,7 +34,7 @@ MEGATRON = """--tensor-model-parallel-size --pipeline-model-parallel-size --num-
 
 MEGATRON_NUMERICS = """--bf16 --accumulate-allreduce-grads-in-fp32 --hidden-dropout --attention-dropout
     --no-rope-fusion --no-bias-swiglu-fusion --no-bias-dropout-fusion --no-masked-softmax-fusion
-    --use-flash-attn --cp-comm-type --enable-experimental --no-check-for-nan-in-loss-and-grad --seq-length
+    --use-flash-attn --cp-comm-type --enable-experimental --no-check-for-nan-in-loss-and-grad
     --ref-micro-batch-size"""
 
 MEGATRON_MODELS = """--num-layers --hidden-size --ffn-hidden-size --num-attention-heads --group-query-attention
