@@ -26,7 +26,6 @@ from miles.config.sections.algorithm import AlgorithmConfig
 from miles.config.sections.architecture import ArchitectureConfig
 from miles.config.sections.attention import AttentionConfig
 from miles.config.sections.checkpoint import CheckpointConfig
-from miles.config.sections.ci import CiConfig
 from miles.config.sections.cluster import ClusterConfig
 from miles.config.sections.data import DataConfig
 from miles.config.sections.debug import DebugConfig
@@ -83,7 +82,6 @@ class JobConfig(BaseModel):
     fault_tolerance: FaultToleranceConfig
     gateway: GatewayConfig
     tls: TlsConfig
-    ci: CiConfig
 
     @classmethod
     def from_flat(cls, flat: Mapping[str, Any]) -> Self:

@@ -48,7 +48,6 @@ _BY_SECTION: Mapping[str, Effect] = {
     "fault_tolerance": Effect.FREE,
     "gateway": Effect.FREE,
     "tls": Effect.FREE,
-    "ci": Effect.FREE,
 }
 _BY_SETTING: Mapping[str, Effect] = {
     # What the tensors of a checkpoint are.

@@ -59,6 +59,16 @@ def nothing_is_split(s: FlatSettings) -> Iterator[Note]:
 
 
 @noted
+def kernels_are_those_of_transformer_engine(s: FlatSettings) -> Iterator[Note]:
+    if s.train_backend != "megatron" or not (s.transformer_impl == "local" or s.device == "cpu"):
+        return
+    where = "transformer_impl = local" if s.transformer_impl == "local" else "device = cpu"
+    for key in ("attention_backend", "apply_rope_fusion", "bias_swiglu_fusion", "bias_dropout_fusion"):
+        if s.given(key) and getattr(s, key) != catalog()[key].default:
+            yield Note(key, getattr(s, key), f"with {where} layers have PyTorch's kernels anyway")
+
+
+@noted
 def the_policy_stays_as_it_is(s: FlatSettings) -> Iterator[Note]:
     if s.advantage_estimator == "ppo" and s.num_rollout and s.num_critic_only_steps >= s.num_rollout:
         why = f"num_rollout = {s.num_rollout} leaves none to train the policy on: only the critic is trained"

@@ -220,7 +220,7 @@ def bounds_belong_to_a_correction(s: FlatSettings) -> Iterator[Fault]:
     ):
         for key in keys if not used else ():
             if getattr(s, key) != defaults[key]:
-                name = "tis_threshold" if key == "tis_clip" and not s.given("tis_clip") else key
+                name = "tis_threshold" if key == "tis_clip" and s.tis_threshold is not None else key
                 yield Fault(name, getattr(s, key), f"it only goes with {switch}", "turn that on, or leave it out")
 
 

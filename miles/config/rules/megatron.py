@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from miles.config.rules.registry import needs, rule
-from miles.config.schema.backend_choice import MEGATRON_ALONE, asks_for_megatron
+from miles.config.schema.backend_choice import MEGATRON_SECTIONS, asks_for_megatron
 from miles.config.schema.catalog import catalog
 from miles.config.schema.faults import Fault
 from miles.config.schema.flat_settings import FlatSettings
@@ -30,7 +30,7 @@ def settings_belong_to_the_backend(s: FlatSettings) -> Iterator[Fault]:
                 yield Fault(key, value, "train_backend = megatron does not have it", remedy)
         return
     for key, entry in catalog().items():
-        if entry.section in MEGATRON_ALONE and asks_for_megatron(s, key):
+        if entry.section in MEGATRON_SECTIONS and asks_for_megatron(s, key):
             problem = f"train_backend = {s.train_backend} does not have it"
             other = "set fsdp_cpu_offload instead" if key in _OFFLOADING else "leave it out"
             yield Fault(key, getattr(s, key), problem, f"set train_backend to megatron, or {other}")

@@ -28,7 +28,6 @@ from miles.config.sections.algorithm import AlgorithmConfig
 from miles.config.sections.architecture import ArchitectureConfig
 from miles.config.sections.attention import AttentionConfig
 from miles.config.sections.checkpoint import CheckpointConfig
-from miles.config.sections.ci import CiConfig
 from miles.config.sections.cluster import ClusterConfig
 from miles.config.sections.data import DataConfig
 from miles.config.sections.debug import DebugConfig
@@ -75,7 +74,6 @@ SECTIONS: Mapping[str, type[Section]] = {
     "fault_tolerance": FaultToleranceConfig,
     "gateway": GatewayConfig,
     "tls": TlsConfig,
-    "ci": CiConfig,
 }
 """Sections by their names in `JobConfig`, in the order of the reference page."""
 

@@ -281,6 +281,9 @@ def _models(s: FlatSettings) -> list[Fault]:
 def _staleness(s: FlatSettings) -> list[Fault]:
     if not s.given("max_weight_staleness"):
         s.fill("max_weight_staleness", needed_staleness(s))
+    if s.max_weight_staleness == 0 and s.keep_old_actor:
+        why = "with max_weight_staleness = 0 every response is of the version that is trained, and no other is kept"
+        s.replace("keep_old_actor", False, why)
     return []
 
 

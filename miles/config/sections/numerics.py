@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from miles.config.schema.section import Ignored, Negated, NonNegative, Positive, Section, States
-
-_PADDING = "micro-batches are padded only as far as the layout needs"
+from miles.config.schema.section import Ignored, Negated, Positive, Section, States
 
 
 class NumericsConfig(Section):
@@ -54,7 +52,7 @@ class NumericsConfig(Section):
     """Cut sequences into one chunk for each context-parallel rank."""
 
     enable_experimental: Annotated[
-        bool | None, Ignored("it permits features of Megatron-Core, and none is on that needs permission")
+        bool | None, Ignored("features of Megatron-Core that need permission are not used")
     ] = None
     """Permit experimental features of Megatron-Core."""
 
@@ -64,17 +62,6 @@ class NumericsConfig(Section):
         Ignored("the norm of the gradient, which is computed anyway, is always checked before a step"),
     ] = None
     """Check that losses and gradients are numbers."""
-
-    seq_length: Annotated[Positive | None, Ignored("micro-batches are as long as their samples")] = None
-    """Length of sequences."""
-
-    data_pad_size_multiplier: Annotated[Positive | None, Ignored(_PADDING)] = None
-    """What the rows of a micro-batch are padded to a multiple of, times the tensor-parallel size."""
-
-    train_memory_margin_bytes: Annotated[
-        NonNegative | None, Ignored("offload_train moves the trainer's own tensors, and leaves the rest of a GPU alone")
-    ] = None
-    """Memory of a GPU that an allocator keeps free."""
 
     ref_micro_batch_size: Annotated[
         Positive | None, Ignored("the reference computes the policy's micro-batches, with the same result")

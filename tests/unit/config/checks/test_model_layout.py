@@ -144,6 +144,22 @@ def test_a_name_of_the_models_family_fits_it(tmp_path: pathlib.Path, name: str |
     assert faults(tmp_path, {**EXPERTS, "model_type": "qwen3_moe"}, model_name=name) == []
 
 
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("deepseekv4", "deepseek_v4"),
+        ("kimi_k25", "kimi_k25"),
+        ("kimi_k2", "deepseek_v3"),
+        ("moonlight", "deepseek_v3"),
+        ("minimax_m2", "minimax_m2"),
+        ("glm4moe", "glm4_moe"),
+        ("mimo", "qwen2"),
+    ],
+)
+def test_names_that_scripts_pass_fit_the_types_of_their_models(tmp_path: pathlib.Path, name: str, kind: str) -> None:
+    assert faults(tmp_path, {**EXPERTS, "model_type": kind}, model_name=name) == []
+
+
 def test_a_name_of_another_family_is_refused(tmp_path: pathlib.Path) -> None:
     (fault,) = faults(tmp_path, {**EXPERTS, "model_type": "qwen3_moe"}, model_name="deepseekv3")
     assert fault.startswith("model_name = deepseekv3, but hf_checkpoint ")

@@ -24,8 +24,11 @@ NOTED: list[tuple[dict[str, Any], list[str]]] = [
         ["attention_softmax_in_fp32 = true: it changes nothing: the softmax of attention is computed in float32"],
     ),
     (
-        {"seq_length": 4096},
-        ["seq_length = 4096: it changes nothing: micro-batches are as long as their samples"],
+        {"ref_micro_batch_size": 8},
+        [
+            "ref_micro_batch_size = 8: it changes nothing: the reference computes the policy's micro-batches, with the "
+            "same result"
+        ],
     ),
     (
         {"check_for_nan_in_loss_and_grad": False},
@@ -86,6 +89,21 @@ NOTED: list[tuple[dict[str, Any], list[str]]] = [
     (
         {**ON_A_GPU, "rollout_num_gpus": 4, "actor_num_gpus_per_node": 2},
         ["rollout_num_gpus = 4: colocate runs engines on the trainer's 2 GPUs"],
+    ),
+    (
+        {"attention_backend": "flash", "transformer_impl": "local", **MEGATRON},
+        ["attention_backend = flash: with transformer_impl = local layers have PyTorch's kernels anyway"],
+    ),
+    (
+        {"apply_rope_fusion": False, "device": "cpu", **MEGATRON},
+        ["apply_rope_fusion = false: with device = cpu layers have PyTorch's kernels anyway"],
+    ),
+    (
+        {"keep_old_actor": True},
+        [
+            "keep_old_actor = true: with max_weight_staleness = 0 every response is of the version that is trained, "
+            "and no other is kept"
+        ],
     ),
     (
         {"update_weight_transfer_mode": "p2p"},

@@ -48,6 +48,15 @@ RULE_CASES: list[tuple[dict[str, Any], str]] = [
         "tis_threshold = 0.9, but tis_clip = 2.5 says otherwise; leave one of them out",
     ),
     ({"tis_threshold": 0.9}, "tis_threshold = 0.9, but it only goes with use_tis or use_icepop, without use_mis"),
+    (
+        {"hidden_dropout": 0.1},
+        "hidden_dropout = 0.1, but nothing is dropped, so that trainer and engine compute the same",
+    ),
+    ({"true_on_policy_mode": True}, "true_on_policy_mode = true, but kernels of trainer and engine are not the same"),
+    (
+        {"recompute_logprobs_via_prefill": True},
+        "recompute_logprobs_via_prefill = true, but log-probabilities are those",
+    ),
     ({"bf16": True, "fp16": True}, "bf16 = true, but train_dtype = float16 says otherwise"),
     (
         {"optimizer_cpu_offload": True, "train_backend": "fsdp"},
@@ -489,7 +498,7 @@ RULE_CASES: list[tuple[dict[str, Any], str]] = [
     ({"kl_loss_coef": 0.1}, "kl_loss_coef = 0.1, but it does nothing without use_kl_loss"),
     ({"ref_update_interval": 3}, "ref_update_interval = 3, but there is no reference"),
     ({"gamma": 0.9}, "gamma = 0.9, but grpo does not discount"),
-    ({"keep_old_actor": True}, "keep_old_actor = true, but with max_weight_staleness = 0 every response"),
+    ({"partial_rollout": True, "max_weight_staleness": 0}, "partial_rollout = true, but with max_weight_staleness = 0"),
     (
         {"keep_old_actor": True, "max_weight_staleness": 1, "use_rollout_logprobs": True},
         "keep_old_actor = true, but use_rollout_logprobs already",

@@ -39,8 +39,8 @@ MEGATRON = """--main-grads-dtype --main-params-dtype --exp-avg-dtype --exp-avg-s
 """Megatron-LM's own flags that no script passes, so that the table has no row of them."""
 
 MEGATRON_NUMERICS = """--bf16 --accumulate-allreduce-grads-in-fp32 --hidden-dropout --attention-dropout
-    --moe-router-dtype --no-rope-fusion --no-bias-swiglu-fusion --no-bias-dropout-fusion --no-masked-softmax-fusion
-    --use-flash-attn --cp-comm-type --enable-experimental --no-check-for-nan-in-loss-and-grad --seq-length
+    --no-rope-fusion --no-bias-swiglu-fusion --no-bias-dropout-fusion --no-masked-softmax-fusion
+    --use-flash-attn --cp-comm-type --enable-experimental --no-check-for-nan-in-loss-and-grad
     --ref-micro-batch-size"""
 
 MEGATRON_MODELS = """--num-layers --hidden-size --ffn-hidden-size --num-attention-heads --group-query-attention

@@ -210,7 +210,7 @@ def _configure(provider: Any, config: JobConfig, parallel: ParallelRank, compute
     if virtual is not None:
         values |= {"overlap_p2p_comm": True, "batch_p2p_comm": False}
     if with_engine:
-        values |= _fused_kernels(provider) | _unwanted_kernels(config.numerics)
+        values |= _fused_kernels(provider) | unwanted_kernels(config.numerics)
     else:
         if getattr(provider, "multi_latent_attention", False) and layout.tensor_model_parallel_size > 1:
             raise ValueError("multi-head latent attention needs TransformerEngine for tensor_model_parallel_size > 1")
@@ -262,7 +262,7 @@ def _fused_kernels(provider: Any) -> dict[str, bool]:
     return fused
 
 
-def _unwanted_kernels(numerics: NumericsConfig) -> dict[str, bool]:
+def unwanted_kernels(numerics: NumericsConfig) -> dict[str, bool]:
     """Settings of fused kernels that the configuration turns off."""
     wanted = {
         "apply_rope_fusion": numerics.apply_rope_fusion,
