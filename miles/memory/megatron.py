@@ -100,7 +100,7 @@ def megatron_parts(run: Run, stage: int) -> tuple[list[Part], list[Part]]:
     if run.has_critic:
         critic = dataclasses.replace(rank_parameters(dataclasses.replace(shape, tied=False), layout, stage), head=0)
         device += _trained("critic", run, layout, critic, 0)
-    roles = [name for name, there in (("reference", run.has_reference), ("teacher", run.teacher)) if there]
+    roles = ["reference"] * run.has_reference + ["teacher"] * len(run.teachers)
     copies = len(roles) + run.old_policies
     host = []
     if copies:

@@ -129,7 +129,9 @@ class RolloutJob:
             create_sampler=self._create_sampler,
             gate=self.serving.gate,
             decode=decode,
-            rewards=JobRewards(self._rewards, self.config.reward),
+            rewards=JobRewards(
+                self._rewards, self.config.reward, optional=self.config.distillation.rewards_are_optional
+            ),
             queue=self._queue,
             partials=PartialStore(redis, self.job_id),
             group_filter=group_filter,

@@ -27,6 +27,7 @@ from miles.config.sections.algorithm import AlgorithmConfig
 from miles.config.sections.checkpoint import CheckpointConfig
 from miles.config.sections.cluster import ClusterConfig
 from miles.config.sections.data import DataConfig
+from miles.config.sections.distillation import DistillationConfig
 from miles.config.sections.eval import EvalConfig
 from miles.config.sections.gateway import GatewayConfig
 from miles.config.sections.lora import LoraConfig
@@ -48,6 +49,7 @@ SECTIONS: Mapping[str, type[Section]] = {
     "reward": RewardConfig,
     "eval": EvalConfig,
     "algorithm": AlgorithmConfig,
+    "distillation": DistillationConfig,
     "train": TrainConfig,
     "lora": LoraConfig,
     "megatron": MegatronConfig,

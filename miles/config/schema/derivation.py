@@ -9,6 +9,7 @@ from collections.abc import Callable
 from miles.config.schema.catalog import SECTIONS, catalog
 from miles.config.schema.faults import Fault
 from miles.config.schema.flat_settings import FlatSettings, InvalidSetting
+from miles.config.schema.teacher_functions import take_teacher_functions
 from miles.engine_spec import engine_spec
 from miles.precision.number_types import AUTO
 
@@ -241,6 +242,7 @@ def _engine(s: FlatSettings) -> list[Fault]:
 
 
 _STEPS: tuple[Callable[[FlatSettings], list[Fault]], ...] = (
+    take_teacher_functions,
     _batch_sizes,
     _staleness,
     _trainer_name,

@@ -32,10 +32,6 @@ class CheckpointConfig(Section):
     ref_load: Annotated[str | None, Derived("hf_checkpoint, when a KL term needs it"), Metavar("DIR")] = None
     """Hugging Face folder of the reference model."""
 
-    opd_teacher_load: Annotated[str | None, Metavar("DIR")] = None
-    """Hugging Face folder of the teacher (use_opd), which must have the policy's vocabulary, and with train_backend
-    megatron also its shape."""
-
     critic_load: Annotated[str | None, Derived("hf_checkpoint, with ppo"), Metavar("DIR")] = None
     """Hugging Face folder that the critic is initialised from, such as a reward model of the policy's family; its
     `score.weight` becomes the value head, which is 0 when it is missing."""

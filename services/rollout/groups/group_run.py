@@ -130,7 +130,7 @@ class GroupRun:
         done = Finished(stats, oldest_version=group.oldest_version or 0)
         if not lease.is_training:
             return dataclasses.replace(done, group=group)
-        if rewards_are_equal(samples, key):
+        if rewards_are_equal(samples, key) and not tools.config.distillation.rewards_are_optional:
             done = dataclasses.replace(done, example=scored_example(samples, key))
         return await self._unless_preempted(self._filter_and_put(group, done))
 

@@ -91,6 +91,8 @@ def without_response(sample: Sample) -> Sample:
         speculative=None,
         prefix_cache=None,
         teacher_log_probs=None,
+        teacher_tokens=None,
+        teacher_token_log_probs=None,
         remove_sample=False,
     )
 

@@ -23,13 +23,18 @@ OWN = """--name --run-dir --device --host --redis-url --controller-port --weight
     --gateway-allowed-module --tls-cert --tls-key --tls-ca --tls-mutual
     --rollout-engine-python --rollout-engine-weights --rollout-engine-weights-dir
     --rollout-weight-format --observe-rollout-routing --dynamic-sampling-max-dropped-batches
-    --chaos --chaos-interval-s --stop-timeout --weight-lease-s --update-weight-full-interval"""
+    --chaos --chaos-interval-s --stop-timeout --weight-lease-s --update-weight-full-interval
+    --opd-teacher-key-file --opd-teacher-timeout-s"""
 
 MEGATRON = """--tensor-model-parallel-size --pipeline-model-parallel-size --num-virtual-stages-per-pipeline-rank
     --context-parallel-size --expert-model-parallel-size --expert-tensor-parallel-size --sequence-parallel
     --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather --transformer-impl --attention-backend
     --moe-token-dispatcher-type --moe-aux-loss-coeff --recompute-granularity --recompute-method --recompute-num-layers
     --recompute-modules --attention-softmax-in-fp32"""
+
+
+TAKES_SEVERAL = {"opd_teacher_load"}
+"""Settings that take one value or several, where the reference takes one."""
 
 
 def entry_of(name: str) -> Entry:
@@ -58,8 +63,9 @@ def test_every_flag_is_of_the_reference_or_our_own() -> None:
 def test_kind_default_and_choices_are_those_of_the_reference(row: dict[str, str]) -> None:
     entry = entry_of(row["name"])
     kind = row["type"].split("(")[0].split()[0]
-    assert entry.kind is (tuple if "nargs" in row["type"] else {"flag": bool, "json": dict}.get(kind) or eval(kind))
-    if entry.element:
+    several = "nargs" in row["type"] or entry.key in TAKES_SEVERAL
+    assert entry.kind is (tuple if several else {"flag": bool, "json": dict}.get(kind) or eval(kind))
+    if entry.element and entry.key not in TAKES_SEVERAL:
         assert entry.element.__name__ == kind
     assert entry.negated == ("store_false" in row["type"])
     if parsed(row["default"]) != (entry.default or (parsed(row["default"]) and entry.default)):

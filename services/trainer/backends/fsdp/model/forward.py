@@ -10,11 +10,13 @@ import torch
 
 from miles.algorithms.device_copies import to_device
 from miles.algorithms.log_probs import TokenLogProbs, token_log_probs
+from miles.algorithms.token_sets import TokenSetScores
 from miles.services.trainer.backends.fsdp.attention.packed_attention import AttentionPlan
-from miles.services.trainer.backends.fsdp.model.scored_rows import scored_rows
+from miles.services.trainer.backends.fsdp.model.scored_rows import MIN_ROWS, scored_rows
 from miles.services.trainer.backends.fsdp.model.scoring_head import (
     MAX_LOGIT_BYTES,
     Scoring,
+    SetScoring,
     read_scores,
     scoring_head,
 )
@@ -52,6 +54,12 @@ class LogProbForward:
     def per_token(self, model: torch.nn.Module, micro_batch: MicroBatch) -> torch.Tensor:
         """See `ForwardPass.per_token`."""
         return forward(model, micro_batch, self._options).log_probs_T
+
+    def token_sets(
+        self, model: torch.nn.Module, micro_batch: MicroBatch, tokens_RM: torch.Tensor | None, top_k: int
+    ) -> TokenSetScores:
+        """Scores of tokens where each response token is predicted, and of the likeliest; without gradient."""
+        return score_sets(model, micro_batch, self._options, tokens_RM, top_k)
 
 
 class ValueForward:
@@ -99,6 +107,30 @@ def forward(
     if outputs.entropy_T is None:
         return TokenLogProbs(log_probs_R, None)
     return TokenLogProbs(log_probs_R, outputs.entropy_T[to_device(torch.from_numpy(scored.row_R), options.device)])
+
+
+def score_sets(
+    model: torch.nn.Module,
+    micro_batch: MicroBatch,
+    options: ForwardOptions,
+    tokens_RM: torch.Tensor | None,
+    top_k: int,
+) -> TokenSetScores:
+    """Score sets of tokens [R, M] of the micro-batch; the head runs on each row that predicts one."""
+    rows_U, count = micro_batch.logit_rows_R, len(micro_batch.logit_rows_R)
+    if 0 < count < MIN_ROWS:
+        rows_U = np.pad(rows_U, (0, MIN_ROWS - count), mode="edge")
+        if tokens_RM is not None:
+            tokens_RM = torch.cat([tokens_RM, tokens_RM[-1:].expand(MIN_ROWS - count, -1)])
+    tokens_UM = None if tokens_RM is None else to_device(tokens_RM, options.device)
+    scoring = SetScoring(tokens_UM, top_k, options.temperature, options.chunk_rows)
+    head = scoring_head(model, len(rows_U), options.compute, options.logit_bytes)
+    if head is None:
+        joined_UX = scoring.score(_head_output(model, micro_batch, options, rows_U)[0])
+    else:
+        with head.scoring(scoring):
+            joined_UX = _head_output(model, micro_batch, options, rows_U)[0]
+    return TokenSetScores.from_joined(joined_UX[:count], top_k)
 
 
 def _head_output(

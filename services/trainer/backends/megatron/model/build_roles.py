@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,6 +22,7 @@ from miles.services.trainer.backends.megatron.replay.step_routing import Routing
 from miles.services.trainer.step import algorithm_options
 from miles.services.trainer.step.old_policies import OldPolicies
 from miles.services.trainer.step.roles import Roles
+from miles.services.trainer.step.teachers import Teachers
 from miles.services.trainer.step.weight_copy import CopiedRole, WeightCopy
 
 if TYPE_CHECKING:
@@ -34,7 +36,7 @@ class MegatronRoles(Roles):
     policy: MegatronPolicy
     critic: MegatronCritic | None = None
     reference: CopiedRole | None = None
-    teacher: CopiedRole | None = None
+    teacher: CopiedRole | Teachers | None = None
     old_policies: OldPolicies | None = None
     routing: Routing | None = None
     """Of the policy; None where it is neither replayed nor observed."""
@@ -51,8 +53,8 @@ def build_roles(config: JobConfig, parallel: ParallelRank, device: torch.device)
     reference = (
         _weights_of(model, config, config.checkpoint.ref_load) if algorithm_options.needs_reference(config) else None
     )
-    teacher_folder = algorithm_options.teacher_folder(config)
-    teacher = None if teacher_folder is None else _weights_of(model, config, teacher_folder)
+    folders = config.distillation.teacher_folders
+    teachers = {name: _weights_of(model, config, folder) for name, folder in folders.items()}
     routing = _routing(config, model, parallel, device)
     options = LogProbOptions(
         temperature=config.rollout.rollout_temperature,
@@ -77,10 +79,18 @@ def build_roles(config: JobConfig, parallel: ParallelRank, device: torch.device)
         policy=policy,
         critic=_critic(config, parallel, compute, device) if algorithm_options.needs_critic(config) else None,
         reference=None if reference is None else CopiedRole(reference, policy.compute_log_probs_unrouted),
-        teacher=None if teacher is None else CopiedRole(teacher, policy.compute_log_probs_unrouted),
+        teacher=_teacher(config, policy, teachers),
         old_policies=old_policies,
         routing=routing,
     )
+
+
+def _teacher(
+    config: JobConfig, policy: MegatronPolicy, weights: Mapping[str, WeightCopy]
+) -> CopiedRole | Teachers | None:
+    ask = (policy.compute_log_probs_unrouted, policy.score_token_sets_unrouted)
+    roles = {name: CopiedRole(copy, *ask) for name, copy in weights.items()}
+    return Teachers(roles, config.distillation) if len(roles) > 1 else next(iter(roles.values()), None)
 
 
 def _critic(config: JobConfig, parallel: ParallelRank, compute: torch.dtype, device: torch.device) -> MegatronCritic:
