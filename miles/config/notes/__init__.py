@@ -4,6 +4,7 @@ A note is no fault. `registry` runs them, the other files have them by subject.
 """
 
 from miles.config.notes import distillation as distillation
+from miles.config.notes import staleness as staleness
 from miles.config.notes import statements as statements
 from miles.config.notes.registry import Note as Note
 from miles.config.notes.registry import notes as notes

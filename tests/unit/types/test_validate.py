@@ -201,7 +201,8 @@ def test_an_empty_array_with_impossible_dimensions_is_refused() -> None:
 
 def usual_sample(index: int, **changes: Any) -> Sample:
     """A sample of the form that most have, which is checked together with others."""
-    rare = {"teacher_log_probs": None, "speculative": None, "reward": 1.0}
+    teachers = {"teacher_log_probs": None, "teacher_tokens": None, "teacher_token_log_probs": None}
+    rare = {**teachers, "speculative": None, "reward": 1.0}
     sample = dataclasses.replace(whole_sample(index), prompt="p", response="né", label="l", **rare)
     assert is_usual(sample)
     return dataclasses.replace(sample, **changes)
