@@ -38,9 +38,7 @@ def why_unbounded(s: FlatSettings) -> str | None:
         key = "tis_upper_bound" if s.use_mis else "tis_clip"
         return None if getattr(s, key) < NO_BOUND else f"{key} = {getattr(s, key):g} bounds no weight of the correction"
     if s.num_steps_per_rollout == 1 and not (s.use_rollout_logprobs or s.keep_old_actor):
-        return (
-            "in a rollout's only step the ratio that is clipped is 1, as old log-probabilities are the trainer's"
-        )
+        return "in a rollout's only step the ratio that is clipped is 1, as old log-probabilities are the trainer's"
     if s.advantage_estimator not in CLIPPED:
         return f"the loss of {s.advantage_estimator} has no trust region"
     if s.eps_clip_high >= NO_BOUND:
