@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import pathlib
-import socket
 import time
 from collections.abc import AsyncIterator
 
@@ -13,7 +12,8 @@ import numpy as np
 import pytest
 import pytest_asyncio
 import torch
-from sglang_kit import CPU_FLAGS, CPU_PYTHON, ON_GPU, have_sglang
+from sglang_kit import ON_GPU, have_sglang
+from sglang_teacher import KEY, free_port, start_teacher
 from torch_engine_models import prompt_of, save_checkpoint
 
 from miles.config.sections.distillation import DistillationConfig
@@ -30,7 +30,6 @@ pytestmark = [
     pytest.mark.skipif(ON_GPU or not have_sglang(), reason="needs SGLang for the CPU: make test-engines"),
     pytest.mark.asyncio(loop_scope="module"),
 ]
-KEY = "secret of the teacher"
 
 
 @dataclasses.dataclass
@@ -48,32 +47,25 @@ class Teacher:
         return f"http://127.0.0.1:{self.port}/generate"
 
 
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
-
-
-async def start(folder: pathlib.Path, port: int) -> ServerProcess:
-    flags = {**CPU_FLAGS, "model_path": folder, "host": "127.0.0.1", "port": port, "api_key": KEY, "device": "cpu"}
-    flags |= {"dtype": "float32", "disable_overlap_schedule": None, "skip_server_warmup": None}
-    words = [
-        word for name, value in flags.items() for word in (f"--{name.replace('_', '-')}", value) if word is not None
-    ]
-    command = [CPU_PYTHON, "-m", "sglang.launch_server", *words]
-    return await ServerProcess.start([str(word) for word in command], folder.with_suffix(".log"))
+async def teacher_of(folder: pathlib.Path, name: str, seed: int) -> Teacher:
+    model, port = save_checkpoint(folder / name, "qwen3", seed, initializer_range=0.1), free_port()
+    return Teacher(name, folder / name, model.double(), port, await start_teacher(folder / name, port))
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def taught(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[dict[str, Teacher]]:
-    """Two teachers of other weights, on their way up."""
-    folder, found = tmp_path_factory.mktemp("teachers"), {}
-    for seed, name in enumerate(("math", "code")):
-        model, port = save_checkpoint(folder / name, "qwen3", seed, initializer_range=0.1), free_port()
-        found[name] = Teacher(name, folder / name, model.double(), port, await start(folder / name, port))
-    yield found
-    for teacher in found.values():
-        await teacher.process.stop()
+    """A teacher on its way up."""
+    teacher = await teacher_of(tmp_path_factory.mktemp("teacher"), "code", 0)
+    yield {"code": teacher}
+    await teacher.process.stop()
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def both(taught: dict[str, Teacher], tmp_path: pathlib.Path) -> AsyncIterator[dict[str, Teacher]]:
+    """That one, and another of other weights."""
+    teacher = await teacher_of(tmp_path, "math", 1)
+    yield {**taught, "math": teacher}
+    await teacher.process.stop()
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +96,13 @@ def expected(teacher: Teacher, sample: Sample) -> torch.Tensor:
     return logits[sample.prompt_length - 1 : -1].log_softmax(-1)
 
 
+def sampled(taught: dict[str, Teacher], sample: Sample) -> np.ndarray:
+    """log p of the response tokens under the sample's teacher."""
+    tokens = torch.from_numpy(sample.response_tokens.astype(np.int64))
+    exact = expected(taught[sample.metadata["opd_teacher"]], sample)
+    return exact.gather(1, tokens[:, None])[:, 0].numpy()
+
+
 @pytest_asyncio.fixture(loop_scope="module")
 async def teachers(taught: dict[str, Teacher], key_file: pathlib.Path) -> AsyncIterator[ServedTeachers]:
     found = ServedTeachers(config_of(taught, key_file))
@@ -112,16 +111,10 @@ async def teachers(taught: dict[str, Teacher], key_file: pathlib.Path) -> AsyncI
     await found.close()
 
 
-async def test_each_sample_is_scored_by_its_teacher(taught: dict[str, Teacher], teachers: ServedTeachers) -> None:
-    samples = [sample_of(i, name) for i, name in enumerate(["math", "code"] * 3)]
-    teaching = GroupTeaching(teachers, samples)
-    for position in range(len(samples)):
-        teaching.begin(position)
-    await teaching.finish()
-    for sample in samples:
-        tokens = torch.from_numpy(sample.response_tokens.astype(np.int64))
-        exact = expected(taught[sample.metadata["opd_teacher"]], sample).gather(1, tokens[:, None])[:, 0]
-        np.testing.assert_allclose(sample.teacher_log_probs, exact.numpy(), atol=2e-5)
+async def test_a_response_has_the_teachers_log_probs(taught: dict[str, Teacher], teachers: ServedTeachers) -> None:
+    sample = sample_of(0, "code")
+    await teachers.score(sample)
+    np.testing.assert_allclose(sample.teacher_log_probs, sampled(taught, sample), atol=2e-5)
 
 
 @pytest.mark.parametrize("strategy", ["only-student", "only-teacher", "intersection", "union", "xor"])
@@ -163,12 +156,12 @@ async def test_tokenizers_are_compared_and_refusals_are_not_repeated(
 ) -> None:
     from transformers import AutoTokenizer
 
-    ids = AutoTokenizer.from_pretrained(taught["math"].folder).encode(PROBE, add_special_tokens=False)
+    ids = AutoTokenizer.from_pretrained(taught["code"].folder).encode(PROBE, add_special_tokens=False)
     await teachers.check(ids)
     with pytest.raises(TeacherRefused, match="another tokenizer than the policy"):
         await teachers.check([*ids, 1])
     with pytest.raises(TeacherRefused, match="with 400"):
-        await teachers.score(sample_of(0, "math", response=9000))
+        await teachers.score(sample_of(0, "code", response=9000))
 
 
 async def test_a_key_is_needed_where_the_server_has_one(taught: dict[str, Teacher], teachers: ServedTeachers) -> None:
@@ -182,20 +175,28 @@ async def test_a_key_is_needed_where_the_server_has_one(taught: dict[str, Teache
         await keyless.close()
 
 
-async def test_a_teacher_that_is_killed_is_waited_for(
-    taught: dict[str, Teacher], teachers: ServedTeachers, key_file: pathlib.Path
+@pytest.mark.slow
+async def test_each_sample_has_its_teacher_and_one_that_is_killed_is_waited_for(
+    both: dict[str, Teacher], key_file: pathlib.Path
 ) -> None:
-    teacher = taught["math"]
-    before = sample_of(3, "math")
-    await teachers.score(before)
+    teachers = ServedTeachers(config_of(both, key_file))
+    await teachers.open()
+    samples = [sample_of(i, name) for i, name in enumerate(["math", "code"] * 3)]
+    teaching = GroupTeaching(teachers, samples)
+    for position in range(len(samples)):
+        teaching.begin(position)
+    await teaching.finish()
+    for sample in samples:
+        np.testing.assert_allclose(sample.teacher_log_probs, sampled(both, sample), atol=2e-5)
+    teacher = both["math"]
     teacher.process.kill()
     await teacher.process.wait()
-    hurried = ServedTeachers(config_of(taught, key_file, opd_teacher_timeout_s=0.2))
+    hurried = ServedTeachers(config_of(both, key_file, opd_teacher_timeout_s=0.2))
     await hurried.open()
     with pytest.raises(TeacherFailed, match=f"teacher math at {teacher.url} did not answer for 0.2 s"):
-        await hurried.score(sample_of(3, "math"))
+        await hurried.score(sample_of(0, "math"))
     await hurried.close()
-    again = sample_of(3, "math")
+    again = sample_of(0, "math")
     waiting = asyncio.create_task(teachers.score(again))
     while not (waits := list(teacher_waits(teachers.servers.values()))):
         assert not waiting.done()
@@ -203,7 +204,8 @@ async def test_a_teacher_that_is_killed_is_waited_for(
     assert [wait.what for wait in waits] == [f"teacher math at {teacher.url}"]
     assert waits[0].samples == 1
     assert waits[0].gives_up_unix_ns > time.time_ns()
-    teacher.process = await start(teacher.folder, teacher.port)
+    teacher.process = await start_teacher(teacher.folder, teacher.port)
     await waiting
-    np.testing.assert_allclose(again.teacher_log_probs, before.teacher_log_probs, atol=1e-6)
+    np.testing.assert_allclose(again.teacher_log_probs, samples[0].teacher_log_probs, atol=1e-6)
     assert list(teacher_waits(teachers.servers.values())) == []
+    await teachers.close()
