@@ -13,6 +13,7 @@ from typing import Any
 
 from miles.config.schema.catalog import Entry, passthroughs
 from miles.config.schema.faults import Fault
+from miles.config.sections.distillation import split_name
 from miles.gateway.config_schema import NAME_PATTERN, is_path, job_settings, type_faults
 from miles.gateway.options import GatewayOptions
 from miles.ownership.overlap import OUTPUTS
@@ -103,7 +104,10 @@ def _confined(entry: Entry, value: Any, policy: GatewayOptions) -> tuple[Any, li
         faults: list[Fault] = []
         first, apart = (1, 2) if entry.metavar.startswith("NAME ") else (0, 1)  # pairs of a name and a file
         for i in range(first, len(items), apart):
-            items[i], found = _confined_path(entry.key, items[i], policy)
+            path = split_name(items[i])[1] if entry.metavar.startswith("[NAME=]") else items[i]
+            prefix = items[i].removesuffix(path)
+            confined, found = _confined_path(entry.key, path, policy)
+            items[i] = prefix + confined
             faults += found
         return items, faults
     return _confined_path(entry.key, value, policy)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -44,7 +45,7 @@ def job_settings() -> Mapping[str, Entry]:
 
 def is_path(entry: Entry) -> bool:
     """Return whether the setting's value names a file or folder."""
-    return any(word in entry.metavar.split() for word in ("DIR", "FILE"))
+    return bool({"DIR", "FILE"} & set(re.findall(r"[A-Z]+", entry.metavar)))
 
 
 def type_faults(body: Mapping[str, Any]) -> list[Fault]:

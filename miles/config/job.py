@@ -29,6 +29,7 @@ from miles.config.sections.checkpoint import CheckpointConfig
 from miles.config.sections.cluster import ClusterConfig
 from miles.config.sections.data import DataConfig
 from miles.config.sections.debug import DebugConfig
+from miles.config.sections.distillation import DistillationConfig
 from miles.config.sections.eval import EvalConfig
 from miles.config.sections.experts import ExpertsConfig
 from miles.config.sections.fault_tolerance import FaultToleranceConfig
@@ -66,6 +67,7 @@ class JobConfig(BaseModel):
     eval: EvalConfig
     algorithm: AlgorithmConfig
     policy_loss: PolicyLossConfig
+    distillation: DistillationConfig
     train: TrainConfig
     lora: LoraConfig
     megatron: MegatronConfig

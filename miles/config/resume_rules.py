@@ -32,6 +32,7 @@ _BY_SECTION: Mapping[str, Effect] = {
     "eval": Effect.APPLIED,
     "algorithm": Effect.APPLIED,
     "policy_loss": Effect.APPLIED,
+    "distillation": Effect.APPLIED,
     "train": Effect.APPLIED,
     "lora": Effect.REFUSED,
     "megatron": Effect.FREE,
@@ -62,7 +63,6 @@ _BY_SETTING: Mapping[str, Effect] = {
     # Models that a run is measured or trained against.
     "ref_load": Effect.APPLIED,
     "critic_load": Effect.APPLIED,
-    "opd_teacher_load": Effect.APPLIED,
     # Losses and other parts of the computation, in sections about layouts.
     "moe_aux_loss_coeff": Effect.APPLIED,
     "moe_z_loss_coeff": Effect.APPLIED,
@@ -88,6 +88,10 @@ _BY_SETTING: Mapping[str, Effect] = {
     "fsdp_cpu_offload": Effect.FREE,
     "share_prompts": Effect.FREE,
     "reward_service": Effect.FREE,
+    "opd_teacher_urls": Effect.FREE,
+    "opd_teacher_key_file": Effect.FREE,
+    "opd_teacher_timeout_s": Effect.FREE,
+    "rm_url": Effect.FREE,
     "rollout_num_gpus": Effect.FREE,
     "rollout_num_gpus_per_engine": Effect.FREE,
     "rollout_external_engine_addrs": Effect.FREE,

@@ -20,6 +20,7 @@ from miles.types import Sample, SampleGroup
 
 if TYPE_CHECKING:
     from miles.config import JobConfig
+    from miles.data.prompt_fields import PromptRow
 
 
 class PromptSource:
@@ -98,7 +99,7 @@ def train_source(config: JobConfig, tokenizer: Any | None = None) -> PromptSourc
         prompt_template(config, tokenizer),
         _fields(config, config.data.input_key, config.data.label_key),
         max_prompt_len=_prompt_limit(rollout.rollout_max_prompt_len, rollout.rollout_max_context_len),
-        check=functools.partial(check_reward, config=config.reward),
+        check=functools.partial(_check_training_row, config=config),
     )
     return PromptSource(prompts, seed=rollout.rollout_seed, shuffle=rollout.rollout_shuffle)
 
@@ -110,7 +111,8 @@ def eval_sources(config: JobConfig, tokenizer: Any | None = None) -> dict[str, P
         return {}
     template = prompt_template(config, tokenizer)
     limit = _prompt_limit(config.eval.eval_max_prompt_len, config.rollout.rollout_max_context_len)
-    check = functools.partial(check_reward, config=config.reward)
+    optional = config.distillation.rewards_are_optional
+    check = functools.partial(check_reward, config=config.reward, optional=optional)
     return {
         each.name: PromptSource(
             load_prompts(
@@ -124,6 +126,16 @@ def eval_sources(config: JobConfig, tokenizer: Any | None = None) -> dict[str, P
         )
         for each in sets
     }
+
+
+def _check_training_row(row: PromptRow, config: JobConfig) -> None:
+    """Raise DataError for a row that no reward can score, or that has no teacher."""
+    check_reward(row, config.reward, optional=config.distillation.rewards_are_optional)
+    if config.distillation.use_opd:
+        try:
+            config.distillation.teacher_of(row.metadata)
+        except ValueError as error:
+            raise DataError(f"no teacher scores it: {error}") from error
 
 
 def prompt_template(config: JobConfig, tokenizer: Any | None = None) -> PromptTemplate:

@@ -23,16 +23,17 @@ UNKNOWN_ADDRESS = "(known once started)"
 
 _SECTIONS_READ: Mapping[str, tuple[str, ...]] = {
     "redis": (),
-    "controller": ("data", "rollout", "eval", "reward", "checkpoint", "telemetry", "debug"),
+    "controller": ("data", "rollout", "eval", "reward", "distillation", "checkpoint", "telemetry", "debug"),
     "weightsync": ("weights",),
     "reward": ("reward",),
-    "rollout": ("rollout", "reward", "lora", "weights"),
+    "rollout": ("rollout", "reward", "distillation", "lora", "weights"),
     "gateway": ("gateway",),
     "trainer": (
         "cluster",
         "data",
         "rollout",
         "algorithm",
+        "distillation",
         "train",
         "lora",
         "megatron",

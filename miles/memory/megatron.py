@@ -121,7 +121,7 @@ def megatron_parts(run: Run, stage: int) -> tuple[list[Part], list[Part]]:
         critic = dataclasses.replace(rank_parameters(dataclasses.replace(shape, tied=False), layout, stage), head=0)
         there, here = _trained("critic", run, layout, critic, 0)
         device, host = device + there, host + here
-    roles = [name for name, there in (("reference", run.has_reference), ("teacher", run.teacher)) if there]
+    roles = ["reference"] * run.has_reference + ["teacher"] * len(run.teachers)
     copies = len(roles) + run.old_policies
     if copies:
         what = " + ".join([*roles, *([f"{run.old_policies} old policies"] if run.old_policies else [])])

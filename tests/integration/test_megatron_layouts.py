@@ -59,6 +59,13 @@ PPO = {
 }
 OLD = {"keep_old_actor": True, "max_weight_staleness": 2, "use_opd": True, "opd_type": "megatron"}
 OTB = {"advantage_estimator": "optimal_token_baseline", "policy_loss_type": "sapo", "num_steps_per_rollout": 2}
+SETS = {
+    "use_opd": True,
+    "opd_type": "megatron",
+    "opd_log_prob_top_k": 4,
+    "opd_top_k_strategy": "union",
+    "rollout_temperature": 0.8,
+}
 RECOMPUTE = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
 
 TP2 = {"tensor_model_parallel_size": 2}
@@ -134,6 +141,9 @@ LAYOUTS: dict[str, tuple[int, str, dict[str, Any]]] = {
     "ppo-cp2": (2, "ppo", CP2),
     "old-overlap": (2, "old", {**DP2, "overlap_grad_reduce": True, "overlap_param_gather": True}),
     "old-sp": (2, "old", SP),
+    "sets-sp": (2, "sets", SP),
+    "sets-pp2": (2, "sets", PP2),
+    "sets-cp2": (2, "sets", CP2),
     "old-pp2": (2, "old", PP2),
     "otb-sp": (2, "otb", SP),
     "otb-pp2": (2, "otb", PP2),
@@ -159,6 +169,7 @@ OFTEN = (
     "ppo-sp",
     "old-overlap",
     "otb-sp",
+    "sets-sp",
 )
 """Layouts that every change is tried on: each kind of parallelism and each role at least once. Others are slow."""
 
@@ -167,10 +178,10 @@ def case(name: str, base: str, folder: pathlib.Path, **flags: Any) -> dict[str, 
     """What `backend_cases` is to run; `base` is a model, or what is done with one.
 
     That is replay or observed (routing of the moe model), ppo (of the tied one), old: old policies and a teacher, otb:
-    the optimal token baseline (both of the dense one), or learning: layers for multi-token prediction (of the model
-    that has some).
+    the optimal token baseline, sets: two teachers, compared with over several tokens (all three of the dense one), or
+    learning: layers for multi-token prediction (of the model that has some).
     """
-    models = {"replay": "moe", "observed": "moe", "ppo": "tied", "old": "dense", "otb": "dense"}
+    models = {"replay": "moe", "observed": "moe", "ppo": "tied", "old": "dense", "otb": "dense", "sets": "dense"}
     model = {**models, "learning": "predicting"}.get(base, base)
     replays = base == "replay" or base in MOE_LAYERS.keys() - {"moe"}
     routing = [EXPERTS, MOE_LAYERS[model], TOP_K] if replays else None
@@ -179,6 +190,7 @@ def case(name: str, base: str, folder: pathlib.Path, **flags: Any) -> dict[str, 
         "otb": OTB,
         "ppo": {**PPO, "critic_load": str(folder / "reward")},
         "old": {**OLD, "opd_teacher_load": str(folder / "teacher")},
+        "sets": {**SETS, "opd_teacher_load": [f"odd={folder / 'teacher'}", f"default={folder / 'dense'}"]},
     }.get(base, HELD.get(base, {}))
     settings = {**TRAINING, "train_backend": "megatron", **(REPLAY if replays else training), **flags}
     old = base == "old"
@@ -215,16 +227,20 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
             case("fsdp-ppo", "ppo", out, **fsdp),
             case("fsdp-old", "old", out, **fsdp),
             case("fsdp-otb", "otb", out, **fsdp),
+            case("fsdp-sets", "sets", out, **fsdp),
         ],
         out,
         megatron=False,
     )
     run_cases(
-        [case(f"fsdp-{base}-dp2", base, out, **fsdp) for base in ("ppo", "old", "otb")], out, ranks=2, megatron=False
+        [case(f"fsdp-{base}-dp2", base, out, **fsdp) for base in ("ppo", "old", "otb", "sets")],
+        out,
+        ranks=2,
+        megatron=False,
     )
     alone = [
         case(name, name, out)
-        for name in [*(MODELS.keys() - SELDOM), "replay", "observed", "learning", "ppo", "old", "otb"]
+        for name in [*(MODELS.keys() - SELDOM), "replay", "observed", "learning", "ppo", "old", "otb", "sets"]
     ]
     for base in ("ppo", "old"):
         alone.append({**case(f"{base}-saved", base, out, **DP2), "save_at": 2})
@@ -337,7 +353,7 @@ def worst_differences(out: pathlib.Path, left: str, right: str) -> tuple[float, 
     return max(metrics), max(float((weights[0][name] - weights[1][name]).abs().max()) for name in weights[0])
 
 
-@pytest.mark.parametrize("base", ["dense", "tied", "moe", "replay", "observed", "ppo", "old", "otb"])
+@pytest.mark.parametrize("base", ["dense", "tied", "moe", "replay", "observed", "ppo", "old", "otb", "sets"])
 def test_one_process_trains_as_the_fsdp_backend_does(results: pathlib.Path, base: str) -> None:
     metrics, weights = worst_differences(results, f"fsdp-{base}", base)
     assert metrics < 1e-4
@@ -427,7 +443,7 @@ def test_a_run_goes_on_in_another_number_type(results: pathlib.Path, kind: str) 
     assert step["train/grad_norm"] == pytest.approx(whole["train/grad_norm"], rel=0.05)
 
 
-@pytest.mark.parametrize("base", ["ppo", "old", "otb"])
+@pytest.mark.parametrize("base", ["ppo", "old", "otb", "sets"])
 def test_two_replicas_of_the_fsdp_backend_train_as_one_does(results: pathlib.Path, base: str) -> None:
     metrics, weights = worst_differences(results, f"fsdp-{base}", f"fsdp-{base}-dp2")
     assert metrics < 1e-5

@@ -56,6 +56,7 @@ def run_case(case: dict[str, Any], out: pathlib.Path) -> None:
                 divert(groups, every)
         for sample in (s for group in groups for s in group.samples):
             sample.reward = case.get("reward", sample.reward)
+            sample.metadata["opd_teacher"] = "odd" if sample.index % 2 else "even"
         if case.get("off_policy"):
             exported(backend)  # as engines get each version
             for sample in (s for group in groups for s in group.samples):

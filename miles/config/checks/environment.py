@@ -26,6 +26,7 @@ from miles.config.checks.model_layout import layout_faults, shape_differences
 from miles.config.checks.outputs import output_faults
 from miles.config.checks.published_form import form_faults
 from miles.config.checks.rewards import reward_faults
+from miles.config.checks.teacher_tokens import why_other_tokens
 from miles.config.checks.trackers import tracker_faults
 from miles.config.eval_sets import eval_sets
 from miles.config.job import JobConfig
@@ -34,6 +35,7 @@ from miles.config.rules.registry import Rule, run_rules
 from miles.config.schema.catalog import catalog
 from miles.config.schema.faults import ConfigError, Fault, RunFault
 from miles.config.schema.flat_settings import FlatSettings
+from miles.config.sections.distillation import named
 from miles.megatron_checkpoint import is_foreign, tensors_of
 from miles.placement.nodes import Cluster
 from miles.reward_names import REWARD_KEY
@@ -80,24 +82,27 @@ def _models(s: FlatSettings) -> Iterator[Fault]:
     if not s.hf_checkpoint:
         return  # a rule reports it
     yield from _model_folder("hf_checkpoint", s.hf_checkpoint)
-    for key in ("ref_load", "critic_load", "opd_teacher_load"):
-        folder = getattr(s, key)
-        if folder in (None, s.hf_checkpoint):
+    teachers = [("opd_teacher_load", folder) for folder in named(s.opd_teacher_load or ()).values()]
+    folders: list[tuple[str, str | None]] = [("ref_load", s.ref_load), ("critic_load", s.critic_load), *teachers]
+    for key, path in folders:
+        if path is None or path == s.hf_checkpoint:
             continue
         try:
-            if tensors_of(pathlib.Path(folder), s.ref_ckpt_step if key == "ref_load" else None) is not None:
-                yield from _torch_dist_faults(s, key, folder)
+            if tensors_of(pathlib.Path(path), s.ref_ckpt_step if key == "ref_load" else None) is not None:
+                yield from _torch_dist_faults(s, key, path)
                 continue
         except NoCheckpointError as error:
-            yield Fault(key, folder, error.problem, error.remedy)
+            yield Fault(key, path, error.problem, error.remedy)
             continue
-        yield from _model_folder(key, folder)
+        yield from _model_folder(key, path)
         critic = key == "critic_load"
         with_mtp = s.mtp_num_layers is not None and not critic
-        differences = shape_differences(s.hf_checkpoint, folder, with_head=not critic, with_mtp=with_mtp)
+        differences = shape_differences(s.hf_checkpoint, path, with_head=not critic, with_mtp=with_mtp)
         if s.train_backend == "megatron" and differences:
             problem = f"train_backend = megatron holds it in the shape of hf_checkpoint, and {differences[0]}"
-            yield Fault(key, folder, problem, "give a model of that shape, or train with fsdp")
+            yield Fault(key, path, problem, "give a model of that shape, or train with fsdp")
+        elif key == "opd_teacher_load" and (why := why_other_tokens(s.hf_checkpoint, path)) is not None:
+            yield Fault(key, path, why, "give a teacher with the tokenizer of hf_checkpoint")
     if s.apply_chat_template and s.chat_template_path is None and os.path.isdir(s.hf_checkpoint):
         yield from _chat_template(pathlib.Path(s.hf_checkpoint))
 

@@ -12,6 +12,7 @@ from miles.config.schema.backend_choice import asks_of_engine, asks_of_trainer
 from miles.config.schema.catalog import SECTIONS
 from miles.config.schema.faults import Fault
 from miles.config.schema.flat_settings import FlatSettings, InvalidSetting
+from miles.config.schema.teacher_functions import take_teacher_functions
 from miles.engine_spec import engine_spec
 from miles.policy_loss_spec import LOSS_OF_ESTIMATOR, POLICY_LOSS_SPECS
 from miles.precision.number_types import AUTO
@@ -318,6 +319,7 @@ def _engine(s: FlatSettings) -> list[Fault]:
 
 
 _STEPS: tuple[Callable[[FlatSettings], list[Fault]], ...] = (
+    take_teacher_functions,
     _trainer_name,
     _engine_name,
     _other_names,

@@ -167,15 +167,6 @@ class AlgorithmConfig(Section):
     rs_veto_threshold: NonNegativeFloat = 1e-4
     """use_mis: reject the whole sequence when the ratio of one token is below this; 0 turns it off."""
 
-    use_opd: bool = False
-    """On-policy distillation: subtract the reverse KL divergence to a teacher from the advantages."""
-
-    opd_type: Literal["sglang", "megatron"] | None = None
-    """Where the teacher runs: megatron loads it in the trainer, with either backend; sglang is not implemented."""
-
-    opd_kl_coef: NonNegativeFloat = 1.0
-    """Coefficient of the KL divergence to the teacher (use_opd)."""
-
     use_routing_replay: bool = False
     """Train mixture-of-experts models with the routing of the trainer's log-probability pass."""
 

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from miles.change_signal import ChangeSignal
+from miles.config.notes.staleness import staleness_warning
+from miles.config.schema.flat_settings import FlatSettings
 from miles.rpc.gen import controller_pb2, rollout_pb2
 from miles.services.controller.clients.protocols import Rollouts, Trainer
 from miles.services.controller.clients.weightsync import WeightSyncClient
@@ -74,6 +76,9 @@ class RunSetup:
 
     async def connect(self) -> RunState:
         """Wait for the workers that every run needs, and build the run's parts."""
+        flat = self._context.config.to_flat()
+        if warning := staleness_warning(FlatSettings(flat, given=flat, invalid=())):
+            self._alerts.report(warning)
         services = await self._workers.wait_for(controller_pb2.WORKER_KIND_WEIGHTSYNC)
         weightsync = WeightSyncClient(services[0])
         if number_types.is_open(self._context.config):

@@ -18,8 +18,11 @@ _serials = itertools.count()
 class GroupRequests:
     """Runs engine requests that continue the samples of one group; one abort ends them all."""
 
-    def __init__(self, engine: RolloutEngine, lease: GroupLease, *, record_experts: bool = False) -> None:
-        """With `record_experts`, training groups record which experts were chosen."""
+    def __init__(
+        self, engine: RolloutEngine, lease: GroupLease, *, record_experts: bool = False, top_tokens: int = 0
+    ) -> None:
+        """With `record_experts`, training groups record which experts were chosen, and so many likeliest tokens."""
+        self._top_tokens = top_tokens if lease.is_training else 0
         self._engine = engine
         self._lease = lease
         self._record_experts = record_experts and lease.is_training
@@ -42,6 +45,7 @@ class GroupRequests:
             resumed_tokens=sample.response_length,
             return_routed_experts=self._record_experts,
             routed_experts_start=experts_start(sample),
+            top_token_ids=self._top_tokens,
             group=f"{self._lease.purpose.value}-{self._lease.group_id}",
         )
         piece = Piece()

@@ -91,9 +91,9 @@ def needs_reference(config: JobConfig) -> bool:
     return config.algorithm.use_kl_loss or config.algorithm.kl_coef > 0
 
 
-def teacher_folder(config: JobConfig) -> str | None:
-    """Where the teacher of on-policy distillation is; None without one."""
-    return config.checkpoint.opd_teacher_load if config.algorithm.use_opd else None
+def distils_sets(config: JobConfig) -> bool:
+    """Whether the teacher is compared with over sets of tokens, not the sampled ones alone."""
+    return config.distillation.use_opd and config.distillation.opd_log_prob_top_k > 0
 
 
 def needs_log_prob_pass(config: JobConfig) -> bool:
@@ -103,7 +103,8 @@ def needs_log_prob_pass(config: JobConfig) -> bool:
     advantages or corrections of the whole batch are computed from them.
     """
     algorithm = config.algorithm
-    in_advantages = (algorithm.kl_coef > 0 or algorithm.use_opd) and not algorithm.use_rollout_logprobs
+    sampled_opd = config.distillation.use_opd and not distils_sets(config)  # sets have passes of their own
+    in_advantages = (algorithm.kl_coef > 0 or sampled_opd) and not algorithm.use_rollout_logprobs
     in_advantages |= needs_squared_probs(config)
     return config.train.num_steps_per_rollout > 1 or in_advantages or algorithm.use_mis or algorithm.keep_old_actor
 
@@ -121,7 +122,7 @@ def zero_reward_is_zero_gradient(config: JobConfig) -> bool:
         and not POLICY_LOSS_SPECS[config.policy_loss.policy_loss_type].penalises
         and not estimator.whiten
         and not algorithm.normalize_advantages
-        and not algorithm.use_opd
+        and not config.distillation.use_opd
         and algorithm.kl_coef == algorithm.entropy_coef == 0
         and not (algorithm.use_kl_loss and algorithm.kl_loss_coef)
         and config.policy_loss.echo_loss_coef == 0
@@ -133,5 +134,5 @@ def zero_reward_is_zero_gradient(config: JobConfig) -> bool:
 def _shared_fields(options: type, config: JobConfig) -> dict[str, Any]:
     """Values of the flags that have the names of the options' fields."""
     names = {field.name for field in dataclasses.fields(options)}
-    values = config.algorithm.model_dump() | config.policy_loss.model_dump()
-    return {name: value for name, value in values.items() if name in names}
+    known = config.algorithm.model_dump() | config.policy_loss.model_dump() | config.distillation.model_dump()
+    return {name: value for name, value in known.items() if name in names}

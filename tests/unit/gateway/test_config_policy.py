@@ -54,6 +54,12 @@ def test_a_path_inside_becomes_absolute_and_keeps_its_rows(policy: GatewayOption
     assert reviewed.flat["eval_prompt_data"] == ["a", f"{root}/x/e.jsonl"]
 
 
+def test_named_folders_are_confined_and_keep_their_names(policy: GatewayOptions) -> None:
+    reviewed = review({"opd_teacher_load": ["math=a/b", "code=/etc", "=/etc"]}, policy, "")
+    assert reviewed.flat["opd_teacher_load"][0] == f"math={policy.allowed_roots[0]}/a/b"
+    assert [fault.value for fault in reviewed.faults] == ["/etc"]
+
+
 def test_a_link_that_leads_outside_is_refused(policy: GatewayOptions, tmp_path: pathlib.Path) -> None:
     (policy.allowed_roots[0] / "link").symlink_to(tmp_path)
     assert "outside" in faults(policy, hf_checkpoint="link/model")["hf_checkpoint"]

@@ -17,6 +17,8 @@ GDPO = {
     "rm_type": None, "custom_rm_path": "rewards.score",
 }  # fmt: skip
 SGLANG = {"rollout_backend": "sglang"}
+HELD_TEACHER = {"use_opd": True, "opd_type": "megatron", "opd_teacher_load": "t"}
+SERVED_TEACHER = {"use_opd": True, "opd_type": "sglang", "rm_url": "http://h:1/generate"}
 
 RULE_CASES: list[tuple[dict[str, Any], str]] = [
     (
@@ -517,8 +519,41 @@ RULE_CASES: list[tuple[dict[str, Any], str]] = [
     ),
     ({"opd_kl_coef": 0.5}, "opd_kl_coef = 0.5, but it does nothing without use_opd"),
     ({"use_opd": True}, "opd_type is not set, and use_opd does not say where its teacher is"),
-    ({"use_opd": True, "opd_type": "sglang"}, "opd_type = sglang, but no server is asked"),
+    ({"use_opd": True, "opd_type": "sglang"}, "rm_url is not set, and opd_type = sglang needs the server of a teacher"),
     ({"use_opd": True, "opd_type": "megatron"}, "opd_teacher_load is not set, and use_opd needs a teacher"),
+    (
+        {**HELD_TEACHER, "rm_url": "http://h:1/generate"},
+        "rm_url = http://h:1/generate, but opd_type = megatron asks no",
+    ),
+    ({**SERVED_TEACHER, "opd_teacher_load": "t"}, "opd_teacher_load = t, but opd_type = sglang asks servers"),
+    (
+        {**SERVED_TEACHER, "opd_teacher_urls": ["a=http://h:1"]},
+        "rm_url = http://h:1/generate, but opd_teacher_urls names",
+    ),
+    (
+        {**SERVED_TEACHER, "rm_url": None, "opd_teacher_urls": ["http://h:1"]},
+        "opd_teacher_urls = http://h:1, but it has no",
+    ),
+    (
+        {**HELD_TEACHER, "opd_teacher_load": ["a=t", "a=u"]},
+        "opd_teacher_load = a=u, but a is named twice",
+    ),
+    ({**SERVED_TEACHER, "rm_url": "h:1/generate"}, "rm_url = h:1/generate, but it is no URL of a server"),
+    ({**SERVED_TEACHER, "rm_url": "http://h:none"}, "rm_url = http://h:none, but it is no URL"),
+    ({**SERVED_TEACHER, "rm_url": "https://a:b@h/"}, "rm_url = https://a:[redacted]@h/, but it has a password"),
+    ({**SERVED_TEACHER, "opd_teacher_key": "t"}, "opd_teacher_key = t, but there is one teacher"),
+    (
+        {**SERVED_TEACHER, "rollout_temperature": 0.7},
+        "rollout_temperature = 0.7, but SGLang gives log-probabilities of prompts at temperature 1",
+    ),
+    (
+        {**HELD_TEACHER, "opd_reward_weight_mode": "none"},
+        "opd_reward_weight_mode = none, but opd_log_prob_top_k = 0 takes the sampled token alone",
+    ),
+    (
+        {**HELD_TEACHER, "opd_log_prob_top_k": 4, "keep_old_actor": True, "max_weight_staleness": 1},
+        "keep_old_actor = true, but old actors give the log-probability of the sampled token alone",
+    ),
     ({"lambd": 0.9}, "lambd = 0.9, but advantage_estimator = grpo has no critic"),
     ({"critic_lr": 1e-5}, "critic_lr = 1e-05, but advantage_estimator = grpo has no critic"),
     ({"critic_load": "rm"}, "critic_load = rm, but advantage_estimator = grpo has no critic"),

@@ -27,7 +27,8 @@ OWN = """--name --run-dir --device --host --redis-url --controller-port --weight
     --chaos --chaos-interval-s --stop-timeout --weight-lease-s --update-weight-full-interval
     --tis-threshold
     --policy-loss-type --sapo-tau-pos --sapo-tau-neg --vespo-k-pos --vespo-lambda-pos --vespo-k-neg --vespo-lambda-neg
-    --dro-beta --echo-loss-coef --gdpo-rewards"""
+    --dro-beta --echo-loss-coef --gdpo-rewards
+    --opd-teacher-key-file --opd-teacher-timeout-s"""
 
 MEGATRON = """--main-grads-dtype --main-params-dtype --exp-avg-dtype --exp-avg-sq-dtype --optimizer-offload-fraction
     --gradient-accumulation-fusion --ckpt-format --auto-detect-ckpt-format
@@ -59,6 +60,10 @@ MEGATRON_MODELS = """--num-layers --hidden-size --ffn-hidden-size --num-attentio
     --dsa-indexer-n-heads --dsa-indexer-head-dim --dsa-indexer-topk --dsv4-window-size --dsv4-compress-ratios
     --dsv4-compress-rope-theta --dsv4-n-hash-layers --dsv4-hc-mult --dsv4-hc-sinkhorn-iters --dsv4-o-groups
     --dsv4-o-lora-rank"""
+
+
+TAKES_SEVERAL = {"opd_teacher_load"}
+"""Settings that take one value or several, where the reference takes one."""
 
 
 def entry_of(name: str) -> Entry:

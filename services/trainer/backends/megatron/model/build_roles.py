@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -31,6 +32,7 @@ from miles.services.trainer.checkpoint.initial_weights import initial_weights
 from miles.services.trainer.step import algorithm_options
 from miles.services.trainer.step.old_policies import OldPolicies
 from miles.services.trainer.step.roles import Roles
+from miles.services.trainer.step.teachers import Teachers
 from miles.services.trainer.step.weight_copy import CopiedRole, WeightCopy
 
 if TYPE_CHECKING:
@@ -44,7 +46,7 @@ class MegatronRoles(Roles):
     policy: MegatronPolicy
     critic: MegatronCritic | None = None
     reference: CopiedRole | AdaptedBase | None = None
-    teacher: CopiedRole | None = None
+    teacher: CopiedRole | Teachers | None = None
     old_policies: OldPolicies | None = None
     routing: Routing | None = None
     """Of the policy; None where it is neither replayed nor observed."""
@@ -60,8 +62,8 @@ def build_roles(config: JobConfig, parallel: ParallelRank, device: torch.device)
     model = build_model(config, parallel, compute)
     wants_reference, adapted = algorithm_options.needs_reference(config), config.lora.lora_rank > 0
     reference = _reference(model, config) if wants_reference and not adapted else None
-    teacher_folder = algorithm_options.teacher_folder(config)
-    teacher = None if teacher_folder is None else _weights_of(model, config, teacher_folder)
+    folders = config.distillation.teacher_folders
+    teachers = {name: _weights_of(model, config, folder) for name, folder in folders.items()}
     routing = _routing(config, model, parallel, device)
     options = LogProbOptions(
         temperature=config.rollout.rollout_temperature,
@@ -88,10 +90,18 @@ def build_roles(config: JobConfig, parallel: ParallelRank, device: torch.device)
         policy=policy,
         critic=_critic(config, parallel, compute, device) if algorithm_options.needs_critic(config) else None,
         reference=base if reference is None else CopiedRole(reference, policy.compute_log_probs_unrouted),
-        teacher=None if teacher is None else CopiedRole(teacher, policy.compute_log_probs_unrouted),
+        teacher=_teacher(config, policy, teachers),
         old_policies=old_policies,
         routing=routing,
     )
+
+
+def _teacher(
+    config: JobConfig, policy: MegatronPolicy, weights: Mapping[str, WeightCopy]
+) -> CopiedRole | Teachers | None:
+    ask = (policy.compute_log_probs_unrouted, policy.score_token_sets_unrouted)
+    roles = {name: CopiedRole(copy, *ask) for name, copy in weights.items()}
+    return Teachers(roles, config.distillation) if len(roles) > 1 else next(iter(roles.values()), None)
 
 
 def _critic(config: JobConfig, parallel: ParallelRank, compute: torch.dtype, device: torch.device) -> MegatronCritic:
