@@ -22,6 +22,7 @@ from miles.config.sections.checkpoint import CheckpointConfig
 from miles.config.sections.cluster import ClusterConfig
 from miles.config.sections.data import DataConfig
 from miles.config.sections.eval import EvalConfig
+from miles.config.sections.extensions import ExtensionsConfig
 from miles.config.sections.gateway import GatewayConfig
 from miles.config.sections.lora import LoraConfig
 from miles.config.sections.megatron import MegatronConfig
@@ -50,6 +51,7 @@ class JobConfig(BaseModel):
     data: DataConfig
     rollout: RolloutConfig
     reward: RewardConfig
+    extensions: ExtensionsConfig
     eval: EvalConfig
     algorithm: AlgorithmConfig
     train: TrainConfig

@@ -26,7 +26,7 @@ _SECTIONS_READ: Mapping[str, tuple[str, ...]] = {
     "controller": ("data", "rollout", "eval", "reward", "checkpoint", "telemetry"),
     "weightsync": ("weights",),
     "reward": ("reward",),
-    "rollout": ("rollout", "reward", "lora", "weights"),
+    "rollout": ("rollout", "reward", "extensions", "lora", "weights"),
     "gateway": ("gateway",),
     "trainer": (
         "cluster",

@@ -8,12 +8,14 @@ import gc
 import logging
 import math
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from miles.queue import GroupQueue, PartialStore, connect_async
 from miles.rpc.gen import rollout_pb2
 from miles.services.rollout.engines.base import PauseMode, RolloutEngine
 from miles.services.rollout.engines.sglang.requests.continuation import read_end_tokens
+from miles.services.rollout.functions.sampler import FunctionSampler, FunctionTools
+from miles.services.rollout.functions.setup import generate_by_function
 from miles.services.rollout.groups.filters import load_filter
 from miles.services.rollout.groups.group_run import GroupTools
 from miles.services.rollout.groups.messages import GroupLease
@@ -68,6 +70,7 @@ class RolloutJob:
         self._engine_addresses = tuple(engine_addresses) or config.rollout.rollout_external_engine_addrs or ()
         self._closing = contextlib.AsyncExitStack()
         self._listeners: list[Callable[[], None]] = []
+        self._function: FunctionTools | None = None
         self.engine: RolloutEngine
         self.serving: Serving
         self.groups: RunningGroups
@@ -106,7 +109,8 @@ class RolloutJob:
         redis = await connect_async(self._redis_url)
         self._closing.push_async_callback(redis.aclose)
         yield "loading the tokenizer"
-        decode = await asyncio.to_thread(_decoder, str(rollout.hf_checkpoint))
+        tokenizer = await asyncio.to_thread(_tokenizer, self.config)
+        decode = response_decoder(tokenizer, read_end_tokens(str(rollout.hf_checkpoint)))
         group_filter = None
         if rollout.dynamic_sampling_filter_path is not None:
             group_filter = load_filter(rollout.dynamic_sampling_filter_path)
@@ -121,6 +125,9 @@ class RolloutJob:
         mode = PauseMode(self.config.weights.pause_generation_mode)
         self.serving = Serving(self.engine, self._on_serving_change, update_mode=mode)
         yield "connecting to rewards and weights"
+        if self.config.extensions.custom_generate_function_path is not None:
+            serving = generate_by_function(self.config, tokenizer, lambda: self.serving.gate.version or 0)
+            self._function = await self._closing.enter_async_context(serving)
         self._rewards = self._connect_rewards()
         self._queue = GroupQueue(redis, self.job_id)
         tools = GroupTools(
@@ -158,7 +165,10 @@ class RolloutJob:
 
     def _create_sampler(self, lease: GroupLease) -> Sampler:
         record_experts = self.config.rollout.records_routing
-        return SingleTurnSampler(GroupRequests(self.engine, lease, record_experts=record_experts))
+        requests = GroupRequests(self.engine, lease, record_experts=record_experts)
+        if self._function is not None:
+            return FunctionSampler(self._function, requests, lease)
+        return SingleTurnSampler(requests)
 
     def _connect_rewards(self) -> RewardClient:
         from miles.reward_sdk.client import RewardClient
@@ -242,7 +252,7 @@ class RolloutJob:
             self._notify()  # the capacity of an engine of several servers changes as they come and go
 
 
-def _decoder(hf_checkpoint: str) -> Callable[[Sequence[int], bool], str]:
+def _tokenizer(config: JobConfig) -> Any:
     from miles.data.template import load_tokenizer
 
-    return response_decoder(load_tokenizer(hf_checkpoint), read_end_tokens(hf_checkpoint))
+    return load_tokenizer(str(config.rollout.hf_checkpoint), config.data.chat_template_path)

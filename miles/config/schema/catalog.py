@@ -28,6 +28,7 @@ from miles.config.sections.checkpoint import CheckpointConfig
 from miles.config.sections.cluster import ClusterConfig
 from miles.config.sections.data import DataConfig
 from miles.config.sections.eval import EvalConfig
+from miles.config.sections.extensions import ExtensionsConfig
 from miles.config.sections.gateway import GatewayConfig
 from miles.config.sections.lora import LoraConfig
 from miles.config.sections.megatron import MegatronConfig
@@ -46,6 +47,7 @@ SECTIONS: Mapping[str, type[Section]] = {
     "data": DataConfig,
     "rollout": RolloutConfig,
     "reward": RewardConfig,
+    "extensions": ExtensionsConfig,
     "eval": EvalConfig,
     "algorithm": AlgorithmConfig,
     "train": TrainConfig,

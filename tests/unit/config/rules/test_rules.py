@@ -38,6 +38,10 @@ RULE_CASES: list[tuple[dict[str, Any], str]] = [
         {"attention_softmax_in_fp32": False, "train_backend": "megatron"},
         "attention_softmax_in_fp32 = false, but the softmax of attention is computed in float32; leave it out",
     ),
+    (
+        {"custom_generate_function_path": "a.b", "partial_rollout": True, "max_weight_staleness": 1},
+        "partial_rollout = true, but custom_generate_function_path = a.b cannot be resumed in the middle",
+    ),
     ({"chaos_interval_s": 3.0}, "chaos_interval_s = 3.0, but there is no drill without chaos"),
     (
         {**SGLANG, "rollout_external_engine_addrs": ["a:1"], "rollout_engine_python": "p"},
