@@ -10,7 +10,7 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
-_ALIASES = str(pathlib.Path(__file__).with_name("aliases"))
+ALIASES = str(pathlib.Path(__file__).with_name("aliases"))
 """Folder with a package `slime`, whose modules have this system's names."""
 
 
@@ -31,7 +31,7 @@ def load_function(path: str) -> Callable[..., Any]:
     module_name, _, name = path.rpartition(".")
     if not module_name:
         raise ExtensionError(f"{path!r} is not a dotted path; write it as package.module.function")
-    for folder in (os.getcwd(), _ALIASES):
+    for folder in (os.getcwd(), ALIASES):
         if folder not in sys.path:
             sys.path.insert(0, folder)
     try:

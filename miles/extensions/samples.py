@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from miles.types import Sample
 from miles.utils import types as users
+
+if TYPE_CHECKING:
+    from miles.config import JobConfig
 
 ATTRIBUTES_KEY = "sample_attributes"
 """Key of a sample's metadata with the attributes that a function set besides the fields."""
@@ -30,6 +34,11 @@ def prompt_renderer(tokenizer: Any) -> Render:
     return render
 
 
+def renderer_of(config: JobConfig, tokenizer: Any) -> Render:
+    """Return the function that gives the prompts of a job's samples as functions of users expect them."""
+    return prompt_renderer(tokenizer) if config.data.apply_chat_template else given_prompt
+
+
 def users_sample(sample: Sample, *, group_size: int, render: Render = given_prompt) -> users.Sample:
     """Return the sample as a function of the user's sees it.
 
@@ -44,7 +53,7 @@ def users_sample(sample: Sample, *, group_size: int, render: Render = given_prom
         tokens=sample.tokens.tolist() if sample.response_length else [],
         response=sample.response,
         response_length=sample.response_length,
-        label=sample.label,
+        label=_label(sample.label),
         reward=dict(sample.reward) if isinstance(sample.reward, dict) else sample.reward,
         loss_mask=_list(sample.loss_mask),
         weight_versions=[str(span.version) for span in sample.weight_versions],
@@ -85,6 +94,17 @@ def take_decisions(sample: Sample, seen: users.Sample) -> Sample:
     return dataclasses.replace(
         sample, reward=seen.reward, loss_mask=mask, metadata=metadata_of(seen), remove_sample=bool(seen.remove_sample)
     )
+
+
+def _label(text: str | None) -> Any:
+    """Return a label as functions expect it: one that is a JSON object, which is stored as text, as an object."""
+    if text is None or not text.startswith("{"):
+        return text
+    try:
+        found = json.loads(text)
+    except json.JSONDecodeError:
+        return text
+    return found if isinstance(found, dict) else text
 
 
 def _list(array: Any) -> list[Any] | None:

@@ -12,6 +12,9 @@ import sys
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
+from miles.extensions.loading import ALIASES
+from miles.extensions.reward_functions import adapted, takes_args
+
 if TYPE_CHECKING:
     from miles.types import Sample
 
@@ -137,6 +140,7 @@ def _load_one(source: Source) -> list[RewardFunction]:
     if not module_name:
         raise RewardLoadError(f"{source.target!r} is not a dotted path; write it as package.module.function")
     _add_to_path(os.getcwd())  # users name modules of the folder they work in
+    _add_to_path(ALIASES)  # and import what they score from another system's names
     with _raised_as_load_error(f"cannot import {module_name!r} for reward {source.target!r}"):
         module = importlib.import_module(module_name)
     call = getattr(module, attribute, None)
@@ -146,6 +150,9 @@ def _load_one(source: Source) -> list[RewardFunction]:
         raise RewardLoadError(f"{source.target!r} is a {type(call).__name__}, not a function")
     decorated = next((function for function in registered.values() if function.call is call), None)
     group = source.group or (decorated is not None and decorated.group)
+    if takes_args(call):
+        with _raised_as_load_error(f"reward {source.target!r} cannot be used"):
+            call = adapted(call, group=group)
     return [RewardFunction(source.name or attribute, call, group)]
 
 

@@ -10,6 +10,8 @@ import math
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from miles.extensions.arguments import args_of
+from miles.extensions.samples import renderer_of
 from miles.queue import GroupQueue, PartialStore, connect_async
 from miles.rpc.gen import rollout_pb2
 from miles.services.rollout.engines.base import PauseMode, RolloutEngine
@@ -113,7 +115,11 @@ class RolloutJob:
         decode = response_decoder(tokenizer, read_end_tokens(str(rollout.hf_checkpoint)))
         group_filter = None
         if rollout.dynamic_sampling_filter_path is not None:
-            group_filter = load_filter(rollout.dynamic_sampling_filter_path)
+            group_filter = load_filter(
+                rollout.dynamic_sampling_filter_path,
+                args_of(self.config.to_flat()),
+                renderer_of(self.config, tokenizer),
+            )
         self.engine = await asyncio.to_thread(self._create_engine)
         # Before it starts: the caller may be gone by the time the engine is ready.
         self._closing.push_async_callback(self.engine.close)

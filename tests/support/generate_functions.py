@@ -102,3 +102,21 @@ async def waits(args: Any, sample: Sample, sampling_params: dict[str, Any]) -> S
 async def several(args: Any, sample: Sample, sampling_params: dict[str, Any]) -> list[Sample]:
     """Returns two samples."""
     return [sample, sample]
+
+
+async def reward_func(args: Any, sample: Sample, **kwargs: Any) -> float:
+    """A reward in the form of slime's recipes."""
+    assert isinstance(sample, Sample)
+    assert isinstance(sample.prompt, str)
+    sample.metadata["turns_seen"] = sample.metadata.get("turns")
+    return float(getattr(sample, "tool_calls", 0)) + args.rollout_temperature * (sample.response != "")
+
+
+async def group_reward_func(args: Any, samples: list[Sample], **kwargs: Any) -> list[dict[str, Any]]:
+    """A reward of a group with parts that are no numbers."""
+    return [{"score": float(i), "acc": i > 0, "pred": f"answer {i}"} for i in range(len(samples))]
+
+
+def blocking_reward(args: Any, sample: Sample) -> float:
+    """A reward that is not asynchronous."""
+    return float(sample.label["answer"])

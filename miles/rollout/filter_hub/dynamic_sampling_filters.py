@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from miles.rollout.filter_hub.base_types import DynamicFilterOutput
+from miles.types import reward_number
 from miles.utils.types import Sample
 
 
@@ -14,7 +15,7 @@ def check_reward_nonzero_std(args: Any, samples: Sequence[Sample], **_: Any) -> 
 
     Samples that failed are ignored; fewer than two rewards have no spread.
     """
-    rewards = [sample.get_reward_value(args) for sample in samples if sample.reward is not None]
+    rewards = [reward_number(sample.reward, args.reward_key) for sample in samples if sample.reward is not None]
     if len(set(rewards)) > 1:
         return DynamicFilterOutput(True)
     return DynamicFilterOutput(False, f"zero_std_{rewards[0]:g}" if rewards else "no_reward")

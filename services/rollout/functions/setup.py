@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Callable
 from typing import TYPE_CHECKING, Any
 
 from miles.extensions.arguments import args_of
-from miles.extensions.samples import given_prompt, prompt_renderer
+from miles.extensions.samples import renderer_of
 from miles.services.rollout.engines.sglang.requests.continuation import read_end_tokens
 from miles.services.rollout.functions.endpoint import GenerateEndpoint
 from miles.services.rollout.functions.function_thread import FunctionThread
@@ -47,7 +47,7 @@ async def generate_by_function(
                 thread=thread,
                 endpoint=endpoint,
                 settings=vars(args_of(config.to_flat())),
-                render=prompt_renderer(tokenizer) if config.data.apply_chat_template else given_prompt,
+                render=renderer_of(config, tokenizer),
                 timeout_s=extensions.custom_generate_timeout_s,
                 version=version,
             )

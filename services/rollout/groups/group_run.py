@@ -209,14 +209,14 @@ class GroupRun:
             reasons = {str(sample.metadata.get("reward_error") or "") for sample in group.samples}
             errors = "; ".join(sorted(reasons))
             return await self._drop(done, f"no sample could be scored: {errors}")
-        verdict = await apply_filter(tools.group_filter, tools.config, group.samples)
+        verdict = await apply_filter(tools.group_filter, group.samples)
         if verdict.keep:
             entry_id = await tools.queue.put(
                 group, attempt=self.lease.attempt, oldest_version=done.oldest_version, holder=self._holder
             )
             done = dataclasses.replace(done, entry_id=entry_id)
         else:
-            done = await self._drop(done, verdict.reason)
+            done = await self._drop(done, verdict.reason or "")
         await self._partial.delete()
         return done
 
