@@ -34,6 +34,7 @@ _SECTIONS_READ: Mapping[str, tuple[str, ...]] = {
         "data",
         "rollout",
         "algorithm",
+        "extensions",
         "train",
         "lora",
         "megatron",

@@ -13,6 +13,7 @@ DIFFERENT_DEFAULTS: Mapping[str, str] = {
     "distributed_backend": "nccl on CUDA as elsewhere, but gloo on CPU",
     "update_weight_transfer_mode": "auto instead of broadcast",
     "tis_lower_bound": "1 / tis_upper_bound, which is 0.5 as elsewhere until tis_upper_bound changes",
+    "data_source_path": "not given, which means the same",
     "use_rs": "off until asked for, and a flag instead of a key in a file of its own",
 }
 """How the default differs, by key."""
@@ -22,7 +23,7 @@ DIFFERENT_CHOICES: Mapping[str, str] = {
     "attn_implementation": "auto, varlen and sdpa",
     "distributed_backend": "nccl and gloo",
     "advantage_estimator": "rloo, dr_grpo and cispo besides",
-    "loss_type": "policy_loss",
+    "loss_type": "policy_loss and custom_loss",
     "lr_decay_style": "constant, linear and cosine",
     "optimizer": "adam",
     "rm_type": "exact_match, last_number and math",

@@ -3,6 +3,7 @@
 A note is no fault. `registry` runs them, the other files have them by subject.
 """
 
+from miles.config.notes import extensions as extensions
 from miles.config.notes import statements as statements
 from miles.config.notes.registry import Note as Note
 from miles.config.notes.registry import notes as notes

@@ -10,6 +10,7 @@ from miles.config.schema.catalog import SECTIONS, catalog
 from miles.config.schema.faults import Fault
 from miles.config.schema.flat_settings import FlatSettings, InvalidSetting
 from miles.engine_spec import engine_spec
+from miles.extensions.names import FULLY_ASYNC_ROLLOUTS, MIS_FUNCTIONS
 from miles.precision.number_types import AUTO
 
 FALLBACKS = {
@@ -101,6 +102,12 @@ def _batch_sizes(s: FlatSettings) -> list[Fault]:
         return [fault]
     for name, value in zip(names, (prompts, samples, batch, steps), strict=True):
         s.fill(name, value)
+    return []
+
+
+def _masked_importance_sampling(s: FlatSettings) -> list[Fault]:
+    if s.custom_tis_function_path in MIS_FUNCTIONS and not s.given("use_mis"):
+        s.fill("use_mis", True)
     return []
 
 
@@ -228,7 +235,8 @@ def _staleness(s: FlatSettings) -> list[Fault]:
     """Derive the smallest bound that the other settings need."""
     if not s.given("max_weight_staleness"):
         batches = -(-(s.over_sampling_batch_size or 1) // s.rollout_batch_size)
-        s.fill("max_weight_staleness", max(batches, s.update_weights_interval, 2 if s.partial_rollout else 1) - 1)
+        least = 3 if s.rollout_function_path in FULLY_ASYNC_ROLLOUTS else 2 if s.partial_rollout else 1
+        s.fill("max_weight_staleness", max(batches, s.update_weights_interval, least) - 1)
     return []
 
 
@@ -249,6 +257,7 @@ _STEPS: tuple[Callable[[FlatSettings], list[Fault]], ...] = (
     _lengths,
     _fallbacks,
     _run_dir,
+    _masked_importance_sampling,
     _bounds,
     _evaluation_alone,
     _train_dtype,
