@@ -7,9 +7,10 @@ import json
 import logging
 import weakref
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import aiohttp
+if TYPE_CHECKING:
+    import aiohttp
 
 log = logging.getLogger(__name__)
 
@@ -27,6 +28,8 @@ async def post(
 
     Raises RequestRefused with the server's words when it says that the request is wrong (400 to 499).
     """
+    import aiohttp  # here, as processes that only score load this module too, with a function's own
+
     for attempt in range(1, max_retries + 1):
         try:
             async with _session().post(url, json=dict(payload or {}), headers=headers) as response:
@@ -52,6 +55,8 @@ async def get(url: str) -> Any:
 
 def _session() -> aiohttp.ClientSession:
     """Return the connections of this event loop; proxies of the environment are not used."""
+    import aiohttp
+
     loop = asyncio.get_running_loop()
     session = _sessions.get(loop)
     if session is None or session.closed:
