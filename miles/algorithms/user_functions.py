@@ -1,4 +1,4 @@
-"""Losses and corrections of users, in the forms that slime and miles call them.
+"""Corrections and sums of users, in the forms that slime and miles call them; `user_loss` has whole losses.
 
 Their arguments are lists with a tensor a sample, or per-token values of all samples behind each other: what a packing
 has as [T].
@@ -7,17 +7,13 @@ has as [T].
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
 from miles.algorithms.corrections import Correction
-from miles.algorithms.loss_reducer import LossReducer
 from miles.algorithms.packing import Packing, as_float, keep_log_probs
-
-if TYPE_CHECKING:
-    from miles.algorithms.losses import LossBatch, LossOutput
 
 Function = Callable[..., Any]
 
@@ -52,9 +48,9 @@ class UserCorrection:
         returned = self.function(
             self.args,
             pg_loss=pg_loss_T,
-            train_log_probs=_per_sample(train_log_probs_T, packing),
-            rollout_log_probs=_per_sample(keep_log_probs(mask_T, rollout_log_probs_T), packing),
-            loss_masks=_per_sample(as_float(mask_T), packing),
+            train_log_probs=per_sample(train_log_probs_T, packing),
+            rollout_log_probs=per_sample(keep_log_probs(mask_T, rollout_log_probs_T), packing),
+            loss_masks=per_sample(as_float(mask_T), packing),
             total_lengths=lengths,
             response_lengths=lengths,
         )
@@ -80,48 +76,12 @@ class UserReducer:
     ) -> torch.Tensor:
         """Return the numerator, 0-d."""
         lengths = list(packing.lengths)
-        reduce = self.function(lengths, lengths, _per_sample(as_float(mask_T), packing), per_token)
-        return _scalar(reduce(torch.where(mask_T.bool(), loss_T, 0.0)), "custom_pg_loss_reducer_function_path")
+        reduce = self.function(lengths, lengths, per_sample(as_float(mask_T), packing), per_token)
+        return scalar(reduce(torch.where(mask_T.bool(), loss_T, 0.0)), "custom_pg_loss_reducer_function_path")
 
 
-@dataclasses.dataclass(frozen=True)
-class UserLoss:
-    """`fn(args, batch, log_probs, sum_of_sample_mean)`, which returns a loss and metrics, 0-d each."""
-
-    function: Function
-    args: Any
-
-    def __call__(
-        self, batch: LossBatch, log_probs_T: torch.Tensor, entropy_T: torch.Tensor | None, *, per_token: bool
-    ) -> LossOutput:
-        """Return the micro-batch's part of the loss. `log_probs_T` are of the policy that is trained, with gradient."""
-        from miles.algorithms.losses import LossOutput
-
-        reducer, packing = LossReducer(batch, per_token), batch.packing
-        old_T = log_probs_T.detach() if batch.train_log_probs_T is None else batch.train_log_probs_T
-        seen: dict[str, Any] = {
-            "response_lengths": list(packing.lengths),
-            "loss_masks": _per_sample(as_float(batch.mask_T), packing),
-            "log_probs": _per_sample(old_T, packing),
-            "advantages": _per_sample(batch.advantages_T, packing),
-        }
-        for name in ("rollout_log_probs", "ref_log_probs"):
-            values_T = getattr(batch, name + "_T")
-            seen[name] = None if values_T is None else _per_sample(values_T, packing)
-        seen["entropy"] = None if entropy_T is None else _per_sample(entropy_T, packing)
-        returned = self.function(self.args, seen, log_probs_T, reducer.total)
-        if not isinstance(returned, tuple | list) or len(returned) != 2 or not isinstance(returned[1], Mapping):
-            raise UserFunctionError("custom_loss_function_path: return (loss, metrics)")
-        loss = _scalar(returned[0], "custom_loss_function_path")
-        if log_probs_T.requires_grad and not loss.requires_grad:
-            raise UserFunctionError("custom_loss_function_path: its loss has no gradient; compute it from log_probs")
-        reducer.report("loss", loss)
-        for name, value in returned[1].items():
-            reducer.report(name, _scalar(value, f"the metric {name} of custom_loss_function_path"))
-        return LossOutput(reducer.loss(loss), reducer.metrics)
-
-
-def _per_sample(values_T: torch.Tensor, packing: Packing) -> list[torch.Tensor]:
+def per_sample(values_T: torch.Tensor, packing: Packing) -> list[torch.Tensor]:
+    """Return a tensor a sample of values [T]."""
     return list(packing.split(values_T))
 
 
@@ -134,7 +94,8 @@ def _tokens(values: torch.Tensor | Sequence[torch.Tensor], packing: Packing, nam
     return found
 
 
-def _scalar(value: Any, name: str) -> torch.Tensor:
+def scalar(value: Any, name: str) -> torch.Tensor:
+    """Return what a function gave as a 0-d tensor. Raises UserFunctionError."""
     if not isinstance(value, torch.Tensor) or value.numel() != 1:
         raise UserFunctionError(f"{name} gave {type(value).__name__}; a tensor with one number is expected")
     return value.reshape(())

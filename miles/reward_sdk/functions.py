@@ -9,30 +9,19 @@ import importlib.util
 import inspect
 import os
 import sys
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 from miles.extensions.loading import ALIASES
-from miles.extensions.reward_functions import adapted, takes_args
+from miles.reward_sdk.recipe_functions import adapted, takes_args
+from miles.reward_sdk.scored import Scored, Value
 
 if TYPE_CHECKING:
     from miles.types import Sample
 
-Number = float | int
-Value = Number | Mapping[str, Number]
-"""A reward: one finite number, or several named ones."""
-
 
 class RewardLoadError(ValueError):
     """A reward function cannot be found or used; the message says which and why."""
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Scored:
-    """A reward together with JSON values to merge into the sample's metadata."""
-
-    reward: Value
-    metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 SampleFunction = Callable[["Sample"], Value | Scored | Awaitable[Value | Scored]]

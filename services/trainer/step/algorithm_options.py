@@ -11,7 +11,8 @@ from miles.algorithms.corrections import CorrectionMethod, IcePop, TruncatedImpo
 from miles.algorithms.estimators import ESTIMATORS, AdvantageConfig, reward_on_every_token
 from miles.algorithms.losses import LossConfig
 from miles.algorithms.mis import MaskedImportanceSampling
-from miles.algorithms.user_functions import UserCorrection, UserLoss, UserReducer
+from miles.algorithms.user_functions import UserCorrection, UserReducer
+from miles.algorithms.user_loss import UserLoss
 from miles.extensions.arguments import args_of
 from miles.extensions.loading import load_function
 from miles.extensions.names import MIS_FUNCTIONS

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from miles.algorithms import LossBatch, LossConfig, Packing, TruncatedImportanceSampling, rl_loss
-from miles.algorithms.user_functions import UserCorrection, UserFunctionError, UserLoss, UserReducer
+from miles.algorithms.user_functions import UserCorrection, UserFunctionError, UserReducer
+from miles.algorithms.user_loss import UserLoss
 from miles.extensions.arguments import Args
 
 PACKING = Packing((3, 2, 1))

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from miles.extensions.arguments import SETTINGS_VARIABLE, settings_text
-from miles.extensions.reward_functions import adapted, takes_args
 from miles.reward_sdk import Scored, Source
 from miles.reward_sdk.functions import load
+from miles.reward_sdk.recipe_functions import adapted, takes_args
 from miles.types import Sample, SampleStatus
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from miles.extensions.arguments import Args, args_of_environment
 from miles.extensions.loading import ExtensionError
 from miles.extensions.samples import Render, given_prompt, metadata_of, prompt_renderer, users_group, users_sample
+from miles.reward_sdk.scored import Scored
 
 if TYPE_CHECKING:
     from miles.types import Sample
@@ -60,8 +61,6 @@ def adapted(function: Callable[..., Any], *, group: bool) -> Callable[[Any], Any
 
 
 def _scored(sample: Sample, seen: users.Sample, returned: Any) -> Any:
-    from miles.reward_sdk.functions import Scored
-
     metadata = {key: value for key, value in metadata_of(seen).items() if sample.metadata.get(key) != value}
     value = returned.reward if isinstance(returned, Scored) else returned
     if isinstance(value, Mapping):
