@@ -75,9 +75,9 @@ def users_group(samples: Sequence[Sample], render: Render = given_prompt) -> lis
 
 
 def attributes_of(sample: users.Sample) -> dict[str, Any]:
-    """Return the attributes that are no fields and can be stored as JSON."""
+    """Return the attributes that are no fields, have a value, and can be stored as JSON."""
     own = {name: value for name, value in vars(sample).items() if name not in users.FIELDS}
-    return {name: value for name, value in own.items() if _is_json(value)}
+    return {name: value for name, value in own.items() if value is not None and _is_json(value)}
 
 
 def metadata_of(sample: users.Sample) -> dict[str, Any]:
