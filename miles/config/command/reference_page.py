@@ -17,7 +17,7 @@ _INTRODUCTION = """\
 
 A setting has the same name everywhere: as the flag `--rollout-batch-size 64`, as the line `rollout_batch_size: 64` in a
 YAML file, and as the key `"rollout_batch_size"` in a REST body. Files and bodies are flat. An unknown name is refused,
-and the nearest known one is suggested.
+and a setting with a close name, or that other systems call so, is suggested.
 
 - `--config FILE` reads a YAML file. It is repeatable; a later file overrides an earlier one, and flags override files.
   Plain words are read as on the command line: `1e-6` is a number, `yes` and `no` are values of a switch.

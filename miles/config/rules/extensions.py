@@ -94,20 +94,6 @@ def further_settings_have_a_reader(s: FlatSettings) -> Iterator[Fault]:
 
 
 _BY_GROUP = "rollout services generate group by group and no process makes whole rollouts"
-_HAVE_NO_PLACE = {
-    "buffer_filter_path": (
-        "groups that are left over are trained on in the order of their prompts, before they are too old",
-        "leave it out; dynamic_sampling_filter_path drops groups, max_weight_staleness bounds their age",
-    ),
-    "rollout_all_samples_process_path": (
-        "groups that a filter drops never reach the process that sees the others",
-        "leave it out; dynamic_sampling_filter_path sees every group",
-    ),
-    "rollout_data_postprocess_path": (
-        "the trainer keeps no rollout_data that a function could change",
-        "leave it out; custom_reward_post_process_path and rollout_sample_filter_path change rewards and masks",
-    ),
-}
 
 
 @rule
@@ -125,10 +111,3 @@ def whole_rollouts_are_built_in(s: FlatSettings) -> Iterator[Fault]:
     if s.data_source_path and s.data_source_path not in DEFAULT_DATA_SOURCES:
         problem = "prompts are read from files alone, so that a resumed run goes on where it was"
         yield Fault("data_source_path", s.data_source_path, problem, "write the prompts to a file for prompt_data")
-
-
-@rule
-def functions_have_a_place(s: FlatSettings) -> Iterator[Fault]:
-    for key, (problem, remedy) in _HAVE_NO_PLACE.items():
-        if getattr(s, key):
-            yield Fault(key, getattr(s, key), problem, remedy)

@@ -58,12 +58,3 @@ class ExtensionsConfig(Section):
 
     data_source_path: Annotated[str | None, DottedPath(aliases=DEFAULT_DATA_SOURCES), Metavar("MODULE.NAME")] = None
     """The built-in source of prompts by the name that recipes give it, which changes nothing; others are refused."""
-
-    buffer_filter_path: Annotated[str | None, DottedPath(), Metavar("MODULE.NAME")] = None
-    """Refused: groups that are left over are trained on in the order of their prompts."""
-
-    rollout_all_samples_process_path: Annotated[str | None, DottedPath(), Metavar("MODULE.NAME")] = None
-    """Refused: no process sees the groups that were dropped with those that were kept."""
-
-    rollout_data_postprocess_path: Annotated[str | None, DottedPath(), Metavar("MODULE.NAME")] = None
-    """Refused: there is no rollout_data of tensors to change."""
