@@ -29,6 +29,7 @@ _BY_SECTION: Mapping[str, Effect] = {
     "data": Effect.APPLIED,
     "rollout": Effect.APPLIED,
     "reward": Effect.APPLIED,
+    "extensions": Effect.APPLIED,
     "eval": Effect.APPLIED,
     "algorithm": Effect.APPLIED,
     "policy_loss": Effect.APPLIED,

@@ -13,6 +13,7 @@ from miles.addresses import join_address, reachable_here, split_address
 from miles.config.job import JobConfig
 from miles.config.schema.catalog import catalog
 from miles.cores import THREADS_VARIABLE, share_of, usable_cores
+from miles.extensions.arguments import SETTINGS_VARIABLE, settings_text
 from miles.launcher.placement import placement_of
 from miles.launcher.torchrun import Node, torchrun
 from miles.placement.deal import Placement
@@ -26,7 +27,7 @@ _SECTIONS_READ: Mapping[str, tuple[str, ...]] = {
     "controller": ("data", "rollout", "eval", "reward", "distillation", "checkpoint", "telemetry", "debug"),
     "weightsync": ("weights",),
     "reward": ("reward",),
-    "rollout": ("rollout", "reward", "distillation", "lora", "weights"),
+    "rollout": ("rollout", "reward", "distillation", "extensions", "lora", "weights"),
     "gateway": ("gateway",),
     "trainer": (
         "cluster",
@@ -34,6 +35,7 @@ _SECTIONS_READ: Mapping[str, tuple[str, ...]] = {
         "rollout",
         "algorithm",
         "distillation",
+        "extensions",
         "train",
         "lora",
         "megatron",
@@ -250,6 +252,8 @@ def _plan(config: JobConfig, name: str, kind: str, command: tuple[str, ...]) -> 
     environment = tls_environment(config) if kind != "redis" else {}
     if kind in _TENSOR_KINDS and config.services.device == "cpu":
         environment |= cpu_memory_environment()
+    if kind == "reward" and config.reward.custom_rm_path is not None:
+        environment |= {SETTINGS_VARIABLE: settings_text(flat)}
     environment |= _thread_environment(config, kind)
     return ProcessPlan(name, kind, command, environment, read)
 

@@ -146,6 +146,12 @@ class Sample:
     __hash__ = None  # type: ignore[assignment]  # mutable
 
 
+def failed(sample: Sample, why: str) -> Sample:
+    """Return the sample as one that is never trained on; its metadata says why."""
+    metadata = {**sample.metadata, "reward_error": why}
+    return dataclasses.replace(sample, status=SampleStatus.FAILED, reward=None, metadata=metadata, remove_sample=True)
+
+
 _SAMPLE_FIELDS = tuple(field.name for field in dataclasses.fields(Sample))
 
 

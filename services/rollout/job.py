@@ -8,12 +8,16 @@ import gc
 import logging
 import math
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from miles.extensions.arguments import args_of
+from miles.extensions.samples import renderer_of
 from miles.queue import GroupQueue, PartialStore, connect_async
 from miles.rpc.gen import rollout_pb2
 from miles.services.rollout.engines.base import PauseMode, RolloutEngine
 from miles.services.rollout.engines.sglang.requests.continuation import read_end_tokens
+from miles.services.rollout.functions.sampler import FunctionSampler, FunctionTools
+from miles.services.rollout.functions.setup import generate_by_function
 from miles.services.rollout.groups.filters import load_filter
 from miles.services.rollout.groups.group_run import GroupTools
 from miles.services.rollout.groups.messages import GroupLease
@@ -70,6 +74,7 @@ class RolloutJob:
         self._closing = contextlib.AsyncExitStack()
         self._teachers: ServedTeachers | None = None
         self._listeners: list[Callable[[], None]] = []
+        self._function: FunctionTools | None = None
         self.engine: RolloutEngine
         self.serving: Serving
         self.groups: RunningGroups
@@ -103,14 +108,13 @@ class RolloutJob:
         gc.freeze()
 
     async def _start(self) -> AsyncGenerator[str, None]:
-        from miles.data.template import load_tokenizer
 
         rollout = self.config.rollout
         yield "connecting to the sample queue"
         redis = await connect_async(self._redis_url)
         self._closing.push_async_callback(redis.aclose)
         yield "loading the tokenizer"
-        tokenizer = await asyncio.to_thread(load_tokenizer, str(rollout.hf_checkpoint))
+        tokenizer = await asyncio.to_thread(_tokenizer, self.config)
         decode = response_decoder(tokenizer, read_end_tokens(str(rollout.hf_checkpoint)))
         teachers = None
         if self.config.distillation.teacher_urls:
@@ -124,7 +128,11 @@ class RolloutJob:
                     yield report
         group_filter = None
         if rollout.dynamic_sampling_filter_path is not None:
-            group_filter = load_filter(rollout.dynamic_sampling_filter_path)
+            group_filter = load_filter(
+                rollout.dynamic_sampling_filter_path,
+                args_of(self.config.to_flat()),
+                renderer_of(self.config, tokenizer),
+            )
         self.engine = await asyncio.to_thread(self._create_engine)
         # Before it starts: the caller may be gone by the time the engine is ready.
         self._closing.push_async_callback(self.engine.close)
@@ -136,6 +144,9 @@ class RolloutJob:
         mode = PauseMode(self.config.weights.pause_generation_mode)
         self.serving = Serving(self.engine, self._on_serving_change, update_mode=mode)
         yield "connecting to rewards and weights"
+        if self.config.extensions.custom_generate_function_path is not None:
+            serving = generate_by_function(self.config, tokenizer, lambda: self.serving.gate.version or 0)
+            self._function = await self._closing.enter_async_context(serving)
         self._rewards = self._connect_rewards()
         self._queue = GroupQueue(redis, self.job_id)
         tools = GroupTools(
@@ -177,9 +188,10 @@ class RolloutJob:
     def _create_sampler(self, lease: GroupLease) -> Sampler:
         record_experts = self.config.rollout.records_routing
         top_tokens = self.config.distillation.engine_top_k
-        return SingleTurnSampler(
-            GroupRequests(self.engine, lease, record_experts=record_experts, top_tokens=top_tokens)
-        )
+        requests = GroupRequests(self.engine, lease, record_experts=record_experts, top_tokens=top_tokens)
+        if self._function is not None:
+            return FunctionSampler(self._function, requests, lease)
+        return SingleTurnSampler(requests)
 
     def _connect_rewards(self) -> RewardClient:
         from miles.reward_sdk.client import RewardClient
@@ -262,3 +274,9 @@ class RolloutJob:
             await asyncio.sleep(TICK_S)
             self.serving.tick()
             self._notify()  # the capacity of an engine of several servers changes as they come and go
+
+
+def _tokenizer(config: JobConfig) -> Any:
+    from miles.data.template import load_tokenizer
+
+    return load_tokenizer(str(config.rollout.hf_checkpoint), config.data.chat_template_path)

@@ -12,6 +12,7 @@ from miles.config import JobConfig
 from miles.queue import GroupQueue, connect_async
 from miles.rpc import connect_blocking
 from miles.rpc.gen import trainer_pb2, weightsource_pb2, weightsync_pb2_grpc
+from miles.services.trainer.batch.rollout_functions import RolloutFunctions
 from miles.services.trainer.checkpoint.manager import CheckpointManager
 from miles.services.trainer.checkpoint.state import TrainerState
 from miles.services.trainer.ranks.abandoning import Abandonment
@@ -75,6 +76,7 @@ class Job:
         self._run_dir = run_dir
         self._redis = client
         self._queue = GroupQueue(client, job_id)
+        self._functions = RolloutFunctions(config)
         self._weightsync: grpc.Channel = connect_blocking(weightsync_address)
         self._weightsync_address = weightsync_address
         self._publisher: WeightPublisher | None = None
@@ -206,6 +208,7 @@ class Job:
         report(Progress("waiting", 0, len(request.group_ids)))
         collected = await self._queue.collect(request.group_ids, request.deadline_s)
         groups: list[SampleGroup] = [group for _, group in collected.values()]
+        await self._functions.apply(groups)
         command = Command("train", {"step": request.step})
         try:
             metrics = await self._leader.run(command, groups=groups, report=report, abandonment=abandonment)

@@ -17,6 +17,7 @@ DIFFERENT_DEFAULTS: Mapping[str, str] = {
     "eps_clip": "0.2 as elsewhere for the losses found there, and the papers' values for others",
     "rollout_health_check_interval": "1 second instead of 30: a probe also tells how much a server has to do",
     "tis_lower_bound": "1 / tis_upper_bound, which is 0.5 as elsewhere until tis_upper_bound changes",
+    "data_source_path": "not given, which means the same",
     "use_rs": "off until asked for, and a flag instead of a key in a file of its own",
 }
 """How the default differs, by key."""
@@ -28,7 +29,7 @@ DIFFERENT_CHOICES: Mapping[str, str] = {
     "train_backend": "auto besides",
     "distributed_backend": "nccl and gloo",
     "advantage_estimator": "rloo, dr_grpo, cispo, maxrl, gdpo and optimal_token_baseline besides",
-    "loss_type": "policy_loss",
+    "loss_type": "policy_loss and custom_loss",
     "lr_decay_style": "constant, linear and cosine",
     "optimizer": "adam",
     "rm_type": "exact_match, last_number, math, deepscaler and dapo",

@@ -34,6 +34,7 @@ from miles.config.sections.debug import DebugConfig
 from miles.config.sections.distillation import DistillationConfig
 from miles.config.sections.eval import EvalConfig
 from miles.config.sections.experts import ExpertsConfig
+from miles.config.sections.extensions import ExtensionsConfig
 from miles.config.sections.fault_tolerance import FaultToleranceConfig
 from miles.config.sections.gateway import GatewayConfig
 from miles.config.sections.lora import LoraConfig
@@ -56,6 +57,7 @@ SECTIONS: Mapping[str, type[Section]] = {
     "data": DataConfig,
     "rollout": RolloutConfig,
     "reward": RewardConfig,
+    "extensions": ExtensionsConfig,
     "eval": EvalConfig,
     "algorithm": AlgorithmConfig,
     "policy_loss": PolicyLossConfig,

@@ -14,6 +14,7 @@ from miles.config.schema.faults import Fault
 from miles.config.schema.flat_settings import FlatSettings, InvalidSetting
 from miles.config.schema.teacher_functions import take_teacher_functions
 from miles.engine_spec import engine_spec
+from miles.extensions.names import FULLY_ASYNC_ROLLOUTS, MIS_FUNCTIONS
 from miles.policy_loss_spec import LOSS_OF_ESTIMATOR, POLICY_LOSS_SPECS
 from miles.precision.number_types import AUTO
 
@@ -131,6 +132,12 @@ def _batch_sizes(s: FlatSettings) -> list[Fault]:
         return [fault]
     for name, value in zip(names, (prompts, samples, batch, steps), strict=True):
         s.fill(name, value)
+    return []
+
+
+def _masked_importance_sampling(s: FlatSettings) -> list[Fault]:
+    if s.custom_tis_function_path in MIS_FUNCTIONS and not s.given("use_mis"):
+        s.fill("use_mis", True)
     return []
 
 
@@ -291,7 +298,8 @@ def _staleness(s: FlatSettings) -> list[Fault]:
 def needed_staleness(s: FlatSettings) -> int:
     """Return the smallest bound that the other settings need."""
     batches = -(-(s.over_sampling_batch_size or 1) // s.rollout_batch_size)
-    return max(int(batches), int(s.update_weights_interval), 2 if s.partial_rollout else 1) - 1
+    least = 3 if s.rollout_function_path in FULLY_ASYNC_ROLLOUTS else 2 if s.partial_rollout else 1
+    return max(int(batches), int(s.update_weights_interval), least) - 1
 
 
 def _colocated_engines(s: FlatSettings) -> list[Fault]:
@@ -331,6 +339,7 @@ _STEPS: tuple[Callable[[FlatSettings], list[Fault]], ...] = (
     _policy_loss,
     _fallbacks,
     _run_dir,
+    _masked_importance_sampling,
     _bounds,
     _evaluation_alone,
     _dumps,

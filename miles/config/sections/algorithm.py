@@ -65,8 +65,8 @@ class AlgorithmConfig(Section):
     num_critic_only_steps: NonNegative = 0
     """Number of first rollouts that train only the critic (ppo)."""
 
-    loss_type: Literal["policy_loss"] = "policy_loss"
-    """Loss to minimise."""
+    loss_type: Literal["policy_loss", "custom_loss"] = "policy_loss"
+    """Loss to minimise; custom_loss is that of custom_loss_function_path."""
 
     calculate_per_token_loss: bool = False
     """Average the loss over the tokens of the step instead of over samples (not with dr_grpo and luspo)."""
@@ -134,7 +134,7 @@ class AlgorithmConfig(Section):
     use_icepop: bool = False
     """Correct as use_tis does, but set weights outside the bounds to 0 (IcePop)."""
 
-    use_mis: bool = False
+    use_mis: Annotated[bool, Derived("on with custom_tis_function_path of the recipes' MIS function")] = False
     """Correct by masked importance sampling (MIS); use_tis enables its weights and use_rs its rejection."""
 
     tis_level: Level = "token"

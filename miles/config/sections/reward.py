@@ -22,7 +22,8 @@ class RewardConfig(Section):
     reward_service are not given either."""
 
     custom_rm_path: Annotated[str | None, DottedPath(aliases=SCORES), Metavar("MODULE.NAME")] = None
-    """Async function that scores a sample, instead of rm_type."""
+    """Function (sample) or (args, sample) that scores a sample, instead of rm_type; with group_rm one of a prompt's
+    samples."""
 
     reward_service: Annotated[tuple[str, ...], Metavar("NAME=HOST:PORT")] = ()
     """Address of a reward service that runs elsewhere; repeatable. The one named default scores samples without a name,

@@ -20,9 +20,7 @@ from miles.config.schema.section import (
     derived,
 )
 from miles.engine_spec import EngineName
-
-NONZERO_STD_FILTER = "miles.rollout.filter_hub.dynamic_sampling_filters.check_reward_nonzero_std"
-"""Name of the built-in filter in recipes; the rollout service maps it to its function."""
+from miles.extensions.names import DYNAMIC_FILTERS
 
 
 class RolloutConfig(Section):
@@ -118,12 +116,12 @@ class RolloutConfig(Section):
     rollout_seed: int = 42
     """Seed of shuffling and sampling."""
 
-    dynamic_sampling_filter_path: Annotated[
-        str | None, DottedPath(aliases=(NONZERO_STD_FILTER,)), Metavar("MODULE.NAME")
-    ] = None
-    """Function that keeps or drops a scored group before it is queued; the built-in
+    dynamic_sampling_filter_path: Annotated[str | None, DottedPath(aliases=DYNAMIC_FILTERS), Metavar("MODULE.NAME")] = (
+        None
+    )
+    """Function (args, samples) that keeps or drops a scored group before it is queued; the built-in
     miles.rollout.filter_hub.dynamic_sampling_filters.check_reward_nonzero_std drops groups whose rewards are all
-    equal."""
+    equal, check_no_aborted those with a sample that failed."""
 
     dynamic_sampling_max_dropped_batches: NonNegative = 16
     """How many batches' worth of groups may be dropped in a row, with none kept between, before the job fails; 0 means

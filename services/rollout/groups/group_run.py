@@ -15,7 +15,7 @@ from miles.rpc.gen import rollout_pb2
 from miles.services.rollout.groups.filters import FilterError, GroupFilter, apply_filter
 from miles.services.rollout.groups.messages import Failed, Finished, GroupLease, Outcome, Preempted
 from miles.services.rollout.groups.partial_group import PartialGroup
-from miles.services.rollout.groups.partial_response import FINISHED, mask_older_versions
+from miles.services.rollout.groups.partial_response import ENDED, FINISHED, mask_older_versions
 from miles.services.rollout.groups.response_sampler import Sampler
 from miles.services.rollout.groups.scoring import GroupScoring, JobRewards, RewardFailed
 from miles.services.rollout.groups.stats import group_stats, rewards_are_equal, scored_example
@@ -191,10 +191,10 @@ class GroupRun:
 
     async def _respond(self, i: int) -> None:
         samples = self._partial.samples
-        if samples[i].status not in FINISHED:
+        if samples[i].status not in ENDED:
             async with contextlib.aclosing(self._sampler.respond(i, samples[i])) as grown:
                 async for sample in grown:
-                    if sample.status in FINISHED:
+                    if sample.status in FINISHED and not sample.response:
                         tokens = sample.response_tokens.tolist()
                         sample.response = self._tools.decode(tokens, self.lease.skip_special_tokens[i])
                     samples[i] = sample
@@ -229,16 +229,17 @@ class GroupRun:
     async def _filter_and_put(self, group: SampleGroup, done: Finished) -> Finished:
         tools = self._tools
         if all(sample.status is SampleStatus.FAILED for sample in group.samples):
-            errors = "; ".join(sorted(set(self._scoring.errors.values())))
+            reasons = {str(sample.metadata.get("reward_error") or "") for sample in group.samples}
+            errors = "; ".join(sorted(reasons))
             return await self._drop(done, f"no sample could be scored: {errors}")
-        verdict = await apply_filter(tools.group_filter, tools.config, group.samples)
+        verdict = await apply_filter(tools.group_filter, group.samples)
         if verdict.keep:
             entry_id = await tools.queue.put(
                 group, attempt=self.lease.attempt, oldest_version=done.oldest_version, holder=self._holder
             )
             done = dataclasses.replace(done, entry_id=entry_id)
         else:
-            done = await self._drop(done, verdict.reason)
+            done = await self._drop(done, verdict.reason or "")
         await self._partial.delete()
         return done
 

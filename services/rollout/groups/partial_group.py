@@ -10,7 +10,7 @@ from redis.exceptions import RedisError
 from miles.queue import PartialStore, QueueFull
 from miles.services.rollout.groups.messages import GroupLease
 from miles.services.rollout.groups.partial_response import (
-    FINISHED,
+    ENDED,
     cut_to_limit,
     is_rolled_back,
     merge_partial,
@@ -57,7 +57,7 @@ class PartialGroup:
     @property
     def unfinished(self) -> list[int]:
         """Positions of the samples whose response has not ended."""
-        return [i for i, sample in enumerate(self.samples) if sample.status not in FINISHED]
+        return [i for i, sample in enumerate(self.samples) if sample.status not in ENDED]
 
     @traced("look for a partial group")
     async def resume(self) -> int:

@@ -21,6 +21,8 @@ _STATUS = {
 
 FINISHED = (SampleStatus.COMPLETED, SampleStatus.TRUNCATED)
 """Statuses of a response that has ended."""
+ENDED = (*FINISHED, SampleStatus.FAILED)
+"""Statuses of a sample that is not generated any further; a FAILED one is not scored either."""
 
 
 class Piece:

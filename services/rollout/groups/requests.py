@@ -5,8 +5,15 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
+from collections.abc import Sequence
 
-from miles.services.rollout.engines.base import GenerationRequest, RolloutEngine
+from miles.services.rollout.engines.base import (
+    FinishReason,
+    GenerationRequest,
+    GenerationResult,
+    RolloutEngine,
+    SamplingParams,
+)
 from miles.services.rollout.groups.messages import GroupLease
 from miles.services.rollout.groups.partial_response import Piece, experts_start, extend
 from miles.telemetry.tracing import traced
@@ -46,8 +53,24 @@ class GroupRequests:
             return_routed_experts=self._record_experts,
             routed_experts_start=experts_start(sample),
             top_token_ids=self._top_tokens,
-            group=f"{self._lease.purpose.value}-{self._lease.group_id}",
+            group=self._group,
         )
+        return extend(sample, await self._run(request), with_experts=self._record_experts)
+
+    @traced("engine request")
+    async def generate(self, position: int, input_ids: Sequence[int], sampling: SamplingParams) -> Piece:
+        """Generate after any tokens, in one request; after an abort none is made, and the piece is empty."""
+        if self._aborted:
+            piece = Piece()
+            piece.result = GenerationResult(FinishReason.ABORT, ())
+            return piece
+        return await self._run(
+            GenerationRequest(
+                request_id=self._new_id(position), input_ids=input_ids, sampling=sampling, group=self._group
+            )
+        )
+
+    async def _run(self, request: GenerationRequest) -> Piece:
         piece = Piece()
         self._running[request.request_id] = None
         try:
@@ -56,7 +79,11 @@ class GroupRequests:
                     piece.add(delta)
         finally:
             del self._running[request.request_id]
-        return extend(sample, piece, with_experts=self._record_experts)
+        return piece
+
+    @property
+    def _group(self) -> str:
+        return f"{self._lease.purpose.value}-{self._lease.group_id}"
 
     async def abort(self) -> None:
         """End every request soon, each with the tokens it has, and make no more."""

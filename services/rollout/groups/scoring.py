@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from miles.reward_sdk.client import ScoreOutcome
 from miles.tasks import cancel
 from miles.telemetry.tracing import traced
-from miles.types import Sample, SampleStatus
+from miles.types import Sample, SampleStatus, failed
 
 if TYPE_CHECKING:
     from miles.config.sections.reward import RewardConfig
@@ -78,10 +77,7 @@ class JobRewards:
         """
         if self._config.reward_failure_policy == "retry":
             raise RewardFailed(f"sample {sample.index} could not be scored: {error}")
-        metadata = {**sample.metadata, "reward_error": error}
-        return dataclasses.replace(
-            sample, status=SampleStatus.FAILED, reward=None, metadata=metadata, remove_sample=True
-        )
+        return failed(sample, error)
 
 
 class GroupScoring:
@@ -111,8 +107,11 @@ class GroupScoring:
         if not self._rewards.whole_groups:
             await asyncio.gather(*self._tasks)
             return
-        for position, outcome in enumerate(await self._rewards.score_group(self._samples)):
-            self._apply(position, outcome)
+        chosen = [i for i, sample in enumerate(self._samples) if sample.status is not SampleStatus.FAILED]
+        if chosen:
+            outcomes = await self._rewards.score_group([self._samples[i] for i in chosen])
+            for position, outcome in zip(chosen, outcomes, strict=True):
+                self._apply(position, outcome)
 
     def scored(self) -> list[Sample]:
         """The samples, with failures marked. Raises RewardFailed."""

@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     from miles.config import JobConfig
 
 
+SHAPED_REWARD = "shaped_reward"
+"""Key of a sample's metadata with what custom_reward_post_process_path made of its reward."""
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class OptimizerStepPlan:
     """One optimizer step on this rank."""

@@ -11,6 +11,11 @@ from miles.algorithms.corrections import CorrectionMethod, IcePop, TruncatedImpo
 from miles.algorithms.estimators import ESTIMATORS, AdvantageConfig, reward_on_every_token
 from miles.algorithms.losses import LossConfig
 from miles.algorithms.mis import MaskedImportanceSampling
+from miles.algorithms.user_functions import UserCorrection, UserReducer
+from miles.algorithms.user_loss import UserLoss
+from miles.extensions.arguments import args_of
+from miles.extensions.loading import load_function
+from miles.extensions.names import MIS_FUNCTIONS
 from miles.policy_loss_spec import POLICY_LOSS_SPECS
 
 if TYPE_CHECKING:
@@ -32,6 +37,8 @@ def loss_config(config: JobConfig) -> LossConfig:
         policy_loss=config.policy_loss.policy_loss_type,
         loss_length=config.rollout.rollout_max_response_len or config.rollout.rollout_max_context_len,
         correction=correction_method(config),
+        user_correction=_user_correction(config),
+        user_reducer=_user_reducer(config),
         **_shared_fields(LossConfig, config),
     )
 
@@ -39,6 +46,8 @@ def loss_config(config: JobConfig) -> LossConfig:
 def correction_method(config: JobConfig) -> CorrectionMethod | None:
     """The correction of the gap between engine and trainer; None when none is asked for."""
     algorithm = config.algorithm
+    if _user_correction(config) is not None:
+        return None
     if algorithm.use_mis:
         return MaskedImportanceSampling(**_shared_fields(MaskedImportanceSampling, config))
     if algorithm.use_icepop:
@@ -46,6 +55,24 @@ def correction_method(config: JobConfig) -> CorrectionMethod | None:
     if algorithm.use_tis:
         return TruncatedImportanceSampling(tis_clip=algorithm.tis_clip, tis_clip_low=algorithm.tis_clip_low)
     return None
+
+
+def user_loss(config: JobConfig) -> UserLoss | None:
+    """The user's own loss in place of the policy's; None without one. Raises ExtensionError."""
+    path = config.extensions.custom_loss_function_path
+    return None if path is None else UserLoss(load_function(path), args_of(config.to_flat()))
+
+
+def _user_correction(config: JobConfig) -> UserCorrection | None:
+    path = config.extensions.custom_tis_function_path
+    if path is None or path in MIS_FUNCTIONS:
+        return None
+    return UserCorrection(load_function(path), args_of(config.to_flat()))
+
+
+def _user_reducer(config: JobConfig) -> UserReducer | None:
+    path = config.extensions.custom_pg_loss_reducer_function_path
+    return None if path is None else UserReducer(load_function(path))
 
 
 def policy_iterations(config: JobConfig) -> int:
@@ -122,6 +149,7 @@ def zero_reward_is_zero_gradient(config: JobConfig) -> bool:
         and not POLICY_LOSS_SPECS[config.policy_loss.policy_loss_type].penalises
         and not estimator.whiten
         and not algorithm.normalize_advantages
+        and algorithm.loss_type == "policy_loss"
         and not config.distillation.use_opd
         and algorithm.kl_coef == algorithm.entropy_coef == 0
         and not (algorithm.use_kl_loss and algorithm.kl_loss_coef)

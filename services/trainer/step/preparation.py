@@ -16,7 +16,7 @@ from miles.algorithms.corrections import Correction, compute_correction
 from miles.algorithms.device_copies import to_device
 from miles.algorithms.estimators import AdvantageBatch
 from miles.algorithms.metrics import MetricSum
-from miles.services.trainer.batch.rollout_batch import RolloutBatch, trained_reward
+from miles.services.trainer.batch.rollout_batch import SHAPED_REWARD, RolloutBatch, trained_reward
 from miles.services.trainer.ranks.abandoning import Abandonment
 from miles.services.trainer.step import algorithm_options
 from miles.services.trainer.step.data_ranks import DataRanks
@@ -139,9 +139,15 @@ class Preparation:
         )
 
     def shaped_rewards(self, samples: Sequence[Sample]) -> torch.Tensor:
-        """Group-normalised rewards of all N samples; float32 [N]. FAILED samples do not count in their group."""
+        """Group-normalised rewards of all N samples, or what a function of the user's made of them; float32 [N].
+
+        FAILED samples do not count in their group.
+        """
         shaped = torch.zeros(len(samples))
         scored = [i for i, sample in enumerate(samples) if sample.status is not SampleStatus.FAILED]
+        if self._config.extensions.custom_reward_post_process_path is not None:
+            shaped[scored] = torch.tensor([float(samples[i].metadata[SHAPED_REWARD]) for i in scored])
+            return shaped
         if not scored:
             return shaped
         shaped[scored] = shape_rewards(

@@ -42,6 +42,38 @@ RULE_CASES: list[tuple[dict[str, Any], str]] = [
         "attention_softmax_in_fp32 = false, but the softmax of attention is computed in float32; leave it out",
     ),
     (
+        {"custom_generate_function_path": "a.b", "partial_rollout": True, "max_weight_staleness": 1},
+        "partial_rollout = true, but custom_generate_function_path = a.b cannot be resumed in the middle",
+    ),
+    ({"loss_type": "custom_loss"}, "loss_type = custom_loss, but custom_loss_function_path is not set"),
+    ({"custom_loss_function_path": "a.b"}, "custom_loss_function_path = a.b, but loss_type is policy_loss"),
+    (
+        {"loss_type": "custom_loss", "custom_loss_function_path": "a.b", "use_tis": True},
+        "use_tis = true, but it changes the policy loss, and loss_type = custom_loss has none",
+    ),
+    ({"custom_tis_function_path": "a.b"}, "custom_tis_function_path = a.b, but use_tis is off"),
+    (
+        {"custom_tis_function_path": "a.b", "use_icepop": True},
+        "use_icepop = true, but custom_tis_function_path = a.b corrects in its place",
+    ),
+    (
+        {"custom_pg_loss_reducer_function_path": "a.b", "advantage_estimator": "dr_grpo"},
+        "custom_pg_loss_reducer_function_path = a.b, but dr_grpo divides",
+    ),
+    (
+        {"custom_reward_post_process_path": "a.b", "grpo_std_normalization": False},
+        "grpo_std_normalization = false, but custom_reward_post_process_path = a.b takes the place",
+    ),
+    ({"custom_config_path": "a.yaml"}, "custom_config_path = a.yaml, but the command line alone reads it"),
+    ({"custom_settings": {"tis_upper": 1}}, "but no setting is named tis_upper, and there is no function"),
+    (
+        {"rollout_function_path": "slime.rollout.sft_rollout.generate_rollout"},
+        "slime.rollout.sft_rollout.generate_rollout, but there is no supervised fine-tuning",
+    ),
+    ({"rollout_function_path": "a.b"}, "rollout_function_path = a.b, but rollout services generate group by group"),
+    ({"eval_function_path": "a.b"}, "eval_function_path = a.b, but rollout services generate group by group"),
+    ({"data_source_path": "a.b"}, "data_source_path = a.b, but prompts are read from files alone"),
+    (
         {"spec": ["mine.layers", "get_spec"]},
         'spec = ["mine.layers", "get_spec"], but layers are built as the model\'s config.json says',
     ),

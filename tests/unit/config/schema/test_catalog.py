@@ -24,6 +24,7 @@ OWN = """--name --run-dir --device --host --redis-url --controller-port --weight
     --gateway-allowed-module --tls-cert --tls-key --tls-ca --tls-mutual
     --rollout-engine-python --rollout-engine-weights --rollout-engine-weights-dir
     --rollout-weight-format --observe-rollout-routing --dynamic-sampling-max-dropped-batches
+    --custom-generate-timeout-s --custom-settings
     --chaos --chaos-interval-s --stop-timeout --weight-lease-s --update-weight-full-interval
     --tis-threshold
     --policy-loss-type --sapo-tau-pos --sapo-tau-neg --vespo-k-pos --vespo-lambda-pos --vespo-k-neg --vespo-lambda-neg
