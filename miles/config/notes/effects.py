@@ -63,7 +63,7 @@ def kernels_are_those_of_transformer_engine(s: FlatSettings) -> Iterator[Note]:
     if s.train_backend != "megatron" or not (s.transformer_impl == "local" or s.device == "cpu"):
         return
     where = "transformer_impl = local" if s.transformer_impl == "local" else "device = cpu"
-    for key in ("attention_backend", "apply_rope_fusion", "bias_swiglu_fusion", "bias_dropout_fusion"):
+    for key in ("apply_rope_fusion", "bias_swiglu_fusion", "bias_dropout_fusion"):
         if s.given(key) and getattr(s, key) != catalog()[key].default:
             yield Note(key, getattr(s, key), f"with {where} layers have PyTorch's kernels anyway")
 

@@ -9,7 +9,7 @@ MEGATRON_SECTIONS = ("megatron", "moe", "numerics")
 """Sections of settings that only Megatron has. One that states what is so anyway is accepted by any trainer."""
 MEGATRON_SAYS = ("architecture", "experts", "attention")
 """Sections that only scripts for Megatron have, though any trainer accepts them."""
-FSDP_ALONE = ("gradient_checkpointing", "torch_compile", "fsdp_cpu_offload", "attn_implementation", "lora_rank")
+FSDP_ALONE = ("gradient_checkpointing", "torch_compile", "fsdp_cpu_offload", "attn_implementation")
 """Settings that only fsdp has."""
 SGLANG_ALONE = (
     "rollout_num_gpus",
@@ -45,6 +45,8 @@ def asks_of_trainer(s: FlatSettings) -> tuple[str, str] | None:
     for key in FSDP_ALONE:
         if _asks(s, key):
             return "fsdp", f"only fsdp has {key}"
+    if _asks(s, "lora_rank"):
+        return "fsdp", "fsdp trains adapters of every family"
     for key, entry in catalog().items():
         if entry.section in (*MEGATRON_SAYS, *MEGATRON_SECTIONS) and _asks(s, key):
             return "megatron", f"{key} is a flag of Megatron's"

@@ -92,7 +92,10 @@ NOTED: list[tuple[dict[str, Any], list[str]]] = [
     ),
     (
         {"attention_backend": "flash", "transformer_impl": "local", **MEGATRON},
-        ["attention_backend = flash: with transformer_impl = local layers have PyTorch's kernels anyway"],
+        [
+            "attention_backend = flash: it changes nothing here: it is of TransformerEngine's kernels, and "
+            "transformer_impl is local; attention is PyTorch's"
+        ],
     ),
     (
         {"apply_rope_fusion": False, "device": "cpu", **MEGATRON},
