@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import pathlib
 import signal
+import sys
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -213,6 +215,43 @@ def test_a_dense_model_learns_with_a_critic(services: MilesClient, tiny_dense: p
     assert summary["eval"]["after"]["sort"] > 0.6
     losses = [line["train/value_loss"] for line in run.metrics()]
     assert sum(losses[-5:]) < 0.7 * sum(losses[:5])
+
+
+def test_a_model_learns_from_several_rewards_with_a_soft_gate(
+    start_run: Start, tiny_dense: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # the rewards are in tests/support
+    rewards = {"custom_rm_path": "sorting_rewards.right_and_close", "rm_type": None, "reward_key": "right"}
+    gdpo = {"advantage_estimator": "gdpo", "gdpo_rewards": ["right", "placed=0.5"], **rewards}
+    sapo = {"policy_loss_type": "sapo", "num_steps_per_rollout": 2}
+    run = start_run(recipe(tiny_dense, tmp_path / "run", num_rollout=10, **gdpo, **sapo), tmp_path / "run")
+    assert run.wait() == ExitCode.OK, run.output()
+    lines = run.metrics()
+    assert sum(line["rollout/raw_reward"] for line in lines[-2:]) > sum(
+        line["rollout/raw_reward"] for line in lines[:2]
+    )
+    assert all(line["rollout/reward/placed"] > line["rollout/reward/right"] for line in lines[:3])
+    assert 0 < lines[-1]["train/sapo_weight"] < 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"advantage_estimator": "optimal_token_baseline", "policy_loss_type": "dppo_tv", "use_rollout_logprobs": True},
+        {"advantage_estimator": "maxrl", "policy_loss_type": "dppo_kl", "num_steps_per_rollout": 2},
+        {"policy_loss_type": "gmpo", "num_steps_per_rollout": 2},
+        {"policy_loss_type": "luspo", "calculate_per_token_loss": False, "eps_clip": 0.2, "lr": 2e-4},
+        {"policy_loss_type": "vespo", "num_steps_per_rollout": 2},
+        {"policy_loss_type": "dro", "dro_beta": 0.05, "num_steps_per_rollout": 2},
+    ],
+    ids=lambda changes: "-".join(str(changes[key]) for key in changes if key.endswith(("estimator", "loss_type"))),
+)
+def test_a_model_learns_with_other_estimators_and_losses(
+    services: MilesClient, tiny_dense: pathlib.Path, changes: dict[str, object]
+) -> None:
+    run = learn(services, tiny_dense, "-".join(["other", *map(str, list(changes.values())[:1])]), **changes)
+    assert run.summary()["eval"]["after"]["sort"] > 0.6 > run.summary()["eval"]["before"]["sort"]
 
 
 def test_a_mixture_of_experts_learns_with_routing_replay(services: MilesClient, tiny_moe: pathlib.Path) -> None:

@@ -39,3 +39,9 @@ def test_a_loss_comes_with_its_papers_clip(given: dict[str, object], expected: t
     config = JobConfig.from_flat(MINIMAL | given)
     clip = config.algorithm.eps_clip, config.algorithm.eps_clip_high
     assert (config.policy_loss.policy_loss_type, *clip) == expected
+
+
+@pytest.mark.parametrize("name", POLICY_LOSS_SPECS)
+def test_a_configuration_stays_valid_when_it_is_read_again(name: str) -> None:
+    config = JobConfig.from_flat(MINIMAL | {"policy_loss_type": name} | ({"dro_beta": 0.1} if name == "dro" else {}))
+    assert JobConfig.from_flat(config.to_flat()) == config

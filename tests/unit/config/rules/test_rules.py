@@ -645,7 +645,7 @@ RULE_CASES: list[tuple[dict[str, Any], str]] = [
         {"advantage_estimator": "gspo", "policy_loss_type": "sapo"},
         "policy_loss_type = sapo, but advantage_estimator = gspo names a policy loss already",
     ),
-    ({"policy_loss_type": "sapo", "eps_clip": 0.2}, "eps_clip = 0.2, but sapo clips nothing"),
+    ({"policy_loss_type": "sapo", "eps_clip_high": 0.28}, "eps_clip_high = 0.28, but sapo clips nothing"),
     ({"policy_loss_type": "dppo_tv", "eps_clip": 1.0}, "eps_clip = 1.0, but it sets no lower bound, which dppo_tv"),
     ({"policy_loss_type": "vespo", "eps_clip_c": 3.0}, "eps_clip_c = 3.0, but vespo has no dual clip; leave it out"),
     (
