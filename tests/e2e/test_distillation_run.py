@@ -31,7 +31,7 @@ def test_the_student_comes_nearer_to_its_teacher_without_any_reward(
     teacher = shutil.copytree(tiny_dense / "model", tmp_path / "teacher")
     generator = torch.Generator().manual_seed(1)
     weights = load_file(teacher / "model.safetensors")
-    moved = {name: w + 0.3 * w.std() * torch.randn(w.shape, generator=generator) for name, w in weights.items()}
+    moved = {name: w + 0.8 * w.std() * torch.randn(w.shape, generator=generator) for name, w in weights.items()}
     save_file(moved, teacher / "model.safetensors", metadata={"format": "pt"})
     (tmp_path / "key").write_text(KEY)
     port = free_port()
@@ -60,5 +60,5 @@ def test_the_student_comes_nearer_to_its_teacher_without_any_reward(
     gaps = [step["train/opd_reverse_kl"] for step in run.metrics()]
     assert len(gaps) == 8
     assert gaps[0] > 0.05
-    assert gaps[-1] < 0.7 * gaps[0]
+    assert gaps[-1] < 0.8 * gaps[0]
     assert all(step["rollout/raw_reward"] == 0 for step in run.metrics())

@@ -6,15 +6,14 @@ from collections.abc import Iterator
 
 from miles.config.notes.registry import Note, noted
 from miles.config.schema.flat_settings import FlatSettings
+from miles.policy_loss_spec import POLICY_LOSS_SPECS
 
-CLIPPED = frozenset(
-    {"grpo", "gspo", "dr_grpo", "rloo", "reinforce_plus_plus", "reinforce_plus_plus_baseline", "ppo", "cispo"}
-)
-"""Advantage estimators whose policy loss has a trust region: it is clipped at 1 + eps_clip_high."""
 NO_BOUND = 100.0
 """An upper bound of ratios, or of importance weights, from which on it is none in practice."""
-_WAYS_OUT = "clip the ratio to the engine (use_rollout_logprobs, with grpo, gspo or cispo), bound its weights (use_tis,"
-_WAYS_OUT += " use_icepop or use_mis), or lower max_weight_staleness"
+_WAYS_OUT = (
+    "clip the ratio to the engine (use_rollout_logprobs, with policy_loss_type ppo_clip, gspo, gmpo or dppo_tv), bound "
+    "its weights (use_tis, use_icepop or use_mis), or lower max_weight_staleness"
+)
 
 
 @noted
@@ -39,8 +38,9 @@ def why_unbounded(s: FlatSettings) -> str | None:
         return None if getattr(s, key) < NO_BOUND else f"{key} = {getattr(s, key):g} bounds no weight of the correction"
     if s.num_steps_per_rollout == 1 and not (s.use_rollout_logprobs or s.keep_old_actor):
         return "in a rollout's only step the ratio that is clipped is 1, as old log-probabilities are the trainer's"
-    if s.advantage_estimator not in CLIPPED:
-        return f"the loss of {s.advantage_estimator} has no trust region"
-    if s.eps_clip_high >= NO_BOUND:
+    spec = POLICY_LOSS_SPECS[s.policy_loss_type]
+    if not spec.trust_region and s.policy_loss_type != "cispo":  # whose weights eps_clip_high bounds
+        return f"policy_loss_type = {s.policy_loss_type} has no trust region"
+    if spec.eps_clip is not None and s.eps_clip_high >= NO_BOUND:
         return f"eps_clip_high = {s.eps_clip_high:g} clips no ratio"
     return None

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from miles.config.schema.section import DottedPath, Metavar, PositiveFloat, Section
+from miles.config.schema.teacher_functions import POST_PROCESSES
 from miles.extensions.names import DEFAULT_DATA_SOURCES, DEFAULT_ROLLOUTS, FULLY_ASYNC_ROLLOUTS, MIS_FUNCTIONS
 
 
@@ -23,7 +24,9 @@ class ExtensionsConfig(Section):
     rollout_sample_filter_path: Annotated[str | None, DottedPath(), Metavar("MODULE.NAME")] = None
     """Function (args, groups) that takes samples of a rollout out of its training, by setting remove_sample."""
 
-    custom_reward_post_process_path: Annotated[str | None, DottedPath(), Metavar("MODULE.NAME")] = None
+    custom_reward_post_process_path: Annotated[
+        str | None, DottedPath(aliases=POST_PROCESSES), Metavar("MODULE.NAME")
+    ] = None
     """Function (args, samples) that returns raw rewards, which are reported, and rewards for the advantages, in place
     of the normalisation in groups."""
 

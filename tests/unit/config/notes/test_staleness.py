@@ -10,6 +10,7 @@ from config_cases import MINIMAL
 from miles.config.job import examine
 from miles.config.notes import notes
 from miles.config.notes.staleness import staleness_warning
+from miles.policy_loss_spec import POLICY_LOSS_SPECS
 
 
 def warning(**changes: Any) -> str:
@@ -34,7 +35,7 @@ def warning(**changes: Any) -> str:
 def test_what_nothing_bounds_is_said_with_ways_out(changes: dict[str, Any], said: str) -> None:
     text = warning(**changes)
     assert said in text
-    assert "use_rollout_logprobs, with grpo, gspo or cispo" in text
+    assert "use_rollout_logprobs, with policy_loss_type ppo_clip" in text
 
 
 @pytest.mark.parametrize(
@@ -52,6 +53,11 @@ def test_what_nothing_bounds_is_said_with_ways_out(changes: dict[str, Any], said
 )
 def test_what_is_bounded_is_not_warned_of(changes: dict[str, Any]) -> None:
     assert warning(**changes) == ""
+
+
+@pytest.mark.parametrize("loss", sorted(POLICY_LOSS_SPECS.keys() - {"dro", "cispo", "gspo", "dr_grpo"}))
+def test_every_loss_on_the_engines_ratio_bounds_it(loss: str) -> None:
+    assert warning(policy_loss_type=loss, use_rollout_logprobs=True) == ""
 
 
 def test_a_dry_run_has_it_as_a_note() -> None:
