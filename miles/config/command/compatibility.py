@@ -18,7 +18,6 @@ DIFFERENT_DEFAULTS: Mapping[str, str] = {
 """How the default differs, by key."""
 
 DIFFERENT_CHOICES: Mapping[str, str] = {
-    "qkv_format": "thd",
     "attn_implementation": "auto, varlen and sdpa",
     "distributed_backend": "nccl and gloo",
     "advantage_estimator": "rloo, dr_grpo and cispo besides",

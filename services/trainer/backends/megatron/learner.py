@@ -37,6 +37,8 @@ class MegatronLearner(Learner[OutputT]):
         total_iterations: int,
         routing: Routing | None = None,
         mtp: MtpTraining | None = None,
+        *,
+        padded: bool = False,
     ) -> None:
         super().__init__()
         self.model = model
@@ -44,7 +46,7 @@ class MegatronLearner(Learner[OutputT]):
         self._output = output
         self._parallel = parallel
         self._device = device
-        self._pipeline = Pipeline(model, parallel, device, mtp)
+        self._pipeline = Pipeline(model, parallel, device, mtp, padded=padded)
         self._total_iterations = total_iterations
         self._routing = routing
 

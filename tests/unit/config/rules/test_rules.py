@@ -103,6 +103,19 @@ RULE_CASES: list[tuple[dict[str, Any], str]] = [
         "offload_train = false, but offload = true asks for it; leave one of them out",
     ),
     ({"offload": True}, "offload = true, but rollout_backend = torch has no SGLang servers; set rollout_backend to"),
+    ({"qkv_format": "bshd"}, "qkv_format = bshd, but train_backend = fsdp packs samples; set it to thd"),
+    (
+        {"qkv_format": "bshd", "context_parallel_size": 2, "actor_num_gpus_per_node": 2},
+        "qkv_format = bshd, but context_parallel_size = 2 cuts packed samples; set it to thd",
+    ),
+    (
+        {"qkv_format": "bshd", "enable_mtp_training": True, "mtp_num_layers": 1},
+        "qkv_format = bshd, but enable_mtp_training learns from packed samples; set it to thd",
+    ),
+    (
+        {"qkv_format": "bshd", "moe_aux_loss_coeff": 0.1},
+        "qkv_format = bshd, but moe_aux_loss_coeff would balance padding too; set it to thd",
+    ),
     ({"chaos_interval_s": 3.0}, "chaos_interval_s = 3.0, but there is no drill without chaos"),
     (
         {**SGLANG, "rollout_external_engine_addrs": ["a:1"], "rollout_engine_python": "p"},

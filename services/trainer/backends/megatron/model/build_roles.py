@@ -75,6 +75,7 @@ def build_roles(config: JobConfig, parallel: ParallelRank, device: torch.device)
         algorithm_options.policy_iterations(config),
         routing,
         _mtp_training(config, model, parallel),
+        padded=config.train.qkv_format == "bshd",
     )
     old_policies = None
     if algorithm.keep_old_actor:
@@ -94,7 +95,13 @@ def _critic(config: JobConfig, parallel: ParallelRank, compute: torch.dtype, dev
     model = build_model(config, parallel, compute, critic_from=folder)
     optimizer = MegatronOptimizer(algorithm_options.critic_optimizer(config), config.megatron, model, compute)
     return MegatronCritic(
-        model, ValueOutput(parallel), optimizer, parallel, device, algorithm_options.critic_iterations(config)
+        model,
+        ValueOutput(parallel),
+        optimizer,
+        parallel,
+        device,
+        algorithm_options.critic_iterations(config),
+        padded=config.train.qkv_format == "bshd",
     )
 
 
