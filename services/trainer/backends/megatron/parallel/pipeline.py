@@ -160,7 +160,8 @@ class Pipeline:
 
     def _by_sample(self, values_L: npt.NDArray[Any], rows: LocalRows) -> torch.Tensor:
         """[1, L], or [S, M] of a padded micro-batch."""
-        return torch.from_numpy(values_L).to(self._device).unflatten(0, (-1, rows.columns or 1)).T.contiguous()
+        by_sample = np.ascontiguousarray(values_L.reshape(-1, rows.columns or 1).T)
+        return torch.from_numpy(by_sample).to(self._device)
 
     def _packed(self, rows: LocalRows) -> Any:
         """Where sequences begin, for Megatron-Core."""
