@@ -22,7 +22,7 @@ DIFFERENT_CHOICES: Mapping[str, str] = {
     "distributed_backend": "nccl and gloo",
     "advantage_estimator": "rloo, dr_grpo and cispo besides",
     "loss_type": "policy_loss",
-    "lr_decay_style": "constant, linear and cosine",
+    "lr_decay_style": "those of Megatron-LM",
     "optimizer": "adam",
     "rm_type": "exact_match, last_number and math",
     "update_weight_transfer_mode": "the transports by their names",

@@ -116,6 +116,13 @@ RULE_CASES: list[tuple[dict[str, Any], str]] = [
         {"qkv_format": "bshd", "moe_aux_loss_coeff": 0.1},
         "qkv_format = bshd, but moe_aux_loss_coeff would balance padding too; set it to thd",
     ),
+    ({"lr_decay_style": "WSD"}, "lr_wsd_decay_iters is not set, and lr_decay_style = WSD needs it"),
+    (
+        {"lr_decay_style": "WSD", "lr_wsd_decay_iters": 9, "lr_decay_iters": 10, "lr_warmup_iters": 2},
+        "lr_wsd_decay_iters = 9, but lr_decay_iters = 10 leaves fewer after the warm-up; lower it",
+    ),
+    ({"lr_wsd_decay_style": "linear"}, "lr_wsd_decay_style = linear, but it does nothing without lr_decay_style = WSD"),
+    ({"lr_wsd_decay_iters": 3}, "lr_wsd_decay_iters = 3, but it does nothing without lr_decay_style = WSD"),
     ({"chaos_interval_s": 3.0}, "chaos_interval_s = 3.0, but there is no drill without chaos"),
     (
         {**SGLANG, "rollout_external_engine_addrs": ["a:1"], "rollout_engine_python": "p"},

@@ -33,7 +33,8 @@ MEGATRON = """--tensor-model-parallel-size --pipeline-model-parallel-size --num-
     --use-precision-aware-optimizer --main-grads-dtype --main-params-dtype --exp-avg-dtype --exp-avg-sq-dtype
     --optimizer-cpu-offload --optimizer-offload-fraction --overlap-cpu-optimizer-d2h-h2d
     --finetune --no-load-optim --no-load-rng --ckpt-format --auto-detect-ckpt-format
-    --save-retain-interval --gradient-accumulation-fusion"""
+    --save-retain-interval --gradient-accumulation-fusion
+    --lr-wsd-decay-style --lr-wsd-decay-iters"""
 
 
 def entry_of(name: str) -> Entry:
