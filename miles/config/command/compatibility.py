@@ -24,13 +24,12 @@ DIFFERENT_DEFAULTS: Mapping[str, str] = {
 
 DIFFERENT_CHOICES: Mapping[str, str] = {
     "ft_components": "rollout and train, which change nothing",
-    "qkv_format": "thd",
     "attn_implementation": "auto, varlen, sdpa, flash_attention_2 and flash_attention_3",
     "train_backend": "auto besides",
     "distributed_backend": "nccl and gloo",
     "advantage_estimator": "rloo, dr_grpo, cispo, maxrl, gdpo and optimal_token_baseline besides",
     "loss_type": "policy_loss and custom_loss",
-    "lr_decay_style": "constant, linear and cosine",
+    "lr_decay_style": "those of Megatron-LM",
     "optimizer": "adam",
     "rm_type": "exact_match, last_number, math, deepscaler and dapo",
     "update_weight_transfer_mode": "the transports by their names",

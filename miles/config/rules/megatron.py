@@ -122,6 +122,21 @@ def optimizer_state_has_a_place(s: FlatSettings) -> Iterator[Fault]:
 
 
 @rule
+def padded_batches_fit_the_rest(s: FlatSettings) -> Iterator[Fault]:
+    if s.qkv_format != "bshd":
+        return
+    whys = {
+        f"train_backend = {s.train_backend} packs samples": s.train_backend != "megatron",
+        f"context_parallel_size = {s.context_parallel_size} cuts packed samples": s.context_parallel_size > 1,
+        "enable_mtp_training learns from packed samples": s.enable_mtp_training,
+        "moe_aux_loss_coeff would balance padding too": s.moe_aux_loss_coeff > 0,
+    }
+    for why, applies in whys.items():
+        if applies:
+            yield Fault("qkv_format", "bshd", why, "set it to thd, which is faster too")
+
+
+@rule
 def mtp_layers_are_loaded_to_be_trained(s: FlatSettings) -> Iterator[Fault]:
     yield from needs(s, "mtp_loss_scaling_factor", "enable_mtp_training")
     if s.enable_mtp_training and s.mtp_num_layers is None:

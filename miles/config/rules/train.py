@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from miles.config.rules.registry import rule
+from miles.config.schema.catalog import catalog
 from miles.config.schema.faults import Fault, show
 from miles.config.schema.flat_settings import FlatSettings
 
@@ -105,6 +106,21 @@ def schedule_rises_and_falls(s: FlatSettings) -> Iterator[Fault]:
     if s.lr_decay_iters is not None and s.critic_lr_warmup_iters >= s.lr_decay_iters:
         problem = f"lr_decay_iters = {s.lr_decay_iters} includes the warm-up"
         yield Fault("critic_lr_warmup_iters", s.critic_lr_warmup_iters, problem, "lower it, or raise lr_decay_iters")
+
+
+@rule
+def decay_at_the_end_has_a_length(s: FlatSettings) -> Iterator[Fault]:
+    iters = s.lr_wsd_decay_iters
+    if s.lr_decay_style == "WSD":
+        if iters is None:
+            yield Fault("lr_wsd_decay_iters", None, "lr_decay_style = WSD needs it", "set it to the decay's iterations")
+        elif s.lr_decay_iters is not None and iters > s.lr_decay_iters - s.lr_warmup_iters:
+            problem = f"lr_decay_iters = {s.lr_decay_iters} leaves fewer after the warm-up"
+            yield Fault("lr_wsd_decay_iters", iters, problem, "lower it, or raise lr_decay_iters")
+        return
+    for key in ("lr_wsd_decay_style", "lr_wsd_decay_iters"):
+        if getattr(s, key) != catalog()[key].default:
+            yield Fault(key, getattr(s, key), "it does nothing without lr_decay_style = WSD", "leave it out")
 
 
 @rule

@@ -23,8 +23,15 @@ class OptimizerConfig(Section):
     min_lr: NonNegativeFloat = 0.0
     """Learning rate at the end of the decay."""
 
-    lr_decay_style: Literal["constant", "linear", "cosine"] = "constant"
-    """Decay of the learning rate from lr to min_lr."""
+    lr_decay_style: Literal["constant", "linear", "cosine", "inverse-square-root", "WSD"] = "constant"
+    """Decay of the learning rate from lr to min_lr; WSD (warm-up, stable, decay) begins it lr_wsd_decay_iters before
+    the end."""
+
+    lr_wsd_decay_style: Literal["exponential", "linear", "cosine", "minus_sqrt"] = "exponential"
+    """Shape of the decay with lr_decay_style WSD."""
+
+    lr_wsd_decay_iters: Positive | None = None
+    """Number of iterations of the decay with lr_decay_style WSD."""
 
     lr_decay_iters: Annotated[Positive | None, Derived("every step of the run")] = None
     """Number of iterations of the schedule, including warm-up."""

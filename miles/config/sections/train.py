@@ -52,8 +52,8 @@ class TrainConfig(Section):
     fsdp_cpu_offload: bool = False
     """Offload parameters, gradients and optimizer state to host memory between uses (fsdp)."""
 
-    qkv_format: Literal["thd"] = "thd"
-    """Layout of a micro-batch; thd packs samples without padding."""
+    qkv_format: Literal["thd", "bshd"] = "thd"
+    """Layout of a micro-batch: thd packs samples without padding, bshd pads each to the longest (megatron)."""
 
     log_probs_chunk_size: int = -1
     """Number of rows of logits that are held in float32 at a time when log-probabilities are computed; -1 means as many

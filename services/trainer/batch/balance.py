@@ -19,6 +19,8 @@ class MicroBatchLimits:
 
     max_samples: int
     max_rows: int | None = None
+    padded: bool = False
+    """Whether samples are padded to the longest of their micro-batch, and padding counts as rows."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -116,9 +118,10 @@ def _fill(units: Sequence[_Unit], limits: MicroBatchLimits) -> list[tuple[int, .
     bins: list[tuple[int, list[_Unit]]] = []
     for unit in sorted(units, key=lambda unit: (-unit.rows, unit.indices)):
         for position, (rows, members) in enumerate(bins):
-            if rows + unit.rows <= limits.max_rows:
+            added = members[0].rows if limits.padded else unit.rows  # the first one is the longest
+            if rows + added <= limits.max_rows:
                 members.append(unit)
-                bins[position] = (rows + unit.rows, members)
+                bins[position] = (rows + added, members)
                 break
         else:
             bins.append((unit.rows, [unit]))

@@ -90,7 +90,9 @@ def schedule_rollout(
             f"{count} × {size} = {size * count}"
         )
     tokens = _tokens_of_replica(config, train.max_tokens_per_gpu)
-    limits = MicroBatchLimits(train.micro_batch_size, tokens if train.use_dynamic_batch_size else None)
+    limits = MicroBatchLimits(
+        train.micro_batch_size, tokens if train.use_dynamic_batch_size else None, padded=train.qkv_format == "bshd"
+    )
 
     def scheduled(members: Sequence[int]) -> tuple[Cut, ...]:
         cuts = schedule(samples, members, replicas, limits, share_prompts=train.share_prompts)
@@ -137,7 +139,7 @@ def _with_log_prob_cuts(
     limit = train.log_probs_max_tokens_per_gpu
     if not train.use_dynamic_batch_size or limit in (None, train.max_tokens_per_gpu):
         return found
-    limits = MicroBatchLimits(1, _tokens_of_replica(config, limit))
+    limits = MicroBatchLimits(1, _tokens_of_replica(config, limit), padded=train.qkv_format == "bshd")
     shares = [found.share(replica) for replica in range(replicas)]
     cuts = recut(samples, shares, limits, share_prompts=train.share_prompts)
     return dataclasses.replace(found, log_prob_micro_batches=tuple(tuple(cut) for cut in cuts))

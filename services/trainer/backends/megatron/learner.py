@@ -42,6 +42,8 @@ class MegatronLearner(Learner[OutputT]):
         expert_bias: ExpertBias,
         routing: Routing | None = None,
         mtp: MtpTraining | None = None,
+        *,
+        padded: bool = False,
     ) -> None:
         super().__init__()
         self.model = model
@@ -49,7 +51,7 @@ class MegatronLearner(Learner[OutputT]):
         self._output = output
         self._parallel = parallel
         self._device = device
-        self._pipeline = Pipeline(model, parallel, device, mtp)
+        self._pipeline = Pipeline(model, parallel, device, mtp, padded=padded)
         self._total_iterations = total_iterations
         self._expert_bias = expert_bias
         self._routing = routing

@@ -194,6 +194,26 @@ RULE_CASES: list[tuple[dict[str, Any], str]] = [
         {"load_debug_rollout_data_subsample": 0.5},
         "load_debug_rollout_data_subsample = 0.5, but it does nothing without load_debug_rollout_data",
     ),
+    ({"qkv_format": "bshd"}, "qkv_format = bshd, but train_backend = fsdp packs samples; set it to thd"),
+    (
+        {"qkv_format": "bshd", "context_parallel_size": 2, "actor_num_gpus_per_node": 2},
+        "qkv_format = bshd, but context_parallel_size = 2 cuts packed samples; set it to thd",
+    ),
+    (
+        {"qkv_format": "bshd", "enable_mtp_training": True, "mtp_num_layers": 1},
+        "qkv_format = bshd, but enable_mtp_training learns from packed samples; set it to thd",
+    ),
+    (
+        {"qkv_format": "bshd", "moe_aux_loss_coeff": 0.1},
+        "qkv_format = bshd, but moe_aux_loss_coeff would balance padding too; set it to thd",
+    ),
+    ({"lr_decay_style": "WSD"}, "lr_wsd_decay_iters is not set, and lr_decay_style = WSD needs it"),
+    (
+        {"lr_decay_style": "WSD", "lr_wsd_decay_iters": 9, "lr_decay_iters": 10, "lr_warmup_iters": 2},
+        "lr_wsd_decay_iters = 9, but lr_decay_iters = 10 leaves fewer after the warm-up; lower it",
+    ),
+    ({"lr_wsd_decay_style": "linear"}, "lr_wsd_decay_style = linear, but it does nothing without lr_decay_style = WSD"),
+    ({"lr_wsd_decay_iters": 3}, "lr_wsd_decay_iters = 3, but it does nothing without lr_decay_style = WSD"),
     ({"chaos_interval_s": 3.0}, "chaos_interval_s = 3.0, but there is no drill without chaos"),
     (
         {**SGLANG, "rollout_external_engine_addrs": ["a:1"], "rollout_engine_python": "p"},

@@ -41,6 +41,17 @@ def test_every_sample_is_scheduled_once_within_the_limit(
         assert len(micro) <= 1 or row_count(SAMPLES, micro, share_prompts=share) <= max_rows
 
 
+def test_padding_counts_where_samples_are_padded() -> None:
+    (micro_batches,) = schedule(
+        SAMPLES, range(len(SAMPLES)), 1, MicroBatchLimits(1, 40, padded=True), share_prompts=False
+    )
+    assert sorted(i for micro in micro_batches for i in micro) == list(range(len(SAMPLES)))
+    padded = [len(micro) * max(len(SAMPLES[i].tokens) - 1 for i in micro) for micro in micro_batches]
+    packed = [row_count(SAMPLES, micro, share_prompts=False) for micro in micro_batches]
+    assert max(padded) <= 40
+    assert padded != packed
+
+
 @given(st.integers(1, 4), st.integers(1, 5), st.booleans())
 def test_micro_batches_by_samples_hold_at_most_so_many(ranks: int, max_samples: int, share: bool) -> None:
     indices = range(len(SAMPLES))

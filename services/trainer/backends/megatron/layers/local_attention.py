@@ -1,4 +1,4 @@
-"""Attention in plain PyTorch over packed sequences, for layers without TransformerEngine.
+"""Attention in plain PyTorch over packed or padded sequences, for layers without TransformerEngine.
 
 Dims: L local rows, M rows of all context-parallel ranks, H query heads, K key/value heads, D head size.
 """
@@ -59,9 +59,13 @@ class PackedAttention(MegatronModule):  # type: ignore[misc]
     def forward(
         self, query: Any, key: Any, value: Any, attention_mask: Any, packed_seq_params: Any = None, **_: Any
     ) -> torch.Tensor:
-        """Query [L, H, D] or [L, 1, H, D], key and value likewise with K heads; returns [L, H · D of value]."""
+        """Query [L, H, D] or [L, 1, H, D], key and value likewise with K heads; returns [L, H · D of value].
+
+        Of a padded micro-batch [M, S, H, D], for S samples of M rows; returns [M, S, H · D of value].
+        """
         if packed_seq_params is None:
-            raise ValueError("attention needs packed sequences: pass packed_seq_params with the batch")
+            columns = [self._last_rows(query[:, s], key[:, s], value[:, s]) for s in range(query.shape[1])]
+            return torch.stack(columns, dim=1).flatten(2)
         q_LHD, k_LKD, v_LKD = (x.squeeze(1) if x.dim() == 4 else x for x in (query, key, value))
         starts = packed_seq_params.cu_seqlens_q.tolist()
         lengths = [end - start for start, end in itertools.pairwise(starts)]

@@ -81,6 +81,7 @@ def build_roles(config: JobConfig, parallel: ParallelRank, device: torch.device)
         ExpertBias(model.bare_chunks, config.moe.moe_router_bias_update_rate),
         routing,
         _mtp_training(config, model, parallel),
+        padded=config.train.qkv_format == "bshd",
     )
     old_policies = None
     if algorithm.keep_old_actor:
@@ -116,6 +117,7 @@ def _critic(config: JobConfig, parallel: ParallelRank, compute: torch.dtype, dev
         device,
         algorithm_options.critic_iterations(config),
         ExpertBias(model.bare_chunks, config.moe.moe_router_bias_update_rate),
+        padded=config.train.qkv_format == "bshd",
     )
 
 

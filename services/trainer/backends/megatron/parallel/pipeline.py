@@ -18,7 +18,7 @@ from miles.services.trainer.backends.megatron.model.build_model import MegatronM
 from miles.services.trainer.backends.megatron.mtp.layers import MtpTraining, response_rows
 from miles.services.trainer.backends.megatron.parallel.groups import ParallelRank
 from miles.services.trainer.backends.megatron.parallel.response_head import response_logits
-from miles.services.trainer.backends.megatron.parallel.rows import LocalRows, local_rows
+from miles.services.trainer.backends.megatron.parallel.rows import LocalRows, local_rows, padded_rows
 from miles.services.trainer.batch.packing import EMPTY, MicroBatch
 
 OutputT = TypeVar("OutputT")
@@ -34,10 +34,17 @@ class Pipeline:
     """Runs forward passes, and backward passes where there is a gradient."""
 
     def __init__(
-        self, model: MegatronModel, parallel: ParallelRank, device: torch.device, mtp: MtpTraining | None = None
+        self,
+        model: MegatronModel,
+        parallel: ParallelRank,
+        device: torch.device,
+        mtp: MtpTraining | None = None,
+        *,
+        padded: bool = False,
     ) -> None:
-        """`mtp` trains MTP layers, in passes that ask for it."""
+        """`mtp` trains MTP layers, in passes that ask for it. `padded` lays samples side by side instead of packing."""
         self._model = model
+        self._padded = padded
         self._mtp = mtp
         self._parallel = parallel
         self._device = device
@@ -110,6 +117,8 @@ class Pipeline:
     def _local_rows(self, micro_batch: MicroBatch) -> LocalRows:
         parallel = self._parallel
         multiple = parallel.tensor_size if self._model.config.sequence_parallel else 1
+        if self._padded:
+            return padded_rows(micro_batch, multiple_of=multiple)
         return local_rows(
             micro_batch, context_rank=parallel.context_rank, context_size=parallel.context_size, multiple_of=multiple
         )
@@ -137,11 +146,29 @@ class Pipeline:
 
     def _forward(self, chunk: Any, rows: LocalRows, mask_L: npt.NDArray[np.float32] | None = None) -> torch.Tensor:
         """The head's output [1, R, V] on the last stage, else what the next stage takes."""
+        output: torch.Tensor = chunk(
+            input_ids=self._by_sample(rows.input_ids_L, rows),
+            position_ids=self._by_sample(rows.position_ids_L, rows),
+            attention_mask=None,  # no row sees later ones, so none of a sample sees padding
+            packed_seq_params=None if rows.columns else self._packed(rows),
+            loss_mask=None if mask_L is None else self._by_sample(mask_L, rows),
+            output_processor=response_logits,
+            output_processor_context=torch.from_numpy(rows.logit_rows).to(self._device),
+            **({"fp32_output": False} if self._model.config.bf16 or self._model.config.fp16 else {}),
+        )
+        return output
+
+    def _by_sample(self, values_L: npt.NDArray[Any], rows: LocalRows) -> torch.Tensor:
+        """[1, L], or [S, M] of a padded micro-batch."""
+        by_sample = np.ascontiguousarray(values_L.reshape(-1, rows.columns or 1).T)
+        return torch.from_numpy(by_sample).to(self._device)
+
+    def _packed(self, rows: LocalRows) -> Any:
+        """Where sequences begin, for Megatron-Core."""
         from megatron.core.packed_seq_params import PackedSeqParams
 
-        device = self._device
-        starts = torch.from_numpy(rows.cu_seqlens).to(device)
-        packed = PackedSeqParams(
+        starts = torch.from_numpy(rows.cu_seqlens).to(self._device)
+        return PackedSeqParams(
             qkv_format="thd",
             cu_seqlens_q=starts,
             cu_seqlens_kv=starts,
@@ -151,14 +178,3 @@ class Pipeline:
             max_seqlen_kv=rows.max_seqlen,
             pad_between_seqs=False,  # padding rows count as a sequence's; telling so spares a comparison per layer
         )
-        output: torch.Tensor = chunk(
-            input_ids=torch.from_numpy(rows.input_ids_L)[None].to(device),
-            position_ids=torch.from_numpy(rows.position_ids_L)[None].to(device),
-            attention_mask=None,
-            packed_seq_params=packed,
-            loss_mask=None if mask_L is None else torch.from_numpy(mask_L)[None].to(device),
-            output_processor=response_logits,
-            output_processor_context=torch.from_numpy(rows.logit_rows).to(device),
-            **({"fp32_output": False} if self._model.config.bf16 or self._model.config.fp16 else {}),
-        )
-        return output

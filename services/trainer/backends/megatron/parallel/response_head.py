@@ -22,7 +22,9 @@ def response_logits(
     context: torch.Tensor,
     **_: Any,
 ) -> torch.Tensor:
-    """Logits [1, R, V] from hidden states [L, 1, H]; `context` has the rows, int64 [R], counted over all ranks' parts.
+    """Logits [1, R, V] from hidden states [L, 1, H], or [M, S, H] of S padded samples; M · S is L then.
+
+    `context` has the rows of L, int64 [R], counted over all ranks' parts.
 
     Megatron-Core calls this instead of its own head.
     """
@@ -32,7 +34,7 @@ def response_logits(
 
         # The head sums its gradient over ranks, so that each takes its rows' part unchanged.
         hidden_states = gather_from_sequence_parallel_region(hidden_states, tensor_parallel_output_grad=False)
-    picked = hidden_states.index_select(0, context)
+    picked = hidden_states.flatten(0, 1).index_select(0, context).unsqueeze(1)
     output_layer.sequence_parallel = False  # as Megatron-Core does for rows that are gathered already
     try:
         logits, _bias = output_layer(picked, weight=output_weight)

@@ -2,7 +2,9 @@
 
 Context-parallel ranks hold two chunks of every sequence, one from its front and the matching one from its back, so that
 causal attention is the same work for all (the order that Megatron-Core and TransformerEngine expect).
-Dims: T rows of the micro-batch, L rows of this context-parallel rank, R response tokens, S sequences.
+Padded micro-batches (qkv_format bshd) have one column for each sample instead, as long as the longest.
+Dims: T rows of the micro-batch, L rows of this context-parallel rank, R response tokens, S sequences, M rows of the
+longest one.
 """
 
 from __future__ import annotations
@@ -33,6 +35,8 @@ class LocalRows:
     """Rows of L whose logits predict response tokens."""
     responses: npt.NDArray[np.int64]
     """Which response token of R each of them predicts."""
+    columns: int | None = None
+    """S where samples lie side by side, the first row of each before the second: L = M · S; None for packed ones."""
 
 
 def local_rows(micro_batch: MicroBatch, *, context_rank: int, context_size: int, multiple_of: int) -> LocalRows:
@@ -44,12 +48,25 @@ def local_rows(micro_batch: MicroBatch, *, context_rank: int, context_size: int,
     if rows % total_multiple:
         pieces.append(np.full(total_multiple - rows % total_multiple, PADDING, np.int64))
     sources = np.concatenate([_zigzag(piece, context_rank, context_size) for piece in pieces])
+    return _rows(micro_batch, sources, [len(piece) for piece in pieces])
+
+
+def padded_rows(micro_batch: MicroBatch, *, multiple_of: int) -> LocalRows:
+    """Lay samples that do not share prompts side by side. M is a multiple of `multiple_of`."""
+    longest = max(segment.rows for segment in micro_batch.segments)
+    longest += -longest % multiple_of
+    columns = [_padded(np.arange(s.start, s.end), longest) for s in micro_batch.segments]
+    sources = np.stack(columns, axis=1).reshape(-1)
+    return dataclasses.replace(_rows(micro_batch, sources, [longest] * len(columns)), columns=len(columns))
+
+
+def _rows(micro_batch: MicroBatch, sources: npt.NDArray[np.int64], lengths: list[int]) -> LocalRows:
     present = sources != PADDING
-    lengths = [len(piece) for piece in pieces]
     response_of_row = np.full(micro_batch.num_rows, PADDING, np.int64)
     response_of_row[micro_batch.logit_rows_R] = np.arange(len(micro_batch.logit_rows_R))
     response = np.where(present, response_of_row[sources], PADDING)
     logit_rows = np.flatnonzero(response != PADDING)
+    logit_rows = logit_rows[np.argsort(response[logit_rows])]  # outputs are in the order of responses
     return LocalRows(
         sources_L=sources,
         input_ids_L=np.where(present, micro_batch.input_ids_T[sources], 0),

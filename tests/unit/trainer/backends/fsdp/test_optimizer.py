@@ -20,6 +20,16 @@ from miles.services.trainer.step.learning_rate import learning_rate
         ({"lr_warmup_iters": 4, "lr_warmup_init": 0.2}, {0: 0.4, 3: 1.0}),
         ({"lr_decay_style": "linear", "min_lr": 0.2}, {0: 1.0, 50: 0.6, 100: 0.2, 500: 0.2}),
         ({"lr_decay_style": "cosine", "lr_decay_iters": 10}, {0: 1.0, 5: 0.5, 10: 0.0}),
+        ({"lr_decay_style": "WSD", "lr_wsd_decay_iters": 20}, {0: 1.0, 80: 1.0, 90: 2 * 0.5**0.5 - 1, 100: 0.0}),
+        (
+            {"lr_decay_style": "WSD", "lr_wsd_decay_iters": 20, "lr_wsd_decay_style": "minus_sqrt", "min_lr": 0.2},
+            {79: 1.0, 85: 0.6, 100: 0.2},
+        ),
+        (
+            {"lr_decay_style": "WSD", "lr_wsd_decay_iters": 20, "lr_wsd_decay_style": "linear", "lr_warmup_iters": 4},
+            {3: 1.0, 80: 1.0, 95: 0.25},
+        ),
+        ({"lr_decay_style": "inverse-square-root", "lr_warmup_iters": 4}, {3: 1.0, 4: 1.0, 16: 0.5, 64: 0.25}),
         ({"lr_decay_style": "linear", "lr_warmup_fraction": 0.1}, {9: 1.0, 10: 1.0, 55: 0.5, 100: 0.0}),
     ],
 )

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from trainer_cases import random_groups
 
-from miles.services.trainer.backends.megatron.parallel.rows import PADDING, LocalRows, local_rows
+from miles.services.trainer.backends.megatron.parallel.rows import PADDING, LocalRows, local_rows, padded_rows
 from miles.services.trainer.batch.packing import EMPTY, MicroBatch, pack
 from miles.services.trainer.batch.rollout_batch import in_order
 
@@ -39,6 +39,25 @@ def test_ranks_hold_every_row_and_predict_every_response_token_once(
         assert np.array_equal(part.position_ids_L[present], micro_batch.position_ids_T[part.sources_L[present]])
 
 
+@given(
+    seed=st.integers(0, 2**16),
+    chosen=st.lists(st.integers(0, 15), min_size=1, max_size=6, unique=True),
+    multiple=st.sampled_from([1, 2, 8]),
+)
+def test_padded_samples_lie_side_by_side(seed: int, chosen: list[int], multiple: int) -> None:
+    micro_batch = pack(in_order(random_groups(seed)), chosen, share_prompts=False)
+    rows = padded_rows(micro_batch, multiple_of=multiple)
+    assert rows.columns == len(chosen)
+    assert rows.max_seqlen % multiple == 0
+    by_sample = rows.sources_L.reshape(rows.max_seqlen, -1).T
+    for segment, sources in zip(micro_batch.segments, by_sample, strict=True):
+        assert sources[: segment.rows].tolist() == list(range(segment.start, segment.end))
+        assert set(sources[segment.rows :]) <= {PADDING}
+    assert rows.responses.tolist() == list(range(len(micro_batch.targets_R)))
+    assert np.array_equal(rows.sources_L[rows.logit_rows], micro_batch.logit_rows_R)
+    assert np.array_equal(rows.position_ids_L.reshape(rows.max_seqlen, -1).max(axis=1)[:1], [0])
+
+
 def test_a_sequence_is_dealt_out_from_both_ends() -> None:
     samples = in_order(random_groups(0))
     longest = max(range(16), key=lambda i: len(samples[i].tokens))
@@ -51,6 +70,7 @@ def test_a_sequence_is_dealt_out_from_both_ends() -> None:
 
 
 def test_a_rank_without_work_still_has_rows() -> None:
+    assert len(padded_rows(EMPTY, multiple_of=4).sources_L) == 4
     for part in cut(EMPTY, 2, 2):
         assert len(part.sources_L) == 4
         assert len(part.logit_rows) == 0
