@@ -91,3 +91,43 @@ def test_without_replay_rounding_in_the_engine_sends_tokens_elsewhere(
         observe_rollout_routing=True,
     )
     assert 0 < run.metrics()[0]["train/tokens_routed_differently"] < 0.5
+
+
+@pytest.mark.slow
+def test_routing_is_replayed_where_one_stage_has_all_layers(
+    start_run: Start, tiny_moe: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    one_sided = {"pipeline_model_parallel_size": 2, "pipeline_model_parallel_layout": "Ett|L"}
+    one_way = {"tensor_model_parallel_size": 1, "expert_model_parallel_size": 1, "sequence_parallel": False}
+    run = run_to_end(
+        start_run,
+        tiny_moe,
+        tmp_path / "run",
+        **one_sided,
+        **one_way,
+        num_rollout=2,
+        rollout_batch_size=8,
+        use_rollout_routing_replay=True,
+        check_weight_update_equal=True,
+    )
+    metrics = run.metrics()
+    assert max(line["train/train_rollout_logprob_abs_diff"] for line in metrics) < 1e-4
+    assert {line["train/tokens_routed_differently"] for line in metrics} == {0}
+
+
+@pytest.mark.slow
+def test_engines_get_adapters_of_megatron(start_run: Start, tiny_dense: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    run = run_to_end(
+        start_run,
+        tiny_dense,
+        tmp_path / "run",
+        model_name=None,
+        expert_model_parallel_size=1,
+        num_rollout=3,
+        rollout_batch_size=8,
+        lora_rank=8,
+        check_weight_update_equal=True,
+    )
+    metrics = run.metrics()
+    assert all(line["train/grad_norm"] > 0 for line in metrics)
+    assert max(line["train/train_rollout_logprob_abs_diff"] for line in metrics) < 1e-4

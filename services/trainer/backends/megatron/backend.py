@@ -66,6 +66,8 @@ class MegatronBackend(BaseBackend[_Parts]):
         published = published_tensors(config)  # first: it refuses a model before anything is loaded
         parallel = groups.initialize(config)
         roles = build_roles(config, parallel, self._device)
+        if config.moe.moe_grouped_gemm and not roles.policy.model.config.moe_grouped_gemm:
+            self._say("moe_grouped_gemm changes nothing: without TransformerEngine experts are computed one by one")
         dtype = algorithm_options.DTYPES[config.rollout.rollout_dtype]
         exporter = Exporter(roles.policy.model, published.model, dtype)
         layout = [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in _published(exporter, published)]
