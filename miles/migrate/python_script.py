@@ -1,0 +1,321 @@
+"""Reads a launch script in Python: follows it up to the call that starts training, and runs nothing of it."""
+
+from __future__ import annotations
+
+import ast
+import pathlib
+import shlex
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from miles.migrate.launch import Launch
+from miles.migrate.python_expressions import Expressions, literal, unpack
+from miles.migrate.python_values import Class, Function, Instance, LoopControl, Module, Returned, Stopped, Unknown
+
+_LAUNCHERS = ("execute_train", "execute_train_cmd")
+_RUN_NOTHING = (
+    "exec_command",
+    "exec_command_cpu",
+    "exec_command_all_ray_node",
+    "convert_checkpoint",
+    "hf_download_dataset",
+)
+_ENTRIES = ("execute", "train", "full_train", "main", "run")
+_DEEPEST = 30
+_MOST_STEPS = 200_000
+
+
+def read_python_script(path: pathlib.Path, given: Mapping[str, str]) -> Launch:
+    """Return what a script launches when its arguments have the values in `given`. Raises OSError and SyntaxError."""
+    launch = Launch()
+    _Reader(path.resolve(), launch, given).read()
+    return launch
+
+
+class _Reader(Expressions):
+    def __init__(self, path: pathlib.Path, launch: Launch, given: Mapping[str, str]) -> None:
+        super().__init__(launch, given)
+        self._path = path
+        self._modules: dict[str, dict[str, Any] | None] = {}
+        self._depth = 0
+        self._steps = 0
+
+    def read(self) -> None:
+        """Follow the script as a program; if that starts nothing, its function with the usual name."""
+        tree = ast.parse(self._path.read_text(encoding="utf-8"), str(self._path))
+        scope: dict[str, Any] = {"__name__": "__main__", "__file__": str(self._path)}
+        try:
+            self._run(tree.body, scope)
+            for name in _ENTRIES:
+                if not self.launch.program and isinstance(scope.get(name), Function):
+                    self._enter(scope[name])
+        except (Stopped, Returned, LoopControl):
+            return
+
+    def _enter(self, function: Function) -> None:
+        """Call a function whose arguments a command line would give, with their defaults."""
+        assert isinstance(function.node, ast.FunctionDef)
+        args: list[Any] = []
+        for argument in function.node.args.args[: len(function.node.args.args) - len(function.node.args.defaults)]:
+            kind = None if argument.annotation is None else self.value(argument.annotation, function.scope)
+            if isinstance(kind, Class):
+                args.append(self._instance(kind, {}))
+            elif argument.arg in self.given:
+                args.append(literal(self.given[argument.arg]))
+            else:
+                args.append(
+                    self.launch.open.new(f"${argument.arg.upper()}", "it is an argument of the script", argument.lineno)
+                )
+        try:
+            self._invoke(function, args, {})
+        except Stopped as error:
+            self.launch.remark(function.node.lineno, f"{function.node.name} ends early: {error}")
+
+    def call(self, function: Any, args: list[Any], kwargs: dict[str, Any], node: ast.Call) -> Any:
+        if isinstance(function, Class):
+            names = list(function.all_fields())
+            return self._instance(function, dict(zip(names, args, strict=False)) | kwargs)
+        if isinstance(function, Function):
+            return self._invoke(function, args, kwargs)
+        return function(*args, **kwargs)
+
+    def attribute_of_module(self, module: Module, name: str) -> Any:
+        scope = self._module(module.name)
+        if scope is not None and name in scope:
+            return scope[name]
+        if self._find(f"{module.name}.{name}") is not None:
+            return Module(f"{module.name}.{name}")
+        raise Unknown
+
+    def _module(self, name: str) -> dict[str, Any] | None:
+        """Return the globals of a module whose file is in a folder above the script, or None."""
+        if name not in self._modules:
+            self._modules[name] = None  # while it is read, and when it cannot be
+            path = self._find(name)
+            if path is not None and len(self._modules) < _DEEPEST:
+                scope: dict[str, Any] = {"__name__": name, "__file__": str(path)}
+                try:
+                    self._run(ast.parse(path.read_text(encoding="utf-8")).body, scope)
+                except (Stopped, SyntaxError, UnicodeDecodeError):
+                    return None
+                self._modules[name] = scope
+        return self._modules[name]
+
+    def _find(self, name: str) -> pathlib.Path | None:
+        relative = pathlib.Path(*name.split("."))
+        for folder in list(self._path.parents)[:8]:
+            for path in (folder / relative.with_suffix(".py"), folder / relative / "__init__.py"):
+                if path.is_file():
+                    return path
+        return None
+
+    def _run(self, nodes: Sequence[ast.stmt], scope: dict[str, Any]) -> None:
+        for node in nodes:
+            self._steps += 1
+            if self._steps > _MOST_STEPS:
+                raise Stopped("it takes too long to follow")
+            self._statement(node, scope)
+
+    def _statement(self, node: ast.stmt, scope: dict[str, Any]) -> None:
+        match node:
+            case ast.Assign(targets=targets, value=value):
+                for target in targets:
+                    self._assign(target, self.value(value, scope, ast.unparse(target)), scope)
+            case ast.AnnAssign(target=target, value=ast.expr() as value):
+                self._assign(target, self.value(value, scope, ast.unparse(target)), scope)
+            case ast.AugAssign(target=target, op=op, value=value):
+                changed = ast.copy_location(ast.BinOp(_loaded(target), op, value), node)
+                self._assign(target, self.value(changed, scope, ast.unparse(target)), scope)
+            case ast.If(test=test, body=body, orelse=orelse):
+                self._run(body if self.holds(test, scope) else orelse, scope)
+            case ast.For():
+                self._for(node, scope)
+            case ast.Expr(value=ast.Call() as call):
+                self._expression(call, scope)
+            case ast.FunctionDef(name=name):
+                scope[name] = Function(node, scope.get("__globals__", scope))
+            case ast.ClassDef(name=name):
+                scope[name] = self._class(node, scope)
+            case ast.Import(names=names):
+                for each in names:
+                    scope[each.asname or each.name.partition(".")[0]] = Module(
+                        each.name if each.asname else each.name.partition(".")[0]
+                    )
+            case ast.ImportFrom(module=str() as module, names=names):
+                self._import_from(module, names, scope)
+            case ast.With(items=items, body=body):
+                for item in items:
+                    if isinstance(item.optional_vars, ast.Name):
+                        scope[item.optional_vars.id] = self.open(item.context_expr, item.optional_vars.id)
+                self._run(body, scope)
+            case ast.Try(body=body, finalbody=final):
+                self._run([*body, *final], scope)
+            case ast.Match(subject=subject, cases=cases):
+                self._match(subject, cases, scope)
+            case ast.Return(value=value):
+                raise Returned(None if value is None else self.value(value, scope))
+            case ast.Break() | ast.Continue():
+                raise LoopControl(type(node).__name__)
+            case ast.Raise(exc=error):
+                raise Stopped(ast.unparse(error) if error is not None else "it raises an error")
+
+    def _assign(self, target: ast.expr, value: Any, scope: dict[str, Any]) -> None:
+        if isinstance(target, ast.Attribute):
+            owner = self.value(target.value, scope)
+            if isinstance(owner, Instance):
+                owner.values[target.attr] = value
+        elif isinstance(target, ast.Subscript):
+            owner, key = self.value(target.value, scope), self.value(target.slice, scope)
+            if isinstance(owner, dict | list):
+                owner[key] = value
+        else:
+            try:
+                unpack(target, value, scope)
+            except (TypeError, ValueError):
+                for name in ast.walk(target):
+                    if isinstance(name, ast.Name):
+                        scope[name.id] = self.open(name)
+
+    def _for(self, node: ast.For, scope: dict[str, Any]) -> None:
+        items = self.value(node.iter, scope)
+        if not isinstance(items, list | tuple | dict | enumerate | zip):
+            self.remark(node, f"the loop over {ast.unparse(node.iter)} is not followed", scope)
+            return
+        for item in list(items):
+            unpack(node.target, item, scope)
+            try:
+                self._run(node.body, scope)
+            except LoopControl as control:
+                if control.word == "Break":
+                    break
+
+    def _expression(self, node: ast.Call, scope: dict[str, Any]) -> None:
+        name = ast.unparse(node.func).rpartition(".")[2]
+        if name in _LAUNCHERS:
+            self._launch(node, scope)
+        elif ast.unparse(node.func) == "typer.run" and node.args:
+            function = self.value(node.args[0], scope)
+            if isinstance(function, Function):
+                self._enter(function)
+        elif name not in _RUN_NOTHING:
+            self.value(node, scope)
+
+    def _launch(self, node: ast.Call, scope: dict[str, Any]) -> None:
+        given = {keyword.arg: self.value(keyword.value, scope) for keyword in node.keywords if keyword.arg}
+        text = given.get("train_args", self.value(node.args[0], scope) if node.args else "")
+        script = given.get("train_script", "train.py")
+        words = [word for word in shlex.split(text) if word] if isinstance(text, str) else []
+        self.launch.starts(
+            [script if isinstance(script, str) and script.endswith(".py") else "train.py", *words], node.lineno
+        )
+        if given.get("megatron_model_type") is not None:
+            self.launch.remark(
+                node.lineno, "the flags of the model's architecture are not needed: its config.json has them"
+            )
+        variables = given.get("extra_env_vars")
+        if isinstance(variables, dict):
+            self.launch.environment |= {str(name): str(value) for name, value in variables.items()}
+
+    def _import_from(self, module: str, names: list[ast.alias], scope: dict[str, Any]) -> None:
+        for each in names:
+            try:
+                scope[each.asname or each.name] = self.attribute_of_module(Module(module), each.name)
+            except Unknown:
+                continue
+
+    def _match(self, subject: ast.expr, cases: list[ast.match_case], scope: dict[str, Any]) -> None:
+        value = self.value(subject, scope)
+        for case in cases:
+            if self._matches(case.pattern, value, scope) and (case.guard is None or self.holds(case.guard, scope)):
+                self._run(case.body, scope)
+                return
+
+    def _matches(self, pattern: ast.pattern, value: Any, scope: dict[str, Any]) -> bool:
+        match pattern:
+            case ast.MatchValue(value=expected):
+                return bool(self.value(expected, scope) == value)
+            case ast.MatchSingleton(value=constant):
+                return value is constant
+            case ast.MatchOr(patterns=patterns):
+                return any(self._matches(each, value, scope) for each in patterns)
+            case ast.MatchSequence(patterns=patterns):
+                if not isinstance(value, list | tuple) or len(value) != len(patterns):
+                    return False
+                return all(self._matches(each, item, scope) for each, item in zip(patterns, value, strict=True))
+            case ast.MatchAs(pattern=inner, name=name):
+                if inner is not None and not self._matches(inner, value, scope):
+                    return False
+                if name is not None:
+                    scope[name] = value
+                return True
+        return False
+
+    def _class(self, node: ast.ClassDef, scope: dict[str, Any]) -> Class:
+        outer = scope.get("__globals__", scope)
+        bases = [self.value(base, scope) for base in node.bases]
+        found = Class(node.name, {}, {}, [each for each in bases if isinstance(each, Class)], True, outer)
+        found.complete = len(found.bases) == len(bases)
+        for each in node.body:
+            if isinstance(each, ast.AnnAssign) and isinstance(each.target, ast.Name):
+                found.fields[each.target.id] = each.value
+            elif isinstance(each, ast.FunctionDef):
+                found.methods[each.name] = Function(each, outer)
+        return found
+
+    def _instance(self, kind: Class, values: dict[str, Any]) -> Instance:
+        instance = Instance(kind, {})
+        for name, (default, scope) in kind.all_fields().items():
+            if name in values:
+                instance.values[name] = values[name]
+            elif name in self.given:
+                instance.values[name] = literal(self.given[name])
+            elif default is not None:
+                instance.values[name] = self.value(default, scope, name)
+            else:
+                instance.values[name] = self.launch.open.new(f"${name.upper()}", "it is an argument of the script", 0)
+        if not kind.complete:
+            instance.values.setdefault("num_nodes", literal(self.given.get("num_nodes", "1")))
+        method = kind.method("__post_init__")
+        if method is not None:
+            self._invoke(Function(method.node, method.scope, instance), [], {})
+        return instance
+
+    def _invoke(self, function: Function, args: list[Any], kwargs: dict[str, Any]) -> Any:
+        if self._depth >= _DEEPEST:
+            raise Unknown
+        scope = {"__globals__": function.scope, **self._bound(function, args, kwargs)}
+        self._depth += 1
+        try:
+            if isinstance(function.node, ast.Lambda):
+                return self.value(function.node.body, scope)
+            self._run(function.node.body, scope)
+        except Returned as returned:
+            return returned.value
+        finally:
+            self._depth -= 1
+        return None
+
+    def _bound(self, function: Function, args: list[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Bind the arguments of a call."""
+        arguments = function.node.args
+        names = [each.arg for each in arguments.args]
+        if function.bound is not None:
+            args = [function.bound, *args]
+        scope = dict(zip(names, args, strict=False))
+        if arguments.kwarg is not None:
+            known = {*names, *(each.arg for each in arguments.kwonlyargs)}
+            scope[arguments.kwarg.arg] = {key: value for key, value in kwargs.items() if key not in known}
+        if arguments.vararg is not None:
+            scope[arguments.vararg.arg] = tuple(args[len(names) :])
+        scope |= kwargs
+        defaults = zip(names[len(names) - len(arguments.defaults) :], arguments.defaults, strict=True)
+        only = zip((each.arg for each in arguments.kwonlyargs), arguments.kw_defaults, strict=True)
+        for name, default in [*defaults, *only]:
+            if name not in scope and default is not None:
+                scope[name] = self.value(default, function.scope)
+        return scope
+
+
+def _loaded(target: ast.expr) -> ast.expr:
+    """Return the target of an assignment as an expression that reads it."""
+    return ast.parse(ast.unparse(target), mode="eval").body
