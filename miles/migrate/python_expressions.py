@@ -4,47 +4,16 @@ from __future__ import annotations
 
 import ast
 import json
-import operator
 import os.path
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from miles.migrate.launch import Launch
 from miles.migrate.open_values import is_open
+from miles.migrate.python_operators import LONGEST, compared, operated
 from miles.migrate.python_values import BUILTINS, LIBRARY, METHODS, Class, Function, Instance, Module, Unknown
 
-_LONGEST = 1_000_000
-"""Letters or elements of a value; what would be longer is not evaluated."""
-
-
-def _power(base: int | float, exponent: int) -> int | float:
-    if abs(base) > 1024 or not 0 <= exponent <= 6:
-        raise Unknown
-    result: int | float = base**exponent
-    return result
-
-
-_OPERATORS: Mapping[type[ast.AST], Callable[[Any, Any], Any]] = {
-    ast.Add: operator.add,
-    ast.Sub: operator.sub,
-    ast.Mult: operator.mul,
-    ast.Div: operator.truediv,
-    ast.FloorDiv: operator.floordiv,
-    ast.Mod: operator.mod,
-    ast.Pow: _power,
-    ast.BitOr: operator.or_,
-    ast.Eq: operator.eq,
-    ast.NotEq: operator.ne,
-    ast.Lt: operator.lt,
-    ast.LtE: operator.le,
-    ast.Gt: operator.gt,
-    ast.GtE: operator.ge,
-    ast.Is: lambda a, b: a is b or (isinstance(a, str | int) and a == b),
-    ast.IsNot: lambda a, b: not (a is b or (isinstance(a, str | int) and a == b)),
-    ast.In: lambda a, b: a in b,
-    ast.NotIn: lambda a, b: a not in b,
-}
 _ERRORS = (TypeError, ValueError, KeyError, IndexError, AttributeError, ZeroDivisionError, Unknown, RecursionError)
 
 
@@ -67,7 +36,7 @@ class Expressions:
         """Return the value of an expression; an open value, called `name`, where it is not known."""
         try:
             found = self._value(node, scope)
-            if isinstance(found, str | list | tuple | dict) and len(found) > _LONGEST:
+            if isinstance(found, str | list | tuple | dict) and len(found) > LONGEST:
                 raise Unknown
             called = name and isinstance(node, ast.Call) and isinstance(found, str) and len(found) == 1
             return self.open(node, name) if called and is_open(found) else found
@@ -104,7 +73,7 @@ class Expressions:
             case ast.JoinedStr(values=parts):
                 return "".join(self._part(part, scope) for part in parts)
             case ast.BinOp(left=left, op=op, right=right):
-                return self._operated(op, self._value(left, scope), self._value(right, scope))
+                return operated(op, self._value(left, scope), self._value(right, scope))
             case ast.BoolOp(op=op, values=values):
                 return self._bool(values, scope, both=isinstance(op, ast.And))
             case ast.UnaryOp(op=ast.Not(), operand=operand):
@@ -183,17 +152,6 @@ class Expressions:
             return format(value, self._value(part.format_spec, scope))
         return repr(value) if part.conversion == ord("r") else str(value)
 
-    def _operated(self, op: ast.AST, left: Any, right: Any) -> Any:
-        texts = [each for each in (left, right) if isinstance(each, str) and is_open(each)]
-        if texts and not (isinstance(op, ast.Add | ast.Div) and isinstance(left, str) and isinstance(right, str)):
-            raise Unknown
-        if isinstance(op, ast.Div) and isinstance(left, str):
-            return os.path.join(left, right)
-        numbers = all(isinstance(each, int | float) for each in (left, right))
-        if isinstance(op, ast.Mult) and not numbers and any(isinstance(e, int) and e > _LONGEST for e in (left, right)):
-            raise Unknown
-        return _OPERATORS[type(op)](left, right)
-
     def _decided(self, node: ast.expr, scope: dict[str, Any]) -> Any:
         """Return a value whose truth is known."""
         value = self._value(node, scope)
@@ -213,9 +171,7 @@ class Expressions:
         one = self._value(left, scope)
         for op, node in zip(ops, others, strict=True):
             other = self._value(node, scope)
-            if None not in (one, other) and any(isinstance(each, str) and is_open(each) for each in (one, other)):
-                raise Unknown
-            if not _OPERATORS[type(op)](one, other):
+            if not compared(op, one, other):
                 return False
             one = other
         return True

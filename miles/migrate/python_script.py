@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from miles.migrate.launch import Launch
-from miles.migrate.python_expressions import Expressions, literal, unpack
+from miles.migrate.python_expressions import literal, unpack
+from miles.migrate.python_objects import Objects
 from miles.migrate.python_values import Class, Function, Instance, LoopControl, Module, Returned, Stopped, Unknown
 
 _LAUNCHERS = ("execute_train", "execute_train_cmd")
@@ -21,7 +22,7 @@ _RUN_NOTHING = (
     "hf_download_dataset",
 )
 _ENTRIES = ("execute", "train", "full_train", "main", "run")
-_DEEPEST = 30
+_MOST_MODULES = 30
 _MOST_STEPS = 200_000
 
 
@@ -32,12 +33,11 @@ def read_python_script(path: pathlib.Path, given: Mapping[str, str]) -> Launch:
     return launch
 
 
-class _Reader(Expressions):
+class _Reader(Objects):
     def __init__(self, path: pathlib.Path, launch: Launch, given: Mapping[str, str]) -> None:
         super().__init__(launch, given)
         self._path = path
         self._modules: dict[str, dict[str, Any] | None] = {}
-        self._depth = 0
         self._steps = 0
 
     def read(self) -> None:
@@ -45,7 +45,7 @@ class _Reader(Expressions):
         tree = ast.parse(self._path.read_text(encoding="utf-8"), str(self._path))
         scope: dict[str, Any] = {"__name__": "__main__", "__file__": str(self._path)}
         try:
-            self._run(tree.body, scope)
+            self.run(tree.body, scope)
             for name in _ENTRIES:
                 if not self.launch.program and isinstance(scope.get(name), Function):
                     self._enter(scope[name])
@@ -59,7 +59,7 @@ class _Reader(Expressions):
         for argument in function.node.args.args[: len(function.node.args.args) - len(function.node.args.defaults)]:
             kind = None if argument.annotation is None else self.value(argument.annotation, function.scope)
             if isinstance(kind, Class):
-                args.append(self._instance(kind, {}))
+                args.append(self.instance(kind, {}))
             elif argument.arg in self.given:
                 args.append(literal(self.given[argument.arg]))
             else:
@@ -67,17 +67,9 @@ class _Reader(Expressions):
                     self.launch.open.new(f"${argument.arg.upper()}", "it is an argument of the script", argument.lineno)
                 )
         try:
-            self._invoke(function, args, {})
+            self.invoke(function, args, {})
         except Stopped as error:
             self.launch.remark(function.node.lineno, f"{function.node.name} ends early: {error}")
-
-    def call(self, function: Any, args: list[Any], kwargs: dict[str, Any], node: ast.Call) -> Any:
-        if isinstance(function, Class):
-            names = list(function.all_fields())
-            return self._instance(function, dict(zip(names, args, strict=False)) | kwargs)
-        if isinstance(function, Function):
-            return self._invoke(function, args, kwargs)
-        return function(*args, **kwargs)
 
     def attribute_of_module(self, module: Module, name: str) -> Any:
         scope = self._module(module.name)
@@ -92,10 +84,10 @@ class _Reader(Expressions):
         if name not in self._modules:
             self._modules[name] = None  # while it is read, and when it cannot be
             path = self._find(name)
-            if path is not None and len(self._modules) < _DEEPEST:
+            if path is not None and len(self._modules) < _MOST_MODULES:
                 scope: dict[str, Any] = {"__name__": name, "__file__": str(path)}
                 try:
-                    self._run(ast.parse(path.read_text(encoding="utf-8")).body, scope)
+                    self.run(ast.parse(path.read_text(encoding="utf-8")).body, scope)
                 except (Stopped, SyntaxError, UnicodeDecodeError):
                     return None
                 self._modules[name] = scope
@@ -109,7 +101,7 @@ class _Reader(Expressions):
                     return path
         return None
 
-    def _run(self, nodes: Sequence[ast.stmt], scope: dict[str, Any]) -> None:
+    def run(self, nodes: Sequence[ast.stmt], scope: dict[str, Any]) -> None:
         for node in nodes:
             self._steps += 1
             if self._steps > _MOST_STEPS:
@@ -127,7 +119,7 @@ class _Reader(Expressions):
                 changed = ast.copy_location(ast.BinOp(_loaded(target), op, value), node)
                 self._assign(target, self.value(changed, scope, ast.unparse(target)), scope)
             case ast.If(test=test, body=body, orelse=orelse):
-                self._run(body if self.holds(test, scope) else orelse, scope)
+                self.run(body if self.holds(test, scope) else orelse, scope)
             case ast.For():
                 self._for(node, scope)
             case ast.Expr(value=ast.Call() as call):
@@ -135,7 +127,7 @@ class _Reader(Expressions):
             case ast.FunctionDef(name=name):
                 scope[name] = Function(node, scope.get("__globals__", scope))
             case ast.ClassDef(name=name):
-                scope[name] = self._class(node, scope)
+                scope[name] = self.class_of(node, scope)
             case ast.Import(names=names):
                 for each in names:
                     scope[each.asname or each.name.partition(".")[0]] = Module(
@@ -147,9 +139,9 @@ class _Reader(Expressions):
                 for item in items:
                     if isinstance(item.optional_vars, ast.Name):
                         scope[item.optional_vars.id] = self.open(item.context_expr, item.optional_vars.id)
-                self._run(body, scope)
+                self.run(body, scope)
             case ast.Try(body=body, finalbody=final):
-                self._run([*body, *final], scope)
+                self.run([*body, *final], scope)
             case ast.Match(subject=subject, cases=cases):
                 self._match(subject, cases, scope)
             case ast.Return(value=value):
@@ -184,7 +176,7 @@ class _Reader(Expressions):
         for item in list(items):
             unpack(node.target, item, scope)
             try:
-                self._run(node.body, scope)
+                self.run(node.body, scope)
             except LoopControl as control:
                 if control.word == "Break":
                     break
@@ -226,94 +218,9 @@ class _Reader(Expressions):
     def _match(self, subject: ast.expr, cases: list[ast.match_case], scope: dict[str, Any]) -> None:
         value = self.value(subject, scope)
         for case in cases:
-            if self._matches(case.pattern, value, scope) and (case.guard is None or self.holds(case.guard, scope)):
-                self._run(case.body, scope)
+            if self.matches(case.pattern, value, scope) and (case.guard is None or self.holds(case.guard, scope)):
+                self.run(case.body, scope)
                 return
-
-    def _matches(self, pattern: ast.pattern, value: Any, scope: dict[str, Any]) -> bool:
-        match pattern:
-            case ast.MatchValue(value=expected):
-                return bool(self.value(expected, scope) == value)
-            case ast.MatchSingleton(value=constant):
-                return value is constant
-            case ast.MatchOr(patterns=patterns):
-                return any(self._matches(each, value, scope) for each in patterns)
-            case ast.MatchSequence(patterns=patterns):
-                if not isinstance(value, list | tuple) or len(value) != len(patterns):
-                    return False
-                return all(self._matches(each, item, scope) for each, item in zip(patterns, value, strict=True))
-            case ast.MatchAs(pattern=inner, name=name):
-                if inner is not None and not self._matches(inner, value, scope):
-                    return False
-                if name is not None:
-                    scope[name] = value
-                return True
-        return False
-
-    def _class(self, node: ast.ClassDef, scope: dict[str, Any]) -> Class:
-        outer = scope.get("__globals__", scope)
-        bases = [self.value(base, scope) for base in node.bases]
-        found = Class(node.name, {}, {}, [each for each in bases if isinstance(each, Class)], True, outer)
-        found.complete = len(found.bases) == len(bases)
-        for each in node.body:
-            if isinstance(each, ast.AnnAssign) and isinstance(each.target, ast.Name):
-                found.fields[each.target.id] = each.value
-            elif isinstance(each, ast.FunctionDef):
-                found.methods[each.name] = Function(each, outer)
-        return found
-
-    def _instance(self, kind: Class, values: dict[str, Any]) -> Instance:
-        instance = Instance(kind, {})
-        for name, (default, scope) in kind.all_fields().items():
-            if name in values:
-                instance.values[name] = values[name]
-            elif name in self.given:
-                instance.values[name] = literal(self.given[name])
-            elif default is not None:
-                instance.values[name] = self.value(default, scope, name)
-            else:
-                instance.values[name] = self.launch.open.new(f"${name.upper()}", "it is an argument of the script", 0)
-        if not kind.complete:
-            instance.values.setdefault("num_nodes", literal(self.given.get("num_nodes", "1")))
-        method = kind.method("__post_init__")
-        if method is not None:
-            self._invoke(Function(method.node, method.scope, instance), [], {})
-        return instance
-
-    def _invoke(self, function: Function, args: list[Any], kwargs: dict[str, Any]) -> Any:
-        if self._depth >= _DEEPEST:
-            raise Unknown
-        scope = {"__globals__": function.scope, **self._bound(function, args, kwargs)}
-        self._depth += 1
-        try:
-            if isinstance(function.node, ast.Lambda):
-                return self.value(function.node.body, scope)
-            self._run(function.node.body, scope)
-        except Returned as returned:
-            return returned.value
-        finally:
-            self._depth -= 1
-        return None
-
-    def _bound(self, function: Function, args: list[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Bind the arguments of a call."""
-        arguments = function.node.args
-        names = [each.arg for each in arguments.args]
-        if function.bound is not None:
-            args = [function.bound, *args]
-        scope = dict(zip(names, args, strict=False))
-        if arguments.kwarg is not None:
-            known = {*names, *(each.arg for each in arguments.kwonlyargs)}
-            scope[arguments.kwarg.arg] = {key: value for key, value in kwargs.items() if key not in known}
-        if arguments.vararg is not None:
-            scope[arguments.vararg.arg] = tuple(args[len(names) :])
-        scope |= kwargs
-        defaults = zip(names[len(names) - len(arguments.defaults) :], arguments.defaults, strict=True)
-        only = zip((each.arg for each in arguments.kwonlyargs), arguments.kw_defaults, strict=True)
-        for name, default in [*defaults, *only]:
-            if name not in scope and default is not None:
-                scope[name] = self.value(default, function.scope)
-        return scope
 
 
 def _loaded(target: ast.expr) -> ast.expr:

@@ -14,6 +14,7 @@ from miles.migrate.launch import Launch
 from miles.migrate.open_values import is_open
 from miles.migrate.shell_expansion import Expansion, line_of, printed_by, source
 from miles.migrate.shell_tests import Tests
+from miles.migrate.shell_tree import assigned, branch, flat, glob, of_type
 from miles.migrate.shell_values import Shell
 
 _MOST_ROUNDS = 1000
@@ -178,10 +179,10 @@ class _Reader:
 
     def _if(self, node: Node) -> None:
         condition = node.child_by_field_name("condition")
-        branches: list[tuple[Node | None, list[Node]]] = [(condition, _branch(node, condition))]
+        branches: list[tuple[Node | None, list[Node]]] = [(condition, branch(node, condition))]
         for child in node.named_children:
             if child.type == "elif_clause":
-                branches.append((child.named_children[0], _branch(child, child.named_children[0])))
+                branches.append((child.named_children[0], branch(child, child.named_children[0])))
             elif child.type == "else_clause":
                 branches.append((None, child.named_children))
         for index, (test, body) in enumerate(branches):
@@ -214,16 +215,16 @@ class _Reader:
             return
         for item in items:
             patterns = item.children_by_field_name("value")
-            if any(re.fullmatch(_glob(self._expansion.text(pattern)), word) for pattern in patterns):
+            if any(re.fullmatch(glob(self._expansion.text(pattern)), word) for pattern in patterns):
                 self._follow(child for child in item.named_children if child not in patterns)
                 return
 
     def _leave_open(self, nodes: Sequence[Node], why: str) -> None:
         """Leave open what commands would set, which are not followed."""
-        for name, line in _assigned(nodes):
+        for name, line in assigned(nodes):
             self._shell.leave_open(name, why, line)
         for node in nodes:
-            for command in _of_type(node, "command"):
+            for command in of_type(node, "command"):
                 words = [source(child) for child in command.named_children]
                 if (
                     any(word.endswith(("train.py", "train_async.py")) for word in words)
@@ -237,7 +238,7 @@ class _Reader:
         if (text := self._here_document(node)) is not None:
             return text
         folder, printed = self._shell.folder, None
-        for child in _flat(node.named_children):
+        for child in flat(node.named_children):
             if child.type != "command":
                 return None
             words = [word for part in child.named_children for word in self._expansion.words(part)]
@@ -253,10 +254,10 @@ class _Reader:
     def _here_document(self, node: Node) -> str | None:
         """Return the text of $(cat <<END …), or None for another substitution."""
         inside = node.named_children[0] if len(node.named_children) == 1 else node
-        body = next(iter(_of_type(inside, "heredoc_body")), None)
+        body = next(iter(of_type(inside, "heredoc_body")), None)
         if inside.type != "redirected_statement" or source(inside.named_children[0]) != "cat" or body is None:
             return None
-        quoted = any("'" in source(start) or '"' in source(start) for start in _of_type(inside, "heredoc_start"))
+        quoted = any("'" in source(start) or '"' in source(start) for start in of_type(inside, "heredoc_start"))
         return source(body) if quoted else self._expansion.joined(body)
 
     def _take_environment(self, words: Sequence[str], line: int) -> None:
@@ -273,39 +274,3 @@ class _Reader:
                 launch.remark(line, "the JSON of --runtime-env-json is not read: it is none")
                 return
             launch.environment |= {str(name): str(value) for name, value in given.items()}
-
-
-def _branch(node: Node, condition: Node | None) -> list[Node]:
-    """Return the commands of an if or elif after its condition."""
-    skipped = ("elif_clause", "else_clause", "comment")
-    return [child for child in node.named_children if child != condition and child.type not in skipped]
-
-
-def _flat(nodes: Iterable[Node]) -> Iterable[Node]:
-    """Yield the commands of a substitution, one after the other; pipelines as they are."""
-    for node in nodes:
-        if node.type in ("list", "redirected_statement", "compound_statement"):
-            yield from _flat(node.named_children)
-        elif not node.type.endswith("redirect") and node.type != "comment":
-            yield node
-
-
-def _of_type(node: Node, kind: str) -> Iterable[Node]:
-    if node.type == kind:
-        yield node
-    for child in node.named_children:
-        yield from _of_type(child, kind)
-
-
-def _assigned(nodes: Iterable[Node]) -> list[tuple[str, int]]:
-    """Return the variables that commands set, with the lines."""
-    assignments = [each for node in nodes for each in _of_type(node, "variable_assignment")]
-    named = ((source(each.child_by_field_name("name") or each), line_of(each)) for each in assignments)
-    first: dict[str, int] = {}
-    for name, line in named:
-        first.setdefault(name, line)
-    return [(name, line) for name, line in first.items() if name.isidentifier()]
-
-
-def _glob(pattern: str) -> str:
-    return "".join(".*" if letter == "*" else "." if letter == "?" else re.escape(letter) for letter in pattern)
