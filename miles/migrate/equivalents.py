@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import base64
 import binascii
-from collections.abc import Mapping, Sequence
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
 
 import yaml
 
@@ -14,8 +15,8 @@ Flags = list[tuple[str, list[str]]]
 _TRANSPORTS: Mapping[str, str] = {"nccl": "broadcast", "disk": "disk"}
 
 
-def equivalent(flag: str, values: Sequence[str]) -> Flags | None:
-    """Return the flags that do the same here, or None when the flag is no other one."""
+def equivalent(flag: str, values: Sequence[str], find: Callable[[str], pathlib.Path | None]) -> Flags | None:
+    """Return the flags that do the same here, or None when the flag is no other one. `find` finds files."""
     match flag, list(values):
         case "--offload", []:
             return [("--offload-train", []), ("--offload-rollout", [])]
@@ -25,16 +26,21 @@ def equivalent(flag: str, values: Sequence[str]) -> Flags | None:
             return [("--update-weight-transfer-mode", [_TRANSPORTS[transport]])]
         case "--update-weight-mode", ["full"]:
             return []
-        case "--custom-config-path", [text] if text.startswith("base64:"):
-            return _settings_in(text.removeprefix("base64:"))
+        case "--custom-config-path", [name]:
+            return _settings_in(name, find)
     return None
 
 
-def _settings_in(text: str) -> Flags | None:
-    """Return the flags of a file whose content is in the command line; None when some of it is no setting."""
+def _settings_in(name: str, find: Callable[[str], pathlib.Path | None]) -> Flags | None:
+    """Return the flags of a file, or of its content in base64; None when it is not found, or some is no setting."""
     try:
-        content = yaml.safe_load(base64.b64decode(text, validate=True))
-    except (binascii.Error, ValueError, yaml.YAMLError):
+        if name.startswith("base64:"):
+            content = yaml.safe_load(base64.b64decode(name.removeprefix("base64:"), validate=True))
+        elif (path := find(name)) is not None:
+            content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        else:
+            return None
+    except (binascii.Error, ValueError, OSError, yaml.YAMLError):
         return None
     if not isinstance(content, dict):
         return None
@@ -54,10 +60,11 @@ def staleness(program: str, flags: Mapping[str, Sequence[str]]) -> tuple[int, st
     """Return the max_weight_staleness that a script asks for by its program or by --fully-async, and why; else None."""
     interval = next(iter(flags.get("--update-weights-interval", [])), "1")
     steps = int(interval) if interval.isdigit() else 1
-    if "--fully-async" in flags:
+    always = "--fully-async" in flags or any("fully_async" in name for name in flags.get("--rollout-function-path", []))
+    if always:
         return (
             steps + 1,
-            "--fully-async generates beside training all the time; docs/asynchrony.md says what the bound does",
+            "it generates beside training all the time; docs/asynchrony.md says what the bound does",
         )
     if program == "train_async":
         return steps, "train_async.py generates a batch while it trains on the one before (docs/asynchrony.md)"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import pathlib
 import re
 from collections.abc import Sequence
 
@@ -27,6 +28,8 @@ class Remark:
 class Launch:
     """The training program of a script, with its words."""
 
+    script: pathlib.Path
+
     program: str = ""
     """Name of the program, e.g. train_async; empty when the script starts none."""
     words: list[str] = dataclasses.field(default_factory=list)
@@ -34,6 +37,10 @@ class Launch:
     environment: dict[str, str] = dataclasses.field(default_factory=dict)
     remarks: list[Remark] = dataclasses.field(default_factory=list)
     open: OpenValues = dataclasses.field(default_factory=OpenValues)
+
+    def find(self, name: str) -> pathlib.Path | None:
+        """Return the file that a script names from the folder where it is started: the first above the script."""
+        return next((folder / name for folder in self.script.parents if (folder / name).is_file()), None)
 
     def remark(self, line: int, text: str) -> None:
         """Add a remark, once."""

@@ -23,12 +23,12 @@ _RUN_NOTHING = (
 )
 _ENTRIES = ("execute", "train", "full_train", "main", "run")
 _MOST_MODULES = 30
-_MOST_STEPS = 200_000
+_MOST_STEPS = 20_000
 
 
 def read_python_script(path: pathlib.Path, given: Mapping[str, str]) -> Launch:
     """Return what a script launches when its arguments have the values in `given`. Raises OSError and SyntaxError."""
-    launch = Launch()
+    launch = Launch(path.resolve())
     _Reader(path.resolve(), launch, given).read()
     return launch
 
@@ -196,14 +196,16 @@ class _Reader(Objects):
         given = {keyword.arg: self.value(keyword.value, scope) for keyword in node.keywords if keyword.arg}
         text = given.get("train_args", self.value(node.args[0], scope) if node.args else "")
         script = given.get("train_script", "train.py")
-        words = [word for word in shlex.split(text) if word] if isinstance(text, str) else []
-        self.launch.starts(
-            [script if isinstance(script, str) and script.endswith(".py") else "train.py", *words], node.lineno
-        )
-        if given.get("megatron_model_type") is not None:
-            self.launch.remark(
-                node.lineno, "the flags of the model's architecture are not needed: its config.json has them"
-            )
+        try:
+            words = [word for word in shlex.split(text) if word] if isinstance(text, str) else []
+        except ValueError as error:
+            self.launch.remark(node.lineno, f"the arguments cannot be split into words: {error}")
+            return
+        program = script if isinstance(script, str) and script.endswith(".py") else "train.py"
+        self.launch.starts([program, *words], node.lineno)
+        if (kind := given.get("megatron_model_type")) is not None:
+            text = f"the flags of model type {self.launch.open.plain(str(kind))} are not needed: config.json has them"
+            self.launch.remark(node.lineno, text)
         variables = given.get("extra_env_vars")
         if isinstance(variables, dict):
             self.launch.environment |= {str(name): str(value) for name, value in variables.items()}

@@ -29,7 +29,8 @@ _CONDITIONS = ("test_command", "negated_command", "list")
 
 def read_shell_script(path: pathlib.Path, given: Mapping[str, str]) -> Launch:
     """Return what a script launches when the variables in `given` have those values. Raises OSError."""
-    shell = Shell(path.resolve(), given, folder=path.resolve().parent)
+    script = path.resolve()
+    shell = Shell(script, given, Launch(script), folder=script.parent)
     _Reader(shell).read(path)
     return shell.launch
 

@@ -19,7 +19,7 @@ class Shell:
     script: pathlib.Path
     fixed: Mapping[str, str]
     """Variables that were given from outside; assignments do not change them."""
-    launch: Launch = dataclasses.field(default_factory=Launch)
+    launch: Launch
     variables: dict[str, Value] = dataclasses.field(default_factory=dict)
     exported: set[str] = dataclasses.field(default_factory=set)
     positional: list[str] = dataclasses.field(default_factory=list)

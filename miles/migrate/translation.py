@@ -83,7 +83,7 @@ def _sort(result: Translation, flag: str, values: list[str]) -> None:
     shown = " ".join([flag, *(result.launch.open.plain(value) for value in values)])
     if flag == "--fully-async":
         return
-    if (others := equivalent(flag, values)) is not None:
+    if (others := equivalent(flag, values, result.launch.find)) is not None:
         result.notes.append(
             f"{shown[:200]} is {' '.join(' '.join([name, *words]) for name, words in others) or 'the default'}"
         )
@@ -91,14 +91,14 @@ def _sort(result: Translation, flag: str, values: list[str]) -> None:
         return
     entry = next((entry for entry in catalog().values() if flag in (entry.flag, f"--no-{entry.flag[2:]}")), None)
     row = upstream.find(flag)
-    if entry is not None and row is None:
+    if upstream.is_architecture(flag):
+        _leave_out_architecture(result)
+    elif entry is not None and row is None:
         states = entry.states
         if states is not None and flag == entry.flag and (values or [str(states.value)])[0] == str(states.value):
             result.left_out.append(f"{shown}: {states.because}")
         else:
             result.flags[flag] = values
-    elif row is not None and row.group == "architecture":
-        _leave_out_architecture(result)
     elif row is not None and row.taken == "refused":
         result.not_taken.append(Fault(flag, result.launch.open.plain(" ".join(values)) or True, row.reason, row.remedy))
     elif row is not None:

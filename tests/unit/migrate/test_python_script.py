@@ -68,7 +68,7 @@ def test_a_dataclass_has_its_defaults_what_follows_from_them_and_what_is_given()
     assert words[words.index("--rollout-batch-size") + 1] == "16"
     assert launch.environment == {"NVTE_DEBUG": "1"}
     assert [str(remark) for remark in launch.remarks] == [
-        "line 33: the flags of the model's architecture are not needed: its config.json has them"
+        "line 33: the flags of model type tiny are not needed: config.json has them"
     ]
     given = read_python_script(
         SCRIPTS / "run_tiny.py", {"num_gpus": "4", "model": "huge", "offload": "true", "extra": "--x"}
