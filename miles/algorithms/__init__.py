@@ -24,12 +24,22 @@ from miles.algorithms.policy_losses import (
     POLICY_LOSSES,
     ClipConfig,
     PolicyInputs,
+    PolicyLoss,
+    PolicyLossConfig,
     PolicyTerms,
     opsm_drop,
     policy_loss,
     register_policy_loss,
 )
-from miles.algorithms.rewards import shape_groups, standardize, subtract_leave_one_out_mean, subtract_mean
+from miles.algorithms.rewards import (
+    divide_by_mean,
+    shape_groups,
+    shape_several,
+    standardize,
+    subtract_leave_one_out_mean,
+    subtract_mean,
+)
+from miles.algorithms.squared_probs import linear_sum_squared_probs, sum_squared_probs
 from miles.algorithms.vocab_rows import TokenLogProbs, VocabShard
 from miles.algorithms.whitening import masked_whiten
 
@@ -50,6 +60,8 @@ __all__ = [
     "MetricSum",
     "Packing",
     "PolicyInputs",
+    "PolicyLoss",
+    "PolicyLossConfig",
     "PolicyTerms",
     "TokenLogProbs",
     "TruncatedImportanceSampling",
@@ -59,6 +71,8 @@ __all__ = [
     "compute_advantages",
     "compute_correction",
     "critic_loss",
+    "divide_by_mean",
+    "linear_sum_squared_probs",
     "linear_token_log_probs",
     "masked_whiten",
     "mismatch_metrics",
@@ -72,9 +86,11 @@ __all__ = [
     "sft_loss",
     "shape_groups",
     "shape_rewards",
+    "shape_several",
     "standardize",
     "subtract_leave_one_out_mean",
     "subtract_mean",
+    "sum_squared_probs",
     "token_log_probs",
     "token_weights",
     "value_loss",

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from miles.algorithms import token_baseline  # noqa: F401  (it registers its estimator)
 from miles.algorithms.estimators import ESTIMATORS, AdvantageBatch, AdvantageConfig
 from miles.algorithms.kl import approximate_kl
 from miles.algorithms.packing import LOWEST_LOG_PROB, as_float
-from miles.algorithms.rewards import keep_rewards, shape_groups, standardize, subtract_mean
+from miles.algorithms.rewards import keep_rewards, shape_groups, shape_several, standardize, subtract_mean
 from miles.algorithms.whitening import masked_whiten
 
 if TYPE_CHECKING:
@@ -32,17 +33,23 @@ class Advantages:
 
 
 def shape_rewards(
-    config: AdvantageConfig, rewards_B: torch.Tensor | Sequence[float], group_ids_B: torch.Tensor | Sequence[Hashable]
+    config: AdvantageConfig,
+    rewards_B: torch.Tensor | Sequence[float],
+    group_ids_B: torch.Tensor | Sequence[Hashable],
 ) -> torch.Tensor:
     """Normalise rewards within each prompt group as the estimator requires; see `shape_groups`.
 
-    Needs every sample of each group, so it runs where all rewards are known, before samples go to their ranks.
+    Estimators with several rewards take a tensor [B, K]; see `shape_several`. Needs every sample of each group, so it
+    runs where all rewards are known, before samples go to their ranks.
     """
-    shaping = ESTIMATORS[config.advantage_estimator].shaping
+    estimator = ESTIMATORS[config.advantage_estimator]
+    shaping = estimator.shaping
     if not config.rewards_normalization:
         shaping = keep_rewards
     elif shaping is standardize and not config.grpo_std_normalization:
         shaping = subtract_mean
+    if estimator.several_rewards:
+        return shape_several(torch.as_tensor(rewards_B), config.reward_weights, group_ids_B, shaping)
     return shape_groups(rewards_B, group_ids_B, shaping)
 
 
@@ -62,6 +69,7 @@ def compute_advantages(
     """
     estimator = ESTIMATORS[config.advantage_estimator]
     _check(config, batch)
+    batch = dataclasses.replace(batch, process_group=group)
     with torch.no_grad():
         kl_T = _reward_kl(config, batch)
         advantages_T, returns_T = estimator.function(config, batch, kl_T)
@@ -108,6 +116,7 @@ def _check(config: AdvantageConfig, batch: AdvantageBatch) -> None:
         ref_log_probs_T=batch.ref_log_probs_T,
         teacher_log_probs_T=batch.teacher_log_probs_T,
         values_T=batch.values_T,
+        squared_probs_T=batch.squared_probs_T,
     )
     if tuple(batch.rewards_B.shape) != (batch.packing.num_samples,):
         raise ValueError(

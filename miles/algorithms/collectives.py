@@ -1,4 +1,4 @@
-"""Sums over a data-parallel group."""
+"""Sums and maxima over a data-parallel group."""
 
 from __future__ import annotations
 
@@ -13,3 +13,12 @@ def all_reduce_sum(x: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Te
     total = x.detach().clone()
     dist.all_reduce(total, op=dist.ReduceOp.SUM, group=group)
     return total
+
+
+def all_reduce_max(x: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
+    """The largest of the group's ranks; `x` itself when there is no group."""
+    if group is None:
+        return x
+    largest = x.detach().clone()
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
+    return largest

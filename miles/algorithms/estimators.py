@@ -1,7 +1,7 @@
 """Advantage estimators.
 
 An estimator is a function from an `AdvantageBatch` to per-token advantages and returns. It is registered by name with
-its reward shaping within a prompt group, its policy loss, and whether its advantages are always whitened:
+its reward shaping within a prompt group, and whether its advantages are always whitened:
 
     @register_estimator("mine", shaping=standardize)
     def mine(config, batch, kl_T):
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -20,12 +21,16 @@ from miles.algorithms.packing import Packing, as_float
 from miles.algorithms.registry import Registry
 from miles.algorithms.rewards import (
     RewardShaping,
+    divide_by_mean,
     keep_rewards,
     standardize,
     subtract_leave_one_out_mean,
     subtract_mean,
 )
 from miles.algorithms.scan import discounted_suffix_sums
+
+if TYPE_CHECKING:
+    import torch.distributed as dist
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,6 +42,8 @@ class AdvantageConfig:
     """False: rewards go to the estimator as they are."""
     grpo_std_normalization: bool = True
     """False: estimators that standardise rewards only subtract the mean."""
+    reward_weights: tuple[float, ...] = ()
+    """gdpo: the weight of each of several rewards."""
     normalize_advantages: bool = False
     """Whiten advantages over the data-parallel group."""
     gamma: float = 1.0
@@ -71,6 +78,15 @@ class AdvantageBatch:
     """Of the teacher; needed for use_opd."""
     values_T: torch.Tensor | None = None
     """The critic's values; needed for ppo."""
+    squared_probs_T: torch.Tensor | None = None
+    """Sum of the squared probabilities of all tokens at each position; needed for optimal_token_baseline."""
+    group_ids_B: torch.Tensor | None = None
+    """Which prompt each sample belongs to, numbered from 0 on all ranks alike, int64; needed for
+    optimal_token_baseline."""
+    num_groups: int = 0
+    """Prompts on all ranks together."""
+    process_group: dist.ProcessGroup | None = None
+    """The data-parallel group, for estimators that compare samples of several ranks; set by `compute_advantages`."""
 
 
 EstimatorFunction = Callable[[AdvantageConfig, AdvantageBatch, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
@@ -83,12 +99,14 @@ class Estimator:
 
     function: EstimatorFunction
     shaping: RewardShaping
-    policy_loss: str
-    """Name of its policy loss."""
     whiten: bool
     """Advantages are whitened whether or not normalize_advantages is set."""
     needs_values: bool
     """It reads `AdvantageBatch.values_T`, so a critic has to be trained."""
+    several_rewards: bool
+    """Samples have several rewards, which are shaped one by one."""
+    needs_squared_probs: bool
+    """It reads `AdvantageBatch.squared_probs_T`."""
 
 
 ESTIMATORS: Registry[Estimator] = Registry("advantage estimator")
@@ -98,31 +116,34 @@ def register_estimator(
     name: str,
     *,
     shaping: RewardShaping = keep_rewards,
-    policy_loss: str = "ppo_clip",
     whiten: bool = False,
     needs_values: bool = False,
+    several_rewards: bool = False,
+    needs_squared_probs: bool = False,
 ) -> Callable[[EstimatorFunction], EstimatorFunction]:
     """Register the decorated function under `name`; the parameters are the fields of `Estimator`."""
 
     def register(function: EstimatorFunction) -> EstimatorFunction:
-        ESTIMATORS.add(name, Estimator(function, shaping, policy_loss, whiten, needs_values))
+        ESTIMATORS.add(name, Estimator(function, shaping, whiten, needs_values, several_rewards, needs_squared_probs))
         return function
 
     return register
 
 
 @register_estimator("grpo", shaping=standardize)
-@register_estimator("gspo", shaping=standardize, policy_loss="gspo")
-@register_estimator("cispo", shaping=standardize, policy_loss="cispo")
-@register_estimator("dr_grpo", shaping=subtract_mean, policy_loss="dr_grpo")
+@register_estimator("gspo", shaping=standardize)
+@register_estimator("cispo", shaping=standardize)
+@register_estimator("dr_grpo", shaping=subtract_mean)
 @register_estimator("rloo", shaping=subtract_leave_one_out_mean)
+@register_estimator("maxrl", shaping=divide_by_mean)
+@register_estimator("gdpo", shaping=standardize, several_rewards=True)
 def reward_on_every_token(
     config: AdvantageConfig, batch: AdvantageBatch, kl_T: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The shaped reward on every response token.
 
-    GRPO (2402.03300), GSPO (2507.18071), CISPO (2506.13585), Dr. GRPO (2503.20783) and RLOO (2402.14740) differ in how
-    rewards are shaped and in the policy loss.
+    GRPO (2402.03300), GSPO (2507.18071), CISPO (2506.13585), Dr. GRPO (2503.20783), RLOO (2402.14740), MaxRL
+    (2602.02710) and GDPO (2601.05242) differ in how rewards are shaped and in the policy loss.
     """
     advantages_T = batch.packing.expand(as_float(batch.rewards_B))
     return advantages_T, advantages_T

@@ -9,21 +9,30 @@ import dataclasses
 
 import torch
 
+from miles.algorithms import divergence_masks, sequence_losses, soft_losses  # noqa: F401  (they register their losses)
 from miles.algorithms.corrections import Correction, CorrectionMethod, compute_correction
 from miles.algorithms.kl import approximate_kl
+from miles.algorithms.loss_aggregation import token_weights, weighted_sum
 from miles.algorithms.loss_reducer import LossReducer
 from miles.algorithms.metrics import MetricSum
 from miles.algorithms.mis import mismatch_metrics
 from miles.algorithms.packing import Packing, as_float, keep_log_probs, keep_where
-from miles.algorithms.policy_losses import ClipConfig, PolicyInputs, PolicyTerms, bounded_exp, opsm_drop, policy_loss
+from miles.algorithms.policy_losses import (
+    PolicyInputs,
+    PolicyLossConfig,
+    PolicyTerms,
+    bounded_exp,
+    opsm_drop,
+    policy_loss,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LossConfig(ClipConfig):
+class LossConfig(PolicyLossConfig):
     """Options of the policy's loss, named like the flags where there is one."""
 
     policy_loss: str = "ppo_clip"
-    """Registered policy loss; each estimator names its own."""
+    """Registered policy loss."""
     calculate_per_token_loss: bool = False
     """Mean over the step's tokens rather than over its rollouts."""
     loss_length: float | None = None
@@ -38,6 +47,8 @@ class LossConfig(ClipConfig):
     kl_loss_type: str = "k1"
     use_unbiased_kl: bool = False
     """Multiply the KL by the importance ratio."""
+    echo_loss_coef: float = 0.0
+    """Weight of the cross-entropy of observation tokens (ECHO); excludes calculate_per_token_loss."""
     use_rollout_logprobs: bool = False
     """The rollout's log-probs are the old policy's."""
     use_opsm: bool = False
@@ -49,9 +60,11 @@ class LossConfig(ClipConfig):
     """Report the mismatch of train and rollout log-probs; never changes the loss."""
 
     def __post_init__(self) -> None:
-        ClipConfig.__post_init__(self)
+        PolicyLossConfig.__post_init__(self)
         if self.policy_loss == "dr_grpo" and self.loss_length is None:
             raise ValueError("policy_loss dr_grpo needs loss_length, the constant to divide by (say the length limit)")
+        if self.echo_loss_coef != 0 and self.calculate_per_token_loss:
+            raise ValueError("echo_loss_coef weighs means of samples, so calculate_per_token_loss must be off")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -72,6 +85,8 @@ class LossBatch:
     """This micro-batch's part of a correction computed over the whole batch; None: computed here where configured."""
     opd_reverse_kl_T: torch.Tensor | None = None
     """Reported only."""
+    observation_mask_T: torch.Tensor | None = None
+    """1 on tokens that an environment has put into the response; needed for echo_loss_coef."""
     denominator: float | None = None
     """Rollouts (tokens with calculate_per_token_loss) of the optimizer step over all ranks; None: this batch's."""
     mask_sums_B: torch.Tensor | None = None
@@ -91,10 +106,10 @@ class LossOutput:
 def rl_loss(
     config: LossConfig, batch: LossBatch, log_probs_T: torch.Tensor, entropy_T: torch.Tensor | None = None
 ) -> LossOutput:
-    """Policy loss, masked (OPSM) and corrected (TIS, IcePop, MIS), minus the entropy bonus, plus the KL loss.
+    """Policy loss, masked (OPSM) and corrected (TIS, IcePop, MIS), minus the entropy bonus, plus KL and ECHO's loss.
 
-    Rejected tokens leave the numerators of all three terms; masked sequences (OPSM) and a correction's weights affect
-    only the policy loss.
+    Rejected tokens leave the numerators of the first three terms; masked sequences (OPSM) and a correction's weights
+    affect only the policy loss.
 
     Args:
         config: what to compute.
@@ -138,6 +153,10 @@ def rl_loss(
         reducer.report("kl_loss", kl_total)
         if config.kl_loss_coef != 0:
             loss_total = loss_total + config.kl_loss_coef * kl_total
+    if config.echo_loss_coef != 0:
+        echo_total = _observation_loss(batch, log_probs_T)
+        reducer.report("echo_loss", echo_total)
+        loss_total = loss_total + config.echo_loss_coef * echo_total
     reducer.report("loss", loss_total)
     reducer.report("pg_loss", pg_total)
     _report_policy(batch, reducer, terms, keep_T)
@@ -195,9 +214,18 @@ def _reference_kl(config: LossConfig, batch: LossBatch, new_T: torch.Tensor, old
     return approximate_kl(new_T, ref_T, config.kl_loss_type, old_T if config.use_unbiased_kl else None)
 
 
+def _observation_loss(batch: LossBatch, log_probs_T: torch.Tensor) -> torch.Tensor:
+    """Sum over samples of the mean negative log-likelihood of their observation tokens (ECHO, 2605.24517), 0-d."""
+    mask_T = _required(batch.observation_mask_T, "observation_mask_T", "echo_loss_coef").bool()
+    weights_T = token_weights(mask_T, batch.packing, dtype=as_float(log_probs_T).dtype)
+    return -weighted_sum(keep_log_probs(mask_T, log_probs_T), weights_T, mask_T)
+
+
 def _report_policy(batch: LossBatch, reducer: LossReducer, terms: PolicyTerms, keep_T: torch.Tensor | None) -> None:
     reducer.report("pg_clipfrac", reducer.total(terms.clipped_T, keep_T))
     reducer.report("ppo_kl", reducer.total(-terms.log_ratio_T.detach(), keep_T))
+    for name, values_T in terms.metrics_T.items():
+        reducer.report_tokens(name, values_T)
     reducer.report_tokens("ess_ratio", effective_sample_ratio(terms.log_ratio_T, batch.mask_T, batch.packing))
     if batch.opd_reverse_kl_T is not None:
         reducer.report_tokens("opd_reverse_kl", batch.opd_reverse_kl_T)
@@ -301,6 +329,7 @@ def _check(config: LossConfig, batch: LossBatch, log_probs_T: torch.Tensor, entr
         rollout_log_probs_T=batch.rollout_log_probs_T,
         ref_log_probs_T=batch.ref_log_probs_T,
         opd_reverse_kl_T=batch.opd_reverse_kl_T,
+        observation_mask_T=batch.observation_mask_T,
     )
     if entropy_T is None and config.entropy_coef != 0:
         raise ValueError("entropy_coef needs entropy_T: compute log-probs with_entropy=True")

@@ -1,6 +1,7 @@
 """Policy-gradient losses of each token, before masking, weighting and aggregation.
 
-A policy loss is one function registered by name:
+This module has the losses that clip the importance ratio; `divergence_masks`, `sequence_losses` and `soft_losses` have
+others. A policy loss is one function registered by name:
 
     @register_policy_loss("mine")
     def mine(config, inputs):
@@ -43,6 +44,26 @@ class ClipConfig:
     def bounds(self) -> tuple[float, float]:
         """Lowest and highest ratio that is not clipped."""
         return 1 - self.eps_clip, 1 + (self.eps_clip if self.eps_clip_high is None else self.eps_clip_high)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PolicyLossConfig(ClipConfig):
+    """What policy losses read. The other fields belong to one loss each, and are named like the flags."""
+
+    sapo_tau_pos: float = 1.0
+    """sapo: temperature of the gate where the advantage is positive."""
+    sapo_tau_neg: float = 1.05
+    """sapo: temperature of the gate elsewhere."""
+    vespo_k_pos: float = 2.0
+    """vespo: exponent of the sequence ratio where the advantage is at least 0."""
+    vespo_lambda_pos: float = 3.0
+    """vespo: decay in the sequence ratio there."""
+    vespo_k_neg: float = 3.0
+    """vespo: exponent where the advantage is negative."""
+    vespo_lambda_neg: float = 2.0
+    """vespo: decay there."""
+    dro_beta: float | None = None
+    """dro: weight of the squared log ratio; dro needs one."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -101,29 +122,44 @@ class PolicyTerms:
     """1 where clipping changed the loss, else 0."""
     log_ratio_T: torch.Tensor
     """The log ratio the loss is made of."""
+    metrics_T: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)
+    """Further per-token metrics by name, without gradient; reported as train/name."""
 
 
-PolicyLossFunction = Callable[[ClipConfig, PolicyInputs], PolicyTerms]
-
-POLICY_LOSSES: Registry[PolicyLossFunction] = Registry("policy loss")
+PolicyLossFunction = Callable[[PolicyLossConfig, PolicyInputs], PolicyTerms]
 
 
-def register_policy_loss(name: str) -> Callable[[PolicyLossFunction], PolicyLossFunction]:
-    """Register the decorated function under `name`."""
+@dataclasses.dataclass(frozen=True)
+class PolicyLoss:
+    """A registered policy loss."""
+
+    function: PolicyLossFunction
+    trust_region: bool
+    """Whether tokens or sequences that have left the old policy's neighbourhood lose their gradient, or get one back
+    to it. Without, samples should be fresh."""
+
+
+POLICY_LOSSES: Registry[PolicyLoss] = Registry("policy loss")
+
+
+def register_policy_loss(
+    name: str, *, trust_region: bool = False
+) -> Callable[[PolicyLossFunction], PolicyLossFunction]:
+    """Register the decorated function under `name`; the parameters are the fields of `PolicyLoss`."""
 
     def register(function: PolicyLossFunction) -> PolicyLossFunction:
-        POLICY_LOSSES.add(name, function)
+        POLICY_LOSSES.add(name, PolicyLoss(function, trust_region))
         return function
 
     return register
 
 
-def policy_loss(name: str, config: ClipConfig, inputs: PolicyInputs) -> PolicyTerms:
-    """Evaluate the policy loss registered as `name`: ppo_clip, gspo, cispo, dr_grpo, or what else was registered.
+def policy_loss(name: str, config: PolicyLossConfig, inputs: PolicyInputs) -> PolicyTerms:
+    """Evaluate the policy loss registered as `name`.
 
     Raises KeyError for an unknown name.
     """
-    return POLICY_LOSSES[name](config, inputs)
+    return POLICY_LOSSES[name].function(config, inputs)
 
 
 def bounded_exp(log_ratio: torch.Tensor) -> torch.Tensor:
@@ -143,15 +179,15 @@ def clipped_surrogate(config: ClipConfig, log_ratio_T: torch.Tensor, advantages_
     return PolicyTerms(loss_T, (clipped_T > plain_T).to(loss_T.dtype), log_ratio_T)
 
 
-@register_policy_loss("ppo_clip")
-@register_policy_loss("dr_grpo")
-def ppo_clip(config: ClipConfig, inputs: PolicyInputs) -> PolicyTerms:
+@register_policy_loss("ppo_clip", trust_region=True)
+@register_policy_loss("dr_grpo", trust_region=True)
+def ppo_clip(config: PolicyLossConfig, inputs: PolicyInputs) -> PolicyTerms:
     """The clipped surrogate of each token's own ratio. dr_grpo is aggregated with a constant denominator."""
     return clipped_surrogate(config, inputs.log_probs_T - inputs.old_log_probs_T, inputs.advantages_T)
 
 
-@register_policy_loss("gspo")
-def gspo(config: ClipConfig, inputs: PolicyInputs) -> PolicyTerms:
+@register_policy_loss("gspo", trust_region=True)
+def gspo(config: PolicyLossConfig, inputs: PolicyInputs) -> PolicyTerms:
     """The clipped surrogate of the sequence ratio: every token has the masked mean of its sequence's log ratios."""
     mean_B = inputs.packing.mean(inputs.log_probs_T - inputs.old_log_probs_T, inputs.mask_T)
     log_ratio_T = keep_where(inputs.mask_T, inputs.packing.expand(mean_B))
@@ -159,7 +195,7 @@ def gspo(config: ClipConfig, inputs: PolicyInputs) -> PolicyTerms:
 
 
 @register_policy_loss("cispo")
-def cispo(config: ClipConfig, inputs: PolicyInputs) -> PolicyTerms:
+def cispo(config: PolicyLossConfig, inputs: PolicyInputs) -> PolicyTerms:
     """-sg(clip(r)) A log p (MiniMax-M1, 2506.13585): the clipped ratio is a weight, so clipped tokens keep a gradient.
 
     `eps_clip` of 1 or more leaves the ratio unbounded below, as the paper does.

@@ -1,4 +1,4 @@
-"""Reward shaping within each prompt group, before training; one number per sample."""
+"""Reward shaping within each prompt group, before training: one number per sample, from one reward or several."""
 
 from __future__ import annotations
 
@@ -40,6 +40,18 @@ def subtract_leave_one_out_mean(rewards: torch.Tensor) -> torch.Tensor:
     return subtract_mean(rewards) * (n / max(n - 1, 1))
 
 
+def divide_by_mean(rewards: torch.Tensor) -> torch.Tensor:
+    """(r - mean) / mean (MaxRL, 2602.02710); 0 in a group without any reward, which says nothing about what succeeds.
+
+    Raises ValueError for a negative reward: the mean stands for the rate of success.
+    """
+    if (rewards < 0).any():
+        problem = f"maxrl divides by the mean of a prompt's rewards, and one of them is {rewards.min().item():g}"
+        raise ValueError(f"{problem}; give rewards of at least 0, or use another advantage_estimator")
+    mean = rewards.mean()
+    return subtract_mean(rewards) / mean if mean > 0 else torch.zeros_like(rewards)
+
+
 def _all_equal(rewards: torch.Tensor) -> bool:
     return len(set(rewards.tolist())) == 1
 
@@ -60,6 +72,44 @@ def shape_groups(
     Raises:
         ValueError: lengths differ, or a reward is not finite, or larger than `LARGEST_REWARD`.
     """
+    return _shape_groups(rewards_B, group_ids_B, shaping).float()
+
+
+def shape_several(
+    rewards_BK: torch.Tensor,
+    weights_K: Sequence[float],
+    group_ids_B: torch.Tensor | Sequence[Hashable],
+    shaping: RewardShaping,
+) -> torch.Tensor:
+    """Shape each of K rewards on its own, add them up by weight, and normalise over the batch (GDPO, 2601.05242).
+
+    The last step is division by (std + 1e-6) of the weighted sums of all samples; their mean, which the paper
+    subtracts, is 0 because every group's is. So a group without spread in any reward keeps 0 exactly.
+
+    Args:
+        rewards_BK: finite numbers; all samples of the batch must be present.
+        weights_K: one weight a reward.
+        group_ids_B: as in `shape_groups`.
+        shaping: of one reward of one group; it has to subtract the group's mean.
+
+    Returns:
+        float32 [B] on the CPU.
+
+    Raises:
+        ValueError: as `shape_groups`, or the numbers of rewards and weights differ.
+    """
+    rewards = rewards_BK.to("cpu", torch.float64)
+    summed = torch.zeros(len(rewards), dtype=torch.float64)
+    for rewards_B, weight in zip(rewards.unbind(1), weights_K, strict=True):
+        summed += weight * _shape_groups(rewards_B, group_ids_B, shaping)
+    spread = (summed.square().sum() / max(len(summed) - 1, 1)).sqrt()
+    return (summed / (spread + STD_EPSILON)).float()
+
+
+def _shape_groups(
+    rewards_B: torch.Tensor | Sequence[float], group_ids_B: torch.Tensor | Sequence[Hashable], shaping: RewardShaping
+) -> torch.Tensor:
+    """`shape_groups` in float64."""
     rewards = torch.as_tensor(rewards_B, dtype=torch.float64, device="cpu").reshape(-1)
     ids = group_ids_B.tolist() if isinstance(group_ids_B, torch.Tensor) else list(group_ids_B)
     if len(ids) != len(rewards):
@@ -77,4 +127,4 @@ def shape_groups(
         adjacent = last - first + 1 == len(indices)  # a slice is much faster than a list
         where = slice(first, last + 1) if adjacent else torch.tensor(indices)
         shaped[where] = shaping(rewards[where])
-    return shaped.float()
+    return shaped

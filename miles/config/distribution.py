@@ -9,6 +9,7 @@ from typing import Any
 from miles.config.notes.registry import Note
 from miles.config.schema.catalog import SECTIONS, catalog, passthroughs
 from miles.config.schema.faults import Fault, unknown_name
+from miles.config.schema.section import says_nothing
 from miles.config.sglang.taking import take
 from miles.engine_spec import ENGINE_SPECS
 from miles.upstream import table as upstream
@@ -31,8 +32,9 @@ def distribute(flat: Mapping[str, Any]) -> Distribution:
     passed: dict[str, dict[str, Any]] = {}
     for key, value in flat.items():
         if key in known:
-            if value is not None:
-                found.by_section[known[key].section][key] = value
+            section = known[key].section
+            if not says_nothing(SECTIONS[section].model_fields[key], value):
+                found.by_section[section][key] = value
             continue
         if (row := upstream.find(key)) is not None:
             if value is not None:

@@ -36,6 +36,7 @@ _SECTIONS_READ: Mapping[str, tuple[str, ...]] = {
         "train",
         "lora",
         "megatron",
+        "numerics",
         "optimizer",
         "weights",
         "checkpoint",

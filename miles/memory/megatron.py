@@ -2,7 +2,8 @@
 
 Weights are held in the type of the computation; gradients add up in float32 buffers that are not sharded; float32
 masters and Adam's two moments are sharded over replicas by the distributed optimizer alone (Megatron-LM,
-docs/source/api-guide/dist_optimizer.md: 6 + 12/d bytes a parameter for d replicas, instead of 18).
+docs/source/api-guide/dist_optimizer.md: 6 + 12/d bytes a parameter for d replicas, instead of 18). With
+`optimizer_cpu_offload` they are in pinned host memory, and so is a copy of the gradients that belong to them.
 """
 
 from __future__ import annotations
@@ -27,6 +28,10 @@ class Layout:
     expert: int = 1
     expert_tensor: int = 1
     distributed_optimizer: bool = False
+    offloaded: float = 0.0
+    """Fraction of the optimizer's state that is in host memory."""
+    moment_bytes: int = 8
+    """Of Adam's two moments of a parameter, on the device."""
 
     @property
     def replicas(self) -> int:
@@ -55,6 +60,8 @@ def layout_of(run: Run) -> Layout:
         expert=s.expert_model_parallel_size,
         expert_tensor=s.expert_tensor_parallel_size,
         distributed_optimizer=s.use_distributed_optimizer,
+        offloaded=s.optimizer_offload_fraction if s.optimizer_cpu_offload else 0.0,
+        moment_bytes=sum(4 if kind == "fp32" else 2 for kind in (s.exp_avg_dtype, s.exp_avg_sq_dtype)),
     )
 
 
@@ -90,19 +97,19 @@ def megatron_parts(run: Run, stage: int) -> tuple[list[Part], list[Part]]:
     """Return what a rank of a stage takes on its device, and in host memory besides."""
     shape, layout, s = run.policy.shape, layout_of(run), run.settings
     if shape is None:
-        return _by_count(run, layout), []
+        return _by_count(run, layout)
     layers = s.mtp_num_layers or 0
     own = rank_parameters(shape, layout, stage, mtp_layers=layers)
     frozen = 0
     if layers and not s.enable_mtp_training:
         frozen = own.total - rank_parameters(shape, layout, stage).total
-    device = _trained("policy", run, layout, own, frozen)
+    device, host = _trained("policy", run, layout, own, frozen)
     if run.has_critic:
         critic = dataclasses.replace(rank_parameters(dataclasses.replace(shape, tied=False), layout, stage), head=0)
-        device += _trained("critic", run, layout, critic, 0)
+        there, here = _trained("critic", run, layout, critic, 0)
+        device, host = device + there, host + here
     roles = [name for name, there in (("reference", run.has_reference), ("teacher", run.teacher)) if there]
     copies = len(roles) + run.old_policies
-    host = []
     if copies:
         what = " + ".join([*roles, *([f"{run.old_policies} old policies"] if run.old_policies else [])])
         formula = f"({what} + the own one while they are asked) × {number(own.total)} × {run.train_bytes}"
@@ -110,22 +117,31 @@ def megatron_parts(run: Run, stage: int) -> tuple[list[Part], list[Part]]:
     return device, host
 
 
-def _trained(name: str, run: Run, layout: Layout, own: Parameters, frozen: int) -> list[Part]:
+def _trained(name: str, run: Run, layout: Layout, own: Parameters, frozen: int) -> tuple[list[Part], list[Part]]:
     each, trained = run.train_bytes, own.total - frozen
-    state = 8 if each == 4 else 12
+    masters = 0 if each == 4 else 4
     experts, others = own.experts, trained - own.experts
     replicas, expert_replicas = (layout.replicas, layout.expert_replicas) if layout.distributed_optimizer else (1, 1)
-    optimizer = others * state // replicas + experts * state // expert_replicas
-    kinds = "Adam's moments" if each == 4 else "float32 masters and Adam's moments"
-    formula = f"{number(trained)} × {state} bytes of {kinds}"
+    share = f"{number(trained)}"
     if layout.distributed_optimizer:
-        formula = f"{state} bytes of {kinds} × ({number(others)} / {replicas} replicas"
-        formula += f" + experts' {number(experts)} / {expert_replicas})" if experts else ")"
-    return [
+        share = f"({number(others)} / {replicas} replicas"
+        share += f" + experts' {number(experts)} / {expert_replicas})" if experts else ")"
+
+    def optimizer(bytes_each: int, kinds: str, fraction: float, where: str = "") -> Part:
+        size = others * bytes_each // replicas + experts * bytes_each // expert_replicas
+        formula = f"{bytes_each} bytes of {kinds} × {share}" + (f" × {fraction:g}" if fraction < 1 else "")
+        return Part(f"{name} optimizer{where}", int(size * fraction), formula)
+
+    kinds = "float32 masters and Adam's moments" if masters else "Adam's moments"
+    device = [
         Part(f"{name} weights", own.total * each, f"{words(own)} × {each} bytes"),
         Part(f"{name} gradients", trained * 4, f"{number(trained)} × 4 bytes, in buffers that stay"),
-        Part(f"{name} optimizer", optimizer, formula),
     ]
+    if layout.offloaded < 1:
+        device.append(optimizer(masters + layout.moment_bytes, kinds, 1 - layout.offloaded))
+    if not layout.offloaded:
+        return device, []
+    return device, [optimizer(16, "masters, moments and gradients, pinned,", layout.offloaded, " on the host")]
 
 
 def words(own: Parameters) -> str:
@@ -134,7 +150,7 @@ def words(own: Parameters) -> str:
     return f"{number(own.total)} parameters of this rank{experts}"
 
 
-def _by_count(run: Run, layout: Layout) -> list[Part]:
+def _by_count(run: Run, layout: Layout) -> tuple[list[Part], list[Part]]:
     """Return parts of a model whose shape is not known: split evenly."""
     share = Parameters(dense=run.policy.parameters.total // (layout.tensor * layout.pipeline))
     return _trained("policy", run, layout, share, 0)

@@ -81,7 +81,9 @@ class Job:
         """Kept from one version to the next: it holds mappings that are costly to make."""
         folder, found = checkpoint_dir(config, run_dir), self.loaded_from
         saved_step = state.step if found is not None and found == folder / found.name else None
-        self._checkpoints = CheckpointManager(leader, self._queue, folder, saved_step)
+        self._checkpoints = CheckpointManager(
+            leader, self._queue, folder, saved_step, config.checkpoint.save_retain_interval
+        )
         self._abandonment: Abandonment | None = None
         """Of the training step that is running."""
         self._step_to_abandon: int | None = None

@@ -124,6 +124,29 @@ def test_a_trainer_that_leaves_between_its_steps_trains_the_same(
     assert all(np.array_equal(tensor, leaves.weights()[name]) for name, tensor in stays.weights().items())
 
 
+def test_what_a_turn_leaves_over_waits_for_the_next(services: MilesClient, tiny_dense: pathlib.Path) -> None:
+    """Surplus groups are begun and preempted, and no group is generated while the trainer has its turn."""
+    config = settings(tiny_dense, name="turns", num_rollout=6, colocate=True, offload_train=True, save_interval=3)
+    config |= {"offload_rollout": False, "partial_rollout": True, "trace_steps": [3]}
+    config |= {"use_wandb": True, "wandb_mode": "offline", "use_mlflow": True, "use_tensorboard": True}
+    config["over_sampling_batch_size"] = 2 * config["rollout_batch_size"]
+    config |= {key: str(config[key]) for key in ("hf_checkpoint", "prompt_data")}
+    job = services.submit(config)
+    wait_for(services, job["id"], lambda job: job["state"] == "succeeded")
+    records = Records(pathlib.Path(job["config"]["run_dir"]))
+    staleness = [line["rollout/fully_async/max_staleness"] for line in records.metrics()]
+    assert len(staleness) == 6
+    assert set(staleness) == {0, 1}
+    processes = read_trace(records.run_dir, 3).processes
+    generating = [span for span in processes["rollout-0"] if span.name == "engine request"]
+    [training] = [span for span in processes["controller"] if span.name == "train call"]
+    assert generating
+    assert list((records.run_dir / "wandb").glob("offline-run-*/*.wandb"))
+    assert list((records.run_dir / "tensorboard" / "turns").iterdir())
+    assert (records.run_dir / "mlflow" / "mlflow.db").stat().st_size > 0
+    assert not [span for span in generating if span.begin_ns < training.end_ns and training.begin_ns < span.end_ns]
+
+
 @pytest.mark.slow
 def test_a_dense_model_learns_with_a_critic(services: MilesClient, tiny_dense: pathlib.Path) -> None:
     ppo = {"advantage_estimator": "ppo", "critic_lr": 1e-3, "normalize_advantages": True, "num_critic_only_steps": 2}

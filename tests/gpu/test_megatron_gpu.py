@@ -126,6 +126,57 @@ def test_every_family_of_the_bridge_converts_both_ways(tmp_path: pathlib.Path) -
     assert failed == []
 
 
+OFFLOAD: dict[str, Any] = {"optimizer_cpu_offload": True}
+
+
+@needs_engine
+@pytest.mark.parametrize(
+    "changes",
+    [
+        OFFLOAD,
+        {**OFFLOAD, "overlap_cpu_optimizer_d2h_h2d": True},
+        {**OFFLOAD, "optimizer_offload_fraction": 0.5},
+        {"use_precision_aware_optimizer": True},
+        {"use_precision_aware_optimizer": True, "exp_avg_dtype": "bf16", "exp_avg_sq_dtype": "bf16"},
+    ],
+    ids=["offloaded", "overlapped", "half", "own masters", "16-bit moments"],
+)
+def test_state_of_another_place_or_type_trains_alike(tmp_path: pathlib.Path, changes: dict[str, Any]) -> None:
+    """Also with everything swapped to host memory between calls, and through a checkpoint to the plain optimizer."""
+    model = write_model("Qwen3", tmp_path / "model")
+    plain = {"use_distributed_optimizer": True}
+    cases = [
+        case("plain", model, **plain),
+        {**case("changed", model, **changes), "swap": True},
+        {**case("resumed", model, **changes), "save_at": 1},
+        {**case("resumed", model, **plain), "steps": 2},
+        {**case("resumed back", model, **plain), "save_at": 1},
+        {**case("resumed back", model, **changes), "steps": 2},
+        {**case("two steps", model, **plain), "steps": 2},
+    ]
+    run_cases(cases, tmp_path, megatron=False)
+    moved = {name: json.loads((tmp_path / f"{name}.json").read_text())["moved"] for name in ("plain", "changed")}
+    print(changes, moved)
+    assert_trained_alike(tmp_path, "plain", "changed")
+    for name in ("resumed", "resumed back"):
+        weights = [load_file(tmp_path / f"{each}.safetensors") for each in ("two steps", name)]
+        for key, tensor in weights[0].items():
+            torch.testing.assert_close(
+                tensor.float(), weights[1][key].float(), rtol=0.05, atol=0.05, msg=f"{name} {key}"
+            )
+
+
+@needs_engine
+def test_offloading_frees_gpu_memory(tmp_path: pathlib.Path) -> None:
+    """Bytes on the GPU between steps, as swapping them out tells: 12 a parameter less for masters and moments."""
+    model = write_model("Qwen3", tmp_path / "model")
+    flags: dict[str, dict[str, Any]] = {"here": {"use_distributed_optimizer": True}, "there": OFFLOAD}
+    run_cases([{**case(n, model, **each), "swap": True} for n, each in flags.items()], tmp_path, megatron=False)
+    held = {name: json.loads((tmp_path / f"{name}.json").read_text())["moved"][-1] for name in flags}
+    parameters = sum(tensor.numel() for tensor in load_file(tmp_path / "here.safetensors").values())
+    assert held["here"] - held["there"] == pytest.approx(12 * parameters, rel=0.05)
+
+
 @needs_two
 @pytest.mark.parametrize(
     "layout",

@@ -58,6 +58,7 @@ PPO = {
     "normalize_advantages": True,
 }
 OLD = {"keep_old_actor": True, "max_weight_staleness": 2, "use_opd": True, "opd_type": "megatron"}
+OTB = {"advantage_estimator": "optimal_token_baseline", "policy_loss_type": "sapo", "num_steps_per_rollout": 2}
 RECOMPUTE = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
 
 TP2 = {"tensor_model_parallel_size": 2}
@@ -121,6 +122,10 @@ LAYOUTS: dict[str, tuple[int, str, dict[str, Any]]] = {
     "old-overlap": (2, "old", {**DP2, "overlap_grad_reduce": True, "overlap_param_gather": True}),
     "old-sp": (2, "old", SP),
     "old-pp2": (2, "old", PP2),
+    "otb-sp": (2, "otb", SP),
+    "otb-pp2": (2, "otb", PP2),
+    "otb-cp2": (2, "otb", CP2),
+    "otb-dp2": (2, "otb", DP2),
     "dense-tp2-pp2": (4, "dense", {**TP2, **PP2}),
     "replay-tp2-pp2": (4, "replay", {**SP, **PP2}),
     "replay-tp2-ep2": (4, "replay", {**SP, **EP2, **DP2}),
@@ -138,6 +143,7 @@ OFTEN = (
     "learning-tp2-ep2",
     "ppo-sp",
     "old-overlap",
+    "otb-sp",
 )
 """Layouts that every change is tried on: each kind of parallelism and each role at least once. Others are slow."""
 
@@ -145,16 +151,17 @@ OFTEN = (
 def case(name: str, base: str, folder: pathlib.Path, **flags: Any) -> dict[str, Any]:
     """What `backend_cases` is to run; `base` is a model, or what is done with one.
 
-    That is replay or observed (routing of the moe model), ppo (of the tied one), old: old policies and a teacher (the
-    dense one), or learning: layers for multi-token prediction (of the model that has some).
+    That is replay or observed (routing of the moe model), ppo (of the tied one), old: old policies and a teacher, otb:
+    the optimal token baseline (both of the dense one), or learning: layers for multi-token prediction (of the model
+    that has some).
     """
-    model = {"replay": "moe", "observed": "moe", "ppo": "tied", "old": "dense", "learning": "predicting"}.get(
-        base, base
-    )
+    models = {"replay": "moe", "observed": "moe", "ppo": "tied", "old": "dense", "otb": "dense"}
+    model = {**models, "learning": "predicting"}.get(base, base)
     replays = base == "replay" or base in MOE_LAYERS.keys() - {"moe"}
     routing = [EXPERTS, MOE_LAYERS[model], TOP_K] if replays else None
     training = {
         "observed": {"observe_rollout_routing": True},
+        "otb": OTB,
         "ppo": {**PPO, "critic_load": str(folder / "reward")},
         "old": {**OLD, "opd_teacher_load": str(folder / "teacher")},
     }.get(base, HELD.get(base, {}))
@@ -192,13 +199,17 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
             case("fsdp-observed", "observed", out, **fsdp, share_prompts=False),
             case("fsdp-ppo", "ppo", out, **fsdp),
             case("fsdp-old", "old", out, **fsdp),
+            case("fsdp-otb", "otb", out, **fsdp),
         ],
         out,
         megatron=False,
     )
-    run_cases([case(f"fsdp-{base}-dp2", base, out, **fsdp) for base in ("ppo", "old")], out, ranks=2, megatron=False)
+    run_cases(
+        [case(f"fsdp-{base}-dp2", base, out, **fsdp) for base in ("ppo", "old", "otb")], out, ranks=2, megatron=False
+    )
     alone = [
-        case(name, name, out) for name in [*(MODELS.keys() - SELDOM), "replay", "observed", "learning", "ppo", "old"]
+        case(name, name, out)
+        for name in [*(MODELS.keys() - SELDOM), "replay", "observed", "learning", "ppo", "old", "otb"]
     ]
     for base in ("ppo", "old"):
         alone.append({**case(f"{base}-saved", base, out, **DP2), "save_at": 2})
@@ -311,7 +322,7 @@ def worst_differences(out: pathlib.Path, left: str, right: str) -> tuple[float, 
     return max(metrics), max(float((weights[0][name] - weights[1][name]).abs().max()) for name in weights[0])
 
 
-@pytest.mark.parametrize("base", ["dense", "tied", "moe", "replay", "observed", "ppo", "old"])
+@pytest.mark.parametrize("base", ["dense", "tied", "moe", "replay", "observed", "ppo", "old", "otb"])
 def test_one_process_trains_as_the_fsdp_backend_does(results: pathlib.Path, base: str) -> None:
     metrics, weights = worst_differences(results, f"fsdp-{base}", base)
     assert metrics < 1e-4
@@ -401,7 +412,7 @@ def test_a_run_goes_on_in_another_number_type(results: pathlib.Path, kind: str) 
     assert step["train/grad_norm"] == pytest.approx(whole["train/grad_norm"], rel=0.05)
 
 
-@pytest.mark.parametrize("base", ["ppo", "old"])
+@pytest.mark.parametrize("base", ["ppo", "old", "otb"])
 def test_two_replicas_of_the_fsdp_backend_train_as_one_does(results: pathlib.Path, base: str) -> None:
     metrics, weights = worst_differences(results, f"fsdp-{base}", f"fsdp-{base}-dp2")
     assert metrics < 1e-5

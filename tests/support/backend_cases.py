@@ -35,13 +35,15 @@ def run_case(case: dict[str, Any], out: pathlib.Path) -> None:
     every step's groups), steps, swap (everything is moved to host memory and back before each call; the JSON file has
     the bytes), save_at, save_in_background (until the next step was taken), save_hf, reward (of every
     sample), off_policy for samples of two versions, and abandon_at: at which of rank 0's reports each step is left
-    before it is taken; see `tests/integration/test_megatron_layouts.py`.
+    before it is taken, and on_gpus: settings of Megatron that only GPUs have, which CPU
+    stand-ins imitate; see `tests/integration/test_megatron_layouts.py`.
     """
     name, routing = case["name"], case.get("routing")
     config = job_config(
         pathlib.Path(case["model"]),
         **{"actor_num_gpus_per_node": dist.get_world_size(), "log_samples_per_step": 0, **case["flags"]},
     )
+    config = config.model_copy(update={"megatron": config.megatron.model_copy(update=case.get("on_gpus", {}))})
     backend = create_backend(config, out / name / "checkpoints", device())
     state = backend.load()
     metrics, saving, moved = [], None, []

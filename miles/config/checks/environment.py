@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from miles.addresses import join_address, why_not_bindable, why_not_host
 from miles.certificates import why_not_authorities, why_not_pair
 from miles.checkpoint_folder import NoCheckpointError, newest, same_folder, to_load
+from miles.config.checks.architecture.compare import architecture_faults
 from miles.config.checks.dotted_path import why_not_importable
 from miles.config.checks.engine_model import engine_faults
 from miles.config.checks.gpus import gpu_faults
@@ -23,12 +24,14 @@ from miles.config.checks.model_layout import layout_faults, shape_differences
 from miles.config.checks.outputs import output_faults
 from miles.config.checks.published_form import form_faults
 from miles.config.checks.rewards import reward_faults
+from miles.config.checks.trackers import tracker_faults
 from miles.config.job import JobConfig
 from miles.config.rules.paths import unusable_paths
 from miles.config.rules.registry import Rule, run_rules
 from miles.config.schema.catalog import catalog
 from miles.config.schema.faults import Fault, RunFault
 from miles.config.schema.flat_settings import FlatSettings
+from miles.megatron_checkpoint import is_foreign, tensors_of
 from miles.placement.nodes import Cluster
 
 SERVICE_PORTS = ("controller_port", "weightsync_port", "trainer_port", "trainer_master_port", "reward_port")
@@ -77,6 +80,13 @@ def _models(s: FlatSettings) -> Iterator[Fault]:
         folder = getattr(s, key)
         if folder in (None, s.hf_checkpoint):
             continue
+        try:
+            if tensors_of(pathlib.Path(folder), s.ref_ckpt_step if key == "ref_load" else None) is not None:
+                yield from _torch_dist_faults(s, key, folder)
+                continue
+        except NoCheckpointError as error:
+            yield Fault(key, folder, error.problem, error.remedy)
+            continue
         yield from _model_folder(key, folder)
         critic = key == "critic_load"
         with_mtp = s.mtp_num_layers is not None and not critic
@@ -86,6 +96,14 @@ def _models(s: FlatSettings) -> Iterator[Fault]:
             yield Fault(key, folder, problem, "give a model of that shape, or train with fsdp")
     if s.apply_chat_template and s.chat_template_path is None and os.path.isdir(s.hf_checkpoint):
         yield from _chat_template(pathlib.Path(s.hf_checkpoint))
+
+
+def _torch_dist_faults(s: FlatSettings, key: str, folder: str) -> Iterator[Fault]:
+    if s.train_backend != "megatron":
+        problem = f"it is a torch_dist checkpoint, which train_backend = {s.train_backend} does not read"
+        converted = f"{folder.rstrip('/')}-hf"
+        command = f"`miles convert dist-to-hf --hf-checkpoint {s.hf_checkpoint} --load {folder} --save {converted}`"
+        yield Fault(key, folder, problem, f"{command} and give {converted}, or train with megatron")
 
 
 def _adapter(s: FlatSettings) -> Iterator[Fault]:
@@ -108,7 +126,10 @@ def _model_folder(key: str, path: str) -> Iterator[Fault]:
             remedy = f"check the path, or `hf download {name_on_hub} --local-dir {name}` and give {name}"
             yield Fault(key, path, problem, remedy)
             return
-        yield Fault(key, path, "there is no such folder", "give a folder with a Hugging Face checkpoint")
+        remedy = "give a folder with a Hugging Face checkpoint"
+        if key == "ref_load":
+            remedy += ", or leave it out: the reference is hf_checkpoint then"
+        yield Fault(key, path, "there is no such folder", remedy)
         return
     if not (folder / "config.json").is_file():
         yield Fault(key, path, "config.json is missing in it", "give a complete Hugging Face checkpoint")
@@ -175,12 +196,25 @@ def _checkpoint_to_load(s: FlatSettings) -> Iterator[Fault]:
         return
     load, own = pathlib.Path(s.load), pathlib.Path(s.save or pathlib.Path(s.run_dir or ".") / "checkpoints")
     try:
-        if not same_folder(load, own) and newest(own).checkpoint is None:
-            to_load(load)
+        if s.train_backend == "megatron" and is_foreign(load):
+            tensors_of(load)
+        elif not _starts_afresh(load, own, s.hf_checkpoint) and newest(own).checkpoint is None:
+            yield from _resumed_whole(s, to_load(load).checkpoint)
     except NoCheckpointError as error:
         yield Fault("load", s.load, error.problem, error.remedy)
     except OSError as error:
         yield Fault("load", s.load, f"it cannot be read ({error})", "check its permissions")
+
+
+def _starts_afresh(load: pathlib.Path, own: pathlib.Path, hf_checkpoint: str | None) -> bool:
+    return any(same_folder(load, each) for each in (own, pathlib.Path(hf_checkpoint or own)))
+
+
+def _resumed_whole(s: FlatSettings, checkpoint: pathlib.Path | None) -> Iterator[Fault]:
+    for key in ("finetune", "no_load_optim", "no_load_rng"):
+        if getattr(s, key):
+            problem = f"load holds {checkpoint}, which is resumed whole"
+            yield Fault(key, True, problem, "leave it out, or start from an export (save_hf) as hf_checkpoint")
 
 
 def _functions(s: FlatSettings) -> Iterator[Fault]:
@@ -252,10 +286,12 @@ _FILE_CHECKS: tuple[Rule, ...] = (
     form_faults,
     family_faults,
     layout_faults,
+    architecture_faults,
     engine_faults,
     _data_files,
     _checkpoint_to_load,
     output_faults,
+    tracker_faults,
     _functions,
 )
 _CHECKS: tuple[Rule, ...] = (*_FILE_CHECKS, *_DEPLOYMENT_CHECKS)

@@ -133,11 +133,20 @@ def _mtp_faults(s: FlatSettings, model: dict[str, Any]) -> Iterator[Fault]:
         yield Fault("mtp_num_layers", s.mtp_num_layers, problem, f"set it to {layers}" if layers else "leave it out")
 
 
+_RELATED = {"kimi": "deepseek", "moonlight": "deepseek", "joyai": "deepseek", "mimo": "qwen"}
+"""Families whose models have the type of another one in their config.json."""
+
+
+def _family(name: object) -> str:
+    """The letters that a name or type begins with, without the v of a version: deepseek of deepseekv4."""
+    letters = re.match("[a-z]*", str(name).lower())
+    return letters[0].removesuffix("v") if letters else ""
+
+
 def _family_faults(s: FlatSettings, model: dict[str, Any]) -> Iterator[Fault]:
     """Names begin with a family as types do, whatever follows: qwen3-30b-a3b is a qwen3_moe."""
-    families = [re.match("[a-z]*", str(name).lower()) for name in (s.model_name, model.get("model_type"))]
-    name, found = (match[0] if match else "" for match in families)
-    if s.model_name is not None and name != found:
+    name, found = _family(s.model_name), _family(model.get("model_type"))
+    if s.model_name is not None and found not in (name, _RELATED.get(name)):
         problem = f"hf_checkpoint {s.hf_checkpoint} is a {model.get('model_type')}"
         yield Fault("model_name", s.model_name, problem, "name its family, choose its folder, or leave the name out")
 

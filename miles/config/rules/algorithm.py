@@ -9,11 +9,13 @@ from miles.config.schema.catalog import catalog
 from miles.config.schema.derivation import COMPARES_SAMPLES, compares_samples
 from miles.config.schema.faults import Fault
 from miles.config.schema.flat_settings import FlatSettings
+from miles.config.sections.algorithm import parse_weighted
 
 _PLAIN = ("tis_clip", "tis_clip_low")
 _WEIGHTS = ("tis_level", "tis_mode", "tis_lower_bound", "tis_upper_bound", "tis_batch_normalize")
 _REJECTION = ("rs_level", "rs_lower_bound", "rs_upper_bound", "rs_veto_threshold")
-_STANDARDISES = ("grpo", "gspo", "cispo")
+_STANDARDISES = ("grpo", "gspo", "cispo", "gdpo")
+_ONLY_NORMALISES = ("maxrl", "gdpo", "optimal_token_baseline")
 _TAKES_KL_IN_THE_REWARD = ("reinforce_plus_plus", "reinforce_plus_plus_baseline", "ppo")
 _WHITENS = ("reinforce_plus_plus", "reinforce_plus_plus_baseline")
 _DISCOUNTS = ("reinforce_plus_plus", "ppo")
@@ -43,6 +45,9 @@ def reward_normalisation_is_the_estimators(s: FlatSettings) -> Iterator[Fault]:
     if not s.rewards_normalization and estimator not in COMPARES_SAMPLES:
         problem = f"{estimator} takes rewards as they are"
         yield Fault("rewards_normalization", False, problem, "leave disable_rewards_normalization out")
+    if not s.rewards_normalization and estimator in _ONLY_NORMALISES:
+        problem = f"{estimator} is a way to compare them"
+        yield Fault("rewards_normalization", False, problem, "leave disable_rewards_normalization out")
     if not s.grpo_std_normalization and estimator not in _STANDARDISES:
         problem = f"{estimator} divides by no standard deviation"
         yield Fault("grpo_std_normalization", False, problem, "leave disable_grpo_std_normalization out")
@@ -52,25 +57,39 @@ def reward_normalisation_is_the_estimators(s: FlatSettings) -> Iterator[Fault]:
 
 
 @rule
-def dr_grpo_is_normalised_by_the_response_limit_alone(s: FlatSettings) -> Iterator[Fault]:
+def dr_grpo_divides_by_no_standard_deviation(s: FlatSettings) -> Iterator[Fault]:
     if s.advantage_estimator != "dr_grpo":
         return
     grpo = "leave it out, or set advantage_estimator to grpo with disable_grpo_std_normalization"
-    if s.calculate_per_token_loss:
-        problem = "dr_grpo divides sums of tokens by the response limit, not by their number"
-        yield Fault("calculate_per_token_loss", True, problem, grpo)
     if s.normalize_advantages:
         problem = "dr_grpo divides by no standard deviation, as whitening does"
         yield Fault("normalize_advantages", True, problem, grpo)
 
 
 @rule
-def clipping_has_an_effect(s: FlatSettings) -> Iterator[Fault]:
-    if s.eps_clip >= 1 and s.advantage_estimator != "cispo":
-        problem = f"it sets no lower bound, which {s.advantage_estimator} needs"
-        yield Fault("eps_clip", s.eps_clip, problem, "lower it; only cispo goes without")
-    if s.eps_clip_c is not None and s.advantage_estimator == "cispo":
-        yield Fault("eps_clip_c", s.eps_clip_c, "cispo has no dual clip", "leave it out, or set eps_clip_high")
+def gdpo_has_several_rewards(s: FlatSettings) -> Iterator[Fault]:
+    if s.advantage_estimator != "gdpo":
+        if s.gdpo_rewards:
+            problem = f"advantage_estimator = {s.advantage_estimator} takes one reward"
+            yield Fault("gdpo_rewards", s.gdpo_rewards[0], problem, "set advantage_estimator to gdpo, or leave it out")
+        return
+    if len(s.gdpo_rewards) < 2:
+        value = s.gdpo_rewards[0] if s.gdpo_rewards else None
+        yield Fault("gdpo_rewards", value, "gdpo adds up several rewards", "name two or more, or use grpo")
+    names = []
+    for spec in s.gdpo_rewards:
+        try:
+            names.append(parse_weighted(spec)[0])
+        except ValueError as error:
+            yield Fault("gdpo_rewards", spec, str(error), "write NAME, or NAME=WEIGHT")
+    for name in sorted({name for name in names if names.count(name) > 1}):
+        yield Fault("gdpo_rewards", name, "it is named twice", "name each reward once")
+    if s.reward_key is None:
+        problem = "gdpo's rewards have several numbers, of which metrics and filters take one"
+        yield Fault("reward_key", None, problem, "set it to one of them")
+    if s.normalize_advantages:
+        problem = "gdpo normalises over the batch already"
+        yield Fault("normalize_advantages", True, problem, "leave it out")
 
 
 @rule
@@ -103,9 +122,6 @@ def discount_is_used(s: FlatSettings) -> Iterator[Fault]:
 @rule
 def critic_settings_need_a_critic(s: FlatSettings) -> Iterator[Fault]:
     if s.advantage_estimator == "ppo":
-        if s.num_rollout and s.num_critic_only_steps >= s.num_rollout:
-            problem = f"num_rollout = {s.num_rollout} leaves none to train the policy on"
-            yield Fault("num_critic_only_steps", s.num_critic_only_steps, problem, "lower it")
         return
     for key in _OF_THE_CRITIC:
         value = getattr(s, key)
@@ -136,6 +152,9 @@ def old_log_probs_come_from_one_place(s: FlatSettings) -> Iterator[Fault]:
     if s.keep_old_actor and s.use_rollout_logprobs:
         problem = "use_rollout_logprobs already takes the engine's log-probabilities as the old ones"
         yield Fault("keep_old_actor", True, problem, "leave one of them out")
+    if s.keep_old_actor and s.advantage_estimator == "optimal_token_baseline":
+        problem = "optimal_token_baseline takes the current policy's probabilities of all tokens, not an older one's"
+        yield Fault("keep_old_actor", True, problem, "leave it out")
     if s.keep_old_actor and s.use_routing_replay:
         problem = "use_routing_replay replays what the policy chose, and old actors chose otherwise"
         yield Fault("keep_old_actor", True, problem, "use use_rollout_routing_replay, or leave one of them out")
@@ -167,6 +186,14 @@ def corrections_do_not_pile_up(s: FlatSettings) -> Iterator[Fault]:
 
 
 @rule
+def the_bound_of_a_weight_is_said_once(s: FlatSettings) -> Iterator[Fault]:
+    if s.tis_threshold is not None and s.tis_threshold != s.tis_clip:
+        yield Fault(
+            "tis_threshold", s.tis_threshold, f"tis_clip = {s.tis_clip:g} says otherwise", "leave one of them out"
+        )
+
+
+@rule
 def importance_bounds_are_ordered(s: FlatSettings) -> Iterator[Fault]:
     pairs = (("tis_clip_low", "tis_clip"), ("tis_lower_bound", "tis_upper_bound"), ("rs_lower_bound", "rs_upper_bound"))
     for low, high in pairs:
@@ -193,7 +220,8 @@ def bounds_belong_to_a_correction(s: FlatSettings) -> Iterator[Fault]:
     ):
         for key in keys if not used else ():
             if getattr(s, key) != defaults[key]:
-                yield Fault(key, getattr(s, key), f"it only goes with {switch}", "turn that on, or leave it out")
+                name = "tis_threshold" if key == "tis_clip" and not s.given("tis_clip") else key
+                yield Fault(name, getattr(s, key), f"it only goes with {switch}", "turn that on, or leave it out")
 
 
 @rule

@@ -34,7 +34,7 @@ def lengths_fit_the_context(s: FlatSettings) -> Iterator[Fault]:
     context = s.rollout_max_context_len
     if context is None:
         return
-    for key in ("rollout_max_prompt_len", "rollout_max_response_len", "eval_max_prompt_len", "eval_max_response_len"):
+    for key in ("rollout_max_prompt_len", "eval_max_prompt_len"):
         length = getattr(s, key)
         if length is not None and length >= context and (s.given(key) or not key.startswith("eval_")):
             problem = f"prompt and response share rollout_max_context_len = {context}"
@@ -67,13 +67,6 @@ def stop_strings_are_not_empty(s: FlatSettings) -> Iterator[Fault]:
     if "" in (s.rollout_stop or ()):
         problem = "empty text is in every response, which would end at its first token"
         yield Fault("rollout_stop", list(s.rollout_stop), problem, "leave it out")
-
-
-@rule
-def one_reward_is_the_default(s: FlatSettings) -> Iterator[Fault]:
-    if s.rm_type and s.custom_rm_path:
-        problem = f"custom_rm_path = {s.custom_rm_path} scores in its place"
-        yield Fault("rm_type", s.rm_type, problem, "leave one of them out")
 
 
 @rule
@@ -123,18 +116,12 @@ def reward_services_are_well_formed(s: FlatSettings) -> Iterator[Fault]:
 
 @rule
 def evaluation_has_data(s: FlatSettings) -> Iterator[Fault]:
-    if s.eval_interval is not None and not s.eval_prompt_data:
-        problem = "eval_prompt_data is not set"
-        yield Fault("eval_interval", s.eval_interval, problem, "set eval_prompt_data to NAME FILE, or leave it out")
     if s.num_rollout == 0 and not s.eval_prompt_data:
         problem = "without eval_prompt_data there is nothing to do"
         yield Fault("num_rollout", 0, problem, "set eval_prompt_data to NAME FILE, or raise num_rollout")
     if s.num_rollout == 0 and s.skip_eval_before_train:
         problem = "that evaluation is all there is to do when num_rollout = 0"
         yield Fault("skip_eval_before_train", True, problem, "leave it out, or raise num_rollout")
-    if s.eval_prompt_data and s.eval_interval is None:
-        problem = "without eval_interval it is never evaluated on"
-        yield Fault("eval_prompt_data", list(s.eval_prompt_data), problem, "set eval_interval, or leave it out")
 
 
 @rule

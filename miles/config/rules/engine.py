@@ -6,8 +6,9 @@ from collections.abc import Iterator
 
 from miles.addresses import why_not_address
 from miles.config.rules.registry import rule
+from miles.config.schema.backend_choice import SGLANG_ALONE
 from miles.config.schema.catalog import catalog
-from miles.config.schema.derivation import SGLANG_ALONE
+from miles.config.schema.derivation import needed_staleness
 from miles.config.schema.faults import Fault
 from miles.config.schema.flat_settings import FlatSettings
 from miles.engine_spec import ENGINE_SPECS, engine_spec
@@ -26,6 +27,8 @@ def sglang_has_its_settings_to_itself(s: FlatSettings) -> Iterator[Fault]:
         value = getattr(s, key)
         if value is not False and s.given(key) and value != catalog()[key].default:
             yield Fault(key, value, problem, remedy)
+    if s.offload:
+        yield Fault("offload", True, problem, remedy)
     if s.colocate and not engine.frees_memory and not s.given("offload_rollout"):
         shared = "add --no-offload-rollout --no-offload-train, which has both on the same GPUs at once"
         yield Fault("colocate", True, f"{problem}, and no other engine can free its memory", f"{remedy}, or {shared}")
@@ -106,11 +109,14 @@ def quantised_weights_go_to_an_engine_that_takes_them(s: FlatSettings) -> Iterat
 
 @rule
 def taking_turns_is_synchronous(s: FlatSettings) -> Iterator[Fault]:
+    # What is left over from a turn, unfinished or in surplus, may wait for the next one.
+    if s.max_weight_staleness <= needed_staleness(s):
+        return
     shared = s.colocate and s.offload_rollout is False and s.offload_train is False
     for key in ("colocate", "offload_rollout", "offload_train"):
-        if getattr(s, key) and s.max_weight_staleness and not shared:
+        if getattr(s, key) and not shared:
             problem = f"max_weight_staleness = {s.max_weight_staleness} has engines and trainer work at once"
-            remedy = "set max_weight_staleness to 0, or leave it out"
+            remedy = "leave max_weight_staleness out"
             both = "; --colocate --no-offload-rollout --no-offload-train has both on the same GPUs at once"
             yield Fault(key, True, problem, remedy + both)
             return

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from miles.config.rules.registry import needs, rule
+from miles.config.schema.backend_choice import MEGATRON_ALONE, asks_for_megatron
 from miles.config.schema.catalog import catalog
-from miles.config.schema.derivation import asks_for_megatron
 from miles.config.schema.faults import Fault
 from miles.config.schema.flat_settings import FlatSettings
 
@@ -18,6 +18,8 @@ _FSDP_ALONE = {
     "attn_implementation": "set attention_backend or transformer_impl instead",
 }
 
+_OFFLOADING = ("optimizer_cpu_offload", "optimizer_offload_fraction", "overlap_cpu_optimizer_d2h_h2d")
+
 
 @rule
 def settings_belong_to_the_backend(s: FlatSettings) -> Iterator[Fault]:
@@ -28,9 +30,10 @@ def settings_belong_to_the_backend(s: FlatSettings) -> Iterator[Fault]:
                 yield Fault(key, value, "train_backend = megatron does not have it", remedy)
         return
     for key, entry in catalog().items():
-        if entry.section == "megatron" and asks_for_megatron(s, key):
+        if entry.section in MEGATRON_ALONE and asks_for_megatron(s, key):
             problem = f"train_backend = {s.train_backend} does not have it"
-            yield Fault(key, getattr(s, key), problem, "set train_backend to megatron, or leave it out")
+            other = "set fsdp_cpu_offload instead" if key in _OFFLOADING else "leave it out"
+            yield Fault(key, getattr(s, key), problem, f"set train_backend to megatron, or {other}")
 
 
 @rule
@@ -53,9 +56,6 @@ def layout_divides_ranks(s: FlatSettings) -> Iterator[Fault]:
 def layout_settings_have_an_effect(s: FlatSettings) -> Iterator[Fault]:
     if s.train_backend != "megatron":
         return
-    if s.sequence_parallel and s.tensor_model_parallel_size == 1:
-        problem = "tensor_model_parallel_size = 1 leaves nothing to split"
-        yield Fault("sequence_parallel", True, problem, "leave it out, or raise tensor_model_parallel_size")
     if s.num_virtual_stages_per_pipeline_rank is not None and s.pipeline_model_parallel_size == 1:
         problem = "pipeline_model_parallel_size = 1 has no stages to cut"
         value = s.num_virtual_stages_per_pipeline_rank
@@ -66,6 +66,35 @@ def layout_settings_have_an_effect(s: FlatSettings) -> Iterator[Fault]:
     if s.moe_token_dispatcher_type == "allgather" and s.pipeline_model_parallel_size > 1:
         problem = "micro-batches of changing length go through pipeline stages with alltoall alone"
         yield Fault("moe_token_dispatcher_type", "allgather", problem, "set it to alltoall")
+
+
+@rule
+def optimizer_state_has_a_place(s: FlatSettings) -> Iterator[Fault]:
+    if s.train_backend != "megatron":
+        return  # another rule reports them
+    yield from needs(s, "optimizer_offload_fraction", "optimizer_cpu_offload")
+    yield from needs(s, "overlap_cpu_optimizer_d2h_h2d", "optimizer_cpu_offload")
+    if s.optimizer_cpu_offload:
+        if s.device == "cpu":
+            problem = "device is cpu, so that all is there already"
+            yield Fault("optimizer_cpu_offload", True, problem, "leave it out")
+        if not s.use_precision_aware_optimizer:
+            problem = "optimizer_cpu_offload has Adam hold the master parameters"
+            yield Fault("use_precision_aware_optimizer", False, problem, "leave one of them out")
+    elif s.use_precision_aware_optimizer and s.device == "cpu":
+        problem = "it is TransformerEngine's Adam, which needs a GPU"
+        yield Fault("use_precision_aware_optimizer", True, problem, "leave it out")
+    if s.use_precision_aware_optimizer and not s.use_distributed_optimizer:
+        problem = "use_precision_aware_optimizer is in the distributed optimizer alone"
+        yield Fault("use_distributed_optimizer", False, problem, "leave one of them out")
+    if s.use_precision_aware_optimizer and s.train_dtype == "float32":
+        problem = "train_dtype = float32 has no master parameters besides the model's own"
+        yield Fault("use_precision_aware_optimizer", True, problem, "leave it out, or train in 16 bits")
+    for key in ("exp_avg_dtype", "exp_avg_sq_dtype"):
+        yield from needs(s, key, "use_precision_aware_optimizer")
+        if getattr(s, key) != "fp32" and s.optimizer_cpu_offload:
+            problem = "the CPU's Adam has moments in float32 alone"
+            yield Fault(key, getattr(s, key), problem, "leave it out, or optimizer_cpu_offload")
 
 
 @rule

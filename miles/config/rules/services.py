@@ -82,9 +82,14 @@ def dotted_paths_are_well_formed(s: FlatSettings) -> Iterator[Fault]:
 
 
 @rule
-def tensorboard_settings_need_tensorboard(s: FlatSettings) -> Iterator[Fault]:
-    yield from needs(s, "tb_project_name", "use_tensorboard")
-    yield from needs(s, "tb_experiment_name", "use_tensorboard")
+def settings_of_trackers_need_their_tracker(s: FlatSettings) -> Iterator[Fault]:
+    for key in ("tb_project_name", "tb_experiment_name"):
+        yield from needs(s, key, "use_tensorboard")
+    for key in ("wandb_mode", "wandb_run_id", "wandb_run_name"):
+        yield from needs(s, key, "use_wandb")
+    for key, entry in catalog().items():
+        if entry.section == "telemetry" and key.startswith("mlflow_"):
+            yield from needs(s, key, "use_mlflow")
 
 
 @rule

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Literal
 
 from pydantic import Field
 
 from miles.config.schema.section import (
     Derived,
+    Metavar,
     Negated,
     NonNegative,
     NonNegativeFloat,
@@ -24,19 +26,32 @@ class AlgorithmConfig(Section):
     """Advantages and losses of a batch of scored samples; docs/algorithms.md has the formulas."""
 
     advantage_estimator: Literal[
-        "grpo", "gspo", "reinforce_plus_plus", "reinforce_plus_plus_baseline", "ppo", "rloo", "dr_grpo", "cispo"
+        "grpo",
+        "gspo",
+        "reinforce_plus_plus",
+        "reinforce_plus_plus_baseline",
+        "ppo",
+        "rloo",
+        "dr_grpo",
+        "cispo",
+        "maxrl",
+        "gdpo",
+        "optimal_token_baseline",
     ] = "grpo"
     """Advantage estimator; ppo also trains a critic."""
+
+    gdpo_rewards: Annotated[tuple[str, ...], Metavar("NAME=WEIGHT ...")] = ()
+    """Names of the numbers of a reward that gdpo normalises one by one, with their weights; NAME alone has weight 1."""
 
     rewards_normalization: Annotated[bool, Negated("--disable-rewards-normalization")] = True
     """Subtract the mean reward of the prompt's group."""
 
     grpo_std_normalization: Annotated[bool, Negated("--disable-grpo-std-normalization")] = True
-    """Divide rewards by the standard deviation of the prompt's group (grpo, gspo, cispo)."""
+    """Divide rewards by the standard deviation of the prompt's group (grpo, gspo, cispo, gdpo)."""
 
     normalize_advantages: bool = False
-    """Whiten advantages over the whole batch (not with dr_grpo); reinforce_plus_plus and reinforce_plus_plus_baseline
-    always do."""
+    """Whiten advantages over the whole batch (not with dr_grpo and gdpo); reinforce_plus_plus and
+    reinforce_plus_plus_baseline always do."""
 
     gamma: Annotated[float, Field(ge=0, le=1)] = 1.0
     """Discount factor per token."""
@@ -54,16 +69,20 @@ class AlgorithmConfig(Section):
     """Loss to minimise."""
 
     calculate_per_token_loss: bool = False
-    """Average the loss over the tokens of the step instead of over samples (not with dr_grpo)."""
+    """Average the loss over the tokens of the step instead of over samples (not with dr_grpo and luspo)."""
 
-    eps_clip: NonNegativeFloat = 0.2
-    """Clip the probability ratio below at 1 − eps_clip; 1 or more sets no lower bound (cispo)."""
+    eps_clip: Annotated[NonNegativeFloat, Derived("policy_loss_type; 0.2 for ppo_clip, gspo, cispo, dr_grpo")] = (
+        derived()
+    )
+    """Clip the probability ratio below at 1 − eps_clip; 1 or more sets no lower bound (cispo). With gmpo the bound
+    of log ratios below, with dppo_tv and dppo_kl that of divergences."""
 
     eps_clip_high: Annotated[NonNegativeFloat, Derived("eps_clip")] = derived()
-    """Clip the probability ratio above at 1 + eps_clip_high."""
+    """Clip the probability ratio above at 1 + eps_clip_high; log ratios and divergences likewise."""
 
     eps_clip_c: Annotated[float, Field(gt=1)] | None = None
-    """Upper bound of the ratio for negative advantages (dual clip; not with cispo); not given turns it off."""
+    """Upper bound of the ratio for negative advantages (dual clip; ppo_clip, gspo, dr_grpo and luspo); not given
+    turns it off."""
 
     kl_coef: NonNegativeFloat = 0.0
     """Coefficient of the KL penalty in the reward; cannot be combined with kl_loss_coef."""
@@ -105,6 +124,9 @@ class AlgorithmConfig(Section):
 
     tis_clip: PositiveFloat = 2.0
     """Upper bound of the importance weight (use_tis, use_icepop); 5e8 or more sets none."""
+
+    tis_threshold: PositiveFloat | None = None
+    """Same as tis_clip, as some recipes call it."""
 
     tis_clip_low: NonNegativeFloat = 0.0
     """Lower bound of the importance weight (use_tis, use_icepop)."""
@@ -162,3 +184,22 @@ class AlgorithmConfig(Section):
 
     opsm_delta: NonNegativeFloat = 1e-4
     """Mean of old minus new log-probability above which use_opsm masks a sequence."""
+
+    @property
+    def gdpo_weights(self) -> dict[str, float]:
+        """The weight of each reward of gdpo, by name."""
+        return dict(parse_weighted(spec) for spec in self.gdpo_rewards)
+
+
+def parse_weighted(spec: str) -> tuple[str, float]:
+    """Split NAME=WEIGHT, or NAME, whose weight is 1. Raises ValueError that says what is wrong."""
+    name, equals, text = spec.partition("=")
+    if not name:
+        raise ValueError("it has no name before =")
+    try:
+        weight = float(text) if equals else 1.0
+    except ValueError:
+        raise ValueError("its weight is not a number") from None
+    if not math.isfinite(weight) or weight == 0:
+        raise ValueError("its weight must be a finite number, and not 0")
+    return name, weight

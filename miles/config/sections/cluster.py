@@ -32,6 +32,9 @@ class ClusterConfig(Section):
     """Move the trainer's weights, gradients and optimizer to pinned host memory while the engines work, and back for
     each step. On a CPU it takes the same turns and frees nothing."""
 
+    offload: bool = False
+    """Same as offload_train and offload_rollout."""
+
     distributed_backend: Annotated[Literal["nccl", "gloo"] | None, Derived("nccl on CUDA, gloo on CPU")] = None
     """Backend of the trainer's process group."""
 

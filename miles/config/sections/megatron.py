@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
+from pydantic import Field
+
 from miles.config.schema.section import Derived, NonNegativeFloat, Positive, PositiveFloat, Section, States, derived
 
 
@@ -35,8 +37,37 @@ class MegatronConfig(Section):
     ] = derived()
     """Sequence parallelism: split activations outside matrix products over the tensor-parallel ranks."""
 
-    use_distributed_optimizer: bool = False
+    use_distributed_optimizer: Annotated[bool, Derived("on with use_precision_aware_optimizer")] = derived()
     """Shard the optimizer state over the data-parallel ranks."""
+
+    use_precision_aware_optimizer: Annotated[bool, Derived("on with optimizer_cpu_offload")] = derived()
+    """Have Adam itself hold the float32 masters of 16-bit parameters, in host memory with optimizer_cpu_offload, and
+    moments in exp_avg_dtype and exp_avg_sq_dtype without; needs CUDA, and without offloading TransformerEngine."""
+
+    main_grads_dtype: Annotated[
+        Literal["fp32", "bf16"] | None, States("fp32", "gradients are summed and kept in float32")
+    ] = None
+    """Data type of gradients in the optimizer."""
+
+    main_params_dtype: Annotated[
+        Literal["fp32", "fp16"] | None, States("fp32", "master parameters have the precision of float32")
+    ] = None
+    """Data type of master parameters."""
+
+    exp_avg_dtype: Literal["fp32", "fp16", "bf16"] = "fp32"
+    """Data type of Adam's first moment, with use_precision_aware_optimizer on the GPU."""
+
+    exp_avg_sq_dtype: Literal["fp32", "fp16", "bf16"] = "fp32"
+    """Data type of Adam's second moment, with use_precision_aware_optimizer on the GPU."""
+
+    optimizer_cpu_offload: bool = False
+    """Hold master parameters and Adam's moments in pinned host memory, and update them on the CPU (CUDA)."""
+
+    optimizer_offload_fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Fraction of the parameters whose optimizer state optimizer_cpu_offload moves."""
+
+    overlap_cpu_optimizer_d2h_h2d: bool = False
+    """Overlap the copies of gradients and parameters with the CPU's update of others (optimizer_cpu_offload)."""
 
     overlap_grad_reduce: bool = False
     """Overlap the reduction of gradients with the backward pass."""
@@ -55,6 +86,14 @@ class MegatronConfig(Section):
         bool | None, States(True, "the softmax of attention is computed in float32")
     ] = None
     """Compute the softmax of attention in float32."""
+
+    gradient_accumulation_fusion: Annotated[
+        bool | None, States(False, "products of the backward pass are added to float32 gradients by PyTorch")
+    ] = None
+    """Add gradients of weights to float32 buffers within the matrix product (APEX)."""
+
+    megatron_to_hf_mode: Literal["raw", "bridge"] = "raw"
+    """What converts weights between Megatron-Core and Hugging Face names; megatron-bridge does in either mode."""
 
     moe_token_dispatcher_type: Literal["alltoall", "allgather"] = "alltoall"
     """How tokens are sent to their experts."""

@@ -34,12 +34,14 @@ class RolloutConfig(Section):
     """Name that begins with the family of hf_checkpoint, e.g. qwen3-30b-a3b, to be sure of the folder; weights are
     converted as its config.json says, with a name or without."""
 
-    rollout_backend: Annotated[
-        EngineName, Derived("sglang when a setting is given that its servers alone have, else torch")
-    ] = derived()
-    """Inference engine: torch runs inside the rollout service, sglang uses one or several SGLang servers."""
+    rollout_backend: Literal["auto", EngineName] = "auto"
+    """Inference engine: torch runs inside the rollout service, sglang uses one or several SGLang servers; auto takes
+    the one that other settings ask for, and otherwise sglang on a machine with a GPU where it is installed, and torch
+    elsewhere."""
 
-    rollout_num_gpus: Positive | None = None
+    rollout_num_gpus: Annotated[
+        Positive | None, Derived("the trainer's GPUs, for SGLang servers on one node with colocate")
+    ] = None
     """Number of GPUs of all engines; divided by rollout_num_gpus_per_engine it is the number of SGLang servers, which
     are spread evenly over the rollout services; not given means one server per service."""
 

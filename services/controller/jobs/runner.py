@@ -143,6 +143,7 @@ class JobRunner:
             state, reason = job_pb2.JOB_STATE_FAILED, f"{type(error).__name__}: {error}"
         finally:
             history.close()
+            await history.close_trackers()
         if state == job_pb2.JOB_STATE_FAILED:
             await history.log(job_pb2.LOG_LEVEL_ERROR, "controller", reason)
         try:

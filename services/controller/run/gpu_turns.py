@@ -62,6 +62,11 @@ class GpuTurns:
         self._shares_gpus = self._config.cluster.colocate and trainer.registration.num_gpus > 0
         self.exclusive = (self._shares_gpus and not self._config.train.fsdp_cpu_offload) if asked is None else asked
 
+    @property
+    def taken(self) -> bool:
+        """Whether engines generate no training groups while the trainer works."""
+        return self.exclusive or self._engines_leave
+
     def take_metrics(self) -> dict[str, float]:
         """Times and sizes of what moved since the last call."""
         taken, self._metrics = self._metrics, {}
@@ -76,10 +81,11 @@ class GpuTurns:
             return
         if self.exclusive:
             self._rollouts.may_load.clear()
+        if self.taken:
             self._dispatcher.hold(TURN)
         if self._engines_leave:
             await self._evaluations.wait_until_done(check)
-        if self.exclusive:
+        if self.taken:
             await self._until_idle(check)
         if self._engines_leave:
             await self._release_engines()
@@ -96,20 +102,25 @@ class GpuTurns:
             self._note("train", began, moved.released_bytes)
         if self.exclusive:
             self._rollouts.may_load.set()
+        if self.taken:
             self._dispatcher.release_hold(TURN)
         self._holder = _Holder.ENGINES
 
     async def _until_idle(self, check: Callable[[], None]) -> None:
-        """Wait for engines that load the job, and for groups that are preempted."""
+        """Wait for engines that load the job beside a trainer that needs all memory, and for groups to be preempted."""
         self._dispatcher.preempt()
-        while loading := [client.worker_id for client in self._rollouts.all() if client.loading_since_s is not None]:
-            with self._status.waiting_for(f"{', '.join(loading)} to load the job, before the trainer"):
+        while self.exclusive and (loading := self._loading()):
+            with self._status.waiting_for(f"{loading} to load the job, before the trainer"):
                 check()
                 await self._dispatcher.wait_for_change()
         while self._dispatcher.training_leases:
             with self._status.waiting_for("unfinished responses to be stored"):
                 check()
                 await self._dispatcher.wait_for_change()
+
+    def _loading(self) -> str:
+        """Names of engines that load the job."""
+        return ", ".join(client.worker_id for client in self._rollouts.all() if client.loading_since_s is not None)
 
     async def _release_engines(self) -> None:
         """Free the engines' memory until the next version or request; a lost engine holds none."""

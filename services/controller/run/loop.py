@@ -111,7 +111,8 @@ class RunLoop:
             if (batch := admission.begin_step()) is not None:
                 break
             await run.dispatcher.wait_for_change()
-        if self._config.rollout.partial_rollout and run.publications.due(run.step + 1):
+        preempts = self._config.rollout.partial_rollout or run.turns.taken
+        if preempts and run.publications.due(run.step + 1):
             run.dispatcher.hold(PREEMPTED)
             run.dispatcher.preempt()
         return batch

@@ -11,6 +11,7 @@ from miles.algorithms.corrections import CorrectionMethod, IcePop, TruncatedImpo
 from miles.algorithms.estimators import ESTIMATORS, AdvantageConfig, reward_on_every_token
 from miles.algorithms.losses import LossConfig
 from miles.algorithms.mis import MaskedImportanceSampling
+from miles.policy_loss_spec import POLICY_LOSS_SPECS
 
 if TYPE_CHECKING:
     from miles.config import JobConfig
@@ -21,13 +22,14 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 def advantage_config(config: JobConfig) -> AdvantageConfig:
     """Options of the advantage estimator."""
-    return AdvantageConfig(**_shared_fields(AdvantageConfig, config))
+    weights = tuple(config.algorithm.gdpo_weights.values())
+    return AdvantageConfig(reward_weights=weights, **_shared_fields(AdvantageConfig, config))
 
 
 def loss_config(config: JobConfig) -> LossConfig:
     """Options of the loss."""
     return LossConfig(
-        policy_loss=ESTIMATORS[config.algorithm.advantage_estimator].policy_loss,
+        policy_loss=config.policy_loss.policy_loss_type,
         loss_length=config.rollout.rollout_max_response_len or config.rollout.rollout_max_context_len,
         correction=correction_method(config),
         **_shared_fields(LossConfig, config),
@@ -74,6 +76,11 @@ def needs_critic(config: JobConfig) -> bool:
     return ESTIMATORS[config.algorithm.advantage_estimator].needs_values
 
 
+def needs_squared_probs(config: JobConfig) -> bool:
+    """Whether the advantage estimator reads sums of squared probabilities."""
+    return ESTIMATORS[config.algorithm.advantage_estimator].needs_squared_probs
+
+
 def trains_critic_only(config: JobConfig, number: int) -> bool:
     """Whether rollout `number` trains the critic alone."""
     return number < config.algorithm.num_critic_only_steps
@@ -97,23 +104,27 @@ def needs_log_prob_pass(config: JobConfig) -> bool:
     """
     algorithm = config.algorithm
     in_advantages = (algorithm.kl_coef > 0 or algorithm.use_opd) and not algorithm.use_rollout_logprobs
+    in_advantages |= needs_squared_probs(config)
     return config.train.num_steps_per_rollout > 1 or in_advantages or algorithm.use_mis or algorithm.keep_old_actor
 
 
 def zero_reward_is_zero_gradient(config: JobConfig) -> bool:
     """Whether a sample whose shaped reward is 0 adds nothing to the gradient.
 
-    That is so where advantages are the shaped rewards and no other term has a gradient.
+    That is so where advantages are the shaped rewards, and neither the policy loss nor another term has a gradient
+    without them.
     """
     algorithm = config.algorithm
     estimator = ESTIMATORS[algorithm.advantage_estimator]
     return (
         estimator.function is reward_on_every_token
+        and not POLICY_LOSS_SPECS[config.policy_loss.policy_loss_type].penalises
         and not estimator.whiten
         and not algorithm.normalize_advantages
         and not algorithm.use_opd
         and algorithm.kl_coef == algorithm.entropy_coef == 0
         and not (algorithm.use_kl_loss and algorithm.kl_loss_coef)
+        and config.policy_loss.echo_loss_coef == 0
         and not config.megatron.enable_mtp_training
         and config.megatron.moe_aux_loss_coeff == 0
     )
@@ -122,4 +133,5 @@ def zero_reward_is_zero_gradient(config: JobConfig) -> bool:
 def _shared_fields(options: type, config: JobConfig) -> dict[str, Any]:
     """Values of the flags that have the names of the options' fields."""
     names = {field.name for field in dataclasses.fields(options)}
-    return {name: value for name, value in config.algorithm.model_dump().items() if name in names}
+    values = config.algorithm.model_dump() | config.policy_loss.model_dump()
+    return {name: value for name, value in values.items() if name in names}

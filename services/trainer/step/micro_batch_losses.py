@@ -51,6 +51,7 @@ class StepLosses:
                 rollout_log_probs_T=None if tokens.rollout is None else tokens.rollout[where],
                 ref_log_probs_T=None if tokens.ref is None else tokens.ref[where],
                 opd_reverse_kl_T=None if tokens.opd_reverse_kl is None else tokens.opd_reverse_kl[where],
+                observation_mask_T=1 - tokens.mask[where],
                 correction=None if tokens.correction is None else tokens.correction.take(batch.packing, members),
                 denominator=loss_denominator(step, per_token=per_token),
             ),

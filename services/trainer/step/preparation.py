@@ -80,12 +80,13 @@ class Preparation:
             abandonment.check()
             return None if role is None else role.compute_log_probs(batch, report)
 
-        train, metrics = self._old_log_probs(number, batch, rollout, mask, report)
+        train, squares, metrics = self._old_log_probs(number, batch, rollout, mask, report)
         ref = log_probs_of(roles.reference)
         teacher = log_probs_of(roles.teacher)
         abandonment.check()
         values = None if roles.critic is None else roles.critic.compute_values(batch, report)
         abandonment.check()
+        group_numbers = {name: n for n, name in enumerate(sorted({s.group_id for s in batch.samples}))}
         advantages = compute_advantages(
             algorithm_options.advantage_config(config),
             AdvantageBatch(
@@ -96,6 +97,9 @@ class Preparation:
                 ref_log_probs_T=ref,
                 teacher_log_probs_T=teacher,
                 values_T=values,
+                squared_probs_T=squares,
+                group_ids_B=torch.tensor([group_numbers[batch.samples[i].group_id] for i in batch.mine]),
+                num_groups=len(group_numbers),
             ),
             group,
         )
@@ -129,12 +133,21 @@ class Preparation:
         """Group-normalised rewards of all N samples; float32 [N]. FAILED samples do not count in their group."""
         shaped = torch.zeros(len(samples))
         scored = [i for i, sample in enumerate(samples) if sample.status is not SampleStatus.FAILED]
+        if not scored:
+            return shaped
         shaped[scored] = shape_rewards(
             algorithm_options.advantage_config(self._config),
-            [trained_reward(samples[i], self._config.reward.reward_key) for i in scored],
+            torch.tensor([self._trained(samples[i]) for i in scored], dtype=torch.float64),
             [samples[i].group_id for i in scored],
         )
         return shaped
+
+    def _trained(self, sample: Sample) -> float | list[float]:
+        """The number that advantages are made of, or gdpo's several."""
+        weights = self._config.algorithm.gdpo_weights
+        if weights:
+            return [trained_reward(sample, name) for name in weights]
+        return trained_reward(sample, self._config.reward.reward_key)
 
     def _behind_advantages(
         self, train_T: torch.Tensor | None, rollout_T: torch.Tensor | None, mask_T: torch.Tensor
@@ -149,16 +162,22 @@ class Preparation:
 
     def _old_log_probs(
         self, number: int, batch: RolloutBatch, rollout_T: torch.Tensor | None, mask_T: torch.Tensor, report: Report
-    ) -> tuple[torch.Tensor | None, dict[str, MetricSum]]:
-        """Log-probabilities [T] of the old policy, None where the training pass gives them; and metrics."""
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, dict[str, MetricSum]]:
+        """Log-probabilities [T] of the old policy, None where the training pass gives them; squares; and metrics.
+
+        Squares are sums of squared probabilities [T], None where the estimator does not read them.
+        """
         policy, old = self._roles.policy, self._roles.old_policies
         if old is not None:
             log_probs_and_kept = old.log_probs_by_version(number, batch, policy, rollout_T, report)
             log_probs_T, kept_T = (each_T.to(self._device) for each_T in log_probs_and_kept)
             ratio = MetricSum((kept_T * mask_T).sum(), float(mask_T.sum()))
-            return log_probs_T, {"train/old_actor_ratio": ratio}
+            return log_probs_T, None, {"train/old_actor_ratio": ratio}
+        if algorithm_options.needs_squared_probs(self._config):
+            log_probs_T, squares_T = policy.compute_log_probs_and_squares(batch, report).unbind(1)
+            return log_probs_T.contiguous(), squares_T.contiguous(), {}
         if algorithm_options.needs_log_prob_pass(self._config) or algorithm_options.trains_critic_only(
             self._config, number
         ):
-            return policy.compute_log_probs(batch, report), {}
-        return None, {}
+            return policy.compute_log_probs(batch, report), None, {}
+        return None, None, {}

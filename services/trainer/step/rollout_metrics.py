@@ -11,8 +11,9 @@ from miles.types import Sample, SampleGroup, SampleStatus, reward_number
 def rollout_metrics(groups: Sequence[SampleGroup], reward_key: str | None) -> dict[str, float]:
     """`rollout/*` over the samples of one step.
 
-    `rollout/zero_std/count` counts groups whose rewards are all equal (no learning signal), and
-    `rollout/zero_std/count_R` those of them with reward R. Samples without a reward count as failed only.
+    Rewards with several numbers have the mean of each in `rollout/reward/NAME`. `rollout/zero_std/count` counts groups
+    whose rewards are all equal (no learning signal), and `rollout/zero_std/count_R` those of them with reward R.
+    Samples without a reward count as failed only.
     """
     samples = [sample for group in groups for sample in group.samples]
     lengths = [sample.response_length for sample in samples]
@@ -33,6 +34,10 @@ def rollout_metrics(groups: Sequence[SampleGroup], reward_key: str | None) -> di
     metrics |= {f"rollout/zero_std/count_{reward:g}": float(count) for reward, count in sorted(flat.items())}
     if rewards:
         metrics["rollout/raw_reward"] = sum(rewards) / len(rewards)
+    parts = [sample.reward for sample in samples if isinstance(sample.reward, dict)]
+    for name in sorted(parts[0]) if parts else ():
+        if all(name in part for part in parts):
+            metrics[f"rollout/reward/{name}"] = sum(part[name] for part in parts) / len(parts)
     return metrics
 
 

@@ -193,6 +193,8 @@ class RolloutTrainer(abc.ABC):
         metrics = self.reduce(parts)
         for training in passes:
             training.learner.sync_weights()
+            if self._config.train.reset_optimizer_states:
+                training.learner.reset_optimizer()
             metrics[f"train/{training.prefix}grad_norm"] = sum(norms[training.prefix]) / len(norms[training.prefix])
             metrics[f"train/{training.prefix}lr"] = training.learner.learning_rate
         return metrics

@@ -1,5 +1,6 @@
 """Two real gloo processes give what one process gives over all of the data."""
 
+import itertools
 import os
 import pathlib
 import subprocess
@@ -25,6 +26,7 @@ from miles.algorithms import (
     masked_whiten,
     reduce_metrics,
     rl_loss,
+    sum_squared_probs,
     token_log_probs,
 )
 
@@ -33,7 +35,7 @@ PACKING = Packing((4, 2, 3, 1, 5))
 SAMPLES = ([0, 3], [1, 2, 4])
 """Samples of each rank: unequal in number and in tokens."""
 COLUMNS = ("old_log_probs_T", "ref_log_probs_T", "rollout_log_probs_T", "values_T", "new_log_probs_T", "entropy_T")
-LOSS = LossConfig(entropy_coef=0.1, use_kl_loss=True, kl_loss_coef=0.2, kl_loss_type="k3")
+LOSS = LossConfig(dro_beta=0.1, entropy_coef=0.1, use_kl_loss=True, kl_loss_coef=0.2, kl_loss_type="k3")
 
 
 def data() -> dict[str, torch.Tensor]:
@@ -48,7 +50,9 @@ def data() -> dict[str, torch.Tensor]:
     return tensors
 
 
-def train(samples: list[int], group: dist.ProcessGroup | None, estimator: str, per_token: bool) -> dict[str, object]:
+def train(
+    samples: list[int], group: dist.ProcessGroup | None, estimator: str, loss: str, per_token: bool
+) -> dict[str, object]:
     """A training step's numbers over some samples, with denominators of all of them."""
     everything = data()
     part = {name: PACKING.take(x, samples) for name, x in everything.items() if name.endswith("_T")}
@@ -62,6 +66,9 @@ def train(samples: list[int], group: dist.ProcessGroup | None, estimator: str, p
             old_log_probs_T=part["old_log_probs_T"],
             ref_log_probs_T=part["ref_log_probs_T"],
             values_T=part["values_T"],
+            squared_probs_T=part["entropy_T"].abs(),
+            group_ids_B=torch.tensor([0, 1, 0, 0, 1])[samples],
+            num_groups=2,
         ),
         group,
     )
@@ -75,7 +82,7 @@ def train(samples: list[int], group: dist.ProcessGroup | None, estimator: str, p
     )
     new_T = part["new_log_probs_T"].requires_grad_()
     output = rl_loss(
-        LossConfig(**{**vars(LOSS), "calculate_per_token_loss": per_token}),
+        LossConfig(**{**vars(LOSS), "policy_loss": loss, "calculate_per_token_loss": per_token}),
         LossBatch(
             packing=packing,
             mask_T=part["mask_T"],
@@ -99,7 +106,10 @@ def train(samples: list[int], group: dist.ProcessGroup | None, estimator: str, p
     }
 
 
-CASES = [(estimator, per_token) for estimator in ("grpo", "reinforce_plus_plus", "ppo") for per_token in (False, True)]
+CASES = [
+    *itertools.product(("grpo", "reinforce_plus_plus", "ppo", "optimal_token_baseline"), ("ppo_clip",), (False, True)),
+    *(("grpo", loss, False) for loss in ("gspo", "dppo_tv", "dppo_kl", "gmpo", "luspo", "sapo", "vespo", "dro")),
+]
 
 
 def score(rank: int, group: dist.ProcessGroup | None, *, forbidden: bool = False) -> dict[str, torch.Tensor]:
@@ -126,6 +136,7 @@ def score(rank: int, group: dist.ProcessGroup | None, *, forbidden: bool = False
         weights_T = torch.linspace(-1, 2, 15)
         ((weights_T * scored.log_probs_T).sum() + (weights_T.flip(0).cos() * scored.entropy_T).sum()).backward()
         results |= {f"{name}_log_probs": scored.log_probs_T.detach(), f"{name}_entropy": scored.entropy_T.detach()}
+    results["squares"] = sum_squared_probs(logits_TV.detach(), temperature=0.7, shard=shard, chunk_rows=4)
     return results | {"grad_logits": logits_TV.grad, "grad_hidden": hidden_TD.grad, "grad_weight": weight_VD.grad}
 
 
@@ -161,7 +172,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     return [torch.load(pathlib.Path(folder) / f"{rank}.pt", weights_only=True) for rank in range(WORLD)]
 
 
-@pytest.mark.parametrize("case", range(len(CASES)), ids=[f"{name}-{per_token}" for name, per_token in CASES])
+@pytest.mark.parametrize("case", range(len(CASES)), ids=["-".join(map(str, case)) for case in CASES])
 def test_sharding_over_ranks_changes_nothing(ranks: list[dict], case: int) -> None:
     assert set(SAMPLES[0]) | set(SAMPLES[1]) == set(range(5))
     assert CASES[case][0] in ESTIMATORS
@@ -184,7 +195,8 @@ def test_a_divided_vocabulary_gives_the_same_log_probs_entropies_and_gradients(r
     for rank, results in enumerate(ranks):
         part = results["score"]
         columns = slice(6 * rank, 6 * rank + 6)
-        for name in ("logits_log_probs", "logits_entropy", "linear_log_probs", "linear_entropy", "grad_hidden"):
+        names = ("logits_log_probs", "logits_entropy", "linear_log_probs", "linear_entropy", "grad_hidden", "squares")
+        for name in names:
             torch.testing.assert_close(part[name], whole[name], atol=2e-6, rtol=1e-5)
         torch.testing.assert_close(part["grad_logits"], whole["grad_logits"][:, columns], atol=2e-6, rtol=1e-5)
         torch.testing.assert_close(part["grad_weight"], whole["grad_weight"][columns], atol=2e-6, rtol=1e-5)
@@ -195,7 +207,7 @@ def test_a_rank_all_of_whose_tokens_are_forbidden_changes_nothing(ranks: list[di
     assert all(whole[name].isfinite().all() for name in ("logits_log_probs", "logits_entropy", "grad_logits"))
     for rank, results in enumerate(ranks):
         part = results["forbidden"]
-        for name in ("logits_log_probs", "logits_entropy"):
+        for name in ("logits_log_probs", "logits_entropy", "squares"):
             torch.testing.assert_close(part[name], whole[name], atol=2e-6, rtol=1e-5)
         columns = slice(6 * rank, 6 * rank + 6)
         torch.testing.assert_close(part["grad_logits"], whole["grad_logits"][:, columns], atol=2e-6, rtol=1e-5)

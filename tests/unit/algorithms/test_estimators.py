@@ -1,3 +1,6 @@
+import dataclasses
+from typing import Any
+
 import algorithm_reference as reference
 import pytest
 import torch
@@ -28,6 +31,9 @@ def batch(**fields: torch.Tensor) -> AdvantageBatch:
         "ref_log_probs_T": -torch.rand(8),
         "teacher_log_probs_T": -torch.rand(8),
         "values_T": torch.randn(8),
+        "squared_probs_T": torch.rand(8),
+        "group_ids_B": torch.tensor([0, 1, 0]),
+        "num_groups": 2,
     }
     return AdvantageBatch(packing=PACKING, mask_T=MASK_T, **(defaults | fields))
 
@@ -133,10 +139,12 @@ def test_fully_masked_samples_leave_the_others_alone(estimator: str) -> None:
     config = AdvantageConfig(advantage_estimator=estimator, kl_coef=0.1)
     torch.manual_seed(6)
     fields = {name: -torch.rand(8) for name in ("old_log_probs_T", "ref_log_probs_T", "values_T")}
+    fields["squared_probs_T"] = torch.rand(8)
+    groups: dict[str, Any] = {"group_ids_B": torch.zeros(3, dtype=torch.int64), "num_groups": 1}
     mask_T = torch.tensor([1, 1, 1, 0, 1, 1, 1, 1])
     rewards_B = torch.tensor([1.0, 100.0, -1.0])
     whole = compute_advantages(
-        config, AdvantageBatch(packing=PACKING, mask_T=mask_T, rewards_B=rewards_B, **fields)
+        config, AdvantageBatch(packing=PACKING, mask_T=mask_T, rewards_B=rewards_B, **fields, **groups)
     ).advantages_T
     others = [0, 2]
     without = compute_advantages(
@@ -146,6 +154,7 @@ def test_fully_masked_samples_leave_the_others_alone(estimator: str) -> None:
             mask_T=PACKING.take(mask_T, others),
             rewards_B=rewards_B[others],
             **{name: PACKING.take(x_T, others) for name, x_T in fields.items()},
+            **groups | {"group_ids_B": torch.zeros(2, dtype=torch.int64)},
         ),
     ).advantages_T
     assert whole.isfinite().all()
@@ -155,7 +164,12 @@ def test_fully_masked_samples_leave_the_others_alone(estimator: str) -> None:
 @pytest.mark.parametrize("estimator", list(ESTIMATORS))
 def test_a_batch_of_nothing_but_masked_tokens_has_finite_advantages(estimator: str) -> None:
     data = AdvantageBatch(
-        packing=Packing((2, 1)), mask_T=torch.zeros(3), rewards_B=torch.ones(2), values_T=torch.full((3,), torch.nan)
+        packing=Packing((2, 1)),
+        mask_T=torch.zeros(3),
+        rewards_B=torch.ones(2),
+        **dict.fromkeys(("values_T", "old_log_probs_T", "squared_probs_T"), torch.full((3,), torch.nan)),
+        group_ids_B=torch.tensor([0, 0]),
+        num_groups=1,
     )
     result = compute_advantages(AdvantageConfig(advantage_estimator=estimator, normalize_advantages=True), data)
     assert result.advantages_T.isfinite().all()
@@ -168,9 +182,9 @@ def test_padded_rows_give_the_same_advantages(estimator: str) -> None:
     )
     data = batch()
     rows = Packing((4, 4, 4))
-    names = ("mask_T", "old_log_probs_T", "ref_log_probs_T", "values_T")
+    names = ("mask_T", "old_log_probs_T", "ref_log_probs_T", "values_T", "squared_probs_T")
     padded = {name: rows.pack(PACKING.unpack(getattr(data, name))) for name in names}
-    result = compute_advantages(config, AdvantageBatch(packing=rows, rewards_B=data.rewards_B, **padded))
+    result = compute_advantages(config, dataclasses.replace(data, packing=rows, teacher_log_probs_T=None, **padded))
     expected = compute_advantages(config, data)
     for name in ("advantages_T", "returns_T"):
         actual_T = PACKING.pack(rows.unpack(getattr(result, name)))
@@ -180,7 +194,7 @@ def test_padded_rows_give_the_same_advantages(estimator: str) -> None:
 @pytest.mark.parametrize("estimator", list(ESTIMATORS))
 def test_garbage_at_masked_tokens_reaches_no_unmasked_one(estimator: str) -> None:
     config = AdvantageConfig(advantage_estimator=estimator, kl_coef=0.1, use_opd=True, normalize_advantages=True)
-    names = ("old_log_probs_T", "ref_log_probs_T", "values_T", "teacher_log_probs_T")
+    names = ("old_log_probs_T", "ref_log_probs_T", "values_T", "teacher_log_probs_T", "squared_probs_T")
     data, kept_T = batch(), MASK_T.bool()
     clean = {name: getattr(data, name).masked_fill(~kept_T, 0.0) for name in names}
     dirty = {name: getattr(data, name).masked_fill(~kept_T, torch.nan) for name in names}
@@ -205,7 +219,7 @@ def test_distillation_subtracts_the_reverse_kl_before_whitening() -> None:
 def test_half_precision_inputs_are_computed_in_float32(estimator: str, dtype: torch.dtype) -> None:
     config = AdvantageConfig(advantage_estimator=estimator, kl_coef=0.1, kl_loss_type="k3", use_opd=True)
     data = batch()
-    names = ("old_log_probs_T", "ref_log_probs_T", "teacher_log_probs_T", "values_T")
+    names = ("old_log_probs_T", "ref_log_probs_T", "teacher_log_probs_T", "values_T", "squared_probs_T")
     halves = {name: getattr(data, name).to(dtype) for name in names}
     result = compute_advantages(config, batch(**halves))
     exact = compute_advantages(config, batch(**{name: x_T.float() for name, x_T in halves.items()}))

@@ -446,3 +446,48 @@ def test_dr_grpo_is_divided_by_the_length_and_the_samples_or_is_a_mean_over_toke
         config = LossConfig(policy_loss="dr_grpo", loss_length=10.0, calculate_per_token_loss=per_token)
         output = rl_loss(config, dataclasses.replace(batch, denominator=denominator), torch.zeros(8))
         assert output.loss.item() == pytest.approx(-float(advantages_T.sum()) / divisor)
+
+
+def test_echo_adds_the_mean_nll_of_each_samples_observation_tokens() -> None:
+    # Sample 0 has two observation tokens, sample 1 one, sample 2 none, over three rollouts of the step and one more.
+    packing = Packing((4, 2, 1))
+    mask_T = torch.tensor([1, 0, 0, 1, 0, 1, 1])
+    new_T = torch.tensor([-1.0, -2.0, -3.0, -0.5, -0.7, -1.0, -2.0], dtype=torch.float64, requires_grad=True)
+    advantages_T = torch.tensor([1.0, 9.0, 9.0, 1.0, 9.0, -1.0, 0.5])
+    batch = LossBatch(
+        packing=packing, mask_T=mask_T, advantages_T=advantages_T, observation_mask_T=1 - mask_T, denominator=4
+    )
+    plain = rl_loss(LossConfig(), batch, new_T)
+    (grad_T,) = torch.autograd.grad(plain.loss, new_T)
+    echo = rl_loss(LossConfig(echo_loss_coef=0.05), batch, new_T)
+    (with_echo_T,) = torch.autograd.grad(echo.loss, new_T)
+    nll = (2.0 + 3.0) / 2 + 0.7
+    assert echo.loss.item() - plain.loss.item() == pytest.approx(0.05 * nll / 4)
+    assert (with_echo_T - grad_T).tolist() == pytest.approx(
+        [0, -0.05 / 2 / 4, -0.05 / 2 / 4, 0, -0.05 / 4, 0, 0], abs=1e-12
+    )
+    assert reduce_metrics([echo.metrics])["train/echo_loss"] == pytest.approx(nll / 3)
+    assert "train/echo_loss" not in plain.metrics
+
+
+def test_echos_share_adds_up_over_micro_batches() -> None:
+    packing, mask_T = Packing((3, 4, 2)), torch.tensor([1, 0, 1, 0, 0, 1, 1, 1, 0])
+    torch.manual_seed(8)
+    new_T, advantages_T = -torch.rand(9), torch.randn(9)
+    config = LossConfig(echo_loss_coef=0.3)
+
+    def loss(samples: list[int]) -> torch.Tensor:
+        part = {"mask_T": mask_T, "advantages_T": advantages_T, "observation_mask_T": 1 - mask_T}
+        tensors = {name: packing.take(x_T, samples) for name, x_T in part.items()}
+        batch = LossBatch(packing=packing.subset(samples), **tensors, denominator=3)
+        return rl_loss(config, batch, packing.take(new_T, samples)).loss
+
+    torch.testing.assert_close(loss([0]) + loss([2, 1]), loss([0, 1, 2]))
+
+
+def test_echo_refuses_what_it_cannot_do() -> None:
+    with pytest.raises(ValueError, match="calculate_per_token_loss must be off"):
+        LossConfig(echo_loss_coef=0.1, calculate_per_token_loss=True)
+    batch = LossBatch(packing=Packing((1,)), mask_T=torch.ones(1), advantages_T=torch.ones(1))
+    with pytest.raises(ValueError, match=r"echo_loss_coef needs LossBatch\.observation_mask_T"):
+        rl_loss(LossConfig(echo_loss_coef=0.1), batch, -torch.ones(1))

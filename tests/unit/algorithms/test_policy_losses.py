@@ -8,9 +8,9 @@ import torch
 
 from miles.algorithms import (
     POLICY_LOSSES,
-    ClipConfig,
     Packing,
     PolicyInputs,
+    PolicyLossConfig,
     PolicyTerms,
     opsm_drop,
     policy_loss,
@@ -19,10 +19,10 @@ from miles.algorithms import (
 
 PACKING = Packing((3, 2))
 MASK_T = torch.tensor([1, 1, 1, 1, 0])
-ASYMMETRIC = ClipConfig(eps_clip=0.2, eps_clip_high=0.3)
+ASYMMETRIC = PolicyLossConfig(eps_clip=0.2, eps_clip_high=0.3, dro_beta=0.1)
 
 
-def evaluate(name: str, config: ClipConfig, **columns: Any) -> PolicyTerms:
+def evaluate(name: str, config: PolicyLossConfig, **columns: Any) -> PolicyTerms:
     return policy_loss(name, config, PolicyInputs.of(**columns))
 
 
@@ -30,7 +30,7 @@ def terms(
     name: str,
     log_ratio: list[float] | torch.Tensor,
     advantages: list[float] | torch.Tensor,
-    config: ClipConfig = ASYMMETRIC,
+    config: PolicyLossConfig = ASYMMETRIC,
     packing: Packing = PACKING,
     mask_T: torch.Tensor = MASK_T,
 ) -> PolicyTerms:
@@ -55,19 +55,19 @@ def test_asymmetric_clip_by_hand() -> None:
 
 
 def test_the_upper_bound_defaults_to_the_lower() -> None:
-    result = terms("ppo_clip", [math.log(2)] * 5, [1.0] * 5, ClipConfig(eps_clip=0.1))
+    result = terms("ppo_clip", [math.log(2)] * 5, [1.0] * 5, PolicyLossConfig(eps_clip=0.1))
     assert result.loss_T[0].item() == pytest.approx(-1.1)
 
 
 def test_dual_clip_caps_the_loss_of_negative_advantages() -> None:
-    config = ClipConfig(eps_clip=0.2, eps_clip_c=3.0)
+    config = PolicyLossConfig(eps_clip=0.2, eps_clip_c=3.0)
     result = terms("ppo_clip", [math.log(5), math.log(2), math.log(5), 0.0, 0.0], [-1.0, -1.0, 1.0, -1.0, 0.0], config)
     assert result.loss_T.tolist() == pytest.approx([3.0, 2.0, -1.2, 1.0, 0.0], abs=1e-6)
 
 
 def test_dual_clip_at_or_below_one_is_refused() -> None:
     with pytest.raises(ValueError, match=r"eps_clip_c is 1\.0"):
-        ClipConfig(eps_clip_c=1.0)
+        PolicyLossConfig(eps_clip_c=1.0)
 
 
 def test_gspo_gives_every_token_the_mean_log_ratio_of_its_sequence() -> None:
@@ -92,7 +92,7 @@ def test_cispo_by_hand() -> None:
 
 @pytest.mark.parametrize("eps_clip", [1.0, 1.5, 1000.0])
 def test_cispo_without_a_lower_bound_weights_by_the_ratio_itself_however_small(eps_clip: float) -> None:
-    config = ClipConfig(eps_clip=eps_clip, eps_clip_high=0.3)
+    config = PolicyLossConfig(eps_clip=eps_clip, eps_clip_high=0.3)
     ratios = [1e-6, 0.01, 0.5, 1.2, 4.0]
     result = terms("cispo", [math.log(ratio) for ratio in ratios], [1.0] * 5, config)
     expected = [-min(ratio, 1.3) * (math.log(ratio) - 1) for ratio in ratios]
@@ -104,7 +104,7 @@ def test_cispo_without_a_lower_bound_weights_by_the_ratio_itself_however_small(e
 @pytest.mark.parametrize("bounds", [{"eps_clip": -0.1}, {"eps_clip": math.nan}, {"eps_clip_high": math.nan}])
 def test_clip_ranges_are_not_negative(bounds: dict[str, float]) -> None:
     with pytest.raises(ValueError, match="must be at least 0"):
-        ClipConfig(**bounds)
+        PolicyLossConfig(**bounds)
 
 
 def test_clipped_tokens_keep_a_gradient_in_cispo_and_lose_it_in_ppo() -> None:
@@ -127,7 +127,7 @@ def test_clipped_tokens_keep_a_gradient_in_cispo_and_lose_it_in_ppo() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_surrogate_matches_the_reference(dual: float | None, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
-    config = ClipConfig(eps_clip=0.2, eps_clip_high=0.28, eps_clip_c=dual)
+    config = PolicyLossConfig(eps_clip=0.2, eps_clip_high=0.28, eps_clip_c=dual)
     packing, new_T, old_T = Packing((64,)), -torch.rand(64).to(dtype) * 4, -torch.rand(64).to(dtype) * 4
     advantages_T = torch.randn(64)
     result = evaluate(
@@ -159,7 +159,7 @@ def test_gradients_match_finite_differences(name: str) -> None:
     def loss(x_T: torch.Tensor) -> torch.Tensor:
         return evaluate(
             name,
-            ClipConfig(eps_clip=0.2, eps_clip_c=3.0),
+            PolicyLossConfig(eps_clip=0.2, eps_clip_c=3.0),
             packing=PACKING,
             mask_T=MASK_T,
             log_probs_T=x_T,
@@ -173,8 +173,13 @@ def test_gradients_match_finite_differences(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "log_ratio"),
     [
-        *itertools.product(["ppo_clip", "gspo", "dr_grpo"], [-1e4, -30.0, 30.0, 1e4, math.inf, -math.inf]),
-        *itertools.product(["cispo"], [-1e4, -30.0, 30.0, 1e4]),  # its loss is proportional to the log-prob
+        *itertools.product(
+            ["ppo_clip", "gspo", "dr_grpo", "dppo_tv", "dppo_kl", "gmpo", "luspo", "sapo"],
+            [-1e4, -30.0, 30.0, 1e4, math.inf, -math.inf],
+        ),
+        *itertools.product(
+            ["cispo", "vespo", "dro"], [-1e4, -30.0, 30.0, 1e4]
+        ),  # its loss is proportional to the log-prob
     ],
 )
 def test_huge_log_ratios_stay_finite(name: str, log_ratio: float) -> None:
@@ -231,12 +236,13 @@ def test_sequence_masking_drops_off_policy_sequences_with_negative_advantage() -
 
 def test_a_registered_function_is_a_policy_loss() -> None:
     @register_policy_loss("score_function")
-    def score_function(config: ClipConfig, inputs: PolicyInputs) -> PolicyTerms:
+    def score_function(config: PolicyLossConfig, inputs: PolicyInputs) -> PolicyTerms:
         zeros_T = torch.zeros_like(inputs.log_probs_T)
         return PolicyTerms(-inputs.log_probs_T * inputs.advantages_T, zeros_T, zeros_T)
 
     result = terms("score_function", [0.0] * 5, [2.0] * 5)
     assert result.loss_T.tolist() == [2.0, 2.0, 2.0, 2.0, 0.0]
+    assert not POLICY_LOSSES["score_function"].trust_region
 
 
 def test_unknown_names_and_shapes_that_do_not_fit_are_refused() -> None:

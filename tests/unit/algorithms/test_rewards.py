@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import algorithm_reference as reference
@@ -90,3 +91,78 @@ def test_group_ids_may_be_a_tensor_or_any_hashable() -> None:
     by_name = shape_rewards(config, torch.tensor([1.0, 0.0, 3.0, 5.0]), ["a", "a", "b", "b"])
     by_number = shape_rewards(config, torch.tensor([1.0, 0.0, 3.0, 5.0]), torch.tensor([1, 1, 0, 0]))
     assert torch.equal(by_name, by_number)
+
+
+def test_maxrl_divides_by_the_groups_mean() -> None:
+    # One success of four: mean 1/4. Three of four: 3/4. Two graded ones: mean 0.4.
+    shaped = shape("maxrl", [1, 0, 0, 0, 1, 1, 1, 0, 0.2, 0.6], [0] * 4 + [1] * 4 + [2] * 2)
+    assert shaped == pytest.approx([3, -1, -1, -1, 1 / 3, 1 / 3, 1 / 3, -1, -0.5, 0.5])
+
+
+def test_maxrl_learns_nothing_where_all_fail_or_all_succeed() -> None:
+    assert shape("maxrl", [0, 0, 0.1, 0.1, 0.1], [0, 0, 1, 1, 1]) == [0.0] * 5
+
+
+def test_maxrls_advantages_give_the_gradient_of_the_truncated_log_likelihood() -> None:
+    # The truncation of log p at order m has the derivative sum over k < m of (1 - p)^k (2602.02710). The expectation of
+    # mean_i A_i d log pi(y_i) / dp over all outcomes of N draws with success probability p is that of m = N - 1: groups
+    # without a success are left out, also by the baseline.
+    n, p = 4, 0.3
+    expected = sum((1 - p) ** k for k in range(n - 1))
+    found = 0.0
+    for outcome in itertools.product([0.0, 1.0], repeat=n):
+        probability = math.prod(p if r else 1 - p for r in outcome)
+        scores = [1 / p if r else -1 / (1 - p) for r in outcome]
+        advantages = shape("maxrl", list(outcome), [0] * n)
+        found += probability * sum(a * s for a, s in zip(advantages, scores, strict=True)) / n
+    assert found == pytest.approx(expected, rel=1e-6)
+
+
+def test_maxrl_refuses_negative_rewards() -> None:
+    with pytest.raises(ValueError, match=r"one of them is -0\.5; give rewards of at least 0"):
+        shape("maxrl", [1, -0.5], [0, 0])
+
+
+def gdpo(rewards: list[list[float]], ids: list[int], weights: tuple[float, ...], **config: bool) -> list[float]:
+    options = AdvantageConfig(advantage_estimator="gdpo", reward_weights=weights, **config)
+    return shape_rewards(options, torch.tensor(rewards, dtype=torch.float64), ids).tolist()
+
+
+def test_gdpo_normalises_each_reward_then_their_weighted_sum_over_the_batch() -> None:
+    rewards = [[1.0, 3.0], [0.0, 1.0], [0.0, 8.0], [1.0, 4.0], [1.0, 0.0], [1.0, 2.0]]
+    ids, weights = [7, 7, 7, 9, 9, 9], (1.0, 0.25)
+    columns = []
+    for k in range(2):
+        groups = [[r[k] for r, i in zip(rewards, ids, strict=True) if i == g] for g in (7, 9)]
+        columns.append([x for group in groups for x in reference.group_standardized(group)])
+    summed = [a + 0.25 * b for a, b in zip(*columns, strict=True)]
+    mean = math.fsum(summed) / 6
+    std = math.sqrt(math.fsum((x - mean) ** 2 for x in summed) / 5)
+    assert mean == pytest.approx(0, abs=1e-12)
+    assert gdpo(rewards, ids, weights) == pytest.approx([(x - mean) / (std + 1e-6) for x in summed], rel=1e-6)
+
+
+def test_gdpo_keeps_apart_what_a_sum_would_confuse() -> None:
+    # Sums are 1, 1 and 0: the first two differ in which reward they won, and a rare one counts for more.
+    rewards = [[1.0, 0.0], [0.0, 1.0], [0.0, 0.0], [0.0, 1.0]]
+    first, second, third, _ = gdpo(rewards, [0] * 4, (1.0, 1.0))
+    assert shape("grpo", [sum(r) for r in rewards], [0] * 4)[0] == shape("grpo", [sum(r) for r in rewards], [0] * 4)[1]
+    assert first > second > third
+
+
+def test_gdpo_gives_exactly_zero_to_groups_without_spread() -> None:
+    shaped = gdpo([[0.1, 0.7]] * 3 + [[1.0, 0.0], [0.0, 0.0], [0.1, 0.2]], [0, 0, 0, 1, 1, 1], (1.0, 2.0))
+    assert shaped[:3] == [0.0] * 3
+    assert all(shaped[3:])
+    assert gdpo([[0.3, 0.3]] * 2, [0, 0], (1.0, 1.0)) == [0.0, 0.0]
+
+
+def test_gdpo_without_group_standard_deviations_centres_each_reward() -> None:
+    shaped = gdpo([[1.0, 0.0], [0.0, 4.0]], [0, 0], (1.0, 0.5), grpo_std_normalization=False)
+    summed = [0.5 - 1.0, -0.5 + 1.0]
+    assert shaped == pytest.approx([x / (math.sqrt(0.5) + 1e-6) for x in summed])
+
+
+def test_gdpo_needs_as_many_weights_as_rewards() -> None:
+    with pytest.raises(ValueError, match="zip"):
+        gdpo([[1.0, 0.0, 1.0]], [0], (1.0, 1.0))

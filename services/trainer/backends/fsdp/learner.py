@@ -17,6 +17,7 @@ from miles.algorithms.losses import LossOutput
 from miles.algorithms.metrics import MetricSum
 from miles.algorithms.vocab_rows import TokenLogProbs
 from miles.services.trainer.backends.fsdp.lora.layers import without_adapters
+from miles.services.trainer.backends.fsdp.model.forward import LogProbForward
 from miles.services.trainer.backends.fsdp.model.sharded_model import named_weights
 from miles.services.trainer.backends.fsdp.model.working_weights import WorkingWeights
 from miles.services.trainer.backends.fsdp.optimizer import (
@@ -28,6 +29,7 @@ from miles.services.trainer.backends.fsdp.optimizer import (
 from miles.services.trainer.backends.fsdp.replay.step_routing import Routing
 from miles.services.trainer.batch.packing import MicroBatch
 from miles.services.trainer.batch.rollout_batch import OptimizerStepPlan, RolloutBatch
+from miles.services.trainer.step import adam_state
 from miles.services.trainer.step.learning_rate import learning_rate
 from miles.services.trainer.step.progress import Progress, Report
 from miles.services.trainer.step.roles import CriticLearner, Learner, OutputT, PolicyLearner
@@ -174,6 +176,10 @@ class FsdpLearner(Learner[OutputT]):
         self.iteration += 1
         return 0.0 if norm is None else norm
 
+    def reset_optimizer(self) -> None:
+        """See `Learner.reset_optimizer`."""
+        adam_state.reset(self.optimizer)
+
     def discard_gradients(self) -> None:
         """See `Learner.discard_gradients`."""
         self.optimizer.zero_grad(set_to_none=True)
@@ -185,9 +191,18 @@ class FsdpLearner(Learner[OutputT]):
 class FsdpPolicy(FsdpLearner[TokenLogProbs], PolicyLearner):
     """The policy."""
 
+    _forward: LogProbForward
+
     def compute_log_probs(self, batch: RolloutBatch, report: Report) -> torch.Tensor:
         """See `LogProbRole.compute_log_probs`."""
         return self._per_token(batch, report)
+
+    def compute_log_probs_and_squares(self, batch: RolloutBatch, report: Report) -> torch.Tensor:
+        """See `PolicyLearner.compute_log_probs_and_squares`."""
+        forward, columns = self._forward, (2,)
+        return _forward_batch(
+            self.model, self.weights, forward, batch, report, self._routing, forward.with_squares, columns
+        )
 
 
 class FsdpCritic(FsdpLearner[torch.Tensor], CriticLearner):
@@ -269,18 +284,24 @@ def _forward_batch(
     batch: RolloutBatch,
     report: Report,
     routing: Routing | None,
+    per_token: Callable[[torch.nn.Module, MicroBatch], torch.Tensor] | None = None,
+    columns: tuple[int, ...] = (),
 ) -> torch.Tensor:
-    """The log-probability or value of each of this rank's response tokens, without gradient; float32 [T]."""
+    """The log-probability or value of each of this rank's response tokens, without gradient; float32 [T].
+
+    Or what else `per_token` gives, [R, *columns] of a micro-batch: [T, *columns].
+    """
     micro_batches: Sequence[MicroBatch] = batch.log_prob_micro_batches
     if routing is not None and routing.keeps:  # by micro-batch, so it takes those of the training pass
         micro_batches = batch.micro_batches
-    result = torch.zeros(batch.packing.num_tokens, device=forward.device)
+    compute = per_token or forward.per_token
+    result = torch.zeros(batch.packing.num_tokens, *columns, device=forward.device)
     with weights.in_use(), torch.no_grad():
         for done, micro_batch in enumerate(micro_batches):
             report(Progress("log_probs", done, len(micro_batches)))
             if routing is not None:
                 routing.before(batch, micro_batch, training=False)
-            values_R = forward.per_token(model, micro_batch)
+            values_R = compute(model, micro_batch)
             result[to_device(batch.token_indices(micro_batch), result.device)] = values_R
             if routing is not None:
                 routing.after(micro_batch)

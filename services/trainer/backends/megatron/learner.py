@@ -13,9 +13,10 @@ from miles.algorithms.vocab_rows import TokenLogProbs
 from miles.services.trainer.backends.megatron.model.build_model import MegatronModel
 from miles.services.trainer.backends.megatron.mtp.layers import MtpTraining
 from miles.services.trainer.backends.megatron.optimizer import MegatronOptimizer
-from miles.services.trainer.backends.megatron.parallel.forward_output import ForwardOutput
+from miles.services.trainer.backends.megatron.parallel.forward_output import ForwardOutput, LogProbOutput
 from miles.services.trainer.backends.megatron.parallel.groups import ParallelRank, from_last_stage
 from miles.services.trainer.backends.megatron.parallel.pipeline import Pipeline
+from miles.services.trainer.backends.megatron.parallel.rows import LocalRows
 from miles.services.trainer.backends.megatron.replay.step_routing import Hooks, Routing
 from miles.services.trainer.batch.packing import MicroBatch
 from miles.services.trainer.batch.rollout_batch import OptimizerStepPlan, RolloutBatch
@@ -78,6 +79,10 @@ class MegatronLearner(Learner[OutputT]):
         self.iteration += 1
         return norm
 
+    def reset_optimizer(self) -> None:
+        """See `Learner.reset_optimizer`."""
+        self.optimizer.reset()
+
     def discard_gradients(self) -> None:
         """See `Learner.discard_gradients`; collective."""
         self.optimizer.clear()
@@ -124,12 +129,22 @@ class MegatronLearner(Learner[OutputT]):
             self._routing.finish()
         return parts
 
-    def _per_token(self, batch: RolloutBatch, report: Report, routing: Routing | None) -> torch.Tensor:
-        """The log-probability or value of each of this replica's response tokens, without gradient; float32 [T]."""
+    def _per_token(
+        self,
+        batch: RolloutBatch,
+        report: Report,
+        routing: Routing | None,
+        per_token: Callable[[torch.Tensor, MicroBatch, LocalRows], torch.Tensor] | None = None,
+        columns: tuple[int, ...] = (),
+    ) -> torch.Tensor:
+        """The log-probability or value of each of this replica's response tokens, without gradient; float32 [T].
+
+        Or what else `per_token` gives, [R, *columns] of a micro-batch: [T, *columns].
+        """
         micro_batches: Sequence[MicroBatch] = batch.log_prob_micro_batches
         if routing is not None and routing.keeps:  # by micro-batch, so it takes those of the training pass
             micro_batches = batch.micro_batches
-        result = torch.zeros(batch.packing.num_tokens, device=self._device)
+        result = torch.zeros(batch.packing.num_tokens, *columns, device=self._device)
 
         def keep(number: int, values_R: torch.Tensor) -> tuple[torch.Tensor, Any]:
             report(Progress("log_probs", min(number, len(micro_batches)), len(micro_batches)))
@@ -139,7 +154,8 @@ class MegatronLearner(Learner[OutputT]):
 
         hooks: Hooks = {} if routing is None else routing.hooks(micro_batches, with_gradient=False, training=False)
         with torch.no_grad():
-            self._pipeline.run(micro_batches, self._output.per_token, keep, with_gradient=False, **hooks)
+            compute = per_token or self._output.per_token
+            self._pipeline.run(micro_batches, compute, keep, with_gradient=False, **hooks)
         if routing is not None:
             routing.finish()
         return from_last_stage(result, self._parallel)
@@ -148,9 +164,15 @@ class MegatronLearner(Learner[OutputT]):
 class MegatronPolicy(MegatronLearner[TokenLogProbs], PolicyLearner):
     """The policy."""
 
+    _output: LogProbOutput
+
     def compute_log_probs(self, batch: RolloutBatch, report: Report) -> torch.Tensor:
         """See `LogProbRole.compute_log_probs`; routed as in training."""
         return self._per_token(batch, report, self._routing)
+
+    def compute_log_probs_and_squares(self, batch: RolloutBatch, report: Report) -> torch.Tensor:
+        """See `PolicyLearner.compute_log_probs_and_squares`."""
+        return self._per_token(batch, report, self._routing, self._output.with_squares, (2,))
 
     def compute_log_probs_unrouted(self, batch: RolloutBatch, report: Report) -> torch.Tensor:
         """The same with routers that choose freely: for weights that did not generate the samples."""

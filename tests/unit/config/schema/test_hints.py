@@ -56,7 +56,6 @@ def test_a_close_name_is_meant(name: str, meant: str) -> None:
         "lr_wsd_decay_iters",
         "rollout_max_len",  # of the prompt, the response, or both
         "custom_generate_function_path",
-        "moe_router_topk",
         "miles_router_timeout",
         "optimizer_cpu_offload",
         "update_weight_delta_checksum",

@@ -11,7 +11,7 @@ import torch
 from trainer_cases import hf_log_probs, job_config, random_groups, train_recorded, write_dense_model
 
 from miles.services.trainer.backends.fsdp.backend import FsdpBackend
-from miles.types import SampleGroup
+from miles.types import SampleGroup, SampleStatus
 
 pytestmark = pytest.mark.usefixtures("process_group")
 KL_COEF, GAMMA = 0.3, 0.9
@@ -86,3 +86,36 @@ def test_the_teachers_kl_is_that_of_the_old_policys_log_probs_wherever_they_come
         old = sample.rollout_log_probs if engines else own[i]
         expected = -0.5 * (old - teacher[i])
         np.testing.assert_allclose(found[sample.group_id, sample.index], expected, atol=2e-5)
+
+
+def test_several_rewards_reach_the_advantages_of_gdpo(policy: pathlib.Path) -> None:
+    groups = random_groups(53)
+    rng = np.random.default_rng(53)
+    samples = [sample for group in groups for sample in group.samples]
+    for sample in samples:
+        sample.reward = {"right": float(rng.integers(0, 2)), "style": float(rng.normal()), "unused": 9.0}
+    samples[3].status, samples[3].reward = SampleStatus.FAILED, None
+    gdpo = {
+        "advantage_estimator": "gdpo",
+        "gdpo_rewards": ["right", "style=0.5"],
+        "reward_key": "right",
+        "rm_type": None,
+        "custom_rm_path": "rewards.score",
+        "label_key": None,
+    }
+    backend = FsdpBackend(job_config(policy, **gdpo), policy / "checkpoints", torch.device("cpu"))
+    backend.load()
+    shaped_N = backend._loaded.trainer._preparation.shaped_rewards(samples).tolist()
+    summed: dict[tuple[int, int], float] = {}
+    for group in groups:
+        scored = [sample for sample in group.samples if sample.reward is not None]
+        for name, weight in (("right", 1.0), ("style", 0.5)):
+            values = np.array([sample.reward[name] for sample in scored])
+            centred = values - values.mean()
+            for sample, value in zip(scored, centred / (values.std(ddof=1) + 1e-6), strict=True):
+                place = sample.group_id, sample.index
+                summed[place] = summed.get(place, 0.0) + weight * value
+    spread = np.std(list(summed.values()), ddof=1)
+    assert len(summed) == 15
+    expected = [summed.get((sample.group_id, sample.index), 0.0) / spread for sample in samples]
+    np.testing.assert_allclose(shaped_N, expected, rtol=1e-4, atol=1e-5)

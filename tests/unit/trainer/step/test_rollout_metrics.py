@@ -36,8 +36,10 @@ def test_metrics_are_means_over_samples_and_flat_groups_are_counted_by_reward() 
 
 
 def test_the_part_of_a_reward_that_is_trained_on_is_reported() -> None:
-    groups = [group(0, (1, {"a": 1.0, "b": 4.0}, SampleStatus.COMPLETED))]
-    assert rollout_metrics(groups, "b")["rollout/raw_reward"] == 4.0
+    done = SampleStatus.COMPLETED
+    groups = [group(0, (1, {"a": 1.0, "b": 4.0}, done), (1, {"a": 2.0, "b": 5.0}, done))]
+    metrics = rollout_metrics(groups, "b")
+    assert (metrics["rollout/raw_reward"], metrics["rollout/reward/a"], metrics["rollout/reward/b"]) == (4.5, 1.5, 4.5)
 
 
 def test_without_any_reward_there_is_no_mean() -> None:

@@ -10,6 +10,7 @@ import torch
 
 from miles.algorithms.device_copies import to_device
 from miles.algorithms.log_probs import TokenLogProbs, token_log_probs
+from miles.algorithms.squared_probs import sum_squared_probs
 from miles.services.trainer.backends.fsdp.attention.packed_attention import AttentionPlan
 from miles.services.trainer.backends.fsdp.model.scored_rows import scored_rows
 from miles.services.trainer.backends.fsdp.model.scoring_head import (
@@ -52,6 +53,10 @@ class LogProbForward:
     def per_token(self, model: torch.nn.Module, micro_batch: MicroBatch) -> torch.Tensor:
         """See `ForwardPass.per_token`."""
         return forward(model, micro_batch, self._options).log_probs_T
+
+    def with_squares(self, model: torch.nn.Module, micro_batch: MicroBatch) -> torch.Tensor:
+        """The log-probability of each response token, and the sum of squared probabilities there; float32 [R, 2]."""
+        return log_probs_and_squares(model, micro_batch, self._options)
 
 
 class ValueForward:
@@ -99,6 +104,25 @@ def forward(
     if outputs.entropy_T is None:
         return TokenLogProbs(log_probs_R, None)
     return TokenLogProbs(log_probs_R, outputs.entropy_T[to_device(torch.from_numpy(scored.row_R), options.device)])
+
+
+def log_probs_and_squares(model: torch.nn.Module, micro_batch: MicroBatch, options: ForwardOptions) -> torch.Tensor:
+    """Log-probabilities and sums of squared probabilities of the micro-batch's response tokens; float32 [R, 2]."""
+    scored = scored_rows(micro_batch.logit_rows_R, micro_batch.targets_R)
+    tokens_UM = to_device(torch.from_numpy(scored.tokens_UM), options.device)
+    head = scoring_head(model, len(scored.rows_U), options.compute, options.logit_bytes)
+    if head is not None:
+        with head.scoring(Scoring(tokens_UM, options.temperature, False, False, options.chunk_rows, with_squares=True)):
+            output_UX = _head_output(model, micro_batch, options, scored.rows_U)[0]
+        log_probs_UM, squares_U = output_UX[:, :-1], output_UX[:, -1]
+    else:
+        logits_UV = _head_output(model, micro_batch, options, scored.rows_U)[0]
+        log_probs_UM = token_log_probs(
+            logits_UV, tokens_UM, temperature=options.temperature, chunk_rows=options.chunk_rows
+        ).log_probs_T
+        squares_U = sum_squared_probs(logits_UV, temperature=options.temperature, chunk_rows=options.chunk_rows)
+    places_R, rows_R = (to_device(torch.from_numpy(x), options.device) for x in (scored.place_R, scored.row_R))
+    return torch.stack([log_probs_UM.flatten()[places_R], squares_U[rows_R]], dim=1)
 
 
 def _head_output(

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from miles.algorithms.linear_log_probs import linear_token_log_probs
+from miles.algorithms.squared_probs import linear_sum_squared_probs
 from miles.algorithms.vocab_rows import TokenLogProbs
 
 if TYPE_CHECKING:
@@ -43,6 +44,8 @@ class Scoring:
     with_entropy: bool
     entropy_requires_grad: bool
     chunk_rows: int | None
+    with_squares: bool = False
+    """Also give the sum of squared probabilities; without entropies."""
 
 
 class ScoringHead(torch.nn.Linear):
@@ -64,7 +67,7 @@ class ScoringHead(torch.nn.Linear):
             self._scoring = None
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """Logits [1, U, V] from hidden states [1, U, D]; or float32 [1, U, M], with entropies [1, U, M + 1]."""
+        """Logits [1, U, V] from hidden states [1, U, D]; or float32 [1, U, M], [1, U, M + 1] with one more column."""
         asked = self._scoring
         if asked is None:
             return super().forward(input)
@@ -77,6 +80,11 @@ class ScoringHead(torch.nn.Linear):
             entropy_requires_grad=asked.entropy_requires_grad,
             chunk_rows=asked.chunk_rows,
         )
+        if asked.with_squares:
+            squares_U = linear_sum_squared_probs(
+                input[0], self.weight, temperature=asked.temperature, chunk_rows=asked.chunk_rows
+            )
+            return torch.cat([found.log_probs_T, squares_U[:, None]], dim=1)[None]
         if found.entropy_T is None:
             return found.log_probs_T[None]
         return torch.cat([found.log_probs_T, found.entropy_T[:, None]], dim=1)[None]

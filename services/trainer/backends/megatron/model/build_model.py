@@ -10,14 +10,18 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from miles.services.trainer.backends.megatron.model.critic import load_critic
+from miles.megatron_checkpoint import tensors_of
+from miles.services.trainer.backends.megatron.checkpoint.weights_only import load_weights
+from miles.services.trainer.backends.megatron.model.critic import VALUE_HEAD, load_critic
 from miles.services.trainer.backends.megatron.model.data_parallel import data_parallel
 from miles.services.trainer.backends.megatron.model.transformer_engine import choose_kernels, uses_transformer_engine
 from miles.services.trainer.backends.megatron.mtp.layers import add_mtp_layers
 from miles.services.trainer.backends.megatron.parallel.groups import ParallelRank
+from miles.services.trainer.checkpoint.initial_weights import initial_weights
 
 if TYPE_CHECKING:
     from miles.config import JobConfig
+    from miles.config.sections.numerics import NumericsConfig
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -36,10 +40,7 @@ class MegatronModel:
     @property
     def bare_chunks(self) -> list[Any]:
         """The chunks without wrappers."""
-        from megatron.core.utils import unwrap_model
-
-        bare: list[Any] = unwrap_model(self.chunks)
-        return bare
+        return unwrapped(self.chunks)
 
     def parameters(self) -> list[tuple[str, torch.Tensor]]:
         """Name and tensor of this rank's parameters and persistent buffers, in a fixed order."""
@@ -57,6 +58,14 @@ class MegatronModel:
                 yield buffer.grad_data
 
 
+def unwrapped(chunks: list[Any]) -> list[Any]:
+    """Chunks without wrappers."""
+    from megatron.core.utils import unwrap_model
+
+    bare: list[Any] = unwrap_model(chunks)
+    return bare
+
+
 def build_model(
     config: JobConfig,
     parallel: ParallelRank,
@@ -72,6 +81,7 @@ def build_model(
     from megatron.core.transformer.module import Float16Module
 
     folder = pathlib.Path(str(config.rollout.hf_checkpoint))
+    weights = pathlib.Path(critic_from or initial_weights(config))
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(
             f"no model in {folder}: there is no config.json; set hf_checkpoint to a Hugging Face folder"
@@ -82,7 +92,7 @@ def build_model(
     bridge = _bridge(folder, with_engine=with_engine)
     provider = bridge.to_megatron_provider(load_weights=False)
     provider.perform_initialization = False
-    load = functools.partial(_complete_and_load, bridge, config, critic_from)
+    load = functools.partial(_complete_and_load, bridge, config, weights, critic_from is not None)
     provider.register_pre_wrap_hook(load if critic_from is None else functools.partial(load_critic, load, critic_from))
     _configure(provider, config, parallel, compute)
     if critic_from is not None:
@@ -108,13 +118,15 @@ def _bridge(folder: pathlib.Path, *, with_engine: bool) -> Any:
     return kind.from_hf_pretrained(str(folder))
 
 
-def _complete_and_load(bridge: Any, config: JobConfig, critic_from: str | None, chunks: list[Any]) -> list[Any]:
-    """Add the policy's MTP layers; read a folder, by default the bridge's, into bare chunks.
+def _complete_and_load(
+    bridge: Any, config: JobConfig, weights: pathlib.Path, is_critic: bool, chunks: list[Any]
+) -> list[Any]:
+    """Add the policy's MTP layers; read a Hugging Face folder or a torch_dist checkpoint into bare chunks.
 
     Raises ValueError for parameters that the bridge cannot fill.
     """
     layout = config.megatron
-    if layout.mtp_num_layers is not None and critic_from is None:
+    if layout.mtp_num_layers is not None and not is_critic:
         for chunk in chunks:
             add_mtp_layers(
                 chunk,
@@ -128,8 +140,16 @@ def _complete_and_load(bridge: Any, config: JobConfig, critic_from: str | None, 
             f"megatron-bridge knows no names for some parameters of {architecture} in these layers; install "
             "TransformerEngine and set transformer_impl to transformer_engine, or use train_backend fsdp"
         )
-    bridge.load_hf_weights(chunks, hf_path=critic_from)
+    read_weights(bridge, weights, chunks, but=VALUE_HEAD if is_critic else None)
     return chunks
+
+
+def read_weights(bridge: Any, folder: pathlib.Path, chunks: list[Any], *, but: str | None = None) -> None:
+    """Fill chunks with a model's weights; collective. See `load_weights` for checkpoints, and for `but`."""
+    if (checkpoint := tensors_of(folder)) is not None:
+        load_weights(checkpoint, unwrapped(chunks), but=but)
+    else:
+        bridge.load_hf_weights(chunks, hf_path=str(folder))
 
 
 def _configure(provider: Any, config: JobConfig, parallel: ParallelRank, compute: torch.dtype) -> None:
@@ -168,7 +188,7 @@ def _configure(provider: Any, config: JobConfig, parallel: ParallelRank, compute
         "moe_router_fusion": with_engine and not wants_replay(config),  # it chooses before replay could
         "cross_entropy_loss_fusion": False,
         "gradient_accumulation_fusion": False,  # the head would need an extension of APEX, which no package brings
-        "deterministic_mode": False,
+        "deterministic_mode": config.train.deterministic_mode,
         "mtp_num_layers": None,  # they are added when the rest is built
         "mtp_enabled": False,
         "mtp_detach_heads": True,
@@ -177,7 +197,7 @@ def _configure(provider: Any, config: JobConfig, parallel: ParallelRank, compute
     if layout.num_virtual_stages_per_pipeline_rank:
         values |= {"overlap_p2p_comm": True, "batch_p2p_comm": False}
     if with_engine:
-        values |= _fused_kernels(provider)
+        values |= _fused_kernels(provider) | _unwanted_kernels(config.numerics)
     else:
         if getattr(provider, "multi_latent_attention", False) and layout.tensor_model_parallel_size > 1:
             raise ValueError("multi-head latent attention needs TransformerEngine for tensor_model_parallel_size > 1")
@@ -221,6 +241,17 @@ def _fused_kernels(provider: Any) -> dict[str, bool]:
     if experts:
         fused |= {"moe_grouped_gemm": True, "moe_permute_fusion": True}
     return fused
+
+
+def _unwanted_kernels(numerics: NumericsConfig) -> dict[str, bool]:
+    """Settings of fused kernels that the configuration turns off."""
+    wanted = {
+        "apply_rope_fusion": numerics.apply_rope_fusion,
+        "bias_activation_fusion": numerics.bias_swiglu_fusion,
+        "bias_dropout_fusion": numerics.bias_dropout_fusion,
+        "masked_softmax_fusion": numerics.masked_softmax_fusion,
+    }
+    return {name: False for name, is_wanted in wanted.items() if not is_wanted}
 
 
 _NEEDS_TRANSFORMER_ENGINE = (

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import pathlib
 from typing import TYPE_CHECKING
 
 import torch
 
 from miles.config.checks.model_layout import shape_differences
+from miles.megatron_checkpoint import tensors_of
 from miles.services.trainer.backends.megatron.learner import MegatronCritic, MegatronPolicy
-from miles.services.trainer.backends.megatron.model.build_model import MegatronModel, build_model, wants_replay
+from miles.services.trainer.backends.megatron.model.build_model import (
+    MegatronModel,
+    build_model,
+    read_weights,
+    wants_replay,
+)
 from miles.services.trainer.backends.megatron.mtp.layers import MtpTraining
 from miles.services.trainer.backends.megatron.optimizer import MegatronOptimizer
 from miles.services.trainer.backends.megatron.parallel.forward_output import LogProbOptions, LogProbOutput, ValueOutput
@@ -18,6 +25,7 @@ from miles.services.trainer.backends.megatron.replay.engine_rows import RowCutte
 from miles.services.trainer.backends.megatron.replay.observer import RoutingObserver
 from miles.services.trainer.backends.megatron.replay.router import ModelReplay, moe_layer_numbers
 from miles.services.trainer.backends.megatron.replay.step_routing import Routing
+from miles.services.trainer.checkpoint.initial_weights import initial_weights
 from miles.services.trainer.step import algorithm_options
 from miles.services.trainer.step.old_policies import OldPolicies
 from miles.services.trainer.step.roles import Roles
@@ -48,9 +56,7 @@ def build_roles(config: JobConfig, parallel: ParallelRank, device: torch.device)
     compute = algorithm_options.DTYPES[config.train.train_dtype]
     algorithm = config.algorithm
     model = build_model(config, parallel, compute)
-    reference = (
-        _weights_of(model, config, config.checkpoint.ref_load) if algorithm_options.needs_reference(config) else None
-    )
+    reference = _reference(model, config) if algorithm_options.needs_reference(config) else None
     teacher_folder = algorithm_options.teacher_folder(config)
     teacher = None if teacher_folder is None else _weights_of(model, config, teacher_folder)
     routing = _routing(config, model, parallel, device)
@@ -92,12 +98,18 @@ def _critic(config: JobConfig, parallel: ParallelRank, compute: torch.dtype, dev
     )
 
 
-def _weights_of(model: MegatronModel, config: JobConfig, folder: str | None) -> WeightCopy:
-    """The weights of another folder; the model's own if none is given.
+def _reference(model: MegatronModel, config: JobConfig) -> WeightCopy:
+    checkpoint = config.checkpoint
+    folder = checkpoint.ref_load or str(config.rollout.hf_checkpoint)
+    return _weights_of(model, config, str(tensors_of(pathlib.Path(folder), checkpoint.ref_ckpt_step) or folder))
+
+
+def _weights_of(model: MegatronModel, config: JobConfig, folder: str) -> WeightCopy:
+    """The weights of a folder, which may be the model's own.
 
     Raises ValueError for a folder with a model of another shape.
     """
-    if folder is None or folder == config.rollout.hf_checkpoint:
+    if folder == initial_weights(config):
         return WeightCopy(model.parameters)
     has_mtp = config.megatron.mtp_num_layers is not None
     differences = shape_differences(str(config.rollout.hf_checkpoint), folder, with_mtp=has_mtp)
@@ -107,7 +119,7 @@ def _weights_of(model: MegatronModel, config: JobConfig, folder: str | None) -> 
             "the policy's shape, or train with fsdp"
         )
     policy = WeightCopy(model.parameters)
-    model.bridge.load_hf_weights(model.chunks, hf_path=folder)
+    read_weights(model.bridge, pathlib.Path(folder), model.chunks)
     other = WeightCopy(model.parameters)
     policy.put()
     return other

@@ -12,6 +12,7 @@ from typing import Protocol, TypeVar
 import torch
 
 from miles.algorithms.log_probs import TokenLogProbs, VocabShard, token_log_probs
+from miles.algorithms.squared_probs import sum_squared_probs
 from miles.services.trainer.backends.megatron.parallel.groups import ParallelRank, SumOverRanks
 from miles.services.trainer.backends.megatron.parallel.rows import LocalRows
 from miles.services.trainer.batch.packing import MicroBatch
@@ -67,6 +68,18 @@ class LogProbOutput:
         """See `ForwardOutput.per_token`."""
         plain = dataclasses.replace(self._options, with_entropy=False, entropy_requires_grad=False)
         return self._log_probs(output_1RV, micro_batch, rows, plain).log_probs_T
+
+    def with_squares(self, output_1RV: torch.Tensor, micro_batch: MicroBatch, rows: LocalRows) -> torch.Tensor:
+        """The log-probability of each response token, and the sum of squared probabilities there; float32 [R, 2]."""
+        squares = sum_squared_probs(
+            output_1RV[0, :, : self._columns],
+            temperature=self._options.temperature,
+            shard=self._shard,
+            chunk_rows=self._options.chunk_rows,
+        )
+        responses = torch.from_numpy(rows.responses).to(squares.device)
+        squares_R = all_responses(squares, responses, len(micro_batch.targets_R), self._parallel)
+        return torch.stack([self.per_token(output_1RV, micro_batch, rows), squares_R], dim=1)
 
     def zero_loss(self, outputs: TokenLogProbs) -> torch.Tensor:
         """See `ForwardOutput.zero_loss`."""

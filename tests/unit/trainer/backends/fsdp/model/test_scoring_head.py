@@ -10,7 +10,7 @@ import pytest
 import torch
 from trainer_cases import random_groups, write_dense_model
 
-from miles.services.trainer.backends.fsdp.model.forward import ForwardOptions, forward
+from miles.services.trainer.backends.fsdp.model.forward import ForwardOptions, forward, log_probs_and_squares
 from miles.services.trainer.backends.fsdp.model.scoring_head import PLAIN_HEADS, ScoringHead, put_scoring_head
 from miles.services.trainer.backends.fsdp.model.sharded_model import load_hf_model
 from miles.services.trainer.batch.packing import pack
@@ -83,3 +83,28 @@ def test_scores_and_gradients_are_those_of_the_logits(
     assert own.keys() == others.keys()
     for name, gradient in own.items():
         torch.testing.assert_close(gradient, others[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("share_prompts", [True, False])
+def test_sums_of_squares_come_with_the_same_log_probs(tmp_path: pathlib.Path, share_prompts: bool) -> None:
+    from transformers import AutoModelForCausalLM
+
+    folder = write_dense_model(tmp_path / "model")
+    samples = in_order(random_groups(2))
+    micro_batch = pack(samples, range(len(samples)), share_prompts=share_prompts)
+    model = load_hf_model(folder, torch.float32, gradient_checkpointing=False)
+    put_scoring_head(model)
+    stock = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    expected = []
+    for sample in samples:
+        tokens = torch.from_numpy(sample.tokens.astype("int64"))
+        with torch.no_grad():
+            logits = stock(tokens[None]).logits[0, sample.prompt_length - 1 : -1]
+        expected.append((logits / OPTIONS.temperature).softmax(-1).square().sum(-1))
+    for limit in (0, OPTIONS.logit_bytes):
+        options = dataclasses.replace(OPTIONS, logit_bytes=limit)
+        with torch.no_grad():
+            found_R2 = log_probs_and_squares(model, micro_batch, options)
+            plain_R = forward(model, micro_batch, options).log_probs_T
+        assert torch.equal(found_R2[:, 0], plain_R)
+        torch.testing.assert_close(found_R2[:, 1], torch.cat(expected), rtol=1e-4, atol=1e-6)
