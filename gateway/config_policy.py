@@ -13,6 +13,7 @@ from typing import Any
 
 from miles.config.schema.catalog import Entry, passthroughs
 from miles.config.schema.faults import Fault
+from miles.config.sections.distillation import split_name
 from miles.gateway.config_schema import NAME_PATTERN, is_path, job_settings, type_faults
 from miles.gateway.options import GatewayOptions
 from miles.ownership.overlap import OUTPUTS
@@ -22,6 +23,8 @@ _SLICE = re.compile(r"@\[[^\]/]*\]$")
 """The rows of a data file: FILE@[a:b]."""
 _WITH_ROWS = ("prompt_data", "eval_prompt_data")
 """Settings whose files may be given with rows; in another one they would be part of the path."""
+_DUMPS = ("save_debug_rollout_data", "save_debug_train_data", "dump_details", "ci_save_grad_norm")
+"""Settings of files that a job writes outside of its run folder."""
 _DEFAULT_NAME = "job"
 """Name of a job that gives none."""
 
@@ -57,6 +60,7 @@ def review(body: Mapping[str, Any], policy: GatewayOptions, idempotency_key: str
         elif entry is None:
             faults += _allowed_passthrough(key, value, policy)
     faults += _name_and_run_dir(flat, mistyped, policy, idempotency_key)
+    faults += _dumps_outside(flat, {fault.field for fault in faults})
     return Reviewed(flat, faults, frozenset(fault.field for fault in faults))
 
 
@@ -80,6 +84,19 @@ def _name_and_run_dir(
     return []
 
 
+def _dumps_outside(flat: Mapping[str, Any], refused: set[str]) -> list[Fault]:
+    """A job's dumps replace what has their names, so they are in its own folder."""
+    if "run_dir" not in flat or "run_dir" in refused:
+        return []
+    own = pathlib.Path(flat["run_dir"])
+    problem, remedy = f"dumps replace files, and the job's own are below run_dir = {own}", "give a path there"
+    return [
+        Fault(key, flat[key], problem, remedy)
+        for key in _DUMPS
+        if key in flat and key not in refused and own not in pathlib.Path(flat[key]).parents
+    ]
+
+
 def _confined(entry: Entry, value: Any, policy: GatewayOptions) -> tuple[Any, list[Fault]]:
     """Return the value with absolute paths, and the faults of paths outside the roots."""
     if entry.kind is tuple:
@@ -87,7 +104,10 @@ def _confined(entry: Entry, value: Any, policy: GatewayOptions) -> tuple[Any, li
         faults: list[Fault] = []
         first, apart = (1, 2) if entry.metavar.startswith("NAME ") else (0, 1)  # pairs of a name and a file
         for i in range(first, len(items), apart):
-            items[i], found = _confined_path(entry.key, items[i], policy)
+            path = split_name(items[i])[1] if entry.metavar.startswith("[NAME=]") else items[i]
+            prefix = items[i].removesuffix(path)
+            confined, found = _confined_path(entry.key, path, policy)
+            items[i] = prefix + confined
             faults += found
         return items, faults
     return _confined_path(entry.key, value, policy)

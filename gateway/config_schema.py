@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -21,6 +22,8 @@ DEPLOYMENT = frozenset(
 )
 """Settings of the running services, which a job cannot change."""
 
+INDIRECT = frozenset({"eval_config"})
+"""Settings of files that name others, which nobody compares with the folders that jobs may use."""
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 """Names of jobs, which become folder names."""
 _INT64 = 2**63
@@ -37,12 +40,12 @@ _JSON_TYPES: Mapping[type[Any], tuple[str, str]] = {
 @functools.cache
 def job_settings() -> Mapping[str, Entry]:
     """Return every setting that a job may give, by key."""
-    return {key: entry for key, entry in catalog().items() if key not in DEPLOYMENT}
+    return {key: entry for key, entry in catalog().items() if key not in DEPLOYMENT | INDIRECT}
 
 
 def is_path(entry: Entry) -> bool:
     """Return whether the setting's value names a file or folder."""
-    return any(word in entry.metavar.split() for word in ("DIR", "FILE"))
+    return bool({"DIR", "FILE"} & set(re.findall(r"[A-Z]+", entry.metavar)))
 
 
 def type_faults(body: Mapping[str, Any]) -> list[Fault]:
@@ -55,6 +58,9 @@ def type_faults(body: Mapping[str, Any]) -> list[Fault]:
         if key in DEPLOYMENT:
             problem = "it belongs to the services that run already"
             faults.append(Fault(key, value, problem, "leave it out"))
+        elif key in INDIRECT:
+            problem = "the files that it names are not compared with the folders that jobs may use"
+            faults.append(Fault(key, value, problem, "name the data sets in eval_prompt_data"))
         elif key in job_settings() and value is not None and (wrong := _wrong_type(job_settings()[key], value)):
             faults.append(Fault(key, value, wrong, "give one"))
     return faults

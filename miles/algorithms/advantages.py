@@ -29,7 +29,7 @@ class Advantages:
     kl_T: torch.Tensor
     """KL to the reference in the reward; 0 unless kl_coef is set, and at masked tokens without a finite one."""
     opd_reverse_kl_T: torch.Tensor | None
-    """log p_student - log p_teacher; None without on-policy distillation."""
+    """log p_student - log p_teacher, or its mean over a set of tokens; None without on-policy distillation."""
 
 
 def shape_rewards(
@@ -75,10 +75,12 @@ def compute_advantages(
         advantages_T, returns_T = estimator.function(config, batch, kl_T)
         opd_reverse_kl_T = None
         if config.use_opd:
-            opd_reverse_kl_T = reverse_kl_to_teacher(
-                _required(batch.old_log_probs_T, "old_log_probs_T", "use_opd"),
-                _required(batch.teacher_log_probs_T, "teacher_log_probs_T", "use_opd"),
-            )
+            opd_reverse_kl_T = batch.opd_reverse_kl_T
+            if opd_reverse_kl_T is None:
+                opd_reverse_kl_T = reverse_kl_to_teacher(
+                    _required(batch.old_log_probs_T, "old_log_probs_T", "use_opd"),
+                    _required(batch.teacher_log_probs_T, "teacher_log_probs_T", "use_opd"),
+                )
             advantages_T = advantages_T - config.opd_kl_coef * opd_reverse_kl_T
         if estimator.whiten or config.normalize_advantages:
             advantages_T = masked_whiten(advantages_T, batch.mask_T, group)
@@ -115,6 +117,7 @@ def _check(config: AdvantageConfig, batch: AdvantageBatch) -> None:
         old_log_probs_T=batch.old_log_probs_T,
         ref_log_probs_T=batch.ref_log_probs_T,
         teacher_log_probs_T=batch.teacher_log_probs_T,
+        opd_reverse_kl_T=batch.opd_reverse_kl_T,
         values_T=batch.values_T,
         squared_probs_T=batch.squared_probs_T,
     )

@@ -75,7 +75,9 @@ class AdvantageBatch:
     ref_log_probs_T: torch.Tensor | None = None
     """Of the reference policy; needed for kl_coef."""
     teacher_log_probs_T: torch.Tensor | None = None
-    """Of the teacher; needed for use_opd."""
+    """Of the teacher; needed for use_opd without opd_reverse_kl_T."""
+    opd_reverse_kl_T: torch.Tensor | None = None
+    """Divergence from the teacher over a set of tokens, `top_k_reverse_kl`; takes the place of the sampled token's."""
     values_T: torch.Tensor | None = None
     """The critic's values; needed for ppo."""
     squared_probs_T: torch.Tensor | None = None

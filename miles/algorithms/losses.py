@@ -25,6 +25,7 @@ from miles.algorithms.policy_losses import (
     opsm_drop,
     policy_loss,
 )
+from miles.algorithms.user_functions import UserCorrection, UserReducer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,6 +57,10 @@ class LossConfig(PolicyLossConfig):
     opsm_delta: float = 1e-4
     correction: CorrectionMethod | None = None
     """Train/rollout correction of the policy loss; None: off."""
+    user_correction: UserCorrection | None = None
+    """The user's own in its place, computed for each micro-batch."""
+    user_reducer: UserReducer | None = None
+    """The user's own sum of the policy loss."""
     get_mismatch_metrics: bool = False
     """Report the mismatch of train and rollout log-probs; never changes the loss."""
 
@@ -140,8 +145,17 @@ def rl_loss(
     if correction and correction.weights_T is not None:
         pg_loss_T = pg_loss_T * correction.weights_T
 
+    if config.user_correction is not None:
+        rollout_T = _required(batch.rollout_log_probs_T, "rollout_log_probs_T", "custom_tis_function_path")
+        pg_loss_T, correction = config.user_correction(pg_loss_T, train_T, rollout_T, batch.mask_T, batch.packing)
+        keep_T = correction.keep_T
+
     constant_length = config.loss_length if config.policy_loss == "dr_grpo" else None
-    pg_total = reducer.total(pg_loss_T, keep_T, constant_length)
+    if config.user_reducer is None:
+        pg_total = reducer.total(pg_loss_T, keep_T, constant_length)
+    else:
+        kept_T = batch.mask_T if keep_T is None else batch.mask_T & keep_T
+        pg_total = config.user_reducer(pg_loss_T, kept_T, batch.packing, per_token=config.calculate_per_token_loss)
     loss_total = pg_total
     if entropy_T is not None:
         entropy_total = reducer.total(entropy_T, keep_T)

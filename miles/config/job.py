@@ -26,14 +26,18 @@ from miles.config.sections.algorithm import AlgorithmConfig
 from miles.config.sections.architecture import ArchitectureConfig
 from miles.config.sections.attention import AttentionConfig
 from miles.config.sections.checkpoint import CheckpointConfig
-from miles.config.sections.ci import CiConfig
 from miles.config.sections.cluster import ClusterConfig
 from miles.config.sections.data import DataConfig
+from miles.config.sections.debug import DebugConfig
+from miles.config.sections.distillation import DistillationConfig
 from miles.config.sections.eval import EvalConfig
 from miles.config.sections.experts import ExpertsConfig
+from miles.config.sections.extensions import ExtensionsConfig
+from miles.config.sections.fault_tolerance import FaultToleranceConfig
 from miles.config.sections.gateway import GatewayConfig
 from miles.config.sections.lora import LoraConfig
 from miles.config.sections.megatron import MegatronConfig
+from miles.config.sections.moe import MoeConfig
 from miles.config.sections.numerics import NumericsConfig
 from miles.config.sections.optimizer import OptimizerConfig
 from miles.config.sections.policy_loss import PolicyLossConfig
@@ -61,9 +65,11 @@ class JobConfig(BaseModel):
     data: DataConfig
     rollout: RolloutConfig
     reward: RewardConfig
+    extensions: ExtensionsConfig
     eval: EvalConfig
     algorithm: AlgorithmConfig
     policy_loss: PolicyLossConfig
+    distillation: DistillationConfig
     train: TrainConfig
     lora: LoraConfig
     megatron: MegatronConfig
@@ -71,13 +77,15 @@ class JobConfig(BaseModel):
     architecture: ArchitectureConfig
     experts: ExpertsConfig
     attention: AttentionConfig
+    moe: MoeConfig
     optimizer: OptimizerConfig
     weights: WeightsConfig
     checkpoint: CheckpointConfig
     telemetry: TelemetryConfig
+    debug: DebugConfig
+    fault_tolerance: FaultToleranceConfig
     gateway: GatewayConfig
     tls: TlsConfig
-    ci: CiConfig
 
     @classmethod
     def from_flat(cls, flat: Mapping[str, Any]) -> Self:

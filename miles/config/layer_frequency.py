@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import ast
 
-_LONGEST = 4096
-"""Layers, more than any model has."""
+MOST_LAYERS = 4096
+"""More than any model has."""
 
 
 def parse_layer_frequency(text: str) -> int | list[int]:
@@ -55,6 +55,6 @@ def _value(node: ast.expr) -> int | list[int]:
 
 
 def _bounded(length: int) -> bool:
-    if not 0 < length <= _LONGEST:
+    if not 0 < length <= MOST_LAYERS:
         raise ValueError(f"it has {length} layers")
     return True

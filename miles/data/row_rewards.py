@@ -14,11 +14,13 @@ if TYPE_CHECKING:
     from miles.data.prompt_fields import PromptRow
 
 
-def check_reward(row: PromptRow, config: RewardConfig) -> None:
+def check_reward(row: PromptRow, config: RewardConfig, *, optional: bool = False) -> None:
     """Raise DataError for a row that no reward can score: an unknown service or reward, or a label it cannot read.
 
-    What a service of the user's wants of a row is not known here.
+    What a service of the user's wants of a row is not known here. With `optional`, a row needs none.
     """
+    if optional and not config.scores(row.metadata):
+        return
     service = config.service_of(row.metadata)
     addresses = config.addresses_with_default()
     known = [*([DEFAULT_SERVICE] if config.scored_here else []), *addresses]

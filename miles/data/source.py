@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import xxhash
 
+from miles.config.eval_sets import eval_sets
 from miles.data.errors import DataError
 from miles.data.order import PromptOrder
 from miles.data.prompts import PromptFields, PromptRecord, PromptSet, load_prompts
@@ -19,6 +20,7 @@ from miles.types import Sample, SampleGroup
 
 if TYPE_CHECKING:
     from miles.config import JobConfig
+    from miles.data.prompt_fields import PromptRow
 
 
 class PromptSource:
@@ -97,24 +99,43 @@ def train_source(config: JobConfig, tokenizer: Any | None = None) -> PromptSourc
         prompt_template(config, tokenizer),
         _fields(config, config.data.input_key, config.data.label_key),
         max_prompt_len=_prompt_limit(rollout.rollout_max_prompt_len, rollout.rollout_max_context_len),
-        check=functools.partial(check_reward, config=config.reward),
+        check=functools.partial(_check_training_row, config=config),
     )
     return PromptSource(prompts, seed=rollout.rollout_seed, shuffle=rollout.rollout_shuffle)
 
 
 def eval_sources(config: JobConfig, tokenizer: Any | None = None) -> dict[str, PromptSource]:
     """Build the evaluation sets by name, each in file order; empty when none is configured."""
-    pairs = config.eval.eval_prompt_data or ()
-    if not pairs:
+    sets = eval_sets(config.to_flat())
+    if not sets:
         return {}
     template = prompt_template(config, tokenizer)
-    fields = _fields(config, config.eval.eval_input_key, config.eval.eval_label_key)
     limit = _prompt_limit(config.eval.eval_max_prompt_len, config.rollout.rollout_max_context_len)
-    check = functools.partial(check_reward, config=config.reward)
+    optional = config.distillation.rewards_are_optional
+    check = functools.partial(check_reward, config=config.reward, optional=optional)
     return {
-        name: PromptSource(load_prompts(path, template, fields, max_prompt_len=limit, check=check))
-        for name, path in zip(pairs[::2], pairs[1::2], strict=True)
+        each.name: PromptSource(
+            load_prompts(
+                each.path,
+                template,
+                PromptFields(each.input_key, each.label_key, each.metadata_key, each.tool_key),
+                max_prompt_len=limit,
+                check=check,
+                metadata=each.metadata,
+            )
+        )
+        for each in sets
     }
+
+
+def _check_training_row(row: PromptRow, config: JobConfig) -> None:
+    """Raise DataError for a row that no reward can score, or that has no teacher."""
+    check_reward(row, config.reward, optional=config.distillation.rewards_are_optional)
+    if config.distillation.use_opd:
+        try:
+            config.distillation.teacher_of(row.metadata)
+        except ValueError as error:
+            raise DataError(f"no teacher scores it: {error}") from error
 
 
 def prompt_template(config: JobConfig, tokenizer: Any | None = None) -> PromptTemplate:

@@ -14,6 +14,7 @@ from miles.config.job import JobConfig, examine, resolution
 from miles.config.notes import notes
 from miles.config.schema.catalog import catalog
 from miles.config.schema.faults import ConfigError, RunFault
+from miles.extensions.arguments import SETTINGS_VARIABLE
 from miles.launcher.elsewhere import command_line, plan_elsewhere
 from miles.launcher.memory_view import memory_lines
 from miles.launcher.placement import placement_of
@@ -114,6 +115,8 @@ def _described(plan: ProcessPlan, secret: Collection[str]) -> dict[str, Any]:
         described["node"] = f"{plan.node}, which is not the launcher's"
     if plan.environment:
         shown = redact_config(plan.environment)
+        if SETTINGS_VARIABLE in shown:
+            shown[SETTINGS_VARIABLE] = "(all settings, for custom_rm_path)"
         described["environment"] = {name: REDACTED if name in secret else value for name, value in shown.items()}
     return described
 

@@ -24,10 +24,13 @@ def fsdp_parts(run: Run) -> tuple[list[Part], list[Part]]:
     if run.has_critic:
         home += _trained("critic", run, critic_parameters(run.policy).total)
     frozen = [("reference", run.policy)] if run.has_reference else []
-    frozen += [("teacher", run.teacher)] if run.teacher is not None else []
+    several = len(run.teachers) > 1  # then they are gathered from host memory, layer by layer
+    frozen += [] if several else [("teacher", model) for model in run.teachers]
     for name, model in frozen:
-        count = model.parameters.total
-        home.append(_shard(name, run, count, run.train_bytes, f"{run.train_bytes} weights"))
+        home.append(_shard(name, run, model.parameters.total, run.train_bytes, f"{run.train_bytes} weights"))
+    if several:
+        count = sum(model.parameters.total for model in run.teachers)
+        host.append(_shard("teachers", run, count, run.train_bytes, f"{run.train_bytes} weights"))
     device += _gathered(run)
     host += _copies(run)
     return device, host

@@ -8,12 +8,15 @@ docs/source/api-guide/dist_optimizer.md: 6 + 12/d bytes a parameter for d replic
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 
 from miles.memory.amount import Part, number
+from miles.memory.fsdp import adapter_parameters
 from miles.memory.model import ModelShape
 from miles.memory.parameters import Parameters, layer_parameters, mtp_parameters
 from miles.memory.run import Run
+from miles.pipeline_split import PipelineSplit, SplitError, split_of
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -32,6 +35,8 @@ class Layout:
     """Fraction of the optimizer's state that is in host memory."""
     moment_bytes: int = 8
     """Of Adam's two moments of a parameter, on the device."""
+    split: PipelineSplit | None = None
+    """Of layers over stages, where it is not even."""
 
     @property
     def replicas(self) -> int:
@@ -50,23 +55,28 @@ class Layout:
 
 def layout_of(run: Run) -> Layout:
     """Return the layout that settings ask for."""
-    s = run.settings
+    s, split, virtual = run.settings, split_of(run.settings), run.settings.num_virtual_stages_per_pipeline_rank or 1
+    with contextlib.suppress(SplitError):  # a check reports it
+        virtual = virtual if run.policy.shape is None else split.virtual_stages(run.policy.shape.layers)
     return Layout(
         ranks=run.ranks,
         tensor=s.tensor_model_parallel_size,
         pipeline=s.pipeline_model_parallel_size,
-        virtual=s.num_virtual_stages_per_pipeline_rank or 1,
+        virtual=virtual,
         context=s.context_parallel_size,
         expert=s.expert_model_parallel_size,
         expert_tensor=s.expert_tensor_parallel_size,
         distributed_optimizer=s.use_distributed_optimizer,
         offloaded=s.optimizer_offload_fraction if s.optimizer_cpu_offload else 0.0,
         moment_bytes=sum(4 if kind == "fp32" else 2 for kind in (s.exp_avg_dtype, s.exp_avg_sq_dtype)),
+        split=None if split.is_even else split,
     )
 
 
 def stage_layers(shape: ModelShape, layout: Layout, stage: int) -> list[int]:
-    """Return the numbers of a stage's layers; virtual stages take turns."""
+    """Return the numbers of a stage's layers; virtual stages take turns. A split that does not fit counts as even."""
+    with contextlib.suppress(SplitError):
+        return (layout.split or PipelineSplit(layout.pipeline, layout.virtual)).layers_of(stage, shape.layers)
     each = max(1, shape.layers // (layout.pipeline * layout.virtual))
     starts = [(turn * layout.pipeline + stage) * each for turn in range(layout.virtual)]
     return [layer for start in starts for layer in range(start, start + each)]
@@ -103,12 +113,15 @@ def megatron_parts(run: Run, stage: int) -> tuple[list[Part], list[Part]]:
     frozen = 0
     if layers and not s.enable_mtp_training:
         frozen = own.total - rank_parameters(shape, layout, stage).total
+    if s.lora_rank:
+        adapters = adapter_parameters(shape, s.lora_rank) // (layout.tensor * layout.pipeline)
+        frozen = max(0, own.total - adapters)
     device, host = _trained("policy", run, layout, own, frozen)
     if run.has_critic:
         critic = dataclasses.replace(rank_parameters(dataclasses.replace(shape, tied=False), layout, stage), head=0)
         there, here = _trained("critic", run, layout, critic, 0)
         device, host = device + there, host + here
-    roles = [name for name, there in (("reference", run.has_reference), ("teacher", run.teacher)) if there]
+    roles = ["reference"] * run.has_reference + ["teacher"] * len(run.teachers)
     copies = len(roles) + run.old_policies
     if copies:
         what = " + ".join([*roles, *([f"{run.old_policies} old policies"] if run.old_policies else [])])

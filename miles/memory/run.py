@@ -8,6 +8,7 @@ from typing import Any
 
 from miles.config.checks.json_file import read_json_object
 from miles.config.schema.flat_settings import FlatSettings
+from miles.config.sections.distillation import named
 from miles.memory.headers import count_in_headers
 from miles.memory.model import ModelShape, shape_of
 from miles.memory.parameters import Parameters, model_parameters
@@ -32,8 +33,8 @@ class Run:
 
     settings: FlatSettings
     policy: Model
-    teacher: Model | None
-    """The model of on-policy distillation."""
+    teachers: tuple[Model, ...]
+    """Those of on-policy distillation that the trainer holds."""
     train_bytes: int
     """Of a weight that the trainer computes with."""
     master_bytes: int
@@ -111,7 +112,7 @@ def run_of(settings: FlatSettings | None) -> Run | None:
     return Run(
         settings=s,
         policy=policy,
-        teacher=None if s.opd_teacher_load is None else read_model(s.opd_teacher_load) or policy,
+        teachers=tuple(read_model(folder) or policy for folder in named(s.opd_teacher_load or ()).values()),
         train_bytes=train,
         master_bytes=4 if s.keep_fp32_master else train,
         engine_bytes=4 if undecided or types.rollout_dtype == "float32" else 2,

@@ -10,8 +10,9 @@ serve(port=9000)
 """
 
 from miles.reward_sdk.client import RewardClient, ScoreOutcome
-from miles.reward_sdk.functions import RewardFunction, RewardLoadError, Scored, Source, reward
+from miles.reward_sdk.functions import RewardFunction, RewardLoadError, Source, reward
 from miles.reward_sdk.pool import WorkerPool
+from miles.reward_sdk.scored import Scored
 from miles.reward_sdk.server import serve, start_reward_server
 from miles.reward_sdk.servicer import RewardServicer
 

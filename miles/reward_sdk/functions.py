@@ -9,27 +9,19 @@ import importlib.util
 import inspect
 import os
 import sys
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar, overload
+
+from miles.extensions.loading import ALIASES
+from miles.reward_sdk.recipe_functions import adapted, takes_args
+from miles.reward_sdk.scored import Scored, Value
 
 if TYPE_CHECKING:
     from miles.types import Sample
 
-Number = float | int
-Value = Number | Mapping[str, Number]
-"""A reward: one finite number, or several named ones."""
-
 
 class RewardLoadError(ValueError):
     """A reward function cannot be found or used; the message says which and why."""
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Scored:
-    """A reward together with JSON values to merge into the sample's metadata."""
-
-    reward: Value
-    metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 SampleFunction = Callable[["Sample"], Value | Scored | Awaitable[Value | Scored]]
@@ -137,6 +129,7 @@ def _load_one(source: Source) -> list[RewardFunction]:
     if not module_name:
         raise RewardLoadError(f"{source.target!r} is not a dotted path; write it as package.module.function")
     _add_to_path(os.getcwd())  # users name modules of the folder they work in
+    _add_to_path(ALIASES)  # and import what they score from another system's names
     with _raised_as_load_error(f"cannot import {module_name!r} for reward {source.target!r}"):
         module = importlib.import_module(module_name)
     call = getattr(module, attribute, None)
@@ -146,6 +139,9 @@ def _load_one(source: Source) -> list[RewardFunction]:
         raise RewardLoadError(f"{source.target!r} is a {type(call).__name__}, not a function")
     decorated = next((function for function in registered.values() if function.call is call), None)
     group = source.group or (decorated is not None and decorated.group)
+    if takes_args(call):
+        with _raised_as_load_error(f"reward {source.target!r} cannot be used"):
+            call = adapted(call, group=group)
     return [RewardFunction(source.name or attribute, call, group)]
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from miles.reward_sdk.functions import Scored
+from miles.reward_sdk.scored import Scored
 from miles.rpc.gen import reward_pb2, sample_pb2
 from miles.types.convert import json_to_text, reward_to_proto
 

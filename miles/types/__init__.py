@@ -17,6 +17,7 @@ from miles.types.sample import (
     SampleStatus,
     SpeculativeStats,
     VersionSpan,
+    failed,
 )
 from miles.types.validate import check_group, check_sample
 
@@ -36,6 +37,7 @@ __all__ = [
     "check_group",
     "check_sample",
     "expert_dtype",
+    "failed",
     "narrow_experts",
     "reward_number",
     "sample_faults",

@@ -24,6 +24,7 @@ _T = TypeVar("_T")
 
 LABEL, METADATA, CHAT_PROMPT, REWARD, NAMED_REWARDS, SPECULATIVE, PREFIX_CACHE, REMOVED = (1 << bit for bit in range(8))
 LOG_PROBS, TEACHER_LOG_PROBS, LOSS_MASK, EXPERTS, WIDE_EXPERTS = (1 << bit for bit in range(8, 13))
+TEACHER_TOKENS, TEACHER_TOKEN_LOG_PROBS = (1 << bit for bit in range(13, 15))
 """What a sample has, as `SampleColumns.has` says it: REMOVED is remove_sample, WIDE_EXPERTS are of two bytes."""
 
 _LITTLE_ENDIAN = sys.byteorder == "little"
@@ -58,6 +59,7 @@ def columns_of(samples: Sequence[Sample]) -> pb.SampleColumns:
             n for s in speculative for n in (s.accepted_draft_tokens, s.proposed_draft_tokens, s.verify_count)
         ],
         prefix_cache=[number for stats in caches for number in (stats.cached_tokens, stats.prompt_tokens)],
+        teacher_places=[s.teacher_tokens.shape[1] for s in samples if s.teacher_tokens is not None],
     )
 
 
@@ -67,6 +69,8 @@ def arrays_of(samples: Sequence[Sample]) -> list[npt.NDArray[Any]]:
     for column in (
         [sample.rollout_log_probs for sample in samples],
         [sample.teacher_log_probs for sample in samples],
+        [sample.teacher_tokens for sample in samples],
+        [sample.teacher_token_log_probs for sample in samples],
         [sample.rollout_routed_experts for sample in samples],
         [sample.loss_mask for sample in samples],
     ):
@@ -99,6 +103,11 @@ def samples_from(group_id: int, columns: pb.SampleColumns, data: memoryview) -> 
         arrays.take(_INT32, counts),
         of.column(LOG_PROBS, arrays.take(_FLOAT32, of.those_with(LOG_PROBS, lengths))),
         of.column(TEACHER_LOG_PROBS, arrays.take(_FLOAT32, of.those_with(TEACHER_LOG_PROBS, lengths))),
+        of.column(TEACHER_TOKENS, _sets(of, TEACHER_TOKENS, arrays, _INT32, lengths, columns.teacher_places)),
+        of.column(
+            TEACHER_TOKEN_LOG_PROBS,
+            _sets(of, TEACHER_TOKEN_LOG_PROBS, arrays, _FLOAT32, lengths, columns.teacher_places),
+        ),
         of.column(EXPERTS, _experts(of, arrays, counts, columns.experts)),
         of.column(LOSS_MASK, arrays.take(_UINT8, of.those_with(LOSS_MASK, lengths))),
         strict=False,  # some repeat without end
@@ -122,10 +131,12 @@ def samples_from(group_id: int, columns: pb.SampleColumns, data: memoryview) -> 
             speculative=speculative,
             prefix_cache=cache,
             teacher_log_probs=teacher,
+            teacher_tokens=teacher_tokens,
+            teacher_token_log_probs=teacher_sets,
             remove_sample=removed is not None,
         )
         for index, prompt, length, response, label, reward, status, metadata, count, speculative, cache, removed,
-            tokens, log_probs, teacher, experts, mask in rows
+            tokens, log_probs, teacher, teacher_tokens, teacher_sets, experts, mask in rows
     ]  # fmt: skip
 
 
@@ -208,6 +219,19 @@ def _experts(of: _Optional, arrays: _Arrays, counts: Sequence[int], sizes: Seque
     ]
 
 
+def _sets(
+    of: _Optional, flag: int, arrays: _Arrays, dtype: np.dtype[Any], lengths: Sequence[int], places: Sequence[int]
+) -> list[npt.NDArray[Any]]:
+    """Take the arrays of shape (response_length, places) of those that have one."""
+    if not of.some(flag):
+        return []
+    width = iter(places[:])
+    widths = [next(width) if has & TEACHER_TOKENS else 0 for has in of.has]
+    sizes = list(zip(of.those_with(flag, lengths), of.those_with(flag, widths), strict=True))
+    taken = arrays.take(dtype, [length * wide for length, wide in sizes])
+    return [array.reshape(size) for array, size in zip(taken, sizes, strict=True)]
+
+
 def _has(sample: Sample) -> int:
     """Return what a sample has, as a sum of the numbers above."""
     has = REMOVED if sample.remove_sample else 0
@@ -227,6 +251,10 @@ def _has(sample: Sample) -> int:
         has |= LOG_PROBS
     if sample.teacher_log_probs is not None:
         has |= TEACHER_LOG_PROBS
+    if sample.teacher_tokens is not None:
+        has |= TEACHER_TOKENS
+    if sample.teacher_token_log_probs is not None:
+        has |= TEACHER_TOKEN_LOG_PROBS
     if sample.loss_mask is not None:
         has |= LOSS_MASK
     if sample.rollout_routed_experts is not None:

@@ -50,6 +50,8 @@ ARRAYS: tuple[tuple[Any, tuple[np.dtype[Any], ...], int], ...] = (
     ("rollout_log_probs", (np.dtype("<f4"),), 1),
     ("rollout_routed_experts", (np.dtype("<u1"), np.dtype("<u2")), 3),
     ("teacher_log_probs", (np.dtype("<f4"),), 1),
+    ("teacher_tokens", (np.dtype("<i4"),), 2),
+    ("teacher_token_log_probs", (np.dtype("<f4"),), 2),
 )
 """Array fields of a sample: name, allowed types, dimensions."""
 

@@ -110,6 +110,11 @@ class Sample:
     prefix_cache: PrefixCacheStats | None = None
     teacher_log_probs: npt.NDArray[np.float32] | None = None
     """Of the response tokens under the teacher, in nats; float32, shape (response_length,)."""
+    teacher_tokens: npt.NDArray[np.int32] | None = None
+    """Tokens at each position at which distillation compares the policy with the teacher, -1 in empty places; int32,
+    shape (response_length, places). Before the teacher has scored them: the policy's likeliest."""
+    teacher_token_log_probs: npt.NDArray[np.float32] | None = None
+    """Theirs under the teacher, in nats; float32, of the same shape. Anything finite where there is no token."""
     remove_sample: bool = False
     """True when a filter removed the sample: its loss mask counts as all zero."""
 
@@ -139,6 +144,12 @@ class Sample:
         return all(_same(getattr(self, name), getattr(other, name)) for name in _SAMPLE_FIELDS)
 
     __hash__ = None  # type: ignore[assignment]  # mutable
+
+
+def failed(sample: Sample, why: str) -> Sample:
+    """Return the sample as one that is never trained on; its metadata says why."""
+    metadata = {**sample.metadata, "reward_error": why}
+    return dataclasses.replace(sample, status=SampleStatus.FAILED, reward=None, metadata=metadata, remove_sample=True)
 
 
 _SAMPLE_FIELDS = tuple(field.name for field in dataclasses.fields(Sample))

@@ -49,6 +49,8 @@ def is_usual(sample: Sample) -> bool:
         )
         and (sample.loss_mask is None or _is_mask(sample.loss_mask, length))
         and sample.teacher_log_probs is None
+        and sample.teacher_tokens is None
+        and sample.teacher_token_log_probs is None
         and (sample.rollout_routed_experts is None or _are_experts(sample.rollout_routed_experts, len(tokens)))
         and sample.speculative is None
         and (

@@ -107,6 +107,19 @@ def _check_teacher_log_probs(sample: Sample) -> None:
         _check_per_response(sample.teacher_log_probs, _FLOAT32, sample.response_length, "teacher_log_probs")
 
 
+def _check_teacher_tokens(sample: Sample) -> None:
+    tokens, log_probs = sample.teacher_tokens, sample.teacher_token_log_probs
+    if tokens is not None:
+        _check_per_response(tokens, _INT32, sample.response_length, "teacher_tokens", ndim=2)
+    if log_probs is not None:
+        _check_per_response(log_probs, _FLOAT32, sample.response_length, "teacher_token_log_probs", ndim=2)
+        if tokens is None or tokens.shape != log_probs.shape:
+            raise MalformedMessage(
+                "teacher_token_log_probs",
+                f"shape {log_probs.shape}; teacher_tokens has {None if tokens is None else tokens.shape}",
+            )
+
+
 def _check_routing(sample: Sample) -> None:
     if sample.rollout_routed_experts is not None:
         _check_experts(sample.rollout_routed_experts, len(sample.tokens), "rollout_routed_experts")
@@ -127,6 +140,7 @@ def _values_hold(samples: Sequence[Sample]) -> bool:
         if block.min(initial=0) < 0:
             return False
     log_probs = [sample.rollout_log_probs for sample in samples] + [sample.teacher_log_probs for sample in samples]
+    log_probs += [None if s.teacher_token_log_probs is None else s.teacher_token_log_probs.ravel() for s in samples]
     for block in _blocks([array for array in log_probs if array is not None]):
         if not np.isfinite(block).all():
             return False
@@ -162,6 +176,11 @@ def _check_teacher_values(sample: Sample) -> None:
     _check_log_probs(sample.teacher_log_probs, "teacher_log_probs")
 
 
+def _check_teacher_token_values(sample: Sample) -> None:
+    log_probs = sample.teacher_token_log_probs
+    _check_log_probs(None if log_probs is None else log_probs.ravel(), "teacher_token_log_probs")
+
+
 def _check_log_probs(array: npt.NDArray[np.float32] | None, path: str) -> None:
     if array is not None and (at := _first(~np.isfinite(array))) is not None:
         raise MalformedMessage(path, f"entry {at} is {array[at]}; log-probabilities are finite")
@@ -179,8 +198,10 @@ def _check_experts(array: np.ndarray[Any, Any], num_tokens: int, path: str) -> N
         )
 
 
-def _check_per_response(array: np.ndarray[Any, Any], dtype: np.dtype[Any], length: int, path: str) -> None:
-    _check_dtype(array, (dtype,), 1, path)
+def _check_per_response(
+    array: np.ndarray[Any, Any], dtype: np.dtype[Any], length: int, path: str, *, ndim: int = 1
+) -> None:
+    _check_dtype(array, (dtype,), ndim, path)
     if len(array) != length:
         raise MalformedMessage(path, f"{len(array)} entries, but response_length is {length}")
 
@@ -294,6 +315,7 @@ FORM_CHECKS: tuple[Callable[[Sample], None], ...] = (
     _check_loss_mask,
     _check_rollout_log_probs,
     _check_teacher_log_probs,
+    _check_teacher_tokens,
     _check_routing,
     _check_versions,
     _check_rewards,
@@ -305,5 +327,6 @@ VALUE_CHECKS: Mapping[str, Callable[[Sample], None]] = {
     "loss_mask": _check_mask_values,
     "rollout_log_probs": _check_rollout_values,
     "teacher_log_probs": _check_teacher_values,
+    "teacher_token_log_probs": _check_teacher_token_values,
 }
 """What it checks then, of fields whose form is valid."""

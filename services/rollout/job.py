@@ -8,12 +8,16 @@ import gc
 import logging
 import math
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from miles.extensions.arguments import args_of
+from miles.extensions.samples import renderer_of
 from miles.queue import GroupQueue, PartialStore, connect_async
 from miles.rpc.gen import rollout_pb2
 from miles.services.rollout.engines.base import PauseMode, RolloutEngine
 from miles.services.rollout.engines.sglang.requests.continuation import read_end_tokens
+from miles.services.rollout.functions.sampler import FunctionSampler, FunctionTools
+from miles.services.rollout.functions.setup import generate_by_function
 from miles.services.rollout.groups.filters import load_filter
 from miles.services.rollout.groups.group_run import GroupTools
 from miles.services.rollout.groups.messages import GroupLease
@@ -22,10 +26,11 @@ from miles.services.rollout.groups.response_sampler import Sampler, SingleTurnSa
 from miles.services.rollout.groups.response_text import response_decoder
 from miles.services.rollout.groups.running_groups import RunningGroups
 from miles.services.rollout.groups.scoring import JobRewards
-from miles.services.rollout.groups.waits import queue_waits, reward_waits
+from miles.services.rollout.groups.waits import queue_waits, reward_waits, teacher_waits
 from miles.services.rollout.serving.readiness import Serving
 from miles.services.rollout.serving.subscriptions import subscribe_draft, subscribe_policy
 from miles.services.rollout.stages import report_stage
+from miles.services.rollout.teachers.served import PROBE, ServedTeachers
 
 if TYPE_CHECKING:
     from miles.config import JobConfig
@@ -67,7 +72,9 @@ class RolloutJob:
         self._device = device or config.services.device
         self._engine_addresses = tuple(engine_addresses) or config.rollout.rollout_external_engine_addrs or ()
         self._closing = contextlib.AsyncExitStack()
+        self._teachers: ServedTeachers | None = None
         self._listeners: list[Callable[[], None]] = []
+        self._function: FunctionTools | None = None
         self.engine: RolloutEngine
         self.serving: Serving
         self.groups: RunningGroups
@@ -101,15 +108,31 @@ class RolloutJob:
         gc.freeze()
 
     async def _start(self) -> AsyncGenerator[str, None]:
+
         rollout = self.config.rollout
         yield "connecting to the sample queue"
         redis = await connect_async(self._redis_url)
         self._closing.push_async_callback(redis.aclose)
         yield "loading the tokenizer"
-        decode = await asyncio.to_thread(_decoder, str(rollout.hf_checkpoint))
+        tokenizer = await asyncio.to_thread(_tokenizer, self.config)
+        decode = response_decoder(tokenizer, read_end_tokens(str(rollout.hf_checkpoint)))
+        teachers = None
+        if self.config.distillation.teacher_urls:
+            teachers = self._teachers = ServedTeachers(self.config.distillation)
+            await teachers.open()
+            self._closing.push_async_callback(teachers.close)
+            probe = tokenizer.encode(PROBE, add_special_tokens=False)
+            asked = " and ".join(map(str, teachers.servers.values()))
+            async with contextlib.aclosing(report_stage(f"waiting for {asked}", teachers.check(probe))) as reports:
+                async for report in reports:
+                    yield report
         group_filter = None
         if rollout.dynamic_sampling_filter_path is not None:
-            group_filter = load_filter(rollout.dynamic_sampling_filter_path)
+            group_filter = load_filter(
+                rollout.dynamic_sampling_filter_path,
+                args_of(self.config.to_flat()),
+                renderer_of(self.config, tokenizer),
+            )
         self.engine = await asyncio.to_thread(self._create_engine)
         # Before it starts: the caller may be gone by the time the engine is ready.
         self._closing.push_async_callback(self.engine.close)
@@ -121,6 +144,9 @@ class RolloutJob:
         mode = PauseMode(self.config.weights.pause_generation_mode)
         self.serving = Serving(self.engine, self._on_serving_change, update_mode=mode)
         yield "connecting to rewards and weights"
+        if self.config.extensions.custom_generate_function_path is not None:
+            serving = generate_by_function(self.config, tokenizer, lambda: self.serving.gate.version or 0)
+            self._function = await self._closing.enter_async_context(serving)
         self._rewards = self._connect_rewards()
         self._queue = GroupQueue(redis, self.job_id)
         tools = GroupTools(
@@ -129,9 +155,12 @@ class RolloutJob:
             create_sampler=self._create_sampler,
             gate=self.serving.gate,
             decode=decode,
-            rewards=JobRewards(self._rewards, self.config.reward),
+            rewards=JobRewards(
+                self._rewards, self.config.reward, optional=self.config.distillation.rewards_are_optional
+            ),
             queue=self._queue,
             partials=PartialStore(redis, self.job_id),
+            teachers=teachers,
             group_filter=group_filter,
         )
         self.groups = RunningGroups(tools, self._worker_id, self._notify)
@@ -158,7 +187,11 @@ class RolloutJob:
 
     def _create_sampler(self, lease: GroupLease) -> Sampler:
         record_experts = self.config.rollout.records_routing
-        return SingleTurnSampler(GroupRequests(self.engine, lease, record_experts=record_experts))
+        top_tokens = self.config.distillation.engine_top_k
+        requests = GroupRequests(self.engine, lease, record_experts=record_experts, top_tokens=top_tokens)
+        if self._function is not None:
+            return FunctionSampler(self._function, requests, lease)
+        return SingleTurnSampler(requests)
 
     def _connect_rewards(self) -> RewardClient:
         from miles.reward_sdk.client import RewardClient
@@ -216,6 +249,7 @@ class RolloutJob:
                 *reward_waits(
                     self._rewards.waits(), self._rewards.patience_s, self.config.reward.reward_failure_policy
                 ),
+                *teacher_waits(() if self._teachers is None else self._teachers.servers.values()),
                 *queue_waits(self._queue.waiting),
             ],
         )
@@ -242,7 +276,7 @@ class RolloutJob:
             self._notify()  # the capacity of an engine of several servers changes as they come and go
 
 
-def _decoder(hf_checkpoint: str) -> Callable[[Sequence[int], bool], str]:
+def _tokenizer(config: JobConfig) -> Any:
     from miles.data.template import load_tokenizer
 
-    return response_decoder(load_tokenizer(hf_checkpoint), read_end_tokens(hf_checkpoint))
+    return load_tokenizer(str(config.rollout.hf_checkpoint), config.data.chat_template_path)

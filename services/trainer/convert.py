@@ -176,7 +176,7 @@ def _model(config: JobConfig) -> MegatronModel:
     from miles.services.trainer.step import algorithm_options
 
     dtype = algorithm_options.DTYPES[config.train.train_dtype]
-    parallel = groups.initialize(config.megatron, config.train.seed, config.cluster.distributed_timeout_minutes)
+    parallel = groups.initialize(config)
     return build_model(config, parallel, dtype, wrap=False)
 
 

@@ -12,6 +12,7 @@ from miles.config import JobConfig
 from miles.queue import GroupQueue, connect_async
 from miles.rpc import connect_blocking
 from miles.rpc.gen import trainer_pb2, weightsource_pb2, weightsync_pb2_grpc
+from miles.services.trainer.batch.rollout_functions import RolloutFunctions
 from miles.services.trainer.checkpoint.manager import CheckpointManager
 from miles.services.trainer.checkpoint.state import TrainerState
 from miles.services.trainer.ranks.abandoning import Abandonment
@@ -19,7 +20,7 @@ from miles.services.trainer.ranks.collective_calls import Command
 from miles.services.trainer.ranks.leader import Leader
 from miles.services.trainer.ranks.shared_folders import check_shared_folders
 from miles.services.trainer.step.progress import Progress, Report
-from miles.services.trainer.step.rollout_metrics import rollout_metrics
+from miles.telemetry.rollout_metrics import rollout_metrics
 from miles.telemetry.tracing import traced
 from miles.types import SampleGroup
 
@@ -75,6 +76,7 @@ class Job:
         self._run_dir = run_dir
         self._redis = client
         self._queue = GroupQueue(client, job_id)
+        self._functions = RolloutFunctions(config)
         self._weightsync: grpc.Channel = connect_blocking(weightsync_address)
         self._weightsync_address = weightsync_address
         self._publisher: WeightPublisher | None = None
@@ -206,6 +208,7 @@ class Job:
         report(Progress("waiting", 0, len(request.group_ids)))
         collected = await self._queue.collect(request.group_ids, request.deadline_s)
         groups: list[SampleGroup] = [group for _, group in collected.values()]
+        await self._functions.apply(groups)
         command = Command("train", {"step": request.step})
         try:
             metrics = await self._leader.run(command, groups=groups, report=report, abandonment=abandonment)
@@ -218,7 +221,8 @@ class Job:
         consumed = [*request.group_ids, *request.dropped_group_ids]
         self.state.consume(consumed)
         self._checkpoints.consumed(consumed)
-        self.state.finish_step({**metrics, **rollout_metrics(groups, self._config.reward.reward_key)})
+        key, passrate = self._config.reward.reward_key, self._config.telemetry.log_passrate
+        self.state.finish_step({**metrics, **rollout_metrics(groups, key, with_pass_rates=passrate)})
         return True
 
     async def _take_data(self, data: Mapping[str, Any]) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from megatron_kit import needs_megatron, run_cases
+from megatron_kit import SUPPORT, needs_megatron, run_cases, run_python
 from megatron_models import EXPERTS, TOP_K, write_model
 from safetensors.torch import load_file, save_file
 
@@ -59,11 +59,19 @@ PPO = {
 }
 OLD = {"keep_old_actor": True, "max_weight_staleness": 2, "use_opd": True, "opd_type": "megatron"}
 OTB = {"advantage_estimator": "optimal_token_baseline", "policy_loss_type": "sapo", "num_steps_per_rollout": 2}
+SETS = {
+    "use_opd": True,
+    "opd_type": "megatron",
+    "opd_log_prob_top_k": 4,
+    "opd_top_k_strategy": "union",
+    "rollout_temperature": 0.8,
+}
 RECOMPUTE = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
 
 TP2 = {"tensor_model_parallel_size": 2}
 SP = {**TP2, "sequence_parallel": True}
 PP2 = {"pipeline_model_parallel_size": 2}
+UNEVEN = {**PP2, "decoder_last_pipeline_num_layers": 1}
 VPP = {**PP2, "num_virtual_stages_per_pipeline_rank": 2}
 CP2 = {"context_parallel_size": 2}
 EP2 = {"expert_model_parallel_size": 2}
@@ -78,8 +86,20 @@ LAYOUTS: dict[str, tuple[int, str, dict[str, Any]]] = {
     "dense-cp2": (2, "dense", CP2),
     "tied-pp2": (2, "tied", PP2),
     "moe-ep2": (2, "moe", EP2),
+    "moe-allgather": (2, "moe", {**SP, "moe_token_dispatcher_type": "allgather"}),
     "replay-sp": (2, "replay", SP),
     "replay-pp2": (2, "replay", PP2),
+    "replay-uneven": (2, "replay", UNEVEN),
+    "replay-uneven-vpp": (
+        2,
+        "replay",
+        {**PP2, "num_layers_per_virtual_pipeline_stage": 1, "account_for_embedding_in_pipeline_split": True}
+        | {"account_for_loss_in_pipeline_split": True, **RECOMPUTE},
+    ),
+    "replay-spelt-out": (2, "replay", {**PP2, "pipeline_model_parallel_layout": "E|tt|tt|L"}),
+    "tied-uneven": (2, "tied", {**PP2, "decoder_first_pipeline_num_layers": 3}),
+    "latent-uneven": (2, "latent", {**PP2, "decoder_first_pipeline_num_layers": 1}),
+    "predicting-uneven": (2, "predicting", UNEVEN),
     "replay-vpp": (2, "replay", {**VPP, **RECOMPUTE}),
     "replay-ep2": (2, "replay", {**EP2, **RECOMPUTE}),
     "replay-cp2": (2, "replay", CP2),
@@ -121,6 +141,9 @@ LAYOUTS: dict[str, tuple[int, str, dict[str, Any]]] = {
     "ppo-cp2": (2, "ppo", CP2),
     "old-overlap": (2, "old", {**DP2, "overlap_grad_reduce": True, "overlap_param_gather": True}),
     "old-sp": (2, "old", SP),
+    "sets-sp": (2, "sets", SP),
+    "sets-pp2": (2, "sets", PP2),
+    "sets-cp2": (2, "sets", CP2),
     "old-pp2": (2, "old", PP2),
     "otb-sp": (2, "otb", SP),
     "otb-pp2": (2, "otb", PP2),
@@ -135,6 +158,8 @@ LAYOUTS: dict[str, tuple[int, str, dict[str, Any]]] = {
 OFTEN = (
     "dense-dp2",
     "tied-pp2",
+    "moe-allgather",
+    "replay-uneven",
     "replay-vpp",
     "replay-cp2",
     "latent-pp2",
@@ -144,6 +169,7 @@ OFTEN = (
     "ppo-sp",
     "old-overlap",
     "otb-sp",
+    "sets-sp",
 )
 """Layouts that every change is tried on: each kind of parallelism and each role at least once. Others are slow."""
 
@@ -152,10 +178,10 @@ def case(name: str, base: str, folder: pathlib.Path, **flags: Any) -> dict[str, 
     """What `backend_cases` is to run; `base` is a model, or what is done with one.
 
     That is replay or observed (routing of the moe model), ppo (of the tied one), old: old policies and a teacher, otb:
-    the optimal token baseline (both of the dense one), or learning: layers for multi-token prediction (of the model
-    that has some).
+    the optimal token baseline, sets: two teachers, compared with over several tokens (all three of the dense one), or
+    learning: layers for multi-token prediction (of the model that has some).
     """
-    models = {"replay": "moe", "observed": "moe", "ppo": "tied", "old": "dense", "otb": "dense"}
+    models = {"replay": "moe", "observed": "moe", "ppo": "tied", "old": "dense", "otb": "dense", "sets": "dense"}
     model = {**models, "learning": "predicting"}.get(base, base)
     replays = base == "replay" or base in MOE_LAYERS.keys() - {"moe"}
     routing = [EXPERTS, MOE_LAYERS[model], TOP_K] if replays else None
@@ -164,6 +190,7 @@ def case(name: str, base: str, folder: pathlib.Path, **flags: Any) -> dict[str, 
         "otb": OTB,
         "ppo": {**PPO, "critic_load": str(folder / "reward")},
         "old": {**OLD, "opd_teacher_load": str(folder / "teacher")},
+        "sets": {**SETS, "opd_teacher_load": [f"odd={folder / 'teacher'}", f"default={folder / 'dense'}"]},
     }.get(base, HELD.get(base, {}))
     settings = {**TRAINING, "train_backend": "megatron", **(REPLAY if replays else training), **flags}
     old = base == "old"
@@ -200,16 +227,20 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
             case("fsdp-ppo", "ppo", out, **fsdp),
             case("fsdp-old", "old", out, **fsdp),
             case("fsdp-otb", "otb", out, **fsdp),
+            case("fsdp-sets", "sets", out, **fsdp),
         ],
         out,
         megatron=False,
     )
     run_cases(
-        [case(f"fsdp-{base}-dp2", base, out, **fsdp) for base in ("ppo", "old", "otb")], out, ranks=2, megatron=False
+        [case(f"fsdp-{base}-dp2", base, out, **fsdp) for base in ("ppo", "old", "otb", "sets")],
+        out,
+        ranks=2,
+        megatron=False,
     )
     alone = [
         case(name, name, out)
-        for name in [*(MODELS.keys() - SELDOM), "replay", "observed", "learning", "ppo", "old", "otb"]
+        for name in [*(MODELS.keys() - SELDOM), "replay", "observed", "learning", "ppo", "old", "otb", "sets"]
     ]
     for base in ("ppo", "old"):
         alone.append({**case(f"{base}-saved", base, out, **DP2), "save_at": 2})
@@ -285,7 +316,7 @@ OTHER_TYPES = {"plain": "16-bit-distributed", "16-bit": "plain"}
 RESUMED = {
     f"{kind}-{name}": (kind, layout)
     for kind in ("plain", "distributed")
-    for name, layout in {"dp2": {}, "sp": SP, "pp2": PP2, "ep2": EP2}.items()
+    for name, layout in {"dp2": {}, "sp": SP, "pp2": PP2, "uneven": UNEVEN, "ep2": EP2}.items()
 }
 
 RESUMED_OFTEN = ("distributed-sp",)
@@ -322,7 +353,7 @@ def worst_differences(out: pathlib.Path, left: str, right: str) -> tuple[float, 
     return max(metrics), max(float((weights[0][name] - weights[1][name]).abs().max()) for name in weights[0])
 
 
-@pytest.mark.parametrize("base", ["dense", "tied", "moe", "replay", "observed", "ppo", "old", "otb"])
+@pytest.mark.parametrize("base", ["dense", "tied", "moe", "replay", "observed", "ppo", "old", "otb", "sets"])
 def test_one_process_trains_as_the_fsdp_backend_does(results: pathlib.Path, base: str) -> None:
     metrics, weights = worst_differences(results, f"fsdp-{base}", base)
     assert metrics < 1e-4
@@ -412,7 +443,7 @@ def test_a_run_goes_on_in_another_number_type(results: pathlib.Path, kind: str) 
     assert step["train/grad_norm"] == pytest.approx(whole["train/grad_norm"], rel=0.05)
 
 
-@pytest.mark.parametrize("base", ["ppo", "old", "otb"])
+@pytest.mark.parametrize("base", ["ppo", "old", "otb", "sets"])
 def test_two_replicas_of_the_fsdp_backend_train_as_one_does(results: pathlib.Path, base: str) -> None:
     metrics, weights = worst_differences(results, f"fsdp-{base}", f"fsdp-{base}-dp2")
     assert metrics < 1e-5
@@ -444,6 +475,29 @@ def test_a_checkpoint_goes_on_in_another_layout(spread: pathlib.Path, name: str)
     metrics, weights = worst_differences(spread, f"saved-{RESUMED[name][0]}", f"resumed-{name}")
     assert metrics < 1e-5
     assert weights < 1e-5
+
+
+@pytest.mark.slow
+def test_parts_of_layers_are_recomputed_to_the_same(more_results: pathlib.Path) -> None:
+    parts = {
+        "replay": ["core_attn", "moe", "layernorm"],
+        "dense": ["core_attn", "mlp"],
+        "latent": ["moe", "mla_up_proj"],
+    }
+    cases = [
+        case(f"parts-{base}", base, more_results, recompute_granularity="selective", recompute_modules=names)
+        for base, names in parts.items()
+    ]
+    run_cases(cases, more_results)
+    for base in parts:
+        assert worst_differences(more_results, base, f"parts-{base}") == (0.0, 0.0)
+
+
+@pytest.mark.slow
+def test_layers_are_split_over_stages_as_megatron_splits_them() -> None:
+    said = run_python([str(SUPPORT / "megatron_splits.py")]).split()
+    assert said[-2] == "compared"
+    assert int(said[-1]) > 200
 
 
 def mtp_layers(file: pathlib.Path) -> dict[str, torch.Tensor]:

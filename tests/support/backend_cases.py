@@ -31,12 +31,12 @@ def run_case(case: dict[str, Any], out: pathlib.Path) -> None:
     """Carry out a case on every rank; rank 0 writes `NAME.json` (metrics) and `NAME.safetensors` (exported weights).
 
     A case has: name, model (folder), flags (changes of the configuration), routing (experts, layers, top-k) or None,
-    and optionally own_routing (samples have the routing of the folder's model, but for every fifth token), seed (of
-    every step's groups), steps, swap (everything is moved to host memory and back before each call; the JSON file has
-    the bytes), save_at, save_in_background (until the next step was taken), save_hf, reward (of every
-    sample), off_policy for samples of two versions, and abandon_at: at which of rank 0's reports each step is left
-    before it is taken, and on_gpus: settings of Megatron that only GPUs have, which CPU
-    stand-ins imitate; see `tests/integration/test_megatron_layouts.py`.
+    and optionally own_routing (samples have the routing of the folder's model, but for every fifth token, or as
+    divert_every says), seed (of every step's groups), steps, swap (everything is moved to host memory and back before
+    each call; the JSON file has the bytes), save_at, save_in_background (until the next step was taken), save_hf,
+    reward (of every sample), off_policy for samples of two versions, abandon_at: at which of rank 0's reports each
+    step is left before it is taken, and on_gpus: settings of Megatron that only GPUs have, which CPU stand-ins imitate;
+    see `tests/integration/test_megatron_layouts.py`.
     """
     name, routing = case["name"], case.get("routing")
     config = job_config(
@@ -52,9 +52,11 @@ def run_case(case: dict[str, Any], out: pathlib.Path) -> None:
         groups = random_groups(case.get("seed", step), routing=tuple(routing) if routing else None)
         if case.get("own_routing"):
             set_own_routing(pathlib.Path(case["model"]), groups)
-            divert(groups, every=5)
+            if every := case.get("divert_every", 5):
+                divert(groups, every)
         for sample in (s for group in groups for s in group.samples):
             sample.reward = case.get("reward", sample.reward)
+            sample.metadata["opd_teacher"] = "odd" if sample.index % 2 else "even"
         if case.get("off_policy"):
             exported(backend)  # as engines get each version
             for sample in (s for group in groups for s in group.samples):
@@ -86,7 +88,8 @@ def run_case(case: dict[str, Any], out: pathlib.Path) -> None:
     gathered = [export_changes(backend, last_rank_changes=changes) for changes in (False, True, False)]
     if dist.get_rank() == 0:
         save_file(weights, out / f"{name}.safetensors")
-        swaps = {"moved": moved, "moved_by_rank": by_rank}
+        swaps: dict[str, Any] = {"moved": moved, "moved_by_rank": by_rank, "parameters": parameter_names(backend)}
+        swaps["base"] = None if backend.lora is None else backend.lora.base_checksum.hex()
         said = {"metrics": metrics, "layout": layout, "gathered": gathered, "total": sum(map(nbytes, weights.values()))}
         (out / f"{name}.json").write_text(json.dumps(said | swaps))
     backend.close()
@@ -172,6 +175,12 @@ def export_changes(backend: Any, *, last_rank_changes: bool) -> int:
         assert all(at_first[name].to(tensor).equal(tensor) for name, tensor in everywhere.items())
     gathered: int = backend._loaded.changed.gathered_bytes
     return gathered
+
+
+def parameter_names(backend: Any) -> list[str]:
+    """This rank's, where the backend names them (Megatron's does)."""
+    own = list(backend._loaded.roles.policy.model.parameters())
+    return [each[0] for each in own if isinstance(each, tuple)]
 
 
 def nbytes(tensor: torch.Tensor) -> int:

@@ -45,6 +45,7 @@ def samples(draw: st.DrawFn, group_id: int | None = None, index: int | None = No
     expert_shape = (max(num_tokens - 1, 0), draw(st.integers(1, 3)), draw(st.integers(1, 3)))
     log_probs = {"elements": st.floats(-(2.0**100), 0.0, width=32)}
     cached, proposed = draw(uint64), draw(uint64)
+    teacher_tokens = maybe_array(np.int32, (length, draw(st.integers(0, 3))))
     return Sample(
         group_id=draw(uint64) if group_id is None else group_id,
         index=draw(uint32) if index is None else index,
@@ -63,6 +64,10 @@ def samples(draw: st.DrawFn, group_id: int | None = None, index: int | None = No
         speculative=draw(st.none() | st.builds(SpeculativeStats, st.integers(0, proposed), st.just(proposed), uint64)),
         prefix_cache=draw(st.none() | st.builds(PrefixCacheStats, st.integers(0, cached), st.just(cached))),
         teacher_log_probs=maybe_array(np.float32, length, **log_probs),
+        teacher_tokens=teacher_tokens,
+        teacher_token_log_probs=None
+        if teacher_tokens is None
+        else maybe_array(np.float32, teacher_tokens.shape, **log_probs),
         remove_sample=draw(st.booleans()),
     )
 

@@ -9,7 +9,8 @@ import os
 import pathlib
 import re
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from miles.addresses import join_address, why_not_bindable, why_not_host
 from miles.certificates import why_not_authorities, why_not_pair
@@ -17,6 +18,7 @@ from miles.checkpoint_folder import NoCheckpointError, newest, same_folder, to_l
 from miles.config.checks.architecture.compare import architecture_faults
 from miles.config.checks.dotted_path import why_not_importable
 from miles.config.checks.engine_model import engine_faults
+from miles.config.checks.expert_kernels import dispatcher_faults
 from miles.config.checks.gpus import gpu_faults
 from miles.config.checks.json_file import read_json_object
 from miles.config.checks.model_family import family_faults
@@ -24,15 +26,19 @@ from miles.config.checks.model_layout import layout_faults, shape_differences
 from miles.config.checks.outputs import output_faults
 from miles.config.checks.published_form import form_faults
 from miles.config.checks.rewards import reward_faults
+from miles.config.checks.teacher_tokens import why_other_tokens
 from miles.config.checks.trackers import tracker_faults
+from miles.config.eval_sets import eval_sets
 from miles.config.job import JobConfig
 from miles.config.rules.paths import unusable_paths
 from miles.config.rules.registry import Rule, run_rules
 from miles.config.schema.catalog import catalog
-from miles.config.schema.faults import Fault, RunFault
+from miles.config.schema.faults import ConfigError, Fault, RunFault
 from miles.config.schema.flat_settings import FlatSettings
+from miles.config.sections.distillation import named
 from miles.megatron_checkpoint import is_foreign, tensors_of
 from miles.placement.nodes import Cluster
+from miles.reward_names import REWARD_KEY
 
 SERVICE_PORTS = ("controller_port", "weightsync_port", "trainer_port", "trainer_master_port", "reward_port")
 """Settings of ports of `host`, apart from those of rollout services."""
@@ -76,24 +82,27 @@ def _models(s: FlatSettings) -> Iterator[Fault]:
     if not s.hf_checkpoint:
         return  # a rule reports it
     yield from _model_folder("hf_checkpoint", s.hf_checkpoint)
-    for key in ("ref_load", "critic_load", "opd_teacher_load"):
-        folder = getattr(s, key)
-        if folder in (None, s.hf_checkpoint):
+    teachers = [("opd_teacher_load", folder) for folder in named(s.opd_teacher_load or ()).values()]
+    folders: list[tuple[str, str | None]] = [("ref_load", s.ref_load), ("critic_load", s.critic_load), *teachers]
+    for key, path in folders:
+        if path is None or path == s.hf_checkpoint:
             continue
         try:
-            if tensors_of(pathlib.Path(folder), s.ref_ckpt_step if key == "ref_load" else None) is not None:
-                yield from _torch_dist_faults(s, key, folder)
+            if tensors_of(pathlib.Path(path), s.ref_ckpt_step if key == "ref_load" else None) is not None:
+                yield from _torch_dist_faults(s, key, path)
                 continue
         except NoCheckpointError as error:
-            yield Fault(key, folder, error.problem, error.remedy)
+            yield Fault(key, path, error.problem, error.remedy)
             continue
-        yield from _model_folder(key, folder)
+        yield from _model_folder(key, path)
         critic = key == "critic_load"
         with_mtp = s.mtp_num_layers is not None and not critic
-        differences = shape_differences(s.hf_checkpoint, folder, with_head=not critic, with_mtp=with_mtp)
+        differences = shape_differences(s.hf_checkpoint, path, with_head=not critic, with_mtp=with_mtp)
         if s.train_backend == "megatron" and differences:
             problem = f"train_backend = megatron holds it in the shape of hf_checkpoint, and {differences[0]}"
-            yield Fault(key, folder, problem, "give a model of that shape, or train with fsdp")
+            yield Fault(key, path, problem, "give a model of that shape, or train with fsdp")
+        elif key == "opd_teacher_load" and (why := why_other_tokens(s.hf_checkpoint, path)) is not None:
+            yield Fault(key, path, why, "give a teacher with the tokenizer of hf_checkpoint")
     if s.apply_chat_template and s.chat_template_path is None and os.path.isdir(s.hf_checkpoint):
         yield from _chat_template(pathlib.Path(s.hf_checkpoint))
 
@@ -153,13 +162,25 @@ def _chat_template(folder: pathlib.Path) -> Iterator[Fault]:
 def _data_files(s: FlatSettings) -> Iterator[Fault]:
     if s.prompt_data:
         yield from _data_file(s, "prompt_data", s.prompt_data, s.input_key, s.label_key)
-    for path in (s.eval_prompt_data or ())[1::2]:
-        yield from _data_file(s, "eval_prompt_data", path, s.eval_input_key, s.eval_label_key)
+    try:
+        for each in eval_sets({key: getattr(s, key) for key in catalog()}):
+            key = "eval_prompt_data" if s.eval_config is None else "eval_config"
+            yield from _data_file(s, key, each.path, each.input_key, each.label_key, each.metadata)
+    except ConfigError as error:
+        yield from error.faults
     if s.chat_template_path and not os.path.isfile(s.chat_template_path):
         yield Fault("chat_template_path", s.chat_template_path, "there is no such file", "give a Jinja file")
 
 
-def _data_file(s: FlatSettings, key: str, spec: str, input_key: str, label_key: str | None) -> Iterator[Fault]:
+def _data_file(
+    s: FlatSettings,
+    key: str,
+    spec: str,
+    input_key: str,
+    label_key: str | None,
+    metadata: Mapping[str, Any] | None = None,
+) -> Iterator[Fault]:
+    """`metadata` is what each row gets besides its own."""
     from miles.data import DataError, parse_file_slice
 
     try:
@@ -172,10 +193,17 @@ def _data_file(s: FlatSettings, key: str, spec: str, input_key: str, label_key: 
     elif not path.is_file():
         yield Fault(key, spec, "there is no such file", "give a JSONL or Parquet file")
     elif path.suffix.lower() != ".parquet":
-        yield from _columns(s, key, path, input_key, label_key)
+        yield from _columns(s, key, path, input_key, label_key, metadata or {})
 
 
-def _columns(s: FlatSettings, key: str, path: pathlib.Path, input_key: str, label_key: str | None) -> Iterator[Fault]:
+def _columns(
+    s: FlatSettings,
+    key: str,
+    path: pathlib.Path,
+    input_key: str,
+    label_key: str | None,
+    metadata: Mapping[str, Any],
+) -> Iterator[Fault]:
     with path.open("rb") as file:
         first = next((line for line in file if line.strip()), b"")
     row = None
@@ -184,11 +212,12 @@ def _columns(s: FlatSettings, key: str, path: pathlib.Path, input_key: str, labe
     if not isinstance(row, dict):
         yield Fault(key, str(path), "its first line is not a JSON object", "write one JSON object a line")
         return
-    prefix, columns = "eval_" if key == "eval_prompt_data" else "", ", ".join(sorted(row))
+    prefix, columns = "eval_" if key.startswith("eval_") else "", ", ".join(sorted(row))
     for name, column in (("input_key", input_key), ("label_key", label_key)):
         if column is not None and column not in row:
             yield Fault(prefix + name, column, f"{path} has no such column", f"set it to one of {columns}")
-    yield from reward_faults(s, str(path), row)
+    if REWARD_KEY not in metadata:
+        yield from reward_faults(s, str(path), row)
 
 
 def _checkpoint_to_load(s: FlatSettings) -> Iterator[Fault]:
@@ -287,6 +316,7 @@ _FILE_CHECKS: tuple[Rule, ...] = (
     family_faults,
     layout_faults,
     architecture_faults,
+    dispatcher_faults,
     engine_faults,
     _data_files,
     _checkpoint_to_load,

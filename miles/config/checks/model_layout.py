@@ -10,8 +10,20 @@ from typing import Any
 from miles.config.checks.json_file import read_json_object
 from miles.config.schema.faults import Fault
 from miles.config.schema.flat_settings import FlatSettings
+from miles.pipeline_split import SplitError, split_of
 
 _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+_OF_EXPERTS = (
+    "use_rollout_routing_replay",
+    "observe_rollout_routing",
+    "use_routing_replay",
+    "moe_aux_loss_coeff",
+    "moe_z_loss_coeff",
+    "moe_router_bias_update_rate",
+    "moe_router_freeze_gate",
+    "moe_shared_expert_overlap",
+)
+"""Settings that do nothing without experts."""
 
 
 def layout_faults(s: FlatSettings) -> Iterator[Fault]:
@@ -27,6 +39,8 @@ def layout_faults(s: FlatSettings) -> Iterator[Fault]:
         yield from _pipeline_faults(s, model)
         yield from _expert_faults(s, model)
         yield from _mtp_faults(s, model)
+        yield from _recomputation_faults(s, model)
+        yield from _adapter_faults(s, model)
 
 
 _SHAPE = (
@@ -61,6 +75,12 @@ def shape_differences(folder: str, other: str, *, with_head: bool = True, with_m
 def _model_config(folder: str) -> dict[str, Any]:
     model = read_json_object(pathlib.Path(folder) / "config.json")
     return {**model, **model.get("text_config", {})}
+
+
+def layer_count(folder: str) -> int | None:
+    """Return the decoder's layers of a Hugging Face model, without those for MTP; None when it cannot be read."""
+    layers = _model_config(folder).get("num_hidden_layers")
+    return layers if isinstance(layers, int) else None
 
 
 def _length_faults(s: FlatSettings, model: dict[str, Any]) -> Iterator[Fault]:
@@ -114,16 +134,13 @@ def _tensor_faults(s: FlatSettings, model: dict[str, Any]) -> Iterator[Fault]:
 
 
 def _pipeline_faults(s: FlatSettings, model: dict[str, Any]) -> Iterator[Fault]:
-    layers, stages = model.get("num_hidden_layers"), s.pipeline_model_parallel_size
-    virtual = s.num_virtual_stages_per_pipeline_rank or 1
-    if not layers:
+    layers = model.get("num_hidden_layers")
+    if not isinstance(layers, int):
         return
-    if layers % stages:
-        problem = f"it does not divide the model's {layers} layers"
-        yield Fault("pipeline_model_parallel_size", stages, problem, "choose one that does")
-    elif layers % (stages * virtual):
-        problem = f"it does not divide the {layers // stages} layers of a stage"
-        yield Fault("num_virtual_stages_per_pipeline_rank", virtual, problem, "choose one that does")
+    try:
+        split_of(s).virtual_stages(layers)
+    except SplitError as error:
+        yield Fault(error.setting, error.value, error.problem, error.remedy)
 
 
 def _mtp_faults(s: FlatSettings, model: dict[str, Any]) -> Iterator[Fault]:
@@ -131,6 +148,23 @@ def _mtp_faults(s: FlatSettings, model: dict[str, Any]) -> Iterator[Fault]:
     if s.mtp_num_layers is not None and s.mtp_num_layers != layers:
         problem = f"the model has {layers} MTP layers"
         yield Fault("mtp_num_layers", s.mtp_num_layers, problem, f"set it to {layers}" if layers else "leave it out")
+
+
+def _recomputation_faults(s: FlatSettings, model: dict[str, Any]) -> Iterator[Fault]:
+    if (
+        s.recompute_granularity == "selective"
+        and "mla_up_proj" in s.recompute_modules
+        and not model.get("kv_lora_rank")
+    ):
+        problem = "the model has no multi-head latent attention"
+        yield Fault("recompute_modules", "mla_up_proj", problem, "leave it out")
+
+
+def _adapter_faults(s: FlatSettings, model: dict[str, Any]) -> Iterator[Fault]:
+    for what, there in (("experts", expert_count(model)), ("multi-head latent attention", model.get("kv_lora_rank"))):
+        if s.lora_rank and there:
+            problem = f"train_backend = megatron adapts no layers of a model with {what}"
+            yield Fault("lora_rank", s.lora_rank, problem, "train all weights, or train with fsdp")
 
 
 _RELATED = {"kimi": "deepseek", "moonlight": "deepseek", "joyai": "deepseek", "mimo": "qwen"}
@@ -154,9 +188,9 @@ def _family_faults(s: FlatSettings, model: dict[str, Any]) -> Iterator[Fault]:
 def _routing_faults(s: FlatSettings, model: dict[str, Any]) -> Iterator[Fault]:
     if expert_count(model):
         return
-    for key in ("use_rollout_routing_replay", "observe_rollout_routing", "use_routing_replay"):
-        if getattr(s, key):
-            yield Fault(key, True, "the model has no experts", "leave it out")
+    for key in _OF_EXPERTS:
+        if value := getattr(s, key):
+            yield Fault(key, value, "the model has no experts", "leave it out")
 
 
 def expert_count(model: dict[str, Any]) -> int:

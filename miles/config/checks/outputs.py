@@ -8,12 +8,13 @@ from collections.abc import Iterator
 
 from miles.config.schema.faults import Fault
 from miles.config.schema.flat_settings import FlatSettings
+from miles.config.sections.distillation import named
 from miles.ownership.overlap import OUTPUTS, Output, outputs_of
 from miles.ownership.owner_file import FolderTakenError
 from miles.ownership.place import STEP, Place, locate
 from miles.ownership.rules import Refusal, export_refusal, refusal
 
-_INPUT_FOLDERS = ("hf_checkpoint", "ref_load", "critic_load", "opd_teacher_load", "lora_adapter_path")
+_INPUT_FOLDERS = ("hf_checkpoint", "ref_load", "critic_load", "lora_adapter_path")
 _INPUT_FILES = (
     *("chat_template_path", "rollout_engine_python", "gateway_keys_file"),
     *("tls_cert", "tls_key", "tls_ca"),
@@ -42,6 +43,8 @@ def _inputs(s: FlatSettings) -> Iterator[tuple[str, Place, bool]]:
     for key in (*_INPUT_FOLDERS, "load", *_INPUT_FILES, "prompt_data"):
         if s.is_valid(key) and (path := getattr(s, key)) is not None:
             yield key, locate(path.partition("@[")[0]), key in _INPUT_FOLDERS
+    for path in named(s.opd_teacher_load or ()).values() if s.is_valid("opd_teacher_load") else ():
+        yield "opd_teacher_load", locate(path), True
     for path in (s.eval_prompt_data or ())[1::2] if s.is_valid("eval_prompt_data") else ():
         yield "eval_prompt_data", locate(path.partition("@[")[0]), False
 

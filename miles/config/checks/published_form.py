@@ -12,17 +12,18 @@ from typing import Any
 from miles.config.checks.json_file import read_json_object
 from miles.config.schema.faults import Fault, RunFault
 from miles.config.schema.flat_settings import FlatSettings
+from miles.config.sections.distillation import named
 
 FP8_BLOCKS: Mapping[str, Any] = {"quant_method": "fp8", "weight_block_size": [128, 128]}
 """What `quantization_config` says of the only quantised weights that can be converted."""
-_FOLDERS = ("hf_checkpoint", "ref_load", "critic_load", "opd_teacher_load")
+_FOLDERS = ("hf_checkpoint", "ref_load", "critic_load")
 
 
 def form_faults(s: FlatSettings) -> Iterator[Fault]:
     """Yield a fault for each folder in another form; nothing for one that cannot be read."""
     seen: set[str] = set()
-    for key in _FOLDERS:
-        folder = getattr(s, key)
+    teachers = [("opd_teacher_load", folder) for folder in named(s.opd_teacher_load or ()).values()]
+    for key, folder in (*((key, getattr(s, key)) for key in _FOLDERS), *teachers):
         if not folder or folder in seen:
             continue
         seen.add(folder)

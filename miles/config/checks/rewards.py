@@ -16,7 +16,7 @@ NAMES = ", ".join(typing.get_args(BuiltinReward))
 
 def reward_faults(s: FlatSettings, path: str, row: Mapping[str, Any]) -> Iterator[Fault]:
     """Yield a fault when neither a setting nor the row names a reward; the controller checks every row."""
-    if s.rm_type or s.custom_rm_path or s.reward_service:
+    if s.rm_type or s.custom_rm_path or s.reward_service or (s.use_opd and s.opd_kl_coef):
         return
     metadata = row.get(s.metadata_key)
     if not isinstance(metadata, Mapping) or metadata.get(REWARD_KEY) is None:

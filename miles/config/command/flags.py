@@ -75,12 +75,29 @@ def parse_command_line(argv: Sequence[str], *, starts_nothing: bool = False) -> 
         else:
             line.faults.append(unknown_name(flag, " ".join(values) or True, [*_known_flags(), *OWN_FLAGS], "flag"))
     line.flat |= settings
+    _read_custom_config(line)
     if line.assumed is not None and not (line.dry_run or starts_nothing):
         problem = "a run needs GPUs that are there"
         line.faults.append(Fault("--assume-gpus", str(line.assumed), problem, "add --dry-run, or leave it out"))
     if line.assumed is not None and line.flat.get("device") == "cpu":
         line.faults.append(Fault("device", "cpu", "--assume-gpus says which GPUs there are", "leave one of them out"))
     return line
+
+
+def _read_custom_config(line: CommandLine) -> None:
+    """Take the settings of custom_config_path, which win over flags, and its other keys as custom_settings."""
+    path = line.flat.pop("custom_config_path", None)
+    if path is None:
+        return
+    content, faults = read_file(str(path), "custom_config_path")
+    line.faults += faults
+    prefixes = tuple(passthroughs())
+    known = {key: value for key, value in content.items() if key in catalog() or key.startswith(prefixes)}
+    others = {key: value for key, value in content.items() if key not in known}
+    line.flat |= known
+    if others:
+        given = line.flat.get("custom_settings") or {}
+        line.flat["custom_settings"] = {**(json.loads(given) if isinstance(given, str) else given), **others}
 
 
 def to_command_line(flat: Mapping[str, Any]) -> list[str]:

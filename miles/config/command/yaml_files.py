@@ -81,29 +81,34 @@ _Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_int)
 _Loader.add_constructor("tag:yaml.org,2002:float", _Loader.construct_float)
 
 
-def read_file(path: str) -> tuple[dict[str, Any], list[Fault]]:
-    """Return the settings of a YAML (or JSON) file, and the faults of the file itself."""
+def read_file(path: str, key: str = "--config") -> tuple[dict[str, Any], list[Fault]]:
+    """Return the settings of a YAML (or JSON) file, and the faults of the file itself, which `key` names."""
     try:
-        content = yaml.load(pathlib.Path(path).read_text(encoding="utf-8-sig"), Loader=_Loader)
+        content = parse_yaml(pathlib.Path(path).read_text(encoding="utf-8-sig"))
     except OSError as error:
-        return {}, [Fault("--config", path, f"it cannot be read ({error.strerror})", "check the path")]
+        return {}, [Fault(key, path, f"it cannot be read ({error.strerror})", "check the path")]
     except UnicodeDecodeError:
-        return {}, [Fault("--config", path, "it is not UTF-8 text", "give a YAML file")]
+        return {}, [Fault(key, path, "it is not UTF-8 text", "give a YAML file")]
     except yaml.YAMLError as error:
         remedy = "indent with spaces" if "found character '\\t'" in str(error) else "correct it"
-        return {}, [Fault("--config", path, f"it is not YAML of settings: {_problem(error)}", remedy)]
+        return {}, [Fault(key, path, f"it is not YAML of settings: {_problem(error)}", remedy)]
     except ValueError as error:  # a word with a tag that it does not fit, such as !!int x
-        return {}, [Fault("--config", path, f"it is not YAML of settings: {error}", "leave tags out")]
+        return {}, [Fault(key, path, f"it is not YAML of settings: {error}", "leave tags out")]
     if content is None:
         return {}, []
     if not isinstance(content, dict):
-        return {}, [Fault("--config", path, "it must map setting names to values", "write lines like lr: 1.0e-6")]
+        return {}, [Fault(key, path, "it must map setting names to values", "write lines like lr: 1.0e-6")]
     faults = [
-        Fault("--config", path, f"its key {key!r} is not text", "use setting names as keys")
-        for key in content
-        if not isinstance(key, str)
+        Fault(key, path, f"its key {name!r} is not text", "use setting names as keys")
+        for name in content
+        if not isinstance(name, str)
     ]
-    return {key: value for key, value in content.items() if isinstance(key, str)}, faults
+    return {name: value for name, value in content.items() if isinstance(name, str)}, faults
+
+
+def parse_yaml(text: str) -> Any:
+    """Return what YAML (or JSON) text holds. Raises yaml.YAMLError, and ValueError for a tag that does not fit."""
+    return yaml.load(text, Loader=_Loader)
 
 
 def write_text(document: Mapping[str, Any]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from miles.config.eval_sets import evaluates
 from miles.config.notes.registry import Note, noted
 from miles.config.schema.catalog import catalog
 from miles.config.schema.derivation import FALLBACKS
@@ -18,9 +19,12 @@ def replaced_values(s: FlatSettings) -> Iterator[Note]:
 
 @noted
 def nothing_is_evaluated(s: FlatSettings) -> Iterator[Note]:
-    if s.eval_prompt_data and s.eval_interval is None:
-        yield Note("eval_prompt_data", list(s.eval_prompt_data), "without eval_interval it is never evaluated on")
-    if s.eval_prompt_data:
+    if evaluates(s) and s.eval_interval is None:
+        key = "eval_config" if s.eval_config else "eval_prompt_data"
+        value = getattr(s, key)
+        shown = value if isinstance(value, str) else list(value)
+        yield Note(key, shown, "without eval_interval it is never evaluated on")
+    if evaluates(s):
         return
     for key, entry in catalog().items():
         derived = key in FALLBACKS and getattr(s, key) == getattr(s, FALLBACKS[key])
@@ -52,6 +56,16 @@ def micro_batches_are_cut_one_way(s: FlatSettings) -> Iterator[Note]:
 def nothing_is_split(s: FlatSettings) -> Iterator[Note]:
     if s.train_backend == "megatron" and s.sequence_parallel and s.tensor_model_parallel_size == 1:
         yield Note("sequence_parallel", True, "tensor_model_parallel_size = 1 leaves nothing to split")
+
+
+@noted
+def kernels_are_those_of_transformer_engine(s: FlatSettings) -> Iterator[Note]:
+    if s.train_backend != "megatron" or not (s.transformer_impl == "local" or s.device == "cpu"):
+        return
+    where = "transformer_impl = local" if s.transformer_impl == "local" else "device = cpu"
+    for key in ("attention_backend", "apply_rope_fusion", "bias_swiglu_fusion", "bias_dropout_fusion"):
+        if s.given(key) and getattr(s, key) != catalog()[key].default:
+            yield Note(key, getattr(s, key), f"with {where} layers have PyTorch's kernels anyway")
 
 
 @noted

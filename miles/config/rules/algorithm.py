@@ -133,21 +133,6 @@ def critic_settings_need_a_critic(s: FlatSettings) -> Iterator[Fault]:
 
 
 @rule
-def distillation_has_a_teacher(s: FlatSettings) -> Iterator[Fault]:
-    for key in ("opd_type", "opd_kl_coef", "opd_teacher_load"):
-        yield from needs(s, key, "use_opd")
-    if not s.use_opd:
-        return
-    if s.opd_type == "sglang":
-        problem = "no server is asked for the teacher's log-probabilities"
-        yield Fault("opd_type", "sglang", problem, "set it to megatron, which loads the teacher in any trainer")
-    elif s.opd_type is None:
-        yield Fault("opd_type", None, "use_opd does not say where its teacher is", "set it to megatron")
-    elif s.opd_teacher_load is None:
-        yield Fault("opd_teacher_load", None, "use_opd needs a teacher", "set it to a Hugging Face folder")
-
-
-@rule
 def old_log_probs_come_from_one_place(s: FlatSettings) -> Iterator[Fault]:
     if s.keep_old_actor and s.use_rollout_logprobs:
         problem = "use_rollout_logprobs already takes the engine's log-probabilities as the old ones"
@@ -220,7 +205,7 @@ def bounds_belong_to_a_correction(s: FlatSettings) -> Iterator[Fault]:
     ):
         for key in keys if not used else ():
             if getattr(s, key) != defaults[key]:
-                name = "tis_threshold" if key == "tis_clip" and not s.given("tis_clip") else key
+                name = "tis_threshold" if key == "tis_clip" and s.tis_threshold is not None else key
                 yield Fault(name, getattr(s, key), f"it only goes with {switch}", "turn that on, or leave it out")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
+from miles.config.eval_sets import evaluates
 from miles.config.rules.registry import needs, rule
 from miles.config.schema.faults import Fault
 from miles.config.schema.flat_settings import FlatSettings
@@ -19,7 +20,7 @@ def model_is_given(s: FlatSettings) -> Iterator[Fault]:
 
 @rule
 def prompts_are_given(s: FlatSettings) -> Iterator[Fault]:
-    if not s.prompt_data and s.num_rollout != 0:
+    if not s.prompt_data and s.num_rollout != 0 and not s.debug_train_only:
         yield Fault("prompt_data", s.prompt_data, "training needs prompts", "set it to a JSONL or Parquet file")
 
 
@@ -76,7 +77,12 @@ def built_in_rewards_have_labels(s: FlatSettings) -> Iterator[Fault]:
     problem = f"rm_type = {s.rm_type} compares responses with labels"
     if s.prompt_data and s.label_key is None:
         yield Fault("label_key", None, problem, "set it to the column with the reference answer")
-    if s.eval_prompt_data and s.eval_label_key is None and (s.label_key is not None or not s.prompt_data):
+    if (
+        s.eval_prompt_data
+        and not s.eval_config
+        and s.eval_label_key is None
+        and (s.label_key is not None or not s.prompt_data)
+    ):
         yield Fault("eval_label_key", None, problem, "set it to the column with the reference answer")
 
 
@@ -116,7 +122,7 @@ def reward_services_are_well_formed(s: FlatSettings) -> Iterator[Fault]:
 
 @rule
 def evaluation_has_data(s: FlatSettings) -> Iterator[Fault]:
-    if s.num_rollout == 0 and not s.eval_prompt_data:
+    if s.num_rollout == 0 and not evaluates(s):
         problem = "without eval_prompt_data there is nothing to do"
         yield Fault("num_rollout", 0, problem, "set eval_prompt_data to NAME FILE, or raise num_rollout")
     if s.num_rollout == 0 and s.skip_eval_before_train:

@@ -29,7 +29,7 @@ def sglang_has_its_settings_to_itself(s: FlatSettings) -> Iterator[Fault]:
             yield Fault(key, value, problem, remedy)
     if s.offload:
         yield Fault("offload", True, problem, remedy)
-    if s.colocate and not engine.frees_memory and not s.given("offload_rollout"):
+    if s.colocate and not s.debug_train_only and not engine.frees_memory and not s.given("offload_rollout"):
         shared = "add --no-offload-rollout --no-offload-train, which has both on the same GPUs at once"
         yield Fault("colocate", True, f"{problem}, and no other engine can free its memory", f"{remedy}, or {shared}")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from miles.config.rules.registry import needs, rule
-from miles.config.schema.backend_choice import MEGATRON_ALONE, asks_for_megatron
+from miles.config.schema.backend_choice import MEGATRON_SECTIONS, asks_for_megatron
 from miles.config.schema.catalog import catalog
 from miles.config.schema.faults import Fault
 from miles.config.schema.flat_settings import FlatSettings
@@ -30,7 +30,7 @@ def settings_belong_to_the_backend(s: FlatSettings) -> Iterator[Fault]:
                 yield Fault(key, value, "train_backend = megatron does not have it", remedy)
         return
     for key, entry in catalog().items():
-        if entry.section in MEGATRON_ALONE and asks_for_megatron(s, key):
+        if entry.section in MEGATRON_SECTIONS and asks_for_megatron(s, key):
             problem = f"train_backend = {s.train_backend} does not have it"
             other = "set fsdp_cpu_offload instead" if key in _OFFLOADING else "leave it out"
             yield Fault(key, getattr(s, key), problem, f"set train_backend to megatron, or {other}")
@@ -56,16 +56,40 @@ def layout_divides_ranks(s: FlatSettings) -> Iterator[Fault]:
 def layout_settings_have_an_effect(s: FlatSettings) -> Iterator[Fault]:
     if s.train_backend != "megatron":
         return
-    if s.num_virtual_stages_per_pipeline_rank is not None and s.pipeline_model_parallel_size == 1:
-        problem = "pipeline_model_parallel_size = 1 has no stages to cut"
-        value = s.num_virtual_stages_per_pipeline_rank
-        yield Fault("num_virtual_stages_per_pipeline_rank", value, problem, "leave it out, or add stages")
     if s.overlap_param_gather and not (s.use_distributed_optimizer and s.overlap_grad_reduce):
         problem = "it works with use_distributed_optimizer and overlap_grad_reduce alone"
         yield Fault("overlap_param_gather", True, problem, "turn both on, or leave it out")
-    if s.moe_token_dispatcher_type == "allgather" and s.pipeline_model_parallel_size > 1:
-        problem = "micro-batches of changing length go through pipeline stages with alltoall alone"
-        yield Fault("moe_token_dispatcher_type", "allgather", problem, "set it to alltoall")
+
+
+_PIPELINE = (
+    "num_virtual_stages_per_pipeline_rank",
+    "num_layers_per_virtual_pipeline_stage",
+    "decoder_first_pipeline_num_layers",
+    "decoder_last_pipeline_num_layers",
+    "account_for_embedding_in_pipeline_split",
+    "account_for_loss_in_pipeline_split",
+    "pipeline_model_parallel_layout",
+)
+
+
+@rule
+def stages_are_split_in_one_way(s: FlatSettings) -> Iterator[Fault]:
+    if s.train_backend != "megatron":
+        return
+    split = [key for key in _PIPELINE if getattr(s, key) not in (None, False)]
+    if s.pipeline_model_parallel_size == 1:
+        for key in split:
+            problem = "pipeline_model_parallel_size = 1 has no stages to cut"
+            yield Fault(key, getattr(s, key), problem, "leave it out, or add stages")
+        return
+    ends, counted = _PIPELINE[2:4], _PIPELINE[4:6]
+    pairs = [("pipeline_model_parallel_layout", other) for other in _PIPELINE[1:6]]
+    pairs += [("num_layers_per_virtual_pipeline_stage", other) for other in (_PIPELINE[0], *ends)]
+    pairs += [(one, other) for one in counted for other in ends]
+    for one, other in pairs:
+        if one in split and other in split:
+            problem = f"{other} splits the layers in another way"
+            yield Fault(one, getattr(s, one), problem, "leave one of them out")
 
 
 @rule
@@ -118,6 +142,31 @@ def recomputation_is_complete(s: FlatSettings) -> Iterator[Fault]:
             yield Fault(key, None, "recompute_granularity = full needs it", "set it, e.g. to uniform and 1")
         if not full and value is not None:
             yield Fault(key, value, "it does nothing without recompute_granularity = full", "leave it out")
+
+
+_RECOMPUTABLE = ("core_attn", "layernorm", "mla_up_proj", "mlp", "moe", "moe_act", "shared_experts")
+"""Parts of a layer that Megatron-Core can recompute, of the layers that are known here."""
+
+
+@rule
+def recomputed_modules_are_parts_of_layers(s: FlatSettings) -> Iterator[Fault]:
+    modules = " ".join(s.recompute_modules)
+    if s.recompute_granularity != "selective" and s.recompute_modules != catalog()["recompute_modules"].default:
+        problem = "it does nothing without recompute_granularity = selective"
+        yield Fault("recompute_modules", modules, problem, "set that, or leave it out")
+    for name in s.recompute_modules:
+        if name not in _RECOMPUTABLE:
+            yield Fault("recompute_modules", name, "it is no part of a layer", f"choose of {', '.join(_RECOMPUTABLE)}")
+    if "moe_act" in s.recompute_modules and s.moe_grouped_gemm is False:
+        problem = "it is a part of grouped experts, and moe_grouped_gemm is off"
+        yield Fault("recompute_modules", "moe_act", problem, "leave one of them out")
+
+
+@rule
+def shapes_change_from_one_micro_batch_to_the_next(s: FlatSettings) -> Iterator[Fault]:
+    if s.cuda_graph_impl != "none":
+        problem = "a CUDA graph has fixed shapes, and micro-batches differ in length"
+        yield Fault("cuda_graph_impl", s.cuda_graph_impl, problem, "leave it out")
 
 
 @rule

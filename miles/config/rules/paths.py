@@ -6,10 +6,12 @@ import os
 import re
 from collections.abc import Iterator
 
+from miles.config.eval_sets import INLINE
 from miles.config.rules.registry import rule
 from miles.config.schema.catalog import Entry, catalog
 from miles.config.schema.faults import Fault
 from miles.config.schema.flat_settings import FlatSettings
+from miles.config.sections.distillation import split_name
 from miles.ownership.place import stepless
 
 _NAME_BYTES = 255
@@ -29,8 +31,7 @@ def paths_are_written_out(s: FlatSettings) -> Iterator[Fault]:
     for key, entry in catalog().items():
         if not _names_paths(entry):
             continue
-        value = getattr(s, key)
-        for path in (value,) if isinstance(value, str) else value or ():
+        for path in _paths(entry, getattr(s, key)):
             if path.startswith("~") or re.search(r"\$\w|\$\{", path):
                 written = os.path.expandvars(os.path.expanduser(path))
                 remedy = f"write {written}" if written != path else "write the whole path"
@@ -70,7 +71,7 @@ def _is_pattern(text: str) -> bool:
 
 
 def _names_paths(entry: Entry) -> bool:
-    return bool({"DIR", "FILE"} & set(entry.metavar.split()))
+    return bool({"DIR", "FILE"} & set(re.findall(r"[A-Z]+", entry.metavar)))
 
 
 def _first_bad(entry: Entry, value: object) -> str | None:
@@ -82,9 +83,11 @@ def _first_bad(entry: Entry, value: object) -> str | None:
 
 def _paths(entry: Entry, value: object) -> list[str]:
     if isinstance(value, str):
-        return [value]
+        return [] if entry.key == "eval_config" and value.startswith(INLINE) else [value]
     if not isinstance(value, tuple | list):
         return []
+    if entry.metavar.startswith("[NAME=]"):
+        return [split_name(str(item))[1] for item in value]
     pairs = entry.metavar.startswith("NAME ")
     return [str(item) for item in (value[1::2] if pairs else value)]
 

@@ -16,6 +16,8 @@ _PORTS = ("controller_port", "weightsync_port", "trainer_port", "trainer_master_
 _LONGEST_NAME = 200
 """Characters of a folder's name that file systems take, with room for what is appended."""
 
+_COMPONENTS = ("rollout", "train")
+
 
 @rule
 def name_can_be_a_folder(s: FlatSettings) -> Iterator[Fault]:
@@ -79,6 +81,14 @@ def dotted_paths_are_well_formed(s: FlatSettings) -> Iterator[Fault]:
         path = getattr(s, key)
         if path is not None and not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+", path):
             yield Fault(key, path, "it must name a module and something in it", "write it like package.module.name")
+
+
+@rule
+def restarted_components_have_known_names(s: FlatSettings) -> Iterator[Fault]:
+    for name in s.ft_components:
+        if name not in _COMPONENTS:
+            problem = f"the parts that can be named are {' and '.join(_COMPONENTS)}"
+            yield Fault("ft_components", name, problem, "leave it out: everything is restarted")
 
 
 @rule

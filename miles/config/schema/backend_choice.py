@@ -5,7 +5,7 @@ from __future__ import annotations
 from miles.config.schema.catalog import catalog
 from miles.config.schema.flat_settings import FlatSettings
 
-MEGATRON_ALONE = ("megatron", "numerics")
+MEGATRON_SECTIONS = ("megatron", "moe", "numerics")
 """Sections of settings that only Megatron has. One that states what is so anyway is accepted by any trainer."""
 MEGATRON_SAYS = ("architecture", "experts", "attention")
 """Sections that only scripts for Megatron have, though any trainer accepts them."""
@@ -18,7 +18,9 @@ SGLANG_ALONE = (
     "rollout_engine_python",
     "rollout_engine_weights",
     "rollout_engine_weights_dir",
+    "rollout_health_check_interval",
     "rollout_health_check_timeout",
+    "rollout_health_check_first_wait",
     "sglang_server_concurrency",
     "offload_rollout",
 )
@@ -38,13 +40,13 @@ def asks_for_megatron(s: FlatSettings, key: str) -> bool:
 def asks_of_trainer(s: FlatSettings) -> tuple[str, str] | None:
     """Return the trainer that a setting asks for, and which does; None when any trainer will do."""
     for key, entry in catalog().items():
-        if entry.section in MEGATRON_ALONE and asks_for_megatron(s, key):
+        if entry.section in MEGATRON_SECTIONS and asks_for_megatron(s, key):
             return "megatron", f"{key} is a setting of Megatron's"
     for key in FSDP_ALONE:
         if _asks(s, key):
             return "fsdp", f"only fsdp has {key}"
     for key, entry in catalog().items():
-        if entry.section in (*MEGATRON_SAYS, *MEGATRON_ALONE) and _asks(s, key):
+        if entry.section in (*MEGATRON_SAYS, *MEGATRON_SECTIONS) and _asks(s, key):
             return "megatron", f"{key} is a flag of Megatron's"
     return None
 

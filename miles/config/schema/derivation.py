@@ -12,7 +12,9 @@ from miles.config.schema.backend_choice import asks_of_engine, asks_of_trainer
 from miles.config.schema.catalog import SECTIONS
 from miles.config.schema.faults import Fault
 from miles.config.schema.flat_settings import FlatSettings, InvalidSetting
+from miles.config.schema.teacher_functions import take_teacher_functions
 from miles.engine_spec import engine_spec
+from miles.extensions.names import FULLY_ASYNC_ROLLOUTS, MIS_FUNCTIONS
 from miles.policy_loss_spec import LOSS_OF_ESTIMATOR, POLICY_LOSS_SPECS
 from miles.precision.number_types import AUTO
 
@@ -136,6 +138,12 @@ def _batch_sizes(s: FlatSettings) -> list[Fault]:
     return []
 
 
+def _masked_importance_sampling(s: FlatSettings) -> list[Fault]:
+    if s.custom_tis_function_path in MIS_FUNCTIONS and not s.given("use_mis"):
+        s.fill("use_mis", True)
+    return []
+
+
 def compares_samples(s: FlatSettings) -> bool:
     """Return whether a prompt with a single response has an advantage of 0."""
     has_teacher = s.use_opd and s.opd_kl_coef > 0
@@ -210,8 +218,22 @@ def _bounds(s: FlatSettings) -> list[Fault]:
 
 
 def _evaluation_alone(s: FlatSettings) -> list[Fault]:
-    if s.num_rollout == 0 and s.eval_prompt_data and not s.given("eval_interval"):
+    if s.num_rollout == 0 and (s.eval_prompt_data or s.eval_config) and not s.given("eval_interval"):
         s.fill("eval_interval", 1)
+    return []
+
+
+def _dumps(s: FlatSettings) -> list[Fault]:
+    if not s.given("debug_train_only"):
+        s.fill("debug_train_only", s.load_debug_rollout_data is not None)
+    if s.dump_details is not None:
+        folder = s.dump_details.rstrip("/").replace("{", "{{").replace("}", "}}")
+        for key, name in (
+            ("save_debug_rollout_data", "rollout_data/{rollout_id}.pt"),
+            ("save_debug_train_data", "train_data/{rollout_id}_{rank}.pt"),
+        ):
+            if not s.given(key) and not (key == "save_debug_train_data" and s.debug_rollout_only):
+                s.fill(key, f"{folder}/{name}")
     return []
 
 
@@ -270,13 +292,17 @@ def _models(s: FlatSettings) -> list[Fault]:
 def _staleness(s: FlatSettings) -> list[Fault]:
     if not s.given("max_weight_staleness"):
         s.fill("max_weight_staleness", needed_staleness(s))
+    if s.max_weight_staleness == 0 and s.keep_old_actor:
+        why = "with max_weight_staleness = 0 every response is of the version that is trained, and no other is kept"
+        s.replace("keep_old_actor", False, why)
     return []
 
 
 def needed_staleness(s: FlatSettings) -> int:
     """Return the smallest bound that the other settings need."""
     batches = -(-(s.over_sampling_batch_size or 1) // s.rollout_batch_size)
-    return max(int(batches), int(s.update_weights_interval), 2 if s.partial_rollout else 1) - 1
+    least = 3 if s.rollout_function_path in FULLY_ASYNC_ROLLOUTS else 2 if s.partial_rollout else 1
+    return max(int(batches), int(s.update_weights_interval), least) - 1
 
 
 def _colocated_engines(s: FlatSettings) -> list[Fault]:
@@ -304,6 +330,7 @@ def _engine(s: FlatSettings) -> list[Fault]:
 
 
 _STEPS: tuple[Callable[[FlatSettings], list[Fault]], ...] = (
+    take_teacher_functions,
     _trainer_name,
     _engine_name,
     _other_names,
@@ -315,8 +342,10 @@ _STEPS: tuple[Callable[[FlatSettings], list[Fault]], ...] = (
     _policy_loss,
     _fallbacks,
     _run_dir,
+    _masked_importance_sampling,
     _bounds,
     _evaluation_alone,
+    _dumps,
     _train_dtype,
     _backend,
     _models,

@@ -34,6 +34,10 @@ class FlatSettings:
         getattr(self, key)
         return key in self._given
 
+    def has(self, key: str) -> bool:
+        """Return whether there is a setting of this name."""
+        return key in self._values
+
     def is_valid(self, key: str) -> bool:
         """Return whether it may be read."""
         return key not in self._invalid

@@ -65,8 +65,8 @@ class AlgorithmConfig(Section):
     num_critic_only_steps: NonNegative = 0
     """Number of first rollouts that train only the critic (ppo)."""
 
-    loss_type: Literal["policy_loss"] = "policy_loss"
-    """Loss to minimise."""
+    loss_type: Literal["policy_loss", "custom_loss"] = "policy_loss"
+    """Loss to minimise; custom_loss is that of custom_loss_function_path."""
 
     calculate_per_token_loss: bool = False
     """Average the loss over the tokens of the step instead of over samples (not with dr_grpo and luspo)."""
@@ -134,7 +134,7 @@ class AlgorithmConfig(Section):
     use_icepop: bool = False
     """Correct as use_tis does, but set weights outside the bounds to 0 (IcePop)."""
 
-    use_mis: bool = False
+    use_mis: Annotated[bool, Derived("on with custom_tis_function_path of the recipes' MIS function")] = False
     """Correct by masked importance sampling (MIS); use_tis enables its weights and use_rs its rejection."""
 
     tis_level: Level = "token"
@@ -166,15 +166,6 @@ class AlgorithmConfig(Section):
 
     rs_veto_threshold: NonNegativeFloat = 1e-4
     """use_mis: reject the whole sequence when the ratio of one token is below this; 0 turns it off."""
-
-    use_opd: bool = False
-    """On-policy distillation: subtract the reverse KL divergence to a teacher from the advantages."""
-
-    opd_type: Literal["sglang", "megatron"] | None = None
-    """Where the teacher runs: megatron loads it in the trainer, with either backend; sglang is not implemented."""
-
-    opd_kl_coef: NonNegativeFloat = 1.0
-    """Coefficient of the KL divergence to the teacher (use_opd)."""
 
     use_routing_replay: bool = False
     """Train mixture-of-experts models with the routing of the trainer's log-probability pass."""

@@ -59,10 +59,6 @@ class CheckpointConfig(Section):
     auto_detect_ckpt_format: Annotated[bool | None, States(True, "the files of a checkpoint tell its format")] = None
     """Find out the format of the checkpoint in load."""
 
-    opd_teacher_load: Annotated[str | None, Metavar("DIR")] = None
-    """Hugging Face folder of the teacher (use_opd), or torch_dist checkpoint (megatron). It must have the policy's
-    vocabulary, and with train_backend megatron also its shape."""
-
     critic_load: Annotated[str | None, Derived("hf_checkpoint, with ppo"), Metavar("DIR")] = None
     """Hugging Face folder that the critic is initialised from, such as a reward model of the policy's family; its
     `score.weight` becomes the value head, which is 0 when it is missing. With train_backend megatron also a torch_dist

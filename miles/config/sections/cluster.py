@@ -19,6 +19,10 @@ class ClusterConfig(Section):
     rollout_num_workers: Positive = 1
     """Number of rollout services, with one inference engine each."""
 
+    num_gpus_per_node: Positive | None = None
+    """Maximum number of GPUs of each node that rollouts get; not given means all that the trainer leaves, or, with
+    colocate, all of the trainer's."""
+
     rollout_workers_elsewhere: NonNegative = 0
     """How many of them are started by hand on other machines; the others run on this one."""
 

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from miles.config.schema.section import Derived, NonNegativeFloat, Positive, PositiveFloat, Section, States, derived
+from miles.config.schema.section import Derived, Positive, PositiveFloat, Section, States, derived
 
 
 class MegatronConfig(Section):
@@ -20,6 +20,25 @@ class MegatronConfig(Section):
 
     num_virtual_stages_per_pipeline_rank: Positive | None = None
     """Virtual stages per pipeline stage, for the interleaved schedule."""
+
+    num_layers_per_virtual_pipeline_stage: Positive | None = None
+    """The same, given by the layers of each virtual stage."""
+
+    decoder_first_pipeline_num_layers: Positive | None = None
+    """Layers of the first pipeline stage; the others are split evenly over the other stages."""
+
+    decoder_last_pipeline_num_layers: Positive | None = None
+    """Layers of the last pipeline stage; the others are split evenly over the other stages."""
+
+    account_for_embedding_in_pipeline_split: bool = False
+    """Count the embeddings as a layer of the first pipeline stage, which then has one less."""
+
+    account_for_loss_in_pipeline_split: bool = False
+    """Count the head and the loss as a layer of the last pipeline stage, which then has one less."""
+
+    pipeline_model_parallel_layout: str | None = None
+    """Layers of each stage, first all first virtual stages, then all second ones: E (embeddings), t (a layer) and L
+    (head and loss), stages separated by |, with (…)*n and t*n for repetitions, e.g. `Et*3|(tt|)*2tL`."""
 
     context_parallel_size: Positive = 1
     """Context-parallel size: ranks that split each sequence."""
@@ -95,12 +114,6 @@ class MegatronConfig(Section):
     megatron_to_hf_mode: Literal["raw", "bridge"] = "raw"
     """What converts weights between Megatron-Core and Hugging Face names; megatron-bridge does in either mode."""
 
-    moe_token_dispatcher_type: Literal["alltoall", "allgather"] = "alltoall"
-    """How tokens are sent to their experts."""
-
-    moe_aux_loss_coeff: NonNegativeFloat = 0.0
-    """Coefficient of the load-balancing loss of mixture-of-experts layers."""
-
     mtp_num_layers: Positive | None = None
     """Number of the model's MTP (multi-token prediction) layers to load; not given loads none, and exports contain
     those of hf_checkpoint."""
@@ -122,3 +135,31 @@ class MegatronConfig(Section):
 
     recompute_modules: tuple[str, ...] = ("core_attn",)
     """Parts of a layer to recompute with recompute_granularity selective."""
+
+    cross_entropy_loss_fusion: Annotated[
+        bool | None, States(False, "losses are of log-probabilities, which Megatron-Core's cross entropy does not give")
+    ] = None
+    """Compute Megatron-Core's cross entropy in a fused kernel."""
+
+    overlap_moe_expert_parallel_comm: Annotated[
+        bool | None, States(False, "the schedule that overlaps it gives logits of all rows, not of responses alone")
+    ] = None
+    """Overlap communication of expert parallelism with other micro-batches."""
+
+    delay_wgrad_compute: Annotated[
+        bool | None, States(False, "it needs overlap_moe_expert_parallel_comm, which is not there")
+    ] = None
+    """Compute gradients of weights after those of activations."""
+
+    enable_cuda_graph: Annotated[
+        bool | None, States(False, "a CUDA graph has fixed shapes, and micro-batches differ in length")
+    ] = None
+    """Run layers as CUDA graphs of Megatron-Core."""
+
+    external_cuda_graph: Annotated[
+        bool | None, States(False, "a CUDA graph has fixed shapes, and micro-batches differ in length")
+    ] = None
+    """Run layers as CUDA graphs of TransformerEngine."""
+
+    cuda_graph_impl: Literal["none", "local", "transformer_engine", "full_iteration"] = "none"
+    """Kind of CUDA graphs; others than none are refused."""

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated
 
-from miles.config.schema.section import Ignored, Negated, NonNegative, Positive, Section, States
-
-_PADDING = "micro-batches are padded only as far as the layout needs"
+from miles.config.schema.section import Ignored, Negated, Positive, Section, States
 
 
 class NumericsConfig(Section):
@@ -26,11 +24,6 @@ class NumericsConfig(Section):
         float | None, States(0.0, "nothing is dropped, so that trainer and engine compute the same function")
     ] = None
     """Dropout of attention."""
-
-    moe_router_dtype: Annotated[
-        Literal["fp32", "fp64"] | None, States("fp32", "routers of mixture-of-experts layers compute in float32")
-    ] = None
-    """Type in which routers compute."""
 
     apply_rope_fusion: Annotated[bool, Negated("--no-rope-fusion")] = True
     """Use the fused kernel of rotary positions, where layers are TransformerEngine's and have one."""
@@ -59,7 +52,7 @@ class NumericsConfig(Section):
     """Cut sequences into one chunk for each context-parallel rank."""
 
     enable_experimental: Annotated[
-        bool | None, Ignored("it permits features of Megatron-Core, and none is on that needs permission")
+        bool | None, Ignored("features of Megatron-Core that need permission are not used")
     ] = None
     """Permit experimental features of Megatron-Core."""
 
@@ -69,17 +62,6 @@ class NumericsConfig(Section):
         Ignored("the norm of the gradient, which is computed anyway, is always checked before a step"),
     ] = None
     """Check that losses and gradients are numbers."""
-
-    seq_length: Annotated[Positive | None, Ignored("micro-batches are as long as their samples")] = None
-    """Length of sequences."""
-
-    data_pad_size_multiplier: Annotated[Positive | None, Ignored(_PADDING)] = None
-    """What the rows of a micro-batch are padded to a multiple of, times the tensor-parallel size."""
-
-    train_memory_margin_bytes: Annotated[
-        NonNegative | None, Ignored("offload_train moves the trainer's own tensors, and leaves the rest of a GPU alone")
-    ] = None
-    """Memory of a GPU that an allocator keeps free."""
 
     ref_micro_batch_size: Annotated[
         Positive | None, Ignored("the reference computes the policy's micro-batches, with the same result")

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from miles.addresses import why_not_address
 from miles.config.schema.section import Derived, DottedPath, Metavar, NonNegative, PositiveFloat, Section
+from miles.config.schema.teacher_functions import SCORES
 from miles.reward_names import DEFAULT_SERVICE, REWARD_KEY, SERVICE_KEY
 
 BuiltinReward = Literal["exact_match", "last_number", "math", "deepscaler", "dapo"]
@@ -20,8 +21,9 @@ class RewardConfig(Section):
     """Built-in reward of rows whose metadata names none (as rm_type); every row has to where custom_rm_path and
     reward_service are not given either."""
 
-    custom_rm_path: Annotated[str | None, DottedPath(), Metavar("MODULE.NAME")] = None
-    """Async function that scores a sample, instead of rm_type."""
+    custom_rm_path: Annotated[str | None, DottedPath(aliases=SCORES), Metavar("MODULE.NAME")] = None
+    """Function (sample) or (args, sample) that scores a sample, instead of rm_type; with group_rm one of a prompt's
+    samples."""
 
     reward_service: Annotated[tuple[str, ...], Metavar("NAME=HOST:PORT")] = ()
     """Address of a reward service that runs elsewhere; repeatable. The one named default scores samples without a name,
@@ -62,6 +64,10 @@ class RewardConfig(Section):
         if len(addresses) == 1 and not (self.rm_type or self.custom_rm_path):
             return {DEFAULT_SERVICE: next(iter(addresses.values())), **addresses}
         return addresses
+
+    def scores(self, metadata: Mapping[str, Any]) -> bool:
+        """Return whether something scores a sample, by its metadata."""
+        return bool(self.rm_type or self.custom_rm_path or self.reward_service or REWARD_KEY in metadata)
 
     def service_of(self, metadata: Mapping[str, Any]) -> str:
         """The name of the service that scores a sample, by its metadata."""

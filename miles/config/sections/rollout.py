@@ -11,6 +11,7 @@ from miles.config.schema.section import (
     DottedPath,
     Metavar,
     NonNegative,
+    NonNegativeFloat,
     Passthrough,
     Positive,
     PositiveFloat,
@@ -19,9 +20,7 @@ from miles.config.schema.section import (
     derived,
 )
 from miles.engine_spec import EngineName
-
-NONZERO_STD_FILTER = "miles.rollout.filter_hub.dynamic_sampling_filters.check_reward_nonzero_std"
-"""Name of the built-in filter in recipes; the rollout service maps it to its function."""
+from miles.extensions.names import DYNAMIC_FILTERS
 
 
 class RolloutConfig(Section):
@@ -63,8 +62,15 @@ class RolloutConfig(Section):
     rollout_engine_weights_dir: Annotated[str | None, Metavar("DIR")] = None
     """Folder for the files of rollout_engine_weights = disk; defaults to the system's temporary folder."""
 
+    rollout_health_check_interval: PositiveFloat = 1.0
+    """Time between two probes of an SGLang server, in seconds; each also tells how much it has to do, by which its
+    share of the requests is limited."""
+
     rollout_health_check_timeout: PositiveFloat = 30.0
     """Time without an answer after which an SGLang server counts as dead and is restarted, in seconds."""
+
+    rollout_health_check_first_wait: NonNegativeFloat = 0.0
+    """Time between a server's start, once it is ready, and its first probe, in seconds."""
 
     sglang_server_concurrency: Positive = 512
     """Maximum number of concurrent requests to each SGLang server; fewer while its KV cache is nearly full."""
@@ -110,12 +116,12 @@ class RolloutConfig(Section):
     rollout_seed: int = 42
     """Seed of shuffling and sampling."""
 
-    dynamic_sampling_filter_path: Annotated[
-        str | None, DottedPath(aliases=(NONZERO_STD_FILTER,)), Metavar("MODULE.NAME")
-    ] = None
-    """Function that keeps or drops a scored group before it is queued; the built-in
+    dynamic_sampling_filter_path: Annotated[str | None, DottedPath(aliases=DYNAMIC_FILTERS), Metavar("MODULE.NAME")] = (
+        None
+    )
+    """Function (args, samples) that keeps or drops a scored group before it is queued; the built-in
     miles.rollout.filter_hub.dynamic_sampling_filters.check_reward_nonzero_std drops groups whose rewards are all
-    equal."""
+    equal, check_no_aborted those with a sample that failed."""
 
     dynamic_sampling_max_dropped_batches: NonNegative = 16
     """How many batches' worth of groups may be dropped in a row, with none kept between, before the job fails; 0 means

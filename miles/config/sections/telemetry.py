@@ -80,5 +80,9 @@ class TelemetryConfig(Section):
     log_whole_samples: bool = False
     """Record those samples whole too, with prompt tokens and routed experts, for `miles samples check`."""
 
+    log_passrate: bool = False
+    """Report pass@k of the rollouts' prompts (passrate/pass@k): the chance that one of k responses has reward 1. Those
+    of evaluations are always reported."""
+
     trace_steps: Annotated[tuple[NonNegative, ...], Metavar("STEP ...")] = ()
     """Steps of which a trace is written to RUN_DIR/traces: what each process did when. See `miles trace RUN_DIR`."""

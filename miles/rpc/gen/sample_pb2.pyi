@@ -330,6 +330,8 @@ class Sample(_message.Message):
     PREFIX_CACHE_FIELD_NUMBER: _builtins.int
     TEACHER_LOG_PROBS_FIELD_NUMBER: _builtins.int
     REMOVE_SAMPLE_FIELD_NUMBER: _builtins.int
+    TEACHER_TOKENS_FIELD_NUMBER: _builtins.int
+    TEACHER_TOKEN_LOG_PROBS_FIELD_NUMBER: _builtins.int
     group_id: _builtins.int
     """Prompt group this sample belongs to, unique within its job."""
     index: _builtins.int
@@ -390,6 +392,16 @@ class Sample(_message.Message):
     def teacher_log_probs(self) -> Global___Array:
         """Teacher log-probabilities of the response tokens, in nats; float32, shape (response_length,)."""
 
+    @_builtins.property
+    def teacher_tokens(self) -> Global___Array:
+        """Tokens at each position at which distillation compares the policy with the teacher, -1 in empty places; int32,
+        shape (response_length, places). Before the teacher has scored them: the policy's likeliest.
+        """
+
+    @_builtins.property
+    def teacher_token_log_probs(self) -> Global___Array:
+        """Their log-probabilities under the teacher, in nats; float32, of the same shape. Anything where there is no token."""
+
     def __init__(
         self,
         *,
@@ -412,10 +424,12 @@ class Sample(_message.Message):
         prefix_cache: Global___PrefixCacheStats | None = ...,
         teacher_log_probs: Global___Array | None = ...,
         remove_sample: _builtins.bool = ...,
+        teacher_tokens: Global___Array | None = ...,
+        teacher_token_log_probs: Global___Array | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_label", b"_label", "label", b"label", "loss_mask", b"loss_mask", "prefix_cache", b"prefix_cache", "prompt", b"prompt", "prompt_messages_json", b"prompt_messages_json", "prompt_text", b"prompt_text", "reward", b"reward", "rollout_log_probs", b"rollout_log_probs", "rollout_routed_experts", b"rollout_routed_experts", "speculative", b"speculative", "teacher_log_probs", b"teacher_log_probs", "tokens", b"tokens"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_label", b"_label", "label", b"label", "loss_mask", b"loss_mask", "prefix_cache", b"prefix_cache", "prompt", b"prompt", "prompt_messages_json", b"prompt_messages_json", "prompt_text", b"prompt_text", "reward", b"reward", "rollout_log_probs", b"rollout_log_probs", "rollout_routed_experts", b"rollout_routed_experts", "speculative", b"speculative", "teacher_log_probs", b"teacher_log_probs", "teacher_token_log_probs", b"teacher_token_log_probs", "teacher_tokens", b"teacher_tokens", "tokens", b"tokens"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_label", b"_label", "group_id", b"group_id", "index", b"index", "label", b"label", "loss_mask", b"loss_mask", "metadata_json", b"metadata_json", "prefix_cache", b"prefix_cache", "prompt", b"prompt", "prompt_messages_json", b"prompt_messages_json", "prompt_text", b"prompt_text", "remove_sample", b"remove_sample", "response", b"response", "response_length", b"response_length", "reward", b"reward", "rollout_log_probs", b"rollout_log_probs", "rollout_routed_experts", b"rollout_routed_experts", "speculative", b"speculative", "status", b"status", "teacher_log_probs", b"teacher_log_probs", "tokens", b"tokens", "weight_versions", b"weight_versions"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_label", b"_label", "group_id", b"group_id", "index", b"index", "label", b"label", "loss_mask", b"loss_mask", "metadata_json", b"metadata_json", "prefix_cache", b"prefix_cache", "prompt", b"prompt", "prompt_messages_json", b"prompt_messages_json", "prompt_text", b"prompt_text", "remove_sample", b"remove_sample", "response", b"response", "response_length", b"response_length", "reward", b"reward", "rollout_log_probs", b"rollout_log_probs", "rollout_routed_experts", b"rollout_routed_experts", "speculative", b"speculative", "status", b"status", "teacher_log_probs", b"teacher_log_probs", "teacher_token_log_probs", b"teacher_token_log_probs", "teacher_tokens", b"teacher_tokens", "tokens", b"tokens", "weight_versions", b"weight_versions"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__label: _TypeAlias = _typing.Literal["label"]  # noqa: Y015
     _WhichOneofArgType__label: _TypeAlias = _typing.Literal["_label", b"_label"]  # noqa: Y015
@@ -446,8 +460,8 @@ class SampleGroup(_message.Message):
     group_id: _builtins.int
     """Position of the prompt in the job's prompt order, from 0."""
     arrays: _builtins.bytes
-    """Elements of the arrays of all samples, as in Array: tokens, rollout_log_probs and teacher_log_probs of those that have
-    them, then rollout_routed_experts, then loss_mask.
+    """Elements of the arrays of all samples, as in Array: tokens, rollout_log_probs, teacher_log_probs, teacher_tokens and
+    teacher_token_log_probs of those that have them, then rollout_routed_experts, then loss_mask.
     """
     arrays_bytes: _builtins.int
     """Size of arrays, in bytes, for readers that begin at the end."""
@@ -505,6 +519,7 @@ class SampleColumns(_message.Message):
     EXPERTS_FIELD_NUMBER: _builtins.int
     SPECULATIVE_FIELD_NUMBER: _builtins.int
     PREFIX_CACHE_FIELD_NUMBER: _builtins.int
+    TEACHER_PLACES_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def index(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Sample.index."""
@@ -573,6 +588,10 @@ class SampleColumns(_message.Message):
     def prefix_cache(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """The fields of PrefixCacheStats of those that have them: two entries a sample."""
 
+    @_builtins.property
+    def teacher_places(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Places at each position of those that have teacher_tokens."""
+
     def __init__(
         self,
         *,
@@ -593,10 +612,11 @@ class SampleColumns(_message.Message):
         experts: _abc.Iterable[_builtins.int] | None = ...,
         speculative: _abc.Iterable[_builtins.int] | None = ...,
         prefix_cache: _abc.Iterable[_builtins.int] | None = ...,
+        teacher_places: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["experts", b"experts", "has", b"has", "index", b"index", "label", b"label", "metadata_json", b"metadata_json", "named_rewards", b"named_rewards", "prefix_cache", b"prefix_cache", "prompt", b"prompt", "response", b"response", "response_length", b"response_length", "reward", b"reward", "span_end", b"span_end", "span_version", b"span_version", "spans", b"spans", "speculative", b"speculative", "status", b"status", "tokens", b"tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["experts", b"experts", "has", b"has", "index", b"index", "label", b"label", "metadata_json", b"metadata_json", "named_rewards", b"named_rewards", "prefix_cache", b"prefix_cache", "prompt", b"prompt", "response", b"response", "response_length", b"response_length", "reward", b"reward", "span_end", b"span_end", "span_version", b"span_version", "spans", b"spans", "speculative", b"speculative", "status", b"status", "teacher_places", b"teacher_places", "tokens", b"tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -13,8 +13,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from miles.services.controller.clients.calls import WorkerLostError
-from miles.services.controller.clients.trainer import TrainerClient
-from miles.services.controller.run.rollout_workers import RolloutWorkers
+from miles.services.controller.clients.protocols import Rollouts, Trainer
 from miles.services.controller.status.run_status import RunStatus
 from miles.services.controller.workers.registry import AttachedWorker
 
@@ -39,7 +38,7 @@ class GpuTurns:
     def __init__(
         self,
         config: JobConfig,
-        rollouts: RolloutWorkers,
+        rollouts: Rollouts,
         dispatcher: Dispatcher,
         evaluations: EvaluationSchedule,
         status: RunStatus,
@@ -48,7 +47,8 @@ class GpuTurns:
         """Whether whatever the trainer does has to be in its turn; `meet` finds out."""
         self._shares_gpus = False
         self._config = config
-        self._engines_leave = config.cluster.offload_rollout
+        self._two_sides = config.debug.has_engines and config.debug.has_trainer
+        self._engines_leave = config.cluster.offload_rollout and self._two_sides
         self._rollouts = rollouts
         self._dispatcher = dispatcher
         self._evaluations = evaluations
@@ -58,6 +58,8 @@ class GpuTurns:
 
     def meet(self, trainer: AttachedWorker) -> None:
         """The run works with this trainer from now on."""
+        if not self._two_sides:
+            return
         asked = self._config.cluster.offload_train
         self._shares_gpus = self._config.cluster.colocate and trainer.registration.num_gpus > 0
         self.exclusive = (self._shares_gpus and not self._config.train.fsdp_cpu_offload) if asked is None else asked
@@ -91,7 +93,7 @@ class GpuTurns:
             await self._release_engines()
         self._holder = _Holder.TRAINER
 
-    async def to_engines(self, trainer: TrainerClient) -> None:
+    async def to_engines(self, trainer: Trainer) -> None:
         """Return once the trainer has left the GPUs; engines take memory when they need it."""
         if self._holder is _Holder.ENGINES:
             return

@@ -68,6 +68,8 @@ class GenerationRequest:
     return_routed_experts: bool = False
     routed_experts_start: int = 0
     """First position whose routed experts to return; those before it are known already."""
+    top_token_ids: int = 0
+    """How many of the likeliest tokens to report beside each token."""
     group: str = ""
     """Requests of the same group share their prompt; an engine of several servers keeps them together."""
 
@@ -98,6 +100,8 @@ class GenerationDelta:
     log_probs: Sequence[float]
     """Of each token at the sampling temperature, before top-k and top-p, in nats."""
     result: GenerationResult | None = None
+    top_token_ids: Sequence[Sequence[int]] = ()
+    """Beside each token those that were likeliest, from the likeliest on; empty unless asked for."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

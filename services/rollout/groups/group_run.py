@@ -15,11 +15,14 @@ from miles.rpc.gen import rollout_pb2
 from miles.services.rollout.groups.filters import FilterError, GroupFilter, apply_filter
 from miles.services.rollout.groups.messages import Failed, Finished, GroupLease, Outcome, Preempted
 from miles.services.rollout.groups.partial_group import PartialGroup
-from miles.services.rollout.groups.partial_response import FINISHED, mask_older_versions
+from miles.services.rollout.groups.partial_response import ENDED, FINISHED, mask_older_versions
 from miles.services.rollout.groups.response_sampler import Sampler
 from miles.services.rollout.groups.scoring import GroupScoring, JobRewards, RewardFailed
 from miles.services.rollout.groups.stats import group_stats, rewards_are_equal, scored_example
 from miles.services.rollout.serving.version_gate import VersionGate, VersionPassed
+from miles.services.rollout.teachers.group_teaching import GroupTeaching
+from miles.services.rollout.teachers.served import ServedTeachers
+from miles.services.rollout.teachers.server import TeacherFailed
 from miles.tasks import cancelled_at_end
 from miles.telemetry.repeated_warnings import RepeatedWarnings
 from miles.telemetry.tracing import traced
@@ -56,6 +59,8 @@ class GroupTools:
     rewards: JobRewards
     queue: GroupQueue
     partials: PartialStore
+    teachers: ServedTeachers | None = None
+    """Of on-policy distillation, behind servers."""
     group_filter: GroupFilter | None = None
     repeated: RepeatedWarnings = dataclasses.field(default_factory=RepeatedWarnings)
     """Of failures, so that the log does not repeat them."""
@@ -71,8 +76,14 @@ class GroupRun:
         self._holder = holder
         self._sampler = tools.create_sampler(lease)
         record_experts = tools.config.rollout.records_routing
-        self._partial = PartialGroup(lease, tools.job_id, tools.partials, record_experts=record_experts)
+        self._partial = PartialGroup(
+            *(lease, tools.job_id, tools.partials),
+            record_experts=record_experts,
+            record_top_tokens=tools.config.distillation.engine_top_k > 0,
+        )
         self._scoring = GroupScoring(tools.rewards, self._partial.samples)
+        teachers = tools.teachers if lease.is_training else None
+        self._teaching = None if teachers is None else GroupTeaching(teachers, self._partial.samples)
         self._preempted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._started = time.monotonic()
 
@@ -83,7 +94,10 @@ class GroupRun:
 
     async def run(self) -> Outcome:
         """Run to an outcome. Raises only on a bug or when it is cancelled."""
-        async with contextlib.aclosing(self._scoring):
+        async with contextlib.AsyncExitStack() as stack:
+            for each in (self._scoring, self._teaching):
+                if each is not None:
+                    stack.push_async_callback(each.aclose)
             return await self._outcome()
 
     async def _outcome(self) -> Outcome:
@@ -94,7 +108,7 @@ class GroupRun:
         except Fenced as error:
             log.warning("%s", error)
             return Preempted(await self._partial.save())
-        except (RewardFailed, VersionPassed, TimeoutError) as error:
+        except (RewardFailed, TeacherFailed, VersionPassed, TimeoutError) as error:
             # After a failed reward the responses are stored, so that the next attempt only has to score them.
             await self._partial.save()
             return Failed(str(error))
@@ -117,7 +131,7 @@ class GroupRun:
         await self._generate()
         generated = time.monotonic()
         self._check_version()
-        await self._unless_preempted(self._scoring.finish())
+        await self._unless_preempted(self._score())
         scored = time.monotonic()
         samples = self._scoring.scored()
         if lease.is_training and tools.config.rollout.mask_offpolicy_in_partial_rollout:
@@ -130,7 +144,7 @@ class GroupRun:
         done = Finished(stats, oldest_version=group.oldest_version or 0)
         if not lease.is_training:
             return dataclasses.replace(done, group=group)
-        if rewards_are_equal(samples, key):
+        if rewards_are_equal(samples, key) and not tools.config.distillation.rewards_are_optional:
             done = dataclasses.replace(done, example=scored_example(samples, key))
         return await self._unless_preempted(self._filter_and_put(group, done))
 
@@ -177,15 +191,24 @@ class GroupRun:
 
     async def _respond(self, i: int) -> None:
         samples = self._partial.samples
-        if samples[i].status not in FINISHED:
+        if samples[i].status not in ENDED:
             async with contextlib.aclosing(self._sampler.respond(i, samples[i])) as grown:
                 async for sample in grown:
-                    if sample.status in FINISHED:
+                    if sample.status in FINISHED and not sample.response:
                         tokens = sample.response_tokens.tolist()
                         sample.response = self._tools.decode(tokens, self.lease.skip_special_tokens[i])
                     samples[i] = sample
         if samples[i].status in FINISHED:
             self._scoring.begin(i)
+            if self._teaching is not None:
+                self._teaching.begin(i)
+
+    async def _score(self) -> None:
+        """Wait until all are scored, by rewards and by teachers."""
+        if self._teaching is None:
+            await self._scoring.finish()
+        else:
+            await asyncio.gather(self._scoring.finish(), self._teaching.finish())
 
     async def _abort(self, tasks: Sequence[asyncio.Task[None]]) -> None:
         await self._sampler.abort()
@@ -206,16 +229,17 @@ class GroupRun:
     async def _filter_and_put(self, group: SampleGroup, done: Finished) -> Finished:
         tools = self._tools
         if all(sample.status is SampleStatus.FAILED for sample in group.samples):
-            errors = "; ".join(sorted(set(self._scoring.errors.values())))
+            reasons = {str(sample.metadata.get("reward_error") or "") for sample in group.samples}
+            errors = "; ".join(sorted(reasons))
             return await self._drop(done, f"no sample could be scored: {errors}")
-        verdict = await apply_filter(tools.group_filter, tools.config, group.samples)
+        verdict = await apply_filter(tools.group_filter, group.samples)
         if verdict.keep:
             entry_id = await tools.queue.put(
                 group, attempt=self.lease.attempt, oldest_version=done.oldest_version, holder=self._holder
             )
             done = dataclasses.replace(done, entry_id=entry_id)
         else:
-            done = await self._drop(done, verdict.reason)
+            done = await self._drop(done, verdict.reason or "")
         await self._partial.delete()
         return done
 

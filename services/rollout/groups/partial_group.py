@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import logging
 import time
-from typing import Any
 
 from redis.exceptions import RedisError
 
 from miles.queue import PartialStore, QueueFull
 from miles.services.rollout.groups.messages import GroupLease
 from miles.services.rollout.groups.partial_response import (
-    FINISHED,
+    ENDED,
     cut_to_limit,
     is_rolled_back,
     merge_partial,
     without_response,
 )
 from miles.telemetry.tracing import traced
-from miles.types import Reward, Sample, SampleGroup
+from miles.types import Sample, SampleGroup
 
 log = logging.getLogger(__name__)
 
@@ -30,8 +29,17 @@ SAVE_EVERY_S = 5.0
 class PartialGroup:
     """The samples of one leased group so far. Only training groups are stored: an evaluation starts over."""
 
-    def __init__(self, lease: GroupLease, job_id: str, store: PartialStore, *, record_experts: bool = False) -> None:
-        """With `record_experts`, a stored response without its routed experts starts over."""
+    def __init__(
+        self,
+        lease: GroupLease,
+        job_id: str,
+        store: PartialStore,
+        *,
+        record_experts: bool = False,
+        record_top_tokens: bool = False,
+    ) -> None:
+        """With `record_experts`, a stored response without its routed experts starts over; so for likeliest tokens."""
+        self._record_top_tokens = record_top_tokens and lease.is_training
         self.samples = list(lease.group.samples)
         """Replaced one by one as responses grow and rewards come."""
         self._lease = lease
@@ -40,7 +48,7 @@ class PartialGroup:
         self._record_experts = record_experts and lease.is_training
         self._may_be_stored = False
         """Whether there may be a stored copy."""
-        self._stored: dict[int, tuple[Sample, Reward | None, dict[str, Any]]] = {}
+        self._stored: dict[int, tuple[object, ...]] = {}
         """By position what was last stored of this attempt: the sample, and what scoring changes in it."""
         self._saved_responses = 0
         """Responses that had ended when the group was last stored."""
@@ -49,13 +57,14 @@ class PartialGroup:
     @property
     def unfinished(self) -> list[int]:
         """Positions of the samples whose response has not ended."""
-        return [i for i, sample in enumerate(self.samples) if sample.status not in FINISHED]
+        return [i for i, sample in enumerate(self.samples) if sample.status not in ENDED]
 
     @traced("look for a partial group")
     async def resume(self) -> int:
         """Continue from what is stored or leased; returns the newest version among its tokens, 0 if there are none."""
         stored = await self._load() if self._lease.is_training else {}
-        resumed = [merge_partial(s, stored.get(s.index), with_experts=self._record_experts) for s in self.samples]
+        wanted = {"with_experts": self._record_experts, "with_top_tokens": self._record_top_tokens}
+        resumed = [merge_partial(s, stored.get(s.index), **wanted) for s in self.samples]
         if self._lease.is_training:
             newest = self._lease.newest_version
             resumed = [without_response(sample) if is_rolled_back(sample, newest) else sample for sample in resumed]
@@ -82,7 +91,7 @@ class PartialGroup:
             return 0
         group_id = self._lease.group_id
         group = SampleGroup(self._job_id, group_id, list(self.samples))
-        states = {i: (sample, sample.reward, sample.metadata) for i, sample in enumerate(group.samples)}
+        states = {i: (sample, *_scores(sample)) for i, sample in enumerate(group.samples)}
         changed = [group.samples[i].index for i, state in states.items() if not _is_same(state, self._stored.get(i))]
         self._may_be_stored = True
         try:
@@ -109,6 +118,17 @@ class PartialGroup:
         """Delete the stored copy, if there is one."""
         if self._may_be_stored:
             await self._store.delete(self._lease.group_id)
+
+
+def _scores(sample: Sample) -> tuple[object, ...]:
+    """What rewards and teachers change in a sample."""
+    return (
+        sample.reward,
+        sample.metadata,
+        sample.teacher_log_probs,
+        sample.teacher_tokens,
+        sample.teacher_token_log_probs,
+    )
 
 
 def _is_same(state: tuple[object, ...], stored: tuple[object, ...] | None) -> bool:

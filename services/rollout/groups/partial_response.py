@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
+import numpy.typing as npt
 
+from miles.distillation.token_choice import NO_TOKEN
 from miles.services.rollout.engines.base import FinishReason, GenerationDelta, GenerationResult
 from miles.services.rollout.engines.joining import add_speculative, join_experts, join_spans
 from miles.types import PrefixCacheStats, Sample, SampleStatus
@@ -18,6 +21,8 @@ _STATUS = {
 
 FINISHED = (SampleStatus.COMPLETED, SampleStatus.TRUNCATED)
 """Statuses of a response that has ended."""
+ENDED = (*FINISHED, SampleStatus.FAILED)
+"""Statuses of a sample that is not generated any further; a FAILED one is not scored either."""
 
 
 class Piece:
@@ -26,6 +31,7 @@ class Piece:
     def __init__(self) -> None:
         self.token_ids: list[int] = []
         self.log_probs: list[float] = []
+        self.top_token_ids: list[Sequence[int]] = []
         self.result: GenerationResult | None = None
 
     def add(self, delta: GenerationDelta) -> None:
@@ -34,6 +40,7 @@ class Piece:
             raise ValueError(f"a delta has {len(delta.token_ids)} tokens but {len(delta.log_probs)} log-probabilities")
         self.token_ids.extend(delta.token_ids)
         self.log_probs.extend(delta.log_probs)
+        self.top_token_ids.extend(delta.top_token_ids)
         if delta.result is not None:
             self.result = delta.result
 
@@ -65,9 +72,21 @@ def extend(sample: Sample, piece: Piece, *, with_experts: bool = False) -> Sampl
         speculative=add_speculative(sample.speculative, result.speculative),
         weight_versions=join_spans(sample.weight_versions, result.weight_versions, sample.response_length),
         loss_mask=None if mask is None else np.concatenate([mask, np.ones(len(new_tokens), np.uint8)]),
+        teacher_tokens=_with_top_tokens(sample.teacher_tokens, piece.top_token_ids),
         status=_STATUS[result.reason],
         prefix_cache=PrefixCacheStats(min(result.cached_prompt_tokens, sample.prompt_length), sample.prompt_length),
     )
+
+
+def _with_top_tokens(
+    before: npt.NDArray[np.int32] | None, rows: Sequence[Sequence[int]]
+) -> npt.NDArray[np.int32] | None:
+    """Append the likeliest tokens of new positions, int32 [positions, count]; missing ones are -1."""
+    if not rows:
+        return before
+    count = max(len(row) for row in rows) if before is None else before.shape[1]
+    added = np.array([[*row[:count], *[NO_TOKEN] * (count - len(row))] for row in rows], np.int32)
+    return added if before is None else np.concatenate([before, added])
 
 
 def experts_start(sample: Sample) -> int:
@@ -91,11 +110,13 @@ def without_response(sample: Sample) -> Sample:
         speculative=None,
         prefix_cache=None,
         teacher_log_probs=None,
+        teacher_tokens=None,
+        teacher_token_log_probs=None,
         remove_sample=False,
     )
 
 
-def is_resumable(sample: Sample, *, with_experts: bool) -> bool:
+def is_resumable(sample: Sample, *, with_experts: bool, with_top_tokens: bool = False) -> bool:
     """True when everything that training needs was recorded of the response so far, or there is no response."""
     if sample.status not in (SampleStatus.PENDING, SampleStatus.ABORTED, *FINISHED):
         return False
@@ -103,10 +124,13 @@ def is_resumable(sample: Sample, *, with_experts: bool) -> bool:
         return sample.status not in FINISHED
     covered = bool(sample.weight_versions) and sample.weight_versions[-1].end == sample.response_length
     has_experts = sample.rollout_routed_experts is not None or not with_experts
-    return covered and sample.rollout_log_probs is not None and has_experts
+    has_top_tokens = sample.teacher_tokens is not None or not with_top_tokens
+    return covered and sample.rollout_log_probs is not None and has_experts and has_top_tokens
 
 
-def merge_partial(leased: Sample, stored: Sample | None, *, with_experts: bool) -> Sample:
+def merge_partial(
+    leased: Sample, stored: Sample | None, *, with_experts: bool, with_top_tokens: bool = False
+) -> Sample:
     """Choose what to continue: the stored response if it fits the leased prompt, else the leased one, else none.
 
     The label is the lease's, and so are its metadata keys; further stored metadata and a stored reward stay.
@@ -116,7 +140,7 @@ def merge_partial(leased: Sample, stored: Sample | None, *, with_experts: bool) 
     for partial in (stored, leased):
         if partial is None or not np.array_equal(partial.prompt_tokens, leased.prompt_tokens):
             continue
-        if is_resumable(partial, with_experts=with_experts):
+        if is_resumable(partial, with_experts=with_experts, with_top_tokens=with_top_tokens):
             metadata = {**partial.metadata, **leased.metadata}
             return dataclasses.replace(partial, prompt=leased.prompt, label=leased.label, metadata=metadata)
     return without_response(leased)

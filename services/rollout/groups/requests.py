@@ -5,8 +5,15 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
+from collections.abc import Sequence
 
-from miles.services.rollout.engines.base import GenerationRequest, RolloutEngine
+from miles.services.rollout.engines.base import (
+    FinishReason,
+    GenerationRequest,
+    GenerationResult,
+    RolloutEngine,
+    SamplingParams,
+)
 from miles.services.rollout.groups.messages import GroupLease
 from miles.services.rollout.groups.partial_response import Piece, experts_start, extend
 from miles.telemetry.tracing import traced
@@ -18,8 +25,11 @@ _serials = itertools.count()
 class GroupRequests:
     """Runs engine requests that continue the samples of one group; one abort ends them all."""
 
-    def __init__(self, engine: RolloutEngine, lease: GroupLease, *, record_experts: bool = False) -> None:
-        """With `record_experts`, training groups record which experts were chosen."""
+    def __init__(
+        self, engine: RolloutEngine, lease: GroupLease, *, record_experts: bool = False, top_tokens: int = 0
+    ) -> None:
+        """With `record_experts`, training groups record which experts were chosen, and so many likeliest tokens."""
+        self._top_tokens = top_tokens if lease.is_training else 0
         self._engine = engine
         self._lease = lease
         self._record_experts = record_experts and lease.is_training
@@ -42,8 +52,25 @@ class GroupRequests:
             resumed_tokens=sample.response_length,
             return_routed_experts=self._record_experts,
             routed_experts_start=experts_start(sample),
-            group=f"{self._lease.purpose.value}-{self._lease.group_id}",
+            top_token_ids=self._top_tokens,
+            group=self._group,
         )
+        return extend(sample, await self._run(request), with_experts=self._record_experts)
+
+    @traced("engine request")
+    async def generate(self, position: int, input_ids: Sequence[int], sampling: SamplingParams) -> Piece:
+        """Generate after any tokens, in one request; after an abort none is made, and the piece is empty."""
+        if self._aborted:
+            piece = Piece()
+            piece.result = GenerationResult(FinishReason.ABORT, ())
+            return piece
+        return await self._run(
+            GenerationRequest(
+                request_id=self._new_id(position), input_ids=input_ids, sampling=sampling, group=self._group
+            )
+        )
+
+    async def _run(self, request: GenerationRequest) -> Piece:
         piece = Piece()
         self._running[request.request_id] = None
         try:
@@ -52,7 +79,11 @@ class GroupRequests:
                     piece.add(delta)
         finally:
             del self._running[request.request_id]
-        return extend(sample, piece, with_experts=self._record_experts)
+        return piece
+
+    @property
+    def _group(self) -> str:
+        return f"{self._lease.purpose.value}-{self._lease.group_id}"
 
     async def abort(self) -> None:
         """End every request soon, each with the tokens it has, and make no more."""

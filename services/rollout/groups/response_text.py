@@ -14,7 +14,7 @@ def response_decoder(tokenizer: Any, end_tokens: Collection[int]) -> Callable[[S
     and stay.
     """
     special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
-    to_text = _decoder(tokenizer)
+    to_text = text_decoder(tokenizer)
     ends = special.union(end_tokens, tokenizer.all_special_ids)
 
     def decode(tokens: Sequence[int], skip_special_tokens: bool) -> str:
@@ -24,8 +24,8 @@ def response_decoder(tokenizer: Any, end_tokens: Collection[int]) -> Callable[[S
     return decode
 
 
-def _decoder(tokenizer: Any) -> Callable[[list[int], bool], str]:
-    """(tokens, leave out special tokens) -> text, without any change to spaces."""
+def text_decoder(tokenizer: Any) -> Callable[[list[int], bool], str]:
+    """Return the function (tokens, leave out special tokens) -> text, without any change to spaces."""
     from transformers import PreTrainedTokenizerFast
 
     own, usual = type(tokenizer), PreTrainedTokenizerFast

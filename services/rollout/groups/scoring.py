@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
+from miles.reward_sdk.client import ScoreOutcome
 from miles.tasks import cancel
 from miles.telemetry.tracing import traced
-from miles.types import Sample, SampleStatus
+from miles.types import Sample, SampleStatus, failed
 
 if TYPE_CHECKING:
     from miles.config.sections.reward import RewardConfig
-    from miles.reward_sdk.client import ScoreOutcome
 
 
 class RewardFailed(RuntimeError):
@@ -30,9 +29,11 @@ class ScoreClient(Protocol):
 class JobRewards:
     """Asks a job's reward services for rewards: which reward a sample gets, and what a failure does to it."""
 
-    def __init__(self, client: ScoreClient, config: RewardConfig) -> None:
+    def __init__(self, client: ScoreClient, config: RewardConfig, *, optional: bool = False) -> None:
+        """With `optional`, samples that nothing scores have reward 0."""
         self._client = client
         self._config = config
+        self._optional = optional
 
     @property
     def whole_groups(self) -> bool:
@@ -42,23 +43,32 @@ class JobRewards:
     @traced("score")
     async def score_each(self, samples: Sequence[Sample]) -> list[ScoreOutcome]:
         """Score samples, each on its own; one outcome a sample, in order."""
-        names = [self._config.reward_of(sample.metadata) for sample in samples]
-        if len(set(names)) == 1:
+        names = [self._name(sample) for sample in samples]
+        if len(set(names)) == 1 and names[0] is not None:
             return await self._client.score(samples, reward=names[0])
-        outcomes: dict[int, ScoreOutcome] = {}
+        outcomes: dict[int, ScoreOutcome] = {i: ScoreOutcome(0.0) for i, name in enumerate(names) if name is None}
 
         async def score(name: str) -> None:
             chosen = [i for i, other in enumerate(names) if other == name]
             found = await self._client.score([samples[i] for i in chosen], reward=name)
             outcomes.update(zip(chosen, found, strict=True))
 
-        await asyncio.gather(*(score(name) for name in dict.fromkeys(names)))
+        await asyncio.gather(*(score(name) for name in dict.fromkeys(names) if name is not None))
         return [outcomes[i] for i in range(len(samples))]
+
+    def _name(self, sample: Sample) -> str | None:
+        """The reward of a sample; None where nothing scores it."""
+        if self._optional and not self._config.scores(sample.metadata):
+            return None
+        return self._config.reward_of(sample.metadata)
 
     @traced("score")
     async def score_group(self, samples: Sequence[Sample]) -> list[ScoreOutcome]:
         """Score the samples of a prompt together; one outcome a sample, in order."""
-        return await self._client.score(samples, reward=self._config.reward_of(samples[0].metadata), group=True)
+        name = self._name(samples[0])
+        if name is None:
+            return [ScoreOutcome(0.0) for _ in samples]
+        return await self._client.score(samples, reward=name, group=True)
 
     def mark_failed(self, sample: Sample, error: str) -> Sample:
         """Mark a sample that could not be scored: it is never trained on, and its metadata says why.
@@ -67,10 +77,7 @@ class JobRewards:
         """
         if self._config.reward_failure_policy == "retry":
             raise RewardFailed(f"sample {sample.index} could not be scored: {error}")
-        metadata = {**sample.metadata, "reward_error": error}
-        return dataclasses.replace(
-            sample, status=SampleStatus.FAILED, reward=None, metadata=metadata, remove_sample=True
-        )
+        return failed(sample, error)
 
 
 class GroupScoring:
@@ -100,8 +107,11 @@ class GroupScoring:
         if not self._rewards.whole_groups:
             await asyncio.gather(*self._tasks)
             return
-        for position, outcome in enumerate(await self._rewards.score_group(self._samples)):
-            self._apply(position, outcome)
+        chosen = [i for i, sample in enumerate(self._samples) if sample.status is not SampleStatus.FAILED]
+        if chosen:
+            outcomes = await self._rewards.score_group([self._samples[i] for i in chosen])
+            for position, outcome in zip(chosen, outcomes, strict=True):
+                self._apply(position, outcome)
 
     def scored(self) -> list[Sample]:
         """The samples, with failures marked. Raises RewardFailed."""

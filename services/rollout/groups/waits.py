@@ -11,6 +11,7 @@ from miles.rpc.gen import job_pb2
 
 if TYPE_CHECKING:
     from miles.reward_sdk.client import ServiceWait
+    from miles.services.rollout.teachers.server import TeacherServer
 
 _SLOW_S = 10.0
 """A reward that takes longer is worth a word; a failed call always is."""
@@ -39,6 +40,24 @@ def reward_waits(
             gives_up_unix_ns=int((service.since_unix_s + patience_s) * 1e9),
             ending=_ENDINGS[failure_policy],
             samples=service.samples,
+        )
+
+
+def teacher_waits(servers: Iterable[TeacherServer], now_s: float | None = None) -> Iterator[job_pb2.Wait]:
+    """Describe the servers of teachers that samples wait for, unless they answer as usual. Times are Unix seconds."""
+    now_s = time.time() if now_s is None else now_s
+    for server in servers:
+        wait = server.wait
+        if wait is None or (not wait.error and now_s - wait.since_unix_s < _SLOW_S):
+            continue
+        times = f" ({wait.failures} times)" if wait.failures > 1 else ""
+        yield job_pb2.Wait(
+            what=str(server),
+            detail=f"{wait.error}{times}" if wait.error else "it has not answered yet",
+            since_unix_ns=int(wait.since_unix_s * 1e9),
+            gives_up_unix_ns=int((wait.since_unix_s + server.patience_s) * 1e9),
+            ending=_ENDINGS["retry"].partition(" (")[0],
+            samples=wait.requests,
         )
 
 

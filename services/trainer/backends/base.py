@@ -28,6 +28,7 @@ from miles.services.trainer.checkpoint.initial_weights import gives_weights_alon
 from miles.services.trainer.checkpoint.record import CheckpointRecord, read_record
 from miles.services.trainer.checkpoint.state import TrainerState
 from miles.services.trainer.ranks.abandoning import Abandonment
+from miles.services.trainer.step.gradient_norms import save_and_compare
 from miles.services.trainer.step.progress import Report
 from miles.services.trainer.step.roles import Roles
 from miles.services.trainer.step.sample_log import SampleLog
@@ -108,7 +109,11 @@ class BaseBackend(abc.ABC, Generic[PartsT]):
     ) -> Mapping[str, float]:
         """See `TrainerBackend.train`."""
         record = functools.partial(self._record_samples, step) if self._log.groups else None
-        return self._loaded.trainer.train(step, groups, report, record, abandonment, schedule)
+        trainer = self._loaded.trainer
+        metrics = trainer.train(step, groups, report, record, abandonment, schedule)
+        if dist.get_rank() == 0:  # nothing follows that other ranks would wait in
+            save_and_compare(self._config.debug, step, trainer.gradient_norms)
+        return metrics
 
     @property
     def replica(self) -> int:

@@ -15,10 +15,10 @@ def choose_determinism(device: torch.device, *, asked: bool) -> None:
 
     On a GPU PyTorch warns of an operation that has none, as some have not; on a CPU all have one.
     """
+    # A debugging aid that comes with the switch below and costs a sixth of a step.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     if device.type == "cpu":
         torch.use_deterministic_algorithms(True)
-        # A debugging aid that comes with the switch above and costs a sixth of the step.
-        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         return
     if asked:
         for name, value in _OF_LIBRARIES.items():

@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     from miles.config import JobConfig
 
 
+SHAPED_REWARD = "shaped_reward"
+"""Key of a sample's metadata with what custom_reward_post_process_path made of its reward."""
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class OptimizerStepPlan:
     """One optimizer step on this rank."""
@@ -92,6 +96,20 @@ class RolloutBatch:
         trained, observed = (pack(self.samples, indices, share_prompts=self.share_prompts) for indices in kinds)
         return trained, observed
 
+    def only(self, samples: Collection[int]) -> RolloutBatch:
+        """The same batch with some of the rollout's samples in its passes without gradients.
+
+        There are as many micro-batches as before, some of them empty: every rank still makes the same passes.
+        """
+        wanted = frozenset(samples)
+        cut = [
+            pack(self.samples, chosen, share_prompts=self.share_prompts)
+            if (chosen := [i for i in micro_batch.samples if i in wanted])
+            else EMPTY
+            for micro_batch in self.log_prob_micro_batches
+        ]
+        return dataclasses.replace(self, log_prob_micro_batches=tuple(cut))
+
     def masks(self) -> torch.Tensor:
         """Loss masks; float32 [T] on CPU."""
         if all(self.samples[i].loss_mask is None for i in self.mine):
@@ -112,6 +130,39 @@ class RolloutBatch:
         found = {int(v) for s in self.samples if is_trained(s) for v in np.unique(response_versions(s, newest))}
         return sorted(found)
 
+    def teacher_log_probs(self) -> torch.Tensor:
+        """What servers of teachers gave for this rank's samples; float32 [T] on CPU, 0 for samples without training.
+
+        Raises ValueError when a trained sample has none.
+        """
+        parts = [torch.zeros(0)]
+        for i in self.mine:
+            sample = self.samples[i]
+            if sample.teacher_log_probs is None and is_trained(sample):
+                raise ValueError(_unscored(sample, "teacher_log_probs"))
+            known = sample.teacher_log_probs
+            parts.append(torch.zeros(sample.response_length) if known is None else torch.tensor(known))
+        return torch.cat(parts)
+
+    def teacher_sets(self) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
+        """The tokens that servers of teachers scored, int32 [T, M], and their log-probabilities there, float32 [T, M].
+
+        M is the same on every rank. Raises ValueError when a trained sample has none.
+        """
+        places = max([0, *(s.teacher_tokens.shape[1] for s in self.samples if s.teacher_tokens is not None)])
+        ids = np.full((self.packing.num_tokens, places), -1, np.int32)
+        log_probs = np.zeros((self.packing.num_tokens, places), np.float32)
+        for position, i in enumerate(self.mine):
+            sample = self.samples[i]
+            if sample.teacher_tokens is None or sample.teacher_token_log_probs is None:
+                if is_trained(sample):
+                    raise ValueError(_unscored(sample, "teacher_token_log_probs"))
+                continue
+            rows = slice(self._starts[position], self._starts[position + 1])
+            ids[rows, : sample.teacher_tokens.shape[1]] = sample.teacher_tokens
+            log_probs[rows, : sample.teacher_tokens.shape[1]] = sample.teacher_token_log_probs
+        return ids, log_probs
+
     def rollout_log_probs(self) -> torch.Tensor | None:
         """The engine's log-probabilities of this rank's samples; float32 [T] on CPU.
 
@@ -121,6 +172,10 @@ class RolloutBatch:
             return None
         values = [x for x in (self.samples[i].rollout_log_probs for i in self.mine) if x is not None]
         return torch.from_numpy(np.concatenate(values).astype(np.float32)) if values else torch.zeros(0)
+
+
+def _unscored(sample: Sample, field: str) -> str:
+    return f"sample {sample.index} of group {sample.group_id} has no {field}: no server of a teacher scored it"
 
 
 def in_order(groups: Sequence[SampleGroup]) -> tuple[Sample, ...]:

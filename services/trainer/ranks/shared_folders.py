@@ -54,11 +54,11 @@ def _folders(config: JobConfig) -> dict[str, str]:
         "hf_checkpoint": config.rollout.hf_checkpoint,
         "ref_load": config.checkpoint.ref_load,
         "critic_load": config.checkpoint.critic_load,
-        "opd_teacher_load": config.checkpoint.opd_teacher_load,
         "lora_adapter_path": config.lora.lora_adapter_path,
         "load": config.checkpoint.load,
     }
-    return {key: folder for key, folder in given.items() if folder is not None}
+    teachers = {f"opd_teacher_load {name}": folder for name, folder in config.distillation.teacher_folders.items()}
+    return {key: folder for key, folder in given.items() if folder is not None} | teachers
 
 
 @contextlib.contextmanager

@@ -11,6 +11,11 @@ from miles.algorithms.corrections import CorrectionMethod, IcePop, TruncatedImpo
 from miles.algorithms.estimators import ESTIMATORS, AdvantageConfig, reward_on_every_token
 from miles.algorithms.losses import LossConfig
 from miles.algorithms.mis import MaskedImportanceSampling
+from miles.algorithms.user_functions import UserCorrection, UserReducer
+from miles.algorithms.user_loss import UserLoss
+from miles.extensions.arguments import args_of
+from miles.extensions.loading import load_function
+from miles.extensions.names import MIS_FUNCTIONS
 from miles.policy_loss_spec import POLICY_LOSS_SPECS
 
 if TYPE_CHECKING:
@@ -32,6 +37,8 @@ def loss_config(config: JobConfig) -> LossConfig:
         policy_loss=config.policy_loss.policy_loss_type,
         loss_length=config.rollout.rollout_max_response_len or config.rollout.rollout_max_context_len,
         correction=correction_method(config),
+        user_correction=_user_correction(config),
+        user_reducer=_user_reducer(config),
         **_shared_fields(LossConfig, config),
     )
 
@@ -39,6 +46,8 @@ def loss_config(config: JobConfig) -> LossConfig:
 def correction_method(config: JobConfig) -> CorrectionMethod | None:
     """The correction of the gap between engine and trainer; None when none is asked for."""
     algorithm = config.algorithm
+    if _user_correction(config) is not None:
+        return None
     if algorithm.use_mis:
         return MaskedImportanceSampling(**_shared_fields(MaskedImportanceSampling, config))
     if algorithm.use_icepop:
@@ -46,6 +55,24 @@ def correction_method(config: JobConfig) -> CorrectionMethod | None:
     if algorithm.use_tis:
         return TruncatedImportanceSampling(tis_clip=algorithm.tis_clip, tis_clip_low=algorithm.tis_clip_low)
     return None
+
+
+def user_loss(config: JobConfig) -> UserLoss | None:
+    """The user's own loss in place of the policy's; None without one. Raises ExtensionError."""
+    path = config.extensions.custom_loss_function_path
+    return None if path is None else UserLoss(load_function(path), args_of(config.to_flat()))
+
+
+def _user_correction(config: JobConfig) -> UserCorrection | None:
+    path = config.extensions.custom_tis_function_path
+    if path is None or path in MIS_FUNCTIONS:
+        return None
+    return UserCorrection(load_function(path), args_of(config.to_flat()))
+
+
+def _user_reducer(config: JobConfig) -> UserReducer | None:
+    path = config.extensions.custom_pg_loss_reducer_function_path
+    return None if path is None else UserReducer(load_function(path))
 
 
 def policy_iterations(config: JobConfig) -> int:
@@ -91,9 +118,9 @@ def needs_reference(config: JobConfig) -> bool:
     return config.algorithm.use_kl_loss or config.algorithm.kl_coef > 0
 
 
-def teacher_folder(config: JobConfig) -> str | None:
-    """Where the teacher of on-policy distillation is; None without one."""
-    return config.checkpoint.opd_teacher_load if config.algorithm.use_opd else None
+def distils_sets(config: JobConfig) -> bool:
+    """Whether the teacher is compared with over sets of tokens, not the sampled ones alone."""
+    return config.distillation.use_opd and config.distillation.opd_log_prob_top_k > 0
 
 
 def needs_log_prob_pass(config: JobConfig) -> bool:
@@ -103,7 +130,8 @@ def needs_log_prob_pass(config: JobConfig) -> bool:
     advantages or corrections of the whole batch are computed from them.
     """
     algorithm = config.algorithm
-    in_advantages = (algorithm.kl_coef > 0 or algorithm.use_opd) and not algorithm.use_rollout_logprobs
+    sampled_opd = config.distillation.use_opd and not distils_sets(config)  # sets have passes of their own
+    in_advantages = (algorithm.kl_coef > 0 or sampled_opd) and not algorithm.use_rollout_logprobs
     in_advantages |= needs_squared_probs(config)
     return config.train.num_steps_per_rollout > 1 or in_advantages or algorithm.use_mis or algorithm.keep_old_actor
 
@@ -121,17 +149,18 @@ def zero_reward_is_zero_gradient(config: JobConfig) -> bool:
         and not POLICY_LOSS_SPECS[config.policy_loss.policy_loss_type].penalises
         and not estimator.whiten
         and not algorithm.normalize_advantages
-        and not algorithm.use_opd
+        and algorithm.loss_type == "policy_loss"
+        and not config.distillation.use_opd
         and algorithm.kl_coef == algorithm.entropy_coef == 0
         and not (algorithm.use_kl_loss and algorithm.kl_loss_coef)
         and config.policy_loss.echo_loss_coef == 0
         and not config.megatron.enable_mtp_training
-        and config.megatron.moe_aux_loss_coeff == 0
+        and config.moe.moe_aux_loss_coeff == config.moe.moe_z_loss_coeff == config.moe.moe_router_bias_update_rate == 0
     )
 
 
 def _shared_fields(options: type, config: JobConfig) -> dict[str, Any]:
     """Values of the flags that have the names of the options' fields."""
     names = {field.name for field in dataclasses.fields(options)}
-    values = config.algorithm.model_dump() | config.policy_loss.model_dump()
-    return {name: value for name, value in values.items() if name in names}
+    known = config.algorithm.model_dump() | config.policy_loss.model_dump() | config.distillation.model_dump()
+    return {name: value for name, value in known.items() if name in names}

@@ -26,6 +26,7 @@ class StepLosses:
         self._config = config
         self._device = device
         self._loss_config = algorithm_options.loss_config(config)
+        self._user_loss = algorithm_options.user_loss(config)
 
     def policy(
         self,
@@ -41,23 +42,21 @@ class StepLosses:
             tokens.seen[where] = outputs.log_probs_T.detach()
         members = [batch.position(i) for i in micro_batch.samples]
         per_token = self._config.algorithm.calculate_per_token_loss
-        return rl_loss(
-            self._loss_config,
-            LossBatch(
-                packing=batch.packing.subset(members),
-                mask_T=tokens.mask[where],
-                advantages_T=tokens.advantages[where],
-                train_log_probs_T=None if tokens.train is None else tokens.train[where],
-                rollout_log_probs_T=None if tokens.rollout is None else tokens.rollout[where],
-                ref_log_probs_T=None if tokens.ref is None else tokens.ref[where],
-                opd_reverse_kl_T=None if tokens.opd_reverse_kl is None else tokens.opd_reverse_kl[where],
-                observation_mask_T=1 - tokens.mask[where],
-                correction=None if tokens.correction is None else tokens.correction.take(batch.packing, members),
-                denominator=loss_denominator(step, per_token=per_token),
-            ),
-            outputs.log_probs_T,
-            outputs.entropy_T,
+        loss_batch = LossBatch(
+            packing=batch.packing.subset(members),
+            mask_T=tokens.mask[where],
+            advantages_T=tokens.advantages[where],
+            train_log_probs_T=None if tokens.train is None else tokens.train[where],
+            rollout_log_probs_T=None if tokens.rollout is None else tokens.rollout[where],
+            ref_log_probs_T=None if tokens.ref is None else tokens.ref[where],
+            opd_reverse_kl_T=None if tokens.opd_reverse_kl is None else tokens.opd_reverse_kl[where],
+            observation_mask_T=1 - tokens.mask[where],
+            correction=None if tokens.correction is None else tokens.correction.take(batch.packing, members),
+            denominator=loss_denominator(step, per_token=per_token),
         )
+        if self._user_loss is not None:
+            return self._user_loss(loss_batch, outputs.log_probs_T, outputs.entropy_T, per_token=per_token)
+        return rl_loss(self._loss_config, loss_batch, outputs.log_probs_T, outputs.entropy_T)
 
     def critic(
         self,

@@ -16,11 +16,12 @@ from miles.algorithms.corrections import Correction, compute_correction
 from miles.algorithms.device_copies import to_device
 from miles.algorithms.estimators import AdvantageBatch
 from miles.algorithms.metrics import MetricSum
-from miles.services.trainer.batch.rollout_batch import RolloutBatch, trained_reward
+from miles.services.trainer.batch.rollout_batch import SHAPED_REWARD, RolloutBatch, trained_reward
 from miles.services.trainer.ranks.abandoning import Abandonment
 from miles.services.trainer.step import algorithm_options
 from miles.services.trainer.step.data_ranks import DataRanks
 from miles.services.trainer.step.progress import Report
+from miles.services.trainer.step.reverse_kl import TokenSetDistillation
 from miles.services.trainer.step.roles import LogProbRole, Roles
 from miles.telemetry.tracing import traced
 from miles.types import Sample, SampleStatus
@@ -43,7 +44,7 @@ class TokenTensors:
     None when the training pass itself gives them."""
     ref: torch.Tensor | None
     opd_reverse_kl: torch.Tensor | None
-    """log p_student - log p_teacher; None without a teacher."""
+    """log p_student - log p_teacher, or its mean over a set of tokens; None without a teacher."""
     rollout: torch.Tensor | None
     correction: Correction | None
     """The part of it that needs the whole batch."""
@@ -61,6 +62,7 @@ class Preparation:
         self._roles = roles
         self._data_ranks = data_ranks
         self._device = device
+        self._sets = TokenSetDistillation(config.distillation, device)
 
     @traced("prepare")
     def prepare(
@@ -82,7 +84,13 @@ class Preparation:
 
         train, squares, metrics = self._old_log_probs(number, batch, rollout, mask, report)
         ref = log_probs_of(roles.reference)
-        teacher = log_probs_of(roles.teacher)
+        teacher, opd_reverse_kl = None, None
+        if algorithm_options.distils_sets(config):
+            opd_reverse_kl = self._sets.reverse_kl(batch, roles.policy, roles.teacher, report)
+        elif config.distillation.teacher_urls:
+            teacher = to_device(batch.teacher_log_probs(), device)
+        else:
+            teacher = log_probs_of(roles.teacher)
         abandonment.check()
         values = None if roles.critic is None else roles.critic.compute_values(batch, report)
         abandonment.check()
@@ -96,6 +104,7 @@ class Preparation:
                 old_log_probs_T=self._behind_advantages(train, rollout, mask),
                 ref_log_probs_T=ref,
                 teacher_log_probs_T=teacher,
+                opd_reverse_kl_T=opd_reverse_kl,
                 values_T=values,
                 squared_probs_T=squares,
                 group_ids_B=torch.tensor([group_numbers[batch.samples[i].group_id] for i in batch.mine]),
@@ -130,9 +139,15 @@ class Preparation:
         )
 
     def shaped_rewards(self, samples: Sequence[Sample]) -> torch.Tensor:
-        """Group-normalised rewards of all N samples; float32 [N]. FAILED samples do not count in their group."""
+        """Group-normalised rewards of all N samples, or what a function of the user's made of them; float32 [N].
+
+        FAILED samples do not count in their group.
+        """
         shaped = torch.zeros(len(samples))
         scored = [i for i, sample in enumerate(samples) if sample.status is not SampleStatus.FAILED]
+        if self._config.extensions.custom_reward_post_process_path is not None:
+            shaped[scored] = torch.tensor([float(samples[i].metadata[SHAPED_REWARD]) for i in scored])
+            return shaped
         if not scored:
             return shaped
         shaped[scored] = shape_rewards(

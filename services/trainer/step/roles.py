@@ -18,11 +18,13 @@ from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
 from miles.algorithms.losses import LossOutput
 from miles.algorithms.metrics import MetricSum
+from miles.algorithms.token_sets import TokenSetScores
 from miles.algorithms.vocab_rows import TokenLogProbs
 from miles.services.trainer.batch.packing import MicroBatch
 from miles.services.trainer.batch.rollout_batch import OptimizerStepPlan, RolloutBatch
 from miles.services.trainer.step.old_policies import OldPolicies
 from miles.services.trainer.step.progress import Report
+from miles.services.trainer.step.token_sets import TokenSetRequest
 
 if TYPE_CHECKING:
     import torch
@@ -36,6 +38,13 @@ class LogProbRole(Protocol):
 
     def compute_log_probs(self, batch: RolloutBatch, report: Report) -> torch.Tensor:
         """Log-probabilities of this rank's response tokens, without gradient; float32 [T]."""
+
+
+class TokenSetRole(LogProbRole, Protocol):
+    """A role that also scores other tokens than those sampled."""
+
+    def score_token_sets(self, batch: RolloutBatch, request: TokenSetRequest, report: Report) -> TokenSetScores:
+        """Log-probabilities of several tokens at the position of each response token, without gradient."""
 
 
 class Reference(LogProbRole, Protocol):
@@ -97,6 +106,10 @@ class PolicyLearner(Learner[TokenLogProbs]):
     def compute_log_probs_and_squares(self, batch: RolloutBatch, report: Report) -> torch.Tensor:
         """The same and, from the same pass, the sum of squared probabilities of all tokens there; float32 [T, 2]."""
 
+    @abc.abstractmethod
+    def score_token_sets(self, batch: RolloutBatch, request: TokenSetRequest, report: Report) -> TokenSetScores:
+        """See `TokenSetRole.score_token_sets`."""
+
 
 class CriticLearner(Learner["torch.Tensor"]):
     """The critic; its forward pass gives values, float32 [R]."""
@@ -113,5 +126,5 @@ class Roles:
     policy: PolicyLearner
     critic: CriticLearner | None = None
     reference: Reference | None = None
-    teacher: LogProbRole | None = None
+    teacher: TokenSetRole | None = None
     old_policies: OldPolicies | None = None

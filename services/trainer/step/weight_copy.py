@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
+    from miles.algorithms.token_sets import TokenSetScores
     from miles.services.trainer.batch.rollout_batch import RolloutBatch
     from miles.services.trainer.step.progress import Report
+    from miles.services.trainer.step.token_sets import ScoreTokenSets, TokenSetRequest
 
 Weights = Callable[[], Iterable[tuple[str, torch.Tensor]]]
 """Name and tensor of this rank's part of a model as it is now, in a fixed order."""
@@ -60,15 +62,25 @@ class WeightCopy:
 class CopiedRole:
     """Weights of the policy's shape; to query them, they are swapped into the policy's model temporarily."""
 
-    def __init__(self, copy: WeightCopy, compute_log_probs: ComputeLogProbs) -> None:
-        """`compute_log_probs` runs the policy's model with whatever weights it has."""
+    def __init__(
+        self, copy: WeightCopy, compute_log_probs: ComputeLogProbs, score_token_sets: ScoreTokenSets | None = None
+    ) -> None:
+        """Both run the policy's model with whatever weights it has; `score_token_sets` is a teacher's alone."""
         self.copy = copy
         self._compute_log_probs = compute_log_probs
+        self._score_token_sets = score_token_sets
 
     def compute_log_probs(self, batch: RolloutBatch, report: Report) -> torch.Tensor:
         """See `LogProbRole.compute_log_probs`."""
         with self.copy.swapped_in():
             return self._compute_log_probs(batch, report)
+
+    def score_token_sets(self, batch: RolloutBatch, request: TokenSetRequest, report: Report) -> TokenSetScores:
+        """See `TokenSetRole.score_token_sets`."""
+        if self._score_token_sets is None:
+            raise RuntimeError("these weights were kept for the log-probabilities of sampled tokens alone")
+        with self.copy.swapped_in():
+            return self._score_token_sets(batch, request, report)
 
     def follow(self) -> None:
         """See `Reference.follow`."""

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import pytest
+from config_cases import MINIMAL, faults_for
 
+from miles.config import JobConfig
 from miles.config.layer_frequency import expert_layers, parse_layer_frequency
 
 
@@ -27,3 +29,11 @@ def test_a_number_or_a_list_says_which_layers_have_experts(text: str, layers: li
 def test_nothing_else_is_read_and_nothing_is_evaluated(text: str) -> None:
     with pytest.raises(ValueError, match=r"."):
         parse_layer_frequency(text)
+
+
+def test_a_file_may_have_a_number_or_a_list() -> None:
+    for value, text in ((2, "2"), ([0, 1], "[0,1]"), ("[0] + [1]*2", "[0]+[1]*2")):
+        assert JobConfig.from_flat(MINIMAL | {"moe_layer_freq": value}).experts.moe_layer_freq == text
+    assert faults_for(moe_layer_freq="[0]*x") == [
+        "moe_layer_freq = [0]*x, but it is not a list of numbers; give a number, or a list like [0]*3+[1]*58"
+    ]

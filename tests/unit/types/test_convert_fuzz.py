@@ -63,6 +63,8 @@ proto_samples: st.SearchStrategy[pb.Sample] = st.builds(
             "rollout_log_probs": arrays,
             "rollout_routed_experts": arrays,
             "teacher_log_probs": arrays,
+            "teacher_tokens": arrays,
+            "teacher_token_log_probs": arrays,
         },
     ),
     response_length=numbers,

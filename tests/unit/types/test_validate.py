@@ -42,6 +42,8 @@ def whole_sample(index: int = 0) -> Sample:
         speculative=SpeculativeStats(1, 2, 1),
         prefix_cache=PrefixCacheStats(1, 3),
         teacher_log_probs=np.zeros(2, np.float32),
+        teacher_tokens=np.array([[4, -1], [2, 3]], np.int32),
+        teacher_token_log_probs=np.zeros((2, 2), np.float32),
     )
 
 
@@ -77,6 +79,10 @@ WIRE_FAULTS = [
     ("rollout_log_probs", set_array("rollout_log_probs", np.array([-np.inf, 0], np.float32))),
     ("rollout_log_probs.dtype", set_array("rollout_log_probs", np.zeros(2, np.float16))),
     ("teacher_log_probs", set_array("teacher_log_probs", np.zeros(3, np.float32))),
+    ("teacher_tokens", set_array("teacher_tokens", np.zeros((3, 2), np.int32))),
+    ("teacher_tokens.dtype", set_array("teacher_tokens", np.zeros((2, 2), np.int64))),
+    ("teacher_token_log_probs", set_array("teacher_token_log_probs", np.zeros((2, 3), np.float32))),
+    ("teacher_token_log_probs", set_array("teacher_token_log_probs", np.full((2, 2), np.nan, np.float32))),
     ("rollout_routed_experts", set_array("rollout_routed_experts", np.zeros((5, 3, 2), np.uint8))),
     ("rollout_routed_experts.shape", set_array("rollout_routed_experts", np.zeros((4, 6), np.uint8))),
     ("rollout_routed_experts.dtype", set_array("rollout_routed_experts", np.zeros((4, 3, 2), np.int32))),
@@ -195,7 +201,8 @@ def test_an_empty_array_with_impossible_dimensions_is_refused() -> None:
 
 def usual_sample(index: int, **changes: Any) -> Sample:
     """A sample of the form that most have, which is checked together with others."""
-    rare = {"teacher_log_probs": None, "speculative": None, "reward": 1.0}
+    teachers = {"teacher_log_probs": None, "teacher_tokens": None, "teacher_token_log_probs": None}
+    rare = {**teachers, "speculative": None, "reward": 1.0}
     sample = dataclasses.replace(whole_sample(index), prompt="p", response="né", label="l", **rare)
     assert is_usual(sample)
     return dataclasses.replace(sample, **changes)

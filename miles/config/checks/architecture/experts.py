@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from miles.config.checks.architecture.hf_config import Expected, HfConfig
 from miles.config.checks.architecture.layers import Reader, of_family, reads
+from miles.config.layer_frequency import MOST_LAYERS
 
 _COUNTS = ("n_routed_experts", "num_local_experts", "num_experts", "moe_num_experts")
 _SIGMOID = (
@@ -67,7 +68,7 @@ def _number_or_one(name: str) -> Reader:
 def _layers(model: HfConfig) -> Expected | None:
     """One number a layer: 1 with experts, 0 without."""
     count = model.value("num_hidden_layers")
-    if not isinstance(count, int) or not model.has_experts:
+    if not isinstance(count, int) or count > MOST_LAYERS or not model.has_experts:
         return None
     if (kinds := model.given("mlp_layer_types")) is not None:
         return Expected(kinds[0], (tuple(int(kind != "dense") for kind in kinds[1]),))

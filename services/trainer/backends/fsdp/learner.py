@@ -5,7 +5,7 @@ Dims: R response tokens of a micro-batch, T those of this rank.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
@@ -15,10 +15,11 @@ from torch.distributed.tensor import DTensor
 from miles.algorithms.device_copies import to_device
 from miles.algorithms.losses import LossOutput
 from miles.algorithms.metrics import MetricSum
+from miles.algorithms.token_sets import TokenSetScores
 from miles.algorithms.vocab_rows import TokenLogProbs
 from miles.services.trainer.backends.fsdp.lora.layers import without_adapters
 from miles.services.trainer.backends.fsdp.model.forward import LogProbForward
-from miles.services.trainer.backends.fsdp.model.sharded_model import named_weights
+from miles.services.trainer.backends.fsdp.model.sharded_model import free_gathered, named_weights
 from miles.services.trainer.backends.fsdp.model.working_weights import WorkingWeights
 from miles.services.trainer.backends.fsdp.optimizer import (
     LossScale,
@@ -33,6 +34,7 @@ from miles.services.trainer.step import adam_state
 from miles.services.trainer.step.learning_rate import learning_rate
 from miles.services.trainer.step.progress import Progress, Report
 from miles.services.trainer.step.roles import CriticLearner, Learner, OutputT, PolicyLearner
+from miles.services.trainer.step.token_sets import TokenSetRequest
 from miles.telemetry.tracing import span, traced
 
 if TYPE_CHECKING:
@@ -204,6 +206,10 @@ class FsdpPolicy(FsdpLearner[TokenLogProbs], PolicyLearner):
             self.model, self.weights, forward, batch, report, self._routing, forward.with_squares, columns
         )
 
+    def score_token_sets(self, batch: RolloutBatch, request: TokenSetRequest, report: Report) -> TokenSetScores:
+        """See `TokenSetRole.score_token_sets`; routed as in `compute_log_probs`."""
+        return _score_sets(self.model, self.weights, self._forward, batch, request, report, self._routing)
+
 
 class FsdpCritic(FsdpLearner[torch.Tensor], CriticLearner):
     """The critic."""
@@ -233,16 +239,34 @@ class FrozenModel:
     """A separate model that is not trained."""
 
     def __init__(
-        self, model: torch.nn.Module, weights: WorkingWeights, forward: ForwardPass[Any], policy: torch.nn.Module
+        self,
+        model: torch.nn.Module,
+        weights: WorkingWeights,
+        forward: ForwardPass[Any],
+        policy: torch.nn.Module,
+        *,
+        frees: bool = False,
     ) -> None:
+        """With `frees`, what a pass has gathered from host memory is freed after it."""
         self.model = model
+        self._frees = frees
         self._weights = weights
         self._forward = forward
         self._policy = policy
 
     def compute_log_probs(self, batch: RolloutBatch, report: Report) -> torch.Tensor:
         """See `LogProbRole.compute_log_probs`."""
-        return _forward_batch(self.model, self._weights, self._forward, batch, report, None)
+        log_probs_T = _forward_batch(self.model, self._weights, self._forward, batch, report, None)
+        if self._frees:
+            free_gathered(self.model)
+        return log_probs_T
+
+    def score_token_sets(self, batch: RolloutBatch, request: TokenSetRequest, report: Report) -> TokenSetScores:
+        """See `TokenSetRole.score_token_sets`."""
+        scores = _score_sets(self.model, self._weights, self._forward, batch, request, report, None)
+        if self._frees:
+            free_gathered(self.model)
+        return scores
 
     @torch.no_grad()
     def follow(self) -> None:
@@ -291,18 +315,44 @@ def _forward_batch(
 
     Or what else `per_token` gives, [R, *columns] of a micro-batch: [T, *columns].
     """
-    micro_batches: Sequence[MicroBatch] = batch.log_prob_micro_batches
-    if routing is not None and routing.keeps:  # by micro-batch, so it takes those of the training pass
-        micro_batches = batch.micro_batches
     compute = per_token or forward.per_token
     result = torch.zeros(batch.packing.num_tokens, *columns, device=forward.device)
     with weights.in_use(), torch.no_grad():
-        for done, micro_batch in enumerate(micro_batches):
-            report(Progress("log_probs", done, len(micro_batches)))
-            if routing is not None:
-                routing.before(batch, micro_batch, training=False)
-            values_R = compute(model, micro_batch)
-            result[to_device(batch.token_indices(micro_batch), result.device)] = values_R
-            if routing is not None:
-                routing.after(micro_batch)
+        for micro_batch, where_R in _passes(batch, report, routing):
+            result[to_device(where_R, result.device)] = compute(model, micro_batch)
     return result
+
+
+@traced("token sets")
+def _score_sets(
+    model: torch.nn.Module,
+    weights: WorkingWeights,
+    forward: ForwardPass[Any],
+    batch: RolloutBatch,
+    request: TokenSetRequest,
+    report: Report,
+    routing: Routing | None,
+) -> TokenSetScores:
+    """The scores of tokens at each of this rank's response tokens, without gradient."""
+    assert isinstance(forward, LogProbForward), "a critic has no tokens"
+    result_TX = torch.zeros(batch.packing.num_tokens, request.columns, device=forward.device)
+    with weights.in_use(), torch.no_grad():
+        for micro_batch, where_R in _passes(batch, report, routing):
+            tokens_RM = request.tokens_at(where_R)
+            scores = forward.token_sets(model, micro_batch, tokens_RM, request.top_k)
+            result_TX[to_device(where_R, result_TX.device)] = scores.joined().float()
+    return TokenSetScores.from_joined(result_TX, request.top_k)
+
+
+def _passes(batch: RolloutBatch, report: Report, routing: Routing | None) -> Iterator[tuple[MicroBatch, torch.Tensor]]:
+    """Micro-batches of a pass without gradient, each with the indices [R] in T of its response tokens."""
+    micro_batches: Sequence[MicroBatch] = batch.log_prob_micro_batches
+    if routing is not None and routing.keeps:  # by micro-batch, so it takes those of the training pass
+        micro_batches = batch.micro_batches
+    for done, micro_batch in enumerate(micro_batches):
+        report(Progress("log_probs", done, len(micro_batches)))
+        if routing is not None:
+            routing.before(batch, micro_batch, training=False)
+        yield micro_batch, batch.token_indices(micro_batch)
+        if routing is not None:
+            routing.after(micro_batch)

@@ -9,19 +9,22 @@ import torch
 
 from miles.algorithms.losses import LossOutput
 from miles.algorithms.metrics import MetricSum
+from miles.algorithms.token_sets import TokenSetScores
 from miles.algorithms.vocab_rows import TokenLogProbs
 from miles.services.trainer.backends.megatron.model.build_model import MegatronModel
+from miles.services.trainer.backends.megatron.model.expert_bias import ExpertBias
 from miles.services.trainer.backends.megatron.mtp.layers import MtpTraining
 from miles.services.trainer.backends.megatron.optimizer import MegatronOptimizer
 from miles.services.trainer.backends.megatron.parallel.forward_output import ForwardOutput, LogProbOutput
 from miles.services.trainer.backends.megatron.parallel.groups import ParallelRank, from_last_stage
-from miles.services.trainer.backends.megatron.parallel.pipeline import Pipeline
+from miles.services.trainer.backends.megatron.parallel.pipeline import Pipeline, Read
 from miles.services.trainer.backends.megatron.parallel.rows import LocalRows
 from miles.services.trainer.backends.megatron.replay.step_routing import Hooks, Routing
 from miles.services.trainer.batch.packing import MicroBatch
 from miles.services.trainer.batch.rollout_batch import OptimizerStepPlan, RolloutBatch
 from miles.services.trainer.step.progress import Progress, Report
 from miles.services.trainer.step.roles import CriticLearner, Learner, OutputT, PolicyLearner
+from miles.services.trainer.step.token_sets import TokenSetRequest
 from miles.telemetry.tracing import traced
 
 
@@ -36,6 +39,7 @@ class MegatronLearner(Learner[OutputT]):
         parallel: ParallelRank,
         device: torch.device,
         total_iterations: int,
+        expert_bias: ExpertBias,
         routing: Routing | None = None,
         mtp: MtpTraining | None = None,
     ) -> None:
@@ -47,6 +51,7 @@ class MegatronLearner(Learner[OutputT]):
         self._device = device
         self._pipeline = Pipeline(model, parallel, device, mtp)
         self._total_iterations = total_iterations
+        self._expert_bias = expert_bias
         self._routing = routing
 
     @property
@@ -64,6 +69,7 @@ class MegatronLearner(Learner[OutputT]):
     ) -> list[dict[str, MetricSum]]:
         """See `Learner.accumulate`."""
         self.optimizer.clear()
+        self._expert_bias.forget()
         parts = []
         done = 0
         for micro_batches, with_gradient in ((step.observed, False), (step.micro_batches, True)):
@@ -76,6 +82,7 @@ class MegatronLearner(Learner[OutputT]):
     def step(self) -> float:
         """See `Learner.step`; 0 for a step that float16 overflow skipped."""
         norm = self.optimizer.step(self.iteration, self._total_iterations)
+        self._expert_bias.move()
         self.iteration += 1
         return norm
 
@@ -134,13 +141,24 @@ class MegatronLearner(Learner[OutputT]):
         batch: RolloutBatch,
         report: Report,
         routing: Routing | None,
-        per_token: Callable[[torch.Tensor, MicroBatch, LocalRows], torch.Tensor] | None = None,
+        per_token: Read[torch.Tensor] | None = None,
         columns: tuple[int, ...] = (),
     ) -> torch.Tensor:
         """The log-probability or value of each of this replica's response tokens, without gradient; float32 [T].
 
         Or what else `per_token` gives, [R, *columns] of a micro-batch: [T, *columns].
         """
+        return self._pass_without_gradient(batch, columns, per_token or self._output.per_token, report, routing)
+
+    def _pass_without_gradient(
+        self,
+        batch: RolloutBatch,
+        columns: tuple[int, ...],
+        read: Read[torch.Tensor],
+        report: Report,
+        routing: Routing | None,
+    ) -> torch.Tensor:
+        """What is read at each of this replica's response tokens; float32 [T, *columns]."""
         micro_batches: Sequence[MicroBatch] = batch.log_prob_micro_batches
         if routing is not None and routing.keeps:  # by micro-batch, so it takes those of the training pass
             micro_batches = batch.micro_batches
@@ -154,8 +172,7 @@ class MegatronLearner(Learner[OutputT]):
 
         hooks: Hooks = {} if routing is None else routing.hooks(micro_batches, with_gradient=False, training=False)
         with torch.no_grad():
-            compute = per_token or self._output.per_token
-            self._pipeline.run(micro_batches, compute, keep, with_gradient=False, **hooks)
+            self._pipeline.run(micro_batches, read, keep, with_gradient=False, **hooks)
         if routing is not None:
             routing.finish()
         return from_last_stage(result, self._parallel)
@@ -177,6 +194,29 @@ class MegatronPolicy(MegatronLearner[TokenLogProbs], PolicyLearner):
     def compute_log_probs_unrouted(self, batch: RolloutBatch, report: Report) -> torch.Tensor:
         """The same with routers that choose freely: for weights that did not generate the samples."""
         return self._per_token(batch, report, None)
+
+    def score_token_sets(self, batch: RolloutBatch, request: TokenSetRequest, report: Report) -> TokenSetScores:
+        """See `TokenSetRole.score_token_sets`; routed as in training."""
+        return self._score_sets(batch, request, report, self._routing)
+
+    def score_token_sets_unrouted(
+        self, batch: RolloutBatch, request: TokenSetRequest, report: Report
+    ) -> TokenSetScores:
+        """The same with routers that choose freely."""
+        return self._score_sets(batch, request, report, None)
+
+    def _score_sets(
+        self, batch: RolloutBatch, request: TokenSetRequest, report: Report, routing: Routing | None
+    ) -> TokenSetScores:
+        output = self._output
+        assert isinstance(output, LogProbOutput), "a policy has tokens"
+
+        def read(output_1RV: torch.Tensor, micro_batch: MicroBatch, rows: LocalRows) -> torch.Tensor:
+            tokens_RM = request.tokens_at(batch.token_indices(micro_batch))
+            return output.token_sets(output_1RV, micro_batch, rows, tokens_RM, request.top_k)
+
+        joined_TX = self._pass_without_gradient(batch, (request.columns,), read, report, routing)
+        return TokenSetScores.from_joined(joined_TX, request.top_k)
 
 
 class MegatronCritic(MegatronLearner[torch.Tensor], CriticLearner):

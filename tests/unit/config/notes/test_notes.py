@@ -24,21 +24,17 @@ NOTED: list[tuple[dict[str, Any], list[str]]] = [
         ["attention_softmax_in_fp32 = true: it changes nothing: the softmax of attention is computed in float32"],
     ),
     (
-        {"seq_length": 4096},
-        ["seq_length = 4096: it changes nothing: micro-batches are as long as their samples"],
+        {"ref_micro_batch_size": 8},
+        [
+            "ref_micro_batch_size = 8: it changes nothing: the reference computes the policy's micro-batches, with the "
+            "same result"
+        ],
     ),
     (
         {"check_for_nan_in_loss_and_grad": False},
         [
             "check_for_nan_in_loss_and_grad = false: it changes nothing: the norm of the gradient, which is computed "
             "anyway, is always checked before a step"
-        ],
-    ),
-    (
-        {"ci_load_grad_norm": "norms.pt"},
-        [
-            "ci_load_grad_norm = norms.pt: it changes nothing: train/grad_norm is compared with no file; it is in "
-            "metrics.jsonl"
         ],
     ),
     (
@@ -95,6 +91,21 @@ NOTED: list[tuple[dict[str, Any], list[str]]] = [
         ["rollout_num_gpus = 4: colocate runs engines on the trainer's 2 GPUs"],
     ),
     (
+        {"attention_backend": "flash", "transformer_impl": "local", **MEGATRON},
+        ["attention_backend = flash: with transformer_impl = local layers have PyTorch's kernels anyway"],
+    ),
+    (
+        {"apply_rope_fusion": False, "device": "cpu", **MEGATRON},
+        ["apply_rope_fusion = false: with device = cpu layers have PyTorch's kernels anyway"],
+    ),
+    (
+        {"keep_old_actor": True},
+        [
+            "keep_old_actor = true: with max_weight_staleness = 0 every response is of the version that is trained, "
+            "and no other is kept"
+        ],
+    ),
+    (
         {"update_weight_transfer_mode": "p2p"},
         [
             "update_weight_transfer_mode = p2p: there is no transport by Mooncake; auto takes the fastest one that the "
@@ -133,7 +144,7 @@ def test_values_of_other_systems_become_those_of_here() -> None:
     assert config.weights.update_weight_transfer_mode == "auto"
     assert config.train.attn_implementation == "auto"
     assert config.reward.rm_type is None
-    assert config.eval.datasets == {"gsm_8k": "d/gsm 8k.parquet"}
+    assert config.eval.eval_prompt_data == ("gsm_8k", "d/gsm 8k.parquet")
     assert JobConfig.from_flat(config.to_flat()) == config
 
 
@@ -155,3 +166,23 @@ def test_settings_that_change_nothing_are_noted() -> None:
     given = {"megatron_to_hf_mode": "bridge", "skip_actor_forward_only": True, "balance_data": True, "finetune": True}
     found = notes(examine({**MINIMAL, **given, "ref_load": "x", "train_backend": "megatron"}).settings)
     assert {note.field for note in found} == {*given, "ref_load"}
+
+
+def test_kernels_that_this_device_does_not_have_are_noted() -> None:
+    kernels = {"moe_grouped_gemm": True, "moe_permute_fusion": True, "attention_backend": "flash"}
+    found = notes(examine({**MINIMAL, "device": "cpu", "train_backend": "megatron", **kernels}).settings)
+    assert [note.field for note in found] == list(kernels)
+    assert str(found[0]) == (
+        "moe_grouped_gemm = true: it changes nothing here: it needs TransformerEngine, and device is cpu; layers "
+        "without it compute one expert after the other"
+    )
+    assert notes(examine({**MINIMAL, "device": "cuda", "train_backend": "megatron", **kernels}).settings) == []
+
+
+def test_a_policy_and_a_loss_that_do_nothing_are_noted() -> None:
+    nothing = {"moe_token_drop_policy": "probs", "moe_router_load_balancing_type": "seq_aux_loss"}
+    found = notes(examine({**MINIMAL, "train_backend": "megatron", **nothing}).settings)
+    assert [str(note) for note in found] == [
+        "moe_token_drop_policy = probs: it changes nothing: experts have no capacity, so no token is dropped",
+        "moe_router_load_balancing_type = seq_aux_loss: it changes nothing: moe_aux_loss_coeff is 0",
+    ]

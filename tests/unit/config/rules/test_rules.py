@@ -17,6 +17,8 @@ GDPO = {
     "rm_type": None, "custom_rm_path": "rewards.score",
 }  # fmt: skip
 SGLANG = {"rollout_backend": "sglang"}
+HELD_TEACHER = {"use_opd": True, "opd_type": "megatron", "opd_teacher_load": "t"}
+SERVED_TEACHER = {"use_opd": True, "opd_type": "sglang", "rm_url": "http://h:1/generate"}
 
 RULE_CASES: list[tuple[dict[str, Any], str]] = [
     (
@@ -40,6 +42,38 @@ RULE_CASES: list[tuple[dict[str, Any], str]] = [
         "attention_softmax_in_fp32 = false, but the softmax of attention is computed in float32; leave it out",
     ),
     (
+        {"custom_generate_function_path": "a.b", "partial_rollout": True, "max_weight_staleness": 1},
+        "partial_rollout = true, but custom_generate_function_path = a.b cannot be resumed in the middle",
+    ),
+    ({"loss_type": "custom_loss"}, "loss_type = custom_loss, but custom_loss_function_path is not set"),
+    ({"custom_loss_function_path": "a.b"}, "custom_loss_function_path = a.b, but loss_type is policy_loss"),
+    (
+        {"loss_type": "custom_loss", "custom_loss_function_path": "a.b", "use_tis": True},
+        "use_tis = true, but it changes the policy loss, and loss_type = custom_loss has none",
+    ),
+    ({"custom_tis_function_path": "a.b"}, "custom_tis_function_path = a.b, but use_tis is off"),
+    (
+        {"custom_tis_function_path": "a.b", "use_icepop": True},
+        "use_icepop = true, but custom_tis_function_path = a.b corrects in its place",
+    ),
+    (
+        {"custom_pg_loss_reducer_function_path": "a.b", "advantage_estimator": "dr_grpo"},
+        "custom_pg_loss_reducer_function_path = a.b, but dr_grpo divides",
+    ),
+    (
+        {"custom_reward_post_process_path": "a.b", "grpo_std_normalization": False},
+        "grpo_std_normalization = false, but custom_reward_post_process_path = a.b takes the place",
+    ),
+    ({"custom_config_path": "a.yaml"}, "custom_config_path = a.yaml, but the command line alone reads it"),
+    ({"custom_settings": {"tis_upper": 1}}, "but no setting is named tis_upper, and there is no function"),
+    (
+        {"rollout_function_path": "slime.rollout.sft_rollout.generate_rollout"},
+        "slime.rollout.sft_rollout.generate_rollout, but there is no supervised fine-tuning",
+    ),
+    ({"rollout_function_path": "a.b"}, "rollout_function_path = a.b, but rollout services generate group by group"),
+    ({"eval_function_path": "a.b"}, "eval_function_path = a.b, but rollout services generate group by group"),
+    ({"data_source_path": "a.b"}, "data_source_path = a.b, but prompts are read from files alone"),
+    (
         {"spec": ["mine.layers", "get_spec"]},
         'spec = ["mine.layers", "get_spec"], but layers are built as the model\'s config.json says',
     ),
@@ -48,6 +82,15 @@ RULE_CASES: list[tuple[dict[str, Any], str]] = [
         "tis_threshold = 0.9, but tis_clip = 2.5 says otherwise; leave one of them out",
     ),
     ({"tis_threshold": 0.9}, "tis_threshold = 0.9, but it only goes with use_tis or use_icepop, without use_mis"),
+    (
+        {"hidden_dropout": 0.1},
+        "hidden_dropout = 0.1, but nothing is dropped, so that trainer and engine compute the same",
+    ),
+    ({"true_on_policy_mode": True}, "true_on_policy_mode = true, but kernels of trainer and engine are not the same"),
+    (
+        {"recompute_logprobs_via_prefill": True},
+        "recompute_logprobs_via_prefill = true, but log-probabilities are those",
+    ),
     ({"bf16": True, "fp16": True}, "bf16 = true, but train_dtype = float16 says otherwise"),
     (
         {"optimizer_cpu_offload": True, "train_backend": "fsdp"},
@@ -114,6 +157,43 @@ RULE_CASES: list[tuple[dict[str, Any], str]] = [
         "offload_train = false, but offload = true asks for it; leave one of them out",
     ),
     ({"offload": True}, "offload = true, but rollout_backend = torch has no SGLang servers; set rollout_backend to"),
+    (
+        {"ft_components": ["rollout", "redis"]},
+        "ft_components = redis, but the parts that can be named are rollout and train",
+    ),
+    (
+        {"save_debug_rollout_data": "d/{rollout_id}_{rank}.pt"},
+        "save_debug_rollout_data = d/{rollout_id}_{rank}.pt, but it may hold the placeholders {rollout_id} alone",
+    ),
+    (
+        {"save_debug_rollout_data": "d/all.pt"},
+        "save_debug_rollout_data = d/all.pt, but every rollout has a file of its own; write {rollout_id} in its name",
+    ),
+    (
+        {"ci_save_grad_norm": "{rollout_id}.pt", "global_batch_size": 16},
+        "ci_save_grad_norm = {rollout_id}.pt, but a rollout has 2 steps; write {step_id} in its name",
+    ),
+    (
+        {"save_debug_train_data": "{rollout_id}.pt", "actor_num_gpus_per_node": 2},
+        "save_debug_train_data = {rollout_id}.pt, but every rank has a file of its own; write {rank} in its name",
+    ),
+    ({"debug_train_only": True}, "debug_train_only = true, but without load_debug_rollout_data there is nothing"),
+    (
+        {"debug_train_only": False, "load_debug_rollout_data": "{rollout_id}.pt"},
+        "debug_train_only = false, but load_debug_rollout_data starts no engines",
+    ),
+    (
+        {"debug_rollout_only": True, "load_debug_rollout_data": "{rollout_id}.pt"},
+        "debug_train_only = true, but debug_rollout_only has no trainer",
+    ),
+    (
+        {"num_rollout": None, "num_epoch": 1, "load_debug_rollout_data": "{rollout_id}.pt"},
+        "num_rollout is not set, and load_debug_rollout_data reads no prompts that num_epoch could count",
+    ),
+    (
+        {"load_debug_rollout_data_subsample": 0.5},
+        "load_debug_rollout_data_subsample = 0.5, but it does nothing without load_debug_rollout_data",
+    ),
     ({"chaos_interval_s": 3.0}, "chaos_interval_s = 3.0, but there is no drill without chaos"),
     (
         {**SGLANG, "rollout_external_engine_addrs": ["a:1"], "rollout_engine_python": "p"},
@@ -251,6 +331,20 @@ RULE_CASES: list[tuple[dict[str, Any], str]] = [
         "num_virtual_stages_per_pipeline_rank = 2, but pipeline_model_parallel_size = 1 has no stages to cut",
     ),
     (
+        {"train_backend": "megatron", "decoder_last_pipeline_num_layers": 2},
+        "decoder_last_pipeline_num_layers = 2, but pipeline_model_parallel_size = 1 has no stages to cut",
+    ),
+    (
+        {
+            "train_backend": "megatron",
+            "pipeline_model_parallel_size": 2,
+            "actor_num_gpus_per_node": 2,
+            "decoder_last_pipeline_num_layers": 2,
+            "account_for_loss_in_pipeline_split": True,
+        },
+        "account_for_loss_in_pipeline_split = true, but decoder_last_pipeline_num_layers splits the layers in another",
+    ),
+    (
         {"train_backend": "megatron", "overlap_param_gather": True},
         "overlap_param_gather = true, but it works with use_distributed_optimizer and overlap_grad_reduce alone",
     ),
@@ -260,7 +354,71 @@ RULE_CASES: list[tuple[dict[str, Any], str]] = [
             "moe_token_dispatcher_type": "allgather",
             "pipeline_model_parallel_size": 2,
         },
-        "moe_token_dispatcher_type = allgather, but micro-batches of changing length go through pipeline stages with",
+        "moe_token_dispatcher_type = allgather, but pipeline stages and expert-parallel ranks have micro-batches of",
+    ),
+    *(
+        ({"train_backend": "megatron", **changes}, message)
+        for changes, message in (
+            (
+                {"moe_router_load_balancing_type": "sinkhorn"},
+                "moe_router_load_balancing_type = sinkhorn, but it chooses other experts than the engine",
+            ),
+            (
+                {"moe_router_load_balancing_type": "seq_aux_loss", "moe_aux_loss_coeff": 0.01},
+                "moe_router_load_balancing_type = seq_aux_loss, but samples are packed",
+            ),
+            (
+                {"moe_router_load_balancing_type": "none", "moe_aux_loss_coeff": 0.01},
+                "moe_router_load_balancing_type = none, but the type none has no loss",
+            ),
+            (
+                {"moe_router_bias_update_rate": 0.1, "freeze_e_score_correction_bias": True},
+                "freeze_e_score_correction_bias = true, but moe_router_bias_update_rate moves it",
+            ),
+            ({"moe_expert_capacity_factor": 1.0}, "moe_expert_capacity_factor = 1.0, but engines drop no tokens"),
+            (
+                {"moe_pad_expert_input_to_capacity": True},
+                "moe_pad_expert_input_to_capacity = true, but experts have no capacity",
+            ),
+            ({"moe_input_jitter_eps": 0.1}, "moe_input_jitter_eps = 0.1, but old and new log-probabilities"),
+            (
+                {"moe_router_fusion": True, "use_routing_replay": True},
+                "moe_router_fusion = true, but fused kernels choose experts before use_routing_replay could",
+            ),
+            (
+                {"moe_token_dispatcher_type": "flex"},
+                "moe_token_dispatcher_type = flex, but expert_tensor_parallel_size × expert_model_parallel_size = 1",
+            ),
+            (
+                {
+                    "moe_token_dispatcher_type": "flex",
+                    "moe_router_dtype": "fp64",
+                    "actor_num_gpus_per_node": 2,
+                    "expert_model_parallel_size": 2,
+                },
+                "moe_router_dtype = fp64, but the kernels of flex send weights in float32",
+            ),
+            (
+                {"moe_token_dispatcher_type": "allgather", "moe_shared_expert_overlap": True},
+                "moe_shared_expert_overlap = true, but allgather leaves no time",
+            ),
+            (
+                {"moe_enable_deepep": True},
+                "moe_enable_deepep = true, but moe_token_dispatcher_type = alltoall does not use it",
+            ),
+            (
+                {"moe_flex_dispatcher_backend": "hybridep"},
+                "moe_flex_dispatcher_backend = hybridep, but moe_token_dispatcher_type = alltoall has no such kernels",
+            ),
+            (
+                {
+                    "moe_shared_expert_overlap": True,
+                    "recompute_granularity": "selective",
+                    "recompute_modules": ["shared_experts"],
+                },
+                "moe_shared_expert_overlap = true, but recompute_modules has shared_experts",
+            ),
+        )
     ),
     (
         {"train_backend": "megatron", "enable_mtp_training": True},
@@ -285,12 +443,49 @@ RULE_CASES: list[tuple[dict[str, Any], str]] = [
         "recompute_num_layers is not set, and recompute_granularity = full needs it",
     ),
     (
+        {"train_backend": "megatron", "recompute_modules": ["moe"]},
+        "recompute_modules = moe, but it does nothing without recompute_granularity = selective",
+    ),
+    (
+        {"train_backend": "megatron", "recompute_granularity": "selective", "recompute_modules": ["attn"]},
+        "recompute_modules = attn, but it is no part of a layer; choose of core_attn, layernorm",
+    ),
+    (
+        {
+            "train_backend": "megatron",
+            "recompute_granularity": "selective",
+            "recompute_modules": ["moe_act"],
+            "moe_grouped_gemm": False,
+        },
+        "recompute_modules = moe_act, but it is a part of grouped experts, and moe_grouped_gemm is off",
+    ),
+    (
+        {"train_backend": "megatron", "cuda_graph_impl": "local"},
+        "cuda_graph_impl = local, but a CUDA graph has fixed shapes, and micro-batches differ in length; leave it out",
+    ),
+    (
         {"train_backend": "megatron", "transformer_impl": "transformer_engine", "device": "cpu"},
         "transformer_impl = transformer_engine, but TransformerEngine needs a GPU; set it to local or auto",
     ),
     ({"target_modules": "q_proj"}, "target_modules = q_proj, but it does nothing without lora_rank"),
     ({"lora_rank": 8, "lora_dropout": 0.1}, "lora_dropout = 0.1, but the engine has no dropout"),
-    ({"lora_rank": 8, "train_backend": "megatron"}, "lora_rank = 8, but train_backend = megatron trains no adapters"),
+    (
+        {"lora_rank": 8, "train_backend": "megatron", "lora_adapter_path": "a"},
+        "lora_adapter_path = a, but train_backend = megatron with lora_rank does not take it: its layers have one A",
+    ),
+    (
+        {"lora_rank": 8, "train_backend": "megatron", "target_modules": "q_proj"},
+        "target_modules = q_proj, but q_proj, k_proj, v_proj are one matrix in Megatron-Core",
+    ),
+    (
+        {
+            "lora_rank": 1,
+            "train_backend": "megatron",
+            "tensor_model_parallel_size": 2,
+            "actor_num_gpus_per_node": 2,
+        },
+        "lora_rank = 1, but tensor_model_parallel_size = 2 does not divide it",
+    ),
     (
         {"lora_rank": 8, "train_dtype": "float32", "rollout_dtype": "bfloat16"},
         "train_dtype = float32, but adapters are merged in the type that both sides compute in, and rollout_dtype =",
@@ -337,7 +532,7 @@ RULE_CASES: list[tuple[dict[str, Any], str]] = [
     ({"kl_loss_coef": 0.1}, "kl_loss_coef = 0.1, but it does nothing without use_kl_loss"),
     ({"ref_update_interval": 3}, "ref_update_interval = 3, but there is no reference"),
     ({"gamma": 0.9}, "gamma = 0.9, but grpo does not discount"),
-    ({"keep_old_actor": True}, "keep_old_actor = true, but with max_weight_staleness = 0 every response"),
+    ({"partial_rollout": True, "max_weight_staleness": 0}, "partial_rollout = true, but with max_weight_staleness = 0"),
     (
         {"keep_old_actor": True, "max_weight_staleness": 1, "use_rollout_logprobs": True},
         "keep_old_actor = true, but use_rollout_logprobs already",
@@ -356,8 +551,41 @@ RULE_CASES: list[tuple[dict[str, Any], str]] = [
     ),
     ({"opd_kl_coef": 0.5}, "opd_kl_coef = 0.5, but it does nothing without use_opd"),
     ({"use_opd": True}, "opd_type is not set, and use_opd does not say where its teacher is"),
-    ({"use_opd": True, "opd_type": "sglang"}, "opd_type = sglang, but no server is asked"),
+    ({"use_opd": True, "opd_type": "sglang"}, "rm_url is not set, and opd_type = sglang needs the server of a teacher"),
     ({"use_opd": True, "opd_type": "megatron"}, "opd_teacher_load is not set, and use_opd needs a teacher"),
+    (
+        {**HELD_TEACHER, "rm_url": "http://h:1/generate"},
+        "rm_url = http://h:1/generate, but opd_type = megatron asks no",
+    ),
+    ({**SERVED_TEACHER, "opd_teacher_load": "t"}, "opd_teacher_load = t, but opd_type = sglang asks servers"),
+    (
+        {**SERVED_TEACHER, "opd_teacher_urls": ["a=http://h:1"]},
+        "rm_url = http://h:1/generate, but opd_teacher_urls names",
+    ),
+    (
+        {**SERVED_TEACHER, "rm_url": None, "opd_teacher_urls": ["http://h:1"]},
+        "opd_teacher_urls = http://h:1, but it has no",
+    ),
+    (
+        {**HELD_TEACHER, "opd_teacher_load": ["a=t", "a=u"]},
+        "opd_teacher_load = a=u, but a is named twice",
+    ),
+    ({**SERVED_TEACHER, "rm_url": "h:1/generate"}, "rm_url = h:1/generate, but it is no URL of a server"),
+    ({**SERVED_TEACHER, "rm_url": "http://h:none"}, "rm_url = http://h:none, but it is no URL"),
+    ({**SERVED_TEACHER, "rm_url": "https://a:b@h/"}, "rm_url = https://a:[redacted]@h/, but it has a password"),
+    ({**SERVED_TEACHER, "opd_teacher_key": "t"}, "opd_teacher_key = t, but there is one teacher"),
+    (
+        {**SERVED_TEACHER, "rollout_temperature": 0.7},
+        "rollout_temperature = 0.7, but SGLang gives log-probabilities of prompts at temperature 1",
+    ),
+    (
+        {**HELD_TEACHER, "opd_reward_weight_mode": "none"},
+        "opd_reward_weight_mode = none, but opd_log_prob_top_k = 0 takes the sampled token alone",
+    ),
+    (
+        {**HELD_TEACHER, "opd_log_prob_top_k": 4, "keep_old_actor": True, "max_weight_staleness": 1},
+        "keep_old_actor = true, but old actors give the log-probability of the sampled token alone",
+    ),
     ({"lambd": 0.9}, "lambd = 0.9, but advantage_estimator = grpo has no critic"),
     ({"critic_lr": 1e-5}, "critic_lr = 1e-05, but advantage_estimator = grpo has no critic"),
     ({"critic_load": "rm"}, "critic_load = rm, but advantage_estimator = grpo has no critic"),

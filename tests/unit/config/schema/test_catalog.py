@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from miles.config.command.compatibility import DIFFERENT_CHOICES, DIFFERENT_DEFAULTS
-from miles.config.schema.catalog import Entry, catalog
+from miles.config.schema.catalog import SECTIONS, Entry, catalog
 from miles.upstream.table import UpstreamFlag, upstream_flags
 
 SETTINGS = [row for row in upstream_flags() if not row.taken]
@@ -24,18 +24,25 @@ OWN = """--name --run-dir --device --host --redis-url --controller-port --weight
     --gateway-allowed-module --tls-cert --tls-key --tls-ca --tls-mutual
     --rollout-engine-python --rollout-engine-weights --rollout-engine-weights-dir
     --rollout-weight-format --observe-rollout-routing --dynamic-sampling-max-dropped-batches
+    --custom-generate-timeout-s --custom-settings
     --chaos --chaos-interval-s --stop-timeout --weight-lease-s --update-weight-full-interval
     --tis-threshold
     --policy-loss-type --sapo-tau-pos --sapo-tau-neg --vespo-k-pos --vespo-lambda-pos --vespo-k-neg --vespo-lambda-neg
-    --dro-beta --echo-loss-coef --gdpo-rewards"""
+    --dro-beta --echo-loss-coef --gdpo-rewards
+    --opd-teacher-key-file --opd-teacher-timeout-s"""
 
 MEGATRON = """--main-grads-dtype --main-params-dtype --exp-avg-dtype --exp-avg-sq-dtype --optimizer-offload-fraction
-    --gradient-accumulation-fusion --ckpt-format --auto-detect-ckpt-format"""
+    --gradient-accumulation-fusion --ckpt-format --auto-detect-ckpt-format
+    --num-layers-per-virtual-pipeline-stage --account-for-embedding-in-pipeline-split
+    --account-for-loss-in-pipeline-split --pipeline-model-parallel-layout --cross-entropy-loss-fusion
+    --overlap-moe-expert-parallel-comm --delay-wgrad-compute --enable-cuda-graph --external-cuda-graph
+    --cuda-graph-impl --moe-shared-expert-overlap --moe-router-fusion --moe-z-loss-coeff
+    --moe-expert-capacity-factor --moe-pad-expert-input-to-capacity --moe-input-jitter-eps"""
 """Megatron-LM's own flags that no script passes, so that the table has no row of them."""
 
 MEGATRON_NUMERICS = """--bf16 --accumulate-allreduce-grads-in-fp32 --hidden-dropout --attention-dropout
-    --moe-router-dtype --no-rope-fusion --no-bias-swiglu-fusion --no-bias-dropout-fusion --no-masked-softmax-fusion
-    --use-flash-attn --cp-comm-type --enable-experimental --no-check-for-nan-in-loss-and-grad --seq-length
+    --no-rope-fusion --no-bias-swiglu-fusion --no-bias-dropout-fusion --no-masked-softmax-fusion
+    --use-flash-attn --cp-comm-type --enable-experimental --no-check-for-nan-in-loss-and-grad
     --ref-micro-batch-size"""
 
 MEGATRON_MODELS = """--num-layers --hidden-size --ffn-hidden-size --num-attention-heads --group-query-attention
@@ -54,6 +61,10 @@ MEGATRON_MODELS = """--num-layers --hidden-size --ffn-hidden-size --num-attentio
     --dsa-indexer-n-heads --dsa-indexer-head-dim --dsa-indexer-topk --dsv4-window-size --dsv4-compress-ratios
     --dsv4-compress-rope-theta --dsv4-n-hash-layers --dsv4-hc-mult --dsv4-hc-sinkhorn-iters --dsv4-o-groups
     --dsv4-o-lora-rank"""
+
+
+TAKES_SEVERAL = {"opd_teacher_load"}
+"""Settings that take one value or several, where the reference takes one."""
 
 
 def entry_of(name: str) -> Entry:
@@ -117,6 +128,8 @@ def test_every_setting_is_documented() -> None:
 
 
 def test_keys_and_flags_are_unique() -> None:
+    keys = [key for section in SECTIONS.values() for key in section.model_fields]
+    assert [key for key in keys if keys.count(key) > 1] == []
     flags = [entry.flag for entry in catalog().values()]
     assert len(set(flags)) == len(flags)
     opposites = ["--no-" + entry.flag[2:] for entry in catalog().values() if entry.kind is bool]

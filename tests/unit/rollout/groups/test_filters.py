@@ -6,19 +6,22 @@ from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
-from miles.services.rollout.groups.filters import (
-    FilterError,
-    FilterResult,
-    apply_filter,
-    check_reward_nonzero_std,
-    load_filter,
-)
+from miles.extensions.names import DYNAMIC_FILTERS
+from miles.extensions.samples import given_prompt, users_group
+from miles.rollout.filter_hub.base_types import DynamicFilterOutput
+from miles.rollout.filter_hub.dynamic_sampling_filters import check_no_aborted, check_reward_nonzero_std
+from miles.services.rollout.groups.filters import FilterError, GroupFilter, apply_filter, load_filter
 from miles.services.rollout.groups.stats import group_stats, rewards_are_equal, scored_example
 from miles.types import Reward, RewardKeyError, Sample, SampleGroup, SampleStatus, reward_number
 
-CONFIG: Any = SimpleNamespace(reward=SimpleNamespace(reward_key="a"))
+ARGS: Any = SimpleNamespace(reward_key="a")
+
+
+def of(function: Callable[..., Any]) -> GroupFilter:
+    return GroupFilter(function, ARGS, given_prompt)
 
 
 @pytest.fixture
@@ -36,62 +39,71 @@ Scored = Callable[[Sequence[Reward | None]], list[Sample]]
 @pytest.mark.parametrize(
     ("rewards", "expected"),
     [
-        ([0.0, 1.0], FilterResult(True)),
-        ([0.0, 0.0], FilterResult(False, "zero_std_0")),
-        ([{"a": 0.5, "b": 1.0}, {"a": 0.5, "b": 2.0}], FilterResult(False, "zero_std_0.5")),
-        ([{"a": 0.5}, {"a": 0.25}], FilterResult(True)),
-        ([1.0, None], FilterResult(False, "zero_std_1")),
-        ([1.0, None, 0.0], FilterResult(True)),
-        ([None], FilterResult(False, "no_reward")),
+        ([0.0, 1.0], DynamicFilterOutput(True)),
+        ([0.0, 0.0], DynamicFilterOutput(False, "zero_std_0")),
+        ([{"a": 0.5, "b": 1.0}, {"a": 0.5, "b": 2.0}], DynamicFilterOutput(False, "zero_std_0.5")),
+        ([{"a": 0.5}, {"a": 0.25}], DynamicFilterOutput(True)),
+        ([1.0, None], DynamicFilterOutput(False, "zero_std_1")),
+        ([1.0, None, 0.0], DynamicFilterOutput(True)),
+        ([None], DynamicFilterOutput(False, "no_reward")),
     ],
 )
 def test_groups_with_a_reward_spread_are_kept(
-    rewards: list[Reward | None], expected: FilterResult, scored: Scored
+    rewards: list[Reward | None], expected: DynamicFilterOutput, scored: Scored
 ) -> None:
-    assert check_reward_nonzero_std(CONFIG, scored(rewards)) == expected
+    assert check_reward_nonzero_std(ARGS, users_group(scored(rewards))) == expected
+
+
+def test_a_group_with_a_sample_that_failed_is_dropped(scored: Scored) -> None:
+    samples = scored([1.0, 0.0])
+    assert check_no_aborted(ARGS, users_group(samples)).keep
+    samples[0] = dataclasses.replace(samples[0], status=SampleStatus.FAILED)
+    assert check_no_aborted(ARGS, users_group(samples)) == DynamicFilterOutput(False, "group_has_aborted")
 
 
 def test_filters_are_loaded_by_path() -> None:
-    for path in (
-        "miles.services.rollout.groups.filters.check_reward_nonzero_std",
-        "miles.rollout.filter_hub.dynamic_sampling_filters.check_reward_nonzero_std",
-    ):
-        assert load_filter(path) is check_reward_nonzero_std
+    for path in DYNAMIC_FILTERS:
+        loaded = load_filter(path, ARGS, given_prompt).function
+        assert loaded in (check_reward_nonzero_std, check_no_aborted)
     for path in ("nowhere.at.all", "json.nothing", "json", "math.pi"):
         with pytest.raises(FilterError, match=path):
-            load_filter(path)
+            load_filter(path, ARGS, given_prompt)
 
 
 async def test_verdicts_of_every_form_are_understood(scored: Scored) -> None:
     samples = scored([1.0])
 
-    def drop(config: Any, samples: Any) -> bool:
+    def drop(args: Any, samples: Any) -> bool:
         return False
 
-    async def slow(config: Any, samples: Any) -> Any:
+    async def slow(args: Any, samples: Any) -> Any:
         return SimpleNamespace(keep=False, reason=None)
 
-    assert await apply_filter(None, CONFIG, samples) == FilterResult(True)
-    assert await apply_filter(lambda c, s: True, CONFIG, samples) == FilterResult(True)
-    assert (await apply_filter(drop, CONFIG, samples)).reason.endswith("drop")
-    assert (await apply_filter(slow, CONFIG, samples)).reason.endswith("slow")
-    assert await apply_filter(lambda c, s: FilterResult(False, "x"), CONFIG, samples) == FilterResult(False, "x")
+    tensor = DynamicFilterOutput(keep=np.array(True))  # type: ignore[arg-type]
+    assert (await apply_filter(of(lambda a, s: tensor), samples)) == DynamicFilterOutput(True)
+    assert await apply_filter(None, samples) == DynamicFilterOutput(True)
+    assert await apply_filter(of(lambda a, s: True), samples) == DynamicFilterOutput(True)
+    assert (await apply_filter(of(drop), samples)).reason.endswith("drop")
+    assert (await apply_filter(of(slow), samples)).reason.endswith("slow")
+    assert await apply_filter(of(lambda a, s: DynamicFilterOutput(False, "x")), samples) == DynamicFilterOutput(
+        False, "x"
+    )
 
 
 async def test_a_filter_that_fails_is_named(scored: Scored) -> None:
-    def broken(config: Any, samples: Any) -> bool:
+    def broken(args: Any, samples: Any) -> bool:
         raise KeyError("x")
 
     with pytest.raises(FilterError, match="broken raised KeyError"):
-        await apply_filter(broken, CONFIG, scored([1.0]))
+        await apply_filter(of(broken), scored([1.0]))
     with pytest.raises(FilterError, match="returned None"):
-        await apply_filter(lambda c, s: None, CONFIG, scored([1.0]))
+        await apply_filter(of(lambda a, s: None), scored([1.0]))
 
-    async def impatient(config: Any, samples: Any) -> bool:
+    async def impatient(args: Any, samples: Any) -> bool:
         raise TimeoutError("a server of the filter's own")
 
     with pytest.raises(FilterError, match="impatient raised TimeoutError: a server"):
-        await apply_filter(impatient, CONFIG, scored([1.0]))
+        await apply_filter(of(impatient), scored([1.0]))
 
 
 def test_stats_are_sums_over_the_samples(scored: Scored) -> None:
@@ -125,9 +137,9 @@ def test_a_reward_with_parts_needs_a_key() -> None:
 
 
 async def test_a_filter_that_hangs_is_not_waited_for_without_end() -> None:
-    async def hang(config: Any, samples: Any) -> bool:
+    async def hang(args: Any, samples: Any) -> bool:
         await asyncio.Event().wait()
         return True
 
     with pytest.raises(FilterError, match=r"hang gave no verdict within 0\.05 s"):
-        await apply_filter(hang, CONFIG, [], deadline_s=0.05)
+        await apply_filter(of(hang), [], deadline_s=0.05)

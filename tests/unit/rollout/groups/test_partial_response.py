@@ -188,3 +188,18 @@ def test_tokens_of_a_version_that_is_gone_are_known() -> None:
     assert is_rolled_back(sample, 4)
     assert not is_rolled_back(sample, 5)
     assert not is_rolled_back(sample, None)
+
+
+def test_likeliest_tokens_grow_with_the_response_and_are_needed_to_go_on() -> None:
+    sample = fresh()
+    for top in ([[4, 5], [6, 7]], [[8, 9], [1]]):
+        piece = piece_of(sample, [3, 3], [1, 1], FinishReason.LENGTH)
+        piece.top_token_ids = list(top)
+        sample = extend(sample, piece)
+    assert sample.teacher_tokens is not None
+    assert sample.teacher_tokens.tolist() == [[4, 5], [6, 7], [8, 9], [1, -1]]
+    check_sample(sample)
+    assert is_resumable(sample, with_experts=True, with_top_tokens=True)
+    sample.teacher_tokens = None
+    assert not is_resumable(sample, with_experts=True, with_top_tokens=True)
+    assert without_response(sample).teacher_tokens is None

@@ -80,3 +80,13 @@ async def test_a_failure_is_of_its_response_alone(scores: Scores) -> None:
     await scoring.finish()
     assert [sample.reward for sample in scoring.scored()] == [0.0, None, 2.0]
     assert [sample.status for sample in scoring.scored()][1] is SampleStatus.FAILED
+
+
+@pytest.mark.parametrize("whole", [False, True])
+async def test_where_rewards_are_optional_what_nothing_scores_has_none(scores: Scores, whole: bool) -> None:
+    samples = group(3)
+    samples[1].metadata["rm_type"] = "last_number"
+    rewards = JobRewards(scores, RewardConfig(group_rm=whole), optional=True)
+    outcomes = await (rewards.score_group(samples) if whole else rewards.score_each(samples))
+    assert [outcome.reward for outcome in outcomes] == [0.0, 0.0 if whole else 1.0, 0.0]
+    assert scores.asked == ([] if whole else [("last_number", [1])])

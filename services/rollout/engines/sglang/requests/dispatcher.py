@@ -221,7 +221,7 @@ class Dispatcher:
         assert replica is not None
         active.rid, active.interrupted = next(self._rids), False
         experts = self._experts if request.return_routed_experts else None
-        decoder = ResponseDecoder(len(request.input_ids), experts, request.routed_experts_start)
+        decoder = ResponseDecoder(len(request.input_ids), experts, request.routed_experts_start, request.top_token_ids)
         payload = to_payload(
             request, active.rid, cache_key=replica.cache_key, seeded=self.model.seeded, interval=self._interval
         )

@@ -68,6 +68,8 @@ def to_payload(
         "stream": True,
         "extra_key": cache_key,
     }
+    if request.top_token_ids:
+        payload["top_logprobs_num"] = request.top_token_ids
     if request.return_routed_experts:
         payload["return_routed_experts"] = True
         payload["routed_experts_start_len"] = request.routed_experts_start

@@ -25,8 +25,14 @@ class ResponseDecoder:
     request; `completion_tokens` is always the total, so the new ones are the last of an event.
     """
 
-    def __init__(self, input_tokens: int, experts: ExpertLayout | None = None, experts_start: int = 0) -> None:
-        """`experts`: how to read routed experts, which cover positions from `experts_start` on; None without them."""
+    def __init__(
+        self, input_tokens: int, experts: ExpertLayout | None = None, experts_start: int = 0, top_token_ids: int = 0
+    ) -> None:
+        """`experts`: how to read routed experts, which cover positions from `experts_start` on; None without them.
+
+        `top_token_ids`: how many likeliest tokens were asked for.
+        """
+        self._top_token_ids = top_token_ids
         self._input_tokens = input_tokens
         self._experts = experts
         self._experts_start = experts_start
@@ -53,7 +59,13 @@ class ResponseDecoder:
         self._received += new
         finish = meta.get("finish_reason")
         result = self._result(meta, finish) if finish is not None else None
-        return GenerationDelta(ids, list(map(float, log_probs)), result)
+        return GenerationDelta(ids, list(map(float, log_probs)), result, self._top_ids(meta, new))
+
+    def _top_ids(self, meta: Mapping[str, Any], new: int) -> list[list[int]]:
+        if not self._top_token_ids:
+            return []
+        rows = _last(meta.get("output_top_logprobs") or [], new, "likeliest tokens")
+        return [[int(entry[1]) for entry in row or ()] for row in rows]
 
     def _result(self, meta: Mapping[str, Any], finish: Mapping[str, Any]) -> GenerationResult:
         reason = _REASONS.get(str(finish.get("type")))

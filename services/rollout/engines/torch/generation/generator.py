@@ -13,7 +13,7 @@ import torch
 
 from miles.services.rollout.engines.base import FinishReason
 from miles.services.rollout.engines.torch.generation.outbox import Outbox
-from miles.services.rollout.engines.torch.generation.sampling import Draw, sample
+from miles.services.rollout.engines.torch.generation.sampling import Draw, likeliest, sample
 from miles.services.rollout.engines.torch.generation.scheduler import Plan, Scheduler
 from miles.services.rollout.engines.torch.generation.sequence import Sequence
 from miles.services.rollout.engines.torch.model.architecture import model_shape
@@ -140,10 +140,11 @@ class Generator:
             for sequence in packed.drawing
         ]
         if draws:
-            for sequence, token, log_prob in zip(packed.drawing, *sample(logits_RV, draws), strict=True):
-                self._take_token(sequence, token, log_prob)
+            top_ids = likeliest(logits_RV, [sequence.request.top_token_ids for sequence in packed.drawing])
+            for sequence, token, log_prob, top in zip(packed.drawing, *sample(logits_RV, draws), top_ids, strict=True):
+                self._take_token(sequence, token, log_prob, top)
 
-    def _take_token(self, sequence: Sequence, token: int, log_prob: float) -> None:
+    def _take_token(self, sequence: Sequence, token: int, log_prob: float, top_ids: list[int]) -> None:
         assert self.version is not None
         request_id = sequence.request.request_id
         if math.isnan(log_prob):
@@ -153,7 +154,7 @@ class Generator:
             return
         self.generated_tokens += 1
         reason = sequence.append(token, self.version)
-        self.outbox.token(request_id, token, log_prob)
+        self.outbox.token(request_id, token, log_prob, top_ids)
         if reason is not None:
             self._end(sequence, reason)
 

@@ -15,6 +15,7 @@ INTERVAL_S = 0.02
 class _Entry:
     token_ids: list[int] = dataclasses.field(default_factory=list)
     log_probs: list[float] = dataclasses.field(default_factory=list)
+    top_ids: list[list[int]] = dataclasses.field(default_factory=list)
     result: GenerationResult | None = None
     error: BaseException | None = None
 
@@ -27,11 +28,13 @@ class Outbox:
         self._last_s = 0.0
         self._urgent = False
 
-    def token(self, request_id: str, token: int, log_prob: float) -> None:
-        """Add a token of a request."""
+    def token(self, request_id: str, token: int, log_prob: float, top_ids: list[int] | None = None) -> None:
+        """Add a token of a request, with the likeliest tokens where the request asks for them."""
         entry = self._entries.setdefault(request_id, _Entry())
         entry.token_ids.append(token)
         entry.log_probs.append(log_prob)
+        if top_ids:
+            entry.top_ids.append(top_ids)
 
     def end(self, request_id: str, result: GenerationResult) -> None:
         """Add the end of a request."""
@@ -52,6 +55,9 @@ class Outbox:
         entries, self._entries = self._entries, {}
         self._last_s, self._urgent = now_s, False
         return [
-            (request_id, entry.error or GenerationDelta(entry.token_ids, entry.log_probs, entry.result))
+            (
+                request_id,
+                entry.error or GenerationDelta(entry.token_ids, entry.log_probs, entry.result, tuple(entry.top_ids)),
+            )
             for request_id, entry in entries.items()
         ]

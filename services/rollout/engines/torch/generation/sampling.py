@@ -56,6 +56,15 @@ def sample(logits_RV: torch.Tensor, draws: Sequence[Draw]) -> tuple[list[int], l
     return tokens_R.tolist(), chosen_R.tolist()
 
 
+def likeliest(logits_RV: torch.Tensor, counts: Sequence[int]) -> list[list[int]]:
+    """The likeliest tokens of the first len(counts) rows, as many as each count, from the likeliest on."""
+    most = min(max(counts, default=0), logits_RV.shape[1])
+    if not most:
+        return [[] for _ in counts]
+    ids_RK = logits_RV[: len(counts)].topk(most, dim=-1).indices.tolist()
+    return [ids[:count] for ids, count in zip(ids_RK, counts, strict=True)]
+
+
 def _at_temperature(logits_RV: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:
     temperatures = [draw.params.temperature or 1.0 for draw in draws]
     scaled_RV = logits_RV.float()

@@ -22,6 +22,7 @@ from miles.services.trainer.backends.fsdp.replay.step_routing import Routing
 from miles.services.trainer.step import algorithm_options
 from miles.services.trainer.step.old_policies import OldPolicies
 from miles.services.trainer.step.roles import Roles
+from miles.services.trainer.step.teachers import Teachers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -36,7 +37,7 @@ class FsdpRoles(Roles):
     policy: FsdpPolicy
     critic: FsdpCritic | None = None
     reference: FrozenModel | AdaptedBase | None = None
-    teacher: FrozenModel | None = None
+    teacher: FrozenModel | Teachers | None = None
     old_policies: OldPolicies | None = None
     routing: Routing | None = None
     """Of the policy; None where it is neither replayed nor observed."""
@@ -47,7 +48,8 @@ class FsdpRoles(Roles):
     def models(self) -> list[torch.nn.Module]:
         """Every model that is held, trained or not, each once."""
         learners = [learner.model for learner in (self.policy, self.critic) if learner is not None]
-        frozen = [role.model for role in (self.reference, self.teacher) if isinstance(role, FrozenModel)]
+        teachers = list(self.teacher.roles.values()) if isinstance(self.teacher, Teachers) else [self.teacher]
+        frozen = [role.model for role in (self.reference, *teachers) if isinstance(role, FrozenModel)]
         return [*learners, *frozen]
 
     @property
@@ -107,8 +109,7 @@ class _Builder:
             reference = AdaptedBase(model, weights, LogProbForward(self._options), routing)
         elif algorithm_options.needs_reference(config):
             reference = self._frozen(config.checkpoint.ref_load or model_dir, model)
-        folder = algorithm_options.teacher_folder(config)
-        teacher = None if folder is None else self._frozen(folder, model)
+        teacher = self._teacher(model)
         critic = (
             self._critic(config.checkpoint.critic_load or model_dir) if algorithm_options.needs_critic(config) else None
         )
@@ -144,17 +145,24 @@ class _Builder:
         checkpointing = self._config.train.gradient_checkpointing
         return load_hf_model(folder, precision.master, gradient_checkpointing=checkpointing)
 
-    def _frozen(self, folder: str | pathlib.Path, policy: torch.nn.Module) -> FrozenModel:
+    def _teacher(self, policy: torch.nn.Module) -> FrozenModel | Teachers | None:
+        """The teacher; several stay in host memory and are gathered layer by layer while they are asked."""
+        folders = self._config.distillation.teacher_folders
+        on_host = len(folders) > 1 and self._device.type == "cuda"
+        roles = {name: self._frozen(path, policy, on_host=on_host) for name, path in folders.items()}
+        return Teachers(roles, self._config.distillation) if len(roles) > 1 else next(iter(roles.values()), None)
+
+    def _frozen(self, folder: str | pathlib.Path, policy: torch.nn.Module, *, on_host: bool = False) -> FrozenModel:
         compute = self._precision.compute
         model = load_hf_model(folder, compute, gradient_checkpointing=False)
         model.requires_grad_(False)
-        weights = self._place(model, Precision(compute, compute))
-        return FrozenModel(model, weights, LogProbForward(self._options), policy)
+        weights = self._place(model, Precision(compute, compute), on_host=on_host)
+        return FrozenModel(model, weights, LogProbForward(self._options), policy, frees=on_host)
 
-    def _place(self, model: PreTrainedModel, precision: Precision) -> WorkingWeights:
+    def _place(self, model: PreTrainedModel, precision: Precision, *, on_host: bool = False) -> WorkingWeights:
         put_scoring_head(model)
         if self._config.train.torch_compile:
             compile_layers(model)
         elif self._device.type == "cuda" and dist.get_world_size() == 1:  # other ranks have no weights to compare with
             fuse_norms(model)
-        return place(model, precision, self._device, cpu_offload=self._config.train.fsdp_cpu_offload)
+        return place(model, precision, self._device, cpu_offload=on_host or self._config.train.fsdp_cpu_offload)

@@ -11,11 +11,13 @@ import torch
 from miles.algorithms.device_copies import to_device
 from miles.algorithms.log_probs import TokenLogProbs, token_log_probs
 from miles.algorithms.squared_probs import sum_squared_probs
+from miles.algorithms.token_sets import TokenSetScores
 from miles.services.trainer.backends.fsdp.attention.packed_attention import AttentionPlan
-from miles.services.trainer.backends.fsdp.model.scored_rows import scored_rows
+from miles.services.trainer.backends.fsdp.model.scored_rows import MIN_ROWS, scored_rows
 from miles.services.trainer.backends.fsdp.model.scoring_head import (
     MAX_LOGIT_BYTES,
     Scoring,
+    SetScoring,
     read_scores,
     scoring_head,
 )
@@ -57,6 +59,12 @@ class LogProbForward:
     def with_squares(self, model: torch.nn.Module, micro_batch: MicroBatch) -> torch.Tensor:
         """The log-probability of each response token, and the sum of squared probabilities there; float32 [R, 2]."""
         return log_probs_and_squares(model, micro_batch, self._options)
+
+    def token_sets(
+        self, model: torch.nn.Module, micro_batch: MicroBatch, tokens_RM: torch.Tensor | None, top_k: int
+    ) -> TokenSetScores:
+        """Scores of tokens where each response token is predicted, and of the likeliest; without gradient."""
+        return score_sets(model, micro_batch, self._options, tokens_RM, top_k)
 
 
 class ValueForward:
@@ -123,6 +131,30 @@ def log_probs_and_squares(model: torch.nn.Module, micro_batch: MicroBatch, optio
         squares_U = sum_squared_probs(logits_UV, temperature=options.temperature, chunk_rows=options.chunk_rows)
     places_R, rows_R = (to_device(torch.from_numpy(x), options.device) for x in (scored.place_R, scored.row_R))
     return torch.stack([log_probs_UM.flatten()[places_R], squares_U[rows_R]], dim=1)
+
+
+def score_sets(
+    model: torch.nn.Module,
+    micro_batch: MicroBatch,
+    options: ForwardOptions,
+    tokens_RM: torch.Tensor | None,
+    top_k: int,
+) -> TokenSetScores:
+    """Score sets of tokens [R, M] of the micro-batch; the head runs on each row that predicts one."""
+    rows_U, count = micro_batch.logit_rows_R, len(micro_batch.logit_rows_R)
+    if 0 < count < MIN_ROWS:
+        rows_U = np.pad(rows_U, (0, MIN_ROWS - count), mode="edge")
+        if tokens_RM is not None:
+            tokens_RM = torch.cat([tokens_RM, tokens_RM[-1:].expand(MIN_ROWS - count, -1)])
+    tokens_UM = None if tokens_RM is None else to_device(tokens_RM, options.device)
+    scoring = SetScoring(tokens_UM, top_k, options.temperature, options.chunk_rows)
+    head = scoring_head(model, len(rows_U), options.compute, options.logit_bytes)
+    if head is None:
+        joined_UX = scoring.score(_head_output(model, micro_batch, options, rows_U)[0])
+    else:
+        with head.scoring(scoring):
+            joined_UX = _head_output(model, micro_batch, options, rows_U)[0]
+    return TokenSetScores.from_joined(joined_UX[:count], top_k)
 
 
 def _head_output(

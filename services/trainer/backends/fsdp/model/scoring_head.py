@@ -17,14 +17,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from miles.algorithms.linear_log_probs import linear_token_log_probs
+from miles.algorithms.log_probs import CHUNK_ELEMENTS
 from miles.algorithms.squared_probs import linear_sum_squared_probs
-from miles.algorithms.vocab_rows import TokenLogProbs
+from miles.algorithms.token_sets import score_token_sets
+from miles.algorithms.vocab_rows import TokenLogProbs, chunks, rows_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 MAX_LOGIT_BYTES = 2 << 30
 """Logits of a micro-batch up to this size are computed in full: the backward pass then has no product to repeat."""
+
+MIN_CHUNK = 16
+"""Rows of a product of hidden states and head at least: fewer may be rounded differently."""
 
 PLAIN_HEADS = frozenset(
     {
@@ -48,6 +53,32 @@ class Scoring:
     """Also give the sum of squared probabilities; without entropies."""
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class SetScoring:
+    """Several tokens of each row and its likeliest, without gradient."""
+
+    tokens_UM: torch.Tensor | None
+    top_k: int
+    temperature: float
+    chunk_rows: int | None
+
+    def score(self, logits_UV: torch.Tensor, rows: slice = slice(None)) -> torch.Tensor:
+        """`TokenSetScores.joined` of these rows' logits; [U, M + 2 K]."""
+        tokens_UM = None if self.tokens_UM is None else self.tokens_UM[rows]
+        return score_token_sets(
+            logits_UV, tokens_UM, self.top_k, temperature=self.temperature, chunk_rows=self.chunk_rows
+        ).joined()
+
+    def score_hidden(self, hidden_UD: torch.Tensor, weight_VD: torch.Tensor) -> torch.Tensor:
+        """The same from hidden states, a chunk of rows at a time."""
+        size = self.chunk_rows or max(MIN_CHUNK, rows_of(CHUNK_ELEMENTS, len(weight_VD), hidden_UD.device))
+        parts = [
+            self.score(torch.nn.functional.linear(hidden_UD[rows], weight_VD), rows)
+            for rows in chunks(len(hidden_UD), size)
+        ]
+        return torch.cat(parts)
+
+
 class ScoringHead(torch.nn.Linear):
     """A linear layer without bias."""
 
@@ -55,10 +86,10 @@ class ScoringHead(torch.nn.Linear):
         """Take over the weight, which other modules may share."""
         super().__init__(weight.shape[1], weight.shape[0], bias=False, device="meta", dtype=weight.dtype)
         self.weight = weight
-        self._scoring: Scoring | None = None
+        self._scoring: Scoring | SetScoring | None = None
 
     @contextlib.contextmanager
-    def scoring(self, scoring: Scoring) -> Iterator[None]:
+    def scoring(self, scoring: Scoring | SetScoring) -> Iterator[None]:
         """Have forward passes give scores meanwhile; see `read_scores`."""
         self._scoring = scoring
         try:
@@ -67,10 +98,13 @@ class ScoringHead(torch.nn.Linear):
             self._scoring = None
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """Logits [1, U, V] from hidden states [1, U, D]; or float32 [1, U, M], [1, U, M + 1] with one more column."""
+        """Logits [1, U, V] from hidden states [1, U, D]; or float32 [1, U, M], [1, U, M + 1] with one more column, or
+        what `SetScoring` gives."""
         asked = self._scoring
         if asked is None:
             return super().forward(input)
+        if isinstance(asked, SetScoring):
+            return asked.score_hidden(input[0], self.weight)[None]
         found = linear_token_log_probs(
             input[0],
             self.weight,

@@ -10,10 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from miles.config.notes.megatron import WITH_ENGINE_ALONE
 from miles.megatron_checkpoint import tensors_of
 from miles.services.trainer.backends.megatron.checkpoint.weights_only import load_weights
 from miles.services.trainer.backends.megatron.model.critic import VALUE_HEAD, load_critic
 from miles.services.trainer.backends.megatron.model.data_parallel import data_parallel
+from miles.services.trainer.backends.megatron.model.expert_layers import (
+    computes_grouped,
+    expert_values,
+    prepare_routers,
+)
 from miles.services.trainer.backends.megatron.model.transformer_engine import choose_kernels, uses_transformer_engine
 from miles.services.trainer.backends.megatron.mtp.layers import add_mtp_layers
 from miles.services.trainer.backends.megatron.parallel.groups import ParallelRank
@@ -89,7 +95,7 @@ def build_model(
     with_engine = uses_transformer_engine(config)
     if with_engine:
         choose_kernels()
-    bridge = _bridge(folder, with_engine=with_engine)
+    bridge = _bridge(folder, grouped=computes_grouped(config.moe, with_engine=with_engine))
     provider = bridge.to_megatron_provider(load_weights=False)
     provider.perform_initialization = False
     load = functools.partial(_complete_and_load, bridge, config, weights, critic_from is not None)
@@ -111,10 +117,10 @@ def build_model(
     return MegatronModel(bridge, provider, chunks, provider.vocab_size)
 
 
-def _bridge(folder: pathlib.Path, *, with_engine: bool) -> Any:
-    from miles.services.trainer.backends.megatron.model.bridge import LayerBridge, LocalBridge
+def _bridge(folder: pathlib.Path, *, grouped: bool) -> Any:
+    from miles.services.trainer.backends.megatron.model.bridge import LayerBridge, SingleExpertBridge
 
-    kind = LayerBridge if with_engine else LocalBridge
+    kind = LayerBridge if grouped else SingleExpertBridge
     return kind.from_hf_pretrained(str(folder))
 
 
@@ -134,6 +140,7 @@ def _complete_and_load(
                 with_engine=uses_transformer_engine(config),
                 trained=layout.enable_mtp_training,
             )
+    prepare_routers(config.moe, chunks[0].config, chunks)
     if any(task is None for task in bridge.get_conversion_tasks(chunks)):
         architecture = type(bridge.hf_pretrained.config).__name__.removesuffix("Config")
         raise ValueError(
@@ -141,6 +148,10 @@ def _complete_and_load(
             "TransformerEngine and set transformer_impl to transformer_engine, or use train_backend fsdp"
         )
     read_weights(bridge, weights, chunks, but=VALUE_HEAD if is_critic else None)
+    if config.lora.lora_rank and not is_critic:
+        from miles.services.trainer.backends.megatron.lora.adapter import attach
+
+        attach(config.lora, config.train.seed, chunks)
     return chunks
 
 
@@ -154,9 +165,11 @@ def read_weights(bridge: Any, folder: pathlib.Path, chunks: list[Any], *, but: s
 
 def _configure(provider: Any, config: JobConfig, parallel: ParallelRank, compute: torch.dtype) -> None:
     """Fill in the provider's fields, which are those of Megatron-Core's TransformerConfig and GPTModel."""
+    from megatron.core import parallel_state
     from megatron.core.transformer.enums import AttnBackend
 
     layout = config.megatron
+    virtual = parallel_state.get_virtual_pipeline_model_parallel_world_size()
     with_engine = uses_transformer_engine(config)
     values: dict[str, Any] = {
         "params_dtype": compute,
@@ -164,12 +177,18 @@ def _configure(provider: Any, config: JobConfig, parallel: ParallelRank, compute
         "autocast_dtype": compute,
         "tensor_model_parallel_size": layout.tensor_model_parallel_size,
         "pipeline_model_parallel_size": layout.pipeline_model_parallel_size,
-        "virtual_pipeline_model_parallel_size": layout.num_virtual_stages_per_pipeline_rank,
+        "virtual_pipeline_model_parallel_size": virtual,
+        "num_layers_in_first_pipeline_stage": layout.decoder_first_pipeline_num_layers,
+        "num_layers_in_last_pipeline_stage": layout.decoder_last_pipeline_num_layers,
+        "account_for_embedding_in_pipeline_split": layout.account_for_embedding_in_pipeline_split,
+        "account_for_loss_in_pipeline_split": layout.account_for_loss_in_pipeline_split,
+        "pipeline_model_parallel_layout": layout.pipeline_model_parallel_layout,
         "context_parallel_size": layout.context_parallel_size,
         "expert_model_parallel_size": layout.expert_model_parallel_size,
         "expert_tensor_parallel_size": layout.expert_tensor_parallel_size,
         "sequence_parallel": layout.sequence_parallel and layout.tensor_model_parallel_size > 1,
-        "variable_seq_lengths": True,  # micro-batches differ in length
+        # Micro-batches differ in length; with the dispatcher allgather only where it does not matter.
+        "variable_seq_lengths": config.moe.moe_token_dispatcher_type != "allgather",
         "calculate_per_token_loss": True,  # gradients are sums; the loss has its denominator already
         "should_pad_vocab": True,
         "make_vocab_size_divisible_by": 1,  # Megatron multiplies it by the tensor-parallel size
@@ -178,14 +197,7 @@ def _configure(provider: Any, config: JobConfig, parallel: ParallelRank, compute
         "recompute_granularity": layout.recompute_granularity,
         "recompute_method": layout.recompute_method,
         "recompute_num_layers": layout.recompute_num_layers,
-        "recompute_modules": list(layout.recompute_modules),
-        "moe_token_dispatcher_type": layout.moe_token_dispatcher_type,
-        "moe_router_load_balancing_type": "aux_loss" if layout.moe_aux_loss_coeff else "none",
-        "moe_aux_loss_coeff": layout.moe_aux_loss_coeff,
-        "moe_router_bias_update_rate": 0.0,  # the router's bias belongs to pre-training
-        "moe_enable_routing_replay": wants_replay(config),
-        "moe_router_dtype": "fp32",
-        "moe_router_fusion": with_engine and not wants_replay(config),  # it chooses before replay could
+        "recompute_modules": _recomputed(config, with_engine=with_engine),
         "cross_entropy_loss_fusion": False,
         "gradient_accumulation_fusion": False,  # the head would need an extension of APEX, which no package brings
         "deterministic_mode": config.train.deterministic_mode,
@@ -194,10 +206,11 @@ def _configure(provider: Any, config: JobConfig, parallel: ParallelRank, compute
         "mtp_detach_heads": True,
         "mtp_loss_scaling_factor": layout.mtp_loss_scaling_factor,
     }
-    if layout.num_virtual_stages_per_pipeline_rank:
+    values |= expert_values(config.moe, with_engine=with_engine, replays=wants_replay(config))
+    if virtual is not None:
         values |= {"overlap_p2p_comm": True, "batch_p2p_comm": False}
     if with_engine:
-        values |= _fused_kernels(provider) | _unwanted_kernels(config.numerics)
+        values |= _fused_kernels(provider) | unwanted_kernels(config.numerics)
     else:
         if getattr(provider, "multi_latent_attention", False) and layout.tensor_model_parallel_size > 1:
             raise ValueError("multi-head latent attention needs TransformerEngine for tensor_model_parallel_size > 1")
@@ -211,6 +224,14 @@ def _configure(provider: Any, config: JobConfig, parallel: ParallelRank, compute
         provider.attention_backend = AttnBackend.auto  # some families name one of TransformerEngine's
     elif layout.attention_backend != "auto":
         provider.attention_backend = AttnBackend[layout.attention_backend]
+
+
+def _recomputed(config: JobConfig, *, with_engine: bool) -> list[str]:
+    """The parts of layers to recompute, without those that these layers cannot."""
+    unable = set() if with_engine else set(WITH_ENGINE_ALONE)
+    if not computes_grouped(config.moe, with_engine=with_engine):
+        unable.add("moe_act")
+    return [name for name in config.megatron.recompute_modules if name not in unable]
 
 
 def _layer_spec(spec: Any, *, with_engine: bool) -> Any:
@@ -238,12 +259,10 @@ def _fused_kernels(provider: Any) -> dict[str, bool]:
         fused["apply_rope_fusion"] = True
     if provider.gated_linear_unit and provider.activation_func is torch.nn.functional.silu:
         fused["bias_activation_fusion"] = True
-    if experts:
-        fused |= {"moe_grouped_gemm": True, "moe_permute_fusion": True}
     return fused
 
 
-def _unwanted_kernels(numerics: NumericsConfig) -> dict[str, bool]:
+def unwanted_kernels(numerics: NumericsConfig) -> dict[str, bool]:
     """Settings of fused kernels that the configuration turns off."""
     wanted = {
         "apply_rope_fusion": numerics.apply_rope_fusion,
@@ -259,9 +278,6 @@ _NEEDS_TRANSFORMER_ENGINE = (
     "bias_activation_fusion",
     "bias_dropout_fusion",
     "masked_softmax_fusion",
-    "moe_grouped_gemm",
-    "moe_permute_fusion",
-    "moe_shared_expert_overlap",
     "persist_layer_norm",
 )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,12 +12,14 @@ import torch
 from miles.config.checks.model_layout import shape_differences
 from miles.megatron_checkpoint import tensors_of
 from miles.services.trainer.backends.megatron.learner import MegatronCritic, MegatronPolicy
+from miles.services.trainer.backends.megatron.lora.base_role import AdaptedBase
 from miles.services.trainer.backends.megatron.model.build_model import (
     MegatronModel,
     build_model,
     read_weights,
     wants_replay,
 )
+from miles.services.trainer.backends.megatron.model.expert_bias import ExpertBias
 from miles.services.trainer.backends.megatron.mtp.layers import MtpTraining
 from miles.services.trainer.backends.megatron.optimizer import MegatronOptimizer
 from miles.services.trainer.backends.megatron.parallel.forward_output import LogProbOptions, LogProbOutput, ValueOutput
@@ -29,6 +32,7 @@ from miles.services.trainer.checkpoint.initial_weights import initial_weights
 from miles.services.trainer.step import algorithm_options
 from miles.services.trainer.step.old_policies import OldPolicies
 from miles.services.trainer.step.roles import Roles
+from miles.services.trainer.step.teachers import Teachers
 from miles.services.trainer.step.weight_copy import CopiedRole, WeightCopy
 
 if TYPE_CHECKING:
@@ -41,8 +45,8 @@ class MegatronRoles(Roles):
 
     policy: MegatronPolicy
     critic: MegatronCritic | None = None
-    reference: CopiedRole | None = None
-    teacher: CopiedRole | None = None
+    reference: CopiedRole | AdaptedBase | None = None
+    teacher: CopiedRole | Teachers | None = None
     old_policies: OldPolicies | None = None
     routing: Routing | None = None
     """Of the policy; None where it is neither replayed nor observed."""
@@ -56,9 +60,10 @@ def build_roles(config: JobConfig, parallel: ParallelRank, device: torch.device)
     compute = algorithm_options.DTYPES[config.train.train_dtype]
     algorithm = config.algorithm
     model = build_model(config, parallel, compute)
-    reference = _reference(model, config) if algorithm_options.needs_reference(config) else None
-    teacher_folder = algorithm_options.teacher_folder(config)
-    teacher = None if teacher_folder is None else _weights_of(model, config, teacher_folder)
+    wants_reference, adapted = algorithm_options.needs_reference(config), config.lora.lora_rank > 0
+    reference = _reference(model, config) if wants_reference and not adapted else None
+    folders = config.distillation.teacher_folders
+    teachers = {name: _weights_of(model, config, folder) for name, folder in folders.items()}
     routing = _routing(config, model, parallel, device)
     options = LogProbOptions(
         temperature=config.rollout.rollout_temperature,
@@ -73,20 +78,30 @@ def build_roles(config: JobConfig, parallel: ParallelRank, device: torch.device)
         parallel,
         device,
         algorithm_options.policy_iterations(config),
+        ExpertBias(model.bare_chunks, config.moe.moe_router_bias_update_rate),
         routing,
         _mtp_training(config, model, parallel),
     )
     old_policies = None
     if algorithm.keep_old_actor:
         old_policies = OldPolicies(model.parameters, policy.compute_log_probs, config.rollout.max_weight_staleness)
+    base = AdaptedBase(policy) if wants_reference and adapted else None
     return MegatronRoles(
         policy=policy,
         critic=_critic(config, parallel, compute, device) if algorithm_options.needs_critic(config) else None,
-        reference=None if reference is None else CopiedRole(reference, policy.compute_log_probs_unrouted),
-        teacher=None if teacher is None else CopiedRole(teacher, policy.compute_log_probs_unrouted),
+        reference=base if reference is None else CopiedRole(reference, policy.compute_log_probs_unrouted),
+        teacher=_teacher(config, policy, teachers),
         old_policies=old_policies,
         routing=routing,
     )
+
+
+def _teacher(
+    config: JobConfig, policy: MegatronPolicy, weights: Mapping[str, WeightCopy]
+) -> CopiedRole | Teachers | None:
+    ask = (policy.compute_log_probs_unrouted, policy.score_token_sets_unrouted)
+    roles = {name: CopiedRole(copy, *ask) for name, copy in weights.items()}
+    return Teachers(roles, config.distillation) if len(roles) > 1 else next(iter(roles.values()), None)
 
 
 def _critic(config: JobConfig, parallel: ParallelRank, compute: torch.dtype, device: torch.device) -> MegatronCritic:
@@ -94,7 +109,13 @@ def _critic(config: JobConfig, parallel: ParallelRank, compute: torch.dtype, dev
     model = build_model(config, parallel, compute, critic_from=folder)
     optimizer = MegatronOptimizer(algorithm_options.critic_optimizer(config), config.megatron, model, compute)
     return MegatronCritic(
-        model, ValueOutput(parallel), optimizer, parallel, device, algorithm_options.critic_iterations(config)
+        model,
+        ValueOutput(parallel),
+        optimizer,
+        parallel,
+        device,
+        algorithm_options.critic_iterations(config),
+        ExpertBias(model.bare_chunks, config.moe.moe_router_bias_update_rate),
     )
 
 

@@ -13,6 +13,7 @@ import torch
 
 from miles.algorithms.log_probs import TokenLogProbs, VocabShard, token_log_probs
 from miles.algorithms.squared_probs import sum_squared_probs
+from miles.algorithms.token_sets import score_token_sets
 from miles.services.trainer.backends.megatron.parallel.groups import ParallelRank, SumOverRanks
 from miles.services.trainer.backends.megatron.parallel.rows import LocalRows
 from miles.services.trainer.batch.packing import MicroBatch
@@ -81,6 +82,26 @@ class LogProbOutput:
         squares_R = all_responses(squares, responses, len(micro_batch.targets_R), self._parallel)
         return torch.stack([self.per_token(output_1RV, micro_batch, rows), squares_R], dim=1)
 
+    def token_sets(
+        self,
+        output_1RV: torch.Tensor,
+        micro_batch: MicroBatch,
+        rows: LocalRows,
+        tokens_RM: torch.Tensor | None,
+        top_k: int,
+    ) -> torch.Tensor:
+        """`TokenSetScores.joined` of each response token; float32 [R, M + 2 K]."""
+        responses = torch.from_numpy(rows.responses).to(output_1RV.device)
+        scores = score_token_sets(
+            output_1RV[0, :, : self._columns],
+            None if tokens_RM is None else tokens_RM.to(output_1RV.device)[responses],
+            top_k,
+            temperature=self._options.temperature,
+            shard=self._shard,
+            chunk_rows=self._options.chunk_rows,
+        )
+        return all_responses(scores.joined().float(), responses, len(micro_batch.targets_R), self._parallel)
+
     def zero_loss(self, outputs: TokenLogProbs) -> torch.Tensor:
         """See `ForwardOutput.zero_loss`."""
         return outputs.log_probs_T.sum()
@@ -128,9 +149,9 @@ class ValueOutput:
 
 
 def all_responses(values: torch.Tensor, responses: torch.Tensor, count: int, parallel: ParallelRank) -> torch.Tensor:
-    """All R response tokens' values, from those of this context-parallel rank at the indices `responses`."""
+    """All R response tokens' values [R] or [R, X], from this context-parallel rank's, at the indices `responses`."""
     if parallel.context_size == 1:
         return values
-    spread_R = values.new_zeros(count).index_put((responses,), values)
+    spread_R = values.new_zeros(count, *values.shape[1:]).index_put((responses,), values)
     summed: torch.Tensor = SumOverRanks.apply(spread_R, parallel.context_group)  # type: ignore[no-untyped-call]
     return summed

@@ -96,6 +96,15 @@ def test_what_nothing_says_is_noted(tmp_path: pathlib.Path) -> None:
     ]
 
 
+@pytest.mark.parametrize("value", ["x", [], {}, 0, -1, 10**12, [[1]], {"a": {"b": 1}}, True, 1e400])
+def test_a_damaged_config_json_stops_nothing(value: Any, tmp_path: pathlib.Path) -> None:
+    flat = parse_command_line(MODELS["DeepSeek-V3"]["flags"].split()).flat
+    for model in (dict.fromkeys(MODELS["DeepSeek-V3"]["config"], value), {"text_config": value, "model_type": value}):
+        settings = settings_of(tmp_path, model, **flat)
+        assert {fault.field for fault in architecture_faults(settings)} <= set(flat)
+        assert {key for key, _ in undecided(settings)} <= set(flat)
+
+
 def test_without_a_folder_nothing_is_compared() -> None:
     settings = examine(MINIMAL | {"num_layers": 3}).settings
     assert (list(architecture_faults(settings)), list(undecided(settings))) == ([], [])

@@ -191,3 +191,14 @@ def test_layers_with_experts_are_read_from_the_configuration(
 ) -> None:
     layout = expert_layout(config)
     assert (layout.moe_layers if layout else None) == expected
+
+
+@pytest.mark.parametrize("cumulative", [False, True])
+def test_likeliest_tokens_come_beside_new_tokens(cumulative: bool) -> None:
+    decoder, rows = ResponseDecoder(5, top_token_ids=2), [[[-0.1, t, None], [-0.2, t + 1, None]] for t in (4, 6, 8)]
+    first = decoder.decode(event([4], 1, output_top_logprobs=rows[:1]))
+    sent = [4, 6, 8] if cumulative else [6, 8]
+    last = decoder.decode(event(sent, 3, "stop", output_top_logprobs=rows if cumulative else rows[1:]))
+    assert [*first.top_token_ids, *last.top_token_ids] == [[4, 5], [6, 7], [8, 9]]
+    with pytest.raises(EngineFailed, match="left out 1 likeliest tokens"):
+        ResponseDecoder(5, top_token_ids=2).decode(event([4], 1))

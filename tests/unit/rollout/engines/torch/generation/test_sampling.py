@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from miles.algorithms.log_probs import token_log_probs
 from miles.services.rollout.engines.base import SamplingParams
-from miles.services.rollout.engines.torch.generation.sampling import Draw, sample
+from miles.services.rollout.engines.torch.generation.sampling import Draw, likeliest, sample
 
 
 def params(**changes: object) -> SamplingParams:
@@ -131,3 +131,9 @@ def test_a_row_is_drawn_alike_whatever_rows_are_beside_it(data: st.DataObject, v
     for row in range(rows):
         alone = sample(torch.cat([logits[row : row + 1], torch.zeros(15, vocabulary)]), [draws[row]])
         assert (alone[0][0], alone[1][0]) == together[row]
+
+
+def test_likeliest_tokens_of_rows_that_ask_for_them() -> None:
+    logits_RV = torch.tensor([[0.1, 3.0, 2.0], [5.0, 1.0, 4.0], [0.0, 0.0, 9.0]])
+    assert likeliest(logits_RV, [2, 0]) == [[1, 2], []]
+    assert likeliest(logits_RV, [0, 9, 1]) == [[], [0, 2, 1], [2]]

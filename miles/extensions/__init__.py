@@ -1,0 +1,1 @@
+"""Functions of users: loading them, and what they get and return. docs/extensions.md lists where they are called."""

@@ -1,0 +1,1 @@
+"""Packages under other names, for functions that were written for another system."""

@@ -1,0 +1,1 @@
+"""Names of this system's modules."""

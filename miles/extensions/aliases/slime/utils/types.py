@@ -1,0 +1,3 @@
+"""The sample."""
+
+from miles.utils.types import Sample as Sample
