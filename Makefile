@@ -82,6 +82,7 @@ lint: $(VENV)/.dev
 	$(BIN)/mypy
 	$(BIN)/python tools/gen_protos.py --check
 	$(BIN)/miles config docs --check --out docs/configuration.md
+	$(BIN)/miles config docs --check --page flags --out docs/flags.md
 
 protos: $(VENV)/.dev
 	$(BIN)/python tools/gen_protos.py

@@ -42,6 +42,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
         "miles.services.trainer.convert",
         "convert weights: published folders, Megatron-Core checkpoints",
     ),
+    "migrate": ("miles.migrate.command", "the command for here from a launch script of miles or slime"),
     "config": (
         "miles.launcher.config_command",
         "reference page of all settings, and the configuration of a command line",

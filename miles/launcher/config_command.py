@@ -1,19 +1,21 @@
-"""`miles config`: writes the reference page of all settings, and prints the configuration of a command line."""
+"""`miles config`: writes the reference pages of settings and flags, and prints the configuration of a command line."""
 
 from __future__ import annotations
 
 import argparse
 import pathlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from miles.config.command.flags import parse_command_line
 from miles.config.command.reference_page import help_text, reference_page
+from miles.config.command.upstream_page import upstream_page
 from miles.config.command.yaml_files import write_text
 from miles.config.schema.faults import ConfigError
 from miles.launcher.console import HelpFormatter, RunConsole, help_width
 from miles.launcher.dry_run import checked_plan, describe_run
 
+_PAGES: Mapping[str, Callable[[], str]] = {"settings": reference_page, "flags": upstream_page}
 BAD_CONFIG = 2
 """`miles.rpc.ExitCode.BAD_CONFIG`; not imported, because that would import gRPC too."""
 
@@ -24,7 +26,10 @@ def main(arguments: Sequence[str]) -> int:
         prog="miles config", description=__doc__, allow_abbrev=False, formatter_class=HelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    docs = commands.add_parser("docs", help="write the reference page of all settings")
+    docs = commands.add_parser("docs", help="write a reference page")
+    docs.add_argument(
+        "--page", choices=_PAGES, default="settings", help="all settings (the default), or the flags of miles and slime"
+    )
     docs.add_argument("--out", type=pathlib.Path, metavar="FILE", help="file to write instead of printing the page")
     docs.add_argument("--check", action="store_true", help="only check whether FILE is up to date")
     commands.add_parser("show", help="check a command line and print the resulting settings", add_help=False)
@@ -35,11 +40,11 @@ def main(arguments: Sequence[str]) -> int:
         docs.error(f"unrecognized arguments: {' '.join(rest)}")
     if known.check and known.out is None:
         docs.error("--check needs --out FILE to compare with")
-    return _docs(known.out, check=known.check)
+    return _docs(known.page, known.out, check=known.check)
 
 
-def _docs(out: pathlib.Path | None, *, check: bool) -> int:
-    page = reference_page()
+def _docs(name: str, out: pathlib.Path | None, *, check: bool) -> int:
+    page = _PAGES[name]()
     if out is None:
         RunConsole().print(page, markup=False, end="")
     elif not check:
@@ -48,7 +53,7 @@ def _docs(out: pathlib.Path | None, *, check: bool) -> int:
             return 1
         out.write_text(page, encoding="utf-8")
     elif not out.is_file() or out.read_text(encoding="utf-8") != page:
-        print(f"{out} is not up to date: run `miles config docs --out {out}`", file=sys.stderr)
+        print(f"{out} is not up to date: run `miles config docs --page {name} --out {out}`", file=sys.stderr)
         return 1
     return 0
 

@@ -50,6 +50,16 @@ def find(name: str) -> UpstreamFlag | None:
 
 
 @functools.cache
+def _architecture() -> frozenset[str]:
+    return frozenset(row.flag for row in upstream_flags() if row.group == "architecture")
+
+
+def is_architecture(flag: str) -> bool:
+    """Whether a flag says what the config.json of a model says."""
+    return flag in _architecture()
+
+
+@functools.cache
 def _by_key() -> Mapping[str, UpstreamFlag]:
     return {_key(row.flag): row for row in upstream_flags() if row.taken and not row.flag.endswith("*")}
 

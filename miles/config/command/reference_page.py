@@ -49,8 +49,8 @@ Flags that begin with `{flag}` are passed to the engine under its own names. An 
 _COMPATIBILITY = """\
 ## Recipes of other systems
 
-Names, types and defaults are those of slime and miles recipes. A flag whose feature is not implemented is refused, not
-ignored. These defaults differ:
+Names, types and defaults are those of slime and miles recipes. A flag whose feature is not implemented is refused with
+the reason; [flags](flags.md) lists them all, and those that are accepted and change nothing. These defaults differ:
 
 {differences}
 

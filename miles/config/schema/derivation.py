@@ -105,6 +105,9 @@ def _other_names(s: FlatSettings) -> list[Fault]:
 def _batch_sizes(s: FlatSettings) -> list[Fault]:
     """rollout_batch_size × n_samples_per_prompt = global_batch_size × num_steps_per_rollout."""
     names = ("rollout_batch_size", "n_samples_per_prompt", "global_batch_size", "num_steps_per_rollout")
+    if not all(s.is_valid(name) for name in names):
+        s.refuse(*names)  # none follows from the others, and no later step may use one that has no value
+        return []
     prompts, samples, batch, steps = (s.given(name) and getattr(s, name) for name in names)
     if not prompts and not batch:
         prompts = _PROMPTS

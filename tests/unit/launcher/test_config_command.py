@@ -23,8 +23,9 @@ from miles.placement.nodes import parse_cluster
 ROOT = pathlib.Path(__file__).parents[3]
 
 
-def test_the_reference_page_is_up_to_date(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["config", "docs", "--check", "--out", str(ROOT / "docs" / "configuration.md")]) == 0
+@pytest.mark.parametrize(("page", "file"), [("settings", "configuration.md"), ("flags", "flags.md")])
+def test_the_reference_pages_are_up_to_date(page: str, file: str) -> None:
+    assert cli.main(["config", "docs", "--check", "--page", page, "--out", str(ROOT / "docs" / file)]) == 0
 
 
 def test_a_stale_reference_page_is_noticed(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:

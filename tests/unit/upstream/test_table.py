@@ -11,10 +11,10 @@ from miles.upstream.table import find, upstream_flags
 
 
 def test_rows_are_found_by_flag_by_key_and_by_beginning() -> None:
-    assert find("--wandb-mode") == find("wandb_mode") is not None
+    assert find("--http-proxy") == find("http_proxy") is not None
     assert find("--router-health-check-interval-secs") == find("router_anything")
     assert find("--router-prefill") != find("router_anything")
-    assert find("--no-override-lr-scheduler") == find("--override-lr-scheduler") is not None
+    assert find("--no-use-pytorch-profiler") == find("--use-pytorch-profiler") is not None
     assert find("--lr") is None  # a setting
     assert find("--no-such-flag") is None
 

@@ -12,7 +12,7 @@ from miles.config.schema.catalog import SECTIONS, Entry, catalog
 from miles.upstream.table import UpstreamFlag, upstream_flags
 
 SETTINGS = [row for row in upstream_flags() if not row.taken]
-REFERENCE = [row for row in SETTINGS if row.group != "megatron"]
+REFERENCE = [row for row in SETTINGS if row.group not in ("megatron", "architecture")]
 """Rows whose default is known: of Megatron-LM's own flags it is that of the setting."""
 
 OWN = """--name --run-dir --device --host --redis-url --controller-port --weightsync-port --trainer-port --reward-port

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from miles.config import ConfigError, JobConfig
+from miles.config.job import examine
 
 REST = {key: value for key, value in MINIMAL.items() if key not in BATCH_SIZES}
 
@@ -145,6 +146,12 @@ def test_experts_and_tensor_parallelism_bring_sequence_parallelism() -> None:
     assert JobConfig.from_flat(MINIMAL | both).megatron.sequence_parallel
     assert not JobConfig.from_flat(MINIMAL | both | {"sequence_parallel": False}).megatron.sequence_parallel
     assert not JobConfig.from_flat(MINIMAL | {"tensor_model_parallel_size": 2}).megatron.sequence_parallel
+
+
+@pytest.mark.parametrize("key", ["global_batch_size", "n_samples_per_prompt", "num_steps_per_rollout"])
+def test_a_size_that_is_invalid_is_the_only_fault(key: str) -> None:
+    (fault,) = examine(MINIMAL | {"rollout_batch_size": None, "global_batch_size": None, key: "x"}).faults
+    assert fault.field == key
 
 
 @pytest.mark.parametrize(

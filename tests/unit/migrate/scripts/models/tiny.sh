@@ -1,0 +1,5 @@
+MODEL_ARGS=(
+   --num-layers 2
+   --hidden-size 64
+   --swiglu
+)
