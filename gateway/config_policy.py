@@ -22,6 +22,8 @@ _SLICE = re.compile(r"@\[[^\]/]*\]$")
 """The rows of a data file: FILE@[a:b]."""
 _WITH_ROWS = ("prompt_data", "eval_prompt_data")
 """Settings whose files may be given with rows; in another one they would be part of the path."""
+_DUMPS = ("save_debug_rollout_data", "save_debug_train_data", "dump_details", "ci_save_grad_norm")
+"""Settings of files that a job writes outside of its run folder."""
 _DEFAULT_NAME = "job"
 """Name of a job that gives none."""
 
@@ -57,6 +59,7 @@ def review(body: Mapping[str, Any], policy: GatewayOptions, idempotency_key: str
         elif entry is None:
             faults += _allowed_passthrough(key, value, policy)
     faults += _name_and_run_dir(flat, mistyped, policy, idempotency_key)
+    faults += _dumps_outside(flat, {fault.field for fault in faults})
     return Reviewed(flat, faults, frozenset(fault.field for fault in faults))
 
 
@@ -78,6 +81,19 @@ def _name_and_run_dir(
     unique = hashlib.sha256(idempotency_key.encode()).hexdigest() if idempotency_key else uuid.uuid4().hex
     flat["run_dir"] = str(policy.runs_dir / f"{name}-{unique[:8]}")
     return []
+
+
+def _dumps_outside(flat: Mapping[str, Any], refused: set[str]) -> list[Fault]:
+    """A job's dumps replace what has their names, so they are in its own folder."""
+    if "run_dir" not in flat or "run_dir" in refused:
+        return []
+    own = pathlib.Path(flat["run_dir"])
+    problem, remedy = f"dumps replace files, and the job's own are below run_dir = {own}", "give a path there"
+    return [
+        Fault(key, flat[key], problem, remedy)
+        for key in _DUMPS
+        if key in flat and key not in refused and own not in pathlib.Path(flat[key]).parents
+    ]
 
 
 def _confined(entry: Entry, value: Any, policy: GatewayOptions) -> tuple[Any, list[Fault]]:

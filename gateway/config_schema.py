@@ -21,6 +21,8 @@ DEPLOYMENT = frozenset(
 )
 """Settings of the running services, which a job cannot change."""
 
+INDIRECT = frozenset({"eval_config"})
+"""Settings of files that name others, which nobody compares with the folders that jobs may use."""
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 """Names of jobs, which become folder names."""
 _INT64 = 2**63
@@ -37,7 +39,7 @@ _JSON_TYPES: Mapping[type[Any], tuple[str, str]] = {
 @functools.cache
 def job_settings() -> Mapping[str, Entry]:
     """Return every setting that a job may give, by key."""
-    return {key: entry for key, entry in catalog().items() if key not in DEPLOYMENT}
+    return {key: entry for key, entry in catalog().items() if key not in DEPLOYMENT | INDIRECT}
 
 
 def is_path(entry: Entry) -> bool:
@@ -55,6 +57,9 @@ def type_faults(body: Mapping[str, Any]) -> list[Fault]:
         if key in DEPLOYMENT:
             problem = "it belongs to the services that run already"
             faults.append(Fault(key, value, problem, "leave it out"))
+        elif key in INDIRECT:
+            problem = "the files that it names are not compared with the folders that jobs may use"
+            faults.append(Fault(key, value, problem, "name the data sets in eval_prompt_data"))
         elif key in job_settings() and value is not None and (wrong := _wrong_type(job_settings()[key], value)):
             faults.append(Fault(key, value, wrong, "give one"))
     return faults

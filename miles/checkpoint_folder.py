@@ -164,8 +164,8 @@ def _what_else(folder: pathlib.Path) -> tuple[str, str]:
             "give it as hf_checkpoint",
         )
     if "latest_checkpointed_iteration.txt" in names or any(name.startswith("iter_") for name in names):
-        remedy = "convert it to a Hugging Face folder with Megatron's own tools, and give that as hf_checkpoint"
-        return "it is a checkpoint of Megatron-LM itself", remedy
+        remedy = f"`miles convert dist-to-hf --load {folder} …`, and give what it writes as hf_checkpoint"
+        return "it is a checkpoint of Megatron-LM, which train_backend megatron alone reads", remedy
     if ".metadata" in names:
         return f"it has tensors, but no {RECORD_FILE}", "copy the whole checkpoint again"
     return f"there is no checkpoint ({folder_name(0)[:-8]}…) in it", "give the folder that `save` named"

@@ -75,6 +75,7 @@ def run(args: argparse.Namespace, flags: tuple[str, ...], folder: pathlib.Path, 
     common += ["--rollout-max-response-len", str(args.tokens), "--num-rollout", str(args.steps)]
     common += ["--use-dynamic-batch-size", "--max-tokens-per-gpu", str(args.max_tokens)]
     common += ["--actor-num-gpus-per-node", "1", "--rollout-backend", "sglang", "--device", args.device]
+    common += ["--train-backend", "fsdp"]  # unless `flags` name another one
     common += ["--rollout-engine-python", args.python] if args.python else []
     common += [*(GPU_FLAGS if args.device == "cuda" else (*CPU_FLAGS, "--offload-train")), *flags, *args.more]
     with watching(folder / "memory.csv", "memory.used"):

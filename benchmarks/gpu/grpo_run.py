@@ -55,6 +55,7 @@ def engine_flags(device: str, python: str) -> list[str]:
 def run(args: argparse.Namespace, flags: Sequence[str], folder: pathlib.Path) -> dict[str, Any]:
     """One run of the recipe with more flags; what its metrics say."""
     recipe = ["--config", RECIPE, "--hf-checkpoint", args.model, "--actor-num-gpus-per-node", "1"]
+    recipe += ["--train-backend", "fsdp"]  # unless `flags` name another one
     recipe += ["--num-rollout", str(args.steps), "--lr-decay-iters", str(args.steps)]
     deadline_s = getattr(args, "deadline", RUN_DEADLINE_S)
     shared = SHARED if args.device == "cuda" else ()

@@ -43,6 +43,6 @@ def label_fault(reward: str, label: str | None) -> str | None:
         return f"there is no label, with which the reward {reward} compares"
     if reward == "last_number" and label_number(label) is None:
         return f"the label {label!r:.200} is not one number, with which the reward last_number compares"
-    if reward == "math" and not label_answer(label):
-        return f"the label {label!r:.200} holds no answer, with which the reward math compares"
+    if reward in ("math", "deepscaler", "dapo") and not label_answer(label):
+        return f"the label {label!r:.200} holds no answer, with which the reward {reward} compares"
     return None

@@ -10,7 +10,9 @@ from miles.config.schema.catalog import catalog
 
 _LAST = ("global_batch_size", "rollout_batch_size", "n_samples_per_prompt")
 """Of the batch sizes, each of which follows from the others, these are what people give."""
-_OF_THE_MACHINE = frozenset({"device", "distributed_backend", "actor_num_gpus_per_node"})
+_OF_THE_MACHINE = frozenset(
+    {"device", "distributed_backend", "actor_num_gpus_per_node", "train_backend", "rollout_backend", "host"}
+)
 
 
 def given_settings(flat: Mapping[str, Any]) -> dict[str, Any]:

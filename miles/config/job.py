@@ -10,21 +10,33 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from miles.config.backends import choose_backends
 from miles.config.checks.device import detect_device
+from miles.config.checks.own_address import own_address
+from miles.config.distribution import Distribution, distribute
+from miles.config.notes.registry import Note
 from miles.config.rules import check
+from miles.config.rules.nodes import reached_by_others
 from miles.config.schema.catalog import SECTIONS, catalog, passthroughs
 from miles.config.schema.derivation import derive
-from miles.config.schema.faults import ConfigError, Fault, faults_of, unknown_name
+from miles.config.schema.faults import ConfigError, Fault, faults_of
 from miles.config.schema.flat_settings import FlatSettings
 from miles.config.schema.section import Section
 from miles.config.sections.algorithm import AlgorithmConfig
+from miles.config.sections.architecture import ArchitectureConfig
+from miles.config.sections.attention import AttentionConfig
 from miles.config.sections.checkpoint import CheckpointConfig
 from miles.config.sections.cluster import ClusterConfig
 from miles.config.sections.data import DataConfig
+from miles.config.sections.debug import DebugConfig
 from miles.config.sections.eval import EvalConfig
+from miles.config.sections.experts import ExpertsConfig
+from miles.config.sections.fault_tolerance import FaultToleranceConfig
 from miles.config.sections.gateway import GatewayConfig
 from miles.config.sections.lora import LoraConfig
 from miles.config.sections.megatron import MegatronConfig
+from miles.config.sections.moe import MoeConfig
+from miles.config.sections.numerics import NumericsConfig
 from miles.config.sections.optimizer import OptimizerConfig
 from miles.config.sections.policy_loss import PolicyLossConfig
 from miles.config.sections.reward import RewardConfig
@@ -57,10 +69,17 @@ class JobConfig(BaseModel):
     train: TrainConfig
     lora: LoraConfig
     megatron: MegatronConfig
+    numerics: NumericsConfig
+    architecture: ArchitectureConfig
+    experts: ExpertsConfig
+    attention: AttentionConfig
+    moe: MoeConfig
     optimizer: OptimizerConfig
     weights: WeightsConfig
     checkpoint: CheckpointConfig
     telemetry: TelemetryConfig
+    debug: DebugConfig
+    fault_tolerance: FaultToleranceConfig
     gateway: GatewayConfig
     tls: TlsConfig
 
@@ -82,15 +101,12 @@ class JobConfig(BaseModel):
     @classmethod
     def from_json(cls, text: str | bytes) -> Self:
         """Do the same with JSON text, such as a request's body. Raises ConfigError if it is not a JSON object."""
-        try:
-            flat = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise ConfigError([Fault("config", "", f"it is not JSON ({error})", "send a JSON object")]) from error
-        if not isinstance(flat, dict):
-            raise ConfigError(
-                [Fault("config", flat, "it is not a JSON object", "send setting names with their values")]
-            )
-        return cls.from_flat(flat)
+        return cls.from_flat(_json_object(text))
+
+    @classmethod
+    def from_json_here(cls, text: str | bytes) -> Self:
+        """Do the same, resolved for this machine: with the backends that it has where none are named."""
+        return cls.from_flat(resolved(_json_object(text)))
 
     def to_flat(self) -> dict[str, Any]:
         """Return every key with its value, in JSON types only; `from_flat` rebuilds an equal configuration."""
@@ -104,7 +120,9 @@ class JobConfig(BaseModel):
         return type(self).from_flat(self.to_flat() | changes)
 
     def resolve(self, device: Literal["cpu", "cuda"] | None = None) -> Self:
-        """Fill in what depends on the machine: `device`, ranks per node, process group backend, $TENSORBOARD_DIR.
+        """Fill in what depends on the machine: `device`, ranks per node, process group backend, folders of trackers.
+
+        Backends are settled already: `resolved` chooses them for a machine before the configuration is built.
 
         Args:
             device: What `auto` means; None looks at this machine.
@@ -140,6 +158,8 @@ class Examination:
     sections: Mapping[str, Section]
     settings: FlatSettings
     faults: Sequence[Fault]
+    notes: Sequence[Note] = ()
+    """What became of keys that are no settings here, but are taken."""
 
 
 def examine(flat: Mapping[str, Any], refused: Collection[str] = ()) -> Examination:
@@ -147,22 +167,28 @@ def examine(flat: Mapping[str, Any], refused: Collection[str] = ()) -> Examinati
 
     Keys that the caller has `refused` count as invalid, so that no rule uses them.
     """
-    by_section, faults = _distribute(flat)
-    sections: dict[str, Section] = {}
-    invalid: set[str] = set(refused)
-    for name, model in SECTIONS.items():
-        sections[name], section_faults = _validate(model, by_section[name])
-        faults += section_faults
-        invalid |= {fault.field for fault in section_faults}
-    given = {key for keys in by_section.values() for key in keys}
-    settings = FlatSettings(_values(sections), given=given, invalid=invalid)
-    faults += derive(settings)
+    sections, settings, distribution = _read(flat, refused)
+    faults = [*distribution.faults, *derive(settings)]
     faults += check(settings)
-    return Examination(sections, settings, faults)
+    return Examination(sections, settings, faults, tuple(distribution.notes))
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Resolution:
+    """A flat object with what depends on the machine."""
+
+    flat: dict[str, Any]
+    chosen: Sequence[str]
+    """What was chosen among alternatives, each with the reason, as a line."""
 
 
 def resolved(flat: Mapping[str, Any], device: Literal["cpu", "cuda"] | None = None) -> dict[str, Any]:
-    """Fill in what depends on the machine where it is not given; see `JobConfig.resolve`."""
+    """Fill in what depends on the machine where it is not given: backends, and the rest of `JobConfig.resolve`."""
+    return resolution(flat, device).flat
+
+
+def resolution(flat: Mapping[str, Any], device: Literal["cpu", "cuda"] | None = None) -> Resolution:
+    """Do the same, and say what was chosen."""
     asked = flat.get("device") or "auto"
     actual = asked if asked != "auto" else device or detect_device()
     on_cpu = actual == "cpu"
@@ -172,26 +198,44 @@ def resolved(flat: Mapping[str, Any], device: Literal["cpu", "cuda"] | None = No
     }
     if flat.get("use_tensorboard"):
         depends["tb_project_name"] = os.environ.get("TENSORBOARD_DIR") or None
-    return {**flat, "device": actual, **{key: flat.get(key) or value for key, value in depends.items()}}
+    if flat.get("use_mlflow"):
+        depends["mlflow_tracking_uri"] = os.environ.get("MLFLOW_TRACKING_URI") or None
+    complete = {**flat, "device": actual, **{key: flat.get(key) or value for key, value in depends.items()}}
+    _, settings, _ = _read(complete)
+    choices = list(choose_backends(settings, "cpu" if on_cpu else "cuda"))
+    chosen = [str(choice) for choice in choices]
+    complete |= {choice.key: choice.value for choice in choices}
+    if flat.get("host") is None and reached_by_others(settings) and (address := own_address()) is not None:
+        complete["host"] = address
+        chosen.append(f"host = {address}: services on other machines reach this one there, by its default route")
+    return Resolution(complete, chosen)
 
 
-def _distribute(flat: Mapping[str, Any]) -> tuple[dict[str, dict[str, Any]], list[Fault]]:
-    """Sort the keys of a flat object by section. Keys whose value is None count as not given."""
-    known, prefixes = catalog(), passthroughs()
-    by_section: dict[str, dict[str, Any]] = {name: {} for name in SECTIONS}
-    faults = []
-    for key, value in flat.items():
-        if key in known:
-            if value is not None:
-                by_section[known[key].section][key] = value
-            continue
-        prefix = next((prefix for prefix in prefixes if key.startswith(prefix) and key != prefix), None)
-        if prefix is None:
-            faults.append(unknown_name(key, "null" if value is None else value, known, "setting"))
-        elif value is not None:
-            section, field = prefixes[prefix]
-            by_section[section].setdefault(field, {})[key.removeprefix(prefix)] = value
-    return by_section, faults
+def _read(
+    flat: Mapping[str, Any], refused: Collection[str] = ()
+) -> tuple[dict[str, Section], FlatSettings, Distribution]:
+    """Read the values of a flat object, each by itself; their faults are added to those of the keys."""
+    distribution = distribute(flat)
+    by_section, faults = distribution.by_section, distribution.faults
+    sections: dict[str, Section] = {}
+    invalid: set[str] = set(refused)
+    for name, model in SECTIONS.items():
+        sections[name], section_faults = _validate(model, by_section[name])
+        faults += section_faults
+        invalid |= {fault.field for fault in section_faults}
+    given = {key for keys in by_section.values() for key in keys}
+    return sections, FlatSettings(_values(sections), given=given, invalid=invalid), distribution
+
+
+def _json_object(text: str | bytes) -> dict[str, Any]:
+    """Parse a JSON object. Raises ConfigError."""
+    try:
+        flat = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ConfigError([Fault("config", "", f"it is not JSON ({error})", "send a JSON object")]) from error
+    if not isinstance(flat, dict):
+        raise ConfigError([Fault("config", flat, "it is not a JSON object", "send setting names with their values")])
+    return flat
 
 
 def _validate(model: type[Section], given: Mapping[str, Any]) -> tuple[Section, list[Fault]]:

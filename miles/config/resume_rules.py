@@ -35,10 +35,17 @@ _BY_SECTION: Mapping[str, Effect] = {
     "train": Effect.APPLIED,
     "lora": Effect.REFUSED,
     "megatron": Effect.FREE,
+    "numerics": Effect.FREE,
+    "architecture": Effect.FREE,
+    "experts": Effect.FREE,
+    "attention": Effect.FREE,
+    "moe": Effect.FREE,
     "optimizer": Effect.APPLIED,
     "weights": Effect.FREE,
     "checkpoint": Effect.FREE,
     "telemetry": Effect.FREE,
+    "debug": Effect.FREE,
+    "fault_tolerance": Effect.FREE,
     "gateway": Effect.FREE,
     "tls": Effect.FREE,
 }
@@ -46,6 +53,7 @@ _BY_SETTING: Mapping[str, Effect] = {
     # What the tensors of a checkpoint are.
     "train_backend": Effect.REFUSED,
     "mtp_num_layers": Effect.REFUSED,
+    "moe_router_freeze_gate": Effect.REFUSED,
     # The order of groups.
     "prompt_data": Effect.NEW_DATA,
     "input_key": Effect.NEW_DATA,
@@ -55,10 +63,17 @@ _BY_SETTING: Mapping[str, Effect] = {
     "ref_load": Effect.APPLIED,
     "critic_load": Effect.APPLIED,
     "opd_teacher_load": Effect.APPLIED,
-    # Losses, in a section about layouts.
+    # Losses and other parts of the computation, in sections about layouts.
     "moe_aux_loss_coeff": Effect.APPLIED,
+    "moe_z_loss_coeff": Effect.APPLIED,
+    "moe_router_load_balancing_type": Effect.APPLIED,
+    "moe_router_bias_update_rate": Effect.APPLIED,
+    "moe_router_dtype": Effect.APPLIED,
     "enable_mtp_training": Effect.APPLIED,
     "mtp_loss_scaling_factor": Effect.APPLIED,
+    # What is trained on, in a section about inspection.
+    "load_debug_rollout_data": Effect.APPLIED,
+    "load_debug_rollout_data_subsample": Effect.APPLIED,
     # Where and how, in sections about more than that; environments and addresses may hold secrets.
     "lora_adapter_path": Effect.FREE,
     "train_env_vars": Effect.FREE,
@@ -67,6 +82,7 @@ _BY_SETTING: Mapping[str, Effect] = {
     "max_tokens_per_gpu": Effect.FREE,
     "log_probs_max_tokens_per_gpu": Effect.FREE,
     "log_probs_chunk_size": Effect.FREE,
+    "deterministic_mode": Effect.FREE,
     "gradient_checkpointing": Effect.FREE,
     "torch_compile": Effect.FREE,
     "fsdp_cpu_offload": Effect.FREE,
@@ -78,7 +94,9 @@ _BY_SETTING: Mapping[str, Effect] = {
     "rollout_engine_python": Effect.FREE,
     "rollout_engine_weights": Effect.FREE,
     "rollout_engine_weights_dir": Effect.FREE,
+    "rollout_health_check_interval": Effect.FREE,
     "rollout_health_check_timeout": Effect.FREE,
+    "rollout_health_check_first_wait": Effect.FREE,
     "sglang_server_concurrency": Effect.FREE,
     "max_running_requests": Effect.FREE,
 }

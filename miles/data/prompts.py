@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, overload
 
 import numpy as np
@@ -62,11 +62,13 @@ def load_prompts(
     *,
     max_prompt_len: int | None = None,
     check: Callable[[PromptRow], None] | None = None,
+    metadata: Mapping[str, Any] | None = None,
 ) -> PromptSet:
     """Read `source` (`file` or `file@[start:end]`) into a prompt set.
 
-    Prompts of more than `max_prompt_len` tokens are skipped. `check` raises DataError for further rows that cannot be
-    used. Raises DataError listing the faults of the file, or when no prompt is short enough.
+    Prompts of more than `max_prompt_len` tokens are skipped. `metadata` is added to that of each row. `check` raises
+    DataError for further rows that cannot be used. Raises DataError listing the faults of the file, or when no prompt
+    is short enough.
     """
     fields = fields or PromptFields()
     file_rows = read_rows(source)
@@ -76,6 +78,8 @@ def load_prompts(
     for file_row in file_rows:
         try:
             row = parse_row(file_row.values, fields)
+            if metadata:
+                row = dataclasses.replace(row, metadata={**row.metadata, **metadata})
             if check is not None:
                 check(row)
             text = template.render(row.prompt, row.tools)

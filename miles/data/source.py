@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import xxhash
 
+from miles.config.eval_sets import eval_sets
 from miles.data.errors import DataError
 from miles.data.order import PromptOrder
 from miles.data.prompts import PromptFields, PromptRecord, PromptSet, load_prompts
@@ -104,16 +105,24 @@ def train_source(config: JobConfig, tokenizer: Any | None = None) -> PromptSourc
 
 def eval_sources(config: JobConfig, tokenizer: Any | None = None) -> dict[str, PromptSource]:
     """Build the evaluation sets by name, each in file order; empty when none is configured."""
-    pairs = config.eval.eval_prompt_data or ()
-    if not pairs:
+    sets = eval_sets(config.to_flat())
+    if not sets:
         return {}
     template = prompt_template(config, tokenizer)
-    fields = _fields(config, config.eval.eval_input_key, config.eval.eval_label_key)
     limit = _prompt_limit(config.eval.eval_max_prompt_len, config.rollout.rollout_max_context_len)
     check = functools.partial(check_reward, config=config.reward)
     return {
-        name: PromptSource(load_prompts(path, template, fields, max_prompt_len=limit, check=check))
-        for name, path in zip(pairs[::2], pairs[1::2], strict=True)
+        each.name: PromptSource(
+            load_prompts(
+                each.path,
+                template,
+                PromptFields(each.input_key, each.label_key, each.metadata_key, each.tool_key),
+                max_prompt_len=limit,
+                check=check,
+                metadata=each.metadata,
+            )
+        )
+        for each in sets
     }
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from miles.config.checks.environment import environment_faults
 from miles.config.command.flags import CommandLine
 from miles.config.command.yaml_files import write_text
-from miles.config.job import JobConfig, examine, resolved
+from miles.config.job import JobConfig, examine, resolution
 from miles.config.notes import notes
 from miles.config.schema.catalog import catalog
 from miles.config.schema.faults import ConfigError, RunFault
@@ -34,7 +34,8 @@ def checked_plan(line: CommandLine, *, only_planned: bool = False) -> RunPlan:
 
     What only a run needs is no fault of one that is `only_planned`, or for an assumed cluster, but kept with the plan.
     """
-    flat = resolved(line.flat, None if line.assumed is None else "cuda")
+    found = resolution(line.flat, None if line.assumed is None else "cuda")
+    flat = found.flat
     examination = examine(flat)
     wrong = {fault.field for fault in examination.faults}
     here = [fault for fault in environment_faults(examination.settings, line.assumed) if fault.field not in wrong]
@@ -43,7 +44,8 @@ def checked_plan(line: CommandLine, *, only_planned: bool = False) -> RunPlan:
     faults = line.merge([*examination.faults, *(fault for fault in here if fault not in missing)])
     if faults:
         raise ConfigError(faults)
-    return RunPlan(JobConfig.from_flat(flat), line.assumed, tuple(missing), tuple(notes(examination.settings)))
+    remarks = (*examination.notes, *notes(examination.settings))
+    return RunPlan(JobConfig.from_flat(flat), line.assumed, tuple(missing), tuple(found.chosen), remarks)
 
 
 def describe_run(plan: RunPlan) -> str:
@@ -64,6 +66,8 @@ def describe_run(plan: RunPlan) -> str:
         "number types": number_types_here(config) if plan.assumed is None else str(number_types_of(config)),
         "memory per GPU and what starts where": memory_lines(plan),
     }
+    if plan.chosen:
+        document["chosen here"] = list(plan.chosen)
     if plan.notes:
         document["accepted with a note"] = [str(note) for note in plan.notes]
     if plan.missing:

@@ -28,12 +28,12 @@ def plan_elsewhere(config: JobConfig, controller: str, placement: Placement | No
     environment = tls_environment(config)
     nodes = config.cluster.actor_num_nodes
     plans = []
-    for rank in range(1, nodes):
+    for rank in range(1, nodes if config.debug.has_trainer else 1):
         name = f"the trainer's node {rank} of {nodes}"
         command = (*_trainer_node(config, rank, controller), *trainer_flags(config))
         variables = {**environment, **config.train.train_env_vars}
         plans.append(ProcessPlan(name, "trainer", command, variables, {}, node=rank))
-    for index in range(rollouts_here(config), config.cluster.rollout_num_workers):
+    for index in range(rollouts_here(config), config.cluster.rollout_num_workers if config.debug.has_engines else 0):
         command = _rollout(config, index, controller)
         places = () if placement is None else placement.rollouts[index : index + 1]
         node = places[0].node if places else 0

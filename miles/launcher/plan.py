@@ -23,7 +23,7 @@ UNKNOWN_ADDRESS = "(known once started)"
 
 _SECTIONS_READ: Mapping[str, tuple[str, ...]] = {
     "redis": (),
-    "controller": ("data", "rollout", "eval", "reward", "checkpoint", "telemetry"),
+    "controller": ("data", "rollout", "eval", "reward", "checkpoint", "telemetry", "debug"),
     "weightsync": ("weights",),
     "reward": ("reward",),
     "rollout": ("rollout", "reward", "lora", "weights"),
@@ -36,10 +36,13 @@ _SECTIONS_READ: Mapping[str, tuple[str, ...]] = {
         "train",
         "lora",
         "megatron",
+        "numerics",
+        "moe",
         "optimizer",
         "weights",
         "checkpoint",
         "telemetry",
+        "debug",
     ),
 }
 
@@ -118,7 +121,7 @@ def plan_workers(
     """
     weightsync = _weightsync_flags(config)
     plans = [_worker(config, "weightsync", "weightsync", "weightsync_port", controller, extra=weightsync)]
-    if config.reward.scored_here:
+    if config.reward.scored_here and config.debug.has_engines:
         flags = [] if every_reward else _reward_flags(config)
         plans.append(_worker(config, "reward-0", "reward", "reward_port", controller, extra=flags))
     placement = placement or placement_of(config)
@@ -126,7 +129,7 @@ def plan_workers(
         extra = [*_rollout_device(config, i, placement), *engine_addresses(config, i)]
         plan = _worker(config, f"rollout-{i}", "rollout", "rollout_port", controller, offset=i, extra=extra)
         plans.append(dataclasses.replace(plan, node=placement.rollouts[i].node if placement is not None else 0))
-    return [*plans, _trainer(config, controller)]
+    return [*plans, _trainer(config, controller)] if config.debug.has_trainer else plans
 
 
 def plan_run(config: JobConfig, placement: Placement | None = None) -> list[ProcessPlan]:
@@ -187,6 +190,8 @@ def trainer_node(config: JobConfig, rank: int) -> Node:
 
 def rollouts_here(config: JobConfig) -> int:
     """Return the number of rollout services that this machine runs."""
+    if not config.debug.has_engines:
+        return 0
     return config.cluster.rollout_num_workers - config.cluster.rollout_workers_elsewhere
 
 
@@ -222,10 +227,10 @@ def _weightsync_flags(config: JobConfig) -> list[str]:
 
 def _reward_flags(config: JobConfig) -> list[str]:
     reward = config.reward
-    if reward.rm_type:
+    if reward.rm_type and config.eval.eval_config is None:
         return ["--rewards", reward.rm_type]
     if not reward.custom_rm_path:
-        return []  # all: rows name theirs
+        return []  # all: rows or data sets name theirs
     return ["--custom-rm-path", reward.custom_rm_path, *(["--group-rm"] if reward.group_rm else [])]
 
 

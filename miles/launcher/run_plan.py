@@ -20,5 +20,7 @@ class RunPlan:
     """Instead of this machine."""
     missing: tuple[RunFault, ...] = ()
     """What a run needs besides."""
+    chosen: tuple[str, ...] = ()
+    """What the machine decided, each with the reason."""
     notes: tuple[Note, ...] = ()
     """What becomes of settings that change nothing, or less than they seem to."""

@@ -73,8 +73,9 @@ def _activations(run: Run, shape: ModelShape, layout: Layout, stage: int) -> Par
     kept = shape.hidden // (layout.tensor if sequence else 1)
     if full:
         step = (s.recompute_num_layers or 1) if megatron else 1
-        count = tokens * run.train_bytes * (flying * -(-len(layers) // step) * kept + step * max(elements))
-        what = f"inputs of {len(layers)} layers, and {step} recomputed with {number(max(elements))} elements a token"
+        most = max(elements, default=0)
+        count = tokens * run.train_bytes * (flying * -(-len(layers) // step) * kept + step * most)
+        what = f"inputs of {len(layers)} layers, and {step} recomputed with {number(most)} elements a token"
     else:
         count = int(tokens * run.train_bytes * flying * virtual * sum(elements))
         what = f"{number(sum(elements))} elements a token in {len(layers)} layers"

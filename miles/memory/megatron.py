@@ -2,17 +2,21 @@
 
 Weights are held in the type of the computation; gradients add up in float32 buffers that are not sharded; float32
 masters and Adam's two moments are sharded over replicas by the distributed optimizer alone (Megatron-LM,
-docs/source/api-guide/dist_optimizer.md: 6 + 12/d bytes a parameter for d replicas, instead of 18).
+docs/source/api-guide/dist_optimizer.md: 6 + 12/d bytes a parameter for d replicas, instead of 18). With
+`optimizer_cpu_offload` they are in pinned host memory, and so is a copy of the gradients that belong to them.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 
 from miles.memory.amount import Part, number
+from miles.memory.fsdp import adapter_parameters
 from miles.memory.model import ModelShape
 from miles.memory.parameters import Parameters, layer_parameters, mtp_parameters
 from miles.memory.run import Run
+from miles.pipeline_split import PipelineSplit, SplitError, split_of
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -27,6 +31,12 @@ class Layout:
     expert: int = 1
     expert_tensor: int = 1
     distributed_optimizer: bool = False
+    offloaded: float = 0.0
+    """Fraction of the optimizer's state that is in host memory."""
+    moment_bytes: int = 8
+    """Of Adam's two moments of a parameter, on the device."""
+    split: PipelineSplit | None = None
+    """Of layers over stages, where it is not even."""
 
     @property
     def replicas(self) -> int:
@@ -45,21 +55,28 @@ class Layout:
 
 def layout_of(run: Run) -> Layout:
     """Return the layout that settings ask for."""
-    s = run.settings
+    s, split, virtual = run.settings, split_of(run.settings), run.settings.num_virtual_stages_per_pipeline_rank or 1
+    with contextlib.suppress(SplitError):  # a check reports it
+        virtual = virtual if run.policy.shape is None else split.virtual_stages(run.policy.shape.layers)
     return Layout(
         ranks=run.ranks,
         tensor=s.tensor_model_parallel_size,
         pipeline=s.pipeline_model_parallel_size,
-        virtual=s.num_virtual_stages_per_pipeline_rank or 1,
+        virtual=virtual,
         context=s.context_parallel_size,
         expert=s.expert_model_parallel_size,
         expert_tensor=s.expert_tensor_parallel_size,
         distributed_optimizer=s.use_distributed_optimizer,
+        offloaded=s.optimizer_offload_fraction if s.optimizer_cpu_offload else 0.0,
+        moment_bytes=sum(4 if kind == "fp32" else 2 for kind in (s.exp_avg_dtype, s.exp_avg_sq_dtype)),
+        split=None if split.is_even else split,
     )
 
 
 def stage_layers(shape: ModelShape, layout: Layout, stage: int) -> list[int]:
-    """Return the numbers of a stage's layers; virtual stages take turns."""
+    """Return the numbers of a stage's layers; virtual stages take turns. A split that does not fit counts as even."""
+    with contextlib.suppress(SplitError):
+        return (layout.split or PipelineSplit(layout.pipeline, layout.virtual)).layers_of(stage, shape.layers)
     each = max(1, shape.layers // (layout.pipeline * layout.virtual))
     starts = [(turn * layout.pipeline + stage) * each for turn in range(layout.virtual)]
     return [layer for start in starts for layer in range(start, start + each)]
@@ -90,19 +107,22 @@ def megatron_parts(run: Run, stage: int) -> tuple[list[Part], list[Part]]:
     """Return what a rank of a stage takes on its device, and in host memory besides."""
     shape, layout, s = run.policy.shape, layout_of(run), run.settings
     if shape is None:
-        return _by_count(run, layout), []
+        return _by_count(run, layout)
     layers = s.mtp_num_layers or 0
     own = rank_parameters(shape, layout, stage, mtp_layers=layers)
     frozen = 0
     if layers and not s.enable_mtp_training:
         frozen = own.total - rank_parameters(shape, layout, stage).total
-    device = _trained("policy", run, layout, own, frozen)
+    if s.lora_rank:
+        adapters = adapter_parameters(shape, s.lora_rank) // (layout.tensor * layout.pipeline)
+        frozen = max(0, own.total - adapters)
+    device, host = _trained("policy", run, layout, own, frozen)
     if run.has_critic:
         critic = dataclasses.replace(rank_parameters(dataclasses.replace(shape, tied=False), layout, stage), head=0)
-        device += _trained("critic", run, layout, critic, 0)
+        there, here = _trained("critic", run, layout, critic, 0)
+        device, host = device + there, host + here
     roles = [name for name, there in (("reference", run.has_reference), ("teacher", run.teacher)) if there]
     copies = len(roles) + run.old_policies
-    host = []
     if copies:
         what = " + ".join([*roles, *([f"{run.old_policies} old policies"] if run.old_policies else [])])
         formula = f"({what} + the own one while they are asked) × {number(own.total)} × {run.train_bytes}"
@@ -110,22 +130,31 @@ def megatron_parts(run: Run, stage: int) -> tuple[list[Part], list[Part]]:
     return device, host
 
 
-def _trained(name: str, run: Run, layout: Layout, own: Parameters, frozen: int) -> list[Part]:
+def _trained(name: str, run: Run, layout: Layout, own: Parameters, frozen: int) -> tuple[list[Part], list[Part]]:
     each, trained = run.train_bytes, own.total - frozen
-    state = 8 if each == 4 else 12
+    masters = 0 if each == 4 else 4
     experts, others = own.experts, trained - own.experts
     replicas, expert_replicas = (layout.replicas, layout.expert_replicas) if layout.distributed_optimizer else (1, 1)
-    optimizer = others * state // replicas + experts * state // expert_replicas
-    kinds = "Adam's moments" if each == 4 else "float32 masters and Adam's moments"
-    formula = f"{number(trained)} × {state} bytes of {kinds}"
+    share = f"{number(trained)}"
     if layout.distributed_optimizer:
-        formula = f"{state} bytes of {kinds} × ({number(others)} / {replicas} replicas"
-        formula += f" + experts' {number(experts)} / {expert_replicas})" if experts else ")"
-    return [
+        share = f"({number(others)} / {replicas} replicas"
+        share += f" + experts' {number(experts)} / {expert_replicas})" if experts else ")"
+
+    def optimizer(bytes_each: int, kinds: str, fraction: float, where: str = "") -> Part:
+        size = others * bytes_each // replicas + experts * bytes_each // expert_replicas
+        formula = f"{bytes_each} bytes of {kinds} × {share}" + (f" × {fraction:g}" if fraction < 1 else "")
+        return Part(f"{name} optimizer{where}", int(size * fraction), formula)
+
+    kinds = "float32 masters and Adam's moments" if masters else "Adam's moments"
+    device = [
         Part(f"{name} weights", own.total * each, f"{words(own)} × {each} bytes"),
         Part(f"{name} gradients", trained * 4, f"{number(trained)} × 4 bytes, in buffers that stay"),
-        Part(f"{name} optimizer", optimizer, formula),
     ]
+    if layout.offloaded < 1:
+        device.append(optimizer(masters + layout.moment_bytes, kinds, 1 - layout.offloaded))
+    if not layout.offloaded:
+        return device, []
+    return device, [optimizer(16, "masters, moments and gradients, pinned,", layout.offloaded, " on the host")]
 
 
 def words(own: Parameters) -> str:
@@ -134,7 +163,7 @@ def words(own: Parameters) -> str:
     return f"{number(own.total)} parameters of this rank{experts}"
 
 
-def _by_count(run: Run, layout: Layout) -> list[Part]:
+def _by_count(run: Run, layout: Layout) -> tuple[list[Part], list[Part]]:
     """Return parts of a model whose shape is not known: split evenly."""
     share = Parameters(dense=run.policy.parameters.total // (layout.tensor * layout.pipeline))
     return _trained("policy", run, layout, share, 0)

@@ -112,6 +112,8 @@ def report_of(run: Run, cluster: Cluster, placement: Placement | None) -> Report
 
 
 def _trainer_uses(run: Run, placement: Placement | None) -> list[Use]:
+    if run.settings.debug_rollout_only:
+        return []
     on_gpu = placement is not None
     places = [(place.node, gpu) for place in placement.trainer for gpu in place.gpus] if placement else []
     stage_of = layout_of(run).stage_of if run.settings.train_backend == "megatron" else (lambda rank: 0)
@@ -130,7 +132,7 @@ def _trainer_uses(run: Run, placement: Placement | None) -> list[Use]:
 
 def _rollout_uses(run: Run, cluster: Cluster, placement: Placement | None) -> list[Use]:
     s = run.settings
-    if s.rollout_external_engine_addrs is not None:
+    if s.rollout_external_engine_addrs is not None or s.debug_train_only:
         return []
     if placement is None:
         held, device = (host.process_part("cpu"), rollout_samples_part(run)), tuple(engine_parts(run))

@@ -62,7 +62,8 @@ class Run:
     @property
     def has_reference(self) -> bool:
         """Whether a reference's weights are held; a LoRA policy's reference is its own base."""
-        return self.settings.ref_load is not None and not self.settings.lora_rank
+        s = self.settings
+        return bool((s.use_kl_loss or s.kl_coef) and not s.lora_rank)
 
     @property
     def old_policies(self) -> int:

@@ -26,6 +26,8 @@ class Demand:
     engine_gpus: int
     """Of each engine: its tensor-parallel size; 0 for engines that run elsewhere."""
     colocate: bool = False
+    rollout_gpus_of_node: int | None = None
+    """Most GPUs of a node that rollout services get; None: all."""
 
     @property
     def service_gpus(self) -> int:
@@ -96,9 +98,10 @@ def _pool(
 ) -> dict[int, Sequence[int]]:
     """Return the GPUs by node that rollout services may have: those of the trainer, or all others."""
     taken = {place.node: len(place.gpus) for place in trainer}
+    most = demand.rollout_gpus_of_node
     if demand.colocate:
-        return {node: range(taken.get(node, 0)) for node in range(len(nodes[:rollout_nodes]))}
-    return {node: range(taken.get(node, 0), count) for node, count in enumerate(nodes[:rollout_nodes])}
+        return {node: range(taken.get(node, 0))[:most] for node in range(len(nodes[:rollout_nodes]))}
+    return {node: range(taken.get(node, 0), count)[:most] for node, count in enumerate(nodes[:rollout_nodes])}
 
 
 def _with_room(free: Mapping[int, Sequence[int]], demand: Demand) -> int | None:
@@ -118,7 +121,12 @@ def _trainer(nodes: Sequence[int], demand: Demand) -> tuple[Place, ...]:
 
 
 def _no_room(nodes: Sequence[int], demand: Demand, free: int, rollout_nodes: int | None) -> NoRoomError:
-    largest = max(nodes[:rollout_nodes])
+    largest, most = max(nodes[:rollout_nodes]), demand.rollout_gpus_of_node
+    if most is not None and most < largest:
+        unlimited = dataclasses.replace(demand, rollout_gpus_of_node=None)
+        if demand.service_gpus > most or _fits(nodes, unlimited, rollout_nodes):
+            problem = f"a rollout service has {_gpus(demand.service_gpus)} of one node, and all have {free}"
+            return NoRoomError("num_gpus_per_node", most, problem, "raise it, or use fewer GPUs for rollouts")
     if demand.engine_gpus > largest:
         problem = f"a server's GPUs are on one node, and the largest has {_gpus(largest)}"
         elsewhere = "start the server over several nodes yourself and name it in rollout_external_engine_addrs"
@@ -143,6 +151,14 @@ def _no_room(nodes: Sequence[int], demand: Demand, free: int, rollout_nodes: int
         "(rollout_workers_elsewhere), or name servers there in rollout_external_engine_addrs"
     )
     return NoRoomError(setting, demand.rollout_gpus, problem, remedy)
+
+
+def _fits(nodes: Sequence[int], demand: Demand, rollout_nodes: int | None) -> bool:
+    try:
+        deal(nodes, demand, rollout_nodes=rollout_nodes)
+    except NoRoomError:
+        return False
+    return True
 
 
 def _gpus(count: int) -> str:

@@ -1,4 +1,4 @@
-"""Writes the metrics of a run as JSON lines and, optionally, for TensorBoard."""
+"""Writes the metrics of a run as JSON lines, and reads them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,6 @@ class MetricsWriter:
         self,
         path: pathlib.Path,
         first_step: int = 0,
-        tensorboard_dir: pathlib.Path | None = None,
         *,
         keep_evaluation: bool = False,
     ) -> None:
@@ -36,27 +35,16 @@ class MetricsWriter:
         path.parent.mkdir(parents=True, exist_ok=True)
         _delete_from(path, first_step, keep_evaluation)
         self._file = open_to_append(path)
-        self._tensorboard: Any = None
-        if tensorboard_dir is not None:
-            from tensorboard.summary import Writer
-
-            self._tensorboard = Writer(str(tensorboard_dir))
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Write the metrics of a step; a step may be written in several parts. Not-a-number becomes null."""
         clean = {name: value if math.isfinite(value) else None for name, value in values.items()}
         self._file.write(json.dumps({"step": step, "unix_s": round(time.time(), 3), **clean}) + "\n")
         self._file.flush()
-        if self._tensorboard is not None:
-            for name, value in values.items():
-                self._tensorboard.add_scalar(name, value, step)
-            self._tensorboard.flush()
 
     def close(self) -> None:
-        """Flush and close the files."""
+        """Flush and close the file."""
         self._file.close()
-        if self._tensorboard is not None:
-            self._tensorboard.close()
 
 
 def read_metrics(path: pathlib.Path) -> Iterator[dict[str, Any]]:

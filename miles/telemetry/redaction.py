@@ -24,7 +24,7 @@ _PATTERNS: tuple[tuple[re.Pattern[str], str], ...] = (
     (
         re.compile(
             r"(?P<keep>\b[\w-]{0,64}?(?:password|passwd|secret|api[_-]?key|access[_-]?key|private[_-]?key|auth[_-]?token"
-            r"|access[_-]?token|hf[_-]token|credential)s?[\"']?\s{0,3}[=:]\s{0,3}[\"']?)(?!\[redacted\])[^\s\"',;&}]{1,4096}",
+            r"|access[_-]?token|hf[_-]token|wandb[_-]key|credential)s?[\"']?\s{0,3}[=:]\s{0,3}[\"']?)(?!\[redacted\])[^\s\"',;&}]{1,4096}",
             re.I,
         ),
         rf"\g<keep>{REDACTED}",
@@ -38,7 +38,7 @@ _PATTERNS: tuple[tuple[re.Pattern[str], str], ...] = (
     ),
 )
 _SECRET_KEY = re.compile(
-    r"(^|_)(password|passwd|secret|credentials?|api_?key|access_?key|private_?key|auth_token|access_token|hf_token|token)$",
+    r"(^|_)(password|passwd|secret|credentials?|api_?key|access_?key|private_?key|auth_token|access_token|hf_token|token|wandb_key)$",
     re.I,
 )
 _ALL_VALUES = frozenset({"train_env_vars"})

@@ -56,7 +56,7 @@ class ControllerServicer(controller_pb2_grpc.ControllerServiceServicer):
         self, request: controller_pb2.SubmitJobRequest, context: grpc.aio.ServicerContext
     ) -> controller_pb2.SubmitJobResponse:
         async with ending_call(context):
-            config = JobConfig.from_json(request.config_json).resolve()
+            config = JobConfig.from_json_here(request.config_json)
             flat = config.to_flat()
             record = new_job(flat, config.data.num_rollout or 0, request.submitted_by)
             job, created = await self._store.submit(record, request.request_id, is_run=not request.only_new)

@@ -8,8 +8,10 @@ BUILTIN: dict[str, str] = {
     "exact_match": "miles.services.reward.exact_match.exact_match",
     "last_number": "miles.services.reward.last_number.last_number",
     "math": "miles.services.reward.math_answer.math_answer",
+    "deepscaler": "miles.services.reward.deepscaler.deepscaler",
+    "dapo": "miles.services.reward.dapo.dapo",
 }
-"""The dotted path of each. Only worker processes import them, so a service without `math` needs no math-verify."""
+"""The dotted path of each. Only worker processes import them, so a service without mathematics needs no math-verify."""
 
 
 def sources(rewards: list[str], custom_rm_path: str | None, group_rm: bool) -> list[Source]:

@@ -42,9 +42,7 @@ def math_answer(sample: Sample) -> float:
     is never closed is no answer, and a comparison that takes more than 5 s or 2 GiB scores 0.0. Raises ValueError
     when the label holds nothing to compare with.
     """
-    wanted = label_answer(label_of(sample))
-    if not wanted:
-        raise ValueError(f"the label {sample.label!r:.200} holds no answer, with which the reward math compares")
+    wanted = wanted_answer(sample, "math")
     text = final_answer(sample.response).strip()
     boxes = last_boxes(text)
     if boxes is None or not text:
@@ -52,10 +50,19 @@ def math_answer(sample: Sample) -> float:
     if not boxes:
         return float(_stated(wanted, text) or _holds(functools.partial(expressions.found_in, wanted, text)))
     joined = [", ".join(boxes)] if len(boxes) > 1 else []
-    return float(any(_same(wanted, bare_math(answer)) for answer in [boxes[-1], *joined]))
+    return float(any(same_answer(wanted, bare_math(answer)) for answer in [boxes[-1], *joined]))
 
 
-def _same(wanted: str, given: str) -> bool:
+def wanted_answer(sample: Sample, reward: str) -> str:
+    """The answer in the sample's label. Raises ValueError, which names the reward, when there is none."""
+    wanted = label_answer(label_of(sample))
+    if not wanted:
+        raise ValueError(f"the label {sample.label!r:.200} holds no answer, with which the reward {reward} compares")
+    return wanted
+
+
+def same_answer(wanted: str, given: str) -> bool:
+    """Whether two answers, without boxes and dollar signs, are equal as text, numbers, choices or mathematics."""
     wanted, given = _without_one_letter(wanted, given)
     known = _same_plainly(wanted, given)
     if known is not None or max(len(wanted), len(given)) > _MAX_ANSWER:

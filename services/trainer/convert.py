@@ -1,4 +1,4 @@
-"""`miles convert`: weights between Hugging Face folders and checkpoints of the megatron backend.
+"""`miles convert`: weights between Hugging Face folders and torch_dist checkpoints, Megatron-LM's among them.
 
     miles convert hf-to-hf --hf-checkpoint MODEL --save MODEL2      a text model whose weights are not quantised
     miles convert hf-to-dist --hf-checkpoint MODEL --save DIR       then --load DIR starts a job from it
@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from miles.config.checks.json_file import read_json_object
 from miles.config.checks.published_form import why_not_plain
+from miles.megatron_checkpoint import is_foreign, tensors_of
 from miles.ownership.contents import names_in
 
 if TYPE_CHECKING:
@@ -100,27 +101,20 @@ def dist_to_hf(
     Tensors of the model's folder that are not converted, e.g. MTP layers, are copied. Without `chat_template` it is
     that of the run, as the checkpoint records it.
     """
-    from miles.checkpoint_folder import to_load
-    from miles.services.trainer.backends.megatron.checkpoint import torch_dist
+    from miles.services.trainer.backends.megatron.checkpoint.weights_only import load_weights
     from miles.services.trainer.backends.megatron.export import Exporter
     from miles.services.trainer.checkpoint.background_save import on_first_rank
-    from miles.services.trainer.checkpoint.errors import reading, writing
+    from miles.services.trainer.checkpoint.errors import writing
     from miles.services.trainer.checkpoint.hf_files import write_hf_checkpoint
     from miles.services.trainer.checkpoint.record import read_record
     from miles.services.trainer.step import algorithm_options
     from miles.weights.naming.model_tensors import read_model_tensors
 
-    found = to_load(source)
-    checkpoint = found.checkpoint
-    assert checkpoint is not None, "to_load raises"
-    if found.passed_over:
-        print(f"passed over {found.words()}", file=sys.stderr)
-    if not (checkpoint / "metadata.json").is_file():
-        raise ValueError(f"{checkpoint} was saved with train_backend fsdp; use the export that its run wrote (save_hf)")
-    template = chat_template or _recorded_template(read_record(checkpoint).settings)
+    checkpoint = _checkpoint(source)
+    recorded = {} if is_foreign(checkpoint) else read_record(checkpoint).settings
+    template = chat_template or _recorded_template(recorded)
     model = _model(config)
-    with reading(checkpoint):
-        torch_dist.load_weights(checkpoint, model)
+    load_weights(checkpoint, model.bare_chunks)
     out_type = algorithm_options.DTYPES[config.rollout.rollout_dtype]
     source_folder = pathlib.Path(str(config.rollout.hf_checkpoint))
     tensors = read_model_tensors(source_folder)
@@ -129,6 +123,22 @@ def dist_to_hf(
     with writing(directory, partial):
         write_hf_checkpoint(partial, source_folder, tensors, exporter.tensors(), out_type, chat_template=template)
         on_first_rank(functools.partial(os.rename, partial, directory))
+
+
+def _checkpoint(source: pathlib.Path) -> pathlib.Path:
+    """The folder of tensors that `source` names: one of Megatron-LM, or the newest of the megatron backend."""
+    from miles.checkpoint_folder import to_load
+
+    if is_foreign(source) and (tensors := tensors_of(source)) is not None:
+        return tensors
+    found = to_load(source)
+    assert found.checkpoint is not None, "to_load raises"
+    if found.passed_over:
+        print(f"passed over {found.words()}", file=sys.stderr)
+    if tensors_of(found.checkpoint) is None:
+        problem = f"{found.checkpoint} was saved with train_backend fsdp"
+        raise ValueError(f"{problem}; use the export that its run wrote (save_hf)")
+    return found.checkpoint
 
 
 def _recorded_template(settings: Mapping[str, Any]) -> pathlib.Path | None:
@@ -166,7 +176,7 @@ def _model(config: JobConfig) -> MegatronModel:
     from miles.services.trainer.step import algorithm_options
 
     dtype = algorithm_options.DTYPES[config.train.train_dtype]
-    parallel = groups.initialize(config.megatron, config.train.seed, config.cluster.distributed_timeout_minutes)
+    parallel = groups.initialize(config)
     return build_model(config, parallel, dtype, wrap=False)
 
 
@@ -205,7 +215,7 @@ def _parser() -> argparse.ArgumentParser:
     directions = parser.add_subparsers(dest="direction", required=True)
     plain = directions.add_parser("hf-to-hf", help="text model of a folder, its weights not quantised, to another")
     to_dist = directions.add_parser("hf-to-dist", help="Hugging Face folder to a checkpoint that `load` takes")
-    to_hf = directions.add_parser("dist-to-hf", help="checkpoint of the megatron backend to a Hugging Face folder")
+    to_hf = directions.add_parser("dist-to-hf", help="torch_dist checkpoint to a Hugging Face folder")
     to_hf.add_argument("--load", type=pathlib.Path, required=True, metavar="DIR", help="checkpoint, or folder of them")
     to_hf.add_argument(
         "--chat-template-path", type=pathlib.Path, metavar="FILE", help="chat template (default: that of the run)"

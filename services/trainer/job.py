@@ -19,7 +19,7 @@ from miles.services.trainer.ranks.collective_calls import Command
 from miles.services.trainer.ranks.leader import Leader
 from miles.services.trainer.ranks.shared_folders import check_shared_folders
 from miles.services.trainer.step.progress import Progress, Report
-from miles.services.trainer.step.rollout_metrics import rollout_metrics
+from miles.telemetry.rollout_metrics import rollout_metrics
 from miles.telemetry.tracing import traced
 from miles.types import SampleGroup
 
@@ -81,7 +81,9 @@ class Job:
         """Kept from one version to the next: it holds mappings that are costly to make."""
         folder, found = checkpoint_dir(config, run_dir), self.loaded_from
         saved_step = state.step if found is not None and found == folder / found.name else None
-        self._checkpoints = CheckpointManager(leader, self._queue, folder, saved_step)
+        self._checkpoints = CheckpointManager(
+            leader, self._queue, folder, saved_step, config.checkpoint.save_retain_interval
+        )
         self._abandonment: Abandonment | None = None
         """Of the training step that is running."""
         self._step_to_abandon: int | None = None
@@ -216,7 +218,8 @@ class Job:
         consumed = [*request.group_ids, *request.dropped_group_ids]
         self.state.consume(consumed)
         self._checkpoints.consumed(consumed)
-        self.state.finish_step({**metrics, **rollout_metrics(groups, self._config.reward.reward_key)})
+        key, passrate = self._config.reward.reward_key, self._config.telemetry.log_passrate
+        self.state.finish_step({**metrics, **rollout_metrics(groups, key, with_pass_rates=passrate)})
         return True
 
     async def _take_data(self, data: Mapping[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pathlib
 import signal
@@ -11,6 +12,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import psutil
 import pytest
+import torch
 from safetensors.numpy import load_file
 from serving_cluster import serving, wait_for
 from whole_runs import Records, Run, left_of, recipe, runs_of_test, settings
@@ -20,6 +22,7 @@ from miles.client.commands import check_samples
 from miles.rpc import ExitCode
 from miles.telemetry.trace_budget import budget
 from miles.telemetry.trace_files import read_trace
+from miles.types.stored import read_groups
 
 STEPS = 24
 Start = Callable[[list[str], pathlib.Path], Run]
@@ -80,7 +83,16 @@ def assert_traced(run_dir: pathlib.Path, step: int) -> None:
 
 
 def test_a_dense_model_learns(start_run: Start, tiny_dense: pathlib.Path, tmp_path: pathlib.Path) -> None:
-    evaluation = {"eval_prompt_data": ["sort", tiny_dense / "eval.jsonl"], **EVALUATION}
+    data = {"path": str(tiny_dense / "eval.jsonl")}
+    short = {
+        **data,
+        "max_response_len": 3,
+        "temperature": 1.0,
+        "n_samples_per_eval_prompt": 2,
+        "rm_type": "last_number",
+    }
+    (tmp_path / "eval.yaml").write_text(json.dumps({"eval": {"datasets": {"sort": data, "short": short}}}))
+    evaluation = {"eval_config": tmp_path / "eval.yaml", "log_passrate": True, **EVALUATION}
     traced = {"trace_steps": [1, STEPS - 1], **evaluation}
     run = start_run(recipe(tiny_dense, tmp_path / "run", num_rollout=STEPS, **traced), tmp_path / "run")
     assert run.wait() == ExitCode.OK, run.output()
@@ -89,6 +101,14 @@ def test_a_dense_model_learns(start_run: Start, tiny_dense: pathlib.Path, tmp_pa
     assert_traced(run.run_dir, STEPS - 1)
     assert (run.run_dir / "reward.png").stat().st_size > 0
     assert "on this machine: about" in run.log.read_text()
+    lines = [json.loads(line) for line in (run.run_dir / "metrics.jsonl").read_text().splitlines()]
+    evaluated = next(line for line in lines if line.get("eval/short/weight_version") == STEPS)
+    assert evaluated["eval/short/response_len/mean"] == 3 < evaluated["eval/sort/response_len/mean"]
+    assert 0 == evaluated["eval/short"] <= evaluated["passrate/short/pass@2"]
+    assert "passrate/sort/pass@1" not in evaluated
+    assert [line["passrate/pass@1"] for line in run.metrics()] == pytest.approx(
+        [line["rollout/raw_reward"] for line in run.metrics()]
+    )
 
 
 def saved_steps(client: MilesClient, job_id: str) -> set[int]:
@@ -124,6 +144,66 @@ def test_a_trainer_that_leaves_between_its_steps_trains_the_same(
         assert other["perf/onload_train_time"] > 0
     assert stays.summary()["eval"] == leaves.summary()["eval"]
     assert all(np.array_equal(tensor, leaves.weights()[name]) for name, tensor in stays.weights().items())
+
+
+def test_what_a_turn_leaves_over_waits_for_the_next(services: MilesClient, tiny_dense: pathlib.Path) -> None:
+    """Surplus groups are begun and preempted, and no group is generated while the trainer has its turn."""
+    config = settings(tiny_dense, name="turns", num_rollout=6, colocate=True, offload_train=True, save_interval=3)
+    config |= {"offload_rollout": False, "partial_rollout": True, "trace_steps": [3]}
+    config |= {"use_wandb": True, "wandb_mode": "offline", "use_mlflow": True, "use_tensorboard": True}
+    config["over_sampling_batch_size"] = 2 * config["rollout_batch_size"]
+    config |= {key: str(config[key]) for key in ("hf_checkpoint", "prompt_data")}
+    job = services.submit(config)
+    wait_for(services, job["id"], lambda job: job["state"] == "succeeded")
+    records = Records(pathlib.Path(job["config"]["run_dir"]))
+    staleness = [line["rollout/fully_async/max_staleness"] for line in records.metrics()]
+    assert len(staleness) == 6
+    assert set(staleness) == {0, 1}
+    processes = read_trace(records.run_dir, 3).processes
+    generating = [span for span in processes["rollout-0"] if span.name == "engine request"]
+    [training] = [span for span in processes["controller"] if span.name == "train call"]
+    assert generating
+    assert list((records.run_dir / "wandb").glob("offline-run-*/*.wandb"))
+    assert list((records.run_dir / "tensorboard" / "turns").iterdir())
+    assert (records.run_dir / "mlflow" / "mlflow.db").stat().st_size > 0
+    assert not [span for span in generating if span.begin_ns < training.end_ns and training.begin_ns < span.end_ns]
+
+
+def test_each_half_of_a_run_runs_alone(services: MilesClient, tiny_dense: pathlib.Path) -> None:
+    """Training on dumped rollouts gives the weights of the run that wrote them; generation needs no trainer."""
+    small = {"num_rollout": 2, "rollout_batch_size": 4, "n_samples_per_prompt": 4}
+
+    def done(name: str, **changes: object) -> Records:
+        config = settings(tiny_dense, name=name, run_dir=str(tiny_dense / "runs" / name), **{**small, **changes})
+        config |= {key: str(config[key]) for key in ("hf_checkpoint", "prompt_data")}
+        job_id = services.submit(config)["id"]
+        wait_for(services, job_id, lambda job: job["state"] == "succeeded")
+        return Records(tiny_dense / "runs" / name)
+
+    dump = tiny_dense / "runs" / "dumped" / "dump"
+    norms = str(dump / "norms" / "{role}_{rollout_id}_{step_id}.pt")
+    dumped = done("dumped", dump_details=str(dump), ci_save_grad_norm=norms)
+    recorded = str(dump / "rollout_data" / "{rollout_id}.pt")
+    trained = done("trained", load_debug_rollout_data=recorded, ci_load_grad_norm=norms)
+    assert all(np.array_equal(tensor, trained.weights()[name]) for name, tensor in dumped.weights().items())
+    assert [line["train/loss"] for line in trained.metrics()] == [line["train/loss"] for line in dumped.metrics()]
+    assert (dump / "metrics.jsonl").read_text() == (dumped.run_dir / "metrics.jsonl").read_text()
+
+    data = torch.load(dump / "train_data" / "1_0.pt", weights_only=True)
+    assert len(data["samples"]) == 16
+    assert {len(sample["advantages"]) - sample["response_length"] for sample in data["samples"]} == {0}
+
+    own = tiny_dense / "runs" / "generated"
+    generated = done("generated", debug_rollout_only=True, save_debug_rollout_data=str(own / "{rollout_id}.pt"))
+    first, again = (list(read_groups(folder / "0.pt")) for folder in (dump / "rollout_data", own))
+    assert [group.samples for group in first] == [group.samples for group in again]
+    assert {group.oldest_version for group in read_groups(own / "1.pt")} == {0}
+    assert len(generated.metrics()) == 2
+    assert "hf_checkpoint" not in generated.summary()
+
+    half = done("half", load_debug_rollout_data=recorded, load_debug_rollout_data_subsample=0.5,
+                debug_exit_after_rollout=1, rollout_batch_size=2)  # fmt: skip
+    assert [line["rollout/samples"] for line in half.metrics()] == [8]
 
 
 @pytest.mark.slow

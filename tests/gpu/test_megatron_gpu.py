@@ -26,6 +26,7 @@ pytestmark = [
 needs_engine = pytest.mark.skipif(
     importlib.util.find_spec("transformer_engine") is None, reason="TransformerEngine is not installed"
 )
+needs_deepep = pytest.mark.skipif(importlib.util.find_spec("deep_ep") is None, reason="DeepEP is not installed")
 needs_two = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 
 STEP = {"lr": 1.0, "adam_eps": 1.0, "clip_grad": 0.0, "train_dtype": "bfloat16"}
@@ -126,6 +127,115 @@ def test_every_family_of_the_bridge_converts_both_ways(tmp_path: pathlib.Path) -
     assert failed == []
 
 
+OFFLOAD: dict[str, Any] = {"optimizer_cpu_offload": True}
+
+
+@needs_engine
+@pytest.mark.parametrize(
+    "changes",
+    [
+        OFFLOAD,
+        {**OFFLOAD, "overlap_cpu_optimizer_d2h_h2d": True},
+        {**OFFLOAD, "optimizer_offload_fraction": 0.5},
+        {"use_precision_aware_optimizer": True},
+        {"use_precision_aware_optimizer": True, "exp_avg_dtype": "bf16", "exp_avg_sq_dtype": "bf16"},
+    ],
+    ids=["offloaded", "overlapped", "half", "own masters", "16-bit moments"],
+)
+def test_state_of_another_place_or_type_trains_alike(tmp_path: pathlib.Path, changes: dict[str, Any]) -> None:
+    """Also with everything swapped to host memory between calls, and through a checkpoint to the plain optimizer."""
+    model = write_model("Qwen3", tmp_path / "model")
+    plain = {"use_distributed_optimizer": True}
+    cases = [
+        case("plain", model, **plain),
+        {**case("changed", model, **changes), "swap": True},
+        {**case("resumed", model, **changes), "save_at": 1},
+        {**case("resumed", model, **plain), "steps": 2},
+        {**case("resumed back", model, **plain), "save_at": 1},
+        {**case("resumed back", model, **changes), "steps": 2},
+        {**case("two steps", model, **plain), "steps": 2},
+    ]
+    run_cases(cases, tmp_path, megatron=False)
+    moved = {name: json.loads((tmp_path / f"{name}.json").read_text())["moved"] for name in ("plain", "changed")}
+    print(changes, moved)
+    assert_trained_alike(tmp_path, "plain", "changed")
+    for name in ("resumed", "resumed back"):
+        weights = [load_file(tmp_path / f"{each}.safetensors") for each in ("two steps", name)]
+        for key, tensor in weights[0].items():
+            torch.testing.assert_close(
+                tensor.float(), weights[1][key].float(), rtol=0.05, atol=0.05, msg=f"{name} {key}"
+            )
+
+
+@needs_engine
+def test_offloading_frees_gpu_memory(tmp_path: pathlib.Path) -> None:
+    """Bytes on the GPU between steps, as swapping them out tells: 12 a parameter less for masters and moments."""
+    model = write_model("Qwen3", tmp_path / "model")
+    flags: dict[str, dict[str, Any]] = {"here": {"use_distributed_optimizer": True}, "there": OFFLOAD}
+    run_cases([{**case(n, model, **each), "swap": True} for n, each in flags.items()], tmp_path, megatron=False)
+    held = {name: json.loads((tmp_path / f"{name}.json").read_text())["moved"][-1] for name in flags}
+    parameters = sum(tensor.numel() for tensor in load_file(tmp_path / "here.safetensors").values())
+    assert held["here"] - held["there"] == pytest.approx(12 * parameters, rel=0.05)
+
+
+@needs_engine
+@pytest.mark.parametrize("family", ["Qwen3-MoE", "GLM-4.5"])
+def test_experts_train_alike_by_every_kind_of_kernels(tmp_path: pathlib.Path, family: str) -> None:
+    """With experts prescribed; GLM-4.5 has shared experts, and a dense layer before the others."""
+    model = write_model(family, tmp_path / "model")
+    kinds: dict[str, dict[str, Any]] = {
+        "grouped": {},
+        "single": {"moe_grouped_gemm": False},
+        "unfused": {"moe_permute_fusion": False},
+        "double": {"moe_router_dtype": "fp64"},
+        **({"overlapped": {"moe_shared_expert_overlap": True}} if family == "GLM-4.5" else {}),
+    }
+    layers = 4 if family == "Qwen3-MoE" else 3
+    cases = [case(name, model, routing=True, **REPLAY, **flags) for name, flags in kinds.items()]
+    run_cases([{**each, "routing": [EXPERTS, layers, TOP_K]} for each in cases], tmp_path, megatron=False)
+    for name in kinds.keys() - {"grouped"}:
+        assert_trained_alike(tmp_path, "grouped", name)
+    experts = {
+        name: [part for part in json.loads((tmp_path / f"{name}.json").read_text())["parameters"] if "experts." in part]
+        for name in ("grouped", "single")
+    }
+    assert any("local_experts" in part for part in experts["single"])
+    assert not any("local_experts" in part for part in experts["grouped"])
+
+
+@needs_engine
+def test_a_checkpoint_of_single_experts_goes_on_with_grouped_ones(tmp_path: pathlib.Path) -> None:
+    model = write_model("Qwen3-MoE", tmp_path / "model")
+    single = case("single", model, routing=True, moe_grouped_gemm=False, **REPLAY)
+    grouped = case("grouped", model, routing=True, load=str(tmp_path / "single" / "checkpoints"), **REPLAY)
+    run_cases([{**single, "steps": 2, "save_at": 1}, {**grouped, "steps": 2}], tmp_path, megatron=False)
+    left, right = (load_file(tmp_path / f"{name}.safetensors") for name in ("single", "grouped"))
+    assert left.keys() == right.keys()
+    for name, tensor in left.items():
+        torch.testing.assert_close(tensor.float(), right[name].float(), rtol=0.05, atol=0.05, msg=name)
+
+
+@needs_engine
+def test_fused_routers_have_the_losses_of_unfused_ones(tmp_path: pathlib.Path) -> None:
+    model = write_model("Qwen3-MoE", tmp_path / "model")
+    losses = {"moe_aux_loss_coeff": 0.5, "moe_z_loss_coeff": 0.5, "max_tokens_per_gpu": 1024}
+    cases = [case(name, model, moe_router_fusion=name == "fused", **losses) for name in ("fused", "plain")]
+    run_cases([{**each, "reward": 1.0} for each in cases], tmp_path, megatron=False)
+    norms = [json.loads((tmp_path / f"{name}.json").read_text())["metrics"][0] for name in ("fused", "plain")]
+    assert norms[0]["train/grad_norm"] == pytest.approx(norms[1]["train/grad_norm"], rel=0.05)
+    assert norms[0]["train/grad_norm"] > 0.1
+
+
+@needs_engine
+@pytest.mark.parametrize("module", ["core_attn", "layernorm", "mlp", "moe", "moe_act", "shared_experts"])
+def test_parts_of_layers_are_recomputed_to_the_same(tmp_path: pathlib.Path, module: str) -> None:
+    model = write_model("GLM-4.5", tmp_path / "model")
+    parts = {"recompute_granularity": "selective", "recompute_modules": [module]}
+    cases = [case("kept", model, routing=True, **REPLAY), case("recomputed", model, routing=True, **REPLAY, **parts)]
+    run_cases([{**each, "routing": [EXPERTS, 3, TOP_K]} for each in cases], tmp_path, megatron=False)
+    assert_trained_alike(tmp_path, "kept", "recomputed", tolerance=0.01)
+
+
 @needs_two
 @pytest.mark.parametrize(
     "layout",
@@ -133,9 +243,10 @@ def test_every_family_of_the_bridge_converts_both_ways(tmp_path: pathlib.Path) -
         {"tensor_model_parallel_size": 2, "sequence_parallel": True},
         {"expert_model_parallel_size": 2, "use_distributed_optimizer": True},
         {"pipeline_model_parallel_size": 2},
+        {"pipeline_model_parallel_size": 2, "decoder_last_pipeline_num_layers": 1},
         {"context_parallel_size": 2},
     ],
-    ids=["tp2", "ep2", "pp2", "cp2"],
+    ids=["tp2", "ep2", "pp2", "uneven", "cp2"],
 )
 def test_two_gpus_train_as_one_does(tmp_path: pathlib.Path, layout: dict[str, Any]) -> None:
     model = write_model("Qwen3-MoE", tmp_path / "model")
@@ -144,3 +255,34 @@ def test_two_gpus_train_as_one_does(tmp_path: pathlib.Path, layout: dict[str, An
     run_cases([case("two", model, routing=True, **REPLAY, **layout)], tmp_path, ranks=2, megatron=False)
     print(f"{layout}: {time.monotonic() - began:.0f} s")
     assert_trained_alike(tmp_path, "one", "two")
+
+
+@needs_engine
+def test_adapters_are_trained_beside_both_kinds_of_layers(tmp_path: pathlib.Path) -> None:
+    model = write_model("Llama", tmp_path / "model")
+    adapted = {"lora_rank": 4, "lora_alpha": 8, "rollout_dtype": "bfloat16"}
+    recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    run_cases(
+        [
+            case("local", model, transformer_impl="local", **adapted),
+            case("engine", model, **adapted),
+            case("recomputed", model, **adapted, **recompute),
+        ],
+        tmp_path,
+        megatron=False,
+    )
+    assert_trained_alike(tmp_path, "local", "engine")
+    assert_trained_alike(tmp_path, "engine", "recomputed", tolerance=0.01)
+
+
+@needs_two
+@needs_engine
+@needs_deepep
+def test_deepep_sends_tokens_as_alltoall_does(tmp_path: pathlib.Path) -> None:
+    model = write_model("Qwen3-MoE", tmp_path / "model")
+    split = {"expert_model_parallel_size": 2}
+    flex = {"moe_token_dispatcher_type": "flex", "moe_enable_deepep": True}
+    cases = [case("alltoall", model, routing=True, **REPLAY, **split)]
+    cases.append(case("flex", model, routing=True, **REPLAY, **split, **flex))
+    run_cases(cases, tmp_path, ranks=2, megatron=False)
+    assert_trained_alike(tmp_path, "alltoall", "flex")

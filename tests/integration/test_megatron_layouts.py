@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from megatron_kit import needs_megatron, run_cases
+from megatron_kit import SUPPORT, needs_megatron, run_cases, run_python
 from megatron_models import EXPERTS, TOP_K, write_model
 from safetensors.torch import load_file, save_file
 
@@ -64,6 +64,7 @@ RECOMPUTE = {"recompute_granularity": "full", "recompute_method": "uniform", "re
 TP2 = {"tensor_model_parallel_size": 2}
 SP = {**TP2, "sequence_parallel": True}
 PP2 = {"pipeline_model_parallel_size": 2}
+UNEVEN = {**PP2, "decoder_last_pipeline_num_layers": 1}
 VPP = {**PP2, "num_virtual_stages_per_pipeline_rank": 2}
 CP2 = {"context_parallel_size": 2}
 EP2 = {"expert_model_parallel_size": 2}
@@ -78,8 +79,20 @@ LAYOUTS: dict[str, tuple[int, str, dict[str, Any]]] = {
     "dense-cp2": (2, "dense", CP2),
     "tied-pp2": (2, "tied", PP2),
     "moe-ep2": (2, "moe", EP2),
+    "moe-allgather": (2, "moe", {**SP, "moe_token_dispatcher_type": "allgather"}),
     "replay-sp": (2, "replay", SP),
     "replay-pp2": (2, "replay", PP2),
+    "replay-uneven": (2, "replay", UNEVEN),
+    "replay-uneven-vpp": (
+        2,
+        "replay",
+        {**PP2, "num_layers_per_virtual_pipeline_stage": 1, "account_for_embedding_in_pipeline_split": True}
+        | {"account_for_loss_in_pipeline_split": True, **RECOMPUTE},
+    ),
+    "replay-spelt-out": (2, "replay", {**PP2, "pipeline_model_parallel_layout": "E|tt|tt|L"}),
+    "tied-uneven": (2, "tied", {**PP2, "decoder_first_pipeline_num_layers": 3}),
+    "latent-uneven": (2, "latent", {**PP2, "decoder_first_pipeline_num_layers": 1}),
+    "predicting-uneven": (2, "predicting", UNEVEN),
     "replay-vpp": (2, "replay", {**VPP, **RECOMPUTE}),
     "replay-ep2": (2, "replay", {**EP2, **RECOMPUTE}),
     "replay-cp2": (2, "replay", CP2),
@@ -135,6 +148,8 @@ LAYOUTS: dict[str, tuple[int, str, dict[str, Any]]] = {
 OFTEN = (
     "dense-dp2",
     "tied-pp2",
+    "moe-allgather",
+    "replay-uneven",
     "replay-vpp",
     "replay-cp2",
     "latent-pp2",
@@ -285,7 +300,7 @@ OTHER_TYPES = {"plain": "16-bit-distributed", "16-bit": "plain"}
 RESUMED = {
     f"{kind}-{name}": (kind, layout)
     for kind in ("plain", "distributed")
-    for name, layout in {"dp2": {}, "sp": SP, "pp2": PP2, "ep2": EP2}.items()
+    for name, layout in {"dp2": {}, "sp": SP, "pp2": PP2, "uneven": UNEVEN, "ep2": EP2}.items()
 }
 
 RESUMED_OFTEN = ("distributed-sp",)
@@ -444,6 +459,29 @@ def test_a_checkpoint_goes_on_in_another_layout(spread: pathlib.Path, name: str)
     metrics, weights = worst_differences(spread, f"saved-{RESUMED[name][0]}", f"resumed-{name}")
     assert metrics < 1e-5
     assert weights < 1e-5
+
+
+@pytest.mark.slow
+def test_parts_of_layers_are_recomputed_to_the_same(more_results: pathlib.Path) -> None:
+    parts = {
+        "replay": ["core_attn", "moe", "layernorm"],
+        "dense": ["core_attn", "mlp"],
+        "latent": ["moe", "mla_up_proj"],
+    }
+    cases = [
+        case(f"parts-{base}", base, more_results, recompute_granularity="selective", recompute_modules=names)
+        for base, names in parts.items()
+    ]
+    run_cases(cases, more_results)
+    for base in parts:
+        assert worst_differences(more_results, base, f"parts-{base}") == (0.0, 0.0)
+
+
+@pytest.mark.slow
+def test_layers_are_split_over_stages_as_megatron_splits_them() -> None:
+    said = run_python([str(SUPPORT / "megatron_splits.py")]).split()
+    assert said[-2] == "compared"
+    assert int(said[-1]) > 200
 
 
 def mtp_layers(file: pathlib.Path) -> dict[str, torch.Tensor]:

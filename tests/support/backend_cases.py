@@ -31,17 +31,19 @@ def run_case(case: dict[str, Any], out: pathlib.Path) -> None:
     """Carry out a case on every rank; rank 0 writes `NAME.json` (metrics) and `NAME.safetensors` (exported weights).
 
     A case has: name, model (folder), flags (changes of the configuration), routing (experts, layers, top-k) or None,
-    and optionally own_routing (samples have the routing of the folder's model, but for every fifth token), seed (of
-    every step's groups), steps, swap (everything is moved to host memory and back before each call; the JSON file has
-    the bytes), save_at, save_in_background (until the next step was taken), save_hf, reward (of every
-    sample), off_policy for samples of two versions, and abandon_at: at which of rank 0's reports each step is left
-    before it is taken; see `tests/integration/test_megatron_layouts.py`.
+    and optionally own_routing (samples have the routing of the folder's model, but for every fifth token, or as
+    divert_every says), seed (of every step's groups), steps, swap (everything is moved to host memory and back before
+    each call; the JSON file has the bytes), save_at, save_in_background (until the next step was taken), save_hf,
+    reward (of every sample), off_policy for samples of two versions, abandon_at: at which of rank 0's reports each
+    step is left before it is taken, and on_gpus: settings of Megatron that only GPUs have, which CPU stand-ins imitate;
+    see `tests/integration/test_megatron_layouts.py`.
     """
     name, routing = case["name"], case.get("routing")
     config = job_config(
         pathlib.Path(case["model"]),
         **{"actor_num_gpus_per_node": dist.get_world_size(), "log_samples_per_step": 0, **case["flags"]},
     )
+    config = config.model_copy(update={"megatron": config.megatron.model_copy(update=case.get("on_gpus", {}))})
     backend = create_backend(config, out / name / "checkpoints", device())
     state = backend.load()
     metrics, saving, moved = [], None, []
@@ -50,7 +52,8 @@ def run_case(case: dict[str, Any], out: pathlib.Path) -> None:
         groups = random_groups(case.get("seed", step), routing=tuple(routing) if routing else None)
         if case.get("own_routing"):
             set_own_routing(pathlib.Path(case["model"]), groups)
-            divert(groups, every=5)
+            if every := case.get("divert_every", 5):
+                divert(groups, every)
         for sample in (s for group in groups for s in group.samples):
             sample.reward = case.get("reward", sample.reward)
         if case.get("off_policy"):
@@ -84,7 +87,8 @@ def run_case(case: dict[str, Any], out: pathlib.Path) -> None:
     gathered = [export_changes(backend, last_rank_changes=changes) for changes in (False, True, False)]
     if dist.get_rank() == 0:
         save_file(weights, out / f"{name}.safetensors")
-        swaps = {"moved": moved, "moved_by_rank": by_rank}
+        swaps: dict[str, Any] = {"moved": moved, "moved_by_rank": by_rank, "parameters": parameter_names(backend)}
+        swaps["base"] = None if backend.lora is None else backend.lora.base_checksum.hex()
         said = {"metrics": metrics, "layout": layout, "gathered": gathered, "total": sum(map(nbytes, weights.values()))}
         (out / f"{name}.json").write_text(json.dumps(said | swaps))
     backend.close()
@@ -170,6 +174,12 @@ def export_changes(backend: Any, *, last_rank_changes: bool) -> int:
         assert all(at_first[name].to(tensor).equal(tensor) for name, tensor in everywhere.items())
     gathered: int = backend._loaded.changed.gathered_bytes
     return gathered
+
+
+def parameter_names(backend: Any) -> list[str]:
+    """This rank's, where the backend names them (Megatron's does)."""
+    own = list(backend._loaded.roles.policy.model.parameters())
+    return [each[0] for each in own if isinstance(each, tuple)]
 
 
 def nbytes(tensor: torch.Tensor) -> int:

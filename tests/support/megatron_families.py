@@ -40,7 +40,7 @@ def compare(folder: pathlib.Path) -> dict[str, Any]:
         train_dtype=str(DTYPE).removeprefix("torch."),
         run_dir=str(folder / "run"),
     )
-    parallel = groups.initialize(config.megatron, 1, 10)
+    parallel = groups.initialize(config)
     reference = load_file(folder / "expected" / "logits.safetensors")
     try:
         model = build_model(config, parallel, DTYPE)

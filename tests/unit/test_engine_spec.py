@@ -10,7 +10,8 @@ from miles.engine_spec import ENGINE_SPECS, EngineName, engine_spec
 
 
 def test_every_engine_that_a_job_can_name_is_described() -> None:
-    assert RolloutConfig.model_fields["rollout_backend"].annotation == EngineName
+    named = typing.get_args(RolloutConfig.model_fields["rollout_backend"].annotation)
+    assert set(named) == {"auto", *typing.get_args(EngineName)}
     assert set(typing.get_args(EngineName)) == set(ENGINE_SPECS)
     for name, spec in ENGINE_SPECS.items():
         assert engine_spec(name) is spec

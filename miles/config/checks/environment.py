@@ -9,13 +9,16 @@ import os
 import pathlib
 import re
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from miles.addresses import join_address, why_not_bindable, why_not_host
 from miles.certificates import why_not_authorities, why_not_pair
 from miles.checkpoint_folder import NoCheckpointError, newest, same_folder, to_load
+from miles.config.checks.architecture.compare import architecture_faults
 from miles.config.checks.dotted_path import why_not_importable
 from miles.config.checks.engine_model import engine_faults
+from miles.config.checks.expert_kernels import dispatcher_faults
 from miles.config.checks.gpus import gpu_faults
 from miles.config.checks.json_file import read_json_object
 from miles.config.checks.model_family import family_faults
@@ -23,13 +26,17 @@ from miles.config.checks.model_layout import layout_faults, shape_differences
 from miles.config.checks.outputs import output_faults
 from miles.config.checks.published_form import form_faults
 from miles.config.checks.rewards import reward_faults
+from miles.config.checks.trackers import tracker_faults
+from miles.config.eval_sets import eval_sets
 from miles.config.job import JobConfig
 from miles.config.rules.paths import unusable_paths
 from miles.config.rules.registry import Rule, run_rules
 from miles.config.schema.catalog import catalog
-from miles.config.schema.faults import Fault, RunFault
+from miles.config.schema.faults import ConfigError, Fault, RunFault
 from miles.config.schema.flat_settings import FlatSettings
+from miles.megatron_checkpoint import is_foreign, tensors_of
 from miles.placement.nodes import Cluster
+from miles.reward_names import REWARD_KEY
 
 SERVICE_PORTS = ("controller_port", "weightsync_port", "trainer_port", "trainer_master_port", "reward_port")
 """Settings of ports of `host`, apart from those of rollout services."""
@@ -77,6 +84,13 @@ def _models(s: FlatSettings) -> Iterator[Fault]:
         folder = getattr(s, key)
         if folder in (None, s.hf_checkpoint):
             continue
+        try:
+            if tensors_of(pathlib.Path(folder), s.ref_ckpt_step if key == "ref_load" else None) is not None:
+                yield from _torch_dist_faults(s, key, folder)
+                continue
+        except NoCheckpointError as error:
+            yield Fault(key, folder, error.problem, error.remedy)
+            continue
         yield from _model_folder(key, folder)
         critic = key == "critic_load"
         with_mtp = s.mtp_num_layers is not None and not critic
@@ -86,6 +100,14 @@ def _models(s: FlatSettings) -> Iterator[Fault]:
             yield Fault(key, folder, problem, "give a model of that shape, or train with fsdp")
     if s.apply_chat_template and s.chat_template_path is None and os.path.isdir(s.hf_checkpoint):
         yield from _chat_template(pathlib.Path(s.hf_checkpoint))
+
+
+def _torch_dist_faults(s: FlatSettings, key: str, folder: str) -> Iterator[Fault]:
+    if s.train_backend != "megatron":
+        problem = f"it is a torch_dist checkpoint, which train_backend = {s.train_backend} does not read"
+        converted = f"{folder.rstrip('/')}-hf"
+        command = f"`miles convert dist-to-hf --hf-checkpoint {s.hf_checkpoint} --load {folder} --save {converted}`"
+        yield Fault(key, folder, problem, f"{command} and give {converted}, or train with megatron")
 
 
 def _adapter(s: FlatSettings) -> Iterator[Fault]:
@@ -108,7 +130,10 @@ def _model_folder(key: str, path: str) -> Iterator[Fault]:
             remedy = f"check the path, or `hf download {name_on_hub} --local-dir {name}` and give {name}"
             yield Fault(key, path, problem, remedy)
             return
-        yield Fault(key, path, "there is no such folder", "give a folder with a Hugging Face checkpoint")
+        remedy = "give a folder with a Hugging Face checkpoint"
+        if key == "ref_load":
+            remedy += ", or leave it out: the reference is hf_checkpoint then"
+        yield Fault(key, path, "there is no such folder", remedy)
         return
     if not (folder / "config.json").is_file():
         yield Fault(key, path, "config.json is missing in it", "give a complete Hugging Face checkpoint")
@@ -132,13 +157,25 @@ def _chat_template(folder: pathlib.Path) -> Iterator[Fault]:
 def _data_files(s: FlatSettings) -> Iterator[Fault]:
     if s.prompt_data:
         yield from _data_file(s, "prompt_data", s.prompt_data, s.input_key, s.label_key)
-    for path in (s.eval_prompt_data or ())[1::2]:
-        yield from _data_file(s, "eval_prompt_data", path, s.eval_input_key, s.eval_label_key)
+    try:
+        for each in eval_sets({key: getattr(s, key) for key in catalog()}):
+            key = "eval_prompt_data" if s.eval_config is None else "eval_config"
+            yield from _data_file(s, key, each.path, each.input_key, each.label_key, each.metadata)
+    except ConfigError as error:
+        yield from error.faults
     if s.chat_template_path and not os.path.isfile(s.chat_template_path):
         yield Fault("chat_template_path", s.chat_template_path, "there is no such file", "give a Jinja file")
 
 
-def _data_file(s: FlatSettings, key: str, spec: str, input_key: str, label_key: str | None) -> Iterator[Fault]:
+def _data_file(
+    s: FlatSettings,
+    key: str,
+    spec: str,
+    input_key: str,
+    label_key: str | None,
+    metadata: Mapping[str, Any] | None = None,
+) -> Iterator[Fault]:
+    """`metadata` is what each row gets besides its own."""
     from miles.data import DataError, parse_file_slice
 
     try:
@@ -151,10 +188,17 @@ def _data_file(s: FlatSettings, key: str, spec: str, input_key: str, label_key: 
     elif not path.is_file():
         yield Fault(key, spec, "there is no such file", "give a JSONL or Parquet file")
     elif path.suffix.lower() != ".parquet":
-        yield from _columns(s, key, path, input_key, label_key)
+        yield from _columns(s, key, path, input_key, label_key, metadata or {})
 
 
-def _columns(s: FlatSettings, key: str, path: pathlib.Path, input_key: str, label_key: str | None) -> Iterator[Fault]:
+def _columns(
+    s: FlatSettings,
+    key: str,
+    path: pathlib.Path,
+    input_key: str,
+    label_key: str | None,
+    metadata: Mapping[str, Any],
+) -> Iterator[Fault]:
     with path.open("rb") as file:
         first = next((line for line in file if line.strip()), b"")
     row = None
@@ -163,11 +207,12 @@ def _columns(s: FlatSettings, key: str, path: pathlib.Path, input_key: str, labe
     if not isinstance(row, dict):
         yield Fault(key, str(path), "its first line is not a JSON object", "write one JSON object a line")
         return
-    prefix, columns = "eval_" if key == "eval_prompt_data" else "", ", ".join(sorted(row))
+    prefix, columns = "eval_" if key.startswith("eval_") else "", ", ".join(sorted(row))
     for name, column in (("input_key", input_key), ("label_key", label_key)):
         if column is not None and column not in row:
             yield Fault(prefix + name, column, f"{path} has no such column", f"set it to one of {columns}")
-    yield from reward_faults(s, str(path), row)
+    if REWARD_KEY not in metadata:
+        yield from reward_faults(s, str(path), row)
 
 
 def _checkpoint_to_load(s: FlatSettings) -> Iterator[Fault]:
@@ -175,12 +220,25 @@ def _checkpoint_to_load(s: FlatSettings) -> Iterator[Fault]:
         return
     load, own = pathlib.Path(s.load), pathlib.Path(s.save or pathlib.Path(s.run_dir or ".") / "checkpoints")
     try:
-        if not same_folder(load, own) and newest(own).checkpoint is None:
-            to_load(load)
+        if s.train_backend == "megatron" and is_foreign(load):
+            tensors_of(load)
+        elif not _starts_afresh(load, own, s.hf_checkpoint) and newest(own).checkpoint is None:
+            yield from _resumed_whole(s, to_load(load).checkpoint)
     except NoCheckpointError as error:
         yield Fault("load", s.load, error.problem, error.remedy)
     except OSError as error:
         yield Fault("load", s.load, f"it cannot be read ({error})", "check its permissions")
+
+
+def _starts_afresh(load: pathlib.Path, own: pathlib.Path, hf_checkpoint: str | None) -> bool:
+    return any(same_folder(load, each) for each in (own, pathlib.Path(hf_checkpoint or own)))
+
+
+def _resumed_whole(s: FlatSettings, checkpoint: pathlib.Path | None) -> Iterator[Fault]:
+    for key in ("finetune", "no_load_optim", "no_load_rng"):
+        if getattr(s, key):
+            problem = f"load holds {checkpoint}, which is resumed whole"
+            yield Fault(key, True, problem, "leave it out, or start from an export (save_hf) as hf_checkpoint")
 
 
 def _functions(s: FlatSettings) -> Iterator[Fault]:
@@ -252,10 +310,13 @@ _FILE_CHECKS: tuple[Rule, ...] = (
     form_faults,
     family_faults,
     layout_faults,
+    architecture_faults,
+    dispatcher_faults,
     engine_faults,
     _data_files,
     _checkpoint_to_load,
     output_faults,
+    tracker_faults,
     _functions,
 )
 _CHECKS: tuple[Rule, ...] = (*_FILE_CHECKS, *_DEPLOYMENT_CHECKS)

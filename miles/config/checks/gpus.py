@@ -19,13 +19,16 @@ def demand_of(s: FlatSettings, cluster: Cluster) -> Demand:
     size, services = s.rollout_num_gpus_per_engine, s.rollout_num_workers
     engines = 1 if s.rollout_num_gpus is None else max(1, s.rollout_num_gpus // size // services)
     elsewhere = s.rollout_external_engine_addrs is not None
+    if s.debug_train_only:
+        services = 0
     return Demand(
-        trainer_nodes=s.actor_num_nodes,
+        trainer_nodes=0 if s.debug_rollout_only else s.actor_num_nodes,
         trainer_gpus=s.actor_num_gpus_per_node or 8,
         services=services if cluster.assumed else max(0, services - s.rollout_workers_elsewhere),
         engines=engines,
         engine_gpus=0 if elsewhere else size,
-        colocate=s.colocate,
+        colocate=s.colocate and not s.debug_rollout_only,
+        rollout_gpus_of_node=s.num_gpus_per_node,
     )
 
 

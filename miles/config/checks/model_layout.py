@@ -10,8 +10,20 @@ from typing import Any
 from miles.config.checks.json_file import read_json_object
 from miles.config.schema.faults import Fault
 from miles.config.schema.flat_settings import FlatSettings
+from miles.pipeline_split import SplitError, split_of
 
 _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+_OF_EXPERTS = (
+    "use_rollout_routing_replay",
+    "observe_rollout_routing",
+    "use_routing_replay",
+    "moe_aux_loss_coeff",
+    "moe_z_loss_coeff",
+    "moe_router_bias_update_rate",
+    "moe_router_freeze_gate",
+    "moe_shared_expert_overlap",
+)
+"""Settings that do nothing without experts."""
 
 
 def layout_faults(s: FlatSettings) -> Iterator[Fault]:
@@ -27,6 +39,8 @@ def layout_faults(s: FlatSettings) -> Iterator[Fault]:
         yield from _pipeline_faults(s, model)
         yield from _expert_faults(s, model)
         yield from _mtp_faults(s, model)
+        yield from _recomputation_faults(s, model)
+        yield from _adapter_faults(s, model)
 
 
 _SHAPE = (
@@ -63,6 +77,12 @@ def _model_config(folder: str) -> dict[str, Any]:
     return {**model, **model.get("text_config", {})}
 
 
+def layer_count(folder: str) -> int | None:
+    """Return the decoder's layers of a Hugging Face model, without those for MTP; None when it cannot be read."""
+    layers = _model_config(folder).get("num_hidden_layers")
+    return layers if isinstance(layers, int) else None
+
+
 def _length_faults(s: FlatSettings, model: dict[str, Any]) -> Iterator[Fault]:
     positions = _positions(model)
     for key in ("rollout_max_context_len", "rollout_max_response_len", "rollout_max_prompt_len"):
@@ -85,7 +105,7 @@ def _positions(model: dict[str, Any]) -> int:
 def _engine_faults(s: FlatSettings, model: dict[str, Any]) -> Iterator[Fault]:
     size, heads = s.rollout_num_gpus_per_engine, model.get("num_attention_heads")
     if s.sglang_args.get("enable_dp_attention"):  # heads are split over the GPUs of one replica of the attention
-        size = max(1, size // int(s.sglang_args.get("dp_size") or s.sglang_args.get("data_parallel_size") or 1))
+        size = max(1, size // int(s.sglang_args.get("dp_size") or 1))
     if s.rollout_backend == "sglang" and heads and heads % size:
         problem = f"SGLang's tensor parallelism does not divide the model's {heads} attention heads by it"
         yield Fault("rollout_num_gpus_per_engine", s.rollout_num_gpus_per_engine, problem, "choose one that does")
@@ -114,16 +134,13 @@ def _tensor_faults(s: FlatSettings, model: dict[str, Any]) -> Iterator[Fault]:
 
 
 def _pipeline_faults(s: FlatSettings, model: dict[str, Any]) -> Iterator[Fault]:
-    layers, stages = model.get("num_hidden_layers"), s.pipeline_model_parallel_size
-    virtual = s.num_virtual_stages_per_pipeline_rank or 1
-    if not layers:
+    layers = model.get("num_hidden_layers")
+    if not isinstance(layers, int):
         return
-    if layers % stages:
-        problem = f"it does not divide the model's {layers} layers"
-        yield Fault("pipeline_model_parallel_size", stages, problem, "choose one that does")
-    elif layers % (stages * virtual):
-        problem = f"it does not divide the {layers // stages} layers of a stage"
-        yield Fault("num_virtual_stages_per_pipeline_rank", virtual, problem, "choose one that does")
+    try:
+        split_of(s).virtual_stages(layers)
+    except SplitError as error:
+        yield Fault(error.setting, error.value, error.problem, error.remedy)
 
 
 def _mtp_faults(s: FlatSettings, model: dict[str, Any]) -> Iterator[Fault]:
@@ -133,11 +150,37 @@ def _mtp_faults(s: FlatSettings, model: dict[str, Any]) -> Iterator[Fault]:
         yield Fault("mtp_num_layers", s.mtp_num_layers, problem, f"set it to {layers}" if layers else "leave it out")
 
 
+def _recomputation_faults(s: FlatSettings, model: dict[str, Any]) -> Iterator[Fault]:
+    if (
+        s.recompute_granularity == "selective"
+        and "mla_up_proj" in s.recompute_modules
+        and not model.get("kv_lora_rank")
+    ):
+        problem = "the model has no multi-head latent attention"
+        yield Fault("recompute_modules", "mla_up_proj", problem, "leave it out")
+
+
+def _adapter_faults(s: FlatSettings, model: dict[str, Any]) -> Iterator[Fault]:
+    for what, there in (("experts", expert_count(model)), ("multi-head latent attention", model.get("kv_lora_rank"))):
+        if s.lora_rank and there:
+            problem = f"train_backend = megatron adapts no layers of a model with {what}"
+            yield Fault("lora_rank", s.lora_rank, problem, "train all weights, or train with fsdp")
+
+
+_RELATED = {"kimi": "deepseek", "moonlight": "deepseek", "joyai": "deepseek", "mimo": "qwen"}
+"""Families whose models have the type of another one in their config.json."""
+
+
+def _family(name: object) -> str:
+    """The letters that a name or type begins with, without the v of a version: deepseek of deepseekv4."""
+    letters = re.match("[a-z]*", str(name).lower())
+    return letters[0].removesuffix("v") if letters else ""
+
+
 def _family_faults(s: FlatSettings, model: dict[str, Any]) -> Iterator[Fault]:
     """Names begin with a family as types do, whatever follows: qwen3-30b-a3b is a qwen3_moe."""
-    families = [re.match("[a-z]*", str(name).lower()) for name in (s.model_name, model.get("model_type"))]
-    name, found = (match[0] if match else "" for match in families)
-    if s.model_name is not None and name != found:
+    name, found = _family(s.model_name), _family(model.get("model_type"))
+    if s.model_name is not None and found not in (name, _RELATED.get(name)):
         problem = f"hf_checkpoint {s.hf_checkpoint} is a {model.get('model_type')}"
         yield Fault("model_name", s.model_name, problem, "name its family, choose its folder, or leave the name out")
 
@@ -145,9 +188,9 @@ def _family_faults(s: FlatSettings, model: dict[str, Any]) -> Iterator[Fault]:
 def _routing_faults(s: FlatSettings, model: dict[str, Any]) -> Iterator[Fault]:
     if expert_count(model):
         return
-    for key in ("use_rollout_routing_replay", "observe_rollout_routing", "use_routing_replay"):
-        if getattr(s, key):
-            yield Fault(key, True, "the model has no experts", "leave it out")
+    for key in _OF_EXPERTS:
+        if value := getattr(s, key):
+            yield Fault(key, value, "the model has no experts", "leave it out")
 
 
 def expert_count(model: dict[str, Any]) -> int:

@@ -11,8 +11,10 @@ from typing import Any
 from miles.config.command.yaml_files import read_file
 from miles.config.job import JobConfig, examine
 from miles.config.schema.catalog import Entry, catalog, passthroughs
-from miles.config.schema.faults import ConfigError, Fault, nearest, unknown_name
+from miles.config.schema.faults import ConfigError, Fault, unknown_name
+from miles.config.schema.hints import nearest
 from miles.placement.nodes import Cluster, parse_cluster
+from miles.upstream import table as upstream
 
 OWN_FLAGS: Mapping[str, str] = {
     "--config": "FILE",
@@ -66,7 +68,7 @@ def parse_command_line(argv: Sequence[str], *, starts_nothing: bool = False) -> 
             _take_setting(settings, line.faults, flag, values)
         elif flag in _unsetting_flags():
             _unset(settings, line.faults, flag, values)
-        elif (key := flag[2:].replace("-", "_")).startswith(tuple(passthroughs())):
+        elif (key := flag[2:].replace("-", "_")).startswith(tuple(passthroughs())) or upstream.find(key):
             settings[key] = values[0] if len(values) == 1 else list(values) or True
         elif (key := key.removeprefix("no_")).startswith(tuple(passthroughs())):
             settings[key] = None

@@ -17,7 +17,7 @@ _INTRODUCTION = """\
 
 A setting has the same name everywhere: as the flag `--rollout-batch-size 64`, as the line `rollout_batch_size: 64` in a
 YAML file, and as the key `"rollout_batch_size"` in a REST body. Files and bodies are flat. An unknown name is refused,
-and the nearest known one is suggested.
+and a setting with a close name, or that other systems call so, is suggested.
 
 - `--config FILE` reads a YAML file. It is repeatable; a later file overrides an earlier one, and flags override files.
   Plain words are read as on the command line: `1e-6` is a number, `yes` and `no` are values of a switch.
@@ -30,7 +30,8 @@ and the nearest known one is suggested.
 - `--no-…` leaves out a setting that has a value, whatever a file says: `--no-rm-type`, `--no-save`.
 - A JSON setting takes a quoted JSON object; in a file it is a mapping.
 - `--flag=value` allows a value that begins with two dashes.
-- `null` in a file or body is the same as leaving the setting out, also where an earlier file has a value.
+- `null` in a file or body is the same as leaving the setting out, also where an earlier file has a value. So is the
+  text None, of a flag too, for a setting that has no value by default.
 - Whole numbers may be written as 1000, 1_000 or 1e3; `4k` is refused. `~` and `$NAME` in paths are expanded by a shell
   alone, and refused here.
 
@@ -84,7 +85,7 @@ def help_text(width: int | None) -> str:
         parts.append(f"\n{section}:")
         for entry in _entries(section):
             default = _default(entry)
-            text = entry.help + (f" [{default}]" if default else "")
+            text = _meaning(entry) + (f" [{default}]" if default else "")
             parts.append(f"  {entry.flag} {entry.metavar}".rstrip())
             parts.append(wrapped(text, width, indent=6))
     return "\n".join(parts) + "\n"
@@ -107,8 +108,16 @@ def _rows(section: str) -> Iterator[str]:
         flag = f"`{entry.flag}`"
         if entry.kind is bool and entry.default is True:
             flag += f"<br>sets `{entry.key}` to false" if entry.negated else f"<br>`{opposite(entry.flag)}`"
-        cells = (flag, _value(entry), _default(entry), entry.help)
+        cells = (flag, _value(entry), _default(entry), _meaning(entry))
         yield "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def _meaning(entry: Entry) -> str:
+    if entry.states is not None:
+        return f"{entry.help} Accepted as {show(entry.states.value)} alone: {entry.states.because}."
+    if entry.ignored is not None:
+        return f"{entry.help} Changes nothing: {entry.ignored.because}."
+    return entry.help
 
 
 def _value(entry: Entry) -> str:
@@ -121,5 +130,5 @@ def _default(entry: Entry) -> str:
     if entry.derived:
         return f"→ {entry.derived}"
     if entry.kind is bool:
-        return "on" if entry.default else "off"
+        return {None: "", True: "on", False: "off"}[entry.default]
     return "" if entry.default in (None, (), {}) else show(entry.default)

@@ -84,7 +84,7 @@ _Loader.add_constructor("tag:yaml.org,2002:float", _Loader.construct_float)
 def read_file(path: str) -> tuple[dict[str, Any], list[Fault]]:
     """Return the settings of a YAML (or JSON) file, and the faults of the file itself."""
     try:
-        content = yaml.load(pathlib.Path(path).read_text(encoding="utf-8-sig"), Loader=_Loader)
+        content = parse_yaml(pathlib.Path(path).read_text(encoding="utf-8-sig"))
     except OSError as error:
         return {}, [Fault("--config", path, f"it cannot be read ({error.strerror})", "check the path")]
     except UnicodeDecodeError:
@@ -104,6 +104,11 @@ def read_file(path: str) -> tuple[dict[str, Any], list[Fault]]:
         if not isinstance(key, str)
     ]
     return {key: value for key, value in content.items() if isinstance(key, str)}, faults
+
+
+def parse_yaml(text: str) -> Any:
+    """Return what YAML (or JSON) text holds. Raises yaml.YAMLError, and ValueError for a tag that does not fit."""
+    return yaml.load(text, Loader=_Loader)
 
 
 def write_text(document: Mapping[str, Any]) -> str:

@@ -27,7 +27,7 @@ _SOURCES: list[Source] = []
 
 
 def noted(function: Source) -> Source:
-    """Register a generator of notes, which reads settings and nothing else."""
+    """Register a generator of notes, which reads settings, and of files at most the model's config.json."""
     _SOURCES.append(function)
     return function
 

@@ -122,9 +122,6 @@ def discount_is_used(s: FlatSettings) -> Iterator[Fault]:
 @rule
 def critic_settings_need_a_critic(s: FlatSettings) -> Iterator[Fault]:
     if s.advantage_estimator == "ppo":
-        if s.num_rollout and s.num_critic_only_steps >= s.num_rollout:
-            problem = f"num_rollout = {s.num_rollout} leaves none to train the policy on"
-            yield Fault("num_critic_only_steps", s.num_critic_only_steps, problem, "lower it")
         return
     for key in _OF_THE_CRITIC:
         value = getattr(s, key)
@@ -189,6 +186,14 @@ def corrections_do_not_pile_up(s: FlatSettings) -> Iterator[Fault]:
 
 
 @rule
+def the_bound_of_a_weight_is_said_once(s: FlatSettings) -> Iterator[Fault]:
+    if s.tis_threshold is not None and s.tis_threshold != s.tis_clip:
+        yield Fault(
+            "tis_threshold", s.tis_threshold, f"tis_clip = {s.tis_clip:g} says otherwise", "leave one of them out"
+        )
+
+
+@rule
 def importance_bounds_are_ordered(s: FlatSettings) -> Iterator[Fault]:
     pairs = (("tis_clip_low", "tis_clip"), ("tis_lower_bound", "tis_upper_bound"), ("rs_lower_bound", "rs_upper_bound"))
     for low, high in pairs:
@@ -215,7 +220,8 @@ def bounds_belong_to_a_correction(s: FlatSettings) -> Iterator[Fault]:
     ):
         for key in keys if not used else ():
             if getattr(s, key) != defaults[key]:
-                yield Fault(key, getattr(s, key), f"it only goes with {switch}", "turn that on, or leave it out")
+                name = "tis_threshold" if key == "tis_clip" and s.tis_threshold is not None else key
+                yield Fault(name, getattr(s, key), f"it only goes with {switch}", "turn that on, or leave it out")
 
 
 @rule

@@ -39,7 +39,7 @@ def weights_are_published_in_time(s: FlatSettings) -> Iterator[Fault]:
 
 @rule
 def interrupted_responses_may_be_stale(s: FlatSettings) -> Iterator[Fault]:
-    for key in ("partial_rollout", "mask_offpolicy_in_partial_rollout", "keep_old_actor"):
+    for key in ("partial_rollout", "mask_offpolicy_in_partial_rollout"):
         if getattr(s, key) and s.max_weight_staleness == 0:
             problem = "with max_weight_staleness = 0 every response is of one version"
             yield Fault(key, True, problem, "set max_weight_staleness to 1 or more, or leave it out")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
+from miles.config.eval_sets import evaluates
 from miles.config.rules.registry import needs, rule
 from miles.config.schema.faults import Fault
 from miles.config.schema.flat_settings import FlatSettings
@@ -19,7 +20,7 @@ def model_is_given(s: FlatSettings) -> Iterator[Fault]:
 
 @rule
 def prompts_are_given(s: FlatSettings) -> Iterator[Fault]:
-    if not s.prompt_data and s.num_rollout != 0:
+    if not s.prompt_data and s.num_rollout != 0 and not s.debug_train_only:
         yield Fault("prompt_data", s.prompt_data, "training needs prompts", "set it to a JSONL or Parquet file")
 
 
@@ -34,7 +35,7 @@ def lengths_fit_the_context(s: FlatSettings) -> Iterator[Fault]:
     context = s.rollout_max_context_len
     if context is None:
         return
-    for key in ("rollout_max_prompt_len", "rollout_max_response_len", "eval_max_prompt_len", "eval_max_response_len"):
+    for key in ("rollout_max_prompt_len", "eval_max_prompt_len"):
         length = getattr(s, key)
         if length is not None and length >= context and (s.given(key) or not key.startswith("eval_")):
             problem = f"prompt and response share rollout_max_context_len = {context}"
@@ -70,20 +71,18 @@ def stop_strings_are_not_empty(s: FlatSettings) -> Iterator[Fault]:
 
 
 @rule
-def one_reward_is_the_default(s: FlatSettings) -> Iterator[Fault]:
-    if s.rm_type and s.custom_rm_path:
-        problem = f"custom_rm_path = {s.custom_rm_path} scores in its place"
-        yield Fault("rm_type", s.rm_type, problem, "leave one of them out")
-
-
-@rule
 def built_in_rewards_have_labels(s: FlatSettings) -> Iterator[Fault]:
     if not s.rm_type:
         return
     problem = f"rm_type = {s.rm_type} compares responses with labels"
     if s.prompt_data and s.label_key is None:
         yield Fault("label_key", None, problem, "set it to the column with the reference answer")
-    if s.eval_prompt_data and s.eval_label_key is None and (s.label_key is not None or not s.prompt_data):
+    if (
+        s.eval_prompt_data
+        and not s.eval_config
+        and s.eval_label_key is None
+        and (s.label_key is not None or not s.prompt_data)
+    ):
         yield Fault("eval_label_key", None, problem, "set it to the column with the reference answer")
 
 
@@ -123,18 +122,12 @@ def reward_services_are_well_formed(s: FlatSettings) -> Iterator[Fault]:
 
 @rule
 def evaluation_has_data(s: FlatSettings) -> Iterator[Fault]:
-    if s.eval_interval is not None and not s.eval_prompt_data:
-        problem = "eval_prompt_data is not set"
-        yield Fault("eval_interval", s.eval_interval, problem, "set eval_prompt_data to NAME FILE, or leave it out")
-    if s.num_rollout == 0 and not s.eval_prompt_data:
+    if s.num_rollout == 0 and not evaluates(s):
         problem = "without eval_prompt_data there is nothing to do"
         yield Fault("num_rollout", 0, problem, "set eval_prompt_data to NAME FILE, or raise num_rollout")
     if s.num_rollout == 0 and s.skip_eval_before_train:
         problem = "that evaluation is all there is to do when num_rollout = 0"
         yield Fault("skip_eval_before_train", True, problem, "leave it out, or raise num_rollout")
-    if s.eval_prompt_data and s.eval_interval is None:
-        problem = "without eval_interval it is never evaluated on"
-        yield Fault("eval_prompt_data", list(s.eval_prompt_data), problem, "set eval_interval, or leave it out")
 
 
 @rule

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 
 from miles.config.rules.registry import rule
 from miles.config.schema.catalog import catalog
-from miles.config.schema.derivation import FALLBACKS
 from miles.config.schema.faults import Fault
 from miles.config.schema.flat_settings import FlatSettings
 
@@ -18,18 +17,6 @@ def _without_effect(s: FlatSettings, key: str, why: str, remedy: str) -> Iterato
     value = getattr(s, key)
     if s.given(key) and value is not False and value != catalog()[key].default:
         yield Fault(key, value, why, remedy)
-
-
-@rule
-def evaluation_settings_need_data(s: FlatSettings) -> Iterator[Fault]:
-    if s.eval_prompt_data:
-        return
-    why, remedy = "nothing is evaluated without eval_prompt_data", "set eval_prompt_data to NAME FILE, or leave it out"
-    for key, entry in catalog().items():
-        if entry.section != "eval" or key in ("eval_interval", "eval_prompt_data"):
-            continue  # another rule reports them
-        if key not in FALLBACKS or getattr(s, key) != getattr(s, FALLBACKS[key]):  # else it may have been derived
-            yield from _without_effect(s, key, why, remedy)
 
 
 @rule
@@ -78,14 +65,6 @@ def external_engines_have_their_own_settings(s: FlatSettings) -> Iterator[Fault]
         yield Fault(f"sglang_{name}", value, why, "give it to those servers, and leave it out")
     for address in sorted({each for each in addresses if addresses.count(each) > 1}):
         yield Fault("rollout_external_engine_addrs", address, "it is named twice", "name each server once")
-
-
-@rule
-def engines_that_take_turns_use_the_trainers_gpus(s: FlatSettings) -> Iterator[Fault]:
-    gpus, per_node = s.rollout_num_gpus, s.actor_num_gpus_per_node
-    if s.colocate and gpus is not None and per_node is not None and gpus > s.actor_num_nodes * per_node:
-        problem = f"colocate runs engines on the trainer's {s.actor_num_nodes * per_node} GPUs"
-        yield Fault("rollout_num_gpus", gpus, problem, "lower it, or leave colocate out")
 
 
 @rule

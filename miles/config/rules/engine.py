@@ -2,39 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 from miles.addresses import why_not_address
 from miles.config.rules.registry import rule
-from miles.config.rules.sampling import is_flag
+from miles.config.schema.backend_choice import SGLANG_ALONE
 from miles.config.schema.catalog import catalog
-from miles.config.schema.derivation import SGLANG_ALONE
+from miles.config.schema.derivation import needed_staleness
 from miles.config.schema.faults import Fault
 from miles.config.schema.flat_settings import FlatSettings
 from miles.engine_spec import ENGINE_SPECS, engine_spec
-
-_OURS: Mapping[str, str] = {
-    "model_path": "set hf_checkpoint",
-    "model": "set hf_checkpoint",
-    "host": "leave it out",
-    "port": "leave it out",
-    "device": "set device",
-    "dtype": "set rollout_dtype",
-    "tp_size": "set rollout_num_gpus_per_engine",
-    "tensor_parallel_size": "set rollout_num_gpus_per_engine",
-    "base_gpu_id": "leave it out",
-    "random_seed": "set rollout_seed",
-    "context_length": "set rollout_max_context_len",
-    "max_running_requests": "set max_running_requests",
-    "enable_memory_saver": "set offload_rollout",
-    "enable_return_routed_experts": "set use_rollout_routing_replay or observe_rollout_routing",
-    "incremental_streaming_output": "leave it out",
-    "skip_server_warmup": "leave it out",
-    "skip_tokenizer_init": "leave it out",
-    "weight_version": "leave it out",
-    "config": "leave it out",
-}
-"""SGLang's flags that follow from other settings, with what to do instead."""
 
 
 @rule
@@ -50,22 +27,16 @@ def sglang_has_its_settings_to_itself(s: FlatSettings) -> Iterator[Fault]:
         value = getattr(s, key)
         if value is not False and s.given(key) and value != catalog()[key].default:
             yield Fault(key, value, problem, remedy)
-    if s.colocate and not engine.frees_memory and not s.given("offload_rollout"):
+    if s.offload:
+        yield Fault("offload", True, problem, remedy)
+    if s.colocate and not s.debug_train_only and not engine.frees_memory and not s.given("offload_rollout"):
         shared = "add --no-offload-rollout --no-offload-train, which has both on the same GPUs at once"
         yield Fault("colocate", True, f"{problem}, and no other engine can free its memory", f"{remedy}, or {shared}")
 
 
 @rule
-def sglang_flags_are_said_once(s: FlatSettings) -> Iterator[Fault]:
-    for name, value in s.sglang_args.items():
-        ours = next((flag for flag in _OURS if is_flag(name, flag)), None)
-        if ours is not None:
-            yield Fault(f"sglang_{name}", value, "the rollout service sets this flag itself", _OURS[ours])
-
-
-@rule
 def data_parallel_replicas_are_engines(s: FlatSettings) -> Iterator[Fault]:
-    copies = s.sglang_args.get("dp_size", s.sglang_args.get("data_parallel_size", 1))
+    copies = s.sglang_args.get("dp_size", 1)
     if str(copies) != "1" and not s.sglang_args.get("enable_dp_attention"):
         problem = "SGLang takes new weights into one copy of the model alone"
         remedy = "set rollout_num_gpus to have more engines, or sglang_enable_dp_attention"
@@ -138,11 +109,14 @@ def quantised_weights_go_to_an_engine_that_takes_them(s: FlatSettings) -> Iterat
 
 @rule
 def taking_turns_is_synchronous(s: FlatSettings) -> Iterator[Fault]:
+    # What is left over from a turn, unfinished or in surplus, may wait for the next one.
+    if s.max_weight_staleness <= needed_staleness(s):
+        return
     shared = s.colocate and s.offload_rollout is False and s.offload_train is False
     for key in ("colocate", "offload_rollout", "offload_train"):
-        if getattr(s, key) and s.max_weight_staleness and not shared:
+        if getattr(s, key) and not shared:
             problem = f"max_weight_staleness = {s.max_weight_staleness} has engines and trainer work at once"
-            remedy = "set max_weight_staleness to 0, or leave it out"
+            remedy = "leave max_weight_staleness out"
             both = "; --colocate --no-offload-rollout --no-offload-train has both on the same GPUs at once"
             yield Fault(key, True, problem, remedy + both)
             return

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from miles.config.rules.registry import needs, rule
 from miles.config.schema.faults import Fault
 from miles.config.schema.flat_settings import FlatSettings
+from miles.lora_targets import fused_targets
 from miles.precision.number_types import decide
 
 
@@ -23,11 +24,30 @@ def adapters_drop_nothing(s: FlatSettings) -> Iterator[Fault]:
         yield Fault("lora_dropout", s.lora_dropout, problem, "set it to 0, or leave it out")
 
 
+_NOT_WITH_MEGATRON = {
+    "lora_adapter_path": "its layers have one A for several matrices, which other adapters do not have",
+    "mtp_num_layers": "it adapts the decoder alone",
+    "use_opd": "it holds no second model beside an adapter's base",
+    "pipeline_model_parallel_layout": "a stage might have nothing to train",
+}
+
+
 @rule
-def adapters_are_trained_by_fsdp(s: FlatSettings) -> Iterator[Fault]:
-    if s.lora_rank and s.train_backend != "fsdp":
-        problem = f"train_backend = {s.train_backend} trains no adapters"
-        yield Fault("lora_rank", s.lora_rank, problem, "set train_backend to fsdp, or lora_rank to 0")
+def megatron_adapts_matrices_as_it_holds_them(s: FlatSettings) -> Iterator[Fault]:
+    if not s.lora_rank or s.train_backend != "megatron":
+        return
+    for key, problem in _NOT_WITH_MEGATRON.items():
+        if value := getattr(s, key):
+            remedy = "leave it out, or train with fsdp"
+            yield Fault(key, value, f"train_backend = megatron with lora_rank does not take it: {problem}", remedy)
+    try:
+        fused_targets(s.target_modules, s.exclude_modules)
+    except ValueError as error:
+        key = "target_modules" if s.exclude_modules is None else "exclude_modules"
+        yield Fault(key, getattr(s, key), str(error), "name all of them, or train with fsdp")
+    if s.lora_rank % s.tensor_model_parallel_size:
+        problem = f"tensor_model_parallel_size = {s.tensor_model_parallel_size} does not divide it"
+        yield Fault("lora_rank", s.lora_rank, problem, "choose one that it divides")
 
 
 @rule

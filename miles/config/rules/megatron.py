@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from miles.config.rules.registry import needs, rule
+from miles.config.schema.backend_choice import MEGATRON_SECTIONS, asks_for_megatron
 from miles.config.schema.catalog import catalog
-from miles.config.schema.derivation import asks_for_megatron
 from miles.config.schema.faults import Fault
 from miles.config.schema.flat_settings import FlatSettings
 
@@ -18,6 +18,8 @@ _FSDP_ALONE = {
     "attn_implementation": "set attention_backend or transformer_impl instead",
 }
 
+_OFFLOADING = ("optimizer_cpu_offload", "optimizer_offload_fraction", "overlap_cpu_optimizer_d2h_h2d")
+
 
 @rule
 def settings_belong_to_the_backend(s: FlatSettings) -> Iterator[Fault]:
@@ -28,9 +30,10 @@ def settings_belong_to_the_backend(s: FlatSettings) -> Iterator[Fault]:
                 yield Fault(key, value, "train_backend = megatron does not have it", remedy)
         return
     for key, entry in catalog().items():
-        if entry.section == "megatron" and asks_for_megatron(s, key):
+        if entry.section in MEGATRON_SECTIONS and asks_for_megatron(s, key):
             problem = f"train_backend = {s.train_backend} does not have it"
-            yield Fault(key, getattr(s, key), problem, "set train_backend to megatron, or leave it out")
+            other = "set fsdp_cpu_offload instead" if key in _OFFLOADING else "leave it out"
+            yield Fault(key, getattr(s, key), problem, f"set train_backend to megatron, or {other}")
 
 
 @rule
@@ -53,19 +56,69 @@ def layout_divides_ranks(s: FlatSettings) -> Iterator[Fault]:
 def layout_settings_have_an_effect(s: FlatSettings) -> Iterator[Fault]:
     if s.train_backend != "megatron":
         return
-    if s.sequence_parallel and s.tensor_model_parallel_size == 1:
-        problem = "tensor_model_parallel_size = 1 leaves nothing to split"
-        yield Fault("sequence_parallel", True, problem, "leave it out, or raise tensor_model_parallel_size")
-    if s.num_virtual_stages_per_pipeline_rank is not None and s.pipeline_model_parallel_size == 1:
-        problem = "pipeline_model_parallel_size = 1 has no stages to cut"
-        value = s.num_virtual_stages_per_pipeline_rank
-        yield Fault("num_virtual_stages_per_pipeline_rank", value, problem, "leave it out, or add stages")
     if s.overlap_param_gather and not (s.use_distributed_optimizer and s.overlap_grad_reduce):
         problem = "it works with use_distributed_optimizer and overlap_grad_reduce alone"
         yield Fault("overlap_param_gather", True, problem, "turn both on, or leave it out")
-    if s.moe_token_dispatcher_type == "allgather" and s.pipeline_model_parallel_size > 1:
-        problem = "micro-batches of changing length go through pipeline stages with alltoall alone"
-        yield Fault("moe_token_dispatcher_type", "allgather", problem, "set it to alltoall")
+
+
+_PIPELINE = (
+    "num_virtual_stages_per_pipeline_rank",
+    "num_layers_per_virtual_pipeline_stage",
+    "decoder_first_pipeline_num_layers",
+    "decoder_last_pipeline_num_layers",
+    "account_for_embedding_in_pipeline_split",
+    "account_for_loss_in_pipeline_split",
+    "pipeline_model_parallel_layout",
+)
+
+
+@rule
+def stages_are_split_in_one_way(s: FlatSettings) -> Iterator[Fault]:
+    if s.train_backend != "megatron":
+        return
+    split = [key for key in _PIPELINE if getattr(s, key) not in (None, False)]
+    if s.pipeline_model_parallel_size == 1:
+        for key in split:
+            problem = "pipeline_model_parallel_size = 1 has no stages to cut"
+            yield Fault(key, getattr(s, key), problem, "leave it out, or add stages")
+        return
+    ends, counted = _PIPELINE[2:4], _PIPELINE[4:6]
+    pairs = [("pipeline_model_parallel_layout", other) for other in _PIPELINE[1:6]]
+    pairs += [("num_layers_per_virtual_pipeline_stage", other) for other in (_PIPELINE[0], *ends)]
+    pairs += [(one, other) for one in counted for other in ends]
+    for one, other in pairs:
+        if one in split and other in split:
+            problem = f"{other} splits the layers in another way"
+            yield Fault(one, getattr(s, one), problem, "leave one of them out")
+
+
+@rule
+def optimizer_state_has_a_place(s: FlatSettings) -> Iterator[Fault]:
+    if s.train_backend != "megatron":
+        return  # another rule reports them
+    yield from needs(s, "optimizer_offload_fraction", "optimizer_cpu_offload")
+    yield from needs(s, "overlap_cpu_optimizer_d2h_h2d", "optimizer_cpu_offload")
+    if s.optimizer_cpu_offload:
+        if s.device == "cpu":
+            problem = "device is cpu, so that all is there already"
+            yield Fault("optimizer_cpu_offload", True, problem, "leave it out")
+        if not s.use_precision_aware_optimizer:
+            problem = "optimizer_cpu_offload has Adam hold the master parameters"
+            yield Fault("use_precision_aware_optimizer", False, problem, "leave one of them out")
+    elif s.use_precision_aware_optimizer and s.device == "cpu":
+        problem = "it is TransformerEngine's Adam, which needs a GPU"
+        yield Fault("use_precision_aware_optimizer", True, problem, "leave it out")
+    if s.use_precision_aware_optimizer and not s.use_distributed_optimizer:
+        problem = "use_precision_aware_optimizer is in the distributed optimizer alone"
+        yield Fault("use_distributed_optimizer", False, problem, "leave one of them out")
+    if s.use_precision_aware_optimizer and s.train_dtype == "float32":
+        problem = "train_dtype = float32 has no master parameters besides the model's own"
+        yield Fault("use_precision_aware_optimizer", True, problem, "leave it out, or train in 16 bits")
+    for key in ("exp_avg_dtype", "exp_avg_sq_dtype"):
+        yield from needs(s, key, "use_precision_aware_optimizer")
+        if getattr(s, key) != "fp32" and s.optimizer_cpu_offload:
+            problem = "the CPU's Adam has moments in float32 alone"
+            yield Fault(key, getattr(s, key), problem, "leave it out, or optimizer_cpu_offload")
 
 
 @rule
@@ -89,6 +142,31 @@ def recomputation_is_complete(s: FlatSettings) -> Iterator[Fault]:
             yield Fault(key, None, "recompute_granularity = full needs it", "set it, e.g. to uniform and 1")
         if not full and value is not None:
             yield Fault(key, value, "it does nothing without recompute_granularity = full", "leave it out")
+
+
+_RECOMPUTABLE = ("core_attn", "layernorm", "mla_up_proj", "mlp", "moe", "moe_act", "shared_experts")
+"""Parts of a layer that Megatron-Core can recompute, of the layers that are known here."""
+
+
+@rule
+def recomputed_modules_are_parts_of_layers(s: FlatSettings) -> Iterator[Fault]:
+    modules = " ".join(s.recompute_modules)
+    if s.recompute_granularity != "selective" and s.recompute_modules != catalog()["recompute_modules"].default:
+        problem = "it does nothing without recompute_granularity = selective"
+        yield Fault("recompute_modules", modules, problem, "set that, or leave it out")
+    for name in s.recompute_modules:
+        if name not in _RECOMPUTABLE:
+            yield Fault("recompute_modules", name, "it is no part of a layer", f"choose of {', '.join(_RECOMPUTABLE)}")
+    if "moe_act" in s.recompute_modules and s.moe_grouped_gemm is False:
+        problem = "it is a part of grouped experts, and moe_grouped_gemm is off"
+        yield Fault("recompute_modules", "moe_act", problem, "leave one of them out")
+
+
+@rule
+def shapes_change_from_one_micro_batch_to_the_next(s: FlatSettings) -> Iterator[Fault]:
+    if s.cuda_graph_impl != "none":
+        problem = "a CUDA graph has fixed shapes, and micro-batches differ in length"
+        yield Fault("cuda_graph_impl", s.cuda_graph_impl, problem, "leave it out")
 
 
 @rule

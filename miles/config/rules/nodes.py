@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from miles.addresses import is_loopback, stands_for_every_interface, why_not_host
 from miles.config.rules.registry import rule
 from miles.config.schema.faults import Fault
-from miles.config.schema.flat_settings import FlatSettings
+from miles.config.schema.flat_settings import FlatSettings, InvalidSetting
 
 
 @rule
@@ -35,6 +35,14 @@ def a_rendezvous_has_several_ranks(s: FlatSettings) -> Iterator[Fault]:
     if s.trainer_master_port and s.actor_num_nodes * (s.actor_num_gpus_per_node or 2) == 1:
         problem = "one rank meets no others"
         yield Fault("trainer_master_port", s.trainer_master_port, problem, "leave it out, or raise actor_num_nodes")
+
+
+def reached_by_others(s: FlatSettings) -> bool:
+    """Return whether services on other machines reach the host; False where that cannot be read."""
+    try:
+        return _on_other_machines(s) is not None
+    except InvalidSetting:
+        return False
 
 
 def _on_other_machines(s: FlatSettings) -> str | None:

@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Iterator
 
+from miles.config.eval_sets import INLINE
 from miles.config.rules.registry import rule
 from miles.config.schema.catalog import Entry, catalog
 from miles.config.schema.faults import Fault
@@ -82,7 +83,7 @@ def _first_bad(entry: Entry, value: object) -> str | None:
 
 def _paths(entry: Entry, value: object) -> list[str]:
     if isinstance(value, str):
-        return [value]
+        return [] if entry.key == "eval_config" and value.startswith(INLINE) else [value]
     if not isinstance(value, tuple | list):
         return []
     pairs = entry.metavar.startswith("NAME ")

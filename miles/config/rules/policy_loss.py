@@ -25,7 +25,7 @@ def clipping_has_an_effect(s: FlatSettings) -> Iterator[Fault]:
     name, spec = s.policy_loss_type, POLICY_LOSS_SPECS[s.policy_loss_type]
     if spec.eps_clip is None:
         for key in ("eps_clip", "eps_clip_high"):
-            if getattr(s, key) != PLAIN_EPS_CLIP:  # which a configuration that was derived before has
+            if s.given(key) and getattr(s, key) != PLAIN_EPS_CLIP:  # which is its value where it is not given
                 yield Fault(key, getattr(s, key), f"{name} clips nothing", "leave it out")
     elif s.eps_clip >= spec.eps_clip_below:
         remedy = "lower it; only cispo, dppo_kl and gmpo take more"

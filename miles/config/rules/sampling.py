@@ -43,24 +43,19 @@ def temperatures_can_be_scored(s: FlatSettings) -> Iterator[Fault]:
 
 @rule
 def requests_alone_say_how_to_sample(s: FlatSettings) -> Iterator[Fault]:
-    for name, value in s.sglang_args.items():
-        if is_flag(name, "preferred_sampling_params"):
-            problem = "requests say all sampling parameters themselves"
-            yield Fault(f"sglang_{name}", value, problem, "use rollout_* and eval_* settings")
-        if is_flag(name, "enable_custom_logit_processor"):
-            problem = "requests name no logit processor: training would not know what it changed"
-            yield Fault(f"sglang_{name}", value, problem, "leave it out")
+    args = s.sglang_args
+    if (value := args.get("preferred_sampling_params")) is not None:
+        problem = "requests say all sampling parameters themselves"
+        yield Fault("sglang_preferred_sampling_params", value, problem, "use rollout_* and eval_* settings")
+    if (value := args.get("enable_custom_logit_processor")) is not None:
+        problem = "requests name no logit processor: training would not know what it changed"
+        yield Fault("sglang_enable_custom_logit_processor", value, problem, "leave it out")
 
 
 @rule
 def speculative_decoding_keeps_the_distribution(s: FlatSettings) -> Iterator[Fault]:
-    for name, value in s.sglang_args.items():
-        lossy = any(is_flag(name, flag) for flag in _LOSSY_ACCEPTANCE) and str(value) not in ("1", "1.0")
-        if s.num_rollout != 0 and lossy:
+    for flag in _LOSSY_ACCEPTANCE:
+        value = s.sglang_args.get(flag, 1)
+        if s.num_rollout != 0 and str(value) not in ("1", "1.0"):
             problem = "below 1 drafts are accepted that the policy would not sample as often as its scores say"
-            yield Fault(f"sglang_{name}", value, problem, "leave it out")
-
-
-def is_flag(name: str, flag: str) -> bool:
-    """Whether SGLang takes `name` for `flag`: dashes count as underscores, and a beginning will do."""
-    return flag.startswith(name.replace("-", "_"))
+            yield Fault(f"sglang_{flag}", value, problem, "leave it out")

@@ -16,6 +16,8 @@ _PORTS = ("controller_port", "weightsync_port", "trainer_port", "trainer_master_
 _LONGEST_NAME = 200
 """Characters of a folder's name that file systems take, with room for what is appended."""
 
+_COMPONENTS = ("rollout", "train")
+
 
 @rule
 def name_can_be_a_folder(s: FlatSettings) -> Iterator[Fault]:
@@ -82,9 +84,22 @@ def dotted_paths_are_well_formed(s: FlatSettings) -> Iterator[Fault]:
 
 
 @rule
-def tensorboard_settings_need_tensorboard(s: FlatSettings) -> Iterator[Fault]:
-    yield from needs(s, "tb_project_name", "use_tensorboard")
-    yield from needs(s, "tb_experiment_name", "use_tensorboard")
+def restarted_components_have_known_names(s: FlatSettings) -> Iterator[Fault]:
+    for name in s.ft_components:
+        if name not in _COMPONENTS:
+            problem = f"the parts that can be named are {' and '.join(_COMPONENTS)}"
+            yield Fault("ft_components", name, problem, "leave it out: everything is restarted")
+
+
+@rule
+def settings_of_trackers_need_their_tracker(s: FlatSettings) -> Iterator[Fault]:
+    for key in ("tb_project_name", "tb_experiment_name"):
+        yield from needs(s, key, "use_tensorboard")
+    for key in ("wandb_mode", "wandb_run_id", "wandb_run_name"):
+        yield from needs(s, key, "use_wandb")
+    for key, entry in catalog().items():
+        if entry.section == "telemetry" and key.startswith("mlflow_"):
+            yield from needs(s, key, "use_mlflow")
 
 
 @rule

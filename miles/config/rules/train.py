@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from miles.config.rules.registry import needs, rule
-from miles.config.schema.faults import Fault
+from miles.config.rules.registry import rule
+from miles.config.schema.faults import Fault, show
 from miles.config.schema.flat_settings import FlatSettings
 
 _SET_BY_THE_LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -16,12 +16,6 @@ def micro_batches_are_cut_one_way(s: FlatSettings) -> Iterator[Fault]:
     if s.use_dynamic_batch_size and s.max_tokens_per_gpu is None:
         problem = "max_tokens_per_gpu is not set"
         yield Fault("use_dynamic_batch_size", True, problem, "set max_tokens_per_gpu to the tokens of a micro-batch")
-    if s.use_dynamic_batch_size and s.micro_batch_size != 1:
-        problem = "use_dynamic_batch_size cuts micro-batches by tokens"
-        yield Fault("micro_batch_size", s.micro_batch_size, problem, "leave one of them out")
-    yield from needs(s, "max_tokens_per_gpu", "use_dynamic_batch_size")
-    if s.log_probs_max_tokens_per_gpu != s.max_tokens_per_gpu:
-        yield from needs(s, "log_probs_max_tokens_per_gpu", "use_dynamic_batch_size")
 
 
 @rule
@@ -45,6 +39,36 @@ def batch_divides_over_ranks(s: FlatSettings) -> Iterator[Fault]:
 
 
 @rule
+def skipping_the_log_prob_pass_is_possible(s: FlatSettings) -> Iterator[Fault]:
+    readers = [key for key in ("use_mis", "keep_old_actor") if getattr(s, key)]
+    if not s.use_rollout_logprobs:
+        readers += [key for key in ("kl_coef", "use_opd") if getattr(s, key)]
+    if s.num_steps_per_rollout > 1:
+        readers.append("num_steps_per_rollout")
+    if s.skip_actor_forward_only and readers:
+        problem = f"{readers[0]} = {show(getattr(s, readers[0]))} reads log-probabilities from before the first step"
+        yield Fault("skip_actor_forward_only", True, problem, "leave one of them out")
+
+
+@rule
+def retained_checkpoints_are_saved(s: FlatSettings) -> Iterator[Fault]:
+    every, saved = s.save_retain_interval, s.save_interval
+    if every is not None and saved is None:
+        problem = "without save_interval there is one checkpoint, at the end"
+        yield Fault("save_retain_interval", every, problem, "set save_interval, or leave it out")
+    elif every is not None and saved is not None and every % saved:
+        problem = f"save_interval = {saved} does not divide it"
+        yield Fault("save_retain_interval", every, problem, f"make it a multiple of {saved}")
+
+
+@rule
+def offloading_is_said_once(s: FlatSettings) -> Iterator[Fault]:
+    for key in ("offload_train", "offload_rollout"):
+        if s.offload and not getattr(s, key):
+            yield Fault(key, False, "offload = true asks for it", "leave one of them out")
+
+
+@rule
 def log_prob_chunks_are_a_count_or_minus_one(s: FlatSettings) -> Iterator[Fault]:
     if s.log_probs_chunk_size == 0 or s.log_probs_chunk_size < -1:
         problem = "it must be a number of rows, or -1 to choose it by the device"
@@ -60,8 +84,9 @@ def environment_leaves_ranks_alone(s: FlatSettings) -> Iterator[Fault]:
 
 @rule
 def compute_type_is_one(s: FlatSettings) -> Iterator[Fault]:
-    if s.fp16 and s.train_dtype != "float16":
-        yield Fault("fp16", True, f"train_dtype = {s.train_dtype} says otherwise", "leave one of them out")
+    for key, dtype in (("fp16", "float16"), ("bf16", "bfloat16")):
+        if getattr(s, key) and s.train_dtype != dtype:
+            yield Fault(key, True, f"train_dtype = {s.train_dtype} says otherwise", "leave one of them out")
 
 
 @rule

@@ -13,6 +13,7 @@ from pydantic_core import PydanticUndefined
 from miles.config.schema.section import (
     Derived,
     DottedPath,
+    Ignored,
     Metavar,
     Negated,
     Passthrough,
@@ -24,13 +25,20 @@ from miles.config.schema.section import (
     note,
 )
 from miles.config.sections.algorithm import AlgorithmConfig
+from miles.config.sections.architecture import ArchitectureConfig
+from miles.config.sections.attention import AttentionConfig
 from miles.config.sections.checkpoint import CheckpointConfig
 from miles.config.sections.cluster import ClusterConfig
 from miles.config.sections.data import DataConfig
+from miles.config.sections.debug import DebugConfig
 from miles.config.sections.eval import EvalConfig
+from miles.config.sections.experts import ExpertsConfig
+from miles.config.sections.fault_tolerance import FaultToleranceConfig
 from miles.config.sections.gateway import GatewayConfig
 from miles.config.sections.lora import LoraConfig
 from miles.config.sections.megatron import MegatronConfig
+from miles.config.sections.moe import MoeConfig
+from miles.config.sections.numerics import NumericsConfig
 from miles.config.sections.optimizer import OptimizerConfig
 from miles.config.sections.policy_loss import PolicyLossConfig
 from miles.config.sections.reward import RewardConfig
@@ -53,10 +61,17 @@ SECTIONS: Mapping[str, type[Section]] = {
     "train": TrainConfig,
     "lora": LoraConfig,
     "megatron": MegatronConfig,
+    "numerics": NumericsConfig,
+    "architecture": ArchitectureConfig,
+    "experts": ExpertsConfig,
+    "attention": AttentionConfig,
+    "moe": MoeConfig,
     "optimizer": OptimizerConfig,
     "weights": WeightsConfig,
     "checkpoint": CheckpointConfig,
     "telemetry": TelemetryConfig,
+    "debug": DebugConfig,
+    "fault_tolerance": FaultToleranceConfig,
     "gateway": GatewayConfig,
     "tls": TlsConfig,
 }
@@ -85,6 +100,8 @@ class Entry:
     """Set when the value names a Python object."""
     states: States | None
     """Set when the setting changes nothing and states what is so."""
+    ignored: Ignored | None
+    """Set when the setting changes nothing, whatever it says."""
 
 
 @functools.cache
@@ -130,6 +147,7 @@ def _entry(section: str, key: str, field: FieldInfo) -> Entry:
         negated=negated is not None,
         dotted_path=note(field, DottedPath),
         states=note(field, States),
+        ignored=note(field, Ignored),
     )
 
 

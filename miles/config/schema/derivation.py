@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import functools
+import pathlib
+import re
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
-from miles.config.schema.catalog import SECTIONS, catalog
+from miles.config.schema.backend_choice import asks_of_engine, asks_of_trainer
+from miles.config.schema.catalog import SECTIONS
 from miles.config.schema.faults import Fault
 from miles.config.schema.flat_settings import FlatSettings, InvalidSetting
 from miles.engine_spec import engine_spec
@@ -27,6 +30,17 @@ FALLBACKS = {
 }
 """Settings that default to another setting."""
 
+OTHER_NAMES: Mapping[str, Mapping[str, tuple[str, str]]] = {
+    "attn_implementation": dict.fromkeys(
+        ("flash_attention_2", "flash_attention_3"),
+        ("auto", "auto computes attention by PyTorch's own FlashAttention where it can, without that package"),
+    ),
+    "update_weight_transfer_mode": {
+        "p2p": ("auto", "there is no transport by Mooncake; auto takes the fastest one that the machines share"),
+        "disk-delta": ("disk_delta", "it is called disk_delta here"),
+    },
+}
+"""By setting, what a value of other systems becomes, and why."""
 COMPARES_SAMPLES = (
     "grpo",
     "gspo",
@@ -39,18 +53,6 @@ COMPARES_SAMPLES = (
     "optimal_token_baseline",
 )
 """Advantage estimators that compare the responses to a prompt."""
-SGLANG_ALONE = (
-    "rollout_num_gpus",
-    "rollout_num_gpus_per_engine",
-    "rollout_external_engine_addrs",
-    "rollout_engine_python",
-    "rollout_engine_weights",
-    "rollout_engine_weights_dir",
-    "rollout_health_check_timeout",
-    "sglang_server_concurrency",
-    "offload_rollout",
-)
-"""Settings that only an engine of SGLang's servers has."""
 
 PLAIN_EPS_CLIP = 0.2
 """eps_clip of losses that do not read it."""
@@ -82,6 +84,20 @@ def _always_filled() -> frozenset[str]:
         for key, field in section.model_fields.items()
         if field.default is None and type(None) not in typing.get_args(field.annotation)
     )
+
+
+def _other_names(s: FlatSettings) -> list[Fault]:
+    """Values of recipes that mean what another value is called here, or for which that stands in."""
+    for key, names in OTHER_NAMES.items():
+        if s.is_valid(key) and getattr(s, key) in names:
+            s.replace(key, *names[getattr(s, key)])
+    if s.is_valid("rm_type") and s.rm_type and s.custom_rm_path:
+        s.replace("rm_type", None, f"custom_rm_path = {s.custom_rm_path} scores in its place")
+    if s.eval_prompt_data and len(s.eval_prompt_data) == 1:
+        path = s.eval_prompt_data[0]
+        name = re.sub(r"[^\w.-]", "_", pathlib.PurePath(path.partition("@[")[0]).stem) or "eval"
+        s.replace("eval_prompt_data", (name, path), f"its only word is a file, and {name} the data set's name")
+    return []
 
 
 def _batch_sizes(s: FlatSettings) -> list[Fault]:
@@ -121,16 +137,6 @@ def compares_samples(s: FlatSettings) -> bool:
     """Return whether a prompt with a single response has an advantage of 0."""
     has_teacher = s.use_opd and s.opd_kl_coef > 0
     return s.advantage_estimator in COMPARES_SAMPLES and s.rewards_normalization and not has_teacher
-
-
-def asks_for_megatron(s: FlatSettings, key: str) -> bool:
-    """Return whether a setting of the section Megatron has an effect that only Megatron-Core has."""
-    return _asks(s, key, 1 if key == "expert_tensor_parallel_size" else catalog()[key].default)
-
-
-def _asks(s: FlatSettings, key: str, nothing: object) -> bool:
-    """Return whether a setting was given, and not as the value that asks for nothing."""
-    return not s.is_valid(key) or (s.given(key) and getattr(s, key) not in (False, nothing))
 
 
 def _samples(s: FlatSettings) -> int:
@@ -189,6 +195,8 @@ def _run_dir(s: FlatSettings) -> list[Fault]:
 
 
 def _bounds(s: FlatSettings) -> list[Fault]:
+    if s.tis_threshold is not None and not s.given("tis_clip"):
+        s.fill("tis_clip", s.tis_threshold)
     if not s.given("tis_lower_bound"):
         s.fill("tis_lower_bound", 1 / s.tis_upper_bound)
     if not s.given("rs_lower_bound"):
@@ -199,8 +207,22 @@ def _bounds(s: FlatSettings) -> list[Fault]:
 
 
 def _evaluation_alone(s: FlatSettings) -> list[Fault]:
-    if s.num_rollout == 0 and s.eval_prompt_data and not s.given("eval_interval"):
+    if s.num_rollout == 0 and (s.eval_prompt_data or s.eval_config) and not s.given("eval_interval"):
         s.fill("eval_interval", 1)
+    return []
+
+
+def _dumps(s: FlatSettings) -> list[Fault]:
+    if not s.given("debug_train_only"):
+        s.fill("debug_train_only", s.load_debug_rollout_data is not None)
+    if s.dump_details is not None:
+        folder = s.dump_details.rstrip("/").replace("{", "{{").replace("}", "}}")
+        for key, name in (
+            ("save_debug_rollout_data", "rollout_data/{rollout_id}.pt"),
+            ("save_debug_train_data", "train_data/{rollout_id}_{rank}.pt"),
+        ):
+            if not s.given(key) and not (key == "save_debug_train_data" and s.debug_rollout_only):
+                s.fill(key, f"{folder}/{name}")
     return []
 
 
@@ -211,22 +233,22 @@ def _lengths(s: FlatSettings) -> list[Fault]:
 
 
 def _engine_name(s: FlatSettings) -> list[Fault]:
-    if not s.given("rollout_backend"):
-        asked = any(_asks(s, key, catalog()[key].default) for key in SGLANG_ALONE) or s.sglang_args
-        s.fill("rollout_backend", "sglang" if asked else "torch")
+    """Where the machine is not known, what every machine has: `miles.config.backends` knows it."""
+    if s.rollout_backend == "auto":
+        s.fill("rollout_backend", (asks_of_engine(s) or ("torch",))[0])
     return []
 
 
 def _trainer_name(s: FlatSettings) -> list[Fault]:
-    if not s.given("train_backend"):
-        own = (key for key, entry in catalog().items() if entry.section == "megatron")
-        s.fill("train_backend", "megatron" if any(asks_for_megatron(s, key) for key in own) else "fsdp")
+    """See `_engine_name`."""
+    if s.train_backend == "auto":
+        s.fill("train_backend", (asks_of_trainer(s) or ("fsdp",))[0])
     return []
 
 
 def _train_dtype(s: FlatSettings) -> list[Fault]:
     if not s.given("train_dtype"):
-        s.fill("train_dtype", "float16" if s.fp16 else AUTO)
+        s.fill("train_dtype", "float16" if s.fp16 else "bfloat16" if s.bf16 else AUTO)
     return []
 
 
@@ -235,8 +257,14 @@ def _backend(s: FlatSettings) -> list[Fault]:
         s.fill("share_prompts", s.train_backend == "fsdp")
     if not s.given("expert_tensor_parallel_size"):
         s.fill("expert_tensor_parallel_size", 1 if s.expert_model_parallel_size > 1 else s.tensor_model_parallel_size)
+    if not s.given("use_precision_aware_optimizer"):
+        s.fill("use_precision_aware_optimizer", s.optimizer_cpu_offload)
+    if not s.given("use_distributed_optimizer"):
+        s.fill("use_distributed_optimizer", s.use_precision_aware_optimizer)
     if not s.given("sequence_parallel"):
         s.fill("sequence_parallel", s.tensor_model_parallel_size > 1 and s.expert_model_parallel_size > 1)
+    if not s.given("attention_backend") and s.use_flash_attn:
+        s.fill("attention_backend", "flash")
     return []
 
 
@@ -251,10 +279,31 @@ def _models(s: FlatSettings) -> list[Fault]:
 
 
 def _staleness(s: FlatSettings) -> list[Fault]:
-    """Derive the smallest bound that the other settings need."""
     if not s.given("max_weight_staleness"):
-        batches = -(-(s.over_sampling_batch_size or 1) // s.rollout_batch_size)
-        s.fill("max_weight_staleness", max(batches, s.update_weights_interval, 2 if s.partial_rollout else 1) - 1)
+        s.fill("max_weight_staleness", needed_staleness(s))
+    if s.max_weight_staleness == 0 and s.keep_old_actor:
+        why = "with max_weight_staleness = 0 every response is of the version that is trained, and no other is kept"
+        s.replace("keep_old_actor", False, why)
+    return []
+
+
+def needed_staleness(s: FlatSettings) -> int:
+    """Return the smallest bound that the other settings need."""
+    batches = -(-(s.over_sampling_batch_size or 1) // s.rollout_batch_size)
+    return max(int(batches), int(s.update_weights_interval), 2 if s.partial_rollout else 1) - 1
+
+
+def _colocated_engines(s: FlatSettings) -> list[Fault]:
+    """Engines that take turns with the trainer have all of its GPUs, as far as one node has them."""
+    per_node, share = s.actor_num_gpus_per_node, s.rollout_num_gpus_per_engine * s.rollout_num_workers
+    if not s.colocate or per_node is None or s.rollout_external_engine_addrs is not None:
+        return []
+    gpus, asked = s.actor_num_nodes * per_node, s.rollout_num_gpus
+    whole = gpus // share * share
+    if asked is not None and asked > gpus and whole:
+        s.replace("rollout_num_gpus", whole, f"colocate runs engines on the trainer's {gpus} GPUs")
+    elif asked is None and s.rollout_backend == "sglang" and s.device == "cuda" and s.actor_num_nodes == 1 and whole:
+        s.fill("rollout_num_gpus", whole)
     return []
 
 
@@ -262,15 +311,19 @@ def _engine(s: FlatSettings) -> list[Fault]:
     if not s.given("max_running_requests"):
         s.fill("max_running_requests", engine_spec(s.rollout_backend).default_max_running_requests)
     if not s.given("offload_rollout"):
-        s.fill("offload_rollout", s.colocate)
+        s.fill("offload_rollout", s.colocate or s.offload)
+    if not s.given("offload_train") and s.offload:
+        s.fill("offload_train", True)
     return []
 
 
 _STEPS: tuple[Callable[[FlatSettings], list[Fault]], ...] = (
-    _batch_sizes,
-    _staleness,
     _trainer_name,
     _engine_name,
+    _other_names,
+    _batch_sizes,
+    _staleness,
+    _colocated_engines,
     _engine,
     _lengths,
     _policy_loss,
@@ -278,6 +331,7 @@ _STEPS: tuple[Callable[[FlatSettings], list[Fault]], ...] = (
     _run_dir,
     _bounds,
     _evaluation_alone,
+    _dumps,
     _train_dtype,
     _backend,
     _models,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -11,6 +10,8 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails, PydanticCustomError
 
+from miles.config.schema.hints import nearest
+from miles.config.schema.other_names import setting_of
 from miles.telemetry.redaction import redact_config
 
 
@@ -70,24 +71,16 @@ def misspelt(problem: str, remedy: str) -> PydanticCustomError:
     return PydanticCustomError("miles", "{problem}", {"problem": problem, "remedy": remedy})
 
 
-def nearest(name: str, known: Iterable[str]) -> str | None:
-    """Return the known name that is most similar to this one, or None when none is close. Dashes are underscores."""
-    names = list(known)
-    plain = {candidate.lstrip("-").replace("-", "_"): candidate for candidate in names}
-    wanted = name.lstrip("-").replace("-", "_")
-    beginnings = [candidate for candidate in plain if candidate == wanted] or [
-        candidate for candidate in plain if candidate.startswith(wanted)
-    ]
-    matches = beginnings if len(beginnings) == 1 else difflib.get_close_matches(wanted, plain, n=1, cutoff=0.6)
-    return plain[matches[0]] if matches else None
-
-
 def unknown_name(name: str, value: Any, known: Iterable[str], what: str) -> Fault:
-    """Return the fault of an unknown key or flag, with the nearest known one."""
+    """Return the fault of an unknown key or flag, with the known one that was meant, by its meaning or its spelling."""
     if isinstance(value, dict) and value:
         grouped = f"there is no such {what}, and settings are in no groups"
         return Fault(name or show(name), value, grouped, "write its keys by themselves")
-    suggestion = nearest(name, known)
+    names = {each.lstrip("-").replace("-", "_"): each for each in known}
+    meant = setting_of(name) or ""
+    dashed = f"--{meant.replace('_', '-')}" if name.startswith("--") else meant
+    passed_through = dashed if meant.startswith("sglang_") else None
+    suggestion = names.get(meant) or passed_through or nearest(name, names.values())
     remedy = f"did you mean {suggestion}?" if suggestion else "`miles config docs` lists them all"
     return Fault(name or show(name), value, f"there is no such {what}", remedy)
 

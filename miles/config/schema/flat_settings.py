@@ -19,6 +19,8 @@ class FlatSettings:
         self._values = values
         self._given = frozenset(given) - frozenset(invalid)
         self._invalid = set(invalid)
+        self.replaced: dict[str, tuple[Any, str]] = {}
+        """Values that were given and are others now, each with why."""
 
     def __getattr__(self, key: str) -> Any:
         if key.startswith("_") or key not in self._values:
@@ -42,6 +44,11 @@ class FlatSettings:
 
     def fill(self, key: str, value: Any) -> None:
         """Set a derived value."""
+        self._values[key] = value
+
+    def replace(self, key: str, value: Any, why: str) -> None:
+        """Set a value in place of the one that was given, and say why."""
+        self.replaced[key] = (self._values[key], why)
         self._values[key] = value
 
     def refuse(self, *keys: str) -> None:

@@ -62,6 +62,14 @@ class States:
     """Why it is so, as a clause: "the softmax of attention is always computed in float32"."""
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Ignored:
+    """The setting changes nothing, whatever its value is: every value is accepted, with a note."""
+
+    because: str
+    """Why it is of no consequence, as a clause."""
+
+
 def derived() -> Any:
     """Default of a field that `JobConfig.from_flat` derives when it is not given, so that readers never see None."""
     return Field(default=None)
@@ -89,9 +97,6 @@ class Section(BaseModel):
         assert info.field_name is not None
         field = cls.model_fields[info.field_name]
         kind = base_type(field)
-        if isinstance(value, str) and value.strip().lower() in _NOTHING and field.default in (None, ()):
-            flag = "--no-" + info.field_name.replace("_", "-")
-            raise misspelt(f"{value} is text here", f"to leave it out, write {flag}, or null in a file")
         if kind is str and value == "" and not choices(field):
             raise misspelt("it is empty", "give one, or leave it out")
         if kind is int and isinstance(value, str):
@@ -111,6 +116,15 @@ class Section(BaseModel):
         if kind is tuple and isinstance(value, str | int) and not isinstance(value, bool):
             return (value,)
         return value
+
+
+def says_nothing(field: FieldInfo, value: Any) -> bool:
+    """Return whether a value leaves a setting out: no value, or the text None or null where that is no choice."""
+    if value is None:
+        return True
+    word = value[0] if isinstance(value, list) and len(value) == 1 else value
+    text = word.strip().lower() if isinstance(word, str) else ""
+    return text in _NOTHING and field.default in (None, ()) and text not in choices(field)
 
 
 def _whole_number(text: str) -> int | str:

@@ -125,6 +125,9 @@ class AlgorithmConfig(Section):
     tis_clip: PositiveFloat = 2.0
     """Upper bound of the importance weight (use_tis, use_icepop); 5e8 or more sets none."""
 
+    tis_threshold: PositiveFloat | None = None
+    """Same as tis_clip, as some recipes call it."""
+
     tis_clip_low: NonNegativeFloat = 0.0
     """Lower bound of the importance weight (use_tis, use_icepop)."""
 

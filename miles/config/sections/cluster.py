@@ -19,6 +19,10 @@ class ClusterConfig(Section):
     rollout_num_workers: Positive = 1
     """Number of rollout services, with one inference engine each."""
 
+    num_gpus_per_node: Positive | None = None
+    """Maximum number of GPUs of each node that rollouts get; not given means all that the trainer leaves, or, with
+    colocate, all of the trainer's."""
+
     rollout_workers_elsewhere: NonNegative = 0
     """How many of them are started by hand on other machines; the others run on this one."""
 
@@ -31,6 +35,9 @@ class ClusterConfig(Section):
     offload_train: Annotated[bool | None, Derived("on with colocate where the trainer has GPUs")] = None
     """Move the trainer's weights, gradients and optimizer to pinned host memory while the engines work, and back for
     each step. On a CPU it takes the same turns and frees nothing."""
+
+    offload: bool = False
+    """Same as offload_train and offload_rollout."""
 
     distributed_backend: Annotated[Literal["nccl", "gloo"] | None, Derived("nccl on CUDA, gloo on CPU")] = None
     """Backend of the trainer's process group."""

@@ -27,6 +27,10 @@ class EvalConfig(Section):
     eval_prompt_data: Annotated[tuple[str, ...] | None, Metavar("NAME FILE")] = None
     """Data sets to evaluate on, as pairs of a name and a file."""
 
+    eval_config: Annotated[str | None, Metavar("FILE")] = None
+    """YAML or JSON file of the data sets to evaluate on, each with settings of its own, instead of eval_prompt_data; or
+    its text in base64 behind base64:."""
+
     skip_eval_before_train: bool = False
     """Skip the evaluation of the initial weights."""
 
@@ -56,9 +60,3 @@ class EvalConfig(Section):
 
     eval_label_key: Annotated[str | None, Derived("label_key")] = None
     """Column with the reference answer."""
-
-    @property
-    def datasets(self) -> dict[str, str]:
-        """The file of each evaluation data set, by name."""
-        data = self.eval_prompt_data or ()
-        return dict(zip(data[::2], data[1::2], strict=True))

@@ -8,7 +8,7 @@ from miles.config.schema.section import Derived, Metavar, NonNegative, NonNegati
 
 
 class LoraConfig(Section):
-    """LoRA (fsdp). Modules are named as in PEFT: full names or their last parts, separated by commas."""
+    """LoRA. Modules are named as in PEFT: full names or their last parts, separated by commas."""
 
     lora_rank: NonNegative = 0
     """Rank of the adapters; 0 trains all weights instead."""

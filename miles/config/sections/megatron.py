@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from miles.config.schema.section import Derived, NonNegativeFloat, Positive, PositiveFloat, Section, States, derived
+from pydantic import Field
+
+from miles.config.schema.section import Derived, Positive, PositiveFloat, Section, States, derived
 
 
 class MegatronConfig(Section):
@@ -18,6 +20,25 @@ class MegatronConfig(Section):
 
     num_virtual_stages_per_pipeline_rank: Positive | None = None
     """Virtual stages per pipeline stage, for the interleaved schedule."""
+
+    num_layers_per_virtual_pipeline_stage: Positive | None = None
+    """The same, given by the layers of each virtual stage."""
+
+    decoder_first_pipeline_num_layers: Positive | None = None
+    """Layers of the first pipeline stage; the others are split evenly over the other stages."""
+
+    decoder_last_pipeline_num_layers: Positive | None = None
+    """Layers of the last pipeline stage; the others are split evenly over the other stages."""
+
+    account_for_embedding_in_pipeline_split: bool = False
+    """Count the embeddings as a layer of the first pipeline stage, which then has one less."""
+
+    account_for_loss_in_pipeline_split: bool = False
+    """Count the head and the loss as a layer of the last pipeline stage, which then has one less."""
+
+    pipeline_model_parallel_layout: str | None = None
+    """Layers of each stage, first all first virtual stages, then all second ones: E (embeddings), t (a layer) and L
+    (head and loss), stages separated by |, with (…)*n and t*n for repetitions, e.g. `Et*3|(tt|)*2tL`."""
 
     context_parallel_size: Positive = 1
     """Context-parallel size: ranks that split each sequence."""
@@ -35,8 +56,37 @@ class MegatronConfig(Section):
     ] = derived()
     """Sequence parallelism: split activations outside matrix products over the tensor-parallel ranks."""
 
-    use_distributed_optimizer: bool = False
+    use_distributed_optimizer: Annotated[bool, Derived("on with use_precision_aware_optimizer")] = derived()
     """Shard the optimizer state over the data-parallel ranks."""
+
+    use_precision_aware_optimizer: Annotated[bool, Derived("on with optimizer_cpu_offload")] = derived()
+    """Have Adam itself hold the float32 masters of 16-bit parameters, in host memory with optimizer_cpu_offload, and
+    moments in exp_avg_dtype and exp_avg_sq_dtype without; needs CUDA, and without offloading TransformerEngine."""
+
+    main_grads_dtype: Annotated[
+        Literal["fp32", "bf16"] | None, States("fp32", "gradients are summed and kept in float32")
+    ] = None
+    """Data type of gradients in the optimizer."""
+
+    main_params_dtype: Annotated[
+        Literal["fp32", "fp16"] | None, States("fp32", "master parameters have the precision of float32")
+    ] = None
+    """Data type of master parameters."""
+
+    exp_avg_dtype: Literal["fp32", "fp16", "bf16"] = "fp32"
+    """Data type of Adam's first moment, with use_precision_aware_optimizer on the GPU."""
+
+    exp_avg_sq_dtype: Literal["fp32", "fp16", "bf16"] = "fp32"
+    """Data type of Adam's second moment, with use_precision_aware_optimizer on the GPU."""
+
+    optimizer_cpu_offload: bool = False
+    """Hold master parameters and Adam's moments in pinned host memory, and update them on the CPU (CUDA)."""
+
+    optimizer_offload_fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Fraction of the parameters whose optimizer state optimizer_cpu_offload moves."""
+
+    overlap_cpu_optimizer_d2h_h2d: bool = False
+    """Overlap the copies of gradients and parameters with the CPU's update of others (optimizer_cpu_offload)."""
 
     overlap_grad_reduce: bool = False
     """Overlap the reduction of gradients with the backward pass."""
@@ -56,11 +106,13 @@ class MegatronConfig(Section):
     ] = None
     """Compute the softmax of attention in float32."""
 
-    moe_token_dispatcher_type: Literal["alltoall", "allgather"] = "alltoall"
-    """How tokens are sent to their experts."""
+    gradient_accumulation_fusion: Annotated[
+        bool | None, States(False, "products of the backward pass are added to float32 gradients by PyTorch")
+    ] = None
+    """Add gradients of weights to float32 buffers within the matrix product (APEX)."""
 
-    moe_aux_loss_coeff: NonNegativeFloat = 0.0
-    """Coefficient of the load-balancing loss of mixture-of-experts layers."""
+    megatron_to_hf_mode: Literal["raw", "bridge"] = "raw"
+    """What converts weights between Megatron-Core and Hugging Face names; megatron-bridge does in either mode."""
 
     mtp_num_layers: Positive | None = None
     """Number of the model's MTP (multi-token prediction) layers to load; not given loads none, and exports contain
@@ -83,3 +135,31 @@ class MegatronConfig(Section):
 
     recompute_modules: tuple[str, ...] = ("core_attn",)
     """Parts of a layer to recompute with recompute_granularity selective."""
+
+    cross_entropy_loss_fusion: Annotated[
+        bool | None, States(False, "losses are of log-probabilities, which Megatron-Core's cross entropy does not give")
+    ] = None
+    """Compute Megatron-Core's cross entropy in a fused kernel."""
+
+    overlap_moe_expert_parallel_comm: Annotated[
+        bool | None, States(False, "the schedule that overlaps it gives logits of all rows, not of responses alone")
+    ] = None
+    """Overlap communication of expert parallelism with other micro-batches."""
+
+    delay_wgrad_compute: Annotated[
+        bool | None, States(False, "it needs overlap_moe_expert_parallel_comm, which is not there")
+    ] = None
+    """Compute gradients of weights after those of activations."""
+
+    enable_cuda_graph: Annotated[
+        bool | None, States(False, "a CUDA graph has fixed shapes, and micro-batches differ in length")
+    ] = None
+    """Run layers as CUDA graphs of Megatron-Core."""
+
+    external_cuda_graph: Annotated[
+        bool | None, States(False, "a CUDA graph has fixed shapes, and micro-batches differ in length")
+    ] = None
+    """Run layers as CUDA graphs of TransformerEngine."""
+
+    cuda_graph_impl: Literal["none", "local", "transformer_engine", "full_iteration"] = "none"
+    """Kind of CUDA graphs; others than none are refused."""

@@ -10,7 +10,7 @@ from miles.addresses import why_not_address
 from miles.config.schema.section import Derived, DottedPath, Metavar, NonNegative, PositiveFloat, Section
 from miles.reward_names import DEFAULT_SERVICE, REWARD_KEY, SERVICE_KEY
 
-BuiltinReward = Literal["exact_match", "last_number", "math"]
+BuiltinReward = Literal["exact_match", "last_number", "math", "deepscaler", "dapo"]
 
 
 class RewardConfig(Section):

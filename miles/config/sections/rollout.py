@@ -11,6 +11,7 @@ from miles.config.schema.section import (
     DottedPath,
     Metavar,
     NonNegative,
+    NonNegativeFloat,
     Passthrough,
     Positive,
     PositiveFloat,
@@ -34,12 +35,14 @@ class RolloutConfig(Section):
     """Name that begins with the family of hf_checkpoint, e.g. qwen3-30b-a3b, to be sure of the folder; weights are
     converted as its config.json says, with a name or without."""
 
-    rollout_backend: Annotated[
-        EngineName, Derived("sglang when a setting is given that its servers alone have, else torch")
-    ] = derived()
-    """Inference engine: torch runs inside the rollout service, sglang uses one or several SGLang servers."""
+    rollout_backend: Literal["auto", EngineName] = "auto"
+    """Inference engine: torch runs inside the rollout service, sglang uses one or several SGLang servers; auto takes
+    the one that other settings ask for, and otherwise sglang on a machine with a GPU where it is installed, and torch
+    elsewhere."""
 
-    rollout_num_gpus: Positive | None = None
+    rollout_num_gpus: Annotated[
+        Positive | None, Derived("the trainer's GPUs, for SGLang servers on one node with colocate")
+    ] = None
     """Number of GPUs of all engines; divided by rollout_num_gpus_per_engine it is the number of SGLang servers, which
     are spread evenly over the rollout services; not given means one server per service."""
 
@@ -61,8 +64,15 @@ class RolloutConfig(Section):
     rollout_engine_weights_dir: Annotated[str | None, Metavar("DIR")] = None
     """Folder for the files of rollout_engine_weights = disk; defaults to the system's temporary folder."""
 
+    rollout_health_check_interval: PositiveFloat = 1.0
+    """Time between two probes of an SGLang server, in seconds; each also tells how much it has to do, by which its
+    share of the requests is limited."""
+
     rollout_health_check_timeout: PositiveFloat = 30.0
     """Time without an answer after which an SGLang server counts as dead and is restarted, in seconds."""
+
+    rollout_health_check_first_wait: NonNegativeFloat = 0.0
+    """Time between a server's start, once it is ready, and its first probe, in seconds."""
 
     sglang_server_concurrency: Positive = 512
     """Maximum number of concurrent requests to each SGLang server; fewer while its KV cache is nearly full."""

@@ -20,7 +20,8 @@ class ServicesConfig(Section):
     """Device of trainer and engines; `auto` is CUDA where PyTorch can use a GPU."""
 
     host: str = "127.0.0.1"
-    """Address that every service listens on. Services on other machines need one that they can reach."""
+    """Address that every service listens on. With services on other machines it is this machine's address on its
+    default route, unless one is given."""
 
     redis_url: Annotated[str | None, Derived("a server of the run's own"), Metavar("URL")] = None
     """Redis server for queue, leases and job records: redis://, rediss:// or unix://."""

@@ -6,23 +6,22 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from miles.config.schema.section import Derived, Positive, Section, derived
+from miles.config.schema.section import Derived, Positive, Section, States, derived
 
 
 class TrainConfig(Section):
     """Training backend, precision, and the division of a rollout into optimizer steps and micro-batches."""
 
-    train_backend: Annotated[
-        Literal["fsdp", "megatron"], Derived("megatron when a setting of the section Megatron is given, else fsdp")
-    ] = derived()
-    """Training backend."""
+    train_backend: Literal["auto", "fsdp", "megatron"] = "auto"
+    """Training backend; auto takes the one that other settings ask for, and otherwise megatron on a machine with a
+    GPU, megatron-core and megatron-bridge, and fsdp elsewhere."""
 
     seed: int = 1234
     """Random seed of the trainer."""
 
-    attn_implementation: Literal["auto", "varlen", "sdpa"] = "auto"
-    """Attention over packed samples: varlen is variable-length flash attention (CUDA, 16-bit), sdpa runs everywhere,
-    and `auto` is varlen where it is supported."""
+    attn_implementation: Literal["auto", "varlen", "sdpa", "flash_attention_2", "flash_attention_3"] = "auto"
+    """Attention over packed samples (fsdp): varlen is variable-length flash attention (CUDA, 16-bit), sdpa runs
+    everywhere, and `auto` is varlen where it is supported, for which flash_attention_2 and flash_attention_3 stand."""
 
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass instead of storing them (fsdp)."""
@@ -34,8 +33,15 @@ class TrainConfig(Section):
     fp16: bool = False
     """Same as train_dtype = float16."""
 
+    bf16: bool = False
+    """Same as train_dtype = bfloat16."""
+
+    deterministic_mode: bool = False
+    """Compute with deterministic kernels on GPUs too, where PyTorch and TransformerEngine have some; others are warned
+    of in the trainer's log. On a CPU they always are."""
+
     train_dtype: Annotated[
-        Literal["auto", "bfloat16", "float16", "float32"], Derived("float16 with fp16, else auto")
+        Literal["auto", "bfloat16", "float16", "float32"], Derived("float16 with fp16, bfloat16 with bf16, else auto")
     ] = derived()
     """Data type in which the trainer computes, with gradients accumulated in float32; auto uses rollout_dtype, which is
     decided at the start of the run if it is auto too."""
@@ -77,6 +83,18 @@ class TrainConfig(Section):
 
     log_probs_max_tokens_per_gpu: Annotated[Positive | None, Derived("max_tokens_per_gpu")] = None
     """Maximum number of tokens per micro-batch in passes that only compute log-probabilities."""
+
+    balance_data: Annotated[
+        bool | None, States(True, "samples are dealt over data-parallel ranks by their tokens (Karmarkar–Karp)")
+    ] = None
+    """Deal samples over data-parallel ranks so that each has nearly as many tokens."""
+
+    skip_actor_forward_only: bool = False
+    """State that old log-probabilities are those of the training pass, as they are with one optimizer step per
+    rollout."""
+
+    reset_optimizer_states: bool = False
+    """Set Adam's moments and its count of steps to 0 after each rollout."""
 
     share_prompts: Annotated[bool, Derived("on with fsdp, off with megatron")] = derived()
     """Compute what a group's samples have in common from the beginning, the prompt above all, only once per micro-batch

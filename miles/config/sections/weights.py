@@ -11,14 +11,14 @@ class WeightsConfig(Section):
     """Weight updates of the engines."""
 
     update_weight_transfer_mode: Literal[
-        "auto", "shared_memory", "disk_delta", "grpc_chunks", "broadcast", "cuda_ipc"
+        "auto", "shared_memory", "disk_delta", "grpc_chunks", "broadcast", "cuda_ipc", "p2p", "disk-delta"
     ] = "auto"
     """Transport of weights: shared_memory maps a file of this host without a copy; disk_delta writes changes to
     update_weight_disk_dir; grpc_chunks streams chunks, or changes of them, through the weight-sync service; broadcast
     sends from the trainer's ranks to the engines, by NCCL between GPUs and gloo between CPUs; cuda_ipc shares GPU
     memory within a node. auto is cuda_ipc if trainer and all engines have proven that they can share GPU memory and the
     model is small beside it; otherwise each engine gets the first of shared_memory, disk_delta and grpc_chunks that it
-    can use."""
+    can use. p2p stands for auto, and disk-delta for disk_delta."""
 
     update_weight_disk_dir: Annotated[str | None, Metavar("DIR")] = None
     """Folder on storage shared by weight-sync service, trainers and engines, for engines on other hosts

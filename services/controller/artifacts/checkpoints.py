@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import pathlib
 import re
@@ -39,9 +40,10 @@ class CheckpointFiles:
         """Return every checkpoint, newest first."""
         found: dict[int, records_pb2.Checkpoint] = {}
         for step, folder in self._state_folders():
-            checkpoint = found.setdefault(step, records_pb2.Checkpoint(step=step))
-            checkpoint.state_bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-            checkpoint.saved_unix_ns = (folder / RECORD_FILE).stat().st_mtime_ns
+            with contextlib.suppress(FileNotFoundError):  # the trainer has deleted it in the meantime
+                state_bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+                saved = (folder / RECORD_FILE).stat().st_mtime_ns
+                found[step] = records_pb2.Checkpoint(step=step, state_bytes=state_bytes, saved_unix_ns=saved)
         for step, folder in self._export_folders():
             checkpoint = found.setdefault(step, records_pb2.Checkpoint(step=step))
             checkpoint.hf_files.extend(_files(folder))

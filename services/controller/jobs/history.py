@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import pathlib
+import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from miles.regular_files import replace_file
@@ -20,6 +20,10 @@ from miles.services.controller.status import timeline
 from miles.services.controller.status.timeline import TimelineWriter
 from miles.telemetry import MetricsWriter, read_metrics
 from miles.telemetry.redaction import redact
+from miles.telemetry.trackers.background import BackgroundTracker
+from miles.telemetry.trackers.choice import open_trackers
+
+logger = logging.getLogger(__name__)
 
 SUMMARY_NAME = "summary.json"
 METRICS_NAME = "metrics.jsonl"
@@ -38,6 +42,7 @@ class JobHistory:
         self._store = store
         self._context = context
         self._writer: MetricsWriter | None = None
+        self._trackers: list[BackgroundTracker] | None = None
         self._writes = OrderedWrites()
         self.summary: dict[str, Any] = json.loads(job.summary_json) if job.summary_json else {}
         self.timeline = TimelineWriter(context.run_dir / timeline.NAME)
@@ -49,14 +54,14 @@ class JobHistory:
         """
         if self._writer is not None:
             self._writer.close()
-        telemetry, run_dir = self._context.config.telemetry, self._context.run_dir
-        tensorboard = pathlib.Path(telemetry.tb_project_name or run_dir / "tensorboard")
         self._writer = MetricsWriter(
-            run_dir / METRICS_NAME,
+            self._context.run_dir / METRICS_NAME,
             first_step,
-            tensorboard / (telemetry.tb_experiment_name or self.job.name) if telemetry.use_tensorboard else None,
             keep_evaluation=self.summary.get(LAST_EVALUATED, -1) >= first_step,
         )
+        if self._trackers is None:
+            context = self._context
+            self._trackers = open_trackers(context.config, context.job_id, context.run_dir, self._warn_from_thread())
 
     def recorded_steps(self, name: str) -> set[int]:
         """Return the steps for which the metrics file has a metric."""
@@ -90,6 +95,8 @@ class JobHistory:
 
         async def write() -> None:
             await asyncio.to_thread(writer.write, step, values)
+            for tracker in self._trackers or ():
+                tracker.write(step, values)
             await self._store.add_event(event)
 
         return write
@@ -143,6 +150,20 @@ class JobHistory:
             )  # it waits for the disk
 
         return write
+
+    def _warn_from_thread(self) -> Callable[[str], None]:
+        loop = asyncio.get_running_loop()
+
+        def warn(text: str) -> None:
+            logger.warning("%s", text)
+            loop.call_soon_threadsafe(self.log_later, job_pb2.LOG_LEVEL_WARNING, "controller", text)
+
+        return warn
+
+    async def close_trackers(self) -> None:
+        """Wait, within limits, until trackers have sent what they have."""
+        trackers, self._trackers = self._trackers or [], None
+        await asyncio.gather(*(asyncio.to_thread(tracker.close) for tracker in trackers))
 
     def close(self) -> None:
         """Close the files of metrics and activity."""

@@ -24,9 +24,9 @@ def is_open(config: JobConfig) -> bool:
 
 
 async def choose(config: JobConfig, workers: RequiredWorkers, summary: dict[str, Any]) -> NumberTypes:
-    """Decide the types of a run once a trainer and a rollout are attached, and note them in its summary."""
-    trainers = await workers.wait_for(controller_pb2.WORKER_KIND_TRAINER)
-    rollouts = await workers.wait_for(controller_pb2.WORKER_KIND_ROLLOUT)
+    """Decide the types of a run once its trainer and a rollout are attached, and note them in its summary."""
+    trainers = await workers.wait_for(controller_pb2.WORKER_KIND_TRAINER) if config.debug.has_trainer else ()
+    rollouts = await workers.wait_for(controller_pb2.WORKER_KIND_ROLLOUT) if config.debug.has_engines else ()
     before = summary.get(SUMMARY_KEY, {}).get("rollout_dtype")
     chosen = decide(
         config.train.train_dtype, config.rollout.rollout_dtype, _slowdowns([*trainers, *rollouts], "bfloat16"), before

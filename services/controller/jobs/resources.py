@@ -28,19 +28,20 @@ def lacking(config: Mapping[str, Any], supply: Supply, *, starting_up: bool = Fa
     have attached do not serve is. Those on other nodes are started by hand, and are missed at once.
     """
     nodes = config["actor_num_nodes"]
+    has_trainer, has_engines = not config.get("debug_rollout_only"), not config.get("debug_train_only")
     if starting_up and nodes == 1:
-        return _lacking_reward(config, supply) if supply.rewards else ""
+        return _lacking_reward(config, supply) if supply.rewards and has_engines else ""
     missing: list[str] = []
     wanted = config["rollout_num_workers"]
-    if supply.rollouts < wanted:
+    if has_engines and supply.rollouts < wanted:
         missing.append(f"{wanted} rollout workers ({supply.rollouts} attached)")
     ranks = nodes * (config["actor_num_gpus_per_node"] or 1)
-    if not any(have in (0, ranks) for have in supply.trainer_ranks):
+    if has_trainer and not any(have in (0, ranks) for have in supply.trainer_ranks):
         attached = ", ".join(map(str, supply.trainer_ranks)) or "no trainer"
         missing.append(f"a trainer of {ranks} ranks ({attached} attached{_lacking_nodes(nodes, supply)})")
     if not supply.weightsyncs:
         missing.append("a weight-sync service")
-    if reward := _lacking_reward(config, supply):
+    if has_engines and (reward := _lacking_reward(config, supply)):
         missing.append(reward)
     return "; ".join(missing)
 

@@ -17,6 +17,7 @@ import redis.asyncio
 from miles import heap
 from miles.checkpoint_folder import step_of
 from miles.config import ConfigError, JobConfig
+from miles.config.eval_sets import eval_sets
 from miles.data import DataError, PromptSource, eval_sources, parse_file_slice, train_source
 from miles.data.template import load_tokenizer
 from miles.ownership.claim import FolderBusyError, claimed
@@ -143,6 +144,7 @@ class JobRunner:
             state, reason = job_pb2.JOB_STATE_FAILED, f"{type(error).__name__}: {error}"
         finally:
             history.close()
+            await history.close_trackers()
         if state == job_pb2.JOB_STATE_FAILED:
             await history.log(job_pb2.LOG_LEVEL_ERROR, "controller", reason)
         try:
@@ -166,7 +168,7 @@ class JobRunner:
 
     async def _run(self, context: JobContext, history: JobHistory, controls: JobControls) -> None:
         activities = WorkerActivities(history.timeline.add)
-        status = RunStatus(activities, self._registry, context.config.cluster.rollout_num_workers)
+        status = RunStatus(activities, self._registry, _wanted_rollouts(context.config))
         self.status = status
         telling = asyncio.create_task(tell_waits(status, history, context.config.data.rollout_batch_size))
         telling.add_done_callback(log_end)
@@ -213,19 +215,19 @@ class JobRunner:
         status: RunStatus,
     ) -> None:
         prompts, eval_sets = await asyncio.to_thread(_read_data, context.config)
-        for source in (prompts, *eval_sets.values()):
+        for source in (*([prompts] if prompts is not None else []), *eval_sets.values()):
             if skipped := source.prompts.num_rows - len(source):
                 text = f"{source.prompts.source}: {skipped} of {source.prompts.num_rows} prompts are too long, left out"
                 await history.log(job_pb2.LOG_LEVEL_WARNING, "controller", text)
-        num_rollout = context.config.rollouts(len(prompts))
-        if num_rollout == 0 and context.config.data.num_rollout is None:
+        num_rollout = context.config.rollouts(0 if prompts is None else len(prompts))
+        if num_rollout == 0 and prompts is not None and context.config.data.num_rollout is None:
             raise DataError(
                 f"num_epoch {context.config.data.num_epoch} over {len(prompts)} prompts does not fill one batch of "
                 f"{context.config.data.rollout_batch_size}; lower rollout_batch_size or raise num_epoch"
             )
         # The number of steps fixes the learning-rate schedule, so every worker must know it.
         config = context.config.replace(num_rollout=num_rollout)
-        data = await asyncio.to_thread(prompts.identity)
+        data = {} if prompts is None else await asyncio.to_thread(prompts.identity)
         context = dataclasses.replace(context, config=config, data=data)
         history.job.num_rollout = num_rollout
         await history.save()
@@ -250,13 +252,20 @@ def _saved(history: JobHistory) -> str:
     return "the state is saved" if saved >= steps else f"a resume goes on from step {saved} of {steps}"
 
 
-def _read_data(config: JobConfig) -> tuple[PromptSource, dict[str, PromptSource]]:
+def _wanted_rollouts(config: JobConfig) -> int:
+    return config.cluster.rollout_num_workers if config.debug.has_engines else 0
+
+
+def _read_data(config: JobConfig) -> tuple[PromptSource | None, dict[str, PromptSource]]:
+    """Read the prompts to train and to evaluate on; without engines there are none."""
+    if not config.debug.has_engines:
+        return None, {}
     assert config.rollout.hf_checkpoint is not None, "a rule requires it"
-    for text in (config.data.prompt_data or "", *(config.eval.eval_prompt_data or ())[1::2]):
+    for text in (config.data.prompt_data or "", *(each.path for each in eval_sets(config.to_flat()))):
         if not (path := parse_file_slice(text).path).is_file():  # before the seconds that a tokenizer takes
             raise DataError(f"{path}: there is no such file")
     tokenizer = load_tokenizer(config.rollout.hf_checkpoint, config.data.chat_template_path)
-    eval_sets = eval_sources(config, tokenizer)
+    sources = eval_sources(config, tokenizer)
     if config.data.prompt_data is None:  # a rule requires it unless the run only evaluates
-        return next(iter(eval_sets.values())), eval_sets
-    return train_source(config, tokenizer), eval_sets
+        return next(iter(sources.values())), sources
+    return train_source(config, tokenizer), sources

@@ -5,11 +5,10 @@ from __future__ import annotations
 from miles.checkpoint_folder import step_of
 from miles.config import JobConfig
 from miles.rpc.gen import trainer_pb2
-from miles.services.controller.clients.trainer import TrainerClient
+from miles.services.controller.clients.protocols import Rollouts, Trainer
 from miles.services.controller.jobs.controls import JobControls
 from miles.services.controller.jobs.history import JobHistory
 from miles.services.controller.run.report import RunReport
-from miles.services.controller.run.rollout_workers import RolloutWorkers
 from miles.services.controller.status.activity import ActivityClock
 from miles.services.controller.status.run_status import RunStatus
 from miles.services.controller.status.worker_activity import WorkerActivities
@@ -27,9 +26,10 @@ class Checkpoints:
         clock: ActivityClock,
         activities: WorkerActivities,
         report: RunReport,
-        rollouts: RolloutWorkers,
+        rollouts: Rollouts,
     ) -> None:
         self._config = config.checkpoint
+        self._has_trainer = config.debug.has_trainer
         self._history = history
         self._controls = controls
         self._status = status
@@ -41,18 +41,18 @@ class Checkpoints:
     def due(self, step: int, last: int) -> bool:
         """Return whether a checkpoint follows a step; the last step's is written when the job ends."""
         interval = self._config.save_interval
-        return interval is not None and 0 < step < last and step % interval == 0
+        return self._has_trainer and interval is not None and 0 < step < last and step % interval == 0
 
     def asked(self, step: int, last: int) -> bool:
         """Return whether the user has asked for a checkpoint or one is due."""
-        return self._controls.checkpoint or self.due(step, last)
+        return self._has_trainer and (self._controls.checkpoint or self.due(step, last))
 
-    async def save_as_asked(self, trainer: TrainerClient) -> None:
+    async def save_as_asked(self, trainer: Trainer) -> None:
         """Save a checkpoint as configured; the user's wish is fulfilled."""
         self._controls.checkpoint = False
         await self.save(trainer, self._config.save_hf is not None, in_background=self._config.async_save)
 
-    async def save(self, trainer: TrainerClient, export_hf: bool, in_background: bool = False) -> None:
+    async def save(self, trainer: Trainer, export_hf: bool, in_background: bool = False) -> None:
         """Save a checkpoint; one in the background is noted when the trainer names it later."""
         saving = self._status.during("saving", "the checkpoint to be written")
         with saving, self._clock.during("train"), self._activities.during(trainer.worker_id, "save"):

@@ -12,7 +12,7 @@ from miles.change_signal import ChangeSignal
 from miles.reward_names import DEFAULT_SERVICE
 from miles.rpc.gen import controller_pb2, rollout_pb2
 from miles.services.controller.clients.calls import WorkerFailedError
-from miles.services.controller.clients.rollout import RolloutClient
+from miles.services.controller.clients.protocols import Rollout, Rollouts
 from miles.services.controller.run.admission import Admission
 from miles.services.controller.run.alerts import RunAlerts
 from miles.services.controller.run.dropped_groups import DroppedGroups
@@ -21,7 +21,6 @@ from miles.services.controller.run.evaluation import Evaluation
 from miles.services.controller.run.failed_groups import FailedGroups
 from miles.services.controller.run.group_leases import GroupLease
 from miles.services.controller.run.preempted_groups import PreemptedGroups
-from miles.services.controller.run.rollout_workers import RolloutWorkers
 from miles.services.controller.status.activity import ActivityClock
 from miles.services.controller.status.run_waits import EvaluationFacts
 from miles.services.controller.status.worker_activity import WorkerActivities
@@ -48,7 +47,7 @@ class Dispatcher:
 
     def __init__(
         self,
-        rollouts: RolloutWorkers,
+        rollouts: Rollouts,
         registry: WorkerRegistry,
         queue: GroupQueue,
         clock: ActivityClock,
@@ -222,7 +221,7 @@ class Dispatcher:
     # -- what rollouts send -------------------------------------------------------------------------------------------
 
     @traced("take in a response")
-    def on_response(self, client: RolloutClient, response: rollout_pb2.RunResponse) -> None:
+    def on_response(self, client: Rollout, response: rollout_pb2.RunResponse) -> None:
         """Take in a result or a new capacity, and lease what it makes possible."""
         kind = response.WhichOneof("kind")
         if kind == "progress":
@@ -248,11 +247,11 @@ class Dispatcher:
         admission = self._admission
         return admission is None or not admission.leases or admission.may_begin_step
 
-    def on_disconnected(self, client: RolloutClient) -> None:
+    def on_disconnected(self, client: Rollout) -> None:
         """Lease nothing more to a worker whose stream has ended."""
         self._balance.remove_worker(client.worker_id)
 
-    def on_lost(self, client: RolloutClient) -> None:
+    def on_lost(self, client: Rollout) -> None:
         """Lease a lost worker's groups to others."""
         self._activities.end(client.worker_id)
         if self._admission is not None and (lost := self._admission.lose_worker(client.worker_id)):
@@ -262,7 +261,7 @@ class Dispatcher:
         self.lease_groups()
         self._changed.notify()
 
-    def _on_finished(self, client: RolloutClient, message: rollout_pb2.GroupFinished) -> None:
+    def _on_finished(self, client: Rollout, message: rollout_pb2.GroupFinished) -> None:
         self._leased_unix_ns.pop((message.purpose == _EVAL, message.group_id), None)
         if message.stats.reward_s > 0:
             self._note_scoring(client, message.stats.reward_s)
@@ -292,7 +291,7 @@ class Dispatcher:
         if self.dropped.too_many:
             self._alerts.fail(WorkerFailedError(self.dropped.failure()))
 
-    def _note_scoring(self, client: RolloutClient, seconds: float) -> None:
+    def _note_scoring(self, client: Rollout, seconds: float) -> None:
         for worker in self._registry.at(client.reward_addresses.get(DEFAULT_SERVICE, "")):
             if worker.registration.kind == controller_pb2.WORKER_KIND_REWARD:
                 self._activities.note(worker.worker_id, "score", seconds)

@@ -5,18 +5,19 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import heapq
-import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from miles.config.eval_sets import eval_sets
 from miles.rpc.gen import rollout_pb2
 from miles.services.controller.clients.calls import WorkerFailedError
 from miles.services.controller.run.group_leases import GroupLease, GroupLeases
 from miles.services.controller.run.lease_messages import evaluation_lease
 from miles.services.controller.status.run_waits import EvaluationFacts
+from miles.telemetry.pass_at_k import pass_rates
 from miles.types import Reward, Sample, SampleStatus, reward_number
 from miles.types.convert import group_from_proto
 
@@ -63,6 +64,7 @@ class Evaluation:
         self._config = config
         self.version = version
         self._datasets = datasets
+        self._sets = {each.name: each for each in eval_sets(config.to_flat())}
         self._prompts = [(name, index) for name, source in datasets.items() for index in range(len(source))]
         self._pending = list(range(len(self._prompts)))
         self.leases = GroupLeases()
@@ -99,7 +101,7 @@ class Evaluation:
         name, index = self._prompts[group_id]
         group = self._datasets[name].group(self._job_id, index, 1)
         group.group_id = group.samples[0].group_id = group_id
-        return evaluation_lease(self._config, name, group, attempt, self.version)
+        return evaluation_lease(self._config, self._sets[name], group, attempt, self.version)
 
     def finish(self, message: rollout_pb2.GroupFinished) -> None:
         """Take in a finished group; results of older attempts are ignored."""
@@ -153,10 +155,7 @@ class Evaluation:
             metrics[f"eval/{name}/truncated_ratio"] = float(
                 np.mean([s.status is SampleStatus.TRUNCATED for s in samples])
             )
-            for k in pass_at_ks(self._config.eval.n_samples_per_eval_prompt):
-                metrics[f"passrate/{name}/pass@{k}"] = float(
-                    np.mean([pass_at_k(len(group), sum(r == 1 for r in group), k) for group in rewards])
-                )
+            metrics |= pass_rates(rewards, self._sets[name].n_samples, f"passrate/{name}/")
         return metrics
 
 
@@ -169,15 +168,3 @@ def _failed_words(name: str, failed: Sequence[ScoredResponse], samples: int) -> 
     """Say how many samples have no reward, and why."""
     counted = "it has no score" if len(failed) == samples else "they count as 0"
     return f"evaluation on {name}: {len(failed)} of {samples} samples have no reward, {counted}; e.g. {failed[0].error}"
-
-
-def pass_at_ks(samples: int) -> list[int]:
-    """The powers of two up to the number of samples; none for a single sample."""
-    return [1 << i for i in range(int(math.log2(samples)) + 1)] if samples > 1 else []
-
-
-def pass_at_k(samples: int, correct: int, k: int) -> float:
-    """Unbiased estimate of the chance that one of k samples is right (Chen et al. 2021, arXiv:2107.03374, eq. 1)."""
-    if samples - correct < k:
-        return 1.0
-    return 1.0 - math.comb(samples - correct, k) / math.comb(samples, k)

@@ -52,6 +52,8 @@ class EvaluationSchedule:
             return False
         if version == 0:
             return not self._config.skip_eval_before_train
+        if not self._context.config.debug.has_trainer:
+            return False  # it is the same policy as version 0
         return version % interval == 0 or version == last
 
     def start(self, version: int) -> None:

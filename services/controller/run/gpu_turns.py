@@ -13,8 +13,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from miles.services.controller.clients.calls import WorkerLostError
-from miles.services.controller.clients.trainer import TrainerClient
-from miles.services.controller.run.rollout_workers import RolloutWorkers
+from miles.services.controller.clients.protocols import Rollouts, Trainer
 from miles.services.controller.status.run_status import RunStatus
 from miles.services.controller.workers.registry import AttachedWorker
 
@@ -39,7 +38,7 @@ class GpuTurns:
     def __init__(
         self,
         config: JobConfig,
-        rollouts: RolloutWorkers,
+        rollouts: Rollouts,
         dispatcher: Dispatcher,
         evaluations: EvaluationSchedule,
         status: RunStatus,
@@ -48,7 +47,8 @@ class GpuTurns:
         """Whether whatever the trainer does has to be in its turn; `meet` finds out."""
         self._shares_gpus = False
         self._config = config
-        self._engines_leave = config.cluster.offload_rollout
+        self._two_sides = config.debug.has_engines and config.debug.has_trainer
+        self._engines_leave = config.cluster.offload_rollout and self._two_sides
         self._rollouts = rollouts
         self._dispatcher = dispatcher
         self._evaluations = evaluations
@@ -58,9 +58,16 @@ class GpuTurns:
 
     def meet(self, trainer: AttachedWorker) -> None:
         """The run works with this trainer from now on."""
+        if not self._two_sides:
+            return
         asked = self._config.cluster.offload_train
         self._shares_gpus = self._config.cluster.colocate and trainer.registration.num_gpus > 0
         self.exclusive = (self._shares_gpus and not self._config.train.fsdp_cpu_offload) if asked is None else asked
+
+    @property
+    def taken(self) -> bool:
+        """Whether engines generate no training groups while the trainer works."""
+        return self.exclusive or self._engines_leave
 
     def take_metrics(self) -> dict[str, float]:
         """Times and sizes of what moved since the last call."""
@@ -76,16 +83,17 @@ class GpuTurns:
             return
         if self.exclusive:
             self._rollouts.may_load.clear()
+        if self.taken:
             self._dispatcher.hold(TURN)
         if self._engines_leave:
             await self._evaluations.wait_until_done(check)
-        if self.exclusive:
+        if self.taken:
             await self._until_idle(check)
         if self._engines_leave:
             await self._release_engines()
         self._holder = _Holder.TRAINER
 
-    async def to_engines(self, trainer: TrainerClient) -> None:
+    async def to_engines(self, trainer: Trainer) -> None:
         """Return once the trainer has left the GPUs; engines take memory when they need it."""
         if self._holder is _Holder.ENGINES:
             return
@@ -96,20 +104,25 @@ class GpuTurns:
             self._note("train", began, moved.released_bytes)
         if self.exclusive:
             self._rollouts.may_load.set()
+        if self.taken:
             self._dispatcher.release_hold(TURN)
         self._holder = _Holder.ENGINES
 
     async def _until_idle(self, check: Callable[[], None]) -> None:
-        """Wait for engines that load the job, and for groups that are preempted."""
+        """Wait for engines that load the job beside a trainer that needs all memory, and for groups to be preempted."""
         self._dispatcher.preempt()
-        while loading := [client.worker_id for client in self._rollouts.all() if client.loading_since_s is not None]:
-            with self._status.waiting_for(f"{', '.join(loading)} to load the job, before the trainer"):
+        while self.exclusive and (loading := self._loading()):
+            with self._status.waiting_for(f"{loading} to load the job, before the trainer"):
                 check()
                 await self._dispatcher.wait_for_change()
         while self._dispatcher.training_leases:
             with self._status.waiting_for("unfinished responses to be stored"):
                 check()
                 await self._dispatcher.wait_for_change()
+
+    def _loading(self) -> str:
+        """Names of engines that load the job."""
+        return ", ".join(client.worker_id for client in self._rollouts.all() if client.loading_since_s is not None)
 
     async def _release_engines(self) -> None:
         """Free the engines' memory until the next version or request; a lost engine holds none."""

@@ -11,6 +11,7 @@ from miles.types.convert import encode_pending_group
 
 if TYPE_CHECKING:
     from miles.config import JobConfig
+    from miles.config.eval_sets import EvalSet
 
 
 def training_lease(
@@ -39,23 +40,23 @@ def training_lease(
 
 
 def evaluation_lease(
-    config: JobConfig, dataset: str, group: SampleGroup, attempt: int, version: int
+    config: JobConfig, dataset: EvalSet, group: SampleGroup, attempt: int, version: int
 ) -> rollout_pb2.GroupLease:
     """A lease of an evaluation group, generated with exactly `version`; `group` as for `training_lease`."""
-    evaluation, rollout = config.eval, config.rollout
-    lease = _lease(group, attempt, evaluation.n_samples_per_eval_prompt, rollout.rollout_seed, f"eval/{dataset}")
+    rollout = config.rollout
+    lease = _lease(group, attempt, dataset.n_samples, rollout.rollout_seed, f"eval/{dataset.name}")
     lease.purpose = rollout_pb2.GROUP_PURPOSE_EVAL
     lease.exact_version = version
     lease.sampling.add(
-        temperature=evaluation.eval_temperature,
-        top_p=evaluation.eval_top_p,
-        top_k=evaluation.eval_top_k,
-        min_new_tokens=evaluation.eval_min_new_tokens or 0,
+        temperature=dataset.temperature,
+        top_p=dataset.top_p,
+        top_k=dataset.top_k,
+        min_new_tokens=dataset.min_new_tokens,
         max_new_tokens=_response_limit(
-            evaluation.eval_max_response_len, rollout.rollout_max_context_len, group.samples[0].prompt_length
+            dataset.max_response_len, rollout.rollout_max_context_len, group.samples[0].prompt_length
         ),
-        stop=rollout.rollout_stop or (),
-        stop_token_ids=rollout.rollout_stop_token_ids or (),
+        stop=dataset.stop,
+        stop_token_ids=dataset.stop_token_ids,
         skip_special_tokens=rollout.rollout_skip_special_tokens,
     )
     return lease

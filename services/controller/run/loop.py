@@ -16,7 +16,7 @@ import time
 
 from miles.rpc.gen import job_pb2
 from miles.services.controller.clients.calls import WorkerLostError
-from miles.services.controller.clients.trainer import TrainerClient
+from miles.services.controller.clients.protocols import Trainer
 from miles.services.controller.jobs.controls import JobStoppedError
 from miles.services.controller.run.admission import Admission, Batch
 from miles.services.controller.run.reach import watch_reach
@@ -31,7 +31,7 @@ from miles.telemetry.tracing import span
 class RunLoop:
     """Drives a job with one trainer, from its newest checkpoint to its end."""
 
-    def __init__(self, run: RunState, trainer: TrainerClient) -> None:
+    def __init__(self, run: RunState, trainer: Trainer) -> None:
         self._run = run
         self._config = run.config
         self._trainer = trainer
@@ -44,7 +44,8 @@ class RunLoop:
         admission = await load(run, self._trainer, self._check)
         await run.history.state(job_pb2.JOB_STATE_RUNNING, f"at step {run.step}")
         await self._after_step()
-        self._reach = asyncio.create_task(watch_reach(run.weightsync.worker, run.context.job_id))
+        if run.publisher.publishes:
+            self._reach = asyncio.create_task(watch_reach(run.weightsync.worker, run.context.job_id))
         try:
             while run.step < run.last:
                 await self._take_step(admission)
@@ -53,8 +54,9 @@ class RunLoop:
             await self._save_before_stopping()
             raise
         finally:
-            await cancel(self._reach)
-        if run.step > 0:
+            if self._reach is not None:
+                await cancel(self._reach)
+        if run.step > 0 and self._config.debug.has_trainer:
             if run.turns.exclusive:
                 await run.turns.to_trainer(self._check)
             await run.checkpoints.save(self._trainer, export_hf=True)
@@ -64,6 +66,7 @@ class RunLoop:
         """Wait for a batch, train on it, publish the result; then what is due after the step."""
         run = self._run
         batch = await self._next_batch(admission)
+        await run.dump.write(run.step, batch.group_ids)
         began = time.monotonic()
         await run.turns.to_trainer(self._check)
         run.status.enter("training")
@@ -86,7 +89,7 @@ class RunLoop:
             run.history.job.policy_version = run.step
             ranks = self._config.cluster.trainer_world_size
             metrics = {
-                **step_metrics(done.metrics, batch, len(admission.ready), times, ranks),
+                **step_metrics(done.metrics, batch, len(admission.ready), times, ranks, self._config.debug.has_trainer),
                 **run.turns.take_metrics(),
             }
             run.history.metrics_later(step, metrics)
@@ -111,7 +114,8 @@ class RunLoop:
             if (batch := admission.begin_step()) is not None:
                 break
             await run.dispatcher.wait_for_change()
-        if self._config.rollout.partial_rollout and run.publications.due(run.step + 1):
+        preempts = self._config.rollout.partial_rollout or run.turns.taken
+        if preempts and run.publications.due(run.step + 1):
             run.dispatcher.hold(PREEMPTED)
             run.dispatcher.preempt()
         return batch
@@ -160,6 +164,8 @@ class RunLoop:
 
     async def _save_before_stopping(self) -> None:
         run = self._run
+        if not self._config.debug.has_trainer:
+            return
         if not run.turns.exclusive:
             await run.checkpoints.save(self._trainer, export_hf=False)
             await self._finish_evaluation()

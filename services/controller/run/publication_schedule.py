@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from miles.config import JobConfig
-from miles.services.controller.clients.trainer import TrainerClient
+from miles.services.controller.clients.protocols import Trainer
 from miles.services.controller.run.evaluation_schedule import EvaluationSchedule
 from miles.services.controller.run.publish import Publisher
 from miles.services.controller.status.run_status import RunStatus
@@ -15,26 +15,25 @@ class PublicationSchedule:
     """A publication that has to wait for an evaluation is overdue until the evaluation has ended."""
 
     def __init__(
-        self, config: JobConfig, last: int, publisher: Publisher, evaluations: EvaluationSchedule, status: RunStatus
+        self, config: JobConfig, publisher: Publisher, evaluations: EvaluationSchedule, status: RunStatus
     ) -> None:
-        """`last` is the job's last step."""
         self._synchronous = config.rollout.max_weight_staleness == 0
         self._interval = config.weights.update_weights_interval
-        self._last = last
+        self._last = 0
         self._publisher = publisher
         self._evaluations = evaluations
         self._status = status
         self._overdue = False
 
-    def reset(self) -> None:
-        """Forget an overdue publication: the trainer is back at older weights."""
-        self._overdue = False
+    def reset(self, last: int) -> None:
+        """Forget an overdue publication: the trainer is back at older weights. `last` is the run's last step."""
+        self._overdue, self._last = False, last
 
     def due(self, step: int) -> bool:
         """Return whether the weights after so many steps are to be published."""
         return step % self._interval == 0 or self._evaluations.due(step, self._last)
 
-    async def publish_if_due(self, trainer: TrainerClient, step: int, check: Callable[[], None]) -> None:
+    async def publish_if_due(self, trainer: Trainer, step: int, check: Callable[[], None]) -> None:
         """Publish the weights after a step if they are due and no evaluation needs the version before.
 
         A synchronous run waits for the evaluation, and until the version is active. `check` raises what ends a wait.
@@ -53,7 +52,7 @@ class PublicationSchedule:
         if self._synchronous:
             await self._publisher.wait_until_active(check)
 
-    async def publish_overdue(self, trainer: TrainerClient, step: int, check: Callable[[], None]) -> None:
+    async def publish_overdue(self, trainer: Trainer, step: int, check: Callable[[], None]) -> None:
         """Publish what had to wait for an evaluation that has ended by now."""
         if self._overdue and not self._evaluations.running:
             await self.publish_if_due(trainer, step, check)

@@ -9,12 +9,11 @@ from asyncio import FIRST_COMPLETED
 from collections.abc import Awaitable, Callable
 
 from miles.rpc.gen import weightsync_pb2
-from miles.services.controller.clients.trainer import TrainerClient
+from miles.services.controller.clients.protocols import Rollouts, Trainer
 from miles.services.controller.clients.weightsync import WeightSyncClient
 from miles.services.controller.jobs.context import JobContext
 from miles.services.controller.run.load_faults import LoadFaults
 from miles.services.controller.run.report import RunReport
-from miles.services.controller.run.rollout_workers import RolloutWorkers
 from miles.services.controller.status.activity import ActivityClock
 from miles.services.controller.status.worker_activity import WorkerActivities
 from miles.tasks import cancel
@@ -34,14 +33,18 @@ class Publisher:
         self,
         context: JobContext,
         weightsync: WeightSyncClient,
-        rollouts: RolloutWorkers,
+        rollouts: Rollouts,
         clock: ActivityClock,
         activities: WorkerActivities,
         report: RunReport,
         on_active: Callable[[int], None],
-        leave_to_engines: Callable[[TrainerClient], Awaitable[None]],
+        leave_to_engines: Callable[[Trainer], Awaitable[None]],
     ) -> None:
-        """`leave_to_engines` has the trainer free GPUs that the engines are about to load a version on."""
+        """Without engines, or without a trainer, versions are counted and not published.
+
+        `leave_to_engines` has the trainer free GPUs that the engines are about to load a version on.
+        """
+        self.publishes = context.config.debug.has_engines and context.config.debug.has_trainer
         self._context = context
         self._weightsync = weightsync
         self._rollouts = rollouts
@@ -61,11 +64,15 @@ class Publisher:
         """Of the version that is being activated."""
 
     @traced("export call")
-    async def export(self, trainer: TrainerClient, version: int, check: Callable[[], None]) -> None:
+    async def export(self, trainer: Trainer, version: int, check: Callable[[], None]) -> None:
         """Export a version, once the one before is active, and begin its activation.
 
         `check` raises what ends the wait.
         """
+        if not self.publishes:
+            self.newest = self.active = version
+            self._on_active(version)
+            return
         await self.wait_until_active(check)
         with self._clock.during("sync"), self._activities.during(trainer.worker_id, "export"):
             exported = await trainer.export(version)

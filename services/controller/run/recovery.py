@@ -12,9 +12,11 @@ from miles.queue.backpressure import TRANSIENT
 from miles.rpc.gen import controller_pb2, job_pb2
 from miles.services.controller.clients import deadlines
 from miles.services.controller.clients.calls import WorkerLostError
+from miles.services.controller.clients.protocols import Trainer
 from miles.services.controller.clients.trainer import TrainerClient
 from miles.services.controller.jobs import number_types
 from miles.services.controller.run.loop import RunLoop
+from miles.services.controller.run.no_trainer import NoTrainer
 from miles.services.controller.run.setup import RunSetup
 from miles.services.controller.run.state import RunState
 from miles.tasks import cancel
@@ -56,16 +58,23 @@ async def _run_with_recoveries(run: RunState) -> None:
 async def _run_once(run: RunState) -> None:
     """From loading to the end, unless a worker that the loop depends on is lost."""
     await run.workers.wait_for(controller_pb2.WORKER_KIND_WEIGHTSYNC)
-    worker = await run.workers.trainer(run.config.cluster.actor_num_nodes)
-    run.turns.meet(worker)
-    if warning := number_types.warning_of(worker, run.config.train.train_dtype):
-        run.alerts.warn(warning)
-    async with contextlib.aclosing(TrainerClient(worker, run.context, run.weightsync.address)) as trainer:
+    async with contextlib.aclosing(await _trainer(run)) as trainer:
         run.status.trainer = trainer
         try:
             await RunLoop(run, trainer).run()
         finally:
             run.status.trainer = None
+
+
+async def _trainer(run: RunState) -> Trainer:
+    """Wait for the trainer, unless the run has none."""
+    if not run.config.debug.has_trainer:
+        return NoTrainer(run.queue, run.history, run.config)
+    worker = await run.workers.trainer(run.config.cluster.actor_num_nodes)
+    run.turns.meet(worker)
+    if warning := number_types.warning_of(worker, run.config.train.train_dtype):
+        run.alerts.warn(warning)
+    return TrainerClient(worker, run.context, run.weightsync.address)
 
 
 async def _recover(run: RunState, error: Exception) -> None:

@@ -15,7 +15,7 @@ from miles.checkpoint_folder import same_folder
 from miles.rpc.gen import trainer_pb2
 from miles.services.controller.clients import deadlines
 from miles.services.controller.clients.calls import WorkerFailedError
-from miles.services.controller.clients.trainer import TrainerClient
+from miles.services.controller.clients.protocols import Trainer
 from miles.services.controller.run.admission import Admission
 from miles.services.controller.run.set_fences import fence_earlier_controllers
 from miles.services.controller.run.state import LOADING, PREEMPTED, RunState
@@ -33,11 +33,13 @@ class NothingLeftError(WorkerFailedError):
         )
 
 
+_BEGAN_AT = "began_at_step"
+"""Key in a job's summary: steps that the weights had seen when it began."""
 _ATTEMPTS_A_LIFE = 1 << 16
 """Leases of one group that the controller can number between two loads."""
 
 
-async def load(run: RunState, trainer: TrainerClient, check: Callable[[], None]) -> Admission:
+async def load(run: RunState, trainer: Trainer, check: Callable[[], None]) -> Admission:
     """Bring workers and admission to where the newest checkpoint stands, with its version active on the engines.
 
     `check` raises what ends a wait.
@@ -45,8 +47,12 @@ async def load(run: RunState, trainer: TrainerClient, check: Callable[[], None])
     ready = await _load_workers(run, trainer, check)
     for note in ready.notes:
         await run.report.warn(note)
+    run.last = _last_step(run, ready)
     _check_steps_left(run, ready)
-    run.prompts.begin_at(ready.data_begins_at)
+    if run.prompts is not None:
+        run.prompts.begin_at(ready.data_begins_at)
+    if run.recorded is not None:
+        run.recorded.begin_at(ready.step, ready.consumed_below, ready.consumed_group_ids)
     if run.publisher.active is not None and ready.step < run.publisher.newest:
         await _drain(run, check)
     run.move_to(ready.step)
@@ -67,7 +73,7 @@ async def load(run: RunState, trainer: TrainerClient, check: Callable[[], None])
     return admission
 
 
-async def _load_workers(run: RunState, trainer: TrainerClient, check: Callable[[], None]) -> trainer_pb2.TrainerReady:
+async def _load_workers(run: RunState, trainer: Trainer, check: Callable[[], None]) -> trainer_pb2.TrainerReady:
     await run.turns.to_trainer(check)
     run.status.enter("loading", "the trainer to load the model")
     with run.activities.during(trainer.worker_id, "load"):
@@ -78,6 +84,16 @@ async def _load_workers(run: RunState, trainer: TrainerClient, check: Callable[[
         check()
         await run.dispatcher.wait_for_change()
     return ready
+
+
+def _last_step(run: RunState, ready: trainer_pb2.TrainerReady) -> int:
+    """Return the steps of the run in all: those of the job, unless it is to end earlier.
+
+    Where it began is kept in the job's summary, so that a resumed run ends where it would have.
+    """
+    steps, most = int(run.history.job.num_rollout), run.config.debug.debug_exit_after_rollout
+    began = int(run.history.summary.setdefault(_BEGAN_AT, ready.loaded_step))
+    return steps if most is None else min(steps, began + most)
 
 
 def _check_steps_left(run: RunState, ready: trainer_pb2.TrainerReady) -> None:
@@ -113,7 +129,7 @@ async def _drain(run: RunState, check: Callable[[], None]) -> None:
     run.dispatcher.stop_admitting()
 
 
-async def _restore_metrics(run: RunState, trainer: TrainerClient) -> None:
+async def _restore_metrics(run: RunState, trainer: Trainer) -> None:
     """Record what the trainer still knows of steps whose metrics were lost with the controller."""
     recorded = run.history.recorded_steps(RESPONSE_TOKENS)
     for step in range(max([-1, *recorded]) + 1, run.step):
@@ -144,8 +160,8 @@ async def _restore_admission(run: RunState, ready: trainer_pb2.TrainerReady) -> 
     )
 
 
-async def _publish_loaded_version(run: RunState, trainer: TrainerClient, check: Callable[[], None]) -> None:
-    run.publications.reset()
+async def _publish_loaded_version(run: RunState, trainer: Trainer, check: Callable[[], None]) -> None:
+    run.publications.reset(run.last)
     await run.turns.to_trainer(check)
     run.status.enter("loading", f"engines to load version {run.step}")
     await run.publisher.export(trainer, run.step, check)

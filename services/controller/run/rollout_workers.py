@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from miles.queue.backpressure import TRANSIENT
 from miles.rpc.gen import controller_pb2, rollout_pb2
 from miles.services.controller.clients import deadlines
 from miles.services.controller.clients.calls import WorkerFailedError, WorkerLostError
+from miles.services.controller.clients.protocols import RolloutListener
 from miles.services.controller.clients.rollout import RolloutClient
 from miles.services.controller.jobs import number_types
 from miles.services.controller.jobs.context import JobContext
@@ -26,19 +27,6 @@ if TYPE_CHECKING:
     from miles.queue import GroupQueue
 
 logger = logging.getLogger(__name__)
-
-
-class RolloutListener(Protocol):
-    """What happens on the connections."""
-
-    def on_response(self, client: RolloutClient, response: rollout_pb2.RunResponse) -> None:
-        """A worker sent something."""
-
-    def on_disconnected(self, client: RolloutClient) -> None:
-        """A worker's stream has ended: it cannot take groups."""
-
-    def on_lost(self, client: RolloutClient) -> None:
-        """A worker can queue nothing more: others may get its groups."""
 
 
 class RolloutWorkers:

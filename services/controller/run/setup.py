@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from miles.change_signal import ChangeSignal
 from miles.rpc.gen import controller_pb2, rollout_pb2
-from miles.services.controller.clients.trainer import TrainerClient
+from miles.services.controller.clients.protocols import Rollouts, Trainer
 from miles.services.controller.clients.weightsync import WeightSyncClient
 from miles.services.controller.jobs import number_types
 from miles.services.controller.jobs.context import JobContext
@@ -24,7 +24,9 @@ from miles.services.controller.run.gpu_turns import GpuTurns
 from miles.services.controller.run.lease_messages import training_lease
 from miles.services.controller.run.publication_schedule import PublicationSchedule
 from miles.services.controller.run.publish import Publisher
+from miles.services.controller.run.recorded_rollouts import RecordedGroups, RecordedRollouts
 from miles.services.controller.run.report import RunReport
+from miles.services.controller.run.rollout_dump import RolloutDump
 from miles.services.controller.run.rollout_workers import RolloutWorkers
 from miles.services.controller.run.state import LOADING, PREEMPTED, RunState
 from miles.services.controller.run.step_traces import StepTraces
@@ -49,7 +51,7 @@ class RunSetup:
         controls: JobControls,
         registry: WorkerRegistry,
         queue: GroupQueue,
-        prompts: PromptSource,
+        prompts: PromptSource | None,
         eval_sets: Mapping[str, PromptSource],
         activities: WorkerActivities,
         status: RunStatus,
@@ -78,14 +80,8 @@ class RunSetup:
             await self._choose_number_types()
         context, config, history, status = self._context, self._context.config, self._history, self._status
         clock, activities, report = self._clock, self._activities, self._report
-        rollouts = RolloutWorkers(
-            context,
-            self._registry,
-            self._queue,
-            self._alerts,
-            weightsync.address,
-            await self._workers.reward_addresses(config.reward),
-        )
+        recorded = None if config.debug.has_engines else RecordedGroups(context.job_id, config)
+        rollouts = await self._rollouts(context, weightsync, recorded)
 
         def on_active(version: int) -> None:
             dispatcher.release_hold(LOADING)
@@ -93,10 +89,15 @@ class RunSetup:
             dispatcher.activate(version)
 
         def make_lease(group_id: int, attempt: int, version: int) -> rollout_pb2.GroupLease:
+            if self._prompts is None:
+                purpose = rollout_pb2.GROUP_PURPOSE_TRAIN
+                return rollout_pb2.GroupLease(group_id=group_id, attempt=attempt, purpose=purpose)
             group = self._prompts.group(context.job_id, group_id, 1)
+            if not publisher.publishes:  # engines have the initial weights whatever the step
+                return training_lease(config, group, attempt, 0, 0)
             return training_lease(config, group, attempt, version, max(version, publisher.newest))
 
-        async def leave_to_engines(trainer: TrainerClient) -> None:
+        async def leave_to_engines(trainer: Trainer) -> None:
             await turns.to_engines(trainer)
 
         publisher = Publisher(context, weightsync, rollouts, clock, activities, report, on_active, leave_to_engines)
@@ -119,7 +120,6 @@ class RunSetup:
         status.connect(rollouts, dispatcher, publisher)
         evaluations = EvaluationSchedule(context, history, dispatcher, self._eval_sets)
         turns = GpuTurns(config, rollouts, dispatcher, evaluations, status)
-        last = int(history.job.num_rollout)
         return RunState(
             context=context,
             history=history,
@@ -136,13 +136,27 @@ class RunSetup:
             rollouts=rollouts,
             dispatcher=dispatcher,
             publisher=publisher,
-            publications=PublicationSchedule(config, last, publisher, evaluations, status),
+            publications=PublicationSchedule(config, publisher, evaluations, status),
             evaluations=evaluations,
             checkpoints=Checkpoints(config, history, self._controls, status, clock, activities, report, rollouts),
             prompts=self._prompts,
+            recorded=recorded,
+            dump=RolloutDump(config.debug, self._queue, context.run_dir),
             traces=StepTraces(context.run_dir / "traces", config.telemetry.trace_steps, self._registry, report),
             turns=turns,
         )
+
+    async def _rollouts(
+        self, context: JobContext, weightsync: WeightSyncClient, recorded: RecordedGroups | None
+    ) -> Rollouts:
+        """Return what delivers groups: the workers, once there are rewards for them, or the files."""
+        config = context.config
+        if recorded is not None:
+            return RecordedRollouts(recorded, self._queue, config.data.rollout_batch_size)
+        rewards = await self._workers.reward_addresses(config.reward)
+        # Without a weight-sync service engines serve the weights of the checkpoint.
+        address = weightsync.address if config.debug.has_trainer else ""
+        return RolloutWorkers(context, self._registry, self._queue, self._alerts, address, rewards)
 
     async def _choose_number_types(self) -> None:
         config = self._context.config

@@ -6,6 +6,7 @@ import dataclasses
 from typing import TYPE_CHECKING
 
 from miles.config import JobConfig
+from miles.services.controller.clients.protocols import Rollouts
 from miles.services.controller.clients.weightsync import WeightSyncClient
 from miles.services.controller.jobs.context import JobContext
 from miles.services.controller.jobs.controls import JobControls
@@ -17,8 +18,9 @@ from miles.services.controller.run.evaluation_schedule import EvaluationSchedule
 from miles.services.controller.run.gpu_turns import GpuTurns
 from miles.services.controller.run.publication_schedule import PublicationSchedule
 from miles.services.controller.run.publish import Publisher
+from miles.services.controller.run.recorded_rollouts import RecordedGroups
 from miles.services.controller.run.report import RunReport
-from miles.services.controller.run.rollout_workers import RolloutWorkers
+from miles.services.controller.run.rollout_dump import RolloutDump
 from miles.services.controller.run.step_traces import StepTraces
 from miles.services.controller.status.activity import ActivityClock
 from miles.services.controller.status.run_status import RunStatus
@@ -50,30 +52,31 @@ class RunState:
     report: RunReport
     workers: RequiredWorkers
     weightsync: WeightSyncClient
-    rollouts: RolloutWorkers
+    rollouts: Rollouts
     dispatcher: Dispatcher
     publisher: Publisher
     publications: PublicationSchedule
     evaluations: EvaluationSchedule
     checkpoints: Checkpoints
-    prompts: PromptSource
+    prompts: PromptSource | None
+    """None in a run without engines."""
+    recorded: RecordedGroups | None
+    """What such a run trains on instead."""
+    dump: RolloutDump
     traces: StepTraces
     turns: GpuTurns
     step: int = 0
     """Training steps taken, which is also the version of the trainer's weights."""
     step_began: float = 0.0
     """When the run came to this step, in seconds of the monotonic clock."""
+    last: int = 0
+    """Steps of the run in all, which is also its last version; `resume` sets it."""
     loaded_before: bool = False
     """Whether the workers have loaded the job once."""
 
     @property
     def config(self) -> JobConfig:
         return self.context.config
-
-    @property
-    def last(self) -> int:
-        """Steps of the job in all, which is also its last version."""
-        return int(self.history.job.num_rollout)
 
     def move_to(self, step: int) -> None:
         """Note the step that the run is at."""

@@ -7,7 +7,8 @@ import contextlib
 
 from miles.rpc.gen import trainer_pb2
 from miles.services.controller.clients.calls import WorkerLostError
-from miles.services.controller.clients.trainer import StepAbandonedError, TrainerClient
+from miles.services.controller.clients.protocols import Trainer
+from miles.services.controller.clients.trainer import StepAbandonedError
 from miles.services.controller.jobs.controls import JobControls
 from miles.services.controller.run.admission import Batch
 from miles.services.controller.status.run_status import RunStatus
@@ -15,7 +16,7 @@ from miles.tasks import cancelled_at_end
 
 
 async def train_unless_ended(
-    trainer: TrainerClient, batch: Batch, step: int, controls: JobControls, status: RunStatus
+    trainer: Trainer, batch: Batch, step: int, controls: JobControls, status: RunStatus
 ) -> trainer_pb2.TrainDone:
     """Take a training step on a batch.
 
@@ -34,7 +35,7 @@ async def train_unless_ended(
         raise  # somebody else asked for it: the step has to be taken all the same
 
 
-async def _abandon(trainer: TrainerClient, step: int, status: RunStatus) -> None:
+async def _abandon(trainer: Trainer, step: int, status: RunStatus) -> None:
     status.explain("the trainer to leave the step between two micro-batches")
     with contextlib.suppress(WorkerLostError):  # the call that trains raises what happened to the trainer
         if not await trainer.abandon(step):

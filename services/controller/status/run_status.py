@@ -8,11 +8,9 @@ from contextlib import contextmanager
 
 from miles.rpc.gen import controller_pb2
 from miles.services.controller.clients import deadlines
-from miles.services.controller.clients.rollout import RolloutClient
-from miles.services.controller.clients.trainer import TrainerClient
+from miles.services.controller.clients.protocols import Rollout, Rollouts, Trainer
 from miles.services.controller.run.dispatcher import Dispatcher
 from miles.services.controller.run.publish import Publisher
-from miles.services.controller.run.rollout_workers import RolloutWorkers
 from miles.services.controller.status.run_waits import READING, LoadingWorker, RolloutFacts, RunFacts, waits_of
 from miles.services.controller.status.waits import Wait, WaitLog, wait_from_proto
 from miles.services.controller.status.worker_activity import Activity, WorkerActivities
@@ -36,18 +34,18 @@ class RunStatus:
         self._registry = registry
         self._wanted_rollouts = wanted_rollouts
         self._wait_log = WaitLog()
-        self.trainer: TrainerClient | None = None
+        self.trainer: Trainer | None = None
         """The trainer that the run works with; None while there is none."""
         self.step = 0
         self.saved_step: int | None = None
         """Steps that the newest complete checkpoint covers."""
-        self._rollouts: RolloutWorkers | None = None
+        self._rollouts: Rollouts | None = None
         self._dispatcher: Dispatcher | None = None
         self._publisher: Publisher | None = None
         self._phase, self._waiting_for = "starting", READING
         self._since_unix_ns = time.time_ns()
 
-    def connect(self, rollouts: RolloutWorkers, dispatcher: Dispatcher, publisher: Publisher) -> None:
+    def connect(self, rollouts: Rollouts, dispatcher: Dispatcher, publisher: Publisher) -> None:
         """Describe these parts of the run too, from now on."""
         self._rollouts, self._dispatcher, self._publisher = rollouts, dispatcher, publisher
 
@@ -195,7 +193,7 @@ class RunStatus:
         return f"step {run.step} to be {'published' if run.phase == 'publishing' else 'trained'}: the staleness bound"
 
 
-def _loading(clients: Sequence[RolloutClient | TrainerClient]) -> list[LoadingWorker]:
+def _loading(clients: Sequence[Rollout | Trainer]) -> list[LoadingWorker]:
     return [
         LoadingWorker(client.worker_id, client.stage, client.loading_since_s)
         for client in clients
@@ -203,7 +201,7 @@ def _loading(clients: Sequence[RolloutClient | TrainerClient]) -> list[LoadingWo
     ]
 
 
-def _rollout_facts(client: RolloutClient) -> RolloutFacts:
+def _rollout_facts(client: Rollout) -> RolloutFacts:
     return RolloutFacts(
         worker_id=client.worker_id,
         connected=client.connected,

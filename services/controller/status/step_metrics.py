@@ -22,14 +22,25 @@ class StepTimes:
 
 
 def step_metrics(
-    trained: Mapping[str, float], batch: Batch, queue_size: int, times: StepTimes, trainer_world_size: int
+    trained: Mapping[str, float],
+    batch: Batch,
+    queue_size: int,
+    times: StepTimes,
+    trainer_world_size: int,
+    has_versions: bool,
 ) -> dict[str, float]:
-    """Return what the trainer measured (`trained`), with staleness, queue and times of the step."""
+    """Return what the trainer measured (`trained`), with staleness, queue and times of the step.
+
+    Without a trainer there are no versions that a sample could be behind (`has_versions`).
+    """
+    staleness = {
+        "rollout/fully_async/avg_staleness": sum(batch.staleness) / len(batch.staleness),
+        "rollout/fully_async/max_staleness": max(batch.staleness),
+    }
     return {
         **trained,
         "rollout/fully_async/queue_size": queue_size,
-        "rollout/fully_async/avg_staleness": sum(batch.staleness) / len(batch.staleness),
-        "rollout/fully_async/max_staleness": max(batch.staleness),
+        **(staleness if has_versions else {}),
         "rollout/dropped_groups": len(batch.dropped),
         "perf/rollout_time": times.waited_s,
         "perf/train_wait_time": times.waited_s,

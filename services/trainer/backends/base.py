@@ -17,15 +17,18 @@ import torch.distributed as dist
 
 from miles.config.resume_rules import recorded
 from miles.ownership.export import ExportFolder
+from miles.services.trainer.backends.determinism import choose_determinism
 from miles.services.trainer.backends.parking import Held, Moved, Parking, free_cached
 from miles.services.trainer.batch.rollout_batch import RolloutBatch
 from miles.services.trainer.batch.rollout_schedule import RolloutSchedule
 from miles.services.trainer.checkpoint.background_save import Saving, on_first_rank
 from miles.services.trainer.checkpoint.choice import check_settings, choose
 from miles.services.trainer.checkpoint.errors import reading, writing
+from miles.services.trainer.checkpoint.initial_weights import gives_weights_alone, where_from
 from miles.services.trainer.checkpoint.record import CheckpointRecord, read_record
 from miles.services.trainer.checkpoint.state import TrainerState
 from miles.services.trainer.ranks.abandoning import Abandonment
+from miles.services.trainer.step.gradient_norms import save_and_compare
 from miles.services.trainer.step.progress import Report
 from miles.services.trainer.step.roles import Roles
 from miles.services.trainer.step.sample_log import SampleLog
@@ -82,14 +85,13 @@ class BaseBackend(abc.ABC, Generic[PartsT]):
         be read.
         """
         self.notes.clear()
-        load = self._config.checkpoint.load
+        load = None if gives_weights_alone(self._config) else self._config.checkpoint.load
         self.loaded_from = choose(self._checkpoint_dir, None if load is None else pathlib.Path(load), self._say)
         record = None if self.loaded_from is None else self._fitting_record(self.loaded_from)
+        if record is None and (words := where_from(self._config)):
+            self._say(words)
         torch.manual_seed(self._config.train.seed)
-        if self._device.type == "cpu":
-            torch.use_deterministic_algorithms(True)
-            # A debugging aid that comes with the switch above and costs a sixth of the step.
-            torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+        choose_determinism(self._device, asked=self._config.train.deterministic_mode)
         self._parts = self._build()
         self._parking = Parking(self._held(self._parts), self._device)
         state = TrainerState() if record is None else self._restore(record)
@@ -107,7 +109,11 @@ class BaseBackend(abc.ABC, Generic[PartsT]):
     ) -> Mapping[str, float]:
         """See `TrainerBackend.train`."""
         record = functools.partial(self._record_samples, step) if self._log.groups else None
-        return self._loaded.trainer.train(step, groups, report, record, abandonment, schedule)
+        trainer = self._loaded.trainer
+        metrics = trainer.train(step, groups, report, record, abandonment, schedule)
+        if dist.get_rank() == 0:  # nothing follows that other ranks would wait in
+            save_and_compare(self._config.debug, step, trainer.gradient_norms)
+        return metrics
 
     @property
     def replica(self) -> int:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from miles.checkpoint_folder import folder_name
 from miles.queue import GroupQueue
+from miles.services.trainer.checkpoint.retention import discard_passed
 from miles.services.trainer.checkpoint.state import TrainerState
 from miles.services.trainer.ranks.collective_calls import Command
 
@@ -23,12 +24,23 @@ WRITTEN, WRITING = b"+", b"-"
 class CheckpointManager:
     """Saves a job, one checkpoint after the other; queue entries are acknowledged when a complete one covers them."""
 
-    def __init__(self, leader: Leader, queue: GroupQueue, folder: pathlib.Path, saved_step: int | None) -> None:
-        """`saved_step` is that of the newest checkpoint in `folder`; None when there is none."""
+    def __init__(
+        self,
+        leader: Leader,
+        queue: GroupQueue,
+        folder: pathlib.Path,
+        saved_step: int | None,
+        retain_every: int | None = None,
+    ) -> None:
+        """`saved_step` is that of the newest checkpoint in `folder`; None when there is none.
+
+        With `retain_every`, checkpoints before the newest are deleted but for those of every so many steps.
+        """
         self._leader = leader
         self._queue = queue
         self._folder = folder
         self._saved_step = saved_step
+        self._retain_every = retain_every
         self._unacknowledged: set[int] = set()
         self._writing: asyncio.Task[None] | None = None
 
@@ -80,3 +92,5 @@ class CheckpointManager:
         self._saved_step = step
         await self._queue.acknowledge(covered)
         self._unacknowledged.difference_update(covered)
+        if self._retain_every is not None:
+            await asyncio.to_thread(discard_passed, self._folder, self._retain_every)

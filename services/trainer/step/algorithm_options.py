@@ -126,7 +126,7 @@ def zero_reward_is_zero_gradient(config: JobConfig) -> bool:
         and not (algorithm.use_kl_loss and algorithm.kl_loss_coef)
         and config.policy_loss.echo_loss_coef == 0
         and not config.megatron.enable_mtp_training
-        and config.megatron.moe_aux_loss_coeff == 0
+        and config.moe.moe_aux_loss_coeff == config.moe.moe_z_loss_coeff == config.moe.moe_router_bias_update_rate == 0
     )
 
 

@@ -73,6 +73,10 @@ class Learner(abc.ABC, Generic[OutputT]):
     def discard_gradients(self) -> None:
         """Discard accumulated gradients and everything else that `accumulate` has kept."""
 
+    @abc.abstractmethod
+    def reset_optimizer(self) -> None:
+        """Set the optimizer's moments and its count of steps to 0; the learning rate's schedule goes on."""
+
     def sync_weights(self) -> None:
         """Complete weight updates; call after a rollout's last step, before weights are read, copied or replaced."""
 

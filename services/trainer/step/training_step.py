@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Generic
 
 import torch
+import torch.distributed as dist
 
 from miles.algorithms.losses import LossOutput
 from miles.algorithms.metrics import MetricSum
@@ -23,11 +24,13 @@ from miles.services.trainer.checkpoint.random_state import random_state, set_ran
 from miles.services.trainer.ranks.abandoning import Abandonment, StepAbandonedError
 from miles.services.trainer.step import algorithm_options
 from miles.services.trainer.step.data_ranks import DataRanks
+from miles.services.trainer.step.gradient_norms import GradientNorm
 from miles.services.trainer.step.loss_denominator import untrained_counts
 from miles.services.trainer.step.micro_batch_losses import StepLosses
 from miles.services.trainer.step.preparation import Preparation, TokenTensors
 from miles.services.trainer.step.progress import Progress, Report
 from miles.services.trainer.step.roles import Learner, OutputT, Roles
+from miles.services.trainer.step.train_data_dump import write_train_data
 from miles.types import SampleGroup
 
 if TYPE_CHECKING:
@@ -63,6 +66,8 @@ class RolloutTrainer(abc.ABC):
         self._data_ranks = data_ranks
         self._preparation = Preparation(config, roles, data_ranks, device)
         self._losses = StepLosses(config, device)
+        self.gradient_norms: list[GradientNorm] = []
+        """Of the last rollout's optimizer steps; the same on every rank."""
 
     @abc.abstractmethod
     def reduce(self, parts: Sequence[dict[str, MetricSum]]) -> dict[str, float]:
@@ -142,6 +147,9 @@ class RolloutTrainer(abc.ABC):
                 train_log_probs_T=tokens.seen,
                 rollout_log_probs_T=tokens.rollout,
             )
+        if self._config.debug.save_debug_train_data is not None:
+            template, rank = self._config.debug.save_debug_train_data, dist.get_rank()
+            write_train_data(template, number, rank, batch, tokens)
         interval = self._config.algorithm.ref_update_interval
         if self.roles.reference is not None and interval is not None and (number + 1) % interval == 0:
             self.roles.reference.follow()
@@ -191,8 +199,15 @@ class RolloutTrainer(abc.ABC):
                         self.roles.old_policies.keep(number)
                 norms[training.prefix].append(training.learner.step())
         metrics = self.reduce(parts)
+        self.gradient_norms = [
+            GradientNorm("critic" if prefix else "actor", step, value)
+            for prefix, values in norms.items()
+            for step, value in enumerate(values)
+        ]
         for training in passes:
             training.learner.sync_weights()
+            if self._config.train.reset_optimizer_states:
+                training.learner.reset_optimizer()
             metrics[f"train/{training.prefix}grad_norm"] = sum(norms[training.prefix]) / len(norms[training.prefix])
             metrics[f"train/{training.prefix}lr"] = training.learner.learning_rate
         return metrics

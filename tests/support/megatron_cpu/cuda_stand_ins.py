@@ -100,6 +100,14 @@ def _replace_cuda_module() -> None:
         setattr(cuda.nvtx, name, lambda *args, **kwargs: None)
 
 
+class HostTensor(torch.Tensor):
+    """What megatron-core's offloading optimizer copied to host memory; it takes everything else to be on a GPU."""
+
+
+def _asked_by_offloading() -> bool:
+    return "hybrid_optimizer" in sys._getframe(2).f_code.co_filename
+
+
 def _is_cuda(device: Any) -> bool:
     return device is not None and str(device).startswith("cuda")
 
@@ -138,7 +146,17 @@ def _replace_tensor_methods() -> None:
             return result.replace("torch.", "torch.cuda.")
         return result
 
-    tensor.to, tensor.type = to, type_
+    original_cpu = tensor.cpu
+
+    def cpu(self: Any, *args: Any, **kwargs: Any) -> Any:
+        result = original_cpu(self, *args, **kwargs)
+        return result.as_subclass(HostTensor) if _asked_by_offloading() else result
+
+    def is_cuda(self: Any) -> bool:
+        return _asked_by_offloading() and not isinstance(self, HostTensor)
+
+    tensor.to, tensor.type, tensor.cpu = to, type_, cpu
+    tensor.is_cuda = property(is_cuda)
 
 
 install()

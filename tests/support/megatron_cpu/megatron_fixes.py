@@ -10,6 +10,16 @@ import torch
 def install() -> None:
     """Put the fixes in place; needs `cuda_stand_ins`."""
     _expert_splits()
+    _classes_of_layers()
+
+
+def _classes_of_layers() -> None:
+    """megatron-bridge asks whether a layer is one of TransformerEngine's, which are no classes here."""
+    import megatron.core.extensions.transformer_engine as extension
+
+    for name, value in vars(extension).copy().items():
+        if name.startswith("TE") and not isinstance(value, type):
+            setattr(extension, name, type(name, (), {}))
 
 
 def _expert_splits() -> None:

@@ -54,7 +54,7 @@ def test_a_label_of_last_number_holds_one_number(label: str, number: Decimal | F
     assert label_number(label) == number
 
 
-@pytest.mark.parametrize("reward", ["exact_match", "last_number", "math"])
+@pytest.mark.parametrize("reward", ["exact_match", "last_number", "math", "deepscaler", "dapo"])
 @pytest.mark.parametrize("label", [None, "", " \n"])
 def test_a_built_in_reward_needs_a_label(reward: str, label: str | None) -> None:
     assert f"there is no label, with which the reward {reward} compares" in str(label_fault(reward, label))

@@ -7,6 +7,7 @@ from config_cases import MINIMAL
 
 from miles.config import JobConfig
 from miles.config.given import given_settings
+from miles.config.job import resolved
 
 
 @pytest.mark.parametrize(
@@ -21,7 +22,7 @@ from miles.config.given import given_settings
 )
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_what_somebody_gave_is_told_from_what_followed_from_it(changes: dict[str, Any], device: Any) -> None:
-    flat = JobConfig.from_flat({**MINIMAL, **changes, "rollout_batch_size": 16}).resolve(device).to_flat()
+    flat = JobConfig.from_flat(resolved({**MINIMAL, **changes, "rollout_batch_size": 16}, device)).to_flat()
     assert given_settings(flat) == {**MINIMAL, **changes, "rollout_batch_size": 16}
 
 

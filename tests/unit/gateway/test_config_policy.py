@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from miles.config.schema.catalog import catalog
 from miles.gateway.config_policy import review
-from miles.gateway.config_schema import DEPLOYMENT, body_schema, is_path, job_settings
+from miles.gateway.config_schema import DEPLOYMENT, INDIRECT, body_schema, is_path, job_settings
 from miles.gateway.options import GatewayOptions
 
 
@@ -152,7 +152,7 @@ def test_a_whole_number_may_be_written_with_a_point_and_null_is_not_given(policy
 
 def test_the_schema_describes_every_setting_a_job_can_give() -> None:
     properties = body_schema()["properties"]
-    assert set(properties) == set(catalog()) - DEPLOYMENT
+    assert set(properties) == set(catalog()) - DEPLOYMENT - INDIRECT
     assert properties["rollout_batch_size"]["exclusiveMinimum"] == 0
     assert properties["rollout_top_p"]["maximum"] == 1
     assert "null" in properties["lr"]["type"]
@@ -165,6 +165,16 @@ def test_a_root_and_the_folder_of_runs_are_no_jobs_own(policy: GatewayOptions, p
         assert faults(policy, **{key: path}) == {key: "other jobs use that folder too"}
         assert faults(policy, **{key: f"{path}/mine"}) == {}
     assert "load" not in faults(policy, load=path)
+
+
+def test_a_file_that_names_other_files_is_refused(policy: GatewayOptions) -> None:
+    assert "not compared with the folders" in faults(policy, eval_config="eval.yaml")["eval_config"]
+
+
+def test_dumps_of_a_job_are_in_its_own_folder(policy: GatewayOptions) -> None:
+    found = faults(policy, run_dir="runs/a", dump_details="runs/a/dump", save_debug_rollout_data="b/{rollout_id}.pt")
+    assert list(found) == ["save_debug_rollout_data"]
+    assert "dumps replace files" in found["save_debug_rollout_data"]
 
 
 def test_rows_of_a_data_file_are_no_way_out_of_the_roots(policy: GatewayOptions) -> None:

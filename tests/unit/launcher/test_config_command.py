@@ -128,6 +128,23 @@ sys.exit(code)
     assert "trainer-0" in ran.stdout
 
 
+def test_dry_run_says_which_backends_were_chosen_and_what_changes_nothing(
+    files: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = [*to_command_line(MINIMAL), "--train-dtype", "float32", "--device", "cpu"]
+    assert cli.main(["config", "show", "--dry-run", *flags, "--gradient-checkpointing", "--enable-experimental"]) == 0
+    described = yaml.safe_load(capsys.readouterr().out)
+    assert described["chosen here"] == [
+        "train_backend = fsdp: only fsdp has gradient_checkpointing",
+        "rollout_backend = torch: the device is a CPU",
+    ]
+    assert described["accepted with a note"] == [
+        "enable_experimental = true: it changes nothing: features of Megatron-Core that need permission are not used"
+    ]
+    assert cli.main(["config", "show", "--dry-run", *flags, "--train-backend=fsdp", "--rollout-backend=torch"]) == 0
+    assert "chosen here" not in yaml.safe_load(capsys.readouterr().out)
+
+
 def test_dry_run_says_which_number_types_are_chosen_and_why(
     files: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

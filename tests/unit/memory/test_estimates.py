@@ -137,6 +137,22 @@ def test_the_distributed_optimizer_shards_over_replicas_and_experts_over_theirs(
     assert named(plain, "policy optimizer") == 12 * own.total
 
 
+def test_offloading_moves_the_optimizer_to_host_memory(tmp_path: pathlib.Path) -> None:
+    sizes = {"actor_num_nodes": 16, "actor_num_gpus_per_node": 8, "host": "10.0.0.1", "expert_model_parallel_size": 64}
+    here, _ = megatron_parts(deepseek(tmp_path, **sizes, use_distributed_optimizer=True), 0)
+    state = named(here, "policy optimizer")
+    half = {"optimizer_cpu_offload": True, "optimizer_offload_fraction": 0.5}
+    device, host = megatron_parts(deepseek(tmp_path, **sizes, **half), 0)
+    assert named(device, "policy optimizer") == state // 2
+    assert named(host, "policy optimizer on the host") == state * 16 // 24
+    device, host = megatron_parts(deepseek(tmp_path, **sizes, optimizer_cpu_offload=True), 0)
+    assert named(device, "policy optimizer") == 0
+    assert named(host, "policy optimizer on the host") == state * 16 // 12
+    small = {"use_precision_aware_optimizer": True, "exp_avg_dtype": "bf16", "exp_avg_sq_dtype": "bf16"}
+    device, _ = megatron_parts(deepseek(tmp_path, **sizes, **small), 0)
+    assert named(device, "policy optimizer") == state * 8 // 12
+
+
 def test_recomputation_keeps_the_inputs_of_layers_alone(model: pathlib.Path) -> None:
     def activations(**changes: Any) -> int:
         return named(activation_parts(run(model, "cuda", actor_num_gpus_per_node=1, **changes)), "activations")

@@ -16,6 +16,7 @@ DEMANDS = st.builds(
     engines=st.integers(1, 4),
     engine_gpus=st.integers(0, 8),
     colocate=st.booleans(),
+    rollout_gpus_of_node=st.none() | st.integers(1, 8),
 )
 NODES = st.lists(st.integers(1, 8), min_size=1, max_size=4)
 
@@ -38,6 +39,9 @@ def test_no_gpu_has_two_owners_unless_they_share_on_purpose(nodes: list[int], as
     if not asked.colocate:
         assert len(set(rollouts)) == len(rollouts)
     assert all(0 <= gpu < nodes[node] for node, gpu in trainer + rollouts)
+    if asked.rollout_gpus_of_node is not None:
+        assert all(len(set(gpus)) <= asked.rollout_gpus_of_node for gpus in by_node(rollouts).values())
+
     assert set(rollouts) <= set(trainer) if asked.colocate else not set(rollouts) & set(trainer)
     for place in placement.rollouts:
         assert list(place.gpus) == list(range(min(place.gpus, default=0), min(place.gpus, default=0) + len(place.gpus)))
@@ -114,3 +118,30 @@ def test_engines_that_run_elsewhere_need_no_gpu() -> None:
 def test_colocated_services_take_other_parts_of_the_trainers_gpus_and_then_the_same() -> None:
     parts = deal([8], demand(trainer_gpus=4, services=3, engines=1, engine_gpus=2, colocate=True)).rollouts
     assert [place.gpus for place in parts] == [(0, 1), (2, 3), (0, 1)]
+
+
+def by_node(places: list[tuple[int, int]]) -> dict[int, list[int]]:
+    """GPU numbers by node."""
+    found: dict[int, list[int]] = {}
+    for node, gpu in places:
+        found.setdefault(node, []).append(gpu)
+    return found
+
+
+def test_rollouts_get_so_many_gpus_of_each_node() -> None:
+    asked = demand(trainer_gpus=2, services=3, engines=1, engine_gpus=2, rollout_gpus_of_node=4)
+    places = deal([8, 8], asked).rollouts
+    assert places == (Place(0, (2, 3)), Place(0, (4, 5)), Place(1, (0, 1)))
+    shared = demand(trainer_gpus=8, services=2, engines=2, engine_gpus=2, colocate=True, rollout_gpus_of_node=4)
+    assert deal([8], shared).rollouts == (Place(0, (0, 1, 2, 3)), Place(0, (0, 1, 2, 3)))
+
+
+def test_a_limit_that_leaves_no_room_is_named() -> None:
+    for changes in ({"services": 1, "engine_gpus": 8}, {"services": 4, "engine_gpus": 2}):
+        asked = demand(trainer_nodes=0, engines=1, rollout_gpus_of_node=4, **changes)
+        with pytest.raises(NoRoomError) as error:
+            deal([8], asked)
+        assert (error.value.setting, error.value.value) == ("num_gpus_per_node", 4)
+    with pytest.raises(NoRoomError) as error:
+        deal([4], demand(trainer_nodes=0, engines=1, engine_gpus=8, rollout_gpus_of_node=4))
+    assert error.value.setting == "rollout_num_gpus_per_engine"

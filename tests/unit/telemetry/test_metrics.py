@@ -35,17 +35,3 @@ def test_a_line_cut_short_by_a_crash_is_dropped(tmp_path: pathlib.Path) -> None:
     writer.write(9, {"a": 9})
     writer.close()
     assert [line["step"] for line in read_metrics(path)] == [0, 9]
-
-
-def test_tensorboard_gets_the_same_numbers(tmp_path: pathlib.Path) -> None:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    writer = MetricsWriter(tmp_path / "metrics.jsonl", tensorboard_dir=tmp_path / "tb")
-    writer.write(0, {"train/loss": 0.5})
-    writer.write(1, {"train/loss": 0.25})
-    writer.close()
-    events = EventAccumulator(str(tmp_path / "tb"))
-    events.Reload()
-    tensors = events.Tensors("train/loss")
-    assert [event.step for event in tensors] == [0, 1]
-    assert [event.tensor_proto.float_val[0] for event in tensors] == [0.5, 0.25]

@@ -87,7 +87,7 @@ def test_settings_that_hold_secrets_are_blotted_out() -> None:
 
 def test_no_ordinary_setting_is_blotted_out() -> None:
     flat = dict.fromkeys(catalog(), "value")
-    assert [key for key, value in redact_config(flat).items() if value == REDACTED] == []
+    assert [key for key, value in redact_config(flat).items() if value == REDACTED] == ["wandb_key"]
 
 
 def test_log_lines_and_tracebacks_are_redacted() -> None:

@@ -60,6 +60,10 @@ class SglangOptions:
     """How long a server may take for one call, e.g. to load a bucket."""
     hang_timeout_s: float = 300.0
     """A server whose scheduler makes no progress on its requests for this long is lost, even if it answers probes."""
+    probe_interval_s: float = 1.0
+    """How often a server is asked for its load."""
+    first_probe_s: float = 0.0
+    """How long a server that is ready is left alone before that."""
     silence_timeout_s: float = 30.0
     """A server that answers no probe for this long is lost."""
 

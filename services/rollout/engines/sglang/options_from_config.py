@@ -41,6 +41,8 @@ def configured_options(
         "random_seed": rollout.rollout_seed,
         "log_dir": pathlib.Path(config.services.run_dir) / "logs",
         "name": name,
+        "probe_interval_s": rollout.rollout_health_check_interval,
+        "first_probe_s": rollout.rollout_health_check_first_wait,
         "silence_timeout_s": rollout.rollout_health_check_timeout,
     }
 

@@ -29,6 +29,7 @@ from miles.services.trainer.backends.fsdp.optimizer import (
 from miles.services.trainer.backends.fsdp.replay.step_routing import Routing
 from miles.services.trainer.batch.packing import MicroBatch
 from miles.services.trainer.batch.rollout_batch import OptimizerStepPlan, RolloutBatch
+from miles.services.trainer.step import adam_state
 from miles.services.trainer.step.learning_rate import learning_rate
 from miles.services.trainer.step.progress import Progress, Report
 from miles.services.trainer.step.roles import CriticLearner, Learner, OutputT, PolicyLearner
@@ -174,6 +175,10 @@ class FsdpLearner(Learner[OutputT]):
         self.optimizer.zero_grad(set_to_none=True)
         self.iteration += 1
         return 0.0 if norm is None else norm
+
+    def reset_optimizer(self) -> None:
+        """See `Learner.reset_optimizer`."""
+        adam_state.reset(self.optimizer)
 
     def discard_gradients(self) -> None:
         """See `Learner.discard_gradients`."""

@@ -38,10 +38,14 @@ class Exporter:
     def gathered(self, tasks: Iterable[Any]) -> Iterator[Named]:
         """What these tasks gather, the next task taken when the tensors of the last one have been; collective."""
         weights = self._model.bridge.export_hf_weights(
-            self._model.chunks, cpu=False, show_progress=False, conversion_tasks=tasks
+            self._model.chunks,
+            cpu=False,
+            show_progress=False,
+            conversion_tasks=tasks,
+            merge_adapter_weights=False,  # engines merge them, and `lora.adapter` does as they do
         )
-        for name, tensor in weights:
-            full = tensor.detach()
+        for given, tensor in weights:
+            name, full = given.replace(".base_layer", ""), tensor.detach()  # of the weights beside an adapter
             if name in self._by_token:
                 full = full[: self._model.vocabulary]  # without the padding that makes it divide over ranks
             yield name, full.to(self._tensors.exported_dtype(name, full.dtype, self._dtype))

@@ -11,6 +11,7 @@ from miles.algorithms.losses import LossOutput
 from miles.algorithms.metrics import MetricSum
 from miles.algorithms.vocab_rows import TokenLogProbs
 from miles.services.trainer.backends.megatron.model.build_model import MegatronModel
+from miles.services.trainer.backends.megatron.model.expert_bias import ExpertBias
 from miles.services.trainer.backends.megatron.mtp.layers import MtpTraining
 from miles.services.trainer.backends.megatron.optimizer import MegatronOptimizer
 from miles.services.trainer.backends.megatron.parallel.forward_output import ForwardOutput, LogProbOutput
@@ -36,6 +37,7 @@ class MegatronLearner(Learner[OutputT]):
         parallel: ParallelRank,
         device: torch.device,
         total_iterations: int,
+        expert_bias: ExpertBias,
         routing: Routing | None = None,
         mtp: MtpTraining | None = None,
     ) -> None:
@@ -47,6 +49,7 @@ class MegatronLearner(Learner[OutputT]):
         self._device = device
         self._pipeline = Pipeline(model, parallel, device, mtp)
         self._total_iterations = total_iterations
+        self._expert_bias = expert_bias
         self._routing = routing
 
     @property
@@ -64,6 +67,7 @@ class MegatronLearner(Learner[OutputT]):
     ) -> list[dict[str, MetricSum]]:
         """See `Learner.accumulate`."""
         self.optimizer.clear()
+        self._expert_bias.forget()
         parts = []
         done = 0
         for micro_batches, with_gradient in ((step.observed, False), (step.micro_batches, True)):
@@ -76,8 +80,13 @@ class MegatronLearner(Learner[OutputT]):
     def step(self) -> float:
         """See `Learner.step`; 0 for a step that float16 overflow skipped."""
         norm = self.optimizer.step(self.iteration, self._total_iterations)
+        self._expert_bias.move()
         self.iteration += 1
         return norm
+
+    def reset_optimizer(self) -> None:
+        """See `Learner.reset_optimizer`."""
+        self.optimizer.reset()
 
     def discard_gradients(self) -> None:
         """See `Learner.discard_gradients`; collective."""

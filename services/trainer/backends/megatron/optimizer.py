@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from miles.services.trainer.step import adam_state
 from miles.services.trainer.step.finite_gradient import not_finite
 from miles.services.trainer.step.learning_rate import learning_rate
 
@@ -16,9 +17,16 @@ if TYPE_CHECKING:
     from miles.config.sections.optimizer import OptimizerConfig as OptimizerSettings
     from miles.services.trainer.backends.megatron.model.build_model import MegatronModel
 
+_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+"""Number types by their names in Megatron-LM's flags."""
+
 
 class MegatronOptimizer:
-    """AdamW over this rank's parameters or its share of them; vectors and scalars are not decayed."""
+    """AdamW over this rank's parameters or its share of them; vectors and scalars are not decayed.
+
+    With `optimizer_cpu_offload` Megatron-Core's HybridDeviceOptimizer takes Adam's place: it copies gradients to host
+    memory, where AdamW updates float32 masters, and copies these into the parameters.
+    """
 
     def __init__(
         self, settings: OptimizerSettings, layout: MegatronConfig, model: MegatronModel, compute: torch.dtype
@@ -45,6 +53,13 @@ class MegatronOptimizer:
                 initial_loss_scale=2.0**14,
                 use_distributed_optimizer=layout.use_distributed_optimizer,
                 overlap_param_gather=layout.overlap_param_gather,
+                use_precision_aware_optimizer=layout.use_precision_aware_optimizer,
+                store_param_remainders=False,  # checkpoints have whole masters, which every optimizer can read
+                exp_avg_dtype=_DTYPES[layout.exp_avg_dtype],
+                exp_avg_sq_dtype=_DTYPES[layout.exp_avg_sq_dtype],
+                optimizer_cpu_offload=layout.optimizer_cpu_offload,
+                optimizer_offload_fraction=layout.optimizer_offload_fraction,
+                overlap_cpu_optimizer_d2h_h2d=layout.overlap_cpu_optimizer_d2h_h2d,
             ),
             model.chunks,
         )
@@ -69,11 +84,21 @@ class MegatronOptimizer:
 
     def tensors(self) -> Iterator[torch.Tensor]:
         """What it updates, master parameters or the model's own, and its state; none before the first step."""
-        for part in getattr(self.inner, "chained_optimizers", [self.inner]):
-            for group in part.optimizer.param_groups:
+        for each in self._optimizers():
+            for group in each.param_groups:
                 yield from group["params"]
-            for state in part.optimizer.state.values():
+            for state in each.state.values():
                 yield from (value for value in state.values() if isinstance(value, torch.Tensor))
+
+    def reset(self) -> None:
+        """Set moments and the count of steps to 0."""
+        for each in self._optimizers():
+            adam_state.reset(each)
+
+    def _optimizers(self) -> Iterator[torch.optim.Optimizer]:
+        """PyTorch's, of dense parameters and of experts; one that offloads comes with its own for each device."""
+        for part in getattr(self.inner, "chained_optimizers", [self.inner]):
+            yield from (part.optimizer, *getattr(part.optimizer, "sub_optimizers", ()))
 
     def clear(self) -> None:
         """Discard gradients."""

@@ -90,7 +90,24 @@ def test_a_model_that_nothing_can_take_is_noticed(files: pathlib.Path, model: di
             "lora_adapter_path = model, but adapter_config.json is missing in it",
         ),
         ({"load": "nowhere"}, "load = nowhere, but there is no such folder"),
-        ({"load": "model"}, "load = model, but it is a Hugging Face model, such as save_hf writes; give it as hf_che"),
+        ({"load": "other"}, "load = other, but it is a Hugging Face model, such as save_hf writes; give it as hf_che"),
+        (
+            {"ref_load": "dist"},
+            "ref_load = dist, but it is a torch_dist checkpoint, which train_backend = fsdp does not",
+        ),
+        (
+            {"ref_load": "dist"},
+            "`miles convert dist-to-hf --hf-checkpoint model --load dist --save dist-hf` and give dist-hf, or train",
+        ),
+        (
+            {"ref_load": "dist", "ref_ckpt_step": 7, "train_backend": "megatron"},
+            "ref_load = dist, but there are no torch_dist files in iter_0000007; copy the whole checkpoint again",
+        ),
+        ({"load": "dist"}, "load = dist, but it is a checkpoint of Megatron-LM, which train_backend megatron alone"),
+        (
+            {"load": "own", "finetune": True},
+            "finetune = true, but load holds own/step_00000004, which is resumed whole",
+        ),
         ({"load": "prompts.jsonl"}, "load = prompts.jsonl, but it is a file"),
         ({"apply_chat_template": True}, "apply_chat_template = true, but the tokenizer in model has no chat template"),
         (
@@ -132,6 +149,14 @@ def test_what_is_missing_is_named(files: pathlib.Path, changes: dict[str, Any], 
     assert expected in found[0]
 
 
+def test_weights_may_be_in_torch_dist_with_megatron(files: pathlib.Path) -> None:
+    changes = {"train_backend": "megatron", "use_kl_loss": True}
+    assert faults(**changes, ref_load="dist") == []
+    assert faults(**changes, load="dist", finetune=True, no_load_optim=True, no_load_rng=True) == []
+    assert faults(**changes, load="dist/release", save="saved") == []
+    assert faults(load="model") == []  # the weights that it starts from anyway
+
+
 def test_a_chat_template_is_found_where_tokenizers_keep_it(files: pathlib.Path) -> None:
     settings = files / "model" / "tokenizer_config.json"
     settings.write_text(json.dumps({"chat_template": "{{ messages }}"}))
@@ -165,7 +190,7 @@ def test_gpus_that_are_not_there_are_noticed(files: pathlib.Path, monkeypatch: p
 
 
 def test_several_faults_are_all_found(files: pathlib.Path) -> None:
-    assert len(faults(hf_checkpoint="no", prompt_data="no.jsonl", load="no", run_dir="prompts.jsonl/x")) == 4
+    assert len(faults(hf_checkpoint="no", prompt_data="no.jsonl", load="nothing", run_dir="prompts.jsonl/x")) == 4
 
 
 def test_functions_are_found_without_running_their_module(files: pathlib.Path) -> None:

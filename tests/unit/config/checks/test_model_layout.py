@@ -144,7 +144,49 @@ def test_a_name_of_the_models_family_fits_it(tmp_path: pathlib.Path, name: str |
     assert faults(tmp_path, {**EXPERTS, "model_type": "qwen3_moe"}, model_name=name) == []
 
 
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("deepseekv4", "deepseek_v4"),
+        ("kimi_k25", "kimi_k25"),
+        ("kimi_k2", "deepseek_v3"),
+        ("moonlight", "deepseek_v3"),
+        ("minimax_m2", "minimax_m2"),
+        ("glm4moe", "glm4_moe"),
+        ("mimo", "qwen2"),
+    ],
+)
+def test_names_that_scripts_pass_fit_the_types_of_their_models(tmp_path: pathlib.Path, name: str, kind: str) -> None:
+    assert faults(tmp_path, {**EXPERTS, "model_type": kind}, model_name=name) == []
+
+
 def test_a_name_of_another_family_is_refused(tmp_path: pathlib.Path) -> None:
     (fault,) = faults(tmp_path, {**EXPERTS, "model_type": "qwen3_moe"}, model_name="deepseekv3")
     assert fault.startswith("model_name = deepseekv3, but hf_checkpoint ")
     assert "is a qwen3_moe" in fault
+
+
+def test_settings_of_experts_need_a_model_with_experts(tmp_path: pathlib.Path) -> None:
+    settings = {"moe_z_loss_coeff": 0.1, "moe_router_freeze_gate": True, "moe_grouped_gemm": True}
+    assert [fault.split(",")[0] for fault in faults(tmp_path, DENSE, **settings)] == [
+        "moe_z_loss_coeff = 0.1",
+        "moe_router_freeze_gate = true",
+    ]
+    assert faults(tmp_path, EXPERTS, **settings) == []
+
+
+def test_uneven_stages_are_checked_against_the_models_layers(tmp_path: pathlib.Path) -> None:
+    uneven = {"pipeline_model_parallel_size": 3, "decoder_last_pipeline_num_layers": 2}
+    assert faults(tmp_path, DENSE, **uneven) == []
+    assert faults(tmp_path, {**DENSE, "num_hidden_layers": 7}, **uneven) == [
+        "decoder_last_pipeline_num_layers = 2, but it leaves 5 of the model's 7 layers for 2 other stages; choose one"
+        " that leaves as many for each"
+    ]
+
+
+def test_latent_attention_is_recomputed_where_there_is_some(tmp_path: pathlib.Path) -> None:
+    part = {"recompute_granularity": "selective", "recompute_modules": ["mla_up_proj"]}
+    assert faults(tmp_path, LATENT, **part) == []
+    assert faults(tmp_path, DENSE, **part) == [
+        "recompute_modules = mla_up_proj, but the model has no multi-head latent attention; leave it out"
+    ]

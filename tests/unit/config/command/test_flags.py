@@ -58,21 +58,14 @@ def test_a_repeated_list_grows_and_a_repeated_value_is_replaced() -> None:
         (["--lr", "1", "2"], "lr = 1 2, but --lr takes one value; quote it, or give one"),
         (["--use-tis=False"], "use_tis = False, but --use-tis is a switch; write --use-tis alone, or --no-use-tis"),
         (["--no-save", "x"], "save = x, but --no-save takes no value; write --no-save alone, or --save DIR"),
-        (
-            ["--save", "none"],
-            "save = none, but none is text here; to leave it out, write --no-save, or null in a file",
-        ),
-        (
-            ["--rm-type", "None"],
-            "rm_type = None, but None is text here; to leave it out, write --no-rm-type, or null in a file",
-        ),
         (["--save="], 'save = "", but it is empty; give one, or leave it out'),
         (["-lr", "3"], '-lr = "", but it is no flag; did you mean --lr?'),
         (
             ["--rollout_batch_size", "3"],
             "--rollout_batch_size = 3, but there is no such flag; did you mean --rollout-batch-size?",
         ),
-        (["--tp", "3"], "--tp = 3, but there is no such flag; `miles config docs` lists them all"),
+        (["--tp", "3"], "--tp = 3, but there is no such flag; did you mean --tensor-model-parallel-size?"),
+        (["--zz", "3"], "--zz = 3, but there is no such flag; `miles config docs` lists them all"),
         (["--seed", "4k"], "seed = 4k, but it must be a whole number without a unit; write 4000 or 4096"),
         (["--seed", "1e30"], "seed = 1e30, but it must fit into 64 bits; lower it"),
         (["--seed", "1.5"], "seed = 1.5, but it must be a whole number; give one"),
@@ -94,6 +87,17 @@ def test_a_repeated_list_grows_and_a_repeated_value_is_replaced() -> None:
 )
 def test_a_wrong_flag_is_refused_with_a_way_out(flags: list[str], expected: str) -> None:
     assert faults(*flags) == [expected]
+
+
+def test_none_as_text_is_no_value_unless_it_is_a_choice() -> None:
+    read = config(
+        "--save", "none", "--eval-prompt-data", "None", "--lora-rank", "0", "--position-embedding-type", "none"
+    )
+    assert (read.checkpoint.save, read.eval.eval_prompt_data) == (None, None)
+    assert read.architecture.position_embedding_type == "none"
+    faults = parse_command_line(["--name", "x", "--lr", "None"]).config
+    with pytest.raises(ConfigError, match="lr = None, but it must be a number"):
+        faults()
 
 
 def test_a_setting_of_a_file_can_be_left_out_on_the_command_line(tmp_path: pathlib.Path) -> None:

@@ -1,17 +1,188 @@
 from __future__ import annotations
 
-from config_cases import MINIMAL
+from typing import Any
 
-from miles.config.job import examine
+import pytest
+from config_cases import MINIMAL, faults_for
+
+from miles.config.job import JobConfig, examine
 from miles.config.notes import notes
+from miles.config.schema.catalog import catalog
+
+MEGATRON = {"train_backend": "megatron"}
+ON_A_GPU = {"device": "cuda", "rollout_backend": "sglang", "colocate": True}
 
 
-def test_a_statement_that_is_true_is_noted_and_changes_nothing() -> None:
-    settings = examine({**MINIMAL, "attention_softmax_in_fp32": True, "train_backend": "megatron"}).settings
-    assert [str(note) for note in notes(settings)] == [
-        "attention_softmax_in_fp32 = true: it changes nothing: the softmax of attention is computed in float32"
-    ]
+def said(**changes: Any) -> list[str]:
+    assert faults_for(**changes) == []
+    return [str(note) for note in notes(examine(MINIMAL | changes).settings)]
+
+
+NOTED: list[tuple[dict[str, Any], list[str]]] = [
+    (
+        {"attention_softmax_in_fp32": True, **MEGATRON},
+        ["attention_softmax_in_fp32 = true: it changes nothing: the softmax of attention is computed in float32"],
+    ),
+    (
+        {"ref_micro_batch_size": 8},
+        [
+            "ref_micro_batch_size = 8: it changes nothing: the reference computes the policy's micro-batches, with the "
+            "same result"
+        ],
+    ),
+    (
+        {"check_for_nan_in_loss_and_grad": False},
+        [
+            "check_for_nan_in_loss_and_grad = false: it changes nothing: the norm of the gradient, which is computed "
+            "anyway, is always checked before a step"
+        ],
+    ),
+    (
+        {"spec": ["miles_plugins.models.glm4", "get_glm_spec"]},
+        [
+            'spec = ["miles_plugins.models.glm4", "get_glm_spec"]: layers are built as the model\'s config.json says, '
+            "without the plugin"
+        ],
+    ),
+    (
+        {"eval_prompt_data": ["a", "b"]},
+        ['eval_prompt_data = ["a", "b"]: without eval_interval it is never evaluated on'],
+    ),
+    (
+        {"eval_interval": 5, "eval_temperature": 0.0},
+        [
+            "eval_interval = 5: nothing is evaluated without eval_prompt_data",
+            "eval_temperature = 0.0: nothing is evaluated without eval_prompt_data",
+        ],
+    ),
+    (
+        {"eval_interval": 5, "eval_prompt_data": ["/d/aime-2024.jsonl@[0:8]"]},
+        [
+            'eval_prompt_data = ["/d/aime-2024.jsonl@[0:8]"]: its only word is a file, and aime-2024 the data set\'s '
+            "name"
+        ],
+    ),
+    (
+        {"rollout_max_context_len": 16},
+        ["rollout_max_response_len = 16: responses end earlier, as prompt and response share 16 tokens"],
+    ),
+    (
+        {"use_dynamic_batch_size": True, "max_tokens_per_gpu": 99, "micro_batch_size": 2},
+        ["micro_batch_size = 2: use_dynamic_batch_size cuts micro-batches by tokens"],
+    ),
+    (
+        {"max_tokens_per_gpu": 99},
+        ["max_tokens_per_gpu = 99: without use_dynamic_batch_size micro-batches have 1 samples each"],
+    ),
+    (
+        {"sequence_parallel": True, **MEGATRON},
+        ["sequence_parallel = true: tensor_model_parallel_size = 1 leaves nothing to split"],
+    ),
+    (
+        {"advantage_estimator": "ppo", "num_critic_only_steps": 10},
+        ["num_critic_only_steps = 10: num_rollout = 10 leaves none to train the policy on: only the critic is trained"],
+    ),
+    (
+        {"custom_rm_path": "a.b"},
+        ["rm_type = math: custom_rm_path = a.b scores in its place"],
+    ),
+    (
+        {**ON_A_GPU, "rollout_num_gpus": 4, "actor_num_gpus_per_node": 2},
+        ["rollout_num_gpus = 4: colocate runs engines on the trainer's 2 GPUs"],
+    ),
+    (
+        {"attention_backend": "flash", "transformer_impl": "local", **MEGATRON},
+        ["attention_backend = flash: with transformer_impl = local layers have PyTorch's kernels anyway"],
+    ),
+    (
+        {"apply_rope_fusion": False, "device": "cpu", **MEGATRON},
+        ["apply_rope_fusion = false: with device = cpu layers have PyTorch's kernels anyway"],
+    ),
+    (
+        {"keep_old_actor": True},
+        [
+            "keep_old_actor = true: with max_weight_staleness = 0 every response is of the version that is trained, "
+            "and no other is kept"
+        ],
+    ),
+    (
+        {"update_weight_transfer_mode": "p2p"},
+        [
+            "update_weight_transfer_mode = p2p: there is no transport by Mooncake; auto takes the fastest one that the "
+            "machines share"
+        ],
+    ),
+    (
+        {"update_weight_transfer_mode": "disk-delta", "update_weight_disk_dir": "d"},
+        ["update_weight_transfer_mode = disk-delta: it is called disk_delta here"],
+    ),
+    (
+        {"attn_implementation": "flash_attention_3"},
+        [
+            "attn_implementation = flash_attention_3: auto computes attention by PyTorch's own FlashAttention where it "
+            "can, without that package"
+        ],
+    ),
+]
+
+
+@pytest.mark.parametrize(("changes", "expected"), NOTED, ids=[lines[0][:50] for _, lines in NOTED])
+def test_what_is_accepted_and_changes_nothing_is_noted(changes: dict[str, Any], expected: list[str]) -> None:
+    assert said(**changes) == expected
 
 
 def test_nothing_is_noted_of_what_was_not_given() -> None:
-    assert notes(examine(MINIMAL).settings) == []
+    assert said() == []
+
+
+def test_values_of_other_systems_become_those_of_here() -> None:
+    config = JobConfig.from_flat(
+        MINIMAL
+        | {"update_weight_transfer_mode": "p2p", "attn_implementation": "flash_attention_2", "custom_rm_path": "a.b"}
+        | {"eval_interval": 1, "eval_prompt_data": ["d/gsm 8k.parquet"]}
+    )
+    assert config.weights.update_weight_transfer_mode == "auto"
+    assert config.train.attn_implementation == "auto"
+    assert config.reward.rm_type is None
+    assert config.eval.eval_prompt_data == ("gsm_8k", "d/gsm 8k.parquet")
+    assert JobConfig.from_flat(config.to_flat()) == config
+
+
+@pytest.mark.parametrize("key", [key for key, entry in catalog().items() if entry.ignored is not None])
+def test_a_setting_of_no_consequence_begins_without_a_value(key: str) -> None:
+    """So that it counts as given only when somebody gave it."""
+    assert catalog()[key].default is None
+
+
+def test_names_for_a_tracker_that_is_off_are_noted() -> None:
+    settings = examine({**MINIMAL, "wandb_project": "p", "wandb_key": "k"}).settings
+    assert [str(note) for note in notes(settings)] == [
+        "wandb_key = [redacted]: it does nothing without use_wandb",
+        "wandb_project = p: it does nothing without use_wandb",
+    ]
+
+
+def test_settings_that_change_nothing_are_noted() -> None:
+    given = {"megatron_to_hf_mode": "bridge", "skip_actor_forward_only": True, "balance_data": True, "finetune": True}
+    found = notes(examine({**MINIMAL, **given, "ref_load": "x", "train_backend": "megatron"}).settings)
+    assert {note.field for note in found} == {*given, "ref_load"}
+
+
+def test_kernels_that_this_device_does_not_have_are_noted() -> None:
+    kernels = {"moe_grouped_gemm": True, "moe_permute_fusion": True, "attention_backend": "flash"}
+    found = notes(examine({**MINIMAL, "device": "cpu", "train_backend": "megatron", **kernels}).settings)
+    assert [note.field for note in found] == list(kernels)
+    assert str(found[0]) == (
+        "moe_grouped_gemm = true: it changes nothing here: it needs TransformerEngine, and device is cpu; layers "
+        "without it compute one expert after the other"
+    )
+    assert notes(examine({**MINIMAL, "device": "cuda", "train_backend": "megatron", **kernels}).settings) == []
+
+
+def test_a_policy_and_a_loss_that_do_nothing_are_noted() -> None:
+    nothing = {"moe_token_drop_policy": "probs", "moe_router_load_balancing_type": "seq_aux_loss"}
+    found = notes(examine({**MINIMAL, "train_backend": "megatron", **nothing}).settings)
+    assert [str(note) for note in found] == [
+        "moe_token_drop_policy = probs: it changes nothing: experts have no capacity, so no token is dropped",
+        "moe_router_load_balancing_type = seq_aux_loss: it changes nothing: moe_aux_loss_coeff is 0",
+    ]

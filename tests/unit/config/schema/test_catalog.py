@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import csv
 import json
-import pathlib
 from typing import Any
 
 import pytest
 
 from miles.config.command.compatibility import DIFFERENT_CHOICES, DIFFERENT_DEFAULTS
-from miles.config.schema.catalog import Entry, catalog
+from miles.config.schema.catalog import SECTIONS, Entry, catalog
+from miles.upstream.table import UpstreamFlag, upstream_flags
 
-REFERENCE = list(csv.DictReader(pathlib.Path(__file__).with_name("reference_flags.tsv").open(), delimiter="\t"))
+SETTINGS = [row for row in upstream_flags() if not row.taken]
+REFERENCE = [row for row in SETTINGS if row.group != "megatron"]
+"""Rows whose default is known: of Megatron-LM's own flags it is that of the setting."""
 
 OWN = """--name --run-dir --device --host --redis-url --controller-port --weightsync-port --trainer-port --reward-port
     --trainer-master-port --rank-timeout-s --rollout-workers-elsewhere
@@ -24,14 +25,40 @@ OWN = """--name --run-dir --device --host --redis-url --controller-port --weight
     --rollout-engine-python --rollout-engine-weights --rollout-engine-weights-dir
     --rollout-weight-format --observe-rollout-routing --dynamic-sampling-max-dropped-batches
     --chaos --chaos-interval-s --stop-timeout --weight-lease-s --update-weight-full-interval
+    --tis-threshold
     --policy-loss-type --sapo-tau-pos --sapo-tau-neg --vespo-k-pos --vespo-lambda-pos --vespo-k-neg --vespo-lambda-neg
     --dro-beta --echo-loss-coef --gdpo-rewards"""
 
-MEGATRON = """--tensor-model-parallel-size --pipeline-model-parallel-size --num-virtual-stages-per-pipeline-rank
-    --context-parallel-size --expert-model-parallel-size --expert-tensor-parallel-size --sequence-parallel
-    --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather --transformer-impl --attention-backend
-    --moe-token-dispatcher-type --moe-aux-loss-coeff --recompute-granularity --recompute-method --recompute-num-layers
-    --recompute-modules --attention-softmax-in-fp32"""
+MEGATRON = """--main-grads-dtype --main-params-dtype --exp-avg-dtype --exp-avg-sq-dtype --optimizer-offload-fraction
+    --gradient-accumulation-fusion --ckpt-format --auto-detect-ckpt-format
+    --num-layers-per-virtual-pipeline-stage --account-for-embedding-in-pipeline-split
+    --account-for-loss-in-pipeline-split --pipeline-model-parallel-layout --cross-entropy-loss-fusion
+    --overlap-moe-expert-parallel-comm --delay-wgrad-compute --enable-cuda-graph --external-cuda-graph
+    --cuda-graph-impl --moe-shared-expert-overlap --moe-router-fusion --moe-z-loss-coeff
+    --moe-expert-capacity-factor --moe-pad-expert-input-to-capacity --moe-input-jitter-eps"""
+"""Megatron-LM's own flags that no script passes, so that the table has no row of them."""
+
+MEGATRON_NUMERICS = """--bf16 --accumulate-allreduce-grads-in-fp32 --hidden-dropout --attention-dropout
+    --no-rope-fusion --no-bias-swiglu-fusion --no-bias-dropout-fusion --no-masked-softmax-fusion
+    --use-flash-attn --cp-comm-type --enable-experimental --no-check-for-nan-in-loss-and-grad
+    --ref-micro-batch-size"""
+
+MEGATRON_MODELS = """--num-layers --hidden-size --ffn-hidden-size --num-attention-heads --group-query-attention
+    --num-query-groups --kv-channels --normalization --norm-epsilon --apply-layernorm-1p --qk-layernorm
+    --post-self-attn-layernorm --post-mlp-layernorm --swiglu --activation-func-clamp-value
+    --no-activation-func-clamp-shared-expert --disable-bias-linear --add-qkv-bias
+    --untie-embeddings-and-output-weights --vocab-size --make-vocab-size-divisible-by --max-position-embeddings
+    --position-embedding-type --no-position-embedding --use-rotary-position-embeddings --rotary-base --rotary-percent
+    --rotary-interleaved --use-rope-scaling --spec --num-experts --moe-layer-freq --moe-ffn-hidden-size
+    --moe-shared-expert-intermediate-size --moe-shared-expert-gate --moe-latent-size --moe-router-topk
+    --moe-router-score-function --moe-router-pre-softmax --moe-router-enable-expert-bias
+    --moe-router-topk-scaling-factor --moe-router-num-groups --moe-router-group-topk --multi-latent-attention
+    --q-lora-rank --kv-lora-rank --qk-head-dim --qk-pos-emb-head-dim --v-head-dim --rope-type --rotary-scaling-factor
+    --original-max-position-embeddings --beta-fast --beta-slow --mscale --mscale-all-dim --attention-output-gate
+    --use-gated-attention --softmax-type --window-size --window-attn-skip-freq --experimental-attention-variant
+    --dsa-indexer-n-heads --dsa-indexer-head-dim --dsa-indexer-topk --dsv4-window-size --dsv4-compress-ratios
+    --dsv4-compress-rope-theta --dsv4-n-hash-layers --dsv4-hc-mult --dsv4-hc-sinkhorn-iters --dsv4-o-groups
+    --dsv4-o-lora-rank"""
 
 
 def entry_of(name: str) -> Entry:
@@ -50,32 +77,42 @@ def parsed(text: str) -> Any:
         return text
 
 
-def test_every_flag_is_of_the_reference_or_our_own() -> None:
-    assert {entry.flag for entry in catalog().values()} == {entry_of(row["name"]).flag for row in REFERENCE} | set(
-        OWN.split() + MEGATRON.split()
+def test_every_setting_is_an_upstream_flag_or_our_own() -> None:
+    upstream = {entry_of(row.flag).flag for row in SETTINGS}
+    assert {entry.flag for entry in catalog().values()} == upstream | set(
+        OWN.split() + MEGATRON.split() + MEGATRON_NUMERICS.split() + MEGATRON_MODELS.split()
     )
 
 
-@pytest.mark.parametrize("row", REFERENCE, ids=[f"{i}{row['name']}" for i, row in enumerate(REFERENCE)])
-def test_kind_default_and_choices_are_those_of_the_reference(row: dict[str, str]) -> None:
-    entry = entry_of(row["name"])
-    kind = row["type"].split("(")[0].split()[0]
-    assert entry.kind is (tuple if "nargs" in row["type"] else {"flag": bool, "json": dict}.get(kind) or eval(kind))
+def test_every_upstream_flag_is_a_setting_or_has_a_reason_and_a_way_out() -> None:
+    names = {name for entry in catalog().values() for name in (entry.flag, entry.key)}
+    rows = upstream_flags()
+    assert [row.flag for row in rows if not row.taken and row.flag not in names] == [], "say why it is no setting"
+    assert [row.flag for row in rows if row.taken and row.flag in names] == [], "it is a setting: drop taken to remedy"
+    assert {row.taken for row in rows} == {"", "refused", "no effect"}
+    assert [row.flag for row in rows if bool(row.reason) != bool(row.taken)] == []
+    assert [row.flag for row in rows if bool(row.remedy) != (row.taken == "refused")] == []
+
+
+@pytest.mark.parametrize("row", REFERENCE, ids=[f"{i}{row.flag}" for i, row in enumerate(REFERENCE)])
+def test_kind_default_and_choices_are_those_of_the_table(row: UpstreamFlag) -> None:
+    entry = entry_of(row.flag)
+    kind = row.type.split("(")[0].split()[0]
+    assert entry.kind is (tuple if "nargs" in row.type else {"flag": bool, "json": dict}.get(kind) or eval(kind))
     if entry.element:
         assert entry.element.__name__ == kind
-    assert entry.negated == ("store_false" in row["type"])
-    if parsed(row["default"]) != (entry.default or (parsed(row["default"]) and entry.default)):
-        assert entry.key in DIFFERENT_DEFAULTS, f"{entry.flag}: {entry.default} instead of {row['default']}"
-    allowed = {choice for choice in (row["choices"] or "").split(",") if choice}
-    if set(entry.choices) != allowed:
-        assert entry.key in DIFFERENT_CHOICES, f"{entry.flag}: {entry.choices} instead of {allowed}"
+    assert entry.negated == ("store_false" in row.type)
+    if entry.ignored is None and parsed(row.default) != (entry.default or (parsed(row.default) and entry.default)):
+        assert entry.key in DIFFERENT_DEFAULTS, f"{entry.flag}: {entry.default} instead of {row.default}"
+    if set(entry.choices) != set(row.choices):
+        assert entry.key in DIFFERENT_CHOICES, f"{entry.flag}: {entry.choices} instead of {row.choices}"
 
 
 def test_listed_differences_are_differences() -> None:
     same = []
     for key in DIFFERENT_DEFAULTS:
-        rows = [row for row in REFERENCE if entry_of(row["name"]).key == key]
-        if all(parsed(row["default"]) == catalog()[key].default for row in rows):
+        rows = [row for row in REFERENCE if entry_of(row.flag).key == key]
+        if all(parsed(row.default) == catalog()[key].default for row in rows):
             same.append(key)
     assert same == []
 
@@ -85,6 +122,8 @@ def test_every_setting_is_documented() -> None:
 
 
 def test_keys_and_flags_are_unique() -> None:
+    keys = [key for section in SECTIONS.values() for key in section.model_fields]
+    assert [key for key in keys if keys.count(key) > 1] == []
     flags = [entry.flag for entry in catalog().values()]
     assert len(set(flags)) == len(flags)
     opposites = ["--no-" + entry.flag[2:] for entry in catalog().values() if entry.kind is bool]

@@ -145,3 +145,35 @@ def test_experts_and_tensor_parallelism_bring_sequence_parallelism() -> None:
     assert JobConfig.from_flat(MINIMAL | both).megatron.sequence_parallel
     assert not JobConfig.from_flat(MINIMAL | both | {"sequence_parallel": False}).megatron.sequence_parallel
     assert not JobConfig.from_flat(MINIMAL | {"tensor_model_parallel_size": 2}).megatron.sequence_parallel
+
+
+@pytest.mark.parametrize(
+    ("given", "gpus"),
+    [
+        ({}, 8),
+        ({"rollout_num_gpus_per_engine": 2}, 8),
+        ({"rollout_num_gpus_per_engine": 3}, 6),
+        ({"rollout_num_gpus": 4}, 4),
+        ({"rollout_num_gpus": 16}, 8),
+        ({"rollout_num_gpus_per_engine": 16}, None),
+        ({"rollout_num_workers": 4, "rollout_num_gpus_per_engine": 2}, 8),
+        ({"actor_num_nodes": 2, "host": "10.0.0.1"}, None),
+        ({"rollout_external_engine_addrs": ["a:1"]}, None),
+        ({"device": "cpu"}, None),
+        ({"colocate": False}, None),
+    ],
+)
+def test_engines_that_take_turns_have_the_trainers_gpus(given: dict[str, Any], gpus: int | None) -> None:
+    shared: dict[str, Any] = {"colocate": True, "device": "cuda", "actor_num_gpus_per_node": 8, "global_batch_size": 16}
+    config = JobConfig.from_flat(MINIMAL | {"rollout_backend": "sglang"} | shared | given)
+    assert config.rollout.rollout_num_gpus == gpus
+    assert JobConfig.from_flat(config.to_flat()) == config
+
+
+def test_other_names_of_a_value_set_it() -> None:
+    config = JobConfig.from_flat(
+        MINIMAL | {"bf16": True, "use_tis": True, "tis_threshold": 0.9, "use_flash_attn": True}
+    )
+    assert (config.train.train_dtype, config.algorithm.tis_clip) == ("bfloat16", 0.9)
+    assert (config.megatron.attention_backend, config.train.train_backend) == ("flash", "megatron")
+    assert JobConfig.from_flat(config.to_flat()) == config

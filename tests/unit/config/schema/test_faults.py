@@ -7,7 +7,8 @@ from config_cases import MINIMAL
 
 from miles.client.errors import MilesError
 from miles.config import ConfigError, JobConfig
-from miles.config.schema.faults import Fault, nearest, show, unknown_name
+from miles.config.schema.catalog import catalog
+from miles.config.schema.faults import Fault, show, unknown_name
 
 
 def faults(changes: dict[str, Any]) -> list[dict[str, Any]]:
@@ -43,16 +44,16 @@ def test_values_are_shown_on_one_line_and_cut() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "found"),
+    ("name", "meant"),
     [
-        ("rollout-batch-size", "rollout_batch_size"),
-        ("rollout_batchsize", "rollout_batch_size"),
-        ("rollout_b", "rollout_batch_size"),
-        ("tp", None),
+        ("--learning-rate", "--lr"),
+        ("--num-generations", "--n-samples-per-prompt"),
+        ("--gpu-memory-utilization", "--sglang-mem-fraction-static"),
     ],
 )
-def test_the_nearest_name_is_suggested_however_it_is_spelt(name: str, found: str | None) -> None:
-    assert nearest(name, ["lr", "rm_type", "rollout_batch_size"]) == found
+def test_names_of_other_systems_are_understood(name: str, meant: str) -> None:
+    fault = unknown_name(name, 1, [entry.flag for entry in catalog().values()], "flag")
+    assert fault.remedy == f"did you mean {meant}?"
 
 
 def test_a_group_of_settings_is_refused_with_the_way_out() -> None:

@@ -56,7 +56,7 @@ class _Prompts(list[str]):
 
 
 def evaluation(rewards: list[float | None]) -> Evaluation:
-    config = JobConfig.from_flat(MINIMAL)
+    config = JobConfig.from_flat({**MINIMAL, "eval_prompt_data": ["sums", "sums.jsonl"], "eval_interval": 1})
     prompts: Any = _Prompts(["1+1="] * len(rewards))
     made = Evaluation("job", config, {"sums": prompts}, 3)
     for group_id, reward in enumerate(rewards):

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from miles.config import JobConfig
+from miles.config.eval_sets import eval_sets
 from miles.data import PromptSource
 from miles.data.prompts import PromptRecord, PromptSet
 from miles.services.controller.run.lease_messages import evaluation_lease, training_lease
@@ -41,6 +42,7 @@ def test_samples_of_a_lease_share_nothing_that_changes() -> None:
 @pytest.mark.parametrize("samples", [1, 2])
 def test_an_evaluation_lease_has_seeds_of_its_own(samples: int) -> None:
     config = JobConfig.from_flat(GIVEN | {"n_samples_per_eval_prompt": samples})
-    lease = lease_from_proto(evaluation_lease(config, "set", SOURCE.group("job", 7, 1), 1, 3))
+    (dataset,) = eval_sets(config.to_flat())
+    lease = lease_from_proto(evaluation_lease(config, dataset, SOURCE.group("job", 7, 1), 1, 3))
     assert [each.seed for each in lease.sampling] == sample_seeds(config.rollout.rollout_seed, "eval/set", 7, samples)
     assert (lease.exact_version, len(lease.group.samples)) == (3, samples)

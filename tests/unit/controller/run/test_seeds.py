@@ -6,8 +6,8 @@ import itertools
 
 import pytest
 
-from miles.services.controller.run.evaluation import pass_at_k, pass_at_ks
 from miles.services.controller.run.seeds import sample_seeds
+from miles.telemetry.pass_at_k import pass_at_k, pass_at_ks
 
 
 def test_pass_at_k_equals_counting_all_choices() -> None:

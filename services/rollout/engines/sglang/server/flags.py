@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from miles.config.sglang.server_flags import server_flags
 from miles.services.rollout.engines.sglang.options import SglangOptions
 
 DRAFT_ALGORITHMS = ("EAGLE", "EAGLE3", "STANDALONE")
@@ -50,10 +51,12 @@ def command(options: SglangOptions, index: int, port: int, max_positions: int) -
 
 
 def passed_through(flags: Mapping[str, Any]) -> Iterator[str]:
-    """SGLang's own flags as arguments: a switch is named when it is on and left out when it is off."""
+    """SGLang's own flags as arguments: a switch is named when it is on, and --no-… turns off one that has it."""
     for name, value in flags.items():
         flag = "--" + name.replace("_", "-")
         match value:
+            case False if (known := server_flags().get(name)) is not None and known.kind == "toggle":
+                yield "--no-" + flag[2:]
             case None | False:
                 continue
             case True:
@@ -84,7 +87,7 @@ def may_compute_ahead(flags: Mapping[str, Any]) -> bool:
 
     Others have nothing on their GPU then: the result of a step is there when the step has ended.
     """
-    pipeline = int(flags.get("pp_size") or flags.get("pipeline_parallel_size") or 1) > 1
+    pipeline = int(flags.get("pp_size") or 1) > 1
     return pipeline or bool(flags.get("speculative_algorithm") or flags.get("enable_dp_attention"))
 
 

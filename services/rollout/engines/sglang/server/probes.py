@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-INTERVAL_S = 1.0
 _TIMEOUT_S = 10.0
 
 
@@ -30,19 +29,30 @@ class Load:
     """When a scheduler last reported, in seconds of its host's clock: does not advance while all of them hang."""
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class ProbeTimes:
+    """When a server is probed, in seconds."""
+
+    interval_s: float = 1.0
+    silence_timeout_s: float = 30.0
+    """A server that has answered no probe for this long is lost; one that does not answer is given no more."""
+    first_wait_s: float = 0.0
+    """Before the first probe, beside the interval."""
+
+
 class Probe:
-    """Probes one server once a second, and reports its load, or too long a silence, to the event loop."""
+    """Probes one server again and again, and reports its load, or too long a silence, to the event loop."""
 
     def __init__(
         self,
         address: str,
-        silence_timeout_s: float,
+        times: ProbeTimes,
         on_load: Callable[[Load], None],
         on_silence: Callable[[str], None],
     ) -> None:
         """Both callbacks are called on the event loop that calls `start`."""
         self._address = address
-        self._silence_timeout_s = silence_timeout_s
+        self._times = times
         self._on_load = on_load
         self._on_silence = on_silence
         self._stop = threading.Event()
@@ -61,16 +71,17 @@ class Probe:
         self._stop.set()
 
     def _run(self, loop: asyncio.AbstractEventLoop) -> None:
+        times, problem = self._times, ""
+        self._stop.wait(times.first_wait_s)
         answered = time.monotonic()
-        problem = ""
-        while not self._stop.wait(INTERVAL_S):
+        while not self._stop.wait(times.interval_s):
             try:
-                load = probe(self._address)
+                load = probe(self._address, min(_TIMEOUT_S, times.silence_timeout_s))
                 answered = time.monotonic()
                 self._report(loop, functools.partial(self._on_load, load))
             except (OSError, http.client.HTTPException, ValueError) as error:
                 problem = f"{type(error).__name__}: {error}"
-            if (silent_s := time.monotonic() - answered) > self._silence_timeout_s:
+            if (silent_s := time.monotonic() - answered) > times.silence_timeout_s:
                 message = f"no answer from SGLang at {self._address} for {silent_s:.0f} s ({problem})"
                 self._report(loop, functools.partial(self._on_silence, message))
                 return

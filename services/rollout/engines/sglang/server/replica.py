@@ -18,7 +18,7 @@ from miles.services.rollout.engines.sglang.requests.concurrency import Concurren
 from miles.services.rollout.engines.sglang.requests.server_choice import Candidate
 from miles.services.rollout.engines.sglang.server import flags
 from miles.services.rollout.engines.sglang.server.http_api import SglangApi
-from miles.services.rollout.engines.sglang.server.probes import Load, Probe
+from miles.services.rollout.engines.sglang.server.probes import Load, Probe, ProbeTimes
 from miles.services.rollout.engines.sglang.server.process import ServerProcess
 from miles.services.rollout.engines.sglang.weights.broadcast_member import ServerMember
 from miles.services.rollout.engines.sglang.weights.checker import drain_device
@@ -176,7 +176,8 @@ class Replica:
             self._exit_watch = asyncio.create_task(self._watch_exit(self._process), name=f"exit of {self.name}")
         self.member = ServerMember(self.api, self.ranks)
         log.info("%s is ready at %s after %.1f s", self.name, self.api.address, time.monotonic() - began)
-        self._probe = Probe(self.api.address, self._options.silence_timeout_s, self._observe, self.mark_lost)
+        times = ProbeTimes(self._options.probe_interval_s, self._options.silence_timeout_s, self._options.first_probe_s)
+        self._probe = Probe(self.api.address, times, self._observe, self.mark_lost)
         self._probe.start()
         self._on_change()
 

@@ -24,7 +24,7 @@ CONTENT = {
 def sharded_state(optimizer: Any, model: Mapping[str, Any], *, loading: bool) -> dict[Any, Any]:
     """The state as tensors to save or to load into; `model` has the sharded parameters; collective."""
     for part in _parts(optimizer):
-        _make_state(part.optimizer)
+        _make_state(part)
     state: dict[Any, Any] = optimizer.sharded_state_dict(dict(model), is_loading=loading, metadata=CONTENT)
     return state
 
@@ -59,7 +59,13 @@ def restore(optimizer: Any, loaded: dict[Any, Any]) -> None:
         if step and not _steps_are_in_states(part.optimizer):
             groups = [{**group, "step": int(step)} for group in groups]
         rest = {} if scaler is None else {"grad_scaler": scaler}
-        if _is_distributed(part):
+        if _is_hybrid(part):
+            _restore_hybrid(part, state["param_state"], step, rest)
+        elif part.config.use_precision_aware_optimizer:
+            part.load_parameter_state_from_fully_reshardable(state["param_state"])
+            _count_steps(part.optimizer, step)
+            _restore_scale(part, rest)
+        elif _is_distributed(part):
             _restore_distributed(part, state["param_state"], groups, step, rest)
         else:
             _restore_unsharded(part, state, groups, step, rest)
@@ -76,6 +82,40 @@ def _restore_distributed(part: Any, tensors: Any, groups: list[dict[str, Any]], 
     if _steps_are_in_states(part.optimizer):
         for state in states:
             state["step"] = torch.tensor(step)
+
+
+def _restore_hybrid(part: Any, tensors: Any, step: float, rest: Mapping[str, Any]) -> None:
+    """Restore an optimizer whose parameters are updated on two devices.
+
+    Its own `load_state_dict` would take a step with random gradients first, and leave the parameters changed.
+    """
+    hybrid = part.optimizer
+    own = {parameter: dict(state) for parameter, state in hybrid.state.items()}
+    part.load_parameter_state_from_fully_reshardable(tensors)  # puts what was read in the place of its own tensors
+    read = {parameter: dict(state) for parameter, state in hybrid.state.items()}
+    for parameter, state in own.items():
+        for name in ("master_param", "exp_avg", "exp_avg_sq"):
+            state[name].data.copy_(read[parameter][name])
+        if "step" in state:
+            state["step"] = torch.tensor(step)
+    for each in hybrid.sub_optimizers:
+        for group in each.param_groups:
+            for parameter in group["params"]:
+                each.state[parameter] = own[hybrid.inner_param_to_orig_param[parameter]]
+        if not _steps_are_in_states(each):
+            _count_steps(each, step)
+    hybrid._sync_sub_optimizers_state_to_hdo()
+    _restore_scale(part, rest)
+
+
+def _count_steps(fused: Any, step: float) -> None:
+    for group in fused.param_groups:
+        group["step"] = int(step)
+
+
+def _restore_scale(part: Any, rest: Mapping[str, Any]) -> None:
+    if rest and part.grad_scaler:
+        part.grad_scaler.load_state_dict(rest["grad_scaler"])
 
 
 def _restore_unsharded(
@@ -112,13 +152,38 @@ def _is_32_bit(part: Any) -> bool:
     return isinstance(part, FP32Optimizer)
 
 
+def _is_hybrid(part: Any) -> bool:
+    """Whether a share of the parameters, or all, is updated on the CPU."""
+    from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
+
+    return isinstance(part.optimizer, HybridDeviceOptimizer)
+
+
 def _steps_are_in_states(inner: Any) -> bool:
     """PyTorch's Adam counts steps for each parameter, fused ones for each group."""
     return isinstance(inner, torch.optim.Adam)
 
 
-def _make_state(inner: Any) -> None:
+def _make_state(part: Any) -> None:
     """Make the state that Adam would make in its first step, so that a checkpoint can be read into it."""
+    if _is_hybrid(part):
+        for each in part.optimizer.sub_optimizers:
+            _make_moments(each)
+        part.optimizer._sync_sub_optimizers_state_to_hdo()
+    elif part.config.use_precision_aware_optimizer:
+        _make_own_masters(part.optimizer)
+    else:
+        _make_moments(part.optimizer)
+
+
+def _make_own_masters(fused: Any) -> None:
+    for group in fused.param_groups:
+        for parameter in group["params"]:
+            if not fused.state[parameter]:
+                fused.initialize_state(parameter, False)  # whole masters, as in other optimizers' checkpoints
+
+
+def _make_moments(inner: Any) -> None:
     for group in inner.param_groups:
         for parameter in group["params"]:
             if not inner.state[parameter]:

@@ -176,14 +176,6 @@ def _load_masters(directory: pathlib.Path, model: MegatronModel, prefix: str) ->
     _load_model(model, dist_checkpointing.load(masters, str(directory)), "model")
 
 
-def load_weights(directory: pathlib.Path, model: MegatronModel) -> None:
-    """Read only the parameters; collective."""
-    from megatron.core import dist_checkpointing
-
-    loaded = dist_checkpointing.load(_sharded_model(model, "model"), str(directory))
-    _load_model(model, loaded, "model")
-
-
 def _tensors(contents: Contents) -> dict[str, Any]:
     tensors = _sharded_model(contents.model, "model")
     if contents.optimizer is not None:

@@ -29,7 +29,7 @@ class LayerBridge(AutoBridge):  # type: ignore[misc]
         return [_whole(mapping) for mapping in mappings]
 
 
-class LocalBridge(LayerBridge):
+class SingleExpertBridge(LayerBridge):
     """Also maps experts computed one by one wherever the family's bridge maps grouped ones."""
 
     def _changed(self, mappings: list[Any]) -> list[Any]:

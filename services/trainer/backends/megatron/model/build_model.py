@@ -10,14 +10,24 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from miles.services.trainer.backends.megatron.model.critic import load_critic
+from miles.config.notes.megatron import WITH_ENGINE_ALONE
+from miles.megatron_checkpoint import tensors_of
+from miles.services.trainer.backends.megatron.checkpoint.weights_only import load_weights
+from miles.services.trainer.backends.megatron.model.critic import VALUE_HEAD, load_critic
 from miles.services.trainer.backends.megatron.model.data_parallel import data_parallel
+from miles.services.trainer.backends.megatron.model.expert_layers import (
+    computes_grouped,
+    expert_values,
+    prepare_routers,
+)
 from miles.services.trainer.backends.megatron.model.transformer_engine import choose_kernels, uses_transformer_engine
 from miles.services.trainer.backends.megatron.mtp.layers import add_mtp_layers
 from miles.services.trainer.backends.megatron.parallel.groups import ParallelRank
+from miles.services.trainer.checkpoint.initial_weights import initial_weights
 
 if TYPE_CHECKING:
     from miles.config import JobConfig
+    from miles.config.sections.numerics import NumericsConfig
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -36,10 +46,7 @@ class MegatronModel:
     @property
     def bare_chunks(self) -> list[Any]:
         """The chunks without wrappers."""
-        from megatron.core.utils import unwrap_model
-
-        bare: list[Any] = unwrap_model(self.chunks)
-        return bare
+        return unwrapped(self.chunks)
 
     def parameters(self) -> list[tuple[str, torch.Tensor]]:
         """Name and tensor of this rank's parameters and persistent buffers, in a fixed order."""
@@ -57,6 +64,14 @@ class MegatronModel:
                 yield buffer.grad_data
 
 
+def unwrapped(chunks: list[Any]) -> list[Any]:
+    """Chunks without wrappers."""
+    from megatron.core.utils import unwrap_model
+
+    bare: list[Any] = unwrap_model(chunks)
+    return bare
+
+
 def build_model(
     config: JobConfig,
     parallel: ParallelRank,
@@ -72,6 +87,7 @@ def build_model(
     from megatron.core.transformer.module import Float16Module
 
     folder = pathlib.Path(str(config.rollout.hf_checkpoint))
+    weights = pathlib.Path(critic_from or initial_weights(config))
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(
             f"no model in {folder}: there is no config.json; set hf_checkpoint to a Hugging Face folder"
@@ -79,10 +95,10 @@ def build_model(
     with_engine = uses_transformer_engine(config)
     if with_engine:
         choose_kernels()
-    bridge = _bridge(folder, with_engine=with_engine)
+    bridge = _bridge(folder, grouped=computes_grouped(config.moe, with_engine=with_engine))
     provider = bridge.to_megatron_provider(load_weights=False)
     provider.perform_initialization = False
-    load = functools.partial(_complete_and_load, bridge, config, critic_from)
+    load = functools.partial(_complete_and_load, bridge, config, weights, critic_from is not None)
     provider.register_pre_wrap_hook(load if critic_from is None else functools.partial(load_critic, load, critic_from))
     _configure(provider, config, parallel, compute)
     if critic_from is not None:
@@ -101,20 +117,22 @@ def build_model(
     return MegatronModel(bridge, provider, chunks, provider.vocab_size)
 
 
-def _bridge(folder: pathlib.Path, *, with_engine: bool) -> Any:
-    from miles.services.trainer.backends.megatron.model.bridge import LayerBridge, LocalBridge
+def _bridge(folder: pathlib.Path, *, grouped: bool) -> Any:
+    from miles.services.trainer.backends.megatron.model.bridge import LayerBridge, SingleExpertBridge
 
-    kind = LayerBridge if with_engine else LocalBridge
+    kind = LayerBridge if grouped else SingleExpertBridge
     return kind.from_hf_pretrained(str(folder))
 
 
-def _complete_and_load(bridge: Any, config: JobConfig, critic_from: str | None, chunks: list[Any]) -> list[Any]:
-    """Add the policy's MTP layers; read a folder, by default the bridge's, into bare chunks.
+def _complete_and_load(
+    bridge: Any, config: JobConfig, weights: pathlib.Path, is_critic: bool, chunks: list[Any]
+) -> list[Any]:
+    """Add the policy's MTP layers; read a Hugging Face folder or a torch_dist checkpoint into bare chunks.
 
     Raises ValueError for parameters that the bridge cannot fill.
     """
     layout = config.megatron
-    if layout.mtp_num_layers is not None and critic_from is None:
+    if layout.mtp_num_layers is not None and not is_critic:
         for chunk in chunks:
             add_mtp_layers(
                 chunk,
@@ -122,21 +140,36 @@ def _complete_and_load(bridge: Any, config: JobConfig, critic_from: str | None, 
                 with_engine=uses_transformer_engine(config),
                 trained=layout.enable_mtp_training,
             )
+    prepare_routers(config.moe, chunks[0].config, chunks)
     if any(task is None for task in bridge.get_conversion_tasks(chunks)):
         architecture = type(bridge.hf_pretrained.config).__name__.removesuffix("Config")
         raise ValueError(
             f"megatron-bridge knows no names for some parameters of {architecture} in these layers; install "
             "TransformerEngine and set transformer_impl to transformer_engine, or use train_backend fsdp"
         )
-    bridge.load_hf_weights(chunks, hf_path=critic_from)
+    read_weights(bridge, weights, chunks, but=VALUE_HEAD if is_critic else None)
+    if config.lora.lora_rank and not is_critic:
+        from miles.services.trainer.backends.megatron.lora.adapter import attach
+
+        attach(config.lora, config.train.seed, chunks)
     return chunks
+
+
+def read_weights(bridge: Any, folder: pathlib.Path, chunks: list[Any], *, but: str | None = None) -> None:
+    """Fill chunks with a model's weights; collective. See `load_weights` for checkpoints, and for `but`."""
+    if (checkpoint := tensors_of(folder)) is not None:
+        load_weights(checkpoint, unwrapped(chunks), but=but)
+    else:
+        bridge.load_hf_weights(chunks, hf_path=str(folder))
 
 
 def _configure(provider: Any, config: JobConfig, parallel: ParallelRank, compute: torch.dtype) -> None:
     """Fill in the provider's fields, which are those of Megatron-Core's TransformerConfig and GPTModel."""
+    from megatron.core import parallel_state
     from megatron.core.transformer.enums import AttnBackend
 
     layout = config.megatron
+    virtual = parallel_state.get_virtual_pipeline_model_parallel_world_size()
     with_engine = uses_transformer_engine(config)
     values: dict[str, Any] = {
         "params_dtype": compute,
@@ -144,12 +177,18 @@ def _configure(provider: Any, config: JobConfig, parallel: ParallelRank, compute
         "autocast_dtype": compute,
         "tensor_model_parallel_size": layout.tensor_model_parallel_size,
         "pipeline_model_parallel_size": layout.pipeline_model_parallel_size,
-        "virtual_pipeline_model_parallel_size": layout.num_virtual_stages_per_pipeline_rank,
+        "virtual_pipeline_model_parallel_size": virtual,
+        "num_layers_in_first_pipeline_stage": layout.decoder_first_pipeline_num_layers,
+        "num_layers_in_last_pipeline_stage": layout.decoder_last_pipeline_num_layers,
+        "account_for_embedding_in_pipeline_split": layout.account_for_embedding_in_pipeline_split,
+        "account_for_loss_in_pipeline_split": layout.account_for_loss_in_pipeline_split,
+        "pipeline_model_parallel_layout": layout.pipeline_model_parallel_layout,
         "context_parallel_size": layout.context_parallel_size,
         "expert_model_parallel_size": layout.expert_model_parallel_size,
         "expert_tensor_parallel_size": layout.expert_tensor_parallel_size,
         "sequence_parallel": layout.sequence_parallel and layout.tensor_model_parallel_size > 1,
-        "variable_seq_lengths": True,  # micro-batches differ in length
+        # Micro-batches differ in length; with the dispatcher allgather only where it does not matter.
+        "variable_seq_lengths": config.moe.moe_token_dispatcher_type != "allgather",
         "calculate_per_token_loss": True,  # gradients are sums; the loss has its denominator already
         "should_pad_vocab": True,
         "make_vocab_size_divisible_by": 1,  # Megatron multiplies it by the tensor-parallel size
@@ -158,26 +197,20 @@ def _configure(provider: Any, config: JobConfig, parallel: ParallelRank, compute
         "recompute_granularity": layout.recompute_granularity,
         "recompute_method": layout.recompute_method,
         "recompute_num_layers": layout.recompute_num_layers,
-        "recompute_modules": list(layout.recompute_modules),
-        "moe_token_dispatcher_type": layout.moe_token_dispatcher_type,
-        "moe_router_load_balancing_type": "aux_loss" if layout.moe_aux_loss_coeff else "none",
-        "moe_aux_loss_coeff": layout.moe_aux_loss_coeff,
-        "moe_router_bias_update_rate": 0.0,  # the router's bias belongs to pre-training
-        "moe_enable_routing_replay": wants_replay(config),
-        "moe_router_dtype": "fp32",
-        "moe_router_fusion": with_engine and not wants_replay(config),  # it chooses before replay could
+        "recompute_modules": _recomputed(config, with_engine=with_engine),
         "cross_entropy_loss_fusion": False,
         "gradient_accumulation_fusion": False,  # the head would need an extension of APEX, which no package brings
-        "deterministic_mode": False,
+        "deterministic_mode": config.train.deterministic_mode,
         "mtp_num_layers": None,  # they are added when the rest is built
         "mtp_enabled": False,
         "mtp_detach_heads": True,
         "mtp_loss_scaling_factor": layout.mtp_loss_scaling_factor,
     }
-    if layout.num_virtual_stages_per_pipeline_rank:
+    values |= expert_values(config.moe, with_engine=with_engine, replays=wants_replay(config))
+    if virtual is not None:
         values |= {"overlap_p2p_comm": True, "batch_p2p_comm": False}
     if with_engine:
-        values |= _fused_kernels(provider)
+        values |= _fused_kernels(provider) | unwanted_kernels(config.numerics)
     else:
         if getattr(provider, "multi_latent_attention", False) and layout.tensor_model_parallel_size > 1:
             raise ValueError("multi-head latent attention needs TransformerEngine for tensor_model_parallel_size > 1")
@@ -191,6 +224,14 @@ def _configure(provider: Any, config: JobConfig, parallel: ParallelRank, compute
         provider.attention_backend = AttnBackend.auto  # some families name one of TransformerEngine's
     elif layout.attention_backend != "auto":
         provider.attention_backend = AttnBackend[layout.attention_backend]
+
+
+def _recomputed(config: JobConfig, *, with_engine: bool) -> list[str]:
+    """The parts of layers to recompute, without those that these layers cannot."""
+    unable = set() if with_engine else set(WITH_ENGINE_ALONE)
+    if not computes_grouped(config.moe, with_engine=with_engine):
+        unable.add("moe_act")
+    return [name for name in config.megatron.recompute_modules if name not in unable]
 
 
 def _layer_spec(spec: Any, *, with_engine: bool) -> Any:
@@ -218,9 +259,18 @@ def _fused_kernels(provider: Any) -> dict[str, bool]:
         fused["apply_rope_fusion"] = True
     if provider.gated_linear_unit and provider.activation_func is torch.nn.functional.silu:
         fused["bias_activation_fusion"] = True
-    if experts:
-        fused |= {"moe_grouped_gemm": True, "moe_permute_fusion": True}
     return fused
+
+
+def unwanted_kernels(numerics: NumericsConfig) -> dict[str, bool]:
+    """Settings of fused kernels that the configuration turns off."""
+    wanted = {
+        "apply_rope_fusion": numerics.apply_rope_fusion,
+        "bias_activation_fusion": numerics.bias_swiglu_fusion,
+        "bias_dropout_fusion": numerics.bias_dropout_fusion,
+        "masked_softmax_fusion": numerics.masked_softmax_fusion,
+    }
+    return {name: False for name, is_wanted in wanted.items() if not is_wanted}
 
 
 _NEEDS_TRANSFORMER_ENGINE = (
@@ -228,9 +278,6 @@ _NEEDS_TRANSFORMER_ENGINE = (
     "bias_activation_fusion",
     "bias_dropout_fusion",
     "masked_softmax_fusion",
-    "moe_grouped_gemm",
-    "moe_permute_fusion",
-    "moe_shared_expert_overlap",
     "persist_layer_norm",
 )
 

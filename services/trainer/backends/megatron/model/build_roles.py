@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import pathlib
 from typing import TYPE_CHECKING
 
 import torch
 
 from miles.config.checks.model_layout import shape_differences
+from miles.megatron_checkpoint import tensors_of
 from miles.services.trainer.backends.megatron.learner import MegatronCritic, MegatronPolicy
-from miles.services.trainer.backends.megatron.model.build_model import MegatronModel, build_model, wants_replay
+from miles.services.trainer.backends.megatron.lora.base_role import AdaptedBase
+from miles.services.trainer.backends.megatron.model.build_model import (
+    MegatronModel,
+    build_model,
+    read_weights,
+    wants_replay,
+)
+from miles.services.trainer.backends.megatron.model.expert_bias import ExpertBias
 from miles.services.trainer.backends.megatron.mtp.layers import MtpTraining
 from miles.services.trainer.backends.megatron.optimizer import MegatronOptimizer
 from miles.services.trainer.backends.megatron.parallel.forward_output import LogProbOptions, LogProbOutput, ValueOutput
@@ -18,6 +27,7 @@ from miles.services.trainer.backends.megatron.replay.engine_rows import RowCutte
 from miles.services.trainer.backends.megatron.replay.observer import RoutingObserver
 from miles.services.trainer.backends.megatron.replay.router import ModelReplay, moe_layer_numbers
 from miles.services.trainer.backends.megatron.replay.step_routing import Routing
+from miles.services.trainer.checkpoint.initial_weights import initial_weights
 from miles.services.trainer.step import algorithm_options
 from miles.services.trainer.step.old_policies import OldPolicies
 from miles.services.trainer.step.roles import Roles
@@ -33,7 +43,7 @@ class MegatronRoles(Roles):
 
     policy: MegatronPolicy
     critic: MegatronCritic | None = None
-    reference: CopiedRole | None = None
+    reference: CopiedRole | AdaptedBase | None = None
     teacher: CopiedRole | None = None
     old_policies: OldPolicies | None = None
     routing: Routing | None = None
@@ -48,9 +58,8 @@ def build_roles(config: JobConfig, parallel: ParallelRank, device: torch.device)
     compute = algorithm_options.DTYPES[config.train.train_dtype]
     algorithm = config.algorithm
     model = build_model(config, parallel, compute)
-    reference = (
-        _weights_of(model, config, config.checkpoint.ref_load) if algorithm_options.needs_reference(config) else None
-    )
+    wants_reference, adapted = algorithm_options.needs_reference(config), config.lora.lora_rank > 0
+    reference = _reference(model, config) if wants_reference and not adapted else None
     teacher_folder = algorithm_options.teacher_folder(config)
     teacher = None if teacher_folder is None else _weights_of(model, config, teacher_folder)
     routing = _routing(config, model, parallel, device)
@@ -67,16 +76,18 @@ def build_roles(config: JobConfig, parallel: ParallelRank, device: torch.device)
         parallel,
         device,
         algorithm_options.policy_iterations(config),
+        ExpertBias(model.bare_chunks, config.moe.moe_router_bias_update_rate),
         routing,
         _mtp_training(config, model, parallel),
     )
     old_policies = None
     if algorithm.keep_old_actor:
         old_policies = OldPolicies(model.parameters, policy.compute_log_probs, config.rollout.max_weight_staleness)
+    base = AdaptedBase(policy) if wants_reference and adapted else None
     return MegatronRoles(
         policy=policy,
         critic=_critic(config, parallel, compute, device) if algorithm_options.needs_critic(config) else None,
-        reference=None if reference is None else CopiedRole(reference, policy.compute_log_probs_unrouted),
+        reference=base if reference is None else CopiedRole(reference, policy.compute_log_probs_unrouted),
         teacher=None if teacher is None else CopiedRole(teacher, policy.compute_log_probs_unrouted),
         old_policies=old_policies,
         routing=routing,
@@ -88,16 +99,28 @@ def _critic(config: JobConfig, parallel: ParallelRank, compute: torch.dtype, dev
     model = build_model(config, parallel, compute, critic_from=folder)
     optimizer = MegatronOptimizer(algorithm_options.critic_optimizer(config), config.megatron, model, compute)
     return MegatronCritic(
-        model, ValueOutput(parallel), optimizer, parallel, device, algorithm_options.critic_iterations(config)
+        model,
+        ValueOutput(parallel),
+        optimizer,
+        parallel,
+        device,
+        algorithm_options.critic_iterations(config),
+        ExpertBias(model.bare_chunks, config.moe.moe_router_bias_update_rate),
     )
 
 
-def _weights_of(model: MegatronModel, config: JobConfig, folder: str | None) -> WeightCopy:
-    """The weights of another folder; the model's own if none is given.
+def _reference(model: MegatronModel, config: JobConfig) -> WeightCopy:
+    checkpoint = config.checkpoint
+    folder = checkpoint.ref_load or str(config.rollout.hf_checkpoint)
+    return _weights_of(model, config, str(tensors_of(pathlib.Path(folder), checkpoint.ref_ckpt_step) or folder))
+
+
+def _weights_of(model: MegatronModel, config: JobConfig, folder: str) -> WeightCopy:
+    """The weights of a folder, which may be the model's own.
 
     Raises ValueError for a folder with a model of another shape.
     """
-    if folder is None or folder == config.rollout.hf_checkpoint:
+    if folder == initial_weights(config):
         return WeightCopy(model.parameters)
     has_mtp = config.megatron.mtp_num_layers is not None
     differences = shape_differences(str(config.rollout.hf_checkpoint), folder, with_mtp=has_mtp)
@@ -107,7 +130,7 @@ def _weights_of(model: MegatronModel, config: JobConfig, folder: str | None) -> 
             "the policy's shape, or train with fsdp"
         )
     policy = WeightCopy(model.parameters)
-    model.bridge.load_hf_weights(model.chunks, hf_path=folder)
+    read_weights(model.bridge, pathlib.Path(folder), model.chunks)
     other = WeightCopy(model.parameters)
     policy.put()
     return other

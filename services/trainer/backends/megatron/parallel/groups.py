@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 
+from miles.config.checks.model_layout import layer_count
+from miles.pipeline_split import split_of
 from miles.services.trainer.step.data_ranks import DataRanks
 
 if TYPE_CHECKING:
-    from miles.config.sections.megatron import MegatronConfig
+    from miles.config import JobConfig
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -36,21 +38,26 @@ class ParallelRank:
         return self.pipeline_rank == self.pipeline_size - 1
 
 
-def initialize(layout: MegatronConfig, seed: int, timeout_minutes: int) -> ParallelRank:
-    """Make the groups out of the ranks of the default process group; collective. Replaces existing groups."""
+def initialize(config: JobConfig) -> ParallelRank:
+    """Make the groups out of the ranks of the default process group; collective. Replaces existing groups.
+
+    Raises SplitError, a ValueError, for a pipeline that does not fit the layers of hf_checkpoint.
+    """
     from megatron.core import parallel_state, tensor_parallel
 
     destroy()
+    layout, layers = config.megatron, layer_count(str(config.rollout.hf_checkpoint))
+    virtual = 1 if layers is None else split_of(layout).virtual_stages(layers)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tensor_model_parallel_size,
         pipeline_model_parallel_size=layout.pipeline_model_parallel_size,
-        virtual_pipeline_model_parallel_size=layout.num_virtual_stages_per_pipeline_rank,
+        virtual_pipeline_model_parallel_size=virtual if virtual > 1 else None,
         context_parallel_size=layout.context_parallel_size,
         expert_model_parallel_size=layout.expert_model_parallel_size,
         expert_tensor_parallel_size=layout.expert_tensor_parallel_size,
-        distributed_timeout_minutes=timeout_minutes,
+        distributed_timeout_minutes=config.cluster.distributed_timeout_minutes,
     )
-    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(config.train.seed)
     replicas = parallel_state.get_data_parallel_world_size()
     return ParallelRank(
         tensor_rank=parallel_state.get_tensor_model_parallel_rank(),

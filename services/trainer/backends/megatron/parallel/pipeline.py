@@ -84,8 +84,8 @@ class Pipeline:
 
             return output, finish
 
-        if with_gradient and self._model.config.moe_aux_loss_coeff:
-            self._average_balance(rows)
+        if with_gradient and (self._model.config.moe_aux_loss_coeff or self._model.config.moe_z_loss_coeff):
+            self._average_router_losses(rows)
         schedule = get_forward_backward_func()
         numbers = [iter(range(len(padded))) for _ in self._model.chunks]
         with contextlib.ExitStack() as stack:
@@ -114,10 +114,10 @@ class Pipeline:
             micro_batch, context_rank=parallel.context_rank, context_size=parallel.context_size, multiple_of=multiple
         )
 
-    def _average_balance(self, rows: Sequence[LocalRows]) -> None:
-        """Make the load-balancing loss of the next passes a mean over their rows on all replicas; collective.
+    def _average_router_losses(self, rows: Sequence[LocalRows]) -> None:
+        """Make the routers' losses of the next passes means over their rows on all replicas; collective.
 
-        Megatron-Core weights it by rows and expects to divide it by tokens with the main loss, but ours already is.
+        Megatron-Core weights them by rows and expects to divide them by tokens with the main loss, but ours already is.
         """
         from megatron.core import parallel_state
 

@@ -123,7 +123,6 @@ def test_a_server_that_accepts_drafts_too_often_is_known_by_its_flags() -> None:
         ({"attention_backend": "triton", "pp_size": 1, "enable_dp_attention": False}, False),
         ({"speculative_algorithm": "EAGLE"}, True),
         ({"pp_size": 2}, True),
-        ({"pipeline_parallel_size": "2"}, True),
         ({"enable_dp_attention": True}, True),
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -29,6 +30,8 @@ class Front:
         self.at = 0.0
         self.address = ""
         self.resets = 0
+        self.probed_s = asyncio.Queue[float]()
+        """When it was probed, in seconds of the monotonic clock."""
         self.called: list[str] = []
         """Calls that pause and resume its scheduler."""
 
@@ -40,6 +43,7 @@ class Front:
         return web.json_response({"tp_size": 4})
 
     async def loads(self, request: web.Request) -> web.Response:
+        self.probed_s.put_nowait(time.monotonic())
         return web.json_response({"loads": [{"timestamp": self.at, "token_usage": 0.1, "num_running_reqs": 1}]})
 
     async def check(self, request: web.Request) -> web.Response:
@@ -72,13 +76,11 @@ async def front() -> AsyncIterator[Front]:
 class Attached:
     """A replica, and what it said."""
 
-    def __init__(self, front: Front, hang_timeout_s: float = 300.0) -> None:
+    def __init__(self, front: Front, **options: float) -> None:
         self.errors: list[Exception] = []
         self.ready = asyncio.Queue[Replica]()
-        options = SglangOptions(
-            hf_checkpoint="m", device="cpu", addresses=(front.address,), hang_timeout_s=hang_timeout_s
-        )
-        self.replica = Replica(options, 0, self.on_ready, lambda: None)
+        servers: Any = {"hf_checkpoint": "m", "device": "cpu", "addresses": (front.address,), **options}
+        self.replica = Replica(SglangOptions(**servers), 0, self.on_ready, lambda: None)
 
     async def on_ready(self, which: Replica) -> None:
         if self.errors:
@@ -102,10 +104,9 @@ async def test_a_server_is_looked_after_whatever_goes_wrong_with_it(
 
 
 async def test_a_scheduler_that_does_nothing_for_its_requests_is_noticed_behind_a_front_that_answers(
-    front: Front, monkeypatch: pytest.MonkeyPatch
+    front: Front,
 ) -> None:
-    monkeypatch.setattr("miles.services.rollout.engines.sglang.server.probes.INTERVAL_S", 0.05)
-    attached = Attached(front, hang_timeout_s=0.5)
+    attached = Attached(front, hang_timeout_s=0.5, probe_interval_s=0.05)
     await attached.replica.start()
     await asyncio.sleep(1.0)
     assert attached.ready.empty(), "it has no requests"
@@ -121,6 +122,17 @@ async def test_a_scheduler_that_does_nothing_for_its_requests_is_noticed_behind_
     async with asyncio.timeout(DEADLINE_S):
         await attached.ready.get()
     await attached.replica.close()
+
+
+async def test_a_server_is_probed_as_often_as_asked_and_not_before(front: Front) -> None:
+    attached = Attached(front, probe_interval_s=0.1, first_probe_s=0.4)
+    began = time.monotonic()
+    await attached.replica.start()
+    async with asyncio.timeout(DEADLINE_S):
+        first, second = [await front.probed_s.get() for _ in range(2)]
+    await attached.replica.close()
+    assert first - began >= 0.5
+    assert second > first
 
 
 def test_no_two_loads_share_a_key_of_the_cache_even_when_their_numbers_are_equal() -> None:

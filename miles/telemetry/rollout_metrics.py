@@ -5,15 +5,19 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
+from miles.telemetry.pass_at_k import pass_rates
 from miles.types import Sample, SampleGroup, SampleStatus, reward_number
 
 
-def rollout_metrics(groups: Sequence[SampleGroup], reward_key: str | None) -> dict[str, float]:
+def rollout_metrics(
+    groups: Sequence[SampleGroup], reward_key: str | None, *, with_pass_rates: bool = False
+) -> dict[str, float]:
     """`rollout/*` over the samples of one step.
 
     Rewards with several numbers have the mean of each in `rollout/reward/NAME`. `rollout/zero_std/count` counts groups
     whose rewards are all equal (no learning signal), and `rollout/zero_std/count_R` those of them with reward R.
-    Samples without a reward count as failed only.
+    Samples without a reward count as failed only. With `with_pass_rates`, `passrate/pass@k` besides, over groups of
+    which every sample has a reward.
     """
     samples = [sample for group in groups for sample in group.samples]
     lengths = [sample.response_length for sample in samples]
@@ -38,6 +42,8 @@ def rollout_metrics(groups: Sequence[SampleGroup], reward_key: str | None) -> di
     for name in sorted(parts[0]) if parts else ():
         if all(name in part for part in parts):
             metrics[f"rollout/reward/{name}"] = sum(part[name] for part in parts) / len(parts)
+    if with_pass_rates:
+        metrics |= pass_rates(by_group, max(len(group.samples) for group in groups), "passrate/")
     return metrics
 
 

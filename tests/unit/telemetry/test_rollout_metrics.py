@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from miles.services.trainer.step.rollout_metrics import rollout_metrics
+from miles.telemetry.rollout_metrics import rollout_metrics
 from miles.types import Sample, SampleGroup, SampleStatus
 
 
@@ -44,3 +44,15 @@ def test_the_part_of_a_reward_that_is_trained_on_is_reported() -> None:
 
 def test_without_any_reward_there_is_no_mean() -> None:
     assert "rollout/raw_reward" not in rollout_metrics([group(0, (1, None, SampleStatus.FAILED))], None)
+
+
+def test_pass_rates_are_those_of_groups_whose_samples_all_have_rewards() -> None:
+    done, failed = SampleStatus.COMPLETED, SampleStatus.FAILED
+    groups = [
+        group(0, (3, 1.0, done), (7, 0.0, done)),
+        group(1, (2, 1.0, done), (2, 1.0, done)),
+        group(2, (5, None, failed), (5, 1.0, done)),
+    ]
+    metrics = rollout_metrics(groups, None, with_pass_rates=True)
+    assert (metrics["passrate/pass@1"], metrics["passrate/pass@2"]) == (0.75, 1.0)
+    assert "passrate/pass@1" not in rollout_metrics(groups, None)

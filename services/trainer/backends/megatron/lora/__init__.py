@@ -1,0 +1,1 @@
+"""Adapters (LoRA) of a Megatron-Core model. Start at `adapter`."""

@@ -1,0 +1,34 @@
+MODEL_ARGS=(
+    --swiglu
+    --disable-bias-linear
+    --normalization RMSNorm
+    --num-layers 46
+    --hidden-size 4096
+    --ffn-hidden-size 10944
+    --num-attention-heads 96
+    --group-query-attention
+    --num-query-groups 8
+    --kv-channels 128
+    --add-qkv-bias
+    --position-embedding-type rope
+    --rotary-percent 0.5
+    --rotary-base 1000000
+    --untie-embeddings-and-output-weights
+    --vocab-size 151552
+    --num-experts 128
+    --moe-ffn-hidden-size 1408
+    --moe-shared-expert-intermediate-size 1408
+    --moe-router-topk 8
+    --moe-router-topk-scaling-factor 1.0
+    --moe-layer-freq "[0]*1+[1]*45"
+    --moe-router-pre-softmax
+    --moe-router-score-function sigmoid
+    --moe-router-enable-expert-bias
+    --moe-router-bias-update-rate 0
+    --moe-router-load-balancing-type seq_aux_loss
+    --moe-token-dispatcher-type alltoall
+    --moe-aux-loss-coeff 0
+    --moe-grouped-gemm
+    --moe-router-dtype fp32
+    --moe-permute-fusion
+)

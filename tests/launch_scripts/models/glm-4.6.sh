@@ -1,0 +1,35 @@
+MODEL_ARGS=(
+    --swiglu
+    --disable-bias-linear
+    --normalization RMSNorm
+    --num-layers 92
+    --hidden-size 5120
+    --ffn-hidden-size 12288
+    --num-attention-heads 96
+    --group-query-attention
+    --num-query-groups 8
+    --kv-channels 128
+    --add-qkv-bias
+    --qk-layernorm
+    --position-embedding-type rope
+    --rotary-percent 0.5
+    --rotary-base 1000000
+    --untie-embeddings-and-output-weights
+    --vocab-size 151552
+    --num-experts 160
+    --moe-ffn-hidden-size 1536
+    --moe-shared-expert-intermediate-size 1536
+    --moe-router-topk 8
+    --moe-router-topk-scaling-factor 2.5
+    --moe-layer-freq "[0]*3+[1]*89"
+    --moe-router-pre-softmax
+    --moe-router-score-function sigmoid
+    --moe-router-enable-expert-bias
+    --moe-router-bias-update-rate 0
+    --moe-router-load-balancing-type seq_aux_loss
+    --moe-token-dispatcher-type alltoall
+    --moe-aux-loss-coeff 0
+    --moe-grouped-gemm
+    --moe-router-dtype fp32
+    --moe-permute-fusion
+)

@@ -1,0 +1,31 @@
+MODEL_ARGS=(
+    --swiglu
+    --disable-bias-linear
+    --normalization RMSNorm
+    --num-layers 62
+    --hidden-size 3072
+    --ffn-hidden-size 1536
+    --num-attention-heads 48
+    --group-query-attention
+    --num-query-groups 8
+    --kv-channels 128
+    --qk-layernorm
+    --position-embedding-type rope
+    --rotary-percent 0.5
+    --rotary-base 5000000
+    --norm-epsilon 1e-6
+    --untie-embeddings-and-output-weights
+    --vocab-size 200064
+    --num-experts 256
+    --moe-ffn-hidden-size 1536
+    --moe-router-topk 8
+    --moe-router-score-function sigmoid
+    --moe-router-enable-expert-bias
+    --moe-router-bias-update-rate 0
+    --moe-router-load-balancing-type none
+    --moe-token-dispatcher-type alltoall
+    --moe-aux-loss-coeff 0
+    --moe-grouped-gemm
+    --moe-router-dtype fp32
+    --moe-permute-fusion
+)

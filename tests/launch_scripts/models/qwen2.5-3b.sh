@@ -1,0 +1,16 @@
+MODEL_ARGS=(
+    --swiglu
+    --disable-bias-linear
+    --normalization RMSNorm
+    --num-layers 36
+    --hidden-size 2048
+    --ffn-hidden-size 11008
+    --num-attention-heads 16
+    --group-query-attention
+    --num-query-groups 2
+    --use-rotary-position-embeddings
+    --norm-epsilon 1e-6
+    --rotary-base "${ROTARY_BASE:-1000000}"
+    --vocab-size 151936
+    --add-qkv-bias
+)

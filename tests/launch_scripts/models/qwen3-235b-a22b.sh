@@ -1,0 +1,31 @@
+MODEL_ARGS=(
+    --swiglu
+    --disable-bias-linear
+    --normalization RMSNorm
+    --num-layers 94
+    --hidden-size 4096
+    --ffn-hidden-size 12288
+    --num-attention-heads 64
+    --group-query-attention
+    --num-query-groups 4
+    --use-rotary-position-embeddings
+    --norm-epsilon 1e-6
+    --rotary-base "${ROTARY_BASE:-1000000}"
+    --vocab-size 151936
+    --kv-channels 128
+    --qk-layernorm
+    --position-embedding-type rope
+    --rotary-percent 1.0
+    --untie-embeddings-and-output-weights
+    --num-experts 128
+    --moe-ffn-hidden-size 1536
+    --moe-router-topk 8
+    --moe-layer-freq "[1]*94"
+    --moe-router-score-function softmax
+    --moe-token-dispatcher-type alltoall
+    --moe-grouped-gemm
+    --moe-token-drop-policy probs
+    --moe-router-dtype fp32
+    --moe-permute-fusion
+    --moe-aux-loss-coeff 0
+)
