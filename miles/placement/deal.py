@@ -21,10 +21,8 @@ class Demand:
     """On each of the trainer's nodes."""
     services: int
     """Rollout services."""
-    engines: int
-    """Of each service."""
-    engine_gpus: int
-    """Of each engine: its tensor-parallel size; 0 for engines that run elsewhere."""
+    servers: tuple[int, ...]
+    """GPUs of each engine of a service: their tensor-parallel sizes; empty for engines that run elsewhere."""
     colocate: bool = False
     rollout_gpus_of_node: int | None = None
     """Most GPUs of a node that rollout services get; None: all."""
@@ -32,7 +30,12 @@ class Demand:
     @property
     def service_gpus(self) -> int:
         """Of each rollout service."""
-        return self.engines * self.engine_gpus
+        return sum(self.servers)
+
+    @property
+    def engine_gpus(self) -> int:
+        """Of the largest engine; 0 for engines that run elsewhere."""
+        return max(self.servers, default=0)
 
     @property
     def rollout_gpus(self) -> int:

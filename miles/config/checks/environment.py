@@ -24,6 +24,7 @@ from miles.config.checks.model_layout import layout_faults, shape_differences
 from miles.config.checks.outputs import output_faults
 from miles.config.checks.published_form import form_faults
 from miles.config.checks.rewards import reward_faults
+from miles.config.eval_sets import READ as EVAL_READ
 from miles.config.eval_sets import eval_sets
 from miles.config.job import JobConfig
 from miles.config.rules.paths import unusable_paths
@@ -31,6 +32,7 @@ from miles.config.rules.registry import Rule, run_rules
 from miles.config.schema.catalog import catalog
 from miles.config.schema.faults import ConfigError, Fault, RunFault
 from miles.config.schema.flat_settings import FlatSettings
+from miles.config.server_groups import READ, servers_of_service
 from miles.placement.nodes import Cluster
 from miles.reward_names import REWARD_KEY
 
@@ -136,13 +138,20 @@ def _data_files(s: FlatSettings) -> Iterator[Fault]:
     if s.prompt_data:
         yield from _data_file(s, "prompt_data", s.prompt_data, s.input_key, s.label_key)
     try:
-        for each in eval_sets({key: getattr(s, key) for key in catalog()}):
+        for each in eval_sets({key: getattr(s, key) for key in EVAL_READ}):
             key = "eval_prompt_data" if s.eval_config is None else "eval_config"
             yield from _data_file(s, key, each.path, each.input_key, each.label_key, each.metadata)
     except ConfigError as error:
         yield from error.faults
     if s.chat_template_path and not os.path.isfile(s.chat_template_path):
         yield Fault("chat_template_path", s.chat_template_path, "there is no such file", "give a Jinja file")
+
+
+def _server_groups(s: FlatSettings) -> Iterator[Fault]:
+    try:
+        servers_of_service({key: getattr(s, key) for key in READ})
+    except ConfigError as error:
+        yield from error.faults
 
 
 def _data_file(
@@ -276,6 +285,7 @@ _FILE_CHECKS: tuple[Rule, ...] = (
     family_faults,
     layout_faults,
     engine_faults,
+    _server_groups,
     _data_files,
     _checkpoint_to_load,
     output_faults,

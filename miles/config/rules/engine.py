@@ -32,7 +32,6 @@ _OURS: Mapping[str, str] = {
     "skip_server_warmup": "leave it out",
     "skip_tokenizer_init": "leave it out",
     "weight_version": "leave it out",
-    "config": "leave it out",
 }
 """SGLang's flags that follow from other settings, with what to do instead."""
 
@@ -58,9 +57,13 @@ def sglang_has_its_settings_to_itself(s: FlatSettings) -> Iterator[Fault]:
 @rule
 def sglang_flags_are_said_once(s: FlatSettings) -> Iterator[Fault]:
     for name, value in s.sglang_args.items():
-        ours = next((flag for flag in _OURS if is_flag(name, flag)), None)
-        if ours is not None:
-            yield Fault(f"sglang_{name}", value, "the rollout service sets this flag itself", _OURS[ours])
+        if (remedy := set_by_the_service(name)) is not None:
+            yield Fault(f"sglang_{name}", value, "the rollout service sets this flag itself", remedy)
+
+
+def set_by_the_service(name: str) -> str | None:
+    """Return what to do instead of giving a server this flag; None when it may be given."""
+    return next((remedy for flag, remedy in _OURS.items() if is_flag(name, flag)), None)
 
 
 @rule

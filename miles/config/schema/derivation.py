@@ -31,6 +31,7 @@ COMPARES_SAMPLES = ("grpo", "gspo", "cispo", "dr_grpo", "rloo", "reinforce_plus_
 SGLANG_ALONE = (
     "rollout_num_gpus",
     "rollout_num_gpus_per_engine",
+    "sglang_config",
     "rollout_external_engine_addrs",
     "rollout_engine_python",
     "rollout_engine_weights",

@@ -622,7 +622,7 @@ def test_every_rule_has_a_case() -> None:
             "use_dynamic = true, but there is no such setting; did you mean use_dynamic_batch_size?",
         ),
         ({"qqq": 1}, "qqq = 1, but there is no such setting; `miles config docs` lists them all"),
-        ({"sglang_": 1}, "sglang_ = 1, but there is no such setting; did you mean sglang_server_concurrency?"),
+        ({"sglang_": 1}, "sglang_ = 1, but there is no such setting; did you mean sglang_config?"),
     ],
 )
 def test_a_value_of_the_wrong_kind_is_refused(changes: dict[str, Any], expected: str) -> None:
