@@ -94,16 +94,16 @@ def eval_sets(flat: Mapping[str, Any]) -> tuple[EvalSet, ...]:
     """Return the sets, by the settings that are `READ`. Raises ConfigError with every fault of the file."""
     if flat["eval_config"] is None:
         data = flat["eval_prompt_data"] or ()
-        pairs = zip(data[::2], data[1::2], strict=True)
-        return tuple(_complete(flat, _Row(name=name, path=path), _Settings()) for name, path in pairs)
+        rows = (_Row.model_construct(name=name, path=path) for name, path in zip(data[::2], data[1::2], strict=False))
+        return tuple(_complete(flat, row, _Settings()) for row in rows)  # rules report names that are at fault
     faults: list[Fault] = []
-    defaults, rows = _read(flat["eval_config"], faults)
+    defaults, listed = _read(flat["eval_config"], faults)
     if faults:
         raise ConfigError(faults)
-    faults += _faults_together(flat, defaults, rows)
+    faults += _faults_together(flat, defaults, listed)
     if faults:
         raise ConfigError(faults)
-    return tuple(_complete(flat, row, defaults) for row in rows)
+    return tuple(_complete(flat, row, defaults) for row in listed)
 
 
 def _read(value: str, faults: list[Fault]) -> tuple[_Settings, list[_Row]]:
