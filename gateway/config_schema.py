@@ -22,8 +22,8 @@ DEPLOYMENT = frozenset(
 )
 """Settings of the running services, which a job cannot change."""
 
-INDIRECT = frozenset({"eval_config"})
-"""Settings of files that name others, which nobody compares with the folders that jobs may use."""
+INDIRECT = frozenset({"eval_config", "sglang_config"})
+"""Settings of files that hold paths or flags, which nobody compares with what jobs may use."""
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 """Names of jobs, which become folder names."""
 _INT64 = 2**63
@@ -59,8 +59,8 @@ def type_faults(body: Mapping[str, Any]) -> list[Fault]:
             problem = "it belongs to the services that run already"
             faults.append(Fault(key, value, problem, "leave it out"))
         elif key in INDIRECT:
-            problem = "the files that it names are not compared with the folders that jobs may use"
-            faults.append(Fault(key, value, problem, "name the data sets in eval_prompt_data"))
+            problem = "what the file says is not compared with what jobs may use"
+            faults.append(Fault(key, value, problem, "leave it out, and give settings of their own"))
         elif key in job_settings() and value is not None and (wrong := _wrong_type(job_settings()[key], value)):
             faults.append(Fault(key, value, wrong, "give one"))
     return faults

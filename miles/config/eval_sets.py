@@ -22,6 +22,12 @@ from miles.reward_names import REWARD_KEY
 
 INLINE = "base64:"
 """What a value begins with that is the file itself."""
+READ = (
+    *("eval_config", "eval_prompt_data", "eval_input_key", "eval_label_key", "tool_key", "metadata_key"),
+    *("n_samples_per_eval_prompt", "eval_temperature", "eval_top_p", "eval_top_k", "eval_max_response_len"),
+    *("eval_min_new_tokens", "rollout_stop", "rollout_stop_token_ids", "rollout_max_context_len", "custom_rm_path"),
+)
+"""Settings that evaluation sets depend on."""
 _LOWEST_TEMPERATURE = 1e-3
 _GROUP_SAMPLES = 1 << 16
 
@@ -85,19 +91,19 @@ def evaluates(s: Any) -> bool:
 
 
 def eval_sets(flat: Mapping[str, Any]) -> tuple[EvalSet, ...]:
-    """Return the sets of a complete flat configuration. Raises ConfigError with every fault of the file."""
+    """Return the sets, by the settings that are `READ`. Raises ConfigError with every fault of the file."""
     if flat["eval_config"] is None:
         data = flat["eval_prompt_data"] or ()
-        pairs = zip(data[::2], data[1::2], strict=True)
-        return tuple(_complete(flat, _Row(name=name, path=path), _Settings()) for name, path in pairs)
+        rows = (_Row.model_construct(name=name, path=path) for name, path in zip(data[::2], data[1::2], strict=False))
+        return tuple(_complete(flat, row, _Settings()) for row in rows)  # rules report names that are at fault
     faults: list[Fault] = []
-    defaults, rows = _read(flat["eval_config"], faults)
+    defaults, listed = _read(flat["eval_config"], faults)
     if faults:
         raise ConfigError(faults)
-    faults += _faults_together(flat, defaults, rows)
+    faults += _faults_together(flat, defaults, listed)
     if faults:
         raise ConfigError(faults)
-    return tuple(_complete(flat, row, defaults) for row in rows)
+    return tuple(_complete(flat, row, defaults) for row in listed)
 
 
 def _read(value: str, faults: list[Fault]) -> tuple[_Settings, list[_Row]]:

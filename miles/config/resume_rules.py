@@ -95,6 +95,7 @@ _BY_SETTING: Mapping[str, Effect] = {
     "rm_url": Effect.FREE,
     "rollout_num_gpus": Effect.FREE,
     "rollout_num_gpus_per_engine": Effect.FREE,
+    "sglang_config": Effect.FREE,
     "rollout_external_engine_addrs": Effect.FREE,
     "rollout_engine_python": Effect.FREE,
     "rollout_engine_weights": Effect.FREE,

@@ -6,6 +6,7 @@ import dataclasses
 from collections import defaultdict
 from collections.abc import Sequence
 
+from miles.config.server_groups import READ, servers_of_service
 from miles.memory import host
 from miles.memory.activations import activation_parts
 from miles.memory.amount import Part, When, peak
@@ -139,12 +140,17 @@ def _rollout_uses(run: Run, cluster: Cluster, placement: Placement | None) -> li
         here = s.rollout_num_workers - s.rollout_workers_elsewhere
         return [Use(f"rollout-{i}", "engine", 0, None, device, held) for i in range(here)]
     servers, uses = s.rollout_backend == "sglang", []
+    listed = servers_of_service({key: getattr(s, key) for key in READ}) if servers else ()
+    # Of each GPU of a service: number and size of the server that has it.
+    owner = [(at, server.gpus) for at, server in enumerate(listed) for _ in range(server.gpus)]
     for service, place in enumerate(placement.rollouts):
         for number, gpu in enumerate(place.gpus):
             capacity = cluster.nodes[place.node].gpu_bytes
-            parts = engine_parts(run, capacity, _resident(run, placement, place.node, gpu))
+            at, gpus = owner[number] if servers else (0, 1)
+            own_size = dataclasses.replace(run, settings=s.changed(rollout_num_gpus_per_engine=gpus))
+            parts = engine_parts(own_size, capacity, _resident(run, placement, place.node, gpu))
             parts += [] if servers else [host.context_part()]
-            part = f"server {number // s.rollout_num_gpus_per_engine}" if servers else "engine"
+            part = f"server {at}" if servers else "engine"
             own = (host.process_part("cuda"), *([rollout_samples_part(run)] if number == 0 else []))
             uses.append(Use(f"rollout-{service}", part, place.node, gpu, tuple(parts), own))
     return uses

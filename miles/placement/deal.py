@@ -21,10 +21,8 @@ class Demand:
     """On each of the trainer's nodes."""
     services: int
     """Rollout services."""
-    engines: int
-    """Of each service."""
-    engine_gpus: int
-    """Of each engine: its tensor-parallel size; 0 for engines that run elsewhere."""
+    servers: tuple[int, ...]
+    """GPUs of each engine of a service: their tensor-parallel sizes; empty for engines that run elsewhere."""
     colocate: bool = False
     rollout_gpus_of_node: int | None = None
     """Most GPUs of a node that rollout services get; None: all."""
@@ -32,7 +30,12 @@ class Demand:
     @property
     def service_gpus(self) -> int:
         """Of each rollout service."""
-        return self.engines * self.engine_gpus
+        return sum(self.servers)
+
+    @property
+    def engine_gpus(self) -> int:
+        """Of the largest engine; 0 for engines that run elsewhere."""
+        return max(self.servers, default=0)
 
     @property
     def rollout_gpus(self) -> int:
@@ -122,15 +125,15 @@ def _trainer(nodes: Sequence[int], demand: Demand) -> tuple[Place, ...]:
 
 def _no_room(nodes: Sequence[int], demand: Demand, free: int, rollout_nodes: int | None) -> NoRoomError:
     largest, most = max(nodes[:rollout_nodes]), demand.rollout_gpus_of_node
-    if most is not None and most < largest:
-        unlimited = dataclasses.replace(demand, rollout_gpus_of_node=None)
-        if demand.service_gpus > most or _fits(nodes, unlimited, rollout_nodes):
-            problem = f"a rollout service has {_gpus(demand.service_gpus)} of one node, and all have {free}"
-            return NoRoomError("num_gpus_per_node", most, problem, "raise it, or use fewer GPUs for rollouts")
     if demand.engine_gpus > largest:
         problem = f"a server's GPUs are on one node, and the largest has {_gpus(largest)}"
         elsewhere = "start the server over several nodes yourself and name it in rollout_external_engine_addrs"
         return NoRoomError("rollout_num_gpus_per_engine", demand.engine_gpus, problem, f"lower it, or {elsewhere}")
+    if most is not None and most < largest:
+        unlimited = dataclasses.replace(demand, rollout_gpus_of_node=None)
+        if demand.service_gpus > most or _fits(nodes, unlimited, rollout_nodes):
+            problem = f"a rollout service has {_gpus(demand.service_gpus)} of one node, and rollouts {free} of all"
+            return NoRoomError("num_gpus_per_node", most, problem, "raise it, or use fewer GPUs for rollouts")
     if demand.rollout_gpus <= free:
         problem = f"each service's {_gpus(demand.service_gpus)} are on one node, and no node has as many left"
         most = max(1, largest // demand.engine_gpus) * demand.engine_gpus

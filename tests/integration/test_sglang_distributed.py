@@ -29,6 +29,7 @@ from sglang_kit import (
 from torch_engine_models import prompt_of, save_checkpoint, weights_of
 from weight_host import JOB, POLICY, Host
 
+from miles.config.server_groups import Server
 from miles.rpc.gen import weightsync_pb2
 from miles.services.rollout.engines.sglang import SglangEngine
 from miles.services.rollout.engines.sglang.server.replica import Replica
@@ -63,9 +64,15 @@ def models(folder: pathlib.Path) -> Models:
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def engine(folder: pathlib.Path, models: Models) -> AsyncIterator[SglangEngine]:
-    """Two servers."""
-    async with running(options(folder / "0", folder / "logs", engines=2, weight_path="distributed")) as started:
+    """Two servers, of which the second has a flag of its own."""
+    servers = (Server(1, {}), Server(1, {"chunked_prefill_size": 128}))
+    async with running(options(folder / "0", folder / "logs", servers=servers, weight_path="distributed")) as started:
         yield started
+
+
+async def test_servers_have_flags_of_their_own(engine: SglangEngine) -> None:
+    first, second = [await replica.api.get("/server_info", DEADLINE_S) for replica in engine.replicas]
+    assert second["chunked_prefill_size"] == 128 != first["chunked_prefill_size"]
 
 
 @pytest.fixture

@@ -28,6 +28,7 @@ from miles.config.checks.published_form import form_faults
 from miles.config.checks.rewards import reward_faults
 from miles.config.checks.teacher_tokens import why_other_tokens
 from miles.config.checks.trackers import tracker_faults
+from miles.config.eval_sets import READ as EVAL_READ
 from miles.config.eval_sets import eval_sets
 from miles.config.job import JobConfig
 from miles.config.rules.paths import unusable_paths
@@ -36,6 +37,7 @@ from miles.config.schema.catalog import catalog
 from miles.config.schema.faults import ConfigError, Fault, RunFault
 from miles.config.schema.flat_settings import FlatSettings
 from miles.config.sections.distillation import named
+from miles.config.server_groups import READ, servers_of_service
 from miles.megatron_checkpoint import is_foreign, tensors_of
 from miles.placement.nodes import Cluster
 from miles.reward_names import REWARD_KEY
@@ -163,13 +165,20 @@ def _data_files(s: FlatSettings) -> Iterator[Fault]:
     if s.prompt_data:
         yield from _data_file(s, "prompt_data", s.prompt_data, s.input_key, s.label_key)
     try:
-        for each in eval_sets({key: getattr(s, key) for key in catalog()}):
+        for each in eval_sets({key: getattr(s, key) for key in EVAL_READ}):
             key = "eval_prompt_data" if s.eval_config is None else "eval_config"
             yield from _data_file(s, key, each.path, each.input_key, each.label_key, each.metadata)
     except ConfigError as error:
         yield from error.faults
     if s.chat_template_path and not os.path.isfile(s.chat_template_path):
         yield Fault("chat_template_path", s.chat_template_path, "there is no such file", "give a Jinja file")
+
+
+def _server_groups(s: FlatSettings) -> Iterator[Fault]:
+    try:
+        servers_of_service({key: getattr(s, key) for key in READ})
+    except ConfigError as error:
+        yield from error.faults
 
 
 def _data_file(
@@ -318,6 +327,7 @@ _FILE_CHECKS: tuple[Rule, ...] = (
     architecture_faults,
     dispatcher_faults,
     engine_faults,
+    _server_groups,
     _data_files,
     _checkpoint_to_load,
     output_faults,

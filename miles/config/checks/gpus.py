@@ -5,19 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from miles.config.checks.device import visible_gpus
-from miles.config.schema.faults import Fault, RunFault
+from miles.config.schema.faults import ConfigError, Fault, RunFault
 from miles.config.schema.flat_settings import FlatSettings
+from miles.config.server_groups import READ, servers_of_service
 from miles.placement.deal import Demand, NoRoomError, deal
 from miles.placement.nodes import Cluster, local_cluster
 
 
 def demand_of(s: FlatSettings, cluster: Cluster) -> Demand:
-    """Return the GPUs that a configuration, resolved for CUDA, asks for.
+    """Return the GPUs that a configuration, resolved for CUDA, asks for. Raises ConfigError for groups of servers.
 
     Rollouts of other machines have GPUs of their own; of an assumed cluster's these are known too.
     """
-    size, services = s.rollout_num_gpus_per_engine, s.rollout_num_workers
-    engines = 1 if s.rollout_num_gpus is None else max(1, s.rollout_num_gpus // size // services)
+    services = s.rollout_num_workers
+    servers = tuple(server.gpus for server in servers_of_service({key: getattr(s, key) for key in READ}))
     elsewhere = s.rollout_external_engine_addrs is not None
     if s.debug_train_only:
         services = 0
@@ -25,8 +26,7 @@ def demand_of(s: FlatSettings, cluster: Cluster) -> Demand:
         trainer_nodes=0 if s.debug_rollout_only else s.actor_num_nodes,
         trainer_gpus=s.actor_num_gpus_per_node or 8,
         services=services if cluster.assumed else max(0, services - s.rollout_workers_elsewhere),
-        engines=engines,
-        engine_gpus=0 if elsewhere else size,
+        servers=() if elsewhere else servers,
         colocate=s.colocate and not s.debug_rollout_only,
         rollout_gpus_of_node=s.num_gpus_per_node,
     )
@@ -47,6 +47,8 @@ def gpu_faults(s: FlatSettings, assumed: Cluster | None = None) -> Iterator[Faul
         return
     try:
         placement = deal([node.gpus for node in cluster.nodes], demand_of(s, cluster), rollout_nodes=on_nodes(cluster))
+    except ConfigError:
+        return  # another check reports it
     except NoRoomError as error:
         yield Fault(error.setting, error.value, error.problem, error.remedy)
         return

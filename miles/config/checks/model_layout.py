@@ -8,8 +8,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from miles.config.checks.json_file import read_json_object
-from miles.config.schema.faults import Fault
+from miles.config.schema.faults import ConfigError, Fault
 from miles.config.schema.flat_settings import FlatSettings
+from miles.config.server_groups import READ, servers_of_service
 from miles.pipeline_split import SplitError, split_of
 
 _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
@@ -103,12 +104,23 @@ def _positions(model: dict[str, Any]) -> int:
 
 
 def _engine_faults(s: FlatSettings, model: dict[str, Any]) -> Iterator[Fault]:
-    size, heads = s.rollout_num_gpus_per_engine, model.get("num_attention_heads")
+    heads = model.get("num_attention_heads")
+    try:
+        servers = servers_of_service({key: getattr(s, key) for key in READ})
+    except ConfigError:
+        return  # another check reports it
+    for size in sorted({server.gpus for server in servers}):
+        key = "rollout_num_gpus_per_engine" if s.sglang_config is None else "sglang_config"
+        yield from _heads_divide(s, key, size, heads)
+
+
+def _heads_divide(s: FlatSettings, key: str, size: int, heads: int | None) -> Iterator[Fault]:
+    shown = size if key != "sglang_config" else f"{s.sglang_config}, with servers of {size} GPUs"
     if s.sglang_args.get("enable_dp_attention"):  # heads are split over the GPUs of one replica of the attention
         size = max(1, size // int(s.sglang_args.get("dp_size") or 1))
     if s.rollout_backend == "sglang" and heads and heads % size:
         problem = f"SGLang's tensor parallelism does not divide the model's {heads} attention heads by it"
-        yield Fault("rollout_num_gpus_per_engine", s.rollout_num_gpus_per_engine, problem, "choose one that does")
+        yield Fault(key, shown, problem, "choose one that does")
 
 
 def _tensor_faults(s: FlatSettings, model: dict[str, Any]) -> Iterator[Fault]:

@@ -9,7 +9,7 @@ from miles.config.schema.catalog import catalog
 from miles.config.schema.faults import Fault
 from miles.config.schema.flat_settings import FlatSettings
 
-_EXTERNAL_ENGINES_HAVE = ("rollout_engine_python", "rollout_num_gpus_per_engine")
+_EXTERNAL_ENGINES_HAVE = ("rollout_engine_python", "rollout_num_gpus_per_engine", "sglang_config")
 
 
 def _without_effect(s: FlatSettings, key: str, why: str, remedy: str) -> Iterator[Fault]:

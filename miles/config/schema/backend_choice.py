@@ -14,6 +14,7 @@ FSDP_ALONE = ("gradient_checkpointing", "torch_compile", "fsdp_cpu_offload", "at
 SGLANG_ALONE = (
     "rollout_num_gpus",
     "rollout_num_gpus_per_engine",
+    "sglang_config",
     "rollout_external_engine_addrs",
     "rollout_engine_python",
     "rollout_engine_weights",

@@ -47,6 +47,10 @@ class RolloutConfig(Section):
     rollout_num_gpus_per_engine: Positive = 1
     """Number of GPUs of each SGLang server, which is its tensor-parallel size."""
 
+    sglang_config: Annotated[str | None, Metavar("FILE")] = None
+    """YAML or JSON file of groups of SGLang servers that differ in GPUs, tensor-parallel size and flags, instead of
+    rollout_num_gpus alike ones; services on other machines read it under the same path."""
+
     rollout_external_engine_addrs: Annotated[tuple[str, ...] | None, Metavar("HOST:PORT ...")] = None
     """Addresses of running SGLang servers to use instead of starting some, assigned round-robin to the rollout
     services."""

@@ -15,7 +15,6 @@ from collections.abc import AsyncIterator
 import redis.asyncio
 
 from miles import heap
-from miles.checkpoint_folder import step_of
 from miles.config import ConfigError, JobConfig
 from miles.config.eval_sets import eval_sets
 from miles.data import DataError, PromptSource, eval_sources, parse_file_slice, train_source
@@ -30,6 +29,7 @@ from miles.services.controller.jobs.context import JobContext
 from miles.services.controller.jobs.controls import JobCancelledError, JobControls, JobStoppedError
 from miles.services.controller.jobs.history import JobHistory
 from miles.services.controller.jobs.records import ENDED
+from miles.services.controller.jobs.saved_steps import saved_step
 from miles.services.controller.jobs.store import JobStore
 from miles.services.controller.run.recovery import run_to_end
 from miles.services.controller.run.release_workers import release_workers
@@ -248,7 +248,7 @@ def _early_end(error: Exception) -> tuple[job_pb2.JobState.ValueType, str]:
 
 def _saved(history: JobHistory) -> str:
     """Say how much of a stopped job is on disk."""
-    steps, saved = history.job.policy_version, step_of(history.summary.get("checkpoint", "")) or 0
+    steps, saved = history.job.policy_version, saved_step(history.summary) or 0
     return "the state is saved" if saved >= steps else f"a resume goes on from step {saved} of {steps}"
 
 

@@ -12,7 +12,6 @@ import time
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
-from miles.checkpoint_folder import step_of
 from miles.queue.backpressure import TRANSIENT
 from miles.rpc.gen import controller_pb2, job_pb2
 from miles.services.controller.clients import deadlines
@@ -23,6 +22,7 @@ from miles.services.controller.jobs.records import ENDED, is_unreadable
 from miles.services.controller.jobs.resources import Supply, lacking
 from miles.services.controller.jobs.resubmission import go_on_with, may_go_on
 from miles.services.controller.jobs.runner import JobRunner
+from miles.services.controller.jobs.saved_steps import saved_step
 from miles.services.controller.jobs.store import JobStore
 from miles.services.controller.workers.registry import WorkerRegistry
 from miles.services.controller.workers.required_workers import nodes_of_trainer, served_rewards
@@ -279,9 +279,9 @@ _END_OF_QUEUED = {
 
 def _outside_of_run(job: job_pb2.Job, **fields: Any) -> controller_pb2.DescribeRunResponse:
     """Describe a job that has no run loop now."""
-    checkpoint = json.loads(job.summary_json or "{}").get("checkpoint", "")
+    saved = saved_step(json.loads(job.summary_json or "{}"))
     return controller_pb2.DescribeRunResponse(
-        step=job.policy_version, saved_step=step_of(checkpoint), save_limit_s=deadlines.CHECKPOINT_S, **fields
+        step=job.policy_version, saved_step=saved, save_limit_s=deadlines.CHECKPOINT_S, **fields
     )
 
 

@@ -75,6 +75,9 @@ class Checkpoints:
 
         It may be newer than the one that was loaded: a trainer that kept the job has saved since then.
         """
+        if not self._has_trainer:
+            self._status.saved_step = ready.step
+            return
         folders = (ready.checkpoint_dir, self._history.summary.get("checkpoint", ""))
         saved = [step for step in map(step_of, folders) if step is not None and step <= ready.step]
         self._status.saved_step = max(saved, default=None)

@@ -77,6 +77,8 @@ class RunLoop:
         admission.finish_step(batch)
         step = run.step
         run.move_to(step + 1)
+        if not self._config.debug.has_trainer:
+            run.status.saved_step = run.step  # it is in the summary
         if run.turns.exclusive:  # later it would be the engines' turn
             await self._save_if_asked()
         try:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from miles.rpc.gen import trainer_pb2
 from miles.services.controller.clients.calls import WorkerFailedError
+from miles.services.controller.jobs.saved_steps import GENERATED_ONLY
 from miles.services.controller.run.queued_groups import queued_groups
 from miles.telemetry.rollout_metrics import rollout_metrics
 
@@ -17,9 +18,6 @@ if TYPE_CHECKING:
     from miles.config import JobConfig
     from miles.queue import GroupQueue
     from miles.services.controller.jobs.history import JobHistory
-
-SUMMARY_KEY = "generated_only"
-"""Key in a job's summary: steps taken, and the groups that they have consumed."""
 
 
 class NoTrainer:
@@ -40,7 +38,7 @@ class NoTrainer:
 
     async def start_job(self) -> trainer_pb2.TrainerReady:
         """Return where the run stands."""
-        at = self._history.summary.get(SUMMARY_KEY, {})
+        at = self._history.summary.get(GENERATED_ONLY, {})
         return trainer_pb2.TrainerReady(
             step=at.get("step", 0),
             loaded_step=at.get("step", 0),
@@ -52,13 +50,13 @@ class NoTrainer:
         self, step: int, group_ids: Sequence[int] = (), dropped: Sequence[int] = ()
     ) -> trainer_pb2.TrainDone:
         """Take the groups out of the queue; a crash in between takes them out again."""
-        at = self._history.summary.get(SUMMARY_KEY, {})
+        at = self._history.summary.get(GENERATED_ONLY, {})
         if step < at.get("step", 0):
             raise WorkerFailedError(f"the metrics of step {step} were not kept")
         groups = await queued_groups(self._queue, group_ids)
         metrics = rollout_metrics(groups, self._reward_key, with_pass_rates=self._with_pass_rates)
         consumed = [*group_ids, *dropped]
-        self._history.summary[SUMMARY_KEY] = _after(at, step + 1, consumed)
+        self._history.summary[GENERATED_ONLY] = _after(at, step + 1, consumed)
         await self._history.save()
         await self._queue.acknowledge(consumed)
         return trainer_pb2.TrainDone(step=step, metrics=metrics, group_ids=group_ids)

@@ -64,6 +64,9 @@ def test_pairs_of_names_and_files_are_sets_that_say_nothing() -> None:
         ("b", "b.jsonl", 7),
     ]
     assert eval_sets(JobConfig.from_flat(MINIMAL).to_flat()) == ()
+    assert [each.name for each in eval_sets(config.to_flat() | {"eval_prompt_data": ["a/b", "a.jsonl", "c"]})] == [
+        "a/b"
+    ]
 
 
 @pytest.mark.parametrize(

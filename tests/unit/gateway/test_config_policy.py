@@ -174,7 +174,7 @@ def test_a_root_and_the_folder_of_runs_are_no_jobs_own(policy: GatewayOptions, p
 
 
 def test_a_file_that_names_other_files_is_refused(policy: GatewayOptions) -> None:
-    assert "not compared with the folders" in faults(policy, eval_config="eval.yaml")["eval_config"]
+    assert "not compared with what jobs may use" in faults(policy, eval_config="eval.yaml")["eval_config"]
 
 
 def test_dumps_of_a_job_are_in_its_own_folder(policy: GatewayOptions) -> None:

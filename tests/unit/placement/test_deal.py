@@ -13,8 +13,7 @@ DEMANDS = st.builds(
     trainer_nodes=st.integers(1, 3),
     trainer_gpus=st.integers(1, 8),
     services=st.integers(1, 4),
-    engines=st.integers(1, 4),
-    engine_gpus=st.integers(0, 8),
+    servers=st.lists(st.integers(1, 8), max_size=4).map(tuple),
     colocate=st.booleans(),
     rollout_gpus_of_node=st.none() | st.integers(1, 8),
 )
@@ -22,7 +21,8 @@ NODES = st.lists(st.integers(1, 8), min_size=1, max_size=4)
 
 
 def demand(**changes: Any) -> Demand:
-    return Demand(**{"trainer_nodes": 1, "trainer_gpus": 8, "services": 1, "engines": 8, "engine_gpus": 1, **changes})
+    engines, gpus = changes.pop("engines", 8), changes.pop("engine_gpus", 1)
+    return Demand(**{"trainer_nodes": 1, "trainer_gpus": 8, "services": 1, "servers": (gpus,) * engines, **changes})
 
 
 @settings(deadline=None)
@@ -145,3 +145,8 @@ def test_a_limit_that_leaves_no_room_is_named() -> None:
     with pytest.raises(NoRoomError) as error:
         deal([4], demand(trainer_nodes=0, engines=1, engine_gpus=8, rollout_gpus_of_node=4))
     assert error.value.setting == "rollout_num_gpus_per_engine"
+
+
+def test_servers_of_different_sizes_share_a_service() -> None:
+    places = deal([8, 8], demand(trainer_gpus=2, services=2, servers=(1, 1, 4))).rollouts
+    assert places == (Place(0, (2, 3, 4, 5, 6, 7)), Place(1, (0, 1, 2, 3, 4, 5)))

@@ -51,8 +51,7 @@ class SglangEngine:
     def __init__(self, options: SglangOptions) -> None:
         self._options = options
         self._changed = ChangeSignal()
-        count = len(options.addresses) or options.engines
-        self._replicas = [Replica(options, i, self._catch_up, self._changed.notify) for i in range(count)]
+        self._replicas = [Replica(options, i, self._catch_up, self._changed.notify) for i in range(options.count)]
         self._servers = ServerGroup(self._replicas, self._changed, options.start_timeout_s)
         self._loader = WeightLoader(options, self._servers)
         self._background = BackgroundCalls()

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any, Literal
 
+from miles.config.server_groups import Server
 from miles.weights.naming.contract import WeightContract
 
 WeightPath = Literal["tensor", "disk", "distributed"]
@@ -31,6 +32,8 @@ class SglangOptions:
     """Interpreter that has SGLang."""
     server_flags: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """SGLang's own flags by name, with underscores."""
+    servers: tuple[Server, ...] = ()
+    """The servers to start where they differ, instead of `engines` of `gpus_per_engine` GPUs."""
     max_running_requests: int | None = None
     """Requests that one server decodes at once; None leaves it to the server."""
     max_total_tokens: int | None = None
@@ -73,10 +76,27 @@ class SglangOptions:
         return self.device.startswith("cuda")
 
     @property
+    def count(self) -> int:
+        """Servers of this engine."""
+        return len(self.addresses) or len(self.servers) or self.engines
+
+    def gpus_of(self, index: int) -> int:
+        """Tensor-parallel size of a server that is started here."""
+        return self.servers[index].gpus if self.servers else self.gpus_per_engine
+
+    def flags_of(self, index: int) -> Mapping[str, Any]:
+        """SGLang's own flags of a server."""
+        return {**self.server_flags, **self.servers[index].flags} if self.servers else self.server_flags
+
+    def first_gpu_of(self, index: int) -> int:
+        """Index of a server's first GPU."""
+        return self.first_gpu + sum(self.gpus_of(before) for before in range(index))
+
+    @property
     def own_gpus(self) -> range:
         """Indices of the GPUs of the servers that are started here; empty on a CPU and for attached servers."""
-        count = self.engines * self.gpus_per_engine if self.on_gpu and not self.addresses else 0
-        return range(self.first_gpu, self.first_gpu + count)
+        end = self.first_gpu_of(self.count) if self.on_gpu and not self.addresses else self.first_gpu
+        return range(self.first_gpu, end)
 
     @property
     def first_gpu(self) -> int:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from miles.config.checks.device import detect_device
+from miles.config.server_groups import servers_of_service
 from miles.weights.naming.contract import contract_of
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ def configured_options(
         "hf_checkpoint": str(rollout.hf_checkpoint),
         "device": detect_device() if device == "auto" else device,
         "dtype": rollout.rollout_dtype,
-        "engines": engines_per_worker(config),
+        "servers": servers_of_service(config.to_flat()),
         "gpus_per_engine": rollout.rollout_num_gpus_per_engine,
         "addresses": tuple(engine_addresses),
         "python": rollout.rollout_engine_python or sys.executable,
@@ -45,11 +46,3 @@ def configured_options(
         "first_probe_s": rollout.rollout_health_check_first_wait,
         "silence_timeout_s": rollout.rollout_health_check_timeout,
     }
-
-
-def engines_per_worker(config: JobConfig) -> int:
-    """SGLang servers that each rollout service starts."""
-    rollout = config.rollout
-    if rollout.rollout_num_gpus is None:
-        return 1
-    return rollout.rollout_num_gpus // rollout.rollout_num_gpus_per_engine // config.cluster.rollout_num_workers

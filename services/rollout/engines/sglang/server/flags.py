@@ -29,9 +29,9 @@ def command(options: SglangOptions, index: int, port: int, max_positions: int) -
     arguments += ["--random-seed", str(options.random_seed + index)]
     # Warm-up requests would be generated with the checkpoint's weights; our requests wait for the first version.
     arguments += ["--skip-server-warmup", "--incremental-streaming-output"]
-    arguments += ["--tp-size", str(options.gpus_per_engine)]
+    arguments += ["--tp-size", str(options.gpus_of(index))]
     if options.on_gpu:
-        arguments += ["--base-gpu-id", str(options.first_gpu + index * options.gpus_per_engine)]
+        arguments += ["--base-gpu-id", str(options.first_gpu_of(index))]
     else:
         arguments += ["--sleep-on-idle"]  # an idle scheduler would poll a core
     if options.max_total_tokens is not None and options.max_total_tokens + SPARE_TOKENS <= max_positions:
@@ -47,7 +47,7 @@ def command(options: SglangOptions, index: int, port: int, max_positions: int) -
         if has_draft_weights(options.server_flags) and "enable_draft_weights_cpu_backup" not in options.server_flags:
             # Versions of the policy do not bring back the draft's weights, and of the draft there may never be one.
             arguments += ["--enable-draft-weights-cpu-backup"]
-    return [*arguments, *passed_through(options.server_flags)]
+    return [*arguments, *passed_through(options.flags_of(index))]
 
 
 def passed_through(flags: Mapping[str, Any]) -> Iterator[str]:

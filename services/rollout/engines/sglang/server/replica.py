@@ -58,7 +58,7 @@ class Replica:
         """Positions of the model; to be set before `start`."""
         self.version: int | None = None
         self._loads = 0
-        self.ranks = options.gpus_per_engine
+        self.ranks = options.gpus_per_engine if options.addresses else options.gpus_of(index)
         """Its tensor-parallel size; an attached server reports its own."""
         self.batches = Batches(self._generate, self._post_abort)
         """Generates responses; requests that arrive together share a POST."""
@@ -190,7 +190,7 @@ class Replica:
                 raise ServerUnstartable(f"{self.name} ended with status {code}; {self._process.log_tail()}", ended=True)
             try:
                 answer = await self.api.get("/ready" if self.managed else "/server_info", timeout_s=10.0)
-                self.ranks = int(answer.get("tp_size") or self._options.gpus_per_engine)
+                self.ranks = int(answer.get("tp_size") or self.ranks)
                 return
             except (EngineFailed, ServerRefused) as error:
                 problem = str(error)

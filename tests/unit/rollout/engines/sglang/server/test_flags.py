@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import pathlib
 from typing import Any
 
 import pytest
@@ -35,20 +36,35 @@ def options_of(device: str = "cuda:2", **changes: Any) -> SglangOptions:
     return SglangOptions(**configured_options(config, device=device, name="rollout-0"))
 
 
+def test_servers_that_differ_have_their_own_gpus_and_flags(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "servers.yaml"
+    path.write_text(
+        "sglang:\n- name: actor\n  server_groups:\n  - {worker_type: regular, num_gpus: 2}\n"
+        "  - {num_gpus: 4, num_gpus_per_engine: 4, overrides: {mem_fraction_static: 0.7, chunked_prefill_size: 64}}\n"
+    )
+    options = options_of(sglang_config=str(path), sglang_mem_fraction_static=0.5)
+    assert (options.count, list(options.own_gpus)) == (3, [2, 3, 4, 5, 6, 7])
+    small, large = words(options, 1), words(options, 2)
+    assert "--tp-size 1 --base-gpu-id 3" in small
+    assert "--mem-fraction-static=0.5" in small
+    assert "--tp-size 4 --base-gpu-id 4" in large
+    assert "--mem-fraction-static=0.7 --chunked-prefill-size=64" in large
+
+
 def words(options: SglangOptions, index: int = 0, max_positions: int = 4096) -> str:
     return " ".join(command(options, index, 30000, max_positions))
 
 
 def test_parallel_sizes_and_gpus_follow_from_our_own_settings() -> None:
     options = options_of(rollout_num_gpus=4, rollout_num_gpus_per_engine=2, sglang_ep_size=2)
-    assert options.engines == 2
+    assert options.count == 2
     assert "--tp-size 2 --base-gpu-id 2" in words(options)
     assert "--tp-size 2 --base-gpu-id 4" in words(options, index=1)
     assert words(options).endswith("--ep-size=2")
 
 
 def test_engines_are_dealt_to_the_services() -> None:
-    assert options_of(rollout_num_gpus=8, rollout_num_workers=4).engines == 2
+    assert options_of(rollout_num_gpus=8, rollout_num_workers=4).count == 2
     assert options_of(rollout_num_workers=4).engines == 1
 
 
