@@ -90,6 +90,17 @@ def test_other_layouts_roles_and_names_of_layers(tmp_path: pathlib.Path) -> None
 
 
 @pytest.mark.slow
+def test_it_becomes_a_hugging_face_folder(tmp_path: pathlib.Path) -> None:
+    hf, wanted = (write_model("Llama", tmp_path / name, seed) for seed, name in enumerate(("hf", "wanted")))
+    saved = saved_as_megatron_lm(wanted, tmp_path / "wanted_torch_dist", each_layer=True)
+    arguments = ["dist-to-hf", "--hf-checkpoint", str(hf), "--load", saved, "--save", str(tmp_path / "back")]
+    run_python(["-m", "miles.services.trainer.convert", *arguments, "--dtype", "float32"])
+    one, other = (load_file(folder / "model.safetensors") for folder in (wanted, tmp_path / "back"))
+    assert one.keys() == other.keys()
+    assert all(tensor.equal(other[key]) for key, tensor in one.items())
+
+
+@pytest.mark.slow
 def test_a_checkpoint_of_another_model_is_refused(tmp_path: pathlib.Path) -> None:
     hf, other = (write_model(family, tmp_path / family) for family in ("Llama", "Qwen3-MoE"))
     saved = saved_as_megatron_lm(other, tmp_path / "other_torch_dist", each_layer=True)
