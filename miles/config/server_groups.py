@@ -21,14 +21,12 @@ from typing import Any
 import yaml
 
 from miles.config.command.yaml_files import parse_yaml
-from miles.config.rules.sampling import is_flag
 from miles.config.schema.faults import ConfigError, Fault
 from miles.config.sglang.taking import take
 
 _ALIKE = (
     *("speculative", "stream_interval", "quantization", "enable_deterministic_inference", "preferred_sampling_params"),
-    *("enable_custom_logit_processor", "dp_size", "data_parallel_size", "enable_dp_attention", "pp_size"),
-    "pipeline_parallel_size",
+    *("enable_custom_logit_processor", "dp_size", "enable_dp_attention", "pp_size"),
 )
 """Flags, or their beginnings, that all servers of an engine have in common: it relies on them."""
 _MODEL_KEYS = {"name", "model_path", "num_gpus_per_engine", "server_groups", "engine_groups", "update_weights"}
@@ -153,7 +151,7 @@ def _problems_of_group(group: Any, where: str) -> Iterator[str]:
             yield f"overrides of {where} have {taken.faults[0]}"
         elif taken.settings:
             yield f"the rollout service sets {name} of {where} itself (set {next(iter(taken.settings))})"
-        elif any(name.startswith(flag) or is_flag(name, flag) for flag in _ALIKE):
+        elif any(key.startswith(_ALIKE) for key in taken.args):
             yield f"all servers have the same {name}, and {where} has its own; set it as sglang_{name}"
 
 
