@@ -151,7 +151,7 @@ def _problems_of_group(group: Any, where: str) -> Iterator[str]:
             yield f"overrides of {where} have {taken.faults[0]}"
         elif taken.settings:
             yield f"the rollout service sets {name} of {where} itself (set {next(iter(taken.settings))})"
-        elif next(iter(taken.args), name).startswith(_ALIKE):
+        elif any(key.startswith(_ALIKE) for key in taken.args):
             yield f"all servers have the same {name}, and {where} has its own; set it as sglang_{name}"
 
 

@@ -18,6 +18,7 @@ DIFFERENT_DEFAULTS: Mapping[str, str] = {
     "rollout_health_check_interval": "1 second instead of 30: a probe also tells how much a server has to do",
     "tis_lower_bound": "1 / tis_upper_bound, which is 0.5 as elsewhere until tis_upper_bound changes",
     "data_source_path": "not given, which means the same",
+    "lr_wsd_decay_style": "exponential, as Megatron-LM has it, also where fsdp alone had none",
     "use_rs": "off until asked for, and a flag instead of a key in a file of its own",
 }
 """How the default differs, by key."""
@@ -30,6 +31,7 @@ DIFFERENT_CHOICES: Mapping[str, str] = {
     "advantage_estimator": "rloo, dr_grpo, cispo, maxrl, gdpo and optimal_token_baseline besides",
     "loss_type": "policy_loss and custom_loss",
     "lr_decay_style": "those of Megatron-LM",
+    "lr_wsd_decay_style": "those of Megatron-LM",
     "optimizer": "adam",
     "rm_type": "exact_match, last_number, math, deepscaler and dapo",
     "update_weight_transfer_mode": "the transports by their names",

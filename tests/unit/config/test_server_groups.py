@@ -26,10 +26,13 @@ def of_model(*groups: str, **keys: str) -> str:
 
 
 def test_a_group_has_servers_of_its_own_size_and_flags(tmp_path: pathlib.Path) -> None:
-    small, large = "{worker_type: regular, num_gpus: 4}", "{num_gpus: 4, num_gpus_per_engine: 4, overrides: {a: 1}}"
+    small, large = (
+        "{worker_type: regular, num_gpus: 4}",
+        "{num_gpus: 4, num_gpus_per_engine: 4, overrides: {page_size: 1}}",
+    )
     assert servers(tmp_path, of_model(small, large), rollout_num_gpus_per_engine=2, rollout_num_gpus=8) == (
         *(Server(2, {}),) * 2,
-        Server(4, {"a": 1}),
+        Server(4, {"page_size": 1}),
     )
     assert servers(tmp_path, of_model(small, num_gpus_per_engine="1"), rollout_num_workers=2) == (Server(1, {}),) * 2
 

@@ -104,7 +104,8 @@ def test_every_upstream_flag_is_a_setting_or_has_a_reason_and_a_way_out() -> Non
 def test_kind_default_and_choices_are_those_of_the_table(row: UpstreamFlag) -> None:
     entry = entry_of(row.flag)
     kind = row.type.split("(")[0].split()[0]
-    assert entry.kind is (tuple if "nargs" in row.type else {"flag": bool, "json": dict}.get(kind) or eval(kind))
+    several = "nargs" in row.type or entry.key in TAKES_SEVERAL
+    assert entry.kind is (tuple if several else {"flag": bool, "json": dict}.get(kind) or eval(kind))
     if entry.element:
         assert entry.element.__name__ == kind
     assert entry.negated == ("store_false" in row.type)
