@@ -98,7 +98,7 @@ def test_routing_is_replayed_where_one_stage_has_all_layers(
     start_run: Start, tiny_moe: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
     one_sided = {"pipeline_model_parallel_size": 2, "pipeline_model_parallel_layout": "Ett|L"}
-    one_way = {"tensor_model_parallel_size": 1, "expert_model_parallel_size": 1, "sequence_parallel": False}
+    one_way = {"tensor_model_parallel_size": 1, "expert_model_parallel_size": 1, "sequence_parallel": None}
     run = run_to_end(
         start_run,
         tiny_moe,
