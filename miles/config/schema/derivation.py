@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import functools
-import pathlib
-import re
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 from miles.config.schema.backend_choice import asks_of_engine, asks_of_trainer
 from miles.config.schema.catalog import SECTIONS
 from miles.config.schema.faults import Fault
 from miles.config.schema.flat_settings import FlatSettings, InvalidSetting
+from miles.config.schema.other_values import take_other_names
 from miles.config.schema.teacher_functions import take_teacher_functions
 from miles.engine_spec import engine_spec
 from miles.extensions.names import FULLY_ASYNC_ROLLOUTS, MIS_FUNCTIONS
@@ -32,17 +31,6 @@ FALLBACKS = {
 }
 """Settings that default to another setting."""
 
-OTHER_NAMES: Mapping[str, Mapping[str, tuple[str, str]]] = {
-    "attn_implementation": dict.fromkeys(
-        ("flash_attention_2", "flash_attention_3"),
-        ("auto", "auto computes attention by PyTorch's own FlashAttention where it can, without that package"),
-    ),
-    "update_weight_transfer_mode": {
-        "p2p": ("auto", "there is no transport by Mooncake; auto takes the fastest one that the machines share"),
-        "disk-delta": ("disk_delta", "it is called disk_delta here"),
-    },
-}
-"""By setting, what a value of other systems becomes, and why."""
 COMPARES_SAMPLES = (
     "grpo",
     "gspo",
@@ -86,20 +74,6 @@ def _always_filled() -> frozenset[str]:
         for key, field in section.model_fields.items()
         if field.default is None and type(None) not in typing.get_args(field.annotation)
     )
-
-
-def _other_names(s: FlatSettings) -> list[Fault]:
-    """Values of recipes that mean what another value is called here, or for which that stands in."""
-    for key, names in OTHER_NAMES.items():
-        if s.is_valid(key) and getattr(s, key) in names:
-            s.replace(key, *names[getattr(s, key)])
-    if s.is_valid("rm_type") and s.rm_type and s.custom_rm_path:
-        s.replace("rm_type", None, f"custom_rm_path = {s.custom_rm_path} scores in its place")
-    if s.eval_prompt_data and len(s.eval_prompt_data) == 1:
-        path = s.eval_prompt_data[0]
-        name = re.sub(r"[^\w.-]", "_", pathlib.PurePath(path.partition("@[")[0]).stem) or "eval"
-        s.replace("eval_prompt_data", (name, path), f"its only word is a file, and {name} the data set's name")
-    return []
 
 
 def _batch_sizes(s: FlatSettings) -> list[Fault]:
@@ -333,7 +307,7 @@ _STEPS: tuple[Callable[[FlatSettings], list[Fault]], ...] = (
     take_teacher_functions,
     _trainer_name,
     _engine_name,
-    _other_names,
+    take_other_names,
     _batch_sizes,
     _staleness,
     _colocated_engines,

@@ -7,11 +7,18 @@ from typing import Any
 import yaml
 from config_cases import flat_configs
 from hypothesis import given, reject, settings
+from pydantic.fields import FieldInfo
 
 from miles.config import ConfigError, JobConfig
 from miles.config.command.flags import parse_command_line, to_command_line
 from miles.config.command.yaml_files import read_file
 from miles.config.job import examine
+from miles.config.schema.catalog import SECTIONS, catalog
+from miles.config.schema.section import says_nothing
+
+
+def field_of(key: str) -> FieldInfo:
+    return SECTIONS[catalog()[key].section].model_fields[key]
 
 
 @settings(deadline=None, max_examples=50)
@@ -19,7 +26,8 @@ from miles.config.job import examine
 def test_a_configuration_is_the_same_in_every_spelling(tmp_path_factory: Any, flat: dict[str, Any]) -> None:
     config = JobConfig.from_flat(flat)
     replaced = {*examine(flat).settings.replaced, "train_backend", "rollout_backend"}
-    kept = {key: value for key, value in flat.items() if value not in ([], {}) and key not in replaced}
+    left_out = {key for key, value in flat.items() if value in ([], {}) or says_nothing(field_of(key), value)}
+    kept = {key: value for key, value in flat.items() if key not in replaced | left_out}
     assert config.to_flat() == config.to_flat() | kept
     assert JobConfig.from_flat(config.to_flat()) == config
     assert JobConfig.from_flat(json.loads(json.dumps(config.to_flat(), allow_nan=False))) == config

@@ -5,18 +5,18 @@ Dims: R response tokens of a micro-batch, T those of this rank.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from collections.abc import Callable, Collection
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
-from miles.algorithms.device_copies import to_device
 from miles.algorithms.losses import LossOutput
 from miles.algorithms.metrics import MetricSum
 from miles.algorithms.token_sets import TokenSetScores
 from miles.algorithms.vocab_rows import TokenLogProbs
+from miles.services.trainer.backends.fsdp.forward_passes import ForwardPass, forward_batch, score_sets
 from miles.services.trainer.backends.fsdp.lora.layers import without_adapters
 from miles.services.trainer.backends.fsdp.model.forward import LogProbForward
 from miles.services.trainer.backends.fsdp.model.sharded_model import free_gathered, named_weights
@@ -32,28 +32,13 @@ from miles.services.trainer.batch.packing import MicroBatch
 from miles.services.trainer.batch.rollout_batch import OptimizerStepPlan, RolloutBatch
 from miles.services.trainer.step import adam_state
 from miles.services.trainer.step.learning_rate import learning_rate
-from miles.services.trainer.step.progress import Progress, Report
+from miles.services.trainer.step.progress import Report
 from miles.services.trainer.step.roles import CriticLearner, Learner, OutputT, PolicyLearner
 from miles.services.trainer.step.token_sets import TokenSetRequest
 from miles.telemetry.tracing import span, traced
 
 if TYPE_CHECKING:
     from miles.config.sections.optimizer import OptimizerConfig
-
-
-_OutputT_co = TypeVar("_OutputT_co", covariant=True)
-
-
-class ForwardPass(Protocol[_OutputT_co]):
-    """One micro-batch through a model."""
-
-    device: torch.device
-
-    def for_loss(self, model: torch.nn.Module, micro_batch: MicroBatch) -> _OutputT_co:
-        """The forward output with all that a loss needs."""
-
-    def per_token(self, model: torch.nn.Module, micro_batch: MicroBatch) -> torch.Tensor:
-        """The log-probability or value of each response token alone; float32 [R]."""
 
 
 class FsdpLearner(Learner[OutputT]):
@@ -187,7 +172,7 @@ class FsdpLearner(Learner[OutputT]):
         self.optimizer.zero_grad(set_to_none=True)
 
     def _per_token(self, batch: RolloutBatch, report: Report) -> torch.Tensor:
-        return _forward_batch(self.model, self.weights, self._forward, batch, report, self._routing)
+        return forward_batch(self.model, self.weights, self._forward, batch, report, self._routing)
 
 
 class FsdpPolicy(FsdpLearner[TokenLogProbs], PolicyLearner):
@@ -202,13 +187,13 @@ class FsdpPolicy(FsdpLearner[TokenLogProbs], PolicyLearner):
     def compute_log_probs_and_squares(self, batch: RolloutBatch, report: Report) -> torch.Tensor:
         """See `PolicyLearner.compute_log_probs_and_squares`."""
         forward, columns = self._forward, (2,)
-        return _forward_batch(
+        return forward_batch(
             self.model, self.weights, forward, batch, report, self._routing, forward.with_squares, columns
         )
 
     def score_token_sets(self, batch: RolloutBatch, request: TokenSetRequest, report: Report) -> TokenSetScores:
         """See `TokenSetRole.score_token_sets`; routed as in `compute_log_probs`."""
-        return _score_sets(self.model, self.weights, self._forward, batch, request, report, self._routing)
+        return score_sets(self.model, self.weights, self._forward, batch, request, report, self._routing)
 
 
 class FsdpCritic(FsdpLearner[torch.Tensor], CriticLearner):
@@ -256,14 +241,14 @@ class FrozenModel:
 
     def compute_log_probs(self, batch: RolloutBatch, report: Report) -> torch.Tensor:
         """See `LogProbRole.compute_log_probs`."""
-        log_probs_T = _forward_batch(self.model, self._weights, self._forward, batch, report, None)
+        log_probs_T = forward_batch(self.model, self._weights, self._forward, batch, report, None)
         if self._frees:
             free_gathered(self.model)
         return log_probs_T
 
     def score_token_sets(self, batch: RolloutBatch, request: TokenSetRequest, report: Report) -> TokenSetScores:
         """See `TokenSetRole.score_token_sets`."""
-        scores = _score_sets(self.model, self._weights, self._forward, batch, request, report, None)
+        scores = score_sets(self.model, self._weights, self._forward, batch, request, report, None)
         if self._frees:
             free_gathered(self.model)
         return scores
@@ -293,66 +278,8 @@ class AdaptedBase:
         if self._routing is not None:
             self._routing.choose_freely()
         with without_adapters(self.model):
-            return _forward_batch(self.model, self._weights, self._forward, batch, report, None)
+            return forward_batch(self.model, self._weights, self._forward, batch, report, None)
 
     def follow(self) -> None:
         """Never called: ref_update_interval and adapters exclude each other."""
         raise RuntimeError("the base of an adapter does not change")
-
-
-@traced("log-probs")
-def _forward_batch(
-    model: torch.nn.Module,
-    weights: WorkingWeights,
-    forward: ForwardPass[Any],
-    batch: RolloutBatch,
-    report: Report,
-    routing: Routing | None,
-    per_token: Callable[[torch.nn.Module, MicroBatch], torch.Tensor] | None = None,
-    columns: tuple[int, ...] = (),
-) -> torch.Tensor:
-    """The log-probability or value of each of this rank's response tokens, without gradient; float32 [T].
-
-    Or what else `per_token` gives, [R, *columns] of a micro-batch: [T, *columns].
-    """
-    compute = per_token or forward.per_token
-    result = torch.zeros(batch.packing.num_tokens, *columns, device=forward.device)
-    with weights.in_use(), torch.no_grad():
-        for micro_batch, where_R in _passes(batch, report, routing):
-            result[to_device(where_R, result.device)] = compute(model, micro_batch)
-    return result
-
-
-@traced("token sets")
-def _score_sets(
-    model: torch.nn.Module,
-    weights: WorkingWeights,
-    forward: ForwardPass[Any],
-    batch: RolloutBatch,
-    request: TokenSetRequest,
-    report: Report,
-    routing: Routing | None,
-) -> TokenSetScores:
-    """The scores of tokens at each of this rank's response tokens, without gradient."""
-    assert isinstance(forward, LogProbForward), "a critic has no tokens"
-    result_TX = torch.zeros(batch.packing.num_tokens, request.columns, device=forward.device)
-    with weights.in_use(), torch.no_grad():
-        for micro_batch, where_R in _passes(batch, report, routing):
-            tokens_RM = request.tokens_at(where_R)
-            scores = forward.token_sets(model, micro_batch, tokens_RM, request.top_k)
-            result_TX[to_device(where_R, result_TX.device)] = scores.joined().float()
-    return TokenSetScores.from_joined(result_TX, request.top_k)
-
-
-def _passes(batch: RolloutBatch, report: Report, routing: Routing | None) -> Iterator[tuple[MicroBatch, torch.Tensor]]:
-    """Micro-batches of a pass without gradient, each with the indices [R] in T of its response tokens."""
-    micro_batches: Sequence[MicroBatch] = batch.log_prob_micro_batches
-    if routing is not None and routing.keeps:  # by micro-batch, so it takes those of the training pass
-        micro_batches = batch.micro_batches
-    for done, micro_batch in enumerate(micro_batches):
-        report(Progress("log_probs", done, len(micro_batches)))
-        if routing is not None:
-            routing.before(batch, micro_batch, training=False)
-        yield micro_batch, batch.token_indices(micro_batch)
-        if routing is not None:
-            routing.after(micro_batch)

@@ -21,13 +21,13 @@ import torch.distributed as dist
 
 from miles.lora_targets import fused_targets
 from miles.rpc.gen import policy_pb2
-from miles.services.trainer.backends.megatron.model.build_model import MegatronModel
 from miles.weights.adapters import peft_folder
 from miles.weights.adapters.lora import adapter_names, base_checksum, merged, scale_of
 from miles.weights.naming.conversion import Named
 
 if TYPE_CHECKING:
     from miles.config.sections.lora import LoraConfig
+    from miles.services.trainer.backends.megatron.model.build_model import MegatronModel
 
 _PREFIX = "base_model.model."
 _IDENTITY_DTYPE = torch.bfloat16
