@@ -73,11 +73,11 @@ OPTIMIZER_ARGS=(
 )
 
 SGLANG_ARGS=(
-    --rollout-num-gpus-per-engine 32
+    --rollout-num-gpus-per-engine 8
     --sglang-mem-fraction-static 0.7
     --sglang-enable-dp-attention
     --sglang-dp-size 4
-    --sglang-ep-size 32
+    --sglang-ep-size 8
     --sglang-enable-dp-lm-head
     --sglang-cuda-graph-max-bs 64
     --sglang-moe-a2a-backend deepep

@@ -76,9 +76,9 @@ OPTIMIZER_ARGS=(
 )
 
 SGLANG_ARGS=(
-    --rollout-num-gpus-per-engine 64
+    --rollout-num-gpus-per-engine 8
     --sglang-mem-fraction-static 0.7
-    --sglang-ep-size 64
+    --sglang-ep-size 8
     --sglang-enable-dp-attention
     --sglang-dp-size 8
     --sglang-moe-dense-tp-size 1

@@ -28,8 +28,8 @@ ROLLOUT_ARGS=(
 )
 
 CUSTOM_ARGS=(
-    --custom-generate-function-path tests.support.launch_functions.generate
-    --custom-rm-path tests.support.launch_functions.reward_func
+    --custom-generate-function-path search.generate
+    --custom-rm-path search.reward_func
 )
 
 PERF_ARGS=(

@@ -27,7 +27,7 @@ ROLLOUT_ARGS=(
 DEBUG_ARGS=(
     --debug-train-only
     --load-debug-rollout-data /root/dump/{rollout_id}.pt
-    --ci-load-grad-norm /root/dump/grad_norms.pt
+    --ci-load-grad-norm /root/dump/grad_norms_{rollout_id}.pt
 )
 
 PERF_ARGS=(

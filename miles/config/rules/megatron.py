@@ -98,16 +98,9 @@ def optimizer_state_has_a_place(s: FlatSettings) -> Iterator[Fault]:
         return  # another rule reports them
     yield from needs(s, "optimizer_offload_fraction", "optimizer_cpu_offload")
     yield from needs(s, "overlap_cpu_optimizer_d2h_h2d", "optimizer_cpu_offload")
-    if s.optimizer_cpu_offload:
-        if s.device == "cpu":
-            problem = "device is cpu, so that all is there already"
-            yield Fault("optimizer_cpu_offload", True, problem, "leave it out")
-        if not s.use_precision_aware_optimizer:
-            problem = "optimizer_cpu_offload has Adam hold the master parameters"
-            yield Fault("use_precision_aware_optimizer", False, problem, "leave one of them out")
-    elif s.use_precision_aware_optimizer and s.device == "cpu":
-        problem = "it is TransformerEngine's Adam, which needs a GPU"
-        yield Fault("use_precision_aware_optimizer", True, problem, "leave it out")
+    if s.optimizer_cpu_offload and not s.use_precision_aware_optimizer:
+        problem = "optimizer_cpu_offload has Adam hold the master parameters"
+        yield Fault("use_precision_aware_optimizer", False, problem, "leave one of them out")
     if s.use_precision_aware_optimizer and not s.use_distributed_optimizer:
         problem = "use_precision_aware_optimizer is in the distributed optimizer alone"
         yield Fault("use_distributed_optimizer", False, problem, "leave one of them out")

@@ -237,6 +237,16 @@ def _train_dtype(s: FlatSettings) -> list[Fault]:
     return []
 
 
+def _optimizer(s: FlatSettings) -> list[Fault]:
+    """On a CPU everything is where offloading moves it, and Adam computes as the precision-aware one does."""
+    if s.device == "cpu" and s.train_backend == "megatron":
+        why = "device = cpu has the optimizer's state in host memory, and in float32"
+        for key in ("optimizer_cpu_offload", "overlap_cpu_optimizer_d2h_h2d", "use_precision_aware_optimizer"):
+            if getattr(s, key):
+                s.replace(key, False, why)
+    return []
+
+
 def _backend(s: FlatSettings) -> list[Fault]:
     if not s.given("share_prompts"):
         s.fill("share_prompts", s.train_backend == "fsdp")
@@ -321,6 +331,7 @@ _STEPS: tuple[Callable[[FlatSettings], list[Fault]], ...] = (
     _evaluation_alone,
     _dumps,
     _train_dtype,
+    _optimizer,
     _backend,
     _models,
 )

@@ -83,6 +83,14 @@ NOTED: list[tuple[dict[str, Any], list[str]]] = [
         ["num_critic_only_steps = 10: num_rollout = 10 leaves none to train the policy on: only the critic is trained"],
     ),
     (
+        {"optimizer_cpu_offload": True, "overlap_cpu_optimizer_d2h_h2d": True, "device": "cpu"},
+        [
+            "optimizer_cpu_offload = true: device = cpu has the optimizer's state in host memory, and in float32",
+            "overlap_cpu_optimizer_d2h_h2d = true: device = cpu has the optimizer's state in host memory, and in "
+            "float32",
+        ],
+    ),
+    (
         {"custom_rm_path": "a.b"},
         ["rm_type = math: custom_rm_path = a.b scores in its place"],
     ),

@@ -97,14 +97,9 @@ RULE_CASES: list[tuple[dict[str, Any], str]] = [
         "optimizer_cpu_offload = true, but train_backend = fsdp does not have it; set train_backend to megatron, or "
         "set fsdp_cpu_offload instead",
     ),
-    ({"optimizer_cpu_offload": True, "device": "cpu"}, "optimizer_cpu_offload = true, but device is cpu, so that all"),
     (
         {"optimizer_cpu_offload": True, "use_precision_aware_optimizer": False},
         "use_precision_aware_optimizer = false, but optimizer_cpu_offload has Adam hold the master parameters",
-    ),
-    (
-        {"use_precision_aware_optimizer": True, "device": "cpu"},
-        "use_precision_aware_optimizer = true, but it is TransformerEngine's Adam, which needs a GPU",
     ),
     (
         {"use_precision_aware_optimizer": True, "use_distributed_optimizer": False},
