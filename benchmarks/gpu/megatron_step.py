@@ -190,7 +190,7 @@ def main() -> None:
     parser.add_argument("--kl", action="store_true", help="with a reference model")
     parser.add_argument("--profile", type=pathlib.Path, metavar="DIR", help="write a profile of one more step there")
     args = parser.parse_args()
-    device = join("cuda" if torch.cuda.is_available() else "cpu", None, 10)
+    device, _ = join("cuda" if torch.cuda.is_available() else "cpu", None, 10)
     rank = dist.get_rank()
     if rank == 0:
         name = torch.cuda.get_device_name() if device.type == "cuda" else device.type

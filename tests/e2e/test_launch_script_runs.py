@@ -15,7 +15,7 @@ from megatron_kit import cpu_environment, needs_megatron
 from sglang_kit import CPU_FLAGS, CPU_PYTHON, ON_GPU, have_sglang
 from whole_runs import Run
 
-from miles.config.command.flags import to_command_line
+from miles.config.command.flags import opposite
 from miles.config.schema.catalog import catalog
 from miles.migrate.shell_script import read_shell_script
 from miles.rpc import ExitCode
@@ -48,7 +48,10 @@ ON_CPU: dict[str, Any] = {
     "max_running_requests": 64,
     **{f"sglang_{name}": value for name, value in CPU_FLAGS.items()},
 }
-GPU_ONLY = ("--no-colocate", "--no-sglang-mem-fraction-static", "--no-sglang-ep-size", "--no-apply-chat-template")
+GPU_ONLY = (
+    *("--no-colocate", "--no-apply-chat-template"),
+    *("--no-sglang-mem-fraction-static", "--no-sglang-ep-size", "--no-sglang-max-running-requests"),
+)
 SHAPES = {
     "num_hidden_layers": "num_layers",
     "hidden_size": "hidden_size",
@@ -74,11 +77,17 @@ def words_of(script: str, model: pathlib.Path, root: pathlib.Path) -> list[str]:
 
 
 def flags(settings: dict[str, Any]) -> list[str]:
-    """The words of some settings; SGLang's flags among them."""
-    engine = {key: value for key, value in settings.items() if key not in catalog()}
-    switches = [f"--{key.replace('_', '-')}" for key, value in engine.items() if value is True]
-    valued = [f"--{key.replace('_', '-')}={value}" for key, value in engine.items() if value is not True]
-    return [*to_command_line(settings), *switches, *valued]
+    """The words of some settings, SGLang's flags among them; None leaves one out."""
+    words = []
+    for key, value in settings.items():
+        flag = catalog()[key].flag if key in catalog() else "--" + key.replace("_", "-")
+        if value is True:
+            words.append(flag)
+        elif value is None:
+            words.append(opposite(flag))
+        else:
+            words.append(f"{flag}={json.dumps(value) if isinstance(value, dict) else value}")
+    return words
 
 
 def run_script(start_run: Start, script: str, folder: pathlib.Path, tmp_path: pathlib.Path, **changes: Any) -> Run:
@@ -88,7 +97,7 @@ def run_script(start_run: Start, script: str, folder: pathlib.Path, tmp_path: pa
         shutil.copy(folder / f"{rows}.jsonl", root / name / f"{name}.jsonl")
     model = folder / "model"
     paths = {"hf_checkpoint": str(model), "ref_load": str(model), "run_dir": str(run_dir)}
-    environment = {"train_env_vars": cpu_environment(), "no_gateway": True}
+    environment = {"train_env_vars": cpu_environment(), "gateway": True}
     run = start_run(
         [
             sys.executable,
