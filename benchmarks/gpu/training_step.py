@@ -310,7 +310,7 @@ def main() -> None:
         "--profile", type=pathlib.Path, metavar="DIR", help="write which operations took the time there"
     )
     args = parser.parse_args()
-    device = join(args.device, None, 10)
+    device, _ = join(args.device, None, 10)
     name = torch.cuda.get_device_name() if device.type == "cuda" else device.type
     with tempfile.TemporaryDirectory() as folder:
         model = pathlib.Path(folder) / "model"
