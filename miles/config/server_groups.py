@@ -22,6 +22,7 @@ import yaml
 
 from miles.config.command.yaml_files import parse_yaml
 from miles.config.schema.faults import ConfigError, Fault
+from miles.config.sections.rollout import MAX_GPUS
 from miles.config.sglang.taking import take
 
 _ALIKE = (
@@ -156,7 +157,7 @@ def _problems_of_group(group: Any, where: str) -> Iterator[str]:
 
 
 def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value <= MAX_GPUS
 
 
 def _fault(flat: Mapping[str, Any], problem: str, remedy: str) -> Fault:

@@ -67,7 +67,7 @@ def layout_of(run: Run) -> Layout:
         expert=s.expert_model_parallel_size,
         expert_tensor=s.expert_tensor_parallel_size,
         distributed_optimizer=s.use_distributed_optimizer,
-        offloaded=s.optimizer_offload_fraction if s.optimizer_cpu_offload else 0.0,
+        offloaded=1.0 if s.optimizer_cpu_offload else 0.0,
         moment_bytes=sum(4 if kind == "fp32" else 2 for kind in (s.exp_avg_dtype, s.exp_avg_sq_dtype)),
         split=None if split.is_even else split,
     )

@@ -136,11 +136,10 @@ OFFLOAD: dict[str, Any] = {"optimizer_cpu_offload": True}
     [
         OFFLOAD,
         {**OFFLOAD, "overlap_cpu_optimizer_d2h_h2d": True},
-        {**OFFLOAD, "optimizer_offload_fraction": 0.5},
         {"use_precision_aware_optimizer": True},
         {"use_precision_aware_optimizer": True, "exp_avg_dtype": "bf16", "exp_avg_sq_dtype": "bf16"},
     ],
-    ids=["offloaded", "overlapped", "half", "own masters", "16-bit moments"],
+    ids=["offloaded", "overlapped", "own masters", "16-bit moments"],
 )
 def test_state_of_another_place_or_type_trains_alike(tmp_path: pathlib.Path, changes: dict[str, Any]) -> None:
     """Also with everything swapped to host memory between calls, and through a checkpoint to the plain optimizer."""

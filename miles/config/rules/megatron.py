@@ -18,7 +18,7 @@ _FSDP_ALONE = {
     "attn_implementation": "set attention_backend or transformer_impl instead",
 }
 
-_OFFLOADING = ("optimizer_cpu_offload", "optimizer_offload_fraction", "overlap_cpu_optimizer_d2h_h2d")
+_OFFLOADING = ("optimizer_cpu_offload", "overlap_cpu_optimizer_d2h_h2d")
 
 
 @rule
@@ -96,7 +96,6 @@ def stages_are_split_in_one_way(s: FlatSettings) -> Iterator[Fault]:
 def optimizer_state_has_a_place(s: FlatSettings) -> Iterator[Fault]:
     if s.train_backend != "megatron":
         return  # another rule reports them
-    yield from needs(s, "optimizer_offload_fraction", "optimizer_cpu_offload")
     yield from needs(s, "overlap_cpu_optimizer_d2h_h2d", "optimizer_cpu_offload")
     if s.optimizer_cpu_offload and not s.use_precision_aware_optimizer:
         problem = "optimizer_cpu_offload has Adam hold the master parameters"

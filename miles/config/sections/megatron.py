@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
-
 from miles.config.schema.section import Derived, Positive, PositiveFloat, Section, States, derived
 
 
@@ -82,7 +80,10 @@ class MegatronConfig(Section):
     optimizer_cpu_offload: bool = False
     """Hold master parameters and Adam's moments in pinned host memory, and update them on the CPU (CUDA)."""
 
-    optimizer_offload_fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
+    optimizer_offload_fraction: Annotated[
+        float | None,
+        States(1.0, "optimizer_cpu_offload moves all of the state, as a part left on the GPU is not restored exactly"),
+    ] = None
     """Fraction of the parameters whose optimizer state optimizer_cpu_offload moves."""
 
     overlap_cpu_optimizer_d2h_h2d: bool = False

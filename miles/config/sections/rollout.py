@@ -22,6 +22,9 @@ from miles.config.schema.section import (
 from miles.engine_spec import EngineName
 from miles.extensions.names import DYNAMIC_FILTERS
 
+MAX_GPUS = 1 << 16
+"""Of all engines of a run: each server of theirs is planned by itself."""
+
 
 class RolloutConfig(Section):
     """Engine and sampling. Lengths are in tokens."""
@@ -39,7 +42,8 @@ class RolloutConfig(Section):
     elsewhere."""
 
     rollout_num_gpus: Annotated[
-        Positive | None, Derived("the trainer's GPUs, for SGLang servers on one node with colocate")
+        Annotated[int, Field(gt=0, le=MAX_GPUS)] | None,
+        Derived("the trainer's GPUs, for SGLang servers on one node with colocate"),
     ] = None
     """Number of GPUs of all engines; divided by rollout_num_gpus_per_engine it is the number of SGLang servers, which
     are spread evenly over the rollout services; not given means one server per service."""

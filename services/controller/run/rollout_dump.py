@@ -45,6 +45,8 @@ def _link(folder: pathlib.Path, run_dir: pathlib.Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name in _LINKED:
         link, target = folder / name, (run_dir / name).resolve()
+        if not target.exists():  # not yet, or in this run never
+            continue
         if link.is_symlink() and link.readlink() != target:
             link.unlink()
         with contextlib.suppress(FileExistsError):

@@ -79,11 +79,11 @@ def test_every_fault_of_a_configuration_is_listed(http: httpx.Client, stack: Sta
 
 
 def test_a_dry_run_checks_and_stores_nothing(http: httpx.Client, stack: Stack) -> None:
-    before = http.get("/v1/jobs").json()
+    before = len(http.get("/v1/jobs").json()["jobs"])
     assert http.post("/v1/jobs?dry_run=true", json=stack.config()).status_code == 204
     missing = http.post("/v1/jobs?dry_run=true", json=stack.config(hf_checkpoint="nowhere"))
     assert [fault["field"] for fault in problem(missing, "invalid-config")["faults"]] == ["hf_checkpoint"]
-    assert http.get("/v1/jobs").json() == before
+    assert len(http.get("/v1/jobs").json()["jobs"]) == before
 
 
 def test_pages_are_not_shifted_by_new_jobs(submit: Submit, http: httpx.Client) -> None:

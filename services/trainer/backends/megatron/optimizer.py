@@ -58,7 +58,6 @@ class MegatronOptimizer:
                 exp_avg_dtype=_DTYPES[layout.exp_avg_dtype],
                 exp_avg_sq_dtype=_DTYPES[layout.exp_avg_sq_dtype],
                 optimizer_cpu_offload=layout.optimizer_cpu_offload,
-                optimizer_offload_fraction=layout.optimizer_offload_fraction,
                 overlap_cpu_optimizer_d2h_h2d=layout.overlap_cpu_optimizer_d2h_h2d,
             ),
             model.chunks,

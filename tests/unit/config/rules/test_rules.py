@@ -111,7 +111,7 @@ RULE_CASES: list[tuple[dict[str, Any], str]] = [
     ),
     (
         {"optimizer_offload_fraction": 0.5, "train_backend": "megatron"},
-        "optimizer_offload_fraction = 0.5, but it does nothing without optimizer_cpu_offload",
+        "optimizer_offload_fraction = 0.5, but optimizer_cpu_offload moves all of the state, as a part left on the GPU",
     ),
     (
         {"overlap_cpu_optimizer_d2h_h2d": True, "train_backend": "megatron"},
