@@ -69,6 +69,13 @@ def kernels_are_those_of_transformer_engine(s: FlatSettings) -> Iterator[Note]:
 
 
 @noted
+def nothing_is_observed(s: FlatSettings) -> Iterator[Note]:
+    if s.echo_loss_coef and s.custom_generate_function_path is None:
+        why = "it does nothing without custom_generate_function_path: no other response has tokens of observations"
+        yield Note("echo_loss_coef", s.echo_loss_coef, why)
+
+
+@noted
 def the_policy_stays_as_it_is(s: FlatSettings) -> Iterator[Note]:
     if s.advantage_estimator == "ppo" and s.num_rollout and s.num_critic_only_steps >= s.num_rollout:
         why = f"num_rollout = {s.num_rollout} leaves none to train the policy on: only the critic is trained"

@@ -91,6 +91,13 @@ NOTED: list[tuple[dict[str, Any], list[str]]] = [
         ],
     ),
     (
+        {"echo_loss_coef": 0.05},
+        [
+            "echo_loss_coef = 0.05: it does nothing without custom_generate_function_path: no other response has tokens "
+            "of observations"
+        ],
+    ),
+    (
         {"custom_rm_path": "a.b"},
         ["rm_type = math: custom_rm_path = a.b scores in its place"],
     ),
