@@ -93,8 +93,8 @@ NOTED: list[tuple[dict[str, Any], list[str]]] = [
     (
         {"echo_loss_coef": 0.05},
         [
-            "echo_loss_coef = 0.05: it does nothing without custom_generate_function_path: no other response has tokens "
-            "of observations"
+            "echo_loss_coef = 0.05: it does nothing without custom_generate_function_path: no other response has "
+            "tokens of observations"
         ],
     ),
     (
