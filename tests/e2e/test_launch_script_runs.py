@@ -125,6 +125,7 @@ def test_a_mixture_of_experts_with_replay(start_run: Start, tiny_moe: pathlib.Pa
     assert any((run.run_dir / "wandb").iterdir())
 
 
+@pytest.mark.slow
 def test_a_dense_model_with_evaluation(start_run: Start, tiny_dense: pathlib.Path, tmp_path: pathlib.Path) -> None:
     run = run_script(
         start_run, "01-qwen3-4b", tiny_dense, tmp_path,
