@@ -31,8 +31,8 @@ class Layout:
     expert: int = 1
     expert_tensor: int = 1
     distributed_optimizer: bool = False
-    offloaded: float = 0.0
-    """Fraction of the optimizer's state that is in host memory."""
+    offloaded: bool = False
+    """Whether the optimizer's state is in host memory."""
     moment_bytes: int = 8
     """Of Adam's two moments of a parameter, on the device."""
     split: PipelineSplit | None = None
@@ -67,7 +67,7 @@ def layout_of(run: Run) -> Layout:
         expert=s.expert_model_parallel_size,
         expert_tensor=s.expert_tensor_parallel_size,
         distributed_optimizer=s.use_distributed_optimizer,
-        offloaded=1.0 if s.optimizer_cpu_offload else 0.0,
+        offloaded=s.optimizer_cpu_offload,
         moment_bytes=sum(4 if kind == "fp32" else 2 for kind in (s.exp_avg_dtype, s.exp_avg_sq_dtype)),
         split=None if split.is_even else split,
     )
@@ -140,21 +140,18 @@ def _trained(name: str, run: Run, layout: Layout, own: Parameters, frozen: int) 
         share = f"({number(others)} / {replicas} replicas"
         share += f" + experts' {number(experts)} / {expert_replicas})" if experts else ")"
 
-    def optimizer(bytes_each: int, kinds: str, fraction: float, where: str = "") -> Part:
+    def optimizer(bytes_each: int, kinds: str, where: str = "") -> Part:
         size = others * bytes_each // replicas + experts * bytes_each // expert_replicas
-        formula = f"{bytes_each} bytes of {kinds} × {share}" + (f" × {fraction:g}" if fraction < 1 else "")
-        return Part(f"{name} optimizer{where}", int(size * fraction), formula)
+        return Part(f"{name} optimizer{where}", size, f"{bytes_each} bytes of {kinds} × {share}")
 
     kinds = "float32 masters and Adam's moments" if masters else "Adam's moments"
     device = [
         Part(f"{name} weights", own.total * each, f"{words(own)} × {each} bytes"),
         Part(f"{name} gradients", trained * 4, f"{number(trained)} × 4 bytes, in buffers that stay"),
     ]
-    if layout.offloaded < 1:
-        device.append(optimizer(masters + layout.moment_bytes, kinds, 1 - layout.offloaded))
-    if not layout.offloaded:
-        return device, []
-    return device, [optimizer(16, "masters, moments and gradients, pinned,", layout.offloaded, " on the host")]
+    if layout.offloaded:
+        return device, [optimizer(16, "masters, moments and gradients, pinned,", " on the host")]
+    return [*device, optimizer(masters + layout.moment_bytes, kinds)], []
 
 
 def words(own: Parameters) -> str:

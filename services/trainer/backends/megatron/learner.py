@@ -138,19 +138,9 @@ class MegatronLearner(Learner[OutputT]):
             self._routing.finish()
         return parts
 
-    def _per_token(
-        self,
-        batch: RolloutBatch,
-        report: Report,
-        routing: Routing | None,
-        per_token: Read[torch.Tensor] | None = None,
-        columns: tuple[int, ...] = (),
-    ) -> torch.Tensor:
-        """The log-probability or value of each of this replica's response tokens, without gradient; float32 [T].
-
-        Or what else `per_token` gives, [R, *columns] of a micro-batch: [T, *columns].
-        """
-        return self._pass_without_gradient(batch, columns, per_token or self._output.per_token, report, routing)
+    def _per_token(self, batch: RolloutBatch, report: Report, routing: Routing | None) -> torch.Tensor:
+        """The log-probability or value of each of this replica's response tokens, without gradient; float32 [T]."""
+        return self._pass_without_gradient(batch, (), self._output.per_token, report, routing)
 
     def _pass_without_gradient(
         self,
@@ -191,7 +181,7 @@ class MegatronPolicy(MegatronLearner[TokenLogProbs], PolicyLearner):
 
     def compute_log_probs_and_squares(self, batch: RolloutBatch, report: Report) -> torch.Tensor:
         """See `PolicyLearner.compute_log_probs_and_squares`."""
-        return self._per_token(batch, report, self._routing, self._output.with_squares, (2,))
+        return self._pass_without_gradient(batch, (2,), self._output.with_squares, report, self._routing)
 
     def compute_log_probs_unrouted(self, batch: RolloutBatch, report: Report) -> torch.Tensor:
         """The same with routers that choose freely: for weights that did not generate the samples."""
