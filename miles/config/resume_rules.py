@@ -44,6 +44,7 @@ _BY_SECTION: Mapping[str, Effect] = {
     "moe": Effect.FREE,
     "optimizer": Effect.APPLIED,
     "weights": Effect.FREE,
+    "precision": Effect.APPLIED,
     "checkpoint": Effect.FREE,
     "telemetry": Effect.FREE,
     "debug": Effect.FREE,

@@ -27,7 +27,7 @@ _SECTIONS_READ: Mapping[str, tuple[str, ...]] = {
     "controller": ("data", "rollout", "eval", "reward", "distillation", "checkpoint", "telemetry", "debug"),
     "weightsync": ("weights",),
     "reward": ("reward",),
-    "rollout": ("rollout", "reward", "distillation", "extensions", "lora", "weights"),
+    "rollout": ("rollout", "reward", "distillation", "extensions", "lora", "weights", "precision"),
     "gateway": ("gateway",),
     "trainer": (
         "cluster",
@@ -43,6 +43,7 @@ _SECTIONS_READ: Mapping[str, tuple[str, ...]] = {
         "moe",
         "optimizer",
         "weights",
+        "precision",
         "checkpoint",
         "telemetry",
         "debug",

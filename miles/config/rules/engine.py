@@ -12,6 +12,7 @@ from miles.config.schema.derivation import needed_staleness
 from miles.config.schema.faults import Fault
 from miles.config.schema.flat_settings import FlatSettings
 from miles.engine_spec import ENGINE_SPECS, engine_spec
+from miles.precision.of_run import training_format
 
 
 @rule
@@ -91,10 +92,10 @@ def servers_take_part_in_broadcasts(s: FlatSettings) -> Iterator[Fault]:
 
 @rule
 def quantised_weights_go_to_an_engine_that_takes_them(s: FlatSettings) -> Iterator[Fault]:
-    if s.rollout_weight_format == "as_trained":
+    if s.rollout_weight_format in ("auto", "as_trained"):
         key = "extra_high_precision_layers_hf"
-        if s.extra_high_precision_layers_hf:
-            problem = "rollout_weight_format = as_trained keeps every weight as it is"
+        if s.extra_high_precision_layers_hf and training_format(s) is None:
+            problem = f"rollout_weight_format = {s.rollout_weight_format} keeps every weight as it is"
             yield Fault(key, s.extra_high_precision_layers_hf, problem, "set rollout_weight_format, or leave it out")
         return
     if s.rollout_weight_format not in engine_spec(s.rollout_backend).weight_formats:

@@ -63,7 +63,7 @@ def asks_of_engine(s: FlatSettings) -> tuple[str, str] | None:
         return "sglang", f"sglang_{next(iter(s.sglang_args))} is a flag of SGLang's"
     if _asks(s, "colocate") and not (s.is_valid("offload_rollout") and s.given("offload_rollout")):
         return "sglang", "only SGLang's servers free their GPUs, as colocate has them do"
-    if s.is_valid("rollout_weight_format") and s.rollout_weight_format != "as_trained":
+    if s.is_valid("rollout_weight_format") and s.rollout_weight_format not in ("auto", "as_trained"):
         return "torch", "only torch takes rollout_weight_format"
     return None
 

@@ -43,6 +43,7 @@ from miles.config.sections.moe import MoeConfig
 from miles.config.sections.numerics import NumericsConfig
 from miles.config.sections.optimizer import OptimizerConfig
 from miles.config.sections.policy_loss import PolicyLossConfig
+from miles.config.sections.precision import PrecisionConfig
 from miles.config.sections.reward import RewardConfig
 from miles.config.sections.rollout import RolloutConfig
 from miles.config.sections.services import ServicesConfig
@@ -72,6 +73,7 @@ SECTIONS: Mapping[str, type[Section]] = {
     "moe": MoeConfig,
     "optimizer": OptimizerConfig,
     "weights": WeightsConfig,
+    "precision": PrecisionConfig,
     "checkpoint": CheckpointConfig,
     "telemetry": TelemetryConfig,
     "debug": DebugConfig,

@@ -38,13 +38,6 @@ class WeightsConfig(Section):
     """Size of the buckets in which weights are all-gathered and sent, in bytes; each trainer rank needs memory for two
     buckets."""
 
-    rollout_weight_format: Literal["as_trained", "fp8_block"] = "as_trained"
-    """Format of published weights: rollout_dtype (as_trained), or FP8 with a scale per block of 128 × 128 for all
-    matrices except embeddings, head and routers (fp8_block; torch engine, which dequantises them)."""
-
-    extra_high_precision_layers_hf: tuple[str, ...] = ()
-    """Parts of the names of further weights that fp8_block keeps in rollout_dtype."""
-
     update_weights_interval: Positive = 1
     """Number of training steps between weight updates; evaluation always gets its exact version."""
 

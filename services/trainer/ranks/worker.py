@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from miles.config import JobConfig
+from miles.precision.of_run import rollout_recipe
 from miles.services.trainer.backends.protocol import TrainerBackend
 from miles.services.trainer.checkpoint.manager import WRITING, WRITTEN
 from miles.services.trainer.checkpoint.state import TrainerState
@@ -207,11 +208,12 @@ class RankWorker:
 
 
 def _export_format(config: JobConfig) -> ExportFormat:
-    if config.weights.rollout_weight_format == "fp8_block":
-        from miles.weights.fp8 import Fp8Blocks
+    recipe = rollout_recipe(config)
+    if recipe is None:
+        return AS_TRAINED
+    from miles.precision.tensors import QuantisedTensors
 
-        return Fp8Blocks(config.weights.extra_high_precision_layers_hf)
-    return AS_TRAINED
+    return QuantisedTensors(recipe)
 
 
 def create_backend(config: JobConfig, checkpoint_dir: pathlib.Path, device: torch.device) -> TrainerBackend:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 import torch.distributed as dist
 
+from miles.precision.of_run import rollout_recipe
 from miles.rpc.gen import policy_pb2
 from miles.services.trainer.backends.base import BaseBackend, LoadedParts
 from miles.services.trainer.backends.fsdp import checkpoint
@@ -100,7 +101,7 @@ class FsdpBackend(BaseBackend[_Parts]):
         if parts.roles.adapter is not None:
             return self._gathered(named_adapters(parts.policy))
         weights = named_weights(parts.policy)
-        if dist.get_world_size() == 1 and self._config.weights.rollout_weight_format == "as_trained":
+        if dist.get_world_size() == 1 and rollout_recipe(self._config) is None:
             # Nothing to gather, and transports convert while they copy: many tensors at once.
             return parts.published.from_module((name, local_tensor(weight)) for name, weight in weights)
         return parts.published.from_module(self._gathered(weights))
