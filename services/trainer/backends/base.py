@@ -77,6 +77,8 @@ class BaseBackend(abc.ABC, Generic[PartsT]):
         """Checkpoint that `load` read; None for the initial weights."""
         self.notes: list[str] = []
         """What a person should know of how `load` went."""
+        self.warnings: Sequence[str] = ()
+        """What a person should know of how the last `train` went; the same on every rank."""
 
     def load(self) -> TrainerState:
         """Build everything, and read a checkpoint if there is one.
@@ -111,6 +113,7 @@ class BaseBackend(abc.ABC, Generic[PartsT]):
         record = functools.partial(self._record_samples, step) if self._log.groups else None
         trainer = self._loaded.trainer
         metrics = trainer.train(step, groups, report, record, abandonment, schedule)
+        self.warnings = tuple(trainer.warnings)
         if dist.get_rank() == 0:  # nothing follows that other ranks would wait in
             save_and_compare(self._config.debug, step, trainer.gradient_norms)
         return metrics
