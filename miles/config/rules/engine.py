@@ -99,7 +99,7 @@ def quantised_weights_go_to_an_engine_that_takes_them(s: FlatSettings) -> Iterat
             yield Fault(key, s.extra_high_precision_layers_hf, problem, "set rollout_weight_format, or leave it out")
         return
     if s.rollout_weight_format not in engine_spec(s.rollout_backend).weight_formats:
-        problem = f"rollout_backend = {s.rollout_backend} takes weights in rollout_dtype alone"
+        problem = f"rollout_backend = {s.rollout_backend} does not take it"
         able = [name for name, spec in ENGINE_SPECS.items() if s.rollout_weight_format in spec.weight_formats]
         remedy = f"set rollout_backend to {' or '.join(able)}"
         yield Fault("rollout_weight_format", s.rollout_weight_format, problem, remedy)

@@ -56,3 +56,11 @@ class PrecisionConfig(Section):
 
     extra_high_precision_layers_hf: Annotated[tuple[str, ...], Metavar("PART")] = ()
     """Parts of the names of further weights that are kept out of the formats of trainer and engines."""
+
+    extra_high_precision_layers_megatron: Annotated[tuple[str, ...], Metavar("PART")] = ()
+    """The same by Megatron's names of modules, such as .shared_experts.linear_fc1, for any trainer and
+    engine."""
+
+    te_precision_config_file: Annotated[str | None, Metavar("FILE")] = None
+    """Megatron's YAML file of configs and matchers, or its content after `base64:`: modules that it keeps in high
+    precision are kept out of the formats of trainer and engines."""

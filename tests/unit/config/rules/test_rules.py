@@ -796,8 +796,8 @@ RULE_CASES: list[tuple[dict[str, Any], str]] = [
         "offload_train = true, but max_weight_staleness = 2 has engines and trainer work at once",
     ),
     (
-        {**SGLANG, "rollout_weight_format": "fp8_block"},
-        "rollout_weight_format = fp8_block, but rollout_backend = sglang takes weights in rollout_dtype alone",
+        {**SGLANG, "rollout_weight_format": "mxfp8"},
+        "rollout_weight_format = mxfp8, but rollout_backend = sglang does not take it; set rollout_backend to torch",
     ),
     (
         {"lora_rank": 4, "rollout_weight_format": "fp8_block"},
