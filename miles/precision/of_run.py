@@ -77,6 +77,11 @@ def _recipe(chosen: FormatName, settings: Settings, model: Mapping[str, Any]) ->
     folder = folder_recipe(model)
     if folder is not None and folder.format == chosen:
         return folder
+    return stated_recipe(chosen, settings, model)
+
+
+def stated_recipe(chosen: FormatName, settings: Settings, model: Mapping[str, Any]) -> Recipe:
+    """What settings say of a format, whatever the folder is in."""
     layers = QuantisedLayers(
         only=settings.int4_layers if chosen == "int4" else (),
         but=settings.extra_high_precision_layers_hf,

@@ -12,7 +12,7 @@ from miles.config.schema.catalog import catalog
 from miles.config.schema.faults import Fault
 from miles.config.schema.flat_settings import FlatSettings
 from miles.engine_spec import ENGINE_SPECS, engine_spec
-from miles.precision.number_types import AUTO, decide
+from miles.precision.number_types import AUTO
 from miles.precision.of_run import module_patterns, training_format
 from miles.precision.te_config import BASE64, PrecisionFileError
 
@@ -25,6 +25,8 @@ EXCEPTIONS = (
 """Settings that keep weights out of formats."""
 SWITCHES = ("fp8_format", "fp4_format", "int4_qat")
 """Settings that give the trainer a format."""
+_INSTEAD = {"fp8": "fp8_block", "w8a8_fp8": "fp8_block", "mxfp8": "mxfp8", "compressed-tensors": "int4"}
+"""Formats here that are SGLang's quantisation methods."""
 _WITHOUT_FORMAT = "it does nothing without a format: fp8_format, fp4_format, int4_qat or rollout_weight_format"
 
 
@@ -53,7 +55,7 @@ def engines_have_the_trainers_format_or_none(s: FlatSettings) -> Iterator[Fault]
     trained, asked = training_format(s), s.rollout_weight_format
     if trained is None or asked in (AUTO, trained):
         return
-    key = _switch(s)
+    key = switch(s)
     if asked != "as_trained":
         problem = f"{key} = {_shown(s, key)} has the trainer compute in {trained}, which is another function"
         yield Fault("rollout_weight_format", asked, problem, "leave it out: engines get the trainer's format")
@@ -77,26 +79,13 @@ def engines_take_the_format(s: FlatSettings) -> Iterator[Fault]:
         able = [name for name, spec in ENGINE_SPECS.items() if wanted in spec.weight_formats]
         problem = f"rollout_backend = {s.rollout_backend} does not take {'it' if value == wanted else wanted}"
         yield Fault(key, value, problem, f"set rollout_backend to {' or '.join(able)}")
-    elif (why := why_not_by_servers(s, str(wanted))) is not None:
-        yield Fault(key, value, why, "set rollout_backend to torch")
-
-
-def why_not_by_servers(s: FlatSettings, wanted: str) -> str | None:
-    """Why SGLang's servers cannot serve weights in a format that they have; None when they can, or there are none."""
-    if not engine_spec(s.rollout_backend).runs_servers:
-        return None
-    if s.device == "cpu":
-        return f"rollout_backend = {s.rollout_backend} has kernels for {wanted} on GPUs alone, and device is cpu"
-    if decide(s.train_dtype, s.rollout_dtype, {}).rollout_dtype == "float32":
-        return f"SGLang's kernels for {wanted} compute in bfloat16, and engines are to have float32"
-    return None
 
 
 @rule
 def the_trainer_computes_in_a_type_of_the_format(s: FlatSettings) -> Iterator[Fault]:
     if (trained := training_format(s)) is None:
         return
-    key = _switch(s)
+    key = switch(s)
     if s.train_dtype == "float16":
         problem = f"scales of {trained} need the range of bfloat16, and train_dtype = float16"
         yield Fault(key, getattr(s, key), problem, "set train_dtype to bfloat16")
@@ -143,7 +132,7 @@ def why_emulated(s: FlatSettings) -> str | None:
 @rule
 def adapters_have_no_format(s: FlatSettings) -> Iterator[Fault]:
     if s.lora_rank and (trained := training_format(s)) is not None and s.rollout_weight_format == "as_trained":
-        key = _switch(s)
+        key = switch(s)
         problem = f"{trained} is of the sum of base and adapter, which lora_rank = {s.lora_rank} keeps apart"
         yield Fault(key, getattr(s, key), problem, "leave one of them out")
 
@@ -190,26 +179,17 @@ def precision_file_faults(s: FlatSettings) -> Iterator[Fault]:
 
 @rule
 def servers_do_not_quantise(s: FlatSettings) -> Iterator[Fault]:
-    wanted = rollout_format(s)
-    if wanted is not None:
-        yield from server_format_faults(s, wanted)
+    if s.rollout_weight_format == "as_trained":
+        yield from server_format_faults(s)
 
 
-_METHODS = {"fp8_block": ("fp8",), "int4": ("compressed-tensors",)}
-_INSTEAD = {"fp8": "fp8_block", "w8a8_fp8": "fp8_block", "mxfp8": "mxfp8", "compressed-tensors": "int4"}
-
-
-def server_format_faults(s: FlatSettings, wanted: str) -> Iterator[Fault]:
-    """Yield a fault when SGLang is told to load weights in another format than engines are to have."""
-    method = s.sglang_args.get("quantization")
-    if method is None or method in _METHODS.get(wanted, ()):
+def server_format_faults(s: FlatSettings) -> Iterator[Fault]:
+    """Yield a fault when SGLang is told to quantise weights that are published in rollout_dtype."""
+    if (method := s.sglang_args.get("quantization")) in (None, "unquant"):
         return
-    if wanted == "as_trained":
-        problem = "weights are published in rollout_dtype, and a server that quantises them by itself takes no updates"
-    else:
-        problem = f"weights are published in {wanted}, which SGLang calls {_METHODS.get(wanted, ('nothing',))[0]}"
+    problem = "weights are published in rollout_dtype, and a server that quantises them by itself takes no updates"
     instead = _INSTEAD.get(str(method))
-    remedy = f"set rollout_weight_format to {instead}" if instead not in (None, wanted) else "leave it out"
+    remedy = "leave it out" if instead is None else f"set rollout_weight_format to {instead}"
     yield Fault("sglang_quantization", method, problem, remedy)
 
 
@@ -220,7 +200,7 @@ def rollout_format(s: FlatSettings) -> str | None:
     return training_format(s)
 
 
-def _switch(s: FlatSettings) -> str:
+def switch(s: FlatSettings) -> str:
     """The setting that gives the trainer its format."""
     return next(key for key in SWITCHES if getattr(s, key))
 
@@ -229,7 +209,7 @@ def _source(s: FlatSettings) -> tuple[str, object]:
     """The setting that gives engines their format, and its value."""
     if s.rollout_weight_format != AUTO:
         return "rollout_weight_format", s.rollout_weight_format
-    return _switch(s), getattr(s, _switch(s))
+    return switch(s), getattr(s, switch(s))
 
 
 def _shown(s: FlatSettings, key: str) -> str:

@@ -27,8 +27,9 @@ class PrecisionConfig(Section):
     """Scales of fp8_format: one for each block of 128 × 128 of a weight and 1 × 128 of its inputs (blockwise), or one
     for 1 × 32 that is a power of two (mxfp8)."""
 
-    fp8_block_scales: Literal["float32", "power_of_two"] = "float32"
-    """Scales of blockwise FP8: any float32 number, or powers of two."""
+    fp8_block_scales: Literal["float32", "power_of_two"] | None = None
+    """Scales of blockwise FP8: any float32 number, or powers of two; not given is the checkpoint's, or float32 where it
+    has none."""
 
     fp4_format: Literal["e2m1"] | None = None
     """Train in FP4, under Megatron's name."""
