@@ -11,6 +11,7 @@ from miles.config.checks.precision_sizes import coverage
 from miles.config.notes.registry import Note, noted
 from miles.config.rules.precision import switch, why_emulated
 from miles.config.schema.flat_settings import FlatSettings
+from miles.config.schema.precision_variables import asked_by
 from miles.memory.model import shape_of
 from miles.precision.number_types import AUTO
 from miles.precision.of_run import folder_recipe, rollout_recipe_of, training_recipe_of
@@ -48,6 +49,13 @@ def recipes_of_trainer_and_engines(s: FlatSettings) -> Iterator[Note]:
     if trained is None:
         text += "; the trainer computes in train_dtype, and use_tis or use_mis corrects for the difference"
     yield Note("rollout_weight_format", asked, text)
+
+
+@noted
+def variables_that_are_settings(s: FlatSettings) -> Iterator[Note]:
+    for asked in asked_by(s.train_env_vars, fp8=s.fp8_format is not None):
+        if asked.value is not False and getattr(s, asked.key) == asked.value:
+            yield Note(asked.key, asked.value, f"{asked.variable} in train_env_vars asks for it")
 
 
 @noted

@@ -11,6 +11,7 @@ from miles.config.rules.registry import needs, rule
 from miles.config.schema.catalog import catalog
 from miles.config.schema.faults import Fault
 from miles.config.schema.flat_settings import FlatSettings
+from miles.config.schema.precision_variables import contradicted
 from miles.engine_spec import ENGINE_SPECS, engine_spec
 from miles.precision.number_types import AUTO
 from miles.precision.of_run import module_patterns, training_format
@@ -40,6 +41,13 @@ def fp8_has_scales_that_engines_have(s: FlatSettings) -> Iterator[Fault]:
         yield Fault("fp8_recipe", None, problem, "set it to blockwise")
     for key, switch in (("fp8_recipe", "fp8_format"), ("fp4_recipe", "fp4_format")):
         yield from needs(s, key, switch)
+
+
+@rule
+def variables_say_what_settings_say(s: FlatSettings) -> Iterator[Fault]:
+    for asked in contradicted(s, s.train_env_vars):
+        name, problem = asked.variable.partition(" ")[0], f"{asked.variable} in train_env_vars says otherwise"
+        yield Fault(asked.key, getattr(s, asked.key), problem, f"leave {name} out")
 
 
 @rule

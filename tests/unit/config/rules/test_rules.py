@@ -803,6 +803,15 @@ RULE_CASES: list[tuple[dict[str, Any], str]] = [
     ),
     ({"fp8_recipe": "mxfp8"}, "fp8_recipe = mxfp8, but it does nothing without fp8_format"),
     ({"fp4_recipe": "nvfp4"}, "fp4_recipe = nvfp4, but it does nothing without fp4_format"),
+    (
+        {**FP8, "fp8_block_scales": "power_of_two", "train_env_vars": {"NVTE_FP8_BLOCK_SCALING_FP32_SCALES": "1"}},
+        "fp8_block_scales = power_of_two, but NVTE_FP8_BLOCK_SCALING_FP32_SCALES = 1 in train_env_vars says otherwise; "
+        "leave NVTE_FP8_BLOCK_SCALING_FP32_SCALES out",
+    ),
+    (
+        {"int4_qat": False, "train_env_vars": {"OPEN_TRAINING_INT4_FAKE_QAT_FLAG": "1"}},
+        "int4_qat = false, but OPEN_TRAINING_INT4_FAKE_QAT_FLAG = 1 in train_env_vars says otherwise",
+    ),
     ({**FP8, "int4_qat": True}, "int4_qat = true, but fp8_format = e4m3 gives the trainer another format"),
     ({**FP8, "fp4_format": "e2m1"}, "fp4_format = e2m1, but fp8_format = e4m3 gives the trainer another format"),
     (
