@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import re
 
+from miles.precision.megatron_names import ModulePattern, is_kept
+
 HIGH_PRECISION_MODULES = ("embed_tokens", "wte", "wpe", "lm_head", "gate", "router", "shared_expert_gate")
 """Last parts of the names of modules that no format covers: embeddings, head and routers. Norms and biases, which have
 one dimension, are not covered either."""
@@ -27,6 +29,8 @@ class QuantisedLayers:
     inside, and `re:` begins a regular expression that a name begins with."""
     high_layers: frozenset[int] = frozenset()
     """Numbers of decoder layers of which nothing is covered."""
+    modules: tuple[ModulePattern, ...] = ()
+    """Patterns of Megatron-Core's names of modules, some of which leave matrices out."""
 
     def cover(self, name: str, dimensions: int) -> bool:
         """Whether the tensor of this name is a matrix that is quantised.
@@ -40,6 +44,8 @@ class QuantisedLayers:
             return False
         found = _LAYER.search(name)
         if found is not None and int(found[1]) in self.high_layers:
+            return False
+        if is_kept(self.modules, name):
             return False
         return not self.only or any(part in f"{name}.weight" for part in self.only)
 

@@ -24,6 +24,8 @@ from miles.config.checks.json_file import read_json_object
 from miles.config.checks.model_family import family_faults
 from miles.config.checks.model_layout import layout_faults, shape_differences
 from miles.config.checks.outputs import output_faults
+from miles.config.checks.precision import precision_faults
+from miles.config.checks.precision_variables import variable_faults
 from miles.config.checks.published_form import form_faults
 from miles.config.checks.rewards import reward_faults
 from miles.config.checks.teacher_tokens import why_other_tokens
@@ -327,6 +329,8 @@ _FILE_CHECKS: tuple[Rule, ...] = (
     architecture_faults,
     dispatcher_faults,
     engine_faults,
+    precision_faults,
+    variable_faults,
     _server_groups,
     _data_files,
     _checkpoint_to_load,

@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
+from pydantic import field_validator
+
+from miles.config.schema.faults import misspelt
 from miles.config.schema.section import Metavar, NonNegative, Positive, Section
+
+_NOT_WITH_ENGINES: Mapping[str, str] = {
+    "delayed": "its scales are of earlier steps, and engines have none of them",
+    "tensorwise": "its scales are of whole tensors, and engines take one for each block of 128 × 128",
+    "custom": "its scales are made by code of one's own, and engines have none of it",
+}
 
 
 class PrecisionConfig(Section):
@@ -17,8 +27,9 @@ class PrecisionConfig(Section):
     """Scales of fp8_format: one for each block of 128 × 128 of a weight and 1 × 128 of its inputs (blockwise), or one
     for 1 × 32 that is a power of two (mxfp8)."""
 
-    fp8_block_scales: Literal["float32", "power_of_two"] = "float32"
-    """Scales of blockwise FP8: any float32 number, or powers of two."""
+    fp8_block_scales: Literal["float32", "power_of_two"] | None = None
+    """Scales of blockwise FP8: any float32 number, or powers of two; not given is the checkpoint's, or float32 where it
+    has none."""
 
     fp4_format: Literal["e2m1"] | None = None
     """Train in FP4, under Megatron's name."""
@@ -69,3 +80,11 @@ class PrecisionConfig(Section):
     te_precision_config_file: Annotated[str | None, Metavar("FILE")] = None
     """Megatron's YAML file of configs and matchers, or its content after `base64:`: modules that it keeps in high
     precision are kept out of the formats of trainer and engines."""
+
+    @field_validator("fp8_recipe", mode="before")
+    @classmethod
+    def _say_why_not(cls, value: Any) -> Any:
+        """Name the reason for what Megatron-Core has besides."""
+        if (why := _NOT_WITH_ENGINES.get(str(value))) is not None:
+            raise misspelt(why, "set it to blockwise")
+        return value
