@@ -21,6 +21,7 @@ from miles.services.trainer.backends.megatron.parallel import groups
 from miles.services.trainer.backends.megatron.step import MegatronTrainer
 from miles.services.trainer.backends.parking import Held
 from miles.services.trainer.checkpoint.background_save import Saving
+from miles.precision.of_run import export_recipe
 from miles.services.trainer.checkpoint.hf_files import write_hf_checkpoint
 from miles.services.trainer.checkpoint.record import CheckpointRecord, check_base
 from miles.services.trainer.checkpoint.state import TrainerState
@@ -108,7 +109,8 @@ class MegatronBackend(BaseBackend[_Parts]):
         model, tensors = parts.published.model, parts.exporter.tensors()
         if parts.adapter is not None:
             tensors = parts.adapter.merged(tensors)
-        write_hf_checkpoint(directory, source, model, tensors, dtype, chat_template=self._chat_template)
+        recipe, template = export_recipe(self._config), self._chat_template
+        write_hf_checkpoint(directory, source, model, tensors, dtype, recipe=recipe, chat_template=template)
         if parts.adapter is not None:
             parts.adapter.write(directory / "adapter", str(source))
 
