@@ -33,6 +33,11 @@ def rollout_recipe(config: JobConfig) -> Recipe | None:
     return rollout_recipe_of(config.precision, model_config(config))
 
 
+def export_recipe(config: JobConfig) -> Recipe | None:
+    """By what exports in Hugging Face format are written; None for rollout_dtype alone."""
+    return rollout_recipe(config) if config.checkpoint.save_hf_format == "rollout" else None
+
+
 def training_recipe_of(settings: Settings, model: Mapping[str, Any]) -> Recipe | None:
     """By what a trainer computes that has these settings and a model with this config.json."""
     chosen = training_format(settings)

@@ -156,7 +156,7 @@ class BaseBackend(abc.ABC, Generic[PartsT]):
             return self._begin_save(directory, self._record_of(copy.deepcopy(state)))
 
     def save_hf(self, directory: pathlib.Path) -> None:
-        """See `TrainerBackend.save_hf`; the files' tensors have the rollout's dtype."""
+        """See `TrainerBackend.save_hf`; the files' tensors have the rollout's dtype, or the engines' format."""
         run_dir, pattern = pathlib.Path(self._config.services.run_dir), self._config.checkpoint.save_hf
         replace_export(ExportFolder(directory, run_dir, pattern), self._write_hf)
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 import torch.distributed as dist
 
-from miles.precision.of_run import rollout_recipe
+from miles.precision.of_run import export_recipe, rollout_recipe
 from miles.precision.recipe import Recipe
 from miles.rpc.gen import policy_pb2
 from miles.services.trainer.backends.base import BaseBackend, LoadedParts
@@ -158,7 +158,8 @@ class FsdpBackend(BaseBackend[_Parts]):
         full = self._gathered(named_weights(policy)) if adapter is None else merged_weights(policy, self._gathered)
         source, dtype = pathlib.Path(str(self._config.rollout.hf_checkpoint)), self._export_dtype
         full = tensors.conversion.to_checkpoint(full)
-        write_hf_checkpoint(directory, source, tensors, full, dtype, chat_template=self._chat_template)
+        recipe, template = export_recipe(self._config), self._chat_template
+        write_hf_checkpoint(directory, source, tensors, full, dtype, recipe=recipe, chat_template=template)
         adapters = {} if adapter is None else {name: full_tensor(part) for name, part in named_adapters(policy)}
         if adapter is not None:
             on_first_rank(functools.partial(adapter.write, directory / "adapter", adapters))

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 import torch
 import torch.distributed as dist
 
+from miles.precision.of_run import export_recipe
 from miles.precision.recipe import Recipe
 from miles.rpc.gen import policy_pb2
 from miles.services.trainer.backends.base import BaseBackend, LoadedParts
@@ -114,7 +115,8 @@ class MegatronBackend(BaseBackend[_Parts]):
         model, tensors = parts.published.model, parts.exporter.tensors()
         if parts.adapter is not None:
             tensors = parts.adapter.merged(tensors)
-        write_hf_checkpoint(directory, source, model, tensors, dtype, chat_template=self._chat_template)
+        recipe, template = export_recipe(self._config), self._chat_template
+        write_hf_checkpoint(directory, source, model, tensors, dtype, recipe=recipe, chat_template=template)
         if parts.adapter is not None:
             parts.adapter.write(directory / "adapter", str(source))
 
