@@ -70,6 +70,11 @@ def file_faults(settings: FlatSettings) -> list[Fault]:
     return _run(_FILE_CHECKS, settings)
 
 
+def model_faults(settings: FlatSettings) -> list[Fault]:
+    """Check what config.json says of the model alone: whether trainer and engines of such settings can have it."""
+    return _run(_MODEL_CHECKS, settings)
+
+
 def deployment_faults(settings: FlatSettings) -> list[Fault]:
     """Check access, ports and devices only: what matters before there is a job."""
     return _run(_DEPLOYMENT_CHECKS, settings)
@@ -318,15 +323,18 @@ def _devices(s: FlatSettings) -> Iterator[Fault]:
 
 
 _DEPLOYMENT_CHECKS: tuple[Rule, ...] = (_access_files, _hosts, _ports, _devices)
-_FILE_CHECKS: tuple[Rule, ...] = (
-    _models,
-    _adapter,
+_MODEL_CHECKS: tuple[Rule, ...] = (
     form_faults,
     family_faults,
     layout_faults,
     architecture_faults,
     dispatcher_faults,
     engine_faults,
+)
+_FILE_CHECKS: tuple[Rule, ...] = (
+    _models,
+    _adapter,
+    *_MODEL_CHECKS,
     _server_groups,
     _data_files,
     _checkpoint_to_load,
