@@ -16,7 +16,7 @@ from miles.launcher.memory_table import as_json, as_text
 from miles.launcher.memory_view import Estimate, estimate, warnings
 from miles.launcher.program import print_error
 from miles.launcher.run_plan import RunPlan
-from miles.memory.precision_notes import precision_notes
+from miles.memory.low_precision import notes as precision_notes
 from miles.rpc.exit_codes import ExitCode
 
 _PRECISION = "--precision"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import pathlib
 import shutil
 from collections.abc import Mapping
@@ -46,7 +45,7 @@ def memory_plan(line: CommandLine, precision: str | None, scratch: pathlib.Path)
     """
     flat = {**_NO_MATTER, **{key: value for key, value in line.flat.items() if value is not None}}
     if not flat.get("hf_checkpoint"):
-        raise ConfigError([Fault("hf_checkpoint", None, "it is not set", "give a model's folder, or its config.json")])
+        raise ConfigError([Fault("hf_checkpoint", None, "the estimate is of a model", "give a model's folder, or its config.json")])
     flat["hf_checkpoint"] = str(_folder(pathlib.Path(str(flat["hf_checkpoint"])), scratch))
     if precision is not None:
         flat |= {**_AS_TRAINED, **PRECISIONS[precision]}
@@ -67,10 +66,7 @@ def memory_plan(line: CommandLine, precision: str | None, scratch: pathlib.Path)
 
 def _folder(named: pathlib.Path, scratch: pathlib.Path) -> pathlib.Path:
     """Return a folder with the config.json that is named, by itself or by its folder."""
-    if named.is_dir():
-        file = named / "config.json"
-    else:
-        file = named
+    file = named / "config.json" if named.is_dir() else named
     if not file.is_file():
         raise ConfigError(
             [Fault("hf_checkpoint", str(named), f"there is no {file}", "give a config.json or its folder")]
@@ -85,7 +81,7 @@ def _folder(named: pathlib.Path, scratch: pathlib.Path) -> pathlib.Path:
 
 
 def _has_experts(folder: str) -> bool:
-    shape = shape_of(json.loads((pathlib.Path(folder) / "config.json").read_text()))
+    shape = shape_of(read_json_object(pathlib.Path(folder) / "config.json"))
     return shape is not None and shape.experts > 0
 
 

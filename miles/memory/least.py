@@ -12,7 +12,7 @@ from miles.memory.run import Run
 
 
 def trainer_state(run: Run, stage: int = 0) -> tuple[list[Part], list[Part]]:
-    """Return weights, gradients and optimizer of a rank on its device, also in few bits, and its host memory besides."""
+    """Return weights, gradients and optimizer of a rank on its device, and its host memory besides."""
     device, others = megatron_parts(run, stage) if run.settings.train_backend == "megatron" else fsdp_parts(run)
     return [*device, *low_precision_parts(run, stage)], others
 

@@ -8,7 +8,7 @@ backward pass needs the rounded weights.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from miles.memory.amount import Part, When, number
 from miles.memory.held import covered_parameters, held, is_covered
@@ -31,8 +31,20 @@ def by_kernels(run: Run) -> bool:
     return bool(asked == "transformer_engine" or (asked == "auto" and able))
 
 
+def notes(run: Run) -> Iterator[str]:
+    """Yield what the estimates of a run in few bits leave out, in words."""
+    if run.training is not None and by_kernels(run):
+        yield (
+            "activations are counted as in 16 bits, an upper bound: TransformerEngine keeps the inputs of matrices for "
+            "the backward pass in FP8 alone"
+        )
+        yield "TransformerEngine is taken to be installed on a GPU that has the kernels; emulation does without"
+    if run.serving is not None and run.settings.rollout_backend == "sglang":
+        yield "SGLang's copies of weights for its kernels, such as those of latent attention, are not counted"
+
+
 def low_precision_parts(run: Run, stage: int = 0) -> list[Part]:
-    """Return what a rank of a stage takes besides; nothing without a recipe, or where the model's shape is not known."""
+    """Return what a rank of a stage takes besides; nothing without a recipe, or for a model of unknown shape."""
     shape, recipe = run.policy.shape, run.training
     if shape is None or recipe is None:
         return []
