@@ -72,6 +72,11 @@ def file_faults(settings: FlatSettings) -> list[Fault]:
     return _run(_FILE_CHECKS, settings)
 
 
+def model_faults(settings: FlatSettings) -> list[Fault]:
+    """Check what config.json says of the model alone: whether trainer and engines of such settings can have it."""
+    return _run(_MODEL_CHECKS, settings)
+
+
 def deployment_faults(settings: FlatSettings) -> list[Fault]:
     """Check access, ports and devices only: what matters before there is a job."""
     return _run(_DEPLOYMENT_CHECKS, settings)
@@ -320,9 +325,7 @@ def _devices(s: FlatSettings) -> Iterator[Fault]:
 
 
 _DEPLOYMENT_CHECKS: tuple[Rule, ...] = (_access_files, _hosts, _ports, _devices)
-_FILE_CHECKS: tuple[Rule, ...] = (
-    _models,
-    _adapter,
+_MODEL_CHECKS: tuple[Rule, ...] = (
     form_faults,
     family_faults,
     layout_faults,
@@ -330,6 +333,11 @@ _FILE_CHECKS: tuple[Rule, ...] = (
     dispatcher_faults,
     engine_faults,
     precision_faults,
+)
+_FILE_CHECKS: tuple[Rule, ...] = (
+    _models,
+    _adapter,
+    *_MODEL_CHECKS,
     variable_faults,
     _server_groups,
     _data_files,
