@@ -25,8 +25,8 @@ class Rounding:
         return rounded
 
     def inputs(self, rows: torch.Tensor) -> torch.Tensor:
-        """Rounded inputs (..., I), in their dtype."""
-        return rounded_inputs(self._format, rows)
+        """Rounded inputs (..., I), in their dtype; an expert may have no rows."""
+        return rounded_inputs(self._format, rows) if rows.numel() else rows
 
     def values(self, weight_OI: torch.Tensor) -> torch.Tensor:
         """`weight` without gradient."""
