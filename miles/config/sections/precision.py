@@ -56,7 +56,3 @@ class PrecisionConfig(Section):
 
     extra_high_precision_layers_hf: Annotated[tuple[str, ...], Metavar("PART")] = ()
     """Parts of the names of further weights that are kept out of the formats of trainer and engines."""
-
-    extra_high_precision_layers_megatron: Annotated[tuple[str, ...], Metavar("PART")] = ()
-    """Parts of Megatron-Core's names of weights (decoder.layers.0.self_attention.linear_qkv.weight) that the trainer
-    computes in train_dtype; engines hold them in the format of rollout_weight_format all the same."""

@@ -154,7 +154,7 @@ def _complete_and_load(
             "TransformerEngine and set transformer_impl to transformer_engine, or use train_backend fsdp"
         )
     if (low := low_precision(config)) is not None:
-        apply_recipe(low, chunks[0].config, tasks, config.precision.extra_high_precision_layers_megatron)
+        apply_recipe(low, chunks[0].config, tasks)
     read_weights(bridge, weights, chunks, but=VALUE_HEAD if is_critic else None)
     if config.lora.lora_rank and not is_critic:
         from miles.services.trainer.backends.megatron.lora.adapter import attach

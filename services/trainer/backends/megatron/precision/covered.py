@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 
+from miles.precision.recipe import Recipe
 from miles.precision.registry import weight_format
-from miles.precision.shards import ROWS, cut_fault
+from miles.precision.shards import COLUMNS, ROWS, cut_fault
 from miles.services.trainer.backends.megatron.precision import kernels
 from miles.services.trainer.backends.megatron.precision.choice import LowPrecision
 from miles.services.trainer.backends.megatron.precision.matrices import Matrices, matrices_of
@@ -34,39 +35,51 @@ class Weight:
     """By matrix."""
 
 
-def weights(low: LowPrecision, config: Any, tasks: Sequence[Any], kept: Sequence[str] = ()) -> Iterator[Weight]:
-    """This rank's parameters of two dimensions in layers, from megatron-bridge's tasks.
-
-    Args:
-        kept: Parts of Megatron-Core's names of weights that stay in train_dtype.
-    """
+def weights(recipe: Recipe, config: Any, tasks: Iterable[Any]) -> Iterator[Weight]:
+    """This rank's parameters of two dimensions, from megatron-bridge's tasks and Megatron-Core's TransformerConfig."""
     for task in tasks:
         if task is None or task.megatron_module is None or task.param_weight is None or task.param_weight.dim() != 2:
             continue
-        matrices, name = matrices_of(task.mapping, config), task.global_param_name
+        matrices = matrices_of(task.mapping, config)
         known = _hf_names(task.mapping) if matrices is None else matrices.names
-        high = any(part in name for part in kept)
-        covered = tuple(not high and low.recipe.layers.cover(each, 2) for each in known)
+        covered = tuple(recipe.layers.cover(each, 2) for each in known)
         attribute = task.param_name.rpartition(".")[2]
-        yield Weight(name, attribute, task.megatron_module, task.param_weight, matrices, covered)
+        yield Weight(task.global_param_name, attribute, task.megatron_module, task.param_weight, matrices, covered)
 
 
-def apply_recipe(low: LowPrecision, config: Any, tasks: Sequence[Any], kept: Sequence[str] = ()) -> None:
+def apply_recipe(low: LowPrecision, config: Any, tasks: Iterable[Any]) -> None:
     """Have the layers of bare chunks compute by a recipe. Raises ValueError naming weights with which they cannot."""
-    faults: list[str] = []
+    found = weights(low.recipe, config, tasks)
     if low.by_engine:
         kernels.check_scales(low.recipe)
-        faults = _apply_by_engine(list(weights(low, config, tasks, kept)))
+        faults = _apply_by_engine(found)
     else:
-        faults = _apply_emulated(low, weights(low, config, tasks, kept))
+        faults = _apply_emulated(low.recipe, found)
     if faults:
         more = f"; and {len(faults) - _SHOWN} more" if len(faults) > _SHOWN else ""
-        found = "; ".join(faults[:_SHOWN])
+        shown = "; ".join(faults[:_SHOWN])
         way_out = "name them in extra_high_precision_layers_hf, change the layout, or use train_backend fsdp"
-        raise ValueError(f"these cannot be computed in {low.recipe.format}: {found}{more}; {way_out}")
+        raise ValueError(f"these cannot be computed in {low.recipe.format}: {shown}{more}; {way_out}")
 
 
-def _apply_by_engine(found: Sequence[Weight]) -> list[str]:
+def differences(low: LowPrecision, config: Any, tasks: Iterable[Any]) -> list[str]:
+    """What a person should know of how layers compute on this rank: where it is not what engines are sent."""
+    notes = []
+    if low.reason and torch.cuda.is_available():
+        notes.append(f"{low.recipe.format} is emulated, which is slower than train_dtype alone: {low.reason}")
+    if low.by_engine:
+        found = [weight.name for weight in weights(low.recipe, config, tasks) if _has_other_blocks(low.recipe, weight)]
+        if found:
+            more = f" and {len(found) - 1} more weights" if len(found) > 1 else ""
+            notes.append(
+                f"TransformerEngine rounds {found[0]}{more} in other blocks than the exported ones, because matrices "
+                "in it, or ranks' parts of them, are no whole number of blocks; low_precision_impl = emulated rounds "
+                "them as exported, in layouts that do not cut blocks"
+            )
+    return notes
+
+
+def _apply_by_engine(found: Iterable[Weight]) -> list[str]:
     """TransformerEngine rounds all matrices of a module, or none. Returns what is wrong."""
     faults = []
     by_module: dict[int, list[Weight]] = {}
@@ -87,40 +100,57 @@ def _apply_by_engine(found: Sequence[Weight]) -> list[str]:
     return faults
 
 
-def _apply_emulated(low: LowPrecision, found: Iterator[Weight]) -> list[str]:
+def _apply_emulated(recipe: Recipe, found: Iterable[Weight]) -> list[str]:
     """Returns what is wrong."""
-    chosen, faults = weight_format(low.recipe), []
+    chosen, faults = weight_format(recipe), []
     for weight in found:
         if not any(weight.covered):
             continue
         if weight.matrices is None or not hasattr(weight.module, "roundings"):
             faults.append(f"{weight.name}, a {type(weight.module).__name__}")
-        elif low.recipe.rounds_inputs and not all(weight.covered):
+        elif recipe.rounds_inputs and not all(weight.covered):
             faults.append(f"some matrices of {weight.name} alone, which have the same inputs")
-        elif fault := _cut_fault(low, weight, weight.matrices) or chosen.why_not(tuple(weight.parameter.shape)):
+        elif fault := _cut_fault(recipe, weight) or chosen.why_not(tuple(weight.parameter.shape)):
             faults.append(f"{weight.name}: {fault}")
         else:
             weight.module.roundings[weight.attribute] = Rounding(chosen, weight.matrices, weight.covered)
     return faults
 
 
-def _cut_fault(low: LowPrecision, weight: Weight, matrices: Matrices) -> str | None:
-    if not getattr(weight.parameter, "tensor_model_parallel", False) or _ranks(weight) == 1:
+def _cut_fault(recipe: Recipe, weight: Weight) -> str | None:
+    """Why the parts that ranks hold cannot be rounded by themselves; None when they can."""
+    dimension = _cut_dimension(weight)
+    if dimension is None:
         return None
-    dimension = int(weight.parameter.partition_dim)  # type: ignore[attr-defined]
-    if dimension != ROWS:
-        return cut_fault(low.recipe, dimension, weight.parameter.shape[1])
-    faults = (cut_fault(low.recipe, ROWS, rows) for rows in matrices.rows(weight.parameter.shape[0]))
+    outputs, inputs = weight.parameter.shape
+    if dimension == COLUMNS or weight.matrices is None:
+        return cut_fault(recipe, COLUMNS, inputs)
+    faults = (cut_fault(recipe, ROWS, rows) for rows in weight.matrices.rows(outputs))
     return next((fault for fault in faults if fault), None)
 
 
-def _ranks(weight: Weight) -> int:
-    """Over how many ranks the parameter is spread."""
+def _has_other_blocks(recipe: Recipe, weight: Weight) -> bool:
+    """Whether rounding a covered parameter as one matrix rounds differently than its matrices are by themselves."""
+    if weight.matrices is None or not any(weight.covered):
+        return False
+    outputs, inputs = weight.parameter.shape
+    runs, dimension = weight.matrices.runs(outputs), _cut_dimension(weight)
+    if dimension == COLUMNS and cut_fault(recipe, COLUMNS, inputs):
+        return True
+    return (dimension == ROWS or len(runs) > 1) and any(cut_fault(recipe, ROWS, run) for run in runs)
+
+
+def _cut_dimension(weight: Weight) -> int | None:
+    """The dimension in which ranks hold parts of a parameter; None when each holds all of it."""
     from megatron.core import parallel_state
 
     if ".experts." in weight.name:
-        return int(parallel_state.get_expert_tensor_parallel_world_size() or 1)
-    return int(parallel_state.get_tensor_model_parallel_world_size())
+        ranks = parallel_state.get_expert_tensor_parallel_world_size() or 1
+    else:
+        ranks = parallel_state.get_tensor_model_parallel_world_size()
+    if ranks == 1 or not getattr(weight.parameter, "tensor_model_parallel", False):
+        return None
+    return int(weight.parameter.partition_dim)  # type: ignore[attr-defined]
 
 
 def _hf_names(mapping: Any) -> tuple[str, ...]:

@@ -24,6 +24,9 @@ class Matrices(Protocol):
     def rows(self, outputs: int) -> tuple[int, ...]:
         """Rows of each on this rank, of a parameter with so many."""
 
+    def runs(self, outputs: int) -> tuple[int, ...]:
+        """Rows that follow each other in one matrix and in the parameter, one run after the other."""
+
     def rounded(self, weight_OI: torch.Tensor, covered: tuple[bool, ...], round_matrix: Round) -> torch.Tensor:
         """A parameter with those matrices rounded that are covered, each by itself; of its shape and dtype."""
 
@@ -36,6 +39,10 @@ class Whole:
 
     def rows(self, outputs: int) -> tuple[int, ...]:
         """See `Matrices.rows`."""
+        return (outputs,)
+
+    def runs(self, outputs: int) -> tuple[int, ...]:
+        """See `Matrices.runs`."""
         return (outputs,)
 
     def rounded(self, weight_OI: torch.Tensor, covered: tuple[bool, ...], round_matrix: Round) -> torch.Tensor:
@@ -52,6 +59,10 @@ class GateAndUp:
     def rows(self, outputs: int) -> tuple[int, ...]:
         """See `Matrices.rows`."""
         return (outputs // 2, outputs // 2)
+
+    def runs(self, outputs: int) -> tuple[int, ...]:
+        """See `Matrices.runs`."""
+        return self.rows(outputs)
 
     def rounded(self, weight_OI: torch.Tensor, covered: tuple[bool, ...], round_matrix: Round) -> torch.Tensor:
         """See `Matrices.rounded`."""
@@ -76,6 +87,11 @@ class QueryGroups:
         """See `Matrices.rows`."""
         one = outputs // (self.heads + 2)
         return (one * self.heads, one, one)
+
+    def runs(self, outputs: int) -> tuple[int, ...]:
+        """See `Matrices.runs`."""
+        groups = outputs // (self.head_size * (self.heads + 2))
+        return (self.heads * self.head_size, self.head_size, self.head_size) * groups
 
     def rounded(self, weight_OI: torch.Tensor, covered: tuple[bool, ...], round_matrix: Round) -> torch.Tensor:
         """See `Matrices.rounded`."""
