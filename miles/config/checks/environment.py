@@ -26,6 +26,7 @@ from miles.config.checks.model_layout import layout_faults, shape_differences
 from miles.config.checks.outputs import output_faults
 from miles.config.checks.published_form import form_faults
 from miles.config.checks.rewards import reward_faults
+from miles.config.checks.served_precision import served_precision_faults
 from miles.config.checks.teacher_tokens import why_other_tokens
 from miles.config.checks.trackers import tracker_faults
 from miles.config.eval_sets import READ as EVAL_READ
@@ -327,6 +328,7 @@ _FILE_CHECKS: tuple[Rule, ...] = (
     architecture_faults,
     dispatcher_faults,
     engine_faults,
+    served_precision_faults,
     _server_groups,
     _data_files,
     _checkpoint_to_load,

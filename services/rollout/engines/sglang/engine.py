@@ -126,6 +126,7 @@ class SglangEngine:
         """End every request and every server that was started here."""
         self._background.cancel()
         await asyncio.gather(*(replica.close() for replica in self._replicas))
+        self._loader.close()
 
     def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationDelta, None]:
         """Stream a response, some dozen tokens at a time. Leaving the iterator early aborts the request.

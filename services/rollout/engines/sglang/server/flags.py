@@ -8,6 +8,7 @@ from typing import Any
 
 from miles.config.sglang.server_flags import server_flags
 from miles.services.rollout.engines.sglang.options import SglangOptions
+from miles.services.rollout.engines.sglang.server.served_model import ServedModel
 
 DRAFT_ALGORITHMS = ("EAGLE", "EAGLE3", "STANDALONE")
 """Speculative algorithms whose draft model has weights of its own."""
@@ -18,13 +19,13 @@ SPARE_TOKENS = 6
 """Tokens of its context that SGLang reserves: it refuses a longer input and truncates a longer response."""
 
 
-def command(options: SglangOptions, index: int, port: int, max_positions: int) -> list[str]:
+def command(options: SglangOptions, index: int, port: int, model: ServedModel) -> list[str]:
     """The command that starts server number `index` on a port of the loopback device.
 
-    `max_positions`: positions of the model; SGLang refuses to start with a longer context.
+    SGLang refuses to start with a longer context than the model's positions.
     """
     arguments = [options.python, "-m", "sglang.launch_server"]
-    arguments += ["--model-path", options.hf_checkpoint, "--host", "127.0.0.1", "--port", str(port)]
+    arguments += ["--model-path", model.folder, "--host", "127.0.0.1", "--port", str(port)]
     arguments += ["--dtype", options.dtype, "--device", "cuda" if options.on_gpu else "cpu"]
     arguments += ["--random-seed", str(options.random_seed + index)]
     # Warm-up requests would be generated with the checkpoint's weights; our requests wait for the first version.
@@ -34,14 +35,19 @@ def command(options: SglangOptions, index: int, port: int, max_positions: int) -
         arguments += ["--base-gpu-id", str(options.first_gpu_of(index))]
     else:
         arguments += ["--sleep-on-idle"]  # an idle scheduler would poll a core
-    if options.max_total_tokens is not None and options.max_total_tokens + SPARE_TOKENS <= max_positions:
+    if options.max_total_tokens is not None and options.max_total_tokens + SPARE_TOKENS <= model.max_positions:
         arguments += ["--context-length", str(options.max_total_tokens + SPARE_TOKENS)]
+    if not model.has_weights:
+        arguments += ["--load-format", "dummy"]
+        if has_draft_weights(options.server_flags) and "speculative_draft_load_format" not in options.server_flags:
+            arguments += ["--speculative-draft-load-format", "auto"]
     if options.max_running_requests is not None:
         arguments += ["--max-running-requests", str(options.max_running_requests)]
     if options.routed_experts:
         arguments += ["--enable-return-routed-experts"]
-        if options.on_gpu:  # a fused shared expert would count among those that a token is routed to
-            arguments += ["--disable-shared-experts-fusion"]
+    if options.on_gpu and (options.routed_experts or options.recipe is not None):
+        # A fused shared expert would count among those that a token is routed to, and be quantised as they are.
+        arguments += ["--disable-shared-experts-fusion"]
     if options.memory_saver:
         arguments += ["--enable-memory-saver"]
         if has_draft_weights(options.server_flags) and "enable_draft_weights_cpu_backup" not in options.server_flags:

@@ -53,10 +53,15 @@ class WeightUpdate:
         async with self._session():
             await member.receive(weights, self._version, self._selector)
 
-    async def from_files(self, folder: pathlib.Path) -> None:
-        """Load a folder of safetensors files. Raises ServerRefused, EngineFailed."""
+    async def from_files(self, folder: pathlib.Path, *, repacked: bool) -> None:
+        """Load a folder of safetensors files. Raises ServerRefused, EngineFailed.
+
+        `repacked`: the server may hold weights in another layout than files do, which it undoes in a session alone.
+        """
         body = {"model_path": str(folder), "load_format": "auto", "flush_cache": False}
-        await self._api.post("/update_weights_from_disk", {**body, "weight_version": self._version}, self._timeout_s)
+        async with self._session() if repacked else contextlib.nullcontext():
+            path = "/update_weights_from_disk"
+            await self._api.post(path, {**body, "weight_version": self._version}, self._timeout_s)
 
     @contextlib.asynccontextmanager
     async def _session(self) -> AsyncIterator[None]:
